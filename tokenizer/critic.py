@@ -1,7 +1,7 @@
-"""The critic of VQGAN training (Esser et al. 2021): PatchGAN (Isola et al. 2017), and what both players minimise.
+"""The critic of VQGAN training (Esser et al. 2021): PatchGAN (Isola et al. 2017), and the losses of both players.
 
 Logits are high where a patch looks real. Statistics over images (running means, the adaptive weight) are averaged over
-ranks, so that a run means the same on one process and on several.
+ranks, so that the number of processes does not change a run.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ LARGEST_WEIGHT = 1e4
 
 
 class Convolution(nn.Conv2d):
-    """4x4, `(B, width_in, H, W)` to `(B, width_out, h, w)`. A spectrally normalised weight is computed in float32 even
-    under autocast: its power iteration has to be the same in every precision."""
+    """4x4 convolution, `(B, width_in, H, W)` to `(B, width_out, h, w)`. Spectral normalisation computes its weight in
+    float32 even under autocast, so that the power iteration is the same in every precision."""
 
     def __init__(self, width_in: int, width_out: int, stride: int, bias: bool = True) -> None:
         super().__init__(width_in, width_out, KERNEL, stride=stride, padding=1, bias=bias)
@@ -32,7 +32,6 @@ class Convolution(nn.Conv2d):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The convolution, in autocast's precision."""
         with torch.autocast(x.device.type, enabled=False):
             weight = self.weight
         return self._conv_forward(x, weight, self.bias)
@@ -42,8 +41,8 @@ class PatchCritic(nn.Module):
     """Images `(B, channels, H, W)` in [-1, 1] to float32 logits `(B, 1, h, w)`, one for each of overlapping patches.
 
     It has `layers` convolutions of stride 2 and two of stride 1. `norm`: "spectral" (Miyato et al. 2018) on every
-    convolution; "batch" on the inner ones, always with the statistics of the current batch of the process, so that no
-    running statistics differ between ranks; or "none".
+    convolution; "batch" on the inner ones, always with the statistics of the current batch of the process, so there are
+    no running statistics to differ between ranks; or "none".
 
     Raises `ValueError` for another norm and for sizes below 1.
     """
@@ -74,13 +73,13 @@ class PatchCritic(nn.Module):
         self.register_buffer("tracked", torch.zeros((), dtype=torch.long))  # how often these two were updated
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits; raises `ValueError` for images that are too small for one patch."""
+        """Logits. Raises `ValueError` for images that are too small for one patch."""
         self.map_size(*images.shape[2:])
         return self.body(images).float()
 
     @property
     def receptive_field(self) -> int:
-        """Height and width in pixels of the patch that one logit sees: 34, 70, 142 for 2, 3, 4 layers."""
+        """Side in pixels of the patch that one logit sees: 34, 70, 142 for 2, 3, 4 layers."""
         field = 1
         for stride in reversed(self.strides):
             field = (field - 1) * stride + KERNEL
@@ -88,18 +87,18 @@ class PatchCritic(nn.Module):
 
     @property
     def smallest(self) -> int:
-        """The smallest height and width of images, which gives one logit."""
+        """The smallest side of images, which gives one logit."""
         side = 1
         for stride in reversed(self.strides):
             side = (side - 1) * stride + KERNEL - 2
         return side
 
     def map_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the logits of such images. Raises `ValueError` if there would be none."""
+        """Height and width of the logits for images of this size. Raises `ValueError` if there are none."""
         if min(height, width) < self.smallest:
             raise ValueError(
                 f"a critic of {len(self.strides) - 2} layers needs images of at least {self.smallest} pixels a side "
-                f"(got {height} x {width}); with fewer layers it takes smaller ones"
+                f"(got {height} x {width}); use fewer layers"
             )
         for stride in self.strides:
             height, width = ((side + 2 - KERNEL) // stride + 1 for side in (height, width))
@@ -121,12 +120,12 @@ class PatchCritic(nn.Module):
         return moved
 
 
-# What is minimised ----------------------------------------------------------------------------------
+# Losses ---------------------------------------------------------------------------------------------
 
 
 def hinge_critic_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Half of E[max(0, 1 - D(x))] + E[max(0, 1 + D(G(z)))] (Lim & Ye 2017). VQGAN's code halves it too, so that
-    published weights of the regulariser mean the same here."""
+    """Half of E[max(0, 1 - D(x))] + E[max(0, 1 + D(G(z)))] (Lim & Ye 2017). VQGAN's code halves it too, so published
+    weights of regularisers apply."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
@@ -150,17 +149,17 @@ GENERATOR_LOSSES = {"hinge": hinge_generator_loss, "non_saturating": non_saturat
 
 
 def lecam(real: Tensor, fake: Tensor, real_mean: Tensor, fake_mean: Tensor) -> Tensor:
-    """E[|D(x) - a_F|^2] + E[|D(G(z)) - a_R|^2] with running means a of logits (Tseng et al. 2021, equation 5). Added
-    to the critic's loss, it keeps a critic of few images from drifting."""
+    """E[|D(x) - a_F|^2] + E[|D(G(z)) - a_R|^2] with running means a of logits (Tseng et al. 2021, equation 5), a
+    regulariser of the critic for few images."""
     return (real - fake_mean).square().mean() + (fake - real_mean).square().mean()
 
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
     """|grad of the reconstruction loss| / (|grad of the adversarial loss| + 1e-6) at the last layer, from 0 to 1e4 and
-    without a gradient (Esser et al. 2021, equation 7). With this weight both losses pull equally hard.
+    without a gradient (Esser et al. 2021, equation 7): it makes both gradients equally large there.
 
     Gradients are averaged over ranks before their norms are taken, so the weight is that of the whole batch. Both
-    graphs are kept. Raises `RuntimeError` if a loss does not depend on the layer.
+    graphs are retained. Raises `RuntimeError` if a loss does not depend on the layer.
     """
     losses = (reconstruction_loss, adversarial_loss)
     gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float() for loss in losses]

@@ -1,9 +1,8 @@
 """The convolutional encoder and decoder: a stem that folds patches into channels, then residual blocks per resolution.
 
-Weights and images have channels-last memory, which convolutions keep, and so does group normalisation (`GroupNorm`).
-`widths` divides the down-sampling between the stem and strided stages: with one width, all arithmetic is at the token
-resolution (fast for small images); with one width per factor of two, it is the network of VQGAN (Esser et al. 2021)
-and LlamaGen (Sun et al. 2024).
+Weights and images are channels-last; convolutions and `GroupNorm` preserve that. `widths` divides the downsampling
+between the stem and strided stages: with one width, all arithmetic is at the token resolution (fast for small images);
+with one width per factor of two, it is the network of VQGAN (Esser et al. 2021) and LlamaGen (Sun et al. 2024).
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from .settings.marks import Before
 TAIL = (96, 48, 24)
 """Channels at an eighth, a quarter and half of the image's resolution."""
 LAST, LAST_OF_LIKELIHOOD = 8, 32
-"""Channels at the image's resolution, below its 3 at most, and below the parameters of a distribution: with 32, 300
-steps on garments need 3.174 bits per dim of p(image | tokens), with 8 3.199."""
+"""Channels at the image's resolution, before at most 3 output channels, and before the parameters of a likelihood. With
+32 rather than 8, p(image | tokens) takes 3.174 rather than 3.199 bits per dim after 300 steps on garments."""
 
 
 class Sizes(NamedTuple):
-    """Of both networks. tail: see `painter`; None: what `default_tail` says."""
+    """Sizes of encoder and decoder. tail: see `upsampling_tail`; None: `default_tail`."""
 
     patch: int
     widths: tuple[int, ...]
@@ -54,39 +53,37 @@ class ConvolutionsConfig(TokenizerConfig):
     attention: bool = Field(False, description="self-attention at the token resolution")
     upsampling: Annotated[Literal["nearest", "subpixel"], Before("nearest")] = Field(
         "subpixel",
-        description="how the decoder grows: `subpixel` shuffles channels into pixels (Shi et al. 2016) and paints with "
-        "narrow convolutions at each resolution; `nearest` repeats pixels, and paints a patch by one convolution",
+        description="how the decoder upsamples: `subpixel` shuffles channels into pixels (Shi et al. 2016), with "
+        "narrow convolutions at each resolution; `nearest` repeats pixels, and predicts a patch by one convolution",
     )
     tail: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(
         None,
         description="channels at the resolutions inside a patch, coarsest first, for `subpixel`; null: 96 at an eighth "
-        "of the image's resolution, 48 at a quarter, 24 at half, and at its own 8, or 32 where more than 3 numbers are "
-        "painted for a pixel",
+        "of the image's resolution, 48 at a quarter, 24 at half, and 8 at full resolution, or 32 with more than 3 "
+        "outputs per pixel",
     )
 
     @property
     def sizes(self) -> Sizes:
-        """Of `encoder` and `decoder`."""
         patch = self.factor // 2 ** (len(self.widths) - 1)
         return Sizes(patch, self.widths, self.blocks, self.attention, self.upsampling == "subpixel", self.tail)
 
     def check(self) -> Iterator[str]:
-        """Sizes have to divide."""
         yield from super().check()
         if any(side % self.factor for side in self.image_size):
             yield f"factor: {self.factor} does not divide the image size {'x'.join(map(str, self.image_size))}"
         if len(self.blocks) != len(self.widths):
-            yield f"blocks: one number per width is needed (got {len(self.blocks)} for {len(self.widths)} widths)"
+            yield f"blocks: needs one number per width (got {len(self.blocks)} for {len(self.widths)} widths)"
         if 2 ** (len(self.widths) - 1) > self.factor:
             yield f"widths: {len(self.widths)} resolutions need a factor of {2 ** (len(self.widths) - 1)} or more"
         if any(width % 8 for width in self.widths):
             yield f"widths: must be multiples of 8 (got {list(self.widths)})"
         if self.tail is not None and self.upsampling != "subpixel":
-            yield "tail: goes with upsampling=subpixel; tail=null leaves it out"
+            yield "tail: needs upsampling=subpixel (or tail=null)"
         elif self.tail is not None and self.sizes.patch and 2 ** len(self.tail) != self.sizes.patch:
             yield (
-                f"tail: one number per doubling inside a patch of {self.sizes.patch} is needed: "
-                f"{self.sizes.patch.bit_length() - 1} (got {len(self.tail)})"
+                f"tail: needs {self.sizes.patch.bit_length() - 1} numbers, one per doubling inside a patch of "
+                f"{self.sizes.patch} (got {len(self.tail)})"
             )
 
 
@@ -104,7 +101,7 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Every position attends to every other, added to the input `(B, width, H, W)`."""
+    """Single-head attention over all positions, added to the input `(B, width, H, W)`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -116,41 +113,39 @@ class SelfAttention(nn.Module):
 
 
 def one_head_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over rows `(B, N, width)`; returns the same shape. Without an axis of heads, torch would not use its
-    fused kernel and would keep all `(B, N, N)` weights for the backward pass."""
+    """Attention over rows `(B, N, width)`, same shape. With an axis of heads, torch uses its fused kernel and does not
+    keep the `(B, N, N)` weights for the backward pass."""
     return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation (Wu and He 2018); on a GPU it keeps channels-last memory and the type of what it is given.
+    """Group normalisation (Wu and He 2018) that preserves channels-last memory and dtype on a GPU.
 
-    There torch's own copies to channels first and stays there, and autocast has it return float32. On a CPU it is used.
+    Torch's own copies to channels-first there, and returns float32 under autocast. On a CPU torch's own is used.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(B, width, H, W)` to the same shape."""
         return group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`F.group_norm` of `(B, width, H, W)`, as `GroupNorm` has it."""
+    """`F.group_norm` of `(B, width, H, W)`, see `GroupNorm`."""
     return (F.group_norm if x.device.type != "cuda" else channels_last_norm)(x, groups, weight, bias, eps)
 
 
 def channels_last_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """`F.group_norm` of `(B, C, ...)` in float32; what is returned has the type of `x` and channels-last memory."""
+    """`F.group_norm` of `(B, C, ...)`, computed in float32; the result has the dtype of `x` and channels-last
+    memory."""
     maps = x.movedim(1, -1)
     return NormalisedRows.apply(maps.flatten(1, -2), groups, weight, bias, eps).view(maps.shape).movedim(-1, 1)
 
 
 class NormalisedRows(torch.autograd.Function):
-    """Group normalisation of rows `(B, N, C)`. It keeps these for the backward pass, and two numbers per group."""
+    """Group normalisation of rows `(B, N, C)`; saves these and two numbers per group for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        """The same shape and type; what is between is float32, `(B, groups, C / groups)` or with 1 in place of the
-        last."""
-        # Over rows first, which reads memory as it lies. A group varies within its channels and between them.
+        # Over rows first, in the order of memory. A group varies within its channels and between them.
         within, means = (part.unflatten(1, (groups, -1)) for part in torch.var_mean(rows.float(), 1, correction=0))
         between, mean = torch.var_mean(means, 2, correction=0, keepdim=True)
         inverse = (within.mean(2, keepdim=True) + between + eps).rsqrt()
@@ -158,38 +153,36 @@ class NormalisedRows(torch.autograd.Function):
         scale = inverse * weight.float().view(groups, -1)
         shift = bias.float().view(groups, -1) - mean * scale
         result = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        return torch.addcmul(for_rows(shift), rows, for_rows(scale), out=result)  # one kernel, also where types differ
+        return torch.addcmul(for_rows(shift), rows, for_rows(scale), out=result)  # one kernel, also for mixed dtypes
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Of rows, weight and bias."""
         rows, weight, mean, inverse = ctx.saved_tensors
         groups = mean.shape[1]
         scale = inverse * weight.float().view(groups, -1)
         sums = grad.sum(1, dtype=torch.float32).unflatten(1, (groups, -1))
         products = (grad.float() * rows).sum(1).unflatten(1, (groups, -1))
-        along = (products - mean * sums) * inverse  # the sums of gradient times normalised input
+        weighted = (products - mean * sums) * inverse  # sums of gradient times normalised input
         count = rows.shape[1] * scale.shape[2]
-        slope = -inverse * (scale * along).sum(2, keepdim=True) / count
+        slope = -inverse * (scale * weighted).sum(2, keepdim=True) / count
         offset = -(scale * sums).sum(2, keepdim=True) / count - slope * mean
         rest = for_rows(offset.expand_as(scale)) + for_rows(slope.expand_as(scale)) * rows
-        of_rows = torch.addcmul(rest, for_rows(scale), grad, out=torch.empty_like(rows))
-        of_weight, of_bias = (part.sum(0).flatten().to(weight.dtype) for part in (along, sums))
-        return of_rows, None, of_weight, of_bias, None
+        grad_rows = torch.addcmul(rest, for_rows(scale), grad, out=torch.empty_like(rows))
+        grad_weight, grad_bias = (part.sum(0).flatten().to(weight.dtype) for part in (weighted, sums))
+        return grad_rows, None, grad_weight, grad_bias, None
 
 
-def for_rows(numbers: Tensor) -> Tensor:
-    """Numbers of channels, `(B, groups, C / groups)`, as they are broadcast to rows, `(B, 1, C)`."""
-    return numbers.flatten(1).unsqueeze(1)
+def for_rows(values: Tensor) -> Tensor:
+    """Reshape per-channel values `(B, groups, C / groups)` to `(B, 1, C)`, which broadcasts to rows."""
+    return values.flatten(1).unsqueeze(1)
 
 
 class Unshuffle(nn.PixelUnshuffle):
-    """Patches `(B, C, H, W)` to channels, `(B, C f^2, H / f, W / f)`; of no images, too, which torch's own returns as
-    they are."""
+    """Folds patches of `(B, C, H, W)` into channels, `(B, C f^2, H / f, W / f)`. Unlike torch's own, it also reshapes
+    empty batches."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """The channels of each patch."""
         if input.shape[0]:
             return super().forward(input)
         (_, channels, height, width), factor = input.shape, self.downscale_factor
@@ -197,21 +190,22 @@ class Unshuffle(nn.PixelUnshuffle):
 
 
 class Upsample(nn.Sequential):
-    """Doubles height and width, then a 3x3 convolution."""
+    """Doubles height and width by repetition, then a 3x3 convolution."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width_in, width_out, 3, padding=1))
 
 
 class Shuffle(nn.Sequential):
-    """Doubles height and width: a 1x1 convolution, whose channels become pixels (Shi et al. 2016)."""
+    """Doubles height and width: a 1x1 convolution and a pixel shuffle (Shi et al. 2016)."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(nn.Conv2d(width_in, 4 * width_out, 1), nn.PixelShuffle(2))
 
 
 class NarrowBlock(nn.Module):
-    """Two 3x3 convolutions added to their input `(B, width, H, W)`, without a norm: near the image, levels matter."""
+    """Two 3x3 convolutions added to their input `(B, width, H, W)`, without a norm, since absolute levels matter near
+    the image."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -242,31 +236,31 @@ def encoder(channels: int, sizes: Sizes, dim: int) -> nn.Sequential:
 def decoder(outputs: int, sizes: Sizes, dim: int) -> nn.Sequential:
     """The encoder's mirror: `(B, dim, H / f, W / f)` to `(B, outputs, H, W)`."""
     widths, blocks = sizes.widths, sizes.blocks
-    grow = Shuffle if sizes.subpixel else Upsample
+    upsample = Shuffle if sizes.subpixel else Upsample
     layers: list[nn.Module] = [nn.Conv2d(dim, widths[-1], 3, padding=1)]
     if sizes.attention:
         layers += [ResidualBlock(widths[-1]), SelfAttention(widths[-1])]
     for level in reversed(range(len(widths))):
         layers += [ResidualBlock(widths[level]) for _ in range(blocks[level])]
         if level:
-            layers.append(grow(widths[level], widths[level - 1]))
+            layers.append(upsample(widths[level], widths[level - 1]))
     layers += [norm(widths[0]), nn.SiLU()]
     if not sizes.subpixel:
         patch = nn.Conv2d(widths[0], outputs * sizes.patch**2, 3, padding=1)
         return nn.Sequential(*layers, patch, nn.PixelShuffle(sizes.patch))
     tail = default_tail(outputs, sizes.patch) if sizes.tail is None else sizes.tail
-    return nn.Sequential(*layers, *painter(outputs, widths[0], tail))
+    return nn.Sequential(*layers, *upsampling_tail(outputs, widths[0], tail))
 
 
 def default_tail(outputs: int, patch: int) -> tuple[int, ...]:
-    """Channels at each resolution inside a patch, coarsest first, of a decoder that puts out so many."""
+    """Channels at each resolution inside a patch, coarsest first, of a decoder with `outputs` channels."""
     whole = (*TAIL, LAST if outputs <= 3 else LAST_OF_LIKELIHOOD)
     return whole[len(whole) + 1 - patch.bit_length() :]
 
 
-def painter(outputs: int, width: int, tail: tuple[int, ...]) -> list[nn.Module]:
-    """From `(B, width, h, w)` to `(B, outputs, H, W)`, `len(tail)` doublings later: narrow convolutions at each
-    resolution, and a single one at that of the image, where they cost most."""
+def upsampling_tail(outputs: int, width: int, tail: tuple[int, ...]) -> list[nn.Module]:
+    """Layers from `(B, width, h, w)` to `(B, outputs, H, W)`, doubling `len(tail)` times: narrow convolutions at each
+    resolution, and a single one at the image's, where they cost most."""
     layers: list[nn.Module] = []
     for index, narrow in enumerate(tail):
         layers += [Shuffle(width, narrow), *([NarrowBlock(narrow)] if index < len(tail) - 1 else []), nn.SiLU()]

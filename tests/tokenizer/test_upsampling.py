@@ -150,10 +150,10 @@ def test_muon_moves_the_kernels_that_are_large_enough():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"tail": (8,)}, "tail: one number per doubling inside a patch of 4 is needed: 2 (got 1)"),
-        ({"tail": (8, 8), "upsampling": "nearest"}, "tail: goes with upsampling=subpixel"),
+        ({"tail": (8,)}, "tail: needs 2 numbers, one per doubling inside a patch of 4 (got 1)"),
+        ({"tail": (8, 8), "upsampling": "nearest"}, "tail: needs upsampling=subpixel"),
         ({"tail": (8, 0)}, "tail: must be >= 1 (got 0)"),
-        ({"tail": (8,), **form(4, 3)}, "tail: one number per doubling inside a patch of 1 is needed: 0 (got 1)"),
+        ({"tail": (8,), **form(4, 3)}, "tail: needs 0 numbers, one per doubling inside a patch of 1 (got 1)"),
         ({"upsampling": "bilinear"}, "upsampling: must be one of 'nearest', 'subpixel' (got 'bilinear')"),
         ({"factor": 2, "widths": (8,) * 4, "blocks": (1,) * 4, "tail": ()}, "resolutions need a factor of 8 or more"),
     ],

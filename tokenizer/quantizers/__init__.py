@@ -1,4 +1,4 @@
-"""The ways to turn a vector into an id, one file per idea."""
+"""Quantizers, which turn vectors into ids, one idea a file."""
 
 from .base import Quantized, Quantizer
 

@@ -1,5 +1,5 @@
-"""What quantizers with a codebook share: nearest-code search, a first codebook from k-means over all ranks, and the
-revival of codes that are hardly used (Dhariwal et al. 2020, Jukebox)."""
+"""The base of quantizers with a codebook: nearest-code search, k-means initialization over all ranks, and revival of
+dead codes (Dhariwal et al. 2020, Jukebox)."""
 
 from __future__ import annotations
 
@@ -18,31 +18,30 @@ from .base import Quantized, Quantizer
 from .gradients import Gradient, pass_gradient
 from .updates import SelfUpdating, sum_over_ranks, world_size
 
-# Distances held at a time on a CPU, which re-uses small blocks of memory; on a GPU 64 times as many.
+# Distances computed at a time on a CPU, whose cache holds them; 64 times as many on a GPU.
 SEARCH_ELEMENTS = 1 << 20
 
 
 class CodebookConfig(ModelConfig):
-    """What every codebook is told."""
+    """Settings shared by all codebooks."""
 
     codes: int = Field(512, ge=2, le=1 << 18, description="size of the codebook")
     dim: int = Field(64, ge=1, le=4096, description="width of a code")
-    beta: float = Field(0.25, ge=0, description="weight of the commitment loss, which pulls the encoder to its codes")
+    beta: float = Field(0.25, ge=0, description="weight of the commitment loss, which pulls vectors to their codes")
     kmeans_iterations: int = Field(
-        10, ge=0, description="k-means steps over the first batch, from which the codebook starts"
+        10, ge=0, description="k-means steps that initialize the codebook from the first batch"
     )
-    seed: int = Field(0, ge=0, description="chooses the first codes and the candidates for revival")
+    seed: int = Field(0, ge=0, description="seed of the initial codes and of the candidates for revival")
     normalize: Annotated[bool, Before(False)] = Field(
         False,
-        description="compare directions: vectors and codes are scaled to length 1, which suits large "
-        "codebooks of few dimensions (LlamaGen: 16384 x 8)",
+        description="compare directions (cosine similarity): vectors and codes are scaled to length 1, which suits "
+        "large codebooks of few dimensions (LlamaGen: 16384 x 8)",
     )
     gradient: Annotated[Gradient, Before("straight_through")] = Field(
-        "straight_through", description="how gradients pass a code"
+        "straight_through", description="gradient estimator of the nearest code"
     )
 
     def check(self) -> Iterator[str]:
-        """There are two directions of one dimension."""
         if self.normalize and self.dim < 2:
             yield f"normalize: needs a dim of 2 or more (got {self.dim})"
 
@@ -140,27 +139,27 @@ def rows_of(z: Tensor) -> Tensor:
 
 
 def map_of(rows: Tensor, z: Tensor) -> Tensor:
-    """`(B * positions, D)` as a map `(B, D, *spatial)` of the size of `z`: the inverse of `rows_of`."""
+    """`(B * positions, D)` to `(B, D, *spatial)` with the size of `z`: the inverse of `rows_of`."""
     return rows.reshape(z.shape[0], *z.shape[2:], rows.shape[1]).movedim(-1, 1)
 
 
 def nearest(rows: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest code, `(n,)`, for rows `(n, D)` and codes `(V, D)`: argmin |e|^2 - 2 z.e, as |z|^2 does not
-    matter. Only so many distances are held at a time."""
+    """Index of the nearest code, `(n,)`, for rows `(n, D)` and codes `(V, D)`: argmin |e|^2 - 2 z.e, in blocks of
+    rows."""
     squares, transposed = codebook.square().sum(1), codebook.t()
-    held = SEARCH_ELEMENTS if rows.device.type == "cpu" else 64 * SEARCH_ELEMENTS
-    parts = rows.split(max(1, held // len(codebook)))
-    found = [torch.addmm(squares, part, transposed, alpha=-2).argmin(1) for part in parts]
-    return found[0] if len(found) == 1 else torch.cat(found)
+    elements = SEARCH_ELEMENTS if rows.device.type == "cpu" else 64 * SEARCH_ELEMENTS
+    blocks = rows.split(max(1, elements // len(codebook)))
+    ids = [torch.addmm(squares, block, transposed, alpha=-2).argmin(1) for block in blocks]
+    return ids[0] if len(ids) == 1 else torch.cat(ids)
 
 
 def uses(tokens: Tensor, size: int) -> Tensor:
-    """How often each id occurs in `tokens` `(n,)`, int64 `(size,)`. For `torch.bincount` a GPU would be waited for."""
+    """Count each id in `tokens` `(n,)`, int64 `(size,)`. (`torch.bincount` would wait for a GPU.)"""
     return tokens.new_zeros(size).index_add_(0, tokens, torch.ones_like(tokens))
 
 
 def kmeans(rows: Tensor, clusters: int, iterations: int) -> Tensor:
-    """Lloyd's algorithm from the first `clusters` rows; an empty cluster stays where it was. Returns (clusters, D)."""
+    """Lloyd's algorithm from the first `clusters` rows; the centre of an empty cluster stays. Returns (clusters, D)."""
     centres = rows[:clusters].clone()
     for _ in range(iterations):
         tokens = nearest(rows, centres)
@@ -171,13 +170,13 @@ def kmeans(rows: Tensor, clusters: int, iterations: int) -> Tensor:
 
 
 def seeded(total: int, count: int, seed: int, step: int, device: torch.device) -> Tensor:
-    """`count` different whole numbers below `total`, a function of (seed, step) alone."""
+    """`count` distinct integers below `total`, a function of (seed, step) alone."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
     return torch.randperm(total, generator=generator)[:count].to(device)
 
 
 def first_rows(rows: Tensor, most: int, seed: int) -> Tensor:
-    """At most so many of the rows `(n, D)` of all ranks, chosen by the seed, for a codebook to start from."""
+    """At most `most` of the rows `(n, D)` of all ranks, chosen by the seed, to initialize a codebook."""
     total = len(rows) * world_size()
     return gather_rows(rows, seeded(total, min(total, most), seed, 0, rows.device))
 

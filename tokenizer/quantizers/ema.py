@@ -1,8 +1,7 @@
 """A codebook moved by running means of the vectors it is nearest to (van den Oord et al. 2017, appendix A.1).
 
-Counts and sums are added up over all ranks, so every rank holds the same codebook to the bit. A code that is hardly
-used is revived at a vector of the current step. The codebook moves once a step (`finish_step`), by all of its
-micro-batches together.
+Counts and sums are added up over all ranks, so every rank holds the same codebook to the bit. A rarely used code is
+revived at a vector of the current batch.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ class EMAConfig(CodebookConfig):
         0.9,
         ge=0,
         lt=1,
-        description="decay of the running counts and sums, per training step; a code that is no longer "
-        "used is found dead after some 3 / (1 - decay) steps, and long runs may wait (0.99)",
+        description="decay of the running counts and sums, per training batch; a code that is no longer used counts as "
+        "dead after about 3 / (1 - decay) batches; long runs can use 0.99",
     )
     revive_below: float = Field(
         0.05, ge=0, lt=1, description="a code used less than this share of the mean use is revived"
     )
-    revive_every: int = Field(10, ge=1, description="training steps between looking for dead codes")
+    revive_every: int = Field(10, ge=1, description="training batches between revivals")
 
 
 class EMA(CountedCodebook, name="ema"):
-    """Codes are running means: codebook = sums / counts, with Laplace smoothing."""
+    """A codebook of running means: codebook = sums / counts, with Laplace smoothing."""
 
     Config = EMAConfig
     sums: Tensor
@@ -46,7 +45,7 @@ class EMA(CountedCodebook, name="ema"):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """beta weighs the commitment; the codebook needs no loss."""
+        """beta for the commitment; the codebook needs no loss."""
         return {"commitment": self.config.beta}
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:

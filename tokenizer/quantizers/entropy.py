@@ -1,21 +1,20 @@
 """Entropy penalties that keep codes in use (Jansen et al. 2020), for codes made of bits (Yu et al. 2023, section 3.1;
-Zhao et al. 2024, section 4): `entropy`, E[H(p)], small when each row is sure of its code, and `diversity`, log K -
-H(E[p]), small when the rows together use all codes alike.
+Zhao et al. 2024, section 4): `entropy`, E[H(p)], small if each row's assignment is confident, and `diversity`, log K -
+H(E[p]), small if the rows together use all codes equally.
 
 A row of logits a says p(code) = prod_k sigmoid(+-a_k), + where bit k of the code is 1. The bits of *one* row are
 independent, so the entropy of its code is the sum of its bits', exactly:
 
     E[H(p)] = E[sum_k h(sigmoid(a_k))],  h(q) = -q log q - (1 - q) log(1 - q).
 
-The mean over rows is a mixture, whose bits depend on each other: H(E[p]) needs E[p] of every code. It is taken for
-groups of bits. In a group of g bits p(code) = p(low half) p(high half), so that E[p] over n rows is one product of
-matrices, (2^(g/2) x n)(n x 2^(g/2)) / n: n x 2^g numbers exist at no time. One group is exact; with more, as entropy is
-subadditive,
+The mean over rows is a mixture, whose bits are dependent: H(E[p]) needs E[p] of every code. It is computed for groups
+of bits. In a group of g bits p(code) = p(low half) p(high half), so E[p] over n rows is one matrix product, (2^(g/2) x
+n)(n x 2^(g/2)) / n, and n x 2^g numbers never exist. One group is exact; with more, as entropy is subadditive,
 
     H(E[p]) <= sum over groups of H(E[p of the group's bits]),
 
-so that `diversity`, bits log 2 minus that sum, is at most log K - H(E[p]). What it lacks is what groups say about each
-other: it is 0 when each group by itself uses all of its codes. As n rows that are sure fill at most n codes, that of a
+so `diversity`, bits log 2 minus that sum, is at most log K - H(E[p]). The gap is the mutual information of the groups:
+it is 0 if each group by itself uses all of its codes. Since n confident rows fill at most n codes, the diversity of a
 group with more than log2(n) bits cannot become 0.
 """
 
@@ -38,8 +37,8 @@ def bit_entropy(logits: Tensor) -> Tensor:
 
 
 def bit_diversity(logits: Tensor, group: int, *, share: bool = False) -> Tensor:
-    """log K - H(E[p]) in nats, a scalar, of logits `(n, bits)`; exact when `bits <= group`, else a lower bound from
-    groups of nearly equal sizes. `share` is that of `diversity`."""
+    """log K - H(E[p]) in nats, a scalar, of logits `(n, bits)`; exact if `bits <= group`, else a lower bound from
+    groups of nearly equal sizes. share: see `diversity`."""
     groups = logits.tensor_split(math.ceil(logits.shape[1] / group), dim=1)
     return torch.stack([diversity(mean_probabilities(part), share=share) for part in groups]).sum()
 
@@ -47,13 +46,13 @@ def bit_diversity(logits: Tensor, group: int, *, share: bool = False) -> Tensor:
 def diversity(mean: Tensor, *, share: bool = False) -> Tensor:
     """log K - H(mean) in nats, a scalar >= 0, of the mean p over this rank's rows, `(K,)`.
 
-    With `share`, the mean is over the rows of all ranks: equally many on each, and every rank has to call. The gradient
-    reaches a rank's own rows only, and is theirs in the whole times the number of ranks. Averaged over ranks, as DDP
-    does, it is the gradient of one process that has all rows.
+    With `share`, the mean is over the rows of all ranks, equally many on each; every rank has to call. The gradient
+    reaches a rank's own rows only, multiplied by the number of ranks. Averaged over ranks, as DDP does, it is the
+    gradient of one process with all rows.
     """
     if share and world_size() > 1:
         mean = straight_through(mean, mean_over_ranks(mean.detach().clone()))
-    tiny = torch.finfo(mean.dtype).tiny  # at 0, where saturated bits are, p log p has no slope
+    tiny = torch.finfo(mean.dtype).tiny  # p log p has no slope at 0, where saturated bits are
     return (mean * (mean * len(mean)).clamp(min=tiny).log()).sum().clamp(min=0)
 
 

@@ -1,9 +1,9 @@
 """Finite scalar quantization (Mentzer et al. 2023): round each channel to a few levels; no codebook, no loss.
 
 For an even number of levels L the bounded channel is shifted by half a level. A shift inside the tanh keeps z = 0 at 0:
-atanh(offset / reach), the inverse, where the paper's code (appendix A) has tan. And reach is (L - 1) (1 + 1e-3) / 2
-here, (L - 1) (1 - 1e-3) / 2 there. So z near the border of two levels may get the other id: an encoder that was trained
-with that code does not give all the ids here that it gave there. What an id stands for is the same.
+atanh(offset / reach), the exact inverse, where the paper's code (appendix A) has tan. And reach is (L - 1) (1 + 1e-3) /
+2 here, (L - 1) (1 - 1e-3) / 2 there. So z near the border of two levels can get another id than from the paper's code.
+The codes of ids are the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .gradients import straight_through
 
 
 class FSQConfig(ModelConfig):
-    """The grid of scalars."""
+    """Levels of each channel."""
 
     levels: tuple[Annotated[int, Field(ge=3, le=256)], ...] = Field(
         (8, 8, 8),
@@ -31,13 +31,12 @@ class FSQConfig(ModelConfig):
     )
 
     def check(self) -> Iterator[str]:
-        """The vocabulary has to fit a token grid."""
         if math.prod(self.levels) > 1 << 18:
             yield f"levels: their product must be at most {1 << 18} (got {math.prod(self.levels)})"
 
 
 class FSQ(Quantizer, name="fsq"):
-    """Each channel is bounded by a tanh and rounded to one of its levels; the id is the mixed-radix number of them."""
+    """Bounds each channel by a tanh and rounds it to one of its levels; the id is their mixed-radix number."""
 
     Config = FSQConfig
     sizes: Tensor
@@ -54,12 +53,12 @@ class FSQ(Quantizer, name="fsq"):
         bounded = self._bound(z.movedim(1, -1))
         rounded = straight_through(bounded, bounded.round())
         half = self.sizes // 2
-        digits = (rounded.detach().long() + half).clamp(min=0)  # of NaN, too, which as a whole number is the least
+        digits = (rounded.detach().long() + half).clamp(min=0)  # NaN converts to the smallest integer
         tokens = (digits * self.radix).sum(-1)
         return Quantized((rounded / half).movedim(-1, 1), tokens, {})
 
     def _bound(self, z: Tensor) -> Tensor:
-        """Into (-L/2, L/2), shifted by half a level where L is even, so that rounding gives exactly L values."""
+        """Map into (-L/2, L/2), shifted by half a level for even L, so that rounding gives exactly L values."""
         reach = (self.sizes - 1) * (1 + 1e-3) / 2
         offset = torch.where(self.sizes % 2 == 0, 0.5, 0.0)
         return (z + torch.atanh(offset / reach)).tanh() * reach - offset

@@ -1,8 +1,8 @@
-"""How a gradient passes a code: two estimators with the same value.
+"""Gradient estimators of the nearest code, with the same forward value.
 
-Straight-through (Bengio et al. 2013) hands the code's gradient to the vector as it is. The rotation trick (Fifty et al.
-2024, arXiv:2410.06424, section 4.2) turns and scales it as the vector would have to be turned and scaled to become its
-code, so that vectors of one cell are pushed apart or together and not all alike.
+Straight-through (Bengio et al. 2013) copies the code's gradient to the vector. The rotation trick (Fifty et al. 2024,
+arXiv:2410.06424, section 4.2) applies the rotation and scaling that map the vector to its code, so vectors of one cell
+are pushed apart or together rather than all in the same direction.
 """
 
 from __future__ import annotations
@@ -37,23 +37,22 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         u, v, w, scale = ctx.saved_tensors
-        along_w = 2 * (gradient * w).sum(-1, keepdim=True) * w
-        along_u = 2 * (gradient * v).sum(-1, keepdim=True) * u
-        return scale * (gradient - along_w + along_u), None
+        reflected = 2 * (gradient * w).sum(-1, keepdim=True) * w
+        rotated = 2 * (gradient * v).sum(-1, keepdim=True) * u
+        return scale * (gradient - reflected + rotated), None
 
 
 def straight_through(z: Tensor, codes: Tensor) -> Tensor:
-    """The value of `codes`, to the bit, with the gradient passed on to `z` of the same shape."""
+    """The value of `codes`, to the bit; the gradient is copied to `z` of the same shape."""
     return _StraightThrough.apply(z, codes)
 
 
 def rotate_through(z: Tensor, codes: Tensor) -> Tensor:
     """The value of `codes` `(n, dim)`, to the bit; the gradient reaches `z` `(n, dim)` through the transpose of
-    |e| / |z| (I - 2 w w' + 2 e^ z^'), the scaled rotation of z onto e, which counts as constant. w = (z^ + e^) /
-    |z^ + e^|."""
+    |e| / |z| (I - 2 w w' + 2 e^ z^'), the scaled rotation of z onto e, taken as constant. w = (z^ + e^) / |z^ + e^|."""
     return _Rotation.apply(z, codes)
 
 
 def pass_gradient(kind: str, z: Tensor, codes: Tensor) -> Tensor:
-    """The value of `codes` with the gradient of the estimator called `kind`, a `Gradient`."""
+    """The value of `codes`, with the gradient estimator `kind`."""
     return {"straight_through": straight_through, "rotation": rotate_through}[kind](z, codes)

@@ -1,10 +1,10 @@
 """Lookup-free quantization (Yu et al. 2023, MAGVIT-v2; Luo et al. 2024, Open-MAGVIT2): the id is the channels' signs.
 
-No codebook and no search, so a vocabulary of 2^18 costs nothing. What keeps all of it in use is a pair of losses on
-p(code | z), proportional to exp(-|z - code|^2 / temperature): bit k is 1 with probability sigmoid(4 z_k / temperature).
-`entropy`, E[H(p)], is small when each vector is sure of its code, and `diversity`, log K - H(E[p]), when the batch uses
-all codes alike (see `entropy.py`). E[p] is over the vectors of all ranks, so two processes train as one does; with
-gradient accumulation it is over those of a micro-batch.
+There is no codebook and no search, so a vocabulary of 2^18 costs nothing. Two losses keep all of it in use, with p(code
+| z) proportional to exp(-|z - code|^2 / temperature): bit k is 1 with probability sigmoid(4 z_k / temperature).
+`entropy`, E[H(p)], is small if assignments are confident, and `diversity`, log K - H(E[p]), if the batch uses all codes
+equally (see `entropy.py`). E[p] is over the vectors of all ranks, so two processes train as one does; with gradient
+accumulation it is over a micro-batch.
 """
 
 from __future__ import annotations
@@ -25,29 +25,30 @@ LARGEST = 18  # bits of an id, and of a group
 
 
 class LFQConfig(ModelConfig):
-    """How many bits, and what keeps them in use."""
+    """Number of bits, and the losses that keep them in use."""
 
-    bits: int = Field(9, ge=2, le=256, description="channels, each of which becomes one bit")
+    bits: int = Field(9, ge=2, le=256, description="number of channels, each of which becomes one bit")
     levels: int = Field(
         1,
         ge=1,
         le=64,
-        description="ids per position, which share the bits evenly: 18 bits are 2 ids of 512 rather than one "
-        "of 262144, which a prior cannot hold",
+        description="ids per position, which share the bits evenly: 18 bits as 2 ids of 512 values rather than one of "
+        "262144, which is too many for a prior",
     )
-    beta: float = Field(0.25, ge=0, description="weight of the commitment loss, which pulls the encoder to its codes")
-    entropy: float = Field(0.02, ge=0, description="weight of the entropy of a vector's code, in nats")
-    diversity: float = Field(0.1, ge=0, description="weight of what the codes' entropy over the batch lacks, in nats")
-    temperature: float = Field(1.0, gt=0, description="how far from 0 a channel is sure of its bit")
+    beta: float = Field(0.25, ge=0, description="weight of the commitment loss, which pulls vectors to their codes")
+    entropy: float = Field(0.02, ge=0, description="weight of the entropy of p(code | vector), in nats")
+    diversity: float = Field(
+        0.1, ge=0, description="weight of log(codes) minus the entropy of the batch's mean p(code), in nats"
+    )
+    temperature: float = Field(1.0, gt=0, description="temperature of p(code | vector) in the two losses")
     group: int = Field(
         10,
         ge=1,
         le=LARGEST,
-        description="bits whose joint use `diversity` sees at a time; exact where there are no more",
+        description="bits whose joint distribution `diversity` sees; exact if there are no more",
     )
 
     def check(self) -> Iterator[str]:
-        """The bits of an id are whole, and its vocabulary has to fit a token grid."""
         if self.bits % self.levels:
             yield f"levels: must divide the {self.bits} bits (got {self.levels})"
         elif self.bits // self.levels > LARGEST:
@@ -55,8 +56,8 @@ class LFQConfig(ModelConfig):
 
 
 class LFQ(Quantizer, name="lfq"):
-    """Channels become +1 where they are positive, else -1 (so 0 is -1). With n = bits / levels, the n channels from
-    channel l n on are the bits of level l's id, the first of them worth 1."""
+    """Channels become +1 if positive, else -1. With n = bits / levels, channels l n to (l + 1) n - 1 are the bits of
+    level l's id, least significant first."""
 
     Config = LFQConfig
     places: Tensor
@@ -65,18 +66,18 @@ class LFQ(Quantizer, name="lfq"):
         super().__init__(config)
         self.dim, self.levels = config.bits, config.levels
         self.vocab_size = 2 ** (config.bits // config.levels)
-        self.size = 1.0  # of a code's channel
+        self.size = 1.0  # absolute value of a code's channels
         self.sharpness = 4 / config.temperature  # |z + 1|^2 - |z - 1|^2 = 4 z
         places = 2 ** torch.arange(config.bits // config.levels, device="cpu")
         self.register_buffer("places", places, persistent=False)
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """As configured; beta weighs the commitment."""
+        """beta for the commitment, and the entropies' as configured."""
         return {"commitment": self.config.beta, "entropy": self.config.entropy, "diversity": self.config.diversity}
 
     def project(self, z: Tensor) -> Tensor:
-        """`z` (..., bits) to where its nearest code is looked for: as it is."""
+        """Map `z` (..., bits) to the space of the codes."""
         return z
 
     def _quantize(self, z: Tensor) -> Quantized:
@@ -88,8 +89,8 @@ class LFQ(Quantizer, name="lfq"):
         return Quantized(z_q, torch.cat(ids.unbind(-1), 1), self.losses(u.flatten(0, -2), codes.flatten(0, -2)))
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Unweighted scalars from rows `(n, bits)` and their codes: |z - sg(code)|^2, mean over channels in units of a
-        code's, and the entropies in nats. Ranks share E[p] in training only, when all of them are here."""
+        """Unweighted scalars from rows `(n, bits)` and their codes: |z - sg(code)|^2, the mean over channels in units
+        of `size`, and the entropies in nats. Ranks share E[p] in training, when all of them call this."""
         logits = rows * self.sharpness
         return {
             "commitment": F.mse_loss(rows / self.size, codes / self.size),

@@ -1,9 +1,9 @@
-"""Multi-scale residual quantization (VAR, Tian et al. 2024, algorithms 1 and 2): a map of ids at each of several sizes,
-coarse to fine, each the codes nearest to what those before it left over.
+"""Multi-scale residual quantization (VAR, Tian et al. 2024, algorithms 1 and 2): maps of ids of several sizes, coarse
+to fine, each with the codes nearest to the residual of those before it.
 
-Two things are not the paper's. Each scale is divided by its running root mean square before its codes are searched:
-what is left over at 1x1 is small, so without it nearly all vectors of that scale share one or two codes of the
-codebook that all scales share. And the convolutions `phi` are none by default.
+Two things differ from the paper. Each scale is divided by its running root mean square before the search: residuals at
+1x1 are small, so without this nearly all vectors of that scale share one or two codes of the common codebook. And there
+are no convolutions `phi` by default.
 """
 
 from __future__ import annotations
@@ -28,34 +28,36 @@ from .gradients import pass_gradient
 from .updates import SelfUpdating, mean_over_ranks
 
 BOOKS = ("bsq", "ema", "fsq", "lfq", "simvq", "vq")
-ROUNDS = 2  # of k-means over what real codes leave over, after one over what perfect ones would
+ROUNDS = 2  # of k-means over residuals of actual codes, after one over those of perfect codes
 PAIR = r"[1-9]\d{0,2}x[1-9]\d{0,2}"
-DECAY = 0.9  # of the running means, per training step, beside a book that has none
+DECAY = 0.9  # of the running means, per training batch, if the book has no decay
 
 
 class MultiScaleConfig(ModelConfig):
-    """The scales, and the codebook that they share."""
+    """The scales, and their common codebook."""
 
     scales: tuple[Annotated[int, Field(ge=1, le=256)] | str, ...] = Field(
         (1, 2, 4, 7),
         min_length=1,
-        description="sizes of the maps of ids, coarse to fine, the last that of the latents: the side of a square, or "
-        "HEIGHTxWIDTH",
+        description="sizes of the maps of ids, coarse to fine, each the side of a square or HEIGHTxWIDTH; the last is "
+        "that of the latents",
     )
     book: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        EMAConfig(), description=f"the codebook of all scales, one of {', '.join(BOOKS)}; all have its settings"
+        EMAConfig(), description=f"the common codebook, one of {', '.join(BOOKS)}"
     )
-    rms: bool = Field(True, description="divide each scale by its running root mean square, so that all use the codes")
+    rms: bool = Field(
+        True, description="divide each scale by its running root mean square, so that all use the codebook"
+    )
     center: bool = Field(True, description="subtract the running mean of latents before the first scale")
     phi: int = Field(
-        0, ge=0, le=64, description="convolutions that smooth what scales add up, shared by neighbours (VAR: 4)"
+        0, ge=0, le=64, description="number of smoothing convolutions, shared by neighbouring scales (VAR: 4)"
     )
     truncate: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="in training, the share of images of which the decoder sees the first few scales only, so that "
-        "these alone make a picture",
+        description="in training, the share of images for which the decoder sees only the first few scales, so that "
+        "these decode alone",
     )
 
     @property
@@ -65,22 +67,21 @@ class MultiScaleConfig(ModelConfig):
         return tuple((int(height), int(width)) for height, _, width in (pair.partition("x") for pair in pairs))
 
     def check(self) -> Iterator[str]:
-        """Scales grow, and a scale's code is one id that says how long the vector is."""
-        if strange := [pair for pair in self.scales if isinstance(pair, str) and not re.fullmatch(PAIR, pair)]:
-            yield f"scales: a size is a side or HEIGHTxWIDTH, as in 4 or 3x4 (got {strange[0]!r})"
+        if invalid := [pair for pair in self.scales if isinstance(pair, str) and not re.fullmatch(PAIR, pair)]:
+            yield f"scales: a size must be a side or HEIGHTxWIDTH, such as 4 or 3x4 (got {invalid[0]!r})"
         elif problem := scales_problem(self.sides):
             yield f"scales: {problem}"
         book: Any = self.book
         if book.kind not in BOOKS:
-            yield f"book: must be one of {', '.join(BOOKS)}, where a vector takes its nearest code (got {book.kind!r})"
+            yield f"book: must be one of {', '.join(BOOKS)} (got {book.kind!r})"
         elif getattr(book, "normalize", False):
-            yield "book.normalize: must be false, as the length of what is left over has to be quantized too"
+            yield "book.normalize: must be false, because the length of residuals has to be quantized too"
         elif book.kind in ("lfq", "bsq") and book.levels > 1:
-            yield f"book.levels: must be 1, as a position of a scale takes one id (got {book.levels})"
+            yield f"book.levels: must be 1, because a position of a scale has one id (got {book.levels})"
 
 
 class Descent(NamedTuple):
-    """What a pass over the scales finds, a list of each: residuals `(B, dim, h, w)` as they are searched, times their
+    """Results of a pass over the scales, one list entry each: residuals `(B, dim, h, w)` before the division by
     `sigma`; ids `(B, h, w)`; sums of codes so far `(B, dim, H, W)`; and further losses of the book."""
 
     residuals: list[Tensor]
@@ -90,19 +91,19 @@ class Descent(NamedTuple):
 
 
 class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
-    """Grid `(L,)`, scale after scale, each in raster order. z_q is the sum of what the scales' codes add.
+    """Grid `(L,)`, scale after scale, each in raster order. z_q is the sum of the upsampled codes of all scales.
 
-    `commitment` and `codebook`, the latter where codes or convolutions are learned, are those of every partial sum,
-    averaged over scales.
+    The losses `commitment` and `codebook`, the latter if codes or convolutions are learned, are those of every partial
+    sum, averaged over scales.
     """
 
     Config = MultiScaleConfig
     mean: Tensor
-    """(dim,) running mean of the latents, from which the sum starts; zero without `center`."""
+    """(dim,) running mean of the latents, the first term of the sum; zero without `center`."""
     squares: Tensor
-    """(scales,) running mean square of what a scale quantizes."""
+    """(scales,) running mean square of each scale's residuals."""
     left: Tensor
-    """(scales,) running share of the latents' variance that is left over after each scale."""
+    """(scales,) running share of the latents' variance that remains after each scale."""
 
     def __init__(self, config: MultiScaleConfig) -> None:
         super().__init__(config)
@@ -119,21 +120,22 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """beta of the book for the commitment, 1 for what is learned, and the book's others."""
+        """The book's beta for `commitment`, 1 for `codebook`, and the book's other weights."""
         others = {k: v for k, v in self.book.loss_weights.items() if k not in ("commitment", "codebook")}
         learned = {"codebook": 1.0} if self.learned else {}
         return {"commitment": getattr(self.config.book, "beta", 0.25), **learned, **others}
 
     @property
     def figures(self) -> dict[str, Tensor]:
-        """The share of the latents' variance that is left over after each scale: `left_1x1`, `left_2x2`, ..."""
+        """The share of the latents' variance that remains after each scale: `left_1x1`, `left_2x2`, ..."""
         return {f"left_{by(sides)}": share for sides, share in zip(self.scales, self.left, strict=True)}
 
     def grid_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """One axis, of all scales' ids. Raises `ConfigError` unless the last scale has the size of the latents."""
+        """One axis with the ids of all scales. Raises `ConfigError` unless the last scale has the size of the
+        latents."""
         if self.scales[-1] != (height, width):
-            wanted, given = by((height, width)), ", ".join(map(by, self.scales))
-            raise ConfigError(f"quantizer.scales: must end at the latents' size {wanted} (got {given})")
+            size, scales = by((height, width)), ", ".join(map(by, self.scales))
+            raise ConfigError(f"quantizer.scales: must end with the latents' size {size} (got {scales})")
         return (sum(areas(self.scales)),)
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
@@ -141,7 +143,7 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return self.lookup_scales(tokens, len(self.scales))
 
     def lookup_scales(self, tokens: Tensor, count: int) -> Tensor:
-        """`lookup_checked` of the first `count` scales alone. Raises `ValueError` for more scales than there are."""
+        """`lookup_checked` of the first `count` scales alone. Raises `ValueError` if there are fewer."""
         if not 1 <= count <= len(self.scales):
             raise ValueError(f"count should be 1 to {len(self.scales)}, the number of scales (got {count})")
         with full_float32(), torch.autocast(tokens.device.type, enabled=False):
@@ -151,27 +153,27 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return total
 
     def sigma(self) -> Tensor:
-        """(scales,) what the vectors of each scale are divided by; ones without `rms`."""
+        """(scales,) the divisor of each scale's residuals; ones without `rms`."""
         return self.squares.clamp(min=1e-12).sqrt()
 
     def _table(self) -> Tensor | None:
-        """The codes `(codes, dim)`, where the book has any."""
+        """The codes `(codes, dim)`, if the book has a table."""
         return self.book.table() if isinstance(self.book, Codebook) else None
 
     def _codes(self, ids: Tensor, table: Tensor | None) -> Tensor:
-        """`(B, dim, h, w)` of `ids` `(B, h, w)`. Bits become +1 and -1: of length 1 in all, they would be too short."""
+        """`(B, dim, h, w)` of `ids` `(B, h, w)`. Bits become +1 and -1: codes of length 1 would be too short."""
         if table is None:
             return self.book.lookup_checked(ids) / getattr(self.book, "size", 1.0)
         return F.embedding(ids, table).movedim(-1, 1)
 
     def _added(self, codes: Tensor, k: int, sigma: Tensor) -> Tensor:
-        """What codes `(B, dim, h, w)` of scale `k` add to the sum, `(B, dim, H, W)`."""
+        """The term of the sum from codes `(B, dim, h, w)` of scale `k`, `(B, dim, H, W)`."""
         up = self.resize.up(codes * sigma[k], k)
         return up.lerp(self.phis[self._phi_of(k)](up), 0.5) if self.phis else up
 
     def _phi_of(self, k: int) -> int:
-        """Which convolution scale `k` takes: both are spread evenly over [0, 1], and the nearest ones meet. VAR's four
-        lie a little further out."""
+        """The index of scale `k`'s convolution: both are spread evenly over [0, 1] and matched to the nearest. VAR's
+        four lie slightly further out."""
         margin = 1 / (3 if len(self.phis) == 4 else 2) / len(self.phis)
         ticks = torch.linspace(margin, 1 - margin, len(self.phis), dtype=torch.float64, device="cpu")
         return int((ticks - k / max(1, len(self.scales) - 1)).abs().argmin())
@@ -180,7 +182,7 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         recorded = self.may_record(z.detach())
         found = self._descend(z)
         kind = getattr(self.config.book, "gradient", "straight_through")
-        z_q = pass_gradient(kind, rows_of(z), rows_of(self._shown(found.sums)))
+        z_q = pass_gradient(kind, rows_of(z), rows_of(self._truncate(found.sums)))
         if recorded:
             self._record(z.detach(), found)
         tokens = torch.cat([ids.flatten(1) for ids in found.tokens], 1)
@@ -189,27 +191,27 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
     def _descend(self, z: Tensor) -> Descent:
         """Quantize `z` `(B, dim, H, W)` scale by scale; residuals have its gradient, sums that of what is learned."""
         if tuple(z.shape[2:]) != self.scales[-1]:
-            raise ValueError(f"z should be of the last scale's size {by(self.scales[-1])}, got {by(z.shape[2:])}")
+            raise ValueError(f"z should have the last scale's size {by(self.scales[-1])}, got {by(z.shape[2:])}")
         found, total = Descent([], [], [], []), self.mean[:, None, None].expand_as(z)
         table, sigma = self._table(), self.sigma()
         for k in range(len(self.scales)):
             rest = self.resize.down(z - total.detach(), k)
             ids, losses = self._search(rest / sigma[k], table)
             total = total + self._added(self._codes(ids, table), k, sigma)
-            for kept, new in zip(found, (rest, ids, total, losses), strict=True):
-                kept.append(new)  # type: ignore[attr-defined]
+            for results, new in zip(found, (rest, ids, total, losses), strict=True):
+                results.append(new)  # type: ignore[attr-defined]
         return found
 
     def _search(self, vectors: Tensor, table: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Ids `(B, h, w)` of `vectors` `(B, dim, h, w)`, and the book's losses that are not of a sum of codes."""
+        """Ids `(B, h, w)` of `vectors` `(B, dim, h, w)`, and the book's losses other than the commitment."""
         if table is None:
             found = self.book.quantize(vectors)
             return found.tokens, {k: v for k, v in found.losses.items() if k != "commitment"}
         ids = nearest(rows_of(vectors.detach()), table.detach())
         return ids.reshape(vectors.shape[0], *vectors.shape[2:]), {}
 
-    def _shown(self, sums: list[Tensor]) -> Tensor:
-        """What the decoder sees: the last of `sums`, or in training, of some images, an earlier one."""
+    def _truncate(self, sums: list[Tensor]) -> Tensor:
+        """The decoder's input: the last of `sums`, or for a random share of training images an earlier one."""
         if not (self.training and self.config.truncate and len(sums) > 1):
             return sums[-1]
         count, last = len(sums[0]), len(sums) - 1

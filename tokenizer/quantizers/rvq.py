@@ -1,7 +1,7 @@
-"""Residual quantization: several codes per position, each the nearest to what those before it left over.
+"""Residual quantization: several codes per position, each the nearest to the residual of those before it.
 
 SoundStream (Zeghidour et al. 2021, section III-C) has a codebook for each level, RQ-VAE (Lee et al. 2022, section 3.1)
-one for all. With `depth` levels of K codes a position takes one of K^depth values, at the price of depth searches of K.
+one for all. With `depth` levels of K codes a position has K^depth values, at the cost of `depth` searches among K.
 """
 
 from __future__ import annotations
@@ -22,34 +22,33 @@ from .ema import EMAConfig
 from .gradients import pass_gradient
 
 BOOKS = ("ema", "simvq", "vq")
-SHARED_STARTS = 2  # the first takes 15 to 90 % off the error, the second up to 30 % more, a third nothing
+SHARED_STARTS = 2  # the first reduces the error by 15 to 90 %, the second by up to 30 %, a third does not
 
 
 class RVQConfig(ModelConfig):
-    """How many codes a position takes, and from which books."""
+    """Number of levels, and their codebooks."""
 
     depth: int = Field(
-        4, ge=1, le=64, description="ids per position: each is the code nearest to what those before it left"
+        4, ge=1, le=64, description="ids per position; each is the code nearest to the residual of those before it"
     )
     shared: bool = Field(False, description="one codebook for all levels (RQ-VAE), not one for each (SoundStream)")
     book: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        EMAConfig(), description=f"a level's codebook, one of {', '.join(BOOKS)}; all have its settings"
+        EMAConfig(), description=f"codebook of each level, one of {', '.join(BOOKS)}, with the same settings"
     )
 
     def check(self) -> Iterator[str]:
-        """Levels are nearest-code searches among vectors of any length."""
         if not isinstance(self.book, CodebookConfig) or self.book.kind not in BOOKS:
             yield f"book: must be one of {', '.join(BOOKS)} (got {self.book.kind!r})"
         elif self.book.normalize:
-            yield "book.normalize: must be false, as the length of what is left over has to be quantized too"
+            yield "book.normalize: must be false, because the length of residuals has to be quantized too"
 
 
 class RVQ(Quantizer, name="rvq"):
-    """`books` (`depth` of them, or a shared one) are codebooks of their own kind; their codes add up to `z_q`.
+    """The codes of `books` (`depth` of them, or a shared one) add up to `z_q`.
 
-    The losses are the book's, averaged over levels (RQ-VAE adds them up; the mean leaves beta as it is for one level).
-    As level l's vectors are z less the codes before it, its commitment is that of the partial sum,
-    |z - sg(e_1 + .. + e_l)|^2, as in the paper.
+    The losses are the book's, averaged over levels (RQ-VAE sums them; the mean keeps the meaning of beta). Level l's
+    vectors are z minus the codes before it, so its commitment is that of the partial sum, |z - sg(e_1 + .. + e_l)|^2,
+    as in the paper.
     """
 
     Config = RVQConfig
@@ -58,78 +57,79 @@ class RVQ(Quantizer, name="rvq"):
         super().__init__(config)
         book: Any = config.book
         self.vocab_size, self.dim, self.levels = book.codes, book.dim, config.depth
-        # Seeds of their own: two levels that revive codes from the same places would quantize the same vectors twice.
+        # Different seeds: levels that revive codes at the same positions would quantize the same vectors twice.
         seeds = [book.seed + level for level in range(1 if config.shared else config.depth)]
         kind: Any = Quantizer.find(book.kind)
         self.books: Any = nn.ModuleList(kind(book.model_copy(update={"seed": seed})) for seed in seeds)
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The book's."""
         return self.books[0].loss_weights
 
     def tables(self) -> list[Tensor]:
         """The codes of each level, `(codes, dim)`."""
-        return self._of_levels([book.table() for book in self.books])
+        return self._per_level([book.table() for book in self.books])
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
         """Sums of codes `(B, dim, *spatial)`, coarse ones first, of `tokens` `(B, levels * rows, ...)`."""
         levels = zip(tokens.chunk(self.levels, 1), self.tables(), strict=True)
         return add_up(F.embedding(ids, table) for ids, table in levels).movedim(-1, 1)
 
-    def _of_levels(self, things: Any) -> list[Any]:
-        """`things`, one for each book, as one for each level."""
-        return list(things) * (self.levels // len(self.books))
+    def _per_level(self, per_book: Any) -> list[Any]:
+        """A list with one entry per book as one with an entry per level."""
+        return list(per_book) * (self.levels // len(self.books))
 
     def _quantize(self, z: Tensor) -> Quantized:
         rows = rows_of(z)
         recorded = self.books[0].may_record(rows.detach(), self.start)
-        left, tokens, codes = self._descend(rows, self.tables())
-        losses = self._losses(left, codes)
+        residuals, tokens, codes = self._descend(rows, self.tables())
+        losses = self._losses(residuals, codes)
         z_q = pass_gradient(self.config.book.gradient, rows, add_up(codes))
         if recorded:
-            self._record(left, tokens)
+            self._record(residuals, tokens)
         ids = [part.reshape(z.shape[0], *z.shape[2:]) for part in tokens]
         return Quantized(map_of(z_q, z), torch.cat(ids, 1), losses)
 
     def _descend(self, rows: Tensor, tables: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """What each level has left of rows `(n, dim)`, with their gradient; its tokens `(n,)` and codes `(n, dim)`."""
-        left, tokens, codes = [rows], [], []
+        """For each level, its input: the residual of rows `(n, dim)`, with their gradient; its tokens `(n,)` and codes
+        `(n, dim)`."""
+        residuals, tokens, codes = [rows], [], []
         for table in tables:
-            tokens.append(nearest(left[-1].detach(), table.detach()))
+            tokens.append(nearest(residuals[-1].detach(), table.detach()))
             codes.append(F.embedding(tokens[-1], table))
-            left.append(left[-1] - codes[-1].detach())
-        return left[:-1], tokens, codes
+            residuals.append(residuals[-1] - codes[-1].detach())
+        return residuals[:-1], tokens, codes
 
-    def _losses(self, left: list[Tensor], codes: list[Tensor]) -> dict[str, Tensor]:
-        parts = [book.losses(*level) for book, *level in zip(self._of_levels(self.books), left, codes, strict=True)]
+    def _losses(self, residuals: list[Tensor], codes: list[Tensor]) -> dict[str, Tensor]:
+        levels = zip(self._per_level(self.books), residuals, codes, strict=True)
+        parts = [book.losses(*level) for book, *level in levels]
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
-        """k-means level by level over what is left of rows `(n, dim)`. A shared book starts from the rows, then from
-        what it leaves at all levels: it needs fine codes as well as coarse ones."""
-        left = rows
+        """Run k-means level by level over residuals of rows `(n, dim)`. A shared book starts from the rows, then from
+        its own residuals at all levels, since it needs fine codes as well as coarse ones."""
+        residual = rows
         for book in self.books:
-            book.start(left)
-            left = left - self._descend(left, [book.table()])[2][0]
+            book.start(residual)
+            residual = residual - self._descend(residual, [book.table()])[2][0]
         for _ in range(SHARED_STARTS if self.config.shared else 0):
             self.books[0].start(interleave(self._descend(rows, self.tables())[0]))
 
-    def _record(self, left: list[Tensor], tokens: list[Tensor]) -> None:
-        """For each book, the vectors of all the levels that it serves."""
+    def _record(self, residuals: list[Tensor], tokens: list[Tensor]) -> None:
+        """Record for each book the vectors of all its levels."""
         each = self.levels // len(self.books)
         for index, book in enumerate(self.books):
             levels = slice(index * each, (index + 1) * each)
-            book.record(interleave(left[levels]).detach(), interleave(tokens[levels]))
+            book.record(interleave(residuals[levels]).detach(), interleave(tokens[levels]))
 
 
 def add_up(codes: Iterable[Tensor]) -> Tensor:
-    """The sum, in this order: floats added up in another would make another `z_q`."""
+    """The sum in order, so that it always rounds the same."""
     return reduce(torch.add, codes)
 
 
 def interleave(levels: list[Tensor]) -> Tensor:
-    """Levels' `(n, ...)` as one `(n * levels, ...)`, position by position: so the rows of all ranks laid end to end are
-    those of one process with all the positions, and codes start and are revived from the same ones."""
+    """Join levels' `(n, ...)` to `(n * levels, ...)`, position by position. So the ranks' rows end to end are those of
+    one process, and codes start and are revived from the same ones."""
     return torch.stack(levels, 1).flatten(0, 1)

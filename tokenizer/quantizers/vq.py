@@ -1,8 +1,8 @@
 """A codebook moved by gradients (van den Oord et al. 2017, equation 3).
 
 The codebook loss |sg(z) - e|^2 pulls codes to vectors with weight 1; beta weighs the commitment |z - sg(e)|^2 that
-pulls vectors to codes. (Several public codebases have beta on the wrong one of the two.) A code that is nobody's
-nearest gets no gradient and would stay where it is for ever, so codes that are hardly used are revived.
+pulls vectors to codes. (Several public codebases have beta on the wrong one of the two.) A code that is nearest to no
+vector gets no gradient and would never move again, so rarely used codes are revived.
 """
 
 from __future__ import annotations
@@ -23,18 +23,16 @@ class VQConfig(CodebookConfig):
     """When a code counts as dead."""
 
     decay: Annotated[float, Before(0.9)] = Field(
-        0.9, ge=0, lt=1, description="decay of the running counts of use, per training step"
+        0.9, ge=0, lt=1, description="decay of the running counts of use, per training batch"
     )
     revive_below: Annotated[float, Before(0.05)] = Field(
         0.05, ge=0, lt=1, description="a code used less than this share of the mean use is revived"
     )
-    revive_every: Annotated[int, Before(10)] = Field(
-        10, ge=1, description="training steps between looking for dead codes"
-    )
+    revive_every: Annotated[int, Before(10)] = Field(10, ge=1, description="training batches between revivals")
 
 
 class VQ(CountedCodebook, name="vq"):
-    """Codes are parameters."""
+    """A codebook of parameters."""
 
     Config = VQConfig
 

@@ -19,7 +19,7 @@ from two_processes import fork_twice, join_group, leave_group
 
 from tokenizer.quantizers import Quantizer, choice
 from tokenizer.quantizers import gumbel as gumbel_module
-from tokenizer.quantizers.choice import How, choose
+from tokenizer.quantizers.choice import ChoiceOptions, choose
 from tokenizer.quantizers.codebook import nearest
 from tokenizer.quantizers.entropy import diversity
 
@@ -57,7 +57,7 @@ def scalar(values, entropy, mean):
 @pytest.mark.parametrize("held", [1, 21, 1 << 17])  # a row at a time, three, and all
 def test_blocks_give_what_the_plain_formula_gives(monkeypatch, held, hard, seed):
     monkeypatch.setattr(choice, "BLOCK_ELEMENTS", held)
-    given, how = inputs(), How(temperature=0.7, entropy_temperature=0.3, hard=hard, seed=seed)
+    given, how = inputs(), ChoiceOptions(temperature=0.7, entropy_temperature=0.3, hard=hard, seed=seed)
     one, other = choose(*given, how), plain(*given, how)
     assert torch.equal(one.tokens, other[1]) and len(one.tokens.unique()) > 2
     for found, expected in zip((one.values, one.entropy, one.mean), (other[0], *other[2:]), strict=True):
@@ -71,7 +71,7 @@ def test_blocks_give_what_the_plain_formula_gives(monkeypatch, held, hard, seed)
 
 def test_the_backward_pass_is_as_exact_under_autocast():
     given = [tensor.detach().float().requires_grad_() for tensor in inputs(64, 33)]
-    made = choose(*given, How())
+    made = choose(*given, ChoiceOptions())
     loss = scalar(made.values, made.entropy, made.mean)
     expected = torch.autograd.grad(loss, given, retain_graph=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -82,7 +82,9 @@ def test_the_backward_pass_is_as_exact_under_autocast():
 def test_entropies_of_far_apart_logits_are_finite():
     """Codes that no vector could mean have a probability of 0 in float32, and log 0 is not finite."""
     rows = torch.tensor([[1e4, 0.0], [2e4, 0.0]], requires_grad=True)
-    made = choose(rows, torch.eye(2).repeat(2, 1), torch.zeros(4), torch.ones(4, 1), How(entropy_temperature=0.01))
+    made = choose(
+        rows, torch.eye(2).repeat(2, 1), torch.zeros(4), torch.ones(4, 1), ChoiceOptions(entropy_temperature=0.01)
+    )
     spread = diversity(made.mean, share=False)
     (made.entropy + spread).backward()
     assert made.entropy.item() == pytest.approx(math.log(2)) == spread.item() and torch.isfinite(rows.grad).all()
@@ -91,10 +93,10 @@ def test_entropies_of_far_apart_logits_are_finite():
 def test_a_block_is_of_so_many_logits_and_of_one_row_at_least(monkeypatch):
     monkeypatch.setattr(choice, "BLOCK_ELEMENTS", 64)
     sizes = {
-        codes: choice._rows_held(torch.empty(9, 3), torch.empty(codes, 3)) for codes in (1, 7, 32, 33, 64, 65, 5000)
+        codes: choice._block_size(torch.empty(9, 3), torch.empty(codes, 3)) for codes in (1, 7, 32, 33, 64, 65, 5000)
     }
     assert sizes == {1: 64, 7: 9, 32: 2, 33: 1, 64: 1, 65: 1, 5000: 1}
-    assert choice._rows_held(torch.empty(9, 3, device="meta"), torch.empty(32, 3)) == 128  # elsewhere than on a CPU
+    assert choice._block_size(torch.empty(9, 3, device="meta"), torch.empty(32, 3)) == 128  # elsewhere than on a CPU
 
 
 # Index backpropagation
