@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prior import Prior
 from prior.objectives import Alignment, Likelihood, alignment_problem
 from prior.sampling import GUIDANCE, Sampler
-from tokenizer.settings import Node
+from tokenizer.config import Node
 
 from .config import Config, UserError, Within, run_command
 from .config.importing import as_asked
@@ -29,7 +29,6 @@ from .stages.starting import model_of, start_from
 from .tokens import TokenDataset, TokenSplit, load_tokens
 from .tracking import Mark, TrackConfig
 from .training.loop import train
-from .training.run_folder import model_as_begun
 from .training.schedule import TrainConfig
 from .training.sharding import is_sharding
 from .training.stopping import what_is_saved
@@ -275,7 +274,6 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 def run(config: TrainPriorConfig) -> Path:
     """Train, and return the run folder; `pipeline/` in it is what `from_pretrained` wants."""
-    config = model_as_begun(config)
 
     def build(accelerator: Accelerator) -> Task:
         if config.objective == "cca" and is_sharding(accelerator):

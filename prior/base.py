@@ -18,7 +18,8 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenizer.base import Grid, TokenGrid, full_float32, in_finest
-from tokenizer.pretrained import Fact, ModelConfig, Node, PretrainedModel
+from tokenizer.config import Fact, ModelConfig, Node
+from tokenizer.model import PretrainedModel
 
 from .drawing import draw, evaluating
 from .features import Features

@@ -69,7 +69,6 @@ class CausalConv(Prior, name="causal_conv"):
     """WaveNet over the tokens in `order`: rank r sees the `reach` ranks before it."""
 
     Config = CausalConvConfig
-    stored_names = {"layers": "blocks"}
     ranks: Tensor
     cells: Tensor
     """Coordinates `(axes, N)` of the grid's cells, in the order."""

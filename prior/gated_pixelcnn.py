@@ -12,14 +12,12 @@ Channels are rows of the grid, and masks between them come out of the order; wha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-
-from tokenizer.pretrained import Was
 
 from .base import Prior
 from .heads import IdEmbedding
@@ -34,7 +32,7 @@ class GatedPixelCNNConfig(RowsConfig):
     depth: int = Field(10, ge=1, le=256, description="number of gated layers after the first")
     first_kernel: int = Field(7, ge=3, le=63, description="side of the first layer's convolutions, odd")
     kernel: int = Field(3, ge=3, le=63, description="side of the other layers' convolutions, odd")
-    hidden: Annotated[int, Was("head", int)] = Field(32, ge=1, le=65536, description="channels before the last layer")
+    hidden: int = Field(32, ge=1, le=65536, description="channels before the last layer")
 
     def check(self) -> Iterator[str]:
         """Kernels are odd, the grid has two axes, the order is raster."""

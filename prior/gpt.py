@@ -31,7 +31,6 @@ class GPT(Prior, name="gpt"):
     """Masked self-attention over the tokens in `order`, with a cache for sampling."""
 
     Config = GPTConfig
-    stored_names = {"layers": "blocks"}
 
     cells: Tensor
     """Coordinates `(axes, N)` of the grid's cells, raster order."""

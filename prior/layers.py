@@ -20,14 +20,11 @@ oldest row the current one, which is then written over from left to right.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-
-from tokenizer.pretrained import Before
 
 from .base import PriorConfig
 from .drawing import FEW_ROWS
@@ -52,7 +49,7 @@ class RasterConfig(PriorConfig):
 class RowsConfig(RasterConfig):
     """What convolutions that have no other notion of where they are may be told."""
 
-    row_embedding: Annotated[bool, Before(False)] = Field(
+    row_embedding: bool = Field(
         True,
         description="tell each layer its row, by a learned bias: what is painted, where rows are channels or levels",
     )

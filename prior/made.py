@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.pretrained import Before
-
 from .base import Prior, PriorConfig
 from .drawing import sent
 from .masks import Connections, Sums, chosen_degrees, degrees_of, even_degrees, random_degrees, summed
@@ -59,7 +57,7 @@ class MADEConfig(PriorConfig):
         le=1 << 20,
         description="draw so many orders and degrees to train with once for all, not new ones at every step",
     )
-    sigmoid: Annotated[bool, Before(False)] = Field(
+    sigmoid: bool = Field(
         True, description="one logit per token where there are two ids; false: one-hot rows and a softmax"
     )
 
@@ -67,10 +65,6 @@ class MADEConfig(PriorConfig):
     def binary(self) -> bool:
         """Whether a token is one number, and so is what is predicted of it."""
         return self.sigmoid and self.grid.vocab_size == 2 and self.embedding is None
-
-    def identity(self) -> dict[str, Any]:
-        """Without `sigmoid` where it makes no difference."""
-        return {key: value for key, value in super().identity().items() if key != "sigmoid" or self.binary}
 
     def check(self) -> Iterator[str]:
         """The order has to exist, and direct connections have to be few enough."""

@@ -61,7 +61,6 @@ class Masked(Prior, name="masked"):
     """Every masked token from all visible ones. `exact` says what `log_prob` is, and may be set at any time."""
 
     Config = MaskedConfig
-    stored_names = {"layers": "blocks"}
     Sampling = MaskedSampler
     any_order = recomputes = True
     coordinates: Tensor

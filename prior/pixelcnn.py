@@ -16,14 +16,12 @@ so that an image in colour wants deeper stacks or larger kernels than a grey one
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-
-from tokenizer.pretrained import Was
 
 from .base import Prior
 from .heads import IdEmbedding
@@ -38,7 +36,7 @@ class PixelCNNConfig(RowsConfig):
     depth: int = Field(15, ge=1, le=256, description="number of residual blocks")
     first_kernel: int = Field(7, ge=3, le=63, description="side of the first (type A) convolution, odd")
     kernel: int = Field(3, ge=3, le=63, description="side of the blocks' (type B) convolutions, odd")
-    hidden: Annotated[int, Was("head", int)] = Field(32, ge=1, le=65536, description="channels before the last layer")
+    hidden: int = Field(32, ge=1, le=65536, description="channels before the last layer")
 
     def check(self) -> Iterator[str]:
         """Kernels are odd, the grid has two axes, the order is raster."""
@@ -67,7 +65,6 @@ class PixelCNN(Prior, name="pixelcnn"):
     """A stack of masked convolutions, with row caches for sampling. It has a blind spot; see `receptive_field`."""
 
     Config = PixelCNNConfig
-    stored_names = {"layers": "blocks"}
 
     def __init__(self, config: PixelCNNConfig) -> None:
         super().__init__(config)

@@ -20,14 +20,12 @@ softmax over ids. Published figures are not this model's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-
-from tokenizer.pretrained import Was
 
 from .base import Prior
 from .drawing import FEW_ROWS
@@ -46,7 +44,7 @@ class PixelSNAILConfig(RasterConfig):
     heads: int = Field(1, ge=1, le=256, description="attention heads")
     key: int = Field(4, ge=1, le=8192, description="channels of a head's queries and keys")
     value: int = Field(32, ge=1, le=8192, description="channels of a head's values, no fewer than its keys have")
-    hidden: Annotated[int, Was("head", int)] = Field(64, ge=1, le=65536, description="channels before the last layer")
+    hidden: int = Field(64, ge=1, le=65536, description="channels before the last layer")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside each gated residual branch")
 
     def check(self) -> Iterator[str]:
@@ -126,7 +124,6 @@ class PixelSNAIL(Prior, name="pixelsnail"):
     """Blocks of masked convolutions and attention, with row caches and a cache of keys and values for sampling."""
 
     Config = PixelSNAILConfig
-    stored_names = {"layers": "blocks"}
     background: Tensor
 
     def __init__(self, config: PixelSNAILConfig) -> None:

@@ -11,17 +11,16 @@ import torch
 from pydantic import Field, PlainSerializer, PlainValidator
 from torch import Tensor, nn
 
-from .files.errors import ConfigError, shown
+from .config import MAX_ITEMS, Fact, ModelConfig
+from .files import ConfigError, quote
+from .model import PretrainedModel
 from .precision import Held as Held
 from .precision import at_least_float32 as at_least_float32
 from .precision import finest as finest
 from .precision import full_float32 as full_float32
 from .precision import in_finest as in_finest
-from .pretrained import PretrainedModel
 from .scales import Resize as Resize
 from .scales import Scales, areas, scales_problem
-from .settings import MAX_ITEMS, ModelConfig
-from .settings.marks import Fact
 
 
 @dataclass(frozen=True)
@@ -108,15 +107,15 @@ def read_grid(value: Any) -> TokenGrid:
     if isinstance(value, TokenGrid):
         return value
     if not isinstance(value, dict) or set(value) - {"scales", "levels", "channels"} != {"shape", "vocab_size"}:
-        raise ValueError(f"expected the keys shape, vocab_size (got {shown(value)})")
+        raise ValueError(f"expected the keys shape, vocab_size (got {quote(value)})")
     shape, scales = value["shape"], value.get("scales", [])
     for name, items in (("shape", shape), ("scales", scales)):
         if not isinstance(items, (list, tuple)):
-            raise ValueError(f"{name}: expected a list (got {shown(items)})")
+            raise ValueError(f"{name}: expected a list (got {quote(items)})")
         if len(items) > MAX_ITEMS:
             raise ValueError(f"expected at most {MAX_ITEMS} values in a list")
     if not all(isinstance(sides, (list, tuple)) for sides in scales):
-        raise ValueError(f"scales: expected pairs (got {shown(scales)})")
+        raise ValueError(f"scales: expected pairs (got {quote(scales)})")
     facts = {name: value[name] for name in ("levels", "channels") if name in value}
     return TokenGrid(tuple(shape), value["vocab_size"], tuple(map(tuple, scales)), **facts)
 
@@ -159,7 +158,7 @@ class TokenizerConfig(ModelConfig):
             yield f"image_size: expected [height, width] (got {list(self.image_size)})"
 
 
-class Tokenizer(PretrainedModel, family="tokenizer"):
+class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
     """Images `(B, C, H, W)` in [-1, 1] to tokens `(B, *grid.shape)` and back.
 
     `encode`, `decode` and the likelihoods compute in `full_float32`: a GPU and a CPU give the same up to rounding.

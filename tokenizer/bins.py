@@ -11,11 +11,11 @@ import math
 import torch
 from torch import Tensor
 
+from .config import ModelConfig
 from .precision import in_finest
 from .quantizers import Quantizer
 from .quantizers.base import Quantized
 from .quantizers.gradients import straight_through
-from .settings import ModelConfig
 
 
 class Bins(Quantizer):

@@ -16,10 +16,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, AutoencoderConfig
+from .config import ModelConfig, Node
 from .layers import GroupNorm, Upsample, one_head_attention
 from .quantizers.vq import VQConfig
-from .settings import ModelConfig, Node
-from .settings.marks import Before
 
 Levels = Annotated[tuple[int, ...], Field(min_length=1)]
 
@@ -80,7 +79,7 @@ class NetworkConfig(AutoencoderConfig):
 class VQGANConfig(NetworkConfig):
     """Sizes of the networks, and how codes come to the decoder."""
 
-    unit_codes: Annotated[bool, Before(False)] = Field(
+    unit_codes: bool = Field(
         False, description="the decoder sees codes at length 1, however they are compared (transformers' JanusVQVAE)"
     )
 

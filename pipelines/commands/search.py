@@ -12,8 +12,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenizer.settings.marks import Was
-
 from ..config import Config, Of, UserError, choose_device, run_command
 from ..config.outputs import check_out_file, writing
 from ..image_pipeline import ImagePipeline
@@ -40,14 +38,12 @@ class SearchConfig(Config):
     data: Annotated[DataConfig, Of("pipeline")] = Field(
         DataConfig(), description="the images; its training split is searched; defaults to the pipeline's own"
     )
-    images: Annotated[int | str | list[int | str] | None, Was("queries", (int, str, list))] = Field(
+    images: int | str | list[int | str] | None = Field(
         None,
         description="what is searched for: image files, folders of them, or indices of the held-out split; default: "
         "num_images of these",
     )
-    num_images: Annotated[int, Was("num_queries", int)] = Field(
-        500, ge=1, description="how many held-out images, drawn by seed, or all if fewer"
-    )
+    num_images: int = Field(500, ge=1, description="how many held-out images, drawn by seed, or all if fewer")
     num_index: int | None = Field(
         10_000, ge=1, description="how many training images, drawn by seed, to search; null: all"
     )

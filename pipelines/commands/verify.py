@@ -8,8 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tokenizer.files.ownership import named
-from tokenizer.files.reading import CODE, MANIFEST, verify_manifest
+from tokenizer.files import MANIFEST, verify_manifest
 
 from ..config import Config, Within, run_command
 from ..tokens import load_tokens
@@ -28,7 +27,7 @@ class VerifyConfig(Config):
 
 
 def run(config: VerifyConfig) -> Path:
-    """Hash every file that cannot hold code, and look at every id of a token dataset; returns the folder.
+    """Hash every file, and check every id of a token dataset; returns the folder.
 
     Raises a `PipelineLoadError` that names the first file that is missing or changed.
     """
@@ -39,10 +38,8 @@ def run(config: VerifyConfig) -> Path:
         for split in data.splits.values():
             for rows in chunks(len(split)):
                 split.tokens[rows]  # which compares ids with the vocabulary
-    unread = [name for name in files if name.lower().endswith(CODE)]
-    size = sum(entry["size"] for name, entry in files.items() if name not in unread)
-    rest = f"; not opened, as they may hold code: {named(unread)}" if unread else ""
-    print(f"{folder}: {len(files) - len(unread)} files of {size:,} bytes are as {MANIFEST} says{rest}")
+    size = sum(entry["size"] for entry in files.values())
+    print(f"{folder}: {len(files)} files of {size:,} bytes are as {MANIFEST} says")
     return folder
 
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tokenizer.base import TokenGrid
-from tokenizer.pretrained import ModelConfig
+from tokenizer.config import ModelConfig
 
 from .base import Head
 

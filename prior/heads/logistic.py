@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenizer.base import TokenGrid, at_least_float32
-from tokenizer.pretrained import ModelConfig
+from tokenizer.config import ModelConfig
 
 from .base import Head
 

@@ -24,7 +24,7 @@ from prior.orders import Partition, make_partition
 from prior.sampling import Sampler
 from prior.sampling.confidence import MaskedSampler
 from tokenizer import TokenGrid
-from tokenizer.files.errors import ConfigError
+from tokenizer.files import ConfigError
 
 LONG, LEVELS = TokenGrid((12,), 5), TokenGrid((6, 3), 32, levels=3)
 PIXELS = grid_with({"channels": 1}, (2, 2), 8)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..family import Named
+from ..config import ModelConfig
+from ..model import Registered
 from ..precision import at_least_float32
-from ..settings import ModelConfig
 
 LEVELS = 256
 FLOOR = 2.0**-16
@@ -18,7 +18,7 @@ FLOOR = 2.0**-16
 elsewhere."""
 
 
-class Likelihood(Named, nn.Module, family="tokenizer.likelihoods"):
+class Likelihood(Registered, nn.Module, family="tokenizer.likelihoods"):
     """P(image | parameters) = prod_c P(channel c | channels before c, parameters), pixel by pixel."""
 
     num_parameters: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..settings import ModelConfig
+from ..config import ModelConfig
 from .base import LEVELS, Likelihood, to_intensities
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..settings import ModelConfig
+from ..config import ModelConfig
 from .base import LEVELS, Likelihood, to_intensities
 
 HALF_BIN = 1 / (LEVELS - 1)

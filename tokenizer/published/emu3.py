@@ -20,10 +20,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..autoencoder import Autoencoder
-from ..files.errors import ConfigError
+from ..config import ModelConfig, Node
+from ..files import ConfigError
 from ..layers import Upsample
 from ..quantizers.vq import VQConfig
-from ..settings import ModelConfig, Node
 from ..vqgan import Attention, Block, NetworkConfig, conv3, encoder_layers, levels_of, named, norm
 from .layouts import Layout, Shapes, Weights
 from .settings import transformers_settings

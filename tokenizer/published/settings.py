@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..files.errors import ConfigError, FormatError
+from ..files import ConfigError, FormatError
 
 Settings = dict[str, Any]
 VQ_MODELS = ("chameleon_vqgan", "janus_vqgan", "emu3_vqgan")

@@ -4,7 +4,7 @@ revival of codes that are hardly used (Dhariwal et al. 2020, Jukebox)."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..settings import ModelConfig
-from ..settings.marks import Before
+from ..config import ModelConfig
 from .base import Quantized, Quantizer
 from .gradients import Gradient, pass_gradient
 from .steps import Stepped, Taken
@@ -32,14 +31,12 @@ class CodebookConfig(ModelConfig):
         10, ge=0, description="k-means steps over the first batch, from which the codebook starts"
     )
     seed: int = Field(0, ge=0, description="chooses the first codes and the candidates for revival")
-    normalize: Annotated[bool, Before(False)] = Field(
+    normalize: bool = Field(
         False,
         description="compare directions: vectors and codes are scaled to length 1, which suits large "
         "codebooks of few dimensions (LlamaGen: 16384 x 8)",
     )
-    gradient: Annotated[Gradient, Before("straight_through")] = Field(
-        "straight_through", description="how gradients pass a code"
-    )
+    gradient: Gradient = Field("straight_through", description="how gradients pass a code")
 
     def check(self) -> Iterator[str]:
         """There are two directions of one dimension."""

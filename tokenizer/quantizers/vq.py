@@ -7,15 +7,12 @@ nearest gets no gradient and would stay where it is for ever, so codes that are 
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..settings.marks import Before
 from .codebook import CodebookConfig, CountedCodebook, world_size
 from .steps import Taken, moved_if
 
@@ -23,15 +20,11 @@ from .steps import Taken, moved_if
 class VQConfig(CodebookConfig):
     """When a code counts as dead."""
 
-    decay: Annotated[float, Before(0.9)] = Field(
-        0.9, ge=0, lt=1, description="decay of the running counts of use, per training step"
-    )
-    revive_below: Annotated[float, Before(0.05)] = Field(
+    decay: float = Field(0.9, ge=0, lt=1, description="decay of the running counts of use, per training step")
+    revive_below: float = Field(
         0.05, ge=0, lt=1, description="a code used less than this share of the mean use is revived"
     )
-    revive_every: Annotated[int, Before(10)] = Field(
-        10, ge=1, description="training steps between looking for dead codes"
-    )
+    revive_every: int = Field(10, ge=1, description="training steps between looking for dead codes")
 
 
 class VQ(CountedCodebook, name="vq"):

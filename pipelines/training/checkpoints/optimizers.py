@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tokenizer.files.errors import WeightsError
+from tokenizer.files import WeightsError
 
 Tensors = dict[str, Tensor]
 OF_THE_STEP = {"params", "lr", "bf16"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipelines.anomaly.separation import benjamini_hochberg
-from pipelines.stages.conformal import kept, least_scores, p_values_of, threshold, tie_of_six_digits
+from pipelines.stages.conformal import kept, least_scores, p_values_of, threshold
 
 
 @pytest.mark.parametrize("scale", [(0, 1), (1_234_567.8, 3), (0, 1e-9), (-5e8, 2e4)], ids=str)
@@ -74,10 +74,3 @@ def test_the_least_number_of_scores_is_the_least(share, confidence, least):
     assert threshold(normal, 0, share, confidence) == normal[-1]
     with pytest.raises(ValueError, match=f"{least - 1} normal scores are too few"):
         threshold(normal[1:], 0, share, confidence)
-
-
-def test_scores_that_were_kept_to_six_digits_are_not_compared_as_if_they_were_exact():
-    """Rounded down, an image would be stranger than its own copies."""
-    for score in (1_234_567.8, 1_234_562.3, 0.123456789, 98.76544):
-        normal = np.full(20, float(f"{score:.6g}"))
-        assert p_values_of(np.array([score]), normal, tie_of_six_digits(normal)) == 1

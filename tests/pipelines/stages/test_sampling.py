@@ -17,7 +17,7 @@ from pipelines.stages.requests import Request
 from pipelines.stages.sampling import settings_in
 from prior.orders import Partition
 from prior.requests import Walk
-from tokenizer.files.errors import ConfigError
+from tokenizer.files import ConfigError
 
 
 def rounded(images):

@@ -239,17 +239,6 @@ def test_save_and_load(tmp_path):
     assert loaded.state_dict().keys() == make_prior("gpt", SHAPE).state_dict().keys()
 
 
-def test_without_a_window_a_model_is_what_it_was(tmp_path):
-    """Files from before there were windows load, and fingerprints are theirs."""
-    model = make_prior("gpt", SHAPE)
-    assert not {"window", "dilation"} & set(model.config.identity())
-    model.save_pretrained(tmp_path / "prior")
-    path = tmp_path / "prior" / "config.json"
-    older = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("window", "dilation")}
-    path.write_text(json.dumps(older))
-    assert Prior.from_pretrained(tmp_path / "prior").fingerprint() == model.fingerprint()
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [

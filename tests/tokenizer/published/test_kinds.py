@@ -9,7 +9,7 @@ import pytest
 import torch
 from small import QUANTIZERS, make_quantizer, make_tokenizer, quantizer_of
 
-from tokenizer.files.errors import ConfigError
+from tokenizer.files import ConfigError
 
 KINDS = ("cosmos", "emu3", "magvit2", "maskgit")
 
