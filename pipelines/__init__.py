@@ -3,6 +3,7 @@
 What needs torch is imported when it is first asked for: `smalti --help` does not.
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +35,7 @@ def _version() -> str:
 _check_siblings()
 __version__ = _version()
 
-from tokenizer.files.errors import (  # noqa: E402
+from tokenizer.files import (  # noqa: E402
     ConfigError,
     FormatError,
     IntegrityError,
@@ -44,7 +45,6 @@ from tokenizer.files.errors import (  # noqa: E402
     UnreadableError,
     WeightsError,
 )
-from tokenizer.late import late  # noqa: E402
 
 __all__ = [
     "ConfigError",
@@ -68,12 +68,17 @@ if TYPE_CHECKING:
     from .stages.output import PipelineOutput
     from .stages.watching import Interrupted
 else:  # a type checker would take any name for one of these
-    __getattr__, __dir__ = late(
-        __name__,
-        {
-            "ImagePipeline": "image_pipeline",
-            "Interrupted": "stages.watching",
-            "PipelineOutput": "stages.output",
-            "from_unit": "images.pictures",
-        },
-    )
+    _MODULES = {
+        "ImagePipeline": "image_pipeline",
+        "Interrupted": "stages.watching",
+        "PipelineOutput": "stages.output",
+        "from_unit": "images.pictures",
+    }
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_MODULES})

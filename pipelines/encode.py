@@ -18,8 +18,8 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenizer import Tokenizer
-from tokenizer.files.opening import read_json
-from tokenizer.pretrained import PROVENANCE
+from tokenizer.files import read_json
+from tokenizer.model import PROVENANCE
 
 from .config import Config, Of, UserError, run_command
 from .config.importing import as_asked

@@ -16,14 +16,13 @@ from pydantic import Field
 from torch import Tensor
 
 from prior.checks import NotCausalError, is_built_in, require_causal
-from tokenizer.files.errors import PathError
-from tokenizer.files.writing import results_folder, write_json
-from tokenizer.settings.marks import Was
+from tokenizer.files import PathError, write_json
 
 from .config import Config, Of, UserError, run_command
 from .config.importing import as_asked
 from .config.outputs import check_out_results
 from .config.table import table
+from .files.writing import results_folder
 from .image_pipeline import ImagePipeline
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images, to_float, to_uint8
 from .images.origin import named
@@ -74,7 +73,7 @@ class EvaluateConfig(Config):
     data: Annotated[DataConfig, Of("pipeline")] = Field(
         DataConfig(), description="the images; defaults to those the pipeline was trained on"
     )
-    num_images: Annotated[int, Was("num_samples", int)] = Field(
+    num_images: int = Field(
         1000,
         ge=0,
         description="samples that are judged; sets of images are compared at this size, or at that of the training or "

@@ -192,7 +192,7 @@ class ImagePipeline(Stages):
 
         Returns huggingface_hub's `CommitInfo`. Raises `hub.PushError`, an `OSError`, with the reason in one line.
         """
-        from tokenizer.files.hub import replace_on_hub, require_reachable
+        from .files.hub import replace_on_hub, require_reachable
 
         require_reachable(repo_id)
         with tempfile.TemporaryDirectory() as temporary:

@@ -18,7 +18,7 @@ from prior.checks import NotCausalError, is_built_in, require_causal, with_rando
 from prior.cuda_graph import release_graph
 from prior.objectives import Alignment, Likelihood, alignment_problem
 from prior.sampling import GUIDANCE, SamplingOptions
-from tokenizer.settings import Node
+from tokenizer.config import Node
 
 from .config import Config, UserError, Within, run_command
 from .config.importing import as_asked
@@ -32,7 +32,6 @@ from .stages.starting import model_of, start_from
 from .tokens import TokenDataset, TokenSplit, load_tokens
 from .tracking import Mark, TrackConfig
 from .training.loop import train
-from .training.run_folder import model_as_begun
 from .training.schedule import TrainConfig
 from .training.sharding import is_sharding
 from .training.stopping import what_is_saved
@@ -302,7 +301,6 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 def run(config: TrainPriorConfig) -> Path:
     """Train, and return the run folder; `pipeline/` in it is what `from_pretrained` wants."""
-    config = model_as_begun(config)
 
     def build(accelerator: Accelerator) -> Task:
         if config.objective == "cca" and is_sharding(accelerator):

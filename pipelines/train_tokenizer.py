@@ -15,18 +15,16 @@ from torch import Tensor, nn
 
 from tokenizer import Tokenizer
 from tokenizer.base import codebook_usage
+from tokenizer.config import ModelConfig, Node
 from tokenizer.critic import PatchCritic
-from tokenizer.files.opening import read_json
+from tokenizer.files import read_json
 from tokenizer.losses import total_loss
-from tokenizer.pretrained import CONFIG
-from tokenizer.settings import ModelConfig, Node, as_saved
-from tokenizer.settings.marks import Before
+from tokenizer.model import CONFIG
 
 from .config import Config, Within, run_command
 from .config.importing import as_asked
 from .images import DataConfig, ImageDataset, load_images
 from .images.origin import is_local
-from .images.splits import as_begun
 from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual, weights_file
 from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
@@ -36,7 +34,6 @@ from .training.adversary import Adversary, CriticConfig, make_adversary
 from .training.loop import train
 from .training.losses import LossConfig, loss_weights_of
 from .training.optimizers import hidden_matrices
-from .training.run_folder import begun_data, model_as_begun
 from .training.schedule import TrainConfig
 from .training.stopping import what_is_saved
 from .training.task import Split, Task
@@ -62,7 +59,7 @@ class TrainTokenizerConfig(Config):
 
     out: str = Field(description="run folder: metrics, previews, resume states, and the tokenizer itself")
     data: DataConfig = Field(DataConfig(), description="the images")
-    augmented: Annotated[bool, Before(True)] = Field(
+    augmented: bool = Field(
         True, description="train on images that data.augment changes; false: it is for `smalti encode` alone"
     )
     model: Annotated[dict[str, Any], Node("tokenizer.base:Tokenizer")] = Field(
@@ -100,8 +97,7 @@ class TokenizerTask(Task):
         self.config = config
         channels, height, width = config.data.image_shape
         model_config(config.model, (height, width), channels)  # raises now, before images are decoded
-        begun = begun_data(Path(config.out)) is not None
-        self.images = load_images(config.data, begun=begun, together=True)
+        self.images = load_images(config.data, together=True)
         self.rows = len(self.images.train)
         judged: dict[Split, ImageDataset | None] = {"validation": self.images.validation}
         judged["held_out"] = self.images.held_out
@@ -228,10 +224,10 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
     source = str(given.get("init") or "")
     path = file_of(tokenizer_folder(source), CONFIG) if source else None
     saved = read_json(path) if path else {}
-    if saved.get("kind") not in Tokenizer.available():
+    if not Tokenizer.has(saved.get("kind")):
         return {}  # loading it will say so
     choices = Tokenizer.find(saved["kind"]).choices()
-    model = as_saved(choices, {key: value for key, value in saved.items() if key not in choices.facts})
+    model = {key: value for key, value in saved.items() if key not in choices.facts}
     node = given.get("model")
     if isinstance(node, dict) and node.get("kind") == "posthoc" != model["kind"]:
         model = {"kind": "posthoc", "vae": model}
@@ -253,8 +249,6 @@ def build_tokenizer(node: dict[str, Any], image_size: tuple[int, int], channels:
 
 def run(config: TrainTokenizerConfig) -> Path:
     """Train, and return the run folder; `tokenizer/` in it is what the next stage wants."""
-    data = as_begun(config.data, begun_data(Path(config.out)))
-    config = model_as_begun(config.model_copy(update={"data": data}))
 
     def build(accelerator: Accelerator) -> Task:
         if accelerator.device.type == "cuda":  # all batches are of one shape: it pays to look for the fastest kernels

@@ -19,7 +19,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tokenizer.base import Grid, TokenGrid, full_float32, in_finest
-from tokenizer.pretrained import Fact, ModelConfig, Node, PretrainedModel
+from tokenizer.config import Fact, ModelConfig, Node
+from tokenizer.model import PretrainedModel
 
 from .heads import Head, PositionSteps, Softmax, head_problem, make_head
 from .orders import (

@@ -17,12 +17,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tokenizer.base import TokenGrid, at_least_float32
-from tokenizer.pretrained import ModelConfig, Named
+from tokenizer.config import ModelConfig
+from tokenizer.model import Registered
 
 from .objectives import mean_nats, token_nats
 
 
-class Head(Named, nn.Module, family="prior.heads"):
+class Head(Registered, nn.Module, family="prior.heads"):
     """The distribution of a position's ids, each given those before it."""
 
     size: int

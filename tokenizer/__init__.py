@@ -2,11 +2,18 @@
 
 from typing import TYPE_CHECKING
 
-from .late import late
-
 __all__ = ["Reconstruction", "TokenGrid", "Tokenizer"]
 
 if TYPE_CHECKING:
     from .base import Reconstruction, TokenGrid, Tokenizer
-else:  # a type checker would take any name for one of these
-    __getattr__, __dir__ = late(__name__, dict.fromkeys(__all__, "base"))
+else:  # `tokenizer.files` and `tokenizer.config` are used without torch, which takes seconds to import
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from . import base
+
+        return getattr(base, name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -9,11 +9,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import LikelihoodError, Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
+from .config import ModelConfig, Node
 from .likelihoods import Likelihood, to_values
 from .precision import at_least_float32, full_float32
 from .quantizers import Quantizer
 from .quantizers.ema import EMAConfig
-from .settings import ModelConfig, Node
 
 
 class DecoderConfig(TokenizerConfig):

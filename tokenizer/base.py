@@ -11,17 +11,16 @@ import torch
 from pydantic import Field, PlainSerializer, PlainValidator, field_validator
 from torch import Tensor, nn
 
-from .files.errors import ConfigError, shown
+from .config import MAX_ITEMS, Fact, ModelConfig
+from .files import ConfigError, quote
+from .model import PretrainedModel
 from .precision import at_least_float32 as at_least_float32
 from .precision import finest as finest
 from .precision import full_float32 as full_float32
 from .precision import in_finest as in_finest
-from .pretrained import PretrainedModel
 from .quantizers.updates import one_training_forward
 from .scales import Resize as Resize
 from .scales import Scales, areas, scales_problem
-from .settings import MAX_ITEMS, ModelConfig
-from .settings.marks import Fact
 
 
 @dataclass(frozen=True)
@@ -109,15 +108,15 @@ def read_grid(value: Any) -> TokenGrid:
     if isinstance(value, TokenGrid):
         return value
     if not isinstance(value, dict) or set(value) - {"scales", "levels", "channels"} != {"shape", "vocab_size"}:
-        raise ValueError(f"expected the keys shape, vocab_size (got {shown(value)})")
+        raise ValueError(f"expected the keys shape, vocab_size (got {quote(value)})")
     shape, scales = value["shape"], value.get("scales", [])
     for name, items in (("shape", shape), ("scales", scales)):
         if not isinstance(items, (list, tuple)):
-            raise ValueError(f"{name}: expected a list (got {shown(items)})")
+            raise ValueError(f"{name}: expected a list (got {quote(items)})")
         if len(items) > MAX_ITEMS:
             raise ValueError(f"expected at most {MAX_ITEMS} values in a list")
     if not all(isinstance(sides, (list, tuple)) for sides in scales):
-        raise ValueError(f"scales: expected pairs (got {shown(scales)})")
+        raise ValueError(f"scales: expected pairs (got {quote(scales)})")
     facts = {name: value[name] for name in ("levels", "channels") if name in value}
     return TokenGrid(tuple(shape), value["vocab_size"], tuple(map(tuple, scales)), **facts)
 
@@ -161,16 +160,8 @@ class TokenizerConfig(ModelConfig):
         if isinstance(value, int) and not isinstance(value, bool):
             return (value, value)
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"expected a whole number or [height, width] (got {shown(value)})")
+            raise ValueError(f"expected a whole number or [height, width] (got {quote(value)})")
         return value
-
-    @classmethod
-    def from_saved(cls, data: dict[str, Any]) -> ModelConfig:
-        """As in `ModelConfig`; a file holds both sides of the images."""
-        size = data.get("image_size")
-        if isinstance(size, int):
-            raise ConfigError(f"{cls.kind}: image_size: expected [height, width] (got {shown(size)})")
-        return super().from_saved(data)
 
     def check(self) -> Iterator[str]:
         """The image size has two sides."""
@@ -178,7 +169,7 @@ class TokenizerConfig(ModelConfig):
             yield f"image_size: expected [height, width] (got {list(self.image_size)})"
 
 
-class Tokenizer(PretrainedModel, family="tokenizer"):
+class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
     """Images `(B, C, H, W)` in [-1, 1] to tokens `(B, *grid.shape)` and back.
 
     `encode`, `decode` and the likelihoods compute in `full_float32`: a GPU and a CPU give the same up to rounding.

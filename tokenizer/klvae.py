@@ -18,11 +18,11 @@ from torch import Tensor
 
 from .autoencoder import Autoencoder, DecoderConfig
 from .base import Reconstruction
+from .config import ModelConfig
 from .layers import ConvolutionsConfig, decoder, encoder
 from .precision import at_least_float32, in_finest
 from .quantizers import Quantized, Quantizer
 from .quantizers.gradients import straight_through
-from .settings import ModelConfig
 
 LOG_VARIANCES = (-30.0, 20.0)
 

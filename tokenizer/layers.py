@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .base import TokenizerConfig
-from .settings.marks import Before
 
 TAIL = (96, 48, 24)
 """Channels at an eighth, a quarter and half of the image's resolution."""
@@ -51,7 +50,7 @@ class ConvolutionsConfig(TokenizerConfig):
         (2,), min_length=1, description="residual blocks at each resolution"
     )
     attention: bool = Field(False, description="self-attention at the token resolution")
-    upsampling: Annotated[Literal["nearest", "subpixel"], Before("nearest")] = Field(
+    upsampling: Literal["nearest", "subpixel"] = Field(
         "subpixel",
         description="how the decoder upsamples: `subpixel` shuffles channels into pixels (Shi et al. 2016), with "
         "narrow convolutions at each resolution; `nearest` repeats pixels, and predicts a patch by one convolution",

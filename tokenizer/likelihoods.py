@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from .family import Named
+from .config import ModelConfig
+from .model import Registered
 from .precision import at_least_float32
-from .settings import ModelConfig
 
 LEVELS = 256
 HALF_BIN = 1 / (LEVELS - 1)  # of intensities from -1 to 1
@@ -21,7 +21,7 @@ FLOOR = 2.0**-16
 elsewhere."""
 
 
-class Likelihood(Named, nn.Module, family="tokenizer.likelihoods"):
+class Likelihood(Registered, nn.Module, family="tokenizer.likelihoods"):
     """P(image | parameters) = prod_c P(channel c | channels before c, parameters), pixel by pixel."""
 
     num_parameters: int

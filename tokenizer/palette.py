@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .base import Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
-from .files.errors import ConfigError
+from .files import ConfigError
 from .precision import full_float32
 from .quantizers.codebook import nearest, rows_of
 

@@ -17,10 +17,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .base import Reconstruction, Tokenizer, TokenizerConfig
-from .files.errors import ConfigError
+from .config import ModelConfig, Node
+from .files import ConfigError
 from .klvae import KLVAE, KLVAEConfig, sample
 from .quantizers.codebook import rows_of
-from .settings import ModelConfig, Node
 
 IMAGES_AT_A_TIME = 64
 FACTS = ("image_size", "channels")

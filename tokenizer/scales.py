@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .files.errors import shown
+from .files import quote
 
 Scales = tuple[tuple[int, int], ...]
 """(height, width) of each scale; the last is the whole map's."""
@@ -17,7 +17,7 @@ Scales = tuple[tuple[int, int], ...]
 def scales_problem(scales: Scales, shape: tuple[int, ...] | None = None) -> str | None:
     """The problem of `scales`, for a grid of `shape` if it is given, in one line; or None."""
     if any(len(pair) != 2 or any(type(side) is not int or side < 1 for side in pair) for pair in scales):
-        return f"expected pairs of positive whole sizes (got {shown(scales)})"
+        return f"expected pairs of positive whole sizes (got {quote(scales)})"
     if shape is not None and shape != (sum(areas(scales)),):
         return f"{', '.join(map(by, scales))} are {sum(areas(scales))} tokens on one axis (got a grid of {list(shape)})"
     steps = zip(scales, scales[1:], strict=False)

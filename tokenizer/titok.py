@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder
-from .files.errors import ConfigError
+from .files import ConfigError
 from .layers import Unshuffle
 from .precision import full_float32
 from .vit import Block, ViTConfig

@@ -16,10 +16,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, AutoencoderConfig
+from .config import ModelConfig, Node
 from .layers import GroupNorm, Upsample, one_head_attention
 from .quantizers.vq import VQConfig
-from .settings import ModelConfig, Node
-from .settings.marks import Before
 
 Levels = Annotated[tuple[int, ...], Field(min_length=1)]
 
@@ -79,7 +78,7 @@ class NetworkConfig(AutoencoderConfig):
 class VQGANConfig(NetworkConfig):
     """Sizes of the networks, and the length of codes at the decoder."""
 
-    unit_codes: Annotated[bool, Before(False)] = Field(
+    unit_codes: bool = Field(
         False,
         description="scale codes to length 1 before the decoder, however they are compared (transformers' JanusVQVAE)",
     )

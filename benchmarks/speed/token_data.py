@@ -136,7 +136,7 @@ def steps_of(task: Any, size: int, steps: int) -> tuple[float, float, float]:
 
 def verified(folder: Path) -> float:
     """Seconds to hash every file."""
-    from tokenizer.files.reading import verify_manifest
+    from tokenizer.files import verify_manifest
 
     began = time.perf_counter()
     verify_manifest(folder)

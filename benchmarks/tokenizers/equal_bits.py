@@ -104,7 +104,7 @@ def measure(folder: Path) -> Node:
     from pipelines.metrics.reconstruction import evaluate_reconstruction
     from pipelines.stages.provenance import data_beside
     from tokenizer import Tokenizer
-    from tokenizer.pretrained import PROVENANCE
+    from tokenizer.model import PROVENANCE
 
     place = folder / "run" / "tokenizer"
     tokenizer, data = Tokenizer.from_pretrained(place), data_beside(place / PROVENANCE)
@@ -245,7 +245,7 @@ def main() -> None:
     use_threads(options.threads)
 
     from pipelines.config import UserError
-    from tokenizer.files.errors import PipelineLoadError
+    from tokenizer.files import PipelineLoadError
 
     try:
         compare(options)

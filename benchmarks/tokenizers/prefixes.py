@@ -72,7 +72,7 @@ def held_out(folder: Path) -> Any:
     """The images that the tokenizer of a contender was not trained on."""
     from pipelines.images import DataConfig, load_images
     from pipelines.stages.provenance import data_beside
-    from tokenizer.pretrained import PROVENANCE
+    from tokenizer.model import PROVENANCE
 
     data = data_beside(folder / "run" / "tokenizer" / PROVENANCE)
     return load_images(DataConfig.model_validate(data)).held_out

@@ -18,7 +18,7 @@ import keys
 import yaml
 from docstrings import tidy
 
-from tokenizer.pretrained import Named
+from tokenizer.model import Registered
 
 # Where the pages of a family lie, its title, and what its page says before the table.
 TITLES = {
@@ -38,7 +38,7 @@ CONTRACTS = {"tokenizer": "../../api/tokenizer.md", "prior": "../../api/prior.md
 def families() -> list[Any]:
     """The families, those with a page that says more first."""
     importlib.import_module("prior")
-    opened: list[Any] = [cls for cls in subclasses(Named) if "_members" in vars(cls)]
+    opened: list[Any] = [cls for cls in subclasses(Registered) if "_members" in vars(cls)]
     found = [cls for cls in opened if f"{cls.__module__}.".startswith(f"{cls._package}.")]  # none of somebody's tests
     order = list(TITLES)
     return sorted(found, key=lambda cls: order.index(cls._package) if cls._package in order else len(order))

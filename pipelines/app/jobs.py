@@ -17,7 +17,7 @@ from typing import Any
 import gradio as gr
 from torch import Tensor
 
-from tokenizer.files.errors import one_line
+from tokenizer.files import one_line
 
 OURS = ("pipelines", "prior", "tokenizer")
 BROKEN = "Something went wrong on the server; what it was stands in its log."

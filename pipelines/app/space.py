@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizer.files.hub import HUB_ID, replace_on_hub
-from tokenizer.files.ownership import Inputs
-from tokenizer.files.writing import atomic_folder
+from tokenizer.files import HUB_ID
 
+from ..files.hub import replace_on_hub
+from ..files.ownership import Inputs
+from ..files.writing import atomic_folder
 from ..image_pipeline import ImagePipeline
 from ..images.origin import shareable
 from ..stages.storing import variant_of

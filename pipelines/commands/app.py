@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
-from tokenizer.files.hub import HUB_ID, PushError, require_reachable
+from tokenizer.files import HUB_ID
 
 from ..config import Config, Of, UserError, choose_device, run_command
 from ..config.outputs import check_out_folder, writing
+from ..files.hub import PushError, require_reachable
 from ..generate import GenerateConfig
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images

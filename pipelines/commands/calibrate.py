@@ -9,7 +9,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from tokenizer.files.ownership import require_ours
+from tokenizer.files import require_replaceable
 
 from ..anomaly.calibrating import calibrate, check_promise
 from ..anomaly.scores import METHODS, NEEDS
@@ -65,7 +65,7 @@ def run(config: CalibrateConfig) -> Calibration:
     """Calibrate, save, and print a table; returns the calibration."""
     if not Path(config.pipeline).is_dir():
         raise UserError(f"pipeline: {config.pipeline!r} is not a folder, and the calibration is written into it")
-    require_ours(Path(config.pipeline), PIPELINE)
+    require_replaceable(Path(config.pipeline), PIPELINE)
     with alone_at(config.pipeline, key="pipeline"):
         return calibrate_folder(config)
 

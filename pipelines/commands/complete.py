@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor
 
 from prior import Prior
-from tokenizer.files.ownership import Inputs
 
 from ..config import Config, Of, UserError, choose_device, run_command
 from ..config.outputs import check_out_file, writing
 from ..config.table import table
+from ..files.ownership import Inputs
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images, to_float
 from ..images.decoding import flatten, open_image, try_decode

@@ -17,13 +17,13 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenizer.base import LikelihoodError
-from tokenizer.files.writing import atomic_file
 
 from ..compression.coding import chunk_images, exact_pixels, write_images
 from ..compression.header import StreamError
 from ..compression.names import check_restorable
 from ..config import Config, UserError, choose_device, run_command
 from ..config.outputs import check_out_file, writing
+from ..files.writing import atomic_file
 from ..image_pipeline import ImagePipeline
 from ..images import to_float
 from ..images.decoding import open_image

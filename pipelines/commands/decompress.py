@@ -12,13 +12,12 @@ from pathlib import Path
 
 from pydantic import Field
 
-from tokenizer.files.writing import atomic_folder
-
 from ..compression.coding import open_stream, read_images
 from ..compression.header import Data, Limits, StreamError, TruncatedStream
 from ..compression.names import restored
 from ..config import Config, UserError, choose_device, run_command
 from ..config.outputs import check_out_folder, writing
+from ..files.writing import atomic_folder
 from ..image_pipeline import ImagePipeline
 from ..images.pictures import convert_images, write_image
 from ..processes.claims import alone_at

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from tokenizer.files.errors import one_line
-from tokenizer.files.writing import results_folder, write_json
+from tokenizer.files import one_line, write_json
 
 from ..anomaly.healing import anomaly_map, heal
 from ..anomaly.image_statistics import statistics
@@ -23,6 +22,7 @@ from ..anomaly.separation import benjamini_hochberg, separation
 from ..config import Config, Of, UserError, choose_device, run_command
 from ..config.outputs import check_out_results, writing
 from ..config.table import table
+from ..files.writing import results_folder
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, to_float
 from ..images.bad import judge
@@ -275,9 +275,6 @@ def report(
 ) -> str:
     """What a person wants to know."""
     rows: list[tuple[str, ...]] = []
-    if calibration.digests is None:
-        again = "run `smalti calibrate` again"
-        rows.append(("calibration", f"an older one, whose images cannot be told from new ones: {again}"))
     rows += [("looked through", part) for part in found.parts]
     if found.known:
         rows.append(("left out", f"{found.known:,} images that the pipeline was calibrated with"))

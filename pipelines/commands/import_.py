@@ -6,23 +6,18 @@ size of the images, groups of the normalisation, whether codes are directions) a
 
 from __future__ import annotations
 
-import hashlib
 import os
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from tokenizer import Tokenizer
 from tokenizer.autoencoder import Autoencoder
-from tokenizer.files.errors import ConfigError, FormatError, shown
-from tokenizer.files.opening import Roots, opened, roots_of
-from tokenizer.files.reading import Folder
-from tokenizer.files.weights import read_header, tensor_of
-from tokenizer.pretrained import MAX_WEIGHT_BYTES
+from tokenizer.files import ConfigError, FormatError, hash_file, quote, read_json
+from tokenizer.model import open_weights
 from tokenizer.published import Layout, Shapes, build, prefix_of, recognise
 
 from ..config import Config, UserError, run_command
@@ -82,8 +77,7 @@ def run(config: ImportConfig) -> Path:
     """Convert, write the tokenizer's folder, print what it is, and return the folder."""
     path, out = find_weights(config.source), Path(config.out)
     check_out_folder(out, Tokenizer.folder_kind(), [path])
-    named = Path(os.path.expanduser(config.source)).is_file()  # what a user names may be a link to anywhere
-    weights, digest = read_weights(path, () if named else roots_of(path.parent))
+    weights, digest = read_weights(path)
     layout = recognise(weights, path, config.layout)
     weights = layout.prepare(weights)
     sizes = layout.sizes(Shapes(weights, layout, path))
@@ -137,9 +131,9 @@ def find_weights(source: str) -> Path:
 def part_of(folder: Path) -> Path:
     """Of a whole model in several files, the one that has the tokenizer. Raises `UserError` or `FormatError`."""
     index = folder / INDEX
-    places = Folder.at(folder).json(INDEX).get("weight_map")
+    places = read_json(folder / INDEX).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise FormatError(f"{index}: weight_map: expected a file for each weight (found {shown(places)})")
+        raise FormatError(f"{index}: weight_map: expected a file for each weight (found {quote(places)})")
     prefix = prefix_of(places)
     files = sorted({file for name, file in places.items() if name.startswith(prefix)})
     if not prefix or len(files) != 1 or Path(files[0]).name != files[0]:
@@ -183,26 +177,13 @@ def refuse_torchscript(path: Path) -> NoReturn:
     )
 
 
-def read_weights(path: Path, roots: Roots = ()) -> tuple[dict[str, Tensor], str]:
-    """The tokenizer's tensors of a safetensors file, and its sha256; roots: where it may be, see `opened`. Raises
-    `LimitError`, `WeightsError` or `PathError`."""
-    digest, weights = hashlib.sha256(), {}
-    with opened(path, MAX_WEIGHT_BYTES, roots) as file:
-
-        def read(count: int) -> bytes:
-            data = file.read(count)
-            digest.update(data)
-            return data
-
-        entries = read_header(read, file.size, path)
-        prefix = prefix_of(entries)
-        for name, entry in entries.items():  # one at a time: of a whole model, most are not wanted
-            raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
-            file.read_into(raw.numpy().data)
-            digest.update(raw.numpy().data)
-            if name.startswith(prefix):
-                weights[name.removeprefix(prefix)] = tensor_of(raw, entry)
-    return weights, digest.hexdigest()
+def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tokenizer's tensors of a safetensors file, and its sha256. Raises `WeightsError` or `PathError`."""
+    with open_weights(path) as file:
+        prefix = prefix_of(file.names)
+        names = [name for name in file.names if name.startswith(prefix)]  # most of a whole model are not wanted
+        weights = {name.removeprefix(prefix): file.file.get_tensor(name) for name in names}
+    return weights, hash_file(path)
 
 
 # sizes --------------------------------------------------------------------------------------------
@@ -214,7 +195,7 @@ def settings_beside(layout: Layout, sizes: dict[str, Any], path: Path) -> dict[s
     place = path.parent / SETTINGS
     if layout.settings is None or not (layout.needs_settings or place.is_file()):
         return {}
-    return layout.settings(Folder.at(path.parent).json(SETTINGS), sizes, place)
+    return layout.settings(read_json(place), sizes, place)
 
 
 def describe(sizes: dict[str, Any], beside: dict[str, Any], layout: Layout, path: Path, told: ImportConfig) -> Any:

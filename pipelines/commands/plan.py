@@ -17,8 +17,8 @@ from torch import nn
 
 from prior.objectives import alignment_problem
 from tokenizer import Tokenizer
-from tokenizer.files.opening import read_json
-from tokenizer.pretrained import CONFIG
+from tokenizer.files import read_json
+from tokenizer.model import CONFIG
 
 from ..config import Config, UserError, run_command
 from ..config.arguments import read_arguments, sorted_words

@@ -19,12 +19,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenizer.files.ownership import Inputs
-from tokenizer.files.writing import results_folder
-
 from ..config import Config, Of, UserError, choose_device, run_command
 from ..config.outputs import check_out_results, writing
 from ..config.table import table
+from ..files.ownership import Inputs
+from ..files.writing import results_folder
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, ImageDataset, check_shape, load_images
 from ..images.pictures import save_picture

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from tokenizer.files.hub import BUGS, HUB_ID, PushError, refusal, require_reachable, said
-from tokenizer.files.reading import verify_manifest
+from tokenizer.files import HUB_ID, verify_manifest
 
 from ..config import Config, UserError, Within, run_command
 from ..config.outputs import check_out_folder
+from ..files.hub import BUGS, PushError, refusal, require_reachable, said
 from ..image_pipeline import ImagePipeline
 from ..stages.index import INDEX
 from ..stages.metadata import HUB_LICENCE

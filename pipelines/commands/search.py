@@ -12,8 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tokenizer.files.errors import escaped
-from tokenizer.settings.marks import Was
+from tokenizer.files import escape
 
 from ..config import Config, Of, UserError, choose_device, run_command
 from ..config.outputs import check_out_file, writing
@@ -41,14 +40,12 @@ class SearchConfig(Config):
     data: Annotated[DataConfig, Of("pipeline")] = Field(
         DataConfig(), description="the images; its training split is searched; defaults to the pipeline's own"
     )
-    images: Annotated[int | str | list[int | str] | None, Was("queries", (int, str, list))] = Field(
+    images: int | str | list[int | str] | None = Field(
         None,
         description="what is searched for: image files, folders of them, or indices of the held-out split; default: "
         "num_images of these",
     )
-    num_images: Annotated[int, Was("num_queries", int)] = Field(
-        500, ge=1, description="how many held-out images, drawn by seed, or all if fewer"
-    )
+    num_images: int = Field(500, ge=1, description="how many held-out images, drawn by seed, or all if fewer")
     num_index: int | None = Field(
         10_000, ge=1, description="how many training images, drawn by seed, to search; null: all"
     )
@@ -152,7 +149,7 @@ def report(queries: Queries, train: ImageDataset, found: Tensor, distances: Tens
             f"{name}{class_of(train, train.labels, index)} {distance:.3f}"
             for name, index, distance in zip(names, found[number].tolist(), distances[number].tolist(), strict=True)
         ]
-        lines.append(escaped(f"{query}{class_of(train, queries.labels, number)}: {', '.join(near)}"))
+        lines.append(escape(f"{query}{class_of(train, queries.labels, number)}: {', '.join(near)}"))
     if queries.labels is None or train.labels is None:
         return "\n".join(lines)
     same = (train.labels[found] == queries.labels[:, None]).double()

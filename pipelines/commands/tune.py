@@ -16,13 +16,12 @@ from pydantic import Field
 from torch import Tensor
 
 from prior.sampling import SamplingOptions
-from tokenizer.files.errors import PathError
-from tokenizer.files.ownership import require_ours
-from tokenizer.files.writing import results_folder, write_json
+from tokenizer.files import PathError, require_replaceable, write_json
 
 from ..config import Config, Of, UserError, run_command
 from ..config.outputs import check_out_results
 from ..evaluate import KNOWN, check_classes, draw_samples, wanted_labels
+from ..files.writing import results_folder
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from ..images.origin import named
@@ -125,7 +124,7 @@ def prepare(config: TuneConfig, out: Path, device: torch.device) -> ImagePipelin
             "says which they are"
         )
     if config.store:
-        require_ours(folder, PIPELINE)
+        require_replaceable(folder, PIPELINE)
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=device)
     check_shape(config.data, pipeline.tokenizer.image_shape)
     check_out_results(out, RESULTS, [config.pipeline, config.data.path])

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tokenizer.files.ownership import named
-from tokenizer.files.reading import CODE, MANIFEST, verify_manifest
+from tokenizer.files import MANIFEST, verify_manifest
 
 from ..config import Config, UserError, Within, importing, run_command
 from ..tokens import load_tokens
@@ -72,10 +71,8 @@ def verify_folder(folder: Path) -> Path:
         for split in data.splits.values():
             for rows in chunks(len(split)):
                 split.tokens[rows]  # which compares ids with the vocabulary
-    unread = [name for name in files if name.lower().endswith(CODE)]
-    size = sum(entry["size"] for name, entry in files.items() if name not in unread)
-    rest = f"; not opened, as they may hold code: {named(unread)}" if unread else ""
-    print(f"{folder}: {len(files) - len(unread)} files of {size:,} bytes are as {MANIFEST} says{rest}")
+    size = sum(entry["size"] for entry in files.values())
+    print(f"{folder}: {len(files)} files of {size:,} bytes are as {MANIFEST} says")
     return folder
 
 

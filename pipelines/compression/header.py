@@ -10,7 +10,7 @@ from mmap import mmap
 from zlib import crc32
 
 MAGIC = b"VQC1"
-VERSION = 2  # 1 had another checksum, CRC-32C, and is otherwise the same
+VERSION = 1
 RAW, GUARD = 0, 1  # profiles: ids packed into whole bits; ids coded under float64 tables with exceptions
 NO_CODER, RANGE_CODER = 0, 1
 LOSSLESS, NAMED = 1, 2  # flags
@@ -151,11 +151,6 @@ class Header:
         if len(view) < HEADER_BYTES:
             raise TruncatedStream(f"header: the stream ends after {len(view)} bytes, a header takes {HEADER_BYTES}")
         _, version, profile, coder, flags, model_id, vocab_size, *sizes, answer = _HEADER.unpack(view[: _HEADER.size])
-        if version == 1:
-            raise ForeignStream(
-                f"header: version 1, which only smalti 0.1 reads; this smalti reads version {VERSION}: decompress it "
-                "with smalti 0.1 and compress the images again"
-            )
         if version != VERSION:
             raise ForeignStream(f"header: version {version} is unknown; this version of smalti reads {VERSION}")
         check_crc(view, "header")

@@ -9,10 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizer.files.errors import PipelineLoadError, escaped
-from tokenizer.files.opening import read_bytes
-from tokenizer.settings import Data
-from tokenizer.settings.mistakes import show
+from tokenizer.config import Data, show_value
+from tokenizer.files import PipelineLoadError, escape, read_bytes
 
 from .yaml_text import MAX_BYTES, read_yaml_text
 
@@ -20,10 +18,10 @@ LONGEST_NAME = 400  # characters of the name of a preset in a message
 
 
 class UserError(Exception):
-    """A user's mistake. Each line of the message is one problem; unprintable characters are escaped."""
+    """A user's mistake. Each line of the message is one problem; unprintable characters are escape."""
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(escaped(str(message), keep="\n"))
+        super().__init__(escape(str(message), keep="\n"))
 
 
 class ToldElsewhere(UserError):
@@ -182,5 +180,5 @@ def read_file(path: str) -> Data:
     except UserError as error:
         raise UserError(f"{path}, {error}") from error
     if not isinstance(data, dict | None):
-        raise UserError(f"{path}: expected a mapping of keys at the top level (got {show(data)})")
+        raise UserError(f"{path}: expected a mapping of keys at the top level (got {show_value(data)})")
     return data or {}

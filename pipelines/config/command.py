@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, NoReturn, TextIO, TypeVar
 
 from pydantic import ValidationError
 
-from tokenizer.files.calls import FULL
-from tokenizer.files.errors import PipelineLoadError, one_line
-from tokenizer.settings import Data, defaults_of, merge, with_defaults
-from tokenizer.settings.marks import mark_of
-from tokenizer.settings.mistakes import explain
+from tokenizer.config import Data, defaults_of, explain, find_mark, merge, with_defaults
+from tokenizer.files import PipelineLoadError, one_line
 
+from ..files.calls import FULL
 from .arguments import ToldElsewhere, UserError, read_arguments, sorted_words
 from .errors import search, told_of
 from .help import Known, help_page
@@ -101,7 +99,7 @@ def known_before(
         cls.model_validate(data)
     except ValidationError as error:
         problems += [line for line in explain(cls, data, error, partial(search, cls)) if told_of(given, line)]
-    later = frozenset(name for name, field in cls.model_fields.items() if mark_of(field, Of) and not found.get(name))
+    later = frozenset(name for name, field in cls.model_fields.items() if find_mark(field, Of) and not found.get(name))
     return Known(data, given, later), problems
 
 

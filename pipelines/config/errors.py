@@ -8,8 +8,8 @@ from functools import cache
 from itertools import islice
 from typing import Any
 
-from tokenizer.files.errors import LONGEST_VALUE
-from tokenizer.settings.mistakes import MAX_PROBLEMS
+from tokenizer.config import MAX_PROBLEMS
+from tokenizer.files import MAX_QUOTED
 
 from .keys import sections
 from .schema import Config
@@ -38,7 +38,7 @@ def keys_of(cls: type[Config]) -> list[str]:
 def one_key(cls: type[Config], key: str) -> str:
     """The line for one unknown key."""
     rows = keys_of(cls)
-    key = key if len(key) <= 2 * LONGEST_VALUE else f"{key[: 2 * LONGEST_VALUE - 4]} ..."
+    key = key if len(key) <= 2 * MAX_QUOTED else f"{key[: 2 * MAX_QUOTED - 4]} ..."
     known = {".".join(row.split(".")[:depth]): None for row in rows for depth in range(1, row.count(".") + 2)}
     if key in known:
         return f"{key}: not a key of this kind, or dots where YAML wants nested keys"

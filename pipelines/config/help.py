@@ -6,7 +6,7 @@ import difflib
 import shlex
 from typing import Any, NamedTuple
 
-from tokenizer.settings import Data
+from tokenizer.config import Data
 
 from .arguments import UserError
 from .keys import Row, Section, every_kind, sections

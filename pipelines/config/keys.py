@@ -9,9 +9,18 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from tokenizer.settings import Choices, Data, Node, Settings, models_in, plain
-from tokenizer.settings.marks import mark_of
-from tokenizer.settings.mistakes import SIGNS, show, show_number
+from tokenizer.config import (
+    SIGNS,
+    Choices,
+    Data,
+    Node,
+    Settings,
+    find_mark,
+    nested_models,
+    show_number,
+    show_value,
+    to_plain,
+)
 
 from .schema import Of
 
@@ -74,10 +83,10 @@ def sections(
     rows: list[Row] = []
     nested: list[Section] = []
     for name, field in cls.model_fields.items():
-        key, sentence, models = place.prefix + name, field.description or "", models_in(field)
-        default = values.get(name, plain(field.get_default(call_default_factory=True)))
+        key, sentence, models = place.prefix + name, field.description or "", nested_models(field)
+        default = values.get(name, to_plain(field.get_default(call_default_factory=True)))
         below = default if isinstance(default, dict) else {}
-        origin = mark_of(field, Of)
+        origin = find_mark(field, Of)
         words = f"{origin.name}'s" if origin and key in later else place.later
         if "" in models:
             inside = Place(f"{key}.", heading(key, sentence), place.outer, words)
@@ -107,7 +116,7 @@ def members(
     place: Place,
 ) -> Iterator[Section]:
     """The sections of a node's kinds, or of the one that it has."""
-    node = mark_of(field, Node)
+    node = find_mark(field, Node)
     for kind, model in models.items() if node not in place.outer else ():
         if narrowed(key) and kind != value.get("kind"):
             continue
@@ -179,4 +188,4 @@ def default_text(value: Any) -> str:
     """A default on the help page, where text needs no quotes."""
     if value is PydanticUndefined:
         return "required"
-    return value if isinstance(value, str) and value else show(plain(value))
+    return value if isinstance(value, str) and value else show_value(to_plain(value))

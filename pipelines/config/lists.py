@@ -8,8 +8,7 @@ from typing import Any, get_origin
 
 from pydantic.fields import FieldInfo
 
-from tokenizer.settings import Data, Settings
-from tokenizer.settings.marks import options
+from tokenizer.config import Data, Settings, type_options
 
 from .arguments import CommaText, UserError, at_home, read_yaml
 
@@ -22,7 +21,7 @@ def split_lists(cls: type[Settings], data: Data, *, at_top: bool = True) -> Data
     found: Data = {}
     for name, value in data.items():
         field = cls.model_fields.get(name)
-        model = cls.below(name, value) if field is not None and isinstance(value, dict) else None
+        model = cls.nested(name, value) if field is not None and isinstance(value, dict) else None
         if model is not None:
             found[name] = split_lists(model, value, at_top=False)
         elif isinstance(value, CommaText):
@@ -39,7 +38,7 @@ def list_or_text(field: FieldInfo, text: CommaText) -> Any:
     A field that takes both a text and a list reads a text with a space beside a comma, and the name of a file that
     exists, as they are: names of classes and files may have commas.
     """
-    hints = options(field.annotation)
+    hints = type_options(field.annotation)
     takes_list = any(get_origin(hint) in (list, tuple) for hint in hints)
     is_one_name = str in hints and (re.search(r",\s|\s,", text) is not None or os.path.exists(os.path.expanduser(text)))
     if not takes_list or is_one_name:

@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tokenizer.files.errors import PathError
-from tokenizer.files.ownership import Inputs, Kind, require_apart, require_ours
-from tokenizer.files.writing import check_file, check_results
+from tokenizer.files import FolderKind, PathError, require_replaceable
 
+from ..files.ownership import Inputs, require_apart
+from ..files.writing import check_file, check_results
 from .arguments import UserError
 
 
@@ -28,11 +28,11 @@ def check_out_results(out: Path | str, names: Iterable[str], inputs: Inputs) -> 
         check_results(out, names, inputs)
 
 
-def check_out_folder(out: Path | str, kind: Kind | None, inputs: Inputs) -> None:
+def check_out_folder(out: Path | str, kind: FolderKind | None, inputs: Inputs) -> None:
     """Raise `UserError` unless `out` can become a folder of this kind; see `writing.atomic_folder`."""
     with told_as_out():
         require_apart(Path(out), inputs)
-        require_ours(Path(out), kind)
+        require_replaceable(Path(out), kind)
 
 
 @contextmanager

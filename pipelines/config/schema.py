@@ -13,10 +13,8 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel
 
-from tokenizer.files.errors import shown
-from tokenizer.settings import Data, Node, Settings, plain
-from tokenizer.settings.marks import mark_of
-from tokenizer.settings.mistakes import show
+from tokenizer.config import Data, Node, Settings, find_mark, show_value, to_plain
+from tokenizer.files import quote
 
 from .yaml_text import write_yaml
 
@@ -60,9 +58,9 @@ def as_meant(cls: type[Config], data: Data) -> Data:
     """`data`, in which runs that are named stand for what is in them, and the kind of a node for the node."""
     found = dict(data)
     for name, field in cls.model_fields.items():
-        if name in data and (within := mark_of(field, Within)):
+        if name in data and (within := find_mark(field, Within)):
             found[name] = within.found(data[name])
-        elif isinstance(data.get(name), str) and mark_of(field, Node) is not None:
+        elif isinstance(data.get(name), str) and find_mark(field, Node) is not None:
             found[name] = {"kind": data[name]}
     return found
 
@@ -79,8 +77,8 @@ def difference(old: Data, new: Data, prefix: str = "") -> list[str]:
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             lines += difference(before, after, f"{prefix}{key}.")
-        elif key not in old or key not in new or plain(before) != plain(after):  # a tuple equals a list
-            sides = (show(side[key]) if key in side else "(absent)" for side in (old, new))
+        elif key not in old or key not in new or to_plain(before) != to_plain(after):  # a tuple equals a list
+            sides = (show_value(side[key]) if key in side else "(absent)" for side in (old, new))
             name = f"{prefix}{key}"  # maybe of a file that is damaged
-            lines.append(f"{name if name.isprintable() and len(name) < 100 else shown(name)}: {' -> '.join(sides)}")
+            lines.append(f"{name if name.isprintable() and len(name) < 100 else quote(name)}: {' -> '.join(sides)}")
     return lines

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from yaml.constructor import ConstructorError
 
-from tokenizer.settings import Data
+from tokenizer.config import Data
 
 WIDTH = 110  # of YAML that is printed or written, in characters
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 1 << 18, 16, 5_000

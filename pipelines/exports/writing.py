@@ -11,16 +11,17 @@ from torch import Tensor
 
 from tokenizer import Tokenizer
 from tokenizer.base import grid_to_dict
-from tokenizer.files.ownership import Inputs, Kind
-from tokenizer.files.writing import atomic_folder, write_json, write_manifest
+from tokenizer.files import FolderKind, write_json, write_manifest
 
+from ..files.ownership import Inputs
+from ..files.writing import atomic_folder
 from ..images.pictures import to_float
 from .checks import TOLERANCE, Checked, check
 from .formats import FORMATS, Format, require_installed
 from .tracing import NAMES, PARTS, Part, trace
 
 FACTS, FORMAT_VERSION = "export.json", 1
-EXPORT = Kind("an exported tokenizer", FACTS, lambda facts: facts.get("_class_name") == "ExportedTokenizer")
+EXPORT = FolderKind("an exported tokenizer", FACTS, lambda facts: facts.get("_class_name") == "ExportedTokenizer")
 RANDOM = 8  # images of noise on which a file is checked
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizer.files.errors import one_line
+from tokenizer.files import one_line
 
 from ..config import UserError, is_first_process
 from ..config.terminal import tell

@@ -13,8 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from tokenizer.settings.marks import Before
-
 from ..config import Config, is_first_process
 from .augment import AugmentConfig
 from .stamps import KnownFile
@@ -56,7 +54,7 @@ class DataConfig(Config):
         "validation, val, valid, dev; where there is none of these either, part of `split` is held out",
     )
     held_out_fraction: float = Field(default=0.1, gt=0, lt=1, description="the share of `split` that is held out")
-    validation_fraction: Annotated[float | None, Before(0.0)] = Field(
+    validation_fraction: float | None = Field(
         default=None,
         ge=0,
         lt=1,

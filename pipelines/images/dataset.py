@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenizer.files.errors import one_line
+from tokenizer.files import one_line
 
 from ..config import UserError, is_first_process
 from ..shuffling.epochs import samples_of

@@ -25,8 +25,7 @@ from PIL.TiffImagePlugin import (
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenizer.files.errors import LimitError, PathError, PipelineLoadError, UnreadableError
-from tokenizer.files.opening import opened
+from tokenizer.files import LimitError, PathError, PipelineLoadError, UnreadableError, read_bytes, stat_file
 
 from .bad import Problem, Report
 from .base import MAX_FILE, WORKERS, Payload, Rows, show_progress
@@ -125,13 +124,12 @@ def pixels_of(image: Image.Image, shape: Shape) -> NDArray[np.uint8]:
 
 def read_file(path: Path, stamp: Stamp | None = None) -> bytes:
     """The bytes of a file. Raises `ValueError` if it is missing, too large, or not a regular file (which may never
-    end); with a `stamp`, `FileChanged` unless the opened file has this stamp before and after reading."""
+    end); with a `stamp`, `FileChanged` unless the file has this stamp before and after reading."""
     try:
-        with opened(path, MAX_FILE) as file:
-            require_stamp(path, stamp, file.status())
-            data = file.read(file.size)
-            require_stamp(path, stamp, file.status())
-            return data
+        require_stamp(path, stamp, stat_file(path))
+        data = read_bytes(path, MAX_FILE)
+        require_stamp(path, stamp, stat_file(path))
+        return data
     except PipelineLoadError as error:
         if stamp is not None and stamp_at(path) != stamp:
             raise FileChanged(path) from error

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from tokenizer.files.hub import HUB_ID, is_reachable
+from tokenizer.files import HUB_ID
+
+from ..files.hub import is_reachable
 
 
 @contextmanager

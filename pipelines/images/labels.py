@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenizer.files.errors import one_line, shown
+from tokenizer.files import one_line, quote
 
 from ..config import UserError
 from .base import Rows
@@ -30,7 +30,7 @@ def number_labels(parts: list[Rows]) -> tuple[list[NDArray[np.int64] | None], li
     called = list(dict.fromkeys(names or map(str, known)))  # the number 1 and the word "1" are one class
     for name in called:
         if not is_class_name(name):
-            raise UserError(f"the class {shown(name)} is no name: at most {LONGEST} printable characters; {WITHOUT}")
+            raise UserError(f"the class {quote(name)} is no name: at most {LONGEST} printable characters; {WITHOUT}")
     places = {name: place for place, name in enumerate(called)}
     ids = {label: places[names[label] if names else str(label)] for label in known}
     for rows in parts:

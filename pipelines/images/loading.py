@@ -17,15 +17,15 @@ from .sources import open_source
 from .splits import held_out_split, tell_splits, validation_count
 
 
-def load_images(config: DataConfig, *, begun: bool = False, together: bool = False) -> Splits:
+def load_images(config: DataConfig, *, together: bool = False) -> Splits:
     """Find the source, decode every image once and return its splits.
 
-    begun: whether a run continues, which has to hold out the same images as before; see `held_out_split`. together:
+    together:
     whether all processes that were launched are here, of which each then decodes a share of what memory cannot keep.
     Raises `UserError` for a source that is missing, empty or lacks a split, for labels that are missing or negative,
     and for images that cannot be decoded (with `on_error=skip`, only if there are more than `max_bad_fraction`).
     """
-    parts = choose_splits(open_source(config), config, begun)
+    parts = choose_splits(open_source(config), config)
     opened = {id(rows): rows for rows, _ in parts.values()}
     numbered, class_names = number_labels(list(opened.values()))
     labels = dict(zip(opened, numbered, strict=True))
@@ -63,14 +63,12 @@ def check_shape(config: DataConfig, shape: tuple[int, int, int], whose: str = "p
         )
 
 
-def choose_splits(
-    splits: SplitRows, config: DataConfig, begun: bool = False
-) -> dict[str, tuple[Rows, NDArray[np.int64]]]:
+def choose_splits(splits: SplitRows, config: DataConfig) -> dict[str, tuple[Rows, NDArray[np.int64]]]:
     """The rows of `train`, `held_out` and, if there are any, `validation`, each with the positions to use. Raises
     `UserError`."""
     if config.split not in splits:
         raise UserError(f"data.split: the source has no split {config.split!r}; it has {', '.join(splits)}")
-    fraction, found = config.held_out_fraction, held_out_split(splits, config, begun=begun)
+    fraction, found = config.held_out_fraction, held_out_split(splits, config)
     tell_splits(splits, config, found, f"{100 * fraction:.3g}% of {config.split!r}", "held out")
     rows = splits[config.split]()
     count = 0 if found is not None else min(max(1, round(rows.size * fraction)), rows.size)

@@ -14,8 +14,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from tokenizer.files.ownership import MARK, Inputs
-from tokenizer.files.writing import atomic_file
+from ..files.ownership import MARK, Inputs
+from ..files.writing import atomic_file
 
 Shape = tuple[int, int, int]
 ARRAYS = (np.uint8, np.float16, np.float32, np.float64)

@@ -11,8 +11,7 @@ from typing import Any
 
 import yaml
 
-from tokenizer.files.errors import PipelineLoadError, shown
-from tokenizer.files.opening import read_bytes
+from tokenizer.files import PipelineLoadError, quote, read_bytes
 
 from ..config import UserError
 
@@ -42,7 +41,7 @@ def check_card(folder: Path) -> None:
         text = text if name.endswith(".yaml") else found[1] if found else ""
         for value in values_below(text, "configs"):
             if leads_out(value):
-                raise UserError(f"data.source: {folder / name}: configs: {shown(value)} leads out of the folder")
+                raise UserError(f"data.source: {folder / name}: configs: {quote(value)} leads out of the folder")
 
 
 def values_below(text: str, key: str) -> list[str]:
@@ -82,7 +81,7 @@ def check_files(builder: Any, source: str) -> None:
     for file in (str(file) for files in given.values() for file in files):
         own = is_below(file, places(source)) if os.path.exists(source) else file.startswith(f"hf://datasets/{source}@")
         if not own:
-            raise UserError(f"data.source: {source}: it names a file that is not its own, {shown(file)}")
+            raise UserError(f"data.source: {source}: it names a file that is not its own, {quote(file)}")
 
 
 def places(source: str) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenizer.files.errors import one_line
+from tokenizer.files import one_line
 
 from ..config import UserError, is_first_process
 from ..config.terminal import tell

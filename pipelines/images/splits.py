@@ -12,8 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from tokenizer import settings
-from tokenizer.files.errors import one_line
+from tokenizer.files import one_line
 
 from ..config import UserError, is_first_process
 from ..config.terminal import tell
@@ -27,11 +26,11 @@ SHARE, LEAST, MOST = 0.05, 10, 2000
 chance, and figures while training use at most 2,000."""
 
 
-def held_out_split(names: Collection[str], config: DataConfig, *, begun: bool = False) -> str | None:
+def held_out_split(names: Collection[str], config: DataConfig) -> str | None:
     """The split among `names` to evaluate on; None if part of `config.split` is to be held out.
 
-    Raises `UserError` if `config.held_out` names a split that does not exist. Two cases are allowed: `test`, which asks
-    for part of `config.split`, and a run that was `begun` earlier, when any missing name silently meant that part.
+    Raises `UserError` if `config.held_out` names a split that does not exist. `test` is allowed, and asks for part of
+    `config.split`.
     """
     others, wanted = [name for name in names if name != config.split], config.held_out
     if wanted is None:
@@ -39,7 +38,7 @@ def held_out_split(names: Collection[str], config: DataConfig, *, begun: bool = 
         return found[0] if len(found) == 1 else None
     if wanted in others:
         return wanted
-    if wanted != "test" and not begun:
+    if wanted != "test":
         near = nearest_name(wanted, others)
         hint = f"; did you mean {near!r}?" if near else ""
         part = "" if "test" in others else f" (data.held_out=test holds out part of {config.split!r})"
@@ -91,14 +90,3 @@ def validation_count(size: int, fraction: float | None) -> int:
         count = min(round(SHARE * size), MOST)
         return count if count >= LEAST else 0
     return max(1, round(fraction * size)) if fraction else 0
-
-
-def as_begun(data: DataConfig, before: dict[str, Any] | None) -> DataConfig:
-    """`data` for continuing what was begun with the configuration `before`, if anything: the same images are trained on
-    and held out."""
-    if before is None:
-        return data
-    changes = settings.as_begun(DataConfig, dict(data), before)
-    if data.held_out is None and before.get("held_out") == "test":  # the default until it could be null
-        changes["held_out"] = "test"
-    return data.model_copy(update=changes)

@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizer.files.errors import one_line
+from tokenizer.files import one_line
 
 from ..config import UserError
 

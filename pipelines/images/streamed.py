@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenizer.files.errors import one_line
+from tokenizer.files import one_line
 
 from ..config import UserError, is_first_process
 from ..shuffling.rows import positions_of

@@ -15,14 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizer.files.claims import LOCK
-from tokenizer.files.errors import PathError, PipelineLoadError
-from tokenizer.files.opening import read_json
-from tokenizer.files.ownership import LITTER, named
-from tokenizer.files.writing import fsync, make_folder, write_json
+from tokenizer.files import LITTER, PathError, PipelineLoadError, fsync, make_folder, read_json, summarize, write_json
 
 from ..config import UserError
 from ..config.schema import difference
+from ..files.claims import LOCK
 
 JOB, RESULT = "job.json", "result"
 OURS = r"(\.tmp-|\.)?\w+-\d{5,}\.(safetensors|json)(\.json|-[0-9a-f]{8})?"
@@ -81,11 +78,6 @@ class Job:
         path = cls.work_folder(out) / JOB
         return read_json(path) if path.is_file() else None
 
-    @classmethod
-    def as_now(cls, begun: dict[str, Any]) -> dict[str, Any]:
-        """What an unfinished job depends on, as this version would write it."""
-        return begun
-
     def begin(self) -> list[Piece]:
         """Make the work folder, which belongs to this job from now on; returns the pieces that are not done. Raises
         `UserError` for a folder that another job began, `PathError` for one that is not ours."""
@@ -115,7 +107,7 @@ class Job:
         known = {JOB, f".{JOB}", LOCK, RESULT, *LITTER}
         if strange := [name for name in found if name not in known and not re.fullmatch(OURS, name)]:
             raise PathError(
-                f"{self.work} is not the folder of {self.title}: it holds {named(strange)}; choose another out=, "
+                f"{self.work} is not the folder of {self.title}: it holds {summarize(strange)}; choose another out=, "
                 "nothing was overwritten"
             )
 
@@ -123,7 +115,7 @@ class Job:
         begun = self.unfinished(self.out)
         if begun is None:
             return
-        changes = difference(self.as_now(begun), json.loads(json.dumps(self.depends_on)))
+        changes = difference(begun, json.loads(json.dumps(self.depends_on)))
         if not changes:
             return
         if not self.kept() and not any(self.work.glob("*.safetensors")):  # nothing was made

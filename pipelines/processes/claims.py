@@ -15,12 +15,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tokenizer.files.claims import beside, claimed, inside, known_gone
-from tokenizer.files.errors import PathError
-from tokenizer.files.writing import make_folder
+from tokenizer.files import PathError, make_folder
 
 from ..config import UserError
 from ..config.outputs import writing
+from ..files.claims import beside, claimed, inside, known_gone
 from .sharing import ALONE, Team
 
 SIGNALS = ("SIGTERM", "SIGHUP")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tokenizer.files.errors import PipelineLoadError
+from tokenizer.files import PipelineLoadError
 
 from ..config import UserError
 from ..config.arguments import ToldElsewhere

@@ -15,15 +15,13 @@ from prior import Prior
 from prior.orders import as_tensor
 from prior.sampling import check_count
 from tokenizer import Tokenizer
-from tokenizer.files.errors import ConfigError, IntegrityError
-from tokenizer.files.reading import steadily
-from tokenizer.pretrained import MAX_WEIGHT_BYTES, warn_of_code
+from tokenizer.files import ConfigError, IntegrityError
 
 from ..images.pictures import as_batch, convert_images, to_images, warn_if_unit
 from . import storing
 from .calibration import Calibration
 from .compiled import unwrapped
-from .index import BACKGROUND, FILES, INDEX, PARTS, check_labels, make_sampler
+from .index import BACKGROUND, FILES, INDEX, check_labels, make_sampler
 from .shipped import resolve_pipeline
 from .watching import Interruptible, progress_of_long, serialized
 
@@ -201,30 +199,25 @@ class Stages(Interruptible):
         force_download: bool = False,
         variant: str | None = None,
         dtype: storing.Dtypes = None,
-        torch_dtype: storing.Dtypes = None,
         device: str | torch.device | None = None,
-        expected_sha256: str | None = None,
-        max_bytes: int = MAX_WEIGHT_BYTES,
+        verify: bool = True,
     ) -> S:
         """Load from a folder, a Hub id, or by the name of a pipeline that comes with the package (`digits`). Raises a
-        `PipelineLoadError` naming file, field, what was found and what is allowed; every file is read once, and is the
-        one of the manifest.
+        `PipelineLoadError` naming file, field, what was found and what is allowed.
 
         tokenizer, prior, background: models to use in place of the folder's, whose files are then not opened. What is
         known of the folder's (calibration, provenance, background) is left out, and of the default settings of sampling
         those stay that the given prior has. variant: "fp16" or "bf16", where the weights are such; None takes what is
-        there. dtype (or torch_dtype): of the weights in memory, or one for each part,
+        there. dtype: of the weights in memory, or one for each part,
         `{"tokenizer": torch.float32, "default": torch.bfloat16}`; "auto" is what the file holds, None is float32.
-        force_download: fetch again what is in the cache. expected_sha256: of `manifest.json`, hence of every file:
-        nothing but this very pipeline is loaded. max_bytes: of the weights of each part.
+        force_download: fetch again what is in the cache. verify: compare the sha256 of every file with the manifest.
         """
         parts = storing.given_parts(tokenizer=tokenizer, prior=prior, background=background)
         options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         names = [name for name in FILES if name.split("/")[0] not in parts]
         folder = resolve_pipeline(source, names, force_download=force_download, **options)
-        warn_of_code(folder, *(folder / part for part in PARTS))
-        pipeline: S = steadily(folder, lambda: storing.read(cls, folder, parts, variant, expected_sha256, max_bytes))
-        storing.convert(pipeline, parts, dtype, torch_dtype)
+        pipeline: S = storing.read(cls, folder, parts, variant, verify)
+        storing.convert(pipeline, parts, dtype)
         return pipeline.to(device=device)
 
     @serialized

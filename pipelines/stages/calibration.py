@@ -12,20 +12,17 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, PlainValidator
+from pydantic import ConfigDict, PlainValidator
 
-from tokenizer.files.checked import Bool, FieldError, Number, Text, Whole, checked
-from tokenizer.files.errors import one_line
+from tokenizer.files import one_line
 
-from .conformal import tie_of_six_digits
+from ..files.checked import Bool, FieldError, Number, Text, Whole, checked
 from .distances import Gaussian, Neighbours, Row, Table
 
 MAX_CALIBRATION_BYTES = 4 << 20
 """Of the file: with as much as is kept of large calibrations, it has up to 2.5 MB."""
 MOST_IMAGES = 50_000
 """How many images a pipeline is calibrated with at most, as the digest of each is kept."""
-LATER = ("confidence", "ties", "digests")
-"""The fields that files did not have at first."""
 LEVELS = (0.9, 0.95, 0.98, 0.99, 0.995)
 """The quantiles of token surprise that are kept, from which `heal` chooses."""
 
@@ -37,18 +34,18 @@ class CalibrationError(ValueError):
         super().__init__(one_line(str(message)))  # which may quote what a file holds
 
 
-def read_digests(found: Any) -> NDArray[np.uint64] | None:
+def read_digests(found: Any) -> NDArray[np.uint64]:
     """Digests from one hexadecimal string. Raises `ValueError`."""
-    if found is None or isinstance(found, np.ndarray):
+    if isinstance(found, np.ndarray):
         return found
     if not isinstance(found, str) or len(found) % 16 or not re.fullmatch("[0-9a-f]+", found):
-        raise ValueError("should be null, or 16 hexadecimal digits for each image")
+        raise ValueError("should be 16 hexadecimal digits for each image")
     if len(found) > 16 * MOST_IMAGES:
         raise ValueError(f"should be of at most {MOST_IMAGES:,} images")
     return np.frombuffer(bytes.fromhex(found), ">u8").astype(np.uint64)
 
 
-Digests = Annotated[NDArray[np.uint64] | None, PlainValidator(read_digests)]
+Digests = Annotated[NDArray[np.uint64], PlainValidator(read_digests)]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,7 +85,7 @@ class Calibration:
     error: Table
     """Mean |x - decode(encode(x))| per pixel, on a scale of 0 to 2, `(h, w)`: coarser than large images."""
     digests: Digests
-    """Of the images of both halves, see `digests_of`; None if the calibration is older than these."""
+    """Of the images of both halves, see `digests_of`."""
 
     def __repr__(self) -> str:
         return f"Calibration({self.count} images, {', '.join(self.scores)}; {self.promise})"
@@ -101,9 +98,8 @@ class Calibration:
         return f"at most {self.false_alarms:g} of new normal images are above, {how}"
 
     def includes(self, pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        """Which of the images `(n, H, W, C)` it was fitted to or took scores from, as far as is known, `(n,)`."""
-        known = np.empty(0, np.uint64) if self.digests is None else self.digests
-        return np.isin(digests_of(pixels), known)
+        """Which of the images `(n, H, W, C)` it was fitted to or took scores from, `(n,)`."""
+        return np.isin(digests_of(pixels), self.digests)
 
     def to_dict(self) -> dict[str, Any]:
         """As `calibration.json` holds it."""
@@ -117,8 +113,6 @@ class Calibration:
     @classmethod
     def from_dict(cls, data: dict[str, Any], path: Path) -> Calibration:
         """Checked. Raises `FormatError` naming the file and the field."""
-        if not set(LATER) & set(data):
-            data = data | added_later(checked(Older, data, path))
         return checked(cls, data, path)
 
     def __post_init__(self) -> None:
@@ -146,21 +140,6 @@ class Calibration:
         check(min(self.ties.values()) >= 0, "ties", "should not be negative")
         check(len(self.surprise) == len(LEVELS), "surprise", f"should have {len(LEVELS)} rows")
         check(bool((self.error >= 0).all()), "error", "should not be negative")
-
-
-class Older(BaseModel):
-    """What is looked at of a file without the fields that came later."""
-
-    scores: dict[Text, Row]
-    thresholds: dict[Text, Number]
-
-
-def added_later(older: Older) -> dict[str, Any]:
-    """The later fields of an older file, whose scores were rounded to six digits, perhaps downwards: by so much its
-    thresholds are raised."""
-    ties = {name: tie_of_six_digits(values) for name, values in older.scores.items()}
-    thresholds = {name: value + ties.get(name, 0.0) for name, value in older.thresholds.items()}
-    return {"confidence": None, "digests": None, "ties": ties, "thresholds": thresholds}
 
 
 def digests_of(pixels: NDArray[np.uint8]) -> NDArray[np.uint64]:

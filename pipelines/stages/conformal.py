@@ -32,12 +32,6 @@ def kept(scores: Floats) -> tuple[Floats, float]:
     return np.asarray(np.round(np.sort(scores), decimals), np.float64), 10.0**-decimals
 
 
-def tie_of_six_digits(scores: Floats) -> float:
-    """The tie that covers scores which were kept to six significant digits, whatever their spread."""
-    largest = float(np.abs(scores).max())
-    return 10.0 ** (math.floor(math.log10(largest)) - 5) if largest else 0.0
-
-
 def p_values_of(scores: Floats, normal: Floats, tie: float) -> Floats:
     """Of `scores` `(B,)`: (1 + #{normal scores that are higher or tie}) / (n + 1). `normal` `(n,)` ascends."""
     below = np.searchsorted(normal + tie, scores, side="left")

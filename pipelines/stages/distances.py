@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import PlainValidator
 
-from tokenizer.files.checked import FieldError
-
+from ..files.checked import FieldError
 from .conformal import Floats
 
 NEAREST = 5

@@ -16,23 +16,28 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 from prior import Prior
 from prior.sampling import SamplingOptions
 from tokenizer import Tokenizer
-from tokenizer.family import OUTSIDE
-from tokenizer.files.checked import FieldError, Text, checked
-from tokenizer.files.errors import ConfigError, FormatError, IntegrityError, LimitError, PathError, shown
-from tokenizer.files.ownership import Kind
-from tokenizer.files.reading import MANIFEST, Folder
-from tokenizer.files.variants import weights_names
-from tokenizer.pretrained import CONFIG, PROVENANCE
+from tokenizer.files import (
+    MANIFEST,
+    ConfigError,
+    FolderKind,
+    FormatError,
+    IntegrityError,
+    LimitError,
+    PathError,
+    quote,
+    read_json,
+)
+from tokenizer.model import CONFIG, PROVENANCE, weights_names
 
 from ..config import Within
+from ..files.checked import FieldError, Text, checked
 from ..images.labels import LONGEST, is_class_name
 from .card import FIGURES, TUNING
 
 INDEX, CARD, GRID = "model_index.json", "README.md", "samples.png"
 BACKGROUND, CALIBRATION = "background", "calibration.json"
-FORMAT_VERSION, VARIANT_VERSION = 1, 2  # 2: whose weights are those of a variant
+FORMAT_VERSION = 1
 MAX_PICTURE_BYTES, MAX_GRID_PIXELS = 64 << 20, 32 << 20
-MAX_REST_BYTES = 1 << 30  # of listed files that are none of these
 PARTS = ("tokenizer", "prior", BACKGROUND)
 FILES = [INDEX, PROVENANCE, CARD, GRID, CALIBRATION, MANIFEST] + [
     f"{part}/{name}" for part in PARTS for name in (CONFIG, *weights_names(), PROVENANCE)
@@ -41,13 +46,13 @@ FILES = [INDEX, PROVENANCE, CARD, GRID, CALIBRATION, MANIFEST] + [
 
 PipelineFolder = Annotated[str, Within("pipeline", INDEX)]
 """A pipeline's folder, the run that it is in, or a Hub id."""
-PIPELINE = Kind("a pipeline", INDEX, lambda index: index.get("_class_name") == "ImagePipeline" and "prior" in index)
+PIPELINE = FolderKind("a pipeline", INDEX, lambda index: index.get("_class_name") == "ImagePipeline")
 
 
 def kind_of_model(found: Any) -> str:
     """A registered name, by the look of it. Raises `ValueError`."""
     if not isinstance(found, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", found):
-        raise ValueError(f"{shown(found)} is not a name (lower case letters, digits, _)")
+        raise ValueError(f"{quote(found)} is not a name (lower case letters, digits, _)")
     return found
 
 
@@ -69,27 +74,23 @@ class IndexFile(BaseModel):
     sampler: Any
 
 
-def read_index(files: Folder, given: Collection[str] = ()) -> dict[str, Any]:
-    """`model_index.json`, every field checked; given: parts that are not read, whose kinds need not be known. Raises
-    `FormatError` or `ConfigError`."""
-    path, index = files.place(INDEX), files.json(INDEX)
+def read_index(folder: Path, given: Collection[str] = ()) -> dict[str, Any]:
+    """Read `model_index.json`, every field checked; given: parts that are not read, whose kinds need not be known.
+    Raises `FormatError` or `ConfigError`."""
+    path, index = folder / INDEX, read_json(folder / INDEX)
     version = index.get("format_version")
-    if type(version) is not int or version not in (FORMAT_VERSION, VARIANT_VERSION):
+    if type(version) is not int or version != FORMAT_VERSION:
         raise FormatError(
-            f"{path}: format_version: found {shown(version)}, this version of smalti reads {FORMAT_VERSION} "
-            f"and {VARIANT_VERSION}; "
-            "a newer smalti may read it"
+            f"{path}: format_version: found {quote(version)}, this version of smalti reads {FORMAT_VERSION}; a newer "
+            "smalti may read it"
         )
     if index.get("_class_name") != "ImagePipeline":
-        raise FormatError(f"{path}: _class_name: found {shown(index.get('_class_name'))}, expected 'ImagePipeline'")
+        raise FormatError(f"{path}: _class_name: found {quote(index.get('_class_name'))}, expected 'ImagePipeline'")
     checked(IndexFile, index, path)
-    if (index.get("variant") is not None) != (version == VARIANT_VERSION):
-        raise FormatError(f"{path}: variant: is what format_version {VARIANT_VERSION} names, and no other")
     families: list[tuple[str, type[Tokenizer] | type[Prior]]] = [("tokenizer", Tokenizer), ("prior", Prior)]
     for part, family in families + [(BACKGROUND, Prior)] * (BACKGROUND in index):
-        if part not in given and index[part] not in family.available():
-            kind, names = family.__name__.lower(), ", ".join(family.available())
-            raise ConfigError(f"{path}: {part}: no {kind} is called {index[part]!r}; there are {names}; {OUTSIDE}")
+        if part not in given and not family.has(index[part]):
+            raise ConfigError(f"{path}: {part}: {family.describe_unknown(index[part])}")
     check_labels(index["labels"])
     if "prior" not in given:
         make_sampler(Prior.find(index["prior"]), index["sampler"], path)
@@ -108,7 +109,7 @@ def require_variant(index: dict[str, Any], variant: str | None, path: Path) -> N
 def known_settings(prior: type[Prior], settings: Any) -> dict[str, Any]:
     """Of the defaults for sampling from another prior, those that this one has, too. Raises `ConfigError`."""
     if not isinstance(settings, dict):
-        raise ConfigError(f"{INDEX}: sampler: found {shown(settings)}, expected an object")
+        raise ConfigError(f"{INDEX}: sampler: found {quote(settings)}, expected an object")
     return {name: value for name, value in settings.items() if name in prior.Sampling.names()}
 
 
@@ -116,26 +117,25 @@ def make_sampler(prior: type[Prior], settings: dict[str, Any], path: str | Path 
     """The default settings of sampling from a prior of this kind. Raises `ConfigError`, naming the file, for one that
     the prior does not have or that is out of range."""
     if not isinstance(settings, dict):
-        raise ConfigError(f"{path}: sampler: found {shown(settings)}, expected an object")
+        raise ConfigError(f"{path}: sampler: found {quote(settings)}, expected an object")
     try:
         return prior.make_sampling_options(**settings)
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{path}: sampler: {error}") from error
 
 
-def check_listed(files: Folder) -> None:
-    """Raise `IntegrityError` for a file of a pipeline that the manifest does not list, even if it is not read."""
-    listed = files.manifest["files"] if files.manifest else {}
-    unlisted = [name for name in FILES if name != MANIFEST and name not in listed and name in files]
+def check_listed(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raise `IntegrityError` for a file of a pipeline that the manifest does not list."""
+    unlisted = [name for name in FILES if name not in {MANIFEST, *manifest["files"]} and (folder / name).exists()]
     if unlisted:
-        raise IntegrityError(f"{files.place(MANIFEST)}: files: does not list {', '.join(unlisted)}")
+        raise IntegrityError(f"{folder / MANIFEST}: files: does not list {', '.join(unlisted)}")
 
 
 def check_labels(labels: Sequence[str]) -> None:
     """Raise `ConfigError` for a name that cannot be printed as it is: a terminal would obey it."""
     for label in labels:
         if not is_class_name(label):
-            raise ConfigError(f"{INDEX}: labels: {shown(label)} is no name: at most {LONGEST} printable characters")
+            raise ConfigError(f"{INDEX}: labels: {quote(label)} is no name: at most {LONGEST} printable characters")
 
 
 def check_figures(found: dict[str, Any], names: Iterable[str] = FIGURES) -> dict[str, Any]:
@@ -165,7 +165,7 @@ class TrainingFacts(BaseModel):
 
     @model_validator(mode="after")
     def has_both(self) -> TrainingFacts:
-        """Steps are shown with the minutes that they took."""
+        """Steps are quote with the minutes that they took."""
         if "steps" in self.model_fields_set and not {type(self.steps), type(self.minutes)} <= {int, float}:
             raise FieldError("steps", "should be a number, beside one of minutes")
         return self
@@ -182,10 +182,10 @@ class ProvenanceFile(BaseModel):
     license: Text | None = None
 
 
-def read_provenance(files: Folder) -> dict[str, Any]:
-    """`provenance.json`: any facts, but numbers or text where the model card shows them. Raises `FormatError`."""
-    found = files.json(PROVENANCE)
-    checked(ProvenanceFile, found, files.place(PROVENANCE))
+def read_provenance(path: Path) -> dict[str, Any]:
+    """Read `provenance.json`: any facts, with numbers or text where the model card shows them. Raises `FormatError`."""
+    found = read_json(path)
+    checked(ProvenanceFile, found, path)
     return found
 
 

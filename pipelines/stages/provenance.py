@@ -6,15 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from tokenizer import Tokenizer
-from tokenizer.files.errors import FormatError, shown
-from tokenizer.files.opening import read_json
-from tokenizer.files.ownership import Inputs
-from tokenizer.files.writing import atomic_folder, write_json
-from tokenizer.pretrained import CONFIG, PROVENANCE
-from tokenizer.settings import as_saved
+from tokenizer.files import FormatError, quote, read_json, write_json
+from tokenizer.model import CONFIG, PROVENANCE
 
 from ..config import Within
-from ..images import DataConfig
+from ..files.ownership import Inputs
+from ..files.writing import atomic_folder
 from ..images.hub import fetched
 from .index import INDEX
 from .shipped import located
@@ -55,8 +52,8 @@ def data_beside(path: Path | None) -> dict[str, Any]:
     `FormatError`."""
     found = {} if path is None else read_json(path).get("data", {})
     if not isinstance(found, dict):
-        raise FormatError(f"{path}: data: expected an object of settings, found {shown(found)}")
-    return as_saved(DataConfig, found)
+        raise FormatError(f"{path}: data: expected an object of settings, found {quote(found)}")
+    return found
 
 
 def tokenizer_folder(source: str) -> str:

@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tokenizer.files.errors import PathError, UnreadableError
-from tokenizer.files.hub import resolve_folder
+from tokenizer.files import PathError, UnreadableError, find_folder
 
 from .index import INDEX
 
@@ -29,7 +28,7 @@ def located(source: str | Path) -> str | Path:
 def resolve_pipeline(source: str | Path, names: list[str], **options: Any) -> Path:
     """`resolve_folder` of a pipeline, which may be one that comes with the package. Raises `PathError`."""
     try:
-        return resolve_folder(located(source), names, **options)
+        return find_folder(located(source), names, **options)
     except UnreadableError:
         raise
     except PathError as error:

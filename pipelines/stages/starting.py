@@ -8,10 +8,8 @@ from typing import Any
 import torch
 
 from prior import Prior
-from tokenizer.files.errors import PipelineLoadError
-from tokenizer.files.opening import read_json
-from tokenizer.pretrained import CONFIG
-from tokenizer.settings import as_saved
+from tokenizer.files import PipelineLoadError, read_json
+from tokenizer.model import CONFIG
 
 from ..config import UserError
 from .base import Stages
@@ -26,11 +24,11 @@ def model_of(source: str) -> dict[str, Any] | None:
     cannot be read: loading the pipeline will say why."""
     path = file_of(source, f"prior/{CONFIG}")
     saved = read_json(path) if path else {}
-    if saved.get("kind") not in Prior.available():
+    if not Prior.has(saved.get("kind")):
         return None
     member: Any = Prior.find(saved["kind"])
     facts = member.choices().facts
-    return {key: value for key, value in as_saved(member.Config, saved).items() if key not in facts}
+    return {key: value for key, value in saved.items() if key not in facts}
 
 
 def start_from(prior: Prior, class_names: Sequence[str], source: str) -> Prior:

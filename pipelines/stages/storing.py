@@ -9,13 +9,20 @@ from typing import Any, TypeVar
 
 from prior import Prior
 from tokenizer import Tokenizer
-from tokenizer.files.errors import LimitError, PathError
-from tokenizer.files.json_text import parse_json
-from tokenizer.files.reading import Folder
-from tokenizer.files.variants import Dtype, chosen_dtype, given_dtype, rounded
-from tokenizer.files.writing import atomic_folder, write_json, write_manifest
-from tokenizer.pretrained import PROVENANCE
+from tokenizer.files import (
+    LimitError,
+    PathError,
+    is_file,
+    parse_json,
+    read_bytes,
+    read_json,
+    verify_manifest,
+    write_json,
+    write_manifest,
+)
+from tokenizer.model import PROVENANCE, Dtype, choose_dtype, round_weights
 
+from ..files.writing import atomic_folder
 from ..images.pictures import save_picture
 from .calibration import MAX_CALIBRATION_BYTES, Calibration
 from .card import model_card
@@ -29,10 +36,8 @@ from .index import (
     INDEX,
     MAX_GRID_PIXELS,
     MAX_PICTURE_BYTES,
-    MAX_REST_BYTES,
     PARTS,
     PIPELINE,
-    VARIANT_VERSION,
     check_listed,
     known_settings,
     make_sampler,
@@ -89,9 +94,12 @@ def require_fit(pipeline: Any) -> None:
 def in_variant(pipeline: Any, variant: str) -> Any:
     """A copy whose models are rounded to the type of `variant`, so that they fit each other as they will be loaded."""
     smaller = copy.copy(pipeline)
-    smaller._tokenizer, smaller._prior = rounded(pipeline.tokenizer, variant), rounded(pipeline.prior, variant)
+    smaller._tokenizer, smaller._prior = (
+        round_weights(pipeline.tokenizer, variant),
+        round_weights(pipeline.prior, variant),
+    )
     if pipeline.background is not None:
-        smaller.background = rounded(pipeline.background, variant)
+        smaller.background = round_weights(pipeline.background, variant)
     return smaller
 
 
@@ -99,7 +107,7 @@ def index_of(pipeline: Any, variant: str | None) -> dict[str, Any]:
     """What `model_index.json` holds."""
     return {
         "_class_name": "ImagePipeline",
-        "format_version": FORMAT_VERSION if variant is None else VARIANT_VERSION,
+        "format_version": FORMAT_VERSION,
         "tokenizer": pipeline.tokenizer.name,
         "prior": pipeline.prior.name,
         "labels": pipeline.labels,
@@ -124,7 +132,7 @@ def as_stored(pipeline: Any) -> Any:
 
 def variant_of(folder: str | Path) -> str | None:
     """That of the weights in a pipeline's folder."""
-    variant: str | None = Folder.at(Path(folder)).json(INDEX).get("variant")
+    variant: str | None = read_json(Path(folder) / INDEX).get("variant")
     return variant
 
 
@@ -153,25 +161,23 @@ def given_parts(**parts: Any) -> dict[str, Any]:
     return {name: unwrapped(model, families.get(name, Prior), name) for name, model in given.items()}
 
 
-def read(
-    cls: type[Any], folder: Path, parts: dict[str, Any], variant: str | None, expected_sha256: str | None, limit: int
-) -> Any:
-    """The pipeline in `folder`, with these `parts` in place of its own, whose files are not opened: what is known of a
-    part (calibration, provenance, sample pictures) is not of another one, and is left out. limit: bytes of the weights
-    of each part."""
-    if not (folder / INDEX).is_file():
+def read(cls: type[Any], folder: Path, parts: dict[str, Any], variant: str | None, verify: bool) -> Any:
+    """Load the pipeline in `folder`, with these `parts` in place of its own, whose files are not opened. What is known
+    of the folder's parts (calibration, provenance, sample pictures) is then left out. verify: check every file's
+    sha256."""
+    if not is_file(folder / INDEX):
         inner = folder / "pipeline"
         hint = f"; did you mean {inner}?" if (inner / INDEX).is_file() else ""
         raise PathError(f"{folder}: not a pipeline folder (no {INDEX}){hint}")
-    files = Folder.sealed(folder, expected_sha256, without=tuple(parts))
-    index = read_index(files, parts)
-    require_variant(index, variant, files.place(INDEX))
-    variant = index.get("variant")
+    if verify:
+        check_listed(folder, verify_manifest(folder, without=tuple(parts)))
+    index = read_index(folder, parts)
+    require_variant(index, variant, folder / INDEX)
 
     def part(name: str, family: Any) -> Any:
         if name in parts:
             return parts[name]
-        return family.find(index[name]).read_from(files.part(name), max_bytes=limit, variant=variant)
+        return family.find(index[name]).load_folder(folder / name, variant=index.get("variant"))
 
     tokenizer, prior = part("tokenizer", Tokenizer), part("prior", Prior)
     settings = known_settings(type(prior), index["sampler"]) if "prior" in parts else index["sampler"]
@@ -179,30 +185,26 @@ def read(
     if BACKGROUND in parts or (BACKGROUND in index and not parts):
         pipeline.set_background(part(BACKGROUND, Prior))
     if not parts:
-        read_facts(pipeline, files)
-    check_listed(files)
-    files.read_rest(MAX_REST_BYTES)
+        read_facts(pipeline, folder)
     return pipeline
 
 
-def read_facts(pipeline: Any, files: Folder) -> None:
-    """What is known of the parts that are in the folder."""
-    if CALIBRATION in files:
-        place, text = files.place(CALIBRATION), files.read(CALIBRATION, MAX_CALIBRATION_BYTES)
-        pipeline.calibration = Calibration.from_dict(parse_json(text, place), place)
-    if PROVENANCE in files:
-        pipeline.provenance = read_provenance(files)
-    if GRID in files:
-        pipeline.sample_grid = parse_picture(files.read(GRID, MAX_PICTURE_BYTES), files.place(GRID))
+def read_facts(pipeline: Any, folder: Path) -> None:
+    """Read what is known of the parts that are in the folder."""
+    if (path := folder / CALIBRATION).exists():
+        pipeline.calibration = Calibration.from_dict(parse_json(read_bytes(path, MAX_CALIBRATION_BYTES), path), path)
+    if (path := folder / PROVENANCE).exists():
+        pipeline.provenance = read_provenance(path)
+    if (path := folder / GRID).exists():
+        pipeline.sample_grid = parse_picture(read_bytes(path, MAX_PICTURE_BYTES), path)
 
 
-def convert(pipeline: Any, parts: dict[str, Any], dtype: Dtypes, torch_dtype: Dtypes) -> None:
+def convert(pipeline: Any, parts: dict[str, Any], dtype: Dtypes) -> None:
     """Change the types of the parts that were loaded, as `from_pretrained` is asked to; those given stay as they are.
     Raises `ValueError` for a part that there is none of."""
-    asked: Any = given_dtype(dtype, torch_dtype)
-    each = dict(asked) if isinstance(asked, Mapping) else {"default": asked}
+    each: dict[str, Any] = dict(dtype) if isinstance(dtype, Mapping) else {"default": dtype}
     if unknown := sorted(set(each) - {*PARTS, "default"}):
         raise ValueError(f"dtype: no part is called {unknown[0]!r}; there are {', '.join(PARTS)} and default")
     for name, model in pipeline.components.items():
         if name not in parts:
-            model.to(dtype=chosen_dtype(each.get(name, each.get("default")), None, model.stored_dtype))
+            model.to(dtype=choose_dtype(each.get(name, each.get("default")), model.stored_dtype))

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from tokenizer import Tokenizer
-from tokenizer.settings import as_saved
-from tokenizer.settings.mistakes import show
+from tokenizer.config import show_value
 
 from ..config import UserError
 from ..images import DataConfig, ImageDataset
 from ..images.origin import is_local
-from ..images.splits import as_begun
 from .meta import Meta, read_meta, verify_files
 from .pieces import EncodeJob
 
@@ -69,7 +67,7 @@ def same_images(one: Data, other: Data) -> bool:
             **{key: value for key, value in data.items() if key not in NO_CHOICE},
             "source": place_of(str(data.get("source"))),
         }
-        for data in (as_saved(DataConfig, one), as_saved(DataConfig, other))
+        for data in (one, other)
     )
     return first == second
 
@@ -96,14 +94,14 @@ def data_as_begun(data: DataConfig, befores: list[Data], old: Meta | None) -> Da
     the same images divided in another way: images for validation would become training images.
     """
     for before in befores:
-        begun = as_begun(data, before)
-        fraction = as_saved(DataConfig, before)["validation_fraction"]
-        alike = begun.model_copy(update={"validation_fraction": fraction})
+        fraction = before.get("validation_fraction")
+        alike = data.model_copy(update={"validation_fraction": fraction})
         if same_images(before, alike.model_dump(mode="json")):
             if data.validation_fraction not in (None, fraction):
                 raise UserError(
-                    f"data.validation_fraction: {show(fraction)} of these images before, {data.validation_fraction} "
-                    "now: images for validation would be trained on; give what it was, or another out="
+                    f"data.validation_fraction: {show_value(fraction)} of these images before, "
+                    f"{data.validation_fraction} now: images for validation would be trained on; give "
+                    "what it was, or another out="
                 )
             return alike
     if old is not None and "validation" not in old.shards and data.validation_fraction is None:

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokenizer import TokenGrid, Tokenizer
-from tokenizer.files.errors import FormatError, IntegrityError
-from tokenizer.files.reading import steadily
-from tokenizer.files.writing import atomic_folder
+from tokenizer.files import FormatError, IntegrityError
 
+from ..files.writing import atomic_folder
 from .meta import (
     META,
     TOKENS,
@@ -194,14 +193,14 @@ def load_tokens(
     folder = local_folder(
         source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    return steadily(folder, lambda: _read_dataset(folder, verify, mapped))
+    return _read_dataset(folder, verify, mapped)
 
 
 def _read_dataset(folder: Path, verify: bool | None, mapped: bool | None) -> TokenDataset:
     meta = read_meta(folder)
     size = sum(sum(counts) for counts in meta.shards.values()) * bytes_per_row(meta.grid)
-    files = verify_files(folder, meta, whole=size <= HASHED if verify is None else verify)
-    tokenizer: Tokenizer = Tokenizer.read_from(files.part("tokenizer"))
+    verify_files(folder, meta, whole=size <= HASHED if verify is None else verify)
+    tokenizer: Tokenizer = Tokenizer.load_folder(folder / "tokenizer")
     if tokenizer.fingerprint() != meta.tokenizer:
         raise IntegrityError(
             f"{folder / 'tokenizer'}: not the tokenizer that made these tokens (its fingerprint differs)"
@@ -210,9 +209,8 @@ def _read_dataset(folder: Path, verify: bool | None, mapped: bool | None) -> Tok
         raise IntegrityError(f"{folder / META}: grid {meta.grid} is not the tokenizer's, {tokenizer.grid}")
     mapped = size > IN_MEMORY if mapped is None else mapped
     splits = {name: _load_split(folder, name, meta, mapped) for name in meta.shards}
-    grid = tokenizer.grid  # which knows levels and channels, where `meta.json` is from before it said them
     kept = meta.source, meta.augmentations, meta.parts
-    return TokenDataset(grid, meta.class_names, splits, tokenizer, *kept, digest=manifest_hash(folder))
+    return TokenDataset(tokenizer.grid, meta.class_names, splits, tokenizer, *kept, digest=manifest_hash(folder))
 
 
 def _load_split(folder: Path, split: str, meta: Meta, mapped: bool) -> TokenSplit:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizer.files.errors import PipelineLoadError
+from tokenizer.files import PipelineLoadError
 
 from ..images import DataConfig
 from .meta import META, Meta, read_meta, verify_files

@@ -13,18 +13,25 @@ from torch import Tensor
 
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.base import grid_to_dict, read_grid
-from tokenizer.files.checked import Text, Whole, checked
-from tokenizer.files.errors import FormatError, IntegrityError, PathError, shown
-from tokenizer.files.ownership import Kind
-from tokenizer.files.reading import MANIFEST, Folder
-from tokenizer.files.writing import write_json
+from tokenizer.files import (
+    MANIFEST,
+    FolderKind,
+    FormatError,
+    IntegrityError,
+    PathError,
+    is_file,
+    quote,
+    read_json,
+    verify_manifest,
+    write_json,
+)
 
+from ..files.checked import Text, Whole, checked
 from ..images.labels import is_printable
 from .shards import MAX_SHARDS, shard_names
 
-META, FORMAT_VERSION = "meta.json", 2
-TOKENS = Kind("a token dataset", META, lambda meta: {"format_version", "grid", "splits", "classes"} <= set(meta))
-ONE_FILE_VERSION = 1  # what earlier versions wrote, and what datasets of one file per split still are
+META, FORMAT_VERSION = "meta.json", 1
+TOKENS = FolderKind("a token dataset", META, lambda meta: {"format_version", "grid", "splits", "classes"} <= set(meta))
 
 
 @dataclass(frozen=True)
@@ -44,13 +51,12 @@ class Meta:
         return [name for split, sizes in self.shards.items() for name in shard_names(split, len(sizes))]
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written; datasets of one file per split stay readable by earlier versions."""
-        one_file = all(len(sizes) == 1 for sizes in self.shards.values())
+        """As JSON has it."""
         return {
-            "format_version": ONE_FILE_VERSION if one_file else FORMAT_VERSION,
+            "format_version": FORMAT_VERSION,
             "grid": grid_to_dict(self.grid),
             "classes": self.class_names,
-            "splits": {name: sizes[0] if one_file else sizes for name, sizes in self.shards.items()},
+            "splits": self.shards,
             "source": self.source,
             "augmentations": self.augmentations,
             "tokenizer": self.tokenizer,
@@ -84,22 +90,21 @@ def manifest_hash(folder: Path) -> str:
 def check_printable(name: str) -> str:
     """Raise `ValueError` for a name that a terminal would obey."""
     if not is_printable(name):
-        raise ValueError(f"should be a printable name (found {shown(name)})")
+        raise ValueError(f"should be a printable name (found {quote(name)})")
     return name
 
 
 def rows_of_files(found: Any) -> list[int]:
-    """The rows of each file of a split, of which there may be one. Raises `ValueError`."""
-    counts = found if isinstance(found, list) else [found]
-    if not counts or not all(type(count) is int and count >= 0 for count in counts):
-        raise ValueError(f"should be the number of rows of each file (found {shown(found)})")
-    return counts
+    """The rows of each file of a split. Raises `ValueError`."""
+    if not isinstance(found, list) or not found or not all(type(count) is int and count >= 0 for count in found):
+        raise ValueError(f"should be the number of rows of each file (found {quote(found)})")
+    return found
 
 
 def check_names(splits: dict[str, list[int]]) -> dict[str, list[int]]:
     """Raise `ValueError` for a split that no file could be called by."""
     if strange := [name for name in splits if not re.fullmatch(r"\w[\w-]*", name)]:
-        raise ValueError(f"{shown(strange[0])} is not a name (letters, digits, _ and -)")
+        raise ValueError(f"{quote(strange[0])} is not a name (letters, digits, _ and -)")
     return splits
 
 
@@ -137,15 +142,14 @@ class MetaFile(BaseModel):
 
 def read_meta(folder: Path) -> Meta:
     """What `meta.json` says. Raises `PathError` where there is none, `FormatError` for one of another form."""
-    if not (folder / META).is_file():
+    if not is_file(folder / META):
         near = next((path for path in (folder / "tokens", Path(f"{folder}_tokens")) if (path / META).is_file()), None)
         hint = f"; did you mean {near}?" if near else "; make one with `smalti encode`"
         raise PathError(f"{folder}: not a token dataset (no {META}){hint}")
-    meta = Folder.at(folder).json(META)
-    if meta.get("format_version") not in (ONE_FILE_VERSION, FORMAT_VERSION):
+    meta = read_json(folder / META)
+    if (version := meta.get("format_version")) != FORMAT_VERSION:
         raise FormatError(
-            f"{folder / META}: format_version is {meta.get('format_version')!r}, this version reads {ONE_FILE_VERSION} "
-            f"and {FORMAT_VERSION}"
+            f"{folder / META}: format_version: found {quote(version)}, this version reads {FORMAT_VERSION}"
         )
     found = checked(MetaFile, meta, folder / META)
     return Meta(
@@ -164,16 +168,12 @@ def check_meta(meta: Meta, path: Path) -> None:
     checked(MetaFile, meta.to_dict(), path)
 
 
-def verify_files(folder: Path, meta: Meta, *, whole: bool) -> Folder:
+def verify_files(folder: Path, meta: Meta, *, whole: bool) -> None:
     """Compare all files with `manifest.json`: by sha256, or, unless `whole`, the shards by their size alone."""
-    files, shards = Folder.sealed(folder), set(meta.files())  # which compares the sizes
-    listed = (files.manifest or {})["files"]
+    shards = set(meta.files())
+    listed = verify_manifest(folder, unhashed=() if whole else shards)["files"]
     if absent := sorted({META, *shards} - set(listed)):
         raise IntegrityError(f"{folder / absent[0]}: {MANIFEST} does not list it")
-    if not whole:
-        files.unread.difference_update(shards)
-    files.read_rest()
-    return files
 
 
 def check_labels(path: Path, labels: Tensor | None, num_classes: int) -> None:

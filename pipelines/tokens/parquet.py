@@ -21,21 +21,25 @@ import torch
 from torch import Tensor
 
 from tokenizer import TokenGrid, Tokenizer
-from tokenizer.files.errors import FormatError, IntegrityError, PathError, PipelineLoadError
-from tokenizer.files.hub import (
-    HUB_ID,
-    is_reachable,
-    replace_on_hub,
-    require_reachable,
-    require_searchable,
-    snapshot,
+from tokenizer.files import (
+    MANIFEST,
+    MAX_JSON_BYTES,
+    FormatError,
+    IntegrityError,
+    PathError,
+    PipelineLoadError,
+    find_folder,
+    is_file,
+    read_bytes,
+    read_json,
+    verify_manifest,
+    write_json,
+    write_manifest,
 )
-from tokenizer.files.json_text import MAX_JSON_BYTES
-from tokenizer.files.opening import read_json
-from tokenizer.files.reading import MANIFEST, Folder, verify_manifest
-from tokenizer.files.writing import atomic_folder, write_json, write_manifest
 
 from ..config import UserError
+from ..files.hub import is_reachable, replace_on_hub, require_reachable
+from ..files.writing import atomic_folder
 from ..images.origin import shareable
 from .meta import META, TOKENS, Meta, check_labels, read_meta, seal
 from .shards import ROWS_PER_SHARD, TokenSplit, bytes_per_row, chunks, shard_names, smallest_type, write_shard
@@ -184,34 +188,16 @@ def local_folder(
     """The token dataset `source` as a folder of shards: itself, or what was fetched and unpacked into the cache."""
     folder = Path(source)
     if not os.path.isdir(source):
-        if not re.fullmatch(HUB_ID, str(source)):
-            raise PathError(
-                f"{str(source)[:200]!r} is neither a folder nor the id of a dataset on the Hub, "
-                "owner/name; make a token dataset with `smalti encode`"
-            )
-        folder = fetch(str(source), revision, token, cache_dir, local_files_only)
-    require_searchable(folder)
-    if not (folder / META).is_file() or Folder.at(folder).json(META).get("layout") != LAYOUT:
+        local_files_only = local_files_only or not is_reachable()  # a mistyped folder's name should not have to wait
+        patterns = ["meta.json", MANIFEST, "README.md", "tokenizer/*", "data/*.parquet"]
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        try:
+            folder = find_folder(source, patterns, repo_type="dataset", **options)
+        except PathError as error:
+            raise PathError(f"{error}; make a token dataset with `smalti encode`") from error
+    if not is_file(folder / META) or read_json(folder / META).get("layout") != LAYOUT:
         return folder
     return unpacked(folder, cache_dir)
-
-
-def fetch(
-    repo_id: str, revision: str | None, token: str | None, cache_dir: str | Path | None, local_files_only: bool
-) -> Path:
-    """The files of a token dataset on the Hub, and no others, in the cache. Raises `PathError`."""
-    local_files_only = local_files_only or not is_reachable()  # who only mistyped a folder's name is not kept waiting
-    return snapshot(
-        repo_id,
-        ["meta.json", MANIFEST, "README.md", "tokenizer/*", "data/*.parquet"],
-        f"{repo_id!r} is not an existing folder (make a token dataset with `smalti encode`), and as a dataset on the "
-        "Hub it could not be fetched",
-        repo_type="dataset",
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-    )
 
 
 def unpacked(folder: Path, cache_dir: str | Path | None) -> Path:
@@ -224,7 +210,7 @@ def unpacked(folder: Path, cache_dir: str | Path | None) -> Path:
 
     name = "unnamed"
     if (folder / MANIFEST).is_file():
-        name = hashlib.sha256(Folder.at(folder).read(MANIFEST, MAX_JSON_BYTES)).hexdigest()
+        name = hashlib.sha256(read_bytes(folder / MANIFEST, MAX_JSON_BYTES)).hexdigest()
     out = Path(cache_dir or constants.HF_HUB_CACHE) / "smalti-tokens" / name[:32]
     if (out / META).is_file():
         return out
@@ -238,7 +224,7 @@ def unpacked(folder: Path, cache_dir: str | Path | None) -> Path:
 def unpack(folder: Path, out: Path) -> None:
     """Write the parquet dataset in `folder` as shards into `out`, all files checked."""
     files, meta = verify_manifest(folder)["files"], read_meta(folder)
-    tokenizer: Tokenizer = Tokenizer.read_from(Folder.sealed(folder).part("tokenizer"))
+    tokenizer: Tokenizer = Tokenizer.load_folder(folder / "tokenizer")
     with atomic_folder(out, kind=TOKENS) as target:
         entries = {}
         for split, sizes in meta.shards.items():

@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 
 from tokenizer import TokenGrid, Tokenizer
-from tokenizer.files.opening import read_json
-from tokenizer.files.reading import MANIFEST
-from tokenizer.files.writing import atomic_folder
-from tokenizer.settings import as_saved
+from tokenizer.files import MANIFEST, read_json
 
 from ..config import UserError
-from ..images import DataConfig
+from ..files.writing import atomic_folder
 from ..jobs import Job, Piece
 from ..jobs.pieces import cut as cut_rows
 from .meta import META, TOKENS, Meta, check_count, manifest_hash, seal
@@ -60,13 +57,6 @@ class EncodeJob(Job):
         """depends_on: all that the rows depend on, to the bit."""
         super().__init__(out, pieces, depends_on)
         self.grid = grid
-
-    @classmethod
-    def as_now(cls, begun: dict[str, Any]) -> dict[str, Any]:
-        """With the settings of images that earlier versions did not have; with none, where the file is damaged, which
-        no job depends on."""
-        data = begun.get("data")
-        return {**begun, "data": as_saved(DataConfig, data) if isinstance(data, dict) else {}}
 
     def keep_rows(self, piece: Piece, tokens: Tensor, labels: Tensor | None) -> None:
         """Write a piece as a shard of the dataset."""

@@ -21,8 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tokenizer import TokenGrid
-from tokenizer.files.errors import FormatError, IntegrityError
-from tokenizer.files.writing import fsync
+from tokenizer.files import FormatError, IntegrityError, fsync
 
 from ..shuffling.rows import positions_of
 

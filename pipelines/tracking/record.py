@@ -17,10 +17,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from tokenizer.files.errors import PathError
-from tokenizer.files.writing import fsync, make_folder, replace_file
+from tokenizer.files import PathError, fsync, make_folder
 
 from ..config.terminal import tell
+from ..files.writing import replace_file
 from ..images.pictures import save_picture
 
 

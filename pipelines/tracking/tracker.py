@@ -21,11 +21,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from tokenizer.files.errors import PipelineLoadError
-from tokenizer.files.opening import read_json
-from tokenizer.files.writing import replace_file
+from tokenizer.files import PipelineLoadError, read_json
 
 from ..config import Config, UserError
+from ..files.writing import replace_file
 from . import mirror
 from .lineage import Mark, note
 from .mirror import Mirror

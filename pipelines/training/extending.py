@@ -8,9 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tokenizer.files.errors import PipelineLoadError
-from tokenizer.files.opening import read_json
-from tokenizer.settings import as_saved
+from tokenizer.files import PipelineLoadError, read_json
 
 from ..config import UserError
 from ..config.schema import difference
@@ -26,8 +24,7 @@ STREAMED = {"data": ("on_error", "max_bad_fraction")}
 
 
 def settings(given: dict[str, Any], config: Any) -> dict[str, Any]:
-    """A saved configuration in which settings that did not exist when it was saved have the values that held then."""
-    given = as_saved(type(config), given)
+    """A saved configuration with the defaults of what it leaves out."""
     try:
         return type(config).model_validate(given).model_dump(mode="json")
     except ValidationError:  # of another version, or stage: the difference will tell

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from tokenizer import Tokenizer
-from tokenizer.settings.marks import Before
 
 from ..config import Config
 
@@ -17,7 +16,7 @@ class LossConfig(Config):
 
     l1: float = Field(0.0, ge=0, description="weight of the mean absolute error of pixels in [-1, 1]")
     l2: float = Field(1.0, ge=0, description="weight of the mean squared error of pixels in [-1, 1]")
-    gradient: Annotated[float, Before(0.0)] = Field(
+    gradient: float = Field(
         0.0,
         ge=0,
         description="weight of the mean absolute error of differences between neighbouring pixels, against texture "

@@ -42,24 +42,16 @@ def make_optimizer(
     config: TrainConfig,
     betas: tuple[float, float],
     bf16: bool = False,
-    sizes: list[int] | None = None,
 ) -> AdamW:
     """The optimizer that `config` asks for. Of what AdamW moves, only `decaying` (see `decaying_weights`) decays. Where
     none of `matrices` (see `hidden_matrices`) is among the parameters, that is AdamW. bf16: whether matrices are made
-    orthogonal in bfloat16, which is precise enough, and, where it is fast, takes a fourth of the time.
-
-    sizes: of the groups in the state of a run that goes on. In one from before `decaying_weights`, all that has two
-    dimensions decays, and it goes on as it began.
-    """
+    orthogonal in bfloat16, which is precise enough, and, where it is fast, takes a fourth of the time."""
     muon = config.optimizer == "muon"
     hidden = [p for p in parameters if muon and p in matrices]
     rest = [p for p in parameters if not (muon and p in matrices)]
-    decay = {p for p in rest if p.ndim > 1}
-    if sizes != [size for size in (len(decay), len(rest) - len(decay), len(hidden)) if size]:
-        decay &= decaying
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p in decay], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p not in decay], "weight_decay": 0.0},
+        {"params": [p for p in rest if p in decaying], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p not in decaying], "weight_decay": 0.0},
         {"params": hidden, "weight_decay": 0.0, "momentum": MOMENTUM, "bf16": bf16},
     ]
     groups[-1]["factor"] = config.muon_lr / config.lr  # of the learning rate, which all have in common

@@ -9,15 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tokenizer.files.claims import is_claim
-from tokenizer.files.opening import read_json
-from tokenizer.files.ownership import Kind, require_apart, require_ours
-from tokenizer.files.writing import make_folder, replace_file
-from tokenizer.settings import as_begun
+from tokenizer.files import FolderKind, make_folder, read_json, require_replaceable
 
 from ..config import UserError
 from ..config.arguments import read_file
 from ..config.schema import difference, to_yaml
+from ..files.claims import is_claim
+from ..files.ownership import require_apart
+from ..files.writing import replace_file
 from ..processes.claims import alone_in
 from ..processes.launched import team_of
 from .checkpoints.rotation import latest_state
@@ -34,25 +33,6 @@ HALF = re.compile(rf"\.tmp-{re.escape(CONFIG)}-[0-9a-f]{{8}}")
 """Names of configurations that were being written when a process was killed, or power was lost."""
 BEGUN_WITH = "init.fingerprint"
 """Among the configuration that a state keeps: no setting, but what one of them meant."""
-
-
-def begun_data(run: Path, node: str = "data") -> dict[str, Any] | None:
-    """What `data` (or another node) was when the run in this folder was begun; None where none was. Raises
-    `UserError`."""
-    found = read_file(str(run / CONFIG)).get(node) if (run / CONFIG).is_file() else None
-    return found if isinstance(found, dict) else None
-
-
-def model_as_begun(config: T) -> T:
-    """The configuration of a run that continues: settings that its model did not have when it was begun, and that are
-    left at their defaults, get the values that keep the model as it was."""
-    given: Any = config
-    then = begun_data(Path(given.out), "model")
-    if then is None or then.get("kind") != given.model["kind"]:  # there is no run, or it will be refused
-        return config
-    choices = type(given).below("model", given.model)
-    changes = as_begun(choices, given.model, then)
-    return given.model_copy(update={"model": {**given.model, **changes}})
 
 
 def check_folder(run: Path, config: Any) -> list[str]:
@@ -101,13 +81,13 @@ def claimed_folder(run: Path, config: Any, accelerator: Accelerator) -> Iterator
         yield team.first(lambda: check_folder(run, config))  # again: the other run has perhaps just ended
 
 
-def take_folder(run: Path, config: Any, accelerator: Accelerator, snapshots: Mapping[str, Kind]) -> None:
+def take_folder(run: Path, config: Any, accelerator: Accelerator, snapshots: Mapping[str, FolderKind]) -> None:
     """Write `config.yaml`, on the main process. Raises `PathError`, on all processes, where something that is not ours
     is where a snapshot is to be."""
 
     def take() -> None:
         for name, kind in snapshots.items():
-            require_ours(run / name, kind)
+            require_replaceable(run / name, kind)
         for path in run.iterdir():
             if HALF.fullmatch(path.name):
                 path.unlink()
@@ -144,8 +124,8 @@ def newest_state(run: Path, config: Any, accelerator: Accelerator, begun: dict[s
 
 
 def require_same_run(state: Path, config: Any, begun: dict[str, Any] | None = None) -> None:
-    """Raise `UserError` for a state that a run with another configuration wrote, or one that began with another model.
-    Early versions did not say whose."""
+    """Raise `UserError` for a state that a run with another configuration wrote, or one that began with another
+    model."""
     saved = read_json(state / STATE).get("config")
     if not isinstance(saved, dict):
         return
@@ -155,9 +135,7 @@ def require_same_run(state: Path, config: Any, begun: dict[str, Any] | None = No
             f"init: {begun['source']} holds another model than when the run began (its fingerprint was "
             f"{str(then)[:12]}... and is {begun['fingerprint'][:12]}...); {state} was left as it was"
         )
-    # A setting that the state does not know did not exist when it was written.
-    changes = [line for line in difference(saved, identity_of(config)) if ": (absent) -> " not in line]
-    if changes:
+    if changes := difference(saved, identity_of(config)):
         raise UserError(
             f"{state}: of a run with another configuration; nothing was changed. What differs:\n" + "\n".join(changes)
         )

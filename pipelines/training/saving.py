@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from torch import nn
 
-from tokenizer.files.errors import PathError
+from tokenizer.files import PathError
 
 from ..config import UserError
 from ..config.terminal import tell

@@ -10,8 +10,6 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from tokenizer.settings.marks import Before
-
 from ..config import Config
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -32,15 +30,13 @@ class TrainConfig(Config):
     )
     batch_size: int = Field(128, ge=1, description="images per step, all processes and micro-batches together")
     accumulate: int = Field(1, ge=1, description="micro-batches that each process adds up for a step")
-    optimizer: Annotated[Literal["adamw", "muon"], Before("adamw")] = Field(
+    optimizer: Literal["adamw", "muon"] = Field(
         "adamw",
         description="muon: kernels, and matrices of at least 16 x 16 between embeddings and head, move by Muon, "
         "the rest by AdamW",
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
-    muon_lr: Annotated[float, Before(0.02)] = Field(
-        0.02, gt=0, description="peak learning rate of Muon, which follows the schedule of lr"
-    )
+    muon_lr: float = Field(0.02, gt=0, description="peak learning rate of Muon, which follows the schedule of lr")
     final_lr: float = Field(0.02, ge=0, le=1, description="learning rate at the end, as a share of the peak")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up; a cosine follows")
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's decays of the running moments")
@@ -70,7 +66,7 @@ class TrainConfig(Config):
         description="keep only the inputs of each block, and compute it again in the backward pass: less memory "
         "for a quarter to a third more time, and the same losses",
     )
-    mixed_precision: Annotated[Literal["auto", "no", "bf16"] | None, Before(None), BeforeValidator(no_as_text)] = Field(
+    mixed_precision: Annotated[Literal["auto", "no", "bf16"] | None, BeforeValidator(no_as_text)] = Field(
         None,
         description="bf16: layers compute in bfloat16, weights and losses stay float32; auto: so where a GPU has it or "
         "a CPU has AMX or AVX512-BF16; null: what `accelerate launch` says",

@@ -13,7 +13,6 @@ from ..processes.precision import told_precision
 from ..tracking import Tracker
 from .blocks import prepare_blocks
 from .checkpoints.counters import check_counters
-from .checkpoints.optimizers import sizes_of_groups
 from .checkpoints.states import STATE, load_best, load_state
 from .extending import told_changes
 from .heartbeat import Heartbeat
@@ -49,15 +48,7 @@ def set_up(
     bf16 = accelerator.device.type == "cuda" or accelerator.mixed_precision == "bf16"
     state = newest_state(run, config, accelerator, task.begun)
     optimizers = {
-        name: make_optimizer(
-            players,
-            matrices,
-            decaying,
-            config.train,
-            betas[name],
-            bf16,
-            sizes_of_groups(state, name) if state else None,
-        )
+        name: make_optimizer(players, matrices, decaying, config.train, betas[name], bf16)
         for name, players in task.players.items()
     }
     step, counters = load_state(state, model=task.model, ema=averaged, optimizers=optimizers) if state else (0, {})

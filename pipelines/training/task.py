@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
-from tokenizer.files.ownership import Kind
+from tokenizer.files import FolderKind
 
 from ..processes.sharing import ALONE, Team
 from ..shuffling.epochs import samples_of
@@ -41,7 +41,7 @@ class Task:
     """How many images the figures of a split are of; `validation` is there only if there are any."""
     shardable: bool = False
     """Whether `model` is all that is trained, as a whole, so that FSDP may shard it."""
-    snapshots: dict[str, Kind] = {}
+    snapshots: dict[str, FolderKind] = {}
     """The folders in the run folder that `save` may write, and what an earlier run may have left there."""
     tokens_per_row: int
     team: Team = ALONE

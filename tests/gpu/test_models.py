@@ -24,7 +24,7 @@ from small import (
 from torch import Tensor, nn
 
 from tokenizer.base import full_float32
-from tokenizer.files.errors import ConfigError
+from tokenizer.files import ConfigError
 from tokenizer.losses import total_loss
 
 pytestmark = pytest.mark.gpu

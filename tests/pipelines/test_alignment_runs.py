@@ -44,9 +44,7 @@ from pipelines.train_prior import PriorTask, TrainPriorConfig
 from pipelines.training import run_folder
 from pipelines.training.checkpoints.states import STATE
 from pipelines.training.run_folder import identity_of, require_same_run
-from tokenizer.files.errors import PathError
-from tokenizer.files.opening import read_json
-from tokenizer.files.writing import write_json
+from tokenizer.files import PathError, read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

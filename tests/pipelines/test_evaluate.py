@@ -72,7 +72,7 @@ def test_all_figures_are_written_printed_and_on_the_card(
 ):
     config = write_set(tmp_path / "images", shape, channels)
     pipe = save_pipeline(tmp_path, config, tokenizer, prior, num_classes)
-    figures, text, card = evaluate(tmp_path, "num_samples=30")
+    figures, text, card = evaluate(tmp_path, "num_images=30")
     assert text.strip() in capsys.readouterr().out
     expected = KEYS | LOOKS | (BITS if tokenizer == "pixels" else set()) | (CLASSES if num_classes else set())
     assert expected <= set(figures) and not (BITS | CLASSES | {"fid"}) - expected & set(figures)
@@ -107,7 +107,7 @@ def test_bits_per_dim_is_the_pipelines(tmp_path):
     pipe = save_pipeline(tmp_path, config, "pixels", "made", 2)
     held_out = load_images(config).held_out
     bits = pipe.bits_per_dim(held_out.batch(range(len(held_out))), held_out.labels.tolist()).double()
-    figures, _, _ = evaluate(tmp_path, "num_samples=0")
+    figures, _, _ = evaluate(tmp_path, "num_images=0")
     assert figures["bits_per_dim"] == pytest.approx(float(bits.mean()), rel=1e-6)
     assert figures["bits_per_dim_error"] == pytest.approx(float(bits.std()) / len(bits) ** 0.5, rel=0.05)
 
@@ -118,7 +118,7 @@ def test_figures_of_some_images_say_of_how_many(tmp_path, monkeypatch):
     held_out = load_images(config).held_out
     monkeypatch.setattr("pipelines.evaluate.SOME", 7)
     monkeypatch.setattr("pipelines.metrics.likelihood.FEW", 3)
-    figures, text, card = evaluate(tmp_path, "num_samples=20")
+    figures, text, card = evaluate(tmp_path, "num_images=20")
     counts = {name: figures[name] for name in set(COUNTS.values())}
     assert counts == {
         "num_images": len(held_out),
@@ -147,18 +147,18 @@ def test_the_report_names_the_device_that_was_measured(tmp_path, monkeypatch):
         return report(*given, **more)
 
     monkeypatch.setattr(evaluation, "report", reported)
-    evaluate(tmp_path, "num_samples=5")
+    evaluate(tmp_path, "num_images=5")
     assert events[-2:] == ["reported", "moved"]
 
 
-@pytest.mark.parametrize("options", [["num_samples=9"], ["num_samples=0"], ["data.limit=9"]])
+@pytest.mark.parametrize("options", [["num_images=9"], ["num_images=0"], ["data.limit=9"]])
 def test_too_few_images_are_said_and_not_compared(tmp_path, options):
     config = write_set(tmp_path / "images")
     save_pipeline(tmp_path, config, "vqvae", "marginal", 2)
     figures, text, card = evaluate(tmp_path, *options)
     assert not {"frechet_distance", "precision", "copying_z", "feature_space"} & set(figures)
     assert f"needs {LEAST} samples, training images and held-out images" in text and "Frechet" not in card
-    assert ("samples_per_second" in figures) == (options != ["num_samples=0"])
+    assert ("samples_per_second" in figures) == (options != ["num_images=0"])
     assert not (tmp_path / "evaluation" / "nearest.png").exists()
 
 
@@ -175,7 +175,7 @@ def test_samples_have_the_classes_of_the_training_images(tmp_path, monkeypatch):
         return call(self, num_images, labels, seed=seed, **kwargs)
 
     monkeypatch.setattr(ImagePipeline, "__call__", watched)
-    evaluate(tmp_path, "num_samples=106", "update_card=false", "seed=5")
+    evaluate(tmp_path, "num_images=106", "update_card=false", "seed=5")
     assert [(seed, len(labels)) for seed, labels in asked.items()] == [(5, 64), (69, 42)]  # sample k has seed + k
     assert np.bincount(asked[5] + asked[69]).tolist() == [80, 26]
 
@@ -223,7 +223,7 @@ def test_fid_is_taken_with_inception_weights_alone(tmp_path, monkeypatch, refere
     monkeypatch.setattr("pipelines.metrics.inception.find_spec", lambda name: True)
     monkeypatch.setattr("pipelines.metrics.inception.SHA256", hashlib.sha256(b"right").hexdigest())
     monkeypatch.setattr(feature_extractor_inceptionv3, "FeatureExtractorInceptionV3", Net)
-    given = (f"inception_weights={weights}", "num_samples=30", f"reference={reference}")
+    given = (f"inception_weights={weights}", "num_images=30", f"reference={reference}")
     figures, text, card = evaluate(tmp_path, *given)
     assert seen == [("inception-v3-compat", ["2048", "logits_unbiased"], b"right")]
     real = figures["train_fid" if reference == "held_out" else "held_out_fid"]
@@ -243,7 +243,7 @@ def test_a_table_of_all_classes_that_is_too_large_is_not_made(tmp_path, monkeypa
     none."""
     config = write_set(tmp_path / "images")
     pipe = save_pipeline(tmp_path, config, "vqvae", "marginal", 2)
-    figures, text, _ = evaluate(tmp_path, "num_samples=0")
+    figures, text, _ = evaluate(tmp_path, "num_images=0")
     size = len(pipe.prior.grid) * pipe.prior.grid.vocab_size
     assert "marginal_note" not in figures
     made, create = [], Prior.create
@@ -254,7 +254,7 @@ def test_a_table_of_all_classes_that_is_too_large_is_not_made(tmp_path, monkeypa
 
     monkeypatch.setattr(Prior, "create", watched)
     monkeypatch.setattr("pipelines.metrics.likelihood.TABLE", 3 * size - 1)
-    less, told, card = evaluate(tmp_path, "num_samples=0")
+    less, told, card = evaluate(tmp_path, "num_images=0")
     assert [prior.table.numel() for prior in made] == [size]
     note = f"of all classes together: a table of 2 would have {2 * size:,} numbers"
     assert less["marginal_note"] == note and note in told and note in card
@@ -266,16 +266,16 @@ def test_a_table_of_all_classes_that_is_too_large_is_not_made(tmp_path, monkeypa
     bits = -alone.log_prob(tokens[1]).double().mean() / np.log(2) / len(pipe.prior.grid)
     assert less["marginal_bits_per_token"] == pytest.approx(float(bits.detach()), rel=1e-6)
     monkeypatch.setattr("pipelines.metrics.likelihood.TABLE", size - 1)
-    none, told, _ = evaluate(tmp_path, "num_samples=0")
+    none, told, _ = evaluate(tmp_path, "num_images=0")
     assert not made and "marginal_bits_per_token" not in none and "position frequencies" not in told
     assert f"uniform {none['uniform_bits_per_token']:.3f}" in told
 
 
 def test_pixels_are_compared_to_as_many_training_images_as_fit(tmp_path, monkeypatch):
     save_pipeline(tmp_path, write_set(tmp_path / "images"), "vqvae", "marginal", 2)
-    figures, text, _ = evaluate(tmp_path, "num_samples=20")
+    figures, text, _ = evaluate(tmp_path, "num_images=20")
     assert "class_agreement_known" not in figures
     monkeypatch.setattr("pipelines.evaluate.KNOWN", 12 * 96 + 95)
-    less, told, _ = evaluate(tmp_path, "num_samples=20")
+    less, told, _ = evaluate(tmp_path, "num_images=20")
     assert less["class_agreement_known"] == 12 and "; by 12 training images" in told and "training images" in text
     assert less["real_class_agreement"] > 0.6  # stripes of two kinds are told apart by a few

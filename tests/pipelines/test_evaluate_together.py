@@ -82,7 +82,7 @@ def failing(rank: int) -> None:
 def main(folder: Path, world: int) -> None:
     import_once("accelerate", "torchvision.utils")
     (folder / "weights.pth").touch()
-    argv = [f"pipeline={folder}/pipeline", "feature_steps=2", "num_samples=70", "update_card=false"]
+    argv = [f"pipeline={folder}/pipeline", "feature_steps=2", "num_images=70", "update_card=false"]
     argv += [f"inception_weights={folder}/weights.pth", "reference=train"]
 
     def codes_of(name: str, world: int, *hooks: Any, device: str = "auto", seconds: float = 200) -> list[int]:

@@ -23,7 +23,7 @@ from small import make_prior, make_tokenizer
 from pipelines import ImagePipeline
 from prior import Prior
 from tokenizer import Tokenizer
-from tokenizer.files.errors import PipelineLoadError
+from tokenizer.files import PipelineLoadError
 
 TOKEN, MARK = "hf_open_sesame", "/mark"
 

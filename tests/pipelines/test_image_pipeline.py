@@ -23,8 +23,8 @@ from small_pipelines import (
 from pipelines import ImagePipeline
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.base import LikelihoodError
-from tokenizer.files.errors import ConfigError, IntegrityError
-from tokenizer.settings import ModelConfig
+from tokenizer.config import ModelConfig
+from tokenizer.files import ConfigError, IntegrityError
 
 # Scoring
 

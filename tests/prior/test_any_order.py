@@ -10,10 +10,10 @@ import pytest
 import torch
 from costs import all_steps
 from frequencies import as_frequent
+from prior.requests import partition_of
 from small import ANY_ORDER, ORDERS, PRIORS, generators, make_prior
 
 from prior.orders import Partition, after_known, known_first, make_order
-from prior.requests import partition_of
 
 every_model = pytest.mark.parametrize("name", sorted(set(ANY_ORDER) & set(PRIORS)))
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from costs import all_steps, flops
 from frequencies import as_frequent
+from prior.requests import check_order
 from small import PARTITIONS, draw_tokens, generators, make_prior
 
 from pipelines.stages.completion import region_log_prob
 from prior import Prior
 from prior.orders import Partition, after_known, block_numbers, make_partition
-from prior.requests import check_order
 from tokenizer import TokenGrid
 
 every_partition = pytest.mark.parametrize("order", PARTITIONS)

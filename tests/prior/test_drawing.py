@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from prior.drawing import FEW_ROWS, MODES, evaluating, sent
 from small import draw_tokens, generators, make_prior
 from torch import nn
 
 from prior import drawing
-from prior.drawing import FEW_ROWS, MODES, evaluating, sent
 from prior.layers import ClosingLayers, pack
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from prior.features import Features, check_layers, outputs_of
 from small import draw_tokens, make_prior
 from torch import nn
-
-from prior.features import Features, check_layers, outputs_of
 
 
 def test_every_layer_may_be_asked_for_and_no_other():

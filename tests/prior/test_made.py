@@ -1,12 +1,9 @@
 """The masked autoencoder: its logits and densities are those of its paper, and those of two ids need one number."""
 
 import itertools
-import json
-import shutil
 
 import pytest
 import torch
-import yaml
 from givens.made_variants import (
     ROWS,
     by_the_paper,
@@ -17,15 +14,11 @@ from givens.made_variants import (
     make_same,
     some_orders,
 )
-from launch import losses, train_prior
-from safetensors.torch import load_file, save_file
 from small import draw_tokens, make_prior, moved_by
 
-from pipelines.tokens import TokenDataset, TokenSplit
 from prior import Prior
 from prior.masks import random_degrees, summed
-from tokenizer import TokenGrid, Tokenizer
-from tokenizer.files.writing import write_manifest
+from tokenizer import TokenGrid
 
 # Masks
 
@@ -196,115 +189,6 @@ def test_the_loss_is_the_cross_entropy(variant):
     logits = model(tokens)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
     assert model.loss_from_outputs(logits, tokens).item() == pytest.approx(expected.item(), abs=1e-6)
-
-
-OLD = {  # of two ids, saved when there was no `sigmoid`: configuration, shapes; log p, sample and fingerprint then
-    "one-hot": (
-        {"num_classes": 2, "order": "snake", "hidden": [13, 12], "direct": True, "embedding": None},
-        {
-            "input": (12, 2, 13),
-            "hidden.0": (12, 13),
-            "output": (12, 2, 12),
-            "direct": (12, 2, 24),
-            "biases.0.shared": (13,),
-            "biases.0.own": (3, 13),
-            "biases.1.shared": (12,),
-            "biases.1.own": (3, 12),
-            "biases.2.shared": (24,),
-            "biases.2.own": (3, 24),
-        },
-        [-16.76691436767578, -15.385770797729492, -16.165964126586914],
-        "101000011110101000111100",
-        "34db8390d9cc4757124eb697aae17da11ea1f029418286e9f83bdb7886b11c4a",
-    ),
-    "embedded": (
-        {"num_classes": 0, "order": "raster", "hidden": [12], "direct": False, "embedding": 3},
-        {
-            "embedding": (2, 3),
-            "input": (12, 3, 12),
-            "output": (12, 3, 12),
-            "head": (2, 3),
-            "head_bias": (12, 2),
-            "biases.0.shared": (12,),
-            "biases.1.shared": (36,),
-        },
-        [-9.64004898071289, -7.4328508377075195, -10.454418182373047],
-        "101010000011101111001111",
-        "81edd6969ecc97f89d478faef8f8b786d7c30518fbbde9612dc4000c12df3fa7",
-    ),
-}
-
-
-@pytest.mark.parametrize("form", OLD)
-def test_an_old_folder_of_two_ids_loads_and_gives_the_same(form, tmp_path):
-    told, shapes, log_probs, drawn, fingerprint = OLD[form]
-    config = {
-        "kind": "made",
-        "grid": {"shape": [3, 4], "vocab_size": 2},
-        "tokenizer": "",
-        **told,
-        "dropout": 0.0,
-        "order_agnostic": False,
-        "connectivity_agnostic": False,
-    }
-    weights = {}
-    for index, (name, shape) in enumerate(sorted(shapes.items())):
-        steps = torch.arange(torch.Size(shape).numel()) * (index + 3) % 17
-        weights[name] = ((steps - 8) / 8).view(shape)
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old/config.json").write_text(json.dumps(config))
-    save_file(weights, tmp_path / "old/model.safetensors")
-    model = Prior.from_pretrained(tmp_path / "old")
-    model.save_pretrained(tmp_path / "again")
-    for same in (model, Prior.from_pretrained(tmp_path / "again")):
-        assert same.fingerprint() == fingerprint
-        tokens = (torch.arange(36) ** 3 // 5 % 2).view(3, 3, 4)
-        assert same.log_prob(tokens).tolist() == pytest.approx(log_probs, abs=1e-4)
-        sample = same.sample(2, generator=torch.Generator().manual_seed(3))
-        assert "".join(map(str, sample.flatten().tolist())) == drawn
-
-
-def test_models_with_and_without_a_sigmoid_are_not_the_same():
-    ours, other = (make_made("two ids", sigmoid=sigmoid) for sigmoid in (True, False))
-    assert ours.config.identity() != other.config.identity()
-    more, same = (make_made("three layers", sigmoid=sigmoid) for sigmoid in (True, False))  # where there are more ids
-    assert more.config.identity() == same.config.identity()
-
-
-# A run of an earlier version
-
-
-def without(node, *names):
-    return {key: value for key, value in node.items() if key not in names}
-
-
-def test_an_old_run_of_two_ids_goes_on_to_the_bit(tmp_path, one_process):
-    """Begun when there was no `sigmoid`, stopped halfway, continued by the command that began it."""
-    pixels = Tokenizer.create("pixels", image_size=(4, 4), channels=1, levels=2).eval()
-    rows = torch.randint(2, (64, 4, 4))
-    splits = {name: TokenSplit(rows.byte(), None) for name in ("train", "test")}
-    TokenDataset(pixels.grid, [], splits, pixels, {}).save(tmp_path / "tokens")
-    command = {"train__steps": 8, "train__save_every": 4, "train__lr": 4e-3}
-    run = train_prior(
-        tmp_path / "run", tmp_path / "tokens", model={"kind": "made", "hidden": [20], "sigmoid": False}, **command
-    )
-    before, weights = losses(run), load_file(run / "pipeline/prior/model.safetensors")
-    shutil.rmtree(run / "state" / "step-00000008")
-    state = run / "state" / "step-00000004"
-    written = json.loads((state / "state.json").read_text())
-    written["config"]["model"] = without(written["config"]["model"], "sigmoid", "masks")
-    (state / "state.json").write_text(json.dumps(written))
-    (state / "manifest.json").unlink()
-    write_manifest(state, step=4)
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    (run / "config.yaml").write_text(yaml.safe_dump({**config, "model": without(config["model"], "sigmoid", "masks")}))
-    train_prior(run, tmp_path / "tokens", model={"kind": "made", "hidden": [20]}, **command)
-    assert losses(run) == before and weights["input"].shape == (16, 2, 20)
-    assert all(
-        torch.equal(value, weights[name]) for name, value in load_file(run / "pipeline/prior/model.safetensors").items()
-    )
-    new = train_prior(tmp_path / "new", tmp_path / "tokens", model={"kind": "made", "hidden": [20]}, **command)
-    assert load_file(new / "pipeline/prior/model.safetensors")["input"].shape == (16, 1, 20)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from prior.requests import partition_of
 from small import draw_tokens, make_prior
 
 from prior.orders import make_order
-from prior.requests import partition_of
 
 
 def test_other_orders_have_the_blocks_of_the_given_one():

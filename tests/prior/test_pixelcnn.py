@@ -245,7 +245,7 @@ def test_what_they_can_not_do_is_refused(name, config, message):
 def test_published_sizes(name):
     """15 blocks of 16 channels; 10 gated layers of 128 channels: as 28x28 binary pixels have been modelled."""
     config = {"dim": 16, "depth": 15} if name == "pixelcnn" else {"dim": 128, "depth": 10}
-    config |= {"first_kernel": 7, "kernel": 3, "head": 32, "row_embedding": False}
+    config |= {"first_kernel": 7, "kernel": 3, "hidden": 32, "row_embedding": False}
     model = make_prior(name, shape=(28, 28), vocab_size=2, num_classes=0, **config)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count // 1000 == (42 if name == "pixelcnn" else 3550)

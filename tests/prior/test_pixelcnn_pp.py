@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from costs import Operations, all_steps, flops
 from givens.headed import HEADS, make_headed
+from prior.stages import Grow
 from small import draw_tokens, make_prior, moved_by
 from torch import nn
 
 from prior import Prior
 from prior.layers import CausalConv2d, RowCache, WholeRows, see
-from prior.stages import Grow
 from tokenizer import TokenGrid
 
 KIND = "pixelcnn_pp"

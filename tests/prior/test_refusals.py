@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 import torch
 from givens.headed import grid_with
+from prior.sampling.confidence import MaskedSampler
 from small import SMALL, draw_tokens, make_prior
 
 from prior import Prior
 from prior.orders import Partition, make_partition
 from prior.sampling import Sampler
-from prior.sampling.confidence import MaskedSampler
 from tokenizer import TokenGrid
-from tokenizer.files.errors import ConfigError
+from tokenizer.files import ConfigError
 
 LONG, LEVELS = TokenGrid((12,), 5), TokenGrid((6, 3), 32, levels=3)
 PIXELS = grid_with({"channels": 1}, (2, 2), 8)

@@ -73,7 +73,7 @@ TRAIN = ["train_tokenizer", "out={out}", "data.source={world}/images", *SMALL_MO
 ENCODE = ["encode", "out={out}", "tokenizer={world}/tokenizer", "data.source={world}/images"]
 PRIOR = ["train_prior", "out={out}", "tokens={world}/tokens", "model.kind=gpt", "model.dim=16", "model.depth=1"]
 GENERATE = ["generate", "out={out}.png", "pipeline={world}/run/pipeline", "num_images=2"]
-EVALUATE = ["evaluate", "out={out}", "pipeline={world}/run/pipeline", "num_samples=10", "update_card=false"]
+EVALUATE = ["evaluate", "out={out}", "pipeline={world}/run/pipeline", "num_images=10", "update_card=false"]
 RECONSTRUCT = ["reconstruct", "out={out}.png", "tokenizer={world}/tokenizer", "data.source={world}/images"]
 
 BAD = [
@@ -231,7 +231,7 @@ def test_folder_of_images_is_what_the_pipeline_makes(world, tmp_path, capsys):
 @needs_digits
 def test_evaluation_is_printed_written_and_put_on_the_card(world, tmp_path, capsys):
     shutil.copytree(world / "run" / "pipeline", tmp_path / "pipeline")
-    main(["evaluate", f"pipeline={tmp_path}/pipeline", "num_samples=10", "feature_steps=5"])
+    main(["evaluate", f"pipeline={tmp_path}/pipeline", "num_images=10", "feature_steps=5"])
     printed = capsys.readouterr().out
     figures = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     card = (tmp_path / "pipeline" / "README.md").read_text()
@@ -269,15 +269,6 @@ def test_a_run_stands_for_what_is_in_it(world, tmp_path, capsys, monkeypatch):
         assert resolved(capsys, "reconstruct", f"tokenizer={same}")["tokenizer"] in (same, "tokens/tokenizer")
     main(["generate", "pipeline=run", f"out={tmp_path}/grid.png", "num_images=2"])
     assert "next: smalti evaluate pipeline=run/pipeline\n" in capsys.readouterr().out
-
-
-def test_old_names_of_keys(world, capsys):
-    """They go on meaning what they did, and one of a wrong type is unknown."""
-    assert resolved(capsys, "evaluate", f"pipeline={world}/run", "num_samples=7")["num_images"] == 7
-    found = resolved(capsys, "search", f"pipeline={world}/run", "queries=[0, a.png]", "num_queries=3")
-    assert (found["images"], found["num_images"]) == ([0, "a.png"], 3) and "queries" not in found
-    assert resolved(capsys, "search", f"pipeline={world}/run", "queries=a.png")["images"] == "a.png"
-    assert "num_samples: unknown key" in fails(capsys, "evaluate", f"pipeline={world}/run", "num_samples=many")
 
 
 def test_a_size_that_does_not_divide_is_told_before_images_are_read(world, tmp_path, capsys, monkeypatch):

@@ -225,7 +225,7 @@ def test_commands_are_those_of_the_presets_and_shorter_for_a_trial(tmp_path):
         "data.limit=300 train.steps=80 train.minutes=0.12 train.seed=3"
     )
     assert told["encode"].endswith("out=runs/gallery/digits/tokens augmentations=4")
-    assert "num_samples=100" in told["evaluate"] and str(tmp_path) not in " ".join(told.values())
+    assert "num_images=100" in told["evaluate"] and str(tmp_path) not in " ".join(told.values())
 
 
 def test_what_cannot_be_made_is_told(tmp_path):

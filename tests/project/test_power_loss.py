@@ -16,16 +16,15 @@ import pytest
 from failures.power_journal import Journal
 from failures.power_loss import WAYS, cut_points, lose_power
 
-import tokenizer.files.writing as writing
+import pipelines.files.writing as writing
 from pipelines.config import UserError
 from pipelines.jobs import Job
 from pipelines.jobs.pieces import cut
 from pipelines.tracking.record import Record
-from tokenizer.files.errors import PipelineLoadError
-from tokenizer.files.ownership import Kind
-from tokenizer.files.reading import verify_manifest
+from tokenizer import files
+from tokenizer.files import FolderKind, PipelineLoadError, verify_manifest
 
-OURS = Kind("a thing", "thing.json")
+OURS = FolderKind("a thing", "thing.json")
 PIECES = cut("images", 0, 4, 2)
 
 
@@ -49,8 +48,8 @@ def write_thing(out: Path, text: str) -> None:
     with writing.atomic_folder(out, kind=OURS) as folder:
         (folder / "part").mkdir()
         (folder / "part" / "a.bin").write_text(text * 100)
-        writing.write_json(folder / "thing.json", {"text": text})
-        writing.write_manifest(folder)
+        files.write_json(folder / "thing.json", {"text": text})
+        files.write_manifest(folder)
 
 
 def thing(out: Path) -> str | None:
@@ -67,7 +66,7 @@ def test_a_folder_is_the_old_one_or_the_new_one(tmp_path, monkeypatch, exchanges
     (tmp_path / "root").mkdir()
     write_thing(tmp_path / "root" / "out", "old")
     if not exchanges:
-        monkeypatch.setattr(writing, "exchange", lambda one, other: False)
+        monkeypatch.setattr(files, "exchange_names", lambda one, other: False)
 
     def write(root: Path, journal: Journal) -> None:
         write_thing(root / "out", "new")
@@ -187,8 +186,8 @@ def test_it_is_seen_when_nothing_reaches_the_disk(tmp_path, monkeypatch, bug):
     """The same as above, with a bug planted."""
     (tmp_path / "root").mkdir()
     write_thing(tmp_path / "root" / "out", "old")
-    fsync = writing.fsync
-    monkeypatch.setattr(writing, "fsync", lambda path: fsync(path) if PLANTED[bug](path) else None)
+    fsync = files.fsync
+    monkeypatch.setattr(files, "fsync", lambda path: fsync(path) if PLANTED[bug](path) else None)
 
     def write(root: Path, journal: Journal) -> None:
         write_thing(root / "out", "new")

@@ -25,8 +25,7 @@ from pipelines.tokens import TokenDataset, TokenSplit
 from pipelines.tokens.meta import TOKENS
 from prior import Prior
 from tokenizer import TokenGrid, Tokenizer
-from tokenizer.files.errors import PathError
-from tokenizer.files.ownership import require_ours
+from tokenizer.files import PathError, require_replaceable
 from tokenizer.quantizers import Quantizer
 
 ROOT = Path(__file__).parents[2]
@@ -351,7 +350,7 @@ def test_the_refusal_that_the_guide_shows_is_what_is_said(tmp_path, monkeypatch)
     for name in ("chapter1.tex", "chapter2.tex", "figures.pdf", "meta.json"):
         Path("my-thesis", name).write_text("mine")
     with pytest.raises(PathError) as refused:
-        require_ours(Path("my-thesis"), TOKENS)
+        require_replaceable(Path("my-thesis"), TOKENS)
     assert f"error: out: {refused.value}\n" in PAGES["docs/guide.md"]
 
 

@@ -2,7 +2,7 @@
 
 The last section finds the places in the code that write, so that a new writer comes here too.
 
-Covers: tokenizer/files/ownership.py, pipelines/config/outputs.py.
+Covers: pipelines/files/ownership.py, pipelines/config/outputs.py.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from PIL import Image
 from small import make_tokenizer
 from small_pipelines import make_pipeline
 
-import tokenizer.files.writing as storage
+import pipelines.files.writing as storage
 from pipelines import ImagePipeline, encode, evaluate, train_tokenizer
 from pipelines.commands import calibrate, complete, compress, decompress, tune
 from pipelines.config import UserError
+from pipelines.files.claims import beside, claimed, inside
+from pipelines.files.ownership import MARK
 from pipelines.images.pictures import SUFFIXES as PICTURES
 from pipelines.images.pictures import png_bytes
 from pipelines.images.sets.tar import add
-from tokenizer.files.claims import beside, claimed, inside
-from tokenizer.files.errors import PathError, PipelineLoadError
-from tokenizer.files.ownership import MARK
+from tokenizer import files
+from tokenizer.files import PathError, PipelineLoadError
 
 ROOT = Path(__file__).parents[2]
 REFUSED = (PathError, UserError)
@@ -331,7 +332,7 @@ def test_a_run_saves_its_state_although_its_snapshot_is_not_replaced(world, tmp_
 @of_kind("whole", "new", "state", slow=("export",))
 def test_what_comes_into_the_folder_while_it_works_is_never_lost(world, tmp_path, name, monkeypatch):
     """Before the names are exchanged, and between that and a last look: into a new folder, and into one of ours."""
-    put, swap = storage._put_in_place, storage.exchange
+    put, swap = files._replace_folder, files.exchange_names
 
     def arrives(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
@@ -355,8 +356,8 @@ def test_what_comes_into_the_folder_while_it_works_is_never_lost(world, tmp_path
             return swap(one, other)
 
         with monkeypatch.context() as patch:
-            patch.setattr(storage, "_put_in_place", put_late)
-            patch.setattr(storage, "exchange", swap_late)
+            patch.setattr(files, "_replace_folder", put_late)
+            patch.setattr(files, "exchange_names", swap_late)
             patch.setattr(encode, "there_already", lambda *_: None)  # one that is finished would not write
             refuses(world, name, out, "arrived.txt")
         assert (out / "arrived.txt").read_text() == "mine"
@@ -386,6 +387,7 @@ def test_a_file_that_comes_while_it_works_is_never_lost(world, tmp_path, name, m
 
 def test_without_the_call_that_swaps_names_the_same_holds(world, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "renameat2", lambda one, other, flags: None)
+    monkeypatch.setattr(files, "exchange_names", lambda one, other: False)
     world.pipe.save_pretrained(tmp_path / "pipe")
     world.pipe.save_pretrained(tmp_path / "pipe")
     ImagePipeline.from_pretrained(tmp_path / "pipe")
@@ -437,7 +439,7 @@ CLAIMING = [name for name in WRITERS if name.partition(",")[0] in LONG]
 @pytest.mark.parametrize("name", CLAIMING)
 def test_who_writes_for_long_is_alone_there(world, tmp_path, monkeypatch, name):
     """The second is refused before it reads more than it must, and leaves all as it is."""
-    monkeypatch.setattr("tokenizer.files.claims.PERIOD", 600.0)  # nothing is counted meanwhile
+    monkeypatch.setattr("pipelines.files.claims.PERIOD", 600.0)  # nothing is counted meanwhile
     out = place(name, tmp_path)
     claim = inside(out) if WRITERS[name].kind == "run" else beside(out)
     if WRITERS[name].kind == "run":

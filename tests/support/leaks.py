@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from tokenizer.family import Named
+from tokenizer.model import Registered
 
 ENVIRON = os.environ
 """The one that all hold. `datasets` leaves a copy in its place when it has mapped in processes."""
@@ -112,9 +112,9 @@ def outsiders() -> list[type]:
     ]
 
 
-def families() -> list[type[Named]]:
+def families() -> list[type[Registered]]:
     """Tokenizers, quantizers, priors and so on."""
-    return [family for family in Named.__subclasses__() if "_members" in vars(family)]
+    return [family for family in Registered.__subclasses__() if "_members" in vars(family)]
 
 
 def figures() -> tuple[Any, list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipelines import ImagePipeline
-from tokenizer.files.errors import PipelineLoadError
+from tokenizer.files import PipelineLoadError
 
 
 def refused(folder, error, *needles, load=ImagePipeline.from_pretrained, **options):

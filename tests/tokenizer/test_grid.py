@@ -6,7 +6,7 @@ from small import TOKENIZERS, make_prior, make_tokenizer
 
 from tokenizer import TokenGrid
 from tokenizer.base import grid_to_dict, read_grid
-from tokenizer.files.errors import ConfigError
+from tokenizer.files import ConfigError
 
 LEVELS = {
     "rvq": ("vqvae", {"quantizer": {"kind": "rvq", "depth": 3, "book": {"kind": "ema", "codes": 32, "dim": 8}}}),

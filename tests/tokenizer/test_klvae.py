@@ -12,7 +12,7 @@ from small import make_tokenizer
 
 from tokenizer import Tokenizer
 from tokenizer.base import LikelihoodError, codebook_usage
-from tokenizer.files.errors import ConfigError
+from tokenizer.files import ConfigError
 from tokenizer.klvae import Bins, gaussian_bins, gaussian_kl, sample
 from tokenizer.losses import total_loss
 from tokenizer.quantizers import Quantizer

@@ -188,29 +188,6 @@ def test_a_double_model_speaks_in_doubles():
     assert model.value_log_probs(tokens, to_values(images_of()), 0).dtype == torch.float64
 
 
-def test_a_setting_that_came_later_is_not_part_of_a_fingerprint():
-    """While it is null, or has its default: models made before it was there keep theirs."""
-    quantizer = {"kind": "vq", "codes": 16, "dim": 4}
-    plain = make_tokenizer("vqvae", (8, 8), 1, quantizer=quantizer, upsampling="nearest")
-    before = plain.fingerprint()
-    full = plain.config.to_dict()
-    assert full.pop("likelihood") is full.pop("tail") is None and full.pop("upsampling") == "nearest"
-    for name in ("normalize", "gradient", "decay", "revive_below", "revive_every"):
-        full["quantizer"].pop(name)
-
-    class Older:
-        def identity(self):
-            return full
-
-    plain.config = Older()
-    assert plain.fingerprint() == before
-    other = make_tokenizer(
-        "vqvae", (8, 8), 1, upsampling="nearest", quantizer={"kind": "vq", "codes": 16, "dim": 4, "normalize": True}
-    )
-    other.load_state_dict(plain.state_dict())
-    assert other.fingerprint() != before
-
-
 def test_without_a_likelihood_it_says_so():
     model = make_tokenizer("vqvae", (8, 8), 1).eval()
     tokens = model.encode(images_of())

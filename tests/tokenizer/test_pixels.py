@@ -23,7 +23,7 @@ from pipelines.config.command import parse
 from pipelines.images import DataConfig, load_images, to_float, to_uint8
 from pipelines.stages.provenance import tokenizer_defaults
 from tokenizer import Tokenizer
-from tokenizer.files.errors import ConfigError
+from tokenizer.files import ConfigError
 from tokenizer.losses import psnr
 from tokenizer.palette import distinct_colors, kmeans_plus_plus, lattice, weighted_kmeans
 from tokenizer.quantizers import codebook

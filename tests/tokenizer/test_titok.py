@@ -14,7 +14,7 @@ from small import QUANTIZERS, make_tokenizer, quantizer_of
 from torch import Tensor
 
 from tokenizer import Tokenizer, titok
-from tokenizer.files.errors import ConfigError
+from tokenizer.files import ConfigError
 from tokenizer.losses import psnr, total_loss
 from tokenizer.titok import draw_counts, powers
 

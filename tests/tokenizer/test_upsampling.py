@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 from pipelines.training.blocks import checkpoint_blocks, repeated_blocks
 from pipelines.training.optimizers import hidden_matrices
 from tokenizer import Tokenizer
-from tokenizer.files.errors import ConfigError
-from tokenizer.layers import NarrowBlock, Shuffle, Upsample
+from tokenizer.files import ConfigError
+from tokenizer.layers import NarrowBlock, Shuffle
 from tokenizer.likelihoods import Likelihood
 from tokenizer.losses import total_loss
 
@@ -171,40 +170,6 @@ def without(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration as it was saved before there was a choice, in nodes too."""
     found = {key: without(value) if isinstance(value, dict) else value for key, value in config.items()}
     return {key: value for key, value in found.items() if key not in ("upsampling", "tail")}
-
-
-def old_folder(name: str, folder: Any) -> Tokenizer:
-    """A tokenizer that repeats pixels, saved as before there was a choice."""
-    more = {"upsampling": "nearest", "widths": (8, 16), "blocks": (0, 1)}
-    if name == "posthoc":
-        tokenizer = make_tokenizer(name, vae={"kind": "klvae", "latent": 2, **more})
-    else:
-        tokenizer = make_tokenizer(name, **more)
-    tokenizer.eval().save_pretrained(folder)
-    path = folder / "config.json"
-    path.write_text(json.dumps(without(json.loads(path.read_text()))))
-    return tokenizer
-
-
-@pytest.mark.parametrize("name", ["vqvae", "klvae", "posthoc"])
-def test_a_folder_from_before_repeats_pixels(name, tmp_path):
-    saved = old_folder(name, tmp_path / "old")
-    loaded, images = Tokenizer.from_pretrained(tmp_path / "old"), images_for(saved)
-    grows = [module for module in loaded.modules() if isinstance(module, (Upsample, Shuffle))]
-    assert [type(module) for module in grows] == [Upsample]
-    assert torch.equal(loaded(images).images, saved(images).images)
-    assert loaded.fingerprint() == saved.fingerprint()
-    assert "upsampling" not in json.dumps(loaded.config.identity())
-
-
-@pytest.mark.parametrize("name", ["vqvae", "klvae", "posthoc"])
-def test_a_new_one_says_how_it_grows(name, tmp_path):
-    tokenizer = make_tokenizer(name).eval()
-    tokenizer.save_pretrained(tmp_path / "new")
-    config = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert config.get("vae", config)["upsampling"] == "subpixel"
-    assert '"upsampling": "subpixel"' in json.dumps(tokenizer.config.identity())
-    assert Tokenizer.from_pretrained(tmp_path / "new").fingerprint() == tokenizer.fingerprint()
 
 
 def test_bins_are_not_fitted_to_a_vae_that_grows_otherwise():

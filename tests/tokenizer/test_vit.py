@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines.images import DataConfig, load_images
 from tokenizer import Tokenizer, vit
-from tokenizer.files.errors import ConfigError
+from tokenizer.files import ConfigError
 from tokenizer.losses import total_loss
 
 

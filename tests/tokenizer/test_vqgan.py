@@ -11,7 +11,7 @@ import yaml
 from small import QUANTIZERS, make_tokenizer, quantizer_of
 
 from tokenizer import Tokenizer
-from tokenizer.files.errors import ConfigError
+from tokenizer.files import ConfigError
 from tokenizer.losses import total_loss
 from tokenizer.vqgan import Attention, Block, Downsample
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..autoencoder import Autoencoder
-from ..files.errors import FormatError, WeightsError
-from ..files.weights import expected_weights
+from ..files import FormatError, WeightsError
+from ..model import build_on_meta
 from ..quantizers.vq import VQ
 from .cosmos import COSMOS
 from .layouts import Layout, Weights
@@ -49,12 +49,10 @@ def prefix_of(names: Collection[str]) -> str:
 def build(config: Any, weights: Weights, layout: Layout, path: Path) -> tuple[Autoencoder, list[str]]:
     """The model with its weights in float32, and the names of weights that only training needs.
 
-    Raises `WeightsError` that lists missing, unexpected, misshapen or non-finite weights, and what `expected_weights`
+    Raises `WeightsError` that lists missing, unexpected, misshapen or non-finite weights, and what `build_on_meta`
     raises.
     """
-    expected_weights(lambda: layout.kind(config), path)
-    with torch.device("meta"):
-        expected = dict(layout.kind(config).named_parameters())
+    expected = dict(build_on_meta(lambda: layout.kind(config), path).named_parameters())
     names = {key: layout.published(key, len(config.widths)) for key in expected}
     missing = sorted(name for name in names.values() if name not in weights)
     extra = sorted(set(weights) - set(names.values()))

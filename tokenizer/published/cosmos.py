@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..autoencoder import Autoencoder
-from ..files.errors import WeightsError
+from ..config import ModelConfig, Node
+from ..files import WeightsError
 from ..quantizers.fsq import FSQConfig
-from ..settings import ModelConfig, Node
 from ..vqgan import NetworkConfig, decoder_layers, encoder_layers, named_sequential
 from .layouts import Layout, Shapes, Weights
 from .vqgans import TAMING_FIRST, TAMING_NAMES, network_sizes

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..files.errors import WeightsError
+from ..files import WeightsError
 
 Weights = dict[str, Tensor]
 SettingsReader = Callable[[dict[str, Any], dict[str, Any], Path], dict[str, Any]]

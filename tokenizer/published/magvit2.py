@@ -15,9 +15,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..autoencoder import Autoencoder
+from ..config import ModelConfig, Node
 from ..layers import group_norm
 from ..quantizers.lfq import LFQConfig
-from ..settings import ModelConfig, Node
 from ..vqgan import conv3
 from .layouts import Layout, Shapes, Weights
 from .plain import PLAIN_NAMES, Block, Level, PlainConfig, decoder_ends, encoder, level_blocks

@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..autoencoder import Autoencoder
+from ..config import ModelConfig, Node
 from ..layers import Upsample
 from ..quantizers.vq import VQConfig
-from ..settings import ModelConfig, Node
 from ..vqgan import named_sequential
 from .layouts import Layout, Shapes
 from .plain import PLAIN_NAMES, Block, Level, PlainConfig, decoder_ends, encoder, level_blocks

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..files.errors import ConfigError, FormatError
+from ..files import ConfigError, FormatError
 from ..vqgan import VQGAN
 from .layouts import Layout, Shapes, Weights
 

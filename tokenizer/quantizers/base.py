@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..family import Named
+from ..config import ModelConfig
+from ..model import Registered
 from ..precision import full_float32
 from ..scales import Scales
-from ..settings import ModelConfig
 from .updates import one_training_forward
 
 
@@ -23,7 +23,7 @@ class Quantized(NamedTuple):
     losses: dict[str, Tensor]
 
 
-class Quantizer(Named, nn.Module, family="tokenizer.quantizers"):
+class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
     """Vectors to ids and back, always in full float32.
 
     `quantize` uses the codebook as it was before the training batch. A codebook that moves by itself follows the batch

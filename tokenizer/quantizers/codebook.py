@@ -4,7 +4,7 @@ dead codes (Dhariwal et al. 2020, Jukebox)."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..settings import ModelConfig
-from ..settings.marks import Before
+from ..config import ModelConfig
 from .base import Quantized, Quantizer
 from .gradients import Gradient, pass_gradient
 from .updates import SelfUpdating, sum_over_ranks, world_size
@@ -32,14 +31,12 @@ class CodebookConfig(ModelConfig):
         10, ge=0, description="k-means steps that initialize the codebook from the first batch"
     )
     seed: int = Field(0, ge=0, description="seed of the initial codes and of the candidates for revival")
-    normalize: Annotated[bool, Before(False)] = Field(
+    normalize: bool = Field(
         False,
         description="compare directions (cosine similarity): vectors and codes are scaled to length 1, which suits "
         "large codebooks of few dimensions (LlamaGen: 16384 x 8)",
     )
-    gradient: Annotated[Gradient, Before("straight_through")] = Field(
-        "straight_through", description="gradient estimator of the nearest code"
-    )
+    gradient: Gradient = Field("straight_through", description="gradient estimator of the nearest code")
 
     def check(self) -> Iterator[str]:
         if self.normalize and self.dim < 2:

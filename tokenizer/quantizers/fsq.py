@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..settings import ModelConfig
+from ..config import ModelConfig
 from .base import Quantized, Quantizer
 from .gradients import straight_through
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..settings import ModelConfig
+from ..config import ModelConfig
 from .base import Quantized, Quantizer
 from .choice import ChoiceOptions, choose
 from .codebook import first_rows, kmeans, map_of, nearest, rows_of

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from ..settings import ModelConfig
+from ..config import ModelConfig
 from .base import Quantized, Quantizer
 from .entropy import bit_diversity, bit_entropy
 from .gradients import straight_through

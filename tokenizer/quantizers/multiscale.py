@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..files.errors import ConfigError
+from ..config import ModelConfig, Node
+from ..files import ConfigError
 from ..precision import full_float32
 from ..scales import Resize, Scales, areas, by, scales_problem
-from ..settings import ModelConfig, Node
 from .base import Quantized, Quantizer
 from .codebook import Codebook, map_of, nearest, rows_of
 from .ema import EMAConfig

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..settings import ModelConfig, Node
+from ..config import ModelConfig, Node
 from .base import Quantized, Quantizer
 from .codebook import CodebookConfig, map_of, nearest, rows_of
 from .ema import EMAConfig

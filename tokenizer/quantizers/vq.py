@@ -7,14 +7,11 @@ vector gets no gradient and would never move again, so rarely used codes are rev
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..settings.marks import Before
 from .codebook import CodebookConfig, CountedCodebook, uses
 from .updates import sum_over_ranks
 
@@ -22,13 +19,11 @@ from .updates import sum_over_ranks
 class VQConfig(CodebookConfig):
     """When a code counts as dead."""
 
-    decay: Annotated[float, Before(0.9)] = Field(
-        0.9, ge=0, lt=1, description="decay of the running counts of use, per training batch"
-    )
-    revive_below: Annotated[float, Before(0.05)] = Field(
+    decay: float = Field(0.9, ge=0, lt=1, description="decay of the running counts of use, per training batch")
+    revive_below: float = Field(
         0.05, ge=0, lt=1, description="a code used less than this share of the mean use is revived"
     )
-    revive_every: Annotated[int, Before(10)] = Field(10, ge=1, description="training batches between revivals")
+    revive_every: int = Field(10, ge=1, description="training batches between revivals")
 
 
 class VQ(CountedCodebook, name="vq"):

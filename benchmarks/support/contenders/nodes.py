@@ -34,7 +34,7 @@ def trainable(spec: Node) -> bool:
 def read_presets(name: str, changes: list[str]) -> dict[str, Node]:
     """The two presets of a data set, with `key.path=value` changes; exits where there are none."""
     from pipelines.config.arguments import read_file, read_override
-    from tokenizer.settings import merge
+    from tokenizer.config import merge
 
     paths = {"tokenizer": f"tokenizer/vqvae_{name}.yaml", "gpt": f"prior/gpt_{name}.yaml"}
     if absent := [path for path in paths.values() if not (ROOT / "configs" / path).is_file()]:

@@ -156,7 +156,7 @@ def stages(pair: Pair, choices: Choices) -> dict[str, list[str]]:
     if pair.augmentations:
         found["encode"].append(f"augmentations={pair.augmentations}")
     if share < 1:
-        found["evaluate"] += [f"num_samples={max(20, round(share * SAMPLES))}"]
+        found["evaluate"] += [f"num_images={max(20, round(share * SAMPLES))}"]
         found["evaluate"] += [f"feature_steps={max(1, round(share * FEATURE_STEPS))}"]
         found["tune"] += [f"num_images={TUNE_IMAGES}", f"feature_steps={max(1, round(share * FEATURE_STEPS))}"]
     if not has_tune():

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tokenizer.files.errors import FormatError
+from tokenizer.files import FormatError
 
 from .parts import Facts, Part
 

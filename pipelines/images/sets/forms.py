@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenizer.files.ownership import Inputs
-from tokenizer.files.writing import atomic_file, results_folder
-
 from ...config import UserError
 from ...config.outputs import check_out_file, check_out_results, writing
+from ...files.ownership import Inputs
+from ...files.writing import atomic_file, results_folder
 from ..grids import class_grid
 from ..pictures import SUFFIXES, png_bytes, save_picture
 from .folder import SHEET, rows_there, write_folder

@@ -14,8 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from tokenizer.files.ownership import MARK
-
+from ...files.ownership import MARK
 from .parts import Facts, Part
 
 

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tokenizer.files.ownership import MARK
-
+from ...files.ownership import MARK
 from .parts import Facts, Part, regrouped
 
 GROUP = 100  # rows of a row group, which readers take at once: as many as the Hub's own data sets of images have

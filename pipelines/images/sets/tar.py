@@ -7,8 +7,7 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizer.files.ownership import MARK
-
+from ...files.ownership import MARK
 from .parts import Facts, Part
 
 

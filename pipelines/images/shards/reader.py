@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from tokenizer.files.writing import fsync
+from tokenizer.files import fsync
 
 from ...config import UserError
 from ..base import WORKERS, DataConfig, Payload, Rows, show_progress

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenizer.files.errors import one_line
+from tokenizer.files import one_line
 
 from ...config import UserError
 from ..stamps import FileChanged, size_and_dates, stamp_told

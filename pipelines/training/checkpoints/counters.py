@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenizer.files.errors import FormatError, shown
+from tokenizer.files import FormatError, quote
 
 DUE = ("evaluate", "log", "preview", "save")
 
@@ -77,8 +77,8 @@ def check_counters(counters: dict[str, Any], path: Path) -> None:
     for name, value in counters.items():
         if name not in KINDS:
             raise FormatError(
-                f"{path}: counters: {shown(name)} is not known to this version; there are {', '.join(KINDS)}"
+                f"{path}: counters: {quote(name)} is not known to this version; there are {', '.join(KINDS)}"
             )
         fits, expected = KINDS[name]
         if not fits(value):
-            raise FormatError(f"{path}: counters: {name}: expected {expected}, found {shown(value)}")
+            raise FormatError(f"{path}: counters: {name}: expected {expected}, found {quote(value)}")

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tokenizer.files.errors import PipelineLoadError, WeightsError
-from tokenizer.files.opening import read_json
+from tokenizer.files import WeightsError
 
 Tensors = dict[str, Tensor]
 OF_THE_STEP = {"params", "lr", "bf16"}
@@ -60,16 +59,6 @@ def unpack_optimizer(path: Path, tensors: Tensors, document: dict[str, Any], opt
         _restore_dtypes(optimizer, parameters, state)
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path}: not a state of this optimizer ({type(error).__name__}: {error})") from error
-
-
-def sizes_of_groups(state: Path, player: str) -> list[int] | None:
-    """How many parameters each group of a player's optimizer has in a state; None where it does not say so, which
-    `load_state` will raise for."""
-    try:
-        sizes: list[int] | None = read_json(state / f"optimizer-{player}.json").get("groups")
-    except PipelineLoadError:
-        return None
-    return sizes
 
 
 def _fit_settings(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:

@@ -11,8 +11,7 @@ import sys
 import uuid
 from pathlib import Path
 
-from tokenizer.files.errors import IntegrityError, PipelineLoadError, UnreadableError
-from tokenizer.files.reading import verify_manifest
+from tokenizer.files import IntegrityError, PipelineLoadError, UnreadableError, verify_manifest
 
 from .sharded import Tensors
 

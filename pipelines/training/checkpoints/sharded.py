@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tokenizer.files.errors import PipelineLoadError, WeightsError
+from tokenizer.files import PipelineLoadError, WeightsError
 
 Tensors = dict[str, Tensor]
 Like = Callable[[str], Tensor | None]

@@ -21,23 +21,30 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from tokenizer.files.errors import FormatError, WeightsError, shown
-from tokenizer.files.opening import read_json
-from tokenizer.files.ownership import Kind
-from tokenizer.files.reading import verify_manifest
-from tokenizer.files.writing import atomic_folder, make_folder, write_json, write_manifest
+from tokenizer.files import (
+    FolderKind,
+    FormatError,
+    WeightsError,
+    make_folder,
+    quote,
+    read_json,
+    verify_manifest,
+    write_json,
+    write_manifest,
+)
 
+from ...files.writing import atomic_folder
 from .optimizers import pack_optimizer, parameter_of, unpack_optimizer
 from .rotation import NAME, require_space, rotate
 from .sharded import Like, Tensors, agreed, is_sharded, piece, read_shards, read_whole, write_shards
 
-FORMAT_VERSION = 2  # 1, which did not say so, had no configuration
+FORMAT_VERSION = 1
 MODEL, EMA, BEST, STATE = "model.safetensors", "ema.safetensors", "best.safetensors", "state.json"
 STATE_FILES = re.compile(
     r"(model|ema|optimizer-\w+)(\.safetensors|/[\w.-]+)|best\.safetensors|optimizer-\w+\.json|state\.json"
     r"|manifest\.json"
 )
-STATE_FOLDER = Kind("a resume state", None, names=lambda name: STATE_FILES.fullmatch(name) is not None)
+STATE_FOLDER = FolderKind("a resume state", None, may_hold=lambda name: STATE_FILES.fullmatch(name) is not None)
 """Known by its files, whatever is in them: a damaged one is replaced, too."""
 
 
@@ -154,10 +161,10 @@ def load_state(
         raise FormatError(f"{folder}: not a state of this run: missing {missing}, unexpected {extra}")
     _require_listed(folder, manifest["files"])
     state = read_json(folder / STATE)
-    step, counters, version = state.get("step"), state.get("counters"), state.get("format_version", 1)
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+    step, counters, version = state.get("step"), state.get("counters"), state.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise FormatError(
-            f"{folder / STATE}: format_version: found {shown(version)}, this version reads 1 to {FORMAT_VERSION}"
+            f"{folder / STATE}: format_version: found {quote(version)}, this version reads {FORMAT_VERSION}"
         )
     if type(step) is not int or step != manifest.get("step") or not isinstance(counters, dict):
         raise FormatError(f"{folder / STATE}: expected counters and step {manifest.get('step')}, found step {step!r}")
@@ -177,7 +184,7 @@ def _require_listed(folder: Path, listed: Mapping[str, Any]) -> None:
     """Raise `FormatError` for a file that would be read, as all in a folder of shards are, but was not verified."""
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.safetensors"))]
     if unlisted := [name for name in names if name not in listed]:
-        raise FormatError(f"{folder}: {shown(unlisted[0])} is not among the files that its manifest lists")
+        raise FormatError(f"{folder}: {quote(unlisted[0])} is not among the files that its manifest lists")
 
 
 def load_best(folder: Path, like: nn.Module, expected: bool) -> Tensors | None:

@@ -13,7 +13,7 @@ from optional import Late, needs_gradio
 
 from pipelines.config import UserError
 from pipelines.stages.calibration import CalibrationError
-from tokenizer.files.errors import PathError
+from tokenizer.files import PathError
 
 gr, page = Late("gradio"), Late("pipelines.app.jobs")
 pytestmark = needs_gradio

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from command import fails
-from givens.stripes import SIZE, constant, older, stripes, uniform
+from givens.stripes import SIZE, constant, stripes, uniform
 from PIL import Image
 from small_pipelines import make_pipeline
 
@@ -25,7 +25,6 @@ from pipelines.__main__ import main
 from pipelines.anomaly.scores import METHODS
 from pipelines.commands.detect import Found, write_table
 from pipelines.images import DataConfig, load_images
-from tokenizer.files.writing import write_json, write_manifest
 
 
 def write(folder, images):
@@ -156,19 +155,6 @@ def test_no_image_is_scored_by_a_calibration_that_was_fitted_to_it(world, tmp_pa
         )
         assert f"{tmp_path}/none: the pipeline was calibrated with all 3 images" in line
     assert not (tmp_path / "not").exists()
-
-
-def test_an_older_calibration_is_told_of(world, tmp_path, capsys):
-    shutil.copytree(world / "pipe", tmp_path / "pipe")
-    data = older(ImagePipeline.from_pretrained(world / "pipe").calibration)
-    write_json(tmp_path / "pipe/calibration.json", data)
-    write_manifest(tmp_path / "pipe")
-    main(["detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/found"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == (
-        "calibration  an older one, whose images cannot be told from new ones: run `smalti calibrate` again"
-    )
-    assert len(rows_of(tmp_path / "found/scores.csv")) == 80 and not any("left out" in line for line in lines)
 
 
 def test_what_was_trained_on_is_not_looked_through(trained, tmp_path, capsys):

@@ -26,9 +26,9 @@ from pipelines.metrics.inspection import PLACES, Surroundings, alone, examine, m
 from pipelines.metrics.reconstruction import drafts, evaluate_reconstruction, reconstruction_picture
 from pipelines.stages.index import INDEX
 from pipelines.stages.provenance import tokenizer_defaults
-from tokenizer.files.writing import write_json
+from tokenizer.files import write_json
 from tokenizer.losses import psnr
-from tokenizer.pretrained import PROVENANCE
+from tokenizer.model import PROVENANCE
 
 every_tokenizer = pytest.mark.parametrize("name", TOKENIZERS)
 COUNT = 14

@@ -24,11 +24,11 @@ from small import make_prior, make_tokenizer
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.commands import push
+from pipelines.files import hub
+from pipelines.files.hub import PushError
 from pipelines.images.origin import LOCAL, is_local, public_source, shareable
 from pipelines.stages.card import model_card
 from pipelines.tokens import TokenDataset, load_tokens, parquet
-from tokenizer.files import hub
-from tokenizer.files.hub import PushError
 
 SECRET, HOME = "hf_open_sesame", "/home/me/photos of people"
 PLAIN = {

@@ -13,6 +13,7 @@ import pytest
 import torch
 from givens.striped_sets import write_set
 from PIL import Image
+from prior.sampling.confidence import MaskedSampler
 from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline
@@ -35,7 +36,6 @@ from pipelines.metrics.tuning import (
 )
 from pipelines.metrics.tuning_chart import chosen_in, courses_in
 from prior.sampling import Sampler
-from prior.sampling.confidence import MaskedSampler
 
 SETTINGS = ("num_images=60", "feature_steps=3", "minutes=5")
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fuzzing.made_streams import chunk_bytes, make_chunk, make_header, quick
+from givens.made_streams import chunk_bytes, make_chunk, make_header, quick
 from hypothesis import given
 from hypothesis import strategies as st
 

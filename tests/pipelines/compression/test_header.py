@@ -5,7 +5,7 @@ import time
 import tracemalloc
 
 import pytest
-from fuzzing.made_streams import ANSWER, MODEL, chunk_bytes, make_header, make_stream, reseal
+from givens.made_streams import ANSWER, MODEL, chunk_bytes, make_header, make_stream, reseal
 
 from pipelines.compression.header import (
     HEADER_BYTES,
@@ -33,13 +33,6 @@ def test_a_stream_of_the_future_is_foreign(at, value, message):
     data[at] = value
     with pytest.raises(ForeignStream, match=f"header: {message} .*reads"):
         parse(reseal(bytes(data), 0, HEADER_BYTES))
-
-
-def test_a_stream_of_version_1_says_what_reads_it():
-    data = bytearray(make_stream())
-    data[4] = 1
-    with pytest.raises(ForeignStream, match=r"^header: version 1, which only smalti 0\.1 reads; .* reads version 2: "):
-        parse(data)
 
 
 @pytest.mark.parametrize("data", [b"\x89PNG\r\n\x1a\n", b"P", bytes(100), b"vqc1" + bytes(60)])
@@ -207,13 +200,7 @@ def test_what_is_wrong_with_a_header_is_told_in_full(fields, error, said):
     ("change", "error", "said"),
     [
         ((0, b"\x89PNG"), ForeignStream, "not a stream of ours: begins with b'\\x89PNG', expected b'VQC1'"),
-        (
-            (4, b"\1"),
-            ForeignStream,
-            "header: version 1, which only smalti 0.1 reads; this smalti reads version 2: decompress it with smalti "
-            "0.1 and compress the images again",
-        ),
-        ((4, b"\3"), ForeignStream, "header: version 3 is unknown; this version of smalti reads 2"),
+        ((4, b"\3"), ForeignStream, "header: version 3 is unknown; this version of smalti reads 1"),
         ((7, b"\6"), ForeignStream, "header: flags 0x6 are unknown; this version reads 0x3"),
         ((9, b"?"), DamagedStream, "header: damaged (its checksum differs)"),
     ],

@@ -5,7 +5,7 @@ import re
 from zlib import crc32
 
 import pytest
-from fuzzing.made_streams import make_chunks, make_header, packed, quick
+from givens.made_streams import make_chunks, make_header, packed, quick
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzzing.made_streams import make_chunk, make_chunks, make_header, make_names, make_stream, packed, quick, reseal
+from givens.made_streams import make_chunk, make_chunks, make_header, make_names, make_stream, packed, quick, reseal
 from hypothesis import given
 from hypothesis import strategies as st
 

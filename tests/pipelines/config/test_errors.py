@@ -40,7 +40,7 @@ def test_of_thousands_of_unknown_keys_some_are_told(tmp_path, capsys):
 
 def test_a_name_that_is_too_long_is_told_in_a_line(tmp_path, capsys):
     name = tmp_path / ("x" * 300)
-    assert lines_of(capsys, f"out={name}", "data.source=digits") == [f"error: {name}/config.yaml: File name too long"]
+    assert lines_of(capsys, f"out={name}", "data.source=digits") == [f"error: {name}/state: File name too long"]
     found = lines_of(capsys, f"out={tmp_path}/run", f"data.source={name}", "track.wandb=disabled")
     assert found == [f"error: {name}: File name too long"]
 

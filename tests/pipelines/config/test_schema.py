@@ -23,13 +23,12 @@ from pipelines.config.arguments import ToldElsewhere, read_override
 from pipelines.config.command import Interrupted, parse
 from pipelines.config.help import help_page
 from pipelines.config.schema import difference, to_yaml
-from tokenizer.family import OUTSIDE, Named
-from tokenizer.files.errors import PathError
-from tokenizer.settings import ModelConfig, Node, merge
-from tokenizer.settings.marks import Fact
+from tokenizer.config import Fact, ModelConfig, Node, merge
+from tokenizer.files import PathError
+from tokenizer.model import Registered
 
 
-class Coder(Named, family="tokenizer.quantizers"):
+class Coder(Registered, family="tokenizer.quantizers"):
     """A family of two, found where the quantizers are."""
 
 
@@ -54,7 +53,7 @@ class Steps(Coder, name="steps"):
     Config = StepsConfig
 
 
-class Net(Named, family="tokenizer.quantizers"):
+class Net(Registered, family="tokenizer.quantizers"):
     """A family whose members hold a coder."""
 
 
@@ -269,14 +268,14 @@ def test_a_configuration_is_frozen_and_checked_without_a_command_line() -> None:
         ("model=3", "model: expected a mapping of keys (got 3)"),
         ("train.betas=[1]", "train.betas: too few values (got [1])"),
         ("train.betas=[1,2,3]", "train.betas: expected at most 2 values (got [1, 2, 3])"),
-        ("model.kind=cnv", f"model.kind: no Net is called 'cnv'; there are conv, plain; {OUTSIDE}"),
+        ("model.kind=cnv", f"model.kind: {Net.describe_unknown('cnv')}"),
         ("model.widht=9", "model.widht: unknown key; did you mean 'model.width'?"),
         ("model.width=4", "model.width: must be >= 8 (got 4)"),
         ("model.act=tanh", "model.act: must be one of 'silu', 'gelu' (got 'tanh')"),
         ("model.size=[8]", "model.size: a fact of the data, it cannot be set here"),
         ("model.coder.coeds=4", "model.coder.coeds: unknown key; did you mean 'model.coder.codes'?"),
         ("model.coder.codes=1", "model.coder.codes: must be >= 2 (got 1)"),
-        ("model.coder.kind=vq", f"model.coder.kind: no Coder is called 'vq'; there are book, steps; {OUTSIDE}"),
+        ("model.coder.kind=vq", f"model.coder.kind: {Coder.describe_unknown('vq')}"),
     ],
 )
 def test_one_line_says_what_is_wrong(argument: str, problem: str) -> None:

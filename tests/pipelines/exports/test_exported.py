@@ -27,7 +27,7 @@ from pipelines.exports.checks import TOLERANCE, Checked, check
 from pipelines.exports.formats import FORMATS, FileFormat, Run
 from pipelines.exports.tracing import PARTS, ExportError
 from tokenizer import TokenGrid, Tokenizer
-from tokenizer.files.errors import PathError
+from tokenizer.files import PathError
 from tokenizer.pixels import Pixels
 
 SIZE = (8, 8)

@@ -189,5 +189,5 @@ def test_an_image_that_may_not_be_read_is_not_called_missing(tmp_path):
     write_image(tmp_path / "a.png", noise(12, 12))
     (tmp_path / "a.png").chmod(0)
     with as_others():
-        assert try_decode(tmp_path / "a.png", (1, 12, 12)) == "Permission denied"
+        assert "Permission denied" in try_decode(tmp_path / "a.png", (1, 12, 12))
     assert try_decode(tmp_path / "b.png", (1, 12, 12)) == "no such file, or not a regular one"

@@ -13,7 +13,7 @@ from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
 from pipelines.images.base import Rows
 from pipelines.images.loading import carve
-from pipelines.images.splits import as_begun, validation_count
+from pipelines.images.splits import validation_count
 
 # A part of one split
 
@@ -133,7 +133,6 @@ def test_a_split_that_is_not_there_is_no_reason_to_carve(tmp_path, folders, held
         load_images(config(write_splits(tmp_path, *folders), held_out=held_out))
     assert f"data.held_out: {tmp_path} has no split '{held_out}'" in str(caught.value)
     assert message in str(caught.value) and "\n" not in str(caught.value)
-    assert len(load_images(config(tmp_path, held_out=held_out), begun=True).held_out) == 1  # as it was done before
 
 
 @pytest.mark.parametrize("folders", [("train",), ("cat", "dog")])
@@ -233,21 +232,6 @@ def test_images_for_validation_do_not_depend_on_what_is_held_out(tmp_path):
     assert load_images(config(tmp_path)).validation is None  # of ten images, none is spared
     with pytest.raises(UserError, match="no images for 'train'"):
         load_images(config(tmp_path, validation_fraction=0.95))
-
-
-@pytest.mark.parametrize(
-    ("before", "given", "expected"),
-    [
-        ({}, None, 0.0),
-        ({"validation_fraction": 0.0}, None, 0.0),
-        ({"validation_fraction": None}, None, None),
-        ({"validation_fraction": 0.1}, None, None),
-        ({}, 0.1, 0.1),
-        (None, None, None),
-    ],
-)
-def test_what_began_without_images_for_validation_goes_on_without(before, given, expected):
-    assert as_begun(DataConfig(validation_fraction=given), before).validation_fraction == expected
 
 
 def test_one_image_can_not_be_divided(tmp_path):

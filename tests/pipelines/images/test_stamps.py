@@ -12,7 +12,7 @@ from givens.image_folders import PNGS, config, write_folder, write_image, write_
 
 from pipelines.images import load_images
 from pipelines.images.stamps import FileChanged
-from tokenizer.files.opening import ReadOnce
+from tokenizer.files import read_bytes
 
 LAZY = [{"cache_mb": 0}, {"streaming": True}]
 
@@ -76,11 +76,11 @@ def test_a_file_that_is_rewritten_during_a_read_is_noticed(tmp_path, monkeypatch
     other = Path(write_image(tmp_path / "other.png", noise(12, 12, seed=77)))
     train = lazily(tmp_path / "images", **options)
 
-    def read(file, size, read=ReadOnce.read):
-        change(file.path, other, "rewritten")
-        return read(file, size)
+    def read(path, limit):
+        change(path, other, "rewritten")
+        return read_bytes(path, limit)
 
-    monkeypatch.setattr(ReadOnce, "read", read)
+    monkeypatch.setattr("pipelines.images.decoding.read_bytes", read)
     assert refuses(train, paths[3])
 
 

@@ -17,7 +17,7 @@ from pipelines.jobs import Job, Piece, sharing
 from pipelines.jobs.pieces import cut
 from pipelines.jobs.sharing import Share, shared
 from pipelines.processes.sharing import ALONE, Team
-from tokenizer.files.errors import PathError
+from tokenizer.files import PathError
 
 PIECES = cut("images", 0, 10, 3)
 

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 from prepared import run_file
 
+from pipelines.files.ownership import says_ours
 from pipelines.images.pictures import save_picture
 from pipelines.metrics import charts, pages
 from pipelines.metrics.charts import bars, bins_of, charts_in_row, curves, histogram, three_digits
 from pipelines.metrics.codebook import draw_usage
 from pipelines.metrics.pages import mosaic, page
-from tokenizer.files.ownership import says_ours
 
 SIZE = (400, 270)
 INNER = (slice(charts.TOP, SIZE[1] - charts.BOTTOM), slice(charts.LEFT, SIZE[0] - charts.RIGHT))

@@ -18,12 +18,12 @@ from two_processes import join_group
 from pipelines.config import UserError
 from pipelines.config.arguments import ToldElsewhere
 from pipelines.config.command import exit_codes
+from pipelines.files import claims, holders
+from pipelines.files.claims import claimed, inside
+from pipelines.files.holders import Claim
 from pipelines.processes.claims import alone_at, alone_in
 from pipelines.processes.sharing import Team
-from tokenizer.files import claims, holders
-from tokenizer.files.claims import claimed, inside
-from tokenizer.files.errors import PathError
-from tokenizer.files.holders import Claim
+from tokenizer.files import PathError
 
 
 def is_held(run: Path) -> bool:

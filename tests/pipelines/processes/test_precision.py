@@ -22,7 +22,7 @@ from pipelines.processes.precision import Precision, bf16_of_cpu, choose_precisi
 from pipelines.train_prior import TrainPriorConfig
 from pipelines.training import loop as training
 from pipelines.training.extending import begun_precision
-from tokenizer.files.writing import write_manifest
+from tokenizer.files import write_manifest
 
 pytestmark = pytest.mark.usefixtures("one_process")
 LIMITS = {

@@ -26,8 +26,8 @@ from launch import (
 )
 from small_pipelines import make_pipeline
 
-from tokenizer.files.claims import beside, inside
-from tokenizer.files.holders import Claim
+from pipelines.files.claims import beside, inside
+from pipelines.files.holders import Claim
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 CLOCK = re.compile(rb'"samples_per_second": [\d.]+')

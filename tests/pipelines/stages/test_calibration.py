@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from givens.stripes import constant, older, stripes, uniform
+from givens.stripes import constant, stripes, uniform
 
 from pipelines import ImagePipeline
-from pipelines.anomaly.image_statistics import statistics
-from pipelines.anomaly.scores import METHODS, anomaly_score, p_value_of, score_of
+from pipelines.anomaly.scores import METHODS, anomaly_score
 from pipelines.stages.calibration import Calibration
 from pipelines.stages.distances import Neighbours, rounded
-from tokenizer.files.errors import FormatError
+from tokenizer.files import FormatError
 
 
 def test_a_saved_pipeline_gives_the_same_scores(trained, tmp_path):
@@ -58,9 +57,9 @@ def broken(path, value):
         ("ties", None, "ties: should be a mapping"),
         ("ties.nll", "del", "ties: should be of the same methods"),
         ("ties.nll", -1, "ties: should not be negative"),
-        ("digests", [1], "digests: should be null, or 16 hexadecimal digits"),
-        ("digests", "0" * 17, "digests: should be null, or 16 hexadecimal digits"),
-        ("digests", "", "digests: should be null, or 16 hexadecimal digits"),
+        ("digests", [1], "digests: should be 16 hexadecimal digits"),
+        ("digests", "0" * 17, "digests: should be 16 hexadecimal digits"),
+        ("digests", "", "digests: should be 16 hexadecimal digits"),
         ("digests", "0" * 16 * 50_001, "digests: should be of at most 50,000 images"),
         ("labels", 1, "labels: should be true or false"),
         ("data", "abc", "data: is no sha256"),
@@ -100,20 +99,6 @@ def test_a_damaged_calibration_is_named(trained, path, value, message):
     file = Path("somewhere/calibration.json")
     with pytest.raises(FormatError, match=f"^{re.escape(str(file))}: {re.escape(message)}"):
         Calibration.from_dict(data, file)
-
-
-def test_an_older_calibration_loads_and_holds(trained):
-    fresh = statistics(trained, stripes(200, seed=11))
-    read = Calibration.from_dict(older(trained.calibration), Path("file"))
-    assert read.confidence is None and read.digests is None
-    assert not read.includes(stripes(3, seed=2).movedim(1, -1).numpy()).any()
-    for method in ("joint", "nll", "reconstruction"):
-        new, old = (score_of(method, fresh, c, labelled=False) for c in (trained.calibration, read))
-        torch.testing.assert_close(new, old, rtol=1e-6, atol=1e-6)
-        p, q = (p_value_of(method, new, c, labelled=False) for c in (trained.calibration, read))
-        assert (p - q).abs().max() < 0.01
-    again = Calibration.from_dict(json.loads(read.to_json()), Path("file"))
-    assert again.to_dict() == read.to_dict()
 
 
 def test_a_calibration_of_many_images_can_be_read_again(trained, tmp_path):

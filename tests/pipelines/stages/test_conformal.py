@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipelines.anomaly.separation import benjamini_hochberg
-from pipelines.stages.conformal import allowed_above, kept, least_scores, p_values_of, threshold, tie_of_six_digits
+from pipelines.stages.conformal import allowed_above, kept, least_scores, p_values_of, threshold
 
 
 @pytest.mark.parametrize("scale", [(0, 1), (1_234_567.8, 3), (0, 1e-9), (-5e8, 2e4)], ids=str)
@@ -107,10 +107,3 @@ def test_with_fewer_scores_than_the_least_number_there_is_no_threshold(confidenc
             with pytest.raises(ValueError, match="too few"):
                 threshold(np.arange(first - 1, dtype=float), 0, share, confidence)
     assert (least_scores(0.05), least_scores(0.01), least_scores(0.1)) == (19, 99, 9)
-
-
-def test_scores_that_were_kept_to_six_digits_are_not_compared_as_if_they_were_exact():
-    """Rounded down, an image would be stranger than its own copies."""
-    for score in (1_234_567.8, 1_234_562.3, 0.123456789, 98.76544):
-        normal = np.full(20, float(f"{score:.6g}"))
-        assert p_values_of(np.array([score]), normal, tie_of_six_digits(normal)) == 1

@@ -11,7 +11,7 @@ from folders import files_in
 from small_pipelines import LABELS, PARTS, PROVENANCE, every_pair, make_pipeline
 
 from pipelines import ImagePipeline
-from tokenizer.files.errors import PathError
+from tokenizer.files import PathError
 
 
 def names_in(folder):
@@ -96,8 +96,8 @@ def test_push_to_hub_uploads_a_folder_that_loads(labels, monkeypatch):
         calls.append((repo_id, names_in(folder), loaded(2, seed=0).tokens, options))
         return "a commit"
 
-    monkeypatch.setattr("tokenizer.files.hub.require_reachable", lambda repo_id: None)
-    monkeypatch.setattr("tokenizer.files.hub.replace_on_hub", replace_on_hub)
+    monkeypatch.setattr("pipelines.files.hub.require_reachable", lambda repo_id: None)
+    monkeypatch.setattr("pipelines.files.hub.replace_on_hub", replace_on_hub)
     pipe = make_pipeline(labels=labels)
     pipe.provenance = PROVENANCE
     assert pipe.push_to_hub("me/mosaic", token="hf_secret", private=True, commit_message="first") == "a commit"

@@ -371,7 +371,7 @@ def test_probe_without_scikit_learn(world, capsys, monkeypatch):
 @pytest.mark.parametrize("layer", [[], ["layer=pixels"], ["layer=prior.0", "pool=flatten"]])
 def test_search_finds_an_image_itself_first(world, tmp_path, capsys, layer):
     out, query = tmp_path / "near.png", world / "images" / "train" / "above" / "03.png"
-    main(["search", f"pipeline={world}/run/pipeline", f"queries={query}", f"out={out}", "k=3", *layer])
+    main(["search", f"pipeline={world}/run/pipeline", f"images={query}", f"out={out}", "k=3", *layer])
     line = capsys.readouterr().out.splitlines()[0]
     assert line.startswith(f"{query}: train/above/03.png (above) 0.000, train/")
     with Image.open(out) as picture:
@@ -418,7 +418,7 @@ def test_search_prints_how_often_classes_agree(world, tmp_path, capsys):
             "search",
             f"pipeline={world}/run/pipeline",
             f"out={tmp_path}/near.png",
-            "queries=[3, 0]",
+            "images=[3, 0]",
             "data.label_column=null",
             "num_index=7",
             "k=2",

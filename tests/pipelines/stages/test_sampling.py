@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from prior.requests import Walk
 from small import PRIORS, generators, make_prior
 from small_pipelines import every_pair, every_prior_pair, make_pipeline, pixels_for
 
@@ -16,8 +17,7 @@ from pipelines import ImagePipeline
 from pipelines.stages.requests import Request
 from pipelines.stages.sampling import settings_in
 from prior.orders import Partition
-from prior.requests import Walk
-from tokenizer.files.errors import ConfigError
+from tokenizer.files import ConfigError
 
 
 def rounded(images):

@@ -16,7 +16,7 @@ from pipelines import ImagePipeline, train_prior
 from pipelines.__main__ import main as smalti
 from pipelines.stages.provenance import tokenizer_folder
 from pipelines.stages.shipped import HERE, located, shipped
-from tokenizer.files.errors import PathError
+from tokenizer.files import PathError
 
 MOST_BYTES = 3_000_000
 
@@ -98,17 +98,6 @@ def test_a_folder_of_the_users_goes_first(tmp_path, monkeypatch):
 def test_a_name_that_is_not_there_lists_those_that_are():
     with pytest.raises(PathError, match=r"'digitz' is neither .*; these come with the package: digits$"):
         ImagePipeline.from_pretrained("digitz")
-
-
-def test_a_typing_error_in_a_folder_is_told(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("runs/photos_prior").mkdir(parents=True)
-    Path("runs/other").mkdir()
-    for name in ("runs/photo_prior", str(tmp_path / "runs" / "photo_prior")):
-        with pytest.raises(PathError, match=r"is n.* existing folder \(did you mean .*runs/photos_prior\?\)"):
-            ImagePipeline.from_pretrained(name)
-    with pytest.raises(PathError, match="is not an existing folder, and as a Hub id"):
-        ImagePipeline.from_pretrained("runs/nothing")
 
 
 def test_verbs_take_the_name(tmp_path, monkeypatch, capsys):

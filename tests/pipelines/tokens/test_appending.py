@@ -14,7 +14,7 @@ from small import make_tokenizer
 from pipelines.config import UserError
 from pipelines.encode import run
 from pipelines.tokens import load_tokens, pieces
-from tokenizer.files.errors import PathError
+from tokenizer.files import PathError
 
 
 def test_augmentations_are_added_as_if_they_had_been_asked_for_at_once(tokenizer, images, tmp_path, counted):

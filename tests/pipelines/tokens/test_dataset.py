@@ -30,8 +30,7 @@ from pipelines.stages.provenance import data_beside
 from pipelines.tokens import TokenDataset, TokenSplit, load_tokens
 from pipelines.tokens.shards import smallest_type
 from tokenizer import Tokenizer
-from tokenizer.files.errors import FormatError, IntegrityError, PathError, PipelineLoadError
-from tokenizer.files.writing import write_manifest
+from tokenizer.files import FormatError, IntegrityError, PathError, PipelineLoadError
 
 META = "meta.json"
 
@@ -209,10 +208,10 @@ def test_split_that_is_no_safetensors_file(folder):
         ({"grid": {"shape": [2, 2], "vocab_size": 64}}, "64"),
         ({"splits": None}, "splits"),
         ({"splits": ["train"]}, META),
-        ({"splits": {"train": 7}}, "train.safetensors"),
+        ({"splits": {"train": [7]}}, "train.safetensors"),
         ({"splits": {"train": "many"}}, META),
-        ({"splits": {"../outside": 2}}, "is not a name"),
-        ({"splits": {"train/../../outside": 2}}, "is not a name"),
+        ({"splits": {"../outside": [2]}}, "is not a name"),
+        ({"splits": {"train/../../outside": [2]}}, "is not a name"),
         ({"classes": None}, "classes"),
         ({"classes": [1, 2, 3]}, "classes"),
         ({"classes": []}, "labels"),
@@ -314,28 +313,6 @@ def test_images_without_classes_have_no_labels(tokenizer, tmp_path):
     assert data.class_names == [] and all(split.labels is None for split in data.splits.values())
 
 
-def test_a_dataset_grows_by_what_was_held_out_of_the_same_images(tokenizer, tmp_path, monkeypatch):
-    """Also one of an earlier version, in which no split stood in for `test`: its test rows never get into training."""
-    for name, count in (("train", 20), ("val", 5)):
-        write_pictures(tmp_path / "images" / name, count)
-    shift = {"source": str(tmp_path / "images"), "augment": {"shift": 2}}
-    sizes = {}
-    for held_out in ("test", None):
-        out = f"tokens-{held_out}"
-        encoded_tokens(tmp_path, {**shift, "held_out": held_out}, out)
-        grown = encoded_tokens(tmp_path, shift, out, append=True, augmentations=1)
-        sizes[held_out] = [len(split) for split in grown.splits.values()]
-        assert [part["data"]["held_out"] for part in grown.parts] == [held_out] * 2
-    assert sizes == {"test": [36, 2], None: [40, 5]}
-    monkeypatch.setattr(encode, "publish", lambda *arguments, **options: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        encoded_tokens(tmp_path, {**shift, "held_out": "test"}, "killed")
-    monkeypatch.undo()
-    assert (
-        len(encoded_tokens(tmp_path, shift, "killed").splits["train"]) == 18
-    )  # and not: begun with another configuration
-
-
 # Images for validation
 
 
@@ -359,37 +336,9 @@ def test_images_for_validation_are_a_split_of_their_own(tokenizer, tmp_path):
 
 
 @needs_digits
-def test_an_encode_that_was_begun_without_images_for_validation_ends_without(tokenizer, tmp_path, monkeypatch):
-    """By an earlier version, whose job did not say so."""
-    monkeypatch.setattr(encode, "publish", lambda *arguments, **options: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        encoded_tokens(tmp_path, {**DIGITS, "validation_fraction": 0})
-    monkeypatch.undo()
-    path = tmp_path / ".tmp-tokens-encode" / "job.json"
-    job = json.loads(path.read_text())
-    assert job["data"].pop("validation_fraction") == 0 and job["rows"] == [30, 30]
-    path.write_text(json.dumps(job))
-    monkeypatch.setattr(encode, "encode_piece", lambda *_: pytest.fail("a piece was made again"))
-    data = encoded_tokens(tmp_path)
-    assert {name: len(split) for name, split in data.splits.items()} == {"train": 30, "test": 30}
-    assert data.parts[0]["data"]["validation_fraction"] == 0
-
-
-def without_validation(folder):
-    """A dataset as an earlier version wrote it."""
-    meta = json.loads((folder / META).read_text())
-    for data in (meta["source"]["data"], *(part["data"] for part in meta["parts"])):
-        del data["validation_fraction"]
-    (folder / META).write_text(json.dumps(meta))
-    (folder / "manifest.json").unlink()
-    write_manifest(folder)
-
-
-@needs_digits
 def test_a_dataset_without_images_for_validation_grows_without(tokenizer, tmp_path):
     augmented = {**DIGITS, "augment": {"shift": 3}}
     before = encoded_tokens(tmp_path, {**augmented, "validation_fraction": 0})
-    without_validation(tmp_path / "tokens")
     grown = encoded_tokens(tmp_path, augmented, append=True, augmentations=1)  # the same images
     assert {name: len(split) for name, split in grown.splits.items()} == {"train": 60, "test": 30}
     assert torch.equal(grown.splits["train"].tokens[:30], before.splits["train"].tokens)
@@ -411,14 +360,12 @@ def test_a_dataset_grows_by_what_it_kept_for_validation(tokenizer, tmp_path):
 
 
 @needs_digits
-@pytest.mark.parametrize("said", [True, False])
-def test_the_images_for_validation_are_those_of_the_tokenizer(tokenizer, tmp_path, said):
-    """And none, where a tokenizer of an earlier version was trained on all."""
-    facts = {"data": {"source": "digits", "limit": 40, **({"validation_fraction": 0.02} if said else {})}}
+def test_the_images_for_validation_are_those_of_the_tokenizer(tokenizer, tmp_path):
+    facts = {"data": {"source": "digits", "limit": 40, "validation_fraction": 0.02}}
     (tmp_path / "tokenizer" / "provenance.json").write_text(json.dumps(facts))
     encode.main([f"tokenizer={tmp_path / 'tokenizer'}", f"out={tmp_path / 'tokens'}", "data.limit=100"])
     data = load_tokens(tmp_path / "tokens")
-    assert [len(split) for split in data.splits.values()] == ([100, 80, 100] if said else [100, 100])
+    assert [len(split) for split in data.splits.values()] == [100, 80, 100]
 
 
 @pytest.mark.parametrize("labelled", ["train", "test"])

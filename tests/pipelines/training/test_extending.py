@@ -301,19 +301,6 @@ def test_what_may_differ_in_the_data(tmp_path, name):
         assert refused(tmp_path / "run", config_of(tmp_path / "run", **base), **change) == (not free)
 
 
-def test_a_run_of_an_earlier_version_may_go_on_without_images_for_validation(tmp_path):
-    """And not with them: it was trained on all."""
-    now = config_of(tmp_path / "run", data__validation_fraction=0)
-    (tmp_path / "run").mkdir()
-    then = to_yaml(now).replace("  validation_fraction: 0.0\n", "").replace("  keep_best: true\n", "")
-    assert "validation" not in then and "keep_best" not in then
-    (tmp_path / "run" / "config.yaml").write_text(then)
-    assert check_folder(tmp_path / "run", now) == []
-    for fraction in (0.1, None):
-        with pytest.raises(UserError, match="data.validation_fraction: 0.0 -> "):
-            check_folder(tmp_path / "run", config_of(tmp_path / "run", data__validation_fraction=fraction))
-
-
 def test_a_refused_change_names_the_way_that_there_is(tmp_path, train):
     run = train("train_tokenizer", tmp_path / "run")
     with pytest.raises(UserError) as caught:

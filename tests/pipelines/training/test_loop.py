@@ -55,7 +55,6 @@ from pipelines.training.loop import figures_on
 from pipelines.training.schedule import TrainConfig
 from pipelines.training.task import Task
 from tokenizer import Tokenizer
-from tokenizer.files.writing import write_manifest
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -379,43 +378,6 @@ def test_every_tokenizer_without_parameters_is_saved_without_a_step(tmp_path, mo
 def test_every_quantizer_trains(tmp_path, name):
     run = train_tokenizer(tmp_path / "run", model={**VQVAE, "quantizer": node_of(name)}, train__steps=3)
     assert len(losses(run)) == 3 and all(map(math.isfinite, losses(run)))
-
-
-# Runs of earlier versions, in which a split for validation was not seen, and a name that was not there meant nothing
-
-
-@pytest.mark.parametrize("saved", ["test", "vla"])
-def test_a_run_goes_on_with_what_it_held_out(tmp_path, capsys, saved):
-    for name, count in (("train", 20), ("val", 5)):
-        write_pictures(tmp_path / "images" / name, count)
-    options = {"data__source": str(tmp_path / "images"), "train__steps": 1, "train__batch_size": 4}
-    given = {} if saved == "test" else {"data__held_out": saved}
-    run = train_tokenizer(tmp_path / "run", **options, data__held_out="test")  # which says that part is held out
-    for path in (run / "config.yaml", run / "tokenizer" / "provenance.json"):
-        assert "held_out" in path.read_text()
-    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("held_out: test", f"held_out: {saved}"))
-    for state in states(run):  # which did not say of which run they were
-        document = json.loads((state / "state.json").read_text())
-        (state / "state.json").write_text(json.dumps({key: document[key] for key in ("step", "counters")}))
-        (state / "manifest.json").unlink()
-        write_manifest(state, step=1)
-    capsys.readouterr()
-    options["train__steps"] = 2
-    train_tokenizer(run, **options, **given)
-    told = capsys.readouterr()
-    assert "continuing from step 1" in told.out and "18 training rows" in told.out
-    assert f"there is no '{saved}', so 10% of 'train' is held out; not used: val" in told.err
-    assert f"held_out: {saved}\n" in (run / "config.yaml").read_text()
-    with pytest.raises(UserError, match=f"held_out: '{saved}' -> 'val'"):
-        train_tokenizer(run, **options, data__held_out="val")
-    if saved == "test":
-        fresh = train_tokenizer(tmp_path / "fresh", **options)
-        train_tokenizer(fresh, **{**options, "train__steps": 3})
-        assert capsys.readouterr().out.count("20 training rows") == 2
-        assert "held_out: null\n" in (fresh / "config.yaml").read_text()
-    else:
-        with pytest.raises(UserError, match="no split 'vla'.*did you mean 'val'"):
-            train_tokenizer(tmp_path / "fresh", **options, **given)
 
 
 # Evaluation

@@ -276,20 +276,6 @@ def test_a_vector_of_two_dimensions_does_not_decay(kind, key):
     assert key not in decayed(model, TrainConfig())
 
 
-def test_a_run_that_began_with_another_decay_goes_on_with_it():
-    """Its state has groups of other sizes: all that has two dimensions, and the rest."""
-    model = make_prior("gpt")
-    parameters = list(model.parameters())
-    what = (parameters, hidden_matrices(model), decaying_weights(model), TrainConfig(), (0.9, 0.95))
-    now = [len(group["params"]) for group in make_optimizer(*what).param_groups]
-    many = sum(p.ndim > 1 for p in parameters)
-    former = [many, len(parameters) - many]
-    assert now != former and sum(now) == sum(former)
-    for sizes, expected in ((None, now), (now, now), (former, former), ([1, 2], now)):
-        groups = make_optimizer(*what, sizes=sizes).param_groups
-        assert [len(group["params"]) for group in groups] == expected
-
-
 def test_a_matrix_has_one_moment():
     model = nn.Linear(32, 16)
     optimizer = make_optimizer(

@@ -10,8 +10,6 @@ import json
 import os
 import re
 import shutil
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,19 +30,15 @@ from launch import (
     two_processes,
 )
 from one_process import begin_anew, one_process
-from small import make_prior, make_tokenizer
 
-from pipelines import ImagePipeline
+import tokenizer.files
 from pipelines.config import UserError
+from pipelines.files import claims
+from pipelines.files.claims import claimed, inside
+from pipelines.files.holders import Claim
 from pipelines.training.checkpoints import rotation
 from pipelines.training.checkpoints.rotation import latest_state
-from prior import Prior
-from tokenizer import Tokenizer
-from tokenizer.files import claims, opening, reading
-from tokenizer.files.claims import claimed, inside
-from tokenizer.files.errors import IntegrityError, PipelineLoadError, UnreadableError
-from tokenizer.files.holders import Claim
-from tokenizer.files.writing import write_manifest
+from tokenizer.files import PipelineLoadError, UnreadableError, write_manifest
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -133,12 +127,17 @@ def test_an_error_of_the_disk_is_not_damage(run, monkeypatch, where):
 
         return refusing
 
+    def unreadable(path: Path, hash_file: Any = tokenizer.files.hash_file) -> str:
+        if str(path).startswith(newest):
+            raise UnreadableError(f"{path}: cannot be read (Input/output error)")
+        return hash_file(path)
+
     if where == "manifest":
         monkeypatch.setattr(rotation, "verify_manifest", broken(rotation.verify_manifest))
     elif where == "stat":
-        monkeypatch.setattr(reading.os, "stat", broken(os.stat))
+        monkeypatch.setattr(tokenizer.files.os, "stat", broken(os.stat))
     else:
-        monkeypatch.setattr(opening, "_descriptor", broken(opening._descriptor))
+        monkeypatch.setattr(tokenizer.files, "hash_file", unreadable)
     with pytest.raises(UnreadableError, match=r"step-00000008: cannot be read.*Input/output error"):
         latest_state(run)
     with pytest.raises((UserError, PipelineLoadError), match="cannot be read"):
@@ -183,18 +182,6 @@ def test_a_state_of_another_run_is_refused(run, tmp_path):
     assert refused(run, "another configuration", "train.seed: 1 -> 0")
 
 
-def test_a_state_of_before_this_was_told_is_taken(run):
-    """Format 1 had no configuration in it."""
-    state = states(run)[-1]
-    document = json.loads((state / "state.json").read_text())
-    (state / "state.json").write_text(json.dumps({key: document[key] for key in ("step", "counters")}))
-    (state / "manifest.json").unlink()
-    write_manifest(state, step=8)
-    before = tensors(run / "tokenizer")
-    train_tokenizer(run, **EVERY)
-    assert_equal_tensors(tensors(run / "tokenizer"), before)
-
-
 FORGED = [
     ({"step": True}, "step"),
     ({"step": 7}, "step"),
@@ -229,21 +216,6 @@ def test_a_state_that_says_what_cannot_be_is_refused(run, changes, needle):
     assert refused(run, "step-", needle, error=PipelineLoadError)
 
 
-@pytest.mark.parametrize("upsampling", ["nearest", "subpixel"])
-def test_a_run_goes_on_with_the_decoder_that_it_was_begun_with(upsampling, tmp_path):
-    """One from before, whose configuration says nothing of it, repeats pixels."""
-    run = train_tokenizer(tmp_path / "run", train__steps=2, model__upsampling=upsampling)
-    if upsampling == "nearest":
-        lines = (run / "config.yaml").read_text().splitlines(keepends=True)
-        then = [line for line in lines if not line.startswith(("  upsampling:", "  tail:"))]
-        assert len(then) == len(lines) - 2
-        (run / "config.yaml").write_text("".join(then))
-    begin_anew()
-    train_tokenizer(run, train__steps=4)
-    assert states(run)[-1].name == "step-00000004"
-    assert Tokenizer.from_pretrained(run / "tokenizer").config.upsampling == upsampling
-
-
 def test_a_state_under_the_name_of_another_step_is_refused(run):
     states(run)[-1].rename(run / "state" / "step-00000099")
     assert refused(run, "step-00000099", "of step 8")
@@ -254,7 +226,7 @@ def test_a_state_under_the_name_of_another_step_is_refused(run):
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(run, monkeypatch):
     """Before any data is read; then the folder is free again."""
-    monkeypatch.setattr("tokenizer.files.claims.PERIOD", 600.0)  # nothing is counted meanwhile
+    monkeypatch.setattr("pipelines.files.claims.PERIOD", 600.0)  # nothing is counted meanwhile
     with claimed(inside(run), run):
         before = files(run)
         monkeypatch.setattr("launch.DIGITS", lambda: pytest.fail("data was read"))
@@ -352,76 +324,3 @@ def test_a_run_does_not_lie_in_its_data(tmp_path):
     tokens = make_tokens(tmp_path / "tokens")
     with pytest.raises(PipelineLoadError, match="lies in what is read"):
         train_prior(tokens / "run", tokens)
-
-
-# Loads while a run saves
-
-
-def pipelines_of(count: int) -> list[ImagePipeline]:
-    """Small pipelines that differ."""
-    found = []
-    for vocabulary in range(count):
-        tokenizer = make_tokenizer("pixels", (8, 8), 1, levels=2 + vocabulary)
-        grid = tokenizer.grid
-        prior = make_prior("marginal", grid.shape, grid.vocab_size, num_classes=0, tokenizer=tokenizer.fingerprint())
-        found.append(ImagePipeline(tokenizer, prior))
-    return found
-
-
-@pytest.mark.parametrize("loads", [60, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
-def test_no_load_fails_while_a_run_saves(tmp_path, loads):
-    """Saved without a pause, in turn two pipelines of which no part goes with the other's."""
-    pipes, saves, stop = pipelines_of(2), 0, threading.Event()
-    pipes[0].save_pretrained(tmp_path / "pipe")
-
-    def save() -> None:
-        nonlocal saves
-        while not stop.is_set():
-            saves += 1
-            pipes[saves % 2].save_pretrained(tmp_path / "pipe")
-
-    thread, again = threading.Thread(target=save), 0
-    read_again = reading._identity
-
-    def counted(folder: Path) -> Any:
-        nonlocal again
-        again += 1
-        return read_again(folder)
-
-    began = time.monotonic()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "_identity", counted)
-        thread.start()
-        try:
-            number = 0
-            while number < loads or saves < 10:  # a disk may be slow: what counts is that both happened, not how fast
-                pipe = ImagePipeline.from_pretrained(tmp_path / "pipe")
-                assert pipe.tokenizer.grid == pipe.prior.grid
-                if number % 3 == 0:
-                    Tokenizer.from_pretrained(tmp_path / "pipe", subfolder="tokenizer")
-                    Prior.from_pretrained(tmp_path / "pipe" / "prior")
-                number += 1
-        finally:
-            stop.set()
-            thread.join()
-    print(f"{number} loads, {saves} saves, {(again - number) // 2} read again, {time.monotonic() - began:.0f} s")
-
-
-def test_a_load_that_meets_a_save_reads_again_and_one_that_does_not_fails_at_once(tmp_path, monkeypatch):
-    pipes = pipelines_of(2)
-    pipes[0].save_pretrained(tmp_path / "pipe")
-    sealed, seen = reading.Folder.sealed, []
-
-    def saved_meanwhile(path: Path, *arguments: Any, **options: Any) -> Any:
-        found = sealed(path, *arguments, **options)
-        if not seen:
-            pipes[1].save_pretrained(tmp_path / "pipe")
-        seen.append(path)
-        return found
-
-    monkeypatch.setattr(reading.Folder, "sealed", saved_meanwhile)
-    assert ImagePipeline.from_pretrained(tmp_path / "pipe").tokenizer.grid.vocab_size == 3 and len(seen) == 2
-    flip(tmp_path / "pipe" / "prior" / "model.safetensors")
-    with pytest.raises(IntegrityError):
-        ImagePipeline.from_pretrained(tmp_path / "pipe")
-    assert len(seen) == 3

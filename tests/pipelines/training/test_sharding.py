@@ -46,7 +46,7 @@ from pipelines.tokens import load_tokens
 from pipelines.train_tokenizer import TokenizerTask, TrainTokenizerConfig
 from pipelines.training.sharding import require_shardable
 from pipelines.training.task import Task
-from tokenizer.files.reading import verify_manifest
+from tokenizer.files import verify_manifest
 
 pytestmark = [pytest.mark.timeout(200), pytest.mark.usefixtures("one_process")]
 TOLERANCE = 1e-5  # relative; 3e-7 was measured, as sums are taken in another order

@@ -9,7 +9,6 @@ import pytest
 import torch
 from launch import COMMON, VQVAE, arguments, assert_equal_tensors, dotted, metrics, tensors, train_tokenizer
 from one_process import one_process
-from small import make_tokenizer
 
 from pipelines import encode
 from pipelines import train_tokenizer as verb
@@ -18,7 +17,7 @@ from pipelines.config.command import parse
 from pipelines.stages import provenance
 from pipelines.stages.provenance import tokenizer_defaults
 from tokenizer import Tokenizer
-from tokenizer.files.errors import ConfigError, PathError
+from tokenizer.files import ConfigError, PathError
 
 KLVAE = {"kind": "klvae", "widths": [16], "blocks": [1], "latent": 3}
 
@@ -73,18 +72,6 @@ def test_a_configuration_in_the_working_folder_is_not_meant(text, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text(text)
     assert resolved("run").model["kind"] == "vqvae"
-
-
-@pytest.mark.parametrize(("kind", "becomes"), [("vqvae", "vqvae"), ("klvae", "posthoc")])
-def test_a_folder_from_before_is_what_it_was(kind, becomes, tmp_path):
-    """It says nothing of how its decoder grows: pixels were repeated."""
-    make_tokenizer(kind, upsampling="nearest").save_pretrained(tmp_path / "old")
-    path = tmp_path / "old" / "config.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "upsampling"}))
-    config = resolved(tmp_path / "run", init=str(tmp_path / "old"), model__kind=becomes)
-    assert config.model.get("vae", config.model)["upsampling"] == "nearest"
-    made = verb.build_tokenizer(config.model, (12, 8), 3)
-    made.start_from(Tokenizer.from_pretrained(tmp_path / "old"))
 
 
 def test_it_goes_on_from_there(trained, tmp_path):

@@ -49,7 +49,7 @@ from pipelines.training import loop as training
 from pipelines.training import stopping
 from pipelines.training.checkpoints import states as checkpoint
 from pipelines.training.stopping import Stop, heeded, what_is_saved
-from tokenizer.files.reading import verify_manifest
+from tokenizer.files import verify_manifest
 
 EVERY = {"train__log_every": 2, "train__evaluate_every": 4, "train__preview_every": 6, "train__save_every": 5}
 FIRST = "Ctrl-C: ending as soon as all is saved; Ctrl-C again ends at once"

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-
-from prior.heads import Head
 from prior.heads.base import Softmax, head_problem, make_head
 from prior.heads.depth import Depth, DepthConfig
 from prior.heads.logistic import FLOOR, Logistic, LogisticConfig
+
+from prior.heads import Head
 from tokenizer import TokenGrid
 
 HEADS: dict[str, Head] = {

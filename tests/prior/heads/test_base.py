@@ -15,7 +15,7 @@ from small import PRIORS, draw_tokens, generators, moved_by
 from prior import Prior
 from prior.heads import Head, IdEmbedding
 from tokenizer import TokenGrid
-from tokenizer.files.errors import ConfigError
+from tokenizer.files import ConfigError
 
 every_case = pytest.mark.parametrize(("kind", "head", "facts", "order"), CASES)
 raster_cases = pytest.mark.parametrize(("kind", "head", "facts"), [case[:3] for case in CASES if case[3] == "raster"])

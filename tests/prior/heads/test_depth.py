@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-
 from prior.heads.depth import Depth, DepthConfig
+
 from tokenizer import TokenGrid
 
 LEVELS = 4

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from givens.headed import make_headed
+from prior.heads.logistic import FLOOR, Logistic, LogisticConfig
 from small import draw_tokens
 
 from prior import Prior
-from prior.heads.logistic import FLOOR, Logistic, LogisticConfig
 from prior.sampling import Sampler, gumbel
 from tokenizer import TokenGrid
 

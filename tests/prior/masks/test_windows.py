@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from costs import all_steps, flops, saved_elements
+from prior.masks.windows import Window
 from small import ORDERS, draw_tokens, generators, make_prior, moved_by
 from torch.nn.attention.flex_attention import flex_attention
 
 from prior import Prior
 from prior.masks import windows
-from prior.masks.windows import Window
 from prior.orders import make_order
 
 SHAPE = (5, 6)
@@ -237,17 +237,6 @@ def test_save_and_load(tmp_path):
     saved = json.loads((tmp_path / "prior" / "config.json").read_text())
     assert saved["window"] == [1, 2] and saved["dilation"] == [2, 1]
     assert loaded.state_dict().keys() == make_prior("gpt", SHAPE).state_dict().keys()
-
-
-def test_without_a_window_a_model_is_what_it_was(tmp_path):
-    """Files from before there were windows load, and fingerprints are theirs."""
-    model = make_prior("gpt", SHAPE)
-    assert not {"window", "dilation"} & set(model.config.identity())
-    model.save_pretrained(tmp_path / "prior")
-    path = tmp_path / "prior" / "config.json"
-    older = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("window", "dilation")}
-    path.write_text(json.dumps(older))
-    assert Prior.from_pretrained(tmp_path / "prior").fingerprint() == model.fingerprint()
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from prior.objectives.alignment import Alignment, alignment_loss, alignment_problem
 from small import PRIORS, make_prior
 from torch.nn.functional import logsigmoid
 
 from pipelines.shuffling.draws import other_labels
 from prior.objectives import Likelihood
-from prior.objectives.alignment import Alignment, alignment_loss, alignment_problem
 
 
 def test_the_loss_is_the_papers():

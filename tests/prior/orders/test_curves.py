@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from prior.orders.curves import CURVES
 
 from prior.orders import make_order
-from prior.orders.curves import CURVES
 
 SHAPES = [(1, 1), (1, 6), (6, 1), (4, 4), (3, 5), (7, 7), (5, 8)]
 

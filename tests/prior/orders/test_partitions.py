@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-
-from prior.orders import Partition, block_numbers, even, growing, make_order, make_partition, order_problem
 from prior.orders.curves import CURVES
 from prior.orders.partitions import FORMS, OWN_BLOCKS, written
+
+from prior.orders import Partition, block_numbers, even, growing, make_order, make_partition, order_problem
 
 SHAPES = [(7, 7), (8, 8), (3, 5), (5, 3), (1, 6), (6, 1), (1, 1), (12, 4), (9, 3), (16, 16)]
 ONE_BY_ONE = ["raster", *CURVES, "random:0", "halton", "spread"]

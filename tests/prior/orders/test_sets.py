@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from prior.orders.sets import region_counts
 
 from prior.orders import block_numbers, make_partition
-from prior.orders.sets import region_counts
 
 SHAPES = [(7, 7), (8, 8), (3, 5), (5, 3), (1, 6), (6, 1), (1, 1), (12, 4)]
 

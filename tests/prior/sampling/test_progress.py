@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import tqdm
+from prior.sampling.progress import progress_of_long, progress_over
 
 from prior.sampling import progress
-from prior.sampling.progress import progress_of_long, progress_over
 
 
 @pytest.fixture

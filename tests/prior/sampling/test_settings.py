@@ -13,14 +13,14 @@ import pytest
 import torch
 from costs import all_steps
 from frequencies import as_frequent
+from prior.sampling.filters import Kept, keep_top_k, keep_top_p
+from prior.sampling.generators import LOW_BITS, check_count, whole_number
+from prior.sampling.settings import GREEDY
 from small import ANY_ORDER, PRIORS, draw_tokens, generators, make_prior
 
 from prior import Prior
 from prior.orders import make_order
 from prior.sampling import GumbelNoise, Sampler, gumbel, image_generators, image_seeds
-from prior.sampling.filters import Kept, keep_top_k, keep_top_p
-from prior.sampling.generators import LOW_BITS, check_count, whole_number
-from prior.sampling.settings import GREEDY
 from tokenizer import TokenGrid
 
 # Rounding

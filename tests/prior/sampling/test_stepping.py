@@ -6,12 +6,12 @@ import pytest
 import torch
 from costs import all_steps
 from givens.headed import make_headed
+from prior.sampling.steps import State
 from small import draw_tokens, generators, make_prior
 
 from prior import Prior
 from prior.heads import PositionSteps
 from prior.orders import Partition, make_partition
-from prior.sampling.steps import State
 
 
 @pytest.fixture(params=["gpt", "blocks"])

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from prior.drawing import draw_part
+from prior.requests import Rows, Walk, make_rows
+from prior.sampling.steps import Plan, State, Steps, step_by_step
+from prior.sampling.watching import Watch
 from small import draw_tokens, generators, make_prior
 
 from prior import Prior
-from prior.drawing import draw_part
-from prior.requests import Rows, Walk, make_rows
 from prior.sampling import GumbelNoise, Sampler
-from prior.sampling.steps import Plan, State, Steps, step_by_step
-from prior.sampling.watching import Watch
 
 
 def rows_of(model: Prior, keep: torch.Tensor, **more: Any) -> Rows:

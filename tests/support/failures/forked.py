@@ -32,7 +32,7 @@ from pipelines.metrics.codebook import CodebookUse
 from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training import loop as training
-from tokenizer.files.reading import verify_manifest
+from tokenizer.files import verify_manifest
 
 STAGES = ("train_tokenizer", "train_prior")
 ROWS = 75  # of training data: batches of 16 run across the ends of epochs, and 300 steps are 64 epochs

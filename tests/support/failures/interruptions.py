@@ -22,7 +22,7 @@ from pipelines.training import loop as training
 from pipelines.training import saving
 from pipelines.training.checkpoints import states as checkpoint
 from pipelines.training.checkpoints.writer import Writer
-from tokenizer.files.errors import PipelineLoadError
+from tokenizer.files import PipelineLoadError
 
 Found = dict[str, Any]
 

@@ -24,10 +24,10 @@ from failures.power_journal import Journal, Operation
 from failures.power_loss import clear, cut_points, lose_power
 from launch import states
 
+from pipelines.files import claims
 from pipelines.training import loop as training
 from pipelines.training import saving
-from tokenizer.files import claims
-from tokenizer.files.reading import MANIFEST, verify_manifest
+from tokenizer.files import MANIFEST, verify_manifest
 
 LOOKS = (
     8  # at what is left, each after another cut; only from the last one the same command goes on, which takes longer

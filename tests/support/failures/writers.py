@@ -91,7 +91,7 @@ WRITERS: dict[str, Writer] = {
         verb(probe, "pipeline={pipeline}", *DATA, "num_train=20", "num_test=8", "layers=[0]"), "results", "images"
     ),
     "evaluate": Writer(
-        verb(evaluate, "pipeline={pipeline}", *DATA, "num_samples=0", "update_card=false"), "results", "pipeline"
+        verb(evaluate, "pipeline={pipeline}", *DATA, "num_images=0", "update_card=false"), "results", "pipeline"
     ),
     "tune": Writer(
         verb(
@@ -111,7 +111,7 @@ WRITERS: dict[str, Writer] = {
     "complete": Writer(verb(complete, "pipeline={pipeline}", "images={picture}", "draws=1"), "file", "picture", ".png"),
     "reconstruct": Writer(verb(reconstruct, "tokenizer={tokenizer}", *DATA), "file", "picture", ".jpg"),
     "inspect": Writer(verb(inspect, "tokenizer={tokenizer}", *DATA, "num_images=3"), "file", "picture", ".webp"),
-    "search": Writer(verb(search, "pipeline={pipeline}", *DATA, "queries={picture}", "k=2"), "file", "picture", ".bmp"),
+    "search": Writer(verb(search, "pipeline={pipeline}", *DATA, "images={picture}", "k=2"), "file", "picture", ".bmp"),
     "compress": Writer(verb(compress, "pipeline={pipeline}", "images={picture}"), "file", "picture", ".smalti"),
     "train_tokenizer": Writer(
         verb(train_tokenizer, *DATA, *TINY, "model.kind=vqvae", "model.widths=[8]", "model.blocks=[0]"), "run", "images"

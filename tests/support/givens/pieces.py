@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tokenizer.files.reading import MANIFEST
-from tokenizer.files.writing import write_manifest
+from tokenizer.files import MANIFEST, write_manifest
 
 
 def write_pieces(folder: Path, tensors: dict[str, torch.Tensor], count: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import torch
@@ -40,16 +39,6 @@ def planted(images):
     images = images.clone()
     images[:, :, 4:10, 4:10] = uniform(len(images), 6)
     return images
-
-
-def older(calibration):
-    """As it would have been written before there were ties, confidences and digests."""
-    data = json.loads(json.dumps(calibration.to_dict()))
-    for name in ("ties", "confidence", "digests"):
-        del data[name]
-    data["scores"] = {name: [float(f"{v:.6g}") for v in values] for name, values in data["scores"].items()}
-    data["thresholds"] = {name: float(f"{value:.6g}") for name, value in data["thresholds"].items()}
-    return data
 
 
 def trained_on_stripes() -> ImagePipeline:

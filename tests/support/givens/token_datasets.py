@@ -9,8 +9,7 @@ from small import make_tokenizer
 
 from pipelines.tokens import TokenDataset, TokenSplit, load_tokens
 from pipelines.tokens.shards import smallest_type
-from tokenizer.files.errors import PipelineLoadError
-from tokenizer.files.writing import write_manifest
+from tokenizer.files import PipelineLoadError, write_manifest
 
 
 def make_dataset(name="vqvae", labelled=True, rows=6, seed=0, **config):

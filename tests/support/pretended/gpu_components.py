@@ -30,6 +30,7 @@ from PIL import Image
 from pretended import gpu_waits
 from pretended.emulated_graphs import Emulated
 from pretended.gpu import CUDA, DeviceMix, Pretended
+from prior.requests import Walk
 from small import (
     ANY_ORDER,
     PRIORS,
@@ -60,11 +61,10 @@ from pipelines.shuffling.ahead import pinned, sent
 from pipelines.training.adversary import Adversary, CriticConfig
 from prior import Prior
 from prior.heads import Head
-from prior.requests import Walk
 from prior.sampling import Sampler, steps
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.critic import PatchCritic
-from tokenizer.files.errors import ConfigError
+from tokenizer.files import ConfigError
 from tokenizer.likelihoods import Likelihood
 from tokenizer.losses import total_loss
 
@@ -521,13 +521,11 @@ def try_verb(verb: str, main: Callable[[list[str]], Any], fields: dict[str, Any]
         "every": 1,
         "num_images": 50 if verb == "tune" else 4,
         "minutes": 0.5,
-        "num_samples": 20,
         "feature_steps": 2,
         "num_train": 60,
         "num_test": 40,
         "draws": 2,
         "num_shown": 2,
-        "num_queries": 20,
         "rows": 2,
     }
     if "out" in fields:  # a picture, where one is written

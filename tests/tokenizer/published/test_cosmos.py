@@ -14,7 +14,7 @@ from givens.published_weights import cosmos_shapes, imported, random_images, ran
 from safetensors.torch import load_file, save_file
 from small import make_tokenizer
 
-from tokenizer.files.errors import ConfigError
+from tokenizer.files import ConfigError
 from tokenizer.published.cosmos import Haar, InverseHaar
 
 LEVELS = (8, 8, 8, 5, 5, 5)

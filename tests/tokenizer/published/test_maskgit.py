@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from small import make_tokenizer
 
 from tokenizer import Tokenizer
-from tokenizer.files.errors import ConfigError
+from tokenizer.files import ConfigError
 
 
 @pytest.mark.parametrize(

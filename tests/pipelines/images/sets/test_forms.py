@@ -21,7 +21,7 @@ from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
 from pipelines.images.sets import Drawn, Facts, Part, check_out, form_of, save
 from pipelines.images.sets.parts import regrouped
-from tokenizer.files.errors import PathError
+from tokenizer.files import PathError
 
 NAMES = ["cat", "dog", "eel"]
 SUFFIXES = [".npz", ".parquet", ".tar"]

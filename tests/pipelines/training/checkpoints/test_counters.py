@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipelines.training.checkpoints.counters import check_counters
-from tokenizer.files.errors import FormatError
+from tokenizer.files import FormatError
 
 BEST = {"step": 3, "score": -0.5, "evaluation": {"loss": 1.0}}
 NO_NUMBERS: list[Any] = [True, "1", None, [1], {}]

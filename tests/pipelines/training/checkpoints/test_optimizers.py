@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from pipelines.training.checkpoints.optimizers import pack_optimizer, parameter_of, unpack_optimizer
-from tokenizer.files.errors import WeightsError
+from tokenizer.files import WeightsError
 
 PATH = Path("state", "optimizer-model.safetensors")
 

@@ -14,8 +14,7 @@ from ordinary import as_others
 
 from pipelines.training.checkpoints import rotation
 from pipelines.training.checkpoints.rotation import latest_state, require_space, rotate, states_in
-from tokenizer.files.errors import IntegrityError, PathError, UnreadableError
-from tokenizer.files.writing import write_manifest
+from tokenizer.files import IntegrityError, PathError, UnreadableError, write_manifest
 
 
 def make_state(run: Path, step: int, name: str | None = None, size: int = 10) -> Path:

@@ -22,7 +22,7 @@ from pipelines.training import loop as training
 from pipelines.training.checkpoints import states as checkpoint
 from pipelines.training.checkpoints.rotation import step_of
 from pipelines.training.checkpoints.writer import Writer
-from tokenizer.files.reading import verify_manifest
+from tokenizer.files import verify_manifest
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

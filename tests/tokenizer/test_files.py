@@ -1,0 +1,303 @@
+"""Folders of models on the disk: what may be read, what may be replaced, and what is left when writing ends early."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ordinary import as_others
+from small import make_prior, make_tokenizer
+
+from tokenizer import files
+from tokenizer.files import (
+    MANIFEST,
+    ConfigError,
+    FolderKind,
+    FormatError,
+    IntegrityError,
+    LimitError,
+    PathError,
+    atomic_folder,
+    check_name,
+    find_folder,
+    one_line,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_manifest,
+    verify_manifest,
+    write_json,
+    write_manifest,
+)
+
+NOTES = FolderKind("a folder of notes", "notes.json", lambda notes: notes.get("ours") is True)
+
+
+@pytest.fixture
+def notes(tmp_path):
+    """A folder of ours with a manifest."""
+    with atomic_folder(tmp_path / "notes", kind=NOTES) as folder:
+        write_json(folder / "notes.json", {"ours": True})
+        (folder / "inner").mkdir()
+        (folder / "inner" / "data.bin").write_bytes(b"data")
+        write_manifest(folder, title="x")
+    return tmp_path / "notes"
+
+
+# Reading
+
+
+def test_an_error_is_one_line_of_printable_text():
+    error = ConfigError("a\x1b[2Jb\nc\u202ed\ud800" + "x" * 5000)
+    assert str(error).isprintable() and len(str(error)) <= 900 and str(error).startswith(r"a\x1b[2Jb\nc\u202ed\ud800x")
+    assert one_line("grüße, 日本語 🦑") == "grüße, 日本語 🦑"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1]",
+        "null",
+        "{'a': 1}",
+        '{"a": NaN}',
+        '{"a": -Infinity}',
+        "[" * 100_000,
+        '{"a": ' + "9" * 5000 + "}",
+        "\udcff",
+    ],
+)
+def test_what_is_not_a_json_object_is_a_format_error(text):
+    with pytest.raises(FormatError, match=r"^some\.json: "):
+        parse_json(text.encode("utf-8", "surrogateescape"), "some.json")
+
+
+def test_json_is_at_most_a_mebibyte(tmp_path):
+    (tmp_path / "a.json").write_text("{}" + " " * ((1 << 20) - 2))
+    assert read_json(tmp_path / "a.json") == {}
+    (tmp_path / "a.json").write_text("{}" + " " * (1 << 20))
+    with pytest.raises(LimitError, match=r"a\.json"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/dev", "/nowhere", "a\0b", "x" * 5000])
+def test_only_regular_files_are_read(path):
+    with pytest.raises(PathError):
+        read_bytes(path, 1 << 20)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "/etc/passwd", "a/../b", "a//b", "./a", "a/", "a\\b", "C:a"])
+def test_names_that_leave_the_folder_are_refused(name):
+    with pytest.raises(PathError, match=r"^manifest\.json: "):
+        check_name(name, "manifest.json")
+    check_name("a/b.c", "manifest.json")
+
+
+@pytest.mark.parametrize("size", [-1, 1])
+def test_a_manifest_names_the_file_that_changed(notes, size):
+    assert verify_manifest(notes)["title"] == "x"
+    path = notes / "inner" / "data.bin"
+    path.write_bytes(b"Data")
+    with pytest.raises(IntegrityError, match=r"inner/data\.bin"):
+        verify_manifest(notes)
+    assert verify_manifest(notes, unhashed=["inner/data.bin"]) == verify_manifest(notes, without=["inner"])
+    path.write_bytes(b"data" + b"x" * size if size > 0 else b"dat")
+    with pytest.raises(IntegrityError, match=r"inner/data\.bin"):
+        verify_manifest(notes, unhashed=["inner/data.bin"])
+    path.unlink()
+    with pytest.raises(PathError, match=r"inner/data\.bin"):
+        verify_manifest(notes)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"sha256": "0" * 63, "size": 1}, {"sha256": 3, "size": 1}, {"sha256": "0" * 64}, None, []]
+)
+def test_entries_of_a_manifest_have_a_hash_and_a_size(notes, entry):
+    manifest = json.loads((notes / MANIFEST).read_text())
+    write_json(notes / MANIFEST, {"files": {**manifest["files"], "a": entry}})
+    with pytest.raises(FormatError, match="'a'"):
+        read_manifest(notes)
+    write_json(notes / MANIFEST, {"files": []})
+    with pytest.raises(FormatError, match="files"):
+        read_manifest(notes)
+
+
+@pytest.mark.parametrize("source", ["nowhere", "a/b/c", "", "a\0b", "x" * 5000, "https://x.y/z"])
+def test_a_source_is_a_folder_or_a_hub_id(source):
+    with pytest.raises(PathError, match="neither"):
+        find_folder(source, ["*"])
+
+
+@pytest.mark.parametrize("error", [RuntimeError("peer closed\nconnection"), KeyError("sha"), OSError(5, "x")])
+def test_whatever_the_hub_raises_is_a_path_error(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(PathError, match="me/mine") as caught:
+        find_folder("me/mine", ["*"])
+    assert str(caught.value).isprintable()
+
+
+# Writing
+
+
+def test_a_folder_is_replaced_as_a_whole(notes):
+    with atomic_folder(notes, kind=NOTES) as folder:
+        write_json(folder / "notes.json", {"ours": True, "new": 1})
+        write_manifest(folder)
+    assert sorted(files.list_files(notes)) == [MANIFEST, "notes.json"] and read_json(notes / "notes.json")["new"] == 1
+    assert [path.name for path in notes.parent.iterdir()] == ["notes"]
+
+
+def add_a_file(folder: Path) -> None:
+    (folder / "inner" / "thesis.tex").write_text("years of work")
+
+
+def edit_a_text(folder: Path) -> None:
+    (folder / "notes.json").write_text('{"ours": true, "mine": 1}')
+
+
+def lose_the_marker(folder: Path) -> None:
+    (folder / "notes.json").write_text('{"ours": false}')
+
+
+def lose_the_manifest(folder: Path) -> None:
+    (folder / MANIFEST).unlink()
+
+
+def put_a_link(folder: Path) -> None:
+    shutil.move(folder / "inner" / "data.bin", folder.parent / "data.bin")
+    (folder / "inner" / "data.bin").symlink_to(folder.parent / "data.bin")
+
+
+@pytest.mark.parametrize("change", [add_a_file, edit_a_text, lose_the_marker, lose_the_manifest, put_a_link])
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_folder_with_anything_of_the_users_is_not_replaced(notes, change, when):
+    if when == "before":
+        change(notes)
+    with pytest.raises(PathError, match="notes"), atomic_folder(notes, kind=NOTES) as folder:
+        assert when == "meanwhile", "refused before the work"
+        (folder / "new").touch()
+        change(notes)
+    assert not (notes / "new").exists() and (notes / "notes.json").exists()
+    assert {path.name for path in notes.parent.iterdir()} <= {"notes", "data.bin"}
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o000, 0o644), (0o022, 0o644), (0o077, 0o600), (0o027, 0o640)])
+def test_files_are_for_others_to_read_but_not_to_write(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        make_tokenizer("pixels", (8, 8), 1).save_pretrained(tmp_path / "tokenizer")
+        make_prior("marginal").save_pretrained(tmp_path / "prior")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "tokenizer", tmp_path / "prior"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o755 & ~mask
+        assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {mode}
+
+
+def test_nothing_is_saved_over_links_and_strangers(tmp_path, notes):
+    model = make_prior("marginal")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    (tmp_path / "link").symlink_to(notes)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "disguised").mkdir()
+    (tmp_path / "disguised" / "config.json").symlink_to(tmp_path / "mine" / "thesis.tex")
+    for name in ("mine", "link", "dangling", "disguised", "mine/thesis.tex"):
+        with pytest.raises(PathError):
+            model.save_pretrained(tmp_path / name)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work" and verify_manifest(notes)
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "half", kind=None) as half:
+        (half / "a").write_text("x")
+        raise ZeroDivisionError
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["mine", "link", "dangling", "disguised", "notes"])
+
+
+@pytest.mark.parametrize("called", [".", "inner/.."])
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_folder_that_is_not_called_by_its_name_is_refused_before_any_work(tmp_path, monkeypatch, called, filled):
+    """It is written beside its place, which of `.` is in it, and the names are exchanged."""
+    model, mine = make_prior("marginal"), tmp_path / "mine"
+    model.save_pretrained(mine) if filled else mine.mkdir()
+    monkeypatch.chdir(mine)
+    expected = rf"^{re.escape(called)} cannot be written: [^\n]* {mine}$"
+    with pytest.raises(PathError, match=expected), atomic_folder(called, kind=model.folder_kind()):
+        pytest.fail("work was done")
+    assert len(list(mine.iterdir())) == 2 * filled
+    model.save_pretrained(mine)
+
+
+@pytest.mark.parametrize("closed", ["mine", "mine/inner"])
+def test_a_folder_that_cannot_be_looked_into_is_not_empty(tmp_path, closed):
+    (tmp_path / "mine" / "inner").mkdir(parents=True)
+    (tmp_path / "mine" / "inner" / "thesis.tex").write_text("years of work")
+    (tmp_path / closed).chmod(0o300)
+    refused = pytest.raises(PathError, match=f"^{tmp_path}/mine is there and not empty: ")
+    with as_others(), refused, atomic_folder(tmp_path / "mine", kind=None):
+        pass
+    (tmp_path / closed).chmod(0o755)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert (tmp_path / "mine" / "inner" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("moment", [1, 2, 3])
+@pytest.mark.parametrize("swaps", [True, False])
+def test_ctrl_c_while_names_are_exchanged_leaves_one_whole_folder(tmp_path, monkeypatch, swaps, moment):
+    """What was there or what comes, under its name and no other."""
+    kind = FolderKind("a folder of a test", None, may_hold=lambda name: name == "a")
+    with atomic_folder(tmp_path / "out", kind=kind) as folder:
+        (folder / "a").write_text("before")
+    calls = []
+
+    def interrupted(function):
+        def call(*arguments, **options):
+            calls.append(function)
+            if len(calls) == moment:
+                raise KeyboardInterrupt
+            return function(*arguments, **options)
+
+        return call
+
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out", kind=kind) as folder:
+        (folder / "a").write_text("after")
+        if not swaps:
+            monkeypatch.setattr(files, "exchange_names", lambda *_: False)
+        monkeypatch.setattr(files, "require_replaceable", interrupted(files.require_replaceable))
+        monkeypatch.setattr(type(tmp_path), "rename", interrupted(type(tmp_path).rename))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "a").read_text() == "before"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_needs_the_memory_of_the_model_and_little_more(tmp_path, dtype):
+    """300 million parameters: the file, in float32, has 1.2 GB."""
+    code = (
+        "import sys, torch; from tokenizer import TokenGrid; from prior import Prior\n"
+        "model = Prior.create('gpt', grid=TokenGrid((4, 4), 512), dim=1024, depth=24, heads=16)\n"
+        "model.to(getattr(torch, sys.argv[2])).save_pretrained(sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "prior"), dtype], check=True)
+    code = (
+        "import resource, sys, time, torch; from prior import Prior; Prior.available()\n"
+        "rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10\n"
+        "before, start = rss(), time.perf_counter()\n"
+        "model = Prior.from_pretrained(sys.argv[1])\n"
+        "size, seconds = sum(p.nbytes for p in model.parameters()), time.perf_counter() - start\n"
+        "print(rss() - before, size, seconds)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "prior")], capture_output=True, text=True, check=True
+    )
+    grown, size, seconds = map(float, result.stdout.split())
+    print(f"{dtype}: {grown / 2**20:.0f} MiB for a model of {size / 2**20:.0f} MiB, {seconds:.1f} s")
+    assert grown < size + (200 << 20)

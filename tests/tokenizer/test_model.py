@@ -1,0 +1,254 @@
+"""Models with names: found by their name, saved, loaded strictly, and in variants. Whole pipelines are in
+`tests/pipelines/stages`."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small import PRIORS, QUANTIZERS, make_prior, make_tokenizer, node_of
+
+from prior import GPT, Prior
+from tokenizer import Tokenizer
+from tokenizer.files import ConfigError, FormatError, PathError, PipelineLoadError, WeightsError, write_json
+from tokenizer.model import VARIANTS, build_on_meta, round_weights, weights_name, weights_names
+
+# Names
+
+
+def modules_after(code: str) -> set[str]:
+    """The modules that a new process has after this code."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_a_model_is_found_without_importing_its_family(tmp_path):
+    make_tokenizer("vqvae").save_pretrained(tmp_path / "tokenizer")
+    make_prior("gpt").save_pretrained(tmp_path / "prior")
+    folders = str(tmp_path / "tokenizer"), str(tmp_path / "prior")
+    found = modules_after(
+        "from tokenizer import Tokenizer; from prior import Prior\n"
+        "Tokenizer.from_pretrained({!r}); Prior.from_pretrained({!r})".format(*folders)
+    )
+    assert {"tokenizer.vqvae", "prior.gpt"} <= found
+    unused = {"tokenizer.titok", "tokenizer.published", "tokenizer.quantizers.rvq", "prior.made", "prior.pixelsnail"}
+    assert not found & (unused | {"huggingface_hub", "datasets", "accelerate", "wandb"})
+
+
+def test_files_and_configurations_need_no_torch():
+    assert "torch" not in modules_after("import tokenizer.files, tokenizer.config")
+
+
+@pytest.mark.parametrize(
+    "name", ["os", "os.system", "..", "files.errors", "GPT", "gpt ", "", "a" * 99, "quantum", 3, None, ["gpt"]]
+)
+def test_a_name_is_only_found_in_the_registry(tmp_path, name):
+    assert not Prior.has(name) and not Tokenizer.has(name)
+    with pytest.raises(ConfigError, match="there are blocks, causal_conv, "):
+        Prior.find(name)
+    make_prior("gpt").save_pretrained(tmp_path / "prior")
+    config = json.loads((tmp_path / "prior" / "config.json").read_text())
+    write_json(tmp_path / "prior" / "config.json", {**config, "kind": name})
+    with pytest.raises(ConfigError, match=r"config\.json: kind: "):
+        Prior.from_pretrained(tmp_path / "prior")
+
+
+def test_a_name_belongs_to_one_class(monkeypatch):
+    monkeypatch.setattr(Prior, "_members", dict(Prior._members))
+    with pytest.raises(ConfigError, match="'made'"):  # whether or not ours has been imported
+        type("Other", (GPT,), {"__module__": "elsewhere"}, name="made")
+    with pytest.raises(ConfigError, match="not a name"):
+        type("Other", (GPT,), {"__module__": "elsewhere"}, name="My GPT")
+
+
+# Strict loading
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_prior("gpt").save_pretrained(tmp_path / "prior")
+    return tmp_path / "prior"
+
+
+CONFIGS = {
+    "an unknown key": ({"heigth": 3}, ConfigError, "heigth"),
+    "a wrong type": ({"dim": "32"}, ConfigError, "dim"),
+    "out of range": ({"dim": -8}, ConfigError, "dim"),
+    "sizes that do not fit": ({"heads": 5}, ConfigError, "heads"),
+    "another model": ({"depth": 3}, WeightsError, "missing weights"),
+    "a model of many petabytes": ({"dim": 16384, "depth": 256, "hidden": 65536, "heads": 256}, WeightsError, "weights"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_wrong_configuration_is_one_error_that_names_the_key(folder, name):
+    changes, error, needle = CONFIGS[name]
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", {**config, **changes})
+    with pytest.raises(error, match=needle) as caught:
+        Prior.from_pretrained(folder)
+    assert str(folder) in str(caught.value)
+
+
+WEIGHTS = {
+    "missing": (lambda weights, key: weights.pop(key), "missing weights"),
+    "extra": (lambda weights, key: weights.update({"extra\x1b": torch.zeros(2)}), "unexpected weights"),
+    "misshapen": (lambda weights, key: weights.update({key: weights[key][:1].contiguous()}), "has shape"),
+    "integers": (lambda weights, key: weights.update({key: weights[key].int()}), "has type"),
+    "not a number": (lambda weights, key: weights[key].view(-1)[-1:].fill_(float("nan")), "not finite"),
+    "infinite": (lambda weights, key: weights[key].view(-1)[:1].fill_(float("-inf")), "not finite"),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("family", [Tokenizer, Prior])
+def test_wrong_weights_are_one_error_that_names_them(tmp_path, family, name):
+    model = make_tokenizer("vqvae") if family is Tokenizer else make_prior("gpt")
+    model.save_pretrained(tmp_path / "model")
+    path, (change, needle) = tmp_path / "model" / "model.safetensors", WEIGHTS[name]
+    whole = load_file(path)
+    for key in [key for key, value in whole.items() if value.is_floating_point() and len(value) > 1][::5]:
+        weights = {name: value.clone() for name, value in whole.items()}
+        change(weights, key)
+        save_file(weights, path)
+        with pytest.raises(WeightsError, match=needle) as caught:
+            family.from_pretrained(tmp_path / "model")
+        assert str(path) in str(caught.value) and (key in str(caught.value) or name == "extra")
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{}", pickle.dumps({"a": 1}), b"PK\x03\x04" + bytes(99), (1 << 60).to_bytes(8, "little")]
+)
+def test_a_file_of_another_format_is_one_error(folder, data):
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(WeightsError, match=r"model\.safetensors"):
+        Prior.from_pretrained(folder)
+    (folder / "config.json").write_bytes(data)
+    with pytest.raises((FormatError, ConfigError), match=r"config\.json"):
+        Prior.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("subfolder", ["..", "../prior", "/etc", "a\\b"])
+def test_a_subfolder_stays_inside(folder, subfolder):
+    whole = Prior.from_pretrained(folder.parent, subfolder="prior/")
+    assert whole.fingerprint() == Prior.from_pretrained(folder).fingerprint()
+    with pytest.raises(PipelineLoadError):
+        Prior.from_pretrained(folder, subfolder=subfolder)
+
+
+def test_loading_draws_nothing_from_the_global_generator(folder):
+    before = torch.random.get_rng_state()
+    Prior.from_pretrained(folder)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_an_outline_takes_no_memory_and_has_the_same_weights(name):
+    model = make_prior(name)
+    outline = build_on_meta(lambda: type(model)(model.config), None).state_dict()
+    assert {key: value.shape for key, value in outline.items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert all(value.is_meta for value in outline.values())
+
+
+# Variants
+
+
+def test_names_are_those_of_diffusers():
+    assert weights_name(None) == "model.safetensors" and weights_name("fp16") == "model.fp16.safetensors"
+    assert weights_names() == ["model.safetensors", "model.fp16.safetensors", "model.bf16.safetensors"]
+    assert weights_names("bf16") == ["model.bf16.safetensors"]
+
+
+@pytest.mark.sparse
+@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_prior_in_a_variant_is_itself_rounded(name, variant, tmp_path):
+    model = make_prior(name)
+    model.save_pretrained(tmp_path / "prior", variant=variant)
+    assert {path.name for path in (tmp_path / "prior").iterdir()} == {"config.json", weights_name(variant)}
+    loaded = Prior.from_pretrained(tmp_path / "prior")
+    assert loaded.dtype == torch.float32 and loaded.stored_dtype == VARIANTS[variant]
+    auto = Prior.from_pretrained(tmp_path / "prior", variant=variant, dtype="auto")
+    assert auto.dtype == VARIANTS[variant] and auto.fingerprint() == loaded.fingerprint()
+    assert loaded.fingerprint() == round_weights(model, variant).fingerprint() != model.fingerprint()
+    loaded.save_pretrained(tmp_path / "prior")
+    assert {path.name for path in (tmp_path / "prior").iterdir()} == {"config.json", "model.safetensors"}
+    assert Prior.from_pretrained(tmp_path / "prior").stored_dtype == torch.float32
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_quantizer_stays_as_it_is(quantizer, tmp_path):
+    """Codebooks are float32 in a model of any type, so a variant has them so."""
+    node = {**node_of(quantizer), **({"scales": ("1x1", "3x2")} if quantizer == "multiscale" else {})}
+    tokenizer = make_tokenizer("vqvae", quantizer=node).eval()
+    tokenizer.save_pretrained(tmp_path / "tokenizer", variant="fp16")
+    stored = load_file(tmp_path / "tokenizer" / "model.fp16.safetensors")
+    half = make_tokenizer("vqvae", quantizer=node).to(torch.float16).state_dict()
+    assert {name: value.dtype for name, value in stored.items()} == {name: value.dtype for name, value in half.items()}
+    loaded = Tokenizer.from_pretrained(tmp_path / "tokenizer", dtype="auto")
+    assert loaded.dtype == torch.float16
+
+
+def test_a_missing_variant_is_named(tmp_path):
+    make_prior("gpt").save_pretrained(tmp_path / "prior")
+    with pytest.raises(PathError, match=r"model.bf16.safetensors: no such file; there is model.safetensors"):
+        Prior.from_pretrained(tmp_path / "prior", variant="bf16")
+    (tmp_path / "prior" / "model.safetensors").unlink()
+    with pytest.raises(PathError, match="model.safetensors"):
+        Prior.from_pretrained(tmp_path / "prior")
+
+
+# As in transformers
+
+
+class Mine(GPT):
+    """A user's, without a name of its own."""
+
+    def extra(self):
+        """Something more."""
+        return self.num_parameters()
+
+
+def test_a_subclass_loads_as_what_it_is(tmp_path):
+    model = make_prior("gpt")
+    model.save_pretrained(tmp_path / "prior")
+    mine = Mine.from_pretrained(tmp_path / "prior")
+    assert type(mine) is Mine and mine.fingerprint() == model.fingerprint() and mine.extra() == model.num_parameters()
+    mine.save_pretrained(tmp_path / "again")
+    assert type(Prior.from_pretrained(tmp_path / "again")) is GPT
+    assert type(Mine.from_pretrained(tmp_path / "again")) is Mine
+    make_prior("marginal").save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match="holds a 'marginal', not a 'gpt'"):
+        Mine.from_pretrained(tmp_path / "other")
+
+
+def test_a_subclass_with_a_name_is_a_kind_of_its_own(tmp_path, monkeypatch):
+    """Also without a configuration of its own: the kind that it extends keeps its name."""
+    monkeypatch.setattr(Prior, "_members", dict(Prior._members))
+
+    class Named(GPT, name="named_gpt"):
+        pass
+
+    model = make_prior("gpt")
+    model.save_pretrained(tmp_path / "prior")
+    with pytest.raises(ConfigError, match="holds a 'gpt', not a 'named_gpt'"):
+        Named.from_pretrained(tmp_path / "prior")
+    named = Prior.create("named_gpt", grid=model.grid, dim=32, depth=1, heads=2)
+    named.save_pretrained(tmp_path / "named")
+    assert type(Prior.from_pretrained(tmp_path / "named")) is Named and GPT.Config.kind == "gpt"
+
+
+def test_parameters_are_counted():
+    model = make_prior("gpt")
+    every = sum(parameter.numel() for parameter in model.parameters())
+    assert model.num_parameters() == model.num_parameters(only_trainable=True) == every > 0
+    first = next(model.parameters()).requires_grad_(False)
+    assert model.num_parameters(only_trainable=True) == every - first.numel() and model.num_parameters() == every
+    assert make_tokenizer("vqvae").num_parameters() > 0

@@ -1,0 +1,418 @@
+"""Configurations: frozen pydantic models whose fields have a type, a range, a default and a one-sentence description.
+
+    class GPTConfig(PriorConfig):
+        dim: int = Field(128, ge=8, le=16384, description="width of the residual stream")
+
+The same class describes a model in a preset, in `--help` and in a saved `config.json`. Two marks say what a type
+cannot: `Fact[int]` is set by the data, and `Annotated[ModelConfig, Node("module:Family")]` holds another model's
+configuration.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import re
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import (
+    CoreSchema,
+    ErrorDetails,
+    InitErrorDetails,
+    PydanticCustomError,
+    PydanticKnownError,
+    PydanticUndefined,
+    core_schema,
+)
+
+from .files import ConfigError, quote
+
+MAX_ITEMS = 64  # of a list
+MAX_PROBLEMS = 20  # of a configuration that are reported
+FACT = "a fact of the data"
+
+T = TypeVar("T")
+Data = dict[str, Any]
+Fact = Annotated[T, FACT]
+"""A setting that comes from the data (grid, classes, image size), which a preset may not set."""
+
+
+class Settings(BaseModel):
+    """Base of every configuration: frozen; no unknown keys, no infinities, no conversion of types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _from_text(cls, value: Any, info: ValidationInfo) -> Any:
+        """Convert what JSON and YAML cannot express: a tuple is a list there, and 1e-3 is text."""
+        hints = type_options(cls.model_fields[str(info.field_name)].annotation)
+        origins = {get_origin(hint) or hint for hint in hints}
+        if isinstance(value, list) and tuple in origins:
+            if len(value) > MAX_ITEMS:
+                context = {"field_type": "Tuple", "max_length": MAX_ITEMS, "actual_length": len(value)}
+                raise PydanticKnownError("too_long", context)
+            return tuple(value)
+        if isinstance(value, str) and float in origins and str not in origins:
+            try:
+                return float(value)
+            except ValueError:
+                return value
+        allowed = [choice for hint in hints if get_origin(hint) is Literal for choice in get_args(hint)]
+        if value in allowed and type(value) not in map(type, allowed):  # true equals 1
+            raise PydanticKnownError("literal_error", {"expected": ", ".join(map(repr, allowed))})
+        return value
+
+    @classmethod
+    def nested(cls, name: str, value: Data) -> type[Settings] | None:
+        """The configuration class of a `value` of the field `name`, if it has one."""
+        field = cls.model_fields[name]
+        if node := find_mark(field, Node):
+            kind = value.get("kind")
+            known = isinstance(kind, str) and (kind in node.only or not node.only) and node.load().has(kind)
+            return node.load().find(kind).choices() if known else None
+        return nested_models(field).get("")
+
+
+def find_mark(field: FieldInfo, mark: type[T]) -> T | None:
+    """The mark of this class on the field, if it has one."""
+    return next((found for found in field.metadata if isinstance(found, mark)), None)
+
+
+def type_options(hint: Any) -> list[Any]:
+    """The types that an annotation allows, with unions flattened."""
+    if get_origin(hint) is Annotated:
+        return type_options(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return [option for part in get_args(hint) for option in type_options(part)]
+    return [hint]
+
+
+# Nodes --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Node:
+    """Mark a field that holds a `{kind: ...}` node, a member of a family: `Node("tokenizer.quantizers:Quantizer")`.
+    only: the members that are allowed; empty: all.
+
+    Text alone is the kind. A `ModelConfig` field becomes the configuration of that kind. A `dict` field stays a node,
+    as in a preset: without facts, and with the defaults of its kind filled in.
+    """
+
+    family: str
+    only: tuple[str, ...] = ()
+
+    def load(self) -> Any:
+        """Import the family's class."""
+        module, _, name = self.family.partition(":")  # written in our code, never read from a file
+        return getattr(importlib.import_module(module), name)
+
+    def kinds(self) -> list[str]:
+        """The names of the members."""
+        return list(self.only) or self.load().available()
+
+    def find_member(self, node: Data) -> Any:
+        """The class that a node names. Raises `ValidationError`."""
+        kind = node.get("kind")
+        if "kind" not in node:
+            raise make_validation_error(("kind", f"missing; there are {', '.join(self.kinds())}"))
+        if self.only and kind not in self.only:
+            raise make_validation_error(("kind", f"must be {' or '.join(self.only)} (got {quote(kind)})"))
+        if not self.load().has(kind):
+            raise make_validation_error(("kind", self.load().describe_unknown(kind)))
+        return self.load().find(kind)
+
+    def to_config(self, value: Any) -> ModelConfig:
+        """The configuration of the member that a node names."""
+        if isinstance(value, ModelConfig):
+            if self.only:
+                self.find_member({"kind": value.kind})
+            return value
+        node = self._as_node(value)
+        member = self.find_member(node)
+        try:
+            config: ModelConfig = member.Config(**{key: item for key, item in node.items() if key != "kind"})
+        except ConfigError as error:
+            raise error.__cause__ or error from None  # with the places of what is wrong
+        return config
+
+    def to_preset(self, value: Any) -> Data:
+        """A node with the defaults of its kind filled in."""
+        node = self._as_node(value)
+        choices = self.find_member(node).choices()
+        whole = with_defaults(choices, merge(defaults_of(choices), node))
+        choices.model_validate(whole)
+        return whole  # as it was written, not as validated: 1 is not 1.0
+
+    def _as_node(self, value: Any) -> Data:
+        value = {"kind": value} if isinstance(value, str) else value
+        if not isinstance(value, dict):
+            raise PydanticKnownError("dict_type")
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        options = type_options(source)
+        read: Any = self.to_preset if dict in [get_origin(option) for option in options] else self.to_config
+        to_json = core_schema.plain_serializer_function_ser_schema(to_plain)
+        schema = core_schema.no_info_plain_validator_function(read, serialization=to_json)
+        return core_schema.nullable_schema(schema) if type(None) in options else schema
+
+
+def nested_models(field: FieldInfo) -> dict[str, type[Settings]]:
+    """The configuration classes that a field allows, by `kind`; one that is no node has the key ""."""
+    if node := find_mark(field, Node):
+        return {kind: node.load().find(kind).choices() for kind in node.kinds()}
+    hints = type_options(field.annotation)
+    models = [hint for hint in hints if isinstance(hint, type) and issubclass(hint, Settings)]
+    return {"": models[-1]} if models else {}
+
+
+# Models -------------------------------------------------------------------------------------------
+
+
+class ModelConfig(Settings):
+    """Base of every model's configuration; a wrong value raises `ConfigError` that names the field."""
+
+    kind: ClassVar[str] = ""
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            lines = "; ".join(explain(type(self), values, error))
+            raise ConfigError(f"{self.kind or type(self).__name__}: {lines}") from error
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if problems := [sentence.split(": ", 1) for sentence in self.check()]:
+            raise make_validation_error(*problems)
+        return self
+
+    def check(self) -> Iterator[str]:
+        """Yield what is wrong between fields, one sentence each that starts with the field's name."""
+        return iter(())
+
+    def to_dict(self) -> Data:
+        """The configuration as JSON values, `kind` first."""
+        return {"kind": self.kind, **self.model_dump(mode="json")}
+
+
+class Choices(Settings):
+    """Base of the settings of a model that a preset may hold."""
+
+    facts: ClassVar[tuple[str, ...]] = ()
+
+
+@cache
+def choices_of(config: type[ModelConfig], doc: str | None) -> type[Choices]:
+    """The settings of a model that a preset may hold: its configuration without facts, and nested configurations as
+    nodes. doc: the docstring of the model."""
+    fields: Data = {"kind": (Literal[config.kind], config.kind)}
+    for name, field in config.model_fields.items():
+        hint: Any = field.annotation
+        default = field.default
+        if find_mark(field, Node):
+            optional = type(None) in type_options(hint)
+            hint, default = (dict[str, Any] | None if optional else dict[str, Any]), to_plain(default)
+        if FACT not in field.metadata:
+            default = ... if default is PydanticUndefined else default
+            hint = Annotated[(hint, *field.metadata)] if field.metadata else hint
+            fields[name] = hint, Field(default, description=field.description)
+    found = create_model(config.__name__, __base__=Choices, **fields)
+    found.__doc__ = doc or config.__doc__
+    found.facts = tuple(name for name, field in config.model_fields.items() if FACT in field.metadata)
+    return found
+
+
+# Defaults -----------------------------------------------------------------------------------------
+
+
+def defaults_of(cls: type[Settings]) -> Data:
+    """The defaults, into which overrides of single keys are merged."""
+    optional = {name: field for name, field in cls.model_fields.items() if not field.is_required()}
+    return with_defaults(
+        cls, {name: to_plain(field.get_default(call_default_factory=True)) for name, field in optional.items()}
+    )
+
+
+def with_defaults(cls: type[Settings], data: Data) -> Data:
+    """Fill the defaults of every node's kind into `data`, so that each node has a `kind`."""
+    found = dict(data)
+    for name, field in cls.model_fields.items():
+        value, is_node = data.get(name), find_mark(field, Node) is not None
+        value = {"kind": value} if isinstance(value, str) and is_node else value
+        if isinstance(value, dict) and (model := cls.nested(name, value)):
+            found[name] = with_defaults(model, merge(defaults_of(model), value) if is_node else value)
+    return found
+
+
+def merge(old: Data, new: Data) -> Data:
+    """Merge `new` into `old`, mappings key by key; a node whose `kind` changes is replaced. Text in the place of a node
+    is its kind."""
+    if "kind" in old and new.get("kind", old["kind"]) != old["kind"]:
+        old = {}
+    nodes = [key for key, value in old.items() if isinstance(value, dict) and "kind" in value]
+    new = {**new, **{key: {"kind": new[key]} for key in nodes if isinstance(new.get(key), str)}}
+    both = [key for key in new if isinstance(old.get(key), dict) and isinstance(new[key], dict)]
+    return {**old, **new, **{key: merge(old[key], new[key]) for key in both}}
+
+
+def to_plain(value: Any) -> Any:
+    """A value as YAML or JSON has it; a model's configuration as its node."""
+    if isinstance(value, ModelConfig):
+        return value.to_dict()
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return [to_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+# Errors of pydantic in one line a key -------------------------------------------------------------
+
+SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+TEXT, MAPPING = "text", "a mapping of keys"
+EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": TEXT,
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": MAPPING,
+    "model_type": MAPPING,
+    "model_attributes_type": MAPPING,
+}
+
+
+def explain(
+    cls: type[Any],
+    data: Any,
+    error: ValidationError,
+    search: Callable[[str, Any], list[str]] | None = None,
+) -> list[str]:
+    """Describe the errors that pydantic found in `data`, one line a key, of the first 20 keys. `search` returns the
+    lines for an unknown key outside of models."""
+    details: dict[str, list[ErrorDetails]] = {}
+    owners: dict[str, type[Any]] = {}
+    for detail in error.errors(include_url=False):
+        key, owner = locate(cls, data, detail["loc"])
+        details.setdefault(key, []).append(detail)
+        owners[key] = owner
+    lines: list[str] = []
+    for key, found in details.items():
+        unknown = found[0]["type"] in ("extra_forbidden", "invalid_key")
+        if unknown and (search is None or hasattr(owners[key], "facts")):  # of a model
+            lines.append(describe_unknown_key(owners[key], key))
+        elif unknown and search is not None:
+            lines += search(key, found[0]["input"])
+        else:
+            lines += describe_problems(key, found)
+        if len(lines) > MAX_PROBLEMS:
+            return [*lines[:MAX_PROBLEMS], "and more"]
+    return lines
+
+
+def locate(cls: type[Any], data: Any, location: tuple[int | str, ...]) -> tuple[str, type[Any]]:
+    """The dotted key of pydantic's `location`, which also names branches of unions and positions in lists, and the
+    configuration class that the key belongs to."""
+    keys: list[str] = []
+    owner: type[Any] = cls
+    model: type[Any] | None = cls
+    for position, part in enumerate(location):
+        if model is not None and part in model.model_fields:
+            keys.append(str(part))
+            data = data.get(part) if isinstance(data, dict) else None
+            owner, model = model, model.nested(str(part), data) if isinstance(data, dict) else None
+        elif position == len(location) - 1 and (model is not None or part == "kind"):
+            keys.append(str(part))
+            owner = model or owner
+    return ".".join(keys), owner
+
+
+def describe_unknown_key(model: type[Any], key: str) -> str:
+    """The line for a key that the model does not have, with the key that was probably meant."""
+    parent, _, name = key.rpartition(".")
+    prefix = f"{parent}." if parent else ""
+    if name in getattr(model, "facts", ()):
+        return f"{key}: a fact of the data, it cannot be set here"
+    known = [known for known in model.model_fields if known != "kind"]
+    near = difflib.get_close_matches(name[:80], known, 1, 0.6)
+    hint = f"did you mean {prefix + near[0]!r}?" if near else f"there are {', '.join(known)}"
+    name = name if re.fullmatch(r"[\w.-]{1,64}", name) else quote(name)
+    return f"{prefix}{name}: unknown key; {hint}"
+
+
+def describe_problems(key: str, details: list[ErrorDetails]) -> list[str]:
+    """The lines for one key. If every branch of a union failed, branches of another type are left out."""
+    details = [detail for detail in details if detail["type"] != "too_short"] or details  # the rest says more
+    value = details[0]["input"]
+    complaints = [describe_problem(detail) for detail in details if detail["type"] not in EXPECTED]
+    if complaints:
+        return [f"{key}: {text}".removeprefix(": ") for text in dict.fromkeys(complaints)]
+    expected = " or ".join(dict.fromkeys(EXPECTED[detail["type"]] for detail in details))
+    if isinstance(value, dict) and value and MAPPING not in expected:
+        return [f"{key}.{next(iter(value))}: {key} has no keys of its own, it is {expected}"]
+    quoting = "; text that looks like something else needs quotes" if TEXT in expected and value is not None else ""
+    return [f"{key}: expected {expected} (got {show_value(value)}{quoting})"]
+
+
+def describe_problem(detail: ErrorDetails) -> str:
+    """What is wrong with a value of the right type."""
+    kind, context, got = detail["type"], detail.get("ctx", {}), f" (got {show_value(detail['input'])})"
+    for name, sign in SIGNS.items():
+        if name in context:
+            return f"must be {sign} {show_number(context[name])}{got}"
+    if kind == "missing" and isinstance(detail["loc"][-1], str):
+        return "missing"
+    if kind in ("missing", "too_short"):  # from a list
+        return f"too few values{got}"
+    if kind == "too_long":
+        return f"expected at most {context['max_length']} values{got}"
+    if kind == "literal_error":
+        return f"must be one of {context['expected'].replace(' or ', ', ')}{got}"
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "problem":
+        return detail["msg"]
+    return "must be finite" + got if kind == "finite_number" else detail["msg"][:1].lower() + detail["msg"][1:] + got
+
+
+def make_validation_error(*problems: Sequence[str]) -> ValidationError:
+    """An error of several problems, each a pair of a dotted key and a sentence."""
+    details = [
+        InitErrorDetails(
+            type=PydanticCustomError("problem", "{problem}", {"problem": problem}),
+            loc=tuple(key.split(".")),
+            input=None,
+        )
+        for key, problem in problems
+    ]
+    return ValidationError.from_exception_data("", details)
+
+
+def show_number(value: float) -> str:
+    """A bound, without `.0`."""
+    return str(int(value)) if float(value).is_integer() else str(value)
+
+
+def show_value(value: Any) -> str:
+    """A value as YAML would write it, on one line of at most 200 characters."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -1,0 +1,422 @@
+"""Reading and writing the folders of models: typed errors, JSON, manifests of sha256, and atomic replacement.
+
+A folder may come from anyone. Nothing here unpickles, nothing is imported by a name that a file holds, and whatever is
+wrong with a file ends in one `PipelineLoadError` that names the file, what was found and what is allowed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+MANIFEST = "manifest.json"
+MAX_JSON_BYTES = 1 << 20
+MAX_MESSAGE, MAX_QUOTED = 900, 80  # characters
+MAX_NAME = 255  # bytes of a file's name
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
+"""Error numbers of a call that the file system does not have."""
+EDITABLE = (".json", ".md")
+"""Text files, which a user may have edited: one that differs from the manifest is not overwritten."""
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
+HUB_CACHE = ".cache/huggingface/"
+"""Files that a desktop, and `hf download`, leave in a folder: they may be deleted with it."""
+
+
+# Errors -------------------------------------------------------------------------------------------
+
+
+class PipelineLoadError(ValueError):
+    """Base of all errors in a saved model, token dataset or pipeline. The message is one line of printable text."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
+
+
+class FormatError(PipelineLoadError):
+    """The folder or file is not in a format that this version reads."""
+
+
+class PathError(PipelineLoadError):
+    """A file is missing, or it is where it may not be."""
+
+
+class UnreadableError(PathError):
+    """The system could not read a file (a disk error, no permission); the file itself may be intact."""
+
+
+class ConfigError(PipelineLoadError):
+    """A configuration value is unknown, of the wrong type or out of range."""
+
+
+class IntegrityError(PipelineLoadError):
+    """A file differs from its manifest, or two parts do not belong together."""
+
+
+class WeightsError(PipelineLoadError):
+    """A weight is missing, unexpected, of the wrong shape, or not finite."""
+
+
+class LimitError(PipelineLoadError):
+    """A file is larger than it may be."""
+
+
+def one_line(text: str) -> str:
+    """Cut `text` to 900 characters and escape unprintable ones."""
+    line = escape(text[: MAX_MESSAGE + 1])
+    return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 4]} ..."
+
+
+def escape(text: str, keep: str = "") -> str:
+    """Escape unprintable characters, which a terminal would obey, except for those in `keep`."""
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def quote(value: Any) -> str:
+    """The `repr` of a value for a message, cut to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= MAX_QUOTED else f"{text[: MAX_QUOTED - 4]} ..."
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def read_bytes(path: Path | str, limit: int) -> bytes:
+    """Read a regular file of at most `limit` bytes. Raises `PathError`, `UnreadableError` or `LimitError`."""
+    size = stat_file(path).st_size
+    if size > limit:
+        raise LimitError(f"{path}: {size} bytes, at most {limit} are allowed")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def stat_file(path: Path | str) -> os.stat_result:
+    """Return the facts about a regular file. Raises `PathError` where there is none: reading a pipe would block."""
+    try:
+        info = os.stat(path)
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        number = getattr(error, "errno", errno.ENOENT)
+        if number in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+            raise PathError(f"{path}: no such file") from error
+        raise UnreadableError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from error
+    if not stat.S_ISREG(info.st_mode):
+        raise PathError(f"{path}: not a regular file")
+    return info
+
+
+def is_file(path: Path | str) -> bool:
+    """Whether there is a regular file. Raises `UnreadableError` where the system does not say."""
+    try:
+        stat_file(path)
+    except UnreadableError:
+        raise
+    except PathError:
+        return False
+    return True
+
+
+def read_json(path: Path | str) -> dict[str, Any]:
+    """Read the JSON object in a file of at most 1 MiB. Raises `PathError`, `LimitError` or `FormatError`."""
+    return parse_json(read_bytes(path, MAX_JSON_BYTES), path)
+
+
+def parse_json(data: bytes, path: Path | str) -> dict[str, Any]:
+    """Parse the JSON object in `data`, the content of `path`. Raises `FormatError`, also for NaN and Infinity."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not a JSON number")
+
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def check_name(name: str, path: Path | str) -> None:
+    """Raise `PathError` unless `name`, found in the file `path`, is a relative path that stays inside its folder."""
+    pure = PurePosixPath(name)
+    if pure.as_posix() != name or pure.is_absolute() or ".." in pure.parts or re.search(r"\\|^[A-Za-z]:|^\.$", name):
+        raise PathError(f"{path}: {quote(name)} is not the name of a file inside the folder")
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of a file."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read `manifest.json`, whose `files` map names to sha256 and size. Raises a `PipelineLoadError`."""
+    path = folder / MANIFEST
+    manifest = read_json(path)
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not files:
+        raise FormatError(f"{path}: 'files' should list the files of the folder")
+    for name, entry in files.items():
+        check_name(name, path)
+        sha256, size = (entry.get("sha256"), entry.get("size")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256) or type(size) is not int:
+            raise FormatError(f"{path}: {quote(name)} should have a sha256 and a size in bytes, found {quote(entry)}")
+    return manifest
+
+
+def verify_manifest(
+    folder: Path | str, *, without: Collection[str] = (), unhashed: Collection[str] = ()
+) -> dict[str, Any]:
+    """Check the size and the sha256 of every file that `manifest.json` lists; return the manifest.
+
+    without: subfolders whose files are not checked. unhashed: files of which only the size is checked. Raises
+    `PathError` for a missing file, `IntegrityError` for a changed one, `FormatError` for a bad manifest.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    checked = {name: entry for name, entry in manifest["files"].items() if name.split("/")[0] not in without}
+    for name, entry in checked.items():
+        size = stat_file(folder / name).st_size
+        if size != entry["size"]:
+            raise IntegrityError(f"{folder / name}: {size} bytes, {MANIFEST} says {entry['size']}")
+    for name, entry in checked.items():
+        if name not in unhashed and hash_file(folder / name) != entry["sha256"]:
+            raise IntegrityError(f"{folder / name}: its sha256 differs from {MANIFEST}: it was changed after saving")
+    return manifest
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write `value` as indented JSON with a trailing newline."""
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_manifest(folder: Path, **facts: Any) -> None:
+    """Write `manifest.json`: `facts`, and the sha256 and size of every other file below `folder`."""
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    files = {
+        name: {"sha256": hash_file(folder / name), "size": (folder / name).stat().st_size}
+        for name in names
+        if name != MANIFEST
+    }
+    write_json(folder / MANIFEST, {**facts, "files": files})
+
+
+def temporary_name(path: Path, prefix: str = ".tmp", suffix: str = "") -> Path:
+    """An unused hidden name beside `path`, which contains as much of its name as fits."""
+    name, end = path.name, f"-{uuid.uuid4().hex[:8]}{suffix}"
+    while name and len(os.fsencode(f"{prefix}-{name}{end}")) > MAX_NAME:
+        name = name[:-1]
+    return path.parent / f"{prefix}-{name}{end}"
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or folder to the disk, where the file system can."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED or not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its missing parents, and flush them to the disk."""
+    if path.is_dir():
+        with suppress(OSError):  # another user's parent may not be readable
+            fsync(path.parent)
+    else:
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync(path.parent)
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """How a folder of ours is recognised, which may be replaced as a whole.
+
+    title: as in "a pipeline". marker: a JSON file; `is_ours` says whether its content can only be ours. may_hold:
+    whether a file of this name belongs there; None: the files that its manifest lists.
+    """
+
+    title: str
+    marker: str | None
+    is_ours: Callable[[dict[str, Any]], bool] = bool
+    may_hold: Callable[[str], bool] | None = None
+
+    def find_problem(self, folder: Path, names: list[str]) -> str | None:
+        """Return why `folder`, which holds the files `names`, may not be replaced; None if it may."""
+        try:
+            if self.marker and not self.is_ours(read_json(folder / self.marker)):
+                return f"it holds {summarize(names)}, and its {self.marker} is not that of {self.title}"
+            files = {} if self.may_hold else read_manifest(folder)["files"]
+        except PipelineLoadError:
+            return f"it holds {summarize(names)}, and no {self.marker or MANIFEST} of {self.title}"
+        belongs = self.may_hold or {MANIFEST, *files}.__contains__
+        if strange := [name for name in names if not belongs(name) or (folder / name).is_symlink()]:
+            return f"it holds {summarize(strange)}, which smalti did not write"
+        texts = [name for name in names if name in files and name.endswith(EDITABLE)]
+        if edited := [name for name in texts if hash_file(folder / name) != files[name]["sha256"]]:
+            return f"{summarize(edited)} changed since it was written"
+        return None
+
+
+def require_replaceable(folder: Path, kind: FolderKind | None, *, title: Path | None = None) -> None:
+    """Raise `PathError` unless there is nothing at `folder`, an empty folder, or an unchanged folder of this kind.
+
+    kind None: only an empty folder may be replaced. title: the folder's name in the message.
+    """
+    title = title or folder
+    if folder.name in ("", ".."):  # "." too: its parent is the folder itself
+        raise PathError(f"{title} cannot be written: give the folder's own name, {os.path.realpath(folder)}")
+    try:
+        os.lstat(folder)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise PathError(f"{title}: cannot be written ({error.strerror})") from error
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        what = "a link" if folder.is_symlink() else "a file"
+        raise PathError(f"{title} cannot be written: {what} has this name; nothing was overwritten")
+    names = list_files(folder)
+    problem = None if not names else kind.find_problem(folder, names) if kind else f"it holds {summarize(names)}"
+    if problem:
+        what = f"is not empty and not {kind.title}" if kind else "is there and not empty"
+        raise PathError(f"{title} {what}: {problem}; choose another folder, nothing was overwritten")
+
+
+def list_files(folder: Path) -> list[str]:
+    """The names of all that a folder holds: files, links, empty and unreadable folders; without litter."""
+    found: list[str] = []
+
+    def keep(error: OSError) -> None:
+        found.append(os.path.relpath(error.filename, folder))
+
+    for parent, folders, files in os.walk(folder, onerror=keep):
+        inside = os.path.relpath(parent, folder)
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        found += [os.path.normpath(os.path.join(inside, name)) for name in (*files, *links) if name not in LITTER]
+        if not folders and not files and inside != ".":
+            found.append(inside)
+    names = sorted(name.replace(os.sep, "/") for name in found)
+    return [name for name in names if not name.startswith(HUB_CACHE)]
+
+
+def summarize(names: list[str]) -> str:
+    """The first name and the number of the others."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{quote(names[0])}{more}"
+
+
+@contextmanager
+def atomic_folder(target: Path | str, *, kind: FolderKind | None) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target` only when the block ends without an error.
+
+    A folder at `target` is replaced as a whole if `require_replaceable` allows it, at the beginning and at the end. A
+    killed process leaves at most a hidden `.tmp-*` folder; power loss leaves the old folder or the new one. All users
+    may read the files, unless the umask is stricter. Raises `PathError`.
+    """
+    target = Path(target)
+    require_replaceable(target, kind)
+    temporary = temporary_name(target)
+    try:
+        make_folder(target.parent)
+        temporary.mkdir()
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST):
+            raise PathError(f"{target}: cannot be written ({error.strerror})") from error
+        raise
+    try:
+        yield temporary
+        readable = stat.S_IMODE(temporary.stat().st_mode) & 0o755
+        for path in [temporary, *sorted(temporary.rglob("*"))]:
+            with suppress(PermissionError):  # a file system without modes
+                path.chmod(readable if path.is_dir() else readable & 0o644)  # safetensors makes its files private
+            fsync(path)
+        _replace_folder(temporary, target, kind)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_folder(temporary: Path, target: Path, kind: FolderKind | None) -> None:
+    """Rename `temporary` to `target`, and delete the folder that had this name, unless someone put a file into it."""
+    require_replaceable(target, kind)
+    if not os.path.lexists(target):
+        temporary.rename(target)
+        return fsync(target.parent)
+    old = temporary_name(target, ".del")
+    exchanged = exchange_names(temporary, target)
+    try:
+        (temporary if exchanged else target).rename(old)
+        require_replaceable(old, kind, title=target)
+        if not exchanged:
+            temporary.rename(target)
+    except BaseException:  # also at Ctrl-C the old folder gets its name back
+        if exchanged:
+            aside = old if os.path.lexists(old) else temporary
+            exchange_names(aside, target)
+            aside.rename(temporary)
+        elif not os.path.lexists(target):
+            old.rename(target)
+        raise
+    fsync(target.parent)  # before the old folder goes: file systems may reorder
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange_names(one: Path, other: Path) -> bool:
+    """Swap the names of two folders in one step, with Linux's `renameat2`; False where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    if (number := ctypes.get_errno()) in UNSUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+# The Hub ------------------------------------------------------------------------------------------
+
+HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
+
+
+def find_folder(source: str | Path, patterns: list[str], **options: Any) -> Path:
+    """Return the local folder `source`, or fetch the files of a Hub repository that match `patterns` into the cache.
+
+    options: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `repo_type` of huggingface_hub's
+    `snapshot_download`. Raises `PathError`.
+    """
+    if os.path.isdir(source):
+        return Path(source)
+    if not re.fullmatch(HUB_ID, str(source)):
+        raise PathError(f"{quote(str(source))} is neither an existing folder nor a Hub id of the form 'owner/name'")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=patterns, **options))
+    except Exception as error:  # the client, httpx and json raise almost anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PathError(
+            f"{str(source)!r} is not an existing folder and cannot be fetched from the Hub: {reason}"
+        ) from error

@@ -1,0 +1,466 @@
+"""A model with a name: found by that name, saved to a folder, loaded from a folder or from the Hub.
+
+    class VQVAE(Tokenizer, name="vqvae"):   # in tokenizer/vqvae.py
+        Config = VQVAEConfig
+
+    Tokenizer.create("vqvae", widths=(32, 64))
+    Tokenizer.from_pretrained("runs/vqvae_digits/tokenizer")
+
+A model's folder holds `config.json` (its settings, and its name under `kind`) and `model.safetensors`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib
+import importlib.util
+import itertools
+import json
+import pkgutil
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .config import Choices, ModelConfig, choices_of
+from .files import (
+    ConfigError,
+    FolderKind,
+    PathError,
+    PipelineLoadError,
+    UnreadableError,
+    WeightsError,
+    atomic_folder,
+    check_name,
+    find_folder,
+    quote,
+    read_json,
+    stat_file,
+    write_json,
+)
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+PROVENANCE = "provenance.json"  # beside a tokenizer, written by the verb that trained or imported it
+VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+Dtype = torch.dtype | Literal["auto"] | None
+"""The type of the weights in memory: "auto" is that of the file, None is float32."""
+
+R = TypeVar("R", bound="Registered")
+M = TypeVar("M", bound="PretrainedModel")
+N = TypeVar("N", bound=nn.Module)
+
+
+# The registry -------------------------------------------------------------------------------------
+
+
+class Registered:
+    """A family of classes that are found by their name.
+
+    `class Tokenizer(Registered, family="tokenizer")` opens a family whose members are in modules of that package, each
+    in the one of its name. `class VQVAE(Tokenizer, name="vqvae")`, in `tokenizer/vqvae.py`, joins it with a `Config`
+    class of its own. Several packages are separated by spaces.
+    """
+
+    Config: ClassVar[type[ModelConfig]]
+    name: ClassVar[str] = ""
+    _members: ClassVar[dict[str, type]]
+    _packages: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls, *, name: str | None = None, family: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if family:
+            cls._members, cls._packages = {}, tuple(family.split())
+        if name:
+            cls._register(name)
+
+    @classmethod
+    def _register(cls, name: str) -> None:
+        if not NAME.fullmatch(name):
+            raise ConfigError(f"{quote(name)} is not a name: lower case letters, digits and _ are allowed")
+        if not f"{cls.__module__}.".startswith(tuple(f"{package}." for package in cls._packages)):
+            cls._import_module_of(name)  # ours has the name first
+        other = cls._members.get(name)
+        if other is not None and other.__module__ != cls.__module__:
+            raise ConfigError(
+                f"{quote(name)} is already the name of a class in {other.__module__}; choose another name"
+            )
+        if not hasattr(cls, "Config"):
+            raise ConfigError(f"{cls.__name__} has no settings: give it a class of them, as `Config`")
+        if "Config" not in vars(cls):  # otherwise the parent's configuration would get this name
+            make: Any = type(cls.Config)
+            cls.Config = make(f"{cls.__name__}Config", (cls.Config,), {"__module__": cls.__module__})
+        cls.name = cls.Config.kind = name
+        cls._members[name] = cls
+
+    @classmethod
+    def _import_module_of(cls, name: str) -> None:
+        """Import the module called `name` of one of the family's packages, if there is one."""
+        for package in cls._packages:
+            if name in cls._members:
+                return
+            is_folder = hasattr(importlib.import_module(package), "__path__")  # a family may also be one file
+            if is_folder and importlib.util.find_spec(f"{package}.{name}"):
+                importlib.import_module(f"{package}.{name}")
+
+    @classmethod
+    def available(cls) -> list[str]:
+        """The sorted names of all members, after importing the family's packages."""
+        for package in cls._packages:
+            folder = getattr(importlib.import_module(package), "__path__", [])
+            for module in pkgutil.iter_modules(folder, f"{package}."):
+                importlib.import_module(module.name)
+        return sorted(cls._members)
+
+    @classmethod
+    def has(cls, name: object) -> bool:
+        """Whether a member has this name, which may come from a file. Imports the module of that name; all modules only
+        where there is none."""
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            return False
+        if name not in cls._members:
+            cls._import_module_of(name)
+        return name in cls._members or name in cls.available()
+
+    @classmethod
+    def find(cls: type[R], name: str) -> type[R]:
+        """The member called `name`. Raises `ConfigError` that lists the members."""
+        if not cls.has(name):
+            raise ConfigError(cls.describe_unknown(name))
+        return cls._members[name]
+
+    @classmethod
+    def describe_unknown(cls, name: object) -> str:
+        """The message for a name that no member has."""
+        return (
+            f"no {cls.__name__} is called {quote(name)}; there are {', '.join(cls.available())}; one of your own has "
+            "to be imported first, as --import FILE does"
+        )
+
+    @classmethod
+    def choices(cls) -> type[Choices]:
+        """The settings of this member that a preset may hold."""
+        return choices_of(cls.Config, cls.__doc__)
+
+    @classmethod
+    def create(cls: type[R], name: str, **config: Any) -> R:
+        """Build the member called `name`; keyword arguments are its configuration. Raises `ConfigError`."""
+        member: Any = cls.find(name)
+        made: R = member(member.Config(**config))
+        return made
+
+
+# Models -------------------------------------------------------------------------------------------
+
+
+class PretrainedModel(Registered, nn.Module):
+    """A named model that can be saved to a folder and loaded from a folder or a Hub repository."""
+
+    stored_dtype: torch.dtype | None = None
+    """The type of the weights in the file that the model was loaded from."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        nn.Module.__init__(self)
+        self.config: Any = config
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next((t.device for t in itertools.chain(self.parameters(), self.buffers())), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights, except those of a quantizer, which stay float32; float32 if there are none."""
+        weights = (p for name, p in self.named_parameters() if "quantizer" not in name.split("."))
+        return next((p.dtype for p in weights), torch.float32)
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """The number of parameters, shared ones counted once; only_trainable: without frozen ones."""
+        return sum(each.numel() for each in self.parameters() if each.requires_grad or not only_trainable)
+
+    def fingerprint(self) -> str:
+        """sha256 of configuration and weights: two models with the same fingerprint are the same function.
+
+        Floats are hashed as float32, so that weights saved in bfloat16 have the fingerprint of the model loaded from
+        them.
+        """
+        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
+        for key, value in sorted(self.state_dict().items()):
+            value = value.float() if value.is_floating_point() else value
+            digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @classmethod
+    def folder_kind(cls) -> FolderKind:
+        """How a folder of a model of this family is recognised."""
+        files = (CONFIG, PROVENANCE, *weights_names())
+        return FolderKind(f"a {cls._packages[0]}", CONFIG, lambda data: cls.has(data.get("kind")), files.__contains__)
+
+    def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
+        """Write `config.json` and `model.safetensors`, whole or not at all; a model of this family is replaced.
+
+        variant: "fp16" or "bf16" rounds the weights to that type, and writes `model.fp16.safetensors` instead. Raises
+        `PathError` if `folder` holds anything else, and names it; `ValueError` for weights that the type cannot hold.
+        """
+        model = self if variant is None else round_weights(self, variant)
+        with atomic_folder(folder, kind=self.folder_kind()) as target:
+            write_json(target / CONFIG, self.config.to_dict())
+            weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+            save_file(weights, target / weights_name(variant), {"format": "pt"})  # other libraries' readers require it
+
+    @classmethod
+    def from_pretrained(
+        cls: type[M],
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        subfolder: str | Path | None = None,
+        variant: str | None = None,
+        dtype: Dtype = None,
+        device: str | torch.device | None = None,
+    ) -> M:
+        """Load a model of this family or class from a folder or Hub id, in eval mode.
+
+        dtype: of the weights in memory; None is float32, "auto" what the file holds. variant: "fp16" or "bf16", where
+        the weights are such (see `save_pretrained`); None takes what is there. A subclass without a name of its own
+        loads what its parent saved.
+
+        Raises a `PipelineLoadError`: `PathError` (no such folder or file), `ConfigError` (unknown kind or key, bad
+        value), `WeightsError` (missing, extra, misshapen or non-finite weight), `FormatError`, `LimitError`.
+        """
+        inner = "" if subfolder is None else str(subfolder).rstrip("/")
+        if inner:
+            check_name(inner, "subfolder")
+        names = [CONFIG, *weights_names(variant)]
+        folder = find_folder(
+            source,
+            [f"{inner}/{name}" if inner else name for name in names],
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        model = cls.load_folder(folder / inner, variant=variant)
+        return model.to(device=device, dtype=choose_dtype(dtype, model.stored_dtype))
+
+    @classmethod
+    def load_folder(cls: type[M], folder: Path, *, variant: str | None = None) -> M:
+        """`from_pretrained` of a local folder, in float32 on the CPU."""
+        path = folder / CONFIG
+        data = read_json(path)
+        try:
+            member = cls._find_saved(data.pop("kind", None))
+            config = member.Config(**data)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        expected = build_on_meta(lambda: member(config), path).state_dict()
+        with open_weights(find_weights(folder, variant)) as file:
+            file.require(expected)  # before memory for the model is allocated
+            with NoInitialisation():
+                model: M = member(config)
+            model.stored_dtype = file.copy_into(model)
+        return model.eval()
+
+    @classmethod
+    def _find_saved(cls, kind: Any) -> Any:
+        """The class that a file calls `kind`: this one, or one of its registered subclasses. Raises `ConfigError`."""
+        if not cls.has(kind):
+            raise ConfigError(f"kind: {cls.describe_unknown(kind)}")
+        member: Any = cls.find(kind)
+        if issubclass(cls, member) and cls.name == kind:  # a user's subclass without a name of its own
+            return cls
+        if not issubclass(member, cls):
+            raise ConfigError(f"kind: it holds a {kind!r}, not a {cls.name!r}")
+        return member
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        token: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        variant: str | None = None,
+        commit_message: str = "Upload model",
+    ) -> Any:
+        """Upload the model's folder and a card, in one commit that removes the files of an earlier model; creates the
+        repository if needed. variant: as in `save_pretrained`.
+
+        Returns huggingface_hub's `CommitInfo`, and raises what huggingface_hub raises; `ValueError` for a repository
+        that holds a pipeline.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            self.save_pretrained(folder, variant=variant)
+            card = model_card(self._packages[0], self.name, self.num_parameters())
+            (folder / CARD).write_text(card, encoding="utf-8")
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            if api.file_exists(repo_id, "model_index.json", revision=revision):
+                raise ValueError(f"{repo_id} holds a pipeline; push a pipeline, or to another repository")
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                delete_patterns=[CONFIG, PROVENANCE, *weights_names()],
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )
+
+
+def model_card(family: str, name: str, parameters: int) -> str:
+    """Markdown with a metadata header, for the Hub."""
+    return f"""---
+library_name: smalti
+tags:
+- image-generation
+- {family}
+- {name}
+---
+
+# {name}, a {family}
+
+{parameters:,} parameters, for Smalti.
+
+```python
+from {family} import {family.title()}
+model = {family.title()}.from_pretrained("this folder or Hub id")
+```
+"""
+
+
+# Weights ------------------------------------------------------------------------------------------
+
+
+def weights_name(variant: str | None) -> str:
+    """The name of the file of weights. Raises `ValueError` for an unknown variant."""
+    if variant is None:
+        return WEIGHTS
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be {' or '.join(VARIANTS)}, or None (got {variant!r})")
+    return WEIGHTS.replace(".", f".{variant}.")
+
+
+def weights_names(variant: str | None = None) -> list[str]:
+    """The names that the file of weights may have; None: of any variant."""
+    return [weights_name(None), *map(weights_name, VARIANTS)] if variant is None else [weights_name(variant)]
+
+
+def find_weights(folder: Path, variant: str | None) -> Path:
+    """The file of weights of this variant; None: the full one, or else any. Raises `PathError` that names the variants
+    there are."""
+    wanted = weights_names(variant)
+    there = [name for name in weights_names() if (folder / name).exists()]
+    if not set(wanted) & set(there):
+        raise PathError(f"{folder / wanted[0]}: no such file" + (f"; there is {', '.join(there)}" if there else ""))
+    return folder / next(name for name in wanted if name in there)
+
+
+def round_weights(model: N, variant: str) -> N:
+    """A copy of `model` with its weights in the type of `variant`, except those that stay float32. Raises `ValueError`
+    for weights that are too large for the type."""
+    weights_name(variant)
+    smaller = copy.deepcopy(model).to(dtype=VARIANTS[variant])
+    for name, value in smaller.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(f"variant {variant!r}: {name} holds values that this type cannot")
+    return smaller
+
+
+def choose_dtype(dtype: Dtype, stored: torch.dtype | None) -> torch.dtype | None:
+    """The type that `dtype` asks for; None leaves the weights as they are. Raises `TypeError` for anything else."""
+    if isinstance(dtype, str) and dtype == "auto":
+        return stored
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype should be a torch.dtype, 'auto' or None (got {dtype!r})")
+    return dtype
+
+
+class NoInitialisation(TorchFunctionMode):
+    """Skip the functions of `torch.nn.init` in the block: the weights will be overwritten."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def build_on_meta(build: Callable[[], N], path: Path) -> N:
+    """The model that `build` makes, on the meta device: no memory of its size is allocated. path: the file of its
+    configuration. Raises `ConfigError` for sizes that do not fit together."""
+    try:
+        with torch.device("meta"), NoInitialisation():
+            return build()
+    except PipelineLoadError as error:
+        raise type(error)(f"{path}: {error}") from error
+    except Exception as error:  # a model need not expect such settings, so it may raise anything
+        raise ConfigError(f"{path}: no model has this configuration ({error})") from error
+
+
+class WeightsFile:
+    """An open safetensors file, read one tensor at a time."""
+
+    def __init__(self, file: Any, path: Path) -> None:
+        self.file, self.path = file, path
+        self.names: list[str] = sorted(file.keys())
+
+    def require(self, expected: Mapping[str, Tensor]) -> None:
+        """Raise `WeightsError` unless the file has exactly these names and shapes. Reads its header alone."""
+        missing, extra = sorted(set(expected) - set(self.names)), sorted(set(self.names) - set(expected))
+        if missing or extra:
+            raise WeightsError(
+                f"{self.path}: missing weights {quote(missing[:5])}, unexpected weights {quote(extra[:5])}"
+            )
+        for name, value in expected.items():
+            if (shape := list(self.file.get_slice(name).get_shape())) != list(value.shape):
+                raise WeightsError(f"{self.path}: {name} has shape {shape}, expected {list(value.shape)}")
+
+    @torch.no_grad()
+    def copy_into(self, model: nn.Module) -> torch.dtype:
+        """Copy the weights into `model`, and return their type in the file: float32 if only a quantizer has any. Raises
+        `WeightsError` for a value that is not finite, and for integers where floats should be, or the reverse."""
+        stored = []
+        for name, target in model.state_dict().items():
+            value = self.file.get_tensor(name)
+            if value.dtype != target.dtype and not (value.is_floating_point() and target.is_floating_point()):
+                raise WeightsError(f"{self.path}: {name} has type {value.dtype}, expected {target.dtype}")
+            if value.is_floating_point():
+                if not bool(value.isfinite().all()):
+                    raise WeightsError(f"{self.path}: {name} holds a value that is not finite")
+                stored += [] if "quantizer" in name.split(".") else [value.dtype]
+            target.copy_(value)
+        return stored[0] if stored else torch.float32
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[WeightsFile]:
+    """Open a safetensors file. Raises `WeightsError` for a damaged one, `PathError` or `UnreadableError`."""
+    stat_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield WeightsFile(file, path)
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
+    except OSError as error:
+        raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error
