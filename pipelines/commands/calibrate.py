@@ -81,7 +81,8 @@ def calibrate_folder(config: CalibrateConfig) -> Calibration:
     try:
         check_promise(len(chosen), config.false_alarms, config.confidence)
     except ValueError as error:
-        raise UserError(f"data: {error}; every={config.every} takes these of {len(images):,}") from error
+        all_of_them = "; every=1 takes all" if config.every > 1 else ""
+        raise UserError(f"data: {error}; every={config.every} takes these of {len(images):,}{all_of_them}") from error
     calibration = calibrate(
         pipeline,
         images.pixels(chosen),

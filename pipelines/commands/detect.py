@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from tokenizer.files.errors import one_line
 from tokenizer.files.writing import results_folder, write_json
 
 from ..anomaly.healing import anomaly_map, heal
@@ -85,13 +86,14 @@ class DetectConfig(Config):
 
 
 class Found(NamedTuple):
-    """Images of a source: the name of each, uint8 `(n, C, H, W)`, and the name of each one's class, or None; and how
-    many there were besides that the pipeline was calibrated with."""
+    """Images of a source: the name of each, uint8 `(n, C, H, W)`, and the name of each one's class, or None; how many
+    there were besides that the pipeline was calibrated with; and which part of which source they are, in words."""
 
     names: list[str]
     pixels: Tensor
     classes: list[str] | None
     known: int = 0
+    parts: tuple[str, ...] = ()
 
 
 def run(config: DetectConfig) -> dict[str, Any]:
@@ -138,22 +140,23 @@ def choose(config: DetectConfig, pipeline: ImagePipeline, calibration: Calibrati
     other = find(config.data, config.normal, pipeline, calibration)
     names, pixels = found.names + other.names, torch.cat([found.pixels, other.pixels])
     anomalous = np.arange(len(names)) < len(found.names)
-    return Found(names, pixels, None, found.known + other.known), anomalous
+    return Found(names, pixels, None, found.known + other.known, found.parts + other.parts), anomalous
 
 
 def find(data: DataConfig, source: str, pipeline: ImagePipeline, calibration: Calibration) -> Found:
     """The images of a source that the pipeline was neither trained nor calibrated with. Raises `UserError`, also if
     there are none."""
-    found = read(source_at(data, source), trained_on(pipeline, source))
+    found, part = read(source_at(data, source), trained_on(pipeline, source))
     known = calibration.includes(found.pixels.movedim(1, -1).numpy())
     if known.all():
         raise UserError(
-            f"{source}: the pipeline was calibrated with all {len(known):,} images; look through others, or calibrate "
-            "with fewer (`smalti calibrate every=2`)"
+            f"{source}: the pipeline was calibrated with all {len(known):,} images of {part}; look through others, or "
+            "calibrate with fewer (`smalti calibrate every=2`)"
         )
     rest = np.flatnonzero(~known)
     names, classes = ([each[i] for i in rest] if each else None for each in (found.names, found.classes))
-    return Found(names or [], found.pixels[torch.from_numpy(rest)], classes, int(known.sum()))
+    looked_at = one_line(f"{len(rest):,} images: {part} of {source}")
+    return Found(names or [], found.pixels[torch.from_numpy(rest)], classes, int(known.sum()), (looked_at,))
 
 
 def trained_on(pipeline: ImagePipeline, source: str) -> bool:
@@ -162,24 +165,25 @@ def trained_on(pipeline: ImagePipeline, source: str) -> bool:
     return before is not None and (source == before or Path(source).absolute() == Path(before).absolute())
 
 
-def held_out_rows(data: DataConfig, trained: bool) -> tuple[Rows, NDArray[np.int64]]:
-    """The source's held-out split, and which of its images. Where it has none: its only one, or what training held out
-    of that. Raises `UserError`."""
+def held_out_rows(data: DataConfig, trained: bool) -> tuple[Rows, NDArray[np.int64], str]:
+    """The source's held-out split, which of its images, and these in words. Where it has none: its only one, or what
+    training held out of that. Raises `UserError`."""
     splits = open_source(data)
     one_only = not trained and set(splits) <= {data.split}  # whose name need not be that of the images trained on
     held_out = None if one_only else held_out_split(splits, data)
     if (name := held_out or data.split) not in splits:
         raise UserError(f"data.split: {data.source} has no split {data.split!r}; it has {', '.join(sorted(splits))}")
     if trained and held_out is None:
-        return choose_splits(splits, data)["held_out"]
+        rows, positions = choose_splits(splits, data)["held_out"]
+        return rows, positions, f"{100 * data.held_out_fraction:.3g}% held out of {data.split!r}"
     tell_splits(splits, data, held_out, f"all of {data.split!r}", "looked through")
     rows = splits[name]()
-    return rows, np.arange(rows.size)[: data.limit]
+    return rows, np.arange(rows.size)[: data.limit], f"the split {name!r}"
 
 
-def read(data: DataConfig, trained: bool) -> Found:
-    """All images of `held_out_rows`. Raises `UserError`."""
-    rows, positions = held_out_rows(data, trained)
+def read(data: DataConfig, trained: bool) -> tuple[Found, str]:
+    """All images of `held_out_rows`, and these in words. Raises `UserError`."""
+    rows, positions, part = held_out_rows(data, trained)
     decoded = decode_all(rows, positions, data.image_shape, room=1 << 62)
     judge([decoded.report], data)
     if decoded.pixels is None or not len(decoded.positions):
@@ -190,7 +194,7 @@ def read(data: DataConfig, trained: bool) -> Found:
     labels = rows.labels if data.label_column is not None else None
     called = rows.class_names
     classes = labels and [str(called[labels[i]] if called else labels[i]) for i in decoded.positions]
-    return Found(names, decoded.pixels, classes or None)
+    return Found(names, decoded.pixels, classes or None), part
 
 
 def source_at(data: DataConfig, source: str) -> DataConfig:
@@ -274,6 +278,7 @@ def report(
     if calibration.digests is None:
         again = "run `smalti calibrate` again"
         rows.append(("calibration", f"an older one, whose images cannot be told from new ones: {again}"))
+    rows += [("looked through", part) for part in found.parts]
     if found.known:
         rows.append(("left out", f"{found.known:,} images that the pipeline was calibrated with"))
     promise = f"on average, at most {config.fdr:g} of these are normal" if config.fdr else calibration.promise

@@ -165,8 +165,8 @@ def test_an_older_calibration_is_told_of(world, tmp_path, capsys):
     write_manifest(tmp_path / "pipe")
     main(["detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/found"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == (
-        "calibration  an older one, whose images cannot be told from new ones: run `smalti calibrate` again"
+    assert words(lines[0]) == (
+        "calibration an older one, whose images cannot be told from new ones: run `smalti calibrate` again"
     )
     assert len(rows_of(tmp_path / "found/scores.csv")) == 80 and not any("left out" in line for line in lines)
 
@@ -234,6 +234,23 @@ def test_detect_looks_where_the_other_verbs_do(world, tmp_path, capsys):
     assert {Path(row["file"]).parent.name for row in rows_of(tmp_path / "found/scores.csv")} == {"train"}
     assert "so all of 'train' is looked through; not used: val" in capsys.readouterr().err
     assert "no split 'vla'; it has train, val; did you mean 'val'?" in fails(capsys, *argv, "data.held_out=vla")
+
+
+def test_detect_says_which_images_it_looks_through(world, tmp_path, capsys):
+    main(["detect", f"pipeline={world}/pipe", f"out={tmp_path}/a"])
+    assert f"looked through 40 images: the split 'test' of {world}/normal\n" in words(capsys.readouterr().out)
+    main(["detect", f"pipeline={world}/pipe", f"images={world}/noise", f"normal={world}/fresh", f"out={tmp_path}/b"])
+    printed = words(capsys.readouterr().out)
+    for count, name in ((12, "noise"), (30, "fresh")):
+        assert f"looked through {count} images: the split 'train' of {world}/{name}\n" in printed
+
+
+def test_the_split_held_out_in_training_need_not_be_in_other_folders(world, tmp_path, capsys):
+    argv = ["detect", f"pipeline={world}/pipe", f"images={world}/fresh", "data.held_out=val"]
+    main([*argv, f"out={tmp_path}/found"])
+    assert len(rows_of(tmp_path / "found/scores.csv")) == 30
+    line = fails(capsys, *argv, f"images={world}/normal", f"out={tmp_path}/not")
+    assert "data.held_out: " in line and "no split 'val'; it has train, test" in line
 
 
 @pytest.mark.parametrize(
