@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+from pydantic import ValidationError
+
 from tokenizer import Tokenizer
 from tokenizer.files.errors import FormatError, shown
 from tokenizer.files.opening import read_json
@@ -57,6 +59,16 @@ def data_beside(path: Path | None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise FormatError(f"{path}: data: expected an object of settings, found {shown(found)}")
     return as_saved(DataConfig, found)
+
+
+def trained_data(provenance: dict[str, Any]) -> DataConfig | None:
+    """The settings of the images that a model says it was trained on; None where it says nothing, or what this version
+    does not read."""
+    found = provenance.get("data")
+    try:
+        return DataConfig.model_validate(as_saved(DataConfig, found)) if isinstance(found, dict) and found else None
+    except ValidationError:
+        return None
 
 
 def tokenizer_folder(source: str) -> str:
