@@ -25,6 +25,7 @@ from .config.table import table
 from .files.writing import results_folder
 from .image_pipeline import ImagePipeline
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images, to_float, to_uint8
+from .images.loading import require_unseen
 from .images.origin import named
 from .images.pictures import grid_picture, save_picture
 from .metrics.agreement import agreement
@@ -43,7 +44,7 @@ from .processes.claims import alone_at
 from .processes.launched import joined
 from .processes.sharing import ALONE, Team
 from .stages.index import PipelineFolder
-from .stages.provenance import defaults
+from .stages.provenance import defaults, trained_data
 from .stages.storing import save_again
 from .tokens import TokenSplit
 from .tokens.shards import smallest_type
@@ -120,6 +121,7 @@ def prepare(config: EvaluateConfig, out: Path, device: torch.device) -> tuple[Im
     """What measures. Raises `UserError` for mistakes that can be found before anything is measured."""
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=device)
     check_choices(config, pipeline)
+    require_unseen(config.data, trained_data(pipeline.provenance), "held_out")
     ruler = make_ruler(config.inception_weights, config.reference, device)
     check_out_results(out, RESULTS, [config.pipeline, config.data.path])
     return pipeline, ruler

@@ -43,7 +43,7 @@ class GenerateConfig(Config):
     out: str = Field(
         "grid.png",
         description="a picture file for a grid of all images; NAME.npz, NAME.parquet or NAME.tar (webdataset) for all "
-        "images in one file; or a folder for one file each",
+        "images in one file; or a folder for one file each, with their classes in metadata.jsonl",
     )
     num_images: int = Field(64, ge=1, le=10_000_000, description="how many")
     labels: int | str | list[int | str] | None = Field(

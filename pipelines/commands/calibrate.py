@@ -17,10 +17,11 @@ from ..config import Config, Of, UserError, Within, choose_device, run_command
 from ..config.table import table
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images
+from ..images.loading import require_unseen
 from ..processes.claims import alone_at
 from ..stages.calibration import Calibration
 from ..stages.index import INDEX, PIPELINE, PipelineFolder
-from ..stages.provenance import defaults
+from ..stages.provenance import defaults, trained_data
 from ..stages.storing import save_again
 
 
@@ -76,6 +77,7 @@ def calibrate_folder(config: CalibrateConfig) -> Calibration:
     check_shape(config.data, pipeline.tokenizer.image_shape)
     if config.background is not None:
         pipeline.set_background(ImagePipeline.from_pretrained(config.background, device=pipeline.device).prior)
+    require_unseen(config.data, trained_data(pipeline.provenance), "held_out")
     images = load_images(config.data).held_out
     chosen = np.arange(0, len(images), config.every)
     try:

@@ -22,11 +22,12 @@ from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images, to_float
 from ..images.decoding import flatten, open_image, try_decode
 from ..images.folders import find_images
+from ..images.loading import require_unseen
 from ..images.pictures import SUFFIXES, grid_picture, save_picture
 from ..processes.claims import alone_at
 from ..stages.completion import ConditionError, complete, conditional_log_prob, make_mask, sees_all_known
 from ..stages.index import PipelineFolder
-from ..stages.provenance import defaults
+from ..stages.provenance import defaults, trained_data
 from ..stages.sampling import settings_in
 
 TINTS = ((0.15, 0.35, 0.65), (-0.2, 0.0, 0.35))  # of the hatching, RGB in [-1, 1]: no grey image has them
@@ -159,6 +160,7 @@ def choose_images(config: CompleteConfig, pipeline: ImagePipeline) -> Tensor:
     if names:
         return read_images(names, config.num_images, pipeline.tokenizer.image_shape)
     check_shape(config.data, pipeline.tokenizer.image_shape)
+    require_unseen(config.data, trained_data(pipeline.provenance), "held_out")
     held_out = load_images(config.data).held_out
     if wrong := [index for index in indices if not 0 <= index < len(held_out)]:
         raise UserError(f"images: there is no held-out image {wrong[0]}; they go from 0 to {len(held_out) - 1}")

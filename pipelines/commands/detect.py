@@ -28,14 +28,15 @@ from ..images import DataConfig, check_shape, to_float
 from ..images.bad import judge
 from ..images.base import Rows
 from ..images.decoding import decode_all
-from ..images.loading import choose_splits
+from ..images.loading import choose_splits, require_unseen
+from ..images.origin import place_of
 from ..images.pictures import grid_picture, save_picture
 from ..images.sources import open_source
 from ..images.splits import held_out_split, tell_splits
 from ..processes.claims import alone_at
 from ..stages.calibration import Calibration, CalibrationError
 from ..stages.index import PipelineFolder
-from ..stages.provenance import defaults
+from ..stages.provenance import defaults, trained_data
 
 NAMES_AT_A_TIME = 256
 
@@ -146,7 +147,9 @@ def choose(config: DetectConfig, pipeline: ImagePipeline, calibration: Calibrati
 def find(data: DataConfig, source: str, pipeline: ImagePipeline, calibration: Calibration) -> Found:
     """The images of a source that the pipeline was neither trained nor calibrated with. Raises `UserError`, also if
     there are none."""
-    found, part = read(source_at(data, source), trained_on(pipeline, source))
+    trained, there = trained_data(pipeline.provenance), source_at(data, source)
+    require_unseen(there, trained, "held_out")
+    found, part = read(there, trained is not None and place_of(source) == place_of(trained.source))
     known = calibration.includes(found.pixels.movedim(1, -1).numpy())
     if known.all():
         raise UserError(
@@ -157,12 +160,6 @@ def find(data: DataConfig, source: str, pipeline: ImagePipeline, calibration: Ca
     names, classes = ([each[i] for i in rest] if each else None for each in (found.names, found.classes))
     looked_at = one_line(f"{len(rest):,} images: {part} of {source}")
     return Found(names or [], found.pixels[torch.from_numpy(rest)], classes, int(known.sum()), (looked_at,))
-
-
-def trained_on(pipeline: ImagePipeline, source: str) -> bool:
-    """Whether the pipeline says that it learned from this source."""
-    before = pipeline.provenance.get("data", {}).get("source")
-    return before is not None and (source == before or Path(source).absolute() == Path(before).absolute())
 
 
 def held_out_rows(data: DataConfig, trained: bool) -> tuple[Rows, NDArray[np.int64], str]:

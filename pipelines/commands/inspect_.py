@@ -16,6 +16,7 @@ from tokenizer import Tokenizer
 from ..config import Config, Of, choose_device, run_command
 from ..config.outputs import check_out_file, writing
 from ..images import DataConfig, ImageDataset, check_shape, load_images, to_uint8
+from ..images.loading import require_unseen
 from ..images.pictures import SUFFIXES, save_picture
 from ..metrics.charts import GREY, RED, Pixels, bars, charts_in_row, histogram
 from ..metrics.codebook import HEIGHT, draw_distances, draw_usage, part_names
@@ -23,7 +24,7 @@ from ..metrics.inspection import Findings, examine
 from ..metrics.pages import mosaic, page
 from ..metrics.reconstruction import drafts
 from ..metrics.texture import texture_line
-from ..stages.provenance import TokenizerFolder, read_with, tokenizer_defaults, tokenizer_folder
+from ..stages.provenance import TokenizerFolder, data_of, read_with, tokenizer_defaults, tokenizer_folder, trained_data
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -235,6 +236,7 @@ def run(config: InspectConfig) -> dict[str, Any]:
     check_out_file(config.out, inputs, SUFFIXES)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
     check_shape(config.data, tokenizer.image_shape, "tokenizer")
+    require_unseen(config.data, trained_data({"data": data_of(config.tokenizer)}), "held_out")
     images = load_images(config.data).held_out
     found = examine(tokenizer, images, config.num_codes)
     picture = report(tokenizer, images, found, config.num_images, config.data.source)

@@ -26,12 +26,13 @@ from ..files.ownership import Inputs
 from ..files.writing import results_folder
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, ImageDataset, check_shape, load_images
+from ..images.loading import require_unseen
 from ..images.pictures import save_picture
 from ..metrics.charts import BLUE, INK, Pixels, render
 from ..processes.claims import alone_at
 from ..shuffling.epochs import random_rows
 from ..stages.index import PipelineFolder
-from ..stages.provenance import defaults
+from ..stages.provenance import defaults, trained_data
 from ..stages.representation import choose_layer, embed, embed_layers
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def measure(config: ProbeConfig, out: Path, inputs: Inputs) -> list[Probe]:
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     layers = prior_layers(pipeline, config.layers)
     check_shape(config.data, pipeline.tokenizer.image_shape)
+    require_unseen(config.data, trained_data(pipeline.provenance), "held_out")
     splits = load_images(config.data)
     train = some_of(splits.train, config.num_train, config.seed)
     test = some_of(splits.held_out, config.num_test, config.seed)

@@ -12,10 +12,11 @@ from tokenizer import Tokenizer
 from ..config import Config, Of, choose_device, run_command
 from ..config.outputs import check_out_file, writing
 from ..images import DataConfig, check_shape, load_images
+from ..images.loading import require_unseen
 from ..images.pictures import SUFFIXES, save_picture
 from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
 from ..metrics.texture import texture_line
-from ..stages.provenance import TokenizerFolder, read_with, tokenizer_defaults, tokenizer_folder
+from ..stages.provenance import TokenizerFolder, data_of, read_with, tokenizer_defaults, tokenizer_folder, trained_data
 
 
 class ReconstructConfig(Config):
@@ -45,6 +46,7 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
     check_out_file(config.out, inputs, SUFFIXES)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
     check_shape(config.data, tokenizer.image_shape, "tokenizer")
+    require_unseen(config.data, trained_data({"data": data_of(config.tokenizer)}), "held_out")
     images = load_images(config.data).held_out
     figures = evaluate_reconstruction(tokenizer, images, looks=SOME)
     picture = reconstruction_picture(tokenizer, images, config.num_images)

@@ -20,10 +20,11 @@ from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, ImageDataset, check_shape, load_images, to_float
 from ..images.decoding import try_decode
 from ..images.folders import find_images
+from ..images.loading import require_unseen
 from ..images.pictures import SUFFIXES, grid_picture, save_picture
 from ..shuffling.epochs import random_rows
 from ..stages.index import PipelineFolder
-from ..stages.provenance import defaults
+from ..stages.provenance import defaults, trained_data
 from ..stages.representation import choose_layer, choose_pool, embed, nearest_neighbours
 
 
@@ -83,6 +84,8 @@ def run(config: SearchConfig) -> Tensor:
     except ValueError as error:
         raise UserError(str(error)) from error
     check_shape(config.data, pipeline.tokenizer.image_shape)
+    if not any(isinstance(file, str) for file in files):
+        require_unseen(config.data, trained_data(pipeline.provenance), "held_out")
     splits = load_images(config.data)
     queries = find_queries(config, splits.held_out)
     chosen = random_rows(len(splits.train), config.num_index or len(splits.train), config.seed)

@@ -24,7 +24,8 @@ from ..evaluate import KNOWN, check_classes, draw_samples, wanted_labels
 from ..files.writing import results_folder
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, ImageDataset, Splits, check_shape, load_images
-from ..images.origin import named
+from ..images.loading import count_seen, require_unseen
+from ..images.origin import named, place_of
 from ..images.pictures import save_picture
 from ..metrics.agreement import agreement
 from ..metrics.frechet import Moments, distance, moments
@@ -36,7 +37,7 @@ from ..processes.launched import joined
 from ..processes.sharing import Team
 from ..stages.card import OF_SAMPLES
 from ..stages.index import PIPELINE, PipelineFolder
-from ..stages.provenance import defaults
+from ..stages.provenance import defaults, trained_data
 from ..stages.storing import save_again
 
 RESULTS = ("tuning.json", "tuning.png")
@@ -127,6 +128,7 @@ def prepare(config: TuneConfig, out: Path, device: torch.device) -> ImagePipelin
         require_replaceable(folder, PIPELINE)
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=device)
     check_shape(config.data, pipeline.tokenizer.image_shape)
+    require_unseen(config.data, trained_data(pipeline.provenance), "validation")
     check_out_results(out, RESULTS, [config.pipeline, config.data.path])
     return pipeline
 
@@ -134,19 +136,27 @@ def prepare(config: TuneConfig, out: Path, device: torch.device) -> ImagePipelin
 def choosing_images(config: TuneConfig, pipeline: ImagePipeline, team: Team) -> tuple[Splits, str]:
     """The images to train a classifier on, and those to choose by, and these in words. Never the held-out ones: the
     figures that `evaluate` reports are of images that have chosen nothing. Raises `UserError` for too few."""
+    trained = trained_data(pipeline.provenance)
     images, origin = load_images(config.data), f"validation images of {named(config.data.source)}"
     if images.validation is None:  # the share that would have been kept from training
-        images = load_images(config.data.model_copy(update={"validation_fraction": None}))
-        origin = (
-            f"images of {named(config.data.source)} held aside from its training split, which the pipeline has seen"
-        )
-        if team.leads and images.validation is not None:
-            print(f"warning: no validation images were kept from training: {origin}", file=sys.stderr)
+        aside = config.data.model_copy(update={"validation_fraction": None})
+        images = load_images(aside)
+        if images.validation is not None and (trained is None or count_seen(aside, trained, "validation")[0]):
+            origin = (
+                f"images of {named(config.data.source)} held aside from its training split, which the pipeline has seen"
+            )
+            if team.leads:
+                print(f"warning: no validation images were kept from training: {origin}", file=sys.stderr)
     count = 0 if images.validation is None else len(images.validation)
     if images.validation is None or count < LEAST_VALIDATION:
+        mine = trained is not None and place_of(config.data.source) == place_of(trained.source)
+        remedy = (
+            "train again with data.validation_fraction=0.2, or choose by images of your own "
+            "(data.source=FOLDER data.validation_fraction=0.5)"
+        )
         raise UserError(
             f"data: choosing needs at least {LEAST_VALIDATION} validation images, and there are {count}; "
-            "data.validation_fraction=0.2 takes a larger share of the training split"
+            + (remedy if mine else "data.validation_fraction=0.5 takes a larger share of them")
         )
     if team.leads and count < FEW_VALIDATION:
         print(f"warning: {count} validation images choose only roughly: near figures are noise", file=sys.stderr)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenizer.config import show_value
+
 from ..config import UserError
 from ..shuffling.hashing import splitmix64
 from ..shuffling.shards import drawn_by_blocks
@@ -13,6 +15,7 @@ from .base import DataConfig, Rows, SplitRows
 from .dataset import ImageDataset, Splits
 from .decoding import decode_all
 from .labels import number_labels
+from .origin import place_of
 from .sources import open_source
 from .splits import held_out_split, tell_splits, validation_count
 
@@ -63,13 +66,54 @@ def check_shape(config: DataConfig, shape: tuple[int, int, int], whose: str = "p
         )
 
 
-def choose_splits(splits: SplitRows, config: DataConfig) -> dict[str, tuple[Rows, NDArray[np.int64]]]:
-    """The rows of `train`, `held_out` and, if there are any, `validation`, each with the positions to use. Raises
-    `UserError`."""
+DIVIDES = ("split", "held_out", "held_out_fraction", "validation_fraction", "limit", "streaming")
+"""The settings that say which images of a source are trained on."""
+
+
+def require_unseen(config: DataConfig, trained: DataConfig | None, part: str) -> None:
+    """Raise `UserError` if a model that was trained with the settings `trained` has seen images of this `part` of
+    `config`, "validation" or "held_out": what chooses or measures would take training images for new ones."""
+    seen, count = count_seen(config, trained, part)
+    if not seen or trained is None:
+        return
+    changed = [key for key in DIVIDES if getattr(config, key) != getattr(trained, key)]
+    before = " ".join(f"data.{key}={show_value(getattr(trained, key))}" for key in changed)
+    raise UserError(
+        f"{', '.join(f'data.{key}' for key in changed)}: {seen:,} of these {count:,} {part.replace('_', '-')} images "
+        f"were trained on, with {before}; leave that as it was, or give images of your own (data.source=FOLDER)"
+    )
+
+
+def count_seen(config: DataConfig, trained: DataConfig | None, part: str) -> tuple[int, int]:
+    """How many images of this `part` of `config` were in the training split of the settings `trained`, and how many
+    there are; (0, 0) where nothing can be said, and where the settings are the same, as parts do not overlap."""
+    same = trained is not None and all(getattr(config, key) == getattr(trained, key) for key in DIVIDES)
+    if trained is None or same or place_of(config.source) != place_of(trained.source):
+        return 0, 0
+    before = trained.model_copy(update={"source": config.source})
+    try:
+        learned = choose_splits(open_source(before), before, quiet=True)["train"][1]
+    except UserError:  # the source is no longer what it was
+        return 0, 0
+    splits = open_source(config)
+    parts = choose_splits(splits, config, quiet=True)
+    if part not in parts:
+        return 0, 0
+    found, positions = held_out_split(splits, config), parts[part][1]
+    name = found if part == "held_out" and found is not None else config.split
+    return int(np.isin(positions, learned).sum()) if name == before.split else 0, len(positions)
+
+
+def choose_splits(
+    splits: SplitRows, config: DataConfig, quiet: bool = False
+) -> dict[str, tuple[Rows, NDArray[np.int64]]]:
+    """The rows of `train`, `held_out` and, if there are any, `validation`, each with the positions to use; `quiet`:
+    without a line about what is not as expected. Raises `UserError`."""
     if config.split not in splits:
         raise UserError(f"data.split: the source has no split {config.split!r}; it has {', '.join(splits)}")
     fraction, found = config.held_out_fraction, held_out_split(splits, config)
-    tell_splits(splits, config, found, f"{100 * fraction:.3g}% of {config.split!r}", "held out")
+    if not quiet:
+        tell_splits(splits, config, found, f"{100 * fraction:.3g}% of {config.split!r}", "held out")
     rows = splits[config.split]()
     count = 0 if found is not None else min(max(1, round(rows.size * fraction)), rows.size)
     positions = carve(rows, count, validation_count(rows.size, config.validation_fraction))

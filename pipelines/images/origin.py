@@ -21,6 +21,11 @@ def is_local(source: str) -> bool:
     return there or not (source.startswith(REMARK) or re.fullmatch(HUB_NAME, source))
 
 
+def place_of(source: str) -> str:
+    """A source by its full path, if it is one here; another as it is."""
+    return os.path.realpath(os.path.expanduser(source)) if is_local(source) else source
+
+
 def public_source(source: str, local: bool = False) -> str:
     """The source as it may be published: `LOCAL` for a path (`local`: it was a path where it was used), and a URL
     without user, password and query, which may hold keys."""

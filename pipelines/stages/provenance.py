@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+from pydantic import ValidationError
+
 from tokenizer import Tokenizer
 from tokenizer.files import FormatError, quote, read_json, write_json
 from tokenizer.model import CONFIG, PROVENANCE
@@ -12,6 +14,7 @@ from tokenizer.model import CONFIG, PROVENANCE
 from ..config import Within
 from ..files.ownership import Inputs
 from ..files.writing import atomic_folder
+from ..images import DataConfig
 from ..images.hub import fetched
 from .index import INDEX
 from .shipped import located
@@ -54,6 +57,16 @@ def data_beside(path: Path | None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise FormatError(f"{path}: data: expected an object of settings, found {quote(found)}")
     return found
+
+
+def trained_data(provenance: dict[str, Any]) -> DataConfig | None:
+    """The settings of the images that a model says it was trained on; None where it says nothing, or what this version
+    does not read."""
+    found = provenance.get("data")
+    try:
+        return DataConfig.model_validate(found) if isinstance(found, dict) and found else None
+    except ValidationError:
+        return None
 
 
 def tokenizer_folder(source: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from tokenizer.config import show_value
 
 from ..config import UserError
 from ..images import DataConfig, ImageDataset
-from ..images.origin import is_local
+from ..images.origin import place_of
 from .meta import Meta, read_meta, verify_files
 from .pieces import EncodeJob
 
@@ -70,11 +69,6 @@ def same_images(one: Data, other: Data) -> bool:
         for data in (one, other)
     )
     return first == second
-
-
-def place_of(source: str) -> str:
-    """A source by its full path, if it is one here; another as it is."""
-    return os.path.realpath(os.path.expanduser(source)) if is_local(source) else source
 
 
 def begun_with(out: Path, old: Meta | None) -> list[Data]:

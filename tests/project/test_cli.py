@@ -220,7 +220,9 @@ def test_grid_of_every_class(world, tmp_path, capsys):
 def test_folder_of_images_is_what_the_pipeline_makes(world, tmp_path, capsys):
     options = ["num_images=5", "labels=[3, '7']", "seed=11", "temperature=0.5", "batch_size=2"]
     main(["generate", f"pipeline={world}/run/pipeline", f"out={tmp_path}/images", *options])
-    files = sorted((tmp_path / "images").iterdir())
+    files = sorted((tmp_path / "images").glob("*.png"))
+    rows = [json.loads(line) for line in (tmp_path / "images/metadata.jsonl").read_text().splitlines()]
+    assert [(row["file_name"], row["label"]) for row in rows] == [(f"{k:05d}.png", "37"[k % 2]) for k in range(5)]
     assert [path.name for path in files] == [f"{k:05d}.png" for k in range(5)]
     pipe = ImagePipeline.from_pretrained(world / "run" / "pipeline")
     expected = pipe(5, [3, 7, 3, 7, 3], seed=11, temperature=0.5, batch_size=2, output_type="np", progress=False).images

@@ -509,7 +509,7 @@ WRITING = {
     "pipelines/jobs/pieces.py": "the work folder of an encode, or of many images",
     "pipelines/tokens/pieces.py": "the work folder of an encode, when it is done",
     "pipelines/images/sets/pieces.py": "the work folder of many images, when they are done",
-    "pipelines/images/sets/forms.py": "pictures, in a folder that is being made",
+    "pipelines/images/sets/folder.py": "pictures and their sheet, in a folder that is being made",
     "pipelines/images/sets/npz.py": "an archive, under a temporary name",
     "pipelines/images/sets/tar.py": "an archive, under a temporary name",
     "pipelines/training/checkpoints/states.py": "states of a run, by their names",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -133,16 +134,54 @@ def test_a_pipeline_without_classes_is_tuned_without_guidance_and_left_alone_if_
         assert picture.width > 900
 
 
-def test_without_validation_images_a_share_of_the_others_is_held_aside_and_it_says_so(world, tmp_path, capsys):
-    copied(world, "gpt", tmp_path)
-    options = ("data.validation_fraction=0", "store=false")
+def trained_with(world, to, **data):
+    """A pipeline that was trained with other settings of the images."""
+    pipe = ImagePipeline.from_pretrained(world / "gpt")
+    pipe.provenance = {"data": {**pipe.provenance["data"], **data}}
+    pipe.save_pretrained(to / "pipeline")
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("trained", "options"),
+    [
+        ({"validation_fraction": None}, ["data.validation_fraction=0.2"]),
+        ({"validation_fraction": 0.1}, ["data.validation_fraction=0.2"]),
+        ({"validation_fraction": 0.2, "held_out": "test", "held_out_fraction": 0.5}, ["data.validation_fraction=0.9"]),
+        ({"split": "other", "held_out": "test", "validation_fraction": 0.0}, ["data.split=other"]),
+    ],
+)
+def test_images_that_were_trained_on_do_not_choose(world, tmp_path, capsys, trained, options):
+    if "split" in trained:
+        shutil.copytree(world / "images/train", world / "images/other", dirs_exist_ok=True)
+        options = [*options, "data.validation_fraction=0.2"]
+    trained_with(world, tmp_path, **trained)
     line = fails(capsys, f"pipeline={tmp_path}/pipeline", *SETTINGS, *options)
+    assert "data.validation_fraction" in line and "validation images were trained on" in line
+    assert not (tmp_path / "tuning").exists()
+    shutil.rmtree(world / "images/other", ignore_errors=True)
+
+
+def test_what_to_do_about_too_few_validation_images_chooses_by_none_that_were_trained_on(world, tmp_path, capsys):
+    """Following the advice works, and images of one's own may be divided in any way."""
+    pipe = trained_with(world, tmp_path, validation_fraction=0.05)
+    line = fails(capsys, f"pipeline={tmp_path}/pipeline", *SETTINGS)
+    assert "at least 30 validation images, and there are 15" in line and "train again" in line
+    shutil.copytree(world / "images", tmp_path / "mine", dirs_exist_ok=True)
+    data = {**pipe.provenance["data"], "source": str(tmp_path / "mine"), "validation_fraction": 0.5}
+    config = tune.TuneConfig(pipeline=str(tmp_path / "pipeline"), data=data)
+    tune.prepare(config, tmp_path / "out", torch.device("cpu"))
+    images, origin = tune.choosing_images(config, pipe, tune.Team())
+    assert len(images.validation) == 150 and "seen" not in origin
+
+
+def test_without_validation_images_a_share_of_the_others_is_held_aside_and_it_says_so(world, tmp_path, capsys):
+    pipe = trained_with(world, tmp_path, validation_fraction=0.0)
+    line = fails(capsys, f"pipeline={tmp_path}/pipeline", *SETTINGS, "store=false")
     assert "choosing needs at least 30 validation images, and there are 15" in line
-    config = tune.TuneConfig(pipeline="x", data=ImagePipeline.from_pretrained(world / "gpt").provenance["data"])
-    config.data.__dict__["validation_fraction"] = 0.0
+    config = tune.TuneConfig(pipeline="x", data=pipe.provenance["data"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tune, "LEAST_VALIDATION", 15)
-        pipe = ImagePipeline.from_pretrained(world / "gpt")
         images, origin = tune.choosing_images(config, pipe, tune.Team())
     assert len(images.validation) == 15 and len(images.train) == 285 and "which the pipeline has seen" in origin
     printed = capsys.readouterr().err

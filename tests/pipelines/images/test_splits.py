@@ -5,15 +5,17 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from givens.image_files import noise
+from givens.image_files import encoded, noise
 from givens.image_folders import PNGS, bytes_of_each, config, write_folder, write_image, write_splits, write_table
 from optional import needs_digits
 
 from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
 from pipelines.images.base import Rows
-from pipelines.images.loading import carve
+from pipelines.images.loading import carve, require_unseen
 from pipelines.images.splits import validation_count
+
+PNGS_MORE = [encoded(noise(12, 12, seed=100 + k)) for k in range(30)]
 
 # A part of one split
 
@@ -41,6 +43,59 @@ def test_a_folder_for_validation_is_held_out_where_there_is_none_for_testing(tmp
     assert told == f"data.held_out: {tmp_path}: there is no 'test', so '{name}' is held out\n"
     load_images(config(tmp_path, held_out=name))
     assert capsys.readouterr().err == ""  # as was asked
+
+
+DIVISIONS = [
+    {},
+    {"validation_fraction": 0.0},
+    {"validation_fraction": 0.2},
+    {"validation_fraction": 0.5},
+    {"held_out": "test"},
+    {"held_out": "test", "held_out_fraction": 0.4, "validation_fraction": 0.3},
+    {"held_out": "more"},
+    {"held_out": "val"},
+    {"held_out": "train", "split": "val"},
+    {"split": "more", "held_out": "val", "validation_fraction": 0.5},
+    {"limit": 5},
+    {"limit": 5, "validation_fraction": 0.5},
+]
+
+
+@pytest.mark.parametrize("part", ["validation", "held_out"])
+def test_images_that_were_trained_on_are_not_taken_for_new_ones(tmp_path, capsys, part):
+    """Whichever settings divide them: refused are exactly the divisions that share an image with the training split."""
+    for seed, (name, count) in enumerate((("train", 30), ("val", 12), ("more", 10))):
+        for k in range(count):
+            write_image(tmp_path / f"{name}/{k:02}.png", noise(12, 12, seed=100 * seed + k))
+    settings = [config(tmp_path, **options) for options in DIVISIONS]
+    loaded = [{name: bytes_of_each(images) for name, images in load_images(each).named().items()} for each in settings]
+    again = [config(f"{tmp_path}/../{tmp_path.name}", **options) for options in DIVISIONS]
+    capsys.readouterr()
+    refused = 0
+    for (then, before), (now, after) in product(zip(settings, loaded, strict=True), zip(again, loaded, strict=True)):
+        images = after.get(part, [])
+        if seen := len(set(before["train"]).intersection(images)):
+            told = rf"^data\..*: {seen} of these {len(images)} {part.replace('_', '-')} images were trained on"
+            with pytest.raises(UserError, match=told):
+                require_unseen(now, then, part)
+            refused += 1
+        else:
+            require_unseen(now, then, part)
+    assert 10 < refused < 100 and capsys.readouterr().err == ""
+    now = config(tmp_path, split="val", held_out="train", validation_fraction=0.5)
+    for unknown in (None, config(tmp_path / "elsewhere")):
+        require_unseen(now, unknown, part)
+
+
+@pytest.mark.parametrize("part", ["validation", "held_out"])
+def test_shards_that_are_divided_by_blocks_are_known_from_those_that_are_not(tmp_path, part):
+    write_table(tmp_path / "a.parquet", [*PNGS, *PNGS_MORE], list(range(40)))
+    options = {"validation_fraction": 0.2, "held_out_fraction": 0.2}
+    then, now = (config(tmp_path, **options, streaming=streaming) for streaming in (True, False))
+    shared = set(bytes_of_each(load_images(then).train)).intersection(bytes_of_each(getattr(load_images(now), part)))
+    assert shared
+    with pytest.raises(UserError, match="^data.streaming: "):
+        require_unseen(now, then, part)
 
 
 def test_only_the_first_process_tells(tmp_path, capsys, monkeypatch):
