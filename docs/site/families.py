@@ -39,9 +39,11 @@ def families() -> list[Any]:
     """The families, those with a page that says more first."""
     importlib.import_module("prior")
     opened: list[Any] = [cls for cls in subclasses(Registered) if "_members" in vars(cls)]
-    found = [cls for cls in opened if f"{cls.__module__}.".startswith(f"{cls._package}.")]  # none of somebody's tests
+    found = [
+        cls for cls in opened if f"{cls.__module__}.".startswith(f"{cls._packages[0]}.")
+    ]  # none of somebody's tests
     order = list(TITLES)
-    return sorted(found, key=lambda cls: order.index(cls._package) if cls._package in order else len(order))
+    return sorted(found, key=lambda cls: order.index(cls._packages[0]) if cls._packages[0] in order else len(order))
 
 
 def subclasses(cls: type) -> list[type]:
@@ -53,7 +55,7 @@ def subclasses(cls: type) -> list[type]:
 def title_of(family: Any) -> tuple[str, str, str]:
     """Folder, title and sentence; a family that `TITLES` lacks speaks for itself."""
     said = (family.__doc__ or "").partition("\n")[0]
-    return TITLES.get(family._package, (family.__name__.lower(), family.__name__, said))
+    return TITLES.get(family._packages[0], (family.__name__.lower(), family.__name__, said))
 
 
 def stage(texts: dict[str, str], root: Path) -> list[Any]:
@@ -65,7 +67,7 @@ def stage(texts: dict[str, str], root: Path) -> list[Any]:
         names = family.available()
         texts[f"models/{folder}/index.md"] = index(family, title, sentence)
         for name in names:
-            texts[f"models/{folder}/{name}.md"] = page(family, name, presets.get((family._package, name), []))
+            texts[f"models/{folder}/{name}.md"] = page(family, name, presets.get((family._packages[0], name), []))
         entries.append(
             {title: [f"models/{folder}/index.md", *({name: f"models/{folder}/{name}.md"} for name in names)]}
         )
@@ -76,7 +78,7 @@ def index(family: Any, title: str, sentence: str) -> str:
     """The table of a family, and its contract if no other page has it."""
     rows = ["| kind | what it is |", "|---|---|"]
     rows += [f"| [`{name}`]({name}.md) | {first_sentence(family.find(name))} |" for name in family.available()]
-    if contract := CONTRACTS.get(family._package):
+    if contract := CONTRACTS.get(family._packages[0]):
         after = f"All of them keep [the contract]({contract})."
     else:
         after = f"::: {family.__module__}.{family.__qualname__}"

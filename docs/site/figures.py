@@ -56,7 +56,7 @@ def of(family: Any, name: str) -> str:
         "tokenizer.quantizers": quantizer,
         "tokenizer.likelihoods": likelihood,
     }
-    drawer = drawers.get(family._package)
+    drawer = drawers.get(family._packages[0])
     if drawer is None:
         return ""
     with seeded():

@@ -111,7 +111,7 @@ def test_methods_that_are_functions_show_their_signatures(built: Path) -> None:
         "complete": ("known", "draws", "Fill in"),
         "anomaly_score": ("method", "labels"),
         "embed": ("images", "pool"),
-        "from_pretrained": ("revision", "expected_sha256"),
+        "from_pretrained": ("revision", "verify"),
     }.items():
         assert all(word in parts[name] for word in words), name
         assert "pipe:" not in parts[name].split("</code>")[0]

@@ -502,8 +502,9 @@ def test_a_folder_of_our_own_work_is_not_taken_by_another_run(world, tmp_path):
 
 
 WRITING = {
-    "tokenizer/files/calls.py": "the rule",
-    "tokenizer/files/writing.py": "the rule",
+    "pipelines/files/calls.py": "the rule",
+    "tokenizer/files.py": "models, whole or not at all",
+    "pipelines/files/writing.py": "the rule",
     "pipelines/images/pictures.py": "write_image, of a new file",
     "pipelines/tokens/shards.py": "a shard, in a folder that is being made",
     "pipelines/jobs/pieces.py": "the work folder of an encode, or of many images",
@@ -518,14 +519,14 @@ WRITING = {
     "pipelines/tracking/record.py": "the record of a run",
     "pipelines/tracking/tensorboard_run.py": "TensorBoard's files of a run",
     "pipelines/training/heartbeat.py": "the signs of a run's processes",
-    "tokenizer/files/claims.py": "the claim on what is written",
+    "pipelines/files/claims.py": "the claim on what is written",
     "pipelines/processes/claims.py": "the folder that a claim is in",
     "pipelines/images/bad.py": "the record of a run",
     "pipelines/metrics/perceptual.py": "the cache of weights",
     "pipelines/images/shards/reader.py": "the cache of indices",
     "pipelines/tokens/parquet.py": "a dataset, in a folder that is being made",
     "pipelines/stages/storing.py": "a pipeline, in a folder that is being made",
-    "tokenizer/files/pushing.py": "a model's card, in a temporary folder",
+    "tokenizer/model.py": "a model's card, in a temporary folder",
     "pipelines/app/space.py": "a Space, in a folder that is being made",
     "pipelines/tracking/lineage.py": "the folder of the run of W&B that notes an encode",
     "pipelines/evaluate.py": "results, in a folder that is being made",

@@ -199,7 +199,6 @@ def test_a_misspelt_split_is_refused_where_there_is_only_one(tmp_path, folders, 
         load_images(config(tmp_path, held_out="vla", **options))
     for held_out in (None, "test"):
         assert len(load_images(config(tmp_path, held_out=held_out, **options)).held_out) == 1
-    assert len(load_images(config(tmp_path, held_out="vla", **options), begun=True).held_out) == 1
 
 
 def test_a_folder_without_images_is_no_split(tmp_path, capsys):
