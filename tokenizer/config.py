@@ -151,7 +151,7 @@ class Node:
         try:
             config: ModelConfig = member.Config(**{key: item for key, item in node.items() if key != "kind"})
         except ConfigError as error:
-            raise error.__cause__ or error from None  # with the places of what is wrong
+            raise error.details or error from None  # with the places of what is wrong
         return config
 
     def to_preset(self, value: Any) -> Data:
@@ -198,7 +198,9 @@ class ModelConfig(Settings):
             super().__init__(**values)
         except ValidationError as error:
             lines = "; ".join(explain(type(self), values, error))
-            raise ConfigError(f"{self.kind or type(self).__name__}: {lines}") from error
+            refusal = ConfigError(f"{self.kind or type(self).__name__}: {lines}")
+            refusal.details = error
+            raise refusal from None  # pydantic's own text, many lines, would come first
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

@@ -59,6 +59,9 @@ class UnreadableError(PathError):
 class ConfigError(PipelineLoadError):
     """A configuration value is unknown, of the wrong type or out of range."""
 
+    details: ValueError | None = None
+    """pydantic's error, if there is one."""
+
 
 class IntegrityError(PipelineLoadError):
     """A file differs from its manifest, or two parts do not belong together."""

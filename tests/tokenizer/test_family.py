@@ -181,16 +181,11 @@ def test_bad_configurations_are_named(config, message):
 
 @every_tokenizer
 def test_square_images_may_be_given_by_one_side(name, tmp_path):
-    """A file holds both sides, whichever way they were given, and no other is read."""
+    """A file holds both sides, whichever way they were given."""
     by_side, by_sides = (make_tokenizer(name, size, 1) for size in (16, (16, 16)))
     assert by_side.config == by_sides.config and by_side.image_shape == (1, 16, 16)
     by_side.save_pretrained(tmp_path / "saved")
-    path = tmp_path / "saved" / "config.json"
-    saved = json.loads(path.read_text())
-    assert saved["image_size"] == [16, 16]
-    path.write_text(json.dumps({**saved, "image_size": 16}))
-    with pytest.raises(ConfigError, match="image_size"):
-        Tokenizer.from_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/config.json").read_text())["image_size"] == [16, 16]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import PRIORS, QUANTIZERS, make_prior, make_tokenizer, node_of
 
-from prior import GPT, Prior
+from prior import Prior
+from prior.gpt import GPT
 from tokenizer import Tokenizer
 from tokenizer.files import ConfigError, FormatError, PathError, PipelineLoadError, WeightsError, write_json
 from tokenizer.model import VARIANTS, build_on_meta, round_weights, weights_name, weights_names

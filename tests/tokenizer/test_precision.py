@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -255,26 +254,6 @@ def use_and_leave() -> None:
     with pytest.raises(ZeroDivisionError), full_float32(), full_float32():
         assert set(precisions().values()).isdisjoint({"tf32", "bf16"})
         raise ZeroDivisionError
-
-
-def test_calls_that_overlap_keep_it_until_the_last_ends(lowered):
-    """The first to come ends first: the other goes on in float32; then all is as it was."""
-    before, entered, end, seen = precisions(), threading.Event(), threading.Event(), []
-
-    def second() -> None:
-        with full_float32():
-            entered.set()
-            assert end.wait(30)
-            seen.append(precisions())
-
-    thread = threading.Thread(target=second)
-    with full_float32():
-        within = precisions()
-        thread.start()
-        assert entered.wait(30)
-    end.set()
-    thread.join(30)
-    assert seen == [within] and within != before and precisions() == before
 
 
 def told(tell_it: Callable[[], Any], use: Callable[[], Any]) -> list[dict[str, str]]:
