@@ -405,12 +405,12 @@ def test_a_decoder_is_shown_near_codes_of_some_tokens(monkeypatch):
     monkeypatch.setattr(tokenizer, "_decode_vectors", lambda z: shown.append(z) or plain_decoded(z))
     tokenizer(images)
     codes = tokenizer.quantizer.lookup(torch.arange(32)[:, None, None]).flatten(1)
-    state = {name: value.clone() for name, value in tokenizer.state_dict().items()}
+    state = {name: value.clone() for name, value in tokenizer.quantizer.state_dict().items()}
     plain = tokenizer(images)
-    tokenizer.load_state_dict(state)  # codes move after each forward
+    tokenizer.quantizer.load_state_dict(state)  # codes move after each forward
     with perturbed(0.5, 0.2):
         found = tokenizer(images)
-        tokenizer.load_state_dict(state)
+        tokenizer.quantizer.load_state_dict(state)
         tokenizer.eval()(images[:8])
     painted = torch.cdist(shown[2].detach().movedim(1, -1).flatten(0, 2), codes).argmin(1).view(-1, 2, 2)
     changed = painted != found.tokens
