@@ -45,7 +45,7 @@ def one_training_forward() -> Iterator[None]:
 @torch.no_grad()
 def _update_all() -> None:
     for module, batches in _pending.batches.items():
-        module.update(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+        module.update(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*batches, strict=True)))
 
 
 class SelfUpdating(nn.Module):
