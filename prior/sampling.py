@@ -418,7 +418,7 @@ def check_labels(prior: Prior, labels: Tensor | None, count: int) -> Tensor | No
     if labels is None:
         return None
     labels = as_tensor(labels, prior.device)
-    if labels.shape != (count,) or labels.dtype.is_floating_point:
+    if labels.shape != (count,) or labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise ValueError(f"labels should be {count} whole numbers, got {labels.dtype} of {tuple(labels.shape)}")
     labels = labels.long()  # torch has no minimum of uint16
     if count and (int(labels.min()) < 0 or int(labels.max()) > prior.num_classes):
