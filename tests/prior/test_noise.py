@@ -160,7 +160,9 @@ def test_without_float64_numbers_are_computed_on_the_cpu(monkeypatch):
     expected = gumbel_noise(keys_of(3), TOKENS, 0, 50), draw_numbers(keys_of(30), MASKS, 7)
     moved = []
     monkeypatch.setattr(sampling, "finest", lambda device: torch.float32)
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda self, real=torch.Tensor.cpu: moved.append(self.numel()) or real(self))
+    monkeypatch.setattr(
+        torch.Tensor, "cpu", lambda self, real=torch.Tensor.cpu: moved.append(self.numel()) or real(self)
+    )
     assert torch.equal(gumbel_noise(keys_of(3), TOKENS, 0, 50), expected[0]) and moved[-1] == 3
     assert torch.equal(draw_numbers(keys_of(30), MASKS, 7), expected[1]) and moved[-1] == 30
 
