@@ -201,25 +201,6 @@ def _known_first(model, known):
     return torch.cat([model.order[flat], model.order[~flat]])
 
 
-@every_model
-@pytest.mark.parametrize(
-    ("order", "message"),
-    [
-        ("zigzag", "no order is called"),
-        (torch.zeros(12, dtype=torch.long), "once"),
-        (torch.arange(11), "once"),
-        (torch.arange(12).expand(3, -1), "each of 4"),
-    ],
-)
-def test_bad_orders_are_named(name, order, message):
-    with pytest.raises(ValueError, match=message):
-        make(name).sample(4, order=order)
-    with pytest.raises(ValueError, match=message):
-        make(name).log_prob(torch.zeros(4, 3, 4, dtype=torch.long), order=order)
-    with pytest.raises(ValueError, match="num_orders"):
-        make(name).log_prob(torch.zeros(4, 3, 4, dtype=torch.long), num_orders=0)
-
-
 def test_gpt_anneals_from_random_orders_to_its_own():
     model = make_prior("gpt", order="spiral_in", any_order=True, anneal=(0.4, 0.8), random_share=0.25)
     tokens = torch.zeros(4000, 3, 4, dtype=torch.long)

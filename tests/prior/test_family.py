@@ -367,17 +367,6 @@ def test_no_images_have_no_likelihoods(name):
         assert model.log_prob(tokens).shape == (0,)
 
 
-def test_unknown_names_list_what_there_is():
-    with pytest.raises(ValueError, match="gpt.*marginal"):
-        Prior.create("gtp", grid=TokenGrid((2, 2), 3))
-    with pytest.raises(ValueError, match="spiral_in"):
-        make_prior("gpt", order="zigzag")
-    with pytest.raises(ValueError, match="two axes"):
-        make_prior("gpt", shape=(2, 2, 2), order="hilbert")
-    with pytest.raises(ValueError, match="heads"):
-        make_prior("gpt", dim=32, heads=5)
-
-
 def test_marginal_is_fitted_by_counting():
     model = make_prior("marginal", shape=(1, 2), vocab_size=2, num_classes=2)
     tokens = torch.tensor([[[0, 1]], [[0, 0]], [[1, 1]], [[0, 1]]])

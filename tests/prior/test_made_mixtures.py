@@ -95,21 +95,6 @@ def test_steps_of_a_drawn_connectivity_equal_a_whole_pass(variant, walk, number)
     assert number == 0 or not torch.allclose(model(tokens, labels, order=order), whole)
 
 
-def test_a_mixture_is_refused_where_there_is_none():
-    tokens = torch.zeros(1, 3, 4, dtype=torch.long)
-    for model in (make_prior("made"), make_prior("gpt")):
-        with pytest.raises(ValueError, match="num_masks: .* as it was made has one connectivity"):
-            model.log_prob(tokens, num_masks=2)
-    with pytest.raises(ValueError, match="num_masks: made as it was made has one connectivity"):
-        make_prior("made").sample(2, num_masks=2)
-    agnostic = make_prior("made", connectivity_agnostic=True)
-    for wrong in (lambda: agnostic.sample(2, num_masks=0), lambda: agnostic.log_prob(tokens, num_masks=0)):
-        with pytest.raises(ValueError, match=r"num_masks must be at least 1 \(got 0\)"):
-            wrong()
-    with pytest.raises(ValueError, match="masks: needs order_agnostic or connectivity_agnostic"):
-        make_prior("made", masks=2)
-
-
 def test_a_finite_set_of_masks_is_that_of_the_mixture():
     model = make_prior("made", hidden=(20, 30), order_agnostic=True, connectivity_agnostic=True, masks=3)
     tokens, drawn = draw_tokens(model, 2), []

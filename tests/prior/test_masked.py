@@ -9,11 +9,11 @@ import math
 import pytest
 import torch
 from frequencies import as_frequent
+from prior.sampling.confidence import MaskedSampler, still_masked
 from small import draw_tokens, generators, make_prior
 
 from prior import Prior
 from prior.masked import SCHEDULES, bound_masks
-from prior.sampling.confidence import MaskedSampler, still_masked
 
 
 def make(shape=(2, 3), vocab_size=3, **config):

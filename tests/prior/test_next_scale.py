@@ -144,24 +144,3 @@ def test_it_learns_that_a_fine_scale_follows_from_a_coarse_one():
         optimizer.step()
     nats = -model.eval().token_log_probs(tokens[:64]).detach().mean(0)
     assert nats[1:5].max() < 0.1 and nats[:1].min() > 1.2 and nats[5:].min() > 1.1
-
-
-@pytest.mark.parametrize(
-    ("grid", "config", "message"),
-    [
-        (
-            TokenGrid((7, 7), 4),
-            {},
-            r"grid: needs a tokenizer with quantizer.kind=multiscale \(got tokens of 7x7, without scales\)",
-        ),
-        (TokenGrid((70,), 4), {}, r"grid: needs .* \(got tokens of 70, without scales\)"),
-        (TokenGrid((5,), 4, ((1, 1), (2, 2))), {"order": "random:3"}, "order: must be raster, .* .got 'random:3'"),
-        (TokenGrid((5,), 4, ((1, 1), (2, 2))), {"blocks": (5,)}, r"blocks: must be null, .* \(got \[5\]\)"),
-        (TokenGrid((5,), 4, ((1, 1), (2, 2))), {"heads": 5}, "heads: dim must be a multiple"),
-        (TokenGrid((5,), 4, ((1, 1), (2, 2))), {"attention": "half"}, "attention"),
-    ],
-)
-def test_what_does_not_fit_is_named_in_one_line(grid, config, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        Prior.create("next_scale", grid=grid, **config)
-    assert "\n" not in str(caught.value)

@@ -222,26 +222,6 @@ def test_every_label_table_reaches_the_logits(name, count):
 
 
 @both
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"order": "snake"}, "order: {name} walks the grid in raster order only (got 'snake')"),
-        ({"order": "random:3"}, "order: {name} walks the grid in raster order only (got 'random:3')"),
-        ({"shape": (5,)}, "grid: {name} needs a grid of two axes (got (5,))"),
-        ({"shape": (2, 2, 2)}, "grid: {name} needs a grid of two axes (got (2, 2, 2))"),
-        ({"kernel": 4}, "kernel: must be odd (got 4)"),
-        ({"first_kernel": 6}, "first_kernel: must be odd (got 6)"),
-        ({"kernel": 1}, "kernel: must be >= 3 (got 1)"),
-        ({"depth": 0}, "depth: must be >= 1 (got 0)"),
-    ],
-)
-def test_what_they_can_not_do_is_refused(name, config, message):
-    with pytest.raises(ValueError) as caught:
-        make_prior(name, **config)
-    assert str(caught.value) == f"{name}: {message.format(name=name)}"
-
-
-@both
 def test_published_sizes(name):
     """15 blocks of 16 channels; 10 gated layers of 128 channels: as 28x28 binary pixels have been modelled."""
     config = {"dim": 16, "depth": 15} if name == "pixelcnn" else {"dim": 128, "depth": 10}

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from costs import Operations, all_steps, flops
 from givens.headed import HEADS, make_headed
+from prior.stages import Grow
 from small import draw_tokens, make_prior, moved_by
 from torch import nn
 
 from prior import Prior
 from prior.layers import CausalConv2d, RowCache, WholeRows, see
-from prior.stages import Grow
 from tokenizer import TokenGrid
 
 KIND = "pixelcnn_pp"
@@ -280,19 +280,3 @@ def test_growing_is_the_transpose_of_a_stride(columns, size):
 
 
 # Configurations
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"order": "snake"}, "order: {name} walks the grid in raster order only (got 'snake')"),
-        ({"shape": (5,)}, "grid: {name} needs a grid of two axes (got (5,))"),
-        ({"stages": 0}, "stages: must be >= 1 (got 0)"),
-        ({"dropout": 1.0}, "dropout: must be < 1 (got 1.0)"),
-        ({"depth": 0}, "depth: must be >= 1 (got 0)"),
-    ],
-)
-def test_what_it_can_not_do_is_refused(config, message):
-    with pytest.raises(ValueError) as caught:
-        make_prior(KIND, **config)
-    assert str(caught.value) == f"{KIND}: {message.format(name=KIND)}"

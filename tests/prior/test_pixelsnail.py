@@ -173,19 +173,3 @@ def test_dropout_is_for_training_only():
     assert torch.equal(*drawn) and torch.equal(drawn[0], model.eval().sample(4, generator=generators(4)))
     for block in model.layers:
         assert {module.p for module in block.modules() if isinstance(module, torch.nn.Dropout)} == {0.5}
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"order": "snake"}, "order: pixelsnail walks the grid in raster order only .got 'snake'"),
-        ({"shape": (4,)}, "grid: pixelsnail needs a grid of two axes"),
-        ({"shape": (2, 2, 2)}, "grid: pixelsnail needs a grid of two axes"),
-        ({"kernel": 4}, "kernel: must be odd"),
-        ({"key": 16, "value": 8}, "key: must be at most value"),
-        ({"residual": 0}, "residual: must be >= 1"),
-    ],
-)
-def test_impossible_settings_are_refused_by_name(settings, message):
-    with pytest.raises(ValueError, match=message):
-        make_prior("pixelsnail", **settings)

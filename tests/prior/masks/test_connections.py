@@ -7,10 +7,10 @@ import threading
 import pytest
 import torch
 from givens.made_variants import earlier, every_variant, make_made, make_same
+from prior.masks.connections import Memory, build_masks, chosen_degrees, degrees_of, even_degrees, random_degrees
 from small import draw_tokens, make_prior
 
 from pipelines.training.schedule import move_average
-from prior.masks.connections import Memory, build_masks, chosen_degrees, degrees_of, even_degrees, random_degrees
 
 # Degrees
 

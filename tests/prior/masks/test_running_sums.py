@@ -4,9 +4,8 @@ import pytest
 import torch
 from costs import Operations, all_steps, flops
 from givens.made_variants import ROWS, WIDE, every_variant, make_made
-from small import draw_tokens, generators, make_prior
-
 from prior.masks.running_sums import of_units, summed
+from small import draw_tokens, generators, make_prior
 
 
 @pytest.mark.sparse

@@ -11,9 +11,8 @@ from costs import all_steps, flops, saved_elements
 from small import ORDERS, draw_tokens, generators, make_prior, moved_by
 from torch.nn.attention.flex_attention import flex_attention
 
-from prior import Prior
-from prior.masks import windows
-from prior.masks.windows import Window
+from prior import Prior, masks
+from prior.masks import Window
 from prior.orders import make_order
 
 SHAPE = (5, 6)
@@ -37,7 +36,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 some_cases = pytest.mark.parametrize("case", [CASES[1], CASES[-1]], ids=str)
 
 
-every_tile = pytest.mark.parametrize("tile", [(2, 2), windows.TILE], ids=str)
+every_tile = pytest.mark.parametrize("tile", [(2, 2), masks.TILE], ids=str)
 """Many with few keys, or two that nearly fill the grid; all else is tested with the first."""
 
 
@@ -48,7 +47,7 @@ def tile():
 
 @pytest.fixture(autouse=True)
 def set_tile(tile, monkeypatch):
-    monkeypatch.setattr(windows, "TILE", tile)
+    monkeypatch.setattr(masks, "TILE", tile)
 
 
 def seen_by_definition(order, shape, window, dilation):
@@ -163,7 +162,7 @@ def test_a_window_that_covers_the_grid_is_none(monkeypatch):
     expected = plain(tokens)
     for window, tiled in (((4, 5), False), ((9, 9), False), ((4, 5), True), ((9, 9), True)):
         if tiled:
-            monkeypatch.setattr(windows, "covers", lambda *_: False)
+            monkeypatch.setattr(masks, "covers", lambda *_: False)
         model = make_prior("gpt", SHAPE, window=window)
         model.load_state_dict(plain.state_dict())
         assert (model.layers[0].window is not None) == tiled
@@ -187,10 +186,10 @@ def test_layers_of_one_dilation_share_a_window():
 def test_a_compiled_layer_attends_alike():
     """In one graph, and with gradients."""
     layer = Case((1, 2)).model().layers[0].double().train()
-    x, turns = torch.randn(2, 30, 32, dtype=torch.float64, requires_grad=True), torch.ones(30, 2, 8, 2).double()
+    x, rotations = torch.randn(2, 30, 32, dtype=torch.float64, requires_grad=True), torch.ones(30, 2, 8, 2).double()
     outputs = []
     for call in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
-        out = call(x, turns)
+        out = call(x, rotations)
         outputs.append((out, *torch.autograd.grad(out.square().sum(), x)))
     torch.testing.assert_close(*outputs)
 
@@ -237,38 +236,6 @@ def test_save_and_load(tmp_path):
     saved = json.loads((tmp_path / "prior" / "config.json").read_text())
     assert saved["window"] == [1, 2] and saved["dilation"] == [2, 1]
     assert loaded.state_dict().keys() == make_prior("gpt", SHAPE).state_dict().keys()
-
-
-def test_without_a_window_a_model_is_what_it_was(tmp_path):
-    """Files from before there were windows load, and fingerprints are theirs."""
-    model = make_prior("gpt", SHAPE)
-    assert not {"window", "dilation"} & set(model.config.identity())
-    model.save_pretrained(tmp_path / "prior")
-    path = tmp_path / "prior" / "config.json"
-    older = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("window", "dilation")}
-    path.write_text(json.dumps(older))
-    assert Prior.from_pretrained(tmp_path / "prior").fingerprint() == model.fingerprint()
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"window": (0, 2)}, r"window: rows and columns must be at least 1 \(got \[0, 2\]\)"),
-        ({"window": (2, -1)}, r"window: rows and columns must be at least 1 \(got \[2, -1\]\)"),
-        ({"window": (1, 1), "shape": (12,)}, r"window: needs a grid of two axes \(got \(12,\)\)"),
-        ({"window": (1, 1), "shape": (2, 2, 3)}, r"window: needs a grid of two axes"),
-        ({"window": (1, 1), "any_order": True}, "window: does not go with any_order"),
-        ({"dilation": (1, 1)}, "dilation: only a window has one; set window, too"),
-        ({"window": (1, 1), "dilation": (1,)}, r"dilation: expected one for each of the 2 layers \(got \[1\]\)"),
-        ({"window": (1, 1), "dilation": (1, 0)}, "dilation"),
-        ({"window": (1, 2, 3)}, "window"),
-        ({"window": (1, 1 << 30)}, "window"),
-        ({"window": (200, 200), "shape": (300, 300)}, "window: .200, 200. is too large for a grid of 90000 tokens"),
-    ],
-)
-def test_bad_windows_are_named(config, message):
-    with pytest.raises(ValueError, match=message):
-        make_prior("gpt", **config)
 
 
 def test_a_window_is_built_from_any_times_and_places():
