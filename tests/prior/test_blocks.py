@@ -10,7 +10,7 @@ from frequencies import as_frequent
 from small import PARTITIONS, draw_tokens, generators, make_prior
 
 from pipelines.stages.completion import region_log_prob
-from prior.orders import Partition, after_known, block_numbers, make_partition
+from prior.orders import Partition, block_numbers, blocks_after_known, make_partition
 
 every_partition = pytest.mark.parametrize("order", PARTITIONS)
 takers = pytest.mark.parametrize("name", ["blocks", "masked"])
@@ -98,7 +98,7 @@ def test_known_tokens_come_first_and_leave_the_cuts(name, order):
         assert torch.equal(together, model.sample(7, generator=generators(7), tokens=tokens, known=known, **path))
     for k in range(7):
         flat, count = known[k].flatten()[model.order], int(known[k].sum())
-        walk = Partition(torch.cat([model.order[flat], model.order[~flat]]), after_known(model.blocks, count))
+        walk = Partition(torch.cat([model.order[flat], model.order[~flat]]), blocks_after_known(model.blocks, count))
         alone = model.sample(1, generator=[generators(7)[k]], tokens=tokens[k], known=known[k], order=walk)
         assert torch.equal(alone[0], together[k])
 

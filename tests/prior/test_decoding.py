@@ -7,15 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from costs import all_steps
-from givens.headed import make_headed
 from small import ANY_ORDER, PRIORS, VARIANTS, draw_known, draw_tokens, generators, make_prior
-from torch import nn
 
 from prior import Prior, base
-from prior.base import FEW_ROWS, evaluation_mode, to_device_async
-from prior.heads import PositionSteps
-from prior.layers import ClosingLayers, pack
+from prior.base import evaluation_mode, to_device_async
 from prior.orders import Partition, make_partition
 from prior.sampling import SampleBatch, UncachedState
 
@@ -72,27 +67,6 @@ def test_without_a_fast_path_all_ways_of_sampling_draw_the_same(slow):
     for walk in walks(slow):
         drawn = [slow.sample(3, labels, generator=generators(3), order=walk, cache=cache) for cache in (True, False)]
         assert torch.equal(*drawn)
-
-
-@pytest.mark.parametrize("kind", ["gpt", "blocks"])
-@pytest.mark.parametrize("order", ["raster", "snake"])
-def test_positions_are_walked_one_id_after_the_other(kind, order):
-    model = make_headed(kind, "depth", {"levels": 3}, order).double()
-    state = model.start(2, None)
-    assert isinstance(state, PositionSteps) and state.takes_blocks == (kind == "blocks")
-    tokens = draw_tokens(model, 2)
-    with torch.no_grad():
-        whole = model(tokens)[:, model.order]
-        assert (all_steps(model, tokens) - whole).abs().max() < 1e-9
-
-
-def test_blocks_of_positions_are_walked_one_level_after_the_other():
-    model = make_headed("blocks", "depth", {"levels": 3}, "halton:2").double()
-    tokens, labels = draw_tokens(model, 2), torch.tensor([0, 3])
-    assert max(model.blocks) > 1 and len(model.blocks) == 6
-    with torch.no_grad():
-        whole = model(tokens, labels)[:, model.order]
-        assert (all_steps(model, tokens, labels) - whole).abs().max() < 1e-9
 
 
 def test_without_labels_all_are_of_the_null_class():
@@ -237,22 +211,6 @@ def test_what_is_drawn_is_the_callers_to_train_on():
     assert drawn.shape == (2, 3, 4) and drawn.dtype == torch.int64 and not drawn.is_inference()
     model.loss_from_outputs(model(drawn), drawn).backward()
     assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "class" not in name)
-
-
-@pytest.mark.parametrize("rows", [1, 3, 4, 9])
-def test_weights_are_laid_out_for_so_many_rows(rows):
-    weight, kernel, x = torch.randn(5, 3), torch.randn(5, 3, 2, 4), torch.randn(rows, 3)
-    packed = pack(nn.Parameter(weight), rows)
-    assert torch.equal(packed, weight.t()) and not packed.requires_grad
-    assert packed.is_contiguous() == (rows < FEW_ROWS) and packed.t().is_contiguous() == (rows >= FEW_ROWS)
-    patches = torch.randn(rows, 2, 4, 3)
-    expected = torch.einsum("nrci,oirc->no", patches, kernel)
-    torch.testing.assert_close(patches.flatten(1) @ pack(kernel, rows), expected, rtol=1e-4, atol=1e-5)
-    hidden, head = nn.Linear(3, 7), nn.Linear(7, 2)
-    closing = ClosingLayers(hidden, head, rows, torch.relu_)
-    with torch.no_grad():
-        expected = head(hidden(x.relu()).relu())
-    torch.testing.assert_close(closing.outputs(x.clone()), expected)
 
 
 @pytest.mark.parametrize("precision", [False, True])

@@ -7,7 +7,7 @@ from itertools import accumulate
 import counter_noise
 import pytest
 import torch
-from costs import all_steps, flops
+from costs import Operations, all_steps, flops
 from frequencies import as_frequent
 from small import (
     ORDERS,
@@ -25,6 +25,7 @@ from small import (
 
 from prior import Prior
 from prior.orders import make_partition
+from prior.sampling import UncachedState
 from tokenizer import TokenGrid
 
 every_prior = pytest.mark.parametrize("name", [*PRIORS, *VARIANTS])
@@ -308,6 +309,38 @@ def test_weights_of_lower_precision_sample_too(name):
         drawn = model.sample(4, torch.arange(4), generator=generators(4), **path)
         assert drawn.shape == (4, *model.grid.shape) and drawn.min() >= 0 and drawn.max() < 5
     assert model.log_prob(drawn).isfinite().all()
+
+
+@every_prior
+def test_a_step_takes_as_many_operations_on_a_larger_grid(name):
+    """Of a cached path: nothing is packed, copied or grown along the way."""
+    counts = []
+    for side in (4, 8):
+        model = make_prior(name, shape=(side, side))
+        with torch.inference_mode():
+            state, last, steps = model.start(4, torch.arange(4)), None, []
+            if isinstance(state, UncachedState) or name == "next_scale":
+                return
+            for size in model.blocks:
+                with Operations() as operations:
+                    model.next_logits(state, last)
+                steps.append(len(operations.names))
+                last = torch.zeros(4, size, dtype=torch.long)
+        counts.append(max(steps[1:]))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("name", [name for name in PRIORS if "dropout" in make_prior(name).config.model_fields])
+def test_dropout_is_for_training_only(name):
+    model = make_prior(name, dropout=0.5)
+    tokens = draw_tokens(model, 4)
+    torch.manual_seed(0)
+    expected, drawn = model(tokens), model.sample(4, generator=generators(4))
+    assert torch.equal(model(tokens), expected)
+    assert not torch.equal(model.train()(tokens), expected)
+    for cache in (True, False):
+        assert torch.equal(model.sample(4, generator=generators(4), cache=cache), drawn)
+    assert model.training
 
 
 @every_prior

@@ -240,29 +240,6 @@ def test_labels_are_smoothed_over_all_ids():
         torch.testing.assert_close(head.nats(logits, ids, smoothing), expected[..., None])
 
 
-def test_a_head_knows_its_settings_and_its_grid():
-    for name, head in ALONE.items():
-        expected = 3 if name in ("depth of three", "logistic of colours") else 2 if name == "depth of two" else 1
-        assert (head.vocab_size, head.ids_per_position) == (20, expected), name
-    config = DepthConfig(dim=6, layers=3, hidden=5)
-    assert Depth(config, TokenGrid((4, 5), 20, levels=2)).config == config
-    assert ALONE["logistic of colours"].config.components == 4 and ALONE["softmax"].size == 20
-    assert ALONE["logistic of colours"].size == 4 * (1 + 3 + 3 + 3) and ALONE["logistic of grey"].size == 2 * 3
-
-
-def test_the_weights_of_a_depth_head_are_these():
-    """Files hold them by name; no layer has a bias."""
-    head = Depth(DepthConfig(dim=6, layers=2, hidden=5), TokenGrid((6, 5), 20, levels=3))
-    layer = {"norm.weight": (6,), "gate_up.weight": (10, 6), "down.weight": (6, 5)}
-    assert {name: tuple(value.shape) for name, value in head.state_dict().items()} == {
-        **{f"id_embeddings.{level}": (20, 6) for level in range(2)},
-        **{f"layers.{number}.{name}": shape for number in range(2) for name, shape in layer.items()},
-        **{"level_embedding": (3, 6), "norm.weight": (6,), "head.weight": (20, 6)},
-    }
-    for table in (head.level_embedding, *head.id_embeddings):
-        assert 0.05 < float(table.detach().std()) < 0.2
-
-
 @pytest.mark.parametrize(("components", "means"), [(1, [0.0]), (2, [-1.0, 1.0]), (5, [-1.0, -0.5, 0.0, 0.5, 1.0])])
 def test_the_logistics_of_an_untrained_network_are_spread_over_all_values(components, means):
     head = Logistic(LogisticConfig(components=components), TokenGrid((3, 1), 256, channels=3)).double()
@@ -336,13 +313,6 @@ def test_every_lower_level_matters_and_no_higher_one():
         changed[0, level] = 3
         moved = (head.logits(outputs, changed) - before).abs().amax(-1)[0] > 1e-12
         assert moved.tolist() == [other > level for other in range(LEVELS)]
-
-
-def test_sizes_come_from_the_settings():
-    grid = TokenGrid((4, 2), 5, levels=2)
-    wide, narrow = Depth(DepthConfig(dim=8, layers=3, hidden=40), grid), Depth(DepthConfig(dim=8), grid)
-    assert len(wide.layers) == 3 and wide.layers[0].down.weight.shape == (8, 40)
-    assert narrow.layers[0].down.weight.shape == (8, 16) and wide.size == narrow.size == 8
 
 
 # The mixture of logistics

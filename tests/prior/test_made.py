@@ -1,4 +1,4 @@
-"""The masked autoencoder: its logits are those of its paper, its masks, its densities, its running sums, its mixtures."""
+"""The masked autoencoder: logits as in its paper, masks, densities, running sums, mixtures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from costs import Operations, all_steps, flops
+from costs import all_steps, flops
 from frequencies import as_frequent
 from givens.made_variants import (
     ROWS,
@@ -25,8 +25,7 @@ from small import draw_tokens, generators, make_prior, moved_by
 from pipelines import ImagePipeline
 from pipelines.training.schedule import move_average
 from prior import Prior
-from prior.made import LastResult, build_masks, even_degrees, random_degrees, select_units, sum_inputs
-from prior.orders import make_order
+from prior.made import LastResult, even_degrees, random_degrees, sum_inputs
 from tokenizer import TokenGrid, Tokenizer
 
 # Masks
@@ -80,13 +79,6 @@ def test_gradients_reach_exactly_what_is_not_masked():
     assert (model.input.grad != 0).any(1).equal(ranks < first)
     assert (model.hidden[0].grad != 0).equal(first <= second[:, None])
     assert (model.output.grad != 0).any(1).equal(last <= ranks)
-
-
-def test_dropout_is_only_trained_with():
-    model = make_made("three layers", dropout=0.5)
-    tokens = draw_tokens(model, 3)
-    assert torch.equal(model(tokens), model(tokens)) and torch.equal(model(tokens), make_same(model)(tokens))
-    assert not torch.equal(model.train()(tokens), model(tokens))
 
 
 # Densities
@@ -185,32 +177,6 @@ def test_the_loss_is_the_cross_entropy(variant):
     logits = model(tokens)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
     assert model.loss_from_outputs(logits, tokens).item() == pytest.approx(expected.item(), abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    "config", [{}, {"embedding": 24}, {"direct": True}, {"embedding": 24, "direct": True}, {"vocab_size": 2}], ids=str
-)
-def test_numbers_are_neither_larger_nor_much_smaller_behind_every_layer(config):
-    """He's variances, of the half of the inputs that a unit sees on average; a one-hot row counts once."""
-    grid = TokenGrid((8, 8), config.get("vocab_size", 8))
-    settings = {key: value for key, value in config.items() if key != "vocab_size"}
-    model = Prior.create("made", grid=grid, hidden=(768, 512, 640), **settings).eval()
-    seen = 64 * config.get("embedding", 1) / 2
-    halves = {"input": seen, "hidden.0": 768 / 2, "hidden.1": 512 / 2}
-    for name, half in halves.items():
-        assert float(model.get_parameter(name).detach().square().mean()) == pytest.approx(2 / half, rel=0.05), name
-    assert float(model.output.detach().square().mean()) == pytest.approx(1 / 640, rel=0.05)
-    if config.get("direct"):
-        assert float(model.direct.detach().square().mean()) == pytest.approx(0.5 / seen, rel=0.05)
-    if config.get("embedding"):
-        assert float(model.embedding.detach().square().mean()) == pytest.approx(1, rel=0.3)
-        assert float(model.head.detach().square().mean()) == pytest.approx(1 / 24, rel=0.3)
-    activated, tokens = [], draw_tokens(model, 64)
-    model.dropout.register_forward_hook(lambda module, inputs, output: activated.append(inputs[0]))
-    with torch.no_grad():
-        logits = model(tokens)
-    assert float(activated[0].square().mean()) == pytest.approx(1.0, abs=0.15)
-    assert all(0.2 < float(each.square().mean()) < 1.2 for each in activated) and 0.1 < float(logits.std()) < 1.2
 
 
 # Degrees
@@ -329,36 +295,6 @@ def test_a_copy_keeps_nothing_of_the_original():
         assert torch.equal(other(tokens), make_same(other)(tokens)) and not torch.equal(other(tokens), model(tokens))
 
 
-def test_masks_are_where_a_path_may_be():
-    """From a token to units that see it, on to those of at least their degree, and out to places behind."""
-    ranks, degrees = torch.tensor([2, 0, 1, 3]), [torch.tensor([1, 2, 3]), torch.tensor([1, 3])]
-    masks = build_masks(ranks, degrees, 2, torch.float64)
-    assert [tuple(mask.shape) for mask in masks] == [(4, 1, 3), (2, 3), (4, 1, 8), (4, 1, 2)]
-    assert all(mask.dtype == torch.float64 and not mask.requires_grad for mask in masks)
-    for token, rank in enumerate(ranks.tolist()):
-        assert masks[0][token, 0].tolist() == [float(rank < degree) for degree in (1, 2, 3)]
-        assert masks[3][token, 0].tolist() == [float(degree <= rank) for degree in (1, 3)]
-        seen_by = [float(rank < other) for other in ranks.tolist() for _ in range(2)]
-        assert masks[2][token, 0].tolist() == seen_by
-    assert masks[1].tolist() == [[1, 0, 0], [1, 1, 1]]
-    assert len(build_masks(ranks, degrees, None, torch.float32)) == 3
-
-
-def test_what_was_built_is_kept_until_a_tensor_is_another_or_has_changed():
-    memory, one, two, counts = LastResult(), torch.zeros(2), torch.zeros(2), itertools.count()
-
-    def built(*inputs: torch.Tensor) -> int:
-        return memory.get(list(inputs), lambda: [next(counts)])[0]
-
-    assert [built(one, two), built(one, two)] == [0, 0]
-    assert [built(two, one), built(two, one), built(two), built(two)] == [1, 1, 2, 2]
-    two.add_(1)
-    assert [built(two), built(two)] == [3, 3]
-    with torch.inference_mode():
-        kept = torch.zeros(2)
-        assert [built(kept), built(kept), built(two, kept), built(two, kept)] == [4, 4, 5, 5]
-
-
 def test_another_connectivity_is_used_while_the_context_lasts():
     one, two = make_prior("made", connectivity_agnostic=True), make_prior("made", connectivity_agnostic=True)
     own = one.current_degrees
@@ -429,49 +365,6 @@ def test_sampling_costs_a_share_of_one_pass(config, bound):
         assert steps <= bound * whole
 
 
-@pytest.mark.parametrize("num_classes", [0, 3])
-def test_samples_can_be_counted(num_classes):
-    model = make_made("two ids", num_classes=num_classes)
-    assert 0 < flops(lambda: model.sample(4)) < flops(lambda: model(draw_tokens(model, 4)))
-
-
-def test_a_step_is_few_operations_whatever_the_sizes():
-    counts = set()
-    for shape, rows in (((4, 4), 4), ((16, 16), 32)):
-        model = make_prior("made", shape=shape, hidden=(512, 512), order_agnostic=True)
-        state, token = model.start(rows, torch.zeros(rows).long()), torch.zeros(rows).long()
-        with torch.inference_mode():
-            state.step(None)
-            for _ in range(8):
-                with Operations() as step:
-                    state.step(token)
-                counts.add(len(step.names))
-                assert step.largest <= rows * 512, "a step may not copy weights or maps"
-    assert max(counts) <= 40
-
-
-@pytest.mark.parametrize("variant", ["three layers", *WIDE])
-def test_steps_equal_a_whole_pass_whatever_the_degrees(variant):
-    """Drawn ones are in no order: units are put into one, in every layer, with their weights and their bias."""
-    model = make_made(variant, connectivity_agnostic=True).double()
-    tokens, labels = draw_tokens(model, 3), torch.arange(3)
-    with torch.no_grad():
-        own = model(tokens, labels)
-        for number in (1, 2):
-            with model.connected(number):
-                whole = model(tokens, labels)
-                assert (all_steps(model, tokens, labels) - whole[:, model.order]).abs().max() < 1e-9
-            assert (whole - own).abs().max() > 1e-3
-
-
-def test_units_in_order_are_left_where_they_are():
-    weight = torch.randn(3, 4)
-    assert select_units(weight, 1, torch.arange(4)) is weight
-    assert torch.equal(select_units(weight, 1, torch.tensor([2, 0, 3, 1])), weight[:, [2, 0, 3, 1]])
-    assert torch.equal(select_units(weight, 0, torch.tensor([1, 0, 2])), weight[[1, 0, 2]])
-    assert torch.equal(select_units(weight, -1, torch.tensor([0, 1, 3, 2])), weight[:, [0, 1, 3, 2]])
-
-
 @pytest.mark.parametrize("ids", [False, True])
 def test_units_sum_over_all_positions(ids):
     weight = torch.randn(5, 4, 6).double()
@@ -512,7 +405,7 @@ def test_a_mixture_of_orders_and_masks_is_a_density(name):
         for number in range(4):  # each as the paper has it
             degrees = model.numbered_degrees(number)
             for order in model.orders(mixture["num_orders"]):
-                walk = model.order if order is None else make_order(order, (2, 2))
+                walk = model.to_partition(order).order
                 logits = torch.stack([by_the_paper(model, grid, 1, walk, degrees) for grid in grids])
                 each = logits.log_softmax(-1).gather(-1, grids.reshape(-1, 4, 1)).sum((1, 2))
                 members.append(each.exp())
@@ -572,7 +465,7 @@ def test_a_finite_set_of_masks_is_that_of_the_mixture():
         drawn.append(model.training_inputs(tokens, 0.3))
     orders = {tuple(each["order"].tolist()) for each in drawn}
     degrees = {tuple(torch.cat(each["degrees"]).tolist()) for each in drawn}
-    names = [model.order, *(make_order(name, (3, 4)) for name in model.orders(3)[1:])]
+    names = [model.to_partition(order).order for order in model.orders(3)]
     assert orders == {tuple(order.tolist()) for order in names}
     assert degrees == {tuple(torch.cat(model.numbered_degrees(number)).tolist()) for number in range(3)}
     assert len({(tuple(each["order"].tolist()), int(each["degrees"][0].sum())) for each in drawn}) == 9

@@ -58,12 +58,6 @@ def test_the_mean_is_that_of_torch(in_parts):
     assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-8)
 
 
-def test_few_logits_are_treated_as_ever():
-    logits, ids = logits_and_ids()
-    assert logits.numel() < objectives.LARGE
-    assert torch.equal(mean_nats(logits, ids), F.cross_entropy(logits.flatten(0, 1), ids.flatten()))
-
-
 def test_only_the_logits_are_kept(in_parts):
     """In their own type: plain cross-entropy keeps as many float32 numbers beside them."""
     logits, ids = logits_and_ids(torch.bfloat16)
@@ -170,11 +164,6 @@ def test_a_loss_that_bounds_no_likelihood_is_not_logged_as_bits(config, is_bound
     assert ("bits_per_token" in logged) == is_bound
     if is_bound:
         assert float(logged["bits_per_token"]) == pytest.approx(float(loss.detach()) / 0.6931471805599453)
-
-
-def test_so_many_rows_are_in_float32_at_a_time(monkeypatch):
-    monkeypatch.setattr(objectives, "AT_ONCE", 100)
-    assert [objectives.rows_at_once(torch.empty(9, ids)) for ids in (1, 33, 50, 51, 100, 101)] == [100, 3, 2, 1, 1, 1]
 
 
 # Alignment

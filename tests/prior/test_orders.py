@@ -103,12 +103,6 @@ def test_a_block_has_its_number():
     assert torch.equal(both[0], numbers) and torch.equal(both[1], block_numbers(order.flip(0), blocks))
 
 
-def test_orders_come_again():
-    for name in ("random:4:5", "spread:5", "halton:5"):
-        assert torch.equal(make_order(name, (6, 5)), make_order(name, (6, 5)))
-    assert not torch.equal(make_order("random:4:5", (6, 5)), make_order("random:5:5", (6, 5)))
-
-
 LONG = "9" * 5000
 PROBLEMS = {
     "no order is called": ["zigzag", "", "x" * 5000],
@@ -163,30 +157,6 @@ def test_what_makes_a_partition_has_no_problem_and_the_rest_has_one(shape):
 # One cell after another
 
 
-def steps(name, shape):
-    order = make_order(name, shape)
-    rows, columns = order // shape[1], order % shape[1]
-    return rows.diff().abs() + columns.diff().abs()
-
-
-@pytest.mark.parametrize(
-    ("name", "shapes"),
-    [("snake", SHAPES), ("spiral_in", SHAPES), ("spiral_out", SHAPES), ("hilbert", [(2, 2), (4, 4), (16, 16)])],
-)
-def test_walks_without_jumps(name, shapes):
-    for shape in shapes:
-        assert (steps(name, shape) == 1).all()
-
-
-def test_known_walks():
-    assert make_order("column", (2, 3)).tolist() == [0, 3, 1, 4, 2, 5]
-    assert make_order("snake", (2, 3)).tolist() == [0, 1, 2, 5, 4, 3]
-    assert make_order("spiral_in", (3, 3)).tolist() == [0, 1, 2, 5, 8, 7, 6, 3, 4]
-    assert make_order("spiral_out", (3, 3)).tolist() == [4, 3, 6, 7, 8, 5, 2, 1, 0]
-    assert make_order("z_curve", (4, 4)).tolist()[:8] == [0, 1, 4, 5, 2, 3, 6, 7]
-    assert make_order("subsample", (4, 4)).tolist()[:8] == [0, 2, 8, 10, 1, 3, 9, 11]
-
-
 def peeled(grid):
     """Clockwise from outside: the top row, then the rest turned to the left."""
     return [*grid[0].tolist(), *peeled(grid[1:].T.flip(0))] if grid.numel() else []
@@ -237,11 +207,6 @@ def test_curves_of_quadrants_are_those_of_their_recursion(name, curve, shape):
     side = 1 << (max(shape) - 1).bit_length()
     inside = [cell for cell in quadrants(curve, side) if cell[0] < shape[0] and cell[1] < shape[1]]
     assert make_order(name, shape).tolist() == [row * shape[1] + col for row, col in inside]
-
-
-def test_random_is_seeded():
-    assert torch.equal(make_order("random:4", (5, 5)), make_order("random:4", (5, 5)))
-    assert not torch.equal(make_order("random:4", (5, 5)), make_order("random:5", (5, 5)))
 
 
 # Blocks of cells that share a key
@@ -341,10 +306,6 @@ def test_sizes_grow_as_one_minus_cosine():
         for block in range(1, blocks + 1):
             assert abs(sum(sizes[:block]) - cells * (1 - math.cos(math.pi / 2 * block / blocks))) <= 2
     assert growing(49, 5) == (2, 7, 11, 14, 15)
-
-
-def test_as_many_blocks_as_cells_are_single_cells():
-    assert growing(49, 49) == (1,) * 49 and growing(49, 1) == (49,)
 
 
 def test_a_half_is_rounded_up_however_its_cosine_is():

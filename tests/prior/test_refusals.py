@@ -22,7 +22,8 @@ CONVOLUTIONAL = ("pixelcnn", "gated_pixelcnn", "pixelcnn_pp", "pixelsnail")
 # Configurations: kind, settings, key
 
 SETTINGS: list[tuple[str, dict[str, Any], str]] = [
-    ("causal_conv", {"max_dilation": 6}, "max_dilation"),
+    *(("causal_conv", {key: value}, key) for key, value in (("max_dilation", 6), ("kernel", 1), ("depth", 0))),
+    ("causal_conv", {"dropout": 1.0}, "dropout"),
     *((kind, {"order": order}, "order") for kind in CONVOLUTIONAL for order in ("snake", "random:3", "rows")),
     *((kind, {"grid": grid}, "grid") for kind in CONVOLUTIONAL for grid in (LONG, TokenGrid((2, 2, 3), 5))),
     *((kind, {key: 4}, key) for kind in ("pixelcnn", "gated_pixelcnn") for key in ("kernel", "first_kernel")),

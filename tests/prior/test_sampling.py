@@ -193,16 +193,6 @@ def test_the_likeliest_ids_up_to_a_mass():
             assert set(found.nonzero()[:, 0].tolist()) == allowed(row, None, mass)
 
 
-def test_the_mass_is_of_what_top_k_keeps():
-    """Of 0.4, 0.3, 0.2 and 0.1 the first two have 0.7 of all mass, and all of it once only they are left."""
-    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    drawn = {SamplingOptions(**given): set() for given in ({"top_p": 0.69}, {"top_k": 2, "top_p": 0.5}, {"top_k": 3})}
-    for options, ids in drawn.items():
-        noise = gumbel((2000, 4), 0)
-        ids.update(options.choose(logits.expand(2000, 4), noise).tolist())
-    assert list(drawn.values()) == [{0, 1}, {0}, {0, 1, 2}]
-
-
 # Ties, and temperatures next to nothing
 
 
@@ -508,13 +498,3 @@ def scale(settings, t):
     begin, end, power = settings["guidance_scale"], settings["guidance_end"], settings["guidance_power"]
     weight = t if power is None else (1 - math.cos(math.pi * t**power)) / 2
     return (1 - weight) * begin + weight * end
-
-
-def test_filters_that_keep_everything_keep_everything():
-    """Also an id whose share is lost in the rounding of the mass before it."""
-    logits, noise = torch.tensor([[50.0, 0.0, 0.0]]), torch.tensor([[0.0, 100.0, 0.0]])
-    for settings in ({}, {"top_p": 1.0}, {"top_k": 3}, {"top_k": 99}, {"top_k": 3, "top_p": 1.0}):
-        assert SamplingOptions(**settings).choose(logits, noise).tolist() == [1], settings
-    for settings in ({"top_p": 0.9}, {"top_k": 1}, {"temperature": 0.0}, {"temperature": 0.0, "top_k": 3}):
-        assert SamplingOptions(**settings).choose(logits, noise).tolist() == [0], settings
-    assert SamplingOptions(temperature=0.25).choose(logits, noise).tolist() == [0]  # 200 against 100
