@@ -136,6 +136,7 @@ def test_a_thread_that_ends_while_it_is_looked_at_is_no_fault(monkeypatch):
 @pytest.mark.parametrize("leak", OF_A_FILE)
 def test_what_a_file_of_tests_replaces_is_told_and_put_back(leak):
     import prior.sampling.noise
+
     from prior.sampling import GumbelNoise
 
     names, files, kept = leaks.Names(), leaks.open_files(), []

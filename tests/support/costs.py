@@ -8,7 +8,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-
 VIEWS = {
     "_unsafe_view",
     "alias",

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from small import PRIORS, QUANTIZERS, make_prior, make_tokenizer, node_of
 
-from prior import GPT, Prior
+from prior import Prior
+from prior.gpt import GPT
 from tokenizer import Tokenizer
 from tokenizer.files.errors import ConfigError, PathError
 from tokenizer.files.variants import VARIANTS, rounded, weights_name, weights_names
