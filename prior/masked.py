@@ -243,6 +243,8 @@ class Masked(Prior, name="masked"):
         MaskGIT does, and gives all masked tokens the same weight: it divides by the number that the schedule masks on
         average. (Dividing by the number actually masked would make the objective depend on how a batch is divided.)
         """
+        if "known" not in inputs:
+            raise ValueError("known: missing; the loss is that of the tokens that are not known")
         masked = ~inputs["known"].flatten(1)
         nats = self.output_head.nats(outputs, self.position_ids(tokens), self.config.label_smoothing)[..., 0]
         counts = masked.sum(1, keepdim=True) if self.config.schedule == "linear" else self.mean_masked

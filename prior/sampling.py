@@ -47,8 +47,10 @@ def draw_keys(generator: Generators, num_images: int) -> Tensor:
     """Draw the key of each image, int64 `(num_images,)` on the CPU: from its own generator, or from a single one (None:
     torch's global one) in turn. Generators advance, so a second call gives other images. Raises `ValueError` unless a
     list has one for each image, `TypeError` for anything that is no generator."""
-    each = list(generator) if isinstance(generator, Sequence) else [generator] * num_images
-    if others := [type(one).__name__ for one in each if not (one is None or isinstance(one, torch.Generator))]:
+    listed = isinstance(generator, Sequence)
+    each: list[Any] = list(generator) if isinstance(generator, Sequence) else [generator] * num_images
+    allowed = (torch.Generator,) if listed else (torch.Generator, type(None))
+    if others := [type(one).__name__ for one in each if not isinstance(one, allowed)]:
         raise TypeError(f"generator should be a torch.Generator, or a list of them (got {others[0]})")
     if len(each) != num_images:
         raise ValueError(f"got {len(each)} generators for {num_images} images; give one, or one per image")
@@ -418,7 +420,7 @@ def check_labels(prior: Prior, labels: Tensor | None, count: int) -> Tensor | No
     if labels is None:
         return None
     labels = as_tensor(labels, prior.device)
-    if labels.shape != (count,) or labels.dtype.is_floating_point:
+    if labels.shape != (count,) or labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise ValueError(f"labels should be {count} whole numbers, got {labels.dtype} of {tuple(labels.shape)}")
     labels = labels.long()  # torch has no minimum of uint16
     if count and (int(labels.min()) < 0 or int(labels.max()) > prior.num_classes):

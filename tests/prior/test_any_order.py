@@ -1,7 +1,4 @@
-"""Priors that take every order: likelihoods, samples and completions in each, and mixtures of them.
-
-Covers: prior/mixtures.py.
-"""
+"""Priors that take every order: likelihoods, samples and completions in each, and mixtures of them."""
 
 import itertools
 import math
@@ -10,10 +7,9 @@ import pytest
 import torch
 from costs import all_steps
 from frequencies import as_frequent
-from prior.requests import partition_of
-from small import ANY_ORDER, ORDERS, PRIORS, generators, make_prior
+from small import ANY_ORDER, ORDERS, PRIORS, draw_tokens, generators, make_prior
 
-from prior.orders import Partition, after_known, known_first, make_order
+from prior.orders import Partition, blocks_after_known, known_first, make_order
 
 every_model = pytest.mark.parametrize("name", sorted(set(ANY_ORDER) & set(PRIORS)))
 
@@ -35,9 +31,9 @@ def test_a_model_says_whether_it_takes_every_order(name):
     assert not fixed.any_order
     tokens = torch.randint(5, (2, 3, 4))
     assert torch.equal(fixed.log_prob(tokens, order="snake"), fixed.log_prob(tokens))
-    with pytest.raises(ValueError, match="one order, 'snake'"):
+    with pytest.raises(ValueError, match="order"):
         fixed.log_prob(tokens, order="column")
-    with pytest.raises(ValueError, match="one order, 'snake'"):
+    with pytest.raises(ValueError, match="order"):
         fixed.sample(2, order="column")
     with pytest.raises(ValueError, match="num_orders"):
         fixed.log_prob(tokens, num_orders=2)
@@ -174,8 +170,8 @@ def test_completions_of_a_mixture_are_of_the_walks_that_are_drawn(name, blocks, 
     rows = grids[(grids[:, known] == 0).all(1)]
     joint = []
     for one in model.orders(orders):
-        order = known_first(partition_of(model, one).order, known.flatten()[None])[0]
-        walk = Partition(order, after_known(blocks, 3) if max(blocks) > 1 else blocks)
+        order = known_first(model.to_partition(one).order, known.flatten()[None])[0]
+        walk = Partition(order, blocks_after_known(blocks, 3) if max(blocks) > 1 else blocks)
         joint.append(model.log_prob(rows, order=walk).detach().double().exp())
     expected = torch.stack(joint).sum(0) / torch.stack(joint).sum()
     drawn = model.sample(
@@ -205,25 +201,6 @@ def _known_first(model, known):
     return torch.cat([model.order[flat], model.order[~flat]])
 
 
-@every_model
-@pytest.mark.parametrize(
-    ("order", "message"),
-    [
-        ("zigzag", "no order is called"),
-        (torch.zeros(12, dtype=torch.long), "once"),
-        (torch.arange(11), "once"),
-        (torch.arange(12).expand(3, -1), "each of 4"),
-    ],
-)
-def test_bad_orders_are_named(name, order, message):
-    with pytest.raises(ValueError, match=message):
-        make(name).sample(4, order=order)
-    with pytest.raises(ValueError, match=message):
-        make(name).log_prob(torch.zeros(4, 3, 4, dtype=torch.long), order=order)
-    with pytest.raises(ValueError, match="num_orders"):
-        make(name).log_prob(torch.zeros(4, 3, 4, dtype=torch.long), num_orders=0)
-
-
 def test_gpt_anneals_from_random_orders_to_its_own():
     model = make_prior("gpt", order="spiral_in", any_order=True, anneal=(0.4, 0.8), random_share=0.25)
     tokens = torch.zeros(4000, 3, 4, dtype=torch.long)
@@ -243,13 +220,13 @@ def test_gpt_anneals_from_random_orders_to_its_own():
         make_prior("gpt", anneal=(0.8, 0.4))
 
 
-def test_gpt_is_told_where_its_inputs_stand_and_where_they_go():
-    """The query of rank r is turned by the place of the r-th token, the key by that of the one before, the start's at
+def test_queries_and_keys_rotate_by_the_cells_of_next_and_last_tokens():
+    """The query of rank r rotates by the cell of the r-th token, the key by that of the one before, the start's at
     the start."""
     model, order = make_prior("gpt", any_order=True), torch.tensor([7, 2, 11, 0, 1, 3, 4, 5, 6, 8, 9, 10])
-    table, turns = model.rotations.table, model.turns(order)
-    assert torch.equal(turns[:, 0], table[order])
-    assert torch.equal(turns[:, 1], table[[12, *order[:-1].tolist()]])
+    table, rotations = model.rotations.table, model.make_rotations(order)
+    assert torch.equal(rotations[:, 0], table[order])
+    assert torch.equal(rotations[:, 1], table[[12, *order[:-1].tolist()]])
     assert torch.equal(table[:, 0, 0], torch.tensor([row for row in [0, 1, 2] for _ in range(4)] + [-1]).float().cos())
 
 
@@ -269,3 +246,34 @@ def test_orders_guidance_known_tokens_and_mixtures_go_together(name, orders):
             assert torch.equal(model.sample(5, labels, generator=generators(5), **path, **settings), drawn), settings
         if "known" in settings:
             assert torch.equal(drawn[known], tokens[known])
+
+
+# Mixtures
+
+
+def test_other_orders_have_the_blocks_of_the_given_one():
+    model = make_prior("blocks", (3, 4), any_order=True)
+    for order, sizes in (("column/4", (4, 4, 4)), ("column", (1,) * 12)):
+        given, *others = model.orders(3, order)
+        assert given == order and len(others) == 2
+        for number, one in enumerate(others, 1):
+            walk = model.to_partition(one)
+            assert walk.blocks == sizes and walk.order.equal(make_order(f"random:{number}", (3, 4)))
+
+
+def test_a_mixture_in_blocks_is_the_mean_of_its_densities():
+    model = make_prior("blocks", (3, 4), any_order=True).double()
+    tokens = draw_tokens(model, 5)
+    each = [model.log_prob(tokens, order=order) for order in model.orders(3, "column/4")]
+    expected = torch.stack(each).logsumexp(0) - torch.tensor(3.0, dtype=torch.float64).log()
+    assert torch.allclose(model.log_prob(tokens, order="column/4", num_orders=3), expected)
+
+
+@pytest.mark.parametrize("name", ["gpt", "pixelcnn"])
+def test_one_order_has_no_others(name):
+    model = make_prior(name)
+    assert model.orders(1) == [None] and list(model.connectivities(1)) == [0]
+    with pytest.raises(ValueError, match="num_orders"):
+        model.orders(2)
+    with pytest.raises(ValueError, match="num_masks"):
+        model.connectivities(2)

@@ -1,7 +1,4 @@
-"""What attention is written for besides being right: few passes over memory, and little kept for the backward one.
-
-Covers: prior/transformer.py.
-"""
+"""What attention is written for besides being right: few passes over memory, and little kept for the backward one."""
 
 from types import SimpleNamespace
 
@@ -58,23 +55,15 @@ def test_compiled_models_turn_queries_and_keys_alike(monkeypatch, kind, more):
 def test_a_turn_is_a_rotation_times_the_gain():
     """By its matrix, pair by pair."""
     x, angles, gains = torch.randn(2, 3, 2, 6), torch.randn(3, 1, 3), torch.tensor([0.5, 2.0])[:, None]
-    turns = torch.stack([angles.cos(), angles.sin()], -1) * gains[..., None]
+    rotations = torch.stack([angles.cos(), angles.sin()], -1) * gains[..., None]
     matrix = torch.stack(
         [torch.stack([angles.cos(), -angles.sin()], -1), torch.stack([angles.sin(), angles.cos()], -1)], -2
     )
     expected = gains[..., None] * (matrix @ x.unflatten(-1, (3, 2))[..., None])[..., 0]
-    torch.testing.assert_close(transformer.rotate(x, turns), expected.flatten(-2))
+    torch.testing.assert_close(transformer.rotate(x, rotations), expected.flatten(-2))
 
 
 # Its sizes and its start
-
-
-@pytest.mark.parametrize("kind", ["gpt", "masked", "blocks"])
-def test_a_layer_is_eight_thirds_as_wide_rounded_up_to_32(kind):
-    for dim, hidden in ((8, 32), (12, 32), (14, 64), (36, 96), (38, 128), (128, 352)):
-        layer = make_prior(kind, dim=dim, heads=1, depth=1).layers[0]
-        assert layer.down.weight.shape == (dim, hidden) and layer.gate_up.weight.shape == (2 * hidden, dim)
-    assert make_prior(kind, dim=8, heads=1, depth=1, hidden=24).layers[0].down.weight.shape == (8, 24)
 
 
 @pytest.mark.parametrize("kind", ["gpt", "masked", "blocks"])
@@ -92,26 +81,6 @@ def test_weights_begin_at_a_deviation_of_a_fiftieth_and_branches_smaller(kind):
             assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.3 if few else 0.05), name
 
 
-def test_the_share_of_random_orders_falls_along_a_line():
-    def shares(anneal, least):
-        config = make_prior("gpt", any_order=True, anneal=anneal, random_share=least).config
-        return [config.random_share_at(progress) for progress in (0.0, 0.39, 0.4, 0.5, 0.6, 0.8, 0.9, 1.0)]
-
-    assert shares((0.4, 0.8), 0.2) == pytest.approx([1, 1, 1, 0.8, 0.6, 0.2, 0.2, 0.2])
-    assert shares((0.4, 0.4), 0.0) == pytest.approx([1, 1, 0, 0, 0, 0, 0, 0])  # at once
-    assert shares((0.0, 1.0), 0.0) == pytest.approx([1, 0.61, 0.6, 0.5, 0.4, 0.2, 0.1, 0])
-
-
-def test_rounding_grows_with_depth():
-    assert [transformer.deep_rounding(depth) for depth in (1, 2, 3, 10)] == pytest.approx([4e-6, 4e-6, 4.5e-6, 1.5e-5])
-
-
-def test_cells_are_in_raster_order():
-    assert transformer.coordinates((2, 3)).tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
-    assert transformer.coordinates((3,)).tolist() == [[0], [1], [2]]
-    assert transformer.coordinates((2, 1, 2)).tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 0], [1, 0, 1]]
-
-
 @pytest.mark.parametrize("axes", [1, 2, 3])
 def test_pairs_of_a_head_turn_by_the_axes_in_turn_ever_more_slowly(axes):
     """Angle = coordinate * base^(-k/K) for the k-th of the K pairs of its axis."""
@@ -125,7 +94,7 @@ def test_pairs_of_a_head_turn_by_the_axes_in_turn_ever_more_slowly(axes):
         torch.testing.assert_close(table[:, pair], torch.stack([angle.cos(), angle.sin()], -1), atol=1e-6, rtol=0)
 
 
-def test_a_table_of_turns_is_never_below_float32():
+def test_a_table_of_rotations_is_never_below_float32():
     made = transformer.Rotations(SimpleNamespace(dim=8, heads=1, rope_base=50.0), transformer.coordinates((3, 4)))
     before = made.table.clone()
     for dtype, kept in (

@@ -7,13 +7,10 @@ import pytest
 import torch
 from costs import all_steps, flops
 from frequencies import as_frequent
-from prior.requests import check_order
 from small import PARTITIONS, draw_tokens, generators, make_prior
 
 from pipelines.stages.completion import region_log_prob
-from prior import Prior
-from prior.orders import Partition, after_known, block_numbers, make_partition
-from tokenizer import TokenGrid
+from prior.orders import Partition, block_numbers, blocks_after_known, make_partition
 
 every_partition = pytest.mark.parametrize("order", PARTITIONS)
 takers = pytest.mark.parametrize("name", ["blocks", "masked"])
@@ -101,7 +98,7 @@ def test_known_tokens_come_first_and_leave_the_cuts(name, order):
         assert torch.equal(together, model.sample(7, generator=generators(7), tokens=tokens, known=known, **path))
     for k in range(7):
         flat, count = known[k].flatten()[model.order], int(known[k].sum())
-        walk = Partition(torch.cat([model.order[flat], model.order[~flat]]), after_known(model.blocks, count))
+        walk = Partition(torch.cat([model.order[flat], model.order[~flat]]), blocks_after_known(model.blocks, count))
         alone = model.sample(1, generator=[generators(7)[k]], tokens=tokens[k], known=known[k], order=walk)
         assert torch.equal(alone[0], together[k])
 
@@ -140,53 +137,3 @@ def test_training_draws_its_own_partition_and_any_other():
     assert all(min(sizes) >= 1 and sizes == sorted(sizes) for sizes in counts)
     assert {1, 12} <= {len(sizes) for sizes in counts} and len({tuple(row.tolist()) for row in numbers[~own]}) > 200
     assert make_prior("blocks").training_inputs(draw_tokens(model, 4), 0.0) == {}
-
-
-@pytest.mark.parametrize(
-    ("kind", "config", "message"),
-    [
-        ("gpt", {"order": "diagonal"}, r"order: this kind draws one token at a time; .* are blocks, marginal, masked"),
-        ("gpt", {"blocks": (3, 3, 6)}, r"blocks: this kind draws one token at a time"),
-        ("blocks", {"blocks": (3, 3)}, r"blocks: sizes sum to 6, the grid has 12 tokens$"),
-        ("blocks", {"blocks": (12, 0)}, r"blocks"),
-        ("blocks", {"order": "halton:13"}, r"order: halton:K is a number of blocks, from 1 to 12 here"),
-        ("blocks", {"order": "halton:0"}, r"order: halton:K is a number of blocks, from 1 to 12 here"),
-        ("blocks", {"order": "regions:11"}, r"order: no 11 regions fit a grid of 3x4"),
-        ("blocks", {"order": "rows/2"}, r"/K cuts an order of one token a block"),
-        ("pixelcnn", {"order": "rows"}, r"order"),
-    ],
-)
-def test_bad_partitions_are_named(kind, config, message):
-    with pytest.raises(ValueError, match=message) as refusal:
-        Prior.create(kind, grid=TokenGrid((3, 4), 5), **config)
-    assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    ("model", "order", "message"),
-    [
-        (make_prior("blocks", order="rows"), "halton:4", "goes in one order, 'rows', as it was made"),
-        (make_prior("gpt", any_order=True), "halton:4", "draws one token at a time"),
-        (make(), Partition(torch.arange(12), (4, 4)), "sizes sum to 8, the grid has 12 tokens"),
-        (make(), Partition(torch.arange(12), (4.5, 7.5)), "order: blocks must be a whole number"),
-        (make(), Partition(torch.zeros(12, dtype=torch.long), (12,)), "should hold each of 0 to 11 once"),
-        (make(), "halton:13", "from 1 to 12 here"),
-    ],
-)
-def test_bad_walks_are_named(model, order, message):
-    with pytest.raises(ValueError, match=message):
-        model.sample(2, order=order)
-    with pytest.raises(ValueError, match=message):
-        model.log_prob(draw_tokens(model, 2), order=order)
-
-
-def test_sizes_of_blocks_may_come_in_a_list():
-    """The model's own, too, which a model of one order takes; and a key of graphs holds them, so they are hashed."""
-    for model in (make(), make_prior("gpt")):
-        own = Partition(model.order, list(model.blocks))
-        assert check_order(model, own, 2) is None
-        assert torch.equal(
-            model.sample(2, order=own, generator=generators(2)), model.sample(2, generator=generators(2))
-        )
-    found = check_order(make(), Partition(torch.arange(12), [3, 9]), 2)
-    assert found is not None and found.blocks == (3, 9)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from costs import Operations, all_steps, flops
-from small import ORDERS, draw_tokens, generators, make_prior, moved_by
+from costs import all_steps
+from small import ORDERS, draw_tokens, make_prior, moved_by
 
 
 @pytest.mark.sparse
@@ -65,42 +65,6 @@ def test_forward_is_wavenet_by_definition():
     assert (model(tokens, torch.tensor([label]))[0, walk] - expected).abs().max() < 1e-12
 
 
-@pytest.mark.sparse
-@pytest.mark.parametrize("shape", [(8, 8), (5, 11), (5,), (2, 3, 4)])
-@pytest.mark.parametrize("sizes", [{}, {"kernel": 3, "depth": 6}])
-def test_sampling_costs_exactly_one_forward_pass(shape, sizes):
-    model = make_prior("causal_conv", shape=shape, **sizes)
-    tokens = torch.randint(5, (4, *shape))
-    assert flops(lambda: all_steps(model, tokens)) == flops(lambda: model(tokens)) > 0
-
-
-@pytest.mark.parametrize("rows", [1, 16])
-def test_a_step_is_five_operations_a_block_and_copies_nothing(rows):
-    """Whatever the position: no weights are packed and no buffer is grown; what is new is one rank's features."""
-    model = make_prior("causal_conv", shape=(8, 8), depth=6)
-    with torch.inference_mode():
-        state, token, counts, names = model.start(rows, None), None, [], set()
-        for _ in range(64):
-            with Operations() as operations:
-                token = state.step(token).argmax(-1)
-            counts.append(len(operations.names))
-            names |= set(operations.names)
-            assert operations.largest <= rows * 2 * 16
-    assert max(counts) <= 5 * 6 - 1 + 8
-    assert names == {"index_select", "add", "cat", "addmm", "tanh_", "addcmul", "relu_", "argmax"}
-
-
-def test_buffers_are_allocated_once():
-    model = make_prior("causal_conv")
-    with torch.inference_mode():
-        state = model.start(4, None)
-        where = [layer.inputs.data_ptr() for layer in state.layers]
-        assert len({layer.inputs.untyped_storage().data_ptr() for layer in state.layers}) == 1
-        for rank in range(12):
-            state.step(torch.zeros(4, dtype=torch.long) if rank else None)
-        assert where == [layer.inputs.data_ptr() for layer in state.layers]
-
-
 @pytest.mark.parametrize("rows", [1, 3, 4, 9])
 def test_steps_with_any_number_of_rows_and_kernel(rows):
     """Weights are laid out by the number of rows; labels and the null class are heard from the first position on."""
@@ -112,46 +76,3 @@ def test_steps_with_any_number_of_rows_and_kernel(rows):
     firsts = torch.cat([model.start(1, torch.tensor([label])).step(None) for label in range(4)])
     assert (firsts[:, None] - firsts).abs().amax(-1).add(torch.eye(4)).min() > 1e-3
     assert torch.equal(firsts[3:], model.start(1, None).step(None))
-
-
-def test_dropout_is_for_training_only():
-    tokens, model = torch.randint(5, (4, 3, 4)), make_prior("causal_conv", dropout=0.5)
-    assert torch.equal(model(tokens), model(tokens))
-    model.train()
-    assert not torch.equal(model(tokens), model(tokens))
-    drawn = [model.sample(4, generator=generators(4), cache=cache) for cache in (True, False)]
-    assert torch.equal(*drawn) and torch.equal(drawn[0], model.eval().sample(4, generator=generators(4)))
-
-
-def test_it_learns_a_copy_at_a_distance():
-    """Token r repeats token r - 6: after the first six nothing is left to guess."""
-    torch.manual_seed(0)
-    model = make_prior("causal_conv", dropout=0.0)
-    for module in model.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    model._reset_parameters()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(140):
-        tokens = torch.randint(5, (64, 6)).repeat(1, 2).reshape(-1, 3, 4)
-        optimizer.zero_grad()
-        model.loss_from_outputs(model(tokens), tokens).backward()
-        optimizer.step()
-    log_probs = model.token_log_probs(tokens).flatten(1)
-    assert -log_probs[:, :6].mean() > 1.4 and -log_probs[:, 6:].mean() < 0.1
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"max_dilation": 6}, "max_dilation: must be a power of two"),
-        ({"kernel": 1}, "kernel: must be >= 2"),
-        ({"depth": 0}, "depth: must be >= 1"),
-        ({"dropout": 1.0}, "dropout: must be < 1"),
-        ({"order": "zigzag"}, "order: "),
-        ({"shape": (2, 2, 2), "order": "snake"}, "order: .*two axes"),
-    ],
-)
-def test_impossible_settings_are_refused_by_name(settings, message):
-    with pytest.raises(ValueError, match=message):
-        make_prior("causal_conv", **settings)

@@ -1,11 +1,17 @@
-"""The masked autoencoder: its logits and densities are those of its paper, and those of two ids need one number."""
+"""The masked autoencoder: logits as in its paper, masks, densities, running sums, mixtures."""
 
+from __future__ import annotations
+
+import copy
 import itertools
 
 import pytest
 import torch
+from costs import all_steps, flops
+from frequencies import as_frequent
 from givens.made_variants import (
     ROWS,
+    WIDE,
     by_the_paper,
     earlier,
     every_variant,
@@ -14,11 +20,13 @@ from givens.made_variants import (
     make_same,
     some_orders,
 )
-from small import draw_tokens, make_prior, moved_by
+from small import draw_tokens, generators, make_prior, moved_by
 
+from pipelines import ImagePipeline
+from pipelines.training.schedule import move_average
 from prior import Prior
-from prior.masks import random_degrees, summed
-from tokenizer import TokenGrid
+from prior.made import LastResult, even_degrees, random_degrees, sum_inputs
+from tokenizer import TokenGrid, Tokenizer
 
 # Masks
 
@@ -51,12 +59,6 @@ def test_later_logits_see_all_that_the_receptive_field_says(variant, order):
         assert moved.equal(earlier(model.order)) and moved.equal(model.receptive_field)
 
 
-def test_summing_rows_equals_multiplying_one_hot_features():
-    ids, weight = torch.randint(6, (5, 4)), torch.randn(4, 6, 9)
-    features = torch.nn.functional.one_hot(ids, 6).float()
-    assert torch.allclose(summed(ids, weight), summed(features, weight), atol=1e-5)
-
-
 @every_variant
 def test_masks_multiply_and_are_neither_weights_nor_saved(variant):
     model = make_made(variant)
@@ -77,13 +79,6 @@ def test_gradients_reach_exactly_what_is_not_masked():
     assert (model.input.grad != 0).any(1).equal(ranks < first)
     assert (model.hidden[0].grad != 0).equal(first <= second[:, None])
     assert (model.output.grad != 0).any(1).equal(last <= ranks)
-
-
-def test_dropout_is_only_trained_with():
-    model = make_made("three layers", dropout=0.5)
-    tokens = draw_tokens(model, 3)
-    assert torch.equal(model(tokens), model(tokens)) and torch.equal(model(tokens), make_same(model)(tokens))
-    assert not torch.equal(model.train()(tokens), model(tokens))
 
 
 # Densities
@@ -160,13 +155,6 @@ def test_published_sizes():
         assert count == 784 * units + units + units * 784 + 784
 
 
-def test_direct_connections_have_to_be_few():
-    with pytest.raises(ValueError, match="direct: .*embedding"):
-        Prior.create("made", grid=TokenGrid((16, 16), 512), direct=True)
-    with torch.device("meta"):
-        Prior.create("made", grid=TokenGrid((16, 16), 512), direct=True, embedding=16)
-
-
 # Two ids
 
 
@@ -191,27 +179,307 @@ def test_the_loss_is_the_cross_entropy(variant):
     assert model.loss_from_outputs(logits, tokens).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "config", [{}, {"embedding": 24}, {"direct": True}, {"embedding": 24, "direct": True}, {"vocab_size": 2}], ids=str
-)
-def test_numbers_are_neither_larger_nor_much_smaller_behind_every_layer(config):
-    """He's variances, of the half of the inputs that a unit sees on average; a one-hot row counts once."""
-    grid = TokenGrid((8, 8), config.get("vocab_size", 8))
-    settings = {key: value for key, value in config.items() if key != "vocab_size"}
-    model = Prior.create("made", grid=grid, hidden=(768, 512, 640), **settings).eval()
-    seen = 64 * config.get("embedding", 1) / 2
-    halves = {"input": seen, "hidden.0": 768 / 2, "hidden.1": 512 / 2}
-    for name, half in halves.items():
-        assert float(model.get_parameter(name).detach().square().mean()) == pytest.approx(2 / half, rel=0.05), name
-    assert float(model.output.detach().square().mean()) == pytest.approx(1 / 640, rel=0.05)
-    if config.get("direct"):
-        assert float(model.direct.detach().square().mean()) == pytest.approx(0.5 / seen, rel=0.05)
-    if config.get("embedding"):
-        assert float(model.embedding.detach().square().mean()) == pytest.approx(1, rel=0.3)
-        assert float(model.head.detach().square().mean()) == pytest.approx(1 / 24, rel=0.3)
-    activated, tokens = [], draw_tokens(model, 64)
-    model.dropout.register_forward_hook(lambda module, inputs, output: activated.append(inputs[0]))
+# Degrees
+
+
+@pytest.mark.parametrize("hidden", [(11,), (11, 11), (23, 11), (200, 40, 17), (10,), (11, 10), (3, 40), (1,)])
+def test_the_receptive_field_is_that_of_the_product_of_masks(hidden):
+    """Paths from input to output, as the paper counts them: the product of all masks."""
+    model = make_prior("made", hidden=hidden, order="z_curve")
+    degrees, ranks = model.degrees(), torch.argsort(model.order)
+    paths = (degrees[0][:, None] > ranks).double()
+    for below, own in itertools.pairwise(degrees):
+        paths = (own[:, None] >= below).double() @ paths
+    paths = (ranks[:, None] >= degrees[-1]).double() @ paths
+    assert not (paths > 0)[~earlier(model.order)].any()
+    assert model.receptive_field.equal(paths > 0)
+    assert model.receptive_field.equal(earlier(model.order)) == (min(hidden) >= 11)
+
+
+def test_evenly_spread_degrees():
+    for units, size in ((500, 784), (783, 784), (784, 784), (8000, 784), (11, 12), (5, 12), (1, 12), (4, 2), (3, 1)):
+        degrees = even_degrees(units, size)
+        assert degrees.shape == (units,) and degrees.equal(degrees.sort().values)
+        assert degrees.min() >= 1 and degrees.max() == max(1, size - 1)
+        counts = degrees.bincount(minlength=size)[1:]
+        assert size == 1 or counts.max() - counts.min() <= 1
+
+
+def test_random_degrees_leave_no_unit_blind():
+    for _ in range(50):
+        degrees = random_degrees((4, 30, 2, 30), 12)
+        assert [len(each) for each in degrees] == [4, 30, 2, 30]
+        assert all(each.min() >= 1 and each.max() <= 11 for each in degrees)
+        assert all(own.min() >= below.min() for below, own in itertools.pairwise(degrees))
+    assert torch.cat([random_degrees((100,), 12)[0] for _ in range(20)]).unique().tolist() == list(range(1, 12))
+    assert random_degrees((3,), 1)[0].tolist() == [1, 1, 1]
+
+
+# Masks and masked weights are kept
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """What is built, in turn: masks, and weights multiplied by them."""
+    built, get = [], LastResult.get
+
+    def counting(self, inputs, compute):
+        what = "weights" if isinstance(inputs[0], torch.nn.Parameter) else "masks"
+        return get(self, inputs, lambda: (built.append(what), compute())[1])
+
+    monkeypatch.setattr(LastResult, "get", counting)
+    return built
+
+
+@every_variant
+def test_masks_are_built_once_and_weights_masked_once_per_change(variant, builds):
+    model = make_made(variant, order_agnostic=True)
+    tokens, order = draw_tokens(model, 2), torch.randperm(12)
+
+    def built(passes, **given):
+        builds.clear()
+        for _ in range(passes):
+            model(tokens, **given)
+        return list(builds)
+
     with torch.no_grad():
-        logits = model(tokens)
-    assert float(activated[0].square().mean()) == pytest.approx(1.0, abs=0.15)
-    assert all(0.2 < float(each.square().mean()) < 1.2 for each in activated) and 0.1 < float(logits.std()) < 1.2
+        assert built(3) == ["masks", "weights"] and built(2) == []
+        assert built(2, order=order) == ["masks", "weights"]
+        assert built(2) == ["masks", "weights"]
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+        assert built(2) == ["weights"]
+    model.train()
+    assert built(3) == []  # trained weights are multiplied at every step, by the masks that there are
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("change", ["step", "step after a look", "half", "load", "average"])
+def test_kept_weights_are_never_stale(mode, change):
+    model, tokens = make_made("three layers", num_classes=0), torch.randint(5, (2, 3, 4))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    with mode():
+        before = model(tokens)
+    if change.startswith("step"):
+        model.loss_from_outputs(
+            model.train()(tokens), tokens
+        ).backward()  # what was kept in inference mode is not in its way
+        if "look" in change:
+            with mode():
+                model.eval()(tokens)
+        optimizer.step()
+        optimizer.zero_grad()
+    elif change == "half":
+        model.half().float()
+    elif change == "load":
+        model.load_state_dict(make_made("three layers", num_classes=0).state_dict())
+    else:
+        averaged = torch.optim.swa_utils.AveragedModel(model)
+        with mode():
+            averaged.module.eval()(tokens)
+        move_average(averaged, model, 0.9)
+        move_average(averaged, make_made("three layers", num_classes=0), 0.9)
+        model = averaged.module.eval()
+    with mode():
+        after, fresh = model.eval()(tokens), make_same(model)(tokens)
+    assert torch.equal(after, fresh) and not torch.equal(before, after)
+
+
+def test_a_copy_keeps_nothing_of_the_original():
+    model, tokens = make_made("three layers"), torch.randint(5, (2, 3, 4))
+    with torch.no_grad():
+        model(tokens)
+        other = copy.deepcopy(model)
+        assert not other._connections.masked.result and not other._connections.masks.result
+        other.input.zero_()
+        assert torch.equal(other(tokens), make_same(other)(tokens)) and not torch.equal(other(tokens), model(tokens))
+
+
+def test_another_connectivity_is_used_while_the_context_lasts():
+    one, two = make_prior("made", connectivity_agnostic=True), make_prior("made", connectivity_agnostic=True)
+    own = one.current_degrees
+    with one.connected(3):
+        assert (
+            torch.equal(one.current_degrees, torch.cat(one.numbered_degrees(3)))
+            and two.current_degrees is two.all_degrees
+        )
+        with one.connected(0):
+            assert one.current_degrees is own
+        assert not torch.equal(one.current_degrees, own)
+    assert one.current_degrees is own
+    with pytest.raises(ZeroDivisionError), one.connected(1):
+        raise ZeroDivisionError
+    assert one.current_degrees is own
+
+
+# Running sums
+
+
+@pytest.mark.sparse
+@every_variant
+@pytest.mark.parametrize("walk", ["its own", "another", "each its own"])
+def test_steps_equal_a_whole_pass(variant, walk):
+    model = make_made(variant, order="snake", order_agnostic=True).double()
+    tokens, labels = draw_tokens(model, 5), torch.arange(5) % 4
+    orders = torch.rand(5, 12).argsort(1)
+    given = {"its own": None, "another": orders[0], "each its own": orders}[walk]
+    path = (model.order if given is None else given).expand(5, 12)
+    for rows in (5, 1):
+        order = given if given is None or given.ndim == 1 else given[:rows]
+        with torch.no_grad():
+            whole = model(tokens[:rows], labels[:rows], order=order)
+            steps, images = all_steps(model, tokens[:rows], labels[:rows], order), torch.arange(rows)[:, None]
+            assert (steps - whole[images, path[:rows]]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("variant", WIDE)
+@pytest.mark.parametrize("walk", ["another", "each its own"])
+def test_cached_sampling_equals_uncached(variant, walk):
+    model, orders = make_made(variant, order_agnostic=True), torch.rand(6, 12).argsort(1)
+    order = orders[0] if walk == "another" else orders
+    drawn = [model.sample(6, order=order, generator=generators(6), cache=cache) for cache in (True, False)]
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("config", "bound"),
+    [
+        ({"vocab_size": 2, "hidden": (500,)}, 0.51),  # half of the weights are masked
+        ({"vocab_size": 2, "hidden": (200, 200)}, 0.51),
+        ({"vocab_size": 2, "hidden": (200,), "direct": True}, 0.58),  # direct ones are added to all positions
+        ({"vocab_size": 2, "hidden": (500,), "sigmoid": False}, 0.26),  # rows for one-hot products, then half
+        ({"vocab_size": 2, "hidden": (200, 200), "sigmoid": False}, 0.4),
+        ({"vocab_size": 2, "hidden": (200,), "direct": True, "sigmoid": False}, 0.2),
+        ({"vocab_size": ROWS, "hidden": (200,)}, 0.51),
+        ({"vocab_size": 16, "hidden": (30, 20)}, 0.3),  # fewer units than positions
+        ({"vocab_size": 100, "hidden": (200, 200), "embedding": 8}, 0.8),
+        ({"vocab_size": 100, "hidden": (200,), "embedding": 8, "direct": True}, 1.0),
+        ({"vocab_size": 2, "hidden": (200,), "num_classes": 0}, 0.51),
+    ],
+)
+def test_sampling_costs_a_share_of_one_pass(config, bound):
+    model = make_prior("made", shape=(8, 8), order_agnostic=True, **config)
+    whole, tokens, labels = flops(lambda: model(draw_tokens(model, 4))), draw_tokens(model, 4), torch.zeros(4).long()
+    for order in (None, torch.rand(4, 64).argsort(1)):
+        steps = flops(lambda order=order: all_steps(model, tokens, labels, order))
+        assert steps <= bound * whole
+
+
+@pytest.mark.parametrize("ids", [False, True])
+def test_units_sum_over_all_positions(ids):
+    weight = torch.randn(5, 4, 6).double()
+    inputs = torch.randint(4, (3, 5)) if ids else torch.randn(3, 5, 4).double()
+    features = torch.nn.functional.one_hot(inputs, 4).double() if ids else inputs
+    torch.testing.assert_close(sum_inputs(inputs, weight), torch.einsum("bnw,nwu->bu", features, weight))
+
+
+# Mixtures
+
+
+ENSEMBLES = {
+    "masks": {"hidden": (7, 6), "connectivity_agnostic": True},
+    "masks, two ids": {"hidden": (7, 6), "vocab_size": 2, "connectivity_agnostic": True, "direct": True},
+    "orders and masks": {"hidden": (7,), "vocab_size": 2, "connectivity_agnostic": True, "order_agnostic": True},
+}
+
+
+def make_ensemble(name, **config):
+    torch.manual_seed(5)
+    config = {"shape": (2, 2), "vocab_size": 3, "num_classes": 2, **ENSEMBLES[name], **config}
+    model, orders = make_prior("made", **config), 3 if config.get("order_agnostic") else 1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that its members are far apart
+    grids = torch.tensor(list(itertools.product(range(config["vocab_size"]), repeat=4))).reshape(-1, 2, 2)
+    return model, grids, {"num_orders": orders, "num_masks": 4}
+
+
+@pytest.mark.parametrize("name", ENSEMBLES)
+def test_a_mixture_of_orders_and_masks_is_a_density(name):
+    model, grids, mixture = make_ensemble(name)
+    model, labels = model.double(), torch.ones(len(grids), dtype=torch.long)
+    with torch.no_grad():
+        mixed = model.log_prob(grids, labels, **mixture).exp()
+        assert abs(float(mixed.sum()) - 1) < 1e-5
+        members = []
+        for number in range(4):  # each as the paper has it
+            degrees = model.numbered_degrees(number)
+            for order in model.orders(mixture["num_orders"]):
+                walk = model.to_partition(order).order
+                logits = torch.stack([by_the_paper(model, grid, 1, walk, degrees) for grid in grids])
+                each = logits.log_softmax(-1).gather(-1, grids.reshape(-1, 4, 1)).sum((1, 2))
+                members.append(each.exp())
+        assert torch.allclose(mixed.double(), torch.stack(members).mean(0), atol=1e-6)
+        assert torch.stack(members).std(0).max() > 0.02, "the members are to differ"
+        assert torch.equal(model.log_prob(grids, labels), model.log_prob(grids, labels, num_masks=1))
+
+
+@pytest.mark.parametrize("name", ENSEMBLES)
+def test_samples_of_a_mixture_have_its_frequencies(name):
+    model, grids, mixture = make_ensemble(name)
+    count, labels = 6000, torch.ones(6000, dtype=torch.long)
+    drawn = model.sample(count, labels, generator=torch.Generator().manual_seed(1), **mixture)
+    base = model.grid.vocab_size ** torch.arange(3, -1, -1)
+    with torch.no_grad():
+        expected = model.log_prob(grids, labels[: len(grids)], **mixture).exp()
+        own = model.log_prob(grids, labels[: len(grids)]).exp()
+    found = (drawn.flatten(1) * base).sum(1)
+    assert as_frequent(found, expected) and not as_frequent(found, own)
+
+
+@pytest.mark.parametrize("name", ENSEMBLES)
+def test_an_image_of_a_mixture_depends_on_its_generator_alone(name):
+    model, _, mixture = make_ensemble(name)
+    labels, many = torch.arange(12) % 3, {"num_masks": 3, "num_orders": mixture["num_orders"]}
+    drawn = model.sample(12, labels, generator=generators(12), **many)
+    for more in ({"cache": False}, {"parallel": True}):
+        assert torch.equal(model.sample(12, labels, generator=generators(12), **many, **more), drawn)
+    for k in (0, 5, 11):
+        assert torch.equal(model.sample(1, labels[[k]], generator=[generators(12)[k]], **many)[0], drawn[k])
+    known = torch.tensor([[True, False], [False, True]])
+    kept = model.sample(12, labels, generator=generators(12), tokens=drawn[0], known=known, **many)
+    assert (kept[:, known] == drawn[0][known]).all() and model.degrees()[0].equal(even_degrees(7, 4))
+
+
+@pytest.mark.sparse
+@pytest.mark.parametrize("walk", ["its own", "each its own"])
+@pytest.mark.parametrize("number", [0, 1, 2])
+@every_variant
+def test_steps_of_a_drawn_connectivity_equal_a_whole_pass(variant, walk, number):
+    model = make_made(variant, order="snake", order_agnostic=True, connectivity_agnostic=True).double()
+    tokens, labels = draw_tokens(model, 5), torch.arange(5) % 4
+    order = torch.rand(5, 12).argsort(1) if walk == "each its own" else None
+    path = (model.order if order is None else order).expand(5, 12)
+    with torch.no_grad(), model.connected(number):
+        whole = model(tokens, labels, order=order)
+        steps = all_steps(model, tokens, labels, order)
+        assert (steps - whole[torch.arange(5)[:, None], path]).abs().max() < 1e-9
+    assert number == 0 or not torch.allclose(model(tokens, labels, order=order), whole)
+
+
+def test_a_finite_set_of_masks_is_that_of_the_mixture():
+    model = make_prior("made", hidden=(20, 30), order_agnostic=True, connectivity_agnostic=True, masks=3)
+    tokens, drawn = draw_tokens(model, 2), []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        drawn.append(model.training_inputs(tokens, 0.3))
+    orders = {tuple(each["order"].tolist()) for each in drawn}
+    degrees = {tuple(torch.cat(each["degrees"]).tolist()) for each in drawn}
+    names = [model.to_partition(order).order for order in model.orders(3)]
+    assert orders == {tuple(order.tolist()) for order in names}
+    assert degrees == {tuple(torch.cat(model.numbered_degrees(number)).tolist()) for number in range(3)}
+    assert len({(tuple(each["order"].tolist()), int(each["degrees"][0].sum())) for each in drawn}) == 9
+
+
+def test_a_pipeline_scores_and_draws_a_mixture_of_masks():
+    pixels = Tokenizer.create("pixels", image_size=(4, 4), channels=1, levels=2).eval()
+    prior = make_prior(
+        "made", shape=(4, 4), vocab_size=2, num_classes=0, connectivity_agnostic=True, tokenizer=pixels.fingerprint()
+    )
+    pipe, images = ImagePipeline(pixels, prior), torch.rand(3, 1, 4, 4) * 2 - 1
+    scores = pipe.log_prob(images, num_masks=3, batch_size=2)
+    assert scores.tolist() == pytest.approx(prior.log_prob(pipe.encode(images), num_masks=3).tolist(), abs=1e-4)
+    assert not torch.allclose(scores, pipe.log_prob(images), atol=1e-3)
+    drawn = pipe(9, seed=0, num_masks=3, batch_size=4, progress=False).tokens
+    assert torch.equal(drawn, prior.sample(9, generator=generators(9, 0), num_masks=3))
+    assert not torch.equal(drawn, pipe(9, seed=0, progress=False).tokens)

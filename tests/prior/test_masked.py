@@ -1,19 +1,15 @@
-"""The masked-token model: what it sees, its density along an order, its bound over all, decoding in a few passes.
-
-Covers: prior/masked.py, prior/sampling/confidence.py.
-"""
+"""The masked-token model: what it sees, its density along an order, its bound over all, decoding in a few passes."""
 
 import itertools
 import math
 
+import counter_noise
 import pytest
 import torch
 from frequencies import as_frequent
-from prior.sampling.confidence import MaskedSampler, still_masked
 from small import draw_tokens, generators, make_prior
 
-from prior import Prior
-from prior.masked import SCHEDULES, bound_masks
+from prior.masked import SCHEDULES, MaskedOptions, bound_masks, still_masked
 
 
 def make(shape=(2, 3), vocab_size=3, **config):
@@ -55,7 +51,7 @@ def test_passes_may_be_cut_anywhere(monkeypatch):
     model, tokens = make(shape=(3, 4), vocab_size=5), torch.randint(5, (3, 3, 4))
     whole = model(tokens)
     for rows in (1, 5, 7, 36):
-        monkeypatch.setattr(model, "rows_of_a_pass", lambda rows=rows: rows)
+        monkeypatch.setattr(model, "rows_per_pass", lambda rows=rows: rows)
         assert torch.allclose(model(tokens), whole, atol=1e-5)
 
 
@@ -204,26 +200,16 @@ def test_a_step_reveals_as_many_tokens_by_confidence_as_along_an_order(schedule)
     several = [*range(1, 66), 81, 96, 100, 128, 196, 225, 256, 300, 400, 512, 576, 784, 1000, 1024]
     unknown = torch.tensor(several)
     for steps in range(1, 65):
-        sampler, left, by_step = MaskedSampler(steps=steps, schedule=schedule), unknown, []
-        for share, _ in sampler.passes():
+        options, left, by_step = MaskedOptions(steps=steps, schedule=schedule), unknown, []
+        for share, _ in options.passes():
             still = still_masked(left, unknown, share)
             by_step.append(left - still)
             left = still
         assert not left.any()
         for number, sizes in zip(several, torch.stack(by_step, 1).tolist(), strict=True):
-            assert tuple(size for size in sizes if size) == sampler.sizes(number)
+            assert tuple(size for size in sizes if size) == options.sizes(number)
             if schedule == "linear" and number % steps == 0:
                 assert sizes == [number // steps] * steps
-
-
-def test_numbers_of_a_generator_on_the_cpu_are_drawn_there_whatever_torchs_default_device():
-    """A generator of one device draws for no other. (There is no GPU here: `meta` is a device that holds nothing.)"""
-    model = make_prior("masked", exact=False)
-    tokens = draw_tokens(model, 2)
-    bound, drawn = model.log_prob(tokens), model.sample(2, steps=3, generator=generators(2))
-    with torch.device("meta"):
-        again, sampled = model.log_prob(tokens), model.sample(2, steps=3, generator=generators(2))
-    assert torch.equal(again, bound) and torch.equal(sampled, drawn)
 
 
 def test_known_tokens_are_kept_and_seen():
@@ -265,10 +251,10 @@ def test_the_course_of_guidance_is_of_what_each_image_knows():
     last = {**given, "guidance_scale": 6.0, "guidance_end": None, "tokens": tokens, "known": known}
     ended = model.sample(8, labels, generator=generators(8), **last)
     assert torch.equal(ended[7], together[7]) and not torch.equal(ended[:4], together[:4])
-    sampler = MaskedSampler(steps=4)
+    options = MaskedOptions(steps=4)
     for unknown in range(17):
-        sizes = sampler.sizes(unknown)
-        assert int(sampler.last_size(torch.tensor([unknown]))) == (sizes[-1] if sizes else 0)
+        sizes = options.sizes(unknown)
+        assert int(options.last_size(torch.tensor([unknown]))) == (sizes[-1] if sizes else 0)
 
 
 @pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
@@ -300,7 +286,7 @@ def test_steps_along_an_order_are_exact(order, steps):
     """Frequencies of samples are those of the ordered partition's density, which sums to one; without an order, where
     confidence chooses, they are not, which two steps show."""
     model, count = make(shape=(2, 2), vocab_size=2), 6000
-    walk, grids = model.stepwise(order, steps), all_grids((2, 2), 2)
+    walk, grids = model.make_steps(order, steps), all_grids((2, 2), 2)
     assert len(walk.blocks) == steps and sum(walk.blocks) == 4
     expected = model.log_prob(grids, torch.ones(16).long(), order=walk).detach().exp()
     assert abs(float(expected.sum()) - 1) < 1e-6
@@ -321,7 +307,7 @@ def kept_first(model, temperature, monkeypatch):
     monkeypatch.setattr(model, "predict", lambda ids, *rest: given.append(ids.clone()) or real(ids, *rest))
     model.sample(40, generator=generators(40), steps=3, confidence_temperature=temperature)
     monkeypatch.undo()
-    noise = [-(-torch.rand(12, 5, generator=g, dtype=torch.float64).log()).float().log() for g in generators(40)]
+    noise = [counter_noise.gumbel(counter_noise.next_key(g), 0, (12, 5)) for g in generators(40)]
     with torch.no_grad():
         logits = model.predict(torch.full((40, 12), model.mask), torch.full((40,), 3))
     ids = (logits + torch.stack(noise)).argmax(-1, keepdim=True)
@@ -338,29 +324,3 @@ def test_confidence_chooses_what_is_kept(monkeypatch):
     kept, _ = kept_first(model, 1000.0, monkeypatch)  # noise alone decides
     assert kept.sum(1).unique().tolist() == [count] and 0.3 < kept.gather(1, best).float().mean() / (count / 12) < 1.7
     assert kept.float().mean(0).min() > 0.3 * count / 12
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"steps": 0}, "steps must be a whole number from 1 to 6"),
-        ({"steps": 7}, "steps must be a whole number from 1 to 6"),
-        ({"steps": 2.5}, "steps must be a whole number"),
-        ({"steps": 2, "confidence_temperature": -1.0}, "confidence_temperature"),
-        ({"steps": 2, "schedule": "square root"}, "schedule must be one of"),
-        ({"steps": 2, "parallel": True}, "do not go with it"),
-        ({"steps": 2, "order": "rows"}, "give one of them, not both"),
-        ({"steps": 2, "cache": False}, "do not go with it"),
-        ({"steps": 2, "guidance_scale": 2.0}, "needs labels"),
-        ({"steps": 2, "labels": torch.tensor([0, 9])}, "labels should lie"),
-    ],
-)
-def test_bad_requests_are_named(settings, message):
-    with pytest.raises(ValueError, match=message):
-        make().sample(2, **settings)
-
-
-def test_the_file_says_what_it_is(tmp_path):
-    make(exact=False, bound_passes=3).save_pretrained(tmp_path / "prior")
-    loaded = Prior.from_pretrained(tmp_path / "prior")
-    assert not loaded.exact and loaded.config.bound_passes == 3

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from costs import all_steps, flops
-from small import draw_tokens, generators, make_prior, moved_by
+from small import draw_tokens, generators, moved_by
 
 from prior import Prior
 from tokenizer import TokenGrid
@@ -127,41 +127,3 @@ def test_adaln_begins_as_a_block_without_it():
     without.load_state_dict({name: value for name, value in with_it.state_dict().items() if "modulate" not in name})
     tokens = draw_tokens(without, 3)
     assert torch.equal(with_it(tokens), without(tokens))
-
-
-def test_it_learns_that_a_fine_scale_follows_from_a_coarse_one():
-    """The second scale repeats the first one's id, the third is uniform: log 1 and log V."""
-    torch.manual_seed(0)
-    model = make_prior("next_scale", shape=(4, 4), vocab_size=4, num_classes=0)
-    tokens = torch.randint(4, (512, 21))
-    tokens[:, 1:5] = tokens[:, :1]
-    optimizer = torch.optim.AdamW(model.train().parameters(), 1e-2)
-    for step in range(60):
-        batch = tokens[(step * 64 + torch.arange(64)) % 512]
-        loss = model.loss_from_outputs(model(batch), batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    nats = -model.eval().token_log_probs(tokens[:64]).detach().mean(0)
-    assert nats[1:5].max() < 0.1 and nats[:1].min() > 1.2 and nats[5:].min() > 1.1
-
-
-@pytest.mark.parametrize(
-    ("grid", "config", "message"),
-    [
-        (
-            TokenGrid((7, 7), 4),
-            {},
-            r"grid: needs a tokenizer with quantizer.kind=multiscale \(got tokens of 7x7, without scales\)",
-        ),
-        (TokenGrid((70,), 4), {}, r"grid: needs .* \(got tokens of 70, without scales\)"),
-        (TokenGrid((5,), 4, ((1, 1), (2, 2))), {"order": "random:3"}, "order: must be raster, .* .got 'random:3'"),
-        (TokenGrid((5,), 4, ((1, 1), (2, 2))), {"blocks": (5,)}, r"blocks: must be null, .* \(got \[5\]\)"),
-        (TokenGrid((5,), 4, ((1, 1), (2, 2))), {"heads": 5}, "heads: dim must be a multiple"),
-        (TokenGrid((5,), 4, ((1, 1), (2, 2))), {"attention": "half"}, "attention"),
-    ],
-)
-def test_what_does_not_fit_is_named_in_one_line(grid, config, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        Prior.create("next_scale", grid=grid, **config)
-    assert "\n" not in str(caught.value)

@@ -1,12 +1,9 @@
-"""PixelCNN, its blind spot, and the gated one that has none; their causal convolutions and row caches.
-
-Covers: prior/gated_pixelcnn.py, prior/layers.py.
-"""
+"""PixelCNN, its blind spot, and the gated one that has none; their causal convolutions and row caches."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from costs import Operations, all_steps, flops
+from costs import all_steps, flops
 from small import SMALL, draw_tokens, make_prior, moved_by
 from torch import nn
 
@@ -100,20 +97,6 @@ def test_masked_conv_is_the_published_one(size, sees_itself):
     assert len(conv.taps) == int(mask.sum())
 
 
-def test_weights_behind_the_mask_do_nothing_and_learn_nothing():
-    conv = MaskedConv(2, 3, 5, sees_itself=False)
-    x = torch.randn(1, 4, 4, 2)
-    before = conv(x)
-    before.square().sum().backward()
-    behind = conv.mask.expand_as(conv.weight) == 0
-    assert (
-        behind.sum() == 3 * 2 * 3 and (conv.weight.grad[behind] == 0).all() and (conv.weight.grad[~behind] != 0).all()
-    )
-    with torch.no_grad():
-        conv.weight[behind] += 100
-    assert torch.equal(conv(x), before)
-
-
 @pytest.mark.parametrize(
     ("rows", "columns"), [((-2, -1), (-1, 1)), ((-2, 0), (-1, 1)), ((0, 0), (-2, -1)), ((0, 0), (0, 0))]
 )
@@ -176,26 +159,6 @@ def test_steps_multiply_each_weight_once_per_position(name, rows):
     assert steps == 2 * rows * 30 * weights_in_effect(model) <= flops(lambda: model(tokens))
 
 
-@both
-def test_a_step_takes_few_operations(name):
-    """Six per block of PixelCNN, four per layer of the gated one: nothing is packed, copied or sliced in a step."""
-    for depth in (1, 6):
-        model = make_prior(name, shape=(4, 5), depth=depth)
-        most = 6 * depth + 7 if name == "pixelcnn" else 4 * (depth + 1) + 6
-        with torch.inference_mode():
-            state, token = model.start(4, None), torch.zeros(4, dtype=torch.long)
-            for position in range(20):
-                with Operations() as operations:
-                    state.step(token if position else None)
-                if position % 5:
-                    assert len(operations.names) <= most, f"{len(operations.names)} operations at position {position}"
-                    assert operations.largest <= 4 * 16, "a step makes more than one position's features"
-                else:
-                    assert len(operations.names) <= 25 * (depth + 2), (
-                        f"{len(operations.names)} operations at a row's start"
-                    )
-
-
 # Labels
 
 
@@ -219,26 +182,6 @@ def test_every_label_table_reaches_the_logits(name, count):
 
 
 # Configurations
-
-
-@both
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"order": "snake"}, "order: {name} walks the grid in raster order only (got 'snake')"),
-        ({"order": "random:3"}, "order: {name} walks the grid in raster order only (got 'random:3')"),
-        ({"shape": (5,)}, "grid: {name} needs a grid of two axes (got (5,))"),
-        ({"shape": (2, 2, 2)}, "grid: {name} needs a grid of two axes (got (2, 2, 2))"),
-        ({"kernel": 4}, "kernel: must be odd (got 4)"),
-        ({"first_kernel": 6}, "first_kernel: must be odd (got 6)"),
-        ({"kernel": 1}, "kernel: must be >= 3 (got 1)"),
-        ({"depth": 0}, "depth: must be >= 1 (got 0)"),
-    ],
-)
-def test_what_they_can_not_do_is_refused(name, config, message):
-    with pytest.raises(ValueError) as caught:
-        make_prior(name, **config)
-    assert str(caught.value) == f"{name}: {message.format(name=name)}"
 
 
 @both

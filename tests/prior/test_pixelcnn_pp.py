@@ -1,19 +1,16 @@
-"""PixelCNN++: its streams against a reference that is written again, what it sees, and steps through all resolutions.
-
-Covers: prior/stages.py.
-"""
+"""PixelCNN++: its streams against a reference written again, what it sees, its steps through all resolutions."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from costs import Operations, all_steps, flops
+from costs import all_steps, flops
 from givens.headed import HEADS, make_headed
-from prior.stages import Grow
 from small import draw_tokens, make_prior, moved_by
 from torch import nn
 
 from prior import Prior
 from prior.layers import CausalConv2d, RowCache, WholeRows, see
+from prior.pixelcnn_pp import Grow
 from tokenizer import TokenGrid
 
 KIND = "pixelcnn_pp"
@@ -113,7 +110,7 @@ def test_published_size():
         model = Prior.create(KIND, grid=grid, dim=160, depth=5, stages=3, row_embedding=False, head=head)
     without_classes = {name: p.numel() for name, p in model.named_parameters() if not name.endswith("label.weight")}
     assert sum(without_classes.values()) // 10_000 == 5361
-    assert model.readout.size == 100
+    assert model.output_head.size == 100
     assert (len(model.stage.down), len(model.stage.up), len(model.stage.coarser.stage.coarser.stage.up)) == (5, 6, 5)
 
 
@@ -218,24 +215,6 @@ def test_steps_multiply_what_a_pass_does(stages, head):
     assert 0.98 < flops(lambda: all_steps(model, tokens)) / flops(lambda: model(tokens)) < 1.02
 
 
-def test_a_step_takes_few_operations():
-    """Nine a block of those resolutions that go on at a position; nothing is packed in a step, and nothing but what is
-    of one position is made."""
-    for stages, depth in ((1, 2), (2, 1), (3, 1)):
-        model = make_prior(KIND, (8, 9), stages=stages, depth=depth)
-        with torch.inference_mode():
-            state, token = model.start(3, None), torch.zeros(3, dtype=torch.long)
-            for position in range(72):
-                with Operations() as operations:
-                    state.step(token if position else None)
-                row, column = divmod(position, 9)
-                going = [stage for stage in range(stages) if row % 2**stage == column % 2**stage == 0]
-                blocks = sum(2 * depth + (stage < stages - 1) for stage in going)
-                if column:
-                    assert len(operations.names) <= 9 * blocks + 6 * len(going) + 10
-                    assert operations.largest <= 3 * 4 * model.config.dim
-
-
 # The parts
 
 
@@ -249,7 +228,7 @@ def test_a_stride_leaves_rows_and_columns_out(columns, shape):
     assert torch.allclose(conv(x), expected)
     rows, cache = WholeRows(conv, shape[1], bias), RowCache(conv, shape[1], bias)
     for row in range(shape[0]):
-        rows.turn().copy_(x[:, row].transpose(0, 1))
+        rows.next_row().copy_(x[:, row].transpose(0, 1))
         if row % 2 == 0:
             found = (rows.read() - bias).transpose(0, 1)
             assert torch.allclose(found, expected[:, row // 2])
@@ -280,19 +259,3 @@ def test_growing_is_the_transpose_of_a_stride(columns, size):
 
 
 # Configurations
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"order": "snake"}, "order: {name} walks the grid in raster order only (got 'snake')"),
-        ({"shape": (5,)}, "grid: {name} needs a grid of two axes (got (5,))"),
-        ({"stages": 0}, "stages: must be >= 1 (got 0)"),
-        ({"dropout": 1.0}, "dropout: must be < 1 (got 1.0)"),
-        ({"depth": 0}, "depth: must be >= 1 (got 0)"),
-    ],
-)
-def test_what_it_can_not_do_is_refused(config, message):
-    with pytest.raises(ValueError) as caught:
-        make_prior(KIND, **config)
-    assert str(caught.value) == f"{KIND}: {message.format(name=KIND)}"

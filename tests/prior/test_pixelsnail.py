@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from costs import Operations, all_steps, flops
-from small import draw_tokens, generators, make_prior, moved_by
+from costs import Operations, all_steps
+from small import draw_tokens, make_prior, moved_by
 
 FUSED = "_scaled_dot_product_flash_attention_for_cpu"
 
@@ -112,80 +112,9 @@ def test_every_gate_hears_the_class(gate, block):
     assert (firsts - model(tokens, labels)[:, 0]).abs().max() < 1e-9
 
 
-@pytest.mark.sparse
-@pytest.mark.parametrize("shape", [(8, 8), (5, 11)])
-@pytest.mark.parametrize("sizes", [*SIZES, {"dim": 64, "depth": 1, "heads": 1, "value": 32}])
-def test_sampling_costs_one_forward_pass(shape, sizes):
-    """Attention included. Masked taps and slots that are not there yet cost nothing, so it is less than one."""
-    model, tokens = make_prior("pixelsnail", shape=shape, **sizes), torch.randint(5, (4, *shape))
-    assert 0 < flops(lambda: all_steps(model, tokens)) <= flops(lambda: model(tokens))
-
-
-@pytest.mark.parametrize("rows", [1, 16])
-def test_operations_of_a_step_are_counted(rows):
-    """Seven for a residual layer, ten for a block's attention and gate, eleven around them; three per convolution at
-    the start of a row. Nothing is packed or grown along the way."""
-    model = make_prior("pixelsnail", shape=(8, 8), depth=3, residual=2)
-    with torch.no_grad():  # which shows what attention is made of; inference mode does not
-        state, token, counts, names = model.start(rows, None), None, [], set()
-        slots = state.slots.data_ptr()
-        for _ in range(64):
-            with Operations() as operations:
-                token = state.step(token).argmax(-1)
-            counts.append(len(operations.names))
-            names |= set(operations.names)
-        assert state.slots.data_ptr() == slots
-    inside = [count for at, count in enumerate(counts) if at % 8]
-    assert max(inside) <= 3 * (2 * 7 + 10) + 11
-    assert max(counts) <= max(inside) + 3 * (1 + 3 * 2 * 2)
-    assert names <= {
-        "index_select",
-        "add",
-        "add_",
-        "addmm",
-        "baddbmm",
-        "mm",
-        "stack",
-        "cat",
-        "copy_",
-        "elu",
-        "elu_",
-        "glu",
-        "argmax",
-        FUSED,
-    }
-
-
 def test_keys_and_values_go_to_the_fused_kernel():
     """Keys narrower than values would be multiplied by N x N matrices of scores, the larger part of a pass."""
     model = make_prior("pixelsnail", key=4, value=8)
     with Operations() as operations:
         model(torch.zeros(1, 3, 4, dtype=torch.long))
     assert operations.names.count(FUSED) == 2
-
-
-def test_dropout_is_for_training_only():
-    tokens, model = torch.randint(5, (4, 3, 4)), make_prior("pixelsnail", dropout=0.5)
-    assert torch.equal(model(tokens), model(tokens))
-    model.train()
-    assert not torch.equal(model(tokens), model(tokens))
-    drawn = [model.sample(4, generator=generators(4), cache=cache) for cache in (True, False)]
-    assert torch.equal(*drawn) and torch.equal(drawn[0], model.eval().sample(4, generator=generators(4)))
-    for block in model.layers:
-        assert {module.p for module in block.modules() if isinstance(module, torch.nn.Dropout)} == {0.5}
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"order": "snake"}, "order: pixelsnail walks the grid in raster order only .got 'snake'"),
-        ({"shape": (4,)}, "grid: pixelsnail needs a grid of two axes"),
-        ({"shape": (2, 2, 2)}, "grid: pixelsnail needs a grid of two axes"),
-        ({"kernel": 4}, "kernel: must be odd"),
-        ({"key": 16, "value": 8}, "key: must be at most value"),
-        ({"residual": 0}, "residual: must be >= 1"),
-    ],
-)
-def test_impossible_settings_are_refused_by_name(settings, message):
-    with pytest.raises(ValueError, match=message):
-        make_prior("pixelsnail", **settings)

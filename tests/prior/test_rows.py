@@ -80,17 +80,3 @@ def test_channels_of_a_pixel_see_those_before_them(name):
         assert moved[row, :, column].tolist() == [later > channel for later in range(3)]
         assert not moved[:row].any() and not moved[row, :channel].any() and not moved[row, channel, :column].any()
         assert moved[row, channel, column + 1] and moved[row, channel + 1 :, column - 1 : column + 2].all()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@both
-def test_a_prior_that_is_told_reaches_the_entropy(name):
-    from benchmarks.priors import rows
-
-    task, found = rows.task_of_levels(), {}
-    for label, (kind, config) in rows.contenders([name], {}).items():
-        model = rows.fitted(kind, config, task, steps=400, lr=5e-3, seed=0)
-        found[label] = [figure(model) for figure in task.figures.values()]
-    assert all(-0.001 < bits < 0.005 for bits in found[name])
-    assert found[f"{name}, without"][0] > 0.03 and found[f"{name}, without"][1] > 0.2

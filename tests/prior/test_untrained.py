@@ -1,10 +1,4 @@
-"""Priors as they are made: what they know before they have weights, and that all ids are about as likely to them.
-
-Covers: prior/base.py, prior/blocks.py, prior/causal_conv.py, prior/gated_pixelcnn.py, prior/gpt.py, prior/layers.py,
-prior/made.py, prior/masked.py, prior/next_scale.py, prior/pixelcnn.py, prior/pixelcnn_pp.py, prior/pixelsnail.py,
-prior/transformer.py, prior/stages.py, prior/heads/positions.py, prior/heads/tokens.py, prior/masks/windows.py,
-prior/masks/connections.py, prior/orders/partitions.py.
-"""
+"""Priors as they are made: what they know before they have weights, and that all ids are about as likely to them."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_the_picture_of_a_page_is_the_one_that_is_drawn(tmp_path, monkeypatch, n
 def test_classifiers_learn_and_judge_guidance_as_it_is_said():
     """Of images with a bright half or none; scales are a number, or two."""
     from benchmarks.uses import classifiers
-    from prior.sampling import Sampler
+    from prior.sampling import SamplingOptions
 
     labels = torch.arange(1280) % 2
     images = torch.rand(1280, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.5
@@ -98,9 +98,9 @@ def test_classifiers_learn_and_judge_guidance_as_it_is_said():
     net = classifiers.trained(classifiers.network(1, 8, 2, 4, 8), images, labels, 6)
     found, features = classifiers.looked_at(net, images)
     assert (found == labels).double().mean() > 0.9 and features.shape == (1280, 8) and not net.training
-    pipe = SimpleNamespace(sampler=Sampler(top_k=3, guidance_end=2.0, guidance_power=1.5))
-    assert classifiers.sampler_of(pipe, "1:4") == Sampler(top_k=3, guidance_end=4.0)
-    assert classifiers.sampler_of(pipe, "2") == Sampler(top_k=3, guidance_scale=2.0)
+    pipe = SimpleNamespace(sampler=SamplingOptions(top_k=3, guidance_end=2.0, guidance_power=1.5))
+    assert classifiers.sampler_of(pipe, "1:4") == SamplingOptions(top_k=3, guidance_end=4.0)
+    assert classifiers.sampler_of(pipe, "2") == SamplingOptions(top_k=3, guidance_scale=2.0)
     for wrong in ("two", "1:2:3", ""):
         with pytest.raises(SystemExit, match="expected scales, as 1,2 or 1:4"):
             classifiers.sampler_of(pipe, wrong)

@@ -19,8 +19,9 @@ from PIL import Image
 from servers.chromium import browser
 
 from pipelines.__main__ import verbs
-from prior import Marginal, Prior
+from prior import Prior
 from prior.heads import Head
+from prior.marginal import Marginal
 from tokenizer import Tokenizer
 from tokenizer.quantizers import Quantizer
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 from givens.striped_sets import write_set
 from PIL import Image
-from prior.sampling.confidence import MaskedSampler
 from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline
@@ -36,7 +35,8 @@ from pipelines.metrics.tuning import (
     told,
 )
 from pipelines.metrics.tuning_chart import chosen_in, courses_in
-from prior.sampling import Sampler
+from prior.masked import MaskedOptions
+from prior.sampling import SamplingOptions
 
 SETTINGS = ("num_images=60", "feature_steps=3", "minutes=5")
 
@@ -108,7 +108,7 @@ def test_settings_are_chosen_on_validation_images_alone_and_stored(few, world, t
         assert f"{row['frechet_distance']:.3f}" in printed and f"{row['class_agreement']:.3f}" in printed
 
     after = ImagePipeline.from_pretrained(tmp_path / "pipeline")
-    assert after.sampler.saved() == facts["chosen"] and after.provenance["tuning"]["told"] == facts["told"]
+    assert after.sampler.to_dict() == facts["chosen"] and after.provenance["tuning"]["told"] == facts["told"]
     card = (tmp_path / "pipeline" / "README.md").read_text()
     assert f"chosen by `smalti tune` on 60 validation images of a local folder of images: {facts['told']}." in card
     assert f"{facts['frechet_distance']:.4g} (with the settings before, temperature 0.9" in card
@@ -222,17 +222,17 @@ def judged(score):
 
 def search_of(score, **options):
     judge, asked = judged(score)
-    search = Search(judge, Sampler(guidance_scale=1.25), guided=True, vocab_size=256, num_images=100, **options)
+    search = Search(judge, SamplingOptions(guidance_scale=1.25), guided=True, vocab_size=256, num_images=100, **options)
     return search, asked
 
 
 @pytest.mark.parametrize(
     "peak",
     [
-        Sampler(guidance_scale=2.6),
-        Sampler(guidance_end=1.6),
-        Sampler(guidance_end=9.0),
-        Sampler(guidance_end=3.6, guidance_power=1.5),
+        SamplingOptions(guidance_scale=2.6),
+        SamplingOptions(guidance_end=1.6),
+        SamplingOptions(guidance_end=9.0),
+        SamplingOptions(guidance_end=3.6, guidance_power=1.5),
     ],
 )
 def test_the_search_finds_where_samples_are_best(peak):
@@ -254,7 +254,7 @@ def test_the_search_finds_where_samples_are_best(peak):
 def test_the_curve_has_the_settings_of_before_where_they_are_of_a_course():
     """A pipeline that is tuned again begins with what is a point of a line, and may be the best of it."""
     search, _ = search_of(lambda sampler, seed: 1 + abs(sampler.guidance_scale - 2) + (sampler.guidance_end or 0))
-    search.own = Sampler(guidance_scale=2.0)
+    search.own = SamplingOptions(guidance_scale=2.0)
     best = search.run()
     curves = courses_in(search.trials)
     assert [trial.stage for trial in curves["constant"] if trial.sampler == search.own] == ["reference"]
@@ -265,7 +265,7 @@ def test_the_curve_has_the_settings_of_before_where_they_are_of_a_course():
 
 def test_luck_with_the_seeds_of_the_search_does_not_choose():
     """A setting that is best with these seeds alone is a finalist, and no more."""
-    lucky = Sampler(guidance_scale=4.0)
+    lucky = SamplingOptions(guidance_scale=4.0)
     search, asked = search_of(lambda sampler, seed: 0.1 if sampler == lucky and seed < FINAL_SEED else 1.0)
     best = search.run()
     finals = [trial for trial in asked if trial.stage == "final"]
@@ -276,7 +276,7 @@ def test_luck_with_the_seeds_of_the_search_does_not_choose():
 
 def test_the_lowest_distance_is_not_bought_with_recall_or_agreement():
     def trial(distance, recall, agreement):
-        return Trial("", Sampler(), 1, 0, Scores(distance, recall, agreement), 0.0)
+        return Trial("", SamplingOptions(), 1, 0, Scores(distance, recall, agreement), 0.0)
 
     narrow, wrong = trial(0.1, 0.8 * RECALL_KEPT - 0.01, 1.0), trial(0.2, 1.0, 0.89)
     good, better = trial(1.0, 0.8 * RECALL_KEPT, 0.95), trial(0.9, 0.7, 0.9)
@@ -295,7 +295,7 @@ def test_guidance_goes_on_until_samples_are_of_their_class():
         scale = sum(sampler.scales([1] * 9)) / 9
         return Trial(stage, sampler, count, seed, Scores(scale, 0.5, min(1.0, 0.5 + 0.2 * scale)), 1.0)
 
-    search = Search(judge, Sampler(), guided=True, vocab_size=256, num_images=100, real_agreement=0.9)
+    search = Search(judge, SamplingOptions(), guided=True, vocab_size=256, num_images=100, real_agreement=0.9)
     best = search.run()
     assert 0.9 <= best.scores.class_agreement < 0.95 and best.sampler.guides
 
@@ -309,7 +309,7 @@ def test_a_search_that_has_no_more_time_goes_to_the_finals():
 
 
 def test_settings_in_words():
-    assert told(Sampler()) == told(MaskedSampler(steps=3)) == "plain"
-    given = Sampler(0.9, 5, 0.95, 1.0, 3.0, 1.5)
+    assert told(SamplingOptions()) == told(MaskedOptions(steps=3)) == "plain"
+    given = SamplingOptions(0.9, 5, 0.95, 1.0, 3.0, 1.5)
     assert told(given) == "guidance 1 to 3, power 1.5, temperature 0.9, top-k 5, top-p 0.95"
-    assert plain(MaskedSampler(0.9, steps=3, guidance_end=2.0)) == MaskedSampler(steps=3)
+    assert plain(MaskedOptions(0.9, steps=3, guidance_end=2.0)) == MaskedOptions(steps=3)

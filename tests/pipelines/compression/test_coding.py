@@ -147,8 +147,8 @@ def test_a_stream_decodes_without_the_cache(prior, monkeypatch):
     images = images_of(pipe)
     data = compressed(pipe, images)
     member = type(pipe.prior)
-    monkeypatch.setattr(member, "start", member.start_slow)
-    monkeypatch.setattr(member, "next_logits", member.next_logits_slow)
+    monkeypatch.setattr(member, "start", member.start_uncached)
+    monkeypatch.setattr(member, "next_logits", member.next_logits_uncached)
     assert torch.equal(decompressed(pipe, data), expected(pipe, images, False))
 
 
@@ -613,9 +613,7 @@ def test_a_chunk_is_of_so_many_logits(monkeypatch):
 
 def test_a_progress_bar_is_of_chunks_where_there_are_several(monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        compression, "progress_over", lambda things, shown, **more: seen.append((shown, more)) or things
-    )
+    monkeypatch.setattr(compression, "progress_bar", lambda things, shown, **more: seen.append((shown, more)) or things)
     pipe = pipeline_of()
     monkeypatch.setattr(compression, "CHUNK_IMAGES", 2)
     for count, progress in ((2, True), (3, True), (3, False)):

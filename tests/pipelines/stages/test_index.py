@@ -36,7 +36,7 @@ def test_what_is_saved_is_what_is_loaded(tokenizer, prior, tmp_path):
         "tokenizer": tokenizer,
         "prior": prior,
         "labels": LABELS,
-        "sampler": {"temperature": 1.0, "top_k": 7, "top_p": None, "guidance_scale": 1.0},
+        "sampler": pipe.sampler.to_dict(),
     }
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 

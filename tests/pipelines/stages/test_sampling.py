@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from prior.requests import Walk
-from small import PRIORS, generators, make_prior
+from small import PRIORS, generators
 from small_pipelines import every_pair, every_prior_pair, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
 from pipelines.stages.requests import Request
 from pipelines.stages.sampling import settings_in
 from prior.orders import Partition
+from prior.sampling import DecodingOptions
 from tokenizer.files import ConfigError
 
 
@@ -184,7 +184,7 @@ def test_a_batch_of_no_class_is_part_of_a_guided_call(default, settings):
     for size in (1, 2):
         assert torch.equal(pipe(labels=labels, seed=0, batch_size=size, **settings).tokens, whole)
     assert torch.equal(whole[[1, 2, 4]], torch.cat([pipe(seed=k).tokens for k in (1, 2, 4)]))
-    request = Request(pipe, [None, 1], 0, Walk(), settings)
+    request = Request(pipe, [None, 1], 0, DecodingOptions(), settings)
     assert request.depends_on()["sampler"]["guidance_scale"] == 3.0
 
 
@@ -246,12 +246,6 @@ def test_what_is_no_generator_is_told(given, found):
     told = f"generator should be a torch.Generator, or a list of them .got {found}.$"
     with pytest.raises(TypeError, match=told):
         make_pipeline()(2, generator=given)
-
-
-def test_a_pipeline_is_no_guess():
-    pipe = make_pipeline()
-    with pytest.raises(ValueError, match="guess should be a prior over the same grid"):
-        pipe(2, parallel=True, guess=pipe)
 
 
 def test_settings_of_the_sampler_are_defaults_that_travel(tmp_path):
@@ -327,8 +321,6 @@ def test_completion_hears_of_all_that_is_known_where_the_prior_takes_any_order()
 def test_parallel_images_are_the_same(prior):
     pipe = make_pipeline(prior=prior)
     assert torch.equal(pipe(5, 1, seed=0, parallel=True).tokens, pipe(5, 1, seed=0).tokens)
-    guess = make_prior("marginal", grid=pipe.prior.grid)
-    assert torch.equal(pipe(5, 1, seed=0, parallel=True, guess=guess).tokens, pipe(5, 1, seed=0).tokens)
 
 
 def test_steps_of_a_masked_token_prior(tmp_path, monkeypatch):
@@ -362,25 +354,26 @@ def test_steps_of_a_masked_token_prior(tmp_path, monkeypatch):
 
 
 NO_GUIDANCE = {"guidance_scale": 1.0, "guidance_end": None, "guidance_power": None}
-SHARED = {"temperature": 1.0, "top_k": None, "top_p": None, "guidance_scale": 1.0}
+SHARED = {"temperature": 1.0, "guidance_scale": 1.0}
+OWN = {"confidence_temperature": 4.5, "schedule": "cosine"}
 
 
 @pytest.mark.parametrize(
     ("prior", "own", "saved"),
     [
         ("gpt", {}, {}),
-        ("masked", {}, {}),
+        ("masked", {}, OWN),
         ("gpt", {"guidance_end": 3.0, "guidance_power": 2.0}, {"guidance_end": 3.0, "guidance_power": 2.0}),
-        ("masked", {"schedule": "cosine", "confidence_temperature": 4.5, "steps": None}, {}),
-        ("masked", {"steps": 6, "confidence_temperature": 50.0}, {"steps": 6, "confidence_temperature": 50.0}),
+        ("masked", {"schedule": "cosine", "confidence_temperature": 4.5, "steps": None}, OWN),
+        ("masked", {"steps": 6, "confidence_temperature": 50.0}, {**OWN, "steps": 6, "confidence_temperature": 50.0}),
     ],
 )
 def test_what_a_prior_declares_is_a_default_that_travels(tmp_path, prior, own, saved):
-    """Settings that every prior has are always in the index, a prior's own only where they are not the default."""
+    """The index has all settings that are not None."""
     pipe = make_like(make_pipeline(prior=prior), own)
     pipe.save_pretrained(tmp_path / "pipe")
     index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
-    assert list(index["sampler"].items()) == list({**SHARED, **saved}.items())
+    assert index["sampler"] == {**SHARED, **saved}
     loaded = ImagePipeline.from_pretrained(tmp_path / "pipe")
     assert loaded.sampler == pipe.sampler
     plain, labels = make_like(pipe, {}), [0, 1, 2] * 3

@@ -21,7 +21,7 @@ from pipelines import ConfigError, FormatError, ImagePipeline, IntegrityError, P
 from pipelines.stages import storing
 from pipelines.tokens import load_tokens
 from prior import Prior
-from prior.sampling import progress
+from prior.sampling import progress_bar
 from tokenizer import Tokenizer
 from tokenizer.files import LimitError, UnreadableError
 
@@ -279,7 +279,7 @@ def test_a_prior_of_an_unknown_kind_may_be_given(tmp_path):
         ("masked", {"steps": "4"}, "steps must be a whole number from 1 to 6 (got 4)"),
         ("made", {"num_masks": "4"}, "num_masks must be a whole number (got '4')"),
         ("made", {"num_masks": -4}, "num_masks must be at least 1 (got -4)"),
-        ("made", {"num_masks": 4}, "num_masks: made as it was made has one connectivity"),
+        ("made", {"num_masks": 4}, "num_masks: this made prior has one connectivity"),
     ],
 )
 def test_settings_of_sampling_that_a_file_holds_are_named(tmp_path, kind, sampler, said):
@@ -296,7 +296,7 @@ def test_settings_of_sampling_that_a_file_holds_are_named(tmp_path, kind, sample
 # Bars
 
 
-def test_calls_that_take_long_have_a_bar(monkeypatch, capsys):
+def test_calls_that_take_long_have_a_bar(capsys):
     """Once they have taken two seconds, in a terminal; none within another."""
     pipe, images = make_pipeline(), torch.zeros(3, 1, 8, 12)
 
@@ -311,10 +311,10 @@ def test_calls_that_take_long_have_a_bar(monkeypatch, capsys):
     assert told(encode, decode, score) == []  # no terminal
     pipe.set_progress_bar_config(disable=False)
     assert told(encode, decode, score) == []
-    monkeypatch.setattr(progress, "LONG", 0.0)
+    pipe.set_progress_bar_config(disable=False, delay=0.0)
     assert told(decode) == ["decoding"] and told(score) == ["encoding", "scoring"]
     assert told(partial(decode, progress=False), lambda: pipe(3, progress=False)) == []
-    assert told(lambda: [encode() for _ in progress.progress_over([1, 2], {"disable": False})]) == []
+    assert told(lambda: [encode() for _ in progress_bar([1, 2], {"disable": False})]) == []
     pipe.set_progress_bar_config(disable=True)
     assert told(encode, decode, score) == []
 
@@ -364,7 +364,7 @@ def test_all_that_is_known_of_a_pipeline_comes_back_and_none_of_it_with_another_
     assert "größe" in (tmp_path / "pipe" / "README.md").read_bytes().decode()
     index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
     names = {"tokenizer": "vqvae", "prior": "marginal", "background": "marginal", "labels": LABELS}
-    assert index == {"_class_name": "ImagePipeline", "format_version": 1, "sampler": pipe.sampler.saved(), **names}
+    assert index == {"_class_name": "ImagePipeline", "format_version": 1, "sampler": pipe.sampler.to_dict(), **names}
     found = ImagePipeline.from_pretrained(tmp_path / "pipe")
     assert found.provenance == pipe.provenance and (found.sample_grid == pipe.sample_grid).all()
     assert found.calibration.to_json() == pipe.calibration.to_json() and found.sampler == pipe.sampler

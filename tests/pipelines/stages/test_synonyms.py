@@ -32,7 +32,7 @@ def test_names_of_diffusers_are_taken():
         ({"num_image": 1}, "did you mean 'num_images'"),
         ({"callback": print}, "did you mean 'callback_on_step_end'"),
         ({"prompt": "cat"}, "did you mean 'labels'"),
-        ({"captures": False}, "did you mean 'capture'"),
+        ({"caches": False}, "did you mean 'cache'"),
         ({"option": 1}, "its settings are temperature"),  # what takes the settings is no argument
         ({"zzz": 1}, "its settings are temperature, top_k, top_p"),
     ],

@@ -14,7 +14,6 @@ import os
 import shutil
 import tempfile
 import typing
-import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -28,9 +27,7 @@ from accelerate.state import AcceleratorState
 from launch import train_prior, train_tokenizer
 from PIL import Image
 from pretended import gpu_waits
-from pretended.emulated_graphs import Emulated
 from pretended.gpu import CUDA, DeviceMix, Pretended
-from prior.requests import Walk
 from small import (
     ANY_ORDER,
     PRIORS,
@@ -61,7 +58,7 @@ from pipelines.shuffling.ahead import pinned, sent
 from pipelines.training.adversary import Adversary, CriticConfig
 from prior import Prior
 from prior.heads import Head
-from prior.sampling import Sampler, steps
+from prior.sampling import DecodingOptions, SamplingOptions
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.critic import PatchCritic
 from tokenizer.files import ConfigError
@@ -248,7 +245,6 @@ def try_samples(name: str, config: dict[str, Any]) -> None:
         {"cache": False},
         {"parallel": True},
         {"parallel": True, **given},
-        {"parallel": True, "guess": make_prior("marginal", grid=model.grid).to(CUDA)},
         {"guidance_scale": 2.0, "top_k": 5, "top_p": 0.9, "temperature": 0.8},
         {"generator": [torch.Generator("cuda").manual_seed(k) for k in range(4)]},
         {"generator": torch.Generator()},
@@ -259,18 +255,9 @@ def try_samples(name: str, config: dict[str, Any]) -> None:
     if "steps" in model.Sampling.names():
         ways.append({"steps": 3, "guidance_scale": 2.0, **given})
     for way in ways:
-        with contextlib.nullcontext() if way.keys().isdisjoint({"order", "num_orders"}) else refusals(), graphs():
-            for _ in range(2 if type(way.get("generator")) is not list else 1):  # the second one from graphs
-                drawn = model.sample(4, torch.arange(4, device=CUDA) % 3, **{"generator": generators(4), **way})
-                assert drawn.device == CUDA and drawn.shape == (4, *model.grid.shape)
-
-
-@contextlib.contextmanager
-def graphs() -> Iterator[None]:
-    """Have steps captured; that something is not possible in a graph is an error."""
-    with patch.object(steps, "recorder_for", lambda device: Emulated), warnings.catch_warnings():
-        warnings.filterwarnings("error", "steps are not captured")
-        yield
+        with contextlib.nullcontext() if way.keys().isdisjoint({"order", "num_orders"}) else refusals():
+            drawn = model.sample(4, torch.arange(4, device=CUDA) % 3, **{"generator": generators(4), **way})
+            assert drawn.device == CUDA and drawn.shape == (4, *model.grid.shape)
 
 
 def refusals() -> contextlib.AbstractContextManager[Any]:
@@ -336,7 +323,7 @@ def optional(method: str) -> set[str]:
     """The arguments that a method need not be given."""
     takes = inspect.signature(getattr(ImagePipeline, method)).parameters
     named = {name for name, one in takes.items() if one.default is not one.empty}
-    return {*named, *Walk.names(), *Sampler.names()} if method in ("__call__", "complete") else named
+    return {*named, *DecodingOptions.names(), *SamplingOptions.names()} if method in ("__call__", "complete") else named
 
 
 def abilities() -> Iterator[Component]:

@@ -1,0 +1,288 @@
+"""Decoding step by step, what is reported of it, and what surrounds it: modes, rows, features, layouts of weights."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from small import ANY_ORDER, PRIORS, VARIANTS, draw_known, draw_tokens, generators, make_prior
+
+from prior import Prior, base
+from prior.base import evaluation_mode, to_device_async
+from prior.orders import Partition, make_partition
+from prior.sampling import SampleBatch, UncachedState
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+PATHS: dict[str, dict[str, Any]] = {
+    "cached": {},
+    "uncached": {"cache": False},
+    "parallel": {"parallel": True},
+    "guided": {"guidance_scale": 2.0},
+}
+every_prior = pytest.mark.parametrize("name", [*PRIORS, *VARIANTS])
+
+
+# Steps
+
+
+@pytest.fixture(params=["gpt", "blocks"])
+def slow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Prior:
+    """A kind that has written no fast path."""
+    model = make_prior(request.param, any_order=True)
+    monkeypatch.setattr(type(model), "make_cache", Prior.make_cache)
+    return model
+
+
+def walks(model: Prior) -> list[torch.Tensor | Partition | None]:
+    """Its own, another one for all images, and one for each."""
+    walk = make_partition("halton:4" if model.config.takes_blocks else "snake", (3, 4))
+    return [None, walk, torch.rand(3, 12).argsort(1)]
+
+
+def test_without_a_fast_path_steps_are_those_of_whole_passes(slow):
+    tokens, labels = draw_tokens(slow, 3), torch.arange(3)
+    for walk in walks(slow):
+        state = slow.start(3, labels, walk)
+        assert isinstance(state, UncachedState)
+        order, blocks = walk if isinstance(walk, Partition) else (slow.order if walk is None else walk, slow.blocks)
+        path, begin, last = order.expand(3, 12), 0, None
+        given = {} if walk is None else {"order": order}
+        if walk is not None and slow.config.takes_blocks:
+            sizes = torch.tensor(blocks)
+            numbers = torch.arange(len(blocks)).repeat_interleave(sizes)
+            given = {"block_of": torch.empty_like(path).scatter_(1, path, numbers.expand(3, 12))}
+        with torch.no_grad():
+            whole = slow(tokens, labels, **given)
+            for size in blocks:
+                at = path[:, begin : begin + size]
+                found = slow.next_logits(state, last)
+                torch.testing.assert_close(found, whole[torch.arange(3)[:, None], at], rtol=1e-4, atol=1e-4)
+                begin, last = begin + size, tokens.flatten(1).gather(1, at)
+
+
+def test_without_a_fast_path_all_ways_of_sampling_draw_the_same(slow):
+    labels = torch.arange(3)
+    for walk in walks(slow):
+        drawn = [slow.sample(3, labels, generator=generators(3), order=walk, cache=cache) for cache in (True, False)]
+        assert torch.equal(*drawn)
+
+
+def test_without_labels_all_are_of_the_null_class():
+    model = make_prior("gpt")
+    assert model.labels_or_null(None, 4).tolist() == [3] * 4
+    labels = torch.tensor([0, 1])
+    assert model.labels_or_null(labels, 2) is labels
+    drawn = [model.sample(2, given, generator=generators(2)) for given in (None, [3, 3])]
+    assert torch.equal(*drawn)
+
+
+# What is reported
+
+
+def watched(model, count=5, **settings):
+    """Tokens of `count` images, and of each step its number, rank, tokens and which are known."""
+    seen = []
+
+    def look(step):
+        seen.append((step.number, step.rank, step.tokens, step.known))
+
+    return model.sample(count, torch.arange(count) % 3, generator=generators(count), on_step=look, **settings), seen
+
+
+def check(model, drawn, seen, given=None):
+    """What holds of every path: decided tokens stay, there are more and more of them, and they become the images."""
+    numbers, ranks, tokens, known = zip(*seen, strict=True)
+    assert numbers == tuple(range(len(seen)))
+    assert tokens[-1].equal(drawn) and known[-1].all()
+    before = torch.zeros_like(known[0]) if given is None else given
+    for rank, ids, there in zip(ranks, tokens, known, strict=True):
+        assert ids.shape == there.shape == drawn.shape and there.dtype == torch.bool
+        assert not (before & ~there).any() and (there.sum() > before.sum())
+        assert ids[there].equal(drawn[there]) and not ids[~there].any()
+        assert 0 < rank <= len(model.grid)
+        before = there
+
+
+@pytest.mark.sparse
+@every_prior
+@pytest.mark.parametrize("path", PATHS)
+def test_each_step_shows_what_is_drawn(name, path):
+    model = make_prior(name)
+    drawn, seen = watched(model, **PATHS[path])
+    check(model, drawn, seen)
+    plain = model.sample(5, torch.arange(5) % 3, generator=generators(5), **PATHS[path])
+    assert plain.equal(drawn), "watching changes what is drawn"
+    if path != "parallel":
+        ends = torch.tensor(model.blocks).cumsum(0).tolist()
+        parts = -(-len(seen) // len(ends))
+        assert [rank for _, rank, *_ in seen] == ends * parts
+    if path != "parallel" and len(seen) == len(model.blocks):  # in one part
+        for (_, rank, _, known), block in zip(seen, model.order.split(model.blocks), strict=True):
+            assert known.flatten(1)[:, block].all() and int(known[0].sum()) == rank
+
+
+@pytest.mark.parametrize("name", ANY_ORDER)
+def test_steps_in_other_orders_and_with_known_tokens(name):
+    model = make_prior(name, **ANY_ORDER[name])
+    tokens, known = draw_tokens(model, 5), draw_known(model, 5, 0.4)
+    known.flatten(1)[:, 0] = False
+    for walk in ({"order": "random:3"}, {"num_orders": 3}):
+        drawn, seen = watched(model, tokens=tokens, known=known, **walk)
+        assert drawn[known].equal(tokens[known])
+        seen = [each for each in seen if each[3].sum() > known.sum()]  # the known ones come first, step by step
+        check(model, drawn, [(number, *each[1:]) for number, each in enumerate(seen)], known)
+
+
+def test_steps_of_confidence_and_of_several_connectivities():
+    model = make_prior("masked")
+    drawn, seen = watched(model, steps=4)
+    check(model, drawn, seen)
+    assert len(seen) == 4
+    model = make_prior("made", connectivity_agnostic=True)
+    drawn, seen = watched(model, num_masks=3)
+    check(model, drawn, seen)
+    assert len(seen) % len(model.grid) == 0
+
+
+def test_parts_count_on_and_what_was_drawn_before_is_shown(monkeypatch):
+    model = make_prior("gpt")
+    monkeypatch.setattr(type(model), "rows_at_once", lambda self: 2)
+    drawn, seen = watched(model, 5)
+    check(model, drawn, seen)
+    assert len(seen) == 3 * len(model.grid)
+    last = len(model.grid)
+    assert seen[last][3].flatten(1).sum(1).tolist() == [12, 12, 1, 1, 0]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_error_of_the_caller_ends_sampling_and_the_next_call_is_whole(path):
+    model, settings = make_prior("gpt"), PATHS[path]
+    wanted = model.sample(4, torch.arange(4) % 3, generator=generators(4), **settings)
+    for last in (0, 1):
+        taken = []
+
+        def look(step, taken=taken, last=last):
+            taken.append(step.number)
+            if step.number == last:
+                raise LookupError("enough")
+
+        with pytest.raises(LookupError, match="enough"):
+            model.sample(4, torch.arange(4) % 3, generator=generators(4), on_step=look, **settings)
+        assert taken == list(range(last + 1))
+        assert wanted.equal(model.sample(4, torch.arange(4) % 3, generator=generators(4), **settings))
+
+
+def test_nothing_is_copied_unless_it_is_read(monkeypatch):
+    """A step that nobody reads costs no more than the call."""
+    model, numbers = make_prior("gpt"), []
+    monkeypatch.setattr(SampleBatch, "to_raster", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # only at the end of the part
+        model.sample(2, on_step=lambda step: numbers.append((step.number, step.rank)))
+    assert numbers == [(k, k + 1) for k in range(12)]
+
+
+# What surrounds it
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "asked"),
+    [
+        (CPU, GPU, ["pinned", (GPU, {"non_blocking": True})]),
+        (CPU, CPU, [(CPU, {})]),
+        (GPU, GPU, [(GPU, {})]),
+        (GPU, CPU, [(CPU, {})]),
+        (CPU, torch.device("mps"), [(torch.device("mps"), {})]),
+    ],
+    ids=str,
+)
+def test_tensors_go_to_a_gpu_through_pinned_memory(here, there, asked):
+    made: list[Any] = []
+    drawn = SimpleNamespace(device=here)
+    drawn.pin_memory = lambda: made.append("pinned") or drawn
+    drawn.to = lambda device, **how: made.append((device, how)) or drawn
+    assert to_device_async(drawn, there) is drawn and asked == made
+
+
+def test_what_is_drawn_is_the_callers_to_train_on():
+    model = make_prior("gpt")
+    drawn = model.sample(2, generator=generators(2))
+    assert drawn.shape == (2, 3, 4) and drawn.dtype == torch.int64 and not drawn.is_inference()
+    model.loss_from_outputs(model(drawn), drawn).backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "class" not in name)
+
+
+@pytest.mark.parametrize("precision", [False, True])
+def test_a_prior_is_in_eval_mode_while_it_is_sampled_and_then_as_it_was(precision):
+    """Each of its modules: a part may be trained alone. In full precision, however the caller is."""
+    model = make_prior("gpt").train()
+    model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    assert True in before and False in before
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision), evaluation_mode(model), evaluation_mode(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_autocast_enabled("cpu") and not torch.backends.cuda.cudnn_sdp_enabled()
+    assert [module.training for module in model.modules()] == before and torch.backends.cuda.cudnn_sdp_enabled()
+    with pytest.raises(ZeroDivisionError), evaluation_mode(model):
+        raise ZeroDivisionError
+    assert [module.training for module in model.modules()] == before
+
+
+def test_autocast_of_the_caller_does_not_change_images():
+    model = make_prior("gpt", dropout=0.5).train()
+    plain = model.sample(3, generator=generators(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.sample(3, generator=generators(3)), plain)
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(None, [9]), (5, [5, 4]), (1, [1] * 9), (8, [8, 1])])
+def test_as_many_rows_as_the_prior_says_are_sampled_together(monkeypatch, most, sizes):
+    """With guidance half as many images."""
+    model, seen, real = make_prior("gpt"), [], base.sample_blocks
+    plain = model.sample(9, torch.arange(9) % 3, generator=generators(9))
+    monkeypatch.setattr(type(model), "rows_at_once", lambda self: most)
+    monkeypatch.setattr(
+        base, "sample_blocks", lambda prior, rows, *more: seen.append(len(rows)) or real(prior, rows, *more)
+    )
+    assert torch.equal(model.sample(9, torch.arange(9) % 3, generator=generators(9)), plain) and seen == sizes
+    seen.clear()
+    model.sample(9, torch.arange(9) % 3, generator=generators(9), guidance_scale=2.0)
+    assert max(seen) == (9 if most is None else max(1, most // 2)) and sum(seen) == 9
+
+
+# Features
+
+
+@pytest.mark.parametrize(
+    ("shape", "arranged"),
+    [((2, 5), (2, 1, 5)), ((2, 3, 5), (2, 3, 5)), ((2, 3, 4, 5), (2, 12, 5)), ((2, 2, 3, 4, 5), (2, 24, 5))],
+)
+def test_positions_are_in_raster_order(shape, arranged):
+    output = torch.rand(shape)
+    found = make_prior("blocks").arrange_features(output)
+    assert found.shape == arranged and torch.equal(found.flatten(), output.flatten())
+
+
+def test_the_first_layer_and_the_middle_one():
+    model = make_prior("gpt", depth=3)
+    tokens = draw_tokens(model, 2)
+    first, middle, last = (model.features(tokens, layer=layer) for layer in range(3))
+    assert torch.equal(model.features(tokens), middle)
+    assert not torch.equal(first, middle) and not torch.equal(middle, last)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_features_are_those_of_each_layer_and_no_hook_is_left(name):
+    model = make_prior(name)
+    tokens, labels = draw_tokens(model, 2), torch.tensor([0, 3])
+    for layer in (-1, model.feature_layers, True, 1.0):
+        with pytest.raises(ValueError, match="layer"):
+            model.features(tokens, labels, layer)
+    if not model.feature_layers:
+        return
+    every = model.layer_features(tokens, labels, range(model.feature_layers))
+    for layer, expected in enumerate(every):
+        assert torch.equal(model.features(tokens, labels, layer), expected)
+        assert expected.ndim == 3 and expected.shape[:2] in ((2, 1), (2, len(model.grid)))
+    assert not any(module._forward_hooks for module in model.modules())

@@ -1,0 +1,433 @@
+"""Output heads, alone and in every prior that takes them: over grids whose positions have one id or several."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from costs import all_steps, flops
+from frequencies import as_frequent
+from givens.headed import CASES, HEADS, TOGETHER, VOCAB, make_headed
+from small import PRIORS, draw_tokens, generators, moved_by
+
+from prior import Prior
+from prior.heads import (
+    FLOOR,
+    Depth,
+    DepthConfig,
+    Head,
+    IdEmbedding,
+    Logistic,
+    LogisticConfig,
+    Softmax,
+    head_problem,
+    make_head,
+)
+from tokenizer import TokenGrid
+
+# Every prior with a head
+
+
+every_case = pytest.mark.parametrize(("kind", "head", "facts", "order"), CASES)
+raster_cases = pytest.mark.parametrize(("kind", "head", "facts"), [case[:3] for case in CASES if case[3] == "raster"])
+
+
+def test_every_head_is_found():
+    assert Head.available() == ["depth", "logistic"] == sorted(HEADS)
+    taken = {kind for kind in PRIORS if Prior.find(kind).Config.takes_positions}
+    assert taken >= set(TOGETHER)
+
+
+@pytest.mark.sparse
+@every_case
+def test_logits_see_what_the_receptive_field_says_and_that_comes_earlier(kind, head, facts, order):
+    model = make_headed(kind, head, facts, order).double()
+    tokens, labels = draw_tokens(model, 24), torch.arange(24) % 4
+    assert model(tokens, labels).shape == (24, len(model.grid), VOCAB[head])
+    field = model.receptive_field
+    assert moved_by(model, tokens, labels, least=1e-13).equal(field)
+    earlier = torch.zeros(len(model.grid), dtype=torch.bool)
+    for block in model.order.split(model.blocks):
+        assert not field[block][:, ~earlier].any()
+        earlier[block] = True
+    assert earlier.all() and sum(model.blocks) == len(model.grid)
+
+
+@pytest.mark.sparse
+@every_case
+def test_a_position_sees_its_own_ids_before_each_and_nobody_else_of_its_block(kind, head, facts, order):
+    model = make_headed(kind, head, facts, order)
+    cells, field = model.grid.cells, model.receptive_field
+    for level, (one, *others) in enumerate(zip(cells[:, 0], *cells.t()[1:], strict=True)):
+        mine = torch.stack([one, *others])
+        assert field[mine][:, mine].equal(torch.ones(len(mine), len(mine)).tril(-1).bool())
+        for at in mine[1:]:  # as far as others are concerned, all ids of a position are seen at once, or none is
+            assert field[at][torch.isin(torch.arange(len(field)), mine).logical_not()].equal(
+                field[mine[0]][torch.isin(torch.arange(len(field)), mine).logical_not()]
+            ), level
+
+
+@pytest.mark.sparse
+@every_case
+@pytest.mark.parametrize("label", [None, 1])
+def test_probabilities_sum_to_one(kind, head, facts, order, label):
+    positions, vocab = ((1, 2), 2) if head == "depth" else ((1, 1 if facts["channels"] == 3 else 2), 16)
+    order = "raster" if order.startswith(("halton", "raster/")) else order
+    model = make_headed(kind, head, facts, order, positions, vocab).double()
+    size = len(model.grid)
+    grids = torch.tensor(list(itertools.product(range(vocab), repeat=size))).reshape(-1, *model.grid.shape)
+    labels = None if label is None else torch.full((len(grids),), label)
+    with torch.no_grad():
+        total = model.log_prob(grids, labels).exp().sum()
+    assert abs(float(total) - 1) < 1e-9
+
+
+@pytest.mark.sparse
+@every_case
+def test_the_logits_and_the_likelihood_agree(kind, head, facts, order):
+    model = make_headed(kind, head, facts, order).double()
+    tokens, labels = draw_tokens(model, 8), torch.arange(8) % 4
+    expected = model(tokens, labels).log_softmax(-1).gather(-1, tokens.flatten(1)[..., None]).view(tokens.shape)
+    assert (model.token_log_probs(tokens, labels) - expected).abs().max() < 1e-12
+    if model.exact and kind != "masked":
+        loss = model.loss(tokens, labels)
+        assert abs(float(loss.detach() + expected.mean().detach())) < 1e-5
+
+
+@pytest.mark.sparse
+@every_case
+def test_steps_give_the_logits_of_whole_passes(kind, head, facts, order):
+    model = make_headed(kind, head, facts, order).double()
+    tokens, labels = draw_tokens(model, 4), torch.arange(4) % 4
+    with torch.no_grad():
+        whole = model(tokens, labels)[:, model.order]
+        assert (all_steps(model, tokens, labels) - whole).abs().max() < 1e-9
+
+
+@pytest.mark.sparse
+@every_case
+def test_all_ways_of_sampling_draw_the_same(kind, head, facts, order):
+    model, labels = make_headed(kind, head, facts, order), torch.arange(5) % 4
+    drawn = model.sample(5, labels, generator=generators(5))
+    assert drawn.unique().numel() > 2
+    for options in ({"cache": False}, {"parallel": True}):
+        assert torch.equal(model.sample(5, labels, generator=generators(5), **options), drawn)
+    one = model.sample(1, labels[3:4], generator=generators(5)[3:4])
+    assert torch.equal(one, drawn[3:4])
+    known = torch.rand(5, *model.grid.shape) < 0.4
+    kept = model.sample(5, labels, generator=generators(5), tokens=drawn, known=known, top_k=3, temperature=0.8)
+    assert torch.equal(kept[known], drawn[known])
+    assert torch.equal(model.sample(5, labels, generator=generators(5), guidance_scale=1.0), drawn)
+
+
+COUNTABLE = [(kind, "depth", {"levels": 2}, (1, 2), 2) for kind in TOGETHER]
+COUNTABLE += [(kind, "logistic", {"channels": 1}, (1, 1), 16) for kind in (*TOGETHER, "masked", "made")]
+
+
+@pytest.mark.parametrize(("kind", "head", "facts", "positions", "vocab"), COUNTABLE)
+def test_frequencies_match_log_prob(kind, head, facts, positions, vocab):
+    model = make_headed(kind, head, facts, positions=positions, vocab_size=vocab, std=0.5)
+    count, size = 6000, len(model.grid)
+    drawn = model.sample(count, torch.full((count,), 1), generator=torch.Generator().manual_seed(5)).flatten(1)
+    grids = torch.tensor(list(itertools.product(range(vocab), repeat=size)))
+    expected = model.log_prob(grids.reshape(-1, *model.grid.shape), torch.full((len(grids),), 1)).exp()
+    assert as_frequent((drawn * vocab ** torch.arange(size).flip(0)).sum(1), expected)
+
+
+@pytest.mark.sparse
+@raster_cases
+def test_sampling_takes_the_flops_of_one_pass(kind, head, facts):
+    if kind == "masked":
+        pytest.skip("a pass per token, by its nature")
+    model = make_headed(kind, head, facts, positions=(3, 4))
+    one_pass = flops(lambda: model(draw_tokens(model, 2)))
+    sampled = flops(lambda: model.sample(2, generator=generators(2)))
+    assert sampled <= 1.1 * one_pass
+
+
+@pytest.mark.sparse
+@raster_cases
+def test_a_gradient_reaches_every_weight_and_training_helps(kind, head, facts):
+    torch.manual_seed(0)
+    model = make_headed(kind, head, facts, std=0.1).train()
+    tokens, labels = draw_tokens(model, 16), torch.arange(16) % 4
+    optimizer, losses = torch.optim.Adam(model.parameters(), 1e-2), []
+    for step in range(15):
+        loss = model.loss(tokens, labels, progress=0.5)
+        optimizer.zero_grad()
+        loss.backward()
+        if not step:
+            still = [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
+            assert [name for name in still if "nothing" not in name] == []
+        optimizer.step()
+        losses.append(float(loss))
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+@pytest.mark.sparse
+@raster_cases
+def test_a_saved_prior_comes_back(kind, head, facts, tmp_path):
+    model, tokens = make_headed(kind, head, facts), None
+    model.save_pretrained(tmp_path / "prior")
+    found = Prior.from_pretrained(tmp_path / "prior")
+    tokens = draw_tokens(model, 2)
+    assert found.fingerprint() == model.fingerprint() and torch.equal(found(tokens), model(tokens))
+    assert found.grid.levels == model.grid.levels and found.grid.channels == model.grid.channels
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_an_embedding_of_rows_is_the_sum_of_the_levels_tables(together):
+    grid = TokenGrid((3, 2), 4, levels=together)
+    table, ids = IdEmbedding(grid, together, 5), torch.randint(4, (6, together))
+    expected = sum(table.weight[level * 4 + ids[:, level]] for level in range(together))
+    assert torch.allclose(table(ids), expected)
+    assert torch.allclose(table.embed_rows(ids if together > 1 else ids[:, 0]), expected)
+
+
+# Heads alone
+
+
+ALONE: dict[str, Head] = {
+    "softmax": Softmax(TokenGrid((2, 5), 20)),
+    "softmax over levels": Softmax(TokenGrid((6, 5), 20, levels=3)),
+    "depth of two": Depth(DepthConfig(dim=8), TokenGrid((4, 5), 20, levels=2)),
+    "depth of three": Depth(DepthConfig(dim=8), TokenGrid((6, 5), 20, channels=3)),
+    "logistic of grey": Logistic(LogisticConfig(components=2), TokenGrid((2, 5), 20, channels=1)),
+    "logistic of colours": Logistic(LogisticConfig(components=4), TokenGrid((6, 5), 20, channels=3)),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_logits_probabilities_and_losses_of_a_head_agree(name, dtype):
+    torch.manual_seed(0)
+    head = copy.deepcopy(ALONE[name])
+    head = head if dtype == torch.bfloat16 and isinstance(head, Logistic) else head.to(dtype)
+    outputs, ids = torch.randn(2, 5, head.size).to(dtype), torch.randint(20, (2, 5, head.ids_per_position))
+    logits = head.logits(outputs, ids).detach()
+    assert logits.shape == (2, 5, head.ids_per_position, 20)
+    for level in range(head.ids_per_position):
+        torch.testing.assert_close(head.next_logits(outputs, ids[..., :level]).detach(), logits[..., level, :])
+    found = head.log_probs(outputs, ids).detach()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert found.dtype == wide and found.shape == ids.shape
+    expected = logits.to(wide).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    nats = head.nats(outputs, ids).detach()
+    assert nats.dtype == torch.float32 and nats.shape == ids.shape
+    torch.testing.assert_close(nats, -found.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(head.mean_nats(outputs, ids).detach(), nats.mean(), rtol=1e-5, atol=1e-5)
+    for moved in range(head.ids_per_position):
+        changed = ids.clone()
+        changed[..., moved] = (changed[..., moved] + 7) % 20
+        before = [
+            (head.logits(outputs, changed) - logits)[..., level, :].abs().max() == 0
+            for level in range(head.ids_per_position)
+        ]
+        assert all(before[: moved + 1]), "an id is seen by those after it alone"
+
+
+def test_labels_are_smoothed_over_all_ids():
+    head, logits, ids = ALONE["softmax"], torch.randn(2, 5, 20), torch.randint(20, (2, 5, 1))
+    for smoothing in (0.0, 0.1):
+        expected = F.cross_entropy(logits.transpose(1, 2), ids[..., 0], reduction="none", label_smoothing=smoothing)
+        torch.testing.assert_close(head.nats(logits, ids, smoothing), expected[..., None])
+
+
+@pytest.mark.parametrize(("components", "means"), [(1, [0.0]), (2, [-1.0, 1.0]), (5, [-1.0, -0.5, 0.0, 0.5, 1.0])])
+def test_the_logistics_of_an_untrained_network_are_spread_over_all_values(components, means):
+    head = Logistic(LogisticConfig(components=components), TokenGrid((3, 1), 256, channels=3)).double()
+    found, mixture = head.condition(torch.zeros(1, head.size).double(), torch.zeros(1, 0).long())
+    assert found == [] and mixture.means[0].tolist() == means
+    torch.testing.assert_close(mixture.weights[0].exp(), torch.full((components,), 1 / components).double())
+    table = head.next_logits(torch.zeros(1, head.size).double(), torch.zeros(1, 0).long())[0].exp()
+    torch.testing.assert_close(table, table.flip(0))
+    assert float(table.sum()) == pytest.approx(1) and float(table.min()) > FLOOR / 256
+
+
+def head_of(kind: str, grid: TokenGrid, takes_heads: bool, takes_positions: bool, settings: Any = None) -> Any:
+    """A configuration of some kind of prior."""
+    head = settings if kind == "none" else Head.find(kind).Config()
+    return SimpleNamespace(kind="some", head=head, grid=grid, takes_heads=takes_heads, takes_positions=takes_positions)
+
+
+@pytest.mark.parametrize("several", [1, 2, 3])
+def test_a_head_fits_a_kind_that_takes_it(several):
+    grid = TokenGrid((6, 5), 20, channels=several)
+    for takes_positions in (False, True):
+        fits = takes_positions or several == 1
+        assert (head_problem(head_of("logistic", grid, True, takes_positions)) is None) == fits
+        assert (head_problem(head_of("depth", grid, True, takes_positions)) is None) == (fits and several > 1)
+        assert head_problem(head_of("logistic", grid, False, takes_positions)) is not None
+        assert head_problem(head_of("none", grid, False, takes_positions)) is None
+    assert type(make_head(head_of("none", grid, True, True))) is Softmax
+    assert type(make_head(head_of("logistic", grid, True, True))) is Logistic
+
+
+def test_logistics_are_for_pixels_of_sixteen_values_and_more():
+    fits = [
+        Logistic.problem(LogisticConfig(), TokenGrid((2, 5), levels, channels=1)) is None for levels in (15, 16, 17)
+    ]
+    assert fits == [False, True, True]
+    assert Logistic.problem(LogisticConfig(), TokenGrid((2, 5), 32)) is not None, "codes are no intensities"
+
+
+# The depth head
+
+
+LEVELS = 4
+
+
+def make_depth():
+    head = Depth(DepthConfig(dim=12, layers=2), TokenGrid((2 * LEVELS, 3), 7, levels=LEVELS))
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return head.double()
+
+
+def test_a_level_is_read_from_the_sum_of_what_was_drawn():
+    head = make_depth()
+    outputs, ids = torch.randn(5, head.size, dtype=torch.float64), torch.randint(7, (5, LEVELS))
+    for level in range(LEVELS):
+        x = outputs + head.level_embedding[level] + sum(head.id_embeddings[m][ids[:, m]] for m in range(level))
+        for layer in head.layers:
+            gate, up = layer.gate_up(layer.norm(x)).chunk(2, -1)
+            x = x + layer.down(F.silu(gate) * up)
+        expected = head.head(head.norm(x))
+        assert torch.allclose(head.logits(outputs, ids)[:, level], expected)
+        assert torch.allclose(head.next_logits(outputs, ids[:, :level]), expected)
+
+
+def test_every_lower_level_matters_and_no_higher_one():
+    head, outputs = make_depth(), torch.randn(1, 12, dtype=torch.float64)
+    ids = torch.zeros(1, LEVELS, dtype=torch.long)
+    before = head.logits(outputs, ids)
+    for level in range(LEVELS):
+        changed = ids.clone()
+        changed[0, level] = 3
+        moved = (head.logits(outputs, changed) - before).abs().amax(-1)[0] > 1e-12
+        assert moved.tolist() == [other > level for other in range(LEVELS)]
+
+
+# The mixture of logistics
+
+
+VALUES = 256
+
+
+def make_logistic(channels=1, components=3, vocab_size=VALUES):
+    return Logistic(
+        LogisticConfig(components=components), TokenGrid((channels, 1), vocab_size, channels=channels)
+    ).double()
+
+
+def by_definition(weights, means, scales, value, top=VALUES - 1):
+    """P(value) of a mixture, from differences of the two tails, whichever is the smaller number."""
+    half, x, total = 1 / top, 2 * value / top - 1, 0.0
+    for weight, mean, scale in zip(weights, means, scales, strict=True):
+        upper, lower = (x + half - mean) / scale, (x - half - mean) / scale
+        below = lambda z: 1 / (1 + math.exp(-z)) if z > -700 else 0.0  # noqa: E731
+        if value == 0:
+            share = below(upper)
+        elif value == top:
+            share = below(-lower)
+        elif lower > 0:
+            share = below(-lower) - below(-upper)
+        else:
+            share = below(upper) - below(lower)
+        total += weight * share
+    return total * (1 - FLOOR) + FLOOR / (top + 1)
+
+
+def outputs_of(head, weights, means, scales):
+    """What a network has to put out for this mixture of grey values."""
+    weights, means, scales = torch.tensor([weights, means, scales], dtype=torch.float64)
+    return torch.stack([weights.log(), means - head.spread, 2 + scales.log()]).flatten()
+
+
+def test_a_table_is_the_mixture_by_definition():
+    head, mixture = make_logistic(), ([0.2, 0.5, 0.3], [-0.7, 0.1, 0.95], [0.02, 0.3, 0.004])
+    table = head.next_logits(outputs_of(head, *mixture)[None], torch.zeros(1, 0).long())[0]
+    expected = torch.tensor([by_definition(*mixture, value) for value in range(VALUES)], dtype=torch.float64).log()
+    assert (table - expected).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("vocab_size", [16, 256])
+def test_far_from_all_components_nothing_is_lost(dtype, vocab_size):
+    """The narrowest logistics at one end: at the other the floor is left, to the last bit, and gradients are finite."""
+    head, small = make_logistic(vocab_size=vocab_size).to(dtype), 1e-4
+    outputs = torch.tensor([0.0, 0, 0, -3, -3, -3, -300.0, -300, -300], dtype=dtype, requires_grad=True)
+    table = head.next_logits(outputs[None], torch.zeros(1, 0).long())[0]
+    assert torch.isfinite(table).all() and abs(float(table.detach().exp().sum()) - 1) < 1e-5
+    assert (table[2:] - math.log(FLOOR / vocab_size)).abs().max() < small
+    every = head.log_probs(outputs.expand(vocab_size, -1), torch.arange(vocab_size)[:, None])[:, 0]
+    assert (every - table).abs().max() < small
+    every.sum().backward()
+    assert outputs.grad is not None and torch.isfinite(outputs.grad).all()
+
+
+@pytest.mark.parametrize("size", [0.1, 3.0, 30.0])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_tables_sum_to_one_and_hold_what_single_values_have(size, channels):
+    head, generator = make_logistic(channels), torch.Generator().manual_seed(0)
+    outputs = size * torch.randn(64, head.size, generator=generator, dtype=torch.float64)
+    ids = torch.randint(VALUES, (64, channels), generator=generator)
+    tables = head.logits(outputs, ids)
+    assert (tables.exp().sum(-1) - 1).abs().max() < 1e-9
+    assert (tables.gather(-1, ids[..., None])[..., 0] - head.log_probs(outputs, ids)).abs().max() < 1e-9
+
+
+def test_float32_is_as_exact_as_its_numbers():
+    head, generator = make_logistic(3), torch.Generator().manual_seed(0)
+    outputs, ids = 4 * torch.randn(64, head.size, generator=generator), torch.randint(VALUES, (64, 3))
+    exact = head.logits(outputs.double(), ids)
+    assert (head.float().logits(outputs, ids) - exact).abs().max() < 2e-3
+    assert (head.logits(outputs.bfloat16(), ids) - head.logits(outputs.bfloat16().float(), ids)).abs().max() == 0
+
+
+def test_channels_share_the_components():
+    """p(r, g, b) = sum_k w_k p_k(r) p_k(g | r) p_k(b | r, g), but for the floor: the joint of one mixture."""
+    head, generator = make_logistic(3, components=2), torch.Generator().manual_seed(1)
+    outputs = torch.randn(head.size, generator=generator, dtype=torch.float64)
+    w, means, scales, slopes = outputs.view(-1, 2).split([1, 3, 3, 3])
+    scales += 1  # so wide that the floor is far below
+    w, means = w[0].softmax(-1), means + head.spread
+    ids = torch.tensor([100, 140, 90])
+    x, each = 2 * ids.double() / 255 - 1, []
+    for k in range(2):
+        a = slopes[:, k].tanh()
+        at = [means[0, k], means[1, k] + a[0] * x[0], means[2, k] + a[1] * x[0] + a[2] * x[1]]
+        shares = [
+            (by_definition([1.0], [float(mean)], [float((scale - 2).exp())], int(value)) - FLOOR / 256) / (1 - FLOOR)
+            for mean, scale, value in zip(at, scales[:, k], ids, strict=True)
+        ]
+        each.append(float(w[k]) * math.prod(shares))
+    assert float(head.log_probs(outputs[None], ids[None]).sum()) == pytest.approx(math.log(sum(each)), abs=1e-3)
+
+
+def test_red_moves_what_green_is_expected_to_be():
+    head = make_logistic(3, components=2)
+    outputs = torch.randn(1, head.size, dtype=torch.float64)
+    tables = [head.next_logits(outputs, torch.tensor([[red]])) for red in (10, 240)]
+    assert (tables[0] - tables[1]).abs().max() > 0.1
+
+
+def test_the_network_puts_out_few_numbers():
+    assert make_logistic(1, components=5).size == 15 and make_logistic(3, components=10).size == 100  # as in the paper
+    model = make_headed("gpt", "logistic", {"channels": 1}, vocab_size=256)
+    assert model(draw_tokens(model, 1), raw=True).shape == (1, 6, 6)
+
+
+def test_a_large_table_is_made_in_parts(monkeypatch):
+    head = make_logistic(3)
+    outputs, ids = torch.randn(2, 9, head.size, dtype=torch.float64), torch.randint(VALUES, (2, 9, 3))
+    whole = head.logits(outputs, ids)
+    monkeypatch.setattr("prior.heads.AT_ONCE", 4 * VALUES * 3)
+    assert torch.equal(head.logits(outputs, ids), whole)

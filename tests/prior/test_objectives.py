@@ -1,0 +1,296 @@
+"""Objectives: cross-entropy some rows at a time, and alignment (CCA), which trains guidance into a prior."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from costs import saved_elements
+from small import PRIORS, draw_tokens, make_prior
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from pipelines.shuffling.draws import other_labels
+from prior import objectives
+from prior.objectives import Alignment, Likelihood, alignment_loss, alignment_problem, mean_nats, token_nats
+
+# Cross-entropy
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    """As if the logits were many: seven rows at a time, of 40 ids."""
+    monkeypatch.setattr(objectives, "LARGE", 1)
+    monkeypatch.setattr(objectives, "AT_ONCE", 7 * 40 + 3)
+
+
+def logits_and_ids(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Of 3 images, some of them very sure."""
+    torch.manual_seed(0)
+    scale = torch.tensor([1.0, 8.0, 60.0])[:, None, None]
+    return (torch.randn(3, 20, 40) * scale).to(dtype).requires_grad_(), torch.randint(40, (3, 4, 5))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_and_gradients_are_those_of_torch(in_parts, dtype, smoothing):
+    """In float32, to a few units in the last place; a gradient of bf16 logits is rounded to bf16 once, in both."""
+    logits, ids = logits_and_ids(dtype)
+    plain = F.cross_entropy(logits.float().transpose(1, 2), ids.flatten(1), reduction="none", label_smoothing=smoothing)
+    found = token_nats(logits, ids, smoothing)
+    assert found.dtype == torch.float32 and torch.allclose(found, plain, rtol=1e-6, atol=1e-6)
+    up = torch.randn(3, 20)
+    up[1, 3:9] = 0  # as of tokens that a loss leaves out
+    (ours,), (theirs,) = (torch.autograd.grad(nats, logits, up) for nats in (found, plain))
+    assert ours.dtype == dtype and (ours[1, 3:9] == 0).all()
+    assert torch.allclose(ours, theirs, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-6)
+    assert ours.float().sum(-1).abs().max() < (1e-5 if dtype == torch.float32 else 0.02)  # shares sum to one
+
+
+def test_the_mean_is_that_of_torch(in_parts):
+    logits, ids = logits_and_ids()
+    plain = F.cross_entropy(logits.flatten(0, 1), ids.flatten())
+    assert torch.allclose(mean_nats(logits, ids), plain, rtol=1e-6)
+    (ours,), (theirs,) = (torch.autograd.grad(loss, logits) for loss in (mean_nats(logits, ids), plain))
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-8)
+
+
+def test_only_the_logits_are_kept(in_parts):
+    """In their own type: plain cross-entropy keeps as many float32 numbers beside them."""
+    logits, ids = logits_and_ids(torch.bfloat16)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        loss = mean_nats(logits, ids)
+    assert sorted((t.numel(), t.dtype) for t in kept if t.numel() > 1) == [(60, torch.int64), (2400, torch.bfloat16)]
+    assert {t.data_ptr() for t in kept if t.numel() == 2400} == {logits.data_ptr()}
+    loss.backward()
+    assert saved_elements(lambda: mean_nats(logits, ids)) < 2400 + 100
+
+
+def test_what_is_not_finite_stays_so(in_parts):
+    logits, ids = logits_and_ids()
+    with torch.no_grad():
+        logits[1, 2, 3] = torch.nan
+    nats = token_nats(logits, ids)
+    (gradient,) = torch.autograd.grad(nats.sum(), logits)
+    assert nats.isnan().sum() == 1 and gradient[1, 2].isnan().all() and gradient.isnan().sum() == 40
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_every_prior_has_the_same_loss_in_parts(name, monkeypatch):
+    """Also under autocast, where the logits are bf16."""
+    torch.manual_seed(0)
+    model = make_prior(name, (4, 4), 7).train()
+    tokens, labels = draw_tokens(model, 8), torch.arange(8) % 4
+    inputs = model.training_inputs(tokens, 0.3)
+    for bf16 in (False, True):
+        found = []
+        for large in (objectives.LARGE, 1):
+            monkeypatch.setattr(objectives, "LARGE", large)
+            torch.manual_seed(1)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = model.loss_from_outputs(model(tokens, labels, **inputs), tokens, **inputs)
+            gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+            found.append([loss, *(gradient for gradient in gradients if gradient is not None)])
+        scale = max(float(part.detach().abs().max()) for part in found[0])
+        assert len(found[0]) > 1 and len(found[0]) == len(found[1])
+        for plain, parts in zip(*found, strict=True):
+            assert (plain - parts).abs().max() <= (0.01 if bf16 else 1e-5) * scale
+
+
+@pytest.mark.parametrize("name", [*PRIORS, "binary made"])
+def test_bf16_logits_are_computed_with_in_float32(name):
+    """The loss is that of the same logits cast before, as accelerate did."""
+    torch.manual_seed(0)
+    vocab_size = 2 if name == "binary made" else 7
+    model = make_prior(name.removeprefix("binary "), (4, 4), vocab_size).train()
+    tokens, labels = draw_tokens(model, 8), torch.arange(8) % 4
+    inputs = model.training_inputs(tokens, 0.3)
+    logits = 3 * torch.randn_like(model(tokens, labels, **inputs)).bfloat16()
+    assert torch.equal(
+        model.loss_from_outputs(logits, tokens, **inputs), model.loss_from_outputs(logits.float(), tokens, **inputs)
+    )
+
+
+def test_it_compiles(in_parts):
+    logits, ids = logits_and_ids()
+    compiled = torch.compile(mean_nats, backend="aot_eager", fullgraph=True)
+    (ours,), (plain,) = (torch.autograd.grad(loss(logits, ids), logits) for loss in (compiled, mean_nats))
+    assert torch.allclose(ours, plain, atol=1e-7)
+
+
+@pytest.mark.parametrize("large", [1, 2400, 2401])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_few_logits_or_many_are_smoothed_alike(large, smoothing, monkeypatch):
+    monkeypatch.setattr(objectives, "LARGE", large)
+    logits, ids = logits_and_ids()
+    plain = F.cross_entropy(logits.transpose(1, 2), ids.flatten(1), reduction="none", label_smoothing=smoothing)
+    assert torch.allclose(token_nats(logits, ids, smoothing), plain, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(mean_nats(logits, ids), F.cross_entropy(logits.flatten(0, 1), ids.flatten()), rtol=1e-6)
+
+
+def test_a_prior_and_its_loss_are_one_call():
+    """In nats per token, and what is logged is in bits."""
+    model = make_prior("gpt", any_order=True).train()
+    tokens, labels = draw_tokens(model, 4), torch.arange(4)
+    inputs = {"order": torch.rand(4, 12).argsort(1)}
+    loss, logged = Likelihood(model)(tokens, labels, inputs)
+    expected = -model.token_log_probs(tokens, labels, inputs["order"]).mean()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5) and loss.requires_grad
+    assert set(logged) == {"bits_per_token"} and not logged["bits_per_token"].requires_grad
+    assert float(logged["bits_per_token"]) == pytest.approx(float(loss.detach()) / 0.6931471805599453)
+
+
+@pytest.mark.parametrize(
+    ("config", "is_bound"),
+    [
+        ({}, True),
+        ({"schedule": "cosine"}, False),
+        ({"schedule": "arccos"}, False),
+        ({"label_smoothing": 0.1}, False),
+        ({"schedule": "square", "label_smoothing": 0.1}, False),
+    ],
+)
+def test_a_loss_that_bounds_no_likelihood_is_not_logged_as_bits(config, is_bound):
+    """The loss itself is what is minimised, whatever it is."""
+    model = make_prior("masked", **config).train()
+    tokens, labels = draw_tokens(model, 6), torch.zeros(6, dtype=torch.long)
+    inputs = model.training_inputs(tokens, 0.0)
+    loss, logged = Likelihood(model)(tokens, labels, inputs)
+    assert loss.requires_grad and torch.isfinite(loss)
+    assert ("bits_per_token" in logged) == is_bound
+    if is_bound:
+        assert float(logged["bits_per_token"]) == pytest.approx(float(loss.detach()) / 0.6931471805599453)
+
+
+# Alignment
+
+
+def test_the_loss_is_the_papers():
+    own, other = torch.tensor([3.0, -1.0]), torch.tensor([0.5, 2.0])
+    labelled = torch.tensor([1.0, 0.0])
+    found = alignment_loss(own, other, labelled, beta=0.5, negatives=7.0)
+    first = -logsigmoid(torch.tensor(1.5)) - 7 * logsigmoid(torch.tensor(-0.25))
+    second = -logsigmoid(torch.tensor(-0.5))  # without its label it has no negative
+    assert torch.allclose(found, (first + second) / 2)
+
+
+ALIGNABLE = [name for name in PRIORS if alignment_problem(make_prior(name, num_classes=3)) is None]
+
+
+def test_all_but_masked_priors_can_be_aligned():
+    assert set(PRIORS) - set(ALIGNABLE) == {"masked"}
+    for model in (*(make_prior("gpt", num_classes=count) for count in (0, 1)), make_prior("masked", exact=False)):
+        assert alignment_problem(model) is not None
+    assert alignment_problem(make_prior("gpt", num_classes=2)) is None
+
+
+@pytest.mark.parametrize("name", ALIGNABLE)
+def test_every_exact_prior_is_compared_with_a_frozen_one(name):
+    """At first both are one model. A step of gradients raises images under their labels, and lowers them under others;
+    what is frozen has no gradients, and is no part of the module."""
+    torch.manual_seed(0)
+    prior, frozen = (make_prior(name, num_classes=3) for _ in range(2))
+    frozen.load_state_dict(prior.state_dict())
+    module = Alignment(prior.train(), frozen.train(), beta=0.5, negatives=2.0)
+    assert not frozen.training and {*module.parameters()} == {*prior.parameters()}
+    assert list(module.state_dict()) == [f"prior.{key}" for key in prior.state_dict()]
+    tokens = torch.randint(prior.grid.vocab_size, (6, *prior.grid.shape))
+    labels, others = torch.tensor([0, 1, 2, 0, 1, 3]), torch.tensor([1, 2, 0, 2, 0, 0])
+    inputs = prior.training_inputs(tokens, 0.0)
+    optimizer = torch.optim.SGD(prior.parameters(), lr=0.02)
+    loss, terms = module(tokens, labels, others, inputs)
+    assert float(terms["cca"]) == pytest.approx((1 + 2 * 5 / 6) * math.log(2), rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(float(terms["cca"]) / 2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(tokens, labels, others, inputs)[0].backward()
+        optimizer.step()
+    assert all(parameter.grad is None for parameter in frozen.parameters())
+    _, after = module(tokens, labels, others, inputs)
+    assert float(after["cca"]) < float(terms["cca"]) and float(after["margin"]) > 0 and float(after["above"]) > 0.5
+
+
+@pytest.mark.parametrize(("negatives", "which"), [(0.0, 0), (1000.0, 1)])
+def test_own_labels_rise_and_others_fall(negatives, which):
+    """In the model's own log p, whatever the module calls a gain: each where it alone has weight."""
+    torch.manual_seed(0)
+    prior, frozen = (make_prior("gpt", num_classes=3) for _ in range(2))
+    frozen.load_state_dict(prior.state_dict())
+    module, optimizer = Alignment(prior, frozen, 0.5, negatives), torch.optim.SGD(prior.parameters(), lr=0.02)
+    tokens = torch.randint(prior.grid.vocab_size, (6, *prior.grid.shape))
+    labels, others = torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([1, 2, 0, 2, 0, 1])
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(tokens, labels, others, {})[0].backward()
+        optimizer.step()
+    looked_at = (labels, others)[which]
+    gained = (prior.log_prob(tokens, looked_at) - frozen.log_prob(tokens, looked_at)).mean()
+    assert gained > 0 if which == 0 else gained < 0
+
+
+def dropouts(name: str) -> dict[str, float]:
+    """All that this prior can drop out."""
+    return {key: 0.3 for key in type(make_prior(name).config).model_fields if key in ("dropout", "attention_dropout")}
+
+
+@pytest.mark.parametrize("name", filter(dropouts, ALIGNABLE))
+def test_nothing_is_gained_before_the_first_step(name):
+    """A prior that drops out would seem to have lost what it drops, and most under the labels of others."""
+    prior, frozen = (make_prior(name, num_classes=3, **dropouts(name)) for _ in range(2))
+    frozen.load_state_dict(prior.state_dict())
+    tokens, labels = torch.randint(prior.grid.vocab_size, (6, *prior.grid.shape)), torch.tensor([0, 1, 2, 0, 1, 2])
+    inputs = prior.training_inputs(tokens, 0.0)
+    dropped = Likelihood(prior.train())(tokens, labels, inputs)[0].detach()
+    module = Alignment(prior, frozen, 0.5, 3.0).train()
+    _, terms = module(tokens, labels, (labels + 1) % 3, inputs)
+    assert float(terms["margin"]) == pytest.approx(0, abs=1e-4)
+    assert float(terms["bits_per_token"]) != pytest.approx(float(dropped) / math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.5, 0.02])
+@pytest.mark.parametrize("classes", [2, 5])
+def test_the_optimum_is_where_the_module_says(beta, classes):
+    """The loss over all images and labels has no slope where p_ref is p(x | c) and what it gained is the logarithm of
+    p(x | c) / p(x | not c), less that of lambda, over beta."""
+    torch.manual_seed(0)
+    share, weight = torch.randn(classes, 6).double().softmax(1), 3.0  # p(x | c)
+    draws, counts = (np.arange(1200) + 0.5) / 1200, torch.ones(classes, dtype=torch.long)
+    drawn = [other_labels(torch.full((1200,), own), counts, draws) for own in range(classes)]
+    chances = torch.stack([torch.bincount(labels, minlength=classes) / 1200 for labels in drawn]).double()
+    wrong = chances.T @ share  # of a label, the images that it is a wrong one of
+    assert torch.allclose(wrong, (share.sum(0) - share) / (classes - 1))
+    gained = ((share / wrong / weight).log() / beta).requires_grad_()
+    each = [
+        right * alignment_loss(gain[None], gain[None], torch.ones(1), beta, weight * float(other / right))
+        for right, other, gain in zip(share.flatten(), wrong.flatten(), gained.flatten(), strict=True)
+    ]
+    (slope,) = torch.autograd.grad(sum(each), gained)
+    assert slope.abs().max() < 1e-6 * beta
+    (elsewhere,) = torch.autograd.grad(alignment_loss(gained + 1, gained + 1, torch.ones(1), beta, weight), gained)
+    assert elsewhere.abs().max() > 1e-3 * beta
+
+
+def test_what_is_logged_is_of_images_with_their_label():
+    """And a large lambda is no large rate: the loss is divided by it, but never by less than one."""
+    prior, frozen = (make_prior("gpt", num_classes=3) for _ in range(2))
+    tokens = torch.randint(prior.grid.vocab_size, (6, *prior.grid.shape))
+    labels, others = torch.tensor([0, 1, 2, 3, 1, 3]), torch.tensor([1, 2, 0, 0, 0, 1])
+    with torch.no_grad():
+        own = prior.log_prob(tokens, labels) - frozen.log_prob(tokens, labels)
+        other = prior.log_prob(tokens, others) - frozen.log_prob(tokens, others)
+        gap, labelled = (own - other)[labels < 3], (labels < 3).float()
+        for negatives in (0.0, 0.5, 4.0):
+            loss, terms = Alignment(prior, frozen, 0.7, negatives)(tokens, labels, others, {})
+            expected = alignment_loss(own, other, labelled, 0.7, negatives)
+            bits = -prior.log_prob(tokens, labels).mean() / (12 * math.log(2))
+            found = {"cca": expected, "margin": gap.mean(), "above": (gap > 0).float().mean(), "bits_per_token": bits}
+            assert set(terms) == set(found)
+            for name, value in found.items():
+                assert float(terms[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
+            assert float(loss) == pytest.approx(float(expected) / max(1.0, negatives), rel=1e-4)
+        _, terms = Alignment(prior, frozen, 0.7, 1.0)(tokens, torch.full((6,), 3), others, {})
+        assert float(terms["margin"]) == float(terms["above"]) == 0.0  # of none
