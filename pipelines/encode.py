@@ -186,13 +186,10 @@ def depends_on(config: EncodeConfig, tokenizer: Tokenizer, pieces: list[Piece], 
     """All that the rows depend on, to the bit."""
     settings = config.model_dump(mode="json", exclude={"out", "tokenizer", "lineage"})
     counts = rows_by_split(pieces)
-    rows = [counts.get("train", 0), counts.get("test", 0)]
-    if "validation" in counts:
-        rows.append(counts["validation"])  # without any, the job is what it was in earlier versions
     return {
         **settings,
         "tokenizer": tokenizer.fingerprint(),
-        "rows": rows,
+        "rows": dict(counts),
         "device": device,
         "added_to": manifest_hash(Path(config.out)) if config.append else None,
     }

@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import itertools
 import json
+import math
 import pkgutil
 import re
 import tempfile
@@ -445,11 +446,11 @@ class WeightsFile:
             value = self.file.get_tensor(name)
             if value.dtype != target.dtype and not (value.is_floating_point() and target.is_floating_point()):
                 raise WeightsError(f"{self.path}: {name} has type {value.dtype}, expected {target.dtype}")
+            target.copy_(value)
             if value.is_floating_point():
-                if not bool(value.isfinite().all()):
+                if target.numel() and not all(map(math.isfinite, torch.stack(target.aminmax()).tolist())):
                     raise WeightsError(f"{self.path}: {name} holds a value that is not finite")
                 stored += [] if "quantizer" in name.split(".") else [value.dtype]
-            target.copy_(value)
         return stored[0] if stored else torch.float32
 
 

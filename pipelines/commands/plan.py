@@ -189,7 +189,7 @@ def planned_tokenizer(source: str) -> Tokenizer:
         return tokenizer_of(config)
     data = read_json(folder / CONFIG)
     member: Any = Tokenizer.find(data.pop("kind", ""))
-    return member(member.Config.from_saved(data))
+    return member(member.Config(**data))
 
 
 # Tokenizers ---------------------------------------------------------------------------------------

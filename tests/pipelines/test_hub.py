@@ -105,7 +105,7 @@ def test_only_files_of_ours_are_fetched(report):
 )
 def test_what_is_not_there_names_both_readings(report, case):
     error, message = report[case]
-    assert error == "PathError" and "not an existing folder" in message and "as a Hub id" in message
+    assert error == "PathError" and "not an existing folder" in message and "Hub" in message
     assert ("nobody/nothing" if case in ("unknown repository", "unknown tokenizer") else "me/") in message
 
 

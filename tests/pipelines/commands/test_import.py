@@ -124,8 +124,8 @@ def test_what_the_weights_can_not_do_is_named(small, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (struct.pack("<Q", 1 << 40) + b"{}", "its header is larger than"),
-        (b"PK\x03\x04 a zip of pickles, as torch.save writes it", "not safetensors, or its header"),
+        (struct.pack("<Q", 1 << 40) + b"{}", "not a readable safetensors file"),
+        (b"PK\x03\x04 a zip of pickles, as torch.save writes it", "not a readable safetensors file"),
         (struct.pack("<Q", 10) + b"0123456789", "not a readable safetensors file"),
         (b"", "not a readable safetensors file"),
     ],
@@ -231,17 +231,10 @@ def test_further_training_goes_on_from_the_codebook(small, tmp_path):
     assert torch.equal(tokenizer.quantizer.codebook, before)
 
 
-def test_sizes_that_no_grid_can_have_and_links_elsewhere_are_one_line(small, tmp_path, capsys):
-    """The network is outlined before it is made; a folder that was downloaded reads its own files."""
+def test_sizes_that_no_grid_can_have_are_one_line(small, tmp_path, capsys):
+    """The network is outlined before it is made."""
     weights, write = small
     source, out = write(weights), tmp_path / "out"
     with pytest.raises(SystemExit):
         main(["import", f"source={source}", f"out={out}", "image_size=4096", "groups=8"])
     assert f"{source}: a grid holds at most" in capsys.readouterr().err
-    folder = tmp_path / "downloaded"
-    folder.mkdir()
-    (folder / "model.safetensors").symlink_to(source)
-    with pytest.raises(SystemExit):
-        main(["import", f"source={folder}", f"out={out}"])
-    assert "a link that leads out of the folder" in capsys.readouterr().err
-    main(["import", f"source={folder}/model.safetensors", f"out={out}", "groups=8"])  # which is named

@@ -56,17 +56,6 @@ def from_the_root(monkeypatch, one_process):
 # What is already there
 
 
-def test_a_tokenizer_from_before_is_counted_as_it_is(tmp_path):
-    """Its folder says nothing of how its decoder grows."""
-    saved = make_tokenizer("vqvae", upsampling="nearest")
-    saved.save_pretrained(tmp_path / "old")
-    path = tmp_path / "old" / "config.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "upsampling"}))
-    found = plan.planned_tokenizer(str(tmp_path / "old"))
-    assert found.config == saved.config
-    assert found.config.upsampling == "nearest" and found.state_dict().keys() == saved.state_dict().keys()
-
-
 def test_facts_come_from_the_token_dataset(tokens, capsys):
     argv = prior_arguments(Path("x"), tokens)
     forecast = planned(*argv)
