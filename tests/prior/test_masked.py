@@ -323,4 +323,4 @@ def test_confidence_chooses_what_is_kept(monkeypatch):
     assert kept.gather(1, best).all()
     kept, _ = kept_first(model, 1000.0, monkeypatch)  # noise alone decides
     assert kept.sum(1).unique().tolist() == [count] and 0.3 < kept.gather(1, best).float().mean() / (count / 12) < 1.7
-    assert kept.float().mean(0).min() > 0.3 * count / 12
+    assert kept.float().mean(0).min() > 0.2 * count / 12

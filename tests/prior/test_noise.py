@@ -211,7 +211,7 @@ def test_keys_are_drawn_on_the_device_of_their_generator(monkeypatch):
     ("generator", "count", "error"),
     [(generators(2), 3, ValueError), (generators(3), 2, ValueError), ([], 1, ValueError)]
     + [(wrong, 1, TypeError) for wrong in ([0], ["a"], 5, "cpu", [None])],
-    ids=str,
+    ids=["few", "many", "empty", "number", "text", "seed", "device", "none"],
 )
 def test_a_list_has_a_generator_for_each_image(generator, count, error):
     with pytest.raises(error, match="generator"):

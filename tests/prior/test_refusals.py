@@ -112,11 +112,9 @@ REQUESTS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def shown(value: Any) -> str:
-    return " ".join(str(value).split())[:50]
-
-
-@pytest.mark.parametrize(("request_", "word"), REQUESTS, ids=shown)
+@pytest.mark.parametrize(
+    ("request_", "word"), REQUESTS, ids=[f"{number}-{request[-1]}" for number, request in enumerate(REQUESTS)]
+)
 def test_requests_that_cannot_be_drawn_are_refused_by_name(request_, word):
     for kind in PRIORS:
         model = make_prior(kind)
@@ -200,7 +198,11 @@ CALLS: list[tuple[str, dict[str, Any], type[Exception], Callable[[Any], Any], st
 ]
 
 
-@pytest.mark.parametrize(("kind", "settings", "error", "call", "word"), CALLS, ids=shown)
+@pytest.mark.parametrize(
+    ("kind", "settings", "error", "call", "word"),
+    CALLS,
+    ids=[f"{number}-{call[0]}-{call[-1]}" for number, call in enumerate(CALLS)],
+)
 def test_other_calls_are_refused_by_name(kind, settings, error, call, word):
     with pytest.raises(error, match=word) as caught:
         call(make_prior(kind, **settings))
