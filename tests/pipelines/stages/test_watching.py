@@ -69,18 +69,18 @@ SETTINGS = {
 @pytest.mark.parametrize("path", SETTINGS)
 def test_an_interrupted_call_says_so_and_is_taken_up_again(path):
     pipe, steps = make_pipeline(), []
-    wanted = pipe(4, 1, seed=5, **SETTINGS[path]).tokens
+    wanted = pipe(16, 1, seed=5, **SETTINGS[path]).tokens
 
     def stop(pipe, step, rank, kwargs):
         steps.append(step)
         pipe.interrupt = step == 1
 
-    with pytest.raises(Interrupted, match=r"^interrupted after \d+ of 24 tokens") as caught:
-        pipe(4, 1, seed=5, callback_on_step_end=stop, **SETTINGS[path])
+    with pytest.raises(Interrupted, match=r"^interrupted after \d+ of 96 tokens") as caught:
+        pipe(16, 1, seed=5, callback_on_step_end=stop, **SETTINGS[path])
     error = pickle.loads(pickle.dumps(caught.value))
-    assert steps == [0, 1] and error.tokens.shape == wanted.shape and 0 < int(error.known.sum()) < 24
+    assert steps == [0, 1] and error.tokens.shape == wanted.shape and 0 < int(error.known.sum()) < 96
     assert error.tokens[error.known].equal(wanted[error.known])
-    assert pipe(4, 1, seed=5, tokens=error.tokens, known=error.known, **SETTINGS[path]).tokens.equal(wanted)
+    assert pipe(16, 1, seed=5, tokens=error.tokens, known=error.known, **SETTINGS[path]).tokens.equal(wanted)
     assert pipe.interrupt is False
 
 
@@ -144,29 +144,50 @@ def call_beside(pipe, **asked):
     return end
 
 
-def test_a_callback_interrupts_its_own_call_alone():
-    """One that is under way in another thread goes on, and one that begins does not take the word back."""
+def test_calls_from_several_threads_wait_for_each_other():
+    """Each gets what it gets alone; one is under way at a time."""
     pipe = make_pipeline()
-    wanted = pipe(2, seed=7).tokens
+    wanted, under_way, most = [pipe(2, labels=k % 3, seed=k).tokens for k in range(4)], set(), []
+
+    def count(pipe, step, *_):
+        under_way.add(threading.get_ident())
+        most.append(len(under_way))
+        if step == len(pipe.prior.grid) - 1:
+            under_way.remove(threading.get_ident())
+
+    def work(k):
+        found[k] = pipe(2, labels=k % 3, seed=k, callback_on_step_end=count).tokens
+
+    found = {}
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert all(found[k].equal(wanted[k]) for k in range(4)) and max(most) == 1
+
+
+def test_a_callback_may_call_the_pipeline():
+    pipe, seen = make_pipeline(), []
+
+    def look(pipe, step, rank, kwargs):
+        seen.append(pipe.decode(kwargs["tokens"], output_type="pt").shape[0] + len(pipe(1, seed=step).images))
+
+    pipe(2, seed=0, callback_on_step_end=look)
+    assert seen == [3] * len(pipe.prior.grid)
+
+
+def test_an_interrupt_ends_the_call_under_way_alone():
+    """Another one that waits for it goes on."""
+    pipe, found = make_pipeline(), []
+    wanted = pipe(2, seed=3).tokens
     end = call_beside(pipe)
-
-    def stop(pipe, step, *_):
-        pipe.interrupt = True
-        pipe(1, seed=0)  # in the same thread
-        assert pipe.interrupt
-
-    with pytest.raises(Interrupted):
-        pipe(2, seed=1, callback_on_step_end=stop)
-    assert end().equal(wanted)
-
-
-def test_from_outside_all_calls_are_interrupted():
-    """A call that begins in between is not, and changes nothing for the others."""
-    pipe = make_pipeline()
-    ends = [call_beside(pipe), call_beside(pipe, labels=1)]
+    waiting = threading.Thread(target=lambda: found.append(pipe(2, seed=3).tokens))
+    waiting.start()
     pipe.interrupt = True
-    assert pipe.interrupt and pipe(1, seed=0).tokens.shape == (1, 2, 3) and not pipe.interrupt
-    assert [type(end()) for end in ends] == [Interrupted, Interrupted]
+    assert pipe.interrupt and type(end()) is Interrupted
+    waiting.join(30)
+    assert found[0].equal(wanted) and not pipe.interrupt
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
