@@ -56,7 +56,8 @@ def main() -> None:
 
     torch.set_num_threads(1)
     data = load_tokens(options.tokens)
-    print(f"{data.grid.ids_per_position} ids of {data.grid.vocab_size} at {len(data.grid.positions)} positions, {options}\n")
+    grid = data.grid
+    print(f"{grid.ids_per_position} ids of {grid.vocab_size} at {len(grid.positions)} positions, {options}\n")
     head = ("prior", "parameters", "steps/s", "validation, bits", "test, bits", "MB a step", "MFLOP", "32 samples, s")
     print(table_head(*head))
     for name, (kind, config) in CASES.items():

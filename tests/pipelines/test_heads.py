@@ -56,4 +56,7 @@ def test_a_pipeline_is_saved_and_loaded(case, tmp_path):
     found = ImagePipeline.from_pretrained(tmp_path / "pipe")
     drawn = [each(2, seed=1, output_type="pt", progress=False).tokens for each in (pipe, found)]
     assert torch.equal(*drawn) and found.prior.fingerprint() == pipe.prior.fingerprint()
-    assert found.prior.grid == found.tokenizer.grid and found.prior.grid.together == found.tokenizer.grid.together
+    assert (
+        found.prior.grid == found.tokenizer.grid
+        and found.prior.grid.ids_per_position == found.tokenizer.grid.ids_per_position
+    )

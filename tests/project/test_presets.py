@@ -124,7 +124,7 @@ def test_prior_preset_builds_on_every_tokenizer_of_its_data(path):
     data = data_of(path)
     grids = [preset_tokenizer(name).grid for name in sorted((CONFIGS / "tokenizer").glob(f"*_{data}.yaml"))]
     grids = [grid for grid in grids if bool(grid.scales) == (config.model["kind"] == "next_scale")]
-    grids = [grid for grid in grids if grid.together > 1 or not is_deep(config.model)]
+    grids = [grid for grid in grids if grid.ids_per_position > 1 or not is_deep(config.model)]
     if (choices.get("head") or {}).get("kind") == "logistic":
         grids = [grid for grid in grids if grid.channels]
     assert grids

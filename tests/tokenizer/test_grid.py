@@ -22,7 +22,7 @@ def test_the_ids_of_a_position_are_those_that_its_code_is_made_of(name):
     kind, config = LEVELS[name]
     tokenizer = make_tokenizer(kind, **config).eval()
     grid, quantizer = tokenizer.grid, (tokenizer.vae if kind == "posthoc" else tokenizer).quantizer
-    assert grid.levels == grid.together == tokenizer.levels > 1 and grid.positions.shape == (3, 2)
+    assert grid.levels == grid.ids_per_position == tokenizer.levels > 1 and grid.positions.shape == (3, 2)
     tokens = torch.randint(grid.vocab_size, (1, *grid.shape))
     before = quantizer.lookup(tokens).flatten(2)
     for position, cells in enumerate(grid.cells):
