@@ -163,7 +163,7 @@ def test_what_libraries_do_is_nobodys_fault(monkeypatch):
     accelerate.PartialState(cpu=True)
     sys.excepthook = print
     assert leaks.left(before) == [] and leaks.accelerate_state() == [0, 0] and sys.excepthook is not print
-    noise = threading.Thread(target=time.sleep, args=(0.2,), name="noise_0")
+    noise = threading.Thread(target=time.sleep, args=(0.2,), name="asyncio_0")
     noise.start()
     soon = threading.Thread(target=time.sleep, args=(0.1,))
     soon.start()
