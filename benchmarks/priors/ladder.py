@@ -19,7 +19,7 @@ was asked for; the last row has it for the held-out images.
 `speed=1` adds a table of what sampling takes, of the first seed. 64 samples: seconds for 64 images, one per class in
 turn, without guidance; the median of three. Uncached is one whole pass per token: where that takes over a minute it is
 worked out from 16 passes. Parallel gives the same images from fewer passes: seconds, passes per image (rows through the
-network / images) and those as a share of the tokens; guessed: with `made` of the same ladder as the guessing prior.
+network / images) and those as a share of the tokens.
 Four orders mixed: how many fewer bits per token that takes, of 2,000 images.
 """
 
@@ -94,7 +94,7 @@ def uncached_seconds(prior: Any, labels: Any) -> tuple[float, bool]:
     return seconds_of([lambda: prior.sample(len(labels), labels, cache=False)], 1)[0], False
 
 
-def sampling(pipe: Any, guess: Any) -> dict[str, Any]:
+def sampling(pipe: Any) -> dict[str, Any]:
     """Seconds per 64 samples and passes per image."""
     import torch
 
@@ -105,14 +105,11 @@ def sampling(pipe: Any, guess: Any) -> dict[str, Any]:
         return figures
     (figures["cached"],) = seconds_of([lambda: prior.sample(TIMED, labels)], 3)
     figures["uncached"], figures["extrapolated"] = uncached_seconds(prior, labels)
-    for name, given in (("parallel", {}), ("guessed", {"guess": guess})):
-        if name == "guessed" and guess is None:
-            continue
-        rows: list[int] = []
-        hook = prior.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(len(inputs[0])))
-        (figures[name],) = seconds_of([lambda given=given: prior.sample(TIMED, labels, parallel=True, **given)], 3)
-        hook.remove()
-        figures[f"{name}_passes"] = sum(rows) / TIMED / 4  # of three timed runs and the one before them
+    rows: list[int] = []
+    hook = prior.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    (figures["parallel"],) = seconds_of([lambda: prior.sample(TIMED, labels, parallel=True)], 3)
+    hook.remove()
+    figures["parallel_passes"] = sum(rows) / TIMED / 4  # of three timed runs and the one before them
     return figures
 
 
@@ -164,11 +161,11 @@ def measure(pipe: Any, data: Any, rows: int, run: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def measure_speed(pipe: Any, data: Any, guess: Any, run: Path) -> dict[str, Any]:
+def measure_speed(pipe: Any, data: Any, run: Path) -> dict[str, Any]:
     """What sampling takes, and what mixing orders gives, kept in `run`."""
     path = run / "speed.json"
     if not path.is_file():
-        write_whole({**sampling(pipe, guess), "mixture_gain": mixture_gain(pipe, data.splits["test"])}, path)
+        write_whole({**sampling(pipe), "mixture_gain": mixture_gain(pipe, data.splits["test"])}, path)
     return json.loads(path.read_text())
 
 
@@ -232,7 +229,6 @@ def speed_line(name: str, f: dict[str, Any], tokens: int) -> str:
         f"{f['cached']:.2f}" + (f" ({f['passes']} passes)" if f["passes"] else ""),
         f"{rough}{f['uncached']:.0f}" if "uncached" in f else "",
         passes(f, "parallel", tokens),
-        passes(f, "guessed", tokens),
         f"{f['mixture_gain']:+.4f}" if f["mixture_gain"] is not None else "",
     ]
     return table_row(cells)
@@ -240,11 +236,10 @@ def speed_line(name: str, f: dict[str, Any], tokens: int) -> str:
 
 def speed_table(pipes: dict[str, Any], data: Any, out: Path) -> None:
     """What sampling takes, of each."""
-    guess = pipes["made"].prior if "made" in pipes else None
     print(f"\n64 samples, seconds, on {os.environ['OMP_NUM_THREADS']} thread(s)\n")
-    print(table_head("prior", "cached", "uncached", "parallel: s, passes", "guessed by `made`", "four orders mixed"))
+    print(table_head("prior", "cached", "uncached", "parallel: s, passes", "four orders mixed"))
     for kind, pipe in pipes.items():
-        found = measure_speed(pipe, data, None if pipe.prior is guess else guess, out / kind / "seed0")
+        found = measure_speed(pipe, data, out / kind / "seed0")
         print(speed_line(kind, found, len(data.grid)), flush=True)
 
 

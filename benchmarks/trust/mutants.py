@@ -1,7 +1,7 @@
 """Mutation testing (mutmut): a file is changed in one small place at a time, and its tests have to notice.
 
-    python -m benchmarks.trust.mutants modules=prior/sampling/noise.py out=mutants.jsonl
-    python -m benchmarks.trust.mutants modules=prior/*.py,prior/*/*.py sample=40 seed=1 out=mutants.jsonl
+    python -m benchmarks.trust.mutants modules=prior/sampling.py out=mutants.jsonl
+    python -m benchmarks.trust.mutants modules=prior/*.py sample=40 seed=1 out=mutants.jsonl
     python -m benchmarks.trust.mutants modules=tokenizer/quantizers/*.py sample=40 out=mutants.jsonl
     python -m benchmarks.trust.mutants out=mutants.jsonl
 

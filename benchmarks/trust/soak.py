@@ -3,7 +3,6 @@
     python -m benchmarks.trust.soak what=run steps=20000 save_every=20
     python -m benchmarks.trust.soak what=run steps=1500 every=50 only=prior trackers=
     python -m benchmarks.trust.soak what=pipeline minutes=30
-    python -m benchmarks.trust.soak what=threads
 
 `run`: a run of each stage; and for a quarter of the steps one with images that are read from files, and one in two
 processes (`only=` chooses). Each is a process of its own, with a state and a snapshot every `save_every` steps,
@@ -14,8 +13,6 @@ no more time of the processor.
 `pipeline`: one process that samples, is interrupted, completes, scores, embeds, searches, detects, heals, compresses,
 saves and loads, with other seeds, classes and orders each time, three pipelines in turn. A row every 6 rounds; promised
 is the same per 1,000 rounds.
-
-`threads`: eight threads use one pipeline at once, of every prior, and get what each gets alone, to the bit.
 
 Rows go to `out`/rows.jsonl as they come, and curves to `out`/soak.png. Ends with 1 if anything is not as promised.
 Needs `pip install -e '.[dev]'`.
@@ -43,8 +40,6 @@ DEFAULTS: dict[str, Any] = {
     "save_every": 20,
     "every": 200,
     "minutes": 30.0,
-    "threads": 8,
-    "rounds": 2,
     "only": None,
     "trackers": "wandb,trackio",
     "case": None,
@@ -71,12 +66,10 @@ def main() -> None:
     options = read_options(__doc__, DEFAULTS)
     use_threads(1)
     with_helpers_of_tests()
-    if options.what not in ("run", "pipeline", "threads"):
-        raise SystemExit(f"what={options.what}: choose among run, pipeline, threads")
+    if options.what not in ("run", "pipeline"):
+        raise SystemExit(f"what={options.what}: choose among run, pipeline")
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    if options.what == "threads":
-        raise SystemExit(at_once(options, out))
     if options.case:
         return alone(options, out)
     raise SystemExit(each_alone(options, out))
@@ -154,41 +147,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     save_picture(picture(rows), path)
     print(f"\n{path}")
-
-
-def at_once(options: Any, out: Path) -> bool:
-    """Threads with one pipeline, of each prior; whether anything differs."""
-    import torch
-    from small import PRIORS, VARIANTS
-    from small_pipelines import make_pipeline
-    from trust.at_once import acts_of, differences
-
-    from benchmarks.support.tables import table_head, table_row
-    from pipelines import ImagePipeline
-
-    makers: dict[str, Any] = {name: lambda name=name: make_pipeline(prior=name, size=(8, 12)) for name in PRIORS}
-    more = {
-        **VARIANTS,
-        "any_order_gpt": ("gpt", {"any_order": True}),
-        "agnostic_made": ("made", {"order_agnostic": True, "connectivity_agnostic": True}),
-    }
-    for name, (kind, config) in more.items():
-        makers[name] = lambda kind=kind, config=config: make_pipeline(prior=kind, size=(8, 12), **config)
-    makers["digits"] = lambda: ImagePipeline.from_pretrained("digits")
-    broken = 0
-    print(table_head("pipeline", "threads", "acts", "calls", "different", "seconds"))
-    for name in choose(options.only, list(makers)):
-        torch.manual_seed(0)
-        pipe, began = makers[name](), time.monotonic()
-        acts = acts_of(pipe)
-        lines = differences(pipe, acts, options.threads, options.rounds)
-        calls = len(acts) * options.threads * options.rounds
-        cells = (options.threads, len(acts), calls, len(lines), round(time.monotonic() - began))
-        print(table_row((name, *map(str, cells))), flush=True)
-        with (out / "threads.jsonl").open("a") as file:
-            file.write(json.dumps({"pipeline": name, "calls": calls, "different": lines}) + "\n")
-        broken += len(lines)
-    return bool(broken)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m benchmarks.trust.suite alone=true out=alone.jsonl
     python -m benchmarks.trust.suite alone=true paths=tests/prior,tests/tokenizer out=alone.jsonl
     python -m benchmarks.trust.suite random=20 seed=1 out=random.jsonl
-    python -m benchmarks.trust.suite random=3 paths=tests/prior/sampling out=random.jsonl
+    python -m benchmarks.trust.suite random=3 paths=tests/prior out=random.jsonl
 
 `alone`: each file of tests in a process of its own, then each of its tests in a fork of one that has collected the file
 and run none. `random`: so many runs of the suite in random order (pytest-randomly), the k-th with seed `seed` + k - 1.

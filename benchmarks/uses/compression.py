@@ -128,7 +128,7 @@ def routes(pipe: Any, folder: Path, pixels: Any, lossless: bool) -> None:
     print("\n" + table_head("route", "images", "differ"))
     for cached, threads, batch in itertools.product((True, False), THREADS, BATCHES):
         torch.set_num_threads(threads)
-        slow = {"start": member.start_slow, "next_logits": member.next_logits_slow}
+        slow = {"start": member.start_uncached, "next_logits": member.next_logits_uncached}
         with contextlib.nullcontext() if cached else mock.patch.multiple(member, **slow):
             found = pipe.decompress(data if cached else few, output_type="pt", batch_size=batch)
         differ = int((found != expected[: len(found)]).flatten(1).any(1).sum())

@@ -87,15 +87,21 @@ def index(family: Any, title: str, sentence: str) -> str:
 
 def first_sentence(member: type) -> str:
     """What the file of a model begins with, up to the first full stop that ends a sentence."""
-    text = " ".join((sys.modules[member.__module__].__doc__ or "").split("\n\n")[0].split())
+    text = " ".join((inspect.getdoc(described(member)) or "").split("\n\n")[0].split())
     return tidy(text, set()).replace("|", "\\|")
+
+
+def described(member: Any) -> Any:
+    """Return the file of a model; the class where the family has all its models in one file."""
+    module = sys.modules[member.__module__]
+    shared = any(each.__module__ == member.__module__ for each in member.__mro__[1:] if issubclass(each, Named))
+    return member if shared else module
 
 
 def page(family: Any, name: str, presets: list[str]) -> str:
     """All there is to say of one model."""
     member = family.find(name)
-    module = sys.modules[member.__module__]
-    parts = [f"# {name}", tidy(inspect.getdoc(module) or "", set())]
+    parts = [f"# {name}", tidy(inspect.getdoc(described(member)) or "", set())]
     if figure := figures.of(family, name):
         parts.append(figure)
     if presets:
@@ -104,13 +110,15 @@ def page(family: Any, name: str, presets: list[str]) -> str:
     parts.append(keys.listing(keys.of_kind(member), prefix=""))
     parts.append("## Code")
     parts.append(f"::: {member.__module__}.{member.__qualname__}\n    options:\n      heading_level: 3")
-    parts.append(source(module))
+    parts.append(source(described(member)))
     return "\n\n".join(parts)
 
 
-def source(module: Any) -> str:
-    """The file of a model, to be unfolded: one idea, from top to bottom."""
-    code = textwrap.indent(inspect.getsource(module).strip(), "    ")
+def source(model: Any) -> str:
+    """The code of a model, to be unfolded: one idea, from top to bottom."""
+    code = textwrap.indent(inspect.getsource(model).strip(), "    ")
+    module = inspect.getmodule(model)
+    assert module is not None
     return f'??? quote "{module.__name__.replace(".", "/")}.py"\n\n    ````python\n{code}\n    ````'
 
 

@@ -53,11 +53,11 @@ PAGES = [
         "adds one. [Orders](../orders.md) has the names of orders.",
         [
             "prior.base.Prior",
-            "prior.sampling.settings.SamplingOptions",
-            "prior.orders.partitions.Partition",
-            "prior.orders.partitions.make_partition",
-            "prior.orders.partitions.make_order",
-            "prior.orders.partitions.block_numbers",
+            "prior.sampling.SamplingOptions",
+            "prior.orders.Partition",
+            "prior.orders.make_partition",
+            "prior.orders.make_order",
+            "prior.orders.block_numbers",
         ],
     ),
     Reference(

@@ -216,7 +216,7 @@ def test_another_request_is_refused_and_the_same_goes_on(pipeline, tmp_path, mon
 def test_a_request_that_the_prior_refuses_leaves_nothing(pipeline, tmp_path, capsys, kept):
     argv = ["generate", f"pipeline={pipeline}", f"out={tmp_path}/set.npz"]
     for wrong, message in (
-        ("order=snake", "goes in one order"),
+        ("order=snake", "order: this gpt prior"),
         ("order=zigzag", "no order is called 'zigzag'"),
         ("steps=3", "'steps' is no argument"),
         ("labels=[cow]", "no class is called 'cow'"),

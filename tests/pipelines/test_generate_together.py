@@ -119,7 +119,7 @@ def test_one_is_killed_and_others_go_on(found, tmp_path):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("order", "error: order: this gpt prior goes in one order"),
+        ("order", "error: order: this gpt prior"),
         ("device", "error: device: 'cuda': accelerate chose cpu for its processes; leave it auto"),
     ],
 )

@@ -1,4 +1,7 @@
-"""Priors that take every order: likelihoods, samples and completions in each, and mixtures of them."""
+"""Priors that take every order: likelihoods, samples and completions in each, and mixtures of them.
+
+Covers: prior/base.py, prior/gpt.py.
+"""
 
 import itertools
 import math

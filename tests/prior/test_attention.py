@@ -1,4 +1,7 @@
-"""What attention is written for besides being right: few passes over memory, and little kept for the backward one."""
+"""What attention is written for besides being right: few passes over memory, and little kept for the backward one.
+
+Covers: prior/transformer.py.
+"""
 
 from types import SimpleNamespace
 

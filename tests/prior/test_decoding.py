@@ -1,4 +1,7 @@
-"""Decoding step by step, what is reported of it, and what surrounds it: modes, rows, features, layouts of weights."""
+"""Decoding step by step, what is reported of it, and what surrounds it: modes, rows, features, layouts of weights.
+
+Covers: prior/base.py, prior/sampling.py, prior/layers.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Promises of every registered prior, in every order it takes."""
+"""Promises of every registered prior, in every order it takes.
+
+Covers: prior/base.py, prior/gpt.py, prior/marginal.py.
+"""
 
 import itertools
 import math

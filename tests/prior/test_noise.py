@@ -1,4 +1,7 @@
-"""Noise is a function of the image's key, its use, the rank and the id: nothing else decides it."""
+"""Noise is a function of the image's key, its use, the rank and the id: nothing else decides it.
+
+Covers: prior/sampling.py.
+"""
 
 from __future__ import annotations
 

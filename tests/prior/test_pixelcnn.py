@@ -1,4 +1,7 @@
-"""PixelCNN, its blind spot, and the gated one that has none; their causal convolutions and row caches."""
+"""PixelCNN, its blind spot, and the gated one that has none; their causal convolutions and row caches.
+
+Covers: prior/gated_pixelcnn.py, prior/layers.py.
+"""
 
 import pytest
 import torch

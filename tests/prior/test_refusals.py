@@ -1,4 +1,7 @@
-"""What priors do not take: an error of one line that names the setting or argument."""
+"""What priors do not take: an error of one line that names the setting or argument.
+
+Covers: prior/base.py, prior/sampling.py.
+"""
 
 from __future__ import annotations
 

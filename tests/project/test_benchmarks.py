@@ -67,14 +67,13 @@ def test_a_benchmark_says_how_to_run_it(name):
     ("arguments", "message"),
     [
         (["threads"], "threads: expected key=value, or --help"),
-        (["thread=1"], "thread: unknown; there are threads, large, pipeline, dtype, images, elsewhere"),
+        (["thread=1"], "thread: unknown; there are threads, repeats"),
         (["threads=two"], "threads=two: expected a whole number"),
-        (["large=maybe"], "large=maybe: expected true or false"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(arguments, message):
     with pytest.raises(AssertionError, match=f"^{re.escape(message)}\n"):
-        run("trust.rounding", *arguments)
+        run("speed.sampling", *arguments)
 
 
 @pytest.mark.parametrize("name", ["blind_spot", pytest.param("orders", marks=pytest.mark.slow)])
@@ -144,7 +143,7 @@ def test_training_steps_stand_beside_those_of_others():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_ladder_of_seconds(tmp_path):
-    """All presets of the digits, trained for a second each; a second call does nothing again; then its guesses."""
+    """All presets of the digits, trained for a second each; a second call does nothing again; then parallel passes."""
     command = ("priors.ladder", "data=digits", "minutes=0.02", "seeds=2", "speed=1", f"out={tmp_path}")
     printed = run(*command)
     rows = [line for line in printed.splitlines() if line.startswith("| ")]
@@ -156,9 +155,9 @@ def test_a_ladder_of_seconds(tmp_path):
     assert len(trained) == len(kinds) and all("+-" in row for row in trained) and "+-" not in head
     assert {"cached", "uncached"} <= set(json.loads((tmp_path / "digits/gpt/seed0/speed.json").read_text()))
     assert run(*command).splitlines()[-8:] == printed.splitlines()[-8:]
-    guesses = run("priors.parallel", f"ladder={tmp_path / 'digits'}")
-    differ = [row.split(" | ")[-1] for row in guesses.splitlines() if " passes | " in row or "output" in row]
-    assert len(differ) >= 15 and all(cell.strip(" |") == "0" for cell in differ)
+    found = run("priors.parallel", f"ladder={tmp_path / 'digits'}")
+    differ = [row.split(" | ")[-1] for row in found.splitlines()[4:] if row.startswith("| ")]
+    assert len(differ) == 3 and all(cell.strip(" |") == "0" for cell in differ)
 
 
 @pytest.mark.slow

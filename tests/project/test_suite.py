@@ -59,11 +59,11 @@ LEAKS = {  # what a test does, and what it is told
     "processes.append(subprocess.Popen(['sleep', '60']))": "processes: 'sleep",
 }
 OF_A_FILE = {
-    "prior.sampling.noise.gumbel = print": "prior.sampling.noise.gumbel is replaced",
-    "GumbelNoise.of = print": "prior.sampling.noise GumbelNoise.of is replaced",
+    "prior.sampling.gumbel_noise = print": "prior.sampling.gumbel_noise is replaced",
+    "TokenNoise.of_ranks = print": "prior.sampling TokenNoise.of_ranks is replaced",
     "os.replace = print": "os.replace is replaced",
     "torch.nn.functional.linear = print": "torch.nn.functional.linear is replaced",
-    "sys.modules.pop('prior.sampling.noise')": "sys.modules: prior.sampling.noise is another or none",
+    "sys.modules.pop('prior.sampling')": "sys.modules: prior.sampling is another or none",
     "logging.getLogger('prior.left').setLevel(10)": "logging: prior.left has the level 10",
     "kept.append(tempfile.NamedTemporaryFile())": "open: ",
 }
@@ -71,7 +71,7 @@ HEAD = """
 import logging, os, sys, time
 import torch
 import leaks
-import prior.sampling.noise
+import prior.sampling
 
 KEPT = []
 """
@@ -135,9 +135,8 @@ def test_a_thread_that_ends_while_it_is_looked_at_is_no_fault(monkeypatch):
 
 @pytest.mark.parametrize("leak", OF_A_FILE)
 def test_what_a_file_of_tests_replaces_is_told_and_put_back(leak):
-    import prior.sampling.noise
-
-    from prior.sampling import GumbelNoise
+    import prior.sampling
+    from prior.sampling import TokenNoise
 
     names, files, kept = leaks.Names(), leaks.open_files(), []
     assert names.left() == leaks.files_left(files) == []
@@ -146,7 +145,7 @@ def test_what_a_file_of_tests_replaces_is_told_and_put_back(leak):
     for each in kept:
         each.close()
     assert len(found) == 1 and found[0].startswith(OF_A_FILE[leak])
-    assert [*names.left(), *leaks.files_left(files)] == [] and prior and GumbelNoise
+    assert [*names.left(), *leaks.files_left(files)] == [] and prior and TokenNoise
 
 
 def test_what_libraries_do_is_nobodys_fault(monkeypatch):
@@ -164,7 +163,7 @@ def test_what_libraries_do_is_nobodys_fault(monkeypatch):
     accelerate.PartialState(cpu=True)
     sys.excepthook = print
     assert leaks.left(before) == [] and leaks.accelerate_state() == [0, 0] and sys.excepthook is not print
-    noise = threading.Thread(target=time.sleep, args=(0.2,), name="noise_0")
+    noise = threading.Thread(target=time.sleep, args=(0.2,), name="asyncio_0")
     noise.start()
     soon = threading.Thread(target=time.sleep, args=(0.1,))
     soon.start()
@@ -185,7 +184,7 @@ def test_what_torch_does_to_a_class_of_optimizers_is_nobodys_fault(monkeypatch):
 
 def test_who_leaves_something_behind_fails_with_its_name(tmp_path):
     """And the test that comes after it does not."""
-    lines = ["os.chdir('/')", "assert os.getcwd() != '/'", "KEPT.append(1)", "prior.sampling.noise.gumbel = print"]
+    lines = ["os.chdir('/')", "assert os.getcwd() != '/'", "KEPT.append(1)", "prior.sampling.gumbel_noise = print"]
     path = file_of(tmp_path / "tests", "test_leaks.py", lines)
     said = run(
         "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-c", ROOT / "pyproject.toml", path, code=1
@@ -193,7 +192,7 @@ def test_who_leaves_something_behind_fails_with_its_name(tmp_path):
     told = re.findall(r"ERROR at teardown of (test_\d+) _+\n(.*)", said)
     assert "4 passed, 2 errors" in said and [name for name, _ in told] == ["test_0", "test_3"]
     assert told[0][1].startswith("this test leaves behind: the working folder: ")
-    assert told[1][1] == "this file of tests leaves behind: prior.sampling.noise.gumbel is replaced"
+    assert told[1][1] == "this file of tests leaves behind: prior.sampling.gumbel_noise is replaced"
 
 
 SPARSE = """
@@ -273,11 +272,11 @@ def test_runs_in_random_order_find_who_needs_another(tmp_path):
 def test_mutants_of_a_file_meet_its_own_tests():
     """Those that mirror it, and those that say so; a star is for a folder, and not for those below it."""
     assert mutants.tests_of("tokenizer/quantizers/fsq.py") == ["tests/tokenizer/quantizers/test_family.py"]
-    assert "tests/prior/sampling/test_noise.py" in mutants.tests_of("prior/sampling/noise.py")
+    assert {"tests/prior/test_noise.py", "tests/prior/test_sampling.py"} <= {*mutants.tests_of("prior/sampling.py")}
     assert "tests/pipelines/compression/test_coding.py" in mutants.tests_of("pipelines/compression/coder.py")
-    files = mutants.files_of("prior/*.py,prior/sampling/*.py,prior/gpt.py")
-    assert {"prior/gpt.py", "prior/sampling/noise.py"} < set(files) and len(files) == len(set(files))
-    assert "prior/heads/depth.py" not in files and not [name for name in files if "__init__" in name]
+    files = mutants.files_of("prior/*.py,tokenizer/quantizers/*.py,prior/gpt.py")
+    assert {"prior/gpt.py", "tokenizer/quantizers/fsq.py"} < set(files) and len(files) == len(set(files))
+    assert "pipelines/generate.py" not in files and not [name for name in files if "__init__" in name]
     with pytest.raises(SystemExit, match="modules=prior/nothing.py: no file of ours"):
         mutants.files_of("prior/nothing.py")
 

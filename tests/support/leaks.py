@@ -55,8 +55,8 @@ LIBRARIES = (
 """Variables that libraries set once, of their own accord, are no test's fault if they had no value before."""
 SIGNALS = [getattr(signal, f"SIG{name}") for name in ["INT", "TERM", "HUP", "CHLD", "PIPE", "USR1", "USR2", "XFSZ"]]
 LIMITS = [getattr(resource, f"RLIMIT_{name}") for name in ["AS", "NOFILE", "FSIZE", "CORE"]]
-FOR_LIFE = ("noise", "asyncio_", "AnyIO")
-"""Threads of pools that are kept on purpose, ours (prior/sampling/buffers.py) and others'."""
+FOR_LIFE = ("asyncio_", "AnyIO")
+"""Threads of pools that are kept on purpose by libraries."""
 QUIET = {"accelerate's state", "hooks for exceptions"}
 """Any verb that runs in this process sets up accelerate, and trackers their hooks: put back, and nobody is blamed."""
 SERVANTS = ("resource_tracker", "forkserver", "wandb-core", "wandb.sdk", "node", "prepared.py")

@@ -15,7 +15,6 @@ SAMPLING_HEAD = (
     "tokens/s",
     "images/s",
     "ms a token step",
-    "without graphs, ms",
     "GPT-2, tokens/s",
     "times faster",
 )
@@ -23,8 +22,7 @@ CODING_HEAD = ("network", "images", "encoded/s", "decoded/s", "VQModel encoded/s
 
 
 def sampling_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterator[list[str]]:
-    """Of a prior of this configuration with random weights, in float32 and bf16, replayed from graphs and launched step
-    by step, beside GPT-2's `generate`."""
+    """Of a prior of this configuration with random weights, in float32 and bf16, beside GPT-2's `generate`."""
     import torch
 
     from prior import Prior
@@ -36,7 +34,6 @@ def sampling_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterat
         for count in (rows for rows in ROWS if rows <= 8 * sizes.images):
             labels = torch.zeros(count, dtype=torch.long, device=card.device)
             mine, _ = card.times(lambda: ours.sample(count, labels), repeats)  # noqa: B023
-            launched, _ = card.times(lambda: ours.sample(count, labels, capture=False), max(1, repeats // 2), ahead=1)  # noqa: B023
             other, _ = card.times(lambda: theirs(count), max(1, repeats // 2), ahead=1)  # noqa: B023
             tokens = count * len(prior.grid)
             yield [
@@ -45,7 +42,6 @@ def sampling_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterat
                 f"{tokens / mine:,.0f}",
                 f"{count / mine:.1f}",
                 f"{1e3 * mine / len(prior.grid):.2f}",
-                f"{1e3 * launched / len(prior.grid):.2f}",
                 f"{tokens / other:,.0f}",
                 f"{other / mine:.1f}",
             ]

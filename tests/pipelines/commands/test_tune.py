@@ -239,8 +239,8 @@ def test_the_search_finds_where_samples_are_best(peak):
     """Beside the points of the lines that it begins with, and beyond their ends, on both sides."""
 
     def score(sampler, seed):
-        means = [sum(each.scales([1] * 9)) / 9 for each in (sampler, peak)]
-        late = [each.scales([1] * 9)[-1] for each in (sampler, peak)]
+        means = [sum(each.scale_by_block([1] * 9)) / 9 for each in (sampler, peak)]
+        late = [each.scale_by_block([1] * 9)[-1] for each in (sampler, peak)]
         return 1 + abs(means[0] - means[1]) + abs(late[0] - late[1]) + 3 * abs(sampler.temperature - 0.92)
 
     search, asked = search_of(score)
@@ -260,7 +260,11 @@ def test_the_curve_has_the_settings_of_before_where_they_are_of_a_course():
     assert [trial.stage for trial in curves["constant"] if trial.sampler == search.own] == ["reference"]
     assert best.sampler == search.own and chosen_in(curves, best.sampler)[0].sampler == best.sampler
     assert {*CONSTANTS} <= {trial.sampler.guidance_scale for trial in curves["constant"]}
-    assert all(not trial.sampler.filters and trial.sampler.temperature == 1 for c in curves.values() for trial in c)
+    assert all(
+        trial.sampler.top_k is trial.sampler.top_p is None and trial.sampler.temperature == 1
+        for c in curves.values()
+        for trial in c
+    )
 
 
 def test_luck_with_the_seeds_of_the_search_does_not_choose():
@@ -292,7 +296,7 @@ def test_guidance_goes_on_until_samples_are_of_their_class():
     """Where the lowest distance is that of plain settings, whose samples are often of another class than asked for."""
 
     def judge(stage, sampler, count, seed):
-        scale = sum(sampler.scales([1] * 9)) / 9
+        scale = sum(sampler.scale_by_block([1] * 9)) / 9
         return Trial(stage, sampler, count, seed, Scores(scale, 0.5, min(1.0, 0.5 + 0.2 * scale)), 1.0)
 
     search = Search(judge, SamplingOptions(), guided=True, vocab_size=256, num_images=100, real_agreement=0.9)

@@ -216,7 +216,7 @@ def try_prior(name: str, config: dict[str, Any]) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         inputs = model.training_inputs(tokens, 0.3)
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            outputs = model.put_out(tokens, labels, **inputs)
+            outputs = model.forward_outputs(tokens, labels, **inputs)
         check_gradients(model, model.loss_from_outputs(outputs, tokens, **inputs))
     model.eval()
     with torch.no_grad():
