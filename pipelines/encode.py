@@ -34,7 +34,14 @@ from .processes.launched import apart, build_accelerator, team_of
 from .shuffling.ahead import made_ahead, pinned, sent
 from .stages.provenance import TokenizerFolder, read_with, tokenizer_defaults, tokenizer_folder
 from .tokens import Meta
-from .tokens.appending import begun_with, class_numbers, data_as_begun, existing, missing_variants, same_images
+from .tokens.appending import (
+    class_numbers,
+    earlier_settings,
+    existing,
+    match_validation_split,
+    missing_variants,
+    same_images,
+)
 from .tokens.finished import made_before, told
 from .tokens.meta import TOKENS, manifest_hash
 from .tokens.pieces import EncodeJob, cut, recover, shards_of
@@ -98,7 +105,9 @@ def run(config: EncodeConfig) -> Path:
     with apart(accelerator), alone_at(out, team):
         team.first(lambda: recover(out))
         old = existing(out, tokenizer) if config.append else None
-        config = config.model_copy(update={"data": data_as_begun(config.data, begun_with(out, old), old)})
+        config = config.model_copy(
+            update={"data": match_validation_split(config.data, earlier_settings(out, old), old)}
+        )
         images = load_images(config.data, together=True)
         if len({part.labels is None for part in images.named().values()}) > 1:
             raise UserError("data.label_column: some splits have labels and others do not; null uses all without")

@@ -18,6 +18,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import pkgutil
 import re
 import tempfile
@@ -216,8 +217,7 @@ class PretrainedModel(Registered, nn.Module):
         model = self if variant is None else round_weights(self, variant)
         with atomic_folder(folder, kind=self.folder_kind()) as target:
             write_json(target / CONFIG, self.config.to_dict())
-            weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-            save_file(weights, target / weights_name(variant), {"format": "pt"})  # other libraries' readers require it
+            save_weights(model.state_dict(), target / weights_name(variant))
 
     @classmethod
     def from_pretrained(
@@ -375,6 +375,17 @@ def find_weights(folder: Path, variant: str | None) -> Path:
     if not set(wanted) & set(there):
         raise PathError(f"{folder / wanted[0]}: no such file" + (f"; there is {', '.join(there)}" if there else ""))
     return folder / next(name for name in wanted if name in there)
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises `OSError`, also where safetensors has an error of its own: for a full disk."""
+    try:
+        tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+        save_file(tensors, path, {"format": "pt"})  # other libraries' readers require this key
+    except SafetensorError as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        raise
 
 
 def round_weights(model: N, variant: str) -> N:

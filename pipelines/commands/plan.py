@@ -276,7 +276,7 @@ def config_for(argv: list[str]) -> type[PlanConfig]:
         given = {**given, **part, "model": model}
     kind = given.get("model", {}).get("kind")
     second = {"tokens", "objective"} & set(given)
-    if kind in Tokenizer.available() or (not kind and not second and {"data", "loss", "critic", "init"} & set(given)):
+    if Tokenizer.has(kind) or (not kind and not second and {"data", "loss", "critic", "init"} & set(given)):
         return PlanTokenizerConfig
     return PlanPriorConfig if kind is not None or second else PlanConfig
 

@@ -1,4 +1,4 @@
-"""The Hub: whether it can be reached, fetching a folder from it, and uploading a folder in one commit."""
+"""The Hub: whether it can be reached, and uploading a folder in one commit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from tokenizer.files import one_line
 
 SECONDS = 5.0  # to wait for an answer
-MOST_NAMES = 1000  # in a folder that are looked at for one that may have been meant
 BUGS = (TypeError, AttributeError, NameError, AssertionError)  # our own; the Hub never causes one
 
 

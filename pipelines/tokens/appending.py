@@ -71,7 +71,7 @@ def same_images(one: Data, other: Data) -> bool:
     return first == second
 
 
-def begun_with(out: Path, old: Meta | None) -> list[Data]:
+def earlier_settings(out: Path, old: Meta | None) -> list[Data]:
     """The settings of images that this encode may continue with: those of an unfinished encode, and those of the
     dataset to which rows are added."""
     begun = EncodeJob.unfinished(out)
@@ -81,23 +81,23 @@ def begun_with(out: Path, old: Meta | None) -> list[Data]:
     return [data for part in parts if isinstance(data := part.get("data"), dict)]
 
 
-def data_as_begun(data: DataConfig, befores: list[Data], old: Meta | None) -> DataConfig:
-    """`data`, with the same images held out and kept for validation as before.
+def match_validation_split(data: DataConfig, befores: list[Data], old: Meta | None) -> DataConfig:
+    """`data`, with the validation split that the same images had before.
 
     Further images add no validation split to a dataset that has none, unless one is asked for. Raises `UserError` for
     the same images divided in another way: images for validation would become training images.
     """
     for before in befores:
         fraction = before.get("validation_fraction")
-        alike = data.model_copy(update={"validation_fraction": fraction})
-        if same_images(before, alike.model_dump(mode="json")):
+        matched = data.model_copy(update={"validation_fraction": fraction})
+        if same_images(before, matched.model_dump(mode="json")):
             if data.validation_fraction not in (None, fraction):
                 raise UserError(
                     f"data.validation_fraction: {show_value(fraction)} of these images before, "
                     f"{data.validation_fraction} now: images for validation would be trained on; give "
                     "what it was, or another out="
                 )
-            return alike
+            return matched
     if old is not None and "validation" not in old.shards and data.validation_fraction is None:
         return data.model_copy(update={"validation_fraction": 0.0})
     return data

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import subprocess
@@ -10,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from small import PRIORS, QUANTIZERS, make_prior, make_tokenizer, node_of
 
@@ -156,6 +158,18 @@ def test_an_outline_takes_no_memory_and_has_the_same_weights(name):
     outline = build_on_meta(lambda: type(model)(model.config), None).state_dict()
     assert {key: value.shape for key, value in outline.items()} == {k: v.shape for k, v in model.state_dict().items()}
     assert all(value.is_meta for value in outline.values())
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
+    """safetensors has one of its own, which no command knows."""
+
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("tokenizer.model.save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        make_prior("gpt").save_pretrained(tmp_path / "a")
+    assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
 
 
 # Variants
