@@ -40,8 +40,8 @@ class ImagePipeline(Stages):
 
     # Making images
 
-    __call__ = serialized(sampling.sample)
-    complete = serialized(completion.complete)
+    __call__ = sampling.sample
+    complete = completion.complete
 
     # Scoring images
 
@@ -80,7 +80,7 @@ class ImagePipeline(Stages):
         ]
         return torch.cat(parts)
 
-    conditional_log_prob = serialized(completion.conditional_log_prob)
+    conditional_log_prob = completion.conditional_log_prob
 
     @serialized
     @torch.no_grad()
@@ -112,9 +112,9 @@ class ImagePipeline(Stages):
 
     # Finding anomalies
 
-    calibrate = serialized(calibrating.calibrate)
-    anomaly_score = serialized(scores.anomaly_score)
-    anomaly_map = serialized(healing.anomaly_map)
+    calibrate = calibrating.calibrate
+    anomaly_score = scores.anomaly_score
+    anomaly_map = healing.anomaly_map
 
     @serialized
     def heal(
@@ -132,7 +132,7 @@ class ImagePipeline(Stages):
 
     # Representing images
 
-    embed = serialized(representation.embed)
+    embed = representation.embed
 
     # Storing images
 

@@ -94,7 +94,7 @@ def first_sentence(member: type) -> str:
 def described(member: Any) -> Any:
     """Return the file of a model; the class where the family has all its models in one file."""
     module = sys.modules[member.__module__]
-    shared = any(each.__module__ == member.__module__ for each in member.__mro__[1:] if issubclass(each, Named))
+    shared = any(each.__module__ == member.__module__ for each in member.__mro__[1:] if issubclass(each, Registered))
     return member if shared else module
 
 

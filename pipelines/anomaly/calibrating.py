@@ -15,6 +15,7 @@ from ..images.pictures import convert_images
 from ..stages.calibration import LEVELS, MOST_IMAGES, Calibration, digests_of
 from ..stages.conformal import Floats, kept, least_scores, threshold
 from ..stages.distances import Gaussian, Neighbours, rounded
+from ..stages.watching import serialized
 from .image_statistics import measure
 from .scores import (
     Fitted,
@@ -35,6 +36,7 @@ KEPT_POINTS = 1000
 USUAL = 0.99
 
 
+@serialized
 def calibrate(
     pipeline: Stages,
     images: Any,

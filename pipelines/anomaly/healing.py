@@ -19,6 +19,7 @@ from tokenizer import Tokenizer
 from tokenizer.base import in_finest
 
 from ..stages.calibration import LEVELS, Calibration, CalibrationError
+from ..stages.watching import serialized
 
 if TYPE_CHECKING:
     from ..stages import Label, Stages
@@ -37,6 +38,7 @@ class Healed(NamedTuple):
     tokens: Tensor
 
 
+@serialized
 @torch.no_grad()
 def anomaly_map(
     pipeline: Stages,

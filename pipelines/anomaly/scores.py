@@ -22,6 +22,7 @@ from ..images.pictures import convert_images, level_of_user
 from ..stages.calibration import Calibration, CalibrationError
 from ..stages.conformal import Floats, p_values_of
 from ..stages.distances import Gaussian, Neighbours
+from ..stages.watching import serialized
 from .image_statistics import statistics
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Fitted(NamedTuple):
     usual: dict[str, float]
 
 
+@serialized
 def anomaly_score(
     pipeline: Stages,
     images: Any,

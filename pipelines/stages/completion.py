@@ -30,6 +30,7 @@ from .masks import Known, Mask, known_pixels
 from .output import PipelineOutput
 from .sampling import LATENT, sample
 from .synonyms import IN_A_COMPLETION, named
+from .watching import serialized
 
 MASKS = ("top", "bottom", "left", "right", "box")
 MASK_SEED = 0  # of scattered masks: the same ones for every seed of the draws, so that these can be compared
@@ -72,6 +73,7 @@ def complete(
     """Images and tokens, by name."""
 
 
+@serialized
 @torch.no_grad()
 def complete(
     pipeline: Stages,
@@ -188,6 +190,7 @@ def repeated(pipeline: Stages, labels: Label | Sequence[Label], count: int, draw
 # Scoring what is there
 
 
+@serialized
 @torch.no_grad()
 def conditional_log_prob(
     pipeline: Stages,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..images.pictures import as_batch, to_images
 from .base import Stages
+from .watching import serialized
 
 POOLS = {
     "prior": ("mean", "flatten", "last"),
@@ -28,6 +29,7 @@ POOLS = {
 Layer = str | int | None
 
 
+@serialized
 def embed(
     pipeline: Stages,
     images: Any,

@@ -28,7 +28,7 @@ from ..images.pictures import check_output_type
 from .base import Label, Stages
 from .output import PipelineOutput
 from .synonyms import IN_A_CALL, check_names, named
-from .watching import Callback, Watcher
+from .watching import Callback, Watcher, serialized
 
 LATENT = "latent"
 LOWEST_SEED, LAST_SEED = -(1 << 63), (1 << 64) - 1  # of torch
@@ -67,6 +67,7 @@ def sample(
     """Images and tokens, by name."""
 
 
+@serialized
 def sample(
     pipeline: Stages,
     num_images: int | None = None,

@@ -6,16 +6,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
 from prior.sampling import Step, progress_bar
 
 T = TypeVar("T")
-A = ParamSpec("A")
-R = TypeVar("R")
-P = TypeVar("P", bound="Interruptible")
+F = TypeVar("F", bound=Callable[..., Any])
 Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None]
 """`callback_on_step_end`: takes the pipeline, the step (from 0), the rank that the images being drawn have reached in
 their order, and `{"tokens": (B, *grid), "known": bool (B, *grid)}`; returns that, or None."""
@@ -115,15 +113,15 @@ class Interruptible:
             self._calls[-1].interrupted = value
 
 
-def serialized(method: Callable[Concatenate[P, A], R]) -> Callable[Concatenate[P, A], R]:
+def serialized(method: F) -> F:
     """Let a method of an `Interruptible` run in one thread at a time."""
 
     @wraps(method)
-    def call(self: P, *args: A.args, **kwargs: A.kwargs) -> R:
+    def call(self: Interruptible, *args: Any, **kwargs: Any) -> Any:
         with self._lock:
             return method(self, *args, **kwargs)
 
-    return call
+    return cast(F, call)
 
 
 def progress_of_long(parts: Sequence[T], bar: bool | Mapping[str, Any], what: str) -> Iterable[T]:

@@ -288,7 +288,7 @@ def test_kind_that_is_not_the_one_of_the_index(folder):
         ("prior", {"grid": {"shape": [], "vocab_size": 32}}, "grid"),
         ("prior", {"grid": {"shape": "22", "vocab_size": 32}}, "grid"),
         ("tokenizer", {"image_size": [4096, 4096], "factor": 2}, "grid"),
-        ("tokenizer", {"image_size": 8}, "image_size"),
+        ("tokenizer", {"image_size": "8"}, "image_size"),
         ("tokenizer", {"quantizer": {"kind": "os.system"}}, "os.system"),
         ("tokenizer", {"quantizer": {"codes": 3}}, "quantizer.kind"),
         ("tokenizer", {"quantizer": 3}, "quantizer"),

@@ -53,7 +53,7 @@ def test_simple_images_are_short_for_the_codec_and_noise_is_not():
 @pytest.mark.parametrize(("method", "least"), [("joint", 0.95), ("mahalanobis", 0.95), ("nll", 0.6), ("surprise", 0.6)])
 def test_a_larger_score_is_more_anomalous(trained, method, least):
     normal = stripes(200, seed=3)
-    assert auroc(trained, normal, uniform(100), method) > 0.99
+    assert auroc(trained, normal, uniform(100), method) > 0.98
     assert auroc(trained, normal, planted(normal[:100]), method) > least
 
 

@@ -97,7 +97,7 @@ def test_an_unknown_key_with_commas_is_refused_by_its_name() -> None:
 
 def test_verbs_take_lists_without_brackets() -> None:
     assert read("pipeline=x", "labels=3,8", cls=GenerateConfig).labels == [3, 8]
-    assert read("pipeline=x", "queries=3,8", cls=SearchConfig).images == [3, 8]  # the name that `images` had
+    assert read("pipeline=x", "images=3,8", cls=SearchConfig).images == [3, 8]
     argv = ["out=x", "data.image_size=32,96", "track.trackers=wandb,tensorboard"]
     found = read(*argv, "model.kind=vqvae", "model.widths=32,64", "model.quantizer.kind=fsq", cls=TrainTokenizerConfig)
     assert found.data.image_size == (32, 96) and found.track.trackers == ("wandb", "tensorboard")
