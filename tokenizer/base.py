@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -28,16 +28,16 @@ class TokenGrid:
     """The shape of an image's tokens and the number of ids; `len(grid)` is the number of tokens.
 
     scales: (height, width) of each map of ids, coarse to fine, where the tokens `(L,)` are several maps of an image.
-    levels: number of ids of each position, all positions' first ids before all second ones along the first axis.
-    channels: of pixels, whose ids are intensities: row `channels * i + c` holds channel c of image row i; 0: the ids
-    are codes. What is told of levels and channels makes no other grid of it: grids saved before say neither.
+    levels: number of ids of each position; the first ids of all positions come before the second ones along the first
+    axis. channels: of pixels, whose ids are intensities: row `channels * i + c` holds channel c of image row i; 0: the
+    ids are codes.
     """
 
     shape: tuple[int, ...]
     vocab_size: int
     scales: Scales = ()
-    levels: int = field(default=1, compare=False)
-    channels: int = field(default=0, compare=False)
+    levels: int = 1
+    channels: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
@@ -56,12 +56,12 @@ class TokenGrid:
 
     @property
     def ids_per_position(self) -> int:
-        """Number of ids of a position: levels, or channels of a pixel."""
+        """The number of ids of a position: its levels, or the channels of a pixel."""
         return max(self.levels, self.channels)
 
     @property
     def positions(self) -> TokenGrid:
-        """The grid of positions, which has one id for each."""
+        """The grid of positions, with one id for each."""
         return TokenGrid((self.shape[0] // self.ids_per_position, *self.shape[1:]), self.vocab_size)
 
     @property
@@ -83,7 +83,7 @@ class TokenGrid:
                 f"tokens should be whole numbers of shape (B, {', '.join(map(str, self.shape))}), "
                 f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
             )
-        ids = tokens.long()  # torch finds no smallest one of uint16, which files of tokens hold
+        ids = tokens.long()  # torch has no minimum of uint16, the type in token files
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size):
             raise ValueError(
                 f"token ids should lie in [0, {self.vocab_size}), got {int(ids.min())} to {int(ids.max())}"
@@ -91,7 +91,7 @@ class TokenGrid:
 
 
 def positions_problem(grid: TokenGrid) -> str | None:
-    """What is wrong with a grid's levels or channels, in one line, or None."""
+    """Return what is wrong with a grid's levels or channels, in one line, or None."""
     counts = {"levels": grid.levels, "channels": grid.channels}
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < (name == "levels"):
@@ -99,12 +99,12 @@ def positions_problem(grid: TokenGrid) -> str | None:
     if grid.levels > 1 and (grid.channels or grid.scales):
         return f"levels: ids of {grid.levels} levels are neither pixels nor maps of scales"
     if grid.shape[0] % grid.ids_per_position:
-        return f"a grid of {grid.shape[0]} rows has no {grid.ids_per_position} ids for each position"
+        return f"a grid of {grid.shape[0]} rows cannot hold {grid.ids_per_position} ids for each position"
     return None
 
 
 def read_grid(value: Any) -> TokenGrid:
-    """`value` as a grid: it is one, or its JSON form. Raises `ValueError`."""
+    """Return the grid that `value` is, or whose JSON form it is. Raises `ValueError`."""
     if isinstance(value, TokenGrid):
         return value
     if not isinstance(value, dict) or set(value) - {"scales", "levels", "channels"} != {"shape", "vocab_size"}:
@@ -122,7 +122,7 @@ def read_grid(value: Any) -> TokenGrid:
 
 
 def grid_to_dict(grid: TokenGrid) -> dict[str, Any]:
-    """The JSON form of a grid; without `scales`, `levels` and `channels` where it has none."""
+    """Return the JSON form of a grid, without defaults."""
     scales = {"scales": [list(sides) for sides in grid.scales]} if grid.scales else {}
     levels = {"levels": grid.levels} if grid.levels > 1 else {}
     channels = {"channels": grid.channels} if grid.channels else {}
@@ -138,7 +138,7 @@ class LikelihoodError(ValueError):
 
 
 class Reconstruction(NamedTuple):
-    """What `Tokenizer.forward` returns: images `(B, C, H, W)`, tokens `(B, *grid.shape)`, unweighted scalar losses."""
+    """The result of `Tokenizer.forward`: images `(B, C, H, W)`, tokens `(B, *grid.shape)`, unweighted scalar losses."""
 
     images: Tensor
     tokens: Tensor
@@ -146,7 +146,7 @@ class Reconstruction(NamedTuple):
 
 
 class TokenizerConfig(ModelConfig):
-    """Settings that every tokenizer of whole images has."""
+    """Settings shared by all tokenizers."""
 
     image_size: Fact[tuple[Annotated[int, Field(ge=1, le=4096)], ...]] = Field(
         description="height and width of the images; a single number is both"
@@ -185,7 +185,7 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
     levels: int = 1
     """Number of ids per position: the grid has this many rows for each row of positions."""
     prefixes: tuple[int, ...] = ()
-    """Where the first tokens alone decode to an image: so many of them to show, the last being all; else none."""
+    """Counts of first tokens to show where these alone decode to an image, the last being all of them; else empty."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
@@ -194,15 +194,15 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
             return super().__call__(*args, **kwargs)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Tokens of `images`."""
+        """Return the tokens `(B, *grid.shape)` of `images`."""
         raise NotImplementedError
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images of `tokens`, clamped to [-1, 1]."""
+        """Return the images of `tokens`, clamped to [-1, 1]."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """The training path."""
+        """Reconstruct `images` for training: the result has gradients and losses."""
         raise NotImplementedError
 
     def initialize(self, images: Tensor) -> None:  # noqa: B027 (most models need no images)
@@ -230,27 +230,27 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
         return False
 
     def pixel_log_prob(self, images: Tensor, tokens: Tensor) -> Tensor | None:
-        """log p(images | tokens) of 8-bit images, `(B,)` nats; None without a likelihood. Raises `ValueError` for other
-        numbers or shapes of images."""
+        """Return log p(images | tokens) of 8-bit images, `(B,)` nats; None without a likelihood. Raises `ValueError`
+        for other numbers or shapes of images."""
         if not self.has_likelihood:
             return None
         if images.shape != (wanted := (len(tokens), *self.image_shape)):
-            raise ValueError(f"images should have shape {wanted}, as there are tokens, got {tuple(images.shape)}")
+            raise ValueError(f"images should have shape {wanted}, to match the tokens, got {tuple(images.shape)}")
         return in_finest(self.pixel_log_probs(images, tokens)).flatten(1).sum(1).float()
 
     def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """log p of each pixel channel of 8-bit images, given the tokens and the channels before it: `(B, C, H, W)`
-        nats. Raises `LikelihoodError` without a likelihood."""
+        """Return log p of each pixel channel of 8-bit images, given the tokens and the channels before it:
+        `(B, C, H, W)` nats. Raises `LikelihoodError` without a likelihood."""
         raise LikelihoodError(f"a {self.name!r} tokenizer has no likelihood of pixels")
 
     def value_log_probs(self, tokens: Tensor, values: Tensor, channel: int) -> Tensor:
-        """log p of each of the 256 values of one channel, `(B, 256, H, W)` nats, given the tokens and the channels
-        before it of int64 `values` (B, C, H, W). Raises `LikelihoodError` without a likelihood."""
+        """Return log p of each of the 256 values of one channel, `(B, 256, H, W)` nats, given the tokens and the
+        channels before it of int64 `values` (B, C, H, W). Raises `LikelihoodError` without a likelihood."""
         raise LikelihoodError(f"a {self.name!r} tokenizer has no likelihood of pixels")
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The weight of the layer that puts out the pixels. Raises `ValueError` for a tokenizer without a network."""
+        """The weight of the layer that computes the pixels. Raises `ValueError` for a tokenizer without a network."""
         raise ValueError(f"a {self.name!r} tokenizer has no network")
 
     @property
@@ -260,26 +260,26 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
 
     @property
     def figures(self) -> dict[str, Tensor]:
-        """Numbers of the last steps that a log of training shows beside the losses."""
+        """Metrics of the last steps, logged in training beside the losses."""
         return {}
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """How many tokens each level has, or each scale: the flat grid is one after the other."""
+        """The number of tokens of each level or scale, which follow each other in the flat grid."""
         return tuple(areas(self.grid.scales)) or (len(self.grid) // self.levels,) * self.levels
 
     @property
     def placed(self) -> bool:
-        """Whether each token stands for a part of the image, so that there are `known_tokens`."""
+        """Whether each token stands for a part of the image, so that `known_tokens` exist."""
         return len(self.grid.shape) > 1
 
     def known_tokens(self, known: Tensor) -> Tensor:
-        """Which tokens are known, `(B, *grid.shape)`, given the known pixels, bool `(B, H, W)`: a token is known if
-        its whole patch is. The tokens of a two-axis grid tile the image; a taller grid holds several levels. Raises
+        """Return which tokens are known, `(B, *grid.shape)`, given the known pixels, bool `(B, H, W)`: a token is known
+        if its whole patch is. The tokens of a two-axis grid tile the image; a taller grid holds several levels. Raises
         `ValueError` unless tokens are `placed`."""
         if self.grid.scales:
             raise ValueError(
-                "a coarse scale's token belongs to no part of the image, so known pixels make no token known"
+                "a coarse scale's tokens belong to no part of the image, so known pixels make no token known"
             )
         _, height, width = self.image_shape
         rows, columns = self.grid.shape[0] // self.levels, self.grid.shape[1]
@@ -296,7 +296,8 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
 
 
 def codebook_usage(counts: Tensor) -> dict[str, Tensor]:
-    """`usage`, the share of ids that occur, and `perplexity` (1 to vocab_size), exp of their frequencies' entropy.
+    """Return `usage`, the share of ids that occur, and `perplexity` (1 to vocab_size), exp of their frequencies'
+    entropy.
 
     counts: how often each id occurred, `(vocab_size,)`.
     """

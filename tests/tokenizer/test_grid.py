@@ -60,15 +60,14 @@ def test_images_of_more_tokens_than_a_grid_holds_are_a_wrong_configuration(name)
 def test_what_a_grid_says_is_written_and_read(facts):
     grid = TokenGrid((6, 2), 16, **facts)
     found = read_grid(grid_to_dict(grid))
-    assert found == grid == TokenGrid((6, 2), 16)  # which was written before grids said it
-    assert (found.levels, found.channels) == (grid.levels, grid.channels)
+    assert found == grid != TokenGrid((6, 2), 16)
     assert sorted(grid.cells.flatten().tolist()) == list(range(12))
 
 
 @pytest.mark.parametrize(
     ("shape", "facts", "message"),
     [
-        ((5, 2), {"levels": 2}, "a grid of 5 rows has no 2 ids for each position"),
+        ((5, 2), {"levels": 2}, "a grid of 5 rows cannot hold 2 ids for each position"),
         ((4, 2), {"levels": 0}, "levels: expected a whole number"),
         ((4, 2), {"channels": -1}, "channels: expected a whole number"),
         ((4, 2), {"channels": True}, "channels: expected a whole number"),

@@ -85,7 +85,7 @@ class AdaptiveNorm(nn.Module):
 
     def forward(self, x: Tensor, codes: Tensor) -> Tensor:
         """codes: `(B, dim, h, w)`."""
-        rows = codes.flatten(2).contiguous()  # so that sums round alike in every memory format
+        rows = codes.flatten(2).contiguous()  # so that sums round the same in every memory format
         deviation = (rows.var(2, correction=min(1, rows.shape[2] - 1)) + EPS).sqrt()
         scale, shift = self.scale(deviation), self.shift(rows.mean(2))
         normalised = group_norm(x, self.groups, self.ones, self.zeros, EPS)
