@@ -110,7 +110,7 @@ BAD = [
     (PRIOR, ["model.order=zigzag"], "order"),
     (PRIOR, ["model.num_classes=3"], "model.num_classes: a fact of the data"),
     (PRIOR, ["train.batch_size=10", "train.accumulate=3"], "train.batch_size: 10 is not a multiple of"),
-    (PRIOR, ["model={{kind: pixelcnn, order: snake}}"], "order: pixelcnn walks the grid in raster order only"),
+    (PRIOR, ["model={{kind: pixelcnn, order: snake}}"], "order: pixelcnn takes raster order only"),
     (PRIOR, ["sampler.steps=3"], "sampler: 'steps' is no argument of sampling from a 'gpt' prior"),
     (PRIOR, ["model.kind=masked", "sampler.steps=50"], "sampler: steps must be a whole number from 1 to 49 (got 50)"),
     (GENERATE, ["pipeline={world}/nowhere"], "neither an existing folder nor a Hub id"),
