@@ -31,10 +31,6 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-if os.environ.get("SMALTI_ROUNDING"):
-    from pretended import other_rounding
-
-    other_rounding.install()
 
 
 # Files outlive a process that is killed without it; only a machine that fails needs it, and no test can have one.

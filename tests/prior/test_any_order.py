@@ -270,13 +270,3 @@ def test_a_mixture_in_blocks_is_the_mean_of_its_densities():
     each = [model.log_prob(tokens, order=order) for order in model.orders(3, "column/4")]
     expected = torch.stack(each).logsumexp(0) - torch.tensor(3.0, dtype=torch.float64).log()
     assert torch.allclose(model.log_prob(tokens, order="column/4", num_orders=3), expected)
-
-
-@pytest.mark.parametrize("name", ["gpt", "pixelcnn"])
-def test_one_order_has_no_others(name):
-    model = make_prior(name)
-    assert model.orders(1) == [None] and list(model.connectivities(1)) == [0]
-    with pytest.raises(ValueError, match="num_orders"):
-        model.orders(2)
-    with pytest.raises(ValueError, match="num_masks"):
-        model.connectivities(2)

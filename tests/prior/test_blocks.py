@@ -76,16 +76,6 @@ def test_sampling_makes_a_pass_per_block(name, order, monkeypatch):
     assert [tuple(logits.shape) for logits in shapes] == [(2, size, 5) for size in model.blocks]
 
 
-def test_parallel_passes_are_at_most_as_many_as_blocks(monkeypatch):
-    """And often fewer: a whole block is final as soon as those before it are."""
-    model, passes = make_prior("blocks", shape=(6, 6), order="halton:3"), []
-    forward = type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda self, *given: passes.append(1) or forward(self, *given))
-    drawn = model.sample(3, generator=generators(3), parallel=True)
-    assert 0 < len(passes) <= 3
-    assert torch.equal(drawn, model.sample(3, generator=generators(3)))
-
-
 @takers
 @pytest.mark.parametrize("order", ["halton:4", "rows", "dyadic"])
 def test_known_tokens_come_first_and_leave_the_cuts(name, order):

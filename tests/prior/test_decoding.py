@@ -72,15 +72,6 @@ def test_without_a_fast_path_all_ways_of_sampling_draw_the_same(slow):
         assert torch.equal(*drawn)
 
 
-def test_without_labels_all_are_of_the_null_class():
-    model = make_prior("gpt")
-    assert model.labels_or_null(None, 4).tolist() == [3] * 4
-    labels = torch.tensor([0, 1])
-    assert model.labels_or_null(labels, 2) is labels
-    drawn = [model.sample(2, given, generator=generators(2)) for given in (None, [3, 3])]
-    assert torch.equal(*drawn)
-
-
 # What is reported
 
 

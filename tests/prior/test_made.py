@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 
 import pytest
@@ -25,7 +24,7 @@ from small import draw_tokens, generators, make_prior, moved_by
 from pipelines import ImagePipeline
 from pipelines.training.schedule import move_average
 from prior import Prior
-from prior.made import LastResult, even_degrees, random_degrees, sum_inputs
+from prior.made import even_degrees, random_degrees, sum_inputs
 from tokenizer import TokenGrid, Tokenizer
 
 # Masks
@@ -218,41 +217,6 @@ def test_random_degrees_leave_no_unit_blind():
 # Masks and masked weights are kept
 
 
-@pytest.fixture
-def builds(monkeypatch):
-    """What is built, in turn: masks, and weights multiplied by them."""
-    built, get = [], LastResult.get
-
-    def counting(self, inputs, compute):
-        what = "weights" if isinstance(inputs[0], torch.nn.Parameter) else "masks"
-        return get(self, inputs, lambda: (built.append(what), compute())[1])
-
-    monkeypatch.setattr(LastResult, "get", counting)
-    return built
-
-
-@every_variant
-def test_masks_are_built_once_and_weights_masked_once_per_change(variant, builds):
-    model = make_made(variant, order_agnostic=True)
-    tokens, order = draw_tokens(model, 2), torch.randperm(12)
-
-    def built(passes, **given):
-        builds.clear()
-        for _ in range(passes):
-            model(tokens, **given)
-        return list(builds)
-
-    with torch.no_grad():
-        assert built(3) == ["masks", "weights"] and built(2) == []
-        assert built(2, order=order) == ["masks", "weights"]
-        assert built(2) == ["masks", "weights"]
-        for parameter in model.parameters():
-            parameter.mul_(1.1)
-        assert built(2) == ["weights"]
-    model.train()
-    assert built(3) == []  # trained weights are multiplied at every step, by the masks that there are
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("change", ["step", "step after a look", "half", "load", "average"])
 def test_kept_weights_are_never_stale(mode, change):
@@ -283,16 +247,6 @@ def test_kept_weights_are_never_stale(mode, change):
     with mode():
         after, fresh = model.eval()(tokens), make_same(model)(tokens)
     assert torch.equal(after, fresh) and not torch.equal(before, after)
-
-
-def test_a_copy_keeps_nothing_of_the_original():
-    model, tokens = make_made("three layers"), torch.randint(5, (2, 3, 4))
-    with torch.no_grad():
-        model(tokens)
-        other = copy.deepcopy(model)
-        assert not other._connections.masked.result and not other._connections.masks.result
-        other.input.zero_()
-        assert torch.equal(other(tokens), make_same(other)(tokens)) and not torch.equal(other(tokens), model(tokens))
 
 
 def test_another_connectivity_is_used_while_the_context_lasts():

@@ -156,12 +156,6 @@ def test_a_layer_that_sees_everything_lets_all_through():
     assert [layer.window is None for layer in model.layers] == [False, True]
 
 
-def test_layers_of_one_dilation_share_a_window():
-    model = make_prior("gpt", SHAPE, depth=4, window=(1, 1), dilation=(1, 2, 1, 2))
-    first, second, third, fourth = (layer.window for layer in model.layers)
-    assert first is third and second is fourth and first is not second and (first.dilation, second.dilation) == (1, 2)
-
-
 def test_a_compiled_layer_attends_alike():
     """In one graph, and with gradients."""
     layer = Case((1, 2)).model().layers[0].double().train()
@@ -211,18 +205,3 @@ def test_a_window_is_built_from_any_times_and_places():
     mask = F.pad(~far.any(-1) & (block < block[:, None]), (1, 0), value=True)
     expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q[:, 1:], k, v)), attn_mask=mask)
     torch.testing.assert_close(window.attend(q[:, 1:], k, v), expected.transpose(1, 2))
-
-
-@pytest.mark.parametrize(("dilation", "tiles"), [(1, 3 * 3), (2, (2 + 1) * (2 + 2)), (3, (1 + 1 + 1) * 3)])
-def test_a_grid_is_cut_in_as_few_tiles_as_cover_it(dilation, tiles):
-    """With a dilation, those of the cells of each remainder; a tile looks at no key that none of its queries sees."""
-    order = make_order("raster", SHAPE)
-    sources = torch.cat([torch.tensor([[-1, -1, -1]]), torch.stack([order, order // 6, order % 6], 1)[:-1]])
-    targets = torch.stack([torch.arange(30), order // 6, order % 6], 1)
-    window = Window(targets, sources, (1, 2), dilation)
-    assert window.queries.shape == (tiles, 4 if dilation < 3 else window.queries.shape[1])
-    assert torch.cat([window.queries.flatten()[window.at]]).tolist() == list(range(30))
-    rule = window.rule()
-    for queries, keys, mask in window.tiles():
-        assert torch.equal(mask, rule(queries[:, None], keys)) and mask.any(0).all() and len(queries) <= 4
-        assert keys.tolist() == sorted(set(keys.tolist()))

@@ -143,17 +143,6 @@ def test_valid_names_have_no_problem_and_unknown_ones_get_a_list():
     assert set(OWN_BLOCKS) <= set(FORMS)
 
 
-@every_shape
-def test_what_makes_a_partition_has_no_problem_and_the_rest_has_one(shape):
-    """Each name with each number: a problem, or a partition."""
-    cells = math.prod(shape)
-    for kind in ("wave", "regions", "halton", "spread", "random:0"):
-        for number in (0, 1, 2, 3, 4, 6, 7, 12, cells, cells + 1):
-            problem = order_problem(f"{kind}:{number}", shape)
-            assert problem is not None or is_partition(make_partition(f"{kind}:{number}", shape), cells)
-            assert problem is not None or 1 <= number <= cells
-
-
 # One cell after another
 
 

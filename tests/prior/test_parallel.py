@@ -37,19 +37,6 @@ def test_parallel_equals_sequential(name, order):
         assert torch.equal(one, other), settings
 
 
-@every_prior
-def test_an_image_does_not_depend_on_its_batch(name):
-    model = make_prior(name, shape=(4, 4), vocab_size=17)
-    together = model.sample(9, generator=generators(9), parallel=True)
-    assert torch.equal(together, model.sample(9, generator=generators(9)))
-    for size in (1, 2, 5):
-        parts = [
-            model.sample(len(at), generator=[generators(9)[k] for k in at], parallel=True)
-            for at in torch.arange(9).split(size)
-        ]
-        assert torch.equal(torch.cat(parts), together), f"batches of {size}"
-
-
 def drawn_in_parallel(model, count, monkeypatch, **settings):
     """Tokens, passes per image, and the rows of each forward pass."""
     passes, rows = [], []

@@ -197,16 +197,6 @@ def test_published_sizes(name):
     assert count // 1000 == (42 if name == "pixelcnn" else 3550)
 
 
-@pytest.mark.parametrize(("masked", "seen"), [(0, 15), (1, 14), (3, 12)])
-def test_a_convolution_begins_as_a_linear_layer_of_what_it_sees(masked, seen):
-    conv = CausalConv2d(16, 64, (-2, 0), (-2, 2), masked=masked)
-    bound, weight = (16 * seen) ** -0.5, conv.weight.detach()
-    assert weight.abs().max() <= bound and float(weight.std()) == pytest.approx(bound / 3**0.5, rel=0.05)
-    assert float(weight.mean()) == pytest.approx(0, abs=0.03 * bound) and not conv.bias.any()
-    assert len(conv.taps) == seen and conv.taps[0] == (-2, -2)
-    assert (conv.mask is None) == (masked == 0) and not conv.state_dict().keys() - {"weight", "bias"}
-
-
 @pytest.mark.parametrize("told", [True, False])
 @pytest.mark.parametrize("kind", ["pixelcnn", "gated_pixelcnn", "pixelcnn_pp"])
 def test_rows_are_told_apart_if_they_are_to_be_and_not_at_first(kind, told):
