@@ -72,10 +72,15 @@ check: $(TESTS)
 slow: $(TESTS)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-# What fails is told in the end; what can be measured is measured all the same.
+# Without a GPU it says what torch was built for, and the driver: too old a driver is a GPU that torch does not see. A
+# signal does not interrupt a call of CUDA that hangs, but a thread ends the process. Measurements are made even if tests
+# fail, and a failure is the exit code.
+SEES := import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+  f"make gpu: torch {torch.__version__}, built for CUDA {torch.version.cuda}, sees no GPU here")
 gpu: $(GPU)
-	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "make gpu: torch sees no GPU here")'
-	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS); checked=$$?; \
+	@$(BIN)/python -c '$(SEES)' || { nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || \
+	  echo "make gpu: there is no driver (nvidia-smi)"; exit 1; } >&2
+	$(BIN)/python -m pytest -m gpu --timeout=900 --timeout-method=thread tests/gpu $(ARGS); checked=$$?; \
 	  $(BIN)/python -m benchmarks.speed.gpu docs=docs/results.md && exit $$checked
 
 # A picture of what each pair of presets gives; it goes on where it was stopped. ARGS="only=digits share=0.1" and others.

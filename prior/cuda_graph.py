@@ -21,9 +21,15 @@ class Graph:
     last: Graph | None = None
 
     def __init__(self, model: nn.Module, key: Any) -> None:
-        self.model, self.key, self.failed = weakref.ref(model), key, False
+        self.model, self.key, self.failed = weakref.ref(model, self._release), key, False
         self.inputs: dict[str, Tensor] = {}
         self.replay: Callable[[], None] | None = None
+
+    @classmethod
+    def _release(cls, model: weakref.ref[nn.Module]) -> None:
+        """Free the memory of the last graph if it is that of this model, which no longer exists."""
+        if cls.last is not None and cls.last.model is model:
+            cls.last = None
 
     def compute(self, inputs: dict[str, Tensor], compute: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
         """Return `compute(inputs)`; it is captured when this is called first."""

@@ -13,8 +13,9 @@ step: that of the loop, under bf16 autocast, with data, clipping, checks and ave
 backward, clipping and fused AdamW. host: until the call returns, before the GPU is done. of peak: FLOPs by torch's
 counter, attention as two full products, over time and the card's published bf16 peak, or the measured one of a product
 of side 8192 where it is not known. memory: most bytes of tensors in a step; over plan: as a share of what `smalti plan`
-says. Sampling is without guidance; a token step is the time of a call over the tokens of an image. Medians of `repeats`
-calls. The table goes to `out`; `docs` is a page whose section `## On a GPU` it replaces.
+says. Sampling is without guidance, from logits of standard deviation 3, by one CUDA graph for all steps; "kernel by
+kernel" is without it, as for a caller who watches each step. A token step is the time of a call over the tokens of an
+image. Medians of `repeats` calls. The table goes to `out`; `docs` is a page whose section `## On a GPU` it replaces.
 """
 
 from __future__ import annotations

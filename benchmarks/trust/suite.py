@@ -29,7 +29,7 @@ from benchmarks.support.options import ROOT, need, read_options, with_helpers_of
 
 Row = dict[str, Any]
 DEFAULTS = {"alone": False, "random": 0, "paths": "tests", "out": str, "seed": 1, "files": True}
-MORE = {"marks": "not slow and not gpu", "limit": 600.0, "workers": 2}
+MORE = {"marks": "not slow", "limit": 600.0, "workers": 2}
 HOUR = 3600
 
 

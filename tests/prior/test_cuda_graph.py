@@ -59,7 +59,7 @@ def test_only_the_last_graph_is_kept_and_it_does_not_keep_its_model() -> None:
     alive = weakref.ref(model)
     del model
     gc.collect()
-    assert alive() is None
+    assert alive() is None and Graph.last is None
 
 
 def test_moved_weights_and_a_failed_capture_are_drawn_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:

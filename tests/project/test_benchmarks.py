@@ -349,6 +349,15 @@ def test_the_measurements_of_a_gpu_are_rehearsed(tmp_path):
     assert all(row.count("|") == rows[0].count("|") for row in rows[:10])
 
 
+def test_sampling_is_measured_on_logits_as_after_training():
+    from benchmarks.support.cards.sampling import scale_logits
+
+    prior = small_pipeline().prior
+    scale_logits(prior)
+    logits = prior(torch.randint(32, (64, *prior.grid.shape)))
+    assert 2.5 < float(logits.std()) < 3.5
+
+
 def test_a_page_gets_its_section(tmp_path):
     """And keeps all others."""
     from benchmarks.speed import gpu

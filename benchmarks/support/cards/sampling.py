@@ -15,6 +15,7 @@ SAMPLING_HEAD = (
     "tokens/s",
     "images/s",
     "ms a token step",
+    "kernel by kernel, ms",
     "GPT-2, tokens/s",
     "times faster",
 )
@@ -22,18 +23,20 @@ CODING_HEAD = ("network", "images", "encoded/s", "decoded/s", "VQModel encoded/s
 
 
 def sampling_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterator[list[str]]:
-    """Of a prior of this configuration with random weights, in float32 and bf16, beside GPT-2's `generate`."""
+    """Of a GPT of this configuration with random weights, in float32 and bf16, by one CUDA graph and kernel by kernel,
+    beside GPT-2's `generate`."""
     import torch
 
     from prior import Prior
 
-    kind = config.kind if hasattr(config, "kind") else "gpt"
-    prior = Prior.create(kind, **dict(config)).to(card.device).eval()
+    prior = Prior.create("gpt", **dict(config)).to(card.device).eval()
+    scale_logits(prior)
     for dtype in (torch.float32, torch.bfloat16):
         ours, theirs = prior.to(dtype), generator_of(card, config, dtype)
         for count in (rows for rows in ROWS if rows <= 8 * sizes.images):
             labels = torch.zeros(count, dtype=torch.long, device=card.device)
             mine, _ = card.times(lambda: ours.sample(count, labels), repeats)  # noqa: B023
+            launched, _ = card.times(lambda: watched(ours, count, labels), max(1, repeats // 2), ahead=1)  # noqa: B023
             other, _ = card.times(lambda: theirs(count), max(1, repeats // 2), ahead=1)  # noqa: B023
             tokens = count * len(prior.grid)
             yield [
@@ -42,9 +45,24 @@ def sampling_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterat
                 f"{tokens / mine:,.0f}",
                 f"{count / mine:.1f}",
                 f"{1e3 * mine / len(prior.grid):.2f}",
+                f"{1e3 * launched / len(prior.grid):.2f}",
                 f"{tokens / other:,.0f}",
                 f"{other / mine:.1f}",
             ]
+
+
+def scale_logits(prior: Any) -> None:
+    """Scale the last layer so that logits have a standard deviation of 3, as after training; at first it is below 1."""
+    import torch
+
+    tokens = torch.randint(prior.grid.vocab_size, (4, *prior.grid.shape), device=prior.device)
+    with torch.no_grad():
+        prior.head.weight.mul_(3 / prior(tokens).std())
+
+
+def watched(prior: Any, count: int, labels: Any) -> Any:
+    """Sample with an observer of each step, for whom the kernels are launched one by one."""
+    return prior.sample(count, labels, on_step=lambda step: None)
 
 
 def generator_of(card: Card, config: Any, dtype: Any) -> Callable[[int], Any]:
