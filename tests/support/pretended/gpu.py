@@ -28,7 +28,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +115,6 @@ class Pretended(Tensor):
     def tolist(self) -> Any:
         return self.detach().cpu().tolist()
 
-    def record_stream(self, stream: Any) -> None:
-        pass
-
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return compute(func, args, kwargs or {})
@@ -183,16 +180,6 @@ def require_known(made: Any) -> None:
     """Raise `DeviceMix` for what is made on the GPU in a type that it has not."""
     if Pretended.float32 and any(one.dtype == torch.float64 for one in tree_leaves(made) if isinstance(one, Tensor)):
         raise DeviceMix("the GPU has no float64")
-
-
-class Idle:
-    """A stream, or an event of one: everything is done at once."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: None
 
 
 class Generator(torch.Generator):
@@ -280,8 +267,6 @@ def pretend() -> None:
     torch.cuda._lazy_init = lambda: None
     torch.cuda.is_bf16_supported = lambda *_, **__: True
     torch.cuda.current_device = lambda: 0
-    torch.cuda.Stream = torch.cuda.Event = torch.cuda.current_stream = Idle
-    torch.cuda.stream = lambda stream: nullcontext()
     torch.cuda.is_current_stream_capturing = lambda: False
     for name in ("manual_seed", "manual_seed_all", "set_device", "empty_cache", "synchronize"):
         setattr(torch.cuda, name, lambda *_, **__: None)
@@ -298,10 +283,13 @@ def pretend() -> None:
 
 def run(only: str) -> bool:
     """Try all components whose name contains `only`, a line for each; whether all went well."""
+    from pretended.emulated_graphs import Emulated
     from pretended.gpu_components import components
 
+    from prior import cuda_graph
     from tokenizer import precision
 
+    cuda_graph.capture = Emulated().capture
     if Pretended.float32:
         precision.WITHOUT_FLOAT64.add("cuda")
     failed, tried = 0, 0
@@ -311,7 +299,8 @@ def run(only: str) -> bool:
         told, tried, problem, found = io.StringIO(), tried + 1, "", None
         try:
             torch.manual_seed(0)
-            with redirect_stdout(told), redirect_stderr(told), Pretending():
+            with redirect_stdout(told), redirect_stderr(told), Pretending(), warnings.catch_warnings():
+                warnings.filterwarnings("error", message="not captured in a CUDA graph")
                 found = component()
         except (Exception, SystemExit) as error:
             failed += 1

@@ -27,6 +27,7 @@ from accelerate.state import AcceleratorState
 from launch import train_prior, train_tokenizer
 from PIL import Image
 from pretended import gpu_waits
+from pretended.emulated_graphs import Emulated
 from pretended.gpu import CUDA, DeviceMix, Pretended
 from small import (
     ANY_ORDER,
@@ -197,7 +198,7 @@ def priors() -> Iterator[Component]:
         words = [value["kind"] if key == "head" else key for key, value in config.items()]
         title = " ".join(["prior", name, *words])
         yield f"{main}{title}", partial(try_prior, name, config)
-        yield f"{title}, samples", partial(try_samples, name, config)
+        yield f"{main}{title}, samples", partial(try_samples, name, config)
 
 
 def headed() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -235,7 +236,7 @@ def try_prior(name: str, config: dict[str, Any]) -> None:
 
 def try_samples(name: str, config: dict[str, Any]) -> None:
     """What a prior has no way to do, it says; the rest works."""
-    model = make_prior(name, (4, 4), 7, **config).to(CUDA)
+    model, captured = make_prior(name, (4, 4), 7, **config).to(CUDA), Emulated.captured
     known = torch.zeros(model.grid.shape, dtype=torch.bool)
     known.view(-1)[:8], known.view(-1)[-1] = True, True
     given: dict[str, Any] = {"known": known, "tokens": draw_tokens(model, 4)}
@@ -256,8 +257,10 @@ def try_samples(name: str, config: dict[str, Any]) -> None:
         ways.append({"steps": 3, "guidance_scale": 2.0, **given})
     for way in ways:
         with contextlib.nullcontext() if way.keys().isdisjoint({"order", "num_orders"}) else refusals():
-            drawn = model.sample(4, torch.arange(4, device=CUDA) % 3, **{"generator": generators(4), **way})
-            assert drawn.device == CUDA and drawn.shape == (4, *model.grid.shape)
+            for _ in range(2):  # the second time by a graph
+                drawn = model.sample(4, torch.arange(4, device=CUDA) % 3, **{"generator": generators(4), **way})
+                assert drawn.device == CUDA and drawn.shape == (4, *model.grid.shape)
+    assert (Emulated.captured > captured) == model.supports_cuda_graphs
 
 
 def refusals() -> contextlib.AbstractContextManager[Any]:
