@@ -6,13 +6,15 @@
 The noise of an image is the same in all ways, so a token differs only where two candidates tie within rounding, and the
 tokens after it because of that. The reference draws 64 images at a time from a cache; a row counts images with any
 other token, and tokens. `model=patches` trains a GPT over 16x16 ids of 1,024 (k-means of 4x4 patches of the training
-images in `../shared/data/openmoji`) for some minutes first. Run it again under OMP_NUM_THREADS=2, or with
-ATEN_CPU_CAPABILITY=avx2 and DNNL_MAX_CPU_ISA=AVX2, and `save=FILE` and `against=FILE` to compare the machines' tokens.
+images in `../shared/data/openmoji`) for some minutes first; `keep=FOLDER` keeps it for the next run. To compare
+settings, `save=FILE` writes the reference's tokens and `against=FILE` compares with them: run it again with threads=2,
+or with ATEN_CPU_CAPABILITY=avx2 and ONEDNN_MAX_CPU_ISA=AVX2. `only=true` draws the reference alone.
 """
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from benchmarks.support.options import read_options, use_threads
@@ -49,23 +51,38 @@ def train_on_patches(minutes: float, seed: int) -> Any:
         optimizer.step()
         optimizer.zero_grad()
         steps += 1
-    print(f"trained for {steps} steps; loss {float(loss):.3f} nats per token")
+    print(f"trained for {steps} steps; loss {float(loss.detach()):.3f} nats per token")
     return model.eval()
 
 
 def main() -> None:
     options = read_options(
         __doc__,
-        {"threads": 1, "model": "digits", "images": 2000, "minutes": 4.0, "seed": 0, "save": None, "against": None},
+        {
+            "threads": 1,
+            "model": "digits",
+            "images": 2000,
+            "minutes": 4.0,
+            "seed": 0,
+            "only": False,
+            "keep": None,
+            "save": None,
+            "against": None,
+        },
     )
     threads = use_threads(options.threads)
     import torch
     from safetensors.torch import load_file, save_file
 
     from pipelines import ImagePipeline
+    from prior import Prior
 
-    if options.model == "patches":
+    if options.model == "patches" and options.keep and Path(options.keep).exists():
+        model = Prior.from_pretrained(options.keep).eval()
+    elif options.model == "patches":
         model = train_on_patches(options.minutes, options.seed)
+        if options.keep:
+            model.save_pretrained(options.keep)
     else:
         model = ImagePipeline.from_pretrained(options.model).prior
     classes = model.num_classes
@@ -82,12 +99,12 @@ def main() -> None:
     reference = draw(64)
     if options.save:
         save_file({"tokens": reference}, options.save)
-    others = {
-        "1 image at a time": draw(1),
-        "17 images at a time": draw(17),
-        "without a cache": draw(64, cache=False),
-        "parallel passes": draw(64, parallel=True),
-    }
+    others = {}
+    if not options.only:
+        others["1 image at a time"] = draw(1)
+        others["17 images at a time"] = draw(17)
+        others["without a cache"] = draw(64, cache=False)
+        others["parallel passes"] = draw(64, parallel=True)
     if options.against:
         others[f"tokens of {options.against}"] = load_file(options.against)["tokens"]
     print(f"{options.images} images of {reference.shape[1]} tokens, {threads} threads, torch {torch.__version__}")
