@@ -10,7 +10,7 @@ logits), and may have a `make_cache` that gives the same logits, block by block,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Annotated, Any, ClassVar
 
@@ -22,12 +22,14 @@ from tokenizer.base import Grid, TokenGrid, full_float32, in_finest
 from tokenizer.config import Fact, ModelConfig, Node
 from tokenizer.model import PretrainedModel
 
+from .cuda_graph import release_graph
 from .heads import Head, PositionSteps, Softmax, head_problem, make_head
 from .orders import (
     Partition,
     as_tensor,
     block_numbers,
     blocks_problem,
+    is_integer,
     known_first,
     make_order,
     make_partition,
@@ -246,6 +248,7 @@ class Prior(PretrainedModel, family="prior"):
         `any_order`; None is its own. known: bool `(B, N)`, raster order: such a model takes these tokens first, as
         `sample` does. Raises `ValueError` for tokens, labels or an order out of range.
         """
+        tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
         partition, labels = self.check_order(order, len(tokens)), check_labels(self, labels, len(tokens))
         if known is not None and self.any_order:
@@ -291,8 +294,7 @@ class Prior(PretrainedModel, family="prior"):
             return None
         indices, blocks = self.to_partition(order)
         size = len(self.grid)
-        is_whole = not indices.dtype.is_floating_point and indices.dtype != torch.bool
-        fits = is_whole and tuple(indices.shape) in ((size,), (count, size))
+        fits = is_integer(indices.dtype) and tuple(indices.shape) in ((size,), (count, size))
         indices = indices.long() if fits else indices  # torch cannot sort uint16
         if not fits or not bool((indices.sort(-1).values == torch.arange(size, device=indices.device)).all()):
             raise ValueError(f"order should hold each of 0 to {size - 1} once, for all images or for each of {count}")
@@ -342,7 +344,7 @@ class Prior(PretrainedModel, family="prior"):
         takes the model's own order. It is exact even where `log_prob` is a bound. Raises `ValueError` for a model of
         one order, for fewer than two orders, and for tokens or labels out of range.
         """
-        if num_orders < 2:
+        if whole_number("num_orders", num_orders) < 2:
             raise ValueError(f"num_orders must be at least 2 to see a spread (got {num_orders})")
         orders = self.orders(num_orders)
         each = [in_finest(self.chain_log_probs(tokens, labels, order).flatten(1)).sum(1) for order in orders]
@@ -415,6 +417,7 @@ class Prior(PretrainedModel, family="prior"):
         self, tokens: Tensor, labels: Tensor | None, layers: Sequence[int], **inputs: Any
     ) -> list[Tensor]:
         """Return `features` of each of `layers`, from one pass. inputs: further arguments of `forward`."""
+        tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
         modules, calls = self.feature_modules, list[Tensor | None]()
         for layer in layers:
@@ -437,9 +440,14 @@ class Prior(PretrainedModel, family="prior"):
 
     # Decoding, one block a step
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        release_graph()  # it reads the weights where they were
+        return super()._apply(fn, recurse)
+
     def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> Any:
         """Begin to decode `num_images` rows; returns the state that `next_logits` advances. order: as for
-        `chain_log_probs`, for a model with `any_order`."""
+        `chain_log_probs`, for a model with `any_order`. Labels and order are taken as `check_labels` and `check_order`
+        return them: a check waits for the GPU, which a CUDA graph cannot capture."""
         partition = None if order is None else self.to_partition(order)
         with torch.no_grad():
             cache = self.make_cache(self.labels_or_null(labels, num_images), partition)

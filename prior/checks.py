@@ -10,6 +10,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -153,17 +154,21 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
     if grid.vocab_size ** len(grid) <= MOST_GRIDS:
         every = torch.tensor(list(itertools.product(range(grid.vocab_size), repeat=len(grid))))
         every = every.reshape(-1, *grid.shape)
-        density = torch.cat([model.log_prob(part) for part in every.split(256)]).double().exp()
+
+        @cache
+        @torch.no_grad()
+        def density() -> Tensor:
+            return torch.cat([model.log_prob(part) for part in every.split(256)]).double().exp()
 
         def sums_to_one() -> None:
-            total = float(density.sum())
+            total = float(density().sum())
             expect(not model.exact or abs(total - 1) < 1e-3, f"the probabilities of all grids sum to {total:.4g}")
 
         def frequencies() -> None:
             drawn = model.sample(4000, generator=torch.Generator().manual_seed(1)).flatten(1)
             place = torch.tensor([grid.vocab_size**k for k in reversed(range(len(grid)))])
-            found = torch.bincount((drawn * place).sum(1), minlength=len(density)).double()
-            expect(not model.exact or fits(found, density * 4000), "samples do not have the frequencies of log_prob")
+            found = torch.bincount((drawn * place).sum(1), minlength=len(every)).double()
+            expect(not model.exact or fits(found, density() * 4000), "samples do not have the frequencies of log_prob")
 
         promises |= {"probabilities sum to one": sums_to_one, "samples follow log_prob": frequencies}
     for promise, check in promises.items():

@@ -376,12 +376,13 @@ class LastResult:
 
     def __init__(self) -> None:
         self.inputs: list[Tensor] = []
-        self.versions: list[int] = []
+        self.versions: list[tuple[int, int]] = []
         self.result: list[Tensor] = []
 
     def get(self, inputs: list[Tensor], compute: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Return the last result, or a new one where `inputs` are other tensors or have changed."""
-        versions = [-1 if tensor.is_inference() else tensor._version for tensor in inputs]
+        """Return the last result, or a new one where `inputs` are other tensors or have changed. (torch does not count
+        changes through `tensor.data`.)"""
+        versions = [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in inputs]
         same = len(inputs) == len(self.inputs) and all(a is b for a, b in zip(inputs, self.inputs, strict=True))
         if not same or versions != self.versions:
             self.result = compute()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tokenizer.base import TokenGrid, at_least_float32, full_float32, in_finest
 
 from .base import Prior, to_device_async
-from .orders import Partition, block_numbers
+from .orders import Partition, as_tensor, block_numbers
 from .parallel import rows_per_pass
 from .sampling import (
     CONFIDENCE,
@@ -223,6 +223,7 @@ class Masked(Prior, name="masked"):
         return (SCHEDULES[self.config.schedule](u) * len(self.grid)).ceil().clamp(1, len(self.grid))
 
     @cached_property
+    @torch.inference_mode(False)  # it is used again, perhaps in training
     def mean_masked(self) -> Tensor:
         """How many tokens the schedule masks on average, `()`: a tensor, so that it can be a meta tensor."""
         midpoints = (torch.arange(MIDPOINTS, device="cpu") + 0.5) / MIDPOINTS
@@ -271,7 +272,10 @@ class Masked(Prior, name="masked"):
         if self.exact:
             return super().token_log_probs(tokens, labels, order)
         if order is not None:
-            raise ValueError("order: without `exact`, log_prob bounds the mean over all orders; no order can be given")
+            raise ValueError(
+                "order, num_orders: without `exact`, log_prob bounds the mean over all orders, and takes none"
+            )
+        tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
         labels, ids = check_labels(self, labels, len(tokens)), tokens.flatten(1).long()
         total = torch.zeros(ids.shape, device=ids.device)
@@ -303,6 +307,7 @@ class Masked(Prior, name="masked"):
     ) -> list[Tensor]:
         """See `Prior`. One pass over the clean tokens, without masks: features at every position see all tokens, their
         own included. (Teacher-forced features would take N passes, and see half as much.)"""
+        tokens = as_tensor(tokens, self.device)
         known = torch.ones_like(tokens, dtype=torch.bool)
         return super().layer_features(tokens, labels, layers, **{"known": known, **inputs})
 

@@ -147,6 +147,10 @@ class Window(nn.Module):
             mask = sees(queries[:, None], keys)
             yield queries, keys[mask.any(0)], mask[:, mask.any(0)]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out FlexAttention's mask, whose rule is a local function: it is made again."""
+        return {**vars(self), "block_mask": None, "blocks_on": None}
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
         """Attend from queries `(B, N, heads, width)` to keys and values `(B, M, heads, width)`.
 
@@ -167,7 +171,8 @@ class Window(nn.Module):
 
             sizes, sees = (len(self.targets), len(self.sources)), self.rule()
             of_all = lambda batch, head, query, key: sees(query, key)  # noqa: E731
-            self.block_mask = create_block_mask(of_all, None, None, *sizes, device=str(q.device))
+            with torch.inference_mode(False):  # it is used again, perhaps in training
+                self.block_mask = create_block_mask(of_all, None, None, *sizes, device=str(q.device))
             self.blocks_on = q.device
         return attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=self.block_mask).transpose(1, 2)
 

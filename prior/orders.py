@@ -195,6 +195,11 @@ def as_tensor(values: Any, device: torch.device | None = None) -> Tensor:
     return torch.as_tensor(values, device=device)
 
 
+def is_integer(dtype: torch.dtype) -> bool:
+    """Return whether a type holds whole numbers."""
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
 def block_numbers(order: Tensor, blocks: tuple[int, ...]) -> Tensor:
     """Return the number of each cell's block, in raster order: int64, `(N,)` or `(B, N)` like `order`."""
     sizes = torch.tensor(blocks, device=order.device)

@@ -21,7 +21,7 @@ from torch import Tensor
 from tokenizer.base import TokenGrid, at_least_float32, finest, in_finest
 
 from .cuda_graph import can_capture, compute_by_graph
-from .orders import Partition, as_tensor, blocks_after_known, known_first, select_order
+from .orders import Partition, as_tensor, blocks_after_known, is_integer, known_first, select_order
 
 if TYPE_CHECKING:
     from .base import Prior
@@ -130,7 +130,8 @@ GUIDANCE = ("guidance_scale", "guidance_end", "guidance_power")
 class SamplingOptions:
     """Settings of sampling, and how they choose a token.
 
-    `temperature` 0 (or below `GREEDY`) takes the likeliest id, the first of equal ones; `top_k` keeps the k likeliest;
+    `temperature` 0 (or below `GREEDY`) takes the likeliest id, the first of equal ones; `top_k` keeps the k likeliest,
+    and those that are as likely as the k-th;
     `top_p` keeps the likeliest until their mass reaches p (Holtzman et al. 2019); `guidance_scale` s gives uncond + s
     (cond - uncond) (Ho & Salimans 2022).
 
@@ -419,8 +420,11 @@ def check_labels(prior: Prior, labels: Tensor | None, count: int) -> Tensor | No
     """Return `labels` as int64 `(count,)` on the model's device. Raises `ValueError` out of `[0, num_classes]`."""
     if labels is None:
         return None
+    if isinstance(labels, (list, tuple)):
+        labels = [prior.num_classes if one is None else whole_number("labels", one) for one in labels]
+        labels = torch.tensor(labels, dtype=torch.long)
     labels = as_tensor(labels, prior.device)
-    if labels.shape != (count,) or labels.dtype.is_floating_point or labels.dtype == torch.bool:
+    if labels.shape != (count,) or not is_integer(labels.dtype):
         raise ValueError(f"labels should be {count} whole numbers, got {labels.dtype} of {tuple(labels.shape)}")
     labels = labels.long()  # torch has no minimum of uint16
     if count and (int(labels.min()) < 0 or int(labels.max()) > prior.num_classes):
@@ -444,7 +448,7 @@ def check_known(prior: Prior, tokens: Tensor | None, known: Tensor | None, count
         raise ValueError(
             f"known should be bool of shape {prior.grid.shape} or {shape}, got {known.dtype} of {tuple(known.shape)}"
         )
-    if tokens.dtype.is_floating_point or tuple(tokens.shape) not in (shape, prior.grid.shape):
+    if not is_integer(tokens.dtype) or tuple(tokens.shape) not in (shape, prior.grid.shape):
         found = f"{tokens.dtype} of {tuple(tokens.shape)}"
         raise ValueError(f"tokens should be whole numbers of shape {prior.grid.shape} or {shape}, got {found}")
     known = known.to(prior.device).expand(shape).flatten(1)
@@ -465,10 +469,7 @@ def choose_orders(prior: Prior, options: DecodingOptions, batch: SampleBatch) ->
     if len(orders) > 1:
         each = [prior.order if one is None else one.order for one in orders]
         candidates = torch.stack([known_first(one, batch.known) for one in each])  # (orders, B, N)
-        if max(blocks) > 1 or not bool(batch.known.any()):
-            chosen = draw_numbers(batch.keys, ORDERS, len(orders))
-        else:
-            chosen = choose_by_known(prior, batch, candidates, blocks)
+        chosen = choose_by_known(prior, batch, candidates, blocks)
         order = candidates[chosen, torch.arange(len(batch), device=chosen.device)]
     elif prior.any_order and bool(batch.known.any()):
         order = known_first(order, batch.known)
@@ -480,14 +481,15 @@ def choose_orders(prior: Prior, options: DecodingOptions, batch: SampleBatch) ->
 
 
 def choose_by_known(prior: Prior, batch: SampleBatch, candidates: Tensor, blocks: tuple[int, ...]) -> Tensor:
-    """Draw an order `(B,)` for each image, in proportion to the probability of its known tokens in each of its
-    `candidates` (orders, B, N), in which these come first."""
-    scores = []
-    for order in candidates:
+    """Draw an order `(B,)` for each image from its `candidates` (orders, B, N), in which known tokens come first: in
+    proportion to the probability of these, or uniformly where blocks hold several tokens."""
+    scores = torch.zeros(len(batch), len(candidates), device=batch.keys.device)
+    if max(blocks) == 1 and bool(batch.known.any()):
         tokens = batch.tokens.unflatten(1, prior.grid.shape)
-        each = prior.chain_log_probs(tokens, batch.labels, Partition(order, blocks)).flatten(1)
-        scores.append(in_finest(each).masked_fill(~batch.known, 0).sum(1).float())
-    return (torch.stack(scores, 1) + gumbel_noise(batch.keys, ORDERS, 0, len(candidates))).argmax(1)
+        for number, order in enumerate(candidates):
+            each = prior.chain_log_probs(tokens, batch.labels, Partition(order, blocks)).flatten(1)
+            scores[:, number] = in_finest(each).masked_fill(~batch.known, 0).sum(1).float()
+    return (scores + gumbel_noise(batch.keys, ORDERS, 0, len(candidates))).argmax(1)
 
 
 # Progress
@@ -568,12 +570,12 @@ class Monitor:
 
 def progress_bar(steps: Sequence[T], bar: bool | Mapping[str, Any], unit: str = "token") -> Iterable[T]:
     """Iterate over `steps`, with a bar on a terminal if `bar` is True or holds arguments of `tqdm`."""
-    if bar is False:
+    if not bar and not isinstance(bar, Mapping):
         return steps
     from tqdm import tqdm
 
     own = {"desc": "sampling", "unit": unit, "leave": False, "disable": None}
-    return tqdm(steps, **{**own, **({} if bar is True else bar)})
+    return tqdm(steps, **{**own, **(bar if isinstance(bar, Mapping) else {})})
 
 
 # The loop
@@ -602,8 +604,8 @@ class UncachedState:
         return order[:, begin : self.rank]
 
 
-def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, cache: bool, monitor: Monitor) -> Tensor:
-    """Draw tokens `(B, N)`, in the sequence of the batch's order, one block a step."""
+def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, cache: bool, monitor: Monitor) -> None:
+    """Draw the tokens of a batch, one block a step."""
     drawn = None
     if cache and monitor.on_step is None and prior.supports_cuda_graphs and can_capture(prior.device):
         inputs = {name: getattr(batch, name) for name in ("labels", "keys", "tokens", "known", "order")}
@@ -616,7 +618,6 @@ def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, ca
     if drawn is None:
         drawn = draw_blocks(prior, batch, options, cache, monitor)
     monitor.finish(batch, drawn)
-    return drawn
 
 
 def draw_blocks(

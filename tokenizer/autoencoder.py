@@ -81,7 +81,9 @@ class Autoencoder(Tokenizer):
         return self._image(self._decode_vectors(self.quantizer.lookup_scales(tokens.long(), count))).clamp(-1, 1)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Reconstruction, tokens and losses; images are clamped in eval mode only."""
+        """Return reconstruction, tokens and losses; images are clamped in eval mode only. Raises `ValueError` for
+        images of another size."""
+        self.check_images(images)
         z_q, tokens, losses = self.quantizer.quantize(self._embed(images))
         return self._reconstruction(images, z_q, tokens, losses)
 

@@ -61,6 +61,7 @@ class KLVAE(Autoencoder, name="klvae"):
     def forward(self, images: Tensor) -> Reconstruction:
         """Reconstruction, tokens of the means, and losses `kl` and, with a likelihood, `nll`, both in nats per pixel
         channel. Training decodes a sample, with noise from torch's global generator; eval decodes the binned mean."""
+        self.check_images(images)
         mean, log_variance = self.posterior(images)
         z_q, tokens, _ = self.quantizer.quantize(mean)
         z = sample(mean, log_variance) if self.training else z_q

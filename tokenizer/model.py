@@ -98,9 +98,10 @@ class Registered:
             )
         if not hasattr(cls, "Config"):
             raise ConfigError(f"{cls.__name__} has no settings: give it a class of them, as `Config`")
-        if "Config" not in vars(cls):  # otherwise the parent's configuration would get this name
+        if "Config" not in vars(cls) or vars(cls.Config).get("kind", name) != name:  # the one of another class
             make: Any = type(cls.Config)
-            cls.Config = make(f"{cls.__name__}Config", (cls.Config,), {"__module__": cls.__module__})
+            namespace = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}  # as pickle needs
+            cls.Config = make(f"{cls.__name__}Config", (cls.Config,), namespace)
         cls.name = cls.Config.kind = name
         cls._members[name] = cls
 
@@ -280,6 +281,8 @@ class PretrainedModel(Registered, nn.Module):
     @classmethod
     def _find_saved(cls, kind: Any) -> Any:
         """The class that a file calls `kind`: this one, or one of its registered subclasses. Raises `ConfigError`."""
+        if kind is None:
+            raise ConfigError("kind: missing, so Smalti did not save this; `smalti import` reads published weights")
         if not cls.has(kind):
             raise ConfigError(f"kind: {cls.describe_unknown(kind)}")
         member: Any = cls.find(kind)
@@ -380,7 +383,12 @@ def find_weights(folder: Path, variant: str | None) -> Path:
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file. Raises `OSError`, also where safetensors has an error of its own: for a full disk."""
     try:
-        tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+        tensors, seen = dict[str, Tensor](), set[int]()
+        for key, value in weights.items():
+            tensor = value.detach().cpu().contiguous()
+            memory = tensor.untyped_storage().data_ptr()
+            tensors[key] = tensor.clone() if memory in seen else tensor  # safetensors refuses tied weights
+            seen.add(memory)
         save_file(tensors, path, {"format": "pt"})  # other libraries' readers require this key
     except SafetensorError as error:
         if found := re.search(r"os error (\d+)", str(error)):
@@ -427,6 +435,11 @@ def build_on_meta(build: Callable[[], N], path: Path) -> N:
     except PipelineLoadError as error:
         raise type(error)(f"{path}: {error}") from error
     except Exception as error:  # a model need not expect such settings, so it may raise anything
+        if "meta" in str(error):
+            raise ConfigError(
+                f"{path}: the model reads values of tensors while it is built, for which they need device='cpu' "
+                f"({error})"
+            ) from error
         raise ConfigError(f"{path}: no model has this configuration ({error})") from error
 
 

@@ -64,7 +64,7 @@ def run(config: VerifyConfig) -> Path | None:
 
 
 def verify_folder(folder: Path) -> Path:
-    """Hash every file that cannot hold code, and look at every id of a token dataset; returns the folder."""
+    """Hash every file that the manifest lists, and look at every id of a token dataset; returns the folder."""
     files = verify_manifest(folder)["files"]
     if (folder / META).is_file():
         data = load_tokens(folder, verify=False, mapped=True)
@@ -96,10 +96,23 @@ def checks_of_imported(config: VerifyConfig) -> Iterator[tuple[str, Iterator[tup
                 try:
                     model = family.create(name, **facts)
                 except Exception as error:  # of somebody's model: whatever it raises is what is wrong with it
-                    problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                    problem = describe_error(error)
                     yield f"{family.__name__} {name}", iter([("it can be built with its defaults", problem)])
                 else:
-                    yield f"{family.__name__} {name}", check(model)
+                    yield f"{family.__name__} {name}", run_checks(check(model))
+
+
+def run_checks(checks: Iterator[tuple[str, str | None]]) -> Iterator[tuple[str, str | None]]:
+    """Yield from `checks`; what a model raises outside of one of them, such as for a missing attribute, is the last."""
+    try:
+        yield from checks
+    except Exception as error:
+        yield "it can be checked", describe_error(error)
+
+
+def describe_error(error: Exception) -> str:
+    """Return the type and the first line of an error."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 main = partial(run_command, VerifyConfig, run, verb="verify", description=__doc__)

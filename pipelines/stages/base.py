@@ -60,7 +60,7 @@ class Stages(Interruptible):
             raise ConfigError(f"{INDEX}: labels: {len(labels)} names for {prior.num_classes} classes")
         check_labels(labels)
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
-        self.found_to_fit = tokenizer, prior  # whatever becomes of their types
+        self.replaced = False
         self.labels = list(labels)
         self.sampler = make_sampler(type(prior), sampler or {})
         try:

@@ -144,7 +144,8 @@ def draw_batches(
     sampler: SamplingOptions,
     progress: bool,
 ) -> Tensor:
-    """Tokens `(B, *grid.shape)`, from what the watcher knows; a bar over the batches, or over the steps of one."""
+    """Draw tokens `(B, *grid.shape)`, given the known ones of `watcher`; with a bar over the batches, or over the steps
+    of one."""
     parts = []
     batches = range(0, count, batch_size)
     bar: Any = pipeline.progress_bar_config if progress else False
@@ -163,7 +164,7 @@ def draw_batches(
             tokens=tokens[rows] if some else None,
             known=known[rows] if some else None,
             progress=bar if len(batches) == 1 else False,
-            on_step=watcher.saw if by_step else None,
+            on_step=watcher.report if by_step else None,
             **vars(decoding.select(rows, count)),
             **vars(sampler),
         )

@@ -86,8 +86,7 @@ def save(pipeline: Any, folder: str | Path, variant: str | None) -> None:
 def require_fit(pipeline: Any) -> None:
     """Raise `IntegrityError` for a tokenizer or prior that was put in the place of another since the pipeline was made,
     and with which none could be made."""
-    tokenizer, prior = pipeline.found_to_fit
-    if pipeline.tokenizer is not tokenizer or pipeline.prior is not prior:
+    if pipeline.replaced:
         type(pipeline)(**pipeline.components, labels=pipeline.labels)
 
 
@@ -145,6 +144,7 @@ def instead(pipeline: Any, place: str, model: M) -> M:
     pictures. Of the settings of sampling those stay that a new prior has."""
     if getattr(pipeline, place, model) is not model:
         model.eval()
+        pipeline.replaced = True
         pipeline.calibration, pipeline.provenance, pipeline.sample_grid = None, {}, None
         if isinstance(model, Prior):
             pipeline.sampler = make_sampler(type(model), known_settings(type(model), pipeline.sampler.to_dict()))

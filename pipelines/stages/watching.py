@@ -22,8 +22,9 @@ their order, and `{"tokens": (B, *grid), "known": bool (B, *grid)}`; returns tha
 class Interrupted(RuntimeError):
     """Sampling was ended by `pipe.interrupt = True`, before all tokens were drawn.
 
-    tokens, known: those of all images asked for, `(B, *grid.shape)`, and which of them are drawn or were given; given
-    to a call with the same seeds, it goes on from there.
+    tokens, known: those of all images asked for, `(B, *grid.shape)`, and which of them are drawn or were given. A call
+    with these and the same seeds returns what the interrupted one would have; with `num_orders` or `steps`, other
+    completions of the same tokens.
     """
 
     def __init__(self, tokens: Tensor, known: Tensor) -> None:
@@ -39,6 +40,8 @@ class Watcher:
     batches."""
 
     def __init__(self, pipeline: Any, callback: Callback | None, tokens: Tensor, known: Tensor) -> None:
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback_on_step_end should be a function (got {callback!r})")
         self.pipeline, self.callback = pipeline, callback
         self.interrupted = False
         self.tokens, self.known = tokens.clone(), known.clone()  # they may be the caller's own memory
@@ -46,11 +49,12 @@ class Watcher:
         self.rows = slice(0)
 
     def begin(self, rows: slice) -> None:
-        """These are drawn now."""
+        """Note which images are drawn next."""
         self.rows, self.before = rows, self.steps
 
-    def saw(self, step: Step) -> None:
-        """Tell of a step. Raises `Interrupted` if the caller has asked for it, and something is left to be drawn."""
+    def report(self, step: Step) -> None:
+        """Pass a step on to the callback. Raises `Interrupted` if the caller has asked for it, and something is left to
+        be drawn."""
         self.steps = self.before + step.number + 1
         if self.callback is not None:
             tokens, known = self.so_far(step)
@@ -69,7 +73,7 @@ class Watcher:
         return tokens, known
 
     def end(self, drawn: Tensor) -> None:
-        """Store a finished batch. Raises `Interrupted` as `saw` does."""
+        """Store a finished batch. Raises `Interrupted` as `report` does."""
         self.tokens[self.rows], self.known[self.rows] = drawn, True
         if self.interrupted and not bool(self.known.all()):
             raise Interrupted(self.tokens, self.known)

@@ -270,3 +270,12 @@ def test_a_mixture_in_blocks_is_the_mean_of_its_densities():
     each = [model.log_prob(tokens, order=order) for order in model.orders(3, "column/4")]
     expected = torch.stack(each).logsumexp(0) - torch.tensor(3.0, dtype=torch.float64).log()
     assert torch.allclose(model.log_prob(tokens, order="column/4", num_orders=3), expected)
+
+
+def test_the_order_drawn_for_an_image_does_not_depend_on_what_is_known_of_others():
+    model = make("gpt")
+    tokens, known = draw_tokens(model, 8), torch.zeros(8, *model.grid.shape, dtype=torch.bool)
+    known[7].view(-1)[0] = True
+    together = model.sample(8, tokens=tokens, known=known, num_orders=4, generator=generators(8))
+    alone = [model.sample(1, num_orders=4, generator=generators(8)[k : k + 1]) for k in range(7)]
+    assert torch.equal(together[:7], torch.cat(alone))

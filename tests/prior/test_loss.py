@@ -118,3 +118,14 @@ def test_a_loop_of_ones_own_learns(name, config):
         optimizer.step()
     drawn = model.eval().sample(9, torch.arange(9) % 3, generator=generators(9))
     assert (drawn == (torch.arange(9) % 3)[:, None, None]).double().mean() > 0.9
+
+
+@every_prior
+def test_scores_take_lists_and_arrays_and_a_label_of_none_is_the_null_class(name):
+    model = make_prior(name)
+    tokens = draw_tokens(model, 2)
+    expected = model.log_prob(tokens, torch.tensor([1, model.num_classes]))
+    for given in (tokens.numpy(), tokens.tolist()):
+        assert torch.equal(model.log_prob(given, [1, None]), expected)
+    drawn = model.sample(2, [1, None], generator=generators(2))
+    assert torch.equal(drawn, model.sample(2, torch.tensor([1, model.num_classes]), generator=generators(2)))

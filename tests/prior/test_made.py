@@ -20,6 +20,7 @@ from givens.made_variants import (
     some_orders,
 )
 from small import draw_tokens, generators, make_prior, moved_by
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pipelines import ImagePipeline
 from pipelines.training.schedule import move_average
@@ -218,7 +219,7 @@ def test_random_degrees_leave_no_unit_blind():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("change", ["step", "step after a look", "half", "load", "average"])
+@pytest.mark.parametrize("change", ["step", "step after a look", "half", "load", "vector", "average"])
 def test_kept_weights_are_never_stale(mode, change):
     model, tokens = make_made("three layers", num_classes=0), torch.randint(5, (2, 3, 4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
@@ -237,6 +238,9 @@ def test_kept_weights_are_never_stale(mode, change):
         model.half().float()
     elif change == "load":
         model.load_state_dict(make_made("three layers", num_classes=0).state_dict())
+    elif change == "vector":
+        doubled = 2 * parameters_to_vector(model.parameters()).detach()
+        vector_to_parameters(doubled, model.parameters())
     else:
         averaged = torch.optim.swa_utils.AveragedModel(model)
         with mode():
@@ -428,7 +432,7 @@ def test_a_finite_set_of_masks_is_that_of_the_mixture():
 def test_a_pipeline_scores_and_draws_a_mixture_of_masks():
     pixels = Tokenizer.create("pixels", image_size=(4, 4), channels=1, levels=2).eval()
     prior = make_prior(
-        "made", shape=(4, 4), vocab_size=2, num_classes=0, connectivity_agnostic=True, tokenizer=pixels.fingerprint()
+        "made", grid=pixels.grid, num_classes=0, connectivity_agnostic=True, tokenizer=pixels.fingerprint()
     )
     pipe, images = ImagePipeline(pixels, prior), torch.rand(3, 1, 4, 4) * 2 - 1
     scores = pipe.log_prob(images, num_masks=3, batch_size=2)

@@ -324,3 +324,11 @@ def test_confidence_chooses_what_is_kept(monkeypatch):
     kept, _ = kept_first(model, 1000.0, monkeypatch)  # noise alone decides
     assert kept.sum(1).unique().tolist() == [count] and 0.3 < kept.gather(1, best).float().mean() / (count / 12) < 1.7
     assert kept.float().mean(0).min() > 0.2 * count / 12
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_a_loss_in_inference_mode_does_not_disturb_training(schedule):
+    model = make_prior("masked", schedule=schedule)
+    with torch.inference_mode():
+        model.loss(draw_tokens(model, 2))
+    model.train().loss(draw_tokens(model, 2)).backward()

@@ -1,5 +1,6 @@
 """Attention to a window of the grid: what it sees, in tiles or not, what sampling keeps of it, and what that costs."""
 
+import pickle
 from dataclasses import dataclass
 
 import pytest
@@ -205,3 +206,15 @@ def test_a_window_is_built_from_any_times_and_places():
     mask = F.pad(~far.any(-1) & (block < block[:, None]), (1, 0), value=True)
     expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q[:, 1:], k, v)), attn_mask=mask)
     torch.testing.assert_close(window.attend(q[:, 1:], k, v), expected.transpose(1, 2))
+
+
+def test_a_layer_can_be_pickled_after_flex_attention_and_trained_after_inference_mode():
+    window = window_of(8, (2, 2))
+    q = torch.randn(1, 64, 2, 16)
+    k = torch.randn(1, len(window.sources), 2, 16)
+    with torch.inference_mode():
+        window.flex(q, k, k, flex_attention)
+    attended = window.flex(q, k, k, flex_attention)
+    assert not window.block_mask.kv_indices.is_inference()  # which a backward pass could not save
+    again = pickle.loads(pickle.dumps(window))
+    torch.testing.assert_close(again.flex(q, k, k, flex_attention), attended)

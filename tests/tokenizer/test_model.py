@@ -17,7 +17,7 @@ from small import PRIORS, QUANTIZERS, make_prior, make_tokenizer, node_of
 
 from prior import Prior
 from prior.gpt import GPT
-from tokenizer import Tokenizer
+from tokenizer import TokenGrid, Tokenizer
 from tokenizer.files import ConfigError, FormatError, PathError, PipelineLoadError, WeightsError, write_json
 from tokenizer.model import VARIANTS, build_on_meta, round_weights, weights_name, weights_names
 
@@ -267,3 +267,63 @@ def test_parameters_are_counted():
     first = next(model.parameters()).requires_grad_(False)
     assert model.num_parameters(only_trainable=True) == every - first.numel() and model.num_parameters() == every
     assert make_tokenizer("vqvae").num_parameters() > 0
+
+
+class OfTwo(GPT, name="of_two"):
+    """A named subclass with its parent's settings."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.other = torch.nn.Linear(3, 3)
+        self.tied = torch.nn.Linear(3, 3)
+        self.tied.weight = self.other.weight
+        if config.depth == 3:
+            self.rates = [float(rate) for rate in torch.linspace(0, 0.1, 3)]
+
+
+del Prior._members["of_two"]  # other tests list all priors
+
+
+@pytest.fixture
+def make_of_two(monkeypatch):
+    monkeypatch.setitem(Prior._members, "of_two", OfTwo)
+    return lambda **config: Prior.create("of_two", grid=TokenGrid((2, 2), 4), dim=16, heads=2, **{"depth": 2, **config})
+
+
+def test_a_named_subclass_has_settings_of_its_own_and_can_be_pickled(make_of_two):
+    class Mine(GPT, name="mine"):
+        Config = GPT.Config
+
+    try:
+        assert (GPT.Config.kind, Mine.Config.kind, OfTwo.Config.kind) == ("gpt", "mine", "of_two")
+    finally:
+        del Prior._members["mine"]
+    model = make_of_two()
+    again = pickle.loads(pickle.dumps(model))
+    assert again.config == model.config and again.fingerprint() == model.fingerprint()
+
+
+def test_tied_weights_are_saved(tmp_path, make_of_two):
+    model = make_of_two()
+    model.save_pretrained(tmp_path / "prior")
+    again = Prior.from_pretrained(tmp_path / "prior")
+    assert again.tied.weight is again.other.weight and again.fingerprint() == model.fingerprint()
+
+
+def test_a_model_that_reads_tensors_while_it_is_built_is_told_how(tmp_path, make_of_two):
+    make_of_two(depth=3).save_pretrained(tmp_path / "prior")
+    with pytest.raises(ConfigError, match="device='cpu'"):
+        Prior.from_pretrained(tmp_path / "prior")
+
+
+def test_a_folder_of_another_library_is_told_apart(tmp_path):
+    make_prior("gpt").save_pretrained(tmp_path / "prior")
+    write_json(tmp_path / "prior" / "config.json", {"_class_name": "VQModel"})
+    with pytest.raises(ConfigError, match="Smalti did not save this"):
+        Prior.from_pretrained(tmp_path / "prior")
+
+
+def test_a_model_on_meta_can_be_given_memory():
+    with torch.device("meta"):
+        model = make_tokenizer("vqvae")
+    assert not any(value.is_meta for value in model.to_empty(device="cpu").state_dict().values())

@@ -58,7 +58,13 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move with the model, but stay float32 when the model changes its dtype."""
-        return super()._apply(lambda t: t.to(fn(t).device) if t.is_floating_point() else fn(t), recurse)
+
+        def move(tensor: Tensor) -> Tensor:
+            moved: Tensor = fn(tensor)
+            is_cast = tensor.is_floating_point() and moved.dtype != tensor.dtype
+            return tensor.to(moved.device) if is_cast else moved
+
+        return super()._apply(move, recurse)
 
     def quantize(self, z: Tensor) -> Quantized:
         """Quantize `z` `(B, dim, *spatial)`. Raises `ValueError` for another number of channels."""

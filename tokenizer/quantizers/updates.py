@@ -64,8 +64,8 @@ class SelfUpdating(nn.Module):
 
     @property
     def step(self) -> int:
-        """`started` as a number on the host, which reads the device only once."""
-        if self._step is None:
+        """`started` as a number on the host, which reads the device only at first."""
+        if not self._step:  # 0 may be out of date: a state may have been copied into the buffer
             self._step = int(self.started)
         return self._step
 

@@ -22,6 +22,7 @@ from pipelines.config import importing
 from pipelines.tokens import TokenDataset, TokenSplit
 from pipelines.tokens.shards import smallest_type
 from prior import Prior
+from tokenizer import Tokenizer
 from tokenizer.files import ConfigError, IntegrityError
 
 MINE = '''
@@ -30,6 +31,7 @@ import torch
 from pydantic import Field
 from torch import nn
 from prior import Prior
+from tokenizer import Tokenizer
 from prior.base import PriorConfig
 
 
@@ -145,6 +147,39 @@ def test_models_of_ones_own_are_verified(peeks: str, folder: Path, capsys: Any) 
     assert "my_unigram" in (text := capsys.readouterr().out) and "BROKEN" not in text
     line = fails(capsys, "verify", "--import", peeks, "vocab_size=2")
     assert "peeks" in line and "promises broken" in line
+
+
+BROKEN = """
+import torch
+from tokenizer import Tokenizer
+from tokenizer.base import TokenizerConfig
+from prior import Prior
+from tokenizer import Tokenizer
+from prior.base import PriorConfig
+
+
+class Unfinished(Tokenizer, name="unfinished"):
+    Config = TokenizerConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+
+
+class Raises(Prior, name="raises"):
+    Config = PriorConfig
+
+    def forward(self, tokens, labels=None):
+        raise NotImplementedError
+"""
+
+
+def test_what_a_model_raises_while_it_is_verified_is_a_broken_promise(
+    folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizer, "_members", dict(Tokenizer._members))
+    (folder / "my_other.py").write_text(BROKEN)
+    line = fails(capsys, "verify", "--import", "my_other.py")
+    assert "promises broken" in line
 
 
 def test_a_file_of_the_home_is_found(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -217,6 +219,14 @@ def test_a_part_that_was_replaced_has_to_fit_when_the_pipeline_is_saved(tmp_path
         pipe.save_pretrained(tmp_path / "pipe", variant="bf16")
     other.to(torch.bfloat16).save_pretrained(tmp_path / "rounded")  # the same parts, of another type
     assert ImagePipeline.from_pretrained(tmp_path / "rounded").prior.num_parameters() == other.prior.num_parameters()
+
+
+def test_a_part_that_was_replaced_is_freed():
+    pipe = make_pipeline()
+    old = weakref.ref(pipe.prior)
+    pipe.prior = copy.deepcopy(pipe.prior)
+    gc.collect()
+    assert old() is None
 
 
 def test_what_is_known_of_a_part_goes_with_it(tmp_path):

@@ -221,6 +221,8 @@ def test_drawn_tokens_are_to_look_at():
             pipe(2, seed=0, callback_on_step_end=callback)
     with pytest.raises(TypeError, match="should return its last argument or None"):
         pipe(2, seed=0, callback_on_step_end=lambda *_: 3)
+    with pytest.raises(TypeError, match="should be a function"):
+        pipe(2, seed=0, callback_on_step_end=3)
     with pytest.raises(StopIteration):
         pipe(2, seed=0, callback_on_step_end=lambda *_: next(iter(())))
     assert pipe(2, seed=0, callback_on_step_end=lambda *_: None).tokens.equal(pipe(2, seed=0).tokens)

@@ -260,7 +260,7 @@ def try_samples(name: str, config: dict[str, Any]) -> None:
             for _ in range(2):  # the second time by a graph
                 drawn = model.sample(4, torch.arange(4, device=CUDA) % 3, **{"generator": generators(4), **way})
                 assert drawn.device == CUDA and drawn.shape == (4, *model.grid.shape)
-    assert (Emulated.captured > captured) == model.supports_cuda_graphs
+    assert (Emulated.captured > captured) == (model.supports_cuda_graphs and not Pretended.float32)
 
 
 def refusals() -> contextlib.AbstractContextManager[Any]:
