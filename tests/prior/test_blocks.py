@@ -65,17 +65,6 @@ def test_a_prior_of_any_order_is_a_density_in_every_partition(name, order):
     assert abs(float(one) - 1) < 1e-12 and abs(float(mixed) - 1) < 1e-12
 
 
-@pytest.mark.sparse
-@pytest.mark.parametrize("name", ["blocks", "marginal", "masked"])
-@every_partition
-def test_sampling_makes_a_pass_per_block(name, order, monkeypatch):
-    model, shapes = make_prior(name, order=order), []
-    step = model.next_logits
-    monkeypatch.setattr(model, "next_logits", lambda *given: shapes.append(step(*given)) or shapes[-1])
-    model.sample(2, generator=generators(2))
-    assert [tuple(logits.shape) for logits in shapes] == [(2, size, 5) for size in model.blocks]
-
-
 @takers
 @pytest.mark.parametrize("order", ["halton:4", "rows", "dyadic"])
 def test_known_tokens_come_first_and_leave_the_cuts(name, order):

@@ -25,20 +25,6 @@ def test_it_sees_as_far_as_its_dilations_reach(sizes, reach, order):
     assert torch.equal(moved_by(model, draw_tokens(model, 1)), expected)
 
 
-def test_one_that_reaches_the_first_token_sees_everything():
-    """Rank 11 of 12 has to look 11 ranks back."""
-    everything = torch.ones(12, 12).tril(-1).bool()
-    model = make_prior("causal_conv", depth=3, max_dilation=4, kernel=2)
-    assert model.reach == 8 and not torch.equal(model.receptive_field, everything)
-    model = make_prior("causal_conv", depth=5, max_dilation=4, kernel=2).double()
-    assert model.reach == 11 and torch.equal(model.receptive_field, everything)
-    assert torch.equal(moved_by(model, draw_tokens(model, 1)), everything)
-
-
-def test_default_sizes_see_all_of_a_16_by_16_grid():
-    assert make_prior("causal_conv", shape=(16, 16), dim=8, depth=8, max_dilation=128).reach >= 255
-
-
 def test_forward_is_wavenet_by_definition():
     """Rank by rank and tap by tap, from the equations of the paper."""
     model = make_prior("causal_conv", order="snake", depth=3, max_dilation=2, kernel=3).double()

@@ -5,17 +5,14 @@ Covers: prior/base.py, prior/sampling.py, prior/layers.py.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from small import ANY_ORDER, PRIORS, VARIANTS, draw_known, draw_tokens, generators, make_prior
 
-from prior import Prior, base
-from prior.base import evaluation_mode, to_device_async
-from prior.orders import Partition, make_partition
-from prior.sampling import SampleBatch, UncachedState
+from prior import base
+from prior.base import evaluation_mode
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PATHS: dict[str, dict[str, Any]] = {
@@ -25,51 +22,6 @@ PATHS: dict[str, dict[str, Any]] = {
     "guided": {"guidance_scale": 2.0},
 }
 every_prior = pytest.mark.parametrize("name", [*PRIORS, *VARIANTS])
-
-
-# Steps
-
-
-@pytest.fixture(params=["gpt", "blocks"])
-def slow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Prior:
-    """A kind that has written no fast path."""
-    model = make_prior(request.param, any_order=True)
-    monkeypatch.setattr(type(model), "make_cache", Prior.make_cache)
-    return model
-
-
-def walks(model: Prior) -> list[torch.Tensor | Partition | None]:
-    """Its own, another one for all images, and one for each."""
-    walk = make_partition("halton:4" if model.config.takes_blocks else "snake", (3, 4))
-    return [None, walk, torch.rand(3, 12).argsort(1)]
-
-
-def test_without_a_fast_path_steps_are_those_of_whole_passes(slow):
-    tokens, labels = draw_tokens(slow, 3), torch.arange(3)
-    for walk in walks(slow):
-        state = slow.start(3, labels, walk)
-        assert isinstance(state, UncachedState)
-        order, blocks = walk if isinstance(walk, Partition) else (slow.order if walk is None else walk, slow.blocks)
-        path, begin, last = order.expand(3, 12), 0, None
-        given = {} if walk is None else {"order": order}
-        if walk is not None and slow.config.takes_blocks:
-            sizes = torch.tensor(blocks)
-            numbers = torch.arange(len(blocks)).repeat_interleave(sizes)
-            given = {"block_of": torch.empty_like(path).scatter_(1, path, numbers.expand(3, 12))}
-        with torch.no_grad():
-            whole = slow(tokens, labels, **given)
-            for size in blocks:
-                at = path[:, begin : begin + size]
-                found = slow.next_logits(state, last)
-                torch.testing.assert_close(found, whole[torch.arange(3)[:, None], at], rtol=1e-4, atol=1e-4)
-                begin, last = begin + size, tokens.flatten(1).gather(1, at)
-
-
-def test_without_a_fast_path_all_ways_of_sampling_draw_the_same(slow):
-    labels = torch.arange(3)
-    for walk in walks(slow):
-        drawn = [slow.sample(3, labels, generator=generators(3), order=walk, cache=cache) for cache in (True, False)]
-        assert torch.equal(*drawn)
 
 
 # What is reported
@@ -168,43 +120,7 @@ def test_an_error_of_the_caller_ends_sampling_and_the_next_call_is_whole(path):
         assert wanted.equal(model.sample(4, torch.arange(4) % 3, generator=generators(4), **settings))
 
 
-def test_nothing_is_copied_unless_it_is_read(monkeypatch):
-    """A step that nobody reads costs no more than the call."""
-    model, numbers = make_prior("gpt"), []
-    monkeypatch.setattr(SampleBatch, "to_raster", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):  # only at the end of the part
-        model.sample(2, on_step=lambda step: numbers.append((step.number, step.rank)))
-    assert numbers == [(k, k + 1) for k in range(12)]
-
-
 # What surrounds it
-
-
-@pytest.mark.parametrize(
-    ("here", "there", "asked"),
-    [
-        (CPU, GPU, ["pinned", (GPU, {"non_blocking": True})]),
-        (CPU, CPU, [(CPU, {})]),
-        (GPU, GPU, [(GPU, {})]),
-        (GPU, CPU, [(CPU, {})]),
-        (CPU, torch.device("mps"), [(torch.device("mps"), {})]),
-    ],
-    ids=str,
-)
-def test_tensors_go_to_a_gpu_through_pinned_memory(here, there, asked):
-    made: list[Any] = []
-    drawn = SimpleNamespace(device=here)
-    drawn.pin_memory = lambda: made.append("pinned") or drawn
-    drawn.to = lambda device, **how: made.append((device, how)) or drawn
-    assert to_device_async(drawn, there) is drawn and asked == made
-
-
-def test_what_is_drawn_is_the_callers_to_train_on():
-    model = make_prior("gpt")
-    drawn = model.sample(2, generator=generators(2))
-    assert drawn.shape == (2, 3, 4) and drawn.dtype == torch.int64 and not drawn.is_inference()
-    model.loss_from_outputs(model(drawn), drawn).backward()
-    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "class" not in name)
 
 
 @pytest.mark.parametrize("precision", [False, True])
@@ -246,16 +162,6 @@ def test_as_many_rows_as_the_prior_says_are_sampled_together(monkeypatch, most, 
 
 
 # Features
-
-
-@pytest.mark.parametrize(
-    ("shape", "arranged"),
-    [((2, 5), (2, 1, 5)), ((2, 3, 5), (2, 3, 5)), ((2, 3, 4, 5), (2, 12, 5)), ((2, 2, 3, 4, 5), (2, 24, 5))],
-)
-def test_positions_are_in_raster_order(shape, arranged):
-    output = torch.rand(shape)
-    found = make_prior("blocks").arrange_features(output)
-    assert found.shape == arranged and torch.equal(found.flatten(), output.flatten())
 
 
 def test_the_first_layer_and_the_middle_one():

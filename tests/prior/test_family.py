@@ -253,9 +253,6 @@ def test_guidance_scale_one_is_no_guidance(name):
     assert torch.equal(
         model.sample(4, generator=generators(4)), model.sample(4, null, generator=generators(4), guidance_scale=2.0)
     )
-    for settings in ({"guidance_scale": 2.0}, {"guidance_end": 2.0}, {"guidance_scale": 2.0, "guidance_end": 1.0}):
-        with pytest.raises(ValueError, match="guidance"):
-            model.sample(4, **settings)
 
 
 @every_prior
@@ -411,15 +408,6 @@ def test_marginal_is_fitted_by_counting():
     assert torch.allclose(p, torch.tensor([[4 / 6, 2 / 6], [2 / 6, 4 / 6]]))
     p = model(tokens[:1], torch.tensor([0])).softmax(-1)[0]
     assert torch.allclose(p, torch.tensor([[3 / 4, 1 / 4], [2 / 4, 2 / 4]]))
-
-
-@pytest.mark.parametrize("name", ["gpt", "masked"])
-def test_rotary_positions_keep_their_precision(name):
-    model = make_prior(name)
-    table = model.rotations.table.clone()
-    assert torch.equal(model.bfloat16().rotations.table, table) and model.head.weight.dtype == torch.bfloat16
-    assert torch.equal(model.half().float().rotations.table, table)
-    assert model.double().rotations.table.dtype == torch.float64
 
 
 class ManyRows:

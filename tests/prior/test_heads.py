@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -26,8 +24,6 @@ from prior.heads import (
     Logistic,
     LogisticConfig,
     Softmax,
-    head_problem,
-    make_head,
 )
 from tokenizer import TokenGrid
 
@@ -233,13 +229,6 @@ def test_logits_probabilities_and_losses_of_a_head_agree(name, dtype):
         assert all(before[: moved + 1]), "an id is seen by those after it alone"
 
 
-def test_labels_are_smoothed_over_all_ids():
-    head, logits, ids = ALONE["softmax"], torch.randn(2, 5, 20), torch.randint(20, (2, 5, 1))
-    for smoothing in (0.0, 0.1):
-        expected = F.cross_entropy(logits.transpose(1, 2), ids[..., 0], reduction="none", label_smoothing=smoothing)
-        torch.testing.assert_close(head.nats(logits, ids, smoothing), expected[..., None])
-
-
 @pytest.mark.parametrize(("components", "means"), [(1, [0.0]), (2, [-1.0, 1.0]), (5, [-1.0, -0.5, 0.0, 0.5, 1.0])])
 def test_the_logistics_of_an_untrained_network_are_spread_over_all_values(components, means):
     head = Logistic(LogisticConfig(components=components), TokenGrid((3, 1), 256, channels=3)).double()
@@ -249,33 +238,6 @@ def test_the_logistics_of_an_untrained_network_are_spread_over_all_values(compon
     table = head.next_logits(torch.zeros(1, head.size).double(), torch.zeros(1, 0).long())[0].exp()
     torch.testing.assert_close(table, table.flip(0))
     assert float(table.sum()) == pytest.approx(1) and float(table.min()) > FLOOR / 256
-
-
-def head_of(kind: str, grid: TokenGrid, takes_heads: bool, takes_positions: bool, settings: Any = None) -> Any:
-    """A configuration of some kind of prior."""
-    head = settings if kind == "none" else Head.find(kind).Config()
-    return SimpleNamespace(kind="some", head=head, grid=grid, takes_heads=takes_heads, takes_positions=takes_positions)
-
-
-@pytest.mark.parametrize("several", [1, 2, 3])
-def test_a_head_fits_a_kind_that_takes_it(several):
-    grid = TokenGrid((6, 5), 20, channels=several)
-    for takes_positions in (False, True):
-        fits = takes_positions or several == 1
-        assert (head_problem(head_of("logistic", grid, True, takes_positions)) is None) == fits
-        assert (head_problem(head_of("depth", grid, True, takes_positions)) is None) == (fits and several > 1)
-        assert head_problem(head_of("logistic", grid, False, takes_positions)) is not None
-        assert head_problem(head_of("none", grid, False, takes_positions)) is None
-    assert type(make_head(head_of("none", grid, True, True))) is Softmax
-    assert type(make_head(head_of("logistic", grid, True, True))) is Logistic
-
-
-def test_logistics_are_for_pixels_of_sixteen_values_and_more():
-    fits = [
-        Logistic.problem(LogisticConfig(), TokenGrid((2, 5), levels, channels=1)) is None for levels in (15, 16, 17)
-    ]
-    assert fits == [False, True, True]
-    assert Logistic.problem(LogisticConfig(), TokenGrid((2, 5), 32)) is not None, "codes are no intensities"
 
 
 # The depth head
@@ -399,12 +361,6 @@ def test_channels_share_the_components():
         ]
         each.append(float(w[k]) * math.prod(shares))
     assert float(head.log_probs(outputs[None], ids[None]).sum()) == pytest.approx(math.log(sum(each)), abs=1e-3)
-
-
-def test_the_network_puts_out_few_numbers():
-    assert make_logistic(1, components=5).size == 15 and make_logistic(3, components=10).size == 100  # as in the paper
-    model = make_headed("gpt", "logistic", {"channels": 1}, vocab_size=256)
-    assert model(draw_tokens(model, 1), raw=True).shape == (1, 6, 6)
 
 
 def test_a_large_table_is_made_in_parts(monkeypatch):

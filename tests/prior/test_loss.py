@@ -51,12 +51,6 @@ def test_orders_and_masks_are_drawn_unless_they_are_given(name, config):
         assert len(losses) == 5, "drawn anew at each call"
 
 
-def test_a_masked_prior_needs_what_is_known():
-    model = make_prior("masked")
-    with pytest.raises(ValueError, match="known"):
-        model.loss(draw_tokens(model, 2), order=model.order)
-
-
 @every_prior
 def test_ids_may_be_of_any_whole_type_and_in_an_array(name):
     model, tokens = make_prior(name), torch.randint(5, (4, len(make_prior(name).grid)))
@@ -72,37 +66,6 @@ def test_ids_may_be_of_any_whole_type_and_in_an_array(name):
         torch.manual_seed(3)
         losses.append(float(model.loss(given, np.array([0, 1, 2, 3])).detach()))
     assert len(set(losses)) == 1
-
-
-TOKENS = torch.zeros(4, 3, 4, dtype=torch.long)
-LABELS = torch.zeros(4, dtype=torch.long)
-WRONG = {
-    "logits in place of tokens": (torch.randn(4, 12, 5), TOKENS, "tokens"),
-    "tokens of another grid": (TOKENS.transpose(1, 2), LABELS, "tokens"),
-    "flat tokens": (TOKENS.flatten(1), LABELS, "tokens"),
-    "one grid without a batch": (TOKENS[0], None, "tokens"),
-    "fractions": (TOKENS.float(), LABELS, "tokens"),
-    "bool tokens": (TOKENS.bool(), LABELS, "tokens"),
-    "an id too many": (TOKENS + 5, LABELS, "token ids"),
-    "an id below 0": (TOKENS - 1, LABELS, "token ids"),
-    "a label too few": (TOKENS, LABELS[:3], "labels"),
-    "labels of two axes": (TOKENS, LABELS[:, None], "labels"),
-    "one label for all": (TOKENS, torch.tensor(1), "labels"),
-    "labels one-hot": (TOKENS, torch.eye(3)[LABELS], "labels"),
-    "fractions as labels": (TOKENS, LABELS.double(), "labels"),
-    "bool labels": (TOKENS, LABELS.bool(), "labels"),
-    "a class too many": (TOKENS, LABELS + 4, "labels"),
-    "a class below 0": (TOKENS, LABELS - 1, "labels"),
-}
-
-
-@pytest.mark.parametrize("name", ["gpt", "made", "masked", "pixelcnn"])
-@pytest.mark.parametrize("case", WRONG)
-def test_what_does_not_fit_is_said_in_one_line(name, case):
-    tokens, labels, named = WRONG[case]
-    with pytest.raises(ValueError, match=named) as caught:
-        make_prior(name).loss(tokens, labels)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "config"), [("gpt", {}), ("masked", {}), ("gpt", {"any_order": True})], ids=str)

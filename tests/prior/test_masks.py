@@ -193,7 +193,7 @@ def test_a_pass_grows_with_the_positions_not_with_their_square():
     assert all(large < 5 * small for small, large in zip(*costs, strict=True))
 
 
-# Configurations
+# What it is built from
 
 
 def test_a_window_is_built_from_any_times_and_places():

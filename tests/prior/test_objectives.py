@@ -122,28 +122,6 @@ def test_it_compiles(in_parts):
     assert torch.allclose(ours, plain, atol=1e-7)
 
 
-@pytest.mark.parametrize("large", [1, 2400, 2401])
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_few_logits_or_many_are_smoothed_alike(large, smoothing, monkeypatch):
-    monkeypatch.setattr(objectives, "LARGE", large)
-    logits, ids = logits_and_ids()
-    plain = F.cross_entropy(logits.transpose(1, 2), ids.flatten(1), reduction="none", label_smoothing=smoothing)
-    assert torch.allclose(token_nats(logits, ids, smoothing), plain, rtol=1e-6, atol=1e-6)
-    assert torch.allclose(mean_nats(logits, ids), F.cross_entropy(logits.flatten(0, 1), ids.flatten()), rtol=1e-6)
-
-
-def test_a_prior_and_its_loss_are_one_call():
-    """In nats per token, and what is logged is in bits."""
-    model = make_prior("gpt", any_order=True).train()
-    tokens, labels = draw_tokens(model, 4), torch.arange(4)
-    inputs = {"order": torch.rand(4, 12).argsort(1)}
-    loss, logged = Likelihood(model)(tokens, labels, inputs)
-    expected = -model.token_log_probs(tokens, labels, inputs["order"]).mean()
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5) and loss.requires_grad
-    assert set(logged) == {"bits_per_token"} and not logged["bits_per_token"].requires_grad
-    assert float(logged["bits_per_token"]) == pytest.approx(float(loss.detach()) / 0.6931471805599453)
-
-
 @pytest.mark.parametrize(
     ("config", "is_bound"),
     [

@@ -6,13 +6,11 @@ Covers: prior/gated_pixelcnn.py, prior/layers.py.
 import pytest
 import torch
 import torch.nn.functional as F
-from costs import all_steps, flops
-from small import SMALL, draw_tokens, make_prior, moved_by
+from costs import all_steps
+from small import make_prior
 from torch import nn
 
-from prior import Prior
-from prior.layers import CausalConv2d, MaskedConv, RowBias, RowCache, see
-from tokenizer import TokenGrid
+from prior.layers import CausalConv2d, MaskedConv, RowCache, see
 
 BOTH = ("pixelcnn", "gated_pixelcnn")
 both = pytest.mark.parametrize("name", BOTH)
@@ -65,12 +63,6 @@ def test_receptive_field_is_what_gradients_reach(name, depth, shape):
 def test_receptive_field_follows_the_kernels(name, first_kernel, kernel):
     model = make_prior(name, shape=(9, 10), depth=1, first_kernel=first_kernel, kernel=kernel)
     assert torch.equal(model.receptive_field, seen_by_gradients(positive(model)))
-
-
-@both
-def test_changed_tokens_move_the_logits_that_see_them(name):
-    model = make_prior(name, shape=(5, 6), depth=1).double()
-    assert torch.equal(moved_by(model, draw_tokens(model, 16), least=0), model.receptive_field)
 
 
 def test_a_blind_spot_is_cured_by_no_depth_and_the_gated_one_has_none_once_depth_allows():
@@ -146,22 +138,6 @@ def test_steps_are_the_forward_pass_for_all_kernels(name, rows, first_kernel, ke
     assert (model.next_logits(other, None) - model(tokens, labels)[:, :1]).abs().max() < 1e-9
 
 
-def weights_in_effect(model):
-    """How many numbers a position is multiplied with."""
-    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    convs = [module for module in model.modules() if isinstance(module, CausalConv2d)]
-    return linear + sum(len(conv.taps) * conv.weight[..., 0, 0].numel() for conv in convs)
-
-
-@both
-@pytest.mark.parametrize("rows", [1, 16])
-def test_steps_multiply_each_weight_once_per_position(name, rows):
-    model = make_prior(name, shape=(6, 5), first_kernel=5)
-    tokens = torch.randint(5, (rows, 6, 5))
-    steps = flops(lambda: all_steps(model, tokens))
-    assert steps == 2 * rows * 30 * weights_in_effect(model) <= flops(lambda: model(tokens))
-
-
 # Labels
 
 
@@ -195,17 +171,3 @@ def test_published_sizes(name):
     model = make_prior(name, shape=(28, 28), vocab_size=2, num_classes=0, **config)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count // 1000 == (42 if name == "pixelcnn" else 3550)
-
-
-@pytest.mark.parametrize("told", [True, False])
-@pytest.mark.parametrize("kind", ["pixelcnn", "gated_pixelcnn", "pixelcnn_pp"])
-def test_rows_are_told_apart_if_they_are_to_be_and_not_at_first(kind, told):
-    model = Prior.create(kind, grid=TokenGrid((4, 3), 5), row_embedding=told, **SMALL[kind]).eval()
-    rows = [module for module in model.modules() if isinstance(module, RowBias)]
-    assert rows and all(len(row.weight) == 4 and not row.weight.any() for row in rows)
-    assert all(isinstance(row.weight, torch.nn.Parameter) == told for row in rows)
-    bias = torch.randn(2, rows[0].weight.shape[1])
-    with torch.no_grad():
-        rows[0].weight[1] = 3.0
-    assert torch.equal(rows[0](bias)[:, :, 0], torch.stack([bias, bias + 3, bias, bias], 1))
-    assert rows[0](bias).shape == (2, 4, 1, bias.shape[1])

@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from costs import Operations, all_steps
+from costs import all_steps
 from small import draw_tokens, make_prior, moved_by
-
-FUSED = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (2, 9), (9, 2), (6, 1)])
@@ -110,11 +108,3 @@ def test_every_gate_hears_the_class(gate, block):
     firsts = model.next_logits(model.start(4, labels), None)[:, 0]
     assert (firsts[:, None] - firsts).abs().amax(-1).add(torch.eye(4)).min() > 1e-6
     assert (firsts - model(tokens, labels)[:, 0]).abs().max() < 1e-9
-
-
-def test_keys_and_values_go_to_the_fused_kernel():
-    """Keys narrower than values would be multiplied by N x N matrices of scores, the larger part of a pass."""
-    model = make_prior("pixelsnail", key=4, value=8)
-    with Operations() as operations:
-        model(torch.zeros(1, 3, 4, dtype=torch.long))
-    assert operations.names.count(FUSED) == 2

@@ -5,6 +5,7 @@ Covers: prior/base.py, prior/sampling.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +64,7 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("gpt", {"head": "depth"}, "head"),
     ("gpt", {"head": "logistic"}, "head"),
     ("gpt", {"head": "softmax", "grid": LEVELS}, "head"),
-    ("gpt", {"head": "logistic", "grid": grid_with({"channels": 1}, (2, 2), 8)}, "head"),
+    ("gpt", {"head": "logistic", "grid": grid_with({"channels": 1}, (2, 2), 15)}, "head"),
     ("gpt", {"head": "depth", "grid": LEVELS, "any_order": True}, "any_order"),
     ("gpt", {"head": "depth", "grid": LEVELS, "order": "regions:5"}, "order"),
     ("gpt", {"head": "depth", "grid": LEVELS, "blocks": (6, 12)}, "blocks"),
@@ -91,20 +92,27 @@ def test_unknown_names_list_what_there_is():
 
 TOKENS, ALL = torch.zeros(2, 3, 4).long(), torch.ones(2, 3, 4).bool()
 BOTH = {"tokens": TOKENS, "known": ALL}
+TOKENS_OF_NONE = (TOKENS + 5, TOKENS - 1, TOKENS.transpose(1, 2), TOKENS.flatten(1), TOKENS[0], TOKENS.float(), ALL)
 LABELS = [[1.0, 2.0], [1, 2, 3], [1, 4], [-1, 2], [True, False], torch.tensor(1), torch.eye(2).long()]
 ORDERS = [[1, 2], torch.arange(12.0), [0] * 12, torch.arange(12).expand(3, -1), torch.arange(11), torch.ones(12).bool()]
+OUT_OF_RANGE: dict[str, list[Any]] = {
+    "temperature": [-1.0, math.inf, math.nan, "hot", True, None],
+    "top_k": [0, -1, 2.0, True, "3"],
+    "top_p": [0.0, 1.1, -0.5, math.nan, "0.9", True],
+    "guidance_scale": [-0.5, math.inf, math.nan, "2", [1, 2], None],
+    "guidance_end": [-0.5, math.inf, math.nan, "2", True],
+    "guidance_power": [0.0, -1.0, math.inf, "2"],
+}
 REQUESTS: list[tuple[dict[str, Any], str]] = [
     *(({"num_images": count}, "num_images") for count in (0, -1, 2.0, None, True)),
     *(({"labels": labels}, "labels") for labels in LABELS),
     *(({"order": order}, "order") for order in (*ORDERS, "strange")),
     *(({"num_orders": count}, "num_orders") for count in (0, 1.0, "2", None)),
+    *(({name: value}, name) for name, values in OUT_OF_RANGE.items() for value in values),
     ({"guidance_scale": 2.0}, "guidance_scale"),
     ({"guidance_end": 2.0}, "guidance_end"),
     ({"guidance_scale": 2.0, "guidance_end": 1.0}, "guidance_scale"),
-    ({"guidance_power": 2.0}, "guidance_power"),
-    ({"temperature": -1.0}, "temperature"),
-    ({"top_k": 0}, "top_k"),
-    ({"top_p": 1.5}, "top_p"),
+    ({"guidance_power": 2.0}, "guidance_power needs guidance_end"),
     ({"parallel": True, "cache": False}, "parallel"),
     ({"tokens": TOKENS}, "known"),
     ({"known": ALL}, "tokens"),
@@ -139,10 +147,14 @@ def test_the_ends_of_ranges_are_allowed():
 
 # Other calls: kind, settings, error, call, word
 
+LOSSES = ("gpt", "made", "masked", "pixelcnn")
 CALLS: list[tuple[str, dict[str, Any], type[Exception], Callable[[Any], Any], str]] = [
     *((kind, {}, TypeError, lambda m: m.sample(2, warmth=1), "warmth") for kind in PRIORS),
     ("gpt", {}, TypeError, lambda m: m.sample(2, steps=3), "steps"),
-    ("gpt", {}, TypeError, lambda m: m.sample(2, generator=5), "generator"),
+    *(
+        ("gpt", {}, TypeError, lambda m, wrong=wrong: m.sample(2, generator=wrong), "generator")
+        for wrong in (5, "cpu", [0, 1], [None, None])
+    ),
     ("gpt", {}, ValueError, lambda m: m.sample(2, order="snake"), "order"),
     ("gpt", {}, ValueError, lambda m: m.sample(2, num_orders=2), "num_orders"),
     ("gpt", {}, ValueError, lambda m: m.log_prob(TOKENS, num_orders=2), "num_orders"),
@@ -155,10 +167,19 @@ CALLS: list[tuple[str, dict[str, Any], type[Exception], Callable[[Any], Any], st
         for count in (2, 0, 2.5, None)
     ),
     ("gpt", {"any_order": True}, ValueError, lambda m: m.order_spread(TOKENS, num_orders=1), "num_orders"),
+    ("gpt", {}, ValueError, lambda m: m.order_spread(TOKENS), "one order"),
+    *(("gpt", {}, ValueError, lambda m, tokens=tokens: m.log_prob(tokens), "token") for tokens in TOKENS_OF_NONE),
     *(
-        ("gpt", {}, ValueError, lambda m, tokens=tokens: m.log_prob(tokens), "token")
-        for tokens in (TOKENS + 5, TOKENS - 1, TOKENS.transpose(1, 2), TOKENS.float())
+        (kind, {}, ValueError, lambda m, tokens=tokens: m.loss(tokens), "token")
+        for kind in LOSSES
+        for tokens in TOKENS_OF_NONE
     ),
+    *(
+        (kind, {}, ValueError, lambda m, labels=labels: m.loss(TOKENS, labels), "labels")
+        for kind in LOSSES
+        for labels in LABELS
+    ),
+    ("masked", {}, ValueError, lambda m: m.loss(TOKENS, order=m.order), "known"),
     ("gpt", {}, ValueError, lambda m: m.log_prob(TOKENS, torch.tensor([7, 0])), "labels"),
     *(
         ("gpt", {}, ValueError, lambda m, layer=layer: m.features(TOKENS, layer=layer), "layer")

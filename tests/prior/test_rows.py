@@ -1,7 +1,5 @@
 """On grids whose rows are channels or levels, a prior is told which row it paints."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from costs import all_steps
@@ -10,7 +8,6 @@ from small import PRIORS, make_prior, make_tokenizer
 from prior import Prior
 from prior.layers import RasterConfig, RowBias
 
-ROOT = Path(__file__).parents[2]
 HAVE_A_CHOICE = ("pixelcnn", "gated_pixelcnn")
 both = pytest.mark.parametrize("name", HAVE_A_CHOICE)
 RVQ = {"kind": "rvq", "depth": 2, "book": {"kind": "ema", "codes": 8, "dim": 4}}

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import tqdm
 from frequencies import as_frequent
-from small import ANY_ORDER, PRIORS, draw_known, draw_tokens, generators, make_prior
+from small import ANY_ORDER, draw_tokens, generators, make_prior
 from torch import Tensor
 
-from prior import Prior
 from prior.masked import MaskedOptions
-from prior.orders import Partition, make_order
+from prior.orders import make_order
 from prior.sampling import (
     GREEDY,
     ORDERS,
     TOKENS,
     SamplingOptions,
     TokenNoise,
-    UncachedState,
-    check_count,
     draw_keys,
     gumbel_noise,
     likeliest,
-    make_batch,
     progress_bar,
-    whole_number,
 )
 
 
@@ -45,72 +38,31 @@ def gumbel(shape: tuple[int, ...], seed: int) -> Tensor:
 # Settings
 
 
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("temperature", [-1.0, math.inf, math.nan, "hot", True, None]),
-        ("top_k", [0, -1, 2.0, True, "3"]),
-        ("top_p", [0.0, 1.1, -0.5, math.nan, "0.9", True]),
-        ("guidance_scale", [-0.5, math.inf, math.nan, "2", [1, 2], None]),
-        ("guidance_end", [-0.5, math.inf, math.nan, "2", True]),
-        ("guidance_power", [0.0, -1.0, math.inf, "2"]),
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(name, values):
-    for value in values:
-        more = {"guidance_end": 1.0} if name == "guidance_power" else {}
-        with pytest.raises(ValueError, match=f"^{name} must be "):
-            SamplingOptions(**{name: value, **more})
-    with pytest.raises(ValueError, match="guidance_power needs guidance_end"):
-        SamplingOptions(guidance_power=2.0)
-
-
 def test_numbers_of_numpy_and_torch_are_plain_numbers_in_settings():
     """So that a pipeline can hold them as its defaults, and save them."""
     given = {"temperature": np.float32(0.5), "top_k": np.int64(3), "top_p": torch.tensor(0.75)}
     options = MaskedOptions(**given, steps=np.int64(2))
     assert options == MaskedOptions(0.5, 3, 0.75, steps=2)
     assert json.loads(json.dumps(options.to_dict())) == options.to_dict()
-    drawn = [make_drawn(**each) for each in (given, {"temperature": 0.5, "top_k": 3, "top_p": 0.75})]
-    assert torch.equal(*drawn)
-
-
-def make_drawn(**settings: Any) -> Tensor:
-    torch.manual_seed(0)
-    return make_prior("gpt").sample(2, generator=generators(2), **settings)
-
-
-def test_settings_say_what_they_are():
-    names = ["temperature", "top_k", "top_p", "guidance_scale", "guidance_end", "guidance_power"]
-    assert SamplingOptions.names() == names
-    assert MaskedOptions.names() == [*names, "steps", "confidence_temperature", "schedule"]
-    assert SamplingOptions().to_dict() == {"temperature": 1.0, "guidance_scale": 1.0}
-    given = SamplingOptions(0.5, 3, 0.9, 2.0, 3.0, 1.5)
-    assert given.to_dict() == {**vars(given)} and SamplingOptions(**given.to_dict()) == given
-    assert given.unguided() == SamplingOptions(0.5, 3, 0.9)
-    assert MaskedOptions(steps=3).for_given_order() == MaskedOptions() and given.for_given_order() is given
-    guiding = [{"guidance_scale": 2.0}, {"guidance_end": 2.0}, {"guidance_end": 1.0}, {}]
-    each = [SamplingOptions(**settings) for settings in guiding]
-    assert [one.guides for one in each] == [True, True, False, False]
-    assert [one.has_constant_scale for one in each] == [True, False, True, True]
-    assert [one.rows_per_image for one in each] == [2, 2, 1, 1]
-
-
-@pytest.mark.parametrize("value", [True, 1.0, "1", None, torch.tensor([1, 2])])
-def test_what_is_no_whole_number_is_refused_by_name(value):
-    with pytest.raises(ValueError, match="steps"):
-        whole_number("steps", value)
-
-
-def test_whole_numbers_of_any_kind_are_whole_numbers():
-    for value in (3, torch.tensor(3), np.int64(3)):
-        assert type(whole_number("steps", value)) is int and check_count(value) == 3
-    assert check_count(1) == 1
-    with pytest.raises(ValueError, match="num_images"):
-        check_count(0)
+    model, plain = make_prior("gpt"), {"temperature": 0.5, "top_k": 3, "top_p": 0.75}
+    drawn = model.sample(2, generator=generators(2), **plain)
+    for count in (np.int64(2), torch.tensor(2)):
+        assert torch.equal(model.sample(count, generator=generators(2), **given), drawn)
 
 
 # The course of guidance
+
+
+def test_guidance_goes_from_the_unconditional_logits_through_the_conditional_ones():
+    logits, guiding = torch.randn(4, 3, 5), SamplingOptions(guidance_scale=2.0)
+    with_label, without = logits.chunk(2)
+    assert SamplingOptions().guide(logits, 3.0) is logits
+    for scale, by in ((0.0, 0.0), (1.0, 1.0), (2.5, 2.5), (torch.tensor([0.0, 1.0, 3.0]), [0.0, 1.0, 3.0])):
+        found = guiding.guide(logits, scale)
+        for at, each in enumerate(by if isinstance(by, list) else [by] * 3):
+            torch.testing.assert_close(found[:, at], without[:, at] + each * (with_label - without)[:, at])
+    each_image = guiding.guide(logits, torch.tensor([[0.0], [1.0]]))
+    torch.testing.assert_close(each_image, torch.stack([without[0], with_label[1]]))
 
 
 def test_guidance_goes_from_its_scale_to_its_end():
@@ -137,18 +89,12 @@ def test_guidance_goes_from_its_scale_to_its_end():
 
 def test_a_course_that_ends_where_it_begins_is_constant():
     """The same numbers, not tensors of them: the same kernels, to the last bit."""
-    for options in (
-        SamplingOptions(guidance_scale=1.7),
-        SamplingOptions(guidance_scale=1.7, guidance_end=1.7, guidance_power=2.0),
-    ):
-        assert options.scale_by_rank((2, 3), torch.device("cpu")) == 1.7 and options.scale_by_block((2, 3)) == [
-            1.7,
-            1.7,
-        ]
-    assert (
-        SamplingOptions(guidance_end=1.0).rows_per_image == 1
-        and SamplingOptions(guidance_scale=3.0, guidance_end=1.0).rows_per_image == 2
-    )
+    for course in ({}, {"guidance_end": 1.7, "guidance_power": 2.0}):
+        options = SamplingOptions(guidance_scale=1.7, **course)
+        assert options.scale_by_rank((2, 3), torch.device("cpu")) == 1.7
+        assert options.scale_by_block((2, 3)) == [1.7, 1.7]
+    assert SamplingOptions(guidance_end=1.0).rows_per_image == 1
+    assert SamplingOptions(guidance_scale=3.0, guidance_end=1.0).rows_per_image == 2
 
 
 # Filters
@@ -344,64 +290,6 @@ def test_where_nothing_is_known_all_orders_are_equally_likely():
 # Batches
 
 
-def make(model: Prior, count: int, share: float) -> Any:
-    """A batch with some known tokens."""
-    tokens, known = draw_tokens(model, count), draw_known(model, count, share)
-    return make_batch(model, count, torch.arange(count) % 3, SamplingOptions(), generators(count), tokens, known)
-
-
-@pytest.mark.parametrize("wide", [False, True])
-def test_a_batch_goes_into_an_order_and_back(wide):
-    model = make_prior("gpt")
-    raster = make(model, 4, 0.5)
-    order = torch.rand(4, 12).argsort(1) if wide else torch.randperm(12)
-    batch = raster.in_order(Partition(order, (1,) * 12), model)
-    assert not batch.own_order and raster.in_order(None, model).own_order
-    assert torch.equal(batch.to_raster(batch.tokens), raster.tokens)
-    assert torch.equal(batch.to_raster(batch.known), raster.known)
-    assert torch.equal(batch.tokens, raster.tokens.gather(1, order.expand(4, 12)))
-    for at in (slice(1, 3), torch.tensor([3, 0])):
-        some = batch[at]
-        assert len(some) == 2 and torch.equal(some.rows, torch.arange(4)[at]) and torch.equal(some.keys, batch.keys[at])
-        assert torch.equal(some.to_raster(some.tokens), raster.tokens[at])
-    assert [len(part) for part in batch.split(3)] == [3, 1]
-
-
-def test_images_with_as_many_known_tokens_are_decoded_together():
-    """Where blocks hold several tokens: known ones are then one block."""
-    model = make_prior("blocks", any_order=True, order="halton:4")
-    batch = make(model, 9, 0.4)
-    partition = Partition(torch.arange(12).flip(0), model.blocks)
-    groups = list(batch.in_order(partition, model).group_by_blocks())
-    assert sorted(torch.cat([group.rows for group in groups]).tolist()) == list(range(9)) and len(groups) > 1
-    for group in groups:
-        (count,) = set(group.known.sum(1).tolist())
-        assert sum(group.blocks) == 12 and (not count or group.blocks[0] == count)
-    assert len(list(batch.in_order(None, model).group_by_blocks())) == 1
-    one_by_one = Partition(torch.arange(12), (1,) * 12)
-    assert len(list(batch.in_order(one_by_one, model).group_by_blocks())) == 1
-
-
-def test_unconditional_rows_are_appended_where_guidance_needs_them():
-    plain, guiding = SamplingOptions(), SamplingOptions(guidance_scale=2.0)
-    labels, rows = torch.tensor([1, 2]), torch.arange(6).view(2, 3)
-    assert plain.with_unconditional(rows) is rows and plain.with_unconditional(labels, 9) is labels
-    assert torch.equal(guiding.with_unconditional(rows), torch.cat([rows, rows]))
-    assert guiding.with_unconditional(labels, 9).tolist() == [1, 2, 9, 9]
-
-
-@pytest.mark.parametrize("wide", [False, True])
-def test_an_uncached_state_writes_the_last_block_and_returns_the_next(wide):
-    path = torch.tensor([[3, 1, 0, 2], [2, 3, 1, 0]]) if wide else torch.tensor([3, 1, 0, 2])
-    state = UncachedState(torch.zeros(2, 4).long(), torch.zeros(2).long(), path, (1, 2, 1))
-    each = path.expand(2, 4)
-    assert torch.equal(state.advance(None), each[:, :1])
-    assert torch.equal(state.advance(torch.tensor([[5], [6]])), each[:, 1:3])
-    assert torch.equal(state.advance(torch.tensor([[7, 8], [9, 4]])), each[:, 3:])
-    assert torch.equal(state.tokens.gather(1, each), torch.tensor([[5, 7, 8, 0], [6, 9, 4, 0]]))
-    assert (state.rank, state.block) == (4, 3)
-
-
 @pytest.mark.parametrize("kind", ["gpt", "masked"])
 def test_steps_whose_tokens_are_all_known_need_no_pass(kind, monkeypatch):
     """A model with a cache has to see them; after the last unknown token nothing is left to do."""
@@ -445,55 +333,3 @@ def test_weights_of_lower_precision_draw_from_nearly_the_same_distribution():
     first, second = (fine.log_prob(tokens).detach().double() for tokens in (drawn, other))
     assert (first - second).mean().abs() < 4 * (first - second).std() / count**0.5 + 1e-3
     assert (coarse.log_prob(drawn) - fine.log_prob(drawn)).abs().mean() < 0.02 * first.abs().mean()
-
-
-@pytest.mark.parametrize("name", PRIORS)
-def test_what_every_prior_takes_stands_in_the_signature_with_its_default(name):
-    """So that an editor shows it, and help() does; `Sampling` and the signature say the same."""
-    takes = inspect.signature(Prior.find(name).sample).parameters
-    own = Prior.find(name).make_sampling_options()
-    for setting in ("temperature", "top_k", "top_p", "guidance_scale"):
-        assert takes[setting].kind is inspect.Parameter.KEYWORD_ONLY
-        assert takes[setting].default == getattr(own, setting)
-    model = make_prior(name)
-    with pytest.raises(TypeError, match="'temprature' is no argument of sampling"):
-        model.sample(2, temprature=2.0)
-
-
-def test_guidance_goes_from_the_unconditional_logits_through_the_conditional_ones():
-    logits, guiding = torch.randn(4, 3, 5), SamplingOptions(guidance_scale=2.0)
-    with_label, without = logits.chunk(2)
-    assert SamplingOptions().guide(logits, 3.0) is logits
-    for scale, by in ((0.0, 0.0), (1.0, 1.0), (2.5, 2.5), (torch.tensor([0.0, 1.0, 3.0]), [0.0, 1.0, 3.0])):
-        found = guiding.guide(logits, scale)
-        for at, each in enumerate(by if isinstance(by, list) else [by] * 3):
-            torch.testing.assert_close(found[:, at], without[:, at] + each * (with_label - without)[:, at])
-    each_image = guiding.guide(logits, torch.tensor([[0.0], [1.0]]))
-    torch.testing.assert_close(each_image, torch.stack([without[0], with_label[1]]))
-
-
-@pytest.mark.parametrize("power", [None, 1.0, 2.5])
-def test_the_scale_is_the_same_of_numbers_and_of_tensors(power):
-    options = SamplingOptions(guidance_scale=1.5, guidance_end=4.0, guidance_power=power)
-    shares = [0.0, 0.25, 0.5, 1.0]
-    expected = [scale({"guidance_scale": 1.5, "guidance_end": 4.0, "guidance_power": power}, t) for t in shares]
-    assert [options.scale_at(t) for t in shares] == pytest.approx(expected)
-    torch.testing.assert_close(options.scale_at(torch.tensor(shares)), torch.tensor(expected))
-    assert options.scale_at(0.0) == 1.5 and options.scale_at(1.0) == pytest.approx(4.0)
-    blocks = (2, 1, 3)
-    assert options.scale_by_block(blocks) == pytest.approx([options.scale_at(t) for t in (0.0, 2 / 3, 1.0)])
-    by_rank = options.scale_by_rank(blocks, torch.device("cpu"))
-    assert by_rank.dtype == torch.float32
-    torch.testing.assert_close(
-        by_rank, torch.tensor([options.scale_by_block(blocks)[block] for block in (0, 0, 1, 2, 2, 2)])
-    )
-    assert options.scale_by_block((5,)) == [1.5]
-    assert SamplingOptions(guidance_scale=3.0).scale_by_block(blocks) == [3.0] * 3
-    assert SamplingOptions(guidance_scale=3.0).scale_by_rank(blocks, torch.device("cpu")) == 3.0
-
-
-def scale(settings, t):
-    """That of guidance after a share `t` of the tokens, by its definition."""
-    begin, end, power = settings["guidance_scale"], settings["guidance_end"], settings["guidance_power"]
-    weight = t if power is None else (1 - math.cos(math.pi * t**power)) / 2
-    return (1 - weight) * begin + weight * end

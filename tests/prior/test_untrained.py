@@ -26,47 +26,30 @@ def made(name: str, shape: tuple[int, int] = (4, 4), vocab_size: int = 16, **con
 ELSEWHERE = {"mask", "background"}  # of convolutions: multiplied with weights, and wherever these are
 
 
-def assert_known_without_weights(plain: Prior, planned: Prior) -> None:
-    """All that decides where a network looks is computed on the CPU, whatever device tensors are made on."""
-    expected = dict(plain.named_buffers())
-    for name, value in planned.named_buffers():
-        if name.rpartition(".")[2] not in ELSEWHERE:
-            assert value.device.type == "cpu" and torch.equal(value, expected[name]), name
-    assert all(parameter.is_meta for parameter in planned.parameters())
+ORDERED = [("gpt", order) for order in ("hilbert", "random:3", "halton", "spread", "spiral_in")]
+ORDERED += [("blocks", order) for order in ("diagonal", "halton:4", "random:3:4", "regions:4", "raster/3")]
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in NAMES),
+    *((name, {"order": order}) for name, order in ORDERED),
+    *((name, {"grid": grid_with({"levels": 3}, (2, 4), 8), "head": HEADS["depth"]}) for name in TOGETHER),
+]
 
 
-@every_prior
-def test_where_it_looks_is_known_before_it_has_weights(name):
-    plain = made(name)
+@pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=str)
+def test_where_it_looks_is_known_before_it_has_weights(name, settings):
+    """All that decides it is computed on the CPU, whatever device tensors are made on."""
+    plain = made(name, **settings)
     with torch.device("meta"):
-        planned = made(name)
-    assert_known_without_weights(plain, planned)
+        planned = made(name, **settings)
+    expected = dict(plain.named_buffers())
+    for key, value in planned.named_buffers():
+        if key.rpartition(".")[2] not in ELSEWHERE:
+            assert value.device.type == "cpu" and torch.equal(value, expected[key]), key
+    assert all(parameter.is_meta for parameter in planned.parameters())
     if not any(value.is_meta for value in planned.buffers()):
         planned.load_state_dict(plain.state_dict(), assign=True)
         tokens, labels = draw_tokens(plain, 3), torch.arange(3)
         assert torch.equal(planned(tokens, labels), plain(tokens, labels))
-
-
-@pytest.mark.parametrize("order", ["hilbert", "random:3", "halton", "spread", "spiral_in"])
-def test_an_order_is_known_before_there_are_weights(order):
-    with torch.device("meta"):
-        planned = made("gpt", order=order)
-    assert_known_without_weights(made("gpt", order=order), planned)
-
-
-@pytest.mark.parametrize("order", ["diagonal", "halton:4", "random:3:4", "regions:4", "raster/3"])
-def test_a_partition_is_known_before_there_are_weights(order):
-    with torch.device("meta"):
-        planned = made("blocks", order=order)
-    assert_known_without_weights(made("blocks", order=order), planned)
-
-
-@pytest.mark.parametrize("kind", TOGETHER)
-def test_the_ids_of_positions_are_known_before_there_are_weights(kind):
-    settings = {"grid": grid_with({"levels": 3}, (2, 4), 8), "head": HEADS["depth"]}
-    with torch.device("meta"):
-        planned = made(kind, **settings)
-    assert_known_without_weights(made(kind, **settings), planned)
 
 
 LIKELIER = {"marginal": 0.7, "made": 0.15, "pixelcnn_pp": 0.15}  # which begin further from it

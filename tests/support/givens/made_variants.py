@@ -25,7 +25,6 @@ VARIANTS = {
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 some_orders = pytest.mark.parametrize("order", ["raster", "snake", "random:3"])
-WIDE = [name for name in VARIANTS if not name.startswith("narrow")]
 
 
 def make_made(variant, **config):
