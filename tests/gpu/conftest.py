@@ -4,7 +4,8 @@ themselves; `SMALTI_DEVICE` chooses."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import pytest
 import torch
@@ -50,3 +51,22 @@ def graphs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(cuda_graph, "capture", capture)
     return captured
+
+
+@pytest.fixture
+def elsewhere(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """Where models compute that are compared with those on the CPU. A rehearsal is made as unlike the CPU as a card is:
+    convolutions are computed by other kernels, and random numbers are others."""
+
+    @contextmanager
+    def other_kernels() -> Iterator[None]:
+        enabled, state = torch.backends.mkldnn.enabled, torch.get_rng_state()
+        torch.backends.mkldnn.set_flags(False)
+        torch.manual_seed(1)
+        try:
+            yield
+        finally:
+            torch.backends.mkldnn.set_flags(enabled)
+            torch.set_rng_state(state)
+
+    return other_kernels if device.type == "cpu" else nullcontext
