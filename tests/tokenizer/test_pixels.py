@@ -97,7 +97,7 @@ def test_a_known_pixel_is_known_in_each_channel():
 def test_uniform_pixels_cost_eight_bits(levels, channels):
     """The prior under which all 256 values are equally likely gives 8 bits to every image, whatever the levels."""
     tokenizer = pixels_of(levels, (3, 4), channels)
-    prior = make_prior("marginal", tokenizer.grid.shape, levels, num_classes=0)
+    prior = make_prior("marginal", grid=tokenizer.grid, num_classes=0)
     with torch.no_grad():
         prior.table.copy_((tokenizer.sizes / 256).log().expand_as(prior.table))
     pipe = ImagePipeline(tokenizer, prior)
@@ -108,7 +108,7 @@ def test_uniform_pixels_cost_eight_bits(levels, channels):
 @pytest.mark.parametrize("levels", LEVELS)
 def test_probabilities_of_all_images_sum_to_one(levels):
     tokenizer = pixels_of(levels, (1, 1))
-    pipe = ImagePipeline(tokenizer, make_prior("marginal", (1, 1), levels, num_classes=0))
+    pipe = ImagePipeline(tokenizer, make_prior("marginal", grid=tokenizer.grid, num_classes=0))
     bits = pipe.bits_per_dim(BYTES.reshape(256, 1, 1, 1)).double()
     assert float(torch.exp2(-bits).sum()) == pytest.approx(1, abs=1e-5)
 
@@ -138,7 +138,7 @@ def test_pixels_have_no_weights(tmp_path):
     half.save_pretrained(tmp_path / "tokenizer")
     assert tensors(tmp_path / "tokenizer") == {}
     assert Tokenizer.from_pretrained(tmp_path / "tokenizer").fingerprint() == half.fingerprint()
-    pipe = ImagePipeline(half, make_prior("marginal", half.grid.shape, 256), labels=["a", "b", "c"])
+    pipe = ImagePipeline(half, make_prior("marginal", grid=half.grid), labels=["a", "b", "c"])
     assert pipe.to(dtype=torch.bfloat16, device="cpu").dtype == torch.float32  # images keep their precision
     assert torch.equal(pipe.reconstruct(pixels, output_type="pt"), to_float(pixels))
 
