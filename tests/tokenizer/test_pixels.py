@@ -17,7 +17,6 @@ from PIL import Image
 from small import make_prior, make_tokenizer
 
 from pipelines import ImagePipeline, encode
-from pipelines.__main__ import main
 from pipelines.config import UserError
 from pipelines.config.command import parse
 from pipelines.images import DataConfig, load_images, to_float, to_uint8
@@ -79,18 +78,6 @@ def test_an_id_is_the_nearest_of_evenly_spaced_levels(levels):
     assert int(tokenizer.sizes.sum()) == 256 and int(tokenizer.sizes.min()) > 0
 
 
-def test_channels_are_rows_of_the_grid():
-    tokenizer = make_tokenizer("pixels", (4, 5), 3, levels=256)
-    pixels = bytes_for(tokenizer, 2)
-    tokens = tokenizer.encode(to_float(pixels))
-    assert tokenizer.grid.shape == (12, 5)
-    for row in range(4):
-        for channel in range(3):
-            assert torch.equal(tokens[:, 3 * row + channel], pixels[:, channel, row].long())
-    first = tokenizer.decode(torch.zeros(1, 12, 5).long().index_fill(1, torch.tensor([0, 7]), 255))
-    assert first[0, 0, 0].tolist() == [1] * 5 and first[0, 1, 2].tolist() == [1] * 5 and (first == 1).sum() == 10
-
-
 def test_a_known_pixel_is_known_in_each_channel():
     tokenizer = make_tokenizer("pixels", (4, 5), 3)
     known = torch.rand(2, 4, 5) < 0.5
@@ -110,7 +97,7 @@ def test_a_known_pixel_is_known_in_each_channel():
 def test_uniform_pixels_cost_eight_bits(levels, channels):
     """The prior under which all 256 values are equally likely gives 8 bits to every image, whatever the levels."""
     tokenizer = pixels_of(levels, (3, 4), channels)
-    prior = make_prior("marginal", tokenizer.grid.shape, levels, num_classes=0)
+    prior = make_prior("marginal", grid=tokenizer.grid, num_classes=0)
     with torch.no_grad():
         prior.table.copy_((tokenizer.sizes / 256).log().expand_as(prior.table))
     pipe = ImagePipeline(tokenizer, prior)
@@ -121,7 +108,7 @@ def test_uniform_pixels_cost_eight_bits(levels, channels):
 @pytest.mark.parametrize("levels", LEVELS)
 def test_probabilities_of_all_images_sum_to_one(levels):
     tokenizer = pixels_of(levels, (1, 1))
-    pipe = ImagePipeline(tokenizer, make_prior("marginal", (1, 1), levels, num_classes=0))
+    pipe = ImagePipeline(tokenizer, make_prior("marginal", grid=tokenizer.grid, num_classes=0))
     bits = pipe.bits_per_dim(BYTES.reshape(256, 1, 1, 1)).double()
     assert float(torch.exp2(-bits).sum()) == pytest.approx(1, abs=1e-5)
 
@@ -151,7 +138,7 @@ def test_pixels_have_no_weights(tmp_path):
     half.save_pretrained(tmp_path / "tokenizer")
     assert tensors(tmp_path / "tokenizer") == {}
     assert Tokenizer.from_pretrained(tmp_path / "tokenizer").fingerprint() == half.fingerprint()
-    pipe = ImagePipeline(half, make_prior("marginal", half.grid.shape, 256), labels=["a", "b", "c"])
+    pipe = ImagePipeline(half, make_prior("marginal", grid=half.grid), labels=["a", "b", "c"])
     assert pipe.to(dtype=torch.bfloat16, device="cpu").dtype == torch.float32  # images keep their precision
     assert torch.equal(pipe.reconstruct(pixels, output_type="pt"), to_float(pixels))
 
@@ -315,17 +302,6 @@ def test_learned_greys_show_digits_best():
         assert mean_psnr(tokenizer, held_out) > max(even, chance) + 0.3
 
 
-def test_learned_colors_show_pictures_best(shared_data):
-    splits = load_images(DataConfig(source=str(shared_data / "openmoji"), image_size=16, channels=3))
-    train, held_out = (part.batch(np.arange(len(part))) for part in (splits.train, splits.held_out))
-    tokenizer = make_tokenizer("palette", (16, 16), 3, colors=64)
-    even = mean_psnr(tokenizer, held_out)
-    tokenizer.table.copy_(torch.rand(64, 3) * 2 - 1)
-    chance = mean_psnr(tokenizer, held_out)
-    tokenizer.initialize(train)
-    assert mean_psnr(tokenizer, held_out) > max(even, chance) + 8  # 64 are 4 x 4 x 4 of a lattice
-
-
 def test_a_palette_is_precise_whatever_the_type_around_it():
     images = shaded_images()
     tokenizer, half = fitted(images, 200), fitted(images, 200).to(dtype=torch.bfloat16)
@@ -364,24 +340,6 @@ def test_a_palette_has_no_likelihood():
 def test_bad_configurations_are_named(kind, config, message):
     with pytest.raises(ConfigError, match=message):
         Tokenizer.create(kind, **{"image_size": (8, 8), "channels": 1, **config})
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (["model.kind=pixels", "model.levels=1"], "model.levels: must be >= 2 (got 1)"),
-        (["model.kind=pixels", "model.levels=257"], "model.levels: must be <= 256 (got 257)"),
-        (["model.kind=pixels", "model.channels=3"], "model.channels: a fact of the data"),
-        (["model.kind=palette", "model.colors=0"], "model.colors: must be >= 2 (got 0)"),
-        (["model.kind=palette", "data.limit=100"], "palette: colors: "),
-    ],
-)
-def test_mistakes_are_said_in_a_line(tmp_path, capsys, wrong, message):
-    with pytest.raises(SystemExit) as caught:
-        main(["train_tokenizer", f"out={tmp_path / 'run'}", "track.wandb=disabled", *wrong])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert caught.value.code == 2 and line.startswith("error: ") and message in line
-    assert not (tmp_path / "run").exists()
 
 
 # The verbs
@@ -439,13 +397,6 @@ def test_what_a_palette_starts_from(tmp_path, monkeypatch):
     assert len(seen[-1]) == 50
 
 
-def test_initialize_is_called_once_for_every_tokenizer(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(Tokenizer, "initialize", lambda self, images: calls.append(images.shape))
-    train_tokenizer(tmp_path / "run", train__steps=2)
-    assert calls == [(72, 1, 28, 28)]
-
-
 @both_kinds
 def test_from_pixels_to_a_pipeline(tmp_path, model):
     """Fit, encode, train a prior, sample, complete, save and load."""
@@ -467,21 +418,6 @@ def test_from_pixels_to_a_pipeline(tmp_path, model):
         assert 0 < float(pipe.bits_per_dim(images).mean()) < 8.5
     facts = json.loads((trained / "pipeline" / "provenance.json").read_text())
     assert facts["tokenizer"]["evaluation"]["psnr"] == metrics(run)[0]["held_out/psnr"]
-
-
-def test_the_command_line(tmp_path, capfd):
-    main(
-        [
-            "train_tokenizer",
-            f"out={tmp_path}/run",
-            "data.limit=50",
-            "track.wandb=disabled",
-            "model.kind=palette",
-            "model.colors=5",
-        ]
-    )
-    main(["encode", f"tokenizer={tmp_path}/run/tokenizer", f"out={tmp_path}/tokens"])
-    assert "50 train, 50 validation, 50 test rows of 28x28 ids below 5" in capfd.readouterr().out
 
 
 @pytest.mark.slow

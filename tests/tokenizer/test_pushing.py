@@ -17,7 +17,6 @@ from small import make_prior, make_tokenizer
 from pipelines import ImagePipeline
 from prior import Prior
 from tokenizer import Tokenizer
-from tokenizer.model import model_card
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +71,6 @@ def test_force_download_fetches_again(report):
 
 def test_files_of_a_given_part_are_not_fetched(report):
     assert report["fetched"] == ["tokenizer"]
-
-
-def test_card_of_a_tokenizer():
-    assert "from tokenizer import Tokenizer" in model_card("tokenizer", "vqvae", 1234) and "1,234" in model_card(
-        "tokenizer", "vqvae", 1234
-    )
 
 
 # In the process whose endpoint is the Hub above

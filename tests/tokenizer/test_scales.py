@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tokenizer import TokenGrid
-from tokenizer.base import grid_to_dict, read_grid
-from tokenizer.scales import Resize, areas, scales_problem
+from tokenizer.base import read_grid
+from tokenizer.scales import Resize, scales_problem
 
 SCALES = [((1, 1), (2, 2), (4, 4), (7, 7)), ((1, 1), (2, 3), (4, 6)), ((3, 5),), ((1, 4), (3, 4), (3, 4))]
 
@@ -31,14 +30,6 @@ def test_a_row_of_scales_is_cut_into_maps():
     assert [tuple(part.shape) for part in maps] == [(2, 1, 1), (2, 2, 3), (2, 4, 6)]
     assert torch.equal(torch.cat([part.flatten(1) for part in maps], 1), tokens)
     assert maps[1][0].tolist() == [[1, 2, 3], [4, 5, 6]]
-
-
-def test_a_grid_of_scales_is_written_and_read():
-    grid = TokenGrid((21,), 8, ((1, 1), (2, 2), (4, 4)))
-    assert grid_to_dict(grid) == {"shape": [21], "vocab_size": 8, "scales": [[1, 1], [2, 2], [4, 4]]}
-    assert read_grid(grid_to_dict(grid)) == grid != TokenGrid((21,), 8)
-    assert grid_to_dict(TokenGrid((2, 3), 8)) == {"shape": [2, 3], "vocab_size": 8}
-    assert areas(grid.scales) == [1, 4, 16]
 
 
 @pytest.mark.parametrize(

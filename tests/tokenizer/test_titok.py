@@ -122,11 +122,6 @@ def test_a_query_becomes_its_patch():
     assert moved.nonzero().tolist() == [[row, column] for row in range(4, 8) for column in range(4, 8)]
 
 
-def test_the_last_layer_puts_out_the_pixels():
-    tokenizer: Any = make_tokenizer("titok")
-    assert tokenizer.last_layer is tokenizer.decoder[0].head.weight and tokenizer.last_layer.shape == (48, 16)
-
-
 def test_memory_formats_give_the_same_bits():
     tokenizer = loud()
     images = images_for(tokenizer)

@@ -112,15 +112,3 @@ def test_channels_that_no_wavelets_have_are_named(tmp_path, capsys):
     save_file(weights, tmp_path / "autoencoder.safetensors")
     error = fails(capsys, "import", f"source={tmp_path}", f"out={tmp_path}/out", "image_size=16")
     assert "encoder.conv_in.weight" in error and "20" in error and "4, 12, 16, 48" in error
-
-
-def test_the_defaults_are_di16x16():
-    """Of 3 levels, 2 blocks and 256 channels before the quantizer, as published; by the shapes of its weights."""
-    shapes = cosmos_shapes(128, (2, 4, 4), 2, blocks=2, z=256)
-    with torch.device("meta"):
-        from tokenizer import Tokenizer
-
-        tokenizer = Tokenizer.create("cosmos", image_size=(256, 256), channels=3)
-    expected = sum(torch.Size(shape).numel() for shape in shapes.values())
-    assert sum(p.numel() for p in tokenizer.parameters()) == expected and tokenizer.grid.shape == (16, 16)
-    print(f"{expected:,}")

@@ -14,8 +14,6 @@ from givens.published_weights import imported, magvit2_shapes, random_images, ra
 from safetensors.torch import save_file
 from small import make_tokenizer
 
-from tokenizer import Tokenizer
-
 
 def with_running_means(weights):
     """What training leaves in the file: weights that nobody evaluates, and the running means of `weights`."""
@@ -83,14 +81,3 @@ def test_a_network_whose_first_level_is_missing_is_refused_by_name(tmp_path, cap
     save_file(weights, tmp_path / "magvit2.safetensors")
     error = fails(capsys, "import", f"source={tmp_path}", f"out={tmp_path}/out")
     assert "encoder.down.0.block.0.conv1.weight is missing" in error
-
-
-def test_the_defaults_are_the_published_network():
-    """By the shapes of the weights of the published sizes, of which 16x16 ids of 256x256 pixels come."""
-    shapes = magvit2_shapes(128, (1, 1, 2, 2, 4), blocks=4, bits=18)
-    with torch.device("meta"):
-        tokenizer = Tokenizer.create("magvit2", image_size=(256, 256), channels=3)
-    expected = sum(torch.Size(shape).numel() for shape in shapes.values())
-    assert sum(p.numel() for p in tokenizer.parameters()) == expected and tokenizer.grid.shape == (16, 16)
-    assert tokenizer.grid.vocab_size == 262_144
-    print(f"{expected:,}")

@@ -13,7 +13,6 @@ from givens.published_weights import imported, maskgit_shapes, random_images, ra
 from safetensors.torch import save_file
 from small import make_tokenizer
 
-from tokenizer import Tokenizer
 from tokenizer.files import ConfigError
 
 
@@ -54,13 +53,3 @@ def test_wrong_sizes_are_named():
         make_tokenizer("maskgit", (13, 8))
     with pytest.raises(ConfigError, match="groups: 3 does not divide the width 8"):
         make_tokenizer("maskgit", groups=3)
-
-
-def test_the_defaults_are_the_published_network():
-    """By the shapes of the weights of the published sizes, of which 16x16 ids of 256x256 pixels come."""
-    shapes = maskgit_shapes(128, (1, 1, 2, 2, 4), blocks=2, codes=1024, dim=256)
-    with torch.device("meta"):
-        tokenizer = Tokenizer.create("maskgit", image_size=(256, 256), channels=3)
-    expected = sum(torch.Size(shape).numel() for shape in shapes.values())
-    assert sum(p.numel() for p in tokenizer.parameters()) == expected and tokenizer.grid.shape == (16, 16)
-    print(f"{expected:,}")

@@ -1,4 +1,4 @@
-"""What codebooks share: a search in parts, k-means, a start from few vectors or sick ones, revival, and rows of ranks.
+"""What codebooks share: directions, k-means, a start from few vectors, revival, and rows of ranks.
 
 Ranks are threads here (`of_ranks`).
 Covers: tokenizer/quantizers/ema.py, tokenizer/quantizers/vq.py, tokenizer/quantizers/simvq.py,
@@ -25,7 +25,6 @@ from tokenizer.quantizers.codebook import (
     first_rows,
     gather_rows,
     kmeans,
-    nearest,
     rows_of,
     seeded,
 )
@@ -43,35 +42,7 @@ def apart(some: Tensor, others: Tensor) -> Tensor:
     return torch.cdist(some, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-class OnGPU:
-    """Rows of which it is said that they are on a GPU."""
-
-    device = torch.device("cuda")
-
-    def __init__(self, rows: Tensor) -> None:
-        self.split = rows.split
-
-
-# The search
-
-
-@pytest.mark.parametrize(("held", "parts"), [(100 * 40, 1), (50 * 40, 2), (10 * 40 + 39, 10), (39, 100)])
-def test_so_many_distances_are_held_at_a_time(monkeypatch, held, parts):
-    calls: list[int] = []
-    plain = torch.addmm
-
-    def counted(bias, rows, *more, **options):
-        calls.append(len(rows))
-        return plain(bias, rows, *more, **options)
-
-    rows, codes = torch.randn(100, 6), torch.randn(40, 6)
-    monkeypatch.setattr(codebook, "SEARCH_ELEMENTS", held)
-    monkeypatch.setattr(torch, "addmm", counted)
-    assert torch.equal(nearest(rows, codes), torch.cdist(rows, codes).argmin(1))
-    assert calls == [100 // parts] * parts
-    calls.clear()
-    nearest(OnGPU(rows), codes)  # type: ignore[arg-type]
-    assert len(calls) == -(-parts // 64)
+# Directions
 
 
 @every_codebook
@@ -178,35 +149,7 @@ def test_as_many_rows_as_codes_start_it_as_they_are(name):
         torch.testing.assert_close(quantizer.lookup(tokens), z, atol=1e-3, rtol=0)
 
 
-@every_codebook
-def test_a_sick_first_batch_starts_nothing(name):
-    quantizer = make_quantizer(name).train()
-    before = quantizer.codebook.detach().clone()
-    assert float(before.norm(dim=1).mean()) < 8
-    for step in range(2):
-        quantizer.quantize(torch.full((4, 8, 4, 4), float("nan")))
-        assert quantizer.step == 0 and torch.equal(quantizer.codebook, before), step
-    quantizer.quantize(torch.randn(8, 8, 4, 4) + 5)
-    assert not torch.equal(quantizer.codebook, before)
-
-
-@every_codebook
-def test_an_untrained_code_is_about_as_long_as_the_vectors_of_its_kind(name):
-    """A code per channel of 1 (`ema`), of length 1 (`ibq`, `simvq`), or hardly any, as its paper has it (`vq`)."""
-    codes = make_quantizer(name, codes=512, dim=64).codebook.detach()
-    expected = {"ema": 8.0, "vq": 8 / 512 / 3**0.5}.get(name, 1.0)
-    assert float(codes.square().sum(1).mean().sqrt()) == pytest.approx(expected, rel=0.05)
-    assert codes.mean().abs() < 0.1 * codes.std()
-
-
 # Use, and revival
-
-
-@every_counted
-def test_all_codes_count_as_used_equally_often_at_the_start(name):
-    quantizer = make_quantizer(name).train()
-    quantizer.start(torch.randn(128, 8))
-    assert torch.equal(quantizer.counts, torch.full((32,), 4.0))
 
 
 @every_counted

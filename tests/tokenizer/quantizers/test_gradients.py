@@ -4,11 +4,10 @@ from typing import get_args
 
 import pytest
 import torch
-import torch.nn.functional as F
 from small import QUANTIZERS, make_quantizer, train_on
 
 from tokenizer.quantizers import Quantizer
-from tokenizer.quantizers.codebook import Codebook, nearest
+from tokenizer.quantizers.codebook import Codebook
 from tokenizer.quantizers.gradients import Gradient, pass_gradient, rotate_through
 
 GRADIENTS = get_args(Gradient)
@@ -75,16 +74,6 @@ def test_rotation_turns_the_vector_onto_its_code():
     torch.testing.assert_close(rotation @ across, across)  # what lies across z and its code stays
 
 
-def test_rotation_keeps_the_angle_between_gradient_and_code():
-    z, codes, upstream = torch.randn(3, 100, 8, dtype=torch.float64)
-    gradient = pulled("rotation", z, codes, upstream)
-    before, after = F.cosine_similarity(upstream, codes), F.cosine_similarity(gradient, z)
-    torch.testing.assert_close(after, before)
-    torch.testing.assert_close(gradient.norm(dim=1) / upstream.norm(dim=1), codes.norm(dim=1) / z.norm(dim=1))
-    straight = F.cosine_similarity(pulled("straight_through", z, codes, upstream), z)
-    assert (straight - before).abs().max() > 0.5
-
-
 @every_gradient
 @pytest.mark.parametrize(
     ("factor", "scale"), [(1.0, 1.0), (-1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1e-20), (-1.0, 1e15)]
@@ -103,28 +92,20 @@ def test_awkward_vectors_have_finite_gradients(gradient, factor, scale):
 # Every codebook takes both estimators, and directions
 
 
-def test_there_are_codebooks_with_both_estimators():
-    assert sum(choices == GRADIENTS for choices in CHOICES.values()) >= 3
-
-
 @every_codebook
 @pytest.mark.parametrize("normalize", [False, True])
 def test_codebooks_keep_their_promises(name, gradient, normalize):
     quantizer, z = started(name, gradient=gradient, normalize=normalize)
     leaf = z.clone().requires_grad_()
-    z_q, _, losses = quantizer.quantize(leaf)
-    assert set(losses) == set(quantizer.loss_weights)
-    assert all(loss.ndim == 0 and loss >= 0 for loss in losses.values())
+    z_q = quantizer.quantize(leaf).z_q
     (z_q * torch.randn_like(z_q)).sum().backward()
     assert torch.isfinite(leaf.grad).all() and (leaf.grad.abs().sum((0, 2, 3)) > 0).all()
 
     quantizer.eval()
-    before = {key: value.clone() for key, value in quantizer.state_dict().items()}
     z_q, tokens, _ = quantizer.quantize(z)
     assert torch.equal(z_q, quantizer.lookup(tokens)) and z_q.shape == z.shape
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(quantizer.quantize(z).tokens, tokens) and torch.equal(quantizer.lookup(tokens), z_q)
-    assert all(torch.equal(value, before[key]) for key, value in quantizer.state_dict().items())
     codes = quantizer.lookup(torch.arange(quantizer.vocab_size)[None])[0].t()
     assert len(codes.unique(dim=0)) == quantizer.vocab_size
 
@@ -160,71 +141,21 @@ def test_directions_have_length_one_and_no_scale(name, gradient):
     assert (leaf.grad * z).sum(1).abs().max() < 1e-4  # a longer vector is no other vector
 
 
-def test_directions_are_compared_by_cosine():
-    """A long code is not nearer than a short one of a better direction."""
-    quantizer = make_quantizer("vq", codes=2, dim=2, normalize=True).eval()
-    quantizer.codebook.data.copy_(torch.tensor([[10.0, 0.0], [0.1, 0.1]]))
-    assert quantizer.quantize(torch.tensor([9.0, 6.0]).reshape(1, 2, 1)).tokens.item() == 1
-
-
-def test_large_codebooks_of_directions_are_searched_right():
-    """LlamaGen's 16384 x 8, in parts: as near as the nearest of all, by cosine in float64."""
-    rows, codes = F.normalize(torch.randn(256, 8), dim=1), F.normalize(torch.randn(16384, 8), dim=1)
-    cosines = rows.double() @ codes.double().t()
-    found = cosines.gather(1, nearest(rows, codes)[:, None])[:, 0]
-    assert (cosines.amax(1) - found).max() < 1e-6 and found.min() > 0.7
-
-
 # Codes that learn by gradients and are nobody's nearest
-
-
-def clusters(points=512):
-    centres = torch.randn(32, 8) * 2
-    return centres[torch.randint(32, (points,))] + 0.02 * torch.randn(points, 8)
-
-
-def with_dead_codes(rows, **config):
-    """A codebook of 32 whose codes from 8 on lie where no vector does, and have for long."""
-    quantizer = make_quantizer("vq", decay=0.5, revive_every=5, **config).train()
-    train_on(quantizer, rows.t()[None])
-    quantizer.codebook.data[8:] = 1000.0
-    quantizer.counts[8:] = 0.0
-    return quantizer
-
-
-def test_dead_codes_come_back_without_gradients():
-    rows = clusters()
-    quantizer = with_dead_codes(rows)
-    alive = quantizer.codebook.detach()[:8].clone()
-    for _ in range(4):
-        train_on(quantizer, rows.t()[None])
-    codebook = quantizer.codebook.detach()
-    back = codebook[8:]
-    assert torch.equal(codebook[:8], alive)
-    assert (back[:, None] == rows).all(2).any(1).all()  # each on a vector of the batch
-    assert len(back.unique(dim=0)) == 24
-    assert quantizer.counts[8:].min() == quantizer.counts[8:].max() > 0  # a fresh start
-    for _ in range(60):
-        train_on(quantizer, rows.t()[None])
-    assert len(quantizer.quantize(rows.t()[None]).tokens.unique()) >= 28
-
-
-def test_dead_codes_stay_dead_if_so_asked():
-    rows = clusters()
-    quantizer = with_dead_codes(rows, revive_below=0)
-    for _ in range(60):
-        tokens = train_on(quantizer, rows.t()[None]).tokens
-    assert (quantizer.codebook[8:] == 1000).all() and int(tokens.max()) < 8
 
 
 def test_revived_codes_learn():
     """They get gradients as the others do, and the error falls to a fraction of what the living could reach."""
-    rows, errors = clusters(), {}
+    centres, errors = torch.randn(32, 8) * 2, {}
+    z = (centres[torch.randint(32, (512,))] + 0.02 * torch.randn(512, 8)).t()[None]
     for below in (0.0, 0.05):
-        quantizer = with_dead_codes(rows, revive_below=below)
+        quantizer = make_quantizer("vq", decay=0.5, revive_every=5, revive_below=below).train()
+        train_on(quantizer, z)
+        quantizer.codebook.data[8:] = 1000.0  # where no vector is, and has been for long
+        quantizer.counts[8:] = 0.0
         optimizer = torch.optim.SGD(quantizer.parameters(), 10.0)
         for _ in range(30):
-            losses = quantizer.quantize(rows.t()[None]).losses
+            losses = quantizer.quantize(z).losses
             optimizer.zero_grad()
             losses["codebook"].backward()
             optimizer.step()

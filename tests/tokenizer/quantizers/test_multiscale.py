@@ -95,7 +95,7 @@ def test_more_scales_are_nearer(book):
     errors = [F.mse_loss(quantizer.lookup_scales(tokens, count), z).item() for count in (1, 2, 3)]
     assert errors[2] < errors[1] < errors[0]
     assert torch.equal(quantizer.lookup_scales(tokens, 3), quantizer.lookup(tokens))
-    for count in (0, 4):
+    for count in (0, 4, -1):
         with pytest.raises(ValueError, match=rf"^count should be 1 to 3, the number of scales \(got {count}\)$"):
             quantizer.lookup_scales(tokens, count)
 
@@ -128,15 +128,6 @@ def test_what_is_learned_is_pulled_to_the_vectors(book, phi):
         errors.append(loss.item())
     assert errors[-1] < 0.9 * errors[0]
     assert all(parameter.grad.abs().sum() > 0 for parameter in quantizer.parameters())
-
-
-def test_bits_keep_their_entropies():
-    quantizer = multiscale("lfq")
-    assert set(quantizer.loss_weights) == {"commitment", "entropy", "diversity"}
-    z = batch(1, dim=6).requires_grad_()
-    losses = quantizer.quantize(z).losses
-    (pull,) = torch.autograd.grad(losses["diversity"], z)
-    assert pull.abs().sum() > 0
 
 
 def test_truncation_shows_the_decoder_fewer_scales_in_training_only():
@@ -189,15 +180,6 @@ def test_the_first_codebook_serves_all_scales():
     torch.testing.assert_close(centred.mean, z.mean((0, 2, 3)))
 
 
-def test_a_first_batch_that_is_not_finite_starts_nothing():
-    quantizer = multiscale()
-    quantizer.quantize(torch.full((8, 8, 4, 4), torch.nan))
-    assert int(quantizer.started) == 0
-    train_on(quantizer, batch(0))
-    assert all(torch.isfinite(value).all() for value in quantizer.state_dict().values())
-    assert float(quantizer.sigma()[0]) > 0.2 and int(quantizer.started) == 1
-
-
 def test_dead_codes_come_back():
     quantizer = multiscale(more={"decay": 0.5, "revive_every": 5})
     train_on(quantizer, batch(0, 32))
@@ -206,15 +188,6 @@ def test_dead_codes_come_back():
     for _ in range(25):
         tokens = train_on(quantizer, batch(0, 32)).tokens
     assert float(book.codebook.abs().max()) < 100 and len(tokens.unique()) >= 24
-
-
-def test_a_loaded_one_goes_on_as_if_it_had_not_been():
-    one, two = trained(3), multiscale()
-    two.load_state_dict(one.state_dict())
-    for step in range(3, 12):
-        train_on(one, batch(step))
-        train_on(two, batch(step))
-    assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
 
 
 def work(folder: Path) -> None:
@@ -259,7 +232,7 @@ def test_a_tokenizer_of_scales():
     assert tokenizer.parts == (1, 4, 16) and tokens.shape == (4, 21)
     assert torch.equal(tokenizer.decode_scales(tokens, 3), tokenizer.decode(tokens))
     assert set(tokenizer.figures) == {"left_1x1", "left_2x2", "left_4x4"}
-    with pytest.raises(ValueError, match=r"^a coarse scale's token belongs to no part of the image, .*$"):
+    with pytest.raises(ValueError, match=r"^a coarse scale's tokens belong to no part of the image, .*$"):
         tokenizer.known_tokens(torch.ones(1, 16, 16, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"^a 'ema' quantizer has no scales$"):
         make_tokenizer("vqvae").decode_scales(torch.zeros(1, 3, 2, dtype=torch.long), 1)
@@ -302,13 +275,6 @@ def test_vectors_of_another_size_are_named():
         multiscale().eval().quantize(torch.randn(2, 8, 4, 5))
 
 
-@pytest.mark.parametrize("count", [0, 4, -1])
-def test_as_many_scales_are_looked_up_as_there_are(count):
-    quantizer = multiscale().eval()
-    with pytest.raises(ValueError, match=rf"^count should be 1 to 3, the number of scales \(got {count}\)$"):
-        quantizer.lookup_scales(torch.zeros(2, 21, dtype=torch.long), count)
-
-
 @every_book
 @pytest.mark.parametrize("phi", [0, 2])
 def test_losses_are_those_that_have_a_weight(book, phi):
@@ -318,19 +284,6 @@ def test_losses_are_those_that_have_a_weight(book, phi):
     assert weights["commitment"] == (0.25 if book == "fsq" else 0.5) and weights.get("codebook", 1.0) == 1.0
     own = quantizer.book.loss_weights
     assert all(own[name] == weights[name] for name in weights if name not in ("commitment", "codebook"))
-
-
-def test_where_scales_are_cut_and_convolutions_shared_is_thought_of_on_the_host():
-    """Also while tensors are made on another device unless they are told: one of a model that is built there."""
-    quantizer = multiscale(truncate=1.0, phi=2)
-    sums = [torch.full((64, 8, 4, 4), float(scale)) for scale in range(3)]
-    with torch.device("meta"):
-        shared = [quantizer._phi_of(scale) for scale in range(3)]
-        torch.manual_seed(3)
-        shown = quantizer._truncate(sums)
-    assert shared == [0, 0, 1] or shared == [0, 1, 1]
-    torch.manual_seed(3)
-    assert torch.equal(shown, quantizer._truncate(sums)) and set(shown.unique().tolist()) == {0.0, 1.0}
 
 
 if __name__ == "__main__":

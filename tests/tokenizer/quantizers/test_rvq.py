@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from small import make_quantizer, make_tokenizer, train_on
+from small import make_quantizer, train_on
 from torch import Tensor
 from two_processes import fork_twice, gathered, join_group, leave_group
 
@@ -105,11 +105,6 @@ def test_deeper_is_nearer(book, shared):
         errors.append(F.mse_loss(total, z).item())
     assert all(after < before for before, after in zip(errors, errors[1:], strict=False))
     assert errors[-1] < 0.6 * errors[0]
-
-
-def test_more_depth_makes_a_smaller_error():
-    errors = [F.mse_loss(trained(10, "ema", depth).eval().quantize(batch(77)).z_q, batch(77)) for depth in (1, 2, 4)]
-    assert errors[1] < 0.7 * errors[0] and errors[2] < 0.7 * errors[1]
 
 
 @every_kind
@@ -206,47 +201,12 @@ def test_books_start_on_what_is_left_for_them(book):
     assert spread.min() < 0.5 * spread.max()  # coarse codes, and fine ones
 
 
-def test_dead_codes_of_every_level_come_back():
-    for shared in (False, True):
-        quantizer = residual("ema", 3, shared, decay=0.5, revive_every=5)
-        rows = batch(0, 32)
-        train_on(quantizer, rows)
-        for book in quantizer.books:
-            book.codebook[8:], book.sums[8:], book.counts[8:] = 1000.0, 0.0, 0.0
-        for _ in range(25):
-            tokens = train_on(quantizer, rows).tokens
-        assert max(float(book.codebook.abs().max()) for book in quantizer.books) < 100
-        parts = [tokens] if shared else tokens.chunk(3, 1)
-        assert min(len(ids.unique()) for ids in parts) >= 24
-
-
-def test_levels_revive_at_places_of_their_own():
-    quantizer = residual("ema", 3)
-    assert [book.config.seed for book in quantizer.books] == [0, 1, 2]
-    assert quantizer.config.book.seed == 0
-
-
 @pytest.mark.parametrize("rows", [1, 2])
 def test_tokens_of_fewer_levels_are_no_vectors(rows):
     quantizer = residual().eval()
     assert quantizer.lookup(torch.zeros(2, 3, 4, dtype=torch.long)).shape == (2, 8, 1, 4)
     with pytest.raises(ValueError):
         quantizer.lookup(torch.zeros(2, rows, 4, dtype=torch.long))
-
-
-def test_a_tokenizer_of_several_levels():
-    node = {"kind": "rvq", "depth": 3, "book": {"kind": "simvq", "codes": 32, "dim": 8}}
-    tokenizer: Any = make_tokenizer("vqvae", (12, 8), 3, quantizer=node).train()
-    images = torch.rand(2, 3, 12, 8) * 2 - 1
-    tokenizer(images)
-    tokenizer.eval()
-    tokens = tokenizer.encode(images)
-    assert tokenizer.grid.shape == (9, 2) and tokens.shape == (2, 9, 2)
-    assert torch.equal(tokenizer.decode(tokens), tokenizer(images).images)
-    known = torch.ones(1, 12, 8, dtype=torch.bool)
-    known[0, 4:8, :4] = False  # the patch of row 1, column 0, at each level
-    unknown = (~tokenizer.known_tokens(known)[0]).nonzero().tolist()
-    assert unknown == [[1, 0], [4, 0], [7, 0]]
 
 
 @pytest.mark.parametrize(
@@ -284,14 +244,6 @@ def test_only_the_map_learns_and_moves_all_codes():
     assert F.mse_loss(quantizer.eval().quantize(z).z_q, z) < F.mse_loss(before[nearest(rows_of(z), before)], rows_of(z))
 
 
-def test_the_table_starts_on_the_data_behind_an_identity():
-    rows = batch(0, 64) + 50
-    quantizer: Any = make_quantizer("simvq").train()
-    error = F.mse_loss(quantizer.quantize(rows).z_q, rows)
-    assert error < 0.1 * rows_of(rows).var(0).mean()
-    assert torch.equal(quantizer.table(), quantizer.codebook)
-
-
 def test_beta_is_on_the_commitment_of_the_mapped_codes():
     quantizer: Any = make_quantizer("simvq", beta=0.5).train()
     train_on(quantizer, batch(0))
@@ -303,16 +255,6 @@ def test_beta_is_on_the_commitment_of_the_mapped_codes():
     torch.testing.assert_close(pull, 2 * (z.detach() - z_q) / z.numel())
     (bias,) = torch.autograd.grad(losses["codebook"], quantizer.map.bias)
     torch.testing.assert_close(bias, (2 * rows_of(z_q - z.detach()) / z.numel()).sum(0))
-
-
-def test_lookup_under_autocast_is_that_without():
-    quantizer: Any = make_quantizer("simvq").train()
-    train_on(quantizer, batch(0))
-    torch.nn.init.normal_(quantizer.map.weight)
-    tokens = quantizer.eval().quantize(batch(1)).tokens
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = quantizer.lookup(tokens)
-    assert torch.equal(inside, quantizer.lookup(tokens)) and inside.dtype == torch.float32
 
 
 def test_codes_that_move_together_are_not_left_behind():

@@ -23,8 +23,6 @@ from tokenizer.quantizers.choice import ChoiceOptions, choose
 from tokenizer.quantizers.codebook import nearest
 from tokenizer.quantizers.entropy import diversity
 
-ROOT = Path(__file__).parents[3]
-
 
 def plain(rows, weight, bias, values, how):
     """`choose` as the papers write it: whole matrices, one-hot vectors, autograd."""
@@ -90,15 +88,6 @@ def test_entropies_of_far_apart_logits_are_finite():
     assert made.entropy.item() == pytest.approx(math.log(2)) == spread.item() and torch.isfinite(rows.grad).all()
 
 
-def test_a_block_is_of_so_many_logits_and_of_one_row_at_least(monkeypatch):
-    monkeypatch.setattr(choice, "BLOCK_ELEMENTS", 64)
-    sizes = {
-        codes: choice._block_size(torch.empty(9, 3), torch.empty(codes, 3)) for codes in (1, 7, 32, 33, 64, 65, 5000)
-    }
-    assert sizes == {1: 64, 7: 9, 32: 2, 33: 1, 64: 1, 65: 1, 5000: 1}
-    assert choice._block_size(torch.empty(9, 3, device="meta"), torch.empty(32, 3)) == 128  # elsewhere than on a CPU
-
-
 # Index backpropagation
 
 
@@ -128,23 +117,6 @@ def test_ibq_is_the_paper():
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def rows_with_a_gradient(name):
-    """Which codes get one from the reconstruction, and which are chosen."""
-    quantizer = make_quantizer(name).train()
-    z_q, tokens, losses = quantizer.quantize(torch.randn(1, 8, 4, 2))
-    (z_q.square().sum() + sum(losses.values())).backward()
-    gradient = quantizer.codebook.grad.abs().sum(1)
-    assert torch.isfinite(gradient).all()
-    return set(gradient.nonzero().flatten().tolist()), set(tokens.flatten().tolist())
-
-
-def test_all_codes_get_a_gradient_and_of_vq_only_the_chosen():
-    moved, chosen = rows_with_a_gradient("ibq")
-    assert moved == set(range(32)) and len(chosen) <= 8
-    moved, chosen = rows_with_a_gradient("vq")
-    assert moved == chosen and len(chosen) <= 8
-
-
 @pytest.mark.parametrize("normalize", [False, True])
 def test_ibq_starts_with_all_codes_within_reach(normalize):
     """Of one length, so that the largest inner product belongs to the nearest, and none is out of reach."""
@@ -155,18 +127,6 @@ def test_ibq_starts_with_all_codes_within_reach(normalize):
     assert lengths.std() < 1e-4 and float(lengths[0]) == pytest.approx(1.0 if normalize else 4.2, abs=0.4)
     assert torch.equal(tokens.flatten(), nearest(z.movedim(1, -1).reshape(-1, 8), quantizer.table()))
     assert len(tokens.unique()) == 32
-
-
-@pytest.mark.parametrize("name", ["ibq", "gumbel"])
-def test_a_sick_first_batch_leaves_no_trace(name):
-    quantizer = make_quantizer(name).train()
-    quantizer.quantize(torch.full((4, 8, 4, 4), float("nan")))
-    assert all(torch.isfinite(parameter).all() for parameter in quantizer.parameters())
-
-
-def test_ibq_has_one_gradient():
-    with pytest.raises(ValueError, match="gradient: must be one of 'index'"):
-        make_quantizer("ibq", gradient="rotation")
 
 
 # Gumbel-softmax
