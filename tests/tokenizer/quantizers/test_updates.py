@@ -205,3 +205,15 @@ def test_a_tokenizer_in_another_module_moves_its_codes():
 def test_a_forward_refuses_images_of_another_size():
     with pytest.raises(ValueError, match="images"):
         vqvae("ema")(torch.zeros(2, 1, 16, 16))
+
+
+def test_a_state_that_is_copied_into_buffers_is_gone_on_from():
+    trained, model = vqvae("ema"), vqvae("ema")
+    for step in range(3):
+        trained(images(step))
+    assert model.quantizer.step == 0
+    for name, value in model.state_dict().items():
+        value.detach().copy_(trained.state_dict()[name])
+    trained(images(3))
+    model(images(3))
+    assert not changed(model, state(trained)) and model.quantizer.step == 4
