@@ -279,7 +279,7 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
         `ValueError` unless tokens are `placed`."""
         if self.grid.scales:
             raise ValueError(
-                "a coarse scale's tokens belong to no part of the image, so known pixels make no token known"
+                "a coarse scale's token belongs to no part of the image, so known pixels make no token known"
             )
         _, height, width = self.image_shape
         rows, columns = self.grid.shape[0] // self.levels, self.grid.shape[1]

@@ -8,7 +8,8 @@ tokens after it because of that. The reference draws 64 images at a time from a 
 other token, and tokens. `model=patches` trains a GPT over 16x16 ids of 1,024 (k-means of 4x4 patches of the training
 images in `../shared/data/openmoji`) for some minutes first; `keep=FOLDER` keeps it for the next run. To compare
 settings, `save=FILE` writes the reference's tokens and `against=FILE` compares with them: run it again with threads=2,
-or with ATEN_CPU_CAPABILITY=avx2 and ONEDNN_MAX_CPU_ISA=AVX2. `only=true` draws the reference alone.
+or with ATEN_CPU_CAPABILITY=avx2 and ONEDNN_MAX_CPU_ISA=AVX2. `only=true` draws the reference alone,
+`whole=N` draws no more than N images by whole passes, without a cache or in parallel.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def main() -> None:
             "minutes": 4.0,
             "seed": 0,
             "only": False,
+            "whole": 0,
             "keep": None,
             "save": None,
             "against": None,
@@ -87,10 +89,10 @@ def main() -> None:
         model = ImagePipeline.from_pretrained(options.model).prior
     classes = model.num_classes
 
-    def draw(batch: int, **ways: Any) -> torch.Tensor:
+    def draw(batch: int, images: int = options.images, **ways: Any) -> torch.Tensor:
         parts = []
-        for start in range(0, options.images, batch):
-            rows = range(start, min(start + batch, options.images))
+        for start in range(0, images, batch):
+            rows = range(start, min(start + batch, images))
             labels = torch.tensor([row % classes for row in rows]) if classes else None
             noise = [torch.Generator().manual_seed(options.seed + row) for row in rows]
             parts.append(model.sample(len(rows), labels, generator=noise, **ways))
@@ -103,15 +105,16 @@ def main() -> None:
     if not options.only:
         others["1 image at a time"] = draw(1)
         others["17 images at a time"] = draw(17)
-        others["without a cache"] = draw(64, cache=False)
-        others["parallel passes"] = draw(64, parallel=True)
+        whole = options.whole or options.images
+        others["without a cache"] = draw(64, whole, cache=False)
+        others["parallel passes"] = draw(64, whole, parallel=True)
     if options.against:
         others[f"tokens of {options.against}"] = load_file(options.against)["tokens"]
     print(f"{options.images} images of {reference.shape[1]} tokens, {threads} threads, torch {torch.__version__}")
-    print(table_head("way", "images that differ", "tokens that differ"))
+    print(table_head("way", "images", "images that differ", "tokens that differ"))
     for way, tokens in others.items():
-        differs = tokens != reference
-        print(table_row([way, f"{int(differs.any(1).sum())}", f"{int(differs.sum())}"]))
+        differs = tokens != reference[: len(tokens)]
+        print(table_row([way, f"{len(tokens)}", f"{int(differs.any(1).sum())}", f"{int(differs.sum())}"]))
 
 
 if __name__ == "__main__":
