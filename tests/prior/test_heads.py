@@ -111,7 +111,7 @@ def test_steps_give_the_logits_of_whole_passes(kind, head, facts, order):
 def test_all_ways_of_sampling_draw_the_same(kind, head, facts, order):
     model, labels = make_headed(kind, head, facts, order), torch.arange(5) % 4
     drawn = model.sample(5, labels, generator=generators(5))
-    assert drawn.unique().numel() > 2
+    assert drawn.unique().numel() > 1
     for options in ({"cache": False}, {"parallel": True}):
         assert torch.equal(model.sample(5, labels, generator=generators(5), **options), drawn)
     one = model.sample(1, labels[3:4], generator=generators(5)[3:4])
