@@ -320,3 +320,4 @@ def test_a_loss_in_inference_mode_does_not_disturb_training(schedule):
     with torch.inference_mode():
         model.loss(draw_tokens(model, 2))
     model.train().loss(draw_tokens(model, 2)).backward()
+    assert model.head.weight.grad.abs().sum() > 0
