@@ -88,7 +88,7 @@ class Window(nn.Module):
         super().__init__()
         self.window, self.dilation = window, dilation
         # Made when they are needed, once for each device.
-        self.kept_memory: Memory | None = None
+        self.cached_memory: Memory | None = None
         self.slots_read: Sequence[Tensor] = ()
         self.block_mask: Any = None
         self.reads_on: torch.device | None = None
@@ -199,9 +199,9 @@ class Window(nn.Module):
     @property
     def memory(self) -> Memory:
         """The slots for decoding, where queries and keys have the same ranks; made once."""
-        if self.kept_memory is None:
-            self.kept_memory = self.make_memory()
-        return self.kept_memory
+        if self.cached_memory is None:
+            self.cached_memory = self.make_memory()
+        return self.cached_memory
 
     @torch.inference_mode(False)
     def make_memory(self) -> Memory:

@@ -175,7 +175,7 @@ class Stages(Interruptible):
     ) -> None:
         """Write the pipeline folder, whole or not at all; an older pipeline there is replaced.
 
-        variant: "fp16" or "bf16" rounds the weights of all models to that type (but those that stay float32 in any),
+        variant: "fp16" or "bf16" rounds the weights of all models to that type (except those that are always float32),
         into files such as `tokenizer/model.fp16.safetensors`; a folder holds one variant. sample_grid: uint8 (H, W, 3),
         shown on the model card. Raises `PathError` if `folder` holds something else, `LimitError` for a grid that could
         not be loaded again, `ValueError` for weights that the type cannot hold, `IntegrityError` where a part was
@@ -264,8 +264,8 @@ class Stages(Interruptible):
     def batches(
         self, rows: Tensor, labels: Label | Sequence[Label], batch_size: int
     ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Images or tokens, `batch_size` at a time: their place among all, themselves, and their class ids or None.
-        None at all are one empty batch."""
+        """Yield images or tokens, `batch_size` at a time: their place among all, the rows, and their class ids or None.
+        Without any rows, yield one empty batch."""
         check_count(batch_size, "batch_size")
         ids = self.label_ids(labels, len(rows))
         starts = range(0, max(1, len(rows)), batch_size)

@@ -3,8 +3,8 @@
     log p(hidden | known) = log p(hidden, known) - log p(known)
 
 A chain of conditionals gives this exactly when no known token is conditioned on a hidden one. A prior of a single order
-needs a mask that fits its order; the result is then the conditional of `log_prob`. A prior that takes any order walks
-the known tokens first: the result is a conditional of that walk's density, which differs from `log_prob`'s as far as
+needs a mask that fits its order; the result is then the conditional of `log_prob`. A prior that takes any order takes
+the known tokens first: the result is a conditional of that order's density, which differs from `log_prob`'s as far as
 the prior's orders disagree. `Prior.order_spread` says how far.
 """
 
@@ -98,7 +98,7 @@ def complete(
     Hidden pixels are painted over before encoding, so nothing of them leaks. A token is known when every pixel of its
     patch is, and only known tokens are looked at; near the hole, a tokenizer whose receptive field is wider than a
     patch sees paint in them. Any-order priors (`prior.any_order`) condition each new token on all known ones, by the
-    density of the walk that takes these first (not `log_prob`'s); the others on those before it in their order. Known
+    density of the order that takes these first (not `log_prob`'s); the others on those before it in their order. Known
     pixels come back as they were.
 
     draws (or num_images_per_prompt): completions of each image. Draw d of image k uses seed + k * draws + d, whatever
@@ -205,8 +205,8 @@ def conditional_log_prob(
     `complete`.
 
     It is the log-probability that `complete`, at temperature 1 and unguided, draws the very tokens that the image has
-    there. For a prior of one order it is log_prob(all) - log p(known). For one of any order it belongs to the walk that
-    takes the known tokens first, so that log_prob(all) minus it is not log p(known).
+    there. For a prior of one order it is log_prob(all) - log p(known). For one of any order it belongs to the order
+    that takes the known tokens first, so that log_prob(all) minus it is not log p(known).
 
     The known tokens are those that `complete` sees, so nothing hidden helps to predict the rest. With a tokenizer that
     looks beyond a patch they are not quite the image's own tokens, and the result is not a part of

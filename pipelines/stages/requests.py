@@ -57,7 +57,8 @@ class Request:
         return made.images, None if ids is None else ids.tolist()
 
     def depends_on(self) -> dict[str, Any]:
-        """All that the pixels depend on, but for their number. Raises `UserError` for what does not fit the prior."""
+        """Return all that the pixels depend on, except the number of images. Raises `UserError` for what does not
+        fit the prior."""
         pipeline = self.pipeline
         try:
             ids = pipeline.label_ids(self.classes, len(self.classes)) if self.classes else None
