@@ -29,9 +29,9 @@ from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.origin import is_local
 from .jobs import Piece
 from .jobs.sharing import Share, shared
+from .prefetch import pin_memory, prefetch, to_device_async
 from .processes.claims import alone_at
 from .processes.launched import apart, build_accelerator, team_of
-from .shuffling.ahead import made_ahead, pinned, sent
 from .stages.provenance import TokenizerFolder, read_with, tokenizer_defaults, tokenizer_folder
 from .tokens import Meta
 from .tokens.appending import (
@@ -233,11 +233,11 @@ def encode_pieces(
 
     def make(batch: tuple[ImageDataset, np.ndarray]) -> Raw:
         raw = variants_of(*batch, config.seed)
-        return [pinned(part) for part in raw] if device.type == "cuda" else raw
+        return [pin_memory(part) for part in raw] if device.type == "cuda" else raw
 
     with (
         tqdm(total=total, desc="encoding", unit="image", disable=hidden, leave=False) as bar,
-        closing(made_ahead(make, batches)) as stream,
+        closing(prefetch(make, batches)) as stream,
     ):
         for piece in mine:
             split = parts[piece.split]
@@ -258,7 +258,7 @@ def encode_piece(tokenizer: Tokenizer, images: ImageDataset, piece: Piece, strea
     for once, at the end."""
     tokens, done = [], 0
     while done < piece.rows:
-        parts = [images.prepare(*sent(part, tokenizer.device)) for part in next(stream)]
+        parts = [images.prepare(*to_device_async(part, tokenizer.device)) for part in next(stream)]
         tokens.append(tokenizer.encode(torch.cat(parts)).int())
         bar.update(len(tokens[-1]))
         done += len(tokens[-1])

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from prior import Prior
 from prior.checks import NotCausalError, is_built_in, require_causal, with_random_weights
-from prior.cuda_graph import release_graph
 from prior.objectives import Alignment, Likelihood, alignment_problem
 from prior.sampling import GUIDANCE, SamplingOptions
 from tokenizer.config import Node
@@ -24,18 +23,18 @@ from .config import Config, UserError, Within, run_command
 from .config.importing import as_asked
 from .image_pipeline import ImagePipeline
 from .metrics.likelihood import bits_per_token, rows_evaluated
-from .shuffling.draws import DROPOUT, OTHER, by_row, other_labels, perturbed
-from .shuffling.epochs import samples_of
+from .processes.sharing import ALONE, Team
+from .shuffling import DROPOUT, OTHER, by_row, other_labels, perturbed, samples_of
 from .stages.index import INDEX, PIPELINE
 from .stages.shipped import located
 from .stages.starting import model_of, start_from
 from .tokens import TokenDataset, TokenSplit, load_tokens
-from .tracking import Mark, TrackConfig
-from .training.loop import train
+from .tracking import TrackConfig
 from .training.schedule import TrainConfig
 from .training.sharding import is_sharding
 from .training.stopping import what_is_saved
 from .training.task import Split, Task
+from .training.trainer import train
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -144,7 +143,7 @@ class PriorTask(Task):
 
     shardable = True
     snapshots = {"pipeline": PIPELINE}
-    shows = True
+    shows_preview = True
 
     def __init__(self, config: TrainPriorConfig, device: torch.device | str = "cpu") -> None:
         self.config, self.data = config, load_tokens(config.tokens, revision=config.revision)
@@ -157,12 +156,11 @@ class PriorTask(Task):
         start = start_from(self.model, self.data.class_names, config.init) if config.init else None
         if start is None:
             self.model.initialize(cast(Tensor, self.train_split.tokens), self.train_split.labels)
-        self.begun = None if start is None else {"source": config.init, "fingerprint": start.fingerprint()}
+        self.init = None if start is None else {"source": config.init, "fingerprint": start.fingerprint()}
         self.nets: dict[str, nn.Module] = {"model": self.make_objective(start, device)}
         self.players = {"model": list(self.model.parameters())}
         self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)
         self.evaluated = {split: rows_evaluated(self.model, len(rows)) for split, rows in self.judged.items()}
-        self.used = marks_of(self.data)
         self.pipeline(self.model)  # raises now, before training, what it would raise after it
 
     def make_objective(self, reference: Prior | None, device: torch.device | str) -> nn.Module:
@@ -206,12 +204,9 @@ class PriorTask(Task):
         loss, terms = self.nets["model"](*batch, self.model.training_inputs(batch[0], self.progress))
         return loss, terms
 
-    def preview(self, model: nn.Module) -> dict[str, np.ndarray]:
+    def preview(self, model: nn.Module, group: Team = ALONE) -> dict[str, np.ndarray]:
         """Samples, one class per column, with the same seeds at every step."""
-        try:
-            return {"samples": self.pipeline(model).sample_picture(team=self.team)}
-        finally:
-            release_graph()  # training needs the memory
+        return {"samples": self.pipeline(model).sample_picture(team=group)}
 
     def require_causal(self, model: Prior) -> None:
         """Raise `UserError` for a prior whose logits depend on tokens that it has still to predict."""
@@ -221,11 +216,11 @@ class PriorTask(Task):
         except NotCausalError as error:
             raise UserError(f"model: {error}") from error
 
-    def evaluate(self, model: nn.Module, split: Split) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, split: Split, group: Team = ALONE) -> dict[str, float]:
         """Bits per token on a split."""
         if not is_built_in(self.model):
             self.require_causal(cast(Prior, model))
-        return {"bits_per_token": bits_per_token(model, self.judged[split], self.evaluated[split], team=self.team)}
+        return {"bits_per_token": bits_per_token(model, self.judged[split], self.evaluated[split], team=group)}
 
     def score(self, evaluation: dict[str, float]) -> float | None:
         """Fewer bits are better; of a prior that is to need no guidance, they say nothing."""
@@ -250,14 +245,13 @@ class PriorTask(Task):
         tokenizer = self.data.tokenizer.to(self.model.device)
         return ImagePipeline(tokenizer, cast(Prior, model), labels=self.data.class_names, sampler=sampler)
 
-    def save(self, model: nn.Module, run: Path, facts: dict[str, Any]) -> None:
+    def save(self, model: nn.Module, run: Path, facts: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
         """The pipeline's folder, with where its images came from and a sample grid on its card."""
         pipeline = self.pipeline(model)
-        if self.begun:
-            facts = {**facts, "objective": self.config.objective or "likelihood", "init": self.begun}
+        if self.init:
+            facts = {**facts, "objective": self.config.objective or "likelihood", "init": self.init}
         pipeline.provenance = {**self.data.source, "prior": facts}
-        grid = self.shown["samples"] if "samples" in self.shown else pipeline.sample_picture()
-        pipeline.save_pretrained(run / "pipeline", sample_grid=grid)
+        pipeline.save_pretrained(run / "pipeline", sample_grid=pictures["samples"])
 
 
 def training_splits(data: TokenDataset) -> tuple[TokenSplit, dict[Split, TokenSplit]]:
@@ -276,13 +270,6 @@ def without_labels(data: TokenDataset) -> TokenDataset:
     """Return the same tokens without classes."""
     splits = {name: TokenSplit(split.tokens, None) for name, split in data.splits.items()}
     return replace(data, class_names=[], splits=splits)
-
-
-def marks_of(data: TokenDataset) -> list[Mark]:
-    """The tokens, and the tokenizer that made them, by their fingerprints."""
-    rows = {name: len(split) for name, split in data.splits.items()}
-    made = Mark("tokens", data.digest, {"rows": rows, "classes": data.num_classes})
-    return [made, Mark("tokenizer", data.tokenizer.fingerprint(), {"kind": data.tokenizer.name})]
 
 
 def build_prior(node: dict[str, Any], data: TokenDataset) -> Prior:

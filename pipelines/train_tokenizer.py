@@ -28,15 +28,16 @@ from .images.origin import is_local
 from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual, weights_file
 from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
+from .processes.sharing import ALONE, Team
 from .stages.provenance import data_of, file_of, save_tokenizer, tokenizer_folder
-from .tracking import Mark, TrackConfig
+from .tracking import TrackConfig
 from .training.adversary import Adversary, CriticConfig, make_adversary
-from .training.loop import train
 from .training.losses import LossConfig, loss_weights_of
 from .training.optimizers import hidden_matrices
 from .training.schedule import TrainConfig
 from .training.stopping import what_is_saved
 from .training.task import Split, Task
+from .training.trainer import train
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -176,14 +177,14 @@ class TokenizerTask(Task):
             figures |= {f"{name}_{scale}": value for name, value in codebook_usage(uses).items()}
         return {f"codebook_{name}": value for name, value in figures.items()} | self.tokenizer.figures
 
-    def matrices(self) -> set[nn.Parameter]:
+    def matrices(self) -> dict[nn.Parameter, int]:
         """Those of the tokenizer: a critic's game is played with Adam."""
         return hidden_matrices(self.tokenizer)
 
-    def preview(self, model: Any) -> dict[str, np.ndarray]:
+    def preview(self, model: Any, group: Team = ALONE) -> dict[str, np.ndarray]:
         """Images that are not trained on, each row above its reconstructions, and how the codebook is used. They are
         few: the first process makes them alone."""
-        if not self.team.leads:
+        if not group.leads:
             return {}
         images = self.judged[self.watched]
         count = min(64, len(images), images_at_a_time(images.image_shape))
@@ -193,9 +194,9 @@ class TokenizerTask(Task):
             "codebook": self.model.use.picture(model.tokenizer, some),
         }
 
-    def evaluate(self, model: Any, split: Split) -> dict[str, float]:
+    def evaluate(self, model: Any, split: Split, group: Team = ALONE) -> dict[str, float]:
         """PSNR in dB, pixel losses, codebook usage and perplexity on a split."""
-        return evaluate_reconstruction(model.tokenizer, self.judged[split], EVALUATED_IMAGES, self.team)
+        return evaluate_reconstruction(model.tokenizer, self.judged[split], EVALUATED_IMAGES, group)
 
     def score(self, evaluation: dict[str, float]) -> float | None:
         """PSNR; None with a critic or LPIPS, which lower it for better looks, and no figure here measures these."""
@@ -210,13 +211,12 @@ class TokenizerTask(Task):
         folder, tokens = (quote(str(path)) for path in (run / "tokenizer", f"{run}_tokens"))
         return f"tokenizer: {folder}; next: smalti encode{as_asked()} tokenizer={folder} out={tokens}"
 
-    def save(self, model: Any, run: Path, facts: dict[str, Any]) -> None:
+    def save(self, model: Any, run: Path, facts: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
         """The tokenizer's folder, with where its images came from."""
         self.images.write_report(run)
         data = self.config.data
         known = {"data": data.model_dump(mode="json"), "local": is_local(data.source), "tokenizer": facts}
         save_tokenizer(model.tokenizer, run / "tokenizer", known)
-        self.made = [Mark("tokenizer", model.tokenizer.fingerprint(), {"kind": model.tokenizer.name})]
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.layers import FusedLinear
+
 from .base import Prior, to_device_async
 from .heads import IdEmbedding
 from .masks import Window
@@ -42,10 +44,10 @@ class Layer(nn.Module):
         dim, hidden = config.dim, config.hidden or -(-config.dim * 8 // 96) * 32
         self.heads, self.attention_dropout = config.heads, config.attention_dropout
         self.attention_norm, self.mlp_norm = nn.RMSNorm(dim, eps=EPS), nn.RMSNorm(dim, eps=EPS)
-        self.q, self.kv = nn.Linear(dim, dim, bias=False), nn.Linear(dim, 2 * dim, bias=False)
+        self.q, self.kv = nn.Linear(dim, dim, bias=False), FusedLinear(dim, dim, parts=2, bias=False)
         self.gain = nn.Parameter(torch.full((config.heads, 1), 1.2))  # scale of the normalised queries
         self.project = nn.Linear(dim, dim, bias=False)
-        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.gate_up = FusedLinear(dim, hidden, parts=2, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 

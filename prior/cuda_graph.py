@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class Graph:
     """A computation of a model for inputs of the same shapes, which `key` identifies."""
 
     last: Graph | None = None
+    allowed: bool = True
 
     def __init__(self, model: nn.Module, key: Any) -> None:
         self.model, self.key, self.failed = weakref.ref(model, self._release), key, False
@@ -71,9 +73,20 @@ def release_graph() -> None:
     Graph.last = None
 
 
+@contextmanager
+def without_graphs() -> Iterator[None]:
+    """Compute eagerly in this block, after which no memory of a graph stays."""
+    release_graph()
+    Graph.allowed, before = False, Graph.allowed
+    try:
+        yield
+    finally:
+        Graph.allowed = before
+
+
 def can_capture(device: torch.device) -> bool:
     """Return whether graphs can be captured on this device now."""
-    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+    if not Graph.allowed or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return False
     return not torch.cuda.is_current_stream_capturing()
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tokenizer.base import TokenGrid, at_least_float32
 from tokenizer.config import ModelConfig
+from tokenizer.layers import FusedLinear
 from tokenizer.model import Registered
 
 from .objectives import mean_nats, token_nats
@@ -178,7 +179,8 @@ class Layer(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(dim, eps=EPS)
-        self.gate_up, self.down = nn.Linear(dim, 2 * hidden, bias=False), nn.Linear(hidden, dim, bias=False)
+        self.gate_up = FusedLinear(dim, hidden, parts=2, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(self.norm(x)).chunk(2, -1)

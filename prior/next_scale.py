@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tokenizer.base import Resize
+from tokenizer.layers import FusedLinear
 
 from .base import Prior
 from .orders import Partition
@@ -132,7 +133,7 @@ class ScaleBlock(Block):
     def __init__(self, config: NextScaleConfig) -> None:
         super().__init__(config, causal=False)
         self.markov = config.attention == "markov"
-        self.modulate = nn.Linear(config.dim, 6 * config.dim) if config.adaln else None
+        self.modulate = FusedLinear(config.dim, config.dim, parts=6) if config.adaln else None
 
     def forward(  # type: ignore[override]
         self, x: Tensor, rotations: Tensor, label: Tensor, ranges: Ranges, cached: Tensor | None = None

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tokenizer.base import at_least_float32
+from tokenizer.layers import FusedLinear
 
 from .base import PriorConfig
 from .masks import Window, window_problem
@@ -115,10 +116,10 @@ class Block(nn.Module):
         dim, hidden = config.dim, config.hidden or -(-config.dim * 8 // 96) * 32
         self.causal, self.heads, self.attention_dropout = causal, config.heads, config.attention_dropout
         self.attention_norm, self.mlp_norm = nn.RMSNorm(dim, eps=EPS), nn.RMSNorm(dim, eps=EPS)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = FusedLinear(dim, dim, parts=3, bias=False)
         self.gain = nn.Parameter(torch.full((config.heads, 1), 1.2))  # scale of the normalised queries
         self.project = nn.Linear(dim, dim, bias=False)
-        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.gate_up = FusedLinear(dim, hidden, parts=2, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 

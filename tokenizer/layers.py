@@ -99,6 +99,15 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h)))
 
 
+class FusedLinear(nn.Linear):
+    """Several linear maps of one input as one product, their weights one above the other. `train.optimizer=muon` reads
+    `parts`, and moves each as a matrix of its own."""
+
+    def __init__(self, inputs: int, outputs: int, parts: int, bias: bool = True) -> None:
+        super().__init__(inputs, parts * outputs, bias=bias)
+        self.parts = parts
+
+
 class SelfAttention(nn.Module):
     """Single-head attention over all positions, added to the input `(B, width, H, W)`."""
 

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, AutoencoderConfig
-from .layers import Unshuffle
+from .layers import FusedLinear, Unshuffle
 
 
 class ViTConfig(AutoencoderConfig):
@@ -81,7 +81,7 @@ class Block(nn.Module):
         dim, hidden = config.dim, config.mlp * config.dim
         self.heads = config.heads
         self.attention_norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.project = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv, self.project = FusedLinear(dim, dim, parts=3), nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
 
     def forward(self, x: Tensor) -> Tensor:

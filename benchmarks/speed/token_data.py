@@ -151,7 +151,7 @@ def in_a_process(*arguments: str) -> Any:
 
 def order_line(rows: int) -> str:
     """What the order of so many rows costs a step."""
-    from pipelines.shuffling.epochs import samples_of
+    from pipelines.shuffling import samples_of
 
     cells = []
     for size in SIZES:

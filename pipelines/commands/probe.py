@@ -30,7 +30,7 @@ from ..images.loading import require_unseen
 from ..images.pictures import save_picture
 from ..metrics.charts import BLUE, INK, Pixels, render
 from ..processes.claims import alone_at
-from ..shuffling.epochs import random_rows
+from ..shuffling import random_rows
 from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults, trained_data
 from ..stages.representation import choose_layer, embed, embed_layers

@@ -22,7 +22,7 @@ from ..images.decoding import try_decode
 from ..images.folders import find_images
 from ..images.loading import require_unseen
 from ..images.pictures import SUFFIXES, grid_picture, save_picture
-from ..shuffling.epochs import random_rows
+from ..shuffling import random_rows
 from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults, trained_data
 from ..stages.representation import choose_layer, choose_pool, embed, nearest_neighbours

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..config import Config
-from ..shuffling.hashing import DRAWS, uniforms
+from ..shuffling import DRAWS, uniforms
 
 
 class AugmentConfig(Config):

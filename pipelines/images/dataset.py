@@ -22,8 +22,7 @@ from torch import Tensor
 from tokenizer.files import one_line
 
 from ..config import UserError, is_first_process
-from ..shuffling.epochs import samples_of
-from ..shuffling.rows import positions_of
+from ..shuffling import positions_of, samples_of
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
 from .bad import Report, append_report
 from .base import WORKERS, DataConfig, Rows

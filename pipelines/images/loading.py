@@ -8,14 +8,14 @@ from numpy.typing import NDArray
 from tokenizer.config import show_value
 
 from ..config import UserError
-from ..shuffling.hashing import splitmix64
-from ..shuffling.shards import drawn_by_blocks
+from ..shuffling import splitmix64
 from .bad import judge
 from .base import DataConfig, Rows, SplitRows
 from .dataset import ImageDataset, Splits
 from .decoding import decode_all
 from .labels import number_labels
 from .origin import place_of
+from .shards.order import drawn_by_blocks
 from .sources import open_source
 from .splits import held_out_split, tell_splits, validation_count
 

@@ -24,7 +24,7 @@ from tokenizer.files import one_line
 
 from ..config import UserError, is_first_process
 from ..config.terminal import tell
-from ..shuffling.hashing import splitmix64
+from ..shuffling import splitmix64
 from .base import DataConfig, Payload, Rows, SplitRows, show_progress
 from .folders import STREAM, files_below, find_images, image_folder, known_file, split_folders, stamps_at
 from .hub import offline_if_unreachable, reason_of

@@ -12,12 +12,12 @@ from torch import Tensor
 from tokenizer.files import one_line
 
 from ..config import UserError, is_first_process
-from ..shuffling.rows import positions_of
-from ..shuffling.shards import ShardOrder, blocks_among
+from ..shuffling import positions_of
 from .bad import Problem, Report, listed
 from .base import DataConfig, Rows
 from .dataset import ImageDataset, Indices
 from .decoding import Decoded
+from .shards.order import ShardOrder, blocks_among
 
 TRIED = 8  # images that are read at a time to find a good one
 FEW = 1000  # images before which the share of bad ones does not count

@@ -14,7 +14,7 @@ from tokenizer.base import codebook_usage
 from tokenizer.losses import pixel_losses, psnr
 
 from ..images import ImageDataset
-from ..shuffling.epochs import spread
+from ..shuffling import spread
 from .codebook import MISSED, RARE, code_distances, count_tokens, part_names
 from .reconstruction import SOME, drafts, look_figures, looks_of
 

@@ -14,7 +14,7 @@ from tokenizer import TokenGrid, Tokenizer
 
 from ..images import ImageDataset
 from ..processes.sharing import ALONE, Team
-from ..shuffling.epochs import spread
+from ..shuffling import spread
 from ..tokens import TokenSplit
 from .quality import shuffled
 from .reconstruction import images_at_a_time
@@ -48,7 +48,7 @@ def bits_per_token(
     return -float(nats.mean()) / (math.log(2) * len(model.grid))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference mode would reach into the memory that sharded weights are gathered in
 def log_probs(model: Any, split: TokenSplit, rows: np.ndarray, num_orders: int = 1, team: Team = ALONE) -> Tensor:
     """log p `(len(rows),)` of the rows asked for, float64 nats on the CPU; num_orders: as in `Prior.log_prob`."""
     size = rows_at_a_time(model.grid)

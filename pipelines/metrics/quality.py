@@ -22,7 +22,7 @@ from tokenizer.base import in_finest
 
 from ..images import ImageDataset
 from ..processes.sharing import ALONE, Team
-from ..shuffling.epochs import samples_of
+from ..shuffling import samples_of
 from .frechet import frechet_distance
 
 Change = Callable[[Tensor], Tensor]

@@ -16,7 +16,7 @@ from tokenizer.losses import pixel_losses, psnr
 from ..images import ImageDataset, to_float, to_uint8
 from ..images.pictures import grid_picture
 from ..processes.sharing import ALONE, Team
-from ..shuffling.epochs import spread
+from ..shuffling import spread
 from .quality import ssim
 from .texture import flat_windows, texture_figures
 

@@ -36,6 +36,8 @@ class Team:
 
     rank: int = 0
     world: int = 1
+    lockstep: bool = False
+    """Whether what is mapped has collectives inside, as a sharded model, so that all have to call it equally often."""
 
     @property
     def leads(self) -> bool:
@@ -48,10 +50,16 @@ class Team:
 
     def map(self, act: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """`act` of each item, in order, each done by one process."""
-        parts = self.gather(lambda: [act(item) for item in self.mine(items)])
+        parts = self.gather(lambda: self._act_on_mine(act, items))
         found: list[Any] = [None] * len(items)
         for rank, part in enumerate(parts):
             found[rank :: self.world] = part
+        return found
+
+    def _act_on_mine(self, act: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        found = [act(item) for item in self.mine(items)]
+        if self.lockstep and items and len(found) < -(-len(items) // self.world):
+            act(items[0])
         return found
 
     def total(self, counts: Tensor) -> Tensor:

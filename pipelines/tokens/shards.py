@@ -23,7 +23,7 @@ from torch import Tensor
 from tokenizer import TokenGrid
 from tokenizer.files import FormatError, IntegrityError, fsync
 
-from ..shuffling.rows import positions_of
+from ..shuffling import positions_of
 
 ROWS_PER_SHARD = 1 << 14
 ONE_FILE = 64 << 20  # a split of fewer bytes is one file

@@ -1,107 +1,151 @@
-"""What a run says of itself while it trains, and at its end."""
+"""What a run says of itself: when it begins, while it trains, and at its end."""
 
 from __future__ import annotations
 
 import math
 import sys
-import time
-from collections.abc import Mapping
-from typing import Any, TextIO
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from ..config.terminal import tell
-from .schedule import learning_rate
-from .state import Training
+import torch
+from torch import Tensor
 
-SHOWN_EVERY = 0.5  # seconds
+from tokenizer.base import in_finest
 
+from ..config.terminal import by_clause, tell
+from ..processes.precision import told_precision
 
-def report(training: Training, progress: float, since: tuple[int, float]) -> dict[str, float]:
-    """Means of the logged terms since the last report, speed and learning rate; starts a new window. There is no speed
-    where this process has made no step, of a line that was due when the one before was told to end."""
-    record = {name: total / count for name, (total, count) in training.window.items()}
-    training.window = {}
-    record["learning_rate"] = learning_rate(training.config, training.step, progress)
-    steps, seconds = training.step - since[0], max(1e-9, time.monotonic() - since[1])
-    if steps:
-        record["images_per_second"] = images = steps * training.config.batch_size / seconds
-        record["tokens_per_second"] = images * training.task.tokens_per_row
-    return record | {"minutes": training.minutes, "skipped_steps": training.skipped}
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 
-def progress_bar(training: Training, hidden: bool) -> Any:
-    """A bar on the main process's terminal, with loss, speed and time left; nothing where there is no terminal."""
+class RunningMeans:
+    """Sums of the scalars that are logged, on the device, so that the host does not wait for every step."""
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[str, ...], Tensor] = {}
+        """Sum and count `(2, n)` of the scalars with these n names."""
+
+    def add(self, names: tuple[str, ...], values: Tensor, finite: Tensor) -> None:
+        """Add `values` `(n,)`, unless not all are `finite`."""
+        if names not in self.sums:
+            self.sums[names] = values.new_zeros(2, len(names))
+        self.sums[names] += torch.where(finite, torch.stack([values, torch.ones_like(values)]), 0.0)
+
+    def read(self) -> dict[str, float]:
+        """Return the mean of each scalar that was added, on the host."""
+        totals: dict[str, list[float]] = {}
+        for names, tensor in self.sums.items():
+            for name, total, number in zip(names, *tensor.tolist(), strict=True):
+                before = totals.get(name, [0.0, 0.0])
+                totals[name] = [before[0] + total, before[1] + number]
+        return {name: total / number for name, (total, number) in totals.items() if number}
+
+    def to_json(self) -> list[Any]:
+        """Return all that was added as JSON."""
+        return [[list(names), tensor.tolist()] for names, tensor in self.sums.items()]
+
+    @classmethod
+    def from_json(cls, saved: list[Any], device: torch.device) -> RunningMeans:
+        """Return what `to_json` was called on, to the bit."""
+        found = cls()
+        found.sums = {
+            tuple(names): in_finest(torch.tensor(sums, dtype=torch.float64).to(device)) for names, sums in saved
+        }
+        return found
+
+
+def announce(trainer: Trainer, changes: list[str], reason: str = "") -> None:
+    """Print that the run begins or goes on, with what, and which of its settings have changed. reason: why it has
+    this precision. Raises `UserError` if its files will not fit on the disk."""
+    if not trainer.main or trainer.is_finished(trainer.agree_on_progress(alone=True)):
+        return
+    trainer.require_room()
+    task, accelerator, precision = trainer.task, trainer.accelerator, trainer.accelerator.mixed_precision
+    parameters = sum(p.numel() for p in task.model.parameters())
+    processes = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
+    validating = f", {task.evaluated['validation']:,} for validation" if "validation" in task.evaluated else ""
+    line = (
+        f"{trainer.run}: {f'continuing from step {trainer.step}' if trainer.step else 'starting'}; {parameters:,} "
+        f"parameters, {task.rows:,} training rows{validating}, {processes} on {trainer.device}, "
+        f"{precision} mixed precision{reason and f' ({reason})'}{', weights sharded' if trainer.sharded else ''}"
+    )
+    print(by_clause(line), flush=True)
+    has_bf16 = trainer.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if not reason and (line := told_precision(precision, has_bf16)):
+        print(f"{trainer.run}: {line}", flush=True)
+    if task.players and task.watched == "held_out":
+        what = "figures while training are of the images held out, and the last weights are kept"
+        print(f"{trainer.run}: no images for validation: {what}", flush=True)
+    if trainer.precision_before not in (None, precision):
+        changes = [f"mixed precision: {trainer.precision_before} -> {precision}", *changes]
+    if trainer.step and changes:
+        print(f"{trainer.run}: from here on {', '.join(changes)}", flush=True)
+
+
+@contextmanager
+def progress_bar(trainer: Trainer) -> Iterator[Any]:
+    """Show a bar on the main process's terminal; nothing where there is no terminal, or nothing to train."""
     from tqdm import tqdm
 
-    shown = training.accelerator.is_main_process and training.task.players and not hidden
-    return tqdm(
-        total=training.config.steps,
-        initial=training.step,
-        unit="step",
-        dynamic_ncols=True,
-        mininterval=SHOWN_EVERY,
-        miniters=1,
-        disable=None if shown else True,
-    )
+    hidden = not (trainer.main and trainer.task.players) or trainer.is_finished(trainer.agree_on_progress(alone=True))
+    options: dict[str, Any] = {"dynamic_ncols": True, "mininterval": 0.5, "miniters": 1}
+    with tqdm(
+        total=trainer.config.steps, initial=trainer.step, unit="step", disable=True if hidden else None, **options
+    ) as bar:
+        yield bar
 
 
-def tick(bar: Any, training: Training) -> None:
-    """Count a step in the bar. Every half second the bar shows the loss since the last report, as far as it is known
-    here: nobody waits for a GPU."""
-    if not bar.disable and time.time() - bar.last_print_t >= bar.mininterval:
-        known = {name: total / count for name, (total, count) in training.window.items() if count}
-        if known:
-            bar.set_postfix_str(f"loss {loss_of(known):.4f}{time_left(training)}", refresh=False)
-    bar.update(1)
-
-
-def loss_of(terms: Mapping[str, float]) -> float:
-    """The loss among logged terms: with several players, that of the first."""
-    return next((value for name, value in terms.items() if name.endswith("loss")), math.nan)
-
-
-def time_left(training: Training) -> str:
-    """How many minutes are left of a run that ends by the clock."""
-    minutes = training.config.minutes
-    return f", {max(0.0, minutes - training.minutes):.1f} of {minutes:g} min left" if minutes else ""
-
-
-def show(bar: Any, training: Training, record: dict[str, float]) -> None:
-    """The report in the bar, or as a line where output goes to a file."""
-    loss = loss_of(record)
-    if training.accelerator.is_main_process and bar.disable:
+def show(trainer: Trainer, record: dict[str, float], bar: Any) -> None:
+    """Show a report in the bar, or as a line where output goes to a file."""
+    loss = next((value for name, value in record.items() if name.endswith("loss")), math.nan)
+    total = trainer.config.minutes
+    left = f", {max(0.0, total - trainer.minutes):.1f} of {total:g} min left" if total else ""
+    bar.set_postfix_str(f"loss {loss:.4f}{left}")
+    if trainer.main and bar.disable:
         speed = f"{record['images_per_second']:.0f} images/s, " if "images_per_second" in record else ""
-        line = f"step {training.step}: loss {loss:.4f}, {speed}{training.minutes:.1f} min"
-        tell(line, lines_go_to())
-    bar.set_postfix_str(f"loss {loss:.4f}{time_left(training)}")
+        in_notebook = type(sys.stderr).__module__ == "ipykernel.iostream"  # which shows stderr as if it were errors
+        line = f"step {trainer.step}: loss {loss:.4f}, {speed}{trainer.minutes:.1f} min"
+        tell(line, sys.stdout if in_notebook else sys.stderr)
 
 
-def lines_go_to() -> TextIO:
-    """Stderr; in a notebook stdout, as it shows what goes to stderr as if something had gone wrong."""
-    return sys.stdout if type(sys.stderr).__module__ == "ipykernel.iostream" else sys.stderr
-
-
-def conclusion(training: Training) -> tuple[dict[str, Any], list[list[Any]]]:
-    """How a run has ended, for a tracker's table of runs: steps, minutes, the best and the last figures; and the same
-    figures as rows of (weights, split, figure, value)."""
-    watched, best = training.task.watched, training.best
-    groups = [("last", watched, training.evaluation)]
+def conclusion(trainer: Trainer) -> tuple[dict[str, Any], list[list[Any]]]:
+    """Return how a run has ended, for a tracker's table of runs: steps, minutes, the best and the last figures; and
+    the same figures as rows of (weights, split, figure, value)."""
+    watched, best = trainer.task.watched, trainer.best
+    groups = [("last", watched, trainer.evaluation)]
     groups += [("best", watched, best["evaluation"])] if best else []
-    summary: dict[str, Any] = {"steps": training.step, "minutes": training.minutes}
+    summary: dict[str, Any] = {"steps": trainer.step, "minutes": trainer.minutes}
     summary |= {f"{weights}/{name}": value for weights, _, found in groups for name, value in found.items()}
     if best:
         summary["best/step"] = best["step"]
-    groups.append((f"left at the end{', best' if best else ''}", "held_out", training.reported))
-    return summary, [[weights, split, name, value] for weights, split, found in groups for name, value in found.items()]
+    groups.append((f"left at the end{', best' if best else ''}", "held_out", trainer.reported))
+    rows = [[weights, split, name, value] for weights, split, found in groups for name, value in found.items()]
+    return summary, rows
 
 
-def told_end(training: Training, done: bool, before: bool) -> str:
-    """How far the run has come, what it has made, and what comes next. before: whether it had been finished before."""
+def describe_end(trainer: Trainer, done: bool, was_finished: bool) -> str:
+    """Return how far the run has come, what it has made, and what comes next."""
     if not done:
-        return f"told to end at step {training.step}; the same command continues"
-    task, minutes = training.task, f"{training.minutes:.1f} min"
-    trained = f"{training.step:,} steps in {minutes}" if task.players else "nothing to train"
-    if training.best and training.best["step"] != training.step:
-        trained += f", of which step {training.best['step']:,} was best"
-    quality = task.quality(training.reported or training.evaluation)
-    begin, nothing = ("already finished", "; nothing to do") if before else ("done", "")
-    return f"{begin}: {trained}{quality and f', {quality}'}{nothing}; {task.outcome(training.run)}"
+        return f"stopped at step {trainer.step}; the same command continues"
+    task, minutes = trainer.task, f"{trainer.minutes:.1f} min"
+    trained = f"{trainer.step:,} steps in {minutes}" if task.players else "nothing to train"
+    if trainer.best and trainer.best["step"] != trainer.step:
+        trained += f", of which step {trainer.best['step']:,} was best"
+    quality = task.quality(trainer.reported or trainer.evaluation)
+    begin, nothing = ("already finished", "; nothing to do") if was_finished else ("done", "")
+    return f"{begin}: {trained}{quality and f', {quality}'}{nothing}; {task.outcome(trainer.run)}"
+
+
+def describe_figures(trainer: Trainer, done: bool) -> dict[str, Any]:
+    """Return the figures of the weights that a snapshot holds, of how many images of a split they are, and, at the
+    end of a run, which step's weights they are."""
+    task = trainer.task
+    evaluation = trainer.best["evaluation"] if done and trainer.best else trainer.evaluation
+    if task.watched == "validation":
+        evaluation = {f"validation_{name}": value for name, value in evaluation.items()}
+    if not done:
+        return {"evaluation": evaluation, "images": {task.watched: task.evaluated[task.watched]}}
+    facts: dict[str, Any] = {"evaluation": evaluation | trainer.reported, "images": task.evaluated}
+    return facts | ({"best_step": trainer.best["step"]} if trainer.best else {})

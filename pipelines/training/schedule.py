@@ -1,14 +1,11 @@
-"""What a step is a function of: sizes and rates, learning rate, order of the data, average of the weights."""
+"""How long, how fast and how often a run trains, and its learning rate."""
 
 from __future__ import annotations
 
 import math
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BeforeValidator, Field
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from ..config import Config
 
@@ -80,27 +77,6 @@ class TrainConfig(Config):
         le=1e6,
         description="seconds that processes wait for one that is silent, or that evaluates, before the run ends",
     )
-
-
-@torch.no_grad()
-def move_average(averaged: AveragedModel, model: nn.Module, decay: float) -> None:
-    """Average the weights of `model` with min(decay, (1 + n) / (10 + n)) after n updates, so that early ones are soon
-    forgotten; the first are copied. The count is on the CPU, so that no GPU is asked for it."""
-    averages: list[Tensor] = list(averaged.module.parameters())
-    current: list[Tensor] = list(model.parameters())
-    if n := int(averaged.n_averaged):
-        torch._foreach_lerp_(averages, current, 1 - min(decay, (1 + n) / (10 + n)))
-    else:
-        for average, weights in zip(averages, current, strict=True):
-            average.copy_(weights)
-    averaged.n_averaged += 1
-
-
-@torch.no_grad()
-def copy_buffers(averaged: AveragedModel, model: nn.Module) -> None:
-    """Copy buffers, which are not averaged."""
-    for buffer, current in zip(averaged.module.buffers(), model.buffers(), strict=True):
-        buffer.copy_(current)
 
 
 def learning_rate(config: TrainConfig, step: int, progress: float) -> float:

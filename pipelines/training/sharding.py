@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from ..config import UserError
 from .blocks import repeated_blocks
@@ -53,19 +52,21 @@ def require_shardable(task: Task) -> None:
         )
 
 
-def shard(task: Task, averaged: AveragedModel, accelerator: Accelerator) -> nn.Module | None:
+def shard(task: Task, average: nn.Module, accelerator: Accelerator) -> nn.Module | None:
     """Shard the task's model and its average in place, from wherever they are to the accelerator's device.
 
-    Returns, on the main process, a whole copy of the average on the CPU, into which `checkpoints.sharded.gather` puts
-    weights.
+    Returns, on the main process, a whole copy of the average on the CPU, for weights that are put together there.
     """
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
     # Nothing writes into what a block returns, view or not.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     names = {parameter: name for name, parameter in task.model.named_parameters()}
-    copied = copy.deepcopy(averaged.module) if accelerator.is_main_process else None
+    copied = copy.deepcopy(average) if accelerator.is_main_process else None
     options = _options(accelerator)
-    for model in (task.model, averaged.module):
-        _shard_blocks(model, options)
+    _shard_blocks(task.model, options)
+    _shard_blocks(average, {key: value for key, value in options.items() if key != "mp_policy"})
+    register_fsdp_forward_method(average, "log_prob")
     found = dict(task.model.named_parameters())
     task.players = {player: [found[names[p]] for p in parameters] for player, parameters in task.players.items()}
     if accelerator.mixed_precision == "bf16":

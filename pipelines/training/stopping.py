@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any
 
 from ..config import is_first_process
-from .checkpoints.rotation import states_in, step_of
+from .checkpoint import list_checkpoints, step_of
 
 TWICE = 0.5  # seconds in which a second SIGINT is the same Ctrl-C: a launcher may pass on what the terminal has sent
 
@@ -75,8 +75,8 @@ class Stop:
 
 
 @contextmanager
-def heeded(stop: Stop, alone: bool) -> Iterator[None]:
-    """Let `stop` know of signals. Signals that are ignored (`nohup`, a background job) stay so, but for SIGTERM.
+def heed_signals(stop: Stop, alone: bool) -> Iterator[None]:
+    """Let `stop` know of signals. Ignored signals (`nohup`, a background job) stay ignored, except SIGTERM.
 
     alone: whether this is the only process of the run.
     """
@@ -103,7 +103,7 @@ def heeded(stop: Stop, alone: bool) -> Iterator[None]:
 def what_is_saved(run: Path) -> str:
     """What is left of a run that ends now."""
     try:
-        states = states_in(run / "state")
+        states = list_checkpoints(run)
     except OSError as error:
         return f"what is saved cannot be seen ({error.strerror})"
     if not states:

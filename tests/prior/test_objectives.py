@@ -13,7 +13,7 @@ from small import PRIORS, draw_tokens, make_prior
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pipelines.shuffling.draws import other_labels
+from pipelines.shuffling import other_labels
 from prior import objectives
 from prior.objectives import Alignment, Likelihood, alignment_loss, alignment_problem, mean_nats, token_nats
 

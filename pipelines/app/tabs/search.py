@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...images.dataset import ImageDataset
-from ...shuffling.epochs import random_rows
+from ...shuffling import random_rows
 from ...stages.representation import embed, nearest_neighbours
 from ..elements import pictures, shown
 from ..jobs import Job

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipelines.images import to_float
 from pipelines.metrics.reconstruction import look_figures, looks_of
 from pipelines.metrics.texture import flat_windows, in_levels, texture_figures, texture_line
-from pipelines.shuffling.epochs import spread
+from pipelines.shuffling import spread
 
 LEVEL = 1 / 127.5
 SIDE = 64

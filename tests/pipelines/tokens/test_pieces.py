@@ -22,7 +22,7 @@ from small import make_tokenizer
 from pipelines import encode
 from pipelines.config import UserError
 from pipelines.encode import run
-from pipelines.shuffling.ahead import AHEAD
+from pipelines.prefetch import AHEAD
 from pipelines.tokens import load_tokens
 from pipelines.tokens.pieces import recover
 
@@ -171,7 +171,7 @@ def together(monkeypatch, count, settings):
     with monkeypatch.context() as patch:
         patch.setattr(encode, "build_accelerator", several.accelerator)
         patch.setattr(encode, "variants_of", variants_of)
-        patch.setattr(encode, "made_ahead", lambda make, items: (make(item) for item in items))  # in this very thread
+        patch.setattr(encode, "prefetch", lambda make, items: (make(item) for item in items))  # in this very thread
         patch.setattr(encode, "team_of", several.team_of)
         several.run(lambda: run(settings))
     return rows

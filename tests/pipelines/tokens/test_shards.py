@@ -21,7 +21,7 @@ from small import make_prior, make_tokenizer
 from pipelines import train_prior
 from pipelines.commands.verify import VerifyConfig
 from pipelines.commands.verify import run as verify
-from pipelines.shuffling.hashing import uniforms
+from pipelines.shuffling import uniforms
 from pipelines.tokens import TokenSplit, load_tokens, shards
 from pipelines.tokens import dataset as tokens
 from pipelines.tokens.meta import META

@@ -47,7 +47,7 @@ from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
 from pipelines.metrics.likelihood import bits_per_token
 from pipelines.metrics.reconstruction import evaluate_reconstruction
-from pipelines.shuffling.epochs import samples_of
+from pipelines.shuffling import samples_of
 from pipelines.tokens import load_tokens
 from pipelines.train_tokenizer import TokenizerTask, TrainTokenizerConfig
 from pipelines.training import loop as training

@@ -55,7 +55,7 @@ from pipelines.compression.coder import Coder
 from pipelines.config.command import parse
 from pipelines.images.augment import AugmentConfig, draw_changes
 from pipelines.images.dataset import prepare_images
-from pipelines.shuffling.ahead import pinned, sent
+from pipelines.prefetch import pin_memory, to_device_async
 from pipelines.training.adversary import Adversary, CriticConfig
 from prior import Prior
 from prior.heads import Head
@@ -117,7 +117,7 @@ def travel() -> None:
     config = AugmentConfig(flip=True, shift=2, rotate=20.0, zoom=0.2)
     pixels = torch.randint(256, (9, 3, 12, 10), dtype=torch.uint8)
     batch = pixels, draw_changes(np.arange(9), 3, config, 0)
-    there = prepare_images(*sent(pinned(batch), CUDA), config)
+    there = prepare_images(*to_device_async(pin_memory(batch), CUDA), config)
     assert isinstance(there, Pretended) and torch.equal(there.cpu(), prepare_images(*batch, config))
 
 
@@ -428,7 +428,7 @@ def two_ranks() -> Iterator[Component]:
 
 
 def try_ranks(name: str) -> None:
-    def sent(tensor: Tensor, *_: Any, **__: Any) -> None:
+    def to_device_async(tensor: Tensor, *_: Any, **__: Any) -> None:
         if not isinstance(tensor, Pretended):
             raise DeviceMix("a CPU's tensor in a collective of GPUs")
 

@@ -15,7 +15,7 @@ Made = TypeVar("Made")
 AHEAD = 2  # one may take longer than the use of another, if the next takes less
 
 
-def made_ahead(make: Callable[[T], Made], items: Iterable[T], ahead: int = AHEAD) -> Generator[Made, None, None]:
+def prefetch(make: Callable[[T], Made], items: Iterable[T], ahead: int = AHEAD) -> Generator[Made, None, None]:
     """What `make` returns for each item, in their order, made by one thread, `ahead` of them before they are asked for.
 
     An error comes out where its item is due. Once closed, nothing more is made; closing waits for what is being made.
@@ -33,11 +33,11 @@ def made_ahead(make: Callable[[T], Made], items: Iterable[T], ahead: int = AHEAD
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def pinned(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+def pin_memory(batch: tuple[Any, ...]) -> tuple[Any, ...]:
     """The batch with its tensors in pinned memory, from which they travel to a GPU while the host goes on."""
     return tuple(part.pin_memory() if isinstance(part, Tensor) else part for part in batch)
 
 
-def sent(batch: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
+def to_device_async(batch: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
     """The batch with its tensors on their way to the device; what is computed with them there waits for them."""
     return tuple(part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in batch)

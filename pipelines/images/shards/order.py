@@ -13,8 +13,7 @@ from collections import OrderedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from .epochs import samples_of
-from .hashing import DRAWS, splitmix64, uniforms
+from ...shuffling import DRAWS, samples_of, splitmix64, uniforms
 
 KEPT_WINDOWS = 6  # whose order is kept
 DELAY = DRAWS  # column of the random number for an image's delay, which no augmentation uses

@@ -9,7 +9,7 @@ from itertools import count
 import pytest
 import torch
 
-from pipelines.shuffling.ahead import AHEAD, made_ahead, pinned, sent
+from pipelines.prefetch import AHEAD, pin_memory, prefetch, to_device_async
 
 
 def test_items_come_in_their_order_each_made_once_by_one_thread():
@@ -21,9 +21,9 @@ def test_items_come_in_their_order_each_made_once_by_one_thread():
         time.sleep(0.002 * (item % 3 == 0))
         return item * item
 
-    assert list(made_ahead(make, range(20))) == [item * item for item in range(20)]
+    assert list(prefetch(make, range(20))) == [item * item for item in range(20)]
     assert made == list(range(20)) and len(threads) == 1 and threading.get_ident() not in threads
-    assert list(made_ahead(make, range(1))) == [0] and list(made_ahead(make, ())) == []
+    assert list(prefetch(make, range(1))) == [0] and list(prefetch(make, ())) == []
 
 
 def test_two_are_made_while_one_is_used():
@@ -34,7 +34,7 @@ def test_two_are_made_while_one_is_used():
         if item == AHEAD:
             third.set()
 
-    stream = made_ahead(make, count())
+    stream = prefetch(make, count())
     next(stream)
     assert third.wait(10)
     time.sleep(0.05)
@@ -54,14 +54,14 @@ def test_an_error_comes_out_where_it_is_due_and_closing_ends_the_thread():
             raise KeyboardInterrupt
         return item
 
-    stream = made_ahead(make, range(9))
+    stream = prefetch(make, range(9))
     assert next(stream) == 0 and begun.wait(10)
     threading.Timer(0.05, free.set).start()
     stream.close()
     assert made == [0, 1] and not [
         t for t in threading.enumerate() if t.name.startswith("ahead")
     ]  # what was not begun never is
-    stream = made_ahead(make, range(9))
+    stream = prefetch(make, range(9))
     assert [next(stream) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(KeyboardInterrupt):
         next(stream)
@@ -69,7 +69,7 @@ def test_an_error_comes_out_where_it_is_due_and_closing_ends_the_thread():
 
 
 def test_only_tensors_travel():
-    batch = sent((torch.zeros(3, dtype=torch.uint8), "name"), torch.device("meta"))
+    batch = to_device_async((torch.zeros(3, dtype=torch.uint8), "name"), torch.device("meta"))
     assert batch[0].device.type == "meta" and batch[0].dtype == torch.uint8 and batch[1] == "name"
     if torch.cuda.is_available():
-        assert pinned((torch.zeros(3), None))[0].is_pinned()
+        assert pin_memory((torch.zeros(3), None))[0].is_pinned()

@@ -1,12 +1,34 @@
-"""Orders that are computed: each row once per epoch, whatever is asked for at a time, and no time lost at its end."""
+"""Orders of rows and what is drawn for each: each row once per epoch, and functions of (seed, epoch, row) alone."""
+
+from __future__ import annotations
 
 import math
 import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 
-from pipelines.shuffling.epochs import permuted, permuted_blocks, samples_of
+from pipelines.shuffling import (
+    OTHER,
+    by_row,
+    other_labels,
+    permuted,
+    permuted_blocks,
+    positions_of,
+    samples_of,
+    uniforms,
+)
+
+
+def test_draws_are_uniform_and_independent():
+    draws = np.concatenate([uniforms(0, epoch, np.arange(2000)) for epoch in range(10)])
+    assert draws.min() >= 0 and draws.max() < 1
+    counts = np.stack([np.histogram(column, 20, (0, 1))[0] for column in draws.T])
+    assert np.abs(counts - 1000).max() < 6 * np.sqrt(950)  # six standard deviations
+    assert np.abs(np.corrcoef(draws.T) - np.eye(5)).max() < 0.05
+    assert np.abs(np.corrcoef(draws.reshape(10, 2000, 5)[:, :, 0]) - np.eye(10)).max() < 0.15
+
 
 ROWS = [1, 2, 3, 5, 10, 97, 1000]
 
@@ -62,7 +84,7 @@ def test_blocks_keep_the_disk_to_few_places():
 
 @pytest.mark.parametrize("drawn", [0, 1 << 20])
 def test_both_orders_give_each_row_once_per_epoch(monkeypatch, drawn):
-    monkeypatch.setattr("pipelines.shuffling.epochs.DRAWN", drawn)
+    monkeypatch.setattr("pipelines.shuffling.DRAWN", drawn)
     parts = [samples_of(50, 16, 3, step) for step in range(25)]
     indices, epochs = (np.concatenate(side) for side in zip(*parts, strict=True))
     orders = [indices[epochs == epoch] for epoch in range(8)]
@@ -105,3 +127,56 @@ def test_the_order_is_a_pure_function():
         samples_of(50, 16, 2, int(step))
         assert all((a == b).all() for a, b in zip(samples_of(50, 16, 1, int(step)), wanted[step], strict=True))
     assert any((wanted[step][0] != samples_of(50, 16, 2, step)[0]).any() for step in range(4))
+
+
+HELD = list(range(5))
+
+
+@pytest.mark.parametrize(
+    ("rows", "positions"),
+    [
+        ([3, 0, 3], [3, 0, 3]),
+        ([-1, 0, -5], [4, 0, 0]),
+        (np.array([2, 4], np.uint16), [2, 4]),
+        (torch.tensor([[1], [2]]), [1, 2]),
+        ([], []),
+        ([True, False, False, True, True], [0, 3, 4]),
+        (torch.tensor([False] * 5), []),
+        (slice(None), HELD),
+        (slice(-2, None), HELD[-2:]),
+        (slice(None, None, -2), HELD[::-2]),
+        (slice(9, 20), []),
+    ],
+)
+def test_positions_count_from_zero(rows, positions):
+    found = positions_of(rows, 5)
+    assert found.dtype == np.int64 and found.tolist() == positions
+
+
+@pytest.mark.parametrize("rows", [[True], [0.5], torch.ones(2), ["a"]])
+def test_other_numbers_than_whole_ones_are_refused(rows):
+    with pytest.raises(IndexError, match="^rows should be whole numbers, or a bool for each of 5$"):
+        positions_of(rows, 5)
+
+
+@pytest.mark.parametrize(("rows", "told"), [([5], "5 to 5"), ([0, -6], "-1 to 0")])
+def test_rows_that_are_not_there_are_refused(rows, told):
+    with pytest.raises(IndexError, match=f"^rows go from {told}; there are 5$"):
+        positions_of(rows, 5)
+
+
+def test_another_label_is_as_frequent_as_its_rows():
+    """Of classes with 10, 0, 30 and 60 rows; a class without rows is never drawn."""
+    counts = torch.tensor([10, 0, 30, 60])
+    rows = np.arange(30_000)
+    draws = by_row(rows, rows * 0, 5, OTHER)
+    for own, shares in {0: [0, 0, 1 / 3, 2 / 3], 2: [1 / 7, 0, 0, 6 / 7], 3: [0.25, 0, 0.75, 0]}.items():
+        found = other_labels(torch.full((len(rows),), own), counts, draws)
+        assert np.allclose(torch.bincount(found, minlength=4) / len(rows), shares, atol=0.012)
+
+
+def test_the_ends_of_the_interval_are_classes_too():
+    counts, almost = torch.tensor([2, 3]), np.array([0.0, np.nextafter(1, 0)])
+    for own in (0, 1):
+        assert other_labels(torch.tensor([own, own]), counts, almost).tolist() == [1 - own] * 2
+    assert other_labels(torch.tensor([1, 1]), torch.tensor([2, 3, 4]), almost).tolist() == [0, 2]

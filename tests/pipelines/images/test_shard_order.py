@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from givens.streams import streams_of
 
-from pipelines.shuffling.shards import ShardOrder, drawn_by_blocks
+from pipelines.images.shards.order import ShardOrder, drawn_by_blocks
 from pipelines.training.schedule import TrainConfig
 from pipelines.training.task import Task
 

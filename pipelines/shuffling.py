@@ -1,0 +1,210 @@
+"""Which rows a training step takes, in which order, and what is drawn for each: functions of (seed, epoch, row).
+
+Nothing here depends on the batch or on the number of processes. Few rows are shuffled by a drawn permutation, many by a
+computed one: to draw a permutation of 12.8 million rows takes most of a second and 100 MB at every epoch, a computed
+one gives the row at any position on its own. It is Black and Rogaway's generalised Feistel network (2002, "Ciphers with
+arbitrary finite domains"): positions are pairs (left, right) below `a x b`, the halves take turns being shifted by a
+hash of the other, and results outside of the rows are enciphered again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Random numbers -----------------------------------------------------------------------------------
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+DRAWS = 5  # flip, shift down, shift right, rotation, zoom
+
+
+def uniforms(
+    seed: int, epoch: int, indices: NDArray[np.int64], columns: Sequence[int] = range(DRAWS)
+) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1), (B, 5) or only the given `columns`, that depend on (seed, epoch, index) alone."""
+    key = splitmix64(np.array([seed % 2**64], dtype=np.uint64))
+    key = splitmix64(key ^ np.uint64(epoch % 2**64))
+    key = splitmix64(key ^ indices.astype(np.uint64))
+    bits = splitmix64(key[:, None] + np.array(columns, dtype=np.uint64) * GOLDEN)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Hash every element of an array: the output function of SplitMix64 (Steele, Lea and Flood, 2014)."""
+    z = state + GOLDEN
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z ^= z >> np.uint64(shift)  # in place, without temporary arrays
+        z *= np.uint64(factor)
+    z ^= z >> np.uint64(31)
+    return z
+
+
+# The order of rows ---------------------------------------------------------------------------------
+
+ROUNDS = 8
+
+Positions = NDArray[np.int64]
+
+
+def permuted(positions: Positions, rows: int, *key: int) -> Positions:
+    """The rows `(B,)` at `positions` `(B,)` in a permutation of `range(rows)` that depends on `key` alone."""
+    a = math.isqrt(max(0, rows - 1)) + 1
+    b = -(-rows // a)
+    state = np.array([0], dtype=np.uint64)
+    for part in key:
+        state = splitmix64(state ^ np.uint64(part % 2**64))
+    keys = splitmix64(state + np.arange(ROUNDS).astype(np.uint64))
+    found = _encipher(positions, a, b, keys)
+    while len(outside := np.flatnonzero(found >= rows)):  # at most `a` of `a x b` pairs
+        found[outside] = _encipher(found[outside], a, b, keys)
+    return found
+
+
+def _encipher(positions: Positions, a: int, b: int, keys: NDArray[np.uint64]) -> Positions:
+    left, right = (half.astype(np.uint64) for half in np.divmod(positions, b))
+    for turn, key in enumerate(keys):
+        if turn % 2:
+            right = _moved(right, left ^ key, b)
+        else:
+            left = _moved(left, right ^ key, a)
+    return (left * np.uint64(b) + right).astype(np.int64)
+
+
+def _moved(half: NDArray[np.uint64], other: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
+    """`half` plus a hash of the other, modulo `size` < 2^32."""
+    shift = np.uint64(32)
+    sums = half + (((splitmix64(other) >> shift) * np.uint64(size)) >> shift)
+    return np.where(sums >= size, sums - np.uint64(size), sums)
+
+
+def permuted_blocks(positions: Positions, rows: int, block: int, *key: int) -> Positions:
+    """Like `permuted`, for a slow disk: blocks of `block` neighbouring rows come in a random order, and rows are mixed
+    within each window of `block` blocks, so that whole blocks are read and `block`^2 rows are needed at a time.
+    """
+    blocks = -(-rows // block)
+    found = _in_blocks(positions, blocks, block, key)
+    while len(outside := np.flatnonzero(found >= rows)):  # beyond the end of the last block
+        found[outside] = _in_blocks(found[outside], blocks, block, key)
+    return found
+
+
+def _in_blocks(positions: Positions, blocks: int, block: int, key: tuple[int, ...]) -> Positions:
+    window = block * block
+    windows, found = positions // window, np.empty_like(positions)
+    for index in np.unique(windows):
+        here = windows == index
+        size = min(window, blocks * block - int(index) * window)
+        mixed = permuted(positions[here] - index * window, size, *key, int(index)) + index * window
+        found[here] = permuted(mixed // block, blocks, *key, -1) * block + mixed % block
+    return found
+
+
+DRAWN = 1 << 20  # rows up to which an epoch's permutation is drawn, in about 30 ms
+
+
+def samples_of(
+    rows: int, batch_size: int, seed: int, step: int, block: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row indices and epochs, each `(batch_size,)`, of one step's global batch: a function of its arguments.
+
+    Every epoch has its own permutation. Batches run across the ends of epochs, so each row comes once per epoch. For
+    many rows the permutation is computed: drawing it would take memory and stop the training once per epoch. block:
+    read blocks of so many rows, see `permuted_blocks`; None takes all rows in a random order.
+    """
+    positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
+    epochs, indices = positions // rows, positions % rows
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        if block is not None:
+            indices[here] = permuted_blocks(indices[here], rows, block, seed, int(epoch))
+        elif rows > DRAWN:
+            indices[here] = permuted(indices[here], rows, seed, int(epoch))
+        else:
+            indices[here] = _permutation(rows, seed, int(epoch))[indices[here]]
+    return indices, epochs
+
+
+_permutations: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
+    key = (rows, seed, epoch)
+    if key not in _permutations:
+        if len(_permutations) > 2:
+            _permutations.pop(next(iter(_permutations)))
+        _permutations[key] = np.random.default_rng([seed, epoch]).permutation(rows)
+    return _permutations[key]
+
+
+def spread(size: int, limit: int | None) -> np.ndarray:
+    """All rows below `size`, or `limit` of them, evenly spread because rows of one class may be neighbours."""
+    return np.arange(size) if limit is None or limit >= size else np.linspace(0, size - 1, limit).astype(np.int64)
+
+
+def random_rows(size: int, count: int, seed: int) -> Tensor:
+    """Up to `count` different rows below `size`, int64, in a random order that `seed` decides."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
+
+
+def positions_of(rows: Any, size: int) -> NDArray[np.int64]:
+    """The rows asked for, `(B,)` from 0, of `size`: numbers, which count from the end where they are negative, a bool
+    for each row, or a slice. Raises `IndexError`."""
+    if isinstance(rows, slice):
+        return np.arange(*rows.indices(size))
+    wanted = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows).reshape(-1)
+    if wanted.dtype == bool and len(wanted) == size:
+        wanted = np.flatnonzero(wanted)
+    if len(wanted) and wanted.dtype.kind not in "iu":
+        raise IndexError(f"rows should be whole numbers, or a bool for each of {size}")
+    wanted = wanted.astype(np.int64)
+    wanted = np.where(wanted < 0, wanted + size, wanted)
+    if len(wanted) and (wanted.min() < 0 or wanted.max() >= size):
+        raise IndexError(f"rows go from {wanted.min()} to {wanted.max()}; there are {size}")
+    return wanted
+
+
+# What is drawn for each row ------------------------------------------------------------------------
+
+DROPOUT, TOKEN, ID, OTHER = range(4)
+"""Columns of random numbers: of a row, for label dropout and another label; of a token, whether and by what to replace
+it."""
+
+
+def by_row(indices: np.ndarray, epochs: np.ndarray, seed: int, column: int) -> np.ndarray:
+    """A uniform number in [0, 1) for each of the rows `indices`, `(B,)`."""
+    draws = np.empty(len(indices))
+    for epoch in np.unique(epochs):
+        draws[epochs == epoch] = uniforms(seed, int(epoch), indices[epochs == epoch], columns=(column,))[:, 0]
+    return draws
+
+
+def other_labels(labels: Tensor, counts: Tensor, draws: np.ndarray) -> Tensor:
+    """For each of `labels` `(B,)` another one, int64 `(B,)`: that of a random row among those of all other classes.
+    counts: `(K,)` rows of each class, above 0 for two of them at least; draws: `(B,)` in [0, 1)."""
+    ends, own = counts.cumsum(0), counts[labels]
+    place = (torch.from_numpy(draws) * (ends[-1] - own)).long()  # among the rows of other classes, sorted
+    place += own * (place >= ends[labels] - own)
+    return torch.searchsorted(ends, place, right=True)
+
+
+def perturbed(
+    tokens: Tensor, indices: np.ndarray, epochs: np.ndarray, seed: int, share: float, vocab_size: int
+) -> Tensor:
+    """`tokens` `(B, ...)` of the rows `indices`, each with probability `share` replaced by a uniform id (Ren et al.
+    2019)."""
+    found = tokens.flatten(1).numpy().copy()
+    flat, size = found.reshape(-1), found.shape[1]
+    for epoch in np.unique(epochs):
+        rows = np.flatnonzero(epochs == epoch)
+        for part in np.array_split(rows, -(-len(rows) * size // 16384)):  # as many cells as fit into the cache
+            cells, places = (row[:, None] * size + np.arange(size) for row in (indices[part], part))
+            here = np.flatnonzero(uniforms(seed, int(epoch), cells.reshape(-1), columns=(TOKEN,))[:, 0] < share)
+            ids = uniforms(seed, int(epoch), cells.reshape(-1)[here], columns=(ID,))[:, 0] * vocab_size
+            flat[places.reshape(-1)[here]] = ids
+    return torch.from_numpy(found).reshape(tokens.shape)

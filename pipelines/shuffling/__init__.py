@@ -1,1 +1,0 @@
-"""The order of training rows, as functions of (seed, epoch, index)."""

@@ -1,1 +1,0 @@
-"""Resume states: exact, atomic, verified."""

@@ -1,0 +1,606 @@
+"""The training loop of both stages: set up, fit, evaluate, save.
+
+The batch is a function of (seed, step) and randomness of (seed, rank, step), so a run that is started again with the
+same command continues to the same bits. `accelerate` owns devices, precision and processes. The host waits for a GPU
+only where something is logged, evaluated or saved: whether a step is finite is decided on the device, and what is
+logged is summed there.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from prior.cuda_graph import without_graphs
+from tokenizer.base import in_finest
+from tokenizer.files import PathError
+
+from ..config import UserError
+from ..config.command import Interrupted
+from ..config.schema import difference
+from ..config.terminal import by_clause, tell
+from ..prefetch import pin_memory, prefetch, to_device_async
+from ..processes.claims import alone_in
+from ..processes.launched import apart, build_accelerator, team_of
+from ..processes.precision import choose_precision
+from ..processes.sharing import ALONE, Team
+from ..tracking.tracker import Tracker, require_installed
+from .blocks import prepare_blocks
+from .checkpoint import (
+    Tensors,
+    collect_tensors,
+    copy_to_cpu,
+    is_finite,
+    load_newest,
+    read_newest_record,
+    remove_leftovers,
+    write_checkpoint,
+)
+from .optimizers import make_optimizer
+from .reporting import RunningMeans, announce, conclusion, describe_end, describe_figures, progress_bar, show
+from .run_folder import END, check_run_folder, write_config
+from .schedule import learning_rate
+from .sharding import is_sharding, keeps_on_cpu, require_shardable, shard
+from .stopping import Stop, heed_signals
+from .task import Split, Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+MAX_SKIPPED = 10
+SPARE = 1.2  # a disk has other users
+
+
+def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
+    """Run `build`'s task to its end under `config` (with `out`, `train` and `track`); return the run folder.
+
+    Started again with the same configuration it continues from the newest checkpoint; `run_folder` says what may
+    differ. Signals end it early, saved (see `stopping`). Raises `UserError` for a run folder that belongs to another
+    configuration, a batch size that does not divide, ten steps in a row that are not finite, or a last checkpoint that
+    could not be saved; `Interrupted`, a KeyboardInterrupt, after Ctrl-C, once saved.
+    """
+    run, settings = Path(config.out), config.train
+    precision = choose_precision(settings.mixed_precision, read_newest_record(run).get("precision"))
+    accelerator = build_accelerator(settings.timeout, precision.mixed)
+    group = team_of(accelerator)
+    with ExitStack() as stack:
+        with apart(accelerator):
+            require_valid(config, accelerator, group)
+            group.first_alone(lambda: check_run_folder(run, config))  # before anything is written there
+            stack.enter_context(alone_in(run, group))
+            changes = group.first(lambda: check_run_folder(run, config))
+        torch.manual_seed(settings.seed)
+        task = build(accelerator)
+        if is_sharding(accelerator):
+            require_shardable(task)
+        accelerator.wait_for_everyone()
+        snapshots = task.snapshots
+
+        def begin() -> None:
+            check_run_folder(run, config, snapshots)
+            write_config(run, config)
+            remove_leftovers(run)
+
+        group.first(begin)
+        trainer = Trainer(task, config, accelerator)
+        with heed_signals(trainer.stop, alone=group.world == 1):
+            try:
+                announce(trainer, changes, precision.reason)
+                trainer.fit()
+            finally:
+                trainer.close()
+            accelerator.wait_for_everyone()
+    unsaved, interrupted = trainer.unsaved, trainer.stop.interrupted is not None
+    del trainer, task
+    accelerator.free_memory()  # what still holds the process group when the interpreter ends may abort it (gloo)
+    accelerator.end_training()
+    if unsaved:
+        raise UserError(f"the run is not saved: {unsaved}")
+    if interrupted:
+        raise Interrupted
+    return run
+
+
+def require_valid(config: Any, accelerator: Accelerator, group: Team) -> None:
+    """Raise `UserError` for settings that do not fit together, or differ between processes."""
+    settings = config.train
+    if settings.batch_size % (accelerator.num_processes * settings.accumulate):
+        raise UserError(
+            f"train.batch_size: {settings.batch_size} is not a multiple of processes x accumulate "
+            f"({accelerator.num_processes} x {settings.accumulate})"
+        )
+    if settings.steps is None and settings.minutes is None:
+        raise UserError("train.steps: null needs train.minutes to end the run")
+    require_installed(config.track.trackers)
+    mine = {**settings.model_dump(mode="json"), "mixed_precision": accelerator.mixed_precision}
+    first, *others = group.gather(lambda: mine)
+    for rank, other in enumerate(others, start=1):
+        if changes := difference(first, other, "train."):
+            raise UserError(f"process {rank} was started with other settings than process 0: {', '.join(changes)}")
+
+
+class Trainer:
+    """One run of a task: its weights, their average, the optimizers, and how far it has come.
+
+    Under FSDP each process holds a piece of the weights, of their average and of the moments.
+    """
+
+    # Setting up
+
+    def __init__(self, task: Task, config: Any, accelerator: Accelerator) -> None:
+        """Place the task on the device, and load the newest checkpoint, if there is one."""
+        self.task, self.config, self.run = task, config.train, Path(config.out)
+        self.accelerator, self.device, self.group = accelerator, accelerator.device, team_of(accelerator)
+        self.main, self.sharded = accelerator.is_main_process, is_sharding(accelerator)
+        self.hosts: Any = None  # a process group in which no GPU takes part
+        if self.group.world > 1 and self.device.type != "cpu":
+            self.hosts = torch.distributed.new_group(backend="gloo")
+        self.stop, self.stopping = Stop(self.run), False
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[None] | None = None
+        if not self.sharded:
+            task.model.to(self.device)
+        self.average = copy.deepcopy(task.model).requires_grad_(False).eval()
+        prepare_blocks(task.nets.values(), self.config)
+        self.whole = shard(task, self.average, accelerator) if self.sharded else self.average
+        matrices, decaying = task.matrices(), task.decaying()
+        bf16 = self.device.type == "cuda" or accelerator.mixed_precision == "bf16"
+        self.optimizers = {
+            player: make_optimizer(
+                parameters, matrices, decaying, self.config, task.betas.get(player, self.config.betas), bf16
+            )
+            for player, parameters in task.players.items()
+        }
+        record = self.load()
+        self.step: int = record.get("step", 0)
+        self.minutes: float = record.get("minutes", 0.0)
+        self.scalars = RunningMeans.from_json(record.get("scalars", []), self.device)
+        self.skips = torch.tensor(record.get("skips", [0, 0]), device=self.device)  # in all, and in a row
+        self.no_row = torch.tensor([1, 0], device=self.device)
+        self.evaluation: dict[str, float] = record.get("evaluation", {})
+        self.reported: dict[str, float] = record.get("reported", {})  # on held-out images, at the end
+        self.best: dict[str, Any] = record.get("best", {})  # step, score and evaluation
+        self.pending: list[str] = record.get("pending", [])  # due at the saved step, and not done
+        self.precision_before: str | None = record.get("precision")
+        self.saved_step, self.unsaved = (self.step if record else -1), ""
+        self.since = self.step, time.monotonic()
+        if not self.sharded:
+            task.nets = {name: accelerator.prepare_model(net.to(self.device)) for name, net in task.nets.items()}
+        # The line of a pending log is written again, also that of step 1: the run goes on all the same.
+        resume_step = self.step - 0.5 * ("log" in self.pending)
+        self.tracker = Tracker(
+            self.run, config.track, config.model_dump(mode="json"), accelerator=accelerator, resume_step=resume_step
+        )
+
+    def load(self) -> dict[str, Any]:
+        """Load the newest checkpoint, and return its record, {} where there is none. Raises `UserError`."""
+        if any(init != self.task.init for init in self.group.gather(lambda: self.task.init)):
+            raise UserError("init: processes found different models there; it has to be the same one on all machines")
+        record, best = load_newest(self.run, self.task.model, self.average, self.optimizers, self.all_agree)
+        self.best_weights = best if self.main else None
+        if not record:
+            snapshot = next((name for name in self.task.snapshots if (self.run / name).is_dir()), None)
+            if snapshot and not (self.run / "state").is_dir():
+                raise UserError(
+                    f"{self.run}: there is {snapshot}/ and no state/ to continue from; nothing was overwritten. To "
+                    f"train from the beginning, choose another out=, or delete {self.run}"
+                )
+            return {}
+        if (now := self.task.init) and record["init"] != now["fingerprint"]:
+            raise UserError(f"init: {now['source']} holds another model than when the run began; nothing was changed")
+        steps, minutes = self.config.steps or math.inf, self.config.minutes or math.inf
+        if record["end"] != [self.config.steps, self.config.minutes] and (
+            record["step"] >= steps or record["minutes"] >= minutes
+        ):
+            raise UserError(
+                f"{', '.join(END)}: {self.run} has done {record['step']:,} steps in {record['minutes']:.1f} minutes; a "
+                "new end has to lie ahead of that; nothing was changed"
+            )
+        return record
+
+    def record(self) -> dict[str, Any]:
+        """Return what a checkpoint holds besides tensors."""
+        return {
+            "minutes": self.minutes,
+            "scalars": self.scalars.to_json(),
+            "skips": self.skips.tolist(),
+            "evaluation": self.evaluation,
+            "reported": self.reported,
+            "best": self.best,
+            "pending": self.pending,
+            "precision": self.accelerator.mixed_precision,
+            "init": self.task.init and self.task.init["fingerprint"],
+            "end": [self.config.steps, self.config.minutes],
+        }
+
+    def require_room(self) -> None:
+        """Raise `UserError`, before hours of training, if a checkpoint and a snapshot will not fit on the disk."""
+        weights = sum(value.nbytes for value in self.task.model.state_dict().values())
+        moments = sum(2 * p.nbytes for parameters in self.task.players.values() for p in parameters)
+        needed, free = int(SPARE * (4 * weights + moments)), shutil.disk_usage(self.run).free
+        if free < needed:
+            raise UserError(f"{self.run}: a save of this run needs {needed:,} bytes, {free:,} are free")
+
+    # The loop
+
+    def fit(self) -> None:
+        """Evaluate, log, show and save when it is due, then take a step; until the steps or the minutes are used up."""
+        self.task.model.train()
+        with closing(self.batches()) as stream, progress_bar(self) as bar:
+            began, was_finished = time.monotonic() - 60 * self.minutes, None
+            while True:
+                progress = self.agree_on_progress()
+                done = progress >= 1
+                was_finished = self.is_finished(progress) if was_finished is None else was_finished
+                due = self.due(done)
+                if self.stopping and not done:
+                    self.pending = sorted(due)
+                    self.save_checkpoint()
+                    break
+                self.look(due, progress, done, bar)
+                if done:
+                    break
+                self.task.progress = progress
+                self.take_step(next(stream), learning_rate(self.config, self.step, progress))
+                self.minutes = (time.monotonic() - began) / 60
+                bar.update(1)
+        self.finish_writing()
+        if done and not was_finished:
+            self.tracker.conclude(self.step, *conclusion(self))
+        if done:
+            self.tracker.artifact(self.step, self.reported)
+        if self.main and not self.unsaved:
+            print(by_clause(f"{self.run}: {describe_end(self, done, bool(was_finished))}"), flush=True)
+
+    def agree_on_progress(self, alone: bool = False) -> float:
+        """Return the share of training that is done, by steps or by minutes, whichever is more, and take note of a
+        request to stop. The same on all processes: their hosts meet here, and no GPU is waited for. alone: ask none."""
+        stopping = self.stop.asked()
+        if self.group.world > 1 and not alone:
+            facts = torch.tensor([self.minutes if self.main else 0.0, float(stopping)], dtype=torch.float64)
+            torch.distributed.all_reduce(facts, group=self.hosts)
+            self.minutes, stopping = float(facts[0]), bool(facts[1])
+        self.stopping |= stopping
+        if not self.task.players:  # nothing to train: evaluated, previewed and saved at step 0
+            return 1.0
+        by_steps = self.step / self.config.steps if self.config.steps else 0.0
+        return by_steps if self.config.minutes is None else max(by_steps, self.minutes / self.config.minutes)
+
+    def is_finished(self, progress: float) -> bool:
+        """Return whether the run had come to its end before, with nothing left to do."""
+        return self.step == self.saved_step and not self.pending and progress >= 1
+
+    def due(self, done: bool) -> set[str]:
+        """Return which of log, evaluate, preview and save are due at this step; at the step from which a run was
+        resumed, what was left undone."""
+        if self.step == self.saved_step:
+            left, self.pending = set(self.pending), []
+            return left
+        config = self.config
+        every = {
+            "log": config.log_every,
+            "evaluate": config.evaluate_every,
+            "preview": config.preview_every,
+            "save": config.save_every,
+        }
+        due = {name for name, steps in every.items() if done or (self.step and self.step % steps == 0)}
+        return due | {"preview"} if self.step == 0 else due
+
+    def batches(self) -> Generator[list[Any], None, None]:
+        """Yield this process's micro-batches of each step, on its device; those of the next steps are made meanwhile.
+
+        What travels to a GPU is what `Task.batch` made, bytes for an image, from pinned memory, which the host need not
+        wait for. A GPU prepares it (`Task.prepare`) in the order of its work; for a CPU the thread that made it does.
+        """
+        config, rank, world = self.config, self.group.rank, self.group.world
+        shape = (config.accumulate, world, config.batch_size // config.accumulate // world)
+
+        def make(step: int) -> list[Any]:
+            indices, epochs = self.task.samples(config.batch_size, config.seed, step)
+            mine = zip(indices.reshape(shape)[:, rank], epochs.reshape(shape)[:, rank], strict=True)
+            micro = [self.task.batch(i, e, config.seed) for i, e in mine]
+            if self.device.type == "cpu":
+                return [self.task.prepare(batch) for batch in micro]
+            return [pin_memory(batch) for batch in micro] if self.device.type == "cuda" else micro
+
+        with closing(prefetch(make, count(self.step))) as stream:
+            for micro in stream:
+                if self.device.type != "cpu":
+                    micro = [self.task.prepare(to_device_async(batch, self.device)) for batch in micro]
+                yield micro
+
+    # A step
+
+    def take_step(self, micro_batches: list[Any], lr: float) -> None:
+        """Let every player take its turn with these micro-batches, then move the average."""
+        seed = (self.config.seed * 1_000_003 + self.group.rank) * 1_000_003 + self.step
+        torch.manual_seed(seed % (1 << 63))
+        finite = [self.play(player, micro_batches, lr) for player in self.task.playing(self.step)]
+        all_finite = torch.stack(finite).all()
+        self.skips = torch.where(all_finite, self.skips * self.no_row, self.skips + 1)
+        self.move_average()
+        self.step += 1
+        if self.device.type == "cpu":  # where reading waits for nothing
+            self.check_skips()
+
+    def play(self, player: str, micro_batches: list[Any], lr: float) -> Tensor:
+        """Add up gradients over the micro-batches, and take an optimizer step, if all is finite on all processes;
+        return whether it is, a bool on the device."""
+        optimizer = self.optimizers[player]
+        if len(self.task.players) > 1:  # gradients reach the parameters of this player alone
+            for name, parameters in self.task.players.items():
+                for parameter in parameters:
+                    parameter.requires_grad_(name == player)
+        terms = self.accumulate(player, micro_batches)
+        norm = self.accelerator.clip_grad_norm_(self.task.players[player], self.config.clip)
+        terms["gradient_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+        values = in_finest(torch.stack([value.to(self.device) for value in terms.values()]))
+        if self.group.world > 1:  # what is not finite on one process is not finite in the mean
+            torch.distributed.all_reduce(values)
+            values /= self.group.world
+        finite = torch.isfinite(values).all()
+        for settings in optimizer.param_groups:
+            settings["lr"] = lr * self.task.rates.get(player, 1.0)
+        # The fused kernels of AdamW, and our Muon, change nothing where this is not 0.
+        optimizer.found_inf = (~finite).float().to(self.task.players[player][0].device)  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.zero_grad()
+        prefix = "" if len(self.task.players) == 1 else f"{player}/"
+        self.last_terms = tuple(prefix + name for name in terms), values
+        self.scalars.add(*self.last_terms, finite)
+        return finite
+
+    def accumulate(self, player: str, micro_batches: list[Any]) -> dict[str, Tensor]:
+        """Add up gradients over the micro-batches (DDP sends only at the last); return the means of what is logged."""
+        number, totals = len(micro_batches), dict[str, Tensor]()
+        for index, batch in enumerate(micro_batches):
+            with ExitStack() as stack:
+                if index < number - 1 and not self.sharded:  # sharded: whole gradients may not fit
+                    for net in self.task.nets.values():
+                        stack.enter_context(self.accelerator.no_sync(net))
+                loss, terms = self.task.loss(player, batch, self.step)
+                self.accelerator.backward(loss / number)
+            for name, value in {"loss": loss, **terms}.items():
+                totals[name] = totals.get(name, 0.0) + value.detach().float() / number
+        return totals
+
+    @torch.no_grad()
+    def move_average(self) -> None:
+        """Move the average towards the weights, by 1 - min(decay, (1 + n) / (10 + n)) after n steps, so that early
+        weights are soon forgotten; copy buffers, and the weights of the first step."""
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step)) if self.step else 0.0
+        averages: list[Tensor] = list(self.average.parameters())
+        weights: list[Tensor] = list(self.task.model.parameters())
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        for buffer, current in zip(self.average.buffers(), self.task.model.buffers(), strict=True):
+            buffer.copy_(current)
+
+    def check_skips(self) -> int:
+        """Return how many steps were skipped. Raises `UserError` if these are the last ten in a row."""
+        skipped, in_a_row = self.skips.tolist()
+        if in_a_row >= MAX_SKIPPED:
+            names, values = self.last_terms
+            sick = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
+            raise UserError(
+                f"step {self.step}: {in_a_row} steps in a row were not finite ({', '.join(sick)}). The last good "
+                "checkpoint is kept; try a lower train.lr or train.clip"
+            )
+        return skipped
+
+    # Evaluating and logging
+
+    def look(self, due: set[str], progress: float, done: bool, bar: Any) -> None:
+        """Evaluate, log, preview and save, where due. At the end of a run, all but the checkpoint is of the weights
+        that it leaves: the best ones, where there are any."""
+        record: dict[str, float] = {}
+        if due:
+            self.check_skips()
+        if "log" in due and self.scalars.sums:
+            record = self.report(progress)
+            show(self, record, bar)
+        if "evaluate" in due:
+            record |= self.evaluate()
+        with self.best_in_average() if done else nullcontext():
+            if done and "evaluate" in due:
+                record |= self.evaluate_held_out()
+            if record:
+                self.tracker.log(self.step, record)
+            if due & {"preview", "save"}:
+                self.preview_and_save(due, done)
+        if "save" in due:
+            self.save_checkpoint()
+
+    def report(self, progress: float) -> dict[str, float]:
+        """Return the means of the logged scalars since the last report, speed and learning rate."""
+        record, self.scalars = self.scalars.read(), RunningMeans()
+        record["learning_rate"] = learning_rate(self.config, self.step, progress)
+        steps, seconds = self.step - self.since[0], max(1e-9, time.monotonic() - self.since[1])
+        if steps:  # none by this process, of a line that was due when the one before was asked to stop
+            record["images_per_second"] = images = steps * self.config.batch_size / seconds
+            record["tokens_per_second"] = images * self.task.tokens_per_row
+        self.since = self.step, time.monotonic()
+        return record | {"minutes": self.minutes, "skipped_steps": self.check_skips()}
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluate the averaged weights, on validation images if there are any, and keep them if they are the best."""
+        split = self.task.watched
+        self.evaluation = self.figures_on(split)
+        score = self.task.score(self.evaluation)
+        keeps = self.config.keep_best and self.task.players and split == "validation" and score is not None
+        if keeps and score > self.best.get("score", -math.inf):
+            self.best = {"step": self.step, "score": score, "evaluation": self.evaluation}
+            whole = self.collect_average()
+            self.best_weights = whole if self.main else None
+        return {f"{split}/{name}": value for name, value in self.evaluation.items()}
+
+    def evaluate_held_out(self) -> dict[str, float]:
+        """Evaluate what the run leaves on the images held out; with validation images, for the first time."""
+        known = self.task.watched == "held_out"
+        self.reported = self.evaluation if known else self.figures_on("held_out")
+        return {f"held_out/{name}": value for name, value in self.reported.items()}
+
+    def figures_on(self, split: Split) -> dict[str, float]:
+        """Return the task's figures on a split: on a GPU in the mixed precision of training, which is several times as
+        fast. A figure that is not finite, as weights have grown too large, is left out with a warning."""
+        group = replace(self.group, lockstep=self.sharded)
+        with self.accelerator.autocast() if self.device.type == "cuda" else nullcontext():
+            found = self.task.evaluate(self.average, split, group)
+        strange = [name for name, value in found.items() if not math.isfinite(value)]
+        if strange and self.main:
+            tell(f"warning: step {self.step}: {', '.join(strange)} of {split}: not finite, and left out")
+        return {name: value for name, value in found.items() if name not in strange}
+
+    # Saving
+
+    def collect_average(self) -> Tensors:
+        """Return a copy of the averaged weights, whole, on the CPU of the main process; {} on the others."""
+        if self.sharded:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            return cast(Tensors, get_model_state_dict(self.average, options=options))
+        return copy_to_cpu(self.average.state_dict()) if self.main else {}
+
+    @contextmanager
+    def best_in_average(self) -> Iterator[None]:
+        """Put the best weights in the place of the averaged ones, where there are any."""
+        if not self.best or self.best["step"] == self.step:
+            yield
+            return
+        last = {name: value.clone() for name, value in self.average.state_dict().items()}
+        if self.group.world == 1:
+            self.average.load_state_dict(self.best_weights or {})
+        else:
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            best: dict[str, Any] = dict(self.best_weights or {})
+            set_model_state_dict(self.average, best, options=options)
+        try:
+            yield
+        finally:
+            self.average.load_state_dict(last)
+
+    @contextmanager
+    def whole_average(self) -> Iterator[nn.Module | None]:
+        """The averaged weights, whole, on the device: on every process, or, if they are sharded, on the main process
+        alone, and inside this block alone, as they may be larger than all else on its GPU."""
+        if not self.sharded:
+            yield self.average
+            return
+        weights = self.collect_average()
+        if self.whole is None:
+            yield None
+            return
+        self.whole.load_state_dict(weights)
+        try:
+            yield self.whole if keeps_on_cpu() else self.whole.to(self.device)
+        finally:
+            self.whole.to("cpu")
+
+    def preview_and_save(self, due: set[str], done: bool) -> None:
+        """Log the task's pictures, and write the snapshot for users, where due; previews leave no memory of CUDA graphs
+        to training."""
+        if "save" in due:
+            self.pending = []
+        with self.whole_average() as average:
+            if average is None:
+                return
+            pictures = {}
+            if "preview" in due or self.task.shows_preview:
+                with without_graphs():
+                    pictures = self.task.preview(average, ALONE if self.sharded else self.group)
+            if "preview" in due:
+                self.tracker.images(self.step, pictures)
+            if "save" in due and self.main:
+                self.save_snapshot(average, pictures, done)
+
+    def save_snapshot(self, average: nn.Module, pictures: dict[str, Any], done: bool) -> None:
+        """Write the snapshot for users. If that fails, the run goes on, and its checkpoint says what is left to do."""
+        self.unsaved, facts = (
+            "",
+            {"steps": self.step, "minutes": round(self.minutes, 3), **describe_figures(self, done)},
+        )
+        if url := self.tracker.run_url:
+            facts["run_url"] = url
+        try:
+            self.task.save(average, self.run, facts, pictures)
+        except (OSError, SafetensorError, PathError) as error:
+            self.pending = ["save"]
+            self.warn_unsaved(error)
+
+    def save_checkpoint(self) -> None:
+        """Save what the run continues from. It is copied, and a thread writes it while training goes on; sharded
+        weights are written at once, by all processes.
+
+        A disk that is full, or gone, costs a warning: what was saved before stays, and the run goes on to the next
+        save.
+        """
+        self.finish_writing()
+        self.saved_step = self.step
+        if not self.pending:
+            self.unsaved = ""
+        tensors = collect_tensors(self.task.model, self.average, self.optimizers)
+        error: OSError | None = None
+        try:
+            self.tracker.flush()  # a checkpoint must not go on where a line is missing
+            if not is_finite(tensors):
+                raise OSError("a weight is not finite")
+        except OSError as caught:
+            error = caught
+        if error is not None:
+            self.warn_unsaved(error)
+        if not self.all_agree(error is None):
+            return
+        best = self.best_weights if self.main else None
+        facts: dict[str, Any] = {"main": self.main, "sharded": self.sharded}
+        if self.sharded:
+            self.write(partial(write_checkpoint, self.run, self.step, tensors, self.record(), best, **facts))
+        elif self.main:
+            copies, record = copy_to_cpu(tensors), copy.deepcopy(self.record())
+            write = partial(write_checkpoint, self.run, self.step, copies, record, best, **facts)
+            self.writing = self.writer.submit(self.write, write)
+
+    def write(self, write: Callable[[], None]) -> None:
+        """Call `write`, and warn where it fails."""
+        try:
+            write()
+        except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+            self.warn_unsaved(error)
+
+    def finish_writing(self) -> None:
+        """Wait until the last checkpoint is written."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    def warn_unsaved(self, error: Exception) -> None:
+        """Warn, on the main process, that something is not saved, and keep it in mind for the end of the run."""
+        if self.main:
+            self.unsaved = f"step {self.saved_step}: {self.run}: {error}"
+            tell(f"warning: not saved: {self.unsaved}; older checkpoints are kept")
+
+    def all_agree(self, value: bool) -> bool:
+        """Return whether `value` is true on all processes, which call this together."""
+        if self.group.world == 1:
+            return value
+        total = torch.tensor(float(value))
+        torch.distributed.all_reduce(total, group=self.hosts)
+        return bool(total == self.group.world)
+
+    def close(self) -> None:
+        """Let what is being written come to its end, and close the trackers."""
+        self.writer.shutdown()
+        self.tracker.close()
