@@ -9,51 +9,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-
-from tokenizer.base import in_finest
 
 from ..config.terminal import by_clause, tell
 from ..processes.precision import told_precision
 
 if TYPE_CHECKING:
     from .trainer import Trainer
-
-
-class RunningMeans:
-    """Sums of the scalars that are logged, on the device, so that the host does not wait for every step."""
-
-    def __init__(self) -> None:
-        self.sums: dict[tuple[str, ...], Tensor] = {}
-        """Sum and count `(2, n)` of the scalars with these n names."""
-
-    def add(self, names: tuple[str, ...], values: Tensor, finite: Tensor) -> None:
-        """Add `values` `(n,)`, unless not all are `finite`."""
-        if names not in self.sums:
-            self.sums[names] = values.new_zeros(2, len(names))
-        self.sums[names] += torch.where(finite, torch.stack([values, torch.ones_like(values)]), 0.0)
-
-    def read(self) -> dict[str, float]:
-        """Return the mean of each scalar that was added, on the host."""
-        totals: dict[str, list[float]] = {}
-        for names, tensor in self.sums.items():
-            for name, total, number in zip(names, *tensor.tolist(), strict=True):
-                before = totals.get(name, [0.0, 0.0])
-                totals[name] = [before[0] + total, before[1] + number]
-        return {name: total / number for name, (total, number) in totals.items() if number}
-
-    def to_json(self) -> list[Any]:
-        """Return all that was added as JSON."""
-        return [[list(names), tensor.tolist()] for names, tensor in self.sums.items()]
-
-    @classmethod
-    def from_json(cls, saved: list[Any], device: torch.device) -> RunningMeans:
-        """Return what `to_json` was called on, to the bit."""
-        found = cls()
-        found.sums = {
-            tuple(names): in_finest(torch.tensor(sums, dtype=torch.float64).to(device)) for names, sums in saved
-        }
-        return found
 
 
 def announce(trainer: Trainer, changes: list[str], reason: str = "") -> None:
