@@ -30,12 +30,12 @@ from .stages.index import INDEX, PIPELINE
 from .stages.shipped import located
 from .stages.starting import model_of, start_from
 from .tokens import TokenDataset, TokenSplit, load_tokens
-from .tracking import Mark, TrackConfig
 from .training.loop import train
 from .training.schedule import TrainConfig
 from .training.sharding import is_sharding
 from .training.stopping import what_is_saved
 from .training.task import Split, Task
+from .training.tracking import TrackConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -162,7 +162,6 @@ class PriorTask(Task):
         self.players = {"model": list(self.model.parameters())}
         self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)
         self.evaluated = {split: rows_evaluated(self.model, len(rows)) for split, rows in self.judged.items()}
-        self.used = marks_of(self.data)
         self.pipeline(self.model)  # raises now, before training, what it would raise after it
 
     def make_objective(self, reference: Prior | None, device: torch.device | str) -> nn.Module:
@@ -276,13 +275,6 @@ def without_labels(data: TokenDataset) -> TokenDataset:
     """Return the same tokens without classes."""
     splits = {name: TokenSplit(split.tokens, None) for name, split in data.splits.items()}
     return replace(data, class_names=[], splits=splits)
-
-
-def marks_of(data: TokenDataset) -> list[Mark]:
-    """The tokens, and the tokenizer that made them, by their fingerprints."""
-    rows = {name: len(split) for name, split in data.splits.items()}
-    made = Mark("tokens", data.digest, {"rows": rows, "classes": data.num_classes})
-    return [made, Mark("tokenizer", data.tokenizer.fingerprint(), {"kind": data.tokenizer.name})]
 
 
 def build_prior(node: dict[str, Any], data: TokenDataset) -> Prior:

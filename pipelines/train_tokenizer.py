@@ -29,7 +29,6 @@ from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual, weights_file
 from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
 from .stages.provenance import data_of, file_of, save_tokenizer, tokenizer_folder
-from .tracking import Mark, TrackConfig
 from .training.adversary import Adversary, CriticConfig, make_adversary
 from .training.loop import train
 from .training.losses import LossConfig, loss_weights_of
@@ -37,6 +36,7 @@ from .training.optimizers import hidden_matrices
 from .training.schedule import TrainConfig
 from .training.stopping import what_is_saved
 from .training.task import Split, Task
+from .training.tracking import TrackConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -216,7 +216,6 @@ class TokenizerTask(Task):
         data = self.config.data
         known = {"data": data.model_dump(mode="json"), "local": is_local(data.source), "tokenizer": facts}
         save_tokenizer(model.tokenizer, run / "tokenizer", known)
-        self.made = [Mark("tokenizer", model.tokenizer.fingerprint(), {"kind": model.tokenizer.name})]
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:

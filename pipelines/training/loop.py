@@ -24,7 +24,6 @@ from ..config.terminal import by_clause, tell
 from ..processes.launched import apart, build_accelerator, team_of
 from ..processes.precision import choose_precision
 from ..shuffling.ahead import made_ahead, pinned, sent
-from ..tracking.tracker import require_installed
 from .best import final_weights, keep_if_best
 from .extending import begun_precision, require_alike
 from .heartbeat import Heartbeat, told_where
@@ -39,6 +38,7 @@ from .state import Training
 from .step import settle, take_step
 from .stopping import heeded
 from .task import Split, Task
+from .tracking import require_installed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -164,12 +164,11 @@ def go_on(training: Training, stream: Iterator[list[Any]]) -> None:
     bar.close()
     training.writer.wait()
     training.heartbeat.beat(training.step, "end")
-    if done:
-        if not before:
-            training.tracker.conclude(training.step, *conclusion(training))
-        training.tracker.artifact(training.step, training.reported, training.task.used, training.task.made)
     if training.accelerator.is_main_process and not training.unsaved:
         print(by_clause(f"{training.run}: {told_end(training, done, before)}"), flush=True)
+    if done:
+        summary, rows = (None, None) if before else conclusion(training)
+        training.tracker.finish(training.step, summary, rows, artifact_metadata=training.reported)
 
 
 def look(training: Training, due: set[str], record: dict[str, float], done: bool) -> None:

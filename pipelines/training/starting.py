@@ -10,7 +10,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..config.terminal import by_clause
 from ..processes.precision import told_precision
-from ..tracking import Tracker
 from .blocks import prepare_blocks
 from .checkpoints.counters import check_counters
 from .checkpoints.states import STATE, load_best, load_state
@@ -23,6 +22,7 @@ from .sharding import shard
 from .state import Training
 from .stopping import Stop
 from .task import Task
+from .tracking import Tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -63,7 +63,8 @@ def set_up(
     began = counters.pop("precision", None)
     # The line of a pending log is written again, also that of step 1: the run goes on all the same.
     logged = step - 0.5 * ("log" in counters.get("pending", []))
-    tracker = Tracker(run, config.track, config.model_dump(mode="json"), accelerator=accelerator, resume_step=logged)
+    active, settings = accelerator.is_main_process, config.model_dump(mode="json")
+    tracker = Tracker(run, config.track, settings, active=active, resume_step=logged)
     heartbeat = heartbeat or Heartbeat(run, 0, 1, config.train.timeout)
     return Training(
         task,

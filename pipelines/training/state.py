@@ -11,13 +11,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..tracking import Tracker
 from .checkpoints.sharded import Tensors
 from .checkpoints.writer import Writer
 from .heartbeat import Heartbeat
 from .schedule import TrainConfig
 from .stopping import Stop
 from .task import Task
+from .tracking import Tracker
 
 
 class Turn(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,6 @@ from tokenizer.files import FolderKind
 
 from ..processes.sharing import ALONE, Team
 from ..shuffling.epochs import samples_of
-from ..tracking import Mark
 from .optimizers import decaying_weights, hidden_matrices
 
 Split = Literal["validation", "held_out"]
@@ -50,10 +48,6 @@ class Task:
     """Whether `save` shows the pictures of `preview`, which are then made for it as well."""
     shown: dict[str, np.ndarray] = {}
     """Pictures that `preview` has made of the very weights that `save` is given, or nothing."""
-    used: Sequence[Mark] = ()
-    """What the run began with, by fingerprints."""
-    made: Sequence[Mark] = ()
-    """What the last `save` has made, by fingerprints, where other runs begin with it."""
     progress: float = 0.0
     """Share of training done, in [0, 1], told by the loop before each step."""
 
