@@ -16,6 +16,7 @@ import shutil
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
@@ -80,7 +81,7 @@ class Tracker:
     ) -> None:
         require_installed(config.trackers)
         self.run, self.config, self.active = Path(run), config, active
-        self._trackers: dict[str, WandbRun | TensorBoardRun] = {}
+        self._trackers: dict[str, Board] = {}
         if not active:
             return
         self._metrics = MetricsFile(self.run, resume_step)
@@ -100,8 +101,7 @@ class Tracker:
     @property
     def run_url(self) -> str | None:
         """Where W&B shows the run; None where it is not online."""
-        tracker = self._trackers.get("W&B")
-        return tracker.url if isinstance(tracker, WandbRun) else None
+        return self._trackers["W&B"].url if "W&B" in self._trackers else None
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one line with `step` and `values`; lines that a full disk does not take are written later."""
@@ -138,44 +138,40 @@ class Tracker:
         artifact_metadata: dict[str, float] | None = None,
     ) -> None:
         """Show on W&B how the run has ended: `summary` in its table of runs, `rows` of (weights, split, figure, value)
-        as the table `evaluation`; and if `track.artifact` is set send the snapshot, with `artifact_metadata`."""
-        if not self.active:
-            return
-        if summary is not None:
-            self._call_each(lambda tracker: tracker.summarize(step, summary, rows or []))
-        if self.config.artifact:
-            folder = next((self.run / name for name in SNAPSHOTS if (self.run / name).is_dir()), None)
-            if folder is None or "W&B" not in self._trackers:
-                missing = "there is no snapshot" if folder is None else "W&B is off"
-                tell(f"warning: track.artifact: {missing}, no artifact is made")
-                return
-            metadata = {"step": step, **{name: float(value) for name, value in (artifact_metadata or {}).items()}}
-            print(f"W&B: {folder} as an artifact, which may take up to {ARTIFACT_SECONDS} s", flush=True)
-            self._call_each(lambda tracker: tracker.send_artifact(folder, step, metadata))
+        as the table `evaluation`; and, if `track.artifact` is set, the snapshot, with `artifact_metadata`."""
+        if self.active and self.config.artifact and "W&B" not in self._trackers:
+            tell("warning: track.artifact: W&B is off, no artifact is made")
+        metadata = {"step": step, **(artifact_metadata or {})} if self.config.artifact else None
+        self._call_each(lambda tracker: tracker.finish(step, summary, rows or [], metadata))
 
     def close(self) -> None:
         """End the record and all trackers. W&B has a limited time to send the rest."""
         if self.active:
             self._metrics.close()
-            self._call_each(lambda tracker: tracker.close())
-            self._trackers.clear()
+        for label, tracker in self._trackers.items():
+            self._attempt(label, tracker.close)
+        self._trackers.clear()
 
-    def _start(self, label: str, start: Callable[[], WandbRun | TensorBoardRun]) -> None:
-        try:
-            self._trackers[label] = start()
-        except Exception as error:
-            tell(f"warning: {label} is off: {in_one_line(error)}; metrics.jsonl has every number")
+    def _start(self, label: str, start: Callable[[], Board]) -> None:
+        self._attempt(label, lambda: self._trackers.update({label: start()}))
 
-    def _call_each(self, call: Callable[[WandbRun | TensorBoardRun], None]) -> None:
-        """Call each tracker; one that raises is closed and dropped, with a warning."""
+    def _call_each(self, call: Callable[[Board], None]) -> None:
+        """Call each tracker; one that raises is closed and not called again."""
         for label, tracker in list(self._trackers.items()):
-            try:
-                call(tracker)
-            except Exception as error:
+            if not self._attempt(label, partial(call, tracker)):
                 del self._trackers[label]
-                tell(f"warning: {label} is off from here on: {in_one_line(error)}; metrics.jsonl has every number")
                 with suppress(Exception):
                     tracker.close()
+
+    def _attempt(self, label: str, call: Callable[[], None]) -> bool:
+        """Call something of a tracker's; if it raises, warn and return False."""
+        try:
+            call()
+            return True
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            tell(f"warning: {label} is off: {reason}; {self._metrics.path} has every number")
+            return False
 
 
 class MetricsFile:
@@ -231,8 +227,30 @@ class MetricsFile:
         self._unwritten = b""
 
 
-class WandbRun:
-    """A run of W&B, online or offline. Written for wandb 0.21 to 0.31; any method may raise whatever wandb raises."""
+class Board:
+    """What a tracker can do with a run; any method may raise anything."""
+
+    url: str | None = None
+
+    def log(self, step: int, numbers: dict[str, int | float]) -> None:
+        raise NotImplementedError
+
+    def images(self, step: int, pictures: dict[str, np.ndarray]) -> None:
+        """Show uint8 `(H, W)` or `(H, W, 3)` arrays."""
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        """Write what is only in memory, if that is not done all the time."""
+
+    def finish(self, step: int, summary: dict[str, Any] | None, rows: list[list[Any]], metadata: Any) -> None:
+        """Show how the run has ended, where there is a place for it; `metadata` is that of the artifact, or None."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class WandbRun(Board):
+    """A run of W&B, online or offline. Written for wandb 0.21 to 0.31."""
 
     def __init__(self, run: Path, config: TrackConfig, run_config: dict[str, Any], mode: Mode) -> None:
         # Silent: nothing on the terminal, no question either. Error reporting would wait for its server at the exit.
@@ -240,7 +258,7 @@ class WandbRun:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        self.name = config.name or os.environ.get("WANDB_NAME") or run.resolve().name
+        self.run, self.name = run, config.name or os.environ.get("WANDB_NAME") or run.resolve().name
         limits = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
         known = {
             key: value for key, value in limits.items() if key in wandb.Settings.model_fields
@@ -262,19 +280,18 @@ class WandbRun:
                 raise
             wandb.teardown()  # its service would refuse the same id
             self._run, mode = wandb.init(mode="offline", **options), "offline"
-            reason = f"online failed ({in_one_line(error)}), going on offline"
-            tell(f"warning: W&B: {reason}; sync later with: {sync_command(run)}")
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            tell(f"warning: W&B goes on offline: {reason}; sync later with: {sync_command(run)}")
         self.online = mode == "online"
-        self.url: str | None = self._run.url if self.online else None
+        self.url = self._run.url if self.online else None
         for handler in logging.getLogger("wandb").handlers:  # on a full disk its debug log would print tracebacks
             handler.handleError = lambda record: None  # type: ignore[method-assign]
         replace_file(run / STORED_ID, json.dumps({"wandb": self._run.id}).encode())
 
-    def log(self, step: int, numbers: dict[str, Any]) -> None:
+    def log(self, step: int, numbers: dict[str, int | float]) -> None:
         self._run.log(numbers, step=step)
 
     def images(self, step: int, pictures: dict[str, np.ndarray]) -> None:
-        """Show pictures with what they show and of which step."""
         import wandb
 
         def with_caption(name: str, picture: np.ndarray) -> wandb.Image:
@@ -282,36 +299,36 @@ class WandbRun:
 
         self._run.log({name: [with_caption(name, picture)] for name, picture in pictures.items()}, step=step)
 
-    def flush(self) -> None:
-        """wandb sends by itself."""
-
-    def summarize(self, step: int, summary: dict[str, Any], rows: list[list[Any]]) -> None:
+    def finish(self, step: int, summary: dict[str, Any] | None, rows: list[list[Any]], metadata: Any) -> None:
         import wandb
 
-        self._run.summary.update(summary)
-        table = wandb.Table(columns=["weights", "split", "figure", "value"], data=rows)
-        self._run.log({"evaluation": table}, step=step)
-
-    def send_artifact(self, folder: Path, step: int, metadata: dict[str, float]) -> None:
-        """Send a folder as a version of an artifact that is named after the run; online, wait until W&B has it."""
-        import wandb
-
-        title = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{self.name}-{folder.name}")[-128:]
-        artifact = wandb.Artifact(title, type="model", metadata=metadata)
-        # Sent from where it lies: by default it would first be copied to the user's home, whatever its size.
-        artifact.add_dir(str(folder.resolve()), policy="immutable", skip_cache=True)
-        self._run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
-        if self.online:
-            artifact.wait(timeout=ARTIFACT_SECONDS)
+        if summary is not None:
+            self._run.summary.update(summary)
+            table = wandb.Table(columns=["weights", "split", "figure", "value"], data=rows)
+            self._run.log({"evaluation": table}, step=step)
+        if metadata is not None:
+            folder = next((self.run / name for name in SNAPSHOTS if (self.run / name).is_dir()), None)
+            if folder is None:
+                raise FileNotFoundError("track.artifact: there is no snapshot to send")
+            print(f"W&B: {folder} as an artifact, which may take up to {ARTIFACT_SECONDS} s", flush=True)
+            title = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{self.name}-{folder.name}")[-128:]
+            artifact = wandb.Artifact(title, type="model", metadata=metadata)
+            # Sent from where it lies: by default it would first be copied to the user's home, whatever its size.
+            artifact.add_dir(str(folder.resolve()), policy="immutable", skip_cache=True)
+            self._run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
+            if self.online:
+                artifact.wait(timeout=ARTIFACT_SECONDS)
 
     def close(self) -> None:
-        self._run.finish()
+        try:
+            self._run.finish()
+        except TimeoutError as error:
+            command = f"wandb sync {quote(str(Path(self._run.dir).parent))}"
+            raise TimeoutError(f"not all was sent in {FINISH_SECONDS} s, complete it with: {command}") from error
 
 
-class TensorBoardRun:
+class TensorBoardRun(Board):
     """Event files of a run. TensorBoard forgets what earlier processes wrote after `resume_step`."""
-
-    url = None
 
     def __init__(self, folder: Path, run_config: dict[str, Any], resume_step: float) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -321,7 +338,7 @@ class TensorBoardRun:
         if resume_step <= 0:
             self._writer.add_text("config", "    " + write_yaml(run_config).replace("\n", "\n    "), 0)
 
-    def log(self, step: int, numbers: dict[str, Any]) -> None:
+    def log(self, step: int, numbers: dict[str, int | float]) -> None:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
@@ -331,12 +348,6 @@ class TensorBoardRun:
 
     def flush(self) -> None:
         self._writer.flush()
-
-    def summarize(self, step: int, summary: dict[str, Any], rows: list[list[Any]]) -> None:
-        """TensorBoard has no table of runs."""
-
-    def send_artifact(self, folder: Path, step: int, metadata: dict[str, float]) -> None:
-        """TensorBoard has no artifacts."""
 
     def close(self) -> None:
         self._writer.close()
@@ -417,8 +428,3 @@ def free_space(folder: Path) -> str:
         return f"{shutil.disk_usage(folder).free:,} bytes are free"
     except OSError as error:
         return f"the disk is gone ({error.strerror})"
-
-
-def in_one_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 200 characters, or its class."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
