@@ -457,6 +457,20 @@ def test_an_online_run_is_linked_on_the_card_and_goes_on_after_a_resume(tmp_path
         assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
 
 
+def test_a_run_that_the_user_has_open_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb = pytest.importorskip("wandb")
+    (tmp_path / "theirs").mkdir()
+    theirs = wandb.init(mode="offline", dir=str(tmp_path / "theirs"))
+    tracker = open_tracker(tmp_path / "run", wandb="offline")
+    tracker.log(3, {"loss": 1.0})
+    tracker.close()
+    theirs.log({"mine": 2.0}, step=5)
+    theirs.finish()
+    assert [step for step, _ in history_of(tmp_path / "run")] == [3]
+    assert [step for step, _ in history_of(tmp_path / "theirs")] == [5]
+
+
 def test_a_server_that_dies_costs_a_limited_time(tmp_path, monkeypatch, capsys):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setattr(tracking, "FINISH_SECONDS", 3)
