@@ -260,9 +260,8 @@ class WandbRun(Board):
 
         self.run, self.name = run, config.name or os.environ.get("WANDB_NAME") or run.resolve().name
         limits = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
-        known = {
-            key: value for key, value in limits.items() if key in wandb.Settings.model_fields
-        }  # an older wandb has one
+        # A wandb that is older has no limit for the end.
+        known = {key: value for key, value in limits.items() if key in wandb.Settings.model_fields}
         options: dict[str, Any] = {
             "project": config.project or os.environ.get("WANDB_PROJECT") or "smalti",
             "name": self.name,
@@ -294,10 +293,9 @@ class WandbRun(Board):
     def images(self, step: int, pictures: dict[str, np.ndarray]) -> None:
         import wandb
 
-        def with_caption(name: str, picture: np.ndarray) -> wandb.Image:
-            return wandb.Image(Image.fromarray(picture), caption=f"{CAPTIONS.get(name, name)}; step {step:,}")
-
-        self._run.log({name: [with_caption(name, picture)] for name, picture in pictures.items()}, step=step)
+        captions = {name: f"{CAPTIONS.get(name, name)}; step {step:,}" for name in pictures}
+        shown = {name: [wandb.Image(Image.fromarray(p), caption=captions[name])] for name, p in pictures.items()}
+        self._run.log(shown, step=step)
 
     def finish(self, step: int, summary: dict[str, Any] | None, rows: list[list[Any]], metadata: Any) -> None:
         import wandb
