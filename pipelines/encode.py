@@ -45,7 +45,6 @@ from .tokens.appending import (
 from .tokens.finished import made_before, told
 from .tokens.meta import TOKENS, manifest_hash
 from .tokens.pieces import EncodeJob, cut, recover, shards_of
-from .tracking import note_encoding
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -87,7 +86,6 @@ class EncodeConfig(Config):
     )
     batch_size: int = Field(256, ge=1, description="images at a time on each process")
     seed: int = Field(0, ge=0, description="chooses the augmentations")
-    lineage: bool = Field(False, description="note in W&B, by a short run, which tokenizer made these tokens")
 
 
 def run(config: EncodeConfig) -> Path:
@@ -123,8 +121,6 @@ def run(config: EncodeConfig) -> Path:
         encode_pieces(share, tokenizer.to(accelerator.device), images, numbers, config, job)
         accelerator.wait_for_everyone()
         meta = team.first(lambda: publish(job, config, tokenizer.cpu(), images, old, part))
-        if config.lineage:
-            team.first(lambda: note_encoding(out, tokenizer, manifest_hash(out)))
         minutes = (time.monotonic() - began) / 60
         return end(accelerator, out, f"done: {told(meta)} in {minutes:.1f} min", team.leads)
 
@@ -193,7 +189,7 @@ def plan(config: EncodeConfig, images: Splits, variants: dict[str, tuple[int, in
 
 def depends_on(config: EncodeConfig, tokenizer: Tokenizer, pieces: list[Piece], device: str) -> dict[str, Any]:
     """All that the rows depend on, to the bit."""
-    settings = config.model_dump(mode="json", exclude={"out", "tokenizer", "lineage"})
+    settings = config.model_dump(mode="json", exclude={"out", "tokenizer"})
     counts = rows_by_split(pieces)
     return {
         **settings,

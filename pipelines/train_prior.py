@@ -29,11 +29,11 @@ from .stages.index import INDEX, PIPELINE
 from .stages.shipped import located
 from .stages.starting import model_of, start_from
 from .tokens import TokenDataset, TokenSplit, load_tokens
-from .tracking import TrackConfig
 from .training.schedule import TrainConfig
 from .training.sharding import is_sharding
 from .training.stopping import what_is_saved
 from .training.task import Split, Task
+from .training.tracking import TrackConfig
 from .training.trainer import train
 
 if TYPE_CHECKING:

@@ -30,13 +30,13 @@ from .metrics.perceptual import Perceptual, weights_file
 from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
 from .processes.sharing import ALONE, Team
 from .stages.provenance import data_of, file_of, save_tokenizer, tokenizer_folder
-from .tracking import TrackConfig
 from .training.adversary import Adversary, CriticConfig, make_adversary
 from .training.losses import LossConfig, loss_weights_of
 from .training.optimizers import hidden_matrices
 from .training.schedule import TrainConfig
 from .training.stopping import what_is_saved
 from .training.task import Split, Task
+from .training.tracking import TrackConfig
 from .training.trainer import train
 
 if TYPE_CHECKING:

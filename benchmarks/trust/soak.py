@@ -41,7 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "every": 200,
     "minutes": 30.0,
     "only": None,
-    "trackers": "wandb,trackio",
+    "trackers": "wandb,tensorboard",
     "case": None,
 }
 ROUNDS = 6

@@ -40,7 +40,6 @@ from ..processes.claims import alone_in
 from ..processes.launched import apart, build_accelerator, team_of
 from ..processes.precision import choose_precision
 from ..processes.sharing import ALONE, Team
-from ..tracking.tracker import Tracker, require_installed
 from .blocks import prepare_blocks
 from .checkpoint import (
     Tensors,
@@ -59,6 +58,7 @@ from .schedule import learning_rate
 from .sharding import is_sharding, keeps_on_cpu, require_shardable, shard
 from .stopping import Stop, heed_signals
 from .task import Split, Task
+from .tracking import Tracker, require_installed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -221,7 +221,7 @@ class Trainer:
         # The line of a pending log is written again, also that of step 1: the run goes on all the same.
         resume_step = self.step - 0.5 * ("log" in self.pending)
         self.tracker = Tracker(
-            self.run, config.track, config.model_dump(mode="json"), accelerator=accelerator, resume_step=resume_step
+            self.run, config.track, config.model_dump(mode="json"), active=self.main, resume_step=resume_step
         )
 
     def load(self) -> dict[str, Any]:
@@ -297,10 +297,8 @@ class Trainer:
                 self.minutes = (time.monotonic() - began) / 60
                 bar.update(1)
         self.finish_writing()
-        if done and not was_finished:
-            self.tracker.conclude(self.step, *conclusion(self))
         if done:
-            self.tracker.artifact(self.step, self.reported)
+            self.tracker.finish(self.step, *conclusion(self), artifact_metadata=self.reported)
         if self.main and not self.unsaved:
             print(by_clause(f"{self.run}: {describe_end(self, done, bool(was_finished))}"), flush=True)
 

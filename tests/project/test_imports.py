@@ -20,7 +20,7 @@ MODULES = sorted(
 LATE = {
     *("accelerate", "aiohttp", "constriction", "datasets", "diffusers", "fsspec", "gradio", "matplotlib", "mlxtend"),
     *("onnx", "onnxruntime", "pandas", "pyarrow", "scipy", "sklearn", "tensorboard", "torch_fidelity", "torchmetrics"),
-    *("torchvision", "torch._dynamo", "torch._inductor", "trackio", "transformers", "wandb"),
+    *("torchvision", "torch._dynamo", "torch._inductor", "transformers", "wandb"),
 }
 """What takes long to import, beside torch: only what uses one of these imports it."""
 

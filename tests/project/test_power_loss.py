@@ -20,7 +20,7 @@ import pipelines.files.writing as writing
 from pipelines.config import UserError
 from pipelines.jobs import Job
 from pipelines.jobs.pieces import cut
-from pipelines.tracking.record import Record
+from pipelines.training.tracking import MetricsFile
 from tokenizer import files
 from tokenizer.files import FolderKind, PipelineLoadError, verify_manifest
 
@@ -155,15 +155,15 @@ def test_lines_that_a_record_has_flushed_are_there(tmp_path):
     (tmp_path / "root").mkdir()
 
     def write(root: Path, journal: Journal) -> None:
-        record = Record(root / "run", 0)
+        record = MetricsFile(root / "run", 0)
         for step in (1, 2, 3):
-            record.log(step, {"loss": 0.5})
+            record.append(step, {"loss": 0.5})
         record.flush()
         journal.mark("3")
-        record.log(4, {"loss": 0.5})
+        record.append(4, {"loss": 0.5})
         record.close()
-        again = Record(root / "run", 3)
-        again.log(4, {"loss": 0.25})
+        again = MetricsFile(root / "run", 3)
+        again.append(4, {"loss": 0.25})
         again.flush()
         journal.mark("4")
         again.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import pty
 import re
@@ -17,10 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import psutil
 import pytest
+from fake_wandb import FakeWandb
 from launch import (
     ROOT,
     assert_equal_tensors,
@@ -42,13 +41,13 @@ from one_process import one_process
 from pipelines import encode, generate
 from pipelines.config import run_command
 from pipelines.config.command import Interrupted
-from pipelines.tracking import Tracker
 from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training import loop as training
 from pipelines.training import stopping
 from pipelines.training.checkpoints import states as checkpoint
 from pipelines.training.stopping import Stop, heeded, what_is_saved
+from pipelines.training.tracking import Tracker
 from tokenizer.files import verify_manifest
 
 EVERY = {"train__log_every": 2, "train__evaluate_every": 4, "train__preview_every": 6, "train__save_every": 5}
@@ -196,20 +195,18 @@ def test_sighup_saves_as_sigterm_does(tmp_path, train, whole, monkeypatch, capsy
 @pytest.mark.parametrize("step", [1, 3])
 def test_a_line_that_was_due_is_the_same_runs_and_knows_no_speed(tmp_path, train, monkeypatch, step):
     """Also that of the first step, before which no line is kept: trackers go on with their run."""
-    sent: list[int] = []
-
-    def started(*_: Any, held: int, **__: Any) -> Any:
-        return Mock(held=held, url=None, log=lambda at, values: sent.append(at))
-
-    monkeypatch.setattr("pipelines.tracking.tracker.start_wandb", started)
+    wandb = FakeWandb(monkeypatch)
     settings = {"track__wandb": "offline", "train__log_every": 1, "train__steps": 4}
     with monkeypatch.context() as patch:
         on_call(patch, training, "take_step", step, signal.SIGTERM)
         run = train("train_prior", tmp_path / "run", **settings)
-    identity = json.loads((run / "trackers.json").read_text())["id"]
     train("train_prior", run, **settings)
-    assert json.loads((run / "trackers.json").read_text())["id"] == identity
-    assert sent == [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
+    assert wandb.starts[0]["id"] == wandb.starts[1]["id"]
+    assert (
+        [at for at, values in wandb.history if "learning_rate" in values]
+        == [line["step"] for line in metrics(run)]
+        == [1, 2, 3, 4]
+    )
     assert [line["step"] for line in metrics(run) if "images_per_second" not in line] == [step]
 
 

@@ -17,8 +17,8 @@ from launch import assert_equal_tensors, exact, states, tensors, train_tokenizer
 
 from pipelines.config import UserError
 from pipelines.config.command import RunError
-from pipelines.tracking import record
 from pipelines.training import loop as training
+from pipelines.training import tracking
 from pipelines.training.checkpoints import states as checkpoint
 from pipelines.training.checkpoints.rotation import step_of
 from pipelines.training.checkpoints.writer import Writer
@@ -135,7 +135,7 @@ def test_a_disk_that_is_gone_for_a_while_costs_no_more_than_what_was_to_be_writt
         with monkeypatch.context() as patch:
             if run.step == 8:
                 patch.setattr(shutil, "disk_usage", gone)
-                patch.setattr(record, "save_picture", gone)
+                patch.setattr(tracking, "save_picture", gone)
                 run.tracker.images(8, {"lost": np.zeros((2, 2, 3), np.uint8)})
             save(run, *rest, **options)
 

@@ -1,0 +1,428 @@
+"""Where the numbers and pictures of a run go: `metrics.jsonl` and `previews/`, which are the record, and trackers.
+
+W&B and TensorBoard get the same calls, directly. One that raises is switched off with a warning: no run fails for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import netrc
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from shlex import quote
+from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from tokenizer.files import PathError, PipelineLoadError, fsync, make_folder, read_json
+
+from ..config import Config, UserError
+from ..config.terminal import tell
+from ..config.yaml_text import write_yaml
+from ..files.writing import replace_file
+from ..images.pictures import save_picture
+
+STORED_ID = "trackers.json"  # the id of W&B's run, which every resume continues
+SNAPSHOTS = ("pipeline", "tokenizer")  # the folders of a run that are for the user
+HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # the second is what newer clients call the first
+INIT_SECONDS, FINISH_SECONDS, ARTIFACT_SECONDS = 20, 30, 300  # the longest that W&B is waited for
+CAPTIONS = {
+    "reconstructions": "images that are not trained on, each row above its reconstructions",
+    "codebook": "how the ids are used",
+    "samples": "samples with the same seeds at every step, one class per column",
+}
+Mode = Literal["online", "offline", "disabled"]
+
+
+class TrackConfig(Config):
+    """Where the numbers of a run go besides `metrics.jsonl`."""
+
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = Field(
+        ("wandb",), description="who gets numbers and previews; tensorboard needs the extra `trackers`"
+    )
+    wandb: Mode | None = Field(
+        None,
+        description="the mode of Weights & Biases; default: WANDB_MODE if set, else online if an API key is found, "
+        "else offline",
+    )
+    project: str | None = Field(None, description="the project of W&B; default: WANDB_PROJECT if set, else smalti")
+    name: str | None = Field(
+        None, description="the name of the run there; default: WANDB_NAME if set, else that of the run folder"
+    )
+    artifact: bool = Field(
+        False, description="at the end, send the tokenizer or pipeline to W&B as an artifact of type `model`"
+    )
+
+
+class Tracker:
+    """Writes the numbers and pictures of a run, on the process where it is `active`; on the others it does nothing.
+
+    A run that continues from `resume_step` continues its trackers, too, and the lines of `metrics.jsonl` after that
+    step, which will be written again, are removed; with 0 everything begins anew. Raises `UserError` for a tracker that
+    is not installed (on every process), `OSError` if the run folder cannot be written, and `PathError` for a link in
+    place of `metrics.jsonl`.
+    """
+
+    def __init__(
+        self, run: Path, config: TrackConfig, run_config: dict[str, Any], *, active: bool, resume_step: float
+    ) -> None:
+        require_installed(config.trackers)
+        self.run, self.config, self.active = Path(run), config, active
+        self._trackers: dict[str, Board] = {}
+        if not active:
+            return
+        self._metrics = MetricsFile(self.run, resume_step)
+        if resume_step <= 0:
+            (self.run / STORED_ID).unlink(missing_ok=True)
+        mode, reason = wandb_mode(config.wandb if "wandb" in config.trackers else "disabled")
+        reason = reason if "wandb" in config.trackers else "not in track.trackers"
+        later = f"; sync later with: {sync_command(self.run)}" if mode == "offline" else ""
+        print(f"W&B: {mode} ({reason}){later}", flush=True)
+        if mode != "disabled":
+            self._start("W&B", lambda: WandbRun(self.run, config, run_config, mode))
+        if "tensorboard" in config.trackers:
+            folder = self.run / "tensorboard"
+            print(f"TensorBoard: tensorboard --logdir {quote(str(folder))}", flush=True)
+            self._start("TensorBoard", lambda: TensorBoardRun(folder, run_config, resume_step))
+
+    @property
+    def run_url(self) -> str | None:
+        """Where W&B shows the run; None where it is not online."""
+        return self._trackers["W&B"].url if "W&B" in self._trackers else None
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Append one line with `step` and `values`; lines that a full disk does not take are written later."""
+        if self.active:
+            numbers = {name: v if isinstance(v, (int, float)) else float(v) for name, v in values.items()}
+            self._metrics.append(step, numbers)
+            self._call_each(lambda tracker: tracker.log(step, numbers))
+
+    def images(self, step: int, images: dict[str, np.ndarray]) -> None:
+        """Write uint8 `(H, W, C)` arrays to `previews/<name>-<step>.png`; a full disk costs the picture and a line."""
+        if not self.active:
+            return
+        pictures = {name: pixels[..., 0] if pixels.shape[-1] == 1 else pixels for name, pixels in images.items()}
+        for name, picture in pictures.items():
+            path = self.run / "previews" / f"{name}-{step:08d}.png"
+            try:
+                save_picture(picture, path)
+            except (OSError, PathError) as error:
+                tell(f"warning: {path} is left out: {error}; {free_space(self.run)}")
+        self._call_each(lambda tracker: tracker.images(step, pictures))
+
+    def flush(self) -> None:
+        """Put all lines on the disk, those that still have to be written, too. Raises `OSError` (path, needed and free
+        bytes) if it is full."""
+        if self.active:
+            self._metrics.flush()
+            self._call_each(lambda tracker: tracker.flush())
+
+    def finish(
+        self,
+        step: int,
+        summary: dict[str, Any] | None = None,
+        rows: list[list[Any]] | None = None,
+        artifact_metadata: dict[str, float] | None = None,
+    ) -> None:
+        """Show on W&B how the run has ended: `summary` in its table of runs, `rows` of (weights, split, figure, value)
+        as the table `evaluation`; and, if `track.artifact` is set, the snapshot, with `artifact_metadata`."""
+        if self.active and self.config.artifact and "W&B" not in self._trackers:
+            tell("warning: track.artifact: W&B is off, no artifact is made")
+        metadata = {"step": step, **(artifact_metadata or {})} if self.config.artifact else None
+        self._call_each(lambda tracker: tracker.finish(step, summary, rows or [], metadata))
+
+    def close(self) -> None:
+        """End the record and all trackers. W&B has a limited time to send the rest."""
+        if self.active:
+            self._metrics.close()
+        for label, tracker in self._trackers.items():
+            self._attempt(label, tracker.close)
+        self._trackers.clear()
+
+    def _start(self, label: str, start: Callable[[], Board]) -> None:
+        self._attempt(label, lambda: self._trackers.update({label: start()}))
+
+    def _call_each(self, call: Callable[[Board], None]) -> None:
+        """Call each tracker; one that raises is closed and not called again."""
+        for label, tracker in list(self._trackers.items()):
+            if not self._attempt(label, partial(call, tracker)):
+                del self._trackers[label]
+                with suppress(Exception):
+                    tracker.close()
+
+    def _attempt(self, label: str, call: Callable[[], None]) -> bool:
+        """Call something of a tracker's; if it raises, warn and return False."""
+        try:
+            call()
+            return True
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            tell(f"warning: {label} is off: {reason}; {self._metrics.path} has every number")
+            return False
+
+
+class MetricsFile:
+    """`metrics.jsonl`: a line a step. What a full disk does not take is written with the next line that fits."""
+
+    def __init__(self, run: Path, resume_step: float) -> None:
+        make_folder(run)
+        self.path = run / "metrics.jsonl"
+        if self.path.is_symlink():
+            raise PathError(f"{self.path}: a link, and nothing is written through a link")
+        if self.path.exists():
+            lines = self.path.read_bytes().split(b"\n")
+            earlier = [line + b"\n" for line in lines if resume_step > 0 and 0 <= step_of(line) <= resume_step]
+            replace_file(self.path, b"".join(earlier))
+        self._file, self._unwritten, self._failed = self.path.open("ab", buffering=0), b"", False
+        fsync(run)
+
+    def append(self, step: int, numbers: dict[str, int | float]) -> None:
+        """Write a line; warn once if the disk is full."""
+        self._unwritten += (json.dumps({"step": step, **numbers}) + "\n").encode()
+        try:
+            self._write()
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                tell(f"warning: {error}; these lines will be written when there is room")
+            self._failed = True
+
+    def flush(self) -> None:
+        """Write what is unwritten, and fsync. Raises `OSError`."""
+        self._write()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Try once more to write what is unwritten."""
+        try:
+            self._write()
+        except OSError as error:
+            tell(f"warning: {error}; lines are lost")
+        self._file.close()
+
+    def _write(self) -> None:
+        if not self._unwritten:
+            return
+        size, needed = os.fstat(self._file.fileno()).st_size, len(self._unwritten)
+        try:
+            if self._file.write(self._unwritten) < needed:
+                raise OSError(errno.ENOSPC, "only a part was written")
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), size)  # a line in two parts would be two broken lines
+            message = f"{self.path}: {needed:,} bytes are needed, {free_space(self.path.parent)}"
+            raise OSError(error.errno, message) from error
+        self._unwritten = b""
+
+
+class Board:
+    """What a tracker can do with a run; any method may raise anything."""
+
+    url: str | None = None
+
+    def log(self, step: int, numbers: dict[str, int | float]) -> None:
+        raise NotImplementedError
+
+    def images(self, step: int, pictures: dict[str, np.ndarray]) -> None:
+        """Show uint8 `(H, W)` or `(H, W, 3)` arrays."""
+        raise NotImplementedError
+
+    def flush(self) -> None:
+        """Write what is only in memory, if that is not done all the time."""
+
+    def finish(self, step: int, summary: dict[str, Any] | None, rows: list[list[Any]], metadata: Any) -> None:
+        """Show how the run has ended, where there is a place for it; `metadata` is that of the artifact, or None."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class WandbRun(Board):
+    """A run of W&B, online or offline. Written for wandb 0.21 to 0.31."""
+
+    def __init__(self, run: Path, config: TrackConfig, run_config: dict[str, Any], mode: Mode) -> None:
+        # Silent: nothing on the terminal, no question either. Error reporting would wait for its server at the exit.
+        os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        self.run, self.name = run, config.name or os.environ.get("WANDB_NAME") or run.resolve().name
+        limits = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
+        # A wandb that is older has no limit for the end.
+        known = {key: value for key, value in limits.items() if key in wandb.Settings.model_fields}
+        options: dict[str, Any] = {
+            "project": config.project or os.environ.get("WANDB_PROJECT") or "smalti",
+            "name": self.name,
+            "id": stored_id(run / STORED_ID) or uuid.uuid4().hex[:16],
+            "resume": "allow",
+            "reinit": "create_new",  # a run that the user has open in this process is not ours to continue
+            "config": run_config,
+            "dir": str(wandb_folder(run)),
+            "settings": wandb.Settings(console="off", **known),
+        }
+        try:
+            self._run = wandb.init(mode=mode, **options)
+        except Exception as error:
+            if mode != "online":
+                raise
+            wandb.teardown()  # its service would refuse the same id
+            self._run, mode = wandb.init(mode="offline", **options), "offline"
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            tell(f"warning: W&B goes on offline: {reason}; sync later with: {sync_command(run)}")
+        self.online = mode == "online"
+        self.url = self._run.url if self.online else None
+        for handler in logging.getLogger("wandb").handlers:  # on a full disk its debug log would print tracebacks
+            handler.handleError = lambda record: None  # type: ignore[method-assign]
+        replace_file(run / STORED_ID, json.dumps({"wandb": self._run.id}).encode())
+
+    def log(self, step: int, numbers: dict[str, int | float]) -> None:
+        self._run.log(numbers, step=step)
+
+    def images(self, step: int, pictures: dict[str, np.ndarray]) -> None:
+        import wandb
+
+        captions = {name: f"{CAPTIONS.get(name, name)}; step {step:,}" for name in pictures}
+        shown = {name: [wandb.Image(Image.fromarray(p), caption=captions[name])] for name, p in pictures.items()}
+        self._run.log(shown, step=step)
+
+    def finish(self, step: int, summary: dict[str, Any] | None, rows: list[list[Any]], metadata: Any) -> None:
+        import wandb
+
+        if summary is not None:
+            self._run.summary.update(summary)
+            table = wandb.Table(columns=["weights", "split", "figure", "value"], data=rows)
+            self._run.log({"evaluation": table}, step=step)
+        if metadata is not None:
+            folder = next((self.run / name for name in SNAPSHOTS if (self.run / name).is_dir()), None)
+            if folder is None:
+                raise FileNotFoundError("track.artifact: there is no snapshot to send")
+            print(f"W&B: {folder} as an artifact, which may take up to {ARTIFACT_SECONDS} s", flush=True)
+            title = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{self.name}-{folder.name}")[-128:]
+            artifact = wandb.Artifact(title, type="model", metadata=metadata)
+            # Sent from where it lies: by default it would first be copied to the user's home, whatever its size.
+            artifact.add_dir(str(folder.resolve()), policy="immutable", skip_cache=True)
+            self._run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
+            if self.online:
+                artifact.wait(timeout=ARTIFACT_SECONDS)
+
+    def close(self) -> None:
+        try:
+            self._run.finish()
+        except TimeoutError as error:
+            command = f"wandb sync {quote(str(Path(self._run.dir).parent))}"
+            raise TimeoutError(f"not all was sent in {FINISH_SECONDS} s, complete it with: {command}") from error
+
+
+class TensorBoardRun(Board):
+    """Event files of a run. TensorBoard forgets what earlier processes wrote after `resume_step`."""
+
+    def __init__(self, folder: Path, run_config: dict[str, Any], resume_step: float) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        first = math.floor(resume_step) + 1 if resume_step > 0 else 0
+        self._writer = SummaryWriter(str(folder), purge_step=first, flush_secs=30)
+        if resume_step <= 0:
+            self._writer.add_text("config", "    " + write_yaml(run_config).replace("\n", "\n    "), 0)
+
+    def log(self, step: int, numbers: dict[str, int | float]) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def images(self, step: int, pictures: dict[str, np.ndarray]) -> None:
+        for name, picture in pictures.items():
+            self._writer.add_image(name, picture, step, dataformats="HWC" if picture.ndim == 3 else "HW")
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def require_installed(trackers: tuple[str, ...]) -> None:
+    """Raise `UserError` for a tracker whose package is missing: before the training, not somewhere in it."""
+    if "tensorboard" in trackers and find_spec("tensorboard") is None:
+        raise UserError('track.trackers: tensorboard is not installed: pip install "smalti[trackers]"')
+
+
+def wandb_mode(chosen: Mode | None) -> tuple[Mode, str]:
+    """The mode (`online`, `offline`, `disabled`) and, in a few words, why; found without importing wandb.
+
+    `chosen` is the configuration's, before that of the environment.
+    """
+    if chosen is not None:
+        return chosen, "track.wandb"
+    for mode in get_args(Mode):
+        if os.environ.get("WANDB_MODE") == mode:
+            return mode, "WANDB_MODE"
+    source = find_api_key()
+    return ("online", f"API key found in {source}") if source else ("offline", "no API key found")
+
+
+def find_api_key() -> str | None:
+    """Where wandb will find an API key: the environment or a netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return "WANDB_API_KEY"
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc
+    files = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for path in (Path(os.path.expanduser(name)) for name in files):
+        try:
+            entries = netrc.netrc(path)
+        except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
+            continue
+        if any(entries.authenticators(name) for name in ([host] if host else HOSTS)):
+            return str(path)
+    return None
+
+
+def stored_id(path: Path) -> str | None:
+    """The id of the W&B run that this run folder belongs to; None where there is none yet, or the file is damaged."""
+    if not path.exists():
+        return None
+    try:
+        found = read_json(path)["wandb"]
+        if re.fullmatch(r"[\w-]{1,64}", found):
+            return str(found)
+    except (PipelineLoadError, KeyError, TypeError):
+        pass
+    tell(f"warning: {path} is damaged: W&B begins a new run")
+    return None
+
+
+def wandb_folder(run: Path) -> Path:
+    """Where wandb puts its `wandb/`: the run folder, or what WANDB_DIR says."""
+    return Path(os.environ.get("WANDB_DIR") or run)
+
+
+def sync_command(run: Path) -> str:
+    """What sends offline runs to W&B."""
+    return f"wandb sync {quote(str(wandb_folder(run)))}/wandb/offline-run-*"
+
+
+def step_of(line: bytes) -> int:
+    """The step of a line of `metrics.jsonl`; -1 for a torn or damaged one."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return -1
+    return step if isinstance(step, int) else -1
+
+
+def free_space(folder: Path) -> str:
+    """What is free on the disk, in words."""
+    try:
+        return f"{shutil.disk_usage(folder).free:,} bytes are free"
+    except OSError as error:
+        return f"the disk is gone ({error.strerror})"
