@@ -20,7 +20,7 @@ import numpy as np
 from tokenizer.files import PathError, fsync, make_folder
 
 from ..config.terminal import tell
-from ..files.writing import replace_file
+from ..files import replace_file
 from ..images.pictures import save_picture
 
 

@@ -24,7 +24,7 @@ from pydantic import Field
 from tokenizer.files import PipelineLoadError, read_json
 
 from ..config import Config, UserError
-from ..files.writing import replace_file
+from ..files import replace_file
 from . import mirror
 from .lineage import Mark, note
 from .mirror import Mirror

@@ -14,10 +14,7 @@ from tokenizer.files import FolderKind, make_folder, read_json, require_replacea
 from ..config import UserError
 from ..config.arguments import read_file
 from ..config.schema import difference, to_yaml
-from ..files.claims import is_claim
-from ..files.ownership import require_apart
-from ..files.writing import replace_file
-from ..processes.claims import alone_in
+from ..files import is_lock, lock_folder, replace_file, require_apart
 from ..processes.launched import team_of
 from .checkpoints.rotation import latest_state
 from .checkpoints.states import STATE
@@ -68,7 +65,7 @@ def check_folder(run: Path, config: Any) -> list[str]:
 def strangers(run: Path) -> list[str]:
     """What is in a folder, and no run leaves there before it has written its configuration."""
     names = [entry.name for entry in run.iterdir()]
-    return sorted(name for name in names if name != SIGNS and not is_claim(name) and not HALF.fullmatch(name))
+    return sorted(name for name in names if name != SIGNS and not is_lock(name) and not HALF.fullmatch(name))
 
 
 @contextmanager
@@ -77,7 +74,7 @@ def claimed_folder(run: Path, config: Any, accelerator: Accelerator) -> Iterator
     before anything is touched, and `UserError`, on all processes, where another run is in it."""
     team = team_of(accelerator)
     team.first_alone(lambda: check_folder(run, config))
-    with alone_in(run, team):
+    with lock_folder(run, team):
         yield team.first(lambda: check_folder(run, config))  # again: the other run has perhaps just ended
 
 

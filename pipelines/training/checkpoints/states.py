@@ -25,6 +25,7 @@ from tokenizer.files import (
     FolderKind,
     FormatError,
     WeightsError,
+    atomic_folder,
     make_folder,
     quote,
     read_json,
@@ -33,7 +34,6 @@ from tokenizer.files import (
     write_manifest,
 )
 
-from ...files.writing import atomic_folder
 from .optimizers import pack_optimizer, parameter_of, unpack_optimizer
 from .rotation import NAME, require_space, rotate
 from .sharded import Like, Tensors, agreed, is_sharded, piece, read_shards, read_whole, write_shards
