@@ -367,8 +367,12 @@ def _wait_for_silence(lock: SoftFileLease, place: Path, out: Path) -> None:
     line = f"{out}: {holder} may be writing here; waiting at most {LEASE + HEARTBEAT:g} s for a sign of it"
     print(line, file=sys.stderr, flush=True)
     pause = min(1.0, LEASE / 4)
+
+    def is_alive() -> bool:
+        return last_sign() not in (first, 0.0)  # 0: it was just released or broken
+
     try:
-        lock.acquire(timeout=LEASE + 2 * pause + 1, poll_interval=pause, cancel_check=lambda: last_sign() != first)
+        lock.acquire(timeout=LEASE + 2 * pause + 1, poll_interval=pause, cancel_check=is_alive)
     except Timeout:
         raise _refusal(lock, out) from None
 
