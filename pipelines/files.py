@@ -50,6 +50,7 @@ LOCK = ".lock"
 LEASE, HEARTBEAT = 120.0, 5.0
 """Seconds of silence after which a lock's holder is replaced, and between two of its signs of life."""
 MAX_LOCKED_NAME = 150  # bytes of a name that its lock is called after
+ATTEMPTS = 20  # to read who has a lock, in a second
 STOPPED = 1  # exit code of a process whose lock another one has taken over
 
 Inputs = Iterable[Any]
@@ -329,7 +330,7 @@ def _acquire(place: Path, out: Path) -> SoftFileLease:
 
     options: dict[str, Any] = {"lease_duration": LEASE, "heartbeat_interval": HEARTBEAT, "on_compromise": stop}
     lock = SoftFileLease(place, timeout=0, thread_local=False, **options)
-    for _ in range(20):  # while another process makes its lock, or releases it
+    for left in reversed(range(ATTEMPTS)):  # while another process makes its lock, or releases it
         try:
             make_folder(place.parent)  # which another process, that had made it, may have removed as it was refused
             lock.acquire()
@@ -338,6 +339,8 @@ def _acquire(place: Path, out: Path) -> SoftFileLease:
             raise UserError(f"{out}: {error}") from error
         except Timeout:
             if lock.owner is None:
+                if left == 1 and _is_half_written(place):
+                    place.unlink(missing_ok=True)
                 time.sleep(0.05)
                 continue
         _wait_for_silence(lock, place, out)
@@ -349,6 +352,15 @@ def _acquire(place: Path, out: Path) -> SoftFileLease:
     with suppress(OSError):  # an empty lock, which is left after power loss, would say nothing
         fsync(place)
     return lock
+
+
+def _is_half_written(place: Path) -> bool:
+    """Whether a lock is the beginning of one, or nothing: its process was killed, or power was lost, as it was made."""
+    if place.is_symlink() or not place.is_file():
+        return False
+    data = place.read_bytes()
+    whole = data.rstrip(b"\0")
+    return not whole or (whole.startswith(b"filelock/2\n") and not (whole.endswith(b"\n") and whole == data))
 
 
 def _wait_for_silence(lock: SoftFileLease, place: Path, out: Path) -> None:

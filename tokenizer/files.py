@@ -210,19 +210,24 @@ def verify_manifest(
     return manifest
 
 
-def find_local_folder(source: str | Path) -> bool:
-    """Whether there is a folder `source`; waits a moment for one that is just being replaced."""
-    path = Path(source)
+def find_local_folder(path: Path) -> bool:
+    """Whether there is a folder; waits a moment for one that is just being replaced. Raises `PathError` where a process
+    was killed in that moment."""
     for _ in range(20):
-        if path.is_dir():
+        if os.path.isdir(path):  # False for a name with a null character, too
             return True
-        try:
-            if path.name in ("", "..") or not any(path.parent.glob(f"{ASIDE}-{escape_pattern(path.name)}-*")):
-                return False
-        except OSError:
+        if not (aside := folders_aside(path)):
             return False
         time.sleep(0.05)
-    return False
+    raise PathError(f"{path}: a process was killed while it replaced the folder; rename {aside[0]} to {path.name}")
+
+
+def folders_aside(path: Path) -> list[Path]:
+    """What had the name `path` when it was being replaced, and is still there."""
+    try:
+        return sorted(path.parent.glob(f"{ASIDE}-{escape_pattern(path.name)}-????????")) if path.name else []
+    except (OSError, ValueError):
+        return []
 
 
 def read_folder(folder: Path, read: Callable[[], T]) -> T:
@@ -447,7 +452,7 @@ def find_folder(source: str | Path, patterns: list[str], **options: Any) -> Path
     options: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `repo_type` of huggingface_hub's
     `snapshot_download`. Raises `PathError`.
     """
-    if find_local_folder(source):
+    if find_local_folder(Path(source)):
         return Path(source)
     if os.path.exists(source):
         raise PathError(f"{quote(str(source))} is a file; give the folder that it is in, or a Hub id")

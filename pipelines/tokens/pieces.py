@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass, replace
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenizer import TokenGrid, Tokenizer
-from tokenizer.files import ASIDE, MANIFEST, atomic_folder, read_json
+from tokenizer.files import MANIFEST, atomic_folder, folders_aside, read_json
 
 from ..config import UserError
 from ..jobs import Job, Piece
@@ -133,7 +132,7 @@ def shards_of(out: Path, meta: Meta) -> dict[str, list[TokenShard]]:
 def recover(out: Path) -> None:
     """Tidy up after a process that was killed at the very end: give a dataset that was being replaced its name back,
     and drop pieces that have been added to it."""
-    lost = sorted(out.parent.glob(f"{ASIDE}-{escape(out.name)}-????????"))
+    lost = folders_aside(out)
     if not out.exists() and len(lost) == 1 and (lost[0] / META).is_file():
         lost[0].rename(out)
     added_to = (EncodeJob.unfinished(out) or {}).get("added_to")

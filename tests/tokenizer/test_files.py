@@ -225,7 +225,7 @@ def test_nothing_is_saved_over_links_and_strangers(tmp_path, notes):
 @pytest.mark.parametrize("called", [".", "inner/.."])
 @pytest.mark.parametrize("filled", [False, True])
 def test_a_folder_that_is_not_called_by_its_name_is_refused_before_any_work(tmp_path, monkeypatch, called, filled):
-    """It is written beside its place, which of `.` is in it, and the names are exchanged."""
+    """It is written beside its place, which of `.` is in it, and is then renamed."""
     model, mine = make_prior("marginal"), tmp_path / "mine"
     model.save_pretrained(mine) if filled else mine.mkdir()
     monkeypatch.chdir(mine)
@@ -250,8 +250,7 @@ def test_a_folder_that_cannot_be_looked_into_is_not_empty(tmp_path, closed):
 
 
 @pytest.mark.parametrize("moment", [1, 2, 3])
-@pytest.mark.parametrize("swaps", [True, False])
-def test_ctrl_c_while_names_are_exchanged_leaves_one_whole_folder(tmp_path, monkeypatch, swaps, moment):
+def test_ctrl_c_while_a_folder_is_replaced_leaves_one_whole_folder(tmp_path, monkeypatch, moment):
     """What was there or what comes, under its name and no other."""
     kind = FolderKind("a folder of a test", None, may_hold=lambda name: name == "a")
     with atomic_folder(tmp_path / "out", kind=kind) as folder:
@@ -269,8 +268,6 @@ def test_ctrl_c_while_names_are_exchanged_leaves_one_whole_folder(tmp_path, monk
 
     with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out", kind=kind) as folder:
         (folder / "a").write_text("after")
-        if not swaps:
-            monkeypatch.setattr(files, "exchange_names", lambda *_: False)
         monkeypatch.setattr(files, "require_replaceable", interrupted(files.require_replaceable))
         monkeypatch.setattr(type(tmp_path), "rename", interrupted(type(tmp_path).rename))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

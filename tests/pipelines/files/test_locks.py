@@ -244,6 +244,19 @@ def test_a_holder_on_another_machine_is_given_time_for_a_sign(tmp_path, hold, mo
         assert 0.5 * lease < time.monotonic() - began < lease + 3
 
 
+@pytest.mark.parametrize("kept", [0, 1, 30, -1])
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_lock_that_was_half_written_is_nobodys(tmp_path, kept, filled):
+    """As power loss leaves it: its beginning, perhaps with zeros to its length."""
+    with lock_output(tmp_path / "out"):
+        whole = lock_beside(tmp_path / "out").read_bytes()
+    half = whole[:kept] + bytes(len(whole) - len(whole[:kept])) * filled
+    lock_beside(tmp_path / "out").write_bytes(half if kept != 1 else bytes(len(whole)))
+    with lock_output(tmp_path / "out"):
+        assert f"pid={os.getpid()}\n" in lock_beside(tmp_path / "out").read_text()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_process_whose_lock_was_removed_stops(tmp_path, hold):
     first = hold(tmp_path / "out", 5.0, 0.2).wait_until_locked()
     lock_beside(tmp_path / "out").unlink()
@@ -263,7 +276,7 @@ def make_link(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [make_garbage, make_link, Path.mkdir, Path.touch, os.mkfifo, lambda path: path.symlink_to("nowhere")]
+    "make", [make_garbage, make_link, Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")]
 )
 def test_what_is_no_lock_is_left_and_named(tmp_path, make: Callable[[Path], Any]):
     place = lock_beside(tmp_path / "out")
@@ -279,7 +292,11 @@ def test_a_folder_that_may_not_be_written_is_a_mistake_of_that_key(tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir()
     closed.chmod(0o555)
-    with as_others(), pytest.raises(UserError, match=rf"^pipeline: {closed}/out "), lock_output(closed / "out", key="pipeline"):
+    with (
+        as_others(),
+        pytest.raises(UserError, match=rf"^pipeline: {closed}/out "),
+        lock_output(closed / "out", key="pipeline"),
+    ):
         pytest.fail("it was locked")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^out: "), lock_folder(tmp_path / "file" / "run"):
