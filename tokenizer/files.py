@@ -452,7 +452,7 @@ def find_folder(source: str | Path, patterns: list[str], **options: Any) -> Path
     options: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `repo_type` of huggingface_hub's
     `snapshot_download`. Raises `PathError`.
     """
-    if find_local_folder(Path(source)):
+    if str(source) and find_local_folder(Path(source)):
         return Path(source)
     if os.path.exists(source):
         raise PathError(f"{quote(str(source))} is a file; give the folder that it is in, or a Hub id")
