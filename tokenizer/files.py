@@ -25,6 +25,7 @@ from typing import Any, NoReturn, TypeVar
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
+READS = 5  # of a folder that is replaced while it is read
 ASIDE = ".del"
 """Prefix of the name of a folder that is being replaced, for an instant."""
 MAX_JSON_BYTES = 1 << 20
@@ -231,24 +232,22 @@ def folders_aside(path: Path) -> list[Path]:
 
 
 def read_folder(folder: Path, read: Callable[[], T]) -> T:
-    """Return `read()`, which reads files of `folder`; once more if the folder was replaced meanwhile.
+    """Return `read()`, which reads files of `folder`; again if the folder was replaced meanwhile, as a run does that
+    saves while others load.
 
-    A run saves while others load. Raises what `read` raises, and `UnreadableError` if it was replaced a second time.
+    Raises what `read` raises, and `UnreadableError` for a folder that is replaced each time.
     """
-    before = _identity(folder)
-    try:
-        found = read()
-        if _identity(folder) == before:
-            return found
-    except PipelineLoadError:
-        if _identity(folder) == before:
-            raise
-    find_local_folder(folder)
-    before = _identity(folder)
-    found = read()
-    if (_identity(folder) or ())[:2] != (before or ())[:2]:
-        raise UnreadableError(f"{folder}: it was replaced while it was read; try again")
-    return found
+    for _ in range(READS):
+        find_local_folder(folder)
+        before = _identity(folder)
+        try:
+            found = read()
+            if _identity(folder) == before:
+                return found
+        except PipelineLoadError:
+            if _identity(folder) == before:
+                raise
+    raise UnreadableError(f"{folder}: it was replaced while it was read, {READS} times; try again")
 
 
 def _identity(folder: Path) -> tuple[int, ...] | None:
