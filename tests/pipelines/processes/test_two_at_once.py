@@ -24,10 +24,9 @@ from launch import (
     verb,
     wait_for,
 )
-from small_pipelines import make_pipeline
-
 from pipelines.files.claims import beside, inside
 from pipelines.files.holders import Claim
+from small_pipelines import make_pipeline
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 CLOCK = re.compile(rb'"samples_per_second": [\d.]+')

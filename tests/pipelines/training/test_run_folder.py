@@ -30,12 +30,12 @@ from launch import (
     two_processes,
 )
 from one_process import begin_anew, one_process
+from pipelines.files.claims import claimed, inside
+from pipelines.files.holders import Claim
 
 import tokenizer.files
 from pipelines.config import UserError
 from pipelines.files import claims
-from pipelines.files.claims import claimed, inside
-from pipelines.files.holders import Claim
 from pipelines.training.checkpoints import rotation
 from pipelines.training.checkpoints.rotation import latest_state
 from tokenizer.files import PipelineLoadError, UnreadableError, write_manifest
