@@ -50,7 +50,7 @@ LOCK = ".lock"
 LEASE, HEARTBEAT = 120.0, 5.0
 """Seconds of silence after which a lock's holder is replaced, and between two of its signs of life."""
 MAX_LOCKED_NAME = 150  # bytes of a name that its lock is called after
-ATTEMPTS = 20  # to read who has a lock, in a second
+MOMENT = 1.0  # seconds in which a lock that is being made or released is there or gone
 STOPPED = 1  # exit code of a process whose lock another one has taken over
 
 Inputs = Iterable[Any]
@@ -330,7 +330,8 @@ def _acquire(place: Path, out: Path) -> SoftFileLease:
 
     options: dict[str, Any] = {"lease_duration": LEASE, "heartbeat_interval": HEARTBEAT, "on_compromise": stop}
     lock = SoftFileLease(place, timeout=0, thread_local=False, **options)
-    for left in reversed(range(ATTEMPTS)):  # while another process makes its lock, or releases it
+    began, waits = time.monotonic(), False
+    while True:
         try:
             make_folder(place.parent)  # which another process, that had made it, may have removed as it was refused
             lock.acquire()
@@ -338,17 +339,18 @@ def _acquire(place: Path, out: Path) -> SoftFileLease:
         except LeaseSettingsMismatch as error:
             raise UserError(f"{out}: {error}") from error
         except Timeout:
-            if lock.owner is None:
-                if left == 1 and _is_half_written(place):
-                    place.unlink(missing_ok=True)
-                time.sleep(0.05)
-                continue
-        _wait_for_silence(lock, place, out)
-        break
-    else:
-        raise UserError(
-            f"{out}: {place} should say which process writes here, and is something else; delete it if nobody does"
-        )
+            if lock.owner is not None:
+                _wait_for_silence(lock, place, out)
+                break
+        waited = time.monotonic() - began  # while another process makes its lock, or releases it
+        if waited > MOMENT and os.path.lexists(place):
+            if not _is_half_written(place):
+                raise UserError(f"{out}: {place} should say which process writes here, and is something else")
+            if waited > LEASE:
+                place.unlink(missing_ok=True)
+            elif not waits:
+                waits = _say_waiting(lock, out)
+        time.sleep(0.05)
     with suppress(OSError):  # an empty lock, which is left after power loss, would say nothing
         fsync(place)
     return lock
@@ -373,11 +375,10 @@ def _wait_for_silence(lock: SoftFileLease, place: Path, out: Path) -> None:
         except OSError:
             return 0.0
 
-    first, (host, holder) = last_sign(), _describe_holder(lock)
+    first, (host, _) = last_sign(), _describe_holder(lock)
     if host == socket.gethostname() and abs(time.time() - first) < 3 * HEARTBEAT:
         raise _refusal(lock, out)
-    line = f"{out}: {holder} may be writing here; waiting at most {LEASE + HEARTBEAT:g} s for a sign of it"
-    print(line, file=sys.stderr, flush=True)
+    _say_waiting(lock, out)
     pause = min(1.0, LEASE / 4)
 
     def is_alive() -> bool:
@@ -387,6 +388,13 @@ def _wait_for_silence(lock: SoftFileLease, place: Path, out: Path) -> None:
         lock.acquire(timeout=LEASE + 2 * pause + 1, poll_interval=pause, cancel_check=is_alive)
     except Timeout:
         raise _refusal(lock, out) from None
+
+
+def _say_waiting(lock: SoftFileLease, out: Path) -> bool:
+    _, holder = _describe_holder(lock)
+    line = f"{out}: {holder} may be writing here; waiting at most {LEASE + HEARTBEAT:g} s for a sign of it"
+    print(line, file=sys.stderr, flush=True)
+    return True
 
 
 def _refusal(lock: SoftFileLease, out: Path) -> UserError:

@@ -269,7 +269,7 @@ def test_what_the_hub_says_is_one_error_in_a_line(report, owner, reason):
     for kind in ("pipeline", "tokens"):
         name, error, cause = report["errors"][kind][owner]
         assert name == "PushError" and cause and "\n" not in error
-        assert error.startswith(f"{owner}/it cannot be written to: {reason}") and len(error) > len(owner) + 30
+        assert error.startswith(f"{owner}/it cannot be written to: ") and reason in error
 
 
 # In the process whose endpoint is the Hub above

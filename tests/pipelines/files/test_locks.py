@@ -246,13 +246,17 @@ def test_a_holder_on_another_machine_is_given_time_for_a_sign(tmp_path, hold, mo
 
 @pytest.mark.parametrize("kept", [0, 1, 30, -1])
 @pytest.mark.parametrize("filled", [False, True])
-def test_a_lock_that_was_half_written_is_nobodys(tmp_path, kept, filled):
+def test_a_lock_that_was_half_written_is_nobodys_after_the_lease(tmp_path, monkeypatch, kept, filled):
     """As power loss leaves it: its beginning, perhaps with zeros to its length."""
+    monkeypatch.setattr(files, "LEASE", 1.5)
+    monkeypatch.setattr(files, "HEARTBEAT", 0.5)
     with lock_output(tmp_path / "out"):
         whole = lock_beside(tmp_path / "out").read_bytes()
     half = whole[:kept] + bytes(len(whole) - len(whole[:kept])) * filled
     lock_beside(tmp_path / "out").write_bytes(half if kept != 1 else bytes(len(whole)))
+    began = time.monotonic()
     with lock_output(tmp_path / "out"):
+        assert 1 < time.monotonic() - began < 4
         assert f"pid={os.getpid()}\n" in lock_beside(tmp_path / "out").read_text()
     assert not list(tmp_path.iterdir())
 

@@ -24,6 +24,7 @@ from failures.power_journal import Journal, Operation
 from failures.power_loss import clear, cut_points, lose_power
 from launch import states
 
+from pipelines import files as output_locks
 from pipelines.training import loop as training
 from pipelines.training import saving
 from tokenizer.files import MANIFEST, verify_manifest
@@ -31,6 +32,9 @@ from tokenizer.files import MANIFEST, verify_manifest
 LOOKS = (
     8  # at what is left, each after another cut; only from the last one the same command goes on, which takes longer
 )
+
+
+WAIT = 2.0  # seconds for a lock of which nothing is left that says whose it was
 
 
 @dataclass
@@ -63,6 +67,7 @@ def record(root: Path, place: Path) -> Journal:
 
 def lose_power_of_run(case: Case, number: int, left: int) -> Found:
     """Cut a run of a stage, which is killed at its middle and goes on: its states, its snapshot and its record."""
+    output_locks.LEASE, output_locks.HEARTBEAT = WAIT, WAIT / 4
     case.ready()
     recorded, out = recorded_run(case), case.folder / "power" / "run"
     draw, broken = draws("power", case.name, number), []
@@ -237,6 +242,7 @@ def patched(journal: Journal, rank: int) -> None:
 
 def lose_power_of_work(work: Work, number: int, left: int) -> Found:
     """Cut it somewhere."""
+    output_locks.LEASE, output_locks.HEARTBEAT = WAIT, WAIT / 4
     recorded, draw, wrong = work.ready(), draws("power", work.name, number), []
     for _ in range(LOOKS):
         cut, what = recorded.cut(draw, work.folder / "power")
