@@ -61,8 +61,7 @@ class EvaluateConfig(OutputConfig):
         "pipeline=runs/gpt_digits/pipeline num_images=200 update_card=false",
     )
     often = (
-        "pipeline out overwrite num_images data.source data.limit feature_steps "
-        "inception_weights num_orders seed update_card device"
+        "pipeline out overwrite num_images data.source feature_steps inception_weights num_orders update_card device"
     )
 
     pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")

@@ -37,9 +37,7 @@ class GenerateConfig(OutputConfig):
         "pipeline=digits",
         "pipeline=runs/gpt_digits/pipeline labels=3,8 num_images=16 temperature=0.9 out=threes.png",
     )
-    often = (
-        "pipeline out overwrite num_images labels seed temperature top_k top_p guidance_scale steps columns batch_size"
-    )
+    often = "pipeline out overwrite num_images labels seed temperature top_k top_p guidance_scale steps columns"
 
     pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     out: str = Field(

@@ -34,6 +34,7 @@ class CompressConfig(OutputConfig):
     """What is compressed, with what, and where to."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=my-images.smalti",)
+    often = "pipeline images out overwrite lossless device"
 
     pipeline: PipelineFolder = Field(description="pipeline folder, or a Hub id; decompressing needs the very same one")
     images: str = Field(description="a folder of images of the pipeline's size, or one file; names are kept")

@@ -43,6 +43,7 @@ class DetectConfig(OutputConfig):
     """Which images, against which calibrated pipeline."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=runs/detected",)
+    often = "pipeline images out overwrite normal normal_labels method fdr device"
 
     pipeline: PipelineFolder = Field(description="calibrated pipeline folder, or a Hub id")
     images: str | None = Field(

@@ -48,6 +48,7 @@ class ProbeConfig(OutputConfig):
     """Which pipeline, on what images."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline",)
+    often = "pipeline out overwrite num_train num_test layers pool data.source device"
 
     pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     out: str | None = Field(

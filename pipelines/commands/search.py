@@ -35,6 +35,7 @@ class SearchConfig(OutputConfig):
         "pipeline=runs/gpt_digits/pipeline",
         "pipeline=runs/gpt_digits/pipeline images=my-images k=5 out=near.png",
     )
+    often = "pipeline out overwrite images num_images k rows layer data.source device"
 
     pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     out: str = Field("neighbours.png", description="the picture to write: a row for each query, itself and its nearest")

@@ -49,6 +49,7 @@ class TuneConfig(OutputConfig):
     """What is searched, on what, for how long."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline minutes=10",)
+    often = "pipeline out overwrite minutes num_images store data.source device"
 
     pipeline: PipelineFolder = Field(description="pipeline folder; the settings that are chosen are written into it")
     out: str | None = Field(

@@ -33,7 +33,7 @@ class Config(Settings):
 class OutputConfig(Config):
     """Base of the verbs that write a file, or files into a folder that may exist."""
 
-    overwrite: bool = Field(False, description="replace files that `out` names and that exist; false: refuse to")
+    overwrite: bool = Field(False, description="replace existing files of `out`; false: refuse to")
 
 
 @dataclass(frozen=True)
