@@ -23,14 +23,13 @@ from tokenizer.model import PROVENANCE
 
 from .config import Config, Of, UserError, run_command
 from .config.importing import as_asked
-from .config.outputs import check_out_folder
 from .config.terminal import by_clause
+from .files import Output, lock_output
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.origin import is_local
 from .jobs import Piece
 from .jobs.sharing import Share, shared
 from .prefetch import pin_memory, prefetch, to_device_async
-from .processes.claims import alone_at
 from .processes.launched import apart, build_accelerator, team_of
 from .stages.provenance import TokenizerFolder, read_with, tokenizer_defaults, tokenizer_folder
 from .tokens import Meta
@@ -100,7 +99,7 @@ def run(config: EncodeConfig) -> Path:
     team = team_of(accelerator)
     tokenizer, out = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer)), Path(config.out)
     check_settings(config, tokenizer, out)
-    with apart(accelerator), alone_at(out, team):
+    with apart(accelerator), lock_output(out, team):
         team.first(lambda: recover(out))
         old = existing(out, tokenizer) if config.append else None
         config = config.model_copy(
@@ -167,7 +166,7 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, out: Path) -> Non
         )
     if config.only and not config.append:
         raise UserError("only: a new dataset has all splits; append=true adds to one of them")
-    check_out_folder(out, TOKENS, [read_with(config.tokenizer), config.data.path])
+    Output(out, [read_with(config.tokenizer), config.data.path]).check_folder(TOKENS)
 
 
 def variants_to_make(config: EncodeConfig, images: Splits, old: Meta | None) -> dict[str, tuple[int, int]]:

@@ -18,16 +18,15 @@ from torch import Tensor
 from prior.checks import NotCausalError, is_built_in, require_causal
 from tokenizer.files import PathError, write_json
 
-from .config import Config, Of, UserError, run_command
+from .config import Of, OutputConfig, UserError, run_command
 from .config.importing import as_asked
-from .config.outputs import check_out_results
 from .config.table import table
-from .files.writing import results_folder
+from .files import Output, lock_output
 from .image_pipeline import ImagePipeline
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images, to_float, to_uint8
 from .images.loading import require_unseen
 from .images.origin import named
-from .images.pictures import grid_picture, save_picture
+from .images.pictures import grid_picture, write_picture
 from .metrics.agreement import agreement
 from .metrics.fid import Ruler, make_ruler
 from .metrics.likelihood import evaluate_likelihood
@@ -40,7 +39,6 @@ from .metrics.reconstruction import (
 )
 from .metrics.report import report
 from .metrics.samples import Samples
-from .processes.claims import alone_at
 from .processes.launched import joined
 from .processes.sharing import ALONE, Team
 from .stages.index import PipelineFolder
@@ -55,7 +53,7 @@ RESULTS = ("samples.png", "reconstructions.png", "nearest.png", "evaluation.json
 KNOWN = 1 << 28  # numbers, 1 GiB, of training images whose pixels are compared to at most
 
 
-class EvaluateConfig(Config):
+class EvaluateConfig(OutputConfig):
     """What is measured, on what."""
 
     examples = (
@@ -63,8 +61,7 @@ class EvaluateConfig(Config):
         "pipeline=runs/gpt_digits/pipeline num_images=200 update_card=false",
     )
     often = (
-        "pipeline out num_images data.source data.limit feature_steps "
-        "inception_weights num_orders seed update_card device"
+        "pipeline out overwrite num_images data.source feature_steps inception_weights num_orders update_card device"
     )
 
     pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
@@ -110,7 +107,7 @@ def run(config: EvaluateConfig) -> Figures:
     with joined(config.device) as (team, device):
         pipeline, ruler = team.first_alone(lambda: prepare(config, out, device))
         card = config.pipeline if local and config.update_card else None
-        with alone_at(out, team), alone_at(card, team, "pipeline"):
+        with lock_output(out, team), lock_output(card, team, key="pipeline"):
             figures, pictures = measure(pipeline, config, ruler, team)
             if team.leads:
                 publish(pipeline, config, out, figures, pictures)
@@ -123,8 +120,13 @@ def prepare(config: EvaluateConfig, out: Path, device: torch.device) -> tuple[Im
     check_choices(config, pipeline)
     require_unseen(config.data, trained_data(pipeline.provenance), "held_out")
     ruler = make_ruler(config.inception_weights, config.reference, device)
-    check_out_results(out, RESULTS, [config.pipeline, config.data.path])
+    output_of(config, out).check_files(RESULTS)
     return pipeline, ruler
+
+
+def output_of(config: EvaluateConfig, out: Path) -> Output:
+    """Where the results go."""
+    return Output(out, [config.pipeline, config.data.path], config.overwrite)
 
 
 def measure(
@@ -170,9 +172,9 @@ def publish(
         num_images=figures["num_images"],
         device=str(pipeline.device),
     )
-    with results_folder(out, inputs=[config.pipeline, config.data.path]) as folder:
+    with output_of(config, out).files() as folder:
         for name, picture in pictures.items():
-            save_picture(picture, folder / f"{name}.png")
+            write_picture(picture, folder / f"{name}.png")
         orders = {"num_orders": config.num_orders} if config.num_orders > 1 else {}
         write_json(folder / "evaluation.json", figures | orders)
         (folder / "evaluation.txt").write_text(text + "\n", encoding="utf-8")

@@ -12,15 +12,15 @@ from pydantic import Field
 
 from prior.sampling import DecodingOptions
 
-from .config import Config, UserError, run_command
+from .config import OutputConfig, UserError, run_command
 from .config.importing import as_asked
 from .config.terminal import by_clause
+from .files import Output, lock_output
 from .image_pipeline import ImagePipeline
 from .images.sets import Drawn, Facts, Part, check_out, form_of, save, told
 from .images.sets.pieces import GenerateJob
 from .jobs.pieces import RESULT
 from .jobs.sharing import shared
-from .processes.claims import alone_at
 from .processes.launched import joined
 from .processes.sharing import Team
 from .stages.index import PipelineFolder
@@ -30,14 +30,14 @@ from .stages.sampling import settings_in
 AT_ONCE = 256  # images that one process makes without keeping any on the way
 
 
-class GenerateConfig(Config):
+class GenerateConfig(OutputConfig):
     """How many images of what, and where to."""
 
     examples = (
         "pipeline=digits",
         "pipeline=runs/gpt_digits/pipeline labels=3,8 num_images=16 temperature=0.9 out=threes.png",
     )
-    often = "pipeline out num_images labels seed temperature top_k top_p guidance_scale steps columns batch_size"
+    often = "pipeline out overwrite num_images labels seed temperature top_k top_p guidance_scale steps columns"
 
     pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     out: str = Field(
@@ -81,7 +81,7 @@ def run(config: GenerateConfig) -> Path:
 
     Many images are kept in pieces on the way: started again after it was killed, it makes those that are missing, and
     the result is the same. Raises `UserError` for what the pipeline cannot do, more processes than images, and an `out`
-    that is not ours or holds unfinished images of another request.
+    that may not be replaced or holds unfinished images of another request.
     """
     out = Path(config.out)
     with joined(config.device) as (team, device):
@@ -90,7 +90,7 @@ def run(config: GenerateConfig) -> Path:
         request = request_of(config, pipeline)
         _, height, width = pipeline.tokenizer.image_shape
         facts = Facts(config.num_images, height, width, request.class_names)
-        with alone_at(out, team):
+        with lock_output(out, team):
             few = team.world == 1 and config.num_images <= AT_ONCE and GenerateJob.unfinished(out) is None
             speed = at_once(config, request, facts) if few else in_pieces(config, request, facts, team)
         if team.leads:
@@ -106,7 +106,12 @@ def check(config: GenerateConfig, team: Team) -> None:
     form = form_of(Path(config.out))
     if team.world > config.num_images:
         raise UserError(f"num_images: {config.num_images} for {team.world} processes; start at most one for each image")
-    check_out(form, Path(config.out), config.num_images, [config.pipeline])
+    check_out(form, output_of(config), config.num_images)
+
+
+def output_of(config: GenerateConfig) -> Output:
+    """Where the images go."""
+    return Output(config.out, [config.pipeline], config.overwrite)
 
 
 def request_of(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
@@ -148,17 +153,9 @@ def publish(
     config: GenerateConfig, request: Request, parts: Iterable[Part], facts: Facts, temporary: Path | None = None
 ) -> None:
     """Write `out` of all parts; temporary: where it is until it has its name."""
-    out = Path(config.out)
-    save(
-        form_of(out),
-        out,
-        parts,
-        facts,
-        columns=config.columns,
-        inputs=[config.pipeline],
-        captions=config.captions,
-        temporary=temporary,
-    )
+    form = form_of(Path(config.out))
+    out, columns, captions = output_of(config), config.columns, config.captions
+    save(form, out, parts, facts, columns=columns, captions=captions, temporary=temporary)
 
 
 def kept(config: GenerateConfig) -> str:

@@ -25,7 +25,6 @@ from .images.origin import shareable
 from .images.pictures import check_output_type, convert_images
 from .processes.sharing import ALONE, Team
 from .stages import Label, Stages, completion, representation, sampling
-from .stages.index import FILES
 from .stages.watching import serialized
 
 SAMPLED = 80  # images of a sample picture
@@ -190,9 +189,9 @@ class ImagePipeline(Stages):
         and keeps all others. The name of a local folder of training images is left out. variant: as in
         `save_pretrained`.
 
-        Returns huggingface_hub's `CommitInfo`. Raises `hub.PushError`, an `OSError`, with the reason in one line.
+        Returns huggingface_hub's `CommitInfo`. Raises `PushError`, an `OSError`, with the reason in one line.
         """
-        from .files.hub import replace_on_hub, require_reachable
+        from .hub import push_folder, require_reachable
 
         require_reachable(repo_id)
         with tempfile.TemporaryDirectory() as temporary:
@@ -200,10 +199,9 @@ class ImagePipeline(Stages):
             shared.provenance = shareable(self.provenance)
             grid = self.sample_picture() if self.sample_grid is None else self.sample_grid
             shared.save_pretrained(folder, variant=variant, sample_grid=grid)
-            return replace_on_hub(
+            return push_folder(
                 folder,
                 repo_id,
-                lambda names, fetch: FILES,
                 token=token,
                 private=private,
                 revision=revision,

@@ -6,7 +6,6 @@ wrong with a file ends in one `PipelineLoadError` that names the file, what was 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import json
@@ -14,17 +13,26 @@ import os
 import re
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from glob import escape as escape_pattern
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
 
 MANIFEST = "manifest.json"
+READS = 5  # of a folder that is replaced while it is read
+ASIDE = ".del"
+"""Prefix of the name of a folder that is being replaced, for an instant."""
 MAX_JSON_BYTES = 1 << 20
 MAX_MESSAGE, MAX_QUOTED = 900, 80  # characters
 MAX_NAME = 255  # bytes of a file's name
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of a full disk."""
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 """Error numbers of a call that the file system does not have."""
 EDITABLE = (".json", ".md")
@@ -203,6 +211,54 @@ def verify_manifest(
     return manifest
 
 
+def find_local_folder(path: Path) -> bool:
+    """Whether there is a folder; waits a moment for one that is just being replaced. Raises `PathError` where a process
+    was killed in that moment."""
+    for _ in range(20):
+        if os.path.isdir(path):  # False for a name with a null character, too
+            return True
+        if not (aside := folders_aside(path)):
+            return False
+        time.sleep(0.05)
+    raise PathError(f"{path}: a process was killed while it replaced the folder; rename {aside[0]} to {path.name}")
+
+
+def folders_aside(path: Path) -> list[Path]:
+    """What had the name `path` when it was being replaced, and is still there."""
+    try:
+        return sorted(path.parent.glob(f"{ASIDE}-{escape_pattern(path.name)}-????????")) if path.name else []
+    except (OSError, ValueError):
+        return []
+
+
+def read_folder(folder: Path, read: Callable[[], T]) -> T:
+    """Return `read()`, which reads files of `folder`; again if the folder was replaced meanwhile, as a run does that
+    saves while others load.
+
+    Raises what `read` raises, and `UnreadableError` for a folder that is replaced each time.
+    """
+    for _ in range(READS):
+        find_local_folder(folder)
+        before = _identity(folder)
+        try:
+            found = read()
+            if _identity(folder) == before:
+                return found
+        except PipelineLoadError:
+            if _identity(folder) == before:
+                raise
+    raise UnreadableError(f"{folder}: it was replaced while it was read, {READS} times; try again")
+
+
+def _identity(folder: Path) -> tuple[int, ...] | None:
+    """What another folder of this name would not have; None without a folder."""
+    try:
+        info = os.stat(folder)
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino, info.st_mtime_ns
+
+
 # Writing ------------------------------------------------------------------------------------------
 
 
@@ -335,8 +391,8 @@ def atomic_folder(target: Path | str, *, kind: FolderKind | None) -> Iterator[Pa
     """Yield a temporary folder that becomes `target` only when the block ends without an error.
 
     A folder at `target` is replaced as a whole if `require_replaceable` allows it, at the beginning and at the end. A
-    killed process leaves at most a hidden `.tmp-*` folder; power loss leaves the old folder or the new one. All users
-    may read the files, unless the umask is stricter. Raises `PathError`.
+    killed process leaves at most a hidden `.tmp-*` folder; power loss leaves the old folder or the new one, perhaps as
+    `.del-*`. All users may read the files, unless the umask is stricter. Raises `PathError`.
     """
     target = Path(target)
     require_replaceable(target, kind)
@@ -361,46 +417,31 @@ def atomic_folder(target: Path | str, *, kind: FolderKind | None) -> Iterator[Pa
 
 
 def _replace_folder(temporary: Path, target: Path, kind: FolderKind | None) -> None:
-    """Rename `temporary` to `target`, and delete the folder that had this name, unless someone put a file into it."""
+    """Rename `temporary` to `target`, and delete the folder that had this name, unless someone put a file into it.
+
+    Between the two renames no folder has the name; a process that is killed there leaves the old one, whole, as
+    `.del-NAME-*`.
+    """
     require_replaceable(target, kind)
     if not os.path.lexists(target):
         temporary.rename(target)
         return fsync(target.parent)
-    old = temporary_name(target, ".del")
-    exchanged = exchange_names(temporary, target)
+    old = temporary_name(target, ASIDE)
     try:
-        (temporary if exchanged else target).rename(old)
+        target.rename(old)
         require_replaceable(old, kind, title=target)
-        if not exchanged:
-            temporary.rename(target)
+        temporary.rename(target)
     except BaseException:  # also at Ctrl-C the old folder gets its name back
-        if exchanged:
-            aside = old if os.path.lexists(old) else temporary
-            exchange_names(aside, target)
-            aside.rename(temporary)
-        elif not os.path.lexists(target):
+        if os.path.lexists(old) and not os.path.lexists(target):
             old.rename(target)
         raise
     fsync(target.parent)  # before the old folder goes: file systems may reorder
     shutil.rmtree(old, ignore_errors=True)
 
 
-def exchange_names(one: Path, other: Path) -> bool:
-    """Swap the names of two folders in one step, with Linux's `renameat2`; False where the system cannot."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
-        return True
-    if (number := ctypes.get_errno()) in UNSUPPORTED:
-        return False
-    raise OSError(number, os.strerror(number), str(other))
-
-
 # The Hub ------------------------------------------------------------------------------------------
 
+PIPELINE_INDEX = "model_index.json"
 HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
 
 
@@ -410,8 +451,10 @@ def find_folder(source: str | Path, patterns: list[str], **options: Any) -> Path
     options: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `repo_type` of huggingface_hub's
     `snapshot_download`. Raises `PathError`.
     """
-    if os.path.isdir(source):
+    if str(source) and find_local_folder(Path(source)):
         return Path(source)
+    if os.path.exists(source):
+        raise PathError(f"{quote(str(source))} is a file; give the folder that it is in, or a Hub id")
     if not re.fullmatch(HUB_ID, str(source)):
         raise PathError(f"{quote(str(source))} is neither an existing folder nor a Hub id of the form 'owner/name'")
     from huggingface_hub import snapshot_download
@@ -419,7 +462,63 @@ def find_folder(source: str | Path, patterns: list[str], **options: Any) -> Path
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns, **options))
     except Exception as error:  # the client, httpx and json raise almost anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PathError(
-            f"{str(source)!r} is not an existing folder and cannot be fetched from the Hub: {reason}"
+            f"{str(source)!r} is not an existing folder and cannot be fetched from the Hub: {_reason(error)}"
         ) from error
+
+
+class PushError(OSError):
+    """Something could not be written to the Hub; `__cause__` is what huggingface_hub raised, if anything."""
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    *,
+    repo_type: str = "model",
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str,
+) -> Any:
+    """Upload the files of `folder`, and a manifest of them, in one commit; create the repository if needed.
+
+    The commit deletes what the repository's own `manifest.json` lists and `folder` does not have: files of an earlier
+    upload go, and all others stay. revision: the branch. create_pr: as a pull request. Returns huggingface_hub's
+    `CommitInfo`. Raises `PushError`, also for a repository that holds a pipeline where `folder` does not.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    if not (folder / MANIFEST).exists():
+        write_manifest(folder)
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    api = HfApi(token=token)
+    place: dict[str, Any] = {"repo_id": repo_id, "repo_type": repo_type}
+    try:
+        sdk = "gradio" if repo_type == "space" else None
+        api.create_repo(**place, space_sdk=sdk, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(**place, branch=revision, exist_ok=True)
+        there = set(api.list_repo_files(**place, revision=revision))
+        if PIPELINE_INDEX in there and PIPELINE_INDEX not in paths:
+            raise PushError(f"{repo_id} holds a pipeline; push a pipeline, or to another repository")
+        listed = set[str]()
+        if MANIFEST in there:
+            with suppress(PipelineLoadError):  # not one of ours: nothing is known to be ours
+                cached = api.hf_hub_download(filename=MANIFEST, revision=revision, **place)
+                listed = set(read_manifest(Path(cached).parent)["files"])
+        operations: list[Any] = [CommitOperationDelete(name) for name in sorted(listed & there - set(paths))]
+        operations += [CommitOperationAdd(name, path) for name, path in paths.items()]
+        # Not `upload_folder`, which may make several commits, between which nothing would load.
+        place["revision"] = revision
+        return api.create_commit(operations=operations, commit_message=commit_message, create_pr=create_pr, **place)
+    except (TypeError, AttributeError, NameError, AssertionError, PushError):
+        raise  # bugs: the client raises none of these
+    except Exception as error:
+        raise PushError(one_line(f"{repo_id} cannot be written to: {_reason(error)}")) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error of the Hub's client."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -44,7 +44,9 @@ from .files import (
     atomic_folder,
     check_name,
     find_folder,
+    push_folder,
     quote,
+    read_folder,
     read_json,
     stat_file,
     write_json,
@@ -213,7 +215,8 @@ class PretrainedModel(Registered, nn.Module):
         """Write `config.json` and `model.safetensors`, whole or not at all; a model of this family is replaced.
 
         variant: "fp16" or "bf16" rounds the weights to that type, and writes `model.fp16.safetensors` instead. Raises
-        `PathError` if `folder` holds anything else, and names it; `ValueError` for weights that the type cannot hold.
+        `PathError` if `folder` holds anything else, and names it; `WeightsError` for weights that are not finite;
+        `ValueError` for weights that the type cannot hold.
         """
         model = self if variant is None else round_weights(self, variant)
         with atomic_folder(folder, kind=self.folder_kind()) as target:
@@ -263,6 +266,10 @@ class PretrainedModel(Registered, nn.Module):
     @classmethod
     def load_folder(cls: type[M], folder: Path, *, variant: str | None = None) -> M:
         """`from_pretrained` of a local folder, in float32 on the CPU."""
+        return read_folder(folder, lambda: cls._read_folder(folder, variant))
+
+    @classmethod
+    def _read_folder(cls: type[M], folder: Path, variant: str | None) -> M:
         path = folder / CONFIG
         data = read_json(path)
         try:
@@ -306,30 +313,15 @@ class PretrainedModel(Registered, nn.Module):
         """Upload the model's folder and a card, in one commit that removes the files of an earlier model; creates the
         repository if needed. variant: as in `save_pretrained`.
 
-        Returns huggingface_hub's `CommitInfo`, and raises what huggingface_hub raises; `ValueError` for a repository
-        that holds a pipeline.
+        Returns huggingface_hub's `CommitInfo`. Raises `PushError`, also for a repository that holds a pipeline.
         """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"
             self.save_pretrained(folder, variant=variant)
             card = model_card(self._packages[0], self.name, self.num_parameters())
             (folder / CARD).write_text(card, encoding="utf-8")
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            if api.file_exists(repo_id, "model_index.json", revision=revision):
-                raise ValueError(f"{repo_id} holds a pipeline; push a pipeline, or to another repository")
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                delete_patterns=[CONFIG, PROVENANCE, *weights_names()],
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-            )
+            place = {"token": token, "private": private, "revision": revision, "create_pr": create_pr}
+            return push_folder(folder, repo_id, **place, commit_message=commit_message)  # type: ignore[arg-type]
 
 
 def model_card(family: str, name: str, parameters: int) -> str:
@@ -381,7 +373,11 @@ def find_weights(folder: Path, variant: str | None) -> Path:
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file. Raises `OSError`, also where safetensors has an error of its own: for a full disk."""
+    """Write a safetensors file. Raises `WeightsError` for a value that is not finite, and `OSError`, also where
+    safetensors has an error of its own: for a full disk."""
+    for key, value in weights.items():
+        if value.is_floating_point() and not bool(value.detach().isfinite().all()):
+            raise WeightsError(f"{key} holds a value that is not finite; it could not be loaded again")
     try:
         tensors, seen = dict[str, Tensor](), set[int]()
         for key, value in weights.items():

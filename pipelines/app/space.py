@@ -12,16 +12,13 @@ import importlib.util
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizer.files import HUB_ID
+from tokenizer.files import HUB_ID, atomic_folder, write_manifest
 
-from ..files.hub import replace_on_hub
-from ..files.ownership import Inputs
-from ..files.writing import atomic_folder
+from ..hub import push_folder
 from ..image_pipeline import ImagePipeline
 from ..images.origin import shareable
 from ..stages.storing import variant_of
@@ -30,7 +27,6 @@ from .served import Served
 PACKAGES = ("tokenizer", "prior", "pipelines")
 CARRIED = "pipeline"
 """The folder of a pipeline that is carried."""
-OURS = ("app.py", "requirements.txt", "README.md", *(f"{name}/" for name in (*PACKAGES, CARRIED)))
 APP = '''"""Shows a pipeline of Smalti; written by `smalti app space={space}`."""
 
 import os
@@ -75,9 +71,9 @@ class Space:
         return Path(self.source).is_dir()
 
 
-def write_space(space: Space, served: Served, about: str, out: Path, inputs: Inputs = ()) -> None:
+def write_space(space: Space, served: Served, about: str, out: Path) -> None:
     """Write the folder `out`, whole or not at all. Raises `PathError` if it holds something already."""
-    with atomic_folder(out, kind=None, inputs=inputs) as folder:
+    with atomic_folder(out, kind=None) as folder:
         (folder / "app.py").write_text(app_file(space, served), encoding="utf-8")
         (folder / "requirements.txt").write_text(requirements(space), encoding="utf-8")
         (folder / "README.md").write_text(card(space, about), encoding="utf-8")
@@ -85,6 +81,7 @@ def write_space(space: Space, served: Served, about: str, out: Path, inputs: Inp
             carry_pipeline(served.pipeline, folder / CARRIED, variant_of(space.source))
         if space.requirement is None:
             carry_code(folder)
+        write_manifest(folder)
 
 
 def app_file(space: Space, served: Served) -> str:
@@ -135,10 +132,5 @@ def carry_code(folder: Path) -> None:
 
 def push_space(folder: Path, space: Space, private: bool) -> Any:
     """Upload the folder in one commit, which removes files of an earlier one; makes the Space if there is none. Returns
-    huggingface_hub's `CommitInfo`. Raises `hub.PushError`."""
-
-    def ours(names: list[str], fetch: Callable[[str], str]) -> Iterable[str]:
-        return [name for name in names if name.startswith(OURS)]
-
-    told = {"repo_type": "space", "private": private, "commit_message": "Upload the app"}
-    return replace_on_hub(folder, space.name, ours, **told)  # type: ignore[arg-type]
+    huggingface_hub's `CommitInfo`. Raises `PushError`."""
+    return push_folder(folder, space.name, repo_type="space", private=private, commit_message="Upload the app")

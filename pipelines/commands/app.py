@@ -15,9 +15,9 @@ from pydantic import Field, model_validator
 from tokenizer.files import HUB_ID
 
 from ..config import Config, Of, UserError, choose_device, run_command
-from ..config.outputs import check_out_folder, writing
-from ..files.hub import PushError, require_reachable
+from ..files import Output
 from ..generate import GenerateConfig
+from ..hub import PushError, require_reachable
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images
 from ..stages.index import PipelineFolder
@@ -77,7 +77,7 @@ def run(config: AppConfig) -> None:
     from ..app.serving import gradio_apart, serve
 
     if config.space is not None:
-        check_out_folder(config.out, None, [config.pipeline])
+        Output(config.out, [config.pipeline]).check_folder(None)
     try:
         if config.push and config.space is not None:
             require_reachable(config.space)
@@ -99,8 +99,8 @@ def make_space(config: AppConfig, name: str) -> None:
 
     served = served_by(config.model_copy(update={"search": False}))
     space, out = Space(name, config.pipeline, config.requirement), Path(config.out)
-    with writing("out", out):
-        write_space(space, served, about(served.pipeline), out, inputs=[config.pipeline])
+    with Output(out).errors():
+        write_space(space, served, about(served.pipeline), out)
     if config.push:
         push_space(out, space, config.private)
         print(f"{constants.ENDPOINT}/spaces/{name}")

@@ -15,10 +15,10 @@ from ..anomaly.calibrating import calibrate, check_promise
 from ..anomaly.scores import METHODS, NEEDS
 from ..config import Config, Of, UserError, Within, choose_device, run_command
 from ..config.table import table
+from ..files import lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images
 from ..images.loading import require_unseen
-from ..processes.claims import alone_at
 from ..stages.calibration import Calibration
 from ..stages.index import INDEX, PIPELINE, PipelineFolder
 from ..stages.provenance import defaults, trained_data
@@ -67,7 +67,7 @@ def run(config: CalibrateConfig) -> Calibration:
     if not Path(config.pipeline).is_dir():
         raise UserError(f"pipeline: {config.pipeline!r} is not a folder, and the calibration is written into it")
     require_replaceable(Path(config.pipeline), PIPELINE)
-    with alone_at(config.pipeline, key="pipeline"):
+    with lock_output(config.pipeline, key="pipeline"):
         return calibrate_folder(config)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -14,17 +14,15 @@ from torch import Tensor
 
 from prior import Prior
 
-from ..config import Config, Of, UserError, choose_device, run_command
-from ..config.outputs import check_out_file, writing
+from ..config import Of, OutputConfig, UserError, choose_device, run_command
 from ..config.table import table
-from ..files.ownership import Inputs
+from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images, to_float
 from ..images.decoding import flatten, open_image, try_decode
 from ..images.folders import find_images
 from ..images.loading import require_unseen
-from ..images.pictures import SUFFIXES, grid_picture, save_picture
-from ..processes.claims import alone_at
+from ..images.pictures import SUFFIXES, grid_picture, write_picture
 from ..stages.completion import ConditionError, complete, conditional_log_prob, make_mask, sees_all_known
 from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults, trained_data
@@ -33,14 +31,14 @@ from ..stages.sampling import settings_in
 TINTS = ((0.15, 0.35, 0.65), (-0.2, 0.0, 0.35))  # of the hatching, RGB in [-1, 1]: no grey image has them
 
 
-class CompleteConfig(Config):
+class CompleteConfig(OutputConfig):
     """What is hidden of which images, and how it is drawn."""
 
     examples = (
         "pipeline=runs/gpt_digits/pipeline mask=bottom draws=4 out=completions.png",
         "pipeline=runs/gpt_digits/pipeline mask=my-mask.png images=my-images",
     )
-    often = "pipeline mask images num_images draws labels out temperature guidance_scale seed data.source"
+    often = "pipeline mask images num_images draws labels out overwrite temperature guidance_scale seed data.source"
 
     pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     mask: str = Field(
@@ -80,13 +78,13 @@ class CompleteConfig(Config):
 
 def run(config: CompleteConfig) -> dict[str, float]:
     """Draw, write the sheet and print what the draws are given and how near they come; returns the figures."""
-    inputs = files_read(config)
-    check_out_file(config.out, inputs, SUFFIXES)
-    with alone_at(config.out):
-        return draw(config, inputs)
+    out = Output(config.out, files_read(config), config.overwrite)
+    out.check_file(SUFFIXES)
+    with lock_output(config.out):
+        return draw(config, out)
 
 
-def draw(config: CompleteConfig, inputs: Inputs) -> dict[str, float]:
+def draw(config: CompleteConfig, out: Output) -> dict[str, float]:
     """`run`, while no other process writes the sheet."""
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     known = read_mask(config.mask, pipeline)
@@ -110,8 +108,9 @@ def draw(config: CompleteConfig, inputs: Inputs) -> dict[str, float]:
     score, refusal = truth_log_prob(pipeline, truth, known, config.labels)
     if score is not None:
         figures["conditional_log_prob"] = score
-    with writing("out", config.out):
-        save_picture(sheet(truth, made, known), config.out, inputs=inputs)
+    picture = sheet(truth, made, known)
+    with out.file() as path:
+        write_picture(picture, path)
     print(report(config, pipeline, known, figures, refusal))
     return figures
 
@@ -119,7 +118,7 @@ def draw(config: CompleteConfig, inputs: Inputs) -> dict[str, float]:
 # What is asked for
 
 
-def files_read(config: CompleteConfig) -> Inputs:
+def files_read(config: CompleteConfig) -> list[Any]:
     """The files and folders that are read: the pipeline, the mask, and the images or the data that they are of."""
     asked = config.images if isinstance(config.images, list) else [config.images]
     files = [one for one in asked if isinstance(one, str)]

@@ -21,21 +21,20 @@ from tokenizer.base import LikelihoodError
 from ..compression.coding import chunk_images, exact_pixels, write_images
 from ..compression.header import StreamError
 from ..compression.names import check_restorable
-from ..config import Config, UserError, choose_device, run_command
-from ..config.outputs import check_out_file, writing
-from ..files.writing import atomic_file
+from ..config import OutputConfig, UserError, choose_device, run_command
+from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import to_float
 from ..images.decoding import open_image
 from ..images.folders import find_images, is_image_name
-from ..processes.claims import alone_at
 from ..stages.index import PipelineFolder
 
 
-class CompressConfig(Config):
+class CompressConfig(OutputConfig):
     """What is compressed, with what, and where to."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=my-images.smalti",)
+    often = "pipeline images out overwrite lossless device"
 
     pipeline: PipelineFolder = Field(description="pipeline folder, or a Hub id; decompressing needs the very same one")
     images: str = Field(description="a folder of images of the pipeline's size, or one file; names are kept")
@@ -55,8 +54,8 @@ def run(config: CompressConfig) -> Path:
     """Compress, and return the file written."""
     root = Path(config.images)
     paths, names = named_images(root)
-    out, inputs = Path(config.out), [config.pipeline, root]
-    check_out_file(out, inputs)
+    out = Output(config.out, [config.pipeline, root], config.overwrite)
+    out.check_file()
     try:
         check_restorable(names)
     except StreamError as error:
@@ -75,7 +74,7 @@ def run(config: CompressConfig) -> Path:
 
     began = time.monotonic()
     try:
-        with alone_at(out), writing("out", out), atomic_file(out, inputs=inputs) as half, open(half, "wb") as file:
+        with lock_output(config.out), out.file() as path, open(path, "wb") as file:
             written = write_images(
                 pipeline, file, parts(), len(paths), lossless=config.lossless, names=names, checked=config.checked
             )
@@ -85,11 +84,11 @@ def run(config: CompressConfig) -> Path:
     was, seconds = sum(path.stat().st_size for path in paths), time.monotonic() - began
     what = "every pixel" if config.lossless else "tokens: decompressing gives reconstructions"
     print(
-        f"{out}: {len(paths):,} images, {written:,} bytes (before: {was:,}), {written / len(paths):.1f} an image, "
-        f"{8 * written / dims:.3f} bits per dim\nkept: {what}; {len(paths) / seconds:.0f} images a second, "
+        f"{config.out}: {len(paths):,} images, {written:,} bytes (before: {was:,}), {written / len(paths):.1f} an "
+        f"image, {8 * written / dims:.3f} bits per dim\nkept: {what}; {len(paths) / seconds:.0f} images a second, "
         f"{'checked by decoding' if config.checked else 'not checked'}"
     )
-    return out
+    return out.path
 
 
 def named_images(root: Path) -> tuple[list[Path], list[str]]:

@@ -12,15 +12,15 @@ from pathlib import Path
 
 from pydantic import Field
 
+from tokenizer.files import atomic_folder
+
 from ..compression.coding import open_stream, read_images
 from ..compression.header import Data, Limits, StreamError, TruncatedStream
 from ..compression.names import restored
 from ..config import Config, UserError, choose_device, run_command
-from ..config.outputs import check_out_folder, writing
-from ..files.writing import atomic_folder
+from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
-from ..images.pictures import convert_images, write_image
-from ..processes.claims import alone_at
+from ..images.pictures import convert_images
 from ..stages.index import PipelineFolder
 
 IN_MEMORY = 256 << 20
@@ -49,24 +49,23 @@ def run(config: DecompressConfig) -> Path:
     path = Path(config.stream)
     if not path.is_file():
         raise UserError(f"stream: {str(path)!r} is not a file")
-    out = Path(config.out)
-    inputs = [path, Path(config.pipeline)]
-    check_out_folder(out, None, inputs)
+    out = Output(config.out, [path, config.pipeline])
+    out.check_folder(None)
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     try:
-        with alone_at(out), open(path, "rb") as file:
+        with lock_output(config.out), open(path, "rb") as file:
             if not (size := path.stat().st_size):
                 raise TruncatedStream("the file is empty")
             mapped = size > IN_MEMORY
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if mapped else file.read()
-            with writing("out", out), atomic_folder(out, kind=None, inputs=inputs) as folder:
+            with out.errors(), atomic_folder(config.out, kind=None) as folder:
                 count = write_folder(pipeline, data, folder, config)
     except StreamError as error:
         raise UserError(f"stream: {path}: {error}") from error
     except OSError as error:
         raise UserError(f"{error.filename or path}: {error.strerror or error}") from error
-    print(f"{count:,} images: {out}")
-    return out
+    print(f"{count:,} images: {config.out}")
+    return out.path
 
 
 def write_folder(pipeline: ImagePipeline, data: Data, folder: Path, config: DecompressConfig) -> int:
@@ -80,7 +79,7 @@ def write_folder(pipeline: ImagePipeline, data: Data, folder: Path, config: Deco
             file.parent.mkdir(parents=True, exist_ok=True)
             if file.exists():
                 raise StreamError(f"two images are called {name!r}")
-            write_image(image, file)
+            image.save(file)
             count += 1
     return count
 

@@ -19,10 +19,9 @@ from ..anomaly.healing import anomaly_map, heal
 from ..anomaly.image_statistics import statistics
 from ..anomaly.scores import p_value_of, score_of
 from ..anomaly.separation import benjamini_hochberg, separation
-from ..config import Config, Of, UserError, choose_device, run_command
-from ..config.outputs import check_out_results, writing
+from ..config import Of, OutputConfig, UserError, choose_device, run_command
 from ..config.table import table
-from ..files.writing import results_folder
+from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, to_float
 from ..images.bad import judge
@@ -30,10 +29,9 @@ from ..images.base import Rows
 from ..images.decoding import decode_all
 from ..images.loading import choose_splits, require_unseen
 from ..images.origin import place_of
-from ..images.pictures import grid_picture, save_picture
+from ..images.pictures import grid_picture, write_picture
 from ..images.sources import open_source
 from ..images.splits import held_out_split, tell_splits
-from ..processes.claims import alone_at
 from ..stages.calibration import Calibration, CalibrationError
 from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults, trained_data
@@ -41,10 +39,11 @@ from ..stages.provenance import defaults, trained_data
 NAMES_AT_A_TIME = 256
 
 
-class DetectConfig(Config):
+class DetectConfig(OutputConfig):
     """Which images, against which calibrated pipeline."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=runs/detected",)
+    often = "pipeline images out overwrite normal normal_labels method fdr device"
 
     pipeline: PipelineFolder = Field(description="calibrated pipeline folder, or a Hub id")
     images: str | None = Field(
@@ -104,9 +103,10 @@ def run(config: DetectConfig) -> dict[str, Any]:
     if (calibration := pipeline.calibration) is None:
         raise UserError(f"pipeline: not calibrated; run `smalti calibrate pipeline={config.pipeline}`")
     sources = [config.images or config.data.source, *([config.normal] if config.normal else [])]
-    out, inputs = Path(config.out), [config.pipeline, *(source_at(config.data, source).path for source in sources)]
-    check_out_results(out, ["scores.csv", "sheet.png", "figures.json"], inputs)
-    with alone_at(out):
+    inputs = [config.pipeline, *(source_at(config.data, source).path for source in sources)]
+    out = Output(config.out, inputs, config.overwrite)
+    out.check_files(["scores.csv", "sheet.png", "figures.json"])
+    with lock_output(config.out):
         found, anomalous = choose(config, pipeline, calibration)
         try:
             known = statistics(pipeline, found.pixels)
@@ -119,9 +119,9 @@ def run(config: DetectConfig) -> dict[str, Any]:
         figures = {} if anomalous is None else separation(scores.numpy(), anomalous, config.seed)
         columns = {"score": scores.numpy(), "p_value": p, "flagged": flagged.astype(int)}
         columns |= {name: values.numpy() for name, values in known.items() if values.ndim == 1}
-        with writing("out", out), results_folder(out, inputs=inputs) as folder:
+        with out.files() as folder:
             write_table(folder / "scores.csv", found, anomalous, columns)
-            save_picture(sheet(pipeline, found.pixels, scores, config.num_shown, config.seed), folder / "sheet.png")
+            write_picture(sheet(pipeline, found.pixels, scores, config.num_shown, config.seed), folder / "sheet.png")
             if figures:
                 write_json(folder / "figures.json", figures)
         print(report(config, pipeline, calibration, found, flagged, anomalous, figures))

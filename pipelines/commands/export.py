@@ -12,14 +12,13 @@ from torch import Tensor
 from tokenizer import Tokenizer
 
 from ..config import Config, UserError, run_command
-from ..config.outputs import check_out_folder, writing
 from ..exports import EXPORT, export_tokenizer
 from ..exports.formats import FORMATS, Format
 from ..exports.tracing import PARTS, ExportError
+from ..files import Output, lock_output
 from ..images import to_float
 from ..images.decoding import open_image, pixels_of
 from ..images.folders import find_images
-from ..processes.claims import alone_at
 from ..stages.provenance import TokenizerFolder, read_with, tokenizer_folder
 
 MOST = 32  # given images on which it is checked
@@ -50,12 +49,13 @@ def run(config: ExportConfig) -> Path:
     """Write both files, run them, print what was compared, and return the folder. Raises `UserError` for a tokenizer
     that cannot be written so, or whose files give something else; nothing is left then."""
     inputs = [read_with(config.tokenizer), *([config.images] if config.images else [])]
-    check_out_folder(config.out, EXPORT, inputs)
+    out = Output(config.out, inputs)
+    out.check_folder(EXPORT)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer))
     images = given_images(config.images, tokenizer.image_shape) if config.images else None
     try:
-        with alone_at(config.out), writing("out", config.out):
-            compared = export_tokenizer(tokenizer, config.out, config.format, images, inputs=inputs)
+        with lock_output(config.out), out.errors():
+            compared = export_tokenizer(tokenizer, config.out, config.format, images)
     except ExportError as error:
         raise UserError(f"format: {config.format}: {error}; nothing was written") from error
     files = " and ".join(f"{part}{FORMATS[config.format].suffix}" for part in PARTS)

@@ -21,8 +21,8 @@ from tokenizer.model import open_weights
 from tokenizer.published import Layout, Shapes, build, prefix_of, recognise
 
 from ..config import Config, UserError, run_command
-from ..config.outputs import check_out_folder
 from ..config.table import table
+from ..files import Output
 from ..images.base import Side
 from ..stages.provenance import save_tokenizer
 
@@ -76,7 +76,7 @@ class ImportConfig(Config):
 def run(config: ImportConfig) -> Path:
     """Convert, write the tokenizer's folder, print what it is, and return the folder."""
     path, out = find_weights(config.source), Path(config.out)
-    check_out_folder(out, Tokenizer.folder_kind(), [path])
+    Output(out, [path]).check_folder(Tokenizer.folder_kind())
     weights, digest = read_weights(path)
     layout = recognise(weights, path, config.layout)
     weights = layout.prepare(weights)
@@ -87,7 +87,7 @@ def run(config: ImportConfig) -> Path:
     size = model_config.image_size
     data = {"source": UNKNOWN_SOURCE, "image_size": list(size), "channels": model_config.channels}
     facts = {"layout": layout.title, "file": path.name, "sha256": digest}
-    save_tokenizer(model, out, {"data": data, "imported": facts}, [path])
+    save_tokenizer(model, out, {"data": data, "imported": facts})
     assumed = config.image_size is None and "image_size" not in beside
     print(summary(model, f"{path}: {layout.title}", assumed, config.out, unused))
     return out

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from tokenizer import Tokenizer
 
-from ..config import Config, Of, choose_device, run_command
-from ..config.outputs import check_out_file, writing
+from ..config import Of, OutputConfig, choose_device, run_command
+from ..files import Output
 from ..images import DataConfig, ImageDataset, check_shape, load_images, to_uint8
 from ..images.loading import require_unseen
-from ..images.pictures import SUFFIXES, save_picture
+from ..images.pictures import SUFFIXES, write_picture
 from ..metrics.charts import GREY, RED, Pixels, bars, charts_in_row, histogram
 from ..metrics.codebook import HEIGHT, draw_distances, draw_usage, part_names
 from ..metrics.inspection import Findings, examine
@@ -35,11 +35,11 @@ EMPTY = 231  # grey: a code that has no place in any image
 LISTED = 12  # so many ids are named in a line
 
 
-class InspectConfig(Config):
+class InspectConfig(OutputConfig):
     """Which tokenizer, looking at which images."""
 
     examples = ("tokenizer=runs/vqvae_digits/tokenizer",)
-    often = "tokenizer out data.source num_images num_codes device"
+    often = "tokenizer out overwrite data.source num_images num_codes device"
 
     tokenizer: TokenizerFolder = Field(
         description="folder of a tokenizer, a run or a pipeline, or a tokenizer's Hub id"
@@ -232,16 +232,16 @@ def stacked(pictures: list[Pixels]) -> Pixels:
 
 def run(config: InspectConfig) -> dict[str, Any]:
     """Write the report; print the findings and return them: see `figures_of`, `l1`, `l2`, `look_figures`."""
-    inputs = [read_with(config.tokenizer), config.data.path]
-    check_out_file(config.out, inputs, SUFFIXES)
+    out = Output(config.out, [read_with(config.tokenizer), config.data.path], config.overwrite)
+    out.check_file(SUFFIXES)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
     check_shape(config.data, tokenizer.image_shape, "tokenizer")
     require_unseen(config.data, trained_data({"data": data_of(config.tokenizer)}), "held_out")
     images = load_images(config.data).held_out
     found = examine(tokenizer, images, config.num_codes)
     picture = report(tokenizer, images, found, config.num_images, config.data.source)
-    with writing("out", config.out):
-        save_picture(picture, config.out, inputs=inputs)
+    with out.file() as path:
+        write_picture(picture, path)
     print(f"{config.out}: {len(images):,} held-out images", *sentences(found, tokenizer.reversible), sep="\n  ")
     return found.figures
 

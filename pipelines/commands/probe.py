@@ -19,17 +19,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..config import Config, Of, UserError, choose_device, run_command
-from ..config.outputs import check_out_results, writing
+from ..config import Of, OutputConfig, UserError, choose_device, run_command
 from ..config.table import table
-from ..files.ownership import Inputs
-from ..files.writing import results_folder
+from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, ImageDataset, check_shape, load_images
 from ..images.loading import require_unseen
-from ..images.pictures import save_picture
+from ..images.pictures import write_picture
 from ..metrics.charts import BLUE, INK, Pixels, render
-from ..processes.claims import alone_at
 from ..shuffling import random_rows
 from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults, trained_data
@@ -47,10 +44,11 @@ YARDSTICK = "#999966"  # the colour of what needs no prior
 TITLES = {"pixels": "raw pixels", "codes": "bag of codes", "embeddings": "code embeddings"}
 
 
-class ProbeConfig(Config):
+class ProbeConfig(OutputConfig):
     """Which pipeline, on what images."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline",)
+    often = "pipeline out overwrite num_train num_test layers pool data.source device"
 
     pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     out: str | None = Field(
@@ -94,13 +92,13 @@ def run(config: ProbeConfig) -> list[Probe]:
     need_sklearn()
     local = Path(config.pipeline).is_dir()
     out = Path(config.out or (Path(config.pipeline).parent / "probe" if local else "probe"))
-    inputs = [config.pipeline, config.data.path]
-    check_out_results(out, ["probe.png", "probe.csv"], inputs)
-    with alone_at(out):
-        return measure(config, out, inputs)
+    output = Output(out, [config.pipeline, config.data.path], config.overwrite)
+    output.check_files(["probe.png", "probe.csv"])
+    with lock_output(out):
+        return measure(config, output)
 
 
-def measure(config: ProbeConfig, out: Path, inputs: Inputs) -> list[Probe]:
+def measure(config: ProbeConfig, out: Output) -> list[Probe]:
     """`run`, while no other process writes there."""
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     layers = prior_layers(pipeline, config.layers)
@@ -111,10 +109,10 @@ def measure(config: ProbeConfig, out: Path, inputs: Inputs) -> list[Probe]:
     test = some_of(splits.held_out, config.num_test, config.seed)
     rows = [*compare_to(pipeline, train, test, layers, config), *probe_prior(pipeline, train, test, layers, config)]
     print(report(rows, train, test, len(splits.train.class_names)))
-    with writing("out", out), results_folder(out, inputs=inputs) as folder:
-        save_picture(bar_chart(rows), folder / "probe.png")
+    with out.files() as folder:
+        write_picture(bar_chart(rows), folder / "probe.png")
         write_csv(rows, folder / "probe.csv")
-    print("", table([("picture", f"{out / 'probe.png'}"), ("figures", f"{out / 'probe.csv'}")]), sep="\n")
+    print("", table([("picture", f"{out.path / 'probe.png'}"), ("figures", f"{out.path / 'probe.csv'}")]), sep="\n")
     return rows
 
 

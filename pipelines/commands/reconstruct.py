@@ -9,24 +9,24 @@ from pydantic import Field
 
 from tokenizer import Tokenizer
 
-from ..config import Config, Of, choose_device, run_command
-from ..config.outputs import check_out_file, writing
+from ..config import Of, OutputConfig, choose_device, run_command
+from ..files import Output
 from ..images import DataConfig, check_shape, load_images
 from ..images.loading import require_unseen
-from ..images.pictures import SUFFIXES, save_picture
+from ..images.pictures import SUFFIXES, write_picture
 from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
 from ..metrics.texture import texture_line
 from ..stages.provenance import TokenizerFolder, data_of, read_with, tokenizer_defaults, tokenizer_folder, trained_data
 
 
-class ReconstructConfig(Config):
+class ReconstructConfig(OutputConfig):
     """Which images, through which tokenizer."""
 
     examples = (
         "tokenizer=runs/vqvae_digits/tokenizer",
         "tokenizer=runs/vqvae_digits/tokenizer data.source=my-images num_images=8",
     )
-    often = "tokenizer out data.source num_images device"
+    often = "tokenizer out overwrite data.source num_images device"
 
     tokenizer: TokenizerFolder = Field(
         description="folder of a tokenizer, a run or a pipeline, or a tokenizer's Hub id"
@@ -42,16 +42,16 @@ class ReconstructConfig(Config):
 def run(config: ReconstructConfig) -> dict[str, Any]:
     """Write the picture, print and return PSNR (dB), losses, codebook usage and perplexity on all held-out images, and
     the figures of `look_figures`."""
-    inputs = [read_with(config.tokenizer), config.data.path]
-    check_out_file(config.out, inputs, SUFFIXES)
+    out = Output(config.out, [read_with(config.tokenizer), config.data.path], config.overwrite)
+    out.check_file(SUFFIXES)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
     check_shape(config.data, tokenizer.image_shape, "tokenizer")
     require_unseen(config.data, trained_data({"data": data_of(config.tokenizer)}), "held_out")
     images = load_images(config.data).held_out
     figures = evaluate_reconstruction(tokenizer, images, looks=SOME)
     picture = reconstruction_picture(tokenizer, images, config.num_images)
-    with writing("out", config.out):
-        save_picture(picture, config.out, inputs=inputs)
+    with out.file() as path:
+        write_picture(picture, path)
     print(
         f"{config.out}: PSNR {figures['psnr']:.2f} dB over {len(images):,} held-out images, "
         f"SSIM {figures['ssim']:.3f}, {figures['codebook_usage']:.1%} of {tokenizer.grid.vocab_size} codes used; "

@@ -14,27 +14,28 @@ from torch import Tensor
 
 from tokenizer.files import escape
 
-from ..config import Config, Of, UserError, choose_device, run_command
-from ..config.outputs import check_out_file, writing
+from ..config import Of, OutputConfig, UserError, choose_device, run_command
+from ..files import Output
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, ImageDataset, check_shape, load_images, to_float
 from ..images.decoding import try_decode
 from ..images.folders import find_images
 from ..images.loading import require_unseen
-from ..images.pictures import SUFFIXES, grid_picture, save_picture
+from ..images.pictures import SUFFIXES, grid_picture, write_picture
 from ..shuffling import random_rows
 from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults, trained_data
 from ..stages.representation import choose_layer, choose_pool, embed, nearest_neighbours
 
 
-class SearchConfig(Config):
+class SearchConfig(OutputConfig):
     """What is searched for, among which images, and by what."""
 
     examples = (
         "pipeline=runs/gpt_digits/pipeline",
         "pipeline=runs/gpt_digits/pipeline images=my-images k=5 out=near.png",
     )
+    often = "pipeline out overwrite images num_images k rows layer data.source device"
 
     pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     out: str = Field("neighbours.png", description="the picture to write: a row for each query, itself and its nearest")
@@ -77,7 +78,8 @@ def run(config: SearchConfig) -> Tensor:
     split."""
     files = config.images if isinstance(config.images, list) else [config.images]
     inputs = [config.pipeline, config.data.path, *(file for file in files if isinstance(file, str))]
-    check_out_file(config.out, inputs, SUFFIXES)
+    out = Output(config.out, inputs, config.overwrite)
+    out.check_file(SUFFIXES)
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
     try:
         choose_pool(choose_layer(pipeline, config.layer)[0], config.pool)
@@ -101,8 +103,9 @@ def run(config: SearchConfig) -> Tensor:
     shown = found[: config.rows]
     pairs = zip(queries.images[: config.rows], shown, strict=False)
     sheet = torch.cat([torch.cat([query[None], splits.train.pixels(ids)]) for query, ids in pairs])
-    with writing("out", config.out):
-        save_picture(neighbour_sheet(sheet, config.k), config.out, inputs=inputs)
+    picture = neighbour_sheet(sheet, config.k)
+    with out.file() as path:
+        write_picture(picture, path)
     print(f"\n{len(shown)} queries, each beside its {config.k} nearest of {len(chosen):,} images: {config.out}")
     return found
 

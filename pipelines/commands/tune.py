@@ -18,21 +18,19 @@ from torch import Tensor
 from prior.sampling import SamplingOptions
 from tokenizer.files import PathError, require_replaceable, write_json
 
-from ..config import Config, Of, UserError, run_command
-from ..config.outputs import check_out_results
+from ..config import Of, OutputConfig, UserError, run_command
 from ..evaluate import KNOWN, check_classes, draw_samples, wanted_labels
-from ..files.writing import results_folder
+from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from ..images.loading import count_seen, require_unseen
 from ..images.origin import named, place_of
-from ..images.pictures import save_picture
+from ..images.pictures import write_picture
 from ..metrics.agreement import agreement
 from ..metrics.frechet import Moments, distance, moments
 from ..metrics.quality import AT_A_TIME, FeatureSpace, feature_space, neighbourhoods, shuffled
 from ..metrics.tuning import FINAL_TIMES, HEAD, RULE, UNITS, Scores, Search, Trial, line_of, told
 from ..metrics.tuning_chart import picture
-from ..processes.claims import alone_at
 from ..processes.launched import joined
 from ..processes.sharing import Team
 from ..stages.card import OF_SAMPLES
@@ -47,10 +45,11 @@ WARM_UP = 64  # images that tell how long others take
 SPARE = 0.85  # the share of the time that is planned for
 
 
-class TuneConfig(Config):
+class TuneConfig(OutputConfig):
     """What is searched, on what, for how long."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline minutes=10",)
+    often = "pipeline out overwrite minutes num_images store data.source device"
 
     pipeline: PipelineFolder = Field(description="pipeline folder; the settings that are chosen are written into it")
     out: str | None = Field(
@@ -83,7 +82,8 @@ def run(config: TuneConfig) -> dict[str, Any]:
     out = Path(config.out or Path(config.pipeline).parent / "tuning")
     with joined(config.device) as (team, device):
         pipeline = team.first_alone(lambda: prepare(config, out, device))
-        with alone_at(out, team), alone_at(config.pipeline if config.store else None, team, "pipeline"):
+        stored = config.pipeline if config.store else None
+        with lock_output(out, team), lock_output(stored, team, key="pipeline"):
             images, origin = choosing_images(config, pipeline, team)
             if team.leads:
                 print(f"making the feature space of {len(images.train):,} training images", flush=True)
@@ -129,8 +129,13 @@ def prepare(config: TuneConfig, out: Path, device: torch.device) -> ImagePipelin
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=device)
     check_shape(config.data, pipeline.tokenizer.image_shape)
     require_unseen(config.data, trained_data(pipeline.provenance), "validation")
-    check_out_results(out, RESULTS, [config.pipeline, config.data.path])
+    output_of(config, out).check_files(RESULTS)
     return pipeline
+
+
+def output_of(config: TuneConfig, out: Path) -> Output:
+    """Where the results go."""
+    return Output(out, [config.pipeline, config.data.path], config.overwrite)
 
 
 def choosing_images(config: TuneConfig, pipeline: ImagePipeline, team: Team) -> tuple[Splits, str]:
@@ -273,9 +278,9 @@ def publish(
     config: TuneConfig, out: Path, pipeline: ImagePipeline, search: Search, best: Trial, facts: dict[str, Any]
 ) -> None:
     """Write the results, store the settings, and say what was chosen."""
-    with results_folder(out, inputs=[config.pipeline, config.data.path]) as folder:
+    with output_of(config, out).files() as folder:
         write_json(folder / "tuning.json", facts)
-        save_picture(picture(search.trials, best, facts), folder / "tuning.png")
+        write_picture(picture(search.trials, best, facts), folder / "tuning.png")
     print(f"\nchosen: {told(best.sampler)}: Frechet distance {best.distance:.3f}, before ({facts['before']}) ", end="")
     print(f"{facts['frechet_distance_before']:.3f}; {search.ended or 'the search went to its end'}")
     print(f"rule: {RULE}\ncurve: {out / 'tuning.png'}, figures: {out / 'tuning.json'}")

@@ -2,6 +2,6 @@
 
 from .arguments import UserError
 from .command import choose_device, is_first_process, run_command
-from .schema import Config, Of, Within
+from .schema import Config, Of, OutputConfig, Within
 
-__all__ = ["Config", "Of", "UserError", "Within", "choose_device", "is_first_process", "run_command"]
+__all__ = ["Config", "Of", "OutputConfig", "UserError", "Within", "choose_device", "is_first_process", "run_command"]

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, NoReturn, TextIO, TypeVar
 from pydantic import ValidationError
 
 from tokenizer.config import Data, defaults_of, explain, find_mark, merge, with_defaults
-from tokenizer.files import PipelineLoadError, one_line
+from tokenizer.files import FULL, PipelineLoadError, one_line
 
-from ..files.calls import FULL
 from .arguments import ToldElsewhere, UserError, read_arguments, sorted_words
 from .errors import search, told_of
 from .help import Known, help_page

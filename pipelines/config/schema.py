@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from tokenizer.config import Data, Node, Settings, find_mark, show_value, to_plain
 from tokenizer.files import quote
@@ -28,6 +28,12 @@ class Config(Settings):
     """Command lines, without `smalti` and the verb."""
     often: ClassVar[str] = ""
     """The keys that people change, in this order, between spaces; none: all that the verb has itself."""
+
+
+class OutputConfig(Config):
+    """Base of the verbs that write a file, or files into a folder that may exist."""
+
+    overwrite: bool = Field(False, description="replace existing files of `out`; false: refuse to")
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from tokenizer import Tokenizer
 from tokenizer.base import grid_to_dict
-from tokenizer.files import FolderKind, write_json, write_manifest
+from tokenizer.files import FolderKind, atomic_folder, write_json, write_manifest
 
-from ..files.ownership import Inputs
-from ..files.writing import atomic_folder
 from ..images.pictures import to_float
 from .checks import TOLERANCE, Checked, check
 from .formats import FORMATS, Format, require_installed
@@ -25,9 +23,7 @@ EXPORT = FolderKind("an exported tokenizer", FACTS, lambda facts: facts.get("_cl
 RANDOM = 8  # images of noise on which a file is checked
 
 
-def export_tokenizer(
-    tokenizer: Tokenizer, folder: str | Path, format: Format, images: Tensor | None = None, *, inputs: Inputs = ()
-) -> Checked:
+def export_tokenizer(tokenizer: Tokenizer, folder: str | Path, format: Format, images: Tensor | None = None) -> Checked:
     """Write `tokenizer` as `encoder.onnx` and `decoder.onnx` (or `.pt2`), check the files by running them, and return
     what was compared. The folder appears whole or not at all.
 
@@ -44,7 +40,7 @@ def export_tokenizer(
         tokenizer.check_images(images)
     some = example if images is None else torch.cat([example, images.to(example)])
     kind = FORMATS[format]
-    with atomic_folder(folder, kind=EXPORT, inputs=inputs) as target:
+    with atomic_folder(folder, kind=EXPORT) as target:
         paths = {part: target / f"{part}{kind.suffix}" for part in PARTS}
         for part, path in paths.items():
             kind.write(trace(tokenizer, part, examples[part]), part, path)

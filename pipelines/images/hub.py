@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 from tokenizer.files import HUB_ID
 
-from ..files.hub import is_reachable
+from ..hub import is_reachable
 
 
 @contextmanager

@@ -11,11 +11,9 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ..files.ownership import MARK, Inputs
-from ..files.writing import atomic_file
+from ..files import atomic_file
 
 Shape = tuple[int, int, int]
 ARRAYS = (np.uint8, np.float16, np.float32, np.float64)
@@ -46,34 +44,22 @@ def grid_picture(images: Tensor, columns: int, *, min_side: int = 56) -> np.ndar
     return make_grid(images, nrow=columns, padding=2, pad_value=128).movedim(0, -1).numpy()
 
 
-def save_picture(picture: np.ndarray, path: str | Path, *, inputs: Inputs = ()) -> None:
-    """Write a uint8 (H, W, 3) array as an image file, whole or not at all; creates its folder. Raises `PathError` if
-    this would overwrite a file that is not such a picture, or one of the `inputs`."""
-    with atomic_file(path, inputs=inputs) as temporary:
-        write_image(Image.fromarray(picture), temporary)
+def save_picture(picture: np.ndarray, path: str | Path, *, overwrite: bool = False) -> None:
+    """Write a uint8 (H, W, 3) array as an image file, whole or not at all; creates its folder. Raises `PathError` for a
+    link, and for a file that exists unless `overwrite`."""
+    with atomic_file(path, overwrite=overwrite) as temporary:
+        write_picture(picture, temporary)
 
 
-def write_image(image: Image.Image, path: Path) -> None:
-    """Write a new image file that is marked as ours in a comment; BMP, which has no comments, at its end."""
-    comment = PngInfo()
-    comment.add_text("Software", MARK.decode())
-    options: dict[str, dict[str, Any]] = {
-        ".png": {"pnginfo": comment},
-        ".jpg": {"comment": MARK},
-        ".jpeg": {"comment": MARK},
-        ".webp": {"xmp": MARK},
-    }
-    image.save(path, **options.get(path.suffix.lower(), {}))
-    if path.suffix.lower() == ".bmp":
-        with path.open("ab") as file:
-            file.write(MARK)
+def write_picture(picture: np.ndarray, path: Path) -> None:
+    """Write a new image file, in a folder that is being made or under a temporary name."""
+    Image.fromarray(picture).save(path)
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:
-    """The PNG file of uint8 pixels (H, W, C), marked as ours: that of `write_image`."""
-    comment, file = PngInfo(), io.BytesIO()
-    comment.add_text("Software", MARK.decode())
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG", pnginfo=comment)
+    """The PNG file of uint8 pixels (H, W, C)."""
+    file = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
     return file.getvalue()
 
 

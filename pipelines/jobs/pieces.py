@@ -19,7 +19,7 @@ from tokenizer.files import LITTER, PathError, PipelineLoadError, fsync, make_fo
 
 from ..config import UserError
 from ..config.schema import difference
-from ..files.claims import LOCK
+from ..files import LOCK
 
 JOB, RESULT = "job.json", "result"
 OURS = r"(\.tmp-|\.)?\w+-\d{5,}\.(safetensors|json)(\.json|-[0-9a-f]{8})?"
@@ -54,7 +54,7 @@ def cut(split: str, first: int, rows: int, size: int) -> list[Piece]:
 class Job:
     """Work on these pieces for the result `out`.
 
-    missing = job.begin()       # on one process, whose command has claimed `out`, see `processes.claims`
+    missing = job.begin()       # on one process, which has locked `out`, see `files.lock_output`
     job.keep(piece, data)       # for each missing one, on any process
     job.read(piece)             # on one process, when all are kept
     """

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from ..config import UserError
 from ..config.command import ProcessLost
-from ..config.outputs import writing
+from ..files import Output
 from ..processes.launched import TIMEOUT
 from ..processes.sharing import ALONE, Team
 from .pieces import Job, Piece
@@ -104,7 +104,7 @@ def shared(job: Job, team: Team) -> Share:
     where the work folder cannot be written, or cannot be seen by all."""
 
     def begin() -> list[Piece]:
-        with writing("out", job.out):
+        with Output(job.out).errors():
             return job.begin()
 
     missing = team.first(begin)

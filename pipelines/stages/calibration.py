@@ -16,7 +16,7 @@ from pydantic import ConfigDict, PlainValidator
 
 from tokenizer.files import one_line
 
-from ..files.checked import Bool, FieldError, Number, Text, Whole, checked
+from ..files import Bool, FieldError, Number, Text, Whole, validate
 from .distances import Gaussian, Neighbours, Row, Table
 
 MAX_CALIBRATION_BYTES = 4 << 20
@@ -113,7 +113,7 @@ class Calibration:
     @classmethod
     def from_dict(cls, data: dict[str, Any], path: Path) -> Calibration:
         """Checked. Raises `FormatError` naming the file and the field."""
-        return checked(cls, data, path)
+        return validate(cls, data, path)
 
     def __post_init__(self) -> None:
         def check(holds: bool, field: str, problem: str) -> None:

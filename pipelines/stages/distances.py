@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import PlainValidator
 
-from ..files.checked import FieldError
+from ..files import FieldError
 from .conformal import Floats
 
 NEAREST = 5

@@ -30,7 +30,7 @@ from tokenizer.files import (
 from tokenizer.model import CONFIG, PROVENANCE, weights_names
 
 from ..config import Within
-from ..files.checked import FieldError, Text, checked
+from ..files import FieldError, Text, validate
 from ..images.labels import LONGEST, is_class_name
 from .card import FIGURES, TUNING
 
@@ -86,7 +86,7 @@ def read_index(folder: Path, given: Collection[str] = ()) -> dict[str, Any]:
         )
     if index.get("_class_name") != "ImagePipeline":
         raise FormatError(f"{path}: _class_name: found {quote(index.get('_class_name'))}, expected 'ImagePipeline'")
-    checked(IndexFile, index, path)
+    validate(IndexFile, index, path)
     families: list[tuple[str, type[Tokenizer] | type[Prior]]] = [("tokenizer", Tokenizer), ("prior", Prior)]
     for part, family in families + [(BACKGROUND, Prior)] * (BACKGROUND in index):
         if part not in given and not family.has(index[part]):
@@ -185,7 +185,7 @@ class ProvenanceFile(BaseModel):
 def read_provenance(path: Path) -> dict[str, Any]:
     """Read `provenance.json`: any facts, with numbers or text where the model card shows them. Raises `FormatError`."""
     found = read_json(path)
-    checked(ProvenanceFile, found, path)
+    validate(ProvenanceFile, found, path)
     return found
 
 

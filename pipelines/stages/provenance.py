@@ -8,12 +8,10 @@ from typing import Annotated, Any
 from pydantic import ValidationError
 
 from tokenizer import Tokenizer
-from tokenizer.files import FormatError, quote, read_json, write_json
+from tokenizer.files import FormatError, atomic_folder, quote, read_json, write_json
 from tokenizer.model import CONFIG, PROVENANCE
 
 from ..config import Within
-from ..files.ownership import Inputs
-from ..files.writing import atomic_folder
 from ..images import DataConfig
 from ..images.hub import fetched
 from .index import INDEX
@@ -83,8 +81,8 @@ def read_with(tokenizer: str) -> str:
     return str(pipeline) if (pipeline / INDEX).is_file() else tokenizer
 
 
-def save_tokenizer(model: Any, folder: Path, provenance: dict[str, Any], inputs: Inputs = ()) -> None:
+def save_tokenizer(model: Any, folder: Path, provenance: dict[str, Any]) -> None:
     """`save_pretrained`, and `provenance.json` beside the weights, from which later stages learn the data source."""
-    with atomic_folder(folder, kind=Tokenizer.folder_kind(), inputs=inputs) as target:
+    with atomic_folder(folder, kind=Tokenizer.folder_kind()) as target:
         model.save_pretrained(target)
         write_json(target / PROVENANCE, provenance)

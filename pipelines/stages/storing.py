@@ -12,9 +12,11 @@ from tokenizer import Tokenizer
 from tokenizer.files import (
     LimitError,
     PathError,
+    atomic_folder,
     is_file,
     parse_json,
     read_bytes,
+    read_folder,
     read_json,
     verify_manifest,
     write_json,
@@ -22,8 +24,7 @@ from tokenizer.files import (
 )
 from tokenizer.model import PROVENANCE, Dtype, choose_dtype, round_weights
 
-from ..files.writing import atomic_folder
-from ..images.pictures import save_picture
+from ..images.pictures import write_picture
 from .calibration import MAX_CALIBRATION_BYTES, Calibration
 from .card import model_card
 from .compiled import unwrapped
@@ -77,7 +78,7 @@ def save(pipeline: Any, folder: str | Path, variant: str | None) -> None:
         if pipeline.provenance:
             write_json(target / PROVENANCE, pipeline.provenance)
         if grid is not None:
-            save_picture(grid, target / GRID)
+            write_picture(grid, target / GRID)
         card = model_card(pipeline.tokenizer, pipeline.prior, pipeline.labels, pipeline.provenance, grid is not None)
         (target / CARD).write_text(card, encoding="utf-8")
         write_manifest(target)
@@ -165,6 +166,10 @@ def read(cls: type[Any], folder: Path, parts: dict[str, Any], variant: str | Non
     """Load the pipeline in `folder`, with these `parts` in place of its own, whose files are not opened. What is known
     of the folder's parts (calibration, provenance, sample pictures) is then left out. verify: check every file's
     sha256."""
+    return read_folder(folder, lambda: _read(cls, folder, parts, variant, verify))
+
+
+def _read(cls: type[Any], folder: Path, parts: dict[str, Any], variant: str | None, verify: bool) -> Any:
     if not is_file(folder / INDEX):
         inner = folder / "pipeline"
         hint = f"; did you mean {inner}?" if (inner / INDEX).is_file() else ""

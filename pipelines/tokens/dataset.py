@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokenizer import TokenGrid, Tokenizer
-from tokenizer.files import FormatError, IntegrityError
+from tokenizer.files import FormatError, IntegrityError, atomic_folder, read_folder
 
-from ..files.writing import atomic_folder
 from .meta import (
     META,
     TOKENS,
@@ -152,7 +151,7 @@ class TokenDataset:
         """Create the Hub dataset if needed and upload this as parquet, which `datasets` reads too, with the tokenizer.
 
         In one commit, in which files of an earlier token dataset go; those of others stay. revision: the branch to
-        write to. Returns huggingface_hub's `CommitInfo`. Raises `hub.PushError`, an `OSError`, with the reason in one
+        write to. Returns huggingface_hub's `CommitInfo`. Raises `PushError`, an `OSError`, with the reason in one
         line.
         """
         return push(
@@ -193,7 +192,7 @@ def load_tokens(
     folder = local_folder(
         source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    return _read_dataset(folder, verify, mapped)
+    return read_folder(folder, lambda: _read_dataset(folder, verify, mapped))
 
 
 def _read_dataset(folder: Path, verify: bool | None, mapped: bool | None) -> TokenDataset:

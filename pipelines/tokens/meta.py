@@ -26,7 +26,7 @@ from tokenizer.files import (
     write_json,
 )
 
-from ..files.checked import Text, Whole, checked
+from ..files import Text, Whole, validate
 from ..images.labels import is_printable
 from .shards import MAX_SHARDS, shard_names
 
@@ -151,7 +151,7 @@ def read_meta(folder: Path) -> Meta:
         raise FormatError(
             f"{folder / META}: format_version: found {quote(version)}, this version reads {FORMAT_VERSION}"
         )
-    found = checked(MetaFile, meta, folder / META)
+    found = validate(MetaFile, meta, folder / META)
     return Meta(
         grid=found.grid.grid(),
         class_names=found.classes,
@@ -165,7 +165,7 @@ def read_meta(folder: Path) -> Meta:
 
 def check_meta(meta: Meta, path: Path) -> None:
     """Raise `FormatError` for what `read_meta` would refuse in the file `path`."""
-    checked(MetaFile, meta.to_dict(), path)
+    validate(MetaFile, meta.to_dict(), path)
 
 
 def verify_files(folder: Path, meta: Meta, *, whole: bool) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from tokenizer.files import (
     FormatError,
     IntegrityError,
     PathError,
-    PipelineLoadError,
+    atomic_folder,
     find_folder,
     is_file,
     read_bytes,
@@ -38,8 +38,7 @@ from tokenizer.files import (
 )
 
 from ..config import UserError
-from ..files.hub import is_reachable, replace_on_hub, require_reachable
-from ..files.writing import atomic_folder
+from ..hub import is_reachable, push_folder, require_reachable
 from ..images.origin import shareable
 from .meta import META, TOKENS, Meta, check_labels, read_meta, seal
 from .shards import ROWS_PER_SHARD, TokenSplit, bytes_per_row, chunks, shard_names, smallest_type, write_shard
@@ -49,9 +48,6 @@ if TYPE_CHECKING:
 
 LAYOUT = "parquet"
 FILE_BYTES = 256 << 20  # of tokens in a parquet file, before compression
-OURS = r"README\.md|meta\.json|tokenizer/[\w.]+\.(json|safetensors)|data/\w+-\d+-of-\d+\.parquet"
-"""Names of the files that `write_parquet` writes, beside the manifest."""
-
 Batches = Iterator[tuple[Tensor, Tensor | None]]
 Splits = Mapping[str, TokenSplit]
 
@@ -156,27 +152,15 @@ def push(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "dataset"
         write_parquet(meta, splits, tokenizer, folder)
-        return replace_on_hub(
+        return push_folder(
             folder,
             repo_id,
-            uploaded,
             repo_type="dataset",
             token=token,
             private=private,
             revision=revision,
             commit_message=commit_message,
         )
-
-
-def uploaded(names: list[str], fetch: Callable[[str], str]) -> list[str]:
-    """The files of a repository that an earlier upload of a token dataset put there: its manifest lists them."""
-    if MANIFEST not in names:
-        return []
-    try:
-        listed = read_json(Path(fetch(MANIFEST))).get("files")
-    except PipelineLoadError:  # somebody else's, which is replaced
-        return []
-    return [name for name in names if isinstance(listed, dict) and name in listed and re.fullmatch(OURS, name)]
 
 
 # Read

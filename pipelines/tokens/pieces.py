@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass, replace
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ import torch
 from torch import Tensor
 
 from tokenizer import TokenGrid, Tokenizer
-from tokenizer.files import MANIFEST, read_json
+from tokenizer.files import MANIFEST, atomic_folder, folders_aside, read_json
 
 from ..config import UserError
-from ..files.writing import atomic_folder
 from ..jobs import Job, Piece
 from ..jobs.pieces import cut as cut_rows
 from .meta import META, TOKENS, Meta, check_count, manifest_hash, seal
@@ -134,7 +132,7 @@ def shards_of(out: Path, meta: Meta) -> dict[str, list[TokenShard]]:
 def recover(out: Path) -> None:
     """Tidy up after a process that was killed at the very end: give a dataset that was being replaced its name back,
     and drop pieces that have been added to it."""
-    lost = sorted(out.parent.glob(f".del-{escape(out.name)}-????????"))
+    lost = folders_aside(out)
     if not out.exists() and len(lost) == 1 and (lost[0] / META).is_file():
         lost[0].rename(out)
     added_to = (EncodeJob.unfinished(out) or {}).get("added_to")

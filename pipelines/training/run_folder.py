@@ -14,9 +14,7 @@ from tokenizer.files import FolderKind, read_json, require_replaceable
 
 from ..config import UserError
 from ..config.schema import difference
-from ..files.claims import is_claim
-from ..files.ownership import require_apart
-from ..files.writing import replace_file
+from ..files import is_lock, replace_file, require_apart
 
 CONFIG = "config.json"
 END = ("train.steps", "train.minutes")
@@ -58,7 +56,7 @@ def check_run_folder(run: Path, config: Any, snapshots: dict[str, FolderKind] | 
 
 def is_ours(name: str) -> bool:
     """Return whether a run may leave a file of this name before it has written its configuration."""
-    return is_claim(name) or LEFTOVER.fullmatch(name) is not None
+    return is_lock(name) or LEFTOVER.fullmatch(name) is not None
 
 
 def read_config(run: Path, config: Any) -> dict[str, Any]:

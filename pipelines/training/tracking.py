@@ -32,7 +32,7 @@ from tokenizer.files import PathError, PipelineLoadError, fsync, make_folder, re
 from ..config import Config, UserError
 from ..config.terminal import tell
 from ..config.yaml_text import write_yaml
-from ..files.writing import replace_file
+from ..files import replace_file
 from ..images.pictures import save_picture
 
 STORED_ID = "trackers.json"  # the id of W&B's run, which every resume continues

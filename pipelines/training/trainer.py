@@ -35,8 +35,8 @@ from ..config import UserError
 from ..config.command import Interrupted
 from ..config.schema import difference
 from ..config.terminal import by_clause, tell
+from ..files import lock_folder
 from ..prefetch import pin_memory, prefetch, to_device_async
-from ..processes.claims import alone_in
 from ..processes.launched import apart, build_accelerator, team_of
 from ..processes.precision import choose_precision
 from ..processes.sharing import ALONE, Team
@@ -83,7 +83,7 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
         with apart(accelerator):
             require_valid(config, accelerator, group)
             group.first_alone(lambda: check_run_folder(run, config))  # before anything is written there
-            stack.enter_context(alone_in(run, group))
+            stack.enter_context(lock_folder(run, group))
             changes = group.first(lambda: check_run_folder(run, config))
         torch.manual_seed(settings.seed)
         task = build(accelerator)

@@ -2,7 +2,7 @@
 
 The last section finds the places in the code that write, so that a new writer comes here too.
 
-Covers: pipelines/files/ownership.py, pipelines/config/outputs.py.
+Covers: pipelines/files.py.
 """
 
 from __future__ import annotations
@@ -12,15 +12,11 @@ import json
 import os
 import re
 import shutil
-import tarfile
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from failures.writers import DATA, TINY, WRITERS, of_kind, place, published_weights, run, snapshot
@@ -28,17 +24,13 @@ from PIL import Image
 from small import make_tokenizer
 from small_pipelines import make_pipeline
 
-import pipelines.files.writing as storage
-from pipelines import ImagePipeline, encode, evaluate, train_tokenizer
-from pipelines.commands import calibrate, complete, compress, decompress, tune
+import pipelines.files as storage
+from pipelines import encode, evaluate, train_tokenizer
+from pipelines.commands import calibrate, compress, decompress, tune
 from pipelines.config import UserError
-from pipelines.files.claims import beside, claimed, inside
-from pipelines.files.ownership import MARK
-from pipelines.images.pictures import SUFFIXES as PICTURES
-from pipelines.images.pictures import png_bytes
-from pipelines.images.sets.tar import add
+from pipelines.files import lock_folder, lock_output
 from tokenizer import files
-from tokenizer.files import PathError, PipelineLoadError
+from tokenizer.files import PathError
 
 ROOT = Path(__file__).parents[2]
 REFUSED = (PathError, UserError)
@@ -54,13 +46,7 @@ TRAPS: dict[str, dict[str, str]] = {
     },
     "somebody's data": {"meta.json": '{"mine": true}', "sub/photo.raw": "a photo"},
     "somebody's manifest": {"manifest.json": '{"files": {"data.bin": {"sha256": "0", "size": 1}}}', "data.bin": "1"},
-    "a manifest of ours, but not the files": {
-        "manifest.json": '{"kind": "results", "files": {}}',
-        **dict.fromkeys(
-            ("samples.png", "scores.csv", "probe.csv", "evaluation.json", "tuning.json", "00000.png"), "mine"
-        ),
-        "config.yaml": "out: elsewhere",
-    },
+    "a manifest without the files": {"manifest.json": '{"files": {}}', "00000.png": "mine", "config.yaml": "out: x"},
     "one file": {"thesis.tex": "years of work"},
 }
 
@@ -79,7 +65,7 @@ LONG = {
     "compress",
     "decompress",
 }
-"""Verbs that claim what they write. The others write one file or folder, quickly, and whole or not at all."""
+"""Verbs that lock what they write. The others write one file or folder, quickly, and whole or not at all."""
 
 
 @pytest.fixture(scope="module")
@@ -132,17 +118,17 @@ def lay(folder: Path, files: dict[str, str]) -> dict[str, str]:
     return snapshot(folder)
 
 
-def refuses(world: Any, name: str, out: Path, *needles: str) -> None:
+def refuses(world: Any, name: str, out: Path, *needles: str, overwrite: bool = False) -> None:
     """The writer refuses in one line, and what it reads is as it was."""
     with pytest.raises(REFUSED) as caught:
-        WRITERS[name].write(world, out)
+        WRITERS[name].replace(world, out) if overwrite else WRITERS[name].write(world, out)
     message = str(caught.value)
     assert WRITERS[name].kind == "run" or len(message.splitlines()) == 1, message
     assert all(needle in message for needle in needles), message
     assert snapshot(world.root) == world.before
 
 
-# What is not ours
+# What is there already
 
 
 @pytest.mark.sparse
@@ -156,57 +142,56 @@ def test_a_folder_of_somebody_is_refused_and_left_as_it_was(world, tmp_path, nam
 
 
 @of_kind("results")
-def test_results_lie_beside_files_of_somebody_and_replace_none(world, tmp_path, name):
+def test_results_lie_beside_files_of_somebody_and_replace_none_unasked(world, tmp_path, name):
     before = lay(tmp_path / "out", {"notes.txt": "mine", "sub/photo.raw": "mine"})
     WRITERS[name].write(world, tmp_path / "out")
     made = snapshot(tmp_path / "out")
     assert before.items() < made.items()
-    for file in set(made) - set(before) - {str(tmp_path / "out" / "manifest.json")}:
+    for file in set(made) - set(before):
         clash = tmp_path / Path(file).name.replace(".", "-")
         kept = lay(clash, {Path(file).name: "mine"})
-        refuses(world, name, clash, str(clash / Path(file).name))
+        refuses(world, name, clash, str(clash / Path(file).name), "overwrite=true")
         assert snapshot(clash) == kept
+    WRITERS[name].replace(world, tmp_path / "out")
+    assert before.items() < snapshot(tmp_path / "out").items() and set(snapshot(tmp_path / "out")) == set(made)
 
 
-@pytest.mark.parametrize("trap", ["somebody's manifest", "a manifest of ours, but not the files"])
+@pytest.mark.parametrize("overwrite", [False, True])
 @of_kind("results")
-def test_results_do_not_go_into_a_folder_with_another_manifest(world, tmp_path, name, trap):
-    before = lay(tmp_path / "out", TRAPS[trap])
-    refuses(world, name, tmp_path / "out", str(tmp_path / "out"))
+def test_results_do_not_go_into_a_folder_that_has_a_manifest(world, tmp_path, name, overwrite):
+    """That of a pipeline, say: it could not be replaced any more."""
+    before = lay(tmp_path / "out", TRAPS["somebody's manifest"])
+    refuses(world, name, tmp_path / "out", str(tmp_path / "out"), overwrite=overwrite)
     assert snapshot(tmp_path / "out") == before
 
 
-@pytest.mark.sparse
-@pytest.mark.parametrize("content", ["text", "a picture", "another's stream", "written by smalti, says a text"])
+@pytest.mark.parametrize("ours", [False, True])
 @of_kind("file")
-def test_a_file_of_somebody_is_refused_and_left_as_it_was(world, tmp_path, name, content):
+def test_a_file_is_replaced_if_that_is_asked_for(world, tmp_path, name, ours):
     out = place(name, tmp_path)
-    if content == "a picture" and out.suffix != ".smalti":
-        Image.new("L", (8, 8)).save(out, None if out.suffix in PICTURES else "PNG")
-    else:
-        out.write_text(content)
+    make(world, name, out) if ours else out.write_text("years of work")
     before = snapshot(tmp_path)
-    refuses(world, name, out, str(out))
+    refuses(world, name, out, str(out), "overwrite=true")
     assert snapshot(tmp_path) == before
+    WRITERS[name].replace(world, out)
+    assert list(snapshot(tmp_path)) == [str(out)] and out.read_bytes() != b"years of work"
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".parquet", ".tar"])
-def test_an_archive_of_somebody_is_not_ours_because_our_pictures_are_in_it(world, tmp_path, suffix):
-    out, picture = tmp_path / f"out{suffix}", png_bytes(np.zeros((8, 8, 1), np.uint8))
-    assert MARK in picture
-    if suffix == ".npz":
-        with zipfile.ZipFile(out, "w") as archive:
-            archive.writestr("00000.png", picture)
-    elif suffix == ".tar":
-        with tarfile.open(out, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "mine"}) as tar:
-            add(tar, "00000.png", picture)
-    else:
-        table = pa.table({"image": [picture], "smalti": ["written by smalti"]})
-        pq.write_table(table, out, compression="none", use_dictionary=False)
-    assert MARK in out.read_bytes()[:4096]
-    before = snapshot(tmp_path)
-    refuses(world, f"generate, {suffix[1:]}", out, str(out))
-    assert snapshot(tmp_path) == before
+@pytest.mark.parametrize("overwrite", [False, True])
+@of_kind("file")
+def test_a_file_does_not_come_in_the_place_of_a_folder(world, tmp_path, name, overwrite):
+    out = place(name, tmp_path)
+    before = lay(out, TRAPS["one file"])
+    refuses(world, name, out, str(out), overwrite=overwrite)
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@of_kind("whole", "new", "results")
+def test_a_folder_does_not_come_in_the_place_of_a_file(world, tmp_path, name, overwrite):
+    (tmp_path / "out").write_text("years of work")
+    refuses(world, name, tmp_path / "out", str(tmp_path / "out"), overwrite=overwrite)
+    assert (tmp_path / "out").read_text() == "years of work" and len(list(tmp_path.iterdir())) == 1
 
 
 # Links
@@ -223,9 +208,19 @@ def test_nothing_is_written_through_a_link(world, tmp_path, name):
     for target in (ours, tmp_path / "nowhere"):
         out.symlink_to(target)
         before = snapshot(tmp_path)
-        refuses(world, name, out, str(out))
+        for overwrite in (False, True):
+            refuses(world, name, out, str(out), overwrite=overwrite)
         assert snapshot(tmp_path) == before
         out.unlink()
+
+
+@of_kind("whole", "new", "results", "file")
+def test_an_output_may_lie_in_a_folder_that_is_a_link(world, tmp_path, name):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    out = place(name, tmp_path / "link")
+    WRITERS[name].write(world, out)
+    assert (tmp_path / "link").is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == [out.name]
 
 
 @of_kind("results")
@@ -236,7 +231,7 @@ def test_results_do_not_go_through_links_in_their_folder(world, tmp_path, name):
     for file in made:
         (tmp_path / "out" / file).unlink()
         (tmp_path / "out" / file).symlink_to(tmp_path / "mine")
-        refuses(world, name, tmp_path / "out", file)
+        refuses(world, name, tmp_path / "out", file, overwrite=True)
         (tmp_path / "out" / file).unlink()
     assert (tmp_path / "mine").read_text() == "mine"
 
@@ -244,15 +239,14 @@ def test_results_do_not_go_through_links_in_their_folder(world, tmp_path, name):
 # What is ours
 
 
-@of_kind("whole", "state", "results", "file")
+@of_kind("whole", "state")
 def test_what_is_ours_is_replaced(world, tmp_path, name):
     out = place(name, tmp_path)
     make(world, name, out)
-    (out.parent / ".DS_Store").write_text("of a desktop") if out.is_file() else (out / ".DS_Store").write_text("litter")
-    first = snapshot(out) if out.is_dir() else snapshot(tmp_path)
+    (out / ".DS_Store").write_text("litter of a desktop")
+    first = {path for path in snapshot(out) if not path.endswith(".DS_Store")}
     WRITERS[name].write(world, out)
-    second = snapshot(out) if out.is_dir() else snapshot(tmp_path)
-    assert {path for path in first if not path.endswith(".DS_Store")} <= set(second)
+    assert first <= set(snapshot(out))
 
 
 @of_kind("whole", "state")
@@ -278,18 +272,6 @@ def test_a_text_of_ours_that_somebody_edited_is_never_lost(world, tmp_path, name
         refuses(world, name, out, str(out))
         assert path.read_bytes() == data + b" \n"
         path.write_bytes(data)
-
-
-@of_kind("results")
-def test_a_table_that_somebody_edited_is_never_lost(world, tmp_path, name):
-    make(world, name, tmp_path / "out")
-    for path in [path for path in (tmp_path / "out").iterdir() if path.suffix in (".csv", ".json", ".txt")]:
-        if path.name != "manifest.json":
-            data = path.read_bytes()
-            path.write_bytes(data + b"a note of mine")
-            refuses(world, name, tmp_path / "out", path.name)
-            assert path.read_bytes() == data + b"a note of mine"
-            path.write_bytes(data)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", ".#README.md"])
@@ -329,80 +311,50 @@ def test_a_run_saves_its_state_although_its_snapshot_is_not_replaced(world, tmp_
 # While it works
 
 
+@pytest.mark.parametrize("case", ["before, new", "before", "between"])
 @of_kind("whole", "new", "state", slow=("export",))
-def test_what_comes_into_the_folder_while_it_works_is_never_lost(world, tmp_path, name, monkeypatch):
-    """Before the names are exchanged, and between that and a last look: into a new folder, and into one of ours."""
-    put, swap = files._replace_folder, files.exchange_names
+def test_what_comes_into_the_folder_while_it_works_is_never_lost(world, tmp_path, name, case, monkeypatch):
+    """Before the folder that is there is set aside, and between that and a last look: into a new one, and into ours."""
+    put, rename, out = files._replace_folder, Path.rename, place(name, tmp_path)
+    if case != "before, new":
+        make(world, name, out) if WRITERS[name].kind != "new" else out.mkdir(parents=True)
 
-    def arrives(out: Path) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "arrived.txt").write_text("mine")
+    def put_late(temporary: Path, target: Path, kind: Any) -> None:
+        if target == out and case != "between":
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "arrived.txt").write_text("mine")
+        put(temporary, target, kind)
 
-    for case in ("before, new", "before", "between"):
-        out = place(name, tmp_path / case.replace(", ", "-"))
-        if case != "before, new" and WRITERS[name].kind != "new":
-            make(world, name, out)
-        elif case != "before, new":
-            out.mkdir(parents=True)
+    def rename_late(path: Path, target: Path) -> Path:
+        if path == out and case == "between":
+            (out / "arrived.txt").write_text("mine")
+        return rename(path, target)
 
-        def put_late(temporary: Path, target: Path, kind: Any, out: Path = out, case: str = case) -> None:
-            if target == out and case != "between":
-                arrives(out)
-            put(temporary, target, kind)
-
-        def swap_late(one: Path, other: Path, out: Path = out, case: str = case) -> bool:
-            if other == out and case == "between" and not (one / "arrived.txt").exists():
-                arrives(out)
-            return swap(one, other)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(files, "_replace_folder", put_late)
-            patch.setattr(files, "exchange_names", swap_late)
-            patch.setattr(encode, "there_already", lambda *_: None)  # one that is finished would not write
-            refuses(world, name, out, "arrived.txt")
-        assert (out / "arrived.txt").read_text() == "mine"
-        assert not [
-            path
-            for path in out.parent.iterdir()
-            if path.name.startswith((".tmp-", ".del-")) and not path.name.endswith("-encode")
-        ]
+    monkeypatch.setattr(files, "_replace_folder", put_late)
+    monkeypatch.setattr(Path, "rename", rename_late)
+    monkeypatch.setattr(encode, "there_already", lambda *_: None)  # one that is finished would not write
+    refuses(world, name, out, "arrived.txt")
+    assert (out / "arrived.txt").read_text() == "mine"
+    left = [path.name for path in out.parent.iterdir() if path.name.startswith((".tmp-", ".del-"))]
+    assert not [name for name in left if not name.endswith("-encode")]
 
 
 @of_kind("results", "file")
 def test_a_file_that_comes_while_it_works_is_never_lost(world, tmp_path, name, monkeypatch):
-    out, placed, rename = place(name, tmp_path), storage.place_file, storage.rename_new
+    out, flush = place(name, tmp_path), storage.fsync
     arrived: list[Path] = []
 
-    def late(one: Path, other: Path) -> None:
-        if not arrived and other.parent in (out, out.parent):
-            other.write_text("mine")
-            arrived.append(other)
-        rename(one, other)
+    def late(path: Path) -> None:
+        flush(path)
+        if not arrived and path.name != ".out.lock" and path != out.parent:
+            out.mkdir(exist_ok=True) if WRITERS[name].kind == "results" else None
+            arrived.append(out / path.name if WRITERS[name].kind == "results" else out)
+            arrived[0].write_text("mine")
 
-    monkeypatch.setattr(storage, "rename_new", late)
-    with pytest.raises(REFUSED):
-        WRITERS[name].write(world, out)
-    assert arrived[0].read_text() == "mine" and placed
-
-
-def test_without_the_call_that_swaps_names_the_same_holds(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "renameat2", lambda one, other, flags: None)
-    monkeypatch.setattr(files, "exchange_names", lambda one, other: False)
-    world.pipe.save_pretrained(tmp_path / "pipe")
-    world.pipe.save_pretrained(tmp_path / "pipe")
-    ImagePipeline.from_pretrained(tmp_path / "pipe")
-    rename = Path.rename
-
-    def late(path: Path, target: Path) -> Path:
-        if path == tmp_path / "pipe":
-            (path / "arrived.txt").write_text("mine")
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", late)
-    with pytest.raises(PathError, match=r"arrived\.txt"):
-        world.pipe.save_pretrained(tmp_path / "pipe")
-    monkeypatch.undo()
-    assert (tmp_path / "pipe" / "arrived.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(storage, "fsync", late)
+    refuses(world, name, out, str(arrived[0]) if arrived else "overwrite=true")
+    assert arrived[0].read_text() == "mine"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp-")]
 
 
 # Inputs
@@ -410,43 +362,38 @@ def test_without_the_call_that_swaps_names_the_same_holds(world, tmp_path, monke
 
 @pytest.mark.parametrize("name", [name for name, writer in WRITERS.items() if writer.reads])
 def test_inputs_are_never_outputs(world, tmp_path, name):
-    refuses(world, name, getattr(world, str(WRITERS[name].reads)))
-    if WRITERS[name].kind != "file":
-        refuses(world, name, world.root)
-    if "pipeline" in str(WRITERS[name].reads):
-        refuses(world, name, world.pipeline / "below")
+    for overwrite in (False, True):
+        refuses(world, name, getattr(world, str(WRITERS[name].reads)), overwrite=overwrite)
+        if WRITERS[name].kind != "file":
+            refuses(world, name, world.root, overwrite=overwrite)
+        if "pipeline" in str(WRITERS[name].reads):
+            refuses(world, name, world.pipeline / "below", overwrite=overwrite)
     assert snapshot(world.root) == world.before
 
 
-def test_a_picture_of_ours_that_is_read_is_not_written_over(world, tmp_path):
-    """That it is ours does not make it an output."""
-    WRITERS["generate, a folder"].write(world, tmp_path / "out")
-    for picture in (tmp_path / "out" / "00000.png", tmp_path / "link.png"):
-        if not picture.exists():
-            os.link(tmp_path / "out" / "00000.png", picture)
+def test_a_second_name_of_an_input_is_not_written_over(world, tmp_path):
+    picture = tmp_path / "again.png"
+    for make_name in (os.link, os.symlink):
+        make_name(world.picture, picture)
         before = snapshot(tmp_path)
-        with pytest.raises(REFUSED, match="is what is read"):
-            run(complete, [f"pipeline={world.pipeline}", f"images={tmp_path}/out/00000.png", f"out={picture}"])
+        refuses(world, "complete", picture, str(picture), overwrite=True)
         assert snapshot(tmp_path) == before
+        picture.unlink()
 
 
 # Two at once
 
 
-CLAIMING = [name for name in WRITERS if name.partition(",")[0] in LONG]
+LOCKING = [name for name in WRITERS if name.partition(",")[0] in LONG]
 
 
-@pytest.mark.parametrize("name", CLAIMING)
-def test_who_writes_for_long_is_alone_there(world, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", LOCKING)
+def test_who_writes_for_long_is_alone_there(world, tmp_path, name):
     """The second is refused before it reads more than it must, and leaves all as it is."""
-    monkeypatch.setattr("pipelines.files.claims.PERIOD", 600.0)  # nothing is counted meanwhile
     out = place(name, tmp_path)
-    claim = inside(out) if WRITERS[name].kind == "run" else beside(out)
-    if WRITERS[name].kind == "run":
-        out.mkdir()
-    with claimed(claim, out):
+    with lock_folder(out) if WRITERS[name].kind == "run" else lock_output(out):
         before = snapshot(tmp_path)
-        refuses(world, name, out, f"{out}: process {os.getpid()} on ", "one writer at a time, nothing was changed")
+        refuses(world, name, out, str(out), f"process {os.getpid()} on ")
         assert snapshot(tmp_path) == before
 
 
@@ -455,7 +402,7 @@ def test_of_two_that_write_into_a_pipeline_for_long_one_does(world, tmp_path, na
     """Each would drop what the other has found: they read it hours before they write."""
     pipe = Path(shutil.copytree(world.calibrated, tmp_path / "pipeline"))
     before = snapshot(tmp_path)
-    with claimed(beside(pipe), pipe), pytest.raises(REFUSED, match=f"{pipe}: process .* one writer at a time"):
+    with lock_output(pipe), pytest.raises(REFUSED, match=f"{pipe}: process {os.getpid()} on"):
         module = {"calibrate": calibrate, "evaluate": evaluate, "tune": tune}[name]
         run(module, [f"pipeline={pipe}", *(option.format(**vars(world)) for option in DATA)])
     assert snapshot(tmp_path) == before and not list(tmp_path.glob(".*"))
@@ -470,7 +417,7 @@ def test_two_streams_at_once_do_not_mix(world, tmp_path, monkeypatch):
         if not inner:
             inner.append(True)
             other = world.images / "test" / "b"
-            with pytest.raises(UserError, match="one writer at a time"):
+            with pytest.raises(UserError, match=f"process {os.getpid()} on"):
                 run(compress, [f"pipeline={world.pipeline}", f"images={other}", f"out={tmp_path}/out.smalti"])
         return written
 
@@ -502,10 +449,8 @@ def test_a_folder_of_our_own_work_is_not_taken_by_another_run(world, tmp_path):
 
 
 WRITING = {
-    "pipelines/files/calls.py": "the rule",
-    "tokenizer/files.py": "models, whole or not at all",
-    "pipelines/files/writing.py": "the rule",
-    "pipelines/images/pictures.py": "write_image, of a new file",
+    "tokenizer/files.py": "folders, whole or not at all",
+    "pipelines/files.py": "files, whole or not at all, and locks",
     "pipelines/tokens/shards.py": "a shard, in a folder that is being made",
     "pipelines/jobs/pieces.py": "the work folder of an encode, or of many images",
     "pipelines/tokens/pieces.py": "the work folder of an encode, when it is done",
@@ -518,8 +463,6 @@ WRITING = {
     "pipelines/training/run_folder.py": "the folder of a run",
     "pipelines/training/tracking.py": "the record of a run",
     "pipelines/training/heartbeat.py": "the signs of a run's processes",
-    "pipelines/files/claims.py": "the claim on what is written",
-    "pipelines/processes/claims.py": "the folder that a claim is in",
     "pipelines/images/bad.py": "the record of a run",
     "pipelines/metrics/perceptual.py": "the cache of weights",
     "pipelines/images/shards/reader.py": "the cache of indices",
@@ -572,31 +515,3 @@ def test_only_these_modules_write():
         if writes(ast.parse(path.read_text()))
     }
     assert found == set(WRITING), (sorted(found - set(WRITING)), sorted(set(WRITING) - found))
-
-
-def test_pictures_say_that_they_are_ours_and_open_as_before(tmp_path):
-    from pipelines.images.pictures import SUFFIXES, save_picture
-
-    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
-    for suffix in SUFFIXES:
-        path = tmp_path / f"picture{suffix}"
-        save_picture(pixels, path)
-        assert MARK in path.read_bytes()
-        with Image.open(path) as image:
-            image.load()
-            assert image.size == (7, 9) and (
-                suffix not in (".png", ".bmp") or np.array_equal(np.asarray(image), pixels)
-            )
-    assert issubclass(PathError, PipelineLoadError)
-
-
-def test_results_are_looked_at_before_any_is_replaced(tmp_path):
-    """One that is somebody's by now keeps all of them from being written."""
-    with storage.results_folder(tmp_path / "out") as folder:
-        (folder / "a.csv").write_text("first")
-        (folder / "b.csv").write_text("first")
-    with pytest.raises(PathError, match=r"b\.csv"), storage.results_folder(tmp_path / "out") as folder:
-        (folder / "a.csv").write_text("second")
-        (folder / "b.csv").write_text("second")
-        (tmp_path / "out" / "b.csv").write_text("mine")
-    assert [(tmp_path / "out" / name).read_text() for name in ("a.csv", "b.csv")] == ["first", "mine"]

@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,14 @@ from tokenizer.files import (
     IntegrityError,
     LimitError,
     PathError,
+    UnreadableError,
     atomic_folder,
     check_name,
     find_folder,
     one_line,
     parse_json,
     read_bytes,
+    read_folder,
     read_json,
     read_manifest,
     verify_manifest,
@@ -146,6 +149,67 @@ def test_whatever_the_hub_raises_is_a_path_error(monkeypatch, error):
     assert str(caught.value).isprintable()
 
 
+def test_a_source_that_is_a_file_is_called_one(tmp_path):
+    (tmp_path / "model.safetensors").write_text("weights")
+    with pytest.raises(PathError, match="is a file"):
+        find_folder(tmp_path / "model.safetensors", ["*"])
+
+
+# While a folder is replaced
+
+
+def test_a_reader_waits_while_no_folder_has_the_name(notes):
+    aside = notes.rename(notes.with_name(".del-notes-0123abcd"))
+    back = threading.Timer(0.2, aside.rename, [notes])
+    back.start()
+    assert find_folder(notes, ["*"]) == notes
+    back.join()
+
+
+def test_a_replacement_that_was_cut_short_names_the_old_folder(notes, monkeypatch):
+    """A process was killed between two renames."""
+    monkeypatch.setattr(files, "_replace_folder", lambda *_: notes.rename(notes.with_name(".del-notes-0123abcd")))
+    with atomic_folder(notes, kind=NOTES) as folder:
+        write_json(folder / "notes.json", {"ours": True})
+    with pytest.raises(PathError, match=r"\.del-notes-0123abcd"):
+        find_folder(notes, ["*"])
+    (folder := files.folders_aside(notes)[0]).rename(notes)
+    assert find_folder(notes, ["*"]) == notes and verify_manifest(notes) and not folder.exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_was_read_while_the_folder_was_replaced_is_read_again(notes, fails):
+    reads = []
+
+    def read(replacements):
+        reads.append(read_json(notes / "notes.json"))
+        if len(reads) <= replacements:
+            with atomic_folder(notes, kind=NOTES) as folder:
+                write_json(folder / "notes.json", {"ours": True, "number": len(reads)})
+                write_manifest(folder)
+            if fails:
+                raise IntegrityError("half of each")
+        return reads[-1]
+
+    assert read_folder(notes, lambda: read(1)) == {"ours": True, "number": 1} and len(reads) == 2
+    reads.clear()
+    with pytest.raises(UnreadableError):
+        read_folder(notes, lambda: read(99))
+    assert len(reads) == files.READS
+
+
+def test_an_error_in_a_folder_that_stays_is_raised_at_once(notes):
+    reads = []
+
+    def read():
+        reads.append(1)
+        raise FormatError("damaged")
+
+    with pytest.raises(FormatError, match="damaged"):
+        read_folder(notes, read)
+    assert len(reads) == 1
+
+
 # Writing
 
 
@@ -225,7 +289,7 @@ def test_nothing_is_saved_over_links_and_strangers(tmp_path, notes):
 @pytest.mark.parametrize("called", [".", "inner/.."])
 @pytest.mark.parametrize("filled", [False, True])
 def test_a_folder_that_is_not_called_by_its_name_is_refused_before_any_work(tmp_path, monkeypatch, called, filled):
-    """It is written beside its place, which of `.` is in it, and the names are exchanged."""
+    """It is written beside its place, which of `.` is in it, and is then renamed."""
     model, mine = make_prior("marginal"), tmp_path / "mine"
     model.save_pretrained(mine) if filled else mine.mkdir()
     monkeypatch.chdir(mine)
@@ -250,8 +314,7 @@ def test_a_folder_that_cannot_be_looked_into_is_not_empty(tmp_path, closed):
 
 
 @pytest.mark.parametrize("moment", [1, 2, 3])
-@pytest.mark.parametrize("swaps", [True, False])
-def test_ctrl_c_while_names_are_exchanged_leaves_one_whole_folder(tmp_path, monkeypatch, swaps, moment):
+def test_ctrl_c_while_a_folder_is_replaced_leaves_one_whole_folder(tmp_path, monkeypatch, moment):
     """What was there or what comes, under its name and no other."""
     kind = FolderKind("a folder of a test", None, may_hold=lambda name: name == "a")
     with atomic_folder(tmp_path / "out", kind=kind) as folder:
@@ -269,8 +332,6 @@ def test_ctrl_c_while_names_are_exchanged_leaves_one_whole_folder(tmp_path, monk
 
     with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out", kind=kind) as folder:
         (folder / "a").write_text("after")
-        if not swaps:
-            monkeypatch.setattr(files, "exchange_names", lambda *_: False)
         monkeypatch.setattr(files, "require_replaceable", interrupted(files.require_replaceable))
         monkeypatch.setattr(type(tmp_path), "rename", interrupted(type(tmp_path).rename))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

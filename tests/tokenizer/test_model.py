@@ -8,6 +8,7 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -162,6 +163,51 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device") as caught:
         make_prior("gpt").save_pretrained(tmp_path / "a")
     assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("make", [lambda: make_prior("gpt"), lambda: make_tokenizer("vqvae")])
+def test_weights_that_could_not_be_loaded_again_are_not_saved(tmp_path, make, value):
+    model = make()
+    model.save_pretrained(tmp_path / "a")
+    before = (tmp_path / "a" / "model.safetensors").read_bytes()
+    name, weight = next(iter(model.named_parameters()))
+    with torch.no_grad():
+        weight[(0,) * weight.ndim] = value
+    with pytest.raises(WeightsError, match=name):
+        model.save_pretrained(tmp_path / "a")
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_others_load_while_a_run_saves(tmp_path):
+    """Each finds all weights of one save, never some of two; of many that load none fails."""
+    model, ended = make_prior("gpt"), threading.Event()
+
+    def save(number):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(number)
+        model.save_pretrained(tmp_path / "prior")
+
+    def save_again_and_again():
+        number = 1
+        while not ended.wait(0.02):
+            number += 1
+            save(number)
+
+    save(1)
+    saver = threading.Thread(target=save_again_and_again)
+    saver.start()
+    try:
+        found = []
+        for _ in range(60):
+            weights = [parameter.unique() for parameter in Prior.from_pretrained(tmp_path / "prior").parameters()]
+            found.append(torch.cat(weights).unique().tolist())
+    finally:
+        ended.set()
+        saver.join()
+    assert all(len(numbers) == 1 for numbers in found), found
+    assert len({numbers[0] for numbers in found}) > 3
 
 
 # Variants

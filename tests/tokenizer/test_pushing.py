@@ -17,6 +17,7 @@ from small import make_prior, make_tokenizer
 from pipelines import ImagePipeline
 from prior import Prior
 from tokenizer import Tokenizer
+from tokenizer.files import PushError
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,13 @@ def report(tmp_path_factory):
 
 def test_a_model_comes_back_as_it_went(report):
     assert report["tokenizer"] and report["prior"]
-    assert report["files"]["me/prior"] == [".gitattributes", "README.md", "config.json", "model.safetensors"]
+    assert report["files"]["me/prior"] == [
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+    ]
     card = report["card"]
     assert card.startswith("---\nlibrary_name: smalti\n") and "- gpt\n" in card
     assert 'Prior.from_pretrained("' in card and "from prior import Prior" in card
@@ -41,6 +48,7 @@ def test_a_variant_replaces_the_file_of_another(report):
         ".gitattributes",
         "README.md",
         "config.json",
+        "manifest.json",
         "mine.txt",
         "model.fp16.safetensors",
     ]
@@ -128,7 +136,7 @@ def client(cache: str, root: str) -> None:
     found["pipeline request"] = pipe.push_to_hub("me/pipe", create_pr=True).pr_url
     try:
         pipe.prior.push_to_hub("me/pipe")
-    except ValueError as error:
+    except PushError as error:
         found["refused"] = str(error)
     here = Path(cache) / "here"
     pipe.save_pretrained(here / "pipe")

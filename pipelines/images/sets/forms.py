@@ -9,11 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from ...config import UserError
-from ...config.outputs import check_out_file, check_out_results, writing
-from ...files.ownership import Inputs
-from ...files.writing import atomic_file, results_folder
+from ...files import Output
 from ..grids import class_grid
-from ..pictures import SUFFIXES, png_bytes, save_picture
+from ..pictures import SUFFIXES, png_bytes, write_picture
 from .folder import SHEET, rows_there, write_folder
 from .npz import raw_pixels, write_npz
 from .parquet import write_parquet
@@ -55,13 +53,13 @@ def form_of(out: Path) -> Form:
     return FILES.get(suffix, GRID if suffix else FOLDER)
 
 
-def check_out(form: Form, out: Path, count: int, inputs: Inputs) -> None:
-    """Raise `UserError` unless a set of so many images can be written as `out`; see `config.outputs`."""
+def check_out(form: Form, out: Output, count: int) -> None:
+    """Raise `UserError` unless a set of so many images can be written as `out`."""
     if form.is_folder:
         key = Facts(count, 0, 0).key
-        check_out_results(out, [SHEET, *(f"{key(number)}.png" for number in range(count))], inputs)
+        out.check_files([SHEET, *(f"{key(number)}.png" for number in range(count))])
     else:
-        check_out_file(out, inputs)
+        out.check_file()
 
 
 def told(form: Form, out: Path, facts: Facts) -> str:
@@ -73,12 +71,11 @@ def told(form: Form, out: Path, facts: Facts) -> str:
 
 def save(
     form: Form,
-    out: Path,
+    out: Output,
     parts: Iterable[Part],
     facts: Facts,
     *,
     columns: int | None,
-    inputs: Inputs,
     captions: bool = True,
     temporary: Path | None = None,
 ) -> None:
@@ -86,13 +83,18 @@ def save(
     `columns` and with the names of the classes if `captions`, is made as a whole (see `class_grid`). temporary: where
     it is until it has its name; None: beside it.
 
-    Raises `PathError` for what is not ours, `UserError` where it cannot be written.
+    Raises `UserError` for what may not be replaced or cannot be written.
     """
-    with writing("out", out):
-        if form is GRID:
-            save_picture(grid_of(parts, facts, columns, captions), out, inputs=inputs)
-        else:
-            _write(form, out, parts, facts, inputs, temporary)
+    if form is GRID:
+        picture = grid_of(parts, facts, columns, captions)
+        with out.file() as path:
+            write_picture(picture, path)
+    elif form.write is not None:
+        with out.file(temporary) as path:
+            form.write(path, parts, facts)
+    else:
+        with out.files(temporary) as folder:
+            write_folder(folder, parts, facts, rows_there(out.path))
 
 
 def grid_of(parts: Iterable[Part], facts: Facts, columns: int | None, captions: bool) -> np.ndarray:
@@ -105,12 +107,3 @@ def grid_of(parts: Iterable[Part], facts: Facts, columns: int | None, captions: 
     known = [*(facts.class_names or []), ""]  # the last is of the null class
     names = [known[label] for label in labels] if labels else None
     return class_grid(images, names, columns, captions=captions)
-
-
-def _write(form: Form, out: Path, parts: Iterable[Part], facts: Facts, inputs: Inputs, temporary: Path | None) -> None:
-    if form.is_folder:
-        with results_folder(out, inputs=inputs, temporary=temporary) as folder:
-            write_folder(folder, parts, facts, rows_there(out))
-    elif form.write is not None:
-        with atomic_file(out, inputs=inputs, temporary=temporary) as path:
-            form.write(path, parts, facts)

@@ -14,7 +14,6 @@ from typing import IO, Any
 
 import numpy as np
 
-from ...files.ownership import MARK
 from .parts import Facts, Part
 
 
@@ -27,7 +26,6 @@ def write_npz(path: Path, parts: Iterable[Part], facts: Facts) -> None:
     """Write the file; parts hold raw pixels, see `raw_pixels`."""
     labels: list[int] = []
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        archive.comment = MARK
         with member(archive, "arr_0", (facts.count, facts.height, facts.width, 3), np.uint8) as file:
             for part in parts:
                 file.write(b"".join(part.images))

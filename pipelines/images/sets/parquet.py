@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ...files.ownership import MARK
 from .parts import Facts, Part, regrouped
 
 GROUP = 100  # rows of a row group, which readers take at once: as many as the Hub's own data sets of images have
@@ -33,5 +32,4 @@ def write_parquet(path: Path, parts: Iterable[Part], facts: Facts) -> None:
             if facts.class_names is not None:
                 columns.append(pa.array(part.labels, pa.int64()))
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-        # Last, so that the end of the file says whose it is.
-        writer.add_key_value_metadata({"huggingface": schema.metadata[b"huggingface"], "smalti": MARK})
+        writer.add_key_value_metadata({"huggingface": schema.metadata[b"huggingface"]})

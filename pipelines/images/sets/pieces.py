@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ...config.outputs import writing
+from ...files import Output
 from ...jobs import Job
 from ...jobs.pieces import cut
 from ...jobs.sharing import Share
@@ -42,7 +42,7 @@ class GenerateJob(Job):
             drawn.add(*made)
             while queue and queue[0].rows <= len(drawn.images):
                 piece = queue.popleft()
-                with writing("out", self.out):
+                with Output(self.out).errors():
                     self.keep(piece, drawn.take(piece.start, piece.rows).to_bytes())
 
         share.make(batch_size, draw, keep, "generating")

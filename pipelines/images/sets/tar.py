@@ -7,14 +7,12 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from ...files.ownership import MARK
 from .parts import Facts, Part
 
 
 def write_tar(path: Path, parts: Iterable[Part], facts: Facts) -> None:
     """Write the file; parts hold PNG files."""
-    comment = {"comment": MARK.decode()}
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers=comment) as tar:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for part in parts:
             for index, image in enumerate(part.images):
                 key = facts.key(part.first + index)

@@ -2,13 +2,12 @@
 
 As in test_hub.py, what asks a Hub does so in one process of its own, `client` at the end of this file.
 
-Covers: tokenizer/files/hub.py, pipelines/images/origin.py, pipelines/stages/card.py.
+Covers: pipelines/hub.py, pipelines/commands/push.py, pipelines/images/origin.py, pipelines/stages/card.py.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from contextlib import suppress
@@ -21,11 +20,10 @@ from givens.token_datasets import make_dataset
 from servers.fake_hub import run_client, serve
 from small import make_prior, make_tokenizer
 
-from pipelines import ImagePipeline
+from pipelines import ImagePipeline, hub
 from pipelines.__main__ import main
 from pipelines.commands import push
-from pipelines.files import hub
-from pipelines.files.hub import PushError
+from pipelines.hub import PushError
 from pipelines.images.origin import LOCAL, is_local, public_source, shareable
 from pipelines.stages.card import model_card
 from pipelines.tokens import TokenDataset, load_tokens, parquet
@@ -87,15 +85,7 @@ def test_each_push_is_one_commit(report):
 
 def test_a_push_that_fails_changes_nothing(report):
     assert report["refused"]["files"] == report["files"][2] and report["refused"]["loaded"] == [True, True]
-    assert report["refused"]["error"] == (
-        "me/mosaic cannot be written to: 403 Forbidden, not this commit; `hf auth whoami` says who you are, "
-        "`hf auth login` changes it"
-    )
-
-
-def test_a_repository_that_an_earlier_version_broke_is_mended(report):
-    """It left what the manifest does not list."""
-    assert "does not list" in report["broken"] and report["mended"] == [False, False]
+    assert report["refused"]["error"].startswith("me/mosaic cannot be written to: 403 ")
 
 
 def test_larger_and_smaller_token_datasets_in_turn(report):
@@ -117,15 +107,9 @@ def test_larger_and_smaller_token_datasets_in_turn(report):
     assert len([commit for commit in report["commits"] if commit["repository"] == "datasets/me/tokens"]) == 3
 
 
-def test_a_manifest_of_somebody_else_deletes_nothing(tmp_path):
-    names = ["manifest.json", "data/train-00000-of-00001.parquet", "thesis.tex", "tokenizer/config.json"]
-    path = tmp_path / "manifest.json"
-    for text in ("nonsense", "[]", '{"files": ["thesis.tex"]}', '{"files": {"thesis.tex": {}}}', "{}"):
-        path.write_text(text)
-        assert parquet.uploaded(names, lambda name: str(path)) == []
-    path.write_text(json.dumps({"files": dict.fromkeys(names[1:])}))
-    assert parquet.uploaded(names, lambda name: str(path)) == [names[1], names[3]]
-    assert parquet.uploaded(names[1:], lambda name: pytest.fail("there is none")) == []
+def test_a_manifest_of_somebody_else_deletes_nothing(report):
+    """One that is damaged, or lists what lies outside; all that is not ours stays."""
+    assert report["strangers"] and all(left == ["thesis.tex"] for left in report["strangers"])
 
 
 # What is not told
@@ -249,13 +233,12 @@ def test_without_the_hub_it_is_said_at_once(tmp_path, monkeypatch, capsys, item)
         assert failed(thing.push_to_hub, "me/it") == f"me/it cannot be written to: {reason}"
         with pytest.raises(SystemExit) as ended:
             main(["push", f"folder={tmp_path / item}", "to=me/it"])
-        assert ended.value.code == 2 and time.monotonic() - began < hub.SECONDS
+        assert ended.value.code == 2 and time.monotonic() - began < hub.TIMEOUT
         assert capsys.readouterr().err == f"error: to: me/it cannot be written to: {reason}\n"
 
 
 @pytest.mark.parametrize("variant", [None, "bf16"])
-@pytest.mark.parametrize("of", ["folder", "gallery"])
-def test_weights_are_pushed_as_they_are_stored(tmp_path, monkeypatch, variant, of):
+def test_weights_are_pushed_as_they_are_stored(tmp_path, monkeypatch, variant):
     pipe = pipeline_to_push(rich=True) if variant else pipeline_to_push(rich=True).to(torch.bfloat16)
     pipe.save_pretrained(tmp_path / "runs/it/pipeline", variant=variant)
     files = {path.name: path.read_bytes() for path in tmp_path.glob("runs/it/pipeline/prior/*")}
@@ -266,8 +249,8 @@ def test_weights_are_pushed_as_they_are_stored(tmp_path, monkeypatch, variant, o
 
     monkeypatch.setattr(hub, "require_reachable", lambda repo_id: None)
     monkeypatch.setattr(push, "require_reachable", lambda repo_id: None)
-    monkeypatch.setattr(hub, "replace_on_hub", take)
-    main(["push", f"{of}={tmp_path / 'runs'}" + "/it" * (of == "folder"), "to=me/it"])
+    monkeypatch.setattr(hub, "push_folder", take)
+    main(["push", f"folder={tmp_path / 'runs' / 'it'}", "to=me/it"])
     assert pushed == [files]
 
 
@@ -278,45 +261,15 @@ def test_a_hub_id_has_an_owner(tmp_path, capsys):
     assert capsys.readouterr().err == "error: to: expected a Hub id of the form owner/name (got 'it')\n"
 
 
-WHO = "; `hf auth whoami` says who you are, `hf auth login` changes it"
-
-
 @pytest.mark.parametrize(
     ("owner", "reason"),
-    [
-        ("stranger", f"401 Unauthorized, this is stranger{WHO}"),
-        ("forbidden", f"403 Forbidden, this is forbidden{WHO}"),
-        ("missing", f"404 Not Found, this is missing{WHO}"),
-        ("broken", "500 Internal Server Error, this is broken"),
-        ("dropped", r"\w+Error: .*"),
-        ("a//b", "Repo id must .*"),
-    ],
+    [("stranger", "401"), ("forbidden", "403"), ("missing", "404"), ("broken", "500"), ("dropped", ""), ("a//b", "")],
 )
-def test_what_the_hub_says_is_told_in_a_line(report, owner, reason):
+def test_what_the_hub_says_is_one_error_in_a_line(report, owner, reason):
     for kind in ("pipeline", "tokens"):
         name, error, cause = report["errors"][kind][owner]
         assert name == "PushError" and cause and "\n" not in error
-        assert re.fullmatch(f"{owner}/it cannot be written to: {reason}", error), error
-
-
-def test_errors_of_any_client_come_to_a_line():
-    """Whichever huggingface_hub uses: with a response, with an empty message, with several lines."""
-
-    class Response:
-        status_code = 429
-
-    class RequestException(OSError):
-        response: Any = None
-
-    with_response = RequestException("429 Client Error\nmore")
-    with_response.response = Response()
-    said = {
-        hub.said(with_response): "429 Too Many Requests",
-        hub.said(RequestException()): "RequestException",
-        hub.said(TimeoutError("timed out\nafter a while")): "TimeoutError: timed out",
-        hub.said(KeyError("url")): "KeyError: 'url'",
-    }
-    assert all(found == wanted for found, wanted in said.items())
+        assert error.startswith(f"{owner}/it cannot be written to: ") and reason in error
 
 
 # In the process whose endpoint is the Hub above
@@ -356,7 +309,8 @@ def client(cache: str, root: str) -> None:
         found["files"].append(files_of(main_branch))
         found["loaded"].append(load())
         add(main_branch, MINE)
-    found["broken"], found["mended"] = break_and_mend(Path(root), load)
+    pipeline_to_push(True).push_to_hub("me/rich")
+    found["strangers"] = list(map(push_over, STRANGERS))
     tokens(found, Path(cache), Path(root))
     found["evaluate"] = list(map(evaluate, ["me/rich", snapshot(cache)]))
     found["errors"] = {
@@ -369,20 +323,21 @@ def client(cache: str, root: str) -> None:
 REFUSING = ("stranger", "forbidden", "missing", "broken", "dropped")
 
 
-def break_and_mend(root: Path, load: Any) -> tuple[str, list[bool]]:
-    """A repository as `upload_folder` alone leaves it, and after a push."""
+STRANGERS = ["nonsense", "[]", '{"files": ["thesis.tex"]}', '{"files": {"thesis.tex": {}}}', "{}"]
+STRANGERS += ['{"files": {"../thesis.tex": {"sha256": "%s", "size": 1}, "thesis.tex": {"size": 1}}}' % ("0" * 64)]
+"""Manifests that are not ours."""
+
+
+def push_over(manifest: str) -> list[str]:
+    """What is left of a repository with this manifest that is not of a pipeline pushed there."""
     from huggingface_hub import HfApi
 
-    pipeline_to_push(True).push_to_hub("me/rich")
-    pipeline_to_push(True).push_to_hub("me/broken")
-    pipeline_to_push(False).save_pretrained(root / "plain")
-    HfApi().upload_folder(repo_id="me/broken", folder_path=root / "plain")
-    try:
-        load("me/broken")
-    except ValueError as error:
-        pipeline_to_push(False).push_to_hub("me/broken")
-        return str(error), load("me/broken")
-    return "it could be loaded", []
+    api, repo_id = HfApi(), f"me/strange{STRANGERS.index(manifest)}"
+    api.create_repo(repo_id)
+    for name, text in {"thesis.tex": "years of work", "manifest.json": manifest}.items():
+        api.upload_file(repo_id=repo_id, path_in_repo=name, path_or_fileobj=text.encode())
+    pipeline_to_push(False).push_to_hub(repo_id)
+    return sorted(set(api.list_repo_files(repo_id)) - PLAIN)
 
 
 def tokens(found: dict[str, Any], cache: Path, root: Path) -> None:

@@ -55,7 +55,7 @@ def test_a_name_that_is_too_long_is_told_in_a_line(tmp_path, capsys):
         ("reconstruct", "tokenizer={closed}"),
         ("decompress", "pipeline=digits", "stream={closed}/stream", "out={tmp}/out"),
         ("verify", "folder={closed}"),
-        ("push", "gallery={closed}", "to=owner"),
+        ("push", "folder={closed}", "to=owner/name"),
         ("import", "source={closed}", "out={tmp}/out"),
         ("train_tokenizer", "out={closed}/run"),
         ("train_tokenizer", "out={tmp}/run", "data.source={closed}", "track.wandb=disabled"),

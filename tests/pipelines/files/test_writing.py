@@ -1,67 +1,115 @@
-"""Files, and folders of results, that are written whole or not at all.
+"""Files, and files that go into a folder, are written whole or not at all.
 
-Covers: pipelines/files/calls.py.
+Covers: pipelines/files.py.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import signal
 import stat
-from contextlib import suppress
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
 
 import pytest
 from small import make_prior
 
-import pipelines.files.writing as writing
-from pipelines.files.writing import atomic_file, atomic_folder, check_file, check_results, replace_file, results_folder
-from tokenizer.files import PathError
+import pipelines.files as files
+from pipelines.config import UserError
+from pipelines.files import Output, atomic_file, atomic_files, replace_file
+from tokenizer.files import PathError, atomic_folder
 
 
-@pytest.mark.parametrize("placed", [0, 1, 2])
-def test_results_that_a_killed_process_was_replacing_are_ours(tmp_path, monkeypatch, placed):
-    """Those that it has replaced, and those that it has not; of another's file nothing is lost."""
+def write_both(out: Path, text: str, **options: Any) -> None:
+    with atomic_files(out, **options) as folder:
+        for name in ("a.csv", "b.csv"):
+            (folder / name).write_text(text)
 
-    def write(text: str) -> None:
-        with results_folder(tmp_path / "out") as folder:
-            for name in ("a.csv", "b.csv"):
-                (folder / name).write_text(text)
 
-    def until(path, *rest):
-        if len(done) == placed:
-            raise KeyboardInterrupt
-        done.append(path)
-        place(path, *rest)
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
 
-    place = writing.place_file
-    for text in ("first", "second"):  # into nothing, and over what is there
-        done = []
-        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-            patch.setattr(writing, "place_file", until)
-            write(text)
-        write(f"{text}, whole")
-        assert {path.name: path.read_text() for path in (tmp_path / "out").glob("*.csv")} == dict.fromkeys(
-            ("a.csv", "b.csv"), f"{text}, whole"
-        )
-        assert "replacing" not in (tmp_path / "out" / "manifest.json").read_text()
+
+def test_a_new_folder_of_files_appears_as_a_whole(tmp_path):
+    with atomic_files(tmp_path / "out") as folder:
+        (folder / "a.csv").write_text("x")
+        assert not (tmp_path / "out").exists()
+    assert contents(tmp_path / "out") == {"a.csv": "x"} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_no_file_is_replaced_if_one_of_them_may_not_be(tmp_path):
+    (tmp_path / "out").mkdir()
     (tmp_path / "out" / "b.csv").write_text("mine")
     with pytest.raises(PathError, match=r"b\.csv"):
-        write("third")
+        write_both(tmp_path / "out", "new")
+    (tmp_path / "out" / "b.csv").unlink()
+    (tmp_path / "out" / "b.csv").mkdir()
+    with pytest.raises(PathError, match=r"b\.csv"):
+        write_both(tmp_path / "out", "new", overwrite=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.csv"] and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("before", [False, True])
-def test_a_manifest_that_comes_while_results_are_made_stays(tmp_path, before):
-    """Where there was none, and where there was one of results."""
-    out, theirs = tmp_path / "out", '{"kind": "mine"}'
-    if before:
-        with results_folder(out) as folder:
-            (folder / "a.csv").write_text("first")
-    with pytest.raises(PathError, match=r"its manifest\.json is not one of results"), results_folder(out) as folder:
-        (folder / "a.csv").write_text("second")
-        out.mkdir(exist_ok=True)
-        (out / "manifest.json").write_text(theirs)
-    assert (out / "manifest.json").read_text() == theirs
-    assert [path.read_text() for path in out.glob("*.csv")] == ["first"] * before
+def test_an_error_leaves_what_was_there(tmp_path):
+    write_both(tmp_path / "out", "old")
+    (tmp_path / "a.txt").write_text("old")
+    for error in (KeyboardInterrupt, OSError):
+        with pytest.raises(error), atomic_files(tmp_path / "out", overwrite=True) as folder:
+            (folder / "a.csv").write_text("new")
+            raise error
+        with pytest.raises(error), atomic_file(tmp_path / "a.txt", overwrite=True) as path:
+            path.write_text("new")
+            raise error
+    assert contents(tmp_path / "out") == {"a.csv": "old", "b.csv": "old"}
+    assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    from pipelines.files import atomic_file, atomic_files
+    calls, last = [], int(sys.argv[2])
+
+    def counted(call):
+        def count(*paths, **options):
+            calls.append(call)
+            if len(calls) == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*paths, **options)
+        return count
+
+    os.fsync, Path.replace, Path.rename = counted(os.fsync), counted(Path.replace), counted(Path.rename)
+    with atomic_file(Path(sys.argv[1]) / "one.csv", overwrite=True) as path:
+        path.write_text("new" * 1000)
+    for name in ("there", "new"):
+        with atomic_files(Path(sys.argv[1]) / name, overwrite=True) as folder:
+            for file in ("a.csv", "b.csv"):
+                (folder / file).write_text("new" * 1000)
+"""
+
+
+def test_kill_leaves_each_file_old_or_new(tmp_path):
+    """At each call by which something reaches the disk; and the same command ends it, whatever was left."""
+    for last in range(1, 100):
+        root = tmp_path / str(last)
+        (root / "there").mkdir(parents=True)
+        for path in (root / "one.csv", root / "there" / "a.csv", root / "there" / "mine.txt"):
+            path.write_text("old")
+        command = [sys.executable, "-c", textwrap.dedent(KILLED), str(root)]
+        code = subprocess.run([*command, str(last)]).returncode
+        found = {path.read_text() for path in root.rglob("*.csv") if ".tmp-" not in str(path)}
+        assert found <= {"old", "new" * 1000} and (root / "there" / "mine.txt").read_text() == "old"
+        assert not (root / "new").exists() or len(list((root / "new").iterdir())) == 2
+        if last % 5 == 1:
+            assert subprocess.run([*command, "0"]).returncode == 0
+            assert {path.read_text() for path in root.rglob("*.csv") if ".tmp-" not in str(path)} == {"new" * 1000}
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert last > 12
 
 
 @pytest.mark.parametrize("suffix", ["", ".png"])
@@ -70,19 +118,19 @@ def test_whatever_name_a_file_can_have_it_can_be_written_by(tmp_path, letter, su
     """While it is made it has a longer one, which its own is cut for; one that is too long is refused before the
     work."""
     longest = letter * ((255 - len(suffix)) // len(os.fsencode(letter))) + suffix
-    for _ in range(2):  # over nothing, and over what is ours
-        with atomic_file(tmp_path / longest) as file:
+    for overwrite in (False, True):
+        with atomic_file(tmp_path / longest, overwrite=overwrite) as file:
             file.touch()
         assert [path.name for path in tmp_path.iterdir()] == [longest]
     (tmp_path / longest).unlink()
     with atomic_folder(tmp_path / longest, kind=None):
         pass
-    with results_folder(tmp_path / longest) as folder:
-        (folder / "a.csv").write_text("x")
+    write_both(tmp_path / longest, "x")
     assert [path.name for path in tmp_path.iterdir()] == [longest]
-    for refuses in (check_file, check_results, lambda path: atomic_folder(path, kind=None).__enter__()):
-        with pytest.raises(PathError, match=rf"^{tmp_path}/{letter}+: cannot be written \(File name too long\)$"):
-            refuses(tmp_path / (letter * 256))
+    out = Output(tmp_path / (letter * 256))
+    for refuse in (out.check_file, lambda: out.check_files(["a"]), lambda: out.check_folder(None)):
+        with pytest.raises(UserError, match=rf"^out: {out.path}"):
+            refuse()
 
 
 def test_file_systems_that_keep_no_modes_and_do_not_fsync_folders_will_do(tmp_path, monkeypatch):
@@ -100,23 +148,70 @@ def test_file_systems_that_keep_no_modes_and_do_not_fsync_folders_will_do(tmp_pa
     monkeypatch.setattr(os, "fsync", fsync)
     for _ in range(2):
         make_prior("marginal").save_pretrained(tmp_path / "new" / "prior")
-    with results_folder(tmp_path / "results") as folder:
-        (folder / "a.csv").write_text("x")
+    write_both(tmp_path / "results", "x")
     failing.append(True)
     with pytest.raises(OSError, match="Invalid argument"), atomic_file(tmp_path / "a.csv") as file:
         file.write_text("x")
 
 
-def test_a_file_that_is_not_replaced_leaves_nothing_and_is_told_by_its_name(tmp_path, monkeypatch):
+def test_a_full_disk_is_a_mistake_of_the_key_and_leaves_what_was_there(tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("before")
+
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(files, "fsync", full)
+    out = Output(tmp_path / "a.csv", overwrite=True, key="table")
+    with pytest.raises(UserError, match=rf"^table: {out.path} .*No space left"), out.file() as path:
+        path.write_text("after")
+    assert contents(tmp_path) == {"a.csv": "before"}
+
+
+def test_a_file_that_is_not_replaced_leaves_nothing_and_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text("before")
     for error in (KeyboardInterrupt(), OSError(errno.EROFS, os.strerror(errno.EROFS))):
 
         def fails(path, error=error):
             raise error
 
-        monkeypatch.setattr(writing, "fsync", fails)
+        monkeypatch.setattr(files, "fsync", fails)
         with pytest.raises(type(error)) as caught:
             replace_file(tmp_path / "a.json", b"after")
-        assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-    assert str(caught.value) == f"[Errno 30] Read-only file system: '{tmp_path / 'a.json'}'"
-    assert (tmp_path / "a.json").read_text() == "before"
+        assert contents(tmp_path) == {"a.json": "before"}
+    assert caught.value.filename == str(tmp_path / "a.json")
+    (tmp_path / "link.json").symlink_to("a.json")
+    with pytest.raises(PathError, match=r"link\.json"):
+        replace_file(tmp_path / "link.json", b"before")
+
+
+@pytest.mark.parametrize("how", ["is", "holds", "lies in", "hard link", "link", "by a link"])
+def test_an_output_is_no_input(tmp_path, how):
+    (tmp_path / "data" / "inner").mkdir(parents=True)
+    (tmp_path / "data" / "inner" / "a.png").write_text("x")
+    (tmp_path / "link").symlink_to("data")
+    source = tmp_path / "data" / "inner"
+    out = {
+        "is": source,
+        "holds": tmp_path / "data",
+        "lies in": source / "deep" / "new",
+        "hard link": tmp_path / "again.png",
+        "link": tmp_path / "link.png",
+        "by a link": tmp_path / "link" / "inner",
+    }[how]
+    if how == "hard link":
+        source = source / "a.png"
+        os.link(source, out)
+    elif how == "link":
+        source = source / "a.png"
+        out.symlink_to(source)
+    output = Output(out, [None, "owner/name", source], overwrite=True)
+    for check in (output.check_file, lambda: output.check_files(["a"]), lambda: output.check_folder(None)):
+        with pytest.raises(UserError, match=str(out)):
+            check()
+    Output(tmp_path / "data2", [source], overwrite=True).check_folder(None)
+
+
+def test_a_file_has_a_suffix_that_can_be_written():
+    with pytest.raises(UserError, match=r"^out: 'a\.txt'"):
+        Output("a.txt").check_file([".png"])
+    Output("a.PNG").check_file([".png"])

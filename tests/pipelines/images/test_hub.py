@@ -25,7 +25,7 @@ def test_an_unknown_id_fails_at_once_where_there_is_no_hub(monkeypatch, offline,
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr("pipelines.files.hub.getproxies", lambda: {})
+    monkeypatch.setattr("pipelines.hub.getproxies", lambda: {})
     began = time.monotonic()
     with pytest.raises(UserError) as caught:
         load("nobody/nothing", streaming=streaming)

@@ -397,7 +397,7 @@ def world(tmp_path_factory):
 
 def run(world, capsys, out, *argv, pipeline="any"):
     """What the verb prints, and its sheet."""
-    main(["complete", f"pipeline={world}/{pipeline}", f"out={out}", "num_images=3", "draws=2", *argv])
+    main(["complete", f"pipeline={world}/{pipeline}", f"out={out}", "num_images=3", "draws=2", "overwrite=true", *argv])
     return capsys.readouterr().out, np.asarray(Image.open(out))
 
 

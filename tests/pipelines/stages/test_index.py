@@ -91,13 +91,13 @@ def test_foreign_folder_is_refused_and_untouched(tmp_path):
 def test_push_to_hub_uploads_a_folder_that_loads(labels, monkeypatch):
     calls = []
 
-    def replace_on_hub(folder, repo_id, ours, **options):
+    def push_folder(folder, repo_id, **options):
         loaded = ImagePipeline.from_pretrained(folder)
         calls.append((repo_id, names_in(folder), loaded(2, seed=0).tokens, options))
         return "a commit"
 
-    monkeypatch.setattr("pipelines.files.hub.require_reachable", lambda repo_id: None)
-    monkeypatch.setattr("pipelines.files.hub.replace_on_hub", replace_on_hub)
+    monkeypatch.setattr("pipelines.hub.require_reachable", lambda repo_id: None)
+    monkeypatch.setattr("pipelines.hub.push_folder", push_folder)
     pipe = make_pipeline(labels=labels)
     pipe.provenance = PROVENANCE
     assert pipe.push_to_hub("me/mosaic", token="hf_secret", private=True, commit_message="first") == "a commit"

@@ -298,7 +298,7 @@ def test_probe_tells_separable_classes_apart(world, tmp_path, capsys):
     out = tmp_path / "figures"
     main(["probe", f"pipeline={world}/run/pipeline", f"out={out}"])
     printed = capsys.readouterr().out
-    assert files_of(out) == ["manifest.json", "probe.csv", "probe.png"]
+    assert files_of(out) == ["probe.csv", "probe.png"]
     rows = {row["features"]: row for row in csv.DictReader((out / "probe.csv").open())}
     assert list(rows) == ["raw pixels", "bag of codes", "code embeddings", "PCA of pixels", "prior.0", "prior.1"]
     assert [int(row["width"]) for row in rows.values()] == [64, 32, 128, 32, 32, 32]
@@ -409,7 +409,17 @@ def test_search_answers_with_what_images_are_called(world, tmp_path, capsys, mon
 
 
 def test_search_prints_how_often_classes_agree(world, tmp_path, capsys):
-    main(["search", f"pipeline={world}/run/pipeline", f"out={tmp_path}/near.png", "layer=pixels", "k=5", "rows=2"])
+    main(
+        [
+            "search",
+            f"pipeline={world}/run/pipeline",
+            f"out={tmp_path}/near.png",
+            "overwrite=true",
+            "layer=pixels",
+            "k=5",
+            "rows=2",
+        ]
+    )
     printed = capsys.readouterr().out
     assert "precision@1 100.0%, precision@5 100.0% over 20 queries" in printed
     assert "drawn at random 50.0%" in printed and printed.count("held-out") == 2
@@ -417,7 +427,7 @@ def test_search_prints_how_often_classes_agree(world, tmp_path, capsys):
         [
             "search",
             f"pipeline={world}/run/pipeline",
-            f"out={tmp_path}/near.png",
+            f"out={tmp_path}/near2.png",
             "images=[3, 0]",
             "data.label_column=null",
             "num_index=7",

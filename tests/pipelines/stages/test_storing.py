@@ -7,6 +7,7 @@ import gc
 import json
 import re
 import shutil
+import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +33,37 @@ TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 def names_in(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_others_load_while_a_run_saves(tmp_path):
+    """The tokenizer and the prior of one save; of many that load none fails."""
+    pipe, ended, seen = make_pipeline(), threading.Event(), set()
+
+    def save(number):
+        with torch.no_grad():
+            for parameter in pipe.prior.parameters():
+                parameter.fill_(number)
+        pipe.provenance = {"number": number}
+        pipe.save_pretrained(tmp_path / "pipe")
+
+    def save_again_and_again():
+        number = 1
+        while not ended.wait(0.1):
+            number += 1
+            save(number)
+
+    save(1)
+    saver = threading.Thread(target=save_again_and_again)
+    saver.start()
+    try:
+        while len(seen) < 10:
+            found = ImagePipeline.from_pretrained(tmp_path / "pipe")
+            weights = torch.cat([parameter.unique() for parameter in found.prior.parameters()]).unique().tolist()
+            assert weights == [found.provenance["number"]]
+            seen.add(weights[0])
+    finally:
+        ended.set()
+        saver.join()
 
 
 # Variants

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,7 @@ from one_process import begin_anew, one_process
 
 import tokenizer.files
 from pipelines.config import UserError
-from pipelines.files import claims
-from pipelines.files.claims import claimed, inside
-from pipelines.files.holders import Claim
+from pipelines.files import lock_folder
 from pipelines.training.checkpoints import rotation
 from pipelines.training.checkpoints.rotation import latest_state
 from tokenizer.files import PipelineLoadError, UnreadableError, write_manifest
@@ -226,11 +223,10 @@ def test_a_state_under_the_name_of_another_step_is_refused(run):
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_goes_on(run, monkeypatch):
     """Before any data is read; then the folder is free again."""
-    monkeypatch.setattr("pipelines.files.claims.PERIOD", 600.0)  # nothing is counted meanwhile
-    with claimed(inside(run), run):
+    with lock_folder(run):
         before = files(run)
         monkeypatch.setattr("launch.DIGITS", lambda: pytest.fail("data was read"))
-        with pytest.raises(UserError, match=rf"^{run}: process {os.getpid()} on .* since 2.*; one writer at"):
+        with pytest.raises(UserError, match=rf"^{run}: process {os.getpid()} on "):
             train_tokenizer(run, **EVERY)
         assert files(run) == before
         monkeypatch.undo()
@@ -248,11 +244,10 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_launched_processes_are_refused_together(run):
-    """`test_claims` of `processes` has the same without a launcher, and quickly."""
-    with claimed(inside(run), run):
+    with lock_folder(run):
         job = start(two_processes("train_tokenizer", tokenizer_arguments(run, **EVERY)))
         printed = output_of(job, 240, code=1)
-    assert printed.count("one writer at a time") == 1 and len(metrics(run)) == 2
+    assert printed.count(f"process {os.getpid()} on ") == 1 and len(metrics(run)) == 2
     assert re.search(r"rank +: 0 .*\n +exitcode +: 2 ", printed), printed
 
 
@@ -266,7 +261,7 @@ def test_one_of_two_commands_at_once_writes_each_step_once(tmp_path):
     printed = [job.communicate(timeout=90)[0] for job in jobs]
     assert sorted(job.returncode for job in jobs) in ([0, 2], [0, 0])  # the second may find a finished run
     if 2 in [job.returncode for job in jobs]:
-        assert "one writer at a time" in "".join(printed)
+        assert f"{tmp_path / 'run'}: process " in "".join(printed)
     steps = [line["step"] for line in metrics(tmp_path / "run")]
     assert steps == sorted(set(steps)) and steps[-1] == 40
     begin_anew()
@@ -274,25 +269,26 @@ def test_one_of_two_commands_at_once_writes_each_step_once(tmp_path):
     assert exact(tmp_path / "run") == exact(alone)
 
 
-def test_a_claim_that_a_killed_process_left_is_nobodys(run, monkeypatch):
-    """One of this version is known to be at once; one of an earlier version does not count."""
-    (run / ".lock").write_bytes(replace(Claim.new(), start=1).to_bytes())
-    (run / f".lock.{'a' * 32}").write_bytes(replace(Claim.new(), start=1).to_bytes())
-    train_tokenizer(run, **EVERY)
-    monkeypatch.setattr(claims, "SILENCE", 0.1)
-    monkeypatch.setattr(claims, "LOOK", 0.1)
-    (run / ".lock").write_text('{"pid": 1, "host": "gone", "since": "2020"}')
-    train_tokenizer(run, **EVERY)
-    assert not list(run.glob(".lock*"))
+def leave_lock(run: Path) -> None:
+    """As a process did that is gone."""
+    with lock_folder(run):
+        whole = (run / ".lock").read_text()
+    (run / ".lock").write_text(re.sub(r"start=\d+", "start=1", whole))
+    (run / f".lock.break.1.{'a' * 32}").write_text(whole)
 
 
-def test_a_new_run_may_have_the_folder_that_a_killed_one_had_only_claimed(tmp_path):
+def test_a_lock_that_a_killed_process_left_is_nobodys(run):
+    leave_lock(run)
+    train_tokenizer(run, **EVERY)
+    assert not (run / ".lock").exists()
+
+
+def test_a_new_run_may_have_the_folder_that_a_killed_one_had_only_locked(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    for name in (".lock", f".lock-{'b' * 32}", f".lock.{'c' * 32}"):
-        (run / name).write_bytes(replace(Claim.new(), start=1).to_bytes())
+    leave_lock(run)
     train_tokenizer(run, train__steps=1)
-    assert not list(run.glob(".lock*"))
+    assert not (run / ".lock").exists()
 
 
 def test_a_new_run_may_have_the_folder_that_a_killed_one_had_only_begun(tmp_path):

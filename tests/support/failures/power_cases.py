@@ -24,7 +24,7 @@ from failures.power_journal import Journal, Operation
 from failures.power_loss import clear, cut_points, lose_power
 from launch import states
 
-from pipelines.files import claims
+from pipelines import files as output_locks
 from pipelines.training import loop as training
 from pipelines.training import saving
 from tokenizer.files import MANIFEST, verify_manifest
@@ -33,7 +33,8 @@ LOOKS = (
     8  # at what is left, each after another cut; only from the last one the same command goes on, which takes longer
 )
 
-WAIT = 2.0  # seconds for a claim of which nothing is left that says whose it was
+
+WAIT = 2.0  # seconds for a lock of which nothing is left that says whose it was
 
 
 @dataclass
@@ -66,7 +67,7 @@ def record(root: Path, place: Path) -> Journal:
 
 def lose_power_of_run(case: Case, number: int, left: int) -> Found:
     """Cut a run of a stage, which is killed at its middle and goes on: its states, its snapshot and its record."""
-    claims.SILENCE = WAIT
+    output_locks.LEASE, output_locks.HEARTBEAT = WAIT, WAIT / 4
     case.ready()
     recorded, out = recorded_run(case), case.folder / "power" / "run"
     draw, broken = draws("power", case.name, number), []
@@ -241,7 +242,7 @@ def patched(journal: Journal, rank: int) -> None:
 
 def lose_power_of_work(work: Work, number: int, left: int) -> Found:
     """Cut it somewhere."""
-    claims.SILENCE = WAIT
+    output_locks.LEASE, output_locks.HEARTBEAT = WAIT, WAIT / 4
     recorded, draw, wrong = work.ready(), draws("power", work.name, number), []
     for _ in range(LOOKS):
         cut, what = recorded.cut(draw, work.folder / "power")
@@ -263,7 +264,6 @@ def lose_power_of_work(work: Work, number: int, left: int) -> Found:
 def files(out: Path) -> dict[str, str]:
     """sha256 of the file, or of the files of the folder, but for what a killed process may leave there."""
     paths = [out] if out.is_file() else [path for path in sorted(out.rglob("*")) if path.is_file()]
-    paths = [path for path in paths if not path.name.startswith(".tmp-manifest.json-")]
     return {str(path.relative_to(out.parent)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
@@ -336,8 +336,10 @@ def works(folder: Path) -> list[Work]:
             place = folder / f"{number}-{'again' if there else 'new'}"
             title = f"{name}, {'over what is there' if there else 'new'}"
             killed = 0 if there else IN_PIECES.get(name, 0)
-            work = Work(title, place, writer.write, others.get(name), f"out{writer.suffix}", there)
-            work.parts, work.killed, work.once = writer.kind == "results", killed, writer.kind == "new"
+            write = writer.replace if there else writer.write
+            work = Work(title, place, write, others.get(name), f"out{writer.suffix}", there)
+            work.parts, work.killed = writer.kind == "results", killed
+            work.once = writer.kind == "new" or (not there and writer.kind in ("file", "results"))
             found.append(work)
 
     def calibrated(world: Any, out: Path) -> None:

@@ -22,9 +22,6 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import pipelines.files.writing as writing
-from tokenizer import files
-
 ROOT = 0  # the node of the folder itself
 RECENT = 30_000_000  # ns: the clock of files is so coarse that a second write may leave no trace in it
 BESIDE = (".log", ".samples")
@@ -162,8 +159,6 @@ class Journal:
         """Record what this process does from now on."""
         for name in CALLS:
             setattr(os, name, self._recorded(getattr(os, name)))
-        writing.renameat2 = self._recorded(writing.renameat2)
-        files.exchange_names = self._recorded(files.exchange_names)
         for name in SYNCS:
             setattr(os, name, self._synced(getattr(os, name)))
 
@@ -171,12 +166,10 @@ class Journal:
     def recorded(self) -> Iterator[None]:
         """Record what this process does in the block."""
         before = {name: getattr(os, name) for name in (*CALLS, *SYNCS)}
-        rename, exchange = writing.renameat2, files.exchange_names
         self.patch()
         try:
             yield
         finally:
-            writing.renameat2, files.exchange_names = rename, exchange
             for name, call in before.items():
                 setattr(os, name, call)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -28,26 +29,31 @@ from pipelines.commands import (
     tune,
 )
 from pipelines.commands import inspect_ as inspect
+from pipelines.images.pictures import save_picture
 from pipelines.tokens import load_tokens
 from pipelines.training.checkpoints.states import save_state
 
 
 @dataclass(frozen=True)
 class Writer:
-    """write(world, out): writes at `out`. kind: `whole` (a folder that is one thing), `results` (files beside others in
-    a folder), `file`, or `run`. reads: what of the world it reads, which must not be `out`."""
+    """write(world, out, *words): writes at `out`. kind: `whole` (a folder that is one thing), `results` (files beside
+    others in a folder), `file`, or `run`. reads: what of the world it reads, which must not be `out`."""
 
-    write: Callable[[Any, Path], Any]
+    write: Callable[..., Any]
     kind: str
     reads: str | None = None
     suffix: str = ""
 
+    def replace(self, world: Any, out: Path) -> Any:
+        """Write over what is there, with `overwrite=true` where the writer has that."""
+        return self.write(world, out, *(["overwrite=true"] if self.kind in ("results", "file") else []))
 
-def verb(module: Any, *arguments: str, out: str = "out") -> Callable[[Any, Path], Any]:
+
+def verb(module: Any, *arguments: str, out: str = "out") -> Callable[..., Any]:
     """A verb with these arguments, in which names of the world stand in braces."""
 
-    def write(world: Any, path: Path) -> Any:
-        given = [argument.format(**vars(world)) for argument in arguments]
+    def write(world: Any, path: Path, *words: str) -> Any:
+        given = [argument.format(**vars(world)) for argument in (*arguments, *words)]
         return run(module, [*given, f"{out}={path}"])
 
     return write
@@ -59,6 +65,11 @@ def run(module: Any, argv: list[str]) -> Any:
         return module.main(argv)
     except SystemExit as ended:
         raise ended.__cause__ or ended from None
+
+
+def picture_at(world: Any, out: Path, *words: str) -> None:
+    """A picture at `out`, by the function that a program calls."""
+    save_picture(np.zeros((8, 8, 3), np.uint8), out, overwrite=bool(words))
 
 
 def state_at(world: Any, out: Path) -> None:
@@ -104,7 +115,7 @@ WRITERS: dict[str, Writer] = {
         "results",
         "pipeline",
     ),
-    "generate, a grid": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "picture", ".png"),
+    "generate, a grid": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "pipeline", ".png"),
     "generate, npz": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "pipeline", ".npz"),
     "generate, parquet": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "pipeline", ".parquet"),
     "generate, tar": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "pipeline", ".tar"),
@@ -112,6 +123,7 @@ WRITERS: dict[str, Writer] = {
     "reconstruct": Writer(verb(reconstruct, "tokenizer={tokenizer}", *DATA), "file", "picture", ".jpg"),
     "inspect": Writer(verb(inspect, "tokenizer={tokenizer}", *DATA, "num_images=3"), "file", "picture", ".webp"),
     "search": Writer(verb(search, "pipeline={pipeline}", *DATA, "images={picture}", "k=2"), "file", "picture", ".bmp"),
+    "save_picture": Writer(picture_at, "file", None, ".png"),
     "compress": Writer(verb(compress, "pipeline={pipeline}", "images={picture}"), "file", "picture", ".smalti"),
     "train_tokenizer": Writer(
         verb(train_tokenizer, *DATA, *TINY, "model.kind=vqvae", "model.widths=[8]", "model.blocks=[0]"), "run", "images"

@@ -8,7 +8,7 @@ from typing import Annotated
 import pytest
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from pipelines.files.checked import Bool, FieldError, Number, Text, Whole, checked
+from pipelines.files import Bool, FieldError, Number, Text, Whole, validate
 from tokenizer.files import FormatError
 
 PATH = Path("folder/file.json")
@@ -46,9 +46,9 @@ class Needy(BaseModel):
 
 
 def test_what_is_right_comes_back_as_the_class():
-    found = checked(Outer, {"count": 4, "inner": {"low": 1, "high": 2.5}, "numbers": {"a": 3}}, PATH)
+    found = validate(Outer, {"count": 4, "inner": {"low": 1, "high": 2.5}, "numbers": {"a": 3}}, PATH)
     assert found.count == 4 and found.inner == Inner(1.0, 2.5) and type(found.numbers["a"]) is float
-    assert checked(Inner, {"low": 0, "high": 0, "unknown": 1}, PATH) == Inner(0.0, 0.0)
+    assert validate(Inner, {"low": 0, "high": 0, "unknown": 1}, PATH) == Inner(0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -74,10 +74,10 @@ def test_what_is_right_comes_back_as_the_class():
 )
 def test_the_first_thing_that_is_wrong_is_said_in_a_line(data, message):
     with pytest.raises(FormatError) as found:
-        checked(Outer, data, PATH)
+        validate(Outer, data, PATH)
     assert str(found.value) == f"{PATH}: {message}"
     with pytest.raises(FormatError) as found:
-        checked(Needy, {"wanted": data}, PATH)
+        validate(Needy, {"wanted": data}, PATH)
     assert str(found.value) == f"{PATH}: wanted.{message}"
 
 
@@ -101,10 +101,10 @@ class Ascending:
 )
 def test_half_of_a_character_is_told(cls, data, problem):
     with pytest.raises(FormatError, match=re.escape(f"folder/file.json: {problem}")):
-        checked(cls, data, PATH)
+        validate(cls, data, PATH)
 
 
 def test_a_long_value_is_cut():
     with pytest.raises(FormatError) as found:
-        checked(Outer, {"count": "x" * 10_000}, PATH)
+        validate(Outer, {"count": "x" * 10_000}, PATH)
     assert len(str(found.value)) < 200
