@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from tokenizer.files import PipelineLoadError, fsync, make_folder, read_json, temporary_name, write_json
+from tokenizer.files import PipelineLoadError, exchange_names, fsync, make_folder, read_json, temporary_name, write_json
 
 from ..config import UserError
 
@@ -108,7 +108,7 @@ def write_checkpoint(
     sharded: every process calls this, and writes its pieces; otherwise the main process alone does. best: the best of
     the averaged weights, whole, on the main process. Raises `OSError`.
     """
-    target = run / "state" / f"step-{step:08d}"
+    target = run / "state" / f"step-{step:08d}"  # may be there: damaged, or of a run that was asked to end
     temporary = [temporary_name(target)]
     if main:
         make_folder(target.parent)
@@ -126,9 +126,10 @@ def write_checkpoint(
             write_json(temporary[0] / RECORD, {"format_version": 1, "step": step, **record})
             fsync(temporary[0] / RECORD)
             fsync(temporary[0])
-            if target.exists():  # a damaged one, which was passed over
-                _discard(target)
-            temporary[0].rename(target)
+            if not (target.exists() and exchange_names(temporary[0], target)):
+                if target.exists():
+                    _discard(target)
+                temporary[0].rename(target)
             fsync(target.parent)
             for old in [path for path in list_checkpoints(run) if step_of(path) <= step][:-2]:
                 _discard(old)
@@ -169,7 +170,9 @@ def load_newest(
             record = read_json(checkpoint / RECORD)
             if record.get("format_version") != 1 or record.get("step") != step_of(checkpoint):
                 raise ValueError(f"{RECORD} is not that of step {step_of(checkpoint)}, or of another version")
-            best = load_file(checkpoint / BEST) if (checkpoint / BEST).exists() else None
+            best = load_file(checkpoint / BEST) if record.get("best") else None
+            if best is not None:
+                require_same_shapes(best, average)
             load_tensors(checkpoint / TENSORS, model, average, optimizers)
         except Exception as caught:  # a damaged file may raise anything, and an older checkpoint may be whole
             error = caught
@@ -183,6 +186,14 @@ def load_newest(
             f"from the beginning, choose another out=, or delete {run}"
         )
     return {}, None
+
+
+def require_same_shapes(tensors: Tensors, model: nn.Module) -> None:
+    """Raise `ValueError` unless these are tensors of the model."""
+    found, expected = ({name: value.shape for name, value in each.items()} for each in (tensors, model.state_dict()))
+    if found != expected:
+        differing = min(name for name, _ in found.items() ^ expected.items())
+        raise ValueError(f"{BEST}: {differing} has shape {found.get(differing)}, expected {expected.get(differing)}")
 
 
 def load_tensors(folder: Path, model: nn.Module, average: nn.Module, optimizers: Mapping[str, Optimizer]) -> None:
@@ -211,6 +222,8 @@ def load_tensors(folder: Path, model: nn.Module, average: nn.Module, optimizers:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that each process reads alone, which it is to do
         dcp.load(tensors, storage_reader=reader, no_dist=True)
+    for optimizer in optimizers.values():
+        optimizer.state.clear()  # of a newer checkpoint, which another process could not load
     for key, (optimizer, parameter, entry) in moments.items():
         optimizer.state[parameter][entry] = tensors[key]
 
