@@ -165,7 +165,7 @@ def load_newest(
     """
     checkpoints = list_checkpoints(run)
     for checkpoint in reversed(checkpoints):
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             record = read_json(checkpoint / RECORD)
             if record.get("format_version") != 1 or record.get("step") != step_of(checkpoint):
@@ -174,7 +174,8 @@ def load_newest(
             if best is not None:
                 require_same_shapes(best, average)
             load_tensors(checkpoint / TENSORS, model, average, optimizers)
-        except Exception as caught:  # a damaged file may raise anything, and an older checkpoint may be whole
+        # A damaged file may raise anything, and an older checkpoint may be whole. Torch's is a BaseException.
+        except (Exception, dcp.CheckpointException) as caught:
             error = caught
         if all_agree(error is None):
             return record, best
