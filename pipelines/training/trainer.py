@@ -180,9 +180,10 @@ class Trainer:
         self.since = self.step, time.monotonic()
         if not self.sharded:
             task.nets = {name: accelerator.prepare_model(net.to(self.device)) for name, net in task.nets.items()}
-        # A line that is still to be made may be there, of a process that was lost: it is written again, also that of
-        # step 1, after which the run goes on all the same.
-        resume_step = self.step - 0.5 * bool({"log", "evaluate"} & set(self.pending))
+        # The record goes on after this step; before it, where a line of this step is still to be made, which a process
+        # that was lost may have made already.
+        undone = not {"log", "evaluate"}.isdisjoint(self.pending)
+        resume_step = self.step + (-0.5 if undone else 0.5) if record else 0
         self.tracker = Tracker(
             self.run, config.track, config.model_dump(mode="json"), accelerator=accelerator, resume_step=resume_step
         )
