@@ -249,7 +249,7 @@ def assert_same_run(run: Path, expected: Path) -> None:
 
 def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """The same names, and the same bits."""
-    assert list(found) == list(expected) and expected
+    assert sorted(found) == sorted(expected) and expected
     different = [name for name, value in expected.items() if not torch.equal(found[name], value)]
     assert not different, different
 
