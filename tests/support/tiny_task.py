@@ -107,9 +107,10 @@ class TinyTask(Task):
         if player == "model":
             found = self.nets["model"](ids, late=step >= self.late)
             loss = (found - targets).square().mean()
-            if "critic" in self.playing(step):
-                self.predictions.append(found.detach())
             terms = {"l1": (found - targets).abs().mean()}
+            if self.model.critic is not None and "critic" in self.playing(step):
+                self.predictions.append(found.detach())
+                loss = loss - 0.01 * self.model.critic(found[:, None]).mean()
         else:
             logits = self.nets["critic"](torch.cat([targets, self.predictions.popleft()])[:, None]).squeeze(1)
             real = torch.arange(len(logits)) < len(targets)

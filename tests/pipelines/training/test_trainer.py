@@ -180,7 +180,14 @@ def test_each_player_takes_its_turn_with_the_same_micro_batches(tmp_path):
     with trainer_of(tmp_path / "run", TinyTask(critic_start=1), accumulate=2) as trainer:
         trainer.task.rates = {"critic": 0.5}
         parts = [trainer.task.batch(np.arange(4) + start, np.zeros(4, np.int64), 0) for start in (0, 4)]
-        before = kept_by(trainer)
+        before, play = kept_by(trainer), trainer.play
+
+        def watched(player: str, *given: Any) -> Tensor:
+            finite = play(player, *given)
+            assert all(parameter.grad is None for parameter in trainer.task.model.parameters())
+            return finite
+
+        trainer.play = watched  # type: ignore[method-assign]
         for lr in (0.1, 0.2):
             trainer.take_step(parts, lr)
             moved = {name.split(".")[1] for name, value in kept_by(trainer).items() if name in before}
@@ -356,6 +363,7 @@ def test_what_is_logged_is_the_mean_of_the_steps_that_count(tmp_path):
 
     task = partial(TinyTask, critic_start=3, sick=sick)
     every = {line["step"]: line for line in metrics(train_tiny(tmp_path / "every", task))}
+    assert {step for step, line in every.items() if "model/l1" not in line} == {2, 7}
     with stopped_at(2):
         train_tiny(tmp_path / "run", task, log_every=4)
     for line in metrics(train_tiny(tmp_path / "run", task, log_every=4)):
