@@ -66,7 +66,7 @@ class Record:
         for name, pixels in images.items():
             path = self.run / "previews" / f"{name}-{step:08d}.png"
             try:
-                save_picture(pixels[..., 0] if pixels.shape[-1] == 1 else pixels, path)
+                save_picture(pixels[..., 0] if pixels.shape[-1] == 1 else pixels, path, overwrite=True)
                 paths[name] = path
             except (OSError, PathError) as error:
                 tell(f"warning: {path} is left out: {error}; {_room(self.run)}")
