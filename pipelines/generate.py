@@ -105,6 +105,7 @@ def check(config: GenerateConfig, team: Team) -> None:
     form = form_of(Path(config.out))
     if team.world > config.num_images:
         raise UserError(f"num_images: {config.num_images} for {team.world} processes; start at most one for each image")
+    GenerateJob.tidy_up(Path(config.out))
     if not GenerateJob.is_placed(Path(config.out)):  # else it is its own, perhaps, which `in_pieces` finds out
         check_out(form, output_of(config), config.num_images)
 

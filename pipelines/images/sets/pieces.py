@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -11,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from tokenizer.files import read_json
+from tokenizer.files import fsync, read_json
 
 from ...files import Output
 from ...jobs import Job
-from ...jobs.pieces import PLACED, cut
+from ...jobs.pieces import JOB, PLACED, cut
 from ...jobs.sharing import Share
 from .forms import Form, identity
 from .parts import Drawn, Part
@@ -72,4 +71,15 @@ class GenerateJob(Job):
 
     def end(self) -> None:
         """Remove the work folder: the set has its name."""
-        shutil.rmtree(self.work)
+        (self.work / JOB).unlink()  # first: from now on nothing goes on from here
+        fsync(self.work)
+        self.tidy_up(self.out)
+
+    @classmethod
+    def tidy_up(cls, out: Path) -> None:
+        """Remove the work folder of a job that has ended, also if a process was killed while it did so."""
+        if cls.is_placed(out) and cls.unfinished(out) is None:
+            work = cls.work_folder(out)
+            for path in sorted(work.iterdir(), key=lambda path: path.name == PLACED):  # which is last
+                path.unlink()
+            work.rmdir()
