@@ -19,7 +19,6 @@ from .files import Output, lock_output
 from .image_pipeline import ImagePipeline
 from .images.sets import Drawn, Facts, Part, check_out, form_of, save, told
 from .images.sets.pieces import GenerateJob
-from .jobs.pieces import RESULT
 from .jobs.sharing import shared
 from .processes.launched import joined
 from .processes.sharing import Team
@@ -106,7 +105,9 @@ def check(config: GenerateConfig, team: Team) -> None:
     form = form_of(Path(config.out))
     if team.world > config.num_images:
         raise UserError(f"num_images: {config.num_images} for {team.world} processes; start at most one for each image")
-    check_out(form, output_of(config), config.num_images)
+    GenerateJob.tidy_up(Path(config.out))
+    if not GenerateJob.is_placed(Path(config.out)):  # else it is its own, perhaps, which `in_pieces` finds out
+        check_out(form, output_of(config), config.num_images)
 
 
 def output_of(config: GenerateConfig) -> Output:
@@ -137,25 +138,28 @@ def in_pieces(config: GenerateConfig, request: Request, facts: Facts, team: Team
     out = Path(config.out)
     job = GenerateJob(out, form_of(out), config.num_images, team.first(request.depends_on))
     share = shared(job, team)
+    if team.first(lambda: job.is_placed(out)):
+        team.first(job.take_back)
+        team.first(lambda: check_out(job.form, output_of(config), config.num_images))
     if team.leads and share.rows < config.num_images:
         there = config.num_images - share.rows
         print(f"{out}: continuing, {there} of {config.num_images} images are there", flush=True)
     began = time.monotonic()
     job.make(share, config.batch_size, partial(request.draw, batch_size=config.batch_size))
     seconds = time.monotonic() - began
-    team.first(lambda: publish(config, request, job.parts(), facts, job.work / RESULT))
+    team.first(lambda: publish(config, request, job.parts(), facts, job.work))
     if team.leads:  # and all have seen that all pieces are there
         job.end()
     return share.rows / seconds
 
 
 def publish(
-    config: GenerateConfig, request: Request, parts: Iterable[Part], facts: Facts, temporary: Path | None = None
+    config: GenerateConfig, request: Request, parts: Iterable[Part], facts: Facts, work: Path | None = None
 ) -> None:
-    """Write `out` of all parts; temporary: where it is until it has its name."""
+    """Write `out` of all parts; work: the folder of the job."""
     form = form_of(Path(config.out))
     out, columns, captions = output_of(config), config.columns, config.captions
-    save(form, out, parts, facts, columns=columns, captions=captions, temporary=temporary)
+    save(form, out, parts, facts, columns=columns, captions=captions, work=work)
 
 
 def kept(config: GenerateConfig) -> str:

@@ -21,7 +21,7 @@ from ..config import UserError
 from ..config.schema import difference
 from ..files import LOCK
 
-JOB, RESULT = "job.json", "result"
+JOB, RESULT, PLACED = "job.json", "result", "placed.json"
 OURS = r"(\.tmp-|\.)?\w+-\d{5,}\.(safetensors|json)(\.json|-[0-9a-f]{8})?"
 """Names of the files of pieces in a work folder, and of those that are being written."""
 
@@ -104,7 +104,7 @@ class Job:
         if self.work.is_symlink() or (os.path.lexists(self.work) and not self.work.is_dir()):
             raise PathError(f"{self.work}: not a folder, and it is where the pieces of {self.out} are to be kept")
         found = sorted(path.name for path in self.work.iterdir()) if self.work.is_dir() else []
-        known = {JOB, f".{JOB}", LOCK, RESULT, *LITTER}
+        known = {JOB, f".{JOB}", LOCK, RESULT, PLACED, *LITTER}
         if strange := [name for name in found if name not in known and not re.fullmatch(OURS, name)]:
             raise PathError(
                 f"{self.work} is not the folder of {self.title}: it holds {summarize(strange)}; choose another out=, "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import resource
 import signal
 import sys
@@ -173,6 +174,24 @@ def test_killed_anywhere_it_goes_on_and_the_bytes_are_the_same(pipeline, tmp_pat
     assert len(batches) < 7 + 8 * 2  # 20 images are 7 batches; each end costs two at most
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_what_came_after_a_kill_is_not_taken_for_the_result(pipeline, tmp_path, monkeypatch, kept, form):
+    """Another file of the name, and the result that somebody has changed since."""
+    out = tmp_path / form
+    settings = config(pipeline, out)
+    assert interrupted(monkeypatch, settings, GenerateJob, "end", 0)
+    path = next(path for path in [out, *sorted(out.glob("*.png"))] if path.is_file())
+    for text in (path.read_bytes() + b"a note of mine", b"mine"):
+        path.write_bytes(text)
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            run(settings)
+        assert path.read_bytes() == text
+    path.unlink()
+    run(settings)
+    run(config(pipeline, tmp_path / "whole" / form))
+    assert written(out) == written(tmp_path / "whole" / form)
+
+
 def test_a_damaged_piece_is_made_again(pipeline, tmp_path, monkeypatch, kept):
     settings = config(pipeline, tmp_path / "set.npz")
     assert interrupted(monkeypatch, settings, generate, "publish", 0)
@@ -288,5 +307,5 @@ def test_a_few_are_made_at_once_without_accelerate(pipeline, tmp_path, monkeypat
         and "images per second; next: smalti evaluate pipeline=" in printed
     )
     images = ["00000.png", "00001.png", "00002.png"]
-    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == [*images, "manifest.json", "metadata.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == [*images, "metadata.jsonl"]
     assert Image.open(tmp_path / "images" / "00002.png").size == SIZE

@@ -454,7 +454,7 @@ WRITING = {
     "pipelines/tokens/shards.py": "a shard, in a folder that is being made",
     "pipelines/jobs/pieces.py": "the work folder of an encode, or of many images",
     "pipelines/tokens/pieces.py": "the work folder of an encode, when it is done",
-    "pipelines/images/sets/pieces.py": "the work folder of many images, when they are done",
+    "pipelines/images/sets/pieces.py": "the work folder of many images, and a result that was placed before a kill",
     "pipelines/images/sets/folder.py": "pictures and their sheet, in a folder that is being made",
     "pipelines/images/sets/npz.py": "an archive, under a temporary name",
     "pipelines/images/sets/tar.py": "an archive, under a temporary name",

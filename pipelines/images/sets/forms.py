@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ...config import UserError
-from ...files import Output
+from ...files import Output, replace_file
+from ...jobs.pieces import PLACED, RESULT
 from ..grids import class_grid
 from ..pictures import SUFFIXES, png_bytes, write_picture
 from .folder import SHEET, rows_there, write_folder
@@ -77,24 +79,41 @@ def save(
     *,
     columns: int | None,
     captions: bool = True,
-    temporary: Path | None = None,
+    work: Path | None = None,
 ) -> None:
     """Write all parts, in their order, as `out`. Of a file or a folder no more is in memory than a part; a grid, of
-    `columns` and with the names of the classes if `captions`, is made as a whole (see `class_grid`). temporary: where
-    it is until it has its name; None: beside it.
+    `columns` and with the names of the classes if `captions`, is made as a whole (see `class_grid`). work: the folder
+    of the job, where it is until it has its name, and where it is noted that it is about to have it.
 
     Raises `UserError` for what may not be replaced or cannot be written.
     """
-    if form is GRID:
-        picture = grid_of(parts, facts, columns, captions)
-        with out.file() as path:
-            write_picture(picture, path)
-    elif form.write is not None:
-        with out.file(temporary) as path:
-            form.write(path, parts, facts)
-    else:
+    temporary = None if work is None or form is GRID else work / RESULT  # a picture needs its suffix
+    if form.is_folder:
         with out.files(temporary) as folder:
             write_folder(folder, parts, facts, rows_there(out.path))
+            note_placed(work, {path.name: path for path in folder.iterdir()})
+        return
+    with out.file(temporary) as path:
+        if form.write is None:
+            write_picture(grid_of(parts, facts, columns, captions), path)
+        else:
+            form.write(path, parts, facts)
+        note_placed(work, {"": path})
+
+
+def note_placed(work: Path | None, files: Mapping[str, Path]) -> None:
+    """Note which files are about to get their names, by which they are known after a kill; "" is that of the set."""
+    if work is not None:
+        replace_file(work / PLACED, json.dumps({name: identity(path) for name, path in files.items()}).encode())
+
+
+def identity(path: Path) -> list[int] | None:
+    """What stays of a file that is renamed, and of no other; None where there is no file."""
+    try:
+        info = path.lstat()
+    except OSError:
+        return None
+    return [info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns]
 
 
 def grid_of(parts: Iterable[Part], facts: Facts, columns: int | None, captions: bool) -> np.ndarray:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tokenizer.files import fsync, read_json
+
 from ...files import Output
 from ...jobs import Job
-from ...jobs.pieces import cut
+from ...jobs.pieces import JOB, PLACED, cut
 from ...jobs.sharing import Share
-from .forms import Form
+from .forms import Form, identity
 from .parts import Drawn, Part
 
 PIECES, IN_PIECE, MOST_PIECES = 64, 64, 2048
@@ -51,6 +53,33 @@ class GenerateJob(Job):
         """All images, a piece at a time. Raises what `read` raises."""
         return (Part.from_bytes(self.read(piece), piece.start) for piece in self.pieces)
 
+    @classmethod
+    def is_placed(cls, out: Path) -> bool:
+        """Whether a process was killed while it gave a set its name, or before it had removed the pieces."""
+        return (cls.work_folder(out) / PLACED).is_file()
+
+    def take_back(self) -> None:
+        """Remove what this job has given its name, since the pieces make it again; nothing else."""
+        placed = read_json(self.work / PLACED)
+        for name, known in placed.items():
+            path = self.out / name if name else self.out
+            if identity(path) == known:
+                path.unlink()
+        if "" not in placed:
+            with suppress(OSError):
+                self.out.rmdir()
+
     def end(self) -> None:
         """Remove the work folder: the set has its name."""
-        shutil.rmtree(self.work)
+        (self.work / JOB).unlink()  # first: from now on nothing goes on from here
+        fsync(self.work)
+        self.tidy_up(self.out)
+
+    @classmethod
+    def tidy_up(cls, out: Path) -> None:
+        """Remove the work folder of a job that has ended, also if a process was killed while it did so."""
+        if cls.is_placed(out) and cls.unfinished(out) is None:
+            work = cls.work_folder(out)
+            for path in sorted(work.iterdir(), key=lambda path: path.name == PLACED):  # which is last
+                path.unlink()
+            work.rmdir()

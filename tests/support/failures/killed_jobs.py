@@ -83,7 +83,8 @@ class Job:
 
     def says_so(self, out: Path, codes: list[int]) -> bool:
         """Whether the command ended as it does where its result is there."""
-        return bool(self.again) and set(codes) == {2} and self.again in last_line(out)
+        ended = codes[0] == 2 and set(codes) <= {2, -signal.SIGTERM}  # which the first one's end brings the others
+        return bool(self.again) and ended and self.again in last_line(out)
 
 
 def in_small_pieces(rank: int) -> None:
@@ -165,11 +166,11 @@ def jobs(verb: str, folder: Path) -> list[Job]:
         }
     else:
         common = [f"pipeline={world / 'pipeline'}", "batch_size=4", f"num_images={IMAGES}"]
-        other = [*common, "seed=7"]
+        other, over = [*common, "seed=7"], [*common, "overwrite=true"]
         kinds = {
             "a folder": (common, [], ""),
-            "a folder in place of another": (common, other, ""),
-            "a tar in place of another": (common, other, ".tar"),
+            "a folder in place of another": (over, other, ""),
+            "a tar in place of another": (over, other, ".tar"),
             "npz": (common, [], ".npz"),
         }
     return [
@@ -181,7 +182,7 @@ def jobs(verb: str, folder: Path) -> list[Job]:
             argv,
             suffix,
             earlier,
-            "append: the dataset has these rows already" if name == ADDED else "",
+            "append: the dataset has these rows already" if name == ADDED else "overwrite=true" if not earlier else "",
         )
         for place, (name, (argv, earlier, suffix)) in enumerate(kinds.items())
         for number in (1, 2)

@@ -18,10 +18,10 @@ import pytest
 from PIL import Image
 
 from pipelines.config import UserError
+from pipelines.files import Output
 from pipelines.images import DataConfig, load_images
 from pipelines.images.sets import Drawn, Facts, Part, check_out, form_of, save
 from pipelines.images.sets.parts import regrouped
-from tokenizer.files import PathError
 
 NAMES = ["cat", "dog", "eel"]
 SUFFIXES = [".npz", ".parquet", ".tar"]
@@ -32,12 +32,14 @@ def pixels_for(count: int, channels: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 8, 12, channels), dtype=np.uint8)
 
 
-def write(out: Path, pixels: np.ndarray, labels: list[int] | None, size: int = 3, **options) -> None:
+def write(
+    out: Path, pixels: np.ndarray, labels: list[int] | None, size: int = 3, overwrite: bool = False, **options
+) -> None:
     """A set in parts of `size`."""
     drawn, facts = Drawn(form_of(out).keep), Facts(len(pixels), 8, 12, None if labels is None else NAMES)
     drawn.add(pixels, labels)
     parts = [drawn.take(first, min(size, len(pixels) - first)) for first in range(0, len(pixels), size)]
-    save(form_of(out), out, iter(parts), facts, columns=4, inputs=[], **options)
+    save(form_of(out), Output(out, overwrite=overwrite), iter(parts), facts, columns=4, **options)
 
 
 def loaded(kind: str, tmp_path: Path, **options) -> datasets.Dataset:
@@ -116,12 +118,12 @@ def test_a_folder_has_the_class_of_each_image(tmp_path, names, monkeypatch):
 def test_images_that_join_a_folder_leave_the_others_their_classes(tmp_path):
     out = tmp_path / "set"
     write(out, marked(0, 1, 2, 3, 4), [0, 0, 0, 1, 1])
-    write(out, marked(10, 11), [2, 2])
+    write(out, marked(10, 11), [2, 2], overwrite=True)
     assert classes_read(out) == {10: "eel", 11: "eel", 2: "cat", 3: "dog", 4: "dog"}
     (out / "00004.png").unlink()
-    write(out, marked(20), [1])
+    write(out, marked(20), [1], overwrite=True)
     assert classes_read(out) == {20: "dog", 11: "eel", 2: "cat", 3: "dog"}
-    write(out, marked(30, 31, 32, 33), None)  # without classes, and no image has that of the one before
+    write(out, marked(30, 31, 32, 33), None, overwrite=True)  # without classes, and no image has that of the one before
     assert classes_read(out) == dict.fromkeys((30, 31, 32, 33))
 
 
@@ -129,8 +131,8 @@ def test_somebodys_sheet_is_not_replaced(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set/metadata.jsonl").write_text('{"file_name": "mine.png", "label": "mine"}\n')
     with pytest.raises(UserError, match="^out: "):
-        check_out(form_of(tmp_path / "set"), tmp_path / "set", 3, [])
-    with pytest.raises(PathError):
+        check_out(form_of(tmp_path / "set"), Output(tmp_path / "set"), 3)
+    with pytest.raises(UserError, match="^out: "):
         write(tmp_path / "set", marked(0, 1), [0, 1])
     assert "mine.png" in (tmp_path / "set/metadata.jsonl").read_text() and len(list((tmp_path / "set").iterdir())) == 1
 
@@ -164,16 +166,15 @@ def test_the_same_images_are_the_same_file(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_ours_is_replaced_and_an_edited_one_is_not(tmp_path, suffix):
+def test_a_set_replaces_a_file_only_if_that_is_asked_for(tmp_path, suffix):
     out = tmp_path / f"set{suffix}"
     write(out, pixels_for(7, 3), None)
-    write(out, pixels_for(5, 3), None)  # it is ours
     before = out.read_bytes()
-    out.write_bytes(before + b"a trailer of somebody" * 300)
-    if suffix != ".tar":  # where what follows the end is nothing
-        with pytest.raises(PathError, match="smalti did not write"):
-            write(out, pixels_for(7, 3), None)
-        assert out.read_bytes().startswith(before)
+    with pytest.raises(UserError, match="^out: "):
+        write(out, pixels_for(5, 3), None)
+    assert out.read_bytes() == before
+    write(out, pixels_for(5, 3), None, overwrite=True)
+    assert out.read_bytes() != before
 
 
 @pytest.mark.parametrize("suffix", [*SUFFIXES, ""])
@@ -192,7 +193,7 @@ def test_only_a_part_is_in_memory(tmp_path, suffix):
     group = 2 * 100 * 128 * 341 * 3 if suffix == ".parquet" else 0  # of which pyarrow takes one as a whole
     tracemalloc.start()
     try:
-        save(form_of(out := tmp_path / f"set{suffix}"), out, parts(), Facts(320, 128, 341), columns=1, inputs=[])
+        save(form_of(out := tmp_path / f"set{suffix}"), Output(out), parts(), Facts(320, 128, 341), columns=1)
         assert tracemalloc.get_traced_memory()[1] < group + (4 << 20) and most <= 2
     finally:
         tracemalloc.stop()
@@ -204,7 +205,7 @@ def test_a_tar_of_many_small_files_does_not_remember_them(tmp_path):
     parts = (Part(10 * k, [b"x"] * 10, [0] * 10) for k in range(100))
     tracemalloc.start()
     try:
-        save(form_of(out := tmp_path / "set.tar"), out, parts, Facts(1000, 8, 8, NAMES), columns=1, inputs=[])
+        save(form_of(out := tmp_path / "set.tar"), Output(out), parts, Facts(1000, 8, 8, NAMES), columns=1)
         assert tracemalloc.get_traced_memory()[1] < 1 << 17
     finally:
         tracemalloc.stop()
