@@ -101,11 +101,8 @@ class Case:
         if set(codes) != {0}:
             return [f"{out.name}: exit codes {codes}: {last_line(out)}"]
         found = contents(out)
-        return [
-            f"{out.name}: {part}"
-            for part in sorted(self.expected | found)
-            if found.get(part) != self.expected.get(part)
-        ]
+        parts = [part for part in sorted(self.expected | found) if found.get(part) != self.expected.get(part)]
+        return [f"{out.name}: {part}: {found.get(part)}, not {self.expected.get(part)}"[:500] for part in parts]
 
 
 def list_modules(path: Path, rank: int) -> None:

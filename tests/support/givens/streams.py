@@ -7,8 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-
 from pipelines.training.loop import batches
+
 from pipelines.training.schedule import TrainConfig
 from pipelines.training.task import Task
 
