@@ -49,7 +49,6 @@ PRIOR = {
 }
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """What `accelerate launch --use_fsdp --fsdp_version 2` tells its processes, of all that a run reads."""
-WINDOW = 0.3  # the share of a whole run's time in which it is interrupted: several times before it ends
 IMPORTED: set[str] = set()
 
 
@@ -71,12 +70,17 @@ class Case:
         count = f"{self.processes} process{'es' if self.processes > 1 else ''}"
         return f"{self.stage}, {count}{', FSDP2' * self.sharded}"
 
-    def start(self, out: Path, *hooks: Hook) -> Attempt:
+    @property
+    def window(self) -> float:
+        """Seconds from a start in which it is interrupted: a part of a long run, so that it is several times."""
+        return self.seconds * (0.9 if self.steps < 100 else 0.3)
+
+    def start(self, out: Path, *hooks: Hook, steps: int | None = None) -> Attempt:
         """Start the run `out`, or continue it; each process first calls the hooks with its rank."""
         if self.stage == "prior":
-            argv = prior_arguments(out, self.folder / "tokens", **RUN, **PRIOR, train__steps=self.steps)
+            argv = prior_arguments(out, self.folder / "tokens", **RUN, **PRIOR, train__steps=steps or self.steps)
         else:
-            argv = tokenizer_arguments(out, **RUN, **TOKENIZER, train__steps=self.steps)
+            argv = tokenizer_arguments(out, **RUN, **TOKENIZER, train__steps=steps or self.steps)
         places = SHARDED if self.sharded else {}
         return start_verb(f"train_{self.stage}", self.processes, out, argv, *hooks, places=places)
 
@@ -88,7 +92,7 @@ class Case:
         if self.stage + str(self.sharded) not in IMPORTED:
             IMPORTED.add(self.stage + str(self.sharded))
             listed = self.folder / "modules.json"
-            assert set(self.start(self.folder / "imports", partial(list_modules, listed)).end()) == {0}
+            assert set(self.start(self.folder / "imports", partial(list_modules, listed), steps=7).end()) == {0}
             import_once(*json.loads(listed.read_text()))
         out, began = self.folder / "whole", time.monotonic()
         codes = self.start(out).end()
@@ -153,7 +157,7 @@ def interrupt(case: Case, seed: int, count: int, number: signal.Signals) -> dict
         out = case.folder / f"run-{found['runs compared']}"
         while found["interrupted"] < count:
             attempt = case.start(out)
-            if attempt.wait(draw.uniform(0, WINDOW * case.seconds)):
+            if attempt.wait(draw.uniform(0, case.window)):
                 break  # it had come to its end
             one = number == signal.SIGKILL and case.processes > 1 and draw.random() < 0.5
             began = time.monotonic()
