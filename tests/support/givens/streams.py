@@ -17,8 +17,8 @@ def streams_of(task: Task, config: TrainConfig, step: int, processes: int) -> li
     """One for each process, from this step on."""
 
     def of(rank: int) -> Iterator[Any]:
-        place: Any = SimpleNamespace(num_processes=processes, process_index=rank, device=torch.device("cpu"))
-        run: Any = SimpleNamespace(step=step, config=config, task=task, accelerator=place)
-        return batches(run)
+        facts = {"step": step, "config": config, "task": task, "device": torch.device("cpu")}
+        trainer: Any = SimpleNamespace(**facts, group=Team(rank, processes))
+        return Trainer.batches(trainer)
 
     return [of(rank) for rank in range(processes)]
