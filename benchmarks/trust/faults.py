@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from benchmarks.support.options import read_options, with_helpers_of_tests
+from benchmarks.support.tables import table_head, table_row
 
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", ACCELERATE_USE_CPU="true", HF_HUB_OFFLINE="1")
 FOUR = [("tokenizer", 1), ("prior", 1), ("tokenizer", 2), ("prior", 2)]
@@ -36,8 +37,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     warm_up()
-    print("| signal | run | sent | when | runs compared | not equal | slowest end | minutes |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print(
+        table_head("signal", "run", "sent", "when", "runs compared", "not equal", "slowest end", "minutes"), flush=True
+    )
     broken: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, number, cases, sharded in (
@@ -58,12 +60,10 @@ def main() -> None:
                     found.pop(key) for key in ("broken", "slowest end", "interrupted", "runs compared")
                 )
                 when = ", ".join(f"{count} {what}" for what, count in found.items())
-                minutes = (time.monotonic() - began) / 60
+                cells = name, case.name, sent, when, runs, len(wrong), f"{slowest:.1f} s"
+                minutes = f"{(time.monotonic() - began) / 60:.1f}"
                 print(
-                    f"| {name} | {case.name} | {sent} | {when} | {runs} | {len(wrong)} | {slowest:.1f} s | {minutes:.1f} |",
-                    *(f"NOT AS PROMISED: {text}" for text in wrong),
-                    sep="\n",
-                    flush=True,
+                    table_row((*cells, minutes)), *(f"NOT AS PROMISED: {text}" for text in wrong), sep="\n", flush=True
                 )
                 broken += wrong
     raise SystemExit(bool(broken))

@@ -101,7 +101,7 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
         trainer = Trainer(task, config, accelerator)
         with heed_signals(trainer.stop, alone=group.world == 1):
             try:
-                group.first(lambda: announce(trainer, changes, precision.reason))
+                group.first(partial(announce, trainer, changes, precision.reason))
                 trainer.fit()
             finally:
                 trainer.close()

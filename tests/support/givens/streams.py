@@ -7,10 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from pipelines.training.loop import batches
 
+from pipelines.processes.sharing import Team
 from pipelines.training.schedule import TrainConfig
 from pipelines.training.task import Task
+from pipelines.training.trainer import Trainer
 
 
 def streams_of(task: Task, config: TrainConfig, step: int, processes: int) -> list[Iterator[Any]]:
