@@ -63,7 +63,10 @@ def main() -> None:
                 cells = name, case.name, sent, when, runs, len(wrong), f"{slowest:.1f} s"
                 minutes = f"{(time.monotonic() - began) / 60:.1f}"
                 print(
-                    table_row((*cells, minutes)), *(f"NOT AS PROMISED: {text}" for text in wrong), sep="\n", flush=True
+                    table_row(map(str, (*cells, minutes))),
+                    *(f"NOT AS PROMISED: {text}" for text in wrong),
+                    sep="\n",
+                    flush=True,
                 )
                 broken += wrong
     raise SystemExit(bool(broken))
