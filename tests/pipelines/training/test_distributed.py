@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from pipelines.metrics.likelihood import bits_per_token
 from pipelines.processes.launched import TWO_PROCESSES, build_accelerator
 from pipelines.stages.provenance import tokenizer_defaults
 from pipelines.tokens import load_tokens
+from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training.trainer import Trainer
 
@@ -94,6 +96,9 @@ def basic(watch: Watch) -> None:
     for name, sick in {"sick": {0, 5, 6, 11}, "dying": set(range(30))}.items():
         with patch.object(TokenizerTask, "loss", no_number_in(sick if rank == 1 else set())):
             watch.run(name, lambda name=name: train_tokenizer(folder / name, **RUNS["train_tokenizer"]))
+    for stop in (7, -1):  # a signal to the second process alone, in this step
+        with patch.object(PriorTask, "loss", stopping_at(stop if rank == 1 else -1)):
+            watch.run("stopped", lambda: train_prior(folder / "stopped", tokens, **RUNS["train_prior"]))
     watch.run("odd batch", lambda: train_tokenizer(folder / "odd", train__batch_size=15))
     seed = {"train__seed": rank}
     watch.run("other settings", lambda: train_tokenizer(folder / "other", **seed))
@@ -115,7 +120,21 @@ def no_number_in(sick: set[int]) -> Any:
 
     def planted(self: Any, player: str, batch: Any, step: int) -> Any:
         value, terms = loss(self, player, batch, step)
-        return value * (math.nan if step in sick else 1.0), terms
+        if step in sick:  # so that the gradient is no number, too, or is as it was
+            value = value * math.nan if step % 2 else value + math.inf
+        return value, terms
+
+    return planted
+
+
+def stopping_at(stop: int) -> Any:
+    """A prior's loss that in this step gets SIGTERM."""
+    loss = PriorTask.loss
+
+    def planted(self: Any, player: str, batch: Any, step: int) -> Any:
+        if step == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(self, player, batch, step)
 
     return planted
 
@@ -157,7 +176,7 @@ def alone(pair) -> dict[str, Path]:
 def test_two_train_as_one_does(pair, alone, stage):
     """Every figure, evaluations included, and at the end weights, averages, moments, and the snapshot for users."""
     both = pair[0] / stage
-    assert f"{both}: starting; " in pair[2] and pair[2].count("2 processes on cpu") == 5  # each run says so once
+    assert f"{both}: starting; " in pair[2] and pair[2].count("2 processes on cpu") == 7  # each run says so once
     for name in FIGURES[stage]:
         expected = losses(alone[stage], name)
         assert len(expected) == {"v": 4, "h": 1}.get(name[0] if "/" in name else "", STEPS)
@@ -187,7 +206,8 @@ def assert_equal_at_every_step(steps: list[Any], count: int) -> None:
         assert one["replicated"] and two["replicated"]
         for part in ("weights", "average", "moments", "buffers"):
             assert one[part] == two[part]
-        assert one["batch"] != two["batch"] and one["seed"] != two["seed"]
+        assert one["batch"] != two["batch"]
+    assert len({each["seed"] for both in steps for each in both}) == 2 * count
 
 
 @pytest.mark.parametrize("stage", RUNS)
@@ -211,6 +231,16 @@ def test_two_leave_the_best_weights(pair):
         patched.setattr("pipelines.metrics.likelihood.LOGITS", SMALL_BATCHES["pipelines.metrics.likelihood.LOGITS"])
         bits = bits_per_token(pipe.prior, load_tokens(pair[0] / "tokens").splits["test"])
     assert losses(run, "held_out/bits_per_token") == [bits]
+
+
+def test_a_signal_to_one_stops_both(pair):
+    """At the same step, saved; and the same command goes on to the bit."""
+    folder, found, printed = pair
+    assert f"{folder / 'stopped'}: stopped at step 8;" in printed and len(found["stopped"]["steps"]) == STEPS
+    assert found["stopped"]["errors"] == [""] * 4
+    assert [both["weights"] for both, _ in found["stopped"]["steps"]] == [
+        both["weights"] for both, _ in found["train_prior"]["steps"]
+    ]
 
 
 def test_what_is_not_finite_on_one_is_skipped_by_both(pair):

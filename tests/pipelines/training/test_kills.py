@@ -16,7 +16,7 @@ TABLE = re.compile(r"^\| (kill -9|Ctrl-C) \| (.*?) \| (\d+) \| .* \| (\d+) \| 0 
 
 
 def campaign(*counts: str, seconds: float = 280) -> list[tuple[str, ...]]:
-    """Signal, case, how often it was sent, and how many runs were compared."""
+    """Signal, case, how often it was sent, and how many runs were compared, of which all were equal."""
     printed = output_of(start([sys.executable, "-m", "benchmarks.trust.faults", *counts]), seconds, code=None)
     assert "NOT AS PROMISED" not in printed and "Traceback" not in printed, printed
     return TABLE.findall(printed)
@@ -30,7 +30,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one():
     cases = [f"{stage}, {count}" for count in ("1 process", "2 processes") for stage in ("tokenizer", "prior")]
     wanted = [("kill -9", case) for case in cases]
     wanted += [("Ctrl-C", "tokenizer, 1 process"), ("kill -9", "prior, 2 processes, FSDP2")]
-    assert found == [(*pair, "1", "1") for pair in wanted]
+    assert [row[:3] for row in found] == [(*pair, "1") for pair in wanted]
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -89,7 +91,7 @@ def basic(watch: Watch) -> None:
     runs.run("damaged")
     runs.run("two to one", stop=10)
     runs.run("one to two")
-    with full_disk_of(1, 4, "__1_0.distcp"), full_disk_of(0, 8, "no folder"):
+    with full_disks():
         runs.run("full")
     runs.run("best", {**RUN, "train__lr": 0.3, "train__muon_lr": 1.0, "train__warmup_steps": 12})
 
@@ -124,18 +126,23 @@ def damage(checkpoint: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
 
-def full_disk_of(rank: int, step: int, what: str) -> Any:
-    """The disk of one process is full at this step: for its pieces, or even for the folder of the checkpoint."""
-    writer = dcp.FileSystemWriter
-    name = "prepare_local_plan" if what == "no folder" else "write_data"
-    call = getattr(writer, name)
+@contextmanager
+def full_disks() -> Iterator[None]:
+    """At step 4 the first process cannot make the folder, and at step 8 the second cannot write its pieces."""
+    rank, mkdir, write = os.environ["RANK"], Path.mkdir, dcp.FileSystemWriter.write_data
 
-    def planted(self: Any, *rest: Any) -> Any:
-        if os.environ["RANK"] == str(rank) and f"step-{step:08d}" in str(self.path):
-            raise OSError(errno.ENOSPC, f"no room: {what}")
-        return call(self, *rest)
+    def no_folder(path: Path, *rest: Any, **more: Any) -> None:
+        if rank == "0" and (path.name == "state" or "-step-00000004-" in str(path)):
+            raise OSError(errno.ENOSPC, "no room for a folder")
+        mkdir(path, *rest, **more)
 
-    return patch.object(writer, name, planted)
+    def no_pieces(writer: Any, *rest: Any) -> Any:
+        if rank == "1" and "-step-00000008-" in str(writer.path):
+            raise OSError(errno.ENOSPC, "no room for pieces")
+        return write(writer, *rest)
+
+    with patch.object(Path, "mkdir", no_folder), patch.object(dcp.FileSystemWriter, "write_data", no_pieces):
+        yield
 
 
 # From outside
@@ -264,12 +271,12 @@ def test_one_goes_on_where_two_stopped(pair, alone):
 
 
 def test_a_full_disk_of_one_is_a_warning_and_holds_up_neither(pair):
-    """For the pieces of the second process, and for all that the first one writes."""
+    """For the folder that the first process makes, and for the pieces of the second."""
     folder, found, printed = pair
     warnings = [line for line in printed.splitlines() if line.startswith("warning: not saved")]
     assert len(warnings) == 2
-    assert "step 4: " in warnings[0] and "process 1: [Errno 28] no room: __1_0.distcp" in warnings[0]
-    assert "step 8: " in warnings[1] and "process 0: [Errno 28] no room: no folder" in warnings[1]
+    assert "step 4: " in warnings[0] and "process 0: [Errno 28] no room for a folder" in warnings[0]
+    assert "step 8: " in warnings[1] and "process 1: [Errno 28] no room for pieces" in warnings[1]
     assert [state.name for state in states(folder / "full")] == ["step-00000012"]
     assert found["full"]["errors"] == [""] * 2 and exact(folder / "full") == exact(folder / "sharded")
     assert not list((folder / "full" / "state").glob(".*"))

@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +158,26 @@ def test_a_run_that_is_stopped_again_and_again(tmp_path, train, whole, monkeypat
             on_call(patch, Trainer, "take_step", turn, signal.SIGTERM)
             train("train_prior", tmp_path / "run")
     assert_same_run(tmp_path / "run", whole["train_prior"])
+
+
+def test_what_killed_processes_left_is_deleted(tmp_path, train, whole, monkeypatch):
+    """Half of a checkpoint, a snapshot, a picture, a file; and nothing else."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        on_call(patch, Trainer, "take_step", 7, signal.SIGTERM)
+        train("train_tokenizer", run)
+    folders = ("state/.tmp-step-00000009-0123abcd", ".tmp-tokenizer-0123abcd", ".del-tokenizer-0123abcd")
+    files = (".tmp-metrics.jsonl-0123abcd", "previews/.tmp-codebook-00000006.png-0123abcd.png")
+    for name in (*folders, *(f"{folder}.mine" for folder in folders)):
+        (run / name).mkdir()
+        (run / name / "config.json").write_text("{}")
+    for name in (*files, *(f"{file}.mine" for file in files)):
+        (run / name).write_text("{}")
+    train("train_tokenizer", run)
+    assert not [name for name in (*folders, *files) if (run / name).exists()]
+    for path in run.rglob("*.mine"):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    assert_same_run(run, whole["train_tokenizer"])
 
 
 def test_ctrl_c_at_the_end_lets_the_run_finish(tmp_path, train, whole, monkeypatch, capsys):
