@@ -111,15 +111,15 @@ def ours(tokens: Path, out: Path, minutes: float) -> tuple[int, float]:
     from pipelines import ImagePipeline, train_prior
     from pipelines.metrics.likelihood import bits_per_token
     from pipelines.tokens import load_tokens
-    from pipelines.training import loop as training
+    from pipelines.training import trainer
 
-    clock = training.time
-    training.time = SimpleNamespace(monotonic=time.process_time)
+    clock = trainer.time
+    trainer.time = SimpleNamespace(monotonic=time.process_time)
     try:
         config = our_config(tokens, out, steps=None, minutes=minutes)
         train_prior.run(config)
     finally:
-        training.time = clock
+        trainer.time = clock
     steps = max(json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines())
     prior = ImagePipeline.from_pretrained(out / "pipeline").prior
     bits = bits_per_token(prior, load_tokens(tokens).splits["test"])

@@ -10,7 +10,7 @@ hidden layers are 4 times as wide, where ours are two of 8/3. Stage one: diffuse
 network, for `vqvae` one of about as many parameters, with the same grid of ids. Random weights, float32.
 
 model: forward, loss, backward and a fused AdamW step of the bare model; reference: likewise. in the loop: the step that
-the verbs take (`pipelines.training.step`), with data, augmentation, clipping, checks, averaged weights and counts of
+the verbs take (`pipelines.training.trainer`), with data, augmentation, clipping, checks, averaged weights and counts of
 codes.
 Medians of `repeats` rounds, in which all are run in turn. faster: the reference's time over the model's.
 

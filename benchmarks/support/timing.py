@@ -45,28 +45,26 @@ def stepper(task: Any, config: Any, waits: list[float] | None = None) -> Iterato
     """A training step of the task at each call, batches and averaged weights included. `waits` gets the seconds for
     which each step waited for its batch."""
     from pipelines.processes.launched import build_accelerator
-    from pipelines.training.loop import batches
-    from pipelines.training.starting import set_up
-    from pipelines.training.step import take_step
+    from pipelines.training.trainer import Trainer
 
     waits = [] if waits is None else waits
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(None):
-            training = set_up(task, config, Path(folder), build_accelerator())
+            trainer = Trainer(task, config.model_copy(update={"out": folder}), build_accelerator())
         task.model.train()
-        stream = batches(training)
+        stream = trainer.batches()
 
         def step() -> None:
             began = time.perf_counter()
             batch = next(stream)
             waits.append(time.perf_counter() - began)
-            take_step(training, batch, config.train.lr / 100)
+            trainer.take_step(batch, config.train.lr / 100)
 
         try:
             yield step
         finally:
             stream.close()
-            training.tracker.close()
+            trainer.close()
 
 
 def prior_seconds(arguments: dict[str, list[str]]) -> dict[str, float]:

@@ -24,7 +24,6 @@ TWO_PROCESSES = (
     "--mixed_precision no --dynamo_backend no -m ..."
 )
 TIMEOUT = 1800.0
-GRACE = 15.0  # a heartbeat says who is late; a collective, which would only say that it is late, has so much longer
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE", "RANK", "MASTER_ADDR")  # what they say to each process
 
 
@@ -42,7 +41,7 @@ def build_accelerator(timeout: float = TIMEOUT, mixed_precision: str | None = No
     # Buffers (an EMA codebook) are kept equal by the models themselves; broadcasting them would undo nothing but time.
     # Gradients that are views of the buckets from which they are sent are there once, not twice.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout + GRACE))
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
     if mixed_precision and AcceleratorState._shared_state.get("_mixed_precision", mixed_precision) != mixed_precision:
         AcceleratorState._reset_state()  # of an earlier run in this process, in another precision
     accelerator = Accelerator(kwargs_handlers=[ddp, group], mixed_precision=mixed_precision)

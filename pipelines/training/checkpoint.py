@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from tokenizer.files import PipelineLoadError, fsync, make_folder, read_json, temporary_name, write_json
+from tokenizer.files import PipelineLoadError, fsync, read_json, temporary_name, write_json
 
 from ..config import UserError
 
 Tensors = dict[str, Tensor]
 RECORD, BEST, TENSORS = "state.json", "best.safetensors", "tensors"
 NAME = re.compile(r"step-\d{8,}")
-LEFTOVER = re.compile(r"\.(tmp|del)-step-\d{8,}-[0-9a-f]{8}")
+LEFTOVER = re.compile(r"\.(tmp|del)-(step-\d{8,}|tokenizer|pipeline|\w+\.jsonl?|\w+-\d{8}\.png)-[0-9a-f]{8}(\.png)?")
+"""What a killed process may leave: of a checkpoint, a snapshot, a file of the run, a preview."""
 
 
 # Which checkpoints there are -----------------------------------------------------------------------
@@ -64,10 +65,19 @@ def read_newest_record(run: Path) -> dict[str, Any]:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Delete what killed processes left in the folder of checkpoints."""
-    for path in (run / "state").glob(".[td]*"):
-        if LEFTOVER.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+    """Delete what killed processes left half-written in a run folder; a snapshot that was being replaced gets its name
+    back."""
+    for path in [path for folder in (run, run / "state", run / "previews") for path in folder.glob(".[td]*")]:
+        found = LEFTOVER.fullmatch(path.name)
+        if found is None:
+            continue
+        kind, name = found.group(1), found.group(2)
+        if kind == "del" and name in ("tokenizer", "pipeline") and not (run / name).exists():
+            path.rename(run / name)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 # Saving --------------------------------------------------------------------------------------------
@@ -108,28 +118,29 @@ def write_checkpoint(
     sharded: every process calls this, and writes its pieces; otherwise the main process alone does. best: the best of
     the averaged weights, whole, on the main process. Raises `OSError`.
     """
-    target = run / "state" / f"step-{step:08d}"  # may be there: damaged, or of a run that was asked to end
-    temporary = [temporary_name(target)]
-    if main:
-        make_folder(target.parent)
+    target = run / "state" / f"step-{step:08d}"
+    temporary = temporary_name(target)
     if sharded:
-        torch.distributed.broadcast_object_list(temporary)
-    try:
-        writer = dcp.FileSystemWriter(temporary[0] / TENSORS, sync_files=True)
+        agreed = [temporary]
+        torch.distributed.broadcast_object_list(agreed)
+        temporary = agreed[0]
+    try:  # whatever fails on one process before it saves would leave the others waiting: `dcp.save` makes the folder
+        writer = dcp.FileSystemWriter(temporary / TENSORS, sync_files=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that one process saves alone, which it is to do
             dcp.save(tensors, storage_writer=writer, no_dist=not sharded)
         if main:
             if best is not None:
-                save_file({name: value.contiguous() for name, value in best.items()}, temporary[0] / BEST)
-                fsync(temporary[0] / BEST)
-            write_json(temporary[0] / RECORD, {"format_version": 1, "step": step, **record})
-            fsync(temporary[0] / RECORD)
-            fsync(temporary[0])
-            if target.exists():
+                save_file({name: value.contiguous() for name, value in best.items()}, temporary / BEST)
+                fsync(temporary / BEST)
+            write_json(temporary / RECORD, {"format_version": 1, "step": step, **record})
+            for path in (temporary / RECORD, temporary / TENSORS, temporary):
+                fsync(path)
+            if target.exists():  # a damaged one, which was passed over
                 _discard(target)
-            temporary[0].rename(target)
+            temporary.rename(target)
             fsync(target.parent)
+            fsync(run)
             for old in [path for path in list_checkpoints(run) if step_of(path) <= step][:-2]:
                 _discard(old)
     except dcp.CheckpointException as failed:
@@ -137,7 +148,7 @@ def write_checkpoint(
         raise OSError(getattr(error, "errno", None), f"process {rank}: {error}") from failed
     finally:
         if main:
-            shutil.rmtree(temporary[0], ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _discard(checkpoint: Path) -> None:
@@ -173,7 +184,7 @@ def load_newest(
             if best is not None:
                 require_same_shapes(best, average)
             load_tensors(checkpoint / TENSORS, model, average, optimizers)
-        # A damaged file may raise anything, and an older checkpoint may be whole. Torch's is a BaseException.
+        # A damaged file may raise anything (torch's own error is no `Exception`), and an older one may be whole.
         except (Exception, dcp.CheckpointException) as caught:
             error = caught
         if all_agree(error is None):

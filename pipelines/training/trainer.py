@@ -96,7 +96,7 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
         trainer = Trainer(task, config, accelerator)
         with heed_signals(trainer.stop, alone=group.world == 1):
             try:
-                announce(trainer, changes, precision.reason)
+                group.first(partial(announce, trainer, changes, precision.reason))
                 trainer.fit()
             finally:
                 trainer.close()

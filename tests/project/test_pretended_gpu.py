@@ -54,10 +54,10 @@ def test_a_gpu_without_float64_does_too():
     assert on_the_gpu("--float32", "main").count("ok  ") >= 10
 
 
-def test_a_training_step_hardly_waits_for_the_gpu():
+def test_a_training_step_does_not_wait_for_the_gpu():
     """Which would have nothing to do meanwhile."""
     waits = waits_in(on_the_gpu("main"))
-    assert waits["prior"] == [1] and waits["tokenizer"] == [1] and waits["tokenizer with a critic"] == [1]
+    assert waits == {"prior": [0], "tokenizer": [0], "tokenizer with a critic": [0]}
 
 
 @pytest.mark.slow
@@ -65,9 +65,9 @@ def test_a_training_step_hardly_waits_for_the_gpu():
 def test_everything_goes_through():
     said = on_the_gpu(seconds=3500)
     waits = waits_in(said)
-    assert len(waits["prior"]) > 5 and max(waits["prior"]) <= 1
-    assert len(waits["tokenizer"]) > 5 and max(waits["tokenizer"]) <= 2
-    assert len(waits["tokenizer with a critic"]) == 1 and max(waits["tokenizer with a critic"]) <= 3
+    assert len(waits["prior"]) > 5 and max(waits["prior"]) == 0
+    assert len(waits["tokenizer"]) > 5 and max(waits["tokenizer"]) == 0
+    assert len(waits["tokenizer with a critic"]) == 1 and max(waits["tokenizer with a critic"]) == 0
     print(said)
 
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from unittest.mock import patch
 import numpy as np
 import psutil
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from pipelines.config.command import parse
@@ -193,19 +195,6 @@ def kill_the_second(process: subprocess.Popen[str], ready: Any) -> list[psutil.P
     return workers
 
 
-def faults(folder: Path, **counts: Any) -> dict[str, list[dict[str, Any]]]:
-    """What `benchmarks/trust/faults.py` finds, which forks: so it is a process of its own."""
-    out = folder / "found.jsonl"
-    argv = [f"{key}={value}" for key, value in {**counts, "out": out}.items()]
-    printed = output_of(start([sys.executable, "-m", "benchmarks.trust.faults", *argv]), 1800, code=None)
-    assert out.exists(), printed
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    found = {name: [row for row in rows if row["campaign"] == name] for name in {row["campaign"] for row in rows}}
-    for name, count in counts.items():  # all of it was tried, or the command has failed
-        assert not str(count).isdigit() or name == "steps" or found.get(name), printed
-    return found
-
-
 def free_port() -> int:
     """A port that nobody listens on."""
     with socket.socket() as probe:
@@ -237,12 +226,27 @@ def states(run: Path) -> list[Path]:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of every safetensors file below `folder`."""
-    return {
+    """Every tensor of every safetensors file below `folder`, and of every checkpoint of torch, by file and name."""
+    found = {
         f"{path.relative_to(folder)}:{key}": value
         for path in sorted(folder.rglob("*.safetensors"))
         for key, value in load_file(path).items()
     }
+    for index in sorted(folder.rglob(".metadata")):
+        place = index.parent.relative_to(folder)
+        found |= {f"{place}:{key}": value for key, value in checkpoint_tensors(index.parent).items()}
+    return found
+
+
+def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint of torch, whole, whichever number of processes has written it."""
+    reader = dcp.FileSystemReader(folder)
+    described: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    found = {key: torch.empty(each.size, dtype=each.properties.dtype) for key, each in sorted(described.items())}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one process reads alone
+        dcp.load(found, storage_reader=reader, no_dist=True)
+    return found
 
 
 def assert_equal_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

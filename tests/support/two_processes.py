@@ -69,11 +69,10 @@ def gathered(value: Any) -> list[Any]:
 
 def digest(values: Iterable[Any]) -> str:
     """A hash of the bits of tensors, or of this process's pieces of them."""
-    from pipelines.training.checkpoints.sharded import piece  # late: some of the two do without
-
     state = hashlib.sha256()
     for value in values:
-        state.update(piece(value).detach().contiguous().numpy().tobytes())
+        local = value.to_local() if hasattr(value, "to_local") else value
+        state.update(local.detach().contiguous().numpy().tobytes())
     return state.hexdigest()
 
 

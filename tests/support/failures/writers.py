@@ -31,7 +31,6 @@ from pipelines.commands import (
 from pipelines.commands import inspect_ as inspect
 from pipelines.images.pictures import save_picture
 from pipelines.tokens import load_tokens
-from pipelines.training.checkpoints.states import save_state
 
 
 @dataclass(frozen=True)
@@ -72,14 +71,6 @@ def picture_at(world: Any, out: Path, *words: str) -> None:
     save_picture(np.zeros((8, 8, 3), np.uint8), out, overwrite=bool(words))
 
 
-def state_at(world: Any, out: Path) -> None:
-    """A resume state at `out`, whose name is that of its step."""
-    net = torch.nn.Linear(2, 2)
-    step = int(out.name.removeprefix("step-")) if out.name.startswith("step-") else 7
-    target = save_state(out.parent.parent, step, model=net, ema=None, optimizers={}, counters={})
-    assert target == out
-
-
 DATA = ("data.source={images}", "data.image_size=8")
 TINY = ("train.steps=2", "train.batch_size=4", "train.warmup_steps=1", "track.wandb=disabled")
 WRITERS: dict[str, Writer] = {
@@ -88,7 +79,6 @@ WRITERS: dict[str, Writer] = {
     "ImagePipeline.save_pretrained": Writer(lambda world, out: world.pipe.save_pretrained(out), "whole"),
     "TokenDataset.save": Writer(lambda world, out: load_tokens(world.tokens).save(out), "whole"),
     "write_parquet": Writer(lambda world, out: load_tokens(world.tokens).to_parquet(out), "whole"),
-    "save_state": Writer(state_at, "state"),
     "push out=": Writer(verb(push, "folder={tokens}"), "whole", "tokens"),
     "encode": Writer(verb(encode, "tokenizer={tokenizer}", *DATA), "whole", "images"),
     "import": Writer(verb(import_, "source={source}", "image_size=8", "groups=4"), "whole", "source"),
@@ -174,6 +164,4 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 def place(name: str, tmp_path: Path) -> Path:
     """Where a writer is to write."""
-    if WRITERS[name].kind == "state":
-        return tmp_path / "run" / "state" / "step-00000007"
     return tmp_path / f"out{WRITERS[name].suffix}"

@@ -428,7 +428,7 @@ def two_ranks() -> Iterator[Component]:
 
 
 def try_ranks(name: str) -> None:
-    def to_device_async(tensor: Tensor, *_: Any, **__: Any) -> None:
+    def sent(tensor: Tensor, *_: Any, **__: Any) -> None:
         if not isinstance(tensor, Pretended):
             raise DeviceMix("a CPU's tensor in a collective of GPUs")
 

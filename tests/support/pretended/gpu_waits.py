@@ -15,7 +15,7 @@ from pretended import gpu_counts
 from small import node_of
 
 from pipelines.config import UserError
-from pipelines.training import loop
+from pipelines.training.trainer import Trainer
 
 FIRST, REVIVAL = 3, 9  # of the steps that are alike; codes are revived after every tenth
 QUIET = {"train__log_every": 1000}
@@ -71,15 +71,15 @@ def waits_of(train: Callable[[Path], Path], out: Path, fresh: Callable[[], None]
     fresh()
     waits: dict[int, Counter[tuple[str, str]]] = {}
     launches: dict[int, int] = {}
-    take_step = loop.take_step
+    take_step = Trainer.take_step
 
-    def watched(run: Any, *rest: Any) -> None:
-        waits[run.step], launches[run.step] = gpu_counts.waits.copy(), gpu_counts.launches.total()
-        if run.step > last:
+    def watched(trainer: Trainer, *rest: Any) -> None:
+        waits[trainer.step], launches[trainer.step] = gpu_counts.waits.copy(), gpu_counts.launches.total()
+        if trainer.step > last:
             raise Enough
-        take_step(run, *rest)
+        take_step(trainer, *rest)
 
-    with patch.multiple(loop, take_step=watched, look=lambda *_: None), suppress(Enough):
+    with patch.multiple(Trainer, take_step=watched, look=lambda *_: None), suppress(Enough):
         train(out)
     each = {step: waits[step + 1] - waits[step] for step in range(FIRST, last + 1)}
     worst = max((each[step] for step in range(FIRST, last)), key=Counter.total)

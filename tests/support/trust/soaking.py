@@ -123,18 +123,18 @@ class Soak:
 
 @contextmanager
 def watching_steps(soak: Soak) -> Iterator[None]:
-    """Every step of a run in this process is counted; a state that is being written is waited for before a look."""
-    from pipelines.training import loop
+    """Count every step of a run in this process; wait for a checkpoint that is being written before a look."""
+    from pipelines.training.trainer import Trainer
 
-    take_step = loop.take_step
+    take_step = Trainer.take_step
 
-    def counted(training: Any, *rest: Any) -> None:
-        take_step(training, *rest)
+    def counted(trainer: Trainer, *rest: Any) -> None:
+        take_step(trainer, *rest)
         if soak.at == soak.every - 1:
-            training.writer.wait()
-        soak.step(training.step)
+            trainer.finish_writing()
+        soak.step(trainer.step)
 
-    with patch.object(loop, "take_step", counted):
+    with patch.object(Trainer, "take_step", counted):
         yield
 
 

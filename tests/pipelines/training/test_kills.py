@@ -1,0 +1,40 @@
+"""Runs that are killed or interrupted at random moments end as those that nobody interrupts, to the bit.
+
+One kill and one Ctrl-C of each kind of run; the campaign is `python -m benchmarks.trust.faults`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+
+import pytest
+from launch import output_of, start
+
+TABLE = re.compile(r"^\| (kill -9|Ctrl-C) \| (.*?) \| (\d+) \| .* \| (\d+) \| 0 \| ", re.MULTILINE)
+
+
+def campaign(*counts: str, seconds: float = 280) -> list[tuple[str, ...]]:
+    """Signal, case, how often it was sent, and how many runs were compared, of which all were equal."""
+    printed = output_of(start([sys.executable, "-m", "benchmarks.trust.faults", *counts]), seconds, code=None)
+    assert "NOT AS PROMISED" not in printed and "Traceback" not in printed, printed
+    return TABLE.findall(printed)
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_run_ends_as_an_uninterrupted_one():
+    """Tensors of the last checkpoint and of the snapshot, the record, metrics, previews and names of files."""
+    seed = os.environ.get("SMALTI_SEED", "0")
+    found = campaign("kills=4", "sharded=1", "ctrl_c=1", "steps=36", f"seed={seed}")
+    cases = [f"{stage}, {count}" for count in ("1 process", "2 processes") for stage in ("tokenizer", "prior")]
+    wanted = [("kill -9", case) for case in cases]
+    wanted += [("Ctrl-C", "tokenizer, 1 process"), ("kill -9", "prior, 2 processes, FSDP2")]
+    assert [row[:3] for row in found] == [(*pair, "1") for pair in wanted]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_dozens_of_kills_and_interruptions():
+    found = campaign("kills=50", "ctrl_c=20", "sharded=20", seconds=3500)
+    assert sum(int(count) for _, _, count, _ in found) == 90

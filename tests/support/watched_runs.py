@@ -1,0 +1,169 @@
+"""Runs in each of two processes of one group, which note after every step what they hold.
+
+A file of tests starts itself twice (`in_two_processes(__file__, "basic", FOLDER)`); there its `__main__` calls
+a function of this name with a `Watch`, whose runs it makes one after the other.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from launch import blank, free_port
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from two_processes import digest, gathered, leave_group
+
+from pipelines import ImagePipeline
+from pipelines.config import UserError
+from pipelines.processes.sharing import Team
+from pipelines.train_prior import PriorTask
+from pipelines.train_tokenizer import TokenizerTask
+from pipelines.training.trainer import Trainer
+
+RANKS = {"RANK": ["0", "1"], "LOCAL_RANK": ["0", "1"], "WORLD_SIZE": ["2", "2"]}
+
+# From outside
+
+
+def in_two_processes(file: str, name: str, folder: Path, seconds: float = 250) -> tuple[dict[str, Any], str]:
+    """Run a function of a file in two processes; what they noted, and what they printed."""
+    import prepared
+
+    where = {"MASTER_ADDR": ["127.0.0.1"] * 2, "MASTER_PORT": [str(free_port())] * 2}
+    found = prepared.run([[file, name, str(folder)]] * 2, seconds, **RANKS, **where)
+    for code, printed in found:
+        assert code == 0, f"exit code {code}:\n{printed}"
+    noted = json.loads((folder / f"{name}.json").read_text())
+    assert noted["world"] == 2 and noted["pids"][0] != noted["pids"][1]
+    return noted, "".join(printed for _, printed in found)
+
+
+# In each of two processes
+
+
+class Enough(Exception):
+    """A run that is cut off, and is to go on."""
+
+
+class Watch:
+    """Makes runs in this process, and notes what both hold."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log, self.evaluations = folder, list[Any](), list[Any]()
+        self.found: dict[str, Any] = {}
+        self.take_step = Trainer.take_step
+        Accelerator.end_training = lambda self: None  # type: ignore[method-assign]
+        ImagePipeline.sample_picture = blank  # type: ignore[method-assign]
+        for task in (PriorTask, TokenizerTask):
+            self.watch_evaluations(task)
+
+    def watch_evaluations(self, task: Any) -> None:
+        evaluate, mine = task.evaluate, Team.mine
+
+        def watched(this: Any, model: Any, split: Any, group: Team) -> Any:
+            shares = []
+
+            def counted(team: Team, items: Any) -> Any:
+                shares.append([len(mine(team, items)), len(items)])
+                return mine(team, items)
+
+            Team.mine = counted  # type: ignore[method-assign]
+            try:
+                found = evaluate(this, model, split, group)
+            finally:
+                Team.mine = mine  # type: ignore[method-assign]
+            pieces = [isinstance(value, DTensor) for value in model.parameters()]
+            self.evaluations.append({"split": split, "shares": shares, "in pieces": all(pieces), "figures": found})
+            return found
+
+        task.evaluate = watched
+
+    def run(self, name: str, train: Callable[[], Any], stop: int = -1) -> None:
+        """Train, until before step `stop`, and note it under this name, after what was noted under it before."""
+
+        def watched(trainer: Trainer, micro_batches: list[Any], lr: float) -> None:
+            if trainer.step == stop:
+                raise Enough
+            self.take_step(trainer, micro_batches, lr)
+            self.log.append(gathered(held_by(trainer, micro_batches)))
+
+        Trainer.take_step = watched  # type: ignore[method-assign]
+        error: Exception | None = None
+        try:
+            train()
+        except (UserError, Enough) as caught:
+            error = caught
+        finally:
+            Trainer.take_step = self.take_step  # type: ignore[method-assign]
+        noted = self.found.setdefault(name, {"steps": [], "evaluations": [], "errors": []})
+        noted["steps"] += self.log
+        noted["evaluations"] += gathered(self.evaluations)
+        noted["errors"] += gathered("" if error is None else f"{type(error).__name__}: {error}")
+        self.log, self.evaluations = [], []
+
+    def leave(self, name: str) -> None:
+        """Write down what was noted, and end."""
+        pids = gathered(os.getpid())
+        if dist.get_rank() == 0:
+            noted = {"world": dist.get_world_size(), "pids": pids, **self.found}
+            (self.folder / f"{name}.json").write_text(json.dumps(noted))
+        gc.collect()  # what still holds the group when the interpreter ends may abort it
+        leave_group()
+
+
+def held_by(trainer: Trainer, micro_batches: list[Any]) -> dict[str, Any]:
+    """What this process holds after a step: digests, and the share of all numbers that is here."""
+    weights, average = list(trainer.task.model.parameters()), list(trainer.average.parameters())
+    moments = [
+        value
+        for optimizer in trainer.optimizers.values()
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if name != "step"
+    ]
+    return {
+        "weights": digest(weights),
+        "average": digest(average),
+        "moments": digest(moments),
+        "buffers": digest(trainer.task.model.buffers()),
+        "batch": digest(micro_batches[0]),
+        "seed": torch.initial_seed(),
+        "replicated": all(isinstance(net, DistributedDataParallel) for net in trainer.task.nets.values()),
+        "shares": [share(values) for values in (weights, average, moments)],
+    }
+
+
+def share(values: list[Any]) -> float:
+    """The part of all numbers that is here."""
+    here = sum(value.to_local().numel() if isinstance(value, DTensor) else value.numel() for value in values)
+    return here / sum(value.numel() for value in values)
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """These variables, as a launcher sets them."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def main(functions: dict[str, Any]) -> None:
+    """What `__main__` of a file of tests does."""
+    _, name, folder = sys.argv
+    watch = Watch(Path(folder))
+    functions[name](watch)
+    watch.leave(name)
