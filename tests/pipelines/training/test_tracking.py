@@ -340,6 +340,9 @@ def history_of(run: Path) -> list[tuple[int, dict[str, Any]]]:
     """Step and values of each line that offline runs of W&B have written down."""
     found = []
     for log in sorted((run / "wandb").glob("offline-run-*/*.wandb")):
+        until = time.monotonic() + 10  # wandb's service may write the end of a log after `finish` has returned
+        while "exit" not in [r.WhichOneof("record_type") for r in wandb_records(log)] and time.monotonic() < until:
+            time.sleep(0.1)
         lines = [record.history for record in wandb_records(log) if record.WhichOneof("record_type") == "history"]
         for line in lines:
             values = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in line.item}
