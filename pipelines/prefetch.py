@@ -1,4 +1,4 @@
-"""What comes next is made by a thread while what came last is used, and sent to the device without a wait."""
+"""Batches made ahead of time by a thread, and copied to the device without waiting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AHEAD = 2  # one may take longer than the use of another, if the next takes less
 
 
 def prefetch(make: Callable[[T], Made], items: Iterable[T], ahead: int = AHEAD) -> Generator[Made, None, None]:
-    """What `make` returns for each item, in their order, made by one thread, `ahead` of them before they are asked for.
+    """Yield what `make` returns for each item, in their order, made by one thread, `ahead` of them in advance.
 
     An error comes out where its item is due. Once closed, nothing more is made; closing waits for what is being made.
     """
@@ -34,10 +34,10 @@ def prefetch(make: Callable[[T], Made], items: Iterable[T], ahead: int = AHEAD) 
 
 
 def pin_memory(batch: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The batch with its tensors in pinned memory, from which they travel to a GPU while the host goes on."""
+    """Return the batch with its tensors in pinned memory, from which a GPU copies them while the host goes on."""
     return tuple(part.pin_memory() if isinstance(part, Tensor) else part for part in batch)
 
 
 def to_device_async(batch: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
-    """The batch with its tensors on their way to the device; what is computed with them there waits for them."""
+    """Return the batch with its tensors on their way to the device; what is computed with them there waits for them."""
     return tuple(part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in batch)

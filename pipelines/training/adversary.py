@@ -1,4 +1,4 @@
-"""The critic's part in training a tokenizer (VQGAN, Esser et al. 2021): when it learns, and when it is listened to.
+"""The critic's part in training a tokenizer (VQGAN, Esser et al. 2021): when it learns, and when its loss counts.
 
 A critic that has learned nothing gives gradients without meaning, and runs fail most often at the step at which it is
 switched on. So it first learns alone for `warmup` steps, and its weight in the tokenizer's loss then grows over `ramp`
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokenizer.critic import CRITIC_LOSSES, GENERATOR_LOSSES, PatchCritic, adaptive_weight, lecam
 
 from ..config import Config, UserError
-from .augmentation import augmented
+from .augmentation import augment
 from .schedule import Decay
 
 
@@ -70,9 +70,9 @@ class Adversary:
         since = step - self.config.start - self.config.warmup
         return min(1.0, (since + 1) / max(1, self.config.ramp)) if since >= 0 else 0.0
 
-    def shown(self, images: Tensor) -> Tensor:
-        """What the critic sees of images or reconstructions `(B, C, H, W)`, in both turns."""
-        return augmented(images, self.config.augment or ())
+    def augment(self, images: Tensor) -> Tensor:
+        """Return what the critic sees of images or reconstructions `(B, C, H, W)`, in both turns."""
+        return augment(images, self.config.augment or ())
 
     def tokenizer_term(
         self, reconstruction: Tensor, other_losses: Tensor, last_layer: nn.Parameter, step: int
@@ -82,7 +82,7 @@ class Adversary:
         share = self.share(step)
         if share == 0:
             return other_losses.new_zeros(()), {}
-        adversarial = GENERATOR_LOSSES[self.config.loss](self.critic(self.shown(reconstruction)))
+        adversarial = GENERATOR_LOSSES[self.config.loss](self.critic(self.augment(reconstruction)))
         weight = other_losses.new_full((), self.config.weight * share)
         if self.config.adaptive:
             weight = weight * adaptive_weight(other_losses, adversarial, last_layer)
@@ -94,7 +94,7 @@ class Adversary:
         """The critic's own loss, a scalar, and its parts to log, on images `(B, C, H, W)` and the reconstructions that
         the tokenizer's turn made of them. One pass for both: DDP may not be called twice before a backward pass."""
         both = torch.cat([images.to(reconstructions.dtype), reconstructions])
-        real, fake = critic(self.shown(both)).float().chunk(2)
+        real, fake = critic(self.augment(both)).float().chunk(2)
         loss = CRITIC_LOSSES[self.config.loss](real, fake)
         terms = {
             "critic": loss,

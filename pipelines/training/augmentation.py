@@ -18,7 +18,7 @@ SHIFT = 0.125  # of a side, at most, by which an image moves
 HOLE = 0.5  # of a side, which is cut out
 
 
-def augmented(images: Tensor, kinds: Collection[str]) -> Tensor:
+def augment(images: Tensor, kinds: Collection[str]) -> Tensor:
     """Images `(B, C, H, W)`, each changed by all of `kinds`, in the order of `KINDS`. Raises `ValueError` for a kind
     that there is not."""
     if unknown := [kind for kind in kinds if kind not in KINDS]:
@@ -45,8 +45,8 @@ def translation(images: Tensor) -> Tensor:
         most = int(SHIFT * side + 0.5)
         shifts = torch.randint(-most, most + 1, (len(images), 1), device=images.device)
         source = torch.arange(side, device=images.device) + shifts  # (B, side): which row stands there now
-        inside = along(((source >= 0) & (source < side)).to(images.dtype), axis)
-        index = along(source.clamp(0, side - 1), axis).expand_as(images)
+        inside = on_axis(((source >= 0) & (source < side)).to(images.dtype), axis)
+        index = on_axis(source.clamp(0, side - 1), axis).expand_as(images)
         images = images.gather(axis, index) * inside
     return images
 
@@ -59,7 +59,7 @@ def cutout(images: Tensor) -> Tensor:
         hole = int(HOLE * side + 0.5)
         starts = torch.randint(-(hole // 2), side - hole // 2, (len(images), 1), device=images.device)
         rows = torch.arange(side, device=images.device)
-        inside = inside * along(((rows >= starts) & (rows < starts + hole)).to(images.dtype), axis)
+        inside = inside * on_axis(((rows >= starts) & (rows < starts + hole)).to(images.dtype), axis)
     return images * (1 - inside)
 
 
@@ -68,7 +68,7 @@ def uniform(images: Tensor) -> Tensor:
     return torch.rand(len(images), 1, 1, 1, device=images.device).to(images.dtype)
 
 
-def along(values: Tensor, axis: int) -> Tensor:
+def on_axis(values: Tensor, axis: int) -> Tensor:
     """`(B, n)` as `(B, 1, n, 1)` for axis 2, `(B, 1, 1, n)` for axis 3."""
     return values[:, None, :, None] if axis == 2 else values[:, None, None, :]
 

@@ -37,8 +37,8 @@ def prepare_blocks(nets: Iterable[nn.Module], config: TrainConfig) -> None:
 
 
 def compile_blocks(blocks: Sequence[nn.Module], backend: Any = "inductor") -> None:
-    """Compile each block where it stands: those that are alike share their code, so that compiling takes as long as for
-    one. The names of the weights stay as they are. Compiled dropout draws other numbers than it does otherwise.
+    """Compile each block in place: blocks of one shape share their code, so compiling takes as long as for one. The
+    names of the weights stay as they are. Compiled dropout draws other numbers than it does otherwise.
 
     It is the method that is compiled, not the module: what FSDP does before and after a block is not to be traced.
     """
@@ -55,7 +55,7 @@ def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """DecodingOptions down until a block is found; nothing inside a block is one."""
+    """Go down until a block is found; nothing inside a block is one."""
     kinds = Counter(type(child) for child in module.children())
     for child in module.children():
         repeated = isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and kinds[type(child)] > 1)

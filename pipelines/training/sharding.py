@@ -1,8 +1,8 @@
 """FSDP2: each process keeps a piece of every weight, of its gradient, its moments and its average.
 
-What is sharded is what `accelerate` was told, by a configuration or by `accelerate launch --use_fsdp --fsdp_version 2`;
-that it is done is `torch`'s own, so that the same command shards on GPUs (NCCL) and on CPUs (gloo), where accelerate
-would silently replicate. Sources: Zhao et al. 2023 (FSDP), Rajbhandari et al. 2020 (ZeRO).
+The request comes from accelerate's configuration, or `accelerate launch --use_fsdp --fsdp_version 2`; torch's
+`fully_shard` does the work, so the same command shards on GPUs (NCCL) and on CPUs (gloo), where accelerate would
+silently replicate. Sources: Zhao et al. 2023 (FSDP), Rajbhandari et al. 2020 (ZeRO).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def _asked(name: str, default: str = "false") -> str:
 
 
 def is_sharding(accelerator: Accelerator) -> bool:
-    """Whether weights are to be sharded. Raises `UserError` for what this does not do: FSDP 1, other precisions than
-    bf16, and accelerate's own compiling and checkpointing."""
+    """Return whether weights are to be sharded. Raises `UserError` for what this does not do: FSDP 1, other precisions
+    than bf16, and accelerate's own compiling and checkpointing."""
     if _asked("ACCELERATE_USE_FSDP") != "true":
         return False
     if _asked("FSDP_VERSION", "1") != "2":
@@ -47,7 +47,7 @@ def require_shardable(task: Task) -> None:
     """Raise `UserError` unless the task trains one model, and that as a whole."""
     if not task.shardable:
         raise UserError(
-            "FSDP is for priors: a tokenizer (its codebook, its critic) is kept whole by every process; launch this "
+            "FSDP is for priors: a tokenizer (its codebook, its critic) stays whole on every process; launch this "
             "verb without it, as configs/accelerate/eight_gpus.yaml does"
         )
 
@@ -76,13 +76,14 @@ def shard(task: Task, average: nn.Module, accelerator: Accelerator) -> nn.Module
 
 
 def keeps_on_cpu() -> bool:
-    """Whether accelerate was told to keep the pieces in main memory."""
+    """Return whether accelerate should keep the pieces in main memory."""
     return _asked("FSDP_OFFLOAD_PARAMS") == "true"
 
 
 def _options(accelerator: Accelerator) -> dict[str, Any]:
-    """What `fully_shard` is told. Weights are kept, and gradients summed, in float32; with bf16 weights are sent and
-    used in it. Under autocast, which casts what has to be, inputs (positions, say) stay as precise as they are."""
+    """Return the options of `fully_shard`. Weights are stored, and gradients summed, in float32; with bf16 weights are
+    gathered and used in it. Under autocast, which casts what has to be, inputs (positions, say) stay as precise as they
+    are."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 

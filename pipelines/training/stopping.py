@@ -1,8 +1,8 @@
-"""What tells a run to end: Ctrl-C, SIGTERM, a terminal that is closed, a launcher that is gone.
+"""Requests to stop: Ctrl-C, SIGTERM, a terminal that is closed, a launcher that is gone.
 
-Each lets the step end, saves, and ends the run; Ctrl-C a second time ends it at once. What launchers do at Ctrl-C:
-that of one process gets it as well, and is gone a quarter of a second later; torchrun, whose processes the terminal
-does not reach, passes it on, waits 30 seconds for them (TORCH_ELASTIC_SHUTDOWN_TIMEOUT), and passes a second one on as
+Each lets the step end, saves, and ends the run; a second Ctrl-C ends it at once. What launchers do at Ctrl-C: the one
+for one process gets it as well, and is gone a quarter of a second later; torchrun, whose processes the terminal does
+not reach, passes it on, waits 30 seconds for them (TORCH_ELASTIC_SHUTDOWN_TIMEOUT), and passes a second one on as
 SIGTERM.
 """
 
@@ -21,28 +21,28 @@ from typing import Any
 from ..config import is_first_process
 from .checkpoint import list_checkpoints, step_of
 
-TWICE = 0.5  # seconds in which a second SIGINT is the same Ctrl-C: a launcher may pass on what the terminal has sent
+TWICE = 0.5  # seconds in which a second SIGINT is the same Ctrl-C: a launcher may pass on what came from the terminal
 
 
 class Stop:
-    """Whether the run in the folder `run` was told to end, as far as this process knows."""
+    """Whether this process was asked to stop the run in the folder `run`."""
 
     def __init__(self, run: Path) -> None:
         self.run, self.parent = run, os.getppid()
-        self.told = False
+        self.requested = False
         self.interrupted: float | None = None
         """When Ctrl-C came, if it did."""
         self._terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def asked(self) -> bool:
-        """Whether this process was told, or has lost its launcher, which passes SIGTERM on only if it has several."""
+        """Return whether a signal came, or the launcher is gone: that of one process does not pass SIGTERM on."""
         orphaned = "ACCELERATE_MIXED_PRECISION" in os.environ and os.getppid() != self.parent
-        return self.told or orphaned
+        return self.requested or orphaned
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:
         """Ctrl-C, the first or the second."""
         if self.interrupted is None:
-            self.told, self.interrupted = True, time.monotonic()
+            self.requested, self.interrupted = True, time.monotonic()
             self.say("Ctrl-C: ending as soon as all is saved; Ctrl-C again ends at once")
         elif time.monotonic() - self.interrupted > TWICE:
             self.end()
@@ -51,11 +51,11 @@ class Stop:
         """SIGTERM, by which a machine is taken back; after Ctrl-C, torchrun means another one by it."""
         if self.interrupted is not None and "TORCHELASTIC_RUN_ID" in os.environ:
             self.end()
-        self.told = True
+        self.requested = True
 
     def hang_up(self, number: int, frame: FrameType | None) -> None:
         """The terminal is closed, and what is written there from now on would be an error."""
-        self.told = True
+        self.requested = True
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for terminal in self._terminals:
             os.dup2(nowhere, terminal)
@@ -76,7 +76,7 @@ class Stop:
 
 @contextmanager
 def heed_signals(stop: Stop, alone: bool) -> Iterator[None]:
-    """Let `stop` know of signals. Ignored signals (`nohup`, a background job) stay ignored, except SIGTERM.
+    """Report signals to `stop`. Ignored signals (`nohup`, a background job) stay ignored, except SIGTERM.
 
     alone: whether this is the only process of the run.
     """

@@ -295,7 +295,7 @@ class Trainer:
                     self.pending, self.unsaved = sorted(due), ""
                     self.save_checkpoint()
                     break
-                self.look(due, progress, done, bar)
+                self.evaluate_and_save(due, progress, done, bar)
                 if done:
                     break
                 self.task.progress = progress
@@ -448,7 +448,7 @@ class Trainer:
 
     # Evaluating and logging
 
-    def look(self, due: set[str], progress: float, done: bool, bar: Any) -> None:
+    def evaluate_and_save(self, due: set[str], progress: float, done: bool, bar: Any) -> None:
         """Evaluate, log, preview and save, where due. At the end of a run, all but the checkpoint is of the weights
         that it leaves: the best ones, where there are any."""
         record: dict[str, float] = {}

@@ -196,10 +196,10 @@ def stopped_at(step: int) -> Iterator[None]:
 
     def ask(trainer: Trainer, *given: Any) -> None:
         take_step(trainer, *given)
-        trainer.stop.told |= trainer.step == step
+        trainer.stop.requested |= trainer.step == step
 
     def ask_at_once(trainer: Trainer) -> None:
-        trainer.stop.told |= trainer.step == step
+        trainer.stop.requested |= trainer.step == step
         fit(trainer)
 
     with patch.object(Trainer, "take_step", ask), patch.object(Trainer, "fit", ask_at_once):

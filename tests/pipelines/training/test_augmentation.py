@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipelines.training.augmentation import KINDS, augmented, color, cutout, translation
+from pipelines.training.augmentation import KINDS, augment, color, cutout, translation
 
 SHAPES = [(200, 3, 16, 24), (200, 1, 16, 24)]
 
@@ -21,7 +21,7 @@ def seeded():
 
 def test_no_kinds_are_no_change_and_no_draws():
     images, state = some(SHAPES[0]), torch.get_rng_state()
-    assert augmented(images, ()) is images
+    assert augment(images, ()) is images
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -29,19 +29,19 @@ def test_no_kinds_are_no_change_and_no_draws():
 @pytest.mark.parametrize("kinds", [*((kind,) for kind in KINDS), tuple(KINDS)])
 def test_a_gradient_reaches_every_image_and_draws_are_those_of_the_seed(kinds, shape):
     images = some(shape).requires_grad_()
-    found = augmented(images, kinds)
+    found = augment(images, kinds)
     assert found.shape == images.shape and not torch.equal(found, images)
     found.square().sum().backward()
     assert images.grad is not None and bool((images.grad.flatten(1).abs().amax(1) > 0).all())
     torch.manual_seed(0)
-    assert torch.equal(augmented(images, kinds[::-1]), found)
-    assert not torch.equal(augmented(images, kinds), found)
-    assert augmented(images.bfloat16(), kinds).dtype == torch.bfloat16
+    assert torch.equal(augment(images, kinds[::-1]), found)
+    assert not torch.equal(augment(images, kinds), found)
+    assert augment(images.bfloat16(), kinds).dtype == torch.bfloat16
 
 
 def test_each_image_has_draws_of_its_own():
     for kind in KINDS:
-        found = augmented(some((1, 3, 16, 24)).expand(50, -1, -1, -1), [kind])
+        found = augment(some((1, 3, 16, 24)).expand(50, -1, -1, -1), [kind])
         assert len({image.sum().item() for image in found}) > 20, kind
 
 
@@ -99,4 +99,4 @@ def test_cutout_is_a_rectangle_of_half_the_sides(shape):
 
 def test_a_kind_that_there_is_not():
     with pytest.raises(ValueError, match="augment: must be of color, translation, cutout"):
-        augmented(some((1, 1, 8, 8)), ["flip"])
+        augment(some((1, 1, 8, 8)), ["flip"])
