@@ -17,7 +17,7 @@ from ..config import Config, Of, UserError, Within, choose_device, run_command
 from ..config.table import table
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images
-from ..images.loading import require_unseen
+from ..images.unseen import require_unseen
 from ..processes.claims import alone_at
 from ..stages.calibration import Calibration
 from ..stages.index import INDEX, PIPELINE, PipelineFolder

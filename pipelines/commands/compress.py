@@ -27,7 +27,7 @@ from ..files.writing import atomic_file
 from ..image_pipeline import ImagePipeline
 from ..images import to_float
 from ..images.decoding import open_image
-from ..images.folders import find_images, is_image_name
+from ..images.folder import find_images, is_image_name
 from ..processes.claims import alone_at
 from ..stages.index import PipelineFolder
 

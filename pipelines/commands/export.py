@@ -18,7 +18,7 @@ from ..exports.formats import FORMATS, Format
 from ..exports.tracing import PARTS, ExportError
 from ..images import to_float
 from ..images.decoding import open_image, pixels_of
-from ..images.folders import find_images
+from ..images.folder import find_images
 from ..processes.claims import alone_at
 from ..stages.provenance import TokenizerFolder, read_with, tokenizer_folder
 

@@ -16,8 +16,8 @@ from tokenizer import Tokenizer
 from ..config import Config, Of, choose_device, run_command
 from ..config.outputs import check_out_file, writing
 from ..images import DataConfig, ImageDataset, check_shape, load_images, to_uint8
-from ..images.loading import require_unseen
 from ..images.pictures import SUFFIXES, save_picture
+from ..images.unseen import require_unseen
 from ..metrics.charts import GREY, RED, Pixels, bars, charts_in_row, histogram
 from ..metrics.codebook import HEIGHT, draw_distances, draw_usage, part_names
 from ..metrics.inspection import Findings, examine

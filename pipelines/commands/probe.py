@@ -26,8 +26,8 @@ from ..files.ownership import Inputs
 from ..files.writing import results_folder
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, ImageDataset, check_shape, load_images
-from ..images.loading import require_unseen
 from ..images.pictures import save_picture
+from ..images.unseen import require_unseen
 from ..metrics.charts import BLUE, INK, Pixels, render
 from ..processes.claims import alone_at
 from ..shuffling import random_rows

@@ -15,7 +15,7 @@ from tokenizer.files import FolderKind, write_json, write_manifest
 
 from ..files.ownership import Inputs
 from ..files.writing import atomic_folder
-from ..images.pictures import to_float
+from ..images import to_float
 from .checks import TOLERANCE, Checked, check
 from .formats import FORMATS, Format, require_installed
 from .tracing import NAMES, PARTS, Part, trace

@@ -8,7 +8,7 @@ from typing import Any
 from prior import Prior
 from tokenizer import Tokenizer
 
-from ..images.origin import shareable, told_on_card
+from ..images.origin import describe_for_card, shareable
 from .metadata import header_of, run_links
 
 FIGURES = {
@@ -95,7 +95,7 @@ def model_card(
     shape = " x ".join(map(str, prior.grid.shape))
     counts = [sum(p.numel() for p in part.parameters()) for part in (tokenizer, prior)]
     facts = shareable(provenance)
-    source = told_on_card(facts)
+    source = describe_for_card(facts)
     header = header_of(tokenizer, prior, facts, shown_figures(facts), has_grid)
     classes = f"{prior.num_classes} classes ({', '.join(labels)})" if prior.num_classes else "no classes"
     lines = [

@@ -12,7 +12,7 @@ from prior import Prior
 from tokenizer import Tokenizer
 
 from ..config.yaml_text import write_yaml
-from ..images.origin import told_on_card
+from ..images.origin import describe_for_card
 
 HUB_DATASET = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 HUB_LICENCE = r"[a-z0-9][a-z0-9.+-]{0,63}"
@@ -71,7 +71,7 @@ def task_of(prior: Prior) -> str:
 def results_of(prior: Prior, facts: dict[str, Any], figures: dict[str, Any]) -> list[dict[str, Any]]:
     """The results of a `model-index`: the figures of reconstructions, and those of samples and densities."""
     source = str(facts.get("data", {}).get("source", ""))
-    told = told_on_card(facts) or "images that are not known"
+    told = describe_for_card(facts) or "images that are not known"
     kind = source if is_on_hub(source) else "digits" if source == "digits" else "imagefolder"
     data = {"name": told.strip("`"), "type": kind, "split": "test"}
     tasks = {"reconstruction": "image-to-image", "generation": task_of(prior)}
