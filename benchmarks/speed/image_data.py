@@ -98,7 +98,7 @@ def measure(folder: Path, options: dict[str, Any], size: int, batch_size: int, s
     Thread(target=watch, daemon=True).start()
     began = time.perf_counter()
     data = DataConfig(**{**options, "source": str(folder / options["source"])}, image_size=size, channels=3)
-    train = load_images(data).train
+    train = load_images(data, stream=True).train
 
     def batch(number: int) -> Any:
         return train.batch(train.samples(batch_size, 0, number)[0])

@@ -39,7 +39,7 @@ from .dataset import (
 )
 from .decoding import BadImage, Decoded, Payload, Rows, decode_in_threads
 from .hub import reason_of
-from .tables import Sample, classes_in_parquet, files_of, find_tables, read_parquet, read_tar
+from .tables import Sample, classes_in_parquet, files_of, find_tables, read_parquet, read_tar, suffix_of
 
 FEW = 1000  # images before which the share of bad ones does not count
 MIXED = 2000  # images among which those in memory are chosen
@@ -50,7 +50,7 @@ def load_streamed(config: DataConfig, stream: bool) -> Splits:
     2,000 images in memory. Raises `UserError`."""
     files = divide_files(config)
     names = None
-    if config.label_column is not None and files["train"][0].endswith(".parquet"):
+    if config.label_column is not None and suffix_of(files["train"][0]) == ".parquet":
         names = classes_in_parquet(files["train"][0], config.label_column)
     in_memory = [name for name in files if name != "train" or not stream]
     read = {name: read_some(files[name], config, names) for name in in_memory}
@@ -83,7 +83,7 @@ def divide_files(config: DataConfig) -> dict[str, list[str]]:
     )
     files = sorted(splits[config.split])
     for file in [*files, *splits.get(found or "", [])]:
-        if not file.partition("?")[0].endswith((".parquet", ".tar")):
+        if suffix_of(file) not in (".parquet", ".tar"):
             raise UserError(f"data.source: {file}: data.streaming reads .parquet and .tar; false reads others")
     order = np.argsort(splitmix64(np.arange(len(files), dtype=np.uint64)), kind="stable").tolist()
     held_out = 0 if found is not None else max(1, round(config.held_out_fraction * len(files)))
@@ -104,7 +104,7 @@ def divide_files(config: DataConfig) -> dict[str, list[str]]:
 def read_files(files: Sequence[str], config: DataConfig) -> Iterator[Sample]:
     """Yield the images of shards in their order, encoded. Raises `UserError` for a shard that cannot be read."""
     for file in files:
-        read = read_tar if file.partition("?")[0].endswith(".tar") else read_parquet
+        read = read_tar if suffix_of(file) == ".tar" else read_parquet
         try:
             yield from read([file], config.image_column, config.label_column)
         except UserError:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .dataset import DataConfig
 
 PROTOCOLS = ("hf", "http", "https", "s3", "gs", "az")
-FORMATS = {".parquet": "parquet", ".tar": "webdataset"}
+KINDS = ".parquet and .tar (not packed)"
 LARGE = 100e6  # bytes of a new copy that are worth a line
 TAR_VERSION = 1  # of what `read_tar` yields, as copies of it are kept
 
@@ -88,62 +88,60 @@ def open_tables(config: DataConfig) -> SplitRows:
 def find_tables(config: DataConfig) -> Any:
     """Return the builder of `datasets` for a parquet or tar file, a folder, pattern or URL of them, or a Hub id.
 
-    Raises `UserError` for what is not there, and for tables whose card names other files than their own.
+    Raises `UserError` for what is not there, for other formats, and for tables whose card names files elsewhere.
     """
     import datasets
 
     source, path = config.source, Path(os.path.expanduser(config.source))
-    is_hub = not path.exists() and "://" not in source and not glob.has_magic(source)
-    if is_hub and not re.fullmatch(HUB_NAME, source) or source.startswith(REMARK) and not path.exists():
-        raise UserError(f"data.source: there is no file or folder {source}")
-    with quiet_datasets(), offline_if_unreachable() if is_hub else nullcontext():
-        try:
-            if path.is_dir():
-                if glob.has_magic(place := os.path.abspath(path)):
-                    raise UserError(
-                        f"data.source: {place}: a folder of tables cannot have *, ? or [ in its name; rename it"
-                    )
-                builder = datasets.load_dataset_builder(place)
-            elif is_hub:
-                builder = datasets.load_dataset_builder(source)
-            else:
-                files = glob.escape(str(path)) if path.exists() else source if "://" in source else str(path)
-                builder = datasets.load_dataset_builder(format_of(path, source), data_files={config.split: files})
-        except UserError:
-            raise
-        except Exception as error:  # anything from a lost network to a broken file
-            reason = reason_of(error)
-            if not is_hub:
-                raise UserError(one_line(f"data.source: {source} cannot be read: {reason}")) from error
-            raise UserError(
-                f"data.source={source}: there is no such folder here ({path.absolute()}), and the Hub id '{source}' "
-                f"cannot be loaded: {reason}"
-            ) from error
-    if path.is_dir() or is_hub:
-        check_own_files(builder, str(path) if path.is_dir() else source)
+    is_hub = re.fullmatch(HUB_NAME, source) is not None and not path.exists()
+    check_place(source, path, is_hub)
+    try:
+        with quiet_datasets(), offline_if_unreachable() if is_hub else nullcontext():
+            if is_hub or path.is_dir():
+                builder = datasets.load_dataset_builder(source if is_hub else os.path.abspath(path))
+            else:  # the format is that of the files that are found
+                place = glob.escape(str(path)) if path.exists() else source if "://" in source else str(path)
+                builder = datasets.load_dataset_builder("webdataset", data_files={"train": place})
+                suffixes = set(map(suffix_of, files_of(builder)["train"]))
+                if suffixes == {".parquet"} or path.is_file() and suffixes != {".tar"}:
+                    builder = datasets.load_dataset_builder("parquet", data_files={"train": place})
+                elif suffixes != {".tar"}:
+                    raise UserError(f"data.source: {source} has files {', '.join(sorted(suffixes))}; {KINDS} are read")
+    except UserError:
+        raise
+    except Exception as error:  # anything from a lost network to a broken file
+        reason = reason_of(error)
+        if not is_hub:
+            raise UserError(one_line(f"data.source: {source} cannot be read: {reason}")) from error
+        raise UserError(
+            f"data.source={source}: there is no such folder here ({path.absolute()}), and the Hub id '{source}' "
+            f"cannot be loaded: {reason}"
+        ) from error
+    if is_hub or path.is_dir():
+        check_own_files(builder, source if is_hub else str(path))
     if path.is_dir():
         say_unused(path, files_of(builder))
     return builder
 
 
-def format_of(path: Path, source: str) -> str:
-    """Return the name that `datasets` has for the format of a file, pattern or URL. Raises `UserError`."""
-    suffix = os.path.splitext(source.partition("?")[0] if "://" in source else source)[1]
-    if path.is_file() and suffix != ".tar":
-        with path.open("rb") as file:
-            if file.read(4) != b"PAR1":
-                raise UserError(
-                    f"data.source: {path} is not a parquet file, nor a .tar; of pictures, give their folder"
-                )
-        return "parquet"
-    if suffix not in FORMATS:
-        raise UserError(f"data.source: {source}: patterns and URLs end in .parquet or .tar")
-    protocol = source.partition("://")[0] if "://" in source else None
-    if protocol is not None and protocol not in PROTOCOLS:
-        raise UserError(f"data.source: {source}: URLs begin with one of {', '.join(PROTOCOLS)}")
-    if protocol is None and not glob.glob(str(path), recursive=True):
-        raise UserError(f"data.source: no file is called like {source}")
-    return FORMATS[suffix]
+def check_place(source: str, path: Path, is_hub: bool) -> None:
+    """Raise `UserError` for a source that is not there, a file of another format, and an unknown protocol."""
+    if path.is_dir():
+        if glob.has_magic(place := os.path.abspath(path)):
+            raise UserError(f"data.source: {place}: a folder of tables cannot have *, ? or [ in its name; rename it")
+    elif path.exists():
+        if path.suffix != ".tar" and path.open("rb").read(4) != b"PAR1":
+            raise UserError(f"data.source: {path} is not a parquet file, nor a .tar; of pictures, give their folder")
+    elif "://" in source:
+        if source.partition("://")[0] not in PROTOCOLS:
+            raise UserError(f"data.source: {source}: URLs begin with one of {', '.join(PROTOCOLS)}")
+    elif source.startswith(REMARK) or not is_hub and not glob.glob(str(path), recursive=True):
+        raise UserError(f"data.source: there is no file or folder {source}")
+
+
+def suffix_of(file: str) -> str:
+    """Return the suffix of a path or URL."""
+    return os.path.splitext(file.partition("?")[0] if "://" in file else file)[1]
 
 
 def files_of(builder: Any) -> dict[str, list[str]]:
@@ -176,7 +174,8 @@ def is_own(file: str, source: str) -> bool:
 def say_unused(root: Path, files: dict[str, list[str]]) -> None:
     """Print one line about tables below `root` that are in none of the splits, by whose names `datasets` finds them."""
     used = {os.path.abspath(file) for each in files.values() for file in each}
-    left = sorted(path for path in files_below(root) if path.suffix in FORMATS and os.path.abspath(path) not in used)
+    tables = (path for path in files_below(root) if path.suffix in (".parquet", ".tar"))
+    left = sorted(path for path in tables if os.path.abspath(path) not in used)
     if left and is_first_process():
         more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
         splits = f"of no split by name (splits: {', '.join(files)})"
@@ -233,6 +232,11 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
     labels, names = None, None
     if label is not None and label in table.column_names:
         labels, names = table[label][:], getattr(table.features[label], "names", None)
+        local = [file for file in files_of(builder)[split] if file.endswith(".parquet") and os.path.exists(file)]
+        if names is not None and local:  # `datasets` gives all files the names in the first one
+            names = classes_in_parquet(local[0], label)
+            if other := [file for file in local if classes_in_parquet(file, label) != names]:
+                raise UserError(f"data.label_column: {other[0]} has other classes than {local[0]}")
     elif label not in (None, LABEL):
         raise UserError(f"data.label_column: no column {label!r}; there are {table.column_names}")
     if is_tar and labels is not None:

@@ -10,7 +10,7 @@ from PIL import Image
 from pipelines.config import UserError
 from pipelines.images import load_images
 from pipelines.images.decoding import WEB_FORMATS, pixels_of, try_decode
-from pipelines.images.folders import READ_SUFFIXES
+from pipelines.images.folder import READ_SUFFIXES
 
 
 def one(path, **options):
@@ -19,7 +19,7 @@ def one(path, **options):
     write_image(folder / "z.png", noise(12, 12))  # a second image, because one is held out
     splits = load_images(config(folder, held_out_fraction=0.5, **options))
     for part in (splits.train, splits.held_out):
-        if part._rows.read([int(part._positions[0])])[0][0] == str(path):
+        if part.names([0]) == [path.name]:
             return part.pixels([0])[0].numpy()
     raise AssertionError("the image is in neither part")
 

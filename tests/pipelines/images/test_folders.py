@@ -59,6 +59,20 @@ def test_classes_may_be_called_as_splits_are(tmp_path):
     assert load_images(config(tmp_path)).train.class_names == ["Bus", "Train"]
 
 
+@pytest.mark.parametrize("pair", [("Cat", "cat"), ("cat", "cat "), ("caf\u00e9", "cafe\u0301")])
+@pytest.mark.parametrize("apart", [False, True])
+def test_one_class_in_two_spellings_is_refused(tmp_path, pair, apart):
+    """In one split, and in two."""
+    if apart:
+        write_folder(tmp_path / "train", count=3, classes=(pair[0], "dog"))
+        write_folder(tmp_path / "test", count=3, classes=(pair[1], "dog"))
+    else:
+        write_folder(tmp_path, count=3, classes=pair)
+    with pytest.raises(UserError, match="^the classes .* are one in two spellings; give both one name$"):
+        load_images(config(tmp_path))
+    assert load_images(config(tmp_path, label_column=None)).train.labels is None
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_folders_within_a_class_are_said_to_be_of_it(tmp_path, capsys, streaming):
     write_folder(tmp_path / "animals", count=5, classes=("cats", "dogs"))
