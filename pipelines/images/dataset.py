@@ -133,27 +133,33 @@ def load_images(config: DataConfig, *, together: bool = False, stream: bool = Fa
     missing or negative, and for images that cannot be decoded (with `on_error=skip`, only if there are more than
     `max_bad_fraction`).
     """
+    streamed: ImageDataset | None = None
     if is_stream(config):
-        from .streaming import load_streamed
+        from .streaming import open_stream
 
-        return load_streamed(config, stream)
-    parts = choose_splits(open_source(config), config)
+        some, streamed = open_stream(config, stream)
+        parts = {name: (rows, np.arange(rows.size)) for name, rows in some.items()}
+    else:
+        parts = choose_splits(open_source(config), config)
     opened = {id(rows): rows for rows, _ in parts.values()}
     numbered, class_names = number_labels(list(opened.values()))
     labels = dict(zip(opened, numbered, strict=True))
     decoded, room = dict[str, Decoded](), config.cache_mb * 2**20
     for name, (rows, positions) in parts.items():
-        if config.streaming and config.on_error == "fail":
+        if config.streaming and streamed is None and config.on_error == "fail":
             decoded[name] = Decoded(positions, None, [])
         else:
             decoded[name] = decode_all(rows, positions, config.image_shape, room, together)
         room -= part.nbytes if (part := decoded[name].pixels) is not None else 0
     check_bad([(part.bad, len(parts[name][1])) for name, part in decoded.items()], config)
-    datasets = {}
+    datasets = dict[str, ImageDataset]()
     for name, (rows, _) in parts.items():
         ids = labels[id(rows)]
         of_good = None if ids is None else ids[decoded[name].positions]
         datasets[name] = ImageDataset(config, rows, decoded[name], of_good, class_names)
+    if streamed is not None and stream:
+        streamed.class_names = class_names
+        datasets["train"] = streamed
     return Splits(**datasets)
 
 

@@ -29,11 +29,8 @@ from .dataset import (
     DataConfig,
     ImageDataset,
     Indices,
-    Splits,
-    check_bad,
     choose_held_out,
     list_bad,
-    number_labels,
     require_split,
     say_splits,
 )
@@ -45,31 +42,19 @@ FEW = 1000  # images before which the share of bad ones does not count
 MIXED = 2000  # images among which those in memory are chosen
 
 
-def load_streamed(config: DataConfig, stream: bool) -> Splits:
-    """Return the splits of shards: those that are not trained on, and without `stream` also those that are, are up to
-    2,000 images in memory. Raises `UserError`."""
-    files = divide_files(config)
-    names = None
+def open_stream(config: DataConfig, stream: bool) -> tuple[dict[str, Rows], StreamedImages]:
+    """Return up to 2,000 images of each split that is not trained on, and without `stream` also of the one that is, and
+    the stream of images to train on. Raises `UserError`."""
+    files, names = divide_files(config), None
     if config.label_column is not None and suffix_of(files["train"][0]) == ".parquet":
         names = classes_in_parquet(files["train"][0], config.label_column)
-    in_memory = [name for name in files if name != "train" or not stream]
-    read = {name: read_some(files[name], config, names) for name in in_memory}
-    check_bad([(decoded.bad, rows.size) for rows, decoded in read.values()], config)
-    numbered, class_names = number_labels([rows for rows, _ in read.values()])
-    labels = dict(zip(read, numbered, strict=True))
-    found = {}
-    for name, (rows, decoded) in read.items():
-        ids = labels[name]
-        of_good = None if ids is None else ids[decoded.positions]
-        found[name] = ImageDataset(config, rows, decoded, of_good, class_names)
-    if stream:
-        found["train"] = StreamedImages(config, files["train"], class_names)
     if is_first_process():
         tell(
             "data.streaming: the order of images is approximate, and a run that is continued does not repeat it; "
             f"figures use at most {MOST:,} images of a split{'' if stream else ', of train as well'}"
         )
-    return Splits(**found)
+    parts = {name: read_some(files[name], config, names) for name in files if name != "train" or not stream}
+    return parts, StreamedImages(config, files["train"])
 
 
 def divide_files(config: DataConfig) -> dict[str, list[str]]:
@@ -128,31 +113,17 @@ def shuffled(files: list[str], config: DataConfig, seed: int, window: int) -> An
     return images.shuffle(seed=seed, buffer_size=window)
 
 
-def read_some(files: list[str], config: DataConfig, names: list[str] | None) -> tuple[Rows, Decoded]:
-    """Return up to 2,000 images of shards, and their pixels. Raises `UserError` if there are none."""
-    images = shuffled(files, config, 0, MIXED)
-    titles, labels, bad, pixels = list[str](), list[Any](), list[BadImage](), list[NDArray[np.uint8]]()
-    stream = islice(images, MOST)
-    while chunk := list(islice(stream, 256)):
-        decoded = decode_in_threads([example["data"] for example in chunk], config.image_shape)
-        for example, image in zip(chunk, decoded, strict=True):
-            if isinstance(image, str):
-                bad.append(BadImage(example["name"], len(titles), image))
-            else:
-                pixels.append(image)
-            titles.append(example["name"])
-            labels.append(example["label"])
-    if not titles:
-        raise UserError(f"data.source: no images in {', '.join(files)}")
-
-    def read(rows: Sequence[int]) -> list[Payload]:
-        return ["it was read as part of a stream"] * len(rows)
-
-    without = {image.row for image in bad}
-    good = np.array([row for row in range(len(titles)) if row not in without], dtype=np.int64)
-    store = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty((0, *config.image_shape), dtype=torch.uint8)
+def read_some(files: list[str], config: DataConfig, class_names: list[str] | None) -> Rows:
+    """Return up to 2,000 images of shards, in memory."""
+    names, labels, payloads = list[str](), list[Any](), list[Payload]()
+    images = islice(shuffled(files, config, 0, MIXED), MOST)
+    while chunk := list(islice(images, 256)):
+        decoded = decode_in_threads([image["data"] for image in chunk], config.image_shape)
+        payloads += [i if isinstance(i, str) else np.ascontiguousarray(i.transpose(1, 2, 0).squeeze()) for i in decoded]
+        names += [image["name"] for image in chunk]
+        labels += [image["label"] for image in chunk]
     some = None if all(label is None for label in labels) else labels
-    return Rows(len(titles), read, titles.__getitem__, some, names), Decoded(good, store, bad)
+    return Rows(len(names), lambda rows: [payloads[row] for row in rows], names.__getitem__, some, class_names)
 
 
 class StreamedImages(ImageDataset):
@@ -162,9 +133,9 @@ class StreamedImages(ImageDataset):
     Attributes: `num_shards`; `bad`, the images skipped by this process; no `labels`.
     """
 
-    def __init__(self, config: DataConfig, files: list[str], class_names: list[str]) -> None:
+    def __init__(self, config: DataConfig, files: list[str]) -> None:
         rows = Rows(0, lambda rows: [], str, None)
-        super().__init__(config, rows, Decoded(np.empty(0, np.int64), None, []), None, class_names)
+        super().__init__(config, rows, Decoded(np.empty(0, np.int64), None, []), None, [])
         self.num_shards = len(files)
         self._files, self._config = files, config
         self._stream: Iterator[dict[str, Any]] | None = None

@@ -28,7 +28,7 @@ from small import make_tokenizer
 from pipelines.config import UserError
 from pipelines.encode import EncodeConfig
 from pipelines.encode import run as encode
-from pipelines.images import streaming
+from pipelines.images import load_images, streaming
 
 stream = functools.partial(load, streaming=True)
 
@@ -114,7 +114,7 @@ def test_whole_shards_are_held_out(tmp_path, kind):
 def test_without_training_the_first_images_are_read_in_any_order(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(streaming, "MOST", 20)
     write_shards(tmp_path, "tar", rows_of(60), 4)
-    splits = streaming.load_streamed(stream(tmp_path).train._config, stream=False)
+    splits = load_images(stream(tmp_path).train._config)
     assert len(splits.train) == 20 and len(splits.held_out) == 15
     assert splits.train.labels.tolist() == [k % 3 for k in identities(splits.train.pixels(range(20)))]
     assert "of train as well" in capsys.readouterr().err
