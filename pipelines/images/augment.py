@@ -71,8 +71,8 @@ def move_images(images: Tensor, changes: Tensor) -> Tensor:
 
 
 def affine_grid(changes: Tensor, height: int, width: int) -> Tensor:
-    """Return the place from which each output pixel is read, (B, H, W, 2) for `grid_sample`; `changes` (B, 5) are those of
-    `draw_changes`.
+    """Return the place from which each output pixel is read, (B, H, W, 2) for `grid_sample`; `changes` (B, 5) are as
+    `draw_changes` returns them.
 
     Written with elementwise operations because `F.affine_grid` is a matrix product, whose rounding may depend on B.
     """

@@ -396,7 +396,7 @@ def say_splits(names: Collection[str], config: DataConfig, found: str | None, pa
     configured. part: what is used if no split was `found`; use: what it is used for."""
     left = [name for name in names if name not in (config.split, found)]
     usual = found == "test" or (found is None and not left)
-    if not is_first_process() or (config.held_out is not None and found is not None) or (usual and not left):
+    if (config.held_out is not None and found is not None) or (usual and not left) or not is_first_process():
         return
     why = "" if found == "test" else f"there is no {config.held_out or 'test'!r}, so "
     rest = f"; not used: {', '.join(left)}" if left else ""

@@ -13,7 +13,6 @@ from PIL import Image
 
 from pipelines.images import DataConfig, Splits, load_images
 
-
 KINDS = ["parquet", "tar"]
 
 Row = tuple[str, bytes, Any]
