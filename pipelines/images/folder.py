@@ -217,7 +217,8 @@ def sheet_rows(folder: Path, config: DataConfig) -> Rows:
     if config.label_column is None or config.label_column not in columns:
         say_no_classes(sheets[0], list(columns), config.label_column)
         return file_rows(paths, None)
-    return file_rows(paths, as_numbers([listed[same_spelling(path)] for path in paths]))
+    labels = [listed[same_spelling(path)] for path in paths]
+    return file_rows(paths, as_numbers(labels) if sheets[0].suffix == ".csv" else labels)
 
 
 def say_no_classes(sheet: Path, columns: list[str], column: str | None) -> None:
@@ -264,7 +265,7 @@ def files_of(sheet: Path, row: dict[str, Any], image_column: str) -> tuple[str, 
 
 
 def as_numbers(labels: list[Any]) -> list[Any]:
-    """Return labels as whole numbers if all are, as text in a CSV file is; an empty cell is no label."""
+    """Return labels in a CSV file, which are text, as whole numbers if all are; an empty cell is no label."""
     labels = [None if label == "" else label for label in labels]
     whole = all(
         isinstance(label, int) or re.fullmatch(r"\d{1,18}", str(label)) for label in labels if label is not None

@@ -21,7 +21,6 @@ from tokenizer.files import one_line
 
 from ..config import UserError, is_first_process
 from ..config.terminal import tell
-from ..shuffling import splitmix64
 from .augment import draw_changes
 from .dataset import (
     MOST,
@@ -29,6 +28,7 @@ from .dataset import (
     DataConfig,
     ImageDataset,
     Indices,
+    carve,
     choose_held_out,
     list_bad,
     require_split,
@@ -63,27 +63,21 @@ def divide_files(config: DataConfig) -> dict[str, list[str]]:
     splits = files_of(find_tables(config))
     require_split(splits, config)
     found = choose_held_out(splits, config)
-    say_splits(
-        splits, config, found, f"{100 * config.held_out_fraction:.3g}% of the shards of {config.split!r}", "held out"
-    )
-    files = sorted(splits[config.split])
-    for file in [*files, *splits.get(found or "", [])]:
-        if suffix_of(file) not in (".parquet", ".tar"):
-            raise UserError(f"data.source: {file}: data.streaming reads .parquet and .tar; false reads others")
-    order = np.argsort(splitmix64(np.arange(len(files), dtype=np.uint64)), kind="stable").tolist()
+    part = f"{100 * config.held_out_fraction:.3g}% of the shards of {config.split!r}"
+    say_splits(splits, config, found, part, "held out")
+    files, other = sorted(splits[config.split]), sorted(splits.get(found or "", []))
+    if strange := [file for file in [*files, *other] if suffix_of(file) not in (".parquet", ".tar")]:
+        raise UserError(f"data.source: {strange[0]}: data.streaming reads .parquet and .tar; false reads others")
     held_out = 0 if found is not None else max(1, round(config.held_out_fraction * len(files)))
-    validation = round((SHARE if config.validation_fraction is None else config.validation_fraction) * len(files))
-    if config.validation_fraction and not validation:
-        validation = 1
+    fraction = SHARE if config.validation_fraction is None else config.validation_fraction
+    validation = max(round(fraction * len(files)), int(bool(config.validation_fraction)))
     if held_out + validation >= len(files):
         raise UserError(
             f"data.streaming: {config.source} has {len(files)} shards in {config.split!r}, and {held_out + validation} "
             "would be kept from training; make more and smaller ones, or a split 'test'"
         )
-    parts = {"train": order[held_out : len(order) - validation], "held_out": order[:held_out]}
-    parts |= {"validation": order[len(order) - validation :]} if validation else {}
-    chosen = {name: [files[k] for k in sorted(part)] for name, part in parts.items()}
-    return {**chosen, "held_out": sorted(splits[found])} if found is not None else chosen
+    parts = {name: [files[k] for k in part] for name, part in carve(len(files), held_out, validation).items()}
+    return {name: part for name, part in {**parts, "held_out": parts["held_out"] or other}.items() if part}
 
 
 def read_files(files: Sequence[str], config: DataConfig) -> Iterator[Sample]:
@@ -98,17 +92,11 @@ def read_files(files: Sequence[str], config: DataConfig) -> Iterator[Sample]:
             raise UserError(one_line(f"{file}: cannot be read: {reason_of(error)}")) from error
 
 
-def examples_of(files: list[str], config: DataConfig) -> Iterator[dict[str, Any]]:
-    """Yield what `datasets` shuffles."""
-    for name, data, label in read_files(files, config):
-        yield {"name": name, "data": data, "label": label}
-
-
 def shuffled(files: list[str], config: DataConfig, seed: int, window: int) -> Any:
     """Return an `IterableDataset` of the images of shards, encoded."""
     import datasets
 
-    images = datasets.IterableDataset.from_generator(examples_of, gen_kwargs={"files": files, "config": config})
+    images = datasets.IterableDataset.from_generator(read_files, gen_kwargs={"files": files, "config": config})
     images = images if config.limit is None else images.take(config.limit)
     return images.shuffle(seed=seed, buffer_size=window)
 
@@ -139,7 +127,7 @@ class StreamedImages(ImageDataset):
         self.num_shards = len(files)
         self._files, self._config = files, config
         self._stream: Iterator[dict[str, Any]] | None = None
-        self._start, self._next, self._seen = 0, 0, 0
+        self._next, self._seen = 0, 0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -148,7 +136,7 @@ class StreamedImages(ImageDataset):
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the positions of one step's global batch, and zeros in the place of epochs."""
         if self._stream is None:
-            self._start, self._stream = step, self._images(seed + step)
+            self._stream = self._images(seed + step)
         positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
         return positions, np.zeros_like(positions)
 
@@ -181,7 +169,7 @@ class StreamedImages(ImageDataset):
     def read_shard(self, index: int, batch_size: int) -> Iterator[tuple[Tensor, list[Any]]]:
         """Yield the images of one of `num_shards` shards in their order, as uint8 (B, C, H, W), with their labels as
         the source has them, or None."""
-        stream = ({"name": n, "data": d, "label": v} for n, d, v in read_files([self._files[index]], self._config))
+        stream = read_files([self._files[index]], self._config)
         while chunk := list(islice(stream, batch_size)):
             images = decode_in_threads([example["data"] for example in chunk], self.image_shape)
             good = [(i, e["label"]) for i, e in zip(images, chunk, strict=True) if self._is_good(i, e["name"])]

@@ -272,8 +272,9 @@ def payload_of(value: dict[str, Any] | None, source: str) -> Payload:
 
 def tar_table(files: list[str], columns: tuple[str, str | None], state: Any) -> Iterator[dict[str, Any]]:
     """Yield the rows of a copy of tar files, which depend on nothing but the arguments."""
-    for name, data, value in read_tar(files, *columns):
-        yield {IMAGE: {"bytes": data, "path": name}, LABEL: None if value is None else str(value)}
+    for sample in read_tar(files, *columns):
+        label = None if sample["label"] is None else str(sample["label"])
+        yield {IMAGE: {"bytes": sample["data"], "path": sample["name"]}, LABEL: label}
 
 
 def say_copy(table: Any, began: float) -> None:
@@ -285,9 +286,10 @@ def say_copy(table: Any, began: float) -> None:
         tell(f"data.source: the images were copied to {place}, {size / 1e9:.1f} GB (HF_DATASETS_CACHE moves it)")
 
 
-# Reading files in sequence: each yields what messages call an image, the encoded image or None, and its label or None
+# Reading files in sequence
 
-Sample = tuple[str, bytes | None, Any]
+Sample = dict[str, Any]
+"""What messages call an image (`name`), the encoded image or None (`data`), and its `label` or None."""
 
 
 def read_parquet(files: Sequence[str], image: str, label: str | None) -> Iterator[Sample]:
@@ -314,7 +316,7 @@ def read_parquet(files: Sequence[str], image: str, label: str | None) -> Iterato
                     data = value.get("bytes") if isinstance(value, dict) else value
                     if data is not None and not isinstance(data, bytes):
                         raise UserError(f"data.image_column: {image!r} does not hold images: {str(value)[:100]}")
-                    yield f"{file}: row {row}", data, values.get(label)
+                    yield {"name": f"{file}: row {row}", "data": data, "label": values.get(label)}
                     row += 1
 
 
@@ -347,7 +349,8 @@ def read_tar(files: Sequence[str], image: str, label: str | None) -> Iterator[Sa
                     )
                 if found:
                     number += 1
-                    yield one_line(f"{file}: {name}.{found[0]}"), parts[found[0]], label_of(parts, label)
+                    title = one_line(f"{file}: {name}.{found[0]}")
+                    yield {"name": title, "data": parts[found[0]], "label": label_of(parts, label)}
         except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
             if isinstance(error, UserError):
                 raise

@@ -157,6 +157,12 @@ def test_first_frame_of_an_animation(tmp_path):
         assert np.abs(one(tmp_path / name[0] / name).astype(int) - 50).max() <= 2
 
 
+def test_fifty_megapixels_are_read_and_more_than_64_are_not():
+    for side, read in ((7_100, True), (8_200, False)):
+        found = try_decode(encoded(Image.new("1", (side, side), 1)), (1, 12, 12))
+        assert (found == 255).all() if read else "the limit is" in found
+
+
 def test_resize_covers_the_shape_and_crops_the_centre(tmp_path):
     wide = np.zeros((20, 60), dtype=np.uint8)
     wide[:, 20:40] = 255

@@ -25,6 +25,7 @@ from givens.image_files import KINDS, identities, load, rows_of, write_parquet, 
 from launch import losses, output_of, start, tokenizer_arguments, train_tokenizer, two_processes
 from small import make_tokenizer
 
+from pipelines.commands import reconstruct
 from pipelines.config import UserError
 from pipelines.encode import EncodeConfig
 from pipelines.encode import run as encode
@@ -207,7 +208,7 @@ def test_a_file_on_a_server_is_read(tmp_path, kind, monkeypatch):
                 [f"{url}/a.{kind}"], stream(write_shards(tmp_path / "b", kind, rows_of(4), 2)).train._config
             )
         )
-        assert [data for _, data, _ in found] == [data for _, data, _ in rows_of(20)]
+        assert [sample["data"] for sample in found] == [data for _, data, _ in rows_of(20)]
         with pytest.raises(UserError, match=f"^data.source: {url}/none.{kind} cannot be read: "):
             load(f"{url}/none.{kind}")
 
@@ -246,6 +247,8 @@ def test_a_tokenizer_is_trained_on_a_stream_and_continued(tmp_path, kind, capsys
     assert "a stream of training images" in capsys.readouterr().out
     train_tokenizer(run, train__steps=12, **options)
     assert len(losses(run)) == 12 and np.isfinite(losses(run)).all()
+    reconstruct.main([f"tokenizer={run}/tokenizer", f"out={tmp_path}/looks.png"])
+    assert (tmp_path / "looks.png").is_file()
 
 
 @pytest.mark.slow
