@@ -25,6 +25,7 @@ from .augment import draw_changes
 from .dataset import (
     MOST,
     SHARE,
+    WITHOUT,
     DataConfig,
     ImageDataset,
     Indices,
@@ -45,15 +46,18 @@ MIXED = 2000  # images among which those in memory are chosen
 def open_stream(config: DataConfig, stream: bool) -> tuple[dict[str, Rows], StreamedImages]:
     """Return up to 2,000 images of each split that is not trained on, and without `stream` also of the one that is, and
     the stream of images to train on. Raises `UserError`."""
-    files, names = divide_files(config), None
-    if config.label_column is not None and suffix_of(files["train"][0]) == ".parquet":
-        names = classes_in_parquet(files["train"][0], config.label_column)
+    files, classes = divide_files(config), dict[str, list[str] | None]()
+    for name, part in files.items():
+        is_table = config.label_column is not None and suffix_of(part[0]) == ".parquet"
+        classes[name] = classes_in_parquet(part[0], config.label_column) if is_table else None
+        if classes[name] != classes["train"]:
+            raise UserError(f"data.label_column: {part[0]} has other classes than {files['train'][0]}; {WITHOUT}")
     if is_first_process():
         tell(
             "data.streaming: the order of images is approximate, and a run that is continued does not repeat it; "
             f"figures use at most {MOST:,} images of a split{'' if stream else ', of train as well'}"
         )
-    parts = {name: read_some(files[name], config, names) for name in files if name != "train" or not stream}
+    parts = {name: read_some(files[name], config, classes[name]) for name in files if name != "train" or not stream}
     return parts, StreamedImages(config, files["train"])
 
 

@@ -121,6 +121,9 @@ def find_tables(config: DataConfig) -> Any:
         check_own_files(builder, source if is_hub else str(path))
     if path.is_dir():
         say_unused(path, files_of(builder))
+        if builder.name == "parquet":  # with a card in the folder, its copy would be used after files have changed
+            files = {split: [glob.escape(file) for file in part] for split, part in files_of(builder).items()}
+            builder = datasets.load_dataset_builder("parquet", data_files=files)
     return builder
 
 
@@ -215,7 +218,10 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
                 given = {
                     "files": files_of(builder)[split],
                     "columns": (config.image_column, config.label_column),
-                    "state": (TAR_VERSION, builder.config_id),  # which changes when the files do
+                    "state": (
+                        TAR_VERSION,
+                        builder.config.data_files[split].origin_metadata,
+                    ),  # dates or hashes of the files
                 }
                 table = datasets.Dataset.from_generator(tar_table, features=features, gen_kwargs=given)
             else:

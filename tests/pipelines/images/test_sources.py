@@ -2,11 +2,14 @@
 
 import csv
 import json
+import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from givens.image_files import noise
+from givens.image_files import KINDS, noise, rows_of, write_shards
 from givens.image_folders import BAD, PNGS, bytes_of_each, config, write_image, write_table
 from optional import needs_digits
 
@@ -280,3 +283,42 @@ def test_tables_of_no_split_are_said_to_be_unused(tmp_path, capsys, streaming):
     assert (
         told[0].startswith("data.source: ") and "not used: holdout-0.parquet" in told[0] and len(told) == 1 + streaming
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_copy_that_is_large_is_announced_once(tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.setattr("pipelines.images.tables.LARGE", 1)
+    for rows, lines in ((rows_of(20), 1), (rows_of(20), 0), (rows_of(24), 1)):
+        if lines:
+            write_shards(tmp_path / "data", kind, rows, 2)
+        time.sleep(0.01)  # a copy is new by its date
+        splits = load_images(config(tmp_path / "data"))
+        assert capsys.readouterr().err.count("were copied to ") == lines
+        assert len(splits.train) + len(splits.held_out) == len(rows)  # a changed file is copied again
+
+
+def test_a_data_set_reads_its_own_files_whatever_its_card_and_rows_name(tmp_path):
+    write_table(tmp_path / "private/train.parquet", PNGS, [0, 1] * 5)
+    write_image(tmp_path / "private/a.png", PNGS[0])
+    folder = write_table(tmp_path / "mine/train.parquet", PNGS, [0, 1] * 5).parent
+    for place in (f"{tmp_path}/private/train.parquet", "../private/*.parquet"):
+        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {place}\n---\n")
+        for streaming in (False, True):
+            with pytest.raises(UserError, match="^data.source: .*(names a file that is not its own|cannot be read)"):
+                load_images(config(folder, streaming=streaming))
+    (folder / "README.md").write_text('---\nconfigs:\n- config_name: default\n  data_files: "*.parquet"\n---\n')
+    assert len(load_images(config(folder)).train) == 9
+    for own in (True, False):
+        write_image(folder / "a.png", PNGS[0])
+        path = (folder if own else tmp_path / "private") / "a.png"
+        rows = pa.array([{"bytes": None, "path": str(path)}] * 12)
+        pq.write_table(pa.table({"image": rows}), folder / "train.parquet")
+        if own:
+            assert len(load_images(config(folder)).train) == 11
+        else:
+            with pytest.raises(UserError, match="names a file that is not the data set's own"):
+                load_images(config(folder))
+    write_image(tmp_path / "listed/0.png", PNGS[0])
+    (tmp_path / "listed/metadata.csv").write_text("file_name,label\n0.png,a\n../private/a.png,b\n")
+    with pytest.raises(UserError, match="it lists .*private/a.png, which is no image in"):
+        load_images(config(tmp_path / "listed"))
