@@ -26,6 +26,7 @@ from .config.importing import as_asked
 from .config.terminal import by_clause
 from .files import Output, lock_output
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
+from .images.dataset import is_stream
 from .images.origin import is_local
 from .jobs import Piece
 from .jobs.sharing import Share, shared
@@ -160,6 +161,8 @@ def by_split(images: Splits) -> dict[str, ImageDataset]:
 def check_settings(config: EncodeConfig, tokenizer: Tokenizer, out: Path) -> None:
     """Raise `UserError` for mistakes that can be found before images are read."""
     check_shape(config.data, tokenizer.image_shape, "tokenizer")
+    if is_stream(config.data):
+        raise UserError("data.streaming: encode reads images in any order; data.streaming=false copies them to disk")
     if config.augmentations and not any(config.data.augment.model_dump().values()):
         raise UserError(
             "augmentations: needs a data.augment.* that changes something, for example data.augment.shift=2"

@@ -24,9 +24,9 @@ from .config.table import table
 from .files import Output, lock_output
 from .image_pipeline import ImagePipeline
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images, to_float, to_uint8
-from .images.loading import require_unseen
-from .images.origin import named
+from .images.origin import describe_source
 from .images.pictures import grid_picture, write_picture
+from .images.unseen import require_unseen
 from .metrics.agreement import agreement
 from .metrics.fid import Ruler, make_ruler
 from .metrics.likelihood import evaluate_likelihood
@@ -257,7 +257,7 @@ def evaluate_samples(
     count = min(samples.count, len(train), len(held_out))
     if count < LEAST:
         return figures, {}
-    space = feature_space(train, held_out, config.feature_steps, named(config.data.source), team)
+    space = feature_space(train, held_out, config.feature_steps, describe_source(config.data.source), team)
     drawn = samples.rows(space, count)
     found, suspects, copied = compare(space, drawn, train, held_out, partial(reconstruct, pipeline), team)
     figures |= {"feature_space": space.name, "feature_origin": space.origin, **found}

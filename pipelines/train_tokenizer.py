@@ -24,6 +24,7 @@ from tokenizer.model import CONFIG
 from .config import Config, Within, run_command
 from .config.importing import as_asked
 from .images import DataConfig, ImageDataset, load_images
+from .images.dataset import is_stream
 from .images.origin import is_local
 from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual, weights_file
@@ -98,8 +99,8 @@ class TokenizerTask(Task):
         self.config = config
         channels, height, width = config.data.image_shape
         model_config(config.model, (height, width), channels)  # raises now, before images are decoded
-        self.images = load_images(config.data, together=True)
-        self.rows = len(self.images.train)
+        self.images = load_images(config.data, together=True, stream=True)
+        self.rows = 0 if is_stream(config.data) else len(self.images.train)
         judged: dict[Split, ImageDataset | None] = {"validation": self.images.validation}
         judged["held_out"] = self.images.held_out
         self.judged = {split: images for split, images in judged.items() if images is not None}
@@ -126,9 +127,8 @@ class TokenizerTask(Task):
         tokenizer = build_tokenizer(self.config.model, (height, width), channels)
         if self.config.init:
             tokenizer.start_from(Tokenizer.from_pretrained(tokenizer_folder(self.config.init)))
-        count = min(self.rows, max(INITIAL_IMAGES, INITIAL_PIXELS // (height * width)))
-        some, _ = self.samples(count, self.config.train.seed, 0)
-        tokenizer.initialize(self.images.train.batch(some))
+        count = max(INITIAL_IMAGES, INITIAL_PIXELS // (height * width))
+        tokenizer.initialize(self.images.train.examples(count, self.config.train.seed))
         return tokenizer
 
     def playing(self, step: int) -> list[str]:
@@ -136,15 +136,12 @@ class TokenizerTask(Task):
         return [name for name in self.players if name != "critic" or (self.adversary and self.adversary.plays(step))]
 
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the images; of images in shards it depends on the shards."""
+        """The order of the images; of a stream, positions in it."""
         return self.images.train.samples(batch_size, seed, step)
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor, ...]:
-        """Images `(B, C, H, W)` as uint8, and how they are augmented. Bad images are listed in the run folder."""
-        try:
-            return self.images.train.raw_batch(indices, epochs, seed, augment=self.config.augmented)
-        finally:
-            self.images.write_report(Path(self.config.out))
+        """Images `(B, C, H, W)` as uint8, and how they are augmented."""
+        return self.images.train.raw_batch(indices, epochs, seed, augment=self.config.augmented)
 
     def prepare(self, batch: Any) -> tuple[Tensor]:
         """Augmented images `(B, C, H, W)` in [-1, 1]."""
@@ -213,7 +210,7 @@ class TokenizerTask(Task):
 
     def save(self, model: Any, run: Path, facts: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
         """The tokenizer's folder, with where its images came from."""
-        self.images.write_report(run)
+        self.images.write_bad_images(run)
         data = self.config.data
         known = {"data": data.model_dump(mode="json"), "local": is_local(data.source), "tokenizer": facts}
         save_tokenizer(model.tokenizer, run / "tokenizer", known)

@@ -88,7 +88,7 @@ def task_of_pictures(folder: Path, side: int, levels: int) -> Task:
     import torch
 
     from pipelines.images import DataConfig, load_images
-    from pipelines.images.loading import carve
+    from pipelines.images.dataset import carve
     from tokenizer import Tokenizer
 
     images = load_images(DataConfig(source=str(folder), image_size=side, channels=3))

@@ -66,8 +66,8 @@ PAGES = [
         "Image data sets, their settings, and what `smalti encode` makes of them. [Your own images](../data.md) "
         "is the page to read first.",
         [
-            "pipelines.images.base.DataConfig",
-            "pipelines.images.loading.load_images",
+            "pipelines.images.dataset.DataConfig",
+            "pipelines.images.dataset.load_images",
             "pipelines.images.dataset.Splits",
             "pipelines.images.dataset.ImageDataset",
             "pipelines.tokens.dataset.load_tokens",

@@ -11,8 +11,9 @@ from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from ..image_pipeline import ImagePipeline
+from ..images import to_float
 from ..images.dataset import ImageDataset
-from ..images.pictures import convert_images, to_float
+from ..images.pictures import convert_images
 from .bounds import Bounds
 from .jobs import Job, Jobs
 

@@ -18,7 +18,7 @@ from ..config.table import table
 from ..files import lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images
-from ..images.loading import require_unseen
+from ..images.unseen import require_unseen
 from ..stages.calibration import Calibration
 from ..stages.index import INDEX, PIPELINE, PipelineFolder
 from ..stages.provenance import defaults, trained_data

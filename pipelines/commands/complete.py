@@ -20,9 +20,9 @@ from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images, to_float
 from ..images.decoding import flatten, open_image, try_decode
-from ..images.folders import find_images
-from ..images.loading import require_unseen
+from ..images.folder import find_images
 from ..images.pictures import SUFFIXES, grid_picture, write_picture
+from ..images.unseen import require_unseen
 from ..stages.completion import ConditionError, complete, conditional_log_prob, make_mask, sees_all_known
 from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults, trained_data

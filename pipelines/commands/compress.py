@@ -26,7 +26,7 @@ from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import to_float
 from ..images.decoding import open_image
-from ..images.folders import find_images, is_image_name
+from ..images.folder import find_images, is_image_name
 from ..stages.index import PipelineFolder
 
 

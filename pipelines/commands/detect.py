@@ -24,19 +24,14 @@ from ..config.table import table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, to_float
-from ..images.bad import judge
-from ..images.base import Rows
-from ..images.decoding import decode_all
-from ..images.loading import choose_splits, require_unseen
+from ..images.dataset import check_bad, choose_held_out, choose_splits, open_source, say_splits
+from ..images.decoding import Rows, decode_all
 from ..images.origin import place_of
 from ..images.pictures import grid_picture, write_picture
-from ..images.sources import open_source
-from ..images.splits import held_out_split, tell_splits
+from ..images.unseen import require_unseen
 from ..stages.calibration import Calibration, CalibrationError
 from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults, trained_data
-
-NAMES_AT_A_TIME = 256
 
 
 class DetectConfig(OutputConfig):
@@ -167,13 +162,13 @@ def held_out_rows(data: DataConfig, trained: bool) -> tuple[Rows, NDArray[np.int
     training held out of that. Raises `UserError`."""
     splits = open_source(data)
     one_only = not trained and set(splits) <= {data.split}  # whose name need not be that of the images trained on
-    held_out = None if one_only else held_out_split(splits, data)
+    held_out = None if one_only else choose_held_out(splits, data)
     if (name := held_out or data.split) not in splits:
         raise UserError(f"data.split: {data.source} has no split {data.split!r}; it has {', '.join(sorted(splits))}")
     if trained and held_out is None:
         rows, positions = choose_splits(splits, data)["held_out"]
         return rows, positions, f"{100 * data.held_out_fraction:.3g}% held out of {data.split!r}"
-    tell_splits(splits, data, held_out, f"all of {data.split!r}", "looked through")
+    say_splits(splits, data, held_out, f"all of {data.split!r}", "looked through")
     rows = splits[name]()
     return rows, np.arange(rows.size)[: data.limit], f"the split {name!r}"
 
@@ -182,12 +177,10 @@ def read(data: DataConfig, trained: bool) -> tuple[Found, str]:
     """All images of `held_out_rows`, and these in words. Raises `UserError`."""
     rows, positions, part = held_out_rows(data, trained)
     decoded = decode_all(rows, positions, data.image_shape, room=1 << 62)
-    judge([decoded.report], data)
+    check_bad([(decoded.bad, len(positions))], data)
     if decoded.pixels is None or not len(decoded.positions):
         raise UserError(f"{data.source}: there are no images")
-    names = []
-    for start in range(0, len(decoded.positions), NAMES_AT_A_TIME):
-        names += [name for name, _ in rows.read(decoded.positions[start : start + NAMES_AT_A_TIME].tolist())]
+    names = [rows.name(row) for row in decoded.positions.tolist()]
     labels = rows.labels if data.label_column is not None else None
     called = rows.class_names
     classes = labels and [str(called[labels[i]] if called else labels[i]) for i in decoded.positions]
@@ -195,8 +188,8 @@ def read(data: DataConfig, trained: bool) -> tuple[Found, str]:
 
 
 def source_at(data: DataConfig, source: str) -> DataConfig:
-    """How images of another source are read."""
-    return data.model_copy(update={"source": source})
+    """Return how images of another source are read: all of them, in any order."""
+    return data.model_copy(update={"source": source, "streaming": False})
 
 
 def truth(found: Found, normal: list[int | str] | None) -> np.ndarray | None:

@@ -23,7 +23,7 @@ from tokenizer.published import Layout, Shapes, build, prefix_of, recognise
 from ..config import Config, UserError, run_command
 from ..config.table import table
 from ..files import Output
-from ..images.base import Side
+from ..images.dataset import Side
 from ..stages.provenance import save_tokenizer
 
 PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}

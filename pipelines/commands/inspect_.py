@@ -16,8 +16,8 @@ from tokenizer import Tokenizer
 from ..config import Of, OutputConfig, choose_device, run_command
 from ..files import Output
 from ..images import DataConfig, ImageDataset, check_shape, load_images, to_uint8
-from ..images.loading import require_unseen
 from ..images.pictures import SUFFIXES, write_picture
+from ..images.unseen import require_unseen
 from ..metrics.charts import GREY, RED, Pixels, bars, charts_in_row, histogram
 from ..metrics.codebook import HEIGHT, draw_distances, draw_usage, part_names
 from ..metrics.inspection import Findings, examine

@@ -24,8 +24,8 @@ from ..config.table import table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, ImageDataset, check_shape, load_images
-from ..images.loading import require_unseen
 from ..images.pictures import write_picture
+from ..images.unseen import require_unseen
 from ..metrics.charts import BLUE, INK, Pixels, render
 from ..shuffling import random_rows
 from ..stages.index import PipelineFolder

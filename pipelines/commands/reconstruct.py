@@ -12,8 +12,8 @@ from tokenizer import Tokenizer
 from ..config import Of, OutputConfig, choose_device, run_command
 from ..files import Output
 from ..images import DataConfig, check_shape, load_images
-from ..images.loading import require_unseen
 from ..images.pictures import SUFFIXES, write_picture
+from ..images.unseen import require_unseen
 from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
 from ..metrics.texture import texture_line
 from ..stages.provenance import TokenizerFolder, data_of, read_with, tokenizer_defaults, tokenizer_folder, trained_data

@@ -19,9 +19,9 @@ from ..files import Output
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, ImageDataset, check_shape, load_images, to_float
 from ..images.decoding import try_decode
-from ..images.folders import find_images
-from ..images.loading import require_unseen
+from ..images.folder import find_images
 from ..images.pictures import SUFFIXES, grid_picture, write_picture
+from ..images.unseen import require_unseen
 from ..shuffling import random_rows
 from ..stages.index import PipelineFolder
 from ..stages.provenance import defaults, trained_data

@@ -23,9 +23,9 @@ from ..evaluate import KNOWN, check_classes, draw_samples, wanted_labels
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, ImageDataset, Splits, check_shape, load_images
-from ..images.loading import count_seen, require_unseen
-from ..images.origin import named, place_of
+from ..images.origin import describe_source, place_of
 from ..images.pictures import write_picture
+from ..images.unseen import count_seen, require_unseen
 from ..metrics.agreement import agreement
 from ..metrics.frechet import Moments, distance, moments
 from ..metrics.quality import AT_A_TIME, FeatureSpace, feature_space, neighbourhoods, shuffled
@@ -142,14 +142,13 @@ def choosing_images(config: TuneConfig, pipeline: ImagePipeline, team: Team) -> 
     """The images to train a classifier on, and those to choose by, and these in words. Never the held-out ones: the
     figures that `evaluate` reports are of images that have chosen nothing. Raises `UserError` for too few."""
     trained = trained_data(pipeline.provenance)
-    images, origin = load_images(config.data), f"validation images of {named(config.data.source)}"
+    images, origin = load_images(config.data), f"validation images of {describe_source(config.data.source)}"
     if images.validation is None:  # the share that would have been kept from training
         aside = config.data.model_copy(update={"validation_fraction": None})
         images = load_images(aside)
         if images.validation is not None and (trained is None or count_seen(aside, trained, "validation")[0]):
-            origin = (
-                f"images of {named(config.data.source)} held aside from its training split, which the pipeline has seen"
-            )
+            aside_of = f"{describe_source(config.data.source)} held aside from its training split"
+            origin = f"images of {aside_of}, which the pipeline has seen"
             if team.leads:
                 print(f"warning: no validation images were kept from training: {origin}", file=sys.stderr)
     count = 0 if images.validation is None else len(images.validation)
@@ -187,7 +186,7 @@ class Ruler:
         """Of a classifier that has seen none but training images."""
         train, validation = images.train, images.validation
         assert validation is not None
-        space = feature_space(train, validation, config.feature_steps, named(config.data.source), team)
+        space = feature_space(train, validation, config.feature_steps, describe_source(config.data.source), team)
         rows = space.of(validation, shuffled(len(validation)), team=team)
         labels = wanted_labels(pipeline, train, MOST_IMAGES * FINAL_TIMES)
         known = known_pixels(train) if labels is not None and train.labels is not None else None

@@ -13,7 +13,7 @@ from tokenizer import Tokenizer
 from tokenizer.base import grid_to_dict
 from tokenizer.files import FolderKind, atomic_folder, write_json, write_manifest
 
-from ..images.pictures import to_float
+from ..images import to_float
 from .checks import TOLERANCE, Checked, check
 from .formats import FORMATS, Format, require_installed
 from .tracing import NAMES, PARTS, Part, trace

@@ -39,9 +39,9 @@ class AugmentConfig(Config):
 def draw_changes(
     indices: NDArray[np.int64], epochs: NDArray[np.int64] | int, config: AugmentConfig, seed: int
 ) -> Tensor | None:
-    """What happens to the images at `indices` (B,) in their `epochs`, (B,) or one for all: float32 (B, 5), which are 1
-    to mirror, cosine and sine of the angle, both times the share of the picture that is seen, and the pixels down and
-    right. None where nothing is changed."""
+    """Return the changes of the images at `indices` (B,) in their `epochs`, (B,) or one for all: float32 (B, 5), which
+    are 1 to mirror, cosine and sine of the angle, both times the share of the picture that is seen, and the pixels down
+    and right. None if nothing is changed."""
     if not (config.flip or config.moves):
         return None
     draws, epochs = np.empty((len(indices), DRAWS)), np.broadcast_to(epochs, indices.shape)
@@ -56,12 +56,12 @@ def draw_changes(
 
 
 def mirror_images(images: Tensor, changes: Tensor) -> Tensor:
-    """Images (B, C, H, W) of any type, those mirrored left to right of which `changes` (`draw_changes`) say so."""
+    """Return images (B, C, H, W) of any type, some of them mirrored left to right as `changes` (`draw_changes`) say."""
     return torch.where(changes[:, 0].bool()[:, None, None, None], images.flip(-1), images)
 
 
 def move_images(images: Tensor, changes: Tensor) -> Tensor:
-    """Float images (B, C, H, W) in [-1, 1], shifted, turned and zoomed by `changes` (`draw_changes`).
+    """Return float images (B, C, H, W) in [-1, 1], shifted, turned and zoomed by `changes` (`draw_changes`).
 
     The result for an image is the same, bit for bit, in any batch.
     """
@@ -71,8 +71,8 @@ def move_images(images: Tensor, changes: Tensor) -> Tensor:
 
 
 def affine_grid(changes: Tensor, height: int, width: int) -> Tensor:
-    """The place from which each output pixel is read, (B, H, W, 2) for `grid_sample`; `changes` (B, 5) are those of
-    `draw_changes`.
+    """Return the place from which each output pixel is read, (B, H, W, 2) for `grid_sample`; `changes` (B, 5) are as
+    `draw_changes` returns them.
 
     Written with elementwise operations because `F.affine_grid` is a matrix product, whose rounding may depend on B.
     """

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,33 +29,60 @@ from PIL.TiffImagePlugin import (
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenizer.files import LimitError, PathError, PipelineLoadError, UnreadableError, read_bytes, stat_file
-
-from .bad import Problem, Report
-from .base import MAX_FILE, WORKERS, Payload, Rows, show_progress
-from .stamps import FileChanged, KnownFile, Stamp, require_stamp, stamp_at
+from ..config import is_first_process
 
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 """What browsers show; nothing else is read of what somebody uploads."""
 FORMATS = (*WEB_FORMATS, "TIFF")
 MAX_PIXELS, MAX_SIDE = 64 * 2**20, 16_384
 WHITE_IS_ZERO = 0  # of PHOTOMETRIC_INTERPRETATION
+MAX_FILE = 256 << 20  # bytes of an encoded image
 CHUNK = 64  # images that one thread reads and decodes at a time
+WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+"""Number of threads that read and decode; most of that work does not hold Python's lock."""
+IMAGE, LABEL = "image", "label"  # the usual columns
 
 Shape = tuple[int, int, int]
+Payload = bytes | Path | NDArray[np.uint8] | str | None
+"""An encoded image, the file of one, pixels, or (a string) the reason why there is no image."""
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split as its source gives it, still encoded. `read` returns what there is of each requested row, `name` what
+    messages call a row; `labels` are as in the source, numbers of `class_names` if there are any."""
+
+    size: int
+    read: Callable[[Sequence[int]], list[Payload]]
+    name: Callable[[int], str]
+    labels: list[Any] | None
+    class_names: list[str] | None = None
+
+
+SplitRows = dict[str, Callable[[], Rows]]
+"""The splits of a source by name; calling one opens it."""
+
+
+class BadImage(NamedTuple):
+    """An image that cannot be decoded: its path or what messages call it, its row in the split, and the reason."""
+
+    path: str
+    row: int
+    reason: str
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """The good images of one split: their rows, and their pixels (n, C, H, W) if kept in memory."""
+    """The good images of one split: their rows, and their pixels (n, C, H, W) if kept in memory; and the bad ones."""
 
     positions: NDArray[np.int64]
     pixels: Tensor | None
-    report: Report
+    bad: list[BadImage]
 
 
 def decode_all(rows: Rows, positions: NDArray[np.int64], shape: Shape, room: int, together: bool = False) -> Decoded:
-    """Decode the images at `positions`; keeps the pixels if they fit in `room` bytes, and reports the bad ones.
+    """Decode the images at `positions`; keep the pixels if they fit in `room` bytes, and list the bad ones.
 
     together: all processes of a group are here with the same arguments. If pixels are not kept, each checks its share.
     """
@@ -61,56 +92,55 @@ def decode_all(rows: Rows, positions: NDArray[np.int64], shape: Shape, room: int
     store = np.empty((len(positions) if keep else 0, *shape), dtype=np.uint8)
     starts = range(rank * CHUNK, len(positions), world * CHUNK)
     chunks = [positions[start : start + CHUNK].tolist() for start in starts]
-    found: list[tuple[int, Problem]] = []
-    total = sum(map(len, chunks))
-    bar = tqdm(total=total, desc="checking images", unit="image", leave=False, disable=not show_progress())
+    found: list[tuple[int, BadImage]] = []
+    hidden = not sys.stderr.isatty() or not is_first_process()
+    bar = tqdm(total=sum(map(len, chunks)), desc="checking images", unit="image", leave=False, disable=hidden)
     with bar, ThreadPoolExecutor(WORKERS) as pool:
-        for start, results in zip(starts, pool.map(partial(decode_chunk, rows, shape), chunks), strict=True):
-            for k, (name, image) in enumerate(results, start=start):
+        for start, images in zip(starts, pool.map(partial(decode_rows, rows, shape), chunks), strict=True):
+            for k, image in enumerate(images, start=start):
                 if isinstance(image, str):
-                    found.append((k, Problem(name, int(positions[k]), image)))
+                    row = int(positions[k])
+                    found.append((k, BadImage(rows.name(row), row, image)))
                 elif keep:
                     store[k] = image
-            bar.update(len(results))
+            bar.update(len(images))
     if share:
-        found = of_all_processes(found)
+        parts: list[Any] = [None] * world
+        dist.all_gather_object(parts, found)
+        found = sorted(chain.from_iterable(parts))
     good = np.ones(len(positions), dtype=bool)
     good[[k for k, _ in found]] = False
     if found and keep:
         store = store[good]
-    report = Report(len(positions), [problem for _, problem in found])
-    return Decoded(positions[good], torch.from_numpy(store) if keep else None, report)
+    return Decoded(positions[good], torch.from_numpy(store) if keep else None, [bad for _, bad in found])
 
 
-def of_all_processes(found: list[tuple[int, Problem]]) -> list[tuple[int, Problem]]:
-    """What each process has found, in the order of the positions."""
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, found)
-    return sorted(chain.from_iterable(told))
+def decode_rows(rows: Rows, shape: Shape, indices: list[int]) -> list[Pixels | str]:
+    """Return the pixels (C, H, W) of each of these rows, or the reason why there are none."""
+    return [try_decode(payload, shape) for payload in rows.read(indices)]
 
 
-def decode_chunk(rows: Rows, shape: Shape, indices: list[int]) -> list[tuple[str, NDArray[np.uint8] | str]]:
-    """(path or row, pixels or the reason why there are none) of the images at these indices."""
-    return [(name, try_decode(payload, shape)) for name, payload in rows.read(indices)]
+def decode_in_threads(payloads: Sequence[Payload], shape: Shape) -> list[Pixels | str]:
+    """Return the pixels (C, H, W) of each encoded image, or the reason why there are none."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return list(pool.map(partial(try_decode, shape=shape), payloads))
 
 
-def try_decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS) -> NDArray[np.uint8] | str:
-    """The pixels (C, H, W), or the reason why there are none. Raises `FileChanged`, as a changed image is not bad."""
+def try_decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS) -> Pixels | str:
+    """Return the pixels (C, H, W), or the reason why there are none."""
     try:
         return decode(payload, shape, formats)
-    except FileChanged:
-        raise
     except Exception as error:  # damaged files make Pillow raise almost anything, and each is one bad image
         return str(error) or type(error).__name__
 
 
-def decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS) -> NDArray[np.uint8]:
-    """The pixels (C, H, W) of an image as its source gives it."""
+def decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS) -> Pixels:
+    """Return the pixels (C, H, W) of an image as its source gives it."""
     image = Image.fromarray(payload) if isinstance(payload, np.ndarray) else open_image(payload, formats)
     return pixels_of(image, shape)
 
 
-def pixels_of(image: Image.Image, shape: Shape) -> NDArray[np.uint8]:
+def pixels_of(image: Image.Image, shape: Shape) -> Pixels:
     """Pixels (C, H, W): the first frame, upright, on white, resized to cover the shape and cropped at the centre."""
     channels, height, width = shape
     if not (image.width and image.height):
@@ -122,35 +152,31 @@ def pixels_of(image: Image.Image, shape: Shape) -> NDArray[np.uint8]:
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def read_file(path: Path, stamp: Stamp | None = None) -> bytes:
-    """The bytes of a file. Raises `ValueError` if it is missing, too large, or not a regular file (which may never
-    end); with a `stamp`, `FileChanged` unless the file has this stamp before and after reading."""
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a file. Raises `ValueError` if it is missing, cannot be read, is too large, or is not a
+    regular file (which may never end)."""
     try:
-        require_stamp(path, stamp, stat_file(path))
-        data = read_bytes(path, MAX_FILE)
-        require_stamp(path, stamp, stat_file(path))
-        return data
-    except PipelineLoadError as error:
-        if stamp is not None and stamp_at(path) != stamp:
-            raise FileChanged(path) from error
-        if isinstance(error, UnreadableError):
-            raise ValueError(str(error).removeprefix(f"{path}: ")) from None
-        if isinstance(error, PathError):
-            raise ValueError("no such file, or not a regular one") from None
-        if isinstance(error, LimitError):
-            raise ValueError(f"a file of more than {MAX_FILE} bytes") from None
-        raise
+        found = os.stat(path)
+        if stat.S_ISREG(found.st_mode):
+            if found.st_size > MAX_FILE:
+                raise ValueError(f"a file of more than {MAX_FILE} bytes")
+            return path.read_bytes()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from error
+    raise ValueError("no such file, or not a regular one")
 
 
-def open_image(payload: bytes | Path | KnownFile | str | None, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """Open an image of one of these formats and of reasonable size. Raises `FileChanged`, `ValueError`, and what Pillow
-    raises."""
-    known = KnownFile(payload, None) if isinstance(payload, Path) else payload
-    data = read_file(known.path, known.stamp) if isinstance(known, KnownFile) else known
+def open_image(payload: bytes | Path | str | None, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Open an image of one of these formats and of reasonable size. Raises `ValueError`, and what Pillow raises."""
+    data = read_file(payload) if isinstance(payload, Path) else payload
     if isinstance(data, str):
         raise ValueError(data)
     if not data:
         raise ValueError("no image" if data is None else "the file is empty")
+    if len(data) > MAX_FILE:
+        raise ValueError(f"a file of more than {MAX_FILE} bytes")
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except Image.UnidentifiedImageError:  # its own message names a memory address
@@ -190,3 +216,13 @@ def flatten(image: Image.Image) -> Image.Image:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 of any shape as float32 in [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1)  # in place: less than half the time
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """The exact inverse of `to_float`; other floats are clamped to [-1, 1] and rounded."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -35,7 +35,7 @@ def offline_if_unreachable() -> Iterator[None]:
 
 
 def fetched(repo_id: str, name: str) -> Path | None:
-    """The path in the cache of a file of a model's repository; None if it cannot be fetched, for any reason."""
+    """Return the path in the cache of a file of a model's repository; None if it cannot be fetched, for any reason."""
     from huggingface_hub import hf_hub_download
 
     if not re.fullmatch(HUB_ID, repo_id):
@@ -47,7 +47,7 @@ def fetched(repo_id: str, name: str) -> Path | None:
 
 
 def reason_of(error: Exception) -> str:
-    """An error of `datasets` in one line, or the reason why the Hub was not asked."""
+    """Return an error of `datasets` in one line, or the reason why the Hub was not asked."""
     if isinstance(error, ConnectionError):
         if constants.HF_HUB_OFFLINE:
             return "it is not in the cache, and HF_HUB_OFFLINE forbids asking the Hub"

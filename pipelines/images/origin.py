@@ -37,10 +37,10 @@ def public_source(source: str, local: bool = False) -> str:
     return place.partition("?")[0] if place.startswith("http") else place  # elsewhere it is part of a pattern
 
 
-def named(source: str) -> str:
-    """A source in words for a reader."""
-    told = public_source(source)
-    return FOLDER if told == LOCAL else told
+def describe_source(source: str) -> str:
+    """Return a source in words for a reader."""
+    public = public_source(source)
+    return FOLDER if public == LOCAL else public
 
 
 def shareable(facts: dict[str, Any]) -> dict[str, Any]:
@@ -48,11 +48,11 @@ def shareable(facts: dict[str, Any]) -> dict[str, Any]:
     private = {source for source in sources_in(facts) if is_local(source)}
     private |= sources_in(facts.get("data")) if facts.get("local") else set()
 
-    def told(value: Any, key: str = "") -> Any:
+    def shared(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
-            return {name: told(inner, name) for name, inner in value.items()}
+            return {name: shared(inner, name) for name, inner in value.items()}
         if isinstance(value, list):
-            return [told(inner) for inner in value]
+            return [shared(inner) for inner in value]
         if key == "source" and isinstance(value, str):
             return public_source(value, value in private)
         if key == "feature_origin" and isinstance(value, str):
@@ -60,7 +60,7 @@ def shareable(facts: dict[str, Any]) -> dict[str, Any]:
                 value = value.replace(f" on {source},", f" on {FOLDER},")
         return value
 
-    return told(facts)
+    return shared(facts)
 
 
 def sources_in(facts: Any) -> set[str]:
@@ -73,7 +73,7 @@ def sources_in(facts: Any) -> set[str]:
     return own.union(*map(sources_in, facts.values()))
 
 
-def told_on_card(facts: dict[str, Any]) -> str | None:
+def describe_for_card(facts: dict[str, Any]) -> str | None:
     """The training images of a pipeline with this `shareable` provenance, in the words of its card; None if they are
     not known."""
     source = facts.get("data", {}).get("source")

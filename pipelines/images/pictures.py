@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..files import atomic_file
+from .decoding import pixels_of, to_float, to_uint8
 
 Shape = tuple[int, int, int]
 ARRAYS = (np.uint8, np.float16, np.float32, np.float64)
@@ -22,16 +23,6 @@ _warned = False  # of floats in [0, 1]; once is enough
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-def to_float(pixels: Tensor) -> Tensor:
-    """uint8 of any shape as float32 in [-1, 1]."""
-    return pixels.float().div_(127.5).sub_(1)  # in place: less than half the time
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """The exact inverse of `to_float`; other floats are clamped to [-1, 1] and rounded."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def grid_picture(images: Tensor, columns: int, *, min_side: int = 56) -> np.ndarray:
@@ -101,8 +92,6 @@ def as_batch(images: Any, shape: Shape) -> Tensor:
 def one_image(image: Any, shape: Shape) -> Tensor:
     """A PIL image, a tensor `(C, H, W)` or an array `(H, W, C)` or `(H, W)` as a tensor `(C, H, W)`."""
     if isinstance(image, Image.Image):
-        from .decoding import pixels_of
-
         return torch.from_numpy(pixels_of(image, shape).copy())
     if isinstance(image, np.ndarray) and image.shape in single_shapes(shape):
         return from_array(image, shape)[0]

@@ -8,7 +8,7 @@ from typing import Any
 from prior import Prior
 from tokenizer import Tokenizer
 
-from ..images.origin import shareable, told_on_card
+from ..images.origin import describe_for_card, shareable
 from .metadata import card_data, run_links
 
 FIGURES = {
@@ -131,7 +131,7 @@ def model_card(
         colours="grey" if channels == 1 else "RGB",
         shape=" x ".join(map(str, prior.grid.shape)),
         classes=f"{prior.num_classes} classes ({', '.join(labels)})" if prior.num_classes else "no classes",
-        source=told_on_card(facts),
+        source=describe_for_card(facts),
         has_grid=has_grid,
         lines=[*tuned_lines(facts.get("tuning", {})), *figure_lines(facts, exact=prior.exact), *run_links(facts)],
     )

@@ -31,7 +31,7 @@ from tokenizer.model import CONFIG, PROVENANCE, weights_names
 
 from ..config import Within
 from ..files import FieldError, Text, validate
-from ..images.labels import LONGEST, is_class_name
+from ..images.dataset import LONGEST, is_class_name
 from .card import FIGURES, TUNING
 
 INDEX, CARD, GRID = "model_index.json", "README.md", "samples.png"

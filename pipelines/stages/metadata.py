@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prior import Prior
 from tokenizer import Tokenizer
 
-from ..images.origin import told_on_card
+from ..images.origin import describe_for_card
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -78,7 +78,7 @@ def results_of(prior: Prior, facts: dict[str, Any], figures: dict[str, Any]) -> 
     from huggingface_hub import EvalResult
 
     source = str(facts.get("data", {}).get("source", ""))
-    name = (told_on_card(facts) or "images that are not known").strip("`")
+    name = (describe_for_card(facts) or "images that are not known").strip("`")
     kind = source if is_on_hub(source) else "digits" if source == "digits" else "imagefolder"
     tasks = {"reconstruction": "image-to-image", "generation": task_of(prior)}
     results = []

@@ -11,8 +11,8 @@ from PIL import Image
 from PIL.Image import Image as Picture
 from torch import Tensor
 
+from ..images import to_uint8
 from ..images.grids import class_grid
-from ..images.pictures import to_uint8
 
 
 @dataclass(frozen=True, eq=False)

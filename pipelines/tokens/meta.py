@@ -27,7 +27,7 @@ from tokenizer.files import (
 )
 
 from ..files import Text, Whole, validate
-from ..images.labels import is_printable
+from ..images.dataset import is_printable
 from .shards import MAX_SHARDS, shard_names
 
 META, FORMAT_VERSION = "meta.json", 1

@@ -30,6 +30,7 @@ from tokenizer.files import PipelineLoadError, fsync, read_json, temporary_name,
 from ..config import UserError
 
 Tensors = dict[str, Tensor]
+FORMAT_VERSION = 1
 RECORD, BEST, TENSORS = "state.json", "best.safetensors", "tensors"
 NAME = re.compile(r"step-\d{8,}")
 LEFTOVER = re.compile(r"\.(tmp|del)-(step-\d{8,}|tokenizer|pipeline|\w+\.jsonl?|\w+-\d{8}\.png)-[0-9a-f]{8}(\.png)?")
@@ -133,7 +134,7 @@ def write_checkpoint(
             if best is not None:
                 save_file({name: value.contiguous() for name, value in best.items()}, temporary / BEST)
                 fsync(temporary / BEST)
-            write_json(temporary / RECORD, {"format_version": 1, "step": step, **record})
+            write_json(temporary / RECORD, {"format_version": FORMAT_VERSION, "step": step, **record})
             for path in (temporary / RECORD, temporary / TENSORS, temporary):
                 fsync(path)
             if target.exists():  # a damaged one, which was passed over
@@ -178,7 +179,7 @@ def load_newest(
         error: BaseException | None = None
         try:
             record = read_json(checkpoint / RECORD)
-            if record.get("format_version") != 1 or record.get("step") != step_of(checkpoint):
+            if record.get("format_version") != FORMAT_VERSION or record.get("step") != step_of(checkpoint):
                 raise ValueError(f"{RECORD} is not that of step {step_of(checkpoint)}, or of another version")
             best = load_file(checkpoint / BEST) if record.get("best") else None
             if best is not None:

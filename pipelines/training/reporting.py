@@ -27,9 +27,10 @@ def announce(trainer: Trainer, changes: list[str], reason: str = "") -> None:
     parameters = sum(p.numel() for p in task.model.parameters())
     processes = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
     validating = f", {task.evaluated['validation']:,} for validation" if "validation" in task.evaluated else ""
+    rows = f"{task.rows:,} training rows" if task.rows else "a stream of training images"
     line = (
         f"{trainer.run}: {f'continuing from step {trainer.step}' if trainer.step else 'starting'}; {parameters:,} "
-        f"parameters, {task.rows:,} training rows{validating}, {processes} on {trainer.device}, "
+        f"parameters, {rows}{validating}, {processes} on {trainer.device}, "
         f"{precision} mixed precision{reason and f' ({reason})'}{', weights sharded' if trainer.sharded else ''}"
     )
     print(by_clause(line), flush=True)

@@ -34,7 +34,7 @@ class Task:
     init: dict[str, Any] | None = None
     """`source` and `fingerprint` of the model that training begins with, if any; the same when the run goes on."""
     rows: int
-    """Size of the training set."""
+    """Size of the training set; 0 where it is not known."""
     evaluated: dict[Split, int]
     """How many images the figures of a split are of; `validation` is there only if there are any."""
     shardable: bool = False

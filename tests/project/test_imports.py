@@ -79,14 +79,10 @@ print(json.dumps(found))
 
 
 def test_importing_takes_nothing_heavy_and_warns_of_nothing() -> None:
-    """Every name that users take from the faces needs torch alone, and so do all modules but two."""
+    """Every name that users take from the faces needs torch alone, and so do all modules."""
     names = [name for name in MODULES if not name.startswith(tuple(APP)) and not name.endswith("__main__")]
-    assert len(names) > 250
-    found = imported(names)
-    assert {name: set(late) for name, late in found.items()} == {
-        "pipelines.commands.plan": {"accelerate"},
-        "pipelines.images.shards.http_files": {"aiohttp", "fsspec"},
-    }
+    assert len(names) > 200
+    assert imported(names) == {}
 
 
 @pytest.mark.slow

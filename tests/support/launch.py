@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from pipelines.config.command import parse
-from pipelines.images import sources
+from pipelines.images import tables
 from pipelines.metrics.codebook import CodebookUse
 from pipelines.tokens import TokenDataset, TokenSplit
 from pipelines.train_prior import TrainPriorConfig
@@ -32,7 +32,7 @@ from pipelines.train_tokenizer import run as run_tokenizer
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
-DIGITS = functools.cache(sources.digits)  # parsed once, whatever the number of runs
+DIGITS = functools.cache(tables.digits)  # parsed once, whatever the number of runs
 CLOCK = {"images_per_second", "tokens_per_second", "minutes"}  # what no two runs have in common
 
 MACHINE = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # as `accelerate launch` says it
@@ -78,7 +78,7 @@ def train_tokenizer(out: Path, charts: bool = False, **more: Any) -> Path:
     """Train in this process, without the chart of the codebook unless `charts`; raises what the verb raises."""
     argv = tokenizer_arguments(out, **more)
     drawn = nullcontext() if charts else patch.object(CodebookUse, "picture", blank)
-    with drawn, patch.object(sources, "digits", DIGITS):
+    with drawn, patch.object(tables, "digits", DIGITS):
         return run_tokenizer(parse(TrainTokenizerConfig, argv, verb="train_tokenizer", description=None))
 
 

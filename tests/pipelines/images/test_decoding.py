@@ -10,7 +10,7 @@ from PIL import Image
 from pipelines.config import UserError
 from pipelines.images import load_images
 from pipelines.images.decoding import WEB_FORMATS, pixels_of, try_decode
-from pipelines.images.folders import READ_SUFFIXES
+from pipelines.images.folder import READ_SUFFIXES
 
 
 def one(path, **options):
@@ -19,7 +19,7 @@ def one(path, **options):
     write_image(folder / "z.png", noise(12, 12))  # a second image, because one is held out
     splits = load_images(config(folder, held_out_fraction=0.5, **options))
     for part in (splits.train, splits.held_out):
-        if part._rows.read([int(part._positions[0])])[0][0] == str(path):
+        if part.names([0]) == [path.name]:
             return part.pixels([0])[0].numpy()
     raise AssertionError("the image is in neither part")
 
@@ -155,6 +155,12 @@ def test_first_frame_of_an_animation(tmp_path):
         data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
         write_image(tmp_path / name[0] / name, data)
         assert np.abs(one(tmp_path / name[0] / name).astype(int) - 50).max() <= 2
+
+
+def test_fifty_megapixels_are_read_and_more_than_64_are_not():
+    for side, read in ((7_100, True), (8_200, False)):
+        found = try_decode(encoded(Image.new("1", (side, side), 1)), (1, 12, 12))
+        assert (found == 255).all() if read else "the limit is" in found
 
 
 def test_resize_covers_the_shape_and_crops_the_centre(tmp_path):

@@ -2,11 +2,16 @@
 
 import os
 import subprocess
+import tempfile
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 from givens.image_files import noise
 from givens.image_folders import config, write_folder, write_image
+from hypothesis import given
+from hypothesis import strategies as st
 from ordinary import as_others
 
 from pipelines.config import UserError
@@ -23,6 +28,32 @@ def test_folder_with_splits_and_classes_is_read_in_path_order(tmp_path):
     assert splits.train.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     assert splits.held_out.labels.tolist() == [1] * 3 + [3] * 3
     assert np.array_equal(splits.train.pixels([3])[0, 0], noise(12, 12, seed=1000))  # a/000.png
+
+
+@given(st.data())
+def test_each_image_of_a_folder_is_in_one_part_with_its_class(data):
+    """Whatever splits and classes there are, and whatever they are called."""
+    names = st.sampled_from(["train", "test", "val", "dev", "other", "a b", "test_01", "x.png"])
+    split_names = data.draw(st.one_of(st.just([""]), st.sets(names).map(lambda found: sorted(found | {"train"}))))
+    classes = data.draw(st.lists(names, min_size=1, max_size=3, unique=True))
+    if split_names == [""]:
+        classes = [name for name in classes if name not in ("train", "test")] or ["cat"]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = set()
+        for split, name in product(split_names, classes):
+            for k in range(data.draw(st.integers(4, 5))):
+                place = f"{split}/{name}/test_{k}.png".lstrip("/")
+                write_image(Path(folder, place), b"")
+                paths.add(place)
+        splits = load_images(config(folder, streaming=True, validation_fraction=0.2))  # which reads none of them
+        found = {name: part.names(range(len(part))) for name, part in splits.named().items()}
+        for name, part in splits.named().items():
+            labels = [part.class_names[k] for k in part.labels]
+            assert labels == [path.split("/")[-2] for path in found[name]]
+    together = [path for part in found.values() for path in part]
+    assert len(together) == len(set(together)) and set(together) <= paths
+    used = {path for path in paths if split_names == [""] or path.split("/")[0] == "train"}
+    assert used <= set(together)
 
 
 def test_folder_names_that_datasets_would_take_for_splits(tmp_path):
@@ -57,6 +88,20 @@ def test_folders_that_must_be_splits_are_not_read_as_classes(tmp_path, names, st
 def test_classes_may_be_called_as_splits_are(tmp_path):
     write_folder(tmp_path, count=3, classes=("Bus", "Train"))
     assert load_images(config(tmp_path)).train.class_names == ["Bus", "Train"]
+
+
+@pytest.mark.parametrize("pair", [("Cat", "cat"), ("cat", "cat "), ("caf\u00e9", "cafe\u0301")])
+@pytest.mark.parametrize("apart", [False, True])
+def test_one_class_in_two_spellings_is_refused(tmp_path, pair, apart):
+    """In one split, and in two."""
+    if apart:
+        write_folder(tmp_path / "train", count=3, classes=(pair[0], "dog"))
+        write_folder(tmp_path / "test", count=3, classes=(pair[1], "dog"))
+    else:
+        write_folder(tmp_path, count=3, classes=pair)
+    with pytest.raises(UserError, match="^the classes .* are one in two spellings; give both one name$"):
+        load_images(config(tmp_path))
+    assert load_images(config(tmp_path, label_column=None)).train.labels is None
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -15,7 +15,6 @@ from prepared import run_file
 from servers.fake_hub import Handler, commit, places_of, serve
 
 from pipelines.config import UserError
-from pipelines.images import DataConfig, load_images
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -66,31 +65,36 @@ class DatasetHandler(Handler):
 
 
 def client() -> None:
-    """Read the data set by its id and by a URL, and say what it holds and where its first row is."""
+    """Read the data set by its id and by a URL, in sequence and as a copy, and say what it holds."""
     for source in ("me/shards", "hf://datasets/me/shards/train*"):
-        images = load_images(DataConfig(source=source, image_size=12, streaming=True))
-        total = images.train.pixels(range(18)).long().sum().item()
-        print(len(images.train), len(images.held_out), images.train.labels.tolist()[:3], total)
-        print(images.train._rows.read([0])[0][0], file=sys.stderr)
+        for streaming in (True, False):
+            images = load(source, streaming=streaming)
+            count = 10 if streaming and "://" in source else 18
+            indices = images.train.samples(count, 0, 0)[0] if streaming else range(count)
+            total = images.train.raw_batch(indices, 0, 0)[0].long().sum().item()
+            print(source, streaming, len(images.held_out), images.held_out.labels.tolist()[:1], total)
+            print(getattr(images.train, "_files", None), file=sys.stderr)
 
 
 @pytest.mark.parametrize("kind", ["parquet", pytest.param("tar", marks=pytest.mark.slow)])
-def test_a_data_set_on_the_hub_is_read_in_parts(tmp_path, kind):
+def test_a_data_set_on_the_hub_is_read_in_sequence_or_copied(tmp_path, kind):
     """huggingface_hub reads its endpoint when it is imported, so this has a process of its own."""
     folder = write_shards(tmp_path / "hub" / "me" / "shards" / "main", kind, rows_of(20), 2)
-    expected = load(folder / "train*").train
     write_shards(folder, kind, rows_of(4), 1, split="test")
     with serve(tmp_path / "hub") as hub:
         hub.RequestHandlerClass = DatasetHandler
         done = run_file(__file__, bare=True, **places_of(hub, tmp_path / "home"))
-        ranges = [path for path, _ in hub.requests if path.startswith("train")]
-    every, carved = (line for line in done.splitlines() if re.match(r"\d+ \d+ \[", line))
-    assert every.startswith("20 4 [0, 1, 2]"), done
-    assert carved == f"18 2 [0, 1, 2] {expected.pixels(range(18)).long().sum()}"
-    # By its id or by a URL, it is read at one commit, and not what is pushed later.
-    places = re.findall(r"hf://datasets/me/shards@(\w+)/train-00000-of-00002", done)
-    assert places == [commit(folder)] * 2
-    assert ranges and not list((tmp_path / "home").rglob(f"*.{kind}"))  # read, and not downloaded
+    lines = [line.split(" ", 3) for line in done.splitlines() if re.match(r"\S+ (True|False) \d", line)]
+    assert [line[:3] for line in lines] == [
+        ["me/shards", "True", "4"],
+        ["me/shards", "False", "4"],
+        ["hf://datasets/me/shards/train*", "True", "10"],
+        ["hf://datasets/me/shards/train*", "False", "2"],
+    ], done
+    expected = load(folder / f"train*.{kind}").train.pixels(range(18)).long().sum().item()
+    assert lines[3][3].endswith(f" {expected}")
+    # By its id, it is read at one commit, and not what is pushed later.
+    assert f"hf://datasets/me/shards@{commit(folder)}/train-00000-of-00002" in done
 
 
 if __name__ == "__main__":

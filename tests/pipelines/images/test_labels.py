@@ -44,9 +44,10 @@ def test_splits_have_the_same_classes(tmp_path):
     """Their numbers would mean others: 0 is a cat here and a dog there."""
     write_parquet(tmp_path / "train-0.parquet", rows_of(6, 2), names=["cat", "dog"])
     write_parquet(tmp_path / "test-0.parquet", rows_of(6, 2), names=["dog", "cat"])
-    with pytest.raises(UserError, match="^data.label_column: splits have other classes than each other; "):
-        load(tmp_path)
-    assert load(tmp_path, label_column=None).train.labels is None
+    for streaming in (False, True):
+        with pytest.raises(UserError, match="^data.label_column: .* other classes "):
+            load(tmp_path, streaming=streaming)
+        assert load(tmp_path, label_column=None, streaming=streaming).held_out.labels is None
 
 
 def test_a_number_and_the_same_word_are_one_class(tmp_path):

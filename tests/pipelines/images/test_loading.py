@@ -1,6 +1,6 @@
 """Image data sets: what is decoded, what is refused, and what a batch is a function of.
 
-Covers: pipelines/images/base.py, pipelines/images/dataset.py.
+Covers: pipelines/images/dataset.py.
 """
 
 import os
@@ -76,10 +76,7 @@ def mixed_folder(root):
 def test_bad_are_skipped_and_counted(tmp_path, capsys, cache_mb):
     good, bad = mixed_folder(tmp_path)
     splits = load_images(config(tmp_path, on_error="skip", max_bad_fraction=0.5, cache_mb=cache_mb))
-    reports = [splits.train.report, splits.held_out.report]
-    assert sum(r.found for r in reports) == len(good) + len(bad)
-    assert sum(r.bad for r in reports) == len(bad)
-    problems = {problem.path: problem.reason for r in reports for problem in r.problems}
+    problems = {image.path: image.reason for image in splits.train.bad + splits.held_out.bad}
     assert problems.keys() == bad.keys()
     assert all(bad[path] in problems[path] for path in bad)
     assert len(splits.train) + len(splits.held_out) == len(good)
@@ -107,7 +104,7 @@ def test_too_many_bad_images_stop_the_run(tmp_path, capsys, monkeypatch):
         load_images(config(tmp_path, on_error="skip"))
     monkeypatch.setenv("RANK", "1")
     splits = load_images(config(tmp_path, on_error="skip", max_bad_fraction=0.02))
-    assert {p.path for p in splits.train.report.problems + splits.held_out.report.problems} == set(paths)
+    assert {image.path for image in splits.train.bad + splits.held_out.bad} == set(paths)
     assert capsys.readouterr().err == ""  # only rank 0 speaks
 
 
@@ -175,5 +172,5 @@ def test_real_sets(name, options, sizes):
         pytest.skip(f"{REAL / name} is not there")
     splits = load_images(config(REAL / name, **options))
     assert (len(splits.train), len(splits.held_out)) == sizes
-    assert len(splits.train.class_names) == 10 and splits.train.report.bad == 0
+    assert len(splits.train.class_names) == 10 and not splits.train.bad
     assert isinstance(splits.train, ImageDataset) and splits.train.batch([0, 1]).std() > 0.1

@@ -2,11 +2,14 @@
 
 import csv
 import json
+import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from givens.image_files import noise, rows_of, write_tar
+from givens.image_files import KINDS, noise, rows_of, write_shards
 from givens.image_folders import BAD, PNGS, bytes_of_each, config, write_image, write_table
 from optional import needs_digits
 
@@ -48,18 +51,22 @@ def test_missing_path_is_said_to_be_missing(source):
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "reason"),
     [
-        ("https://example.org/a.tar", "there is no file or folder https://example.org/a.tar"),
         ("{}/*.tar", r"there is no file or folder .*/\*.tar"),
-        ("{}/a.tar", "a.tar is not a parquet file"),
-        ("{}", r"no images here \(.*\)"),
+        ("ftp://somewhere/a.tar", "URLs begin with one of hf, http"),
+        ("simplecache::http://somewhere/a.tar", "URLs begin with one of hf, http"),
+        ("http://127.0.0.1:9/a.tar", "cannot be read: "),
+        ("{}/a.tar.gz", "not a parquet file, nor a .tar; of pictures, give their folder"),
+        ("{}/a.*", "has files .gz, .png; .parquet and .tar"),
     ],
 )
-def test_what_only_streaming_reads_is_told_so(tmp_path, source, told):
-    write_tar(tmp_path / "a.tar", rows_of(10))
-    with pytest.raises(UserError, match=f"{told}; data.streaming=true reads .tar shards, patterns and URLs$"):
-        load_images(config(source.format(tmp_path)))
+def test_what_cannot_be_opened_is_refused_in_a_line(tmp_path, source, reason):
+    write_image(tmp_path / "a.tar.gz", b"")
+    write_image(tmp_path / "a.png", PNGS[0])
+    for streaming in (False, True):
+        with pytest.raises(UserError, match=f"^data.source: .*{reason}"):
+            load_images(config(source.format(tmp_path), streaming=streaming))
 
 
 @pytest.mark.parametrize("source", ["owner/name", "cifar"])
@@ -104,11 +111,10 @@ def test_bad_labels_are_named_by_row(tmp_path, label, told):
         load_images(config(path))
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_column_of_no_class_is_said_to_have_none(tmp_path, streaming):
+def test_a_column_of_no_class_is_said_to_have_none(tmp_path):
     path = write_table(tmp_path / "a.parquet", PNGS, [None] * 10)
     with pytest.raises(UserError, match="no class, as no image has one; data.label_column=null uses all"):
-        load_images(config(path, streaming=streaming))
+        load_images(config(path))
 
 
 def test_unlabelled_rows_of_a_class_column(tmp_path):
@@ -124,16 +130,14 @@ def test_the_working_folder_is_a_source(tmp_path, monkeypatch):
     write_table(tmp_path / "a.parquet", PNGS, list(range(10)))
     monkeypatch.chdir(tmp_path)
     assert len(load_images(config(".")).train) == 9
-    assert len(load_images(config(".", streaming=True)).train) == 9
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_name_that_is_there_is_no_pattern(tmp_path, streaming):
+def test_a_name_that_is_there_is_no_pattern(tmp_path):
     """As patterns, both files are also `a1.parquet`."""
     write_table(tmp_path / "a1.parquet", PNGS, [0, 1] * 5)
     for name in ("a?.parquet", "a[1].parquet"):
         path = write_table(tmp_path / name, PNGS[:4], [0, 1, 0, 1])
-        assert len(load_images(config(path, streaming=streaming)).train) == 3
+        assert len(load_images(config(path)).train) == 3
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -162,7 +166,7 @@ def test_bad_rows_are_named_by_row(tmp_path):
         tmp_path / "a.parquet", [*PNGS[:4], BAD["truncated"][0], BAD["text"][0], *PNGS[4:], None], list(range(13))
     )
     splits = load_images(config(path, on_error="skip", max_bad_fraction=1))
-    problems = sorted(splits.train.report.problems + splits.held_out.report.problems)
+    problems = sorted(splits.train.bad + splits.held_out.bad)
     assert [problem.path for problem in problems] == ["row 12 of train", "row 4 of train", "row 5 of train"]
     kept = torch.cat([splits.train.labels, splits.held_out.labels]).tolist()
     assert sorted(kept) == [0, 1, 2, 3, 6, 7, 8, 9, 10, 11]
@@ -172,12 +176,6 @@ def test_where_all_are_bad_no_share_of_them_is_too_many(tmp_path):
     path = write_table(tmp_path / "a.parquet", [BAD["text"][0]] * 3, [0, 1, 2])
     with pytest.raises(UserError, match="^3 of 3 images cannot be decoded, all of a part that is trained on or held"):
         load_images(config(path, on_error="skip", max_bad_fraction=1))
-
-
-def test_a_file_that_is_no_parquet_is_said_to_be_none(tmp_path):
-    (tmp_path / "a.png").write_bytes(PNGS[0])
-    with pytest.raises(UserError, match=f"^data.source: {tmp_path}/a.png is not a parquet file; .* folder .*$"):
-        load_images(config(tmp_path / "a.png"))
 
 
 # Sheets
@@ -281,5 +279,46 @@ def test_tables_of_no_split_are_said_to_be_unused(tmp_path, capsys, streaming):
         write_table(tmp_path / name, PNGS, [0, 1] * 5)
     capsys.readouterr()  # a progress bar
     load_images(config(tmp_path, streaming=streaming))
-    told = capsys.readouterr().err
-    assert told.startswith("data.source: ") and "not used: holdout-0.parquet" in told and told.count("\n") == 1
+    told = capsys.readouterr().err.splitlines()
+    assert (
+        told[0].startswith("data.source: ") and "not used: holdout-0.parquet" in told[0] and len(told) == 1 + streaming
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_copy_that_is_large_is_announced_once(tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.setattr("pipelines.images.tables.LARGE", 1)
+    for rows, lines in ((rows_of(20), 1), (rows_of(20), 0), (rows_of(24), 1)):
+        if lines:
+            write_shards(tmp_path / "data", kind, rows, 2)
+        time.sleep(0.01)  # a copy is new by its date
+        splits = load_images(config(tmp_path / "data"))
+        assert capsys.readouterr().err.count("were copied to ") == lines
+        assert len(splits.train) + len(splits.held_out) == len(rows)  # a changed file is copied again
+
+
+def test_a_data_set_reads_its_own_files_whatever_its_card_and_rows_name(tmp_path):
+    write_table(tmp_path / "private/train.parquet", PNGS, [0, 1] * 5)
+    write_image(tmp_path / "private/a.png", PNGS[0])
+    folder = write_table(tmp_path / "mine/train.parquet", PNGS, [0, 1] * 5).parent
+    for place in (f"{tmp_path}/private/train.parquet", "../private/*.parquet"):
+        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {place}\n---\n")
+        for streaming in (False, True):
+            with pytest.raises(UserError, match="^data.source: .*(names a file that is not its own|cannot be read)"):
+                load_images(config(folder, streaming=streaming))
+    (folder / "README.md").write_text('---\nconfigs:\n- config_name: default\n  data_files: "*.parquet"\n---\n')
+    assert len(load_images(config(folder)).train) == 9
+    for own in (True, False):
+        write_image(folder / "a.png", PNGS[0])
+        path = (folder if own else tmp_path / "private") / "a.png"
+        rows = pa.array([{"bytes": None, "path": str(path)}] * 12)
+        pq.write_table(pa.table({"image": rows}), folder / "train.parquet")
+        if own:
+            assert len(load_images(config(folder)).train) == 11
+        else:
+            with pytest.raises(UserError, match="names a file that is not the data set's own"):
+                load_images(config(folder))
+    write_image(tmp_path / "listed/0.png", PNGS[0])
+    (tmp_path / "listed/metadata.csv").write_text("file_name,label\n0.png,a\n../private/a.png,b\n")
+    with pytest.raises(UserError, match="it lists .*private/a.png, which is no image in"):
+        load_images(config(tmp_path / "listed"))

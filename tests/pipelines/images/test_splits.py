@@ -5,17 +5,16 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from givens.image_files import encoded, noise
+from givens.image_files import noise, rows_of, write_shards
 from givens.image_folders import PNGS, bytes_of_each, config, write_folder, write_image, write_splits, write_table
+from hypothesis import given
+from hypothesis import strategies as st
 from optional import needs_digits
 
 from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
-from pipelines.images.base import Rows
-from pipelines.images.loading import carve, require_unseen
-from pipelines.images.splits import validation_count
-
-PNGS_MORE = [encoded(noise(12, 12, seed=100 + k)) for k in range(30)]
+from pipelines.images.dataset import carve, validation_count
+from pipelines.images.unseen import require_unseen
 
 # A part of one split
 
@@ -87,15 +86,17 @@ def test_images_that_were_trained_on_are_not_taken_for_new_ones(tmp_path, capsys
         require_unseen(now, unknown, part)
 
 
-@pytest.mark.parametrize("part", ["validation", "held_out"])
-def test_shards_that_are_divided_by_blocks_are_known_from_those_that_are_not(tmp_path, part):
-    write_table(tmp_path / "a.parquet", [*PNGS, *PNGS_MORE], list(range(40)))
-    options = {"validation_fraction": 0.2, "held_out_fraction": 0.2}
-    then, now = (config(tmp_path, **options, streaming=streaming) for streaming in (True, False))
-    shared = set(bytes_of_each(load_images(then).train)).intersection(bytes_of_each(getattr(load_images(now), part)))
-    assert shared
-    with pytest.raises(UserError, match="^data.streaming: "):
-        require_unseen(now, then, part)
+def test_a_stream_is_divided_by_its_files_and_nothing_else_is_called_new(tmp_path):
+    write_shards(tmp_path, "parquet", rows_of(40), 4)
+    stream, copied = (config(tmp_path, streaming=streaming) for streaming in (True, False))
+    for now, then in ((stream, copied), (copied, stream)):
+        for part in ("validation", "held_out"):
+            with pytest.raises(UserError, match="^data.streaming: some of these "):
+                require_unseen(now, then, part)
+        require_unseen(now, now, "held_out")
+    write_shards(tmp_path, "parquet", rows_of(4), 1, split="test")
+    for now, then in ((stream, copied), (copied, stream)):
+        require_unseen(now, then, "held_out")
 
 
 def test_only_the_first_process_tells(tmp_path, capsys, monkeypatch):
@@ -221,20 +222,18 @@ def test_tables_have_splits_for_validation(tmp_path, capsys, streaming):
         load_images(config(tmp_path, streaming=streaming, held_out="val"))
 
 
-@pytest.mark.parametrize("size", [2, 3, 10, 1001])
-def test_carving_is_a_partition(size):
-    rows = Rows(size, lambda _: [], None)
-    counts = [0, 1, size // 3, size - 1, size]
-    alone = {count: carve(rows, count, 0)["held_out"].tolist() for count in counts}
-    for held_out, validation in product(counts, counts):
-        parts = carve(rows, held_out, validation)
-        assert list(parts) == ["train", "validation", "held_out"]
-        assert sorted(np.concatenate(list(parts.values()))) == list(range(size))
-        assert parts["held_out"].tolist() == alone[held_out]  # whatever is kept for validation
-        assert all(np.array_equal(part, np.sort(part)) for part in parts.values())
-        if held_out + validation <= size:
-            assert len(parts["validation"]) == validation
-            assert set(parts["validation"]) <= set(carve(rows, 0, min(size, validation + 1))["validation"])
+@given(st.data())
+def test_carving_is_a_partition_of_which_no_part_depends_on_the_size_of_another(data):
+    size = data.draw(st.integers(1, 300))
+    held_out, validation = (data.draw(st.integers(0, size)) for _ in range(2))
+    parts = carve(size, held_out, validation)
+    assert list(parts) == ["train", "validation", "held_out"]
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(size))
+    assert all(np.array_equal(part, np.sort(part)) for part in parts.values())
+    assert np.array_equal(parts["held_out"], carve(size, held_out, 0)["held_out"])
+    if held_out + validation <= size:
+        assert np.array_equal(parts["validation"], carve(size, 0, validation)["validation"])
+        assert set(parts["validation"]) <= set(carve(size, 0, min(size, validation + 1))["validation"])
 
 
 # Images for validation

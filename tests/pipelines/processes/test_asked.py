@@ -14,7 +14,7 @@ from accelerate.utils.dataclasses import DistributedType
 from launch import free_port, metrics, output_of, start, tokenizer_arguments, train_tokenizer
 
 from pipelines.config import UserError
-from pipelines.images import sources
+from pipelines.images import tables
 from pipelines.processes.asked import REFUSED, require_known, require_supported
 
 
@@ -60,7 +60,7 @@ def test_what_no_run_does_is_refused_before_images_are_read(variable: str, tmp_p
         raise AssertionError("images were read")
 
     monkeypatch.setenv(variable, "true")
-    monkeypatch.setattr(sources, "digits", read)
+    monkeypatch.setattr(tables, "digits", read)
     with pytest.raises(UserError, match=r"^.* is not supported: use FSDP2, .*--use_fsdp --fsdp_version 2.*$"):
         train_tokenizer(tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -386,7 +386,6 @@ def test_search_finds_an_image_itself_first(world, tmp_path, capsys, layer):
     ("source", "name"),
     [
         (["{world}/table.parquet"], r"row \d+ of train"),
-        (["{world}/table.parquet", "data.streaming=true"], r"table\.parquet: row \d+"),
         (["{world}/sheet"], r"\d\d\.png"),
         (["sheet"], r"\d\d\.png"),
         (["images/../images/train"], r"(above|below)/\d\d\.png"),

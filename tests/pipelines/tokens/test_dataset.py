@@ -25,7 +25,7 @@ from small import TOKENIZERS, make_tokenizer
 from pipelines import encode
 from pipelines.config import UserError
 from pipelines.encode import EncodeConfig, run
-from pipelines.images import load_images, sources
+from pipelines.images import load_images, tables
 from pipelines.stages.provenance import data_beside
 from pipelines.tokens import TokenDataset, TokenSplit, load_tokens
 from pipelines.tokens.shards import smallest_type
@@ -38,7 +38,7 @@ META = "meta.json"
 @pytest.fixture(autouse=True)
 def parsed_once(monkeypatch):
     """The digits, whatever the number of encodes."""
-    monkeypatch.setattr(sources, "digits", DIGITS_ONCE)
+    monkeypatch.setattr(tables, "digits", DIGITS_ONCE)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -228,7 +228,7 @@ def test_shards_that_were_written_again_are_encoded_again(tokenizer, tmp_path, n
     found = []
     for first in (0, 40):
         write_tar(tmp_path / "a.tar", [(key, image, None) for key, image, _ in rows_of(50, size=28)[first:][:10]])
-        run(config(tokenizer, tmp_path / "tokens", {"source": str(tmp_path / name), "streaming": True}))
+        run(config(tokenizer, tmp_path / "tokens", {"source": str(tmp_path / name)}))
         found.append(contents(tmp_path / "tokens"))
     assert found[0] != found[1]
 

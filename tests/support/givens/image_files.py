@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from pipelines.images import DataConfig, Splits, load_images
-from pipelines.images.shards import tar as tar_shards
-
-if TYPE_CHECKING:
-    import pytest
 
 KINDS = ["parquet", "tar"]
-CHANGED = "it has changed since the run started; start the run again"
 
 Row = tuple[str, bytes, Any]
 """Key, encoded image, label (None for none)."""
@@ -77,28 +71,6 @@ def write_parquet(path: Path, rows: list[Row], group: int = 5, names: list[str] 
     return path
 
 
-CHANGES = ["replaced", "rewritten", "dated", "linked", "touched"]
-"""What may be done to a file while a run reads it, see `change`."""
-
-
-def change(path: Path, other: Path, how: str) -> None:
-    """Put the older file `other` in the place of `path`: under its name, into it, into it with its old date, behind a
-    link. Or only set the date."""
-    before = path.stat()
-    if how == "replaced":
-        other.replace(path)
-    elif how in ("rewritten", "dated"):
-        with open(path, "r+b") as file:
-            file.truncate(file.write(other.read_bytes()))
-        if how == "dated":
-            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    elif how == "linked":
-        path.unlink()
-        path.symlink_to(other)
-    else:
-        os.utime(path)
-
-
 def write_shards(folder: Path, kind: str, rows: list[Row], shards: int, split: str = "train", **options: Any) -> Path:
     """Rows in several files, in their order."""
     for number, part in enumerate(np.array_split(np.arange(len(rows)), shards)):
@@ -108,35 +80,12 @@ def write_shards(folder: Path, kind: str, rows: list[Row], shards: int, split: s
     return folder
 
 
-# Read as shards
-
-
 def load(source: Any, **options: Any) -> Splits:
-    """The images of a source, read when they are due."""
-    return load_images(DataConfig(**{"source": str(source), "image_size": 12, "streaming": True, **options}))
+    """The images of a source; of a stream as it is trained on."""
+    return load_images(DataConfig(**{"source": str(source), "image_size": 12, **options}), stream=True)
 
 
 def identities(pixels: torch.Tensor) -> list[int]:
     """Which of `rows_of` each image is."""
     known = {noise(12, 12, seed=k).tobytes(): k for k in range(200)}
     return [known[image.numpy().tobytes()] for image in pixels]
-
-
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a tar: blocks of a few images."""
-    monkeypatch.setattr(tar_shards, "BLOCK_BYTES", 4000)
-
-
-def two_files(folder: Path, kind: str) -> tuple[Path, Path]:
-    """A shard of the images from 0 to 39, and beside it one that has them the other way round."""
-    rows, write = rows_of(40), write_tar if kind == "tar" else write_parquet
-    (folder / "other").mkdir()
-    return write(folder / f"a.{kind}", rows), write(folder / f"other/b.{kind}", rows[::-1])
-
-
-def read_epochs(train: Any, seed: int) -> None:
-    """Read two epochs, all images of which have to be the right ones; and keep nothing of them."""
-    for step in range(9):
-        indices, _ = train.samples(8, seed, step)
-        assert identities(train.pixels(indices)) == train._positions[indices].tolist()
-    train._rows.read.__self__.cache.clear()  # of the last block, which is kept in any case

@@ -142,7 +142,7 @@ def test_what_is_written_can_be_trained_on(tmp_path, suffix):
     """By `data.source`, labels and all."""
     pixels, labels = pixels_for(40, 1), [k % 3 for k in range(40)]
     write(tmp_path / f"set{suffix}", pixels, labels)
-    options = {"image_size": 8, "channels": 1, "held_out_fraction": 0.25, "streaming": suffix == ".tar"}
+    options = {"image_size": 8, "channels": 1, "held_out_fraction": 0.25}
     images = load_images(DataConfig(source=str(tmp_path / f"set{suffix}"), **options))
     assert len(images.train) + len(images.held_out) == 40
     assert sorted(images.train.class_names) == (NAMES if suffix == ".parquet" else ["0", "1", "2"])

