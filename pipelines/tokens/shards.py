@@ -62,16 +62,18 @@ def cut_shards(rows: Mapping[str, int], rows_per_shard: int | None) -> dict[str,
         raise ValueError(f"rows_per_shard should be at least 1 (got {rows_per_shard})")
     most = max(1, MAX_SHARDS - PROCESSES * len(rows))
     large = max(ROWS_PER_SHARD, -(-sum(rows.values()) // most))
-    found = {}
+    sizes = {}
     for split, count in rows.items():
-        size = rows_per_shard
-        if size is None:
+        sizes[split] = rows_per_shard or BATCH
+        if rows_per_shard is None:
             shards = max(1, min(PROCESSES, count // (BATCHES * BATCH)), -(-count // large))
-            size = max(1, -(-count // (shards * BATCH))) * BATCH
-        found[split] = [min(size, count - start) for start in range(0, max(1, count), size)]
-    if (total := sum(map(len, found.values()))) > MAX_SHARDS:
+            sizes[split] = max(1, -(-count // (shards * BATCH))) * BATCH
+    if (total := sum(max(1, -(-rows[split] // size)) for split, size in sizes.items())) > MAX_SHARDS:
         raise ValueError(f"rows_per_shard: makes {total} files, at most {MAX_SHARDS} are allowed; choose a larger one")
-    return found
+    return {
+        split: [min(size, rows[split] - start) for start in range(0, max(1, rows[split]), size)]
+        for split, size in sizes.items()
+    }
 
 
 def write_shard(path: Path, tokens: Tensor, labels: Tensor | None, grid: TokenGrid) -> None:
