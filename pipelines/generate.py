@@ -104,8 +104,8 @@ def run(config: GenerateConfig) -> Path:
         job = group.first(lambda: describe_job(config, request))
         with lock_output(out, group):
             missing = group.first(lambda: images.begin(job))
-            if group.leads and 0 < len(missing) < config.num_images:
-                there = config.num_images - len(missing)
+            there = config.num_images - len(missing)
+            if group.leads and there and (missing or isinstance(images, ImageFile)):
                 print(f"{out}: continuing, {there} of {config.num_images} images are there", flush=True)
             began, mine = time.monotonic(), list(group.mine(missing))
             group.gather(lambda: make_images(images, mine, request, config.batch_size, shows=group.leads))
