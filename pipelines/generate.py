@@ -37,8 +37,9 @@ from .stages.sampling import settings_in
 
 SHEET = "metadata.jsonl"
 """In a folder of images: a line for each one, with its file and the name of its class, as `datasets` reads them."""
-IMAGES, DONE = "images.npy", "done.npy"
-"""In the work folder of a single file: the pixels (N, H, W, C) uint8, and whether each image has been made."""
+IMAGES, DONE, PUBLISHED = "images.npy", "done.npy", "published"
+"""In the work folder of a single file: the pixels (N, H, W, C) uint8, whether each image has been made, and, while the
+result is renamed, a second name of it."""
 CHUNK = 256  # images of an archive that are in memory at a time
 
 
@@ -98,7 +99,7 @@ def run(config: GenerateConfig) -> Path:
     out = Path(config.out)
     images = ImageFolder(config) if is_folder(out) else ImageFile(config)
     with joined(config.device) as (group, device):
-        group.first(lambda: check(config, group))
+        group.first(lambda: check(config, images, group))
         pipeline = group.first_alone(lambda: ImagePipeline.from_pretrained(config.pipeline, device=device))
         request = request_of(config, pipeline)
         job = group.first(lambda: describe_job(config, request))
@@ -129,18 +130,17 @@ def is_folder(out: Path) -> bool:
     return not suffix
 
 
-def check(config: GenerateConfig, group: Team) -> None:
+def check(config: GenerateConfig, images: ImageFolder | ImageFile, group: Team) -> None:
     """Raise `UserError` for mistakes that can be found before the pipeline is loaded."""
     if group.world > config.num_images:
         raise UserError(
             f"num_images: {config.num_images} for {group.world} processes; start at most one for each image"
         )
-    output = output_of(config)
-    if is_folder(output.path):
-        with output.errors():
-            require_apart(output.path, output.inputs)
-    else:
-        output.check_file()
+    if isinstance(images, ImageFolder):
+        with images.output.errors():
+            require_apart(images.folder, images.output.inputs)
+    elif not images.is_published():
+        images.output.check_file()
 
 
 def output_of(config: GenerateConfig) -> Output:
@@ -168,6 +168,8 @@ def make_images(
     """Make the images of these numbers. A thread writes them while the next ones are drawn."""
     from tqdm import tqdm
 
+    if not numbers:
+        return
     require_begun(images.folder)
     batches = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
     many = shows and len(batches) > 1  # of one batch, the tokens are counted
@@ -264,9 +266,21 @@ class ImageFile:
         self.place = f" in one {'grid' if self.is_grid else 'file'}: {self.output.path}"
         self.result = self.folder / f"result{self.output.path.suffix}"
 
+    def is_published(self) -> bool:
+        """Whether the file is what a process wrote that was killed before it removed the work folder."""
+        with suppress(OSError):
+            return os.path.samefile(self.folder / PUBLISHED, self.output.path)
+        return False
+
     def begin(self, job: dict[str, Any]) -> list[int]:
         """Begin the work folder, or continue in it; return the numbers of the images that are missing. Raises
         `UserError` for files of something else, and for images of another job unless they may be overwritten."""
+        if self.is_published():
+            same = read_job(self.folder) == json.loads(json.dumps(job))
+            self.remove_work()
+            if same:
+                return []
+            self.output.check_file()
         begin_or_replace(self, job, {IMAGES, DONE})
         count, (channels, height, width) = job["num_images"], job["image_shape"]
         with self.output.errors():
@@ -301,6 +315,8 @@ class ImageFile:
 
     def finish(self, job: dict[str, Any]) -> None:
         """Write the file, and remove the work folder. Raises `UserError` for an image that is missing."""
+        if not self.folder.exists():  # it had been published
+            return
         if (done := self.read_done()) is None or not done.all():
             raise UserError(f"out: images are missing in {self.folder}; all processes have to see the same disk")
         images, labels = np.load(self.folder / IMAGES, mmap_mode="r"), label_ids(job)
@@ -311,9 +327,16 @@ class ImageFile:
                 write_picture(class_grid(np.array(images), names, self.columns, captions=self.captions), path)
             else:
                 write_npz(path, images, labels)
-        for name in (DONE, IMAGES, JOB):
+            (self.folder / PUBLISHED).unlink(missing_ok=True)
+            with suppress(OSError):  # a disk without links
+                os.link(path, self.folder / PUBLISHED)
+        self.remove_work()
+
+    def remove_work(self) -> None:
+        """Remove the work folder, if nothing of others is in it."""
+        for name in (DONE, IMAGES, JOB, PUBLISHED):
             (self.folder / name).unlink(missing_ok=True)
-        with suppress(OSError):  # something else is there
+        with suppress(OSError):
             self.folder.rmdir()
 
 

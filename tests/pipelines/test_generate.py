@@ -179,6 +179,20 @@ def test_killed_anywhere_it_goes_on_and_the_bytes_are_the_same(pipeline, tmp_pat
     assert [path.name for path in out.parent.iterdir()] == [form]
 
 
+@pytest.mark.parametrize("form", ["grid.png", "set.npz"])
+def test_killed_after_the_file_has_its_name_it_is_finished(pipeline, tmp_path, monkeypatch, capsys, form):
+    settings = config(pipeline, tmp_path / form)
+    interrupt(monkeypatch, settings, generate.ImageFile, "remove_work", 0)
+    before = written(tmp_path / form)
+    with pytest.raises(UserError, match="exists"):
+        run(config(pipeline, tmp_path / form, seed=1))
+    again = config(pipeline, tmp_path / form, overwrite=True)
+    interrupt(monkeypatch, again, generate.ImageFile, "remove_work", 0)
+    run(settings)
+    assert "already finished" in capsys.readouterr().out and written(tmp_path / form) == before
+    assert [path.name for path in tmp_path.iterdir()] == [form]
+
+
 def test_others_continue_what_one_began(pipeline, tmp_path, monkeypatch):
     run(config(pipeline, tmp_path / "whole"))
     interrupt(monkeypatch, config(pipeline, tmp_path / "parts"))
