@@ -55,8 +55,8 @@ $(DONE)/gpt_digits: $(DONE)/digits_tokens
 	@touch $@
 
 $(DONE)/evaluation: $(DONE)/gpt_digits
-	$(BIN)/smalti generate pipeline=$(RUNS)/gpt_digits/pipeline num_images=100 out=$(RUNS)/gpt_digits/grid.png
-	$(BIN)/smalti evaluate pipeline=$(RUNS)/gpt_digits/pipeline > /dev/null
+	$(BIN)/smalti generate pipeline=$(RUNS)/gpt_digits/pipeline num_images=100 overwrite=true out=$(RUNS)/gpt_digits/grid.png
+	$(BIN)/smalti evaluate pipeline=$(RUNS)/gpt_digits/pipeline overwrite=true > /dev/null
 	@touch $@
 
 test: $(TESTS) check

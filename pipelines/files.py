@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from pydantic import Strict, TypeAdapter, ValidationError
 
 from tokenizer.files import (
+    FULL,
     MANIFEST,
     FolderKind,
     FormatError,
@@ -232,7 +233,7 @@ def atomic_files(target: Path | str, *, overwrite: bool = False, temporary: Path
 def replace_file(path: Path, data: bytes) -> None:
     """Write `path`, a file of a folder that is known to be ours, whole or not at all.
 
-    Raises `PathError` for a link, and `OSError` that names the path.
+    Raises `PathError` for a link, and `OSError` that names the path and, of a full disk, the bytes needed and free.
     """
     if path.is_file() and not path.is_symlink() and path.read_bytes() == data:
         return  # an unchanged file needs no free space
@@ -240,7 +241,11 @@ def replace_file(path: Path, data: bytes) -> None:
         with atomic_file(path, overwrite=True) as temporary:
             temporary.write_bytes(data)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        reason = error.strerror
+        if error.errno in FULL:
+            free = shutil.disk_usage(path.parent).free
+            reason = f"needs {len(data):,} bytes, {free:,} are free; {reason}"
+        raise OSError(error.errno, reason, str(path)) from error
 
 
 # One writer at a time -----------------------------------------------------------------------------

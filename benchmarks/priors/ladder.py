@@ -156,7 +156,7 @@ def measure(pipe: Any, data: Any, rows: int, run: Path) -> dict[str, Any]:
     if not path.is_file():
         figures = {"parameters": sum(p.numel() for p in pipe.prior.parameters())}
         figures |= likelihood(pipe, data.splits["test"], rows) | agreement(pipe, data)
-        save_picture(pipe.sample_picture(), run / "samples.png")
+        save_picture(pipe.sample_picture(), run / "samples.png", overwrite=True)
         write_whole(figures, path)
     return json.loads(path.read_text())
 

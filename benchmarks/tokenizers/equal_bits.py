@@ -236,7 +236,8 @@ def report(known: dict[str, Node], times: Node, out: Path) -> None:
         print(f"\neach network at its best size\n\n{table(best)}")
     print(f"\nthe same held-out images by each: {sheet(ranked(found), out)}")
     if all("bits_per_token" in run for runs in found.values() for run in runs):
-        save_picture(rate_distortion(found, f"{out.name}: rate and distortion"), out / "rate_distortion.png")
+        picture = rate_distortion(found, f"{out.name}: rate and distortion")
+        save_picture(picture, out / "rate_distortion.png", overwrite=True)
         print(f"bits against PSNR: {out / 'rate_distortion.png'}")
 
 

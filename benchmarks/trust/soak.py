@@ -145,7 +145,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from benchmarks.support.soak_curves import picture
     from pipelines.images.pictures import save_picture
 
-    save_picture(picture(rows), path)
+    save_picture(picture(rows), path, overwrite=True)
     print(f"\n{path}")
 
 

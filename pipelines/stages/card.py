@@ -9,7 +9,7 @@ from prior import Prior
 from tokenizer import Tokenizer
 
 from ..images.origin import shareable, told_on_card
-from .metadata import header_of, run_links
+from .metadata import card_data, run_links
 
 FIGURES = {
     "validation_psnr": "PSNR of reconstructions, validation images (dB)",
@@ -86,38 +86,56 @@ COUNTS = {
 """The figures that are means over images, and which figure of `smalti evaluate` says over how many."""
 
 
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ tokenizer.name }} + {{ prior.name }}
+
+Generates {{ height }} x {{ width }} {{ colours }} images, {{ classes }}. The tokenizer (`{{ tokenizer.name }}`, \
+{{ counts[0] }} parameters) turns an image into {{ shape }} ids of {{ prior.grid.vocab_size }}; the prior \
+(`{{ prior.name }}`, {{ counts[1] }} parameters) models them.
+{% if source %}
+Trained on {{ source }}.
+{% endif %}{% if has_grid %}
+![samples](samples.png)
+{% endif %}
+```python
+from pipelines import ImagePipeline
+pipe = ImagePipeline.from_pretrained("this folder or Hub id")
+images = pipe(num_images=4{{ ", labels=0" if prior.num_classes else "" }}, seed=0).images
+```
+{% for line in lines %}
+{{ line }}{% endfor %}
+"""
+
+
 def model_card(
     tokenizer: Tokenizer, prior: Prior, labels: Sequence[str], provenance: dict[str, Any], has_grid: bool
 ) -> str:
-    """Markdown with a metadata header; figures come from `provenance`, and none is shown that is not there. has_grid:
-    whether a picture of samples lies beside the card."""
+    """Return markdown with a metadata header; figures come from `provenance`, and none is shown that is not there.
+    has_grid: whether a picture of samples lies beside the card."""
+    from huggingface_hub import ModelCard
+
     channels, height, width = tokenizer.image_shape
-    shape = " x ".join(map(str, prior.grid.shape))
-    counts = [sum(p.numel() for p in part.parameters()) for part in (tokenizer, prior)]
     facts = shareable(provenance)
-    source = told_on_card(facts)
-    header = header_of(tokenizer, prior, facts, shown_figures(facts), has_grid)
-    classes = f"{prior.num_classes} classes ({', '.join(labels)})" if prior.num_classes else "no classes"
-    lines = [
-        f"# {tokenizer.name} + {prior.name}",
-        "",
-        f"Generates {height} x {width} {'grey' if channels == 1 else 'RGB'} images, {classes}. The tokenizer "
-        f"(`{tokenizer.name}`, {counts[0]:,} parameters) turns an image into {shape} ids of {prior.grid.vocab_size}; "
-        f"the prior (`{prior.name}`, {counts[1]:,} parameters) models them.",
-        "",
-        *([f"Trained on {source}.", ""] if source else []),
-        *(["![samples](samples.png)", ""] if has_grid else []),
-        "```python",
-        "from pipelines import ImagePipeline",
-        'pipe = ImagePipeline.from_pretrained("this folder or Hub id")',
-        f"images = pipe(num_images=4{', labels=0' if prior.num_classes else ''}, seed=0).images",
-        "```",
-        "",
-        *tuned_lines(facts.get("tuning", {})),
-        *figure_lines(facts, exact=prior.exact),
-        *run_links(facts),
-    ]
-    return "\n".join([header, "", *lines])
+    card = ModelCard.from_template(
+        card_data(tokenizer, prior, facts, shown_figures(facts), has_grid),
+        template_str=TEMPLATE,
+        tokenizer=tokenizer,
+        prior=prior,
+        counts=[f"{sum(p.numel() for p in part.parameters()):,}" for part in (tokenizer, prior)],
+        height=height,
+        width=width,
+        colours="grey" if channels == 1 else "RGB",
+        shape=" x ".join(map(str, prior.grid.shape)),
+        classes=f"{prior.num_classes} classes ({', '.join(labels)})" if prior.num_classes else "no classes",
+        source=told_on_card(facts),
+        has_grid=has_grid,
+        lines=[*tuned_lines(facts.get("tuning", {})), *figure_lines(facts, exact=prior.exact), *run_links(facts)],
+    )
+    return str(card)
 
 
 def shown_figures(provenance: dict[str, Any]) -> dict[str, Any]:

@@ -1,18 +1,20 @@
 """The header of a model card, which the Hub reads: library, licence, tags, pictures, and figures as a `model-index`.
 
-Written as huggingface_hub's `ModelCardData` reads it. The Hub's documentation: "Model cards" and "Model card metadata".
+The Hub's documentation: "Model cards" and "Model card metadata".
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prior import Prior
 from tokenizer import Tokenizer
 
-from ..config.yaml_text import write_yaml
 from ..images.origin import told_on_card
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
 
 HUB_DATASET = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 HUB_LICENCE = r"[a-z0-9][a-z0-9.+-]{0,63}"
@@ -35,27 +37,30 @@ what they are called."""
 BOUNDED = ("bits_per_dim", "bits_per_token")
 
 
-def header_of(tokenizer: Tokenizer, prior: Prior, facts: dict[str, Any], figures: dict[str, Any], grid: bool) -> str:
-    """The header, with its dashes. facts: `shareable` provenance. figures: those that the card shows, by name. grid:
-    whether a picture of samples lies beside the card."""
-    source = str(facts.get("data", {}).get("source", ""))
-    licence = facts.get("license")
-    header: dict[str, Any] = {"library_name": "smalti"}
-    if isinstance(licence, str) and re.fullmatch(HUB_LICENCE, licence):
-        header["license"] = licence
-    if not prior.num_classes:  # the Hub has no task of images of a class, which are not to be found among these
-        header["pipeline_tag"] = task_of(prior)
+def card_data(
+    tokenizer: Tokenizer, prior: Prior, facts: dict[str, Any], figures: dict[str, Any], has_grid: bool
+) -> ModelCardData:
+    """Return what the header of a card says. facts: `shareable` provenance. figures: those that the card shows, by
+    name. has_grid: whether a picture of samples lies beside the card."""
+    from huggingface_hub import ModelCardData
+
+    source, licence = str(facts.get("data", {}).get("source", "")), facts.get("license")
     kind = "class-conditional" if prior.num_classes else "unconditional"
-    header["tags"] = ["image-generation", kind, tokenizer.name, prior.name]
-    if is_on_hub(source):
-        header["datasets"] = [source]
-    if grid:
+    more: dict[str, Any] = {}
+    if has_grid:
         text = "samples, one class per column" if prior.num_classes else "samples"
-        header["widget"] = [{"text": text, "output": {"url": "samples.png"}}]
+        more["widget"] = [{"text": text, "output": {"url": "samples.png"}}]
     if results := results_of(prior, facts, figures):
-        name = f"{tokenizer.name} + {prior.name}"
-        header["model-index"] = [{"name": name, "results": results}]
-    return f"---\n{write_yaml(header)}---"
+        more |= {"model_name": f"{tokenizer.name} + {prior.name}", "eval_results": results}
+    return ModelCardData(
+        library_name="smalti",
+        license=licence if isinstance(licence, str) and re.fullmatch(HUB_LICENCE, licence) else None,
+        # The Hub has no task of images of a class, which are not to be found among these.
+        pipeline_tag=None if prior.num_classes else task_of(prior),
+        tags=["image-generation", kind, tokenizer.name, prior.name],
+        datasets=[source] if is_on_hub(source) else None,
+        **more,
+    )
 
 
 def is_on_hub(source: str) -> bool:
@@ -68,24 +73,24 @@ def task_of(prior: Prior) -> str:
     return "class-conditional-image-generation" if prior.num_classes else "unconditional-image-generation"
 
 
-def results_of(prior: Prior, facts: dict[str, Any], figures: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results of a `model-index`: the figures of reconstructions, and those of samples and densities."""
+def results_of(prior: Prior, facts: dict[str, Any], figures: dict[str, Any]) -> list[EvalResult]:
+    """Return the results of a `model-index`: the figures of reconstructions, and those of samples and densities."""
+    from huggingface_hub import EvalResult
+
     source = str(facts.get("data", {}).get("source", ""))
-    told = told_on_card(facts) or "images that are not known"
+    name = (told_on_card(facts) or "images that are not known").strip("`")
     kind = source if is_on_hub(source) else "digits" if source == "digits" else "imagefolder"
-    data = {"name": told.strip("`"), "type": kind, "split": "test"}
     tasks = {"reconstruction": "image-to-image", "generation": task_of(prior)}
-    space, results = figures.get("feature_space"), []
-    for about, task in tasks.items():
-        metrics = []
-        for name, (group, label) in METRICS.items():
-            value = figures.get(name)
-            if group == about and type(value) in (int, float):
-                bound = "" if prior.exact or name not in BOUNDED else " (upper bound)"
-                label = label.format(space=space) + bound
-                metrics.append({"type": name, "value": float(f"{value:.6g}"), "name": f"{label}, held out"})
-        if metrics:
-            results.append({"task": {"type": task}, "dataset": dict(data), "metrics": metrics})
+    results = []
+    for metric, (group, label) in METRICS.items():
+        value = figures.get(metric)
+        if type(value) in (int, float):
+            bound = "" if prior.exact or metric not in BOUNDED else " (upper bound)"
+            title = f"{label.format(space=figures.get('feature_space'))}{bound}, held out"
+            number = float(f"{value:.6g}")
+            results.append(
+                EvalResult(tasks[group], kind, name, metric, number, dataset_split="test", metric_name=title)
+            )
     return results
 
 

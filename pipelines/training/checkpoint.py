@@ -108,7 +108,7 @@ def write_checkpoint(
     sharded: every process calls this, and writes its pieces; otherwise the main process alone does. best: the best of
     the averaged weights, whole, on the main process. Raises `OSError`.
     """
-    target = run / "state" / f"step-{step:08d}"
+    target = run / "state" / f"step-{step:08d}"  # may be there: damaged, or of a run that was asked to end
     temporary = [temporary_name(target)]
     if main:
         make_folder(target.parent)
@@ -126,7 +126,7 @@ def write_checkpoint(
             write_json(temporary[0] / RECORD, {"format_version": 1, "step": step, **record})
             fsync(temporary[0] / RECORD)
             fsync(temporary[0])
-            if target.exists():  # a damaged one, which was passed over
+            if target.exists():
                 _discard(target)
             temporary[0].rename(target)
             fsync(target.parent)
@@ -164,14 +164,17 @@ def load_newest(
     """
     checkpoints = list_checkpoints(run)
     for checkpoint in reversed(checkpoints):
-        error: Exception | None = None
+        error: BaseException | None = None
         try:
             record = read_json(checkpoint / RECORD)
             if record.get("format_version") != 1 or record.get("step") != step_of(checkpoint):
                 raise ValueError(f"{RECORD} is not that of step {step_of(checkpoint)}, or of another version")
-            best = load_file(checkpoint / BEST) if (checkpoint / BEST).exists() else None
+            best = load_file(checkpoint / BEST) if record.get("best") else None
+            if best is not None:
+                require_same_shapes(best, average)
             load_tensors(checkpoint / TENSORS, model, average, optimizers)
-        except Exception as caught:  # a damaged file may raise anything, and an older checkpoint may be whole
+        # A damaged file may raise anything, and an older checkpoint may be whole. Torch's is a BaseException.
+        except (Exception, dcp.CheckpointException) as caught:
             error = caught
         if all_agree(error is None):
             return record, best
@@ -183,6 +186,14 @@ def load_newest(
             f"from the beginning, choose another out=, or delete {run}"
         )
     return {}, None
+
+
+def require_same_shapes(tensors: Tensors, model: nn.Module) -> None:
+    """Raise `ValueError` unless these are tensors of the model."""
+    found, expected = ({name: value.shape for name, value in each.items()} for each in (tensors, model.state_dict()))
+    if found != expected:
+        differing = min(name for name, _ in found.items() ^ expected.items())
+        raise ValueError(f"{BEST}: {differing} has shape {found.get(differing)}, expected {expected.get(differing)}")
 
 
 def load_tensors(folder: Path, model: nn.Module, average: nn.Module, optimizers: Mapping[str, Optimizer]) -> None:
@@ -211,6 +222,8 @@ def load_tensors(folder: Path, model: nn.Module, average: nn.Module, optimizers:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that each process reads alone, which it is to do
         dcp.load(tensors, storage_reader=reader, no_dist=True)
+    for optimizer in optimizers.values():
+        optimizer.state.clear()  # of a newer checkpoint, which another process could not load
     for key, (optimizer, parameter, entry) in moments.items():
         optimizer.state[parameter][entry] = tensors[key]
 

@@ -92,12 +92,7 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
         accelerator.wait_for_everyone()
         snapshots = task.snapshots
 
-        def begin() -> None:
-            check_run_folder(run, config, snapshots)
-            write_config(run, config)
-            remove_leftovers(run)
-
-        group.first(begin)
+        group.first(lambda: check_run_folder(run, config, snapshots))
         trainer = Trainer(task, config, accelerator)
         with heed_signals(trainer.stop, alone=group.world == 1):
             try:
@@ -181,7 +176,7 @@ class Trainer:
 
     def __init__(self, task: Task, config: Any, accelerator: Accelerator) -> None:
         """Place the task on the device, and load the newest checkpoint, if there is one."""
-        self.task, self.config, self.run = task, config.train, Path(config.out)
+        self.task, self.settings, self.config, self.run = task, config, config.train, Path(config.out)
         self.accelerator, self.device, self.group = accelerator, accelerator.device, team_of(accelerator)
         self.main, self.sharded = accelerator.is_main_process, is_sharding(accelerator)
         self.hosts: Any = None  # a process group in which no GPU takes part
@@ -204,11 +199,14 @@ class Trainer:
             for player, parameters in task.players.items()
         }
         record = self.load()
+        self.group.first(self.prepare_run_folder)
         self.step: int = record.get("step", 0)
         self.minutes: float = record.get("minutes", 0.0)
         self.scalars = RunningMeans.from_json(record.get("scalars", []), self.device)
         self.skips = torch.tensor(record.get("skips", [0, 0]), device=self.device)  # in all, and in a row
         self.no_row = torch.tensor([1, 0], device=self.device)
+        self.last_terms: dict[str, tuple[tuple[str, ...], Tensor]] = {}
+        """The scalars of each player's last step, by their names."""
         self.evaluation: dict[str, float] = record.get("evaluation", {})
         self.reported: dict[str, float] = record.get("reported", {})  # on held-out images, at the end
         self.best: dict[str, Any] = record.get("best", {})  # step, score and evaluation
@@ -218,8 +216,10 @@ class Trainer:
         self.since = self.step, time.monotonic()
         if not self.sharded:
             task.nets = {name: accelerator.prepare_model(net.to(self.device)) for name, net in task.nets.items()}
-        # The line of a pending log is written again, also that of step 1: the run goes on all the same.
-        resume_step = self.step - 0.5 * ("log" in self.pending)
+        # The record goes on after this step; before it, where a line of this step is still to be made, which a process
+        # that was lost may have made already.
+        undone = not {"log", "evaluate"}.isdisjoint(self.pending)
+        resume_step = self.step + (-0.5 if undone else 0.5) if record else 0
         self.tracker = Tracker(
             self.run, config.track, config.model_dump(mode="json"), active=self.main, resume_step=resume_step
         )
@@ -249,6 +249,11 @@ class Trainer:
                 "new end has to lie ahead of that; nothing was changed"
             )
         return record
+
+    def prepare_run_folder(self) -> None:
+        """Write the configuration, now that nothing refuses it, and delete what killed processes left."""
+        write_config(self.run, self.settings)
+        remove_leftovers(self.run)
 
     def record(self) -> dict[str, Any]:
         """Return what a checkpoint holds besides tensors."""
@@ -286,7 +291,8 @@ class Trainer:
                 was_finished = self.is_finished(progress) if was_finished is None else was_finished
                 due = self.due(done)
                 if self.stopping and not done:
-                    self.pending = sorted(due)
+                    self.finish_writing()
+                    self.pending, self.unsaved = sorted(due), ""
                     self.save_checkpoint()
                     break
                 self.look(due, progress, done, bar)
@@ -396,8 +402,9 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad()
         prefix = "" if len(self.task.players) == 1 else f"{player}/"
-        self.last_terms = tuple(prefix + name for name in terms), values
-        self.scalars.add(*self.last_terms, finite)
+        names = tuple(prefix + name for name in terms)
+        self.last_terms[player] = names, values
+        self.scalars.add(names, values, finite)
         return finite
 
     def accumulate(self, player: str, micro_batches: list[Any]) -> dict[str, Tensor]:
@@ -429,8 +436,10 @@ class Trainer:
         """Return how many steps were skipped. Raises `UserError` if these are the last ten in a row."""
         skipped, in_a_row = self.skips.tolist()
         if in_a_row >= MAX_SKIPPED:
-            names, values = self.last_terms
-            sick = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
+            terms = [
+                pair for names, values in self.last_terms.values() for pair in zip(names, values.tolist(), strict=True)
+            ]
+            sick = [name for name, value in terms if not math.isfinite(value)]
             raise UserError(
                 f"step {self.step}: {in_a_row} steps in a row were not finite ({', '.join(sick)}). The last good "
                 "checkpoint is kept; try a lower train.lr or train.clip"
@@ -563,17 +572,15 @@ class Trainer:
 
     def save_snapshot(self, average: nn.Module, pictures: dict[str, Any], done: bool) -> None:
         """Write the snapshot for users. If that fails, the run goes on, and its checkpoint says what is left to do."""
-        self.unsaved, facts = (
-            "",
-            {"steps": self.step, "minutes": round(self.minutes, 3), **describe_figures(self, done)},
-        )
+        self.unsaved = ""
+        facts = {"steps": self.step, "minutes": round(self.minutes, 3), **describe_figures(self, done)}
         if url := self.tracker.run_url:
             facts["run_url"] = url
         try:
             self.task.save(average, self.run, facts, pictures)
         except (OSError, SafetensorError, PathError) as error:
             self.pending = ["save"]
-            self.warn_unsaved(error)
+            self.warn_unsaved(self.step, error)
 
     def save_checkpoint(self) -> None:
         """Save what the run continues from. It is copied, and a thread writes it while training goes on; sharded
@@ -595,24 +602,24 @@ class Trainer:
         except OSError as caught:
             error = caught
         if error is not None:
-            self.warn_unsaved(error)
+            self.warn_unsaved(self.step, error)
         if not self.all_agree(error is None):
             return
         best = self.best_weights if self.main else None
         facts: dict[str, Any] = {"main": self.main, "sharded": self.sharded}
         if self.sharded:
-            self.write(partial(write_checkpoint, self.run, self.step, tensors, self.record(), best, **facts))
+            self.write(self.step, partial(write_checkpoint, self.run, self.step, tensors, self.record(), best, **facts))
         elif self.main:
             copies, record = copy_to_cpu(tensors), copy.deepcopy(self.record())
             write = partial(write_checkpoint, self.run, self.step, copies, record, best, **facts)
-            self.writing = self.writer.submit(self.write, write)
+            self.writing = self.writer.submit(self.write, self.step, write)
 
-    def write(self, write: Callable[[], None]) -> None:
-        """Call `write`, and warn where it fails."""
+    def write(self, step: int, write: Callable[[], None]) -> None:
+        """Call `write`, which saves this step, and warn where it fails."""
         try:
             write()
         except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
-            self.warn_unsaved(error)
+            self.warn_unsaved(step, error)
 
     def finish_writing(self) -> None:
         """Wait until the last checkpoint is written."""
@@ -620,10 +627,10 @@ class Trainer:
         if writing is not None:
             writing.result()
 
-    def warn_unsaved(self, error: Exception) -> None:
+    def warn_unsaved(self, step: int, error: Exception) -> None:
         """Warn, on the main process, that something is not saved, and keep it in mind for the end of the run."""
         if self.main:
-            self.unsaved = f"step {self.saved_step}: {self.run}: {error}"
+            self.unsaved = f"step {step}: {self.run}: {error}"
             tell(f"warning: not saved: {self.unsaved}; older checkpoints are kept")
 
     def all_agree(self, value: bool) -> bool:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +19,6 @@ from launch import (
     arguments,
     assert_equal_tensors,
     dotted,
-    exact,
     losses,
     make_tokens,
     metrics,
@@ -34,6 +31,7 @@ from launch import (
     two_processes,
 )
 from one_process import one_process
+from tiny_task import assert_same_run, killed_at, read_checkpoint, stopped_at
 
 from pipelines import ImagePipeline
 from pipelines import train_prior as verb
@@ -41,10 +39,7 @@ from pipelines.config import UserError
 from pipelines.config.command import parse
 from pipelines.tokens import load_tokens
 from pipelines.train_prior import PriorTask, TrainPriorConfig
-from pipelines.training import run_folder
-from pipelines.training.checkpoints.states import STATE
-from pipelines.training.run_folder import identity_of, require_same_run
-from tokenizer.files import PathError, read_json, write_json
+from tokenizer.files import PathError
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -82,7 +77,7 @@ def test_the_model_is_that_of_the_pipeline(made, tmp_path):
     assert {key: config.model[key] for key in GPT} == GPT and config.objective is None
     task, before = PriorTask(config), ImagePipeline.from_pretrained(init).prior
     assert_equal_tensors(task.model.state_dict(), before.state_dict())
-    assert task.begun == {"source": str(init), "fingerprint": before.fingerprint()}
+    assert task.init == {"source": str(init), "fingerprint": before.fingerprint()}
 
 
 def test_training_settings_may_differ(made, tmp_path):
@@ -106,7 +101,7 @@ def test_what_does_not_fit_is_refused_in_a_line(made, tmp_path):
     for message, (source, more) in cases.items():
         with pytest.raises(UserError, match=message) as caught:
             verb.run(resolved(run, source, init, **more))
-        assert "\n" not in str(caught.value) and not (run / "config.yaml").exists()
+        assert "\n" not in str(caught.value) and not (run / "config.json").exists()
     with pytest.raises(PathError, match="neither an existing folder nor a Hub id"):
         verb.run(resolved(tmp_path / "run", tokens, tmp_path / "nowhere"))
 
@@ -196,18 +191,17 @@ def test_what_a_run_leaves(made, aligned):
         "fingerprint": before.prior.fingerprint(),
     }
     assert "best_step" not in facts  # fewer bits are not better here
-    names = {name.split("/")[-1] for name in tensors(aligned / "state")}
+    names = set(read_checkpoint(states(aligned)[-1]))
     assert names and not any("frozen" in name or "reference" in name for name in names)
 
 
 def test_continued_equals_uninterrupted(made, aligned, tmp_path):
-    """From the state of the fourth step on, in a run whose later states and figures are lost: every bit."""
-    out = tmp_path / "run"
-    shutil.copytree(aligned, out)
-    shutil.rmtree(states(out)[-1])
-    verb.run(resolved(out, *made, **RUN))
-    assert_equal_tensors(tensors(out), tensors(aligned))
-    assert exact(out) == exact(aligned) and len(exact(out)) == 8
+    with stopped_at(3):
+        verb.run(resolved(tmp_path / "run", *made, **RUN))
+    with killed_at(7):
+        verb.run(resolved(tmp_path / "run", *made, **RUN))
+    verb.run(resolved(tmp_path / "run", *made, **RUN))
+    assert_same_run(tmp_path / "run", aligned)
 
 
 def test_a_run_goes_on_with_the_model_it_began_with(made, aligned, tmp_path):
@@ -225,27 +219,6 @@ def test_a_run_goes_on_with_the_model_it_began_with(made, aligned, tmp_path):
         aside.rename(init)
     assert "\n" not in str(caught.value)
     assert_equal_tensors(tensors(out), before)
-
-
-def test_states_are_known_by_the_model_that_a_run_began_with(made, tmp_path):
-    config, begun = resolved(tmp_path / "run", *made, **RUN), {"source": "there", "fingerprint": "a" * 64}
-    another = {**begun, "fingerprint": "b" * 64}
-    for then, now, fits in [(begun, begun, True), (None, begun, True), (None, None, True), (another, begun, False)]:
-        write_json(tmp_path / STATE, {"config": identity_of(config, then)})
-        with nullcontext() if fits else pytest.raises(UserError, match="init: there holds another model"):
-            require_same_run(tmp_path, config, now)
-        found = read_json(tmp_path / STATE)["config"]
-        assert found.get("init.fingerprint") == (then and then["fingerprint"])
-
-
-def test_processes_begin_with_one_model(made, tmp_path, monkeypatch):
-    """Of the frozen copy, which each reads by itself, nothing is sent between them."""
-    begun = {"source": "there", "fingerprint": "a"}
-    team = SimpleNamespace(gather=lambda act: [act(), {**act(), "fingerprint": "b"}], first=lambda act: act())
-    monkeypatch.setattr(run_folder, "team_of", lambda accelerator: team)
-    with pytest.raises(UserError, match="init: processes found different models there"):
-        run_folder.newest_state(tmp_path / "run", resolved(tmp_path / "run", *made, **RUN), None, begun)
-    assert not (tmp_path / "run").exists()
 
 
 def test_micro_batches_add_up(made, tmp_path):

@@ -52,7 +52,7 @@ def save_pipeline(root, config, tokenizer, prior, num_classes):
 
 
 def evaluate(root, *options):
-    main(["evaluate", f"pipeline={root}/pipeline", "feature_steps=3", *options])
+    main(["evaluate", f"pipeline={root}/pipeline", "feature_steps=3", "overwrite=true", *options])
     folder = root / "evaluation"
     card = (root / "pipeline" / "README.md").read_text()
     return json.loads((folder / "evaluation.json").read_text()), (folder / "evaluation.txt").read_text(), card

@@ -13,7 +13,7 @@ import threading
 import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -188,15 +188,6 @@ def test_what_is_executed_is_written(tmp_path, monkeypatch, capsys):
     told = capsys.readouterr()
     assert "1_chain_rule: 0 s, 1 pictures\n" in told.out and told.err == "2_two_stages.py: cell 3 failed: x\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1_chain_rule.ipynb", "2_two_stages.ipynb"]
-
-
-def test_progress_of_a_training_is_no_error_in_a_notebook(monkeypatch):
-    from pipelines.training.reporting import lines_go_to
-
-    assert lines_go_to() is sys.stderr
-    stream = type("OutStream", (SimpleNamespace,), {"__module__": "ipykernel.iostream"})()
-    monkeypatch.setattr(sys, "stderr", stream)
-    assert lines_go_to() is sys.stdout
 
 
 # The Hub of notebook 5

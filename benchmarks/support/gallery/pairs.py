@@ -150,8 +150,8 @@ def stages(pair: Pair, choices: Choices) -> dict[str, list[str]]:
             *pace(preset_of("prior", pair.prior), share),
             *quiet,
         ],
-        "tune": [f"pipeline={prior}/pipeline", f"minutes={pair.tune * share:.4g}"],
-        "evaluate": [f"pipeline={prior}/pipeline"],
+        "tune": [f"pipeline={prior}/pipeline", "overwrite=true", f"minutes={pair.tune * share:.4g}"],
+        "evaluate": [f"pipeline={prior}/pipeline", "overwrite=true"],
     }
     if pair.augmentations:
         found["encode"].append(f"augmentations={pair.augmentations}")

@@ -25,6 +25,7 @@ from small_pipelines import make_pipeline
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.stages.storing import variant_of
+from tokenizer.files import hash_file, write_json
 
 pytestmark = needs_gradio
 
@@ -110,7 +111,8 @@ def test_a_pipeline_on_the_hub_is_named_and_code_may_be_installed(place, tmp_pat
     assert '"pipeline=me/gpt_digits"' in (tmp_path / "space" / "app.py").read_text()
     assert "- me/gpt_digits" in (tmp_path / "space" / "README.md").read_text()
     assert (tmp_path / "space" / "requirements.txt").read_text().startswith("smalti[app]==0.2.0\n")
-    assert {path.name for path in (tmp_path / "space").iterdir()} == {"app.py", "requirements.txt", "README.md"}
+    names = {path.name for path in (tmp_path / "space").iterdir()}
+    assert names == {"app.py", "requirements.txt", "README.md", "manifest.json"}
 
 
 @pytest.mark.slow
@@ -119,6 +121,8 @@ def test_a_space_is_uploaded_in_one_commit_that_removes_what_is_old(place, tmp_p
     (old / "pipelines").mkdir(parents=True)
     for name in ("pipelines/gone.py", "notes.txt", ".gitattributes"):
         (old / name).write_text("old")
+    listed = {"pipelines/gone.py": {"sha256": hash_file(old / "pipelines" / "gone.py"), "size": 3}}
+    write_json(old / "manifest.json", {"files": listed})
     with serve(tmp_path / "hub") as hub:
         told = run_client(__file__, hub, tmp_path / "home", str(place / "pipeline"), str(tmp_path / "out"))
     assert told == f"{hub.url}/spaces/me/digits"

@@ -126,7 +126,7 @@ def test_a_disk_that_is_full_is_said_of_the_folder_and_not_of_the_stream(tmp_pat
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # of a write, which knows no name
 
-    monkeypatch.setattr(decompress, "write_image", full)
+    monkeypatch.setattr(Image.Image, "save", full)
     line = fails(capsys, "decompress", *arguments(tmp_path, f"stream={path}", f"out={out}"))
     assert line == f"error: out: {out} cannot be written (No space left on device)" and not out.exists()
 

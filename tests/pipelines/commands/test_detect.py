@@ -216,10 +216,12 @@ def test_detect_looks_where_the_other_verbs_do(world, tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"data.held_out: {tmp_path}/new: there is no 'test', so 'val' is looked through\n"
     )
-    main([*argv, "data.held_out=test"])
+    main([*argv, "data.held_out=test", "overwrite=true"])
     assert {Path(row["file"]).parent.name for row in rows_of(tmp_path / "found/scores.csv")} == {"train"}
     assert "so all of 'train' is looked through; not used: val" in capsys.readouterr().err
-    assert "no split 'vla'; it has train, val; did you mean 'val'?" in fails(capsys, *argv, "data.held_out=vla")
+    assert "no split 'vla'; it has train, val; did you mean 'val'?" in fails(
+        capsys, *argv, "data.held_out=vla", "overwrite=true"
+    )
 
 
 def test_detect_says_which_images_it_looks_through(world, tmp_path, capsys):

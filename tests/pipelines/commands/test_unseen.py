@@ -59,7 +59,9 @@ def test_images_that_were_trained_on_are_not_called_held_out(world, tmp_path, ca
 def test_other_images_are_divided_in_any_way(world, tmp_path, verb):
     out = tmp_path / "out.png"
     main([*command(world, verb, out), f"data.source={world}/others", "data.held_out_fraction=0.5"])
-    main([*command(world, verb, out), "data.held_out_fraction=0.05"])  # some of those that were held out
+    main(
+        [*command(world, verb, out), "data.held_out_fraction=0.05", "overwrite=true"]
+    )  # some of those that were held out
     assert np.asarray(Image.open(out)).std() > 0
 
 
@@ -69,5 +71,5 @@ def test_a_model_that_does_not_say_what_it_was_trained_on_is_believed(world, tmp
         pipe.provenance = provenance
         pipe.save_pretrained(tmp_path / "pipe")
         given = [f"data.source={world}/images", f"data.image_size={SIZE}", "data.held_out_fraction=0.5"]
-        main(["search", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/out.png", *given])
+        main(["search", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/out.png", "overwrite=true", *given])
         assert (tmp_path / "out.png").exists()

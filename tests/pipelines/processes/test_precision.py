@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from launch import assert_equal_tensors, exact, losses, prior_arguments, states, tensors, train_prior, train_tokenizer
+from launch import losses, prior_arguments, tensors, train_prior, train_tokenizer
 from one_process import begin_anew
+from tiny_task import assert_same_run, killed_at, train_tiny
 from torch.overrides import TorchFunctionMode
 
 from pipelines.config import UserError
 from pipelines.config.arguments import read_file
-from pipelines.config.command import RunError, parse
+from pipelines.config.command import parse
 from pipelines.config.schema import to_yaml
 from pipelines.processes import precision
-from pipelines.processes.precision import Precision, bf16_of_cpu, choose_precision
+from pipelines.processes.precision import Precision, bf16_of_cpu, choose_precision, told_precision
 from pipelines.train_prior import TrainPriorConfig
-from pipelines.training import loop as training
-from pipelines.training.extending import begun_precision
-from tokenizer.files import write_manifest
+from pipelines.training import reporting
+from pipelines.training.checkpoint import read_newest_record
 
 pytestmark = pytest.mark.usefixtures("one_process")
 LIMITS = {
@@ -117,20 +116,6 @@ def test_a_limit_of_torchs_own_loops_is_heeded():
     assert "mixed='no'" in said.stdout
 
 
-def interrupted_at(monkeypatch, step: int, run) -> None:
-    """Run something that trains, and end it before this step."""
-    take_step = training.take_step
-
-    def interrupted(now, *rest):
-        if now.step == step:
-            raise KeyboardInterrupt
-        take_step(now, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, RunError)):
-        patch.setattr(training, "take_step", interrupted)
-        run()
-
-
 def test_a_run_keeps_the_precision_it_began_with(tmp_path, tokens, monkeypatch, capsys):
     """On a machine that would choose another one, to the bit."""
     found = iter([("bf16", "this CPU has AMX"), ("bf16", "this CPU has AMX"), ("no", "it has nothing")])
@@ -138,33 +123,42 @@ def test_a_run_keeps_the_precision_it_began_with(tmp_path, tokens, monkeypatch, 
     more = {"train__mixed_precision": "auto", "train__optimizer": "muon", "train__save_every": 2, "train__steps": 4}
     whole = train_prior(tmp_path / "whole", tokens, **more)
     assert "bf16 mixed precision (auto: this CPU has AMX)" in capsys.readouterr().out
-    interrupted_at(monkeypatch, 3, lambda: train_prior(tmp_path / "resumed", tokens, **more))
-    assert begun_precision(tmp_path / "resumed") == "bf16" and capsys.readouterr()
+    with killed_at(3):
+        train_prior(tmp_path / "resumed", tokens, **more)
+    assert read_newest_record(tmp_path / "resumed")["precision"] == "bf16" and capsys.readouterr()
     resumed = train_prior(tmp_path / "resumed", tokens, **more)
     said = capsys.readouterr().out
-    assert "continuing from step 2; " in said
-    assert "bf16 mixed precision (auto: as it began; here it would be no, as it has nothing)" in said
-    assert exact(resumed) == exact(whole)
-    assert_equal_tensors(tensors(resumed), tensors(whole))
+    assert "continuing from step 2; " in said and "bf16 mixed precision (auto: " in said
+    assert_same_run(resumed, whole)
 
 
-def test_a_launcher_may_change_its_mind_and_a_state_may_say_nothing(tmp_path, monkeypatch, capsys):
-    """A state of an earlier version does not tell; one of now does, and then the change is said."""
-    out = tmp_path / "run"
-    more = {"train__save_every": 2, "train__steps": 6}
-    interrupted_at(monkeypatch, 3, lambda: train_tokenizer(out, **more))
-    path = states(out)[-1] / "state.json"
-    state = json.loads(path.read_text())
-    assert state["counters"].pop("precision") == "no" == begun_precision(out)
-    path.write_text(json.dumps(state))
-    write_manifest(path.parent, step=2)
-    assert begun_precision(out) is None and capsys.readouterr()
-    interrupted_at(monkeypatch, 5, lambda: train_tokenizer(out, **more))
-    assert "mixed precision no ->" not in capsys.readouterr().out
+def test_a_launcher_may_change_its_mind(tmp_path, monkeypatch, capsys):
+    """And then the change is said, once."""
+    with killed_at(3):
+        train_tiny(tmp_path / "run", save_every=2)
+    with killed_at(5):
+        train_tiny(tmp_path / "run", save_every=2)
+    assert "mixed precision: " not in capsys.readouterr().out
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    train_tokenizer(out, **more)
-    assert "run: mixed precision no -> bf16 from here on; not the same as" in capsys.readouterr().out
-    assert begun_precision(out) == "bf16" and begun_precision(tmp_path) is None
+    begin_anew()
+    with killed_at(7):
+        train_tiny(tmp_path / "run", save_every=2)
+    train_tiny(tmp_path / "run", save_every=2)
+    assert capsys.readouterr().out.count("mixed precision: no -> bf16") == 1
+    assert read_newest_record(tmp_path / "run")["precision"] == "bf16" and read_newest_record(tmp_path) == {}
+
+
+def test_float32_on_a_gpu_that_has_bf16_is_said_once(tmp_path, monkeypatch, capsys):
+    """With the setting to give; nothing is said of what was asked for, or cannot be had, and nothing is changed."""
+    for mixed, has_bf16 in (("bf16", True), ("no", False), ("bf16", False)):
+        assert told_precision(mixed, has_bf16) == ""
+    assert "train.mixed_precision=auto" in told_precision("no", True) and "\n" not in told_precision("no", True)
+    before = torch.backends.cuda.matmul.fp32_precision
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)  # of a GPU that is not used
+    monkeypatch.setattr(reporting, "told_precision", lambda mixed, has_bf16: f"{mixed} {has_bf16}")
+    train_tiny(tmp_path / "run", steps=1)
+    assert capsys.readouterr().out.count("run: no False\n") == 1
+    assert torch.backends.cuda.matmul.fp32_precision == before
 
 
 class Products(TorchFunctionMode):

@@ -6,23 +6,19 @@ import pytest
 import torch
 from launch import (
     VQVAE,
-    assert_equal_tensors,
-    exact,
     losses,
     metrics,
     output_of,
     start,
     states,
-    tensors,
     tokenizer_arguments,
     train_tokenizer,
     two_processes,
 )
-from one_process import begin_anew, one_process
+from one_process import one_process
+from tiny_task import assert_same_run, killed_at, read_checkpoint, stopped_at
 
 from pipelines.config import UserError
-from pipelines.config.command import RunError
-from pipelines.training import loop
 from pipelines.training.adversary import Adversary, CriticConfig
 from tokenizer import Tokenizer
 from tokenizer.critic import PatchCritic
@@ -68,31 +64,26 @@ def test_its_weight_grows(whole):
     assert weights[: RAMP + 1] == pytest.approx([0.5 * share / RAMP for share in (1, 2, 3, 4, 4)])
 
 
-def test_a_continued_run_keeps_critic_and_optimizers(whole, tmp_path, monkeypatch):
-    run, take_step = tmp_path / "run", loop.take_step
-
-    def ends(now, *rest):
-        if now.step == 9:
-            now.writer.wait()  # what is saved is written
-            raise InterruptedError
-        take_step(now, *rest)
-
-    with monkeypatch.context() as patch, pytest.raises(RunError, match="InterruptedError"):
-        patch.setattr(loop, "take_step", ends)
+def test_a_continued_run_keeps_critic_and_optimizers(whole, tmp_path):
+    """Stopped before the critic has begun, and lost when it has its say."""
+    run = tmp_path / "run"
+    with stopped_at(START):
         train_tokenizer(run, **CRITIC, **STEPS)
-    begin_anew()
-    assert 8 in [int(path.name.split("-")[1]) for path in states(run)] and metrics(run)[-1]["step"] < 14
+    assert not [name for name in read_checkpoint(states(run)[-1]) if "optimizer.critic" in name]
+    with killed_at(9):
+        train_tokenizer(run, **CRITIC, **STEPS)
     train_tokenizer(run, **CRITIC, **STEPS)
-    assert exact(run) == exact(whole)
-    found = tensors(states(run)[-1])
-    assert any("optimizer-critic" in name for name in found) and any("critic" in n and "ema" in n for n in found)
-    assert_equal_tensors(found, tensors(states(whole)[-1]))
+    assert_same_run(run, whole)
+    found = read_checkpoint(states(run)[-1])
+    assert {int(value) for name, value in found.items() if "optimizer.critic" in name and name.endswith("/step")} == {
+        12
+    }
+    assert any(name.startswith("average.critic") for name in found)
 
 
 def test_what_users_get_has_no_critic(whole):
     saved = Tokenizer.from_pretrained(whole / "tokenizer")
     assert not [name for name in saved.state_dict() if "critic" in name]
-    assert [name for name in tensors(states(whole)[-1]) if "critic" in name]
 
 
 @pytest.mark.slow
@@ -123,7 +114,7 @@ def test_a_sick_critic_does_not_move_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(Adversary, "critic_term", sick)
     run = train_tokenizer(tmp_path / "run", **CRITIC, **STEPS)
     assert metrics(run)[-1]["skipped_steps"] == 1
-    assert all(torch.isfinite(value.float()).all() for value in tensors(run).values())
+    assert all(torch.isfinite(value.float()).all() for value in read_checkpoint(states(run)[-1]).values())
     missing = {line["step"] for line in metrics(run) if "model/loss" in line and "critic/loss" not in line}
     assert missing == {1, 2, START + 5 + 1}
 
@@ -155,7 +146,7 @@ def test_the_critic_has_its_own_learning_rate(tmp_path):
     fast = train_tokenizer(tmp_path / "fast", **CRITIC, **STEPS)
     moved = {}
     for name, run in (("slow", slow), ("fast", fast)):
-        first, last = tensors(states(run)[0]), tensors(states(run)[-1])
+        first, last = (read_checkpoint(state) for state in states(run))
         keys = [
             key for key in first if key.startswith("model.") and "critic" in key and key.endswith(("original", "bias"))
         ]

@@ -1,122 +1,125 @@
-"""Killed or stopped, and started again, a run ends where it would have ended: every logged figure, all its bits. When a
-process is lost, or a disk fills up, the job says so, ends in time, and goes on from where it was."""
+"""Started again, a run ends where it would have ended: every weight, moment and average, every line, every snapshot."""
 
 from __future__ import annotations
 
-import signal
-from contextlib import suppress
+from functools import partial
 
-import psutil
 import pytest
-from failures.mishaps import can_mount
-from launch import (
-    faults,
-    metrics,
-    one_launched,
-    output_of,
-    start,
-    states,
-    tokenizer_arguments,
-    two_processes,
-    wait_for,
-)
+from launch import EMA, GPT, VQVAE, metrics, states, train_prior, train_tokenizer
+from tiny_task import TinyTask, assert_same_run, killed_at, read_checkpoint, stopped_at, train_tiny
 
-CELLS = 4  # which have every fault, phase and rank
+pytestmark = pytest.mark.usefixtures("one_process")
 
-
-def broken(rows: list[dict]) -> list[str]:
-    """What was not as promised, in all cases."""
-    return [f"{row['case']}: {text}" for row in rows for text in row["broken"]]
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
-    """One kill of each kind in runs of 24 steps; two processes without a launcher; a full disk. All by one command, as
-    it takes longer to start than to try any of it."""
-    disks = {"disks": 2} if can_mount() else {}
-    folder = tmp_path_factory.mktemp("faults")
-    return faults(folder, kills=1, saves=1, steps=24, matrix=CELLS, launched="false", **disks)
+EVERY = {"log_every": 3, "evaluate_every": 2, "preview_every": 4, "save_every": 3}
+SCORES = {2: 3.0, 4: 1.0, 6: 2.0, 8: 4.0}
+TASKS = {
+    "one player": (TinyTask, {}),
+    "in parts, with a layer that has had no gradient yet": (partial(TinyTask, late=5), {"accumulate": 2}),
+    "with a critic that begins later": (partial(TinyTask, critic_start=5), {}),
+    "muon": (partial(TinyTask, critic_start=2, late=4), {"optimizer": "muon"}),
+    "best weights in the midst": (partial(TinyTask, scores=SCORES), {}),
+    "no validation images": (partial(TinyTask, validation=False), {"ema_decay": 0.9}),
+    "steps that are not finite": (
+        partial(TinyTask, sick=lambda player, step, loss, model: loss * float("nan") if step in (0, 3, 4) else loss),
+        {},
+    ),
+}
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("what", ["kills", "saves"])
-def test_interrupted_equals_uninterrupted(found, what):
-    """kill -9 at any moment, or within a save, after which a state always verifies. (SIGTERM and Ctrl-C, which save and
-    end, are in test_stopping.py.)"""
-    assert all(row["tried"] and row["runs compared"] for row in found[what])
-    assert not broken(found[what])
-
-
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("place", range(CELLS))
-def test_a_lost_process_is_named_by_those_left(found, place):
-    """Killed, raising, ending early or frozen: within seconds, with rank, step, phase and cause as the last line."""
-    cell = found["matrix"][place]
-    assert not cell["broken"] and cell["exit code"] == 1
-
-
-@pytest.mark.timeout(300)
-def test_the_cells_are_of_every_fault_phase_and_rank(found):
-    for column, values in {"fault": 4, "while": 3, "on rank": 2}.items():
-        assert len({cell[column] for cell in found["matrix"]}) == values
-
-
-@pytest.mark.timeout(300)
-@pytest.mark.skipif(not can_mount(), reason="no file system of a given size can be mounted here")
-def test_a_full_disk_costs_lines_and_at_most_the_end_of_the_run(found):
-    """The last good state is whole; with room again the run, or else the same command, ends as if nothing had been."""
-    rows = found["disks"]
-    assert sum(row["tried"] for row in rows) == 2 and sum(row["ended with 0"] for row in rows) == 1
-    assert not [text for row in rows for text in row["broken"]]
-
-
-@pytest.mark.timeout(120)
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_to_the_launcher_saves_and_ends(tmp_path, processes):
-    """It passes it on to two processes, and only dies where there is one."""
+@pytest.mark.parametrize("name", TASKS)
+def test_a_run_that_is_stopped_at_every_step_is_the_same_run(tmp_path, name):
+    """Each time with something else due, which is done once."""
+    task, more = TASKS[name]
+    whole = train_tiny(tmp_path / "whole", task, **EVERY, **more)
     run = tmp_path / "run"
-    argv = tokenizer_arguments(run, train__steps=20000, train__log_every=1)
-    job = start(one_launched("train_tokenizer", argv) if processes == 1 else two_processes("train_tokenizer", argv))
-    workers = []
-    try:
-        assert wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 5, job)
-        workers = psutil.Process(job.pid).children(recursive=True)
-        job.send_signal(signal.SIGTERM)
-        printed = output_of(job, 30, code=None)
-        psutil.wait_procs(workers, timeout=5)
-        assert len(workers) == processes and not any(worker.is_running() for worker in workers)
-    finally:
-        for process in [*workers, job]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-    step = int(states(run)[-1].name[5:])
-    assert f"told to end at step {step}; the same command continues" in printed
-    assert metrics(run)[-1]["step"] in (step - 1, step)
+    for step in range(8):
+        with stopped_at(step):
+            train_tiny(run, task, **EVERY, **more)
+        assert states(run)[-1].name == f"step-{step:08d}"
+    train_tiny(run, task, **EVERY, **more)
+    assert_same_run(run, whole)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize(
-    "what", ["kills=200", "saves=200", "sharded=200", "threads=100", "stops=80", "ctrl_c=80", "resumes=40"]
-)
-def test_two_hundred_times(tmp_path, what):
-    name, count = what.split("=")
-    rows = faults(tmp_path, **{name: count})[name]
-    print(*rows, sep="\n")
-    assert not broken(rows)
-    assert sum(row["tried"] for row in rows) >= int(count)
+@pytest.mark.parametrize("name", TASKS)
+def test_a_run_that_is_lost_goes_on_from_its_last_checkpoint(tmp_path, name):
+    """What it had done since is done again, and stands in the record once."""
+    task, more = TASKS[name]
+    whole = train_tiny(tmp_path / "whole", task, **EVERY, **more)
+    run = tmp_path / "run"
+    for step in (2, 5, 8):
+        with killed_at(step):
+            train_tiny(run, task, **EVERY, **more)
+    assert states(run)[-1].name == "step-00000006"
+    train_tiny(run, task, **EVERY, **more)
+    assert_same_run(run, whole)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize(
-    "what", ["matrix=24", "disks=20", "sick=20", "uneven=3", "encodes=100", "generates=100", "power=600"]
-)
-def test_dozens_of_faults(tmp_path, what):
-    """All under `accelerate launch`, all levels of free space, losses that are not finite, images that are none, killed
-    encodes and sets of images, power loss."""
-    name, count = what.split("=")
-    rows = faults(tmp_path, **{name: count})[name]
-    print(*rows, sep="\n")
-    assert rows and not [text for row in rows for text in row["broken"]]
+@pytest.mark.parametrize("due", ["log", "evaluate", "preview", "save"])
+def test_what_was_due_when_a_run_was_stopped_is_done_once(tmp_path, due):
+    """Also if the process that did it is lost before the next checkpoint."""
+    never = {f"{name}_every": 100 for name in ("log", "evaluate", "preview", "save")}
+    every = {**never, f"{due}_every": 4}
+    whole, run = train_tiny(tmp_path / "whole", **every), tmp_path / "run"
+    with stopped_at(4):
+        train_tiny(run, **every)
+    with killed_at(6):
+        train_tiny(run, **every)
+    train_tiny(run, **every)
+    assert_same_run(run, whole)
+
+
+def test_a_checkpoint_counts_no_step_of_a_critic_that_has_not_begun(tmp_path):
+    task = partial(TinyTask, critic_start=5, late=3)
+    with stopped_at(3):
+        train_tiny(tmp_path / "run", task)
+    names = list(read_checkpoint(states(tmp_path / "run")[-1]))
+    assert any("optimizer.model/net.hidden" in name for name in names)
+    assert not [name for name in names if "optimizer.critic" in name or "optimizer.model/net.late" in name]
+    train_tiny(tmp_path / "run", task)
+    found = read_checkpoint(states(tmp_path / "run")[-1])
+    steps = {name: int(value) for name, value in found.items() if name.endswith("/step")}
+    assert {count for name, count in steps.items() if "critic" in name} == {3}
+    assert {count for name, count in steps.items() if "late" in name} == {5}
+
+
+def test_two_runs_are_the_same_run_and_another_seed_is_another(tmp_path):
+    one, two = (train_tiny(tmp_path / name) for name in ("one", "two"))
+    assert_same_run(one, two)
+    other = train_tiny(tmp_path / "other", seed=1)
+    assert [line["loss"] for line in metrics(other)] != [line["loss"] for line in metrics(one)]
+
+
+# The two stages
+
+CRITIC = {"weight": 0.5, "start": 3, "width": 8, "layers": 1, "warmup": 1, "ramp": 2, "lecam": 0.01}
+OFTEN = {
+    "train__steps": 6,
+    "train__log_every": 2,
+    "train__save_every": 2,
+    "train__evaluate_every": 2,
+    "train__preview_every": 4,
+    "train__accumulate": 2,
+}
+STAGES = {
+    "tokenizer": partial(
+        train_tokenizer, model={**VQVAE, "quantizer": {**EMA, "revive_every": 2, "revive_below": 0.3}}, critic=CRITIC
+    ),
+    "prior": partial(train_prior, model={**GPT, "any_order": True, "dropout": 0.1}, train__optimizer="muon"),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_both_stages_go_on_to_the_bit(stage, tmp_path, tokens):
+    """Stopped where all is due, before and after the critic has begun, and lost."""
+    given = {"tokens": tokens} if stage == "prior" else {}
+    train = partial(STAGES[stage], **given, **OFTEN)
+    whole, run = train(tmp_path / "whole"), tmp_path / "run"
+    with stopped_at(2):
+        train(run)
+    with killed_at(5):
+        train(run)
+    assert states(run)[-1].name == "step-00000004"
+    with stopped_at(5):
+        train(run)
+    train(run)
+    assert_same_run(run, whole)

@@ -27,7 +27,7 @@ from launch import states
 from pipelines import files as output_locks
 from pipelines.training import loop as training
 from pipelines.training import saving
-from tokenizer.files import MANIFEST, verify_manifest
+from tokenizer.files import MANIFEST, folders_aside, verify_manifest
 
 LOOKS = (
     8  # at what is left, each after another cut; only from the last one the same command goes on, which takes longer
@@ -246,6 +246,8 @@ def lose_power_of_work(work: Work, number: int, left: int) -> Found:
     recorded, draw, wrong = work.ready(), draws("power", work.name, number), []
     for _ in range(LOOKS):
         cut, what = recorded.cut(draw, work.folder / "power")
+        if not work.out.exists() and len(aside := folders_aside(work.out)) == 1:
+            aside[0].rename(work.out)  # as loading it says
         now = files(work.out)
         if "done" in recorded.marks(cut) and now != work.after:
             wrong.append(f"{what}: it was done, and is damaged: {difference(now, work.after)}")

@@ -1,0 +1,666 @@
+"""The training loop: its batches, its steps, losses that are not finite, what it logs and leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from folders import contents
+from givens.image_files import write_pictures
+from givens.streams import streams_of
+from launch import (
+    EMA,
+    GPT,
+    VQVAE,
+    assert_equal_tensors,
+    exact,
+    losses,
+    make_tokens,
+    metrics,
+    states,
+    tensors,
+    train_prior,
+    train_tokenizer,
+)
+from one_process import begin_anew, one_process
+from PIL import Image
+from small import PRIORS, QUANTIZERS, TOKENIZERS, make_tokenizer, node_of
+from tiny_task import (
+    CLOCK,
+    Net,
+    TinyTask,
+    assert_same_run,
+    assert_same_tensors,
+    killed_at,
+    read_checkpoint,
+    stopped_at,
+    train_tiny,
+    trainer_of,
+)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipelines import ImagePipeline, encode
+from pipelines.config import UserError
+from pipelines.config.command import parse
+from pipelines.images import DataConfig, load_images
+from pipelines.metrics.likelihood import bits_per_token
+from pipelines.metrics.reconstruction import evaluate_reconstruction
+from pipelines.processes.sharing import ALONE
+from pipelines.shuffling import samples_of
+from pipelines.tokens import load_tokens
+from pipelines.train_tokenizer import TokenizerTask, TrainTokenizerConfig
+from pipelines.training.checkpoint import collect_tensors
+from pipelines.training.schedule import TrainConfig, learning_rate
+from pipelines.training.task import Task
+from pipelines.training.trainer import RunningMeans, Trainer
+from tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+@contextmanager
+def after_each_step(look: Callable[[Trainer], object]) -> Iterator[None]:
+    """Call `look` after each step that is taken in the block, and before the first one."""
+    take_step, seen = Trainer.take_step, []
+
+    def watched(trainer: Trainer, *given: Any) -> None:
+        if not seen:
+            look(trainer)
+        seen.append(trainer.step)
+        take_step(trainer, *given)
+        look(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "take_step", watched)
+        yield
+
+
+def kept_by(trainer: Trainer) -> dict[str, Tensor]:
+    """Copies of weights and moments."""
+    found = collect_tensors(trainer.task.model, trainer.task.model, trainer.optimizers)
+    return {name: value.clone() for name, value in found.items() if not name.startswith("average.")}
+
+
+# Batches
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_any_number_of_processes_shares_the_same_batches(processes, accumulate):
+    task: Any = Task()
+    task.rows, task.batch = 50, lambda indices, epochs, seed: (indices, epochs, seed)
+    config = TrainConfig(batch_size=24, accumulate=accumulate, seed=5)
+    streams = streams_of(task, config, 7, processes)
+    for step in range(7, 20):
+        parts = [next(stream) for stream in streams]
+        laid_out = [part for micro in zip(*parts, strict=True) for part in micro]  # micro-batch by micro-batch
+        indices, epochs = samples_of(50, 24, 5, step)
+        assert (np.concatenate([part[0] for part in laid_out]) == indices).all()
+        assert (np.concatenate([part[1] for part in laid_out]) == epochs).all()
+        assert {part[2] for part in laid_out} == {5}
+    for stream in streams:
+        stream.close()
+
+
+def test_augmentation_may_be_for_the_prior_alone(tmp_path):
+    """Then the tokenizer learns from images as they are, to the bit; `encode` finds what makes its copies."""
+    augment = {"data__augment__flip": True, "data__augment__rotate": 9, "train__steps": 4}
+    plain = train_tokenizer(tmp_path / "plain", train__steps=4)
+    kept = train_tokenizer(tmp_path / "kept", augmented=False, **augment)
+    moved = train_tokenizer(tmp_path / "moved", **augment)
+    assert exact(kept) == exact(plain) != exact(moved)
+    encode.main([f"tokenizer={kept / 'tokenizer'}", f"out={tmp_path / 'tokens'}", "augmentations=2"])
+    assert len(load_tokens(tmp_path / "tokens").splits["train"]) == 3 * 72
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_travel_as_bytes_and_are_those_of_their_epochs(tmp_path, streaming):
+    """Whatever makes the batch and wherever it becomes floats, the images are those of (seed, epoch, index)."""
+    write_pictures(tmp_path / "images", 30)
+    augment = {"flip": True, "shift": 2, "rotate": 9, "zoom": 0.1}
+    data = DataConfig(source=str(tmp_path / "images"), image_size=8, augment=augment, streaming=streaming)
+    task = TokenizerTask(TrainTokenizerConfig(out=str(tmp_path / "run"), data=data, model={**VQVAE, "widths": [8]}))
+    (stream,) = streams_of(task, TrainConfig(batch_size=16, accumulate=2, seed=3), 0, 1)
+    several = False
+    for step in range(5):
+        indices, epochs = task.samples(16, 3, step)
+        raw = task.batch(indices, epochs, 3)
+        assert raw[0].dtype == torch.uint8 and raw[0].shape == (16, 1, 8, 8) and sum(p.nbytes for p in raw) < 16 * 90
+        parts = zip(indices.tolist(), epochs.tolist(), strict=True)
+        alone = torch.cat([task.images.train.batch([i], seed=3, epoch=e, augment=True) for i, e in parts])
+        assert torch.equal(torch.cat([images for (images,) in next(stream)]), alone)
+        several |= len(set(epochs)) > 1
+    assert several
+    stream.close()
+
+
+def test_what_prepares_batches_ends_with_the_run(tmp_path, monkeypatch):
+    """At most three batches ahead of the step that failed, and no thread is left."""
+    made, batch = [], TinyTask.batch
+    monkeypatch.setattr(TinyTask, "batch", lambda *given: made.append(1) or batch(*given))
+    with killed_at(4):
+        train_tiny(tmp_path / "run")
+    before = len(made)
+    assert 4 <= before <= 7
+    time.sleep(0.05)
+    assert len(made) == before and not [t for t in threading.enumerate() if t.name.startswith("ahead")]
+
+
+# A step
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
+    """So are the weights after some steps, by AdamW and by Muon."""
+    for optimizer in ("adamw", "muon"):
+        found = {}
+        for parts in (1, 2, 4):
+            out = tmp_path / f"{optimizer}{parts}"
+            found[parts] = train_tiny(out, lambda: TinyTask(net=Net(plain=True)), accumulate=parts, optimizer=optimizer)
+        for parts in (2, 4):
+            for name in ("loss", "l1", "gradient_norm"):
+                assert losses(found[parts], name) == pytest.approx(losses(found[1], name), rel=1e-4)
+            assert len(set(losses(found[parts]))) == 8
+
+
+def test_each_player_takes_its_turn_with_the_same_micro_batches(tmp_path):
+    """Gradients reach its own weights alone, and each has its own learning rate, betas and count of steps."""
+    with trainer_of(tmp_path / "run", TinyTask(critic_start=1), accumulate=2) as trainer:
+        trainer.task.rates = {"critic": 0.5}
+        parts = [trainer.task.batch(np.arange(4) + start, np.zeros(4, np.int64), 0) for start in (0, 4)]
+        before, play = kept_by(trainer), trainer.play
+
+        def watched(player: str, *given: Any) -> Tensor:
+            finite = play(player, *given)
+            assert all(parameter.grad is None for parameter in trainer.task.model.parameters())
+            return finite
+
+        trainer.play = watched  # type: ignore[method-assign]
+        for lr in (0.1, 0.2):
+            trainer.take_step(parts, lr)
+            moved = {name.split(".")[1] for name, value in kept_by(trainer).items() if name in before}
+            assert moved == {"net", "critic"}
+            changed = {
+                name.split(".")[1]
+                for name, value in kept_by(trainer).items()
+                if name in before and not torch.equal(value, before[name])
+            }
+            assert changed == ({"net"} if lr == 0.1 else {"net", "critic"})
+        rates = {player: optimizer.param_groups[0]["lr"] for player, optimizer in trainer.optimizers.items()}
+        assert rates == {"model": 0.2, "critic": 0.1} and not trainer.task.predictions
+        assert all(parameter.grad is None for parameter in trainer.task.model.parameters())
+
+
+def test_clipping_bounds_the_norm_that_is_applied(tmp_path):
+    """What is logged is the norm before."""
+    applied = []
+    step = torch.optim.AdamW.step
+
+    def watched(optimizer: Any, *given: Any) -> Any:
+        gradients = [
+            p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        applied.append(float(torch.cat(gradients).norm()))
+        return step(optimizer, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", watched)
+        run = train_tiny(tmp_path / "run", clip=0.05)
+    assert len(applied) == 8 and 0.049 < max(applied) <= 0.05 * (1 + 1e-4) and min(losses(run, "gradient_norm")) > 0.05
+
+
+def test_learning_rate():
+    config = TrainConfig(steps=100, lr=2.0, final_lr=0.1, warmup_steps=10)
+    rates = [learning_rate(config, step, step / 100) for step in range(130)]
+    assert rates[:10] == pytest.approx([2.0 * (step + 1) / 10 for step in range(10)])
+    assert rates[50] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert all(a > b for a, b in zip(rates[10:100], rates[11:101], strict=True))
+    assert rates[100:] == pytest.approx([0.2] * 30)  # a cosine that went on would rise again
+    assert learning_rate(TrainConfig(warmup_steps=0, lr=1.0), 0, 0.0) == 1.0
+    assert learning_rate(TrainConfig(warmup_steps=0, final_lr=0.0), 5, 1.0) == 0.0
+
+
+@pytest.mark.parametrize("argument", ["train.betas=[1.5,0.9]", "critic.betas=[0.9,1]", "train.timeout=1e18"])
+def test_what_torch_would_refuse_is_refused_before_it(argument):
+    """Its errors would be tracebacks, after images were read."""
+    with pytest.raises(UserError, match=f"^{argument.partition('=')[0]}"):
+        parse(TrainTokenizerConfig, ["out=x", argument], verb="train_tokenizer", description=None)
+
+
+def test_a_run_follows_the_schedule(tmp_path):
+    """Each step is taken with the rate of its place in the run."""
+    seen = []
+    with after_each_step(lambda trainer: seen.append(trainer.optimizers["model"].param_groups[0]["lr"])):
+        run = train_tiny(tmp_path / "run", warmup_steps=3)
+    config = TrainConfig(steps=8, lr=1e-2, warmup_steps=3)
+    assert seen[1:] == pytest.approx([learning_rate(config, step, step / 8) for step in range(8)])
+    rates = [line["learning_rate"] for line in metrics(run)]
+    assert rates == pytest.approx([learning_rate(config, step, step / 8) for step in range(1, 9)])
+
+
+def test_the_average_is_the_one_of_its_formula(tmp_path):
+    """Early weights are soon forgotten; statistics are copied."""
+    seen: list[dict[str, Tensor]] = []
+    with after_each_step(lambda trainer: seen.append(kept_by(trainer))):
+        run = train_tiny(tmp_path / "run", ema_decay=0.3)
+    found = read_checkpoint(states(run)[-1])
+    averages = {name.removeprefix("average."): value for name, value in found.items() if name.startswith("average.")}
+    for name, average in averages.items():
+        weights = [at[f"model.{name}"].double() for at in seen[1:]]
+        if "running" in name or "tracked" in name:
+            assert torch.equal(average.double(), weights[-1])
+            continue
+        expected = weights[0]
+        for n, weight in enumerate(weights[1:], start=1):
+            decay = min(0.3, (1 + n) / (10 + n))
+            expected = decay * expected + (1 - decay) * weight
+        assert torch.allclose(average.double(), expected, atol=1e-6) and not torch.equal(average.double(), weights[-1])
+    assert (1 + 3) / (10 + 3) > 0.3 > (1 + 2) / (10 + 2)
+
+
+def test_every_step_has_random_numbers_of_its_own(tmp_path):
+    """A function of seed, process and step, for seeds of any size."""
+    found = {}
+    for seed in (0, 1, 2**31, 2**63 - 1):
+        with trainer_of(tmp_path / str(seed), seed=seed) as trainer:
+            for rank in (0, 1):
+                trainer.group = SimpleNamespace(rank=rank, world=1)
+                for step in (0, 1, 2):
+                    trainer.step = step
+                    trainer.play = lambda *given: torch.tensor(True)
+                    trainer.take_step([], 0.1)
+                    found[seed, rank, step] = torch.rand(4).tolist()
+    assert len({tuple(numbers) for numbers in found.values()}) == len(found)
+
+
+# What the host reads
+
+
+class Reads(TorchDispatchMode):
+    """Fails where a number of a tensor is read on the host, for which a GPU would be waited for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "_local_scalar_dense" not in str(func) and "nonzero" not in str(func), f"{func} reads a tensor"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_reads_nothing_on_the_host(tmp_path, monkeypatch, optimizer):
+    """On a CPU, where nothing is waited for, whether steps were skipped is looked at; this is left out here."""
+    monkeypatch.setattr(Trainer, "check_skips", lambda trainer: 0)
+    with trainer_of(tmp_path / "run", TinyTask(critic_start=1), optimizer=optimizer, accumulate=2) as trainer:
+        batch = [trainer.task.batch(np.arange(4), np.zeros(4, np.int64), 0) for _ in range(2)]
+
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise AssertionError("a tensor is read")
+
+        for step in range(3):
+            with monkeypatch.context() as patch, Reads():
+                for name in ("tolist", "numpy", "cpu", "item", "__bool__", "__float__", "__int__"):
+                    patch.setattr(Tensor, name, refuse)
+                trainer.take_step(batch, 1e-2)
+            assert trainer.step == step + 1
+        with pytest.raises(AssertionError), Reads():
+            bool(torch.ones(()) > 0)
+        assert trainer.scalars.read()["model/loss"] > 0
+
+
+# What is not finite
+
+
+def spoil(loss: Tensor, model: nn.Module, how: str) -> Tensor:
+    """A loss that is not finite; or one that is, with a gradient that is not."""
+    if how == "gradient":
+        return loss + sum((parameter * 0).sum().sqrt() for parameter in model.parameters())
+    return loss * math.nan if how == "nan" else loss + math.inf
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("how", ["nan", "infinite", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, how, optimizer):
+    """Neither weights nor moments nor counts of steps, of the player whose loss it is; the other one plays on."""
+    sick = {"model": {0, 3, 4}, "critic": {4, 6}}
+
+    def of(player: str, step: int, loss: Tensor, model: nn.Module) -> Tensor:
+        return spoil(loss, model, how) if step in sick[player] else loss
+
+    seen: list[dict[str, Tensor]] = []
+    with after_each_step(lambda trainer: seen.append(kept_by(trainer))):
+        run = train_tiny(tmp_path / "run", lambda: TinyTask(critic_start=0, sick=of), optimizer=optimizer)
+    for step, (before, after) in enumerate(zip(seen, seen[1:], strict=False)):
+        for player, module in (("model", "net"), ("critic", "critic")):
+            names = [n for n in after if f"{module}." in n and "running" not in n and "tracked" not in n]
+            changed = {name for name in names if not torch.equal(after[name], before.get(name, torch.zeros(())))}
+            changed -= {name for name in changed if name not in before and not after[name].any()}
+            assert bool(changed) == (step not in sick[player]), (step, player, changed)
+    assert metrics(run)[-1]["skipped_steps"] == 4
+    skipped = {line["step"] for line in metrics(run) if "model/loss" not in line}
+    assert skipped == {1, 4, 5} and {line["step"] for line in metrics(run) if "critic/loss" not in line} == {5, 7}
+    assert all(math.isfinite(value) for line in metrics(run) for value in line.values())
+    found = read_checkpoint(states(run)[-1])
+    assert all(torch.isfinite(value.float()).all() for value in found.values())
+    assert {int(value) for name, value in found.items() if name.endswith("head.weight/step")} == {5}
+    assert {int(value) for name, value in found.items() if "critic/" in name and name.endswith("/step")} == {6}
+
+
+def test_what_is_logged_is_the_mean_of_the_steps_that_count(tmp_path):
+    """Also where a run is stopped in between; a scalar that is there in some steps only is the mean of these."""
+
+    def sick(player: str, step: int, loss: Tensor, model: nn.Module) -> Tensor:
+        return loss * math.nan if step in (1, 6) else loss
+
+    task = partial(TinyTask, critic_start=3, sick=sick)
+    every = {line["step"]: line for line in metrics(train_tiny(tmp_path / "every", task))}
+    assert {step for step, line in every.items() if "model/l1" not in line} == {2, 7}
+    with stopped_at(2):
+        train_tiny(tmp_path / "run", task, log_every=4)
+    for line in metrics(train_tiny(tmp_path / "run", task, log_every=4)):
+        steps = range(line["step"] - 3, line["step"] + 1)
+        for name in ("model/loss", "model/l1", "model/gradient_norm", "critic/loss"):
+            values = [every[step][name] for step in steps if name in every[step]]
+            assert line[name] == pytest.approx(sum(values) / len(values), rel=1e-6)
+        assert line["skipped_steps"] == {4: 1, 8: 2}[line["step"]]
+
+
+def test_running_means_come_back_from_json_to_the_bit():
+    means = RunningMeans()
+    for number in range(5):
+        means.add(("a", "b"), torch.tensor([0.1 + number, math.nan]).double(), torch.tensor(number == 9))
+        means.add(("a",), torch.tensor([1e-3 / 3]).double(), torch.tensor(number > 2))
+    means.add(("c",), torch.tensor([math.inf]).double(), torch.tensor(False))
+    again = RunningMeans.from_json(json.loads(json.dumps(means.to_json())), torch.device("cpu"))
+    assert again.read() == means.read() == {"a": pytest.approx(1e-3 / 3)}
+    for each in (means, again):
+        each.add(("a", "b"), torch.tensor([0.7, 0.1]).double(), torch.tensor(True))
+    assert again.read() == means.read() and set(again.read()) == {"a", "b"}
+
+
+@pytest.mark.parametrize("player", ["model", "critic"])
+@pytest.mark.parametrize("how", ["nan", "gradient"])
+def test_ten_steps_in_a_row_end_the_run(tmp_path, player, how):
+    """With the names of what is not finite; nine do not, and a run that is started again still knows of them."""
+
+    def sick(who: str, step: int, loss: Tensor, model: nn.Module) -> Tensor:
+        at = step in range(1, 10) or step >= 12
+        return spoil(loss, model, how) if at and who == player else loss
+
+    train = partial(train_tiny, tmp_path / "run", partial(TinyTask, critic_start=0, sick=sick), steps=40, save_every=4)
+    named = f"{player}/{'loss' if how == 'nan' else 'gradient_norm'}"
+    with pytest.raises(UserError, match=rf"step 22: .*{named}") as caught:
+        train()
+    assert "train.lr" in str(caught.value)
+    assert [path.name for path in states(tmp_path / "run")] == ["step-00000016", "step-00000020"]
+    with pytest.raises(UserError, match=rf"step 22: .*{named}"):
+        train()
+    found = [read_checkpoint(state) for state in states(tmp_path / "run")]
+    module = {"model": "net.", "critic": "critic."}[player]
+    one, two = (
+        {n: v for n, v in each.items() if module in n and "average" not in n and "norm." not in n} for each in found
+    )
+    assert_same_tensors(two, one)
+
+
+def test_figures_that_are_not_finite_are_left_out(tmp_path, capsys):
+    """Of weights that one step has made too large for arithmetic; they are not the best ones either."""
+
+    class Odd(TinyTask):
+        def evaluate(self, model: nn.Module, split: Any, group: Any = ALONE) -> dict[str, float]:
+            figures = super().evaluate(model, split, group)
+            return figures | {"error": math.nan if len(self.evaluations) == 2 else figures["error"], "other": 1.0}
+
+    run = train_tiny(tmp_path / "run", Odd, evaluate_every=2)
+    lines = [line for line in metrics(run) if "validation/other" in line]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert ["validation/error" in line for line in lines] == [True, False, True, True]
+    assert "step 4: error of validation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quantizer", ["ema", "vq"])
+def test_the_first_images_may_be_no_numbers(tmp_path, monkeypatch, quantizer):
+    """They must not be what a codebook starts from, for good."""
+    prepare, calls = TokenizerTask.prepare, iter(range(100))
+
+    def first_is_sick(task: Any, batch: Any) -> Any:
+        (images,) = prepare(task, batch)
+        return (images * math.nan if next(calls) == 0 else images,)
+
+    monkeypatch.setattr(TokenizerTask, "prepare", first_is_sick)
+    run = train_tokenizer(tmp_path / "run", model={**VQVAE, "quantizer": node_of(quantizer)}, train__save_every=1)
+    assert metrics(run)[-1]["skipped_steps"] == 1 and losses(run)[-1] < losses(run)[0]
+
+
+# Precision
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "prior"])
+def test_bfloat16_trains(tmp_path, tokens, monkeypatch, stage, capsys):
+    train = train_tokenizer if stage == "tokenizer" else partial(train_prior, tokens=tokens)
+    plain = losses(train(tmp_path / "float32", train__steps=16))
+    begin_anew()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run = train(tmp_path / "bf16", train__steps=16)
+    found = losses(run)
+    assert len(found) == 16 and all(map(math.isfinite, found)) and found[-1] < 0.9 * found[0] and found != plain
+    assert not metrics(run)[-1]["skipped_steps"] and "bf16 mixed precision" in capsys.readouterr().out
+
+
+def test_fp16_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="bf16"):
+        train_tiny(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", True), ("cpu", False)])
+def test_evaluation_has_the_precision_of_training_on_a_gpu_alone(device, expected):
+    """On a CPU, where bfloat16 is no faster, figures are those of float32."""
+    now: list[bool] = []
+
+    @contextmanager
+    def autocast() -> Iterator[None]:
+        now.append(True)
+        yield
+        now.pop()
+
+    task = SimpleNamespace(evaluate=lambda model, split, group: {"mixed": float(bool(now)), split: model})
+    facts: dict[str, Any] = {"device": torch.device(device), "sharded": False, "main": True, "group": ALONE}
+    run: Any = SimpleNamespace(accelerator=SimpleNamespace(autocast=autocast), task=task, average=1.0, **facts)
+    assert Trainer.figures_on(run, "held_out") == {"mixed": float(expected), "held_out": 1.0} and not now
+
+
+# The end
+
+
+def test_minutes_end_a_run(tmp_path):
+    began = time.monotonic()
+    run = train_tiny(tmp_path / "run", steps=None, minutes=0.005, final_lr=0.25)
+    last = metrics(run)[-1]
+    assert 0.005 <= last["minutes"] < 0.1 and time.monotonic() - began < 20 and last["step"] > 2
+    assert last["learning_rate"] == pytest.approx(1e-2 * 0.25)  # the cosine has come to its end
+    assert states(run)[-1].name == f"step-{last['step']:08d}" and "held_out/error" in last
+    before = contents(run)
+    train_tiny(run, steps=None, minutes=0.005, final_lr=0.25)
+    assert contents(run) == before
+    assert metrics(train_tiny(tmp_path / "both", minutes=5.0))[-1]["step"] == 8, "steps may be first"
+
+
+def test_progress_is_by_steps_or_by_minutes_whichever_is_more():
+    def progress(step: int, done: float, players: bool = True, **config: Any) -> float:
+        facts: dict[str, Any] = {"step": step, "minutes": done, "stopping": False, "group": ALONE}
+        task, stop = SimpleNamespace(players=players), SimpleNamespace(asked=lambda: False)
+        run: Any = SimpleNamespace(config=TrainConfig(**config), task=task, stop=stop, **facts)
+        return Trainer.agree_on_progress(run)
+
+    assert progress(2, 9.0, steps=8) == 0.25
+    assert progress(2, 0.5, steps=8, minutes=1.0) == 0.5 and progress(6, 0.5, steps=8, minutes=1.0) == 0.75
+    assert progress(6, 0.5, steps=None, minutes=2.0) == 0.25
+    assert progress(0, 0.0, players=False, steps=8) == 1.0
+
+
+# What the two stages leave
+
+EVERY = {"train__log_every": 2, "train__evaluate_every": 4, "train__preview_every": 6, "train__save_every": 5}
+KEYS = {"learning_rate", "images_per_second", "tokens_per_second", "minutes", "skipped_steps", "gradient_norm", "loss"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> dict[str, Path]:
+    """A finished run of each stage."""
+    folder = tmp_path_factory.mktemp("runs")
+    with one_process():
+        return {
+            "tokenizer": train_tokenizer(folder / "tokenizer", charts=True, **EVERY),
+            "prior": train_prior(folder / "prior", tokens, **EVERY, sampler__guidance_scale=1.5),
+        }
+
+
+@pytest.mark.parametrize(
+    ("stage", "own", "held_out"),
+    [
+        (
+            "tokenizer",
+            {"l1", "l2", "commitment", "codebook_usage", "codebook_perplexity", "codebook_dead"},
+            {"psnr", "l1", "l2", "codebook_usage", "codebook_perplexity"},
+        ),
+        ("prior", {"bits_per_token"}, {"bits_per_token"}),
+    ],
+)
+def test_metrics(runs, stage, own, held_out):
+    lines = metrics(runs[stage])
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    for line in lines:
+        evaluated = {f"validation/{name}" for name in held_out} if line["step"] in (4, 8, 12) else set()
+        evaluated |= {f"held_out/{name}" for name in held_out} if line["step"] == 12 else set()
+        assert set(line) == {"step"} | KEYS | own | evaluated
+        assert all(math.isfinite(value) for value in line.values())
+    if stage == "tokenizer":
+        assert all(0 < line["codebook_usage"] <= 1 <= line["codebook_perplexity"] <= 16 for line in lines)
+    else:
+        assert all(line["bits_per_token"] == pytest.approx(line["loss"] / math.log(2)) for line in lines)
+    assert all(line["tokens_per_second"] == pytest.approx(49 * line["images_per_second"]) for line in lines)
+    assert {"images_per_second", "tokens_per_second", "minutes"} == CLOCK
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "size"),
+    [("tokenizer", "reconstructions", 400), ("tokenizer", "codebook", 400), ("prior", "samples", 80)],
+)
+def test_previews_are_pictures(runs, stage, name, size):
+    previews = sorted((runs[stage] / "previews").glob(f"{name}-*"))
+    assert [path.name for path in previews] == [f"{name}-{step:08d}.png" for step in (0, 6, 12)]
+    for path in previews:
+        with Image.open(path) as image:
+            assert image.format == "PNG" and image.mode in ("L", "RGB")
+            assert size <= image.width <= 2000 and 100 <= image.height <= 2000
+            assert np.asarray(image).std() > 5
+    assert previews[0].read_bytes() != previews[-1].read_bytes()
+
+
+def test_the_tokenizer_that_is_saved_is_the_one_that_was_evaluated(runs):
+    run = runs["tokenizer"]
+    saved = Tokenizer.from_pretrained(run / "tokenizer")
+    found = evaluate_reconstruction(saved, load_images(DataConfig(limit=72)).held_out)
+    last = metrics(run)[-1]
+    assert {f"held_out/{name}": value for name, value in found.items()} == {
+        key: value for key, value in last.items() if key.startswith("held_out/")
+    }
+    average, prefix = read_checkpoint(states(run)[-1]), "average.tokenizer."
+    assert_equal_tensors(
+        {f"{prefix}{name}": value for name, value in sorted(saved.state_dict().items())},
+        {name: value for name, value in average.items() if name.startswith(prefix)},
+    )
+    facts = json.loads((run / "tokenizer" / "provenance.json").read_text())
+    assert facts["tokenizer"]["steps"] == 12 and facts["data"]["limit"] == 72
+    validated = {f"validation_{name}": last[f"validation/{name}"] for name in found}
+    assert facts["tokenizer"]["evaluation"] == found | validated and facts["tokenizer"]["best_step"] == 12
+    assert facts["tokenizer"]["images"] == {"validation": 72, "held_out": 72}
+
+
+def test_the_pipeline_that_is_saved_is_the_one_that_was_evaluated(runs, tokens):
+    run = runs["prior"]
+    pipe = ImagePipeline.from_pretrained(run / "pipeline")
+    found = bits_per_token(pipe.prior, load_tokens(tokens).splits["test"])
+    assert found == metrics(run)[-1]["held_out/bits_per_token"]
+    average = read_checkpoint(states(run)[-1])
+    assert_equal_tensors(
+        {f"average.{name}": value for name, value in sorted(pipe.prior.state_dict().items())},
+        {name: value for name, value in average.items() if name.startswith("average.")},
+    )
+    assert pipe.tokenizer.fingerprint() == load_tokens(tokens).tokenizer.fingerprint()
+    assert len(pipe(num_images=2, labels=["class 1", "class 2"], seed=0, progress=False).images) == 2
+
+
+def test_tiny_runs_learn(tmp_path, tokens):
+    first = losses(train_tokenizer(tmp_path / "tokenizer", train__steps=30))
+    second = losses(train_prior(tmp_path / "prior", tokens, train__steps=60))
+    assert np.mean(first[-3:]) < 0.6 * np.mean(first[:3])
+    assert np.mean(second[-3:]) < 0.7 * np.mean(second[:3])
+
+
+def test_two_runs_are_the_same_run(tmp_path, tokens):
+    model = {**GPT, "dropout": 0.2, "attention_dropout": 0.1}
+    one, two = (train_prior(tmp_path / name, tokens, model=model, train__steps=4) for name in ("one", "two"))
+    assert_same_run(one, two)
+
+
+def test_a_codebook_follows_each_micro_batch(tmp_path):
+    run = train_tokenizer(tmp_path / "run", model={**VQVAE, "quantizer": EMA}, train__steps=3, train__accumulate=4)
+    assert int(tensors(run / "tokenizer")["model.safetensors:quantizer.started"]) == 12
+
+
+# Every model
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_every_prior_trains(tmp_path, tokens, name):
+    if name == "next_scale":
+        tokens = make_tokens(tmp_path / "tokens", quantizer=node_of("multiscale"))
+    run = train_prior(tmp_path / "run", tokens, model=node_of(name), train__steps=3, train__save_every=2)
+    assert len(losses(run)) == 3 and all(map(math.isfinite, losses(run)))
+    assert not metrics(run)[-1]["skipped_steps"]
+    pipe = ImagePipeline.from_pretrained(run / "pipeline")
+    held_out = bits_per_token(pipe.prior, load_tokens(tokens).splits["test"])
+    assert pipe.prior.name == name and held_out == metrics(run)[-1]["held_out/bits_per_token"]
+
+
+def is_trained(name: str) -> bool:
+    return any(parameter.requires_grad for parameter in make_tokenizer(name, (28, 28), 1).parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if is_trained(name)])
+def test_every_tokenizer_trains(tmp_path, name):
+    run = train_tokenizer(tmp_path / "run", model=node_of(name), train__steps=3, train__save_every=2)
+    assert len(losses(run)) == 3 and all(map(math.isfinite, losses(run)))
+    assert Tokenizer.from_pretrained(run / "tokenizer").name == name
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if not is_trained(name)])
+def test_every_tokenizer_without_parameters_is_saved_without_a_step(tmp_path, monkeypatch, capsys, name):
+    start = {}
+    if name == "posthoc":
+        vae = train_tokenizer(tmp_path / "start", model=node_of("klvae"), train__steps=1)
+        start = {"init": str(vae / "tokenizer")}
+    monkeypatch.setattr(Trainer, "take_step", lambda *_: pytest.fail("a step was taken"))
+    run = train_tokenizer(tmp_path / "run", model=node_of(name), **start)
+    assert [line["step"] for line in metrics(run)] == [0] and math.isfinite(metrics(run)[0]["held_out/psnr"])
+    assert Tokenizer.from_pretrained(run / "tokenizer").name == name
+    assert "done: nothing to train, PSNR" in capsys.readouterr().out
+    before = contents(run)
+    assert train_tokenizer(tmp_path / "run", model=node_of(name), **start) == run and contents(run) == before
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_every_quantizer_trains(tmp_path, name):
+    run = train_tokenizer(tmp_path / "run", model={**VQVAE, "quantizer": node_of(name)}, train__steps=3)
+    assert len(losses(run)) == 3 and all(map(math.isfinite, losses(run)))

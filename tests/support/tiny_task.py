@@ -1,0 +1,260 @@
+"""A task of a few hundred weights, which trains in milliseconds, and what may end a run before its time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from launch import metrics, states
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipelines.config import Config
+from pipelines.processes.launched import build_accelerator
+from pipelines.processes.sharing import ALONE
+from pipelines.training.schedule import TrainConfig
+from pipelines.training.task import Task
+from pipelines.training.tracking import TrackConfig
+from pipelines.training.trainer import Trainer, train
+from tokenizer.layers import FusedLinear
+
+ROWS, IDS = 40, 8
+CLOCK = {"images_per_second", "tokens_per_second", "minutes"}  # what no two runs have in common
+
+
+class TinyConfig(Config):
+    """As of stage two."""
+
+    out: str
+    tokens: str = "nowhere"
+    init: str | None = None
+    train: TrainConfig = TrainConfig()
+    track: TrackConfig = TrackConfig(wandb="disabled")
+
+
+class Net(nn.Module):
+    """Predicts a number of an id: with a layer of two parts, statistics in buffers, dropout, and a layer that is not
+    used in the first steps."""
+
+    def __init__(self, plain: bool = False) -> None:
+        """plain: without statistics and dropout, so that an image does not depend on its batch."""
+        super().__init__()
+        self.table, self.hidden = nn.Embedding(IDS, 16), FusedLinear(16, 16, parts=2)
+        self.norm, self.dropout = nn.Identity() if plain else nn.BatchNorm1d(32), nn.Dropout(0.0 if plain else 0.1)
+        self.late, self.head = nn.Linear(32, 32), nn.Linear(32, 1)
+
+    def forward(self, ids: Tensor, late: bool = True) -> Tensor:
+        """ids: `(B,)`; returns `(B,)`."""
+        h = self.dropout(self.norm(self.hidden(self.table(ids))))
+        return self.head(h + self.late(h) if late else h).squeeze(1)
+
+
+class Both(nn.Module):
+    """The net, and a critic if there is one."""
+
+    def __init__(self, net: nn.Module, critic: nn.Module | None) -> None:
+        super().__init__()
+        self.net, self.critic = net, critic
+
+
+class TinyTask(Task):
+    """One player, or two."""
+
+    rows, tokens_per_row = ROWS, 1
+
+    def __init__(
+        self,
+        critic_start: int | None = None,
+        late: int = 0,
+        validation: bool = True,
+        scores: dict[int, float] | None = None,
+        sick: Callable[[str, int, Tensor, nn.Module], Tensor] | None = None,
+        net: nn.Module | None = None,
+        init: dict[str, Any] | None = None,
+    ) -> None:
+        """critic_start, late: the steps from which the critic plays, and the layer `late` is used. scores: chosen
+        figures, by the step that is evaluated. sick: may change the loss of a player at a step."""
+        self.critic_start, self.late, self.scores, self.sick, self.init = critic_start, late, scores, sick, init
+        critic = None if critic_start is None else nn.Sequential(nn.Linear(1, 16), nn.GELU(), nn.Linear(16, 1))
+        self.model = Both(net or Net(), critic)
+        self.nets: dict[str, nn.Module] = {"model": self.model.net}
+        self.players = {"model": list(self.model.net.parameters())}
+        if critic is not None:
+            self.nets["critic"], self.players["critic"] = critic, list(critic.parameters())
+        self.evaluated = {"held_out": 4, "validation": 4} if validation else {"held_out": 4}
+        self.predictions: deque[Tensor] = deque()
+        self.evaluations: list[tuple[str, dict[str, Tensor]]] = []
+
+    def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor, ...]:
+        rows = torch.from_numpy(indices)
+        return rows % IDS, (rows * 0.7 + torch.from_numpy(epochs)).sin().float()
+
+    def playing(self, step: int) -> list[str]:
+        return [name for name in self.players if name != "critic" or step >= (self.critic_start or 0)]
+
+    def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        ids, targets = batch
+        if player == "model":
+            found = self.nets["model"](ids, late=step >= self.late)
+            loss = (found - targets).square().mean()
+            terms = {"l1": (found - targets).abs().mean()}
+            if self.model.critic is not None and "critic" in self.playing(step):
+                self.predictions.append(found.detach())
+                loss = loss - 0.01 * self.model.critic(found[:, None]).mean()
+        else:
+            logits = self.nets["critic"](torch.cat([targets, self.predictions.popleft()])[:, None]).squeeze(1)
+            real = torch.arange(len(logits)) < len(targets)
+            loss, terms = nn.functional.binary_cross_entropy_with_logits(logits, real.float()), {}
+        return (self.sick(player, step, loss, self.model) if self.sick else loss), terms
+
+    def evaluate(self, model: nn.Module, split: Any, group: Any = ALONE) -> dict[str, float]:
+        assert not model.training
+        weights = {name: value.clone() for name, value in model.state_dict().items()}
+        self.evaluations.append((split, weights))
+        found = float(model.net(torch.arange(IDS)).square().mean())
+        if self.scores is None or split == "held_out":
+            return {"error": found}
+        return {"error": self.scores[int(weights["net.norm.num_batches_tracked"])]}
+
+    def score(self, evaluation: dict[str, float]) -> float | None:
+        return -evaluation["error"] if "error" in evaluation else None
+
+    def preview(self, model: nn.Module, group: Any = ALONE) -> dict[str, np.ndarray]:
+        shade = int(1000 * float(model.net(torch.arange(IDS)).abs().mean())) % 256
+        return {"shade": np.full((4, 4, 3), shade, np.uint8)}
+
+    def save(self, model: nn.Module, run: Path, facts: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, run / "net.safetensors")
+        self.facts = facts
+
+
+def tiny_config(out: Path, **settings: Any) -> TinyConfig:
+    """Eight steps of eight rows each."""
+    more = {name: settings.pop(name) for name in ("init", "tokens") if name in settings}
+    base = {"steps": 8, "batch_size": 8, "lr": 1e-2, "warmup_steps": 2, "ema_decay": 0.5, "log_every": 1}
+    return TinyConfig(out=str(out), train=TrainConfig(**{**base, **settings}), **more)
+
+
+def train_tiny(out: Path, task: Callable[[], TinyTask] = TinyTask, **settings: Any) -> Path:
+    """Train; settings are those of `train`."""
+    return train(lambda accelerator: task(), tiny_config(out, **settings))
+
+
+def make_trainer(out: Path, task: TinyTask | None = None, **settings: Any) -> Trainer:
+    """A trainer of a run that has not begun; it is to be closed."""
+    out.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    return Trainer(task or TinyTask(), tiny_config(out, **settings), build_accelerator())
+
+
+@contextmanager
+def trainer_of(out: Path, task: TinyTask | None = None, **settings: Any) -> Iterator[Trainer]:
+    """`make_trainer`, closed at the end."""
+    trainer = make_trainer(out, task, **settings)
+    trainer.task.model.train()
+    try:
+        yield trainer
+    finally:
+        trainer.close()
+
+
+# What ends a run before its time
+
+
+class Killed(BaseException):
+    """A process that is gone; what it was writing is written."""
+
+
+@contextmanager
+def killed_at(step: int) -> Iterator[None]:
+    """The run in this block is lost when so many steps are done, before it looks at what is due."""
+    take_step = Trainer.take_step
+
+    def lost(trainer: Trainer, *given: Any) -> None:
+        take_step(trainer, *given)
+        if trainer.step == step:
+            raise Killed
+
+    with patch.object(Trainer, "take_step", lost), pytest.raises(Killed):
+        yield
+
+
+@contextmanager
+def stopped_at(step: int) -> Iterator[None]:
+    """The run in this block is asked to end, as by a signal, while it takes this step; 0: before the first one."""
+    take_step, fit = Trainer.take_step, Trainer.fit
+
+    def ask(trainer: Trainer, *given: Any) -> None:
+        take_step(trainer, *given)
+        trainer.stop.told |= trainer.step == step
+
+    def ask_at_once(trainer: Trainer) -> None:
+        trainer.stop.told |= trainer.step == step
+        fit(trainer)
+
+    with patch.object(Trainer, "take_step", ask), patch.object(Trainer, "fit", ask_at_once):
+        yield
+
+
+# What a run leaves
+
+
+def read_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, by its name; those of the best weights as `best.*`."""
+    reader = dcp.FileSystemReader(folder / "tensors")
+    found = {
+        name: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for name, stored in reader.read_metadata().state_dict_metadata.items()
+    }
+    dcp.load(found, storage_reader=reader, no_dist=True)
+    best = folder / "best.safetensors"
+    found |= {f"best.{name}": value for name, value in load_file(best).items()} if best.exists() else {}
+    return dict(sorted(found.items()))
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The counters of a checkpoint, except for the clock."""
+    record: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    del record["minutes"]
+    return record
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    """The same lines, the same snapshots and previews, and the same newest checkpoint, to the bit."""
+    ours, theirs = (
+        [{key: value for key, value in line.items() if key not in CLOCK} for line in metrics(folder)]
+        for folder in (run, expected)
+    )
+    assert ours == theirs and ours
+    one, other = states(run)[-1], states(expected)[-1]
+    assert one.name == other.name
+    assert read_record(one) == read_record(other)
+    assert_same_tensors(read_checkpoint(one), read_checkpoint(other))
+    names = sorted(
+        path.relative_to(expected) for path in expected.rglob("*") if path.suffix in (".png", ".safetensors")
+    )
+    for name in names:
+        if name.parts[0] != "state":
+            assert (run / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same names, and the same bits."""
+    assert sorted(found) == sorted(expected) and expected
+    different = [name for name, value in expected.items() if not torch.equal(found[name], value)]
+    assert not different, different
+
+
+def copy_run(run: Path, target: Path) -> Path:
+    """A run in another place, which goes on there."""
+    return Path(shutil.copytree(run, target))
