@@ -18,7 +18,7 @@ import pytest
 import torch
 from command import fails
 from folders import contents, written
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from launch import output_of, start, two_processes
@@ -141,6 +141,7 @@ def test_unconditional_images_have_no_labels(tmp_path):
 PICTURES = st.tuples(st.integers(1, 600), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 3]))
 
 
+@settings(deadline=None, max_examples=40)
 @given(PICTURES.flatmap(lambda shape: arrays(np.uint8, shape)), st.booleans())
 def test_an_archive_holds_the_images_and_their_classes(tmp_path_factory, images, labelled):
     path = tmp_path_factory.mktemp("archive") / "set.npz"

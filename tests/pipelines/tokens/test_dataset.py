@@ -10,6 +10,8 @@ import pytest
 import torch
 from folders import files_in
 from givens.token_datasets import edit_split, make_dataset, refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from small import TOKENIZERS
 
@@ -44,6 +46,29 @@ def test_what_is_saved_is_what_is_loaded(name, labelled, tmp_path):
         "tokenizer/model.safetensors",
         "train.safetensors",
     ]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 40),
+    st.one_of(st.none(), st.integers(1, 50)),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([(5, 4, 3), (48, 48), (48, 48, 48)]),
+)
+def test_rows_come_back_from_files_and_from_tables(tmp_path_factory, rows, rows_per_shard, labelled, mapped, levels):
+    """Ids of one, two and four bytes."""
+    data = make_dataset(labelled=labelled, rows=rows, quantizer={"kind": "fsq", "levels": levels})
+    folder = tmp_path_factory.mktemp("round") / "tokens"
+    data.save(folder, rows_per_shard)
+    loaded = load_tokens(folder, mapped=mapped)
+    for found in (loaded, TokenDataset.from_datasets(loaded.to_datasets(), loaded.tokenizer)):
+        assert found.class_names == data.class_names and list(found.splits) == list(data.splits)
+        for name, split in data.splits.items():
+            assert torch.equal(found.splits[name].tokens[:], split.tokens)
+            assert found.splits[name].tokens.dtype == split.tokens.dtype
+            labels = found.splits[name].labels
+            assert torch.equal(labels, split.labels) if labelled else labels is None
 
 
 @pytest.mark.parametrize(

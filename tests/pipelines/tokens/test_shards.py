@@ -14,7 +14,7 @@ import pytest
 import torch
 from folders import files_in
 from givens.token_datasets import make_dataset, refused
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch import output_of, start
 from safetensors.torch import load_file, save_file
@@ -130,6 +130,7 @@ def test_small_is_in_memory_and_large_is_mapped(sharded, monkeypatch):
 ROWS = st.dictionaries(st.sampled_from(["train", "validation", "test"]), st.integers(0, 1 << 31), min_size=1)
 
 
+@settings(deadline=None, max_examples=100)
 @given(ROWS, st.one_of(st.none(), st.integers(1, 1 << 22)))
 def test_every_row_is_in_one_file_whatever_the_size(rows, rows_per_shard):
     try:
