@@ -97,8 +97,8 @@ def run(config: GenerateConfig) -> Path:
     that may not be replaced or holds the images of another request.
     """
     out = Path(config.out)
-    images = ImageFolder(config) if is_folder(out) else ImageFile(config)
     with joined(config.device) as (group, device):
+        images = ImageFolder(config) if group.first(lambda: is_folder(out)) else ImageFile(config)
         group.first(lambda: check(config, images, group))
         pipeline = group.first_alone(lambda: ImagePipeline.from_pretrained(config.pipeline, device=device))
         request = request_of(config, pipeline)

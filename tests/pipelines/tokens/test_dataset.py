@@ -48,7 +48,7 @@ def test_what_is_saved_is_what_is_loaded(name, labelled, tmp_path):
     ]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     st.integers(0, 40),
     st.one_of(st.none(), st.integers(1, 50)),

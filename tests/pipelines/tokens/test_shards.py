@@ -231,7 +231,7 @@ def test_what_is_small_is_always_hashed(sharded, name, old, new):
 @pytest.mark.parametrize(
     ("splits", "needle"),
     [
-        ({"train": [7] * 6 + [8], "test": [2]}, "should hold 8 rows"),
+        ({"train": [7] * 7 + [2], "test": [2]}, "should hold 2 rows"),
         ({"train": [7] * 9, "test": [2]}, "manifest.json does not list it"),
         ({"train": [], "test": [2]}, META),
         ({"train": [7, -1], "test": [2]}, META),
@@ -242,11 +242,7 @@ def test_what_is_small_is_always_hashed(sharded, name, old, new):
 def test_wrong_rows_of_files(sharded, splits, needle):
     meta = json.loads((sharded[0] / META).read_text())
     (sharded[0] / META).write_text(json.dumps({**meta, "splits": splits}))
-    if needle:
-        assert refused(sharded[0], PipelineLoadError, needle)
-    else:
-        write_manifest(sharded[0])
-        assert len(load_tokens(sharded[0]).splits["train"]) == 49
+    assert refused(sharded[0], PipelineLoadError, needle)
 
 
 def test_a_file_without_labels_among_those_with_them(tmp_path):
