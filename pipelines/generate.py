@@ -40,6 +40,7 @@ SHEET = "metadata.jsonl"
 IMAGES, DONE, PUBLISHED = "images.npy", "done.npy", "published"
 """In the work folder of a single file: the pixels (N, H, W, C) uint8, whether each image has been made, and, while the
 result is renamed, a second name of it."""
+MAX_IMAGES = 10_000_000
 CHUNK = 256  # images of an archive that are in memory at a time
 
 
@@ -58,7 +59,7 @@ class GenerateConfig(OutputConfig):
         description="a picture file for a grid of all images; NAME.npz for all in one file, as ADM's evaluator reads "
         "it; or a folder for a PNG file each, with their classes in metadata.jsonl",
     )
-    num_images: int = Field(64, ge=1, le=10_000_000, description="how many")
+    num_images: int = Field(64, ge=1, le=MAX_IMAGES, description="how many")
     labels: int | str | list[int | str] | None = Field(
         None,
         description="classes (ids or names), taken in turn; default: every class in turn, or none if the pipeline is "
@@ -216,8 +217,8 @@ class ImageFolder:
 
     def made(self, job: dict[str, Any]) -> list[str]:
         """The names of the files that a job has made here, the last ones first."""
-        there = set(os.listdir(self.folder))
-        names = [SHEET, *reversed(file_names(int(job["num_images"])))]
+        there, count = set(os.listdir(self.folder)), job.get("num_images")
+        names = [SHEET, *reversed(file_names(min(count, MAX_IMAGES) if isinstance(count, int) else 0))]
         return [name for name in names if name in there and not (self.folder / name).is_symlink()]
 
     def write(self, numbers: Sequence[int], images: np.ndarray) -> None:
@@ -285,7 +286,7 @@ class ImageFile:
         count, (channels, height, width) = job["num_images"], job["image_shape"]
         with self.output.errors():
             done = self.read_done()
-            if done is None or len(done) != count:
+            if done is None or len(done) != count or not done.any():
                 open_memmap(self.folder / IMAGES, "w+", np.uint8, (count, height, width, channels))
                 done = np.zeros(count, np.bool_)
                 with atomic_file(self.folder / DONE, overwrite=True) as path, path.open("wb") as file:
@@ -295,15 +296,15 @@ class ImageFile:
     def read_done(self) -> np.ndarray | None:
         """Whether each image has been made; None before the first one, and of damaged files."""
         try:
-            np.load(self.folder / IMAGES, mmap_mode="r")
-            return np.load(self.folder / DONE)
+            images, done = np.load(self.folder / IMAGES, mmap_mode="r"), np.load(self.folder / DONE)
         except (OSError, ValueError, EOFError):
             return None
+        return done if done.dtype == np.bool_ and images.shape[:1] == done.shape and images.ndim == 4 else None
 
     def made(self, job: dict[str, Any]) -> list[str]:
-        """The names of the files in the work folder, if any image was made."""
+        """The names of the files in the work folder; none before the first image is made."""
         done = self.read_done()
-        return [] if done is None or not done.any() else [self.result.name, DONE, IMAGES]
+        return [] if done is None or not done.any() else [self.result.name, PUBLISHED, DONE, IMAGES]
 
     def write(self, numbers: Sequence[int], images: np.ndarray) -> None:
         """Write uint8 images (B, H, W, C), and then that they are made."""
@@ -315,7 +316,7 @@ class ImageFile:
 
     def finish(self, job: dict[str, Any]) -> None:
         """Write the file, and remove the work folder. Raises `UserError` for an image that is missing."""
-        if not self.folder.exists():  # it had been published
+        if not (self.folder / JOB).exists():  # it had been published
             return
         if (done := self.read_done()) is None or not done.all():
             raise UserError(f"out: images are missing in {self.folder}; all processes have to see the same disk")
@@ -352,6 +353,9 @@ def begin_or_replace(images: ImageFolder | ImageFile, job: dict[str, Any], names
             made = images.made(read_job(images.folder) or {})
             if made and not images.output.overwrite:
                 raise UserError(f"out: {error}, or begin anew with overwrite=true") from error
+            strange = names.intersection(os.listdir(images.folder)) - set(made)
+            if isinstance(images, ImageFolder) and strange:
+                raise UserError(f"out: {images.folder} holds {min(strange)}, which this did not write") from error
             for name in made:
                 (images.folder / name).unlink(missing_ok=True)
             begin_job(images.folder, job, names.__contains__, anew=True)

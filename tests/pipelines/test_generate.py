@@ -33,6 +33,7 @@ from pipelines.generate import GenerateConfig, run, write_npz
 from pipelines.images import DataConfig, load_images
 from pipelines.job import work_folder
 from pipelines.stages import requests
+from tokenizer.files import FormatError
 
 FORMS = ["images", "grid.png", "set.npz"]
 SIZE = (8, 8)
@@ -254,6 +255,26 @@ def test_to_overwrite_removes_only_what_the_job_made(pipeline, tmp_path):
     mine = {"notes.txt", "00020.png", "a.png"}
     assert set(contents(out)) == mine | {f"{k:05d}.png" for k in range(5)} | {"metadata.jsonl", "job.json"}
     assert all((out / name).read_text() == "mine" for name in mine)
+
+
+def test_a_file_of_somebody_is_not_taken_for_an_image(pipeline, tmp_path):
+    run(config(pipeline, out := tmp_path / "images", num_images=5))
+    (out / "00007.png").write_text("mine")
+    before = contents(out)
+    with pytest.raises(UserError, match=r"^out: .*00007\.png"):
+        run(config(pipeline, out, overwrite=True))
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"verb": "generate"}', '{"verb": "generate", "num_images": "x"}'])
+def test_a_damaged_job_is_refused(pipeline, tmp_path, content):
+    run(config(pipeline, out := tmp_path / "images"))
+    (out / "job.json").write_text(content)
+    before = contents(out)
+    for overwrite in (False, True):
+        with pytest.raises((UserError, FormatError), match="images"):
+            run(config(pipeline, out, overwrite=overwrite))
+        assert contents(out) == before
 
 
 @pytest.mark.parametrize("damage", ["images.npy", "done.npy", "both"])
