@@ -195,14 +195,17 @@ def have_changed(data: DataConfig, since: float) -> bool:
 def begin_shards(work: Path, job: dict[str, Any], shards: list[Shard]) -> list[Shard]:
     """Begin the work folder, or continue in it; return the shards that are missing. Raises `UserError` for one that was
     begun with other settings, if any shard is there, and `PathError` for files of something else."""
-    names = {shard.name for shard in shards}
-    ours = {"tokenizer", META, MANIFEST}
+    names, ours = {shard.name for shard in shards}, {"tokenizer", META, MANIFEST}
+
+    def is_result(name: str) -> bool:
+        return name in ours or name.endswith(".safetensors")  # also a shard that was cut otherwise
+
     try:
-        begin_job(work, job, (names | ours).__contains__)
+        begin_job(work, job, is_result)
     except OtherJobError as error:
         if any(work.glob("*.safetensors")):
             raise UserError(f"out: {error}, or delete {work}") from error
-        begin_job(work, job, ours.__contains__, anew=True)
+        begin_job(work, job, is_result, anew=True)
     there = set(os.listdir(work))
     if strange := sorted(there - names - ours - {JOB}):
         raise UserError(f"out: {work} holds {strange[0]!r}, which smalti did not write; move it elsewhere")

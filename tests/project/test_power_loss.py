@@ -17,15 +17,12 @@ from failures.power_journal import Journal
 from failures.power_loss import WAYS, cut_points, lose_power
 
 import pipelines.files as writing
-from pipelines.config import UserError
-from pipelines.jobs import Job
-from pipelines.jobs.pieces import cut
+from pipelines.job import OtherJobError, begin_job
 from pipelines.training.tracking import MetricsFile
 from tokenizer import files
 from tokenizer.files import FolderKind, PipelineLoadError, verify_manifest
 
 OURS = FolderKind("a thing", "thing.json")
-PIECES = cut("images", 0, 4, 2)
 
 
 def lost(tmp_path: Path, write: Callable[[Path], Any], draws: int = 3) -> Iterator[tuple[Path, list[str]]]:
@@ -128,25 +125,26 @@ def test_files_and_results_are_old_or_new(tmp_path):
             assert found == "VQC1 new" * 50 or (not done and found == ("" if "c." in name else "VQC1 old"))
 
 
-def test_a_job_goes_on_or_begins_again(tmp_path):
-    """With what it depends on known, and of its pieces those that are whole; never with another job's."""
+def test_a_job_is_continued_by_its_own_settings_alone(tmp_path):
+    """What its files depend on is known before the first of them, and those that are there are whole."""
     (tmp_path / "root").mkdir()
+    names = ["a.bin", "b.bin"]
 
     def write(root: Path, journal: Journal) -> None:
-        job = Job(root / "out", PIECES, {"seed": 0})
-        for piece in job.begin():
-            job.keep(piece, f"seed 0, {piece.start}".encode())
+        begin_job(root / "work", {"verb": "encode", "seed": 0}, names.__contains__)
+        for name in names:
+            with writing.atomic_file(root / "work" / name) as path:
+                path.write_text(name * 100)
 
     for left, _ in lost(tmp_path, write):
-        for seed in (1, 0):
-            job = Job(left / "out", PIECES, {"seed": seed})
-            try:
-                missing = job.begin()
-                kept = {job.read(piece) for piece in PIECES if piece not in missing}
-            except UserError:
-                assert seed == 1
-            else:
-                assert not kept or seed == 0 and kept <= {b"seed 0, 0", b"seed 0, 2"}
+        before = {name for name in names if (left / "work" / name).exists()}
+        try:
+            begin_job(left / "work", {"verb": "encode", "seed": 1}, names.__contains__)
+            assert not before
+        except OtherJobError:
+            begin_job(left / "work", {"verb": "encode", "seed": 0}, names.__contains__)
+        assert all((left / "work" / name).read_text() == name * 100 for name in before)
+        assert {path.name for path in (left / "work").iterdir()} == before | {"job.json"}
 
 
 def test_lines_that_a_record_has_flushed_are_there(tmp_path):

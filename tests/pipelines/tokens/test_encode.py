@@ -292,7 +292,8 @@ def test_other_settings_do_not_continue(tokenizer, images, tmp_path, monkeypatch
 
 def test_other_settings_begin_anew_where_nothing_was_made(tokenizer, images, tmp_path, monkeypatch):
     interrupted(monkeypatch, tokenizer, tmp_path / "parts", images, after=1)
-    run(config(tokenizer, tmp_path / "parts", images, seed=1))
+    (work_folder(tmp_path / "parts", "encode") / ".tmp-train.safetensors-0123abcd.safetensors").write_bytes(b"half")
+    run(config(tokenizer, tmp_path / "parts", images, seed=1, rows_per_shard=7))
     assert files_in(tmp_path) == [f"parts/{name}" for name in files_in(tmp_path / "parts")]
 
 
