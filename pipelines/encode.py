@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import glob
+import os
+import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
@@ -18,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tokenizer import Tokenizer
-from tokenizer.files import read_json
+from tokenizer.files import MANIFEST, PipelineLoadError, folders_aside, publish_folder, read_json
 from tokenizer.model import PROVENANCE
 
 from .config import Config, Of, UserError, run_command
@@ -28,29 +31,29 @@ from .files import Output, lock_output
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.dataset import is_stream
 from .images.origin import is_local
-from .jobs import Piece
-from .jobs.sharing import Share, shared
+from .job import JOB, OtherJobError, begin_job, read_job, require_begun, work_folder
 from .prefetch import pin_memory, prefetch, to_device_async
 from .processes.launched import apart, build_accelerator, team_of
 from .stages.provenance import TokenizerFolder, read_with, tokenizer_defaults, tokenizer_folder
 from .tokens import Meta
-from .tokens.appending import (
-    class_numbers,
-    earlier_settings,
-    existing,
-    match_validation_split,
-    missing_variants,
-    same_images,
-)
-from .tokens.finished import made_before, told
-from .tokens.meta import TOKENS, manifest_hash
-from .tokens.pieces import EncodeJob, cut, recover, shards_of
+from .tokens.meta import META, TOKENS, read_meta, verify_files, write_meta
+from .tokens.shards import cut_shards, shard_names, write_shard
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Raw = list[tuple[Tensor, ...]]
-"""A batch as it travels, in one part or two, each as `ImageDataset.raw_batch` returns it."""
+"""A batch on its way to the device, in one part or two, each as `ImageDataset.raw_batch` returns it."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows `start` to `stop` of a split, and the name of their file."""
+
+    split: str
+    name: str
+    start: int
+    stop: int
 
 
 class EncodeConfig(Config):
@@ -60,10 +63,7 @@ class EncodeConfig(Config):
         "tokenizer=runs/vqvae_digits/tokenizer out=runs/digits_tokens",
         "tokenizer=runs/photos out=runs/photos_tokens data.on_error=skip",
     )
-    often = (
-        "tokenizer out data.source data.label_column data.on_error augmentations "
-        "append only batch_size rows_per_shard seed"
-    )
+    often = "tokenizer out data.source data.label_column data.on_error augmentations batch_size rows_per_shard seed"
 
     tokenizer: TokenizerFolder = Field(description="folder of the tokenizer, of the run that trained it, or a Hub id")
     out: str = Field(description="folder of the token dataset")
@@ -73,92 +73,57 @@ class EncodeConfig(Config):
     augmentations: int = Field(
         0, ge=0, le=1000, description="extra variants of each training image, made by data.augment"
     )
-    append: bool = Field(
-        False,
-        description="add to the dataset in `out` what it does not have: other images, or further augmentations of the "
-        "same",
-    )
-    only: Literal["train", "validation", "test"] | None = Field(
-        None, description="with append=true, add to this split alone"
-    )
     rows_per_shard: int | None = Field(
-        None, ge=1, description="rows of a file; null: one file for a split below 64 MiB, else 16,384 rows"
+        None, ge=1, description="rows of a file; null: 1,024 to 4,096, and at most 16 files for a small split"
     )
     batch_size: int = Field(256, ge=1, description="images at a time on each process")
     seed: int = Field(0, ge=0, description="chooses the augmentations")
 
 
 def run(config: EncodeConfig) -> Path:
-    """Encode all splits, each process its share; the dataset gets its name at the end. Returns its folder.
+    """Encode all splits, each process its shards; the dataset gets its name at the end. Returns its folder.
 
-    Started again after it was killed, it makes what is missing, and the result is the same to the bit. Raises
-    `UserError` for images of another size than the tokenizer's, augmentations without data.augment, a folder of
-    something else or of an unfinished encode with another configuration, and for rows that do not fit the dataset to
-    which they are added.
+    Started again after it was killed, with any number of processes, it makes the shards that are missing, and the
+    result is the same to the bit. Raises `UserError` for images of another size than the tokenizer's, augmentations
+    without data.augment, a folder of something else, and an unfinished encode with other settings.
     """
     accelerator = build_accelerator()
-    team = team_of(accelerator)
+    group = team_of(accelerator)
     tokenizer, out = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer)), Path(config.out)
-    check_settings(config, tokenizer, out)
-    with apart(accelerator), lock_output(out, team):
-        team.first(lambda: recover(out))
-        old = existing(out, tokenizer) if config.append else None
-        config = config.model_copy(
-            update={"data": match_validation_split(config.data, earlier_settings(out, old), old)}
-        )
+    output = Output(out, [read_with(config.tokenizer), config.data.path])
+    check_settings(config, tokenizer, output)
+    with apart(accelerator), lock_output(out, group):
         images = load_images(config.data, together=True)
-        if len({part.labels is None for part in images.named().values()}) > 1:
-            raise UserError("data.label_column: some splits have labels and others do not; null uses all without")
-        variants = variants_to_make(config, images, old)
-        numbers = class_numbers(images.train, old)
-        pieces, began = plan(config, images, variants), time.monotonic()
-        part = part_of(config, variants, pieces)
-        if meta := None if old else team.first(lambda: there_already(config, tokenizer, images, part)):
-            return end(accelerator, out, f"already finished: {told(meta)}; nothing to do", team.leads)
-        job = EncodeJob(out, tokenizer.grid, pieces, depends_on(config, tokenizer, pieces, accelerator.device.type))
-        job.sizes({} if old is None else old.shards, merge=config.rows_per_shard is None)  # before the work
-        share = shared(job, team)
-        encode_pieces(share, tokenizer.to(accelerator.device), images, numbers, config, job)
-        accelerator.wait_for_everyone()
-        meta = team.first(lambda: publish(job, config, tokenizer.cpu(), images, old, part))
+        splits = name_splits(images)
+        rows = {name: len(part) * (1 + config.augmentations * (name == "train")) for name, part in splits.items()}
+        shards = plan_shards(rows, config.rows_per_shard)
+        job = describe_job(config, tokenizer, images, rows, accelerator.device.type)
+        if meta := group.first(lambda: find_finished(out, job, config.data)):
+            return end(accelerator, out, f"already finished: {describe(meta)}; nothing to do", group.leads)
+        work, began = work_folder(out, "encode"), time.monotonic()
+
+        def begin() -> list[Shard]:
+            with output.errors():
+                return begin_shards(work, job, shards)
+
+        missing = group.first(begin)
+        if group.leads and len(missing) < len(shards):
+            print(f"{out}: continuing, {len(shards) - len(missing)} of {len(shards)} shards are there", flush=True)
+        mine = list(group.mine(missing))
+        tokenizer.to(accelerator.device)
+        group.gather(lambda: encode_shards(work, mine, tokenizer, splits, config, shows=group.leads))
+
+        def finish() -> Meta:
+            with output.errors():
+                return finish_dataset(work, out, shards, describe_dataset(config, tokenizer, images, shards), tokenizer)
+
+        tokenizer.cpu()
+        meta = group.first(finish)
         minutes = (time.monotonic() - began) / 60
-        return end(accelerator, out, f"done: {told(meta)} in {minutes:.1f} min", team.leads)
+        return end(accelerator, out, f"done: {describe(meta)} in {minutes:.1f} min", group.leads)
 
 
-def part_of(config: EncodeConfig, variants: dict[str, tuple[int, int]], pieces: list[Piece]) -> dict[str, Any]:
-    """What a dataset says of the rows of one encode."""
-    counts = rows_by_split(pieces)
-    return {
-        "data": config.data.model_dump(mode="json"),
-        "seed": config.seed,
-        "variants": {split: end for split, (_, end) in variants.items()},
-        "rows": {split: counts.get(split, 0) for split in variants},
-    }
-
-
-def there_already(config: EncodeConfig, tokenizer: Tokenizer, images: Splits, part: dict[str, Any]) -> Meta | None:
-    """The dataset, if this encode has made it before."""
-    names = images.train.class_names if images.train.labels is not None else []
-    return made_before(Path(config.out), part, names, tokenizer.fingerprint(), config.rows_per_shard, config.data)
-
-
-def end(accelerator: Accelerator, out: Path, text: str, leads: bool) -> Path:
-    """Say what there is and what comes next."""
-    accelerator.end_training()
-    if leads:
-        run = quote(f"{str(out).removesuffix('_tokens')}_prior")
-        then = f"smalti train_prior{as_asked()} tokens={quote(str(out))} out={run}"
-        print(by_clause(f"{out}: {text}; next: {then}"), flush=True)
-    return out
-
-
-def by_split(images: Splits) -> dict[str, ImageDataset]:
-    """The images of each split of the token dataset."""
-    parts = {"train": images.train, "validation": images.validation, "test": images.held_out}
-    return {split: part for split, part in parts.items() if part is not None}
-
-
-def check_settings(config: EncodeConfig, tokenizer: Tokenizer, out: Path) -> None:
+def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -> None:
     """Raise `UserError` for mistakes that can be found before images are read."""
     check_shape(config.data, tokenizer.image_shape, "tokenizer")
     if is_stream(config.data):
@@ -167,99 +132,140 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, out: Path) -> Non
         raise UserError(
             "augmentations: needs a data.augment.* that changes something, for example data.augment.shift=2"
         )
-    if config.only and not config.append:
-        raise UserError("only: a new dataset has all splits; append=true adds to one of them")
-    Output(out, [read_with(config.tokenizer), config.data.path]).check_folder(TOKENS)
+    output.check_folder(TOKENS)
 
 
-def variants_to_make(config: EncodeConfig, images: Splits, old: Meta | None) -> dict[str, tuple[int, int]]:
-    """For each split that gets rows, its first variant and the end; see `missing_variants`."""
-    splits = [split for split in by_split(images) if config.only in (None, split)]
-    wanted = {split: 1 + config.augmentations * (split == "train") for split in splits}
-    return missing_variants(old, config.data.model_dump(mode="json"), config.seed, wanted)
+def name_splits(images: Splits) -> dict[str, ImageDataset]:
+    """The images of each split of the token dataset. Raises `UserError` if only some of them have labels."""
+    parts = {"train": images.train, "validation": images.validation, "test": images.held_out}
+    splits = {name: part for name, part in parts.items() if part is not None}
+    if len({part.labels is None for part in splits.values()}) > 1:
+        raise UserError("data.label_column: some splits have labels and others do not; null uses all without")
+    return splits
 
 
-def plan(config: EncodeConfig, images: Splits, variants: dict[str, tuple[int, int]]) -> list[Piece]:
-    """All pieces to make, in the order of their rows; row = variant * n + index."""
-    sizes = {name: len(part) for name, part in by_split(images).items()}
+def plan_shards(rows: dict[str, int], rows_per_shard: int | None) -> list[Shard]:
+    """All files to make, the same for any number of processes. Raises `UserError` for more than a dataset may have."""
+    try:
+        sizes = cut_shards(rows, rows_per_shard)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     return [
-        piece
-        for split, (first, end) in variants.items()
-        for piece in cut(split, first * sizes[split], end * sizes[split], config.batch_size, config.rows_per_shard)
+        Shard(split, name, stop - size, stop)
+        for split, some in sizes.items()
+        for name, size, stop in zip(shard_names(split, len(some)), some, accumulate(some), strict=True)
     ]
 
 
-def depends_on(config: EncodeConfig, tokenizer: Tokenizer, pieces: list[Piece], device: str) -> dict[str, Any]:
-    """All that the rows depend on, to the bit."""
-    settings = config.model_dump(mode="json", exclude={"out", "tokenizer"})
-    counts = rows_by_split(pieces)
-    return {
-        **settings,
-        "tokenizer": tokenizer.fingerprint(),
-        "rows": dict(counts),
-        "device": device,
-        "added_to": manifest_hash(Path(config.out)) if config.append else None,
-    }
+def describe_job(
+    config: EncodeConfig, tokenizer: Tokenizer, images: Splits, rows: dict[str, int], device: str
+) -> dict[str, Any]:
+    """All that the files depend on, to the bit."""
+    without: Any = {"out": True, "tokenizer": True, "data": {"cache_mb", "shuffle_window"}}
+    facts = {"tokenizer": tokenizer.fingerprint(), "classes": class_names(images), "rows": rows, "device": device}
+    return {"verb": "encode", **config.model_dump(mode="json", exclude=without), **facts}
 
 
-def rows_by_split(pieces: list[Piece]) -> dict[str, int]:
-    """How many rows the pieces of each split hold."""
-    counts: Counter[str] = Counter()
-    for piece in pieces:
-        counts[piece.split] += piece.rows
-    return counts
+def class_names(images: Splits) -> list[str]:
+    """The names of the classes; none without labels."""
+    return images.train.class_names if images.train.labels is not None else []
 
 
-def encode_pieces(
-    share: Share,
+def find_finished(out: Path, job: dict[str, Any], data: DataConfig) -> Meta | None:
+    """The dataset in `out`, if it is what this job makes, of images that have not changed since; None if not. A dataset
+    that lost its name, as a process was killed while it replaced it, gets it back."""
+    aside = folders_aside(out)
+    if not out.exists() and len(aside) == 1 and (aside[0] / META).is_file():
+        aside[0].rename(out)
+    try:
+        if read_job(out) != job or have_changed(data, since=(out / META).stat().st_mtime):
+            return None
+        meta = read_meta(out)
+        verify_files(out, meta, whole=False)
+    except (PipelineLoadError, OSError):
+        return None
+    return meta
+
+
+def have_changed(data: DataConfig, since: float) -> bool:
+    """Whether a file or folder of the images, if they are here, was written after a time."""
+    pattern = os.path.expanduser(data.source) if glob.has_magic(data.source) else ""
+    sources = [data.path] if data.path else [Path(name) for name in glob.glob(pattern, recursive=True)]
+    below = (Path(place, name) for top in sources for place, _, names in os.walk(top) for name in ("", *names))
+    return any(path.stat().st_mtime > since for path in (*sources, *below) if path.exists())
+
+
+def begin_shards(work: Path, job: dict[str, Any], shards: list[Shard]) -> list[Shard]:
+    """Begin the work folder, or continue in it; return the shards that are missing. Raises `UserError` for one that was
+    begun with other settings, if any shard is there, and `PathError` for files of something else."""
+    names, ours = {shard.name for shard in shards}, {"tokenizer", META, MANIFEST}
+
+    def is_result(name: str) -> bool:
+        return name in ours or name.endswith(".safetensors")  # also a shard that was cut otherwise
+
+    try:
+        begin_job(work, job, is_result)
+    except OtherJobError as error:
+        if any(work.glob("*.safetensors")):
+            raise UserError(f"out: {error}, or delete {work}") from error
+        begin_job(work, job, is_result, anew=True)
+    there = set(os.listdir(work))
+    if strange := sorted(there - names - ours - {JOB}):
+        raise UserError(f"out: {work} holds {strange[0]!r}, which smalti did not write; move it elsewhere")
+    return [shard for shard in shards if shard.name not in there]
+
+
+def encode_shards(
+    work: Path,
+    shards: list[Shard],
     tokenizer: Tokenizer,
-    images: Splits,
-    numbers: Tensor | None,
+    splits: dict[str, ImageDataset],
     config: EncodeConfig,
-    job: EncodeJob,
+    *,
+    shows: bool,
 ) -> None:
-    """Make the pieces that are missing, each process its share. numbers: for each class of the images its number in the
-    dataset."""
+    """Write these shards. The images of the next batch are read while the tokenizer encodes."""
     from tqdm import tqdm
 
-    if share.team.leads and (done := len(job.pieces) - len(share.missing)):
-        print(f"{config.out}: continuing, {done} of {len(job.pieces)} pieces are there", flush=True)
-    mine, parts, device = share.mine, by_split(images), tokenizer.device
-    hidden = None if share.team.leads else True
-    total = sum(piece.rows for piece in mine)
-    batches = [(parts[piece.split], rows) for piece in mine for rows in rows_of(piece, config.batch_size)]
+    require_begun(work)
+    device = tokenizer.device
+    batches = [(splits[shard.split], rows) for shard in shards for rows in batches_of(shard, config.batch_size)]
+    total = sum(shard.stop - shard.start for shard in shards)
 
-    def make(batch: tuple[ImageDataset, np.ndarray]) -> Raw:
+    def read(batch: tuple[ImageDataset, np.ndarray]) -> Raw:
         raw = variants_of(*batch, config.seed)
         return [pin_memory(part) for part in raw] if device.type == "cuda" else raw
 
     with (
-        tqdm(total=total, desc="encoding", unit="image", disable=hidden, leave=False) as bar,
-        closing(prefetch(make, batches)) as stream,
+        tqdm(total=total, desc="encoding", unit="image", disable=None if shows else True, leave=False) as bar,
+        closing(prefetch(read, batches)) as stream,
     ):
-        for piece in mine:
-            split = parts[piece.split]
-            tokens = encode_piece(tokenizer, split, piece, stream, bar)
-            labels = None if split.labels is None else split.labels[np.arange(piece.start, piece.stop) % len(split)]
-            job.keep_rows(piece, tokens, labels if numbers is None or labels is None else numbers[labels])
+        for shard in shards:
+            images = splits[shard.split]
+            tokens = encode_shard(tokenizer, images, shard, stream, bar)
+            rows = np.arange(shard.start, shard.stop) % len(images)
+            with Output(config.out).errors():
+                write_shard(
+                    work / shard.name, tokens, None if images.labels is None else images.labels[rows], tokenizer.grid
+                )
 
 
-def rows_of(piece: Piece, batch_size: int) -> list[np.ndarray]:
-    """The rows of each batch. Batches start with the piece, so they do not depend on the number of processes."""
-    cuts = range(piece.start, piece.stop, batch_size)
-    return [np.arange(start, min(start + batch_size, piece.stop)) for start in cuts]
+def batches_of(shard: Shard, batch_size: int) -> list[np.ndarray]:
+    """The rows of each batch. None crosses a shard, so tokens do not depend on the number of processes."""
+    starts = range(shard.start, shard.stop, batch_size)
+    return [np.arange(start, min(start + batch_size, shard.stop)) for start in starts]
 
 
 @torch.inference_mode()
-def encode_piece(tokenizer: Tokenizer, images: ImageDataset, piece: Piece, stream: Iterator[Raw], bar: Any) -> Tensor:
-    """Tokens `(piece.rows, *grid.shape)` int32, of the piece's batches, which come from the `stream`. A GPU is waited
-    for once, at the end."""
-    tokens, done = [], 0
-    while done < piece.rows:
+def encode_shard(tokenizer: Tokenizer, images: ImageDataset, shard: Shard, stream: Iterator[Raw], bar: Any) -> Tensor:
+    """Tokens `(rows, *grid.shape)` int32 of a shard, whose batches come from the `stream`. A GPU is waited for once, at
+    the end."""
+    tokens, count = [torch.empty(0, *tokenizer.grid.shape, dtype=torch.int32, device=tokenizer.device)], 0
+    while count < shard.stop - shard.start:
         parts = [images.prepare(*to_device_async(part, tokenizer.device)) for part in next(stream)]
         tokens.append(tokenizer.encode(torch.cat(parts)).int())
         bar.update(len(tokens[-1]))
-        done += len(tokens[-1])
+        count += len(tokens[-1])
     return torch.cat(tokens).cpu()
 
 
@@ -271,22 +277,42 @@ def variants_of(images: ImageDataset, rows: np.ndarray, seed: int) -> Raw:
     return [images.raw_batch(indices[at], variants[at], seed, augment=new) for at, new in parts if len(indices[at])]
 
 
-def publish(
-    job: EncodeJob, config: EncodeConfig, tokenizer: Tokenizer, images: Splits, old: Meta | None, part: dict[str, Any]
-) -> Meta:
-    """Put the pieces, after the rows that were there, into the dataset; returns what it then says of itself."""
-    data = part["data"]
-    if old is None:
-        path = Path(config.tokenizer) / PROVENANCE
-        known = read_json(path) if path.is_file() else {}
-        source = {**known, "data": data, "local": is_local(config.data.source)}
-        names = images.train.class_names if images.train.labels is not None else []
-        meta = Meta(tokenizer.grid, names, {}, source, config.augmentations, tokenizer.fingerprint(), [part])
-    else:
-        more = config.augmentations if same_images(old.source.get("data") or {}, data) else 0
-        meta = replace(old, augmentations=max(old.augmentations, more), parts=[*old.parts, part])
-    before = {} if old is None else shards_of(job.out, old)
-    return job.publish(meta, before, tokenizer, merge=config.rows_per_shard is None)
+def describe_dataset(config: EncodeConfig, tokenizer: Tokenizer, images: Splits, shards: list[Shard]) -> Meta:
+    """What `meta.json` says."""
+    path = Path(config.tokenizer) / PROVENANCE
+    provenance = read_json(path) if path.is_file() else {}
+    source = {**provenance, "data": config.data.model_dump(mode="json"), "local": is_local(config.data.source)}
+    sizes: dict[str, list[int]] = {}
+    for shard in shards:
+        sizes.setdefault(shard.split, []).append(shard.stop - shard.start)
+    return Meta(tokenizer.grid, class_names(images), sizes, source, config.augmentations, tokenizer.fingerprint())
+
+
+def finish_dataset(work: Path, out: Path, shards: list[Shard], meta: Meta, tokenizer: Tokenizer) -> Meta:
+    """Complete the dataset in the work folder and give it its name. Raises `UserError` for a shard that is missing."""
+    if absent := [shard.name for shard in shards if not (work / shard.name).is_file()]:
+        raise UserError(f"out: {work / absent[0]} is missing; all processes have to see the same disk")
+    for name in ("tokenizer", META, MANIFEST):  # of a process that was killed here
+        shutil.rmtree(work / name) if (work / name).is_dir() else (work / name).unlink(missing_ok=True)
+    write_meta(work, meta, tokenizer)
+    publish_folder(work, out, kind=TOKENS)
+    return meta
+
+
+def describe(meta: Meta) -> str:
+    """What a dataset holds, in words."""
+    counts = ", ".join(f"{sum(counts)} {name}" for name, counts in meta.shards.items())
+    return f"{counts} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}"
+
+
+def end(accelerator: Accelerator, out: Path, text: str, leads: bool) -> Path:
+    """Say what there is and what comes next."""
+    accelerator.end_training()
+    if leads:
+        run = quote(f"{str(out).removesuffix('_tokens')}_prior")
+        then = f"smalti train_prior{as_asked()} tokens={quote(str(out))} out={run}"
+        print(by_clause(f"{out}: {text}; next: {then}"), flush=True)
+    return out
 
 
 main = partial(

@@ -406,14 +406,20 @@ def atomic_folder(target: Path | str, *, kind: FolderKind | None) -> Iterator[Pa
         raise
     try:
         yield temporary
-        readable = stat.S_IMODE(temporary.stat().st_mode) & 0o755
-        for path in [temporary, *sorted(temporary.rglob("*"))]:
-            with suppress(PermissionError):  # a file system without modes
-                path.chmod(readable if path.is_dir() else readable & 0o644)  # safetensors makes its files private
-            fsync(path)
-        _replace_folder(temporary, target, kind)
+        publish_folder(temporary, target, kind=kind)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish_folder(temporary: Path, target: Path, *, kind: FolderKind | None) -> None:
+    """Flush `temporary` to the disk and rename it to `target`, in place of a folder of this kind, see `atomic_folder`.
+    Raises `PathError` for what `require_replaceable` refuses; `temporary` then stays."""
+    readable = stat.S_IMODE(temporary.stat().st_mode) & 0o755
+    for path in [temporary, *sorted(temporary.rglob("*"))]:
+        with suppress(PermissionError):  # a file system without modes
+            path.chmod(readable if path.is_dir() else readable & 0o644)  # safetensors makes its files private
+        fsync(path)
+    _replace_folder(temporary, target, kind)
 
 
 def _replace_folder(temporary: Path, target: Path, kind: FolderKind | None) -> None:

@@ -7,19 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from tokenizer.files import HUB_ID
 
 from ..config import Config, UserError, Within, run_command
-from ..files import Output
 from ..hub import PushError, require_reachable
 from ..image_pipeline import ImagePipeline
 from ..stages.index import INDEX
 from ..stages.metadata import HUB_LICENCE
 from ..stages.storing import as_stored, variant_of
-from ..tokens import TokenDataset, load_tokens
-from ..tokens.meta import META, TOKENS
+from ..tokens import load_tokens
+from ..tokens.meta import META
 
 
 class PushConfig(Config):
@@ -30,12 +29,11 @@ class PushConfig(Config):
     folder: Annotated[str, Within("pipeline", INDEX)] = Field(
         description="a pipeline, or the run that trained it, or a token dataset"
     )
-    to: str | None = Field(None, description="Hub id, owner/name; the repository is made if there is none")
+    to: str = Field(description="Hub id, owner/name; the repository is made if there is none")
     private: bool = Field(True, description="whether a repository that is made is private")
     license: str | None = Field(
         None, description="the licence that the card names, as the Hub calls it (apache-2.0); null: as it is"
     )
-    out: str | None = Field(None, description="instead of uploading it, write here what would be (token datasets)")
 
     @field_validator("license")
     @classmethod
@@ -44,17 +42,16 @@ class PushConfig(Config):
             raise ValueError(f"expected a name of small letters, digits, . and -, as apache-2.0 (got {name!r})")
         return name
 
-    @model_validator(mode="after")
-    def _goes_somewhere(self) -> PushConfig:
-        if (self.to is None) == (self.out is None):
-            raise ValueError("to, out: give one of the two")
-        if self.to is not None and not re.fullmatch(HUB_ID, self.to):
-            raise ValueError(f"to: expected a Hub id of the form owner/name (got {self.to!r})")
-        return self
+    @field_validator("to")
+    @classmethod
+    def _is_a_hub_id(cls, name: str) -> str:
+        if not re.fullmatch(HUB_ID, name):
+            raise ValueError(f"expected a Hub id of the form owner/name (got {name!r})")
+        return name
 
 
 def run(config: PushConfig) -> str:
-    """Upload, or write; print and return the address or folder. Raises `UserError` where the Hub says no."""
+    """Upload; print and return the address. Raises `UserError` where the Hub says no."""
     try:
         where = push(config)
     except PushError as error:
@@ -64,24 +61,16 @@ def run(config: PushConfig) -> str:
 
 
 def push(config: PushConfig) -> str:
-    """Upload or write `folder`; returns where it is now."""
+    """Upload `folder`; returns where it is now."""
     folder = Path(config.folder)
     is_pipeline = (folder / INDEX).is_file()
     if not is_pipeline and not (folder / META).is_file():
         raise UserError(f"folder: {folder} is neither a pipeline (no {INDEX}) nor a token dataset (no {META})")
-    if is_pipeline and config.out is not None:
-        raise UserError("out: is for token datasets; a pipeline is a folder that can be copied")
     if not is_pipeline and config.license is not None:
         raise UserError("license: is for pipelines; a token dataset has that of the images it was made of")
-    if config.out is not None:
-        Output(config.out, [folder]).check_folder(TOKENS)
-    if config.to is not None:
-        require_reachable(config.to)  # before gigabytes are read
+    require_reachable(config.to)  # before gigabytes are read
     item = pipeline_at(folder, config) if is_pipeline else load_tokens(folder, verify=True)
-    where = str(config.out) if config.to is None else upload(item, folder, config.to, config.private)
-    if isinstance(item, TokenDataset) and config.out is not None:
-        item.to_parquet(config.out)
-    return where
+    return upload(item, folder, config.to, config.private)
 
 
 def pipeline_at(folder: Path, config: PushConfig) -> ImagePipeline:

@@ -1,9 +1,10 @@
 """A token dataset: the ids of a data set's images, their labels, and the tokenizer that made them, in one folder.
 
 meta.json              grid, vocabulary, classes, rows of each file, source, augmentations, tokenizer fingerprint
-train.safetensors      tokens (n, *grid.shape) in the smallest unsigned type, labels (n,); a large split is many files,
-test.safetensors       train-00000.safetensors and so on
+train.safetensors      tokens (n, *grid.shape) in the smallest unsigned type, labels (n,); a larger split is many files,
+test.safetensors       train-00000-of-00016.safetensors and so on
 tokenizer/             the tokenizer, so that ids can become images again
+job.json               what `pipelines.encode` made it of; not in one that `TokenDataset.save` wrote
 manifest.json          sha256 and size of every file, written last
 
 A small dataset is read into memory, a large one is mapped: its rows are read from the disk as they are asked for.
@@ -11,38 +12,30 @@ A small dataset is read into memory, a large one is mapped: its rows are read fr
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tokenizer import TokenGrid, Tokenizer
-from tokenizer.files import FormatError, IntegrityError, atomic_folder, read_folder
+from tokenizer.files import (
+    FormatError,
+    IntegrityError,
+    PathError,
+    atomic_folder,
+    find_folder,
+    read_folder,
+)
 
-from .meta import (
-    META,
-    TOKENS,
-    Meta,
-    check_count,
-    check_labels,
-    check_meta,
-    manifest_hash,
-    read_meta,
-    seal,
-    verify_files,
-)
-from .parquet import local_folder, push, write_parquet
-from .shards import (
-    MappedRows,
-    TokenSplit,
-    bytes_per_row,
-    map_shard,
-    shard_names,
-    spans,
-    write_shard,
-)
+from ..hub import is_reachable, push_folder, require_reachable
+from ..images.origin import shareable
+from .meta import META, TOKENS, Meta, check_labels, check_meta, manifest_hash, read_meta, verify_files, write_meta
+from .shards import MappedRows, TokenSplit, bytes_per_row, cut_shards, map_shard, shard_names, write_shard
 from .tables import from_tables, to_tables
 
 if TYPE_CHECKING:
@@ -56,8 +49,8 @@ HASHED = 2 << 30  # bytes of tokens that are hashed when they are loaded, in abo
 class TokenDataset:
     """What `pipelines.encode` wrote and `pipelines.train_prior` reads.
 
-    `parts`: which images became rows, and how, in the order in which they were added. `digest`: sha256 of the manifest,
-    hence of every file, where it was loaded.
+    `source`: facts about the images. `augmentations`: further variants of each training image, which are rows after all
+    images as they are. `digest`: sha256 of the manifest, hence of every file, where it was loaded.
     """
 
     grid: TokenGrid
@@ -66,7 +59,6 @@ class TokenDataset:
     tokenizer: Tokenizer
     source: dict[str, Any]
     augmentations: int = 0
-    parts: list[dict[str, Any]] = field(default_factory=list)
     digest: str = ""
 
     @property
@@ -74,46 +66,31 @@ class TokenDataset:
         """0 when the source has no labels."""
         return len(self.class_names)
 
-    def meta(self, shards: dict[str, list[int]]) -> Meta:
-        """What `meta.json` is to say of files of these rows. Raises a `PipelineLoadError` for what could not be loaded
-        again: names of splits or classes that are none, and labels that are no class."""
-        found = Meta(
-            self.grid,
-            self.class_names,
-            shards,
-            self.source,
-            self.augmentations,
-            self.tokenizer.fingerprint(),
-            self.parts,
-        )
-        check_meta(found, Path(META))
+    def save(self, folder: str | Path, rows_per_shard: int | None = None) -> None:
+        """Write everything; the folder appears whole or not at all, and replaces an older token dataset.
+
+        rows_per_shard: of a file; None: chosen by the size of the split, see `cut_shards`. Raises `PathError` if
+        something else is there, `ValueError` for ids out of range, and a `PipelineLoadError` for what could not be
+        loaded again: names of splits or classes that cannot be used, and labels that are no class.
+        """
+        shards = cut_shards({name: len(split) for name, split in self.splits.items()}, rows_per_shard)
+        fingerprint = self.tokenizer.fingerprint()
+        meta = Meta(self.grid, self.class_names, shards, self.source, self.augmentations, fingerprint)
+        check_meta(meta, Path(META))
         for name, split in self.splits.items():
             check_labels(Path(name), split.labels, self.num_classes)
-        return found
-
-    def save(self, folder: str | Path, rows_per_shard: int | None = None) -> None:
-        """Write everything; the folder appears whole or not at all. rows_per_shard: of a file; None: one file for a
-        split below 64 MiB. Raises `PathError` if something else is there, `ValueError` for ids out of range."""
-        cuts = self._cuts(rows_per_shard)
-        meta = self.meta(sizes_of(cuts))
-        check_count(sum(map(len, cuts.values())))
         with atomic_folder(folder, kind=TOKENS) as target:
-            entries = {}
-            for split, parts in cuts.items():
-                tokens, labels = self.splits[split].tokens, self.splits[split].labels
-                for name, (start, stop) in zip(shard_names(split, len(parts)), parts, strict=True):
-                    some = None if labels is None else labels[start:stop]
-                    entries[name] = write_shard(target / name, tokens[start:stop], some, self.grid)
-            seal(target, meta, self.tokenizer, entries)
-
-    def to_parquet(self, folder: str | Path) -> None:
-        """Write everything as it is uploaded to the Hub; see `parquet.write_parquet`."""
-        write_parquet(self.meta(sizes_of(self._cuts(None))), self.splits, self.tokenizer, folder)
+            for name, split in self.splits.items():
+                sizes = shards[name]
+                for file, size, stop in zip(shard_names(name, len(sizes)), sizes, accumulate(sizes), strict=True):
+                    rows = slice(stop - size, stop)
+                    labels = None if split.labels is None else split.labels[rows]
+                    write_shard(target / file, split.tokens[rows], labels, self.grid)
+            write_meta(target, meta, self.tokenizer)
 
     def to_datasets(self) -> datasets.DatasetDict:
         """The rows as tables of `datasets`, one for each split: `tokens` of the grid's shape in the smallest unsigned
-        type, and `label`, a `ClassLabel`, where there are classes. In memory; for more than that holds,
-        `datasets.load_dataset` reads what `to_parquet` writes."""
+        type, and `label`, a `ClassLabel`, where there are classes. In memory."""
         return to_tables(self.splits, self.grid, self.class_names)
 
     @classmethod
@@ -130,14 +107,11 @@ class TokenDataset:
         `pipe.encode` makes, as a dataset that `save` writes and `train_prior` reads.
 
         tokens, label: names of the columns; the label's is a `ClassLabel`, and None, or no such column, means no
-        classes. source: facts that are kept. Raises `UserError` for ids that are not `tokenizer`'s, and for labels
+        classes. source: facts about the images. Raises `UserError` for ids that are not `tokenizer`'s, and for labels
         without names.
         """
         splits, class_names = from_tables(tables, tokenizer, tokens, label)
         return cls(tokenizer.grid, class_names, splits, tokenizer, source or {})
-
-    def _cuts(self, rows_per_shard: int | None) -> dict[str, list[tuple[int, int]]]:
-        return {name: spans(len(split), self.grid, rows_per_shard) for name, split in self.splits.items()}
 
     def push_to_hub(
         self,
@@ -148,27 +122,25 @@ class TokenDataset:
         revision: str | None = None,
         commit_message: str = "Upload token dataset",
     ) -> Any:
-        """Create the Hub dataset if needed and upload this as parquet, which `datasets` reads too, with the tokenizer.
+        """Create the Hub dataset if needed and upload this: the files that `save` writes, in one commit.
 
-        In one commit, in which files of an earlier token dataset go; those of others stay. revision: the branch to
-        write to. Returns huggingface_hub's `CommitInfo`. Raises `PushError`, an `OSError`, with the reason in one
-        line.
+        Names of local folders of images are left out. Files of an earlier token dataset go, those of others stay.
+        revision: the branch to write to. Returns huggingface_hub's `CommitInfo`. Raises `PushError`, an `OSError`, with
+        the reason in one line.
         """
-        return push(
-            self.meta(sizes_of(self._cuts(None))),
-            self.splits,
-            self.tokenizer,
-            repo_id,
-            token=token,
-            private=private,
-            revision=revision,
-            commit_message=commit_message,
-        )
-
-
-def sizes_of(cuts: dict[str, list[tuple[int, int]]]) -> dict[str, list[int]]:
-    """The number of rows of each file of each split, which goes from row `start` to row `stop`."""
-    return {name: [stop - start for start, stop in parts] for name, parts in cuts.items()}
+        require_reachable(repo_id)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "dataset"
+            replace(self, source=shareable(self.source)).save(folder)
+            return push_folder(
+                folder,
+                repo_id,
+                repo_type="dataset",
+                token=token,
+                private=private,
+                revision=revision,
+                commit_message=commit_message,
+            )
 
 
 def load_tokens(
@@ -189,9 +161,14 @@ def load_tokens(
     revision: a branch, tag or commit of the Hub. Raises a `PipelineLoadError`: a file is missing or changed, the ids do
     not fit the grid, labels are out of range, or the tokenizer is not the one that made the ids.
     """
-    folder = local_folder(
-        source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
+    folder = Path(source)
+    if not os.path.isdir(source):
+        local_files_only = local_files_only or not is_reachable()  # a mistyped folder's name should not have to wait
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        try:
+            folder = find_folder(source, ["*.json", "*.safetensors", "tokenizer/*"], repo_type="dataset", **options)
+        except PathError as error:
+            raise PathError(f"{error}; make a token dataset with `smalti encode`") from error
     return read_folder(folder, lambda: _read_dataset(folder, verify, mapped))
 
 
@@ -208,8 +185,8 @@ def _read_dataset(folder: Path, verify: bool | None, mapped: bool | None) -> Tok
         raise IntegrityError(f"{folder / META}: grid {meta.grid} is not the tokenizer's, {tokenizer.grid}")
     mapped = size > IN_MEMORY if mapped is None else mapped
     splits = {name: _load_split(folder, name, meta, mapped) for name in meta.shards}
-    kept = meta.source, meta.augmentations, meta.parts
-    return TokenDataset(tokenizer.grid, meta.class_names, splits, tokenizer, *kept, digest=manifest_hash(folder))
+    facts = meta.source, meta.augmentations, manifest_hash(folder)
+    return TokenDataset(tokenizer.grid, meta.class_names, splits, tokenizer, *facts)
 
 
 def _load_split(folder: Path, split: str, meta: Meta, mapped: bool) -> TokenSplit:

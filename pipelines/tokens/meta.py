@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,11 +24,12 @@ from tokenizer.files import (
     read_json,
     verify_manifest,
     write_json,
+    write_manifest,
 )
 
 from ..files import Text, Whole, validate
 from ..images.dataset import is_printable
-from .shards import MAX_SHARDS, shard_names
+from .shards import shard_names
 
 META, FORMAT_VERSION = "meta.json", 1
 TOKENS = FolderKind("a token dataset", META, lambda meta: {"format_version", "grid", "splits", "classes"} <= set(meta))
@@ -44,7 +45,6 @@ class Meta:
     source: dict[str, Any]
     augmentations: int
     tokenizer: str
-    parts: list[dict[str, Any]] = field(default_factory=list)
 
     def files(self) -> list[str]:
         """The names of all shards."""
@@ -60,26 +60,14 @@ class Meta:
             "source": self.source,
             "augmentations": self.augmentations,
             "tokenizer": self.tokenizer,
-            **({"parts": self.parts} if self.parts else {}),
         }
 
 
-def check_count(shards: int) -> None:
-    """Raise `ValueError` for more files than a manifest lists."""
-    if shards > MAX_SHARDS:
-        raise ValueError(f"rows_per_shard: makes {shards} files, at most {MAX_SHARDS} are allowed; choose a larger one")
-
-
-def seal(folder: Path, meta: Meta, tokenizer: Tokenizer, entries: dict[str, dict[str, Any]]) -> None:
-    """Write tokenizer, `meta.json` and last `manifest.json` beside the shards, whose manifest `entries` are known."""
+def write_meta(folder: Path, meta: Meta, tokenizer: Tokenizer) -> None:
+    """Write the tokenizer, `meta.json` and last `manifest.json` beside the shards."""
     tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / META, meta.to_dict())
-    small = [folder / META, *sorted((folder / "tokenizer").iterdir())]
-    for path in small:
-        data = path.read_bytes()
-        entry = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-        entries = {**entries, path.relative_to(folder).as_posix(): entry}
-    write_json(folder / MANIFEST, {"files": dict(sorted(entries.items()))})
+    write_manifest(folder)
 
 
 def manifest_hash(folder: Path) -> str:
@@ -137,7 +125,6 @@ class MetaFile(BaseModel):
     source: dict[str, Any]
     augmentations: Whole
     tokenizer: Text
-    parts: list[dict[str, Any]] = []
 
 
 def read_meta(folder: Path) -> Meta:
@@ -159,7 +146,6 @@ def read_meta(folder: Path) -> Meta:
         source=found.source,
         augmentations=found.augmentations,
         tokenizer=found.tokenizer,
-        parts=found.parts,
     )
 
 

@@ -1,14 +1,12 @@
 """A split's files: safetensors with `tokens` (n, *grid.shape) and `labels` (n,), written whole, read through a map.
 
-A small split is one file, `train.safetensors`; a large one is many, `train-00000.safetensors` and so on, whose rows
-follow each other. Reading a row touches the pages of that row and no others.
+A small split is one file, `train.safetensors`; a larger one is many, `train-00000-of-00016.safetensors` and so on,
+whose rows follow each other. Reading a row touches the pages of that row and no others.
 """
 
 from __future__ import annotations
 
-import hashlib
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,17 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tokenizer import TokenGrid
-from tokenizer.files import FormatError, IntegrityError, fsync
+from tokenizer.files import FormatError, IntegrityError
 
+from ..files import atomic_file
 from ..shuffling import positions_of
 
-ROWS_PER_SHARD = 1 << 14
-ONE_FILE = 64 << 20  # a split of fewer bytes is one file
+BATCH = 256  # rows that are encoded at a time by default: shards are whole batches, if they are cut by size alone
+BATCHES = 4  # of a shard, at least
+PROCESSES = 16  # that share a small split evenly
+ROWS_PER_SHARD = 1 << 12
 MAX_SHARDS = 4096  # of a dataset: what a manifest of 1 MiB can list
+CHUNK = 1 << 14  # rows that are in memory at a time where a whole split is read
 
 Indices = NDArray[np.int64] | Tensor | slice | list[int]
 
@@ -44,21 +46,38 @@ def bytes_per_row(grid: TokenGrid) -> int:
 
 def shard_names(split: str, count: int) -> list[str]:
     """The names of a split's files, in the order of their rows."""
-    return [f"{split}.safetensors"] if count == 1 else [f"{split}-{k:05d}.safetensors" for k in range(count)]
+    if count == 1:
+        return [f"{split}.safetensors"]
+    return [f"{split}-{k:05d}-of-{count:05d}.safetensors" for k in range(count)]
 
 
-def spans(rows: int, grid: TokenGrid, rows_per_shard: int | None) -> list[tuple[int, int]]:
-    """First row and end of each file of a split; `rows_per_shard` None: one file if it is small. Raises `ValueError`
-    below 1."""
+def cut_shards(rows: Mapping[str, int], rows_per_shard: int | None) -> dict[str, list[int]]:
+    """The number of rows of each file of each split, which has so many `rows`.
+
+    rows_per_shard None: whole batches of 256, at least four of them a file; up to 16 files of a small split, and files
+    of 4,096 rows of a large one, or of more if there would be too many. Raises `ValueError` below 1, and for more files
+    than `MAX_SHARDS`.
+    """
     if rows_per_shard is not None and rows_per_shard < 1:
         raise ValueError(f"rows_per_shard should be at least 1 (got {rows_per_shard})")
-    if rows_per_shard is None:
-        rows_per_shard = max(1, rows) if rows * bytes_per_row(grid) <= ONE_FILE else ROWS_PER_SHARD
-    return [(start, min(start + rows_per_shard, rows)) for start in range(0, max(1, rows), rows_per_shard)]
+    most = max(1, MAX_SHARDS - PROCESSES * len(rows))
+    large = max(ROWS_PER_SHARD, -(-sum(rows.values()) // most))
+    sizes = {}
+    for split, count in rows.items():
+        sizes[split] = rows_per_shard or BATCH
+        if rows_per_shard is None:
+            shards = max(1, min(PROCESSES, count // (BATCHES * BATCH)), -(-count // large))
+            sizes[split] = max(1, -(-count // (shards * BATCH))) * BATCH
+    if (total := sum(max(1, -(-rows[split] // size)) for split, size in sizes.items())) > MAX_SHARDS:
+        raise ValueError(f"rows_per_shard: makes {total} files, at most {MAX_SHARDS} are allowed; choose a larger one")
+    return {
+        split: [min(size, rows[split] - start) for start in range(0, max(1, rows[split]), size)]
+        for split, size in sizes.items()
+    }
 
 
-def write_shard(path: Path, tokens: Tensor, labels: Tensor | None, grid: TokenGrid) -> dict[str, Any]:
-    """Write a file that appears whole or not at all; returns its size and sha256, those of what was to be written.
+def write_shard(path: Path, tokens: Tensor, labels: Tensor | None, grid: TokenGrid) -> None:
+    """Write a file that appears whole or not at all.
 
     tokens: `(n, *grid.shape)` of any integer type. Raises `ValueError` for ids that do not fit the grid.
     """
@@ -66,15 +85,8 @@ def write_shard(path: Path, tokens: Tensor, labels: Tensor | None, grid: TokenGr
     tensors = {"tokens": tokens.to(smallest_type(grid.vocab_size)).contiguous()}
     if labels is not None:
         tensors["labels"] = labels.long().contiguous()
-    data = save(tensors)
-    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        temporary.write_bytes(data)
-        fsync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    with atomic_file(path, overwrite=True) as temporary:
+        temporary.write_bytes(save(tensors))
 
 
 def map_shard(path: Path, rows: int, grid: TokenGrid) -> tuple[Tensor, Tensor | None]:
@@ -169,6 +181,6 @@ class TokenSplit:
         return torch.from_numpy(self.tokens.numpy()[wanted].astype(np.int64))
 
 
-def chunks(rows: int, size: int = ROWS_PER_SHARD) -> Iterator[slice]:
+def chunks(rows: int, size: int = CHUNK) -> Iterator[slice]:
     """Slices that cover so many rows, for what cannot be held at once."""
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))

@@ -1,8 +1,8 @@
-"""A token dataset as the tables of `datasets`, and back: for those who filter, mix or look at rows there."""
+"""A token dataset as tables of `datasets`, and back: for those who filter, mix or inspect rows there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,41 +39,30 @@ def to_tables(splits: Mapping[str, TokenSplit], grid: TokenGrid, class_names: li
     features = table_features(grid, class_names)
 
     def table(split: TokenSplit) -> datasets.Dataset:
-        parts = [
-            datasets.Dataset.from_dict(columns, features=features) for columns in columns_of(split, grid, class_names)
-        ]
-        return datasets.concatenate_datasets(parts) if parts else datasets.Dataset.from_dict(empty(features), features)
+        parts = [datasets.Dataset.from_dict({name: [] for name in features}, features)]
+        for rows in chunks(len(split)):
+            columns: dict[str, Any] = {TOKENS: split.tokens[rows].to(smallest_type(grid.vocab_size)).numpy()}
+            if class_names and split.labels is not None:
+                columns[LABEL] = split.labels[rows].numpy()
+            parts.append(datasets.Dataset.from_dict(columns, features))
+        return datasets.concatenate_datasets(parts)
 
     return datasets.DatasetDict({name: table(split) for name, split in splits.items()})
-
-
-def empty(features: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The columns of no row."""
-    return {name: [] for name in features}
-
-
-def columns_of(split: TokenSplit, grid: TokenGrid, class_names: list[str]) -> Iterator[dict[str, Any]]:
-    """The columns of some rows after the other."""
-    for rows in chunks(len(split)):
-        columns: dict[str, Any] = {TOKENS: split.tokens[rows].to(smallest_type(grid.vocab_size)).numpy()}
-        if class_names and split.labels is not None:
-            columns[LABEL] = split.labels[rows].numpy()
-        yield columns
 
 
 def from_tables(
     tables: Mapping[str, Any], tokenizer: Tokenizer, tokens: str, label: str | None
 ) -> tuple[dict[str, TokenSplit], list[str]]:
-    """The splits of tables, and the names of their classes. Raises `UserError` for columns that are missing, ids that
-    the tokenizer does not have, another shape, and labels that are no `ClassLabel` or not the same in all."""
+    """The splits of tables, and the names of their classes. Raises `UserError` for missing columns, ids that the
+    tokenizer does not have, another shape, and labels that are not a `ClassLabel` or not the same in all."""
     if not isinstance(tables, Mapping):
         raise UserError(
             f"tables should be one for each split, {{'train': ..., 'test': ...}} (got {type(tables).__name__})"
         )
     names = {split: class_names_of(split, table, label) for split, table in tables.items()}
     if len(set(map(tuple, names.values()))) > 1:
-        told = "; ".join(f"{split}: {', '.join(found) or 'none'}" for split, found in names.items())
-        raise UserError(f"{label}: splits have other classes than each other ({told})")
+        found = "; ".join(f"{split}: {', '.join(some) or 'none'}" for split, some in names.items())
+        raise UserError(f"{label}: splits have other classes than each other ({found})")
     splits = {}
     for split, table in tables.items():
         if tokens not in table.column_names:

@@ -1,6 +1,6 @@
 """Every verb through the command line: what a user gets wrong is said in lines, and what is right is written.
 
-Covers: pipelines/generate.py, pipelines/commands/reconstruct.py, pipelines/tokens/finished.py.
+Covers: pipelines/generate.py, pipelines/commands/reconstruct.py.
 """
 
 from __future__ import annotations

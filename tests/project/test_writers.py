@@ -432,7 +432,7 @@ def test_a_folder_of_our_own_work_is_not_taken_by_another_run(world, tmp_path):
     """Starting a run removes what a killed one left of its own, and nothing else that is called alike."""
     out = tmp_path / "run"
     WRITERS["train_tokenizer"].write(world, out)
-    names = (".tmp-mine/a", ".del-mine", ".tmp-tokens-encode/job.json", "state/.tmp-mine/a", ".tmp-pipeline-mine/a")
+    names = (".tmp-mine/a", ".del-mine", ".tokens.encode/job.json", "state/.tmp-mine/a", ".tmp-pipeline-mine/a")
     mine = dict.fromkeys(names, "mine")
     ours = {".tmp-tokenizer-0123abcd/config.json": "{}", "state/.tmp-step-00000003-0123abcd/a": ""}
     kept = lay(out, mine)
@@ -451,13 +451,10 @@ def test_a_folder_of_our_own_work_is_not_taken_by_another_run(world, tmp_path):
 WRITING = {
     "tokenizer/files.py": "folders, whole or not at all",
     "pipelines/files.py": "files, whole or not at all, and locks",
-    "pipelines/tokens/shards.py": "a shard, in a folder that is being made",
-    "pipelines/jobs/pieces.py": "the work folder of an encode, or of many images",
-    "pipelines/tokens/pieces.py": "the work folder of an encode, when it is done",
-    "pipelines/images/sets/pieces.py": "the work folder of many images, and a result that was placed before a kill",
-    "pipelines/images/sets/folder.py": "pictures and their sheet, in a folder that is being made",
-    "pipelines/images/sets/npz.py": "an archive, under a temporary name",
-    "pipelines/images/sets/tar.py": "an archive, under a temporary name",
+    "pipelines/tokens/shards.py": "a shard, whole or not at all",
+    "pipelines/job.py": "what a killed process was writing",
+    "pipelines/encode.py": "the work folder of a dataset",
+    "pipelines/generate.py": "a folder of images, and the work folder of a file",
     "pipelines/training/checkpoints/states.py": "states of a run, by their names",
     "pipelines/training/checkpoints/rotation.py": "which states of a run are kept",
     "pipelines/training/run_folder.py": "the folder of a run",
@@ -465,7 +462,6 @@ WRITING = {
     "pipelines/training/heartbeat.py": "the signs of a run's processes",
     "pipelines/images/dataset.py": "the record of a run",
     "pipelines/metrics/perceptual.py": "the cache of weights",
-    "pipelines/tokens/parquet.py": "a dataset, in a folder that is being made",
     "pipelines/stages/storing.py": "a pipeline, in a folder that is being made",
     "tokenizer/model.py": "a model's card, in a temporary folder",
     "pipelines/app/space.py": "a Space, in a folder that is being made",

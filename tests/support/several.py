@@ -61,7 +61,7 @@ class Several:
         errors: list[BaseException] = []
 
         def work(index: int) -> None:
-            self.local.side = Side(index, self.count, self)
+            self.local.side = Side(index, self.count, several=self)
             try:
                 act()
             except BaseException as error:

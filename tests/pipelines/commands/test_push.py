@@ -26,7 +26,7 @@ from pipelines.commands import push
 from pipelines.hub import PushError
 from pipelines.images.origin import LOCAL, is_local, public_source, shareable
 from pipelines.stages.card import model_card
-from pipelines.tokens import TokenDataset, load_tokens, parquet
+from pipelines.tokens import TokenDataset, load_tokens, shards
 
 SECRET, HOME = "hf_open_sesame", "/home/me/photos of people"
 PLAIN = {
@@ -90,18 +90,17 @@ def test_a_push_that_fails_changes_nothing(report):
 
 def test_larger_and_smaller_token_datasets_in_turn(report):
     """Files of others stay, whatever they are called, beside data and in it."""
-    mine = {"notes.md", "data/mine.parquet", "data/other-00000-of-00001.parquet", "data/notes.txt"}
+    mine = {"notes.md", "README.md", "data/mine.parquet", "other-00000-of-00001.safetensors"}
     common = {
         ".gitattributes",
-        "README.md",
         "meta.json",
         "manifest.json",
         "tokenizer/config.json",
         "tokenizer/model.safetensors",
-        "data/test-00000-of-00001.parquet",
+        "test.safetensors",
     }
-    many = common | {f"data/train-{k:05d}-of-00003.parquet" for k in range(3)}
-    one = common | {"data/train-00000-of-00001.parquet"}
+    many = common | {f"train-{k:05d}-of-00003.safetensors" for k in range(3)}
+    one = common | {"train.safetensors"}
     assert [set(files) for files in report["token files"]] == [many, one | mine, many | mine]
     assert report["token rows"] == [60, 8, 60]
     assert len([commit for commit in report["commits"] if commit["repository"] == "datasets/me/tokens"]) == 3
@@ -120,7 +119,7 @@ def test_what_is_pushed_does_not_tell_the_folder(report):
     assert len(texts) > 8 and not any("/home/me" in text or "people" in text for text in texts)
     assert report["provenance"]["data"] == {"source": LOCAL, "image_size": 8}
     assert report["provenance"]["evaluation"]["feature_origin"].endswith("on a local folder of images, seed 0")
-    assert report["token source"] == [{"data": {"source": LOCAL}}, [{"data": {"source": LOCAL}, "variants": {}}]]
+    assert report["token source"] == {"data": {"source": LOCAL}}
 
 
 def test_verbs_say_that_they_need_the_images(report):
@@ -203,9 +202,7 @@ def test_training_notes_that_a_folder_was_one(tmp_path, monkeypatch, one_process
     data = load_tokens("tokens")
     assert data.source["data"]["source"] == "photos"
     monkeypatch.chdir("/")
-    data.to_parquet(tmp_path / "parquet")
-    told = [path.read_bytes() for path in (tmp_path / "parquet").rglob("*.*")] + [json.dumps(shareable(facts)).encode()]
-    assert len(told) > 5 and not any(b"photos" in part for part in told)
+    assert not any("photos" in json.dumps(shareable(each)) for each in (facts, data.source))
 
 
 # What goes wrong
@@ -342,19 +339,17 @@ def push_over(manifest: str) -> list[str]:
 
 def tokens(found: dict[str, Any], cache: Path, root: Path) -> None:
     """Token datasets of more and fewer files in turn."""
-    parquet.FILE_BYTES, folder = 100, root / "datasets" / "me" / "tokens" / "main"
+    shards.BATCH, folder = 5, root / "datasets" / "me" / "tokens" / "main"
     for rows in (60, 8, 60):
         data = make_dataset(rows=rows)
         facts = {"data": {"source": HOME}}
-        data = TokenDataset(
-            data.grid, data.class_names, data.splits, data.tokenizer, facts, 0, [{**facts, "variants": {}}]
-        )
+        data = TokenDataset(data.grid, data.class_names, data.splits, data.tokenizer, facts)
         data.push_to_hub("me/tokens")
         found["token files"].append(files_of(folder))
         loaded = load_tokens("me/tokens", cache_dir=cache / "ours")
         found["token rows"].append(len(loaded.splits["train"]))
-        found["token source"] = [loaded.source, loaded.parts]
-        add(folder, {"notes.md", "data/mine.parquet", "data/other-00000-of-00001.parquet", "data/notes.txt"})
+        found["token source"] = loaded.source
+        add(folder, {"notes.md", "README.md", "data/mine.parquet", "other-00000-of-00001.safetensors"})
 
 
 def snapshot(cache: str) -> str:

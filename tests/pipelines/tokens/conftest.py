@@ -7,8 +7,6 @@ import torch
 from failures.encodes import write_classes
 from small import make_tokenizer
 
-from pipelines import encode
-
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
@@ -22,11 +20,3 @@ def tokenizer(tmp_path_factory):
 def images(tmp_path_factory):
     """30 training images and 30 others, of three classes."""
     return write_classes(tmp_path_factory.mktemp("images"), ["cat", "dog", "eel"], 10)
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """The rows of every batch of images that is encoded."""
-    rows, real = [], encode.variants_of
-    monkeypatch.setattr(encode, "variants_of", lambda images, some, seed: rows.append(some) or real(images, some, seed))
-    return rows

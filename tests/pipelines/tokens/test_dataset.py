@@ -1,44 +1,25 @@
-"""Token datasets: what is written comes back, what is damaged is refused, and `smalti encode` writes what it says.
-
-Covers: pipelines/encode.py, pipelines/stages/provenance.py.
-"""
+"""Token datasets: what is written comes back, and what is damaged is refused."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from folders import files_in
-from givens.image_files import write_pictures
 from givens.token_datasets import edit_split, make_dataset, refused
-from launch import DIGITS as DIGITS_ONCE
-from optional import needs_digits
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
-from small import TOKENIZERS, make_tokenizer
+from small import TOKENIZERS
 
-from pipelines import encode
-from pipelines.config import UserError
-from pipelines.encode import EncodeConfig, run
-from pipelines.images import load_images, tables
-from pipelines.stages.provenance import data_beside
 from pipelines.tokens import TokenDataset, TokenSplit, load_tokens
 from pipelines.tokens.shards import smallest_type
-from tokenizer import Tokenizer
 from tokenizer.files import FormatError, IntegrityError, PathError, PipelineLoadError
 
 META = "meta.json"
-
-
-@pytest.fixture(autouse=True)
-def parsed_once(monkeypatch):
-    """The digits, whatever the number of encodes."""
-    monkeypatch.setattr(tables, "digits", DIGITS_ONCE)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -65,6 +46,29 @@ def test_what_is_saved_is_what_is_loaded(name, labelled, tmp_path):
         "tokenizer/model.safetensors",
         "train.safetensors",
     ]
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.integers(0, 40),
+    st.one_of(st.none(), st.integers(1, 50)),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([(5, 4, 3), (48, 48), (48, 48, 48)]),
+)
+def test_rows_come_back_from_files_and_from_tables(tmp_path_factory, rows, rows_per_shard, labelled, mapped, levels):
+    """Ids of one, two and four bytes."""
+    data = make_dataset(labelled=labelled, rows=rows, quantizer={"kind": "fsq", "levels": levels})
+    folder = tmp_path_factory.mktemp("round") / "tokens"
+    data.save(folder, rows_per_shard)
+    loaded = load_tokens(folder, mapped=mapped)
+    for found in (loaded, TokenDataset.from_datasets(loaded.to_datasets(), loaded.tokenizer)):
+        assert found.class_names == data.class_names and list(found.splits) == list(data.splits)
+        for name, split in data.splits.items():
+            assert torch.equal(found.splits[name].tokens[:], split.tokens)
+            assert found.splits[name].tokens.dtype == split.tokens.dtype
+            labels = found.splits[name].labels
+            assert torch.equal(labels, split.labels) if labelled else labels is None
 
 
 @pytest.mark.parametrize(
@@ -107,9 +111,6 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path, changes, split, options
     data = replace(data, **changes, splits={split: data.splits["train"]})
     with pytest.raises(ValueError, match=message):
         data.save(tmp_path / "tokens", **options)
-    if not options:
-        with pytest.raises(ValueError, match=message):
-            data.to_parquet(tmp_path / "parquet")
     assert not any(tmp_path.iterdir())
 
 
@@ -238,198 +239,3 @@ def test_older_dataset_is_replaced_and_a_foreign_folder_is_not(folder, tmp_path)
     with pytest.raises(PathError, match="mine"):
         make_dataset().save(tmp_path / "mine")
     assert files_in(tmp_path / "mine") == ["thesis.tex"] and not list(tmp_path.glob(".tmp-*"))
-
-
-# Encoding
-
-LIMIT = 30
-DIGITS = {"source": "digits", "limit": LIMIT}
-
-
-@pytest.fixture
-def tokenizer(tmp_path):
-    torch.manual_seed(0)
-    make_tokenizer("vqvae", (28, 28), 1).eval().save_pretrained(tmp_path / "tokenizer")
-    return Tokenizer.from_pretrained(tmp_path / "tokenizer")
-
-
-def encoded_tokens(tmp_path, data=DIGITS, out="tokens", **options):
-    options = {"tokenizer": str(tmp_path / "tokenizer"), "out": str(tmp_path / out), "data": data, **options}
-    return load_tokens(run(EncodeConfig(**options)))
-
-
-@needs_digits
-def test_rows_are_the_images_in_order(tokenizer, tmp_path):
-    data = encoded_tokens(tmp_path, batch_size=7)
-    config = EncodeConfig(tokenizer="", out="", data=DIGITS).data
-    images = load_images(config)
-    for name, split in (("train", images.train), ("test", images.held_out)):
-        expected = tokenizer.encode(split.batch(np.arange(LIMIT)))
-        assert len(expected.unique()) > 1 and torch.equal(data.splits[name].tokens.long(), expected)
-        assert torch.equal(data.splits[name].labels, split.labels)
-    assert data.class_names == [str(digit) for digit in range(10)] and data.source["data"]["source"] == "digits"
-    assert data.augmentations == 0 and data.tokenizer.fingerprint() == tokenizer.fingerprint()
-
-
-@needs_digits
-def test_variants_are_further_rows_that_can_be_made_again(tokenizer, tmp_path):
-    augmented = {**DIGITS, "augment": {"shift": 3}}
-    plain = encoded_tokens(tmp_path)
-    data = encoded_tokens(tmp_path, augmented, out="augmented", augmentations=2, batch_size=64)
-    assert data.augmentations == 2 and len(data.splits["train"]) == 3 * LIMIT and len(data.splits["test"]) == LIMIT
-    assert torch.equal(data.splits["test"].tokens, plain.splits["test"].tokens)
-    variants = data.splits["train"].tokens.long().split(LIMIT)
-    assert torch.equal(variants[0], plain.splits["train"].tokens.long())
-    assert not torch.equal(variants[1], variants[0]) and not torch.equal(variants[2], variants[1])
-    assert torch.equal(data.splits["train"].labels, plain.splits["train"].labels.repeat(3))
-    again = encoded_tokens(tmp_path, augmented, out="again", augmentations=2, batch_size=7)
-    assert torch.equal(again.splits["train"].tokens, data.splits["train"].tokens)
-    other = encoded_tokens(tmp_path, augmented, out="other", augmentations=2, seed=1)
-    assert torch.equal(other.splits["train"].tokens[:LIMIT], data.splits["train"].tokens[:LIMIT])
-    assert not torch.equal(other.splits["train"].tokens, data.splits["train"].tokens)
-
-
-@needs_digits
-def test_data_defaults_to_what_the_tokenizer_was_trained_on(tokenizer, tmp_path):
-    facts = {"data": {"source": "digits", "limit": 12}, "tokenizer": {"steps": 5}}
-    (tmp_path / "tokenizer" / "provenance.json").write_text(json.dumps(facts))
-    encode.main([f"tokenizer={tmp_path / 'tokenizer'}", f"out={tmp_path / 'tokens'}"])
-    data = load_tokens(tmp_path / "tokens")
-    assert len(data.splits["train"]) == 12 and data.source["tokenizer"] == {"steps": 5}
-
-
-@pytest.mark.parametrize("data", [True, None, "digits", [1]])
-def test_data_that_is_no_object_of_settings_is_refused(data, tmp_path):
-    path = tmp_path / "provenance.json"
-    path.write_text(json.dumps({"data": data}))
-    with pytest.raises(FormatError, match="provenance.json: data: expected an object of settings, found "):
-        data_beside(path)
-
-
-def test_images_without_classes_have_no_labels(tokenizer, tmp_path):
-    for name in ("train", "test"):
-        write_pictures(tmp_path / "images" / name)
-    data = encoded_tokens(tmp_path, {"source": str(tmp_path / "images")})
-    assert data.class_names == [] and all(split.labels is None for split in data.splits.values())
-
-
-# Images for validation
-
-
-@needs_digits
-def test_images_for_validation_are_a_split_of_their_own(tokenizer, tmp_path):
-    """As they are: their augmented variants are nowhere, in the dataset as it is made and as it grows."""
-    source = {**DIGITS, "augment": {"shift": 3}}
-    data = encoded_tokens(tmp_path, source, augmentations=1)
-    images = load_images(EncodeConfig(tokenizer="", out="", data=source).data)
-    assert {name: len(split) for name, split in data.splits.items()} == {"train": 60, "validation": 30, "test": 30}
-    assert list(json.loads((tmp_path / "tokens" / META).read_text())["splits"]) == ["train", "validation", "test"]
-    expected = tokenizer.encode(images.validation.batch(np.arange(30)))
-    assert torch.equal(data.splits["validation"].tokens.long(), expected)
-    assert torch.equal(data.splits["validation"].labels, images.validation.labels)
-    grown = encoded_tokens(tmp_path, source, augmentations=3, append=True)
-    assert {name: len(split) for name, split in grown.splits.items()} == {"train": 120, "validation": 30, "test": 30}
-    every = np.arange(4 * 30)
-    variants = torch.cat([images.train.prepare(*part) for part in encode.variants_of(images.train, every, 0)])
-    assert torch.equal(grown.splits["train"].tokens.long(), tokenizer.encode(variants))
-    assert len(load_tokens(tmp_path / "tokens").splits["validation"]) == 30
-
-
-@needs_digits
-def test_a_dataset_without_images_for_validation_grows_without(tokenizer, tmp_path):
-    augmented = {**DIGITS, "augment": {"shift": 3}}
-    before = encoded_tokens(tmp_path, {**augmented, "validation_fraction": 0})
-    grown = encoded_tokens(tmp_path, augmented, append=True, augmentations=1)  # the same images
-    assert {name: len(split) for name, split in grown.splits.items()} == {"train": 60, "test": 30}
-    assert torch.equal(grown.splits["train"].tokens[:30], before.splits["train"].tokens)
-    more = encoded_tokens(tmp_path, {**DIGITS, "limit": 40}, append=True, only="train")  # and others
-    assert {name: len(split) for name, split in more.splits.items()} == {"train": 100, "test": 30}
-    with pytest.raises(UserError, match=r"data.validation_fraction: 0.0 of these images before, 0.2 now"):
-        encoded_tokens(tmp_path, {**augmented, "validation_fraction": 0.2}, append=True, augmentations=2)
-
-
-@needs_digits
-def test_a_dataset_grows_by_what_it_kept_for_validation(tokenizer, tmp_path):
-    augmented = {**DIGITS, "augment": {"shift": 3}}
-    encoded_tokens(tmp_path, {**augmented, "validation_fraction": 0.4})
-    grown = encoded_tokens(tmp_path, augmented, append=True, augmentations=1)  # not said again
-    assert {name: len(split) for name, split in grown.splits.items()} == {"train": 60, "validation": 30, "test": 30}
-    assert [part["data"]["validation_fraction"] for part in grown.parts] == [0.4, 0.4]
-    with pytest.raises(UserError, match="has these rows already"):
-        encoded_tokens(tmp_path, augmented, append=True, only="validation")
-
-
-@needs_digits
-def test_the_images_for_validation_are_those_of_the_tokenizer(tokenizer, tmp_path):
-    facts = {"data": {"source": "digits", "limit": 40, "validation_fraction": 0.02}}
-    (tmp_path / "tokenizer" / "provenance.json").write_text(json.dumps(facts))
-    encode.main([f"tokenizer={tmp_path / 'tokenizer'}", f"out={tmp_path / 'tokens'}", "data.limit=100"])
-    data = load_tokens(tmp_path / "tokens")
-    assert [len(split) for split in data.splits.values()] == [100, 80, 100]
-
-
-@pytest.mark.parametrize("labelled", ["train", "test"])
-def test_one_split_with_labels_and_one_without(tokenizer, tmp_path, labelled):
-    for name in ("train", "test"):
-        write_pictures(tmp_path / "images" / name / ("cat" if name == labelled else "."))
-    source = {"source": str(tmp_path / "images")}
-    with pytest.raises(UserError, match="label_column"):
-        encoded_tokens(tmp_path, source)
-    assert not (tmp_path / "tokens").exists()
-    assert encoded_tokens(tmp_path, {**source, "label_column": None}).class_names == []
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"data": {"image_size": 32}}, r"data.image_size.*\(1, 28, 28\).*\(1, 32, 32\)"),
-        ({"data": {"channels": 3}}, r"data.channels.*\(3, 28, 28\)"),
-        ({"data": DIGITS, "augmentations": 2}, "augmentations.*data.augment"),
-    ],
-)
-def test_settings_that_do_not_fit(tokenizer, tmp_path, options, message):
-    with pytest.raises(UserError, match=message):
-        encoded_tokens(tmp_path, **options)
-    assert not (tmp_path / "tokens").exists()
-
-
-def test_foreign_out_folder_is_refused_before_anything_is_read(tokenizer, tmp_path, monkeypatch):
-    (tmp_path / "tokens").mkdir()
-    (tmp_path / "tokens" / "thesis.tex").write_text("years of work")
-    monkeypatch.setattr(encode, "load_images", lambda config: pytest.fail("images were read"))
-    with pytest.raises(UserError, match="nothing was overwritten"):
-        encoded_tokens(tmp_path)
-    assert files_in(tmp_path / "tokens") == ["thesis.tex"]
-
-
-LAST = "tokens.pieces.shutil"  # the dataset is there, the pieces have yet to go
-
-
-@needs_digits
-@pytest.mark.parametrize("place", ["encode.variants_of", "encode.publish", "tokens.meta.write_json", LAST])
-def test_interrupted_encoding_leaves_what_was_there(tokenizer, tmp_path, monkeypatch, place):
-    """Nothing that loads, or the older dataset; after the very last step, the new one. The same command ends it."""
-
-    def interrupt(*arguments, **options):
-        raise KeyboardInterrupt
-
-    def interrupted(data):
-        monkeypatch.setattr(f"pipelines.{place}", SimpleNamespace(rmtree=interrupt) if place == LAST else interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            encoded_tokens(tmp_path, data, batch_size=10)
-        monkeypatch.undo()
-
-    interrupted(DIGITS)
-    if place != LAST:
-        with pytest.raises(PathError):
-            load_tokens(tmp_path / "tokens")
-    assert len(encoded_tokens(tmp_path, batch_size=10).splits["train"]) == LIMIT
-    interrupted({**DIGITS, "limit": 10})
-    assert len(load_tokens(tmp_path / "tokens").splits["train"]) == (10 if place == LAST else LIMIT)
-    assert len(encoded_tokens(tmp_path, {**DIGITS, "limit": 10}, batch_size=10).splits["train"]) == 10
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tokenizer", "tokens"]
-
-
-def test_paths_are_taken_as_text_or_path(tmp_path):
-    make_dataset().save(str(tmp_path / "tokens"))
-    assert len(load_tokens(Path(tmp_path / "tokens")).splits["train"]) == 6

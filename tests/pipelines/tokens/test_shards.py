@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from folders import files_in
-from givens.token_datasets import edit_split, make_dataset, refused
+from givens.token_datasets import make_dataset, refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from launch import output_of, start
 from safetensors.torch import load_file, save_file
 from small import make_prior, make_tokenizer
@@ -42,9 +44,9 @@ def sharded(tmp_path):
 def test_files_of_a_large_split(sharded):
     folder, data = sharded
     assert [name for name in files_in(folder) if name.startswith("train")] == [
-        f"train-{k:05d}.safetensors" for k in range(8)
+        f"train-{k:05d}-of-00008.safetensors" for k in range(8)
     ]
-    parts = [load_file(folder / f"train-{k:05d}.safetensors") for k in range(8)]
+    parts = [load_file(folder / f"train-{k:05d}-of-00008.safetensors") for k in range(8)]
     assert torch.equal(torch.cat([part["tokens"] for part in parts]), data.splits["train"].tokens)
     assert [len(part["labels"]) for part in parts] == [7] * 7 + [1]
 
@@ -113,7 +115,7 @@ def test_a_small_dataset_has_one_file_a_split(tmp_path):
     data = make_dataset()
     data.save(tmp_path / "tokens")
     meta = json.loads((tmp_path / "tokens" / META).read_text())
-    assert meta["format_version"] == 1 and meta["splits"] == {"train": [6], "test": [2]} and "parts" not in meta
+    assert meta["format_version"] == 1 and meta["splits"] == {"train": [6], "test": [2]}
     for mapped in (True, False):
         loaded = load_tokens(tmp_path / "tokens", mapped=mapped)
         assert torch.equal(loaded.splits["train"].tokens[:], data.splits["train"].tokens)
@@ -123,14 +125,39 @@ def test_small_is_in_memory_and_large_is_mapped(sharded, monkeypatch):
     assert isinstance(load_tokens(sharded[0]).splits["train"].tokens, torch.Tensor)
     monkeypatch.setattr(tokens, "IN_MEMORY", 200)  # 52 rows of 4 bytes
     assert isinstance(load_tokens(sharded[0]).splits["train"].tokens, shards.MappedRows)
-    monkeypatch.setattr(shards, "ONE_FILE", 10)
-    monkeypatch.setattr(shards, "ROWS_PER_SHARD", 20)
-    sharded[1].save(sharded[0])
-    assert "train-00002.safetensors" in files_in(sharded[0]) and "test.safetensors" in files_in(sharded[0])
+
+
+ROWS = st.dictionaries(st.sampled_from(["train", "validation", "test"]), st.integers(0, 1 << 31), min_size=1)
+
+
+@settings(deadline=None, max_examples=100)
+@given(ROWS, st.one_of(st.none(), st.integers(1, 1 << 22)))
+def test_every_row_is_in_one_file_whatever_the_size(rows, rows_per_shard):
+    try:
+        found = shards.cut_shards(rows, rows_per_shard)
+    except ValueError:
+        assert rows_per_shard and sum(max(1, -(-n // rows_per_shard)) for n in rows.values()) > shards.MAX_SHARDS
+        return
+    assert list(found) == list(rows) and sum(map(len, found.values())) <= shards.MAX_SHARDS
+    for split, sizes in found.items():
+        assert sum(sizes) == rows[split] and all(size == sizes[0] for size in sizes[:-1])
+        assert sizes[-1] <= sizes[0] <= (rows_per_shard or 1 << 31) and (all(sizes) or sizes == [0])
+        assert len(set(shards.shard_names(split, len(sizes)))) == len(sizes)
+        if rows_per_shard is None and len(sizes) > 1:
+            assert sizes[0] % 256 == 0 and sizes[0] >= 1024
+            assert sizes[0] <= 4096 or sum(rows.values()) > 4000 * 4096
+            assert len(sizes) <= 16 or sizes[0] >= 3840
+
+
+@pytest.mark.parametrize(
+    ("rows", "files"), [(0, 1), (1, 1), (2047, 1), (2048, 2), (16384, 16), (65536, 16), (65537, 17), (1281167, 313)]
+)
+def test_the_number_of_files_of_a_split(rows, files):
+    assert len(shards.cut_shards({"train": rows}, None)["train"]) == files
 
 
 def test_more_files_than_a_manifest_lists(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.tokens.meta.MAX_SHARDS", 9)
+    monkeypatch.setattr(shards, "MAX_SHARDS", 9)
     with pytest.raises(ValueError, match=r"rows_per_shard: makes 52 files, at most 9"):
         make_dataset(rows=50).save(tmp_path / "tokens", rows_per_shard=1)
     assert not (tmp_path / "tokens").exists()
@@ -151,7 +178,7 @@ def test_ids_are_checked_when_they_are_written(tmp_path):
 @pytest.mark.parametrize("keep", [0, 5, 60, -1])
 def test_a_truncated_file_is_an_error_and_no_signal(sharded, mapped, keep):
     """Even where the manifest says that this is its size, and nothing is hashed."""
-    path = sharded[0] / "train-00003.safetensors"
+    path = sharded[0] / "train-00003-of-00008.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     for seal in (False, True):
         if seal:
@@ -163,7 +190,7 @@ def test_a_truncated_file_is_an_error_and_no_signal(sharded, mapped, keep):
 def test_what_is_noticed_without_hashing(sharded):
     """A large dataset's files are compared by size, what is small by hash, and ids as they are read."""
     folder, _ = sharded
-    path = folder / "train-00002.safetensors"
+    path = folder / "train-00002-of-00008.safetensors"
     good = path.read_bytes()
     position = len(good) - 2  # an id of its last row
     path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
@@ -204,9 +231,8 @@ def test_what_is_small_is_always_hashed(sharded, name, old, new):
 @pytest.mark.parametrize(
     ("splits", "needle"),
     [
-        ({"train": [7] * 7, "test": [2]}, None),  # a file that is not used does no harm
-        ({"train": [7] * 6 + [8], "test": [2]}, "should hold 8 rows"),
-        ({"train": [7] * 9, "test": [2]}, "train-00008.safetensors: manifest.json does not list it"),
+        ({"train": [7] * 7 + [2], "test": [2]}, "should hold 2 rows"),
+        ({"train": [7] * 9, "test": [2]}, "manifest.json does not list it"),
         ({"train": [], "test": [2]}, META),
         ({"train": [7, -1], "test": [2]}, META),
         ({"train": [7, True], "test": [2]}, META),
@@ -216,24 +242,19 @@ def test_what_is_small_is_always_hashed(sharded, name, old, new):
 def test_wrong_rows_of_files(sharded, splits, needle):
     meta = json.loads((sharded[0] / META).read_text())
     (sharded[0] / META).write_text(json.dumps({**meta, "splits": splits}))
-    if needle:
-        assert refused(sharded[0], PipelineLoadError, needle)
-    else:
-        write_manifest(sharded[0])
-        assert len(load_tokens(sharded[0]).splits["train"]) == 49
+    assert refused(sharded[0], PipelineLoadError, needle)
 
 
 def test_a_file_without_labels_among_those_with_them(tmp_path):
     data = make_dataset(rows=10, labelled=False)
     data.save(tmp_path / "tokens", rows_per_shard=5)
-    (tmp_path / "tokens" / "train-00000.safetensors").rename(tmp_path / "tokens" / "train.safetensors")
-    edit_split(tmp_path / "tokens", labels=torch.zeros(5, dtype=torch.int64))
-    (tmp_path / "tokens" / "train.safetensors").rename(tmp_path / "tokens" / "train-00000.safetensors")
+    path = tmp_path / "tokens" / "train-00000-of-00002.safetensors"
+    save_file({**load_file(path), "labels": torch.zeros(5, dtype=torch.int64)}, path)
     assert refused(tmp_path / "tokens", IntegrityError, "labels")
 
 
 def test_a_reader_keeps_what_it_mapped(sharded):
-    """The dataset is replaced under it, as append and encode do."""
+    """The dataset is replaced under it, as encode does."""
     folder, data = sharded
     split = load_tokens(folder, mapped=True).splits["train"]
     make_dataset(rows=9, seed=1).save(folder)
@@ -274,10 +295,10 @@ def test_a_prior_that_counts_reads_what_is_on_the_disk(sharded, monkeypatch):
     split, whole = load_tokens(folder, mapped=True).splits["train"], data.splits["train"]
     ids, labels = whole.tokens.flatten(1).long(), whole.labels
     model = make_prior("marginal", data.grid.shape, data.grid.vocab_size)
-    for given in (labels, None):
-        model.initialize(split.tokens, given)
+    for some in (labels, None):
+        model.initialize(split.tokens, some)
         for label in range(4):
-            mine = ids if label == 3 or given is None else ids[labels == label]
+            mine = ids if label == 3 or some is None else ids[labels == label]
             counts = torch.nn.functional.one_hot(mine, 32).sum(0)
             assert torch.allclose(model.table[label], ((counts + 1) / (len(mine) + 32)).log())
 

@@ -118,17 +118,6 @@ def test_a_split_on_the_disk_is_read_a_part_at_a_time(tmp_path: Path, monkeypatc
     assert np.array_equal(found, data.splits["train"].tokens.numpy())
 
 
-def test_pushed_parquet_is_read_back_from_its_flat_rows(tmp_path: Path) -> None:
-    data = make_dataset()
-    data.to_parquet(tmp_path / "parquet")
-    files = {name: str(tmp_path / "parquet" / "data" / f"{name}-*.parquet") for name in data.splits}
-    tables = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
-    back = TokenDataset.from_datasets(tables, data.tokenizer)
-    assert (
-        torch.equal(back.splits["train"].tokens, data.splits["train"].tokens) and back.class_names == data.class_names
-    )
-
-
 def refusal(table: datasets.Dataset) -> str:
     """What is said of a table that is no split of a token dataset."""
     data = make_dataset()

@@ -23,7 +23,6 @@ from pipelines.commands import (
     export,
     import_,
     probe,
-    push,
     reconstruct,
     search,
     tune,
@@ -36,7 +35,8 @@ from pipelines.tokens import load_tokens
 @dataclass(frozen=True)
 class Writer:
     """write(world, out, *words): writes at `out`. kind: `whole` (a folder that is one thing), `results` (files beside
-    others in a folder), `file`, or `run`. reads: what of the world it reads, which must not be `out`."""
+    others in a folder), `file`, `run`, or `job` (a folder that is continued). reads: what of the world it reads, which
+    must not be `out`."""
 
     write: Callable[..., Any]
     kind: str
@@ -78,13 +78,11 @@ WRITERS: dict[str, Writer] = {
     "Prior.save_pretrained": Writer(lambda world, out: world.prior_model.save_pretrained(out), "whole"),
     "ImagePipeline.save_pretrained": Writer(lambda world, out: world.pipe.save_pretrained(out), "whole"),
     "TokenDataset.save": Writer(lambda world, out: load_tokens(world.tokens).save(out), "whole"),
-    "write_parquet": Writer(lambda world, out: load_tokens(world.tokens).to_parquet(out), "whole"),
-    "push out=": Writer(verb(push, "folder={tokens}"), "whole", "tokens"),
     "encode": Writer(verb(encode, "tokenizer={tokenizer}", *DATA), "whole", "images"),
     "import": Writer(verb(import_, "source={source}", "image_size=8", "groups=4"), "whole", "source"),
     "export": Writer(verb(export, "tokenizer={tokenizer}", "format=torch"), "whole", "tokenizer"),
     "decompress": Writer(verb(decompress, "pipeline={pipeline}", "stream={stream}"), "new", "pipeline"),
-    "generate, a folder": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "results", "pipeline"),
+    "generate, a folder": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "job", "pipeline"),
     "detect": Writer(
         verb(detect, "pipeline={calibrated}", "images={images}", *DATA, "num_shown=1"), "results", "calibrated"
     ),
@@ -107,8 +105,6 @@ WRITERS: dict[str, Writer] = {
     ),
     "generate, a grid": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "pipeline", ".png"),
     "generate, npz": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "pipeline", ".npz"),
-    "generate, parquet": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "pipeline", ".parquet"),
-    "generate, tar": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "pipeline", ".tar"),
     "complete": Writer(verb(complete, "pipeline={pipeline}", "images={picture}", "draws=1"), "file", "picture", ".png"),
     "reconstruct": Writer(verb(reconstruct, "tokenizer={tokenizer}", *DATA), "file", "picture", ".jpg"),
     "inspect": Writer(verb(inspect, "tokenizer={tokenizer}", *DATA, "num_images=3"), "file", "picture", ".webp"),
