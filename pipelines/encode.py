@@ -33,7 +33,7 @@ from .images.dataset import is_stream
 from .images.origin import is_local
 from .job import JOB, OtherJobError, begin_job, read_job, require_begun, work_folder
 from .prefetch import pin_memory, prefetch, to_device_async
-from .processes.launched import apart, build_accelerator, team_of
+from .processes.launch import build_accelerator, group_of, leave_after_refusal
 from .stages.provenance import TokenizerFolder, read_with, tokenizer_defaults, tokenizer_folder
 from .tokens import Meta
 from .tokens.meta import META, TOKENS, read_meta, verify_files, write_meta
@@ -88,39 +88,39 @@ def run(config: EncodeConfig) -> Path:
     without data.augment, a folder of something else, and an unfinished encode with other settings.
     """
     accelerator = build_accelerator()
-    group = team_of(accelerator)
+    group = group_of(accelerator)
     tokenizer, out = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer)), Path(config.out)
     output = Output(out, [read_with(config.tokenizer), config.data.path])
     check_settings(config, tokenizer, output)
-    with apart(accelerator), lock_output(out, group):
+    with leave_after_refusal(accelerator), lock_output(out, group):
         images = load_images(config.data, together=True)
         splits = name_splits(images)
         rows = {name: len(part) * (1 + config.augmentations * (name == "train")) for name, part in splits.items()}
         shards = plan_shards(rows, config.rows_per_shard)
         job = describe_job(config, tokenizer, images, rows, accelerator.device.type)
-        if meta := group.first(lambda: find_finished(out, job, config.data)):
-            return end(accelerator, out, f"already finished: {describe(meta)}; nothing to do", group.leads)
+        if meta := group.on_main(lambda: find_finished(out, job, config.data)):
+            return end(accelerator, out, f"already finished: {describe(meta)}; nothing to do", group.is_main)
         work, began = work_folder(out, "encode"), time.monotonic()
 
         def begin() -> list[Shard]:
             with output.errors():
                 return begin_shards(work, job, shards)
 
-        missing = group.first(begin)
-        if group.leads and len(missing) < len(shards):
+        missing = group.on_main(begin)
+        if group.is_main and len(missing) < len(shards):
             print(f"{out}: continuing, {len(shards) - len(missing)} of {len(shards)} shards are there", flush=True)
         mine = list(group.mine(missing))
         tokenizer.to(accelerator.device)
-        group.gather(lambda: encode_shards(work, mine, tokenizer, splits, config, shows=group.leads))
+        group.gather(lambda: encode_shards(work, mine, tokenizer, splits, config, shows=group.is_main))
 
         def finish() -> Meta:
             with output.errors():
                 return finish_dataset(work, out, shards, describe_dataset(config, tokenizer, images, shards), tokenizer)
 
         tokenizer.cpu()
-        meta = group.first(finish)
+        meta = group.on_main(finish)
         minutes = (time.monotonic() - began) / 60
-        return end(accelerator, out, f"done: {describe(meta)} in {minutes:.1f} min", group.leads)
+        return end(accelerator, out, f"done: {describe(meta)} in {minutes:.1f} min", group.is_main)
 
 
 def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -> None:

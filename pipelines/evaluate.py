@@ -39,8 +39,8 @@ from .metrics.reconstruction import (
 )
 from .metrics.report import report
 from .metrics.samples import Samples
-from .processes.launched import joined
-from .processes.sharing import ALONE, Team
+from .processes.group import ALONE, ProcessGroup
+from .processes.launch import join_group
 from .stages.index import PipelineFolder
 from .stages.provenance import defaults, trained_data
 from .stages.storing import save_again
@@ -104,12 +104,12 @@ def run(config: EvaluateConfig) -> Figures:
     several processes each takes its part of the images; the first prints and writes."""
     local = Path(config.pipeline).is_dir()
     out = Path(config.out or (Path(config.pipeline).parent / "evaluation" if local else "evaluation"))
-    with joined(config.device) as (team, device):
-        pipeline, ruler = team.first_alone(lambda: prepare(config, out, device))
+    with join_group(config.device) as (group, device):
+        pipeline, ruler = group.main_first(lambda: prepare(config, out, device))
         card = config.pipeline if local and config.update_card else None
-        with lock_output(out, team), lock_output(card, team, key="pipeline"):
-            figures, pictures = measure(pipeline, config, ruler, team)
-            if team.leads:
+        with lock_output(out, group), lock_output(card, group, key="pipeline"):
+            figures, pictures = measure(pipeline, config, ruler, group)
+            if group.is_main:
                 publish(pipeline, config, out, figures, pictures)
     return figures
 
@@ -130,34 +130,34 @@ def output_of(config: EvaluateConfig, out: Path) -> Output:
 
 
 def measure(
-    pipeline: ImagePipeline, config: EvaluateConfig, ruler: Ruler | None, team: Team
+    pipeline: ImagePipeline, config: EvaluateConfig, ruler: Ruler | None, group: ProcessGroup
 ) -> tuple[Figures, dict[str, np.ndarray]]:
     """All figures, and the pictures."""
     images = load_images(config.data)
     check_classes(pipeline, images.train, images.held_out)
     figures: Figures = {"num_images": len(images.held_out)}
-    figures |= evaluate_reconstruction(pipeline.tokenizer, images.held_out, team=team, looks=SOME)
-    train, test = (encode_all(pipeline, part, team) for part in (images.train, images.held_out))
+    figures |= evaluate_reconstruction(pipeline.tokenizer, images.held_out, group=group, looks=SOME)
+    train, test = (encode_all(pipeline, part, group) for part in (images.train, images.held_out))
     if not is_built_in(pipeline.prior):
         try:
             require_causal(pipeline.prior, test.tokens[:1].long())
         except NotCausalError as error:
             raise UserError(f"pipeline: {error}; its likelihoods mean nothing") from error
     figures |= evaluate_likelihood(
-        pipeline.tokenizer, pipeline.prior, train, test, images.held_out, config.num_orders, team
+        pipeline.tokenizer, pipeline.prior, train, test, images.held_out, config.num_orders, group
     )
     pictures = {
-        "samples": pipeline.sample_picture(seed=config.seed, team=team),
+        "samples": pipeline.sample_picture(seed=config.seed, group=group),
         "reconstructions": reconstruction_picture(pipeline.tokenizer, images.held_out),
     }
     samples = None
     if config.num_images:
         labels = wanted_labels(pipeline, images.train, config.num_images)
-        samples = draw_samples(pipeline, labels, config.num_images, config.seed, team)
+        samples = draw_samples(pipeline, labels, config.num_images, config.seed, group)
         found, shown = evaluate_samples(pipeline, images, config, samples, labels)
         figures, pictures = figures | found, pictures | shown
     if ruler is not None:
-        figures |= ruler.figures(images, partial(reconstruct, pipeline), samples, team)
+        figures |= ruler.figures(images, partial(reconstruct, pipeline), samples, group)
     return figures, pictures
 
 
@@ -211,7 +211,7 @@ def check_classes(pipeline: ImagePipeline, *splits: ImageDataset) -> None:
             )
 
 
-def encode_all(pipeline: ImagePipeline, images: ImageDataset, team: Team = ALONE) -> TokenSplit:
+def encode_all(pipeline: ImagePipeline, images: ImageDataset, group: ProcessGroup = ALONE) -> TokenSplit:
     """Tokens and labels of a whole data set."""
     size, kind = images_at_a_time(images.image_shape), smallest_type(pipeline.prior.grid.vocab_size)
 
@@ -219,7 +219,7 @@ def encode_all(pipeline: ImagePipeline, images: ImageDataset, team: Team = ALONE
         batch = images.batch(np.arange(start, min(start + size, len(images))))
         return pipeline.encode(batch).cpu().to(kind).numpy()
 
-    parts = team.map(encode, range(0, len(images), size))
+    parts = group.map(encode, range(0, len(images), size))
     return TokenSplit(torch.from_numpy(np.concatenate(parts)), images.labels)
 
 
@@ -235,14 +235,16 @@ def in_bytes(images: Tensor) -> Tensor:
     return to_float(to_uint8(images)).cpu()
 
 
-def draw_samples(pipeline: ImagePipeline, labels: Tensor | None, count: int, seed: int, team: Team = ALONE) -> Samples:
+def draw_samples(
+    pipeline: ImagePipeline, labels: Tensor | None, count: int, seed: int, group: ProcessGroup = ALONE
+) -> Samples:
     """Sample k is of class `labels[k]` and uses seed + k, however many processes there are."""
 
     def draw(start: int, end: int) -> Tensor:
         given = None if labels is None else labels[start:end].tolist()
         return pipeline(end - start, given, seed=seed + start, output_type="pt", progress=False).images
 
-    return Samples(draw, count, team)
+    return Samples(draw, count, group)
 
 
 def evaluate_samples(
@@ -250,16 +252,16 @@ def evaluate_samples(
 ) -> tuple[Figures, dict[str, np.ndarray]]:
     """Figures of samples whose classes, `labels`, are as frequent as in the training images; and the picture `nearest`:
     the most suspicious samples, each row above the row of the training images nearest to them."""
-    train, held_out, team = images.train, images.held_out, samples.team
+    train, held_out, group = images.train, images.held_out, samples.group
     figures: Figures = {"num_samples": samples.count, "samples_per_second": samples.count / samples.seconds}
     if labels is not None and train.labels is not None and held_out.labels is not None:
         figures |= evaluate_classes(pipeline, samples, labels, train, held_out)
     count = min(samples.count, len(train), len(held_out))
     if count < LEAST:
         return figures, {}
-    space = feature_space(train, held_out, config.feature_steps, describe_source(config.data.source), team)
+    space = feature_space(train, held_out, config.feature_steps, describe_source(config.data.source), group)
     drawn = samples.rows(space, count)
-    found, suspects, copied = compare(space, drawn, train, held_out, partial(reconstruct, pipeline), team)
+    found, suspects, copied = compare(space, drawn, train, held_out, partial(reconstruct, pipeline), group)
     figures |= {"feature_space": space.name, "feature_origin": space.origin, **found}
     columns = min(8, count)
     shown = samples.some(suspects[:16].tolist())
@@ -291,7 +293,7 @@ def evaluate_classes(
     known, labels = train.batch(seen), train.labels[seen]
 
     def share(parts: Sequence[T], images_of: Callable[[T], Tensor], wanted: Tensor) -> float:
-        return agreement(parts, images_of, wanted, known, labels, samples.team)
+        return agreement(parts, images_of, wanted, known, labels, samples.group)
 
     figures: Figures = {
         "class_agreement": share(samples.parts, samples.images, wanted),

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from filelock import SoftFileLease
     from pydantic_core import ErrorDetails
 
-    from .processes.sharing import Team
+    from .processes.group import ProcessGroup
 
 LOCK = ".lock"
 LEASE, HEARTBEAT = 120.0, 5.0
@@ -252,7 +252,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def lock_folder(run: Path, group: Team | None = None) -> Iterator[None]:
+def lock_folder(run: Path, group: ProcessGroup | None = None) -> Iterator[None]:
     """Be the only writer in a run's folder, by a lock in it; the folder is made if it is missing.
 
     The first process of the group holds the lock. Raises `UserError`, on all of them, where another one does, and where
@@ -263,7 +263,7 @@ def lock_folder(run: Path, group: Team | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def lock_output(out: Path | str | None, group: Team | None = None, *, key: str = "out") -> Iterator[None]:
+def lock_output(out: Path | str | None, group: ProcessGroup | None = None, *, key: str = "out") -> Iterator[None]:
     """Be the only writer of a file, or of a folder that is replaced as a whole, by a lock beside it; see `lock_folder`.
 
     None: nothing is written. key: that of the command line, for messages. Lock a pipeline that is read and written
@@ -289,7 +289,7 @@ def is_lock(name: str) -> bool:
 
 
 @contextmanager
-def _locked(place: Path, out: Path, key: str, group: Team | None) -> Iterator[None]:
+def _locked(place: Path, out: Path, key: str, group: ProcessGroup | None) -> Iterator[None]:
     with ExitStack() as stack:
 
         def acquire() -> None:
@@ -300,7 +300,7 @@ def _locked(place: Path, out: Path, key: str, group: Team | None) -> Iterator[No
             except OSError as error:
                 raise UserError(f"{key}: {out} cannot be written ({error.strerror or error})") from error
 
-        group.first(acquire) if group else acquire()
+        group.on_main(acquire) if group else acquire()
         yield
 
 

@@ -29,8 +29,8 @@ from .image_pipeline import ImagePipeline
 from .images.grids import class_grid
 from .images.pictures import SUFFIXES, png_bytes, write_picture
 from .job import JOB, OtherJobError, begin_job, read_job, require_begun, work_folder
-from .processes.launched import joined
-from .processes.sharing import Team
+from .processes.group import ProcessGroup
+from .processes.launch import join_group
 from .stages.index import PipelineFolder
 from .stages.requests import Request
 from .stages.sampling import settings_in
@@ -98,22 +98,22 @@ def run(config: GenerateConfig) -> Path:
     that may not be replaced or holds the images of another request.
     """
     out = Path(config.out)
-    with joined(config.device) as (group, device):
-        images = ImageFolder(config) if group.first(lambda: is_folder(out)) else ImageFile(config)
-        group.first(lambda: check(config, images, group))
-        pipeline = group.first_alone(lambda: ImagePipeline.from_pretrained(config.pipeline, device=device))
+    with join_group(config.device) as (group, device):
+        images = ImageFolder(config) if group.on_main(lambda: is_folder(out)) else ImageFile(config)
+        group.on_main(lambda: check(config, images, group))
+        pipeline = group.main_first(lambda: ImagePipeline.from_pretrained(config.pipeline, device=device))
         request = request_of(config, pipeline)
-        job = group.first(lambda: describe_job(config, request))
+        job = group.on_main(lambda: describe_job(config, request))
         with lock_output(out, group):
-            missing = group.first(lambda: images.begin(job))
+            missing = group.on_main(lambda: images.begin(job))
             there = config.num_images - len(missing)
-            if group.leads and there and (missing or isinstance(images, ImageFile)):
+            if group.is_main and there and (missing or isinstance(images, ImageFile)):
                 print(f"{out}: continuing, {there} of {config.num_images} images are there", flush=True)
             began, mine = time.monotonic(), list(group.mine(missing))
-            group.gather(lambda: make_images(images, mine, request, config.batch_size, shows=group.leads))
+            group.gather(lambda: make_images(images, mine, request, config.batch_size, shows=group.is_main))
             seconds = time.monotonic() - began
-            group.first(lambda: images.finish(job))
-        if group.leads:
+            group.on_main(lambda: images.finish(job))
+        if group.is_main:
             rate = f"{len(missing) / seconds:,.1f} images per second" if missing else "already finished"
             then = f"smalti evaluate{as_asked()} pipeline={quote(config.pipeline)}"
             print(by_clause(f"{config.num_images} images{images.place}, {rate}; next: {then}"))
@@ -131,7 +131,7 @@ def is_folder(out: Path) -> bool:
     return not suffix
 
 
-def check(config: GenerateConfig, images: ImageFolder | ImageFile, group: Team) -> None:
+def check(config: GenerateConfig, images: ImageFolder | ImageFile, group: ProcessGroup) -> None:
     """Raise `UserError` for mistakes that can be found before the pipeline is loaded."""
     if group.world > config.num_images:
         raise UserError(

@@ -23,7 +23,7 @@ from .compression.header import DEFAULT_LIMITS, Limits
 from .images.grids import class_grid
 from .images.origin import shareable
 from .images.pictures import check_output_type, convert_images
-from .processes.sharing import ALONE, Team
+from .processes.group import ALONE, ProcessGroup
 from .stages import Label, Stages, completion, representation, sampling
 from .stages.watching import serialized
 
@@ -209,17 +209,17 @@ class ImagePipeline(Stages):
                 commit_message=commit_message,
             )
 
-    def sample_picture(self, count: int = SAMPLED, seed: int = 0, team: Team = ALONE) -> np.ndarray:
+    def sample_picture(self, count: int = SAMPLED, seed: int = 0, group: ProcessGroup = ALONE) -> np.ndarray:
         """A grid of samples at the pipeline's settings, one class per column (of at most ten), whose name is on top,
-        uint8 (H, W, 3). Each process of the team draws some of them."""
+        uint8 (H, W, 3). Each process of the group draws some of them."""
         columns = min(10, self.prior.num_classes) or 10
-        size = -(-count // team.world)
+        size = -(-count // group.world)
 
         def draw(start: int) -> np.ndarray:
             rows = range(start, min(start + size, count))
             labels = [index % columns for index in rows] if self.prior.num_classes else None
             return self(num_images=len(rows), labels=labels, seed=seed + start, output_type="np", progress=False).images
 
-        images = np.concatenate(team.map(draw, range(0, count, size)))
+        images = np.concatenate(group.map(draw, range(0, count, size)))
         names = self.class_names(torch.arange(count) % columns) if self.prior.num_classes else None
         return class_grid(images, names, columns)

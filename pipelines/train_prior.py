@@ -23,7 +23,7 @@ from .config import Config, UserError, Within, run_command
 from .config.importing import as_asked
 from .image_pipeline import ImagePipeline
 from .metrics.likelihood import bits_per_token, rows_evaluated
-from .processes.sharing import ALONE, Team
+from .processes.group import ALONE, ProcessGroup
 from .shuffling import DROPOUT, OTHER, by_row, other_labels, perturbed, samples_of
 from .stages.index import INDEX, PIPELINE
 from .stages.shipped import located
@@ -204,9 +204,9 @@ class PriorTask(Task):
         loss, terms = self.nets["model"](*batch, self.model.training_inputs(batch[0], self.progress))
         return loss, terms
 
-    def preview(self, model: nn.Module, group: Team = ALONE) -> dict[str, np.ndarray]:
+    def preview(self, model: nn.Module, group: ProcessGroup = ALONE) -> dict[str, np.ndarray]:
         """Samples, one class per column, with the same seeds at every step."""
-        return {"samples": self.pipeline(model).sample_picture(team=group)}
+        return {"samples": self.pipeline(model).sample_picture(group=group)}
 
     def require_causal(self, model: Prior) -> None:
         """Raise `UserError` for a prior whose logits depend on tokens that it has still to predict."""
@@ -216,11 +216,11 @@ class PriorTask(Task):
         except NotCausalError as error:
             raise UserError(f"model: {error}") from error
 
-    def evaluate(self, model: nn.Module, split: Split, group: Team = ALONE) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, split: Split, group: ProcessGroup = ALONE) -> dict[str, float]:
         """Bits per token on a split."""
         if not is_built_in(self.model):
             self.require_causal(cast(Prior, model))
-        return {"bits_per_token": bits_per_token(model, self.judged[split], self.evaluated[split], team=group)}
+        return {"bits_per_token": bits_per_token(model, self.judged[split], self.evaluated[split], group=group)}
 
     def score(self, evaluation: dict[str, float]) -> float | None:
         """Fewer bits are better; of a prior that is to need no guidance, they say nothing."""

@@ -29,7 +29,7 @@ from .images.origin import is_local
 from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual, weights_file
 from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
-from .processes.sharing import ALONE, Team
+from .processes.group import ALONE, ProcessGroup
 from .stages.provenance import data_of, file_of, save_tokenizer, tokenizer_folder
 from .training.adversary import Adversary, CriticConfig, make_adversary
 from .training.losses import LossConfig, loss_weights_of
@@ -178,10 +178,10 @@ class TokenizerTask(Task):
         """Those of the tokenizer: a critic's game is played with Adam."""
         return hidden_matrices(self.tokenizer)
 
-    def preview(self, model: Any, group: Team = ALONE) -> dict[str, np.ndarray]:
+    def preview(self, model: Any, group: ProcessGroup = ALONE) -> dict[str, np.ndarray]:
         """Images that are not trained on, each row above its reconstructions, and how the codebook is used. They are
         few: the first process makes them alone."""
-        if not group.leads:
+        if not group.is_main:
             return {}
         images = self.judged[self.watched]
         count = min(64, len(images), images_at_a_time(images.image_shape))
@@ -191,7 +191,7 @@ class TokenizerTask(Task):
             "codebook": self.model.use.picture(model.tokenizer, some),
         }
 
-    def evaluate(self, model: Any, split: Split, group: Team = ALONE) -> dict[str, float]:
+    def evaluate(self, model: Any, split: Split, group: ProcessGroup = ALONE) -> dict[str, float]:
         """PSNR in dB, pixel losses, codebook usage and perplexity on a split."""
         return evaluate_reconstruction(model.tokenizer, self.judged[split], EVALUATED_IMAGES, group)
 

@@ -44,7 +44,7 @@ def medians(runs: Sequence[Callable[[], object]], repeats: int, ahead: int, cloc
 def stepper(task: Any, config: Any, waits: list[float] | None = None) -> Iterator[Callable[[], None]]:
     """A training step of the task at each call, batches and averaged weights included. `waits` gets the seconds for
     which each step waited for its batch."""
-    from pipelines.processes.launched import build_accelerator
+    from pipelines.processes.launch import build_accelerator
     from pipelines.training.trainer import Trainer
 
     waits = [] if waits is None else waits

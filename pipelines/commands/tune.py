@@ -31,8 +31,8 @@ from ..metrics.frechet import Moments, distance, moments
 from ..metrics.quality import AT_A_TIME, FeatureSpace, feature_space, neighbourhoods, shuffled
 from ..metrics.tuning import FINAL_TIMES, HEAD, RULE, UNITS, Scores, Search, Trial, line_of, told
 from ..metrics.tuning_chart import picture
-from ..processes.launched import joined
-from ..processes.sharing import Team
+from ..processes.group import ProcessGroup
+from ..processes.launch import join_group
 from ..stages.card import OF_SAMPLES
 from ..stages.index import PIPELINE, PipelineFolder
 from ..stages.provenance import defaults, trained_data
@@ -80,21 +80,21 @@ def run(config: TuneConfig) -> dict[str, Any]:
     """Search, print a table as it goes, write the results, and store the best settings; returns what `tuning.json`
     holds. Of several processes each draws its part of the images; the first prints and writes."""
     out = Path(config.out or Path(config.pipeline).parent / "tuning")
-    with joined(config.device) as (team, device):
-        pipeline = team.first_alone(lambda: prepare(config, out, device))
+    with join_group(config.device) as (group, device):
+        pipeline = group.main_first(lambda: prepare(config, out, device))
         stored = config.pipeline if config.store else None
-        with lock_output(out, team), lock_output(stored, team, key="pipeline"):
-            images, origin = choosing_images(config, pipeline, team)
-            if team.leads:
+        with lock_output(out, group), lock_output(stored, group, key="pipeline"):
+            images, origin = choosing_images(config, pipeline, group)
+            if group.is_main:
                 print(f"making the feature space of {len(images.train):,} training images", flush=True)
-            ruler, own = Ruler.of(pipeline, images, config, team), pipeline.sampler
+            ruler, own = Ruler.of(pipeline, images, config, group), pipeline.sampler
             ends = time.monotonic() + 60 * config.minutes
 
             def left() -> float:
-                return team.first(lambda: ends - time.monotonic())
+                return group.on_main(lambda: ends - time.monotonic())
 
             num_images = config.num_images or affordable(ruler, own, left, config.minutes)
-            if team.leads:
+            if group.is_main:
                 print(f"{len(ruler.validation):,} {origin}; {num_images} samples a setting, in {ruler.space.name}")
                 if ruler.real_agreement is not None:
                     print(f"class agreement of real validation images: {ruler.real_agreement:.3f}")
@@ -111,7 +111,7 @@ def run(config: TuneConfig) -> dict[str, Any]:
             )
             best = search.run()
             facts = facts_of(search, best, ruler, origin)
-            if team.leads:
+            if group.is_main:
                 publish(config, out, pipeline, search, best, facts)
     return facts
 
@@ -138,7 +138,7 @@ def output_of(config: TuneConfig, out: Path) -> Output:
     return Output(out, [config.pipeline, config.data.path], config.overwrite)
 
 
-def choosing_images(config: TuneConfig, pipeline: ImagePipeline, team: Team) -> tuple[Splits, str]:
+def choosing_images(config: TuneConfig, pipeline: ImagePipeline, group: ProcessGroup) -> tuple[Splits, str]:
     """The images to train a classifier on, and those to choose by, and these in words. Never the held-out ones: the
     figures that `evaluate` reports are of images that have chosen nothing. Raises `UserError` for too few."""
     trained = trained_data(pipeline.provenance)
@@ -149,7 +149,7 @@ def choosing_images(config: TuneConfig, pipeline: ImagePipeline, team: Team) -> 
         if images.validation is not None and (trained is None or count_seen(aside, trained, "validation")[0]):
             aside_of = f"{describe_source(config.data.source)} held aside from its training split"
             origin = f"images of {aside_of}, which the pipeline has seen"
-            if team.leads:
+            if group.is_main:
                 print(f"warning: no validation images were kept from training: {origin}", file=sys.stderr)
     count = 0 if images.validation is None else len(images.validation)
     if images.validation is None or count < LEAST_VALIDATION:
@@ -162,7 +162,7 @@ def choosing_images(config: TuneConfig, pipeline: ImagePipeline, team: Team) -> 
             f"data: choosing needs at least {LEAST_VALIDATION} validation images, and there are {count}; "
             + (remedy if mine else "data.validation_fraction=0.5 takes a larger share of them")
         )
-    if team.leads and count < FEW_VALIDATION:
+    if group.is_main and count < FEW_VALIDATION:
         print(f"warning: {count} validation images choose only roughly: near figures are noise", file=sys.stderr)
     check_classes(pipeline, images.train, images.validation)
     return images, origin
@@ -173,7 +173,7 @@ class Ruler:
     """What samples are held against: the rows of validation images in a feature space, and labelled training pixels."""
 
     pipeline: ImagePipeline
-    team: Team
+    group: ProcessGroup
     space: FeatureSpace
     validation: Tensor
     real: Moments
@@ -182,40 +182,40 @@ class Ruler:
     real_agreement: float | None
 
     @classmethod
-    def of(cls, pipeline: ImagePipeline, images: Splits, config: TuneConfig, team: Team) -> Ruler:
+    def of(cls, pipeline: ImagePipeline, images: Splits, config: TuneConfig, group: ProcessGroup) -> Ruler:
         """Of a classifier that has seen none but training images."""
         train, validation = images.train, images.validation
         assert validation is not None
-        space = feature_space(train, validation, config.feature_steps, describe_source(config.data.source), team)
-        rows = space.of(validation, shuffled(len(validation)), team=team)
+        space = feature_space(train, validation, config.feature_steps, describe_source(config.data.source), group)
+        rows = space.of(validation, shuffled(len(validation)), group=group)
         labels = wanted_labels(pipeline, train, MOST_IMAGES * FINAL_TIMES)
         known = known_pixels(train) if labels is not None and train.labels is not None else None
         agreed = None
         if known is not None and validation.labels is not None:
             parts = shuffled(len(validation))[:MOST_IMAGES].split(AT_A_TIME)
-            agreed = agreement(parts, validation.batch, validation.labels[torch.cat(parts)], *known, team)
-        return cls(pipeline, team, space, rows, moments(rows), labels, known, agreed)
+            agreed = agreement(parts, validation.batch, validation.labels[torch.cat(parts)], *known, group)
+        return cls(pipeline, group, space, rows, moments(rows), labels, known, agreed)
 
     def scores(self, sampler: SamplingOptions, count: int, seed: int) -> Scores:
         """Of `count` samples drawn with these settings, the k-th from seed + k."""
         self.pipeline.sampler = sampler
         labels = None if self.labels is None else self.labels[torch.arange(count) % len(self.labels)]
-        samples = draw_samples(self.pipeline, labels, count, seed, self.team)
+        samples = draw_samples(self.pipeline, labels, count, seed, self.group)
         rows = samples.rows(self.space, count)
         same = min(count, len(self.validation))
-        recall = neighbourhoods(self.validation[:same], rows[:same], self.team)["recall"]
+        recall = neighbourhoods(self.validation[:same], rows[:same], self.group)["recall"]
         agreed = None
         if self.known is not None and labels is not None:
-            agreed = agreement(samples.parts, samples.images, labels, *self.known, self.team)
+            agreed = agreement(samples.parts, samples.images, labels, *self.known, self.group)
         return Scores(distance(moments(rows), self.real), recall, agreed)
 
     def judge(self, stage: str, sampler: SamplingOptions, count: int, seed: int) -> Trial:
         """A trial, which is told in a line."""
         began = time.monotonic()
         scores = self.scores(sampler, count, seed)
-        seconds = self.team.first(lambda: time.monotonic() - began)
+        seconds = self.group.on_main(lambda: time.monotonic() - began)
         trial = Trial(stage, sampler, count, seed, scores, seconds)
-        if self.team.leads:
+        if self.group.is_main:
             print(line_of(trial), flush=True)
         return trial
 
@@ -232,7 +232,7 @@ def affordable(ruler: Ruler, own: SamplingOptions, left: Callable[[], float], mi
     both = 2 if ruler.labels is not None else 1  # guided images are two rows each
     began = time.monotonic()
     ruler.scores(own, WARM_UP, 0)
-    each = ruler.team.first(lambda: (time.monotonic() - began) / WARM_UP) * both / own.rows_per_image
+    each = ruler.group.on_main(lambda: (time.monotonic() - began) / WARM_UP) * both / own.rows_per_image
     count = int(SPARE * left() / UNITS / each)
     if count < LEAST_IMAGES:
         enough = minutes + (LEAST_IMAGES * UNITS * each / SPARE - left()) / 60

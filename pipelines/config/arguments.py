@@ -24,7 +24,7 @@ class UserError(Exception):
         super().__init__(escape(str(message), keep="\n"))
 
 
-class ToldElsewhere(UserError):
+class ReportedElsewhere(UserError):
     """A mistake that the main process has found and tells; this is another process."""
 
 

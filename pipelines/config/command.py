@@ -7,7 +7,6 @@ import os
 import select
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -18,7 +17,7 @@ from pydantic import ValidationError
 from tokenizer.config import Data, defaults_of, explain, find_mark, merge, with_defaults
 from tokenizer.files import FULL, PipelineLoadError, one_line
 
-from .arguments import ToldElsewhere, UserError, read_arguments, sorted_words
+from .arguments import ReportedElsewhere, UserError, read_arguments, sorted_words
 from .errors import search, told_of
 from .help import Known, help_page
 from .importing import import_asked
@@ -170,15 +169,14 @@ def ended_by_ctrl_c() -> Iterator[None]:
 
 @contextmanager
 def exit_codes(quiet: bool = False, kept: Callable[[], str] | None = None) -> Iterator[None]:
-    """A user's mistake becomes `error: ...` lines and exit code 2, Ctrl-C becomes 130; a bug keeps its traceback, and a
-    last line says on which process and where in a run it came up."""
+    """A user's mistake becomes `error: ...` lines and exit code 2, Ctrl-C becomes 130; a bug keeps its traceback."""
     try:
         yield
-    except ProcessLost as error:
+    except ProcessFailed as error:
         print(error_line(label(each=True), str(error)), file=sys.stderr, flush=True)
         raise SystemExit(1) from error
     except (UserError, PipelineLoadError) as error:
-        if isinstance(error, ToldElsewhere):
+        if isinstance(error, ReportedElsewhere):
             time.sleep(TELLING)
         if not quiet:
             print(*(error_line(label(), line) for line in str(error).splitlines()), sep="\n", file=sys.stderr)
@@ -189,12 +187,8 @@ def exit_codes(quiet: bool = False, kept: Callable[[], str] | None = None) -> It
             left = kept() if kept else ""
             print(below + error_line(label(), f"interrupted{left and f'; {left}'}"), file=sys.stderr, flush=True)
         raise SystemExit(CTRL_C) from error
-    except RunError as error:
-        traceback.print_exception(error.__cause__)
-        print(error_line(label(each=True), str(error)), file=sys.stderr, flush=True)
-        raise SystemExit(1) from error
     except OSError as error:
-        if is_bug(error):
+        if not is_for_users(error):
             raise
         print(error_line(label(), one_line(f"{error.filename or 'disk full'}: {error.strerror}")), file=sys.stderr)
         raise SystemExit(1 if error.errno in FULL else 2) from error
@@ -236,18 +230,11 @@ def choose_device(name: str) -> torch.device:
     return found
 
 
-class RunError(Exception):
-    """A bug came up in a run; the message says where, and what it is raised from is the bug."""
+def is_for_users(error: OSError) -> bool:
+    """Return whether this is no bug, but for a user to mend: a full disk, a name that is too long, a file that may not
+    be used."""
+    return error.errno in (*FULL, errno.ENAMETOOLONG) or (error.errno in FORBIDDEN and error.filename is not None)
 
 
-def is_bug(error: BaseException) -> bool:
-    """Whether an error is neither a user's mistake, a name that is too long or may not be used among them, nor an
-    interruption, nor a full disk."""
-    theirs = isinstance(error, OSError) and (
-        error.errno in (*FULL, errno.ENAMETOOLONG) or (error.errno in FORBIDDEN and error.filename is not None)
-    )
-    return isinstance(error, Exception) and not theirs and not isinstance(error, (UserError, PipelineLoadError))
-
-
-class ProcessLost(Exception):
-    """Another process of the run is gone, frozen or far behind; the message says which, where and why."""
+class ProcessFailed(Exception):
+    """Another process of the group failed; the message says which, and how."""

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..processes.sharing import ALONE, Team
+from ..processes.group import ALONE, ProcessGroup
 
 T = TypeVar("T")
 
@@ -19,11 +19,11 @@ def agreement(
     wanted: Tensor,
     known: Tensor,
     labels: Tensor,
-    team: Team = ALONE,
+    group: ProcessGroup = ALONE,
 ) -> float:
     """The share of the images `(n, C, H, W)` of all parts that the classifier, on `known` `(m, C, H, W)` of `labels`
     `(m,)`, gives the class `wanted` `(n,)`."""
-    found = team.map(lambda part: nearest_label(images_of(part), known, labels), parts)
+    found = group.map(lambda part: nearest_label(images_of(part), known, labels), parts)
     return float((torch.cat(found) == wanted).cpu().double().mean())
 
 

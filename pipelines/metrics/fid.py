@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import UserError
 from ..images import Splits
-from ..processes.sharing import ALONE, Team
+from ..processes.group import ALONE, ProcessGroup
 from .frechet import Moments, distance
 from .inception import SPLITS, WEIGHTS, Inception, inception_score, load_inception, read_reference
 from .quality import LEAST, shuffled
@@ -31,26 +31,30 @@ class Ruler:
     published: Moments | None = None
 
     def figures(
-        self, images: Splits, reconstruct: Callable[[Tensor], Tensor], samples: Samples | None, team: Team = ALONE
+        self,
+        images: Splits,
+        reconstruct: Callable[[Tensor], Tensor],
+        samples: Samples | None,
+        group: ProcessGroup = ALONE,
     ) -> Figures:
         """`rfid` of all held-out images; and of samples, if there are some, `fid` and `inception_score`, beside the FID
         of real images that were not the reference."""
         everything = torch.arange(len(images.held_out))
-        real = self.inception.of(images.held_out, everything, team)
-        rebuilt = self.inception.of(images.held_out, everything, team, reconstruct)
+        real = self.inception.of(images.held_out, everything, group)
+        rebuilt = self.inception.of(images.held_out, everything, group, reconstruct)
         figures: Figures = {
             "rfid": distance(rebuilt, real),
             "rfid_protocol": self.told(f"{real.count:,} held-out images and their reconstructions", images),
         }
         if samples is None or samples.count < LEAST:
             return figures
-        return figures | self.of_samples(images, samples, real, team)
+        return figures | self.of_samples(images, samples, real, group)
 
-    def of_samples(self, images: Splits, samples: Samples, real: Moments, team: Team) -> Figures:
+    def of_samples(self, images: Splits, samples: Samples, real: Moments, group: ProcessGroup) -> Figures:
         """Figures of samples; real: moments of all held-out images."""
         logits: dict[int, Tensor] = {}
-        drawn = self.inception.moments(samples.parts, samples.images, team, logits)
-        mean, deviation = inception_score(torch.cat(team.map(logits.__getitem__, samples.parts)))
+        drawn = self.inception.moments(samples.parts, samples.images, group, logits)
+        mean, deviation = inception_score(torch.cat(group.map(logits.__getitem__, samples.parts)))
         parts = f"{samples.count:,} samples in {SPLITS} parts, whose deviation is told"
         figures: Figures = {
             "inception_score": mean,
@@ -58,10 +62,10 @@ class Ruler:
             "inception_score_protocol": self.told(parts, images),
         }
         if self.reference == "held_out":
-            return figures | self.against_held_out(images, samples, drawn, team)
+            return figures | self.against_held_out(images, samples, drawn, group)
         against, what = self.published, f"mu and sigma of {self.reference}"
         if against is None:
-            against = self.inception.of(images.train, torch.arange(len(images.train)), team)
+            against = self.inception.of(images.train, torch.arange(len(images.train)), group)
             what = f"all {against.count:,} training images"
         return figures | {
             "fid": distance(drawn, against),
@@ -69,7 +73,7 @@ class Ruler:
             "held_out_fid": distance(real, against),
         }
 
-    def against_held_out(self, images: Splits, samples: Samples, drawn: Moments, team: Team) -> Figures:
+    def against_held_out(self, images: Splits, samples: Samples, drawn: Moments, group: ProcessGroup) -> Figures:
         """FID of samples, whose moments are `drawn`, and of training images, with equally many images on each side."""
         train, held_out = images.train, images.held_out
         count = min(samples.count, len(train), len(held_out))
@@ -77,12 +81,12 @@ class Ruler:
             return {}
         if count < samples.count:
             parts = [part for part in samples.parts if part < count]
-            drawn = self.inception.moments(parts, lambda part: samples.images(part)[: count - part], team)
-        real = self.inception.of(held_out, shuffled(len(held_out))[:count], team)
+            drawn = self.inception.moments(parts, lambda part: samples.images(part)[: count - part], group)
+        real = self.inception.of(held_out, shuffled(len(held_out))[:count], group)
         return {
             "fid": distance(drawn, real),
             "fid_protocol": self.told(f"{count:,} samples against {count:,} held-out images", images),
-            "train_fid": distance(self.inception.of(train, shuffled(len(train))[:count], team), real),
+            "train_fid": distance(self.inception.of(train, shuffled(len(train))[:count], group), real),
         }
 
     def told(self, what: str, images: Splits) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..config import UserError
 from ..images import ImageDataset, to_uint8
-from ..processes.sharing import Team
+from ..processes.group import ProcessGroup
 from .frechet import Moments, joined, moments_in_parts, moments_of
 
 T = TypeVar("T")
@@ -50,7 +50,11 @@ class Inception:
         return self.net(to_uint8(images).expand(-1, 3, -1, -1).to(self.device))
 
     def moments(
-        self, batches: Sequence[T], images_of: Callable[[T], Tensor], team: Team, logits: dict[T, Tensor] | None = None
+        self,
+        batches: Sequence[T],
+        images_of: Callable[[T], Tensor],
+        group: ProcessGroup,
+        logits: dict[T, Tensor] | None = None,
     ) -> Moments:
         """Moments of the features of the images of all batches, each batch looked at by one process, which puts the
         logits of its own into `logits`."""
@@ -61,7 +65,7 @@ class Inception:
                 logits[batch] = found.cpu()
             return features
 
-        parts = team.gather(lambda: self._moments(map(features_of, team.mine(batches))))
+        parts = group.gather(lambda: self._moments(map(features_of, group.mine(batches))))
         found, *more = [part for part in parts if part is not None]
         for part in more:
             found = joined(found, part)
@@ -72,14 +76,14 @@ class Inception:
         found = moments_in_parts(part.to(precise) for part in parts)
         return found and replace(found, mean=found.mean.cpu(), factor=found.factor.cpu())
 
-    def of(self, images: ImageDataset, chosen: Tensor, team: Team, through: Change | None = None) -> Moments:
+    def of(self, images: ImageDataset, chosen: Tensor, group: ProcessGroup, through: Change | None = None) -> Moments:
         """Moments of the chosen images of a data set, or of what `through` makes of them."""
 
         def images_of(part: Tensor) -> Tensor:
             batch = images.batch(part)
             return through(batch) if through else batch
 
-        return self.moments(chosen.split(AT_A_TIME), images_of, team)
+        return self.moments(chosen.split(AT_A_TIME), images_of, group)
 
 
 def load_inception(weights: str, device: torch.device) -> Inception:

@@ -13,7 +13,7 @@ from prior import Prior
 from tokenizer import TokenGrid, Tokenizer
 
 from ..images import ImageDataset
-from ..processes.sharing import ALONE, Team
+from ..processes.group import ALONE, ProcessGroup
 from ..shuffling import spread
 from ..tokens import TokenSplit
 from .quality import shuffled
@@ -41,15 +41,17 @@ def rows_evaluated(model: Prior, rows: int) -> int:
 
 
 def bits_per_token(
-    model: Any, split: TokenSplit, limit: int | None = None, num_orders: int = 1, team: Team = ALONE
+    model: Any, split: TokenSplit, limit: int | None = None, num_orders: int = 1, group: ProcessGroup = ALONE
 ) -> float:
     """Mean -log2 p per token over `limit` rows, evenly spread; num_orders: as in `Prior.log_prob`."""
-    nats = log_probs(model, split, spread(len(split), limit), num_orders, team)
+    nats = log_probs(model, split, spread(len(split), limit), num_orders, group)
     return -float(nats.mean()) / (math.log(2) * len(model.grid))
 
 
 @torch.no_grad()  # inference mode would reach into the memory that sharded weights are gathered in
-def log_probs(model: Any, split: TokenSplit, rows: np.ndarray, num_orders: int = 1, team: Team = ALONE) -> Tensor:
+def log_probs(
+    model: Any, split: TokenSplit, rows: np.ndarray, num_orders: int = 1, group: ProcessGroup = ALONE
+) -> Tensor:
     """log p `(len(rows),)` of the rows asked for, float64 nats on the CPU; num_orders: as in `Prior.log_prob`."""
     size = rows_at_a_time(model.grid)
 
@@ -59,7 +61,7 @@ def log_probs(model: Any, split: TokenSplit, rows: np.ndarray, num_orders: int =
         labels = None if split.labels is None else split.labels[torch.from_numpy(some)].to(model.device)
         return model.log_prob(tokens, labels, num_orders=num_orders).cpu().double()
 
-    return torch.cat(team.map(score, range(0, len(rows), size)))
+    return torch.cat(group.map(score, range(0, len(rows), size)))
 
 
 def evaluate_likelihood(
@@ -69,7 +71,7 @@ def evaluate_likelihood(
     test: TokenSplit,
     held_out: ImageDataset,
     num_orders: int,
-    team: Team = ALONE,
+    group: ProcessGroup = ALONE,
 ) -> dict[str, Any]:
     """Bits per token of the prior on held-out images, whose tokens are `test`, beside those of `Marginal` fitted to the
     training images' tokens; bits per dim, where the decoder has a likelihood; and what the order has to do with it,
@@ -78,14 +80,14 @@ def evaluate_likelihood(
     grid = prior.grid
     unlabelled = TokenSplit(test.tokens, None)
     known = test if prior.num_classes else unlabelled
-    nats = log_probs(prior, known, np.arange(len(known)), num_orders, team)
+    nats = log_probs(prior, known, np.arange(len(known)), num_orders, group)
     return {
         "bits_per_token": float(-nats.mean()) / (math.log(2) * len(grid)),
-        "unconditional_bits_per_token": bits_per_token(prior, unlabelled, num_orders=num_orders, team=team),
-        **evaluate_marginal(prior, train, known, team),
+        "unconditional_bits_per_token": bits_per_token(prior, unlabelled, num_orders=num_orders, group=group),
+        **evaluate_marginal(prior, train, known, group),
         "uniform_bits_per_token": math.log2(grid.vocab_size),
-        **evaluate_bits(tokenizer, held_out, test, nats, team),
-        **(evaluate_orders(prior, known, team) if prior.any_order else {}),
+        **evaluate_bits(tokenizer, held_out, test, nats, group),
+        **(evaluate_orders(prior, known, group) if prior.any_order else {}),
     }
 
 
@@ -95,7 +97,7 @@ def classes_of_table(grid: TokenGrid, classes: int) -> int | None:
     return classes if classes < fitting else 0 if fitting else None
 
 
-def evaluate_marginal(prior: Prior, train: TokenSplit, test: TokenSplit, team: Team = ALONE) -> dict[str, Any]:
+def evaluate_marginal(prior: Prior, train: TokenSplit, test: TokenSplit, group: ProcessGroup = ALONE) -> dict[str, Any]:
     """Bits per token of position frequencies, of each class where both have labels. `marginal_note` says where the
     table of all classes would be too large, and it is without them; nothing is told where even that one is."""
     grid, labels, found = prior.grid, train.labels, dict[str, Any]()
@@ -109,12 +111,12 @@ def evaluate_marginal(prior: Prior, train: TokenSplit, test: TokenSplit, team: T
     marginal = Prior.create("marginal", grid=grid, num_classes=classes)
     marginal.initialize(train.tokens[:], labels if classes else None)
     test = test if classes else TokenSplit(test.tokens, None)
-    return {"marginal_bits_per_token": bits_per_token(marginal, test, team=team), **found}
+    return {"marginal_bits_per_token": bits_per_token(marginal, test, group=group), **found}
 
 
 @torch.inference_mode()
 def evaluate_bits(
-    tokenizer: Tokenizer, held_out: ImageDataset, test: TokenSplit, nats: Tensor, team: Team = ALONE
+    tokenizer: Tokenizer, held_out: ImageDataset, test: TokenSplit, nats: Tensor, group: ProcessGroup = ALONE
 ) -> dict[str, Any]:
     """Bits per dim of held-out images, with the standard error over images; and the parts of it, of the tokens, whose
     log p are `nats` `(n,)`, and of the pixels given the tokens. Nothing if the decoder has no likelihood.
@@ -130,7 +132,7 @@ def evaluate_bits(
         return cast(Tensor, tokenizer.pixel_log_prob(images, tokens)).cpu().double()
 
     parts = np.array_split(np.arange(len(test)), -(-len(test) // images_at_a_time(held_out.image_shape)))
-    pixels = team.map(score, parts)
+    pixels = group.map(score, parts)
     dims = math.log(2) * math.prod(held_out.image_shape)
     prior, decoder = -nats / dims, -torch.cat(pixels) / dims
     total = prior + decoder
@@ -143,7 +145,7 @@ def evaluate_bits(
 
 
 @torch.inference_mode()
-def evaluate_orders(prior: Prior, test: TokenSplit, team: Team = ALONE) -> dict[str, Any]:
+def evaluate_orders(prior: Prior, test: TokenSplit, group: ProcessGroup = ALONE) -> dict[str, Any]:
     """How much log p of an image differs from order to order, in nats: its standard deviation over `ORDERS` orders,
     the mean over a few images."""
 
@@ -151,5 +153,5 @@ def evaluate_orders(prior: Prior, test: TokenSplit, team: Team = ALONE) -> dict[
         labels = None if test.labels is None else test.labels[rows].to(prior.device)
         return prior.order_spread(test.rows(rows).to(prior.device), labels, ORDERS).cpu().double()
 
-    spread = torch.cat(team.map(differ, shuffled(len(test))[:FEW].split(rows_at_a_time(prior.grid))))
+    spread = torch.cat(group.map(differ, shuffled(len(test))[:FEW].split(rows_at_a_time(prior.grid))))
     return {"order_spread": float(spread.mean()), "order_spread_images": len(spread)}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tokenizer.base import in_finest
 
 from ..images import ImageDataset
-from ..processes.sharing import ALONE, Team
+from ..processes.group import ALONE, ProcessGroup
 from ..shuffling import samples_of
 from .frechet import frechet_distance
 
@@ -73,23 +73,25 @@ class FeatureSpace:
         """Rows `(B, d)`, on the CPU."""
         return torch.cat([self.extract(part).cpu().double() for part in images.split(AT_A_TIME)]) * self.scale
 
-    def of(self, images: ImageDataset, chosen: Tensor, through: Change | None = None, team: Team = ALONE) -> Tensor:
+    def of(
+        self, images: ImageDataset, chosen: Tensor, through: Change | None = None, group: ProcessGroup = ALONE
+    ) -> Tensor:
         """Rows of the chosen images of a data set, or of what `through` makes of them."""
 
         def rows(part: Tensor) -> Tensor:
             batch = images.batch(part)
             return self(through(batch) if through else batch)
 
-        return torch.cat(team.map(rows, chosen.split(AT_A_TIME)))
+        return torch.cat(group.map(rows, chosen.split(AT_A_TIME)))
 
 
 def feature_space(
-    train: ImageDataset, held_out: ImageDataset, steps: int, source: str, team: Team = ALONE
+    train: ImageDataset, held_out: ImageDataset, steps: int, source: str, group: ProcessGroup = ALONE
 ) -> FeatureSpace:
     """A classifier of the training images' labels; random convolutions where there are none, or for no `steps`. Scaled
     so that a feature of training images has variance 1 on average."""
     steps = steps if train.labels is not None and len(train.class_names) > 1 else 0
-    net = team.first(lambda: train_classifier(train, steps))
+    net = group.on_main(lambda: train_classifier(train, steps))
     some = shuffled(len(train))[:2000]
     if steps:
         epochs = f"{steps} steps ({steps * BATCH / len(train):.1f} epochs) on {source}"
@@ -97,7 +99,7 @@ def feature_space(
     else:
         origin = f"a small convolutional net with random weights, seed {SEED}"
     space = FeatureSpace(f"{'classifier' if steps else 'random-conv'}-{FEATURES}", origin, net.features)
-    variance = float(space.of(train, some, team=team).var(0, correction=0).mean())
+    variance = float(space.of(train, some, group=group).var(0, correction=0).mean())
     return replace(space, scale=variance**-0.5 if variance > 0 else 1.0)
 
 
@@ -163,7 +165,7 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 # Sets of rows -------------------------------------------------------------------------------------
 
 
-def nearest_rows(rows: Tensor, others: Tensor, k: int = 1, team: Team = ALONE) -> tuple[Tensor, Tensor]:
+def nearest_rows(rows: Tensor, others: Tensor, k: int = 1, group: ProcessGroup = ALONE) -> tuple[Tensor, Tensor]:
     """Distances and indices `(n, k)` of the `k` nearest `others` `(m, d)` of each of `rows` `(n, d)`, ascending."""
     mode = "donot_use_mm_for_euclid_dist" if rows.dtype == torch.float64 else "use_mm_for_euclid_dist"
 
@@ -171,33 +173,33 @@ def nearest_rows(rows: Tensor, others: Tensor, k: int = 1, team: Team = ALONE) -
         found = torch.cdist(part, others, compute_mode=mode).topk(k, largest=False)
         return found.values, found.indices
 
-    found = team.map(nearest, rows.split(AT_A_TIME))
+    found = group.map(nearest, rows.split(AT_A_TIME))
     return torch.cat([values for values, _ in found]), torch.cat([indices for _, indices in found])
 
 
-def neighbourhoods(real: Tensor, fake: Tensor, team: Team = ALONE) -> dict[str, float]:
+def neighbourhoods(real: Tensor, fake: Tensor, group: ProcessGroup = ALONE) -> dict[str, float]:
     """precision and recall (balls to the third nearest neighbour), density and coverage (to the fifth), of `fake`
     `(n, d)` against `real` `(n, d)`. Raises `ValueError` unless both have equally many rows, more than five."""
     if len(real) != len(fake) or len(real) <= 5:
         raise ValueError(f"needs equally many rows, more than 5 (got {len(real)} and {len(fake)})")
-    radii = nearest_rows(real, real, 6, team)[0]  # the first is the row itself
-    reach = nearest_rows(fake, fake, 4, team)[0][:, 3]
+    radii = nearest_rows(real, real, 6, group)[0]  # the first is the row itself
+    reach = nearest_rows(fake, fake, 4, group)[0][:, 3]
     return {
-        "precision": float((balls_around(fake, real, radii[:, 3], team) > 0).double().mean()),
-        "recall": float((balls_around(real, fake, reach, team) > 0).double().mean()),
-        "density": float(balls_around(fake, real, radii[:, 5], team).double().mean() / 5),
-        "coverage": float((nearest_rows(real, fake, team=team)[0][:, 0] <= radii[:, 5]).double().mean()),
+        "precision": float((balls_around(fake, real, radii[:, 3], group) > 0).double().mean()),
+        "recall": float((balls_around(real, fake, reach, group) > 0).double().mean()),
+        "density": float(balls_around(fake, real, radii[:, 5], group).double().mean() / 5),
+        "coverage": float((nearest_rows(real, fake, group=group)[0][:, 0] <= radii[:, 5]).double().mean()),
     }
 
 
-def balls_around(rows: Tensor, centres: Tensor, radii: Tensor, team: Team = ALONE) -> Tensor:
+def balls_around(rows: Tensor, centres: Tensor, radii: Tensor, group: ProcessGroup = ALONE) -> Tensor:
     """How many of the balls hold each row, `(n,)`."""
     mode = "donot_use_mm_for_euclid_dist"
 
     def count(part: Tensor) -> Tensor:
         return (torch.cdist(part, centres, compute_mode=mode) <= radii).sum(1)
 
-    return torch.cat(team.map(count, rows.split(AT_A_TIME)))
+    return torch.cat(group.map(count, rows.split(AT_A_TIME)))
 
 
 def copying(samples: Tensor, held_out: Tensor) -> dict[str, float]:
@@ -225,7 +227,7 @@ def compare(
     train: ImageDataset,
     held_out: ImageDataset,
     reconstruct: Change,
-    team: Team = ALONE,
+    group: ProcessGroup = ALONE,
 ) -> tuple[dict[str, float], Tensor, Tensor]:
     """The figures of samples, whose rows are `drawn` `(n, d)`, not more than there are images of a split; and all of
     them, the likeliest copies first, with the positions of the training images nearest to them, `(n,)` each.
@@ -236,18 +238,18 @@ def compare(
     """
     count = len(drawn)
     seen, unseen = shuffled(len(train))[:MOST_TRAINING], shuffled(len(held_out))[:count]
-    known, real = space.of(train, seen, team=team), space.of(held_out, unseen, team=team)
-    sets = {"": drawn, "train_": known[:count], "reconstruction_": space.of(train, seen[:count], reconstruct, team)}
+    known, real = space.of(train, seen, group=group), space.of(held_out, unseen, group=group)
+    sets = {"": drawn, "train_": known[:count], "reconstruction_": space.of(train, seen[:count], reconstruct, group)}
     figures: dict[str, float] = {"num_compared": count}
     for prefix, rows in sets.items():
-        found = {"frechet_distance": frechet_distance(rows, real), **neighbourhoods(real, rows, team)}
+        found = {"frechet_distance": frechet_distance(rows, real), **neighbourhoods(real, rows, group)}
         figures |= {prefix + name: value for name, value in found.items()}
-    rebuilt = space.of(held_out, unseen, reconstruct, team)
-    distances, indices = nearest_rows(drawn, known, team=team)
-    allowed, again = (nearest_rows(rows, known, team=team)[0][:, 0] for rows in (real, rebuilt))
+    rebuilt = space.of(held_out, unseen, reconstruct, group)
+    distances, indices = nearest_rows(drawn, known, group=group)
+    allowed, again = (nearest_rows(rows, known, group=group)[0][:, 0] for rows in (real, rebuilt))
     figures |= copying(distances[:, 0], allowed)
     figures["reconstruction_copying_z"] = copying(again, allowed)["copying_z"]
     # Plain distances would list the simplest images; a copy is nearer to its original than other originals are.
-    spacing = nearest_rows(known[indices[:, 0]], known, 2, team)[0][:, -1]
+    spacing = nearest_rows(known[indices[:, 0]], known, 2, group)[0][:, -1]
     order = (distances[:, 0] / spacing.clamp(min=1e-12)).argsort(stable=True)
     return figures, order, seen[indices[order, 0]]

@@ -15,7 +15,7 @@ from tokenizer.losses import pixel_losses, psnr
 
 from ..images import ImageDataset, to_float, to_uint8
 from ..images.pictures import grid_picture
-from ..processes.sharing import ALONE, Team
+from ..processes.group import ALONE, ProcessGroup
 from ..shuffling import spread
 from .quality import ssim
 from .texture import flat_windows, texture_figures
@@ -32,7 +32,7 @@ def images_at_a_time(image_shape: tuple[int, ...]) -> int:
 
 @torch.inference_mode()
 def evaluate_reconstruction(
-    model: Any, images: ImageDataset, limit: int | None = None, team: Team = ALONE, looks: int = 0
+    model: Any, images: ImageDataset, limit: int | None = None, group: ProcessGroup = ALONE, looks: int = 0
 ) -> dict[str, Any]:
     """Means of PSNR (dB), l1 and l2, and usage and perplexity of the ids, over `limit` images, evenly spread; and over
     `looks` of these, if any, likewise, the figures of `look_figures`."""
@@ -51,11 +51,11 @@ def evaluate_reconstruction(
         means = {name: float(value) * len(batch) for name, value in found.items()}
         return means, looks_of(decoded, batch, start, looked)
 
-    parts = team.map(measure, range(0, len(rows), size))
+    parts = group.map(measure, range(0, len(rows), size))
     for part, _ in parts:
         for name, value in part.items():
             sums[name] = sums.get(name, 0.0) + value
-    usage = {f"codebook_{name}": float(value) for name, value in codebook_usage(team.total(ids)).items()}
+    usage = {f"codebook_{name}": float(value) for name, value in codebook_usage(group.total(ids)).items()}
     means = {name: total / len(rows) for name, total in sums.items()} | usage
     return means | look_figures([seen for _, seen in parts]) if looks else means
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config.terminal import by_clause, tell
-from ..processes.precision import told_precision
+from ..processes.launch import float32_advice
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -35,7 +35,7 @@ def announce(trainer: Trainer, changes: list[str], reason: str = "") -> None:
     )
     print(by_clause(line), flush=True)
     has_bf16 = trainer.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if not reason and (line := told_precision(precision, has_bf16)):
+    if not reason and (line := float32_advice(precision, has_bf16)):
         print(f"{trainer.run}: {line}", flush=True)
     if task.players and task.watched == "held_out":
         what = "figures while training are of the images held out, and the last weights are kept"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokenizer.files import FolderKind
 
-from ..processes.sharing import ALONE, Team
+from ..processes.group import ALONE, ProcessGroup
 from ..shuffling import samples_of
 from .optimizers import decaying_weights, hidden_matrices
 
@@ -82,11 +82,11 @@ class Task:
         """Return what has a weight decay, of all players."""
         return set().union(*(decaying_weights(net) for net in self.nets.values()))
 
-    def preview(self, model: nn.Module, group: Team = ALONE) -> dict[str, np.ndarray]:
+    def preview(self, model: nn.Module, group: ProcessGroup = ALONE) -> dict[str, np.ndarray]:
         """Return pictures of what `model` (averaged weights) can do, uint8 (H, W, 3); the group shares the work."""
         raise NotImplementedError
 
-    def evaluate(self, model: nn.Module, split: Split, group: Team = ALONE) -> dict[str, float]:
+    def evaluate(self, model: nn.Module, split: Split, group: ProcessGroup = ALONE) -> dict[str, float]:
         """Return figures of `model` (averaged weights) on a split that is not trained on, the same on all processes of
         the group, which share the work."""
         raise NotImplementedError

@@ -37,9 +37,8 @@ from ..config.schema import difference
 from ..config.terminal import by_clause, tell
 from ..files import lock_folder
 from ..prefetch import pin_memory, prefetch, to_device_async
-from ..processes.launched import apart, build_accelerator, team_of
-from ..processes.precision import choose_precision
-from ..processes.sharing import ALONE, Team
+from ..processes.group import ALONE, ProcessGroup
+from ..processes.launch import build_accelerator, choose_precision, group_of, leave_after_refusal
 from .blocks import prepare_blocks
 from .checkpoint import (
     Tensors,
@@ -78,13 +77,13 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     run, settings = Path(config.out), config.train
     precision = choose_precision(settings.mixed_precision, read_newest_record(run).get("precision"))
     accelerator = build_accelerator(settings.timeout, precision.mixed)
-    group = team_of(accelerator)
+    group = group_of(accelerator)
     with ExitStack() as stack:
-        with apart(accelerator):
+        with leave_after_refusal(accelerator):
             require_valid(config, accelerator, group)
-            group.first_alone(lambda: check_run_folder(run, config))  # before anything is written there
+            group.main_first(lambda: check_run_folder(run, config))  # before anything is written there
             stack.enter_context(lock_folder(run, group))
-            changes = group.first(lambda: check_run_folder(run, config))
+            changes = group.on_main(lambda: check_run_folder(run, config))
         torch.manual_seed(settings.seed)
         task = build(accelerator)
         if is_sharding(accelerator):
@@ -92,11 +91,11 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
         accelerator.wait_for_everyone()
         snapshots = task.snapshots
 
-        group.first(lambda: check_run_folder(run, config, snapshots))
+        group.on_main(lambda: check_run_folder(run, config, snapshots))
         trainer = Trainer(task, config, accelerator)
         with heed_signals(trainer.stop, alone=group.world == 1):
             try:
-                group.first(partial(announce, trainer, changes, precision.reason))
+                group.on_main(partial(announce, trainer, changes, precision.reason))
                 trainer.fit()
             finally:
                 trainer.close()
@@ -112,7 +111,7 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     return run
 
 
-def require_valid(config: Any, accelerator: Accelerator, group: Team) -> None:
+def require_valid(config: Any, accelerator: Accelerator, group: ProcessGroup) -> None:
     """Raise `UserError` for settings that do not fit together, or differ between processes."""
     settings = config.train
     if settings.batch_size % (accelerator.num_processes * settings.accumulate):
@@ -177,7 +176,7 @@ class Trainer:
     def __init__(self, task: Task, config: Any, accelerator: Accelerator) -> None:
         """Place the task on the device, and load the newest checkpoint, if there is one."""
         self.task, self.settings, self.config, self.run = task, config, config.train, Path(config.out)
-        self.accelerator, self.device, self.group = accelerator, accelerator.device, team_of(accelerator)
+        self.accelerator, self.device, self.group = accelerator, accelerator.device, group_of(accelerator)
         self.main, self.sharded = accelerator.is_main_process, is_sharding(accelerator)
         self.hosts: Any = None  # a process group in which no GPU takes part
         if self.group.world > 1 and self.device.type != "cpu":
@@ -199,7 +198,7 @@ class Trainer:
             for player, parameters in task.players.items()
         }
         record = self.load()
-        self.group.first(self.prepare_run_folder)
+        self.group.on_main(self.prepare_run_folder)
         self.step: int = record.get("step", 0)
         self.minutes: float = record.get("minutes", 0.0)
         self.scalars = RunningMeans.from_json(record.get("scalars", []), self.device)

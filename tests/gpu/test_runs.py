@@ -19,7 +19,7 @@ from launch import EMA, ROOT, VQVAE, dotted, environment, losses, make_tokens, p
 from small import grid_of
 
 from pipelines.config.command import parse
-from pipelines.processes.launched import build_accelerator
+from pipelines.processes.launch import build_accelerator
 from pipelines.train_prior import PriorTask, TrainPriorConfig
 from pipelines.training.blocks import prepare_blocks
 from pipelines.training.trainer import Trainer

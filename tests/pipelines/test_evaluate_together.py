@@ -21,7 +21,7 @@ from small_pipelines import make_pipeline
 from pipelines import evaluate as evaluation
 from pipelines.metrics import fid, likelihood, quality, reconstruction, samples, texture
 from pipelines.metrics.inception import Inception
-from pipelines.processes.sharing import Team
+from pipelines.processes.group import ProcessGroup
 
 SHAPE = (8, 8)
 CLOCK = "samples_per_second"
@@ -48,15 +48,15 @@ def few_at_a_time(out: Path, rank: int) -> None:
     samples.DRAWN, likelihood.LOGITS, reconstruction.EVALUATED_PIXELS = 5, 1 << 15, 16 * 64
     texture.FLAT_RANGE = 255.0  # every window is flat
     fid.load_inception = lambda weights, device: Inception(as_inception, device)  # type: ignore[assignment]
-    mine, shares = Team.mine, []
+    mine, shares = ProcessGroup.mine, []
 
-    def counted(team: Team, items: Any) -> Any:
-        found = mine(team, items)
+    def counted(group: ProcessGroup, items: Any) -> Any:
+        found = mine(group, items)
         shares.append((len(items), len(found)))
         out.with_name(f"{out.name}.{rank}.json").write_text(json.dumps(shares))
         return found
 
-    Team.mine = counted  # type: ignore[method-assign]
+    ProcessGroup.mine = counted  # type: ignore[method-assign]
     if rank:  # the first alone trains the classifier, prints and writes
         quality.train_classifier = evaluation.publish = None  # type: ignore[assignment]
 
@@ -92,7 +92,11 @@ def main(folder: Path, world: int) -> None:
         attempt.wait(seconds)
         return attempt.end()
 
-    codes = {"alone": codes_of("alone", 1), "team": codes_of("team", world), "fault": codes_of("fault", world, failing)}
+    codes = {
+        "alone": codes_of("alone", 1),
+        "group": codes_of("group", world),
+        "fault": codes_of("fault", world, failing),
+    }
     codes["device"] = codes_of("device", world, device="cuda", seconds=0)
     (folder / "codes.json").write_text(json.dumps(codes))
 
@@ -120,8 +124,8 @@ def figures_of(out: Path) -> dict[str, Any]:
 
 def test_several_find_what_one_finds(found):
     folder, world, codes = found
-    out, expected = folder / "team", figures_of(folder / "alone")
-    assert codes["team"] == [0] * world and codes["alone"] == [0]
+    out, expected = folder / "group", figures_of(folder / "alone")
+    assert codes["group"] == [0] * world and codes["alone"] == [0]
     figures = figures_of(out)
     numbers = {name: value for name, value in expected.items() if isinstance(value, int | float)}
     near = {name: pytest.approx(value, rel=1e-6, abs=1e-9) for name, value in numbers.items()}
@@ -135,7 +139,7 @@ def test_several_find_what_one_finds(found):
 def test_the_work_is_shared(found):
     """All have the same lists, and of each list every process does its part, and all of it is done."""
     folder, world, _ = found
-    shares = [json.loads((folder / f"team.{rank}.json").read_text()) for rank in range(world)]
+    shares = [json.loads((folder / f"group.{rank}.json").read_text()) for rank in range(world)]
     assert len({len(each) for each in shares}) == 1 and len(shares[0]) > 20
     for each in zip(*shares, strict=True):
         assert {items for items, _ in each} == {sum(done for _, done in each)}

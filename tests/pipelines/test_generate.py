@@ -63,7 +63,7 @@ def together(monkeypatch, count, settings) -> None:
     """Run it in so many processes, each a thread."""
     several = Several(count)
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "joined", several.joined)
+        patch.setattr(generate, "join_group", several.joined)
         several.run(lambda: run(settings))
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from pipelines.config.arguments import ToldElsewhere
-from pipelines.config.command import ProcessLost
-from pipelines.processes.sharing import Team
+from pipelines.config.arguments import ReportedElsewhere
+from pipelines.config.command import ProcessFailed
+from pipelines.processes.group import ProcessGroup
 
 
 @dataclass(frozen=True)
-class Side(Team):
+class Side(ProcessGroup):
     """One of them, which tells the others in memory."""
 
     several: Any = field(default=None, compare=False)
@@ -31,7 +31,8 @@ class Side(Team):
 
 
 class Several:
-    """`count` sides; put `joined`, or `accelerator` and `team_of`, in the place of those of a step, then `run` it."""
+    """`count` sides; put `joined` for `join_group`, or `accelerator` and `group_of`, in the place of
+    those of a step, then `run` it."""
 
     def __init__(self, count: int, seconds: float = 200) -> None:
         self.count, self.barrier = count, threading.Barrier(count, timeout=seconds)
@@ -43,7 +44,7 @@ class Several:
         return self.local.side
 
     @contextmanager
-    def joined(self, device: str) -> Iterator[tuple[Team, torch.device]]:
+    def joined(self, device: str) -> Iterator[tuple[ProcessGroup, torch.device]]:
         """As a step that shares its work asks for it."""
         yield self.side, torch.device("cpu")
 
@@ -52,8 +53,8 @@ class Several:
         wait, nothing = self.barrier.wait, lambda: None
         return SimpleNamespace(device=torch.device("cpu"), wait_for_everyone=wait, end_training=nothing)
 
-    def team_of(self, accelerator: Any) -> Team:
-        """The team of the side whose thread this is."""
+    def group_of(self, accelerator: Any) -> ProcessGroup:
+        """The group of the side whose thread this is."""
         return self.side
 
     def run(self, act: Callable[[], Any]) -> None:
@@ -73,7 +74,7 @@ class Several:
             thread.start()
         for thread in threads:
             thread.join()
-        echoes = (threading.BrokenBarrierError, ToldElsewhere, ProcessLost)
+        echoes = (threading.BrokenBarrierError, ReportedElsewhere, ProcessFailed)
         real = [error for error in errors if not isinstance(error, echoes)]
         for error in [*real, *errors][:1]:
             raise error

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipelines.config import Config
-from pipelines.processes.launched import build_accelerator
-from pipelines.processes.sharing import ALONE
+from pipelines.processes.group import ALONE
+from pipelines.processes.launch import build_accelerator
 from pipelines.training.schedule import TrainConfig
 from pipelines.training.task import Task
 from pipelines.training.tracking import TrackConfig

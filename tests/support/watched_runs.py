@@ -25,7 +25,7 @@ from two_processes import digest, gathered, leave_group
 
 from pipelines import ImagePipeline
 from pipelines.config import UserError
-from pipelines.processes.sharing import Team
+from pipelines.processes.group import ProcessGroup
 from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training.trainer import Trainer
@@ -68,20 +68,20 @@ class Watch:
             self.watch_evaluations(task)
 
     def watch_evaluations(self, task: Any) -> None:
-        evaluate, mine = task.evaluate, Team.mine
+        evaluate, mine = task.evaluate, ProcessGroup.mine
 
-        def watched(this: Any, model: Any, split: Any, group: Team) -> Any:
+        def watched(this: Any, model: Any, split: Any, group: ProcessGroup) -> Any:
             shares = []
 
-            def counted(team: Team, items: Any) -> Any:
-                shares.append([len(mine(team, items)), len(items)])
-                return mine(team, items)
+            def counted(group: ProcessGroup, items: Any) -> Any:
+                shares.append([len(mine(group, items)), len(items)])
+                return mine(group, items)
 
-            Team.mine = counted  # type: ignore[method-assign]
+            ProcessGroup.mine = counted  # type: ignore[method-assign]
             try:
                 found = evaluate(this, model, split, group)
             finally:
-                Team.mine = mine  # type: ignore[method-assign]
+                ProcessGroup.mine = mine  # type: ignore[method-assign]
             pieces = [isinstance(value, DTensor) for value in model.parameters()]
             self.evaluations.append({"split": split, "shares": shares, "in pieces": all(pieces), "figures": found})
             return found

@@ -171,7 +171,7 @@ def test_what_to_do_about_too_few_validation_images_chooses_by_none_that_were_tr
     data = {**pipe.provenance["data"], "source": str(tmp_path / "mine"), "validation_fraction": 0.5}
     config = tune.TuneConfig(pipeline=str(tmp_path / "pipeline"), data=data)
     tune.prepare(config, tmp_path / "out", torch.device("cpu"))
-    images, origin = tune.choosing_images(config, pipe, tune.Team())
+    images, origin = tune.choosing_images(config, pipe, tune.ProcessGroup())
     assert len(images.validation) == 150 and "seen" not in origin
 
 
@@ -182,7 +182,7 @@ def test_without_validation_images_a_share_of_the_others_is_held_aside_and_it_sa
     config = tune.TuneConfig(pipeline="x", data=pipe.provenance["data"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tune, "LEAST_VALIDATION", 15)
-        images, origin = tune.choosing_images(config, pipe, tune.Team())
+        images, origin = tune.choosing_images(config, pipe, tune.ProcessGroup())
     assert len(images.validation) == 15 and len(images.train) == 285 and "which the pipeline has seen" in origin
     printed = capsys.readouterr().err
     assert "warning: no validation images were kept from training" in printed

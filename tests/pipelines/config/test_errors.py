@@ -8,7 +8,7 @@ from ordinary import as_others
 
 from pipelines import train_tokenizer
 from pipelines.config import UserError, choose_device
-from pipelines.config.command import is_bug
+from pipelines.config.command import is_for_users
 
 
 def lines_of(capsys, *argv):
@@ -74,8 +74,8 @@ def test_a_folder_that_may_not_be_looked_into_is_told_in_a_line(tmp_path, capsys
 
 
 def test_a_refusal_that_names_no_file_is_a_bug():
-    assert is_bug(PermissionError(1, "Operation not permitted"))
-    assert not is_bug(PermissionError(13, "Permission denied", "folder/file"))
+    assert not is_for_users(PermissionError(1, "Operation not permitted"))
+    assert is_for_users(PermissionError(13, "Permission denied", "folder/file"))
 
 
 def test_a_device_without_numbers_is_refused():

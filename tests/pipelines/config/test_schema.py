@@ -19,7 +19,7 @@ import pipelines
 from pipelines.__main__ import help_page as verb_page
 from pipelines.__main__ import main, module_of, verbs
 from pipelines.config import Config, UserError, command, run_command
-from pipelines.config.arguments import ToldElsewhere, read_override
+from pipelines.config.arguments import ReportedElsewhere, read_override
 from pipelines.config.command import Interrupted, parse
 from pipelines.config.help import help_page
 from pipelines.config.schema import difference, to_yaml
@@ -464,7 +464,7 @@ def test_one_process_of_several_talks(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().err == "error on process 1: mine alone\n"
     pauses: list[float] = []
     monkeypatch.setattr(command.time, "sleep", pauses.append)  # in which the launcher ends this process
-    assert code_of(raising(ToldElsewhere("all have met it"))) == 2 and pauses == [command.TELLING]
+    assert code_of(raising(ReportedElsewhere("all have met it"))) == 2 and pauses == [command.TELLING]
     assert capsys.readouterr().err == "error on process 1: all have met it\n"  # nobody has
     monkeypatch.setenv("RANK", "0")
     assert code_of(raising(AssertionError()), "junk") == 2 and capsys.readouterr().err

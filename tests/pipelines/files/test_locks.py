@@ -23,7 +23,7 @@ from several import Several
 
 from pipelines import files
 from pipelines.config import UserError
-from pipelines.config.arguments import ToldElsewhere
+from pipelines.config.arguments import ReportedElsewhere
 from pipelines.files import is_lock, lock_beside, lock_folder, lock_output
 
 HOLD = """
@@ -160,7 +160,7 @@ def test_the_first_process_locks_and_all_are_refused(tmp_path):
 
     with lock_folder(tmp_path):
         several.run(work)
-    assert errors == {0: UserError, 1: ToldElsewhere, 2: ToldElsewhere}
+    assert errors == {0: UserError, 1: ReportedElsewhere, 2: ReportedElsewhere}
 
 
 def test_the_first_process_holds_the_lock_for_all(tmp_path):

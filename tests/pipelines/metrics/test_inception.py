@@ -25,7 +25,7 @@ from pipelines.metrics.frechet import distance, moments
 from pipelines.metrics.inception import Inception, inception_score, load_inception, read_reference
 from pipelines.metrics.quality import shuffled
 from pipelines.metrics.samples import Samples
-from pipelines.processes.sharing import ALONE
+from pipelines.processes.group import ALONE
 
 
 class Pictures:

@@ -8,7 +8,7 @@ import torch
 from pipelines.images import to_float, to_uint8
 from pipelines.metrics import samples as module
 from pipelines.metrics.samples import Samples
-from pipelines.processes.sharing import Team
+from pipelines.processes.group import ProcessGroup
 
 
 def numbered(start: int, end: int) -> torch.Tensor:
@@ -37,7 +37,7 @@ def test_each_is_drawn_once_in_its_place():
 def test_what_is_kept_are_bytes_of_the_own_parts():
     """A second process of two keeps the second part alone; the others' are asked for."""
 
-    class Second(Team):
+    class Second(ProcessGroup):
         def gather(self, act):
             return [act()]
 

@@ -21,7 +21,7 @@ from pipelines.config.command import parse
 from pipelines.planning.budget import at_evaluation, memory, shapes_of, sharded, sizes_of
 from pipelines.planning.costs import Turn, prior_turn
 from pipelines.planning.paper import address, on_paper
-from pipelines.processes.launched import build_accelerator
+from pipelines.processes.launch import build_accelerator
 from pipelines.train_prior import PriorTask, TrainPriorConfig
 from pipelines.training.trainer import Trainer
 

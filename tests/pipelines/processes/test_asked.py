@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import write_basic_config
 from accelerate.utils.dataclasses import DistributedType
@@ -15,7 +14,7 @@ from launch import free_port, metrics, output_of, start, tokenizer_arguments, tr
 
 from pipelines.config import UserError
 from pipelines.images import tables
-from pipelines.processes.asked import REFUSED, require_known, require_supported
+from pipelines.processes.launch import REFUSED, require_supported
 
 
 def launched(home: Path, out: Path) -> str:
@@ -69,9 +68,7 @@ def test_what_no_run_does_is_refused_before_images_are_read(variable: str, tmp_p
 @pytest.mark.parametrize("config", [{}, {"train__mixed_precision": "bf16"}])
 def test_fp8_is_refused_whatever_the_run_asks_for(config: dict, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    with pytest.raises(
-        UserError, match=r"^fp8 is not supported \(no run was tested in it\).* use --mixed_precision bf16"
-    ):
+    with pytest.raises(UserError, match=r"^fp8 is not supported: use --mixed_precision bf16"):
         train_tokenizer(tmp_path / "run", **config)
 
 
@@ -81,18 +78,3 @@ def test_it_is_refused_after_os_environ_was_replaced(monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError, match=r"^DeepSpeed is not supported"):
         require_supported()
-
-
-def test_every_refusal_is_one_line_that_says_what_to_use() -> None:
-    asked = [{name: "true"} for name in REFUSED] + [{"ACCELERATE_MIXED_PRECISION": "FP8"}]
-    for environment in asked:
-        with pytest.raises(UserError, match=r"^[^\n]* is not supported[^\n]*: use [^\n]*$"):
-            require_supported(environment)
-    require_supported(dict.fromkeys(REFUSED, "false"))
-
-
-def test_a_device_that_nothing_was_written_for_is_refused() -> None:
-    require_known(torch.device("cpu"))
-    require_known(torch.device("cuda", 1))
-    with pytest.raises(UserError, match=r"^a device of type xla .* use a GPU, or the CPU by ACCELERATE_USE_CPU=true$"):
-        require_known(torch.device("xla"))

@@ -17,22 +17,13 @@ from pipelines.config import UserError
 from pipelines.config.arguments import read_file
 from pipelines.config.command import parse
 from pipelines.config.schema import to_yaml
-from pipelines.processes import precision
-from pipelines.processes.precision import Precision, bf16_of_cpu, choose_precision, told_precision
+from pipelines.processes import launch
+from pipelines.processes.launch import Precision, bf16_of_cpu, choose_precision, float32_advice
 from pipelines.train_prior import TrainPriorConfig
 from pipelines.training import reporting
 from pipelines.training.checkpoint import read_newest_record
 
 pytestmark = pytest.mark.usefixtures("one_process")
-LIMITS = {
-    "": "AMX",
-    "ALL": "AMX",
-    "AVX512_CORE_AMX": "AMX",
-    "avx512_core_bf16": "AVX512-BF16",
-    "AVX512_CORE_FP16": "AVX512-BF16",
-    "AVX512_CORE_VNNI": "",
-    "AVX2": "",
-}
 
 
 def cpu_with(monkeypatch, *queries: str, capability: str = "AVX512") -> None:
@@ -42,29 +33,18 @@ def cpu_with(monkeypatch, *queries: str, capability: str = "AVX512") -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
 
 
-def test_what_a_cpu_has_and_may_use(monkeypatch):
-    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
-        monkeypatch.delenv(name, raising=False)
+def test_what_a_cpu_has(monkeypatch):
     cpu_with(monkeypatch, "_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    for limit, feature in LIMITS.items():
-        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-        assert bf16_of_cpu() == feature, limit
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
-    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
-    assert bf16_of_cpu() == ""
-    monkeypatch.delenv("DNNL_MAX_CPU_ISA")
+    assert bf16_of_cpu() == "AMX"
     cpu_with(monkeypatch, "_is_avx512_bf16_supported")
     assert bf16_of_cpu() == "AVX512-BF16"
     cpu_with(monkeypatch, "_is_amx_tile_supported", "_is_avx512_bf16_supported", capability="AVX2")
     assert bf16_of_cpu() == ""
     cpu_with(monkeypatch)
     assert bf16_of_cpu() == ""
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
-    assert bf16_of_cpu() == ""
 
 
 def test_what_is_asked_for_is_what_there_is(monkeypatch):
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     cpu_with(monkeypatch, "_is_amx_tile_supported")
     assert choose_precision("auto", None) == Precision("bf16", "auto: this CPU has AMX")
@@ -72,14 +52,14 @@ def test_what_is_asked_for_is_what_there_is(monkeypatch):
     assert choose_precision("auto", "bf16").reason == "auto: this CPU has AMX"
     kept = choose_precision("auto", "no")
     assert kept == Precision("no", "auto: as it began; here it would be bf16, as this CPU has AMX")
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    cpu_with(monkeypatch)
     assert choose_precision("auto", None).mixed == "no" and choose_precision("auto", "bf16").mixed == "bf16"
     for told in ("no", "bf16"):  # of a launcher, which says no more of it, and may change its mind
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
         assert choose_precision(None, "no") == choose_precision(None, "bf16") == Precision(told)
     for told in ("fp16", "fp8"):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
-        with pytest.raises(UserError, match=f"^{told} is not supported .*; use --mixed_precision bf16, or no$"):
+        with pytest.raises(UserError, match=f"^{told} is not supported: use --mixed_precision bf16, or no$"):
             choose_precision(None, None)
         assert choose_precision("no", None).mixed == "no"
 
@@ -110,7 +90,7 @@ def test_of_a_gpu_it_is_the_gpu_that_is_asked(monkeypatch, has_bf16):
 @pytest.mark.slow
 def test_a_limit_of_torchs_own_loops_is_heeded():
     """As set from outside, before torch is imported."""
-    ask = "from pipelines.processes.precision import choose_precision as c; print(c('auto', None))"
+    ask = "from pipelines.processes.launch import choose_precision as c; print(c('auto', None))"
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "ACCELERATE_USE_CPU": "true"}
     said = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
     assert "mixed='no'" in said.stdout
@@ -119,7 +99,7 @@ def test_a_limit_of_torchs_own_loops_is_heeded():
 def test_a_run_keeps_the_precision_it_began_with(tmp_path, tokens, monkeypatch, capsys):
     """On a machine that would choose another one, to the bit."""
     found = iter([("bf16", "this CPU has AMX"), ("bf16", "this CPU has AMX"), ("no", "it has nothing")])
-    monkeypatch.setattr(precision, "found_here", lambda: next(found))
+    monkeypatch.setattr(launch, "fast_precision", lambda: next(found))
     more = {"train__mixed_precision": "auto", "train__optimizer": "muon", "train__save_every": 2, "train__steps": 4}
     whole = train_prior(tmp_path / "whole", tokens, **more)
     assert "bf16 mixed precision (auto: this CPU has AMX)" in capsys.readouterr().out
@@ -151,11 +131,11 @@ def test_a_launcher_may_change_its_mind(tmp_path, monkeypatch, capsys):
 def test_float32_on_a_gpu_that_has_bf16_is_said_once(tmp_path, monkeypatch, capsys):
     """With the setting to give; nothing is said of what was asked for, or cannot be had, and nothing is changed."""
     for mixed, has_bf16 in (("bf16", True), ("no", False), ("bf16", False)):
-        assert told_precision(mixed, has_bf16) == ""
-    assert "train.mixed_precision=auto" in told_precision("no", True) and "\n" not in told_precision("no", True)
+        assert float32_advice(mixed, has_bf16) == ""
+    assert "train.mixed_precision=auto" in float32_advice("no", True) and "\n" not in float32_advice("no", True)
     before = torch.backends.cuda.matmul.fp32_precision
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)  # of a GPU that is not used
-    monkeypatch.setattr(reporting, "told_precision", lambda mixed, has_bf16: f"{mixed} {has_bf16}")
+    monkeypatch.setattr(reporting, "float32_advice", lambda mixed, has_bf16: f"{mixed} {has_bf16}")
     train_tiny(tmp_path / "run", steps=1)
     assert capsys.readouterr().out.count("run: no False\n") == 1
     assert torch.backends.cuda.matmul.fp32_precision == before

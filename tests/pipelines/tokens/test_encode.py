@@ -203,7 +203,7 @@ def together(monkeypatch, count, settings):
         patch.setattr(encode, "build_accelerator", several.accelerator)
         patch.setattr(encode, "variants_of", variants_of)
         patch.setattr(encode, "prefetch", lambda make, items: (make(item) for item in items))  # in this very thread
-        patch.setattr(encode, "team_of", several.team_of)
+        patch.setattr(encode, "group_of", several.group_of)
         several.run(lambda: run(settings))
     return rows
 

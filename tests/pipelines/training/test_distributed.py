@@ -1,6 +1,6 @@
 """Two processes train as one does: the same figures and weights, the same state on both at every step, the same tokens.
 
-Covers: pipelines/processes/launched.py.
+Covers: pipelines/processes/launch.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from pipelines import ImagePipeline, encode
 from pipelines.config import UserError
 from pipelines.config.command import parse
 from pipelines.metrics.likelihood import bits_per_token
-from pipelines.processes.launched import TWO_PROCESSES, build_accelerator
+from pipelines.processes.launch import TWO_PROCESSES, build_accelerator
 from pipelines.stages.provenance import tokenizer_defaults
 from pipelines.tokens import load_tokens
 from pipelines.train_prior import PriorTask
@@ -257,7 +257,7 @@ def test_what_is_not_finite_on_one_is_skipped_by_both(pair):
         ("dying", "UserError: step 10: 10 steps in a row were not finite", "UserError: step 10: 10 steps in a row"),
         ("odd batch", "UserError: train.batch_size: 15 is not a multiple", "UserError: train.batch_size: 15"),
         ("other settings", "UserError: process 1 was started with other settings", "UserError: process 1 was started"),
-        ("full disk", "UserError: no room", "ToldElsewhere: no room"),
+        ("full disk", "UserError: no room", "ReportedElsewhere: no room"),
     ],
 )
 def test_what_ends_one_ends_both(pair, name, first, second):

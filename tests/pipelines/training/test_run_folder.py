@@ -42,7 +42,7 @@ from tiny_task import (
 from pipelines.config import UserError
 from pipelines.config.command import parse
 from pipelines.images import DataConfig
-from pipelines.processes.sharing import Team
+from pipelines.processes.group import ProcessGroup
 from pipelines.train_prior import TrainPriorConfig
 from pipelines.train_tokenizer import TrainTokenizerConfig
 from pipelines.training.run_folder import check_run_folder, write_config
@@ -207,15 +207,15 @@ def test_a_run_goes_on_with_the_model_it_began_with(tmp_path):
 
 def test_processes_begin_with_one_model(tmp_path, monkeypatch):
     """Of the frozen copy, which each reads by itself, nothing is sent between them."""
-    gather = Team.gather
+    gather = ProcessGroup.gather
 
-    def gather_another(team: Team, act: Any) -> list[Any]:
-        found = gather(team, act)
+    def gather_another(group: ProcessGroup, act: Any) -> list[Any]:
+        found = gather(group, act)
         return (
             [*found, {**found[0], "fingerprint": "b"}] if isinstance(found[0], dict) and "source" in found[0] else found
         )
 
-    monkeypatch.setattr(Team, "gather", gather_another)
+    monkeypatch.setattr(ProcessGroup, "gather", gather_another)
     with pytest.raises(UserError, match="^init"):
         train_tiny(tmp_path / "run", lambda: TinyTask(init={"source": "there", "fingerprint": "a"}), init="there")
 

@@ -261,7 +261,7 @@ def test_what_is_saved(tmp_path):
 def test_other_verbs_say_that_they_were_interrupted(tmp_path, monkeypatch, capsys):
     """In one line, with the exit code of Ctrl-C; an encode continues."""
     monkeypatch.setattr(encode, "build_accelerator", lambda: os.kill(os.getpid(), signal.SIGINT))
-    monkeypatch.setattr(generate, "joined", lambda device: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(generate, "join_group", lambda device: os.kill(os.getpid(), signal.SIGINT))
     for verb_of, argv, line in (
         (encode, ["tokenizer=x", f"out={tmp_path}/tokens"], "error: interrupted; the same command continues\n"),
         (generate, ["pipeline=x"], "error: interrupted\n"),

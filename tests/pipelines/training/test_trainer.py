@@ -57,7 +57,7 @@ from pipelines.config.command import parse
 from pipelines.images import DataConfig, load_images
 from pipelines.metrics.likelihood import bits_per_token
 from pipelines.metrics.reconstruction import evaluate_reconstruction
-from pipelines.processes.sharing import ALONE
+from pipelines.processes.group import ALONE
 from pipelines.shuffling import samples_of
 from pipelines.tokens import load_tokens
 from pipelines.train_tokenizer import TokenizerTask, TrainTokenizerConfig

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pipelines.config import UserError
-from pipelines.processes import launched
-from pipelines.processes.launched import LAUNCHERS, build_accelerator, joined, own_device
-from pipelines.processes.sharing import ALONE, Team
+from pipelines.processes import launch
+from pipelines.processes.group import ALONE, ProcessGroup
+from pipelines.processes.launch import LAUNCHERS, build_accelerator, join_group, own_device
 
 
 @pytest.fixture(autouse=True)
@@ -23,12 +23,12 @@ def unlaunched(monkeypatch):
 
 def test_each_of_several_works_where_accelerate_says():
     for rank in range(2):
-        given, team = torch.device("meta", rank), Team(rank, 2)
-        assert own_device("auto", given, team) == own_device("meta", given, team) == given
+        given, group = torch.device("meta", rank), ProcessGroup(rank, 2)
+        assert own_device("auto", given, group) == own_device("meta", given, group) == given
         for other in ("cpu", "cuda", "meta:0"):
             with pytest.raises(UserError, match=f"'{other}': accelerate chose meta for its processes; leave it auto"):
-                own_device(other, given, team)
-    assert own_device("auto", torch.device("cpu:0"), Team(1, 2)) == torch.device("cpu")
+                own_device(other, given, group)
+    assert own_device("auto", torch.device("cpu:0"), ProcessGroup(1, 2)) == torch.device("cpu")
 
 
 def test_one_process_works_where_it_was_asked_to():
@@ -40,8 +40,8 @@ def test_one_process_works_where_it_was_asked_to():
 
 def test_a_process_that_no_launcher_started_is_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)  # importing it would be an error
-    with joined("cpu") as (team, device):
-        assert team is ALONE and device == torch.device("cpu")
+    with join_group("cpu") as (group, device):
+        assert group is ALONE and device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("said", [{"WORLD_SIZE": "1"}, {}])
@@ -62,12 +62,12 @@ def test_processes_that_were_launched_part_at_the_end(monkeypatch, name, refused
     ended: list[Any] = []
     facts = {"process_index": 0, "num_processes": 1, "device": torch.device("cpu", 0)}
     monkeypatch.setattr(
-        launched, "build_accelerator", lambda: SimpleNamespace(**facts, end_training=lambda: ended.append(1))
+        launch, "build_accelerator", lambda: SimpleNamespace(**facts, end_training=lambda: ended.append(1))
     )
     monkeypatch.setenv(name, "0")
     try:
-        with joined("auto") as (team, device):
-            assert (team, device) == (ALONE, torch.device("cpu")) and not ended
+        with join_group("auto") as (group, device):
+            assert (group, device) == (ALONE, torch.device("cpu")) and not ended
             if refused:
                 raise UserError("no")
     except UserError:

@@ -21,36 +21,33 @@ from prepared import run_file
 from two_processes import join_group, leave_group
 
 from pipelines.config import UserError
-from pipelines.processes.sharing import ALONE, Team
+from pipelines.processes.group import ALONE, ProcessGroup
 
 COUNTS = (0, 1, 2, 3, 7)
 WORLDS = (2, 3)
 
 
 @torch.inference_mode()
-def worked(team: Team) -> dict[str, Any]:
-    """What the team finds, and who did what."""
+def worked(group: ProcessGroup) -> dict[str, Any]:
+    """What the group finds, and who did what."""
     done: list[int] = []
 
     def act(item: int) -> tuple[torch.Tensor, int]:
         done.append(item)
-        return torch.full((2,), float(item)).double(), team.rank
+        return torch.full((2,), float(item)).double(), group.rank
 
-    found = {str(count): team.map(act, range(count)) for count in COUNTS}
-    sent = torch.arange(6.0).reshape(2, 3).t() + 10 * team.rank
-    team.send([sent, torch.zeros(0)])
+    found = {str(count): group.map(act, range(count)) for count in COUNTS}
     return {
         "values": {name: [value.tolist() for value, _ in each] for name, each in found.items()},
         "by": {name: [rank for _, rank in each] for name, each in found.items()},
         "done": done,
-        "total": team.total(torch.tensor([1, 10 * team.rank])).tolist(),
-        "first": team.first(lambda: f"of {team.rank}"),
-        "small": [x.tolist() for x in team.map(lambda n: np.array([n], dtype=np.uint16), [7, 60000])],
-        "sent": sent.tolist(),
+        "total": group.total(torch.tensor([1, 10 * group.rank])).tolist(),
+        "first": group.on_main(lambda: f"of {group.rank}"),
+        "small": [x.tolist() for x in group.map(lambda n: np.array([n], dtype=np.uint16), [7, 60000])],
     }
 
 
-def order_of(team: Team) -> list[list[float]]:
+def order_of(group: ProcessGroup) -> list[list[float]]:
     """When each process began and ended what the first does alone."""
     times: list[float] = []
 
@@ -59,33 +56,33 @@ def order_of(team: Team) -> list[list[float]]:
         time.sleep(0.05)
         times.append(time.monotonic())
 
-    team.first_alone(act)
-    return team.gather(lambda: times)
+    group.main_first(act)
+    return group.gather(lambda: times)
 
 
-def failing(team: Team, error: Exception, rank: int) -> list[str]:
+def failing(group: ProcessGroup, error: Exception, rank: int) -> list[str]:
     """What each process raises if one of them fails; and that they still work together then."""
 
     def act(item: int) -> int:
-        if team.rank == rank:
+        if group.rank == rank:
             raise error
         return item
 
     try:
-        team.map(act, range(5))
+        group.map(act, range(5))
         raised = "nothing"
     except Exception as caught:
         raised = f"{type(caught).__name__}: {caught}"
-    return team.gather(lambda: raised)
+    return group.gather(lambda: raised)
 
 
 def work(folder: Path, rank: int) -> None:
     join_group(folder)
-    team = Team(rank, dist.get_world_size())
-    found = worked(team)
-    errors = [failing(team, UserError("no such thing"), 1), failing(team, RuntimeError("a bug"), 0)]
-    errors += [failing(team, error, 0) for error in (UserError("no such file"), OSError("full"))]
-    errors.append(order_of(team))
+    group = ProcessGroup(rank, dist.get_world_size())
+    found = worked(group)
+    errors = [failing(group, UserError("no such thing"), 1), failing(group, RuntimeError("a bug"), 0)]
+    errors += [failing(group, error, 0) for error in (UserError("no such file"), OSError("full"))]
+    errors.append(order_of(group))
     (folder / f"{rank}.json").write_text(json.dumps([found, errors]))
     leave_group()
 
@@ -100,43 +97,43 @@ def main(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def teams(tmp_path_factory) -> Path:
-    """Where each process of each team has written what it has found."""
+    """Where each process of each group has written what it has found."""
     folder = tmp_path_factory.mktemp("teams")
     run_file(__file__, folder)
     return folder
 
 
 @pytest.fixture(params=WORLDS)
-def team(request, teams) -> list[list[Any]]:
-    """What each process of a team has found."""
+def group(request, teams) -> list[list[Any]]:
+    """What each process of a group has found."""
     return [json.loads((teams / str(request.param) / f"{rank}.json").read_text()) for rank in range(request.param)]
 
 
-def test_a_team_finds_what_one_process_finds(team):
-    alone, world = json.loads(json.dumps(worked(ALONE))), len(team)
-    for rank, (found, _) in enumerate(team):
-        for name in ("values", "first", "small", "sent"):
+def test_a_team_finds_what_one_process_finds(group):
+    alone, world = json.loads(json.dumps(worked(ALONE))), len(group)
+    for rank, (found, _) in enumerate(group):
+        for name in ("values", "first", "small"):
             assert found[name] == alone[name]
         assert found["total"] == [world, 10 * sum(range(world))]
         assert found["by"] == {str(count): [n % world for n in range(count)] for count in COUNTS}
         assert found["done"] == [n for count in COUNTS for n in range(count) if n % world == rank]
 
 
-def test_an_error_in_one_ends_all_and_is_told_by_each(team):
-    for _, (user, bug, *_) in team:
+def test_an_error_in_one_ends_all_and_is_told_by_each(group):
+    for _, (user, bug, *_) in group:
         assert user[1] == "UserError: no such thing" and bug[0] == "RuntimeError: a bug"
-        assert {*user[:1], *user[2:]} == {"ProcessLost: process 1 failed: UserError: no such thing"}
-        assert set(bug[1:]) == {"ProcessLost: process 0 failed: RuntimeError: a bug"}
+        assert {*user[:1], *user[2:]} == {"ProcessFailed: process 1 failed: UserError: no such thing"}
+        assert set(bug[1:]) == {"ProcessFailed: process 0 failed: RuntimeError: a bug"}
 
 
-def test_a_mistake_that_the_first_finds_is_its_own_to_tell(team):
-    for _, (_, _, user, system, _) in team:
-        assert user == ["UserError: no such file"] + ["ToldElsewhere: no such file"] * (len(team) - 1)
-        assert system == ["OSError: full"] + ["ToldElsewhere: full"] * (len(team) - 1)
+def test_a_mistake_that_the_first_finds_is_its_own_to_tell(group):
+    for _, (_, _, user, system, _) in group:
+        assert user == ["UserError: no such file"] + ["ReportedElsewhere: no such file"] * (len(group) - 1)
+        assert system == ["OSError: full"] + ["ReportedElsewhere: full"] * (len(group) - 1)
 
 
-def test_the_first_alone_and_then_the_others(team):
-    for _, (*_, (first, *others)) in team:
+def test_the_first_alone_and_then_the_others(group):
+    for _, (*_, (first, *others)) in group:
         assert len(first) == 2 and all(first[1] <= began for began, _ in others)
 
 
@@ -144,7 +141,7 @@ def test_one_process_asks_nobody(monkeypatch):
     monkeypatch.setattr(dist, "all_gather_object", None)
     monkeypatch.setattr(dist, "broadcast", None)
     assert worked(ALONE)["done"] == [n for count in COUNTS for n in range(count)]
-    assert ALONE.leads and not Team(1, 2).leads
+    assert ALONE.is_main and not ProcessGroup(1, 2).is_main
     with pytest.raises(ZeroDivisionError):  # as it is
         ALONE.map(lambda item: item / 0, [1])
 
