@@ -154,7 +154,7 @@ def test_what_is_wrong_is_said_in_lines(world, tmp_path, capsys, command, wrong,
     assert message.format(world=world) in "\n".join(lines)
     assert contents(world) == before
     made = [path.name for path in tmp_path.rglob("*") if path.is_file()]
-    assert set(made) <= {"config.yaml"}  # of a training run
+    assert set(made) <= {"config.json"}  # of a training run
 
 
 def test_every_verb_has_a_bad_command():
@@ -193,7 +193,7 @@ def test_run_folder_of_another_configuration_is_left_alone(world, tmp_path, caps
         main([*filled, "--dry-run"])
     assert caught.value.code == 0
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.yaml").write_text(capsys.readouterr().out)
+    (tmp_path / "out" / "config.json").write_text(json.dumps(yaml.safe_load(capsys.readouterr().out)))
     before = contents(tmp_path)
     key = "model.blocks" if command is TRAIN else "model.depth"
     lines = errors_of(capsys, *filled, "train.lr=0.5", f"{key}=" + ("[2]" if command is TRAIN else "2"))

@@ -290,8 +290,8 @@ def test_a_run_saves_its_state_although_its_snapshot_is_not_replaced(world, tmp_
     ]
     save = train_tokenizer.TokenizerTask.save
 
-    def disturbed(task: Any, model: Any, run: Path, facts: dict[str, Any]) -> None:
-        save(task, model, run, facts)
+    def disturbed(task: Any, *rest: Any) -> None:
+        save(task, *rest)
         theirs.symlink_to("mine") if "#" in name else theirs.write_text("mine")
 
     with pytest.MonkeyPatch.context() as patch:
@@ -332,7 +332,7 @@ def test_what_comes_into_the_folder_while_it_works_is_never_lost(world, tmp_path
 
     monkeypatch.setattr(files, "_replace_folder", put_late)
     monkeypatch.setattr(Path, "rename", rename_late)
-    monkeypatch.setattr(encode, "there_already", lambda *_: None)  # one that is finished would not write
+    monkeypatch.setattr(encode, "find_finished", lambda *_: None)  # one that is finished would not write
     refuses(world, name, out, "arrived.txt")
     assert (out / "arrived.txt").read_text() == "mine"
     left = [path.name for path in out.parent.iterdir() if path.name.startswith((".tmp-", ".del-"))]
@@ -455,11 +455,9 @@ WRITING = {
     "pipelines/job.py": "what a killed process was writing",
     "pipelines/encode.py": "the work folder of a dataset",
     "pipelines/generate.py": "a folder of images, and the work folder of a file",
-    "pipelines/training/checkpoints/states.py": "states of a run, by their names",
-    "pipelines/training/checkpoints/rotation.py": "which states of a run are kept",
+    "pipelines/training/checkpoint.py": "checkpoints of a run, by their names",
     "pipelines/training/run_folder.py": "the folder of a run",
     "pipelines/training/tracking.py": "the record of a run",
-    "pipelines/training/heartbeat.py": "the signs of a run's processes",
     "pipelines/images/dataset.py": "the record of a run",
     "pipelines/metrics/perceptual.py": "the cache of weights",
     "pipelines/stages/storing.py": "a pipeline, in a folder that is being made",

@@ -370,7 +370,7 @@ def test_a_run_evaluates_shows_and_saves(tmp_path, model, capsys):
         assert np.asarray(picture).std() > 5
     assert "starting; 0 parameters, 72 training rows" in capsys.readouterr().out
     before = contents(run)
-    assert "config.yaml" in before
+    assert "config.json" in before
     train_tokenizer(tmp_path / "run", model=model)
     assert contents(run) == before
     with pytest.raises(UserError, match=r"model\.(levels|colors): \d -> 5"):

@@ -24,7 +24,7 @@ from small import make_tokenizer
 from pipelines import encode
 from pipelines.config import UserError
 from pipelines.encode import EncodeConfig, run
-from pipelines.images import load_images, sources
+from pipelines.images import load_images, tables
 from pipelines.job import work_folder
 from pipelines.stages.provenance import data_beside
 from pipelines.tokens import load_tokens
@@ -38,7 +38,7 @@ DIGITS = {"source": "digits", "limit": 30}
 @pytest.fixture(autouse=True)
 def parsed_once(monkeypatch):
     """The digits, whatever the number of encodes."""
-    monkeypatch.setattr(sources, "digits", DIGITS_ONCE)
+    monkeypatch.setattr(tables, "digits", DIGITS_ONCE)
 
 
 def encoded(tokenizer, out, data=DIGITS, **options):

@@ -387,7 +387,7 @@ def test_what_the_project_does_itself_is_said(tmp_path, monkeypatch, name, value
 
 def test_a_tokenizer_is_not_sharded(tmp_path):
     config = parse(TrainTokenizerConfig, tokenizer_arguments(tmp_path), verb="train_tokenizer", description=None)
-    with pytest.raises(UserError, match="FSDP is for priors: a tokenizer .* is kept whole by every process"):
+    with pytest.raises(UserError, match="FSDP is for priors: a tokenizer .* stays whole on every process"):
         require_shardable(TokenizerTask(config))
 
 

@@ -199,7 +199,7 @@ def test_ctrl_c_before_training_ends_at_once(tmp_path, train, whole, monkeypatch
             train("train_tokenizer", run)
     capsys.readouterr()
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
-        on_call(patch, TokenizerTask, "samples", 1)
+        on_call(patch, TokenizerTask, "new_tokenizer", 1)
         train_tokenizer_verb.main(tokenizer_arguments(run, **EVERY))
     assert caught.value.code == 130
     kept = f"step {before} is saved, the same command continues from there" if before else "nothing was saved yet"
@@ -264,7 +264,7 @@ def test_other_verbs_say_that_they_were_interrupted(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(generate, "join_group", lambda device: os.kill(os.getpid(), signal.SIGINT))
     for verb_of, argv, line in (
         (encode, ["tokenizer=x", f"out={tmp_path}/tokens"], "error: interrupted; the same command continues\n"),
-        (generate, ["pipeline=x"], "error: interrupted\n"),
+        (generate, ["pipeline=x"], "error: interrupted; the same command continues\n"),
     ):
         with pytest.raises(SystemExit) as caught:
             verb_of.main(argv)

@@ -123,7 +123,7 @@ def list_modules(path: Path, rank: int) -> None:
 
 def contents(out: Path) -> dict[str, str]:
     """All of a finished run that no clock is in: tensors of the newest checkpoint and of the snapshot, the record,
-    lines, pictures, and the names of its files."""
+    lines, pictures, and the names of its files; not of the checkpoint before, which may be that of a signal."""
     record = json.loads((states(out)[-1] / "state.json").read_text())
     del record["minutes"]
     found = {"record": json.dumps(record), "metrics.jsonl": json.dumps(exact(out))}
@@ -131,7 +131,8 @@ def contents(out: Path) -> dict[str, str]:
     for folder in folders:
         found |= {f"{folder.name}/{name}": digest(value.numpy().tobytes()) for name, value in tensors(folder).items()}
     found |= {f"previews/{path.name}": digest(path.read_bytes()) for path in out.glob("previews/*")}
-    names = sorted(path.name for place in (out, out / "state") for path in place.iterdir())
+    names = [*sorted(path.name for path in out.iterdir()), states(out)[-1].name]
+    assert all(path in states(out) for path in (out / "state").iterdir())
     return found | {"files": " ".join(names)}
 
 

@@ -79,7 +79,7 @@ def waits_of(train: Callable[[Path], Path], out: Path, fresh: Callable[[], None]
             raise Enough
         take_step(trainer, *rest)
 
-    with patch.multiple(Trainer, take_step=watched, look=lambda *_: None), suppress(Enough):
+    with patch.multiple(Trainer, take_step=watched, evaluate_and_save=lambda *_: None), suppress(Enough):
         train(out)
     each = {step: waits[step + 1] - waits[step] for step in range(FIRST, last + 1)}
     worst = max((each[step] for step in range(FIRST, last)), key=Counter.total)

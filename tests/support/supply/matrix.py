@@ -30,7 +30,7 @@ CORE = (
     "tests/tokenizer/test_files.py",
     "tests/tokenizer/test_model.py",
     "tests/tokenizer/published",
-    "tests/pipelines/training/checkpoints",
+    "tests/pipelines/training/test_checkpoint.py",
     "tests/pipelines/training/test_resume.py",
     "tests/pipelines/compression/test_streams.py",
     "tests/pipelines/exports",
