@@ -65,6 +65,8 @@ def divide_files(config: DataConfig) -> dict[str, list[str]]:
     """Return the shards of `train`, `held_out` and, if there are any, `validation`, which are divided in a fixed random
     way. Raises `UserError` for shards of other formats, and for too few to hold one out."""
     splits = files_of(find_tables(config))
+    if not splits:
+        raise UserError(f"data.streaming: {config.source} cannot be reached; data.streaming=false reads the copy of it")
     require_split(splits, config)
     found = choose_held_out(splits, config)
     part = f"{100 * config.held_out_fraction:.3g}% of the shards of {config.split!r}"
@@ -122,16 +124,16 @@ class StreamedImages(ImageDataset):
     """Images to train on that come in sequence: indices are positions in the stream, and each process takes its own
     next images. Bad ones end the run, or are skipped and counted.
 
-    Attributes: `num_shards`; `bad`, the images skipped by this process; no `labels`.
+    Attributes: `bad`, the images skipped by this process; no `labels`.
     """
 
     def __init__(self, config: DataConfig, files: list[str]) -> None:
         rows = Rows(0, lambda rows: [], str, None)
         super().__init__(config, rows, Decoded(np.empty(0, np.int64), None, []), None, [])
-        self.num_shards = len(files)
         self._files, self._config = files, config
         self._stream: Iterator[dict[str, Any]] | None = None
-        self._next, self._seen = 0, 0
+        self._next, self._seen, self._skipped = 0, 0, 0
+        self._bad_names = set[str]()  # an image comes once an epoch, and is listed once
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -170,16 +172,6 @@ class StreamedImages(ImageDataset):
         changes = draw_changes(np.asarray(indices), epochs, self._augment, seed) if augment else None
         return (pixels,) if changes is None else (pixels, changes)
 
-    def read_shard(self, index: int, batch_size: int) -> Iterator[tuple[Tensor, list[Any]]]:
-        """Yield the images of one of `num_shards` shards in their order, as uint8 (B, C, H, W), with their labels as
-        the source has them, or None."""
-        stream = read_files([self._files[index]], self._config)
-        while chunk := list(islice(stream, batch_size)):
-            images = decode_in_threads([example["data"] for example in chunk], self.image_shape)
-            good = [(i, e["label"]) for i, e in zip(images, chunk, strict=True) if self._is_good(i, e["name"])]
-            if good:
-                yield torch.from_numpy(np.stack([image for image, _ in good])), [label for _, label in good]
-
     def _images(self, seed: int) -> Iterator[dict[str, Any]]:
         """Yield this process's images without end, in another order in every epoch."""
         from datasets.distributed import split_dataset_by_node
@@ -194,7 +186,7 @@ class StreamedImages(ImageDataset):
                 yield image
                 empty = False
             if empty:
-                raise UserError(f"data.streaming: fewer images than processes in {', '.join(self._files)}")
+                raise UserError(f"data.streaming: {self._config.source} has fewer images to train on than processes")
 
     def _take(self, stream: Iterator[dict[str, Any]], count: int) -> Tensor:
         """Return the next good images of a stream, uint8 (count, C, H, W); fewer at its end."""
@@ -203,6 +195,8 @@ class StreamedImages(ImageDataset):
             images = decode_in_threads([example["data"] for example in chunk], self.image_shape)
             checked = zip(images, chunk, strict=True)
             good += [i for i, e in checked if self._is_good(i, e["name"]) and not isinstance(i, str)]
+        if not good:
+            raise UserError(f"data.source: {self._config.source}: no image to train on can be decoded")
         return torch.from_numpy(np.stack(good))
 
     def _is_good(self, image: NDArray[np.uint8] | str, name: str) -> bool:
@@ -215,11 +209,14 @@ class StreamedImages(ImageDataset):
             raise UserError(one_line(f"{name}: {image} (data.on_error=skip leaves such images out)"))
         if not self.bad:
             tell(one_line(f"warning: {name}: {image}; such images are left out"))
-        self.bad.append(BadImage(name, self._seen - 1, image))
+        if name not in self._bad_names:
+            self._bad_names.add(name)
+            self.bad.append(BadImage(name, self._seen - 1, image))
+        self._skipped += 1
         allowed = self._config.max_bad_fraction
-        if len(self.bad) > allowed * max(FEW, self._seen) and allowed < 1:
+        if self._skipped > allowed * max(FEW, self._seen) and allowed < 1:
             raise UserError(
-                f"{len(self.bad)} of {self._seen} images so far cannot be decoded, more than "
+                f"{self._skipped} of {self._seen} images so far cannot be decoded, more than "
                 f"data.max_bad_fraction={allowed} allows:{list_bad(self.bad)}"
             )
         return False

@@ -76,6 +76,24 @@ def test_damaged_images_end_the_run_or_are_left_out(tmp_path, capsys, kind, dama
     assert lines == [{"split": "train", **image._asdict()} for image in train.bad]
 
 
+def test_a_bad_image_of_a_stream_is_listed_once(tmp_path):
+    """It comes in every epoch, and among the first images, which are read twice."""
+    write_source(tmp_path, "tar stream", "text")
+    train = load(tmp_path, on_error="skip", max_bad_fraction=0.5, streaming=True, **OPTIONS).train
+    train.examples(20, 0)
+    read_stream(train, 4 * GOOD)
+    assert len(train.bad) == len({image.path for image in train.bad}) == 3
+
+
+def test_a_stream_of_bad_images_alone_ends(tmp_path):
+    rows = [(key, b"not an image", label) for key, _, label in rows_of(6)]
+    write_shards(tmp_path, "tar", rows, 2)
+    write_shards(tmp_path, "tar", rows_of(4), 1, split="test")
+    train = load(tmp_path, on_error="skip", max_bad_fraction=1, streaming=True, **OPTIONS).train
+    with pytest.raises(UserError, match="^data.source: "):
+        train.examples(4, 0)
+
+
 def test_too_many_bad_images_end_a_stream(tmp_path, monkeypatch):
     monkeypatch.setattr("pipelines.images.streaming.FEW", 30)
     write_source(tmp_path, "tar stream", "text")

@@ -72,7 +72,9 @@ def test_a_split_without_its_folder_is_not_the_whole(tmp_path, streaming):
         load_images(config(tmp_path, split="tarin", streaming=streaming))
 
 
-@pytest.mark.parametrize("names", [("Train", "Test"), ("TRAIN", "Val"), ("Testing", "training")])
+@pytest.mark.parametrize(
+    "names", [("Train", "Test"), ("TRAIN", "Val"), ("Testing", "training"), ("training", "testing")]
+)
 @pytest.mark.parametrize("streaming", [False, True])
 def test_folders_that_must_be_splits_are_not_read_as_classes(tmp_path, names, streaming):
     """Else test images would be trained on."""

@@ -1,5 +1,6 @@
 """Which images are trained on, which are kept for validation, and which are held out."""
 
+import os
 from itertools import product
 
 import numpy as np
@@ -97,6 +98,25 @@ def test_a_stream_is_divided_by_its_files_and_nothing_else_is_called_new(tmp_pat
     write_shards(tmp_path, "parquet", rows_of(4), 1, split="test")
     for now, then in ((stream, copied), (copied, stream)):
         require_unseen(now, then, "held_out")
+
+
+@pytest.mark.parametrize(
+    ("split", "held_out"), [(".", None), (".", "test"), ("", None), ("all", None), ("link", "test")]
+)
+def test_a_split_within_another_is_not_held_out_of_it(tmp_path, split, held_out):
+    """Else images would be trained on and held out."""
+    write_splits(tmp_path / "all", "test", "train")
+    write_splits(tmp_path, "test", "train")
+    (tmp_path / "link").symlink_to(tmp_path / "test")
+    options = {"split": split, "held_out": held_out or ("all/test" if split == "all" else None)}
+    try:
+        splits = load_images(config(tmp_path / "all" if split in (".", "") else tmp_path, **options))
+    except UserError as error:
+        assert str(error).startswith("data.")
+    else:
+        names = {name: part.names(range(len(part))) for name, part in splits.named().items()}
+        where = [os.path.realpath(tmp_path / path) for part in names.values() for path in part]
+        assert len(where) == len(set(where)) and all(names.values())
 
 
 def test_only_the_first_process_tells(tmp_path, capsys, monkeypatch):

@@ -121,16 +121,6 @@ def test_without_training_the_first_images_are_read_in_any_order(tmp_path, monke
     assert "of train as well" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_shard_can_be_read_in_its_order(tmp_path, kind):
-    write_shards(tmp_path, kind, rows_of(23), 3)
-    write_shards(tmp_path, kind, rows_of(4), 1, split="test")
-    train = stream(tmp_path, validation_fraction=0).train
-    parts = [part for shard in range(train.num_shards) for part in train.read_shard(shard, 5)]
-    assert identities(torch.cat([pixels for pixels, _ in parts])) == list(range(23))
-    assert sum((labels for _, labels in parts), []) == [k % 3 for k in range(23)]
-
-
 def test_classes_have_the_names_that_parquet_has(tmp_path):
     write_shards(tmp_path, "parquet", rows_of(23), 3, names=["cat", "dog", "eel"])
     assert stream(tmp_path).train.class_names == ["cat", "dog", "eel"]
