@@ -46,18 +46,14 @@ MIXED = 2000  # images among which those in memory are chosen
 def open_stream(config: DataConfig, stream: bool) -> tuple[dict[str, Rows], StreamedImages]:
     """Return up to 2,000 images of each split that is not trained on, and without `stream` also of the one that is, and
     the stream of images to train on. Raises `UserError`."""
-    files, classes = divide_files(config), dict[str, list[str] | None]()
-    for name, part in files.items():
-        is_table = config.label_column is not None and suffix_of(part[0]) == ".parquet"
-        classes[name] = classes_in_parquet(part[0], config.label_column) if is_table else None
-        if classes[name] != classes["train"]:
-            raise UserError(f"data.label_column: {part[0]} has other classes than {files['train'][0]}; {WITHOUT}")
+    files = divide_files(config)
+    classes = names_in(files["train"][0], config)
     if is_first_process():
         tell(
             "data.streaming: the order of images is approximate, and a run that is continued does not repeat it; "
             f"figures use at most {MOST:,} images of a split{'' if stream else ', of train as well'}"
         )
-    parts = {name: read_some(files[name], config, classes[name]) for name in files if name != "train" or not stream}
+    parts = {name: read_some(files[name], config, classes) for name in files if name != "train" or not stream}
     return parts, StreamedImages(config, files["train"])
 
 
@@ -86,11 +82,14 @@ def divide_files(config: DataConfig) -> dict[str, list[str]]:
     return {name: part for name, part in {**parts, "held_out": parts["held_out"] or other}.items() if part}
 
 
-def read_files(files: Sequence[str], config: DataConfig) -> Iterator[Sample]:
-    """Yield the images of shards in their order, encoded. Raises `UserError` for a shard that cannot be read."""
+def read_files(files: Sequence[str], config: DataConfig, classes: tuple[str, ...] | None = None) -> Iterator[Sample]:
+    """Yield the images of shards in their order, encoded. Raises `UserError` for a shard that cannot be read, and for
+    one that names other classes than `classes`, if these are given (a tuple: `datasets` divides lists)."""
     for file in files:
         read = read_tar if suffix_of(file) == ".tar" else read_parquet
         try:
+            if classes is not None and classes != names_in(file, config):
+                raise UserError(f"data.label_column: {file} has other classes than the first shard; {WITHOUT}")
             yield from read([file], config.image_column, config.label_column)
         except UserError:
             raise
@@ -98,26 +97,39 @@ def read_files(files: Sequence[str], config: DataConfig) -> Iterator[Sample]:
             raise UserError(one_line(f"{file}: cannot be read: {reason_of(error)}")) from error
 
 
-def shuffled(files: list[str], config: DataConfig, seed: int, window: int) -> Any:
-    """Return an `IterableDataset` of the images of shards, encoded."""
+def names_in(file: str, config: DataConfig) -> tuple[str, ...]:
+    """Return the names of the classes that a shard has; none in a tar, and without labels."""
+    is_table = config.label_column is not None and suffix_of(file) == ".parquet"
+    return tuple(classes_in_parquet(file, config.label_column) or ()) if is_table else ()
+
+
+def shuffled(
+    files: list[str], config: DataConfig, seed: int, window: int, classes: tuple[str, ...] | None = None
+) -> Any:
+    """Return an `IterableDataset` of the images of shards, encoded; see `read_files`."""
     import datasets
 
-    images = datasets.IterableDataset.from_generator(read_files, gen_kwargs={"files": files, "config": config})
+    options = {"files": files, "config": config, "classes": classes}
+    images = datasets.IterableDataset.from_generator(read_files, gen_kwargs=options)
     images = images if config.limit is None else images.take(config.limit)
     return images.shuffle(seed=seed, buffer_size=window)
 
 
-def read_some(files: list[str], config: DataConfig, class_names: list[str] | None) -> Rows:
-    """Return up to 2,000 images of shards, in memory."""
+def read_some(files: list[str], config: DataConfig, classes: tuple[str, ...]) -> Rows:
+    """Return up to 2,000 images of shards, in memory. Raises `UserError` where there is none."""
     names, labels, payloads = list[str](), list[Any](), list[Payload]()
-    images = islice(shuffled(files, config, 0, MIXED), MOST)
+    images = islice(shuffled(files, config, 0, MIXED, classes), MOST)
     while chunk := list(islice(images, 256)):
         decoded = decode_in_threads([image["data"] for image in chunk], config.image_shape)
         payloads += [i if isinstance(i, str) else np.ascontiguousarray(i.transpose(1, 2, 0).squeeze()) for i in decoded]
         names += [image["name"] for image in chunk]
         labels += [image["label"] for image in chunk]
+    if not names:
+        raise UserError(f"data.source: {config.source}: no images in {files[0]}")
     some = None if all(label is None for label in labels) else labels
-    return Rows(len(names), lambda rows: [payloads[row] for row in rows], names.__getitem__, some, class_names)
+    return Rows(
+        len(names), lambda rows: [payloads[row] for row in rows], names.__getitem__, some, list(classes) or None
+    )
 
 
 class StreamedImages(ImageDataset):
