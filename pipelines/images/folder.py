@@ -210,7 +210,7 @@ def sheet_rows(folder: Path, config: DataConfig) -> Rows:
     for sheet in sheets:
         for row in read_sheet(sheet):
             columns |= dict.fromkeys(row)
-            image, further = files_of(sheet, row, config.image_column)
+            image, further = files_in_row(sheet, row, config.image_column)
             if image not in found:
                 raise UserError(one_line(f"data.source: {sheet}: it lists {image}, which is no image in {folder}"))
             label = row.get(str(config.label_column))
@@ -266,7 +266,7 @@ def read_sheet(sheet: Path) -> Iterator[dict[str, Any]]:
         raise UserError(one_line(f"data.source: {sheet} cannot be read: {error}")) from error
 
 
-def files_of(sheet: Path, row: dict[str, Any], image_column: str) -> tuple[str, set[str]]:
+def files_in_row(sheet: Path, row: dict[str, Any], image_column: str) -> tuple[str, set[str]]:
     """Return the path of a row's image, and those of other files, such as masks in `mask_file_name`. Raises
     `UserError` for a row without an image."""
     named = {

@@ -48,6 +48,8 @@ def open_stream(config: DataConfig, stream: bool) -> tuple[dict[str, Rows], Stre
     the stream of images to train on. Raises `UserError`."""
     files = divide_files(config)
     classes = names_in(files["train"][0], config)
+    for part in files.values():  # others are compared as they are read
+        require_classes(part[0], classes, config)
     if is_first_process():
         tell(
             "data.streaming: the order of images is approximate, and a run that is continued does not repeat it; "
@@ -88,8 +90,8 @@ def read_files(files: Sequence[str], config: DataConfig, classes: tuple[str, ...
     for file in files:
         read = read_tar if suffix_of(file) == ".tar" else read_parquet
         try:
-            if classes is not None and classes != names_in(file, config):
-                raise UserError(f"data.label_column: {file} has other classes than the first shard; {WITHOUT}")
+            if classes is not None:
+                require_classes(file, classes, config)
             yield from read([file], config.image_column, config.label_column)
         except UserError:
             raise
@@ -101,6 +103,12 @@ def names_in(file: str, config: DataConfig) -> tuple[str, ...]:
     """Return the names of the classes that a shard has; none in a tar, and without labels."""
     is_table = config.label_column is not None and suffix_of(file) == ".parquet"
     return tuple(classes_in_parquet(file, config.label_column) or ()) if is_table else ()
+
+
+def require_classes(file: str, classes: tuple[str, ...], config: DataConfig) -> None:
+    """Raise `UserError` for a shard that names other classes."""
+    if names_in(file, config) != classes:
+        raise UserError(f"data.label_column: {file} has other classes than the first shard; {WITHOUT}")
 
 
 def shuffled(

@@ -124,8 +124,8 @@ def test_a_folder_of_images_is_read_with_their_classes(pipeline, tmp_path):
         wanted.setdefault(image.tobytes(), set()).add(["eel", "cat"][k % 2])
         assert np.array_equal(np.asarray(Image.open(out / f"{k:05d}.png")), image[..., 0])
     images = load_images(DataConfig(source=str(out), image_size=SIZE[0], channels=expected.shape[-1]))
-    assert sum(map(len, images.named().values())) == 20 and images.train.class_names == ["cat", "eel"]
-    for part in images.named().values():
+    assert sum(map(len, images.by_name().values())) == 20 and images.train.class_names == ["cat", "eel"]
+    for part in images.by_name().values():
         for pixels, label in zip(part.pixels(range(len(part))), part.labels, strict=True):
             assert part.class_names[label] in wanted[pixels.movedim(0, -1).numpy().tobytes()]
 

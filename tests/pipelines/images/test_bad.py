@@ -113,7 +113,7 @@ def test_what_is_no_file_is_a_bad_image_and_not_waited_for(tmp_path, monkeypatch
     (tmp_path / "huge.png").write_bytes(bytes(2001))
     options = {"on_error": "skip", "max_bad_fraction": 1, "held_out_fraction": 0.4, "streaming": streaming}
     splits = load_images(config(tmp_path, **options))
-    assert {(Path(image.path).name, image.reason) for part in splits.named().values() for image in part.bad} == {
+    assert {(Path(image.path).name, image.reason) for part in splits.by_name().values() for image in part.bad} == {
         ("fifo.png", "no such file, or not a regular one"),
         ("gone.png", "no such file, or not a regular one"),
         ("huge.png", "a file of more than 2000 bytes"),
@@ -172,8 +172,8 @@ def test_processes_share_the_check_of_what_they_cannot_keep(tmp_path, monkeypatc
     monkeypatch.setattr(decoding, "CHUNK", 3)
     monkeypatch.setattr(decoding, "dist", group)
     for splits in group.run(lambda: load_images(data, together=True)):
-        for name, part in splits.named().items():
-            other = alone.named()[name]
+        for name, part in splits.by_name().items():
+            other = alone.by_name()[name]
             assert part.bad == other.bad and np.array_equal(part._positions, other._positions)
             assert torch.equal(part.pixels(range(len(part))), other.pixels(range(len(other))))
     times = Counter(checked)

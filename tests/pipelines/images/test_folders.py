@@ -46,8 +46,8 @@ def test_each_image_of_a_folder_is_in_one_part_with_its_class(data):
                 write_image(Path(folder, place), b"")
                 paths.add(place)
         splits = load_images(config(folder, streaming=True, validation_fraction=0.2))  # which reads none of them
-        found = {name: part.names(range(len(part))) for name, part in splits.named().items()}
-        for name, part in splits.named().items():
+        found = {name: part.names(range(len(part))) for name, part in splits.by_name().items()}
+        for name, part in splits.by_name().items():
             labels = [part.class_names[k] for k in part.labels]
             assert labels == [path.split("/")[-2] for path in found[name]]
     together = [path for part in found.values() for path in part]

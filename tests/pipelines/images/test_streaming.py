@@ -103,11 +103,11 @@ def test_images_are_augmented_by_their_place_in_the_stream(tmp_path):
 def test_whole_shards_are_held_out(tmp_path, kind):
     write_shards(tmp_path, kind, rows_of(60), 12)
     splits = stream(tmp_path, validation_fraction=0.2, held_out_fraction=0.2)
-    parts = {n: identities(p.pixels(range(len(p)))) for n, p in splits.named().items() if n != "train"}
+    parts = {n: identities(p.pixels(range(len(p)))) for n, p in splits.by_name().items() if n != "train"}
     assert {name: len(part) for name, part in parts.items()} == {"validation": 10, "held_out": 10}
     for name, part in parts.items():
         assert {Counter(k // 5 for k in part)[shard] for shard in {k // 5 for k in part}} == {5}
-        assert splits.named()[name].labels.tolist() == [k % 3 for k in part]
+        assert splits.by_name()[name].labels.tolist() == [k % 3 for k in part]
     seen = take(splits.train, 10)
     assert sorted(seen + parts["validation"] + parts["held_out"]) == list(range(60))
     held_out = stream(tmp_path, held_out_fraction=0.2, validation_fraction=0).held_out
