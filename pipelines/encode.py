@@ -178,7 +178,7 @@ def find_finished(out: Path, job: dict[str, Any], data: DataConfig) -> Meta | No
     if not out.exists() and len(aside) == 1 and (aside[0] / META).is_file():
         aside[0].rename(out)
     try:
-        if read_job(out) != job or have_changed(data, since=(out / META).stat().st_mtime):
+        if read_job(out) != job or have_changed(data, since=(out / JOB).stat().st_mtime):
             return None
         meta = read_meta(out)
         verify_files(out, meta, whole=False)

@@ -257,7 +257,7 @@ class ImageFile:
     """All images in one file: a grid, or the `.npz` that ADM's evaluator reads (Dhariwal & Nichol 2021,
     github.com/openai/guided-diffusion): `arr_0` uint8 (N, H, W, 3), and `arr_1` (N,) classes.
 
-    Until all are made, they are in a work folder beside it, in an array that all processes map into memory.
+    Until all are made, they are in a work folder beside it, in one array that all processes write into.
     """
 
     def __init__(self, config: GenerateConfig) -> None:
@@ -307,12 +307,16 @@ class ImageFile:
         return [] if done is None or not done.any() else [self.result.name, PUBLISHED, DONE, IMAGES]
 
     def write(self, numbers: Sequence[int], images: np.ndarray) -> None:
-        """Write uint8 images (B, H, W, C), and then that they are made."""
+        """Write uint8 images (B, H, W, C), and then that they are made. Not through a map: on a full disk that ends the
+        process, and machines which share the folder would write back each other's parts of a page."""
         with self.output.errors():
-            for name, values in ((IMAGES, images), (DONE, True)):
-                array = open_memmap(self.folder / name, "r+")
-                array[list(numbers)] = values
-                array.flush()
+            for name, values in ((IMAGES, images), (DONE, np.ones(len(numbers), np.bool_))):
+                start = open_memmap(self.folder / name, "r").offset
+                with (self.folder / name).open("r+b") as file:
+                    for number, value in zip(numbers, values, strict=True):
+                        file.seek(start + number * value.nbytes)
+                        file.write(value.tobytes())
+                fsync(self.folder / name)
 
     def finish(self, job: dict[str, Any]) -> None:
         """Write the file, and remove the work folder. Raises `UserError` for an image that is missing."""

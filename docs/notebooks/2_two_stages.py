@@ -50,7 +50,7 @@ plt.rcParams.update({"figure.dpi": 110, "image.cmap": "gray", "image.interpolati
 # %%
 data = load_images(DataConfig(source="digits"))
 images, labels = data.held_out.batch(range(16)), data.held_out.labels
-print({name: len(split) for name, split in data.named().items()}, "images of", tuple(images.shape[1:]))
+print({name: len(split) for name, split in data.by_name().items()}, "images of", tuple(images.shape[1:]))
 
 
 # %%

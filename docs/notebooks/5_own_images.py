@@ -106,7 +106,7 @@ except UserError as error:
 # %%
 Path(FOLDER, "train", "star", "9999.png").unlink()
 data = load_images(DataConfig(source=FOLDER, image_size=24, channels=3))
-for name, split in data.named().items():
+for name, split in data.by_name().items():
     counts = Counter(data.train.class_names[label] for label in split.labels.tolist())
     print(f"{name:10} {len(split):4} images, {dict(counts)}")
 

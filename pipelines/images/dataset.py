@@ -36,7 +36,7 @@ from .folder import holds_files, open_folder
 Side = Annotated[int, Field(ge=4, le=4096)]
 Indices = Sequence[int] | NDArray[np.int64] | Tensor
 
-STAND_INS = ("validation", "val", "valid", "dev")
+VALIDATION_NAMES = ("validation", "val", "valid", "dev")
 """Names of a split to evaluate on if there is no `test`."""
 SHARE, LEAST, MOST = 0.05, 10, 2000
 """The share of the split to train on that is kept for validation, and its limits: fewer than 10 images would choose by
@@ -277,7 +277,7 @@ class Splits:
     held_out: ImageDataset
     validation: ImageDataset | None = None
 
-    def named(self) -> dict[str, ImageDataset]:
+    def by_name(self) -> dict[str, ImageDataset]:
         """Return the splits that exist, by name, `train` first."""
         parts = {"train": self.train, "validation": self.validation, "held_out": self.held_out}
         return {name: images for name, images in parts.items() if images is not None}
@@ -286,7 +286,9 @@ class Splits:
         """Write `bad_images.jsonl` in a run folder, a line `{"split", "path", "row", "reason"}` for each image that was
         left out; nothing if there is none."""
         lines = [
-            json.dumps({"split": name, **bad._asdict()}) for name, images in self.named().items() for bad in images.bad
+            json.dumps({"split": name, **bad._asdict()})
+            for name, images in self.by_name().items()
+            for bad in images.bad
         ]
         if lines:
             temporary = folder / f"{BAD_IMAGES}.new"
@@ -366,7 +368,7 @@ def choose_held_out(names: Collection[str], config: DataConfig) -> str | None:
     """
     others, wanted = [name for name in names if name != config.split], config.held_out
     if wanted is None:
-        found = ["test"] if "test" in others else [name for name in STAND_INS if name in others]
+        found = ["test"] if "test" in others else [name for name in VALIDATION_NAMES if name in others]
         return found[0] if len(found) == 1 else None
     if wanted in others:
         return wanted
@@ -381,12 +383,12 @@ def choose_held_out(names: Collection[str], config: DataConfig) -> str | None:
 
 
 def nearest_name(wanted: str, names: list[str]) -> str | None:
-    """Return the split that was probably meant, if one has a similar name; the stand-ins for `test` count as the same
+    """Return the split that was probably meant, if one has a similar name; those of validation splits count as the same
     name."""
     known = {name: name for name in names}
-    there = [name for name in STAND_INS if name in names]
+    there = [name for name in VALIDATION_NAMES if name in names]
     if len(there) == 1:
-        known |= dict.fromkeys(STAND_INS, there[0])
+        known |= dict.fromkeys(VALIDATION_NAMES, there[0])
     near = difflib.get_close_matches(wanted, known, 1)
     return known[near[0]] if near else None
 

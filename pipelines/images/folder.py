@@ -121,28 +121,43 @@ def open_folder(root: Path, config: DataConfig) -> SplitRows:
 
 def split_folders(root: Path, config: DataConfig) -> dict[str, Path]:
     """Return the folders of the splits: those that the configuration names and, if there is a folder for `split`, all
-    others that hold images. A folder without such folders is `train` as a whole: its folders are classes. Raises
-    `UserError` if these have the names of splits except for capitals."""
+    others that hold images, without those that share images with it. A folder without such folders is `train` as a
+    whole: its folders are classes. Raises `UserError` if these seem to be splits."""
     names = [config.split, config.held_out or "test"]
     if (root / config.split).is_dir():
         others = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
         names += [*SPLIT_FOLDERS, *sorted(path.name for path in others if "image" in kinds_below(path))]
     found = {name: root / name for name in dict.fromkeys(names) if (root / name).is_dir()}
+    own = root / config.split
+    found = {name: path for name, path in found.items() if name == config.split or are_apart(path, own)}
     if not found:
         require_classes(root)
     return found or {"train": root}
 
 
+def are_apart(one: Path, other: Path) -> bool:
+    """Whether neither folder lies in the other: as splits, they would share images."""
+    here, there = (os.path.join(os.path.realpath(path), "") for path in (one, other))
+    return not here.startswith(there) and not there.startswith(here)
+
+
 def require_classes(root: Path) -> None:
-    """Raise `UserError` if the folders of `root` cannot all be classes: all have the names of splits except for
-    capitals, as `Train` and `Test`, so that test images would be trained on."""
+    """Raise `UserError` if the folders of `root` cannot all be classes, so that test images would be trained on: all
+    have the names of splits, and these have capitals (`Train`, `Test`) or each holds folders of images itself."""
     folders = sorted(name for name in next(walk(root))[1] if not name.startswith("."))
-    capitals = any(name != name.lower() for name in folders)
-    if capitals and len(folders) > 1 and {name.lower() for name in folders} <= set(SPLIT_FOLDERS):
+    if len(folders) < 2 or not {name.lower() for name in folders} <= set(SPLIT_FOLDERS):
+        return
+    if any(name != name.lower() for name in folders) or all(holds_classes(root / name) for name in folders):
         raise UserError(
             f"{root}: {', '.join(folders)} are folders of splits, it seems, and not of classes; call them train, test "
             "and validation, or say data.split= and data.held_out="
         )
+
+
+def holds_classes(folder: Path) -> bool:
+    """Whether all images of a folder are in folders within it, and there are two of these or more."""
+    inside = [path[len(os.path.join(folder, "")) :].split(os.sep) for path in image_paths(folder)]
+    return all(len(parts) > 1 for parts in inside) and len({parts[0] for parts in inside}) > 1
 
 
 def folder_rows(folder: Path, config: DataConfig) -> Rows:
@@ -195,7 +210,7 @@ def sheet_rows(folder: Path, config: DataConfig) -> Rows:
     for sheet in sheets:
         for row in read_sheet(sheet):
             columns |= dict.fromkeys(row)
-            image, further = files_of(sheet, row, config.image_column)
+            image, further = files_in_row(sheet, row, config.image_column)
             if image not in found:
                 raise UserError(one_line(f"data.source: {sheet}: it lists {image}, which is no image in {folder}"))
             label = row.get(str(config.label_column))
@@ -251,7 +266,7 @@ def read_sheet(sheet: Path) -> Iterator[dict[str, Any]]:
         raise UserError(one_line(f"data.source: {sheet} cannot be read: {error}")) from error
 
 
-def files_of(sheet: Path, row: dict[str, Any], image_column: str) -> tuple[str, set[str]]:
+def files_in_row(sheet: Path, row: dict[str, Any], image_column: str) -> tuple[str, set[str]]:
     """Return the path of a row's image, and those of other files, such as masks in `mask_file_name`. Raises
     `UserError` for a row without an image."""
     named = {

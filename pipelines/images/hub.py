@@ -46,8 +46,12 @@ def fetched(repo_id: str, name: str) -> Path | None:
         return None
 
 
-def reason_of(error: Exception) -> str:
-    """Return an error of `datasets` in one line, or the reason why the Hub was not asked."""
+def reason_of(error: BaseException) -> str:
+    """Return an error of `datasets` in one line: what caused it, or the reason why the Hub was not asked."""
+    from datasets.exceptions import DatasetGenerationError
+
+    if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:  # whose own text gives no reason
+        error = error.__cause__
     if isinstance(error, ConnectionError):
         if constants.HF_HUB_OFFLINE:
             return "it is not in the cache, and HF_HUB_OFFLINE forbids asking the Hub"

@@ -46,18 +46,16 @@ MIXED = 2000  # images among which those in memory are chosen
 def open_stream(config: DataConfig, stream: bool) -> tuple[dict[str, Rows], StreamedImages]:
     """Return up to 2,000 images of each split that is not trained on, and without `stream` also of the one that is, and
     the stream of images to train on. Raises `UserError`."""
-    files, classes = divide_files(config), dict[str, list[str] | None]()
-    for name, part in files.items():
-        is_table = config.label_column is not None and suffix_of(part[0]) == ".parquet"
-        classes[name] = classes_in_parquet(part[0], config.label_column) if is_table else None
-        if classes[name] != classes["train"]:
-            raise UserError(f"data.label_column: {part[0]} has other classes than {files['train'][0]}; {WITHOUT}")
+    files = divide_files(config)
+    classes = names_in(files["train"][0], config)
+    for part in files.values():  # others are compared as they are read
+        require_classes(part[0], classes, config)
     if is_first_process():
         tell(
             "data.streaming: the order of images is approximate, and a run that is continued does not repeat it; "
             f"figures use at most {MOST:,} images of a split{'' if stream else ', of train as well'}"
         )
-    parts = {name: read_some(files[name], config, classes[name]) for name in files if name != "train" or not stream}
+    parts = {name: read_some(files[name], config, classes) for name in files if name != "train" or not stream}
     return parts, StreamedImages(config, files["train"])
 
 
@@ -65,6 +63,8 @@ def divide_files(config: DataConfig) -> dict[str, list[str]]:
     """Return the shards of `train`, `held_out` and, if there are any, `validation`, which are divided in a fixed random
     way. Raises `UserError` for shards of other formats, and for too few to hold one out."""
     splits = files_of(find_tables(config))
+    if not splits:
+        raise UserError(f"data.streaming: {config.source} cannot be reached; data.streaming=false reads the copy of it")
     require_split(splits, config)
     found = choose_held_out(splits, config)
     part = f"{100 * config.held_out_fraction:.3g}% of the shards of {config.split!r}"
@@ -84,11 +84,14 @@ def divide_files(config: DataConfig) -> dict[str, list[str]]:
     return {name: part for name, part in {**parts, "held_out": parts["held_out"] or other}.items() if part}
 
 
-def read_files(files: Sequence[str], config: DataConfig) -> Iterator[Sample]:
-    """Yield the images of shards in their order, encoded. Raises `UserError` for a shard that cannot be read."""
+def read_files(files: Sequence[str], config: DataConfig, classes: tuple[str, ...] | None = None) -> Iterator[Sample]:
+    """Yield the images of shards in their order, encoded. Raises `UserError` for a shard that cannot be read, and for
+    one that names other classes than `classes`, if these are given (a tuple: `datasets` divides lists)."""
     for file in files:
         read = read_tar if suffix_of(file) == ".tar" else read_parquet
         try:
+            if classes is not None:
+                require_classes(file, classes, config)
             yield from read([file], config.image_column, config.label_column)
         except UserError:
             raise
@@ -96,42 +99,61 @@ def read_files(files: Sequence[str], config: DataConfig) -> Iterator[Sample]:
             raise UserError(one_line(f"{file}: cannot be read: {reason_of(error)}")) from error
 
 
-def shuffled(files: list[str], config: DataConfig, seed: int, window: int) -> Any:
-    """Return an `IterableDataset` of the images of shards, encoded."""
+def names_in(file: str, config: DataConfig) -> tuple[str, ...]:
+    """Return the names of the classes that a shard has; none in a tar, and without labels."""
+    is_table = config.label_column is not None and suffix_of(file) == ".parquet"
+    return tuple(classes_in_parquet(file, config.label_column) or ()) if is_table else ()
+
+
+def require_classes(file: str, classes: tuple[str, ...], config: DataConfig) -> None:
+    """Raise `UserError` for a shard that names other classes."""
+    if names_in(file, config) != classes:
+        raise UserError(f"data.label_column: {file} has other classes than the first shard; {WITHOUT}")
+
+
+def shuffled(
+    files: list[str], config: DataConfig, seed: int, window: int, classes: tuple[str, ...] | None = None
+) -> Any:
+    """Return an `IterableDataset` of the images of shards, encoded; see `read_files`."""
     import datasets
 
-    images = datasets.IterableDataset.from_generator(read_files, gen_kwargs={"files": files, "config": config})
+    options = {"files": files, "config": config, "classes": classes}
+    images = datasets.IterableDataset.from_generator(read_files, gen_kwargs=options)
     images = images if config.limit is None else images.take(config.limit)
     return images.shuffle(seed=seed, buffer_size=window)
 
 
-def read_some(files: list[str], config: DataConfig, class_names: list[str] | None) -> Rows:
-    """Return up to 2,000 images of shards, in memory."""
+def read_some(files: list[str], config: DataConfig, classes: tuple[str, ...]) -> Rows:
+    """Return up to 2,000 images of shards, in memory. Raises `UserError` where there is none."""
     names, labels, payloads = list[str](), list[Any](), list[Payload]()
-    images = islice(shuffled(files, config, 0, MIXED), MOST)
+    images = islice(shuffled(files, config, 0, MIXED, classes), MOST)
     while chunk := list(islice(images, 256)):
         decoded = decode_in_threads([image["data"] for image in chunk], config.image_shape)
         payloads += [i if isinstance(i, str) else np.ascontiguousarray(i.transpose(1, 2, 0).squeeze()) for i in decoded]
         names += [image["name"] for image in chunk]
         labels += [image["label"] for image in chunk]
+    if not names:
+        raise UserError(f"data.source: {config.source}: no images in {files[0]}")
     some = None if all(label is None for label in labels) else labels
-    return Rows(len(names), lambda rows: [payloads[row] for row in rows], names.__getitem__, some, class_names)
+    return Rows(
+        len(names), lambda rows: [payloads[row] for row in rows], names.__getitem__, some, list(classes) or None
+    )
 
 
 class StreamedImages(ImageDataset):
     """Images to train on that come in sequence: indices are positions in the stream, and each process takes its own
     next images. Bad ones end the run, or are skipped and counted.
 
-    Attributes: `num_shards`; `bad`, the images skipped by this process; no `labels`.
+    Attributes: `bad`, the images skipped by this process; no `labels`.
     """
 
     def __init__(self, config: DataConfig, files: list[str]) -> None:
         rows = Rows(0, lambda rows: [], str, None)
         super().__init__(config, rows, Decoded(np.empty(0, np.int64), None, []), None, [])
-        self.num_shards = len(files)
         self._files, self._config = files, config
         self._stream: Iterator[dict[str, Any]] | None = None
-        self._next, self._seen = 0, 0
+        self._next, self._seen, self._skipped = 0, 0, 0
+        self._bad_names = set[str]()  # an image comes once an epoch, and is listed once
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -170,16 +192,6 @@ class StreamedImages(ImageDataset):
         changes = draw_changes(np.asarray(indices), epochs, self._augment, seed) if augment else None
         return (pixels,) if changes is None else (pixels, changes)
 
-    def read_shard(self, index: int, batch_size: int) -> Iterator[tuple[Tensor, list[Any]]]:
-        """Yield the images of one of `num_shards` shards in their order, as uint8 (B, C, H, W), with their labels as
-        the source has them, or None."""
-        stream = read_files([self._files[index]], self._config)
-        while chunk := list(islice(stream, batch_size)):
-            images = decode_in_threads([example["data"] for example in chunk], self.image_shape)
-            good = [(i, e["label"]) for i, e in zip(images, chunk, strict=True) if self._is_good(i, e["name"])]
-            if good:
-                yield torch.from_numpy(np.stack([image for image, _ in good])), [label for _, label in good]
-
     def _images(self, seed: int) -> Iterator[dict[str, Any]]:
         """Yield this process's images without end, in another order in every epoch."""
         from datasets.distributed import split_dataset_by_node
@@ -194,7 +206,7 @@ class StreamedImages(ImageDataset):
                 yield image
                 empty = False
             if empty:
-                raise UserError(f"data.streaming: fewer images than processes in {', '.join(self._files)}")
+                raise UserError(f"data.streaming: {self._config.source} has fewer images to train on than processes")
 
     def _take(self, stream: Iterator[dict[str, Any]], count: int) -> Tensor:
         """Return the next good images of a stream, uint8 (count, C, H, W); fewer at its end."""
@@ -203,6 +215,8 @@ class StreamedImages(ImageDataset):
             images = decode_in_threads([example["data"] for example in chunk], self.image_shape)
             checked = zip(images, chunk, strict=True)
             good += [i for i, e in checked if self._is_good(i, e["name"]) and not isinstance(i, str)]
+        if not good:
+            raise UserError(f"data.source: {self._config.source}: no image to train on can be decoded")
         return torch.from_numpy(np.stack(good))
 
     def _is_good(self, image: NDArray[np.uint8] | str, name: str) -> bool:
@@ -215,11 +229,14 @@ class StreamedImages(ImageDataset):
             raise UserError(one_line(f"{name}: {image} (data.on_error=skip leaves such images out)"))
         if not self.bad:
             tell(one_line(f"warning: {name}: {image}; such images are left out"))
-        self.bad.append(BadImage(name, self._seen - 1, image))
+        if name not in self._bad_names:
+            self._bad_names.add(name)
+            self.bad.append(BadImage(name, self._seen - 1, image))
+        self._skipped += 1
         allowed = self._config.max_bad_fraction
-        if len(self.bad) > allowed * max(FEW, self._seen) and allowed < 1:
+        if self._skipped > allowed * max(FEW, self._seen) and allowed < 1:
             raise UserError(
-                f"{len(self.bad)} of {self._seen} images so far cannot be decoded, more than "
+                f"{self._skipped} of {self._seen} images so far cannot be decoded, more than "
                 f"data.max_bad_fraction={allowed} allows:{list_bad(self.bad)}"
             )
         return False

@@ -82,7 +82,8 @@ def digits() -> SplitRows:
 def open_tables(config: DataConfig) -> SplitRows:
     """Return the splits of tables that are copied into the cache. Raises `UserError`."""
     builder = find_tables(config)
-    return {split: partial(table_rows, builder, split, config) for split in files_of(builder)}
+    splits = files_of(builder) or builder.info.splits or ()  # without a connection, a copy alone is known
+    return {str(split): partial(table_rows, builder, str(split), config) for split in splits}
 
 
 def find_tables(config: DataConfig) -> Any:
@@ -238,7 +239,8 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
     labels, names = None, None
     if label is not None and label in table.column_names:
         labels, names = table[label][:], getattr(table.features[label], "names", None)
-        local = [file for file in files_of(builder)[split] if file.endswith(".parquet") and os.path.exists(file)]
+        files = files_of(builder).get(split, [])
+        local = [file for file in files if file.endswith(".parquet") and os.path.exists(file)]
         if names is not None and local:  # `datasets` gives all files the names in the first one
             names = classes_in_parquet(local[0], label)
             if other := [file for file in local if classes_in_parquet(file, label) != names]:

@@ -10,6 +10,7 @@ import functools
 import json
 import resource
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,9 +22,9 @@ from folders import contents, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from launch import output_of, start, two_processes
+from launch import environment, output_of, start, two_processes
 from PIL import Image
-from prepared import run_file
+from prepared import ROOT, run_file
 from several import Several
 from small_pipelines import make_pipeline
 
@@ -123,8 +124,8 @@ def test_a_folder_of_images_is_read_with_their_classes(pipeline, tmp_path):
         wanted.setdefault(image.tobytes(), set()).add(["eel", "cat"][k % 2])
         assert np.array_equal(np.asarray(Image.open(out / f"{k:05d}.png")), image[..., 0])
     images = load_images(DataConfig(source=str(out), image_size=SIZE[0], channels=expected.shape[-1]))
-    assert sum(map(len, images.named().values())) == 20 and images.train.class_names == ["cat", "eel"]
-    for part in images.named().values():
+    assert sum(map(len, images.by_name().values())) == 20 and images.train.class_names == ["cat", "eel"]
+    for part in images.by_name().values():
         for pixels, label in zip(part.pixels(range(len(part))), part.labels, strict=True):
             assert part.class_names[label] in wanted[pixels.movedim(0, -1).numpy().tobytes()]
 
@@ -395,6 +396,21 @@ def test_a_full_disk_is_one_line_and_what_was_made_stays(pipeline, tmp_path, cap
     assert line == f"error: out: {tmp_path}/{form} cannot be written (File too large)"
     run(config(pipeline, tmp_path / form, num_images=700, batch_size=64))
     assert "continuing, 700 of 700" in capsys.readouterr().out or form == "images"
+
+
+def test_a_disk_that_fills_up_does_not_end_the_process(pipeline, tmp_path):
+    """The pixels of an archive are a file with holes, which are filled as images are made: here, on a disk of 64 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    python = f"{sys.executable} -m pipelines generate pipeline={pipeline} out={place}/set.npz num_images=2000"
+    command = ["unshare", "-rm", "sh", "-c", f"mount -t tmpfs -o size=64k tmpfs {place} || exit 99; {python}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=120)
+    except FileNotFoundError:
+        pytest.skip("no unshare here")
+    if done.returncode == 99 or "unshare" in done.stderr:
+        pytest.skip("no disks can be mounted here")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: out: "), done
 
 
 def test_two_at_once_for_one_result(pipeline, tmp_path, monkeypatch):

@@ -76,6 +76,24 @@ def test_damaged_images_end_the_run_or_are_left_out(tmp_path, capsys, kind, dama
     assert lines == [{"split": "train", **image._asdict()} for image in train.bad]
 
 
+def test_a_bad_image_of_a_stream_is_listed_once(tmp_path):
+    """It comes in every epoch, and among the first images, which are read twice."""
+    write_source(tmp_path, "tar stream", "text")
+    train = load(tmp_path, on_error="skip", max_bad_fraction=0.5, streaming=True, **OPTIONS).train
+    train.examples(20, 0)
+    read_stream(train, 4 * GOOD)
+    assert len(train.bad) == len({image.path for image in train.bad}) == 3
+
+
+def test_a_stream_of_bad_images_alone_ends(tmp_path):
+    rows = [(key, b"not an image", label) for key, _, label in rows_of(6)]
+    write_shards(tmp_path, "tar", rows, 2)
+    write_shards(tmp_path, "tar", rows_of(4), 1, split="test")
+    train = load(tmp_path, on_error="skip", max_bad_fraction=1, streaming=True, **OPTIONS).train
+    with pytest.raises(UserError, match="^data.source: "):
+        train.examples(4, 0)
+
+
 def test_too_many_bad_images_end_a_stream(tmp_path, monkeypatch):
     monkeypatch.setattr("pipelines.images.streaming.FEW", 30)
     write_source(tmp_path, "tar stream", "text")
@@ -95,7 +113,7 @@ def test_what_is_no_file_is_a_bad_image_and_not_waited_for(tmp_path, monkeypatch
     (tmp_path / "huge.png").write_bytes(bytes(2001))
     options = {"on_error": "skip", "max_bad_fraction": 1, "held_out_fraction": 0.4, "streaming": streaming}
     splits = load_images(config(tmp_path, **options))
-    assert {(Path(image.path).name, image.reason) for part in splits.named().values() for image in part.bad} == {
+    assert {(Path(image.path).name, image.reason) for part in splits.by_name().values() for image in part.bad} == {
         ("fifo.png", "no such file, or not a regular one"),
         ("gone.png", "no such file, or not a regular one"),
         ("huge.png", "a file of more than 2000 bytes"),
@@ -154,8 +172,8 @@ def test_processes_share_the_check_of_what_they_cannot_keep(tmp_path, monkeypatc
     monkeypatch.setattr(decoding, "CHUNK", 3)
     monkeypatch.setattr(decoding, "dist", group)
     for splits in group.run(lambda: load_images(data, together=True)):
-        for name, part in splits.named().items():
-            other = alone.named()[name]
+        for name, part in splits.by_name().items():
+            other = alone.by_name()[name]
             assert part.bad == other.bad and np.array_equal(part._positions, other._positions)
             assert torch.equal(part.pixels(range(len(part))), other.pixels(range(len(other))))
     times = Counter(checked)

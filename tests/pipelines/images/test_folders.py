@@ -46,8 +46,8 @@ def test_each_image_of_a_folder_is_in_one_part_with_its_class(data):
                 write_image(Path(folder, place), b"")
                 paths.add(place)
         splits = load_images(config(folder, streaming=True, validation_fraction=0.2))  # which reads none of them
-        found = {name: part.names(range(len(part))) for name, part in splits.named().items()}
-        for name, part in splits.named().items():
+        found = {name: part.names(range(len(part))) for name, part in splits.by_name().items()}
+        for name, part in splits.by_name().items():
             labels = [part.class_names[k] for k in part.labels]
             assert labels == [path.split("/")[-2] for path in found[name]]
     together = [path for part in found.values() for path in part]
@@ -72,7 +72,9 @@ def test_a_split_without_its_folder_is_not_the_whole(tmp_path, streaming):
         load_images(config(tmp_path, split="tarin", streaming=streaming))
 
 
-@pytest.mark.parametrize("names", [("Train", "Test"), ("TRAIN", "Val"), ("Testing", "training")])
+@pytest.mark.parametrize(
+    "names", [("Train", "Test"), ("TRAIN", "Val"), ("Testing", "training"), ("training", "testing")]
+)
 @pytest.mark.parametrize("streaming", [False, True])
 def test_folders_that_must_be_splits_are_not_read_as_classes(tmp_path, names, streaming):
     """Else test images would be trained on."""

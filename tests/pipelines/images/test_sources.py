@@ -205,7 +205,7 @@ def images_of(splits):
     names = splits.train.class_names
     return {
         pixels: names[int(label)]
-        for part in splits.named().values()
+        for part in splits.by_name().values()
         for pixels, label in zip(bytes_of_each(part), part.labels, strict=True)
     }
 

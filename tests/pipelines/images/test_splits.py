@@ -1,5 +1,6 @@
 """Which images are trained on, which are kept for validation, and which are held out."""
 
+import os
 from itertools import product
 
 import numpy as np
@@ -67,7 +68,9 @@ def test_images_that_were_trained_on_are_not_taken_for_new_ones(tmp_path, capsys
         for k in range(count):
             write_image(tmp_path / f"{name}/{k:02}.png", noise(12, 12, seed=100 * seed + k))
     settings = [config(tmp_path, **options) for options in DIVISIONS]
-    loaded = [{name: bytes_of_each(images) for name, images in load_images(each).named().items()} for each in settings]
+    loaded = [
+        {name: bytes_of_each(images) for name, images in load_images(each).by_name().items()} for each in settings
+    ]
     again = [config(f"{tmp_path}/../{tmp_path.name}", **options) for options in DIVISIONS]
     capsys.readouterr()
     refused = 0
@@ -97,6 +100,25 @@ def test_a_stream_is_divided_by_its_files_and_nothing_else_is_called_new(tmp_pat
     write_shards(tmp_path, "parquet", rows_of(4), 1, split="test")
     for now, then in ((stream, copied), (copied, stream)):
         require_unseen(now, then, "held_out")
+
+
+@pytest.mark.parametrize(
+    ("split", "held_out"), [(".", None), (".", "test"), ("", None), ("all", None), ("link", "test")]
+)
+def test_a_split_within_another_is_not_held_out_of_it(tmp_path, split, held_out):
+    """Else images would be trained on and held out."""
+    write_splits(tmp_path / "all", "test", "train")
+    write_splits(tmp_path, "test", "train")
+    (tmp_path / "link").symlink_to(tmp_path / "test")
+    options = {"split": split, "held_out": held_out or ("all/test" if split == "all" else None)}
+    try:
+        splits = load_images(config(tmp_path / "all" if split in (".", "") else tmp_path, **options))
+    except UserError as error:
+        assert str(error).startswith("data.")
+    else:
+        names = {name: part.names(range(len(part))) for name, part in splits.by_name().items()}
+        where = [os.path.realpath(tmp_path / path) for part in names.values() for path in part]
+        assert len(where) == len(set(where)) and all(names.values())
 
 
 def test_only_the_first_process_tells(tmp_path, capsys, monkeypatch):
@@ -263,7 +285,9 @@ def test_images_for_validation_are_training_images_that_are_not_trained_on():
     every = load_images(DataConfig(validation_fraction=0))
     splits = load_images(DataConfig())
     assert (len(splits.train), len(splits.validation), len(splits.held_out)) == (3800, 200, 1000)
-    train, validation, held_out = (bytes_of_each(splits.named()[name]) for name in ("train", "validation", "held_out"))
+    train, validation, held_out = (
+        bytes_of_each(splits.by_name()[name]) for name in ("train", "validation", "held_out")
+    )
     assert sorted(train + validation) == sorted(bytes_of_each(every.train)) and not set(train) & set(validation)
     assert held_out == bytes_of_each(every.held_out)
     assert splits.validation.labels.bincount().min() > 5

@@ -29,9 +29,13 @@ from pipelines.commands import reconstruct
 from pipelines.config import UserError
 from pipelines.encode import EncodeConfig
 from pipelines.encode import run as encode
-from pipelines.images import load_images, streaming
+from pipelines.images import DataConfig, load_images, streaming
 
 stream = functools.partial(load, streaming=True)
+
+
+def stream_config(source: Path, **options: Any) -> DataConfig:
+    return DataConfig(**{"source": str(source), "image_size": 12, "streaming": True, **options})
 
 
 def take(train: Any, batches: int, size: int = 4, first: int = 0, part: slice = slice(None)) -> list[int]:
@@ -99,11 +103,11 @@ def test_images_are_augmented_by_their_place_in_the_stream(tmp_path):
 def test_whole_shards_are_held_out(tmp_path, kind):
     write_shards(tmp_path, kind, rows_of(60), 12)
     splits = stream(tmp_path, validation_fraction=0.2, held_out_fraction=0.2)
-    parts = {n: identities(p.pixels(range(len(p)))) for n, p in splits.named().items() if n != "train"}
+    parts = {n: identities(p.pixels(range(len(p)))) for n, p in splits.by_name().items() if n != "train"}
     assert {name: len(part) for name, part in parts.items()} == {"validation": 10, "held_out": 10}
     for name, part in parts.items():
         assert {Counter(k // 5 for k in part)[shard] for shard in {k // 5 for k in part}} == {5}
-        assert splits.named()[name].labels.tolist() == [k % 3 for k in part]
+        assert splits.by_name()[name].labels.tolist() == [k % 3 for k in part]
     seen = take(splits.train, 10)
     assert sorted(seen + parts["validation"] + parts["held_out"]) == list(range(60))
     held_out = stream(tmp_path, held_out_fraction=0.2, validation_fraction=0).held_out
@@ -121,19 +125,33 @@ def test_without_training_the_first_images_are_read_in_any_order(tmp_path, monke
     assert "of train as well" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_shard_can_be_read_in_its_order(tmp_path, kind):
-    write_shards(tmp_path, kind, rows_of(23), 3)
-    write_shards(tmp_path, kind, rows_of(4), 1, split="test")
-    train = stream(tmp_path, validation_fraction=0).train
-    parts = [part for shard in range(train.num_shards) for part in train.read_shard(shard, 5)]
-    assert identities(torch.cat([pixels for pixels, _ in parts])) == list(range(23))
-    assert sum((labels for _, labels in parts), []) == [k % 3 for k in range(23)]
-
-
 def test_classes_have_the_names_that_parquet_has(tmp_path):
     write_shards(tmp_path, "parquet", rows_of(23), 3, names=["cat", "dog", "eel"])
     assert stream(tmp_path).train.class_names == ["cat", "dog", "eel"]
+
+
+def test_shards_of_other_classes_are_refused(tmp_path):
+    """Else one number would be several classes: in the split to train on, and in another."""
+    write_shards(tmp_path, "parquet", rows_of(20, 2), 2, names=["cat", "dog"])
+    write_shards(tmp_path, "parquet", rows_of(20, 2), 2, split="test", names=["cat", "dog"])
+    for name in ("train-00001-of-00002", "test-00001-of-00002"):
+        path = tmp_path / f"{name}.parquet"
+        before = path.read_bytes()
+        write_parquet(path, rows_of(10, 2), names=["dog", "cat"])
+        with pytest.raises(UserError, match=f"^data.label_column: {path} has other classes"):
+            load_images(stream_config(tmp_path))
+        gc.collect()  # with the frames, the threads of `datasets` end
+        assert len(load_images(stream_config(tmp_path, label_column=None)).held_out) == 20
+        path.write_bytes(before)
+    assert load_images(stream_config(tmp_path)).train.class_names == ["cat", "dog"]
+
+
+def test_a_held_out_split_without_images_is_refused(tmp_path):
+    write_shards(tmp_path, "parquet", rows_of(20), 2)
+    write_shards(tmp_path, "parquet", [], 1, split="test")
+    for read in (stream, load):
+        with pytest.raises(UserError, match=r"^data.source: (?!.*An error occurred)"):
+            read(tmp_path)
 
 
 # Shards that cannot be read

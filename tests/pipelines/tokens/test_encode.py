@@ -182,8 +182,9 @@ def test_a_finished_one_says_so_until_its_images_change(tokenizer, tmp_path, cap
         assert ("already finished: 6 train, 6 test rows" in capsys.readouterr().out) == finished
     picture = tmp_path / "images" / "train" / "cat" / "0.png"
     picture.write_bytes((tmp_path / "images" / "train" / "cat" / "1.png").read_bytes())
-    later = os.stat(tmp_path / "tokens" / META).st_mtime + 5
-    os.utime(picture, (later, later))
+    began = os.stat(tmp_path / "tokens" / "job.json").st_mtime
+    os.utime(tmp_path / "tokens" / META, (began + 60, began + 60))  # changed after it was read, while it was encoded
+    os.utime(picture, (began + 30, began + 30))
     run(config(tokenizer, tmp_path / "tokens", images))
     assert contents(tmp_path / "tokens") != before
 
