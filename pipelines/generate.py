@@ -77,10 +77,10 @@ class GenerateConfig(OutputConfig):
         None, gt=0, description="and does so by a power-cosine: the higher, the later; default: in a straight line"
     )
     order: str | None = Field(None, description="decoding the grid in this order, with a prior that takes any")
-    num_orders: int = Field(1, ge=1, description="draw each image in one of so many orders: from their mixture")
+    num_orders: int = Field(1, ge=1, description="draw each image in one of this many orders: from their mixture")
     parallel: bool = Field(False, description="guess the rest and check it in whole passes: the same images")
     steps: int | None = Field(
-        None, ge=1, description="decode a masked-token prior in so many passes: quicker, not exact"
+        None, ge=1, description="decode a masked-token prior in this many passes: quicker, not exact"
     )
     columns: int | None = Field(
         None, ge=1, description="columns of the grid; default: one for each class of at most 20, or 8"
@@ -195,7 +195,7 @@ def label_ids(job: dict[str, Any]) -> list[int] | None:
 
 
 def file_names(count: int) -> list[str]:
-    """The files of so many images: their numbers, in at least five digits."""
+    """The names of the files of `count` images: their numbers, in at least five digits."""
     digits = max(5, len(str(count - 1)))
     return [f"{number:0{digits}d}.png" for number in range(count)]
 

@@ -60,7 +60,7 @@ class SamplerConfig(Config):
     steps: int | None = Field(
         None,
         ge=1,
-        description="decode a masked-token prior in so many passes; null: a token a pass, which alone is exact",
+        description="decode a masked-token prior in this many passes; null: a token a pass, which alone is exact",
     )
 
     @model_validator(mode="after")
@@ -97,7 +97,7 @@ class TrainPriorConfig(Config):
         None,
         ge=16,
         le=4096,
-        description="read blocks of so many rows and mix the rows of so many blocks, for tokens on a slow disk that "
+        description="read blocks of this many rows and mix the rows of as many blocks, for tokens on a slow disk that "
         "memory cannot hold; null: all rows in a random order",
     )
     model: Annotated[dict[str, Any], Node("prior.base:Prior")] = Field({"kind": "gpt"}, description="the prior")

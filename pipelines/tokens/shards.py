@@ -52,7 +52,7 @@ def shard_names(split: str, count: int) -> list[str]:
 
 
 def cut_shards(rows: Mapping[str, int], rows_per_shard: int | None) -> dict[str, list[int]]:
-    """The number of rows of each file of each split, which has so many `rows`.
+    """Return the number of rows of each file of each split. rows: those of each split.
 
     rows_per_shard None: whole batches of 256, at least four of them a file; up to 16 files of a small split, and files
     of 4,096 rows of a large one, or of more if there would be too many. Raises `ValueError` below 1, and for more files
@@ -182,5 +182,5 @@ class TokenSplit:
 
 
 def chunks(rows: int, size: int = CHUNK) -> Iterator[slice]:
-    """Slices that cover so many rows, for what cannot be held at once."""
+    """Slices that cover `rows` rows, for what cannot be in memory at once."""
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))

@@ -23,7 +23,7 @@ class TrainConfig(Config):
 
     steps: int | None = Field(2000, ge=1, description="optimizer steps; null leaves the end to `minutes`")
     minutes: float | None = Field(
-        None, gt=0, description="end after so many minutes of training, if `steps` is not first"
+        None, gt=0, description="end after this many minutes of training, if `steps` does not end it first"
     )
     batch_size: int = Field(128, ge=1, description="images per step, all processes and micro-batches together")
     accumulate: int = Field(1, ge=1, description="micro-batches that each process adds up for a step")
