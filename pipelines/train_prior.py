@@ -90,7 +90,7 @@ class TrainPriorConfig(Config):
         "train.minutes train.steps train.batch_size train.lr track.wandb"
     )
 
-    out: str = Field(description="run folder: metrics, previews, resume states, and the pipeline itself")
+    out: str = Field(description="run folder: metrics, previews, checkpoints, and the pipeline itself")
     tokens: str = Field(description="token dataset, as `smalti encode` wrote it, or the id of one on the Hub")
     revision: str | None = Field(None, description="branch, tag or commit of a token dataset on the Hub")
     blocks: int | None = Field(
