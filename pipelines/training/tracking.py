@@ -118,7 +118,7 @@ class Tracker:
         for name, picture in pictures.items():
             path = self.run / "previews" / f"{name}-{step:08d}.png"
             try:
-                save_picture(picture, path)
+                save_picture(picture, path, overwrite=True)
             except (OSError, PathError) as error:
                 tell(f"warning: {path} is left out: {error}; {free_space(self.run)}")
         self._call_each(lambda tracker: tracker.images(step, pictures))
