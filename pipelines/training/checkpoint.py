@@ -33,7 +33,7 @@ Tensors = dict[str, Tensor]
 FORMAT_VERSION = 1
 RECORD, BEST, TENSORS = "state.json", "best.safetensors", "tensors"
 NAME = re.compile(r"step-\d{8,}")
-LEFTOVER = re.compile(r"\.(tmp|del)-(step-\d{8,}|tokenizer|pipeline|\w+\.jsonl?|\w+-\d{8}\.png)-[0-9a-f]{8}(\.png)?")
+LEFTOVER = re.compile(r"\.(tmp|del)-(step-\d{8,}|tokenizer|pipeline|\w+\.jsonl?|\w+-\d{8}\.png)-[0-9a-f]{8}(\.\w+)?")
 """What a killed process may leave: of a checkpoint, a snapshot, a file of the run, a preview."""
 
 

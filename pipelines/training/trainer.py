@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from prior.cuda_graph import without_graphs
 from tokenizer.base import in_finest
-from tokenizer.files import PathError, make_folder
+from tokenizer.files import PathError
 
 from ..config import UserError
 from ..config.command import Interrupted
@@ -250,10 +250,9 @@ class Trainer:
         return record
 
     def prepare_run_folder(self) -> None:
-        """Write the configuration, now that nothing refuses it, and delete what killed processes left."""
-        write_config(self.run, self.settings)
-        make_folder(self.run / "state")  # where there is a snapshot and this is missing, somebody has removed it
+        """Delete what killed processes left, and write the configuration, now that nothing refuses it."""
         remove_leftovers(self.run)
+        write_config(self.run, self.settings)
 
     def record(self) -> dict[str, Any]:
         """Return what a checkpoint holds besides tensors."""

@@ -20,6 +20,7 @@ from unittest.mock import Mock
 
 import psutil
 import pytest
+from folders import half_written
 from launch import (
     MACHINE,
     ROOT,
@@ -199,7 +200,8 @@ def test_what_killed_processes_left_is_deleted(tmp_path, train, whole, monkeypat
         on_call(patch, Trainer, "take_step", 7, signal.SIGTERM)
         train("train_tokenizer", run)
     folders = ("state/.tmp-step-00000009-0123abcd", ".tmp-tokenizer-0123abcd", ".del-tokenizer-0123abcd")
-    files = (".tmp-metrics.jsonl-0123abcd", "previews/.tmp-codebook-00000006.png-0123abcd.png")
+    targets = ("metrics.jsonl", "config.json", "trackers.json", "bad_images.jsonl", "previews/codebook-00000006.png")
+    files = [half_written(tmp_path / "other" / name).relative_to(tmp_path / "other").as_posix() for name in targets]
     for name in (*folders, *(f"{folder}.mine" for folder in folders)):
         (run / name).mkdir()
         (run / name / "config.json").write_text("{}")
