@@ -77,11 +77,11 @@ def write_config(run: Path, config: Any) -> None:
 
 def without_free(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the settings that a run may not change."""
-    kept: dict[str, Any] = {}
+    fixed: dict[str, Any] = {}
     for key, value in settings.items():
         if prefix + key not in FREE:
-            kept[key] = without_free(value, f"{prefix}{key}.") if isinstance(value, dict) else value
-    return kept
+            fixed[key] = without_free(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+    return fixed
 
 
 def advise(run: Path, config: Any, changes: list[str]) -> str:

@@ -439,9 +439,9 @@ class Trainer:
             terms = [
                 pair for names, values in self.last_terms.values() for pair in zip(names, values.tolist(), strict=True)
             ]
-            sick = [name for name, value in terms if not math.isfinite(value)]
+            strange = [name for name, value in terms if not math.isfinite(value)]
             raise UserError(
-                f"step {self.step}: {in_a_row} steps in a row were not finite ({', '.join(sick)}). The last good "
+                f"step {self.step}: {in_a_row} steps in a row were not finite ({', '.join(strange)}). The last good "
                 "checkpoint is kept; try a lower train.lr or train.clip"
             )
         return skipped
