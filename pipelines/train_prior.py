@@ -90,7 +90,7 @@ class TrainPriorConfig(Config):
         "train.minutes train.steps train.batch_size train.lr track.wandb"
     )
 
-    out: str = Field(description="run folder: metrics, previews, resume states, and the pipeline itself")
+    out: str = Field(description="run folder: metrics, previews, checkpoints, and the pipeline itself")
     tokens: str = Field(description="token dataset, as `smalti encode` wrote it, or the id of one on the Hub")
     revision: str | None = Field(None, description="branch, tag or commit of a token dataset on the Hub")
     blocks: int | None = Field(
@@ -151,7 +151,8 @@ class PriorTask(Task):
             self.data = without_labels(self.data)
         self.train_split, self.judged = training_splits(self.data)
         self.model: Prior = build_prior(config.model, self.data)
-        if not is_built_in(self.model):
+        self.is_checked = not is_built_in(self.model)  # asked now: sharding gives a model a class of torch's
+        if self.is_checked:
             self.require_causal(with_random_weights(self.model))
         start = start_from(self.model, self.data.class_names, config.init) if config.init else None
         if start is None:
@@ -218,7 +219,7 @@ class PriorTask(Task):
 
     def evaluate(self, model: nn.Module, split: Split, group: ProcessGroup = ALONE) -> dict[str, float]:
         """Bits per token on a split."""
-        if not is_built_in(self.model):
+        if self.is_checked:
             self.require_causal(cast(Prior, model))
         return {"bits_per_token": bits_per_token(model, self.judged[split], self.evaluated[split], group=group)}
 

@@ -59,7 +59,7 @@ class TrainTokenizerConfig(Config):
         "train.minutes train.steps train.batch_size train.lr track.wandb"
     )
 
-    out: str = Field(description="run folder: metrics, previews, resume states, and the tokenizer itself")
+    out: str = Field(description="run folder: metrics, previews, checkpoints, and the tokenizer itself")
     data: DataConfig = Field(DataConfig(), description="the images")
     augmented: bool = Field(
         True, description="train on images that data.augment changes; false: it is for `smalti encode` alone"

@@ -4,7 +4,7 @@
     python -m benchmarks.tokenizers.onset run=runs/vqgan_openmoji out=onset.png
 
 `beside=` another run folder, for example the same one without a critic, whose pixel errors are drawn in grey.
-Everything is read from the runs' `metrics.jsonl`, `config.yaml` and `previews/`.
+Everything is read from the runs' `metrics.jsonl`, `config.json` and `previews/`.
 """
 
 from __future__ import annotations
@@ -52,13 +52,12 @@ def main() -> None:
     run, out = Path(options.run), Path(options.out)
     beside = Path(options.beside) if options.beside else None
     import numpy as np
-    import yaml
     from PIL import Image
 
     from pipelines.metrics.charts import charts_in_row
     from pipelines.metrics.pages import page
 
-    critic = yaml.safe_load((run / "config.yaml").read_text())["critic"]
+    critic = json.loads((run / "config.json").read_text())["critic"]
     heard = critic["start"] + critic["warmup"]
     marks = {"learns": critic["start"], "is heard": heard, "in full": heard + critic["ramp"]}
     last = curve_of(run, "l2")[0][-1]

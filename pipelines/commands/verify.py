@@ -24,8 +24,8 @@ class VerifyConfig(Config):
 
     folder: Annotated[str | None, Within("pipeline", MANIFEST)] = Field(
         None,
-        description="a folder with a manifest.json: a token dataset, a pipeline, or the run of one, a resume state; "
-        "null: the models that --import brings are checked instead",
+        description="a folder with a manifest.json: a token dataset, an exported tokenizer, a pipeline, or the run of "
+        "one; null: the models that --import brings are checked instead",
     )
     grid: list[Annotated[int, Field(ge=1, le=64)]] = Field(
         [2, 3], min_length=1, max_length=3, description="grid of the tokens on which an imported prior is checked"

@@ -46,7 +46,8 @@ class Of:
 @dataclass(frozen=True)
 class Within:
     """Marks a text that names a folder which holds the file `holds`: `Within("tokenizer", "config.json")`. A folder
-    that has such a folder of this `name` inside, as the run that made it, stands for it too."""
+    that has such a folder of this `name` inside, as the run that made it, stands for it too, whatever else is there: a
+    run has a `config.json` of its own."""
 
     name: str
     holds: str
@@ -55,9 +56,8 @@ class Within:
         """`value`, or the folder inside of it that is meant."""
         if not isinstance(value, str) or not value:
             return value
-        outer = Path(value)
-        inner = outer / self.name
-        return str(inner) if (inner / self.holds).is_file() and not (outer / self.holds).exists() else value
+        inner = Path(value) / self.name
+        return str(inner) if (inner / self.holds).is_file() else value
 
 
 def as_meant(cls: type[Config], data: Data) -> Data:

@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from tokenizer.files import one_line, quote
+from tokenizer.files import PathError, one_line, quote
 
 from ..config import Config, UserError, is_first_process
 from ..config.terminal import tell
+from ..files import replace_file
 from ..shuffling import positions_of, samples_of, splitmix64
 from . import tables
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
@@ -291,11 +292,9 @@ class Splits:
             for bad in images.bad
         ]
         if lines:
-            temporary = folder / f"{BAD_IMAGES}.new"
             try:
-                temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-                temporary.replace(folder / BAD_IMAGES)
-            except OSError as error:
+                replace_file(folder / BAD_IMAGES, "".join(line + "\n" for line in lines).encode())
+            except (OSError, PathError) as error:
                 tell(f"warning: {folder / BAD_IMAGES} cannot be written: {error}")
 
 

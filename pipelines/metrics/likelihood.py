@@ -53,13 +53,15 @@ def log_probs(
     model: Any, split: TokenSplit, rows: np.ndarray, num_orders: int = 1, group: ProcessGroup = ALONE
 ) -> Tensor:
     """log p `(len(rows),)` of the rows asked for, float64 nats on the CPU; num_orders: as in `Prior.log_prob`."""
-    size = rows_at_a_time(model.grid)
+    size = min(rows_at_a_time(model.grid), len(rows))
 
     def score(start: int) -> Tensor:
         some = rows[start : start + size]
-        tokens = split.rows(some).to(model.device)
-        labels = None if split.labels is None else split.labels[torch.from_numpy(some)].to(model.device)
-        return model.log_prob(tokens, labels, num_orders=num_orders).cpu().double()
+        # In lockstep the last batch is filled up: how many passes a model takes may depend on the size of its batch.
+        batch = np.resize(some, size) if group.lockstep else some
+        tokens = split.rows(batch).to(model.device)
+        labels = None if split.labels is None else split.labels[torch.from_numpy(batch)].to(model.device)
+        return model.log_prob(tokens, labels, num_orders=num_orders)[: len(some)].cpu().double()
 
     return torch.cat(group.map(score, range(0, len(rows), size)))
 

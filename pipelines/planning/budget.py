@@ -16,7 +16,7 @@ from torch import nn
 from .costs import Turn
 
 FLOAT32, BF16 = 4, 2  # bytes
-STATES = 2  # resume states that a run keeps; a third is there while it is written
+STATES = 2  # checkpoints that a run keeps; a third is there while it is written
 LABEL = 8  # bytes of a row of a token dataset
 MOMENTS, FROZEN = "moments of the optimizer", "the frozen copy"
 FULL = 0.9  # share of a GPU's memory to plan with: CUDA's context, NCCL and gaps between tensors take some
@@ -76,7 +76,7 @@ class Sizes:
 
     @property
     def state(self) -> int:
-        """Bytes of a resume state: the model, its average, maybe the best of these, and the moments."""
+        """Bytes of a checkpoint: the model, its average, maybe the best of these, and the moments."""
         saved = FLOAT32 * self.parameters + self.saved_buffers
         return (2 + self.keeps_best) * saved + self.moments
 

@@ -124,7 +124,7 @@ def disk(forecast: Forecast) -> list[Row]:
         rows.append(("token dataset", f"{forecast.dataset / GB:,.2f} GB", "training rows"))
     state, most = forecast.sizes.state / GB, STATES + 1
     kept = f"{STATES} are kept, {most} are there while one is written: {most * state:,.2f} GB"
-    rows.append(("a resume state", f"{state:,.2f} GB", kept))
+    rows.append(("a checkpoint", f"{state:,.2f} GB", kept))
     rows.append(("snapshot for users", f"{forecast.snapshot / GB:,.2f} GB"))
     return rows
 

@@ -36,7 +36,8 @@ class ProcessGroup:
     rank: int = 0
     world: int = 1
     lockstep: bool = False
-    """Whether what is mapped has collectives inside, as a sharded model has, so that all call it equally often."""
+    """Whether what is mapped has collectives inside, as a sharded model has, so that all processes have to call it
+    equally often, on items of one size."""
 
     @property
     def is_main(self) -> bool:

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+
+from tokenizer.files import PipelineLoadError
 
 from ..config import UserError, choose_device
 from .group import ALONE, ProcessGroup
@@ -89,6 +91,14 @@ def group_of(accelerator: Accelerator) -> ProcessGroup:
     return ProcessGroup(accelerator.process_index, accelerator.num_processes)
 
 
+def group_of_hosts(accelerator: Accelerator, timeout: float) -> Any:
+    """Return torch's group of its processes in which no GPU takes part and which wait `timeout` seconds for each other;
+    None, which is the group of all, where that is such a group, and for one process."""
+    if accelerator.num_processes == 1 or accelerator.device.type == "cpu":
+        return None
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+
 @contextmanager
 def join_group(device: str) -> Iterator[tuple[ProcessGroup, torch.device]]:
     """Yield the processes that share a command's work, and this one's device: those of a launcher, each on its own
@@ -116,11 +126,11 @@ def own_device(name: str, given: torch.device, group: ProcessGroup) -> torch.dev
 
 @contextmanager
 def leave_after_refusal(accelerator: Accelerator) -> Iterator[None]:
-    """Leave the process group after a `UserError`: a process that still has one when the interpreter ends may abort
+    """Leave the process group after a user's mistake: a process that still has one when the interpreter ends may abort
     (gloo)."""
     try:
         yield
-    except UserError:
+    except (UserError, PipelineLoadError):
         accelerator.end_training()
         raise
 

@@ -17,7 +17,8 @@ from ..images.hub import fetched
 from .index import INDEX
 from .shipped import located
 
-TokenizerFolder = Annotated[str, Within("tokenizer", CONFIG)]
+IN_RUN = Within("tokenizer", CONFIG)
+TokenizerFolder = Annotated[str, IN_RUN]
 """A tokenizer's folder, the run or the pipeline that it is in, or a Hub id."""
 
 
@@ -68,10 +69,11 @@ def trained_data(provenance: dict[str, Any]) -> DataConfig | None:
 
 
 def tokenizer_folder(source: str) -> str:
-    """`source`, or the tokenizer in it when it is a pipeline: a folder, its run, or one that comes with the package."""
+    """`source`, or the tokenizer in it when it is a run of one, or a pipeline: a folder, its run, or one that comes
+    with the package."""
     source = str(located(source))
     within = [path for path in (Path(source), Path(source) / "pipeline") if (path / INDEX).is_file()]
-    return str(within[0] / "tokenizer") if within else source
+    return str(within[0] / "tokenizer") if within else str(IN_RUN.found(source))
 
 
 def read_with(tokenizer: str) -> str:

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ Tensors = dict[str, Tensor]
 FORMAT_VERSION = 1
 RECORD, BEST, TENSORS = "state.json", "best.safetensors", "tensors"
 NAME = re.compile(r"step-\d{8,}")
-LEFTOVER = re.compile(r"\.(tmp|del)-(step-\d{8,}|tokenizer|pipeline|\w+\.jsonl?|\w+-\d{8}\.png)-[0-9a-f]{8}(\.png)?")
+LEFTOVER = re.compile(r"\.(tmp|del)-(step-\d{8,}|tokenizer|pipeline|\w+\.jsonl?|\w+-\d{8}\.png)-[0-9a-f]{8}(\.\w+)?")
 """What a killed process may leave: of a checkpoint, a snapshot, a file of the run, a preview."""
 
 
@@ -163,18 +163,19 @@ def _discard(checkpoint: Path) -> None:
 
 
 def load_newest(
-    run: Path,
+    checkpoints: Sequence[Path],
     model: nn.Module,
     average: nn.Module,
     optimizers: Mapping[str, Optimizer],
     all_agree: Callable[[bool], bool] = bool,
 ) -> tuple[dict[str, Any], Tensors | None]:
-    """Load the newest checkpoint that is whole into these objects; return its record, and its best weights, if any.
+    """Load the newest of a run's checkpoints, oldest first, that can be loaded into these objects; return its record,
+    and its best weights, if any.
 
-    Returns ({}, None) where there is none. One that cannot be loaded is passed over with a warning. all_agree: whether
-    a bool is true on all processes. Raises `UserError` where there are checkpoints and none can be loaded.
+    Returns ({}, None) where there is none. One that cannot be loaded is skipped with a warning. checkpoints: the same
+    on all processes. all_agree: whether a bool is true on all of them. Raises `UserError` where there are checkpoints
+    and none can be loaded.
     """
-    checkpoints = list_checkpoints(run)
     for checkpoint in reversed(checkpoints):
         error: BaseException | None = None
         try:
@@ -194,8 +195,8 @@ def load_newest(
             print(f"warning: {checkpoint} is passed over: {_first_line(error)}", file=sys.stderr, flush=True)
     if checkpoints:
         raise UserError(
-            f"{run / 'state'}: none of its {len(checkpoints)} checkpoints can be loaded; nothing was changed. To train "
-            f"from the beginning, choose another out=, or delete {run}"
+            f"{checkpoints[0].parent}: none of its {len(checkpoints)} checkpoints can be loaded; nothing was changed. "
+            f"To train from the beginning, choose another out=, or delete {checkpoints[0].parent.parent}"
         )
     return {}, None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tokenizer.files import FolderKind, read_json, require_replaceable
+from tokenizer.files import FolderKind, make_folder, read_json, require_replaceable
 
 from ..config import UserError
 from ..config.schema import difference
@@ -22,7 +22,7 @@ RHYTHM = ("train.log_every", "train.preview_every", "train.evaluate_every", "tra
 FREE = {"out", "track", *END, *RHYTHM, "train.timeout", "train.checkpointing", "data.cache_mb"}
 """Settings that may change when a run goes on. Except for the end, which moves the learning rate, they change no
 weight."""
-LEFTOVER = re.compile(rf"\.tmp-{re.escape(CONFIG)}-[0-9a-f]{{8}}")
+LEFTOVER = re.compile(rf"\.tmp-{re.escape(CONFIG)}-[0-9a-f]{{8}}\.json")
 
 
 def check_run_folder(run: Path, config: Any, snapshots: dict[str, FolderKind] | None = None) -> list[str]:
@@ -69,20 +69,19 @@ def read_config(run: Path, config: Any) -> dict[str, Any]:
 
 
 def write_config(run: Path, config: Any) -> None:
-    """Write `config.json`, which is also a file for `--config`."""
-    for path in run.iterdir():
-        if LEFTOVER.fullmatch(path.name):
-            path.unlink()
+    """Write `config.json`, which is also a file for `--config`, and make `state/`: where there is a snapshot and no
+    such folder, somebody has removed it."""
     replace_file(run / CONFIG, (json.dumps(config.model_dump(mode="json"), indent=2) + "\n").encode())
+    make_folder(run / "state")  # after it: a folder without a configuration may hold nothing else
 
 
 def without_free(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the settings that a run may not change."""
-    kept: dict[str, Any] = {}
+    fixed: dict[str, Any] = {}
     for key, value in settings.items():
         if prefix + key not in FREE:
-            kept[key] = without_free(value, f"{prefix}{key}.") if isinstance(value, dict) else value
-    return kept
+            fixed[key] = without_free(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+    return fixed
 
 
 def advise(run: Path, config: Any, changes: list[str]) -> str:

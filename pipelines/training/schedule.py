@@ -52,7 +52,7 @@ class TrainConfig(Config):
     log_every: int = Field(50, ge=1, description="steps between lines in metrics.jsonl")
     preview_every: int = Field(1000, ge=1, description="steps between pictures")
     evaluate_every: int = Field(1000, ge=1, description="steps between evaluations on validation images")
-    save_every: int = Field(1000, ge=1, description="steps between saves: resume state and snapshot")
+    save_every: int = Field(1000, ge=1, description="steps between saves: checkpoint and snapshot")
     keep_best: bool = Field(
         True,
         description="leave the averaged weights that were best on validation images, by bits per token or PSNR; "

@@ -40,7 +40,7 @@ class Stop:
         return self.requested or orphaned
 
     def interrupt(self, number: int, frame: FrameType | None) -> None:
-        """Ctrl-C, the first or the second."""
+        """Handle Ctrl-C, the first one or the second."""
         if self.interrupted is None:
             self.requested, self.interrupted = True, time.monotonic()
             self.say("Ctrl-C: ending as soon as all is saved; Ctrl-C again ends at once")
@@ -48,26 +48,26 @@ class Stop:
             self.end()
 
     def terminate(self, number: int, frame: FrameType | None) -> None:
-        """SIGTERM, by which a machine is taken back; after Ctrl-C, torchrun means another one by it."""
+        """Handle SIGTERM, by which a machine is taken back, and torchrun passes on a second Ctrl-C."""
         if self.interrupted is not None and "TORCHELASTIC_RUN_ID" in os.environ:
             self.end()
         self.requested = True
 
     def hang_up(self, number: int, frame: FrameType | None) -> None:
-        """The terminal is closed, and what is written there from now on would be an error."""
+        """Handle SIGHUP: the terminal is closed, and writing to it would be an error."""
         self.requested = True
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for terminal in self._terminals:
             os.dup2(nowhere, terminal)
 
     def end(self) -> None:
-        """End this process at once, in the way that shells know Ctrl-C by."""
+        """End this process at once, by the signal, so that a shell sees that it was Ctrl-C."""
         self.say(f"ended at once; {what_is_saved(self.run)}")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
 
     def say(self, text: str) -> None:
-        """A line on stderr, below the progress bar. Not by `print`, which this signal may have interrupted."""
+        """Write a line to stderr, below the progress bar; not by `print`, which the signal may have interrupted."""
         if is_first_process():
             below = "\n" if 2 in self._terminals else ""
             with suppress(OSError):
@@ -80,7 +80,7 @@ def heed_signals(stop: Stop, alone: bool) -> Iterator[None]:
 
     alone: whether this is the only process of the run.
     """
-    if threading.current_thread() is not threading.main_thread():  # which alone may
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     handlers = {"SIGINT": stop.interrupt, "SIGTERM": stop.terminate, "SIGHUP": stop.hang_up}
@@ -101,11 +101,11 @@ def heed_signals(stop: Stop, alone: bool) -> Iterator[None]:
 
 
 def what_is_saved(run: Path) -> str:
-    """What is left of a run that ends now."""
+    """Return what is saved of a run that ends now, in words."""
     try:
-        states = list_checkpoints(run)
+        checkpoints = list_checkpoints(run)
     except OSError as error:
         return f"what is saved cannot be seen ({error.strerror})"
-    if not states:
+    if not checkpoints:
         return "nothing was saved yet"
-    return f"step {step_of(states[-1])} is saved, the same command continues from there"
+    return f"step {step_of(checkpoints[-1])} is saved, the same command continues from there"

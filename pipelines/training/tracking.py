@@ -118,7 +118,7 @@ class Tracker:
         for name, picture in pictures.items():
             path = self.run / "previews" / f"{name}-{step:08d}.png"
             try:
-                save_picture(picture, path)
+                save_picture(picture, path, overwrite=True)
             except (OSError, PathError) as error:
                 tell(f"warning: {path} is left out: {error}; {free_space(self.run)}")
         self._call_each(lambda tracker: tracker.images(step, pictures))
@@ -358,9 +358,9 @@ def require_installed(trackers: tuple[str, ...]) -> None:
 
 
 def wandb_mode(chosen: Mode | None) -> tuple[Mode, str]:
-    """The mode (`online`, `offline`, `disabled`) and, in a few words, why; found without importing wandb.
+    """Return the mode (`online`, `offline`, `disabled`) and, in a few words, why, without importing wandb.
 
-    `chosen` is the configuration's, before that of the environment.
+    chosen: that of the configuration, which goes before that of the environment.
     """
     if chosen is not None:
         return chosen, "track.wandb"
@@ -372,7 +372,7 @@ def wandb_mode(chosen: Mode | None) -> tuple[Mode, str]:
 
 
 def find_api_key() -> str | None:
-    """Where wandb will find an API key: the environment or a netrc file."""
+    """Return where wandb will find an API key: the environment or a netrc file; None for nowhere."""
     if os.environ.get("WANDB_API_KEY"):
         return "WANDB_API_KEY"
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc
@@ -388,7 +388,7 @@ def find_api_key() -> str | None:
 
 
 def stored_id(path: Path) -> str | None:
-    """The id of the W&B run that this run folder belongs to; None where there is none yet, or the file is damaged."""
+    """Return the id of the W&B run of this run folder; None where there is none yet, or the file is damaged."""
     if not path.exists():
         return None
     try:
@@ -402,17 +402,17 @@ def stored_id(path: Path) -> str | None:
 
 
 def wandb_folder(run: Path) -> Path:
-    """Where wandb puts its `wandb/`: the run folder, or what WANDB_DIR says."""
+    """Return the folder in which wandb makes its `wandb/`: the run folder, or what WANDB_DIR says."""
     return Path(os.environ.get("WANDB_DIR") or run)
 
 
 def sync_command(run: Path) -> str:
-    """What sends offline runs to W&B."""
+    """Return the command that sends offline runs to W&B."""
     return f"wandb sync {quote(str(wandb_folder(run)))}/wandb/offline-run-*"
 
 
 def step_of(line: bytes) -> int:
-    """The step of a line of `metrics.jsonl`; -1 for a torn or damaged one."""
+    """Return the step of a line of `metrics.jsonl`; -1 for a torn or damaged one."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -421,7 +421,7 @@ def step_of(line: bytes) -> int:
 
 
 def free_space(folder: Path) -> str:
-    """What is free on the disk, in words."""
+    """Return how much of the disk is free, in words."""
     try:
         return f"{shutil.disk_usage(folder).free:,} bytes are free"
     except OSError as error:

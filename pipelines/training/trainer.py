@@ -38,13 +38,14 @@ from ..config.terminal import by_clause, tell
 from ..files import lock_folder
 from ..prefetch import pin_memory, prefetch, to_device_async
 from ..processes.group import ALONE, ProcessGroup
-from ..processes.launch import build_accelerator, choose_precision, group_of, leave_after_refusal
+from ..processes.launch import build_accelerator, choose_precision, group_of, group_of_hosts, leave_after_refusal
 from .blocks import prepare_blocks
 from .checkpoint import (
     Tensors,
     collect_tensors,
     copy_to_cpu,
     is_finite,
+    list_checkpoints,
     load_newest,
     read_newest_record,
     remove_leftovers,
@@ -84,18 +85,17 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
             group.main_first(lambda: check_run_folder(run, config))  # before anything is written there
             stack.enter_context(lock_folder(run, group))
             changes = group.on_main(lambda: check_run_folder(run, config))
-        torch.manual_seed(settings.seed)
-        task = build(accelerator)
-        if is_sharding(accelerator):
-            require_shardable(task)
-        accelerator.wait_for_everyone()
-        snapshots = task.snapshots
-
-        group.on_main(lambda: check_run_folder(run, config, snapshots))
-        trainer = Trainer(task, config, accelerator)
+            torch.manual_seed(settings.seed)
+            task = build(accelerator)
+            if is_sharding(accelerator):
+                require_shardable(task)
+            accelerator.wait_for_everyone()
+            group.on_main(partial(check_run_folder, run, config, task.snapshots))
+            trainer = Trainer(task, config, accelerator)
         with heed_signals(trainer.stop, alone=group.world == 1):
             try:
-                group.on_main(partial(announce, trainer, changes, precision.reason))
+                with leave_after_refusal(accelerator):
+                    group.on_main(partial(announce, trainer, changes, precision.reason))
                 trainer.fit()
             finally:
                 trainer.close()
@@ -178,9 +178,7 @@ class Trainer:
         self.task, self.settings, self.config, self.run = task, config, config.train, Path(config.out)
         self.accelerator, self.device, self.group = accelerator, accelerator.device, group_of(accelerator)
         self.main, self.sharded = accelerator.is_main_process, is_sharding(accelerator)
-        self.hosts: Any = None  # a process group in which no GPU takes part
-        if self.group.world > 1 and self.device.type != "cpu":
-            self.hosts = torch.distributed.new_group(backend="gloo")
+        self.hosts = group_of_hosts(accelerator, self.config.timeout)
         self.stop, self.stopping = Stop(self.run), False
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] | None = None
@@ -227,7 +225,9 @@ class Trainer:
         """Load the newest checkpoint, and return its record, {} where there is none. Raises `UserError`."""
         if any(init != self.task.init for init in self.group.gather(lambda: self.task.init)):
             raise UserError("init: processes found different models there; it has to be the same one on all machines")
-        record, best = load_newest(self.run, self.task.model, self.average, self.optimizers, self.all_agree)
+        # The main process says which there are: a file system that machines share may show them late.
+        checkpoints = self.group.on_main(lambda: list_checkpoints(self.run))
+        record, best = load_newest(checkpoints, self.task.model, self.average, self.optimizers, self.all_agree)
         self.best_weights = best if self.main else None
         if not record:
             snapshot = next((name for name in self.task.snapshots if (self.run / name).is_dir()), None)
@@ -250,9 +250,9 @@ class Trainer:
         return record
 
     def prepare_run_folder(self) -> None:
-        """Write the configuration, now that nothing refuses it, and delete what killed processes left."""
-        write_config(self.run, self.settings)
+        """Delete what killed processes left, and write the configuration, now that nothing refuses it."""
         remove_leftovers(self.run)
+        write_config(self.run, self.settings)
 
     def record(self) -> dict[str, Any]:
         """Return what a checkpoint holds besides tensors."""
@@ -290,9 +290,10 @@ class Trainer:
                 was_finished = self.is_finished(progress) if was_finished is None else was_finished
                 due = self.due(done)
                 if self.stopping and not done:
-                    self.finish_writing()
-                    self.pending, self.unsaved = sorted(due), ""
-                    self.save_checkpoint()
+                    if self.step != self.saved_step:  # else the checkpoint that was loaded is that of this step
+                        self.finish_writing()
+                        self.pending, self.unsaved = sorted(due), ""
+                        self.save_checkpoint()
                     break
                 self.evaluate_and_save(due, progress, done, bar)
                 if done:
@@ -438,9 +439,9 @@ class Trainer:
             terms = [
                 pair for names, values in self.last_terms.values() for pair in zip(names, values.tolist(), strict=True)
             ]
-            sick = [name for name, value in terms if not math.isfinite(value)]
+            strange = [name for name, value in terms if not math.isfinite(value)]
             raise UserError(
-                f"step {self.step}: {in_a_row} steps in a row were not finite ({', '.join(sick)}). The last good "
+                f"step {self.step}: {in_a_row} steps in a row were not finite ({', '.join(strange)}). The last good "
                 "checkpoint is kept; try a lower train.lr or train.clip"
             )
         return skipped

@@ -30,6 +30,7 @@ from small_pipelines import make_pipeline
 from pipelines import ImagePipeline
 from pipelines.__main__ import main, module_of, verbs
 from pipelines.config import Config
+from pipelines.stages.provenance import tokenizer_folder
 from pipelines.tokens import TokenDataset, TokenSplit
 from pipelines.tokens.shards import smallest_type
 
@@ -267,6 +268,12 @@ def test_a_run_stands_for_what_is_in_it(world, tmp_path, capsys, monkeypatch):
         assert resolved(capsys, verb, "pipeline=run")["pipeline"] == "run/pipeline"
     assert resolved(capsys, "verify", "folder=run")["folder"] == "run/pipeline"
     assert resolved(capsys, "push", "folder=run", "to=a/b")["folder"] == "run/pipeline"
+    shutil.copytree(world / "stage_one", tmp_path / "trained")
+    (tmp_path / "trained" / "config.json").write_text("{}")  # of the run, as training writes it
+    for verb in ("encode", "reconstruct"):
+        found = resolved(capsys, verb, f"tokenizer={tmp_path}/trained", f"out={tmp_path}/x")
+        assert found["tokenizer"] == f"{tmp_path}/trained/tokenizer"
+    assert tokenizer_folder(f"{tmp_path}/trained") == f"{tmp_path}/trained/tokenizer"
     for same in ("tokenizer", "stage_one/tokenizer", "nowhere", "owner/name", "tokens"):
         assert resolved(capsys, "reconstruct", f"tokenizer={same}")["tokenizer"] in (same, "tokens/tokenizer")
     main(["generate", "pipeline=run", f"out={tmp_path}/grid.png", "num_images=2"])

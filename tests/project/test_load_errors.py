@@ -1,6 +1,6 @@
 """Whatever is wrong with a pipeline folder: one family of errors, naming the file and what is wrong in it.
 
-Covers: tokenizer/files/errors.py.
+Covers: tokenizer/files.py.
 """
 
 from __future__ import annotations

@@ -221,7 +221,7 @@ def losses(run: Path, name: str = "loss") -> list[float]:
 
 
 def states(run: Path) -> list[Path]:
-    """The resume states, oldest first."""
+    """The checkpoints, oldest first."""
     return sorted((run / "state").glob("step-*"))
 
 

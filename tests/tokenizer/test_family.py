@@ -1,6 +1,6 @@
 """Promises of every registered tokenizer.
 
-Covers: tokenizer/autoencoder.py, tokenizer/base.py, tokenizer/losses.py, tokenizer/pretrained.py, tokenizer/vqvae.py.
+Covers: tokenizer/autoencoder.py, tokenizer/base.py, tokenizer/losses.py, tokenizer/model.py, tokenizer/vqvae.py.
 """
 
 import json

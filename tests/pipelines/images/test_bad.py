@@ -189,5 +189,6 @@ def test_a_name_forges_no_line_and_a_full_disk_ends_nothing(tmp_path, capsys):
     )
     write_source(tmp_path / "data", "folder", "text")
     splits = load_images(config(tmp_path / "data", on_error="skip", max_bad_fraction=1, **OPTIONS))
+    (tmp_path / "nowhere").touch()
     splits.write_bad_images(tmp_path / "nowhere")
     assert "bad_images.jsonl cannot be written" in capsys.readouterr().err

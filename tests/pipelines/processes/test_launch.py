@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,6 +43,16 @@ def test_a_process_that_no_launcher_started_is_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)  # importing it would be an error
     with join_group("cpu") as (group, device):
         assert group is ALONE and device == torch.device("cpu")
+
+
+def test_hosts_wait_for_each_other_as_long_as_their_gpus_do(monkeypatch):
+    """torch's own default is half an hour, whatever the run says."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **options: asked.append(options))
+    for device, processes in (("cuda", 1), ("cpu", 2), ("cuda", 2)):
+        several: Any = SimpleNamespace(device=torch.device(device), num_processes=processes)
+        launch.group_of_hosts(several, 7200)
+    assert asked == [{"backend": "gloo", "timeout": timedelta(hours=2)}]
 
 
 @pytest.mark.parametrize("said", [{"WORLD_SIZE": "1"}, {}])

@@ -17,9 +17,11 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate import Accelerator
 from folders import contents
 from launch import ROOT, metrics, states
 from one_process import one_process
@@ -49,6 +51,9 @@ from pipelines.training.checkpoint import (
     step_of,
     write_checkpoint,
 )
+from pipelines.training.trainer import Trainer
+from tokenizer import Tokenizer
+from tokenizer.files import PathError
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -95,7 +100,7 @@ def test_what_is_read_is_what_was_written(tmp_path, late):
     """Also for a layer that has had no gradient: nothing is made up for it. What was there before is gone."""
     one, other = make_objects(0, steps=3, late=late), make_objects(1, steps=1)
     folder = write(tmp_path, 3, one, minutes=0.5)
-    assert load_newest(tmp_path, *other) == ({"format_version": 1, "step": 3, "minutes": 0.5}, None)
+    assert load_newest(list_checkpoints(tmp_path), *other) == ({"format_version": 1, "step": 3, "minutes": 0.5}, None)
     assert_same_tensors(collect_tensors(*other), collect_tensors(*one))
     assert_same_tensors(read_checkpoint(folder), dict(sorted(collect_tensors(*one).items())))
     assert any("late" in name for name in collect_tensors(*other) if name.startswith("optimizer.")) == late
@@ -132,7 +137,7 @@ def test_a_checkpoint_has_its_name_when_it_is_whole(tmp_path, monkeypatch):
 
     def look(*_: Any, **__: Any) -> None:
         target = make_objects(9)
-        record, _ = load_newest(tmp_path, *target)
+        record, _ = load_newest(list_checkpoints(tmp_path), *target)
         expected = make_objects(record["made"], 1) if "made" in record else make_objects(1, 1)
         assert_same_tensors(collect_tensors(*target), collect_tensors(*expected))
         seen.append(record.get("made", 1))
@@ -190,7 +195,7 @@ KILLED = """
             killed(random.randrange(1, 6000))
         os.waitpid(pid, 0)
         inside += any(path.name.startswith(".") for path in (run / "state").iterdir())
-        record, _ = checkpoint.load_newest(run, model, model, {})
+        record, _ = checkpoint.load_newest(checkpoint.list_checkpoints(run), model, model, {})
         assert record["step"] >= last and all((p == record["step"]).all() for p in model.parameters())
         last = record["step"]
         checkpoint.remove_leftovers(run)
@@ -284,13 +289,33 @@ def test_where_none_can_be_loaded_nothing_is_changed(tmp_path, finished, capsys)
     assert contents(run) == before and capsys.readouterr().err.count("passed over") == 2
 
 
+@pytest.mark.parametrize("what", ["checkpoints", "snapshot", "room"])
+def test_a_run_that_is_refused_leaves_its_process_group(tmp_path, finished, monkeypatch, what):
+    """One that still has it when the interpreter ends may abort."""
+    run = copy_run(finished, tmp_path / "run")
+    if what == "checkpoints":
+        for state in states(run):
+            (state / "state.json").unlink()
+    elif what == "snapshot":
+        (run / "tokenizer").mkdir()
+        (run / "tokenizer" / "mine.txt").write_text("mine")
+        monkeypatch.setattr(TinyTask, "snapshots", {"tokenizer": Tokenizer.folder_kind()})
+    else:
+        monkeypatch.setattr(Trainer, "require_room", Mock(side_effect=UserError("no room")))
+    left = Mock()
+    monkeypatch.setattr(Accelerator, "end_training", left)
+    with pytest.raises((UserError, PathError)):
+        go_on(run, steps=20)
+    left.assert_called_once()
+
+
 def test_all_processes_use_the_same_one(tmp_path):
     """One that could be loaded here and not elsewhere leaves nothing of itself."""
     one, two = make_objects(0, steps=1, late=False), make_objects(0, steps=2)
     write(tmp_path, 1, one)
     write(tmp_path, 2, two)
     answers, target = iter([False, True]), make_objects(5)
-    record, _ = load_newest(tmp_path, *target, lambda mine: mine and next(answers))
+    record, _ = load_newest(list_checkpoints(tmp_path), *target, lambda mine: mine and next(answers))
     assert record["step"] == 1
     assert_same_tensors(collect_tensors(*target), collect_tensors(*one))
 

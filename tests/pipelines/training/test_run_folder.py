@@ -8,12 +8,12 @@ import os
 import re
 import shutil
 import sys
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import contents
+from folders import contents, half_written
 from givens.image_files import write_pictures
 from launch import (
     VQVAE,
@@ -29,6 +29,7 @@ from launch import (
 )
 from one_process import one_process
 from tiny_task import (
+    Killed,
     TinyTask,
     assert_same_run,
     assert_same_tensors,
@@ -181,9 +182,27 @@ def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("call", range(4))
+def test_a_run_that_is_lost_as_it_begins_begins_again(tmp_path, monkeypatch, call):
+    """Whatever folder or file it was about to make there."""
+    run, calls = tmp_path / "run", iter(range(100))
+
+    def lost(path: Path, *rest: Any, real: Any, **more: Any) -> Any:
+        if run in path.parents and next(calls) == call:
+            raise Killed
+        return real(path, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        for name in ("mkdir", "replace"):
+            patch.setattr(Path, name, partialmethod(lost, real=getattr(Path, name)))
+        with pytest.raises(Killed):
+            train_tiny(run, steps=1)
+    train_tiny(run, steps=1)
+    assert states(run)
+
+
 def test_a_new_run_may_have_the_folder_that_a_killed_one_had_only_begun(tmp_path):
-    half = tmp_path / "run" / ".tmp-config.json-94ed41e8"
-    half.parent.mkdir()
+    half = half_written(tmp_path / "run" / "config.json")
     half.write_text("{")
     train_tiny(tmp_path / "run", steps=1)
     assert not half.exists() and states(tmp_path / "run")

@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
+from folders import half_written
 from launch import (
     MACHINE,
     ROOT,
@@ -39,6 +41,7 @@ from launch import (
     wait_for,
 )
 from one_process import one_process
+from tiny_task import Killed
 
 from pipelines import encode, generate
 from pipelines import train_tokenizer as train_tokenizer_verb
@@ -160,6 +163,36 @@ def test_a_run_that_is_stopped_again_and_again(tmp_path, train, whole, monkeypat
     assert_same_run(tmp_path / "run", whole["train_prior"])
 
 
+@pytest.mark.parametrize("stage", TASKS)
+def test_a_run_that_is_lost_between_its_first_snapshot_and_checkpoint_begins_again(
+    tmp_path, train, whole, monkeypatch, stage
+):
+    """The snapshot of a run that never had a checkpoint is no reason to refuse the same command."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save_checkpoint", Mock(side_effect=Killed))
+        with pytest.raises(Killed):
+            train(stage, run)
+    assert not states(run) and {"tokenizer", "pipeline"} & set(os.listdir(run))
+    train(stage, run)
+    assert_same_run(run, whole[stage])
+
+
+def test_a_checkpoint_is_not_written_again_over_itself(tmp_path, train, whole, monkeypatch):
+    """A run that is stopped before its first step leaves the checkpoint that it has loaded, with what is due there."""
+    run, found = tmp_path / "run", []
+    for asked in (Stop.asked, lambda stop: True):
+        with monkeypatch.context() as patch:
+            on_call(patch, Trainer, "take_step", 4, signal.SIGTERM)
+            patch.setattr(Stop, "asked", asked)
+            train("train_prior", run)
+        (checkpoint,) = states(run)
+        found.append({path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in checkpoint.rglob("*")})
+    assert found[0] == found[1] and found[0]
+    train("train_prior", run)
+    assert_same_run(run, whole["train_prior"])
+
+
 def test_what_killed_processes_left_is_deleted(tmp_path, train, whole, monkeypatch):
     """Half of a checkpoint, a snapshot, a picture, a file; and nothing else."""
     run = tmp_path / "run"
@@ -167,7 +200,8 @@ def test_what_killed_processes_left_is_deleted(tmp_path, train, whole, monkeypat
         on_call(patch, Trainer, "take_step", 7, signal.SIGTERM)
         train("train_tokenizer", run)
     folders = ("state/.tmp-step-00000009-0123abcd", ".tmp-tokenizer-0123abcd", ".del-tokenizer-0123abcd")
-    files = (".tmp-metrics.jsonl-0123abcd", "previews/.tmp-codebook-00000006.png-0123abcd.png")
+    targets = ("metrics.jsonl", "config.json", "trackers.json", "bad_images.jsonl", "previews/codebook-00000006.png")
+    files = [half_written(tmp_path / "other" / name).relative_to(tmp_path / "other").as_posix() for name in targets]
     for name in (*folders, *(f"{folder}.mine" for folder in folders)):
         (run / name).mkdir()
         (run / name / "config.json").write_text("{}")

@@ -81,6 +81,15 @@ def test_pictures_are_lossless(tmp_path, channels):
     tracker.close()
 
 
+def test_a_picture_that_is_drawn_again_after_a_crash_replaces_the_first(tmp_path, capsys):
+    for shade in (10, 20):
+        tracker = open_tracker(tmp_path, resume_step=1)
+        tracker.images(12, {"a": np.full_like(PICTURE, shade)})
+        tracker.close()
+    assert (np.asarray(Image.open(tmp_path / "previews" / "a-00000012.png")) == 20).all()
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_no_step_stands_twice_after_crashes_and_resumes(tmp_path):
     """A state every 5 steps, a crash at any step with a torn last line, five times over."""
     state = 0
@@ -148,7 +157,7 @@ def test_lines_that_a_full_disk_does_not_take_are_written_later(tmp_path, capsys
 
 
 def test_a_full_disk_costs_a_picture_and_a_line(tmp_path, monkeypatch, capsys):
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     tracker = open_tracker(tmp_path)
