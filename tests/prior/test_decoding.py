@@ -126,6 +126,7 @@ def test_an_error_of_the_caller_ends_sampling_and_the_next_call_is_whole(path):
 @pytest.mark.parametrize("precision", [False, True])
 def test_a_prior_is_in_eval_mode_while_it_is_sampled_and_then_as_it_was(precision):
     """Each of its modules: a part may be trained alone. In full precision, however the caller is."""
+    torch.backends.cuda.enable_cudnn_sdp(True)  # which threads of another test may have left off
     model = make_prior("gpt").train()
     model.layers[0].eval()
     before = [module.training for module in model.modules()]

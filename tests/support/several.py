@@ -74,6 +74,7 @@ class Several:
             thread.start()
         for thread in threads:
             thread.join()
+        torch.backends.cuda.enable_cudnn_sdp(True)  # sampling turns it off meanwhile, and threads share the switch
         echoes = (threading.BrokenBarrierError, ReportedElsewhere, ProcessFailed)
         real = [error for error in errors if not isinstance(error, echoes)]
         for error in [*real, *errors][:1]:
