@@ -27,9 +27,17 @@ def split_lists(cls: type[Settings], data: Data, *, at_top: bool = True) -> Data
         elif isinstance(value, CommaText):
             value = str(value) if field is None else list_or_text(field, value)
             found[name] = at_home(value) if at_top else value
+        elif isinstance(value, str) and field is not None and takes_lists_alone(field):
+            found[name] = [value]
         else:
             found[name] = as_plain_text(value)
     return found
+
+
+def takes_lists_alone(field: FieldInfo) -> bool:
+    """Return whether a field takes a list, or null, and nothing else: one word is then a list of one."""
+    hints = [hint for hint in type_options(field.annotation) if hint is not type(None)]
+    return bool(hints) and all(get_origin(hint) in (list, tuple) for hint in hints)
 
 
 def list_or_text(field: FieldInfo, text: CommaText) -> Any:

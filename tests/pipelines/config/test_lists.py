@@ -46,7 +46,9 @@ def read(*argv: str, cls: type[Config] = Whole) -> Any:
         ("side", "32, 96"),
         ("inner.betas", "0.8,1e-1"),
         ("inner.names", "a,c"),
+        ("inner.names", "c"),
         ("paths", "~/a,b"),
+        ("paths", "~/a"),
     ],
 )
 def test_a_list_needs_no_brackets(key: str, plain: str) -> None:
