@@ -99,8 +99,8 @@ def test_growth_is_told_by_the_median_of_all_pairs():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "argv",
-    [["what=run", "steps=1200", "every=40", "only=tokenizer,prior"], ["what=pipeline", "minutes=4"], ["what=threads"]],
-    ids=["run", "pipeline", "threads"],
+    [["what=run", "steps=1200", "every=40", "only=tokenizer,prior"], ["what=pipeline", "minutes=4"]],
+    ids=["run", "pipeline"],
 )
 def test_nothing_grows_in_a_while(argv, tmp_path):
     """The campaign, shorter; it ends with 1 where something is not as promised."""
