@@ -34,7 +34,7 @@ from .images.origin import is_local
 from .job import JOB, OtherJobError, begin_job, read_job, require_begun, work_folder
 from .prefetch import pin_memory, prefetch, to_device_async
 from .processes.launch import build_accelerator, group_of, leave_after_refusal
-from .stages.provenance import TokenizerFolder, read_with, tokenizer_defaults, tokenizer_folder
+from .provenance import TokenizerFolder, read_with, tokenizer_defaults, tokenizer_folder
 from .tokens import Meta
 from .tokens.meta import META, TOKENS, read_meta, verify_files, write_meta
 from .tokens.shards import cut_shards, shard_names, write_shard

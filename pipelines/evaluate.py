@@ -41,9 +41,8 @@ from .metrics.report import report
 from .metrics.samples import Samples
 from .processes.group import ALONE, ProcessGroup
 from .processes.launch import join_group
-from .stages.index import PipelineFolder
-from .stages.provenance import defaults, trained_data
-from .stages.storing import save_again
+from .provenance import defaults, trained_data
+from .saving import PipelineFolder, save_again
 from .tokens import TokenSplit
 from .tokens.shards import smallest_type
 

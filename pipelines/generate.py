@@ -31,7 +31,7 @@ from .images.pictures import SUFFIXES, png_bytes, write_picture
 from .job import JOB, OtherJobError, begin_job, read_job, require_begun, work_folder
 from .processes.group import ProcessGroup
 from .processes.launch import join_group
-from .stages.index import PipelineFolder
+from .saving import PipelineFolder
 from .stages.requests import Request
 from .stages.sampling import settings_in
 

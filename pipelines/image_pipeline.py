@@ -17,6 +17,7 @@ from prior.orders import select_order
 from prior.sampling import Order
 from tokenizer.base import LikelihoodError
 
+from . import completion, representation
 from .anomaly import calibrating, healing, scores
 from .compression.coding import compress, decompress, exact_pixels
 from .compression.header import DEFAULT_LIMITS, Limits
@@ -24,7 +25,7 @@ from .images.grids import class_grid
 from .images.origin import shareable
 from .images.pictures import check_output_type, convert_images
 from .processes.group import ALONE, ProcessGroup
-from .stages import Label, Stages, completion, representation, sampling
+from .stages import Label, Stages, sampling
 from .stages.watching import serialized
 
 SAMPLED = 80  # images of a sample picture

@@ -24,10 +24,9 @@ from .config.importing import as_asked
 from .image_pipeline import ImagePipeline
 from .metrics.likelihood import bits_per_token, rows_evaluated
 from .processes.group import ALONE, ProcessGroup
+from .saving import INDEX, PIPELINE, located
 from .shuffling import DROPOUT, OTHER, by_row, other_labels, perturbed, samples_of
-from .stages.index import INDEX, PIPELINE
-from .stages.shipped import located
-from .stages.starting import model_of, start_from
+from .starting import model_of, start_from
 from .tokens import TokenDataset, TokenSplit, load_tokens
 from .training.schedule import TrainConfig
 from .training.sharding import is_sharding

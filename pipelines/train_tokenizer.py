@@ -30,7 +30,7 @@ from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual, weights_file
 from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
 from .processes.group import ALONE, ProcessGroup
-from .stages.provenance import data_of, file_of, save_tokenizer, tokenizer_folder
+from .provenance import data_of, file_of, save_tokenizer, tokenizer_folder
 from .training.adversary import Adversary, CriticConfig, make_adversary
 from .training.losses import LossConfig, loss_weights_of
 from .training.optimizers import hidden_matrices

@@ -102,7 +102,7 @@ def measure(folder: Path) -> Node:
 
     from pipelines.images import DataConfig, load_images
     from pipelines.metrics.reconstruction import evaluate_reconstruction
-    from pipelines.stages.provenance import data_beside
+    from pipelines.provenance import data_beside
     from tokenizer import Tokenizer
     from tokenizer.model import PROVENANCE
 

@@ -71,7 +71,7 @@ def mean(parts: list[Any]) -> Any:
 def held_out(folder: Path) -> Any:
     """The images that the tokenizer of a contender was not trained on."""
     from pipelines.images import DataConfig, load_images
-    from pipelines.stages.provenance import data_beside
+    from pipelines.provenance import data_beside
     from tokenizer.model import PROVENANCE
 
     data = data_beside(folder / "run" / "tokenizer" / PROVENANCE)

@@ -85,7 +85,7 @@ def contend(name: str, seed: int, options: SimpleNamespace, judges: list[Judge])
     from pipelines import ImagePipeline
     from pipelines.evaluate import encode_all
     from pipelines.metrics.likelihood import bits_per_token
-    from pipelines.stages.provenance import defaults
+    from pipelines.provenance import defaults
 
     out, swap = Path(options.out).absolute(), name if name in SWAPS else "none"
     kept, folder = out / "figures" / f"{name}-{seed}.json", out / swap / f"seed{seed}"

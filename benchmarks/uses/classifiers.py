@@ -87,7 +87,7 @@ def main() -> None:
     from pipelines.evaluate import in_bytes
     from pipelines.images import DataConfig, load_images
     from pipelines.metrics.frechet import frechet_distance
-    from pipelines.stages.provenance import defaults
+    from pipelines.provenance import defaults
 
     pipe = ImagePipeline.from_pretrained(options.pipeline)
     if not pipe.labels:

@@ -89,7 +89,7 @@ def draw(pair: Pair, folder: Path, picture: Path, choices: Choices) -> Node:
     """Draw the picture; returns what the page says of it, with the figures of `smalti evaluate`."""
     from pipelines import ImagePipeline
     from pipelines.images import DataConfig, load_images
-    from pipelines.stages.provenance import defaults
+    from pipelines.provenance import defaults
 
     prior = folder / "prior"
     pipe = ImagePipeline.from_pretrained(prior / "pipeline")

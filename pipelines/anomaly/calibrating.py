@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..images.pictures import convert_images
-from ..stages.calibration import LEVELS, MOST_IMAGES, Calibration, digests_of
-from ..stages.conformal import Floats, kept, least_scores, threshold
-from ..stages.distances import Gaussian, Neighbours, rounded
 from ..stages.watching import serialized
+from .calibration import LEVELS, MOST_IMAGES, Calibration, digests_of
+from .conformal import Floats, kept, least_scores, threshold
+from .distances import Gaussian, Neighbours, rounded
 from .image_statistics import measure
 from .scores import (
     Fitted,

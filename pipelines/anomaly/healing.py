@@ -18,8 +18,8 @@ from prior.sampling import check_count, whole_number
 from tokenizer import Tokenizer
 from tokenizer.base import in_finest
 
-from ..stages.calibration import LEVELS, Calibration, CalibrationError
 from ..stages.watching import serialized
+from .calibration import LEVELS, Calibration, CalibrationError
 
 if TYPE_CHECKING:
     from ..stages import Label, Stages

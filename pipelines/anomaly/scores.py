@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ..images.pictures import convert_images, level_of_user
-from ..stages.calibration import Calibration, CalibrationError
-from ..stages.conformal import Floats, p_values_of
-from ..stages.distances import Gaussian, Neighbours
 from ..stages.watching import serialized
+from .calibration import Calibration, CalibrationError
+from .conformal import Floats, p_values_of
+from .distances import Gaussian, Neighbours
 from .image_statistics import statistics
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..stages.conformal import Floats
+from .conformal import Floats
 
 NORMAL_975 = 1.959964
 """The 97.5 % quantile of a normal distribution."""

@@ -21,7 +21,7 @@ from tokenizer.files import HUB_ID, atomic_folder, write_manifest
 from ..hub import push_folder
 from ..image_pipeline import ImagePipeline
 from ..images.origin import shareable
-from ..stages.storing import variant_of
+from ..saving import variant_of
 from .served import Served
 
 PACKAGES = ("tokenizer", "prior", "pipelines")

@@ -20,8 +20,8 @@ from ..generate import GenerateConfig
 from ..hub import PushError, require_reachable
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images
-from ..stages.index import PipelineFolder
-from ..stages.provenance import defaults
+from ..provenance import defaults
+from ..saving import PipelineFolder
 
 if TYPE_CHECKING:
     from ..app.served import Served

@@ -12,6 +12,7 @@ from pydantic import Field
 from tokenizer.files import require_replaceable
 
 from ..anomaly.calibrating import calibrate, check_promise
+from ..anomaly.calibration import Calibration
 from ..anomaly.scores import METHODS, NEEDS
 from ..config import Config, Of, UserError, Within, choose_device, run_command
 from ..config.table import table
@@ -19,10 +20,8 @@ from ..files import lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import DataConfig, check_shape, load_images
 from ..images.unseen import require_unseen
-from ..stages.calibration import Calibration
-from ..stages.index import INDEX, PIPELINE, PipelineFolder
-from ..stages.provenance import defaults, trained_data
-from ..stages.storing import save_again
+from ..provenance import defaults, trained_data
+from ..saving import INDEX, PIPELINE, PipelineFolder, save_again
 
 
 class CalibrateConfig(Config):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prior import Prior
 
+from ..completion import ConditionError, complete, conditional_log_prob, make_mask, sees_all_known
 from ..config import Of, OutputConfig, UserError, choose_device, run_command
 from ..config.table import table
 from ..files import Output, lock_output
@@ -23,9 +24,8 @@ from ..images.decoding import flatten, open_image, try_decode
 from ..images.folder import find_images
 from ..images.pictures import SUFFIXES, grid_picture, write_picture
 from ..images.unseen import require_unseen
-from ..stages.completion import ConditionError, complete, conditional_log_prob, make_mask, sees_all_known
-from ..stages.index import PipelineFolder
-from ..stages.provenance import defaults, trained_data
+from ..provenance import defaults, trained_data
+from ..saving import PipelineFolder
 from ..stages.sampling import settings_in
 
 TINTS = ((0.15, 0.35, 0.65), (-0.2, 0.0, 0.35))  # of the hatching, RGB in [-1, 1]: no grey image has them

@@ -27,7 +27,7 @@ from ..image_pipeline import ImagePipeline
 from ..images import to_float
 from ..images.decoding import open_image
 from ..images.folder import find_images, is_image_name
-from ..stages.index import PipelineFolder
+from ..saving import PipelineFolder
 
 
 class CompressConfig(OutputConfig):

@@ -21,7 +21,7 @@ from ..config import Config, UserError, choose_device, run_command
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images.pictures import convert_images
-from ..stages.index import PipelineFolder
+from ..saving import PipelineFolder
 
 IN_MEMORY = 256 << 20
 """Bytes of a stream that is read as a whole; a larger one is mapped, and who reads it while it is cut is ended."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokenizer.files import one_line, write_json
 
+from ..anomaly.calibration import Calibration, CalibrationError
 from ..anomaly.healing import anomaly_map, heal
 from ..anomaly.image_statistics import statistics
 from ..anomaly.scores import p_value_of, score_of
@@ -29,9 +30,8 @@ from ..images.decoding import Rows, decode_all
 from ..images.origin import place_of
 from ..images.pictures import grid_picture, write_picture
 from ..images.unseen import require_unseen
-from ..stages.calibration import Calibration, CalibrationError
-from ..stages.index import PipelineFolder
-from ..stages.provenance import defaults, trained_data
+from ..provenance import defaults, trained_data
+from ..saving import PipelineFolder
 
 
 class DetectConfig(OutputConfig):

@@ -19,7 +19,7 @@ from ..files import Output, lock_output
 from ..images import to_float
 from ..images.decoding import open_image, pixels_of
 from ..images.folder import find_images
-from ..stages.provenance import TokenizerFolder, read_with, tokenizer_folder
+from ..provenance import TokenizerFolder, read_with, tokenizer_folder
 
 MOST = 32  # given images on which it is checked
 

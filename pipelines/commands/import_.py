@@ -24,7 +24,7 @@ from ..config import Config, UserError, run_command
 from ..config.table import table
 from ..files import Output
 from ..images.dataset import Side
-from ..stages.provenance import save_tokenizer
+from ..provenance import save_tokenizer
 
 PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 TORCHSCRIPT = ".jit"

@@ -24,7 +24,7 @@ from ..metrics.inspection import Findings, examine
 from ..metrics.pages import mosaic, page
 from ..metrics.reconstruction import drafts
 from ..metrics.texture import texture_line
-from ..stages.provenance import TokenizerFolder, data_of, read_with, tokenizer_defaults, tokenizer_folder, trained_data
+from ..provenance import TokenizerFolder, data_of, read_with, tokenizer_defaults, tokenizer_folder, trained_data
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

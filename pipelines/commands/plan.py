@@ -45,7 +45,7 @@ from ..planning.machine import machine_of, precision_of
 from ..planning.page import page_of
 from ..planning.paper import on_meta
 from ..planning.pauses import FORWARD, Looks
-from ..stages.provenance import tokenizer_folder
+from ..provenance import tokenizer_folder
 from ..tokens.shards import bytes_per_row
 from ..train_prior import TrainPriorConfig
 from ..train_prior import defaults as of_pipeline

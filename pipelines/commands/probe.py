@@ -27,10 +27,10 @@ from ..images import DataConfig, ImageDataset, check_shape, load_images
 from ..images.pictures import write_picture
 from ..images.unseen import require_unseen
 from ..metrics.charts import BLUE, INK, Pixels, render
+from ..provenance import defaults, trained_data
+from ..representation import choose_layer, embed, embed_layers
+from ..saving import PipelineFolder
 from ..shuffling import random_rows
-from ..stages.index import PipelineFolder
-from ..stages.provenance import defaults, trained_data
-from ..stages.representation import choose_layer, embed, embed_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

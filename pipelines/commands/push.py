@@ -14,9 +14,8 @@ from tokenizer.files import HUB_ID
 from ..config import Config, UserError, Within, run_command
 from ..hub import PushError, require_reachable
 from ..image_pipeline import ImagePipeline
-from ..stages.index import INDEX
-from ..stages.metadata import HUB_LICENCE
-from ..stages.storing import as_stored, variant_of
+from ..metadata import HUB_LICENCE
+from ..saving import INDEX, as_stored, variant_of
 from ..tokens import load_tokens
 from ..tokens.meta import META
 

@@ -16,7 +16,7 @@ from ..images.pictures import SUFFIXES, write_picture
 from ..images.unseen import require_unseen
 from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
 from ..metrics.texture import texture_line
-from ..stages.provenance import TokenizerFolder, data_of, read_with, tokenizer_defaults, tokenizer_folder, trained_data
+from ..provenance import TokenizerFolder, data_of, read_with, tokenizer_defaults, tokenizer_folder, trained_data
 
 
 class ReconstructConfig(OutputConfig):

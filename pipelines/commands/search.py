@@ -22,10 +22,10 @@ from ..images.decoding import try_decode
 from ..images.folder import find_images
 from ..images.pictures import SUFFIXES, grid_picture, write_picture
 from ..images.unseen import require_unseen
+from ..provenance import defaults, trained_data
+from ..representation import choose_layer, choose_pool, embed, nearest_neighbours
+from ..saving import PipelineFolder
 from ..shuffling import random_rows
-from ..stages.index import PipelineFolder
-from ..stages.provenance import defaults, trained_data
-from ..stages.representation import choose_layer, choose_pool, embed, nearest_neighbours
 
 
 class SearchConfig(OutputConfig):

@@ -18,6 +18,7 @@ from torch import Tensor
 from prior.sampling import SamplingOptions
 from tokenizer.files import PathError, require_replaceable, write_json
 
+from ..card import OF_SAMPLES
 from ..config import Of, OutputConfig, UserError, run_command
 from ..evaluate import KNOWN, check_classes, draw_samples, wanted_labels
 from ..files import Output, lock_output
@@ -33,10 +34,8 @@ from ..metrics.tuning import FINAL_TIMES, HEAD, RULE, UNITS, Scores, Search, Tri
 from ..metrics.tuning_chart import picture
 from ..processes.group import ProcessGroup
 from ..processes.launch import join_group
-from ..stages.card import OF_SAMPLES
-from ..stages.index import PIPELINE, PipelineFolder
-from ..stages.provenance import defaults, trained_data
-from ..stages.storing import save_again
+from ..provenance import defaults, trained_data
+from ..saving import PIPELINE, PipelineFolder, save_again
 
 RESULTS = ("tuning.json", "tuning.png")
 LEAST_VALIDATION, FEW_VALIDATION = 30, 300

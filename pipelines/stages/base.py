@@ -17,12 +17,11 @@ from prior.sampling import check_count
 from tokenizer import Tokenizer
 from tokenizer.files import ConfigError, IntegrityError
 
+from .. import saving
+from ..anomaly.calibration import Calibration
 from ..images.pictures import as_batch, convert_images, to_images, warn_if_unit
-from . import storing
-from .calibration import Calibration
+from ..saving import BACKGROUND, FILES, INDEX, check_labels, make_sampler, resolve_pipeline
 from .compiled import unwrapped
-from .index import BACKGROUND, FILES, INDEX, check_labels, make_sampler
-from .shipped import resolve_pipeline
 from .watching import Interruptible, progress_of_long, serialized
 
 Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray]
@@ -77,21 +76,21 @@ class Stages(Interruptible):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Stage one. Another may be put in its place (see `storing.instead`), also one that `torch.compile` wrapped."""
+        """Stage one. Another may be put in its place (see `saving.instead`), also one that `torch.compile` wrapped."""
         return self._tokenizer
 
     @tokenizer.setter
     def tokenizer(self, model: Tokenizer) -> None:
-        self._tokenizer = storing.instead(self, "_tokenizer", unwrapped(model, Tokenizer, "tokenizer"))
+        self._tokenizer = saving.instead(self, "_tokenizer", unwrapped(model, Tokenizer, "tokenizer"))
 
     @property
     def prior(self) -> Prior:
-        """Stage two. Another may be put in its place (see `storing.instead`), also one that `torch.compile` wrapped."""
+        """Stage two. Another may be put in its place (see `saving.instead`), also one that `torch.compile` wrapped."""
         return self._prior
 
     @prior.setter
     def prior(self, model: Prior) -> None:
-        self._prior = storing.instead(self, "_prior", unwrapped(model, Prior, "prior"))
+        self._prior = saving.instead(self, "_prior", unwrapped(model, Prior, "prior"))
 
     @property
     def components(self) -> dict[str, Any]:
@@ -182,7 +181,7 @@ class Stages(Interruptible):
         replaced by one that does not fit the other.
         """
         self.sample_grid = self.sample_grid if sample_grid is None else sample_grid
-        storing.save(self, folder, variant)
+        saving.save(self, folder, variant)
 
     @classmethod
     def from_pretrained(
@@ -198,7 +197,7 @@ class Stages(Interruptible):
         local_files_only: bool = False,
         force_download: bool = False,
         variant: str | None = None,
-        dtype: storing.Dtypes = None,
+        dtype: saving.Dtypes = None,
         device: str | torch.device | None = None,
         verify: bool = True,
     ) -> S:
@@ -212,12 +211,12 @@ class Stages(Interruptible):
         `{"tokenizer": torch.float32, "default": torch.bfloat16}`; "auto" is what the file holds, None is float32.
         force_download: fetch again what is in the cache. verify: compare the sha256 of every file with the manifest.
         """
-        parts = storing.given_parts(tokenizer=tokenizer, prior=prior, background=background)
+        parts = saving.given_parts(tokenizer=tokenizer, prior=prior, background=background)
         options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         names = [name for name in FILES if name.split("/")[0] not in parts]
         folder = resolve_pipeline(source, names, force_download=force_download, **options)
-        pipeline: S = storing.read(cls, folder, parts, variant, verify)
-        storing.convert(pipeline, parts, dtype)
+        pipeline: S = saving.read(cls, folder, parts, variant, verify)
+        saving.convert(pipeline, parts, dtype)
         return pipeline.to(device=device)
 
     @serialized

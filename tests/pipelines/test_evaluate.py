@@ -16,9 +16,9 @@ from small_pipelines import make_pipeline
 from pipelines import ImagePipeline
 from pipelines import evaluate as evaluation
 from pipelines.__main__ import main
+from pipelines.card import COUNTS, FIGURES
 from pipelines.images import load_images
 from pipelines.metrics.quality import LEAST, shuffled
-from pipelines.stages.card import COUNTS, FIGURES
 from prior import Prior
 
 KEYS = {

@@ -9,7 +9,7 @@ from costs import all_steps, flops
 from frequencies import as_frequent
 from small import PARTITIONS, draw_tokens, generators, make_prior
 
-from pipelines.stages.completion import region_log_prob
+from pipelines.completion import region_log_prob
 from prior.orders import Partition, block_numbers, blocks_after_known, make_partition
 
 every_partition = pytest.mark.parametrize("order", PARTITIONS)

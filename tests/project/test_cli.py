@@ -30,7 +30,7 @@ from small_pipelines import make_pipeline
 from pipelines import ImagePipeline
 from pipelines.__main__ import main, module_of, verbs
 from pipelines.config import Config
-from pipelines.stages.provenance import tokenizer_folder
+from pipelines.provenance import tokenizer_folder
 from pipelines.tokens import TokenDataset, TokenSplit
 from pipelines.tokens.shards import smallest_type
 

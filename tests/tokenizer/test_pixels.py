@@ -20,7 +20,7 @@ from pipelines import ImagePipeline, encode
 from pipelines.config import UserError
 from pipelines.config.command import parse
 from pipelines.images import DataConfig, load_images, to_float, to_uint8
-from pipelines.stages.provenance import tokenizer_defaults
+from pipelines.provenance import tokenizer_defaults
 from tokenizer import Tokenizer
 from tokenizer.files import ConfigError
 from tokenizer.losses import psnr

@@ -7,8 +7,8 @@ from typing import Any
 
 import gradio as gr
 
+from ...anomaly.calibration import Calibration
 from ...anomaly.scores import METHODS
-from ...stages.calibration import Calibration
 from ..elements import MEDIUM, pictures, shown
 from ..jobs import Job
 from ..served import Served, as_floats, as_pixels

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...images.dataset import ImageDataset
+from ...representation import embed, nearest_neighbours
 from ...shuffling import random_rows
-from ...stages.representation import embed, nearest_neighbours
 from ..elements import pictures, shown
 from ..jobs import Job
 from ..served import Served, as_floats, as_pixels

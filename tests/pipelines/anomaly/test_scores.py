@@ -17,9 +17,9 @@ from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate
+from pipelines.anomaly.calibration import Calibration, CalibrationError
 from pipelines.anomaly.image_statistics import codec_bits, statistics
 from pipelines.anomaly.scores import METHODS, anomaly_score, score_of
-from pipelines.stages.calibration import Calibration, CalibrationError
 
 
 def auroc(pipe, normal, anomalous, method="joint"):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from optional import Late, needs_gradio
 
+from pipelines.anomaly.calibration import CalibrationError
 from pipelines.config import UserError
-from pipelines.stages.calibration import CalibrationError
 from tokenizer.files import PathError
 
 gr, page = Late("gradio"), Late("pipelines.app.jobs")

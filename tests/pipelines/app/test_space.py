@@ -24,7 +24,7 @@ from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
-from pipelines.stages.storing import variant_of
+from pipelines.saving import variant_of
 from tokenizer.files import hash_file, write_json
 
 pytestmark = needs_gradio

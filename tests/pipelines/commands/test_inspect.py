@@ -24,8 +24,8 @@ from pipelines.images import DataConfig, load_images
 from pipelines.metrics import charts, pages
 from pipelines.metrics.inspection import PLACES, Surroundings, alone, examine, middle
 from pipelines.metrics.reconstruction import drafts, evaluate_reconstruction, reconstruction_picture
-from pipelines.stages.index import INDEX
-from pipelines.stages.provenance import tokenizer_defaults
+from pipelines.provenance import tokenizer_defaults
+from pipelines.saving import INDEX
 from tokenizer.files import write_json
 from tokenizer.losses import psnr
 from tokenizer.model import PROVENANCE

@@ -22,10 +22,10 @@ from small import make_prior, make_tokenizer
 
 from pipelines import ImagePipeline, hub
 from pipelines.__main__ import main
+from pipelines.card import model_card
 from pipelines.commands import push
 from pipelines.hub import PushError
 from pipelines.images.origin import LOCAL, is_local, public_source, shareable
-from pipelines.stages.card import model_card
 from pipelines.tokens import TokenDataset, load_tokens, shards
 
 SECRET, HOME = "hf_open_sesame", "/home/me/photos of people"

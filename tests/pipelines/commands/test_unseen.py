@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
-from pipelines.stages.provenance import save_tokenizer
+from pipelines.provenance import save_tokenizer
 
 OF_PIPELINES = ["evaluate", "calibrate", "detect", "search", "probe", "complete"]
 OF_TOKENIZERS = ["reconstruct", "inspect"]

@@ -8,7 +8,7 @@ from givens.image_folders import config, write_folder
 
 from pipelines.config import UserError
 from pipelines.images import load_images
-from pipelines.stages.index import check_labels
+from pipelines.saving import check_labels
 from pipelines.tokens.meta import check_printable
 
 ASTRONAUT = "\U0001f469\u200d\U0001f680"  # two emoji and a joiner, which is not printable by itself

@@ -14,8 +14,8 @@ from safetensors import safe_open
 
 from pipelines import ImagePipeline, train_prior
 from pipelines.__main__ import main as smalti
-from pipelines.stages.provenance import tokenizer_folder
-from pipelines.stages.shipped import HERE, located, shipped
+from pipelines.provenance import tokenizer_folder
+from pipelines.saving import HERE, located, shipped
 from tokenizer.files import PathError
 
 MOST_BYTES = 3_000_000

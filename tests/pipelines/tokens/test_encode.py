@@ -26,7 +26,7 @@ from pipelines.config import UserError
 from pipelines.encode import EncodeConfig, run
 from pipelines.images import load_images, tables
 from pipelines.job import work_folder
-from pipelines.stages.provenance import data_beside
+from pipelines.provenance import data_beside
 from pipelines.tokens import load_tokens
 from pipelines.tokens.meta import META
 from tokenizer import Tokenizer

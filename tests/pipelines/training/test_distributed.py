@@ -47,7 +47,7 @@ from pipelines.config import UserError
 from pipelines.config.command import parse
 from pipelines.metrics.likelihood import bits_per_token
 from pipelines.processes.launch import TWO_PROCESSES, build_accelerator
-from pipelines.stages.provenance import tokenizer_defaults
+from pipelines.provenance import tokenizer_defaults
 from pipelines.tokens import load_tokens
 from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask

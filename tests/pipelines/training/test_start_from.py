@@ -10,12 +10,11 @@ import torch
 from launch import COMMON, VQVAE, arguments, assert_equal_tensors, dotted, metrics, tensors, train_tokenizer
 from one_process import one_process
 
-from pipelines import encode
+from pipelines import encode, provenance
 from pipelines import train_tokenizer as verb
 from pipelines.config import UserError
 from pipelines.config.command import parse
-from pipelines.stages import provenance
-from pipelines.stages.provenance import tokenizer_defaults
+from pipelines.provenance import tokenizer_defaults
 from tokenizer import Tokenizer
 from tokenizer.files import ConfigError, PathError
 

@@ -15,7 +15,7 @@ from small_pipelines import make_pipeline
 from trust.soaking import Soak, watching_steps
 
 from pipelines import ImagePipeline, Interrupted
-from pipelines.stages.representation import nearest_neighbours
+from pipelines.representation import nearest_neighbours
 
 RUNS = ("tokenizer", "prior", "files", "pair")
 """Stage one and stage two in one process; stage one with images that are decoded from files when they are needed, and a

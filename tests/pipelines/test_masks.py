@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from small_pipelines import as_pil, make_pipeline, pixels_for
 
-from pipelines.stages.masks import hidden_pixels, known_pixels
+from pipelines.masks import hidden_pixels, known_pixels
 
 HEIGHT, WIDTH = 8, 12
 

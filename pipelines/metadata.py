@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prior import Prior
 from tokenizer import Tokenizer
 
-from ..images.origin import describe_for_card
+from .images.origin import describe_for_card
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from pipelines.anomaly.conformal import allowed_above, kept, least_scores, p_values_of, threshold
 from pipelines.anomaly.separation import benjamini_hochberg
-from pipelines.stages.conformal import allowed_above, kept, least_scores, p_values_of, threshold
 
 
 @pytest.mark.parametrize("scale", [(0, 1), (1_234_567.8, 3), (0, 1e-9), (-5e8, 2e4)], ids=str)

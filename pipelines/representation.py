@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..images.pictures import as_batch, to_images
-from .base import Stages
-from .watching import serialized
+from .images.pictures import as_batch, to_images
+from .stages.base import Stages
+from .stages.watching import serialized
 
 POOLS = {
     "prior": ("mean", "flatten", "last"),

@@ -8,7 +8,7 @@ from typing import Any
 from prior import Prior
 from tokenizer import Tokenizer
 
-from ..images.origin import describe_for_card, shareable
+from .images.origin import describe_for_card, shareable
 from .metadata import card_data, run_links
 
 FIGURES = {

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipelines.stages.distances import Gaussian, Neighbours
+from pipelines.anomaly.distances import Gaussian, Neighbours
 
 
 def test_a_gaussian_measures_distances_in_its_own_deviations():

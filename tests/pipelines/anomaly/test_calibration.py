@@ -13,9 +13,9 @@ import torch
 from givens.stripes import constant, stripes, uniform
 
 from pipelines import ImagePipeline
+from pipelines.anomaly.calibration import Calibration
+from pipelines.anomaly.distances import Neighbours, rounded
 from pipelines.anomaly.scores import METHODS, anomaly_score
-from pipelines.stages.calibration import Calibration
-from pipelines.stages.distances import Neighbours, rounded
 from tokenizer.files import FormatError
 
 

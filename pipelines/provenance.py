@@ -11,11 +11,10 @@ from tokenizer import Tokenizer
 from tokenizer.files import FormatError, atomic_folder, quote, read_json, write_json
 from tokenizer.model import CONFIG, PROVENANCE
 
-from ..config import Within
-from ..images import DataConfig
-from ..images.hub import fetched
-from .index import INDEX
-from .shipped import located
+from .config import Within
+from .images import DataConfig
+from .images.hub import fetched
+from .saving import INDEX, located
 
 IN_RUN = Within("tokenizer", CONFIG)
 TokenizerFolder = Annotated[str, IN_RUN]

@@ -11,9 +11,9 @@ from prior import Prior
 from tokenizer.files import PipelineLoadError, read_json
 from tokenizer.model import CONFIG
 
-from ..config import UserError
-from .base import Stages
+from .config import UserError
 from .provenance import file_of
+from .stages.base import Stages
 
 FREE = ("dropout", "attention_dropout", "label_smoothing", "anneal", "random_share")
 """Settings of priors that say how they are trained, and not what they are."""

@@ -21,7 +21,7 @@ from small_pipelines import make_pipeline, pixels_for
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.commands.probe import bar_chart, probe, with_random_prior
-from pipelines.stages.representation import POOLS, embed, embed_layers, layer_names, nearest_neighbours
+from pipelines.representation import POOLS, embed, embed_layers, layer_names, nearest_neighbours
 from prior.made import MADE
 
 LAYERED = [name for name in PRIORS if name != "marginal"]

@@ -21,7 +21,7 @@ from small import TOKENIZERS, make_prior
 from small_pipelines import LABELS, PROVENANCE, make_pipeline, pixels_for
 
 from pipelines import ConfigError, FormatError, ImagePipeline, IntegrityError, PathError
-from pipelines.stages import storing
+from pipelines import saving as storing
 from pipelines.tokens import load_tokens
 from prior import Prior
 from prior.sampling import progress_bar

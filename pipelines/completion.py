@@ -24,13 +24,13 @@ from prior.orders import select_order
 from prior.sampling import Order, check_count, check_known
 from tokenizer.base import in_finest
 
-from ..images.pictures import check_output_type, convert_images
-from .base import Images, Label, Stages
+from .images.pictures import check_output_type, convert_images
 from .masks import Known, Mask, known_pixels
-from .output import PipelineOutput
-from .sampling import LATENT, sample
-from .synonyms import IN_A_COMPLETION, named
-from .watching import serialized
+from .stages.base import Images, Label, Stages
+from .stages.output import PipelineOutput
+from .stages.sampling import LATENT, sample
+from .stages.synonyms import IN_A_COMPLETION, named
+from .stages.watching import serialized
 
 MASKS = ("top", "bottom", "left", "right", "box")
 MASK_SEED = 0  # of scattered masks: the same ones for every seed of the draws, so that these can be compared

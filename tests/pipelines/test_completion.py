@@ -20,7 +20,7 @@ from small_pipelines import every_placed_tokenizer, make_pipeline, pixels_for
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.commands.complete import TINTS, pixel_errors, sheet
-from pipelines.stages.completion import (
+from pipelines.completion import (
     MASKS,
     ConditionError,
     complete,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prior.orders import as_tensor
 
-from ..images.decoding import pixels_of
+from .images.decoding import pixels_of
 
 Known = Tensor | np.ndarray | None
 """bool `(H, W)` or `(B, H, W)`, True = keep this pixel."""
