@@ -1,0 +1,123 @@
+"""Settings that several verbs share, and the images that a user names on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from .config import Config, Of, UserError, choose_device
+from .images import DataConfig
+from .images.decoding import try_decode
+from .images.folder import find_images
+from .provenance import TokenizerFolder
+from .saving import PipelineFolder
+
+if TYPE_CHECKING:
+    from .image_pipeline import ImagePipeline
+
+DEVICE = "cpu, cuda, mps or auto"
+Named = int | str | list[int | str] | None
+"""Image files, folders of images, or indices of a split; or classes, by id or name."""
+
+
+class UsesPipeline(Config):
+    """Base of the verbs that load a pipeline."""
+
+    pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
+    device: str = Field("auto", description=DEVICE)
+
+    def load_pipeline(self) -> ImagePipeline:
+        """The pipeline on its device. Raises `PipelineLoadError`, or `UserError` for a device that is not there."""
+        from .image_pipeline import ImagePipeline
+
+        return ImagePipeline.from_pretrained(self.pipeline, device=choose_device(self.device))
+
+
+class UsesImages(UsesPipeline):
+    """Base of the verbs that load a pipeline and a data set."""
+
+    data: Annotated[DataConfig, Of("pipeline")] = Field(
+        DataConfig(), description="the images; defaults to those the pipeline was trained on"
+    )
+
+
+class UsesTokenizer(Config):
+    """Base of the verbs that load a tokenizer and a data set."""
+
+    tokenizer: TokenizerFolder = Field(
+        description="folder of a tokenizer, a run or a pipeline, or a tokenizer's Hub id"
+    )
+    data: Annotated[DataConfig, Of("tokenizer")] = Field(
+        DataConfig(), description="the images; defaults to those the tokenizer was trained on"
+    )
+    device: str = Field("auto", description=DEVICE)
+
+
+class Sampling(Config):
+    """Base of the verbs that sample. A setting that is not given is the pipeline's own."""
+
+    temperature: float | None = Field(None, ge=0, description="below 1 is safer, 0 is greedy; default: the pipeline's")
+    top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")
+    top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")
+    guidance_scale: float | None = Field(None, ge=0, description="above 1 exaggerates the class")
+    guidance_end: float | None = Field(
+        None, ge=0, description="guidance goes from guidance_scale at the first token to this at the last"
+    )
+    guidance_power: float | None = Field(
+        None, gt=0, description="and does so by a power-cosine: the higher, the later; default: in a straight line"
+    )
+    steps: int | None = Field(
+        None, ge=1, description="decode a masked-token prior in this many passes: quicker, not exact"
+    )
+
+    def sampling_settings(self) -> dict[str, Any]:
+        """The settings of sampling that were given, by name."""
+        return self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
+
+
+def find_image_files(paths: list[str]) -> list[Path]:
+    """The image files among `paths` and in the folders among them, each folder's sorted by name. Raises `UserError` for
+    a path that does not exist and where there is no image at all."""
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"images: there is no file or folder {path}")
+        files += sorted(find_images(path)) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"images: no images in {', '.join(paths)}")
+    return files
+
+
+def read_images(files: list[Path], shape: tuple[int, int, int]) -> Tensor:
+    """Image files, resized and cropped to `shape` (C, H, W), as uint8 `(B, C, H, W)`. Raises `UserError` with a line
+    for each file that cannot be decoded."""
+    decoded = [try_decode(file, shape) for file in files]
+    problems = [
+        f"images: {file}: {pixels}" for file, pixels in zip(files, decoded, strict=True) if isinstance(pixels, str)
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+    return torch.from_numpy(np.stack([pixels for pixels in decoded if not isinstance(pixels, str)]))
+
+
+def split_named(images: Named) -> tuple[list[str], list[int]]:
+    """The paths and the indices of images that a user named, one of the two empty. Raises `UserError` where both are
+    given."""
+    named = [] if images is None else images if isinstance(images, list) else [images]
+    paths, indices = (
+        [part for part in named if isinstance(part, str)],
+        [part for part in named if isinstance(part, int)],
+    )
+    if paths and indices:
+        raise UserError("images: give files and folders, or indices of the held-out split, not both")
+    return paths, indices
+
+
+def spread_evenly(count: int, most: int) -> list[int]:
+    """At most `most` indices below `count`, evenly spread."""
+    return np.linspace(0, count - 1, min(count, most)).astype(np.int64).tolist()
