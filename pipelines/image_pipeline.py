@@ -25,7 +25,8 @@ from .images.grids import class_grid
 from .images.origin import shareable
 from .images.pictures import check_output_type, convert_images
 from .processes.group import ALONE, ProcessGroup
-from .stages import Label, Stages, sampling
+from .stages import sampling
+from .stages.base import Label, Stages
 from .stages.watching import serialized
 
 SAMPLED = 80  # images of a sample picture

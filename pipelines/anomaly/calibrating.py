@@ -29,7 +29,7 @@ from .scores import (
 )
 
 if TYPE_CHECKING:
-    from ..stages import Label, Stages
+    from ..stages.base import Label, Stages
 
 KEPT_SCORES, KEPT_POSITIONS, KEPT_SIDE = 2000, 4096, 64  # what of large calibrations is kept
 KEPT_POINTS = 1000

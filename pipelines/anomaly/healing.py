@@ -22,7 +22,7 @@ from ..stages.watching import serialized
 from .calibration import LEVELS, Calibration, CalibrationError
 
 if TYPE_CHECKING:
-    from ..stages import Label, Stages
+    from ..stages.base import Label, Stages
 
 SHARPNESS = 0.1
 """How fast a restoration's weight falls with its nats: exp(-0.1 per nat)."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..images.pictures import convert_images
 
 if TYPE_CHECKING:
-    from ..stages import Label, Stages
+    from ..stages.base import Label, Stages
 
 MOST_SURPRISING = 0.05
 KEPT_FEATURES = 512

@@ -26,7 +26,7 @@ from .distances import Gaussian, Neighbours
 from .image_statistics import statistics
 
 if TYPE_CHECKING:
-    from ..stages import Label, Stages
+    from ..stages.base import Label, Stages
 
 METHODS = {
     "joint": "neighbours, and by how much the statistics are farther out than in 99 of 100 normal images",

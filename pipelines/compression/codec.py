@@ -30,7 +30,7 @@ from tokenizer.base import finest
 from .header import ModelMismatch, StreamError
 
 if TYPE_CHECKING:
-    from ..stages import Stages
+    from ..stages.base import Stages
 
 VERSION = "smalti codec 1"
 STEPS = 16

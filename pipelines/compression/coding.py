@@ -27,7 +27,7 @@ from .header import DEFAULT_LIMITS, GUARD, RANGE_CODER, Data, Header, Limits, St
 from .streams import Stream, parse, write_stream
 
 if TYPE_CHECKING:
-    from ..stages import Stages
+    from ..stages.base import Stages
 
 CHUNK_IMAGES = 256
 """Most images in a chunk."""
