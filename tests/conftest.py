@@ -1,10 +1,12 @@
 """Shared by all tests: no network, no W&B server, one thread, one seed."""
 
 import gc
+import logging
 import os
 import random
 import signal
 import sys
+import threading
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,11 +22,12 @@ ROOT = Path(__file__).parents[1]
 PATHS = (str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", ""))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PATHS))
 
-import leaks  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import sparse  # noqa: E402
 import torch  # noqa: E402
+
+from tokenizer.model import Registered  # noqa: E402
 
 # A job in the background (or under nohup) is deaf to these, and so would be every process that a test starts and stops.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
@@ -69,33 +72,40 @@ def shared_data() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def names_in_modules() -> leaks.Names:
-    """What modules and classes held when they were last looked at."""
-    return leaks.Names()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def leaves_modules_as_they_were(names_in_modules) -> Iterator[None]:
-    """A file of tests that leaves something replaced or open fails, at its last test, with the name of it."""
-    files = leaks.open_files()
-    yield
-    if found := [*names_in_modules.left(), *leaks.files_left(files)]:
-        pytest.fail(f"this file of tests leaves behind: {'; '.join(found)}", pytrace=False)
-
-
 @pytest.fixture(autouse=True)
-def leaves_nothing() -> Iterator[None]:
-    """Every test starts from the same global seeds; one that leaves something behind fails, with the name of it."""
+def starts_afresh() -> Iterator[None]:
+    """Start each test from the same seeds; restore afterwards what a library may set for the whole process."""
     random.seed(0)
     np.random.seed(0)
     torch.default_generator.manual_seed(0)  # a hundredth of the time of torch.manual_seed, which thinks of every device
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(0)
-    before = leaks.quick()
+    environment, folder, path, argv = dict(os.environ), os.getcwd(), list(sys.path), list(sys.argv)
+    threads, dtype, precision = torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    hooks, level = (sys.excepthook, threading.excepthook), logging.root.level
     yield
-    if found := leaks.left(before):
-        pytest.fail(f"this test leaves behind: {'; '.join(found)}", pytrace=False)
+    if dict(os.environ) != environment:
+        os.environ.clear()
+        os.environ.update(environment)
+    os.chdir(folder)
+    sys.path[:], sys.argv[:] = path, argv
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    sys.excepthook, threading.excepthook = hooks
+    logging.root.setLevel(level)
+    if (state := sys.modules.get("accelerate.state")) is not None and state.AcceleratorState._shared_state:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+    if (plots := sys.modules.get("matplotlib.pyplot")) is not None:
+        plots.close("all")
+    for family in Registered.__subclasses__():  # models that a test has defined
+        for name, member in list(vars(family).get("_members", {}).items()):
+            if not member.__module__.startswith(("tokenizer", "prior", "pipelines")):
+                del family._members[name]
 
 
 @pytest.fixture

@@ -1,1 +1,0 @@
-"""The pairs of presets in the gallery, their pictures, and the page around them."""
