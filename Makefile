@@ -13,14 +13,13 @@ TESTS  := $(VENV)/.dev-$(SUM)
 GPU    := $(VENV)/.gpu-$(SUM)
 SUPPLY := build/supply/.made
 
-.PHONY: demo test slow gpu gallery notebooks docs site check floors matrix lock audit sbom wheel help
+.PHONY: demo test slow gpu notebooks docs site check floors matrix lock audit sbom wheel help
 
 help:
 	@echo "make demo   install, train on digits, generate, evaluate (about 4 minutes on two cores, and the installation)"
 	@echo "make test   install, ruff, mypy, pytest"
 	@echo "make slow   the measurements that take longer"
 	@echo "make gpu    checks and measures on this machine's GPU, and writes the table into docs/results.md"
-	@echo "make gallery trains every pair of presets, and draws docs/gallery.md (hours)"
 	@echo "make docs   these pages, the reference and the notebooks as a site in build/site; a dead link ends it"
 	@echo "make site   the same, served at http://127.0.0.1:8000"
 	@echo "make notebooks executes docs/notebooks, pictures included, into build/notebooks (minutes)"
@@ -83,10 +82,6 @@ gpu: $(GPU)
 	$(BIN)/python -m pytest -m gpu --timeout=900 --timeout-method=thread tests/gpu $(ARGS); checked=$$?; \
 	  $(BIN)/python -m benchmarks.speed.gpu docs=docs/results.md && exit $$checked
 
-# A picture of what each pair of presets gives; it goes on where it was stopped. ARGS="only=digits share=0.1" and others.
-gallery: $(TESTS)
-	$(BIN)/python -m benchmarks.uses.gallery $(ARGS)
-
 # Shows notebooks with their outputs where build/notebooks has them. `make test` builds it, too (tests/project/test_docs.py).
 docs: $(TESTS)
 	$(BIN)/python docs/site/build.py
@@ -95,7 +90,7 @@ docs: $(TESTS)
 site: $(TESTS)
 	$(BIN)/python docs/site/build.py serve=8000 $(ARGS)
 
-# ARGS="only=1,2" executes some. A cell that fails is told, and the others are executed all the same.
+# ARGS="only=1,2" executes some. A cell that fails is reported, and the rest are executed all the same.
 notebooks: $(TESTS)
 	$(BIN)/python docs/notebooks/execute.py $(ARGS)
 

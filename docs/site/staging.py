@@ -35,13 +35,14 @@ NAMES = {
     **TITLES,
     "gallery.md": "Gallery",
     "results.md": "Results",
+    "lab.md": "Laboratory notes",
     "contributing.md": "Contributing",
     "changelog.md": "Changelog",
 }
 PAGES = {
     HOME: "index.md",
     "README.md": "overview.md",
-    **{f"docs/{page}": page for page in [*TITLES, "gallery.md", "results.md"] if page != "overview.md"},
+    **{f"docs/{page}": page for page in [*TITLES, "gallery.md", "results.md", "lab.md"] if page != "overview.md"},
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
 }
@@ -99,4 +100,5 @@ def navigation(notebooks: list[Any]) -> list[Any]:
         *([{"Notebooks": notebooks}] if notebooks else []),
         {"Gallery": "gallery.md"},
         {"Results": "results.md"},
+        {"Laboratory notes": "lab.md"},
     ]
