@@ -9,31 +9,32 @@ import zipfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.lib.format import dtype_to_descr, open_memmap, write_array_header_1_0
 from pydantic import Field
 
-from prior.sampling import DecodingOptions
+from prior.sampling import DecodingOptions, choose_orders, make_batch
 from tokenizer.files import fsync, temporary_name
 
 from .config import OutputConfig, UserError, run_command
 from .config.importing import as_asked
 from .config.terminal import by_clause
 from .files import Output, atomic_file, lock_output, replace_file, require_apart, require_writable
-from .image_pipeline import ImagePipeline
+from .image_pipeline import ImagePipeline, Label
 from .images.grids import class_grid
 from .images.pictures import SUFFIXES, png_bytes, write_picture
 from .job import JOB, OtherJobError, begin_job, read_job, require_begun, work_folder
+from .options import Sampling
 from .processes.group import ProcessGroup
 from .processes.launch import join_group
 from .saving import PipelineFolder
-from .stages.requests import Request
-from .stages.sampling import settings_in
 
 SHEET = "metadata.jsonl"
 """In a folder of images: a line for each one, with its file and the name of its class, as `datasets` reads them."""
@@ -149,18 +150,73 @@ def output_of(config: GenerateConfig) -> Output:
     return Output(config.out, [config.pipeline], config.overwrite)
 
 
+@dataclass(frozen=True)
+class Request:
+    """Images by number, whoever makes them and in which batch: image k is of the class `classes[k % len(classes)]` (of
+    none without classes) and uses seed + k. settings: those of the prior's `Sampling` that are given."""
+
+    pipeline: ImagePipeline
+    classes: Sequence[Label]
+    seed: int
+    decoding: DecodingOptions
+    settings: dict[str, Any]
+
+    def draw(self, numbers: Sequence[int], progress: bool = False) -> np.ndarray:
+        """Images of these numbers, in one batch, uint8 (B, H, W, C). Raises `UserError` for what does not fit the
+        prior."""
+        try:
+            return self.pipeline(
+                len(numbers),
+                [self.classes[k % len(self.classes)] for k in numbers] if self.classes else None,
+                generator=[torch.Generator().manual_seed(self.seed + k) for k in numbers],
+                batch_size=len(numbers),
+                output_type="np",
+                progress=progress,
+                **vars(self.decoding),
+                **self.settings,
+            ).images
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from error
+
+    def describe(self) -> dict[str, Any]:
+        """All that the pixels depend on, except the number of images. Raises `UserError` for what does not fit the
+        prior."""
+        pipeline, prior = self.pipeline, self.pipeline.prior
+        try:
+            ids = pipeline.label_ids(self.classes, len(self.classes)) if self.classes else None
+            sampler = pipeline.choose_sampler(self.settings, ids, self.decoding)
+            prior.check_sampling_options(sampler)
+            self.decoding.check()
+            label = None if ids is None else ids[:1]
+            choose_orders(prior, self.decoding, make_batch(prior, 1, label, sampler, torch.Generator(), None, None))
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from error
+        names = pipeline.labels or [str(number) for number in range(prior.num_classes)]
+        return {
+            "class_names": names if self.classes else None,
+            "image_shape": pipeline.tokenizer.image_shape,
+            "tokenizer": pipeline.tokenizer.fingerprint(),
+            "prior": prior.fingerprint(),
+            "labels": None if ids is None else ids.tolist(),
+            "seed": self.seed,
+            "order": self.decoding.order,
+            "num_orders": self.decoding.num_orders,
+            "sampler": sampler.to_dict(),
+            "device": pipeline.device.type,
+        }
+
+
 def request_of(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
     """What is asked of the pipeline."""
     chosen = config.labels if config.labels is None or isinstance(config.labels, list) else [config.labels]
-    classes = chosen or list(range(pipeline.prior.num_classes)) or None
     decoding = DecodingOptions(config.order, config.num_orders, parallel=config.parallel)
-    return Request(pipeline, classes, config.seed, decoding, settings_in(config.model_dump()))
+    settings = config.model_dump(include=set(Sampling.model_fields), exclude_none=True)
+    return Request(pipeline, chosen or range(pipeline.prior.num_classes), config.seed, decoding, settings)
 
 
 def describe_job(config: GenerateConfig, request: Request) -> dict[str, Any]:
     """All that the files depend on."""
-    facts = {"num_images": config.num_images, "class_names": request.class_names}
-    return {"verb": "generate", **facts, "image_shape": request.pipeline.tokenizer.image_shape, **request.depends_on()}
+    return {"verb": "generate", "num_images": config.num_images, **request.describe()}
 
 
 def make_images(
@@ -180,7 +236,7 @@ def make_images(
     ):
         writing: list[Future[None]] = []
         for batch in batches:
-            pixels, _ = request.draw(batch, batch_size, progress=shows and not many)
+            pixels = request.draw(batch, progress=shows and not many)
             if writing:
                 writing.pop().result()
             writing.append(pool.submit(images.write, batch, pixels))

@@ -18,15 +18,17 @@ from prior.checks import NotCausalError, is_built_in, require_causal, with_rando
 from prior.objectives import Alignment, Likelihood, alignment_problem
 from prior.sampling import GUIDANCE, SamplingOptions
 from tokenizer.config import Node
+from tokenizer.files import PipelineLoadError, read_json
+from tokenizer.model import CONFIG
 
 from .config import Config, UserError, Within, run_command
 from .config.importing import as_asked
 from .image_pipeline import ImagePipeline
 from .metrics.likelihood import bits_per_token, rows_evaluated
 from .processes.group import ALONE, ProcessGroup
+from .provenance import file_of
 from .saving import INDEX, PIPELINE, located
 from .shuffling import DROPOUT, OTHER, by_row, other_labels, perturbed, samples_of
-from .starting import model_of, start_from
 from .tokens import TokenDataset, TokenSplit, load_tokens
 from .training.schedule import TrainConfig
 from .training.sharding import is_sharding
@@ -280,10 +282,46 @@ def build_prior(node: dict[str, Any], data: TokenDataset) -> Prior:
     )
 
 
+FREE = ("dropout", "attention_dropout", "label_smoothing", "anneal", "random_share")
+"""Settings of priors that say how they are trained, and not what they are."""
+
+
+def start_from(prior: Prior, class_names: list[str], source: str) -> Prior:
+    """Copy the weights of the prior of the pipeline `source` into `prior`; return that prior, for a reference.
+
+    Raises `UserError` for one over the tokens of another tokenizer, of other classes, or with other settings than those
+    of training alone; `PipelineLoadError` for a folder that is no good pipeline.
+    """
+    try:
+        pipeline = ImagePipeline.from_pretrained(source)
+    except PipelineLoadError as error:
+        raise type(error)(f"init: {error}") from error
+    theirs, mine = pipeline.prior, prior.config.to_dict()
+    other = theirs.config.to_dict()
+    if theirs.config.tokenizer != prior.config.tokenizer or theirs.grid != prior.grid:
+        raise UserError(f"init: {source}: its prior is over the tokens of another tokenizer than tokens=")
+    if (theirs.num_classes, pipeline.labels) != (prior.num_classes, class_names):
+        names = f"{theirs.num_classes} {pipeline.labels}, tokens= has {prior.num_classes} {class_names}"
+        raise UserError(f"init: {source}: its prior has other classes: {names}")
+    if theirs.name != prior.name:
+        raise UserError(f"init: {source}: its prior is of model.kind={theirs.name}, not {prior.name}; leave that out")
+    if differing := [key for key in {**mine, **other} if key not in FREE and mine.get(key) != other.get(key)]:
+        pairs = ", ".join(f"model.{key}: {other.get(key)!r} there, {mine.get(key)!r} here" for key in differing)
+        raise UserError(f"init: {source}: a prior of another configuration ({pairs})")
+    prior.load_state_dict(theirs.state_dict())
+    return theirs
+
+
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """The model of the pipeline `init`."""
-    model = model_of(str(located(str(given["init"])))) if given.get("init") else None
-    return {} if model is None else {"model": model}
+    """The model of the pipeline `init`, as a preset holds it; nothing where it cannot be read: loading the pipeline
+    will say why."""
+    path = file_of(str(located(str(given.get("init") or ""))), f"prior/{CONFIG}")
+    saved = read_json(path) if path else {}
+    if not Prior.has(saved.get("kind")):
+        return {}
+    member: Any = Prior.find(saved["kind"])
+    facts = member.choices().facts
+    return {"model": {key: value for key, value in saved.items() if key not in facts}}
 
 
 def run(config: TrainPriorConfig) -> Path:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..images.pictures import convert_images
-from ..stages.watching import serialized
 from .calibration import LEVELS, MOST_IMAGES, Calibration, digests_of
 from .conformal import Floats, kept, least_scores, threshold
 from .distances import Gaussian, Neighbours, rounded
@@ -29,16 +28,15 @@ from .scores import (
 )
 
 if TYPE_CHECKING:
-    from ..stages.base import Label, Stages
+    from ..image_pipeline import ImagePipeline, Label
 
 KEPT_SCORES, KEPT_POSITIONS, KEPT_SIDE = 2000, 4096, 64  # what of large calibrations is kept
 KEPT_POINTS = 1000
 USUAL = 0.99
 
 
-@serialized
 def calibrate(
-    pipeline: Stages,
+    pipeline: ImagePipeline,
     images: Any,
     labels: Label | Sequence[Label] = None,
     *,

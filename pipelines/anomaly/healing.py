@@ -18,11 +18,10 @@ from prior.sampling import check_count, whole_number
 from tokenizer import Tokenizer
 from tokenizer.base import in_finest
 
-from ..stages.watching import serialized
 from .calibration import LEVELS, Calibration, CalibrationError
 
 if TYPE_CHECKING:
-    from ..stages.base import Label, Stages
+    from ..image_pipeline import ImagePipeline, Label
 
 SHARPNESS = 0.1
 """How fast a restoration's weight falls with its nats: exp(-0.1 per nat)."""
@@ -38,10 +37,9 @@ class Healed(NamedTuple):
     tokens: Tensor
 
 
-@serialized
 @torch.no_grad()
 def anomaly_map(
-    pipeline: Stages,
+    pipeline: ImagePipeline,
     images: Any,
     labels: Label | Sequence[Label] = None,
     *,
@@ -89,7 +87,7 @@ def blurred(side: Tensor) -> Tensor:
 
 @torch.no_grad()
 def heal(
-    pipeline: Stages,
+    pipeline: ImagePipeline,
     images: Any,
     quantile: float = 0.98,
     draws: int = 8,

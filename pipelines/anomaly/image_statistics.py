@@ -14,7 +14,7 @@ from torch import Tensor
 from ..images.pictures import convert_images
 
 if TYPE_CHECKING:
-    from ..stages.base import Label, Stages
+    from ..image_pipeline import ImagePipeline, Label
 
 MOST_SURPRISING = 0.05
 KEPT_FEATURES = 512
@@ -30,7 +30,7 @@ class Measured(NamedTuple):
 
 
 def statistics(
-    pipeline: Stages, images: Any, labels: Label | Sequence[Label] = None, batch_size: int = 256
+    pipeline: ImagePipeline, images: Any, labels: Label | Sequence[Label] = None, batch_size: int = 256
 ) -> dict[str, Tensor]:
     """Each `(B,)` float64, but for `features`: `token_bits` under the prior (of the class given, else unconditional);
     `pixel_bits` given the tokens, where the tokenizer has a likelihood; `codec_bits` of a general lossless coder;
@@ -44,7 +44,7 @@ def statistics(
 
 @torch.no_grad()
 def measure(
-    pipeline: Stages, images: Any, labels: Label | Sequence[Label] = None, batch_size: int = 256
+    pipeline: ImagePipeline, images: Any, labels: Label | Sequence[Label] = None, batch_size: int = 256
 ) -> Iterator[Measured]:
     """Batch by batch, on the CPU. Raises `ValueError` for no images, and for those that the pipeline does not take."""
     batch = pipeline.to_images(images)

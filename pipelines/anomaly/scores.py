@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from ..images.pictures import convert_images, level_of_user
-from ..stages.watching import serialized
 from .calibration import Calibration, CalibrationError
 from .conformal import Floats, p_values_of
 from .distances import Gaussian, Neighbours
 from .image_statistics import statistics
 
 if TYPE_CHECKING:
-    from ..stages.base import Label, Stages
+    from ..image_pipeline import ImagePipeline, Label
 
 METHODS = {
     "joint": "neighbours, and by how much the statistics are farther out than in 99 of 100 normal images",
@@ -65,9 +64,8 @@ class Fitted(NamedTuple):
     usual: dict[str, float]
 
 
-@serialized
 def anomaly_score(
-    pipeline: Stages,
+    pipeline: ImagePipeline,
     images: Any,
     method: str = "joint",
     labels: Label | Sequence[Label] = None,

@@ -24,9 +24,9 @@ from ..images.decoding import flatten, open_image, try_decode
 from ..images.folder import find_images
 from ..images.pictures import SUFFIXES, grid_picture, write_picture
 from ..images.unseen import require_unseen
+from ..options import Sampling
 from ..provenance import defaults, trained_data
 from ..saving import PipelineFolder
-from ..stages.sampling import settings_in
 
 TINTS = ((0.15, 0.35, 0.65), (-0.2, 0.0, 0.35))  # of the hatching, RGB in [-1, 1]: no grey image has them
 
@@ -99,7 +99,7 @@ def draw(config: CompleteConfig, out: Output) -> dict[str, float]:
             seed=config.seed,
             output_type="pt",
             batch_size=config.batch_size,
-            **settings_in(config.model_dump()),
+            **config.model_dump(include=set(Sampling.model_fields), exclude_none=True),
         ).images.cpu()
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error

@@ -30,7 +30,7 @@ from tokenizer.base import finest
 from .header import ModelMismatch, StreamError
 
 if TYPE_CHECKING:
-    from ..stages.base import Stages
+    from ..image_pipeline import ImagePipeline
 
 VERSION = "smalti codec 1"
 STEPS = 16
@@ -92,7 +92,7 @@ class Models:
     float64 the processor is used.
     """
 
-    def __init__(self, pipeline: Stages, *, residual: bool) -> None:
+    def __init__(self, pipeline: ImagePipeline, *, residual: bool) -> None:
         device = pipeline.device if finest(pipeline.device) == torch.float64 else torch.device("cpu")
         self.prior = doubled(pipeline.prior, device)
         self.tokenizer = doubled(pipeline.tokenizer, device) if residual else pipeline.tokenizer

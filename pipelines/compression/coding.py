@@ -27,7 +27,7 @@ from .header import DEFAULT_LIMITS, GUARD, RANGE_CODER, Data, Header, Limits, St
 from .streams import Stream, parse, write_stream
 
 if TYPE_CHECKING:
-    from ..stages.base import Stages
+    from ..image_pipeline import ImagePipeline
 
 CHUNK_IMAGES = 256
 """Most images in a chunk."""
@@ -35,7 +35,7 @@ CHUNK_NUMBERS = 1 << 26
 """Most logits of a chunk, which are held in 16 bits."""
 
 
-def chunk_images(pipeline: Stages) -> int:
+def chunk_images(pipeline: ImagePipeline) -> int:
     """How many images a chunk holds, which is what is in memory at once."""
     return max(1, min(CHUNK_IMAGES, CHUNK_NUMBERS // (len(pipeline.prior.grid) * pipeline.prior.grid.vocab_size)))
 
@@ -66,7 +66,7 @@ def check_exact(images: Tensor) -> None:
         raise ValueError("lossless compression takes 8-bit images; these floats are not on the grid of 256 values")
 
 
-def has_residual(pipeline: Stages, lossless: bool) -> bool:
+def has_residual(pipeline: ImagePipeline, lossless: bool) -> bool:
     """Whether pixels have to be coded beside the tokens. Raises `LikelihoodError` where that is impossible."""
     if not lossless or pipeline.tokenizer.reversible:
         return False
@@ -79,7 +79,7 @@ def has_residual(pipeline: Stages, lossless: bool) -> bool:
 
 
 def compress(
-    pipeline: Stages,
+    pipeline: ImagePipeline,
     images: Tensor,
     *,
     lossless: bool = False,
@@ -96,7 +96,7 @@ def compress(
 
 
 def write_images(
-    pipeline: Stages,
+    pipeline: ImagePipeline,
     file: BinaryIO,
     parts: Iterable[Tensor],
     count: int,
@@ -148,7 +148,7 @@ def axes_of(shape: tuple[int, ...]) -> tuple[int, int]:
     return rows, columns
 
 
-def open_stream(pipeline: Stages, data: Data, limits: Limits = DEFAULT_LIMITS) -> tuple[Stream, Coder]:
+def open_stream(pipeline: ImagePipeline, data: Data, limits: Limits = DEFAULT_LIMITS) -> tuple[Stream, Coder]:
     """A checked stream and its coder. Raises a `StreamError` for a damaged or foreign stream, one of another model,
     and one that announces more than `limits`."""
     stream = parse(data, limits=limits)
@@ -168,7 +168,7 @@ def open_stream(pipeline: Stages, data: Data, limits: Limits = DEFAULT_LIMITS) -
 
 
 def read_images(
-    pipeline: Stages, stream: Stream, coder: Coder, *, batch_size: int | None = None, progress: bool = True
+    pipeline: ImagePipeline, stream: Stream, coder: Coder, *, batch_size: int | None = None, progress: bool = True
 ) -> Iterator[Tensor]:
     """The images of each chunk in turn, float `(n, C, H, W)` in [-1, 1], each checked before it is returned."""
     for index in chunks_of(stream.header, progress):
@@ -177,7 +177,7 @@ def read_images(
 
 
 def decompress(
-    pipeline: Stages,
+    pipeline: ImagePipeline,
     data: Data,
     *,
     limits: Limits = DEFAULT_LIMITS,

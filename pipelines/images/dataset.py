@@ -31,8 +31,9 @@ from ..files import replace_file
 from ..shuffling import positions_of, samples_of, splitmix64
 from . import tables
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
-from .decoding import IMAGE, LABEL, BadImage, Decoded, Rows, SplitRows, decode_all, decode_in_threads, to_float
+from .decoding import IMAGE, LABEL, BadImage, Decoded, Rows, SplitRows, decode_all, decode_in_threads
 from .folder import holds_files, open_folder
+from .pictures import to_float
 
 Side = Annotated[int, Field(ge=4, le=4096)]
 Indices = Sequence[int] | NDArray[np.int64] | Tensor
