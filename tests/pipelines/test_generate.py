@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from launch import environment, output_of, start, two_processes
 from PIL import Image
+from pipelines.stages import requests
 from prepared import ROOT, run_file
 from several import Several
 from small_pipelines import make_pipeline
@@ -33,7 +34,6 @@ from pipelines.config import UserError
 from pipelines.generate import GenerateConfig, run, write_npz
 from pipelines.images import DataConfig, load_images
 from pipelines.job import work_folder
-from pipelines.stages import requests
 from tokenizer.files import FormatError
 
 FORMS = ["images", "grid.png", "set.npz"]
