@@ -634,7 +634,7 @@ def make_generators(seed: int | None, generator: Generators, count: int) -> Gene
     return [torch.Generator().manual_seed(first + k) for k in range(count)]
 
 
-def count_images(num_images: int | None, labels: Any, per_label: int | None) -> tuple[int, Any]:
+def count_images(num_images: int | None, labels: Any, per_label: int | None = None) -> tuple[int, Any]:
     """How many images, and the label of each or of all: `num_images`, or one per label, or `per_label` of each label.
     Raises `ValueError` below 1, and for both counts."""
     if isinstance(labels, (Tensor, np.ndarray)):

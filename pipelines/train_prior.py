@@ -301,8 +301,11 @@ def start_from(prior: Prior, class_names: list[str], source: str) -> Prior:
     if theirs.config.tokenizer != prior.config.tokenizer or theirs.grid != prior.grid:
         raise UserError(f"init: {source}: its prior is over the tokens of another tokenizer than tokens=")
     if (theirs.num_classes, pipeline.labels) != (prior.num_classes, class_names):
-        names = f"{theirs.num_classes} {pipeline.labels}, tokens= has {prior.num_classes} {class_names}"
-        raise UserError(f"init: {source}: its prior has other classes: {names}")
+        there, here = (
+            f"has {count} classes" + (f" ({', '.join(names)})" if names else "")
+            for count, names in ((theirs.num_classes, pipeline.labels), (prior.num_classes, class_names))
+        )
+        raise UserError(f"init: {source}: {there}, and tokens= {here}")
     if theirs.name != prior.name:
         raise UserError(f"init: {source}: its prior is of model.kind={theirs.name}, not {prior.name}; leave that out")
     if differing := [key for key in {**mine, **other} if key not in FREE and mine.get(key) != other.get(key)]:

@@ -263,6 +263,20 @@ def test_nearest_is_by_angle():
             nearest_neighbours(index, index, k)
 
 
+@pytest.mark.parametrize("asked", [{}, {"layer": "pixels"}, {"layer": 0, "pool": "flatten", "labels": 1}])
+def test_nearest_of_vectors_that_were_embedded_before(asked):
+    pipe = make_pipeline()
+    images = pixels_for(pipe, 7)
+    vectors = pipe.embed(images, **asked)
+    found, distances = pipe.nearest(images[[3, 5]], vectors.double(), 2, **asked)
+    assert found[:, 0].tolist() == [3, 5] and (distances[:, 0] < 1e-5).all() and (distances[:, 1] > 1e-5).all()
+    assert torch.equal(found, nearest_neighbours(vectors, pipe.embed(images[[3, 5]], **asked), 2)[0])
+    assert pipe.nearest(images[:1], vectors, **asked)[0].tolist() == [[0]]
+    for wrong in (vectors[:, 1:], vectors[0]):
+        with pytest.raises(ValueError, match=r"vectors should be of shape \(n, "):
+            pipe.nearest(images, wrong, **asked)
+
+
 # Verbs
 
 

@@ -53,14 +53,14 @@ def values(settings, **changed):
 )
 def test_what_differs_from_the_pipelines_own_is_asked_for(sampler, changed, expected):
     """Whatever is shown is what is drawn with."""
-    from pipelines.stages.sampling import DecodingOptions, choose_sampler
+    from prior.sampling import DecodingOptions
 
     pipe = pipeline(sampler=sampler)
     settings = controls.settings_of(pipe, DESCRIBED)
     given = values(settings, **changed)
     found = controls.chosen_settings(settings, given, 5)
     assert found == expected
-    drawn = choose_sampler(pipe, found, torch.tensor([0]), DecodingOptions())
+    drawn = pipe.choose_sampler(found, torch.tensor([0]), DecodingOptions())
     wanted = {
         setting.name: setting.read(value) for setting, value in zip(settings, values(settings, **changed), strict=True)
     }

@@ -29,7 +29,7 @@ def quiet(*progress, **more):
 
 def ours(message):
     """A mistake of a request, as our code raises it."""
-    from pipelines.stages.sampling import count_images
+    from pipelines.image_pipeline import count_images
 
     count_images(message, None)
 

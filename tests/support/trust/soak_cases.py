@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ from launch import make_tokens, train_prior, train_tokenizer
 from small_pipelines import make_pipeline
 from trust.soaking import Soak, watching_steps
 
-from pipelines import ImagePipeline, Interrupted
-from pipelines.representation import nearest_neighbours
+from pipelines import ImagePipeline
 
 RUNS = ("tokenizer", "prior", "files", "pair")
 """Stage one and stage two in one process; stage one with images that are decoded from files when they are needed, and a
@@ -71,12 +71,12 @@ class Everything:
 
     def acts(self, pipe: ImagePipeline) -> list[Callable[[ImagePipeline, int], Any]]:
         """What is done with a pipeline."""
-        every = [draw, draw_until_interrupted, complete, score, store]
+        every = [draw, draw_until_stopped, complete, score, store]
         return [*every, self.search, detect] if pipe is self.trained else every
 
     def search(self, pipe: ImagePipeline, number: int) -> None:
         """The nearest of those that were embedded before."""
-        nearest_neighbours(self.embedded, pipe.embed(random_images(pipe, number)), 3)
+        pipe.nearest(random_images(pipe, number), self.embedded, 3)
 
 
 def random_images(pipe: ImagePipeline, number: int) -> torch.Tensor:
@@ -100,16 +100,14 @@ def draw(pipe: ImagePipeline, number: int) -> None:
         pipe(2, num_masks=3 + number % 4, **asked(pipe, number))
 
 
-def draw_until_interrupted(pipe: ImagePipeline, number: int) -> None:
+def draw_until_stopped(pipe: ImagePipeline, number: int) -> None:
     """A call that ends by an error."""
 
-    def stop(pipe: Any, *_: Any) -> None:
-        pipe.interrupt = True
+    def stop(*_: Any) -> None:
+        raise StopIteration
 
-    try:
+    with suppress(StopIteration):
         pipe(2, callback_on_step_end=stop, **asked(pipe, number))
-    except Interrupted as ended:
-        pipe.decode(ended.tokens)
 
 
 def complete(pipe: ImagePipeline, number: int) -> None:
