@@ -42,10 +42,10 @@ LOADED = functools.cache(ImagePipeline.from_pretrained)
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> Path:
-    """A small pipeline of three classes; tests do not write into it."""
+    """A small pipeline of three classes, whose pixels do not depend on the batch; tests do not write into it."""
     folder = tmp_path_factory.mktemp("pipeline") / "pipeline"
     torch.manual_seed(0)
-    make_pipeline(size=SIZE).save_pretrained(folder)
+    make_pipeline("pixels", size=SIZE).save_pretrained(folder)
     return folder
 
 
