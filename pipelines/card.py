@@ -196,15 +196,15 @@ def results_of(prior: Prior, facts: dict[str, Any]) -> list[EvalResult]:
     name = (describe_for_card(facts) or "images that are not known").strip("`")
     kind = source if is_on_hub(source) else "digits" if source == "digits" else "imagefolder"
     generation = f"{'class-conditional' if prior.num_classes else 'unconditional'}-image-generation"
-    tasks = {"reconstruction": "image-to-image", "generation": generation}
+    tasks = {"reconstruction": "image-to-image", "likelihood": generation, "samples": generation}
     results = []
     for row in figure_rows(facts, exact=prior.exact):
         figure = row.figure
-        if figure.task and type(row.raw) in (int, float):
-            bound = "" if prior.exact or not figure.bounded else " (upper bound)"
+        if figure.better and figure.of in tasks and type(row.raw) in (int, float):
+            bound = "" if prior.exact or not figure.is_bits else " (upper bound)"
             results.append(
                 EvalResult(
-                    tasks[figure.task],
+                    tasks[figure.of],
                     kind,
                     name,
                     figure.key,
