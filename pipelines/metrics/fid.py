@@ -142,7 +142,7 @@ def load_inception(weights: str | None, reference: str, device: torch.device) ->
 def read_moments(path: Path) -> Moments:
     """`mu` and `sigma` of a `.npz` such as ADM's. Raises `UserError` for what is not the moments of 2048 features."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(path) as arrays:
             mean, covariance = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"reference: {path}: no readable mu and sigma ({error})") from error

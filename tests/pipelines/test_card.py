@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,15 +107,11 @@ def test_a_sample_grid_is_on_the_card_and_comes_back(tmp_path):
 
 
 def test_a_pipeline_with_figures_that_are_no_more_is_written_again(tmp_path):
-    shutil.copytree(Path(ImagePipeline.__module__.partition(".")[0], "shipped", "digits").resolve(), tmp_path / "p")
-    path = tmp_path / "p" / "provenance.json"
-    facts = json.loads(path.read_text())
-    facts["evaluation"] |= {"texture_flat": 2.5, "copying_z": 1.0}
-    path.write_text(json.dumps(facts))
-    save_again(ImagePipeline.from_pretrained(tmp_path / "p", verify=False), tmp_path / "p")
+    facts = {**PROVENANCE, "evaluation": {**EVALUATION, "texture_flat": 2.5, "copying_z": 1.0}}
+    card_of(tmp_path / "p", facts=facts)
+    save_again(ImagePipeline.from_pretrained(tmp_path / "p"), tmp_path / "p")
     card = ModelCard.load(tmp_path / "p" / "README.md")
-    assert results_of(card)["psnr"].metric_value == pytest.approx(facts["evaluation"]["psnr"], rel=1e-5)
-    assert "texture" not in card.text and "copying" not in card.text
+    assert "psnr" in results_of(card) and not re.search("texture|copying", card.text)
     assert ImagePipeline.from_pretrained(tmp_path / "p").provenance == facts
 
 
