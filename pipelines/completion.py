@@ -5,7 +5,7 @@
 A chain of conditionals gives this exactly when no known token is conditioned on a hidden one. A prior of a single order
 needs a mask that fits its order; the result is then the conditional of `log_prob`. A prior that takes any order takes
 the known tokens first: the result is a conditional of that order's density, which differs from `log_prob`'s as far as
-the prior's orders disagree. `Prior.order_spread` says how far.
+the prior's orders disagree.
 """
 
 from __future__ import annotations

@@ -42,11 +42,12 @@ from tokenizer.files import (
 from tokenizer.model import CONFIG, PROVENANCE, PretrainedModel, round_weights, weights_names
 
 from .anomaly.calibration import MAX_CALIBRATION_BYTES, Calibration
-from .card import FIGURES, TUNING, model_card
+from .card import TUNING, model_card
 from .config import Within
 from .files import FieldError, Text, validate
 from .images.dataset import LONGEST, is_class_name
 from .images.pictures import write_picture
+from .metrics.figures import FIGURES
 
 if TYPE_CHECKING:
     from .image_pipeline import ImagePipeline

@@ -24,6 +24,7 @@ from tokenizer.model import CONFIG
 from .config import Config, UserError, Within, run_command
 from .config.importing import as_asked
 from .image_pipeline import ImagePipeline
+from .images.origin import TOKENS, place_of
 from .metrics.likelihood import bits_per_token, rows_evaluated
 from .processes.group import ALONE, ProcessGroup
 from .provenance import file_of
@@ -252,7 +253,7 @@ class PriorTask(Task):
         pipeline = self.pipeline(model)
         if self.init:
             facts = {**facts, "objective": self.config.objective or "likelihood", "init": self.init}
-        pipeline.provenance = {**self.data.source, "prior": facts}
+        pipeline.provenance = {**self.data.source, "prior": facts, TOKENS: place_of(self.config.tokens)}
         pipeline.save_pretrained(run / "pipeline", sample_grid=pictures["samples"])
 
 

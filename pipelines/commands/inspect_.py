@@ -23,7 +23,6 @@ from ..metrics.codebook import HEIGHT, draw_distances, draw_usage, part_names
 from ..metrics.inspection import Findings, examine
 from ..metrics.pages import mosaic, page
 from ..metrics.reconstruction import drafts
-from ..metrics.texture import texture_line
 from ..provenance import TokenizerFolder, data_of, read_with, tokenizer_defaults, tokenizer_folder, trained_data
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ def sentences(found: Findings, exact: bool) -> list[str]:
         f"{f['codebook_usage']:.1%} of {vocab:,} codes used, perplexity {f['codebook_perplexity']:.1f}",
     ]
     if not exact:
-        lines.insert(1, f"SSIM {f['ssim']:.3f}, {texture_line(f)}")
+        lines.insert(1, f"SSIM {f['ssim']:.3f}")
     if len(found.uses) > 1:
         each = [f"{level['usage']:.1%} ({level['perplexity']:.1f})" for level in f["levels"]]
         lines.append(f"used (perplexity) at each {what}: {listed(each, f'{what}s')}")
@@ -231,7 +230,7 @@ def stacked(pictures: list[Pixels]) -> Pixels:
 
 
 def run(config: InspectConfig) -> dict[str, Any]:
-    """Write the report; print the findings and return them: see `figures_of`, `l1`, `l2`, `look_figures`."""
+    """Write the report; print the findings and return them: see `figures_of`, `l1`, `l2`, `ssim`."""
     out = Output(config.out, [read_with(config.tokenizer), config.data.path], config.overwrite)
     out.check_file(SUFFIXES)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))

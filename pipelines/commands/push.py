@@ -11,10 +11,10 @@ from pydantic import Field, field_validator
 
 from tokenizer.files import HUB_ID
 
+from ..card import HUB_LICENCE
 from ..config import Config, UserError, Within, run_command
 from ..hub import PushError, require_reachable
 from ..image_pipeline import ImagePipeline
-from ..metadata import HUB_LICENCE
 from ..saving import INDEX, as_stored, variant_of
 from ..tokens import load_tokens
 from ..tokens.meta import META

@@ -15,7 +15,6 @@ from ..images import DataConfig, check_shape, load_images
 from ..images.pictures import SUFFIXES, write_picture
 from ..images.unseen import require_unseen
 from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
-from ..metrics.texture import texture_line
 from ..provenance import TokenizerFolder, data_of, read_with, tokenizer_defaults, tokenizer_folder, trained_data
 
 
@@ -41,7 +40,7 @@ class ReconstructConfig(OutputConfig):
 
 def run(config: ReconstructConfig) -> dict[str, Any]:
     """Write the picture, print and return PSNR (dB), losses, codebook usage and perplexity on all held-out images, and
-    the figures of `look_figures`."""
+    SSIM."""
     out = Output(config.out, [read_with(config.tokenizer), config.data.path], config.overwrite)
     out.check_file(SUFFIXES)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
@@ -54,8 +53,7 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
         write_picture(picture, path)
     print(
         f"{config.out}: PSNR {figures['psnr']:.2f} dB over {len(images):,} held-out images, "
-        f"SSIM {figures['ssim']:.3f}, {figures['codebook_usage']:.1%} of {tokenizer.grid.vocab_size} codes used; "
-        f"{texture_line(figures)}"
+        f"SSIM {figures['ssim']:.3f}, {figures['codebook_usage']:.1%} of {tokenizer.grid.vocab_size} codes used"
     )
     return figures
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from prior.sampling import SamplingOptions
 from tokenizer.files import PathError, require_replaceable, write_json
 
-from ..card import OF_SAMPLES
 from ..config import Of, OutputConfig, UserError, run_command
 from ..evaluate import KNOWN, check_classes, draw_samples, wanted_labels
 from ..files import Output, lock_output
@@ -28,6 +27,7 @@ from ..images.origin import describe_source, place_of
 from ..images.pictures import write_picture
 from ..images.unseen import count_seen, require_unseen
 from ..metrics.agreement import agreement
+from ..metrics.figures import OF_SAMPLES
 from ..metrics.frechet import Moments, distance, moments
 from ..metrics.quality import AT_A_TIME, FeatureSpace, feature_space, neighbourhoods, shuffled
 from ..metrics.tuning import FINAL_TIMES, HEAD, RULE, UNITS, Scores, Search, Trial, line_of, told

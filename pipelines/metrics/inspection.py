@@ -16,7 +16,7 @@ from tokenizer.losses import pixel_losses, psnr
 from ..images import ImageDataset
 from ..shuffling import spread
 from .codebook import MISSED, RARE, code_distances, count_tokens, part_names
-from .reconstruction import SOME, drafts, look_figures, looks_of
+from .reconstruction import SOME, drafts, ssim_in_bytes
 
 UNUSED_SHOWN = 23  # codes that occur nowhere, of those shown: a row
 PLACES = 64  # at most so many of a code's places are looked at
@@ -49,13 +49,13 @@ def examine(tokenizer: Any, images: ImageDataset, num_codes: int) -> Findings:
     uses = count_tokens(tokens, tokenizer.parts, vocab)
     shown = uses[0].argsort(descending=True, stable=True)[: min(num_codes, int((uses[0] > 0).sum()) + UNUSED_SHOWN)]
     around = Surroundings.of(tokenizer, tokens.chunk(tokenizer.levels, dim=1)[0], shown)
-    errors, looks, sums = [], [], dict.fromkeys(("l1", "l2"), 0.0)
+    errors, alike, sums = [], [], dict.fromkeys(("l1", "l2"), 0.0)
     looked = spread(len(images), SOME)
     for part in parts:
         batch = images.batch(part).to(tokenizer.device)
         decoded = tokenizer.decode(tokens[part].long().to(tokenizer.device))
         errors.append(psnr(decoded, batch).cpu())
-        looks.append(looks_of(decoded, batch, int(part[0]), looked))
+        alike.append(ssim_in_bytes(decoded, batch, np.intersect1d(looked, part) - int(part[0])))
         sums = {name: sums[name] + len(part) * float(value) for name, value in pixel_losses(decoded, batch).items()}
         if around is not None:
             around.add(decoded.cpu(), int(part[0]))
@@ -63,9 +63,10 @@ def examine(tokenizer: Any, images: ImageDataset, num_codes: int) -> Findings:
     some = np.linspace(0, len(images) - 1, min(len(images), batch_size(tokenizer))).astype(np.int64)
     distances = code_distances(tokenizer, images.batch(some).to(tokenizer.device))
     word = "dead" if RARE * float(uses.double().mean()) >= MISSED else "unused"
+    similar = {"ssim": float(torch.cat(alike).double().mean()), "ssim_images": len(looked)}
     means = {name: total / len(images) for name, total in sums.items()}
     return Findings(
-        figures_of(uses, decibels, distances) | means | look_figures(looks) | draft_figures(tokenizer, images, tokens),
+        figures_of(uses, decibels, distances) | means | similar | draft_figures(tokenizer, images, tokens),
         part_names(tokenizer),
         uses,
         decibels,

@@ -24,7 +24,7 @@ from tokenizer import Tokenizer
 from tokenizer.losses import total_loss
 
 from ..metrics.likelihood import rows_at_a_time
-from ..metrics.perceptual import Perceptual
+from ..metrics.perceptual import Net, Perceptual
 from ..training.adversary import Adversary
 from .paper import CUDAKernels, Ledger, address, on_meta, on_paper
 
@@ -155,7 +155,7 @@ def critic_turn(recipe: Recipe, count: int, bf16: bool) -> Turn:
     return take(parts, list(adversary.critic.parameters()))
 
 
-def perceptual_network(net: str) -> Perceptual | None:
+def perceptual_network(net: Net) -> Perceptual | None:
     """LPIPS on the meta device, with weights that mean nothing; None where torchmetrics is not installed."""
     if find_spec("torchmetrics") is None:
         return None

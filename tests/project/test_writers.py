@@ -458,7 +458,6 @@ WRITING = {
     "pipelines/training/checkpoint.py": "checkpoints of a run, by their names",
     "pipelines/training/run_folder.py": "the folder of a run",
     "pipelines/training/tracking.py": "the record of a run",
-    "pipelines/metrics/perceptual.py": "the cache of weights",
     "pipelines/saving.py": "a pipeline, in a folder that is being made",
     "tokenizer/model.py": "a model's card, in a temporary folder",
     "pipelines/app/space.py": "a Space, in a folder that is being made",

@@ -19,7 +19,6 @@ installs what it needs first:
 {COMMAND}
 ```
 """
-LEAST_WINDOWS = 100  # of a figure of texture
 NOTHING = "\nNo pictures yet.\n"
 TITLES = {
     "train_tokenizer": "tokenizer",
@@ -92,7 +91,6 @@ def figure_rows(f: Node, record: Node) -> list[tuple[str, str]]:
     rows = [
         ("ids", f"{'x'.join(map(str, shape))} of {vocab}: {bits:,.0f} bits an image"),
         ("PSNR / SSIM, held out", f"{f['psnr']:.2f} dB / {f['ssim']:.3f}, {f['num_images']:,} images"),
-        (f"texture: flat areas / at periods 4 and 2 / {f['texture_background']} areas", texture(f)),
         ("bits per token", f"{f['bits_per_token']:.3f}, uniform {f['uniform_bits_per_token']:.3f}"),
     ]
     if f.get("bits_per_dim") is not None:
@@ -108,15 +106,6 @@ def figure_rows(f: Node, record: Node) -> list[tuple[str, str]]:
         beside = f"real {f['real_class_agreement']:.1%}, reconstructed {f['reconstruction_class_agreement']:.1%}"
         rows.append(("class agreement", f"{f['class_agreement']:.1%}; {beside}"))
     return [*rows, ("sampling", (record["sampler"] or "as the prior is") + chosen_on(record.get("chosen_on")))]
-
-
-def texture(f: Node) -> str:
-    """The three figures of texture, in 8-bit levels; a dash where it is that of a few windows, or of none."""
-    found = []
-    for name, windows in (("flat", "flat"), ("grid", "flat"), ("white", "white")):
-        enough = f[f"texture_{windows}_windows"] >= LEAST_WINDOWS
-        found.append(f"{f[f'texture_{name}']:.2f}" if enough else "-")
-    return f"{' / '.join(found)} levels" if set(found) != {"-"} else "-"
 
 
 def chosen_on(tuning: Node | None) -> str:

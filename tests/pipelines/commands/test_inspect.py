@@ -182,12 +182,8 @@ def test_more_codes_than_are_shown_are_the_most_used(images, drawn):
 def test_figures_are_those_of_reconstruct(name, images):
     model = make_tokenizer(name).eval()
     found, expected = examine(model, images, 8), evaluate_reconstruction(model, images, looks=5)
-    looks = {key: expected.pop(key) for key in list(expected) if key.startswith(("ssim", "texture"))}
-    assert {"ssim", "texture_flat"} < set(looks) and looks["ssim_images"] == 5
+    del expected["ssim"], expected["ssim_images"]
     looks = evaluate_reconstruction(model, images, looks=COUNT)
-    assert {key: found.figures[key] for key in looks if key.startswith("texture")} == {
-        key: value for key, value in looks.items() if key.startswith("texture")
-    }
     assert found.figures["ssim"] == pytest.approx(looks["ssim"])
     assert {key: found.figures[key] for key in expected} == pytest.approx(expected, rel=1e-4)
     assert found.psnr.shape == (COUNT,) and int(found.uses.sum()) == COUNT * len(model.grid)
@@ -352,7 +348,7 @@ def test_a_report_is_written(world, what, tmp_path, capsys):
     with Image.open(tmp_path / "new" / "page.png") as picture:
         assert picture.width == inspect.WIDTH + 2 * pages.MARGIN and picture.height > 800
     assert f"{COUNT} held-out images" in printed and "PSNR" in printed and "of 32 codes used" in printed
-    assert "SSIM " in printed and "texture in flat areas" in printed
+    assert "SSIM " in printed
 
 
 def test_run_returns_what_it_found(world, tmp_path):
