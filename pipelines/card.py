@@ -57,7 +57,7 @@ FIGURES = {
 OF_SAMPLES = [name for name in list(FIGURES)[list(FIGURES).index("class_agreement") :] if not name.startswith("rfid")]
 """Figures of samples, or beside such, which hold for the settings of sampling that they were taken with."""
 TUNING = (
-    "told",
+    "settings",
     "before",
     "images",
     "validation_images",
@@ -69,7 +69,7 @@ TUNING = (
     "class_agreement",
 )
 TUNED = (
-    "Sampling settings chosen by `smalti tune` on {validation_images} {images}: {told}. Frechet distance "
+    "Sampling settings chosen by `smalti tune` on {validation_images} {images}: {settings}. Frechet distance "
     "[{feature_space}] {frechet_distance} (with the settings before, {before}: {frechet_distance_before}), "
     "recall {recall}"
 )
@@ -175,7 +175,7 @@ def figure_lines(provenance: dict[str, Any], *, exact: bool) -> list[str]:
 
 def tuned_lines(tuning: dict[str, Any]) -> list[str]:
     """What `smalti tune` says of the settings that it has chosen, if it has."""
-    if "told" not in tuning:
+    if "settings" not in tuning:
         return []
     said = {name: "?" if tuning.get(name) is None else cell(tuning[name]) for name in TUNING}
     agreed = "" if tuning.get("class_agreement") is None else ", class agreement {class_agreement}"
