@@ -153,7 +153,7 @@ def draw_page(tokenizer: Any, images: ImageDataset, found: Findings, lines: list
     pictures: dict[str, Pixels] = {}
     if distances := code_distances(tokenizer, some):
         charts.append(partial(draw_distances, distances=distances))
-    if tokenizer.placed or tokenizer.grid.scales:
+    if (tokenizer.placed or tokenizer.grid.scales) and not tokenizer.grid.channels:
         codes, patches = mean_patches(tokenizer, some, config.num_codes)
         title = (
             f"Most used codes ({len(codes):,} of {tokenizer.grid.vocab_size:,}): what is decoded around their places"
