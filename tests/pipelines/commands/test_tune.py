@@ -17,6 +17,7 @@ from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.commands import tune
 from pipelines.images import DataConfig, load_images
+from pipelines.metrics.frechet import frechet_distance
 from prior.masked import MaskedOptions
 from prior.sampling import SamplingOptions
 
@@ -68,6 +69,10 @@ def test_settings_are_chosen_on_validation_images_alone_and_stored(world, tmp_pa
     assert torch.equal(seen[0][1].pixels(range(60)), images.validation.pixels(range(60)))
     assert facts["validation_images"] == facts["num_samples"] == 60
 
+    space = train(*seen[0])
+    samples = tune.draw_samples(before, tune.wanted_labels(before, images.train, 60), 60, 0)
+    apart = frechet_distance(samples.rows(space, 60), space(images.validation.batch(range(60))))
+    assert facts["frechet_distance_before"] == pytest.approx(apart), "sample k of seed k against validation images"
     best = min(facts["trials"], key=lambda row: row["frechet_distance"])
     assert facts["frechet_distance"] == best["frechet_distance"]
     assert facts["frechet_distance_before"] == facts["trials"][0]["frechet_distance"]
