@@ -65,8 +65,11 @@ def charts_in_row(charts: Sequence[Chart]) -> Pixels:
 
 def draw_usage(axes: Axes, uses: Values, names: Sequence[str], label: str) -> None:
     """How often codes are used, `(parts, V)`, each part sorted: an area for one part, lines for several."""
-    for counts, name in zip(uses, names, strict=True):
-        axes.stairs(-np.sort(-counts), fill=len(uses) == 1, color=BLUE if len(uses) == 1 else None, label=name)
+    if len(uses) == 1:
+        axes.stairs(-np.sort(-uses[0]), fill=True, color=BLUE)
+    else:
+        for n, (counts, name) in enumerate(zip(uses, names, strict=True)):
+            axes.stairs(-np.sort(-counts), baseline=None, color=f"C{n % 10}", label=name)
     axes.set_yscale("symlog", linthresh=1)  # linear below 1, which has a place for 0
     axes.set(title="Use of the codes", xlabel="codes, most used first", ylabel=label, xlim=(0, uses.shape[1]), ylim=0)
     if 1 < len(uses) <= 6:
