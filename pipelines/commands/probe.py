@@ -95,7 +95,7 @@ def run(config: ProbeConfig) -> list[Probe]:
         count = pipeline.prior.feature_layers
         chosen = list(range(count)) if config.layers is None else config.layers
         if unknown := [layer for layer in chosen if not 0 <= layer < count]:
-            raise UserError(f"layers: this prior has layers 0 to {count - 1} (got {unknown[0]})")
+            raise UserError(f"layers: this prior has {count} layers, from 0 (got {unknown[0]})")
         layers = [f"prior.{layer}" for layer in chosen]
         check_shape(config.data, pipeline.tokenizer.image_shape)
         require_unseen(config.data, trained_data(pipeline.provenance), "held_out")
@@ -117,12 +117,12 @@ def run(config: ProbeConfig) -> list[Probe]:
 
 
 def some_of(split: ImageDataset, count: int, seed: int) -> Labelled:
-    """Up to `count` images, drawn at random. Raises `UserError` without labels, or if they are all of one class."""
+    """Up to `count` images, drawn at random. Raises `UserError` for a split without labels, or all of one class."""
     if split.labels is None:
         raise UserError("data.label_column: a probe needs images with labels, and these have none")
-    chosen = random_rows(len(split), count, seed)
-    if len(split.labels[chosen].unique()) < 2:
+    if len(split.labels.unique()) < 2:
         raise UserError("data.label_column: a probe needs images of two classes or more, and these are all of one")
+    chosen = random_rows(len(split), count, seed)
     return Labelled(split.pixels(chosen), split.labels[chosen])
 
 
