@@ -25,7 +25,7 @@ RUN_LINK = r"https?://[\w.:-]+/[\w./~%-]*"
 STAGES = ("tokenizer", "prior")
 ARROWS = {"higher": " (↑)", "lower": " (↓)", "": ""}
 TUNING = (
-    "told",
+    "settings",
     "before",
     "images",
     "validation_images",
@@ -37,7 +37,7 @@ TUNING = (
     "class_agreement",
 )
 TUNED = (
-    "Sampling settings chosen by `smalti tune` on {validation_images} {images}: {told}. Frechet distance "
+    "Sampling settings chosen by `smalti tune` on {validation_images} {images}: {settings}. Frechet distance "
     "[{feature_space}] {frechet_distance} (with the settings before, {before}: {frechet_distance_before}), "
     "recall {recall}"
 )
@@ -130,7 +130,7 @@ def measured_lines(facts: dict[str, Any], rows: Sequence[Row]) -> list[str]:
 
 def tuned_lines(tuning: dict[str, Any]) -> list[str]:
     """What `smalti tune` says of the settings that it has chosen, if it has."""
-    if "told" not in tuning:
+    if "settings" not in tuning:
         return []
     facts = {name: number(tuning.get(name)) for name in TUNING}
     agreed = "" if tuning.get("class_agreement") is None else ", class agreement {class_agreement}"

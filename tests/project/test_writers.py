@@ -463,7 +463,6 @@ WRITING = {
     "pipelines/app/space.py": "a Space, in a folder that is being made",
     "pipelines/evaluate.py": "results, in a folder that is being made",
     "pipelines/commands/detect.py": "results, in a folder that is being made",
-    "pipelines/commands/probe.py": "results, in a folder that is being made",
     "pipelines/commands/compress.py": "a stream, under a temporary name",
     "pipelines/commands/decompress.py": "pictures, in a folder that is being made",
 }
