@@ -115,9 +115,6 @@ class PlanTokenizerConfig(PlanConfig, TrainTokenizerConfig):
     out: str = Field("", description="run folder; not used")
 
 
-CONFIGS = (PlanConfig, PlanPriorConfig, PlanTokenizerConfig)
-
-
 def run(config: PlanConfig) -> Forecast:
     """Print the plan, and return its figures. Raises `UserError` and `ConfigError`."""
     if not isinstance(config, PlanPriorConfig | PlanTokenizerConfig):
