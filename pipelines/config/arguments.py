@@ -130,10 +130,11 @@ def find_preset(name: str) -> Path:
     same = [key for key in found if wanted in (key, key.partition("/")[2])]
     if len(same) == 1:
         return found[same[0]]
-    reason = "several presets have this name" if same else "no such file, no such preset"
-    last_parts = {key.partition("/")[2]: key for key in found}
-    hint = did_you_mean(wanted.rpartition("/")[2], same or last_parts, "`smalti presets` lists them")
-    raise UserError(f"{name[:400]}: cannot be read ({reason}); {hint}")
+    if same:
+        raise UserError(f"{name}: several presets have this name: {', '.join(same)}")
+    known = [key.partition("/")[2] for key in found]
+    hint = did_you_mean(wanted.rpartition("/")[2], known, "`smalti presets` lists them")
+    raise UserError(f"{name[:400]}: cannot be read (no such file, no such preset); {hint}")
 
 
 # Lists without brackets, which many shells read as a pattern --------------------------------------

@@ -29,7 +29,7 @@ from .table import width, wrap, wrap_rows
 
 ALL = "all"
 OPTIONS = {
-    "--config FILE": "a YAML file, or the name of a preset (`smalti presets`); several merge left to right",
+    "--config FILE": "a YAML file or a preset's name (`smalti presets`); several merge left to right",
     "key=value": "set one key, whatever the files say; the value is YAML, as in train.lr=1e-3 or sizes=1,2; "
     "another kind replaces its node with all that was set below it",
     "--import FILE": "a Python file, or a module, with models of your own, whose kinds are then known",
@@ -125,7 +125,7 @@ def page_of_topic(found: list[Section], verb: str, topic: str) -> str:
         keys = [row.key for section in found for row in section.rows]
         hint = did_you_mean(topic, [*nodes, *keys], f"there are {', '.join([*nodes, ALL])}")
         raise UserError(f"--help {topic}: no such section or key of {verb}; {hint}")
-    return "\n".join(lines_of(chosen))
+    return "\n".join(lines_of(chosen)).lstrip("\n")
 
 
 def introduction(verb: str, description: str | None) -> list[str]:
@@ -205,11 +205,10 @@ def sections(
 
 @cache
 def keys_of(cls: type[Settings]) -> list[str]:
-    """Every key and section of a verb."""
+    """Every section and key of a verb."""
     found = list(sections(cls, {}))
-    return list(
-        dict.fromkeys([section.node for section in found] + [row.key for section in found for row in section.rows])
-    )
+    nodes, rows = [section.node for section in found], [row for section in found for row in section.rows]
+    return list(dict.fromkeys(filter(None, [*nodes, *(row.key for row in rows)])))
 
 
 def describe_type(field: FieldInfo) -> str:

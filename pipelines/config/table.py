@@ -34,12 +34,14 @@ def wrap(text: str, columns: int) -> list[str]:
     return textwrap.wrap(text, columns, break_on_hyphens=False)
 
 
-def wrap_rows(rows: Sequence[Sequence[str]], most: int = 18) -> list[str]:
+def wrap_rows(rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of rows that end with a sentence, every cell wrapped to its column. The first column is as wide as its
-    widest cell, those between have at most `most` characters, and the sentence has what is left, at least 24."""
+    widest cell, the sentence has what the others leave, and those between leave it 30 characters where they can."""
     first, *between = [max(map(len, cells)) for cells in list(zip(*rows, strict=True))[:-1]]
+    room = width() - len(GAP) - first - len(GAP)
+    most = min(20, max(12, (room - 30) // max(1, len(between)) - len(GAP)))
     widths = [first, *(min(most, size) for size in between)]
-    widths.append(max(24, width() - sum(size + len(GAP) for size in widths) - len(GAP)))
+    widths.append(max(24, room - sum(size + len(GAP) for size in widths[1:])))
     lines = []
     for row in rows:
         columns = [wrap(cell, size) for cell, size in zip(row, widths, strict=True)]

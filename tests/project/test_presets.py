@@ -191,9 +191,9 @@ def test_the_name_of_every_preset_is_its_own(path):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("vqvae_digit", "; did you mean tokenizer/vqvae_digits"),
-        ("prior/gtp_digits.yaml", "; did you mean prior/gpt_digits"),
-        ("tokenizer/gpt_digits", "; did you mean prior/gpt_digits"),
+        ("vqvae_digit", "; did you mean 'vqvae_digits'?"),
+        ("prior/gtp_digits.yaml", "; did you mean 'gpt_digits'?"),
+        ("tokenizer/gpt_digits", "; did you mean 'gpt_digits'?"),
         ("nowhere/xyzzy.yaml", "(no such file, no such preset); `smalti presets` lists them"),
         ("accelerate/fsdp", "(no such file, no such preset); `smalti presets` lists them"),
         ("", "--config: expected a file after it"),
@@ -209,7 +209,7 @@ def test_what_is_no_preset_names_those_that_are_near(name, hint):
 def test_a_name_of_two_presets_is_refused(monkeypatch):
     files = {"tokenizer/mine": Path("a.yaml"), "prior/mine": Path("b.yaml")}
     monkeypatch.setattr(arguments, "presets", lambda: files)
-    with pytest.raises(UserError, match="several presets have this name.; did you mean tokenizer/mine or prior/mine"):
+    with pytest.raises(UserError, match="tokenizer/mine, prior/mine"):
         find_preset("mine")
     assert find_preset("prior/mine") == Path("b.yaml")
 
