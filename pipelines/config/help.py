@@ -49,10 +49,10 @@ class Row(NamedTuple):
 class Section(NamedTuple):
     """Keys that belong together, and the node that they are in, empty at the top. kind: of a model with these keys."""
 
-    node: str
-    kind: str
-    sentence: str
-    rows: tuple[Row, ...]
+    node: str = ""
+    kind: str = ""
+    sentence: str = ""
+    rows: tuple[Row, ...] = ()
 
     @property
     def title(self) -> str:
@@ -74,73 +74,67 @@ def help_page(
 ) -> str:
     """The page about a topic: nothing, `all`, a section or a key. Raises `UserError` for another one.
 
-    values: what the keys would be, which is shown in place of the defaults of the class. given: the keys at the top of
+    values: what the keys would be, which is listed in place of the defaults of the class. given: the keys at the top of
     which the command line says something.
     """
-    values = values or {}
+    values, options = values or {}, dict(OPTIONS)
     if topic == ALL:
-        return page_of_all(cls, verb, description, {name: values[name] for name in given if name in values})
-    found = list(sections(cls, values))
-    if topic:
-        return page_of_topic(found, verb, topic)
-    return short_page(cls, verb, description, found, {*given})
+        shown = shorten(sections(cls, {name: values[name] for name in given if name in values}))
+    else:
+        found = list(sections(cls, values))
+        if topic:
+            return "\n".join(table_of(choose_topic(found, topic))).lstrip("\n")
+        shown = choose_often(cls, found, {*given})
+        if left := len(set(rows_of(found)) - set(rows_of(shown))):
+            nodes = ", ".join(dict.fromkeys(section.node for section in found if section.node))
+            options["--help WHAT"] = f"{left} more keys: all, {f'one section ({nodes}), ' if nodes else ''}or one key"
+    usage = f"usage: smalti {verb} [--config FILE ...] [key=value ...] [--help [WHAT]]"
+    about = [line for part in (description or "").split("\n\n") for line in wrap(" ".join(part.split()), width())]
+    commands = [wrap(f"smalti {verb} {example}", width() - 8) for example in cls.examples]
+    examples = ["  " + " \\\n      ".join(lines) for lines in commands]  # lines that a shell joins
+    parts = [[usage], about, ["examples", *examples], table_of(shown), ["more", *wrap_rows(list(options.items()))]]
+    return "\n\n".join("\n".join(part) for part in parts)
 
 
-def short_page(cls: type[Config], verb: str, description: str | None, found: list[Section], given: set[str]) -> str:
-    """Examples, and the keys that people change; of a model whose node is given, all that it has itself."""
-    rows = {row.key: row for section in found for row in section.rows}
+def rows_of(found: Iterable[Section]) -> list[Row]:
+    """All rows of sections."""
+    return [row for section in found for row in section.rows]
+
+
+def choose_often(cls: type[Config], found: list[Section], given: set[str]) -> list[Section]:
+    """The keys that people change, and of a model whose node is given all that it has itself."""
+    rows = {row.key: row for row in rows_of(found)}
     often = [rows[key] for key in cls.often.split() if key in rows]
-    own = [row for section in found if not section.node for row in section.rows]
-    models = [section for section in found if section.kind and section.node in given]
-    shown = [Section("", "", "", tuple(often or own)), *models]
-    options = {name: OPTIONS[name] for name in ("--config FILE", "--import FILE", "--dry-run")}
-    if left := len(rows.keys() - {row.key for section in shown for row in section.rows}):
-        nodes = ", ".join(dict.fromkeys(section.node for section in found if section.node))
-        options["--help WHAT"] = f"{left} more keys: all, {f'one section ({nodes}), ' if nodes else ''}or one key"
-    lines = [*introduction(verb, description), *examples(cls, verb), "", *lines_of(shown), "", "more"]
-    return "\n".join([*lines, *wrap_rows(list(options.items()))])
+    often = often or rows_of(section for section in found if not section.node)
+    return [Section(rows=tuple(often)), *(section for section in found if section.kind and section.node in given)]
 
 
-def page_of_all(cls: type[Config], verb: str, description: str | None, values: Data) -> str:
-    """The grammar and every key; of nodes in `values` only those of their kind. A sentence that many kinds share is
-    printed once."""
-    seen: set[str] = set()
+def choose_topic(found: list[Section], topic: str) -> list[Section]:
+    """The keys at and below a section, or one key. Raises `UserError` with the nearest there is."""
+    below = [section for section in found if f"{section.node}.".startswith(f"{topic}.")]
+    one = [row for row in rows_of(found) if row.key == topic]
+    if not below and not one:
+        nodes = list(dict.fromkeys(section.node for section in found if section.node))
+        hint = did_you_mean(
+            topic, [*nodes, *(row.key for row in rows_of(found))], f"there are {', '.join([*nodes, ALL])}"
+        )
+        raise UserError(f"--help {topic}: no such section or key; {hint}")
+    return below or [Section(rows=tuple(one))]
+
+
+def shorten(found: Iterable[Section]) -> list[Section]:
+    """Drop a section that comes twice, as that of a quantizer does with every tokenizer that takes one, and a long
+    sentence that another kind has had."""
     shown: list[Section] = []
-    for section in dict.fromkeys(sections(cls, values)):  # quantizers come back with every tokenizer that takes one
+    seen: set[str] = set()
+    for section in dict.fromkeys(found):
         rows = [row._replace(sentence="as above") if row.sentence in seen else row for row in section.rows]
         seen |= {row.sentence for row in rows if section.kind and len(row.sentence) > 40}
         shown.append(section._replace(rows=tuple(rows)))
-    options = wrap_rows(list(OPTIONS.items()))
-    return "\n".join([*introduction(verb, description), *options, "", *lines_of(shown), "", *examples(cls, verb)])
+    return shown
 
 
-def page_of_topic(found: list[Section], verb: str, topic: str) -> str:
-    """The keys at and below a section, or one key. Raises `UserError` with the nearest there is."""
-    chosen = [section for section in found if f"{section.node}.".startswith(f"{topic}.")]
-    chosen = chosen or [
-        Section("", "", "", tuple(row for section in found for row in section.rows if row.key == topic))
-    ]
-    if not chosen[0].rows:
-        nodes = list(dict.fromkeys(section.node for section in found if section.node))
-        keys = [row.key for section in found for row in section.rows]
-        hint = did_you_mean(topic, [*nodes, *keys], f"there are {', '.join([*nodes, ALL])}")
-        raise UserError(f"--help {topic}: no such section or key of {verb}; {hint}")
-    return "\n".join(lines_of(chosen)).lstrip("\n")
-
-
-def introduction(verb: str, description: str | None) -> list[str]:
-    """How the verb is called, and what it does."""
-    about = [line for part in (description or "").split("\n\n") for line in wrap(" ".join(part.split()), width())]
-    return [f"usage: smalti {verb} [--config FILE ...] [key=value ...] [--help [WHAT]]", "", *about, ""]
-
-
-def examples(cls: type[Config], verb: str) -> list[str]:
-    """Command lines to paste, a long one in several lines."""
-    found = [wrap(f"smalti {verb} {example}", width() - 8) for example in cls.examples]
-    return ["examples" if len(found) > 1 else "example", *("  " + " \\\n      ".join(lines) for lines in found)]
-
-
-def lines_of(shown: list[Section]) -> list[str]:
+def table_of(shown: list[Section]) -> list[str]:
     """Sections below each other, each in columns of its own."""
     lines: list[str] = []
     for section in shown:

@@ -330,7 +330,7 @@ def config_class(verb):
 
 PRINTING = [
     ["pipelines.train_tokenizer", "--help", "all"],  # more than is buffered
-    ["pipelines.commands.verify", "folder={world}/run/pipeline"],
+    ["pipelines", "verify", "folder={world}/run/pipeline"],
 ]
 
 

@@ -20,6 +20,7 @@ from pipelines.commands import reconstruct
 from pipelines.config import Config, UserError, arguments
 from pipelines.config.arguments import find_preset, read_file
 from pipelines.config.command import parse
+from pipelines.config.schema import to_yaml
 from pipelines.images import DataConfig
 from pipelines.train_tokenizer import TrainTokenizerConfig, build_tokenizer
 from prior import Prior
@@ -140,6 +141,15 @@ def on_a_map(model: dict[str, Any]) -> bool:
     """Whether the prior of a preset needs rows and columns, for its kernels or for its order."""
     order, kernels = model.get("order", "raster"), ("pixelcnn", "gated_pixelcnn", "pixelcnn_pp", "pixelsnail")
     return model["kind"] in kernels or bool(model.get("window")) or not str(order).startswith(("raster", "random"))
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_what_a_preset_resolves_to_is_a_file_that_gives_itself(path, tmp_path):
+    config = config_of(path)
+    whole = tmp_path / path.parent.name / "whole.yaml"
+    whole.parent.mkdir()
+    whole.write_text(to_yaml(config))
+    assert config_of(whole) == config == config_of(path, "--config", str(whole))
 
 
 @every_preset
