@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
 
-from tokenizer.config import MAX_PROBLEMS, Data, defaults_of, explain, find_mark, merge, with_defaults
+from tokenizer.config import Data, defaults_of, explain, find_mark, merge, with_defaults
 from tokenizer.files import PipelineLoadError, one_line
 
 from .arguments import read_arguments, sorted_words, split_lists
@@ -107,13 +107,13 @@ def merge_with_defaults(cls: type[C], parts: list[Data]) -> Data:
 
 
 def describe_unknown(cls: type[Config], key: str, value: Any) -> list[str]:
-    """A line for each unknown key at or below `key`, up to 20, with the one that was probably meant."""
+    """A line for each unknown key at or below `key`, with the one that was probably meant."""
     known = keys_of(cls)
     return [
         f"{name[:200]}: in a file, keys below a section are nested, without dots"
         if name in known
         else f"{name[:200]}: unknown key; {did_you_mean(name, known, '--help all lists them')}"
-        for name in list(leaves(key, value))[:MAX_PROBLEMS]
+        for name in leaves(key, value)
     ]
 
 
