@@ -321,7 +321,7 @@ main = partial(
     verb="encode",
     description=__doc__,
     defaults=tokenizer_defaults,
-    kept=lambda _: "the same command continues",
+    after_ctrl_c=lambda _: "the same command continues",
 )
 
 

@@ -388,7 +388,7 @@ main = partial(
     run,
     verb="generate",
     description=__doc__,
-    kept=lambda _: "the same command continues",
+    after_ctrl_c=lambda _: "the same command continues",
 )
 
 

@@ -247,7 +247,3 @@ def run(config: InspectConfig) -> dict[str, Any]:
 
 
 main = partial(run_command, InspectConfig, run, verb="inspect", description=__doc__, defaults=tokenizer_defaults)
-
-
-if __name__ == "__main__":
-    main()

@@ -284,7 +284,3 @@ def main(argv: list[str] | None = None) -> Any:
     cls = config_for(argv)
     defaults: dict[Any, Any] = {PlanTokenizerConfig: of_init, PlanPriorConfig: of_pipeline}
     return run_command(cls, run, argv, verb="plan", description=__doc__, defaults=defaults.get(cls))
-
-
-if __name__ == "__main__":
-    main()

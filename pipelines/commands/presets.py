@@ -51,7 +51,3 @@ def about(path: Path) -> str:
 
 
 main = partial(run_command, PresetsConfig, run, verb="presets", description=__doc__)
-
-
-if __name__ == "__main__":
-    main()

@@ -181,7 +181,3 @@ def neighbour_sheet(images: Tensor, k: int) -> np.ndarray:
 
 
 main = partial(run_command, SearchConfig, run, verb="search", description=__doc__, defaults=defaults)
-
-
-if __name__ == "__main__":
-    main()

@@ -306,7 +306,3 @@ def store(pipeline: ImagePipeline, folder: Path, own: SamplingOptions, best: Tri
 
 
 main = partial(run_command, TuneConfig, run, verb="tune", description=__doc__, defaults=defaults)
-
-
-if __name__ == "__main__":
-    main()

@@ -38,16 +38,16 @@ def run_command(
     verb: str,
     description: str | None,
     defaults: Callable[[Data], Data] | None = None,
-    kept: Callable[[C], str] | None = None,
+    after_ctrl_c: Callable[[C], str] | None = None,
 ) -> R:
     """Parse, and return `run(config)`. A user's mistake is reported in lines on stderr, with exit code 2.
 
-    `kept` says what Ctrl-C leaves. With the command line for `argv` the process ends as `at_a_shell` says.
+    `after_ctrl_c` says what Ctrl-C leaves. With the command line for `argv` the process ends as `at_a_shell` says.
     """
     with at_a_shell() if argv is None else nullcontext():
         with exit_codes(quiet=not is_first_process()):  # all processes read the same command line
             config = parse(cls, argv, verb=verb, description=description, defaults=defaults)
-        with exit_codes(after_ctrl_c=None if kept is None else partial(kept, config)):
+        with exit_codes(after_ctrl_c=None if after_ctrl_c is None else partial(after_ctrl_c, config)):
             return run(config)
 
 

@@ -529,7 +529,9 @@ def ended(error: BaseException, *argv: str) -> Any:
         raise error
 
     with pytest.raises(SystemExit) as caught:
-        run_command(Run, run, ["out=x", *argv], verb="try", description="", kept=lambda config: f"left {config.out}")
+        run_command(
+            Run, run, ["out=x", *argv], verb="try", description="", after_ctrl_c=lambda config: f"left {config.out}"
+        )
     return caught.value.code
 
 
