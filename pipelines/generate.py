@@ -25,7 +25,6 @@ from tokenizer.files import fsync, temporary_name
 
 from .config import OutputConfig, UserError, run_command
 from .config.importing import as_asked
-from .config.terminal import by_clause
 from .files import Output, atomic_file, lock_output, replace_file, require_apart, require_writable
 from .image_pipeline import ImagePipeline, Label
 from .images.grids import class_grid
@@ -117,7 +116,7 @@ def run(config: GenerateConfig) -> Path:
         if group.is_main:
             rate = f"{len(missing) / seconds:,.1f} images per second" if missing else "already finished"
             then = f"smalti evaluate{as_asked()} pipeline={quote(config.pipeline)}"
-            print(by_clause(f"{config.num_images} images{images.place}, {rate}; next: {then}"))
+            print(f"{config.num_images} images{images.place}, {rate}; next: {then}")
     return out
 
 
@@ -445,7 +444,7 @@ main = partial(
     run,
     verb="generate",
     description=__doc__,
-    kept=lambda _: "the same command continues",
+    after_ctrl_c=lambda _: "the same command continues",
 )
 
 

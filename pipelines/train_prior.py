@@ -346,7 +346,7 @@ main = partial(
     verb="train_prior",
     description=__doc__,
     defaults=defaults,
-    kept=lambda config: what_is_saved(Path(config.out)),
+    after_ctrl_c=lambda config: what_is_saved(Path(config.out)),
 )
 
 

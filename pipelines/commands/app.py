@@ -130,7 +130,3 @@ def served_by(config: AppConfig) -> Served:
 
 
 main = partial(run_command, AppConfig, run, verb="app", description=__doc__, defaults=defaults)
-
-
-if __name__ == "__main__":
-    main()

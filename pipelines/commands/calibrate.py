@@ -109,7 +109,3 @@ def report(calibration: Calibration) -> str:
 
 
 main = partial(run_command, CalibrateConfig, run, verb="calibrate", description=__doc__, defaults=defaults)
-
-
-if __name__ == "__main__":
-    main()

@@ -261,7 +261,3 @@ def what_is_seen(prior: Prior, keep: Tensor) -> str:
 
 
 main = partial(run_command, CompleteConfig, run, verb="complete", description=__doc__, defaults=defaults)
-
-
-if __name__ == "__main__":
-    main()

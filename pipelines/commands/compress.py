@@ -113,7 +113,3 @@ def read_exactly(path: Path, shape: tuple[int, int, int], lossless: bool) -> Ten
 
 
 main = partial(run_command, CompressConfig, run, verb="compress", description=__doc__)
-
-
-if __name__ == "__main__":
-    main()

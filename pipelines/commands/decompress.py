@@ -85,7 +85,3 @@ def write_folder(pipeline: ImagePipeline, data: Data, folder: Path, config: Deco
 
 
 main = partial(run_command, DecompressConfig, run, verb="decompress", description=__doc__)
-
-
-if __name__ == "__main__":
-    main()

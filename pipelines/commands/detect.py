@@ -287,7 +287,3 @@ def report(
 
 
 main = partial(run_command, DetectConfig, run, verb="detect", description=__doc__, defaults=defaults)
-
-
-if __name__ == "__main__":
-    main()

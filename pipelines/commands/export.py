@@ -88,7 +88,3 @@ def given_images(source: str, shape: tuple[int, int, int]) -> Tensor:
 
 
 main = partial(run_command, ExportConfig, run, verb="export", description=__doc__)
-
-
-if __name__ == "__main__":
-    main()

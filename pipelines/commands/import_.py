@@ -240,7 +240,3 @@ def summary(model: Autoencoder, title: str, assumed: bool, out: str, unused: lis
 
 
 main = partial(run_command, ImportConfig, run, verb="import", description=__doc__)
-
-
-if __name__ == "__main__":
-    main()

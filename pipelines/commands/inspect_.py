@@ -200,7 +200,3 @@ def tiles(images: Tensor, captions: list[str], columns: int) -> Pixels:
 
 
 main = partial(run_command, InspectConfig, run, verb="inspect", description=__doc__, defaults=tokenizer_defaults)
-
-
-if __name__ == "__main__":
-    main()

@@ -115,9 +115,6 @@ class PlanTokenizerConfig(PlanConfig, TrainTokenizerConfig):
     out: str = Field("", description="run folder; not used")
 
 
-CONFIGS = (PlanConfig, PlanPriorConfig, PlanTokenizerConfig)
-
-
 def run(config: PlanConfig) -> Forecast:
     """Print the plan, and return its figures. Raises `UserError` and `ConfigError`."""
     if not isinstance(config, PlanPriorConfig | PlanTokenizerConfig):
@@ -287,7 +284,3 @@ def main(argv: list[str] | None = None) -> Any:
     cls = config_for(argv)
     defaults: dict[Any, Any] = {PlanTokenizerConfig: of_init, PlanPriorConfig: of_pipeline}
     return run_command(cls, run, argv, verb="plan", description=__doc__, defaults=defaults.get(cls))
-
-
-if __name__ == "__main__":
-    main()

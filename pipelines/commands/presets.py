@@ -10,8 +10,7 @@ from pydantic import Field
 
 from ..config import Config, UserError, run_command
 from ..config.arguments import presets
-from ..config.table import listed
-from ..config.terminal import width
+from ..config.table import wrap_rows
 
 
 class PresetsConfig(Config):
@@ -41,7 +40,7 @@ def run(config: PresetsConfig) -> list[Path]:
 
 def listing(found: dict[str, Path]) -> str:
     """The names of presets, each beside the comment that its file begins with."""
-    return "\n".join(listed([(name, about(path)) for name, path in found.items()], width()))
+    return "\n".join(wrap_rows([(name, about(path)) for name, path in found.items()]))
 
 
 def about(path: Path) -> str:
@@ -52,7 +51,3 @@ def about(path: Path) -> str:
 
 
 main = partial(run_command, PresetsConfig, run, verb="presets", description=__doc__)
-
-
-if __name__ == "__main__":
-    main()

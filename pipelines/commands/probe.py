@@ -211,7 +211,3 @@ def bar_chart(rows: list[Probe]) -> Pixels:
 
 
 main = partial(run_command, ProbeConfig, run, verb="probe", description=__doc__, defaults=defaults)
-
-
-if __name__ == "__main__":
-    main()

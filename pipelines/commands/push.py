@@ -94,7 +94,3 @@ def upload(item: Any, folder: Path, repo_id: str, private: bool) -> str:
 
 
 main = partial(run_command, PushConfig, run, verb="push", description=__doc__)
-
-
-if __name__ == "__main__":
-    main()

@@ -61,7 +61,3 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
 main = partial(
     run_command, ReconstructConfig, run, verb="reconstruct", description=__doc__, defaults=tokenizer_defaults
 )
-
-
-if __name__ == "__main__":
-    main()

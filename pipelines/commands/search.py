@@ -144,7 +144,3 @@ def neighbour_sheet(queries: Queries, train: ImageDataset, found: Tensor, distan
 
 
 main = partial(run_command, SearchConfig, run, verb="search", description=__doc__, defaults=defaults)
-
-
-if __name__ == "__main__":
-    main()

@@ -271,7 +271,3 @@ def store(
 
 
 main = partial(run_command, TuneConfig, run, verb="tune", description=__doc__, defaults=defaults)
-
-
-if __name__ == "__main__":
-    main()

@@ -116,7 +116,3 @@ def describe_error(error: Exception) -> str:
 
 
 main = partial(run_command, VerifyConfig, run, verb="verify", description=__doc__)
-
-
-if __name__ == "__main__":
-    main()

@@ -26,8 +26,7 @@ from torch import Tensor
 
 from tokenizer.files import PathError, one_line, quote
 
-from ..config import Config, UserError, is_first_process
-from ..config.terminal import tell
+from ..config import Config, UserError, is_first_process, tell
 from ..files import replace_file
 from ..shuffling import positions_of, samples_of, splitmix64
 from . import tables

@@ -5,8 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
-from ..config.table import table
-from ..config.terminal import heading, width
+from ..config.table import table, width
 from .budget import FULL, STATES, memory
 from .forecast import GB, WAYS, Forecast
 from .pauses import LAUNCH, MOST
@@ -34,7 +33,7 @@ def page_of(forecast: Forecast) -> str:
 
 def section(title: str, rows: list[Row], numbers: Iterable[int] = (1,)) -> str:
     """A heading, and its rows below it; `numbers` are the columns of these."""
-    return f"{heading(title)}\n{textwrap.indent(table(rows, right=numbers), '  ')}"
+    return f"{title}\n{textwrap.indent(table(rows, right=numbers), '  ')}"
 
 
 def parameters(forecast: Forecast) -> list[Row]:

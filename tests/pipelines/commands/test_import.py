@@ -16,7 +16,7 @@ from givens.image_files import write_pictures
 from givens.published_weights import imported, llamagen_shapes, random_images, random_weights, taming_shapes
 from safetensors.torch import load_file, save_file
 
-from pipelines.__main__ import find, main, verbs
+from pipelines.__main__ import load, main, verbs
 from pipelines.commands.import_ import ImportConfig, run
 from tokenizer import Tokenizer
 
@@ -55,7 +55,7 @@ def test_weights_of_training_are_left_out_and_counted(small, tmp_path, capsys):
 
 def test_the_verb_is_called_import(small, tmp_path, capsys):
     weights, write = small
-    assert find("import") == "import" and "import_" not in verbs()
+    assert load("import").run and "import_" not in verbs()
     main(["import", f"source={write(weights)}", f"out={tmp_path}/out", "groups=4"])
     assert capsys.readouterr().out.startswith(f"{tmp_path}/model.safetensors: taming-transformers VQGAN\n")
     assert Tokenizer.from_pretrained(tmp_path / "out").grid.shape == (128, 128)

@@ -224,7 +224,7 @@ def test_a_report_is_written(world, what, tmp_path, capsys):
 def test_the_module_is_a_verb_and_does_not_hide_pythons_own():
     """`inspect` is also a module of Python, which torch and pydantic rely on."""
     assert verbs()["inspect"].startswith("Look into a tokenizer")
-    command = [sys.executable, "-m", "pipelines.commands.inspect_", "--help"]
+    command = [sys.executable, "-m", "pipelines", "inspect", "--help"]
     result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.startswith("usage: smalti inspect")
