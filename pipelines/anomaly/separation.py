@@ -1,7 +1,4 @@
-"""How well a score tells anomalous images from normal ones, and which images to flag by their p-values.
-
-Anomalous is positive everywhere, and a larger score is more anomalous.
-"""
+"""How well a score tells anomalous images, which are the positive ones, from normal ones."""
 
 from __future__ import annotations
 
@@ -13,14 +10,6 @@ from .conformal import Floats
 
 NORMAL_975 = 1.959964
 """The 97.5 % quantile of a normal distribution."""
-
-
-def benjamini_hochberg(p: Floats, rate: float) -> np.ndarray:
-    """What to flag, bool `(n,)`, so that the expected share of normal images among it is at most `rate` (1995): the k
-    smallest p-values, for the largest k with p_(k) <= rate k / n. Conformal p-values allow it (Bates et al. 2023)."""
-    ordered = np.sort(p)
-    below = np.flatnonzero(ordered <= rate * np.arange(1, len(p) + 1) / len(p))
-    return p <= ordered[below[-1]] if len(below) else np.zeros(len(p), bool)
 
 
 def separation(scores: Floats, anomalous: np.ndarray, seed: int = 0, draws: int = 1000) -> dict[str, Any]:

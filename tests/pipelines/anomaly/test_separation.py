@@ -1,4 +1,4 @@
-"""How well a score tells anomalous images from normal ones: areas, their intervals, and what is flagged."""
+"""How well a score tells anomalous images from normal ones: areas and their intervals."""
 
 import math
 from statistics import NormalDist
@@ -6,7 +6,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from pipelines.anomaly.separation import areas, auroc_interval, benjamini_hochberg, separation
+from pipelines.anomaly.separation import areas, auroc_interval, separation
 
 
 def test_areas_are_what_pairs_and_ranks_say():
@@ -53,16 +53,3 @@ def test_an_interval_of_auroc_has_a_width_where_nothing_overlaps():
         assert sum(auroc_interval(0.5, count, count)) == pytest.approx(1)
         narrower = low
     assert 0.93 < auroc_interval(1.0, 50, 50)[0] < 0.97  # 50 of 50: Wilson's interval of a share begins at .929
-
-
-def test_benjamini_hochberg():
-    p = np.array([0.01, 0.04, 0.03, 0.005, 0.5])
-    assert benjamini_hochberg(p, 0.05).tolist() == [True, True, True, True, False]
-    assert benjamini_hochberg(p, 0.026).tolist() == [True, False, False, True, False]
-    assert not benjamini_hochberg(np.array([0.2, 0.9]), 0.05).any()
-    chance, shares = np.random.default_rng(0), []
-    for _ in range(300):
-        mixed = np.concatenate([chance.random(80), chance.random(20) ** 8])
-        flagged = benjamini_hochberg(mixed, 0.2)
-        shares.append(flagged[:80].sum() / max(1, flagged.sum()))
-    assert np.mean(shares) < 0.2
