@@ -10,11 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from tokenizer.files import one_line
-
 from ..files import FieldError, validate
 from .conformal import Floats, p_values_of
-from .distances import Distance, Part, Row, Table
+from .distances import CalibrationError, Distance, Part, Row, Table
 
 MAX_CALIBRATION_BYTES = 4 << 20
 """Of the file: that of a large calibration has up to 3 MB."""
@@ -22,13 +20,6 @@ MAX_IMAGES = 50_000
 """How many images a pipeline is calibrated with at most, as the file has a digest of each."""
 LEVELS = (0.9, 0.95, 0.98, 0.99, 0.995)
 """The quantiles of token surprise from which `heal` chooses."""
-
-
-class CalibrationError(ValueError):
-    """A score was asked for that this pipeline was not calibrated for."""
-
-    def __init__(self, message: object = "") -> None:
-        super().__init__(one_line(str(message)))  # which may quote what a file holds
 
 
 class Fitted(Part):
@@ -111,3 +102,12 @@ class Calibration(Part):
 def digest_of(image: NDArray[np.uint8]) -> str:
     """What tells an image `(H, W, C)` from others: the first 16 digits of the sha256 of its bytes."""
     return hashlib.sha256(image.tobytes()).hexdigest()[:16]
+
+
+def require_calibration(calibration: Calibration | None) -> Calibration:
+    """The calibration, or `CalibrationError` that says how to get one."""
+    if calibration is None:
+        raise CalibrationError(
+            "the pipeline is not calibrated: `smalti calibrate`, or `calibrate(images)`, fits it to normal images"
+        )
+    return calibration

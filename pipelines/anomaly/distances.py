@@ -18,6 +18,10 @@ USUAL = 0.99
 LARGEST = sys.float_info.max
 
 
+class CalibrationError(ValueError):
+    """A score was asked for that this pipeline was not calibrated for."""
+
+
 def read_numbers(axes: int, found: Any) -> Floats:
     """A list of numbers, or for two `axes` a list of such lists, as an array. Raises `ValueError`."""
     if isinstance(found, np.ndarray):
@@ -60,7 +64,12 @@ class Distance(Part):
         return self
 
     def of(self, rows: Floats) -> Floats:
-        """That of each row, `(n,)`."""
+        """That of each row, `(n,)`. Raises `CalibrationError` for rows of another length."""
+        if rows.shape[1] != len(self.mean):
+            raise CalibrationError(
+                f"calibrated with {len(self.mean)} statistics or features of an image, and now there are "
+                f"{rows.shape[1]}: run `smalti calibrate` again"
+            )
         return to_nearest((rows - self.mean) @ self.whitener.T, self.points)
 
     @classmethod

@@ -19,7 +19,8 @@ from tokenizer import Tokenizer
 from tokenizer.base import in_finest
 
 from ..stages.watching import serialized
-from .calibration import LEVELS, Calibration, CalibrationError
+from .calibration import LEVELS, Calibration, require_calibration
+from .distances import CalibrationError
 
 if TYPE_CHECKING:
     from ..stages.base import Label, Stages
@@ -108,10 +109,7 @@ def heal(
     the image's own. And they weigh restorations by softmax(3 / mean |x - decoded|), the nearer to the image the more;
     here by exp(-0.1 nats), the likelier the more.
     """
-    if (calibration := pipeline.calibration) is None:
-        raise CalibrationError(
-            "this pipeline is not calibrated: `smalti calibrate` or `calibrate(images)` fits it to normal images"
-        )
+    calibration = require_calibration(pipeline.calibration)
     draws, seed = check_count(draws, "draws"), whole_number("seed", seed)
     if quantile not in LEVELS:
         raise ValueError(f"quantile should be one of {', '.join(map(str, LEVELS))} (got {quantile})")

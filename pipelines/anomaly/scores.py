@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..images.pictures import convert_images, level_of_user
 from ..stages.watching import serialized
-from .calibration import Calibration, CalibrationError, Fitted
+from .calibration import Calibration, Fitted, require_calibration
 from .conformal import Floats
+from .distances import CalibrationError
 from .image_statistics import statistics
 
 if TYPE_CHECKING:
@@ -92,9 +93,7 @@ def score_of(method: str, found: dict[str, Tensor], calibration: Calibration | N
         raise CalibrationError(f"method: {method} needs {NEEDS[method]}")
     if method not in FITTED:
         return plain_score(method, found)
-    fitted = checked(calibration, method, labelled).fitted
-    check_fit(found, fitted)
-    return fitted_score(method, found, fitted)
+    return fitted_score(method, found, checked(calibration, method, labelled).fitted)
 
 
 def p_value_of(method: str, scores: Tensor, calibration: Calibration | None, *, labelled: bool) -> Tensor:
@@ -123,7 +122,7 @@ def fitted_score(method: str, found: dict[str, Tensor], fitted: Fitted) -> Tenso
     far = fitted.statistics.of(log_statistics(found))
     if fitted.features is None:
         return torch.from_numpy(far)
-    near = fitted.features.of(found["features"].numpy())
+    near = fitted.features.of(found.get("features", torch.empty(len(far), 0)).numpy())
     return torch.from_numpy(near if method == "neighbours" else near + np.maximum(0, far - 1))
 
 
@@ -138,24 +137,9 @@ def log_statistics(found: dict[str, Tensor]) -> Floats:
     return np.stack([np.log(found[name].numpy() + add) for name, add in TOGETHER.items() if name in found], axis=1)
 
 
-def check_fit(found: dict[str, Tensor], fitted: Fitted) -> None:
-    """Raise `CalibrationError` if the pipeline has other statistics or features than were fitted to."""
-    here = log_statistics(found).shape[1], found["features"].shape[1] if "features" in found else 0
-    there = len(fitted.statistics.mean), 0 if fitted.features is None else len(fitted.features.mean)
-    if here != there:
-        raise CalibrationError(
-            f"the pipeline was calibrated with {there[0]} statistics and {there[1]} features, and now has {here[0]} "
-            f"and {here[1]}: run `smalti calibrate` again"
-        )
-
-
 def checked(calibration: Calibration | None, method: str, labelled: bool) -> Calibration:
     """The calibration, if there is one for this method and these labels. Raises `CalibrationError`."""
-    if calibration is None:
-        raise CalibrationError(
-            f"method: {method} and p-values need a calibrated pipeline: `smalti calibrate`, or "
-            "`calibrate(images)`, fits it to normal images"
-        )
+    calibration = require_calibration(calibration)
     if method not in calibration.scores:
         raise CalibrationError(f"method: the pipeline was calibrated without {method}: run `smalti calibrate` again")
     if calibration.labels != labelled:

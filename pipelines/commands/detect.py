@@ -16,8 +16,9 @@ from torch import Tensor
 
 from tokenizer.files import write_json
 
-from ..anomaly.calibration import Calibration, CalibrationError
+from ..anomaly.calibration import Calibration
 from ..anomaly.conformal import benjamini_hochberg
+from ..anomaly.distances import CalibrationError
 from ..anomaly.healing import anomaly_map, heal
 from ..anomaly.image_statistics import statistics
 from ..anomaly.scores import p_value_of, score_of
@@ -71,7 +72,7 @@ class DetectConfig(OutputConfig, UsesImages):
     )
     out: str = Field("anomalies", description="folder for scores.csv, sheet.png and, where measured, figures.json")
     num_shown: int = Field(8, ge=1, le=64, description="how many of the most and of the least anomalous are shown")
-    seed: int = Field(0, ge=0, lt=1 << 63, description="of healing and of the intervals")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="of healing")
 
 
 class Found(NamedTuple):
@@ -112,7 +113,7 @@ def run(config: DetectConfig) -> dict[str, Any]:
             raise UserError(str(error)) from error
         above = ~(scores.numpy() <= calibration.scores[config.method].threshold)  # NaN is, too
         flagged = above if config.fdr is None else benjamini_hochberg(p, config.fdr)
-        figures = {} if anomalous is None else separation(scores.numpy(), anomalous, config.seed)
+        figures = {} if anomalous is None else separation(scores.numpy(), anomalous)
         columns = {"file": names, "class": classes, "anomalous": None if anomalous is None else anomalous.astype(int)}
         columns |= {"score": scores.numpy(), "p_value": p, "flagged": flagged.astype(int)}
         columns |= {name: values.numpy() for name, values in known.items() if values.ndim == 1}
@@ -239,10 +240,12 @@ def report(
             ("  of the normal", f"{flagged[~anomalous].mean():.1%} of {(~anomalous).sum():,}"),
             ("  of the others", f"{flagged[anomalous].mean():.1%} of {anomalous.sum():,}"),
         ]
-        for name, label in (("auroc", "AUROC"), ("auprc", "AUPRC"), ("fpr95", "FPR95")):
-            value, low, high = figures[name]
-            beside = f"; by chance {figures['prevalence']:.4f}" if name == "auprc" else ""
-            rows.append((label, f"{value:.4f} ({low:.4f} to {high:.4f}{beside})"))
+        auroc, low, high = figures["auroc"]
+        rows += [
+            ("AUROC", f"{auroc:.4f} ({low:.4f} to {high:.4f})"),
+            ("AUPRC", f"{figures['auprc']:.4f} (by chance {figures['prevalence']:.4f})"),
+            ("FPR95", f"{figures['fpr95']:.4f}"),
+        ]
     bits = "bits, " if pipeline.tokenizer.placed else ""
     panels = f"the most anomalous left, the least right; image, {bits}healed, what healing changed"
     rows += [(), ("scores", f"{config.out}/scores.csv"), ("sheet", f"{config.out}/sheet.png: {panels}")]

@@ -12,7 +12,7 @@ from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate
-from pipelines.anomaly.calibration import CalibrationError
+from pipelines.anomaly.distances import CalibrationError
 from pipelines.anomaly.healing import heal
 from pipelines.anomaly.image_statistics import statistics
 from pipelines.anomaly.scores import FITTED, anomaly_score, p_value_of, score_of

@@ -16,7 +16,7 @@ from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate
-from pipelines.anomaly.calibration import CalibrationError
+from pipelines.anomaly.distances import CalibrationError
 from pipelines.anomaly.image_statistics import measure, statistics
 from pipelines.anomaly.scores import METHODS, anomaly_score, log_statistics, score_of
 
