@@ -271,7 +271,7 @@ def test_what_is_known_of_a_part_goes_with_it(tmp_path):
         setattr(pipe, part, getattr(pipe, part))  # the same one
         pipe.save_pretrained(tmp_path / "same", variant="fp16")  # whose models are rounded copies
         for same in (pipe, ImagePipeline.from_pretrained(tmp_path / "same")):
-            assert same.calibration.to_dict() == known.to_dict() and same.provenance and same.sample_grid is not None
+            assert same.calibration.to_json() == known.to_json() and same.provenance and same.sample_grid is not None
         setattr(pipe, part, copy.deepcopy(getattr(pipe, part)).train())
         assert not getattr(pipe, part).training
         assert pipe.calibration is None and not pipe.provenance and pipe.sample_grid is None
