@@ -38,6 +38,17 @@ def test_scores_of_any_size_keep_the_promise_and_the_power(scale, same):
         assert np.mean(below) == pytest.approx(5 / 101, abs=0.004)  # a calibration has a deviation of .02
 
 
+def test_p_values_are_counts_and_agree_with_the_threshold():
+    """Whole numbers, of which many are equal or exactly a tie above another."""
+    chance = np.random.default_rng(0)
+    for count in (19, 40, 199):
+        normal, scores = (chance.integers(0, 30, size).astype(float) for size in (count, 100))
+        p = p_values_of(scores, normal, 1.0)
+        np.testing.assert_array_equal(p, (1 + (normal + 1 >= scores[:, None]).sum(1)) / (count + 1))
+        for share in (0.05, 0.1, 1 / 3):
+            np.testing.assert_array_equal(scores > threshold(normal, 1.0, share), p <= share)
+
+
 def test_discoveries_hold_where_many_normal_images_are_the_same():
     """Benjamini and Hochberg's share of normal images among what is flagged."""
     chance, shares = np.random.default_rng(0), []
