@@ -66,11 +66,12 @@ def build(served: Served, gallery: gr.HTML) -> None:
 
 def verdict(calibration: Calibration, method: str, score: float, p_value: float, known: bool) -> str:
     """What a score means, in Markdown."""
-    above = not score <= calibration.thresholds[method]
+    threshold = calibration.scores[method].threshold
+    above = not score <= threshold
     lines = [
         f"### {'An anomaly' if above else 'Like the normal images'}",
         f"- {method}: {METHODS.get(method, '')}",
-        f"- score: **{score:.4g}**, threshold {calibration.thresholds[method]:.4g} ({calibration.promise})",
+        f"- score: **{score:.4g}**, threshold {threshold:.4g} ({calibration.promise})",
         f"- p-value: **{p_value:.3g}**, the share of normal images that are at least as unusual",
     ]
     if above:
