@@ -14,6 +14,7 @@ from PIL import Image
 from small_pipelines import PROVENANCE, make_pipeline
 
 from pipelines import ImagePipeline
+from pipelines.images.origin import shareable
 from pipelines.saving import save_again
 
 EVALUATION = {
@@ -183,6 +184,7 @@ def test_data_are_named_where_they_are_on_the_hub_and_no_path_is(data, local, da
     assert card.data.datasets == datasets
     assert {each.dataset_type for each in card.data.eval_results} == {kind}
     assert not re.search("/home|photos|secret", (tmp_path / "p" / "README.md").read_text())
+    assert "/home" not in str(shareable(facts))
 
 
 def test_a_folder_that_is_called_as_a_data_set_is_a_path(tmp_path, monkeypatch):
