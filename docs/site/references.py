@@ -35,7 +35,6 @@ PAGES = [
             "pipelines.image_pipeline.ImagePipeline",
             "pipelines.stages.sampling.PipelineOutput",
             "pipelines.anomaly.healing.Healed",
-            "pipelines.compression.header.Limits",
             "pipelines.images.pictures.from_unit",
         ],
     ),
