@@ -214,7 +214,7 @@ def write_images(
     constriction()
     models = Models(pipeline, residual=has_residual(pipeline, lossless))
     shape = pipeline.tokenizer.image_shape
-    header = Header(identify(pipeline), shape, count, chunk_images(pipeline), models.residual, list(names))
+    header = Header(identify(pipeline), shape, count, chunk_images(pipeline), models.residual, tuple(names))
 
     def chunks() -> Iterator[Chunk]:
         for _, part in zip(chunk_numbers(header, progress), parts, strict=False):

@@ -49,7 +49,7 @@ class Header(NamedTuple):
     images: int
     chunk_images: int
     lossless: bool
-    names: list[str]
+    names: tuple[str, ...]
 
     @property
     def num_chunks(self) -> int:
@@ -124,13 +124,13 @@ class Reader:
 def read_header(fields: memoryview, names: memoryview) -> Header:
     """The header from its two sections, checked."""
     try:
-        pipeline, *image, images, chunk_images, lossless = HEADER.unpack(fields)
-        header = Header(pipeline, (image[0], image[1], image[2]), images, chunk_images, lossless, [])
-        header.names.extend(bytes(names).decode().split("\0") if len(names) else [])
+        pipeline, channels, height, width, images, chunk_images, lossless = HEADER.unpack(fields)
+        called = tuple(bytes(names).decode().split("\0")) if len(names) else ()
     except (struct.error, UnicodeDecodeError) as error:
         raise DamagedStream(f"the stream is damaged: {error}") from error
     if not chunk_images:
         raise DamagedStream("the stream is damaged: its chunks are of no images")
+    header = Header(pipeline, (channels, height, width), images, chunk_images, lossless, called)
     check_names(header)
     return header
 
