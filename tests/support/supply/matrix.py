@@ -33,7 +33,7 @@ CORE = (
     "tests/pipelines/training/test_checkpoint.py",
     "tests/pipelines/training/test_resume.py",
     "tests/pipelines/compression/test_container.py",
-    "tests/pipelines/exports",
+    "tests/pipelines/test_exports.py",
 )
 """The contracts of both stages, states, resuming, streams, weights and libraries of others."""
 
