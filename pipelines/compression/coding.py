@@ -232,10 +232,10 @@ def read_images(
     `StreamError` for a stream that is damaged or of another pipeline; the iterator does where this machine computes
     other probabilities than the one that compressed."""
     header, chunks = read_stream(data)
-    shape, most = pipeline.tokenizer.image_shape, chunk_images(pipeline)
-    if (header.pipeline, header.image) != (identify(pipeline), shape):
-        theirs, ours = ("x".join(map(str, image)) for image in (header.image, shape))
-        raise ModelMismatch(f"another pipeline made the stream, for images of {theirs}; this one's are of {ours}")
+    if header.pipeline != identify(pipeline):
+        theirs = "x".join(map(str, header.image))
+        raise ModelMismatch(f"another pipeline made the stream, one for images of {theirs}")
+    most = chunk_images(pipeline)
     if min(header.images, header.chunk_images) > most:  # the prior's states for all of a chunk are in memory at once
         raise StreamError(f"the stream has {header.chunk_images} images in a chunk; this pipeline allows {most}")
     if header.lossless and not pipeline.tokenizer.has_likelihood:
@@ -247,7 +247,10 @@ def read_images(
         for index in chunk_numbers(header, progress):
             count = min(header.chunk_images, header.images - index * header.chunk_images)
             tokens, pixels = models.decode(chunks[index], count, batch_size)
-            yield pipeline.decode(tokens, output_type="pt") if pixels is None else pixels.float() / 127.5 - 1
+            if pixels is None:
+                yield pipeline.decode(tokens, output_type="pt")
+            else:
+                yield pixels.to(pipeline.device).float() / 127.5 - 1
 
     return header, images()
 
@@ -267,7 +270,7 @@ def decompress(
     header, parts = read_images(pipeline, data, batch_size=batch_size, progress=progress)
     if max_images is not None and header.images > max_images:
         raise StreamError(f"the stream has {header.images} images, at most {max_images} are allowed")
-    return torch.cat([torch.empty(0, *header.image, device=pipeline.device), *parts])
+    return torch.cat([torch.empty(0, *pipeline.tokenizer.image_shape, device=pipeline.device), *parts])
 
 
 def chunk_numbers(header: Header, progress: bool) -> Iterable[int]:
