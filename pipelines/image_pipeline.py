@@ -41,7 +41,6 @@ from . import completion, representation, saving
 from .anomaly import calibrating, healing, scores
 from .anomaly.calibration import Calibration
 from .compression.coding import compress, decompress, exact_pixels
-from .compression.header import DEFAULT_LIMITS, Limits
 from .images.grids import class_grid
 from .images.origin import shareable
 from .images.pictures import as_batch, check_output_type, convert_images, to_images, to_uint8, warn_if_unit
@@ -442,20 +441,19 @@ class ImagePipeline:
     # Storing images
 
     @serialized
-    def compress(self, images: Any, *, lossless: bool = False, checked: bool = True, progress: bool = True) -> bytes:
+    def compress(self, images: Any, *, lossless: bool = False, progress: bool = True) -> bytes:
         """A stream from which this pipeline, and no other, decodes the same tokens, in any batch, on any machine.
 
         images: PIL images of exactly the pipeline's size, uint8 or float `(B, C, H, W)`. lossless: keep every pixel,
         by a decoder with a likelihood or a `pixels` tokenizer; else the tokens, whose images `decompress` gives: those
         of two machines differ by one grey level in some pixels, as the decoder's float32 rounds otherwise there.
-        checked: decode every chunk again, and store what fails as it is. Raises `ValueError` for images of another size
-        (lossless: or of more than 8 bits), `LikelihoodError` where lossless cannot be, and `CodecError` without the
-        package constriction.
+        Raises `ValueError` for images of another size (lossless: or of more than 8 bits), `LikelihoodError` where
+        lossless cannot be, and `StreamError` without the package constriction.
         """
         several, shape = [images] if isinstance(images, PILImage) else images, self.tokenizer.image_shape
         if isinstance(several, (list, tuple)):
             several = [exact_pixels(one, shape, lossless) if isinstance(one, PILImage) else one for one in several]
-        return compress(self, self.to_images(several), lossless=lossless, checked=checked, progress=progress)
+        return compress(self, self.to_images(several), lossless=lossless, progress=progress)
 
     @serialized
     def decompress(
@@ -464,17 +462,18 @@ class ImagePipeline:
         *,
         output_type: str = "pil",
         batch_size: int | None = None,
-        limits: Limits = DEFAULT_LIMITS,
+        max_images: int | None = None,
         progress: bool = True,
     ) -> Any:
         """The images of a stream, all of them or an error: of the same tokens as were compressed, and of the same
         pixels if it was lossless, else to within one grey level (of float32 weights). batch_size: images evaluated at a
-        time, a whole chunk if None; tokens do not depend on it. limits: what a stream may announce.
+        time, a whole chunk if None; tokens do not depend on it. max_images: refuse a stream of more.
 
-        Raises a `StreamError`: `ForeignStream`, `TruncatedStream`, `DamagedStream`, `StreamLimit`, `ModelMismatch`.
+        Raises `StreamError`: `DamagedStream` for one that is damaged, `ModelMismatch` for one of another pipeline, or
+        of a machine that computes other probabilities.
         """
         check_output_type(output_type)
-        images = decompress(self, data, batch_size=batch_size, limits=limits, progress=progress)
+        images = decompress(self, data, batch_size=batch_size, max_images=max_images, progress=progress)
         return convert_images(images, output_type)
 
     # Saving and loading

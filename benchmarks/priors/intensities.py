@@ -37,7 +37,7 @@ def streamed(model: Any, data: Any, images: int) -> tuple[float, float, float]:
     pipe = ImagePipeline(data.tokenizer, model)
     pixels = data.tokenizer.decode(data.splits["test"].rows(slice(0, images)).long())
     begin = time.process_time()
-    stream = pipe.compress(pixels, lossless=True, checked=False, progress=False)
+    stream = pipe.compress(pixels, lossless=True, progress=False)
     middle = time.process_time()
     found = pipe.decompress(stream, output_type="pt", progress=False)
     end = time.process_time()

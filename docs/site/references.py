@@ -35,7 +35,6 @@ PAGES = [
             "pipelines.image_pipeline.ImagePipeline",
             "pipelines.image_pipeline.PipelineOutput",
             "pipelines.anomaly.healing.Healed",
-            "pipelines.compression.header.Limits",
             "pipelines.images.pictures.from_unit",
         ],
     ),

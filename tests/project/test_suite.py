@@ -273,7 +273,7 @@ def test_mutants_of_a_file_meet_its_own_tests():
     """Those that mirror it, and those that say so; a star is for a folder, and not for those below it."""
     assert mutants.tests_of("tokenizer/quantizers/fsq.py") == ["tests/tokenizer/quantizers/test_family.py"]
     assert {"tests/prior/test_noise.py", "tests/prior/test_sampling.py"} <= {*mutants.tests_of("prior/sampling.py")}
-    assert "tests/pipelines/compression/test_coding.py" in mutants.tests_of("pipelines/compression/coder.py")
+    assert "tests/pipelines/compression/test_coding.py" in mutants.tests_of("pipelines/compression/codec.py")
     files = mutants.files_of("prior/*.py,tokenizer/quantizers/*.py,prior/gpt.py")
     assert {"prior/gpt.py", "tokenizer/quantizers/fsq.py"} < set(files) and len(files) == len(set(files))
     assert "pipelines/generate.py" not in files and not [name for name in files if "__init__" in name]

@@ -11,7 +11,6 @@ import gradio as gr
 import torch
 
 from ...compression.coding import exact_pixels
-from ...compression.header import Limits
 from ..elements import TAKE_ALL, picker, pictures, shown
 from ..jobs import Job
 from ..served import Served, as_floats, as_pixels
@@ -58,9 +57,7 @@ def build(served: Served, gallery: gr.HTML) -> None:
     def decompress(job: Job, value: Any) -> Any:
         (data,) = files_of(value, bounds.max_upload, 1)
         job.step(0, 1, "files")
-        images = pipeline.decompress(
-            data, output_type="pt", limits=Limits(max_images=bounds.max_images), progress=False
-        )
+        images = pipeline.decompress(data, output_type="pt", max_images=bounds.max_images, progress=False)
         pixels = as_pixels(images)
         sizes = f"{len(data):,} bytes, {len(data) / max(1, len(pixels)):.1f} an image"
         return f"{len(pixels)} images from {sizes}", shown(pixels, [str(number + 1) for number in range(len(pixels))])
