@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prior import Prior
 from prior.sampling import (
     GUIDANCE,
     DecodingOptions,
@@ -204,12 +203,6 @@ def check_request(
     batch = make_batch(prior, 1, None if ids is None else ids[:1], sampler, torch.Generator(), None, None)
     choose_orders(prior, decoding, batch)
     return sampler
-
-
-def settings_in(keys: dict[str, Any]) -> dict[str, Any]:
-    """Of a verb's keys those that are given and that some prior declares as settings of sampling."""
-    declared = {name for kind in Prior.available() for name in Prior.find(kind).Sampling.names()}
-    return {name: value for name, value in keys.items() if name in declared and value is not None}
 
 
 def seeded(seed: int | None, generator: Generators, count: int) -> Generators:

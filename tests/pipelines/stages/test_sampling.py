@@ -14,7 +14,6 @@ from small_pipelines import every_pair, every_prior_pair, make_pipeline, pixels_
 
 from pipelines import ImagePipeline
 from pipelines.stages.requests import Request
-from pipelines.stages.sampling import settings_in
 from prior.orders import Partition
 from prior.sampling import DecodingOptions
 from tokenizer.files import ConfigError
@@ -394,8 +393,3 @@ def test_the_course_of_guidance_is_one_choice():
     assert torch.equal(of(own, guidance_end=9.0), of(pipe, guidance_scale=2.0, guidance_end=9.0))
     assert torch.equal(of(own, guidance_power=0.5), of(pipe, **{**given, "guidance_power": 0.5}))
     assert torch.equal(own(3, seed=0).tokens, pipe(3, seed=0).tokens)  # no class, no guidance
-
-
-def test_a_setting_of_no_prior_is_found_in_no_keys():
-    keys = {"temperature": 0.5, "top_k": None, "steps": 3, "num_images": 4, "device": "cpu"}
-    assert settings_in(keys) == {"temperature": 0.5, "steps": 3}
