@@ -48,6 +48,7 @@ from ..training.losses import loss_weights_of
 from ..training.optimizers import hidden_matrices
 
 GB, FULL = 1e9, 0.9  # bytes; share of a memory that can be planned with
+LARGE = 1e11  # FLOPs of an image, from which on few are run
 
 
 class GPU(NamedTuple):
@@ -98,8 +99,10 @@ class PlanConfig(Config):
         None, ge=0, le=1 << 20, description="number of classes, where nothing says it; 0: no labels"
     )
     rows: int | None = Field(None, ge=1, description="number of training rows, where nothing says it, for the epochs")
-    batches: tuple[Count, Count] = Field(
-        (1, 2), description="two batch sizes, of which steps are run; memory is extrapolated linearly from them"
+    batches: tuple[Count, Count] | None = Field(
+        None,
+        description="two batch sizes, of which steps are run to extrapolate memory linearly; null: 8 and 16, "
+        "or 1 and 2 of a large model",
     )
     device: str = Field("auto", description="where these steps are run: cpu, cuda or auto")
 
@@ -123,9 +126,11 @@ CONFIGS = (PlanConfig, PlanPriorConfig, PlanTokenizerConfig)
 @dataclass(frozen=True)
 class Plan:
     """What a run takes. `states` (weights, gradients, moments and averages) and `checkpoint` are in bytes; `flops` are
-    those of an image, forward and backward; `peaks` are the bytes beside `states` of a step of two batch sizes."""
+    those of an image, forward and backward; `peaks` are the bytes beside `states` that steps of two batch sizes took on
+    `device`."""
 
     config: PlanPriorConfig | PlanTokenizerConfig
+    device: torch.device
     grid: TokenGrid
     rows: int | None
     parameters: int
@@ -185,7 +190,7 @@ def run(config: PlanConfig) -> Plan:
         )
     with device:
         step = build()
-    plan = Plan(config, step.grid, rows, parameters, states, checkpoint, *measure(step))
+    plan = Plan(config, device, step.grid, rows, parameters, states, checkpoint, *measure(step))
     print(page(plan))
     return plan
 
@@ -202,7 +207,7 @@ def check(config: PlanPriorConfig | PlanTokenizerConfig) -> torch.device:
         raise UserError("train.steps: null needs train.minutes to end the run")
     if train.mixed_precision == "no" and config.peak_tflops is None:
         raise UserError("peak_tflops: missing; with train.mixed_precision=no it is that of float32 or TF32")
-    if config.batches[0] >= config.batches[1]:
+    if config.batches and config.batches[0] >= config.batches[1]:
         raise UserError(f"batches: the second should be larger (got {config.batches[0]}, {config.batches[1]})")
     return device
 
@@ -341,7 +346,9 @@ def sizes_of(step: PriorStep | TokenizerStep) -> tuple[int, int, int]:
     moments = 2 * gradients - sum(matrix.nbytes for matrix in muon)  # AdamW has two of a weight, Muon one
     frozen = sum(value.nbytes for module in step.frozen for value in module.parameters())
     states = 2 * weights + gradients + moments + frozen  # with the averaged weights
-    return sum(p.numel() for p in parameters), states, (2 + train.keep_best) * weights + moments
+    keeps_best = train.keep_best and len(modules) == 1 and not frozen  # else no figure says which are best
+    saved = sum(value.nbytes for module in modules for value in module.state_dict().values())
+    return sum(p.numel() for p in parameters), states, (2 + keeps_best) * saved + moments
 
 
 def measure(step: PriorStep | TokenizerStep) -> tuple[int, int, dict[int, int]]:
@@ -360,9 +367,9 @@ def measure(step: PriorStep | TokenizerStep) -> tuple[int, int, dict[int, int]]:
         for loss in step.losses(count, autocast):
             loss.backward()
 
-    small, _ = step.config.batches
-    flops = count_flops(partial(take, small)) // small
-    peaks = {count: peak_bytes(device, partial(take, count)) for count in step.config.batches}
+    flops = count_flops(partial(take, 1))
+    batches = step.config.batches or ((1, 2) if flops > LARGE else (8, 16))
+    peaks = {count: peak_bytes(device, partial(take, count)) for count in batches}
     step.model.eval()
     with torch.no_grad():
         return flops, count_flops(step.sample), peaks
@@ -382,9 +389,12 @@ def peak_bytes(device: torch.device, run: Callable[[], None]) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # it prints when it starts and stops
+    level = os.environ.get("KINETO_LOG_LEVEL")
+    os.environ["KINETO_LOG_LEVEL"] = level or "9"  # else the profiler prints when it starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
+    if level is None:
+        del os.environ["KINETO_LOG_LEVEL"]
     results: Any = profiler.profiler and profiler.profiler.kineto_results
     events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
     return max(accumulate(size for _, size in events))
@@ -399,25 +409,29 @@ def page(plan: Plan) -> str:
     count, images, hours = train.batch_size, plan.steps * train.batch_size, plan.steps * plan.seconds_per_step / 3600
     share = count // (config.gpus * train.accumulate)
     memory, each = plan.memory(share), plan.memory(2) - plan.memory(1)
+    time = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.3g} min"
     epochs = f"{images / plan.rows:,.1f} epochs, " if plan.rows else ""
     made = "a sample" if isinstance(config, PlanPriorConfig) else "a reconstruction"
     rows = [
         ("parameters", f"{plan.parameters:,}"),
         (made, f"{scaled(plan.flops_of_sample)}FLOP, {tokens:,} tokens"),
-        ("a training step", f"{scaled(plan.flops_per_step)}FLOP, {count:,} images, {scaled(count * tokens)}tokens"),
+        ("a training step", f"{scaled(plan.flops_per_step)}FLOP, {count:,} images, {count * tokens:,} tokens"),
         ("", f"{plan.seconds_per_step:.3g} s at {config.utilization:.0%} of {config.gpus:,} x {plan.tflops:g} TFLOP/s"),
-        ("the run", f"{plan.steps:,} steps, {epochs}{scaled(images)}images, {scaled(images * tokens)}tokens"),
-        ("", f"{scaled(plan.flops_per_step * plan.steps)}FLOP, {hours:,.2f} h and its evaluations, previews and saves"),
-        ("memory of a GPU", f"{memory / GB:.2f} GB for {share:,} images at a time"),
-        ("", f"{plan.states / GB:.2f} GB of weights, gradients, moments and averages, {each / 1e6:,.1f} MB an image"),
+        ("the run", f"{plan.steps:,} steps, {epochs}{images:,} images, {images * tokens:,} tokens"),
+        ("", f"{scaled(plan.flops_per_step * plan.steps)}FLOP, {time}; evaluations, previews and saves come on top"),
+        (
+            "memory of a GPU",
+            f"{memory / GB:.3g} GB for {share:,} images at a time: {plan.states / GB:.3g} GB of weights,",
+        ),
+        ("", f"gradients, moments and averages, and {scaled(each)}B for each image, measured here on {plan.device}"),
     ]
     if config.gpus > 1 and isinstance(config, PlanPriorConfig) and config.objective != "cca":
         sharded = memory - plan.states + plan.states // config.gpus
-        rows.append(("with FSDP", f"about {sharded / GB:.2f} GB"))
+        rows.append(("  with FSDP", f"about {sharded / GB:.3g} GB"))
     if config.peak_tflops is None:
         room = GPUS[config.gpu].memory
-        rows.append((config.gpu, f"{room:g} GB, {'enough' if memory <= FULL * GB * room else 'too little'}"))
-    rows.append(("a checkpoint", f"{plan.checkpoint / GB:.2f} GB on disk; there are three while one is written"))
+        rows.append((f"  of {config.gpu}", f"{room:g} GB: {'enough' if memory <= FULL * GB * room else 'too little'}"))
+    rows.append(("a checkpoint", f"{plan.checkpoint / GB:.3g} GB on disk; three of them while one is written"))
     shape = " x ".join(map(str, plan.grid.shape))
     return f"{config.model['kind']}, an image is {shape} tokens of {plan.grid.vocab_size:,} ids\n{table(rows)}"
 
