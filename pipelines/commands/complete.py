@@ -99,7 +99,8 @@ def read_mask(name: str, pipeline: ImagePipeline) -> Tensor:
         try:
             return make_mask(name, shape, pipeline.prior.grid.shape)
         except ValueError as error:
-            raise UserError(f"mask: {error}; a mask of your own ends in {', '.join(SUFFIXES)}") from error
+            files = "" if name.startswith("scatter:") else f"; a mask of your own ends in {', '.join(SUFFIXES)}"
+            raise UserError(f"mask: {error}{files}") from error
     try:
         picture = flatten(ImageOps.exif_transpose(open_image(path))).convert("L")
     except Exception as error:  # damaged files make Pillow raise almost anything
