@@ -30,10 +30,9 @@ from .image_pipeline import ImagePipeline, Label
 from .images.grids import class_grid
 from .images.pictures import SUFFIXES, png_bytes, write_picture
 from .job import JOB, OtherJobError, begin_job, read_job, require_begun, work_folder
-from .options import Sampling
+from .options import DEVICE, Sampling, UsesPipeline
 from .processes.group import ProcessGroup
 from .processes.launch import join_group
-from .saving import PipelineFolder
 
 SHEET = "metadata.jsonl"
 """In a folder of images: a line for each one, with its file and the name of its class, as `datasets` reads them."""
@@ -44,7 +43,7 @@ MAX_IMAGES = 10_000_000
 CHUNK = 256  # images of an archive that are in memory at a time
 
 
-class GenerateConfig(OutputConfig):
+class GenerateConfig(Sampling, UsesPipeline, OutputConfig):
     """How many images of what, and where to."""
 
     examples = (
@@ -53,7 +52,6 @@ class GenerateConfig(OutputConfig):
     )
     often = "pipeline out overwrite num_images labels seed temperature top_k top_p guidance_scale steps columns"
 
-    pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     out: str = Field(
         "grid.png",
         description="a picture file for a grid of all images; NAME.npz for all in one file, as ADM's evaluator reads "
@@ -66,28 +64,15 @@ class GenerateConfig(OutputConfig):
         "unconditional",
     )
     seed: int = Field(0, ge=0, lt=1 << 63, description="image k uses seed + k")
-    temperature: float | None = Field(None, ge=0, description="below 1 is safer, 0 is greedy; default: the pipeline's")
-    top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")
-    top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")
-    guidance_scale: float | None = Field(None, ge=0, description="above 1 exaggerates the class")
-    guidance_end: float | None = Field(
-        None, ge=0, description="guidance goes from guidance_scale at the first token to this at the last"
-    )
-    guidance_power: float | None = Field(
-        None, gt=0, description="and does so by a power-cosine: the higher, the later; default: in a straight line"
-    )
     order: str | None = Field(None, description="decoding the grid in this order, with a prior that takes any")
     num_orders: int = Field(1, ge=1, description="draw each image in one of this many orders: from their mixture")
     parallel: bool = Field(False, description="guess the rest and check it in whole passes: the same images")
-    steps: int | None = Field(
-        None, ge=1, description="decode a masked-token prior in this many passes: quicker, not exact"
-    )
     columns: int | None = Field(
         None, ge=1, description="columns of the grid; default: one for each class of at most 20, or 8"
     )
     captions: bool = Field(True, description="write the names of the classes into the grid: over the columns")
     batch_size: int = Field(64, ge=1, description="images at a time on each process; the result does not depend on it")
-    device: str = Field("auto", description="cpu, cuda, mps or auto: with several processes, each its own")
+    device: str = Field("auto", description=f"{DEVICE}: with several processes, each its own")
 
 
 def run(config: GenerateConfig) -> Path:
@@ -209,8 +194,8 @@ def request_of(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
     """What is asked of the pipeline."""
     chosen = config.labels if config.labels is None or isinstance(config.labels, list) else [config.labels]
     decoding = DecodingOptions(config.order, config.num_orders, parallel=config.parallel)
-    settings = config.model_dump(include=set(Sampling.model_fields), exclude_none=True)
-    return Request(pipeline, chosen or range(pipeline.prior.num_classes), config.seed, decoding, settings)
+    classes = chosen or range(pipeline.prior.num_classes)
+    return Request(pipeline, classes, config.seed, decoding, config.sampling_settings())
 
 
 def describe_job(config: GenerateConfig, request: Request) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from .config.importing import as_asked
 from .image_pipeline import ImagePipeline
 from .images.origin import TOKENS, place_of
 from .metrics.likelihood import bits_per_token, rows_evaluated
+from .options import GUIDANCE_SCALE, TEMPERATURE, Sampling
 from .processes.group import ALONE, ProcessGroup
 from .provenance import file_of
 from .saving import INDEX, PIPELINE, located
@@ -42,32 +43,16 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class SamplerConfig(Config):
+class SamplerConfig(Sampling):
     """The pipeline's default settings."""
 
-    temperature: float = Field(1.0, ge=0, description="below 1 is safer, 0 is greedy")
-    top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")
-    top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")
-    guidance_scale: float = Field(1.0, ge=0, description="above 1 exaggerates the class")
-    guidance_end: float | None = Field(
-        None,
-        ge=0,
-        description="guidance goes from guidance_scale at the first token to this at the last; null: constant",
-    )
-    guidance_power: float | None = Field(
-        None,
-        gt=0,
-        description="and does so by a power-cosine: the higher, the later; null: in a straight line",
-    )
-    steps: int | None = Field(
-        None,
-        ge=1,
-        description="decode a masked-token prior in this many passes; null: a token a pass, which alone is exact",
-    )
+    temperature: float | None = Field(1.0, ge=0, description=TEMPERATURE)
+    guidance_scale: float | None = Field(1.0, ge=0, description=GUIDANCE_SCALE)
 
     @model_validator(mode="after")
     def _fits_together(self) -> SamplerConfig:
-        SamplingOptions(**self.model_dump(exclude={"steps"}))  # raises
+        given = self.sampling_settings()
+        SamplingOptions(**{name: given[name] for name in SamplingOptions.names() if name in given})  # raises
         return self
 
 
@@ -242,7 +227,7 @@ class PriorTask(Task):
 
     def pipeline(self, model: nn.Module) -> ImagePipeline:
         """Both stages, sharing `model`'s weights."""
-        sampler = self.config.sampler.model_dump(exclude_none=True)
+        sampler = self.config.sampler.sampling_settings()
         if not self.data.num_classes:  # there is no class to guide towards
             sampler = {name: value for name, value in sampler.items() if name not in GUIDANCE}
         tokenizer = self.data.tokenizer.to(self.model.device)

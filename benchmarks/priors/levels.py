@@ -8,8 +8,8 @@
 `gpt` walks in raster order; `blocks` draws the diagonals of positions at once (unfolded: in raster order of rows, for
 what is a diagonal of the taller grid is no set of distant positions). Both learn for `minutes` of processor time, the
 share of time that is done setting the learning rate. Bits of an image: on the dataset's validation and test rows, at
-most `rows` of each. Memory: what a step of 32 images keeps for its backward pass, counted as `smalti plan` does.
-Sampling: FLOPs of an image, and seconds of 32 on one thread. Mean and half the range over seeds.
+most `rows` of each. Memory: most bytes of tensors in a step of 32 images, beside weights and gradients. Sampling: FLOPs
+of an image, and seconds of 32 on one thread. Mean and half the range over seeds.
 """
 
 from __future__ import annotations
@@ -32,20 +32,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def costs(model: Any) -> tuple[float, float, float]:
-    """Megabytes kept of a step; millions of FLOPs of an image's sample (attention on a processor left out, in which the
+    """Megabytes of a step; millions of FLOPs of an image's sample (attention on a processor left out, in which the
     counter does not see it); seconds of 32 samples."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from pipelines.planning.costs import prior_turn
+    from pipelines.commands.plan import peak_bytes
 
-    turn = prior_turn(model.train(), BATCH, bf16=False)
+    tokens = torch.zeros(BATCH, *model.grid.shape, dtype=torch.long)
+    model.train().loss(tokens).backward()  # then its gradients are there
+    peak = peak_bytes(model.device, lambda: model.loss(tokens).backward())
     model.eval()
     with FlopCounterMode(display=False) as counter:
         model.sample(1)
     start = time.process_time()
     model.sample(BATCH, generator=torch.Generator().manual_seed(0))
-    return turn.parts["activations"] / 1e6, counter.get_total_flops() / 1e6, time.process_time() - start
+    return peak / 1e6, counter.get_total_flops() / 1e6, time.process_time() - start
 
 
 def main() -> None:

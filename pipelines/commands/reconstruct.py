@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 
 from tokenizer import Tokenizer
 
-from ..config import Of, OutputConfig, choose_device, run_command
+from ..config import OutputConfig, choose_device, run_command
 from ..files import Output
-from ..images import DataConfig, check_shape, load_images
+from ..images import check_shape, load_images
 from ..images.pictures import SUFFIXES, write_picture
 from ..images.unseen import require_unseen
 from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
-from ..provenance import TokenizerFolder, data_of, read_with, tokenizer_defaults, tokenizer_folder, trained_data
+from ..options import UsesTokenizer
+from ..provenance import data_of, read_with, tokenizer_defaults, tokenizer_folder, trained_data
 
 
-class ReconstructConfig(OutputConfig):
+class ReconstructConfig(UsesTokenizer, OutputConfig):
     """Which images, through which tokenizer."""
 
     examples = (
@@ -27,20 +28,13 @@ class ReconstructConfig(OutputConfig):
     )
     often = "tokenizer out overwrite data.source num_images device"
 
-    tokenizer: TokenizerFolder = Field(
-        description="folder of a tokenizer, a run or a pipeline, or a tokenizer's Hub id"
-    )
     out: str = Field("reconstructions.png", description="the picture to write")
-    data: Annotated[DataConfig, Of("tokenizer")] = Field(
-        DataConfig(), description="the images; defaults to those the tokenizer was trained on"
-    )
     num_images: int = Field(32, ge=1, le=1024, description="images in the picture")
-    device: str = Field("auto", description="cpu, cuda, mps or auto")
 
 
 def run(config: ReconstructConfig) -> dict[str, Any]:
     """Write the picture, print and return PSNR (dB), losses, codebook usage and perplexity on all held-out images, and
-    SSIM."""
+    SSIM on some."""
     out = Output(config.out, [read_with(config.tokenizer), config.data.path], config.overwrite)
     out.check_file(SUFFIXES)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))

@@ -186,7 +186,7 @@ def test_a_file_of_the_home_is_found(folder: Path, capsys: pytest.CaptureFixture
     """A shell leaves the `~` of `--import=~/my_prior.py` as it is."""
     monkeypatch.setenv("HOME", str(folder))
     main(["plan", "--import=~/my_prior.py", "tokens=tokens", "model.kind=my_unigram", "gpus=1"])
-    assert "my_unigram over" in capsys.readouterr().out
+    assert "my_unigram, an image" in capsys.readouterr().out
 
 
 def test_help_and_plan_know_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,7 +194,7 @@ def test_help_and_plan_know_it(folder: Path, capsys: pytest.CaptureFixture[str])
         main(["train_prior", "--import", "my_prior", "model.kind=my_unigram", "--help", "model"])
     assert re.search(r"^  model.scale +float > 0 ", capsys.readouterr().out, re.M)
     main(["plan", "--import", "my_prior", "tokens=tokens", "model.kind=my_unigram", "gpus=1"])
-    assert "my_unigram over" in capsys.readouterr().out
+    assert "my_unigram, an image" in capsys.readouterr().out
 
 
 def test_every_process_of_a_launch_imports_it(folder: Path) -> None:
