@@ -29,13 +29,14 @@ SCALE = 1 << 32
 
 @cache
 def exponentials() -> Tensor:
-    """round(2^32 exp(-z / 16)) for z = 0, 1, ... until it is 0: decimal arithmetic, in which no two machines differ."""
+    """round(2^32 exp(-z / 16)) for z = 0, 1, ... until it is 0, whole numbers in float64: decimal arithmetic, in which
+    no two machines differ."""
     with localcontext() as context:
         context.prec = 50
         values = [SCALE]
         while values[-1]:
             values.append(int((SCALE * (Decimal(-len(values)) / STEPS).exp()).to_integral_value()))
-    return torch.tensor(values)
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def grid_steps(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +55,8 @@ def weights_of(steps: Tensor, uniform: Tensor) -> NDArray[np.float64]:
     """The coder's whole numbers `(rows, V)` for `steps` (rows, V), in the type that it takes; all equal in the rows
     that are `uniform` (rows,)."""
     weights = exponentials().to(steps.device)[steps]
-    return torch.where(uniform[:, None], 1, weights).double().cpu().numpy()
+    weights[uniform] = 1
+    return weights.cpu().numpy()
 
 
 def constriction() -> Any:
