@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -55,7 +56,9 @@ def serve(served: Served, host: str, port: int, max_upload_mb: float, queue: int
     print(f"{served.name}: {url} (Ctrl-C ends it)", flush=True)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        page.block_thread()
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
     finally:
         signal.signal(signal.SIGTERM, before)
         page.close(verbose=False)

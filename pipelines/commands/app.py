@@ -70,7 +70,7 @@ def make_space(config: AppConfig, out: Path) -> None:
     if Path(config.pipeline).exists():
         raise UserError("space: the pipeline must be on the Hub, or `digits`; `smalti push` uploads it")
     keys = {name: getattr(config, name) for name in ("max_images", "max_upload_mb", "queue")}
-    with Output(out).errors():
+    with Output(out, key="space").errors():
         write_space(out, config.pipeline, keys)
     print(f"{out}: try `python {out}/app.py`, and upload it: `hf upload owner/name {out} --repo-type space`")
 

@@ -1,0 +1,220 @@
+"""The page in a real browser, as a visitor walks through it; and the server, asked for more than the page asks.
+
+Covers: pipelines/app/parts.py, pipelines/app/page.py, pipelines/app/serving.py.
+"""
+
+from __future__ import annotations
+
+import io
+import socket
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from optional import Late, needs_gradio
+from PIL import Image
+from servers.app_server import Driver, app
+from servers.chromium import browser
+from small_pipelines import make_pipeline, pixels_for
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.testclient import TestClient
+
+from pipelines import ImagePipeline
+from pipelines.__main__ import main
+from pipelines.anomaly.calibrating import calibrate
+
+serving = Late("pipelines.app.serving")
+pytestmark = needs_gradio
+SIDE = 12
+LABELS = ["cat", "<b>dog</b>", "${7*7} {{eel}}"]  # a pipeline may come from anybody
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small calibrated pipeline that takes any order in blocks, and a folder of images to search."""
+    pytest.importorskip("constriction")
+    place = tmp_path_factory.mktemp("app")
+    torch.manual_seed(0)
+    pipe = make_pipeline("pixels", "blocks", size=(SIDE, SIDE), labels=LABELS, any_order=True)
+    calibrate(pipe, pixels_for(pipe, 60))
+    pipe.save_pretrained(place / "pipeline")
+    (place / "images").mkdir()
+    for number, pixels in enumerate(pixels_for(pipe, 40)):
+        Image.fromarray(pixels[0].numpy()).save(place / "images" / f"{number}.png")
+    return place
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    keys = ["max_images=400", "max_upload_mb=0.25", "queue=2", f"data.source={folder / 'images'}"]
+    keys += [f"data.image_size={SIDE}", "data.channels=1"]
+    (folder / "here").mkdir()
+    with app(folder / "pipeline", folder / "here", *keys, TMPDIR=str(folder / "here")) as running:
+        yield running
+    assert not [path for path in (folder / "here").rglob("*.png") if path.is_file()], "uploads and pictures are gone"
+    assert running.process.returncode == 0 and "Traceback" not in running.said
+
+
+@pytest.fixture(scope="module")
+def page(server):
+    """A page on which six images were sampled. Whatever is done with it, its console stays without errors, and it asks
+    nothing of another machine."""
+    with browser() as chromium:
+        driver = Driver(chromium.new_page(viewport={"width": 1280, "height": 900}), server.url)
+        driver.number("number input for Images", 6)
+        driver.click("Sample")
+        driver.wait("#samples .thumbnail-item >> nth=5")
+        yield driver
+        problems = [text for text in driver.problems if "413" not in text]
+        assert not problems, problems
+        asked = {url.split("/")[2] for url in driver.asked if url.startswith("http")}
+        assert asked == {server.url.split("/")[2]}
+
+
+def shown(driver, name):
+    """The pictures that are shown under a name, as arrays."""
+    sources = driver.page.locator(f"#{name} .thumbnail-item img").evaluate_all("images => images.map(each => each.src)")
+    files = [httpx.get(url, trust_env=False).content for url in sources]
+    return [np.asarray(Image.open(io.BytesIO(file))) for file in files]
+
+
+def test_samples_are_crisp_and_captions_are_text(page, folder):
+    pipe = ImagePipeline.from_pretrained(folder / "pipeline")
+    expected = pipe(6, seed=0, labels=(pipe.labels * 2)[:6], progress=False, output_type="np").images[..., 0]
+    assert np.array_equal(np.stack(shown(page, "samples")), expected)
+    captions = page.page.locator("#samples .caption-label").all_inner_texts()
+    assert captions[:3] == [f"{label} · seed {seed}" for seed, label in enumerate(LABELS)]
+    style = "image => [image.width / image.naturalWidth, getComputedStyle(image).imageRendering]"
+    assert page.page.locator("#samples img").first.evaluate(style) == [9, "pixelated"]
+
+
+def test_a_walk_through_the_tabs(page, folder, tmp_path):
+    page.page.locator("#samples .thumbnail-item").nth(2).click()
+    sample = shown(page, "samples")[2]
+    page.tab("Complete")
+    page.click("Complete")
+    assert "pick an image first" in page.toast()
+    page.click("Take the chosen sample")
+    page.wait("#painting .layer-wrap, #painting button[title='Brush Size']")  # its brush is chosen when it has an image
+    box = page.page.locator("#painting canvas").first.bounding_box()
+    across, below = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2 + 80
+    page.page.mouse.move(across - 90, below)
+    page.page.mouse.down()
+    page.page.mouse.move(across + 90, below, steps=5)
+    page.page.mouse.up()
+    page.click("Complete")
+    page.wait("#completed .thumbnail-item >> nth=4")
+    mask, *draws = shown(page, "completed")
+    hidden = np.asarray(mask) > 0
+    assert hidden[8:10, 4:8].all() and not hidden[:6].any()
+    assert all(np.array_equal(draw[~hidden], sample[~hidden]) for draw in draws)
+
+    page.tab("Compare")
+    page.click("Take the chosen sample")
+    page.wait("#compare-image .thumbnail-item")
+    page.click("Compare")
+    page.wait("#compared .thumbnail-item >> nth=3")
+    assert np.array_equal(shown(page, "compared")[0], sample)
+
+    page.tab("Anomaly")
+    page.click("Take the chosen sample")
+    page.wait("#anomaly-image .thumbnail-item")
+    page.click("Score")
+    page.wait("#anomaly-facts >> text=p-value")
+
+    page.tab("Search")
+    page.pick("search-image", folder / "images" / "7.png")
+    page.wait("#search-image .thumbnail-item")
+    page.click("Search")
+    page.wait("#found .thumbnail-item >> nth=9")
+    assert np.array_equal(shown(page, "found")[0], np.asarray(Image.open(folder / "images" / "7.png")))
+
+    page.tab("Compress")
+    page.click("Take all samples")
+    page.wait("#compress-images .thumbnail-item >> nth=5")
+    page.click("Compress")
+    with page.page.expect_download() as download:
+        page.wait("#stream-link a").click()
+    download.value.save_as(tmp_path / "images.smalti")
+    page.pick("stream", tmp_path / "images.smalti")
+    page.wait("#stream >> text=images.smalti")
+    page.click("Decompress")
+    page.wait("#decompressed .thumbnail-item >> nth=5")
+    assert np.array_equal(np.stack(shown(page, "decompressed")), np.stack(shown(page, "samples")))
+
+
+def test_bad_and_large_uploads_get_a_line(page, tmp_path):
+    (tmp_path / "bad.png").write_text("no picture at all")
+    page.tab("Compare")
+    page.pick("compare-image", tmp_path / "bad.png")
+    page.page.wait_for_timeout(500)
+    page.click("Compare")
+    assert "not an image in one of the formats" in page.toast()
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png")
+    page.pick("compare-image", tmp_path / "large.png")
+    assert "exceeded" in page.toast().lower() or "maximum" in page.toast().lower()
+
+
+def test_long_sampling_shows_its_steps_and_stops(page):
+    page.tab("Sample")
+    before = shown(page, "samples")
+    page.number("number input for Images", 400)
+    page.click("Sample")
+    page.wait(".progress-text:has-text('/57.6k tokens')")
+    page.click("Stop")
+    assert "stopped after" in page.toast()
+    assert np.array_equal(shown(page, "samples"), before)
+
+
+def test_a_narrow_page_does_not_overflow(page, server):
+    page.page.set_viewport_size({"width": 390, "height": 844})
+    for name in ("Sample", "Complete", "Compare", "Anomaly", "Search", "Compress"):
+        page.tab(name)
+        page.page.wait_for_timeout(100)
+        assert page.page.evaluate("document.documentElement.scrollWidth") == 390, name
+    page.page.set_viewport_size({"width": 1280, "height": 900})
+
+
+# The server
+
+
+def test_another_name_of_this_machine_is_refused(server):
+    with httpx.Client(base_url=server.url, trust_env=False) as client:
+        port = server.url.rstrip("/").rpartition(":")[2]
+        for name, status in ((f"evil.example:{port}", 400), ("evil.example", 400), (f"localhost:{port}", 200)):
+            assert client.get("/config", headers={"Host": name}).status_code == status
+        secret = server.log.parent.parent / "pipeline" / "model_index.json"
+        assert client.get(f"/gradio_api/file={secret}").status_code == 403
+        large = client.post("/gradio_api/upload", files={"files": ("x.png", bytes(2**19))})
+        assert large.status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("host", "name", "status"),
+    [
+        ("127.0.0.1", "localhost:7860", 200),
+        ("127.0.0.1", "[::1]:7860", 200),
+        ("127.0.0.1", "192.168.1.5", 400),
+        ("192.168.1.5", "192.168.1.5:7860", 200),
+        ("my.machine", "my.machine", 200),
+        ("192.168.1.5", "evil.example", 400),
+        ("0.0.0.0", "any.name", 200),
+    ],
+)
+def test_the_address_that_it_listens_on_works(host, name, status):
+    guarded = TrustedHostMiddleware(PlainTextResponse("in"), allowed_hosts=serving.allowed_hosts(host))
+    assert TestClient(guarded).get("/", headers={"Host": name}).status_code == status
+
+
+def test_a_port_that_is_taken(folder, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "True")  # which gradio sets
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit) as caught:
+            main(["app", f"pipeline={folder / 'pipeline'}", f"port={port}", "search=false"])
+    assert caught.value.code == 2 and "error: port:" in capsys.readouterr().err
