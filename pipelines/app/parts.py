@@ -39,12 +39,12 @@ def pictures(name: str, side: str = "small") -> gr.Gallery:
     )
 
 
-def picker(name: str, label: str, height: int = 140) -> gr.Gallery:
+def picker(served: Served, name: str, label: str, height: int = 140) -> gr.Gallery:
     """A place to which a visitor uploads images. Unlike `gr.Image`, it leaves it to us to decode them."""
     return gr.Gallery(
         elem_id=name,
         elem_classes=["smalti", "smalti-tiny", "smalti-picker"],
-        label=label,
+        label=f"{label}, at most {served.max_upload_mb:g} MB",
         format="png",
         type="filepath",
         file_types=["image"],
@@ -56,10 +56,10 @@ def picker(name: str, label: str, height: int = 140) -> gr.Gallery:
     )
 
 
-def image_picker(name: str, samples: Samples) -> tuple[gr.Gallery, list[Any]]:
+def image_picker(served: Served, name: str, samples: Samples) -> tuple[gr.Gallery, list[Any]]:
     """A picker of one image, the last that was uploaded, with a button that takes the chosen sample; and the two events
     that fill it."""
-    picked = picker(name, "Image")
+    picked = picker(served, name, "Image")
     take = gr.Button("Take the chosen sample", size="sm")
     upload = picked.upload(last_picked, picked, picked, queue=False)
     return picked, [upload, take.click(chosen_sample, [*samples], picked, queue=False)]

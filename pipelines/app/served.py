@@ -38,6 +38,7 @@ class Served:
     pipeline: ImagePipeline
     name: str
     max_images: int = 64
+    max_upload_mb: float = 8
     train: ImageDataset | None = None
     num_index: int | None = None
     stopping: set[str] = field(default_factory=set)

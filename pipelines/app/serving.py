@@ -14,7 +14,7 @@ from ..images.decoding import MAX_PIXELS
 if TYPE_CHECKING:
     from .served import Served
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL = ("127.0.0.1", "localhost", "[::1]")
 EVERYWHERE = ("0.0.0.0", "::")
 MEGABYTE = 2**20
 
@@ -22,10 +22,10 @@ MEGABYTE = 2**20
 def allowed_hosts(host: str) -> list[str]:
     """The names by which the server may be called: a page elsewhere could have its own name lead here, and then read
     what we answer. Where it listens on all addresses nobody knows its names."""
-    return ["*"] if host in EVERYWHERE else [host, *LOCAL]
+    return ["*"] if host in EVERYWHERE else [f"[{host}]" if ":" in host else host, *LOCAL]
 
 
-def serve(served: Served, host: str, port: int, max_upload_mb: float, queue: int) -> None:
+def serve(served: Served, host: str, port: int, queue: int) -> None:
     """Serve until Ctrl-C, or the end of the process is asked for. Raises `UserError` for a port that is taken."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -37,7 +37,7 @@ def serve(served: Served, host: str, port: int, max_upload_mb: float, queue: int
         _, url, _ = page.launch(
             server_name=host,
             server_port=port,
-            max_file_size=int(max_upload_mb * MEGABYTE),
+            max_file_size=int(served.max_upload_mb * MEGABYTE),
             app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts(host))]},
             theme=theme(),
             css=css(served),

@@ -58,9 +58,9 @@ def run(config: AppConfig) -> None:
     from ..app.serving import serve
 
     pipeline = config.load_pipeline()
-    train = searchable(config, pipeline)
-    served = Served(pipeline, config.pipeline, config.max_images, train, config.num_index)
-    serve(served, config.host, config.port, config.max_upload_mb, config.queue)
+    served = Served(pipeline, config.pipeline, config.max_images, config.max_upload_mb)
+    served.train, served.num_index = searchable(config, pipeline), config.num_index
+    serve(served, config.host, config.port, config.queue)
 
 
 def make_space(config: AppConfig, out: Path) -> None:

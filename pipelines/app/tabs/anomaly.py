@@ -25,7 +25,7 @@ def build(served: Served, samples: Samples) -> None:
         return
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            image, _ = image_picker("anomaly-image", samples)
+            image, _ = image_picker(served, "anomaly-image", samples)
             methods = list(calibration.scores)
             method = gr.Dropdown(methods, value=methods[0], label="Score", info="what is measured")
             button = gr.Button("Score", variant="primary")

@@ -20,7 +20,7 @@ def build(served: Served, samples: Samples) -> None:
     """The tab."""
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            image, _ = image_picker("compare-image", samples)
+            image, _ = image_picker(served, "compare-image", samples)
             label = classes_widget(served.pipeline, several=False)
             button = gr.Button("Compare", variant="primary")
         with gr.Column(scale=2, min_width=300):

@@ -23,7 +23,7 @@ def build(served: Served, samples: Samples) -> None:
     most, times = min(MOST_DRAWS, served.max_images), zoom(width, "canvas")
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            image, picks = image_picker("complete-image", samples)
+            image, picks = image_picker(served, "complete-image", samples)
             editor = gr.ImageEditor(
                 elem_id="painting",
                 elem_classes="smalti",

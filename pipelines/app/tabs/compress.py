@@ -24,7 +24,7 @@ def build(served: Served, samples: Samples) -> None:
     tokenizer, (_, height, width) = served.pipeline.tokenizer, served.shape
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            images = picker("compress-images", f"Images of {width} x {height} pixels", height=200)
+            images = picker(served, "compress-images", f"Images of {width} x {height} pixels", height=200)
             take = gr.Button("Take all samples", size="sm")
             can_keep = tokenizer.reversible or tokenizer.has_likelihood
             lossless = gr.Checkbox(False, label="Keep every pixel", visible=can_keep)

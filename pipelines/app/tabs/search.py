@@ -47,7 +47,7 @@ def build(served: Served, samples: Samples, train: ImageDataset) -> None:
     most = min(MOST_FOUND, len(index.rows))
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            image, _ = image_picker("search-image", samples)
+            image, _ = image_picker(served, "search-image", samples)
             number = gr.Slider(1, most, value=min(9, most), step=1, label="Neighbours")
             buttons = run_buttons("Search")
         with gr.Column(scale=2, min_width=300):
