@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ from ..image_pipeline import ImagePipeline
 from ..images.dataset import ImageDataset
 from ..images.decoding import WEB_FORMATS, open_image, try_decode
 
+BETWEEN = 0.4  # seconds between two reports, each of which makes the browser look at the whole page
 BROKEN = "Something went wrong on the server; its log says what."
 Picked = Sequence[tuple[str, str | None]] | None
 """What a gallery passes on: the file and the caption of each image."""
@@ -62,10 +65,15 @@ class Served:
             session = str(request.session_hash)
             self.stopping.discard(session)
 
+            shown = -math.inf
+
             def step(done: int, total: int, unit: str) -> None:
+                nonlocal shown
                 if session in self.stopping:
                     raise Stopped(f"stopped after {done:,} of {total:,} {unit}")
-                progress((done, total), unit=unit)
+                if time.monotonic() - shown > BETWEEN:
+                    progress((done, total), unit=unit)
+                    shown = time.monotonic()
 
             try:
                 return work(self, step, *values)

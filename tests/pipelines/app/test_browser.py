@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    keys = ["max_images=2000", "max_upload_mb=0.25", "queue=2", f"data.source={folder / 'images'}"]
+    keys = ["max_images=800", "max_upload_mb=0.25", "queue=2", f"data.source={folder / 'images'}"]
     keys += [f"data.image_size={SIDE}", "data.channels=1"]
     (folder / "here").mkdir()
     with app(folder / "pipeline", folder / "here", *keys, TMPDIR=str(folder / "here")) as running:
@@ -162,7 +162,7 @@ def test_bad_and_large_uploads_get_a_line(page, tmp_path):
 def test_long_sampling_shows_its_steps_and_stops(page):
     page.tab("Sample")
     before = shown(page, "samples")
-    page.number("number input for Images", 2000)
+    page.number("number input for Images", 800)
     page.click("Sample")
     page.wait(".progress-text:has-text('tokens')")
     page.click("Stop")
