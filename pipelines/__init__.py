@@ -51,7 +51,6 @@ __all__ = [
     "FormatError",
     "ImagePipeline",
     "IntegrityError",
-    "Interrupted",
     "LimitError",
     "PathError",
     "PipelineLoadError",
@@ -63,15 +62,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .image_pipeline import ImagePipeline
+    from .image_pipeline import ImagePipeline, PipelineOutput
     from .images.pictures import from_unit
-    from .stages.output import PipelineOutput
-    from .stages.watching import Interrupted
 else:  # a type checker would take any name for one of these
     _MODULES = {
         "ImagePipeline": "image_pipeline",
-        "Interrupted": "stages.watching",
-        "PipelineOutput": "stages.output",
+        "PipelineOutput": "image_pipeline",
         "from_unit": "images.pictures",
     }
 

@@ -2,94 +2,67 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import re
 import sys
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 from . import __version__
-from .config import Config, UserError
-from .config.command import at_a_shell, exit_codes, leave_with
-from .config.completion import SHELLS, Words, script, words_of
-from .config.table import listed, wrapped
-from .config.terminal import heading, width
+from .config.command import print_and_exit
+from .config.errors import UserError, at_a_shell, did_you_mean, exit_codes
+from .config.table import width, wrap, wrap_rows
 
-HERE = Path(__file__).parent
-MAIN = re.compile(r"^(?:def main\(|main = )", re.M)  # `def main(...)`, or `main = partial(run_command, ...)`
-SENTENCE = re.compile(r'"""(.*?)(?:"""|\n)')
-ASKED = ("help", "--help", "-h")
-STEPS = ("train_tokenizer", "encode", "train_prior", "generate", "evaluate")
-HINT = "On several devices a step is started by `accelerate launch -m pipelines.STEP`, with the same keys."
+GROUPS = {
+    "from images to a pipeline": ("train_tokenizer", "encode", "train_prior", "generate", "evaluate"),
+    "use a pipeline": ("complete", "search", "calibrate", "detect", "compress", "decompress", "app"),
+    "tune and inspect": ("tune", "reconstruct", "inspect", "probe"),
+    "plan and share": ("plan", "presets", "import", "export", "push", "verify"),
+}
+STEPS = GROUPS["from images to a pipeline"]
 BESIDES = {
-    "help": "Say what a verb takes: `smalti help VERB`, as `smalti VERB --help`.",
-    "completion": f"Print what lets a shell complete verbs, keys and values: {' | '.join(SHELLS)}.",
+    "help": "Describe a verb: `smalti help VERB`, as `smalti VERB --help`.",
     "--version": "Print the version.",
 }
-
-
-def verbs(folder: Path = HERE) -> dict[str, str]:
-    """The modules in `folder` and its `commands` with a top-level `main`, each with the first line of its docstring.
-    None is imported, and none parsed, which would be a third of the time that `smalti --help` takes."""
-    found = {}
-    for path in [*folder.glob("[!_]*.py"), *folder.glob("commands/[!_]*.py")]:
-        text = path.read_text(encoding="utf-8")
-        if MAIN.search(text):
-            begins = SENTENCE.match(text)
-            found[path.stem.removesuffix("_")] = begins[1] if begins else ""
-    return dict(sorted(found.items()))
+HINT = "On several devices a step is started by `accelerate launch -m pipelines.STEP`, with the same keys."
 
 
 def module_of(verb: str) -> str:
-    """The module of a verb, below `pipelines`. A `_` stands after a name that Python keeps for itself or for its own
-    library: `import_`, `inspect_`."""
-    if (HERE / f"{verb}.py").is_file():
+    """The module of a verb, below `pipelines`."""
+    if verb in STEPS:
         return verb
-    return f"commands.{verb}" if (HERE / "commands" / f"{verb}.py").is_file() else f"commands.{verb}_"
+    reserved = verb in ("import", "inspect")  # a word of Python, and a module that others import by this name
+    return f"commands.{verb}_" if reserved else f"commands.{verb}"
+
+
+def verbs() -> dict[str, str]:
+    """Every verb with the first line of its module's docstring. None is imported, as torch would be with it."""
+    return {verb: first_line(module_of(verb)) for group in GROUPS.values() for verb in group}
+
+
+def first_line(module: str) -> str:
+    """The first line of a module's docstring."""
+    path = Path(__file__).parent / f"{module.replace('.', '/')}.py"
+    return path.read_text(encoding="utf-8").split('"""', 2)[1].splitlines()[0]
 
 
 def load(verb: str) -> ModuleType:
-    """The module of a verb."""
+    """The module of a verb. Raises `UserError` with the nearest verb if there is no such."""
+    known = verbs()
+    if verb not in known:
+        hint = did_you_mean(verb, [*known, *BESIDES], f"there are {', '.join(known)}")
+        raise UserError(f"{verb}: no such verb; {hint}")
     return importlib.import_module(f"{__package__}.{module_of(verb)}")
 
 
-def configs_of(module: ModuleType) -> list[type[Config]]:
-    """The configurations of a verb: more than one only if it names them in `CONFIGS`."""
-    if isinstance(module.main, partial):
-        return [module.main.args[0]]
-    return list(module.CONFIGS)
-
-
-def help_page(found: dict[str, str]) -> str:
+def help_page() -> str:
     """What `smalti --help` prints."""
-    steps = {name: found[name] for name in STEPS if name in found}
-    others = {name: sentence for name, sentence in found.items() if name not in steps}
-    longest = max(map(len, [*found, *BESIDES]))
-    page = [f"{heading('usage:')} smalti VERB [--config FILE ...] [key=value ...] [--help [WHAT]]"]
-    for title, group in ("from images to a pipeline", steps), ("what else there is", others), ("besides", BESIDES):
-        page += ["", heading(title), *listed(group.items(), width(), longest)]
-    return "\n".join([*page, "", *wrapped(HINT, width())])
-
-
-def find(name: str) -> str:
-    """The verb called `name`, with - for _ allowed; raises `UserError` with the nearest one."""
-    found, verb = verbs(), name.replace("-", "_")
-    if verb not in found:
-        near = difflib.get_close_matches(verb, [*found, *BESIDES], 1, 0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(found)}"
-        raise UserError(f"{name}: no such verb; {hint}")
-    return verb
-
-
-def completion(names: list[str]) -> str:
-    """The script for a shell. Raises `UserError` for another than there is."""
-    if len(names) != 1 or names[0] not in SHELLS:
-        got = f" (got {' '.join(names)})" if names else ""
-        raise UserError(f"completion: expected a shell, one of {', '.join(SHELLS)}{got}")
-    found: dict[str, Words] = {verb: words_of(configs_of(load(verb))) for verb in verbs()}
-    return script(names[0], found, BESIDES)
+    known = verbs()
+    groups = {title: {verb: known[verb] for verb in group} for title, group in GROUPS.items()}
+    groups["besides"] = BESIDES
+    page = ["usage: smalti VERB [--config FILE ...] [key=value ...] [--help [WHAT]]"]
+    for title, group in groups.items():
+        page += ["", title, *wrap_rows([(f"{verb:15}", sentence) for verb, sentence in group.items()])]
+    return "\n".join([*page, "", *wrap(HINT, width())])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -98,20 +71,15 @@ def main(argv: list[str] | None = None) -> None:
         with at_a_shell():
             main(sys.argv[1:])
         return
-    if argv[:1] and argv[0] in ASKED:
-        argv = [*argv[1:2], "--help", *argv[2:]] if len(argv) > 1 else ["--help"]
-    if argv[1:2] == ["help"]:
-        argv = [argv[0], "--help", *argv[2:]]
-    if not argv or argv[0] == "--help":
-        print(help_page(verbs()))
-        raise SystemExit(0 if argv else 2)
-    if argv[0] in ("--version", "version"):
-        leave_with(f"smalti {__version__}")
+    if argv and argv[0] in ("help", "--help", "-h"):
+        argv = [*argv[1:2], "--help", *argv[2:]]
     with exit_codes():
-        if argv[0] == "completion":
-            leave_with(completion(argv[1:]))
-        verb = find(argv[0])
-        module = load(verb)  # takes seconds, in which Ctrl-C may come
+        if not argv or argv[0] == "--help":
+            print(help_page())
+            raise SystemExit(0 if argv else 2)
+        if argv[0] in ("--version", "version"):
+            print_and_exit(f"smalti {__version__}")
+        module = load(argv[0].replace("-", "_"))  # takes seconds, in which Ctrl-C may come
     module.main(argv[1:])  # what it returns is not an exit code
 
 

@@ -1,63 +1,31 @@
-"""The model card: what a pipeline is, what it was trained on, what was measured, and how to load it."""
+"""The model card: what a pipeline is, what it was trained on, what was measured, and how to load it.
+
+Its header is what the Hub reads: library, licence, tags, pictures, and figures as a `model-index` (the Hub's pages
+"Model cards" and "Model card metadata").
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prior import Prior
 from tokenizer import Tokenizer
 
 from .images.origin import describe_for_card, shareable
-from .metadata import card_data, run_links
+from .metrics.figures import Row, rows_of
 
-FIGURES = {
-    "validation_psnr": "PSNR of reconstructions, validation images (dB)",
-    "validation_bits_per_token": "bits per token, validation images",
-    "psnr": "PSNR of held-out reconstructions (dB)",
-    "ssim": "SSIM of held-out reconstructions",
-    "texture_flat": "texture in areas that are flat in the original (RMS, 8-bit levels)",
-    "texture_grid": "of it, at periods of 4 and 2 pixels",
-    "texture_white": "texture in white areas, black ones where these are the background",
-    "codebook_usage": "codebook use on held-out images",
-    "codebook_perplexity": "codebook perplexity on held-out images",
-    "bits_per_token": "bits per token, held out",
-    "marginal_bits_per_token": "bits per token of position frequencies alone",
-    "marginal_note": "position frequencies",
-    "order_spread": "nats by which log p of an image differs between orders",
-    "bits_per_dim": "bits per dim, held out",
-    "prior_bits_per_dim": "of these, bits of the tokens",
-    "pixel_bits_per_dim": "of these, bits of the pixels given the tokens",
-    "class_agreement": "class agreement of samples (1-nearest-neighbour)",
-    "real_class_agreement": "the same classifier on real held-out images",
-    "feature_space": "features in which samples are judged",
-    "feature_origin": "made as",
-    "num_compared": "images on each side of the following",
-    "frechet_distance": "Frechet distance [{space}] of samples and held-out images",
-    "train_frechet_distance": "the same of training images",
-    "reconstruction_frechet_distance": "the same of their reconstructions",
-    "precision": "precision [{space}] (k = 3)",
-    "recall": "recall [{space}] (k = 3)",
-    "density": "density [{space}] (k = 5)",
-    "coverage": "coverage [{space}] (k = 5)",
-    "fid": "FID",
-    "fid_protocol": "FID: how",
-    "train_fid": "FID of training images",
-    "held_out_fid": "FID of held-out images",
-    "inception_score": "Inception Score",
-    "inception_score_deviation": "its standard deviation over parts",
-    "inception_score_protocol": "Inception Score: how",
-    "rfid": "FID of reconstructions",
-    "rfid_protocol": "FID of reconstructions: how",
-    "nearest_ratio": "distance to the nearest training image, as a multiple of held-out images'",
-    "nearest_share": "share of samples nearer to one than 99 % of held-out images",
-    "copying_z": "copying C_T (z-score; below -3 suggests copies)",
-    "reconstruction_copying_z": "the same of held-out reconstructions",
-}
-OF_SAMPLES = [name for name in list(FIGURES)[list(FIGURES).index("class_agreement") :] if not name.startswith("rfid")]
-"""Figures of samples, or beside such, which hold for the settings of sampling that they were taken with."""
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
+
+HUB_DATASET = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+HUB_LICENCE = r"[a-z0-9][a-z0-9.+-]{0,63}"
+RUN_LINK = r"https?://[\w.:-]+/[\w./~%-]*"
+STAGES = ("tokenizer", "prior")
+ARROWS = {"higher": " (↑)", "lower": " (↓)", "": ""}
 TUNING = (
-    "told",
+    "settings",
     "before",
     "images",
     "validation_images",
@@ -69,22 +37,11 @@ TUNING = (
     "class_agreement",
 )
 TUNED = (
-    "Sampling settings chosen by `smalti tune` on {validation_images} {images}: {told}. Frechet distance "
+    "Sampling settings chosen by `smalti tune` on {validation_images} {images}: {settings}. Frechet distance "
     "[{feature_space}] {frechet_distance} (with the settings before, {before}: {frechet_distance_before}), "
     "recall {recall}"
 )
 """What the card says of the facts `TUNING`."""
-BOUNDS = ("validation_bits_per_token", "bits_per_token", "bits_per_dim", "prior_bits_per_dim")
-"""Where the prior's likelihood is one."""
-COUNTS = {
-    **dict.fromkeys(("psnr", "codebook_usage", "codebook_perplexity", "bits_per_token", "bits_per_dim"), "num_images"),
-    "ssim": "ssim_images",
-    "order_spread": "order_spread_images",
-    "class_agreement": "num_samples",
-    "real_class_agreement": "class_agreement_images",
-}
-"""The figures that are means over images, and which figure of `smalti evaluate` says over how many."""
-
 
 TEMPLATE = """\
 ---
@@ -114,14 +71,15 @@ images = pipe(num_images=4{{ ", labels=0" if prior.num_classes else "" }}, seed=
 def model_card(
     tokenizer: Tokenizer, prior: Prior, labels: Sequence[str], provenance: dict[str, Any], has_grid: bool
 ) -> str:
-    """Return markdown with a metadata header; figures come from `provenance`, and none is shown that is not there.
-    has_grid: whether a picture of samples lies beside the card."""
+    """Return markdown with a metadata header; all figures come from `provenance`. has_grid: whether a picture of
+    samples lies beside the card."""
     from huggingface_hub import ModelCard
 
     channels, height, width = tokenizer.image_shape
     facts = shareable(provenance)
+    rows = figure_rows(facts, exact=prior.exact)
     card = ModelCard.from_template(
-        card_data(tokenizer, prior, facts, shown_figures(facts), has_grid),
+        card_data(tokenizer, prior, facts, has_grid),
         template_str=TEMPLATE,
         tokenizer=tokenizer,
         prior=prior,
@@ -133,67 +91,126 @@ def model_card(
         classes=f"{prior.num_classes} classes ({', '.join(labels)})" if prior.num_classes else "no classes",
         source=describe_for_card(facts),
         has_grid=has_grid,
-        lines=[*tuned_lines(facts.get("tuning", {})), *figure_lines(facts, exact=prior.exact), *run_links(facts)],
+        lines=[*tuned_lines(facts.get("tuning", {})), *measured_lines(facts, rows), *run_links(facts)],
     )
     return str(card)
 
 
-def shown_figures(provenance: dict[str, Any]) -> dict[str, Any]:
+def figure_rows(facts: dict[str, Any], *, exact: bool) -> list[Row]:
     """The figures of `smalti evaluate`, or those taken during training while there are no others."""
-    if evaluation := provenance.get("evaluation", {}):
-        return dict(evaluation)
-    stages = [provenance.get(stage, {}) for stage in ("tokenizer", "prior")]
-    return {name: value for facts in stages for name, value in facts.get("evaluation", {}).items()}
+    if evaluation := facts.get("evaluation"):
+        return rows_of(evaluation, exact=exact)
+    found = []
+    for stage in (facts.get(name, {}) for name in STAGES):
+        images = stage.get("images")
+        counts = images if isinstance(images, dict) else {}
+        of = {"num_images": counts.get("held_out"), "num_validation": counts.get("validation")}
+        found += rows_of({**stage.get("evaluation", {}), **of}, exact=exact)
+    return found
 
 
-def figure_lines(provenance: dict[str, Any], *, exact: bool) -> list[str]:
-    """A table of the figures of `smalti evaluate`, or of those taken during training while there are no others. exact:
-    whether the prior's bits are more than a bound."""
-    training = {stage: provenance.get(stage, {}) for stage in ("tokenizer", "prior")}
-    counts = {name: count for facts in training.values() for name, count in counts_of(facts).items()}
-    evaluation = provenance.get("evaluation", {})
-    if evaluation:
-        counts = {name: evaluation.get(count) for name, count in COUNTS.items()}
-    shown, bounds = shown_figures(provenance), () if exact else BOUNDS
-    space = shown.get("feature_space")
-    lines = []
-    for name, label in FIGURES.items():
-        if name in shown:
-            of = f", of {count:,}" if type(count := counts.get(name)) is int else ""
-            bound = "at most " if name in bounds else ""
-            lines.append(f"| {label.format(space=space)} | {bound}{cell(shown[name])}{of} |")
-    for stage, facts in training.items():
-        if "steps" in facts:
-            best = facts.get("best_step")
-            kept = f"; the weights of step {best}, best on validation images" if type(best) is int else ""
-            lines.append(f"| training of the {stage} | {facts['steps']} steps, {facts['minutes']:.1f} minutes{kept} |")
+def measured_lines(facts: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+    """A table of the figures, and of how long the training took."""
+    lines = [
+        f"| {cell(row.title)}{ARROWS[row.figure.better]} | {cell(row.value)} | {cell(row.beside)} |" for row in rows
+    ]
+    for stage in STAGES:
+        trained = facts.get(stage, {})
+        if "steps" in trained:
+            best = trained.get("best_step")
+            weights = f"weights of step {best}, best on validation images" if type(best) is int else ""
+            length = f"{trained['steps']} steps, {trained['minutes']:.1f} minutes"
+            lines.append(f"| training of the {stage} | {length} | {weights} |")
     if not lines:
         return []
-    by = "`smalti evaluate`" if evaluation else "training"
-    return ["## Measured", "", f"By {by}.", "", "| figure | value |", "|---|---|", *lines, ""]
+    by = "`smalti evaluate`" if facts.get("evaluation") else "training"
+    head = ["| figure | value | compare |", "|---|---|---|"]
+    return ["## Measured", "", f"By {by}. ↑: higher is better, ↓: lower is better.", "", *head, *lines, ""]
 
 
 def tuned_lines(tuning: dict[str, Any]) -> list[str]:
     """What `smalti tune` says of the settings that it has chosen, if it has."""
-    if "told" not in tuning:
+    if "settings" not in tuning:
         return []
-    said = {name: "?" if tuning.get(name) is None else cell(tuning[name]) for name in TUNING}
+    facts = {name: number(tuning.get(name)) for name in TUNING}
     agreed = "" if tuning.get("class_agreement") is None else ", class agreement {class_agreement}"
-    line = TUNED + agreed + ". {num_samples} samples of each."
-    return [line.format_map(said), ""]
+    return [(TUNED + agreed + ". {num_samples} samples of each.").format_map(facts), ""]
 
 
-def counts_of(facts: dict[str, Any]) -> dict[str, Any]:
-    """Over how many images each figure is a mean that was taken in the training of a stage, where that says so."""
-    images = facts.get("images", {})
-    if not isinstance(images, dict):
-        return {}
-    validation = {name: images.get("validation") for name in FIGURES if name.startswith("validation_")}
-    return dict.fromkeys(COUNTS, images.get("held_out")) | validation
+def number(value: float | str | None) -> str:
+    """A number to four digits, or a text that stays within its line."""
+    return "?" if value is None else cell(value) if isinstance(value, str) else f"{value:.4g}"
 
 
-def cell(value: float | str | None) -> str:
-    """A number to four digits, or text that stays within a cell of the table; a dash for what there was none of."""
-    if value is None:
-        return "-"
-    return " ".join(value.replace("|", "/").split()) if isinstance(value, str) else f"{value:.4g}"
+def cell(text: str) -> str:
+    """The text, which stays within a cell of a table."""
+    return " ".join(text.replace("|", "/").split())
+
+
+def run_links(facts: dict[str, Any]) -> list[str]:
+    """A line with links to the runs of both stages, where they are known."""
+    links = []
+    for stage in STAGES:
+        told = facts.get(stage)
+        url = told.get("run_url") if isinstance(told, dict) else None
+        if isinstance(url, str) and re.fullmatch(RUN_LINK, url):
+            links.append(f"[{stage}]({url})")
+    return [f"Training runs: {', '.join(links)}.", ""] if links else []
+
+
+# The header
+
+
+def card_data(tokenizer: Tokenizer, prior: Prior, facts: dict[str, Any], has_grid: bool) -> ModelCardData:
+    """Return the header of a card. facts: `shareable` provenance."""
+    from huggingface_hub import ModelCardData
+
+    source, licence = str(facts.get("data", {}).get("source", "")), facts.get("license")
+    kind = "class-conditional" if prior.num_classes else "unconditional"
+    more: dict[str, Any] = {}
+    if has_grid:
+        text = "samples, one class per column" if prior.num_classes else "samples"
+        more["widget"] = [{"text": text, "output": {"url": "samples.png"}}]
+    if results := results_of(prior, facts):
+        more |= {"model_name": f"{tokenizer.name} + {prior.name}", "eval_results": results}
+    return ModelCardData(
+        library_name="smalti",
+        license=licence if isinstance(licence, str) and re.fullmatch(HUB_LICENCE, licence) else None,
+        pipeline_tag=None if prior.num_classes else f"{kind}-image-generation",  # the Hub has no task for classes
+        tags=["image-generation", kind, tokenizer.name, prior.name],
+        datasets=[source] if is_on_hub(source) else None,
+        **more,
+    )
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether a source is the id of a data set; of `shareable` facts, in which a path is none any more."""
+    return bool(re.fullmatch(HUB_DATASET, source))
+
+
+def results_of(prior: Prior, facts: dict[str, Any]) -> list[EvalResult]:
+    """Return the results of a `model-index`: the figures of the table that have a task."""
+    from huggingface_hub import EvalResult
+
+    source = str(facts.get("data", {}).get("source", ""))
+    name = (describe_for_card(facts) or "images that are not known").strip("`")
+    kind = source if is_on_hub(source) else "digits" if source == "digits" else "imagefolder"
+    generation = f"{'class-conditional' if prior.num_classes else 'unconditional'}-image-generation"
+    tasks = {"reconstruction": "image-to-image", "likelihood": generation, "samples": generation}
+    results = []
+    for row in figure_rows(facts, exact=prior.exact):
+        figure = row.figure
+        if figure.better and figure.of in tasks and type(row.raw) in (int, float):
+            bound = "" if prior.exact or not figure.is_bits else " (upper bound)"
+            results.append(
+                EvalResult(
+                    tasks[figure.of],
+                    kind,
+                    name,
+                    figure.key,
+                    float(f"{row.raw:.6g}"),
+                    dataset_split="test",
+                    metric_name=f"{row.title}{bound}, held out",
+                )
+            )
+    return results

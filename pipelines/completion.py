@@ -5,33 +5,39 @@
 A chain of conditionals gives this exactly when no known token is conditioned on a hidden one. A prior of a single order
 needs a mask that fits its order; the result is then the conditional of `log_prob`. A prior that takes any order takes
 the known tokens first: the result is a conditional of that order's density, which differs from `log_prob`'s as far as
-the prior's orders disagree. `Prior.order_spread` says how far.
+the prior's orders disagree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Any, Literal, overload
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
+from PIL.Image import Image as Picture
 from torch import Tensor
 
 from prior import Prior
-from prior.orders import select_order
+from prior.orders import as_tensor, select_order
 from prior.sampling import Order, check_count, check_known
 from tokenizer.base import in_finest
 
+from .images.decoding import pixels_of
 from .images.pictures import check_output_type, convert_images
-from .masks import Known, Mask, known_pixels
-from .stages.base import Images, Label, Stages
-from .stages.output import PipelineOutput
-from .stages.sampling import LATENT, sample
-from .stages.synonyms import IN_A_COMPLETION, named
-from .stages.watching import serialized
 
+if TYPE_CHECKING:
+    from .image_pipeline import ImagePipeline, Images, Label, PipelineOutput
+
+Known = Tensor | np.ndarray | None
+"""bool `(H, W)` or `(B, H, W)`, True = keep this pixel."""
+Mask = Picture | Tensor | np.ndarray | list[Any] | None
+"""A picture, or one for each image; or `(H, W)`, `(B, H, W)` or `(B, 1, H, W)`: bool, whole numbers of 0 to 255 (or 0
+and 1), or floats in [0, 1]. White, True and the upper half are drawn again."""
+WHITE = 128
+LATENT = "latent"
 MASKS = ("top", "bottom", "left", "right", "box")
 MASK_SEED = 0  # of scattered masks: the same ones for every seed of the draws, so that these can be compared
 
@@ -43,57 +49,26 @@ class ConditionError(ValueError):
 # Drawing what is hidden
 
 
-@overload
-def complete(
-    pipeline: Stages,
-    images: Images,
-    known: Known = None,
-    labels: Label | Sequence[Label] = None,
-    *,
-    return_dict: Literal[False],
-    **settings: Any,
-) -> tuple[Any, Tensor]:
-    """Images and tokens."""
-
-
-@overload
-def complete(
-    pipeline: Stages,
-    images: Images,
-    known: Known = None,
-    labels: Label | Sequence[Label] = None,
-    *,
-    mask: Mask = None,
-    draws: int = 1,
-    output_type: str = "pil",
-    order: Order = None,
-    return_dict: Literal[True] = True,
-    **settings: Any,
-) -> PipelineOutput:
-    """Images and tokens, by name."""
-
-
-@serialized
 @torch.no_grad()
 def complete(
-    pipeline: Stages,
+    pipeline: ImagePipeline,
     images: Images,
     known: Known = None,
     labels: Label | Sequence[Label] = None,
     *,
     mask: Mask = None,
     draws: int = 1,
-    output_type: str = "pil",
     order: Order = None,
-    return_dict: bool = True,
+    batch_size: int = 64,
+    output_type: str = "pil",
     **settings: Any,
-) -> Any:
-    """Fill in what is not known; returns a `PipelineOutput`, or its tuple without `return_dict`.
+) -> PipelineOutput:
+    """Draw what is not known.
 
     Say what is known in one of two ways. known: bool `(H, W)` or `(B, H, W)`, a tensor or array, True = keep this
-    pixel. mask (or mask_image): the other way round, white = draw this pixel again, as diffusers and `smalti complete`
-    have it: a PIL image, or one for each image, of the pipeline's size or of its image's (then resized and cropped as
-    that is); or an array or tensor of these shapes, bool, 0 to 255 (128 and more is white) or floats in [0, 1].
+    pixel. mask: the other way round, white = draw this pixel again, as diffusers and `smalti complete` have it: a PIL
+    image, or one for each image, of the pipeline's size or of its image's (then resized and cropped as that is); or an
+    array or tensor of these shapes, bool, 0 to 255 (128 and more is white) or floats in [0, 1].
 
     Hidden pixels are painted over before encoding, so nothing of them leaks. A token is known when every pixel of its
     patch is, and only known tokens are looked at; near the hole, a tokenizer whose receptive field is wider than a
@@ -101,62 +76,55 @@ def complete(
     density of the order that takes these first (not `log_prob`'s); the others on those before it in their order. Known
     pixels come back as they were.
 
-    draws (or num_images_per_prompt): completions of each image. Draw d of image k uses seed + k * draws + d, whatever
-    the batch. With more than one, images are `(B, draws, C, H, W)` ("pt"), `(B, draws, H, W, C)` ("np") or a list of
-    lists of PIL images ("pil"): `out.images[k][d]` is draw d of image k; and tokens `(B, draws, *grid.shape)`. With
-    one, there is no axis of draws. labels (or class_labels): one for all, or one per image; order: as in
-    `Prior.sample`, per image too; a list of generators has one per completion. settings: as for
-    `ImagePipeline.__call__`; a `callback_on_step_end` is given the tokens of all completions, `(B * draws,
-    *grid.shape)`. Raises `ValueError` for a mask of another shape, or arguments out of range, `TypeError` for both or
-    none of `known` and `mask`.
+    draws: completions of each image. Draw d of image k uses seed + k * draws + d, whatever the batch. With more than
+    one, images are `(B, draws, C, H, W)` ("pt"), `(B, draws, H, W, C)` ("np") or a list of lists of PIL images ("pil"):
+    `out.images[k][d]` is draw d of image k; and tokens `(B, draws, *grid.shape)`. With one, there is no axis of draws.
+    labels: one for all, or one per image; order: as in `Prior.sample`, per image too; a list of generators has one per
+    completion. settings: as for `ImagePipeline.__call__`; a `callback_on_step_end` is given the tokens of all
+    completions, `(B * draws, *grid.shape)`. Raises `ValueError` for a mask of another shape, or arguments out of range,
+    `TypeError` unless one of `known` and `mask` is given.
     """
-    several = None if type(draws) is int and draws == 1 else draws
-    labels, mask, several = named(IN_A_COMPLETION, settings, labels=labels, mask=mask, draws=several)
-    draws = 1 if several is None else check_count(several, "draws")
-    if own := [name for name in ("num_images", "num_images_per_label", "tokens") if name in settings]:
-        raise TypeError(f"{own[0]!r} is no argument of a completion, whose images are those given, `draws` of each")
+    draws = check_count(draws, "draws")
     check_output_type(output_type, LATENT)
     batch = pipeline.to_images(images)
-    known = known_pixels(known, mask, images, batch)
-    tokens, keep = visible_tokens(pipeline, batch, known)
-    order = select_order(order, [row for row in range(len(batch)) for _ in range(draws)], len(batch))
-    made = sample(
-        pipeline,
-        len(batch) * draws,
-        repeated(pipeline, labels, len(batch), draws),
-        order=order,
+    count, known = len(batch), known_pixels(known, mask, images, batch)
+    ids, null = pipeline.label_ids(labels, count), pipeline.prior.num_classes
+    each = None if ids is None else [None if one == null else one for one in ids.tolist() for _ in range(draws)]
+    tokens, keep = visible_tokens(pipeline, batch, known, batch_size)
+    made = pipeline(
+        count * draws,
+        each,
+        order=select_order(order, [row for row in range(count) for _ in range(draws)], count),
+        batch_size=batch_size,
         output_type=LATENT if output_type == LATENT else "pt",
         tokens=tokens.repeat_interleave(draws, 0),
         known=keep.repeat_interleave(draws, 0),
         **settings,
     )
-    filled = made.tokens if output_type == LATENT else pasted(made.images, batch, known, draws, output_type)
-    made = by_draws(replace(made, images=filled), len(batch), draws)
-    return made if return_dict else made.to_tuple()
+    drawn = by_draws(made.tokens, draws)
+    if output_type == LATENT:
+        return made._replace(images=drawn, tokens=drawn)
+    there, given = known[:, None].repeat_interleave(draws, 0), batch.repeat_interleave(draws, 0)
+    filled = convert_images(torch.where(there, given, made.images), output_type)
+    return made._replace(images=by_draws(filled, draws), tokens=drawn)
 
 
-def pasted(drawn: Tensor, images: Tensor, known: Tensor, draws: int, output_type: str) -> Any:
-    """`drawn` `(B * draws, C, H, W)`, where `known` `(B, H, W)` as in `images`; of the output type."""
-    mask, given = known[:, None].repeat_interleave(draws, 0), images.repeat_interleave(draws, 0)
-    return convert_images(torch.where(mask, given, drawn.to(images.device)), output_type)
-
-
-def by_draws(made: PipelineOutput, count: int, draws: int) -> PipelineOutput:
-    """With an axis of draws, if there are several."""
+def by_draws(images: Any, draws: int) -> Any:
+    """A list, or an array or tensor `(B * draws, ...)`, with an axis of draws if there are several."""
     if draws == 1:
-        return made
-    images, tokens = made.images, made.tokens.unflatten(0, (count, draws))
+        return images
     if isinstance(images, list):
-        images = [images[start : start + draws] for start in range(0, len(images), draws)]
-    else:
-        images = tokens if images is made.tokens else images.reshape(count, draws, *images.shape[1:])
-    return replace(made, images=images, tokens=tokens)
+        return [images[start : start + draws] for start in range(0, len(images), draws)]
+    return images.reshape(-1, draws, *images.shape[1:])
 
 
-def visible_tokens(pipeline: Stages, images: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+def visible_tokens(
+    pipeline: ImagePipeline, images: Tensor, known: Tensor, batch_size: int = 256
+) -> tuple[Tensor, Tensor]:
     """Tokens of `images` with all that is not `known` `(B, H, W)` painted over (or it would leak through the encoder's
     receptive field), and which of them to go by, both `(B, *grid.shape)`."""
-    return pipeline.encode_batch(painted(images, known[:, None])), pipeline.tokenizer.known_tokens(known)
+    tokens = pipeline.encode_batch(painted(images, known[:, None]), batch_size=batch_size)
+    return tokens, pipeline.tokenizer.known_tokens(known)
 
 
 def painted(images: Tensor, known: Tensor) -> Tensor:
@@ -177,23 +145,12 @@ def painted(images: Tensor, known: Tensor) -> Tensor:
     return paint
 
 
-def repeated(pipeline: Stages, labels: Label | Sequence[Label], count: int, draws: int) -> Any:
-    """`labels` of `count` images for `draws` completions of each. Raises `ValueError` as `label_ids` does."""
-    values: Any = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels
-    if not isinstance(values, Iterable) or isinstance(values, str):
-        return values
-    values = list(values)
-    pipeline.label_ids(values, count)  # here, or it would count completions
-    return [value for value in values for _ in range(draws)]
-
-
 # Scoring what is there
 
 
-@serialized
 @torch.no_grad()
 def conditional_log_prob(
-    pipeline: Stages,
+    pipeline: ImagePipeline,
     images: Images,
     known: Known = None,
     labels: Label | Sequence[Label] = None,
@@ -255,6 +212,81 @@ def sees_all_known(prior: Prior, keep: Tensor) -> Tensor:
         return keep.new_ones(len(keep))
     hidden_seen = (~keep).float() @ prior.receptive_field.to(keep.device).float().t()
     return ~(keep & (hidden_seen > 0)).any(1)
+
+
+# Which pixels are known
+
+
+def known_pixels(known: Any, mask: Any, images: Any, batch: Tensor) -> Tensor:
+    """What is known, bool `(B, H, W)`, of `images`, which are `(B, C, H, W)` as a `batch`. Raises `TypeError` unless
+    one of the two is given, `ValueError` for another shape or type."""
+    if (known is None) == (mask is None):
+        raise TypeError("give known (True = keep this pixel) or mask (white = draw it again): one of the two")
+    return check_known_pixels(known, batch) if mask is None else ~hidden_pixels(mask, images, batch)
+
+
+def check_known_pixels(known: Any, batch: Tensor) -> Tensor:
+    """`known` as bool `(B, H, W)`. Raises `ValueError` for another shape or type."""
+    several = known if isinstance(known, (list, tuple)) else [known]
+    if any(isinstance(one, Picture) for one in several):
+        raise ValueError(
+            "known should be a bool tensor or array, True = keep this pixel, and not a picture; give mask=picture if "
+            "it is white where pixels are to be drawn"
+        )
+    known = as_tensor(known, batch.device)
+    shape = (len(batch), *batch.shape[2:])
+    if known.dtype != torch.bool or tuple(known.shape) not in (shape, shape[1:]):
+        raise ValueError(
+            f"known should be bool of shape {shape[1:]} or {shape}, got {known.dtype} of {tuple(known.shape)}"
+        )
+    return known.expand(shape)
+
+
+def hidden_pixels(mask: Any, images: Any, batch: Tensor) -> Tensor:
+    """The pixels that a `Mask` wants to be drawn again, bool `(B, H, W)`. A picture has the size of the batch, or that
+    of its own image, which is then resized and cropped as that is. Raises `ValueError` for another size or type."""
+    count, _, height, width = batch.shape
+    several = mask if isinstance(mask, (list, tuple)) else [mask]
+    if any(isinstance(one, Picture) for one in several):
+        given = list(images) if isinstance(images, (list, tuple)) else [images] * count
+        if len(several) not in (1, count) or not all(isinstance(one, Picture) for one in several):
+            raise ValueError(f"mask should be a picture, or a list of {count}, one for each image (got {len(several)})")
+        each = several * count if len(several) == 1 else several
+        parts = [white_in(one, image, (height, width)) for one, image in zip(each, given, strict=True)]
+        return torch.stack(parts).to(batch.device)
+    mask = as_tensor(mask, batch.device)
+    mask = mask[:, 0] if mask.ndim == 4 and mask.shape[1] == 1 else mask
+    shape = (count, height, width)
+    if tuple(mask.shape) not in (shape, shape[1:], (1, *shape[1:])):
+        raise ValueError(f"mask should have shape {shape[1:]} or {shape}, got {tuple(mask.shape)}")
+    return is_white(mask).expand(shape)
+
+
+def is_white(mask: Tensor) -> Tensor:
+    """Where `mask`, of any shape, is True, or in the upper half of its range."""
+    if mask.dtype == torch.bool or not mask.numel():
+        return mask.bool()
+    mask = mask if mask.dtype.is_floating_point else mask.long()  # torch compares few of the unsigned types
+    low, high = (float(value) for value in mask.aminmax())
+    if not 0 <= low <= high <= (1 if mask.dtype.is_floating_point else 255):
+        raise ValueError(
+            f"mask should be bool, whole numbers of 0 to 255, or floats in [0, 1] (got {mask.dtype}, {low} to {high})"
+        )
+    return mask >= (0.5 if high <= 1 else WHITE)
+
+
+def white_in(mask: Picture, image: Any, size: tuple[int, int]) -> Tensor:
+    """Where the picture `mask` of `image` is white, bool `(H, W)`."""
+    (height, width), mask = size, ImageOps.exif_transpose(mask)
+    if mask.mode in ("I", "F"):  # numbers, as those of an array; of a picture's 32 bits there is no white
+        mask = Image.fromarray(255 * is_white(torch.from_numpy(np.array(mask))).byte().numpy())
+    allowed = [(width, height)]
+    if isinstance(image, Picture):
+        allowed.append(ImageOps.exif_transpose(image).size)
+    if mask.size not in allowed:
+        sizes = " or ".join(f"{w} x {h}" for w, h in dict.fromkeys(allowed))
+        raise ValueError(f"mask has {mask.width} x {mask.height} pixels; it should have {sizes}, as its image")
+    return torch.from_numpy(pixels_of(mask, (1, height, width))[0] >= WHITE)
 
 
 # Masks with names

@@ -26,7 +26,6 @@ from tokenizer.model import PROVENANCE
 
 from .config import Config, Of, UserError, run_command
 from .config.importing import as_asked
-from .config.terminal import by_clause
 from .files import Output, lock_output
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.dataset import is_stream
@@ -311,7 +310,7 @@ def end(accelerator: Accelerator, out: Path, text: str, leads: bool) -> Path:
     if leads:
         run = quote(f"{str(out).removesuffix('_tokens')}_prior")
         then = f"smalti train_prior{as_asked()} tokens={quote(str(out))} out={run}"
-        print(by_clause(f"{out}: {text}; next: {then}"), flush=True)
+        print(f"{out}: {text}; next: {then}", flush=True)
     return out
 
 
@@ -322,7 +321,7 @@ main = partial(
     verb="encode",
     description=__doc__,
     defaults=tokenizer_defaults,
-    kept=lambda _: "the same command continues",
+    after_ctrl_c=lambda _: "the same command continues",
 )
 
 

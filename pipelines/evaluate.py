@@ -1,14 +1,15 @@
-"""Measure a pipeline on held-out images: what the tokenizer keeps, likelihoods, how good and how new samples are."""
+"""Measure a pipeline on held-out images: reconstructions, likelihoods, and how good and how new samples are."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,43 +17,42 @@ from pydantic import Field
 from torch import Tensor
 
 from prior.checks import NotCausalError, is_built_in, require_causal
-from tokenizer.files import PathError, write_json
+from tokenizer.files import PathError, PipelineLoadError, write_json
 
-from .config import Of, OutputConfig, UserError, run_command
+from .config import OutputConfig, UserError, run_command
 from .config.importing import as_asked
 from .config.table import table
 from .files import Output, lock_output
 from .image_pipeline import ImagePipeline
-from .images import DataConfig, ImageDataset, Splits, check_shape, load_images, to_float, to_uint8
-from .images.origin import describe_source
+from .images import ImageDataset, check_shape, load_images, to_float, to_uint8
+from .images.origin import TOKENS, describe_source
 from .images.pictures import grid_picture, write_picture
 from .images.unseen import require_unseen
 from .metrics.agreement import agreement
-from .metrics.fid import Ruler, make_ruler
+from .metrics.fid import Inception, load_inception
+from .metrics.figures import report
 from .metrics.likelihood import evaluate_likelihood
 from .metrics.quality import AT_A_TIME, LEAST, compare, feature_space, shuffled
-from .metrics.reconstruction import (
-    SOME,
-    evaluate_reconstruction,
-    images_at_a_time,
-    reconstruction_picture,
-)
-from .metrics.report import report
+from .metrics.reconstruction import SOME, evaluate_reconstruction, images_at_a_time, reconstruction_picture
 from .metrics.samples import Samples
+from .options import UsesImages
 from .processes.group import ALONE, ProcessGroup
 from .processes.launch import join_group
 from .provenance import defaults, trained_data
-from .saving import PipelineFolder, save_again
-from .tokens import TokenSplit
+from .saving import save_again
+from .tokens import TokenSplit, load_tokens
 from .tokens.shards import smallest_type
 
 T = TypeVar("T")
 Figures = dict[str, Any]
+Pictures = dict[str, np.ndarray]
 RESULTS = ("samples.png", "reconstructions.png", "nearest.png", "evaluation.json", "evaluation.txt")
+IN_MEMORY = 1 << 30  # bytes of images of a split, decoded once and held by every process
+MOST_TRAINING = 100_000  # training images that others are compared to
 KNOWN = 1 << 28  # numbers, 1 GiB, of training images whose pixels are compared to at most
 
 
-class EvaluateConfig(OutputConfig):
+class EvaluateConfig(UsesImages, OutputConfig):
     """What is measured, on what."""
 
     examples = (
@@ -63,12 +63,8 @@ class EvaluateConfig(OutputConfig):
         "pipeline out overwrite num_images data.source feature_steps inception_weights num_orders update_card device"
     )
 
-    pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     out: str | None = Field(
         None, description="folder for pictures and evaluation.json; default: `evaluation` beside the pipeline folder"
-    )
-    data: Annotated[DataConfig, Of("pipeline")] = Field(
-        DataConfig(), description="the images; defaults to those the pipeline was trained on"
     )
     num_images: int = Field(
         1000,
@@ -92,9 +88,14 @@ class EvaluateConfig(OutputConfig):
         description="what the FID of samples is taken against: as many images `held_out`, all images of `train`, or "
         "a .npz file with `mu` and `sigma`, as ADM published them; the last two with num_images=50000",
     )
+    tokens: str | None = Field(
+        None,
+        description="token dataset whose training rows give the position frequencies that bits per token are compared "
+        "to; default: the one that the prior was trained on, if it is still there, or else the training images are "
+        f"encoded, at most {MOST_TRAINING:,}",
+    )
     num_orders: int = Field(1, ge=1, description="score a mixture of so many orders, with a prior that takes any")
     seed: int = Field(0, ge=0, lt=1 << 63, description="sample k uses seed + k")
-    device: str = Field("auto", description="cpu, cuda, mps or auto")
     update_card: bool = Field(True, description="write the figures into the pipeline's model card")
 
 
@@ -104,23 +105,28 @@ def run(config: EvaluateConfig) -> Figures:
     local = Path(config.pipeline).is_dir()
     out = Path(config.out or (Path(config.pipeline).parent / "evaluation" if local else "evaluation"))
     with join_group(config.device) as (group, device):
-        pipeline, ruler = group.main_first(lambda: prepare(config, out, device))
+        pipeline, inception, tokens = group.main_first(lambda: prepare(config, out, device))
         card = config.pipeline if local and config.update_card else None
         with lock_output(out, group), lock_output(card, group, key="pipeline"):
-            figures, pictures = measure(pipeline, config, ruler, group)
+            figures, pictures = Evaluation(config, pipeline, group).measure(inception, tokens)
             if group.is_main:
                 publish(pipeline, config, out, figures, pictures)
     return figures
 
 
-def prepare(config: EvaluateConfig, out: Path, device: torch.device) -> tuple[ImagePipeline, Ruler | None]:
-    """What measures. Raises `UserError` for mistakes that can be found before anything is measured."""
+def prepare(
+    config: EvaluateConfig, out: Path, device: torch.device
+) -> tuple[ImagePipeline, Inception | None, TokenSplit | None]:
+    """The pipeline, the network of FID and the tokens of the training images. Raises `UserError` for mistakes that can
+    be found before anything is measured."""
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=device)
-    check_choices(config, pipeline)
+    check_shape(config.data, pipeline.tokenizer.image_shape)
+    if config.num_orders > 1 and not (pipeline.prior.any_order and pipeline.prior.exact):
+        raise UserError(f"num_orders: this {pipeline.prior.name} prior has one density, not one for each order")
     require_unseen(config.data, trained_data(pipeline.provenance), "held_out")
-    ruler = make_ruler(config.inception_weights, config.reference, device)
+    inception = load_inception(config.inception_weights, config.reference, device)
     output_of(config, out).check_files(RESULTS)
-    return pipeline, ruler
+    return pipeline, inception, training_tokens(config, pipeline)
 
 
 def output_of(config: EvaluateConfig, out: Path) -> Output:
@@ -128,49 +134,120 @@ def output_of(config: EvaluateConfig, out: Path) -> Output:
     return Output(out, [config.pipeline, config.data.path], config.overwrite)
 
 
-def measure(
-    pipeline: ImagePipeline, config: EvaluateConfig, ruler: Ruler | None, group: ProcessGroup
-) -> tuple[Figures, dict[str, np.ndarray]]:
-    """All figures, and the pictures."""
-    images = load_images(config.data)
-    check_classes(pipeline, images.train, images.held_out)
-    figures: Figures = {"num_images": len(images.held_out)}
-    figures |= evaluate_reconstruction(pipeline.tokenizer, images.held_out, group=group, looks=SOME)
-    train, test = (encode_all(pipeline, part, group) for part in (images.train, images.held_out))
-    if not is_built_in(pipeline.prior):
-        try:
-            require_causal(pipeline.prior, test.tokens[:1].long())
-        except NotCausalError as error:
-            raise UserError(f"pipeline: {error}; its likelihoods mean nothing") from error
-    figures |= evaluate_likelihood(
-        pipeline.tokenizer, pipeline.prior, train, test, images.held_out, config.num_orders, group
-    )
-    pictures = {
-        "samples": pipeline.sample_picture(seed=config.seed, group=group),
-        "reconstructions": reconstruction_picture(pipeline.tokenizer, images.held_out),
-    }
-    samples = None
-    if config.num_images:
-        labels = wanted_labels(pipeline, images.train, config.num_images)
-        samples = draw_samples(pipeline, labels, config.num_images, config.seed, group)
-        found, shown = evaluate_samples(pipeline, images, config, samples, labels)
-        figures, pictures = figures | found, pictures | shown
-    if ruler is not None:
-        figures |= ruler.figures(images, partial(reconstruct, pipeline), samples, group)
-    return figures, pictures
+def training_tokens(config: EvaluateConfig, pipeline: ImagePipeline) -> TokenSplit | None:
+    """The training rows of the token dataset `config.tokens`, or of the one that the prior was trained on; None where
+    that is not there any more. Raises `UserError` for tokens that are not the tokenizer's."""
+    source = config.tokens or pipeline.provenance.get(TOKENS)
+    if not isinstance(source, str) or not (config.tokens or Path(source).is_dir()):
+        return None
+    try:
+        data = load_tokens(source)
+        if data.tokenizer.fingerprint() != pipeline.prior.config.tokenizer or not len(data.splits.get("train", ())):
+            raise UserError(f"tokens: {source} has no training rows that the pipeline's tokenizer made")
+    except (PipelineLoadError, UserError):
+        if config.tokens:
+            raise
+        return None
+    rows = data.splits["train"]
+    return rows if data.num_classes == pipeline.prior.num_classes else TokenSplit(rows.tokens, None)
 
 
-def publish(
-    pipeline: ImagePipeline, config: EvaluateConfig, out: Path, figures: Figures, pictures: dict[str, np.ndarray]
-) -> None:
+class Evaluation:
+    """What the processes of a group measure of a pipeline. Of training images at most `MOST_TRAINING` are decoded, and
+    each image by one process alone, except where FID is taken against all of them."""
+
+    def __init__(self, config: EvaluateConfig, pipeline: ImagePipeline, group: ProcessGroup) -> None:
+        self.config, self.pipeline, self.group = config, pipeline, group
+        self.images = load_images(config.data, together=True, check=False)
+        check_classes(pipeline, self.images.train, self.images.held_out)
+        most = max(LEAST, IN_MEMORY // math.prod(self.images.train.image_shape))
+        chosen = shuffled(len(self.images.train))[: min(most, MOST_TRAINING)].sort().values
+        self.train = self.images.train.preload(chosen, group)
+        self.held_out = self.images.held_out
+        if len(self.held_out) <= most:
+            self.held_out = self.held_out.preload(torch.arange(len(self.held_out)), group)
+        self.reconstruct = partial(reconstruct, pipeline)
+
+    def measure(self, inception: Inception | None, tokens: TokenSplit | None) -> tuple[Figures, Pictures]:
+        """All figures, and the pictures. tokens: of training images, if they are known."""
+        config, pipeline, group = self.config, self.pipeline, self.group
+        figures: Figures = {"num_images": len(self.held_out), "device": str(pipeline.device)}
+        figures |= evaluate_reconstruction(pipeline.tokenizer, self.held_out, group=group, looks=SOME)
+        figures |= self.likelihood(tokens)
+        pictures = {
+            "samples": pipeline.sample_picture(seed=config.seed, group=group),
+            "reconstructions": reconstruction_picture(pipeline.tokenizer, self.held_out),
+        }
+        samples = None
+        if config.num_images:
+            labels = wanted_labels(pipeline, self.images.train, config.num_images)
+            samples = draw_samples(pipeline, labels, config.num_images, config.seed, group)
+            figures |= {"num_samples": samples.count, "samples_per_second": samples.count / samples.seconds}
+            if labels is not None and self.train.labels is not None and self.held_out.labels is not None:
+                figures |= self.class_agreement(samples, labels)
+            found, shown = self.distances(samples)
+            figures, pictures = figures | found, pictures | shown
+        if inception is not None:
+            splits = replace(self.images, held_out=self.held_out)
+            figures |= inception.figures(splits, self.reconstruct, samples, group)
+        return figures, pictures
+
+    def likelihood(self, tokens: TokenSplit | None) -> Figures:
+        """Bits per token and per dim of held-out images. Raises `UserError` for a prior that is not causal."""
+        pipeline, group = self.pipeline, self.group
+        test = encode_all(pipeline, self.held_out, group)
+        if not is_built_in(pipeline.prior):
+            try:
+                require_causal(pipeline.prior, test.tokens[:1].long())
+            except NotCausalError as error:
+                raise UserError(f"pipeline: {error}; its likelihoods mean nothing") from error
+        known = tokens or encode_all(pipeline, self.train, group)
+        return evaluate_likelihood(
+            pipeline.tokenizer, pipeline.prior, known, test, self.held_out, self.config.num_orders, group
+        )
+
+    def class_agreement(self, samples: Samples, wanted: Tensor) -> Figures:
+        """How often a 1-nearest-neighbour classifier on training pixels gives a sample the class that was asked for,
+        the same for real held-out images and for their reconstructions."""
+        assert self.train.labels is not None and self.held_out.labels is not None
+        some = shuffled(len(self.held_out))[:SOME]
+        seen = shuffled(len(self.train))[: max(1, KNOWN // math.prod(self.train.image_shape))]
+        known, labels = self.train.batch(seen), self.train.labels[seen]
+
+        def share(parts: Sequence[T], images_of: Callable[[T], Tensor], wanted: Tensor) -> float:
+            return agreement(parts, images_of, wanted, known, labels, self.group)
+
+        parts, truth = some.split(AT_A_TIME), self.held_out.labels[some]
+        return {
+            "class_agreement": share(samples.parts, samples.images, wanted),
+            "real_class_agreement": share(parts, self.held_out.batch, truth),
+            "reconstruction_class_agreement": share(
+                parts, lambda rows: self.reconstruct(self.held_out.batch(rows)), truth
+            ),
+            "class_agreement_images": len(some),
+            "class_agreement_known": len(seen),
+        }
+
+    def distances(self, samples: Samples) -> tuple[Figures, Pictures]:
+        """Figures of samples in the features of a small classifier, and the picture `nearest`: the samples that are
+        most like a copy, each row above the row of the training images nearest to them. Nothing for few images."""
+        count = min(samples.count, len(self.train), len(self.held_out))
+        if count < LEAST:
+            return {}, {}
+        source = describe_source(self.config.data.source)
+        space = feature_space(self.train, self.held_out, self.config.feature_steps, source, self.group)
+        drawn = samples.rows(space, count)
+        figures, order, nearest = compare(space, drawn, self.train, self.held_out, self.reconstruct, self.group)
+        columns = min(8, count)
+        shown = samples.some(order[:16].tolist())
+        rows = zip(shown.split(columns), self.train.batch(nearest[:16]).split(columns), strict=True)
+        picture = grid_picture(torch.cat([part for pair in rows for part in pair]), columns)
+        return {"feature_space": space.name, "feature_origin": space.origin, **figures}, {"nearest": picture}
+
+
+def publish(pipeline: ImagePipeline, config: EvaluateConfig, out: Path, figures: Figures, pictures: Pictures) -> None:
     """Print and write what was measured."""
-    text = report(
-        figures,
-        exact=pipeline.prior.exact,
-        vocab_size=pipeline.prior.grid.vocab_size,
-        num_images=figures["num_images"],
-        device=str(pipeline.device),
-    )
+    text = report(figures, exact=pipeline.prior.exact)
     with output_of(config, out).files() as folder:
         for name, picture in pictures.items():
             write_picture(picture, folder / f"{name}.png")
@@ -184,18 +261,13 @@ def publish(
         except PathError as error:  # the figures are there all the same
             print(f"warning: the model card is as it was: {error}", file=sys.stderr)
     print(text + "\n")
+    if "feature_space" not in figures:
+        print(f"samples are not compared: that needs {LEAST} samples, training images and held-out images\n")
     print(table([(name, f"{out / name}.png") for name in pictures] + [("figures", str(out / "evaluation.json"))]))
     # What `tune` chooses is written into a folder, and once is enough.
     tunes = Path(config.pipeline).is_dir() and "tuning" not in pipeline.provenance
     verb = "tune" if tunes else "generate"
     print(f"\ndone; next: smalti {verb}{as_asked()} pipeline={quote(config.pipeline)}")
-
-
-def check_choices(config: EvaluateConfig, pipeline: ImagePipeline) -> None:
-    """Raise `UserError` for what does not go with the pipeline."""
-    check_shape(config.data, pipeline.tokenizer.image_shape)
-    if config.num_orders > 1 and not (pipeline.prior.any_order and pipeline.prior.exact):
-        raise UserError(f"num_orders: this {pipeline.prior.name} prior has one density, not one for each order")
 
 
 def check_classes(pipeline: ImagePipeline, *splits: ImageDataset) -> None:
@@ -246,28 +318,6 @@ def draw_samples(
     return Samples(draw, count, group)
 
 
-def evaluate_samples(
-    pipeline: ImagePipeline, images: Splits, config: EvaluateConfig, samples: Samples, labels: Tensor | None
-) -> tuple[Figures, dict[str, np.ndarray]]:
-    """Figures of samples whose classes, `labels`, are as frequent as in the training images; and the picture `nearest`:
-    the most suspicious samples, each row above the row of the training images nearest to them."""
-    train, held_out, group = images.train, images.held_out, samples.group
-    figures: Figures = {"num_samples": samples.count, "samples_per_second": samples.count / samples.seconds}
-    if labels is not None and train.labels is not None and held_out.labels is not None:
-        figures |= evaluate_classes(pipeline, samples, labels, train, held_out)
-    count = min(samples.count, len(train), len(held_out))
-    if count < LEAST:
-        return figures, {}
-    space = feature_space(train, held_out, config.feature_steps, describe_source(config.data.source), group)
-    drawn = samples.rows(space, count)
-    found, suspects, copied = compare(space, drawn, train, held_out, partial(reconstruct, pipeline), group)
-    figures |= {"feature_space": space.name, "feature_origin": space.origin, **found}
-    columns = min(8, count)
-    shown = samples.some(suspects[:16].tolist())
-    rows = zip(shown.split(columns), train.batch(copied[:16]).split(columns), strict=True)
-    return figures, {"nearest": grid_picture(torch.cat([part for pair in rows for part in pair]), columns)}
-
-
 def wanted_labels(pipeline: ImagePipeline, train: ImageDataset, count: int) -> Tensor | None:
     """The class `(count,)` of each sample: those of random training images, or all classes in turn where these have
     none."""
@@ -277,30 +327,6 @@ def wanted_labels(pipeline: ImagePipeline, train: ImageDataset, count: int) -> T
     if train.labels is None:
         return turns % pipeline.prior.num_classes
     return train.labels[shuffled(len(train))[turns % len(train)]]
-
-
-def evaluate_classes(
-    pipeline: ImagePipeline, samples: Samples, wanted: Tensor, train: ImageDataset, held_out: ImageDataset
-) -> Figures:
-    """How often a 1-nearest-neighbour classifier on training pixels gives a sample the class that was asked for, the
-    same for real held-out images and for their reconstructions."""
-    assert train.labels is not None and held_out.labels is not None
-    some = shuffled(len(held_out))[:SOME]
-    parts, truth = some.split(AT_A_TIME), held_out.labels[some]
-    most = max(1, KNOWN // math.prod(train.image_shape))
-    seen = torch.arange(len(train)) if len(train) <= most else shuffled(len(train))[:most]
-    known, labels = train.batch(seen), train.labels[seen]
-
-    def share(parts: Sequence[T], images_of: Callable[[T], Tensor], wanted: Tensor) -> float:
-        return agreement(parts, images_of, wanted, known, labels, samples.group)
-
-    figures: Figures = {
-        "class_agreement": share(samples.parts, samples.images, wanted),
-        "real_class_agreement": share(parts, held_out.batch, truth),
-        "reconstruction_class_agreement": share(parts, lambda rows: reconstruct(pipeline, held_out.batch(rows)), truth),
-        "class_agreement_images": len(some),
-    }
-    return figures if len(seen) == len(train) else figures | {"class_agreement_known": len(seen)}
 
 
 main = partial(run_command, EvaluateConfig, run, verb="evaluate", description=__doc__, defaults=defaults)

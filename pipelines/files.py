@@ -39,7 +39,7 @@ from tokenizer.files import (
     temporary_name,
 )
 
-from .config.arguments import UserError
+from .config import UserError
 
 if TYPE_CHECKING:
     from filelock import SoftFileLease

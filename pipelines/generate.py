@@ -9,31 +9,30 @@ import zipfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.lib.format import dtype_to_descr, open_memmap, write_array_header_1_0
 from pydantic import Field
 
-from prior.sampling import DecodingOptions
+from prior.sampling import DecodingOptions, choose_orders, make_batch
 from tokenizer.files import fsync, temporary_name
 
 from .config import OutputConfig, UserError, run_command
 from .config.importing import as_asked
-from .config.terminal import by_clause
 from .files import Output, atomic_file, lock_output, replace_file, require_apart, require_writable
-from .image_pipeline import ImagePipeline
+from .image_pipeline import ImagePipeline, Label
 from .images.grids import class_grid
 from .images.pictures import SUFFIXES, png_bytes, write_picture
 from .job import JOB, OtherJobError, begin_job, read_job, require_begun, work_folder
+from .options import DEVICE, Sampling, UsesPipeline
 from .processes.group import ProcessGroup
 from .processes.launch import join_group
-from .saving import PipelineFolder
-from .stages.requests import Request
-from .stages.sampling import settings_in
 
 SHEET = "metadata.jsonl"
 """In a folder of images: a line for each one, with its file and the name of its class, as `datasets` reads them."""
@@ -44,7 +43,7 @@ MAX_IMAGES = 10_000_000
 CHUNK = 256  # images of an archive that are in memory at a time
 
 
-class GenerateConfig(OutputConfig):
+class GenerateConfig(Sampling, UsesPipeline, OutputConfig):
     """How many images of what, and where to."""
 
     examples = (
@@ -53,7 +52,6 @@ class GenerateConfig(OutputConfig):
     )
     often = "pipeline out overwrite num_images labels seed temperature top_k top_p guidance_scale steps columns"
 
-    pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     out: str = Field(
         "grid.png",
         description="a picture file for a grid of all images; NAME.npz for all in one file, as ADM's evaluator reads "
@@ -66,28 +64,15 @@ class GenerateConfig(OutputConfig):
         "unconditional",
     )
     seed: int = Field(0, ge=0, lt=1 << 63, description="image k uses seed + k")
-    temperature: float | None = Field(None, ge=0, description="below 1 is safer, 0 is greedy; default: the pipeline's")
-    top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")
-    top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")
-    guidance_scale: float | None = Field(None, ge=0, description="above 1 exaggerates the class")
-    guidance_end: float | None = Field(
-        None, ge=0, description="guidance goes from guidance_scale at the first token to this at the last"
-    )
-    guidance_power: float | None = Field(
-        None, gt=0, description="and does so by a power-cosine: the higher, the later; default: in a straight line"
-    )
     order: str | None = Field(None, description="decoding the grid in this order, with a prior that takes any")
     num_orders: int = Field(1, ge=1, description="draw each image in one of this many orders: from their mixture")
     parallel: bool = Field(False, description="guess the rest and check it in whole passes: the same images")
-    steps: int | None = Field(
-        None, ge=1, description="decode a masked-token prior in this many passes: quicker, not exact"
-    )
     columns: int | None = Field(
         None, ge=1, description="columns of the grid; default: one for each class of at most 20, or 8"
     )
     captions: bool = Field(True, description="write the names of the classes into the grid: over the columns")
     batch_size: int = Field(64, ge=1, description="images at a time on each process; the result does not depend on it")
-    device: str = Field("auto", description="cpu, cuda, mps or auto: with several processes, each its own")
+    device: str = Field("auto", description=f"{DEVICE}: with several processes, each its own")
 
 
 def run(config: GenerateConfig) -> Path:
@@ -116,7 +101,7 @@ def run(config: GenerateConfig) -> Path:
         if group.is_main:
             rate = f"{len(missing) / seconds:,.1f} images per second" if missing else "already finished"
             then = f"smalti evaluate{as_asked()} pipeline={quote(config.pipeline)}"
-            print(by_clause(f"{config.num_images} images{images.place}, {rate}; next: {then}"))
+            print(f"{config.num_images} images{images.place}, {rate}; next: {then}")
     return out
 
 
@@ -149,18 +134,73 @@ def output_of(config: GenerateConfig) -> Output:
     return Output(config.out, [config.pipeline], config.overwrite)
 
 
+@dataclass(frozen=True)
+class Request:
+    """Images by number, whoever makes them and in which batch: image k is of the class `classes[k % len(classes)]` (of
+    none without classes) and uses seed + k. settings: those of the prior's `Sampling` that are given."""
+
+    pipeline: ImagePipeline
+    classes: Sequence[Label]
+    seed: int
+    decoding: DecodingOptions
+    settings: dict[str, Any]
+
+    def draw(self, numbers: Sequence[int], progress: bool = False) -> np.ndarray:
+        """Images of these numbers, in one batch, uint8 (B, H, W, C). Raises `UserError` for what does not fit the
+        prior."""
+        try:
+            return self.pipeline(
+                len(numbers),
+                [self.classes[k % len(self.classes)] for k in numbers] if self.classes else None,
+                generator=[torch.Generator().manual_seed(self.seed + k) for k in numbers],
+                batch_size=len(numbers),
+                output_type="np",
+                progress=progress,
+                **vars(self.decoding),
+                **self.settings,
+            ).images
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from error
+
+    def describe(self) -> dict[str, Any]:
+        """All that the pixels depend on, except the number of images. Raises `UserError` for what does not fit the
+        prior."""
+        pipeline, prior = self.pipeline, self.pipeline.prior
+        try:
+            ids = pipeline.label_ids(self.classes, len(self.classes)) if self.classes else None
+            sampler = pipeline.choose_sampler(self.settings, ids, self.decoding)
+            prior.check_sampling_options(sampler)
+            self.decoding.check()
+            label = None if ids is None else ids[:1]
+            choose_orders(prior, self.decoding, make_batch(prior, 1, label, sampler, torch.Generator(), None, None))
+        except (ValueError, TypeError) as error:
+            raise UserError(str(error)) from error
+        names = pipeline.labels or [str(number) for number in range(prior.num_classes)]
+        return {
+            "class_names": names if self.classes else None,
+            "image_shape": pipeline.tokenizer.image_shape,
+            "tokenizer": pipeline.tokenizer.fingerprint(),
+            "prior": prior.fingerprint(),
+            "labels": None if ids is None else ids.tolist(),
+            "seed": self.seed,
+            "order": self.decoding.order,
+            "num_orders": self.decoding.num_orders,
+            "sampler": sampler.to_dict(),
+            "device": pipeline.device.type,
+        }
+
+
 def request_of(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
     """What is asked of the pipeline."""
     chosen = config.labels if config.labels is None or isinstance(config.labels, list) else [config.labels]
-    classes = chosen or list(range(pipeline.prior.num_classes)) or None
     decoding = DecodingOptions(config.order, config.num_orders, parallel=config.parallel)
-    return Request(pipeline, classes, config.seed, decoding, settings_in(config.model_dump()))
+    classes = chosen or range(pipeline.prior.num_classes)
+    return Request(pipeline, classes, config.seed, decoding, config.sampling_settings())
 
 
 def describe_job(config: GenerateConfig, request: Request) -> dict[str, Any]:
     """All that the files depend on."""
-    facts = {"num_images": config.num_images, "class_names": request.class_names}
-    return {"verb": "generate", **facts, "image_shape": request.pipeline.tokenizer.image_shape, **request.depends_on()}
+    return {"verb": "generate", "num_images": config.num_images, **request.describe()}
 
 
 def make_images(
@@ -180,7 +220,7 @@ def make_images(
     ):
         writing: list[Future[None]] = []
         for batch in batches:
-            pixels, _ = request.draw(batch, batch_size, progress=shows and not many)
+            pixels = request.draw(batch, progress=shows and not many)
             if writing:
                 writing.pop().result()
             writing.append(pool.submit(images.write, batch, pixels))
@@ -389,7 +429,7 @@ main = partial(
     run,
     verb="generate",
     description=__doc__,
-    kept=lambda _: "the same command continues",
+    after_ctrl_c=lambda _: "the same command continues",
 )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizer.files import LITTER, PathError, is_file, make_folder, quote, read_json, summarize
 
-from .config.arguments import UserError
+from .config import UserError
 from .config.schema import difference
 from .files import replace_file
 

@@ -11,16 +11,18 @@ from pydantic import Field
 from torch import Tensor
 
 from .config import Config, Of, UserError, choose_device
-from .images import DataConfig
+from .images import DataConfig, check_shape, load_images
 from .images.decoding import try_decode
 from .images.folder import find_images
-from .provenance import TokenizerFolder
+from .images.unseen import require_unseen
+from .provenance import TokenizerFolder, trained_data
 from .saving import PipelineFolder
 
 if TYPE_CHECKING:
     from .image_pipeline import ImagePipeline
 
 DEVICE = "cpu, cuda, mps or auto"
+TEMPERATURE, GUIDANCE_SCALE = "below 1 is safer, 0 is greedy", "above 1 exaggerates the class"
 Named = int | str | list[int | str] | None
 """Image files, folders of images, or indices of a split; or classes, by id or name."""
 
@@ -59,17 +61,19 @@ class UsesTokenizer(Config):
 
 
 class Sampling(Config):
-    """Base of the verbs that sample. A setting that is not given is the pipeline's own."""
+    """Settings of sampling. What is not given is as the pipeline has it."""
 
-    temperature: float | None = Field(None, ge=0, description="below 1 is safer, 0 is greedy; default: the pipeline's")
+    temperature: float | None = Field(None, ge=0, description=TEMPERATURE)
     top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")
     top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")
-    guidance_scale: float | None = Field(None, ge=0, description="above 1 exaggerates the class")
+    guidance_scale: float | None = Field(None, ge=0, description=GUIDANCE_SCALE)
     guidance_end: float | None = Field(
-        None, ge=0, description="guidance goes from guidance_scale at the first token to this at the last"
+        None,
+        ge=0,
+        description="guidance goes from guidance_scale at the first token to this at the last; null: constant",
     )
     guidance_power: float | None = Field(
-        None, gt=0, description="and does so by a power-cosine: the higher, the later; default: in a straight line"
+        None, gt=0, description="and does so by a power-cosine: the higher, the later; null: in a straight line"
     )
     steps: int | None = Field(
         None, ge=1, description="decode a masked-token prior in this many passes: quicker, not exact"
@@ -78,6 +82,24 @@ class Sampling(Config):
     def sampling_settings(self) -> dict[str, Any]:
         """The settings of sampling that were given, by name."""
         return self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
+
+
+def choose_images(named: Named, most: int, data: DataConfig, pipeline: ImagePipeline) -> Tensor:
+    """The images that a user named, uint8 `(B, C, H, W)` of the pipeline's shape: files, at most `most` of the files in
+    folders, evenly spread, or indices of the held-out split of `data`; by default `most` of that. Raises `UserError`,
+    also for held-out images that the pipeline was trained on."""
+    paths, indices = split_named(named)
+    if paths:
+        files = find_image_files(paths)
+        if any(Path(path).is_dir() for path in paths):
+            files = [files[index] for index in spread_evenly(len(files), most)]
+        return read_images(files, pipeline.tokenizer.image_shape)
+    check_shape(data, pipeline.tokenizer.image_shape)
+    require_unseen(data, trained_data(pipeline.provenance), "held_out")
+    held_out = load_images(data).held_out
+    if outside := [index for index in indices if not 0 <= index < len(held_out)]:
+        raise UserError(f"images: indices of the held-out split go from 0 to {len(held_out) - 1} (got {outside[0]})")
+    return held_out.pixels(indices or spread_evenly(len(held_out), most))
 
 
 def find_image_files(paths: list[str]) -> list[Path]:

@@ -72,7 +72,7 @@ def tokenizer_folder(source: str) -> str:
     with the package."""
     source = str(located(source))
     within = [path for path in (Path(source), Path(source) / "pipeline") if (path / INDEX).is_file()]
-    return str(within[0] / "tokenizer") if within else str(IN_RUN.found(source))
+    return str(within[0] / "tokenizer") if within else str(IN_RUN.resolve(source))
 
 
 def read_with(tokenizer: str) -> str:

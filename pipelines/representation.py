@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .images.pictures import as_batch, to_images
-from .stages.base import Stages
-from .stages.watching import serialized
+
+if TYPE_CHECKING:
+    from .image_pipeline import ImagePipeline, Images
 
 POOLS = {
     "prior": ("mean", "flatten", "last"),
@@ -29,10 +30,9 @@ POOLS = {
 Layer = str | int | None
 
 
-@serialized
 def embed(
-    pipeline: Stages,
-    images: Any,
+    pipeline: ImagePipeline,
+    images: Images,
     *,
     layer: Layer = None,
     pool: str | None = None,
@@ -54,8 +54,8 @@ def embed(
 
 @torch.no_grad()
 def embed_layers(
-    pipeline: Stages,
-    images: Any,
+    pipeline: ImagePipeline,
+    images: Images,
     layers: Sequence[Layer],
     *,
     pool: str | None = None,
@@ -79,12 +79,33 @@ def embed_layers(
     return [torch.cat(each) for each in zip(*parts, strict=True)]
 
 
-def layer_names(pipeline: Stages) -> list[str]:
+def nearest(
+    pipeline: ImagePipeline,
+    images: Images,
+    vectors: Tensor,
+    k: int = 1,
+    *,
+    layer: Layer = None,
+    pool: str | None = None,
+    labels: Any = None,
+    batch_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The `k` of `vectors` (n, dim), which `embed` made of other images with the same arguments, that are nearest to
+    each image: their indices `(B, k)`, nearest first, and cosine distances `(B, k)` from 0 (the same direction) to 2.
+    Raises `ValueError` as `embed` does, for vectors of another width, and unless 1 <= k <= n."""
+    queries = embed(pipeline, images, layer=layer, pool=pool, labels=labels, batch_size=batch_size)
+    if vectors.ndim != 2 or vectors.shape[1] != queries.shape[1]:
+        shape = tuple(vectors.shape)
+        raise ValueError(f"vectors should be of shape (n, {queries.shape[1]}), as embed makes them (got {shape})")
+    return nearest_neighbours(vectors.to(queries), queries, k)
+
+
+def layer_names(pipeline: ImagePipeline) -> list[str]:
     """All that `embed` takes as `layer`."""
     return ["pixels", "codes", "embeddings", *(f"prior.{index}" for index in range(pipeline.prior.feature_layers))]
 
 
-def choose_layer(pipeline: Stages, layer: Layer) -> tuple[str, int]:
+def choose_layer(pipeline: ImagePipeline, layer: Layer) -> tuple[str, int]:
     """The source that `layer` names, and which of the prior's layers (0 for another source). Raises `ValueError`."""
     names, count = layer_names(pipeline), pipeline.prior.feature_layers
     if layer is None and count:
@@ -109,7 +130,7 @@ def choose_pool(source: str, pool: str | None) -> str:
 
 
 def position_vectors(
-    pipeline: Stages, images: Tensor, labels: Tensor | None, chosen: Sequence[tuple[str, int]]
+    pipeline: ImagePipeline, images: Tensor, labels: Tensor | None, chosen: Sequence[tuple[str, int]]
 ) -> list[Tensor]:
     """For each of `chosen`, `(B, positions, dim)` float32; codes come as their shares, `(B, 1, vocab_size)`."""
     tokens = pipeline.encode_batch(images)
@@ -135,13 +156,13 @@ def code_shares(tokens: Tensor, vocab_size: int) -> Tensor:
     return counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype)) / ids.shape[1]
 
 
-def code_vectors(pipeline: Stages, tokens: Tensor) -> Tensor:
+def code_vectors(pipeline: ImagePipeline, tokens: Tensor) -> Tensor:
     """The vectors `(B, dim, *spatial)` that tokens stand for: the quantizer's, else the colours they are decoded to."""
     quantizer = getattr(pipeline.tokenizer, "quantizer", None)
     return pipeline.tokenizer.decode(tokens) if quantizer is None else quantizer.lookup(tokens)
 
 
-def pooled(vectors: Tensor, pool: str, pipeline: Stages) -> Tensor:
+def pooled(vectors: Tensor, pool: str, pipeline: ImagePipeline) -> Tensor:
     """`(B, positions, dim)` to `(B, dim)`, or to `(B, positions * dim)` with `"flatten"`."""
     if pool == "flatten":
         return vectors.flatten(1)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+import torch
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from prior import Prior
 from prior.sampling import SamplingOptions
@@ -39,15 +39,18 @@ from tokenizer.files import (
     write_json,
     write_manifest,
 )
-from tokenizer.model import CONFIG, PROVENANCE, Dtype, choose_dtype, round_weights, weights_names
+from tokenizer.model import CONFIG, PROVENANCE, PretrainedModel, round_weights, weights_names
 
 from .anomaly.calibration import MAX_CALIBRATION_BYTES, Calibration
-from .card import FIGURES, TUNING, model_card
+from .card import TUNING, model_card
 from .config import Within
 from .files import FieldError, Text, validate
 from .images.dataset import LONGEST, is_class_name
 from .images.pictures import write_picture
-from .stages.compiled import unwrapped
+from .metrics.figures import FIGURES
+
+if TYPE_CHECKING:
+    from .image_pipeline import ImagePipeline
 
 INDEX, CARD, GRID = "model_index.json", "README.md", "samples.png"
 BACKGROUND, CALIBRATION = "background", "calibration.json"
@@ -64,16 +67,6 @@ PipelineFolder = Annotated[str, Within("pipeline", INDEX)]
 PIPELINE = FolderKind("a pipeline", INDEX, lambda index: index.get("_class_name") == "ImagePipeline")
 
 
-def kind_of_model(found: Any) -> str:
-    """A registered name, by the look of it. Raises `ValueError`."""
-    if not isinstance(found, str) or not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", found):
-        raise ValueError(f"{quote(found)} is not a name (lower case letters, digits, _)")
-    return found
-
-
-KindName = Annotated[str, PlainValidator(kind_of_model)]
-
-
 class IndexFile(BaseModel):
     """What `model_index.json` holds, but for its class and version, which are looked at before."""
 
@@ -81,17 +74,16 @@ class IndexFile(BaseModel):
 
     class_name: Any = Field(alias="_class_name")
     format_version: Any
-    tokenizer: KindName
-    prior: KindName
-    background: KindName = ""
+    tokenizer: Text
+    prior: Text
+    background: Text = ""
     variant: Literal["fp16", "bf16"] | None = None
     labels: list[Text]
     sampler: Any
 
 
-def read_index(folder: Path, given: Collection[str] = ()) -> dict[str, Any]:
-    """Read `model_index.json`, every field checked; given: parts that are not read, whose kinds need not be known.
-    Raises `FormatError` or `ConfigError`."""
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read `model_index.json`, every field checked. Raises `FormatError` or `ConfigError`."""
     path, index = folder / INDEX, read_json(folder / INDEX)
     version = index.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
@@ -104,11 +96,10 @@ def read_index(folder: Path, given: Collection[str] = ()) -> dict[str, Any]:
     validate(IndexFile, index, path)
     families: list[tuple[str, type[Tokenizer] | type[Prior]]] = [("tokenizer", Tokenizer), ("prior", Prior)]
     for part, family in families + [(BACKGROUND, Prior)] * (BACKGROUND in index):
-        if part not in given and not family.has(index[part]):
+        if not family.has(index[part]):
             raise ConfigError(f"{path}: {part}: {family.describe_unknown(index[part])}")
     check_labels(index["labels"])
-    if "prior" not in given:
-        make_sampler(Prior.find(index["prior"]), index["sampler"], path)
+    make_sampler(Prior.find(index["prior"]), index["sampler"], path)
     return index
 
 
@@ -119,13 +110,6 @@ def require_variant(index: dict[str, Any], variant: str | None, path: Path) -> N
     if variant is not None and variant != found:
         there = f"of variant {found!r}" if found else "that are no variant"
         raise PathError(f"{path}: variant: no {variant!r}, only weights {there}; leave variant out to load them")
-
-
-def known_settings(prior: type[Prior], settings: Any) -> dict[str, Any]:
-    """Of the defaults for sampling from another prior, those that this one has, too. Raises `ConfigError`."""
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{INDEX}: sampler: found {quote(settings)}, expected an object")
-    return {name: value for name, value in settings.items() if name in prior.Sampling.names()}
 
 
 def make_sampler(prior: type[Prior], settings: dict[str, Any], path: str | Path = INDEX) -> SamplingOptions:
@@ -234,10 +218,10 @@ def located(source: str | Path) -> str | Path:
     return HERE / source if source in shipped() and not os.path.isdir(source) else source
 
 
-def resolve_pipeline(source: str | Path, names: list[str], **options: Any) -> Path:
-    """`resolve_folder` of a pipeline, which may be one that comes with the package. Raises `PathError`."""
+def find_pipeline(source: str | Path, **options: Any) -> Path:
+    """`find_folder` of a pipeline, which may be one that comes with the package. Raises `PathError`."""
     try:
-        return find_folder(located(source), names, **options)
+        return find_folder(located(source), FILES, **options)
     except UnreadableError:
         raise
     except PathError as error:
@@ -247,33 +231,78 @@ def resolve_pipeline(source: str | Path, names: list[str], **options: Any) -> Pa
         ) from error
 
 
-Dtypes = Dtype | Mapping[str, Dtype]
-"""A type for all parts, or one for each: `{"tokenizer": ..., "prior": ..., "background": ..., "default": ...}`."""
+# Models that fit each other
 
-M = TypeVar("M", Tokenizer, Prior)
+
+def check_fit(tokenizer: Tokenizer, prior: Prior, background: Prior | None = None) -> None:
+    """Raise `IntegrityError` unless the priors are over the tokens of this tokenizer, `TypeError` for what is no
+    model."""
+    families: dict[str, tuple[Any, type]] = {"tokenizer": (tokenizer, Tokenizer), "prior": (prior, Prior)}
+    families |= {} if background is None else {BACKGROUND: (background, Prior)}
+    for name, (model, family) in families.items():
+        if not isinstance(model, family):
+            found = f"(got {type(model).__name__}); to compile one, pipe.{name}.compile()"
+            raise TypeError(f"{name} should be a {family.__name__} {found}")
+    if tokenizer.grid != prior.grid:
+        raise IntegrityError(f"prior/{CONFIG}: grid: {prior.grid} is not the tokenizer's, {tokenizer.grid}")
+    if prior.config.tokenizer and prior.config.tokenizer != tokenizer.fingerprint():
+        raise IntegrityError(
+            f"prior/{CONFIG}: tokenizer: the prior was trained on the tokens of another tokenizer "
+            f"({prior.config.tokenizer[:12]}..., this one is {tokenizer.fingerprint()[:12]}...)"
+        )
+    if background is not None:
+        ours, theirs = ((one.grid, one.num_classes, one.config.tokenizer) for one in (prior, background))
+        if ours != theirs:
+            raise IntegrityError(f"{BACKGROUND}/{CONFIG}: not a prior over the same tokens and classes as prior/")
+
+
+def set_fingerprint(tokenizer: Tokenizer, *priors: Prior) -> None:
+    """Let priors that fit a tokenizer name it as it is now: rounded weights have another fingerprint."""
+    fingerprint = tokenizer.fingerprint()
+    for prior in priors:
+        if prior.config.tokenizer != fingerprint:
+            prior.config = prior.config.model_copy(update={"tokenizer": fingerprint})
+
+
+def change_dtype(pipeline: ImagePipeline, choose: Callable[[PretrainedModel], torch.dtype | None]) -> None:
+    """Change the type of each model's weights to the one that `choose` returns for it; None is no change."""
+    chosen = [(model, choose(model)) for model in pipeline.components.values()]
+    if all(dtype in (None, model.dtype) for model, dtype in chosen):
+        return
+    check_fit(**pipeline.components)
+    for model, dtype in chosen:
+        model.to(dtype=dtype)
+    set_fingerprint(*pipeline.components.values())
 
 
 # Writing
 
 
-def save(pipeline: Any, folder: str | Path, variant: str | None) -> None:
-    """`Stages.save_pretrained`."""
-    require_fit(pipeline)
+def save(pipeline: ImagePipeline, folder: str | Path, variant: str | None) -> None:
+    """`ImagePipeline.save_pretrained`."""
+    models, grid = pipeline.components, pipeline.sample_grid
+    check_fit(**models)
     if variant is not None:
-        pipeline = in_variant(pipeline, variant)
-    grid = pipeline.sample_grid
+        models = {name: round_weights(model, variant) for name, model in models.items()}
     if grid is not None and grid[..., 0].size > MAX_GRID_PIXELS:
         raise LimitError(f"sample_grid: {grid.shape} is more than {MAX_GRID_PIXELS} pixels")
-    fingerprint = pipeline.tokenizer.fingerprint()
-    for prior in filter(None, (pipeline.prior, pipeline.background)):
-        if prior.config.tokenizer != fingerprint:  # another dtype has another fingerprint
-            prior.config = prior.config.model_copy(update={"tokenizer": fingerprint})
+    set_fingerprint(*models.values())
     with atomic_folder(folder, kind=PIPELINE) as target:
-        for name, model in pipeline.components.items():
+        for name, model in models.items():
             model.save_pretrained(target / name, **({} if variant is None else {"variant": variant}))
         if pipeline.calibration is not None:
             (target / CALIBRATION).write_text(pipeline.calibration.to_json(), encoding="utf-8")
-        write_json(target / INDEX, index_of(pipeline, variant))
+        index = {
+            "_class_name": "ImagePipeline",
+            "format_version": FORMAT_VERSION,
+            "tokenizer": pipeline.tokenizer.name,
+            "prior": pipeline.prior.name,
+            "labels": pipeline.labels,
+            "sampler": pipeline.sampler.to_dict(),
+            **({} if pipeline.background is None else {"background": pipeline.background.name}),
+            **({} if variant is None else {"variant": variant}),
+        }
+        write_json(target / INDEX, index)
         if pipeline.provenance:
             write_json(target / PROVENANCE, pipeline.provenance)
         if grid is not None:
@@ -283,49 +312,15 @@ def save(pipeline: Any, folder: str | Path, variant: str | None) -> None:
         write_manifest(target)
 
 
-def require_fit(pipeline: Any) -> None:
-    """Raise `IntegrityError` for a tokenizer or prior that was put in the place of another since the pipeline was made,
-    and with which none could be made."""
-    if pipeline.replaced:
-        type(pipeline)(**pipeline.components, labels=pipeline.labels)
-
-
-def in_variant(pipeline: Any, variant: str) -> Any:
-    """A copy whose models are rounded to the type of `variant`, so that they fit each other as they will be loaded."""
-    smaller = copy.copy(pipeline)
-    smaller._tokenizer, smaller._prior = (
-        round_weights(pipeline.tokenizer, variant),
-        round_weights(pipeline.prior, variant),
-    )
-    if pipeline.background is not None:
-        smaller.background = round_weights(pipeline.background, variant)
-    return smaller
-
-
-def index_of(pipeline: Any, variant: str | None) -> dict[str, Any]:
-    """What `model_index.json` holds."""
-    return {
-        "_class_name": "ImagePipeline",
-        "format_version": FORMAT_VERSION,
-        "tokenizer": pipeline.tokenizer.name,
-        "prior": pipeline.prior.name,
-        "labels": pipeline.labels,
-        "sampler": pipeline.sampler.to_dict(),
-        **({} if pipeline.background is None else {"background": pipeline.background.name}),
-        **({} if variant is None else {"variant": variant}),
-    }
-
-
-def save_again(pipeline: Any, folder: str | Path, sample_grid: Any = None) -> None:
+def save_again(pipeline: ImagePipeline, folder: str | Path, sample_grid: Any = None) -> None:
     """Write a pipeline that was loaded from `folder` into it again, with what has become known of it: no weight
     changes, nor its type, nor the folder's variant. The pipeline is then `as_stored`."""
     as_stored(pipeline).save_pretrained(folder, variant=variant_of(folder), sample_grid=sample_grid)
 
 
-def as_stored(pipeline: Any) -> Any:
+def as_stored(pipeline: ImagePipeline) -> ImagePipeline:
     """The pipeline, its weights now on the CPU and of the types that its files have."""
-    for model in pipeline.to(device="cpu").components.values():
-        model.to(dtype=model.stored_dtype)
+    change_dtype(pipeline.to(device="cpu"), lambda model: model.stored_dtype)
     return pipeline
 
 
@@ -335,80 +330,33 @@ def variant_of(folder: str | Path) -> str | None:
     return variant
 
 
-# Parts of the caller's
-
-
-def instead(pipeline: Any, place: str, model: M) -> M:
-    """`model`, which comes in the place of another of the pipeline's models, if there is one, and is then in eval mode.
-    What is known of that one is forgotten, as where `from_pretrained` is given parts: calibration, provenance, sample
-    pictures. Of the settings of sampling those stay that a new prior has."""
-    if getattr(pipeline, place, model) is not model:
-        model.eval()
-        pipeline.replaced = True
-        pipeline.calibration, pipeline.provenance, pipeline.sample_grid = None, {}, None
-        if isinstance(model, Prior):
-            pipeline.sampler = make_sampler(type(model), known_settings(type(model), pipeline.sampler.to_dict()))
-    return model
-
-
 # Reading
 
 
-def given_parts(**parts: Any) -> dict[str, Any]:
-    """Those parts that a caller gives. Raises `TypeError` for one that is no model of its family."""
-    families: dict[str, Any] = {"tokenizer": Tokenizer}
-    given = {name: model for name, model in parts.items() if model is not None}
-    return {name: unwrapped(model, families.get(name, Prior), name) for name, model in given.items()}
+def load(cls: type[Any], folder: Path, variant: str | None, verify: bool) -> Any:
+    """Load the pipeline in `folder`. verify: check every file's sha256."""
+    return read_folder(folder, lambda: _load(cls, folder, variant, verify))
 
 
-def read(cls: type[Any], folder: Path, parts: dict[str, Any], variant: str | None, verify: bool) -> Any:
-    """Load the pipeline in `folder`, with these `parts` in place of its own, whose files are not opened. What is known
-    of the folder's parts (calibration, provenance, sample pictures) is then left out. verify: check every file's
-    sha256."""
-    return read_folder(folder, lambda: _read(cls, folder, parts, variant, verify))
-
-
-def _read(cls: type[Any], folder: Path, parts: dict[str, Any], variant: str | None, verify: bool) -> Any:
+def _load(cls: type[Any], folder: Path, variant: str | None, verify: bool) -> Any:
     if not is_file(folder / INDEX):
         inner = folder / "pipeline"
         hint = f"; did you mean {inner}?" if (inner / INDEX).is_file() else ""
         raise PathError(f"{folder}: not a pipeline folder (no {INDEX}){hint}")
     if verify:
-        check_listed(folder, verify_manifest(folder, without=tuple(parts)))
-    index = read_index(folder, parts)
+        check_listed(folder, verify_manifest(folder))
+    index = read_index(folder)
     require_variant(index, variant, folder / INDEX)
-
-    def part(name: str, family: Any) -> Any:
-        if name in parts:
-            return parts[name]
-        return family.find(index[name]).load_folder(folder / name, variant=index.get("variant"))
-
-    tokenizer, prior = part("tokenizer", Tokenizer), part("prior", Prior)
-    settings = known_settings(type(prior), index["sampler"]) if "prior" in parts else index["sampler"]
-    pipeline = cls(tokenizer, prior, labels=index["labels"], sampler=settings)
-    if BACKGROUND in parts or (BACKGROUND in index and not parts):
-        pipeline.set_background(part(BACKGROUND, Prior))
-    if not parts:
-        read_facts(pipeline, folder)
-    return pipeline
-
-
-def read_facts(pipeline: Any, folder: Path) -> None:
-    """Read what is known of the parts that are in the folder."""
+    models = {
+        name: family.find(index[name]).load_folder(folder / name, variant=index.get("variant"))
+        for name, family in (("tokenizer", Tokenizer), ("prior", Prior), (BACKGROUND, Prior))
+        if name in index
+    }
+    pipeline = cls(**models, labels=index["labels"], sampler=index["sampler"])
     if (path := folder / CALIBRATION).exists():
         pipeline.calibration = Calibration.from_dict(parse_json(read_bytes(path, MAX_CALIBRATION_BYTES), path), path)
     if (path := folder / PROVENANCE).exists():
         pipeline.provenance = read_provenance(path)
     if (path := folder / GRID).exists():
         pipeline.sample_grid = parse_picture(read_bytes(path, MAX_PICTURE_BYTES), path)
-
-
-def convert(pipeline: Any, parts: dict[str, Any], dtype: Dtypes) -> None:
-    """Change the types of the parts that were loaded, as `from_pretrained` is asked to; those given stay as they are.
-    Raises `ValueError` for a part that there is none of."""
-    each: dict[str, Any] = dict(dtype) if isinstance(dtype, Mapping) else {"default": dtype}
-    if unknown := sorted(set(each) - {*PARTS, "default"}):
-        raise ValueError(f"dtype: no part is called {unknown[0]!r}; there are {', '.join(PARTS)} and default")
-    for name, model in pipeline.components.items():
-        if name not in parts:
-            model.to(dtype=choose_dtype(each.get(name, each.get("default")), model.stored_dtype))
+    return pipeline

@@ -18,15 +18,19 @@ from prior.checks import NotCausalError, is_built_in, require_causal, with_rando
 from prior.objectives import Alignment, Likelihood, alignment_problem
 from prior.sampling import GUIDANCE, SamplingOptions
 from tokenizer.config import Node
+from tokenizer.files import PipelineLoadError, read_json
+from tokenizer.model import CONFIG
 
 from .config import Config, UserError, Within, run_command
 from .config.importing import as_asked
 from .image_pipeline import ImagePipeline
+from .images.origin import TOKENS, place_of
 from .metrics.likelihood import bits_per_token, rows_evaluated
+from .options import GUIDANCE_SCALE, TEMPERATURE, Sampling
 from .processes.group import ALONE, ProcessGroup
+from .provenance import file_of
 from .saving import INDEX, PIPELINE, located
 from .shuffling import DROPOUT, OTHER, by_row, other_labels, perturbed, samples_of
-from .starting import model_of, start_from
 from .tokens import TokenDataset, TokenSplit, load_tokens
 from .training.schedule import TrainConfig
 from .training.sharding import is_sharding
@@ -39,32 +43,16 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class SamplerConfig(Config):
+class SamplerConfig(Sampling):
     """The pipeline's default settings."""
 
-    temperature: float = Field(1.0, ge=0, description="below 1 is safer, 0 is greedy")
-    top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")
-    top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")
-    guidance_scale: float = Field(1.0, ge=0, description="above 1 exaggerates the class")
-    guidance_end: float | None = Field(
-        None,
-        ge=0,
-        description="guidance goes from guidance_scale at the first token to this at the last; null: constant",
-    )
-    guidance_power: float | None = Field(
-        None,
-        gt=0,
-        description="and does so by a power-cosine: the higher, the later; null: in a straight line",
-    )
-    steps: int | None = Field(
-        None,
-        ge=1,
-        description="decode a masked-token prior in this many passes; null: a token a pass, which alone is exact",
-    )
+    temperature: float | None = Field(1.0, ge=0, description=TEMPERATURE)
+    guidance_scale: float | None = Field(1.0, ge=0, description=GUIDANCE_SCALE)
 
     @model_validator(mode="after")
     def _fits_together(self) -> SamplerConfig:
-        SamplingOptions(**self.model_dump(exclude={"steps"}))  # raises
+        given = self.sampling_settings()
+        SamplingOptions(**{name: given[name] for name in SamplingOptions.names() if name in given})  # raises
         return self
 
 
@@ -239,7 +227,7 @@ class PriorTask(Task):
 
     def pipeline(self, model: nn.Module) -> ImagePipeline:
         """Both stages, sharing `model`'s weights."""
-        sampler = self.config.sampler.model_dump(exclude_none=True)
+        sampler = self.config.sampler.sampling_settings()
         if not self.data.num_classes:  # there is no class to guide towards
             sampler = {name: value for name, value in sampler.items() if name not in GUIDANCE}
         tokenizer = self.data.tokenizer.to(self.model.device)
@@ -250,7 +238,7 @@ class PriorTask(Task):
         pipeline = self.pipeline(model)
         if self.init:
             facts = {**facts, "objective": self.config.objective or "likelihood", "init": self.init}
-        pipeline.provenance = {**self.data.source, "prior": facts}
+        pipeline.provenance = {**self.data.source, "prior": facts, TOKENS: place_of(self.config.tokens)}
         pipeline.save_pretrained(run / "pipeline", sample_grid=pictures["samples"])
 
 
@@ -280,10 +268,49 @@ def build_prior(node: dict[str, Any], data: TokenDataset) -> Prior:
     )
 
 
+FREE = ("dropout", "attention_dropout", "label_smoothing", "anneal", "random_share")
+"""Settings of priors that say how they are trained, and not what they are."""
+
+
+def start_from(prior: Prior, class_names: list[str], source: str) -> Prior:
+    """Copy the weights of the prior of the pipeline `source` into `prior`; return that prior, for a reference.
+
+    Raises `UserError` for one over the tokens of another tokenizer, of other classes, or with other settings than those
+    of training alone; `PipelineLoadError` for a folder that is no good pipeline.
+    """
+    try:
+        pipeline = ImagePipeline.from_pretrained(source)
+    except PipelineLoadError as error:
+        raise type(error)(f"init: {error}") from error
+    theirs, mine = pipeline.prior, prior.config.to_dict()
+    other = theirs.config.to_dict()
+    if theirs.config.tokenizer != prior.config.tokenizer or theirs.grid != prior.grid:
+        raise UserError(f"init: {source}: its prior is over the tokens of another tokenizer than tokens=")
+    if (theirs.num_classes, pipeline.labels) != (prior.num_classes, class_names):
+        there, here = (
+            f"has {count} classes" + (f" ({', '.join(names)})" if names else "")
+            for count, names in ((theirs.num_classes, pipeline.labels), (prior.num_classes, class_names))
+        )
+        raise UserError(f"init: {source}: {there}, and tokens= {here}")
+    if theirs.name != prior.name:
+        raise UserError(f"init: {source}: its prior is of model.kind={theirs.name}, not {prior.name}; leave that out")
+    if differing := [key for key in {**mine, **other} if key not in FREE and mine.get(key) != other.get(key)]:
+        pairs = ", ".join(f"model.{key}: {other.get(key)!r} there, {mine.get(key)!r} here" for key in differing)
+        raise UserError(f"init: {source}: a prior of another configuration ({pairs})")
+    prior.load_state_dict(theirs.state_dict())
+    return theirs
+
+
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """The model of the pipeline `init`."""
-    model = model_of(str(located(str(given["init"])))) if given.get("init") else None
-    return {} if model is None else {"model": model}
+    """The model of the pipeline `init`, as a preset holds it; nothing where it cannot be read: loading the pipeline
+    will say why."""
+    path = file_of(str(located(str(given.get("init") or ""))), f"prior/{CONFIG}")
+    saved = read_json(path) if path else {}
+    if not Prior.has(saved.get("kind")):
+        return {}
+    member: Any = Prior.find(saved["kind"])
+    facts = member.choices().facts
+    return {"model": {key: value for key, value in saved.items() if key not in facts}}
 
 
 def run(config: TrainPriorConfig) -> Path:
@@ -304,7 +331,7 @@ main = partial(
     verb="train_prior",
     description=__doc__,
     defaults=defaults,
-    kept=lambda config: what_is_saved(Path(config.out)),
+    after_ctrl_c=lambda config: what_is_saved(Path(config.out)),
 )
 
 

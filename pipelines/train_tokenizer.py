@@ -27,7 +27,7 @@ from .images import DataConfig, ImageDataset, load_images
 from .images.dataset import is_stream
 from .images.origin import is_local
 from .metrics.codebook import CodebookUse, part_names
-from .metrics.perceptual import Perceptual, weights_file
+from .metrics.perceptual import Perceptual
 from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
 from .processes.group import ALONE, ProcessGroup
 from .provenance import data_of, file_of, save_tokenizer, tokenizer_folder
@@ -252,7 +252,7 @@ def run(config: TrainTokenizerConfig) -> Path:
             torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
         if config.loss.perceptual:
             with accelerator.local_main_process_first():  # it downloads the file, the others find it
-                weights_file(config.loss.perceptual_net)
+                Perceptual(config.loss.perceptual_net)
         return TokenizerTask(config, accelerator.device)
 
     return train(build, config)
@@ -265,7 +265,7 @@ main = partial(
     verb="train_tokenizer",
     description=__doc__,
     defaults=defaults,
-    kept=lambda config: what_is_saved(Path(config.out)),
+    after_ctrl_c=lambda config: what_is_saved(Path(config.out)),
 )
 
 

@@ -335,21 +335,6 @@ class Prior(PretrainedModel, family="prior"):
         """Be the model of connectivity `number` while the context lasts."""
         return nullcontext()
 
-    def order_spread(self, tokens: Tensor, labels: Tensor | None = None, num_orders: int = 8) -> Tensor:
-        """Return how much log p(tokens | labels) depends on the order, `(B,)` nats: its standard deviation over
-        `orders`.
-
-        It is 0 where all orders' conditionals come from one joint distribution. The larger it is, the less a statement
-        about one order holds for another: `conditional_log_prob` and completions take known tokens first, `log_prob`
-        takes the model's own order. It is exact even where `log_prob` is a bound. Raises `ValueError` for a model of
-        one order, for fewer than two orders, and for tokens or labels out of range.
-        """
-        if whole_number("num_orders", num_orders) < 2:
-            raise ValueError(f"num_orders must be at least 2 to see a spread (got {num_orders})")
-        orders = self.orders(num_orders)
-        each = [in_finest(self.chain_log_probs(tokens, labels, order).flatten(1)).sum(1) for order in orders]
-        return torch.stack(each).std(0).float()
-
     # Positions
 
     def position_ids(self, tokens: Tensor) -> Tensor:

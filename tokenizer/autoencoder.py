@@ -65,7 +65,7 @@ class Autoencoder(Tokenizer):
     def encode(self, images: Tensor) -> Tensor:
         """Tokens `(B, *grid.shape)` of `images`. Raises `ValueError` for images of another size."""
         self.check_images(images)
-        return self.quantizer.quantize(self._embed(images)).tokens
+        return self.quantizer.encode(self._embed(images))
 
     @full_float32()
     def decode(self, tokens: Tensor) -> Tensor:

@@ -190,22 +190,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify_manifest(
-    folder: Path | str, *, without: Collection[str] = (), unhashed: Collection[str] = ()
-) -> dict[str, Any]:
+def verify_manifest(folder: Path | str, *, unhashed: Collection[str] = ()) -> dict[str, Any]:
     """Check the size and the sha256 of every file that `manifest.json` lists; return the manifest.
 
-    without: subfolders whose files are not checked. unhashed: files of which only the size is checked. Raises
-    `PathError` for a missing file, `IntegrityError` for a changed one, `FormatError` for a bad manifest.
+    unhashed: files of which only the size is checked. Raises `PathError` for a missing file, `IntegrityError` for a
+    changed one, `FormatError` for a bad manifest.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    checked = {name: entry for name, entry in manifest["files"].items() if name.split("/")[0] not in without}
-    for name, entry in checked.items():
+    for name, entry in manifest["files"].items():
         size = stat_file(folder / name).st_size
         if size != entry["size"]:
             raise IntegrityError(f"{folder / name}: {size} bytes, {MANIFEST} says {entry['size']}")
-    for name, entry in checked.items():
+    for name, entry in manifest["files"].items():
         if name not in unhashed and hash_file(folder / name) != entry["sha256"]:
             raise IntegrityError(f"{folder / name}: its sha256 differs from {MANIFEST}: it was changed after saving")
     return manifest
@@ -454,7 +451,7 @@ HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
 def find_folder(source: str | Path, patterns: list[str], **options: Any) -> Path:
     """Return the local folder `source`, or fetch the files of a Hub repository that match `patterns` into the cache.
 
-    options: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`, `repo_type` of huggingface_hub's
+    options: `revision`, `token`, `cache_dir`, `local_files_only`, `repo_type` of huggingface_hub's
     `snapshot_download`. Raises `PathError`.
     """
     if str(source) and find_local_folder(Path(source)):

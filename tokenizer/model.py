@@ -232,7 +232,6 @@ class PretrainedModel(Registered, nn.Module):
         token: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
-        force_download: bool = False,
         subfolder: str | Path | None = None,
         variant: str | None = None,
         dtype: Dtype = None,
@@ -258,7 +257,6 @@ class PretrainedModel(Registered, nn.Module):
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
-            force_download=force_download,
         )
         model = cls.load_folder(folder / inner, variant=variant)
         return model.to(device=device, dtype=choose_dtype(dtype, model.stored_dtype))

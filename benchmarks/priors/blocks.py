@@ -208,12 +208,12 @@ def plot(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Bits per token against passes."""
     from PIL import Image
 
-    from pipelines.metrics.charts import few_ticks, head, render
+    from pipelines.metrics.charts import render
 
     def chart(figure: Any) -> None:
         import statistics
 
-        axes = figure.add_axes((0.08, 0.11, 0.88, 0.76))
+        axes = figure.subplots()
         for name, runs in rows.items():
             if "bits" not in runs[0]:
                 continue
@@ -231,15 +231,13 @@ def plot(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
             )
         axes.set_xscale("log")
         axes.margins(x=0.12)
-        few_ticks(axes.yaxis, 6)
         axes.set_xticks([5, 8, 13, 16, 31, 49, 100, 256], [str(n) for n in (5, 8, 13, 16, 31, 49, 100, 256)])
         axes.set_xlim(*axes.dataLim.intervalx * [0.8, 1.5])
         axes.minorticks_off()
-        axes.set_xlabel("passes per image")
-        head(axes, "What several tokens per pass cost", "held-out bits per token")
+        axes.set(title="What several tokens per pass cost", xlabel="passes per image", ylabel="held-out bits per token")
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(render((900, 560), chart)).save(path)
+    Image.fromarray(render(900, 560, chart)).save(path)
 
 
 def main() -> None:

@@ -27,8 +27,7 @@ stays under `out` and is not done again; several processes may share it, with di
 are timed. A contender that is timed later is timed beside `ema`, and scaled by how long that took before. With
 `seeds=3` all is trained three times, from other weights and in another order of the images.
 
-PSNR (dB), SSIM, usage and perplexity of ids, texture (`pipelines/metrics/texture.py`: in flat areas, at periods 4 and
-2, in white areas; 8-bit levels): over all held-out images. bits per image: what the ids could hold. GPT:
+PSNR (dB), SSIM, usage and perplexity of ids: over all held-out images. bits per image: what the ids could hold. GPT:
 -log2 p of the held-out tokens given their labels, per token and per image. Figures are means over seeds, +- half of the
 95 % t-interval. `rate_distortion.png` has the GPT's bits of an image against the PSNR: a tokenizer is better than
 another only if it is above it at no more bits. With `gpt_minutes=0` there is no GPT, and no such picture.
@@ -118,7 +117,7 @@ def measure(folder: Path) -> Node:
         "vocab_size": grid.vocab_size,
         "tokens": len(grid),
         "bits": len(grid) * math.log2(grid.vocab_size),
-        **{name: value for name, value in found.items() if name.startswith(("psnr", "ssim", "texture"))},
+        **{name: value for name, value in found.items() if name.startswith(("psnr", "ssim"))},
         "usage": found["codebook_usage"],
         "perplexity": found["codebook_perplexity"],
         "parameters": sum(p.numel() for p in tokenizer.parameters()),

@@ -1,7 +1,10 @@
-"""How many tokens differ between ways of drawing the same images: batches of 1 and 64, cached and not, in passes.
+"""How many tokens differ between ways of drawing the same images: batches of 1 and 64, cached and not, in passes; and
+how many ids and pixels of a tokenizer differ between batches.
 
     python -m benchmarks.trust.agreement images=2000
     python -m benchmarks.trust.agreement model=patches images=500 minutes=4 seed=0
+    python -m benchmarks.trust.agreement tokenizer=digits images=5000
+    python -m benchmarks.trust.agreement tokenizer=emoji images=1000 minutes=4
 
 The noise of an image is the same in all ways, so a token differs only where two candidates tie within rounding, and the
 tokens after it because of that. The reference draws 64 images at a time from a cache; a row counts images with any
@@ -10,6 +13,10 @@ images in `../shared/data/openmoji`) for some minutes first; `keep=FOLDER` keeps
 settings, `save=FILE` writes the reference's tokens and `against=FILE` compares with them: run it again with threads=2,
 or with ATEN_CPU_CAPABILITY=avx2 and ONEDNN_MAX_CPU_ISA=AVX2. `only=true` draws the reference alone,
 `whole=N` draws no more than N images by whole passes, without a cache or in parallel.
+
+With `tokenizer=` images of its data set are encoded and decoded by a pipeline in batches of 1, 7, 64 and 256; a row
+counts ids and 8-bit pixels that differ from those of batches of 256, and the largest difference in grey levels.
+`digits` is the shipped tokenizer; `emoji` a convolutional one of 64x64 colours, trained for some minutes first.
 """
 
 from __future__ import annotations
@@ -56,12 +63,72 @@ def train_on_patches(minutes: float, seed: int) -> Any:
     return model.eval()
 
 
+def train_on_emoji(images: Any, minutes: float, seed: int) -> Any:
+    """A convolutional tokenizer of `images` (n, 3, 64, 64): 16x16 ids of 512."""
+    import torch
+
+    from tokenizer import Tokenizer
+
+    torch.manual_seed(seed)
+    model = Tokenizer.create("vqvae", image_size=64, channels=3, widths=(64, 128), blocks=(1, 2)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    end, steps = time.monotonic() + 60 * minutes, 0
+    while time.monotonic() < end:
+        batch = images[torch.randint(len(images), (16,))]
+        made = model(batch)
+        loss = (made.images - batch).square().mean()
+        loss = loss + sum(weight * made.losses[name] for name, weight in model.loss_weights.items())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        steps += 1
+    print(f"trained for {steps} steps; loss {float(loss.detach()):.4f}")
+    return model.eval()
+
+
+def compare_batches(options: Any, threads: int) -> None:
+    """Print how many ids and pixels depend on the batch that an image is in."""
+    import torch
+    from datasets import load_dataset
+
+    from pipelines import ImagePipeline
+    from pipelines.images import DataConfig, load_images, to_float
+    from prior import Prior
+
+    if options.tokenizer == "emoji":
+        rows = load_dataset("../shared/data/openmoji", split="train").with_format("torch")
+        images = to_float(torch.stack([row["image"][:3] for row in rows]))
+        model = train_on_emoji(images, options.minutes, options.seed)
+        pipe = ImagePipeline(model, Prior.create("marginal", grid=model.grid))
+    else:
+        pipe, splits = ImagePipeline.from_pretrained(options.tokenizer), load_images(DataConfig(source="digits"))
+        parts = (splits.train, splits.validation, splits.held_out)
+        images = torch.cat([to_float(part.pixels(range(len(part)))) for part in parts if part is not None])
+    images = images[: options.images]
+
+    def both(batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = pipe.encode(images, batch_size=batch_size)
+        pixels = pipe.decode(reference if batch_size != 256 else ids, output_type="np", batch_size=batch_size)
+        return ids, torch.from_numpy(pixels).int()
+
+    reference, pixels = both(256)
+    print(f"{len(images)} images, {reference.numel()} ids, {pixels.numel()} values of pixels", end="; ")
+    print(f"{threads} threads, torch {torch.__version__}")
+    print(table_head("images at a time", "ids that differ", "pixels that differ", "grey levels at most"))
+    for batch_size in (1, 7, 64):
+        ids, others = both(batch_size)
+        differs = (others - pixels).abs()
+        counts = [int((ids != reference).sum()), int((differs > 0).sum()), int(differs.max())]
+        print(table_row([f"{batch_size}", *map(str, counts)]))
+
+
 def main() -> None:
     options = read_options(
         __doc__,
         {
             "threads": 1,
             "model": "digits",
+            "tokenizer": None,
             "images": 2000,
             "minutes": 4.0,
             "seed": 0,
@@ -73,6 +140,8 @@ def main() -> None:
         },
     )
     threads = use_threads(options.threads)
+    if options.tokenizer:
+        return compare_batches(options, threads)
     import torch
     from safetensors.torch import load_file, save_file
 

@@ -167,7 +167,7 @@ assert bits[[4, 7]].max() < digits.max(), "on its side, and black, are within th
 # (Nalisnick et al. 2019). Improbable and strange are different things.
 #
 # The default score, `joint`, asks two other questions: how far are the prior's features from those of normal images,
-# and are the image's statistics (bits, error of reconstruction, surprise, ...) out of their usual range, *in either
+# and are the image's statistics (bits, error of reconstruction), together, out of their usual range, *in either
 # direction*? Both are fitted to normal images alone, which is what a calibration is.
 #
 # **p-values** make a score readable: the share of normal images that look at least as strange. Of new normal images, at

@@ -59,9 +59,11 @@ def everything(parent: griffe.Module | griffe.Class) -> Iterator[griffe.Object]:
 
 
 def adopt(cls: griffe.Class, loader: griffe.GriffeLoader) -> None:
-    """`complete = completion.complete` in a class is a method with that function's signature and docstring."""
+    """`complete = serialized(completion.complete)` in a class is a method with that function's signature and
+    docstring."""
     for name, member in list(cls.members.items()):
         value = getattr(member, "value", None)
+        value = value.arguments[0] if isinstance(value, griffe.ExprCall) and len(value.arguments) == 1 else value
         if not isinstance(member, griffe.Attribute) or not isinstance(value, (griffe.ExprAttribute, griffe.ExprName)):
             continue
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -11,23 +12,16 @@ from pipelines.config.help import Row, Section, sections
 
 def of_kind(member: type[Any]) -> list[Row]:
     """The settings of one kind of model that a preset may hold; of what is nested in it, its kinds alone."""
-    own, *nested = sections(member.choices(), {})
-    return [*own.rows, *(node_of(section) for section in nested if is_node(section))]
+    found = [section for section in sections(member.choices(), {}) if not section.kind]
+    return [node_of(row) if section.node else row for section in found for row in section.rows]
 
 
-def is_node(section: Section) -> bool:
-    """Whether it is the list of the kinds that a model's own node may have."""
-    return [row.key.partition(".")[2] for row in section.rows] == ["kind"]
+def node_of(row: Row) -> Row:
+    """The kinds of a node as one setting; what has no default may be left out."""
+    return row._replace(key=row.key.removesuffix(".kind"), default=row.default.replace("required", "null"))
 
 
-def node_of(section: Section) -> Row:
-    """That list as one setting; what has no default may be left out."""
-    (row,) = section.rows
-    default = "null" if row.default == "required" else row.default
-    return Row(row.key.partition(".")[0], row.type, default, section.title.partition(": ")[2])
-
-
-def listing(rows: list[Row], prefix: str) -> str:
+def listing(rows: Sequence[Row], prefix: str) -> str:
     """A list of keys; each can be linked to as `prefix` and the key."""
     if not rows:
         return "None."
@@ -51,8 +45,4 @@ def coded(sentence: str) -> str:
 
 def of_verb(cls: type[Any]) -> list[Section]:
     """All keys of a verb in their sections, each once."""
-    unique: list[Section] = []
-    for section in sections(cls, {}):
-        if section.rows and section not in unique:
-            unique.append(section)
-    return unique
+    return list(dict.fromkeys(sections(cls, {})))

@@ -33,9 +33,8 @@ PAGES = [
         "are for.",
         [
             "pipelines.image_pipeline.ImagePipeline",
-            "pipelines.stages.sampling.PipelineOutput",
+            "pipelines.image_pipeline.PipelineOutput",
             "pipelines.anomaly.healing.Healed",
-            "pipelines.compression.header.Limits",
             "pipelines.images.pictures.from_unit",
         ],
     ),

@@ -1,9 +1,9 @@
 """Which scores are too high for a normal image: p-values and thresholds that promise a share of false alarms.
 
-The promise assumes nothing about the scores, only that new normal images are like those that gave the kept scores
+The promise assumes nothing about the scores, only that new normal images are like those that gave the normal scores
 (split conformal prediction, Vovk et al. 2005). It comes in two strengths. *On average over calibrations*, at most the
 share a of new normal images has p <= a; a single calibration may be off by about sqrt(a (1 - a) / n). *With a
-confidence*, the share is kept by the calibration at hand with that probability (training-conditional, Vovk 2012): a
+confidence*, the calibration at hand fulfils the promise with that probability (training-conditional, Vovk 2012): a
 higher threshold.
 """
 
@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 FINENESS = 1e-3
-"""Scores are kept to this part of their spread. More would be rounding errors of the models; less would cost power."""
+"""Scores are rounded to this part of their spread: finer is rounding error of the models, coarser would cost power."""
 
 
-def kept(scores: Floats) -> tuple[Floats, float]:
-    """Normal scores `(n,)` ascending and rounded, and how far above a kept score a new one still ties with it.
+def round_scores(scores: Floats) -> tuple[Floats, float]:
+    """Normal scores `(n,)` ascending and rounded, and how far above one of them a new score still ties with it.
 
-    Two images that are alike may differ in score by what one batch or machine rounds otherwise; half of the tie is room
-    for that, the other half for the rounding here. Without it, whether an image is stranger than its own copies among
-    the normal ones would be left to chance.
+    Two equal images may differ in score by what one batch or machine rounds otherwise; half of the tie is room for
+    that, the other half for the rounding here. Without it, whether an image is stranger than its own copies among the
+    normal ones would be left to chance.
     """
     low, high = np.quantile(scores, [0.25, 0.75])
     spread = high - low or np.ptp(scores) or FINENESS * np.abs(scores).max() or 1.0
@@ -33,9 +33,17 @@ def kept(scores: Floats) -> tuple[Floats, float]:
 
 
 def p_values_of(scores: Floats, normal: Floats, tie: float) -> Floats:
-    """Of `scores` `(B,)`: (1 + #{normal scores that are higher or tie}) / (n + 1). `normal` `(n,)` ascends."""
-    below = np.searchsorted(normal + tie, scores, side="left")
+    """Of `scores` `(B,)`: (1 + #{normal scores that are higher or tie}) / (n + 1)."""
+    below = np.searchsorted(np.sort(normal) + tie, scores, side="left")
     return (1 + len(normal) - below) / (len(normal) + 1)
+
+
+def benjamini_hochberg(p: Floats, rate: float) -> NDArray[np.bool_]:
+    """What to flag, `(n,)`, so that the expected share of normal images among it is at most `rate` (1995): the k
+    smallest p-values, for the largest k with p_(k) <= rate k / n. Conformal p-values allow it (Bates et al. 2023)."""
+    ordered = np.sort(p)
+    below = np.flatnonzero(ordered <= rate * np.arange(1, len(p) + 1) / len(p))
+    return p <= ordered[below[-1]] if len(below) else np.zeros(len(p), bool)
 
 
 def threshold(normal: Floats, tie: float, share: float, confidence: float | None = None) -> float:
@@ -44,11 +52,11 @@ def threshold(normal: Floats, tie: float, share: float, confidence: float | None
     allowed = allowed_above(len(normal), share, confidence)
     if allowed < 0:
         raise ValueError(f"{len(normal)} normal scores are too few for a share of {share:g} false alarms")
-    return float(normal[-1 - allowed] + tie)
+    return float(np.sort(normal)[-1 - allowed] + tie)
 
 
 def allowed_above(count: int, share: float, confidence: float | None = None) -> int:
-    """How many of `count` normal scores may lie above the threshold; -1: not even none will do.
+    """How many of `count` normal scores may lie above the threshold; -1 if there is no threshold.
 
     The share of all normal images above the (k + 1)-th highest of n scores is Beta(k + 1, n - k) distributed if no two
     scores are equal, and smaller if some are. Its mean (k + 1) / (n + 1) is at most `share`, or its probability to be
@@ -56,12 +64,12 @@ def allowed_above(count: int, share: float, confidence: float | None = None) -> 
     """
     if confidence is None:
         return math.floor(share * (count + 1) + 1e-9) - 1
-    tail = np.cumsum(binomial(count, share))
-    return int(np.searchsorted(tail, 1 - confidence, side="right")) - 1
+    at_most = np.cumsum(binomial(count, share))
+    return int(np.searchsorted(at_most, 1 - confidence, side="right")) - 1
 
 
 def least_scores(share: float, confidence: float | None = None) -> int:
-    """The fewest normal scores for which there is a `threshold`: those for which none above it will do.
+    """The fewest normal scores for which there is a `threshold`.
 
     On average a new score is above all n with probability 1 / (n + 1); with a confidence, more than `share` of new ones
     are above all n in (1 - share)^n of calibrations.

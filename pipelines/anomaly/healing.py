@@ -18,11 +18,11 @@ from prior.sampling import check_count, whole_number
 from tokenizer import Tokenizer
 from tokenizer.base import in_finest
 
-from ..stages.watching import serialized
-from .calibration import LEVELS, Calibration, CalibrationError
+from .calibration import LEVELS, Calibration, require_calibration
+from .distances import CalibrationError
 
 if TYPE_CHECKING:
-    from ..stages.base import Label, Stages
+    from ..image_pipeline import ImagePipeline, Label
 
 SHARPNESS = 0.1
 """How fast a restoration's weight falls with its nats: exp(-0.1 per nat)."""
@@ -38,10 +38,9 @@ class Healed(NamedTuple):
     tokens: Tensor
 
 
-@serialized
 @torch.no_grad()
 def anomaly_map(
-    pipeline: Stages,
+    pipeline: ImagePipeline,
     images: Any,
     labels: Label | Sequence[Label] = None,
     *,
@@ -89,7 +88,7 @@ def blurred(side: Tensor) -> Tensor:
 
 @torch.no_grad()
 def heal(
-    pipeline: Stages,
+    pipeline: ImagePipeline,
     images: Any,
     quantile: float = 0.98,
     draws: int = 8,
@@ -100,16 +99,15 @@ def heal(
 
     Of `draws` restorations of an image, the likeliest is decoded to `images`. `difference` is the mean of |x - decoded|
     over all of them, likelier ones weighing more, less what the tokenizer is wrong by on normal images. A prior of any
-    order sees all tokens that are kept; any other one those before the drawn token in its order. Image k uses the seeds
+    order sees all tokens that stay; any other one those before the drawn token in its order. Image k uses the seeds
     (seed + k) * draws to (seed + k) * draws + draws - 1. Raises `CalibrationError` without a calibration, `ValueError`
     for a quantile that it does not hold.
 
-    Marimont and Tarroni differ in two things. They go through the tokens in order and measure each one's surprise given
-    the tokens healed so far; here it is measured once, given the image's own. So all draws redraw the same tokens, also
-    those that are surprising only because of an anomaly before them. And they weigh restorations by
-    softmax(3 / mean |x - decoded|), the nearer to the image the more; here by exp(-0.1 nats), the likelier the more.
+    Marimont and Tarroni measure each token's surprise given the tokens healed so far, here it is measured once, given
+    the image's own. And they weigh restorations by softmax(3 / mean |x - decoded|), the nearer to the image the more;
+    here by exp(-0.1 nats), the likelier the more.
     """
-    calibration = calibrated(pipeline.calibration)
+    calibration = require_calibration(pipeline.calibration)
     draws, seed = check_count(draws, "draws"), whole_number("seed", seed)
     if quantile not in LEVELS:
         raise ValueError(f"quantile should be one of {', '.join(map(str, LEVELS))} (got {quantile})")
@@ -135,15 +133,6 @@ def heal(
     difference = (difference * weights[:, :, None, None]).sum(0) - error_map(calibration, batch)
     best = weights.argmax(0), torch.arange(len(batch), device=batch.device)
     return Healed(torch.stack(pixels)[best], resampled, difference.clamp(min=0), torch.stack(found)[best])
-
-
-def calibrated(calibration: Calibration | None) -> Calibration:
-    """What there is, or `CalibrationError`."""
-    if calibration is None:
-        raise CalibrationError(
-            "this pipeline is not calibrated: `smalti calibrate` or `calibrate(images)` fits it to normal images"
-        )
-    return calibration
 
 
 def error_map(calibration: Calibration, batch: Tensor) -> Tensor:

@@ -12,62 +12,44 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..images.pictures import convert_images, level_of_user
-from ..stages.watching import serialized
-from .calibration import Calibration, CalibrationError
-from .conformal import Floats, p_values_of
-from .distances import Gaussian, Neighbours
+from .calibration import Calibration, Fitted, require_calibration
+from .conformal import Floats
+from .distances import CalibrationError
 from .image_statistics import statistics
 
 if TYPE_CHECKING:
-    from ..stages.base import Label, Stages
+    from ..image_pipeline import ImagePipeline, Label
 
 METHODS = {
-    "joint": "neighbours, and by how much the statistics are farther out than in 99 of 100 normal images",
+    "joint": "neighbours, and by how much bits and error are farther out than in 99 of 100 normal images",
     "neighbours": "how far the prior's features are from those of the nearest normal images",
-    "mahalanobis": "how far all statistics are, together, from those of normal images",
     "nll": "bits of the tokens, and of the pixels given them where the tokenizer has a likelihood of pixels",
     "typicality": "how far these bits are from their mean over normal images",
-    "complexity": "bits of tokens and pixels, less those of a general lossless coder",
     "ratio": "bits of the tokens, less those under the background prior",
     "reconstruction": "mean |x - decode(encode(x))|",
-    "surprise": "mean bits of the most surprising 5 % of the tokens",
 }
-TOGETHER = ("token_bits", "pixel_bits", "codec_bits", "error", "surprise")
-"""The statistics that `mahalanobis` takes together. Background bits are not among them: a score should not change its
-meaning when a background prior is added."""
 NEEDS = {
     "neighbours": "a prior with layers",
-    "complexity": "a tokenizer with a likelihood of pixels (`model.likelihood`)",
     "ratio": "a background prior (`smalti calibrate background=FOLDER`, or `set_background(prior)`)",
 }
-"""What some methods need. `complexity` is the difference between two code lengths of one image (Serra et al. 2020).
-Without the bits of the pixels, the first code would cover only part of the image."""
-FITTED = ("joint", "neighbours", "mahalanobis", "typicality")
+"""What some methods need."""
+FITTED = ("joint", "neighbours", "typicality")
 """The methods that need a calibration."""
-GREY_LEVEL = 2 / 255
+TOGETHER = {"token_bits": 1.0, "pixel_bits": 1.0, "error": 2 / 255}
+"""The statistics that `joint` takes together, and what is added before the logarithm: one bit, or one grey level, as 0
+occurs and differences far below that mean nothing. Background bits are not among them: a score should not change its
+meaning when a background prior is added."""
 
 
-class Fitted(NamedTuple):
-    """What the fitted methods compare to: the mean bits of normal images; a Gaussian of the logarithms of their
-    statistics; their features, or None for a prior without layers; and what 99 % of them are below, in distances from
-    both."""
-
-    typical_bits: float
-    mahalanobis: Gaussian
-    neighbours: Neighbours | None
-    usual: dict[str, float]
-
-
-@serialized
 def anomaly_score(
-    pipeline: Stages,
+    pipeline: ImagePipeline,
     images: Any,
     method: str = "joint",
     labels: Label | Sequence[Label] = None,
@@ -83,12 +65,12 @@ def anomaly_score(
     with; a warning says so. Raises `CalibrationError` (a `ValueError`) where the pipeline has no calibration, or none
     for this method.
     """
-    batch = pipeline.to_images(images)
+    batch, calibration = pipeline.to_images(images), pipeline.calibration
     found = statistics(pipeline, batch, labels, batch_size)
-    scores = score_of(method, found, pipeline.calibration, labelled=labels is not None)
-    if pipeline.calibration is not None and (p_values or method in FITTED):
-        warn_of_known(pipeline.calibration, batch)
-    return p_value_of(method, scores, pipeline.calibration, labelled=labels is not None) if p_values else scores
+    scores = score_of(method, found, calibration, labelled=labels is not None)
+    if calibration is not None and (p_values or method in FITTED):
+        warn_of_known(calibration, batch)
+    return p_value_of(method, scores, calibration, labelled=labels is not None) if p_values else scores
 
 
 def warn_of_known(calibration: Calibration, batch: Tensor) -> None:
@@ -108,36 +90,38 @@ def score_of(method: str, found: dict[str, Tensor], calibration: Calibration | N
     if method not in possible(found):
         raise CalibrationError(f"method: {method} needs {NEEDS[method]}")
     if method not in FITTED:
-        return score_by(method, found, None)
-    known = checked(calibration, method, labelled)
-    check_statistics(found, known)
-    fitted = Fitted(known.typical_bits, known.mahalanobis, known.neighbours, known.usual)
-    return score_by(method, found, fitted)
-
-
-def score_by(method: str, found: dict[str, Tensor], fitted: Fitted | None) -> Tensor:
-    """The score by one of the methods that the statistics allow; the methods of `FITTED` need what was fitted."""
-    if fitted is None or method not in FITTED:
         return plain_score(method, found)
-    if method == "typicality":
-        return (total_bits(found) - fitted.typical_bits).abs()
-    if method == "joint":
-        return torch.from_numpy(joint_distance(found, fitted))
-    if method == "mahalanobis" or fitted.neighbours is None:
-        return torch.from_numpy(statistics_distance(found, fitted.mahalanobis))
-    return torch.from_numpy(features_distance(found, fitted.neighbours))
+    return fitted_score(method, found, checked(calibration, method, labelled).fitted)
+
+
+def p_value_of(method: str, scores: Tensor, calibration: Calibration | None, *, labelled: bool) -> Tensor:
+    """Conformal p-values of scores, ties counted against detection. Raises `CalibrationError`."""
+    normal = checked(calibration, method, labelled).scores[method]
+    return torch.from_numpy(normal.p_values(scores.numpy()))
+
+
+def possible(found: dict[str, Tensor]) -> list[str]:
+    """The methods that these statistics allow."""
+    there = {"neighbours": "features", "ratio": "background_bits"}
+    return [method for method in METHODS if there.get(method, "token_bits") in found]
 
 
 def plain_score(method: str, found: dict[str, Tensor]) -> Tensor:
     """The score by a method that is not fitted to anything."""
-    total = total_bits(found)
-    return {
-        "nll": total,
-        "complexity": total - found["codec_bits"],
-        "ratio": found["token_bits"] - found.get("background_bits", torch.zeros(())),
-        "reconstruction": found["error"],
-        "surprise": found["surprise"],
-    }[method]
+    if method == "reconstruction":
+        return found["error"]
+    return found["token_bits"] - found["background_bits"] if method == "ratio" else total_bits(found)
+
+
+def fitted_score(method: str, found: dict[str, Tensor], fitted: Fitted) -> Tensor:
+    """The score by one of `FITTED`."""
+    if method == "typicality":
+        return (total_bits(found) - fitted.typical_bits).abs()
+    far = fitted.statistics.of(log_statistics(found))
+    if fitted.features is None:
+        return torch.from_numpy(far)
+    near = fitted.features.of(found.get("features", torch.empty(len(far), 0)).numpy())
+    return torch.from_numpy(near if method == "neighbours" else near + np.maximum(0, far - 1))
 
 
 def total_bits(found: dict[str, Tensor]) -> Tensor:
@@ -145,69 +129,15 @@ def total_bits(found: dict[str, Tensor]) -> Tensor:
     return found["token_bits"] + found.get("pixel_bits", torch.zeros(()))
 
 
-def possible(found: dict[str, Tensor]) -> list[str]:
-    """The methods that these statistics allow."""
-    there = {"neighbours": "features", "complexity": "pixel_bits", "ratio": "background_bits"}
-    return [method for method in METHODS if there.get(method, "token_bits") in found]
-
-
-def statistics_distance(found: dict[str, Tensor], fitted: Gaussian) -> Floats:
-    """The Mahalanobis distance of the statistics, `(B,)`."""
-    return np.sqrt(fitted.distance(log_statistics(found)))
-
-
-def features_distance(found: dict[str, Tensor], fitted: Neighbours) -> Floats:
-    """That of the features from their neighbours, `(B,)`."""
-    return fitted.distance(found["features"].numpy())
-
-
-def joint_distance(found: dict[str, Tensor], fitted: Fitted) -> Floats:
-    """Both distances in units of what is usual: that of the features, and what that of the statistics is over."""
-    statistics = statistics_distance(found, fitted.mahalanobis) / fitted.usual["mahalanobis"]
-    if fitted.neighbours is None:
-        return statistics
-    features = features_distance(found, fitted.neighbours) / fitted.usual["neighbours"]
-    return features + np.maximum(0, statistics - 1)
-
-
-def check_statistics(found: dict[str, Tensor], calibration: Calibration) -> None:
-    """Raise `CalibrationError` if the pipeline now has other statistics or features than were fitted to."""
-    names, again = columns(found), "run `smalti calibrate` again"
-    if names != calibration.statistics or (calibration.neighbours is None) == ("features" in found):
-        before, now = ", ".join(calibration.statistics), ", ".join(names)
-        raise CalibrationError(f"the pipeline was calibrated with {before}, and now has {now}: {again}")
-    if calibration.neighbours is None:
-        return
-    count, expected = found["features"].shape[1], len(calibration.neighbours.mean)
-    if count != expected:
-        raise CalibrationError(f"the pipeline was calibrated with {expected} features, and now has {count}: {again}")
-
-
-def columns(found: dict[str, Tensor]) -> list[str]:
-    """Those of `TOGETHER` that there are."""
-    return [name for name in TOGETHER if name in found]
-
-
 def log_statistics(found: dict[str, Tensor]) -> Floats:
-    """Logarithms of the statistics `(B, d)`: all are positive, and an image's are in proportion to each other. One bit,
-    or one grey level, is added, as 0 occurs and differences far below that mean nothing."""
-    added = {"error": GREY_LEVEL}
-    return np.stack([np.log(found[name].numpy() + added.get(name, 1.0)) for name in columns(found)], axis=1)
-
-
-def p_value_of(method: str, scores: Tensor, calibration: Calibration | None, *, labelled: bool) -> Tensor:
-    """Conformal p-values of scores, ties counted against detection. Raises `CalibrationError`."""
-    fitted = checked(calibration, method, labelled)
-    return torch.from_numpy(p_values_of(scores.numpy(), fitted.scores[method], fitted.ties[method]))
+    """Logarithms of the statistics of `TOGETHER` that there are, `(B, d)`: all are positive, and an image's are in
+    proportion to each other."""
+    return np.stack([np.log(found[name].numpy() + add) for name, add in TOGETHER.items() if name in found], axis=1)
 
 
 def checked(calibration: Calibration | None, method: str, labelled: bool) -> Calibration:
     """The calibration, if there is one for this method and these labels. Raises `CalibrationError`."""
-    if calibration is None:
-        raise CalibrationError(
-            f"method: {method} and p-values need a calibrated pipeline: `smalti calibrate`, or "
-            "`calibrate(images)`, fits it to normal images"
-        )
+    calibration = require_calibration(calibration)
     if method not in calibration.scores:
         raise CalibrationError(f"method: the pipeline was calibrated without {method}: run `smalti calibrate` again")
     if calibration.labels != labelled:

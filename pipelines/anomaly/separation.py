@@ -1,13 +1,11 @@
-"""How well a score tells anomalous images from normal ones, and which images to flag by their p-values.
-
-Anomalous is positive everywhere, and a larger score is more anomalous.
-"""
+"""How well a score tells anomalous images, which are the positive ones, from normal ones."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .conformal import Floats
 
@@ -15,28 +13,21 @@ NORMAL_975 = 1.959964
 """The 97.5 % quantile of a normal distribution."""
 
 
-def benjamini_hochberg(p: Floats, rate: float) -> np.ndarray:
-    """What to flag, bool `(n,)`, so that the expected share of normal images among it is at most `rate` (1995): the k
-    smallest p-values, for the largest k with p_(k) <= rate k / n. Conformal p-values allow it (Bates et al. 2023)."""
-    ordered = np.sort(p)
-    below = np.flatnonzero(ordered <= rate * np.arange(1, len(p) + 1) / len(p))
-    return p <= ordered[below[-1]] if len(below) else np.zeros(len(p), bool)
-
-
-def separation(scores: Floats, anomalous: np.ndarray, seed: int = 0, draws: int = 1000) -> dict[str, Any]:
-    """AUROC, AUPRC (average precision) and FPR95 (normal images flagged where 95 % of the anomalous are), anomalous
-    being positive; each `[value, low, high]` with a 95 % interval: AUROC's is `auroc_interval`. The others' are the
-    percentiles of `draws` bootstrap samples of both kinds, which know nothing of images that might have come between:
-    too narrow where few images decide, and of no width where the kinds do not overlap, which is no certainty."""
-    values, place = np.unique(-scores, return_inverse=True)  # descending; ties share a place
-    kinds = [np.bincount(place[mask], minlength=len(values)) for mask in (~anomalous, anomalous)]
-    chance = np.random.default_rng(seed)
-    samples = [[chance.multinomial(kind.sum(), kind / kind.sum()) for kind in kinds] for _ in range(draws)]
-    low, high = np.quantile([areas(*sample)[1:] for sample in samples], [0.025, 0.975], axis=0).tolist()
-    auroc, *others = areas(*kinds)
-    figures = {"auroc": [auroc, *auroc_interval(auroc, *(int(kind.sum()) for kind in kinds))]}
-    figures |= {name: list(three) for name, *three in zip(("auprc", "fpr95"), others, low, high, strict=True)}
-    return {**figures, "prevalence": float(anomalous.mean())}
+def separation(scores: Floats, anomalous: NDArray[np.bool_]) -> dict[str, Any]:
+    """`auroc` as `[value, low, high]` with the 95 % interval of `auroc_interval`; `auprc`, the average precision;
+    `fpr95`, the share of normal images flagged where 95 % of the anomalous ones are; and `prevalence`, the share of
+    anomalous images, which is the AUPRC by chance."""
+    levels, place = np.unique(-scores, return_inverse=True)  # from the highest score; ties share a place
+    normal, positive = (np.bincount(place[kind], minlength=len(levels)) for kind in (~anomalous, anomalous))
+    false, true = np.cumsum(normal), np.cumsum(positive)
+    recall = true / true[-1]
+    auroc = min(float((normal / false[-1] * (recall - positive / true[-1] / 2)).sum()), 1.0)
+    return {
+        "auroc": [auroc, *auroc_interval(auroc, int(false[-1]), int(true[-1]))],
+        "auprc": min(float((positive / true[-1] * true / (true + false)).sum()), 1.0),
+        "fpr95": float(false[np.argmax(recall >= 0.95)] / false[-1]),
+        "prevalence": float(anomalous.mean()),
+    }
 
 
 def auroc_interval(auroc: float, normal: int, anomalous: int) -> tuple[float, float]:
@@ -57,13 +48,3 @@ def auroc_interval(auroc: float, normal: int, anomalous: int) -> tuple[float, fl
             inside, outside = (middle, outside) if possible(middle) else (inside, middle)
         ends.append(inside)
     return ends[0], ends[1]
-
-
-def areas(normal: np.ndarray, anomalous: np.ndarray) -> tuple[float, float, float]:
-    """AUROC, AUPRC, FPR95 of how many images of each kind have the highest score, the next, and so on."""
-    false, true = np.cumsum(normal), np.cumsum(anomalous)
-    before = (true - anomalous) / true[-1]
-    auroc = float((normal / false[-1] * (before + true / true[-1]) / 2).sum())
-    precision = true / np.maximum(true + false, 1)
-    auprc = float((anomalous / true[-1] * precision).sum())
-    return min(auroc, 1.0), min(auprc, 1.0), float(false[np.argmax(true >= 0.95 * true[-1])] / false[-1])

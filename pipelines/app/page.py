@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
-import html
+from pathlib import Path
 
 import gradio as gr
 
 from ..image_pipeline import ImagePipeline
+from .parts import SIDES, zoom
 from .served import Served
 from .tabs import anomaly, compare, complete, compress, sample, search
 
-FONTS = ("system-ui", "sans-serif")
-MONO = ("ui-monospace", "monospace")
+KEPT = 3600
+"""Seconds for which the files of a visitor, uploads and pictures, are kept at least."""
 
 
-def build_page(served: Served) -> gr.Blocks:
-    """The page of a pipeline, not yet served."""
-    tokenizer = served.pipeline.tokenizer
-    with gr.Blocks(title=f"Smalti: {served.title}", analytics_enabled=False, fill_width=False) as page:
-        gr.HTML(heading(served))
+def build_page(served: Served, queue: int = 8) -> gr.Blocks:
+    """The page of a pipeline, not yet served. queue: how many requests may wait."""
+    tokenizer, title = served.pipeline.tokenizer, "/".join(served.name.rstrip("/").split("/")[-2:])
+    with gr.Blocks(title=f"Smalti: {title}", analytics_enabled=False, delete_cache=(KEPT // 10, KEPT)) as page:
+        gr.Markdown(f"## {title}\n{about(served.pipeline)}")
         with gr.Tab("Sample"):
-            gallery = sample.build(served)
+            samples = sample.build(served)
         with gr.Tab("Complete"):
             if tokenizer.placed and not tokenizer.grid.scales:
-                complete.build(served, gallery)
+                complete.build(served, samples)
             else:
                 gr.Markdown("A token of this pipeline belongs to no part of the image, so that no part can be kept.")
         with gr.Tab("Compare"):
-            compare.build(served, gallery)
+            compare.build(served, samples)
         with gr.Tab("Anomaly"):
-            anomaly.build(served, gallery)
+            anomaly.build(served, samples)
         if served.train is not None:
             with gr.Tab("Search"):
-                search.build(served, gallery, served.train)
+                search.build(served, samples, served.train)
         with gr.Tab("Compress"):
-            compress.build(served, gallery)
-        page.unload(served.jobs.stop)
-    return page.queue(max_size=served.bounds.queue, api_open=False, default_concurrency_limit=1)
-
-
-def heading(served: Served) -> str:
-    """The name of the pipeline, and a line about it."""
-    return f"<h2>{html.escape(served.title)}</h2><p>{html.escape(about(served.pipeline))}</p>"
+            compress.build(served, samples)
+        page.unload(served.stop)
+    return page.queue(max_size=queue, api_open=False, default_concurrency_limit=1)
 
 
 def about(pipeline: ImagePipeline) -> str:
@@ -55,7 +51,15 @@ def about(pipeline: ImagePipeline) -> str:
     )
 
 
+def css(served: Served) -> str:
+    """Pictures in whole screen pixels a pixel, and their captions below them."""
+    width = served.shape[-1]
+    sides = [f".smalti-{side} {{ --side: {width * zoom(width, side)}px; }}" for side in SIDES]
+    return "\n".join([*sides, Path(__file__).with_name("page.css").read_text(encoding="utf-8")])
+
+
 def theme() -> gr.themes.Base:
     """Plain, with the fonts of the visitor's system: none is fetched."""
-    plain = gr.themes.Default(primary_hue="teal", font=FONTS, font_mono=MONO)
+    mono = ("ui-monospace", "monospace")
+    plain = gr.themes.Default(primary_hue="teal", font=("system-ui", "sans-serif"), font_mono=mono)
     return plain.set(block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400")

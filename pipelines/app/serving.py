@@ -1,93 +1,64 @@
-"""A page on a port: started with its bounds, and gone with all that it wrote when it ends."""
+"""A page on a port, until it is told to end."""
 
 from __future__ import annotations
 
-import os
 import signal
-import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from PIL import Image
 
 from ..config import UserError
+from ..images.decoding import MAX_PIXELS
 
 if TYPE_CHECKING:
     from .served import Served
 
-OFF = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_MCP_SERVER": "False"}
-THREADS = 8  # of requests that wait; the pipeline works in one
+LOCAL = ("127.0.0.1", "localhost", "[::1]")
+EVERYWHERE = ("0.0.0.0", "::")
+MEGABYTE = 2**20
 
 
-@contextmanager
-def gradio_apart() -> Iterator[Path]:
-    """A new folder for what gradio writes, which is removed in the end; nothing is told to anybody meanwhile. Raises
-    `UserError` without gradio, which is imported after this."""
-    before = dict(os.environ)
-    with tempfile.TemporaryDirectory(prefix="smalti-app-") as folder:
-        os.environ.update(OFF, GRADIO_TEMP_DIR=folder, GRADIO_CACHE=folder)
-        try:
-            import_gradio()
-            yield Path(folder)
-        finally:
-            for name in (*OFF, "GRADIO_TEMP_DIR", "GRADIO_CACHE"):
-                os.environ.pop(name, None)
-                os.environ.update({name: before[name]} if name in before else {})
+def allowed_hosts(host: str) -> list[str]:
+    """The names by which the server may be called: a page elsewhere could have its own name lead here, and then read
+    what we answer. Where it listens on all addresses nobody knows its names."""
+    return ["*"] if host in EVERYWHERE else [f"[{host}]" if ":" in host else host, *LOCAL]
 
 
-def import_gradio() -> None:
-    """Raise `UserError` without gradio."""
-    try:
-        import gradio as gradio
-    except ImportError as error:
-        raise UserError('the app needs the package gradio: pip install "smalti[app]"') from error
-
-
-def serve(served: Served, host: str, port: int) -> None:
+def serve(served: Served, host: str, port: int, queue: int) -> None:
     """Serve until Ctrl-C, or the end of the process is asked for. Raises `UserError` for a port that is taken."""
     from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    from .bounds import LOCAL, Gate
-    from .elements import code
-    from .page import build_page, theme
+    from .page import build_page, css, theme
 
-    page = build_page(served)
-    gate = Middleware(Gate, max_body=served.bounds.max_body, hosts=LOCAL if host in LOCAL else ())
-    options: dict[str, Any] = {"theme": theme(), "css": code("page.css"), "footer_links": [], "run_history": False}
-    options |= {"enable_monitoring": False, "pwa": False, "ssr_mode": False, "mcp_server": False, "share": False}
-    ended = threading.Event()
+    page = build_page(served, queue)
     try:
         _, url, _ = page.launch(
             server_name=host,
             server_port=port,
+            max_file_size=int(served.max_upload_mb * MEGABYTE),
+            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts(host))]},
+            theme=theme(),
+            css=css(served),
+            footer_links=[],
             prevent_thread_lock=True,
             quiet=True,
-            max_threads=THREADS,
-            max_file_size=1,
-            state_session_capacity=100,
-            app_kwargs={"middleware": [gate]},
-            **options,
+            share=False,
+            ssr_mode=False,
+            mcp_server=False,
+            run_history=False,
+            enable_monitoring=False,
         )
     except OSError as error:
         raise UserError(f"port: {port} on {host} cannot be listened on; choose another one") from error
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, also where gradio decodes
     print(f"{served.name}: {url} (Ctrl-C ends it)", flush=True)
-    with ending(ended):
-        ended.wait()
-    page.close(verbose=False)
-
-
-@contextmanager
-def ending(ended: threading.Event) -> Iterator[None]:
-    """Set `ended` at Ctrl-C and where the process is asked to end, instead of dying at once."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        ended.set()
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        yield
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        pass
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, before)
+        page.close(verbose=False)

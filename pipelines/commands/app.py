@@ -5,132 +5,89 @@ The page listens on this machine alone unless `host` says otherwise. With `space
 
 from __future__ import annotations
 
-import re
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from tokenizer.files import HUB_ID
-
-from ..config import Config, Of, UserError, choose_device, run_command
+from ..config import UserError, run_command
 from ..files import Output
-from ..generate import GenerateConfig
-from ..hub import PushError, require_reachable
-from ..image_pipeline import ImagePipeline
-from ..images import DataConfig, check_shape, load_images
+from ..images import check_shape, load_images
+from ..options import UsesImages
 from ..provenance import defaults
-from ..saving import PipelineFolder
 
 if TYPE_CHECKING:
-    from ..app.served import Served
+    from ..image_pipeline import ImagePipeline
+    from ..images.dataset import ImageDataset
 
 
-class AppConfig(Config):
+class AppConfig(UsesImages):
     """What is shown, where, and what visitors may ask for."""
 
     examples = (
         "pipeline=digits",
         "pipeline=runs/gpt_digits/pipeline port=8000 max_images=16",
-        "pipeline=runs/gpt_digits/pipeline space=owner/digits out=digits_space",
+        "pipeline=owner/gpt_digits space=digits_space",
     )
-    often = "pipeline host port max_images max_upload_mb queue search space out push device"
+    often = "pipeline host port max_images max_upload_mb queue search space device"
 
-    pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 lets other machines in")
     port: int = Field(7860, ge=1, le=65535, description="port to listen on")
     max_images: int = Field(64, ge=1, le=4096, description="most images that a visitor asks for, or sends, at once")
-    max_upload_mb: float = Field(8, gt=0, le=1024, description="most megabytes of files that a visitor sends at once")
+    max_upload_mb: float = Field(8, gt=0, le=1024, description="most megabytes of a file that a visitor sends")
     queue: int = Field(8, ge=1, le=1000, description="requests that may wait for the one that is worked on")
     search: bool | None = Field(
         None, description="a tab that finds the nearest training images; default: where they are on this machine"
     )
     num_index: int | None = Field(10_000, ge=1, description="how many training images, drawn by seed 0; null: all")
-    data: Annotated[DataConfig, Of("pipeline")] = Field(
-        DataConfig(), description="the training images of that tab; defaults to what the pipeline was trained on"
-    )
     space: str | None = Field(
-        None, description="owner/name of a Hub Space: instead of serving the page, write what the Space needs to `out`"
+        None, description="a new folder: instead of serving the page, write the files of a Hub Space to it"
     )
-    out: str = Field("space", description="the folder to write for a Space")
-    requirement: str | None = Field(
-        None,
-        description="what pip should install Smalti from in the Space, as smalti[app]==0.2.0 or an address; default: "
-        "its code is carried",
-    )
-    push: bool = Field(False, description="upload the Space as well")
-    private: bool = Field(True, description="whether a Space that is made is private")
-    device: str = Field("auto", description="cpu, cuda, mps or auto")
-
-    @model_validator(mode="after")
-    def _has_its_space(self) -> AppConfig:
-        if self.space is not None and not re.fullmatch(HUB_ID, self.space):
-            raise ValueError(f"space: expected a Hub id of the form owner/name (got {self.space!r})")
-        if self.space is None and (self.push or self.requirement is not None):
-            raise ValueError("push, requirement: belong to a space; give space=owner/name")
-        return self
 
 
 def run(config: AppConfig) -> None:
     """Serve the page until Ctrl-C, or write a Space. Raises `UserError`."""
-    from ..app.serving import gradio_apart, serve
-
+    if find_spec("gradio") is None:
+        raise UserError('the app needs the package gradio: pip install "smalti[app]"')
     if config.space is not None:
-        Output(config.out, [config.pipeline]).check_folder(None)
-    try:
-        if config.push and config.space is not None:
-            require_reachable(config.space)
-        with gradio_apart():
-            if config.space is None:
-                serve(served_by(config), config.host, config.port)
-            else:
-                make_space(config, config.space)
-    except PushError as error:
-        raise UserError(f"space: {error}") from error
-
-
-def make_space(config: AppConfig, name: str) -> None:
-    """Write the folder of a Space, and upload it if that is asked for."""
-    from huggingface_hub import constants
-
-    from ..app.page import about
-    from ..app.space import Space, push_space, write_space
-
-    served = served_by(config.model_copy(update={"search": False}))
-    space, out = Space(name, config.pipeline, config.requirement), Path(config.out)
-    with Output(out).errors():
-        write_space(space, served, about(served.pipeline), out)
-    if config.push:
-        push_space(out, space, config.private)
-        print(f"{constants.ENDPOINT}/spaces/{name}")
-    else:
-        print(f"{out}: what the Space {name} needs; `push=true` uploads it, and `python {out}/app.py` tries it here")
-
-
-def served_by(config: AppConfig) -> Served:
-    """The pipeline with its bounds, and the images that it can be searched in."""
-    from ..app.bounds import Bounds
+        make_space(config, Path(config.space))
+        return
     from ..app.served import Served
-    from ..app.uploads import MEGABYTE
+    from ..app.serving import serve
 
-    pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
-    bounds = Bounds(config.max_images, int(config.max_upload_mb * MEGABYTE), config.queue)
-    served = Served(pipeline, config.pipeline, bounds, GenerateConfig.model_fields, num_index=config.num_index)
+    pipeline = config.load_pipeline()
+    served = Served(pipeline, config.pipeline, config.max_images, config.max_upload_mb)
+    served.train, served.num_index = searchable(config, pipeline), config.num_index
+    serve(served, config.host, config.port, config.queue)
+
+
+def make_space(config: AppConfig, out: Path) -> None:
+    """Write the folder of a Space."""
+    from ..app.space import write_space
+
+    if Path(config.pipeline).exists():
+        raise UserError("space: the pipeline must be on the Hub, or `digits`; `smalti push` uploads it")
+    keys = {name: getattr(config, name) for name in ("max_images", "max_upload_mb", "queue")}
+    with Output(out, key="space").errors():
+        write_space(out, config.pipeline, keys)
+    print(f"{out}: try `python {out}/app.py`, and upload it: `hf upload owner/name {out} --repo-type space`")
+
+
+def searchable(config: AppConfig, pipeline: ImagePipeline) -> ImageDataset | None:
+    """The training images, where they are asked for or are on this machine."""
     here = config.data.source == "digits" or config.data.path is not None
-    if config.search or (config.search is None and here):
-        try:
-            check_shape(config.data, pipeline.tokenizer.image_shape)
-            served.train = load_images(config.data).train
-        except UserError as error:
-            if config.search:
-                raise
-            print(f"no search: {error}")
-    return served
+    if config.search is False or not (config.search or here):
+        return None
+    try:
+        check_shape(config.data, pipeline.tokenizer.image_shape)
+        return load_images(config.data).train
+    except UserError as error:
+        if config.search:
+            raise
+        print(f"no search: {error}")
+        return None
 
 
 main = partial(run_command, AppConfig, run, verb="app", description=__doc__, defaults=defaults)
-
-
-if __name__ == "__main__":
-    main()

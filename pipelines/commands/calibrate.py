@@ -1,4 +1,4 @@
-"""Fit anomaly scores to held-out normal images, and keep what was learned in the pipeline folder."""
+"""Fit anomaly scores to held-out normal images, and save what was learned in the pipeline folder."""
 
 from __future__ import annotations
 
@@ -14,26 +14,22 @@ from tokenizer.files import require_replaceable
 from ..anomaly.calibrating import calibrate, check_promise
 from ..anomaly.calibration import Calibration
 from ..anomaly.scores import METHODS, NEEDS
-from ..config import Config, Of, UserError, Within, choose_device, run_command
+from ..config import UserError, Within, run_command
 from ..config.table import table
 from ..files import lock_output
 from ..image_pipeline import ImagePipeline
-from ..images import DataConfig, check_shape, load_images
+from ..images import check_shape, load_images
 from ..images.unseen import require_unseen
+from ..options import UsesImages
 from ..provenance import defaults, trained_data
-from ..saving import INDEX, PIPELINE, PipelineFolder, save_again
+from ..saving import INDEX, PIPELINE, save_again
 
 
-class CalibrateConfig(Config):
+class CalibrateConfig(UsesImages):
     """What is normal, and how often it may be called an anomaly."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline",)
 
-    pipeline: PipelineFolder = Field(description="pipeline folder; calibration.json is written into it")
-    data: Annotated[DataConfig, Of("pipeline")] = Field(
-        DataConfig(),
-        description="normal images; a part of their held-out split is used (see `every`); defaults to those trained on",
-    )
     every: int = Field(
         2,
         ge=1,
@@ -58,58 +54,49 @@ class CalibrateConfig(Config):
         "more images and make the thresholds higher",
     )
     seed: int = Field(0, ge=0, description="chooses the half that is fitted to; the other half gives the scores")
-    device: str = Field("auto", description="cpu, cuda, mps or auto")
 
 
 def run(config: CalibrateConfig) -> Calibration:
     """Calibrate, save, and print a table; returns the calibration."""
-    if not Path(config.pipeline).is_dir():
+    folder = Path(config.pipeline)
+    if not folder.is_dir():
         raise UserError(f"pipeline: {config.pipeline!r} is not a folder, and the calibration is written into it")
-    require_replaceable(Path(config.pipeline), PIPELINE)
-    with lock_output(config.pipeline, key="pipeline"):
-        return calibrate_folder(config)
-
-
-def calibrate_folder(config: CalibrateConfig) -> Calibration:
-    """`run`, while no other process writes into the pipeline."""
-    pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
-    check_shape(config.data, pipeline.tokenizer.image_shape)
-    if config.background is not None:
-        pipeline.set_background(ImagePipeline.from_pretrained(config.background, device=pipeline.device).prior)
-    require_unseen(config.data, trained_data(pipeline.provenance), "held_out")
-    images = load_images(config.data).held_out
-    chosen = np.arange(0, len(images), config.every)
-    try:
-        check_promise(len(chosen), config.false_alarms, config.confidence)
-    except ValueError as error:
-        all_of_them = "; every=1 takes all" if config.every > 1 else ""
-        raise UserError(f"data: {error}; every={config.every} takes these of {len(images):,}{all_of_them}") from error
-    calibration = calibrate(
-        pipeline,
-        images.pixels(chosen),
-        false_alarms=config.false_alarms,
-        confidence=config.confidence,
-        seed=config.seed,
-    )
-    save_again(pipeline, config.pipeline)
+    require_replaceable(folder, PIPELINE)
+    with lock_output(folder, key="pipeline"):
+        pipeline = config.load_pipeline()
+        check_shape(config.data, pipeline.tokenizer.image_shape)
+        if config.background is not None:
+            pipeline.set_background(ImagePipeline.from_pretrained(config.background, device=pipeline.device).prior)
+        require_unseen(config.data, trained_data(pipeline.provenance), "held_out")
+        images = load_images(config.data).held_out
+        chosen = np.arange(0, len(images), config.every)
+        try:
+            check_promise(len(chosen), config.false_alarms, config.confidence)
+        except ValueError as error:
+            hint = "; every=1 takes all" if config.every > 1 else ""
+            raise UserError(f"data: {error}; every={config.every} takes these of {len(images):,}{hint}") from error
+        calibration = calibrate(
+            pipeline,
+            images.pixels(chosen),
+            false_alarms=config.false_alarms,
+            confidence=config.confidence,
+            seed=config.seed,
+        )
+        save_again(pipeline, folder)
     print(report(calibration))
     print(f"\n{config.pipeline}: calibrated with {len(chosen):,} of {len(images):,} images of {config.data.source}")
     return calibration
 
 
 def report(calibration: Calibration) -> str:
-    """Median and threshold of each method; what the thresholds promise; and which methods there are not."""
+    """Median and threshold of each method; what the thresholds promise; and which methods are left out."""
     rows = [("score", "median", "threshold", "")]
-    for method, scores in calibration.scores.items():
-        threshold = calibration.thresholds[method]
-        rows.append((method, f"{np.median(scores):.4g}", f"{threshold:.4g}", METHODS.get(method, "")))
+    for method, normal in calibration.scores.items():
+        median = float(np.median(normal.values))
+        rows.append((method, f"{median:.4g}", f"{normal.threshold:.4g}", METHODS.get(method, "")))
     lines = [table(rows, right=[1, 2]), "", f"thresholds: {calibration.promise}"]
     lines += [f"left out: {name}, which needs {what}" for name, what in NEEDS.items() if name not in calibration.scores]
     return "\n".join(lines)
 
 
 main = partial(run_command, CalibrateConfig, run, verb="calibrate", description=__doc__, defaults=defaults)
-
-
-if __name__ == "__main__":
-    main()

@@ -26,13 +26,11 @@ from ..files import Output
 from ..images.dataset import Side
 from ..provenance import save_tokenizer
 
-PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
-TORCHSCRIPT = ".jit"
+CODE = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".jit"}  # pickles and TorchScript
 INDEX = "model.safetensors.index.json"  # of transformers' weights in several files
 DIFFUSERS_WEIGHTS, SETTINGS = "diffusion_pytorch_model.safetensors", "config.json"
 IMAGE_SIZE, GROUPS = 256, 32  # of the published models whose weights come without a configuration
-# What `encode` and `reconstruct` find as the source of the training images, and say is not there.
-UNKNOWN_SOURCE = "(not known of imported weights: give data.source)"
+UNKNOWN_SOURCE = "(not known of imported weights: give data.source)"  # where verbs look for the training images
 
 
 class ImportConfig(Config):
@@ -93,87 +91,53 @@ def run(config: ImportConfig) -> Path:
     return out
 
 
-# files --------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 
 def find_weights(source: str) -> Path:
-    """The safetensors file that `source` is or holds. Raises `UserError`, for a pickle after printing what converts
-    it."""
+    """The safetensors file that `source` is or holds. Raises `UserError`, and `FormatError` for a damaged index."""
     path = Path(os.path.expanduser(source))
-    if path.is_file():
-        if path.suffix.lower() in PICKLES:
-            refuse_pickle(path)
-        if path.suffix.lower() == TORCHSCRIPT:
-            refuse_torchscript(path)
-        return path
-    if not path.is_dir():
+    if not path.exists():
         raise UserError(f"source: there is no file or folder {source[:200]} (download models of a Hub first)")
+    if not path.is_dir():
+        if path.suffix.lower() in CODE:
+            refuse_code(path)
+        return path
     if (path / DIFFUSERS_WEIGHTS).is_file():
         return path / DIFFUSERS_WEIGHTS
     found = sorted(path.glob("*.safetensors"))
-    pickles = sorted(file for file in path.iterdir() if file.suffix.lower() in PICKLES)
     if len(found) == 1:
         return found[0]
     if (path / INDEX).is_file():
-        return part_of(path)
+        return find_part(path / INDEX)
     if found:
         names = ", ".join(file.name for file in found[:5])
         raise UserError(f"source: {path} holds {len(found)} files of weights, name one of them ({names})")
-    if pickles:
-        refuse_pickle(pickles[0])
-    if scripts := sorted(path.glob(f"*{TORCHSCRIPT}")):
-        refuse_torchscript(next((file for file in scripts if file.stem == "autoencoder"), scripts[0]))
-    inner = [file.parent.name for file in sorted(path.glob(f"*/{DIFFUSERS_WEIGHTS}"))]
-    hint = f"; did you mean {path / next((name for name in inner if 'vq' in name), inner[0])}?" if inner else ""
+    if code := sorted(file for file in path.iterdir() if file.suffix.lower() in CODE):
+        refuse_code(code[0])
+    inner = [str(file.parent) for file in sorted(path.glob(f"*/{DIFFUSERS_WEIGHTS}"))]
+    hint = f"; did you mean {' or '.join(inner)}?" if inner else ""
     raise UserError(f"source: {path} holds no .safetensors file{hint}")
 
 
-def part_of(folder: Path) -> Path:
-    """Of a whole model in several files, the one that has the tokenizer. Raises `UserError` or `FormatError`."""
-    index = folder / INDEX
-    places = read_json(folder / INDEX).get("weight_map")
+def find_part(index: Path) -> Path:
+    """Of a whole model in several files, the one that holds the tokenizer. Raises `UserError` and `FormatError`."""
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise FormatError(f"{index}: weight_map: expected a file for each weight (found {quote(places)})")
     prefix = prefix_of(places)
-    files = sorted({file for name, file in places.items() if name.startswith(prefix)})
-    if not prefix or len(files) != 1 or Path(files[0]).name != files[0]:
-        found = f"in {', '.join(files[:5])}" if prefix else "in none"
-        raise UserError(f"source: {index}: a tokenizer's weights should be in one file of the folder (found {found})")
-    return folder / files[0]
+    files = {file for name, file in places.items() if prefix and name.startswith(prefix)}
+    if len(files) != 1 or Path(name := files.pop()).name != name:
+        raise UserError(f"source: {index}: a tokenizer's weights should be in one file of the folder")
+    return index.parent / name
 
 
-def refuse_pickle(path: Path) -> NoReturn:
-    """Print two lines of Python that convert `path`, and raise `UserError`. Besides tensors they let pass what the
-    published files are known to hold: Lightning's ModelCheckpoint, as an empty stand-in, and argparse's Namespace."""
-    target = path.with_suffix(".safetensors")
-    lightning = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
-    print(
-        "import argparse, types, torch, safetensors.torch; torch.serialization.add_safe_globals([argparse.Namespace, "
-        f"(types.SimpleNamespace, {lightning!r})]); "
-        f"file = torch.load({str(path)!r}, map_location='cpu', weights_only=True)\n"
-        "safetensors.torch.save_file({key: value.clone(memory_format=torch.contiguous_format) for key, value in "
-        "next((file[key] for key in ('ema', 'model', 'state_dict') if key in file), file).items() "
-        f"if isinstance(value, torch.Tensor)}}, {str(target)!r})",
-        flush=True,
-    )
+def refuse_code(path: Path) -> NoReturn:
+    """Raise `UserError` for a pickle or TorchScript, with the call that reads its weights."""
+    load = "torch.jit.load(FILE).state_dict()" if path.suffix == ".jit" else "torch.load(FILE, weights_only=True)"
     raise UserError(
-        f"source: {path} is a pickle, which can run any code when it is opened, so it is not; the two lines of Python "
-        f"above convert it, then import source={target}"
-    )
-
-
-def refuse_torchscript(path: Path) -> NoReturn:
-    """Print two lines of Python that take the weights out of `path`, and raise `UserError`."""
-    target = path.with_suffix(".safetensors")
-    print(
-        f"import torch, safetensors.torch; file = torch.jit.load({str(path)!r}, map_location='cpu')\n"
-        "safetensors.torch.save_file({key: value.clone(memory_format=torch.contiguous_format) for key, value in "
-        f"file.state_dict().items()}}, {str(target)!r})",
-        flush=True,
-    )
-    raise UserError(
-        f"source: {path} is TorchScript, which is code, so it is not opened; the two lines of Python above take the "
-        f"weights out of it (of Cosmos', those of autoencoder.jit), then import source={target}"
+        f"source: {path} can run code when it is opened, so it is not; if you trust it, read its weights by {load}, "
+        f"write them by safetensors.torch.save_file, and import that file"
     )
 
 
@@ -186,28 +150,28 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     return weights, hash_file(path)
 
 
-# sizes --------------------------------------------------------------------------------------------
+# Sizes --------------------------------------------------------------------------------------------
 
 
 def settings_beside(layout: Layout, sizes: dict[str, Any], path: Path) -> dict[str, Any]:
-    """What the `config.json` beside the weights says, held against their `sizes`. Raises `PathError` where it has to be
-    there, `ConfigError` or `FormatError`."""
+    """The settings of the `config.json` beside the weights, checked against their `sizes`. Raises `PathError` where it
+    has to be there, `ConfigError` or `FormatError`."""
     place = path.parent / SETTINGS
     if layout.settings is None or not (layout.needs_settings or place.is_file()):
         return {}
     return layout.settings(read_json(place), sizes, place)
 
 
-def describe(sizes: dict[str, Any], beside: dict[str, Any], layout: Layout, path: Path, told: ImportConfig) -> Any:
-    """The model's configuration: what weights say, what lies `beside` them, and what was told. Raises `ConfigError`."""
+def describe(sizes: dict[str, Any], beside: dict[str, Any], layout: Layout, path: Path, given: ImportConfig) -> Any:
+    """The model's configuration, by the weights, the settings `beside` them, and the user's. Raises `ConfigError`."""
     quantizer = dict(sizes["quantizer"])
-    if told.normalize is False:
+    if given.normalize is False:
         quantizer.pop("normalize", None)
-    quantizer |= {"normalize": True} if told.normalize else {}
-    quantizer |= {"levels": told.levels} if told.levels else {}
-    size: Any = told.image_size or beside.get("image_size", IMAGE_SIZE)
+    quantizer |= {"normalize": True} if given.normalize else {}
+    quantizer |= {"levels": given.levels} if given.levels else {}
+    size: Any = given.image_size or beside.get("image_size", IMAGE_SIZE)
     size = tuple(size) if isinstance(size, (list, tuple)) else (size,) * 2
-    groups = told.groups or beside.get("groups", GROUPS)
+    groups = given.groups or beside.get("groups", GROUPS)
     try:
         return layout.kind.Config(**{**sizes, "image_size": size, "groups": groups, "quantizer": quantizer})
     except ConfigError as error:
@@ -215,7 +179,7 @@ def describe(sizes: dict[str, Any], beside: dict[str, Any], layout: Layout, path
 
 
 def summary(model: Autoencoder, title: str, assumed: bool, out: str, unused: list[str]) -> str:
-    """What was imported, and how to go on. assumed: whether nothing says the size of the images."""
+    """What was imported, and the next commands. assumed: whether nothing says the size of the images."""
     channels, height, width = model.image_shape
     size = "; their size is assumed, weights do not say it: image_size=..." if assumed else ""
     rest = f", {len(unused)} weight{'s' * (len(unused) > 1)} that only training needs left out" if unused else ""
@@ -240,7 +204,3 @@ def summary(model: Autoencoder, title: str, assumed: bool, out: str, unused: lis
 
 
 main = partial(run_command, ImportConfig, run, verb="import", description=__doc__)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,12 +10,11 @@ from pydantic import Field
 
 from ..config import Config, UserError, run_command
 from ..config.arguments import presets
-from ..config.table import listed
-from ..config.terminal import width
+from ..config.table import wrap_rows
 
 
 class PresetsConfig(Config):
-    """Which presets, and what is told of them."""
+    """Which presets, and what is printed of them."""
 
     examples = ("", "name=digits")
 
@@ -28,31 +27,22 @@ class PresetsConfig(Config):
 
 
 def run(config: PresetsConfig) -> list[Path]:
-    """Print a line for each preset; returns their files. Raises `UserError` if none is called so."""
+    """Print a line for each preset; returns their files. Raises `UserError` if there is none of this name."""
     found = {name: path for name, path in presets().items() if config.name in name}
     if not found:
         raise UserError(f"name: no preset's name holds {config.name!r}; without it, all are listed")
     if config.paths:
         print(*found.values(), sep="\n")
     else:
-        print(listing(found))
+        print("\n".join(wrap_rows([(name, describe(path)) for name, path in found.items()])))
     return list(found.values())
 
 
-def listing(found: dict[str, Path]) -> str:
-    """The names of presets, each beside the comment that its file begins with."""
-    return "\n".join(listed([(name, about(path)) for name, path in found.items()], width()))
-
-
-def about(path: Path) -> str:
-    """The sentences that a preset's file begins with: its first comment, which may go on for lines."""
+def describe(path: Path) -> str:
+    """The comment that a preset's file begins with."""
     lines = path.read_text(encoding="utf-8").splitlines()
     comment = [line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines)]
     return " ".join(comment)
 
 
 main = partial(run_command, PresetsConfig, run, verb="presets", description=__doc__)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, field_validator
 
 from tokenizer.files import HUB_ID
 
+from ..card import HUB_LICENCE
 from ..config import Config, UserError, Within, run_command
 from ..hub import PushError, require_reachable
 from ..image_pipeline import ImagePipeline
-from ..metadata import HUB_LICENCE
 from ..saving import INDEX, as_stored, variant_of
 from ..tokens import load_tokens
 from ..tokens.meta import META
@@ -50,51 +50,38 @@ class PushConfig(Config):
 
 
 def run(config: PushConfig) -> str:
-    """Upload; print and return the address. Raises `UserError` where the Hub says no."""
-    try:
-        where = push(config)
-    except PushError as error:
-        raise UserError(f"to: {error}") from error
-    print(where)
-    return where
+    """Upload; print and return the address. Raises `UserError`, also where the Hub says no."""
+    from huggingface_hub import constants
 
-
-def push(config: PushConfig) -> str:
-    """Upload `folder`; returns where it is now."""
     folder = Path(config.folder)
     is_pipeline = (folder / INDEX).is_file()
     if not is_pipeline and not (folder / META).is_file():
         raise UserError(f"folder: {folder} is neither a pipeline (no {INDEX}) nor a token dataset (no {META})")
     if not is_pipeline and config.license is not None:
-        raise UserError("license: is for pipelines; a token dataset has that of the images it was made of")
-    require_reachable(config.to)  # before gigabytes are read
-    item = pipeline_at(folder, config) if is_pipeline else load_tokens(folder, verify=True)
-    return upload(item, folder, config.to, config.private)
+        raise UserError("license: is for pipelines; a token dataset has the licence of its images")
+    try:
+        require_reachable(config.to)  # before gigabytes are read
+        if is_pipeline:
+            push_pipeline(folder, config)
+        else:
+            load_tokens(folder, verify=True).push_to_hub(config.to, private=config.private)
+    except PushError as error:
+        raise UserError(f"to: {error}") from error
+    address = f"{constants.ENDPOINT}/{'' if is_pipeline else 'datasets/'}{config.to}"
+    print(address)
+    return address
 
 
-def pipeline_at(folder: Path, config: PushConfig) -> ImagePipeline:
-    """The pipeline with its sample picture, its weights as they are stored, and the licence that was asked for."""
+def push_pipeline(folder: Path, config: PushConfig) -> None:
+    """Upload the pipeline with a sample picture, its weights as they are stored, and the licence that the user gives.
+    Raises `PushError`."""
     pipeline = ImagePipeline.from_pretrained(folder)
     if pipeline.sample_grid is None:
         pipeline.sample_grid = pipeline.sample_picture()
     as_stored(pipeline)
     if config.license is not None:
         pipeline.provenance = {**pipeline.provenance, "license": config.license}
-    return pipeline
-
-
-def upload(item: Any, folder: Path, repo_id: str, private: bool) -> str:
-    """Push the pipeline, or token dataset, that is in `folder`; returns its address. Raises `PushError`."""
-    from huggingface_hub import constants
-
-    is_pipeline = isinstance(item, ImagePipeline)
-    item.push_to_hub(repo_id, private=private, **({"variant": variant_of(folder)} if is_pipeline else {}))
-    kind = "" if is_pipeline else "datasets/"
-    return f"{constants.ENDPOINT}/{kind}{repo_id}"
+    pipeline.push_to_hub(config.to, private=config.private, variant=variant_of(folder))
 
 
 main = partial(run_command, PushConfig, run, verb="push", description=__doc__)
-
-
-if __name__ == "__main__":
-    main()

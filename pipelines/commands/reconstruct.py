@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 
 from tokenizer import Tokenizer
 
-from ..config import Of, OutputConfig, choose_device, run_command
+from ..config import OutputConfig, choose_device, run_command
 from ..files import Output
-from ..images import DataConfig, check_shape, load_images
+from ..images import check_shape, load_images
 from ..images.pictures import SUFFIXES, write_picture
 from ..images.unseen import require_unseen
 from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
-from ..metrics.texture import texture_line
-from ..provenance import TokenizerFolder, data_of, read_with, tokenizer_defaults, tokenizer_folder, trained_data
+from ..options import UsesTokenizer
+from ..provenance import data_of, read_with, tokenizer_defaults, tokenizer_folder, trained_data
 
 
-class ReconstructConfig(OutputConfig):
+class ReconstructConfig(UsesTokenizer, OutputConfig):
     """Which images, through which tokenizer."""
 
     examples = (
@@ -28,20 +28,13 @@ class ReconstructConfig(OutputConfig):
     )
     often = "tokenizer out overwrite data.source num_images device"
 
-    tokenizer: TokenizerFolder = Field(
-        description="folder of a tokenizer, a run or a pipeline, or a tokenizer's Hub id"
-    )
     out: str = Field("reconstructions.png", description="the picture to write")
-    data: Annotated[DataConfig, Of("tokenizer")] = Field(
-        DataConfig(), description="the images; defaults to those the tokenizer was trained on"
-    )
     num_images: int = Field(32, ge=1, le=1024, description="images in the picture")
-    device: str = Field("auto", description="cpu, cuda, mps or auto")
 
 
 def run(config: ReconstructConfig) -> dict[str, Any]:
     """Write the picture, print and return PSNR (dB), losses, codebook usage and perplexity on all held-out images, and
-    the figures of `look_figures`."""
+    SSIM on some."""
     out = Output(config.out, [read_with(config.tokenizer), config.data.path], config.overwrite)
     out.check_file(SUFFIXES)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
@@ -54,8 +47,7 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
         write_picture(picture, path)
     print(
         f"{config.out}: PSNR {figures['psnr']:.2f} dB over {len(images):,} held-out images, "
-        f"SSIM {figures['ssim']:.3f}, {figures['codebook_usage']:.1%} of {tokenizer.grid.vocab_size} codes used; "
-        f"{texture_line(figures)}"
+        f"SSIM {figures['ssim']:.3f}, {figures['codebook_usage']:.1%} of {tokenizer.grid.vocab_size} codes used"
     )
     return figures
 
@@ -63,7 +55,3 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
 main = partial(
     run_command, ReconstructConfig, run, verb="reconstruct", description=__doc__, defaults=tokenizer_defaults
 )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,9 @@
-"""Find the training images nearest to some images, by the cosine of what a layer of the prior makes of them."""
+"""Find the training images nearest to some images, by the cosine of their features in a layer of the prior."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,21 +12,19 @@ from torch import Tensor
 
 from tokenizer.files import escape
 
-from ..config import Of, OutputConfig, UserError, choose_device, run_command
+from ..config import OutputConfig, UserError, run_command
 from ..files import Output
-from ..image_pipeline import ImagePipeline
-from ..images import DataConfig, ImageDataset, check_shape, load_images, to_float
-from ..images.decoding import try_decode
-from ..images.folder import find_images
-from ..images.pictures import SUFFIXES, grid_picture, write_picture
+from ..images import ImageDataset, check_shape, load_images
+from ..images.grids import class_grid
+from ..images.pictures import SUFFIXES, write_picture
 from ..images.unseen import require_unseen
+from ..options import Named, UsesImages, find_image_files, read_images, split_named
 from ..provenance import defaults, trained_data
 from ..representation import choose_layer, choose_pool, embed, nearest_neighbours
-from ..saving import PipelineFolder
 from ..shuffling import random_rows
 
 
-class SearchConfig(OutputConfig):
+class SearchConfig(UsesImages, OutputConfig):
     """What is searched for, among which images, and by what."""
 
     examples = (
@@ -37,12 +33,8 @@ class SearchConfig(OutputConfig):
     )
     often = "pipeline out overwrite images num_images k rows layer data.source device"
 
-    pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     out: str = Field("neighbours.png", description="the picture to write: a row for each query, itself and its nearest")
-    data: Annotated[DataConfig, Of("pipeline")] = Field(
-        DataConfig(), description="the images; its training split is searched; defaults to the pipeline's own"
-    )
-    images: int | str | list[int | str] | None = Field(
+    images: Named = Field(
         None,
         description="what is searched for: image files, folders of them, or indices of the held-out split; default: "
         "num_images of these",
@@ -52,7 +44,7 @@ class SearchConfig(OutputConfig):
         10_000, ge=1, description="how many training images, drawn by seed, to search; null: all"
     )
     k: int = Field(9, ge=1, le=1000, description="neighbours of each query")
-    rows: int = Field(10, ge=1, le=1000, description="queries that are listed and shown")
+    rows: int = Field(10, ge=1, le=1000, description="queries that are printed and drawn")
     layer: int | str | None = Field(
         None, description="a layer of the prior (3 or prior.3), pixels, codes or embeddings; default: its middle layer"
     )
@@ -61,12 +53,10 @@ class SearchConfig(OutputConfig):
     )
     seed: int = Field(0, ge=0, description="draws queries and training images")
     batch_size: int = Field(64, ge=1, description="images at a time; the result does not depend on it")
-    device: str = Field("auto", description="cpu, cuda, mps or auto")
 
 
-@dataclass(frozen=True)
-class Queries:
-    """What is searched for: uint8 images `(n, C, H, W)`, what each is called, and their classes `(n,)` if known."""
+class Queries(NamedTuple):
+    """uint8 images `(n, C, H, W)`, their names, and their classes `(n,)` if known."""
 
     images: Tensor
     names: list[str]
@@ -74,114 +64,83 @@ class Queries:
 
 
 def run(config: SearchConfig) -> Tensor:
-    """Search, print the nearest of each query, and write the picture; returns their indices `(n, k)` in the training
+    """Search, print the nearest of each query, and write the picture; return their indices `(n, k)` in the training
     split."""
-    files = config.images if isinstance(config.images, list) else [config.images]
-    inputs = [config.pipeline, config.data.path, *(file for file in files if isinstance(file, str))]
-    out = Output(config.out, inputs, config.overwrite)
+    paths, indices = split_named(config.images)
+    out = Output(config.out, [config.pipeline, config.data.path, *paths], config.overwrite)
     out.check_file(SUFFIXES)
-    pipeline = ImagePipeline.from_pretrained(config.pipeline, device=choose_device(config.device))
+    pipeline = config.load_pipeline()
     try:
         choose_pool(choose_layer(pipeline, config.layer)[0], config.pool)
     except ValueError as error:
         raise UserError(str(error)) from error
     check_shape(config.data, pipeline.tokenizer.image_shape)
-    if not any(isinstance(file, str) for file in files):
+    if not paths:
         require_unseen(config.data, trained_data(pipeline.provenance), "held_out")
     splits = load_images(config.data)
-    queries = find_queries(config, splits.held_out)
+    queries = find_queries(config, paths, indices, splits.held_out)
     chosen = random_rows(len(splits.train), config.num_index or len(splits.train), config.seed)
     if config.k > len(chosen):
-        raise UserError(f"k: {config.k} neighbours were asked for, and only {len(chosen)} images are searched")
+        raise UserError(f"k: must be at most {len(chosen)}, the number of images searched (got {config.k})")
     vectors, unknown = (
         embed(pipeline, images, layer=config.layer, pool=config.pool, batch_size=config.batch_size)
         for images in (splits.train.pixels(chosen), queries.images)
     )
-    found, distances = (each.cpu() for each in nearest_neighbours(vectors, unknown, config.k))
-    found = chosen[found]
+    nearest, distances = (each.cpu() for each in nearest_neighbours(vectors, unknown, config.k))
+    found = chosen[nearest]
     print(report(queries, splits.train, found, distances, config.rows))
-    shown = found[: config.rows]
-    pairs = zip(queries.images[: config.rows], shown, strict=False)
-    sheet = torch.cat([torch.cat([query[None], splits.train.pixels(ids)]) for query, ids in pairs])
-    picture = neighbour_sheet(sheet, config.k)
     with out.file() as path:
-        write_picture(picture, path)
-    print(f"\n{len(shown)} queries, each beside its {config.k} nearest of {len(chosen):,} images: {config.out}")
+        write_picture(neighbour_sheet(queries, splits.train, found[: config.rows], distances), path)
+    print(f"\neach query beside its {config.k} nearest of {len(chosen):,} images: {config.out}")
     return found
 
 
-def find_queries(config: SearchConfig, held_out: ImageDataset) -> Queries:
-    """The images that `config.images` names: files, or else indices of the held-out split. Raises `UserError`."""
-    given = config.images if isinstance(config.images, list) else [config.images]
-    paths = [part for part in given if isinstance(part, str)]
-    if paths and len(paths) < len(given):
-        raise UserError("images: give files and folders, or indices of the held-out split, not both")
+def find_queries(config: SearchConfig, paths: list[str], indices: list[int], held_out: ImageDataset) -> Queries:
+    """The images in files and folders, or else some of the held-out split. Raises `UserError`."""
     if paths:
-        return read_queries(paths, config.data.image_shape)
-    indices = [part for part in given if isinstance(part, int)] or random_rows(
-        len(held_out), config.num_images, config.seed
-    ).tolist()
+        files = find_image_files(paths)
+        return Queries(read_images(files, config.data.image_shape), [str(file) for file in files], None)
+    indices = indices or random_rows(len(held_out), config.num_images, config.seed).tolist()
     if outside := [index for index in indices if not 0 <= index < len(held_out)]:
         raise UserError(f"images: indices of the held-out split go from 0 to {len(held_out) - 1} (got {outside[0]})")
-    names = [f"held-out {index}, {name}" for index, name in zip(indices, held_out.names(indices), strict=True)]
+    names = [f"held-out {index}, {name}" for index, name in zip(indices, names_of(held_out, indices), strict=True)]
     return Queries(held_out.pixels(indices), names, None if held_out.labels is None else held_out.labels[indices])
 
 
-def read_queries(paths: list[str], shape: tuple[int, int, int]) -> Queries:
-    """The images in files and folders. Raises `UserError` for what is not there or cannot be decoded."""
-    files = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"images: there is no file or folder {path}")
-        files += sorted(find_images(path)) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"images: no images in {', '.join(paths)}")
-    images = []
-    for file in files:
-        pixels = try_decode(file, shape)
-        if isinstance(pixels, str):
-            raise UserError(f"images: {file}: {pixels}")
-        images.append(torch.from_numpy(pixels.copy()))
-    return Queries(torch.stack(images), [str(file) for file in files], None)
+def names_of(images: ImageDataset, indices: list[int]) -> list[str]:
+    """The names of images, each with its class in brackets if it has one."""
+    names = images.names(indices)
+    if images.labels is None:
+        return names
+    classes = [images.class_names[label] for label in images.labels[indices].tolist()]
+    return [f"{name} ({one})" for name, one in zip(names, classes, strict=True)]
 
 
 def report(queries: Queries, train: ImageDataset, found: Tensor, distances: Tensor, rows: int) -> str:
-    """The nearest of the first `rows` queries by name, with their classes and distances, and how often the class is the
+    """The first `rows` queries, each with its nearest images and their distances, and how often the class is the
     same."""
     lines = []
-    for number, query in enumerate(queries.names[:rows]):
-        names = train.names(found[number])
-        near = [
-            f"{name}{class_of(train, train.labels, index)} {distance:.3f}"
-            for name, index, distance in zip(names, found[number].tolist(), distances[number].tolist(), strict=True)
-        ]
-        lines.append(escape(f"{query}{class_of(train, queries.labels, number)}: {', '.join(near)}"))
-    if queries.labels is None or train.labels is None:
-        return "\n".join(lines)
-    same = (train.labels[found] == queries.labels[:, None]).double()
-    share = (train.labels[:, None] == queries.labels).double().mean()
-    lines.append(
-        f"\nprecision@1 {same[:, 0].mean():.1%}, precision@{found.shape[1]} {same.mean():.1%} over "
-        f"{len(found):,} queries; of images drawn at random {share:.1%} are of a query's class"
-    )
+    for query, ids, apart in zip(queries.names[:rows], found.tolist(), distances.tolist(), strict=False):
+        near = [f"{name} {value:.3f}" for name, value in zip(names_of(train, ids), apart, strict=True)]
+        lines.append(escape(f"{query}: {', '.join(near)}"))
+    if queries.labels is not None and train.labels is not None:
+        same = (train.labels[found] == queries.labels[:, None]).double()
+        chance = (train.labels[:, None] == queries.labels).double().mean()
+        lines.append(
+            f"\nprecision@1 {same[:, 0].mean():.1%}, precision@{found.shape[1]} {same.mean():.1%} over "
+            f"{len(found):,} queries; of images drawn at random {chance:.1%} are of a query's class"
+        )
     return "\n".join(lines)
 
 
-def class_of(train: ImageDataset, labels: Tensor | None, index: int) -> str:
-    """The name of image `index`'s class in brackets, if it has one."""
-    return "" if labels is None else f" ({train.class_names[int(labels[index])]})"
-
-
-def neighbour_sheet(images: Tensor, k: int) -> np.ndarray:
-    """uint8 images `(rows * (1 + k), C, H, W)`, a query before its neighbours, as a picture with a gap between them."""
-    sheet = grid_picture(to_float(images), 1 + k)
-    step = (sheet.shape[1] - 2) // (1 + k)
-    gap = np.full((len(sheet), 8, 3), 255, np.uint8)
-    return np.concatenate([sheet[:, : step + 2], gap, sheet[:, step:]], axis=1)
+def neighbour_sheet(queries: Queries, train: ImageDataset, found: Tensor, distances: Tensor) -> np.ndarray:
+    """A row for each of the queries that `found` (rows, k) is of, with the distance above each neighbour."""
+    rows = zip(queries.images[: len(found)], found, strict=True)
+    images = torch.cat([torch.cat([query[None], train.pixels(ids)]) for query, ids in rows])
+    captions = [
+        text for row in distances[: len(found)].tolist() for text in ("query", *(f"{apart:.3f}" for apart in row))
+    ]
+    return class_grid(images.movedim(1, -1).numpy(), captions, 1 + found.shape[1])
 
 
 main = partial(run_command, SearchConfig, run, verb="search", description=__doc__, defaults=defaults)
-
-
-if __name__ == "__main__":
-    main()

@@ -47,14 +47,10 @@ def run(config: VerifyConfig) -> Path | None:
     if not importing.IMPORTED:
         raise UserError("folder: missing; give folder=FOLDER, or --import FILE for models of your own")
     checked, broken = 0, []
-    for name, checks in checks_of_imported(config):
-        print(name)
-        for promise, problem in checks:
-            checked += 1
-            print(
-                f"  {'ok    ' if problem is None else 'BROKEN'}  {promise}{'' if problem is None else f': {problem}'}"
-            )
-            broken += [] if problem is None else [f"{name}: {promise}"]
+    for name, promise, problem in check_imported(config):
+        checked += 1
+        print(f"ok      {name}: {promise}" if problem is None else f"BROKEN  {name}: {promise}: {problem}")
+        broken += [] if problem is None else [f"{name}: {promise}"]
     if not checked:
         raise UserError("--import: registers no prior, quantizer or tokenizer")
     if broken:
@@ -76,8 +72,9 @@ def verify_folder(folder: Path) -> Path:
     return folder
 
 
-def checks_of_imported(config: VerifyConfig) -> Iterator[tuple[str, Iterator[tuple[str, str | None]]]]:
-    """Yield the name of each model that lies outside of the package, built with its defaults, and its checks."""
+def check_imported(config: VerifyConfig) -> Iterator[tuple[str, str, str | None]]:
+    """Check each model that lies outside of the package, built with its defaults. Yields its name, a promise, and how
+    it is broken, if it is."""
     from prior import Prior
     from prior.checks import check_prior
     from tokenizer import TokenGrid, Tokenizer
@@ -92,31 +89,15 @@ def checks_of_imported(config: VerifyConfig) -> Iterator[tuple[str, Iterator[tup
     ]
     for family, facts, check in families:
         for name in family.available():
-            if not family.find(name).__module__.startswith(("prior.", "tokenizer.")):
-                try:
-                    model = family.create(name, **facts)
-                except Exception as error:  # of somebody's model: whatever it raises is what is wrong with it
-                    problem = describe_error(error)
-                    yield f"{family.__name__} {name}", iter([("it can be built with its defaults", problem)])
-                else:
-                    yield f"{family.__name__} {name}", run_checks(check(model))
-
-
-def run_checks(checks: Iterator[tuple[str, str | None]]) -> Iterator[tuple[str, str | None]]:
-    """Yield from `checks`; what a model raises outside of one of them, such as for a missing attribute, is the last."""
-    try:
-        yield from checks
-    except Exception as error:
-        yield "it can be checked", describe_error(error)
-
-
-def describe_error(error: Exception) -> str:
-    """Return the type and the first line of an error."""
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+            if family.find(name).__module__.startswith(("prior.", "tokenizer.")):
+                continue
+            title = f"{family.__name__} {name}"
+            try:
+                for promise, problem in check(family.create(name, **facts)):
+                    yield title, promise, problem
+            except Exception as error:  # of somebody's model: whatever it raises is what is wrong with it
+                problem = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+                yield title, "it can be built with its defaults and checked", problem
 
 
 main = partial(run_command, VerifyConfig, run, verb="verify", description=__doc__)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,17 @@
 """One grammar for every verb: YAML files and `key=value` become a checked configuration."""
 
-from .arguments import UserError
-from .command import choose_device, is_first_process, run_command
+from .command import choose_device, run_command
+from .errors import UserError, is_first_process, tell
 from .schema import Config, Of, OutputConfig, Within
 
-__all__ = ["Config", "Of", "OutputConfig", "UserError", "Within", "choose_device", "is_first_process", "run_command"]
+__all__ = [
+    "Config",
+    "Of",
+    "OutputConfig",
+    "UserError",
+    "Within",
+    "choose_device",
+    "is_first_process",
+    "run_command",
+    "tell",
+]

@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
-from tokenizer.config import Data, show_value
-from tokenizer.files import PipelineLoadError, escape, read_bytes
+from pydantic.fields import FieldInfo
 
-from .yaml_text import MAX_BYTES, read_yaml_text
+from tokenizer.config import Data, Settings, show_value, type_options
 
-LONGEST_NAME = 400  # characters of the name of a preset in a message
-
-
-class UserError(Exception):
-    """A user's mistake. Each line of the message is one problem; unprintable characters are escape."""
-
-    def __init__(self, message: object = "") -> None:
-        super().__init__(escape(str(message), keep="\n"))
-
-
-class ReportedElsewhere(UserError):
-    """A mistake that the main process has found and tells; this is another process."""
-
-
-class CommaText(str):
-    """A text of the command line with commas and without quotes, such as `3,8`: a list for a key that takes one, see
-    `lists`."""
+from .errors import UserError, did_you_mean
+from .yaml_text import read_yaml
 
 
 class CommandLine(NamedTuple):
@@ -42,6 +24,10 @@ class CommandLine(NamedTuple):
     help: str | None
     """What help is asked about: a key or section, `all`, or nothing, for the short page. None: no help."""
     dry_run: bool
+
+
+class CommaText(str):
+    """A text of the command line with commas and without quotes, such as `3,8`: a list for a key that takes one."""
 
 
 def sorted_words(argv: list[str]) -> CommandLine:
@@ -67,26 +53,23 @@ def sorted_words(argv: list[str]) -> CommandLine:
 
 def read_arguments(words: CommandLine) -> tuple[list[Data], list[str]]:
     """The contents of the files and then the overrides, each a nested mapping; and the problems."""
-    files, problems, overrides = [], [], []
+    files, overrides, problems = [], [], []
     for path in words.files:
         try:
-            if not path:
-                raise UserError("--config: expected a file after it")
-            files.append(read_file(path if is_there(path) else str(find_preset(path))))
+            files.append(read_file(path if os.path.isfile(path) else str(find_preset(path))))
         except UserError as error:
             problems.append(str(error))
-    for argument in words.overrides:
+    for argument in sorted(words.overrides, key=lambda argument: kinds_first(argument, words.overrides)):
         try:
-            overrides.append((kinds_first(argument, words.overrides), read_override(argument)))
+            overrides.append(read_override(argument))
         except UserError as error:
             problems.append(str(error))
-    overrides.sort(key=lambda override: override[0])
-    return files + [data for _, data in overrides], problems
+    return files + overrides, problems
 
 
-def kinds_first(argument: str, others: Iterable[str] = ()) -> float:
-    """The sort key of an override: kinds come first, so that `a.kind=x`, or `a=x` alone, does not discard an `a.b=1`
-    among the others, to its left."""
+def kinds_first(argument: str, others: list[str]) -> float:
+    """The sort key of an override: kinds come first, so that `a.kind=x`, or `a=x` alone, does not discard an `a.b=1` to
+    its left."""
     key, _, text = argument.removeprefix("--").partition("=")
     if re.fullmatch(r"\w+", text) and any(other.removeprefix("--").startswith(f"{key}.") for other in others):
         key += ".kind"
@@ -94,34 +77,36 @@ def kinds_first(argument: str, others: Iterable[str] = ()) -> float:
 
 
 def read_override(argument: str) -> Data:
-    """`a.b=value` as `{"a": {"b": value}}`; so is `--a.b=value`, which is how other programs write it, a sweep of W&B
-    among them. Raises `UserError`."""
+    """`a.b=value` as `{"a": {"b": value}}`; `--a.b=value`, which sweeps of W&B write, is the same. Raises
+    `UserError`."""
     key, equals, text = argument.removeprefix("--").partition("=")
-    if not equals or not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*){,15}", key):
-        bare = re.fullmatch(r"--?(\w[\w.-]*)(=.*)?", argument)
-        hint = f"; write {bare[1]}{bare[2] or '=value'}" if bare else ""
-        named = argument.endswith((".yaml", ".yml")) or argument in {key.rpartition("/")[2] for key in presets()}
-        hint = f"; write --config {argument}" if named and not equals else hint
+    if not equals or not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*", key):
+        is_file = argument.endswith((".yaml", ".yml")) or argument in {name.rpartition("/")[2] for name in presets()}
+        hint = f"; write --config {argument}" if is_file else ""
         raise UserError(f"{argument}: expected --config FILE, key=value, --import FILE, --dry-run or --help{hint}")
     try:
         value = read_yaml(text)
-    except UserError as error:
+    except ValueError as error:
         raise UserError(f"{key}: {error} (got {text!r}; for plain text write {key}='\"...\"')") from error
-    if isinstance(value, str) and "," in value and value == text.strip():  # quotes in the YAML keep it a text
-        value = CommaText(value)
-    else:
-        value = value if "." in key else at_home(value)
+    if isinstance(value, str):
+        commas = "," in value and value == text.strip()  # quotes in the YAML keep it a text
+        value = CommaText(value) if commas else os.path.expanduser(value)  # zsh leaves the `~` after `=` as it is
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
 
 
-def at_home(value: Any) -> Any:
-    """A text, or those in a list, that begins with `~/` as a path: after `key=` zsh leaves it as it is, and a folder
-    called ~ would be made here."""
-    if isinstance(value, list):
-        return [at_home(part) for part in value]
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+def read_file(path: str) -> Data:
+    """The mapping in a YAML file. Raises `UserError`."""
+    try:
+        data = read_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    except ValueError as error:
+        raise UserError(f"{path}, {error}") from error
+    if not isinstance(data, dict | None):
+        raise UserError(f"{path}: expected a mapping of keys at the top level (got {show_value(data)})")
+    return data or {}
 
 
 # Presets ------------------------------------------------------------------------------------------
@@ -138,47 +123,46 @@ def presets() -> dict[str, Path]:
 def find_preset(name: str) -> Path:
     """The preset called `name`: `prior/gpt_digits`, `gpt_digits` or `configs/prior/gpt_digits.yaml`. Raises `UserError`
     that names similar presets."""
+    if not name:
+        raise UserError("--config: expected a file after it")
     wanted = re.sub(r"^configs/|\.ya?ml$", "", name)
     found = {key: path for key, path in presets().items() if not key.startswith("accelerate/")}
-    named = [key for key in found if wanted in (key, key.partition("/")[2])]
-    if len(named) == 1:
-        return found[named[0]]
-    last_parts = {key.partition("/")[2]: key for key in found}
-    similar = difflib.get_close_matches(wanted.rpartition("/")[2], last_parts, 2, 0.7)
-    near = named or [last_parts[part] for part in similar]
-    hint = f"did you mean {' or '.join(near)}?" if near else "`smalti presets` lists them"
-    kind = "a folder, not a file" if os.path.isdir(name) else "no such file"
-    reason = "several presets have this name" if named else f"{kind}, no such preset"
-    called = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 4]} ..."
-    raise UserError(f"{called}: cannot be read ({reason}); {hint}")
+    same = [key for key in found if wanted in (key, key.partition("/")[2])]
+    if len(same) == 1:
+        return found[same[0]]
+    if same:
+        raise UserError(f"{name}: several presets have this name: {', '.join(same)}")
+    known = [key.partition("/")[2] for key in found]
+    hint = did_you_mean(wanted.rpartition("/")[2], known, "`smalti presets` lists them")
+    raise UserError(f"{name[:400]}: cannot be read (no such file, no such preset); {hint}")
 
 
-def is_there(path: str) -> bool:
-    """Whether `path` is a file; a run may have left a folder with the name of its preset."""
-    return os.path.exists(path) and not os.path.isdir(path)
+# Lists without brackets, which many shells read as a pattern --------------------------------------
 
 
-# YAML ---------------------------------------------------------------------------------------------
+def split_lists(cls: type[Settings] | None, data: Data) -> Data:
+    """Make of each text with commas a list where its key takes one, and of one word where it takes nothing else."""
+    found: Data = {}
+    for name, value in data.items():
+        field = cls.model_fields.get(name) if cls else None
+        if isinstance(value, dict):
+            found[name] = split_lists(cls.nested(name, value) if cls and field else None, value)
+        elif isinstance(value, str):
+            found[name] = list_or_text(field, value)
+        else:
+            found[name] = value
+    return found
 
 
-def read_yaml(text: str) -> Any:
-    """The value of the YAML `text`. Raises `UserError` that names the line, if there are several."""
-    try:
-        return read_yaml_text(text)
-    except ValueError as error:
-        raise UserError(error) from error
-
-
-def read_file(path: str) -> Data:
-    """The mapping in a YAML file of at most 256 KiB; raises `UserError`."""
-    try:
-        data = read_yaml(read_bytes(Path(path), MAX_BYTES).decode())
-    except PipelineLoadError as error:
-        raise UserError(f"{path}: cannot be read ({str(error).removeprefix(f'{path}: ')})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    except UserError as error:
-        raise UserError(f"{path}, {error}") from error
-    if not isinstance(data, dict | None):
-        raise UserError(f"{path}: expected a mapping of keys at the top level (got {show_value(data)})")
-    return data or {}
+def list_or_text(field: FieldInfo | None, text: str) -> Any:
+    """The list that `text` is for a field, or the text. A field that takes both keeps a text with a space beside a
+    comma: names of classes have them."""
+    hints = type_options(field.annotation) if field else []
+    lists = [hint for hint in hints if get_origin(hint) in (list, tuple)]
+    if isinstance(text, CommaText) and lists and not (str in hints and re.search(r",\s|\s,", text)):
+        try:
+            return [os.path.expanduser(part) if isinstance(part, str) else part for part in read_yaml(f"[{text}]")]
+        except ValueError:  # a comma too many
+            return str(text)
+    only_lists = lists and all(hint in (*lists, type(None)) for hint in hints)
+    return [str(text)] if only_lists else str(text)

@@ -1,176 +1,244 @@
-"""What `--help` prints: a page that fits a screen, every key, or those of a section."""
+"""What `--help` prints: the keys that people change, every key, or those of a section."""
 
 from __future__ import annotations
 
-import difflib
-import shlex
-from typing import Any, NamedTuple
+import types
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from tokenizer.config import Data
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
-from .arguments import UserError
-from .keys import Row, Section, every_kind, sections
-from .schema import Config
-from .table import listed, row_lines, wrapped
-from .terminal import heading, width
+from tokenizer.config import (
+    SIGNS,
+    Choices,
+    Data,
+    Node,
+    Settings,
+    find_mark,
+    nested_models,
+    show_number,
+    show_value,
+    to_plain,
+)
+
+from .errors import UserError, did_you_mean
+from .schema import Config, Of
+from .table import width, wrap, wrap_rows
 
 ALL = "all"
-OPTIONS = (
-    ("--config FILE", "a YAML file, or the name of a preset (`smalti presets`); several merge left to right"),
-    (
-        "key=value",
-        "set one key, whatever the files say; the value is YAML, as in train.lr=1e-3 or sizes=1,2; "
-        "another kind replaces its node with all that was set below it",
-    ),
-    ("--import FILE", "a Python file, or a module, with models of your own, whose kinds are then known"),
-    ("--dry-run", "print the resulting configuration, itself a file for --config, and stop"),
-)
-CAPS = (40, 24, 16)  # columns that key, type and default take at most, unless a word is longer
+OPTIONS = {
+    "--config FILE": "a YAML file or a preset's name (`smalti presets`); several merge left to right",
+    "key=value": "set one key, whatever the files say; the value is YAML, as in train.lr=1e-3 or sizes=1,2; "
+    "another kind replaces its node with all that was set below it",
+    "--import FILE": "a Python file, or a module, with models of your own, whose kinds are then known",
+    "--dry-run": "print the resulting configuration, itself a file for --config, and stop",
+}
 
 
-class Known(NamedTuple):
-    """What a command line says before it is checked: the values that keys would have, what was given for them, and the
-    keys whose defaults only a model can tell that it does not name."""
+class Row(NamedTuple):
+    """One key."""
 
-    values: Data
-    given: Data
-    later: frozenset[str] = frozenset()
+    key: str
+    type: str
+    default: str
+    sentence: str
 
 
-def help_page(
-    cls: type[Config], verb: str, description: str | None, known: Known | None = None, topic: str = ""
-) -> str:
-    """The page about a topic: nothing, `all`, a section or a key. Raises `UserError` for another one."""
-    known = known or Known({}, {})
-    if topic == ALL:
-        return all_page(cls, verb, description, known)
-    return topic_page(cls, verb, known, topic) if topic else short_page(cls, verb, description, known)
+class Section(NamedTuple):
+    """Keys that belong together, and the node that they are in, empty at the top. kind: of a model with these keys."""
+
+    node: str = ""
+    kind: str = ""
+    sentence: str = ""
+    rows: tuple[Row, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The heading, empty at the top."""
+        key = f"{self.node}.kind={self.kind}" if self.kind else self.node
+        return f"{key}: {self.sentence}" if self.sentence else key
 
 
 # Pages --------------------------------------------------------------------------------------------
 
 
-def short_page(cls: type[Config], verb: str, description: str | None, known: Known) -> str:
-    """Examples, and the keys that people change; of a model whose kind was given, all that it has itself."""
-    found = present(cls, known)
-    rows = {row.key: row for section in found for row in section.rows}
-    own = [row for section in found if not section.node for row in section.rows]
-    often = [rows[key] for key in cls.often.split() if key in rows] or own
-    chosen = [section for section in found if is_model(section) and is_given(section.node, known)]
-    told = {row.key for row in [*often, *(row for section in chosen for row in section.rows)]}
-    page = [*introduction(verb, description), *examples(cls, verb), "", *table_of([Section("", often), *chosen])]
-    options = dict(OPTIONS)
-    rest = [(option, options[option]) for option in ("--config FILE", "--import FILE", "--dry-run")]
-    if left := len(rows.keys() - told):
-        nodes = list(dict.fromkeys(section.node for section in found if section.node))
-        about = f"{left} more keys: all, one section ({', '.join(nodes)}), or one key"
-        rest.append(("--help WHAT", about if nodes else f"{left} more keys: all, or one key"))
-    return "\n".join([*page, "", heading("more"), *listed(rest, width())])
+def help_page(
+    cls: type[Config],
+    verb: str,
+    description: str | None,
+    topic: str = "",
+    values: Data | None = None,
+    given: Iterable[str] = (),
+) -> str:
+    """The page about a topic: nothing, `all`, a section or a key. Raises `UserError` for another one.
+
+    values: what the keys would be, which is listed in place of the defaults of the class. given: the keys at the top of
+    which the command line says something.
+    """
+    values, options = values or {}, dict(OPTIONS)
+    if topic == ALL:
+        shown = shorten(sections(cls, {name: values[name] for name in given if name in values}))
+    else:
+        found = list(sections(cls, values))
+        if topic:
+            return "\n".join(table_of(choose_topic(found, topic))).lstrip("\n")
+        shown = choose_often(cls, found, {*given})
+        if left := len(set(rows_of(found)) - set(rows_of(shown))):
+            nodes = ", ".join(dict.fromkeys(section.node for section in found if section.node))
+            options["--help WHAT"] = f"{left} more keys: all, {f'one section ({nodes}), ' if nodes else ''}or one key"
+    usage = f"usage: smalti {verb} [--config FILE ...] [key=value ...] [--help [WHAT]]"
+    about = [line for part in (description or "").split("\n\n") for line in wrap(" ".join(part.split()), width())]
+    commands = [wrap(f"smalti {verb} {example}", width() - 8) for example in cls.examples]
+    examples = ["  " + " \\\n      ".join(lines) for lines in commands]  # lines that a shell joins
+    parts = [[usage], about, ["examples", *examples], table_of(shown), ["more", *wrap_rows(list(options.items()))]]
+    return "\n\n".join("\n".join(part) for part in parts)
 
 
-def all_page(cls: type[Config], verb: str, description: str | None, known: Known) -> str:
-    """The grammar and every key; of nodes whose kind was given, only those of that kind."""
-    unique: list[Section] = []
-    for section in sections(cls, known.values, lambda node: is_given(node, known), known.later):
-        if section.rows and section not in unique:  # quantizers come back with every tokenizer that takes them
-            unique.append(section)
-    page = [*introduction(verb, description), *listed(OPTIONS, width()), "", *table_of(unique)]
-    return "\n".join([*page, *examples(cls, verb)])
+def rows_of(found: Iterable[Section]) -> list[Row]:
+    """All rows of sections."""
+    return [row for section in found for row in section.rows]
 
 
-def topic_page(cls: type[Config], verb: str, known: Known, topic: str) -> str:
+def choose_often(cls: type[Config], found: list[Section], given: set[str]) -> list[Section]:
+    """The keys that people change, and of a model whose node is given all that it has itself."""
+    rows = {row.key: row for row in rows_of(found)}
+    often = [rows[key] for key in cls.often.split() if key in rows]
+    often = often or rows_of(section for section in found if not section.node)
+    return [Section(rows=tuple(often)), *(section for section in found if section.kind and section.node in given)]
+
+
+def choose_topic(found: list[Section], topic: str) -> list[Section]:
     """The keys at and below a section, or one key. Raises `UserError` with the nearest there is."""
-    found = present(cls, known)
-    chosen = [section for section in found if f"{section.node}.".startswith(f"{topic}.")]
-    if not chosen:
-        chosen = [Section("", [row for section in found for row in section.rows if row.key == topic])]
-    if not chosen[0].rows:
-        raise UserError(f"--help {topic}: no such section or key of {verb}; {nearest(cls, found, topic, verb)}")
-    return "\n".join(table_of(chosen))
+    below = [section for section in found if f"{section.node}.".startswith(f"{topic}.")]
+    one = [row for row in rows_of(found) if row.key == topic]
+    if not below and not one:
+        nodes = list(dict.fromkeys(section.node for section in found if section.node))
+        hint = did_you_mean(
+            topic, [*nodes, *(row.key for row in rows_of(found))], f"there are {', '.join([*nodes, ALL])}"
+        )
+        raise UserError(f"--help {topic}: no such section or key; {hint}")
+    return below or [Section(rows=tuple(one))]
 
 
-def nearest(cls: type[Config], found: list[Section], topic: str, verb: str) -> str:
-    """What was probably meant: sections, keys, or a kind; or which sections there are."""
-    nodes = list(dict.fromkeys(section.node for section in found if section.node))
-    keys = list(dict.fromkeys([*nodes, *cls.often.split(), *(row.key for section in found for row in section.rows)]))
-    kinds = {
-        f"{section.node}.kind={kind} --help {section.node}": kind
-        for section in sections(cls, {}, every_kind)
-        if (kind := section.title.partition(":")[0].partition(".kind=")[2])
-    }
-    last = [key for key in keys if key.split(".")[-1] == topic.split(".")[-1]]
-    last += [command for command, kind in kinds.items() if kind == topic]
-    if near := last[:2] or difflib.get_close_matches(topic, keys, 1, 0.6):
-        return f"did you mean {' or '.join(map(repr, near))}?"
-    return f"there are {', '.join([*nodes, ALL])}" if nodes else f"`smalti {verb} --help all` lists the keys"
+def shorten(found: Iterable[Section]) -> list[Section]:
+    """Drop a section that comes twice, as that of a quantizer does with every tokenizer that takes one, and a long
+    sentence that another kind has had."""
+    shown: list[Section] = []
+    seen: set[str] = set()
+    for section in dict.fromkeys(found):
+        rows = [row._replace(sentence="as above") if row.sentence in seen else row for row in section.rows]
+        seen |= {row.sentence for row in rows if section.kind and len(row.sentence) > 40}
+        shown.append(section._replace(rows=tuple(rows)))
+    return shown
 
 
-# Their parts --------------------------------------------------------------------------------------
+def table_of(shown: list[Section]) -> list[str]:
+    """Sections below each other, each in columns of its own."""
+    lines: list[str] = []
+    for section in shown:
+        head = [] if lines else [("key", "type", "default", "")]
+        lines += ["", *wrap(section.title, width())] if section.title else []
+        lines += wrap_rows([*head, *section.rows])
+    return lines
 
 
-def introduction(verb: str, description: str | None) -> list[str]:
-    """How the verb is called, and what it does."""
-    usage = f"smalti {verb} [--config FILE ...] [key=value ...] [--help [WHAT]]"
-    about = [line for part in (description or "").split("\n\n") for line in wrapped(" ".join(part.split()), width())]
-    first, *rest = wrapped(usage, width() - 7)
-    return [f"{heading('usage:')} {first}", *(f"       {line}" for line in rest), "", *about, ""]
+# Keys ---------------------------------------------------------------------------------------------
 
 
-def examples(cls: type[Config], verb: str) -> list[str]:
-    """Command lines that can be pasted; one that is too long goes on in the next line."""
-    lines = [line for example in cls.examples for line in pasted(f"smalti {verb} {example}".rstrip(), width() - 2)]
-    return [heading("examples" if len(cls.examples) > 1 else "example"), *(f"  {line}" for line in lines)]
+def sections(
+    cls: type[Settings],
+    values: Data,
+    node: str = "",
+    kind: str = "",
+    sentence: str = "",
+    *,
+    owner: str = "",
+    families: tuple[str, ...] = (),
+) -> Iterator[Section]:
+    """The keys of a configuration, those of each nested one in a section of its own.
 
-
-def pasted(command: str, columns: int) -> list[str]:
-    r"""A command in lines that a shell takes for one, each but the last ended by `\`."""
-    lines = [""]
-    for word in shlex.split(command):
-        text = word if shlex.quote(word) == word or "=" in word and " " not in word else shlex.quote(word)
-        if lines[-1] and len(lines[-1]) + len(text) + 3 > columns:
-            lines[-1] += " \\"
-            lines.append("    " + text)
+    values: what takes the place of defaults; of a node in it, only the keys of its kind are listed. node, kind and
+    sentence are of the first section. owner: what to call a default that only a model knows. families: those of the
+    nodes around, whose members are not listed again.
+    """
+    rows: list[Row] = []
+    nested: list[Section] = []
+    for name, field in cls.model_fields.items():
+        if name == "kind" and issubclass(cls, Choices):
+            continue  # the node has a row for it
+        key, about, models = f"{node}.{name}".lstrip("."), field.description or "", nested_models(field)
+        default = to_plain(field.get_default(call_default_factory=True))
+        value = values.get(name, default)
+        below = value if isinstance(value, dict) else {}
+        family, of = find_mark(field, Node), find_mark(field, Of)
+        whose = f"{of.name}'s" if of else owner
+        if family is not None:
+            chosen = below.get("kind", "null" if default is None else "required")
+            row = Row(f"{key}.kind", "kind", str(chosen), f"{about}: {', '.join(models)}")
+            if families:
+                rows.append(row)
+            else:
+                nested.append(Section(key, "", about, (row,)))
+            for member, model in models.items() if family.family not in families else ():
+                if name not in values or member == chosen:
+                    inner, first_line = below if member == chosen else {}, (model.__doc__ or "").strip().split("\n")[0]
+                    around = (*families, family.family)
+                    nested += sections(model, inner, key, member, first_line, owner=whose, families=around)
+        elif models:
+            inner = values.get(name, {}) if whose else below
+            nested += sections(models[""], inner, key, "", about, owner=whose, families=families)
         else:
-            lines[-1] = f"{lines[-1]} {text}".strip() if len(lines) == 1 else f"{lines[-1]} {text}"
-    return lines
+            default_text = whose if whose and name not in values else describe_default(value)
+            rows.append(Row(key, describe_type(field), default_text, about))
+    if rows:
+        yield Section(node, kind, sentence, tuple(rows))
+    yield from nested
 
 
-def table_of(found: list[Section]) -> list[str]:
-    """Sections below each other, in one table as wide as the terminal."""
-    rows: list[Row] = [row for section in found for row in section.rows]
-    widths = widths_of(rows)
-    lines = [heading(line) for line in row_lines(("key", "type", "default", ""), widths)]
-    for section in found:
-        if section.title:
-            lines += ["", *(heading(line) for line in wrapped(section.title, width()))]
-        lines += [line for row in section.rows for line in row_lines(row.cells, widths)]
-    return lines
+@cache
+def keys_of(cls: type[Settings]) -> list[str]:
+    """Every section and key of a verb."""
+    found = list(sections(cls, {}))
+    nodes, rows = [section.node for section in found], [row for section in found for row in section.rows]
+    return list(dict.fromkeys(filter(None, [*nodes, *(row.key for row in rows)])))
 
 
-def widths_of(rows: list[Row]) -> list[int]:
-    """Of the columns; the sentence has the rest."""
-    widths = []
-    for column, (most, title) in enumerate(zip(CAPS, ("key", "type", "default"), strict=True)):
-        widths.append(min(most, max([len(title), *(len(row[column]) for row in rows)])))
-    return [*widths, width() - sum(widths) - 2 * len(widths) - 2]
+def describe_type(field: FieldInfo) -> str:
+    """The type and range of a key: `int >= 1 or null`, `[float, float]`, `a | b`; null goes without saying where it is
+    the default."""
+    text = type_text(field.annotation, range_text(field.metadata))
+    return text.removesuffix(" or null") if field.default is None else text
 
 
-# What a page is of --------------------------------------------------------------------------------
+def type_text(hint: Any, limits: str = "") -> str:
+    """An annotation as people read it."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        marks = [mark for part in parts[1:] for mark in (part.metadata if isinstance(part, FieldInfo) else [part])]
+        return type_text(parts[0], range_text(marks) or limits)
+    if origin in (Union, types.UnionType):
+        texts = [type_text(part, limits) for part in parts if part is not type(None)]
+        return " or ".join(texts + ["null"] * (type(None) in parts))
+    if origin is Literal:
+        return " | ".join(map(str, parts))
+    if origin in (tuple, list):
+        inside = [*parts, Ellipsis] if origin is list else parts
+        return f"[{', '.join('...' if part is Ellipsis else type_text(part, limits) for part in inside)}]"
+    return ("text" if hint is str else getattr(hint, "__name__", str(hint))) + limits
 
 
-def present(cls: type[Config], known: Known) -> list[Section]:
-    """The sections of a configuration as it is, of every node only its kind."""
-    return [section for section in sections(cls, known.values, lambda _: True, known.later) if section.rows]
+def range_text(marks: Iterable[Any]) -> str:
+    """The bounds among the marks of a type: ` 1..8`, ` > 0, < 1` or nothing."""
+    bounds = {name: getattr(mark, name) for mark in marks for name in SIGNS if hasattr(mark, name)}
+    if set(bounds) == {"ge", "le"}:
+        return f" {show_number(bounds['ge'])}..{show_number(bounds['le'])}"
+    return ",".join(f" {SIGNS[name]} {show_number(bound)}" for name, bound in bounds.items())
 
 
-def is_given(node: str, known: Known) -> bool:
-    """Whether the command line says something of a node."""
-    value: Any = known.given
-    for part in node.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value is not None
-
-
-def is_model(section: Section) -> bool:
-    """Whether a section is of the settings of a kind, and lies in no other's."""
-    return "." not in section.node and section.title.startswith(f"{section.node}.kind=")
+def describe_default(value: Any) -> str:
+    """A default, where text needs no quotes."""
+    if value is PydanticUndefined:
+        return "required"
+    return value if isinstance(value, str) and value else show_value(value)

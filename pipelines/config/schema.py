@@ -1,9 +1,4 @@
-"""One grammar for every verb: YAML files and key=value become a checked, frozen configuration.
-
-    smalti VERB --config a.yaml --config b.yaml train.lr=1e-3 model.kind=gpt
-
-Files merge left to right, then overrides do; a node whose `kind` changes is replaced rather than mixed.
-"""
+"""What a configuration is: a frozen model with a description of each key, and the marks that say what a type cannot."""
 
 from __future__ import annotations
 
@@ -22,7 +17,7 @@ C = TypeVar("C", bound="Config")
 
 
 class Config(Settings):
-    """Base of every verb's configuration, and what its help shows first."""
+    """Base of every verb's configuration, and what its help page begins with."""
 
     examples: ClassVar[tuple[str, ...]] = ()
     """Command lines, without `smalti` and the verb."""
@@ -38,21 +33,20 @@ class OutputConfig(Config):
 
 @dataclass(frozen=True)
 class Of:
-    """Marks settings whose defaults come from the model that the key `name` names: `Of("tokenizer")`."""
+    """Mark settings whose defaults come from the model that the key `name` names: `Of("tokenizer")`."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Within:
-    """Marks a text that names a folder which holds the file `holds`: `Within("tokenizer", "config.json")`. A folder
-    that has such a folder of this `name` inside, as the run that made it, stands for it too, whatever else is there: a
-    run has a `config.json` of its own."""
+    """Mark a text that names a folder with the file `holds`: `Within("tokenizer", "config.json")`. A folder with such a
+    folder of this `name` inside, as the run that made it, stands for it, even if it has a file `holds` of its own."""
 
     name: str
     holds: str
 
-    def found(self, value: Any) -> Any:
+    def resolve(self, value: Any) -> Any:
         """`value`, or the folder inside of it that is meant."""
         if not isinstance(value, str) or not value:
             return value
@@ -60,15 +54,15 @@ class Within:
         return str(inner) if (inner / self.holds).is_file() else value
 
 
-def as_meant(cls: type[Config], data: Data) -> Data:
-    """`data`, in which runs that are named stand for what is in them, and the kind of a node for the node."""
-    found = dict(data)
+def resolve_short_forms(cls: type[Config], data: Data) -> Data:
+    """Replace a run by the folder in it that is meant, and the kind of a node by the node."""
+    resolved = dict(data)
     for name, field in cls.model_fields.items():
         if name in data and (within := find_mark(field, Within)):
-            found[name] = within.found(data[name])
+            resolved[name] = within.resolve(data[name])
         elif isinstance(data.get(name), str) and find_mark(field, Node) is not None:
-            found[name] = {"kind": data[name]}
-    return found
+            resolved[name] = {"kind": data[name]}
+    return resolved
 
 
 def to_yaml(config: BaseModel) -> str:
@@ -85,6 +79,6 @@ def difference(old: Data, new: Data, prefix: str = "") -> list[str]:
             lines += difference(before, after, f"{prefix}{key}.")
         elif key not in old or key not in new or to_plain(before) != to_plain(after):  # a tuple equals a list
             sides = (show_value(side[key]) if key in side else "(absent)" for side in (old, new))
-            name = f"{prefix}{key}"  # maybe of a file that is damaged
+            name = f"{prefix}{key}"  # perhaps from a damaged file
             lines.append(f"{name if name.isprintable() and len(name) < 100 else quote(name)}: {' -> '.join(sides)}")
     return lines

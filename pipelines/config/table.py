@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 GAP = "  "
-NARROW = 30  # columns of a sentence, below which it stands below its row
 
 
 def table(rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> str:
@@ -24,33 +24,27 @@ def table(rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> str:
     return "\n".join(lines)
 
 
-def wrapped(text: str, columns: int) -> list[str]:
-    """The lines of a text; words stay whole, also those with a hyphen in them and those that are too long."""
-    return textwrap.wrap(text, columns, break_long_words=False, break_on_hyphens=False)
+def width() -> int:
+    """The columns to write into: those of the terminal, at most 100."""
+    return min(100, shutil.get_terminal_size((100, 24)).columns)
 
 
-def listed(rows: Iterable[Sequence[str]], columns: int, least: int = 0) -> list[str]:
-    """Pairs of a name and a sentence, in so many columns, of which names have at least so many."""
-    pairs = list(rows)
-    longest = max((least, *(len(name) for name, _ in pairs)))
-    return [line for pair in pairs for line in row_lines(pair, [longest, columns - longest - 4])]
+def wrap(text: str, columns: int) -> list[str]:
+    """The lines of a text, whose words with hyphens stay whole."""
+    return textwrap.wrap(text, columns, break_on_hyphens=False)
 
 
-def row_lines(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """The lines of one row, every cell wrapped to its column; the last is a sentence. It begins on a line of its own
-    where a word of another cell is wider than its column, and stands below the whole row where it has too little room.
-    """
-    *first, sentence = cells
-    *narrow, room = widths
-    if room < NARROW:
-        whole = sum(widths) + len(GAP) * len(narrow)
-        line = GAP.join(cell.ljust(size) for cell, size in zip(first, narrow, strict=True)).rstrip()
-        top, *rest = [line] if len(line) <= whole else wrapped(GAP.join(first), whole - 4)
-        return [f"  {top}", *(f"      {text}" for text in [*rest, *wrapped(sentence, whole - 4)])]
-    columns = [wrapped(cell, size) or [""] for cell, size in zip(first, narrow, strict=True)]
-    overflows = any(len(line) > size for column, size in zip(columns, narrow, strict=True) for line in column)
-    below = wrapped(sentence, room) if overflows else []
-    lines = zip_longest(*columns, [] if overflows else wrapped(sentence, room), fillvalue="")
-    found = [GAP.join(text.ljust(size) for text, size in zip(line, widths, strict=True)).rstrip() for line in lines]
-    start = sum(narrow) + len(GAP) * len(narrow)
-    return [f"  {line}" for line in [*found, *(" " * start + line for line in below)]]
+def wrap_rows(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of rows that end with a sentence, every cell wrapped to its column. The first column is as wide as its
+    widest cell, the sentence has what the others leave, and those between leave it 30 characters where they can."""
+    first, *between = [max(map(len, cells)) for cells in list(zip(*rows, strict=True))[:-1]]
+    room = width() - len(GAP) - first - len(GAP)
+    most = min(20, max(12, (room - 30) // max(1, len(between)) - len(GAP)))
+    widths = [first, *(min(most, size) for size in between)]
+    widths.append(max(24, room - sum(size + len(GAP) for size in widths[1:])))
+    lines = []
+    for row in rows:
+        columns = [wrap(cell, size) for cell, size in zip(row, widths, strict=True)]
+        for line in zip_longest(*columns, fillvalue=""):
+            lines.append(GAP + GAP.join(map(str.ljust, line, widths)).rstrip())
+    return lines

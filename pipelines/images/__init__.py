@@ -1,6 +1,6 @@
 """Image data sets: finds, decodes, splits and augments images."""
 
 from .dataset import DataConfig, ImageDataset, Splits, check_shape, load_images
-from .decoding import to_float, to_uint8
+from .pictures import to_float, to_uint8
 
 __all__ = ["DataConfig", "ImageDataset", "Splits", "check_shape", "load_images", "to_float", "to_uint8"]

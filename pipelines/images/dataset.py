@@ -8,6 +8,7 @@ read in sequence instead (`streaming`).
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import os
@@ -15,7 +16,7 @@ import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -25,14 +26,17 @@ from torch import Tensor
 
 from tokenizer.files import PathError, one_line, quote
 
-from ..config import Config, UserError, is_first_process
-from ..config.terminal import tell
+from ..config import Config, UserError, is_first_process, tell
 from ..files import replace_file
 from ..shuffling import positions_of, samples_of, splitmix64
 from . import tables
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
-from .decoding import IMAGE, LABEL, BadImage, Decoded, Rows, SplitRows, decode_all, decode_in_threads, to_float
+from .decoding import CHUNK, IMAGE, LABEL, BadImage, Decoded, Rows, SplitRows, decode_all, decode_in_threads
 from .folder import holds_files, open_folder
+from .pictures import to_float
+
+if TYPE_CHECKING:
+    from ..processes.group import ProcessGroup
 
 Side = Annotated[int, Field(ge=4, le=4096)]
 Indices = Sequence[int] | NDArray[np.int64] | Tensor
@@ -125,14 +129,14 @@ class DataConfig(Config):
 # Loading
 
 
-def load_images(config: DataConfig, *, together: bool = False, stream: bool = False) -> Splits:
+def load_images(config: DataConfig, *, together: bool = False, stream: bool = False, check: bool = True) -> Splits:
     """Find the source, decode every image once and return its splits.
 
     together: all processes that were launched are here, each of which then decodes a share of what memory cannot keep.
     stream: with `data.streaming`, the images to train on come in sequence, as `StreamedImages`, and not the first 2,000
-    of them in any order. Raises `UserError` for a source that is missing, empty or lacks a split, for labels that are
-    missing or negative, and for images that cannot be decoded (with `on_error=skip`, only if there are more than
-    `max_bad_fraction`).
+    of them in any order. check: False decodes no image before it is asked for, unless bad ones are to be left out.
+    Raises `UserError` for a source that is missing, empty or lacks a split, for labels that are missing or negative,
+    and for images that cannot be decoded (with `on_error=skip`, only if there are more than `max_bad_fraction`).
     """
     streamed: ImageDataset | None = None
     if is_stream(config):
@@ -147,10 +151,10 @@ def load_images(config: DataConfig, *, together: bool = False, stream: bool = Fa
     labels = dict(zip(opened, numbered, strict=True))
     decoded, room = dict[str, Decoded](), config.cache_mb * 2**20
     for name, (rows, positions) in parts.items():
-        if config.streaming and streamed is None and config.on_error == "fail":
+        if streamed is None and (config.streaming or not check) and config.on_error == "fail":
             decoded[name] = Decoded(positions, None, [])
         else:
-            decoded[name] = decode_all(rows, positions, config.image_shape, room, together)
+            decoded[name] = decode_all(rows, positions, config.image_shape, room if check else 0, together)
         room -= part.nbytes if (part := decoded[name].pixels) is not None else 0
     check_bad([(part.bad, len(parts[name][1])) for name, part in decoded.items()], config)
     datasets = dict[str, ImageDataset]()
@@ -241,6 +245,14 @@ class ImageDataset:
                     one_line(f"{self._rows.name(row)}: {image} (data.on_error=skip leaves such images out)")
                 )
         return torch.from_numpy(np.stack(images)) if images else torch.empty((0, *self.image_shape), dtype=torch.uint8)
+
+    def preload(self, rows: Tensor, group: ProcessGroup) -> ImageDataset:
+        """The images at `rows` `(n,)` as a data set in memory: each is decoded by one process, and held by all."""
+        parts = group.map(lambda part: self.pixels(part).numpy(), rows.split(CHUNK))
+        found = copy.copy(self)
+        found.labels = None if self.labels is None else self.labels[rows]
+        found._positions, found._pixels = self._positions[rows.numpy()], torch.from_numpy(np.concatenate(parts))
+        return found
 
     def batch(self, indices: Indices, *, seed: int = 0, epoch: int = 0, augment: bool = False) -> Tensor:
         """Return images as float32 (B, C, H, W) in [-1, 1]. Augmentation depends on (seed, epoch, index) alone."""

@@ -216,13 +216,3 @@ def flatten(image: Image.Image) -> Image.Image:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image
-
-
-def to_float(pixels: Tensor) -> Tensor:
-    """uint8 of any shape as float32 in [-1, 1]."""
-    return pixels.float().div_(127.5).sub_(1)  # in place: less than half the time
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """The exact inverse of `to_float`; other floats are clamped to [-1, 1] and rounded."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizer.files import one_line
 
-from ..config import UserError, is_first_process
-from ..config.terminal import tell
+from ..config import UserError, is_first_process, tell
 from .decoding import LABEL, Payload, Rows, SplitRows
 
 if TYPE_CHECKING:

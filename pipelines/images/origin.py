@@ -10,6 +10,8 @@ LOCAL = "(a folder of whoever trained this: give data.source)"
 """Replaces a folder in what is uploaded. Loading images from it fails with a message that no such folder exists."""
 FOLDER = "a local folder of images"
 HUB_NAME = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
+TOKENS = "tokens"
+"""In provenance, where the token dataset is that a prior was trained on: of no use elsewhere."""
 REMARK = "("  # begins a text in place of a source, which says why there is none
 
 
@@ -50,7 +52,7 @@ def shareable(facts: dict[str, Any]) -> dict[str, Any]:
 
     def shared(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
-            return {name: shared(inner, name) for name, inner in value.items()}
+            return {name: shared(inner, name) for name, inner in value.items() if name != TOKENS}
         if isinstance(value, list):
             return [shared(inner) for inner in value]
         if key == "source" and isinstance(value, str):

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from tokenizer.files import one_line
 
-from ..config import UserError, is_first_process
-from ..config.terminal import tell
+from ..config import UserError, is_first_process, tell
 from .augment import draw_changes
 from .dataset import (
     MOST,

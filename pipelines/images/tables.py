@@ -25,8 +25,7 @@ import numpy as np
 
 from tokenizer.files import one_line, quote
 
-from ..config import UserError, is_first_process
-from ..config.terminal import tell
+from ..config import UserError, is_first_process, tell
 from ..shuffling import splitmix64
 from .decoding import IMAGE, LABEL, MAX_FILE, Payload, Rows, SplitRows
 from .folder import SUFFIXES, files_below

@@ -1,111 +1,153 @@
-"""What Inception says of samples and of reconstructions; beside each figure, how it was taken."""
+"""FID, Inception Score and the FID of reconstructions, as the field reports them, under torch-fidelity's weights.
+
+FID: Heusel et al. 2017 (arXiv:1706.08500). Inception Score: Salimans et al. 2016 (arXiv:1606.03498). The network is the
+one of 2015 with TensorFlow's resizing, as in torch-fidelity, and in ADM's evaluator (Dhariwal and Nichol 2021), whose
+reference files hold the mean and the covariance of its 2048 features.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..config import UserError
-from ..images import Splits
-from ..processes.group import ALONE, ProcessGroup
-from .frechet import Moments, distance
-from .inception import SPLITS, WEIGHTS, Inception, inception_score, load_inception, read_reference
-from .quality import LEAST, shuffled
+from ..images import ImageDataset, Splits, to_uint8
+from ..processes.group import ProcessGroup
+from .frechet import Moments, distance, moments_of_parts
+from .quality import AT_A_TIME, LEAST, shuffled
 from .samples import Samples
 
-Figures = dict[str, Any]
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+WEIGHTS = f"weights-inception-2015-12-05-{SHA256[:8]}.pth"
+FEATURES = 2048
 
 
 @dataclass(frozen=True)
-class Ruler:
-    """The network, and what samples are held against: `held_out` images, `train` images, or the `published` moments of
-    a file, which is then the `reference` (its name)."""
+class Inception:
+    """The network, and what samples are compared to: the images `held_out`, those to `train` on, or the `published`
+    moments of a file, whose name is then the `reference`.
 
-    inception: Inception
+    net: 8-bit images `(B, 3, H, W)` -> features `(B, 2048)` and logits without bias `(B, 1008)`.
+    """
+
+    net: Callable[[Tensor], tuple[Tensor, Tensor]]
+    device: torch.device
     reference: str = "held_out"
     published: Moments | None = None
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and logits, on the CPU, of images `(B, C, H, W)` in [-1, 1]. A grey one is repeated three times."""
+        features, logits = self.net(to_uint8(images).expand(-1, 3, -1, -1).to(self.device))
+        return features.cpu(), logits.cpu()
+
+    def moments(
+        self,
+        images: ImageDataset,
+        group: ProcessGroup,
+        *,
+        count: int | None = None,
+        through: Callable[[Tensor], Tensor] = lambda batch: batch,
+    ) -> Moments:
+        """Moments of the features of `count` images of a data set, or all, or of what `through` makes of them."""
+        rows = torch.arange(len(images)) if count is None else shuffled(len(images))[:count]
+        return moments_of_parts(lambda part: self(through(images.batch(part)))[0], rows.split(AT_A_TIME), group)
 
     def figures(
         self,
         images: Splits,
         reconstruct: Callable[[Tensor], Tensor],
         samples: Samples | None,
-        group: ProcessGroup = ALONE,
-    ) -> Figures:
-        """`rfid` of all held-out images; and of samples, if there are some, `fid` and `inception_score`, beside the FID
-        of real images that were not the reference."""
-        everything = torch.arange(len(images.held_out))
-        real = self.inception.of(images.held_out, everything, group)
-        rebuilt = self.inception.of(images.held_out, everything, group, reconstruct)
-        figures: Figures = {
-            "rfid": distance(rebuilt, real),
-            "rfid_protocol": self.told(f"{real.count:,} held-out images and their reconstructions", images),
-        }
-        if samples is None or samples.count < LEAST:
-            return figures
-        return figures | self.of_samples(images, samples, real, group)
-
-    def of_samples(self, images: Splits, samples: Samples, real: Moments, group: ProcessGroup) -> Figures:
-        """Figures of samples; real: moments of all held-out images."""
-        logits: dict[int, Tensor] = {}
-        drawn = self.inception.moments(samples.parts, samples.images, group, logits)
-        mean, deviation = inception_score(torch.cat(group.map(logits.__getitem__, samples.parts)))
-        parts = f"{samples.count:,} samples in {SPLITS} parts, whose deviation is told"
-        figures: Figures = {
-            "inception_score": mean,
-            "inception_score_deviation": deviation,
-            "inception_score_protocol": self.told(parts, images),
-        }
-        if self.reference == "held_out":
-            return figures | self.against_held_out(images, samples, drawn, group)
-        against, what = self.published, f"mu and sigma of {self.reference}"
-        if against is None:
-            against = self.inception.of(images.train, torch.arange(len(images.train)), group)
-            what = f"all {against.count:,} training images"
-        return figures | {
-            "fid": distance(drawn, against),
-            "fid_protocol": self.told(f"{drawn.count:,} samples against {what}", images),
-            "held_out_fid": distance(real, against),
-        }
-
-    def against_held_out(self, images: Splits, samples: Samples, drawn: Moments, group: ProcessGroup) -> Figures:
-        """FID of samples, whose moments are `drawn`, and of training images, with equally many images on each side."""
+        group: ProcessGroup,
+    ) -> dict[str, Any]:
+        """`rfid` of all held-out images; and of samples, unless there are too few, `fid` and `inception_score`, beside
+        the FID of real images that are not the reference. Each with its protocol."""
         train, held_out = images.train, images.held_out
-        count = min(samples.count, len(train), len(held_out))
-        if count < LEAST:
-            return {}
-        if count < samples.count:
-            parts = [part for part in samples.parts if part < count]
-            drawn = self.inception.moments(parts, lambda part: samples.images(part)[: count - part], group)
-        real = self.inception.of(held_out, shuffled(len(held_out))[:count], group)
-        return {
-            "fid": distance(drawn, real),
-            "fid_protocol": self.told(f"{count:,} samples against {count:,} held-out images", images),
-            "train_fid": distance(self.inception.of(train, shuffled(len(train))[:count], group), real),
+        real = self.moments(held_out, group)
+        figures: dict[str, Any] = {
+            "rfid": distance(self.moments(held_out, group, through=reconstruct), real),
+            "rfid_protocol": f"{len(held_out):,} held-out images and their reconstructions; {WEIGHTS}",
         }
+        equally_many = self.reference == "held_out"
+        count = 0 if samples is None else samples.count
+        if equally_many:
+            count = min(count, len(train), len(held_out))
+        if samples is None or count < LEAST:
+            return figures
+        drawn, score, deviation = self.of_samples(samples, count, group)
+        figures["inception_score"], figures["inception_score_deviation"] = score, deviation
+        figures["inception_score_protocol"] = f"{samples.count:,} samples in 10 parts; {WEIGHTS}"
+        if equally_many:
+            against, what = self.moments(held_out, group, count=count), f"{count:,} held-out images"
+            figures["train_fid"] = distance(self.moments(train, group, count=count), against)
+        elif self.published:
+            against, what = self.published, f"mu and sigma of {self.reference}"
+        else:
+            against, what = self.moments(train, group), f"all {len(train):,} training images"
+        if not equally_many:
+            figures["held_out_fid"] = distance(real, against)
+        figures["fid"] = distance(drawn, against)
+        figures["fid_protocol"] = f"{count:,} samples against {what}; {WEIGHTS}"
+        return figures
 
-    def told(self, what: str, images: Splits) -> str:
-        """How a figure was taken."""
-        height, width = images.held_out.image_shape[1:]
-        return f"{what}; 8-bit images of {height} x {width}, resized to 299 x 299 as TensorFlow 1 does; {WEIGHTS}"
+    def of_samples(self, samples: Samples, count: int, group: ProcessGroup) -> tuple[Moments, float, float]:
+        """Moments of the first `count` samples, and the Inception Score of all, mean and deviation over ten parts."""
+        from torch_fidelity.metric_isc import isc_features_to_metric
+
+        logits: dict[int, Tensor] = {}
+
+        def features(part: int) -> Tensor:
+            found, logits[part] = self(samples.images(part))
+            return found[: max(0, count - part)]
+
+        drawn = moments_of_parts(features, samples.parts, group)
+        score = isc_features_to_metric(torch.cat(group.map(logits.__getitem__, samples.parts)))
+        return drawn, score["inception_score_mean"], score["inception_score_std"]
 
 
-def make_ruler(weights: str | None, reference: str, device: torch.device) -> Ruler | None:
-    """The ruler that was asked for, or None. Raises `UserError` for files that are not what they should be."""
+def load_inception(weights: str | None, reference: str, device: torch.device) -> Inception | None:
+    """The network with torch-fidelity's weights in a local file, None without one. Raises `UserError` for another file
+    (FID is the distance under these weights alone, and torch-fidelity unpickles it), and for a bad `reference`."""
     known = reference in ("held_out", "train")
     if not known and not Path(reference).is_file():
         raise UserError(f"reference: {reference!r} is neither held_out, train nor a file")
     if weights is None:
         if reference != "held_out":
-            raise UserError("reference: it is what FID is taken against, which needs inception_weights=FILE")
+            raise UserError("reference: what FID is taken against, which needs inception_weights=FILE")
         return None
-    if known:
-        return Ruler(load_inception(weights, device), reference)
-    published, digest = read_reference(Path(reference))
-    name = f"{Path(reference).name} (sha256 of both {digest}...)"
-    return Ruler(load_inception(weights, device), name, published)
+    published = None if known else read_moments(Path(reference))
+    if not Path(weights).is_file():
+        raise UserError(f"inception_weights: there is no file {weights}")
+    if find_spec("torch_fidelity") is None:
+        raise UserError('inception_weights: FID needs torch-fidelity: pip install "smalti[evaluate]"')
+    with open(weights, "rb") as file:
+        if (found := hashlib.file_digest(file, "sha256").hexdigest()) != SHA256:
+            raise UserError(f"inception_weights: {weights} is not {WEIGHTS} (its sha256 begins with {found[:8]})")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], weights)
+    return Inception(net.to(device), device, reference if known else Path(reference).name, published)
+
+
+def read_moments(path: Path) -> Moments:
+    """`mu` and `sigma` of a `.npz` such as ADM's. Raises `UserError` for what is not the moments of 2048 features."""
+    try:
+        with np.load(path) as arrays:
+            mean, covariance = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
+    except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"reference: {path}: no readable mu and sigma ({error})") from error
+    if mean.shape != (FEATURES,) or covariance.shape != (FEATURES, FEATURES):
+        raise UserError(f"reference: {path}: mu and sigma should have {FEATURES} features, are {mean.shape}")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all() and np.allclose(covariance, covariance.T)):
+        raise UserError(f"reference: {path}: mu and sigma should be finite, and sigma symmetric")
+    return Moments(torch.from_numpy(mean), torch.from_numpy(covariance))

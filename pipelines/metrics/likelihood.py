@@ -16,14 +16,11 @@ from ..images import ImageDataset
 from ..processes.group import ALONE, ProcessGroup
 from ..shuffling import spread
 from ..tokens import TokenSplit
-from .quality import shuffled
 from .reconstruction import images_at_a_time
 
 EVALUATED_ROWS = 2000  # at most, by training; `smalti evaluate` looks at all that are held out
 EVALUATED_TOKENS = 1 << 24  # in all passes together, at most, by training, of a prior that takes several for a row
 TABLE = 1 << 26  # numbers, 256 MiB of float32, that the table of `Marginal` may have
-FEW = 256  # held-out images that are scored in several orders
-ORDERS = 8
 LOGITS = 1 << 28  # numbers, 1 GiB of float32, that an evaluation makes at a time at most
 
 
@@ -75,10 +72,9 @@ def evaluate_likelihood(
     num_orders: int,
     group: ProcessGroup = ALONE,
 ) -> dict[str, Any]:
-    """Bits per token of the prior on held-out images, whose tokens are `test`, beside those of `Marginal` fitted to the
-    training images' tokens; bits per dim, where the decoder has a likelihood; and what the order has to do with it,
-    where the prior takes any. All of a prior that has classes is given the class of each image, but for
-    `unconditional_bits_per_token`."""
+    """Bits per token of the prior on held-out images, whose tokens are `test`, beside those of `Marginal` fitted to
+    tokens of training images; and bits per dim, where the decoder has a likelihood. All of a prior that has classes is
+    given the class of each image, except `unconditional_bits_per_token`."""
     grid = prior.grid
     unlabelled = TokenSplit(test.tokens, None)
     known = test if prior.num_classes else unlabelled
@@ -89,7 +85,6 @@ def evaluate_likelihood(
         **evaluate_marginal(prior, train, known, group),
         "uniform_bits_per_token": math.log2(grid.vocab_size),
         **evaluate_bits(tokenizer, held_out, test, nats, group),
-        **(evaluate_orders(prior, known, group) if prior.any_order else {}),
     }
 
 
@@ -101,19 +96,21 @@ def classes_of_table(grid: TokenGrid, classes: int) -> int | None:
 
 def evaluate_marginal(prior: Prior, train: TokenSplit, test: TokenSplit, group: ProcessGroup = ALONE) -> dict[str, Any]:
     """Bits per token of position frequencies, of each class where both have labels. `marginal_note` says where the
-    table of all classes would be too large, and it is without them; nothing is told where even that one is."""
-    grid, labels, found = prior.grid, train.labels, dict[str, Any]()
-    wanted = prior.num_classes if labels is not None else 0
-    classes = classes_of_table(grid, wanted)
+    table of all classes would be too large, and it is without them; no figure where even that one is."""
+    wanted = prior.num_classes if train.labels is not None else 0
+    classes = classes_of_table(prior.grid, wanted)
     if classes is None:
-        return found
-    if classes < wanted:
-        numbers = wanted * len(grid) * grid.vocab_size
-        found["marginal_note"] = f"of all classes together: a table of {wanted} would have {numbers:,} numbers"
-    marginal = Prior.create("marginal", grid=grid, num_classes=classes)
-    marginal.initialize(train.tokens[:], labels if classes else None)
+        return {}
+
+    def fit() -> Prior:
+        marginal = Prior.create("marginal", grid=prior.grid, num_classes=classes)
+        marginal.initialize(cast(Tensor, train.tokens), train.labels if classes else None)
+        return marginal
+
     test = test if classes else TokenSplit(test.tokens, None)
-    return {"marginal_bits_per_token": bits_per_token(marginal, test, group=group), **found}
+    bits = bits_per_token(group.on_main(fit), test, group=group)
+    note = {"marginal_note": "of all classes together"} if classes < wanted else {}
+    return {"marginal_bits_per_token": bits, "marginal_rows": len(train), **note}
 
 
 @torch.inference_mode()
@@ -144,16 +141,3 @@ def evaluate_bits(
         "prior_bits_per_dim": float(prior.mean()),
         "pixel_bits_per_dim": float(decoder.mean()),
     }
-
-
-@torch.inference_mode()
-def evaluate_orders(prior: Prior, test: TokenSplit, group: ProcessGroup = ALONE) -> dict[str, Any]:
-    """How much log p of an image differs from order to order, in nats: its standard deviation over `ORDERS` orders,
-    the mean over a few images."""
-
-    def differ(rows: Tensor) -> Tensor:
-        labels = None if test.labels is None else test.labels[rows].to(prior.device)
-        return prior.order_spread(test.rows(rows).to(prior.device), labels, ORDERS).cpu().double()
-
-    spread = torch.cat(group.map(differ, shuffled(len(test))[:FEW].split(rows_at_a_time(prior.grid))))
-    return {"order_spread": float(spread.mean()), "order_spread_images": len(spread)}

@@ -1,8 +1,6 @@
 """How good samples are: distances between sets of images in a feature space that has a name.
 
-Precision and recall: Kynkaanniemi et al. 2019 (arXiv:1904.06991). Density and coverage: Naeem et al. 2020
-(arXiv:2002.09797). C_T, a test for copying: Meehan et al. 2020 (arXiv:2004.05675). SSIM: Wang et al. 2004 (IEEE TIP
-13(4)).
+Precision and recall: Kynkaanniemi et al. 2019 (arXiv:1904.06991). SSIM: Wang et al. 2004 (IEEE TIP 13(4)).
 
 Each figure depends on the number of images, so both sides have the same number. Beside each figure of the samples
 stands the figure of as many training images: real images that are not the held-out ones.
@@ -10,7 +8,6 @@ stands the figure of as many training images: real images that are not the held-
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -31,8 +28,8 @@ FEATURES = 64
 LONGEST_SIDE = 64  # larger images are averaged down to it, or the classifier would take minutes
 BATCH, LEARNING_RATE, SEED = 128, 4e-3, 0
 AT_A_TIME = 256  # images, or rows
-LEAST = 10  # images on each side; with fewer, a fifth-nearest neighbour says nothing
-MOST_TRAINING = 100_000  # training images among which the nearest is looked for
+LEAST = 10  # images on each side; with fewer, a third-nearest neighbour says nothing
+NEIGHBOURS = 3  # of precision and recall
 
 
 class Classifier(nn.Module):
@@ -91,15 +88,17 @@ def feature_space(
     """A classifier of the training images' labels; random convolutions where there are none, or for no `steps`. Scaled
     so that a feature of training images has variance 1 on average."""
     steps = steps if train.labels is not None and len(train.class_names) > 1 else 0
-    net = group.on_main(lambda: train_classifier(train, steps))
-    some = shuffled(len(train))[:2000]
-    if steps:
+
+    def make() -> tuple[Classifier, str]:
+        net = train_classifier(train, steps)
+        if not steps:
+            return net, f"a small convolutional net with random weights, seed {SEED}"
         epochs = f"{steps} steps ({steps * BATCH / len(train):.1f} epochs) on {source}"
-        origin = f"a small classifier, {epochs}, seed {SEED}, accuracy {accuracy(net, held_out):.1%}"
-    else:
-        origin = f"a small convolutional net with random weights, seed {SEED}"
+        return net, f"a small classifier, {epochs}, seed {SEED}, accuracy {accuracy(net, held_out):.1%}"
+
+    net, origin = group.on_main(make)
     space = FeatureSpace(f"{'classifier' if steps else 'random-conv'}-{FEATURES}", origin, net.features)
-    variance = float(space.of(train, some, group=group).var(0, correction=0).mean())
+    variance = float(space.of(train, shuffled(len(train))[:2000], group=group).var(0, correction=0).mean())
     return replace(space, scale=variance**-0.5 if variance > 0 else 1.0)
 
 
@@ -178,44 +177,22 @@ def nearest_rows(rows: Tensor, others: Tensor, k: int = 1, group: ProcessGroup =
 
 
 def neighbourhoods(real: Tensor, fake: Tensor, group: ProcessGroup = ALONE) -> dict[str, float]:
-    """precision and recall (balls to the third nearest neighbour), density and coverage (to the fifth), of `fake`
-    `(n, d)` against `real` `(n, d)`. Raises `ValueError` unless both have equally many rows, more than five."""
-    if len(real) != len(fake) or len(real) <= 5:
-        raise ValueError(f"needs equally many rows, more than 5 (got {len(real)} and {len(fake)})")
-    radii = nearest_rows(real, real, 6, group)[0]  # the first is the row itself
-    reach = nearest_rows(fake, fake, 4, group)[0][:, 3]
-    return {
-        "precision": float((balls_around(fake, real, radii[:, 3], group) > 0).double().mean()),
-        "recall": float((balls_around(real, fake, reach, group) > 0).double().mean()),
-        "density": float(balls_around(fake, real, radii[:, 5], group).double().mean() / 5),
-        "coverage": float((nearest_rows(real, fake, group=group)[0][:, 0] <= radii[:, 5]).double().mean()),
-    }
+    """precision and recall of `fake` `(n, d)` against `real` `(n, d)`: the share of rows of one set that lie in a ball
+    around a row of the other, which reaches to its third nearest neighbour. Raises `ValueError` for sets of different
+    sizes, and for too few rows."""
+    if len(real) != len(fake) or len(real) <= NEIGHBOURS:
+        raise ValueError(f"needs equally many rows, more than {NEIGHBOURS} (got {len(real)} and {len(fake)})")
+    return {"precision": share_inside(fake, real, group), "recall": share_inside(real, fake, group)}
 
 
-def balls_around(rows: Tensor, centres: Tensor, radii: Tensor, group: ProcessGroup = ALONE) -> Tensor:
-    """How many of the balls hold each row, `(n,)`."""
-    mode = "donot_use_mm_for_euclid_dist"
+def share_inside(rows: Tensor, centres: Tensor, group: ProcessGroup = ALONE) -> float:
+    """The share of `rows` `(n, d)` in a ball around one of `centres` `(m, d)`."""
+    radii = nearest_rows(centres, centres, NEIGHBOURS + 1, group)[0][:, -1]  # the first neighbour is the row itself
 
-    def count(part: Tensor) -> Tensor:
-        return (torch.cdist(part, centres, compute_mode=mode) <= radii).sum(1)
+    def inside(part: Tensor) -> Tensor:
+        return (torch.cdist(part, centres, compute_mode="donot_use_mm_for_euclid_dist") <= radii).any(1)
 
-    return torch.cat(group.map(count, rows.split(AT_A_TIME)))
-
-
-def copying(samples: Tensor, held_out: Tensor) -> dict[str, float]:
-    """Whether samples are nearer to training images than images never seen are, from the distances `(n,)` and `(m,)` to
-    the nearest one. nearest_ratio: of the medians. nearest_share: of samples nearer than 99 % of held-out images, 0.01
-    if they are alike. copying_z: the Mann-Whitney statistic as a z-score (C_T with one cell); far below 0 is copying,
-    far above is unlike the data."""
-    n, m = len(samples), len(held_out)
-    known = held_out.sort().values
-    sides = [torch.searchsorted(known, samples, right=right).double().sum() for right in (False, True)]
-    wins = float(sides[0] + sides[1]) / 2  # a tie is half a win
-    return {
-        "nearest_ratio": float(samples.median() / held_out.median().clamp(min=1e-12)),
-        "nearest_share": float((samples < held_out.quantile(0.01)).double().mean()),
-        "copying_z": (wins - m * n / 2) / math.sqrt(m * n * (m + n + 1) / 12),
-    }
+    return float(torch.cat(group.map(inside, rows.split(AT_A_TIME))).double().mean())
 
 
 # All of it ----------------------------------------------------------------------------------------
@@ -233,23 +210,21 @@ def compare(
     them, the likeliest copies first, with the positions of the training images nearest to them, `(n,)` each.
 
     Held-out images are compared to samples, to training images (prefix `train_`: what a perfect model reaches) and to
-    reconstructions of training images (`reconstruction_`: what a perfect prior reaches with this tokenizer). A decoder
-    blurs, which alone brings images nearer to others: hence also the copying of held-out images' reconstructions.
+    reconstructions of training images (`reconstruction_`: what a perfect prior reaches with this tokenizer). Samples
+    that are much nearer to training images than held-out images are may be copies.
     """
     count = len(drawn)
-    seen, unseen = shuffled(len(train))[:MOST_TRAINING], shuffled(len(held_out))[:count]
+    seen, unseen = shuffled(len(train)), shuffled(len(held_out))[:count]
     known, real = space.of(train, seen, group=group), space.of(held_out, unseen, group=group)
     sets = {"": drawn, "train_": known[:count], "reconstruction_": space.of(train, seen[:count], reconstruct, group)}
     figures: dict[str, float] = {"num_compared": count}
     for prefix, rows in sets.items():
         found = {"frechet_distance": frechet_distance(rows, real), **neighbourhoods(real, rows, group)}
         figures |= {prefix + name: value for name, value in found.items()}
-    rebuilt = space.of(held_out, unseen, reconstruct, group)
-    distances, indices = nearest_rows(drawn, known, group=group)
-    allowed, again = (nearest_rows(rows, known, group=group)[0][:, 0] for rows in (real, rebuilt))
-    figures |= copying(distances[:, 0], allowed)
-    figures["reconstruction_copying_z"] = copying(again, allowed)["copying_z"]
+    distances, indices = (found[:, 0] for found in nearest_rows(drawn, known, group=group))
+    figures["nearest_distance"] = float(distances.median())
+    figures["held_out_nearest_distance"] = float(nearest_rows(real, known, group=group)[0].median())
     # Plain distances would list the simplest images; a copy is nearer to its original than other originals are.
-    spacing = nearest_rows(known[indices[:, 0]], known, 2, group)[0][:, -1]
-    order = (distances[:, 0] / spacing.clamp(min=1e-12)).argsort(stable=True)
-    return figures, order, seen[indices[order, 0]]
+    spacing = nearest_rows(known[indices], known, 2, group)[0][:, -1]
+    order = (distances / spacing.clamp(min=1e-12)).argsort(stable=True)
+    return figures, order, seen[indices[order]]

@@ -1,8 +1,8 @@
-"""What a tokenizer keeps of images: PSNR, losses, SSIM, texture and codebook figures, and a picture of both."""
+"""What a tokenizer keeps of images: PSNR, losses, SSIM and codebook figures, and a picture of both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,11 +18,9 @@ from ..images.pictures import grid_picture
 from ..processes.group import ALONE, ProcessGroup
 from ..shuffling import spread
 from .quality import ssim
-from .texture import flat_windows, texture_figures
 
 EVALUATED_PIXELS = 1 << 20  # that an evaluation reconstructs at a time at most
 SOME = 2000  # held-out images for the figures that are slow
-Looks = tuple[Tensor, Tensor]
 
 
 def images_at_a_time(image_shape: tuple[int, ...]) -> int:
@@ -34,46 +32,35 @@ def images_at_a_time(image_shape: tuple[int, ...]) -> int:
 def evaluate_reconstruction(
     model: Any, images: ImageDataset, limit: int | None = None, group: ProcessGroup = ALONE, looks: int = 0
 ) -> dict[str, Any]:
-    """Means of PSNR (dB), l1 and l2, and usage and perplexity of the ids, over `limit` images, evenly spread; and over
-    `looks` of these, if any, likewise, the figures of `look_figures`."""
+    """Means of PSNR (dB), l1 and l2, and usage and perplexity of the ids, over `limit` images, evenly spread; and the
+    mean SSIM of `looks` of these, if any, likewise."""
     rows = spread(len(images), limit)
     looked = spread(len(rows), looks)
-    sums: dict[str, float] = {}
     ids = torch.zeros(model.grid.vocab_size, dtype=torch.long, device=model.device)
     size = images_at_a_time(images.image_shape)
 
-    def measure(start: int) -> tuple[dict[str, float], Looks]:
+    def measure(start: int) -> tuple[dict[str, float], Tensor]:
         batch = images.batch(rows[start : start + size]).to(model.device)
         tokens = model.encode(batch)
         decoded = model.decode(tokens).float()  # bfloat16 under autocast
         ids.add_(torch.bincount(tokens.flatten(), minlength=model.grid.vocab_size))
         found = {"psnr": psnr(decoded, batch).mean(), **pixel_losses(decoded, batch)}
-        means = {name: float(value) * len(batch) for name, value in found.items()}
-        return means, looks_of(decoded, batch, start, looked)
+        here = looked[(looked >= start) & (looked < start + len(batch))] - start
+        return {name: float(value) * len(batch) for name, value in found.items()}, ssim_in_bytes(decoded, batch, here)
 
     parts = group.map(measure, range(0, len(rows), size))
-    for part, _ in parts:
-        for name, value in part.items():
-            sums[name] = sums.get(name, 0.0) + value
-    usage = {f"codebook_{name}": float(value) for name, value in codebook_usage(group.total(ids)).items()}
-    means = {name: total / len(rows) for name, total in sums.items()} | usage
-    return means | look_figures([seen for _, seen in parts]) if looks else means
+    figures: dict[str, Any] = {name: sum(sums[name] for sums, _ in parts) / len(rows) for name in parts[0][0]}
+    figures |= {f"codebook_{name}": float(value) for name, value in codebook_usage(group.total(ids)).items()}
+    if looks:
+        figures |= {"ssim": float(torch.cat([found for _, found in parts]).double().mean()), "ssim_images": len(looked)}
+    return figures
 
 
-def looks_of(decoded: Tensor, images: Tensor, start: int, looked: np.ndarray) -> Looks:
-    """SSIM of images and reconstructions, both of 8 bits, `(n,)`, and the flat windows of both. The batch begins at
-    position `start`; looked: the positions that are looked at."""
-    here = torch.from_numpy(looked[(looked >= start) & (looked < start + len(images))] - start)
-    if not len(here):
-        return torch.empty(0), torch.empty(0, 3, dtype=torch.float64)
-    before, after = images.cpu()[here], decoded.float().cpu()[here]
-    return ssim(before, to_float(to_uint8(after))), flat_windows(after, before)
-
-
-def look_figures(parts: Sequence[Looks]) -> dict[str, Any]:
-    """The mean SSIM, of how many images it is, and the figures of `texture`."""
-    alike, windows = (torch.cat(found) for found in zip(*parts, strict=True))
-    return {"ssim": float(alike.double().mean()), "ssim_images": len(alike), **texture_figures(windows)}
+def ssim_in_bytes(decoded: Tensor, images: Tensor, rows: np.ndarray) -> Tensor:
+    """SSIM `(n,)`, on the CPU, of these rows of a batch and its reconstructions, both of 8 bits."""
+    if not len(rows):
+        return torch.empty(0)
+    return ssim(images.cpu()[rows], to_float(to_uint8(decoded.float().cpu()[rows])))
 
 
 def drafts(model: Any) -> list[Callable[[Tensor], Tensor]]:

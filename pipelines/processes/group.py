@@ -15,8 +15,7 @@ from torch import Tensor
 from tokenizer.files import PipelineLoadError
 
 from ..config import UserError
-from ..config.arguments import ReportedElsewhere
-from ..config.command import ProcessFailed
+from ..config.errors import ProcessFailed, ReportedElsewhere
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..config.terminal import by_clause, tell
+from ..config import tell
 from ..processes.launch import float32_advice
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def announce(trainer: Trainer, changes: list[str], reason: str = "") -> None:
         f"parameters, {rows}{validating}, {processes} on {trainer.device}, "
         f"{precision} mixed precision{reason and f' ({reason})'}{', weights sharded' if trainer.sharded else ''}"
     )
-    print(by_clause(line), flush=True)
+    print(line, flush=True)
     has_bf16 = trainer.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if not reason and (line := float32_advice(precision, has_bf16)):
         print(f"{trainer.run}: {line}", flush=True)

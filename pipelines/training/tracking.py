@@ -29,8 +29,7 @@ from pydantic import Field
 
 from tokenizer.files import PathError, PipelineLoadError, fsync, make_folder, read_json
 
-from ..config import Config, UserError
-from ..config.terminal import tell
+from ..config import Config, UserError, tell
 from ..config.yaml_text import write_yaml
 from ..files import replace_file
 from ..images.pictures import save_picture

@@ -31,10 +31,9 @@ from prior.cuda_graph import without_graphs
 from tokenizer.base import in_finest
 from tokenizer.files import PathError
 
-from ..config import UserError
-from ..config.command import Interrupted
+from ..config import UserError, tell
+from ..config.errors import Interrupted
 from ..config.schema import difference
-from ..config.terminal import by_clause, tell
 from ..files import lock_folder
 from ..prefetch import pin_memory, prefetch, to_device_async
 from ..processes.group import ALONE, ProcessGroup
@@ -306,7 +305,7 @@ class Trainer:
         if done:
             self.tracker.finish(self.step, *conclusion(self), artifact_metadata=self.reported)
         if self.main and not self.unsaved:
-            print(by_clause(f"{self.run}: {describe_end(self, done, bool(was_finished))}"), flush=True)
+            print(f"{self.run}: {describe_end(self, done, bool(was_finished))}", flush=True)
 
     def agree_on_progress(self, alone: bool = False) -> float:
         """Return the share of training that is done, by steps or by minutes, whichever is more, and take note of a

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from givens.plans import planned
 from launch import EMA, ROOT, VQVAE, dotted, environment, losses, make_tokens, prior_arguments, train_prior, train_stage
 from small import grid_of
 
+from pipelines.commands import plan
 from pipelines.config.command import parse
 from pipelines.processes.launch import build_accelerator
 from pipelines.train_prior import PriorTask, TrainPriorConfig
@@ -179,7 +179,7 @@ def test_memory_is_what_is_planned(tokens, tmp_path, bf16, card):
     before = torch.cuda.memory_allocated()
     model = {"kind": "gpt", "dim": 1024, "depth": 8, "heads": 16}
     argv = prior_arguments(tmp_path / "run", tokens, model=model, train__batch_size=72)
-    forecast = planned(*argv, "gpus=1")
+    planned = plan.main([*argv, "batches=8,16"])
     config = parse(TrainPriorConfig, argv, verb="train_prior", description="")
     trainer = Trainer(PriorTask(config), config.model_copy(update={"out": str(tmp_path)}), build_accelerator())
     with closing(trainer.batches()) as stream:
@@ -189,7 +189,7 @@ def test_memory_is_what_is_planned(tokens, tmp_path, bf16, card):
         torch.cuda.synchronize()
         found = torch.cuda.max_memory_allocated() - before
     trainer.close()
-    assert found == pytest.approx(sum(forecast.memory["DDP"].values()), rel=0.05)
+    assert found == pytest.approx(planned.memory(72), rel=0.05)
 
 
 @pytest.mark.timeout(900)

@@ -1,6 +1,6 @@
 """`init=PIPELINE`, from whose prior a run of stage two starts, and `objective=cca`, which trains guidance away.
 
-Covers: pipelines/stages/starting.py.
+Covers: pipelines/train_prior.py.
 """
 
 from __future__ import annotations

@@ -19,18 +19,20 @@ from prepared import run_file
 from small_pipelines import make_pipeline
 
 from pipelines import evaluate as evaluation
-from pipelines.metrics import fid, likelihood, quality, reconstruction, samples, texture
-from pipelines.metrics.inception import Inception
+from pipelines.images import dataset
+from pipelines.metrics import fid, likelihood, quality, reconstruction, samples
+from pipelines.metrics.fid import Inception
 from pipelines.processes.group import ProcessGroup
 
 SHAPE = (8, 8)
+REFERENCES = 60  # training images that are decoded, of 96
 CLOCK = "samples_per_second"
 SHARED = {
     "fid",
     "rfid",
     "inception_score",
     "frechet_distance",
-    "order_spread",
+    "marginal_bits_per_token",
     "class_agreement",
     "bits_per_dim",
     "ssim",
@@ -43,12 +45,15 @@ SHARED = {
 def few_at_a_time(out: Path, rank: int) -> None:
     """Small parts, so that there are several for each process; a small network for Inception; and who does how many of
     them is written down."""
-    for owner in (quality, samples, evaluation):
+    for owner in (quality, samples, evaluation, fid):
         owner.AT_A_TIME = 16  # type: ignore[attr-defined]
     samples.DRAWN, likelihood.LOGITS, reconstruction.EVALUATED_PIXELS = 5, 1 << 15, 16 * 64
-    texture.FLAT_RANGE = 255.0  # every window is flat
-    fid.load_inception = lambda weights, device: Inception(as_inception, device)  # type: ignore[assignment]
-    mine, shares = ProcessGroup.mine, []
+    dataset.CHUNK, evaluation.MOST_TRAINING = 8, REFERENCES
+    evaluation.load_inception = lambda weights, reference, device: (  # type: ignore[assignment]
+        Inception(as_inception, device, reference) if weights else None
+    )
+    mine, shares, decode = ProcessGroup.mine, [], dataset.decode_in_threads
+    decoded = out.with_name(f"{out.name}.{rank}.decoded")
 
     def counted(group: ProcessGroup, items: Any) -> Any:
         found = mine(group, items)
@@ -56,7 +61,12 @@ def few_at_a_time(out: Path, rank: int) -> None:
         out.with_name(f"{out.name}.{rank}.json").write_text(json.dumps(shares))
         return found
 
-    ProcessGroup.mine = counted  # type: ignore[method-assign]
+    def noted(payloads: Any, shape: Any) -> Any:
+        with decoded.open("a") as file:
+            file.writelines(f"{payload}\n" for payload in payloads)
+        return decode(payloads, shape)
+
+    ProcessGroup.mine, dataset.decode_in_threads = counted, noted  # type: ignore[method-assign, assignment]
     if rank:  # the first alone trains the classifier, prints and writes
         quality.train_classifier = evaluation.publish = None  # type: ignore[assignment]
 
@@ -83,11 +93,11 @@ def main(folder: Path, world: int) -> None:
     import_once("accelerate", "torchvision.utils")
     (folder / "weights.pth").touch()
     argv = [f"pipeline={folder}/pipeline", "feature_steps=2", "num_images=70", "update_card=false"]
-    argv += [f"inception_weights={folder}/weights.pth", "reference=train"]
+    inception = [f"inception_weights={folder}/weights.pth", "reference=train"]
 
-    def codes_of(name: str, world: int, *hooks: Any, device: str = "auto", seconds: float = 200) -> list[int]:
+    def codes_of(name: str, world: int, *hooks: Any, given: list[str] = inception, seconds: float = 200) -> list[int]:
         """The exit codes, where nobody ends another within so many seconds."""
-        given = [*argv, f"out={folder / name}", f"device={device}"]
+        given = [*argv, f"out={folder / name}", *given]
         attempt = start_verb("evaluate", world, folder / name, given, partial(few_at_a_time, folder / name), *hooks)
         attempt.wait(seconds)
         return attempt.end()
@@ -97,7 +107,8 @@ def main(folder: Path, world: int) -> None:
         "group": codes_of("group", world),
         "fault": codes_of("fault", world, failing),
     }
-    codes["device"] = codes_of("device", world, device="cuda", seconds=0)
+    codes["bounded"] = codes_of("bounded", world, given=[])
+    codes["device"] = codes_of("device", world, given=["device=cuda"], seconds=0)
     (folder / "codes.json").write_text(json.dumps(codes))
 
 
@@ -130,7 +141,6 @@ def test_several_find_what_one_finds(found):
     numbers = {name: value for name, value in expected.items() if isinstance(value, int | float)}
     near = {name: pytest.approx(value, rel=1e-6, abs=1e-9) for name, value in numbers.items()}
     assert figures == {**expected, **near} and set(figures) >= SHARED
-    assert figures["texture_flat_windows"] > 0 and figures["texture_flat"] > figures["texture_grid"] > 0
     for name in ("samples", "reconstructions", "nearest"):
         assert (out / f"{name}.png").read_bytes() == (folder / "alone" / f"{name}.png").read_bytes()
     assert log_of(out).read_text().count("Frechet distance [") == 1
@@ -145,6 +155,15 @@ def test_the_work_is_shared(found):
         assert {items for items, _ in each} == {sum(done for _, done in each)}
         assert max(done for _, done in each) - min(done for _, done in each) <= 1
     assert sum(items for items, _ in shares[0]) > 2 * len(shares[0])
+
+
+def test_each_image_is_decoded_by_one_process_and_most_training_images_by_none(found):
+    folder, world, _ = found
+    mine = [(folder / f"bounded.{rank}.decoded").read_text().splitlines() for rank in range(world)]
+    every = [path for paths in mine for path in paths]
+    assert len(every) == len(set(every)) == REFERENCES + 48
+    assert sum("/train/" in path for path in every) == REFERENCES
+    assert max(map(len, mine)) - min(map(len, mine)) <= 2 * 8  # a part of each split
 
 
 def test_an_error_in_one_process_ends_all(found):

@@ -1,6 +1,6 @@
 """Many images: shared by processes, killed and continued, they are the same bytes; what is wrong is said in a line.
 
-Covers: pipelines/generate.py, pipelines/job.py, pipelines/stages/requests.py.
+Covers: pipelines/generate.py, pipelines/job.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from pipelines.config import UserError
 from pipelines.generate import GenerateConfig, run, write_npz
 from pipelines.images import DataConfig, load_images
 from pipelines.job import work_folder
-from pipelines.stages import requests
 from tokenizer.files import FormatError
 
 FORMS = ["images", "grid.png", "set.npz"]
@@ -43,10 +42,10 @@ LOADED = functools.cache(ImagePipeline.from_pretrained)
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> Path:
-    """A small pipeline of three classes; tests do not write into it."""
+    """A small pipeline of three classes, whose pixels do not depend on the batch; tests do not write into it."""
     folder = tmp_path_factory.mktemp("pipeline") / "pipeline"
     torch.manual_seed(0)
-    make_pipeline(size=SIZE).save_pretrained(folder)
+    make_pipeline("pixels", size=SIZE).save_pretrained(folder)
     return folder
 
 
@@ -99,16 +98,17 @@ def test_any_number_of_processes_writes_the_same_bytes(pipeline, tmp_path, monke
 
 def test_the_images_are_those_of_the_pipeline(pipeline, tmp_path, monkeypatch):
     """Image k of its own seed and class, tokens and pixels, however they are shared."""
-    drawn, real = {}, requests.sample
+    drawn, real = {}, ImagePipeline.__call__
 
-    def sample(pipeline, count, labels, **options):
+    def call(pipeline, count, labels, **options):
         seeds = [generator.initial_seed() for generator in options["generator"]]
         made = real(pipeline, count, labels, **options)
         drawn.update(zip(seeds, made.tokens, strict=True))
         return made
 
-    monkeypatch.setattr(requests, "sample", sample)
+    monkeypatch.setattr(ImagePipeline, "__call__", call)
     together(monkeypatch, 2, config(pipeline, tmp_path / "set.npz", seed=11, labels=["eel", 0], temperature=0.7))
+    monkeypatch.undo()
     expected = ImagePipeline.from_pretrained(pipeline)(20, [2, 0] * 10, seed=11, temperature=0.7, output_type="np")
     assert torch.equal(torch.stack([drawn[seed] for seed in range(11, 31)]), expected.tokens)
     with np.load(tmp_path / "set.npz") as found:

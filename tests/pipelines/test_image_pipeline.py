@@ -1,24 +1,21 @@
-"""Promises of `ImagePipeline`, whatever tokenizer and prior it holds: scoring, completing, types, and a light import.
-
-Covers: pipelines/stages/base.py.
-"""
+"""Promises of `ImagePipeline`, whatever tokenizer and prior it holds: tokens and back, scores, types and parts."""
 
 from __future__ import annotations
+
+import copy
 
 import numpy as np
 import pytest
 import torch
 from small import QUANTIZERS, make_prior, make_tokenizer, quantizer_of
 from small_pipelines import (
-    as_pil,
     every_pair,
     every_prior_pair,
     every_tokenizer,
     make_pipeline,
     pixels_for,
-    placed_pairs,
-    placed_priors,
 )
+from torch._dynamo.testing import CompileCounter
 
 from pipelines import ImagePipeline
 from tokenizer import TokenGrid, Tokenizer
@@ -114,64 +111,45 @@ def test_tokens_out_of_range_are_refused():
         pipe.decode(torch.full((1, 2, 3), 32))
 
 
-# Completing
+# Tokens and back
 
 
-@placed_pairs
-def test_known_pixels_come_back_as_they_were(tokenizer, prior):
-    pipe = make_pipeline(tokenizer, prior)
-    pixels = pixels_for(pipe)
-    known = torch.rand(5, 8, 12) < 0.3
-    known[0], known[1] = True, False
-    made = pipe.complete(pixels, known, 1, seed=3, output_type="pt")
-    assert torch.equal(made.images.movedim(1, -1)[known], (pixels.float() / 127.5 - 1).movedim(1, -1)[known])
-    numbers = pipe.complete(as_pil(pixels), known, 1, seed=3, output_type="np").images
-    assert np.array_equal(numbers[known.numpy()], pixels.movedim(1, -1)[known].numpy())
-    free = pipe(1, 1, seed=4, output_type="pt")  # nothing is known of image 1, whose seed is 3 + 1
-    assert torch.equal(made.tokens[1], free.tokens[0])
-    torch.testing.assert_close(made.images[1], free.images[0])
+@every_tokenizer
+def test_tokens_and_pixels_do_not_depend_on_the_batch(tokenizer):
+    """Pixels by one grey level at most."""
+    pipe = make_pipeline(tokenizer, channels=3)
+    pixels = pixels_for(pipe, 9)
+    tokens = pipe.encode(pixels)
+    images = pipe.decode(tokens, output_type="pt")
+    for size in (1, 4):
+        assert torch.equal(pipe.encode(pixels, batch_size=size), tokens)
+        assert (pipe.decode(tokens, output_type="pt", batch_size=size) - images).abs().max() <= 1 / 127.5
+        made = pipe.reconstruct(pixels, output_type="pt", batch_size=size)
+        assert (made - images).abs().max() <= 1 / 127.5
 
 
-@placed_pairs
-def test_hidden_pixels_do_not_leak(tokenizer, prior):
-    pipe = make_pipeline(tokenizer, prior)
-    pixels = pixels_for(pipe, 8)
-    known = torch.arange(12).expand(8, 12) < 5  # one column of patches and a little more
-    changed = torch.where(known, pixels, 255 - pixels)
-    one, other = (pipe.complete(images, known, seed=0, output_type="np") for images in (pixels, changed))
-    assert torch.equal(one.tokens, other.tokens)
-    assert np.array_equal(one.images, other.images)
-    kept = pipe.tokenizer.known_tokens(known)[0]
-    if tokenizer == "vqvae":  # there is something to leak: its receptive field is wider than a patch
-        assert not torch.equal(pipe.encode(pixels)[:, kept], pipe.encode(changed)[:, kept])
-    elsewhere = torch.where(known, 255 - pixels, pixels)
-    assert not torch.equal(pipe.complete(elsewhere, known, seed=0).tokens[:, kept], one.tokens[:, kept])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda pipe, images, size: pipe.encode(images, batch_size=size),
+        lambda pipe, images, size: pipe.reconstruct(images, batch_size=size),
+        lambda pipe, images, size: pipe.log_prob(images, batch_size=size),
+        lambda pipe, images, size: pipe.conditional_log_prob(images, torch.zeros(8, 12).bool(), batch_size=size),
+    ],
+)
+def test_batches_of_none_are_named(ask):
+    pipe, images = make_pipeline(), torch.zeros(2, 1, 8, 12)
+    for size in (0, 2.5):
+        with pytest.raises(ValueError, match=r"^batch_size must be"):
+            ask(pipe, images, size)
 
 
-@placed_priors
-def test_completions_differ_by_seed_and_not_by_batch(tokenizer, prior):
-    pipe = make_pipeline(tokenizer, prior)
-    pixels = pixels_for(pipe)
-    known = (torch.arange(8) < 4)[:, None].expand(8, 12)
-    made = pipe.complete(pixels, known, seed=0)
-    assert not torch.equal(made.tokens, pipe.complete(pixels, known, seed=1).tokens)
-    assert torch.equal(made.tokens, pipe.complete(pixels, known, seed=0, batch_size=2, progress=False).tokens)
-    assert torch.equal(made.tokens, pipe.complete(pixels, known.expand(5, 8, 12).numpy(), seed=0).tokens)
-
-
-def test_a_tokenizer_of_scales_completes_nothing():
-    pipe = make_pipeline(prior="next_scale")
-    with pytest.raises(ValueError, match=r"^a coarse scale's token belongs to no part of the image, so [^\n]*$"):
-        pipe.complete(pixels_for(pipe), torch.ones(8, 12).bool())
-
-
-def test_a_row_of_registers_completes_nothing_and_says_so_in_a_line():
-    pipe, known = make_pipeline("titok"), torch.arange(12).expand(8, 12) < 5
-    message = r"^a register's token belongs to no part of the image[^\n]*$"
-    with pytest.raises(ValueError, match=message):
-        pipe.complete(pixels_for(pipe), known)
-    with pytest.raises(ValueError, match=message):
-        pipe.conditional_log_prob(pixels_for(pipe), known)
+def test_grey_images_are_grey():
+    pipe = make_pipeline()
+    assert [image.mode for image in pipe(2, seed=0).images] == ["L", "L"]
+    assert pipe(2, seed=0, output_type="np").images.shape == (2, 8, 12, 1)
+    with pytest.raises(ValueError, match="output_type"):
+        pipe.decode(pipe(1, seed=0).tokens, output_type="latent")
 
 
 def test_prefixes_pass_through_the_pipeline_in_any_batch():
@@ -180,18 +158,12 @@ def test_prefixes_pass_through_the_pipeline_in_any_batch():
     for count in (1, 3, 5):
         made = pipe.decode(tokens[:, :count], output_type="pt")
         assert made.shape == (5, 1, 8, 12)
-        assert torch.equal(made[2:3], pipe.decode(tokens[2:3, :count], output_type="pt"))
+        torch.testing.assert_close(made[2:3], pipe.decode(tokens[2:3, :count], output_type="pt"))
         torch.testing.assert_close(made, pipe.tokenizer.decode(tokens[:, :count]))
     with pytest.raises(ValueError, match=r"^takes 1 to 5 tokens of an image, got 6$"):
         pipe.decode(torch.zeros(1, 6, dtype=torch.long))
     with pytest.raises(ValueError, match=r"^takes all 5 tokens of an image, got 2; prefixes need model\.keep[^\n]*$"):
         make_pipeline("titok", sizes={"keep": None}).decode(torch.zeros(1, 2, dtype=torch.long))
-
-
-@pytest.mark.parametrize("known", [torch.ones(12, 8).bool(), torch.ones(2, 8, 12).bool(), torch.ones(8, 12)])
-def test_masks_of_another_shape_or_type_are_refused(known):
-    with pytest.raises(ValueError, match="known should be bool"):
-        make_pipeline().complete(torch.zeros(3, 1, 8, 12), known)
 
 
 # Types and parts
@@ -251,3 +223,46 @@ def test_parts_that_do_not_belong_together_are_refused():
         ImagePipeline(pipe.tokenizer, pipe.prior, labels=["a", "b"])
     with pytest.raises(ValueError, match="temperature"):
         ImagePipeline(pipe.tokenizer, pipe.prior, sampler={"temperature": -1})
+    for name in ("prior", "tokenizer"):
+        wrapped = torch.compile(pipe.components[name], backend="eager")
+        with pytest.raises(TypeError, match=rf"^{name} should be a .*; to compile one, pipe.{name}.compile\(\)$"):
+            ImagePipeline(**{**pipe.components, name: wrapped})
+
+
+@pytest.mark.parametrize("prior", ["gpt", "made", "pixelcnn_pp"])
+def test_a_compiled_prior_draws_and_scores_as_before(prior, tmp_path):
+    """And has its features: what was compiled without hooks called none that came later."""
+    torch._dynamo.reset()
+    pipe, counter = make_pipeline(prior=prior), CompileCounter()
+    images = pixels_for(pipe, 3)
+    plain, scores, drawn = pipe.embed(images), pipe.log_prob(images), pipe(3, "dog", seed=0).tokens
+    pipe.prior.compile(backend=counter)
+    for _ in range(2):
+        torch.testing.assert_close(pipe.log_prob(images), scores)
+        torch.testing.assert_close(pipe.embed(images), plain)
+    assert counter.frame_count > 0, "nothing was compiled"
+    for way in ({}, {"cache": False}, {"parallel": True}):
+        assert pipe(3, "dog", seed=0, **way).tokens.equal(drawn)
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert ImagePipeline.from_pretrained(tmp_path / "pipe")(3, "dog", seed=0).tokens.equal(drawn)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_the_compiler_of_torch_draws_the_same(compiler):
+    pipe = make_pipeline()
+    drawn = pipe(3, "dog", seed=0, cache=False).tokens
+    pipe.prior.compile()
+    assert pipe(3, "dog", seed=0, cache=False).tokens.equal(drawn)
+
+
+def test_components_make_another_pipeline_of_the_same_models():
+    pipe = make_pipeline()
+    assert list(pipe.components) == ["tokenizer", "prior"]
+    pipe.set_background(copy.deepcopy(pipe.prior))
+    again = ImagePipeline(**pipe.components, labels=pipe.labels)
+    assert list(again.components) == ["tokenizer", "prior", "background"]
+    assert all(model is pipe.components[name] for name, model in again.components.items())
+    assert again(2, "dog", seed=0).tokens.equal(pipe(2, "dog", seed=0).tokens)
+    with pytest.raises(IntegrityError, match="background"):
+        pipe.set_background(make_pipeline().prior)

@@ -1,26 +1,13 @@
-"""Features of every prior and layer, images as vectors, linear probes, and search by the nearest.
-
-Covers: pipelines/commands/probe.py, pipelines/commands/search.py.
-"""
-
-import csv
-import re
-import shutil
-import sys
+"""Features of every prior and layer, images as vectors, and the nearest of them."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from command import fails
-from givens.image_folders import write_table
 from PIL import Image
 from small import PRIORS, PRIORS_IN_ORDERS, TOKENIZERS, draw_tokens, make_prior
 from small_pipelines import make_pipeline, pixels_for
 
-from pipelines import ImagePipeline
-from pipelines.__main__ import main
-from pipelines.commands.probe import bar_chart, probe, with_random_prior
 from pipelines.representation import POOLS, embed, embed_layers, layer_names, nearest_neighbours
 from prior.made import MADE
 
@@ -263,200 +250,15 @@ def test_nearest_is_by_angle():
             nearest_neighbours(index, index, k)
 
 
-# Verbs
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A pipeline with random weights, and images in two classes: bright above, or bright below."""
-    root = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    pipe = make_pipeline(size=(8, 8), labels=[], num_classes=2, sizes={"factor": 2})
-    chance = np.random.default_rng(0)
-    for split, count in (("train", 60), ("test", 20)):
-        for number in range(count):
-            pixels = chance.integers(0, 120, (8, 8), dtype=np.uint8)
-            pixels[:4] += 130 * (number % 2)
-            pixels[4:] += 130 * (1 - number % 2)
-            path = root / "images" / split / ("below", "above")[number % 2] / f"{number:02d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
-    pipe.provenance = {"data": {"source": str(root / "images"), "image_size": 8}}
-    pipe.save_pretrained(root / "run" / "pipeline")
-    (root / "broken.png").write_bytes(b"no picture")
-    (root / "empty").mkdir()
-    shutil.copytree(root / "images" / "test" / "above", root / "alike" / "above")
-    return root
-
-
-def files_of(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_probe_tells_separable_classes_apart(world, tmp_path, capsys):
-    pytest.importorskip("sklearn")
-    out = tmp_path / "figures"
-    main(["probe", f"pipeline={world}/run/pipeline", f"out={out}"])
-    printed = capsys.readouterr().out
-    assert files_of(out) == ["probe.csv", "probe.png"]
-    rows = {row["features"]: row for row in csv.DictReader((out / "probe.csv").open())}
-    assert list(rows) == ["raw pixels", "bag of codes", "code embeddings", "PCA of pixels", "prior.0", "prior.1"]
-    assert [int(row["width"]) for row in rows.values()] == [64, 32, 128, 32, 32, 32]
-    assert float(rows["raw pixels"]["accuracy"]) == 1 and float(rows["PCA of pixels"]["accuracy"]) == 1
-    assert max(float(rows[f"prior.{layer}"]["accuracy"]) for layer in (0, 1)) > 0.7
-    assert [row["random_accuracy"] != "" for row in rows.values()] == [False] * 4 + [True] * 2
-    assert all(name in printed for name in rows) and "60 images, measured on 20" in printed
-    with Image.open(out / "probe.png") as picture:
-        assert picture.height > 6 * 20
-
-
-def test_probe_is_a_function_of_its_seed_and_not_of_the_batch(world, tmp_path):
-    pytest.importorskip("sklearn")
-    tables = []
-    for number, more in enumerate(([], ["batch_size=7"])):
-        main(["probe", f"pipeline={world}/run/pipeline", f"out={tmp_path}/{number}", "layers=[1]", *more])
-        tables.append((tmp_path / str(number) / "probe.csv").read_text())
-    assert tables[0] == tables[1] and "prior.1" in tables[0] and "prior.0" not in tables[0]
-
-
-def test_a_probe_knows_what_it_was_not_shown():
-    """Right about new points of separable classes, near chance about labels at random, and never choosing by what it
-    is measured on: flipping those labels flips the accuracy."""
-    pytest.importorskip("sklearn")
-    points, new = torch.randn(400, 6) * torch.logspace(-3, 3, 6), torch.randn(200, 6) * torch.logspace(-3, 3, 6)
-    labels, truth = (points[:, 0] > 0).long(), (new[:, 0] > 0).long()
-    right = probe("x", points, new, labels, truth, 0)
-    assert right.accuracy > 0.95 and right.width == 6, "features are standardised"
-    assert probe("x", points, new, labels, 1 - truth, 0).accuracy == pytest.approx(1 - right.accuracy)
-    assert abs(probe("x", points, new, torch.randint(2, (400,)), truth, 0).accuracy - 0.5) < 0.2
-    still = probe("x", F.pad(points, (0, 2)), F.pad(new, (0, 2), value=1.0), labels, truth, 0)
-    assert still.accuracy == pytest.approx(right.accuracy, abs=0.02), "what never changed in the fit split is ignored"
-    assert bar_chart([right]).dtype == np.uint8
-
-
-def test_random_weights_are_the_control(world):
-    """The control is another prior of the same kind; the pipeline's own is not touched."""
-    pipe = ImagePipeline.from_pretrained(world / "run" / "pipeline")
-    before = {name: value.clone() for name, value in pipe.prior.state_dict().items()}
-    other = with_random_prior(pipe, 0)
-    assert all(torch.equal(before[name], value) for name, value in pipe.prior.state_dict().items())
-    assert not torch.equal(other.prior.layers[0].qkv.weight, pipe.prior.layers[0].qkv.weight)
-    assert other.prior.config == pipe.prior.config and other.tokenizer is pipe.tokenizer
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (["data.label_column=null"], "data.label_column: a probe needs images with labels, and these have none"),
-        (["data.source={world}/images/test/above"], "a probe needs images with labels"),
-        (["data.source={world}/alike"], "a probe tells classes apart, and these images are all of one"),
-        (["data.image_size=10"], "the pipeline's images are (1, 8, 8) (channels, height, width), these are"),
-        (["layers=[0, 2]"], "layers: layer should be pixels, codes, embeddings, or prior.0 to prior.1"),
-        (["pool=max"], "pool: must be one of"),
-        (["out={world}/broken.png"], "out: {world}/broken.png cannot be written"),
-    ],
-)
-def test_what_probe_refuses(world, capsys, wrong, message):
-    pytest.importorskip("sklearn")
-    wrong = [each.format(world=world) for each in wrong]
-    assert message.format(world=world) in fails(capsys, "probe", f"pipeline={world}/run/pipeline", *wrong)
-
-
-def test_probe_without_scikit_learn(world, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
-    assert 'pip install "smalti[probe]"' in fails(capsys, "probe", f"pipeline={world}/run/pipeline")
-
-
-@pytest.mark.parametrize("layer", [[], ["layer=pixels"], ["layer=prior.0", "pool=flatten"]])
-def test_search_finds_an_image_itself_first(world, tmp_path, capsys, layer):
-    out, query = tmp_path / "near.png", world / "images" / "train" / "above" / "03.png"
-    main(["search", f"pipeline={world}/run/pipeline", f"images={query}", f"out={out}", "k=3", *layer])
-    line = capsys.readouterr().out.splitlines()[0]
-    assert line.startswith(f"{query}: train/above/03.png (above) 0.000, train/")
-    with Image.open(out) as picture:
-        pixels = np.asarray(picture)
-    side, gap = 58, 2 + 8  # 56 pixels and a border; another border and white
-    assert pixels.shape == (60, 4 * side + 2 + gap, 3)
-    query, first = pixels[:, 2:side], pixels[:, side + gap + 2 : 2 * side + gap]
-    assert np.array_equal(query, first) and query[2:-2].std() > 0
-
-
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        (["{world}/table.parquet"], r"row \d+ of train"),
-        (["{world}/sheet"], r"\d\d\.png"),
-        (["sheet"], r"\d\d\.png"),
-        (["images/../images/train"], r"(above|below)/\d\d\.png"),
-    ],
-)
-def test_search_answers_with_what_images_are_called(world, tmp_path, capsys, monkeypatch, source, name):
-    """Rows of a table, and files of a folder, also of one with a sheet or by a path from here."""
-    paths = sorted((world / "images/train").rglob("*.png"))[:20]
-    write_table(world / "table.parquet", [path.read_bytes() for path in paths], [k % 2 for k in range(20)])
-    (world / "sheet").mkdir(exist_ok=True)
-    for k, path in enumerate(paths):
-        shutil.copy(path, world / f"sheet/{k:02d}.png")
-    rows = "".join(f"{k:02d}.png,{'xy'[k % 2]}\n" for k in range(20))
-    (world / "sheet/metadata.csv").write_text(f"file_name,label\n{rows}")
-    monkeypatch.chdir(world)
-    given = ["data.held_out_fraction=0.5", f"data.source={source[0].format(world=world)}", *source[1:]]
-    main(["search", f"pipeline={world}/run/pipeline", f"out={tmp_path}/near.png", "k=2", "images=0", *given])
-    line, near = capsys.readouterr().out.splitlines()[0], rf"{name} \(\w+\) \d\.\d+"
-    assert re.fullmatch(rf"held-out 0, {name} \(\w+\): {near}, {near}", line), line
-
-
-def test_search_prints_how_often_classes_agree(world, tmp_path, capsys):
-    main(
-        [
-            "search",
-            f"pipeline={world}/run/pipeline",
-            f"out={tmp_path}/near.png",
-            "overwrite=true",
-            "layer=pixels",
-            "k=5",
-            "rows=2",
-        ]
-    )
-    printed = capsys.readouterr().out
-    assert "precision@1 100.0%, precision@5 100.0% over 20 queries" in printed
-    assert "drawn at random 50.0%" in printed and printed.count("held-out") == 2
-    main(
-        [
-            "search",
-            f"pipeline={world}/run/pipeline",
-            f"out={tmp_path}/near2.png",
-            "images=[3, 0]",
-            "data.label_column=null",
-            "num_index=7",
-            "k=2",
-        ]
-    )
-    printed = capsys.readouterr().out
-    assert (
-        printed.startswith("held-out 3, test/above/07.png: train/")
-        and "precision" not in printed
-        and "of 7 images" in printed
-    )
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (["layer=prior.9"], "layer should be pixels, codes, embeddings, or prior.0 to prior.1"),
-        (["layer=codes", "pool=last"], "pool should be mean for codes"),
-        (["images=[20]"], "images: indices of the held-out split go from 0 to 19 (got 20)"),
-        (["images=[0, a.png]"], "images: give files and folders, or indices"),
-        (["images={world}/nowhere"], "images: there is no file or folder {world}/nowhere"),
-        (["images={world}/empty"], "images: no images in {world}/empty"),
-        (["images={world}/broken.png"], "images: {world}/broken.png: not an image in one of the formats"),
-        (["k=61"], "k: 61 neighbours were asked for, and only 60 images are searched"),
-        (["out=near.txt"], "out: 'near.txt' should end in .png"),
-        (["out={world}/broken.png/near.png"], "out: {world}/broken.png/near.png cannot be written"),
-    ],
-)
-def test_what_search_refuses(world, capsys, wrong, message):
-    wrong = [each.format(world=world) for each in wrong]
-    out = f"out={world}/near.png"
-    assert message.format(world=world) in fails(capsys, "search", f"pipeline={world}/run/pipeline", out, *wrong)
+@pytest.mark.parametrize("asked", [{}, {"layer": "pixels"}, {"layer": 0, "pool": "flatten", "labels": 1}])
+def test_nearest_of_vectors_that_were_embedded_before(asked):
+    pipe = make_pipeline()
+    images = pixels_for(pipe, 7)
+    vectors = pipe.embed(images, **asked)
+    found, distances = pipe.nearest(images[[3, 5]], vectors.double(), 2, **asked)
+    assert found[:, 0].tolist() == [3, 5] and (distances[:, 0] < 1e-5).all() and (distances[:, 1] > 1e-5).all()
+    assert torch.equal(found, nearest_neighbours(vectors, pipe.embed(images[[3, 5]], **asked), 2)[0])
+    assert pipe.nearest(images[:1], vectors, **asked)[0].tolist() == [[0]]
+    for wrong in (vectors[:, 1:], vectors[0]):
+        with pytest.raises(ValueError, match=r"vectors should be of shape \(n, "):
+            pipe.nearest(images, wrong, **asked)

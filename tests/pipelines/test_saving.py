@@ -1,30 +1,24 @@
-"""A pipeline's folder: variants of its weights, their types, and parts that a caller gives in place of its own."""
+"""A pipeline's folder: what is saved is what is loaded; variants of its weights, and their types."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import re
 import shutil
 import threading
-import weakref
-from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 from ordinary import as_others
 from refusals import refused
 from safetensors.torch import load_file
-from small import TOKENIZERS, make_prior
-from small_pipelines import LABELS, PROVENANCE, make_pipeline, pixels_for
+from small import TOKENIZERS
+from small_pipelines import LABELS, PARTS, PROVENANCE, every_pair, make_pipeline, pixels_for
 
-from pipelines import ConfigError, FormatError, ImagePipeline, IntegrityError, PathError
-from pipelines import saving as storing
+from pipelines import ConfigError, ImagePipeline, IntegrityError, PathError, saving
 from pipelines.tokens import load_tokens
 from prior import Prior
-from prior.sampling import progress_bar
 from tokenizer import Tokenizer
 from tokenizer.files import LimitError, UnreadableError
 
@@ -33,6 +27,85 @@ TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 def names_in(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@every_pair
+def test_what_is_saved_is_what_is_loaded(tokenizer, prior, tmp_path):
+    pipe = make_pipeline(tokenizer, prior, sampler={"top_k": 7})
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert names_in(tmp_path / "pipe") == {"model_index.json", "manifest.json", "README.md", *PARTS}
+    loaded = ImagePipeline.from_pretrained(str(tmp_path / "pipe"))
+    assert type(loaded.tokenizer) is type(pipe.tokenizer) and type(loaded.prior) is type(pipe.prior)
+    assert loaded.labels == LABELS and loaded.sampler == pipe.sampler and loaded.provenance == {}
+    assert not loaded.tokenizer.training and not loaded.prior.training
+    one, other = pipe(3, "dog", seed=0, output_type="pt"), loaded(3, "dog", seed=0, output_type="pt")
+    assert torch.equal(one.tokens, other.tokens) and torch.equal(one.images, other.images)
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    assert index == {
+        "_class_name": "ImagePipeline",
+        "format_version": 1,
+        "tokenizer": tokenizer,
+        "prior": prior,
+        "labels": LABELS,
+        "sampler": pipe.sampler.to_dict(),
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_older_pipeline_is_replaced_whole(tmp_path):
+    old, new = make_pipeline(), make_pipeline(prior="marginal")
+    old.provenance = PROVENANCE
+    old.save_pretrained(tmp_path / "pipe", sample_grid=old.sample_picture(4))
+    new.save_pretrained(tmp_path / "pipe")
+    assert names_in(tmp_path / "pipe") == {"model_index.json", "manifest.json", "README.md", *PARTS}
+    assert ImagePipeline.from_pretrained(tmp_path / "pipe").prior.name == "marginal"
+
+
+def test_failed_save_leaves_the_older_pipeline(tmp_path, monkeypatch):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path / "pipe")
+    before = pipe(2, seed=0).tokens
+
+    def full(*arguments, **options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(type(pipe.prior), "save_pretrained", full)
+    with pytest.raises(OSError, match="no space"):
+        make_pipeline().save_pretrained(tmp_path / "pipe")
+    assert torch.equal(ImagePipeline.from_pretrained(tmp_path / "pipe")(2, seed=0).tokens, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_foreign_folder_is_refused_and_untouched(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    for name in ("mine", "file"):
+        with pytest.raises(PathError, match=name):
+            make_pipeline().save_pretrained(tmp_path / name)
+    assert names_in(tmp_path) == {"mine/thesis.tex", "file"}
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("labels", [LABELS, []])
+def test_push_to_hub_uploads_a_folder_that_loads(labels, monkeypatch):
+    calls = []
+
+    def push_folder(folder, repo_id, **options):
+        loaded = ImagePipeline.from_pretrained(folder)
+        calls.append((repo_id, names_in(folder), loaded(2, seed=0).tokens, options))
+        return "a commit"
+
+    monkeypatch.setattr("pipelines.hub.require_reachable", lambda repo_id: None)
+    monkeypatch.setattr("pipelines.hub.push_folder", push_folder)
+    pipe = make_pipeline(labels=labels)
+    pipe.provenance = PROVENANCE
+    assert pipe.push_to_hub("me/mosaic", token="hf_secret", private=True, commit_message="first") == "a commit"
+    ((repo_id, files, tokens, options),) = calls
+    asked = {"token": "hf_secret", "private": True, "commit_message": "first"}
+    assert (repo_id, options) == ("me/mosaic", {**asked, "revision": None, "create_pr": False})
+    assert files == {"model_index.json", "manifest.json", "README.md", "provenance.json", "samples.png", *PARTS}
+    assert torch.equal(tokens, pipe(2, seed=0).tokens)
 
 
 def test_others_load_while_a_run_saves(tmp_path):
@@ -111,15 +184,6 @@ def test_a_variant_is_smaller_and_is_replaced_as_a_whole(tmp_path):
     assert max(size["fp16"], size["bf16"]) < 0.8 * size[None]
 
 
-def test_what_is_no_variant_is_as_it_was(tmp_path):
-    make_pipeline().save_pretrained(tmp_path / "pipe")
-    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
-    assert index["format_version"] == 1 and "variant" not in index
-    make_pipeline().save_pretrained(tmp_path / "small", variant="fp16")
-    index = json.loads((tmp_path / "small" / "model_index.json").read_text())
-    assert index["format_version"] == 1 and index["variant"] == "fp16"
-
-
 def test_variants_that_are_not_there_are_named(tmp_path):
     make_pipeline().save_pretrained(tmp_path / "pipe")
     make_pipeline().save_pretrained(tmp_path / "small", variant="fp16")
@@ -158,26 +222,16 @@ def test_a_file_of_another_variant_is_not_slipped_in(tmp_path):
 # Types
 
 
-def test_types_by_part(tmp_path):
-    make_pipeline().save_pretrained(tmp_path / "pipe")
+def test_one_type_for_all_models(tmp_path):
+    make_pipeline().save_pretrained(tmp_path / "pipe", variant="bf16")
     load = ImagePipeline.from_pretrained
-    half, brain, full = torch.float16, torch.bfloat16, torch.float32
-    for dtype, wanted in (
-        (None, (full, full)),
-        (half, (half, half)),
-        ("auto", (full, full)),
-        ({"prior": brain}, (full, brain)),
-        ({"tokenizer": full, "default": brain}, (full, brain)),
-        ({"default": half, "prior": "auto"}, (half, full)),
-    ):
+    for dtype, wanted in ((None, torch.float32), (torch.float16, torch.float16), ("auto", torch.bfloat16)):
         pipe = load(tmp_path / "pipe", dtype=dtype)
-        assert (pipe.tokenizer.dtype, pipe.prior.dtype) == wanted, dtype
+        assert pipe.tokenizer.dtype == pipe.prior.dtype == pipe.dtype == wanted
         assert pipe.device == pipe.tokenizer.device == torch.device("cpu")
         assert len(pipe(2, seed=0).images) == 2 and pipe.encode(pixels_for(pipe, 1)).shape == (1, 2, 3)
-    assert Prior.from_pretrained(tmp_path / "pipe" / "prior", dtype=half).dtype == half
-    assert Tokenizer.from_pretrained(tmp_path / "pipe" / "tokenizer", dtype="auto").dtype == full
-    with pytest.raises(ValueError, match="no part is called 'vae'; there are tokenizer, prior, background and default"):
-        load(tmp_path / "pipe", dtype={"vae": half})
+    assert Prior.from_pretrained(tmp_path / "pipe" / "prior", dtype=torch.float16).dtype == torch.float16
+    assert Tokenizer.from_pretrained(tmp_path / "pipe" / "tokenizer", dtype="auto").dtype == torch.bfloat16
     for wrong in ("float16", 16):
         with pytest.raises(TypeError, match="dtype should be a torch.dtype, 'auto' or None"):
             load(tmp_path / "pipe", dtype=wrong)
@@ -196,116 +250,26 @@ def test_models_say_where_they_are_and_of_what_type():
 # Parts
 
 
-def test_components_make_another_pipeline_of_the_same_models(tmp_path):
-    pipe = make_pipeline()
-    assert list(pipe.components) == ["tokenizer", "prior"]
-    pipe.set_background(copy.deepcopy(pipe.prior))
-    again = ImagePipeline(**pipe.components, labels=pipe.labels)
-    assert list(again.components) == ["tokenizer", "prior", "background"]
-    assert all(model is pipe.components[name] for name, model in again.components.items())
-    assert again(2, "dog", seed=0).tokens.equal(pipe(2, "dog", seed=0).tokens)
-
-
-def test_parts_given_are_used_and_those_of_the_folder_not_opened(tmp_path):
-    pipe = make_pipeline(sampler={"temperature": 0.9})
-    pipe.provenance, pipe.sample_grid = PROVENANCE, pipe.sample_picture(2)
-    pipe.save_pretrained(tmp_path / "pipe")
-    other = make_prior("masked", grid=pipe.prior.grid, tokenizer=pipe.tokenizer.fingerprint())
-    (tmp_path / "pipe" / "prior" / "model.safetensors").write_bytes(b"damaged")
-    loaded = ImagePipeline.from_pretrained(tmp_path / "pipe", prior=other, dtype=torch.float32)
-    assert loaded.prior is other and loaded.labels == LABELS and loaded.sampler.temperature == 0.9
-    assert not loaded.provenance and loaded.sample_grid is None and loaded.calibration is None
-    assert loaded.tokenizer.fingerprint() == pipe.tokenizer.fingerprint()
-    (tmp_path / "pipe" / "tokenizer" / "model.safetensors").write_bytes(b"damaged")
-    both = ImagePipeline.from_pretrained(
-        tmp_path / "pipe", prior=pipe.prior, tokenizer=pipe.tokenizer, background=other
-    )
-    assert both.prior is pipe.prior and both.tokenizer is pipe.tokenizer and both.background is other
-    with pytest.raises(IntegrityError):
-        ImagePipeline.from_pretrained(tmp_path / "pipe", prior=other)
-
-
-def test_parts_that_do_not_fit_are_refused(tmp_path):
-    pipe = make_pipeline()
-    pipe.save_pretrained(tmp_path / "pipe")
-    with pytest.raises(IntegrityError, match="grid"):
-        ImagePipeline.from_pretrained(tmp_path / "pipe", prior=make_prior("gpt"))
-    with pytest.raises(IntegrityError, match="another tokenizer"):
-        ImagePipeline.from_pretrained(tmp_path / "pipe", tokenizer=make_pipeline().tokenizer)
-    with pytest.raises(TypeError, match="prior should be a Prior .got VQVAE"):
-        ImagePipeline.from_pretrained(tmp_path / "pipe", prior=pipe.tokenizer)
-
-
 def test_a_part_that_was_replaced_has_to_fit_when_the_pipeline_is_saved(tmp_path):
     """Or the prior would be said to know the tokens of a tokenizer that it has never seen."""
     pipe, other = make_pipeline(), make_pipeline()
     own = pipe.tokenizer
     pipe.tokenizer = other.tokenizer
-    with pytest.raises(IntegrityError, match="another tokenizer"):
-        pipe.save_pretrained(tmp_path / "pipe")
+    for ask in (
+        lambda: pipe.save_pretrained(tmp_path / "pipe"),
+        lambda: pipe.save_pretrained(tmp_path / "pipe", variant="bf16"),
+        lambda: pipe.to(torch.bfloat16),
+    ):
+        with pytest.raises(IntegrityError, match="another tokenizer"):
+            ask()
     assert not (tmp_path / "pipe").exists()
     pipe.prior = other.prior
     pipe.save_pretrained(tmp_path / "pipe")
-    pipe.tokenizer = own
-    with pytest.raises(IntegrityError, match="another tokenizer"):
-        pipe.save_pretrained(tmp_path / "pipe", variant="bf16")
-    other.to(torch.bfloat16).save_pretrained(tmp_path / "rounded")  # the same parts, of another type
+    pipe.tokenizer, pipe.prior = own, torch.compile(other.prior, backend="eager")
+    with pytest.raises(TypeError, match="prior should be a Prior"):
+        pipe.save_pretrained(tmp_path / "pipe")
+    other.to(torch.bfloat16).to(torch.float32).save_pretrained(tmp_path / "rounded")  # the same parts, rounded
     assert ImagePipeline.from_pretrained(tmp_path / "rounded").prior.num_parameters() == other.prior.num_parameters()
-
-
-def test_a_part_that_was_replaced_is_freed():
-    pipe = make_pipeline()
-    old = weakref.ref(pipe.prior)
-    pipe.prior = copy.deepcopy(pipe.prior)
-    gc.collect()
-    assert old() is None
-
-
-def test_what_is_known_of_a_part_goes_with_it(tmp_path):
-    """Or a card would show the figures of another prior, and thresholds would be those of its scores."""
-    for part in ("prior", "tokenizer"):
-        pipe = make_pipeline(sampler={"top_k": 2})
-        pipe.calibrate(pixels_for(pipe, 40))
-        pipe.provenance, pipe.sample_grid = PROVENANCE, pipe.sample_picture(2)
-        known = pipe.calibration
-        setattr(pipe, part, getattr(pipe, part))  # the same one
-        pipe.save_pretrained(tmp_path / "same", variant="fp16")  # whose models are rounded copies
-        for same in (pipe, ImagePipeline.from_pretrained(tmp_path / "same")):
-            assert same.calibration.to_dict() == known.to_dict() and same.provenance and same.sample_grid is not None
-        setattr(pipe, part, copy.deepcopy(getattr(pipe, part)).train())
-        assert not getattr(pipe, part).training
-        assert pipe.calibration is None and not pipe.provenance and pipe.sample_grid is None
-        assert pipe.sampler.top_k == 2
-
-
-def test_a_prior_of_another_kind_is_sampled_with_settings_that_it_has(tmp_path):
-    pipe = make_pipeline(prior="masked", sampler={"steps": 3, "top_k": 2})
-    pipe.prior = make_prior("gpt", num_classes=3, grid=pipe.prior.grid, tokenizer=pipe.tokenizer.fingerprint()).eval()
-    assert pipe.sampler.top_k == 2 and len(pipe(2, seed=0).images) == 2
-    pipe.save_pretrained(tmp_path / "pipe")
-    assert ImagePipeline.from_pretrained(tmp_path / "pipe").sampler == pipe.sampler
-
-
-def test_settings_of_another_kind_of_prior_are_left_out(tmp_path):
-    pipe = make_pipeline(prior="masked", sampler={"steps": 3, "top_k": 2})
-    pipe.save_pretrained(tmp_path / "pipe")
-    other = make_prior("gpt", grid=pipe.prior.grid, tokenizer=pipe.tokenizer.fingerprint())
-    loaded = ImagePipeline.from_pretrained(tmp_path / "pipe", prior=other)
-    assert loaded.sampler.top_k == 2 and not hasattr(loaded.sampler, "steps")
-
-
-def test_a_prior_of_an_unknown_kind_may_be_given(tmp_path):
-    pipe = make_pipeline()
-    pipe.save_pretrained(tmp_path / "pipe")
-    path = tmp_path / "pipe" / "model_index.json"
-    reseal(path, {**json.loads(path.read_text()), "prior": "mine", "sampler": {"warmth": 3}})
-    with pytest.raises(ConfigError, match="no Prior is called 'mine'; .*; one of your own .* --import FILE"):
-        ImagePipeline.from_pretrained(tmp_path / "pipe")
-    assert ImagePipeline.from_pretrained(tmp_path / "pipe", prior=pipe.prior).prior is pipe.prior
-    for sampler in (None, [], {"temperature": -1}):
-        reseal(path, {**json.loads(path.read_text()), "sampler": sampler})
-        with pytest.raises((ConfigError, FormatError), match="sampler"):
-            ImagePipeline.from_pretrained(tmp_path / "pipe", prior=pipe.prior)
 
 
 @pytest.mark.parametrize(
@@ -335,47 +299,6 @@ def test_settings_of_sampling_that_a_file_holds_are_named(tmp_path, kind, sample
         ImagePipeline(**pipe.components, sampler=sampler)
 
 
-# Bars
-
-
-def test_calls_that_take_long_have_a_bar(capsys):
-    """Once they have taken two seconds, in a terminal; none within another."""
-    pipe, images = make_pipeline(), torch.zeros(3, 1, 8, 12)
-
-    def told(*what: Callable[[], object]) -> list[str]:
-        for each in what:
-            each()
-        said = capsys.readouterr().err
-        return [word for word in ("encoding", "decoding", "scoring") if word in said]
-
-    encode, decode = partial(pipe.encode, images), partial(pipe.decode, torch.zeros(3, 2, 3).long())
-    score = partial(pipe.log_prob, images, batch_size=1)
-    assert told(encode, decode, score) == []  # no terminal
-    pipe.set_progress_bar_config(disable=False)
-    assert told(encode, decode, score) == []
-    pipe.set_progress_bar_config(disable=False, delay=0.0)
-    assert told(decode) == ["decoding"] and told(score) == ["encoding", "scoring"]
-    assert told(partial(decode, progress=False), lambda: pipe(3, progress=False)) == []
-    assert told(lambda: [encode() for _ in progress_bar([1, 2], {"disable": False})]) == []
-    pipe.set_progress_bar_config(disable=True)
-    assert told(encode, decode, score) == []
-
-
-def test_bars_are_as_they_are_set(capsys):
-    pipe = make_pipeline()
-    pipe(2, seed=0)
-    assert capsys.readouterr().err == ""  # no terminal
-    pipe.set_progress_bar_config(disable=False, desc="digits", leave=True)
-    pipe(2, seed=0)
-    assert "digits: 100%" in capsys.readouterr().err
-    pipe(4, seed=0, batch_size=2)
-    assert "2/2" in capsys.readouterr().err
-    pipe(2, seed=0, progress=False)
-    pipe.set_progress_bar_config(disable=True)
-    pipe(2, seed=0)
-    assert capsys.readouterr().err == ""
-
-
 @pytest.mark.parametrize("closed", [".", "tokenizer", "prior"])
 def test_a_folder_that_may_not_be_looked_into_is_a_loading_error(tmp_path, closed):
     make_pipeline().save_pretrained(tmp_path / "pipeline")
@@ -393,7 +316,7 @@ def test_a_folder_that_may_not_be_looked_into_is_a_loading_error(tmp_path, close
 # What is known of the parts
 
 
-def test_all_that_is_known_of_a_pipeline_comes_back_and_none_of_it_with_another_part(tmp_path):
+def test_all_that_is_known_of_a_pipeline_comes_back(tmp_path):
     pipe = make_pipeline(prior="marginal", sampler={"temperature": 0.5})
     pipe.provenance, pipe.sample_grid = {**PROVENANCE, "data": {"source": "größe"}}, pipe.sample_picture(2)
     pipe.set_background(copy.deepcopy(pipe.prior))
@@ -404,37 +327,30 @@ def test_all_that_is_known_of_a_pipeline_comes_back_and_none_of_it_with_another_
         *("model_index.json", "manifest.json", "calibration.json", "provenance.json", "samples.png", "README.md"),
     }
     assert "größe" in (tmp_path / "pipe" / "README.md").read_bytes().decode()
-    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
-    names = {"tokenizer": "vqvae", "prior": "marginal", "background": "marginal", "labels": LABELS}
-    assert index == {"_class_name": "ImagePipeline", "format_version": 1, "sampler": pipe.sampler.to_dict(), **names}
     found = ImagePipeline.from_pretrained(tmp_path / "pipe")
     assert found.provenance == pipe.provenance and (found.sample_grid == pipe.sample_grid).all()
     assert found.calibration.to_json() == pipe.calibration.to_json() and found.sampler == pipe.sampler
     assert found.background.fingerprint() == pipe.background.fingerprint()
-    other = ImagePipeline.from_pretrained(tmp_path / "pipe", prior=pipe.prior)
-    assert (other.provenance, other.sample_grid, other.calibration, other.background) == ({}, None, None, None)
-    assert other.sampler.temperature == 0.5
+    found.save_pretrained(tmp_path / "again")
+    for name in names_in(tmp_path / "pipe"):
+        assert (tmp_path / "pipe" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
-def test_what_is_no_pipeline_is_told_in_full(tmp_path):
+def test_what_is_no_pipeline_is_named(tmp_path):
     make_pipeline().save_pretrained(tmp_path / "run" / "pipeline")
     for folder, hint in ((tmp_path, ""), (tmp_path / "run", f"; did you mean {tmp_path / 'run' / 'pipeline'}?")):
         with pytest.raises(PathError) as caught:
             ImagePipeline.from_pretrained(folder)
         assert str(caught.value) == f"{folder}: not a pipeline folder (no model_index.json){hint}"
-    with pytest.raises(ValueError) as caught:
-        ImagePipeline.from_pretrained(tmp_path / "run" / "pipeline", dtype={"vae": None})
-    assert str(caught.value) == "dtype: no part is called 'vae'; there are tokenizer, prior, background and default"
 
 
 def test_a_picture_that_is_too_large_is_not_written(tmp_path, monkeypatch):
     pipe = make_pipeline()
     pipe.sample_grid = pipe.sample_picture(2)
     height, width = pipe.sample_grid.shape[:2]
-    monkeypatch.setattr(storing, "MAX_GRID_PIXELS", height * width)
+    monkeypatch.setattr(saving, "MAX_GRID_PIXELS", height * width)
     pipe.save_pretrained(tmp_path / "pipe")
-    monkeypatch.setattr(storing, "MAX_GRID_PIXELS", height * width - 1)
-    with pytest.raises(LimitError) as caught:
+    monkeypatch.setattr(saving, "MAX_GRID_PIXELS", height * width - 1)
+    with pytest.raises(LimitError, match="sample_grid"):
         pipe.save_pretrained(tmp_path / "large")
-    assert str(caught.value) == f"sample_grid: {pipe.sample_grid.shape} is more than {height * width - 1} pixels"
     assert not (tmp_path / "large").exists()

@@ -56,6 +56,15 @@ def test_evaluation_sees_clean_tokens(tmp_path):
     assert task.evaluate(task.model.eval(), "held_out") == {"bits_per_token": clean}
 
 
+def test_a_pipeline_says_which_tokens_its_prior_was_trained_on(tmp_path, monkeypatch):
+    make_tokens(tmp_path / "tokens")
+    monkeypatch.chdir(tmp_path)
+    task = task_of("tokens", tmp_path / "run")
+    task.save(task.model, tmp_path / "run", {}, {"samples": np.zeros((8, 8, 3), np.uint8)})
+    pipe = ImagePipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipe.provenance["tokens"] == str(tmp_path / "tokens")
+
+
 def test_a_prior_of_this_package_is_not_checked_when_it_is_sharded(tmp_path, monkeypatch):
     """FSDP gives it a class of torch's; a figure that is not finite is then left out, as it is for others."""
     task = task_of(make_tokens(tmp_path / "tokens"), tmp_path / "run")

@@ -85,25 +85,6 @@ def test_probabilities_sum_to_one_in_any_order_and_mixed(name):
     assert not torch.allclose(alone[0], alone[1], atol=1e-3)  # or the mixture would not be one
 
 
-@every_model
-def test_the_spread_over_orders_is_that_of_log_prob(name):
-    model, tokens, labels = make(name), torch.randint(5, (6, 3, 4)), torch.arange(6) % 4
-    each = [model.log_prob(tokens, labels, order) for order in (None, "random:1", "random:2", "random:3")]
-    spread = model.order_spread(tokens, labels, num_orders=4)
-    assert spread.shape == (6,) and spread.min() > 0.1
-    torch.testing.assert_close(spread, torch.stack(each).std(0))
-    model.exact = False  # a bound has no order, yet the densities of the orders are as exact as ever
-    torch.testing.assert_close(model.order_spread(tokens, labels, num_orders=4), spread)
-
-
-def test_where_all_orders_are_of_one_joint_there_is_no_spread():
-    model = make("masked")
-    with torch.no_grad():
-        for block in model.layers:
-            block.project.weight.zero_()  # no position hears of another: the joint is a product
-    assert model.order_spread(torch.randint(5, (6, 3, 4))).max() < 1e-4
-
-
 @pytest.mark.sparse
 @every_model
 @pytest.mark.parametrize("cache", [True, False])

@@ -166,8 +166,6 @@ CALLS: list[tuple[str, dict[str, Any], type[Exception], Callable[[Any], Any], st
         ("made", {}, ValueError, lambda m, count=count: m.sample(2, num_masks=count), "num_masks")
         for count in (2, 0, 2.5, None)
     ),
-    ("gpt", {"any_order": True}, ValueError, lambda m: m.order_spread(TOKENS, num_orders=1), "num_orders"),
-    ("gpt", {}, ValueError, lambda m: m.order_spread(TOKENS), "one order"),
     *(("gpt", {}, ValueError, lambda m, tokens=tokens: m.log_prob(tokens), "token") for tokens in TOKENS_OF_NONE),
     *(
         (kind, {}, ValueError, lambda m, tokens=tokens: m.loss(tokens), "token")

@@ -5,7 +5,6 @@ Covers: pipelines/generate.py, pipelines/commands/reconstruct.py.
 
 from __future__ import annotations
 
-import ast
 import importlib
 import io
 import json
@@ -178,12 +177,6 @@ def test_what_is_missing_is_named(verb, capsys):
         assert errors_of(capsys, verb) == [f"error: {name}: missing" for name in required]
 
 
-def test_several_mistakes_are_said_at_once(capsys):
-    lines = errors_of(capsys, "generate", "top_k=0", "temprature=1", "seed=-1")
-    assert len(lines) == 4 and [line.split(":")[1].strip() for line in lines].count("pipeline") == 1
-    assert any("did you mean 'temperature'?" in line for line in lines)
-
-
 # Run folders
 
 
@@ -239,7 +232,7 @@ def test_evaluation_is_printed_written_and_put_on_the_card(world, tmp_path, caps
     figures = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     card = (tmp_path / "pipeline" / "README.md").read_text()
     for name, shown in (("psnr", "{:.2f} dB"), ("bits_per_token", "{:.3f}"), ("class_agreement", "{:.1%}")):
-        assert shown.format(figures[name]) in printed and f"{figures[name]:.4g}" in card
+        assert shown.format(figures[name]) in printed and shown.format(figures[name]) in card
     pictures = {"samples.png", "reconstructions.png", "nearest.png"}
     assert {path.name for path in (tmp_path / "evaluation").glob("*.png")} == pictures
     loaded, before = (
@@ -315,7 +308,7 @@ def test_reconstructions_of_a_tokenizer_or_a_pipeline(world, tmp_path, capsys, s
     main(["reconstruct", f"tokenizer={world}/{source}", f"out={tmp_path}/kept.png", "num_images=4", "data.limit=40"])
     assert Image.open(tmp_path / "kept.png").size == (4 * 58 + 2, 2 * 58 + 2)
     printed = capsys.readouterr().out
-    assert all(text in printed for text in ("PSNR", "SSIM", "texture in flat areas"))
+    assert all(text in printed for text in ("PSNR", "SSIM"))
 
 
 # Help and exit codes
@@ -335,53 +328,9 @@ def config_class(verb):
     return found[0]
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_shows_every_key_with_a_sentence(verb, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main([verb, "--help", "all"])
-    assert caught.value.code == 0
-    page = capsys.readouterr().out
-    assert page.startswith(f"usage: smalti {verb}")
-    for name, field in config_class(verb).model_fields.items():
-        lines = [line for line in page.splitlines() if line.strip().startswith((f"{name} ", f"{name}.", f"{name}:"))]
-        assert lines, name
-        assert field.description and " ".join(field.description.split())[:20] in " ".join(page.split()), name
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_verbs_describe_themselves(verb):
-    path = Path(sys.modules["pipelines"].__file__).parent / f"{module_of(verb).replace('.', '/')}.py"
-    assert len((ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]) > 20
-
-
-def test_dry_run_prints_a_configuration_that_gives_itself(world, tmp_path, capsys):
-    filled = [part.format(world=world, out=tmp_path / "out") for part in TRAIN]
-    texts = []
-    for argv in ([*filled, "--dry-run"], ["train_tokenizer", "--config", str(tmp_path / "a.yaml"), "--dry-run"]):
-        with pytest.raises(SystemExit) as caught:
-            main(argv)
-        assert caught.value.code == 0
-        texts.append(capsys.readouterr().out)
-        (tmp_path / "a.yaml").write_text(texts[-1])
-    assert texts[0] == texts[1] and yaml.safe_load(texts[0])["model"]["widths"] == [8]
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("verb", "near"), [("genrate", "generate"), ("train-piror", "train_prior"), ("encoder", "encode")]
-)
-def test_unknown_verb_suggests_the_near_one(verb, near, capsys):
-    assert errors_of(capsys, verb) == [f"error: {verb}: no such verb; did you mean '{near}'?"]
-
-
-def test_unknown_verb_lists_what_there_is(capsys):
-    line = fails(capsys, "xyzzy")
-    assert all(verb in line for verb in VERBS)
-
-
 PRINTING = [
     ["pipelines.train_tokenizer", "--help", "all"],  # more than is buffered
-    ["pipelines.commands.verify", "folder={world}/run/pipeline"],
+    ["pipelines", "verify", "folder={world}/run/pipeline"],
 ]
 
 
@@ -409,7 +358,7 @@ def test_a_reader_that_stops_does_not_hide_what_went_wrong(world):
 def test_another_broken_pipe_is_no_end_of_reading():
     """One of a connection's, with a stdout that is read, keeps its traceback."""
     code = (
-        "from pipelines.config.command import at_a_shell\nwith at_a_shell():\n    raise BrokenPipeError('a connection')"
+        "from pipelines.config.errors import at_a_shell\nwith at_a_shell():\n    raise BrokenPipeError('a connection')"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 1 and "BrokenPipeError: a connection" in result.stderr

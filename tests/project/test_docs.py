@@ -109,7 +109,7 @@ def test_methods_that_are_functions_show_their_signatures(built: Path) -> None:
     parts = {part.split('"')[0]: part for part in page.split('id="pipelines.image_pipeline.ImagePipeline.')[1:]}
     for name, words in {
         "__call__": ("num_images", "output_type", "Sample images"),
-        "complete": ("known", "draws", "Fill in"),
+        "complete": ("known", "draws", "Draw what"),
         "anomaly_score": ("method", "labels"),
         "embed": ("images", "pool"),
         "from_pretrained": ("revision", "verify"),

@@ -42,7 +42,7 @@ def test_what_needs_no_torch_does_not_import_it() -> None:
 import sys, pipelines
 from pipelines import ConfigError, PathError, __version__
 from pipelines.__main__ import main
-for argv in ["--help"], ["--version"], [], ["trian_prior"], ["completion", "csh"]:
+for argv in ["--help"], ["--version"], [], ["trian_prior"], ["plna", "--help"]:
     try:
         main(argv)
     except SystemExit as error:

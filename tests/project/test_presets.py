@@ -20,6 +20,7 @@ from pipelines.commands import reconstruct
 from pipelines.config import Config, UserError, arguments
 from pipelines.config.arguments import find_preset, read_file
 from pipelines.config.command import parse
+from pipelines.config.schema import to_yaml
 from pipelines.images import DataConfig
 from pipelines.train_tokenizer import TrainTokenizerConfig, build_tokenizer
 from prior import Prior
@@ -142,6 +143,15 @@ def on_a_map(model: dict[str, Any]) -> bool:
     return model["kind"] in kernels or bool(model.get("window")) or not str(order).startswith(("raster", "random"))
 
 
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_what_a_preset_resolves_to_is_a_file_that_gives_itself(path, tmp_path):
+    config = config_of(path)
+    whole = tmp_path / path.parent.name / "whole.yaml"
+    whole.parent.mkdir()
+    whole.write_text(to_yaml(config))
+    assert config_of(whole) == config == config_of(path, "--config", str(whole))
+
+
 @every_preset
 def test_a_preset_can_be_overridden(path):
     config = config_of(path, "out=elsewhere")
@@ -191,9 +201,9 @@ def test_the_name_of_every_preset_is_its_own(path):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("vqvae_digit", "; did you mean tokenizer/vqvae_digits"),
-        ("prior/gtp_digits.yaml", "; did you mean prior/gpt_digits"),
-        ("tokenizer/gpt_digits", "; did you mean prior/gpt_digits"),
+        ("vqvae_digit", "; did you mean 'vqvae_digits'?"),
+        ("prior/gtp_digits.yaml", "; did you mean 'gpt_digits'?"),
+        ("tokenizer/gpt_digits", "; did you mean 'gpt_digits'?"),
         ("nowhere/xyzzy.yaml", "(no such file, no such preset); `smalti presets` lists them"),
         ("accelerate/fsdp", "(no such file, no such preset); `smalti presets` lists them"),
         ("", "--config: expected a file after it"),
@@ -209,7 +219,7 @@ def test_what_is_no_preset_names_those_that_are_near(name, hint):
 def test_a_name_of_two_presets_is_refused(monkeypatch):
     files = {"tokenizer/mine": Path("a.yaml"), "prior/mine": Path("b.yaml")}
     monkeypatch.setattr(arguments, "presets", lambda: files)
-    with pytest.raises(UserError, match="several presets have this name.; did you mean tokenizer/mine or prior/mine"):
+    with pytest.raises(UserError, match="tokenizer/mine, prior/mine"):
         find_preset("mine")
     assert find_preset("prior/mine") == Path("b.yaml")
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from pipelines.config.arguments import ReportedElsewhere
-from pipelines.config.command import ProcessFailed
+from pipelines.config.errors import ProcessFailed, ReportedElsewhere
 from pipelines.processes.group import ProcessGroup
 
 

@@ -110,7 +110,7 @@ def test_a_manifest_names_the_file_that_changed(notes, size):
     path.write_bytes(b"Data")
     with pytest.raises(IntegrityError, match=r"inner/data\.bin"):
         verify_manifest(notes)
-    assert verify_manifest(notes, unhashed=["inner/data.bin"]) == verify_manifest(notes, without=["inner"])
+    assert verify_manifest(notes, unhashed=["inner/data.bin"])["title"] == "x"
     path.write_bytes(b"data" + b"x" * size if size > 0 else b"dat")
     with pytest.raises(IntegrityError, match=r"inner/data\.bin"):
         verify_manifest(notes, unhashed=["inner/data.bin"])

@@ -1,5 +1,5 @@
 """Models with names: found by their name, saved, loaded strictly, and in variants. Whole pipelines are in
-`tests/pipelines/stages`."""
+`tests/pipelines`."""
 
 from __future__ import annotations
 

@@ -68,8 +68,7 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
 
     def quantize(self, z: Tensor) -> Quantized:
         """Quantize `z` `(B, dim, *spatial)`. Raises `ValueError` for another number of channels."""
-        if z.shape[1] != self.dim:
-            raise ValueError(f"z should have {self.dim} channels, got {z.shape[1]}")
+        self.check_channels(z)
         with full_float32(), torch.autocast(z.device.type, enabled=False):
             if not self.training:
                 return self._quantize(z.float())
@@ -78,6 +77,22 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
 
     def _quantize(self, z: Tensor) -> Quantized:
         raise NotImplementedError
+
+    @torch.no_grad()
+    def encode(self, z: Tensor) -> Tensor:
+        """Return the tokens of `quantize` alone: nothing is learned from `z`. Raises as `quantize` does."""
+        self.check_channels(z)
+        with full_float32(), torch.autocast(z.device.type, enabled=False):
+            return self._encode(z.float())
+
+    def _encode(self, z: Tensor) -> Tensor:
+        """A quantizer whose losses cost time writes this without them."""
+        return self._quantize(z).tokens
+
+    def check_channels(self, z: Tensor) -> None:
+        """Raise `ValueError` for vectors `z` of another width."""
+        if z.shape[1] != self.dim:
+            raise ValueError(f"z should have {self.dim} channels, got {z.shape[1]}")
 
     def lookup(self, tokens: Tensor) -> Tensor:
         """The vectors `(B, dim, *spatial)` of `tokens`. Raises `ValueError` for ids out of range."""

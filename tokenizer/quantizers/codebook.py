@@ -78,6 +78,10 @@ class Codebook(SelfUpdating, Quantizer):
             self.record(rows.detach(), tokens)
         return Quantized(map_of(z_q, z), tokens.reshape(z.shape[0], *z.shape[2:]), losses)
 
+    def _encode(self, z: Tensor) -> Tensor:
+        tokens = nearest(self.comparable(rows_of(z)), self.table())
+        return tokens.reshape(z.shape[0], *z.shape[2:])
+
     def comparable(self, rows: Tensor) -> Tensor:
         """Rows `(n, dim)` as they are compared to the table."""
         return F.normalize(rows, dim=1) if self.config.normalize else rows

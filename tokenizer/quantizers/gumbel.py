@@ -67,12 +67,12 @@ class Gumbel(SelfUpdating, Quantizer, name="gumbel"):
 
     def _quantize(self, z: Tensor) -> Quantized:
         """In training, each call draws one seed of the noise from torch's global CPU generator."""
-        rows, seed = rows_of(z), None
+        rows, options = rows_of(z), ChoiceOptions()
         if self.training:
             if self.may_record(rows.detach()):
                 self.record()
             seed = int(torch.randint(1 << 62, (), device="cpu"))
-        options = ChoiceOptions(self.temperature_at(self.step), hard=self.config.hard or not self.training, seed=seed)
+            options = ChoiceOptions(self.temperature_at(self.step), hard=self.config.hard, seed=seed)
         values, tokens, entropy, _ = choose(rows, self.proj.weight, self.proj.bias, self.embed.weight, options)
         kl = (math.log(self.vocab_size) - entropy).clamp(min=0)
         return Quantized(map_of(values, z), tokens.reshape(z.shape[0], *z.shape[2:]), {"kl": kl})

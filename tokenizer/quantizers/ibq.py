@@ -77,6 +77,9 @@ class IBQ(Codebook, name="ibq"):
             self.record()
         return Quantized(map_of(z_q, z), tokens.reshape(z.shape[0], *z.shape[2:]), losses)
 
+    def _encode(self, z: Tensor) -> Tensor:
+        return self._quantize(z).tokens  # the code of the largest inner product, not the nearest one
+
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
         """Means over elements of |z - sg(e)|^2 and |sg(z) - e|^2. (`index` is |z - e|^2 with its gradient through the
         softmax as well.)"""

@@ -78,7 +78,7 @@ def find_card(device: str, side: int) -> Card:
     """The card of this machine; exits where `device` is cuda and there is none."""
     import torch
 
-    from pipelines.planning.budget import GPUS
+    from pipelines.commands.plan import GPUS
 
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("device=cuda: there is no GPU here that torch sees; device=cpu tiny=true is a rehearsal")

@@ -158,14 +158,14 @@ def measure_loop(card: Card, name: str, argv: list[str], repeats: int) -> Row:
 
     torch.manual_seed(0)
     task, config = task_of(argv, card)
-    planned = plan_of(argv)
+    planned = plan_of(argv, card)
     with stepper(task, config) as step:
         seconds, host = card.times(step, repeats)
         memory = card.memory(step)
     del task, step
     gc.collect()
-    parts = planned.memory["DDP"]
-    return Row(name, seconds, host, config.train.batch_size, planned.flops_per_step, memory, sum(parts.values()))
+    count = config.train.batch_size
+    return Row(name, seconds, host, count, planned.flops_per_step, memory, planned.memory(count))
 
 
 def task_of(argv: list[str], card: Card | None = None) -> tuple[Any, Any]:
@@ -181,12 +181,12 @@ def task_of(argv: list[str], card: Card | None = None) -> tuple[Any, Any]:
     return TokenizerTask(config, card.device if card else "cpu"), config
 
 
-def plan_of(argv: list[str]) -> Any:
-    """The forecast of `smalti plan` for one card."""
+def plan_of(argv: list[str], card: Card) -> Any:
+    """What `smalti plan` says of one card, measured on it."""
     from pipelines.commands import plan
 
     with contextlib.redirect_stdout(io.StringIO()):
-        return plan.main([*argv, "gpus=1", "rows=1000000"])
+        return plan.main([*argv, "gpus=1", f"device={card.device}"])
 
 
 def measure_peer(card: Card, name: str, peer: Reference, images: int, flops: float, repeats: int) -> Row:

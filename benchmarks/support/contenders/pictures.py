@@ -43,20 +43,17 @@ def sheet(names: list[str], out: Path) -> Path:
 def rate_distortion(found: dict[str, list[Node]], title: str) -> Any:
     """The GPT's bits of an image against the PSNR: a dot for each tokenizer, and a cross as wide and as high as the
     95 % intervals over seeds. Tokenizers that another one beats in both are grey."""
-    from pipelines.metrics.charts import BLUE, GREY, INK, charts_in_row, few_ticks, head
-    from pipelines.metrics.pages import page
+    from pipelines.metrics.charts import BLUE, GREY, INK, render
 
     rates = {name: [run["bits_per_token"] * run["tokens"] for run in runs] for name, runs in found.items()}
     levels = {name: [run["psnr"] for run in runs] for name, runs in found.items()}
     at = {name: (statistics.mean(rates[name]), statistics.mean(levels[name])) for name in found}
     x_values, y_values = zip(*at.values(), strict=True)
 
-    def draw(axes: Any) -> None:
-        head(axes, "", "held-out PSNR, dB")
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
         axes.set(xlim=(0.9 * min(x_values), 1.08 * max(x_values)), ylim=(min(y_values) - 0.4, max(y_values) + 0.4))
-        axes.set_xlabel("bits of an image's tokens under the GPT")
-        few_ticks(axes.xaxis, 8)
-        few_ticks(axes.yaxis, 4)
+        axes.set(title=title, xlabel="bits of an image's tokens under the GPT", ylabel="held-out PSNR, dB")
         for name, (rate, level) in at.items():
             beaten = any(r <= rate and p >= level for other, (r, p) in at.items() if other != name)
             halves = [0.0 if math.isnan(half) else half for half in (interval(rates[name]), interval(levels[name]))]
@@ -64,4 +61,4 @@ def rate_distortion(found: dict[str, list[Node]], title: str) -> Any:
             axes.plot(rate, level, "o", color=GREY if beaten else BLUE, markersize=8)
             axes.annotate(name, (rate, level), (7, 7), textcoords="offset points", color=GREY if beaten else INK)
 
-    return page(title, [], [charts_in_row([draw], 760, 480)])
+    return render(760, 480, draw)

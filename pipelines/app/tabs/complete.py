@@ -5,68 +5,100 @@ from __future__ import annotations
 from typing import Any
 
 import gradio as gr
+import numpy as np
+from PIL import Image
 
-from ..controls import chosen_settings, classes_widget, labels_code, labels_for, settings_of
-from ..elements import LARGE, canvas, painting, pictures, shown
-from ..jobs import Job
-from ..served import Served, as_floats, as_pixels, drawn, keywords
-from ..uploads import images_of, painted, whole
-from ..widgets import LAST_SEED, code_widget, image_picker, on_click, run_buttons, seed_widget
+from .. import controls
+from ..parts import Samples, code_widget, image_picker, on_click, pictures, run_buttons, zoom
+from ..served import Picked, Served, Step, as_picture, picked_image, watch
 
 MOST_DRAWS = 16
+PAINT = "#FFF4E6D8"  # white, a tint that no grey picture has, through which the picture is just seen
+AROUND = 62  # screen pixels that the editor needs beside its canvas
 
 
-def build(served: Served, gallery: gr.HTML) -> None:
+def build(served: Served, samples: Samples) -> None:
     """The tab."""
     pipeline, (_, height, width) = served.pipeline, served.shape
-    settings = settings_of(pipeline, served.described)
-    most = min(MOST_DRAWS, served.bounds.max_images)
+    most, times = min(MOST_DRAWS, served.max_images), zoom(width, "canvas")
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            image = image_picker(served, "complete-image", gallery)
-            canvas_ = painting("painting", width, height)
+            image, picks = image_picker(served, "complete-image", samples)
+            editor = gr.ImageEditor(
+                elem_id="painting",
+                elem_classes="smalti",
+                label="Paint",
+                placeholder="Pick an image, or take a sample,\nand paint over what is to be drawn again",
+                canvas_size=(width * times, height * times),
+                height=height * times + AROUND,
+                sources=(),
+                transforms=(),
+                layers=False,
+                brush=gr.Brush(default_size=3 * times, colors=[PAINT], default_color=PAINT, color_mode="fixed"),
+                eraser=gr.Eraser(default_size=3 * times),
+                format="png",
+                buttons=[],
+            )
+            inverted = gr.Checkbox(False, label="Keep what is painted, and draw the rest")
         with gr.Column(scale=1, min_width=300):
-            label = classes_widget(pipeline, several=False) or gr.State(None)
+            label = controls.classes_widget(pipeline, several=False)
             draws = gr.Slider(1, most, value=min(4, most), step=1, label="Draws")
-            seed = seed_widget()
-            button, stop = run_buttons("Complete")
-            with gr.Accordion("Settings", open=False):
-                widgets = [setting.widget(len(pipeline.prior.grid)) for setting in settings]
-            completed = pictures("completed")
+            seed = controls.seed_widget()
+            buttons = run_buttons("Complete")
+            settings = controls.settings_widgets(pipeline)
+            completed = pictures("completed", "medium")
             line = code_widget(served)
+    for pick in picks:
+        pick.then(served.handler(canvas), image, editor)
+    inputs = [image, editor, inverted, label, draws, seed, *settings]
+    on_click(served, buttons, complete, inputs, [completed, line])
 
-    def load(job: Job, value: Any) -> str:
-        if not value:
-            return ""
-        return canvas(as_pixels(as_floats(images_of(value, served.shape, served.bounds.max_upload)))[0])
 
-    def work(job: Job, value: Any, label: Any, draws: Any, seed: Any, *values: Any) -> Any:
-        pixels, known = painted(value, served.shape, served.bounds.max_upload)
-        count, first = whole(draws, "draws", 1, most), whole(seed, "seed", 0, LAST_SEED)
-        labels = labels_for(pipeline, label, 1)
-        options = chosen_settings(settings, values, pipeline.prior.grid.vocab_size)
-        out = drawn(
-            job,
-            pipeline.complete,
-            as_floats(pixels),
-            known,
-            labels,
-            draws=count,
-            seed=first,
-            output_type="pt",
-            **options,
-        )
-        found = as_pixels(out.images.reshape(-1, *served.shape))
-        options_code = f"{labels_code(pipeline, labels)}{keywords(options)}"
-        lines = [
-            "from PIL import Image",
-            "# Save, below the painting, writes both; white is drawn again",
-            'image, mask = Image.open("image.png"), Image.open("mask.png")',
-            f"out = pipe.complete(image, mask=mask, seed={first}, draws={count}{options_code})",
-        ]
-        return shown(found, [f"draw {k + 1}" for k in range(len(found))], side=LARGE), served.code(*lines)
+def canvas(served: Served, step: Step, picked: Picked) -> np.ndarray | None:
+    """The image for the editor, whose brush needs room: each pixel is a square of many."""
+    if not picked:
+        return None
+    image = as_picture(picked_image(picked, served.shape)[0]).convert("RGB")
+    times = zoom(image.width, "canvas")
+    return np.asarray(image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST))
 
-    on_click(served, button, stop, work, [canvas_, label, draws, seed, *widgets], [completed, line], "complete")
-    image.change(
-        served.jobs.handler(load), image, canvas_, concurrency_id="model", concurrency_limit=1, api_visibility="private"
-    )
+
+def painted(editor: Any, width: int, height: int) -> np.ndarray:
+    """Which pixels are painted, bool `(height, width)`: those of which half is. Raises `ValueError`."""
+    layers = (editor or {}).get("layers") or []
+    found = np.zeros((height, width), dtype=bool)
+    for layer in layers:
+        alpha = Image.fromarray(layer[..., 3]).resize((width, height), Image.Resampling.BOX)
+        found |= np.asarray(alpha) >= int(PAINT[-2:], 16) // 2
+    if not found.any():
+        raise ValueError("nothing is painted: paint over what is to be drawn again")
+    return found
+
+
+def complete(
+    served: Served,
+    step: Step,
+    picked: Picked,
+    editor: Any,
+    inverted: bool,
+    label: Any,
+    draws: Any,
+    seed: Any,
+    *values: Any,
+) -> Any:
+    """The mask and the completions with captions, and the lines of Python."""
+    pipeline, (_, height, width) = served.pipeline, served.shape
+    pixels = picked_image(picked, served.shape)
+    hidden = painted(editor, width, height) != bool(inverted)
+    count = controls.whole(draws, "draws", 1, min(MOST_DRAWS, served.max_images))
+    arguments = {"draws": count, **controls.sampling_arguments(pipeline, label, 1, seed, values)}
+    out = pipeline.complete(pixels, mask=hidden, **arguments, progress=False, callback_on_step_end=watch(step))
+    found = out.images if count == 1 else out.images[0]
+    lines = [
+        "from PIL import Image",
+        "# the mask is the first picture above; what is white is drawn again",
+        'image, mask = Image.open("image.png"), Image.open("mask.png")',
+        f"out = pipe.complete(image, mask=mask{controls.written(pipeline, arguments)})",
+    ]
+    images = [(Image.fromarray(hidden), "the mask"), *((image, f"draw {k}") for k, image in enumerate(found, 1))]
+    return images, served.code(*lines)

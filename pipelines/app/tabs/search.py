@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -11,11 +12,9 @@ from torch import Tensor
 from ...images.dataset import ImageDataset
 from ...representation import embed, nearest_neighbours
 from ...shuffling import random_rows
-from ..elements import pictures, shown
-from ..jobs import Job
-from ..served import Served, as_floats, as_pixels
-from ..uploads import images_of, whole
-from ..widgets import image_picker, on_click, run_buttons
+from ..controls import whole
+from ..parts import Samples, image_picker, on_click, pictures, run_buttons
+from ..served import Picked, Served, Step, as_picture, picked_image
 
 AT_A_TIME = 64
 MOST_FOUND = 24
@@ -29,45 +28,44 @@ class Index:
         self.rows = random_rows(len(train), served.num_index or len(train), 0)
         self.parts: list[Tensor] = []
 
-    def vectors(self, job: Job) -> Tensor:
-        """`(n, dim)`; those that are made stay if the job is stopped."""
+    def vectors(self, step: Step) -> Tensor:
+        """`(n, dim)`; those that are made stay if the visitor stops."""
         for part in self.rows.split(AT_A_TIME)[len(self.parts) :]:
-            job.step(AT_A_TIME * len(self.parts), len(self.rows), "training images")
+            step(AT_A_TIME * len(self.parts), len(self.rows), "training images")
             self.parts.append(embed(self.served.pipeline, self.train.pixels(part), batch_size=AT_A_TIME))
         return torch.cat(self.parts)
 
-    def named(self, row: int) -> str:
+    def caption(self, row: int) -> str:
         """The class of a training image, if it has one, and what it is called in the source."""
         labels, (name,) = self.train.labels, self.train.names([row])
         return name if labels is None else f"{self.train.class_names[int(labels[row])]}, {name}"
 
 
-def build(served: Served, gallery: gr.HTML, train: ImageDataset) -> None:
+def build(served: Served, samples: Samples, train: ImageDataset) -> None:
     """The tab."""
     index = Index(served, train)
     most = min(MOST_FOUND, len(index.rows))
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            image = image_picker(served, "search-image", gallery)
+            image, _ = image_picker(served, "search-image", samples)
             number = gr.Slider(1, most, value=min(9, most), step=1, label="Neighbours")
-            button, stop = run_buttons("Search")
+            buttons = run_buttons("Search")
         with gr.Column(scale=2, min_width=300):
             found = pictures("found")
-            gr.Markdown(
-                f"The nearest of {len(index.rows):,} training images, by what the middle of the prior sees in them."
-            )
+            gr.Markdown(f"The nearest of {len(index.rows):,} training images, by what the prior's middle sees in them.")
 
-    def work(job: Job, value: Any, number: Any) -> str:
-        batch = as_floats(images_of(value, served.shape, served.bounds.max_upload))
-        count = whole(number, "the number of neighbours", 1, most)
-        vectors = index.vectors(job)
-        near, distances = nearest_neighbours(vectors, embed(served.pipeline, batch), count)
-        rows = index.rows[near[0].cpu()]
-        pixels = [*as_pixels(batch), *as_pixels(as_floats(train.pixels(rows)))]
-        named = [
-            f"{index.named(row)}, {distance:.3f} away"
-            for row, distance in zip(rows.tolist(), distances[0].tolist(), strict=True)
-        ]
-        return shown(pixels, ["what is searched for", *named])
+    on_click(served, buttons, partial(search, index), [image, number], [found])
 
-    on_click(served, button, stop, work, [image, number], [found], "search")
+
+def search(index: Index, served: Served, step: Step, picked: Picked, number: Any) -> Any:
+    """The image and its neighbours with captions."""
+    batch = picked_image(picked, served.shape)
+    count = whole(number, "the number of neighbours", 1, min(MOST_FOUND, len(index.rows)))
+    near, distances = nearest_neighbours(index.vectors(step), embed(served.pipeline, batch), count)
+    rows = index.rows[near[0].cpu()]
+    captions = [
+        f"{index.caption(row)}, {distance:.3f} away"
+        for row, distance in zip(rows.tolist(), distances[0].tolist(), strict=True)
+    ]
+    pixels = torch.cat([batch, index.train.pixels(rows)])
+    return list(zip(map(as_picture, pixels), ["the query", *captions], strict=True))

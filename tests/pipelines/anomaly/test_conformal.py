@@ -5,8 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from pipelines.anomaly.conformal import allowed_above, kept, least_scores, p_values_of, threshold
-from pipelines.anomaly.separation import benjamini_hochberg
+from pipelines.anomaly.conformal import (
+    allowed_above,
+    benjamini_hochberg,
+    least_scores,
+    p_values_of,
+    round_scores,
+    threshold,
+)
 
 
 @pytest.mark.parametrize("scale", [(0, 1), (1_234_567.8, 3), (0, 1e-9), (-5e8, 2e4)], ids=str)
@@ -19,7 +25,7 @@ def test_scores_of_any_size_keep_the_promise_and_the_power(scale, same):
         scores = mean + deviation * chance.normal(size=300)
         scores[chance.random(300) < same] = mean + 3.3333333 * deviation
         noise = deviation * 1e-5 * chance.normal(size=200)
-        normal, tie = kept(scores[:100])
+        normal, tie = round_scores(scores[:100])
         below.append((p_values_of(scores[100:] + noise, normal, tie) <= 0.05).mean())
         above.append((scores[100:] + noise > threshold(normal, tie, 0.05)).mean())
         assert (
@@ -32,6 +38,17 @@ def test_scores_of_any_size_keep_the_promise_and_the_power(scale, same):
         assert np.mean(below) == pytest.approx(5 / 101, abs=0.004)  # a calibration has a deviation of .02
 
 
+def test_p_values_are_counts_and_agree_with_the_threshold():
+    """Whole numbers, of which many are equal or exactly a tie above another."""
+    chance = np.random.default_rng(0)
+    for count in (19, 40, 199):
+        normal, scores = (chance.integers(0, 30, size).astype(float) for size in (count, 100))
+        p = p_values_of(scores, normal, 1.0)
+        np.testing.assert_array_equal(p, (1 + (normal + 1 >= scores[:, None]).sum(1)) / (count + 1))
+        for share in (0.05, 0.1, 1 / 3):
+            np.testing.assert_array_equal(scores > threshold(normal, 1.0, share), p <= share)
+
+
 def test_discoveries_hold_where_many_normal_images_are_the_same():
     """Benjamini and Hochberg's share of normal images among what is flagged."""
     chance, shares = np.random.default_rng(0), []
@@ -39,7 +56,7 @@ def test_discoveries_hold_where_many_normal_images_are_the_same():
         scores = chance.normal(size=400)
         scores[chance.random(400) < 0.08] = 10 / 3
         flagged = benjamini_hochberg(
-            p_values_of(np.append(scores[200:], 9 + chance.random(20)), *kept(scores[:200])), 0.2
+            p_values_of(np.append(scores[200:], 9 + chance.random(20)), *round_scores(scores[:200])), 0.2
         )
         shares.append(flagged[:200].sum() / max(1, flagged.sum()))
     assert np.mean(shares) < 0.2
@@ -53,7 +70,7 @@ def test_a_confidence_is_the_share_of_calibrations_that_keep_the_promise(confide
     for _ in range(1000):
         scores = chance.random(200)
         scores = scores if digits is None else np.round(scores, digits)
-        normal, tie = kept(scores)
+        normal, tie = round_scores(scores)
         for found, sure in ((held, confidence), (usual, None)):
             limit = threshold(normal, tie, 0.1, sure)
             above = 1 - limit if digits is None else 1.05 - np.clip(np.ceil(10 * limit) / 10, 0.1, 1.05)
@@ -65,39 +82,11 @@ def test_a_confidence_is_the_share_of_calibrations_that_keep_the_promise(confide
         assert 0.45 < np.mean(usual) < 0.7 and (confidence == 0.5 or np.mean(usual) < confidence - 0.15)
 
 
-@pytest.mark.parametrize(("share", "confidence", "least"), [(0.05, 0.9, 45), (0.05, 0.95, 59), (0.01, 0.9, 230)])
-def test_the_least_number_of_scores_is_the_least(share, confidence, least):
-    """With n of them all are below the highest share of images in (1 - share)^n of calibrations."""
-    assert (1 - share) ** least <= 1 - confidence < (1 - share) ** (least - 1)
-    assert least_scores(share, confidence) == least
-    normal = np.arange(least, dtype=float)
-    assert threshold(normal, 0, share, confidence) == normal[-1]
-    with pytest.raises(ValueError, match=f"{least - 1} normal scores are too few"):
-        threshold(normal[1:], 0, share, confidence)
-
-
 @pytest.mark.parametrize("confidence", [None, 0.01, 0.3, 0.5, 0.9, 0.95, 0.999])
 def test_with_fewer_scores_than_the_least_number_there_is_no_threshold(confidence):
-    """For each share the first number, from 1 on, of which `threshold` accepts the scores."""
-    for share in (
-        0.001,
-        0.005,
-        0.01,
-        0.02,
-        0.03,
-        1 / 30,
-        0.05,
-        0.07,
-        0.1,
-        1 / 7,
-        0.2,
-        0.25,
-        1 / 3,
-        0.4,
-        0.5,
-        0.75,
-        0.99,
-    ):
+    """For each share the first number, from 1 on, of which `threshold` accepts the scores: with n of them all are below
+    the highest share of images in (1 - share)^n of calibrations."""
+    for share in (0.001, 0.01, 1 / 30, 0.05, 0.07, 0.1, 1 / 7, 0.25, 1 / 3, 0.5, 0.75, 0.99):
         first = 1
         while allowed_above(first, share, confidence) < 0:
             first += 1
@@ -106,4 +95,25 @@ def test_with_fewer_scores_than_the_least_number_there_is_no_threshold(confidenc
         if first > 1:
             with pytest.raises(ValueError, match="too few"):
                 threshold(np.arange(first - 1, dtype=float), 0, share, confidence)
-    assert (least_scores(0.05), least_scores(0.01), least_scores(0.1)) == (19, 99, 9)
+        if confidence is not None and 0.04 < share < 0.5:
+            assert (1 - share) ** first <= 1 - confidence < (1 - share) ** (first - 1)
+    assert (least_scores(0.05), least_scores(0.01), least_scores(0.05, 0.9), least_scores(0.01, 0.9)) == (
+        19,
+        99,
+        45,
+        230,
+    )
+
+
+def test_benjamini_hochberg():
+    p = np.array([0.01, 0.04, 0.03, 0.005, 0.5])
+    assert benjamini_hochberg(p, 0.05).tolist() == [True, True, True, True, False]
+    assert benjamini_hochberg(p, 0.026).tolist() == [True, False, False, True, False]
+    chance, shares = np.random.default_rng(0), []
+    for _ in range(300):
+        mixed = np.concatenate([chance.random(80), chance.random(20) ** 8])
+        flagged = benjamini_hochberg(mixed, 0.2)
+        counts = [k for k in range(1, 101) if (mixed <= 0.2 * k / 100).sum() >= k]  # the definition, word by word
+        assert flagged.sum() == max(counts, default=0) and (mixed[flagged].max(initial=0) < mixed[~flagged].min())
+        shares.append(flagged[:80].sum() / max(1, flagged.sum()))
+    assert np.mean(shares) < 0.2

@@ -1,50 +1,47 @@
-"""Distances from normal rows, of a Gaussian and of nearest neighbours."""
+"""Distances from normal rows: from their mean, and from the nearest."""
 
 import numpy as np
 
-from pipelines.anomaly.distances import Gaussian, Neighbours
+from pipelines.anomaly.distances import RIDGE, Distance, rounded, to_nearest
 
 
-def test_a_gaussian_measures_distances_in_its_own_deviations():
+def test_a_distance_from_the_mean_is_mahalanobis():
     chance = np.random.default_rng(0)
-    mixing = chance.normal(size=(3, 3)) * [1, 10, 0.01]
-    rows = chance.normal(size=(4000, 3)) @ mixing + 5
-    fitted = Gaussian.fit(rows)
-    white = (rows - fitted.mean) @ fitted.whitener.T
-    assert np.abs(np.cov(white.T) - np.eye(3)).max() < 0.05
-    exact = np.einsum("nd,de,ne->n", rows - 5, np.linalg.inv(mixing.T @ mixing), rows - 5)
-    assert np.abs(fitted.distance(rows) - exact).mean() < 0.1
-    flat = Gaussian.fit(np.column_stack([rows[:, 0], np.full(4000, 3.0)]))
-    near, far = flat.distance(np.array([[5.0, 3.0], [5.0, 3.1]]))
-    assert near < 1 and 1e6 < far < np.inf
+    rows, others = (chance.normal(size=(count, 3)) @ chance.normal(size=(3, 3)) + 5 for count in (400, 50))
+    covariance = np.cov(rows.T, ddof=0)
+    covariance += RIDGE * np.trace(covariance) / 3 * np.eye(3)
+    away = others - rows.mean(0)
+    expected = np.sqrt(np.einsum("nd,de,ne->n", away, np.linalg.inv(covariance), away))
+    found = Distance.fit(rows).of(others)
+    np.testing.assert_allclose(found / found[0], expected / expected[0], rtol=1e-4)
+    assert (Distance.fit(rows).of(rows) > 1).mean() == 0.01  # the unit
 
 
-def test_neighbours_measure_to_the_fifth_nearest_of_white_points():
+def test_a_distance_from_neighbours_is_that_from_the_fifth_nearest():
     chance = np.random.default_rng(0)
-    rows = chance.normal(size=(300, 4)) @ np.diag([1, 2, 5, 3]) + 7
-    fitted = Neighbours.fit(rows)
-    white = (rows - fitted.mean) @ fitted.axes.T
-    np.testing.assert_allclose(white, fitted.points, atol=1e-4)
-    assert np.abs(np.cov(white.T) - np.diag(np.diag(np.cov(white.T)))).max() < 1e-3
-    assert np.diag(np.cov(white.T)).min() > 0.7 and np.diag(np.cov(white.T)).max() < 1.01
-    others = chance.normal(size=(50, 4)) * 4 + 7
-    away = np.linalg.norm(((others - fitted.mean) @ fitted.axes.T)[:, None] - fitted.points, axis=2)
-    np.testing.assert_allclose(fitted.distance(others), np.sort(away, 1)[:, 4], rtol=1e-6)
-    few = Neighbours.fit(rows[:3])
-    assert np.isfinite(few.distance(rows)).all() and few.distance(rows[:3]).max() > 0
+    rows, others = chance.normal(size=(3000, 4)) * [1, 2, 5, 3] + 7, chance.normal(size=(2500, 4)) * 4 + 7
+    fitted = Distance.fit(rows, 1000)
+    white = (np.concatenate([rows[:1000], others]) - fitted.mean) @ fitted.whitener.T
+    np.testing.assert_allclose(white[:1000], fitted.points, atol=1e-4)
+    away = np.linalg.norm(white[1000:, None] - fitted.points, axis=2)
+    np.testing.assert_allclose(fitted.of(others), np.sort(away, 1)[:, 4], rtol=1e-4)
+    assert 0.005 < (fitted.of(rows[1000:]) > 1).mean() <= 0.01
+    assert np.isfinite(to_nearest(white, white[:3])).all()  # fewer than five
 
 
-def test_few_axes_of_many_features_are_kept():
-    fitted = Neighbours.fit(np.random.default_rng(0).normal(size=(200, 100)))
-    assert fitted.axes.shape == (64, 100) and fitted.points.shape == (200, 64)
-
-
-def test_rounding_chooses_no_axes_of_fewer_points_than_features():
-    """They lie in fewer dimensions, and new ones were measured along any one of the others."""
+def test_few_or_equal_rows_are_fitted_to_and_rounding_decides_nothing():
+    """Ten rows lie in fewer than sixteen dimensions, and along the others nothing is known."""
     chance = np.random.default_rng(0)
-    rows, others = chance.normal(size=(10, 16)), chance.normal(size=(20, 16))
-    fitted, again = (Neighbours.fit(each) for each in (rows, rows + 1e-7 * chance.normal(size=rows.shape)))
-    np.testing.assert_allclose(fitted.distance(others), again.distance(others), rtol=1e-4)
-    flat = Neighbours.fit(np.concatenate([rows[:, :3], np.ones((10, 2))], 1))  # all five: far from ones is far
-    assert len(flat.axes) == 5 and flat.distance(np.array([[0.0, 0, 0, 1, 9]])) > 10
-    assert len(Neighbours.fit(np.ones((10, 16))).axes) == 1
+    rows, others = chance.normal(size=(20, 16)), chance.normal(size=(20, 16))
+    fitted, again = (Distance.fit(each, 10) for each in (rows, rows + 1e-7 * chance.normal(size=rows.shape)))
+    np.testing.assert_allclose(fitted.of(others), again.of(others), rtol=1e-4)
+    for equal in (np.ones((10, 16)), np.ones((10, 1))):
+        for neighbours in (0, 5):
+            flat = Distance.fit(equal, neighbours)
+            assert np.isfinite(flat.of(equal)).all() and (flat.of(equal + 1) > flat.of(equal)).all()
+
+
+def test_rounding_again_changes_nothing():
+    values = np.random.default_rng(0).normal(size=(30, 5)) * 10.0 ** np.arange(-2, 3)
+    np.testing.assert_array_equal(rounded(rounded(values)), rounded(values))
+    np.testing.assert_allclose(rounded(values), values, rtol=5e-6)

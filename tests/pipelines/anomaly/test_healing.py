@@ -10,7 +10,7 @@ from small import PLACED, PRIORS, make_tokenizer
 from small_pipelines import make_pipeline
 
 from pipelines.anomaly.calibrating import calibrate
-from pipelines.anomaly.calibration import CalibrationError
+from pipelines.anomaly.distances import CalibrationError
 from pipelines.anomaly.healing import anomaly_map, heal, patches
 from pipelines.anomaly.scores import anomaly_score
 

@@ -7,13 +7,10 @@ import torch
 from optional import Late, needs_gradio
 from small_pipelines import LABELS, make_pipeline
 
-from pipelines.generate import GenerateConfig
 from prior import Prior
 
-gr, controls = Late("gradio"), Late("pipelines.app.controls")
+controls = Late("pipelines.app.controls")
 pytestmark = needs_gradio
-
-DESCRIBED = GenerateConfig.model_fields
 
 
 def pipeline(prior="gpt", **options):
@@ -27,17 +24,16 @@ def test_every_setting_that_a_prior_declares_has_a_control(kind):
         pipe = make_pipeline("vqvae", kind, size=(8, 12))
     else:
         pipe = pipeline(kind, **({"order": "raster"} if kind == "blocks" else {}))
-    settings = controls.settings_of(pipe, DESCRIBED)
+    settings = controls.settings_of(pipe)
     assert [setting.name for setting in settings] == type(pipe.sampler).names()
-    widgets = [setting.widget(len(pipe.prior.grid)) for setting in settings]
-    assert all(isinstance(widget, gr.components.Component) and widget.label for widget in widgets)
+    assert all(setting.widget(24).label for setting in settings)
     # As the page shows them at first, they ask for nothing but the pipeline's own.
-    assert controls.chosen_settings(settings, [widget.value for widget in widgets], pipe.prior.grid.vocab_size) == {}
+    assert controls.chosen_settings(pipe, values(pipe)) == {}
 
 
-def values(settings, **changed):
+def values(pipe, **changed):
     """The values of the widgets, some of them changed."""
-    return [changed.get(setting.name, setting.widget(24).value) for setting in settings]
+    return [changed.get(setting.name, setting.widget(24).value) for setting in controls.settings_of(pipe)]
 
 
 @pytest.mark.parametrize(
@@ -53,46 +49,38 @@ def values(settings, **changed):
 )
 def test_what_differs_from_the_pipelines_own_is_asked_for(sampler, changed, expected):
     """Whatever is shown is what is drawn with."""
-    from pipelines.stages.sampling import DecodingOptions, choose_sampler
-
     pipe = pipeline(sampler=sampler)
-    settings = controls.settings_of(pipe, DESCRIBED)
-    given = values(settings, **changed)
-    found = controls.chosen_settings(settings, given, 5)
-    assert found == expected
-    drawn = choose_sampler(pipe, found, torch.tensor([0]), DecodingOptions())
-    wanted = {
-        setting.name: setting.read(value) for setting, value in zip(settings, values(settings, **changed), strict=True)
-    }
-    everything = {"top_k": 5, "top_p": 1.0}
-    for name, value in wanted.items():
-        assert getattr(drawn, name) in (value, everything.get(name, value)), name
+    assert controls.chosen_settings(pipe, values(pipe, **changed)) == expected
+    given = {setting.name: changed.get(setting.name, setting.own) for setting in controls.settings_of(pipe)}
+    shown = {name: None if value == "" else float(value) for name, value in given.items() if value is not None}
+    if shown.get("top_k") is not None:
+        shown["top_k"] = int(shown["top_k"])
+    same = pipeline(sampler=shown)
+    drawn = [each(6, 1, seed=0, progress=False, **options).tokens for each, options in ((pipe, expected), (same, {}))]
+    assert torch.equal(*drawn)
 
 
 def test_passes_of_a_masked_prior_are_its_steps():
     pipe = pipeline("masked")
-    settings = controls.settings_of(pipe, DESCRIBED)
-    slider = next(setting for setting in settings if setting.name == "steps").widget(24)
-    assert (slider.label, slider.minimum, slider.maximum) == ("Passes", 0, 24)
-    assert controls.chosen_settings(settings, values(settings, steps=5, schedule="linear"), 5) == {
+    assert controls.chosen_settings(pipe, values(pipe, steps=5, schedule="linear")) == {
         "steps": 5,
         "schedule": "linear",
     }
-    assert not controls.cuts_orders(pipe.prior)
 
 
 @pytest.mark.parametrize("value", ["three", [3], "1e999x"])
 def test_a_setting_that_is_no_number(value):
-    settings = controls.settings_of(pipeline(), DESCRIBED)
-    with pytest.raises(ValueError, match="Top-k should be a number"):
-        controls.chosen_settings(settings, values(settings, top_k=value), 5)
+    pipe = pipeline()
+    with pytest.raises(ValueError, match="Top k should be a number"):
+        controls.chosen_settings(pipe, values(pipe, top_k=value))
+    with pytest.raises(ValueError, match="temperature needs a value"):
+        controls.chosen_settings(pipe, values(pipe, temperature=""))
 
 
 def test_a_prior_without_classes_has_no_guidance():
     pipe = pipeline(labels=[])
-    assert [setting.name for setting in controls.settings_of(pipe, DESCRIBED)] == ["temperature", "top_k", "top_p"]
-    assert controls.classes_widget(pipe, several=True) is None and controls.labels_for(pipe, None, 3) is None
-    assert controls.labels_code(pipe, None) == ""
+    assert [setting.name for setting in controls.settings_of(pipe)] == ["temperature", "top_k", "top_p"]
+    assert controls.labels_for(pipe, None, 3) is None and controls.labels_code(pipe, None) == ""
 
 
 # Classes
@@ -127,14 +115,11 @@ def test_labels_as_python_writes_them(labels):
     assert found == labels or [found] * len(labels) == labels
 
 
-# Orders
+# Orders and numbers
 
 
 def test_a_prior_of_one_order_has_no_choice():
-    prior = pipeline().prior
-    assert controls.orders_of(prior) == [] and controls.order_for(prior, None, None) is None
-    with pytest.raises(ValueError, match="order should be one of raster"):
-        controls.order_for(prior, "column", None)
+    assert controls.orders_of(pipeline().prior) == []
 
 
 @pytest.mark.parametrize("kind", ["gpt", "blocks", "masked"])
@@ -143,40 +128,10 @@ def test_every_order_that_is_offered_can_be_sampled_in(kind):
     names = controls.orders_of(pipe.prior)
     assert "halton" in names and ("dyadic" in names) == (kind != "gpt")
     for name in names:
-        order = controls.order_for(pipe.prior, name, None)
-        assert pipe(1, seed=0, order=order, progress=False).tokens.shape == (1, *pipe.prior.grid.shape)
+        assert pipe(1, seed=0, order=name, progress=False).tokens.shape == (1, *pipe.prior.grid.shape)
 
 
-@pytest.mark.sparse
-@pytest.mark.parametrize("name", ["", "raster", "halton", "spread", "random:0", "hilbert", "column"])
-@pytest.mark.parametrize("passes", [1, 3, 7, 8, 24])
-def test_as_many_passes_as_were_asked_for(name, passes):
-    """`NAME/K` has blocks of one size, so that there may be a few passes less."""
-    from prior.orders import make_partition
-
-    prior = pipeline("blocks", any_order=True).prior
-    assert controls.cuts_orders(prior)
-    found = make_partition(controls.order_for(prior, name, passes), prior.grid.shape)
-    kind = name.partition(":")[0]
-    assert len(found.blocks) == passes or (
-        kind not in ("halton", "spread", "random") and passes - 2 <= len(found.blocks)
-    )
-    assert len(found.blocks) <= passes
-
-
-def test_an_order_with_its_own_blocks_has_its_own_passes():
-    with pytest.raises(ValueError, match="dyadic, which has its own"):
-        controls.order_for(pipeline("blocks", any_order=True).prior, "dyadic", 3)
-
-
-@pytest.mark.parametrize("passes", [0.5, -3, 25, 1e300, float("nan"), "x", [3], True])
-def test_a_number_of_passes_that_there_cannot_be(passes):
-    """The slider has none of these, but a request can."""
-    with pytest.raises(ValueError, match="passes should be a whole number from 1 to 24"):
-        controls.order_for(pipeline("blocks", any_order=True).prior, "raster", passes)
-
-
-@pytest.mark.parametrize("order", ["no", "halton:3", "raster/2", 3, "../x"])
-def test_an_order_that_is_not_offered(order):
-    with pytest.raises(ValueError, match="order should be one of"):
-        controls.order_for(pipeline("blocks", any_order=True).prior, order, None)
+@pytest.mark.parametrize("value", [None, "3", 0, 9, 2.5, True, float("nan"), float("inf"), -1, 10**400, [3]])
+def test_a_number_that_is_out_of_range(value):
+    with pytest.raises(ValueError, match="seed should be a whole number from 1 to 8"):
+        controls.whole(value, "seed", 1, 8)

@@ -13,7 +13,7 @@ from small import make_tokenizer
 from small_pipelines import make_pipeline
 
 from pipelines.commands import export
-from pipelines.exports.tracing import ExportError
+from pipelines.exports import ExportError
 
 
 def test_the_tokenizer_of_a_pipeline_is_checked_on_given_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -31,31 +31,22 @@ def test_the_tokenizer_of_a_pipeline_is_checked_on_given_images(tmp_path: Path, 
     assert torch.equal(encode(images), pipe.tokenizer.encode(images))
 
 
-@pytest.mark.parametrize(
-    ("images", "told"),
-    [
-        ("nowhere", "images: there is no file or folder nowhere"),
-        ("empty", "images: there are no images in empty"),
-        ("bad/a.png", "images: bad/a.png: not an image in one of the formats"),
-    ],
-)
-def test_images_that_cannot_be_read_are_told_in_a_line(images, told, tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("images", ["nowhere", "empty", "bad/a.png"])
+def test_images_that_cannot_be_read_are_an_error(images, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     make_tokenizer("pixels", (8, 8), 1).save_pretrained("tokenizer")
     Path("empty").mkdir()
     Path("bad").mkdir()
     Path("bad/a.png").write_text("no image")
     line = fails(capsys, "export", "tokenizer=tokenizer", "out=out", "format=torch", f"images={images}")
-    assert line.startswith(f"error: {told}") and not Path("out").exists()
+    assert line.startswith("error: images: ") and images in line and not Path("out").exists()
 
 
-def test_a_file_that_gives_something_else_is_told_in_a_line(tmp_path, monkeypatch, capsys) -> None:
+def test_a_file_that_gives_something_else_is_an_error(tmp_path, monkeypatch, capsys) -> None:
     def refuse(*_, **__):
-        raise ExportError("its encoder gives other ids than the tokenizer: 3 of 64 differ")
+        raise ExportError("its encoder gives other ids")
 
     monkeypatch.setattr(export, "export_tokenizer", refuse)
     make_tokenizer("pixels", (8, 8), 1).save_pretrained(tmp_path / "tokenizer")
     line = fails(capsys, "export", f"tokenizer={tmp_path}/tokenizer", f"out={tmp_path}/out")
-    assert line == (
-        "error: format: onnx: its encoder gives other ids than the tokenizer: 3 of 64 differ; nothing was written"
-    )
+    assert line == "error: format: onnx: its encoder gives other ids; nothing was written"

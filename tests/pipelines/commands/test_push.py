@@ -2,7 +2,7 @@
 
 As in test_hub.py, what asks a Hub does so in one process of its own, `client` at the end of this file.
 
-Covers: pipelines/hub.py, pipelines/commands/push.py, pipelines/images/origin.py, pipelines/stages/card.py.
+Covers: pipelines/hub.py, pipelines/commands/push.py, pipelines/images/origin.py, pipelines/card.py.
 """
 
 from __future__ import annotations

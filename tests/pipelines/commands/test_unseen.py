@@ -1,6 +1,6 @@
 """Images that a model was trained on are not measured, searched or shown as held-out ones.
 
-Covers: pipelines/images/dataset.py, pipelines/stages/provenance.py.
+Covers: pipelines/images/dataset.py, pipelines/provenance.py.
 """
 
 from __future__ import annotations

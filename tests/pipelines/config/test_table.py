@@ -1,6 +1,6 @@
 """Tables of text."""
 
-from pipelines.config.table import table
+from pipelines.config.table import table, wrap_rows
 
 
 def test_columns_are_as_wide_as_their_widest_cell():
@@ -15,3 +15,12 @@ def test_columns_are_as_wide_as_their_widest_cell():
 def test_a_row_may_have_fewer_cells():
     assert table([("a", "b"), ("long",), ()]) == "a     b\nlong\n"
     assert table([]) == ""
+
+
+def test_every_cell_is_wrapped_to_its_column(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert wrap_rows([("key", "small | large", "what a-word it is"), ("b", "x", "text")]) == [
+        "  key  small |       what a-word it is",
+        "       large",
+        "  b    x             text",
+    ]

@@ -23,7 +23,7 @@ from several import Several
 
 from pipelines import files
 from pipelines.config import UserError
-from pipelines.config.arguments import ReportedElsewhere
+from pipelines.config.errors import ReportedElsewhere
 from pipelines.files import is_lock, lock_beside, lock_folder, lock_output
 
 HOLD = """

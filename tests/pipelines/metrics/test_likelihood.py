@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from givens.plans import prior_in_training
-from small import make_tokenizer
+from small import make_prior, make_tokenizer
 
 from pipelines.metrics.likelihood import bits_per_token, rows_at_a_time
 from pipelines.metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
@@ -36,7 +35,7 @@ def test_an_evaluation_takes_as_many_at_a_time_as_fit(monkeypatch, tokens):
     ]
     assert rows_at_a_time(TokenGrid((64, 64), 1 << 18)) == 1
     assert [images_at_a_time((3, s, s)) for s in (28, 64, 96, 256, 2048)] == [256, 256, 113, 16, 1]
-    split, model = load_tokens(str(tokens)).splits["test"], prior_in_training("gpt", grid=TokenGrid((7, 7), 16)).eval()
+    split, model = load_tokens(str(tokens)).splits["test"], make_prior("gpt", (7, 7), 16).eval()
     tokenizer = make_tokenizer("vqgan", (16, 8)).eval()
     held_out: Any = Images(torch.rand(11, 3, 16, 8) * 2 - 1)
     found, sizes = [], []
@@ -51,9 +50,9 @@ def test_an_evaluation_takes_as_many_at_a_time_as_fit(monkeypatch, tokens):
         found.append(
             {
                 "bits": bits_per_token(model, split),
-                **evaluate_reconstruction(tokenizer, held_out),
+                **evaluate_reconstruction(tokenizer, held_out, looks=7),
                 "picture": float(reconstruction_picture(tokenizer, held_out).mean()),
             }
         )
     assert sizes == [24, 11, 11, 5, 5, 5, 5, 4, *(3, 3, 3, 2) * 2]
-    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0]["psnr"] > 0
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0]["psnr"] > 0 and found[0]["ssim_images"] == 7

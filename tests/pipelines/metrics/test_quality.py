@@ -1,24 +1,20 @@
-"""Distances between sets of images: closed forms, extremes, chance, and the space they are measured in.
-
-Covers: pipelines/metrics/agreement.py.
-"""
+"""Distances between sets of images: definitions, extremes, and the space they are measured in."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from givens.striped_sets import write_set
 from optional import needs_torchmetrics
 
 from pipelines.images import load_images
+from pipelines.metrics.agreement import agreement, nearest_label
 from pipelines.metrics.quality import (
     FEATURES,
     LONGEST_SIDE,
     Classifier,
     accuracy,
     compare,
-    copying,
     feature_space,
     nearest_rows,
     neighbourhoods,
@@ -47,30 +43,15 @@ def test_ssim_is_one_for_the_same_and_falls_with_noise(shape):
     torch.testing.assert_close(ssim(images, images + noise), alone)
 
 
-def test_ssim_of_flat_images_is_that_of_their_light():
-    """Equation 6 with variances 0; the constants keep black against black at 1."""
-    levels = torch.tensor([0.0, 0.25, 1.0]).reshape(3, 1, 1, 1)
-    a, b = (2 * levels.expand(3, 1, 12, 12) - 1), torch.full((3, 1, 12, 12), 0.0)
-    expected = (2 * levels * 0.5 + 1e-4) / (levels**2 + 0.25 + 1e-4)
-    torch.testing.assert_close(ssim(a, b), expected.flatten(), atol=1e-5, rtol=0)
-    torch.testing.assert_close(ssim(a[:1], a[:1]), torch.ones(1))
-
-
 def test_ssim_of_flat_areas_is_never_above_one():
-    """Where variances cancel: flat images a grey level apart, and drawings that are off by a little noise."""
+    """Where variances cancel: flat images a grey level apart."""
     levels = torch.arange(256).reshape(-1, 1, 1, 1) / 127.5 - 1
     flat = levels.expand(256, 1, 16, 16)
     light, other = (flat[:, 0, 0, 0] + 1) / 2, (flat[:, 0, 0, 0] + 1) / 2 + 1 / 255
     found = ssim(flat, flat + 1 / 127.5)
-    assert found.dtype == torch.float32 and float(found.max()) <= 1
     expected = (2 * light * other + 1e-4) / (light**2 + other**2 + 1e-4)
     torch.testing.assert_close(found, expected, atol=2e-7, rtol=0)
-    disc = ((torch.arange(64) - 32) ** 2 + (torch.arange(64)[:, None] - 32) ** 2 < 300).expand(20, 3, 64, 64)
-    drawings = torch.where(disc, torch.rand(20, 3, 1, 1) * 2 - 1, torch.ones(()))
-    noisy = (drawings + 0.01 * torch.randn_like(drawings)).clamp(-1, 1)
-    found = ssim(drawings, noisy)
     assert float(found.max()) <= 1
-    torch.testing.assert_close(found, ssim(drawings.double(), noisy.double()).float(), atol=1e-7, rtol=0)
 
 
 @needs_torchmetrics
@@ -86,49 +67,43 @@ def test_ssim_is_torchmetrics_ssim_within_the_image(shape):
     torch.testing.assert_close(ssim(images, others), full[..., 5:-5, 5:-5].flatten(1).mean(1), atol=1e-5, rtol=1e-5)
 
 
-# Frechet distance
+# Precision and recall
 
 
-# Precision, recall, density, coverage
+@pytest.mark.parametrize("seed", range(3))
+def test_precision_and_recall_are_those_of_their_definition(seed):
+    real, fake = gaussian(60, 4, 2 * seed), gaussian(60, 4, 2 * seed + 1, 1.4) + 0.5
 
+    def share_inside(rows, centres):
+        radii = [sorted(float((row - other).norm()) for other in centres)[3] for row in centres]
+        inside = [any((row - c).norm() <= r for c, r in zip(centres, radii, strict=True)) for row in rows]
+        return sum(inside) / len(rows)
 
-def test_the_same_set_is_perfect():
-    rows = gaussian(200, 8)
-    found = neighbourhoods(rows, rows[torch.randperm(200)])
-    assert found["precision"] == found["recall"] == found["coverage"] == 1.0
-    # Each row lies in its own ball and in those of the rows whose fifth neighbour is no nearer: 6 of 5 on average.
-    assert found["density"] == pytest.approx(6 / 5, abs=1e-9)
-
-
-def test_disjoint_sets_share_nothing():
-    found = neighbourhoods(gaussian(100, 8), gaussian(100, 8, 1) + 100)
-    assert set(found.values()) == {0.0}
-
-
-def test_samples_spread_too_wide_have_recall_alone():
-    found = neighbourhoods(gaussian(1000, 64, 0), gaussian(1000, 64, 1, 1.6))
-    assert found["recall"] > 0.99 and found["precision"] < 0.02 and found["coverage"] < 0.02
-
-
-def test_samples_all_alike_have_precision_alone():
-    real = gaussian(300, 4)
-    fake = real[real.norm(dim=1).argmin()] + 1e-3 * gaussian(300, 4, 1)
     found = neighbourhoods(real, fake)
-    assert found["precision"] == 1.0 and found["recall"] < 0.02 and found["coverage"] < 0.1 and found["density"] > 1
+    assert found == {"precision": share_inside(fake, real), "recall": share_inside(real, fake)}
+    assert 0 < found["precision"] < 1 and 0 < found["recall"] < 1
 
 
-def test_what_chance_makes_of_neighbourhoods():
-    """Coverage of a perfect model is 1 - 2^-5: each fifth-nearest real row is as likely as not beaten; density is 1."""
-    draws = [neighbourhoods(gaussian(500, 16, 2 * k), gaussian(500, 16, 2 * k + 1)) for k in range(6)]
-    mean = {name: np.mean([draw[name] for draw in draws]) for name in draws[0]}
-    assert mean["coverage"] == pytest.approx(1 - 2**-5, abs=0.02) and mean["density"] == pytest.approx(1, abs=0.1)
-    assert mean["precision"] == pytest.approx(mean["recall"], abs=0.05)
-
-
-def test_neighbourhoods_want_equal_sizes():
-    for counts in ((20, 30), (5, 5)):
-        with pytest.raises(ValueError, match="equally many rows, more than 5"):
+def test_extremes_of_precision_and_recall():
+    rows = gaussian(200, 8)
+    assert set(neighbourhoods(rows, rows[torch.randperm(200)]).values()) == {1.0}
+    assert set(neighbourhoods(rows, gaussian(200, 8, 1) + 100).values()) == {0.0}
+    wide = neighbourhoods(gaussian(1000, 64, 0), gaussian(1000, 64, 1, 1.6))
+    assert wide["recall"] > 0.99 and wide["precision"] < 0.02
+    alike = neighbourhoods(rows, rows[rows.norm(dim=1).argmin()] + 1e-3 * gaussian(200, 8, 1))
+    assert alike["precision"] == 1.0 and alike["recall"] < 0.02
+    for counts in ((20, 30), (3, 3)):
+        with pytest.raises(ValueError, match="equally many rows"):
             neighbourhoods(*(gaussian(count, 3, count) for count in counts))
+
+
+def test_nearest_label_is_that_of_the_nearest_pixels():
+    images, known = gaussian(40, 12).reshape(40, 3, 2, 2).float(), gaussian(300, 12, 1).reshape(300, 3, 2, 2).float()
+    labels = torch.arange(300) % 7
+    nearest = (images[:, None] - known).flatten(2).norm(dim=2).argmin(1)
+    assert torch.equal(nearest_label(images, known, labels), labels[nearest])
+    right = torch.where(torch.arange(40) < 10, labels[nearest], -1)
+    assert agreement(torch.arange(40).split(16), images.__getitem__, right, known, labels) == 0.25
 
 
 def test_nearest_is_the_nearest():
@@ -138,41 +113,6 @@ def test_nearest_is_the_nearest():
     torch.testing.assert_close(found, distances.sort(dim=1).values[:, :3])
     assert torch.equal(indices[:, 0], distances.argmin(1))
     assert float(nearest_rows(others, others)[0].max()) == 0.0
-
-
-# Copies
-
-
-def distances_to_training(rows, dim=16):
-    return nearest_rows(rows, gaussian(2000, dim, 99))[0][:, 0]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_fresh_samples_are_no_copies(seed):
-    held_out, fresh = (distances_to_training(gaussian(500, 16, 2 * seed + k)) for k in (0, 1))
-    found = copying(fresh, held_out)
-    assert abs(found["copying_z"]) < 4
-    assert found["nearest_ratio"] == pytest.approx(1, abs=0.05) and found["nearest_share"] < 0.04
-    assert copying(held_out, fresh)["copying_z"] == pytest.approx(-found["copying_z"])
-
-
-def test_copies_are_found():
-    train = gaussian(2000, 16, 99)
-    held_out = distances_to_training(gaussian(500, 16))
-    near = copying(distances_to_training(train[:500] + 0.05 * gaussian(500, 16, 7)), held_out)
-    assert near["copying_z"] < -10 and near["nearest_share"] == 1.0 and near["nearest_ratio"] < 0.2
-    wide = copying(distances_to_training(gaussian(500, 16, 8, 1.6)), held_out)
-    assert wide["copying_z"] > 10 and wide["nearest_ratio"] > 1.2 and wide["nearest_share"] == 0.0
-    some = torch.cat([train[:50], gaussian(450, 16, 5)])
-    assert 0.09 < copying(distances_to_training(some), held_out)["nearest_share"] < 0.15
-
-
-def test_ties_are_no_evidence():
-    zeros = torch.zeros(40)
-    assert copying(zeros, zeros)["copying_z"] == 0.0
-    steps = torch.arange(40.0) // 10
-    assert copying(steps, steps)["copying_z"] == 0.0
-    assert copying(steps, steps + 1)["copying_z"] == -copying(steps + 1, steps)["copying_z"] < -3
 
 
 # The feature space
@@ -219,14 +159,17 @@ def test_comparison_knows_copies_from_samples(tmp_path):
     copied = shuffled(len(images.train))[:40]
     samples = images.held_out.batch(shuffled(len(images.held_out))).clone()
     samples[40:] = images.train.batch(copied)
-    figures, suspects, originals = compare(space, space(samples), images.train, images.held_out, lambda batch: batch)
-    assert figures["num_compared"] == 80 == len(suspects) == len(originals)
-    assert set(suspects[:40].tolist()) == set(range(40, 80))
-    assert torch.equal(originals[:40], copied[suspects[:40] - 40])
-    for name in ("frechet_distance", "precision", "recall", "density", "coverage"):  # reconstructions are the images
+    figures, order, originals = compare(space, space(samples), images.train, images.held_out, lambda batch: batch)
+    assert figures["num_compared"] == 80 == len(order) == len(originals)
+    assert set(order[:40].tolist()) == set(range(40, 80))
+    assert torch.equal(originals[:40], copied[order[:40] - 40])
+    for name in ("frechet_distance", "precision", "recall"):  # reconstructions are the images
         assert figures[f"reconstruction_{name}"] == pytest.approx(figures[f"train_{name}"])
-    assert figures["reconstruction_copying_z"] == 0.0 and figures["nearest_share"] >= 0.5 and figures["copying_z"] < -3
     assert figures["frechet_distance"] < figures["train_frechet_distance"]
+    known = space.of(images.train, torch.arange(len(images.train)))
+    for key, rows in (("", space(samples)), ("held_out_", space.of(images.held_out, torch.arange(80)))):
+        nearest = (rows[:, None] - known).norm(dim=2).min(1).values
+        assert figures[f"{key}nearest_distance"] == pytest.approx(float(nearest.median()))
 
 
 def test_a_permutation_is_a_permutation():

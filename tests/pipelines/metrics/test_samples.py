@@ -34,7 +34,7 @@ def test_each_is_drawn_once_in_its_place():
         assert torch.equal(rows, numbered(0, count)[:, 0, :, 0])
 
 
-def test_what_is_kept_are_bytes_of_the_own_parts():
+def test_what_is_held_are_bytes_of_the_own_parts():
     """A second process of two keeps the second part alone; the others' are asked for."""
 
     class Second(ProcessGroup):
@@ -42,7 +42,7 @@ def test_what_is_kept_are_bytes_of_the_own_parts():
             return [act()]
 
     made = Samples(numbered, 23, Second(1, 2))
-    (kept,) = made._kept.items()
+    (kept,) = made._mine.items()
     assert kept[0] == 10 and kept[1].dtype == torch.uint8 and len(kept[1]) == 10
     assert torch.equal(kept[1], to_uint8(numbered(10, 20)))
 

@@ -1,6 +1,6 @@
 """`smalti encode`: which rows it writes, how a killed one continues, and what it refuses.
 
-Covers: pipelines/encode.py, pipelines/job.py, pipelines/stages/provenance.py.
+Covers: pipelines/encode.py, pipelines/job.py, pipelines/provenance.py.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ from tiny_task import Killed
 from pipelines import encode, generate
 from pipelines import train_tokenizer as train_tokenizer_verb
 from pipelines.config import run_command
-from pipelines.config.command import Interrupted
+from pipelines.config.errors import Interrupted
 from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training import stopping, trainer

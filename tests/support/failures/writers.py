@@ -98,7 +98,7 @@ WRITERS: dict[str, Writer] = {
             "pipeline={pipeline}",
             *DATA,
             *("data.split=test", "data.held_out=train", "data.validation_fraction=0.7", "feature_steps=0"),
-            *("num_images=50", "minutes=0.001", "store=false"),
+            *("num_samples=50", "store=false"),
         ),
         "results",
         "pipeline",

@@ -50,8 +50,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from pipelines import ImagePipeline, encode
 from pipelines.__main__ import module_of, verbs
 from pipelines.anomaly.scores import METHODS
-from pipelines.compression import coding as compression
-from pipelines.compression.coder import Coder
 from pipelines.config.command import parse
 from pipelines.images.augment import AugmentConfig, draw_changes
 from pipelines.images.dataset import prepare_images
@@ -339,7 +337,6 @@ def abilities() -> Iterator[Component]:
             if set(more) <= optional(name):
                 title = ", ".join(f"{key}={value}"[:24] for key, value in more.items())
                 yield f"ability {name}, {title}", partial(try_ability, able, name, more)
-    yield "main: ability decompress, with a raw chunk", try_raw_chunk
     for tokenizer, prior in [*((name, "marginal") for name in TOKENIZERS), *(("vqvae", name) for name in PRIORS)]:
         yield f"abilities of {tokenizer} + {prior}", partial(try_abilities, tokenizer, prior)
 
@@ -405,20 +402,6 @@ def try_abilities(tokenizer: str, prior: str) -> None:
     for name in methods():
         with refusals():
             try_ability(lambda: pipe, name, {})
-
-
-def try_raw_chunk() -> None:
-    """A lossless stream of two chunks, the first of which could not be coded."""
-    pipe = pipeline_of("vqvae", "gpt", **LIKELIHOOD)
-    outcomes = iter((False, True))
-    with patch.object(Coder, "decodes", lambda *_: next(outcomes)), patch.object(compression, "CHUNK_IMAGES", 1):
-        given = images(2)
-        data = pipe.compress(given, lossless=True, progress=False)
-        back = pipe.decompress(data, output_type="pt", progress=False)
-    assert torch.allclose(back.cpu(), given, atol=1e-6)
-
-
-# Several GPUs, whole runs
 
 
 def two_ranks() -> Iterator[Component]:

@@ -32,8 +32,8 @@ CORE = (
     "tests/tokenizer/published",
     "tests/pipelines/training/test_checkpoint.py",
     "tests/pipelines/training/test_resume.py",
-    "tests/pipelines/compression/test_streams.py",
-    "tests/pipelines/exports",
+    "tests/pipelines/compression/test_container.py",
+    "tests/pipelines/test_exports.py",
 )
 """The contracts of both stages, states, resuming, streams, weights and libraries of others."""
 

@@ -27,7 +27,7 @@ def test_lookup_of_tokens_is_z_q(name, spatial):
     shape = (59,) if quantizer.scales else (quantizer.levels * spatial[0], *spatial[1:])
     assert z_q.shape == z.shape and tokens.shape == (2, *shape)
     assert tokens.dtype == torch.int64 and tokens.min() >= 0 and tokens.max() < quantizer.vocab_size
-    assert torch.equal(z_q, quantizer.lookup(tokens))
+    assert torch.equal(z_q, quantizer.lookup(tokens)) and torch.equal(quantizer.encode(z), tokens)
 
 
 @pytest.mark.sparse
@@ -117,6 +117,8 @@ def test_what_it_does_not_take_is_told_in_one_line(name):
     quantizer = make_quantizer(name)
     with pytest.raises(ValueError, match=f"^z should have {quantizer.dim} channels, got {quantizer.dim + 1}$"):
         quantizer.quantize(torch.randn(1, quantizer.dim + 1, 2, 2))
+    with pytest.raises(ValueError, match="channels"):
+        quantizer.encode(torch.randn(1, quantizer.dim + 1, 2, 2))
     if not quantizer.scales:
         with pytest.raises(ValueError, match=f"^a '{name}' quantizer has no scales$"):
             quantizer.lookup_scales(torch.zeros(1, *quantizer.grid_shape(3, 4), dtype=torch.int64), 1)

@@ -1,0 +1,119 @@
+"""The figures of `smalti evaluate` and of a finished training: one table for the printed report, the model card and the
+Hub's metadata. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..config.table import table
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure, and what people read of it.
+
+    key: its name in `evaluation.json` and in a pipeline's provenance. of: what it measures; figures of `samples` depend
+    on the settings of sampling. title and beside may hold other figures; beside is a list with semicolons, of which
+    parts are left out whose figures are missing. The Hub gets the figures of which more, or less, is better.
+    """
+
+    key: str
+    title: str
+    value: str
+    better: Literal["higher", "lower", ""]
+    of: Literal["validation", "reconstruction", "likelihood", "samples"]
+    beside: str = ""
+
+    @property
+    def is_bits(self) -> bool:
+        """Whether it is an upper bound where the prior's likelihood is a bound."""
+        return "bits_per_" in self.key
+
+
+_BESIDE = "training images {{train_{0}:.3f}}; their reconstructions {{reconstruction_{0}:.3f}}"
+_BITS_PER_TOKEN = (
+    "position frequencies {marginal_bits_per_token:.3f}; from {marginal_rows:,} training rows; {marginal_note}; "
+    "uniform {uniform_bits_per_token:.3f}"
+)
+_BITS_PER_DIM = (
+    "+- {bits_per_dim_error:.3f}; tokens {prior_bits_per_dim:.3f}; pixels given the tokens {pixel_bits_per_dim:.3f}"
+)
+_AGREEMENT = (
+    "real held-out images {real_class_agreement:.1%}; their reconstructions {reconstruction_class_agreement:.1%}; "
+    "{num_samples:,} samples; by {class_agreement_known:,} training images"
+)
+_VALIDATION = "{num_validation:,} images"
+_FID = "training images {train_fid:.2f}; held-out images {held_out_fid:.2f}; {fid_protocol}"
+_SCORE = "+- {inception_score_deviation:.2f}; {inception_score_protocol}"
+_FRECHET = _BESIDE.format("frechet_distance") + "; all with {num_compared:,} held-out images"
+_PRECISION, _RECALL = _BESIDE.format("precision"), _BESIDE.format("recall")
+_NEAREST = "median distance of a sample; of held-out images {held_out_nearest_distance:.3f}"
+
+TABLE = (
+    Figure("validation_psnr", "validation PSNR", "{:.2f} dB", "higher", "validation", _VALIDATION),
+    Figure("validation_bits_per_token", "validation bits per token", "{:.3f}", "lower", "validation", _VALIDATION),
+    Figure("psnr", "PSNR of reconstructions", "{:.2f} dB", "higher", "reconstruction", "{num_images:,} images"),
+    Figure("ssim", "SSIM of reconstructions", "{:.3f}", "higher", "reconstruction", "{ssim_images:,} images"),
+    Figure("rfid", "FID of reconstructions", "{:.2f}", "lower", "reconstruction", "{rfid_protocol}"),
+    Figure("codebook_usage", "codebook use", "{:.1%}", "", "reconstruction", "perplexity {codebook_perplexity:.0f}"),
+    Figure("bits_per_token", "bits per token", "{:.3f}", "lower", "likelihood", _BITS_PER_TOKEN),
+    Figure("unconditional_bits_per_token", "bits per token, no labels", "{:.3f}", "", "likelihood"),
+    Figure("bits_per_dim", "bits per dim", "{:.3f}", "lower", "likelihood", _BITS_PER_DIM),
+    Figure("class_agreement", "class agreement of samples", "{:.1%}", "higher", "samples", _AGREEMENT),
+    Figure("samples_per_second", "samples per second", "{:.0f}", "", "samples", "on {device}"),
+    Figure("fid", "FID", "{:.2f}", "lower", "samples", _FID),
+    Figure("inception_score", "Inception Score", "{:.2f}", "higher", "samples", _SCORE),
+    Figure("feature_space", "features", "{}", "", "samples", "{feature_origin}"),
+    Figure("frechet_distance", "Frechet distance [{feature_space}]", "{:.3f}", "lower", "samples", _FRECHET),
+    Figure("precision", "precision [{feature_space}] (k = 3)", "{:.3f}", "higher", "samples", _PRECISION),
+    Figure("recall", "recall [{feature_space}] (k = 3)", "{:.3f}", "higher", "samples", _RECALL),
+    Figure("nearest_distance", "nearest training image", "{:.3f}", "", "samples", _NEAREST),
+)
+FIGURES = {figure.key: figure for figure in TABLE}
+OF_SAMPLES = {
+    key
+    for figure in TABLE
+    if figure.of == "samples"
+    for key in (figure.key, *re.findall(r"{(\w+)", figure.title + figure.beside))
+}
+"""The keys of all figures that depend on the settings of sampling, or stand beside such."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure in words: what it is, its value, and what that compares to; and its value as it is."""
+
+    figure: Figure
+    title: str
+    value: str
+    beside: str
+    raw: Any
+
+
+def rows_of(figures: Mapping[str, Any], *, exact: bool) -> list[Row]:
+    """The figures of the table that are there, in its order. exact: whether the prior's likelihood is no bound."""
+    known = {key: value for key, value in figures.items() if isinstance(value, int | float | str)}
+    rows = []
+    for figure in TABLE:
+        if figure.key in known:
+            raw, bound = known[figure.key], "at most " if figure.is_bits and not exact else ""
+            value, title = _fill(figure.value, known, raw) or str(raw), _fill(figure.title, known) or figure.key
+            beside = filter(None, (_fill(text, known) for text in figure.beside.split("; ")))
+            rows.append(Row(figure, title, bound + value, "; ".join(beside), raw))
+    return rows
+
+
+def _fill(text: str, known: Mapping[str, Any], *value: Any) -> str:
+    """The text with its figures, or nothing where one is missing or of another type."""
+    try:
+        return text.format(*value, **known)
+    except (KeyError, TypeError, ValueError):
+        return ""
+
+
+def report(figures: Mapping[str, Any], *, exact: bool) -> str:
+    """The figures as a table to print, each with what it compares to."""
+    return table([(row.title, row.value, row.beside) for row in rows_of(figures, exact=exact)], right=[1])

@@ -1,1 +1,0 @@
-"""A run on paper: what it costs before it is started."""

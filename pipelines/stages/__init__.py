@@ -1,1 +1,0 @@
-"""Both models as one folder, and what is asked of them together."""

@@ -1,0 +1,299 @@
+"""What the tabs do, without a browser: the same as the lines of Python that they show; and uploads that are wrong.
+
+Covers: pipelines/app/served.py, pipelines/app/tabs/sample.py, pipelines/app/tabs/complete.py,
+pipelines/app/tabs/compare.py, pipelines/app/tabs/anomaly.py, pipelines/app/tabs/search.py,
+pipelines/app/tabs/compress.py, pipelines/app/parts.py, pipelines/app/page.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import struct
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from optional import Late, needs_gradio
+from PIL import Image
+from small_pipelines import as_pil, make_pipeline, pixels_for
+
+from pipelines import ImagePipeline
+from pipelines.anomaly.calibrating import calibrate
+
+gr, page, parts, served_ = (
+    Late(name) for name in ("gradio", *(f"pipelines.app.{x}" for x in ("page", "parts", "served")))
+)
+sample, complete, compare, anomaly, search, compress = (
+    Late(f"pipelines.app.tabs.{name}") for name in ("sample", "complete", "compare", "anomaly", "search", "compress")
+)
+pytestmark = needs_gradio
+SIDE = 12
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.manual_seed(0)
+    pipe = make_pipeline("pixels", "blocks", size=(SIDE, SIDE), any_order=True)
+    calibrate(pipe, pixels_for(pipe, 60))
+    return pipe
+
+
+@pytest.fixture
+def served(pipe):
+    return served_.Served(pipe, "digits", max_images=8)
+
+
+@pytest.fixture
+def picked(pipe, tmp_path):
+    """Three images as a gallery passes them on."""
+    for number, image in enumerate(as_pil(pixels_for(pipe, 3))):
+        image.save(tmp_path / f"{number}.png")
+    return [(str(tmp_path / f"{number}.png"), None) for number in range(3)]
+
+
+def quiet(done, total, unit):
+    """A step that nobody sees."""
+
+
+def settings(pipe):
+    """The values of the settings as the page shows them at first."""
+    from pipelines.app.controls import settings_of
+
+    return [setting.widget(len(pipe.prior.grid)).value for setting in settings_of(pipe)]
+
+
+def result_of(code, pipe, monkeypatch, **names):
+    """What the lines of Python leave in `out`."""
+    monkeypatch.setattr(ImagePipeline, "from_pretrained", lambda name: pipe)
+    exec(code, names)
+    return names["out"]
+
+
+def arrays(images):
+    return np.stack([np.asarray(image[0] if isinstance(image, tuple) else image) for image in images])
+
+
+def test_samples_are_those_of_the_python_lines(served, pipe, monkeypatch):
+    images, _, code = sample.draw(served, quiet, [], 7, 5, "raster/7", *settings(pipe))
+    assert np.array_equal(arrays(images), arrays(result_of(code, pipe, monkeypatch).images))
+    assert [caption for _, caption in images[:4]] == ["cat · seed 5", "dog · seed 6", "eel · seed 7", "cat · seed 8"]
+    for number, seed in ((9, 0), (0, 0), (1.5, 0), (None, 0), (1, -1), (1, 2**40)):
+        with pytest.raises(ValueError, match="should be a whole number"):
+            sample.draw(served, quiet, [], number, seed, "", *settings(pipe))
+
+
+def layer(mask, times):
+    """What the editor passes on of a mask that is painted."""
+    alpha = np.kron(mask, np.full((times, times), 216, np.uint8)).astype(np.uint8)
+    return {"background": None, "layers": [np.dstack([np.zeros((*alpha.shape, 3), np.uint8), alpha])]}
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("draws", [1, 3])
+def test_only_what_is_painted_is_drawn_again(served, pipe, picked, monkeypatch, inverted, draws):
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[6:, 2:9] = True
+    arguments = (layer(mask, 28), inverted, 1, draws, 3, *settings(pipe))
+    (shown_mask, *found), code = complete.complete(served, quiet, picked[:1], *arguments)
+    image = Image.open(picked[0][0])
+    hidden = mask != inverted
+    assert np.array_equal(np.asarray(shown_mask[0]), hidden) and len(found) == draws
+    assert (arrays(found) == np.asarray(image))[:, ~hidden].all()
+    assert (arrays(found) != np.asarray(image))[:, hidden].any()
+    lines = re.sub(r"Image.open\(.(\w+).png.\)", r"\1_file", code)
+    again = result_of(lines, pipe, monkeypatch, image_file=image, mask_file=shown_mask[0])
+    assert np.array_equal(arrays(found), arrays(again.images if draws == 1 else again.images[0]))
+
+
+def test_a_pixel_is_painted_where_half_of_it_is(served, picked):
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[3, 4] = True
+    strokes = layer(mask, 28)
+    strokes["layers"][0][84:98, 112:126, 3] = 0  # a quarter of the pixel is erased
+    assert np.array_equal(complete.painted(strokes, SIDE, SIDE), mask)
+    strokes["layers"][0][84:112, 112:128, 3] = 0
+    for editor in (strokes, None, {"layers": []}, layer(np.zeros((SIDE, SIDE)), 28)):
+        with pytest.raises(ValueError, match="nothing is painted"):
+            complete.painted(editor, SIDE, SIDE)
+    canvas = complete.canvas(served, quiet, picked[:1])
+    assert np.array_equal(canvas[14::28, 14::28, 0], np.asarray(Image.open(picked[0][0])))
+
+
+def test_an_image_beside_its_reconstruction(served, pipe, picked):
+    (image, again, tokens, bits), figures, _ = compare.compare(served, quiet, picked[:1], -1)
+    assert np.array_equal(np.asarray(image[0]), np.asarray(Image.open(picked[0][0])))
+    expected = pipe.reconstruct(Image.open(picked[0][0]))[0]
+    assert np.array_equal(np.asarray(again[0]), np.asarray(expected))
+    assert tokens[0].size == bits[0].size == (SIDE, SIDE)
+    nats = float(pipe.log_prob(Image.open(picked[0][0])))
+    assert f"**{-nats / np.log(2):.1f}," in figures
+
+
+def test_an_anomaly_has_a_score_and_a_p_value(served, pipe, picked):
+    method = next(iter(pipe.calibration.scores))
+    facts, images, _ = anomaly.score(served, quiet, picked[:1], method)
+    image = Image.open(picked[0][0])
+    p_value = float(pipe.anomaly_score(image, method, p_values=True))
+    assert f"score: **{float(pipe.anomaly_score(image, method)):.4g}**" in facts
+    assert f"p-value: **{p_value:.3g}**" in facts and len(images) == 2
+    with pytest.raises(ValueError):
+        anomaly.score(served, quiet, picked[:1], "no such score")
+
+
+class Train:
+    """Training images without names of classes."""
+
+    labels = None
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def pixels(self, rows):
+        return self.images[rows]
+
+    def names(self, rows):
+        return [f"row {row}" for row in rows]
+
+
+def test_a_training_image_is_nearest_to_itself_and_stopping_loses_nothing(pipe, picked):
+    train = Train(pixels_for(pipe, 150))
+    train.images[97] = torch.from_numpy(np.array(Image.open(picked[0][0])))
+    served = served_.Served(pipe, "digits", train=train)
+    index, seen = search.Index(served, train), []
+
+    def stop_late(done, total, unit):
+        seen.append(done)
+        if done == 64:
+            raise served_.Stopped
+
+    with pytest.raises(served_.Stopped):
+        search.search(index, served, stop_late, picked[:1], 3)
+    images = search.search(index, served, lambda done, total, unit: seen.append(done), picked[:1], 3)
+    assert seen == [0, 64, 64, 128] and images[1][1].startswith("row 97, 0.000")
+    assert np.array_equal(np.asarray(images[1][0]), np.asarray(Image.open(picked[0][0])))
+
+
+def test_a_stream_gives_the_same_images(served, picked):
+    pytest.importorskip("constriction")
+    link = compress.compress(served, quiet, picked, True)
+    data = base64.b64decode(re.search(r"base64,([^\"]+)", link)[1])
+    facts, images = compress.decompress(served, quiet, data)
+    assert np.array_equal(arrays(images), arrays([Image.open(path) for path, _ in picked]))
+    assert f"{len(data):,} bytes" in facts and f"{len(data):,} bytes" in link
+    for wrong in (None, b"", b"no stream", data[:-3]):
+        with pytest.raises(ValueError):
+            compress.decompress(served, quiet, wrong)
+
+
+# Uploads, errors, and stopping
+
+
+def png(path, side, data=b""):
+    """A file of a few bytes that announces an image of `side` by `side` pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(data)))
+
+
+@pytest.fixture(params=["bomb", "just too large", "text", "empty", "cut off", "gone"])
+def bad(request, tmp_path):
+    path = tmp_path / "bad.png"
+    match request.param:
+        case "bomb":
+            png(path, 20_000)
+        case "just too large":
+            png(path, 8193)
+        case "text":
+            path.write_text("no picture")
+        case "empty":
+            path.touch()
+        case "cut off":
+            Image.new("RGB", (99, 99)).save(path)
+            path.write_bytes(path.read_bytes()[:60])
+    return [(str(path), None)]
+
+
+def test_a_bad_upload_is_one_line_and_large_ones_are_not_decoded(served, bad, monkeypatch):
+    loaded, load = [], Image.Image.load
+    monkeypatch.setattr(Image.Image, "load", lambda image: loaded.append(image.size) or load(image))
+    for work in (compare.compare, compress.compress, complete.canvas):
+        values = [-1] if work is not complete.canvas else []
+        with pytest.raises(gr.Error) as caught:
+            served.handler(work)(visitor(), quiet_progress, bad, *values)
+        assert "cannot be read" in caught.value.message or "image 1" in caught.value.message
+        assert "\n" not in caught.value.message and str(bad[0][0]) not in caught.value.message
+    assert not [size for size in loaded if max(size) > 8000]
+
+
+@pytest.mark.parametrize("pick", [None, []])
+def test_nothing_was_picked_or_too_much(served, picked, pick):
+    for most, value in ((1, pick), (2, picked)):
+        with pytest.raises(ValueError, match="pick an image first|3 images; at most 2"):
+            served_.picked_files(value, most)
+
+
+def test_the_last_upload_and_the_chosen_sample_are_taken():
+    assert parts.last_picked([1, 2]) == [2] and parts.last_picked(None) == []
+    assert parts.chosen_sample([1, 2, 3], 1) == [2] and parts.chosen_sample(None, 1) == []
+
+
+def visitor(name="me"):
+    return SimpleNamespace(session_hash=name)
+
+
+def quiet_progress(*progress, **more):
+    """A progress bar that nobody sees."""
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (ValueError("a <b>\nc\x1b[1m"), "a &lt;b&gt; c"),
+        (RuntimeError("shapes [2, 3]"), "Something went wrong"),
+        (KeyError("/secret"), "Something went wrong"),
+    ],
+)
+def test_mistakes_are_shown_and_what_is_broken_is_logged(served, error, shown):
+    def work(served, step):
+        raise error
+
+    with pytest.raises(gr.Error) as caught:
+        served.handler(work)(visitor(), quiet_progress)
+    assert caught.value.message.startswith(shown) and "\x1b" not in caught.value.message
+    assert caught.value.print_exception == (not isinstance(error, ValueError))
+
+
+def test_a_visitor_stops_only_work_of_his_own(served, pipe, monkeypatch):
+    monkeypatch.setattr("gradio.Info", lambda text, **more: None)
+    monkeypatch.setattr("pipelines.app.served.BETWEEN", -1)
+    seen = []
+
+    def progress(at, unit):
+        seen.append(at)
+        served.stop(visitor("another" if at[0] < 144 else "me"))
+
+    def work(served, step):
+        return sample.draw(served, step, [], 2, 0, "", *settings(pipe))
+
+    served.stop(visitor("me"))  # before there is anything to stop
+    assert served.handler(work)(visitor("me"), progress) == gr.skip()
+    assert seen[-1] == (144, 288)
+    assert len(served.handler(work)(visitor("me"), quiet_progress)) == 3
+
+
+@pytest.mark.parametrize("kind", [("vqvae", "gpt"), ("pixels", "masked"), ("titok", "gpt"), ("vqvae", "next_scale")])
+def test_a_page_of_every_kind_of_pipeline(kind, monkeypatch):
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "True")  # which gradio sets
+    torch.manual_seed(0)
+    pipe = make_pipeline(*kind, size=(8, 12), labels=[] if kind[1] == "masked" else ["cat", "dog", "eel"])
+    served = served_.Served(pipe, "a/b/c")
+    assert page.build_page(served).title == "Smalti: b/c" and "--side: 108px" in page.css(served)

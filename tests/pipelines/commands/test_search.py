@@ -1,0 +1,83 @@
+"""`smalti search`: an image itself is found first, images are called what users call them, and bad input."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+from command import fails
+from givens.image_folders import write_table
+from PIL import Image
+
+from pipelines.__main__ import main
+
+
+@pytest.mark.parametrize("layer", [[], ["layer=pixels"], ["layer=prior.0", "pool=flatten"]])
+def test_search_finds_an_image_itself_first(two_classes, tmp_path, capsys, layer):
+    out, query = tmp_path / "near.png", two_classes / "images" / "train" / "above" / "03.png"
+    main(["search", f"pipeline={two_classes}/run/pipeline", f"images={query}", f"out={out}", "k=3", *layer])
+    assert capsys.readouterr().out.startswith(f"{query}: train/above/03.png (above) 0.000, train/")
+    with Image.open(out) as picture:
+        pixels = np.asarray(picture)[-58:-2]
+    side = (pixels.shape[1] - 2) // 4  # a query and three neighbours, each with a border
+    first, second = pixels[:, 2:side], pixels[:, side + 2 : 2 * side]
+    assert np.array_equal(first, second) and first.std() > 0
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (["{world}/table.parquet"], r"row \d+ of train"),
+        (["sheet"], r"\d\d\.png"),
+        (["images/../images/train"], r"(above|below)/\d\d\.png"),
+    ],
+)
+def test_search_answers_with_what_images_are_called(two_classes, tmp_path, capsys, monkeypatch, source, name):
+    """Rows of a table, and files of a folder, also of one with a sheet or by a path from here."""
+    paths = sorted((two_classes / "images/train").rglob("*.png"))[:20]
+    write_table(two_classes / "table.parquet", [path.read_bytes() for path in paths], [k % 2 for k in range(20)])
+    (two_classes / "sheet").mkdir(exist_ok=True)
+    for k, path in enumerate(paths):
+        shutil.copy(path, two_classes / f"sheet/{k:02d}.png")
+    rows = "".join(f"{k:02d}.png,{'xy'[k % 2]}\n" for k in range(20))
+    (two_classes / "sheet/metadata.csv").write_text(f"file_name,label\n{rows}")
+    monkeypatch.chdir(two_classes)
+    given = ["data.held_out_fraction=0.5", f"data.source={source[0].format(world=two_classes)}", *source[1:]]
+    main(["search", f"pipeline={two_classes}/run/pipeline", f"out={tmp_path}/near.png", "k=2", "images=0", *given])
+    line, near = capsys.readouterr().out.splitlines()[0], rf"{name} \(\w+\) \d\.\d+"
+    assert re.fullmatch(rf"held-out 0, {name} \(\w+\): {near}, {near}", line), line
+
+
+def test_search_prints_how_often_classes_agree(two_classes, tmp_path, capsys):
+    verb = ["search", f"pipeline={two_classes}/run/pipeline"]
+    main([*verb, f"out={tmp_path}/a.png", "layer=pixels", "k=5", "rows=2"])
+    printed = capsys.readouterr().out
+    assert "precision@1 100.0%, precision@5 100.0% over 20 queries" in printed
+    assert "drawn at random 50.0%" in printed and printed.count("held-out") == 2
+    main([*verb, f"out={tmp_path}/b.png", "images=[3, 0]", "data.label_column=null", "num_index=7", "k=2"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("held-out 3, test/above/07.png: train/")
+    assert "precision" not in printed and "of 7 images" in printed
+
+
+@pytest.mark.parametrize(
+    ("wrong", "key"),
+    [
+        (["layer=prior.9"], "layer should be"),
+        (["layer=codes", "pool=last"], "pool should be"),
+        (["images=[20]"], "images: "),
+        (["images=[0, a.png]"], "images: "),
+        (["images={world}/nowhere"], "images: "),
+        (["images={world}/empty"], "images: "),
+        (["images={world}/broken.png"], "images: {world}/broken.png"),
+        (["k=61"], "k: "),
+        (["out={out}/near.txt"], "out: "),
+        (["pipeline={world}/nowhere"], "nowhere"),
+    ],
+)
+def test_what_search_refuses(two_classes, tmp_path, capsys, wrong, key):
+    given = [f"pipeline={two_classes}/run/pipeline", f"out={tmp_path}/near.png"]
+    given += [each.format(world=two_classes, out=tmp_path) for each in wrong]
+    assert key.format(world=two_classes) in fails(capsys, "search", *given) and not list(tmp_path.iterdir())

@@ -1,0 +1,220 @@
+"""FID, Inception Score and reference files: the figures of the images that they name, as torch-fidelity has them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from optional import needs_torch_fidelity
+from PIL import Image
+
+from pipelines.config import UserError
+from pipelines.images import to_float
+from pipelines.metrics import fid
+from pipelines.metrics.fid import Inception, load_inception, read_moments
+from pipelines.metrics.frechet import distance, moments
+from pipelines.metrics.quality import shuffled
+from pipelines.metrics.samples import Samples
+from pipelines.processes.group import ALONE
+
+pytestmark = needs_torch_fidelity
+CPU = torch.device("cpu")
+
+
+class Pictures:
+    """Random images as a data set."""
+
+    image_shape, labels = (3, 20, 20), None
+
+    def __init__(self, count: int, seed: int, brightness: int = 256) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.pixels = torch.randint(0, brightness, (count, *self.image_shape), dtype=torch.uint8, generator=draw)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def batch(self, rows: Any) -> torch.Tensor:
+        return to_float(self.pixels[torch.as_tensor(rows)])
+
+
+def of_pixels(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A net that sees the means of corners."""
+    assert pixels.dtype == torch.uint8 and pixels.shape[1] == 3
+    features = torch.nn.functional.adaptive_avg_pool2d(pixels.float(), 2).flatten(1)
+    return features, features[:, :6] / 20
+
+
+def darker(batch: torch.Tensor) -> torch.Tensor:
+    """What a tokenizer may make of images."""
+    return batch * 0.8
+
+
+@pytest.fixture
+def images() -> Any:
+    return SimpleNamespace(train=Pictures(50, 0), held_out=Pictures(40, 1, 200))
+
+
+@pytest.mark.parametrize("reference", ["held_out", "train", "a file"])
+def test_figures_are_of_the_images_that_they_name(images, reference):
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    drawn = Pictures(60, 2)
+    samples = Samples(lambda start, end: drawn.batch(range(start, end)), 60)
+    published = moments(of_pixels(Pictures(500, 5).pixels)[0]) if reference == "a file" else None
+    figures = Inception(of_pixels, CPU, reference, published).figures(images, darker, samples, ALONE)
+    (rows, logits), real = of_pixels(drawn.pixels), moments(of_pixels(images.held_out.pixels)[0])
+    rebuilt = of_pixels(((darker(images.held_out.batch(range(40))) + 1) * 127.5).round().to(torch.uint8))[0]
+    assert figures["rfid"] == pytest.approx(distance(moments(rebuilt), real)) and figures["rfid"] > 1
+    score = isc_features_to_metric(logits)
+    assert figures["inception_score"] == pytest.approx(score["inception_score_mean"])
+    assert figures["inception_score_deviation"] == pytest.approx(score["inception_score_std"])
+    if reference == "held_out":  # as many on each side
+        against, count, said = real, 40, "40 samples against 40 held-out images"
+        known = images.train.pixels[shuffled(50)[:40]]
+        assert figures["train_fid"] == pytest.approx(distance(moments(of_pixels(known)[0]), against))
+    else:
+        against = published or moments(of_pixels(images.train.pixels)[0])
+        count = 60
+        said = f"60 samples against {'mu and sigma of a file' if published else 'all 50 training images'}"
+        assert figures["held_out_fid"] == pytest.approx(distance(real, against)) and "train_fid" not in figures
+    assert figures["fid"] == pytest.approx(distance(moments(rows[:count]), against))
+    assert figures["fid_protocol"] == f"{said}; weights-inception-2015-12-05-6726825d.pth"
+
+
+@pytest.mark.parametrize("count", [0, 9])
+def test_few_samples_leave_the_figure_of_reconstructions(images, count):
+    drawn = Pictures(9, 2)
+    samples = Samples(lambda start, end: drawn.batch(range(start, end)), count) if count else None
+    assert set(Inception(of_pixels, CPU).figures(images, darker, samples, ALONE)) == {"rfid", "rfid_protocol"}
+
+
+def test_equal_sets_have_no_distance_and_grey_images_are_seen_as_colours(images):
+    net = Inception(of_pixels, CPU)
+    assert abs(distance(net.moments(images.train, ALONE), net.moments(images.train, ALONE, count=50))) < 1e-3
+    assert net(torch.zeros(2, 1, 4, 4))[0].shape == (2, 12)
+
+
+@pytest.mark.slow
+def test_figures_are_torch_fidelitys_on_the_same_pictures(tmp_path, monkeypatch):
+    """By its own command for folders of pictures, with random weights, as nobody has to have the right ones."""
+    from torch_fidelity import calculate_metrics
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    torch.manual_seed(0)
+    weights = tmp_path / "weights.pth"
+    torch.save(random_weights(FeatureExtractorInceptionV3), weights)
+    monkeypatch.setattr(fid, "SHA256", hashlib.sha256(weights.read_bytes()).hexdigest())
+    sets = {"first": Pictures(24, 0), "second": Pictures(24, 1, 180)}
+    for name, pictures in sets.items():
+        (tmp_path / name).mkdir()
+        for number, image in enumerate(pictures.pixels):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / name / f"{number:02}.png")
+    theirs = calculate_metrics(
+        input1=str(tmp_path / "first"),
+        input2=str(tmp_path / "second"),
+        fid=True,
+        isc=True,
+        cuda=False,
+        cache=False,
+        verbose=False,
+        save_cpu_ram=True,  # else images are read in processes, and torch looks after these for good
+        feature_extractor_weights_path=str(weights),
+    )
+    net = load_inception(str(weights), "train", CPU)
+    splits: Any = SimpleNamespace(train=sets["second"], held_out=sets["first"])
+    samples = Samples(lambda start, end: sets["first"].batch(range(start, end)), 24)
+    found = net.figures(splits, darker, samples, ALONE)
+    assert found["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3) and found["fid"] > 1e-2
+    assert found["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+
+
+def random_weights(kind: type) -> dict[str, torch.Tensor]:
+    """Of the network, so that features differ from image to image."""
+
+    class Bare(kind):  # type: ignore[misc, valid-type]
+        def load_state_dict(self, state: Any) -> None:
+            pass
+
+    file = io.BytesIO()
+    torch.save({}, file)
+    net = Bare("bare", ["2048"], io.BytesIO(file.getvalue()))
+    for layer in net.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight)
+        if isinstance(layer, torch.nn.Linear):
+            torch.nn.init.normal_(layer.weight, std=0.2)
+    return net.state_dict()
+
+
+# Files
+
+
+@pytest.fixture
+def few_features(monkeypatch):
+    """2048 take seconds to decompose."""
+    monkeypatch.setattr(fid, "FEATURES", 24)
+
+
+def write_reference(path: Any, **arrays: Any) -> Any:
+    """A file like ADM's, with `arrays` in place of the right ones (None: left out)."""
+    draw = np.random.default_rng(0)
+    factor = draw.standard_normal((16, 24))
+    right = {"mu": draw.standard_normal(24), "sigma": factor.T @ factor / 16, "mu_s": np.zeros(3)}
+    np.savez(path, **{name: value for name, value in {**right, **arrays}.items() if value is not None})
+    return path
+
+
+def test_a_reference_is_its_moments(tmp_path, few_features):
+    path = write_reference(tmp_path / "adm.npz")
+    found = read_moments(path)
+    with np.load(path) as arrays:
+        np.testing.assert_array_equal(found.mean.numpy(), arrays["mu"])
+        np.testing.assert_array_equal(found.covariance.numpy(), arrays["sigma"])
+
+
+SPOILED = {
+    "no sigma": {"sigma": None},
+    "other features": {"mu": np.zeros(64)},
+    "objects": {"mu": np.array([{}] * 24, dtype=object)},
+    "not a number": {"mu": np.full(24, np.nan)},
+    "not symmetric": {"sigma": np.triu(np.ones((24, 24)))},
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_a_file_that_is_no_reference_is_refused_in_a_line(tmp_path, few_features, what):
+    path = write_reference(tmp_path / "spoiled.npz", **SPOILED[what])
+    with pytest.raises(UserError, match=r"^reference: .*spoiled.npz.*$"):
+        read_moments(path)
+
+
+def test_a_damaged_reference_is_refused_in_a_line(tmp_path, few_features):
+    content = write_reference(tmp_path / "whole.npz").read_bytes()
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for damaged in (b"no zip", content[:300], content[: len(content) // 2], (tmp_path / "array.npy").read_bytes()):
+        (tmp_path / "damaged.npz").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"^reference: .*damaged.npz.*$"):
+            read_moments(tmp_path / "damaged.npz")
+
+
+def test_what_is_asked_for_is_checked_before_the_work(tmp_path, monkeypatch):
+    """Another file's distances are no FID, and it would be unpickled."""
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"other")
+    for given, key in (
+        ((str(weights), "elsewhere.npz"), "reference"),
+        ((None, "train"), "reference"),
+        ((str(weights), "held_out"), "inception_weights"),
+        ((str(tmp_path / "none.pth"), "held_out"), "inception_weights"),
+    ):
+        with pytest.raises(UserError, match=f"^{key}: .*$"):
+            load_inception(*given, CPU)
+    assert load_inception(None, "held_out", CPU) is None
+    monkeypatch.setattr(fid, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install"):
+        load_inception(str(weights), "held_out", CPU)

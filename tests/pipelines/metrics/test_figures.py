@@ -1,0 +1,59 @@
+"""The table of figures: what people read of them, and nothing where one is missing or not a number."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.metrics.figures import FIGURES, OF_SAMPLES, report, rows_of
+
+FOUND = {
+    "psnr": 25.0039,
+    "num_images": 1000,
+    "bits_per_token": 2.9914,
+    "marginal_bits_per_token": 4.7169,
+    "uniform_bits_per_token": 7.0,
+    "feature_space": "classifier-64",
+    "frechet_distance": 2.385,
+    "train_frechet_distance": 1.85,
+}
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_rows_are_values_beside_what_they_compare_to(exact):
+    rows = {row.figure.key: (row.title, row.value, row.beside) for row in rows_of(FOUND, exact=exact)}
+    assert rows == {
+        "psnr": ("PSNR of reconstructions", "25.00 dB", "1,000 images"),
+        "bits_per_token": (
+            "bits per token",
+            f"{'' if exact else 'at most '}2.991",
+            "position frequencies 4.717; uniform 7.000",
+        ),
+        "feature_space": ("features", "classifier-64", ""),
+        "frechet_distance": ("Frechet distance [classifier-64]", "2.385", "training images 1.850"),
+    }
+    lines = report(FOUND, exact=exact).splitlines()
+    assert [line.split("  ")[0] for line in lines] == [title for title, _, _ in rows.values()]
+
+
+def test_what_is_no_figure_is_no_row_and_other_types_do_no_harm():
+    """Provenance may come from anybody."""
+    assert rows_of({"texture_flat": 2.5, "psnr": None, "ssim": [1], "num_images": 3}, exact=True) == []
+    (row,) = rows_of({"psnr": "high", "num_images": "{psnr.__class__}"}, exact=True)
+    assert (row.value, row.beside) == ("high", "")
+
+
+def test_figures_of_samples_are_those_that_other_settings_change():
+    assert {"frechet_distance", "train_recall", "num_samples", "feature_origin", "fid_protocol"} <= OF_SAMPLES
+    assert not {"psnr", "ssim", "rfid", "bits_per_token", "num_images"} & OF_SAMPLES
+    known = json.loads((Path(__file__).parents[3] / "pipelines/shipped/digits/provenance.json").read_text())
+    assert {"psnr", "ssim", "bits_per_token", "class_agreement", "recall"} <= set(FIGURES) & set(known["evaluation"])
+
+
+def test_the_table_needs_no_torch():
+    code = "import sys, pipelines.metrics.figures; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])

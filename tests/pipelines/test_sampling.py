@@ -1,0 +1,513 @@
+"""Calling a pipeline: seeds, labels, settings, what a callback sees, and what comes back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import re
+import threading
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small import PRIORS, generators
+from small_pipelines import LABELS, every_pair, every_prior_pair, make_pipeline, pixels_for
+
+from pipelines import ImagePipeline
+from prior.orders import Partition
+from prior.sampling import progress_bar
+from tokenizer.files import ConfigError
+
+
+def make_like(pipe, sampler):
+    return ImagePipeline(pipe.tokenizer, pipe.prior, labels=pipe.labels, sampler=sampler)
+
+
+# What comes back
+
+
+@every_pair
+def test_every_output_type_shows_the_same_images(tokenizer, prior):
+    pipe = make_pipeline(tokenizer, prior, channels=3)
+    outputs = {kind: pipe(2, 1, seed=0, output_type=kind, progress=False) for kind in ("pil", "np", "pt", "latent")}
+    images, tokens, names = outputs["pt"]
+    assert all(torch.equal(out.tokens, tokens) for out in outputs.values()) and names == ["dog", "dog"]
+    assert tokens.shape == (2, *pipe.prior.grid.shape) and tokens.dtype == torch.int64
+    assert images.shape == (2, *pipe.tokenizer.image_shape) and images.abs().max() <= 1
+    assert torch.equal(images, pipe.decode(tokens, output_type="pt"))
+    rounded = ((images + 1) * 127.5).round().to(torch.uint8)
+    assert np.array_equal(outputs["np"].images, rounded.movedim(1, -1).numpy())
+    assert all(isinstance(image, Image.Image) and image.mode == "RGB" for image in outputs["pil"].images)
+    assert np.array_equal(np.stack([np.asarray(image) for image in outputs["pil"].images]), outputs["np"].images)
+    assert outputs["latent"].images is outputs["latent"].tokens
+    with pytest.raises(ValueError, match="these are tokens"):
+        outputs["latent"].grid()
+
+
+def test_images_know_their_classes():
+    pipe = make_pipeline()
+    assert pipe(3, [2, None, "dog"], seed=0).class_names == ["eel", "", "dog"]
+    assert pipe(3, seed=0).class_names is None is pipe(3, [None] * 3, seed=0).class_names
+    assert make_pipeline(labels=[], num_classes=3)(2, [2, 0], seed=0).class_names == ["2", "0"]
+    assert pipe.class_names(torch.arange(4)) == [*LABELS, ""]
+    out = pipe(2, "dog", seed=0)
+    assert pickle.loads(pickle.dumps(out)).tokens.equal(out.tokens)
+
+
+def test_a_grid_is_of_the_images_and_names_their_classes():
+    pipe = make_pipeline()
+    outs = [pipe(6, [0, 1, 2, 0, 1, 2], seed=0, output_type=kind) for kind in ("pil", "np", "pt")]
+    grids = [np.asarray(out.grid()) for out in outs]
+    assert outs[0].grid().mode == "RGB" and all(np.array_equal(grid, grids[0]) for grid in grids)
+    plain, two = (np.asarray(outs[0].grid(columns, labels=False)) for columns in (None, 2))
+    assert plain.shape[0] < grids[0].shape[0] and two.shape[0] > plain.shape[0] and two.shape[1] < plain.shape[1]
+    with pytest.raises(ValueError, match="columns must be at least 1"):
+        outs[0].grid(0)
+
+
+def test_completions_of_an_image_stand_in_a_row():
+    pipe, known = make_pipeline(), torch.zeros(8, 12, dtype=torch.bool)
+    images = pixels_for(pipe, 3)
+    outs = [pipe.complete(images, known, 1, draws=2, seed=0, output_type=kind) for kind in ("pil", "np", "pt")]
+    grids = [np.asarray(out.grid()) for out in outs]
+    assert all(np.array_equal(grid, grids[0]) for grid in grids)
+    scale = -(-56 // 12)
+    assert grids[0].shape[:2] == (2 + 3 * (8 * scale + 2), 2 + 2 * (12 * scale + 2))
+    first = grids[0][2 : 2 + 8 * scale : scale, 2 : 2 + 12 * scale : scale, :1]
+    assert np.array_equal(first, outs[1].images[0, 0])
+
+
+# Seeds and batches
+
+
+@every_pair
+def test_image_k_is_the_one_of_its_own_seed(tokenizer, prior):
+    """Tokens do not depend on the batch, and pixels by one grey level at most."""
+    pipe = make_pipeline(tokenizer, prior)
+    labels = [0, "dog", 2, None, 1]
+    together = pipe(5, labels, seed=7, output_type="pt")
+    assert len({tuple(row.flatten().tolist()) for row in together.tokens}) > 1
+    for batch_size in (2, 3):
+        parts = pipe(5, labels, seed=7, batch_size=batch_size, output_type="pt", progress=False)
+        assert torch.equal(parts.tokens, together.tokens)
+        assert (parts.images - together.images).abs().max() <= 1 / 127.5
+    for k in (0, 3):
+        assert torch.equal(pipe(1, [labels[k]], seed=7 + k).tokens[0], together.tokens[k])
+
+
+@every_prior_pair
+def test_generators_are_one_or_one_per_image(tokenizer, prior):
+    pipe = make_pipeline(tokenizer, prior)
+    wanted = pipe(3, seed=5).tokens
+    assert torch.equal(pipe(3, generator=generators(3, 5), batch_size=2).tokens, wanted)
+    one = [pipe(3, generator=torch.Generator().manual_seed(5), batch_size=size).tokens for size in (1, 3)]
+    assert torch.equal(*one)
+    torch.manual_seed(1)
+    first, second = pipe(2).tokens, pipe(2).tokens
+    torch.manual_seed(1)
+    assert torch.equal(pipe(2).tokens, first) and not torch.equal(first, second)
+
+
+def test_given_tokens_are_kept_across_batches_and_not_written_to():
+    pipe = make_pipeline()
+    tokens = pipe(5, seed=0).tokens
+    known = torch.rand(tokens.shape) < 0.5
+    given = tokens.clone(), known.clone()
+    made = pipe(5, seed=9, tokens=tokens, known=known, batch_size=2, callback_on_step_end=lambda *_: None).tokens
+    assert torch.equal(made[known], tokens[known]) and not torch.equal(made, tokens)
+    assert tokens.equal(given[0]) and known.equal(given[1])
+    same = pipe(5, seed=9, tokens=tokens[0], known=known[0], batch_size=2, progress=False).tokens
+    assert torch.equal(same[:, known[0]], tokens[:1, known[0]].expand(5, -1))
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_sampling_works_in_inference_mode(cache):
+    pipe = make_pipeline()
+    images, known = torch.rand(2, 1, 8, 12), torch.arange(12).expand(8, 12) < 6
+
+    def everything():
+        return [
+            pipe(2, seed=0, cache=cache, output_type="pt").images,
+            pipe.encode(images),
+            pipe.reconstruct(images, output_type="pt"),
+            pipe.log_prob(images, "cat"),
+            pipe.complete(images, known, seed=0, cache=cache, output_type="pt").images,
+        ]
+
+    outside = everything()
+    with torch.inference_mode():
+        inside = everything()
+    assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
+
+
+# Labels and counts
+
+
+@every_prior_pair
+def test_labels_are_ids_or_names_one_or_many(tokenizer, prior):
+    pipe = make_pipeline(tokenizer, prior)
+    wanted = pipe(3, [1, 1, 1], seed=0).tokens
+    for labels in (1, "dog", ["dog", 1, "dog"], torch.tensor([1, 1, 1]), np.array([1, 1, 1]), iter(["dog"] * 3)):
+        assert torch.equal(pipe(3, labels, seed=0).tokens, wanted)
+    assert torch.equal(pipe(3, [None] * 3, seed=0).tokens, pipe(3, seed=0).tokens)
+    none, cat, dog = (pipe(24, labels, seed=0).tokens for labels in (None, "cat", 1))
+    assert not torch.equal(none, dog) and not torch.equal(cat, dog)
+
+
+def test_labels_say_how_many_images():
+    pipe = make_pipeline()
+    assert len(pipe(labels=["cat", "dog"], seed=0).images) == 2
+    assert len(pipe(labels=torch.tensor([0, 1, 2]), seed=0).images) == 3
+    assert len(pipe(labels="cat", seed=0).images) == len(pipe(seed=0).images) == 1
+    wanted = pipe(labels=["dog", "dog", "cat", "cat"], seed=4)
+    made = pipe(labels=(name for name in ("dog", "cat")), seed=4, num_images_per_label=2)
+    assert made.tokens.equal(wanted.tokens) and made.class_names == ["dog", "dog", "cat", "cat"]
+    assert pipe(labels="dog", num_images_per_label=3, seed=4).tokens.equal(pipe(3, "dog", seed=4).tokens)
+    assert pipe(num_images_per_label=3, seed=4).tokens.equal(pipe(3, seed=4).tokens)
+
+
+@pytest.mark.parametrize(("default", "settings"), [({"guidance_scale": 3.0}, {}), (None, {"guidance_scale": 3.0})])
+def test_a_batch_of_no_class_is_part_of_a_guided_call(default, settings):
+    """The call has classes to guide towards; which of its images stand in one batch is not the caller's affair."""
+    pipe, labels = make_pipeline(sampler=default), [1, None, None, "cat", None]
+    whole = pipe(labels=labels, seed=0, **settings).tokens
+    for size in (1, 2):
+        assert torch.equal(pipe(labels=labels, seed=0, batch_size=size, **settings).tokens, whole)
+    assert torch.equal(whole[[1, 2, 4]], torch.cat([pipe(seed=k).tokens for k in (1, 2, 4)]))
+
+
+def test_arrays_may_be_numpys_flipped_and_of_any_whole_numbers():
+    """torch takes no array that is flipped, and sorts no uint16, which files of tokens hold."""
+    pipe = make_pipeline(prior="masked")
+    order, tokens, known = np.arange(6), pipe(2, seed=0).tokens.numpy(), np.arange(12).reshape(2, 2, 3) % 2 > 0
+    labels = np.array([0, 2])
+    flipped = {"order": order[::-1], "tokens": tokens[::-1], "known": known[::-1]}
+    whole = {name: torch.from_numpy(value.copy()) for name, value in flipped.items()}
+    plain = pipe(2, labels[::-1], seed=7, **whole).tokens
+    small = {name: flipped[name].astype(np.uint16) for name in ("order", "tokens")}
+    for given in (flipped, {**flipped, **small}, {name: value.tolist() for name, value in flipped.items()}):
+        assert torch.equal(pipe(np.int64(2), labels[::-1], seed=np.int64(7), **given).tokens, plain)
+    images = pipe.decode(torch.from_numpy(tokens), output_type="pt")
+    for given in (tokens[::-1], tokens[::-1].astype(np.uint16), tokens[::-1].tolist()):
+        assert torch.equal(pipe.decode(given, output_type="pt"), images.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_images": 0}, "num_images"),
+        ({"num_images": 1.5}, "num_images must be a whole number (got 1.5)"),
+        ({"num_images": 4, "num_images_per_label": 2}, "num_images_per_label"),
+        ({"num_images_per_label": True}, "num_images_per_label"),
+        ({"seed": "7"}, "seed must be a whole number (got '7')"),
+        ({"num_images": 2, "seed": 2**64 - 1}, "must be from -2^63 to 2^64 - 1"),
+        ({"seed": -(1 << 63) - 1}, "must be from -2^63"),
+        ({"labels": []}, "num_images"),
+        ({"num_images": 2, "labels": [1]}, "1 labels for 2"),
+        ({"labels": 3}, "ids 0 to 2 or names cat, dog, eel"),
+        ({"labels": -1}, "no class"),
+        ({"labels": True}, "no class"),
+        ({"labels": "cow"}, "'cow'"),
+        ({"seed": 1, "generator": torch.Generator()}, "not both"),
+        ({"num_images": 3, "generator": [torch.Generator()]}, "1 generators for 3"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"output_type": "latents"}, "output_type"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"guidance_scale": 2.0}, "labels"),
+        ({"guidance_scale": 2.0, "labels": [None, None]}, "labels"),
+        ({"tokens": torch.zeros(2, 3, dtype=torch.long)}, "go together"),
+        ({"tokens": torch.zeros(9, 2, 3).long(), "known": torch.ones(2, 3).bool()}, "tokens should be whole numbers"),
+        ({"tokens": torch.rand(2, 3), "known": torch.ones(2, 3).bool()}, "tokens should be whole numbers"),
+        ({"tokens": torch.zeros(2, 3).long(), "known": torch.ones(3, 3).bool()}, "known should be bool of shape"),
+        ({"tokens": torch.full((2, 3), 99), "known": torch.ones(2, 3).bool()}, "ids should lie"),
+        ({"order": "column"}, "one order"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_pipeline()(**arguments)
+
+
+@pytest.mark.parametrize("given", [3, [3, 4], [None, None], "ab"])
+def test_what_is_no_generator_is_refused(given):
+    with pytest.raises(TypeError, match="generator should be a torch.Generator"):
+        make_pipeline()(2, generator=given)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("temprature", "temperature"), ("num_image", "num_images"), ("caches", "cache"), ("zzz", "top_k")],
+)
+def test_an_error_names_what_may_have_been_meant(name, meant):
+    with pytest.raises(TypeError, match=f"{name}.*{meant}"):
+        make_pipeline()(**{name: 1})
+
+
+def test_unconditional_pipeline_has_no_classes():
+    pipe = make_pipeline(labels=[])
+    assert len(pipe(2, seed=0).images) == 2
+    with pytest.raises(ValueError, match="unconditional"):
+        pipe(2, 0)
+
+
+# Settings, of which some belong to one prior
+
+
+def test_orders_reach_the_prior():
+    pipe = make_pipeline(any_order=True)
+    orders = torch.rand(5, 6).argsort(1)
+    own, column, mixed = (pipe(5, seed=0, **given).tokens for given in ({}, {"order": "column"}, {"num_orders": 3}))
+    each = pipe(5, seed=0, order=orders, batch_size=2)
+    assert not torch.equal(own, column) and not torch.equal(own, mixed)
+    pixels = pixels_for(pipe)
+    log_probs = pipe.log_prob(pixels, order=orders, batch_size=2)
+    for k in range(5):
+        assert torch.equal(pipe(1, seed=k, order=orders[k]).tokens[0], each.tokens[k])
+        assert pipe.log_prob(pixels[k : k + 1], order=orders[k])[0] == pytest.approx(float(log_probs[k]), abs=1e-4)
+    assert not torch.allclose(pipe.log_prob(pixels, num_orders=3), pipe.log_prob(pixels), atol=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+@pytest.mark.parametrize("number", [1, 3, 7])
+def test_as_many_orders_as_images_or_one_for_all(number, batch_size):
+    """Not those of the first batches, with the rest left out, nor an error after some were drawn."""
+    pipe = make_pipeline(any_order=True)
+    orders, pixels, seen = torch.rand(number, 6).argsort(1), pixels_for(pipe), []
+    for order in (orders, Partition(orders, (1,) * 6)):
+        for ask in (
+            lambda **given: pipe(5, callback_on_step_end=lambda *step: seen.append(step), **given),
+            lambda **given: pipe.log_prob(pixels, **given),
+            lambda **given: pipe.complete(pixels, torch.zeros(8, 12).bool(), **given),
+        ):
+            with pytest.raises(ValueError, match=f"order: got {number} for 5 images"):
+                ask(order=order, batch_size=batch_size)
+    assert not seen
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_parallel_images_are_the_same(prior):
+    pipe = make_pipeline(prior=prior)
+    assert torch.equal(pipe(5, 1, seed=0, parallel=True).tokens, pipe(5, 1, seed=0).tokens)
+
+
+def test_steps_of_a_masked_token_prior(tmp_path):
+    """An argument, a default that travels, and not what orders and parallel passes go with."""
+    pipe = make_pipeline(prior="masked")
+    drawn = {steps: pipe(64, seed=0, steps=steps).tokens for steps in (1, 6)}
+    assert not torch.equal(drawn[1], drawn[6])
+    assert not torch.equal(pipe(64, seed=0, steps=6, confidence_temperature=50.0).tokens, drawn[6])
+    make_like(pipe, {"steps": 1}).save_pretrained(tmp_path / "pipe")
+    loaded = ImagePipeline.from_pretrained(tmp_path / "pipe")
+    assert torch.equal(loaded(64, seed=0).tokens, drawn[1])
+    assert torch.equal(loaded(64, seed=0, steps=6).tokens, drawn[6])
+    exact = pipe(64, seed=0).tokens
+    for given in ({"order": "raster"}, {"cache": False}, {"parallel": True}):
+        assert torch.equal(loaded(64, seed=0, **given).tokens, exact)
+    for steps in (0, 7):
+        with pytest.raises(ConfigError, match="steps must be"):
+            make_like(pipe, {"steps": steps})
+    with pytest.raises(ValueError, match="from 1 to 6"):
+        pipe(2, steps=7)
+    with pytest.raises(ConfigError, match="'steps' is no argument of sampling from a 'gpt' prior"):
+        make_pipeline(sampler={"steps": 2})
+    with pytest.raises(TypeError, match="'steps' is no argument of sampling from a 'gpt' prior"):
+        make_pipeline()(2, steps=3)
+
+
+NO_GUIDANCE = {"guidance_scale": 1.0, "guidance_end": None, "guidance_power": None}
+SHARED = {"temperature": 1.0, "guidance_scale": 1.0}
+OWN = {"confidence_temperature": 4.5, "schedule": "cosine"}
+
+
+@pytest.mark.parametrize(
+    ("prior", "own", "saved"),
+    [
+        ("gpt", {}, {}),
+        ("gpt", {"temperature": 0.0}, {"temperature": 0.0}),
+        ("gpt", {"guidance_end": 3.0, "guidance_power": 2.0}, {"guidance_end": 3.0, "guidance_power": 2.0}),
+        ("masked", {"schedule": "cosine", "confidence_temperature": 4.5, "steps": None}, OWN),
+        ("masked", {"steps": 6, "confidence_temperature": 50.0}, {**OWN, "steps": 6, "confidence_temperature": 50.0}),
+    ],
+)
+def test_what_a_prior_declares_is_a_default_that_travels(tmp_path, prior, own, saved):
+    """The index has all settings that are not None."""
+    pipe = make_like(make_pipeline(prior=prior), own)
+    pipe.save_pretrained(tmp_path / "pipe")
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    assert index["sampler"] == {**SHARED, **saved}
+    loaded = ImagePipeline.from_pretrained(tmp_path / "pipe")
+    assert loaded.sampler == pipe.sampler
+    plain, labels = make_like(pipe, {}), [0, 1, 2] * 3
+    assert torch.equal(loaded(9, labels, seed=0).tokens, plain(9, labels, seed=0, **own).tokens)
+    assert torch.equal(loaded(9, seed=0).tokens, make_like(pipe, {**own, **NO_GUIDANCE})(9, seed=0).tokens)
+    if own == {"temperature": 0.0}:
+        assert torch.equal(loaded(9, seed=0).tokens, loaded(9, seed=1).tokens)
+
+
+def test_the_course_of_guidance_is_one_choice():
+    """What is given takes the place of the pipeline's from there on: a constant is a constant."""
+    pipe, given = make_pipeline(), {"guidance_scale": 2.0, "guidance_end": 4.0, "guidance_power": 3.0}
+    own, labels = make_like(pipe, given), [0, 1, 2] * 4
+
+    def of(pipeline, **settings):
+        return pipeline(12, labels, seed=0, **settings).tokens
+
+    assert torch.equal(of(own), of(pipe, **given)) and not torch.equal(of(own), of(pipe, guidance_scale=2.0))
+    assert torch.equal(of(own, guidance_scale=1.0), of(pipe))
+    assert torch.equal(of(own, guidance_end=9.0), of(pipe, guidance_scale=2.0, guidance_end=9.0))
+    assert torch.equal(of(own, guidance_power=0.5), of(pipe, **{**given, "guidance_power": 0.5}))
+    assert torch.equal(own(3, seed=0).tokens, pipe(3, seed=0).tokens)  # no class, no guidance
+
+
+# Callbacks
+
+
+def recorder(seen):
+    def look(pipe, step, rank, kwargs):
+        seen.append((pipe, step, rank, kwargs["tokens"].clone(), kwargs["known"].clone()))
+        kwargs["tokens"].zero_()  # a copy
+
+    return look
+
+
+@pytest.mark.sparse
+@every_pair
+@pytest.mark.parametrize("batch_size", [64, 2])
+def test_a_callback_sees_every_step_of_every_batch(tokenizer, prior, batch_size):
+    pipe, seen = make_pipeline(tokenizer, prior), []
+    out = pipe(5, 1, seed=3, batch_size=batch_size, callback_on_step_end=recorder(seen))
+    assert out.tokens.equal(pipe(5, 1, seed=3).tokens)
+    assert all(each[0] is pipe for each in seen) and [each[1] for each in seen] == list(range(len(seen)))
+    before = torch.zeros_like(out.tokens, dtype=torch.bool)
+    for _, _, rank, tokens, known in seen:
+        assert tokens.shape == known.shape == out.tokens.shape and 0 < rank <= len(pipe.prior.grid)
+        assert tokens[known].equal(out.tokens[known]) and not tokens[~known].any()
+        assert not (before & ~known).any() and known.sum() > before.sum()
+        before = known
+    assert before.all()
+
+
+@pytest.mark.parametrize("prior", ["gpt", "masked"])
+def test_completions_are_watched_too(prior):
+    pipe, seen = make_pipeline(prior=prior), []
+    known = torch.zeros(8, 12, dtype=torch.bool)
+    known[:4] = True
+    out = pipe.complete(pixels_for(pipe, 2), known, draws=3, seed=0, callback_on_step_end=recorder(seen))
+    assert seen[-1][3].equal(out.tokens.flatten(0, 1)) and seen[-1][4].all()
+    kept = pipe.tokenizer.known_tokens(known[None])
+    assert all(each[4][:, kept[0]].all() for each in seen)
+
+
+@pytest.mark.parametrize("way", [{}, {"cache": False}, {"parallel": True}, {"batch_size": 2}, {"guidance_scale": 3.0}])
+def test_what_a_callback_raises_ends_the_call_which_can_be_taken_up_again(way):
+    """The pipeline is as it was, and the tokens so far with the same seeds lead to the same images."""
+    pipe, so_far = make_pipeline(), {}
+    wanted = pipe(16, 1, seed=5, **way).tokens
+
+    def stop(pipe, step, rank, kwargs):
+        so_far.update(kwargs)
+        if step == 1:
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        pipe(16, 1, seed=5, callback_on_step_end=stop, **way)
+    assert 0 < int(so_far["known"].sum()) < 96
+    assert pipe(16, 1, seed=5, **so_far, **way).tokens.equal(wanted)
+    assert pipe(16, 1, seed=5, **way).tokens.equal(wanted)
+
+
+def test_a_callback_may_call_the_pipeline():
+    pipe, seen = make_pipeline(), []
+
+    def look(pipe, step, rank, kwargs):
+        seen.append(pipe.decode(kwargs["tokens"], output_type="pt").shape[0] + len(pipe(1, seed=step).images))
+
+    pipe(2, seed=0, callback_on_step_end=look)
+    assert seen == [3] * len(pipe.prior.grid)
+    with pytest.raises(TypeError, match="should be a function"):
+        pipe(2, seed=0, callback_on_step_end=3)
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda pipe: pipe, copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))]
+)
+def test_calls_from_several_threads_wait_for_each_other(copied):
+    """Each gets what it gets alone; one is under way at a time."""
+    pipe = copied(make_pipeline())
+    wanted, under_way, most = [pipe(2, labels=k % 3, seed=k).tokens for k in range(4)], set(), []
+
+    def count(pipe, step, *_):
+        under_way.add(threading.get_ident())
+        most.append(len(under_way))
+        if step == len(pipe.prior.grid) - 1:
+            under_way.remove(threading.get_ident())
+
+    def work(k):
+        found[k] = pipe(2, labels=k % 3, seed=k, callback_on_step_end=count).tokens
+
+    found = {}
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert all(found[k].equal(wanted[k]) for k in range(4)) and max(most) == 1
+
+
+def test_a_copy_does_not_wait_for_its_original():
+    pipe = make_pipeline()
+    other, made = copy.copy(pipe), []
+
+    def look(*_):
+        thread = threading.Thread(target=lambda: made.append(other(1, seed=0)))
+        thread.start()
+        thread.join(30)
+
+    pipe(1, seed=0, callback_on_step_end=look)
+    assert len(made) == len(pipe.prior.grid)
+
+
+# Bars
+
+
+def test_calls_that_take_long_have_a_bar(capsys):
+    """Once they have taken two seconds, in a terminal; none within another."""
+    pipe, images = make_pipeline(), torch.zeros(3, 1, 8, 12)
+    asks = {
+        "encoding": partial(pipe.encode, images, batch_size=1),
+        "decoding": partial(pipe.decode, torch.zeros(3, 2, 3).long(), batch_size=1),
+        "scoring": partial(pipe.log_prob, images, batch_size=1),
+    }
+
+    def bars():
+        for ask in asks.values():
+            ask()
+        said = capsys.readouterr().err
+        return [word for word in asks if word in said]
+
+    assert bars() == []  # no terminal
+    for options, expected in (({}, []), ({"delay": 0.0}, list(asks)), ({"delay": 0.0, "disable": True}, [])):
+        pipe.set_progress_bar_config(**{"disable": False, **options})
+        assert bars() == expected
+    pipe.set_progress_bar_config(disable=False, delay=0.0)
+    asks["decoding"](progress=False)
+    assert not capsys.readouterr().err
+    assert [bars() for _ in progress_bar([1], {"disable": False})] == [[]]
+
+
+def test_bars_are_as_they_are_set(capsys):
+    pipe = make_pipeline()
+    pipe(2, seed=0)
+    assert capsys.readouterr().err == ""  # no terminal
+    pipe.set_progress_bar_config(disable=False, desc="digits", leave=True)
+    pipe(2, seed=0)
+    assert "digits: 100%" in capsys.readouterr().err
+    pipe(4, seed=0, batch_size=2)
+    assert "2/2" in capsys.readouterr().err
+    pipe(2, seed=0, progress=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe(2, seed=0)
+    assert capsys.readouterr().err == ""
