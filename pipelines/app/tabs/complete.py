@@ -27,8 +27,7 @@ def build(served: Served, samples: Samples) -> None:
             editor = gr.ImageEditor(
                 elem_id="painting",
                 elem_classes="smalti",
-                label="Paint",
-                placeholder="Pick an image, or take a sample,\nand paint over what is to be drawn again",
+                label="Paint over what to draw again",
                 canvas_size=(width * times, height * times),
                 height=height * times + AROUND,
                 sources=(),
