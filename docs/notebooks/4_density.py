@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # What a density is for
+# # Densities at work
 #
 # A model that assigns probabilities to images can do more than sample. This notebook uses the trained pipeline of
 # digits in the package for four tasks: completion, anomaly detection, compression and classification.
