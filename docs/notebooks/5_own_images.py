@@ -187,8 +187,8 @@ figures = evaluate.main(
 # ## Complete images
 #
 # The pipeline can do everything that [notebook 4](4_density.py) did with digits. Here it completes held-out photos from
-# their upper half, three times each. It was trained on the upper parts of both photos only, and it gets no class here, so
-# some completions show the wrong subject.
+# their upper half, three times each. It was trained on the upper parts of both photos only, and it gets no class here,
+# so some completions show the wrong subject.
 
 # %%
 known = torch.zeros(32, 32, dtype=torch.bool)
