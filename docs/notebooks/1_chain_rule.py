@@ -18,11 +18,11 @@
 #
 # $$p(x) = \prod_{i=1}^{N} p(x_i \mid x_1, \dots, x_{i-1}).$$
 #
-# Nothing is approximated here. Each factor is a classifier: it sees the tokens that come earlier, and says how likely
-# each value of the next one is. A model of this kind is called *autoregressive*.
+# This is exact. Each factor is a classifier: it sees the earlier tokens and predicts the probability of each value of
+# the next one. A model of this kind is called *autoregressive*.
 #
-# All models of this notebook are such products. They differ in one thing: **how a network is kept from looking at what
-# comes later.** We write the first one by hand, and take the others from `prior/`, where each is one file.
+# All models in this notebook are such products. They differ in one thing: **how they prevent the network from seeing
+# later tokens.** We write the first one by hand, and take the others from `prior/`, where each is one file.
 
 # %%
 import math
@@ -45,8 +45,8 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## Small binary digits
 #
-# We want models that train in seconds, so the images are small: digits of 12x12 pixels, black or white. A pixel is a
-# token with two values. `load_images` holds some digits out; on those we will measure.
+# Our models should train in seconds, so the images are small: digits of 12x12 pixels, black or white. A pixel is a
+# token with two values. `load_images` holds out some digits, on which we will measure.
 
 # %%
 images = load_images(DataConfig(source="digits", image_size=12))
@@ -77,15 +77,15 @@ def show(tokens: Tensor, title: str, columns: int = 16) -> None:
 show(test_tokens[:32], "held-out digits")
 
 # %% [markdown]
-# ## What is measured
+# ## The measure: bits per token
 #
-# Training makes the training images likely: it minimises $-\log p(x)$. We report the same number on held-out images,
-# per token and in bits, so that it has a meaning by itself:
+# Training minimizes $-\log p(x)$ of the training images. We report the same quantity on held-out images, per token and
+# in bits:
 #
 # $$\text{bits per token} = -\frac{1}{N \ln 2} \, \log p(x).$$
 #
 # Fewer bits are better. A fair coin for each pixel costs 1 bit, which any model should beat. The first baseline is
-# `marginal`, the frequency of white at each position: it knows where digits are, but no pixel knows of another.
+# `marginal`, the frequency of white at each position. It knows where digits are, but treats pixels as independent.
 
 # %%
 bits = {"fair coins": 1.0}
@@ -98,9 +98,9 @@ def bits_per_token(prior) -> float:
 
 
 marginal = Prior.create("marginal", grid=grid)
-marginal.initialize(train_tokens, None)  # it only counts
+marginal.initialize(train_tokens, None)  # counting is all the training it needs
 bits["marginal"] = bits_per_token(marginal)
-show(marginal.sample(16, generator=torch.Generator().manual_seed(0)), "samples of marginal: no pixel knows of another")
+show(marginal.sample(16, generator=torch.Generator().manual_seed(0)), "samples of marginal: independent pixels")
 print(f"marginal: {bits['marginal']:.3f} bits per token")
 
 # %% [markdown]
@@ -113,7 +113,7 @@ print(f"marginal: {bits['marginal']:.3f} bits per token")
 # There are $N$ of them, one for each pixel. Their weights fit into one matrix, and "$j < i$" says that the matrix is
 # **strictly lower triangular**. That is the whole model (Frey et al. 1996 call it a fully visible belief network).
 #
-# All $N$ factors come out of a single product with the true image. This is called *teacher forcing*: in training, the
+# One matrix product with the true image gives all $N$ factors. This is called *teacher forcing*: in training, the
 # earlier pixels are known.
 
 
@@ -129,7 +129,7 @@ class FullyVisible(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, N) of pixels x (B, N) in {0, 1}."""
-        return x @ self.weight.tril(-1).T + self.bias  # tril(-1): the diagonal is out, too
+        return x @ self.weight.tril(-1).T + self.bias  # tril(-1) also removes the diagonal
 
     def log_prob(self, tokens: Tensor) -> Tensor:
         """log p (B,) in nats: the sum of the N factors."""
@@ -138,13 +138,13 @@ class FullyVisible(nn.Module):
 
 
 # %% [markdown]
-# The loop is that of any classifier: the learning rate rises, then falls to zero. We will use it for all models, as all
-# of them have `log_prob`.
+# The training loop is that of any classifier: the learning rate rises, then falls to zero. All models here have
+# `log_prob`, so all can use it.
 
 
 # %%
 def train(prior, steps: int, lr: float):
-    """Make the training grids likely."""
+    """Maximize the log-likelihood of the training grids."""
     steps = round(steps * SHARE)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
@@ -153,7 +153,7 @@ def train(prior, steps: int, lr: float):
         loss = -prior.log_prob(batch).mean() / len(prior.grid)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(prior.parameters(), 0.1)  # no wild first steps
+        nn.utils.clip_grad_norm_(prior.parameters(), 0.1)  # avoids large first steps
         optimizer.step()
         schedule.step()
     return prior.eval()
@@ -164,9 +164,9 @@ bits["by hand"] = bits_per_token(by_hand)
 print(f"by hand: {bits['by hand']:.3f} bits per token, marginal: {bits['marginal']:.3f}")
 
 # %% [markdown]
-# What has it learned? Row $i$ of the matrix has a weight for each earlier pixel, so it can be looked at as an image.
-# Red makes a white pixel at the green square more likely, blue less likely. Near pixels matter most. Below and to the
-# right of the square there is nothing: these pixels come later.
+# What has it learned? Row $i$ of the matrix has a weight for each earlier pixel, so we can draw it as an image. Red
+# weights make a white pixel at the green square more likely, blue ones less likely. Near pixels matter most. Below and
+# to the right of the square all weights are zero, because these pixels come later.
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(10, 2.9), layout="constrained")
@@ -197,21 +197,21 @@ torch.manual_seed(0)
 show(draw(by_hand, 32), "samples of the model by hand")
 
 # %% [markdown]
-# There are strokes now, but few digits. A logistic regression can say "white where the left neighbour is white". It
-# cannot say "white where the left neighbour is white *unless* the upper one is white as well". That takes hidden
+# We see strokes now, but few digits. A logistic regression can express "white if the left neighbour is white". It
+# cannot express "white if the left neighbour is white *unless* the upper one is white as well". That takes hidden
 # layers.
 #
 # ## MADE: hidden layers with masks
 #
-# A hidden unit mixes many inputs, so after one layer everything depends on everything. MADE (Germain et al. 2015) gives
-# each hidden unit a *degree* $d$ and cuts two kinds of connections:
+# A hidden unit mixes many inputs, so after one layer each output would depend on each input. MADE (Germain et al. 2015)
+# gives each hidden unit a *degree* $d$ and removes two kinds of connections:
 #
 # - the unit sees the tokens of rank $< d$ (ranks count from 0);
 # - the logit at rank $r$ sees the units of degree $\le r$.
 #
-# So what reaches logit $r$ has rank $< d \le r$: only earlier tokens. In the picture, white is kept and black is cut,
-# for 9 tokens and 16 hidden units. The product of both masks counts the paths from token to logit, and it has to be
-# strictly lower triangular, like the matrix above.
+# So only tokens of rank $< d \le r$ reach logit $r$. The picture shows the masks for 9 tokens and 16 hidden units;
+# white connections stay, black ones are removed. The product of both masks counts the paths from token to logit. It
+# must be strictly lower triangular, like the matrix above.
 
 # %%
 small_made = Prior.create("made", grid=TokenGrid((3, 3), 2), hidden=(16,))
@@ -231,13 +231,13 @@ for axis, (title, picture, x, y) in zip(axes, panels, strict=True):
     drawn = axis.imshow(picture, vmin=0)
     axis.set(title=title, xlabel=x, ylabel=y)
 figure.colorbar(drawn, ax=axes[2], shrink=0.8)
-assert torch.equal(paths > 0, small_made.receptive_field), "the model's own account is another"
+assert torch.equal(paths > 0, small_made.receptive_field), "receptive_field disagrees"
 
 # %% [markdown]
-# The model says the same of itself: `receptive_field[i, j]` is True where logit $i$ sees token $j$, for every prior.
-# The last line compared it with the paths.
+# Every prior has a `receptive_field`: entry `[i, j]` is True if logit $i$ sees token $j$. The last line compared it to
+# the paths.
 #
-# Now MADE on the digits, by the same loop. (For real work there is `smalti train_prior`; the loop is here to be seen.)
+# Now we train MADE on the digits with the same loop. (For real work use `smalti train_prior`.)
 
 # %%
 made = train(Prior.create("made", grid=grid, hidden=(256,)), steps=1200, lr=3e-3)
@@ -247,17 +247,17 @@ show(made.sample(32, generator=torch.Generator().manual_seed(0)), f"samples of M
 # %% [markdown]
 # ## Causal convolutions
 #
-# MADE has weights of its own for each pixel. A convolution shares them: an edge is an edge, wherever it is. Along a
-# walk over the grid, a *causal* convolution only looks back. With $k$ taps, a layer sees $k - 1$ steps farther than the
-# one below it. WaveNet (van den Oord et al. 2016) doubles the distance between the taps from layer to layer. Then the
-# reach grows as a power of two, for the same number of weights.
+# MADE has separate weights for each pixel. A convolution shares them: an edge looks the same everywhere. If we read the
+# grid as a sequence, a *causal* convolution sees only earlier steps. With $k$ taps, a layer sees $k - 1$ steps farther
+# than the one below it. WaveNet (van den Oord et al. 2016) doubles the distance between the taps from layer to layer,
+# so the reach grows exponentially for the same number of weights.
 
 # %%
 figure, axes = plt.subplots(2, 1, figsize=(10, 4.2), layout="constrained")
 for axis, (title, dilations) in zip(
     axes, [("taps side by side", [1, 1, 1, 1]), ("dilations 1, 2, 4, 8", [1, 2, 4, 8])], strict=True
 ):
-    nodes = {23}  # what reaches the output at step 23, followed from the top layer down
+    nodes = {23}  # the nodes that reach the output at step 23, from the top layer down
     axis.scatter(*zip(*[(x, y) for x in range(24) for y in range(5)], strict=True), s=12, color="0.8")
     for layer in range(4, 0, -1):
         step = dilations[layer - 1]
@@ -266,23 +266,23 @@ for axis, (title, dilations) in zip(
             axis.plot([below, above], [layer - 1, layer], color="tab:blue", lw=1)
         nodes = {below for _, below in edges}
     axis.scatter(sorted(nodes), [0] * len(nodes), s=26, color="tab:red", zorder=3)
-    axis.set(title=f"{title}: {len(nodes)} steps are seen", yticks=range(5), ylabel="layer", xlim=(-0.7, 23.7))
-axes[1].set_xlabel("step of the walk")
+    axis.set(title=f"{title}: {len(nodes)} steps visible", yticks=range(5), ylabel="layer", xlim=(-0.7, 23.7))
+axes[1].set_xlabel("step")
 plt.show()
 
 # %% [markdown]
-# Is that true of the network as well? We can ask it. The gradient of a logit by the embedding of each token says which
-# tokens it depends on, whatever the code looks like. We take a row of 48 tokens, random weights, and the last logit.
+# Does the network agree? The gradient of a logit with respect to each token's embedding shows which tokens it depends
+# on. We take a row of 48 tokens, random weights, and the last logit.
 
 
 # %%
 def influence(model: Prior, embedding: nn.Module, at: int) -> Tensor:
-    """The size of the gradient of the logits at `at` by each token's embedding, `grid.shape`; random tokens."""
-    kept: list[Tensor] = []
-    hook = embedding.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    """The gradient magnitude of the logits at `at` for each token's embedding, `grid.shape`; random tokens."""
+    embeddings: list[Tensor] = []
+    hook = embedding.register_forward_hook(lambda module, inputs, output: embeddings.append(output))
     logits = model(torch.randint(model.grid.vocab_size, (4, *model.grid.shape)))
     hook.remove()
-    (gradient,) = torch.autograd.grad(logits[:, at].square().sum(), kept[0])
+    (gradient,) = torch.autograd.grad(logits[:, at].square().sum(), embeddings[0])
     return gradient.abs().sum((0, -1))
 
 
@@ -292,7 +292,7 @@ torch.manual_seed(0)
 for depth in range(1, 6):
     conv = Prior.create("causal_conv", grid=row, depth=depth, dim=16, skip=32).double()
     size = influence(conv, conv.token_embedding, at=47)
-    reach.append(F.pad(size, (0, 48 - len(size))) > 0)  # the last token is nobody's input
+    reach.append(F.pad(size, (0, 48 - len(size))) > 0)  # the last token is never an input
 
 plt.figure(figsize=(10, 2))
 plt.imshow(torch.stack(reach), cmap="Blues", aspect="auto", vmax=1.4)
@@ -300,11 +300,11 @@ plt.yticks(range(5), [f"depth {depth}" for depth in range(1, 6)])
 plt.xlabel("token")
 plt.title("which tokens the last logit depends on", fontsize=10, loc="left")
 plt.show()
-print("tokens seen:", [int(seen.sum()) for seen in reach])
+print("visible tokens:", [int(seen.sum()) for seen in reach])
 
 # %% [markdown]
-# The reach doubles with each block: 2, 4, 8, 16, 32 inputs. On a grid the walk goes row by row, so the pixel above is
-# 12 steps away. Seven blocks reach back 128 of the 144 steps.
+# The reach doubles with each block: 2, 4, 8, 16, 32 inputs. A grid is read row by row, so the pixel above is 12 steps
+# away. Seven blocks reach back 128 of the 144 steps.
 
 # %%
 causal_conv = train(Prior.create("causal_conv", grid=grid, depth=7, dim=24, skip=32), steps=250, lr=6e-3)
@@ -313,14 +313,14 @@ samples = causal_conv.sample(32, generator=torch.Generator().manual_seed(0))
 show(samples, f"samples of causal_conv, {bits['causal_conv']:.3f} bits per token")
 
 # %% [markdown]
-# ## PixelCNN, and what it does not see
+# ## PixelCNN and its blind spot
 #
-# The pixel above is as near as the pixel to the left. PixelCNN (van den Oord et al. 2016) uses convolutions in two
-# dimensions, and masks the kernel: rows above are kept, and in its own row what is to the left.
+# In an image the pixel above is as near as the pixel to the left. PixelCNN (van den Oord et al. 2016) therefore uses
+# 2-D convolutions with a masked kernel: the rows above, and the left part of its own row.
 
 # %%
 kernel_mask = torch.ones(5, 5)
-kernel_mask[2, 2:] = 0  # the centre (of the first layer) and what is right of it
+kernel_mask[2, 2:] = 0  # the centre (in the first layer) and the pixels to its right
 kernel_mask[3:] = 0  # rows below
 plt.figure(figsize=(2.2, 2.2))
 plt.imshow(kernel_mask)
@@ -331,25 +331,25 @@ plt.yticks([])
 plt.show()
 
 # %% [markdown]
-# A stack of such layers looks further and further. But look at *where*: the kernel never goes to the right in its own
-# row, so a path that goes right has to go up as well. We ask the gradient again. Blue tokens reach the red one, grey
-# ones come later, and white ones come earlier **and are never seen**. They are the *blind spot*.
+# A stack of such layers sees farther with each layer. But the kernel never extends to the right in its own row, so a
+# path to the right must also go up. The gradient shows the effect. Blue tokens reach the red one, and grey ones come
+# later. White ones come earlier **but are never seen**: the *blind spot*.
 #
-# The gated PixelCNN (van den Oord et al. 2016b) has two stacks. The *vertical* one sees the rows above, without any
-# mask. The *horizontal* one sees its own row to the left, and is told at each layer what the vertical one has found.
-# Together they see all.
+# The gated PixelCNN (van den Oord et al. 2016b) has two stacks. The *vertical* stack sees the rows above, without a
+# mask. The *horizontal* stack sees the left part of its own row, and receives the features of the vertical stack at
+# each layer. Together they see all earlier tokens.
 
 # %%
 SIDE, CENTRE = 15, 7 * 15 + 7
 
 
 def seen_by(name: str, depth: int) -> Tensor:
-    """Which tokens reach the logits in the centre, bool (15, 15), by the gradient."""
+    """The tokens that reach the logits in the centre, bool (15, 15), by the gradient."""
     torch.manual_seed(0)
     sizes = {"dim": 8, "first_kernel": 3, "kernel": 3}
     model = Prior.create(name, grid=TokenGrid((SIDE, SIDE), 4), depth=depth, **sizes).double()
     seen = influence(model, model.embedding, CENTRE) > 0
-    assert torch.equal(seen.flatten(), model.receptive_field[CENTRE]), "the model's own account is another"
+    assert torch.equal(seen.flatten(), model.receptive_field[CENTRE]), "receptive_field disagrees"
     return seen
 
 
@@ -365,12 +365,12 @@ for line, name in zip(axes, ["pixelcnn", "gated_pixelcnn"], strict=True):
         picture[7, 7] = torch.tensor([0.84, 0.15, 0.15])
         axis.imshow(picture)
         unseen = int((earlier & ~seen).sum())
-        axis.set_title(f"{name}, depth {depth}\n{unseen} earlier ones unseen", fontsize=9)
+        axis.set_title(f"{name}, depth {depth}\n{unseen} earlier tokens unseen", fontsize=9)
         axis.set(xticks=[], yticks=[])
 
 # %% [markdown]
-# At depth 8 the gated one sees every earlier token. The wedge of the other one stays, however deep it is. Both give a
-# correct density: a model may ignore what it likes, as long as it does not look ahead.
+# At depth 8 the gated PixelCNN sees every earlier token. The blind spot of the plain one remains at any depth. Both
+# define a correct density: a model may ignore earlier tokens, as long as it does not see later ones.
 
 # %%
 sizes = {"grid": grid, "dim": 16, "depth": 4, "first_kernel": 5, "kernel": 3}
@@ -386,9 +386,8 @@ for name in ("pixelcnn", "gated_pixelcnn"):
 # %% [markdown]
 # ## Masked attention
 #
-# A transformer looks at all tokens at once, and each position weighs the others by a softmax of scores. To keep it from
-# looking ahead, the scores of later tokens are set to $-\infty$ before the softmax. They get weight 0, and each row of
-# weights still sums to one.
+# In a transformer each position weighs all positions by a softmax of scores. A causal mask sets the scores of later
+# tokens to $-\infty$ before the softmax. They get weight 0, and each row of weights still sums to one.
 
 # %%
 torch.manual_seed(0)
@@ -400,15 +399,15 @@ figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
 panels = [("scores", scores, "RdBu_r"), ("may attend", may_attend, "gray"), ("weights", weights, "Blues")]
 for axis, (title, picture, colors) in zip(axes, panels, strict=True):
     figure.colorbar(axis.imshow(picture, cmap=colors), ax=axis, shrink=0.7)
-    axis.set(title=title, xlabel="looked at", ylabel="looks")
+    axis.set(title=title, xlabel="key", ylabel="query")
 print("sums of the rows:", [round(total, 4) for total in weights.sum(-1).tolist()])
 
 # %% [markdown]
-# The diagonal is kept here, although a token must not see itself. The trick is a shift: the input at rank $r$ is the
-# token of rank $r - 1$, with a start vector at rank 0. "Itself" is the last known token.
+# The mask includes the diagonal, although a token must not see itself. The reason is a shift: the input at rank $r$ is
+# the token of rank $r - 1$, with a start vector at rank 0.
 #
-# Ranks need not be raster. The mask only says "earlier in the order", so any walk over the grid will do, and notebook 3
-# is about that. In the picture, both axes are in raster order: on 4x4, row $i$ says which tokens logit $i$ sees.
+# The mask only requires "earlier in the order", so any order of the grid works; notebook 3 is about orders. In the
+# picture both axes are in raster order on a 4x4 grid: row $i$ shows the tokens that logit $i$ sees.
 
 # %%
 orders = ["raster", "snake", "spiral_in", "random:0"]
@@ -423,7 +422,7 @@ for (above, below), order in zip(axes.T, orders, strict=True):
         above.text(cell % 4, cell // 4, rank, ha="center", va="center", color=color)
     above.set(title=f"{order}: ranks", xticks=[], yticks=[])
     below.imshow(gpt.receptive_field)
-    below.set(title="who sees whom", xlabel="token", ylabel="logit")
+    below.set(title="receptive field", xlabel="token", ylabel="logit")
 
 # %%
 gpt = train(Prior.create("gpt", grid=grid, dim=48, depth=2, heads=4), steps=250, lr=1e-2)
@@ -433,8 +432,9 @@ show(gpt.sample(32, generator=torch.Generator().manual_seed(0)), f"samples of gp
 # %% [markdown]
 # ## Side by side
 #
-# These trainings took seconds, and not equally many, so this is no ranking of architectures
-# ([docs/results.md](../results.md) has one). It shows that each way of seeing earlier tokens buys bits.
+# These models trained for different numbers of seconds, so this is not a ranking of architectures
+# ([docs/results.md](../results.md#the-ladder) compares them). It shows that seeing earlier tokens saves bits, in each
+# architecture.
 
 # %%
 names = list(bits)
@@ -449,9 +449,9 @@ assert all(bits[name] < bits["marginal"] for name in names[2:]), bits
 # %% [markdown]
 # ## Is it really a density?
 #
-# A density sums to one over *all* grids. For large grids nobody can check that, but for tiny ones we can: 3x3 binary
-# tokens make $2^9 = 512$ grids, and we add up $p$ of each. The weights are random, because the sum has to be one
-# whatever the weights are. It is a property of the masks.
+# A density sums to one over *all* grids. For large grids this cannot be checked, but for tiny ones it can: 3x3 binary
+# tokens make $2^9 = 512$ grids, and we add up their probabilities. The weights are random, because the sum must be one
+# for any weights. It is a property of the masks.
 
 # %%
 tiny = TokenGrid((3, 3), 2)
@@ -473,7 +473,7 @@ models = {
 
 # %%
 def randomized(model: nn.Module) -> nn.Module:
-    """With large random weights: at first, many models say the same of every grid."""
+    """With large random weights: untrained models give almost the same probability to every grid."""
     for weights in model.parameters():
         nn.init.normal_(weights, std=0.3)
     return model.double().eval()
@@ -489,13 +489,13 @@ for name, p in chances.items():
 assert all(abs(p.sum() - 1) < 1e-4 for p in chances.values())
 
 # %% [markdown]
-# And without the masks? A pixel that may look at itself need only copy itself. We set the diagonal of the matrix by
-# hand: now each factor is near 1 for *every* grid, a loss like a dream, and training would find such weights at once.
-# But it is no density. It promises more than there is to give. The curves add up the grids from the likeliest on, and
-# all end at one, but for the model that peeks.
+# And without the masks? A pixel that sees itself can simply copy itself. We set the diagonal of the matrix by hand: now
+# each factor is near 1 for *every* grid. The loss looks excellent, and training would find such weights at once, but
+# the result is not a density. The curves add up the probabilities of the grids, most probable first. All end at one,
+# except that of the model that peeks.
 
 # %%
-peek, bias = 6 * torch.eye(9), -3.0  # the diagonal is what tril(-1) has left out
+peek, bias = 6 * torch.eye(9), -3.0  # the diagonal that tril(-1) removes
 x = every_grid.flatten(1).float()
 nats = -F.binary_cross_entropy_with_logits(x @ peek + bias, x, reduction="none").sum(1)
 chances["by hand, peeking"] = nats.exp()
@@ -515,8 +515,8 @@ plt.show()
 print(f"with peeking the sum is {chances['by hand, peeking'].sum():.1f}")
 
 # %% [markdown]
-# The last check joins the two sides of a model. `log_prob` says how often a grid should come, and `sample` draws grids:
-# in 20,000 samples, each has to come as often as was said, but for the noise of counting.
+# The last check compares `log_prob` to `sample`. In 20,000 samples each grid must occur as often as its probability
+# says, within the noise of counting.
 
 # %%
 torch.manual_seed(0)
@@ -533,15 +533,15 @@ plt.xlabel("expected from log_prob")
 plt.ylabel("counted in 20,000 samples")
 plt.show()
 off = ((counts - expected) / expected.clamp(min=1).sqrt()).abs()
-print(f"on average a count is off by {off.mean():.2f} of its standard deviations (0.80 is what chance does)")
+print(f"mean deviation of a count: {off.mean():.2f} standard deviations (0.80 by chance)")
 
 # %% [markdown]
 # ## What to remember
 #
-# - The chain rule makes a density out of classifiers. It is exact, for any order.
-# - A model is known by its mask: a triangular matrix, degrees, causal kernels, two stacks, or $-\infty$ in a softmax.
-# - Training takes one pass for all tokens, sampling takes $N$ steps.
-# - What a model cannot see costs bits. What it should not see makes the bits a lie, and a sum over tiny grids finds
-#   out.
+# - The chain rule turns classifiers into an exact density, for any order.
+# - Each architecture has a mask: a triangular matrix, degrees, causal kernels, two stacks, or $-\infty$ in a softmax.
+# - Training takes one pass for all tokens; sampling takes $N$ steps.
+# - A model that sees too little pays in bits. A model that sees later tokens reports wrong bits, which a sum over all
+#   tiny grids detects.
 #
-# [The next notebook](2_two_stages.py) puts a tokenizer before the prior, so that images can be large.
+# [The next notebook](2_two_stages.py) adds a tokenizer, so that images can be large.

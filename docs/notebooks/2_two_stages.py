@@ -13,14 +13,14 @@
 # %% [markdown]
 # # Two stages
 #
-# [Notebook 1](1_chain_rule.py) modelled pixels one by one. A digit of 28x28 has 784 of them, a photograph a million,
-# and most say nothing new. So we do it in two stages:
+# [Notebook 1](1_chain_rule.py) modelled pixels one by one. A digit of 28x28 has 784 pixels, a photograph has millions,
+# and most of them are redundant. So we work in two stages:
 #
-# 1. a **tokenizer** learns to write an image as a small grid of ids, and to paint the image from it;
-# 2. a **prior** learns the distribution of such grids, $p(\text{tokens} \mid \text{class})$.
+# 1. a **tokenizer** learns to encode an image as a small grid of ids, and to decode it;
+# 2. a **prior** learns the distribution of these grids, $p(\text{tokens} \mid \text{class})$.
 #
-# A sample is a grid drawn from the prior, painted by the tokenizer. We train both here, with the commands that one uses
-# for real, for about a minute each. Longer trainings of the same presets are in [docs/results.md](../results.md).
+# To sample an image, we sample a grid from the prior and decode it. We train both stages with the standard commands,
+# for about a minute each. [docs/results.md](../results.md) has longer trainings of the same presets.
 
 # %%
 import json
@@ -44,8 +44,8 @@ plt.rcParams.update({"figure.dpi": 110, "image.cmap": "gray", "image.interpolati
 # %% [markdown]
 # ## The images
 #
-# 5,000 digits that come with a Python package. 1,000 of them are held out, and a twentieth of the rest chooses the best
-# weights. `images` are floats in [-1, 1] of shape `(B, C, H, W)` everywhere.
+# The data set has 5,000 digits. 1,000 are held out, and a twentieth of the others is used for validation. Images are
+# floats in [-1, 1] of shape `(B, C, H, W)`.
 
 # %%
 data = load_images(DataConfig(source="digits"))
@@ -74,11 +74,11 @@ show(images, "held-out digits")
 #
 # $$\text{token}_{ij} = \arg\min_k \, \lVert z_{ij} - e_k \rVert .$$
 #
-# The decoder paints from the chosen codes. `argmin` has no gradient, so the decoder's gradient is handed to the encoder
-# as if nothing had happened in between, and a second loss keeps each $z$ near its code.
+# The decoder reconstructs the image from the chosen codes. `argmin` has no gradient, so the decoder's gradient is
+# copied to the encoder (the straight-through estimator), and a second loss pulls each $z$ towards its code.
 #
-# Each verb of the command line is a function here: `train_tokenizer.main([...])` is `smalti train_tokenizer ...`. The
-# preset says what is trained, and what follows changes it.
+# Each command is a function: `train_tokenizer.main([...])` is `smalti train_tokenizer ...`. The arguments after the
+# preset override its settings.
 
 # %%
 steps = round(400 * SHARE)
@@ -88,13 +88,13 @@ stage_one = train_tokenizer.main(
 )
 
 # %% [markdown]
-# A run writes its numbers into `metrics.jsonl`, one line of JSON for each report. The error of pixels falls, and the
-# *perplexity* of the codebook says how many of the 128 codes are in use, counted as if all were used equally often.
+# A run logs its metrics to `metrics.jsonl`, one JSON object per line. The pixel error falls. The *perplexity* of the
+# codebook is the effective number of codes in use, at most 128.
 
 
 # %%
 def read(run: Path, name: str) -> tuple[list[int], list[float]]:
-    """The steps and values of a number in a run's metrics."""
+    """The steps and values of a metric of a run."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return tuple(zip(*[(line["step"], line[name]) for line in lines if name in line], strict=True))
 
@@ -108,9 +108,10 @@ right.set(xlabel="step", ylabel="perplexity of the codebook", ylim=(0, 135))
 plt.show()
 
 # %% [markdown]
-# ## What the tokens keep
+# ## Reconstructions
 #
-# The tokenizer is a module with `encode` and `decode`. Above are held-out digits, below what 49 ids say of each.
+# The tokenizer is a module with `encode` and `decode`. The first row shows held-out digits, the second their
+# reconstructions from 49 ids.
 
 # %%
 tokenizer = Tokenizer.from_pretrained(stage_one / "tokenizer")
@@ -126,7 +127,7 @@ print(f"{28 * 28 * 8} bits -> {49 * 7} bits, PSNR {psnr:.1f} dB")
 assert psnr > 12
 
 # %% [markdown]
-# A token grid is a picture, too. Each id has a colour here; which colour means nothing, as ids have no order.
+# We can draw a token grid with one colour per id. The colours are arbitrary, because ids have no order.
 
 # %%
 figure, axes = plt.subplots(3, 5, figsize=(10, 6.2), layout="constrained")
@@ -137,7 +138,7 @@ for column, (above, middle, below) in enumerate(axes.T):
         color = "black" if 25 < token < 105 else "white"
         middle.text(cell % 7, cell // 7, token, ha="center", va="center", fontsize=6, color=color)
     below.imshow(painted[column, 0], vmin=-1, vmax=1)
-for axis, title in zip(axes[:, 0], ["image", "tokens", "painted"], strict=True):
+for axis, title in zip(axes[:, 0], ["image", "tokens", "decoded"], strict=True):
     axis.set_ylabel(title)
 for axis in axes.flat:
     axis.set(xticks=[], yticks=[])
@@ -145,9 +146,9 @@ for axis in axes.flat:
 # %% [markdown]
 # ## The codebook
 #
-# What does a code stand for? We look where it is used: in 1,000 training digits we cut out what surrounds each token,
-# 12x12 pixels with the token's own 4x4 in the middle, and take the mean for each code. The most frequent ones come
-# first. Many say "black, and a stroke begins over there"; others are strokes of a direction, ends and bends.
+# What does a code represent? In 1,000 training digits we crop 12x12 pixels around each token, with the token's own 4x4
+# pixels in the middle, and average these crops for each code. The most frequent codes come first. Many show black next
+# to a stroke; others show strokes of one direction, line ends and bends.
 
 # %%
 some = data.train.batch(range(1000))
@@ -163,15 +164,14 @@ by_use = counts.argsort(descending=True)
 cells = torch.nn.functional.pad(means[by_use], (1, 1, 1, 1), value=0.2)
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", width_ratios=[2.2, 1])
 left.imshow(torch.cat([torch.cat(list(row), 1) for row in cells.split(16)]), vmin=-1, vmax=1)
-left.set(title="where each code is used, most frequent first", xticks=[], yticks=[])
+left.set(title="mean crop of each code, most frequent first", xticks=[], yticks=[])
 right.semilogy(counts[by_use].clamp(min=0.5))
-right.set(title="how often it is used", xlabel="code, by use", ylabel="count in 1,000 digits")
+right.set(title="frequency", xlabel="code, by frequency", ylabel="count in 1,000 digits")
 plt.show()
 
 # %% [markdown]
-# **A token belongs to a place.** We change the token in the middle of a digit into each of three others, and look at
-# which pixels move. The decoder's convolutions let a token paint a little beyond its own 4x4 pixels, which is how
-# neighbours join.
+# **A token has a position.** We replace the token in the middle of a digit by three others and compare the pixels. The
+# decoder's convolutions spread a token slightly beyond its own 4x4 pixels, so that neighbouring patches join smoothly.
 
 # %%
 ONE = 6  # a digit with a stroke in the middle
@@ -185,13 +185,13 @@ for (above, below), variant, token in zip(axes.T, variants, changed[:, 3, 3].tol
     above.set(title=f"token {token}", xticks=[], yticks=[])
     below.imshow(variant - variants[0], cmap="RdBu_r", vmin=-1, vmax=1)
     below.add_patch(plt.Rectangle((11.5, 11.5), 4, 4, fill=False, color="black"))
-    below.set(title="what moved", xticks=[], yticks=[])
+    below.set(title="difference", xticks=[], yticks=[])
 
 # %% [markdown]
 # ## The token dataset
 #
-# The second stage never sees a pixel. `encode` writes the ids of all images once, with labels, and the tokenizer beside
-# them. `augmentations=1` adds a slightly turned and scaled variant of each training image.
+# The second stage never sees pixels. `encode` saves the ids and labels of all images, with a copy of the tokenizer.
+# `augmentations=1` adds one slightly rotated and scaled variant of each training image.
 
 # %%
 dataset = encode.main([f"tokenizer={stage_one / 'tokenizer'}", "out=runs/two_stages/tokens", "augmentations=1"])
@@ -203,10 +203,10 @@ print(sorted(path.name for path in dataset.iterdir()))
 # %% [markdown]
 # ## Two baselines
 #
-# What can be known of a token without any network?
+# Two models need no network:
 #
 # - **uniform**: each of the 128 ids is equally likely. That is $\log_2 128 = 7$ bits per token.
-# - **marginal**: how often each id occurs at each position, in each class. It knows no neighbours.
+# - **marginal**: the frequency of each id at each position in each class. It ignores neighbours.
 
 # %%
 train, test = written.splits["train"], written.splits["test"]
@@ -227,8 +227,8 @@ print({name: round(value, 3) for name, value in bits.items()})
 # %% [markdown]
 # ## Stage two: a GPT over tokens
 #
-# The prior is a small causal transformer: it predicts each id from the class and the ids before it, row by row. In
-# training the class is dropped from a tenth of the images, so that the same network also knows $p(\text{tokens})$
+# The prior is a small causal transformer. It predicts each id from the class and the earlier ids, row by row. In
+# training the class is dropped for a tenth of the images, so that the same network also models $p(\text{tokens})$
 # without a class.
 
 # %%
@@ -239,7 +239,7 @@ stage_two = train_prior.main(
 )
 
 # %% [markdown]
-# A snapshot of stage two is a whole **pipeline**: a folder with both stages, which `from_pretrained` loads.
+# The result of stage two is a **pipeline**: a folder with both stages, which `from_pretrained` loads.
 
 # %%
 pipe = ImagePipeline.from_pretrained(stage_two / "pipeline")
@@ -256,8 +256,9 @@ print(pipe)
 assert bits["gpt"] < bits["marginal"] < bits["uniform"]
 
 # %% [markdown]
-# **Where are the bits?** `token_log_probs` has log p of each token. Its mean over held-out digits, by position, shows
-# what is hard to guess. Corners are nearly always black. The middle, where the strokes are, costs most.
+# **Where are the bits?** `token_log_probs` returns log p of each token. Its mean over held-out digits, by position,
+# shows which tokens are hard to predict. Corners are nearly always black. The middle, where the strokes are, costs
+# most.
 
 # %%
 with torch.no_grad():
@@ -271,8 +272,8 @@ plt.show()
 # %% [markdown]
 # ## Samples
 #
-# Image $k$ uses the seed `seed + k`, so that it is the same in any batch. `guidance_scale` above 1 makes the class
-# count for more, at the price of variety. This preset has 1.5. Columns are classes.
+# Image $k$ uses the seed `seed + k`, so it is the same in any batch. A `guidance_scale` above 1 follows the class more
+# closely and reduces variety. This preset uses 1.5. Columns are classes.
 
 # %%
 columns = list(range(10))
@@ -280,9 +281,8 @@ out = pipe(num_images=50, labels=columns * 5, seed=0, output_type="pt")
 show(out.images, f"samples, classes 0 to 9, {bits['gpt']:.2f} bits per token", columns=10)
 
 # %% [markdown]
-# The output holds the tokens as well, and `decode` turns them into the same images. The baselines sample, too: here
-# is what the frequencies of `marginal` give, painted by the same decoder. The decoder cannot mend a grid that makes no
-# sense.
+# The output also has the tokens, and `decode` turns them into the same images. We can sample from the baselines, too,
+# and use the same decoder. It cannot repair a grid that makes no sense.
 
 # %%
 assert torch.equal(pipe.decode(out.tokens, output_type="pt"), out.images)
@@ -293,7 +293,7 @@ rows = [pipe.decode(each, output_type="pt") for each in (uniform, loose)]
 show(torch.cat(rows), "above: uniform ids; below: marginal, classes 0 to 9", columns=10)
 
 # %% [markdown]
-# **Guidance and temperature.** Each column has the same seed, so that only the settings differ.
+# **Guidance and temperature.** Each column has one seed; only the settings differ between rows.
 
 # %%
 settings = [{"temperature": 0.5}, {}, {"guidance_scale": 1.0}, {"guidance_scale": 4.0}, {"temperature": 1.3}]
@@ -301,15 +301,16 @@ figure, axes = plt.subplots(len(settings), 1, figsize=(8, 4.6), layout="constrai
 for axis, given in zip(axes, settings, strict=True):
     row = pipe(num_images=10, labels=columns, seed=7, output_type="pt", **given).images
     axis.imshow(torch.cat(list(row[:, 0]), 1), vmin=-1, vmax=1)
-    name = ", ".join(f"{key} {value}" for key, value in given.items()) or "as the preset has it"
+    name = ", ".join(f"{key} {value}" for key, value in given.items()) or "preset"
     axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     axis.set(xticks=[], yticks=[])
 
 # %% [markdown]
 # ## What to remember
 #
-# - A tokenizer makes a long problem short: 49 ids for 784 pixels. What it loses, no prior brings back.
-# - The prior does not know that its ids are images. It only has to predict ids well, and bits per token say how well.
-# - A pipeline folder holds both. `pipe(...)` samples; `encode`, `decode` and `log_prob` go in between.
+# - A tokenizer shortens the sequence: 49 ids for 784 pixels. No prior can restore what the tokenizer loses.
+# - The prior only predicts ids; bits per token measure how well.
+# - A pipeline contains both stages. `pipe(...)` samples; `encode`, `decode` and `log_prob` give access to the steps in
+#   between.
 #
-# [Notebook 3](3_orders.py) asks in which order the ids should be drawn, and how many at once.
+# [Notebook 3](3_orders.py) asks in which order to sample the ids, and how many at once.

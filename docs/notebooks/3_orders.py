@@ -13,18 +13,17 @@
 # %% [markdown]
 # # Orders
 #
-# The chain rule holds for any order of the tokens, and for more than that. Cut the grid into **blocks**, and say which
-# block comes first:
+# The chain rule holds for any order of the tokens. It also holds for an ordered partition of the grid into **blocks**:
 #
 # $$p(\text{tokens}) = \prod_{b} \; \prod_{i \in b} p(\text{token}_i \mid \text{tokens of the blocks before } b).$$
 #
-# With one token a block this is the chain rule of [notebook 1](1_chain_rule.py). With larger blocks, a whole block is
-# drawn in one pass, and its tokens do not see each other. That is no approximation: the model is *defined* so, and its
-# density is exact and sums to one. But tokens that would have liked to talk can no longer do so. This costs bits, and
-# this notebook measures how many.
+# With one token per block this is the chain rule of [notebook 1](1_chain_rule.py). With larger blocks, the prior
+# samples a whole block in one pass, and the tokens of a block are independent given the earlier blocks. This is not an
+# approximation: the model is *defined* this way, and its density is exact. But independence costs bits, and this
+# notebook measures how many.
 #
-# All trainings here are short, so differences of a few hundredths of a bit are noise. [docs/orders.md](../orders.md)
-# has longer ones.
+# All trainings here are short, so differences of a few hundredths of a bit are noise.
+# [docs/orders.md](../orders.md#what-it-costs) has longer ones.
 
 # %%
 import contextlib
@@ -46,11 +45,11 @@ SHARE = float(os.environ.get("SMALTI_NOTEBOOK_SHARE", "1"))  # below 1, training
 plt.rcParams.update({"figure.dpi": 110, "image.cmap": "gray", "image.interpolation": "nearest"})
 
 # %% [markdown]
-# ## One token after the other
+# ## One token at a time
 #
-# `make_partition` knows orders by name, and returns `order`, where `order[r]` is the raster index of the token of rank
-# r, and the sizes of the blocks. Here each block is one token. The colour is the rank, dark first, and the line is the
-# walk.
+# `make_partition` takes the name of an order. It returns the sizes of the blocks and `order`, where `order[r]` is the
+# raster index of the token of rank r. Here each block has one token. The colour is the rank, dark first; the line
+# connects consecutive tokens.
 
 # %%
 names = ["raster", "column", "snake", "hilbert", "z_curve", "spiral_in", "spiral_out", "random:0"]
@@ -64,9 +63,9 @@ for axis, name in zip(axes.flat, names, strict=True):
 # %% [markdown]
 # ## Several tokens at once
 #
-# Now the colour is the number of the block. Cells of one colour are drawn in the same pass. `rows` and `halton:8` take
-# about as many passes. In the one, the neighbours of a cell are in its own block, in the other they are in other
-# blocks.
+# Now the colour is the number of the block. Cells of one colour are sampled in the same pass. `rows` and `halton:8`
+# take about the same number of passes. In `rows`, neighbours to the left and right share a block; in `halton:8`,
+# neighbours are in different blocks.
 
 # %%
 names = ["diagonal", "wave:2", "rows", "regions:4", "halton:8", "spread:5", "dyadic", "raster/4"]
@@ -83,8 +82,8 @@ for axis, name in zip(axes.flat, names, strict=True):
 # %% [markdown]
 # ## The tokens
 #
-# A trained pipeline of digits comes with the package. We take its tokenizer, write the ids of all digits once, and then
-# only train priors.
+# The package contains a trained pipeline of digits. We use its tokenizer to encode all digits once, and train only
+# priors.
 
 # %%
 shipped = ImagePipeline.from_pretrained("digits")
@@ -94,21 +93,21 @@ test = load_tokens(dataset).splits["test"]
 tokens, labels = test.tokens.long(), test.labels.long()
 
 # %% [markdown]
-# Each prior below is a small transformer, trained for as many steps on the same tokens. `gpt` draws one token at a
-# time, in any order. `blocks` is its sister that takes any ordered partition: only the mask differs.
+# Each prior below is a small transformer that trains for the same number of steps on the same tokens. `gpt` samples one
+# token at a time, in any order. `blocks` takes any ordered partition; it differs only in the mask.
 
 
 # %%
 def trained(kind: str, order: str, steps: int = 250, **model: object) -> ImagePipeline:
-    """A pipeline whose prior draws in this order."""
+    """Train a prior with this order, and return its pipeline."""
     name = "-".join([kind, order.replace(":", "-"), *model])
     sizes = {"dim": 48, "depth": 3, "heads": 4, "order": order, **model}
     arguments = ["--config", "gpt_digits", f"tokens={dataset}", f"out=runs/orders/{name}", f"model.kind={kind}"]
     arguments += [f"model.{key}={str(value).lower()}" for key, value in sizes.items()]
     arguments += [f"train.steps={round(steps * SHARE)}", "train.batch_size=32", "train.ema_decay=0.98"]
     arguments += ["train.warmup_steps=20", "track.wandb=disabled"]
-    start, said = time.perf_counter(), io.StringIO()
-    with contextlib.redirect_stdout(said):  # a line for each is enough
+    start, log = time.perf_counter(), io.StringIO()
+    with contextlib.redirect_stdout(log):  # one line per run is enough
         run = train_prior.main(arguments)
     print(f"{kind}, {order}: trained in {time.perf_counter() - start:.0f} s")
     return ImagePipeline.from_pretrained(run / "pipeline")
@@ -121,11 +120,11 @@ def token_bits(pipe: ImagePipeline) -> Tensor:
 
 
 # %% [markdown]
-# ## Does the walk matter?
+# ## Does the order matter?
 #
-# First one token at a time. Every order has the same number of conditionals, and a perfect model would give the same
-# density in each. A learned one does not: a conditional is easier to learn if what it depends on is near. In a random
-# order, the first tokens are drawn with nothing near them.
+# First, one token at a time. Every order has the same number of conditionals, and a perfect model would give the same
+# density in each. A trained model does not: a conditional is easier to learn if the tokens that it depends on are near.
+# In a random order the first tokens have no known neighbours.
 
 # %%
 one = {order: trained("gpt", order) for order in ["raster", "snake", "hilbert", "random:0"]}
@@ -138,13 +137,13 @@ figure.colorbar(drawn, ax=axes, label="bits of a token", shrink=0.9)
 plt.show()
 
 # %% [markdown]
-# A bright cell is a token that is hard to guess when its turn comes. Raster and snake always stand beside what they
-# drew last and below what they drew before. The curve jumps between regions, and in the random order the early tokens
-# have nothing near them: both cost more, after as many steps.
+# A bright cell is a token that is hard to predict. In raster and snake order, each token has known neighbours beside
+# and above it. The Hilbert curve moves between regions, and the early tokens of the random order have no known
+# neighbours. Both cost more, after the same number of steps.
 #
-# ## The price of passes
+# ## Bits against passes
 #
-# Now several tokens at a time. `blocks` in raster order is the fair beginning: the same network with one token a block.
+# Now several tokens at a time. The reference is `blocks` in raster order: the same network with one token per block.
 
 # %%
 names = ["raster", "diagonal", "spread:8", "rows"]
@@ -170,33 +169,33 @@ plt.show()
 assert cost["blocks, rows"].mean() > cost["blocks, diagonal"].mean()
 
 # %% [markdown]
-# Diagonals take a quarter of the passes, and cost little: the tokens of a diagonal touch only at their corners. `rows`
-# and `spread:8` take even fewer, and cost several times as much.
+# `diagonal` takes a quarter of the passes and costs little: the tokens of a diagonal touch only at their corners.
+# `rows` and `spread:8` take even fewer passes, and cost several times as much.
 #
-# **Where is the price paid?** We subtract the cost in raster order from that of each block order. Red tokens have
-# become dearer, blue ones cheaper; the numbers are those of the blocks. `rows` pays a little everywhere, for the left
-# neighbour that it cannot see. `spread:8` pays in its first blocks, where hardly anything is known. Some of its last
-# ones are cheaper than in raster order, because a token then has known neighbours on all sides. In sum it costs more
-# than `rows` here. What a network can make of far neighbours it has to learn, so such orders gain from longer training:
-# with `steps=1000` in this notebook it is +0.26 for `spread:8` and +0.32 for `rows`, and in
-# [docs/orders.md](../orders.md#what-it-costs) orders of far tokens are clearly ahead of `rows`.
+# **Which tokens cost more?** We subtract the cost in raster order from the cost in each block order. Red tokens cost
+# more than in raster order, blue ones less; the numbers are the blocks. `rows` costs a little more everywhere, because
+# a token does not see its left neighbour. `spread:8` costs more in its first blocks, where few tokens are known. Some
+# tokens of its last blocks cost less, because they have known neighbours on all sides. In total `spread:8` costs more
+# than `rows` after this short training. A network needs time to learn from distant tokens: with `steps=1000` the
+# difference to raster order is +0.26 for `spread:8` and +0.32 for `rows`, and in
+# [docs/orders.md](../orders.md#what-it-costs) orders of distant tokens are clearly better than `rows`.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
 for axis, order in zip(axes, names[1:], strict=True):
-    dearer = cost[f"blocks, {order}"] - cost["blocks, raster"]
-    drawn = axis.imshow(dearer, cmap="RdBu_r", vmin=-3, vmax=3)
+    extra = cost[f"blocks, {order}"] - cost["blocks, raster"]
+    drawn = axis.imshow(extra, cmap="RdBu_r", vmin=-3, vmax=3)
     numbers = block_numbers(several[order].prior.order, several[order].prior.blocks)
     for cell, number in enumerate(numbers.tolist()):
         axis.text(cell % 7, cell // 7, number, ha="center", va="center", fontsize=7)
-    axis.set(title=f"{order}: {dearer.mean():+.2f} bits per token", xticks=[], yticks=[])
+    axis.set(title=f"{order}: {extra.mean():+.2f} bits per token", xticks=[], yticks=[])
 figure.colorbar(drawn, ax=axes, label="bits more than raster", shrink=0.9)
 plt.show()
 
 # %% [markdown]
-# ## Watch it being drawn
+# ## Watch the sampling
 #
-# A sample of each, at eight moments between the first pass and the last. What is not drawn yet is painted with the most
+# One sample of each prior after eight different passes. Tokens that are not sampled yet are decoded as the most
 # frequent id.
 
 # %%
@@ -218,7 +217,7 @@ for axis, (order, pipe) in zip(axes, several.items(), strict=True):
     axis.set(xticks=[], yticks=[])
 
 # %% [markdown]
-# And finished ones, one class per column, with the time that 20 images took.
+# Finished samples, one class per column, with the time for 20 images:
 
 # %%
 figure, axes = plt.subplots(4, 1, figsize=(9, 7.6), layout="constrained")
@@ -233,9 +232,9 @@ for axis, (order, pipe) in zip(axes, several.items(), strict=True):
 # %% [markdown]
 # ## Any order
 #
-# A prior may also learn all orders at once: in training, each image comes in a random one (`any_order=true`). It has
-# more to learn, so in each single order it is behind a prior that knows only that one. What it gains: it can look at
-# *whatever is known*.
+# A prior can also learn all orders at once: in training, each image uses a random order (`any_order=true`). This is a
+# harder task, so in each order it is worse than a prior for that order alone. In return it can condition on *any set of
+# known tokens*.
 
 # %%
 any_order = trained("gpt", "raster", steps=500, any_order=True)
@@ -245,13 +244,12 @@ with torch.no_grad():
         print(f"{order:10} {-nats.mean() / (49 * math.log(2)):.3f} bits per token")
 
 # %% [markdown]
-# After twice as many steps as the raster prior's, it is about half a bit behind in raster order: the largest price in
-# this notebook. Longer training makes it smaller: 0.3 bits with `steps=2000`, beside a raster prior with
-# `steps=1000`.
+# After twice as many steps as the raster prior, it is about half a bit worse in raster order: the largest difference in
+# this notebook. Longer training reduces it: 0.3 bits with `steps=2000`, compared to a raster prior with `steps=1000`.
 #
-# What it is for: we keep the *lower* half of held-out digits and let it draw the upper one. The raster prior starts
-# at the top, and cannot look at what comes later in its order: its upper halves fit the class, but not the lower
-# half. The prior of any order looks at the known half first.
+# Its use is completion. We give the *lower* half of held-out digits and sample the upper half. The raster prior starts
+# at the top and cannot condition on later tokens: its upper halves fit the class, but not the lower half. The any-order
+# prior takes the known half first.
 
 # %%
 images = load_images(DataConfig(source="digits")).held_out.batch(range(8))
@@ -270,11 +268,11 @@ for axis, (name, row) in zip(axes, rows.items(), strict=True):
     axis.set(xticks=[], yticks=[])
 
 # %% [markdown]
-# ## For nothing: guess and check
+# ## Fewer passes at no cost
 #
-# There is one way to fewer passes that costs no bits at all. `parallel=True` guesses all remaining tokens, checks them
-# in one pass with the noise that each image would have used, and goes on from the first wrong one. The images are the
-# same, to the token. It pays where a pass over many tokens takes as long as one over a few: on a GPU.
+# One method needs fewer passes and costs no bits. `parallel=True` guesses all remaining tokens, checks them in one pass
+# with the noise of each image, and continues from the first wrong one. The tokens are the same. It pays where a pass
+# over many tokens takes as long as a pass over a few, as on a GPU.
 
 # %%
 plain = shipped(4, labels=[0, 3, 5, 8], seed=0)
@@ -285,9 +283,10 @@ print("the same tokens:", torch.equal(plain.tokens, checked.tokens))
 # %% [markdown]
 # ## What to remember
 #
-# - An order is a choice of the model. One token a block, or many: the density is exact in each.
-# - Few passes cost bits, and the price depends on *who* is drawn together, and on how long one trains. Diagonals cost
-#   least here. Far tokens cost more than neighbours after trainings as short as these, and less after longer ones.
-# - A prior of any order completes from anything. In each single order it pays for that, here more than any other prior.
+# - The order is part of the model. The density is exact for blocks of any size.
+# - Fewer passes cost bits. The cost depends on *which* tokens share a pass and on the length of training. Here
+#   diagonals cost least. Distant tokens cost more than neighbours after short training, and less after longer training.
+# - An any-order prior completes from any known tokens. In each order it needs more bits, here more than any block
+#   order.
 #
-# [Notebook 4](4_density.py) shows what a density is good for.
+# [Notebook 4](4_density.py) puts densities to use.

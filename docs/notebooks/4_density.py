@@ -11,13 +11,12 @@
 # ---
 
 # %% [markdown]
-# # What a density is for
+# # Densities at work
 #
-# A model that knows how probable an image is can do more than sample. This notebook takes a trained pipeline of digits,
-# which comes with the package, and asks it four things: what is missing here? is this image strange, and where? how few
-# bytes are enough? what is in this image?
+# A model that assigns probabilities to images can do more than sample. This notebook uses the trained pipeline of
+# digits in the package for four tasks: completion, anomaly detection, compression and classification.
 #
-# Nothing is trained. The theory is in [docs/density.md](../density.md).
+# It trains no model. [docs/density.md](../density.md) has the theory.
 
 # %%
 import io
@@ -33,15 +32,15 @@ from torch import Tensor
 from pipelines import ImagePipeline
 from pipelines.images import DataConfig, load_images
 
-SHARE = float(os.environ.get("SMALTI_NOTEBOOK_SHARE", "1"))  # below 1, fewer images are looked at
+SHARE = float(os.environ.get("SMALTI_NOTEBOOK_SHARE", "1"))  # below 1, fewer images are used
 plt.rcParams.update({"figure.dpi": 110, "image.cmap": "gray", "image.interpolation": "nearest"})
 
 pipe = ImagePipeline.from_pretrained("digits")
 print(pipe)
 
 # %% [markdown]
-# We only look at digits that it has not been trained on. Half of them, every other one, were used to calibrate its
-# anomaly scores, so we take the others.
+# We use only digits that it was not trained on. Every other one of these calibrated its anomaly scores, so we take the
+# rest.
 
 # %%
 data = load_images(DataConfig(source="digits"))
@@ -66,11 +65,10 @@ def stack(rows: dict[str, Tensor], height: float = 0.95) -> list[plt.Axes]:
 
 
 # %% [markdown]
-# ## What is missing?
+# ## Completion
 #
-# `known` is True where a pixel is given. `complete` encodes what is known, and draws the other tokens from
-# $p(\text{hidden} \mid \text{known})$. There is more than one answer, so we ask for four draws of each. What is given
-# comes back as it was.
+# `known` is True where a pixel is given. `complete` encodes the known pixels and samples the other tokens from
+# $p(\text{hidden} \mid \text{known})$. We sample four completions of each image. Known pixels are returned unchanged.
 
 # %%
 known = torch.zeros(28, 28, dtype=torch.bool)
@@ -83,9 +81,9 @@ for axis in axes[1:]:
     axis.axhline(15.5, color="tab:red", lw=0.8)
 
 # %% [markdown]
-# The same conditional can be *evaluated*. We join the upper part of each of eight digits with the lower part of each of
-# them, and ask for $\log p(\text{lower} \mid \text{upper})$. If the model has understood digits, the lower part that
-# belongs there should be among the likeliest of its row.
+# The same conditional can be *evaluated*. We combine the upper part of each of eight digits with the lower part of each
+# of them, and compute $\log p(\text{lower} \mid \text{upper})$. The true lower part should be among the most probable
+# of its row.
 
 # %%
 eight = images[:8]
@@ -103,15 +101,15 @@ figure.colorbar(drawn, ax=right, shrink=0.8)
 plt.show()
 
 # %% [markdown]
-# ## Is this image strange?
+# ## Anomalies
 #
-# The first idea is: strange images are improbable, so look at $-\log p$. Here are a few images that are no digits, or
-# damaged ones, and the bits that each costs.
+# A first idea: anomalies are improbable, so use $-\log p$ as a score. Here are damaged digits and images of other
+# kinds, with the bits of each.
 
 
 # %%
 def strange_images() -> dict[str, Tensor]:
-    """Images (1, 28, 28) that are not as the pipeline expects."""
+    """Images (1, 28, 28) unlike the training images."""
     chance = torch.Generator().manual_seed(0)
     seven, six, zero = images[0], images[1], images[2]
     dotted, broken, checks = six.clone(), zero.clone(), torch.full((1, 28, 28), -1.0)
@@ -162,16 +160,16 @@ plt.show()
 assert bits[[4, 7]].max() < digits.max(), "on its side, and black, are within the range of digits"
 
 # %% [markdown]
-# Noise, stripes and the inverted digit stand out. But the nine on its side and the black image cost no more than many a
-# digit does. This is no bug: each of their tokens is a frequent one, and simple images are likely under any model
-# (Nalisnick et al. 2019). Improbable and strange are different things.
+# Noise, stripes and the inverted digit stand out. But the nine on its side and the black image cost no more bits than
+# many digits. This is expected: their tokens are frequent ones, and simple images are likely under any model (Nalisnick
+# et al. 2019). A probable image can be an anomaly.
 #
-# The default score, `joint`, asks two other questions: how far are the prior's features from those of normal images,
-# and are the image's statistics (bits, error of reconstruction), together, out of their usual range, *in either
-# direction*? Both are fitted to normal images alone, which is what a calibration is.
+# The default score, `joint`, combines two other criteria: the distance of the prior's features from those of normal
+# images, and how far the image's statistics (bits, reconstruction error) are from their usual range, *in either
+# direction*. Calibration fits both to normal images.
 #
-# **p-values** make a score readable: the share of normal images that look at least as strange. Of new normal images, at
-# most 5 % have $p \le 0.05$, on average over calibrations.
+# **p-values** make a score interpretable: the share of normal images with at least this score. At most 5 % of new
+# normal images have $p \le 0.05$, on average over calibrations.
 
 # %%
 p_strange = pipe.anomaly_score(batch, p_values=True)
@@ -191,16 +189,17 @@ print(f"{(p_new <= 0.05).double().mean():.1%} of {count} new digits have p <= 0.
 assert p_strange[[3, 5, 6, 7]].max() < 0.05, "inverted, noise, stripes and black are found"
 
 # %% [markdown]
-# The black image is found now, like all that is no digit: no normal image is as strange. The nine on its side is not
-# found: its strokes are those of digits. Nor are the spot and the gap, which are small beside the whole image.
+# The black image is detected now, and so are all other images that are not digits. The nine on its side is not
+# detected: its strokes are those of digits. The spot and the gap are too small compared to the whole image.
 #
-# The p-values of new digits spread evenly. How many of them are below 0.05 differs between calibrations. The promise of
-# 5 % is about their average, and 250 normal images stand behind this one. (`confidence=0.9` asks for thresholds that
-# hold in nine of ten calibrations.)
+# The p-values of new digits are roughly uniform. The share below 0.05 varies between calibrations; the guarantee of 5 %
+# is about the average, and this calibration used 250 images. (`confidence=0.9` gives thresholds that hold in nine of
+# ten calibrations.)
 #
-# **Where** is an image strange? Each token has its own $-\log_2 p$, given those before it. `anomaly_map` spreads these
-# bits over the pixels of the token's patch, so that all pixels sum to the bits of the image. The spot and the gap can
-# be seen: bright is surprising. (Of the inverted digit, the first row is a shock; after it, white ground is no news.)
+# **Where** is the anomaly? Each token has its own $-\log_2 p$ given the earlier ones. `anomaly_map` distributes these
+# bits over the pixels of the token's patch, so that all pixels sum to the bits of the image. The spot and the gap are
+# visible as bright regions. (In the inverted digit only the first row is surprising; after it the model expects a white
+# background.)
 
 # %%
 maps = pipe.anomaly_map(batch[:4])
@@ -214,11 +213,10 @@ figure.colorbar(drawn, ax=axes[1], label="bits")
 plt.show()
 
 # %% [markdown]
-# ## How few bytes?
+# ## Compression
 #
-# A density is a code. An event of probability $p$ can be written in $-\log_2 p$ bits, and an entropy coder comes within
-# a few of them. `compress` writes the tokens of all images into one stream; `decompress` returns the same tokens on any
-# machine.
+# A density is a code. An entropy coder writes an event of probability $p$ in about $-\log_2 p$ bits. `compress` writes
+# the tokens of all images into one stream; `decompress` returns the same tokens on any machine.
 
 # %%
 count = max(60, round(200 * SHARE))
@@ -228,14 +226,13 @@ restored = pipe.decompress(stream, output_type="pt", progress=False)
 promised = -pipe.log_prob(batch_to_store).sum().item() / math.log(2) / 8
 
 stored = pipe.reconstruct(batch_to_store, output_type="pt")
-print(f"{len(stream)} bytes for {count} digits, {len(stream) / count:.1f} each; -log2 p says {promised / count:.1f}")
+print(f"{len(stream)} bytes for {count} digits, {len(stream) / count:.1f} each; -log2 p is {promised / count:.1f}")
 print(f"fixed-length ids would take {49 * 7 / 8:.1f}, and 8-bit pixels 784")
-print("what comes back is what the tokenizer keeps:", torch.equal(restored, stored))
+print("the decompressed images equal the reconstructions:", torch.equal(restored, stored))
 
 # %% [markdown]
-# What does it look like beside other coders? They are made for large pictures, so we put all digits on one sheet and
-# give the sheet to JPEG and WebP at many qualities, and to PNG, which loses nothing. PSNR says how near the result is
-# to the original.
+# How do other coders compare? They are made for large pictures, so we put all digits on one sheet, and encode it with
+# JPEG and WebP at several qualities, and with PNG, which is lossless. PSNR measures the distance to the original.
 
 
 # %%
@@ -246,7 +243,7 @@ def sheet(images: Tensor) -> Image.Image:
 
 
 def psnr(error: Tensor) -> float:
-    """dB, of errors of pixels in [-1, 1]."""
+    """PSNR in dB of the errors of pixels in [-1, 1]."""
     return 10 * math.log10(4 / error.square().mean().item())
 
 
@@ -277,14 +274,14 @@ print(f"the pipeline: {ours[0]:.1f} bytes at {ours[1]:.1f} dB; PNG {png:.0f} byt
 assert len(stream) / count < png / 4
 
 # %% [markdown]
-# This is no fair race: our coder was made for digits, and JPEG for everything. It shows what it is worth to know the
-# data. (The model has to be on both sides, like JPEG's tables, only larger. With a decoder that has a likelihood of
-# pixels, `lossless=True` keeps every pixel: [docs/density.md](../density.md#compression).)
+# The comparison is unfair: our coder was trained on digits, and JPEG is for all images. It shows the value of knowing
+# the data. (Both sides need the model, as both sides of JPEG need its tables. With a decoder that has a pixel
+# likelihood, `lossless=True` preserves every pixel: [docs/density.md](../density.md#compression).)
 #
-# ## What is in this image?
+# ## Classification
 #
-# **Bayes.** The prior knows $p(\text{tokens} \mid \text{class})$ of each class. If classes are equally likely, the most
-# probable one given the image is the one that makes the image most probable. So the generator is a classifier:
+# **Bayes.** The prior models $p(\text{tokens} \mid \text{class})$. If classes are equally likely, the most probable
+# class is the one under which the image is most probable. So the generator is a classifier:
 #
 # $$p(\text{class} \mid x) = \frac{p(x \mid \text{class})}{\sum_c p(x \mid c)}.$$
 
@@ -304,19 +301,19 @@ left.imshow(confusion.sqrt(), cmap="Blues")
 for at, number in enumerate(confusion.flatten().long().tolist()):
     color = "white" if number > confusion.max() / 3 else "black"
     left.text(at % 10, at // 10, number or "", ha="center", va="center", fontsize=7, color=color)
-left.set(title=f"{accuracy:.1%} right", xlabel="guessed", ylabel="true", xticks=range(10), yticks=range(10))
+left.set(title=f"{accuracy:.1%} correct", xlabel="predicted", ylabel="true", xticks=range(10), yticks=range(10))
 shown = wrong[:10]
 right.imshow(torch.cat([line(part) for part in images[shown].split(5)]), vmin=-1, vmax=1)
 for place, at in enumerate(shown.tolist()):
     text = f"{truth[at]} as {guess[at]}"
     right.text(28 * (place % 5) + 1, 28 * (place // 5) + 4, text, color="tab:orange", fontsize=9)
-right.set(title="the first mistakes: true class, and what it was taken for", xticks=[], yticks=[])
+right.set(title="the first errors: true class and prediction", xticks=[], yticks=[])
 assert accuracy > 0.85
 
 # %% [markdown]
-# **Representations.** To predict the next token well, the prior has to find out what is drawn. `embed` returns what a
-# layer makes of an image, as a vector. Near vectors are alike: on the left are new digits, on the right their nearest
-# training digits, by the cosine of the middle layer.
+# **Representations.** To predict the next token, the prior has to recognize the digit. `embed` returns the features of
+# one layer as a vector. On the left are new digits, on the right their nearest training digits, by cosine similarity in
+# the middle layer.
 
 # %%
 size = max(400, round(1500 * SHARE))
@@ -333,16 +330,16 @@ right.set(title=f"nearest of {size} training digits", xticks=[], yticks=[])
 plt.show()
 
 # %% [markdown]
-# **Linear probes** say how plainly something stands in a representation. We fit one linear map from vectors to classes
-# by least squares, for each layer, and count how many new digits it gets right. No label was given to the prior here:
-# it reads the image without a class. A layer's vector is the mean over positions, as for `embed`.
+# **Linear probes** measure how much class information a representation contains. For each layer we fit a linear map
+# from vectors to classes by least squares, and measure its accuracy on new digits. The prior reads the image without a
+# class. The vector of a layer is the mean over positions, as in `embed`.
 
 # %%
 train_tokens = pipe.encode(library)
 
 
 def vectors(images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """What a linear map may read, (B, dim) each."""
+    """The inputs of the linear maps, (B, dim) each."""
     with torch.no_grad():
         layers = [pipe.prior.features(tokens, layer=layer) for layer in range(pipe.prior.feature_layers)]
     found = {f"prior.{k}": F.layer_norm(each, each.shape[-1:]).mean(1) for k, each in enumerate(layers)}
@@ -371,14 +368,14 @@ plt.xlabel(f"accuracy on {count} new digits, after {size} labels")
 plt.show()
 
 # %% [markdown]
-# `codes` only counts which ids occur, and forgets where. A layer of the prior is 64 numbers, and from those of the
-# middle ones the class is read about as well as from all 784 pixels, although nobody asked them for it.
+# `codes` counts the ids and ignores their positions. A layer of the prior has 64 features. A linear map on the middle
+# layers is about as accurate as one on all 784 pixels, although the prior was not trained to classify.
 #
 # ## What to remember
 #
-# - Conditionals complete images, and can be evaluated as well as drawn.
-# - A likely image may be strange. Ask about features and about both tails, and read p-values.
-# - Bits are bytes: a good density is a good code.
-# - A generator is a classifier, and its layers know what it draws.
+# - Conditionals can be sampled, which completes images, and evaluated.
+# - A probable image can be an anomaly. Use features and both tails of the statistics, and read p-values.
+# - A good density is a good code.
+# - A generator is also a classifier, and its layers contain class information.
 #
-# [Notebook 5](5_own_images.py) does all of it with images of your own.
+# [Notebook 5](5_own_images.py) trains a pipeline on your own images.

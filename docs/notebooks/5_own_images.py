@@ -13,17 +13,14 @@
 # %% [markdown]
 # # Your own images
 #
-# From a folder of images to a pipeline on the Hub, which others load by its name. The folder is made here, so that the
-# notebook runs anywhere. With images of your own, leave that cell out, and put the name of your folder into `FOLDER`.
-#
-# The Hub is a small server on this machine, for the same reason. For the real one, leave the next cell out, and log in
-# once with `hf auth login`.
+# This notebook goes from a folder of photos to samples, measures them, and shares the pipeline. The photos are crops of
+# two pictures that come with scikit-learn, so that it runs anywhere in a few minutes. To use your own, set `FOLDER` and
+# skip the cell that makes the crops.
 
 # %%
 from local_hub import start_hub  # beside this notebook
 
-hub = start_hub("hub")
-print("a Hub of our own is running")
+hub = start_hub("hub")  # stands in for the Hub in the last section; for the real one, delete it and run `hf auth login`
 
 # %%
 import os
@@ -33,7 +30,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from pipelines import ImagePipeline, encode, evaluate, train_prior, train_tokenizer
@@ -42,70 +40,57 @@ from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
 from tokenizer import Tokenizer
 
-FOLDER = "my-images"
+FOLDER = "my-photos"
 SHARE = float(os.environ.get("SMALTI_NOTEBOOK_SHARE", "1"))  # below 1, trainings are shorter
 plt.rcParams.update({"figure.dpi": 110, "image.interpolation": "nearest"})
 
 # %% [markdown]
-# ## A folder
+# ## A folder of photos
 #
 # ```text
-# my-images/train/circle/0000.png      the split, the class, the image
-# my-images/test/circle/0000.png
+# my-photos/train/temple/0000.png      split, class, image
+# my-photos/test/temple/0000.png
 # ```
 #
-# Folders `train` and `test` are optional: without `test`, a tenth is held out. So are the classes. PNG, JPEG, WEBP, BMP
-# and GIF of any size are read; they are resized and cropped to what you ask for. Ours are coloured shapes in four
-# classes.
+# The folders `train` and `test` are optional: without `test`, a tenth of the images is held out. Classes are optional,
+# too. PNG, JPEG, WEBP, BMP, GIF and TIFF are read, resized and cropped to the size that you ask for.
+#
+# We cut square crops out of two photos, a temple and a flower. Training crops come from the upper part of a photo, and
+# test crops from the lower part, so that no pixel is in both. Do the same with frames of a video: a random split would
+# put neighbouring frames into training and test set, and the test would be too easy.
 
 # %%
-COLORS = ["#d1495b", "#edae49", "#00798c"]
-CORNERS = {"square": 4, "star": 10, "triangle": 3}
-
-
-def shape(kind: str, chance: np.random.Generator) -> Image.Image:
-    """A shape on white, of random colour, size and place, 48x48; drawn large and made small for smooth edges."""
-    image, color = Image.new("RGB", (192, 192), "white"), str(chance.choice(COLORS))
-    radius, (x, y) = chance.integers(52, 76), chance.integers(84, 108, 2)
-    if kind == "circle":
-        ImageDraw.Draw(image).ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
-    else:
-        steps = np.arange(CORNERS[kind])
-        turns = 2 * np.pi * (steps + (0.5 if kind == "square" else 0)) / CORNERS[kind] - np.pi / 2
-        radii = np.where((steps % 2 == 1) & (kind == "star"), 0.45, 1) * radius
-        corners = zip(x + radii * np.cos(turns), y + radii * np.sin(turns), strict=True)
-        ImageDraw.Draw(image).polygon(list(corners), fill=color)
-    return image.resize((48, 48), Image.Resampling.LANCZOS)
-
-
+photos = dict(zip(("temple", "flower"), load_sample_images().images, strict=True))
 chance = np.random.default_rng(0)
-for split, count in {"train": 200, "test": 40}.items():
-    for kind in ("circle", "square", "star", "triangle"):
-        folder = Path(FOLDER, split, kind)
+for split, count, top, bottom in [("train", 300, 0, 270), ("test", 60, 270, 427)]:
+    for name, photo in photos.items():
+        folder = Path(FOLDER, split, name)
         folder.mkdir(parents=True, exist_ok=True)
         for number in range(count):
-            shape(kind, chance).save(folder / f"{number:04}.png")
+            side = chance.integers(96, 150)
+            x, y = chance.integers(60, 500 - side), chance.integers(top, bottom - side)
+            Image.fromarray(photo[y : y + side, x : x + side]).save(folder / f"{number:04}.png")
 
 # %% [markdown]
 # ## Look before you train
 #
-# Real folders have surprises in them. We put one in: a file that is called PNG and is none. Smalti decodes all images
-# before a training starts, and says which one is bad. This takes seconds, and not an epoch.
+# Real folders contain surprises. We add one: a text file with the name of a PNG. Smalti decodes all images before
+# training starts, and reports the bad one within seconds.
 
 # %%
-Path(FOLDER, "train", "star", "9999.png").write_text("I am no image")
+Path(FOLDER, "train", "flower", "9999.png").write_text("I am not an image")
 try:
-    load_images(DataConfig(source=FOLDER, image_size=24, channels=3))
+    load_images(DataConfig(source=FOLDER, image_size=32, channels=3))
 except UserError as error:
     print("error:", error)
 
 # %% [markdown]
-# We remove it. (`data.on_error=skip` would leave it out, count it, and list it in `bad_images.jsonl`.) Then we look at
-# what is there: how many of each class, in which splits, and the pictures themselves *as the model will see them*.
+# We delete it. (`data.on_error=skip` would skip it, and list it in `bad_images.jsonl`.) Then we count the images of
+# each class and split, and look at them *as the model will see them*.
 
 # %%
-Path(FOLDER, "train", "star", "9999.png").unlink()
-data = load_images(DataConfig(source=FOLDER, image_size=24, channels=3))
+Path(FOLDER, "train", "flower", "9999.png").unlink()
+data = load_images(DataConfig(source=FOLDER, image_size=32, channels=3))
 for name, split in data.by_name().items():
     counts = Counter(data.train.class_names[label] for label in split.labels.tolist())
     print(f"{name:10} {len(split):4} images, {dict(counts)}")
@@ -136,38 +121,39 @@ stack({name: of_class(data.train, label, 12) for label, name in enumerate(data.t
 # %% [markdown]
 # ## Stage one
 #
-# We begin with the preset of digits and say what differs: the source, the size, three channels. In a shell this is
+# We start from the preset of digits and change the source, the size and the channels. In a shell this is
 #
 # ```sh
-# smalti train_tokenizer --config vqvae_digits data.source=my-images data.image_size=24 data.channels=3 out=runs/mine
+# smalti train_tokenizer --config vqvae_digits data.source=my-photos data.image_size=32 data.channels=3 out=runs/mine
 # ```
 #
-# and `accelerate launch -m pipelines.train_tokenizer ...` does the same on many devices. The image's side has to be a
-# multiple of the tokenizer's `factor`, which is 4 here: 24x24 pixels become 6x6 ids.
+# and `accelerate launch -m pipelines.train_tokenizer ...` does the same on several devices. The sides of the images
+# must be multiples of the tokenizer's `factor`, here 4: 32x32 pixels become 8x8 tokens. Two minutes are enough to see
+# the method work. [docs/data.md](../data.md#how-good-in-how-many-minutes) says what longer trainings reach.
 
 # %%
 steps = round(300 * SHARE)
 stage_one = train_tokenizer.main(
-    ["--config", "vqvae_digits", f"data.source={FOLDER}", "data.image_size=24", "data.channels=3", "out=runs/mine"]
+    ["--config", "vqvae_digits", f"data.source={FOLDER}", "data.image_size=32", "data.channels=3", "out=runs/mine"]
     + [f"train.steps={steps}", "train.minutes=2", "train.log_every=50", "track.wandb=disabled"]
 )
 
 # %%
 tokenizer = Tokenizer.from_pretrained(stage_one / "tokenizer")
-held_out = torch.cat([of_class(data.held_out, label, 3) for label in range(4)])
+held_out = torch.cat([of_class(data.held_out, label, 6) for label in range(2)])
 with torch.no_grad():
-    painted = tokenizer(held_out).images
-stack({"held out": held_out, "6x6 ids": painted})
+    decoded = tokenizer(held_out).images
+stack({"held out": held_out, "8x8 tokens": decoded})
 
 # %% [markdown]
-# If these are not good enough, no prior will help: train longer, take more codes (`model.quantizer.codes=256`) or a
-# smaller `model.factor`. [The guide](../guide.md#choose-a-tokenizer) says what else there is.
+# A prior cannot add what the tokenizer has lost. If the reconstructions are not good enough, train longer, use more
+# codes (`model.quantizer.codes=256`) or a smaller `model.factor`. [The guide](../guide.md#choose-a-tokenizer) lists the
+# other options.
 #
 # ## Stage two
 #
-# `augmentations=3` encodes three more variants of each image, a little turned and scaled, as the preset's
-# `data.augment` says. Of few images that is worth much: the prior sees more grids before it knows them by heart. The
-# source of the images need not be said again; the tokenizer remembers it.
+# `augmentations=3` also encodes three variants of each image, slightly rotated and scaled as configured in the preset's
+# `data.augment`. With few images this delays overfitting. The tokenizer remembers the source of the images.
 
 # %%
 dataset = encode.main([f"tokenizer={stage_one / 'tokenizer'}", "out=runs/mine_tokens", "augmentations=3"])
@@ -178,7 +164,7 @@ stage_two = train_prior.main(
 )
 
 # %% [markdown]
-# Classes have kept the names of their folders.
+# Classes have the names of their folders.
 
 # %%
 pipe = ImagePipeline.from_pretrained(stage_two / "pipeline")
@@ -188,9 +174,9 @@ stack({name: pipe(12, labels=name, seed=0, output_type="pt").images for name in 
 # %% [markdown]
 # ## How good is it?
 #
-# `evaluate` measures on the held-out images what can be measured without opinions: the tokenizer's error, bits per
-# token beside their baselines, and how often a small classifier, trained on your images, takes a sample for what it was
-# asked to be.
+# `evaluate` uses the held-out images. It reports the error of the tokenizer, bits per token with their baselines, and
+# class agreement: how often a small classifier, trained on your images, assigns a sample to the class that was
+# requested.
 
 # %%
 figures = evaluate.main(
@@ -198,10 +184,24 @@ figures = evaluate.main(
 )
 
 # %% [markdown]
-# ## To the Hub
+# ## Complete images
 #
-# `push` uploads the folder: weights as safetensors, configurations, the figures that were just measured, a model card
-# with a picture of samples. The path of your folder is left out, as it is nobody's business.
+# The pipeline can do everything that [notebook 4](4_density.py) did with digits. Here it completes held-out photos from
+# their upper half, three times each. It was trained on the upper parts of both photos only, and it gets no class here,
+# so some completions show the wrong subject.
+
+# %%
+known = torch.zeros(32, 32, dtype=torch.bool)
+known[:16] = True  # the upper half is given
+draws = pipe.complete(held_out, known, draws=3, seed=0, output_type="pt").images
+rows = {"image": held_out, "known": torch.where(known, held_out, 0.6)}
+stack(rows | {f"draw {k + 1}": draws[:, k] for k in range(3)})
+
+# %% [markdown]
+# ## Share it on the Hub
+#
+# `push` uploads the folder: weights as safetensors, configurations, the measurements, and a model card with samples.
+# The path of your image folder is left out.
 
 # %%
 push.main([f"folder={stage_two / 'pipeline'}", "to=me/mine", "private=false"])
@@ -209,43 +209,33 @@ for name, path in hub.files("me/mine").items():
     print(f"{path.stat().st_size:8,} bytes  {name}")
 
 # %% [markdown]
-# Anyone who can reach the Hub now loads it by its name. Every file is checked against the manifest, nothing is
-# unpickled, and no code of the repository runs. With the same seed, the same images come out.
+# Others load the pipeline by name. Each file is checked against the manifest, nothing is unpickled, and no code from
+# the repository runs. The same seed gives the same images.
 
 # %%
 theirs = ImagePipeline.from_pretrained("me/mine")
-names = ["circle", "square", "star", "triangle"] * 3
+names = ["flower", "temple"] * 6
 ours = pipe(12, labels=names, seed=5, output_type="pt").images
 loaded = theirs(12, labels=names, seed=5, output_type="pt").images
 stack({"before": ours, "from the Hub": loaded})
 assert torch.equal(ours, loaded)
 
 # %% [markdown]
-# And it can do what [notebook 4](4_density.py) did with digits. Here it completes held-out shapes from their upper
-# half, three times each.
+# The model card shows this picture of samples:
 
 # %%
-known = torch.zeros(24, 24, dtype=torch.bool)
-known[:12] = True  # the upper half is given
-draws = theirs.complete(held_out, known, draws=3, seed=0, output_type="pt").images
-rows = {"image": held_out, "known": torch.where(known, held_out, 0.6)}
-stack(rows | {f"draw {k + 1}": draws[:, k] for k in range(3)})
-
-# %% [markdown]
-# The picture of samples on the model card is the first that others will see of it:
-
-# %%
-plt.figure(figsize=(3.4, 6.4))
-plt.imshow(Image.open(hub.files("me/mine")["samples.png"]))
-plt.title("samples.png, one class per column", fontsize=9)
+samples = np.asarray(Image.open(hub.files("me/mine")["samples.png"]))
+plt.figure(figsize=(2.4, 4.8))
+plt.imshow(samples[: 2 * samples.shape[1]])
+plt.title("the top of samples.png", fontsize=9)
 plt.axis("off")
 plt.show()
 
 # %% [markdown]
 # ## What to remember
 #
-# - A folder with a subfolder for each class is enough. Look at it through `load_images` before you train.
-# - Three commands: `train_tokenizer`, `encode`, `train_prior`. Each says in its last line what comes next.
-# - `evaluate` before you share, so that the card says how good it is. `push`, and others load it by its name.
+# - A folder with one subfolder per class is enough. Look at it with `load_images` before you train.
+# - Three commands train a pipeline: `train_tokenizer`, `encode`, `train_prior`. Each prints the next one.
+# - Run `evaluate` before you `push`, so that the model card contains the measurements.
 #
 # Larger images, more of them, and many GPUs: [docs/data.md](../data.md) and [docs/scaling.md](../scaling.md).

@@ -3,8 +3,8 @@
     python docs/site/build.py
     python docs/site/build.py serve=8000
 
-A warning, a dead link or a missing picture ends it with exit code 1. Nothing is loaded from another host, so the site
-works without a network, from a server or from the files.
+A warning or a dead link ends it with exit code 1. The site loads nothing from other hosts, so it works without a
+network, from a server or from the files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import check
 import yaml
 from staging import ROOT, stage
 
@@ -27,7 +26,7 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def build(out: Path, root: Path = ROOT) -> list[str]:
-    """Build the site of the repository at `root` into `out`/site; returns what is wrong with it, a line each."""
+    """Build the site of the repository at `root` in `out`/site, and return its problems."""
     pages, config = out / "pages", out / "site.yml"
     shutil.rmtree(pages, ignore_errors=True)
     pages.mkdir(parents=True)
@@ -38,19 +37,19 @@ def build(out: Path, root: Path = ROOT) -> list[str]:
 
 
 def write(out: Path, root: Path, *options: str) -> list[str]:
-    """Let Zensical write the pages that are staged in `out`; returns what is wrong, as `build` does."""
+    """Run Zensical on the pages staged in `out`, and return the problems that it reports."""
     site = out / "site"
     shutil.rmtree(site, ignore_errors=True)
     command = [sys.executable, "-m", "zensical", "build", "--strict", "-f", "site.yml", *options]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (HERE, root)))}  # for `docstrings.py`, and the code
     done = subprocess.run(command, cwd=out, capture_output=True, text=True, env=env)
-    said = [told(COLOURS.sub("", done.stdout + done.stderr))] if done.returncode else []
-    return [*said, *(check.problems(site) if site.is_dir() else ())]
+    return [issues(COLOURS.sub("", done.stdout + done.stderr))] if done.returncode else []
 
 
-def told(text: str) -> str:
-    """What Zensical says, without the traceback that follows its own list of issues."""
-    return text.partition("Traceback")[0].strip() if "issue" in text.partition("Traceback")[0] else text
+def issues(text: str) -> str:
+    """Return Zensical's list of issues without the traceback that follows it; all of `text` if it lists none."""
+    listed = text.partition("Traceback")[0].strip()
+    return listed if "issue" in listed else text
 
 
 def server_of(folder: Path, port: int) -> http.server.ThreadingHTTPServer:

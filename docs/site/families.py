@@ -22,15 +22,15 @@ from tokenizer.model import Registered
 
 # Where the pages of a family lie, its title, and what its page says before the table.
 TITLES = {
-    "tokenizer": ("tokenizers", "Tokenizers", "Stage one: an image becomes a grid of ids, and ids become an image."),
-    "tokenizer.quantizers": ("quantizers", "Quantizers", "Vectors become ids, in the middle of a tokenizer."),
+    "tokenizer": ("tokenizers", "Tokenizers", "Stage one: from an image to a grid of ids and back."),
+    "tokenizer.quantizers": ("quantizers", "Quantizers", "From vectors to ids, inside a tokenizer."),
     "tokenizer.likelihoods": (
         "likelihoods",
         "Likelihoods",
-        "What a decoder says of a pixel's 256 values, if it is trained with a likelihood.",
+        "Distributions over the 256 values of a pixel, for decoders that are trained with a likelihood.",
     ),
     "prior": ("priors", "Priors", "Stage two: a distribution over grids of ids, given a class."),
-    "prior.heads": ("heads", "Heads", "What is made of the numbers that a prior's network puts out at a position."),
+    "prior.heads": ("heads", "Heads", "Output distributions of a prior at one position."),
 }
 CONTRACTS = {"tokenizer": "../../api/tokenizer.md", "prior": "../../api/prior.md"}
 
@@ -76,10 +76,10 @@ def stage(texts: dict[str, str], root: Path) -> list[Any]:
 
 def index(family: Any, title: str, sentence: str) -> str:
     """The table of a family, and its contract if no other page has it."""
-    rows = ["| kind | what it is |", "|---|---|"]
+    rows = ["| kind | description |", "|---|---|"]
     rows += [f"| [`{name}`]({name}.md) | {first_sentence(family.find(name))} |" for name in family.available()]
     if contract := CONTRACTS.get(family._packages[0]):
-        after = f"All of them keep [the contract]({contract})."
+        after = f"Each implements [this interface]({contract})."
     else:
         after = f"::: {family.__module__}.{family.__qualname__}"
     return "\n\n".join([f"# {title}", sentence, "\n".join(rows), after])

@@ -10,7 +10,7 @@ from typing import Any
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 PERCENT = re.compile(r"^# %%(.*)$", re.MULTILINE)
-NOTE = '!!! note "Not run"\n    Text and code alone. `make notebooks` runs it; then its outputs are on this page.'
+NOTE = '!!! note "Not run"\n    This page has no outputs. `make notebooks` executes it for the next build.'
 
 
 def stage(pages: Path, root: Path, executed: Path, texts: dict[str, str]) -> list[Any]:

@@ -28,9 +28,8 @@ PAGES = [
     Reference(
         "ImagePipeline",
         "pipeline",
-        "A tokenizer and a prior in one folder, and a method for each thing they can do together. "
-        "[A first day](../guide.md#use-a-pipeline) shows them in use, [What a density is for](../density.md) what they "
-        "are for.",
+        "A tokenizer and a prior as one pipeline. [The guide](../guide.md#use-a-pipeline) shows the basics, [densities]"
+        "(../density.md) completion, anomalies, search and compression.",
         [
             "pipelines.image_pipeline.ImagePipeline",
             "pipelines.image_pipeline.PipelineOutput",
@@ -41,15 +40,15 @@ PAGES = [
     Reference(
         "Tokenizer",
         "tokenizer",
-        "The contract of stage one. [The tokenizers](../models/tokenizers/index.md) fulfil it; "
-        "[Extending](../extending.md) adds one.",
+        "The interface of stage one. See [all tokenizers](../models/tokenizers/index.md), and "
+        "[Extending](../extending.md) for adding one.",
         ["tokenizer.base.Tokenizer", "tokenizer.base.TokenGrid", "tokenizer.base.Reconstruction"],
     ),
     Reference(
         "Prior",
         "prior",
-        "The contract of stage two. [The priors](../models/priors/index.md) fulfil it; [Extending](../extending.md) "
-        "adds one. [Orders](../orders.md) has the names of orders.",
+        "The interface of stage two. See [all priors](../models/priors/index.md), [Extending](../extending.md) "
+        "for adding one, and [Orders](../orders.md) for the names of orders.",
         [
             "prior.base.Prior",
             "prior.sampling.SamplingOptions",
@@ -62,8 +61,7 @@ PAGES = [
     Reference(
         "Data",
         "data",
-        "Image data sets, their settings, and what `smalti encode` makes of them. [Your own images](../data.md) "
-        "is the page to read first.",
+        "Image data sets, their settings, and token datasets. Read [Your own images](../data.md) first.",
         [
             "pipelines.images.dataset.DataConfig",
             "pipelines.images.dataset.load_images",
@@ -161,5 +159,5 @@ def errors() -> str:
         base = cls.__bases__[0].__name__
         rows.append(f"| [`{cls.__name__}`][{path_of(cls)}] | `{base}` | `{cls.__module__}` |")
     each = [f"::: {path_of(cls)}" for cls in raised()]
-    said = "What is raised, and what it is a kind of. Each says in one line what was wrong, where, and what is allowed."
+    said = "All exceptions. Each has a one-line message with the problem, its place, and the allowed values."
     return "\n\n".join(["# Errors", said, "\n".join(rows), *each])

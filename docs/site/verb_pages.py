@@ -18,7 +18,7 @@ from pipelines.config import Config
 def stage(texts: dict[str, str], root: Path) -> list[Any]:
     """Write the pages; returns their part of the navigation."""
     found = verbs()
-    rows = ["| verb | what it does |", "|---|---|"]
+    rows = ["| command | description |", "|---|---|"]
     for verb, sentence in found.items():
         rows.append(f"| [`{verb}`]({verb}.md) | {tidy(sentence, set())} |")
         texts[f"commands/{verb}.md"] = page(verb)
@@ -29,14 +29,14 @@ def stage(texts: dict[str, str], root: Path) -> list[Any]:
     return ["commands/index.md", *named, {"All presets": "commands/presets_of_models.md"}]
 
 
-BEFORE = "`smalti VERB` on the command line. A page has every key of its verb, as `smalti VERB --help all` prints them."
-GRAMMAR = """All verbs have one grammar:
+BEFORE = "`smalti VERB` on the command line. Each page lists all keys of one command, as `smalti VERB --help all` does."
+GRAMMAR = """All commands share one syntax:
 
 - `--config FILE`: a YAML file, or the name of [a preset](presets_of_models.md). Several merge left to right.
-- `key.path=value`: sets one key, whatever the files say. The value is YAML, as in `train.lr=1e-3` or `sizes=1,2`.
-- `--dry-run`: prints the configuration that would run, itself a file for `--config`, and stops.
+- `key.path=value`: sets one key, and overrides the files. The value is YAML, as in `train.lr=1e-3` or `sizes=1,2`.
+- `--dry-run`: prints the configuration that would run, which `--config` can read.
 
-The five steps are also modules, which `accelerate launch -m pipelines.STEP` starts on one or several devices:
+`accelerate launch -m pipelines.STEP` runs the five steps on one or several devices:
 `train_tokenizer`, `encode`, `train_prior`, `generate`, `evaluate`."""
 
 
@@ -71,7 +71,7 @@ def presets(root: Path) -> str:
     """Every preset as it is."""
     parts = [
         "# Presets",
-        "What `--config` takes by its name. Each value that is not the default has its reason beside it.",
+        "`--config NAME` takes these presets. Comments explain the values that differ from the defaults.",
     ]
     for path in sorted((root / "configs").glob("*/*.yaml")):
         if path.parent.name in ("tokenizer", "prior"):
