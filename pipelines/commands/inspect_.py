@@ -46,7 +46,7 @@ def run(config: InspectConfig) -> dict[str, Any]:
     tokenizer, images = config.load_with_images()
     uses, errors = examine(tokenizer, images)
     figures = figures_of(uses, errors)
-    lines = [f"{len(images):,} held-out images of {config.data.source}", *sentences(tokenizer, figures)]
+    lines = [*sentences(tokenizer, figures), f"measured on {len(images):,} held-out images of {config.data.source}"]
     picture = draw_page(tokenizer, images, uses, errors, lines, config)
     with out.file() as path:
         write_picture(picture, path)
