@@ -91,7 +91,8 @@ def test_draws_differ_and_the_first_is_that_of_a_single_draw(prior):
     pipe = in_any_order(prior=prior)
     pixels = pixels_for(pipe, 1)
     many, one = (complete(pipe, pixels, half(), draws=draws, seed=3, output_type="pt") for draws in (5, 1))
-    assert torch.equal(many.images[:, 0], one.images) and torch.equal(many.tokens[:, 0], one.tokens)
+    assert torch.equal(many.tokens[:, 0], one.tokens)
+    torch.testing.assert_close(many.images[:, 0], one.images)
     assert len({tuple(tokens.flatten().tolist()) for tokens in many.tokens[0]}) > 1
 
 

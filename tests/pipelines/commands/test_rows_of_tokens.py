@@ -77,7 +77,6 @@ def test_verbs_that_look_at_images(world, tmp_path, capsys):
     tokenizer = f"tokenizer={world}/stage1/tokenizer"
     main(["reconstruct", tokenizer, f"out={tmp_path}/a.png", "num_images=4"])
     main(["inspect", tokenizer, f"out={tmp_path}/b.png", "num_images=3"])
-    assert "PSNR of the first 1, 2, 4, 6 tokens: " in capsys.readouterr().out
     main(["evaluate", pipeline, f"out={tmp_path}/evaluation", "num_images=0"])
     main(["generate", pipeline, f"out={tmp_path}/c.png", "num_images=4"])
     main(["probe", pipeline, f"out={tmp_path}/probe"])

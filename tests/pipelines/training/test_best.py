@@ -187,7 +187,7 @@ def test_a_run_that_overfits_ends_with_the_weights_of_before(by_heart, few):
     saved = load_file(states(by_heart)[-1] / "best.safetensors")
     assert_equal_tensors(saved, dict(sorted(pipe.prior.state_dict().items())))
     card = (by_heart / "pipeline" / "README.md").read_text()
-    assert f"step {best}, best on validation images" in card and f"{curve[best]:.4g}, of 64" in card
+    assert f"step {best}, best on validation images" in card and f"{curve[best]:.3f}" in card
 
 
 def test_interrupted_after_the_best_step_it_ends_in_the_same_way(tmp_path, by_heart, few):
