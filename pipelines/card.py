@@ -33,13 +33,11 @@ TUNING = (
     "feature_space",
     "frechet_distance",
     "frechet_distance_before",
-    "recall",
-    "class_agreement",
 )
 TUNED = (
     "Sampling settings chosen by `smalti tune` on {validation_images} {images}: {settings}. Frechet distance "
-    "[{feature_space}] {frechet_distance} (with the settings before, {before}: {frechet_distance_before}), "
-    "recall {recall}"
+    "[{feature_space}] {frechet_distance} (with the settings before, {before}: {frechet_distance_before}). "
+    "{num_samples} samples of each."
 )
 """What the card says of the facts `TUNING`."""
 
@@ -133,8 +131,7 @@ def tuned_lines(tuning: dict[str, Any]) -> list[str]:
     if "settings" not in tuning:
         return []
     facts = {name: number(tuning.get(name)) for name in TUNING}
-    agreed = "" if tuning.get("class_agreement") is None else ", class agreement {class_agreement}"
-    return [(TUNED + agreed + ". {num_samples} samples of each.").format_map(facts), ""]
+    return [TUNED.format_map(facts), ""]
 
 
 def number(value: float | str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,14 +12,17 @@ from pydantic import Field
 from torch import Tensor
 
 from .config import Config, Of, UserError, choose_device
-from .images import DataConfig, check_shape, load_images
+from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.decoding import try_decode
 from .images.folder import find_images
 from .images.unseen import require_unseen
-from .provenance import TokenizerFolder, trained_data
+from .provenance import TokenizerFolder, data_of, tokenizer_folder, trained_data
 from .saving import PipelineFolder
+from .shuffling import spread
 
 if TYPE_CHECKING:
+    from tokenizer import Tokenizer
+
     from .image_pipeline import ImagePipeline
 
 DEVICE = "cpu, cuda, mps or auto"
@@ -47,6 +51,13 @@ class UsesImages(UsesPipeline):
         DataConfig(), description="the images; defaults to those the pipeline was trained on"
     )
 
+    def load_images(self, pipeline: ImagePipeline, part: str = "held_out") -> Splits:
+        """The images, of the pipeline's shape. Raises `UserError` for another shape, and where some of this `part`,
+        "validation" or "held_out", were trained on."""
+        check_shape(self.data, pipeline.tokenizer.image_shape)
+        require_unseen(self.data, trained_data(pipeline.provenance), part)
+        return load_images(self.data)
+
 
 class UsesTokenizer(Config):
     """Base of the verbs that load a tokenizer and a data set."""
@@ -58,6 +69,17 @@ class UsesTokenizer(Config):
         DataConfig(), description="the images; defaults to those the tokenizer was trained on"
     )
     device: str = Field("auto", description=DEVICE)
+
+    def load_with_images(self) -> tuple[Tokenizer, ImageDataset]:
+        """The tokenizer on its device, and the held-out images. Raises `UserError` for images of another shape than the
+        tokenizer's, and where some were trained on."""
+        from tokenizer import Tokenizer
+
+        folder = tokenizer_folder(self.tokenizer)
+        tokenizer = Tokenizer.from_pretrained(folder, device=choose_device(self.device))
+        check_shape(self.data, tokenizer.image_shape, "tokenizer")
+        require_unseen(self.data, trained_data({"data": data_of(self.tokenizer)}), "held_out")
+        return tokenizer, load_images(self.data).held_out
 
 
 class Sampling(Config):
@@ -84,22 +106,19 @@ class Sampling(Config):
         return self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
 
 
-def choose_images(named: Named, most: int, data: DataConfig, pipeline: ImagePipeline) -> Tensor:
-    """The images that a user named, uint8 `(B, C, H, W)` of the pipeline's shape: files, at most `most` of the files in
-    folders, evenly spread, or indices of the held-out split of `data`; by default `most` of that. Raises `UserError`,
-    also for held-out images that the pipeline was trained on."""
+def choose_images(named: Named, most: int, shape: tuple[int, int, int], held_out: Callable[[], ImageDataset]) -> Tensor:
+    """The images that a user named, uint8 `(B, C, H, W)` of this `shape`: files, at most `most` of the files in
+    folders, evenly spread, or indices of the held-out images; by default `most` of these. Raises `UserError`."""
     paths, indices = split_named(named)
     if paths:
         files = find_image_files(paths)
         if any(Path(path).is_dir() for path in paths):
-            files = [files[index] for index in spread_evenly(len(files), most)]
-        return read_images(files, pipeline.tokenizer.image_shape)
-    check_shape(data, pipeline.tokenizer.image_shape)
-    require_unseen(data, trained_data(pipeline.provenance), "held_out")
-    held_out = load_images(data).held_out
-    if outside := [index for index in indices if not 0 <= index < len(held_out)]:
-        raise UserError(f"images: indices of the held-out split go from 0 to {len(held_out) - 1} (got {outside[0]})")
-    return held_out.pixels(indices or spread_evenly(len(held_out), most))
+            files = [files[index] for index in spread(len(files), most)]
+        return read_images(files, shape)
+    images = held_out()
+    if outside := [index for index in indices if not 0 <= index < len(images)]:
+        raise UserError(f"images: indices of the held-out split go from 0 to {len(images) - 1} (got {outside[0]})")
+    return images.pixels(indices or spread(len(images), most))
 
 
 def find_image_files(paths: list[str]) -> list[Path]:
@@ -138,8 +157,3 @@ def split_named(images: Named) -> tuple[list[str], list[int]]:
     if paths and indices:
         raise UserError("images: give files and folders, or indices of the held-out split, not both")
     return paths, indices
-
-
-def spread_evenly(count: int, most: int) -> list[int]:
-    """At most `most` indices below `count`, evenly spread."""
-    return np.linspace(0, count - 1, min(count, most)).astype(np.int64).tolist()

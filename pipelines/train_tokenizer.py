@@ -28,7 +28,7 @@ from .images.dataset import is_stream
 from .images.origin import is_local
 from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual
-from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
+from .metrics.reconstruction import evaluate_reconstruction, reconstruction_picture
 from .processes.group import ALONE, ProcessGroup
 from .provenance import data_of, file_of, save_tokenizer, tokenizer_folder
 from .training.adversary import Adversary, CriticConfig, make_adversary
@@ -184,11 +184,9 @@ class TokenizerTask(Task):
         if not group.is_main:
             return {}
         images = self.judged[self.watched]
-        count = min(64, len(images), images_at_a_time(images.image_shape))
-        some = images.batch(np.arange(count)).to(model.tokenizer.device)
         return {
             "reconstructions": reconstruction_picture(model.tokenizer, images),
-            "codebook": self.model.use.picture(model.tokenizer, some),
+            "codebook": self.model.use.picture(model.tokenizer),
         }
 
     def evaluate(self, model: Any, split: Split, group: ProcessGroup = ALONE) -> dict[str, float]:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from ..files import FieldError, validate
-from .conformal import Floats, p_values_of
 from .distances import CalibrationError, Distance, Part, Row, Table
 
 MAX_CALIBRATION_BYTES = 4 << 20
@@ -39,10 +38,6 @@ class NormalScores(Part):
     tie: float = Field(ge=0)
     """How far above one of these a score still ties with it."""
     threshold: float
-
-    def p_values(self, scores: Floats) -> Floats:
-        """The share of normal images that are at least as anomalous, `(n,)`."""
-        return p_values_of(scores, self.values, self.tie)
 
 
 class Calibration(Part):

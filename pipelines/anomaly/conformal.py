@@ -48,24 +48,20 @@ def benjamini_hochberg(p: Floats, rate: float) -> NDArray[np.bool_]:
 
 def threshold(normal: Floats, tie: float, share: float, confidence: float | None = None) -> float:
     """The score above which an image is flagged, so that at most `share` of new normal images are: those with
-    p <= `share`; with a `confidence`, fewer. Raises `ValueError` for fewer normal scores than `least_scores`."""
-    allowed = allowed_above(len(normal), share, confidence)
-    if allowed < 0:
-        raise ValueError(f"{len(normal)} normal scores are too few for a share of {share:g} false alarms")
-    return float(np.sort(normal)[-1 - allowed] + tie)
-
-
-def allowed_above(count: int, share: float, confidence: float | None = None) -> int:
-    """How many of `count` normal scores may lie above the threshold; -1 if there is no threshold.
+    p <= `share`; with a `confidence`, fewer. Raises `ValueError` for fewer normal scores than `least_scores`.
 
     The share of all normal images above the (k + 1)-th highest of n scores is Beta(k + 1, n - k) distributed if no two
     scores are equal, and smaller if some are. Its mean (k + 1) / (n + 1) is at most `share`, or its probability to be
     at most `share`, which is P(Binomial(n, share) > k), is at least `confidence`.
     """
+    count = len(normal)
+    if count < least_scores(share, confidence):
+        raise ValueError(f"{count} normal scores are too few for a share of {share:g} false alarms")
     if confidence is None:
-        return math.floor(share * (count + 1) + 1e-9) - 1
-    at_most = np.cumsum(binomial(count, share))
-    return int(np.searchsorted(at_most, 1 - confidence, side="right")) - 1
+        above = math.floor(share * (count + 1) + 1e-9) - 1
+    else:
+        above = int(np.searchsorted(np.cumsum(binomial(count, share)), 1 - confidence, side="right")) - 1
+    return float(np.sort(normal)[-1 - max(0, above)] + tie)
 
 
 def least_scores(share: float, confidence: float | None = None) -> int:
@@ -74,11 +70,8 @@ def least_scores(share: float, confidence: float | None = None) -> int:
     On average a new score is above all n with probability 1 / (n + 1); with a confidence, more than `share` of new ones
     are above all n in (1 - share)^n of calibrations.
     """
-    found = 1 / share - 1 if confidence is None else math.log1p(-confidence) / math.log1p(-share)
-    least = max(1, math.ceil(found) - 1)  # one below, as rounding may decide
-    while allowed_above(least, share, confidence) < 0:
-        least += 1
-    return least
+    least = 1 / share - 1 if confidence is None else math.log1p(-confidence) / math.log1p(-share)
+    return max(1, math.ceil(least - 1e-9))
 
 
 def binomial(count: int, share: float) -> Floats:

@@ -44,15 +44,13 @@ def anomaly_map(
     images: Any,
     labels: Label | Sequence[Label] = None,
     *,
-    smooth: bool = False,
     batch_size: int = 256,
 ) -> Tensor:
     """Bits of each pixel `(B, H, W)`: those of a token are spread evenly over its patch, and those of the pixel given
-    the tokens are added where the tokenizer has a likelihood. They sum to the bits of the image. smooth: each patch
-    fades into its neighbours, as if interpolated. Raises `ValueError` for tokens that belong to no part of the image:
-    scales, and a `titok`'s."""
+    the tokens are added where the tokenizer has a likelihood. They sum to the bits of the image. Raises
+    `ValueError` for tokens that belong to no part of the image: scales, and a `titok`'s."""
     batch = pipeline.to_images(images)
-    rows, columns = (side.to(pipeline.device) for side in patches(pipeline.tokenizer, smooth))
+    rows, columns = (side.to(pipeline.device) for side in patches(pipeline.tokenizer))
     maps = []
     for _, part, given in pipeline.batches(batch, labels, batch_size):
         tokens = pipeline.encode_batch(part)
@@ -64,26 +62,15 @@ def anomaly_map(
     return torch.cat(maps)
 
 
-def patches(tokenizer: Tokenizer, smooth: bool = False) -> tuple[Tensor, Tensor]:
+def patches(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     """How a token's bits are spread over the rows of the image `(H, N)` and over its columns `(W, N)`, each summing to
     one per token; the pixels of a token are those without which `known_tokens` does not know it. Raises `ValueError`
     unless tokens are `placed`."""
     _, height, width = tokenizer.image_shape
     along_rows = ~torch.eye(height, dtype=torch.bool)[:, :, None].expand(-1, -1, width)
     along_columns = ~torch.eye(width, dtype=torch.bool)[:, None, :].expand(-1, height, -1)
-    sides = [(~tokenizer.known_tokens(known)).flatten(1).float() for known in (along_rows, along_columns)]
-    sides = [side / side.sum(0) for side in sides]
-    if smooth:
-        sides = [blurred(side) for side in sides]
-    return sides[0], sides[1]
-
-
-def blurred(side: Tensor) -> Tensor:
-    """A box over each patch `(H, N)` made a tent of the same sum: two boxes convolved are linear interpolation."""
-    length = 2 * (round(float((side > 0).sum(0).float().mean())) // 2) + 1
-    kernel = torch.full((1, 1, length), 1 / length)
-    tent = F.conv1d(side.t()[:, None], kernel, padding=length // 2)[:, 0].t()
-    return tent / tent.sum(0)
+    rows, columns = ((~tokenizer.known_tokens(known)).flatten(1).float() for known in (along_rows, along_columns))
+    return rows / rows.sum(0), columns / columns.sum(0)
 
 
 @torch.no_grad()

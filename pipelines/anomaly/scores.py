@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..images.pictures import convert_images, level_of_user
 from .calibration import Calibration, Fitted, require_calibration
-from .conformal import Floats
+from .conformal import Floats, p_values_of
 from .distances import CalibrationError
 from .image_statistics import statistics
 
@@ -97,7 +97,7 @@ def score_of(method: str, found: dict[str, Tensor], calibration: Calibration | N
 def p_value_of(method: str, scores: Tensor, calibration: Calibration | None, *, labelled: bool) -> Tensor:
     """Conformal p-values of scores, ties counted against detection. Raises `CalibrationError`."""
     normal = checked(calibration, method, labelled).scores[method]
-    return torch.from_numpy(normal.p_values(scores.numpy()))
+    return torch.from_numpy(p_values_of(scores.numpy(), normal.values, normal.tie))
 
 
 def possible(found: dict[str, Tensor]) -> list[str]:

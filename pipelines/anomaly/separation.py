@@ -35,16 +35,7 @@ def auroc_interval(auroc: float, normal: int, anomalous: int) -> tuple[float, fl
     standard errors away, those of Hanley and McNeil (1982) with both counts made their mean. As with Wilson's interval
     of a share, it has a width at 0 and 1, too, and does not leave them."""
     half = (normal + anomalous) / 2 - 1
-
-    def possible(t: float) -> bool:
-        variance = t * (1 - t) * (1 + half * ((1 - t) / (2 - t) + t / (1 + t))) / (normal * anomalous)
-        return (auroc - t) ** 2 <= NORMAL_975**2 * variance
-
-    ends = []
-    for outside in (0.0, 1.0):
-        inside = auroc
-        for _ in range(60):
-            middle = (outside + inside) / 2
-            inside, outside = (middle, outside) if possible(middle) else (inside, middle)
-        ends.append(inside)
-    return ends[0], ends[1]
+    t = np.union1d(np.linspace(0, 1, 100_001), auroc)
+    variance = t * (1 - t) * (1 + half * ((1 - t) / (2 - t) + t / (1 + t))) / (normal * anomalous)
+    possible = t[(auroc - t) ** 2 <= NORMAL_975**2 * variance]
+    return float(possible[0]), float(possible[-1])

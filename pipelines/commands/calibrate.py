@@ -18,10 +18,8 @@ from ..config import UserError, Within, run_command
 from ..config.table import table
 from ..files import lock_output
 from ..image_pipeline import ImagePipeline
-from ..images import check_shape, load_images
-from ..images.unseen import require_unseen
 from ..options import UsesImages
-from ..provenance import defaults, trained_data
+from ..provenance import defaults
 from ..saving import INDEX, PIPELINE, save_again
 
 
@@ -64,11 +62,9 @@ def run(config: CalibrateConfig) -> Calibration:
     require_replaceable(folder, PIPELINE)
     with lock_output(folder, key="pipeline"):
         pipeline = config.load_pipeline()
-        check_shape(config.data, pipeline.tokenizer.image_shape)
         if config.background is not None:
             pipeline.set_background(ImagePipeline.from_pretrained(config.background, device=pipeline.device).prior)
-        require_unseen(config.data, trained_data(pipeline.provenance), "held_out")
-        images = load_images(config.data).held_out
+        images = config.load_images(pipeline).held_out
         chosen = np.arange(0, len(images), config.every)
         try:
             check_promise(len(chosen), config.false_alarms, config.confidence)

@@ -64,7 +64,9 @@ def run(config: CompleteConfig) -> dict[str, float]:
     with lock_output(config.out):
         pipeline = config.load_pipeline()
         known = read_mask(config.mask, pipeline)
-        truth = to_float(choose_images(config.images, config.num_images, config.data, pipeline))
+        shape = pipeline.tokenizer.image_shape
+        images = choose_images(config.images, config.num_images, shape, lambda: config.load_images(pipeline).held_out)
+        truth = to_float(images)
         try:
             drawn = complete(
                 pipeline,

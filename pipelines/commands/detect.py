@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,13 +26,10 @@ from ..config import OutputConfig, UserError, run_command
 from ..config.table import table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
-from ..images import DataConfig, check_shape, to_float
-from ..images.dataset import check_bad, choose_held_out, choose_splits, open_source, require_split, say_splits
-from ..images.decoding import Rows, decode_all
+from ..images import to_float
 from ..images.origin import place_of
 from ..images.pictures import grid_picture, write_picture
-from ..images.unseen import require_unseen
-from ..options import UsesImages
+from ..options import UsesImages, find_image_files, read_images
 from ..provenance import defaults, trained_data
 
 
@@ -41,21 +37,17 @@ class DetectConfig(OutputConfig, UsesImages):
     """Which images, against which calibrated pipeline."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=runs/detected",)
-    often = "pipeline images out overwrite normal normal_labels method fdr device"
+    often = "pipeline images out overwrite normal_labels method fdr device"
 
-    images: str | None = Field(
+    images: str | list[str] | None = Field(
         None,
-        description="what to look through: `digits`, a folder, parquet or a Hub id: its held-out split, or all of it "
-        "where it has none; default: the images held out of data.source; images that the pipeline was calibrated with "
-        "are left out",
-    )
-    normal: str | None = Field(
-        None,
-        description="normal images, read in the same way; all `images` then count as anomalous, and the report says "
-        "how well the score separates the two",
+        description="image files and folders of them; default: the images held out of `data`; images that the pipeline "
+        "was calibrated with are left out",
     )
     normal_labels: list[int | str] | None = Field(
-        None, description="the classes of `images` that are normal; the report then says how well the others are found"
+        None,
+        description="the classes that are normal, in folders the names of those that images lie in; the report then "
+        "says how well the others are found",
     )
     method: Literal["joint", "neighbours", "nll", "typicality", "ratio", "reconstruction"] = Field(
         "joint",
@@ -66,108 +58,89 @@ class DetectConfig(OutputConfig, UsesImages):
         None,
         gt=0,
         lt=1,
-        description="flag so that on average at most this share of what is flagged is normal (Benjamini and "
-        "Hochberg); default: flag what is above the calibration's threshold, as `false_alarms` and `confidence` of "
-        "`smalti calibrate` chose it",
+        description="flag so that on average at most this share of the flagged images is normal (Benjamini and "
+        "Hochberg); null: flag the scores above the calibration's threshold",
     )
     out: str = Field("anomalies", description="folder for scores.csv, sheet.png and, where measured, figures.json")
     num_shown: int = Field(8, ge=1, le=64, description="how many of the most and of the least anomalous are shown")
     seed: int = Field(0, ge=0, lt=1 << 63, description="of healing")
 
+    @property
+    def paths(self) -> list[str]:
+        """The files and folders to look through."""
+        return [self.images] if isinstance(self.images, str) else self.images or []
+
 
 class Found(NamedTuple):
-    """Images of a source: the name of each, uint8 `(n, C, H, W)`, the name of each one's class, or None; and how many
-    others the pipeline was calibrated with."""
+    """Images to score: the name of each, uint8 `(n, C, H, W)`, and the name of each one's class, or None."""
 
     names: list[str]
     pixels: Tensor
     classes: list[str] | None
-    known: int
 
 
 def run(config: DetectConfig) -> dict[str, Any]:
     """Score, write, and print what was found; returns the figures, empty where there is nothing to compare to."""
-    if config.normal is not None and config.normal_labels is not None:
-        raise UserError("normal, normal_labels: give one of the two")
     pipeline = config.load_pipeline()
-    check_shape(config.data, pipeline.tokenizer.image_shape)
     if (calibration := pipeline.calibration) is None:
         raise UserError(f"pipeline: not calibrated; run `smalti calibrate pipeline={config.pipeline}`")
-    sources = [config.images or config.data.source, *([] if config.normal is None else [config.normal])]
-    data = [config.data.model_copy(update={"source": source, "streaming": False}) for source in sources]
-    out = Output(config.out, [config.pipeline, *(each.path for each in data)], config.overwrite)
+    out = Output(config.out, [config.pipeline, config.data.path, *config.paths], config.overwrite)
     out.check_files(["scores.csv", "sheet.png", "figures.json"])
     with lock_output(config.out):
-        found = [find(each, pipeline, calibration) for each in data]
-        names, pixels = [name for part in found for name in part.names], torch.cat([part.pixels for part in found])
-        classes, anomalous = found[0].classes if len(found) == 1 else None, None
-        if config.normal is not None:
-            anomalous = np.arange(len(names)) < len(found[0].names)
-        elif config.normal_labels is not None:
-            anomalous = other_classes(classes, config.normal_labels)
+        names, pixels, classes = without_known(find_images(config, pipeline), calibration)
+        anomalous = None if config.normal_labels is None else other_classes(classes, config.normal_labels)
         try:
-            known = statistics(pipeline, pixels)
-            scores = score_of(config.method, known, calibration, labelled=False)
-            p = p_value_of(config.method, scores, calibration, labelled=False).numpy()
+            found = statistics(pipeline, pixels)
+            scores = score_of(config.method, found, calibration, labelled=False)
+            p = p_value_of(config.method, scores, calibration, labelled=False)
         except CalibrationError as error:
             raise UserError(str(error)) from error
-        above = ~(scores.numpy() <= calibration.scores[config.method].threshold)  # NaN is, too
-        flagged = above if config.fdr is None else benjamini_hochberg(p, config.fdr)
+        above = ~(scores.numpy() <= calibration.scores[config.method].threshold)  # NaN is flagged, too
+        flagged = above if config.fdr is None else benjamini_hochberg(p.numpy(), config.fdr)
         figures = {} if anomalous is None else separation(scores.numpy(), anomalous)
         columns = {"file": names, "class": classes, "anomalous": None if anomalous is None else anomalous.astype(int)}
-        columns |= {"score": scores.numpy(), "p_value": p, "flagged": flagged.astype(int)}
-        columns |= {name: values.numpy() for name, values in known.items() if values.ndim == 1}
+        columns |= {"score": scores.numpy(), "p_value": p.numpy(), "flagged": flagged.astype(int)}
+        columns |= {name: values.numpy() for name, values in found.items() if values.ndim == 1}
         with out.files() as folder:
             write_table(folder / "scores.csv", columns)
             write_picture(sheet(pipeline, pixels, scores, config.num_shown, config.seed), folder / "sheet.png")
             if figures:
                 write_json(folder / "figures.json", figures)
-    for source, part in zip(sources, found, strict=True):
-        left_out = f"; {part.known:,} that the pipeline was calibrated with are left out" if part.known else ""
-        print(f"{source}: {len(part.names):,} images{left_out}")
-    print(report(config, pipeline, calibration, flagged, anomalous, figures))
+    print(report(config, calibration, flagged, anomalous, figures))
     return figures
 
 
 # Images
 
 
-def find(data: DataConfig, pipeline: ImagePipeline, calibration: Calibration) -> Found:
-    """The images of a source that the pipeline was neither trained nor calibrated with. Raises `UserError`, also if
-    there are none."""
-    trained = trained_data(pipeline.provenance)
-    require_unseen(data, trained, "held_out")
-    rows, positions = held_out_rows(data, trained)
-    decoded = decode_all(rows, positions, data.image_shape, room=sys.maxsize)
-    check_bad([(decoded.bad, len(positions))], data)
-    if decoded.pixels is None or not len(decoded.positions):
-        raise UserError(f"{data.source}: there are no images")
-    known = calibration.includes(decoded.pixels.movedim(1, -1).numpy())
-    if known.all():
+def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
+    """The images in files and folders, or the held-out ones. Raises `UserError`."""
+    if config.paths:
+        trained = trained_data(pipeline.provenance)
+        if trained is not None and any(place_of(path) == place_of(trained.source) for path in config.paths):
+            raise UserError(
+                "images: the pipeline was trained on this folder; leave images= out to read its held-out part"
+            )
+        files = find_image_files(config.paths)
+        pixels = read_images(files, pipeline.tokenizer.image_shape)
+        return Found([str(file) for file in files], pixels, [file.absolute().parent.name for file in files])
+    images = config.load_images(pipeline).held_out
+    every = np.arange(len(images))
+    classes = None if images.labels is None else [images.class_names[label] for label in images.labels.tolist()]
+    return Found(images.names(every), images.pixels(every), classes)
+
+
+def without_known(found: Found, calibration: Calibration) -> Found:
+    """The images that the pipeline was not calibrated with. Raises `UserError` if there are none."""
+    new = np.flatnonzero(~calibration.includes(found.pixels.movedim(1, -1).numpy())).tolist()
+    if not new:
         raise UserError(
-            f"{data.source}: the pipeline was calibrated with all {len(known):,} images; look through others, or "
-            "calibrate with fewer (`smalti calibrate every=2`)"
+            f"images: the pipeline was calibrated with all {len(found.names):,}; look through others, or calibrate "
+            "with fewer (`smalti calibrate every=2`)"
         )
-    new, classes = decoded.positions[~known].tolist(), None
-    if data.label_column is not None and rows.labels:
-        labels, called = rows.labels, rows.class_names
-        classes = [str(called[labels[row]] if called else labels[row]) for row in new]
-    pixels = decoded.pixels[torch.from_numpy(~known)]
-    return Found([rows.name(row) for row in new], pixels, classes, int(known.sum()))
-
-
-def held_out_rows(data: DataConfig, trained: DataConfig | None) -> tuple[Rows, NDArray[np.int64]]:
-    """The held-out split of a source, and which of its images; where it has none: all, or of the source that was
-    trained on what was held out. Raises `UserError`."""
-    splits = open_source(data)
-    if trained is not None and place_of(data.source) == place_of(trained.source):
-        return choose_splits(splits, data)["held_out"]
-    only_one = set(splits) <= {data.split}  # which need not have the name of the split that was held out in training
-    if (name := None if only_one else choose_held_out(splits, data)) is None:
-        require_split(splits, data)
-    say_splits(splits, data, name, f"all of {data.split!r}", "looked through")
-    rows = splits[name or data.split]()
-    return rows, np.arange(rows.size)[: data.limit]
+    print(f"{len(new):,} images; {len(found.names) - len(new):,} that the pipeline was calibrated with are left out")
+    classes = None if found.classes is None else [found.classes[row] for row in new]
+    return Found([found.names[row] for row in new], found.pixels[new], classes)
 
 
 def other_classes(classes: list[str] | None, normal: list[int | str]) -> NDArray[np.bool_]:
@@ -197,25 +170,18 @@ def write_table(path: Path, columns: dict[str, Any]) -> None:
 
 
 def sheet(pipeline: ImagePipeline, pixels: Tensor, scores: Tensor, count: int, seed: int) -> np.ndarray:
-    """The most anomalous images on the left, from the top, and the least on the right: each with the bits of its
-    pixels where tokens have a place, healed, and how that differs from it."""
+    """A row for each of the `count` most anomalous images and, below, of the least: the image, the bits of its pixels
+    where tokens have a place, the healed image, and how that differs."""
     ranked = torch.argsort(scores, descending=True)
-    count = min(count, len(ranked))
-    chosen = torch.cat([ranked[:count], ranked.flip(0)[:count]])
+    chosen = ranked if len(ranked) <= 2 * count else torch.cat([ranked[:count], ranked[-count:]])
     images = to_float(pixels[chosen])
-    maps = []
-    if pipeline.tokenizer.placed:
-        heat = anomaly_map(pipeline, images, smooth=True).cpu()
-        maps.append(colored(heat / heat.amax().clamp(min=1e-6)))
     healed = heal(pipeline, images, seed=seed)
-    panels = [
-        images.expand(-1, 3, -1, -1),
-        *maps,
-        healed.images.cpu().expand(-1, 3, -1, -1),
-        colored(healed.difference.cpu()),
-    ]
-    left, right = (torch.stack([panel[half] for panel in panels], 1) for half in (slice(count), slice(count, None)))
-    return grid_picture(torch.cat([left, right], 1).flatten(0, 1), 2 * len(panels))
+    panels = [images, healed.images.cpu(), colored(healed.difference.cpu())]
+    if pipeline.tokenizer.placed:
+        heat = anomaly_map(pipeline, images).cpu()
+        panels.insert(1, colored(heat / heat.amax().clamp(min=1e-6)))
+    columns = [panel.expand(-1, 3, -1, -1) for panel in panels]
+    return grid_picture(torch.stack(columns, 1).flatten(0, 1), len(columns))
 
 
 def colored(values: Tensor) -> Tensor:
@@ -225,29 +191,25 @@ def colored(values: Tensor) -> Tensor:
 
 def report(
     config: DetectConfig,
-    pipeline: ImagePipeline,
     calibration: Calibration,
     flagged: NDArray[np.bool_],
     anomalous: NDArray[np.bool_] | None,
     figures: dict[str, Any],
 ) -> str:
     """What was flagged, what that promises, and how well the score separates."""
-    promise = f"on average, at most {config.fdr:g} of these are normal" if config.fdr else calibration.promise
     share = f"{flagged.sum():,} of {len(flagged):,} images ({flagged.mean():.1%})"
+    promise = calibration.promise if config.fdr is None else f"on average, at most {config.fdr:g} of these are normal"
     rows: list[tuple[str, ...]] = [("flagged", f"{share} by {config.method}"), ("  promised", promise)]
     if anomalous is not None:
+        auroc, low, high = figures["auroc"]
         rows += [
             ("  of the normal", f"{flagged[~anomalous].mean():.1%} of {(~anomalous).sum():,}"),
             ("  of the others", f"{flagged[anomalous].mean():.1%} of {anomalous.sum():,}"),
-        ]
-        auroc, low, high = figures["auroc"]
-        rows += [
             ("AUROC", f"{auroc:.4f} ({low:.4f} to {high:.4f})"),
             ("AUPRC", f"{figures['auprc']:.4f} (by chance {figures['prevalence']:.4f})"),
             ("FPR95", f"{figures['fpr95']:.4f}"),
         ]
-    bits = "bits, " if pipeline.tokenizer.placed else ""
-    panels = f"the most anomalous left, the least right; image, {bits}healed, what healing changed"
+    panels = "the most anomalous images, then the least; bits of pixels if tokens have a place; healed; the difference"
     rows += [(), ("scores", f"{config.out}/scores.csv"), ("sheet", f"{config.out}/sheet.png: {panels}")]
     return table(rows)
 

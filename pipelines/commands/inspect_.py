@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from tokenizer import Tokenizer
 from tokenizer.base import codebook_usage
 from tokenizer.losses import psnr
 
-from ..config import OutputConfig, choose_device, run_command
+from ..config import OutputConfig, run_command
 from ..files import Output
-from ..images import ImageDataset, check_shape, load_images, to_uint8
+from ..images import ImageDataset, to_uint8
 from ..images.grids import class_grid
 from ..images.pictures import SUFFIXES, write_picture
-from ..images.unseen import require_unseen
 from ..metrics.charts import Chart, Pixels, draw_histogram, draw_usage, page
-from ..metrics.codebook import code_distances, count_tokens, draw_distances, part_names
+from ..metrics.codebook import count_tokens, part_names
 from ..metrics.reconstruction import drafts, images_at_a_time, reconstruction_picture
 from ..options import UsesTokenizer
-from ..provenance import data_of, read_with, tokenizer_defaults, tokenizer_folder, trained_data
+from ..provenance import read_with, tokenizer_defaults
 from ..shuffling import spread
 
 WIDTH = 1200  # pixels of a row of pictures at most, if a single one is not wider
-LISTED = 12  # ids or levels in a line
 
 
 class InspectConfig(UsesTokenizer, OutputConfig):
@@ -38,31 +35,19 @@ class InspectConfig(UsesTokenizer, OutputConfig):
     often = "tokenizer out overwrite data.source num_images num_codes device"
 
     out: str = Field("inspection.png", description="the report to write, a picture")
-    num_images: int = Field(24, ge=3, le=96, description="reconstructions drawn: a third each of best, middle, worst")
+    num_images: int = Field(24, ge=1, le=96, description="reconstructions drawn, evenly spread from best to worst")
     num_codes: int = Field(256, ge=1, le=1024, description="codes drawn, the most used ones")
-
-
-class Findings(NamedTuple):
-    """uses: of each code in each level or scale, `(parts, V)`. psnr: dB of each image, `(n,)`. drafts: the mean PSNR of
-    the first tokens alone, of more and more of them, for tokenizers that decode these."""
-
-    uses: Tensor
-    psnr: Tensor
-    drafts: list[float]
 
 
 def run(config: InspectConfig) -> dict[str, Any]:
     """Write the report, print its figures and return them."""
     out = Output(config.out, [read_with(config.tokenizer), config.data.path], config.overwrite)
     out.check_file(SUFFIXES)
-    tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
-    check_shape(config.data, tokenizer.image_shape, "tokenizer")
-    require_unseen(config.data, trained_data({"data": data_of(config.tokenizer)}), "held_out")
-    images = load_images(config.data).held_out
-    found = examine(tokenizer, images)
-    figures = figures_of(found)
-    lines = [f"{len(images):,} held-out images of {config.data.source}", *sentences(tokenizer, figures)]
-    picture = draw_page(tokenizer, images, found, lines, config)
+    tokenizer, images = config.load_with_images()
+    uses, errors = examine(tokenizer, images)
+    figures = figures_of(uses, errors)
+    lines = [*sentences(tokenizer, figures), f"measured on {len(images):,} held-out images of {config.data.source}"]
+    picture = draw_page(tokenizer, images, uses, errors, lines, config)
     with out.file() as path:
         write_picture(picture, path)
     print(config.out, *lines, sep="\n  ")
@@ -70,111 +55,75 @@ def run(config: InspectConfig) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def examine(tokenizer: Any, images: ImageDataset) -> Findings:
-    """Encode and decode all images."""
-    counts, errors, draft_errors = [], [], []
+def examine(tokenizer: Any, images: ImageDataset) -> tuple[Tensor, Tensor]:
+    """How often each code occurs in each level or scale, `(parts, V)`; and the PSNR of each image in dB, `(n,)`."""
+    counts, errors = [], []
     for part in torch.arange(len(images)).split(images_at_a_time(tokenizer.image_shape)):
         batch = images.batch(part).to(tokenizer.device)
         tokens = tokenizer.encode(batch)
         counts.append(count_tokens(tokens, tokenizer.parts, tokenizer.grid.vocab_size).cpu())
         errors.append(psnr(tokenizer.decode(tokens), batch).cpu())
-        draft_errors.append([psnr(decode(tokens), batch).double().sum().item() for decode in drafts(tokenizer)])
-    of_drafts = [sum(column) / len(images) for column in zip(*draft_errors, strict=True)]
-    return Findings(torch.stack(counts).sum(0), torch.cat(errors), of_drafts)
+    return torch.stack(counts).sum(0), torch.cat(errors)
 
 
-# Figures
-
-
-def figures_of(found: Findings) -> dict[str, Any]:
-    """JSON values: PSNR in dB of images, and of their first tokens alone; usage and perplexity of all ids together and
-    of each level or scale, with its unused ids."""
-
-    def usage(counts: Tensor) -> dict[str, float]:
-        return {name: float(value) for name, value in codebook_usage(counts).items()}
-
+def figures_of(uses: Tensor, errors: Tensor) -> dict[str, Any]:
+    """PSNR in dB; usage and perplexity of all ids together, and of each level or scale."""
+    every, *levels = (
+        {name: float(value) for name, value in codebook_usage(counts).items()} for counts in (uses.sum(0), *uses)
+    )
     return {
-        "psnr": float(found.psnr.double().mean()),
-        "psnr_worst": float(found.psnr.min()),
-        "psnr_best": float(found.psnr.max()),
-        **{f"codebook_{name}": value for name, value in usage(found.uses.sum(0)).items()},
-        "levels": [usage(level) for level in found.uses],
-        "unused_codes": [(level == 0).nonzero().flatten().tolist() for level in found.uses],
-        "drafts": found.drafts,
+        "psnr": float(errors.double().mean()),
+        "psnr_worst": float(errors.min()),
+        "psnr_best": float(errors.max()),
+        **{f"codebook_{name}": value for name, value in every.items()},
+        "levels": levels,
     }
 
 
-def sentences(tokenizer: Any, figures: dict[str, Any]) -> list[str]:
-    """The figures in lines, printed and written on the page."""
-    f, names = figures, part_names(tokenizer)
-    lines = [f"PSNR {f['psnr']:.2f} dB, from {f['psnr_worst']:.2f} (worst image) to {f['psnr_best']:.2f} (best)"]
-    if tokenizer.reversible:
-        lines = ["lossless: every image is reconstructed exactly"]
-    if f["drafts"]:
-        of = "scales" if tokenizer.grid.scales else f"{listed(list(tokenizer.prefixes))} tokens"
-        lines.append(f"PSNR of the first {of} alone: {listed([f'{error:.1f}' for error in f['drafts']])} dB")
-    lines.append(
-        f"{f['codebook_usage']:.1%} of {tokenizer.grid.vocab_size:,} codes used, "
-        f"perplexity {f['codebook_perplexity']:.1f}"
-    )
-    if len(names) > 1:
-        each = [f"{n}: {one['usage']:.1%} ({one['perplexity']:.1f})" for n, one in zip(names, f["levels"], strict=True)]
-        lines.append(f"used (perplexity) at {listed(each)}")
-    for name, codes in [pair for pair in zip(names, f["unused_codes"], strict=True) if pair[1]][:LISTED]:
-        where = f" of {name}" if len(names) > 1 else ""
-        lines.append(f"{len(codes):,} codes{where} not used in these images: {listed(codes)}")
-    return lines
-
-
-def headline(tokenizer: Any) -> str:
-    """The tokenizer's kind and sizes in a line."""
-    quantizer = getattr(getattr(tokenizer, "quantizer", None), "name", "")
-    kind = f"{tokenizer.name} with {quantizer}" if quantizer else tokenizer.name
+def sentences(tokenizer: Any, f: dict[str, Any]) -> list[str]:
+    """The tokenizer and its figures in lines, printed and written on the page."""
     image, grid = (" x ".join(map(str, shape)) for shape in (tokenizer.image_shape, tokenizer.grid.shape))
-    return f"{kind}: images of {image}, {grid} tokens of {tokenizer.grid.vocab_size:,} codes"
-
-
-def listed(things: list[Any]) -> str:
-    """The first few of `things`, and how many more there are."""
-    more = f" and {len(things) - LISTED:,} more" if len(things) > LISTED else ""
-    return ", ".join(map(str, things[:LISTED])) + more
+    error = f"PSNR {f['psnr']:.2f} dB, from {f['psnr_worst']:.2f} (worst image) to {f['psnr_best']:.2f} (best)"
+    lines = [
+        f"{tokenizer.name}: images of {image}, {grid} tokens of {tokenizer.grid.vocab_size:,} codes",
+        "lossless: every image is reconstructed exactly" if tokenizer.reversible else error,
+        f"{f['codebook_usage']:.1%} of the codes used, perplexity {f['codebook_perplexity']:.1f}",
+    ]
+    if len(names := part_names(tokenizer)) > 1:
+        each = (f"{name}: {level['usage']:.1%}" for name, level in zip(names, f["levels"], strict=True))
+        lines.append(f"used at {', '.join(each)}")
+    return lines
 
 
 # The page
 
 
 @torch.inference_mode()
-def draw_page(tokenizer: Any, images: ImageDataset, found: Findings, lines: list[str], config: InspectConfig) -> Pixels:
-    """Draw charts, codes, and the best, middle and worst reconstructions."""
-    some = images.batch(spread(len(images), images_at_a_time(tokenizer.image_shape))).to(tokenizer.device)
+def draw_page(
+    tokenizer: Any, images: ImageDataset, uses: Tensor, errors: Tensor, lines: list[str], config: InspectConfig
+) -> Pixels:
+    """Draw charts, codes, and reconstructions from the best to the worst."""
     charts: list[Chart] = [
-        partial(draw_usage, uses=found.uses.double().numpy(), names=part_names(tokenizer), label="uses")
+        partial(draw_usage, uses=uses.double().numpy(), names=part_names(tokenizer), label="uses"),
     ]
     pictures: dict[str, Pixels] = {}
-    if distances := code_distances(tokenizer, some):
-        charts.append(partial(draw_distances, distances=distances))
     if (tokenizer.placed or tokenizer.grid.scales) and not tokenizer.grid.channels:
+        some = images.batch(spread(len(images), images_at_a_time(tokenizer.image_shape))).to(tokenizer.device)
         codes, patches = mean_patches(tokenizer, some, config.num_codes)
-        title = (
-            f"Most used codes ({len(codes):,} of {tokenizer.grid.vocab_size:,}): what is decoded around their places"
-        )
-        pictures[title + ", on average"] = tiles(patches, [str(code) for code in codes], 20)
+        title = f"The {len(codes):,} most used codes: the mean of what is decoded around their places"
+        pictures[title] = tiles(patches, [str(code) for code in codes], 20)
     if not tokenizer.reversible:
-        errors = {"images": found.psnr.double().numpy()}
-        charts.append(partial(draw_histogram, title="Reconstructions", series=errors, label="PSNR in dB"))
-        if found.drafts:
+        charts.append(partial(draw_histogram, values=errors.double().numpy(), title="Images", label="PSNR in dB"))
+        if drafts(tokenizer):
             drawn = reconstruction_picture(tokenizer, images, min(16, config.num_images))
             pictures["Originals, and reconstructions from more and more of their tokens"] = drawn
-        order, third = found.psnr.argsort(descending=True), -(-min(config.num_images, len(images)) // 3)
-        first = (len(order) - third) // 2
-        groups = {"Best": order[:third], "Middle": order[first : first + third], "Worst": order.flip(0)[:third]}
-        for name, chosen in groups.items():
-            originals = images.batch(chosen).to(tokenizer.device)
-            decoded = tokenizer.decode(tokenizer.encode(originals))
-            pairs = torch.cat([originals, F.pad(decoded, (0, 0, 1, 0), value=1.0)], dim=2).cpu()
-            captions = [f"{error:.1f} dB" for error in found.psnr[chosen].tolist()]
-            pictures[f"{name} reconstructions, below their originals"] = tiles(pairs, captions, max(6, third))
-    return page([headline(tokenizer), *lines], charts, pictures)
+        chosen = errors.argsort(descending=True)[spread(len(errors), config.num_images)]
+        originals = images.batch(chosen).to(tokenizer.device)
+        decoded = tokenizer.decode(tokenizer.encode(originals))
+        pairs = torch.cat([originals, F.pad(decoded, (0, 0, 1, 0), value=1.0)], dim=2).cpu()
+        captions = [f"{error:.1f} dB" for error in errors[chosen].tolist()]
+        pictures["Reconstructions below their originals, from the best to the worst"] = tiles(pairs, captions, 8)
+    return page(lines, charts, pictures)
 
 
 def mean_patches(tokenizer: Any, images: Tensor, count: int) -> tuple[list[int], Tensor]:

@@ -7,16 +7,12 @@ from typing import Any
 
 from pydantic import Field
 
-from tokenizer import Tokenizer
-
-from ..config import OutputConfig, choose_device, run_command
+from ..config import OutputConfig, run_command
 from ..files import Output
-from ..images import check_shape, load_images
 from ..images.pictures import SUFFIXES, write_picture
-from ..images.unseen import require_unseen
 from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
 from ..options import UsesTokenizer
-from ..provenance import data_of, read_with, tokenizer_defaults, tokenizer_folder, trained_data
+from ..provenance import read_with, tokenizer_defaults
 
 
 class ReconstructConfig(UsesTokenizer, OutputConfig):
@@ -37,10 +33,7 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
     SSIM on some."""
     out = Output(config.out, [read_with(config.tokenizer), config.data.path], config.overwrite)
     out.check_file(SUFFIXES)
-    tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer), device=choose_device(config.device))
-    check_shape(config.data, tokenizer.image_shape, "tokenizer")
-    require_unseen(config.data, trained_data({"data": data_of(config.tokenizer)}), "held_out")
-    images = load_images(config.data).held_out
+    tokenizer, images = config.load_with_images()
     figures = evaluate_reconstruction(tokenizer, images, looks=SOME)
     picture = reconstruction_picture(tokenizer, images, config.num_images)
     with out.file() as path:

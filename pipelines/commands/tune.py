@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import Field
 
 from prior.sampling import SamplingOptions
 from tokenizer.files import require_replaceable, write_json
 
 from ..config import OutputConfig, UserError, run_command
-from ..evaluate import KNOWN, check_classes, draw_samples, wanted_labels
+from ..evaluate import check_classes, draw_samples, wanted_labels
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
-from ..images import ImageDataset, check_shape, load_images
+from ..images import ImageDataset
 from ..images.origin import describe_source
 from ..images.pictures import write_picture
-from ..images.unseen import require_unseen
-from ..metrics.agreement import agreement
 from ..metrics.charts import BLUE, INK, Pixels, render
 from ..metrics.figures import OF_SAMPLES
 from ..metrics.frechet import distance, moments
-from ..metrics.quality import FeatureSpace, feature_space, neighbourhoods, shuffled
+from ..metrics.quality import FeatureSpace, feature_space, shuffled
 from ..options import UsesImages
-from ..processes.group import ProcessGroup
-from ..processes.launch import join_group
-from ..provenance import defaults, trained_data
+from ..provenance import defaults
 from ..saving import PIPELINE, save_again
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RESULTS = ("tuning.json", "tuning.png")
 LEAST_VALIDATION, FEW_VALIDATION = 30, 300
 GUIDANCE = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
 RISING = (2.0, 3.0, 4.0)  # guidance at the last token, 1 at the first
@@ -46,11 +39,13 @@ TEMPERATURES = (0.85, 0.92, 1.0, 1.08, 1.16)
 TOP_P = (1.0, 0.98, 0.95, 0.9)
 
 Settings = dict[str, dict[str, dict[str, Any]]]
-"""Of each setting, by the values to try, the options that each changes."""
+"""For each setting and each of its values to try: the options to change."""
+Measure = Callable[[SamplingOptions], float]
+"""The Frechet distance of samples drawn with some options to the validation images."""
 
 
 class TuneConfig(UsesImages, OutputConfig):
-    """What is searched, and on what."""
+    """Which pipeline, on what images."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline",)
     often = "pipeline out overwrite num_samples store data.source device"
@@ -70,88 +65,65 @@ class TuneConfig(UsesImages, OutputConfig):
 
 @dataclass(frozen=True)
 class Trial:
-    """A setting that was varied and its value, all options, and figures of samples drawn with them beside validation
-    images. class_agreement: None without classes."""
+    """A value of a setting, all options with it, and the Frechet distance of samples to validation images."""
 
     setting: str
     value: str
     options: SamplingOptions
     frechet_distance: float
-    recall: float
-    class_agreement: float | None
-
-
-Measure = Callable[[str, str, SamplingOptions], Trial]
-"""Draws and compares samples for a value of a setting, given all options."""
 
 
 def run(config: TuneConfig) -> dict[str, Any]:
-    """Search, print each trial, write the results, and store the best settings; return what `tuning.json` holds. Of
-    several processes each draws its part of the images; the first prints and writes."""
-    out = Path(config.out or Path(config.pipeline).parent / "tuning")
-    output = Output(out, [config.pipeline, config.data.path], config.overwrite)
-    with join_group(config.device) as (group, device):
-        pipeline = group.main_first(lambda: load_pipeline(config, output, device))
-        stored = config.pipeline if config.store else None
-        with lock_output(out, group), lock_output(stored, group, key="pipeline"):
-            train, validation = images_to_choose_by(config, pipeline, group)
-            source = describe_source(config.data.source)
-            space = feature_space(train, validation, config.feature_steps, source, group)
-            measure = make_measure(pipeline, space, train, validation, config, group)
-            trials = search(measure, pipeline.sampler, settings_to_try(pipeline))
-            before, best = trials[0], best_of(trials)
-            facts = {
-                "settings": describe(best.options),
-                "before": describe(before.options),
-                "images": f"validation images of {source}",
-                "validation_images": len(validation),
-                "num_samples": config.num_samples,
-                "feature_space": space.name,
-                "feature_origin": space.origin,
-                "frechet_distance": best.frechet_distance,
-                "frechet_distance_before": before.frechet_distance,
-                "recall": best.recall,
-                "class_agreement": best.class_agreement,
-            }
-            found = facts | {"trials": [asdict(trial) for trial in trials]}
-            if group.is_main:
-                with output.files() as folder:
-                    write_json(folder / "tuning.json", found)
-                    write_picture(draw_trials(trials), folder / "tuning.png")
-                print(f"\nbest: {facts['settings']}; all figures, and a chart: {out}")
-                if config.store:
-                    store(pipeline, config.pipeline, before.options, best.options, facts)
-                    print(f"{config.pipeline} samples with these settings from now on")
-    return found
-
-
-def load_pipeline(config: TuneConfig, output: Output, device: torch.device) -> ImagePipeline:
-    """Load the pipeline. Raises `UserError` for mistakes that can be found before anything is drawn."""
+    """Search, print each trial, write the results, and store the best settings; return what `tuning.json` holds."""
     folder = Path(config.pipeline)
     if config.store and not folder.is_dir():
         raise UserError(f"pipeline: {config.pipeline!r} is not a folder to store the settings in; or set store=false")
     if config.store:
         require_replaceable(folder, PIPELINE)
-    pipeline = ImagePipeline.from_pretrained(config.pipeline, device=device)
-    check_shape(config.data, pipeline.tokenizer.image_shape)
-    require_unseen(config.data, trained_data(pipeline.provenance), "validation")
-    output.check_files(RESULTS)
-    return pipeline
+    out = Path(config.out or folder.parent / "tuning")
+    output = Output(out, [config.pipeline, config.data.path], config.overwrite)
+    output.check_files(["tuning.json", "tuning.png"])
+    with lock_output(out), lock_output(folder if config.store else None, key="pipeline"):
+        pipeline = config.load_pipeline()
+        train, validation = images_to_choose_by(config, pipeline)
+        source = describe_source(config.data.source)
+        space = feature_space(train, validation, config.feature_steps, source)
+        measure = make_measure(pipeline, space, train, validation, config)
+        trials = search(measure, pipeline.sampler, settings_to_try(pipeline))
+        before, best = trials[0], best_of(trials)
+        facts = {
+            "settings": describe(best.options),
+            "before": describe(before.options),
+            "images": f"validation images of {source}",
+            "validation_images": len(validation),
+            "num_samples": config.num_samples,
+            "feature_space": space.name,
+            "feature_origin": space.origin,
+            "frechet_distance": best.frechet_distance,
+            "frechet_distance_before": before.frechet_distance,
+        }
+        found = facts | {"trials": [asdict(trial) for trial in trials]}
+        with output.files() as results:
+            write_json(results / "tuning.json", found)
+            write_picture(draw_trials(trials), results / "tuning.png")
+        print(f"\nbest: {facts['settings']}; all figures, and a chart: {out}")
+        if config.store:
+            store(pipeline, folder, before.options, best.options, facts)
+            print(f"{config.pipeline} samples with these settings from now on")
+    return found
 
 
-def images_to_choose_by(
-    config: TuneConfig, pipeline: ImagePipeline, group: ProcessGroup
-) -> tuple[ImageDataset, ImageDataset]:
+def images_to_choose_by(config: TuneConfig, pipeline: ImagePipeline) -> tuple[ImageDataset, ImageDataset]:
     """Return the training images, for the classifier, and the validation images; never the held-out ones, which
     `evaluate` reports on. Raises `UserError` for too few, or other classes than the pipeline's."""
-    images = load_images(config.data)
+    images = config.load_images(pipeline, "validation")
     count = 0 if images.validation is None else len(images.validation)
     if images.validation is None or count < LEAST_VALIDATION:
         raise UserError(
             f"data: needs at least {LEAST_VALIDATION} validation images, and there are {count}; train again with "
             "data.validation_fraction=0.2, or give other images (data.source=FOLDER data.validation_fraction=0.5)"
         )
-    if group.is_main and count < FEW_VALIDATION:
+    if count < FEW_VALIDATION:
         print(f"warning: with {count} validation images, small differences are noise", file=sys.stderr)
     check_classes(pipeline, images.train, images.validation)
     return images.train, images.validation
@@ -160,8 +132,23 @@ def images_to_choose_by(
 # The search
 
 
+def make_measure(
+    pipeline: ImagePipeline, space: FeatureSpace, train: ImageDataset, validation: ImageDataset, config: TuneConfig
+) -> Measure:
+    """Return the measure of options. All get the same seeds and classes, which makes their differences less noisy."""
+    real = moments(space.of(validation, shuffled(len(validation))))
+    labels = wanted_labels(pipeline, train, config.num_samples)
+
+    def measure(options: SamplingOptions) -> float:
+        pipeline.sampler = options
+        samples = draw_samples(pipeline, labels, config.num_samples, config.seed)
+        return distance(moments(samples.rows(space, config.num_samples)), real)
+
+    return measure
+
+
 def settings_to_try(pipeline: ImagePipeline) -> Settings:
-    """The settings that this pipeline has, in the order of the search: by value what it changes."""
+    """Return the settings that this pipeline has, in the order of the search."""
     settings: Settings = {}
     if pipeline.prior.num_classes:
         scales = {f"{scale:g}": (scale, None) for scale in GUIDANCE} | {f"1 to {end:g}": (1, end) for end in RISING}
@@ -179,53 +166,23 @@ def settings_to_try(pipeline: ImagePipeline) -> Settings:
 
 def search(measure: Measure, own: SamplingOptions, settings: Settings) -> list[Trial]:
     """Try the pipeline's own options, then vary one setting after another, each at the best of all before."""
-    trials = [measure("before", "", own)]
+    measure, trials = cache(measure), list[Trial]()
+
+    def attempt(setting: str, value: str, options: SamplingOptions) -> None:
+        trials.append(Trial(setting, value, options, measure(options)))
+        print(f"{f'{setting} {value}':<18}Frechet distance {trials[-1].frechet_distance:.3f}", flush=True)
+
+    attempt("before", "", own)
     for setting, values in settings.items():
         base = best_of(trials).options
         for value, changes in values.items():
-            options = replace(base, **changes)
-            known = next((trial for trial in trials if trial.options == options), None)
-            trials.append(replace(known, setting=setting, value=value) if known else measure(setting, value, options))
+            attempt(setting, value, replace(base, **changes))
     return trials
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:
-    """The trial of the lowest Frechet distance, the first of equal ones."""
+    """Return the trial of the lowest Frechet distance, the first of equal ones."""
     return min(trials, key=lambda trial: trial.frechet_distance)
-
-
-def make_measure(
-    pipeline: ImagePipeline,
-    space: FeatureSpace,
-    train: ImageDataset,
-    validation: ImageDataset,
-    config: TuneConfig,
-    group: ProcessGroup,
-) -> Measure:
-    """Return a function that draws samples with some options, compares them to the validation images, and prints a
-    line. All options get the same seeds and classes, which makes their differences less noisy."""
-    real, count = space.of(validation, shuffled(len(validation)), group=group), config.num_samples
-    real_moments, same = moments(real), min(count, len(real))
-    labels = wanted_labels(pipeline, train, count)
-    some = shuffled(len(train))[: max(1, KNOWN // math.prod(train.image_shape))]
-    known = (train.batch(some), train.labels[some]) if labels is not None and train.labels is not None else None
-
-    def measure(setting: str, value: str, options: SamplingOptions) -> Trial:
-        pipeline.sampler = options
-        samples = draw_samples(pipeline, labels, count, config.seed, group)
-        rows = samples.rows(space, count)
-        recall = neighbourhoods(real[:same], rows[:same], group)["recall"]
-        agreed = None
-        if labels is not None and known is not None:
-            agreed = agreement(samples.parts, samples.images, labels, *known, group)
-        trial = Trial(setting, value, options, distance(moments(rows), real_moments), recall, agreed)
-        if group.is_main:
-            classes = "" if agreed is None else f", class agreement {agreed:.3f}"
-            figures = f"Frechet distance {trial.frechet_distance:.3f}, recall {recall:.3f}{classes}"
-            print(f"{f'{setting} {value}':<18}{figures}", flush=True)
-        return trial
-
-    return measure
 
 
 # Results
@@ -238,27 +195,24 @@ def describe(options: SamplingOptions) -> str:
 
 
 def draw_trials(trials: Sequence[Trial]) -> Pixels:
-    """Frechet distance over the values of each setting: the best with a ring, that of before as a dashed line."""
-    best, settings = best_of(trials), list(dict.fromkeys(trial.setting for trial in trials[1:]))
+    """Draw the Frechet distance over the values of each setting; a dashed line is that of the settings before."""
+    settings = list(dict.fromkeys(trial.setting for trial in trials[1:]))
     groups = [[trial for trial in trials if trial.setting == setting] for setting in settings]
 
     def draw(figure: Figure) -> None:
-        widths = [len(group) for group in groups]
-        every = figure.subplots(1, len(groups), sharey=True, width_ratios=widths, squeeze=False)[0]
+        every = figure.subplots(1, len(groups), sharey=True, width_ratios=[*map(len, groups)], squeeze=False)[0]
         for axes, setting, group in zip(every, settings, groups, strict=True):
             axes.plot([trial.value for trial in group], [trial.frechet_distance for trial in group], "o", color=BLUE)
-            ringed = [trial.value for trial in group if trial.options == best.options]
-            axes.plot(ringed, [best.frechet_distance] * len(ringed), "o", color=INK, markersize=12, fillstyle="none")
             axes.axhline(trials[0].frechet_distance, color=INK, linewidth=1, linestyle="--")
             axes.set(xlabel=setting, xlim=(-0.5, len(group) - 0.5))
         every[0].set_ylabel("Frechet distance")
-        figure.suptitle(f"best: {describe(best.options)}; dashed: {describe(trials[0].options)}, as before")
+        figure.suptitle(f"best: {describe(best_of(trials).options)}; dashed: {describe(trials[0].options)}, as before")
 
     return render(120 + 60 * sum(map(len, groups)), 360, draw)
 
 
 def store(
-    pipeline: ImagePipeline, folder: str, before: SamplingOptions, best: SamplingOptions, facts: dict[str, Any]
+    pipeline: ImagePipeline, folder: Path, before: SamplingOptions, best: SamplingOptions, facts: dict[str, Any]
 ) -> None:
     """Write the best options into the pipeline folder, with their figures and new pictures of samples; figures of
     samples with other options go."""

@@ -76,15 +76,11 @@ def draw_usage(axes: Axes, uses: Values, names: Sequence[str], label: str) -> No
         axes.legend()
 
 
-def draw_histogram(axes: Axes, title: str, series: Mapping[str, Values], label: str) -> None:
-    """How the values of each series are spread, in percent of it."""
-    edges = np.histogram_bin_edges(np.concatenate([*series.values()]), 40)
-    for name, values in series.items():
-        shares = 100 * np.histogram(values, edges)[0] / max(1, len(values))
-        axes.stairs(shares, edges, fill=True, alpha=0.6, label=name)
+def draw_histogram(axes: Axes, values: Values, title: str, label: str) -> None:
+    """How values are spread, in percent."""
+    counts, edges = np.histogram(values, 40)
+    axes.stairs(100 * counts / len(values), edges, fill=True, color=BLUE)
     axes.set(title=title, xlabel=label, ylabel="%")
-    if len(series) > 1:
-        axes.legend()
 
 
 def headed(lines: Sequence[str], size: int, picture: Pixels) -> Pixels:

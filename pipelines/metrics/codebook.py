@@ -1,4 +1,4 @@
-"""How often the codes of a codebook are used while it is trained, and how far apart they lie.
+"""How often the codes of a codebook are used while it is trained.
 
 A codebook collapses when fewer and fewer codes are nearest to any vector: an unused code gets no gradient and no mean
 to follow, so it stays unused (Kaiser et al. 2018, section 3; Dhariwal et al. 2020, Jukebox, section 3.2). The number of
@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.base import codebook_usage
-from tokenizer.quantizers.codebook import Codebook, rows_of, uses
+from tokenizer.quantizers.codebook import uses
 from tokenizer.quantizers.updates import sum_over_ranks
 
-from .charts import Chart, Pixels, Values, draw_histogram, draw_usage, page
+from .charts import Pixels, draw_usage, page
 
 DECAY = 0.99  # of the counts, at each batch: they are mostly of the last 100
 DEAD = 0.05  # of the mean use: a code that is used less is dead
-DISTANCES = 1 << 24  # between codes, computed at most
 
 
 class CodebookUse(nn.Module):
@@ -51,17 +50,13 @@ class CodebookUse(nn.Module):
         """Which codes are dead, bool `(parts, vocab_size)`."""
         return self.uses < DEAD * self.uses.mean(1, keepdim=True)
 
-    def picture(self, tokenizer: Any, images: Tensor) -> Pixels:
-        """Draw the use of the codes, and for a learned codebook the distances of codes and of the vectors of `images`
-        (B, C, H, W)."""
+    def picture(self, tokenizer: Any) -> Pixels:
+        """Draw the use of the codes."""
         counts, dead = self.uses.cpu().double(), int(self.dead().sum())
         perplexity = sum(float(codebook_usage(part)["perplexity"]) for part in counts) / len(counts)
-        charts: list[Chart] = [
-            partial(draw_usage, uses=counts.numpy(), names=part_names(tokenizer), label="uses in about 100 batches")
-        ]
-        if distances := code_distances(tokenizer, images):
-            charts.append(partial(draw_distances, distances=distances))
-        return page([f"Codebook: perplexity {perplexity:.1f}, {dead:,} of {counts.numel():,} codes dead"], charts, {})
+        label = "uses in about 100 batches"
+        chart = partial(draw_usage, uses=counts.numpy(), names=part_names(tokenizer), label=label)
+        return page([f"Codebook: perplexity {perplexity:.1f}, {dead:,} of {counts.numel():,} codes dead"], [chart], {})
 
 
 def count_tokens(tokens: Tensor, parts: tuple[int, ...], vocab_size: int) -> Tensor:
@@ -77,32 +72,3 @@ def part_names(tokenizer: Any) -> list[str]:
     """The names of the parts of a tokenizer's tokens: level 1, level 2, ...; or 1x1, 2x2, ..."""
     scales = tokenizer.grid.scales
     return [f"{height}x{width}" for height, width in scales] or [f"level {n + 1}" for n in range(tokenizer.levels)]
-
-
-@torch.no_grad()
-def code_distances(tokenizer: Any, images: Tensor) -> dict[str, Values]:
-    """Distances of codes to the nearest other code, and of the vectors of `images` to their code (not in training mode,
-    where quantizing moves the codebook). Empty for tokenizers without one learned codebook."""
-    quantizer = getattr(tokenizer, "quantizer", None)
-    if not isinstance(quantizer, Codebook):
-        return {}
-    codes = quantizer.table().float()
-    found = {"code to nearest code": nearest_other(codes).cpu().double().numpy()}
-    if not quantizer.training:
-        z = tokenizer.encoder(images.to(next(tokenizer.encoder.parameters()))).float()
-        apart = quantizer.comparable(rows_of(z)) - codes[quantizer.quantize(z).tokens.flatten()]
-        found["vector to its code"] = apart.norm(dim=1).cpu().double().numpy()
-    return found
-
-
-def nearest_other(codes: Tensor) -> Tensor:
-    """Distance of codes `(V, D)` to the nearest other one: of all, or of evenly spaced ones where there are many."""
-    count = len(codes)
-    chosen = torch.linspace(0, count - 1, min(count, max(64, DISTANCES // count)), device=codes.device).long()
-    distances = torch.cdist(codes[chosen], codes, compute_mode="donot_use_mm_for_euclid_dist")  # exact for near codes
-    return distances.scatter(1, chosen[:, None], torch.inf).min(1).values
-
-
-def draw_distances(axes: Any, distances: dict[str, Values]) -> None:
-    """Histograms of distances by name."""
-    draw_histogram(axes, "Distances of codes", distances, "Euclidean distance")

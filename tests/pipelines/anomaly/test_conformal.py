@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from pipelines.anomaly.conformal import (
-    allowed_above,
     benjamini_hochberg,
     least_scores,
     p_values_of,
@@ -49,19 +48,6 @@ def test_p_values_are_counts_and_agree_with_the_threshold():
             np.testing.assert_array_equal(scores > threshold(normal, 1.0, share), p <= share)
 
 
-def test_discoveries_hold_where_many_normal_images_are_the_same():
-    """Benjamini and Hochberg's share of normal images among what is flagged."""
-    chance, shares = np.random.default_rng(0), []
-    for _ in range(200):
-        scores = chance.normal(size=400)
-        scores[chance.random(400) < 0.08] = 10 / 3
-        flagged = benjamini_hochberg(
-            p_values_of(np.append(scores[200:], 9 + chance.random(20)), *round_scores(scores[:200])), 0.2
-        )
-        shares.append(flagged[:200].sum() / max(1, flagged.sum()))
-    assert np.mean(shares) < 0.2
-
-
 @pytest.mark.parametrize("digits", [None, 1], ids=["continuous", "tied"])
 @pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95])
 def test_a_confidence_is_the_share_of_calibrations_that_keep_the_promise(confidence, digits):
@@ -84,36 +70,30 @@ def test_a_confidence_is_the_share_of_calibrations_that_keep_the_promise(confide
 
 @pytest.mark.parametrize("confidence", [None, 0.01, 0.3, 0.5, 0.9, 0.95, 0.999])
 def test_with_fewer_scores_than_the_least_number_there_is_no_threshold(confidence):
-    """For each share the first number, from 1 on, of which `threshold` accepts the scores: with n of them all are below
-    the highest share of images in (1 - share)^n of calibrations."""
+    """The least number n is the first with which an image above all scores is rare enough: by chance 1 / (n + 1), or
+    in all but (1 - share)^n of calibrations."""
     for share in (0.001, 0.01, 1 / 30, 0.05, 0.07, 0.1, 1 / 7, 0.25, 1 / 3, 0.5, 0.75, 0.99):
-        first = 1
-        while allowed_above(first, share, confidence) < 0:
-            first += 1
-        assert least_scores(share, confidence) == first
-        threshold(np.arange(first, dtype=float), 0, share, confidence)
-        if first > 1:
+        least = least_scores(share, confidence)
+
+        def enough(count, share=share):
+            by_chance = 1 / (count + 1) <= share * (1 + 1e-9)
+            return by_chance if confidence is None else (1 - share) ** count <= (1 - confidence) * (1 + 1e-9)
+
+        assert enough(least) and (least == 1 or not enough(least - 1))
+        threshold(np.arange(least, dtype=float), 0, share, confidence)
+        if least > 1:
             with pytest.raises(ValueError, match="too few"):
-                threshold(np.arange(first - 1, dtype=float), 0, share, confidence)
-        if confidence is not None and 0.04 < share < 0.5:
-            assert (1 - share) ** first <= 1 - confidence < (1 - share) ** (first - 1)
-    assert (least_scores(0.05), least_scores(0.01), least_scores(0.05, 0.9), least_scores(0.01, 0.9)) == (
-        19,
-        99,
-        45,
-        230,
-    )
+                threshold(np.arange(least - 1, dtype=float), 0, share, confidence)
 
 
-def test_benjamini_hochberg():
-    p = np.array([0.01, 0.04, 0.03, 0.005, 0.5])
-    assert benjamini_hochberg(p, 0.05).tolist() == [True, True, True, True, False]
-    assert benjamini_hochberg(p, 0.026).tolist() == [True, False, False, True, False]
+def test_discoveries_hold_where_many_normal_images_are_the_same():
+    """Benjamini and Hochberg's share of normal images among what is flagged."""
     chance, shares = np.random.default_rng(0), []
-    for _ in range(300):
-        mixed = np.concatenate([chance.random(80), chance.random(20) ** 8])
-        flagged = benjamini_hochberg(mixed, 0.2)
-        counts = [k for k in range(1, 101) if (mixed <= 0.2 * k / 100).sum() >= k]  # the definition, word by word
-        assert flagged.sum() == max(counts, default=0) and (mixed[flagged].max(initial=0) < mixed[~flagged].min())
-        shares.append(flagged[:80].sum() / max(1, flagged.sum()))
+    for _ in range(200):
+        scores = chance.normal(size=400)
+        scores[chance.random(400) < 0.08] = 10 / 3
+        flagged = benjamini_hochberg(
+            p_values_of(np.append(scores[200:], 9 + chance.random(20)), *round_scores(scores[:200])), 0.2
+        )
+        shares.append(flagged[:200].sum() / max(1, flagged.sum()))
     assert np.mean(shares) < 0.2

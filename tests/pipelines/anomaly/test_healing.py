@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from givens.stripes import SIZE, constant, planted, stripes
@@ -15,12 +14,11 @@ from pipelines.anomaly.healing import anomaly_map, heal, patches
 from pipelines.anomaly.scores import anomaly_score
 
 
-@pytest.mark.parametrize("smooth", [False, True])
 @pytest.mark.parametrize("tokenizer", PLACED)
-def test_a_map_sums_to_the_bits_of_the_image(tokenizer, smooth):
+def test_a_map_sums_to_the_bits_of_the_image(tokenizer):
     pipe = make_pipeline(tokenizer, channels=3, size=(12, 8), labels=[])
     images = torch.randint(0, 256, (5, 3, 12, 8), dtype=torch.uint8)
-    bits = anomaly_map(pipe, images, smooth=smooth, batch_size=2)
+    bits = anomaly_map(pipe, images, batch_size=2)
     assert bits.shape == (5, 12, 8) and (bits >= -1e-5).all()
     nll = anomaly_score(pipe, images, "nll").float()
     torch.testing.assert_close(bits.sum((1, 2)), nll, rtol=1e-5, atol=1e-4)
@@ -73,12 +71,6 @@ def test_a_token_spreads_over_its_own_patch(tokenizer):
         assert made.known_tokens(~elsewhere[None]).flatten()[index]
 
 
-def test_a_smooth_map_is_smoother(trained):
-    images = planted(stripes(8))
-    sharp, smooth = (anomaly_map(trained, images, smooth=smooth) for smooth in (False, True))
-    assert smooth.diff(dim=2).abs().max() < sharp.diff(dim=2).abs().max() / 2
-
-
 def test_healing_removes_what_was_planted_and_leaves_clean_images_alone(trained):
     clean = stripes(64, seed=6)
     marked = planted(clean)
@@ -111,14 +103,8 @@ def test_healing_keeps_the_other_tokens_and_is_a_function_of_the_seed(trained):
     heal(trained, images[:2], draws=3, seed=(1 << 63) - 1)  # the last one that a verb takes
     with pytest.raises(ValueError, match="quantile should be one of 0.9, 0.95"):
         heal(trained, images, quantile=0.97)
-    numpys = heal(trained, images[:2], draws=np.int64(2), seed=np.int64(3))
-    assert torch.equal(numpys.tokens, heal(trained, images[:2], draws=2, seed=3).tokens)
-    for wrong, told in (
-        ({"draws": 0}, "draws must be at least 1 .got 0."),
-        ({"draws": 2.0}, "draws must be a whole number .got 2.0."),
-        ({"seed": 1.5}, "seed must be a whole number .got 1.5."),
-    ):
-        with pytest.raises(ValueError, match=told):
+    for wrong in ({"draws": 0}, {"draws": 2.0}, {"seed": 1.5}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
             heal(trained, images[:2], **wrong)
 
 

@@ -21,9 +21,9 @@ from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
+from pipelines.anomaly.conformal import benjamini_hochberg
 from pipelines.anomaly.scores import METHODS
 from pipelines.commands.detect import write_table
-from pipelines.images import DataConfig, load_images
 from tokenizer.files import write_manifest
 
 
@@ -75,102 +75,53 @@ def test_calibrating_leaves_the_weights_as_they_are_stored(world, tmp_path, vari
     assert ImagePipeline.from_pretrained(tmp_path / "pipe", variant=variant).calibration is not None
 
 
-def test_detect_two_sources(world, tmp_path, capsys):
-    main(
-        [
-            "detect",
-            f"pipeline={world}/pipe",
-            f"images={world}/noise",
-            f"normal={world}/fresh",
-            f"out={tmp_path}/found",
-            "num_shown=3",
-        ]
-    )
+def test_detect_tells_classes_apart(world, tmp_path, capsys):
+    """Classes are the folders that images lie in, also those of two sources."""
+    given = [f"images=[{world}/noise, {world}/fresh]", "normal_labels=[fresh]", "num_shown=3"]
+    main(["detect", f"pipeline={world}/pipe", f"out={tmp_path}/found", *given])
     printed = capsys.readouterr().out
     rows = rows_of(tmp_path / "found" / "scores.csv")
     assert len(rows) == 42 and rows[0]["file"].endswith("noise/000.png")
-    assert list(rows[0])[:5] == ["file", "anomalous", "score", "p_value", "flagged"]
+    assert list(rows[0])[:6] == ["file", "class", "anomalous", "score", "p_value", "flagged"]
     assert {"token_bits", "error", "background_bits"} <= set(rows[0])
-    assert [row["anomalous"] for row in rows] == ["1"] * 12 + ["0"] * 30
+    assert [(row["class"], row["anomalous"]) for row in rows] == [("noise", "1")] * 12 + [("fresh", "0")] * 30
     assert all(row["flagged"] == "1" for row in rows[:12]) and sum(row["flagged"] == "1" for row in rows[12:]) < 8
     figures = json.loads((tmp_path / "found" / "figures.json").read_text())
     assert figures["auroc"][0] > 0.99 and figures["prevalence"] == pytest.approx(12 / 42)
     assert "AUROC" in printed and "by chance 0.2857" in printed
-    assert Image.open(tmp_path / "found" / "sheet.png").size == (8 * (SIZE * 4 + 2) + 2, 3 * (SIZE * 4 + 2) + 2)
+    assert Image.open(tmp_path / "found" / "sheet.png").size == (4 * (SIZE * 4 + 2) + 2, 6 * (SIZE * 4 + 2) + 2)
 
 
-def test_detect_classes_and_nothing_known(world, tmp_path, capsys):
-    main(
-        [
-            "detect",
-            f"pipeline={world}/pipe",
-            f"images={world}/classes",
-            "normal_labels=[stripes]",
-            f"out={tmp_path}/a",
-            "fdr=0.2",
-        ]
-    )
-    rows = rows_of(tmp_path / "a" / "scores.csv")
-    assert [(row["class"], row["anomalous"]) for row in rows] == [("flat", "1")] * 10 + [("stripes", "0")] * 20
-    capsys.readouterr()
-    main(["detect", f"pipeline={world}/pipe", f"out={tmp_path}/b", "method=nll"])  # the pipeline's own held-out images
+def test_the_default_is_what_was_held_out_and_not_calibrated_with(world, tmp_path, capsys):
+    main(["detect", f"pipeline={world}/pipe", f"out={tmp_path}/b", "method=nll"])
     printed = capsys.readouterr().out
     names = [Path(row["file"]).name for row in rows_of(tmp_path / "b" / "scores.csv")]
     assert names == [f"{number:03d}.png" for number in range(1, 80, 2)]  # the others were calibrated with
-    assert f"{world}/normal: 40 images; 40 that the pipeline was calibrated with are left out\n" in printed
+    assert printed.startswith("40 images; 40 that the pipeline was calibrated with are left out\n")
     assert "AUROC" not in printed and not (tmp_path / "b" / "figures.json").exists()
 
 
 def test_no_image_is_scored_by_a_calibration_that_was_fitted_to_it(world, tmp_path, capsys):
-    """Neither as normal nor as one to look through, wherever it lies and whatever it is called."""
+    """Wherever it lies and whatever it is called."""
     again = torch.cat([stripes(80, seed=20)[[0, 2, 4]], stripes(6, seed=24)])
     write(tmp_path / "again", again)
-    main(
-        [
-            "detect",
-            f"pipeline={world}/pipe",
-            f"images={world}/noise",
-            f"normal={tmp_path}/again",
-            f"out={tmp_path}/found",
-        ]
-    )
-    assert f"{tmp_path}/again: 6 images; 3 that the pipeline" in capsys.readouterr().out
+    main(["detect", f"pipeline={world}/pipe", f"images={tmp_path}/again", f"out={tmp_path}/found"])
+    assert "6 images; 3 that the pipeline" in capsys.readouterr().out
     rows = rows_of(tmp_path / "found/scores.csv")
-    assert [row["anomalous"] for row in rows] == ["1"] * 12 + ["0"] * 6
-    assert [Path(row["file"]).name for row in rows[12:]] == [f"00{number}.png" for number in range(3, 9)]
+    assert [Path(row["file"]).name for row in rows] == [f"00{number}.png" for number in range(3, 9)]
     write(tmp_path / "none", again[:3])
-    for given in (["images={}/none"], ["images={}/again", "normal={}/none"]):
-        line = fails(
-            capsys,
-            "detect",
-            f"pipeline={world}/pipe",
-            f"out={tmp_path}/not",
-            *(part.format(tmp_path) for part in given),
-        )
-        assert f"{tmp_path}/none: the pipeline was calibrated with all 3 images" in line
+    given = [f"pipeline={world}/pipe", f"out={tmp_path}/not", f"images={tmp_path}/none"]
+    assert "the pipeline was calibrated with all 3" in fails(capsys, "detect", *given)
     assert not (tmp_path / "not").exists()
 
 
-def test_what_was_trained_on_is_not_looked_through(trained, tmp_path, capsys):
-    """Where a source has no held-out split, training took most of the only one; of other sources all is new."""
-    write(tmp_path / "mine", stripes(900, seed=25))
-    pipe = ImagePipeline(trained.tokenizer, trained.prior)
-    pipe.provenance = {"data": {"source": str(tmp_path / "mine"), "image_size": SIZE}}
-    pipe.save_pretrained(tmp_path / "pipe")
-    config = DataConfig(source=str(tmp_path / "mine"), image_size=SIZE)
-    held_out = load_images(config).held_out.pixels(range(90))
-    main(["calibrate", f"pipeline={tmp_path}/pipe"])
-    main(["detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/a"])
-    assert "mine: 45 images; 45 that the pipeline was calibrated with are left out\n" in capsys.readouterr().out
-    images = torch.stack(
-        [torch.from_numpy(np.asarray(Image.open(row["file"])).copy()) for row in rows_of(tmp_path / "a/scores.csv")]
-    )[:, None]
-    assert torch.equal(images, held_out[1::2])
-    main(["detect", f"pipeline={tmp_path}/pipe", f"images={tmp_path}/mine", f"out={tmp_path}/b"])
-    assert rows_of(tmp_path / "b/scores.csv") == rows_of(tmp_path / "a/scores.csv")
-    (tmp_path / "mine").rename(tmp_path / "moved")
-    main(["detect", f"pipeline={tmp_path}/pipe", f"images={tmp_path}/moved", f"out={tmp_path}/c"])
-    assert len(rows_of(tmp_path / "c/scores.csv")) == 855
+def test_false_discoveries_are_bounded_by_fdr(world, tmp_path):
+    """Flagged is what Benjamini and Hochberg's rule flags of the p-values in the table."""
+    given = [f"images=[{world}/noise, {world}/fresh]", "fdr=0.3"]
+    main(["detect", f"pipeline={world}/pipe", f"out={tmp_path}/found", *given])
+    rows = rows_of(tmp_path / "found/scores.csv")
+    p, flagged = (np.array([float(row[name]) for row in rows]) for name in ("p_value", "flagged"))
+    assert flagged.sum() and (flagged == 1).tolist() == benjamini_hochberg(p, 0.3).tolist()
 
 
 def test_a_confidence_is_kept_and_told(world, tmp_path, capsys):
@@ -188,48 +139,22 @@ def test_a_confidence_is_kept_and_told(world, tmp_path, capsys):
     assert joint.threshold > np.sort(joint.values)[-2]  # of 20 scores, 3 could be above on average
 
 
-def test_detect_looks_where_the_other_verbs_do(world, tmp_path, capsys):
-    write(tmp_path / "new/train", stripes(4))
-    write(tmp_path / "new/val", stripes(3, seed=23))
-    argv = ["detect", f"pipeline={world}/pipe", f"images={tmp_path}/new", f"out={tmp_path}/found"]
-    main(argv)
-    assert {Path(row["file"]).parent.name for row in rows_of(tmp_path / "found/scores.csv")} == {"val"}
-    assert capsys.readouterr().err == (
-        f"data.held_out: {tmp_path}/new: there is no 'test', so 'val' is looked through\n"
-    )
-    main([*argv, "data.held_out=test", "overwrite=true"])
-    assert {Path(row["file"]).parent.name for row in rows_of(tmp_path / "found/scores.csv")} == {"train"}
-    assert "so all of 'train' is looked through; not used: val" in capsys.readouterr().err
-    assert "no split 'vla'; it has train, val; did you mean 'val'?" in fails(
-        capsys, *argv, "data.held_out=vla", "overwrite=true"
-    )
-
-
-def test_the_split_held_out_in_training_need_not_be_in_other_folders(world, tmp_path, capsys):
-    argv = ["detect", f"pipeline={world}/pipe", f"images={world}/fresh", "data.held_out=val"]
-    main([*argv, f"out={tmp_path}/found"])
-    assert len(rows_of(tmp_path / "found/scores.csv")) == 30
-    line = fails(capsys, *argv, f"images={world}/normal", f"out={tmp_path}/not")
-    assert "data.held_out: " in line and "no split 'val'; it has train, test" in line
-
-
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["detect", "pipeline={world}/bare"], "smalti calibrate pipeline="),
         (["detect", "data.image_size=20"], "data.image_size, data.channels: the pipeline's images are (1, 16, 16)"),
         (["detect", "data.channels=3"], "data.image_size, data.channels"),
-        (["detect", "images={world}/nowhere"], "data.source: there is no file or folder"),
-        (["detect", "images={world}/fresh", "normal_labels=[a]"], "these images have no classes"),
+        (["detect", "images={world}/nowhere"], "images: there is no file or folder"),
+        (["detect", "images={world}/normal"], "images: the pipeline was trained on this folder"),
+        (["detect", "data.label_column=null", "normal_labels=[a]"], "these images have no classes"),
         (
             ["detect", "images={world}/classes", "normal_labels=[round]"],
             "normal_labels: no image is a 'round'",
         ),
         (["detect", "images={world}/classes", "normal_labels=[flat, stripes]"], "nothing to tell apart"),
         (["detect", "images={world}/classes", "normal_labels=[]"], "nothing to tell apart"),
-        (["detect", "normal={world}/fresh", "normal_labels=[a]"], "give one of the two"),
         (["detect", "method=guess"], "method: must be one of"),
-        (["detect", "method=mahalanobis"], "method: must be one of"),
         (["detect", "out={world}/fresh/000.png"], "out: "),
         (["calibrate", "pipeline=some/hub-id"], "is not a folder"),
         (["calibrate", "data.image_size=20"], "data.image_size, data.channels"),

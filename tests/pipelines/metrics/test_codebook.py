@@ -1,10 +1,8 @@
-"""What is counted of a codebook while it is trained, on one process or several, and how far apart its codes lie."""
+"""What is counted of a codebook while it is trained, on one process or several."""
 
-import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,8 +10,7 @@ from safetensors.torch import load_file, save_file
 from small import make_tokenizer
 from two_processes import fork_twice, join_group, leave_group
 
-from pipelines.metrics import codebook
-from pipelines.metrics.codebook import CodebookUse, code_distances, count_tokens, nearest_other
+from pipelines.metrics.codebook import CodebookUse, count_tokens
 
 
 def random_batches(vocab, levels, count=40, seed=0):
@@ -92,62 +89,13 @@ def test_levels_are_blocks_of_rows():
     assert count_tokens(tokens.flatten(1), (8,), 3).tolist() == [[3, 2, 3]]
 
 
-# Distances
-
-
-@pytest.mark.parametrize(("count", "most"), [(2, 1 << 24), (300, 1 << 24), (1000, 1 << 17)])
-def test_the_nearest_other_code_is_that_of_a_full_search(monkeypatch, count, most):
-    """Of evenly spaced codes where there are many."""
-    monkeypatch.setattr(codebook, "DISTANCES", most)
-    codes = torch.randn(count, 4)
-    every = torch.cdist(codes.double(), codes.double()).fill_diagonal_(math.inf).min(1).values
-    found = nearest_other(codes).double()
-    assert len(found) == min(count, most // count)
-    assert torch.allclose(found, every[torch.linspace(0, count - 1, len(found)).long()], atol=1e-5)
-
-
-def test_codes_that_nearly_coincide_far_from_zero_are_told_apart():
-    codes = torch.tensor([[1000.3, 0.0], [1000.3, 0.01], [-1000.3, 3.0], [-1000.3, 3.02]])
-    assert nearest_other(codes).tolist() == pytest.approx([0.01, 0.01, 0.02, 0.02], rel=1e-4)
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-def test_vectors_are_measured_to_their_own_code(normalize):
-    model = make_tokenizer("vqvae", quantizer={"kind": "vq", "codes": 16, "dim": 4, "normalize": normalize}).eval()
-    torch.nn.init.normal_(model.quantizer.codebook)
-    images = torch.rand(5, 3, 12, 8) * 2 - 1
-    found = code_distances(model, images)
-    with torch.no_grad():
-        vectors = model.encoder(images).movedim(1, -1).flatten(0, 2)
-        codes = model.quantizer.lookup(model.encode(images)).movedim(1, -1).flatten(0, 2)
-        vectors = torch.nn.functional.normalize(vectors, dim=1) if normalize else vectors
-    assert np.allclose(found["vector to its code"], (vectors - codes).norm(dim=1), atol=1e-5)
-    assert found["code to nearest code"].shape == (16,)
-
-
-def test_a_picture_does_not_move_the_codebook_of_a_model_in_training():
-    model = make_tokenizer("vqvae").train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert list(code_distances(model, torch.rand(5, 3, 12, 8))) == ["code to nearest code"]
-    picture = CodebookUse(32, (6,)).picture(model, torch.rand(5, 3, 12, 8))
-    assert picture.dtype == np.uint8 and picture.ndim == 3
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("kind", ["fsq", "lfq", "rvq"])
-def test_without_one_learned_codebook_there_are_no_distances(kind):
-    model = make_tokenizer("vqvae", quantizer={"kind": kind}).eval()
-    assert code_distances(model, torch.rand(2, 3, 12, 8)) == {}
-    assert code_distances(make_tokenizer("pixels"), torch.rand(2, 3, 12, 8)) == {}
-
-
 @pytest.mark.parametrize(("vocab", "levels", "steps"), [(2, 1, 0), (3, 64, 2), (1 << 18, 1, 2)])
 def test_a_picture_of_any_codebook(vocab, levels, steps):
     use, model = CodebookUse(vocab, (6,) * levels), make_tokenizer("pixels")
     model.levels = levels
     for _ in range(steps):
         use.count(torch.randint(vocab, (2, levels * 2, 3)))
-    assert use.picture(model, torch.empty(0)).min() < 60
+    assert use.picture(model).min() < 60
 
 
 if __name__ == "__main__":

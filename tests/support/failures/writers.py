@@ -86,9 +86,7 @@ WRITERS: dict[str, Writer] = {
     "detect": Writer(
         verb(detect, "pipeline={calibrated}", "images={images}", *DATA, "num_shown=1"), "results", "calibrated"
     ),
-    "probe": Writer(
-        verb(probe, "pipeline={pipeline}", *DATA, "num_train=20", "num_test=8", "layers=[0]"), "results", "images"
-    ),
+    "probe": Writer(verb(probe, "pipeline={pipeline}", *DATA, "num_train=20", "num_test=8"), "results", "images"),
     "evaluate": Writer(
         verb(evaluate, "pipeline={pipeline}", *DATA, "num_images=0", "update_card=false"), "results", "pipeline"
     ),
