@@ -38,6 +38,7 @@ from .processes.launch import join_group
 SHEET = "metadata.jsonl"
 """In a folder of images: a line for each one, with its file and the name of its class, as `datasets` reads them."""
 MAX_IMAGES = 10_000_000
+WRITERS = 16
 
 
 class GenerateConfig(Sampling, UsesPipeline, OutputConfig):
@@ -264,11 +265,14 @@ class ImageFolder:
         return [name for name in names if name in there and not (self.folder / name).is_symlink()]
 
     def write(self, numbers: Sequence[int], images: np.ndarray) -> None:
-        """Write uint8 images (B, H, W, C), each whole or not at all."""
-        with self.output.errors():
-            for number, image in zip(numbers, images, strict=True):
-                with atomic_file(self.folder / self.names[number]) as temporary:
-                    temporary.write_bytes(png_bytes(image))
+        """Write uint8 images (B, H, W, C), each whole or not at all; in threads, as each waits for the disk."""
+
+        def write_one(number: int, image: np.ndarray) -> None:
+            with atomic_file(self.folder / self.names[number]) as temporary:
+                temporary.write_bytes(png_bytes(image))
+
+        with self.output.errors(), ThreadPoolExecutor(WRITERS) as pool:
+            list(pool.map(write_one, numbers, images))
 
     def finish(self, job: dict[str, Any]) -> None:
         """Write the sheet, if there are classes, or the single file. Raises `UserError` for an image that is

@@ -337,21 +337,23 @@ def measure_peak(device: torch.device, call: Callable[[], None]) -> int:
 def page(plan: Plan) -> str:
     """What `smalti plan` prints."""
     config, train, tokens = plan.config, plan.config.train, len(plan.grid)
-    images, seconds = plan.steps * train.batch_size, plan.steps * plan.seconds_per_step
-    each = train.batch_size // (config.gpus * train.accumulate)
+    images, each = plan.steps * train.batch_size, train.batch_size // (config.gpus * train.accumulate)
     memory, room = plan.memory(each), GPUS[config.gpu].memory * GB
     epochs = f"{images / plan.rows:,.1f} epochs, " if plan.rows else ""
     fits = f" of {scaled(room)}B, {'enough' if memory <= USABLE * room else 'too little'}"
+    peak = f"{config.utilization:.0%} of {config.gpus:,} x {plan.tflops:g} TFLOP/s"
+    time = duration(plan.steps * plan.seconds_per_step)
+    small, large = plan.peaks
     rows = [
         ("parameters", f"{plan.parameters:,}"),
         ("an image", f"{scaled(plan.flops)}FLOP forward and backward, {tokens:,} tokens"),
         ("a step", f"{scaled(plan.flops_per_step)}FLOP, {train.batch_size:,} images"),
-        ("", f"{duration(plan.seconds_per_step)} at {config.utilization:.0%} of {config.gpus:,} x {plan.tflops:g} TFLOP/s"),
+        ("", f"{duration(plan.seconds_per_step)} at {peak}"),
         ("the run", f"{plan.steps:,} steps, {epochs}{images:,} images"),
-        ("", f"{scaled(plan.flops_per_step * plan.steps)}FLOP, {duration(seconds)} without evaluations, previews and saves"),
+        ("", f"{scaled(plan.flops_per_step * plan.steps)}FLOP, {time} without evaluations, previews and saves"),
         ("memory of a GPU", f"{scaled(memory)}B{'' if config.peak_tflops else fits}, for {each:,} images at a time:"),
         ("", f"{scaled(plan.states)}B of weights, gradients, moments and averages, and"),
-        ("", f"{scaled(memory - plan.states)}B of activations, extrapolated from {' and '.join(map(str, plan.peaks))}"),
+        ("", f"{scaled(memory - plan.states)}B of activations, extrapolated from {small} and {large} images"),
     ]
     if config.gpus > 1 and isinstance(config, PlanPriorConfig) and config.objective != "cca":
         rows.append(("  with FSDP", f"about {scaled(memory - plan.states + plan.states / config.gpus)}B"))

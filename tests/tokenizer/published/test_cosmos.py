@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from command import fails, printed_and_errors
+from command import fails
 from givens.agreement import agree_in_double
 from givens.published_references import cosmos_says, from_wavelets, wavelets
 from givens.published_weights import cosmos_shapes, imported, random_images, random_weights
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from small import make_tokenizer
 
 from tokenizer.files import ConfigError
@@ -69,27 +69,6 @@ def test_wavelets_are_the_convolutions_that_were_published_and_lose_nothing():
         assert torch.allclose(folded, wavelets(x, patch), atol=1e-12)
         assert torch.allclose(InverseHaar(patch)(folded), x, atol=1e-12)
         assert torch.allclose(InverseHaar(patch)(folded), from_wavelets(folded, patch), atol=1e-12)
-
-
-def test_torchscript_is_refused_with_two_lines_that_convert_it(tmp_path, capsys):
-    class Half(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = torch.nn.Conv2d(3, 4, 3)
-            self.register_buffer("wavelets", torch.ones(2), persistent=False)
-
-        def forward(self, x):
-            return self.conv(x) * self.wavelets.sum()
-
-    half = Half().bfloat16()
-    for name in ("encoder", "decoder", "autoencoder"):
-        torch.jit.save(torch.jit.script(half), tmp_path / f"{name}.jit")
-    for source in (tmp_path, tmp_path / "autoencoder.jit"):
-        printed, (error,) = printed_and_errors(capsys, "import", f"source={source}", f"out={tmp_path}/out")
-        assert f"{tmp_path}/autoencoder.jit is TorchScript" in error and printed.count("\n") == 2
-    exec(printed, {})
-    found = load_file(tmp_path / "autoencoder.safetensors")
-    assert torch.equal(found["conv.weight"], half.conv.weight) and "wavelets" in found
 
 
 @pytest.mark.parametrize(
