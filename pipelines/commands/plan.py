@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import psutil
 import torch
@@ -87,7 +87,7 @@ class PlanConfig(Config):
         None,
         description="the two batch sizes whose memory is measured; null: 8 and 16, or 1 and 2 of a large model",
     )
-    device: str = Field("auto", description="where steps are measured: cpu, cuda or auto")
+    device: Literal["cpu", "cuda", "auto"] = Field("auto", description="where steps are measured")
 
 
 class PlanPriorConfig(PlanConfig, TrainPriorConfig):
@@ -230,8 +230,6 @@ def check(config: PlanPriorConfig | PlanTokenizerConfig) -> torch.device:
     processes = config.gpus * train.accumulate
     if config.gpu not in GPUS:
         raise UserError(f"gpu: expected one of {', '.join(GPUS)}; peak_tflops= is for another (got {config.gpu!r})")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device: memory is measured on cpu or cuda (got {config.device!r})")
     if train.batch_size % processes:
         raise UserError(
             f"train.batch_size: {train.batch_size} is not a multiple of gpus x train.accumulate ({processes})"
@@ -239,7 +237,7 @@ def check(config: PlanPriorConfig | PlanTokenizerConfig) -> torch.device:
     if train.steps is None and train.minutes is None:
         raise UserError("train.steps: null needs train.minutes to end the run")
     if train.mixed_precision == "no" and config.peak_tflops is None:
-        raise UserError("peak_tflops: missing; with train.mixed_precision=no it is that of float32 or TF32")
+        raise UserError("peak_tflops: missing; train.mixed_precision=no has the peak of float32 or TF32")
     if config.batches and config.batches[0] >= config.batches[1]:
         raise UserError(f"batches: the second must be larger (got {config.batches[0]}, {config.batches[1]})")
     return device

@@ -222,9 +222,7 @@ def test_a_finished_folder_says_so_and_stays(pipeline, tmp_path, monkeypatch, ca
 
 
 CHANGES = [
-    ({"seed": 1}, "seed: 0 -> 1"),
     ({"num_images": 21}, "num_images: 20 -> 21"),
-    ({"labels": "cat"}, "labels"),
     ({"temperature": 0.5}, "sampler.temperature: 1.0 -> 0.5"),
     ({"pipeline": "other"}, "prior"),
 ]
