@@ -85,7 +85,7 @@ class PlanConfig(Config):
     )
     batches: tuple[Count, Count] | None = Field(
         None,
-        description="the two batch sizes whose memory is measured; null: 8 and 16, or 1 and 2 of a large model",
+        description="the two batch sizes whose memory is measured; null: 8 and 16, or 2 and 4 of a large model",
     )
     device: Literal["cpu", "cuda", "auto"] = Field("auto", description="where steps are measured")
 
@@ -293,7 +293,7 @@ def measure(task: PlannedPrior | PlannedTokenizer, device: torch.device) -> tupl
     for parameter in (parameter for parameters in task.players.values() for parameter in parameters):
         parameter.grad = torch.zeros_like(parameter)
     flops = count_flops(partial(compute_gradients, task, 1))
-    batches = task.config.batches or ((1, 2) if flops > LARGE else (8, 16))
+    batches = task.config.batches or ((2, 4) if flops > LARGE else (8, 16))
     return flops, {count: measure_peak(device, partial(compute_gradients, task, count)) for count in batches}
 
 
