@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.format import dtype_to_descr, open_memmap, write_array_header_1_0
+from numpy.lib.format import dtype_to_descr, write_array_header_1_0
+from PIL import Image
 from pydantic import Field
 
 from prior.sampling import DecodingOptions, choose_orders, make_batch
-from tokenizer.files import fsync, temporary_name
+from tokenizer.files import fsync
 
 from .config import OutputConfig, UserError, run_command
 from .config.importing import as_asked
@@ -31,16 +33,12 @@ from .images.grids import class_grid
 from .images.pictures import SUFFIXES, png_bytes, write_picture
 from .job import JOB, OtherJobError, begin_job, read_job, require_begun, work_folder
 from .options import DEVICE, Sampling, UsesPipeline
-from .processes.group import ProcessGroup
 from .processes.launch import join_group
 
 SHEET = "metadata.jsonl"
 """In a folder of images: a line for each one, with its file and the name of its class, as `datasets` reads them."""
-IMAGES, DONE, PUBLISHED = "images.npy", "done.npy", "published"
-"""In the work folder of a single file: the pixels (N, H, W, C) uint8, whether each image has been made, and, while the
-result is renamed, a second name of it."""
 MAX_IMAGES = 10_000_000
-CHUNK = 256  # images of an archive that are in memory at a time
+WRITERS = 16
 
 
 class GenerateConfig(Sampling, UsesPipeline, OutputConfig):
@@ -84,15 +82,15 @@ def run(config: GenerateConfig) -> Path:
     """
     out = Path(config.out)
     with join_group(config.device) as (group, device):
-        images = ImageFolder(config) if group.on_main(lambda: is_folder(out)) else ImageFile(config)
-        group.on_main(lambda: check(config, images, group))
+        images = ImageFolder(config)
+        group.on_main(lambda: images.check(group.world))
         pipeline = group.main_first(lambda: ImagePipeline.from_pretrained(config.pipeline, device=device))
         request = request_of(config, pipeline)
         job = group.on_main(lambda: describe_job(config, request))
         with lock_output(out, group):
             missing = group.on_main(lambda: images.begin(job))
             there = config.num_images - len(missing)
-            if group.is_main and there and (missing or isinstance(images, ImageFile)):
+            if group.is_main and there and (missing or images.is_work):
                 print(f"{out}: continuing, {there} of {config.num_images} images are there", flush=True)
             began, mine = time.monotonic(), list(group.mine(missing))
             group.gather(lambda: make_images(images, mine, request, config.batch_size, shows=group.is_main))
@@ -103,35 +101,6 @@ def run(config: GenerateConfig) -> Path:
             then = f"smalti evaluate{as_asked()} pipeline={quote(config.pipeline)}"
             print(f"{config.num_images} images{images.place}, {rate}; next: {then}")
     return out
-
-
-def is_folder(out: Path) -> bool:
-    """Whether `out` is to be a folder of images, by its name. Raises `UserError` for an unknown suffix."""
-    suffix = out.suffix.lower()
-    if suffix and suffix not in (*SUFFIXES, ".npz"):
-        raise UserError(
-            f"out: {str(out)!r} should end in {', '.join(SUFFIXES)} for a grid, in .npz for all images in one file, or "
-            "be a folder"
-        )
-    return not suffix
-
-
-def check(config: GenerateConfig, images: ImageFolder | ImageFile, group: ProcessGroup) -> None:
-    """Raise `UserError` for mistakes that can be found before the pipeline is loaded."""
-    if group.world > config.num_images:
-        raise UserError(
-            f"num_images: {config.num_images} for {group.world} processes; start at most one for each image"
-        )
-    if isinstance(images, ImageFolder):
-        with images.output.errors():
-            require_apart(images.folder, images.output.inputs)
-    elif not images.is_published():
-        images.output.check_file()
-
-
-def output_of(config: GenerateConfig) -> Output:
-    """Where the images go."""
-    return Output(config.out, [config.pipeline], config.overwrite)
 
 
 @dataclass(frozen=True)
@@ -203,9 +172,7 @@ def describe_job(config: GenerateConfig, request: Request) -> dict[str, Any]:
     return {"verb": "generate", "num_images": config.num_images, **request.describe()}
 
 
-def make_images(
-    images: ImageFolder | ImageFile, numbers: Sequence[int], request: Request, batch_size: int, *, shows: bool
-) -> None:
+def make_images(images: ImageFolder, numbers: Sequence[int], request: Request, batch_size: int, *, shows: bool) -> None:
     """Make the images of these numbers. A thread writes them while the next ones are drawn."""
     from tqdm import tqdm
 
@@ -241,17 +208,53 @@ def file_names(count: int) -> list[str]:
 
 
 class ImageFolder:
-    """A folder with a PNG file for each image, `metadata.jsonl`, and `job.json`, which marks it as ours."""
+    """A folder with a PNG file for each image, `metadata.jsonl`, and `job.json`, which marks it as ours.
+
+    Where `out` is a single file, a grid or an archive, this is a work folder beside it, from which the file is made.
+    """
 
     def __init__(self, config: GenerateConfig) -> None:
-        self.output, self.folder = output_of(config), Path(config.out)
+        self.config, self.output = config, Output(config.out, [config.pipeline], config.overwrite)
+        out, self.suffix = self.output.path, self.output.path.suffix.lower()
+        self.is_work = bool(self.suffix)
+        self.folder = work_folder(out, "generate") if self.is_work else out
+        self.result = self.folder / f"result{out.suffix}"
         self.names = file_names(config.num_images)
-        self.place = f": {self.folder}/{self.names[0]} ..."
+        self.place = f" in {out}" if self.is_work else f": {out}/{self.names[0]} ..."
+
+    def check(self, processes: int) -> None:
+        """Raise `UserError` for mistakes that can be found before the pipeline is loaded."""
+        if self.suffix and self.suffix not in (*SUFFIXES, ".npz"):
+            raise UserError(
+                f"out: {str(self.output.path)!r} should end in {', '.join(SUFFIXES)} for a grid, in .npz for all "
+                "images in one file, or be a folder"
+            )
+        if processes > len(self.names):
+            raise UserError(f"num_images: {len(self.names)} for {processes} processes; each needs one image at least")
+        if self.is_work and not (self.folder / JOB).is_file():  # else the file may be there, from a killed process
+            self.output.check_file()
+        with self.output.errors():
+            require_apart(self.output.path, self.output.inputs)
 
     def begin(self, job: dict[str, Any]) -> list[int]:
-        """Begin the folder, or continue in it; return the numbers of the images that are missing. Raises `UserError`
-        for files of something else, and for images of another job unless they may be overwritten."""
-        begin_or_replace(self, job, {SHEET, *self.names})
+        """Begin the job, or continue it; return the numbers of the images that are missing.
+
+        Files that another job made are removed if they may be overwritten; else `UserError` says what differs. It is
+        also raised for files of something else.
+        """
+        names = {SHEET, self.result.name, *self.names}
+        with self.output.errors():
+            try:
+                begin_job(self.folder, job, names.__contains__)
+            except OtherJobError as error:
+                made = self.made(read_job(self.folder) or {})
+                if made and not self.output.overwrite:
+                    raise UserError(f"out: {error}, or begin anew with overwrite=true") from error
+                if strange := names.intersection(os.listdir(self.folder)) - {*made, self.result.name}:
+                    raise UserError(f"out: {self.folder} holds {min(strange)}, which this did not write") from error
+                for name in made:
+                    (self.folder / name).unlink(missing_ok=True)
+                begin_job(self.folder, job, names.__contains__, anew=True)
         there = set(os.listdir(self.folder))
         return [number for number, name in enumerate(self.names) if name not in there]
 
@@ -262,165 +265,73 @@ class ImageFolder:
         return [name for name in names if name in there and not (self.folder / name).is_symlink()]
 
     def write(self, numbers: Sequence[int], images: np.ndarray) -> None:
-        """Write uint8 images (B, H, W, C), each whole or not at all."""
-        with self.output.errors():
-            for number, image in zip(numbers, images, strict=True):
-                path = self.folder / self.names[number]
-                temporary = temporary_name(path, suffix=".png")
-                try:
-                    temporary.write_bytes(png_bytes(image))
-                    fsync(temporary)
-                    require_writable(path, overwrite=False)
-                    temporary.replace(path)
-                finally:
-                    temporary.unlink(missing_ok=True)
-            fsync(self.folder)
+        """Write uint8 images (B, H, W, C), each whole or not at all; in threads, as each waits for the disk."""
+
+        def write_one(number: int, image: np.ndarray) -> None:
+            with atomic_file(self.folder / self.names[number]) as temporary:
+                temporary.write_bytes(png_bytes(image))
+
+        with self.output.errors(), ThreadPoolExecutor(WRITERS) as pool:
+            list(pool.map(write_one, numbers, images))
 
     def finish(self, job: dict[str, Any]) -> None:
-        """Write the sheet, if there are classes. Raises `UserError` for an image that is missing."""
-        labels, known = label_ids(job), job["class_names"] or []
+        """Write the sheet, if there are classes, or the single file. Raises `UserError` for an image that is
+        missing."""
         if absent := [name for name in self.names if not (self.folder / name).is_file()]:
             raise UserError(f"out: {self.folder / absent[0]} is missing; all processes have to see the same disk")
-        if labels is None or (self.folder / SHEET).exists():
-            return
-        rows = [
-            {"file_name": name, **({"label": known[label]} if label < len(known) else {})}  # the null class has no name
-            for name, label in zip(self.names, labels, strict=True)
-        ]
+        labels, known = label_ids(job), [*(job["class_names"] or []), ""]  # the null class has no name
+        classes = None if labels is None else [known[label] for label in labels]
         with self.output.errors():
-            replace_file(
-                self.folder / SHEET, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-            )
+            if self.is_work:
+                self.write_file(job["image_shape"], labels, classes)
+            elif classes is not None and not (self.folder / SHEET).exists():
+                rows = [
+                    {"file_name": name, **({"label": label} if label else {})}
+                    for name, label in zip(self.names, classes, strict=True)
+                ]
+                sheet = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                replace_file(self.folder / SHEET, sheet.encode())
 
-
-class ImageFile:
-    """All images in one file: a grid, or the `.npz` that ADM's evaluator reads (Dhariwal & Nichol 2021,
-    github.com/openai/guided-diffusion): `arr_0` uint8 (N, H, W, 3), and `arr_1` (N,) classes.
-
-    Until all are made, they are in a work folder beside it, in one array that all processes write into.
-    """
-
-    def __init__(self, config: GenerateConfig) -> None:
-        self.output, self.columns, self.captions = output_of(config), config.columns, config.captions
-        self.folder = work_folder(self.output.path, "generate")
-        self.is_grid = self.output.path.suffix.lower() != ".npz"
-        self.place = f" in one {'grid' if self.is_grid else 'file'}: {self.output.path}"
-        self.result = self.folder / f"result{self.output.path.suffix}"
-
-    def is_published(self) -> bool:
-        """Whether the file is what a process wrote that was killed before it removed the work folder."""
-        with suppress(OSError):
-            return os.path.samefile(self.folder / PUBLISHED, self.output.path)
-        return False
-
-    def begin(self, job: dict[str, Any]) -> list[int]:
-        """Begin the work folder, or continue in it; return the numbers of the images that are missing. Raises
-        `UserError` for files of something else, and for images of another job unless they may be overwritten."""
-        if self.is_published():
-            same = read_job(self.folder) == json.loads(json.dumps(job))
-            self.remove_work()
-            if same:
-                return []
-            self.output.check_file()
-        begin_or_replace(self, job, {IMAGES, DONE})
-        count, (channels, height, width) = job["num_images"], job["image_shape"]
-        with self.output.errors():
-            done = self.read_done()
-            if done is None or len(done) != count or not done.any():
-                open_memmap(self.folder / IMAGES, "w+", np.uint8, (count, height, width, channels))
-                done = np.zeros(count, np.bool_)
-                with atomic_file(self.folder / DONE, overwrite=True) as path, path.open("wb") as file:
-                    np.save(file, done)
-        return np.flatnonzero(~done).tolist()
-
-    def read_done(self) -> np.ndarray | None:
-        """Whether each image has been made; None before the first one, and of damaged files."""
-        try:
-            images, done = np.load(self.folder / IMAGES, mmap_mode="r"), np.load(self.folder / DONE)
-        except (OSError, ValueError, EOFError):
-            return None
-        return done if done.dtype == np.bool_ and images.shape[:1] == done.shape and images.ndim == 4 else None
-
-    def made(self, job: dict[str, Any]) -> list[str]:
-        """The names of the files in the work folder; none before the first image is made."""
-        done = self.read_done()
-        return [] if done is None or not done.any() else [self.result.name, PUBLISHED, DONE, IMAGES]
-
-    def write(self, numbers: Sequence[int], images: np.ndarray) -> None:
-        """Write uint8 images (B, H, W, C), and then that they are made. Not through a map: on a full disk that ends the
-        process, and machines which share the folder would write back each other's parts of a page."""
-        with self.output.errors():
-            for name, values in ((IMAGES, images), (DONE, np.ones(len(numbers), np.bool_))):
-                start = open_memmap(self.folder / name, "r").offset
-                with (self.folder / name).open("r+b") as file:
-                    for number, value in zip(numbers, values, strict=True):
-                        file.seek(start + number * value.nbytes)
-                        file.write(value.tobytes())
-                fsync(self.folder / name)
-
-    def finish(self, job: dict[str, Any]) -> None:
-        """Write the file, and remove the work folder. Raises `UserError` for an image that is missing."""
-        if not (self.folder / JOB).exists():  # it had been published
-            return
-        if (done := self.read_done()) is None or not done.all():
-            raise UserError(f"out: images are missing in {self.folder}; all processes have to see the same disk")
-        images, labels = np.load(self.folder / IMAGES, mmap_mode="r"), label_ids(job)
-        with self.output.file(self.result) as path:
-            if self.is_grid:
-                known = [*(job["class_names"] or []), ""]  # the null class has no name
-                names = None if labels is None else [known[label] for label in labels]
-                write_picture(class_grid(np.array(images), names, self.columns, captions=self.captions), path)
-            else:
-                write_npz(path, images, labels)
-            (self.folder / PUBLISHED).unlink(missing_ok=True)
-            with suppress(OSError):  # a disk without links
-                os.link(path, self.folder / PUBLISHED)
+    def write_file(self, shape: Sequence[int], labels: list[int] | None, classes: list[str] | None) -> None:
+        """Write the single file, unless a killed process has, and remove the work folder. shape: of an image."""
+        images = (np.asarray(Image.open(self.folder / name).convert("RGB")) for name in self.names)
+        if self.suffix != ".npz":
+            picture = class_grid(np.stack(list(images)), classes, self.config.columns, captions=self.config.captions)
+            write_picture(picture, self.result)
+        else:
+            write_npz(self.result, images, (len(self.names), *shape[1:], 3), labels)
+        out = self.output.path
+        if not (out.is_file() and filecmp.cmp(self.result, out, shallow=False)):
+            fsync(self.result)
+            require_writable(out, self.output.overwrite)
+            self.result.replace(out)
+            fsync(out.parent)
         self.remove_work()
 
     def remove_work(self) -> None:
-        """Remove the work folder, if nothing of others is in it."""
-        for name in (DONE, IMAGES, JOB, PUBLISHED):
+        """Remove the work folder, `job.json` last."""
+        for name in (self.result.name, *self.names, JOB):
             (self.folder / name).unlink(missing_ok=True)
-        with suppress(OSError):
+        with suppress(OSError):  # something of the user's is in it
             self.folder.rmdir()
 
 
-def begin_or_replace(images: ImageFolder | ImageFile, job: dict[str, Any], names: set[str]) -> None:
-    """Begin the job in the folder of `images`, whose files have these names, or continue it.
-
-    Files that another job made are removed if they may be overwritten; else `UserError` says what differs.
-    """
-    with images.output.errors():
-        try:
-            begin_job(images.folder, job, names.__contains__)
-        except OtherJobError as error:
-            made = images.made(read_job(images.folder) or {})
-            if made and not images.output.overwrite:
-                raise UserError(f"out: {error}, or begin anew with overwrite=true") from error
-            strange = names.intersection(os.listdir(images.folder)) - set(made)
-            if isinstance(images, ImageFolder) and strange:
-                raise UserError(f"out: {images.folder} holds {min(strange)}, which this did not write") from error
-            for name in made:
-                (images.folder / name).unlink(missing_ok=True)
-            begin_job(images.folder, job, names.__contains__, anew=True)
-
-
-def write_npz(path: Path, images: np.ndarray, labels: list[int] | None) -> None:
-    """Write images (N, H, W, C) and their classes, some at a time, uncompressed as `numpy.savez` does. Grey ones are
-    repeated, since readers want three channels."""
-    count, height, width, channels = images.shape
-    arrays: list[tuple[str, np.ndarray, tuple[int, ...]]] = [("arr_0", images, (count, height, width, 3))]
+def write_npz(path: Path, images: Iterable[np.ndarray], shape: Sequence[int], labels: list[int] | None) -> None:
+    """Write uint8 images (H, W, 3), all together of shape (N, H, W, 3), and their classes for ADM's evaluator (Dhariwal
+    & Nichol 2021, github.com/openai/guided-diffusion), one image at a time, uncompressed as `numpy.savez` does."""
+    arrays: list[tuple[str, Sequence[int], np.dtype, Iterable[np.ndarray]]] = [
+        ("arr_0", shape, np.dtype(np.uint8), images)
+    ]
     if labels is not None:
-        arrays.append(("arr_1", np.array(labels, np.int64), (count,)))
+        arrays.append(("arr_1", [len(labels)], np.dtype(np.int64), [np.array(labels, np.int64)]))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, array, shape in arrays:
-            header = {"descr": dtype_to_descr(array.dtype), "fortran_order": False, "shape": shape}
+        for name, size, kind, parts in arrays:
             info = zipfile.ZipInfo(f"{name}.npy")  # of 1980, so that the same images are the same file
             with archive.open(info, "w", force_zip64=True) as file:
+                header = {"descr": dtype_to_descr(kind), "fortran_order": False, "shape": tuple(size)}
                 write_array_header_1_0(file, header)
-                for start in range(0, count, CHUNK):
-                    part = array[start : start + CHUNK]
-                    file.write((part.repeat(3, -1) if part.shape[1:] == (height, width, 1) else part).tobytes())
+                for part in parts:
+                    file.write(part.tobytes())
 
 
 main = partial(

@@ -105,21 +105,25 @@ class TokenizerTask(Task):
         judged["held_out"] = self.images.held_out
         self.judged = {split: images for split, images in judged.items() if images is not None}
         self.evaluated = {split: min(EVALUATED_IMAGES, len(images)) for split, images in self.judged.items()}
-        self.tokenizer = self.new_tokenizer()
-        self.tokens_per_row = len(self.tokenizer.grid)
-        self.weights = loss_weights_of(config.loss, self.tokenizer)
-        parameters = [parameter for parameter in self.tokenizer.parameters() if parameter.requires_grad]
-        self.nets: dict[str, nn.Module] = {"model": self.tokenizer} if parameters else {}
+        self.set_up(self.new_tokenizer())
+        self.perceptual = Perceptual(config.loss.perceptual_net, device) if config.loss.perceptual else None
+
+    def set_up(self, tokenizer: Tokenizer) -> None:
+        """Make `tokenizer` a player, if it has parameters to train, and a critic, if there is one."""
+        config, self.tokenizer = self.config, tokenizer
+        self.tokens_per_row = len(tokenizer.grid)
+        self.weights = loss_weights_of(config.loss, tokenizer)
+        parameters = [parameter for parameter in tokenizer.parameters() if parameter.requires_grad]
+        self.nets: dict[str, nn.Module] = {"model": tokenizer} if parameters else {}
         self.players = {"model": parameters} if parameters else {}
         self.adversary: Adversary | None = None
         if parameters and config.critic.weight:
-            self.adversary = make_adversary(config.critic, self.images.train.image_shape)
+            self.adversary = make_adversary(config.critic, tokenizer.image_shape)
             self.nets["critic"] = self.adversary.critic
             self.players["critic"] = list(self.adversary.critic.parameters())
             self.rates, self.betas = {"critic": config.critic.lr}, {"critic": config.critic.betas}
         self.reconstructions: deque[Tensor] = deque()  # from the tokenizer's turn to the critic's, one per micro-batch
-        self.model = Stage(self.tokenizer, self.adversary.critic if self.adversary else None)
-        self.perceptual = Perceptual(config.loss.perceptual_net, device) if config.loss.perceptual else None
+        self.model = Stage(tokenizer, self.adversary.critic if self.adversary else None)
 
     def new_tokenizer(self) -> Tokenizer:
         """The tokenizer that the run begins with: by `init`, and initialized by some of the training images."""

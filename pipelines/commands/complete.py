@@ -7,19 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ImageOps
 from pydantic import Field
 from torch import Tensor
 
 from prior import Prior
 
-from ..completion import ConditionError, complete, conditional_log_prob, make_mask, sees_all_known
+from ..completion import ConditionError, complete, conditional_log_prob, make_mask, sees_all_known, white_in
 from ..config import OutputConfig, UserError, run_command
 from ..config.table import table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import to_float
-from ..images.decoding import flatten, open_image
+from ..images.decoding import open_image
 from ..images.pictures import SUFFIXES, grid_picture, write_picture
 from ..options import Named, Sampling, UsesImages, choose_images, split_named
 from ..provenance import defaults
@@ -97,25 +96,15 @@ def run(config: CompleteConfig) -> dict[str, float]:
 def read_mask(name: str, pipeline: ImagePipeline) -> Tensor:
     """What is known, bool `(H, W)`, under the mask or mask file `name`. Raises `UserError`."""
     shape, path = pipeline.tokenizer.image_shape, Path(name)
-    if path.suffix.lower() not in SUFFIXES:
-        try:
-            return make_mask(name, shape, pipeline.prior.grid.shape)
-        except ValueError as error:
-            files = "" if name.startswith("scatter:") else f"; a mask of your own ends in {', '.join(SUFFIXES)}"
-            raise UserError(f"mask: {error}{files}") from error
     try:
-        picture = flatten(ImageOps.exif_transpose(open_image(path))).convert("L")
+        if path.suffix.lower() not in SUFFIXES:
+            return make_mask(name, shape, pipeline.prior.grid.shape)
+        hidden = white_in(open_image(path), None, shape[1:])
     except Exception as error:  # damaged files make Pillow raise almost anything
         raise UserError(f"mask: {name}: {getattr(error, 'strerror', None) or error}") from error
-    if picture.size != (shape[2], shape[1]):
-        raise UserError(
-            f"mask: {name} has {picture.width} x {picture.height} pixels; the images have {shape[2]} x {shape[1]}, and "
-            "so should the mask"
-        )
-    known = torch.from_numpy(np.asarray(picture) < 128)
-    if bool(known.all()):
+    if not bool(hidden.any()):
         raise UserError(f"mask: {name} hides nothing; it should be white where images are hidden")
-    return known
+    return ~hidden
 
 
 def pixel_errors(pipeline: ImagePipeline, truth: Tensor, drawn: Tensor, known: Tensor) -> dict[str, float]:
@@ -150,20 +139,17 @@ def report(
     """The figures as people read them, with what the draws were conditioned on. refusal: why there is no log p."""
     keep = pipeline.tokenizer.known_tokens(known[None]).flatten(1).to(pipeline.device)
     hidden = int((~keep).sum())
-    share = float((~known).double().mean())
     score = f"not available ({refusal})"
     if not refusal:
         nats = figures["conditional_log_prob"]
         score = f"{nats:.2f} nats, {-nats / hidden / np.log(2):.3f} bits per hidden token (mean of the images)"
+    share, best = float((~known).double().mean()), figures["best_pixel_error"]
     rows = [
         ("hidden", f"{config.mask}: {share:.1%} of the pixels, {hidden} of {keep.numel()} tokens"),
         ("known tokens seen", what_is_seen(pipeline.prior, keep)),
         ("log p of the truth", score),
-        (
-            "pixel error",
-            f"{figures['pixel_error']:.1f} mean, {figures['best_pixel_error']:.1f} best of {config.draws}; of a "
-            f"reconstruction {figures['tokenizer_pixel_error']:.1f} (absolute, of 255, where hidden)",
-        ),
+        ("pixel error", f"{figures['pixel_error']:.1f} of 255 where hidden, best of {config.draws} draws {best:.1f}"),
+        ("of a reconstruction", f"{figures['tokenizer_pixel_error']:.1f}"),
         ("sheet", f"{config.out}: truth, what is known, {config.draws} draws"),
     ]
     return table(rows)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from tokenizer import Tokenizer
 from tokenizer.autoencoder import Autoencoder
-from tokenizer.files import ConfigError, FormatError, hash_file, quote, read_json
+from tokenizer.files import ConfigError, hash_file, read_json
 from tokenizer.model import open_weights
 from tokenizer.published import Layout, Shapes, build, prefix_of, recognise
 
@@ -27,7 +27,6 @@ from ..images.dataset import Side
 from ..provenance import save_tokenizer
 
 CODE = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".jit"}  # pickles and TorchScript
-INDEX = "model.safetensors.index.json"  # of transformers' weights in several files
 DIFFUSERS_WEIGHTS, SETTINGS = "diffusion_pytorch_model.safetensors", "config.json"
 IMAGE_SIZE, GROUPS = 256, 32  # of the published models whose weights come without a configuration
 UNKNOWN_SOURCE = "(not known of imported weights: give data.source)"  # where verbs look for the training images
@@ -95,50 +94,24 @@ def run(config: ImportConfig) -> Path:
 
 
 def find_weights(source: str) -> Path:
-    """The safetensors file that `source` is or holds. Raises `UserError`, and `FormatError` for a damaged index."""
+    """The safetensors file that `source` is or holds. Raises `UserError`."""
     path = Path(os.path.expanduser(source))
     if not path.exists():
         raise UserError(f"source: there is no file or folder {source[:200]} (download models of a Hub first)")
-    if not path.is_dir():
-        if path.suffix.lower() in CODE:
-            refuse_code(path)
-        return path
-    if (path / DIFFUSERS_WEIGHTS).is_file():
-        return path / DIFFUSERS_WEIGHTS
-    found = sorted(path.glob("*.safetensors"))
-    if len(found) == 1:
-        return found[0]
-    if (path / INDEX).is_file():
-        return find_part(path / INDEX)
-    if found:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = [file for file in files if file.suffix == ".safetensors"]
+    preferred = [file for file in found if file.name == DIFFUSERS_WEIGHTS] or found
+    if len(preferred) > 1:
         names = ", ".join(file.name for file in found[:5])
-        raise UserError(f"source: {path} holds {len(found)} files of weights, name one of them ({names})")
-    if code := sorted(file for file in path.iterdir() if file.suffix.lower() in CODE):
-        refuse_code(code[0])
-    inner = [str(file.parent) for file in sorted(path.glob(f"*/{DIFFUSERS_WEIGHTS}"))]
-    hint = f"; did you mean {' or '.join(inner)}?" if inner else ""
-    raise UserError(f"source: {path} holds no .safetensors file{hint}")
-
-
-def find_part(index: Path) -> Path:
-    """Of a whole model in several files, the one that holds the tokenizer. Raises `UserError` and `FormatError`."""
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise FormatError(f"{index}: weight_map: expected a file for each weight (found {quote(places)})")
-    prefix = prefix_of(places)
-    files = {file for name, file in places.items() if prefix and name.startswith(prefix)}
-    if len(files) != 1 or Path(name := files.pop()).name != name:
-        raise UserError(f"source: {index}: a tokenizer's weights should be in one file of the folder")
-    return index.parent / name
-
-
-def refuse_code(path: Path) -> NoReturn:
-    """Raise `UserError` for a pickle or TorchScript, with the call that reads its weights."""
-    load = "torch.jit.load(FILE).state_dict()" if path.suffix == ".jit" else "torch.load(FILE, weights_only=True)"
-    raise UserError(
-        f"source: {path} can run code when it is opened, so it is not; if you trust it, read its weights by {load}, "
-        f"write them by safetensors.torch.save_file, and import that file"
-    )
+        raise UserError(f"source: {path} holds {len(found)} files of weights; choose one of them ({names})")
+    if not preferred and (code := [file for file in files if file.suffix.lower() in CODE]):
+        raise UserError(
+            f"source: {code[0]} can run code when it is opened; if you trust it, read its weights in Python, write "
+            "them by safetensors.torch.save_file, and import that file"
+        )
+    if not preferred:
+        raise UserError(f"source: {path} holds no .safetensors file; is the model in a folder below?")
+    return preferred[0]
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
@@ -179,28 +152,15 @@ def describe(sizes: dict[str, Any], beside: dict[str, Any], layout: Layout, path
 
 
 def summary(model: Autoencoder, title: str, assumed: bool, out: str, unused: list[str]) -> str:
-    """What was imported, and the next commands. assumed: whether nothing says the size of the images."""
+    """What was imported, and the next command. assumed: whether nothing says the size of the images."""
     channels, height, width = model.image_shape
-    size = "; their size is assumed, weights do not say it: image_size=..." if assumed else ""
-    rest = f", {len(unused)} weight{'s' * (len(unused) > 1)} that only training needs left out" if unused else ""
-    by_direction = " compared by direction" if getattr(model.quantizer.config, "normalize", False) else ""
-    ids = f"{' x '.join(map(str, model.grid.shape))} ids of {model.grid.vocab_size:,}"
-    parameters = sum(p.numel() for p in model.parameters())
-    widths, blocks = list(model.config.widths), model.config.blocks
     rows = [
-        ("  images", f"{height} x {width} {'grey' if channels == 1 else 'RGB'}{size}"),
-        ("  tokens", f"{ids}, codes of {model.quantizer.dim}{by_direction}"),
-        ("  network", f"{model.name}, widths {widths}, blocks {blocks}, {parameters:,} parameters"),
-        ("  folder", out),
+        ("weights", f"{title}, {len(unused)} weights that only training needs left out"),
+        ("images", f"{height} x {width}, {channels} channels{', an assumed size: image_size=' if assumed else ''}"),
+        ("tokens", f"{' x '.join(map(str, model.grid.shape))} ids of {model.grid.vocab_size:,}"),
+        ("network", f"{model.name}, {sum(p.numel() for p in model.parameters()):,} parameters"),
     ]
-    return "\n".join(
-        [
-            f"{title}{rest}",
-            table(rows),
-            f"smalti reconstruct tokenizer={out} data.source=FOLDER",
-            f"smalti encode tokenizer={out} data.source=FOLDER out=TOKENS",
-        ]
-    )
+    return f"{table(rows)}\n{out}; next: smalti encode tokenizer={out} data.source=FOLDER out=TOKENS"
 
 
 main = partial(run_command, ImportConfig, run, verb="import", description=__doc__)

@@ -46,16 +46,14 @@ def run(config: VerifyConfig) -> Path | None:
         return verify_folder(Path(config.folder))
     if not importing.IMPORTED:
         raise UserError("folder: missing; give folder=FOLDER, or --import FILE for models of your own")
-    checked, broken = 0, []
-    for name, promise, problem in check_imported(config):
-        checked += 1
+    found = list(check_imported(config))
+    for name, promise, problem in found:
         print(f"ok      {name}: {promise}" if problem is None else f"BROKEN  {name}: {promise}: {problem}")
-        broken += [] if problem is None else [f"{name}: {promise}"]
-    if not checked:
+    if not found:
         raise UserError("--import: registers no prior, quantizer or tokenizer")
-    if broken:
-        raise UserError(f"--import: {len(broken)} of {checked} promises broken, first: {broken[0]}")
-    print(f"all {checked} promises hold")
+    if broken := [f"{name}: {promise}" for name, promise, problem in found if problem is not None]:
+        raise UserError(f"--import: {len(broken)} of {len(found)} promises broken, first: {broken[0]}")
+    print(f"all {len(found)} promises hold")
     return None
 
 

@@ -7,21 +7,15 @@ import pytest
 from pipelines.__main__ import main
 
 
-def printed_and_errors(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[str, list[str]]:
-    """What the command printed before it failed, and its lines of error."""
+def errors_of(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
+    """The lines of error of a command."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         main(list(argv))
-    printed, errors = capsys.readouterr()
-    lines = errors.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2
     assert lines and all(line.startswith("error: ") for line in lines), lines
-    return printed, lines
-
-
-def errors_of(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
-    """The lines of error of a command."""
-    return printed_and_errors(capsys, *argv)[1]
+    return lines
 
 
 def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:

@@ -12,7 +12,7 @@ from givens.image_files import write_pictures
 from givens.published_weights import imported, random_images, random_weights, taming_shapes
 from safetensors.torch import save_file
 
-from pipelines.__main__ import load, main, verbs
+from pipelines.__main__ import main
 from pipelines.commands.import_ import ImportConfig, run
 from tokenizer import Tokenizer
 
@@ -42,19 +42,8 @@ def test_weights_of_training_are_left_out_and_counted(small, tmp_path, capsys):
         "model_ema.num_updates": torch.tensor(3),
     }
     tokenizer = imported(write({**weights, **more}), tmp_path / "out", "groups=4", "image_size=16")
-    printed = capsys.readouterr().out
-    assert "taming-transformers VQGAN, 5 weights that only training needs left out" in printed
+    assert "5 weights that only training needs left out" in capsys.readouterr().out
     assert sum(p.numel() for p in tokenizer.parameters()) == sum(value.numel() for value in weights.values())
-    assert f"{sum(value.numel() for value in weights.values()):,} parameters" in printed
-    assert "8 x 8 ids of 32, codes of 4" in printed and f"smalti encode tokenizer={tmp_path}/out" in printed
-
-
-def test_the_verb_is_called_import(small, tmp_path, capsys):
-    weights, write = small
-    assert load("import").run and "import_" not in verbs()
-    main(["import", f"source={write(weights)}", f"out={tmp_path}/out", "groups=4"])
-    assert capsys.readouterr().out.startswith(f"{tmp_path}/model.safetensors: taming-transformers VQGAN\n")
-    assert Tokenizer.from_pretrained(tmp_path / "out").grid.shape == (128, 128)
 
 
 @pytest.mark.parametrize("source", ["~/model.safetensors", "~"])
@@ -65,14 +54,6 @@ def test_the_home_is_found(small, tmp_path, monkeypatch, source):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert run(ImportConfig(source=source, out=str(tmp_path / "out"), groups=4)) == tmp_path / "out"
     assert Tokenizer.from_pretrained(tmp_path / "out").grid.shape == (128, 128)
-
-
-def test_an_assumed_image_size_is_said(small, tmp_path, capsys):
-    weights, write = small
-    assert imported(write(weights), tmp_path / "out", "groups=4").image_shape == (3, 256, 256)
-    assert "256 x 256 RGB; their size is assumed" in capsys.readouterr().out
-    imported(write(weights), tmp_path / "out", "groups=4", "image_size=32")
-    assert "size is assumed" not in capsys.readouterr().out
 
 
 CONV = "decoder.up.1.block.0.conv1.weight"
@@ -118,44 +99,31 @@ def test_what_the_weights_can_not_do_is_named(small, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (struct.pack("<Q", 1 << 40) + b"{}", "not a readable safetensors file"),
-        (b"PK\x03\x04 a zip of pickles, as torch.save writes it", "not a readable safetensors file"),
-        (struct.pack("<Q", 10) + b"0123456789", "not a readable safetensors file"),
-        (b"", "not a readable safetensors file"),
-    ],
+    "content",
+    [struct.pack("<Q", 1 << 40) + b"{}", b"PK\x03\x04 a zip of pickles", struct.pack("<Q", 10) + b"0123456789", b""],
 )
-def test_damaged_files_are_one_line(tmp_path, capsys, content, message):
+def test_damaged_files_are_one_line(tmp_path, capsys, content):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    error = fails(capsys, "import", f"source={path}", f"out={tmp_path}/out")
-    assert message in error and str(path) in error
+    assert str(path) in fails(capsys, "import", f"source={path}", f"out={tmp_path}/out")
 
 
-def test_places_without_weights_are_named(tmp_path, capsys):
-    def error_of(source):
-        return fails(capsys, "import", f"source={source}", f"out={tmp_path}/out")
-
-    assert "there is no file or folder" in error_of(tmp_path / "nowhere")
-    (tmp_path / "pipeline" / "vqvae").mkdir(parents=True)
-    assert error_of(tmp_path / "pipeline").endswith("holds no .safetensors file")
-    (tmp_path / "pipeline" / "vqvae" / "diffusion_pytorch_model.safetensors").touch()
-    assert f"did you mean {tmp_path}/pipeline/vqvae?" in error_of(tmp_path / "pipeline")
+def test_places_without_weights_are_refused(small, tmp_path, capsys):
+    weights, write = small
+    (tmp_path / "empty").mkdir()
     (tmp_path / "two").mkdir()
-    (tmp_path / "two" / "a.safetensors").touch()
-    (tmp_path / "two" / "b.safetensors").touch()
-    assert "holds 2 files of weights, name one of them (a.safetensors, b.safetensors)" in error_of(tmp_path / "two")
-    save_file(
-        {
-            "encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(8, 8, 3, 3),
-            "encoder.conv_in.weight": torch.zeros(8, 3, 3, 3),
-            "encoder.conv_out.weight": torch.zeros(4, 8, 3, 3),
-            "quantize.embedding.weight": torch.zeros(8, 4),
-        },
-        tmp_path / "bare.safetensors",
-    )
-    assert f"{tmp_path}/config.json: no such file" in error_of(tmp_path / "bare.safetensors")
+    for name in ("a", "b"):
+        write(weights).rename(tmp_path / "two" / f"{name}.safetensors")
+    for name in ("nowhere", "empty", "two"):
+        assert fails(capsys, "import", f"source={tmp_path}/{name}", f"out={tmp_path}/out").startswith("error: source: ")
+    bare = {
+        "encoder.down_blocks.0.resnets.0.conv1.weight": torch.zeros(8, 8, 3, 3),
+        "encoder.conv_in.weight": torch.zeros(8, 3, 3, 3),
+        "encoder.conv_out.weight": torch.zeros(4, 8, 3, 3),
+        "quantize.embedding.weight": torch.zeros(8, 4),
+    }
+    line = fails(capsys, "import", f"source={write(bare)}", f"out={tmp_path}/out")
+    assert f"{tmp_path}/config.json: no such file" in line and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "vq.pt", "bare.bin", "autoencoder.jit"])
@@ -189,7 +157,6 @@ def test_encode_and_reconstruct_ask_for_images_and_know_their_shape(small, tmp_p
                 "data.held_out_fraction=0.5",
             ]
         )
-    assert "rows of 8x6 ids below 32" in capsys.readouterr().out
     facts = json.loads((tmp_path / "out" / "provenance.json").read_text())
     assert facts["imported"]["layout"] == "taming-transformers VQGAN" and len(facts["imported"]["sha256"]) == 64
 

@@ -14,8 +14,6 @@ from tiny_task import read_checkpoint
 
 from pipelines.__main__ import main
 from pipelines.commands import plan
-from pipelines.train_prior import TrainPriorConfig
-from pipelines.train_tokenizer import TrainTokenizerConfig
 from prior import Prior
 from tokenizer import TokenGrid
 
@@ -41,8 +39,6 @@ def test_parameters_and_flops_of_a_small_gpt():
     assert found.parameters == sum(p.numel() for p in model.parameters())
     forward = 64 * (2 * (2 * (4 * 64**2 + 3 * 64 * 160) + 64 * 64) + 4 * 2 * 64 * 64)
     assert found.flops == pytest.approx(3 * forward, rel=0.02)
-    assert found.flops_of_sample == pytest.approx(forward, rel=0.1)
-    assert planned(*TINY, "sampler.guidance_scale=2").flops_of_sample == pytest.approx(2 * forward, rel=0.1)
     aligned = planned(*TINY, "objective=cca")  # forward and backward twice, and a frozen copy that runs forward twice
     assert aligned.flops == pytest.approx(8 * forward, rel=0.02)
     assert aligned.states - found.states == pytest.approx(4 * found.parameters, rel=0.01)
@@ -64,7 +60,7 @@ def test_checkpointed_blocks_take_less_memory_and_more_flops():
 
 @pytest.mark.parametrize("stage", ["prior", "tokenizer", "critic"])
 def test_checkpoints_are_those_of_a_real_run(stage, tokens, tmp_path):
-    """Except for counts of steps and of how ids are used."""
+    """Except for counts of steps."""
     more = {"train__steps": 2, "train__save_every": 1, "train__optimizer": "muon"}
     if stage == "prior":
         found, run = planned(*prior_arguments(tmp_path / "run", tokens, **more)), train_prior
@@ -75,8 +71,7 @@ def test_checkpoints_are_those_of_a_real_run(stage, tokens, tmp_path):
         found = planned(*tokenizer_arguments(tmp_path / "run", **more))
         train_tokenizer(tmp_path / "run", **more)
     tensors = read_checkpoint(states(tmp_path / "run")[-1])
-    counted = [value.nbytes for name, value in tensors.items() if not re.search(r"/step$|\.use\.", name)]
-    assert found.checkpoint == pytest.approx(sum(counted), rel=0.01)
+    assert found.checkpoint == sum(value.nbytes for name, value in tensors.items() if not name.endswith("/step"))
 
 
 def test_time_is_flops_over_the_peak_that_is_reached():
@@ -89,10 +84,11 @@ def test_time_is_flops_over_the_peak_that_is_reached():
     assert by_clock.steps * by_clock.seconds_per_step == pytest.approx(120, rel=0.05)
 
 
-def test_facts_come_from_the_tokens_or_the_tokenizer(tokens):
+def test_keys_come_before_the_facts_of_the_tokens(tokens):
     found = planned(*GPT, f"tokens={tokens}", "rows=1000")
     assert found.rows == 1000 and found.grid == TokenGrid((7, 7), 16)
-    assert planned(*GPT, "tokenizer=vqvae_digits", "classes=10").grid == TokenGrid((7, 7), 128)
+    found = planned(*TINY, f"tokens={tokens}")
+    assert found.rows == 1000 and found.grid == TokenGrid((8, 8), 64)
 
 
 def test_a_prior_that_is_tuned_is_that_of_its_pipeline(tmp_path, monkeypatch):
@@ -113,11 +109,10 @@ def test_every_tokenizer_of_digits_has_a_plan(path, capsys):
 
 
 BAD = [
-    ([], "model.kind"),
+    ([], "grid, vocab_size, classes"),
     (["model.kind=quantum"], "model.kind"),
     (GPT, "grid, vocab_size, classes"),
     ([*GPT, "grid=[16,16]", "vocab_size=4"], "classes"),
-    ([*GPT, "tokenizer=nowhere", "classes=2"], "tokenizer"),
     ([*TINY, "gpus=0"], "gpus"),
     ([*TINY, "gpu=tpu"], "gpu"),
     ([*TINY, "utilization=2"], "utilization"),
@@ -139,15 +134,6 @@ BAD = [
 @pytest.mark.parametrize(("argv", "key"), BAD, ids=lambda part: part if isinstance(part, str) else "")
 def test_mistakes_are_one_line(argv, key, capsys):
     assert fails(capsys, "plan", *argv).startswith(f"error: {key}:")
-
-
-def test_train_commands_are_taken_as_they_are():
-    for cls, base in ((plan.PlanPriorConfig, TrainPriorConfig), (plan.PlanTokenizerConfig, TrainTokenizerConfig)):
-        assert set(cls.model_fields) == set(base.model_fields) | set(plan.PlanConfig.model_fields)
-
-
-def test_gpus_of_the_help_are_those_of_the_table():
-    assert set(plan.PlanConfig.model_fields["gpu"].annotation.__args__) == set(plan.GPUS)
 
 
 # The documentation

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from command import fails, printed_and_errors
+from command import fails
 from givens.agreement import agree_in_double
 from givens.published_references import cosmos_says, from_wavelets, wavelets
 from givens.published_weights import cosmos_shapes, imported, random_images, random_weights
@@ -69,14 +69,6 @@ def test_wavelets_are_the_convolutions_that_were_published_and_lose_nothing():
         assert torch.allclose(folded, wavelets(x, patch), atol=1e-12)
         assert torch.allclose(InverseHaar(patch)(folded), x, atol=1e-12)
         assert torch.allclose(InverseHaar(patch)(folded), from_wavelets(folded, patch), atol=1e-12)
-
-
-def test_torchscript_is_refused_unopened(tmp_path, capsys):
-    torch.jit.save(torch.jit.script(torch.nn.Conv2d(3, 4, 3)), tmp_path / "autoencoder.jit")
-    printed, (error,) = printed_and_errors(
-        capsys, "import", f"source={tmp_path}/autoencoder.jit", f"out={tmp_path}/out"
-    )
-    assert f"{tmp_path}/autoencoder.jit" in error and not printed and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

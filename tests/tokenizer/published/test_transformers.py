@@ -96,35 +96,6 @@ def test_a_whole_models_file_is_read(tmp_path):
     agree(tokenizer, images, *janus_says(model, images))
 
 
-def test_the_file_of_several_that_has_the_tokenizer_is_found(tmp_path, capsys):
-    saved(tmp_path / "model", "JanusVQVAE", JANUS)
-    weights = load_file(tmp_path / "model" / "model.safetensors")
-    folder = tmp_path / "whole"
-    folder.mkdir()
-    whole = {f"model.vqmodel.{name}": value for name, value in weights.items()}
-    save_file({"lm_head.weight": torch.zeros(5, 4)}, folder / "model-00001-of-00002.safetensors")
-    save_file(whole, folder / "model-00002-of-00002.safetensors")
-    places = {"lm_head.weight": "model-00001-of-00002.safetensors"}
-    places |= dict.fromkeys(whole, "model-00002-of-00002.safetensors")
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    imported(folder, tmp_path / "out", "image_size=16")
-
-    def error_of(changed):
-        index.write_text(json.dumps(changed))
-        return fails(capsys, "import", f"source={folder}", f"out={tmp_path}/out")
-
-    first = next(iter(whole))
-    others = [
-        {**places, first: "model-00001-of-00002.safetensors"},
-        dict.fromkeys(whole, "../model/model.safetensors"),
-        {"lm_head.weight": "model-00001-of-00002.safetensors"},
-    ]
-    for changed in others:
-        assert error_of({"weight_map": changed}).startswith("error: source: ")
-    assert "weight_map: expected a file for each weight (found [1])" in error_of({"weight_map": [1]})
-
-
 def test_the_published_sizes_are_ours():
     """Of Janus-Pro, by the defaults of its configuration."""
     with torch.device("meta"):
