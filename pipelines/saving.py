@@ -79,7 +79,7 @@ class IndexFile(BaseModel):
     background: Text = ""
     variant: Literal["fp16", "bf16"] | None = None
     labels: list[Text]
-    sampler: Any
+    sampler: dict[str, Any]
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -98,29 +98,18 @@ def read_index(folder: Path) -> dict[str, Any]:
     for part, family in families + [(BACKGROUND, Prior)] * (BACKGROUND in index):
         if not family.has(index[part]):
             raise ConfigError(f"{path}: {part}: {family.describe_unknown(index[part])}")
-    check_labels(index["labels"])
-    make_sampler(Prior.find(index["prior"]), index["sampler"], path)
     return index
 
 
-def require_variant(index: dict[str, Any], variant: str | None, path: Path) -> None:
-    """Raise `PathError` where another variant is asked for than the one that is there; None takes what is there."""
-    weights_names(variant)
-    found = index.get("variant")
-    if variant is not None and variant != found:
-        there = f"of variant {found!r}" if found else "that are no variant"
-        raise PathError(f"{path}: variant: no {variant!r}, only weights {there}; leave variant out to load them")
-
-
-def make_sampler(prior: type[Prior], settings: dict[str, Any], path: str | Path = INDEX) -> SamplingOptions:
-    """The default settings of sampling from a prior of this kind. Raises `ConfigError`, naming the file, for one that
-    the prior does not have or that is out of range."""
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path}: sampler: found {quote(settings)}, expected an object")
+def make_sampler(prior: Prior, settings: dict[str, Any]) -> SamplingOptions:
+    """The default settings of sampling from a prior. Raises `ConfigError` for one that the prior does not have or that
+    is out of range."""
     try:
-        return prior.make_sampling_options(**settings)
+        sampler = prior.make_sampling_options(**settings)
+        prior.check_sampling_options(sampler)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{path}: sampler: {error}") from error
+        raise ConfigError(f"{INDEX}: sampler: {error}") from error
+    return sampler
 
 
 def check_listed(folder: Path, manifest: dict[str, Any]) -> None:
@@ -193,15 +182,11 @@ def parse_picture(data: bytes, path: Path) -> np.ndarray:
     pixels, `FormatError` for one that cannot be read."""
     try:
         image = Image.open(io.BytesIO(data), formats=("PNG",))
-        if image.width * image.height > MAX_GRID_PIXELS:
-            raise LimitError(f"{path}: {image.width} x {image.height} pixels, at most {MAX_GRID_PIXELS} allowed")
-        return np.asarray(image.convert("RGB"))
-    except LimitError:
-        raise
-    except Image.UnidentifiedImageError:  # its own message names a memory address
-        raise FormatError(f"{path}: not a PNG file") from None
-    except Exception as error:  # damaged files make Pillow raise almost anything
-        raise FormatError(f"{path}: not a readable PNG file ({error})") from error
+        if (pixels := image.width * image.height) <= MAX_GRID_PIXELS:
+            return np.asarray(image.convert("RGB"))
+    except Exception:  # damaged files make Pillow raise almost anything
+        raise FormatError(f"{path}: not a readable PNG file") from None
+    raise LimitError(f"{path}: {pixels} pixels, at most {MAX_GRID_PIXELS} allowed")
 
 
 HERE = Path(__file__).parent / "shipped"
@@ -346,13 +331,15 @@ def _load(cls: type[Any], folder: Path, variant: str | None, verify: bool) -> An
     if verify:
         check_listed(folder, verify_manifest(folder))
     index = read_index(folder)
-    require_variant(index, variant, folder / INDEX)
     models = {
-        name: family.find(index[name]).load_folder(folder / name, variant=index.get("variant"))
+        name: family.find(index[name]).load_folder(folder / name, variant=variant or index.get("variant"))
         for name, family in (("tokenizer", Tokenizer), ("prior", Prior), (BACKGROUND, Prior))
         if name in index
     }
-    pipeline = cls(**models, labels=index["labels"], sampler=index["sampler"])
+    try:
+        pipeline = cls(**models, labels=index["labels"], sampler=index["sampler"])
+    except (ConfigError, IntegrityError) as error:  # begins with the file's name
+        raise type(error)(f"{folder / str(error)}") from error
     if (path := folder / CALIBRATION).exists():
         pipeline.calibration = Calibration.from_dict(parse_json(read_bytes(path, MAX_CALIBRATION_BYTES), path), path)
     if (path := folder / PROVENANCE).exists():
