@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .images.pictures import as_batch
+from .images.pictures import as_batch, to_float
 
 if TYPE_CHECKING:
     from .image_pipeline import ImagePipeline, Images
@@ -67,10 +67,12 @@ def embed_layers(
     given = as_batch(images, pipeline.tokenizer.image_shape)
     if not len(given):
         raise ValueError("images: there are none")
+    if given.dtype != torch.uint8:
+        given = pipeline.to_images(given)
     parts = []
     for _, part, ids in pipeline.batches(given, labels, batch_size):
-        batch = pipeline.to_images(part)  # as floats, all of them might not fit into memory
-        maps = position_vectors(pipeline, batch, ids, chosen)
+        floats = to_float(part) if part.dtype == torch.uint8 else part  # of all images, they might not fit into memory
+        maps = position_vectors(pipeline, floats.to(pipeline.device), ids, chosen)
         parts.append([pooled(each, how, pipeline) for each, how in zip(maps, pools, strict=True)])
     return [torch.cat(each) for each in zip(*parts, strict=True)]
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from prior import Prior
 from prior.sampling import SamplingOptions
@@ -42,12 +41,11 @@ from tokenizer.files import (
 from tokenizer.model import CONFIG, PROVENANCE, PretrainedModel, round_weights, weights_names
 
 from .anomaly.calibration import MAX_CALIBRATION_BYTES, Calibration
-from .card import TUNING, model_card
+from .card import model_card
 from .config import Within
-from .files import FieldError, Text, validate
+from .files import Number, Text, validate
 from .images.dataset import LONGEST, is_class_name
 from .images.pictures import write_picture
-from .metrics.figures import FIGURES
 
 if TYPE_CHECKING:
     from .image_pipeline import ImagePipeline
@@ -126,18 +124,6 @@ def check_labels(labels: Sequence[str]) -> None:
             raise ConfigError(f"{INDEX}: labels: {quote(label)} is no name: at most {LONGEST} printable characters")
 
 
-def check_figures(found: dict[str, Any], names: Iterable[str] = FIGURES) -> dict[str, Any]:
-    """Raise `FieldError` for a figure that the model card would show and that is neither number nor text."""
-    for name in names:
-        if not isinstance(found.get(name), (int, float, str, type(None))):
-            raise FieldError(name, "should be a number or text")
-    return found
-
-
-Figures = Annotated[dict[str, Any], AfterValidator(check_figures)]
-Tuning = Annotated[dict[str, Any], AfterValidator(partial(check_figures, names=TUNING))]
-
-
 class DataFacts(BaseModel):
     """What the model card shows of the images."""
 
@@ -147,16 +133,9 @@ class DataFacts(BaseModel):
 class TrainingFacts(BaseModel):
     """What the model card shows of how a model was trained."""
 
-    steps: Any = None
-    minutes: Any = None
-    evaluation: Figures = {}
-
-    @model_validator(mode="after")
-    def has_both(self) -> TrainingFacts:
-        """Steps are quote with the minutes that they took."""
-        if "steps" in self.model_fields_set and not {type(self.steps), type(self.minutes)} <= {int, float}:
-            raise FieldError("steps", "should be a number, beside one of minutes")
-        return self
+    steps: Number = 0
+    minutes: Number = 0
+    evaluation: dict[str, Any] = {}
 
 
 class ProvenanceFile(BaseModel):
@@ -165,13 +144,13 @@ class ProvenanceFile(BaseModel):
     data: DataFacts = DataFacts()
     tokenizer: TrainingFacts = TrainingFacts()
     prior: TrainingFacts = TrainingFacts()
-    evaluation: Figures = {}
-    tuning: Tuning = {}
+    evaluation: dict[str, Any] = {}
+    tuning: dict[str, Any] = {}
     license: Text | None = None
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """Read `provenance.json`: any facts, with numbers or text where the model card shows them. Raises `FormatError`."""
+    """Read `provenance.json`: any facts. Raises `FormatError` for those that no model card can show."""
     found = read_json(path)
     validate(ProvenanceFile, found, path)
     return found
