@@ -110,9 +110,7 @@ def choose_layer(pipeline: ImagePipeline, layer: Layer) -> tuple[str, int]:
         layer = count // 2
     name = f"prior.{layer}" if type(layer) is int else layer
     if name not in names:
-        of_prior = f"prior.0 to prior.{count - 1} (or 0 to {count - 1})" if count else "none of this prior"
-        named = "None is the prior's middle one" if layer is None else f"got {layer!r}"
-        raise ValueError(f"layer should be pixels, codes, embeddings, or {of_prior}; {named}")
+        raise ValueError(f"layer should be one of {', '.join(names)}, or the number of a prior's (got {layer!r})")
     source, _, index = name.partition(".")
     return source, int(index or 0)
 
