@@ -114,7 +114,7 @@ def measured_lines(facts: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     ]
     for stage in STAGES:
         trained = facts.get(stage, {})
-        if "steps" in trained:
+        if {"steps", "minutes"} <= set(trained):
             best = trained.get("best_step")
             weights = f"weights of step {best}, best on validation images" if type(best) is int else ""
             length = f"{trained['steps']} steps, {trained['minutes']:.1f} minutes"
@@ -134,9 +134,9 @@ def tuned_lines(tuning: dict[str, Any]) -> list[str]:
     return [TUNED.format_map(facts), ""]
 
 
-def number(value: float | str | None) -> str:
+def number(value: Any) -> str:
     """A number to four digits, or a text that stays within its line."""
-    return "?" if value is None else cell(value) if isinstance(value, str) else f"{value:.4g}"
+    return cell(value) if isinstance(value, str) else f"{value:.4g}" if isinstance(value, (int, float)) else "?"
 
 
 def cell(text: str) -> str:

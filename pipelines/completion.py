@@ -21,12 +21,11 @@ from PIL.Image import Image as Picture
 from torch import Tensor
 
 from prior import Prior
-from prior.orders import as_tensor, select_order
-from prior.sampling import Order, check_count, check_known
-from tokenizer.base import in_finest
+from prior.sampling import Order, as_tensor, check_count, check_known, select_order
+from tokenizer.precision import in_finest
 
 from .images.decoding import pixels_of
-from .images.pictures import check_output_type, convert_images
+from .images.pictures import LATENT, check_output_type, convert_images
 
 if TYPE_CHECKING:
     from .image_pipeline import ImagePipeline, Images, Label, PipelineOutput
@@ -37,7 +36,6 @@ Mask = Picture | Tensor | np.ndarray | list[Any] | None
 """A picture, or one for each image; or `(H, W)`, `(B, H, W)` or `(B, 1, H, W)`: bool, whole numbers of 0 to 255 (or 0
 and 1), or floats in [0, 1]. White, True and the upper half are drawn again."""
 WHITE = 128
-LATENT = "latent"
 MASKS = ("top", "bottom", "left", "right", "box")
 MASK_SEED = 0  # of scattered masks: the same ones for every seed of the draws, so that these can be compared
 

@@ -19,7 +19,6 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from prior import Prior
-from prior.orders import as_tensor, select_order
 from prior.sampling import (
     GUIDANCE,
     DecodingOptions,
@@ -27,9 +26,11 @@ from prior.sampling import (
     Order,
     SamplingOptions,
     Step,
+    as_tensor,
     check_count,
     check_known,
     progress_bar,
+    select_order,
     whole_number,
 )
 from tokenizer import Tokenizer
@@ -43,7 +44,7 @@ from .anomaly.calibration import Calibration
 from .compression.coding import compress, decompress, exact_pixels
 from .images.grids import class_grid
 from .images.origin import shareable
-from .images.pictures import as_batch, check_output_type, convert_images, to_images, to_uint8, warn_if_unit
+from .images.pictures import LATENT, check_output_type, convert_images, to_images, to_uint8
 from .processes.group import ALONE, ProcessGroup
 
 Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray]
@@ -52,7 +53,6 @@ Callback = Callable[[Any, int, int, dict[str, Tensor]], Any]
 """`callback_on_step_end`; see `ImagePipeline.__call__`."""
 
 SAMPLED = 80  # images of a sample picture
-LATENT = "latent"
 LOWEST_SEED, LAST_SEED = -(1 << 63), (1 << 64) - 1  # of torch
 
 T = TypeVar("T")
@@ -113,8 +113,8 @@ class ImagePipeline:
     that the prior's `Sampling` declares. Raises `IntegrityError` when the prior was trained on another tokenizer,
     `ConfigError` for names or settings that do not go with the prior.
 
-    To exchange a part, make another pipeline of it. `calibration`, `provenance` and `sample_grid` describe the parts
-    that the pipeline was loaded with.
+    `calibration`, `provenance` and `sample_grid` describe the models that are there: a pipeline forgets what was
+    measured of a model when another takes its place, as in `pipe.prior = other`.
 
     Completion, anomaly scores and features are functions of other modules, whose first argument is the pipeline.
     """
@@ -136,16 +136,19 @@ class ImagePipeline:
         self.background = None if background is None else background.eval()
         """A prior that was trained on perturbed tokens, for `anomaly_score(method="ratio")`."""
         self.labels = list(labels)
-        self.sampler = saving.make_sampler(type(prior), sampler or {})
-        try:
-            prior.check_sampling_options(self.sampler)
-        except ValueError as error:
-            raise ConfigError(f"{saving.INDEX}: sampler: {error}") from error
+        self.sampler = saving.make_sampler(prior, sampler or {})
         self.provenance: dict[str, Any] = {}
         self.sample_grid: np.ndarray | None = None
         self.calibration: Calibration | None = None
         self.progress_bar_config: dict[str, Any] = {}
         self._lock = threading.RLock()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in saving.PARTS and getattr(self, name, value) is not value:
+            self.calibration = None
+            if name != saving.BACKGROUND:  # which makes no images
+                self.provenance, self.sample_grid = {}, None
+        super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the lock: a copy has its own."""
@@ -309,9 +312,7 @@ class ImagePipeline:
     def to_images(self, images: Images) -> Tensor:
         """Float `(B, C, H, W)` in [-1, 1] on the pipeline's device, from images as users have them; see
         `pictures.as_batch`. Warns once of floats that look like [0, 1]."""
-        batch = as_batch(images, self.tokenizer.image_shape)
-        warn_if_unit(batch)
-        return to_images(batch, self.tokenizer.image_shape).to(self.device)
+        return to_images(images, self.tokenizer.image_shape).to(self.device)
 
     def batches(
         self, rows: Tensor, labels: Label | Sequence[Label], batch_size: int
@@ -418,20 +419,7 @@ class ImagePipeline:
     calibrate = serialized(calibrating.calibrate)
     anomaly_score = serialized(scores.anomaly_score)
     anomaly_map = serialized(healing.anomaly_map)
-
-    @serialized
-    def heal(
-        self,
-        images: Images,
-        labels: Label | Sequence[Label] = None,
-        *,
-        quantile: float = 0.98,
-        draws: int = 8,
-        seed: int = 0,
-    ) -> healing.Healed:
-        """`images` with their most surprising tokens drawn again, and where they differ; see `healing.heal`. Raises
-        `CalibrationError` without a calibration."""
-        return healing.heal(self, images, quantile, draws, seed, labels)
+    heal = serialized(healing.heal)
 
     # Images as vectors
 

@@ -7,7 +7,6 @@ pixels from which they are computed.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .images.pictures import as_batch, to_images
+from .images.pictures import as_batch, to_float
 
 if TYPE_CHECKING:
     from .image_pipeline import ImagePipeline, Images
@@ -65,16 +64,15 @@ def embed_layers(
     """`embed` of each of `layers`, from one pass."""
     chosen = [choose_layer(pipeline, layer) for layer in layers]
     pools = [choose_pool(source, pool) for source, _ in chosen]
-    shape = pipeline.tokenizer.image_shape
-    given = as_batch(images, shape)
+    given = as_batch(images, pipeline.tokenizer.image_shape)
     if not len(given):
         raise ValueError("images: there are none")
     if given.dtype != torch.uint8:
         given = pipeline.to_images(given)
     parts = []
     for _, part, ids in pipeline.batches(given, labels, batch_size):
-        batch = to_images(part, shape).to(pipeline.device)  # as floats, all of them might not fit into memory
-        maps = position_vectors(pipeline, batch, ids, chosen)
+        floats = to_float(part) if part.dtype == torch.uint8 else part  # of all images, they might not fit into memory
+        maps = position_vectors(pipeline, floats.to(pipeline.device), ids, chosen)
         parts.append([pooled(each, how, pipeline) for each, how in zip(maps, pools, strict=True)])
     return [torch.cat(each) for each in zip(*parts, strict=True)]
 
@@ -112,11 +110,7 @@ def choose_layer(pipeline: ImagePipeline, layer: Layer) -> tuple[str, int]:
         layer = count // 2
     name = f"prior.{layer}" if type(layer) is int else layer
     if name not in names:
-        near = difflib.get_close_matches(str(name), names, 1, 0.7) if isinstance(name, str) else []
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        of_prior = f"prior.0 to prior.{count - 1} (or 0 to {count - 1})" if count else "none of this prior"
-        named = "None is the prior's middle one" if layer is None else f"got {layer!r}{hint}"
-        raise ValueError(f"layer should be pixels, codes, embeddings, or {of_prior}; {named}")
+        raise ValueError(f"layer should be one of {', '.join(names)}, or the number of a prior's (got {layer!r})")
     source, _, index = name.partition(".")
     return source, int(index or 0)
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from prior import Prior
 from prior.sampling import SamplingOptions
@@ -42,12 +41,11 @@ from tokenizer.files import (
 from tokenizer.model import CONFIG, PROVENANCE, PretrainedModel, round_weights, weights_names
 
 from .anomaly.calibration import MAX_CALIBRATION_BYTES, Calibration
-from .card import TUNING, model_card
+from .card import model_card
 from .config import Within
-from .files import FieldError, Text, validate
+from .files import Number, Text, validate
 from .images.dataset import LONGEST, is_class_name
 from .images.pictures import write_picture
-from .metrics.figures import FIGURES
 
 if TYPE_CHECKING:
     from .image_pipeline import ImagePipeline
@@ -79,7 +77,7 @@ class IndexFile(BaseModel):
     background: Text = ""
     variant: Literal["fp16", "bf16"] | None = None
     labels: list[Text]
-    sampler: Any
+    sampler: dict[str, Any]
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -98,29 +96,18 @@ def read_index(folder: Path) -> dict[str, Any]:
     for part, family in families + [(BACKGROUND, Prior)] * (BACKGROUND in index):
         if not family.has(index[part]):
             raise ConfigError(f"{path}: {part}: {family.describe_unknown(index[part])}")
-    check_labels(index["labels"])
-    make_sampler(Prior.find(index["prior"]), index["sampler"], path)
     return index
 
 
-def require_variant(index: dict[str, Any], variant: str | None, path: Path) -> None:
-    """Raise `PathError` where another variant is asked for than the one that is there; None takes what is there."""
-    weights_names(variant)
-    found = index.get("variant")
-    if variant is not None and variant != found:
-        there = f"of variant {found!r}" if found else "that are no variant"
-        raise PathError(f"{path}: variant: no {variant!r}, only weights {there}; leave variant out to load them")
-
-
-def make_sampler(prior: type[Prior], settings: dict[str, Any], path: str | Path = INDEX) -> SamplingOptions:
-    """The default settings of sampling from a prior of this kind. Raises `ConfigError`, naming the file, for one that
-    the prior does not have or that is out of range."""
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path}: sampler: found {quote(settings)}, expected an object")
+def make_sampler(prior: Prior, settings: dict[str, Any]) -> SamplingOptions:
+    """The default settings of sampling from a prior. Raises `ConfigError` for one that the prior does not have or that
+    is out of range."""
     try:
-        return prior.make_sampling_options(**settings)
+        sampler = prior.make_sampling_options(**settings)
+        prior.check_sampling_options(sampler)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigError(f"{path}: sampler: {error}") from error
+        raise ConfigError(f"{INDEX}: sampler: {error}") from error
+    return sampler
 
 
 def check_listed(folder: Path, manifest: dict[str, Any]) -> None:
@@ -137,18 +124,6 @@ def check_labels(labels: Sequence[str]) -> None:
             raise ConfigError(f"{INDEX}: labels: {quote(label)} is no name: at most {LONGEST} printable characters")
 
 
-def check_figures(found: dict[str, Any], names: Iterable[str] = FIGURES) -> dict[str, Any]:
-    """Raise `FieldError` for a figure that the model card would show and that is neither number nor text."""
-    for name in names:
-        if not isinstance(found.get(name), (int, float, str, type(None))):
-            raise FieldError(name, "should be a number or text")
-    return found
-
-
-Figures = Annotated[dict[str, Any], AfterValidator(check_figures)]
-Tuning = Annotated[dict[str, Any], AfterValidator(partial(check_figures, names=TUNING))]
-
-
 class DataFacts(BaseModel):
     """What the model card shows of the images."""
 
@@ -158,16 +133,9 @@ class DataFacts(BaseModel):
 class TrainingFacts(BaseModel):
     """What the model card shows of how a model was trained."""
 
-    steps: Any = None
-    minutes: Any = None
-    evaluation: Figures = {}
-
-    @model_validator(mode="after")
-    def has_both(self) -> TrainingFacts:
-        """Steps are quote with the minutes that they took."""
-        if "steps" in self.model_fields_set and not {type(self.steps), type(self.minutes)} <= {int, float}:
-            raise FieldError("steps", "should be a number, beside one of minutes")
-        return self
+    steps: Number = 0
+    minutes: Number = 0
+    evaluation: dict[str, Any] = {}
 
 
 class ProvenanceFile(BaseModel):
@@ -176,13 +144,13 @@ class ProvenanceFile(BaseModel):
     data: DataFacts = DataFacts()
     tokenizer: TrainingFacts = TrainingFacts()
     prior: TrainingFacts = TrainingFacts()
-    evaluation: Figures = {}
-    tuning: Tuning = {}
+    evaluation: dict[str, Any] = {}
+    tuning: dict[str, Any] = {}
     license: Text | None = None
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """Read `provenance.json`: any facts, with numbers or text where the model card shows them. Raises `FormatError`."""
+    """Read `provenance.json`: any facts. Raises `FormatError` for those that no model card can show."""
     found = read_json(path)
     validate(ProvenanceFile, found, path)
     return found
@@ -193,15 +161,11 @@ def parse_picture(data: bytes, path: Path) -> np.ndarray:
     pixels, `FormatError` for one that cannot be read."""
     try:
         image = Image.open(io.BytesIO(data), formats=("PNG",))
-        if image.width * image.height > MAX_GRID_PIXELS:
-            raise LimitError(f"{path}: {image.width} x {image.height} pixels, at most {MAX_GRID_PIXELS} allowed")
-        return np.asarray(image.convert("RGB"))
-    except LimitError:
-        raise
-    except Image.UnidentifiedImageError:  # its own message names a memory address
-        raise FormatError(f"{path}: not a PNG file") from None
-    except Exception as error:  # damaged files make Pillow raise almost anything
-        raise FormatError(f"{path}: not a readable PNG file ({error})") from error
+        if (pixels := image.width * image.height) <= MAX_GRID_PIXELS:
+            return np.asarray(image.convert("RGB"))
+    except Exception:  # damaged files make Pillow raise almost anything
+        raise FormatError(f"{path}: not a readable PNG file") from None
+    raise LimitError(f"{path}: {pixels} pixels, at most {MAX_GRID_PIXELS} allowed")
 
 
 HERE = Path(__file__).parent / "shipped"
@@ -346,13 +310,15 @@ def _load(cls: type[Any], folder: Path, variant: str | None, verify: bool) -> An
     if verify:
         check_listed(folder, verify_manifest(folder))
     index = read_index(folder)
-    require_variant(index, variant, folder / INDEX)
     models = {
-        name: family.find(index[name]).load_folder(folder / name, variant=index.get("variant"))
+        name: family.find(index[name]).load_folder(folder / name, variant=variant or index.get("variant"))
         for name, family in (("tokenizer", Tokenizer), ("prior", Prior), (BACKGROUND, Prior))
         if name in index
     }
-    pipeline = cls(**models, labels=index["labels"], sampler=index["sampler"])
+    try:
+        pipeline = cls(**models, labels=index["labels"], sampler=index["sampler"])
+    except (ConfigError, IntegrityError) as error:  # begins with the file's name
+        raise type(error)(f"{folder / str(error)}") from error
     if (path := folder / CALIBRATION).exists():
         pipeline.calibration = Calibration.from_dict(parse_json(read_bytes(path, MAX_CALIBRATION_BYTES), path), path)
     if (path := folder / PROVENANCE).exists():

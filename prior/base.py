@@ -18,18 +18,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.base import Grid, TokenGrid, full_float32, in_finest
+from tokenizer.base import Grid, TokenGrid
 from tokenizer.config import Fact, ModelConfig, Node
 from tokenizer.model import PretrainedModel
+from tokenizer.precision import full_float32, in_finest
 
 from .cuda_graph import release_graph
 from .heads import Head, PositionSteps, Softmax, head_problem, make_head
 from .orders import (
     Partition,
-    as_tensor,
     block_numbers,
     blocks_problem,
-    is_integer,
     known_first,
     make_order,
     make_partition,
@@ -45,8 +44,10 @@ from .sampling import (
     SampleBatch,
     SamplingOptions,
     UncachedState,
+    as_tensor,
     check_labels,
     choose_orders,
+    is_integer,
     make_batch,
     sample_blocks,
     whole_number,

@@ -84,13 +84,6 @@ def without_graphs() -> Iterator[None]:
         Graph.allowed = before
 
 
-def can_capture(device: torch.device) -> bool:
-    """Return whether graphs can be captured on this device now."""
-    if not Graph.allowed or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
-        return False
-    return not torch.cuda.is_current_stream_capturing()
-
-
 def capture(run: Callable[[], None]) -> Callable[[], None]:
     """Record the kernels that `run` launches; returns what launches them again."""
     graph = torch.cuda.CUDAGraph()

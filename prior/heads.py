@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.base import TokenGrid, at_least_float32
+from tokenizer.base import TokenGrid
 from tokenizer.config import ModelConfig
 from tokenizer.layers import FusedLinear
 from tokenizer.model import Registered
+from tokenizer.precision import at_least_float32
 
 from .objectives import mean_nats, token_nats
 

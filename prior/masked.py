@@ -18,10 +18,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.base import TokenGrid, at_least_float32, full_float32, in_finest
+from tokenizer.base import TokenGrid
+from tokenizer.precision import at_least_float32, full_float32, in_finest
 
 from .base import Prior, to_device_async
-from .orders import Partition, as_tensor, block_numbers
+from .orders import Partition, block_numbers
 from .parallel import rows_per_pass
 from .sampling import (
     CONFIDENCE,
@@ -32,6 +33,7 @@ from .sampling import (
     SamplingOptions,
     TokenNoise,
     UncachedState,
+    as_tensor,
     check_labels,
     gumbel_noise,
     is_number,

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -170,34 +170,6 @@ def key_of(kind: str, numbers: tuple[str, ...], shape: tuple[int, int]) -> KeyOf
 def make_order(name: str, shape: tuple[int, ...]) -> Tensor:
     """Return the order called `name` over a grid of `shape`, int64 `(N,)`. Raises as `make_partition` does."""
     return make_partition(name, shape).order
-
-
-def select_order(order: Any, rows: slice | Sequence[int], count: int) -> Any:
-    """Return the order of the images `rows` out of `count`, where each image may have its own. order: a name, a tensor,
-    a `Partition` or None. Raises `ValueError` for an order of another number of images."""
-    if order is None or isinstance(order, str):
-        return order
-    if isinstance(order, Partition):
-        return Partition(select_order(order.order, rows, count), order.blocks)
-    indices = as_tensor(order)
-    if indices.ndim < 2:
-        return indices
-    if len(indices) != count:
-        raise ValueError(f"order: got {len(indices)} for {count} images; give one, or one per image")
-    return indices[rows]
-
-
-def as_tensor(values: Any, device: torch.device | None = None) -> Tensor:
-    """Convert numbers, arrays, or lists of tensors to a tensor."""
-    listed = isinstance(values, (list, tuple)) and any(isinstance(one, (Tensor, np.ndarray)) for one in values)
-    if listed or isinstance(values, np.ndarray):
-        values = np.asarray(values, order="C")  # torch takes neither lists of tensors nor arrays of negative strides
-    return torch.as_tensor(values, device=device)
-
-
-def is_integer(dtype: torch.dtype) -> bool:
-    """Return whether a type holds whole numbers."""
-    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def block_numbers(order: Tensor, blocks: tuple[int, ...]) -> Tensor:

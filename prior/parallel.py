@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tokenizer.base import TokenGrid, at_least_float32
+from tokenizer.base import TokenGrid
+from tokenizer.precision import at_least_float32
 
 from .orders import Partition
 from .sampling import Monitor, SampleBatch, SamplingOptions, TokenNoise

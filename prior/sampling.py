@@ -15,13 +15,15 @@ from itertools import accumulate
 from operator import index
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tokenizer.base import TokenGrid, at_least_float32, finest, in_finest
+from tokenizer.base import TokenGrid
+from tokenizer.precision import at_least_float32, finest, in_finest
 
-from .cuda_graph import can_capture, compute_by_graph
-from .orders import Partition, as_tensor, blocks_after_known, is_integer, known_first, select_order
+from .cuda_graph import Graph, compute_by_graph
+from .orders import Partition, blocks_after_known, known_first
 
 if TYPE_CHECKING:
     from .base import Prior
@@ -278,6 +280,19 @@ def likeliest(logits: Tensor, mass: float) -> Tensor:
     return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, ids, before < mass)
 
 
+def as_tensor(values: Any, device: torch.device | None = None) -> Tensor:
+    """Convert numbers, arrays, or lists of tensors to a tensor."""
+    listed = isinstance(values, (list, tuple)) and any(isinstance(one, (Tensor, np.ndarray)) for one in values)
+    if listed or isinstance(values, np.ndarray):
+        values = np.asarray(values, order="C")  # torch takes neither lists of tensors nor arrays of negative strides
+    return torch.as_tensor(values, device=device)
+
+
+def is_integer(dtype: torch.dtype) -> bool:
+    """Return whether a type holds whole numbers."""
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
 def is_number(value: Any) -> bool:
     """Return whether `value` is an int or a float, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -300,6 +315,21 @@ def check_count(count: Any, name: str = "num_images") -> int:
     if found < 1:
         raise ValueError(f"{name} must be at least 1 (got {found})")
     return found
+
+
+def select_order(order: Any, rows: slice | Sequence[int], count: int) -> Any:
+    """Return the order of the images `rows` out of `count`, where each image may have its own. order: a name, a tensor,
+    a `Partition` or None. Raises `ValueError` for an order of another number of images."""
+    if order is None or isinstance(order, str):
+        return order
+    if isinstance(order, Partition):
+        return Partition(select_order(order.order, rows, count), order.blocks)
+    indices = as_tensor(order)
+    if indices.ndim < 2:
+        return indices
+    if len(indices) != count:
+        raise ValueError(f"order: got {len(indices)} for {count} images; give one, or one per image")
+    return indices[rows]
 
 
 @dataclass(frozen=True)
@@ -618,6 +648,13 @@ def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, ca
     if drawn is None:
         drawn = draw_blocks(prior, batch, options, cache, monitor)
     monitor.finish(batch, drawn)
+
+
+def can_capture(device: torch.device) -> bool:
+    """Return whether a CUDA graph can be captured on this device now."""
+    if not Graph.allowed or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        return False
+    return not torch.cuda.is_current_stream_capturing()
 
 
 def draw_blocks(

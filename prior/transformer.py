@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.base import at_least_float32
 from tokenizer.layers import FusedLinear
+from tokenizer.precision import at_least_float32
 
 from .base import PriorConfig
 from .masks import Window, window_problem

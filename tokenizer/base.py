@@ -14,10 +14,7 @@ from torch import Tensor, nn
 from .config import MAX_ITEMS, Fact, ModelConfig
 from .files import ConfigError, quote
 from .model import PretrainedModel
-from .precision import at_least_float32 as at_least_float32
-from .precision import finest as finest
-from .precision import full_float32 as full_float32
-from .precision import in_finest as in_finest
+from .precision import in_finest
 from .quantizers.updates import one_training_forward
 from .scales import Resize as Resize
 from .scales import Scales, areas, scales_problem

@@ -7,7 +7,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from .base import Reconstruction, TokenGrid, Tokenizer, TokenizerConfig, in_finest
+from .base import Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
+from .precision import in_finest
 
 
 class PixelsConfig(TokenizerConfig):

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from prior.sampling import check_count, whole_number
 from tokenizer import Tokenizer
-from tokenizer.base import in_finest
+from tokenizer.precision import in_finest
 
 from .calibration import LEVELS, Calibration, require_calibration
 from .distances import CalibrationError
 
 if TYPE_CHECKING:
-    from ..image_pipeline import ImagePipeline, Label
+    from ..image_pipeline import ImagePipeline, Images, Label
 
 SHARPNESS = 0.1
 """How fast a restoration's weight falls with its nats: exp(-0.1 per nat)."""
@@ -76,11 +76,12 @@ def patches(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def heal(
     pipeline: ImagePipeline,
-    images: Any,
+    images: Images,
+    labels: Label | Sequence[Label] = None,
+    *,
     quantile: float = 0.98,
     draws: int = 8,
     seed: int = 0,
-    labels: Label | Sequence[Label] = None,
 ) -> Healed:
     """Draw again the tokens that are more surprising than that `quantile` of normal ones at their position.
 

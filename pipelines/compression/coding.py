@@ -21,8 +21,9 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from prior.sampling import check_count, progress_bar
-from tokenizer.base import LikelihoodError, finest, in_finest
+from tokenizer.base import LikelihoodError
 from tokenizer.likelihoods import to_values
+from tokenizer.precision import finest, in_finest
 
 from ..images.decoding import pixels_of
 from .codec import Decoder, Encoder, SymbolCoder, constriction

@@ -22,6 +22,7 @@ INNER = ("pipelines", "prior", "tokenizer", "torch")  # packages that are not th
 _warned = False  # of floats in [0, 1]; once is enough
 
 OUTPUT_TYPES = ("pil", "np", "pt")
+LATENT = "latent"  # tokens in place of images
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -55,9 +56,10 @@ def png_bytes(pixels: np.ndarray) -> bytes:
 
 
 def to_images(images: Any, shape: Shape) -> Tensor:
-    """Float images `(B, C, H, W)` in [-1, 1] of `shape` (C, H, W), from anything that `as_batch` takes. Raises
-    `ValueError` for another size, type or range."""
+    """Float images `(B, C, H, W)` in [-1, 1] of `shape` (C, H, W), from anything that `as_batch` takes. Warns once of
+    floats that look like [0, 1]; raises `ValueError` for another size, type or range."""
     batch = as_batch(images, shape)
+    warn_if_unit(batch)
     if batch.dtype == torch.uint8:
         return to_float(batch)
     if not batch.dtype.is_floating_point:

@@ -72,7 +72,6 @@ TABLE = (
     Figure("recall", "recall [{feature_space}] (k = 3)", "{:.3f}", "higher", "samples", _RECALL),
     Figure("nearest_distance", "nearest training image", "{:.3f}", "", "samples", _NEAREST),
 )
-FIGURES = {figure.key: figure for figure in TABLE}
 OF_SAMPLES = {
     key
     for figure in TABLE

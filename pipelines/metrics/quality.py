@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.base import in_finest
+from tokenizer.precision import in_finest
 
 from ..images import ImageDataset
 from ..processes.group import ALONE, ProcessGroup

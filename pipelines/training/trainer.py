@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 
 from prior.cuda_graph import without_graphs
-from tokenizer.base import in_finest
 from tokenizer.files import PathError
+from tokenizer.precision import in_finest
 
 from ..config import UserError, tell
 from ..config.errors import Interrupted

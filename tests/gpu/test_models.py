@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from small import PRIORS, QUANTIZERS, TOKENIZERS, draw_tokens, latents, make_prior, make_quantizer, make_tokenizer
 from torch import Tensor, nn
 
-from tokenizer.base import full_float32
 from tokenizer.files import ConfigError
 from tokenizer.losses import total_loss
+from tokenizer.precision import full_float32
 
 pytestmark = pytest.mark.gpu
 FORWARD, BACKWARD = 1e-4, 1e-3

@@ -26,7 +26,7 @@ from pipelines.training.trainer import Trainer
 from prior import Prior
 from prior.cuda_graph import Graph, release_graph
 from tokenizer import Tokenizer
-from tokenizer.base import full_float32
+from tokenizer.precision import full_float32
 
 pytestmark = pytest.mark.gpu
 STAGES = ["train_tokenizer", "train_prior"]

@@ -19,7 +19,7 @@ from small_pipelines import every_placed_tokenizer, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
-from pipelines.commands.complete import TINTS, pixel_errors, sheet
+from pipelines.commands.complete import pixel_errors, sheet
 from pipelines.completion import (
     MASKS,
     ConditionError,
@@ -127,38 +127,30 @@ def test_all_known_and_nothing_known(tokenizer, prior):
     torch.testing.assert_close(free.images.flatten(0, 1), plain.images)
 
 
-WRONG = [torch.ones(12, 8).bool(), torch.ones(2, *SHAPE).bool(), torch.ones(3, 1, *SHAPE).bool(), torch.ones(SHAPE)]
-
-
-@pytest.mark.parametrize("known", WRONG)
-@pytest.mark.parametrize("call", [complete, conditional_log_prob])
-def test_masks_of_another_shape_or_type_are_refused(call, known):
-    with pytest.raises(ValueError, match="known should be bool of shape .8, 12. or .3, 8, 12."):
-        call(in_any_order(), torch.zeros(3, 1, *SHAPE), known)
-
-
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "key"),
     [
-        ({"draws": 0}, "draws must be at least 1"),
-        ({"draws": 1.5}, "draws must be"),
-        ({"draws": True}, "draws must be"),
-        ({"output_type": "jpg"}, "output_type must be"),
-        ({"labels": [0, 1], "draws": 2}, "got 2 labels for 3 images"),
-        ({"labels": "cow"}, "no class is called 'cow'"),
+        ({"known": torch.ones(12, 8).bool()}, "known"),
+        ({"known": torch.ones(2, *SHAPE).bool()}, "known"),
+        ({"known": torch.ones(SHAPE)}, "known"),
+        ({"draws": 0}, "draws"),
+        ({"draws": True}, "draws"),
+        ({"output_type": "jpg"}, "output_type"),
+        ({"labels": [0, 1], "draws": 2}, "2 labels for 3 images"),
+        ({"labels": "cow"}, "'cow'"),
     ],
 )
-def test_bad_arguments_are_named(arguments, message):
+def test_bad_arguments_are_named(arguments, key):
     pipe = in_any_order()
-    with pytest.raises(ValueError, match=message):
-        complete(pipe, pixels_for(pipe, 3), half(), **arguments)
+    with pytest.raises(ValueError, match=key):
+        complete(pipe, pixels_for(pipe, 3), **{"known": half(), **arguments})
 
 
 @pytest.mark.parametrize(("kind", "changes"), [("titok", {}), ("vqvae", {"prior": "next_scale"})])
 def test_tokens_that_belong_to_no_part_of_the_image_complete_nothing(kind, changes):
     pipe, known = make_pipeline(kind, **changes), torch.arange(12).expand(8, 12) < 5
     for call in (complete, conditional_log_prob):
-        with pytest.raises(ValueError, match=r"^a .* token belongs to no part of the image[^\n]*$"):
+        with pytest.raises(ValueError, match="belongs to no part of the image"):
             call(pipe, pixels_for(pipe), known)
 
 
@@ -232,14 +224,14 @@ def test_one_order_gives_the_exact_conditional_or_none(prior):
         assert len(accepted) == 2**6
 
 
-def test_a_refusal_says_what_is_allowed():
+def test_a_prior_of_one_order_refuses_what_it_has_no_conditional_of():
     model, tokens = make_prior("gpt", order="column"), torch.randint(5, (4, 3, 4))
     known = torch.zeros(4, 3, 4, dtype=torch.bool)
     known[:, :, 0] = True  # first in columns
     assert region_log_prob(model, tokens, known).shape == (4,)
     known[2, :, 2] = True
     assert sees_all_known(model, known.flatten(1)).tolist() == [True, True, False, True]
-    with pytest.raises(ConditionError, match="one order, 'column', and in 1 of 4 images .* all known tokens first"):
+    with pytest.raises(ConditionError, match="1 of 4 images"):
         region_log_prob(model, tokens, known)
     with pytest.raises(ValueError, match="known should be bool"):
         region_log_prob(model, tokens, known[:3])
@@ -330,26 +322,6 @@ def test_other_masks_are_refused(name):
 # The verb
 
 
-def test_sheet_shows_truth_mask_and_draws():
-    truth, made = torch.rand(2, 1, 28, 28) * 2 - 1, torch.rand(2, 3, 1, 28, 28) * 2 - 1
-    known = make_mask("left", (1, 28, 28), (7, 7))
-    picture = sheet(truth, made, known)
-    assert picture.shape == (2 * 58 + 2, 5 * 58 + 2, 3)
-
-    def cell(row, column):
-        return torch.from_numpy(picture[2 + 58 * row : 58 * (row + 1), 2 + 58 * column : 58 * (column + 1)][::2, ::2])
-
-    def shown(image):
-        return ((image[0, ..., None] + 1) * 127.5).round().byte().expand(28, 28, 3)
-
-    for row in range(2):
-        assert torch.equal(cell(row, 0), shown(truth[row]))
-        assert torch.equal(cell(row, 1)[known], shown(truth[row])[known])
-        hidden = {tuple(pixel) for pixel in cell(row, 1)[~known].tolist()}
-        assert hidden == {tuple(round((value + 1) * 127.5) for value in tint) for tint in TINTS}
-        assert all(torch.equal(cell(row, 2 + draw), shown(made[row, draw])) for draw in range(3))
-
-
 def test_errors_are_of_hidden_pixels_in_grey_levels():
     pipe = in_any_order("pixels", "marginal")
     pipe.tokenizer = make_tokenizer("pixels", SHAPE, 1, levels=256).eval()
@@ -435,10 +407,10 @@ BAD = [
     (["mask={world}/nothing.png"], "mask"),
     (["mask={world}/broken.png"], "mask"),
     (["images={world}/absent"], "images"),
+    (["images={world}/empty"], "images"),
     (["images={world}/broken.png"], "images"),
     (["images=[3, {world}/hole.png]"], "images"),
     (["images={world}/pictures", "labels=[0, 1]"], "got 2 labels for 3 images"),
-    (["images={world}/pictures", "labels=cow"], "no class is called 'cow'"),
     (["images={world}/pictures", "steps=2"], "'steps' is no argument of sampling from a 'gpt' prior"),
     (["draws=0"], "draws"),
     (["out=sheet.gif"], "out"),

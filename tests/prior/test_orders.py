@@ -21,8 +21,8 @@ from prior.orders import (
     name_forms,
     order_problem,
     region_counts,
-    select_order,
 )
+from prior.sampling import select_order
 
 SHAPES = [(1, 1), (1, 6), (6, 1), (3, 5), (5, 3), (7, 7), (8, 8), (5, 8), (12, 4)]
 every_shape = pytest.mark.parametrize("shape", SHAPES)

@@ -200,7 +200,7 @@ def test_json_that_is_none(folder, name, text, error):
         ({"labels": [1, 2, 3]}, FormatError, "labels"),
         ({"labels": {"a": 1}}, FormatError, "labels"),
         ({"sampler": None}, FormatError, "sampler"),
-        ({"sampler": []}, ConfigError, "sampler"),
+        ({"sampler": []}, FormatError, "sampler"),
         ({"sampler": {"heat": 1}}, ConfigError, "heat"),
         ({"sampler": {"temperature": -1}}, ConfigError, "temperature"),
         ({"sampler": {"temperature": "hot"}}, ConfigError, "sampler"),
