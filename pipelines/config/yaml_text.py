@@ -19,10 +19,10 @@ class Loader(yaml.SafeLoader):
         """The mapping of `node`. Raises `ConstructorError` at a repeated key and at one that is not text."""
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen:
-                raise ConstructorError(problem=f"{key.value!r} appears twice", problem_mark=key.start_mark)
             if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
                 raise ConstructorError(problem="a key should be text", problem_mark=key.start_mark)
+            if key.value in seen:
+                raise ConstructorError(problem=f"{key.value!r} appears twice", problem_mark=key.start_mark)
             seen.add(key.value)
         found: dict[Hashable, Any] = super().construct_mapping(node, deep)
         return found
@@ -52,3 +52,5 @@ def read_yaml(text: str) -> Any:
         raise ValueError(f"{line}not readable as YAML: {error.problem or error.context}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that no calendar has is a ValueError
         raise ValueError(f"not readable as YAML: {str(error).splitlines()[0]}") from error
+    except (AttributeError, LookupError, TypeError) as error:  # PyYAML's own slips, as at `!!bool maybe`
+        raise ValueError("not readable as YAML: a value is not of the type that its tag names") from error

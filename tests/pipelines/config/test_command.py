@@ -423,6 +423,10 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
         ("- 1\n- 2\n", r"a.yaml: "),
         ("\0", "a.yaml, "),
         ("out: !!python/object/apply:os.mkdir [b]", "a.yaml, "),
+        ("seed: {[1]: 2}\n", "a.yaml, "),  # a key that no set of keys can hold
+        ("seed: !!timestamp soon", "a.yaml, "),
+        ("seed: !!bool perhaps", "a.yaml, "),
+        ("seed: !!int ''", "a.yaml, "),
         ("[" * 5000, "a.yaml, "),
         ("train.lr: 0.1\n", "train.lr: .*nested"),
         ("model: {zzz: 1}\n", "model.zzz: "),
