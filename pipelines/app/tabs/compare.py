@@ -44,10 +44,7 @@ def compare(served: Served, step: Step, picked: Picked, label: Any) -> Any:
     images = [
         (as_picture(batch[0]), "the image"),
         (again, "its reconstruction"),
-        (
-            as_picture(color_tokens(tokens[0], pipeline.prior.grid.vocab_size)),
-            f"its {tokens[0].numel()} tokens, a colour for each id",
-        ),
+        (as_picture(colors), f"its {tokens[0].numel()} tokens, a colour for each id"),
         *surprise_of(served, batch, labels),
     ]
     others = written({"labels": labels})
