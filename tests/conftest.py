@@ -84,7 +84,7 @@ def starts_afresh() -> Iterator[None]:
     threads, dtype, precision = torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     hooks, level = (sys.excepthook, threading.excepthook), logging.root.level
-    known = {family: set(vars(family).get("_members", {})) for family in Registered.__subclasses__()}
+    models = {family: set(vars(family).get("_members", ())) for family in Registered.__subclasses__()}
     yield
     if dict(os.environ) != environment:
         os.environ.clear()
@@ -104,9 +104,8 @@ def starts_afresh() -> Iterator[None]:
     if (plots := sys.modules.get("matplotlib.pyplot")) is not None:
         plots.close("all")
     for family in Registered.__subclasses__():  # models that a test has defined
-        for name, member in list(vars(family).get("_members", {}).items()):
-            ours = member.__module__.startswith(("tokenizer", "prior", "pipelines"))
-            if not ours and name not in known.get(family, ()):
+        for name in set(vars(family).get("_members", ())) - models.get(family, set()):
+            if not family._members[name].__module__.startswith(("tokenizer", "prior", "pipelines")):
                 del family._members[name]
 
 
