@@ -499,8 +499,7 @@ def push_folder(
     api = HfApi(token=token)
     place: dict[str, Any] = {"repo_id": repo_id, "repo_type": repo_type}
     try:
-        sdk = "gradio" if repo_type == "space" else None
-        api.create_repo(**place, space_sdk=sdk, private=private, exist_ok=True)
+        api.create_repo(**place, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(**place, branch=revision, exist_ok=True)
         there = set(api.list_repo_files(**place, revision=revision))

@@ -95,4 +95,6 @@ def on_click(
 def code_widget(served: Served) -> gr.Code:
     """A place for the lines that do the same in Python, the first of which stand there from the start."""
     title = "The same in Python"
-    return gr.Code(served.code(), language="python", label=title, interactive=False, lines=4, max_lines=14)
+    return gr.Code(
+        served.code(), language="python", label=title, interactive=False, lines=4, max_lines=14, wrap_lines=True
+    )

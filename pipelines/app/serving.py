@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,7 @@ def allowed_hosts(host: str) -> list[str]:
 
 
 def serve(served: Served, host: str, port: int, queue: int) -> None:
-    """Serve until Ctrl-C, or the end of the process is asked for. Raises `UserError` for a port that is taken."""
+    """Serve until Ctrl-C or SIGTERM, with which the process ends. Raises `UserError` for a port that is taken."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -54,11 +56,12 @@ def serve(served: Served, host: str, port: int, queue: int) -> None:
         raise UserError(f"port: {port} on {host} cannot be listened on; choose another one") from error
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, also where gradio decodes
     print(f"{served.name}: {url} (Ctrl-C ends it)", flush=True)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
         pass
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        page.close(verbose=False)
+    page.close(verbose=False)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a request may still run, in a daemon thread inside torch, with which Python's own exit aborts

@@ -79,12 +79,13 @@ def help_page(
     """
     values, options = values or {}, dict(OPTIONS)
     if topic == ALL:
-        shown = shorten(sections(cls, {name: values[name] for name in given if name in values}))
+        chosen = {name: values[name] for name in given if name in values}
+        shown = list(dict.fromkeys(sections(cls, chosen)))  # a quantizer comes with each tokenizer that takes one
     else:
         found = list(sections(cls, values))
         if topic:
             return "\n".join(table_of(choose_topic(found, topic))).lstrip("\n")
-        shown = choose_often(cls, found, {*given})
+        shown = [Section(rows=tuple(choose_often(cls, found)))]
         if left := len(set(rows_of(found)) - set(rows_of(shown))):
             nodes = ", ".join(dict.fromkeys(section.node for section in found if section.node))
             options["--help WHAT"] = f"{left} more keys: all, {f'one section ({nodes}), ' if nodes else ''}or one key"
@@ -101,12 +102,11 @@ def rows_of(found: Iterable[Section]) -> list[Row]:
     return [row for section in found for row in section.rows]
 
 
-def choose_often(cls: type[Config], found: list[Section], given: set[str]) -> list[Section]:
-    """The keys that people change, and of a model whose node is given all that it has itself."""
+def choose_often(cls: type[Config], found: list[Section]) -> list[Row]:
+    """The keys that people change, or all at the top."""
     rows = {row.key: row for row in rows_of(found)}
     often = [rows[key] for key in cls.often.split() if key in rows]
-    often = often or rows_of(section for section in found if not section.node)
-    return [Section(rows=tuple(often)), *(section for section in found if section.kind and section.node in given)]
+    return often or rows_of(section for section in found if not section.node)
 
 
 def choose_topic(found: list[Section], topic: str) -> list[Section]:
@@ -120,18 +120,6 @@ def choose_topic(found: list[Section], topic: str) -> list[Section]:
         )
         raise UserError(f"--help {topic}: no such section or key; {hint}")
     return below or [Section(rows=tuple(one))]
-
-
-def shorten(found: Iterable[Section]) -> list[Section]:
-    """Drop a section that comes twice, as that of a quantizer does with every tokenizer that takes one, and a long
-    sentence that another kind has had."""
-    shown: list[Section] = []
-    seen: set[str] = set()
-    for section in dict.fromkeys(found):
-        rows = [row._replace(sentence="as above") if row.sentence in seen else row for row in section.rows]
-        seen |= {row.sentence for row in rows if section.kind and len(row.sentence) > 40}
-        shown.append(section._replace(rows=tuple(rows)))
-    return shown
 
 
 def table_of(shown: list[Section]) -> list[str]:

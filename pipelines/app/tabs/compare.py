@@ -7,11 +7,14 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
-from ..colours import heat, token_picture
-from ..controls import classes_widget, labels_code, labels_for
+from ...commands.detect import colored
+from ...images import to_uint8
+from ..controls import classes_widget, labels_for, written
 from ..parts import Samples, code_widget, image_picker, on_click, pictures
 from ..served import Picked, Served, Step, as_picture, picked_image
 
@@ -37,19 +40,33 @@ def compare(served: Served, step: Step, picked: Picked, label: Any) -> Any:
     labels = labels_for(pipeline, label, 1)
     tokens = pipeline.encode(batch)
     (again,) = pipeline.decode(tokens)
+    colors = color_tokens(tokens[0], pipeline.prior.grid.vocab_size)
     images = [
         (as_picture(batch[0]), "the image"),
         (again, "its reconstruction"),
-        (Image.fromarray(token_picture(tokens[0])), f"its {tokens[0].numel()} tokens, a colour for each id"),
+        (as_picture(colors), f"its {tokens[0].numel()} tokens, a colour for each id"),
         *surprise_of(served, batch, labels),
     ]
+    others = written({"labels": labels})
     lines = [
         "from PIL import Image",
         'image = Image.open("image.png")',
         "pipe.reconstruct(image)",
-        f"pipe.log_prob(image{labels_code(pipeline, labels)})  # nats",
+        f"pipe.log_prob(image{others})  # nats",
     ]
     return images, figures(served, batch, again, labels), served.code(*lines)
+
+
+def color_tokens(tokens: Tensor, vocab_size: int) -> Tensor:
+    """The ids `(*grid.shape)` of an image as a picture, uint8 `(3, H, W)`, with a random colour for each id: levels and
+    scales lie below each other, and a row of tokens is folded."""
+    palette = torch.randint(256, (3, vocab_size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    tokens = tokens.cpu()
+    if tokens.ndim > 1:
+        return palette[:, tokens.flatten(0, -2)]
+    width = math.ceil(math.sqrt(len(tokens)))
+    rest = -len(tokens) % width
+    return functional.pad(palette[:, tokens], (0, rest)).view(3, -1, width)
 
 
 def surprise_of(served: Served, batch: Tensor, labels: Any) -> list[tuple[Image.Image, str]]:
@@ -57,10 +74,10 @@ def surprise_of(served: Served, batch: Tensor, labels: Any) -> list[tuple[Image.
     tokenizer = served.pipeline.tokenizer
     if not tokenizer.placed or tokenizer.grid.scales:
         return []
-    bits = served.pipeline.anomaly_map(batch, labels)[0].cpu()
+    bits = served.pipeline.anomaly_map(batch, labels).cpu()
     low, high = min(0.0, float(bits.min())), float(bits.max())
-    picture = Image.fromarray(heat((bits - low) / max(high - low, 1e-6)))
-    return [(picture, f"bits of each pixel: black {low:.2g}, white {high:.2g}")]
+    (picture,) = to_uint8(colored((bits - low) / max(high - low, 1e-6)))
+    return [(as_picture(picture), f"bits of each pixel: black {low:.2g}, white {high:.2g}")]
 
 
 def figures(served: Served, batch: Tensor, again: Image.Image, labels: Any) -> str:

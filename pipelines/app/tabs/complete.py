@@ -89,15 +89,14 @@ def complete(
     pipeline, (_, height, width) = served.pipeline, served.shape
     pixels = picked_image(picked, served.shape)
     hidden = painted(editor, width, height) != bool(inverted)
-    count = controls.whole(draws, "draws", 1, min(MOST_DRAWS, served.max_images))
-    arguments = {"draws": count, **controls.sampling_arguments(pipeline, label, 1, seed, values)}
+    arguments = {"draws": int(draws), **controls.sampling_arguments(pipeline, label, 1, seed, values)}
     out = pipeline.complete(pixels, mask=hidden, **arguments, progress=False, callback_on_step_end=watch(step))
-    found = out.images if count == 1 else out.images[0]
+    found = out.images if int(draws) == 1 else out.images[0]
     lines = [
         "from PIL import Image",
         "# the mask is the first picture above; what is white is drawn again",
         'image, mask = Image.open("image.png"), Image.open("mask.png")',
-        f"out = pipe.complete(image, mask=mask{controls.written(pipeline, arguments)})",
+        f"out = pipe.complete(image, mask=mask{controls.written(arguments)})",
     ]
     images = [(Image.fromarray(hidden), "the mask"), *((image, f"draw {k}") for k, image in enumerate(found, 1))]
     return images, served.code(*lines)

@@ -48,7 +48,7 @@ def sample(served: Served, step: Step, *values: Any) -> Any:
 
 def draw(served: Served, step: Step, classes: Any, number: Any, seed: Any, order: Any, *values: Any) -> Any:
     """Images with captions, a line of facts, and the lines of Python."""
-    pipeline, count = served.pipeline, controls.whole(number, "the number of images", 1, served.max_images)
+    pipeline, count = served.pipeline, int(number)
     arguments = controls.sampling_arguments(pipeline, classes, count, seed, values)
     if order:
         arguments["order"] = order
@@ -58,4 +58,4 @@ def draw(served: Served, step: Step, classes: Any, number: Any, seed: Any, order
     labels = arguments["labels"] or [None] * count
     names = ["" if label is None else f"{label} · " for label in labels]
     images = [(image, f"{names[k]}seed {arguments['seed'] + k}") for k, image in enumerate(out.images)]
-    return images, facts, served.code(f"out = pipe({count}{controls.written(pipeline, arguments)})", "out.images")
+    return images, facts, served.code(f"out = pipe({count}{controls.written(arguments)})", "out.images")

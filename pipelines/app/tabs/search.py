@@ -12,7 +12,6 @@ from torch import Tensor
 from ...images.dataset import ImageDataset
 from ...representation import embed, nearest_neighbours
 from ...shuffling import random_rows
-from ..controls import whole
 from ..parts import Samples, image_picker, on_click, pictures, run_buttons
 from ..served import Picked, Served, Step, as_picture, picked_image
 
@@ -60,8 +59,7 @@ def build(served: Served, samples: Samples, train: ImageDataset) -> None:
 def search(index: Index, served: Served, step: Step, picked: Picked, number: Any) -> Any:
     """The image and its neighbours with captions."""
     batch = picked_image(picked, served.shape)
-    count = whole(number, "the number of neighbours", 1, min(MOST_FOUND, len(index.rows)))
-    near, distances = nearest_neighbours(index.vectors(step), embed(served.pipeline, batch), count)
+    near, distances = nearest_neighbours(index.vectors(step), embed(served.pipeline, batch), int(number))
     rows = index.rows[near[0].cpu()]
     captions = [
         f"{index.caption(row)}, {distance:.3f} away"

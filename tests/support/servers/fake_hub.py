@@ -1,5 +1,5 @@
 """A Hub on this machine: serves `root/<owner>/<name>/<revision>/...` over HTTP, datasets from `root/datasets/...`,
-Spaces from `root/spaces/...`, takes uploads, each commit as a whole or not at all, and remembers who asked."""
+takes uploads, each commit as a whole or not at all, and remembers who asked."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, token = unquote(urlsplit(self.path).path), self.headers.get("Authorization")
         self.server.requests.append((path, token))
-        file = re.fullmatch(r"/((?:(?:datasets|spaces)/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        file = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         path = path.replace("/api/models/", "/api/")
-        facts = re.fullmatch(r"/api/((?:(?:datasets|spaces)/)?[^/]+/[^/]+)(?:/revision/([^/]+))?", path)
-        tree = re.fullmatch(r"/api/((?:(?:datasets|spaces)/)?[^/]+/[^/]+)/tree/([^/]+)", path)
+        facts = re.fullmatch(r"/api/((?:datasets/)?[^/]+/[^/]+)(?:/revision/([^/]+))?", path)
+        tree = re.fullmatch(r"/api/((?:datasets/)?[^/]+/[^/]+)/tree/([^/]+)", path)
         if path.startswith("/api/collections/"):
             return self.say({"slug": path.removeprefix("/api/collections/"), **EMPTY})
         asked = file or tree or facts
@@ -76,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
         if tree:
             entries = [{"type": "file", "path": n, "oid": "0", "size": (folder / n).stat().st_size} for n in names]
             return self.answer(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
-        name = asked[1].removeprefix("datasets/").removeprefix("spaces/")
+        name = asked[1].removeprefix("datasets/")
         about = {
             "id": name,
             "modelId": name,
@@ -108,14 +108,14 @@ class Handler(BaseHTTPRequestHandler):
             if status := REFUSED.get(asked["organization"]):
                 return self.answer(status, {"X-Error-Message": f"this is {asked['organization']}"})
             name = f"{asked['organization']}/{asked['name']}"
-            name = f"{asked['type']}s/{name}" if asked.get("type") in ("dataset", "space") else name
+            name = f"{asked['type']}s/{name}" if asked.get("type") == "dataset" else name
             main = self.server.root / name / "main"
             if not main.is_dir():
                 main.mkdir(parents=True)
                 (main / ".gitattributes").write_text("*.safetensors filter=lfs")
             self.server.created.append(asked)
             return self.say({"url": f"{self.server.url}/{name}"})
-        found = re.fullmatch(r"/api/((?:(?:datasets|spaces)/)?[^/]+/[^/]+)/(branch|preupload|commit)/([^/]+)", path)
+        found = re.fullmatch(r"/api/((?:datasets/)?[^/]+/[^/]+)/(branch|preupload|commit)/([^/]+)", path)
         if found is None:
             return self.answer(404)
         folder = self.server.root / found[1] / found[3]
