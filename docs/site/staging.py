@@ -27,6 +27,7 @@ TITLES = {
     "density.md": "What a density is for",
     "scaling.md": "Many devices",
     "extending.md": "Extending",
+    "loop.md": "Your own training loop",
     "promises.md": "Promises",
     "formats.md": "Formats",
 }
