@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
-from two_processes import fork_twice, join_group, leave_group
+from processes import fork_twice, join_group, leave_group
 
 from tokenizer.critic import (
     CRITIC_LOSSES,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from command import errors_of, fails
-from prepared import run_file
+from processes import run_file
 from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from small import make_tokenizer
-from two_processes import fork_twice, join_group, leave_group
+from processes import fork_twice, join_group, leave_group
 
 from pipelines.metrics import codebook
 from pipelines.metrics.codebook import CodebookUse, code_distances, count_tokens, nearest_other

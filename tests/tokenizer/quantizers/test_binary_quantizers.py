@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from two_processes import fork_twice, join_group, leave_group
+from processes import fork_twice, join_group, leave_group
 
 from tokenizer import Tokenizer
 from tokenizer.quantizers import Quantizer

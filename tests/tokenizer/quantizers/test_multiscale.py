@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from givens.waves import trained_on_waves
 from small import make_tokenizer, train_on
 from torch import Tensor
-from two_processes import digest, fork_twice, gathered, join_group, leave_group
+from processes import digest, fork_twice, gathered, join_group, leave_group
 
 from tokenizer import Tokenizer
 from tokenizer.losses import psnr

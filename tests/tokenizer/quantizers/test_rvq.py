@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from small import make_quantizer, train_on
 from torch import Tensor
-from two_processes import fork_twice, gathered, join_group, leave_group
+from processes import fork_twice, gathered, join_group, leave_group
 
 from tokenizer.quantizers import Quantizer
 from tokenizer.quantizers.codebook import nearest
