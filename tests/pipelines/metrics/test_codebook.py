@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from processes import fork_twice, join_group, leave_group
 from safetensors.torch import load_file, save_file
 from small import make_tokenizer
-from processes import fork_twice, join_group, leave_group
 
 from pipelines.metrics import codebook
 from pipelines.metrics.codebook import CodebookUse, code_distances, count_tokens, nearest_other
