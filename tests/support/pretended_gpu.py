@@ -405,7 +405,7 @@ def try_run(train: Callable[[Path], Path]) -> None:
 
     with tempfile.TemporaryDirectory() as folder, patch.object(Trainer, "take_step", watched):
         train(Path(folder, "run"))
-    assert before[8] == before[3], f"{before[8] - before[3]} waits in five steps: {waits}"
+    assert before[8] == before[3], f"{before[8] - before[3]} waits in five steps: {+waits}"
 
 
 def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
