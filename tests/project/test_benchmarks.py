@@ -33,12 +33,6 @@ def file_of(name: str) -> Path:
     return ROOT / "benchmarks" / f"{name.replace('.', '/')}.py"
 
 
-def test_every_benchmark_is_listed():
-    """Once, in the table of those who work on it."""
-    listed = re.findall(r"^\| `python -m benchmarks\.([\w.]+)` \| \S", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
-    assert sorted(listed) == sorted(BENCHMARKS)
-
-
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_commands_of_a_benchmark_exist(name):
     commands = re.findall(r"^    (?:[A-Z_]+=\S+ )*python -m benchmarks\.(\S+)(.*)$", file_of(name).read_text(), re.M)

@@ -78,5 +78,4 @@ print(json.dumps(found))
 def test_importing_takes_nothing_heavy_and_warns_of_nothing() -> None:
     """Every name that users take from the faces needs torch alone, and so do all modules."""
     names = [name for name in MODULES if not name.startswith(tuple(APP)) and not name.endswith("__main__")]
-    assert len(names) > 200
     assert imported(names) == {}
