@@ -12,8 +12,9 @@ READY  := $(VENV)/.demo-$(SUM)
 TESTS  := $(VENV)/.dev-$(SUM)
 GPU    := $(VENV)/.gpu-$(SUM)
 SUPPLY := build/supply/.made
+UV     := build/supply/bin/uv
 
-.PHONY: demo test slow gpu notebooks docs site check floors matrix lock audit sbom wheel help
+.PHONY: demo test slow gpu notebooks docs site check floors lock audit sbom wheel help
 
 help:
 	@echo "make demo   install, train on digits, generate, evaluate (about 4 minutes on two cores, and the installation)"
@@ -24,11 +25,10 @@ help:
 	@echo "make site   the same, served at http://127.0.0.1:8000"
 	@echo "make notebooks executes docs/notebooks, pictures included, into build/notebooks (minutes)"
 	@echo "make floors the tests with the lowest versions of pyproject.toml, then with the newest"
-	@echo "make matrix tests of what lies underneath, on several Pythons and torches: a table (an hour, gigabytes)"
 	@echo "make lock   brings uv.lock up to date with pyproject.toml; ARGS=--upgrade takes newer versions"
 	@echo "make audit  asks the advisories of PyPI about every version in uv.lock, and about the lowest ones"
 	@echo "make sbom   writes what is locked as build/sbom.cdx.json (CycloneDX)"
-	@echo "make wheel  builds build/dist: of one commit the same bytes wherever and whenever"
+	@echo "make wheel  builds a wheel and a source archive of the commit into build/dist"
 
 demo: $(DONE)/evaluation
 	@cat $(RUNS)/gpt_digits/evaluation/evaluation.txt
@@ -66,7 +66,7 @@ check: $(TESTS)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy docs/site/*.py
-	$(BIN)/mypy tests/support/user_script.py
+	$(BIN)/mypy tests/project/user_script.py
 
 slow: $(TESTS)
 	$(BIN)/python -m pytest -m slow $(ARGS)
@@ -94,42 +94,42 @@ site: $(TESTS)
 notebooks: $(TESTS)
 	$(BIN)/python docs/notebooks/execute.py $(ARGS)
 
-# Each in an environment of its own, below build/. The second runs whatever the first has shown.
-floors:
-	$(PYTHON) tests/support/supply/floors.py lowest $(ARGS); lowest=$$?; $(PYTHON) tests/support/supply/floors.py newest $(ARGS) && exit $$lowest
+# With the lowest versions on the oldest Python, then with the newest versions, each in an environment below build/. The
+# second runs whatever the first has shown.
+suite = $(UV) venv --quiet --clear --python '$(2)' build/floors-$(1) && . build/floors-$(1)/bin/activate && \
+  $(UV) pip install --quiet $(3) -r pyproject.toml --extra dev && $(UV) pip install --quiet --no-deps -e . && \
+  python -m pytest $(ARGS)
+floors: $(SUPPLY)
+	($(call suite,lowest,3.11,--resolution lowest-direct)); lowest=$$?; ($(call suite,newest,>=3.11,)) && exit $$lowest
 
-# ARGS="3.12:2.13.0 3.13:newest" chooses rows; it goes on where it was stopped.
-matrix:
-	PYTHONPATH=tests/support $(PYTHON) -m supply.matrix $(ARGS)
-
-# The tools have an environment of their own: what they need is none of ours.
 lock: $(SUPPLY)
-	build/supply/bin/uv lock $(ARGS)
-	$(PYTHON) tests/support/supply/floors.py resolve
+	$(UV) lock $(ARGS)
 
 # --strict: a version that nothing could be learned about is an error, not a pass. ARGS="-s osv" asks OSV instead.
 # Of the lowest torch two are known: files of torch.export, of which we load none but our own, and torch.jit.script,
 # which we do not call.
 AUDIT := build/supply/bin/pip-audit --no-deps --disable-pip --strict --progress-spinner off
 audit: $(SUPPLY)
-	$(PYTHON) tests/support/supply/locked.py build/locked.txt
-	$(PYTHON) tests/support/supply/floors.py resolve
+	$(UV) export --quiet --frozen --all-extras --no-emit-project --no-hashes -o build/locked.txt > /dev/null
+	$(UV) pip compile --quiet --resolution lowest-direct --python-version 3.11 --extra dev pyproject.toml \
+	  -o build/lowest.txt > /dev/null
 	$(AUDIT) -r build/locked.txt $(ARGS)
 	$(AUDIT) -r build/lowest.txt --ignore-vuln CVE-2026-4538 --ignore-vuln CVE-2025-3000 $(ARGS)
 
 sbom: $(SUPPLY)
-	@mkdir -p build
-	build/supply/bin/uv export --frozen --quiet --all-extras --format cyclonedx1.5 -o build/sbom.cdx.json > /dev/null
+	$(UV) export --frozen --quiet --all-extras --format cyclonedx1.5 -o build/sbom.cdx.json > /dev/null
 	@echo "build/sbom.cdx.json: $$(grep -c '"purl"' build/sbom.cdx.json) packages"
 
-# The time is the commit's, and files are as git has them.
+# Of what git has, with the time of the commit: the same wheel, byte for byte, wherever it is built.
 wheel: $(SUPPLY)
-	@rm -rf build/dist
-	build/supply/bin/python tests/support/supply/built.py build/dist
+	@rm -rf build/dist build/source && mkdir build/source
+	umask 022 && git archive HEAD | tar -x --no-same-permissions -C build/source && \
+	  SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(UV) build --quiet --out-dir build/dist build/source
 
+# The tools have an environment of their own: what they need is none of ours.
 $(SUPPLY):
 	@$(PYTHON) -m venv --clear build/supply
-	@build/supply/bin/python -m pip install --quiet --disable-pip-version-check uv pip-audit 'setuptools>=77'
+	@build/supply/bin/python -m pip install --quiet --disable-pip-version-check uv pip-audit
 	@touch $@
 
 # A stamp is made only after everything before it succeeded, so a half-failed install is repaired by the next call.

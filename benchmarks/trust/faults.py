@@ -33,10 +33,9 @@ def main() -> None:
     options = read_options(__doc__, DEFAULTS)
     with_helpers_of_tests()
     import torch
-    from failures.killed_runs import interrupt, make_case, warm_up
+    from kills import interrupt, make_case
 
     torch.set_num_threads(1)
-    warm_up()
     print(
         table_head("signal", "run", "sent", "when", "runs compared", "not equal", "slowest end", "minutes"), flush=True
     )

@@ -37,7 +37,7 @@ def clean(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 @pytest.fixture
 def graphs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One entry for each CUDA graph that was captured; on the CPU graphs are emulated."""
-    from pretended.emulated_graphs import Emulated
+    from emulated_graphs import Emulated
 
     real, captured = cuda_graph.capture, []
     if device.type == "cpu":

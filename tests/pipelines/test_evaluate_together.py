@@ -1,21 +1,21 @@
 """`smalti evaluate` in one, two and three processes: the same figures and pictures, said once; an error ends all.
 
-The processes are forked from one that has imported everything (`python test_evaluate_together.py FOLDER 2`).
+Each process is `python test_evaluate_together.py OUT FAULTY KEY=VALUE ...`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from failures.forked import import_once, log_of, start_verb
 from givens.striped_sets import write_set
-from prepared import run_file
+from processes import run_ranks
 from small_pipelines import make_pipeline
 
 from pipelines import evaluate as evaluation
@@ -89,42 +89,45 @@ def failing(rank: int) -> None:
         reconstruction.ssim = ssim  # type: ignore[assignment]
 
 
-def main(folder: Path, world: int) -> None:
-    import_once("accelerate", "torchvision.utils")
-    (folder / "weights.pth").touch()
-    argv = [f"pipeline={folder}/pipeline", "feature_steps=2", "num_images=70", "update_card=false"]
-    inception = [f"inception_weights={folder}/weights.pth", "reference=train"]
-
-    def codes_of(name: str, world: int, *hooks: Any, given: list[str] = inception, seconds: float = 200) -> list[int]:
-        """The exit codes, where nobody ends another within so many seconds."""
-        given = [*argv, f"out={folder / name}", *given]
-        attempt = start_verb("evaluate", world, folder / name, given, partial(few_at_a_time, folder / name), *hooks)
-        attempt.wait(seconds)
-        return attempt.end()
-
-    codes = {
-        "alone": codes_of("alone", 1),
-        "group": codes_of("group", world),
-        "fault": codes_of("fault", world, failing),
-    }
-    codes["bounded"] = codes_of("bounded", world, given=[])
-    codes["device"] = codes_of("device", world, given=["device=cuda"], seconds=0)
-    (folder / "codes.json").write_text(json.dumps(codes))
+def main(out: Path, faulty: str, argv: list[str]) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    few_at_a_time(out, rank)
+    if faulty == "true":
+        failing(rank)
+    evaluation.main(argv)
 
 
 # From outside
 
 
+@dataclass
+class Found:
+    """Where results lie, and of each run the exit codes and what was printed."""
+
+    folder: Path
+    world: int
+    runs: dict[str, tuple[list[int], str]]
+
+
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
-def found(request, tmp_path_factory) -> tuple[Path, int, dict[str, list[int]]]:
-    folder = tmp_path_factory.mktemp("together")
+def found(request, tmp_path_factory) -> Found:
+    folder, world = tmp_path_factory.mktemp("together"), request.param
     config = write_set(folder / "images", SHAPE, per_class=24)
     sizes = {"quantizer": {"kind": "vq", "codes": 300, "dim": 4}, "likelihood": {"kind": "categorical"}}  # two bytes
     pipe = make_pipeline("vqvae", "masked", size=SHAPE, labels=[], sizes=sizes, num_classes=2)
     pipe.provenance = {"data": config.model_dump(mode="json")}
     pipe.save_pretrained(folder / "pipeline")
-    run_file(__file__, folder, str(request.param))
-    return folder, request.param, json.loads((folder / "codes.json").read_text())
+    (folder / "weights.pth").touch()
+    argv = [f"pipeline={folder}/pipeline", "feature_steps=2", "num_images=70", "update_card=false"]
+    inception = [f"inception_weights={folder}/weights.pth", "reference=train"]
+
+    def run(name: str, world: int, *more: str) -> tuple[list[int], str]:
+        out, faulty = folder / name, str(name == "fault").lower()
+        return run_ranks([__file__, str(out), faulty, *argv, f"out={out}", *more], world)
+
+    runs = {name: run(name, 1 if name == "alone" else world, *inception) for name in ("alone", "group", "fault")}
+    runs |= {"bounded": run("bounded", world), "device": run("device", world, "device=cuda")}
+    return Found(folder, world, runs)
 
 
 def figures_of(out: Path) -> dict[str, Any]:
@@ -134,21 +137,21 @@ def figures_of(out: Path) -> dict[str, Any]:
 
 
 def test_several_find_what_one_finds(found):
-    folder, world, codes = found
+    folder, (codes, printed) = found.folder, found.runs["group"]
     out, expected = folder / "group", figures_of(folder / "alone")
-    assert codes["group"] == [0] * world and codes["alone"] == [0]
+    assert codes == [0] * found.world and found.runs["alone"][0] == [0], printed
     figures = figures_of(out)
     numbers = {name: value for name, value in expected.items() if isinstance(value, int | float)}
     near = {name: pytest.approx(value, rel=1e-6, abs=1e-9) for name, value in numbers.items()}
     assert figures == {**expected, **near} and set(figures) >= SHARED
     for name in ("samples", "reconstructions", "nearest"):
         assert (out / f"{name}.png").read_bytes() == (folder / "alone" / f"{name}.png").read_bytes()
-    assert log_of(out).read_text().count("Frechet distance [") == 1
+    assert printed.count("Frechet distance [") == 1
 
 
 def test_the_work_is_shared(found):
     """All have the same lists, and of each list every process does its part, and all of it is done."""
-    folder, world, _ = found
+    folder, world = found.folder, found.world
     shares = [json.loads((folder / f"group.{rank}.json").read_text()) for rank in range(world)]
     assert len({len(each) for each in shares}) == 1 and len(shares[0]) > 20
     for each in zip(*shares, strict=True):
@@ -158,7 +161,7 @@ def test_the_work_is_shared(found):
 
 
 def test_each_image_is_decoded_by_one_process_and_most_training_images_by_none(found):
-    folder, world, _ = found
+    folder, world = found.folder, found.world
     mine = [(folder / f"bounded.{rank}.decoded").read_text().splitlines() for rank in range(world)]
     every = [path for paths in mine for path in paths]
     assert len(every) == len(set(every)) == REFERENCES + 48
@@ -167,18 +170,17 @@ def test_each_image_is_decoded_by_one_process_and_most_training_images_by_none(f
 
 
 def test_an_error_in_one_process_ends_all(found):
-    folder, world, codes = found
-    assert codes["fault"] == [1] * world and not (folder / "fault").exists()
-    printed = log_of(folder / "fault").read_text()
+    codes, printed = found.runs["fault"]
+    assert codes == [1] * found.world and not (found.folder / "fault").exists()
     assert "error on process 0: process 1 failed: RuntimeError: a fault that was planted" in printed
 
 
 def test_the_launcher_chooses_the_device_and_one_says_so(found):
-    folder, _, codes = found
-    lines = [line for line in log_of(folder / "device").read_text().splitlines() if "error" in line]
+    codes, printed = found.runs["device"]
+    lines = [line for line in printed.splitlines() if line.startswith("error:")]
     assert lines == ["error: device: 'cuda': accelerate chose cpu for its processes; leave it auto"]
-    assert codes["device"][0] == 2 and all(codes["device"])
+    assert codes[0] == 2 and all(codes)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -20,8 +20,7 @@ from command import fails
 from folders import contents, written
 from launch import output_of, start, two_processes
 from PIL import Image
-from prepared import run_file
-from several import Several
+from ranks import Several
 from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline, generate
@@ -284,17 +283,18 @@ def test_a_damaged_job_is_refused(pipeline, tmp_path, content):
 
 def test_killed_at_random_moments_and_continued_by_other_numbers_of_processes(tmp_path):
     """kill -9 of encodes and of sets of images."""
-    assert_nothing_broken(run_file("-m", "failures.killed_verbs", tmp_path, "2", "0"), 2)
+    assert_nothing_broken(output_of(start([sys.executable, "-m", "kills", str(tmp_path), "2", "0"])), 2)
 
 
 @pytest.mark.slow
 def test_a_campaign_of_kills(tmp_path):
-    assert_nothing_broken(run_file("-m", "failures.killed_verbs", tmp_path, "25", "7", seconds=900), 25)
+    command = [sys.executable, "-m", "kills", str(tmp_path), "25", "7"]
+    assert_nothing_broken(output_of(start(command), seconds=900), 25)
 
 
 def assert_nothing_broken(printed: str, kills: int) -> None:
     rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    assert [row["kills"] for row in rows] == [kills] * 4 and not [row for row in rows if row["broken"]], rows
+    assert [row["interrupted"] for row in rows] == [kills] * 4 and not [row for row in rows if row["broken"]], rows
 
 
 @pytest.mark.slow

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import shutil
 import threading
 
 import pytest
 import torch
 from ordinary import as_others
-from refusals import refused
 from safetensors.torch import load_file
 from small import TOKENIZERS
 from small_pipelines import LABELS, PARTS, PROVENANCE, every_pair, make_pipeline, pixels_for
@@ -238,7 +236,8 @@ def test_settings_of_sampling_are_checked_when_the_pipeline_is_made(tmp_path, ki
     path = tmp_path / "pipe" / "model_index.json"
     write_json(path, {**json.loads(path.read_text()), "sampler": sampler})
     write_manifest(path.parent)
-    refused(tmp_path / "pipe", ConfigError, f"{path}: sampler: {next(iter(sampler))}")
+    with pytest.raises(ConfigError, match=next(iter(sampler))):
+        ImagePipeline.from_pretrained(tmp_path / "pipe")
     with pytest.raises(ConfigError, match=next(iter(sampler))):
         ImagePipeline(**pipe.components, sampler=sampler)
 
@@ -299,13 +298,6 @@ def test_all_that_is_known_of_a_pipeline_comes_back(tmp_path):
     found.save_pretrained(tmp_path / "again")
     for name in names_in(tmp_path / "pipe"):
         assert (tmp_path / "pipe" / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
-
-
-def test_what_is_no_pipeline_is_named(tmp_path):
-    make_pipeline().save_pretrained(tmp_path / "run" / "pipeline")
-    for folder, hint in ((tmp_path, ""), (tmp_path / "run", f"; did you mean {tmp_path / 'run' / 'pipeline'}?")):
-        with pytest.raises(PathError, match=re.escape(f"(no model_index.json){hint}")):
-            ImagePipeline.from_pretrained(folder)
 
 
 def test_a_picture_that_is_too_large_is_not_written(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from pretended.emulated_graphs import Emulated
+from emulated_graphs import Emulated
 from small import PRIORS, draw_known, draw_tokens, generators, make_prior
 
 from prior import cuda_graph, sampling

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import math
 import re
 import subprocess
 import sys
@@ -11,10 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from benchmarks.support.cards import card
-from benchmarks.support.contenders import nodes, peers, quantizers, rows, table, times
-from tokenizer import TokenGrid, Tokenizer
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = [path.parent for path in sorted((ROOT / "benchmarks").glob("*/__init__.py")) if path.parent.name != "support"]
@@ -36,12 +31,6 @@ def run(name: str, *arguments: str) -> str:
 
 def file_of(name: str) -> Path:
     return ROOT / "benchmarks" / f"{name.replace('.', '/')}.py"
-
-
-def test_every_benchmark_is_listed():
-    """Once, in the table of those who work on it."""
-    listed = re.findall(r"^\| `python -m benchmarks\.([\w.]+)` \| \S", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
-    assert sorted(listed) == sorted(BENCHMARKS)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -130,29 +119,6 @@ def test_blocks_are_measured_beside_raster_order(tmp_path):
     assert run(*command).splitlines()[-9:] == printed.splitlines()[-9:]
 
 
-@pytest.mark.parametrize("data", ["digits", "fashion_mnist", "openmoji"])
-def test_contenders_have_equal_bits(data, tmp_path):
-    """To the bit; but for 7 bits a position, which two ids cannot share evenly."""
-    presets = nodes.read_presets(data, [])
-    bits = {}
-    for name, spec in quantizers.contenders(presets["tokenizer"], tmp_path).items():
-        if nodes.missing(spec) is None:
-            node = nodes.tokenizer_node(presets["tokenizer"], spec, None, None, 1, tmp_path / name)
-            with torch.device("meta"):
-                grid = times.untrained(node, tmp_path).grid
-            bits[name] = len(grid) * math.log2(grid.vocab_size)
-    uneven = {"rvq", "klvae", "posthoc"} if data == "digits" else set()
-    assert {"ema", "fsq", "lfq", "rvq", "posthoc", "critic"} <= set(bits)
-    assert {name for name in bits if bits[name] != bits["ema"]} == uneven
-    assert all(abs(value / bits["ema"] - 1) < 0.02 for value in bits.values())
-
-
-def test_times_of_a_later_pass_are_in_units_of_the_first():
-    first = times.scaled({}, {"ema": 0.2, "lfq": 0.1}, "ema")
-    assert first == {"ema": 0.2, "lfq": 0.1}
-    assert times.scaled(first, {"ema": 0.4, "fsq": 0.6}, "ema") == pytest.approx({**first, "fsq": 0.3})
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_all_tokenizers_for_seconds(tmp_path):
@@ -190,51 +156,6 @@ def test_all_tokenizers_for_seconds(tmp_path):
         run(*command, "gpt_minutes=1")
 
 
-@pytest.mark.parametrize(
-    ("data", "size", "channels", "codes"), [("openmoji", (64, 64), 3, 512), ("fashion_mnist", (28, 28), 1, 256)]
-)
-def test_peers_have_equal_bits_and_three_sizes(monkeypatch, data, size, channels, codes):
-    """Each has the preset's grid, and grows with its size; diffusers' is tried in a process of its own."""
-    counts = dict[str, list[int]]()
-    monkeypatch.setattr(peers, "find_spec", lambda _: None)  # it would be in the family from here on
-    preset = nodes.read_presets(data, [])["tokenizer"]
-    for name, spec in peers.peers(preset, Path("out")).items():
-        node = dict(spec["model"])
-        if node["kind"] != "diffusers":
-            with torch.device("meta"):
-                model = Tokenizer.create(node.pop("kind"), image_size=size, channels=channels, **node)
-            assert model.grid == TokenGrid(tuple(side // preset["model"]["factor"] for side in size), codes), name
-            counts.setdefault(name.partition("-")[0], []).append(sum(p.numel() for p in model.parameters()))
-    assert set(counts) == {"subpixel", "nearest", "vqgan", "vit"}
-    assert all(len(sizes) == 3 and sizes == sorted(set(sizes)) for sizes in counts.values())
-
-
-@pytest.mark.parametrize(("data", "size", "channels"), [("openmoji", (64, 64), 3), ("fashion_mnist", (28, 28), 1)])
-def test_a_row_of_tokens_and_a_grid_of_them_have_equal_bits(data, size, channels):
-    preset, grids = nodes.read_presets(data, [])["tokenizer"], {}
-    found = rows.rows(preset, Path("out"))
-    for name, spec in found.items():
-        node = dict(spec["model"])
-        with torch.device("meta"):
-            model = Tokenizer.create(node.pop("kind"), image_size=size, channels=channels, **node)
-        grids[name] = len(model.grid), model.grid.vocab_size
-        assert spec["critic"] == {"weight": 0.0} and bool(model.prefixes) == (name == "titok")
-    assert set(grids) == {"vqvae", "vit", "titok", "titok-whole"} and len(set(grids.values())) == 1
-    ours = nodes.tokenizer_node(preset, found["titok"], None, None, 7, Path("run"))["train"]
-    assert ours["muon_lr"] == found["titok"]["train"]["muon_lr"] != preset["train"]["muon_lr"] and ours["steps"] == 7
-    theirs = nodes.tokenizer_node(preset, found["vqvae"], None, None, 7, Path("run"))["train"]
-    assert theirs["muon_lr"] == preset["train"]["muon_lr"]
-    with pytest.raises(SystemExit, match=r"^data=nothing: there is no preset configs/tokenizer/titok_nothing.yaml$"):
-        rows.rows({**preset, "out": "runs/vqvae_nothing"}, Path("out"))
-
-
-def test_the_best_size_of_each_network_is_shown():
-    psnr = {"vit-small": 15.0, "vit-large": 14.0, "ema": 13.0, "vqgan-medium": 16.0}
-    found = {name: [{"psnr": value}] for name, value in psnr.items()}
-    assert list(table.best_sizes(found)) == ["vqgan-medium", "vit-small", "ema"]
-    assert table.table(found).splitlines()[0] == "| tokenizer | PSNR, dB |"  # no column without a figure
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_peers_for_seconds(tmp_path):
@@ -265,62 +186,6 @@ def test_the_measurements_of_a_gpu_are_rehearsed(tmp_path):
     names = [row.split("|")[1].strip() for row in rows]
     assert {"gpt_imagenet256, compiled", "diffusers VQModel", "gpt, bfloat16", "vqgan, bf16 autocast"} <= set(names)
     assert all(row.count("|") == rows[0].count("|") for row in rows[:10])
-
-
-def test_sampling_is_measured_on_logits_as_after_training():
-    from benchmarks.support.cards.sampling import scale_logits
-
-    prior = small_pipeline().prior
-    scale_logits(prior)
-    logits = prior(torch.randint(32, (64, *prior.grid.shape)))
-    assert 2.5 < float(logits.std()) < 3.5
-
-
-def test_a_page_gets_its_section(tmp_path):
-    """And keeps all others."""
-    from benchmarks.speed import gpu
-
-    page = tmp_path / "page.md"
-    for rest in ("## After\n\nlast\n", ""):
-        page.write_text(f"# Page\n\n## Before\n\nfirst\n\n{gpu.HEADING}\n\nNot run yet.\n\n{rest}")
-        gpu.put_into(page, "| a table |\n")
-        assert (
-            page.read_text().rstrip()
-            == f"# Page\n\n## Before\n\nfirst\n\n{gpu.HEADING}\n\n| a table |\n\n{rest}".rstrip()
-        )
-    page.write_text("# Page\n")
-    with pytest.raises(SystemExit, match="has no section '## On a GPU'"):
-        gpu.put_into(page, "")
-
-
-def test_cards_are_known_by_the_names_that_torch_gives():
-    told = {
-        "NVIDIA H100 80GB HBM3": "h100",
-        "NVIDIA H100 PCIe": "h100_pcie",
-        "NVIDIA H200": "h200",
-        "NVIDIA A100-SXM4-80GB": "a100",
-        "NVIDIA A100-SXM4-40GB": "a100_40",
-        "NVIDIA L4": "l4",
-        "NVIDIA L40S": "l40s",
-        "NVIDIA GeForce RTX 4090": "rtx4090",
-    }
-    found = {name: next(kind for part, kind in card.NAMES.items() if part in name.lower()) for name in told}
-    assert found == told
-
-
-def small_pipeline():
-    """A tokenizer of four ids of 32, and a prior over them, with random weights."""
-    from pipelines import ImagePipeline
-    from prior import Prior
-    from tokenizer import Tokenizer
-
-    torch.manual_seed(0)
-    quantizer = {"kind": "ema", "codes": 32, "dim": 4}
-    sizes = {"image_size": (8, 8), "channels": 1, "factor": 4, "widths": (16,), "blocks": (0,)}
-    tokenizer = Tokenizer.create("vqvae", **sizes, quantizer=quantizer)
-    return ImagePipeline(
-        tokenizer, Prior.create("gpt", grid=tokenizer.grid, num_classes=3, dim=16, depth=1, heads=2).eval()
-    )
 
 
 @pytest.mark.slow

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import warnings
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("tokenizer", "prior", "pipelines")
@@ -82,33 +79,3 @@ def test_importing_takes_nothing_heavy_and_warns_of_nothing() -> None:
     """Every name that users take from the faces needs torch alone, and so do all modules."""
     names = [name for name in MODULES if not name.startswith(tuple(APP)) and not name.endswith("__main__")]
     assert imported(names) == {}
-
-
-@pytest.mark.slow
-def test_importing_the_page_warns_of_nothing() -> None:
-    pytest.importorskip("gradio")
-    assert "gradio" in {each for late in imported(MODULES).values() for each in late}
-
-
-def test_no_source_warns_when_it_is_compiled() -> None:
-    """As an escape that there is not does, once: compiled files are kept."""
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        for name in PACKAGES:
-            for path in (ROOT / name).rglob("*.py"):
-                compile(path.read_bytes(), str(path), "exec")
-    assert [str(each.message) for each in told] == []
-
-
-@pytest.mark.parametrize("face", ["raise RuntimeError('is not to be run')", None])
-def test_another_package_of_a_common_name_is_named(tmp_path: Path, face: str | None) -> None:
-    """Somebody's own `prior`, found first, and a folder of this name without an `__init__.py`."""
-    (tmp_path / "prior").mkdir()
-    for name in ("pipelines", "tokenizer"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    if face:
-        (tmp_path / "prior" / "__init__.py").write_text(face)
-    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]\ntry:\n    import pipelines\nexcept ImportError as error:\n"
-    (line,) = said_by(code + "    print(error)", "-I", "-S")
-    found = f"{tmp_path}/prior/__init__.py" if face else "a folder called 'prior' without an __init__.py"
-    assert line.startswith(f"`prior` should be Smalti's, beside {ROOT}/pipelines, but Python found {found}; install")

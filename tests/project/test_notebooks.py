@@ -6,8 +6,6 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
-import re
-import subprocess
 import sys
 import threading
 import urllib.request
@@ -54,10 +52,6 @@ def executed(folder: Path, *sources: str) -> tuple[Any, str | None]:
 # As text
 
 
-def test_there_are_five():
-    assert list(PICTURES) == NAMES
-
-
 @every_notebook
 def test_a_notebook_is_kept_as_text(name):
     """With a title, no more than an idea a cell, and no outputs beside it."""
@@ -69,26 +63,6 @@ def test_a_notebook_is_kept_as_text(name):
     words = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown")
     assert words >= 400, "the text is the point"
     assert not list(FOLDER.glob("*.ipynb"))
-
-
-@every_notebook
-def test_links_of_a_notebook_lead_somewhere(name):
-    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
-    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
-    for target in targets:
-        page, _, heading = target.partition("#")
-        path = FOLDER / page
-        assert path.is_file(), target
-        headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
-        slugs = {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in headings}
-        assert not heading or heading in slugs, target
-
-
-@every_notebook
-def test_a_notebook_uses_what_is_public(name):
-    """No name of ours with an underscore in front, and nothing of the tests."""
-    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
-    assert not re.search(r"\b(?:from|import) (?:pipelines|prior|tokenizer)[\w.]*\._|\w\._[a-z]|fake_hub|tests", text)
 
 
 # Executed
@@ -129,22 +103,6 @@ def test_the_cell_that_fails_is_told(tmp_path):
     assert len(executing.pictures(notebook)) == 1
 
 
-def test_a_kernel_that_dies_is_told(tmp_path):
-    assert "died" in executed(tmp_path, "import os\nos._exit(3)")[1]
-
-
-@pytest.mark.parametrize(
-    ("cell", "told"),
-    [
-        ("import warnings\nwarnings.warn('old ways')", "old ways"),
-        ("import os\nprint(os.getcwd())", "shows a folder of this machine"),
-        ("import sys\nsys.prefix", "shows a folder of this machine"),
-    ],
-)
-def test_noise_is_told(tmp_path, cell, told):
-    assert told in executed(tmp_path, "print('fine')", cell)[1]
-
-
 def test_a_notebook_runs_here_and_in_an_empty_folder(tmp_path, monkeypatch):
     """In this Python, with this checkout and the share asked for; what it writes is gone afterwards."""
     monkeypatch.chdir(tmp_path)
@@ -157,50 +115,7 @@ def test_a_notebook_runs_here_and_in_an_empty_folder(tmp_path, monkeypatch):
     assert problem is None and [path.name for path in tmp_path.iterdir()] == ["1_small.py"]
 
 
-def test_pictures_and_outputs_are_found():
-    png = made.new_output("display_data", {"image/png": "abc", "text/plain": "<Figure>"})
-    cells = [made.new_markdown_cell("# Title"), made.new_code_cell("1", outputs=[png]), made.new_code_cell("2")]
-    notebook = made.new_notebook(cells=cells)
-    assert executing.pictures(notebook) == ["abc"] and executing.noise(notebook, "/nowhere") is None
-
-
-def test_some_are_chosen():
-    assert [path.stem for path in executing.chosen("2,1")] == ["2_two_stages", "1_chain_rule"]
-    assert [path.stem for path in executing.chosen(None)] == NAMES
-    with pytest.raises(SystemExit, match="there is no notebook '9'; there are 1, 2, 3, 4, 5"):
-        executing.chosen("9")
-    with pytest.raises(SystemExit, match="^onyl: unknown"):
-        executing.options(["onyl=1"])
-
-
-def test_what_is_executed_is_written(tmp_path, monkeypatch, capsys):
-    """Also if a cell fails, which is told; the exit code says whether all went well."""
-    cell = made.new_code_cell("1", outputs=[made.new_output("display_data", {"image/png": "abc"})])
-    problems = {"1_chain_rule": None, "2_two_stages": "cell 3 failed: x"}
-    monkeypatch.setattr(
-        executing, "execute", lambda path, share: (made.new_notebook(cells=[cell]), problems[path.stem])
-    )
-    for only, code in (("1", 0), ("1,2", 1)):
-        monkeypatch.setattr(sys, "argv", ["execute.py", f"only={only}", f"out={tmp_path}"])
-        with pytest.raises(SystemExit) as ended:
-            executing.main()
-        assert ended.value.code == code
-    told = capsys.readouterr()
-    assert "1_chain_rule: 0 s, 1 pictures\n" in told.out and told.err == "2_two_stages.py: cell 3 failed: x\n"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1_chain_rule.ipynb", "2_two_stages.ipynb"]
-
-
 # The Hub of notebook 5
-
-
-def test_the_hub_comes_before_its_client(tmp_path):
-    """It is the Hub of a process from its start on, or says that it comes too late."""
-    script = f"import sys; sys.path.insert(0, {str(FOLDER)!r}); {{}}from local_hub import start_hub; start_hub('hub')"
-    late = [sys.executable, "-c", script.format("import huggingface_hub; ")]
-    done = subprocess.run(late, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and "RuntimeError: start_hub comes first" in done.stderr
-    check = "; from huggingface_hub import constants; assert constants.ENDPOINT.startswith('http://127.0.0.1:')"
-    subprocess.run([sys.executable, "-c", script.format("") + check], cwd=tmp_path, check=True)
 
 
 def test_the_hub_keeps_files_inside_its_folder(tmp_path):

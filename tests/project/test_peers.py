@@ -113,33 +113,6 @@ def test_a_learned_codebook(rotation):
     same(mine.codebook.grad, other._codebook.embed.grad[0])
 
 
-@pytest.mark.parametrize("rotation", [False, True])
-def test_simvq(rotation):
-    """The same frozen codes through the same map. (Theirs has no bias, and starts from random codes.)"""
-    codes, beta = torch.randn(CODES, DIM), 0.25
-    gradient = "rotation" if rotation else "straight_through"
-    mine = ours("simvq", codes, beta=beta, gradient=gradient)
-    other = peers.SimVQ(
-        dim=DIM,
-        codebook_size=CODES,
-        channel_first=True,
-        rotation_trick=rotation,
-        input_to_quantize_commit_loss_weight=beta,
-    ).train()
-    other.frozen_codebook.copy_(codes)
-    mine.map.weight.data.copy_(other.code_transform.weight)
-    z, z_other = vectors()
-    z_q, tokens, losses = mine.quantize(z)
-    z_q_other, tokens_other, loss_other = other(z_other)
-    assert torch.equal(tokens, tokens_other) and tokens.unique().numel() > 8
-    same(z_q, z_q_other)
-    same(loss_of(mine, losses), loss_other)
-    ((z_q * weights_like(z)).sum() + loss_of(mine, losses)).backward()
-    ((z_q_other * weights_like(z)).sum() + loss_other).backward()
-    same(z.grad, z_other.grad)
-    same(mine.map.weight.grad, other.code_transform.weight.grad)
-
-
 @pytest.mark.parametrize("kind", ["ema", "vq"])
 def test_residual_codebooks(kind):
     """The same ids level by level, commitments, gradients, and means after a step.
@@ -230,35 +203,3 @@ def test_bits(name):
     ((z_q * weights_like(z)).sum() + loss_of(mine, losses)).backward()
     ((z_q_other * weights_like(z)).sum() + loss_other).backward()
     torch.testing.assert_close(z.grad, z_other.grad, rtol=1e-3, atol=1e-4)
-
-
-class Bicubic(peers.HierarchicalVQ):
-    """Theirs, growing maps as VAR does and not bilinearly."""
-
-    def upsample_to_full(self, q, full_shape, level_index):
-        up = torch.nn.functional.interpolate(q, size=full_shape, mode="bicubic")
-        return self.choose_phi(level_index)(up)
-
-
-@pytest.mark.parametrize("phi", [0, 1])
-def test_scales_of_one_codebook(phi):
-    """Ids, and what is looked up, in eval mode: theirs moves the codes after every scale. Theirs has no means that
-    vectors are centred and divided by. Its commitment is that of what each scale quantizes, ours of each sum."""
-    codes, scales = torch.randn(CODES, DIM), (1, 2, 3, SIDE)
-    node = {"kind": "ema", "codes": CODES, "dim": DIM}
-    mine = Quantizer.create("multiscale", scales=scales, book=node, rms=False, center=False, phi=phi).eval()
-    other = Bicubic(
-        dim=DIM, codebook_size=CODES, scales=scales, accept_image_fmap=True, quant_resi=0.5 * phi, kmeans_init=False
-    ).eval()
-    mine.book.codebook.copy_(codes)
-    other.vq._codebook.embed.data.copy_(codes)
-    if phi:
-        mine.phis[0].load_state_dict(other.phi_shared.conv.state_dict())
-    with torch.no_grad():
-        z, _ = vectors()
-        z_q, tokens, _ = mine.quantize(z)
-        z_q_other, tokens_other, _ = other(z)
-    assert torch.equal(tokens, torch.cat([part.flatten(1) for part in tokens_other], 1))
-    assert tokens.unique().numel() > 8
-    same(z_q, z_q_other)
-    same(mine.lookup(tokens), other.get_output_from_indices(tokens_other).detach())

@@ -165,13 +165,6 @@ def test_a_preset_is_found_by_its_name_from_any_folder(path, name, tmp_path, mon
     assert config_of(path) == config_of(path, "--config", name.format(stem=path.stem, folder=path.parent.name))
 
 
-def test_a_file_goes_before_a_preset_of_its_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "vqvae_digits").write_text("train: {seed: 77}")
-    path = CONFIGS / "tokenizer" / "vqvae_digits.yaml"
-    assert config_of(path, "--config", "vqvae_digits").train.seed == 77 != config_of(path).train.seed
-
-
 @every_preset
 def test_the_name_of_every_preset_is_its_own(path):
     assert find_preset(path.stem) == find_preset(f"{path.parent.name}/{path.stem}") == path

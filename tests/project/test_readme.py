@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import pkgutil
 import re
 import shlex
 import sys
@@ -22,10 +21,8 @@ from small import make_prior, make_tokenizer
 from pipelines import ImagePipeline
 from pipelines.__main__ import BESIDES, main, verbs
 from pipelines.tokens import TokenDataset, TokenSplit
-from pipelines.tokens.meta import TOKENS
 from prior import Prior
 from tokenizer import TokenGrid, Tokenizer
-from tokenizer.files import PathError, require_replaceable
 from tokenizer.quantizers import Quantizer
 
 ROOT = Path(__file__).parents[2]
@@ -34,12 +31,11 @@ STEPS = ("train_tokenizer", "encode", "train_prior", "generate", "evaluate")
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in [
-        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
         *sorted((ROOT / "docs").glob("*.md")),
         ROOT / "docs/site/home.md",
     ]
 }
-README = PAGES["README.md"]
 RECORDS = ("CHANGELOG.md", "docs/lab.md")
 """Pages about earlier versions: their commands and files need not exist today."""
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -73,44 +69,6 @@ def spans(page: str) -> list[str]:
 def is_whole(command: str) -> bool:
     """Whether nothing of a command is left open, as in `smalti VERB ...`."""
     return not re.search(r"\.\.\.|\b[A-Z]{3,}\b", command)
-
-
-def test_each_kind_of_block_is_known():
-    """A block of another language would be checked by nothing."""
-    for page in PAGES:
-        assert {kind for kind, _ in FENCE.findall(PAGES[page])} <= {"sh", "python", "text", "bash"}, page
-        assert PAGES[page].count("```") == 2 * len(FENCE.findall(PAGES[page])), page
-
-
-def test_the_readme_is_short():
-    assert len(README.splitlines()) <= 220
-    assert len(README.encode()) <= 18 * 1024
-
-
-def test_figures_of_the_readme_are_those_of_the_results():
-    table = README[README.index("## Results") : README.index("## What lies where")]
-    figures = re.findall(
-        r"(?<![\w.])\d*\.\d+", "\n".join(row.split("|")[3] for row in table.splitlines() if row[:1] == "|")
-    )
-    assert len(figures) >= 20
-    results = set(re.findall(r"(?<![\w.])\d*\.\d+", PAGES["docs/results.md"]))
-    assert set(figures) <= results, set(figures) - results
-
-
-def test_what_so_many_images_give_is_that_of_the_gallery():
-    """Figures of a row are those of one section, whose first three times add up to its minutes."""
-    page = PAGES["docs/data.md"]
-    table = page[page.index("| images | size | presets |") : page.index("So half an hour")]
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:] if row]
-    sections = PAGES["docs/gallery.md"].split("\n## ")[1:]
-    assert len(rows) == 5
-    for _, _, presets, minutes, psnr, agreement in rows:
-        names = re.findall(r"`(\w+)`", presets)
-        (section,) = (text for text in sections if all(f"/{name}.yaml" in text for name in names))
-        times = [float(re.search(rf"{part} (\d+\.\d)", section)[1]) for part in ("tokenizer", "tokens", "prior")]
-        assert float(minutes.split()[0]) == pytest.approx(sum(times)) and ("1 thread" in section) == ("core" in minutes)
-        assert f"| {psnr} / " in section
-        assert "class agreement | {}; real {},".format(*re.findall(r"[\d.]+%", agreement)) in section
 
 
 # Code
@@ -149,20 +107,6 @@ def test_the_code_of_a_page_runs(page, runs):
         assert names["tokens"].shape == (len(names["out"].images), 7, 7)
     if "digits =" in PAGES[page]:
         assert names["digits"].shape == (4, 1, 28, 28)
-
-
-def test_there_is_code():
-    assert {"README.md", "docs/guide.md", "docs/density.md", "docs/data.md", "docs/extending.md"} <= {
-        page for page in PAGES if blocks(page, "python")
-    }
-
-
-def test_the_anomalies_of_the_example_are_looked_for_in_real_images():
-    """Samples are always found strange, which would look as if the score did not work."""
-    code = "\n".join(blocks("docs/density.md", "python"))
-    scored = re.findall(r"pipe\.(?:anomaly_score|anomaly_map|heal)\((\w+)", code)
-    assert len(scored) >= 4 and set(scored) == {"digits"}
-    assert "digits = held_out.pixels(" in code and "pipe.calibrate(held_out.pixels(" in code
 
 
 @pytest.fixture
@@ -231,10 +175,6 @@ COMMANDS = {command: page for page in CURRENT for command in commands(page)}
 INLINE = {command: page for page in CURRENT for command in inline_commands(page)}
 
 
-def test_there_are_commands():
-    assert len(commands("README.md")) >= 10 and len(COMMANDS) >= 40 and len(INLINE) >= 25
-
-
 @cache
 def requirements() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -247,6 +187,8 @@ def check_words(words: list[str]) -> None:
     elif words[0] == "python":
         script, options = (words[1], words[2:]) if words[1] != "-m" else (f"{words[2].replace('.', '/')}.py", words[3:])
         path = ROOT / script
+        if not path.parent.exists():  # of a folder that an earlier command of the page writes
+            return
         assert path.is_file()
         text = path.read_text(encoding="utf-8")
         for option in options:
@@ -255,7 +197,7 @@ def check_words(words: list[str]) -> None:
         paths = [word for word in words[1:] if "/" in word]
         assert paths and all((ROOT / path).exists() for path in paths)
     else:
-        assert words[0] == "pip" and words[1] in ("install", "wheel")
+        assert words[:2] in (["pip", "install"], ["pip", "wheel"], ["uv", "export"], ["hf", "upload"])
         extras = re.findall(r"\[(\w+)\]", " ".join(words))
         assert set(extras) <= set(requirements())
 
@@ -347,71 +289,7 @@ def test_every_setting_that_is_named_exists(keys):
         assert any(is_key(name, help_page) for help_page in keys.values()), f"{page}: {name}"
 
 
-def test_the_refusal_that_the_guide_shows_is_what_is_said(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("my-thesis").mkdir()
-    for name in ("chapter1.tex", "chapter2.tex", "figures.pdf", "meta.json"):
-        Path("my-thesis", name).write_text("mine")
-    with pytest.raises(PathError) as refused:
-        require_replaceable(Path("my-thesis"), TOKENS)
-    assert f"error: out: {refused.value}\n" in PAGES["docs/guide.md"]
-
-
-def test_the_guide_counts_the_kinds_of_priors():
-    words = ["ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen"]
-    assert f"There are {words[len(Prior.available()) - 10]} kinds over" in PAGES["docs/guide.md"]
-
-
-def test_every_verb_is_named_in_the_readme():
-    named = set(re.findall(r"\w+", " ".join([*spans("README.md"), *commands("README.md")])))
-    assert set(verbs()) <= named
-
-
 # Files, modules, links
-
-
-def test_every_folder_is_in_the_tree():
-    """With a sentence each; files need not be, but the five steps are."""
-    (tree,) = (block for block in blocks("README.md", "text") if "stage one" in block)
-    named, above = {}, []
-    for line in tree.splitlines():
-        indent, name, sentence = re.fullmatch(r"( *)(\S+) {2,}(\S.*)", line).groups()
-        above = [*above[: len(indent) // 2], name.rstrip("/")]
-        named["/".join(above)] = sentence
-        assert (ROOT / "/".join(above)).exists(), line
-    folders = {
-        path.parent.relative_to(ROOT).as_posix()
-        for package in PACKAGES
-        for path in (ROOT / package).rglob("__init__.py")
-    }
-    assert folders | {"configs", "benchmarks", "docs", "tests"} <= set(named)
-    assert {f"pipelines/{step}.py" for step in STEPS} <= set(named)
-    assert len(named) <= 44 and all(" " in sentence for sentence in named.values())
-
-
-@pytest.mark.parametrize("page", CURRENT)
-def test_files_that_are_named_exist(page):
-    tops = "|".join([*PACKAGES, "configs", "benchmarks", "docs", "tests"])
-    for span in spans(page):
-        for word in span.split():
-            path = word.partition("::")[0].partition("=")[2] or word.partition("::")[0]
-            if re.fullmatch(rf"({tops})/[\w./*-]*(\.(py|md|yaml|png|txt)|/)", path) and path not in EXAMPLES:
-                assert list(ROOT.glob(path.rstrip("/"))), f"{page}: {path}"
-
-
-@pytest.mark.parametrize("page", CURRENT)
-def test_modules_that_are_named_exist(page):
-    """And what is in them."""
-    for name in re.findall(rf"`((?:{'|'.join(PACKAGES)})\.[\w.]+)`", prose(page)):
-        if not name.endswith((".STEP", ".VERB")):
-            assert pkgutil.resolve_name(name) is not None  # raises what says which part of the name there is not
-
-
-def test_the_numbers_of_formats_are_those_of_the_code():
-    rows = re.findall(r"^\| .* \| (\d+) \| `([\w.]+)` \|$", PAGES["docs/formats.md"], re.MULTILINE)
-    assert len(rows) >= 5
-    for number, name in rows:
-        assert pkgutil.resolve_name(name) == int(number), name
 
 
 def anchors(page: str) -> set[str]:

@@ -1,17 +1,16 @@
-"""Who may write where: every writer of the project meets what is not its own, and leaves it as it is.
-
-The last section finds the places in the code that write, so that a new writer comes here too.
+"""Nothing of a user's is lost: every writer of the project meets what is not its own, and leaves it as it is.
 
 Covers: pipelines/files.py.
 """
 
 from __future__ import annotations
 
-import ast
+import hashlib
 import json
 import os
-import re
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,65 +18,187 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from failures.writers import DATA, TINY, WRITERS, of_kind, place, published_weights, run, snapshot
-from PIL import Image
+from givens.image_folders import write_folder
+from safetensors.torch import save_file
 from small import make_tokenizer
 from small_pipelines import make_pipeline
 
 import pipelines.files as storage
-from pipelines import encode, evaluate, train_tokenizer
-from pipelines.commands import calibrate, compress, decompress, tune
+from pipelines import encode, evaluate, generate, train_prior, train_tokenizer
+from pipelines.commands import (
+    calibrate,
+    complete,
+    compress,
+    decompress,
+    detect,
+    export,
+    import_,
+    probe,
+    reconstruct,
+    search,
+    tune,
+)
+from pipelines.commands import inspect_ as inspect
 from pipelines.config import UserError
 from pipelines.files import lock_folder, lock_output
+from pipelines.images.pictures import save_picture
+from pipelines.tokens import load_tokens
 from tokenizer import files
 from tokenizer.files import PathError
 
-ROOT = Path(__file__).parents[2]
 REFUSED = (PathError, UserError)
 
 TRAPS: dict[str, dict[str, str]] = {
-    "a thesis": {"config.json": '{"thesis": true}', "thesis.docx": "years of work"},
-    "a transformers model": {"config.json": '{"model_type": "gpt2"}', "model.safetensors": "weights"},
-    "a diffusers model": {
-        "model_index.json": '{"_class_name": "StableDiffusionPipeline"}',
-        "config.json": '{"_class_name": "VQModel"}',
-        "diffusion_pytorch_model.safetensors": "weights",
+    "a model of others": {
+        "config.json": '{"model_type": "gpt2"}',
+        "model.safetensors": "weights",
         "vae/config.json": "{}",
     },
     "somebody's data": {"meta.json": '{"mine": true}', "sub/photo.raw": "a photo"},
     "somebody's manifest": {"manifest.json": '{"files": {"data.bin": {"sha256": "0", "size": 1}}}', "data.bin": "1"},
     "a manifest without the files": {"manifest.json": '{"files": {}}', "00000.png": "mine", "config.yaml": "out: x"},
-    "one file": {"thesis.tex": "years of work"},
+}
+QUICK = {"import", "reconstruct", "inspect", "search"}
+"""Verbs that do not lock what they write: one file or folder, quickly, and whole or not at all."""
+
+# Writers
+
+
+@dataclass(frozen=True)
+class Writer:
+    """write(world, out, *words): writes at `out`. kind: `whole` (a folder that is one thing), `results` (files beside
+    others in a folder), `file`, `run`, or `job` (a folder that is continued). reads: what of the world it reads, which
+    must not be `out`."""
+
+    write: Callable[..., Any]
+    kind: str
+    reads: str | None = None
+    suffix: str = ""
+
+    def replace(self, world: Any, out: Path) -> Any:
+        """Write over what is there, with `overwrite=true` where the writer has that."""
+        return self.write(world, out, *(["overwrite=true"] if self.kind in ("results", "file") else []))
+
+
+def verb(module: Any, *arguments: str, out: str = "out") -> Callable[..., Any]:
+    """A verb with these arguments, in which names of the world stand in braces."""
+
+    def write(world: Any, path: Path, *words: str) -> Any:
+        given = [argument.format(**vars(world)) for argument in (*arguments, *words)]
+        return run(module, [*given, f"{out}={path}"])
+
+    return write
+
+
+def run(module: Any, argv: list[str]) -> Any:
+    """What a verb does; a refusal as the error that it is."""
+    try:
+        return module.main(argv)
+    except SystemExit as ended:
+        raise ended.__cause__ or ended from None
+
+
+def picture_at(world: Any, out: Path, *words: str) -> None:
+    """A picture at `out`, by the function that a program calls."""
+    save_picture(np.zeros((8, 8, 3), np.uint8), out, overwrite=bool(words))
+
+
+DATA = ("data.source={images}", "data.image_size=8")
+TINY = ("train.steps=2", "train.batch_size=4", "train.warmup_steps=1", "track.wandb=disabled")
+WRITERS: dict[str, Writer] = {
+    "Tokenizer.save_pretrained": Writer(lambda world, out: world.tokenizer_model.save_pretrained(out), "whole"),
+    "Prior.save_pretrained": Writer(lambda world, out: world.prior_model.save_pretrained(out), "whole"),
+    "ImagePipeline.save_pretrained": Writer(lambda world, out: world.pipe.save_pretrained(out), "whole"),
+    "TokenDataset.save": Writer(lambda world, out: load_tokens(world.tokens).save(out), "whole"),
+    "encode": Writer(verb(encode, "tokenizer={tokenizer}", *DATA), "whole", "images"),
+    "import": Writer(verb(import_, "source={source}", "image_size=8", "groups=4"), "whole", "source"),
+    "export": Writer(verb(export, "tokenizer={tokenizer}", "format=torch"), "whole", "tokenizer"),
+    "decompress": Writer(verb(decompress, "pipeline={pipeline}", "stream={stream}"), "new", "pipeline"),
+    "generate, a folder": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "job", "pipeline"),
+    "detect": Writer(
+        verb(detect, "pipeline={calibrated}", "images={images}", *DATA, "num_shown=1"), "results", "calibrated"
+    ),
+    "probe": Writer(verb(probe, "pipeline={pipeline}", *DATA, "num_train=20", "num_test=8"), "results", "images"),
+    "evaluate": Writer(
+        verb(evaluate, "pipeline={pipeline}", *DATA, "num_images=0", "update_card=false"), "results", "pipeline"
+    ),
+    "tune": Writer(
+        verb(
+            tune,
+            "pipeline={pipeline}",
+            *DATA,
+            *("data.split=test", "data.held_out=train", "data.validation_fraction=0.7", "feature_steps=0"),
+            *("num_samples=50", "store=false"),
+        ),
+        "results",
+        "pipeline",
+    ),
+    "generate, a grid": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "pipeline", ".png"),
+    "generate, npz": Writer(verb(generate, "pipeline={pipeline}", "num_images=2"), "file", "pipeline", ".npz"),
+    "complete": Writer(verb(complete, "pipeline={pipeline}", "images={picture}", "draws=1"), "file", "picture", ".png"),
+    "reconstruct": Writer(verb(reconstruct, "tokenizer={tokenizer}", *DATA), "file", "picture", ".jpg"),
+    "inspect": Writer(verb(inspect, "tokenizer={tokenizer}", *DATA, "num_images=3"), "file", "picture", ".webp"),
+    "search": Writer(verb(search, "pipeline={pipeline}", *DATA, "images={picture}", "k=2"), "file", "picture", ".bmp"),
+    "save_picture": Writer(picture_at, "file", None, ".png"),
+    "compress": Writer(verb(compress, "pipeline={pipeline}", "images={picture}"), "file", "picture", ".smalti"),
+    "train_tokenizer": Writer(
+        verb(train_tokenizer, *DATA, *TINY, "model.kind=vqvae", "model.widths=[8]", "model.blocks=[0]"), "run", "images"
+    ),
+    "train_prior": Writer(
+        verb(train_prior, "tokens={tokens}", *TINY, "model.kind=gpt", "model.dim=16", "model.depth=1", "model.heads=1"),
+        "run",
+        "tokens",
+    ),
 }
 
 
-LONG = {
-    "train_tokenizer",
-    "train_prior",
-    "encode",
-    "generate",
-    "evaluate",
-    "tune",
-    "detect",
-    "probe",
-    "export",
-    "complete",
-    "compress",
-    "decompress",
-}
-"""Verbs that lock what they write. The others write one file or folder, quickly, and whole or not at all."""
+def of_kind(*kinds: str, slow: tuple[str, ...] = ()) -> Any:
+    """All writers of these kinds; those in `slow` take long at what is tested."""
+    names = [name for name, writer in WRITERS.items() if writer.kind in kinds]
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
+    )
+
+
+def published_weights(model: Any, folder: Path) -> None:
+    """The model as LlamaGen publishes it: bare weights under its own names."""
+    from tokenizer.published.vqgans import LLAMAGEN
+
+    folder.mkdir()
+    names = dict(model.named_parameters())
+    save_file(
+        {
+            LLAMAGEN.published(key, len(model.config.widths)): value.detach().clone(
+                memory_format=torch.contiguous_format
+            )
+            for key, value in names.items()
+        },
+        folder / "vq.safetensors",
+    )
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every file and link below a folder, with what it holds."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            found[str(path)] = os.readlink(path)
+        elif path.is_file():
+            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def place(name: str, tmp_path: Path) -> Path:
+    """Where a writer is to write."""
+    return tmp_path / f"out{WRITERS[name].suffix}"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> SimpleNamespace:
     """What writers read."""
     root = tmp_path_factory.mktemp("world")
-    draw = np.random.default_rng(0)
-    for split, count in (("train", 24), ("test", 44)):
-        for number in range(count):
-            folder = root / "images" / split / "ab"[number % 2]
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(draw.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{number}.png")
+    for split, count in (("train", 12), ("test", 22)):
+        write_folder(root / "images" / split, count=count, classes=("a", "b"), shape=(8, 8))
     torch.manual_seed(0)
     pipe = make_pipeline(size=(8, 8), labels=["a", "b"])
     model, prior = pipe.tokenizer, pipe.prior
@@ -87,7 +208,7 @@ def world(tmp_path_factory) -> SimpleNamespace:
     found = SimpleNamespace(root=root, tokenizer_model=model, prior_model=prior, pipe=pipe)
     names = ("images", "tokenizer", "pipeline", "calibrated", "tokens", "source")
     vars(found).update({name: root / name for name in names})
-    found.picture, found.stream = root / "images" / "test" / "a" / "0.png", root / "stream.smalti"
+    found.picture, found.stream = root / "images" / "test" / "a" / "000.png", root / "stream.smalti"
     WRITERS["encode"].write(found, found.tokens)
     WRITERS["compress"].write(found, found.stream)
     run(
@@ -178,20 +299,13 @@ def test_a_file_is_replaced_if_that_is_asked_for(world, tmp_path, name, ours):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@of_kind("file")
-def test_a_file_does_not_come_in_the_place_of_a_folder(world, tmp_path, name, overwrite):
+@of_kind("whole", "new", "results", "file")
+def test_a_file_does_not_come_in_the_place_of_a_folder_nor_a_folder_in_that_of_a_file(world, tmp_path, name, overwrite):
     out = place(name, tmp_path)
-    before = lay(out, TRAPS["one file"])
+    lay(out, {"thesis.tex": "years of work"}) if WRITERS[name].kind == "file" else out.write_text("years of work")
+    before = snapshot(tmp_path)
     refuses(world, name, out, str(out), overwrite=overwrite)
-    assert snapshot(out) == before
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-@of_kind("whole", "new", "results")
-def test_a_folder_does_not_come_in_the_place_of_a_file(world, tmp_path, name, overwrite):
-    (tmp_path / "out").write_text("years of work")
-    refuses(world, name, tmp_path / "out", str(tmp_path / "out"), overwrite=overwrite)
-    assert (tmp_path / "out").read_text() == "years of work" and len(list(tmp_path.iterdir())) == 1
+    assert snapshot(tmp_path) == before and len(list(tmp_path.iterdir())) == 1
 
 
 # Links
@@ -274,37 +388,26 @@ def test_a_text_of_ours_that_somebody_edited_is_never_lost(world, tmp_path, name
         path.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", ["notes.txt", ".#README.md"])
-def test_a_run_saves_its_state_although_its_snapshot_is_not_replaced(world, tmp_path, capsys, name):
-    """What somebody put into the snapshot stays, also a link to nothing, by which Emacs tells that it has a file open;
-    the run says so, and the same command ends it once that is away."""
-    out, longer = tmp_path / "run", "train.save_every=1"
-    theirs = out / "tokenizer" / name
-    arguments = [
-        *(argument.format(**vars(world)) for argument in (*DATA, *TINY)),
-        longer,
-        f"out={out}",
-        "model.kind=vqvae",
-        "model.widths=[8]",
-        "model.blocks=[0]",
-    ]
-    save = train_tokenizer.TokenizerTask.save
+def test_a_run_saves_its_state_although_its_snapshot_is_not_replaced(world, tmp_path):
+    """What somebody put into the snapshot stays, as a link to nothing, by which Emacs says that it has a file open; the
+    run says so, and the same command ends it once that is away."""
+    out = tmp_path / "run"
+    theirs, save = out / "tokenizer" / ".#README.md", train_tokenizer.TokenizerTask.save
 
     def disturbed(task: Any, *rest: Any) -> None:
         save(task, *rest)
-        theirs.symlink_to("mine") if "#" in name else theirs.write_text("mine")
+        theirs.symlink_to("mine")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_tokenizer.TokenizerTask, "save", disturbed)
-        with pytest.raises(UserError, match=f"not saved: step 2: .*{re.escape(name)}"):
-            run(train_tokenizer, arguments)
-    assert (os.readlink(theirs) if "#" in name else theirs.read_text()) == "mine"
-    assert json.loads((out / "tokenizer" / "provenance.json").read_text())["tokenizer"]["steps"] == 1
+        with pytest.raises(UserError, match="not saved: step 2: .*README.md"):
+            WRITERS["train_tokenizer"].write(world, out, "train.save_every=1")
+    assert os.readlink(theirs) == "mine"
     assert sorted(path.name for path in (out / "state").iterdir()) == ["step-00000001", "step-00000002"]
-    with pytest.raises(REFUSED, match=re.escape(name)):
-        run(train_tokenizer, arguments)
+    with pytest.raises(REFUSED, match="README.md"):
+        WRITERS["train_tokenizer"].write(world, out, "train.save_every=1")
     theirs.unlink()
-    run(train_tokenizer, arguments)
+    WRITERS["train_tokenizer"].write(world, out, "train.save_every=1")
     assert json.loads((out / "tokenizer" / "provenance.json").read_text())["tokenizer"]["steps"] == 2
 
 
@@ -384,7 +487,7 @@ def test_a_second_name_of_an_input_is_not_written_over(world, tmp_path):
 # Two at once
 
 
-LOCKING = [name for name in WRITERS if name.partition(",")[0] in LONG]
+LOCKING = [name for name in WRITERS if name.islower() and name not in {*QUICK, "save_picture"}]
 
 
 @pytest.mark.parametrize("name", LOCKING)
@@ -408,26 +511,6 @@ def test_of_two_that_write_into_a_pipeline_for_long_one_does(world, tmp_path, na
     assert snapshot(tmp_path) == before and not list(tmp_path.glob(".*"))
 
 
-def test_two_streams_at_once_do_not_mix(world, tmp_path, monkeypatch):
-    """One is refused, and the other is whole."""
-    write, inner = compress.write_images, []
-
-    def twice(pipeline: Any, file: Any, *arguments: Any, **options: Any) -> int:
-        written = write(pipeline, file, *arguments, **options)
-        if not inner:
-            inner.append(True)
-            other = world.images / "test" / "b"
-            with pytest.raises(UserError, match=f"process {os.getpid()} on"):
-                run(compress, [f"pipeline={world.pipeline}", f"images={other}", f"out={tmp_path}/out.smalti"])
-        return written
-
-    monkeypatch.setattr(compress, "write_images", twice)
-    WRITERS["compress"].write(world, tmp_path / "out.smalti")
-    run(decompress, [f"pipeline={world.pipeline}", f"stream={tmp_path}/out.smalti", f"out={tmp_path}/images"])
-    assert [path.name for path in (tmp_path / "images").iterdir()] == [world.picture.name]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out.smalti"]
-
-
 def test_a_folder_of_our_own_work_is_not_taken_by_another_run(world, tmp_path):
     """Starting a run removes what a killed one left of its own, and nothing else that is called alike."""
     out = tmp_path / "run"
@@ -443,65 +526,3 @@ def test_a_folder_of_our_own_work_is_not_taken_by_another_run(world, tmp_path):
     assert not (out / ".tmp-tokenizer-0123abcd").exists() and not (out / "state/.tmp-step-00000003-0123abcd").exists()
     (tmp_path / "new" / ".tmp-mine").mkdir(parents=True)
     refuses(world, "train_tokenizer", tmp_path / "new", ".tmp-mine")
-
-
-# All of them
-
-
-WRITING = {
-    "tokenizer/files.py": "folders, whole or not at all",
-    "pipelines/files.py": "files, whole or not at all, and locks",
-    "pipelines/tokens/shards.py": "a shard, whole or not at all",
-    "pipelines/job.py": "what a killed process was writing",
-    "pipelines/encode.py": "the work folder of a dataset",
-    "pipelines/generate.py": "a folder of images, and the work folder of a file",
-    "pipelines/training/checkpoint.py": "checkpoints of a run, by their names",
-    "pipelines/training/run_folder.py": "the folder of a run",
-    "pipelines/training/tracking.py": "the record of a run",
-    "pipelines/saving.py": "a pipeline, in a folder that is being made",
-    "tokenizer/model.py": "a model's card, in a temporary folder",
-    "pipelines/app/space.py": "a Space, in a folder that is being made",
-    "pipelines/evaluate.py": "results, in a folder that is being made",
-    "pipelines/commands/detect.py": "results, in a folder that is being made",
-    "pipelines/commands/compress.py": "a stream, under a temporary name",
-    "pipelines/commands/decompress.py": "pictures, in a folder that is being made",
-}
-CALLS = {
-    "write_text",
-    "write_bytes",
-    "rmtree",
-    "unlink",
-    "rename",
-    "mkdir",
-    "make_folder",
-    "touch",
-    "copyfile",
-    "copytree",
-    "symlink_to",
-    "ftruncate",
-    "rmdir",
-    "removedirs",
-    "makedirs",
-}
-
-
-def writes(tree: ast.AST) -> bool:
-    """Whether there is a call that changes files: one of `CALLS`, or an opening for more than reading."""
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
-            continue
-        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-        if called in CALLS or (called == "open" and any(set(text) & set("wax+") and len(text) < 4 for text in texts)):
-            return True
-    return False
-
-
-def test_only_these_modules_write():
-    found = {
-        path.relative_to(ROOT).as_posix()
-        for package in ("tokenizer", "prior", "pipelines")
-        for path in (ROOT / package).rglob("*.py")
-        if writes(ast.parse(path.read_text()))
-    }
-    assert found == set(WRITING), (sorted(found - set(WRITING)), sorted(set(WRITING) - found))

@@ -1,13 +1,12 @@
-"""Several ranks of one group as threads of this process, for what takes no time to compute.
-
-Tests of `torch.distributed` in processes of their own take seconds; here a rank that is in a collective waits for the
-others' threads. Only what the product calls is there. Torch's generators are shared by threads: draw outside.
-"""
+"""Several processes of one group, each a thread of this process, for what takes no time to compute: processes of their
+own take seconds. Torch's generators are shared by threads: draw outside."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,16 +14,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SECONDS = 20.0  # until a rank that waits for others gives up
+from pipelines.config.errors import ProcessFailed, ReportedElsewhere
+from pipelines.processes.group import ProcessGroup
 
 
-class _Group:
-    """What its threads see as `torch.distributed`."""
+class Several:
+    """`count` ranks, which see `torch.distributed` as far as the product calls it. Put `joined` in the place of
+    `join_group`, or `accelerator` and `group_of` in the place of those of `encode`, then `run` it."""
 
-    def __init__(self, world: int) -> None:
-        self.world, self.own = world, threading.local()
-        self.barrier: threading.Barrier = threading.Barrier(world, timeout=SECONDS)
-        self.shown: list[Any] = [None] * world
+    def __init__(self, count: int, seconds: float = 60) -> None:
+        self.count, self.own = count, threading.local()
+        self.barrier = threading.Barrier(count, timeout=seconds)
+        self.shown: list[Any] = [None] * count
+
+    @property
+    def side(self) -> ProcessGroup:
+        """The group, as the rank sees it whose thread this is."""
+        return ProcessGroup(self.own.rank, self.count)
+
+    @contextmanager
+    def joined(self, device: str) -> Iterator[tuple[ProcessGroup, torch.device]]:
+        yield self.side, torch.device("cpu")
+
+    def accelerator(self) -> Any:
+        wait, nothing = self.barrier.wait, lambda: None
+        return SimpleNamespace(device=torch.device("cpu"), wait_for_everyone=wait, end_training=nothing)
+
+    def group_of(self, accelerator: Any) -> ProcessGroup:
+        return self.side
 
     def meet(self, thing: Any) -> list[Any]:
         """Each rank's, once all are here."""
@@ -45,31 +62,38 @@ class _Group:
     def all_gather_object(self, found: list[Any], thing: Any) -> None:
         found[:] = self.meet(thing)
 
+    def run(self, work: Callable[[], Any]) -> list[Any]:
+        """What `work` returns on each rank. What one raises is raised here."""
+        found: list[Any] = [None] * self.count
+        errors: list[BaseException] = []
+
+        def act(rank: int) -> None:
+            self.own.rank = rank
+            try:
+                found[rank] = work()
+            except BaseException as error:  # also of a failed assertion
+                errors.append(error)
+                self.barrier.abort()
+
+        threads = [threading.Thread(target=act, args=(rank,), daemon=True) for rank in range(self.count)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "is_initialized", lambda: True)
+            patch.setattr(dist, "get_world_size", lambda: self.count)
+            patch.setattr(dist, "get_rank", lambda: self.own.rank)
+            for name in ("all_reduce", "broadcast", "all_gather_object"):
+                patch.setattr(dist, name, getattr(self, name))
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        torch.backends.cuda.enable_cudnn_sdp(True)  # sampling turns it off meanwhile, and threads share the switch
+        echoes = (threading.BrokenBarrierError, ReportedElsewhere, ProcessFailed)
+        for error in sorted(errors, key=lambda error: isinstance(error, echoes)):
+            raise error
+        return found
+
 
 def of_ranks(world: int, work: Callable[[int], Any]) -> list[Any]:
-    """What `work(rank)` returns on each of so many ranks. What one raises is raised here."""
-    group, found, raised = _Group(world), [None] * world, []
-
-    def run(rank: int) -> None:
-        group.own.rank = rank
-        try:
-            found[rank] = work(rank)
-        except BaseException as error:  # also of a failed assertion
-            raised.append(error)
-            group.barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(world)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "is_initialized", lambda: True)
-        patch.setattr(dist, "get_world_size", lambda: world)
-        patch.setattr(dist, "get_rank", lambda: group.own.rank)
-        patch.setattr(dist, "all_reduce", group.all_reduce)
-        patch.setattr(dist, "broadcast", group.broadcast)
-        patch.setattr(dist, "all_gather_object", group.all_gather_object)
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    if raised:
-        raise next((error for error in raised if not isinstance(error, threading.BrokenBarrierError)), raised[0])
-    return found
+    """What `work(rank)` returns on each of so many ranks."""
+    several = Several(world)
+    return several.run(lambda: work(several.side.rank))

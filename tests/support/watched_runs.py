@@ -10,18 +10,17 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from launch import blank, free_port
+from launch import blank
+from processes import digest, fork_twice, gathered, leave_group
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from two_processes import digest, gathered, leave_group
 
 from pipelines import ImagePipeline
 from pipelines.config import UserError
@@ -30,22 +29,15 @@ from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training.trainer import Trainer
 
-RANKS = {"RANK": ["0", "1"], "LOCAL_RANK": ["0", "1"], "WORLD_SIZE": ["2", "2"]}
-
 # From outside
 
 
 def in_two_processes(file: str, name: str, folder: Path, seconds: float = 250) -> tuple[dict[str, Any], str]:
     """Run a function of a file in two processes; what they noted, and what they printed."""
-    import prepared
-
-    where = {"MASTER_ADDR": ["127.0.0.1"] * 2, "MASTER_PORT": [str(free_port())] * 2}
-    found = prepared.run([[file, name, str(folder)]] * 2, seconds, **RANKS, **where)
-    for code, printed in found:
-        assert code == 0, f"exit code {code}:\n{printed}"
+    printed = fork_twice(file, name, folder, seconds=seconds)
     noted = json.loads((folder / f"{name}.json").read_text())
     assert noted["world"] == 2 and noted["pids"][0] != noted["pids"][1]
-    return noted, "".join(printed for _, printed in found)
+    return noted, printed
 
 
 # In each of two processes
@@ -147,18 +139,6 @@ def share(values: list[Any]) -> float:
     """The part of all numbers that is here."""
     here = sum(value.to_local().numel() if isinstance(value, DTensor) else value.numel() for value in values)
     return here / sum(value.numel() for value in values)
-
-
-@contextmanager
-def environment(**variables: str) -> Iterator[None]:
-    """These variables, as a launcher sets them."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def main(functions: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from prepared import run_file
+from processes import run_file
 from small import (
     PRIORS,
     QUANTIZERS,

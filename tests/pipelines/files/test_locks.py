@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from ordinary import as_others
-from several import Several
+from ranks import Several
 
 from pipelines import files
 from pipelines.config import UserError

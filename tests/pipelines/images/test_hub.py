@@ -11,7 +11,7 @@ from urllib.parse import parse_qs
 
 import pytest
 from givens.image_files import load, rows_of, write_shards
-from prepared import run_file
+from processes import run_file
 from servers.fake_hub import Handler, commit, places_of, serve
 
 from pipelines.config import UserError
@@ -83,7 +83,7 @@ def test_a_data_set_on_the_hub_is_read_in_sequence_or_copied(tmp_path, kind):
     write_shards(folder, kind, rows_of(4), 1, split="test")
     with serve(tmp_path / "hub") as hub:
         hub.RequestHandlerClass = DatasetHandler
-        done = run_file(__file__, bare=True, **places_of(hub, tmp_path / "home"))
+        done = run_file(__file__, **places_of(hub, tmp_path / "home"))
     lines = [line.split(" ", 3) for line in done.splitlines() if re.match(r"\S+ (True|False) \d", line)]
     assert [line[:3] for line in lines] == [
         ["me/shards", "True", "4"],
@@ -92,7 +92,7 @@ def test_a_data_set_on_the_hub_is_read_in_sequence_or_copied(tmp_path, kind):
         ["hf://datasets/me/shards/train*", "False", "2"],
     ], done
     if kind == "parquet":  # those of tar files are not found by the name of the data set
-        copied = run_file(__file__, "copy", bare=True, **places_of(hub, tmp_path / "home"))
+        copied = run_file(__file__, "copy", **places_of(hub, tmp_path / "home"))
         number = lines[1][3].split()[-1]
         assert f"copy 4 [0] tensor({number})\nstream data.streaming: me/shards cannot be reached" in copied
     expected = load(folder / f"train*.{kind}").train.pixels(range(18)).long().sum().item()

@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from prepared import run_file
+from processes import run_file
 
 from pipelines.metrics import charts
 from pipelines.metrics.charts import charts_in_row, draw_histogram, draw_usage, page

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from processes import fork_twice, join_group, leave_group
 from safetensors.torch import load_file, save_file
 from small import make_tokenizer
-from two_processes import fork_twice, join_group, leave_group
 
 from pipelines.metrics.codebook import CodebookUse, count_tokens
 

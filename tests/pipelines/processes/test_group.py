@@ -1,6 +1,6 @@
 """What several processes do together is what one does alone; an error in one ends all, and each says why.
 
-What needs a group runs in two and three processes that are forked from one (`python test_sharing.py FOLDER`).
+What needs a group runs in two and three processes (`python test_group.py FOLDER`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from failures.forked import fork
-from prepared import run_file
-from two_processes import join_group, leave_group
+from processes import join_group, leave_group, run_ranks
 
 from pipelines.config import UserError
 from pipelines.processes.group import ALONE, ProcessGroup
@@ -76,8 +73,9 @@ def failing(group: ProcessGroup, error: Exception, rank: int) -> list[str]:
     return group.gather(lambda: raised)
 
 
-def work(folder: Path, rank: int) -> None:
-    join_group(folder)
+def main(folder: Path) -> None:
+    """What each process does."""
+    rank = join_group(folder)
     group = ProcessGroup(rank, dist.get_world_size())
     found = worked(group)
     errors = [failing(group, UserError("no such thing"), 1), failing(group, RuntimeError("a bug"), 0)]
@@ -87,19 +85,14 @@ def work(folder: Path, rank: int) -> None:
     leave_group()
 
 
-def main(folder: Path) -> None:
-    """Teams of two and of three, forked from one process that has imported everything."""
-    for world in WORLDS:
-        (folder / str(world)).mkdir()
-        codes = fork(world, partial(work, folder / str(world)), folder / f"{world}.log").end()
-        assert codes == [0] * world, (folder / f"{world}.log").read_text()
-
-
 @pytest.fixture(scope="module")
 def teams(tmp_path_factory) -> Path:
     """Where each process of each group has written what it has found."""
     folder = tmp_path_factory.mktemp("teams")
-    run_file(__file__, folder)
+    for world in WORLDS:
+        (folder / str(world)).mkdir()
+        codes, printed = run_ranks([__file__, str(folder / str(world))], world)
+        assert codes == [0] * world, printed
     return folder
 
 

@@ -12,13 +12,13 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from failures.encodes import SHIFT, config, interrupted, write_classes
 from folders import contents, files_in
 from givens.image_files import write_pictures
+from givens.image_folders import write_classes
 from launch import DIGITS as DIGITS_ONCE
 from launch import output_of, start, two_processes
 from optional import needs_digits
-from several import Several
+from ranks import Several
 from small import make_tokenizer
 
 from pipelines import encode
@@ -33,6 +33,27 @@ from tokenizer import Tokenizer
 from tokenizer.files import FormatError, PathError
 
 DIGITS = {"source": "digits", "limit": 30}
+SHIFT = {"augment": {"shift": 3}}
+
+
+def config(tokenizer, out, data, **options):
+    return EncodeConfig(tokenizer=str(tokenizer), out=str(out), data=data, **{"batch_size": 4, **options})
+
+
+def interrupted(monkeypatch, *arguments, after=4, **options):
+    """An encode that is interrupted before its fifth batch."""
+    calls, real = [], encode.variants_of
+
+    def stop(*given):
+        calls.append(given)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "variants_of", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(config(*arguments, **options))
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ from launch import (
 from one_process import one_process
 from small import PRIORS, node_of
 from torch.distributed.tensor import DTensor
-from watched_runs import Watch, environment, in_two_processes
+from watched_runs import Watch, in_two_processes
 
 from pipelines import ImagePipeline
 from pipelines.config import UserError
@@ -73,7 +73,7 @@ class Runs:
 
     def run(self, name: str, more: dict[str, Any] = RUN, stop: int = -1, sharded: bool = True) -> None:
         """One run, of weights in pieces or whole."""
-        with environment(**{**FSDP, "ACCELERATE_USE_FSDP": str(sharded).lower()}):
+        with patch.dict(os.environ, {**FSDP, "ACCELERATE_USE_FSDP": str(sharded).lower()}):
             self.watch.run(name, lambda: train_prior(self.folder / name, self.folder / "tokens", **more), stop)
 
 
@@ -116,7 +116,7 @@ def more(watch: Watch) -> None:
     runs.run("replicated to sharded")
     runs.run("compiled", {**RUN, "train__compile": True, "train__checkpointing": True})
     AcceleratorState._reset_state()
-    with environment(ACCELERATE_MIXED_PRECISION="bf16"):
+    with patch.dict(os.environ, {"ACCELERATE_MIXED_PRECISION": "bf16"}):
         runs.run("bf16")
         runs.run("replicated bf16", sharded=False)
 

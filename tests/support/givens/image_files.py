@@ -19,7 +19,7 @@ Row = tuple[str, bytes, Any]
 """Key, encoded image, label (None for none)."""
 
 
-def noise(*shape: int, seed: int = 0) -> np.ndarray:
+def noise(*shape: int, seed: int | list[int] = 0) -> np.ndarray:
     """Random pixels."""
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 

@@ -27,6 +27,15 @@ def write_folder(root, *, count=20, classes=("cat", "dog"), shape=(12, 12)):
     ]
 
 
+def write_classes(folder, names, count):
+    """So many training images of each class, 28 x 28, and as many others; their setting of `data`."""
+    for seed, split in enumerate(("train", "test")):
+        for number, name in enumerate(names):
+            for index in range(count):
+                write_image(folder / split / name / f"{index}.png", noise(28, 28, seed=[seed, number, index]))
+    return {"source": str(folder)}
+
+
 def config(source, **options):
     return DataConfig(**{"source": str(source), "image_size": 12, **options})
 

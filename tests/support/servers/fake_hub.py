@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from prepared import run_file
+from processes import run_file
 
 REFUSED = {"stranger": 401, "forbidden": 403, "missing": 404, "broken": 500}
 """What owners get who may not write."""
@@ -225,7 +225,7 @@ def serve(root: Path, secret: str | None = None) -> Iterator[FakeHub]:
 def run_client(script: str, server: FakeHub, home: Path, *arguments: str, token: str | None = None) -> Any:
     """What a process of its own prints in its last line, as JSON: it runs `script`, and takes `server` for the Hub."""
     environment = {**places_of(server, home), "HF_TOKEN": token}
-    return json.loads(run_file(script, *arguments, seconds=120, bare=True, **environment).splitlines()[-1])
+    return json.loads(run_file(script, *arguments, seconds=120, **environment).splitlines()[-1])
 
 
 def places_of(server: FakeHub, home: Path) -> dict[str, str]:

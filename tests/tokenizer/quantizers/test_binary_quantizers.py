@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from processes import fork_twice, join_group, leave_group
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from two_processes import fork_twice, join_group, leave_group
 
 from tokenizer import Tokenizer
 from tokenizer.quantizers import Quantizer

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from prepared import run_file
+from processes import run_file
 
 from tokenizer.quantizers import Quantizer
 

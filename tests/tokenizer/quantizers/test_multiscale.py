@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from givens.waves import trained_on_waves
+from processes import digest, fork_twice, gathered, join_group, leave_group
 from small import make_tokenizer, train_on
 from torch import Tensor
-from two_processes import digest, fork_twice, gathered, join_group, leave_group
 
 from tokenizer import Tokenizer
 from tokenizer.losses import psnr

@@ -18,9 +18,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes import fork_twice, gathered, join_group, leave_group
 from small import make_quantizer, train_on
 from torch import Tensor
-from two_processes import fork_twice, gathered, join_group, leave_group
 
 from tokenizer.quantizers import Quantizer
 from tokenizer.quantizers.codebook import nearest

@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from processes import fork_twice, join_group, leave_group
 from small import make_quantizer, train_on
 from torch import nn
-from two_processes import fork_twice, join_group, leave_group
 
 from tokenizer.quantizers import Quantizer, choice
 from tokenizer.quantizers import gumbel as gumbel_module

@@ -29,7 +29,7 @@ def forbidden(*_: Any, **__: Any) -> Any:
 
 def memory_of(tensor: Tensor) -> Any:
     """What two views of the same memory have in common."""
-    return getattr(tensor, "elem", tensor).untyped_storage()._cdata
+    return tensor.untyped_storage()._cdata
 
 
 def tensors_in(values: Any) -> list[Tensor]:
@@ -52,10 +52,6 @@ class Recording(TorchDispatchMode):
         given = tensors_in((args, kwargs))
         if name in READS or (name == "index" and any(each.dtype == torch.bool for each in tensors_in(args[1]))):
             raise HostRead(f"{name} while a graph is captured")
-        places = {"cuda" if hasattr(each, "elem") else "cpu" for each in given}  # a pretended GPU
-        places |= {torch.device(kwargs["device"]).type} if kwargs.get("device") and given else set()
-        if name in ("copy_", "_to_copy") and len(places) > 1:
-            raise HostRead(f"{name} from or to the host's memory while a graph is captured")
         self.keep(function, args, kwargs)
         out = function(*args, **kwargs)
         there = {memory_of(each) for each in given}
@@ -72,8 +68,7 @@ class Recording(TorchDispatchMode):
         written += [kwargs[each.name] for each in function._schema.arguments if each.is_out and each.name in kwargs]
         for tensor in tensors_in(written):
             if memory_of(tensor) not in self.before and memory_of(tensor) not in self.new:
-                whole = getattr(tensor, "elem", tensor)
-                whole = torch.empty(0, dtype=torch.uint8).set_(whole.untyped_storage())
+                whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
                 self.before[memory_of(tensor)] = whole, whole.clone()
 
     def undo(self) -> None:
@@ -81,7 +76,6 @@ class Recording(TorchDispatchMode):
         for tensor, before in self.before.values():
             tensor.copy_(before)
         for tensor in self.new.values():
-            tensor = getattr(tensor, "elem", tensor)
             tensor.fill_(torch.nan if tensor.dtype.is_floating_point or tensor.dtype.is_complex else 0)
 
 

@@ -1,4 +1,4 @@
-"""A script as a user writes it: type checkers look at it (see test_editors.py), and nobody runs it.
+"""A script as a user writes it: type checkers look at it (`make check`), and nobody runs it.
 
 What `assert_type` says is what an editor shows.
 """

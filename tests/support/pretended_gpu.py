@@ -6,20 +6,18 @@ says nothing of kernels, speed or memory.
 
 How: a tensor subclass that wraps a CPU's, a dispatch mode that wraps what is made on `cuda`, and 30 lines of C++, as
 autograd asks for the device's guard. Torch is changed for good, so it takes a process of its own, and comes before the
-project is imported.
+project is imported:
 
-With PYTHONPATH=.:tests/support
+    python tests/support/pretended_gpu.py [--float32] [WORD]    # --float32: a GPU without float64, as Apple's
 
-    python -m pretended.gpu [WORD]              # tries what `gpu_components` says (of that name), a line for each
-    python -m pretended.gpu waits               # how often the host waits for the GPU in a training step, and where
-    python -m pretended.gpu --float32 [WORD]    # the same on a GPU that has no float64, as Apple's
+tries the models, the abilities and the runs whose title contains WORD, a line for each.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
-import io
 import os
 import re
 import shutil
@@ -28,15 +26,18 @@ import sys
 import tempfile
 import traceback
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 import torch.optim.optimizer as optimizer
 import torch.utils._foreach_utils as foreach
-from pretended import gpu_counts
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
@@ -72,6 +73,8 @@ extern "C" void pretend() {
 """
 COPIES = {"copy_", "_to_copy", "copy", "_foreach_copy_", "set_", "_copy_from"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "bincount", "_unique2", "unique_dim"}
+"""What the host waits for."""
 NUMBERS = re.compile(  # what takes a number that is a CPU's tensor of no axes
     "add|sub|rsub|mul|div|floor_divide|pow|remainder|fmod|eq|ne|lt|le|gt|ge|maximum|minimum|where|masked_fill|fill|"
     "logical_(and|or|xor)|bitwise_(and|or|xor)|atan2|copysign|xlogy|logaddexp"
@@ -127,6 +130,10 @@ class Pretending(TorchDispatchMode):
         return compute(func, args, kwargs or {})
 
 
+waits: Counter[str] = Counter()
+"""How often the host would have waited for the GPU, by operation."""
+
+
 def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation: judged as a GPU would, done on the CPU."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -137,7 +144,7 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     generator = kwargs.get("generator")
     if generator is not None and (Generator.places.get(generator._cdata, CPU).type == "cuda") != on_gpu:
         raise DeviceMix(f"{func}: a generator of another device than the tensor's")
-    gpu_counts.note(func, args, kwargs, on_gpu, is_ours)
+    count_waits(func, args, kwargs, ours, on_gpu)
     plain = tree_map(unwrapped, kwargs)
     if on_gpu and target is not None:
         plain["device"] = CPU
@@ -145,14 +152,24 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         plain["pin_memory"] = False
     out = func(*tree_map(unwrapped, args), **plain)
     if not on_gpu:
-        return gpu_counts.send(out) if ours and kwargs.get("non_blocking") else out
-    require_known(out)
+        return out
+    if Pretended.float32 and any(one.dtype == torch.float64 for one in tree_leaves(out) if isinstance(one, Tensor)):
+        raise DeviceMix("the GPU has no float64")
     out = tree_map_only(Tensor, Pretended, out)
     return return_and_correct_aliasing(func, args, kwargs, out) if ours else out
 
 
-def is_ours(value: Any) -> bool:
-    return isinstance(value, Pretended)
+def count_waits(func: Any, args: Any, kwargs: dict[str, Any], ours: list[Tensor], on_gpu: bool) -> None:
+    """Note a number that is read, a result whose size depends on values, or a copy that blocks."""
+    name = func._schema.name.partition("::")[2]
+    if name in INDEXED:
+        waits[name] += bool(ours) and any(isinstance(one, Tensor) and one.dtype == torch.bool for one in args[1])
+    elif name in ("_to_copy", "copy_"):
+        source, target = (args[0], on_gpu) if name == "_to_copy" else (args[1], isinstance(args[0], Pretended))
+        free = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+        waits[name] += isinstance(source, Pretended) != target and not free
+    else:
+        waits[name] += bool(ours) and name in READS
 
 
 def unwrapped(value: Any) -> Any:
@@ -174,12 +191,6 @@ def judge(func: Any, args: Any, ours: list[Tensor], others: list[Tensor]) -> Non
     if mixed:
         shapes = [[list(tensor.shape) for tensor in some] for some in (ours, others)]
         raise DeviceMix(f"{func}: tensors of two devices: {shapes[0]} on the GPU, {shapes[1]} on the CPU")
-
-
-def require_known(made: Any) -> None:
-    """Raise `DeviceMix` for what is made on the GPU in a type that it has not."""
-    if Pretended.float32 and any(one.dtype == torch.float64 for one in tree_leaves(made) if isinstance(one, Tensor)):
-        raise DeviceMix("the GPU has no float64")
 
 
 class Generator(torch.Generator):
@@ -272,8 +283,8 @@ def pretend() -> None:
         setattr(torch.cuda, name, lambda *_, **__: None)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.Generator = Generator
-    torch.Tensor.pin_memory = gpu_counts.pin
-    torch.cuda.Event = gpu_counts.Event
+    torch.Tensor.pin_memory = lambda tensor, device=None: tensor.clone()
+    torch.cuda.Event = lambda **_: SimpleNamespace(record=lambda *_: None, synchronize=lambda: None)
     F.scaled_dot_product_attention = attention
     optimizer._foreach_supported_types.append(Pretended)
     foreach._foreach_supported_types = optimizer._foreach_supported_types
@@ -281,56 +292,185 @@ def pretend() -> None:
     foreach._has_foreach_support = torch.nn.utils.clip_grad._has_foreach_support = several
 
 
-def run(only: str) -> bool:
-    """Try all components whose name contains `only`, a line for each; whether all went well."""
-    from pretended.emulated_graphs import Emulated
-    from pretended.gpu_components import components
+# What is tried
 
-    from prior import cuda_graph, sampling
+
+def refused() -> None:
+    """The pretending itself: mixes of devices raise, and what is right does not."""
+    x, here = torch.randn(3, device=CUDA), torch.randn(3)
+    mixes: list[Callable[[], Any]] = [
+        lambda: x + here,
+        lambda: torch.cat([x, here]),
+        lambda: here[x.long()],
+        lambda: torch.where(x > 0, x, here),
+        lambda: torch.rand(3, device=CUDA, generator=torch.Generator()),
+        lambda: torch.rand(3, generator=torch.Generator("cuda")),
+        lambda: torch.nn.Linear(3, 2)(x),
+        *([lambda: x.double()] if Pretended.float32 else []),
+    ]
+    for number, mix in enumerate(mixes):
+        with contextlib.suppress(DeviceMix):
+            mix()
+            raise AssertionError(f"mix {number} was let through")
+    layer = torch.nn.Linear(3, 2).to(CUDA)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        y = layer(x)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and isinstance(layer.weight.grad, Pretended)
+    assert torch.equal((x + 1).cpu(), x.cpu() + 1)
+    before = waits.total()
+    x.sum().item(), x[x > 0], x.to(CPU), x.cpu()
+    assert waits.total() == before + 4 and not (x.to(CPU, non_blocking=True), waits.total() - before - 4)[1]
+
+
+def check_gradients(model: torch.nn.Module, loss: Tensor) -> None:
+    """Every parameter has one: several GPUs would wait for it."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if trained:
+        model.zero_grad()
+        loss.backward()
+        assert not [name for name, parameter in trained.items() if parameter.grad is None]
+
+
+def try_tokenizer(name: str, config: dict[str, Any]) -> None:
+    """Training steps in bf16, tokens and images."""
+    from small import make_tokenizer
+
+    from tokenizer.losses import total_loss
+
+    model = make_tokenizer(name, (16, 16), **config)
+    if hasattr(model, "vae"):  # which should be a trained one
+        model.start_from(model.vae)
+    model.initialize(torch.rand(32, 3, 16, 16) * 2 - 1)
+    model = model.to(CUDA).train()
+    for _ in range(3):
+        batch = torch.rand(8, 3, 16, 16, device=CUDA) * 2 - 1
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            output = model(batch)
+        check_gradients(model, total_loss(output, batch, {"l1": 1.0, "l2": 1.0, **model.loss_weights})[0])
+    with torch.no_grad():
+        tokens = model.eval().encode(batch)
+        assert tokens.device == model.decode(tokens).device == CUDA
+
+
+def try_prior(name: str, config: dict[str, Any]) -> None:
+    """A training step in bf16, a likelihood, and all ways of sampling."""
+    from small import draw_tokens, generators, make_prior
+
+    model = make_prior(name, (4, 4), 7, **config).train()
+    tokens, labels = draw_tokens(model, 8), torch.arange(8) % 4
+    model.initialize(tokens, labels % 3)
+    model, tokens, labels = model.to(CUDA), tokens.to(CUDA), labels.to(CUDA)
+    inputs = model.training_inputs(tokens, 0.3)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        outputs = model.forward_outputs(tokens, labels, **inputs)
+    check_gradients(model, model.loss_from_outputs(outputs, tokens, **inputs))
+    with torch.no_grad():
+        model.eval().log_prob(tokens, labels)
+    known = torch.rand(model.grid.shape) < 0.5
+    guided = {"guidance_scale": 2.0, "top_k": 5, "top_p": 0.9, "temperature": 0.8}
+    for way in ({}, {"known": known, "tokens": tokens[:4]}, {"cache": False}, {"parallel": True}, guided):
+        drawn = model.sample(4, labels[:4] % 3, generator=generators(4), **way)
+        assert drawn.device == CUDA and drawn.shape == (4, *model.grid.shape)
+
+
+def try_pipeline() -> None:
+    """What users call."""
+    from small_pipelines import make_pipeline, pixels_for
+
+    pipe = make_pipeline(sizes={"likelihood": {"kind": "discretized_logistic"}}).to(CUDA)
+    images = pixels_for(pipe, 40)
+    pipe(4, labels="cat", seed=3, guidance_scale=2.0)
+    pipe.complete(images[:2], torch.arange(8)[:, None].expand(8, 12) < 4, draws=2)
+    pipe.decode(pipe.encode(images[:4])), pipe.embed(images[:4])
+    pipe.log_prob(images[:4]), pipe.bits_per_dim(images[:4])
+    pipe.calibrate(images), pipe.anomaly_score(images[:4], p_values=True), pipe.anomaly_map(images[:4])
+
+
+def try_run(train: Callable[[Path], Path]) -> None:
+    """A whole run in bf16, whose steps never wait for the GPU between logged ones."""
+    from accelerate.state import AcceleratorState
+
+    from pipelines.training.trainer import Trainer
+
+    os.environ.update(ACCELERATE_TORCH_DEVICE="cuda:0", ACCELERATE_MIXED_PRECISION="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    before: dict[int, int] = {}
+    take_step = Trainer.take_step
+
+    def watched(trainer: Trainer, *rest: Any) -> None:
+        assert trainer.device == CUDA
+        before[trainer.step] = waits.total()
+        take_step(trainer, *rest)
+
+    with tempfile.TemporaryDirectory() as folder, patch.object(Trainer, "take_step", watched):
+        train(Path(folder, "run"))
+    assert before[8] == before[3], f"{before[8] - before[3]} waits in five steps: {+waits}"
+
+
+def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Titles, and what to do."""
+    from launch import make_tokens, train_prior, train_tokenizer
+    from small import ANY_ORDER, PRIORS, QUANTIZERS, TOKENIZERS, VARIANTS, node_of
+
+    from tokenizer.likelihoods import Likelihood
+
+    yield "what a GPU refuses", refused
+    for name in TOKENIZERS:
+        yield f"tokenizer {name}", partial(try_tokenizer, name, {})
+    for name in QUANTIZERS:
+        nodes = {"multiscale": {"kind": "multiscale", "scales": [1, 2, 4]}}
+        yield f"quantizer {name}", partial(try_tokenizer, "vqvae", {"quantizer": nodes.get(name, node_of(name))})
+    for name in Likelihood.available():
+        yield f"likelihood {name}", partial(try_tokenizer, "vqvae", {"likelihood": {"kind": name}})
+    for name, config in [*((name, {}) for name in [*PRIORS, *VARIANTS]), *ANY_ORDER.items()]:
+        yield f"prior {name} {' '.join(config)}".strip(), partial(try_prior, name, config)
+    yield "pipeline", try_pipeline
+    quiet = {"train__log_every": 1000}
+    critic = {"critic": {"weight": 0.5, "width": 8, "layers": 1, "warmup": 1, "ramp": 1, "adaptive": True}}
+    yield "run of a tokenizer", partial(try_run, partial(train_tokenizer, **quiet))
+    yield "run of a tokenizer with a critic", partial(try_run, partial(train_tokenizer, **quiet, **critic))
+    yield (
+        "run of a prior",
+        partial(
+            try_run,
+            lambda out: train_prior(out, make_tokens(out.with_name("tokens")), train__optimizer="muon", **quiet),
+        ),
+    )
+
+
+def try_all(only: str) -> int:
+    """Try all whose title contains `only`, a line for each; how many failed."""
+    from prior import sampling
     from tokenizer import precision
 
-    cuda_graph.capture = Emulated().capture
+    sampling.can_capture = lambda device: False
     if Pretended.float32:
         precision.WITHOUT_FLOAT64.add("cuda")
-        sampling.can_capture = lambda device: False  # only CUDA has graphs, and it has float64
-    failed, tried = 0, 0
-    for name, component in components():
-        if only not in name:
+    tried = failed = 0
+    for title, check in checks():
+        if only not in title:
             continue
-        told, tried, problem, found = io.StringIO(), tried + 1, "", None
+        tried, problem = tried + 1, ""
         try:
             torch.manual_seed(0)
-            with redirect_stdout(told), redirect_stderr(told), Pretending(), warnings.catch_warnings():
-                warnings.filterwarnings("error", message="not captured in a CUDA graph")
-                found = component()
-        except (Exception, SystemExit) as error:
-            failed += 1
-            said = told.getvalue() if isinstance(error, SystemExit) else str(error)
-            problem = f"{place_of(error)}: {type(error).__name__}: {said.strip()[-300:]}"
-        more = found if isinstance(found, str) else " ".join(problem.split())
-        print(f"{'FAIL' if problem else 'ok  '}  {name:<60} {more}".rstrip(), flush=True)
-    print(f"{tried} components, {failed} failed")
-    return not failed and bool(tried)
-
-
-def place_of(error: BaseException) -> str:
-    """The innermost line of the project."""
-    tests, lines = Path(__file__).parents[2], traceback.extract_tb(error.__traceback__)
-    ours = [(Path(line.filename), line.lineno) for line in lines if Path(line.filename).is_relative_to(tests.parent)]
-    ours = [place for place in ours if "site-packages" not in place[0].parts]
-    own = [place for place in ours if not place[0].is_relative_to(tests)] or ours
-    return f"{own[-1][0].relative_to(tests.parent)}:{own[-1][1]}" if own else "outside"
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), Pretending():
+                check()
+        except (Exception, SystemExit):
+            failed, problem = failed + 1, traceback.format_exc(limit=-3)
+        print(f"{'FAIL' if problem else 'ok'}  {title}\n{problem}".rstrip(), flush=True)
+    print(f"{tried} tried, {failed} failed")
+    return failed or not tried
 
 
 if __name__ == "__main__":
-    sys.modules["pretended.gpu"] = sys.modules["__main__"]  # one class of tensors, not two
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     try:
         pretend()
     except NoCompiler as reason:
         print(reason)
-        sys.exit(2)
+        sys.exit(3)
     words = [word for word in sys.argv[1:] if word != "--float32"]
     Pretended.float32 = words != sys.argv[1:]
-    sys.exit(0 if run(" ".join(words)) else 1)
+    sys.exit(bool(try_all(" ".join(words))))
