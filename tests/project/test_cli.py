@@ -166,7 +166,7 @@ def test_run_folder_of_another_configuration_is_left_alone(world, tmp_path, caps
 
 def test_grid_of_every_class(world, tmp_path, capsys):
     main(["generate", f"pipeline={world}/run/pipeline", f"out={tmp_path}/a/grid.png", "num_images=20"])
-    assert f"20 images in one grid: {tmp_path}/a/grid.png" in capsys.readouterr().out
+    assert f"20 images in {tmp_path}/a/grid.png" in capsys.readouterr().out
     picture = Image.open(tmp_path / "a" / "grid.png")
     assert picture.mode == "RGB"
     assert picture.size == (10 * 58 + 2, 16 + 2 * 58 + 2)  # ten columns with heads, 28 pixels enlarged to 56

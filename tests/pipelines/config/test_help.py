@@ -40,6 +40,8 @@ def keys_of(page: str) -> list[str]:
 
 def configs_of(verb: str) -> list[type[Config]]:
     """The configurations that a verb's module defines."""
+    if verb == "plan":  # without a kind of model it is about a prior
+        return [load(verb).PlanPriorConfig]
     found = [cls for cls in vars(load(verb)).values() if isinstance(cls, type) and issubclass(cls, Config)]
     return [cls for cls in found if cls.__module__ == load(verb).__name__ and cls.examples]
 
