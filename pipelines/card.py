@@ -148,8 +148,8 @@ def run_links(facts: dict[str, Any]) -> list[str]:
     """A line with links to the runs of both stages, where they are known."""
     links = []
     for stage in STAGES:
-        told = facts.get(stage)
-        url = told.get("run_url") if isinstance(told, dict) else None
+        trained = facts.get(stage)
+        url = trained.get("run_url") if isinstance(trained, dict) else None
         if isinstance(url, str) and re.fullmatch(RUN_LINK, url):
             links.append(f"[{stage}]({url})")
     return [f"Training runs: {', '.join(links)}.", ""] if links else []

@@ -50,8 +50,8 @@ class ExportError(ValueError):
 
 
 class Checked(NamedTuple):
-    """What was compared: `images` of them, `tokens` in all, of which so many `close_calls` differ, and how far pixels
-    are from each other at most."""
+    """A comparison: the numbers of images, of tokens, and of tokens that differ (`close_calls`), and the largest
+    difference of pixels."""
 
     images: int
     tokens: int
@@ -153,7 +153,7 @@ class Recorded(TorchFunctionMode):
 
 
 def is_block(rows: Tensor, held: Any, dim: int = 0) -> bool:
-    """Whether the rows of any number of images are to be cut into blocks of so many."""
+    """Whether the rows of any number of images are to be cut into blocks of this size."""
     return dim == 0 and isinstance(held, int) and isinstance(rows.shape[0], torch.SymInt)
 
 

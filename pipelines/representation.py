@@ -44,8 +44,8 @@ def embed(
     1; None is its middle one. `"codes"` is the share of each id among the tokens, `"embeddings"` the tokens' vectors
     (the colours they are decoded to, where the tokenizer has no quantizer), `"pixels"` the images. pool: `"mean"` over
     positions, `"flatten"`, or `"last"`: the prior's last position, which alone has seen nearly all; None is `"mean"`
-    for the prior and codes, `"flatten"` for embeddings and pixels. labels: classes that the prior is told; None is the
-    null class. The result does not depend on `batch_size`, but for rounding. Raises `ValueError` for a layer or pool
+    for the prior and codes, `"flatten"` for embeddings and pixels. labels: classes given to the prior; None is the
+    null class. The result does not depend on `batch_size`, except for rounding. Raises `ValueError` for a layer or pool
     that is not there, naming those that are.
     """
     return embed_layers(pipeline, images, [layer], pool=pool, labels=labels, batch_size=batch_size)[0]

@@ -66,7 +66,7 @@ PIPELINE = FolderKind("a pipeline", INDEX, lambda index: index.get("_class_name"
 
 
 class IndexFile(BaseModel):
-    """What `model_index.json` holds, but for its class and version, which are looked at before."""
+    """The content of `model_index.json`, except its class and version, which are checked before."""
 
     model_config = ConfigDict(extra="forbid")
 

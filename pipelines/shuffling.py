@@ -115,7 +115,7 @@ def samples_of(
 
     Every epoch has its own permutation. Batches run across the ends of epochs, so each row comes once per epoch. For
     many rows the permutation is computed: drawing it would take memory and stop the training once per epoch. block:
-    read blocks of so many rows, see `permuted_blocks`; None takes all rows in a random order.
+    read blocks of this many rows, see `permuted_blocks`; None takes all rows in a random order.
     """
     positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
     epochs, indices = positions // rows, positions % rows

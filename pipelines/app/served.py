@@ -27,7 +27,7 @@ BROKEN = "Something went wrong on the server; its log says what."
 Picked = Sequence[tuple[str, str | None]] | None
 """What a gallery passes on: the file and the caption of each image."""
 Step = Callable[[int, int, str], None]
-"""Shows that so many of so many units are done. Raises `Stopped` once the visitor has clicked Stop."""
+"""Shows how many units of how many are done. Raises `Stopped` once the visitor has clicked Stop."""
 
 
 class Stopped(Exception):

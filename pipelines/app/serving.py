@@ -1,4 +1,4 @@
-"""A page on a port, until it is told to end."""
+"""Serve the page on a port, until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ def rows_at_a_time(grid: TokenGrid) -> int:
 
 
 def rows_evaluated(model: Prior, rows: int) -> int:
-    """Of so many rows, how many training evaluates: at most `EVALUATED_ROWS`, and fewer where `log_prob` takes so many
-    passes that it would go on for minutes."""
+    """The number of `rows` that training evaluates: at most `EVALUATED_ROWS`, and fewer where `log_prob` takes many
+    passes."""
     passes, size = model.likelihood_passes, len(model.grid)
     most = EVALUATED_ROWS if passes == 1 else max(1, EVALUATED_TOKENS // (passes * size))
     return min(rows, most, EVALUATED_ROWS)
