@@ -94,7 +94,7 @@ class EvaluateConfig(UsesImages, OutputConfig):
         "to; default: the one that the prior was trained on, if it is still there, or else the training images are "
         f"encoded, at most {MOST_TRAINING:,}",
     )
-    num_orders: int = Field(1, ge=1, description="number of orders whose mixture is scored, with a prior that takes any")
+    num_orders: int = Field(1, ge=1, description="orders whose mixture is scored, for a prior that takes any order")
     seed: int = Field(0, ge=0, lt=1 << 63, description="sample k uses seed + k")
     update_card: bool = Field(True, description="write the figures into the pipeline's model card")
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 EVALUATED_IMAGES = 2000  # at most, by training; `smalti evaluate` looks at all that are held out
-INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # a tokenizer starts from this many pixels, and from at least this many images
+INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # from which a tokenizer is initialised, at least
 
 
 class TrainTokenizerConfig(Config):
