@@ -29,7 +29,7 @@ READS = 5  # of a folder that is replaced while it is read
 ASIDE = ".del"
 """Prefix of the name of a folder that is being replaced, for an instant."""
 MAX_JSON_BYTES = 1 << 20
-MAX_MESSAGE, MAX_QUOTED = 900, 80  # characters
+MAX_MESSAGE, MAX_QUOTED, MAX_PATH = 900, 80, 300  # characters
 MAX_NAME = 255  # bytes of a file's name
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a full disk."""
@@ -94,10 +94,10 @@ def escape(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
-def quote(value: Any) -> str:
-    """The `repr` of a value for a message, cut to 80 characters."""
+def quote(value: Any, limit: int = MAX_QUOTED) -> str:
+    """The `repr` of a value for a message, cut to `limit` characters."""
     text = repr(value)
-    return text if len(text) <= MAX_QUOTED else f"{text[: MAX_QUOTED - 4]} ..."
+    return text if len(text) <= limit else f"{text[: limit - 4]} ..."
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -457,9 +457,9 @@ def find_folder(source: str | Path, patterns: list[str], **options: Any) -> Path
     if str(source) and find_local_folder(Path(source)):
         return Path(source)
     if os.path.exists(source):
-        raise PathError(f"{quote(str(source))} is a file; give the folder that it is in, or a Hub id")
+        raise PathError(f"{quote(str(source), MAX_PATH)} is a file; give the folder that it is in, or a Hub id")
     if not re.fullmatch(HUB_ID, str(source)):
-        raise PathError(f"{quote(str(source))} is neither an existing folder nor a Hub id of the form 'owner/name'")
+        raise PathError(f"{quote(str(source), MAX_PATH)} is neither an existing folder nor a Hub id of the form 'owner/name'")
     from huggingface_hub import snapshot_download
 
     try:
