@@ -456,10 +456,11 @@ def find_folder(source: str | Path, patterns: list[str], **options: Any) -> Path
     """
     if str(source) and find_local_folder(Path(source)):
         return Path(source)
+    name = quote(str(source), MAX_PATH)
     if os.path.exists(source):
-        raise PathError(f"{quote(str(source), MAX_PATH)} is a file; give the folder that it is in, or a Hub id")
+        raise PathError(f"{name} is a file; give the folder that it is in, or a Hub id")
     if not re.fullmatch(HUB_ID, str(source)):
-        raise PathError(f"{quote(str(source), MAX_PATH)} is neither an existing folder nor a Hub id of the form 'owner/name'")
+        raise PathError(f"{name} is neither an existing folder nor a Hub id of the form 'owner/name'")
     from huggingface_hub import snapshot_download
 
     try:
