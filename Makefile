@@ -5,6 +5,7 @@ RUNS   ?= runs
 DONE   := $(RUNS)/.demo
 CORES  := $(shell nproc 2>/dev/null || echo 1)
 ARGS   ?=
+PORT   ?= 8000
 BIN    := $(VENV)/bin
 LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml --num_cpu_threads_per_process $(CORES) -m
 SUM    := $(shell cksum pyproject.toml | cut -d' ' -f1)
@@ -13,6 +14,7 @@ TESTS  := $(VENV)/.dev-$(SUM)
 GPU    := $(VENV)/.gpu-$(SUM)
 SUPPLY := build/supply/.made
 UV     := build/supply/bin/uv
+NOTEBOOKS := $(patsubst docs/notebooks/%.py,build/notebooks/%.ipynb,$(wildcard docs/notebooks/[1-9]_*.py))
 
 .PHONY: demo test slow gpu notebooks docs site check floors lock audit sbom wheel help
 
@@ -21,9 +23,9 @@ help:
 	@echo "make test   install, ruff, mypy, pytest"
 	@echo "make slow   the measurements that take longer"
 	@echo "make gpu    checks and measures on this machine's GPU, and writes the table into docs/results.md"
-	@echo "make docs   these pages, the reference and the notebooks as a site in build/site; a dead link ends it"
-	@echo "make site   the same, served at http://127.0.0.1:8000"
-	@echo "make notebooks executes docs/notebooks, pictures included, into build/notebooks (minutes)"
+	@echo "make docs   builds these pages, the reference and the notebooks as a site in build/site (5 minutes the first time)"
+	@echo "make site   the same, served at http://127.0.0.1:8000; PORT=9000 changes the port"
+	@echo "make notebooks executes all of docs/notebooks into build/notebooks (15 minutes)"
 	@echo "make floors the tests with the lowest versions of pyproject.toml, then with the newest"
 	@echo "make lock   brings uv.lock up to date with pyproject.toml; ARGS=--upgrade takes newer versions"
 	@echo "make audit  asks the advisories of PyPI about every version in uv.lock, and about the lowest ones"
@@ -82,17 +84,19 @@ gpu: $(GPU)
 	$(BIN)/python -m pytest -m gpu --timeout=900 --timeout-method=thread tests/gpu $(ARGS); checked=$$?; \
 	  $(BIN)/python -m benchmarks.speed.gpu docs=docs/results.md && exit $$checked
 
-# Shows notebooks with their outputs where build/notebooks has them. `make test` builds it, too (tests/project/test_docs.py).
-docs: $(TESTS)
+# The site, with notebooks 1 and 2 executed; the others have outputs after `make notebooks`.
+docs: build/notebooks/1_chain_rule.ipynb build/notebooks/2_two_stages.ipynb
 	$(BIN)/python docs/site/build.py
 
-# Another port: ARGS=serve=9000.
-site: $(TESTS)
-	$(BIN)/python docs/site/build.py serve=8000 $(ARGS)
+site: docs
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site $(PORT)
 
-# ARGS="only=1,2" executes some. A cell that fails is reported, and the rest are executed all the same.
-notebooks: $(TESTS)
-	$(BIN)/python docs/notebooks/execute.py $(ARGS)
+notebooks: $(NOTEBOOKS)
+
+# Executed in an empty folder, again when its text changes. A cell that fails ends it.
+build/notebooks/%.ipynb: docs/notebooks/%.py | $(TESTS)
+	@rm -rf build/notebooks/$* && mkdir -p build/notebooks/$*
+	PYTHONPATH=$(CURDIR) $(BIN)/jupytext --to ipynb --execute --run-path build/notebooks/$* --output $@ $<
 
 # With the lowest versions on the oldest Python, then with the newest versions, each in an environment below build/. The
 # second runs whatever the first has shown.

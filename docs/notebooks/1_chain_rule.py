@@ -26,7 +26,6 @@
 
 # %%
 import math
-import os
 
 import matplotlib.pyplot as plt
 import torch
@@ -38,7 +37,6 @@ from prior import Prior
 from prior.orders import make_order
 from tokenizer import TokenGrid
 
-SHARE = float(os.environ.get("SMALTI_NOTEBOOK_SHARE", "1"))  # below 1, trainings are shorter
 plt.rcParams.update({"figure.dpi": 110, "image.cmap": "gray", "image.interpolation": "nearest"})
 _ = torch.manual_seed(0)
 
@@ -145,7 +143,6 @@ class FullyVisible(nn.Module):
 # %%
 def train(prior, steps: int, lr: float):
     """Maximize the log-likelihood of the training grids."""
-    steps = round(steps * SHARE)
     optimizer = torch.optim.AdamW(prior.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
     for _ in range(steps):

@@ -25,7 +25,6 @@
 # %%
 import json
 import math
-import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -38,7 +37,6 @@ from pipelines.tokens import load_tokens
 from prior import Prior
 from tokenizer import Tokenizer
 
-SHARE = float(os.environ.get("SMALTI_NOTEBOOK_SHARE", "1"))  # below 1, trainings are shorter
 plt.rcParams.update({"figure.dpi": 110, "image.cmap": "gray", "image.interpolation": "nearest"})
 
 # %% [markdown]
@@ -81,9 +79,8 @@ show(images, "held-out digits")
 # preset override its settings.
 
 # %%
-steps = round(400 * SHARE)
 stage_one = train_tokenizer.main(
-    ["--config", "vqvae_digits", "out=runs/two_stages/vqvae", f"train.steps={steps}", "train.minutes=3"]
+    ["--config", "vqvae_digits", "out=runs/two_stages/vqvae", "train.steps=400", "train.minutes=3"]
     + ["train.log_every=25", "track.wandb=disabled"]
 )
 
@@ -232,9 +229,8 @@ print({name: round(value, 3) for name, value in bits.items()})
 # without a class.
 
 # %%
-steps = round(500 * SHARE)
 stage_two = train_prior.main(
-    ["--config", "gpt_digits", f"tokens={dataset}", "out=runs/two_stages/gpt", f"train.steps={steps}"]
+    ["--config", "gpt_digits", f"tokens={dataset}", "out=runs/two_stages/gpt", "train.steps=500"]
     + ["train.minutes=3", "train.log_every=25", "train.warmup_steps=20", "track.wandb=disabled"]
 )
 

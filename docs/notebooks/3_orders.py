@@ -29,7 +29,6 @@
 import contextlib
 import io
 import math
-import os
 import time
 
 import matplotlib.pyplot as plt
@@ -41,7 +40,6 @@ from pipelines.images import DataConfig, load_images
 from pipelines.tokens import load_tokens
 from prior.orders import block_numbers, make_partition
 
-SHARE = float(os.environ.get("SMALTI_NOTEBOOK_SHARE", "1"))  # below 1, trainings are shorter
 plt.rcParams.update({"figure.dpi": 110, "image.cmap": "gray", "image.interpolation": "nearest"})
 
 # %% [markdown]
@@ -104,7 +102,7 @@ def trained(kind: str, order: str, steps: int = 250, **model: object) -> ImagePi
     sizes = {"dim": 48, "depth": 3, "heads": 4, "order": order, **model}
     arguments = ["--config", "gpt_digits", f"tokens={dataset}", f"out=runs/orders/{name}", f"model.kind={kind}"]
     arguments += [f"model.{key}={str(value).lower()}" for key, value in sizes.items()]
-    arguments += [f"train.steps={round(steps * SHARE)}", "train.batch_size=32", "train.ema_decay=0.98"]
+    arguments += [f"train.steps={steps}", "train.batch_size=32", "train.ema_decay=0.98"]
     arguments += ["train.warmup_steps=20", "track.wandb=disabled"]
     start, log = time.perf_counter(), io.StringIO()
     with contextlib.redirect_stdout(log):  # one line per run is enough

@@ -21,7 +21,6 @@
 # %%
 import io
 import math
-import os
 
 import matplotlib.pyplot as plt
 import torch
@@ -32,7 +31,6 @@ from torch import Tensor
 from pipelines import ImagePipeline
 from pipelines.images import DataConfig, load_images
 
-SHARE = float(os.environ.get("SMALTI_NOTEBOOK_SHARE", "1"))  # below 1, fewer images are used
 plt.rcParams.update({"figure.dpi": 110, "image.cmap": "gray", "image.interpolation": "nearest"})
 
 pipe = ImagePipeline.from_pretrained("digits")
@@ -176,7 +174,7 @@ p_strange = pipe.anomaly_score(batch, p_values=True)
 labelled([f"p = {value:.3f}" for value in p_strange], "p-values of the score joint")
 
 # %%
-count = max(100, round(len(images) * SHARE))
+count = len(images)
 p_new = pipe.anomaly_score(images[:count], p_values=True)
 plt.figure(figsize=(6, 2.6))
 plt.hist(p_new, bins=20, range=(0, 1), color="0.75", edgecolor="white")
@@ -219,7 +217,7 @@ plt.show()
 # the tokens of all images into one stream; `decompress` returns the same tokens on any machine.
 
 # %%
-count = max(60, round(200 * SHARE))
+count = 200
 batch_to_store = images[:count]
 stream = pipe.compress(batch_to_store, progress=False)
 restored = pipe.decompress(stream, output_type="pt", progress=False)
@@ -286,7 +284,7 @@ assert len(stream) / count < png / 4
 # $$p(\text{class} \mid x) = \frac{p(x \mid \text{class})}{\sum_c p(x \mid c)}.$$
 
 # %%
-count = max(150, round(len(images) * SHARE))
+count = len(images)
 tokens, truth = pipe.encode(images[:count]), labels[:count]
 with torch.no_grad():
     each = [pipe.prior.log_prob(tokens, torch.full((count,), label)) for label in range(10)]
@@ -316,7 +314,7 @@ assert accuracy > 0.85
 # the middle layer.
 
 # %%
-size = max(400, round(1500 * SHARE))
+size = 1500
 library = data.train.batch(range(size))
 index = F.normalize(pipe.embed(library), dim=1)
 queries = F.normalize(pipe.embed(images[:8]), dim=1)

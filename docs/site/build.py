@@ -1,89 +1,139 @@
-"""The site of these pages: staged in build/pages, written by Zensical into build/site. `make docs` and `make site`.
+"""Build the site in build/site: the repository's pages, the notebooks, and a page for each model and command.
 
     python docs/site/build.py
-    python docs/site/build.py serve=8000
 
-A warning or a dead link ends it with exit code 1. The site loads nothing from other hosts, so it works without a
-network, from a server or from the files.
+Pages are staged in build/pages at the paths they have in the repository, so that their links hold in both places. A
+warning or a dead link ends the build with exit code 1. The site loads nothing from other hosts.
 """
 
 from __future__ import annotations
 
-import functools
-import http.server
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import commands
+import jupytext
+import models
+import nbformat
 import yaml
-from staging import ROOT, stage
+from nbconvert import MarkdownExporter
 
+ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+LINK = re.compile(r"\]\(([^)#:\s]+)")
+NOTEBOOK = re.compile(r"(\]\((?:[\w./]*/)?[1-9]_\w+)\.py")
+NOT_EXECUTED = '!!! note "No outputs"\n    Execute the notebooks with `make notebooks`, then build again.'
+GUIDE = {
+    "Overview": "README.md",
+    "A first day": "docs/guide.md",
+    "Your own images": "docs/data.md",
+    "Orders": "docs/orders.md",
+    "What a density is for": "docs/density.md",
+    "Many devices": "docs/scaling.md",
+    "Extending": "docs/extending.md",
+    "Your own training loop": "docs/loop.md",
+    "Promises": "docs/promises.md",
+    "Formats": "docs/formats.md",
+}
+RESULTS = {"Gallery": "docs/gallery.md", "Results": "docs/results.md", "Laboratory notes": "docs/lab.md"}
+PROJECT = {"Contributing": "CONTRIBUTING.md", "Changelog": "CHANGELOG.md", "Security": "SECURITY.md"}
+API = {"ImagePipeline": "pipeline", "Tokenizer": "tokenizer", "Prior": "prior", "Data": "data", "Errors": "errors"}
 
 
-def build(out: Path, root: Path = ROOT) -> list[str]:
-    """Build the site of the repository at `root` in `out`/site, and return its problems."""
-    pages, config = out / "pages", out / "site.yml"
-    shutil.rmtree(pages, ignore_errors=True)
-    pages.mkdir(parents=True)
+def build(out: Path, root: Path = ROOT) -> str:
+    """Build the site of the repository at `root` in `out`/site. Returns the problems that Zensical reports, or ''."""
+    pages = out / "pages"
+    for folder in (pages, out / "site"):
+        shutil.rmtree(folder, ignore_errors=True)
     navigation = yaml.safe_dump({"nav": stage(pages, root, out / "notebooks")}, sort_keys=False)
-    text = (HERE / "site.yml").read_text(encoding="utf-8").replace("ROOT", str(root))
-    config.write_text(f"{text}\n{navigation}", encoding="utf-8")
-    return write(out, root, "--clean")
+    config = (HERE / "site.yml").read_text(encoding="utf-8").replace("ROOT", str(root))
+    (out / "site.yml").write_text(f"{config}\n{navigation}", encoding="utf-8")
+    return run_zensical(out, root)
 
 
-def write(out: Path, root: Path, *options: str) -> list[str]:
-    """Run Zensical on the pages staged in `out`, and return the problems that it reports."""
-    site = out / "site"
-    shutil.rmtree(site, ignore_errors=True)
-    command = [sys.executable, "-m", "zensical", "build", "--strict", "-f", "site.yml", *options]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (HERE, root)))}  # for `docstrings.py`, and the code
+def run_zensical(out: Path, root: Path) -> str:
+    """Write the pages staged in `out` as a site. Returns the problems that Zensical reports, or ''."""
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "-f", "site.yml"]
+    paths = os.pathsep.join(map(str, (HERE, root)))  # for our Markdown and docstring extensions, and the packages
+    env = {**os.environ, "PYTHONPATH": paths}
     done = subprocess.run(command, cwd=out, capture_output=True, text=True, env=env)
-    return [issues(COLOURS.sub("", done.stdout + done.stderr))] if done.returncode else []
+    return COLOURS.sub("", done.stdout + done.stderr).partition("Traceback")[0] if done.returncode else ""
 
 
-def issues(text: str) -> str:
-    """Return Zensical's list of issues without the traceback that follows it; all of `text` if it lists none."""
-    listed = text.partition("Traceback")[0].strip()
-    return listed if "issue" in listed else text
+def stage(pages: Path, root: Path, executed: Path) -> list[Any]:
+    """Write all pages below `pages`. Returns the navigation. executed: where notebooks with outputs may be."""
+    texts: dict[str, str] = {}
+    for path in [*root.glob("*.md"), *root.glob("docs/*.md")]:
+        texts[path.relative_to(root).as_posix()] = path.read_text(encoding="utf-8")
+    if missing := texts.keys() - {*GUIDE.values(), *RESULTS.values(), *PROJECT.values()}:
+        raise SystemExit(f"{min(missing)}: not in the navigation; add it to docs/site/build.py")
+    home = (HERE / "home.md").read_text(encoding="utf-8")
+    texts["index.md"] = home.replace("](../../", "](").replace("](../", "](docs/")
+    for page in API.values():
+        texts[f"api/{page}.md"] = (HERE / f"api/{page}.md").read_text(encoding="utf-8")
+    notebooks = stage_notebooks(texts, pages, root, executed)
+    navigation: list[Any] = [
+        {"Home": "index.md"},
+        {"Guide": as_entries(GUIDE)},
+        {"Notebooks": notebooks},
+        *as_entries(RESULTS),
+        {"Models": models.stage(texts, root)},
+        {"API": as_entries({title: f"api/{page}.md" for title, page in API.items()})},
+        {"Commands": commands.stage(texts)},
+        {"Project": as_entries(PROJECT)},
+    ]
+    for page, text in texts.items():
+        text = NOTEBOOK.sub(r"\1.md", text).replace("](docs/site/home.md)", "](index.md)")
+        (pages / page).parent.mkdir(parents=True, exist_ok=True)
+        (pages / page).write_text(text, encoding="utf-8")
+        copy_linked_files(text, Path(page).parent, pages, root)
+    shutil.copytree(HERE / "theme", pages / "assets")
+    return navigation
 
 
-def server_of(folder: Path, port: int) -> http.server.ThreadingHTTPServer:
-    """A server of a folder's files, to this machine alone; port 0 takes any that is free."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    return http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+def as_entries(pages: dict[str, str]) -> list[dict[str, str]]:
+    """Titles and pages as Zensical's navigation has them."""
+    return [{title: page} for title, page in pages.items()]
 
 
-def serve(folder: Path, port: int) -> None:
-    """Serve the site until Ctrl-C."""
-    with server_of(folder, port) as server:
-        print(f"http://127.0.0.1:{server.server_port}/index.html", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            pass
+def copy_linked_files(text: str, folder: Path, pages: Path, root: Path) -> None:
+    """Copy the pictures and other files to which a page links, if the repository has them."""
+    for link in LINK.findall(text):
+        path = Path(os.path.normpath(folder / link))
+        if path.suffix != ".md" and (root / path).is_file():
+            (pages / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / path, pages / path)
 
 
-def main(argv: list[str]) -> None:
-    """Build, and serve if asked to."""
-    port = None
-    for word in argv:
-        name, _, value = word.partition("=")
-        if name != "serve" or not value.isdecimal():
-            raise SystemExit(f"error: {word}: expected serve=PORT")
-        port = int(value)
-    out = ROOT / "build"
-    found = build(out)
-    if found:
-        raise SystemExit("\n".join(found))
-    print(f"{out / 'site' / 'index.html'}: {len(list((out / 'site').rglob('*.html')))} pages")
-    if port is not None:
-        serve(out / "site", port)
+def stage_notebooks(texts: dict[str, str], pages: Path, root: Path, executed: Path) -> list[Any]:
+    """Convert the notebooks to pages, with their outputs if they have been executed. Returns their navigation."""
+    entries: list[Any] = []
+    for source in sorted((root / "docs/notebooks").glob("[1-9]_*.py")):
+        ran = executed / f"{source.stem}.ipynb"
+        notebook = nbformat.read(ran, as_version=4) if ran.is_file() else jupytext.read(source)
+        for cell in notebook.cells:
+            cell.outputs = [output for output in cell.get("outputs", ()) if output.get("name") != "stderr"]
+        text, resources = MarkdownExporter().from_notebook_node(
+            notebook, resources={"unique_key": source.stem, "output_files_dir": "outputs"}
+        )
+        for name, data in resources["outputs"].items():
+            file = pages / "docs/notebooks" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+        title = text.partition("# ")[2].partition("\n")[0]
+        page = f"docs/notebooks/{source.stem}.md"
+        texts[page] = text if ran.is_file() else text.replace("\n", f"\n\n{NOT_EXECUTED}\n", 1)
+        entries.append({title: page})
+    return entries
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if problems := build(ROOT / "build"):
+        raise SystemExit(problems)
+    print(ROOT / "build/site/index.html")

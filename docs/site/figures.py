@@ -47,20 +47,17 @@ PLANES: list[dict[str, Any]] = [
 ]
 
 
-def of(family: Any, name: str) -> str:
-    """The figure of a model as HTML, or nothing where there is none."""
+def draw(folder: str, model: Any) -> str:
+    """The figure of a model as HTML; '' if it has no figure."""
     drawers = {
-        "prior": prior,
-        "prior.heads": head,
-        "tokenizer": tokenizer,
-        "tokenizer.quantizers": quantizer,
-        "tokenizer.likelihoods": likelihood,
+        "priors": prior,
+        "heads": head,
+        "tokenizers": tokenizer,
+        "quantizers": quantizer,
+        "likelihoods": likelihood,
     }
-    drawer = drawers.get(family._packages[0])
-    if drawer is None:
-        return ""
     with seeded():
-        return drawer(family.find(name))
+        return drawers[folder](model)
 
 
 @contextmanager

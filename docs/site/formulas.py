@@ -1,33 +1,48 @@
-"""Formulas between dollars, as GitHub reads them, become MathML, which browsers draw without a script or a font."""
+"""A Markdown extension: formulas between dollars become MathML, and arXiv numbers become links."""
 
 from __future__ import annotations
 
-import re
+from re import Match
+from typing import Any
+from xml.etree.ElementTree import Element
 
 from latex2mathml.converter import convert
-from links import outside_code
+from markdown import Extension, Markdown
+from markdown.inlinepatterns import InlineProcessor
 
-SHOWN = re.compile(r"(?<![\\$])\$\$(?!\$)(.+?)\$\$", re.DOTALL)
-INLINE = re.compile(r"(?<![\\$\w])\$(?=[^\s$])([^$\n]*[^\s\\$]|[^\s\\$])\$(?![\w$])")
-
-
-def typeset(text: str) -> str:
-    """Markdown with its formulas as MathML."""
-
-    def change(prose: str) -> str:
-        prose = SHOWN.sub(lambda found: f"\n\n<div class='formula'>{mathml(found[1], 'block')}</div>\n\n", prose)
-        # In a span: a line that begins with <math> would be a paragraph of its own.
-        return INLINE.sub(lambda found: f"<span>{mathml(found[1], 'inline')}</span>", prose)
-
-    return outside_code(text, change)
+BEFORE_ESCAPES = 185  # code spans are found before formulas, backslashes after them
 
 
-def mathml(formula: str, display: str) -> str:
-    """One formula; signs that Markdown would read are written as entities."""
-    found = convert(" ".join(formula.split()), display=display)
-    return re.sub(r"(?<=>)[^<]+(?=<)", lambda text: re.sub(r"[*_`\[\]\\|]", entity, text[0]), found)
+class Formula(InlineProcessor):
+    """`$x$` in a line, `$$x$$` apart."""
+
+    def handleMatch(self, m: Match[str], data: str) -> Any:
+        """Convert one formula."""
+        display = "block" if m[0].startswith("$$") else "inline"
+        return self.md.htmlStash.store(convert(" ".join(m[1].split()), display=display)), m.start(0), m.end(0)
 
 
-def entity(found: re.Match[str]) -> str:
-    """A sign by its number."""
-    return f"&#{ord(found[0])};"
+class Paper(InlineProcessor):
+    """`arXiv 1711.00937` or `arXiv:1711.00937`."""
+
+    def handleMatch(self, m: Match[str], data: str) -> Any:
+        """Make one link."""
+        link = Element("a", href=f"https://arxiv.org/abs/{m[1]}")
+        link.text = f"arXiv {m[1]}"
+        return link, m.start(0), m.end(0)
+
+
+class Formulas(Extension):
+    """Register the patterns."""
+
+    def extendMarkdown(self, md: Markdown) -> None:
+        """Add formulas before backslash escapes, and papers last."""
+        md.inlinePatterns.register(Formula(r"(?<![\\$])\$\$(?!\$)(.+?)\$\$", md), "display", BEFORE_ESCAPES + 1)
+        inline = r"(?<![\\$\w])\$(?=[^\s$])([^$\n]*[^\s\\$]|[^\s\\$])\$(?![\w$])"
+        md.inlinePatterns.register(Formula(inline, md), "formula", BEFORE_ESCAPES)
+        md.inlinePatterns.register(Paper(r"arXiv[: ](\d{4}\.\d{4,5})", md), "paper", 10)
+
+
+def makeExtension(**options: Any) -> Formulas:
+    """The name under which Markdown looks for an extension."""
+    return Formulas(**options)

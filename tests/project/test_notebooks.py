@@ -1,137 +1,62 @@
-"""The notebooks: they are kept as text, run from top to bottom, and show pictures, and nothing that is no business of a
-reader; what executes them says what went wrong; the Hub of the last one keeps to itself."""
+"""The notebooks run from top to bottom in an empty folder, show their pictures and print no warnings."""
 
 from __future__ import annotations
 
-import base64
-import importlib.util
-import json
-import sys
-import threading
-import urllib.request
+import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-import psutil
 import pytest
 from optional import Late
 
-jupytext, made = Late("jupytext"), Late("nbformat.v4")
-needed = [name for name in ("jupytext", "nbclient", "ipykernel") if find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(needed), reason=f"not installed: {', '.join(needed)}")
+jupytext, nbclient = Late("jupytext"), Late("nbclient")
+missing = [name for name in ("jupytext", "nbconvert", "ipykernel") if find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "notebooks"
-NAMES = sorted(path.stem for path in FOLDER.glob("[0-9]_*.py"))
-PICTURES = {"1_chain_rule": 19, "2_two_stages": 10, "3_orders": 8, "4_density": 11, "5_own_images": 6}
-SHARES = {"1_chain_rule": 0.2, "2_two_stages": 0.15}  # their models have to learn something, as they claim
-every_notebook = pytest.mark.parametrize("name", NAMES)
+NAMES = sorted(path.stem for path in FOLDER.glob("[1-9]_*.py"))
+PICTURES = 5  # at least, in each
+SHORTER = {  # short trainings, still long enough for what the text claims
+    "1_chain_rule": {"    optimizer = torch": "    steps //= 5\n    optimizer = torch"},
+    "2_two_stages": {"train.steps=400": "train.steps=60", "train.steps=500": "train.steps=75"},
+}
 
 
-def loaded(name: str) -> ModuleType:
-    """A module beside the notebooks."""
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-executing = loaded("execute")
-
-
-def executed(folder: Path, *sources: str) -> tuple[Any, str | None]:
-    """`execute` of a notebook of these cells."""
-    path = folder / "1_small.py"
-    path.write_text("".join(f"# %%\n{source}\n\n" for source in sources))
-    return executing.execute(path)
-
-
-# As text
-
-
-@every_notebook
-def test_a_notebook_is_kept_as_text(name):
-    """With a title, no more than an idea a cell, and no outputs beside it."""
-    notebook = jupytext.read(FOLDER / f"{name}.py")
-    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
-    assert notebook.metadata["kernelspec"]["name"] == "python3"
-    assert all(not cell.get("outputs") for cell in notebook.cells)
-    assert max(len(cell.source.splitlines()) for cell in notebook.cells) <= 40
-    words = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown")
-    assert words >= 400, "the text is the point"
-    assert not list(FOLDER.glob("*.ipynb"))
-
-
-# Executed
-
-
-def outcome(name: str, share: float) -> tuple[str | None, bool]:
-    """What went wrong, if anything did, and whether there are as many pictures as it takes."""
-    notebook, problem = executing.execute(FOLDER / f"{name}.py", share)
-    return problem, len(executing.pictures(notebook)) >= PICTURES[name]
+def execute(name: str, folder: Path, changes: dict[str, str]) -> tuple[list[str], int]:
+    """Run a notebook in `folder`. Returns what a reader should not see, and the number of pictures."""
+    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    for before, after in changes.items():
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    notebook = jupytext.reads(text, fmt="py:percent")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+        nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}}).execute()
+    unwanted, pictures = [], 0
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", ())):
+        pictures += "image/png" in output.get("data", {})
+        printed = output.get("text", "") + output.get("data", {}).get("text/plain", "")
+        if output.get("name") == "stderr" or re.search("|".join(map(re.escape, (str(folder), str(ROOT)))), printed):
+            unwanted.append(printed)
+    return unwanted, pictures
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", SHARES)
-def test_the_first_notebooks_run(name):
-    """With a share of their trainings; what they claim has to hold all the same."""
-    assert outcome(name, SHARES[name]) == (None, True)
+@pytest.mark.parametrize("name", SHORTER)
+def test_the_first_notebooks_run(name: str, tmp_path: Path) -> None:
+    unwanted, pictures = execute(name, tmp_path, SHORTER[name])
+    assert unwanted == [] and pictures >= PICTURES
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@every_notebook
-def test_a_notebook_runs_whole(name):
-    assert outcome(name, 1.0) == (None, True)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_notebook_runs_at_full_length(name: str, tmp_path: Path) -> None:
+    unwanted, pictures = execute(name, tmp_path, {})
+    assert unwanted == [] and pictures >= PICTURES
 
 
-# The executor
-
-
-def test_the_cell_that_fails_is_told(tmp_path):
-    """With its number, how it begins, what it said and what was raised; pictures before it are there."""
-    cells = [
-        "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()",
-        "import sys\nprint('why', file=sys.stderr)",
-    ]
-    cells[1] += "\nraise ValueError('a reason')"
-    notebook, problem = executed(tmp_path, *cells, "1 / 0")
-    assert problem == "cell 2 failed: import sys\n  why\n  ValueError: a reason"
-    assert len(executing.pictures(notebook)) == 1
-
-
-def test_a_notebook_runs_here_and_in_an_empty_folder(tmp_path, monkeypatch):
-    """In this Python, with this checkout and the share asked for; what it writes is gone afterwards."""
-    monkeypatch.chdir(tmp_path)
-    lines = ["import os, sys, pathlib, pipelines, local_hub", f"assert sys.executable == {sys.executable!r}"]
-    lines += [f"assert pathlib.Path(pipelines.__file__).is_relative_to({str(ROOT)!r})", "assert os.listdir() == []"]
-    lines += ["assert os.environ['SMALTI_NOTEBOOK_SHARE'] == '1.0'", "pathlib.Path('mine').write_text('x')"]
-    before = psutil.Process().children(recursive=True)
-    _, problem = executed(tmp_path, "\n".join(lines))
-    assert psutil.Process().children(recursive=True) == before, "the kernel is still there"
-    assert problem is None and [path.name for path in tmp_path.iterdir()] == ["1_small.py"]
-
-
-# The Hub of notebook 5
-
-
-def test_the_hub_keeps_files_inside_its_folder(tmp_path):
-    """It listens on this machine alone, and a commit cannot lead out of its repository."""
-    hub = loaded("local_hub").LocalHub(tmp_path / "hub")
-    assert hub.server_address[0] == "127.0.0.1"
-    try:
-        threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        content = base64.b64encode(b"x").decode()
-        names = ["fine.txt", "../outside.txt", "../../outside.txt", f"{tmp_path}/outside.txt"]
-        lines = [{"key": "header", "value": {"summary": "s"}}]
-        lines += [{"key": "file", "value": {"path": name, "content": content}} for name in names]
-        body = "\n".join(map(json.dumps, lines)).encode()
-        urllib.request.urlopen(f"{hub.url}/api/models/me/mine/commit/main", body).read()
-        assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.txt")] == ["hub/me/mine/fine.txt"]
-        assert urllib.request.urlopen(f"{hub.url}/me/mine/resolve/main/fine.txt").read() == b"x"
-    finally:
-        hub.shutdown()
-        hub.server_close()
+def test_notebooks_are_stored_without_outputs() -> None:
+    assert len(NAMES) == 5 and not list(FOLDER.glob("*.ipynb"))
