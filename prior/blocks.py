@@ -7,7 +7,7 @@ parallel decoding of RandAR (Pang et al. 2024), ARPG (Li et al. 2025) and LPD (Z
 belongs to the model: p(a block | those before it) is a product over its tokens by definition, and no approximation.
 
 ARPG's form, in which half of the layers read the tokens and the other half answer queries, was as good at 49 tokens and
-slower to learn at 256 (docs/orders.md).
+slower to learn at 256 (docs/lab.md).
 """
 
 from __future__ import annotations
