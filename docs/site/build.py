@@ -28,9 +28,10 @@ HERE = Path(__file__).parent
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 LINK = re.compile(r"\]\(([^)#:\s]+)")
 NOTEBOOK = re.compile(r"(\]\((?:[\w./]*/)?[1-9]_\w+)\.py")
+README = re.compile(r"(\]\((?:\.\./)*)README\.md")
 NOT_EXECUTED = '!!! note "No outputs"\n    Execute the notebooks with `make notebooks`, then build again.'
 GUIDE = {
-    "Overview": "README.md",
+    "Overview": "overview.md",
     "A first day": "docs/guide.md",
     "Your own images": "docs/data.md",
     "Orders": "docs/orders.md",
@@ -71,8 +72,9 @@ def stage(pages: Path, root: Path, executed: Path) -> list[Any]:
     texts: dict[str, str] = {}
     for path in [*root.glob("*.md"), *root.glob("docs/*.md")]:
         texts[path.relative_to(root).as_posix()] = path.read_text(encoding="utf-8")
-    if missing := texts.keys() - {*GUIDE.values(), *RESULTS.values(), *PROJECT.values()}:
+    if missing := texts.keys() - {"README.md"} - {*GUIDE.values(), *RESULTS.values(), *PROJECT.values()}:
         raise SystemExit(f"{min(missing)}: not in the navigation; add it to docs/site/build.py")
+    texts["overview.md"] = texts.pop("README.md")  # a README.md would be the site's first page
     home = (HERE / "home.md").read_text(encoding="utf-8")
     texts["index.md"] = home.replace("](../../", "](").replace("](../", "](docs/")
     for page in API.values():
@@ -90,6 +92,7 @@ def stage(pages: Path, root: Path, executed: Path) -> list[Any]:
     ]
     for page, text in texts.items():
         text = NOTEBOOK.sub(r"\1.md", text).replace("](docs/site/home.md)", "](index.md)")
+        text = README.sub(r"\1overview.md", text)
         (pages / page).parent.mkdir(parents=True, exist_ok=True)
         (pages / page).write_text(text, encoding="utf-8")
         copy_linked_files(text, Path(page).parent, pages, root)
