@@ -1,6 +1,6 @@
-"""Figures that a model draws of itself: what it sees, what one token changes, how it cuts a plane.
+"""Figures drawn by the models themselves: receptive fields, the pixels that one token changes, cells of a codebook.
 
-Of random weights: what is shown is what the architecture allows.
+Weights are random, so a figure shows what the architecture allows, not what a model has learned.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tokenizer.posthoc import Posthoc
 SIDE = 9
 PIXELS, CHANNELS, DECADES = 64, 3, 3
 PLANE = 96
-NO_TARGET = -1  # none of the cells is one of which the others are seen
+NO_TARGET = -1  # no cell is marked
 # Smaller than the defaults, where a model has such a setting.
 SMALL: dict[str, Any] = {
     "dim": 32,
@@ -38,7 +38,7 @@ SMALL: dict[str, Any] = {
     "blocks": 1,
     "groups": 4,
 }
-# Ways to be a quantizer of a plane, of which the first is taken that a kind allows.
+# Settings for a quantizer of two channels; the first that a kind accepts is used.
 PLANES: list[dict[str, Any]] = [
     {"dim": 2, "codes": 16},
     {"levels": (5, 4)},
@@ -62,7 +62,7 @@ def draw(folder: str, model: Any) -> str:
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """The same figure in every build, on one thread."""
+    """Draw with a fixed seed on one thread, so that every build has the same figure."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -74,7 +74,7 @@ def seeded() -> Iterator[None]:
 
 
 def smaller(config: Any, **given: Any) -> dict[str, Any] | None:
-    """Settings of a small model of this configuration, or None if it takes none of those given."""
+    """Settings of a small model of this configuration, or None if it does not accept `given`."""
     fields = config.model_fields
     settings = {key: value for key, value in SMALL.items() if key in fields}
     while True:
@@ -84,20 +84,20 @@ def smaller(config: Any, **given: Any) -> dict[str, Any] | None:
             wrong = [key for key in settings if key in str(error)]
             if not wrong:
                 return None
-            settings.pop(wrong[0])  # it is not a number there, or means something else: the default will do
+            settings.pop(wrong[0])  # use the default where the field has another meaning
         else:
             return {**settings, **given}
 
 
 def stirred(model: Any) -> Any:
-    """The model with weights large enough that every input matters, as float64."""
+    """The model in float64, with weights so large that every input has an effect."""
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model.eval().double()
 
 
 def prior(member: Any) -> str:
-    """Which tokens reach the logits of the one in the middle."""
+    """Draw which tokens influence the logits at the middle position."""
     grids = [TokenGrid((SIDE, SIDE), 5), TokenGrid((1 + 4 + 25 + 81,), 5, ((1, 1), (2, 2), (5, 5), (9, 9)))]
     for grid in grids:
         settings = smaller(member.Config, grid=grid)
@@ -111,13 +111,13 @@ def prior(member: Any) -> str:
 
 
 PRIOR = (
-    "What the logits at the orange cell see: the darker a cell, the more they move when its token changes (random "
-    "weights, a few layers). Empty cells are not seen."
+    "What the logits at the orange cell depend on: the darker a cell, the more its token changes them (random "
+    "weights, a few layers). Empty cells have no influence."
 )
 
 
 def reach(model: Any, target: int) -> Tensor:
-    """How far the logits at `target` move when a token changes, `(N,)`."""
+    """The largest change of a logit at `target` when each token changes, `(N,)`."""
     grid = model.grid
     tokens = torch.randint(grid.vocab_size, (1, len(grid)))
     changed = tokens.repeat(len(grid), 1)
@@ -125,14 +125,14 @@ def reach(model: Any, target: int) -> Tensor:
     changed[at, at] = (changed[at, at] + 1) % grid.vocab_size
     both = torch.cat([tokens, changed]).view(-1, *grid.shape)
     more: dict[str, Any] = {}
-    if model.likelihood_passes > 1:  # of a pass for each block, that of the target
+    if model.likelihood_passes > 1:  # one pass per block: use the pass of the target's block
         more = {"known": (model.block_of < model.block_of[target]).expand(len(both), -1)}
     logits = model(both, **more).flatten(1, -2).view(len(both), len(grid), -1)[:, target]
     return (logits[1:] - logits[:1]).abs().amax(1)
 
 
 def maps(size: Tensor, sides: Any, target: int) -> str:
-    """Cells side by side as SVG; their ink follows the text's colour, so that it suits a dark page."""
+    """Draw grids side by side as SVG, in a colour that suits light and dark pages."""
     shares, start, left, cell = ink(size), 0, 0, 18
     drawn = []
     height = max(rows for rows, _ in sides) * cell
@@ -147,14 +147,14 @@ def maps(size: Tensor, sides: Any, target: int) -> str:
 
 
 def ink(size: Tensor, decades: int = 6) -> Tensor:
-    """Shares of ink, logarithmic over so many decades; nothing where nothing moves."""
+    """Opacity on a logarithmic scale of `decades`; 0 where nothing changes."""
     seen = size > 1e-12
     depth = (size.clamp(min=1e-30).log10() - size.max().clamp(min=1e-30).log10()) / decades + 1
     return torch.where(seen, depth.clamp(0.12, 1), torch.zeros_like(size))
 
 
 def head(member: Any) -> str:
-    """Which ids of a position reach the logits of which."""
+    """Draw which ids of a position influence the logits of the others."""
     for grid in (TokenGrid((4 * SIDE, SIDE), 5, levels=4), TokenGrid((3 * SIDE, SIDE), 256, channels=3)):
         config = member.Config()
         if member.problem(config, grid):
@@ -171,19 +171,19 @@ def head(member: Any) -> str:
 
 
 HEAD = (
-    "Row by row the ids of one position, in the order in which they are drawn: the darker a cell, the more its "
-    "column's id moves the logits of its row's (random weights). Empty cells are not seen."
+    "The ids of one position, in the order in which they are sampled: the darker a cell, the more the id of its column "
+    "changes the logits of its row (random weights). Empty cells have no influence."
 )
 
 
 def tokenizer(member: Any) -> str:
-    """Which pixels change with the token in the middle."""
+    """Draw which pixels change with the middle token."""
     settings = smaller(member.Config, image_size=(PIXELS, PIXELS), channels=CHANNELS)
     if settings is None:
         return ""
     model = member(member.Config(**settings)).eval()
     images = torch.rand(1, CHANNELS, PIXELS, PIXELS) * 2 - 1
-    if isinstance(model, Posthoc):  # which starts from what another run has trained
+    if isinstance(model, Posthoc):  # starts from a trained VAE
         model.start_from(model.vae)
     model.initialize(images)
     tokens = model.encode(images)
@@ -207,7 +207,7 @@ TOKENIZER = (
 
 
 def quantizer(member: Any) -> str:
-    """How a quantizer of two channels cuts the plane, or how one of several scales adds them up."""
+    """Draw how a quantizer partitions the plane, or how a multi-scale quantizer adds up its scales."""
     if "scales" in member.Config.model_fields:
         return sums(member)
     for settings in PLANES:
@@ -227,23 +227,20 @@ def quantizer(member: Any) -> str:
     return ""
 
 
-QUANTIZER = (
-    "How two channels, each from -2 to 2, become ids: a colour is an id (a quantizer of few codes as it is before "
-    "training)."
-)
+QUANTIZER = "How two channels, each from -2 to 2, become ids: each colour is one id (a small codebook before training)."
 
 
 def sums(member: Any) -> str:
-    """A plane of one channel, and what the scales make of it, coarse to fine."""
+    """Draw the partial sums of a multi-scale quantizer from coarse to fine, and their target."""
     model = member(member.Config(scales=SCALES, book={"kind": "ema", "codes": 16, "dim": 1}))
     y, x = torch.meshgrid(torch.linspace(-1, 1, SCALES[-1]), torch.linspace(-1, 1, SCALES[-1]), indexing="ij")
     plane = (2 * (3 * x + y).sin() + (x * x + y * y - 0.5))[None, None]
-    model.train().quantize(plane)  # which starts the codes
+    model.train().quantize(plane)  # initializes the codes
     model.eval()
     tokens = model.quantize(plane).tokens
-    shown = [model.lookup_scales(tokens, count) for count in range(1, len(SCALES) + 1)]
+    sums_so_far = [model.lookup_scales(tokens, count) for count in range(1, len(SCALES) + 1)]
     low, high = float(plane.min()), float(plane.max())
-    row = torch.cat([F.pad(part[0, 0], (0, 1), value=high) for part in (*shown, plane)], 1)[:, :-1]
+    row = torch.cat([F.pad(part[0, 0], (0, 1), value=high) for part in (*sums_so_far, plane)], 1)[:, :-1]
     grey = ((row - low) / (high - low)).clamp(0, 1).mul(255).round().to(torch.uint8).numpy()
     picture = Image.fromarray(grey).resize((grey.shape[1] * 7, grey.shape[0] * 7), Image.Resampling.NEAREST)
     return figure(png(picture), SUMS.format(scales=", ".join(f"{side}x{side}" for side in SCALES)))
@@ -251,13 +248,13 @@ def sums(member: Any) -> str:
 
 SCALES = (1, 2, 4, 8, 16)
 SUMS = (
-    "The sum of the codes up to each scale ({scales}), and on the right the plane itself: 16 codes of one number, "
-    "which all scales share, as they start."
+    "The sum of the codes up to each scale ({scales}), and the target on the right: 16 scalar codes, shared by all "
+    "scales, before training."
 )
 
 
 def cells(ids: Any) -> Image.Image:
-    """A picture of ids, each a colour of its own, with lines where they change."""
+    """A picture of ids, one colour each."""
     names, index = np.unique(ids.numpy(), return_inverse=True)
     index = index.reshape(ids.shape)
     hues = np.linspace(0, 255, len(names), endpoint=False)[np.argsort(np.random.default_rng(3).random(len(names)))]
@@ -267,7 +264,7 @@ def cells(ids: Any) -> Image.Image:
 
 
 def likelihood(member: Any) -> str:
-    """P(v) of one pixel for three draws of the decoder's output."""
+    """Draw P(value) of one pixel for three random outputs of a decoder."""
     model = member(member.Config(), 1)
     values = torch.zeros(3, 1, 1, 1, dtype=torch.long)
     logs = model.table(torch.randn(3, model.num_parameters, 1, 1), values, 0)[:, :, 0, 0].double()
@@ -282,12 +279,12 @@ def likelihood(member: Any) -> str:
 
 
 def figure(drawn: str, caption: str) -> str:
-    """A figure with its caption."""
+    """Wrap a figure with its caption."""
     return f'<figure class="drawn">{drawn}<figcaption>{caption}</figcaption></figure>'
 
 
 def png(picture: Image.Image) -> str:
-    """A picture within the page."""
+    """Embed a picture in the page."""
     file = io.BytesIO()
     picture.convert("P", palette=Image.Palette.ADAPTIVE).save(file, "PNG", optimize=True)
     side = math.ceil(picture.width)

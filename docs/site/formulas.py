@@ -44,5 +44,5 @@ class Formulas(Extension):
 
 
 def makeExtension(**options: Any) -> Formulas:
-    """The name under which Markdown looks for an extension."""
+    """Create the extension; Markdown looks for this name."""
     return Formulas(**options)
