@@ -363,23 +363,3 @@ def test_nothing_is_left_to_train():
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.training and model(images).losses == model.loss_weights == {}
     assert torch.equal(model(images).images, model.decode(model.encode(images))), "in training mode too"
-
-
-@pytest.mark.parametrize(
-    ("name", "config", "message"),
-    [
-        ("klvae", {"image_size": (30, 28)}, "factor: 4 does not divide the image size 30x28"),
-        ("klvae", {"latent": 0}, "latent: must be >= 1"),
-        ("klvae", {"bins": 1}, "bins: must be >= 2"),
-        ("klvae", {"quantizer": {"kind": "fsq"}}, "quantizer: unknown key"),
-        ("posthoc", {"vae": {"kind": "vqvae"}}, "vae.kind: must be klvae .got 'vqvae'"),
-        ("posthoc", {"vae": "vqvae"}, "vae.kind: must be klvae .got 'vqvae'"),
-        ("posthoc", {"vae": {"latent": 3}}, "vae.kind: missing"),
-        ("posthoc", {"vae": {"kind": "klvae", "latents": 3}}, "did you mean 'vae.latent'"),
-        ("posthoc", {"vae": {"kind": "klvae", "image_size": [8, 8]}}, r"vae.image_size: "),
-        ("posthoc", {"image_size": (30, 28)}, "does not divide"),
-    ],
-)
-def test_bad_configurations_are_named(name, config, message):
-    with pytest.raises(ConfigError, match=message):
-        Tokenizer.create(name, **{"image_size": (28, 28), "channels": 1, **config})

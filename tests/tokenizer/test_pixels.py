@@ -322,26 +322,6 @@ def test_a_palette_has_no_likelihood():
 # Configurations
 
 
-@pytest.mark.parametrize(
-    ("kind", "config", "message"),
-    [
-        ("pixels", {"levels": 1}, "levels: must be >= 2"),
-        ("pixels", {"levels": 257}, "levels: must be <= 256"),
-        ("pixels", {"levels": 2.0}, "levels: expected a whole number"),
-        ("pixels", {"image_size": (8,)}, r"image_size: expected \[height, width\]"),
-        ("pixels", {"channels": 2}, "channels: must be one of 1, 3"),
-        ("palette", {"colors": 1}, "colors: must be >= 2"),
-        ("palette", {"colors": 1 << 17}, "colors: must be <= 65536"),
-        ("palette", {"iterations": -1}, "iterations: must be >= 0"),
-        ("palette", {"image_size": (8, 8, 8)}, "image_size: expected"),
-        ("palette", {"colours": 8}, "did you mean 'colors'"),
-    ],
-)
-def test_bad_configurations_are_named(kind, config, message):
-    with pytest.raises(ConfigError, match=message):
-        Tokenizer.create(kind, **{"image_size": (8, 8), "channels": 1, **config})
-
-
 # The verbs
 
 PIXELS = {"kind": "pixels", "levels": 4}

@@ -242,25 +242,6 @@ def test_a_prefix_is_checked_like_all_tokens():
             tokenizer.decode(wrong)
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"registers": 785}, r"registers: at most one per pixel, 784 \(got 785\)"),
-        ({"image_size": (28,)}, r"titok: image_size: expected \[height, width\] \(got \[28\]\)$"),
-        ({"registers": 0}, r"registers: must be >= 1 \(got 0\)"),
-        ({"factor": 8}, "factor: 8 does not divide the image size 28x28"),
-        ({"heads": 3}, "heads: dim must be a multiple of heads"),
-        ({"keep": "nested"}, "keep: must be one of 'uniform', 'powers'"),
-        ({"quantizer": {"kind": "multiscale"}}, "quantizer.kind: must not be multiscale"),
-        ({"register": 4}, "did you mean 'registers'"),
-    ],
-)
-def test_bad_configurations_are_named(config, message):
-    with pytest.raises(ConfigError, match=message) as caught:
-        Tokenizer.create("titok", **{"image_size": (28, 28), "channels": 1, **config})
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.slow
 def test_pictures_get_better_with_every_token_and_codes_are_used():
     tokenizer, images = trained_on_waves("titok", 250, dim=32, registers=8, keep="uniform")

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from pipelines.training.blocks import checkpoint_blocks, repeated_blocks
 from pipelines.training.optimizers import hidden_matrices
 from tokenizer import Tokenizer
-from tokenizer.files import ConfigError
 from tokenizer.layers import NarrowBlock
 from tokenizer.losses import total_loss
 
@@ -78,20 +77,3 @@ def test_muon_moves_the_kernels_that_are_large_enough():
     kernels = {name for name, p in tokenizer.named_parameters() if p.ndim == 4}
     small = {name for name in kernels if tokenizer.get_parameter(name).shape[0] < 16}
     assert names == kernels - small and tokenizer.last_layer not in moved
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"tail": (8,)}, "tail: needs 2 numbers, one per doubling inside a patch of 4 (got 1)"),
-        ({"tail": (8, 8), "upsampling": "nearest"}, "tail: needs upsampling=subpixel"),
-        ({"tail": (8, 0)}, "tail: must be >= 1 (got 0)"),
-        ({"tail": (8,), **form(4, 3)}, "tail: needs 0 numbers, one per doubling inside a patch of 1 (got 1)"),
-        ({"upsampling": "bilinear"}, "upsampling: must be one of 'nearest', 'subpixel' (got 'bilinear')"),
-        ({"factor": 2, "widths": (8,) * 4, "blocks": (1,) * 4, "tail": ()}, "resolutions need a factor of 8 or more"),
-    ],
-)
-def test_wrong_settings_are_named(config, message):
-    with pytest.raises(ConfigError) as caught:
-        make_tokenizer("vqvae", (16, 16), **config)
-    assert message in str(caught.value) and "\n" not in str(caught.value) and "patch of 0" not in str(caught.value)

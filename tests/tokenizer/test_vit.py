@@ -6,9 +6,6 @@ import pytest
 import torch
 from small import make_tokenizer
 
-from tokenizer import Tokenizer
-from tokenizer.files import ConfigError
-
 
 def images_for(tokenizer, count=2):
     return torch.rand(count, *tokenizer.image_shape) * 2 - 1
@@ -85,19 +82,3 @@ def test_encoding_in_bfloat16():
             found = tokenizer.encode(images)
             assert tokenizer(images).images.dtype == torch.float32
     assert (found == tokens).float().mean() > 0.8
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"factor": 8}, "factor: 8 does not divide the image size 28x28"),
-        ({"factor": 5}, "factor: must be one of 2, 4, 7"),
-        ({"heads": 3}, "heads: dim must be a multiple of heads .got dim 128, heads 3"),
-        ({"depth": 0}, "depth"),
-        ({"width": 64}, "unknown key"),
-        ({"quantizer": {"kind": "emma"}}, "ema, fsq"),
-    ],
-)
-def test_bad_configurations_are_named(config, message):
-    with pytest.raises(ConfigError, match=message):
-        Tokenizer.create("vit", **{"image_size": (28, 28), "channels": 1, **config})

@@ -12,9 +12,7 @@ from givens.agreement import agree_in_double
 from givens.published_references import cosmos_says, from_wavelets, wavelets
 from givens.published_weights import cosmos_shapes, imported, random_images, random_weights
 from safetensors.torch import save_file
-from small import make_tokenizer
 
-from tokenizer.files import ConfigError
 from tokenizer.published.cosmos import Haar, InverseHaar
 
 LEVELS = (8, 8, 8, 5, 5, 5)
@@ -69,20 +67,6 @@ def test_wavelets_are_the_convolutions_that_were_published_and_lose_nothing():
         assert torch.allclose(folded, wavelets(x, patch), atol=1e-12)
         assert torch.allclose(InverseHaar(patch)(folded), x, atol=1e-12)
         assert torch.allclose(InverseHaar(patch)(folded), from_wavelets(folded, patch), atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"image_size": (30, 32)}, "patch: .*30x32"),
-        ({"image_size": (31, 32)}, "widths: .*31x32"),
-        ({"halvings": 3}, r"halvings: at most one a level, 2 \(got 3\)"),
-        ({"patch": 3}, "patch: must be one of 1, 2, 4, 8, 16"),
-    ],
-)
-def test_bad_configurations_are_named(config, message):
-    with pytest.raises(ConfigError, match=message):
-        make_tokenizer("cosmos", **{"image_size": (32, 32), **config})
 
 
 def test_channels_that_no_wavelets_have_are_named(tmp_path, capsys):

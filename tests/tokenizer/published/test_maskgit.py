@@ -13,8 +13,6 @@ from givens.published_weights import imported, maskgit_shapes, random_images, ra
 from safetensors.torch import save_file
 from small import make_tokenizer
 
-from tokenizer.files import ConfigError
-
 
 @pytest.mark.parametrize(
     ("mult", "choices"),
@@ -46,10 +44,3 @@ def test_a_likelihood_is_of_what_the_decoder_puts_out():
     tokens = torch.zeros(1, *tokenizer.grid.shape, dtype=torch.long)
     expected = tokenizer.decoder(tokenizer.quantizer.lookup(tokens))
     assert torch.equal(tokenizer._decode_tokens(tokens), expected)
-
-
-def test_wrong_sizes_are_named():
-    with pytest.raises(ConfigError, match="widths: .*13x8"):
-        make_tokenizer("maskgit", (13, 8))
-    with pytest.raises(ConfigError, match="groups: 3 does not divide the width 8"):
-        make_tokenizer("maskgit", groups=3)
