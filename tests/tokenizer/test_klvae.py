@@ -8,13 +8,11 @@ import torch
 from small import make_tokenizer
 
 from tokenizer import Tokenizer
-from tokenizer.base import LikelihoodError, codebook_usage
+from tokenizer.base import codebook_usage
 from tokenizer.files import ConfigError
 from tokenizer.klvae import Bins, gaussian_bins, gaussian_kl, sample
 from tokenizer.losses import total_loss
 from tokenizer.quantizers import Quantizer
-
-VAE = {"kind": "klvae", "widths": (16,), "blocks": (1,), "latent": 3}
 
 
 def pictures(count=64, channels=3, size=(12, 8)):
@@ -202,26 +200,6 @@ def test_both_parameters_of_the_posterior_learn_from_the_pixels():
     vae(images).images.square().mean().backward()
     rows = vae.encoder[-1].weight.grad.abs().sum((1, 2, 3))
     assert rows.shape == (6,) and (rows > 0).all()
-
-
-@pytest.mark.parametrize("kind", ["discretized_logistic", "categorical"])
-@pytest.mark.parametrize("name", ["klvae", "posthoc"])
-def test_with_a_likelihood(name, kind):
-    given = {"likelihood": {"kind": kind}}
-    model = make_tokenizer(name, **(given if name == "klvae" else {"vae": {**VAE, **given}})).eval()
-    images = (pictures(2) * 127.5).round() / 127.5
-    tokens = model.encode(images)
-    each = model.pixel_log_probs(images, tokens)
-    assert model.has_likelihood and each.shape == images.shape and (each <= 0).all()
-    assert torch.equal(model.decode(tokens), model(images).images)
-    values = ((images + 1) * 127.5).round().long()
-    table = model.value_log_probs(tokens, values, 1)
-    assert torch.allclose(table.exp().sum(1), torch.ones(2, 12, 8), atol=1e-4)
-    if name == "klvae":
-        assert set(model(images).losses) == set(model.loss_weights) == {"kl", "nll"}
-        assert model(images).losses["nll"].item() == pytest.approx(-each.mean().item(), rel=1e-5)
-    with pytest.raises(LikelihoodError, match="likelihood"):
-        make_tokenizer(name).pixel_log_probs(images, tokens)
 
 
 def test_the_vae_learns_and_beta_limits_the_kl():
