@@ -1,7 +1,4 @@
-"""Open-MAGVIT2 and IBQ of SEED-Voken: the same tokens and pictures as their definitions.
-
-Covers: tokenizer/published/magvit2.py, tokenizer/published/plain.py.
-"""
+"""Open-MAGVIT2 and IBQ of SEED-Voken give the tokens and images of their definitions."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""MaskGIT-VQGAN: the same tokens and pictures as its definition, of images in [-1, 1].
-
-Covers: tokenizer/published/plain.py.
-"""
+"""MaskGIT-VQGAN gives the tokens and images of its definition, for images in [-1, 1]."""
 
 from __future__ import annotations
 
