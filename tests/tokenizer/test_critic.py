@@ -196,7 +196,7 @@ def test_lecam_by_hand():
 
 def test_running_means_start_at_the_first_logits():
     critic = PatchCritic(1, width=2, layers=1)
-    critic.track(REAL.requires_grad_(), FAKE)
+    critic.track(REAL.clone().requires_grad_(), FAKE)
     assert float(critic.real_mean) == pytest.approx(0.5) and float(critic.fake_mean) == pytest.approx(-1.75 / 4)
     critic.track(torch.full((5,), 10.5), torch.zeros(2))
     assert float(critic.real_mean) == pytest.approx(0.5 + (1 - DECAY) * 10, rel=1e-5)

@@ -126,7 +126,7 @@ def test_a_source_is_a_folder_or_a_hub_id(source, tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("peer closed\nconnection"), KeyError("sha"), OSError(5, "x")])
-def test_whatever_the_hub_raises_is_a_path_error(monkeypatch, error):
+def test_every_error_of_the_hub_is_a_path_error(monkeypatch, error):
     def fail(*_, **__):
         raise error
 

@@ -91,7 +91,7 @@ def test_tokenizers_stay_channels_last_with_it(name, monkeypatch):
     assert len(norms) == len(formats) // 2 and {type(module) for module in norms} == {GroupNorm}
 
 
-def test_a_cpu_computes_what_torch_does():
+def test_a_cpu_uses_torchs_own():
     x = inputs((3, 32, 6, 5))[0].detach()
     assert torch.equal(layers.norm(32)(x), nn.GroupNorm(4, 32, eps=1e-6)(x))
     assert list(layers.norm(32).state_dict()) == list(nn.GroupNorm(4, 32).state_dict())

@@ -17,7 +17,7 @@ from pipelines.images import to_float, to_uint8
 from pipelines.provenance import tokenizer_defaults
 from tokenizer import Tokenizer
 from tokenizer.files import ConfigError
-from tokenizer.palette import distinct_colors, lattice
+from tokenizer.palette import distinct_colors, lattice, weighted_kmeans
 from tokenizer.quantizers import codebook
 
 LEVELS = [2, 3, 4, 7, 16, 100, 255, 256]
@@ -198,7 +198,7 @@ def test_a_palette_is_a_function_of_its_images_and_seed(monkeypatch):
 
 
 def test_every_color_is_used_and_different():
-    """Even if most pixels are white: a colour without pixels moves to where the error is largest."""
+    """Even if most pixels are white."""
     for seed in range(5):
         torch.manual_seed(seed)
         images = torch.where(torch.rand(4, 1, 16, 16) < 0.9, 1.0, shaded_images())
@@ -207,6 +207,13 @@ def test_every_color_is_used_and_different():
             tokens = tokenizer.encode(images)
             assert len(tokenizer.table.unique(dim=0)) == 60 == len(tokens.unique())
             assert torch.equal(tokenizer.encode(tokenizer.decode(tokens)), tokens)
+
+
+def test_a_color_without_pixels_moves_to_the_largest_error(monkeypatch):
+    points, counts = torch.tensor([[0.0], [0.1], [0.9], [1.0]]), torch.tensor([1.0, 1, 1, 5]).double()
+    monkeypatch.setattr("tokenizer.palette.kmeans_plus_plus", lambda *_: torch.tensor([[0.05], [7.0], [7.0]]))
+    assert sorted(weighted_kmeans(points, counts, 3, 0, 0)[1:].flatten().tolist()) == pytest.approx([0.9, 1.0])
+    assert sorted(weighted_kmeans(points, counts, 3, 10, 0).flatten().tolist()) == pytest.approx([0.05, 0.9, 1.0])
 
 
 def test_kmeans_steps_reduce_the_error():

@@ -177,7 +177,7 @@ def test_a_wrong_number_of_tokens_is_refused(keep, count):
 
 
 @pytest.mark.slow
-def test_pictures_get_better_with_every_token_and_codes_are_used():
+def test_images_get_better_with_every_token_and_codes_are_used():
     tokenizer, images = trained_on_waves("titok", 250, dim=32, registers=8, keep="uniform")
     with torch.no_grad():
         tokens = tokenizer.encode(images)

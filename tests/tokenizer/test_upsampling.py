@@ -9,9 +9,7 @@ import torch
 from small import make_tokenizer
 from torch import Tensor, nn
 
-from pipelines.training.blocks import checkpoint_blocks, repeated_blocks
 from tokenizer import Tokenizer
-from tokenizer.layers import NarrowBlock
 from tokenizer.losses import total_loss
 
 FORMS = [(factor, count) for factor in (2, 4, 8, 16) for count in range(1, factor.bit_length() + 1)]
@@ -54,16 +52,3 @@ def test_memory_stays_channels_last(name):
         )
     tokenizer(images_for(tokenizer))
     assert len(formats) == len(layers) and all(formats[1:])  # the first one reads the quantizer's output
-
-
-def test_checkpointed_blocks_give_the_same_gradients():
-    """Also the narrow blocks near the image, where maps are largest."""
-    models = [make_tokenizer("vqvae", (16, 16), **form(16, 1)).train() for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    images, blocks = images_for(models[0]), repeated_blocks(models[1])
-    assert sum(isinstance(block, NarrowBlock) for block in blocks) == 3
-    checkpoint_blocks(blocks)
-    for model in models:
-        model(images).images.square().mean().backward()
-    pairs = zip(models[0].named_parameters(), models[1].parameters(), strict=True)
-    assert all(torch.equal(mine.grad, theirs.grad) for (_, mine), theirs in pairs)

@@ -22,7 +22,7 @@ NETWORKS = [
 
 
 @pytest.mark.parametrize(("mult", "halvings", "choices"), NETWORKS)
-def test_tokens_and_pictures_are_the_same(tmp_path, mult, halvings, choices):
+def test_tokens_and_images_are_the_same(tmp_path, mult, halvings, choices):
     weights = random_weights(cosmos_shapes(32, mult, halvings, **choices))
     save_file(weights, tmp_path / "autoencoder.safetensors")
     tokenizer = imported(tmp_path, tmp_path / "out", "image_size=[64, 32]")

@@ -16,7 +16,7 @@ from small import make_tokenizer
     [((1, 2), {}), ((1, 1, 2), {"blocks": 2}), ((2, 1), {"channels": 1}), ((1,), {"blocks": 3, "codes": 40})],
     ids=["two levels", "three levels", "a narrow stem, grey", "one level"],
 )
-def test_tokens_and_pictures_are_the_same(tmp_path, mult, choices):
+def test_tokens_and_images_are_the_same(tmp_path, mult, choices):
     weights = random_weights(maskgit_shapes(32, mult, **choices))
     weights["encoder.conv_in.weight"] *= 50  # without a bias: as small as elsewhere, the images would not matter
     save_file(weights, tmp_path / "maskgit.safetensors")
@@ -35,8 +35,8 @@ def test_an_image_is_between_0_and_1_for_the_network(monkeypatch):
     assert [(part.min().item(), part.max().item()) for part in seen[0]] == [(0, 0), (0.5, 0.5), (1, 1)]
 
 
-def test_a_likelihood_is_of_what_the_decoder_puts_out():
-    """It is not an image, and nothing of it is scaled."""
+def test_parameters_of_a_likelihood_are_not_rescaled():
+    """They are not an image."""
     tokenizer = make_tokenizer("maskgit", likelihood={"kind": "discretized_logistic", "components": 2}).eval()
     tokens = torch.zeros(1, *tokenizer.grid.shape, dtype=torch.long)
     expected = tokenizer.decoder(tokenizer.quantizer.lookup(tokens))

@@ -51,7 +51,7 @@ def parameters_of(model):
     [{}, {"channel_multiplier": [1, 1, 2], "num_res_blocks": 2, "num_patches": 4}, {"embed_dim": 4}],
     ids=["small", "three levels", "narrow codes"],
 )
-def test_janus_tokens_and_pictures_are_the_same(tmp_path, changes):
+def test_janus_tokens_and_images_are_the_same(tmp_path, changes):
     model = saved(tmp_path / "model", "JanusVQVAE", {**JANUS, **changes})
     lengths = model.quantize.embedding.weight.norm(dim=1)
     assert lengths.max() > 1.5 * lengths.min()  # so that directions and codes differ

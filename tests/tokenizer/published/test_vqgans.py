@@ -126,7 +126,7 @@ TAMING = [
 
 
 @pytest.mark.parametrize(("ch", "mult", "choices"), TAMING)
-def test_taming_tokens_and_pictures_are_the_same(tmp_path, ch, mult, choices):
+def test_taming_tokens_and_images_are_the_same(tmp_path, ch, mult, choices):
     weights = random_weights(taming_shapes(ch, mult, **choices))
     save_file(weights, tmp_path / "last.safetensors")
     tokenizer = imported(tmp_path / "last.safetensors", tmp_path / "out", "image_size=16")
@@ -151,7 +151,7 @@ def test_tamings_gumbel_codes_are_the_same(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("mult", "blocks"), [((1, 2), 1), ((1, 1, 2), 2)])
-def test_llamagen_tokens_and_pictures_are_the_same(tmp_path, mult, blocks):
+def test_llamagen_tokens_and_images_are_the_same(tmp_path, mult, blocks):
     weights = random_weights(llamagen_shapes(32, mult, blocks=blocks, codes=64))
     save_file({**weights, "quantize.codebook_used": torch.zeros(65536)}, tmp_path / "vq.safetensors")
     tokenizer = imported(tmp_path, tmp_path / "out", "image_size=16")

@@ -56,13 +56,6 @@ def test_directions_are_normalized_on_both_sides(name):
         assert torch.equal(found.tokens.flatten(), scores.argmax(1))
 
 
-@every_codebook
-def test_a_direction_takes_two_dimensions(name):
-    with pytest.raises(ValueError, match=r"normalize: needs a dim of 2 or more \(got 1\)$"):
-        make_quantizer(name, normalize=True, dim=1)
-    assert make_quantizer(name, normalize=True, dim=2).dim == make_quantizer(name, dim=1).dim + 1
-
-
 # k-means
 
 

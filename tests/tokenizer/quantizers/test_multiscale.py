@@ -194,7 +194,7 @@ def test_a_tokenizer_of_scales():
 
 
 @pytest.mark.slow
-def test_pictures_get_better_with_every_scale_and_the_coarsest_uses_its_codes():
+def test_images_get_better_with_every_scale_and_the_coarsest_uses_its_codes():
     """With running means, it uses at least a quarter of them; without, it sees little but the mean latent."""
     tokenizer, images = trained_on_waves("vqvae", 150, quantizer=NODE)
     tokens = tokenizer.encode(images)
