@@ -26,8 +26,8 @@ class TokenGrid:
 
     scales: (height, width) of each map of ids, coarse to fine, where the tokens `(L,)` are several maps of an image.
     levels: number of ids of each position; the first ids of all positions come before the second ones along the first
-    axis. channels: of pixels, whose ids are intensities: row `channels * i + c` holds channel c of image row i; 0: the
-    ids are codes.
+    axis. channels: number of channels if the ids are intensities of pixels: row `channels * i + c` holds channel c of
+    image row i; 0 if the ids are codes.
     """
 
     shape: tuple[int, ...]
@@ -64,10 +64,10 @@ class TokenGrid:
     @property
     def cells(self) -> Tensor:
         """The raster indices of each position's ids, int64 `(P, ids_per_position)`."""
-        every = torch.arange(len(self), device="cpu")
+        indices = torch.arange(len(self), device="cpu")
         if not self.channels:
-            return every.view(self.levels, -1).t().contiguous()
-        return every.view(-1, self.channels, math.prod(self.shape[1:])).mT.flatten(0, 1)
+            return indices.view(self.levels, -1).t().contiguous()
+        return indices.view(-1, self.channels, math.prod(self.shape[1:])).mT.flatten(0, 1)
 
     def __len__(self) -> int:
         return math.prod(self.shape)
@@ -101,7 +101,7 @@ def positions_problem(grid: TokenGrid) -> str | None:
 
 
 def read_grid(value: Any) -> TokenGrid:
-    """Return the grid that `value` is, or whose JSON form it is. Raises `ValueError`."""
+    """Parse the JSON form of a grid; a grid is returned unchanged. Raises `ValueError`."""
     if isinstance(value, TokenGrid):
         return value
     if not isinstance(value, dict) or set(value) - {"scales", "levels", "channels"} != {"shape", "vocab_size"}:
@@ -153,7 +153,7 @@ class TokenizerConfig(ModelConfig):
     @field_validator("image_size", mode="before")
     @classmethod
     def _of_one_side(cls, value: Any) -> Any:
-        """A number is the side of square images."""
+        """Read a single number as the side of square images."""
         if isinstance(value, int) and not isinstance(value, bool):
             return (value, value)
         if not isinstance(value, (list, tuple)):
@@ -161,7 +161,7 @@ class TokenizerConfig(ModelConfig):
         return value
 
     def check(self) -> Iterator[str]:
-        """The image size has two sides."""
+        """Check that the image size has two sides."""
         if len(self.image_size) != 2:
             yield f"image_size: expected [height, width] (got {list(self.image_size)})"
 
@@ -169,20 +169,20 @@ class TokenizerConfig(ModelConfig):
 class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
     """Images `(B, C, H, W)` in [-1, 1] to tokens `(B, *grid.shape)` and back.
 
-    `encode`, `decode` and the likelihoods compute in `full_float32`: a GPU and a CPU give the same up to rounding.
+    `encode`, `decode` and the likelihoods compute in `full_float32`, so that GPUs and CPUs agree up to rounding.
     `forward` computes in the precision that the user chose for training.
 
     A training loop calls `initialize` once, then the tokenizer itself, which runs `forward`. In training mode and with
-    gradients enabled, a codebook that moves without gradients moves after each call (see `quantizers/updates.py`).
+    gradients enabled, a codebook that updates itself does so after each call (see `quantizers/updates.py`).
     """
 
     grid: TokenGrid
     image_shape: tuple[int, int, int]
     """(C, H, W), from the configuration."""
     levels: int = 1
-    """Number of ids per position: the grid has this many rows for each row of positions."""
+    """Number of ids per position; the grid has this many rows for each row of positions."""
     prefixes: tuple[int, ...] = ()
-    """Counts of first tokens to show where these alone decode to an image, the last being all of them; else empty."""
+    """Prefix lengths to show in previews, the last being all tokens; empty if prefixes do not decode."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
@@ -203,9 +203,8 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
         raise NotImplementedError
 
     def initialize(self, images: Tensor) -> None:  # noqa: B027 (most models need no images)
-        """Called once before training with training images `(B, C, H, W)` in [-1, 1], for tokenizers that start from
-        (or consist of) their statistics. Raises `ConfigError` if the images do not allow what the configuration asks
-        for."""
+        """Prepare for training; called once, with training images `(B, C, H, W)` in [-1, 1], for tokenizers that start
+        from their statistics or consist of them. Raises `ConfigError` if the images do not suit the configuration."""
 
     def start_from(self, other: Tokenizer) -> None:
         """Copy the weights of `other`, which has the same configuration. Raises `ConfigError` naming what differs."""
@@ -262,12 +261,12 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
 
     @property
     def parts(self) -> tuple[int, ...]:
-        """The number of tokens of each level or scale, which follow each other in the flat grid."""
+        """The number of tokens of each level or scale, in the order of the flat grid."""
         return tuple(areas(self.grid.scales)) or (len(self.grid) // self.levels,) * self.levels
 
     @property
     def placed(self) -> bool:
-        """Whether each token stands for a part of the image, so that `known_tokens` exist."""
+        """Whether each token represents a part of the image, so that `known_tokens` works."""
         return len(self.grid.shape) > 1
 
     def known_tokens(self, known: Tensor) -> Tensor:
@@ -293,8 +292,8 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
 
 
 def codebook_usage(counts: Tensor) -> dict[str, Tensor]:
-    """Return `usage`, the share of ids that occur, and `perplexity` (1 to vocab_size), exp of their frequencies'
-    entropy.
+    """Return `usage`, the share of ids that occur, and `perplexity` (1 to vocab_size), exp of the entropy of their
+    frequencies.
 
     counts: how often each id occurred, `(vocab_size,)`.
     """

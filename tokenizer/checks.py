@@ -1,4 +1,4 @@
-"""Checks of what a tokenizer and a quantizer promise, for models that come from outside of this package."""
+"""Checks of the promises of tokenizers and quantizers, for models from outside this package."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def check_tokenizer(tokenizer: Tokenizer) -> Iterator[tuple[str, str | None]]:
     def images_fit() -> None:
         decoded = tokenizer.decode(tokenizer.encode(images))
         expect(decoded.shape == images.shape, f"decode returns images of shape {tuple(decoded.shape)}")
-        expect(float(decoded.abs().max()) <= 1, "decode returns images beyond [-1, 1]")
+        expect(float(decoded.abs().max()) <= 1, "decode returns images outside [-1, 1]")
 
     def forward_agrees() -> None:
         result, tokens = tokenizer(images), tokenizer.encode(images)
         expect(torch.equal(result.tokens, tokens), "forward and encode give different tokens")
-        apart = float((result.images.clamp(-1, 1) - tokenizer.decode(tokens)).abs().max())
-        expect(apart < 1e-4, f"decode(encode(images)) and forward differ by up to {apart:.3g}")
+        error = float((result.images.clamp(-1, 1) - tokenizer.decode(tokens)).abs().max())
+        expect(error < 1e-4, f"decode(encode(images)) and forward differ by up to {error:.3g}")
 
     def batches_agree() -> None:
         expect(torch.equal(tokenizer.encode(images[:1]), tokenizer.encode(images)[:1]), "tokens depend on the batch")
@@ -43,7 +43,7 @@ def check_tokenizer(tokenizer: Tokenizer) -> Iterator[tuple[str, str | None]]:
     def losses_are_scalars() -> None:
         losses = tokenizer(images).losses
         wrong = [name for name, loss in losses.items() if loss.ndim or not bool(loss.isfinite())]
-        expect(not wrong, f"losses that are no finite scalars: {', '.join(wrong)}")
+        expect(not wrong, f"losses that are not finite scalars: {', '.join(wrong)}")
 
     checks = {
         "tokens have the shape and range of the grid": tokens_fit,
@@ -67,13 +67,13 @@ def check_quantizer(quantizer: Quantizer) -> Iterator[tuple[str, str | None]]:
         expect(tokens.dtype == torch.int64, f"quantize returns tokens of {tokens.dtype}, not int64")
         expect(
             bool(((tokens >= 0) & (tokens < quantizer.vocab_size)).all()),
-            f"quantize returns ids out of [0, {quantizer.vocab_size})",
+            f"quantize returns ids outside [0, {quantizer.vocab_size})",
         )
 
     def lookup_inverts() -> None:
         result = quantizer.quantize(z)
-        apart = float((quantizer.lookup(result.tokens) - result.z_q).abs().max())
-        expect(apart < 1e-4, f"lookup(tokens) and z_q differ by up to {apart:.3g}")
+        error = float((quantizer.lookup(result.tokens) - result.z_q).abs().max())
+        expect(error < 1e-4, f"lookup(tokens) and z_q differ by up to {error:.3g}")
 
     def gradients_arrive() -> None:
         quantizer.train()
@@ -99,13 +99,13 @@ def problem_of(check: Callable[[], Any]) -> str | None:
     try:
         with torch.no_grad():
             check()
-    except Exception as error:  # of somebody's model: whatever it raises is what is wrong with it
+    except Exception as error:  # a user's model may raise anything
         first = (str(error).strip().splitlines() or [""])[0]
         return first if isinstance(error, ValueError) else f"{type(error).__name__}: {first}"
     return None
 
 
 def expect(holds: bool, problem: str) -> None:
-    """Raise `ValueError` with `problem` unless it holds."""
+    """Raise `ValueError` with `problem` unless `holds`."""
     if not holds:
         raise ValueError(problem)

@@ -44,8 +44,8 @@ from pydantic_core import (
 
 from .files import ConfigError, quote
 
-MAX_ITEMS = 64  # of a list
-MAX_PROBLEMS = 20  # of a configuration that are reported
+MAX_ITEMS = 64  # in a list
+MAX_PROBLEMS = 20  # reported at once
 FACT = "a fact of the data"
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ class Settings(BaseModel):
 
     @classmethod
     def nested(cls, name: str, value: Data) -> type[Settings] | None:
-        """The configuration class of a `value` of the field `name`, if it has one."""
+        """Return the configuration class of `value` in the field `name`, if it has one."""
         field = cls.model_fields[name]
         if node := find_mark(field, Node):
             kind = value.get("kind")
@@ -92,12 +92,12 @@ class Settings(BaseModel):
 
 
 def find_mark(field: FieldInfo, mark: type[T]) -> T | None:
-    """The mark of this class on the field, if it has one."""
+    """Return the field's mark of this class, or None."""
     return next((found for found in field.metadata if isinstance(found, mark)), None)
 
 
 def type_options(hint: Any) -> list[Any]:
-    """The types that an annotation allows, with unions flattened."""
+    """Return the types that an annotation allows, with unions flattened."""
     if get_origin(hint) is Annotated:
         return type_options(get_args(hint)[0])
     if get_origin(hint) in (Union, types.UnionType):
@@ -111,10 +111,10 @@ def type_options(hint: Any) -> list[Any]:
 @dataclass(frozen=True)
 class Node:
     """Mark a field that holds a `{kind: ...}` node, a member of a family: `Node("tokenizer.quantizers:Quantizer")`.
-    only: the members that are allowed; empty: all.
+    only: the allowed members; empty: all.
 
-    Text alone is the kind. A `ModelConfig` field becomes the configuration of that kind. A `dict` field stays a node,
-    as in a preset: without facts, and with the defaults of its kind filled in.
+    A plain string is the kind. A `ModelConfig` field becomes the configuration of that kind. A `dict` field stays a
+    node, as in a preset: without facts, and with the defaults of its kind filled in.
     """
 
     family: str
@@ -151,7 +151,7 @@ class Node:
         try:
             config: ModelConfig = member.Config(**{key: item for key, item in node.items() if key != "kind"})
         except ConfigError as error:
-            raise error.details or error from None  # with the places of what is wrong
+            raise error.details or error from None  # with the location of each problem
         return config
 
     def to_preset(self, value: Any) -> Data:
@@ -160,7 +160,7 @@ class Node:
         choices = self.find_member(node).choices()
         whole = with_defaults(choices, merge(defaults_of(choices), node))
         choices.model_validate(whole)
-        return whole  # as it was written, not as validated: 1 is not 1.0
+        return whole  # as written, not as validated: 1 does not become 1.0
 
     def _as_node(self, value: Any) -> Data:
         value = {"kind": value} if isinstance(value, str) else value
@@ -177,7 +177,7 @@ class Node:
 
 
 def nested_models(field: FieldInfo) -> dict[str, type[Settings]]:
-    """The configuration classes that a field allows, by `kind`; one that is no node has the key ""."""
+    """Return the configuration classes that a field allows, by `kind`; the key is "" for a field that is not a node."""
     if node := find_mark(field, Node):
         return {kind: node.load().find(kind).choices() for kind in node.kinds()}
     hints = type_options(field.annotation)
@@ -189,7 +189,7 @@ def nested_models(field: FieldInfo) -> dict[str, type[Settings]]:
 
 
 class ModelConfig(Settings):
-    """Base of every model's configuration; a wrong value raises `ConfigError` that names the field."""
+    """Base of every model's configuration; a wrong value raises a `ConfigError` that names the field."""
 
     kind: ClassVar[str] = ""
 
@@ -209,7 +209,7 @@ class ModelConfig(Settings):
         return self
 
     def check(self) -> Iterator[str]:
-        """Yield what is wrong between fields, one sentence each that starts with the field's name."""
+        """Yield the problems between fields, one sentence each, which starts with the name of a field."""
         return iter(())
 
     def to_dict(self) -> Data:
@@ -248,7 +248,7 @@ def choices_of(config: type[ModelConfig], doc: str | None) -> type[Choices]:
 
 
 def defaults_of(cls: type[Settings]) -> Data:
-    """The defaults, into which overrides of single keys are merged."""
+    """Return the defaults, into which overrides of single keys can be merged."""
     optional = {name: field for name, field in cls.model_fields.items() if not field.is_required()}
     return with_defaults(
         cls, {name: to_plain(field.get_default(call_default_factory=True)) for name, field in optional.items()}
@@ -267,7 +267,7 @@ def with_defaults(cls: type[Settings], data: Data) -> Data:
 
 
 def merge(old: Data, new: Data) -> Data:
-    """Merge `new` into `old`, mappings key by key; a node whose `kind` changes is replaced. Text in the place of a node
+    """Merge `new` into `old`, mappings key by key; a node whose `kind` changes is replaced. A string in place of a node
     is its kind."""
     if "kind" in old and new.get("kind", old["kind"]) != old["kind"]:
         old = {}
@@ -278,7 +278,7 @@ def merge(old: Data, new: Data) -> Data:
 
 
 def to_plain(value: Any) -> Any:
-    """A value as YAML or JSON has it; a model's configuration as its node."""
+    """Convert a value to plain YAML or JSON types; a model's configuration becomes its node."""
     if isinstance(value, ModelConfig):
         return value.to_dict()
     if isinstance(value, BaseModel):
@@ -332,7 +332,7 @@ def explain(
 
 
 def locate(cls: type[Any], data: Any, location: tuple[int | str, ...]) -> tuple[str, type[Any]]:
-    """The dotted key of pydantic's `location`, which also names branches of unions and positions in lists, and the
+    """Return the dotted key of pydantic's `location`, without branches of unions and positions in lists, and the
     configuration class that the key belongs to."""
     keys: list[str] = []
     owner: type[Any] = cls
@@ -349,7 +349,7 @@ def locate(cls: type[Any], data: Any, location: tuple[int | str, ...]) -> tuple[
 
 
 def describe_unknown_key(model: type[Any], key: str) -> str:
-    """The line for a key that the model does not have, with the key that was probably meant."""
+    """Describe a key that the model does not have, in one line with the key that was probably meant."""
     parent, _, name = key.rpartition(".")
     prefix = f"{parent}." if parent else ""
     if name in getattr(model, "facts", ()):
@@ -362,8 +362,8 @@ def describe_unknown_key(model: type[Any], key: str) -> str:
 
 
 def describe_problems(key: str, details: list[ErrorDetails]) -> list[str]:
-    """The lines for one key. If every branch of a union failed, branches of another type are left out."""
-    details = [detail for detail in details if detail["type"] != "too_short"] or details  # the rest says more
+    """Describe the problems of one key. If every branch of a union failed, branches of another type are left out."""
+    details = [detail for detail in details if detail["type"] != "too_short"] or details  # the others say more
     value = details[0]["input"]
     complaints = [describe_problem(detail) for detail in details if detail["type"] not in EXPECTED]
     if complaints:
@@ -376,7 +376,7 @@ def describe_problems(key: str, details: list[ErrorDetails]) -> list[str]:
 
 
 def describe_problem(detail: ErrorDetails) -> str:
-    """What is wrong with a value of the right type."""
+    """Describe the problem of a value of the right type."""
     kind, context, got = detail["type"], detail.get("ctx", {}), f" (got {show_value(detail['input'])})"
     for name, sign in SIGNS.items():
         if name in context:
@@ -397,7 +397,7 @@ def describe_problem(detail: ErrorDetails) -> str:
 
 
 def make_validation_error(*problems: Sequence[str]) -> ValidationError:
-    """An error of several problems, each a pair of a dotted key and a sentence."""
+    """Make one error of several problems, each a dotted key and a sentence."""
     details = [
         InitErrorDetails(
             type=PydanticCustomError("problem", "{problem}", {"problem": problem}),
@@ -410,11 +410,11 @@ def make_validation_error(*problems: Sequence[str]) -> ValidationError:
 
 
 def show_number(value: float) -> str:
-    """A bound, without `.0`."""
+    """Format a bound without `.0`."""
     return str(int(value)) if float(value).is_integer() else str(value)
 
 
 def show_value(value: Any) -> str:
-    """A value as YAML would write it, on one line of at most 200 characters."""
+    """Format a value as YAML would, on one line of at most 200 characters."""
     text = repr(value) if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 200 else f"{text[:197]}..."

@@ -70,10 +70,10 @@ class PatchCritic(nn.Module):
         self.body = nn.Sequential(*body[:-1])
         for name in ("real_mean", "fake_mean"):
             self.register_buffer(name, torch.zeros(()))
-        self.register_buffer("tracked", torch.zeros((), dtype=torch.long))  # how often these two were updated
+        self.register_buffer("tracked", torch.zeros((), dtype=torch.long))  # number of their updates
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits. Raises `ValueError` for images that are too small for one patch."""
+        """Return the logits. Raises `ValueError` for images that are too small for one patch."""
         self.map_size(*images.shape[2:])
         return self.body(images).float()
 
@@ -94,7 +94,7 @@ class PatchCritic(nn.Module):
         return side
 
     def map_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the logits for images of this size. Raises `ValueError` if there are none."""
+        """Height and width of the logits for images of this size. Raises `ValueError` if they are too small."""
         if min(height, width) < self.smallest:
             raise ValueError(
                 f"a critic of {len(self.strides) - 2} layers needs images of at least {self.smallest} pixels a side "
@@ -105,8 +105,8 @@ class PatchCritic(nn.Module):
         return height, width
 
     def track(self, real: Tensor, fake: Tensor) -> Tensor:
-        """The running means `(2,)` of real and fake logits, after these logits of all ranks; the first ones set them.
-        They are stored in training with gradients enabled, unless they are not finite."""
+        """Return the running means `(2,)` of real and fake logits, updated with these logits of all ranks; the first
+        logits initialise them. They are stored only in training with gradients enabled, and only if finite."""
         stores = updates_now(self)
         with torch.no_grad():
             means = mean_over_ranks(torch.stack([real.float().mean(), fake.float().mean()]))
@@ -155,8 +155,8 @@ def lecam(real: Tensor, fake: Tensor, real_mean: Tensor, fake_mean: Tensor) -> T
 
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
-    """|grad of the reconstruction loss| / (|grad of the adversarial loss| + 1e-6) at the last layer, from 0 to 1e4 and
-    without a gradient (Esser et al. 2021, equation 7): it makes both gradients equally large there.
+    """|grad of the reconstruction loss| / (|grad of the adversarial loss| + 1e-6) at the last layer, clamped to
+    [0, 1e4] and detached (Esser et al. 2021, equation 7). It makes both gradients equally large there.
 
     Gradients are averaged over ranks before their norms are taken, so the weight is that of the whole batch. Both
     graphs are retained. Raises `RuntimeError` if a loss does not depend on the layer.

@@ -1,7 +1,7 @@
 """Reading and writing the folders of models: typed errors, JSON, manifests of sha256, and atomic replacement.
 
-A folder may come from anyone. Nothing here unpickles, nothing is imported by a name that a file holds, and whatever is
-wrong with a file ends in one `PipelineLoadError` that names the file, what was found and what is allowed.
+A folder may come from anyone. Nothing is unpickled, and nothing is imported by a name found in a file. Any problem with
+a file raises one `PipelineLoadError` that names the file, what was found and what is allowed.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from typing import Any, NoReturn, TypeVar
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
-READS = 5  # of a folder that is replaced while it is read
+READS = 5  # attempts to read a folder that is being replaced
 ASIDE = ".del"
-"""Prefix of the name of a folder that is being replaced, for an instant."""
+"""Prefix of the temporary name of a folder that is being replaced."""
 MAX_JSON_BYTES = 1 << 20
 MAX_MESSAGE, MAX_QUOTED, MAX_PATH = 900, 80, 300  # characters
 MAX_NAME = 255  # bytes of a file's name
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a full disk."""
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
-"""Error numbers of a call that the file system does not have."""
+"""Error numbers of calls that a file system does not support."""
 EDITABLE = (".json", ".md")
-"""Text files, which a user may have edited: one that differs from the manifest is not overwritten."""
+"""Text files, which users may edit: one that differs from the manifest is not overwritten."""
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 HUB_CACHE = ".cache/huggingface/"
-"""Files that a desktop, and `hf download`, leave in a folder: they may be deleted with it."""
+"""Files of desktops and of `hf download`, which may be deleted with the folder."""
 
 
 # Errors -------------------------------------------------------------------------------------------
 
 
 class PipelineLoadError(ValueError):
-    """Base of all errors in a saved model, token dataset or pipeline. The message is one line of printable text."""
+    """Base of all errors about a saved model, token dataset or pipeline. The message is one line of printable text."""
 
     def __init__(self, message: object = "") -> None:
         super().__init__(one_line(str(message)))
@@ -57,7 +57,7 @@ class FormatError(PipelineLoadError):
 
 
 class PathError(PipelineLoadError):
-    """A file is missing, or it is where it may not be."""
+    """A file is missing, or its path is not allowed."""
 
 
 class UnreadableError(PathError):
@@ -72,7 +72,7 @@ class ConfigError(PipelineLoadError):
 
 
 class IntegrityError(PipelineLoadError):
-    """A file differs from its manifest, or two parts do not belong together."""
+    """A file differs from its manifest, or two parts do not match."""
 
 
 class WeightsError(PipelineLoadError):
@@ -115,7 +115,7 @@ def read_bytes(path: Path | str, limit: int) -> bytes:
 
 
 def stat_file(path: Path | str) -> os.stat_result:
-    """Return the facts about a regular file. Raises `PathError` where there is none: reading a pipe would block."""
+    """Return the `stat` of a regular file. Raises `PathError` for anything else: reading a pipe would block."""
     try:
         info = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
@@ -129,7 +129,7 @@ def stat_file(path: Path | str) -> os.stat_result:
 
 
 def is_file(path: Path | str) -> bool:
-    """Whether there is a regular file. Raises `UnreadableError` where the system does not say."""
+    """Whether `path` is a regular file. Raises `UnreadableError` if the system cannot tell."""
     try:
         stat_file(path)
     except UnreadableError:
@@ -209,8 +209,8 @@ def verify_manifest(folder: Path | str, *, unhashed: Collection[str] = ()) -> di
 
 
 def find_local_folder(path: Path) -> bool:
-    """Whether there is a folder; waits a moment for one that is just being replaced. Raises `PathError` where a process
-    was killed in that moment."""
+    """Whether `path` is a folder; waits briefly for one that is being replaced. Raises `PathError` if a process was
+    killed while replacing it."""
     for _ in range(20):
         if os.path.isdir(path):  # False for a name with a null character, too
             return True
@@ -221,7 +221,7 @@ def find_local_folder(path: Path) -> bool:
 
 
 def folders_aside(path: Path) -> list[Path]:
-    """What had the name `path` when it was being replaced, and is still there."""
+    """Return the folders that an interrupted replacement of `path` moved aside."""
     try:
         return sorted(path.parent.glob(f"{ASIDE}-{escape_pattern(path.name)}-????????")) if path.name else []
     except (OSError, ValueError):
@@ -229,10 +229,9 @@ def folders_aside(path: Path) -> list[Path]:
 
 
 def read_folder(folder: Path, read: Callable[[], T]) -> T:
-    """Return `read()`, which reads files of `folder`; again if the folder was replaced meanwhile, as a run does that
-    saves while others load.
+    """Return `read()`, which reads files of `folder`; call it again if a run replaced the folder in the meantime.
 
-    Raises what `read` raises, and `UnreadableError` for a folder that is replaced each time.
+    Raises what `read` raises, and `UnreadableError` for a folder that is replaced during each attempt.
     """
     for _ in range(READS):
         find_local_folder(folder)
@@ -248,7 +247,7 @@ def read_folder(folder: Path, read: Callable[[], T]) -> T:
 
 
 def _identity(folder: Path) -> tuple[int, ...] | None:
-    """What another folder of this name would not have; None without a folder."""
+    """Return what distinguishes this folder from others of its name; None without a folder."""
     try:
         info = os.stat(folder)
     except OSError:
@@ -276,7 +275,7 @@ def write_manifest(folder: Path, **facts: Any) -> None:
 
 
 def temporary_name(path: Path, prefix: str = ".tmp", suffix: str = "") -> Path:
-    """An unused hidden name beside `path`, which contains as much of its name as fits."""
+    """Return an unused hidden name beside `path` that contains as much of its name as fits."""
     name, end = path.name, f"-{uuid.uuid4().hex[:8]}{suffix}"
     while name and len(os.fsencode(f"{prefix}-{name}{end}")) > MAX_NAME:
         name = name[:-1]
@@ -284,7 +283,7 @@ def temporary_name(path: Path, prefix: str = ".tmp", suffix: str = "") -> Path:
 
 
 def fsync(path: Path) -> None:
-    """Flush a file or folder to the disk, where the file system can."""
+    """Flush a file or folder to the disk, if the file system supports it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -308,10 +307,10 @@ def make_folder(path: Path) -> None:
 
 @dataclass(frozen=True)
 class FolderKind:
-    """How a folder of ours is recognised, which may be replaced as a whole.
+    """How to recognise a folder of ours, which may be replaced as a whole.
 
-    title: as in "a pipeline". marker: a JSON file; `is_ours` says whether its content can only be ours. may_hold:
-    whether a file of this name belongs there; None: the files that its manifest lists.
+    title: as in "a pipeline". marker: a JSON file; `is_ours` says whether its content is ours. may_hold: whether a
+    file of this name belongs there; None: the files that the manifest lists.
     """
 
     title: str
@@ -337,7 +336,7 @@ class FolderKind:
 
 
 def require_replaceable(folder: Path, kind: FolderKind | None, *, title: Path | None = None) -> None:
-    """Raise `PathError` unless there is nothing at `folder`, an empty folder, or an unchanged folder of this kind.
+    """Raise `PathError` unless `folder` does not exist, is empty, or is an unchanged folder of this kind.
 
     kind None: only an empty folder may be replaced. title: the folder's name in the message.
     """
@@ -361,7 +360,7 @@ def require_replaceable(folder: Path, kind: FolderKind | None, *, title: Path | 
 
 
 def list_files(folder: Path) -> list[str]:
-    """The names of all that a folder holds: files, links, empty and unreadable folders; without litter."""
+    """List everything in a folder: files, links, empty and unreadable folders; without litter."""
     found: list[str] = []
 
     def keep(error: OSError) -> None:
@@ -378,7 +377,7 @@ def list_files(folder: Path) -> list[str]:
 
 
 def summarize(names: list[str]) -> str:
-    """The first name and the number of the others."""
+    """Format the first name and the number of the others."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{quote(names[0])}{more}"
 
@@ -434,7 +433,7 @@ def _replace_folder(temporary: Path, target: Path, kind: FolderKind | None) -> N
         target.rename(old)
         require_replaceable(old, kind, title=target)
         temporary.rename(target)
-    except BaseException:  # also at Ctrl-C the old folder gets its name back
+    except BaseException:  # after Ctrl-C too, the old folder gets its name back
         if os.path.lexists(old) and not os.path.lexists(target):
             old.rename(target)
         raise
@@ -488,9 +487,9 @@ def push_folder(
 ) -> Any:
     """Upload the files of `folder`, and a manifest of them, in one commit; create the repository if needed.
 
-    The commit deletes what the repository's own `manifest.json` lists and `folder` does not have: files of an earlier
-    upload go, and all others stay. revision: the branch. create_pr: as a pull request. Returns huggingface_hub's
-    `CommitInfo`. Raises `PushError`, also for a repository that holds a pipeline where `folder` does not.
+    The commit deletes files that the repository's own `manifest.json` lists and `folder` does not have: those of an
+    earlier upload. All others stay. revision: the branch. create_pr: as a pull request. Returns huggingface_hub's
+    `CommitInfo`. Raises `PushError`, also for a repository that holds a pipeline if `folder` does not.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -508,7 +507,7 @@ def push_folder(
             raise PushError(f"{repo_id} holds a pipeline; push a pipeline, or to another repository")
         listed = set[str]()
         if MANIFEST in there:
-            with suppress(PipelineLoadError):  # not one of ours: nothing is known to be ours
+            with suppress(PipelineLoadError):  # not our manifest, so no file is known to be ours
                 cached = api.hf_hub_download(filename=MANIFEST, revision=revision, **place)
                 listed = set(read_manifest(Path(cached).parent)["files"])
         operations: list[Any] = [CommitOperationDelete(name) for name in sorted(listed & there - set(paths))]
@@ -517,11 +516,11 @@ def push_folder(
         place["revision"] = revision
         return api.create_commit(operations=operations, commit_message=commit_message, create_pr=create_pr, **place)
     except (TypeError, AttributeError, NameError, AssertionError, PushError):
-        raise  # bugs: the client raises none of these
+        raise  # bugs: the client does not raise these
     except Exception as error:
         raise PushError(one_line(f"{repo_id} cannot be written to: {_reason(error)}")) from error
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error of the Hub's client."""
+    """Return the first line of an error of the Hub's client."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

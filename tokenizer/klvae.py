@@ -47,7 +47,7 @@ class KLVAEConfig(DecoderConfig, ConvolutionsConfig):
 
 
 class KLVAE(Autoencoder, name="klvae"):
-    """Decodes samples of continuous latents in training, and the binned means in use."""
+    """Decodes samples of the continuous latents in training, and their binned means otherwise."""
 
     Config = KLVAEConfig
     quantizer: Bins
@@ -59,8 +59,8 @@ class KLVAE(Autoencoder, name="klvae"):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Reconstruction, tokens of the means, and losses `kl` and, with a likelihood, `nll`, both in nats per pixel
-        channel. Training decodes a sample, with noise from torch's global generator; eval decodes the binned mean."""
+        """Return reconstruction, tokens of the means, and the losses `kl` and, with a likelihood, `nll`, in nats per
+        pixel channel. Training decodes a sample, with noise from torch's global generator; eval the binned mean."""
         self.check_images(images)
         mean, log_variance = self.posterior(images)
         z_q, tokens, _ = self.quantizer.quantize(mean)
@@ -108,7 +108,7 @@ class Bins(Quantizer):
 
     @torch.no_grad()
     def fit(self, rows: Tensor) -> None:
-        """Choose the bins so that each holds equally many of the vectors `rows` (n, dim), per dimension; centres are
+        """Choose the bins of each dimension so that they hold equally many of the vectors `rows` (n, dim); centres are
         the means of the bins.
 
         Equal values are never split: they share the bin that begins with them, and the bins before it that they would

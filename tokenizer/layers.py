@@ -1,4 +1,4 @@
-"""The convolutional encoder and decoder: a stem that folds patches into channels, then residual blocks per resolution.
+"""Convolutional encoder and decoder: a stem that folds patches into channels, then residual blocks at each resolution.
 
 Weights and images are channels-last; convolutions and `GroupNorm` preserve that. `widths` divides the downsampling
 between the stem and strided stages: with one width, all arithmetic is at the token resolution (fast for small images);
@@ -100,8 +100,8 @@ class ResidualBlock(nn.Module):
 
 
 class FusedLinear(nn.Linear):
-    """Several linear maps of one input as one product, their weights one above the other. `train.optimizer=muon` reads
-    `parts`, and moves each as a matrix of its own."""
+    """Several linear maps of one input as one product with stacked weights. `train.optimizer=muon` reads `parts`, and
+    updates each as a separate matrix."""
 
     def __init__(self, inputs: int, outputs: int, parts: int, bias: bool = True) -> None:
         super().__init__(inputs, parts * outputs, bias=bias)

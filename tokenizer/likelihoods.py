@@ -1,4 +1,4 @@
-"""Distributions over a pixel's 256 values, whose parameters the decoder puts out."""
+"""Distributions over a pixel's 256 values, with parameters from the decoder."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Likelihood(Registered, nn.Module, family="tokenizer.likelihoods"):
         return self._floored(parameters, values, channel, candidates)
 
     def mean(self, parameters: Tensor) -> Tensor:
-        """The image to show, `(B, C, H, W)` in [-1, 1]: the mean, or an approximation of it."""
+        """Return the image to show, `(B, C, H, W)` in [-1, 1]: the mean, or an approximation of it."""
         raise NotImplementedError
 
     def _floored(self, parameters: Tensor, values: Tensor, channel: int, candidates: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Likelihood(Registered, nn.Module, family="tokenizer.likelihoods"):
 
 
 def to_values(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as the nearest of 256 values, int64."""
+    """Round images in [-1, 1] to the nearest of 256 values, int64."""
     return ((images.float() + 1) * 127.5).round().long().clamp(0, LEVELS - 1)
 
 
@@ -112,7 +112,7 @@ class DiscretizedLogistic(Likelihood, name="discretized_logistic"):
 
     P(v) = sum_k w_k (cdf_k(v + half a bin) - cdf_k(v - half a bin)); black and white take the whole tails. The means of
     green and blue depend linearly on the true values of the channels before them. In PixelCNN++ the channels of a pixel
-    share one set of mixture weights, so that the component of one tells about the others; here each has its own.
+    share one set of mixture weights, so that their components are dependent; here each channel has its own.
     """
 
     Config = DiscretizedLogisticConfig

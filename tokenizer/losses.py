@@ -15,8 +15,8 @@ def pixel_losses(reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:
 
 def gradient_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
     """Mean absolute error of the differences between neighbouring pixels, down and across, a scalar (Mathieu et al.
-    2016, arXiv:1511.05440, equation 6, with alpha 1 and with signs). A constant error within an area costs nothing, a
-    checkerboard one costs at every pixel."""
+    2016, arXiv:1511.05440, equation 6, with alpha 1 and with signs). A constant error costs nothing, a checkerboard
+    costs at every pixel."""
     error = (reconstruction - images).float()
     return (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2
 

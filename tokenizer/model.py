@@ -1,4 +1,4 @@
-"""A model with a name: found by that name, saved to a folder, loaded from a folder or from the Hub.
+"""Models with names: created by name, saved to a folder, loaded from a folder or from the Hub.
 
     class VQVAE(Tokenizer, name="vqvae"):   # in tokenizer/vqvae.py
         Config = VQVAEConfig
@@ -6,7 +6,7 @@
     Tokenizer.create("vqvae", widths=(32, 64))
     Tokenizer.from_pretrained("runs/vqvae_digits/tokenizer")
 
-A model's folder holds `config.json` (its settings, and its name under `kind`) and `model.safetensors`.
+A model's folder holds `config.json`, its settings with its name as `kind`, and `model.safetensors`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ PROVENANCE = "provenance.json"  # beside a tokenizer, written by the verb that t
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 Dtype = torch.dtype | Literal["auto"] | None
-"""The type of the weights in memory: "auto" is that of the file, None is float32."""
+"""The type of the weights in memory: None is float32, "auto" the type in the file."""
 
 R = TypeVar("R", bound="Registered")
 M = TypeVar("M", bound="PretrainedModel")
@@ -68,11 +68,11 @@ N = TypeVar("N", bound=nn.Module)
 
 
 class Registered:
-    """A family of classes that are found by their name.
+    """A family of classes that are found by name.
 
-    `class Tokenizer(Registered, family="tokenizer")` opens a family whose members are in modules of that package, each
-    in the one of its name. `class VQVAE(Tokenizer, name="vqvae")`, in `tokenizer/vqvae.py`, joins it with a `Config`
-    class of its own. Several packages are separated by spaces.
+    `class Tokenizer(Registered, family="tokenizer")` defines a family whose members are in modules of that package,
+    each in the module of its name. `class VQVAE(Tokenizer, name="vqvae")`, in `tokenizer/vqvae.py`, joins it with a
+    `Config` class. Several packages are separated by spaces.
     """
 
     Config: ClassVar[type[ModelConfig]]
@@ -92,15 +92,15 @@ class Registered:
         if not NAME.fullmatch(name):
             raise ConfigError(f"{quote(name)} is not a name: lower case letters, digits and _ are allowed")
         if not f"{cls.__module__}.".startswith(tuple(f"{package}." for package in cls._packages)):
-            cls._import_module_of(name)  # ours has the name first
+            cls._import_module_of(name)  # our own models take precedence
         other = cls._members.get(name)
         if other is not None and other.__module__ != cls.__module__:
             raise ConfigError(
                 f"{quote(name)} is already the name of a class in {other.__module__}; choose another name"
             )
         if not hasattr(cls, "Config"):
-            raise ConfigError(f"{cls.__name__} has no settings: give it a class of them, as `Config`")
-        if "Config" not in vars(cls) or vars(cls.Config).get("kind", name) != name:  # the one of another class
+            raise ConfigError(f"{cls.__name__} has no settings; define them in a class `Config`")
+        if "Config" not in vars(cls) or vars(cls.Config).get("kind", name) != name:  # inherited or shared
             make: Any = type(cls.Config)
             namespace = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}  # as pickle needs
             cls.Config = make(f"{cls.__name__}Config", (cls.Config,), namespace)
@@ -109,7 +109,7 @@ class Registered:
 
     @classmethod
     def _import_module_of(cls, name: str) -> None:
-        """Import the module called `name` of one of the family's packages, if there is one."""
+        """Import the module `name` of one of the family's packages, if it exists."""
         for package in cls._packages:
             if name in cls._members:
                 return
@@ -119,7 +119,7 @@ class Registered:
 
     @classmethod
     def available(cls) -> list[str]:
-        """The sorted names of all members, after importing the family's packages."""
+        """Import the family's packages, and return the sorted names of all members."""
         for package in cls._packages:
             folder = getattr(importlib.import_module(package), "__path__", [])
             for module in pkgutil.iter_modules(folder, f"{package}."):
@@ -128,8 +128,8 @@ class Registered:
 
     @classmethod
     def has(cls, name: object) -> bool:
-        """Whether a member has this name, which may come from a file. Imports the module of that name; all modules only
-        where there is none."""
+        """Whether a member has this name, which may come from a file. Imports the module of that name, or else all
+        modules."""
         if not isinstance(name, str) or not NAME.fullmatch(name):
             return False
         if name not in cls._members:
@@ -138,17 +138,17 @@ class Registered:
 
     @classmethod
     def find(cls: type[R], name: str) -> type[R]:
-        """The member called `name`. Raises `ConfigError` that lists the members."""
+        """Return the member `name`. Raises a `ConfigError` that lists the members."""
         if not cls.has(name):
             raise ConfigError(cls.describe_unknown(name))
         return cls._members[name]
 
     @classmethod
     def describe_unknown(cls, name: object) -> str:
-        """The message for a name that no member has."""
+        """Return the message for a name that no member has."""
         return (
-            f"no {cls.__name__} is called {quote(name)}; there are {', '.join(cls.available())}; one of your own has "
-            "to be imported first, as --import FILE does"
+            f"no {cls.__name__} is called {quote(name)}; there are {', '.join(cls.available())}; your own models "
+            "have to be imported first, for example with --import FILE"
         )
 
     @classmethod
@@ -158,7 +158,7 @@ class Registered:
 
     @classmethod
     def create(cls: type[R], name: str, **config: Any) -> R:
-        """Build the member called `name`; keyword arguments are its configuration. Raises `ConfigError`."""
+        """Build the member `name`; keyword arguments are its configuration. Raises `ConfigError`."""
         member: Any = cls.find(name)
         made: R = member(member.Config(**config))
         return made
@@ -184,16 +184,16 @@ class PretrainedModel(Registered, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights, except those of a quantizer, which stay float32; float32 if there are none."""
+        """The type of the weights, except those of a quantizer, which stay float32; float32 without weights."""
         weights = (p for name, p in self.named_parameters() if "quantizer" not in name.split("."))
         return next((p.dtype for p in weights), torch.float32)
 
     def num_parameters(self, only_trainable: bool = False) -> int:
-        """The number of parameters, shared ones counted once; only_trainable: without frozen ones."""
+        """Count parameters, shared ones once; only_trainable: without frozen ones."""
         return sum(each.numel() for each in self.parameters() if each.requires_grad or not only_trainable)
 
     def fingerprint(self) -> str:
-        """sha256 of configuration and weights: two models with the same fingerprint are the same function.
+        """Return the sha256 of configuration and weights: models with the same fingerprint compute the same function.
 
         Floats are hashed as float32, so that weights saved in bfloat16 have the fingerprint of the model loaded from
         them.
@@ -207,16 +207,16 @@ class PretrainedModel(Registered, nn.Module):
 
     @classmethod
     def folder_kind(cls) -> FolderKind:
-        """How a folder of a model of this family is recognised."""
+        """How to recognise the folder of a model of this family."""
         files = (CONFIG, PROVENANCE, *weights_names())
         return FolderKind(f"a {cls._packages[0]}", CONFIG, lambda data: cls.has(data.get("kind")), files.__contains__)
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
-        """Write `config.json` and `model.safetensors`, whole or not at all; a model of this family is replaced.
+        """Write `config.json` and `model.safetensors` atomically, in place of an earlier model of this family.
 
         variant: "fp16" or "bf16" rounds the weights to that type, and writes `model.fp16.safetensors` instead. Raises
-        `PathError` if `folder` holds anything else, and names it; `WeightsError` for weights that are not finite;
-        `ValueError` for weights that the type cannot hold.
+        `PathError` that names anything else in `folder`; `WeightsError` for weights that are not finite; `ValueError`
+        for weights that are too large for the type.
         """
         model = self if variant is None else round_weights(self, variant)
         with atomic_folder(folder, kind=self.folder_kind()) as target:
@@ -239,8 +239,8 @@ class PretrainedModel(Registered, nn.Module):
     ) -> M:
         """Load a model of this family or class from a folder or Hub id, in eval mode.
 
-        dtype: of the weights in memory; None is float32, "auto" what the file holds. variant: "fp16" or "bf16", where
-        the weights are such (see `save_pretrained`); None takes what is there. A subclass without a name of its own
+        dtype: type of the weights in memory; None is float32, "auto" the type in the file. variant: "fp16" or "bf16"
+        for weights saved that way (see `save_pretrained`); None takes what is there. A subclass without its own name
         loads what its parent saved.
 
         Raises a `PipelineLoadError`: `PathError` (no such folder or file), `ConfigError` (unknown kind or key, bad
@@ -285,13 +285,13 @@ class PretrainedModel(Registered, nn.Module):
 
     @classmethod
     def _find_saved(cls, kind: Any) -> Any:
-        """The class that a file calls `kind`: this one, or one of its registered subclasses. Raises `ConfigError`."""
+        """Return the class with the name `kind` of a file: this one or a registered subclass. Raises `ConfigError`."""
         if kind is None:
             raise ConfigError("kind: missing, so Smalti did not save this; `smalti import` reads published weights")
         if not cls.has(kind):
             raise ConfigError(f"kind: {cls.describe_unknown(kind)}")
         member: Any = cls.find(kind)
-        if issubclass(cls, member) and cls.name == kind:  # a user's subclass without a name of its own
+        if issubclass(cls, member) and cls.name == kind:  # a user's subclass without its own name
             return cls
         if not issubclass(member, cls):
             raise ConfigError(f"kind: it holds a {kind!r}, not a {cls.name!r}")
@@ -347,7 +347,7 @@ model = {family.title()}.from_pretrained("this folder or Hub id")
 
 
 def weights_name(variant: str | None) -> str:
-    """The name of the file of weights. Raises `ValueError` for an unknown variant."""
+    """Return the file name of the weights. Raises `ValueError` for an unknown variant."""
     if variant is None:
         return WEIGHTS
     if variant not in VARIANTS:
@@ -356,13 +356,13 @@ def weights_name(variant: str | None) -> str:
 
 
 def weights_names(variant: str | None = None) -> list[str]:
-    """The names that the file of weights may have; None: of any variant."""
+    """Return the possible file names of the weights; None: of any variant."""
     return [weights_name(None), *map(weights_name, VARIANTS)] if variant is None else [weights_name(variant)]
 
 
 def find_weights(folder: Path, variant: str | None) -> Path:
-    """The file of weights of this variant; None: the full one, or else any. Raises `PathError` that names the variants
-    there are."""
+    """Return the weights file of this variant; None: full precision, or else any. Raises a `PathError` that names the
+    existing files."""
     wanted = weights_names(variant)
     there = [name for name in weights_names() if (folder / name).exists()]
     if not set(wanted) & set(there):
@@ -371,8 +371,8 @@ def find_weights(folder: Path, variant: str | None) -> Path:
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file. Raises `WeightsError` for a value that is not finite, and `OSError`, also where
-    safetensors has an error of its own: for a full disk."""
+    """Write a safetensors file. Raises `WeightsError` for a value that is not finite, and `OSError`, also for a full
+    disk, for which safetensors has its own error."""
     for key, value in weights.items():
         if value.is_floating_point() and not bool(value.detach().isfinite().all()):
             raise WeightsError(f"{key} holds a value that is not finite; it could not be loaded again")
@@ -391,8 +391,8 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def round_weights(model: N, variant: str) -> N:
-    """A copy of `model` with its weights in the type of `variant`, except those that stay float32. Raises `ValueError`
-    for weights that are too large for the type."""
+    """Copy `model` with its weights rounded to `variant`, except a quantizer's. Raises `ValueError` for weights that
+    are too large for the type."""
     weights_name(variant)
     smaller = copy.deepcopy(model).to(dtype=VARIANTS[variant])
     for name, value in smaller.state_dict().items():
@@ -402,7 +402,7 @@ def round_weights(model: N, variant: str) -> N:
 
 
 def choose_dtype(dtype: Dtype, stored: torch.dtype | None) -> torch.dtype | None:
-    """The type that `dtype` asks for; None leaves the weights as they are. Raises `TypeError` for anything else."""
+    """Resolve `dtype`, where None leaves the weights as they are. Raises `TypeError` for anything else."""
     if isinstance(dtype, str) and dtype == "auto":
         return stored
     if dtype is not None and not isinstance(dtype, torch.dtype):
@@ -411,7 +411,7 @@ def choose_dtype(dtype: Dtype, stored: torch.dtype | None) -> torch.dtype | None
 
 
 class NoInitialisation(TorchFunctionMode):
-    """Skip the functions of `torch.nn.init` in the block: the weights will be overwritten."""
+    """Skip the functions of `torch.nn.init` in the block, since the weights will be overwritten."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -421,18 +421,17 @@ class NoInitialisation(TorchFunctionMode):
 
 
 def build_on_meta(build: Callable[[], N], path: Path) -> N:
-    """The model that `build` makes, on the meta device: no memory of its size is allocated. path: the file of its
-    configuration. Raises `ConfigError` for sizes that do not fit together."""
+    """Build a model on the meta device, without allocating its memory. path: the file of its configuration. Raises
+    `ConfigError` for sizes that do not fit together."""
     try:
         with torch.device("meta"), NoInitialisation():
             return build()
     except PipelineLoadError as error:
         raise type(error)(f"{path}: {error}") from error
-    except Exception as error:  # a model need not expect such settings, so it may raise anything
+    except Exception as error:  # a model may raise anything for such settings
         if "meta" in str(error):
             raise ConfigError(
-                f"{path}: the model reads values of tensors while it is built, for which they need device='cpu' "
-                f"({error})"
+                f"{path}: the model reads values of tensors while it is built; create those with device='cpu' ({error})"
             ) from error
         raise ConfigError(f"{path}: no model has this configuration ({error})") from error
 
@@ -445,7 +444,7 @@ class WeightsFile:
         self.names: list[str] = sorted(file.keys())
 
     def require(self, expected: Mapping[str, Tensor]) -> None:
-        """Raise `WeightsError` unless the file has exactly these names and shapes. Reads its header alone."""
+        """Raise `WeightsError` unless the file has exactly these names and shapes. Reads only the header."""
         missing, extra = sorted(set(expected) - set(self.names)), sorted(set(self.names) - set(expected))
         if missing or extra:
             raise WeightsError(
@@ -457,8 +456,8 @@ class WeightsFile:
 
     @torch.no_grad()
     def copy_into(self, model: nn.Module) -> torch.dtype:
-        """Copy the weights into `model`, and return their type in the file: float32 if only a quantizer has any. Raises
-        `WeightsError` for a value that is not finite, and for integers where floats should be, or the reverse."""
+        """Copy the weights into `model`, and return their type in the file, float32 if only a quantizer has weights.
+        Raises `WeightsError` for values that are not finite, and for integers in place of floats or the reverse."""
         stored = []
         for name, target in model.state_dict().items():
             value = self.file.get_tensor(name)

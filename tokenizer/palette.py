@@ -18,7 +18,7 @@ class PaletteConfig(TokenizerConfig):
     """The size of the palette and the settings of k-means."""
 
     colors: int = Field(512, ge=2, le=1 << 16, description="size of the palette")
-    iterations: int = Field(50, ge=0, description="maximum number of k-means steps; fewer if no colour moves")
+    iterations: int = Field(50, ge=0, description="maximum number of k-means steps; it stops when no colour moves")
     seed: int = Field(0, ge=0, description="seed of the initial colours")
 
 
@@ -68,8 +68,8 @@ class Palette(Tokenizer, name="palette"):
 
 
 def lattice(count: int, channels: int) -> Tensor:
-    """`count` distinct colours `(count, channels)` in [-1, 1], evenly chosen from the smallest regular grid that has as
-    many."""
+    """Return `count` distinct colours `(count, channels)` in [-1, 1], evenly chosen from the smallest regular grid with
+    at least that many."""
     side = next(side for side in range(2, count + 1) if side**channels >= count)
     axes = torch.linspace(-1, 1, side).expand(channels, side)
     points = torch.cartesian_prod(*axes).reshape(-1, channels)
@@ -105,7 +105,7 @@ def weighted_kmeans(points: Tensor, counts: Tensor, clusters: int, iterations: i
 
 
 def means(points: Tensor, counts: Tensor, ids: Tensor, clusters: int) -> Tensor:
-    """The mean of each cluster's points, (clusters, C), summed in float64; no cluster may be empty."""
+    """Return the mean of each cluster, (clusters, C), summed in float64. No cluster may be empty."""
     totals = torch.bincount(ids, counts, minlength=clusters)
     sums = [torch.bincount(ids, counts * column, minlength=clusters) for column in points.unbind(1)]
     return (torch.stack(sums, 1) / totals.unsqueeze(1)).to(points.dtype)

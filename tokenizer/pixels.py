@@ -70,8 +70,8 @@ class Pixels(Tokenizer, name="pixels"):
         return self.config.levels == 256
 
     def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """Minus the log of the number of 8-bit values that share the id, 0 with 256 levels; -inf where it is not the
-        image's id. `(B, C, H, W)` nats."""
+        """Minus the log of the number of 8-bit values that share the id, 0 with 256 levels; -inf where the image has
+        another id. `(B, C, H, W)` nats."""
         inside = -in_finest(self.sizes).log()[tokens.long()]
         found = torch.where(self.encode(images) == tokens, inside, -torch.inf).float()
         return self._to_channels(found)

@@ -1,4 +1,4 @@
-"""Multi-scale maps, coarse to fine, and how they are resized (VAR, Tian et al. 2024, section 3.2)."""
+"""Multi-scale maps, coarse to fine, and their resizing (VAR, Tian et al. 2024, section 3.2)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from .files import quote
 
 Scales = tuple[tuple[int, int], ...]
-"""(height, width) of each scale; the last is the whole map's."""
+"""(height, width) of each scale; the last is the size of the whole map."""
 
 
 def scales_problem(scales: Scales, shape: tuple[int, ...] | None = None) -> str | None:
-    """The problem of `scales`, for a grid of `shape` if it is given, in one line; or None."""
+    """Return what is wrong with `scales` in one line, or None. shape: of the grid, if known."""
     if any(len(pair) != 2 or any(type(side) is not int or side < 1 for side in pair) for pair in scales):
         return f"expected pairs of positive whole sizes (got {quote(scales)})"
     if shape is not None and shape != (sum(areas(scales)),):

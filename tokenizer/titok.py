@@ -3,9 +3,9 @@
 An encoder of `vit`'s blocks sees the patches and K learned registers; the outputs at the registers are quantized. The
 decoder sees these K codes and a learned query for each patch, whose output becomes the patch. Training has a single
 stage, on pixels, without the paper's teacher. The paper adds a shared mask token to the queries, and positions to the
-registers; one learned vector for each is equivalent. Codes get positions of their own in the decoder, since the same
-code means another thing in another register. As with `vit`, the codebook has to follow quickly. Registers share it, so
-subtract each register's mean output before training; otherwise each register uses its own few codes.
+registers; one learned vector for each is equivalent. The decoder adds positions to the codes, since a
+code means something else in another register. As with `vit`, the codebook has to follow quickly. Registers share it, so
+`initialize` subtracts each register's mean output; otherwise each register would use its own few codes.
 
 With `keep` the decoder is trained to work with fewer tokens (nested dropout: Rippel et al. 2014; FlexTok, Bachmann et
 al. 2025, arXiv:2502.13967; One-D-Piece, Miwa et al. 2025, arXiv:2501.10064): it sees the first k registers of each
@@ -32,8 +32,8 @@ from .vit import Block, ViTConfig
 
 Keep = Literal["uniform", "powers"]
 STD = 0.3
-"""Initial standard deviation of learned vectors. With ViT's 0.02 the registers stay nearly equal for long: 16.4 dB
-after 518 steps on garments; with 0.3, 18.8 dB after 400."""
+"""Initial standard deviation of learned vectors. With ViT's 0.02 the registers stay nearly equal for a long time:
+16.4 dB after 518 steps on garments; with 0.3, 18.8 dB after 400."""
 IMAGES_AT_A_TIME = 256
 
 

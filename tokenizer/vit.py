@@ -4,8 +4,8 @@ A linear map of each factor x factor patch, transformer blocks, and a linear map
 mirrors it and ends in pixels. Every position sees the whole image from the first layer on. The paper's codes are
 directions of few dimensions: `quantizer: {kind: vq, codes: 8192, dim: 32, normalize: true}`.
 
-The output of an untrained transformer varies little at first and soon a lot, so the codebook has to follow quickly: on
-digits, `ema` with a decay of 0.99 left three quarters of 128 codes unused, with 0.9 none.
+The output of a transformer varies little at first and soon much more, so the codebook has to follow quickly: on digits,
+`ema` with a decay of 0.99 left three quarters of 128 codes unused; with 0.9, all were used.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """VQGAN (Esser et al. 2021, arXiv:2012.09841): the network of taming-transformers, diffusers' `VQModel` and LlamaGen.
 
 Residual blocks at each resolution, self-attention where it is cheap; each resolution has twice the pixels per side of
-the one below. `smalti import` loads published weights; the critic that gave it its name is part of its training.
+the one below. `smalti import` loads published weights. The critic behind its name is part of its training.
 """
 
 from __future__ import annotations

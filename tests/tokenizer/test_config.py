@@ -1,4 +1,4 @@
-"""How a model's configuration is written down: marks, what presets may say of it, and what its errors say."""
+"""Configurations: nodes and facts, the settings of presets, and errors with dotted keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenizer.model import Registered
 
 
 class Book(Registered, family="tokenizer.quantizers"):
-    """A family of three, found where the quantizers are."""
+    """A family of three members, registered beside the quantizers."""
 
 
 class WordsConfig(ModelConfig):
@@ -57,12 +57,6 @@ class Shelf(Book, name="shelf"):
     Config = ShelfConfig
 
 
-def said(**values: Any) -> str:
-    with pytest.raises(ConfigError) as caught:
-        ShelfConfig(**{"sides": [2, 3], **values})
-    return str(caught.value).removeprefix("shelf: ")
-
-
 def test_json_becomes_a_configuration_and_json_again() -> None:
     config = ShelfConfig(sides=[2, 3], first={"kind": "words", "scale": 2}, second={"kind": "signs"})
     assert config.sides == (2, 3) and isinstance(config.first, WordsConfig) and config.first.scale == 2.0
@@ -79,47 +73,39 @@ def test_json_becomes_a_configuration_and_json_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "problem"),
+    ("values", "keys"),
     [
-        ({"steps": True}, "steps: must be one of 1, 3 (got true)"),
-        ({"steps": 1.0}, "steps: must be one of 1, 3 (got 1.0)"),
-        ({"sides": [True]}, "sides: expected a whole number (got true)"),
-        ({"sides": 3}, "sides: expected a list (got 3)"),
-        ({"sides": [1] * 65}, f"sides: expected at most 64 values (got {[1] * 65})"),
-        ({"first": 3}, "first: expected a mapping of keys (got 3)"),
-        ({"first": None}, "first: expected a mapping of keys (got null)"),
-        ({"first": {}}, "first.kind: missing; there are shelf, signs, words"),
-        ({"first": {"kind": ["words"]}}, "first.kind: no Book is called ['words']; there are shelf, signs, words"),
-        ({"first": {"kind": "words", "wrods": 3}}, "first.wrods: unknown key; did you mean 'first.words'?"),
-        ({"first": {"kind": "words", "words": 1}}, "first.words: must be >= 2 (got 1)"),
-        ({"first": {"kind": "words", "scale": "x"}}, "first.scale: expected a number (got 'x')"),
-        ({"second": {"kind": "words"}}, "second.kind: must be signs (got 'words')"),
-        ({"second": WordsConfig()}, "second.kind: must be signs (got 'words')"),
-        ({"second": {"kind": "signs", "shape": "oval"}}, "second.shape: must be one of 'round', 'square' (got 'oval')"),
-        ({"zzz": 1, "steps": 2}, "steps: must be one of 1, 3 (got 2); zzz: unknown key; there are sides, steps, "),
-        ({"a b": 1}, "'a b': unknown key; there are "),
-        ({"self": 1}, "self: unknown key; "),
+        ({"steps": True}, ["steps"]),
+        ({"sides": [True]}, ["sides"]),
+        ({"sides": [1] * 65}, ["sides", "64"]),
+        ({"first": None}, ["first"]),
+        ({"first": {}}, ["first.kind", "shelf, signs, words"]),
+        ({"first": {"kind": ["words"]}}, ["first.kind"]),
+        ({"first": {"kind": "words", "wrods": 3}}, ["first.wrods", "'first.words'"]),
+        ({"first": {"kind": "words", "words": 1}}, ["first.words", ">= 2"]),
+        ({"first": {"kind": "words", "scale": "x"}}, ["first.scale", "'x'"]),
+        ({"first": {"kind": "words", "words": 300}}, ["first.words", "first.scale"]),
+        ({"second": {"kind": "words"}}, ["second.kind", "signs"]),
+        ({"second": WordsConfig()}, ["second.kind", "signs"]),
+        ({"second": {"kind": "signs", "shape": "oval"}}, ["second.shape", "'square'"]),
+        ({"zzz": 1, "steps": 2}, ["steps", "zzz"]),
+        ({"a b": 1}, ["'a b'"]),
+        ({"self": 1}, ["self"]),
     ],
 )
-def test_what_is_wrong_is_said_with_its_dotted_key(values: dict[str, Any], problem: str) -> None:
-    assert said(**values).startswith(problem)
+def test_an_error_names_every_wrong_key(values: dict[str, Any], keys: list[str]) -> None:
+    with pytest.raises(ConfigError, match="^shelf: ") as caught:
+        ShelfConfig(**{"sides": [2, 3], **values})
+    assert "\n" not in str(caught.value) and all(key in str(caught.value) for key in keys)
 
 
-def test_all_that_is_wrong_between_fields_is_said_wherever_it_is() -> None:
-    node = {"kind": "words", "words": 300, "scale": 1.0}
-    lines = ["words: too many for a scale of 1.0", "scale: too large for them"]
-    with pytest.raises(ConfigError, match=f"words: {'; '.join(lines)}$"):
-        WordsConfig(words=300)
-    assert said(first=node) == "; ".join(f"first.{line}" for line in lines)
-
-
-def test_many_mistakes_are_told_in_part() -> None:
+def test_an_error_names_at_most_twenty_keys() -> None:
     with pytest.raises(ConfigError) as caught:
         WordsConfig(**{f"{k}": k for k in range(50)})
-    assert str(caught.value).count("unknown key") == 20 and str(caught.value).endswith("; and more")
+    assert str(caught.value).count("unknown key") == 20
 
 
-def test_a_preset_knows_no_facts() -> None:
+def test_a_preset_has_no_facts() -> None:
     choices = Shelf.choices()
     assert choices.facts == ("sides",) and "sides" not in choices.model_fields
     assert choices().model_dump() == {

@@ -1,14 +1,11 @@
-"""Folders of models on the disk: what may be read, what may be replaced, and what is left when writing ends early."""
+"""Reading and writing the folders of models: typed errors, manifests, and atomic replacement."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import stat
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -63,21 +60,8 @@ def test_an_error_is_one_line_of_printable_text():
     assert one_line("grüße, 日本語 🦑") == "grüße, 日本語 🦑"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[1]",
-        "null",
-        "{'a': 1}",
-        '{"a": NaN}',
-        '{"a": -Infinity}',
-        "[" * 100_000,
-        '{"a": ' + "9" * 5000 + "}",
-        "\udcff",
-    ],
-)
-def test_what_is_not_a_json_object_is_a_format_error(text):
+@pytest.mark.parametrize("text", ["", "[1]", "null", "{'a': 1}", '{"a": NaN}', "[" * 100_000, "\udcff"])
+def test_anything_but_a_json_object_is_a_format_error(text):
     with pytest.raises(FormatError, match=r"^some\.json: "):
         parse_json(text.encode("utf-8", "surrogateescape"), "some.json")
 
@@ -133,13 +117,16 @@ def test_entries_of_a_manifest_have_a_hash_and_a_size(notes, entry):
 
 
 @pytest.mark.parametrize("source", ["nowhere", "a/b/c", "", "a\0b", "x" * 5000, "https://x.y/z"])
-def test_a_source_is_a_folder_or_a_hub_id(source):
+def test_a_source_is_a_folder_or_a_hub_id(source, tmp_path):
     with pytest.raises(PathError, match="neither"):
         find_folder(source, ["*"])
+    (tmp_path / "model.safetensors").write_text("weights")
+    with pytest.raises(PathError, match="is a file"):
+        find_folder(tmp_path / "model.safetensors", ["*"])
 
 
 @pytest.mark.parametrize("error", [RuntimeError("peer closed\nconnection"), KeyError("sha"), OSError(5, "x")])
-def test_whatever_the_hub_raises_is_a_path_error(monkeypatch, error):
+def test_every_error_of_the_hub_is_a_path_error(monkeypatch, error):
     def fail(*_, **__):
         raise error
 
@@ -149,16 +136,7 @@ def test_whatever_the_hub_raises_is_a_path_error(monkeypatch, error):
     assert str(caught.value).isprintable()
 
 
-def test_a_source_that_is_a_file_is_called_one(tmp_path):
-    (tmp_path / "model.safetensors").write_text("weights")
-    with pytest.raises(PathError, match="is a file"):
-        find_folder(tmp_path / "model.safetensors", ["*"])
-
-
-# While a folder is replaced
-
-
-def test_a_reader_waits_while_no_folder_has_the_name(notes):
+def test_a_reader_waits_while_a_folder_is_being_replaced(notes):
     aside = notes.rename(notes.with_name(".del-notes-0123abcd"))
     back = threading.Timer(0.2, aside.rename, [notes])
     back.start()
@@ -166,8 +144,8 @@ def test_a_reader_waits_while_no_folder_has_the_name(notes):
     back.join()
 
 
-def test_a_replacement_that_was_cut_short_names_the_old_folder(notes, monkeypatch):
-    """A process was killed between two renames."""
+def test_after_an_interrupted_replacement_the_error_names_the_old_folder(notes, monkeypatch):
+    """As when a process is killed between two renames."""
     monkeypatch.setattr(files, "_replace_folder", lambda *_: notes.rename(notes.with_name(".del-notes-0123abcd")))
     with atomic_folder(notes, kind=NOTES) as folder:
         write_json(folder / "notes.json", {"ours": True})
@@ -178,7 +156,7 @@ def test_a_replacement_that_was_cut_short_names_the_old_folder(notes, monkeypatc
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_what_was_read_while_the_folder_was_replaced_is_read_again(notes, fails):
+def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(notes, fails):
     reads = []
 
     def read(replacements):
@@ -200,13 +178,8 @@ def test_what_was_read_while_the_folder_was_replaced_is_read_again(notes, fails)
 
 def test_an_error_in_a_folder_that_stays_is_raised_at_once(notes):
     reads = []
-
-    def read():
-        reads.append(1)
-        raise FormatError("damaged")
-
     with pytest.raises(FormatError, match="damaged"):
-        read_folder(notes, read)
+        read_folder(notes, lambda: reads.append(1) or parse_json(b"damaged", "damaged"))
     assert len(reads) == 1
 
 
@@ -221,30 +194,23 @@ def test_a_folder_is_replaced_as_a_whole(notes):
     assert [path.name for path in notes.parent.iterdir()] == ["notes"]
 
 
-def add_a_file(folder: Path) -> None:
-    (folder / "inner" / "thesis.tex").write_text("years of work")
-
-
-def edit_a_text(folder: Path) -> None:
-    (folder / "notes.json").write_text('{"ours": true, "mine": 1}')
-
-
-def lose_the_marker(folder: Path) -> None:
-    (folder / "notes.json").write_text('{"ours": false}')
-
-
-def lose_the_manifest(folder: Path) -> None:
-    (folder / MANIFEST).unlink()
-
-
 def put_a_link(folder: Path) -> None:
     shutil.move(folder / "inner" / "data.bin", folder.parent / "data.bin")
     (folder / "inner" / "data.bin").symlink_to(folder.parent / "data.bin")
 
 
-@pytest.mark.parametrize("change", [add_a_file, edit_a_text, lose_the_marker, lose_the_manifest, put_a_link])
+CHANGES = {
+    "a file more": lambda folder: (folder / "inner" / "thesis.tex").write_text("years of work"),
+    "an edited text": lambda folder: (folder / "notes.json").write_text('{"ours": true, "mine": 1}'),
+    "no marker": lambda folder: (folder / "notes.json").write_text('{"ours": false}'),
+    "no manifest": lambda folder: (folder / MANIFEST).unlink(),
+    "a link": put_a_link,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
-def test_a_folder_with_anything_of_the_users_is_not_replaced(notes, change, when):
+def test_a_folder_with_files_of_the_user_is_not_replaced(notes, change, when):
     if when == "before":
         change(notes)
     with pytest.raises(PathError, match="notes"), atomic_folder(notes, kind=NOTES) as folder:
@@ -256,7 +222,7 @@ def test_a_folder_with_anything_of_the_users_is_not_replaced(notes, change, when
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o000, 0o644), (0o022, 0o644), (0o077, 0o600), (0o027, 0o640)])
-def test_files_are_for_others_to_read_but_not_to_write(tmp_path, mask, mode):
+def test_others_may_read_files_but_not_write_them(tmp_path, mask, mode):
     before = os.umask(mask)
     try:
         make_tokenizer("pixels", (8, 8), 1).save_pretrained(tmp_path / "tokenizer")
@@ -268,7 +234,7 @@ def test_files_are_for_others_to_read_but_not_to_write(tmp_path, mask, mode):
         assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {mode}
 
 
-def test_nothing_is_saved_over_links_and_strangers(tmp_path, notes):
+def test_links_and_folders_of_others_are_not_replaced(tmp_path, notes):
     model = make_prior("marginal")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
@@ -286,26 +252,12 @@ def test_nothing_is_saved_over_links_and_strangers(tmp_path, notes):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["mine", "link", "dangling", "disguised", "notes"])
 
 
-@pytest.mark.parametrize("called", [".", "inner/.."])
-@pytest.mark.parametrize("filled", [False, True])
-def test_a_folder_that_is_not_called_by_its_name_is_refused_before_any_work(tmp_path, monkeypatch, called, filled):
-    """It is written beside its place, which of `.` is in it, and is then renamed."""
-    model, mine = make_prior("marginal"), tmp_path / "mine"
-    model.save_pretrained(mine) if filled else mine.mkdir()
-    monkeypatch.chdir(mine)
-    expected = rf"^{re.escape(called)} cannot be written: [^\n]* {mine}$"
-    with pytest.raises(PathError, match=expected), atomic_folder(called, kind=model.folder_kind()):
-        pytest.fail("work was done")
-    assert len(list(mine.iterdir())) == 2 * filled
-    model.save_pretrained(mine)
-
-
 @pytest.mark.parametrize("closed", ["mine", "mine/inner"])
-def test_a_folder_that_cannot_be_looked_into_is_not_empty(tmp_path, closed):
+def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, closed):
     (tmp_path / "mine" / "inner").mkdir(parents=True)
     (tmp_path / "mine" / "inner" / "thesis.tex").write_text("years of work")
     (tmp_path / closed).chmod(0o300)
-    refused = pytest.raises(PathError, match=f"^{tmp_path}/mine is there and not empty: ")
+    refused = pytest.raises(PathError, match=f"{tmp_path}/mine")
     with as_others(), refused, atomic_folder(tmp_path / "mine", kind=None):
         pass
     (tmp_path / closed).chmod(0o755)
@@ -314,8 +266,7 @@ def test_a_folder_that_cannot_be_looked_into_is_not_empty(tmp_path, closed):
 
 
 @pytest.mark.parametrize("moment", [1, 2, 3])
-def test_ctrl_c_while_a_folder_is_replaced_leaves_one_whole_folder(tmp_path, monkeypatch, moment):
-    """What was there or what comes, under its name and no other."""
+def test_ctrl_c_while_a_folder_is_replaced_leaves_the_old_folder(tmp_path, monkeypatch, moment):
     kind = FolderKind("a folder of a test", None, may_hold=lambda name: name == "a")
     with atomic_folder(tmp_path / "out", kind=kind) as folder:
         (folder / "a").write_text("before")
@@ -338,28 +289,9 @@ def test_ctrl_c_while_a_folder_is_replaced_leaves_one_whole_folder(tmp_path, mon
     assert (tmp_path / "out" / "a").read_text() == "before"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_loading_needs_the_memory_of_the_model_and_little_more(tmp_path, dtype):
-    """300 million parameters: the file, in float32, has 1.2 GB."""
-    code = (
-        "import sys, torch; from tokenizer import TokenGrid; from prior import Prior\n"
-        "model = Prior.create('gpt', grid=TokenGrid((4, 4), 512), dim=1024, depth=24, heads=16)\n"
-        "model.to(getattr(torch, sys.argv[2])).save_pretrained(sys.argv[1])"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "prior"), dtype], check=True)
-    code = (
-        "import resource, sys, time, torch; from prior import Prior\n"
-        "rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10\n"
-        "before, start = rss(), time.perf_counter()\n"
-        "model = Prior.from_pretrained(sys.argv[1])\n"
-        "size, seconds = sum(p.nbytes for p in model.parameters()), time.perf_counter() - start\n"
-        "print(rss() - before, size, seconds)\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "prior")], capture_output=True, text=True, check=True
-    )
-    grown, size, seconds = map(float, result.stdout.split())
-    print(f"{dtype}: {grown / 2**20:.0f} MiB for a model of {size / 2**20:.0f} MiB, {seconds:.1f} s")
-    mapped = (tmp_path / "prior" / "model.safetensors").stat().st_size  # pages that the system may take back
-    assert grown < size + mapped + (200 << 20)
+@pytest.mark.parametrize("name", [".", "inner/.."])
+def test_a_folder_has_to_be_given_by_its_own_name(notes, monkeypatch, name):
+    monkeypatch.chdir(notes)
+    with pytest.raises(PathError, match=str(notes)), atomic_folder(name, kind=NOTES):
+        pytest.fail("refused before the work")
+    assert verify_manifest(notes)

@@ -1,24 +1,107 @@
-"""What a grid says of its positions, and whether tokenizers mean it so."""
+"""Grids of tokens: levels, channels and scales, their JSON form, and the tokenizers that have them."""
+
+from __future__ import annotations
+
+import json
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from small import make_prior, make_tokenizer
 
 from tokenizer import TokenGrid
 from tokenizer.base import grid_to_dict, read_grid
 from tokenizer.files import ConfigError
+from tokenizer.scales import Resize
+
+sides = st.integers(1, 9)
+
+
+@st.composite
+def grids(draw) -> TokenGrid:
+    """A grid with levels, channels, scales, or none of them."""
+    height, width, vocab_size = draw(sides), draw(sides), draw(st.integers(1, 1 << 20))
+    kind = draw(st.sampled_from(["plain", "levels", "channels", "scales"]))
+    if kind == "scales":
+        scales = sorted(draw(st.lists(st.tuples(sides, sides), min_size=1, max_size=4)))
+        scales = [(low, max(width for _, width in scales[: index + 1])) for index, (low, _) in enumerate(scales)]
+        return TokenGrid((sum(map(math.prod, scales)),), vocab_size, tuple(scales))
+    count = draw(st.integers(1, 4))
+    return TokenGrid((count * height, width), vocab_size, **({} if kind == "plain" else {kind: count}))
+
+
+@given(grids())
+def test_a_grid_is_written_and_read_again(grid):
+    assert read_grid(json.loads(json.dumps(grid_to_dict(grid)))) == grid
+    assert sorted(grid.cells.flatten().tolist()) == list(range(len(grid)))
+    assert len(grid.positions) * grid.ids_per_position == len(grid)
+
+
+WRONG = [
+    ({"shape": []}, "shape"),
+    ({"shape": [0, 2]}, "shape"),
+    ({"shape": [2.0]}, "shape"),
+    ({"shape": [True]}, "shape"),
+    ({"shape": 21}, "shape"),
+    ({"shape": [1] * 65}, "64"),
+    ({"shape": [2048, 2048]}, "2.20"),
+    ({"vocab_size": 0}, "vocab_size"),
+    ({"vocab_size": (1 << 20) + 1}, "2.20"),
+    ({"levels": 0}, "levels"),
+    ({"levels": 2}, "21 rows"),
+    ({"levels": 3, "channels": 3}, "levels"),
+    ({"channels": -1}, "channels"),
+    ({"channels": True}, "channels"),
+    ({"scales": [[1, 1], [2, 2]]}, "scales"),
+    ({"scales": [[1, 1], [4, 4], [2, 2]]}, "scales"),
+    ({"scales": [[4, 5, 1]]}, "scales"),
+    ({"scales": [[21, -1]]}, "scales"),
+    ({"scales": [[True, 21]]}, "scales"),
+    ({"scales": [21]}, "scales"),
+    ({"scales": 21}, "scales"),
+    ({"scales": [[1, 1]] * 65}, "64"),
+    ({"rows": 3}, "shape, vocab_size"),
+]
+
+
+@pytest.mark.parametrize(("values", "key"), WRONG, ids=str)
+def test_a_wrong_grid_is_refused(values, key):
+    with pytest.raises(ValueError, match=key) as caught:
+        read_grid({"shape": [21], "vocab_size": 8, **values})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["pixels", "palette", "klvae", "vqgan"])
+def test_images_of_too_many_tokens_are_a_wrong_configuration(name):
+    with pytest.raises(ConfigError, match=r"2\^20 tokens"):
+        make_tokenizer(name, (4096, 4096))
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.uint16, torch.uint32, torch.int32])
+def test_tokens_may_have_any_integer_type_of_token_files(kind):
+    tokenizer, prior = make_tokenizer("vqvae").eval(), make_prior("gpt")
+    for model, run in ((tokenizer, tokenizer.decode), (prior, prior.log_prob)):
+        tokens = torch.randint(model.grid.vocab_size, (2, *model.grid.shape))
+        assert torch.equal(run(tokens.to(kind)), run(tokens))
+        with pytest.raises(ValueError, match=str(model.grid.vocab_size)):
+            run(torch.full_like(tokens, model.grid.vocab_size).to(kind))
+
+
+# Levels and channels
 
 LEVELS = {
     "rvq": ("vqvae", {"quantizer": {"kind": "rvq", "depth": 3, "book": {"kind": "ema", "codes": 32, "dim": 8}}}),
     "lfq": ("vit", {"quantizer": {"kind": "lfq", "bits": 8, "levels": 2}}),
-    "bsq": ("vqvae", {"quantizer": {"kind": "bsq", "bits": 8, "levels": 4}}),
     "klvae": ("klvae", {}),
     "posthoc": ("posthoc", {}),
 }
 
 
 @pytest.mark.parametrize("name", LEVELS)
-def test_the_ids_of_a_position_are_those_that_its_code_is_made_of(name):
+def test_the_ids_of_a_position_are_those_of_its_vector_and_its_patch(name):
     kind, config = LEVELS[name]
     tokenizer = make_tokenizer(kind, **config).eval()
     grid, quantizer = tokenizer.grid, (tokenizer.vae if kind == "posthoc" else tokenizer).quantizer
@@ -31,20 +114,14 @@ def test_the_ids_of_a_position_are_those_that_its_code_is_made_of(name):
             changed[0, cell] = (changed[0, cell] + 1) % grid.vocab_size
             moved = (quantizer.lookup(changed.view_as(tokens)).flatten(2) != before).any(1)[0]
             assert moved.nonzero().flatten().tolist() == [position]
-
-
-@pytest.mark.parametrize("name", LEVELS)
-def test_an_unknown_pixel_makes_every_id_of_its_position_unknown(name):
-    kind, config = LEVELS[name]
-    tokenizer = make_tokenizer(kind, **config)
     known = torch.ones(1, 12, 8, dtype=torch.bool)
     known[0, 4, 3] = False  # in the patch of row 1, column 0
     unknown = (~tokenizer.known_tokens(known)).flatten().nonzero().flatten()
-    assert unknown.tolist() == sorted(tokenizer.grid.cells[2].tolist())
+    assert unknown.tolist() == sorted(grid.cells[2].tolist())
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_ids_of_a_pixel_are_its_channels_in_turn(channels):
+def test_the_ids_of_a_pixel_are_its_channels(channels):
     pixels = make_tokenizer("pixels", channels=channels, levels=256)
     images = torch.randint(256, (2, channels, 12, 8)) / 127.5 - 1
     ids = pixels.encode(images).flatten(1)[:, pixels.grid.cells]  # (B, P, channels)
@@ -52,49 +129,22 @@ def test_the_ids_of_a_pixel_are_its_channels_in_turn(channels):
     assert torch.equal(ids, ((images + 1) * 127.5).round().long().flatten(2).transpose(1, 2))
 
 
-@pytest.mark.parametrize("name", ["pixels", "palette", "klvae", "vqgan"])
-def test_images_of_more_tokens_than_a_grid_holds_are_a_wrong_configuration(name):
-    """Which verbs tell in a line: it is the user who asks for large images, and for a tokenizer of many tokens."""
-    with pytest.raises(ConfigError, match=r"^a grid holds at most 2\^20 tokens"):
-        make_tokenizer(name, (4096, 4096))
+# Scales
 
 
 @pytest.mark.parametrize(
-    ("shape", "facts"),
-    [
-        ((6, 2), {"levels": 3}),
-        ((6, 2), {"channels": 1}),
-        ((6, 2), {"channels": 3}),
-        ((21,), {"scales": ((1, 1), (2, 2), (4, 4))}),
-    ],
+    "scales", [((1, 1), (2, 2), (4, 4), (7, 7)), ((1, 1), (2, 3), (4, 6)), ((3, 5),), ((1, 4), (3, 4), (3, 4))]
 )
-def test_what_a_grid_says_is_written_and_read(shape, facts):
-    grid = TokenGrid(shape, 16, **facts)
-    assert read_grid(grid_to_dict(grid)) == grid != TokenGrid(shape, 16)
-    assert sorted(grid.cells.flatten().tolist()) == list(range(len(grid)))
-
-
-@pytest.mark.parametrize(
-    ("shape", "facts", "message"),
-    [
-        ((5, 2), {"levels": 2}, "a grid of 5 rows cannot hold 2 ids for each position"),
-        ((4, 2), {"levels": 0}, "levels: expected a whole number"),
-        ((4, 2), {"channels": -1}, "channels: expected a whole number"),
-        ((4, 2), {"channels": True}, "channels: expected a whole number"),
-        ((4, 2), {"levels": 2, "channels": 2}, "neither pixels nor maps"),
-    ],
-)
-def test_positions_that_cannot_be_are_refused(shape, facts, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        TokenGrid(shape, 8, **facts)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("kind", [torch.uint8, torch.uint16, torch.uint32, torch.int32])
-def test_tokens_may_be_of_any_type_that_files_of_them_hold(kind):
-    tokenizer, prior = make_tokenizer("vqvae").eval(), make_prior("gpt")
-    for model, run in ((tokenizer, tokenizer.decode), (prior, prior.log_prob)):
-        tokens = torch.randint(model.grid.vocab_size, (2, *model.grid.shape))
-        assert torch.equal(run(tokens.to(kind)), run(tokens))
-        with pytest.raises(ValueError, match=f"got {model.grid.vocab_size} to {model.grid.vocab_size}"):
-            run(torch.full_like(tokens, model.grid.vocab_size).to(kind))
+def test_resizing_by_matrices_is_torchs_resizing(scales):
+    """Down is the mean over areas, up is bicubic."""
+    resize = Resize(scales)
+    whole = torch.randn(2, 5, *scales[-1])
+    for k, size in enumerate(scales):
+        small = torch.randn(2, 5, *size)
+        torch.testing.assert_close(resize.down(whole, k), F.interpolate(whole, size=size, mode="area"))
+        torch.testing.assert_close(resize.up(small, k), F.interpolate(small, size=scales[-1], mode="bicubic"))
+    assert torch.equal(resize.up(whole, len(scales) - 1), whole) and torch.equal(resize.down(whole, -1), whole)
+    tokens = torch.arange(2 * sum(map(math.prod, scales))).reshape(2, -1)
+    maps = list(resize.split(tokens))
+    assert [tuple(part.shape[1:]) for part in maps] == list(scales)
+    assert torch.equal(torch.cat([part.flatten(1) for part in maps], 1), tokens)

@@ -1,7 +1,4 @@
-"""The classical VAE as a tokenizer: bins of equal probability, the KL and its free bits, and a trained VAE's bins.
-
-Covers: tokenizer/klvae.py, tokenizer/posthoc.py.
-"""
+"""VAEs as tokenizers: bins of equal probability, the KL and its free bits, and bins fitted to a trained VAE."""
 
 import json
 import math
@@ -11,17 +8,15 @@ import torch
 from small import make_tokenizer
 
 from tokenizer import Tokenizer
-from tokenizer.base import LikelihoodError, codebook_usage
+from tokenizer.base import codebook_usage
 from tokenizer.files import ConfigError
 from tokenizer.klvae import Bins, gaussian_bins, gaussian_kl, sample
 from tokenizer.losses import total_loss
 from tokenizer.quantizers import Quantizer
 
-VAE = {"kind": "klvae", "widths": (16,), "blocks": (1,), "latent": 3}
-
 
 def pictures(count=64, channels=3, size=(12, 8)):
-    """Images `(count, channels, *size)` with some structure: a blurred noise."""
+    """Smooth random images `(count, channels, *size)`."""
     noise = torch.randn(count, channels, *(side // 4 for side in size))
     return torch.nn.functional.interpolate(noise, scale_factor=4, mode="bilinear").tanh()
 
@@ -50,7 +45,7 @@ def test_gaussian_bins_are_equally_frequent():
 
 @pytest.mark.parametrize("bins", [2, 3, 16, 4096])
 def test_gaussian_centres_are_conditional_means(bins):
-    """Each against the integral of its part by the trapezoidal rule, and the quantiles against the error function."""
+    """Centres against a numerical integral, edges against the error function."""
     edges, centres = gaussian_bins(bins)
     assert torch.allclose(torch.special.ndtr(edges), torch.arange(1, bins).double() / bins, atol=1e-12)
     ends = torch.tensor([-9.0, 9.0], dtype=torch.float64)
@@ -71,7 +66,7 @@ def test_fitted_bins_are_equally_frequent():
     assert counts.min() == 142 and counts.max() == 143
 
 
-def test_no_other_centres_have_less_squared_error():
+def test_fitted_centres_minimise_the_squared_error():
     rows = torch.randn(4000, 2).exp()
     quantizer, tokens = fitted(rows, 8)
 
@@ -88,7 +83,7 @@ def test_no_other_centres_have_less_squared_error():
                 assert error() > best, (dimension, k, step)
 
 
-def test_each_value_has_the_bin_between_whose_edges_it_lies():
+def test_each_value_lies_between_the_edges_of_its_bin():
     quantizer, tokens = fitted(torch.randn(500, 3), 6)
     for dimension in range(3):
         assert (quantizer.edges[dimension].diff() >= 0).all()
@@ -101,7 +96,7 @@ def test_each_value_has_the_bin_between_whose_edges_it_lies():
 
 
 def test_dimensions_are_levels():
-    """Dimension d of row r is in row d * rows + r, whatever the axes; and it is not another dimension's bins."""
+    """Dimension d of row r is row d * rows + r of the tokens, and has bins of its own."""
     quantizer = Bins(2, 4)
     quantizer.fit(torch.stack([torch.randn(100), 100 + torch.randn(100)], 1))
     z = torch.stack([torch.randn(5, 3, 7), 100 + torch.randn(5, 3, 7)], 1)
@@ -122,7 +117,7 @@ def test_ties_and_collapsed_dimensions():
     assert counts[0].max() == 100 and counts[2].max() == 100 and counts[1].max() == 50
     found = quantizer.lookup(tokens)[:, :, 0]
     assert torch.allclose(found[:, 0], constant[:, 0]) and found[:50, 1].abs().max() < 1e-6
-    with pytest.raises(ValueError, match="8 bins need at least 8 vectors"):
+    with pytest.raises(ValueError, match="8 bins"):
         quantizer.fit(torch.randn(7, 3))
     fitted(torch.randn(8, 3), 8)  # one in each
 
@@ -163,8 +158,8 @@ def test_the_unit_is_nats_per_pixel_channel():
     assert vae.loss_weights == {"kl": vae.config.beta}
 
 
-def test_free_bits_are_not_punished():
-    """No gradient to a dimension below the floor, the usual one to those above it; the floor is on batch means."""
+def test_free_bits_cost_nothing():
+    """A dimension whose batch mean is below the floor gets no gradient; the others get the usual one."""
     gradients = {}
     for free_bits in (0.0, 0.5):
         vae = make_tokenizer("klvae", free_bits=free_bits)
@@ -180,7 +175,7 @@ def test_free_bits_are_not_punished():
     assert torch.equal(gradients[0.5][:, 0], gradients[0.0][:, 0]) and gradients[0.5][:, 0].abs().min() > 0
 
 
-def test_noise_is_in_training_only():
+def test_only_training_adds_noise():
     vae, images = make_tokenizer("klvae"), pictures(4)
     found = {}
     for training in (True, False):
@@ -207,40 +202,7 @@ def test_both_parameters_of_the_posterior_learn_from_the_pixels():
     assert rows.shape == (6,) and (rows > 0).all()
 
 
-def test_more_bins_are_nearer_to_the_continuous_latents():
-    images, errors = pictures(16), []
-    torch.manual_seed(1)
-    weights = make_tokenizer("klvae", bins=2).state_dict()
-    for bins in (2, 8, 64, 1024):
-        vae = make_tokenizer("klvae", bins=bins).eval()
-        own = {key: value for key, value in vae.state_dict().items() if key.startswith("quantizer.")}
-        vae.load_state_dict({**weights, **own})
-        continuous = vae._image(vae._decode_vectors(vae.posterior(images)[0])).clamp(-1, 1)
-        errors.append((vae(images).images - continuous).square().mean().item())
-    assert all(a > 4 * b for a, b in zip(errors, errors[1:], strict=False)) and errors[-1] < 1e-5 < errors[0]
-
-
-@pytest.mark.parametrize("kind", ["discretized_logistic", "categorical"])
-@pytest.mark.parametrize("name", ["klvae", "posthoc"])
-def test_with_a_likelihood(name, kind):
-    given = {"likelihood": {"kind": kind}}
-    model = make_tokenizer(name, **(given if name == "klvae" else {"vae": {**VAE, **given}})).eval()
-    images = (pictures(2) * 127.5).round() / 127.5
-    tokens = model.encode(images)
-    each = model.pixel_log_probs(images, tokens)
-    assert model.has_likelihood and each.shape == images.shape and (each <= 0).all()
-    assert torch.equal(model.decode(tokens), model(images).images)
-    values = ((images + 1) * 127.5).round().long()
-    table = model.value_log_probs(tokens, values, 1)
-    assert torch.allclose(table.exp().sum(1), torch.ones(2, 12, 8), atol=1e-4)
-    if name == "klvae":
-        assert set(model(images).losses) == set(model.loss_weights) == {"kl", "nll"}
-        assert model(images).losses["nll"].item() == pytest.approx(-each.mean().item(), rel=1e-5)
-    with pytest.raises(LikelihoodError, match="likelihood"):
-        make_tokenizer(name).pixel_log_probs(images, tokens)
-
-
-def test_the_vae_learns_and_beta_holds_its_latents():
+def test_the_vae_learns_and_beta_limits_the_kl():
     held = {}
     for beta in (0.0, 1.0):
         torch.manual_seed(0)
@@ -263,7 +225,7 @@ def test_the_vae_learns_and_beta_holds_its_latents():
 
 
 def trained(**config):
-    """A VAE whose latents are far from standard normal, as those of a small beta are."""
+    """A VAE whose latents are far from standard normal, as after training with a small beta."""
     vae = make_tokenizer("klvae", **config)
     with torch.no_grad():
         vae.encoder[-1].weight[:3] *= torch.tensor([8.0, 3.0, 0.3])[:, None, None, None]
@@ -288,12 +250,12 @@ def test_posthoc_bins_are_equally_frequent_where_gaussian_ones_are_not():
 
 
 def test_bins_are_those_of_samples_of_the_posterior():
-    """q(z) is wider than the means; the same images give the same bins, whatever the global seed."""
+    """q(z) is wider than the distribution of the means. The global seed does not matter."""
     vae, images, edges = trained(), pictures(256), []
     with torch.no_grad():
         vae.encoder[-1].weight[2].zero_()
         vae.encoder[-1].weight[5].zero_()
-        vae.encoder[-1].bias[[2, 5]] = 0.0  # given up: its posterior is N(0, 1) for every image
+        vae.encoder[-1].bias[[2, 5]] = 0.0  # collapsed: its posterior is N(0, 1) for every image
     for seed in (0, 1):
         model = make_tokenizer("posthoc", bins=8)
         model.start_from(vae)
@@ -303,23 +265,23 @@ def test_bins_are_those_of_samples_of_the_posterior():
     assert torch.equal(*edges)
     standard, _ = gaussian_bins(8)
     assert (edges[0][2] - standard).abs().max() < 0.2
-    given_up = frequencies(model.encode(images), 3, 8)[2]
-    assert given_up.max() == given_up.sum(), "it costs a prior nothing"
+    collapsed = frequencies(model.encode(images), 3, 8)[2]
+    assert collapsed.max() == collapsed.sum(), "it costs a prior nothing"
     expected = vae.posterior(images)[0].movedim(1, -1).reshape(-1, 3)[:, 0].quantile(0.5)
     assert edges[0][0, 3].item() == pytest.approx(expected.item(), abs=0.2)
 
 
-def test_a_vae_that_was_not_trained_is_refused():
+def test_a_vae_that_is_not_trained_is_refused():
     model, images = make_tokenizer("posthoc"), pictures(8)
-    with pytest.raises(ConfigError, match="posthoc: .*init=FOLDER"):
+    with pytest.raises(ConfigError, match="init=FOLDER"):
         model.initialize(images)
     model.start_from(trained())
     model.initialize(images)
-    with pytest.raises(ConfigError, match="bins: 7 bins need at least 7 vectors .* 1 training images"):
+    with pytest.raises(ConfigError, match="bins: .*1 training images"):
         model.initialize(images[:1])
 
 
-def test_what_was_started_is_known_after_loading(tmp_path):
+def test_a_loaded_tokenizer_remembers_that_its_vae_is_trained(tmp_path):
     vae, images = trained(), pictures(16)
     vae.save_pretrained(tmp_path / "vae")
     model = make_tokenizer("posthoc")
@@ -339,47 +301,26 @@ def test_what_was_started_is_known_after_loading(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "config", "message"),
+    ("kind", "config", "key"),
     [
-        ("vqvae", {}, "klvae .*'vqvae'"),
-        ("klvae", {"latent": 5}, "vae.latent .*5 there, 3 here"),
-        ("klvae", {"widths": (16, 8), "blocks": (1, 1)}, r"vae.widths .*\[16, 8\] there, \[16\] here, vae.blocks"),
-        ("klvae", {"image_size": (8, 8)}, r"vae.image_size .*\[8, 8\] there, \[12, 8\] here"),
-        ("klvae", {"likelihood": {"kind": "categorical"}}, "vae.likelihood .* there, None here"),
-        ("klvae", {"upsampling": "nearest"}, "vae.upsampling .*nearest there, subpixel here"),
+        ("vqvae", {}, "klvae"),
+        ("klvae", {"latent": 5}, r"vae\.latent"),
+        ("klvae", {"widths": (16, 8), "blocks": (1, 1)}, r"vae\.widths .*vae\.blocks"),
+        ("klvae", {"image_size": (8, 8)}, r"vae\.image_size"),
+        ("klvae", {"likelihood": {"kind": "categorical"}}, r"vae\.likelihood"),
     ],
 )
-def test_another_vae_is_refused_in_one_line(kind, config, message):
+def test_a_vae_of_other_sizes_is_refused(kind, config, key):
     model = make_tokenizer("posthoc")
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(ConfigError, match=key):
         model.start_from(make_tokenizer(kind, **config))
-    assert "\n" not in str(caught.value) and not model.started
-    model.start_from(make_tokenizer("klvae", beta=7.0, free_bits=1.0, bins=33))  # how it was trained is its affair
+    assert not model.started
+    model.start_from(make_tokenizer("klvae", beta=7.0, free_bits=1.0, bins=33))  # settings of training do not matter
 
 
-def test_nothing_is_left_to_train():
+def test_a_posthoc_tokenizer_has_nothing_to_train():
     model = make_tokenizer("posthoc").train()
     images = pictures(4)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.training and model(images).losses == model.loss_weights == {}
     assert torch.equal(model(images).images, model.decode(model.encode(images))), "in training mode too"
-
-
-@pytest.mark.parametrize(
-    ("name", "config", "message"),
-    [
-        ("klvae", {"image_size": (30, 28)}, "factor: 4 does not divide the image size 30x28"),
-        ("klvae", {"latent": 0}, "latent: must be >= 1"),
-        ("klvae", {"bins": 1}, "bins: must be >= 2"),
-        ("klvae", {"quantizer": {"kind": "fsq"}}, "quantizer: unknown key"),
-        ("posthoc", {"vae": {"kind": "vqvae"}}, "vae.kind: must be klvae .got 'vqvae'"),
-        ("posthoc", {"vae": "vqvae"}, "vae.kind: must be klvae .got 'vqvae'"),
-        ("posthoc", {"vae": {"latent": 3}}, "vae.kind: missing"),
-        ("posthoc", {"vae": {"kind": "klvae", "latents": 3}}, "did you mean 'vae.latent'"),
-        ("posthoc", {"vae": {"kind": "klvae", "image_size": [8, 8]}}, r"vae.image_size: "),
-        ("posthoc", {"image_size": (30, 28)}, "does not divide"),
-    ],
-)
-def test_bad_configurations_are_named(name, config, message):
-    with pytest.raises(ConfigError, match=message):
-        Tokenizer.create(name, **{"image_size": (28, 28), "channels": 1, **config})

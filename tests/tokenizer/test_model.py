@@ -1,11 +1,9 @@
-"""Models with names: found by their name, saved, loaded strictly, and in variants. Whole pipelines are in
-`tests/pipelines`."""
+"""Models are found by name, saved whole, loaded strictly, and stored in variants."""
 
 from __future__ import annotations
 
 import errno
 import json
-import pickle
 import subprocess
 import sys
 import threading
@@ -20,7 +18,7 @@ from prior import Prior
 from prior.gpt import GPT
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.files import ConfigError, PathError, WeightsError, write_json
-from tokenizer.model import VARIANTS, build_on_meta, round_weights, weights_name, weights_names
+from tokenizer.model import VARIANTS, build_on_meta, round_weights, weights_name
 
 # Names
 
@@ -50,12 +48,10 @@ def test_files_and_configurations_need_no_torch():
     assert "torch" not in modules_after("import tokenizer.files, tokenizer.config")
 
 
-@pytest.mark.parametrize(
-    "name", ["os", "os.system", "..", "files.errors", "GPT", "gpt ", "", "a" * 99, "quantum", 3, None, ["gpt"]]
-)
+@pytest.mark.parametrize("name", ["os", "os.system", "..", "GPT", "gpt ", "", "quantum", 3, None, ["gpt"]])
 def test_a_name_is_only_found_in_the_registry(tmp_path, name):
     assert not Prior.has(name) and not Tokenizer.has(name)
-    with pytest.raises(ConfigError, match="there are blocks, causal_conv, "):
+    with pytest.raises(ConfigError, match="blocks, causal_conv, "):
         Prior.find(name)
     make_prior("gpt").save_pretrained(tmp_path / "prior")
     config = json.loads((tmp_path / "prior" / "config.json").read_text())
@@ -88,15 +84,15 @@ def test_loading_draws_nothing_from_the_global_generator(folder):
 
 
 @pytest.mark.parametrize("name", PRIORS)
-def test_an_outline_takes_no_memory_and_has_the_same_weights(name):
+def test_a_model_on_meta_has_the_same_weights(name):
     model = make_prior(name)
-    outline = build_on_meta(lambda: type(model)(model.config), None).state_dict()
-    assert {key: value.shape for key, value in outline.items()} == {k: v.shape for k, v in model.state_dict().items()}
-    assert all(value.is_meta for value in outline.values())
+    skeleton = build_on_meta(lambda: type(model)(model.config), None).state_dict()
+    assert {key: value.shape for key, value in skeleton.items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert all(value.is_meta for value in skeleton.values())
 
 
-def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
-    """safetensors has one of its own, which no command knows."""
+def test_a_full_disk_is_an_os_error(tmp_path, monkeypatch):
+    """Not of safetensors, whose own error no command knows."""
 
     def full(*_):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -108,9 +104,9 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("make", [lambda: make_prior("gpt"), lambda: make_tokenizer("vqvae")])
-def test_weights_that_could_not_be_loaded_again_are_not_saved(tmp_path, make, value):
-    model = make()
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, value):
+    """They could not be loaded again. The folder stays as it was."""
+    model = make_prior("gpt")
     model.save_pretrained(tmp_path / "a")
     before = (tmp_path / "a" / "model.safetensors").read_bytes()
     name, weight = next(iter(model.named_parameters()))
@@ -122,7 +118,7 @@ def test_weights_that_could_not_be_loaded_again_are_not_saved(tmp_path, make, va
 
 
 def test_others_load_while_a_run_saves(tmp_path):
-    """Each finds all weights of one save, never some of two; of many that load none fails."""
+    """Every load succeeds and gets all weights of one save."""
     model, ended = make_prior("gpt"), threading.Event()
 
     def save(number):
@@ -155,16 +151,10 @@ def test_others_load_while_a_run_saves(tmp_path):
 # Variants
 
 
-def test_names_are_those_of_diffusers():
-    assert weights_name(None) == "model.safetensors" and weights_name("fp16") == "model.fp16.safetensors"
-    assert weights_names() == ["model.safetensors", "model.fp16.safetensors", "model.bf16.safetensors"]
-    assert weights_names("bf16") == ["model.bf16.safetensors"]
-
-
 @pytest.mark.sparse
 @pytest.mark.parametrize("name", PRIORS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_prior_in_a_variant_is_itself_rounded(name, variant, tmp_path):
+def test_a_prior_in_a_variant_is_the_rounded_prior(name, variant, tmp_path):
     model = make_prior(name)
     model.save_pretrained(tmp_path / "prior", variant=variant)
     assert {path.name for path in (tmp_path / "prior").iterdir()} == {"config.json", weights_name(variant)}
@@ -179,8 +169,7 @@ def test_a_prior_in_a_variant_is_itself_rounded(name, variant, tmp_path):
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_a_quantizer_stays_as_it_is(quantizer, tmp_path):
-    """Codebooks are float32 in a model of any type, so a variant has them so."""
+def test_a_quantizer_stays_float32_in_a_variant(quantizer, tmp_path):
     node = {**node_of(quantizer), **({"scales": ("1x1", "3x2")} if quantizer == "multiscale" else {})}
     tokenizer = make_tokenizer("vqvae", quantizer=node).eval()
     tokenizer.save_pretrained(tmp_path / "tokenizer", variant="fp16")
@@ -193,25 +182,24 @@ def test_a_quantizer_stays_as_it_is(quantizer, tmp_path):
 
 def test_a_missing_variant_is_named(tmp_path):
     make_prior("gpt").save_pretrained(tmp_path / "prior")
-    with pytest.raises(PathError, match=r"model.bf16.safetensors: no such file; there is model.safetensors"):
+    with pytest.raises(PathError, match=r"model\.bf16\.safetensors.*model\.safetensors"):
         Prior.from_pretrained(tmp_path / "prior", variant="bf16")
     (tmp_path / "prior" / "model.safetensors").unlink()
     with pytest.raises(PathError, match="model.safetensors"):
         Prior.from_pretrained(tmp_path / "prior")
 
 
-# As in transformers
+# Subclasses of users
 
 
 class Mine(GPT):
-    """A user's, without a name of its own."""
+    """A user's subclass without a name."""
 
     def extra(self):
-        """Something more."""
         return self.num_parameters()
 
 
-def test_a_subclass_loads_as_what_it_is(tmp_path):
+def test_a_subclass_without_a_name_loads_what_its_parent_saved(tmp_path):
     model = make_prior("gpt")
     model.save_pretrained(tmp_path / "prior")
     mine = Mine.from_pretrained(tmp_path / "prior")
@@ -220,25 +208,45 @@ def test_a_subclass_loads_as_what_it_is(tmp_path):
     assert type(Prior.from_pretrained(tmp_path / "again")) is GPT
     assert type(Mine.from_pretrained(tmp_path / "again")) is Mine
     make_prior("marginal").save_pretrained(tmp_path / "other")
-    with pytest.raises(ConfigError, match="holds a 'marginal', not a 'gpt'"):
+    with pytest.raises(ConfigError, match="kind: .*'marginal'.*'gpt'"):
         Mine.from_pretrained(tmp_path / "other")
 
 
 def test_a_subclass_with_a_name_is_a_kind_of_its_own(tmp_path, monkeypatch):
-    """Also with the configuration of the kind that it extends, which keeps its name."""
+    """It may share its parent's configuration class, and tie weights."""
     monkeypatch.setattr(Prior, "_members", dict(Prior._members))
 
     class Named(GPT, name="named_gpt"):
         Config = GPT.Config
 
+        def __init__(self, config):
+            super().__init__(config)
+            self.other, self.tied = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+            self.tied.weight = self.other.weight
+
     model = make_prior("gpt")
     model.save_pretrained(tmp_path / "prior")
-    with pytest.raises(ConfigError, match="holds a 'gpt', not a 'named_gpt'"):
+    with pytest.raises(ConfigError, match="kind: .*'gpt'.*'named_gpt'"):
         Named.from_pretrained(tmp_path / "prior")
     named = Prior.create("named_gpt", grid=model.grid, dim=32, depth=1, heads=2)
     named.save_pretrained(tmp_path / "named")
-    assert type(Prior.from_pretrained(tmp_path / "named")) is Named
+    again = Prior.from_pretrained(tmp_path / "named")
+    assert type(again) is Named and again.fingerprint() == named.fingerprint()
+    assert again.tied.weight is again.other.weight
     assert (GPT.Config.kind, Named.Config.kind) == ("gpt", "named_gpt")
+
+
+def test_a_model_that_reads_tensors_while_it_is_built_is_refused_with_advice(tmp_path, monkeypatch):
+    monkeypatch.setattr(Prior, "_members", dict(Prior._members))
+
+    class Reading(GPT, name="reading_gpt"):
+        def __init__(self, config):
+            super().__init__(config)
+            self.rates = torch.linspace(0, 0.1, 3).tolist()
+
+    Prior.create("reading_gpt", grid=TokenGrid((2, 2), 4), dim=32, depth=1, heads=2).save_pretrained(tmp_path / "prior")
+    with pytest.raises(ConfigError, match="device='cpu'"):
+        Prior.from_pretrained(tmp_path / "prior")
 
 
 def test_parameters_are_counted():
@@ -250,55 +258,7 @@ def test_parameters_are_counted():
     assert make_tokenizer("vqvae").num_parameters() > 0
 
 
-class OfTwo(GPT, name="of_two"):
-    """A named subclass with its parent's settings."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.other = torch.nn.Linear(3, 3)
-        self.tied = torch.nn.Linear(3, 3)
-        self.tied.weight = self.other.weight
-        if config.depth == 3:
-            self.rates = [float(rate) for rate in torch.linspace(0, 0.1, 3)]
-
-
-del Prior._members["of_two"]  # other tests list all priors
-
-
-@pytest.fixture
-def make_of_two(monkeypatch):
-    monkeypatch.setitem(Prior._members, "of_two", OfTwo)
-    return lambda **config: Prior.create("of_two", grid=TokenGrid((2, 2), 4), dim=16, heads=2, **{"depth": 2, **config})
-
-
-def test_a_named_subclass_has_settings_of_its_own_and_can_be_pickled(make_of_two):
-    assert (GPT.Config.kind, OfTwo.Config.kind) == ("gpt", "of_two")
-    model = make_of_two()
-    again = pickle.loads(pickle.dumps(model))
-    assert again.config == model.config and again.fingerprint() == model.fingerprint()
-
-
-def test_tied_weights_are_saved(tmp_path, make_of_two):
-    model = make_of_two()
-    model.save_pretrained(tmp_path / "prior")
-    again = Prior.from_pretrained(tmp_path / "prior")
-    assert again.tied.weight is again.other.weight and again.fingerprint() == model.fingerprint()
-
-
-def test_a_model_that_reads_tensors_while_it_is_built_is_told_how(tmp_path, make_of_two):
-    make_of_two(depth=3).save_pretrained(tmp_path / "prior")
-    with pytest.raises(ConfigError, match="device='cpu'"):
-        Prior.from_pretrained(tmp_path / "prior")
-
-
-def test_a_folder_of_another_library_is_told_apart(tmp_path):
-    make_prior("gpt").save_pretrained(tmp_path / "prior")
-    write_json(tmp_path / "prior" / "config.json", {"_class_name": "VQModel"})
-    with pytest.raises(ConfigError, match="Smalti did not save this"):
-        Prior.from_pretrained(tmp_path / "prior")
-
-
-def test_a_model_on_meta_can_be_given_memory():
+def test_a_model_on_meta_can_be_moved_to_memory():
     with torch.device("meta"):
         model = make_tokenizer("vqvae")
     assert not any(value.is_meta for value in model.to_empty(device="cpu").state_dict().values())

@@ -1,11 +1,10 @@
-"""Full float32 where it counts, however torch was told to round, and as it was told afterwards."""
+"""Ids, likelihoods and samples are computed in full float32, whatever torch's settings, which are restored."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
-import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run_file
 from small import (
     PRIORS,
     QUANTIZERS,
@@ -48,14 +46,14 @@ every_prior = pytest.mark.parametrize("name", PRIORS)
 
 @pytest.fixture
 def lowered() -> Iterator[None]:
-    """All float32 products may be rounded: to TF32 on a GPU, to bfloat16 on a CPU."""
+    """Torch may round all float32 products: to TF32 on a GPU, to bfloat16 on a CPU."""
     torch.set_float32_matmul_precision("medium")
     yield
     torch.set_float32_matmul_precision("highest")
 
 
-class Seen(TorchDispatchMode):
-    """What products are rounded to, and whether autocast and cuDNN's attention may have a say, at each product."""
+class ProductSettings(TorchDispatchMode):
+    """Records the settings at each product: precision, autocast, and cuDNN's attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,17 +69,17 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def seen_in(call: Callable[[], Any]) -> Seen:
-    """What is seen in a call that someone makes under autocast; all is as it was afterwards."""
+def seen_in(call: Callable[[], Any]) -> ProductSettings:
+    """The settings at the products of a call under autocast, which does not change them."""
     before = precisions()
-    with Seen() as seen, torch.autocast("cpu", torch.bfloat16):
+    with ProductSettings() as seen, torch.autocast("cpu", torch.bfloat16):
         call()
     assert precisions() == before and BACKENDS.cuda.cudnn_sdp_enabled()
     return seen
 
 
 def precisions() -> dict[str, str]:
-    """As they are in force, and what the older API says of them."""
+    """The precisions in force, by torch's newer and older API."""
     found = {name: holder.fp32_precision for name, holder in HOLDERS.items()}
     older = {
         "matmul": lambda: str(BACKENDS.cuda.matmul.allow_tf32),
@@ -97,7 +95,7 @@ def precisions() -> dict[str, str]:
 
 
 def image_models() -> Iterator[Any]:
-    """Every tokenizer, with every likelihood that it takes."""
+    """Every tokenizer with every likelihood that it takes."""
     for name in TOKENIZERS:
         takes = "likelihood" in type(make_tokenizer(name).config).model_fields
         for kind in (None, *(Likelihood.available() if takes else ())):
@@ -112,7 +110,7 @@ def image_models() -> Iterator[Any]:
 @pytest.mark.usefixtures("lowered")
 @pytest.mark.parametrize(("name", "config"), image_models())
 def test_tokenizers_are_precise(name, config):
-    """Ids, images and likelihoods; the training path is as the user chose."""
+    """In ids, images and likelihoods; training uses the user's settings."""
     model, images = make_tokenizer(name, **config).eval(), torch.rand(3, 3, 12, 8) * 2 - 1
 
     def use():
@@ -161,7 +159,7 @@ def test_likelihoods_and_features_are_precise(name):
 @every_prior
 @pytest.mark.parametrize("path", [{}, {"cache": False}, {"parallel": True}], ids=str)
 def test_samples_are_precise(name, path):
-    """Neither autocast nor TF32 has a say; and cuDNN's attention would plan for every number of keys."""
+    """Without autocast and TF32, and without cuDNN's attention, which would plan for every number of keys."""
     model = make_prior(name)
     seen = seen_in(lambda: model.sample(4, generator=generators(4), **path))
     assert seen.rounded <= {"ieee"} and seen.autocast <= {False} and seen.cudnn <= {False}
@@ -179,7 +177,6 @@ def test_autocast_changes_no_sample(name):
 
 @pytest.mark.parametrize("kind", Likelihood.available())
 def test_the_mean_image_is_precise_under_autocast(kind):
-    """Losses look at it in training, too."""
     member = Likelihood.find(kind)
     likelihood = member(member.Config(), channels=3)
     parameters = torch.randn(2, likelihood.num_parameters, 4, 4) * 5
@@ -194,7 +191,7 @@ def test_the_mean_image_is_precise_under_autocast(kind):
 @every_prior
 @torch.no_grad()
 def test_a_likelihood_is_as_precise_as_the_weights(name):
-    """But at least float32."""
+    """At least float32."""
     model = make_prior(name)
     tokens = draw_tokens(model, 2)
     for dtype, expected in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32), (torch.float32,) * 2):
@@ -207,7 +204,7 @@ def test_a_likelihood_is_as_precise_as_the_weights(name):
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("lowered", "compiler")
 def test_compiled_blocks_sample(backend):
-    """They are compiled again inside, for a sampler asks for no gradients."""
+    """They are compiled again without gradients."""
     model = make_prior("gpt")
     expected = model.sample(2, generator=generators(2))
     for block in model.layers:
@@ -216,36 +213,24 @@ def test_compiled_blocks_sample(backend):
     assert torch.equal(model.sample(2, generator=generators(2), cache=False), expected)
 
 
-# What torch was told, in processes of their own: not all of it can be taken back
+# Settings of torch
 
-
-TOLD: dict[str, Callable[[], Any]] = {
+SETTINGS: dict[str, Callable[[], Any]] = {
     "nothing": int,
     "TF32 for products": partial(setattr, BACKENDS.cuda.matmul, "fp32_precision", "tf32"),
     "TF32 for all": partial(setattr, BACKENDS, "fp32_precision", "tf32"),
     "TF32 for CUDA": partial(setattr, BACKENDS.cudnn, "fp32_precision", "tf32"),
     "no TF32 in convolutions": partial(setattr, BACKENDS.cudnn.conv, "fp32_precision", "ieee"),
-    "no TF32 at all": partial(setattr, BACKENDS, "fp32_precision", "ieee"),
     "bfloat16 on the CPU": partial(setattr, BACKENDS.mkldnn.matmul, "fp32_precision", "bf16"),
-    "high, by the older API": partial(torch.set_float32_matmul_precision, "high"),
     "medium, by the older API": partial(torch.set_float32_matmul_precision, "medium"),
     "TF32, by the older API": partial(setattr, BACKENDS.cuda.matmul, "allow_tf32", True),
     "no TF32 in convolutions, by the older API": partial(setattr, BACKENDS.cudnn, "allow_tf32", False),
 }
 
 
-def use_and_leave() -> None:
-    """Samples, a context within another, and one that ends by an error."""
-    make_prior("gpt").sample(1)
-    make_prior("pixelcnn").sample(1)
-    with pytest.raises(ZeroDivisionError), full_float32(), full_float32():
-        assert set(precisions().values()).isdisjoint({"tf32", "bf16"})
-        raise ZeroDivisionError
-
-
-def told(tell_it: Callable[[], Any], use: Callable[[], Any]) -> list[dict[str, str]]:
-    """The precisions before and after `use`, and when all that inherit are told something else then."""
-    tell_it()
+def precisions_around(change: Callable[[], Any], use: Callable[[], Any]) -> list[dict[str, str]]:
+    """The precisions before and after `use`, and then when the holders from which others inherit change."""
+    change()
     found = [precisions()]
     use()
     found.append(precisions())
@@ -255,33 +240,29 @@ def told(tell_it: Callable[[], Any], use: Callable[[], Any]) -> list[dict[str, s
     return found
 
 
+def use_and_fail() -> None:
+    """A context inside another, which ends with an error."""
+    with pytest.raises(ZeroDivisionError), full_float32(), full_float32():
+        assert set(precisions().values()).isdisjoint({"tf32", "bf16"})
+        raise ZeroDivisionError
+
+
 def in_child(run: Callable[[], Any]) -> Any:
-    """What `run` returns in a forked child; None if it raises."""
+    """What `run` returns in a forked process, since some settings cannot be undone."""
     reader, writer = os.pipe()
     if not (child := os.fork()):
         try:
             os.write(writer, json.dumps(run()).encode())
-        except BaseException:
-            traceback.print_exc()
-        os._exit(0)
+        finally:
+            os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as file:
         found = file.read()
     os.waitpid(child, 0)
-    return json.loads(found or "null")
+    return json.loads(found)
 
 
-def test_what_torch_was_told_is_as_it_was_afterwards():
-    """By either of its APIs, also what is inherited; and sampling raises nothing, whatever it was."""
-    printed = run_file(__file__)
-    for name, (untouched, used) in json.loads(printed.splitlines()[-1]).items():
-        assert used, f"{name}: {printed}"
-        assert used[0] == used[1], name
-        assert used == untouched, name
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    use_and_leave()  # what torch imports late, it imports once
-    each = {name: [in_child(partial(told, how, use)) for use in (int, use_and_leave)] for name, how in TOLD.items()}
-    print(json.dumps(each))
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_either_api_are_restored_with_what_inherits_from_them(name):
+    untouched, used = (in_child(partial(precisions_around, SETTINGS[name], use)) for use in (int, use_and_fail))
+    assert used[0] == used[1] and used == untouched

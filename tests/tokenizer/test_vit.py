@@ -6,15 +6,12 @@ import pytest
 import torch
 from small import make_tokenizer
 
-from tokenizer import Tokenizer
-from tokenizer.files import ConfigError
-
 
 def images_for(tokenizer, count=2):
     return torch.rand(count, *tokenizer.image_shape) * 2 - 1
 
 
-@pytest.mark.parametrize(("size", "factor"), [((8, 6), 2), ((8, 12), 4), ((14, 21), 7), ((16, 8), 8), ((28, 14), 14)])
+@pytest.mark.parametrize(("size", "factor"), [((8, 6), 2), ((14, 21), 7), ((28, 14), 14)])
 def test_every_patch_size(size, factor):
     tokenizer = make_tokenizer("vit", size, 3, factor=factor).train()
     images = images_for(tokenizer)
@@ -25,7 +22,7 @@ def test_every_patch_size(size, factor):
 
 
 def test_a_position_is_a_patch():
-    """A pixel goes in and comes out at its patch: without attention, a position sees nothing else."""
+    """Without attention, a position depends on its patch alone, and decodes to it."""
     tokenizer = make_tokenizer("vit", (12, 8), 3, factor=4)
     for tower in (tokenizer.encoder[1], tokenizer.decoder[0]):
         for block in tower.blocks:
@@ -49,22 +46,10 @@ def test_every_position_sees_the_whole_image():
     assert ((tokenizer.encoder(images) - z).abs().amax((0, 1)) > 0).all()
 
 
-def test_equal_patches_at_other_places_are_told_apart():
+def test_equal_patches_at_different_places_differ():
     tokenizer = make_tokenizer("vit", (12, 8), 3, factor=4)
     z = tokenizer.encoder(torch.full((1, 3, 12, 8), 0.5))[0].flatten(1).t()
     assert len(z.unique(dim=0)) == 6
-
-
-def test_no_image_sees_another():
-    """To the bit, and for every position, not only for the tokens."""
-    tokenizer = make_tokenizer("vit").eval()
-    images = images_for(tokenizer, 4)
-    z = tokenizer.encoder(images)
-    images[0] = -images[0]
-    assert torch.equal(tokenizer.encoder(images)[1:], z[1:])
-    painted = tokenizer.decoder(z)
-    z = torch.cat([-z[:1], z[1:]])
-    assert torch.equal(tokenizer.decoder(z)[1:], painted[1:])
 
 
 def test_memory_formats_give_the_same_bits():
@@ -73,31 +58,3 @@ def test_memory_formats_give_the_same_bits():
     assert torch.equal(tokenizer.decoder(z), tokenizer.decoder(z.to(memory_format=torch.channels_last)))
     images = images_for(tokenizer)
     assert torch.equal(tokenizer.encoder(images), tokenizer.encoder(images.to(memory_format=torch.channels_last)))
-
-
-def test_encoding_in_bfloat16():
-    tokenizer = make_tokenizer("vit", (16, 16), 1).eval()
-    images = images_for(tokenizer, 8)
-    with torch.no_grad():
-        tokenizer.quantizer.codebook.copy_(tokenizer.encoder(images).movedim(1, -1).reshape(-1, 8)[:32])
-        tokens = tokenizer.encode(images)
-        with torch.autocast("cpu", torch.bfloat16):
-            found = tokenizer.encode(images)
-            assert tokenizer(images).images.dtype == torch.float32
-    assert (found == tokens).float().mean() > 0.8
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"factor": 8}, "factor: 8 does not divide the image size 28x28"),
-        ({"factor": 5}, "factor: must be one of 2, 4, 7"),
-        ({"heads": 3}, "heads: dim must be a multiple of heads .got dim 128, heads 3"),
-        ({"depth": 0}, "depth"),
-        ({"width": 64}, "unknown key"),
-        ({"quantizer": {"kind": "emma"}}, "ema, fsq"),
-    ],
-)
-def test_bad_configurations_are_named(config, message):
-    with pytest.raises(ConfigError, match=message):
-        Tokenizer.create("vit", **{"image_size": (28, 28), "channels": 1, **config})

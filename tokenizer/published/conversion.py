@@ -1,4 +1,4 @@
-"""Turn published weights into a model of ours: recognise the project, check names and shapes, copy."""
+"""Convert published weights to one of our models: recognise the project, check names and shapes, copy."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .magvit2 import MAGVIT2
 from .maskgit import MASKGIT
 from .vqgans import DIFFUSERS, IBQ, JANUS, LLAMAGEN, TAMING
 
-# The first one that fits is taken: TAMING also fits weights of those before it.
+# The first layout that fits is used. TAMING comes last, since it also fits weights of the others.
 LAYOUTS = (DIFFUSERS, LLAMAGEN, MAGVIT2, MASKGIT, COSMOS, JANUS, TAMING)
 TAMING_VARIANTS = {"ibq": IBQ}
-"""Layouts with the names of TAMING, by the option `layout` with which a user chooses them."""
+"""Layouts with the names of TAMING, which users choose with the option `layout`."""
 PREFIXES = ("model.vqmodel.", "vqmodel.")
-"""Of the tokenizer's weights in a whole model of transformers."""
+"""Prefixes of the tokenizer's weights in a complete model of transformers."""
 
 
 def recognise(weights: Weights, path: Path, variant: str | None = None) -> Layout:
-    """The layout of `weights`, by their names and shapes. variant: a key of `TAMING_VARIANTS`. Raises `FormatError`."""
+    """Find the layout of `weights` by names and shapes. variant: a key of `TAMING_VARIANTS`. Raises `FormatError`."""
     layout = next((layout for layout in LAYOUTS if layout.fits(weights)), None)
     if variant and layout is not TAMING:
         title = TAMING_VARIANTS[variant].title
@@ -42,12 +42,12 @@ def recognise(weights: Weights, path: Path, variant: str | None = None) -> Layou
 
 
 def prefix_of(names: Collection[str]) -> str:
-    """The prefix of the tokenizer's weights in a whole model; empty for a tokenizer's own file."""
+    """Return the prefix of the tokenizer's weights in a complete model; empty for a tokenizer's own file."""
     return next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in names)), "")
 
 
 def build(config: Any, weights: Weights, layout: Layout, path: Path) -> tuple[Autoencoder, list[str]]:
-    """The model with its weights in float32, and the names of weights that only training needs.
+    """Return the model with its weights in float32, and the names of weights that only training needs.
 
     Raises `WeightsError` that lists missing, unexpected, misshapen or non-finite weights, and what `build_on_meta`
     raises.
@@ -69,7 +69,7 @@ def build(config: Any, weights: Weights, layout: Layout, path: Path) -> tuple[Au
 
 
 def mark_as_trained(model: Autoencoder) -> None:
-    """Keep further training from starting the codebook anew, and from counting its codes as dead."""
+    """Keep further training from initializing the codebook again and from reviving its codes."""
     buffers = dict(model.quantizer.named_buffers())
     if "started" in buffers:
         buffers["started"].fill_(1)
@@ -78,8 +78,8 @@ def mark_as_trained(model: Autoencoder) -> None:
 
 
 def convert(weight: Tensor, expected: Tensor, name: str, path: Path) -> Tensor:
-    """`weight` in float32 and in the shape of `expected`. (Some 1x1 convolutions are matrices elsewhere.) Raises
-    `WeightsError`."""
+    """Convert `weight` to float32 and to the shape of `expected`. (Some projects store 1x1 convolutions as matrices.)
+    Raises `WeightsError`."""
     if matrix_shape(weight) != matrix_shape(expected):
         raise WeightsError(f"{path}: {name} has shape {list(weight.shape)}, expected {list(expected.shape)}")
     if not weight.is_floating_point():

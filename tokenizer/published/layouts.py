@@ -1,4 +1,4 @@
-"""Layout: how a project names the weights of its network, and how sizes follow from their shapes."""
+"""Layouts: how a project names its weights, and how sizes follow from their shapes."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class Layout:
     fits: Callable[[Weights], bool]
     """Whether weights have this project's names and, for the first layers, shapes."""
     sizes: Callable[[Shapes], dict[str, Any]]
-    """The configuration, as far as shapes determine it. Raises `WeightsError`."""
+    """The part of the configuration that shapes determine. Raises `WeightsError`."""
     names: tuple[tuple[str, str], ...]
     training: str = r"(?!)"
     """Pattern of weights that only training needs."""
     finest_first: bool = False
-    """Whether the decoder's levels are numbered from the finest, against the order in which they run."""
+    """Whether the decoder's levels are numbered from the finest, the reverse of their order of execution."""
     prepare: Callable[[Weights], Weights] = unchanged
     """Convert weights to our form, under the project's names."""
     settings: SettingsReader | None = None
@@ -71,7 +71,7 @@ class Shapes:
 
     def __init__(self, weights: Weights, layout: Layout, path: Path) -> None:
         self.weights, self.layout, self.path = weights, layout, path
-        self.levels = 0  # unknown while they are counted: all layouts number the encoder's levels from the finest
+        self.levels = 0  # not needed for counting: all layouts number the encoder's levels from the finest
         self.levels = self.count("encoder.levels.{}.blocks.0.conv1.weight")
 
     def of(self, key: str, axes: int = 4) -> tuple[int, ...]:
@@ -88,7 +88,7 @@ class Shapes:
         return self.layout.published(key, self.levels) in self.weights
 
     def count(self, key: str) -> int:
-        """How many consecutive numbers in place of the {} in `key`, from 0 on, name a weight."""
+        """Count the weights whose names are `key` with 0, 1, 2, ... in place of {}."""
         return next(index for index in range(len(self.weights) + 1) if not self.has(key.format(index)))
 
     def stem_and_levels(self) -> dict[str, Any]:

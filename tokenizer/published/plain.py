@@ -1,4 +1,4 @@
-"""VQGAN without attention and mostly without biases, as MaskGIT and MAGVIT-2 have it."""
+"""VQGAN without attention and mostly without biases, as in MaskGIT and MAGVIT-2."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PlainConfig(AutoencoderConfig):
         return 2**self.halved
 
     def check(self) -> Iterator[str]:
-        """Sizes have to divide."""
+        """Check that sizes divide."""
         yield from super().check()
         yield from size_problems(self)
 

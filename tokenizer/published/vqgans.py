@@ -44,8 +44,8 @@ def rename_old_attention(weights: Weights) -> Weights:
 
 
 def take_averages(weights: Weights) -> Weights:
-    """Replace weights by their running means, which SEED-Voken's files have beside them, named without dots; its
-    evaluation uses them."""
+    """Replace weights by their running means, which SEED-Voken stores beside them under names without dots and uses for
+    evaluation."""
     return {key: weights.get(f"model_ema.{key.replace('.', '')}", value) for key, value in weights.items()}
 
 
@@ -118,7 +118,7 @@ def diffusers_settings(settings: Settings, sizes: Settings, path: Path) -> Setti
 
 
 def transformers_settings(settings: Settings, sizes: Settings, path: Path) -> Settings:
-    """`image_size` of transformers' `JanusVQVAE`, or of a whole model with one, if it is known; settings of other
+    """`image_size` of transformers' `JanusVQVAE`, or of a whole model with one, if known; settings of other
     models are ignored. Raises `ConfigError`."""
     settings = settings.get("vq_config", settings)
     if not isinstance(settings, dict) or settings.get("model_type") != "janus_vqgan":

@@ -26,8 +26,8 @@ class Quantized(NamedTuple):
 class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
     """Vectors to ids and back, always in full float32.
 
-    `quantize` uses the codebook as it was before the training batch. A codebook that moves by itself follows the batch
-    afterwards (see `updates.SelfUpdating`).
+    `quantize` uses the codebook from before the training batch. A codebook that updates itself does so afterwards (see
+    `updates.SelfUpdating`).
     """
 
     vocab_size: int
@@ -35,8 +35,7 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
     levels: int = 1
     """Ids per position: level `l` of row `r` is row `l * rows + r` of the token grid, coarse levels first."""
     scales: Scales = ()
-    """(height, width) of each map of ids, coarse to fine, if an image has several; its vectors are a map of the last
-    size."""
+    """(height, width) of each map of ids, coarse to fine, if there are several; vectors form a map of the last size."""
 
     def __init__(self, config: ModelConfig) -> None:
         nn.Module.__init__(self)
@@ -49,7 +48,7 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
 
     @property
     def figures(self) -> dict[str, Tensor]:
-        """Running statistics that a training log shows beside the losses."""
+        """Running statistics, logged in training beside the losses."""
         return {}
 
     def grid_shape(self, height: int, width: int) -> tuple[int, ...]:
@@ -57,7 +56,7 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
         return (self.levels * height, width)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move with the model, but stay float32 when the model changes its dtype."""
+        """Move with the model, but stay float32 when its dtype changes."""
 
         def move(tensor: Tensor) -> Tensor:
             moved: Tensor = fn(tensor)
@@ -86,7 +85,7 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
             return self._encode(z.float())
 
     def _encode(self, z: Tensor) -> Tensor:
-        """A quantizer whose losses cost time writes this without them."""
+        """Overridden by quantizers whose losses are slow to compute."""
         return self._quantize(z).tokens
 
     def check_channels(self, z: Tensor) -> None:

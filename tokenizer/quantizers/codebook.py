@@ -57,7 +57,7 @@ class Codebook(SelfUpdating, Quantizer):
         self.vocab_size, self.dim = config.codes, config.dim
 
     def table(self) -> Tensor:
-        """The codes as they are looked up, (codes, dim)."""
+        """The codes that are looked up, (codes, dim)."""
         if not self.config.normalize:
             return self.codebook
         return F.normalize(self.codebook.clone(), dim=1)  # `update` may write to the codebook before a backward pass
@@ -83,7 +83,7 @@ class Codebook(SelfUpdating, Quantizer):
         return tokens.reshape(z.shape[0], *z.shape[2:])
 
     def comparable(self, rows: Tensor) -> Tensor:
-        """Rows `(n, dim)` as they are compared to the table."""
+        """Return rows `(n, dim)` in the form that is compared to the table."""
         return F.normalize(rows, dim=1) if self.config.normalize else rows
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
@@ -92,8 +92,8 @@ class Codebook(SelfUpdating, Quantizer):
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
-        """Run k-means over rows `(n, dim)` of all ranks, on rank 0's result. With fewer rows than codes, repeat them
-        with a little noise and skip k-means."""
+        """Run k-means over the rows `(n, dim)` of all ranks; all take rank 0's result. With fewer rows than codes,
+        repeat them with a little noise and skip k-means."""
         sample = first_rows(rows, 32 * self.vocab_size, self.config.seed)
         iterations = self.config.kmeans_iterations
         if len(sample) < self.vocab_size:
@@ -171,7 +171,7 @@ def kmeans(rows: Tensor, clusters: int, iterations: int) -> Tensor:
 
 
 def seeded(total: int, count: int, seed: int, step: int, device: torch.device) -> Tensor:
-    """`count` distinct integers below `total`, a function of (seed, step) alone."""
+    """Draw `count` distinct integers below `total` that depend only on (seed, step)."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
     return torch.randperm(total, generator=generator)[:count].to(device)
 
@@ -183,8 +183,8 @@ def first_rows(rows: Tensor, most: int, seed: int) -> Tensor:
 
 
 def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
-    """Rows `(len(indices), D)` of the rows of all ranks laid end to end, the same on every rank: each rank fills in its
-    own, and their sum has them all. Ranks hold equally many rows."""
+    """Return rows `(len(indices), D)` of the concatenated rows of all ranks, the same on every rank: each fills in its
+    own, and the ranks add them up. Ranks hold equally many rows."""
     if world_size() == 1:
         return rows[indices]
     rank, row = indices // len(rows), indices % len(rows)

@@ -1,4 +1,4 @@
-"""A codebook moved by running means of the vectors it is nearest to (van den Oord et al. 2017, appendix A.1).
+"""A codebook of running means of the vectors nearest to each code (van den Oord et al. 2017, appendix A.1).
 
 Counts and sums are added up over all ranks, so every rank holds the same codebook to the bit. A rarely used code is
 revived at a vector of the current batch.
@@ -64,7 +64,7 @@ class EMA(CountedCodebook, name="ema"):
         sums = torch.zeros_like(self.sums).index_add_(0, tokens, rows)
         totals = sum_over_ranks(torch.cat([sums, uses(tokens, self.vocab_size).float().unsqueeze(1)], 1))
         finite, weight = torch.isfinite(totals).all(), 1 - self.config.decay
-        self.counts.lerp_(torch.where(finite, totals[:, -1], self.counts), weight)  # towards itself: unchanged
+        self.counts.lerp_(torch.where(finite, totals[:, -1], self.counts), weight)  # a step to itself: no change
         self.sums.lerp_(torch.where(finite, totals[:, :-1], self.sums), weight)
         total = self.counts.sum()
         smoothed = (self.counts + 1e-5) * (total / (total + self.vocab_size * 1e-5))

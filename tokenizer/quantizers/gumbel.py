@@ -88,9 +88,8 @@ class Gumbel(SelfUpdating, Quantizer, name="gumbel"):
             return
         centres = kmeans(sample, self.vocab_size, self.config.kmeans_iterations)
         spread = F.mse_loss(sample, centres[nearest(sample, centres)])
-        spread = spread.clamp(min=0.01 * sample.var(0).mean()).clamp(
-            min=1e-6
-        )  # s is near 0 with hardly more rows than codes
+        # The spread is near 0 if there are few more rows than codes.
+        spread = spread.clamp(min=0.01 * sample.var(0).mean()).clamp(min=1e-6)
         self.embed.weight.copy_(centres)
         self.proj.weight.copy_(centres / spread)
         self.proj.bias.copy_(-centres.square().sum(1) / (2 * spread))

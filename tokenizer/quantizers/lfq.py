@@ -73,7 +73,7 @@ class LFQ(Quantizer, name="lfq"):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """beta for the commitment, and the entropies' as configured."""
+        """beta for the commitment, and the configured entropy weights."""
         return {"commitment": self.config.beta, "entropy": self.config.entropy, "diversity": self.config.diversity}
 
     def project(self, z: Tensor) -> Tensor:

@@ -189,7 +189,7 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return Quantized(map_of(z_q, z), tokens, self._losses(z, found))
 
     def _descend(self, z: Tensor) -> Descent:
-        """Quantize `z` `(B, dim, H, W)` scale by scale; residuals have its gradient, sums that of what is learned."""
+        """Quantize `z` `(B, dim, H, W)` scale by scale; residuals have its gradient, sums that of parameters."""
         if tuple(z.shape[2:]) != self.scales[-1]:
             raise ValueError(f"z should have the last scale's size {by(self.scales[-1])}, got {by(z.shape[2:])}")
         found, total = Descent([], [], [], []), self.mean[:, None, None].expand_as(z)
@@ -238,7 +238,7 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
             self._start(self._descend(z).residuals)
 
     def _perfect(self, z: Tensor) -> list[Tensor]:
-        """Residuals `(B, dim, h, w)` of each scale of `z`, if every vector were a code."""
+        """Return the residuals `(B, dim, h, w)` of each scale of `z` if every vector were a code."""
         rests, total = [], self.mean[:, None, None].expand_as(z)
         for k in range(len(self.scales)):
             rests.append(self.resize.down(z - total, k))
@@ -247,8 +247,7 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
 
     def _start(self, rests: list[Tensor]) -> None:
         """Set each scale's root mean square, and the codebook by k-means over residuals in units of it: equally many of
-        each scale, as far as its map has them. (A vector taken twice would lie between two centres, where rounding
-        decides.)"""
+        each scale, or all of a smaller one. (A vector taken twice would tie between two centres.)"""
         if self.config.rms:
             self.squares.copy_(mean_over_ranks(torch.stack([rest.square().mean() for rest in rests])))
         if not isinstance(self.book, Codebook):

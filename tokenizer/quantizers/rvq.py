@@ -76,7 +76,7 @@ class RVQ(Quantizer, name="rvq"):
         return add_up(F.embedding(ids, table) for ids, table in levels).movedim(-1, 1)
 
     def _per_level(self, per_book: Any) -> list[Any]:
-        """A list with one entry per book as one with an entry per level."""
+        """Expand a list with one entry per book to one entry per level."""
         return list(per_book) * (self.levels // len(self.books))
 
     def _quantize(self, z: Tensor) -> Quantized:
@@ -130,6 +130,6 @@ def add_up(codes: Iterable[Tensor]) -> Tensor:
 
 
 def interleave(levels: list[Tensor]) -> Tensor:
-    """Join levels' `(n, ...)` to `(n * levels, ...)`, position by position. So the ranks' rows end to end are those of
-    one process, and codes start and are revived from the same ones."""
+    """Join levels' `(n, ...)` to `(n * levels, ...)`, position by position. The concatenated rows of all ranks are
+    then in the order of one process, so codes start and are revived from the same rows."""
     return torch.stack(levels, 1).flatten(0, 1)

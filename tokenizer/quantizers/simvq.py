@@ -1,4 +1,4 @@
-"""SimVQ (Zhu et al. 2024, arXiv:2411.02038): codes are a frozen table seen through one learned linear map, e = W c + b.
+"""SimVQ (Zhu et al. 2024, arXiv:2411.02038): codes are a frozen table after one learned linear map, e = W c + b.
 
 Only the map learns, so a gradient to one code moves all of them, and none is left behind while the vectors move, which
 is how a codebook of free codes (`vq`) collapses. The paper's table is random. Ours comes from k-means over the first

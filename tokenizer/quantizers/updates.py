@@ -30,7 +30,7 @@ _pending = _Pending()
 
 @contextmanager
 def one_training_forward() -> Iterator[None]:
-    """Update what was recorded inside when the outermost such block ends. An exception drops the records."""
+    """Update the modules that recorded batches when the outermost such block ends. An exception drops the records."""
     _pending.depth += 1
     try:
         yield
@@ -49,7 +49,7 @@ def _update_all() -> None:
 
 
 class SelfUpdating(nn.Module):
-    """A module that changes by itself in training: `start` takes the first finite batch, `update` follows every batch.
+    """A module that updates itself in training: `start` gets the first finite batch, `update` runs after every batch.
 
     Ranks add up their statistics, so their modules stay equal.
     """
@@ -64,8 +64,8 @@ class SelfUpdating(nn.Module):
 
     @property
     def step(self) -> int:
-        """`started` as a number on the host, which reads the device only at first."""
-        if not self._step:  # 0 may be out of date: a state may have been copied into the buffer
+        """`started` as a number on the host, read from the device only once."""
+        if not self._step:  # 0 may be stale: a state may have been copied into the buffer
             self._step = int(self.started)
         return self._step
 
@@ -73,13 +73,13 @@ class SelfUpdating(nn.Module):
         """Initialize from the first batch, the same on all ranks."""
 
     def update(self, *batch: Tensor) -> None:
-        """Follow what `record` was given in this forward. Subclasses add to this: it counts the batch."""
+        """Use what `record` got in this forward. Subclasses extend this method, which counts the batch."""
         self._step = self.step + 1
         self.started += 1
 
     def may_record(self, batch: Tensor, start: Callable[[Tensor], None] | None = None) -> bool:
-        """Whether `batch` `(n, ...)` of a forward is to be recorded. The first one that is finite on all ranks is
-        passed to `start` (by default the module's own); those before it are ignored."""
+        """Whether to record `batch` `(n, ...)`. The first batch that is finite on all ranks is passed to `start`, by
+        default the module's own; earlier ones are ignored."""
         if not updates_now(self):
             return False
         if self.step == 0 and self not in _pending.batches:
@@ -89,11 +89,11 @@ class SelfUpdating(nn.Module):
         return True
 
     def record(self, *batch: Tensor) -> None:
-        """Keep tensors, each with the batch along axis 0, for `update`."""
+        """Store tensors, each with the batch along axis 0, for `update`."""
         _pending.batches.setdefault(self, []).append(batch)
 
     def train(self, mode: bool = True) -> Any:
-        self._step = None  # its buffer may have been copied from another model
+        self._step = None  # the buffer may have been copied from another model
         return super().train(mode)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
@@ -102,7 +102,7 @@ class SelfUpdating(nn.Module):
 
 
 def updates_now(module: nn.Module) -> bool:
-    """Whether a forward of `module` is one of training, not repeated in a backward pass."""
+    """Whether a forward of `module` now is a training forward, and not one repeated in a backward pass."""
     in_backward = torch._C._current_graph_task_id() != -1
     return module.training and torch.is_grad_enabled() and not in_backward
 

@@ -1,4 +1,4 @@
-"""A codebook moved by gradients (van den Oord et al. 2017, equation 3).
+"""A codebook that learns by gradients (van den Oord et al. 2017, equation 3).
 
 The codebook loss |sg(z) - e|^2 pulls codes to vectors with weight 1; beta weighs the commitment |z - sg(e)|^2 that
 pulls vectors to codes. (Several public codebases have beta on the wrong one of the two.) A code that is nearest to no
@@ -49,8 +49,8 @@ class VQ(CountedCodebook, name="vq"):
 
     def update(self, rows: Tensor, tokens: Tensor) -> None:  # type: ignore[override]
         """Count the codes used, and put each dead code on a vector of the batch, as if of mean use."""
-        strange = torch.isfinite(rows).logical_not().any().float().unsqueeze(0)
-        totals = sum_over_ranks(torch.cat([uses(tokens, self.vocab_size).float(), strange]))
+        invalid = torch.isfinite(rows).logical_not().any().float().unsqueeze(0)
+        totals = sum_over_ranks(torch.cat([uses(tokens, self.vocab_size).float(), invalid]))
         used, finite = totals[:-1], totals[-1] == 0
         self.counts.lerp_(torch.where(finite, used, self.counts), 1 - self.config.decay)
         if self.revives(self.step) and bool(finite):

@@ -1,7 +1,4 @@
-"""Cosmos' discrete tokenizer: the same tokens and pictures as its definition, and wavelets that lose nothing.
-
-Covers: tokenizer/published/cosmos.py, tokenizer/published/layouts.py, tokenizer/published/conversion.py.
-"""
+"""Cosmos' discrete tokenizer gives the tokens and images of its definition, and its wavelets lose nothing."""
 
 from __future__ import annotations
 
@@ -12,9 +9,7 @@ from givens.agreement import agree_in_double
 from givens.published_references import cosmos_says, from_wavelets, wavelets
 from givens.published_weights import cosmos_shapes, imported, random_images, random_weights
 from safetensors.torch import save_file
-from small import make_tokenizer
 
-from tokenizer.files import ConfigError
 from tokenizer.published.cosmos import Haar, InverseHaar
 
 LEVELS = (8, 8, 8, 5, 5, 5)
@@ -27,7 +22,7 @@ NETWORKS = [
 
 
 @pytest.mark.parametrize(("mult", "halvings", "choices"), NETWORKS)
-def test_tokens_and_pictures_are_the_same(tmp_path, mult, halvings, choices):
+def test_tokens_and_images_are_the_same(tmp_path, mult, halvings, choices):
     weights = random_weights(cosmos_shapes(32, mult, halvings, **choices))
     save_file(weights, tmp_path / "autoencoder.safetensors")
     tokenizer = imported(tmp_path, tmp_path / "out", "image_size=[64, 32]")
@@ -39,13 +34,13 @@ def test_tokens_and_pictures_are_the_same(tmp_path, mult, halvings, choices):
     agree_in_double(tokenizer, images, *cosmos_says(weights, len(mult), images, LEVELS, patch))
 
 
-def test_other_levels_are_told_or_found_in_the_file(tmp_path, capsys):
+def test_other_levels_are_set_or_read_from_the_file(tmp_path, capsys):
     steps = [7, 5, 4, 3]
     weights = random_weights(cosmos_shapes(32, (1, 2), 1, dim=4))
     save_file(weights, tmp_path / "autoencoder.safetensors")
     command = [f"source={tmp_path}", f"out={tmp_path}/out", "image_size=16"]
-    assert "quant_conv.weight has shape [4, 8, 1, 1], expected [6, 8, 1, 1]" in fails(capsys, "import", *command)
-    buffers = {  # what TorchScript keeps besides
+    assert "quant_conv.weight" in fails(capsys, "import", *command)
+    buffers = {  # what TorchScript also stores
         "quantizer._levels": torch.tensor(steps, dtype=torch.int32),
         "quantizer._basis": torch.ones(4, dtype=torch.int32),
         "quantizer.implicit_codebook": torch.zeros(420, 4),
@@ -53,11 +48,11 @@ def test_other_levels_are_told_or_found_in_the_file(tmp_path, capsys):
         "decoder.unpatcher._arange": torch.zeros(2, dtype=torch.int64),
     }
     images = random_images(3, (3, 16, 16))
-    told = imported(tmp_path, tmp_path / "told", "image_size=16", "levels=[7, 5, 4, 3]")
+    given = imported(tmp_path, tmp_path / "given", "image_size=16", "levels=[7, 5, 4, 3]")
     save_file({**weights, **buffers}, tmp_path / "autoencoder.safetensors")
     found = imported(tmp_path, tmp_path / "out", "image_size=16")
     assert "5 weights that only training needs left out" in capsys.readouterr().out
-    for tokenizer in (told, found):
+    for tokenizer in (given, found):
         agree_in_double(tokenizer, images, *cosmos_says(weights, 2, images, steps))
 
 
@@ -71,21 +66,7 @@ def test_wavelets_are_the_convolutions_that_were_published_and_lose_nothing():
         assert torch.allclose(InverseHaar(patch)(folded), from_wavelets(folded, patch), atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"image_size": (30, 32)}, "patch: .*30x32"),
-        ({"image_size": (31, 32)}, "widths: .*31x32"),
-        ({"halvings": 3}, r"halvings: at most one a level, 2 \(got 3\)"),
-        ({"patch": 3}, "patch: must be one of 1, 2, 4, 8, 16"),
-    ],
-)
-def test_bad_configurations_are_named(config, message):
-    with pytest.raises(ConfigError, match=message):
-        make_tokenizer("cosmos", **{"image_size": (32, 32), **config})
-
-
-def test_channels_that_no_wavelets_have_are_named(tmp_path, capsys):
+def test_channels_of_no_wavelets_are_refused(tmp_path, capsys):
     weights = random_weights(cosmos_shapes(32, (1, 2), 1))
     weights["encoder.conv_in.weight"] = torch.zeros(32, 20, 3, 3)
     save_file(weights, tmp_path / "autoencoder.safetensors")

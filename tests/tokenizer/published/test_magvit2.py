@@ -1,7 +1,4 @@
-"""Open-MAGVIT2 and IBQ of SEED-Voken: the same tokens and pictures as their definitions.
-
-Covers: tokenizer/published/magvit2.py, tokenizer/published/plain.py.
-"""
+"""Open-MAGVIT2 and IBQ of SEED-Voken give the tokens and images of their definitions."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from small import make_tokenizer
 
 
 def with_running_means(weights):
-    """What training leaves in the file: weights that nobody evaluates, and the running means of `weights`."""
+    """A file as training leaves it: other last weights, and `weights` as their running means."""
     means = {f"model_ema.{name.replace('.', '')}": value for name, value in weights.items()}
     last = {name: torch.randn(value.shape) for name, value in weights.items()}
     rest = {"model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(3)}
@@ -30,7 +27,7 @@ def with_running_means(weights):
     [((1, 2), {}), ((1, 1, 2), {"blocks": 2, "bits": 10}), ((2, 1), {"channels": 1})],
     ids=["two levels", "three levels", "a narrow stem, grey"],
 )
-def test_tokens_and_pictures_are_the_same(tmp_path, mult, choices, averaged):
+def test_tokens_and_images_are_the_same(tmp_path, mult, choices, averaged):
     weights = random_weights(magvit2_shapes(64, mult, **choices))
     weights["encoder.conv_in.weight"] *= 50  # without a bias: as small as elsewhere, the images would not matter
     for level in range(len(mult)):
@@ -59,7 +56,7 @@ def test_codes_elsewhere_change_a_place_through_its_normalisation():
 
 
 @pytest.mark.parametrize("averaged", [False, True])
-def test_ibqs_tokens_and_pictures_are_the_same(tmp_path, averaged):
+def test_ibqs_tokens_and_images_are_the_same(tmp_path, averaged):
     weights = random_weights(taming_shapes(32, (1, 2), attention=(1,), codes=48))
     assert weights["quantize.embedding.weight"].norm(dim=1).std() > 0.1  # or the nearest would be the largest product
     save_file(with_running_means(weights) if averaged else weights, tmp_path / "ibq.safetensors")
@@ -69,7 +66,7 @@ def test_ibqs_tokens_and_pictures_are_the_same(tmp_path, averaged):
     agree_in_double(tokenizer, images, *ibq_says(weights, 2, images))
 
 
-def test_ibq_is_not_said_of_other_weights(tmp_path, capsys):
+def test_other_weights_are_not_read_as_ibq(tmp_path, capsys):
     save_file(random_weights(magvit2_shapes(32, (1, 2))), tmp_path / "magvit2.safetensors")
     error = fails(capsys, "import", f"source={tmp_path}", f"out={tmp_path}/out", "layout=ibq")
     assert "layout: " in error and "SEED-Voken IBQ" in error

@@ -1,7 +1,4 @@
-"""MaskGIT-VQGAN: the same tokens and pictures as its definition, of images in [-1, 1].
-
-Covers: tokenizer/published/plain.py.
-"""
+"""MaskGIT-VQGAN gives the tokens and images of its definition, for images in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -13,15 +10,13 @@ from givens.published_weights import imported, maskgit_shapes, random_images, ra
 from safetensors.torch import save_file
 from small import make_tokenizer
 
-from tokenizer.files import ConfigError
-
 
 @pytest.mark.parametrize(
     ("mult", "choices"),
     [((1, 2), {}), ((1, 1, 2), {"blocks": 2}), ((2, 1), {"channels": 1}), ((1,), {"blocks": 3, "codes": 40})],
     ids=["two levels", "three levels", "a narrow stem, grey", "one level"],
 )
-def test_tokens_and_pictures_are_the_same(tmp_path, mult, choices):
+def test_tokens_and_images_are_the_same(tmp_path, mult, choices):
     weights = random_weights(maskgit_shapes(32, mult, **choices))
     weights["encoder.conv_in.weight"] *= 50  # without a bias: as small as elsewhere, the images would not matter
     save_file(weights, tmp_path / "maskgit.safetensors")
@@ -40,16 +35,9 @@ def test_an_image_is_between_0_and_1_for_the_network(monkeypatch):
     assert [(part.min().item(), part.max().item()) for part in seen[0]] == [(0, 0), (0.5, 0.5), (1, 1)]
 
 
-def test_a_likelihood_is_of_what_the_decoder_puts_out():
-    """It is not an image, and nothing of it is scaled."""
+def test_parameters_of_a_likelihood_are_not_rescaled():
+    """They are not an image."""
     tokenizer = make_tokenizer("maskgit", likelihood={"kind": "discretized_logistic", "components": 2}).eval()
     tokens = torch.zeros(1, *tokenizer.grid.shape, dtype=torch.long)
     expected = tokenizer.decoder(tokenizer.quantizer.lookup(tokens))
     assert torch.equal(tokenizer._decode_tokens(tokens), expected)
-
-
-def test_wrong_sizes_are_named():
-    with pytest.raises(ConfigError, match="widths: .*13x8"):
-        make_tokenizer("maskgit", (13, 8))
-    with pytest.raises(ConfigError, match="groups: 3 does not divide the width 8"):
-        make_tokenizer("maskgit", groups=3)
