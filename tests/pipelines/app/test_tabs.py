@@ -271,7 +271,7 @@ def test_mistakes_are_shown_and_what_is_broken_is_logged(served, error, shown):
 
 def test_a_visitor_stops_only_work_of_his_own(served, pipe, monkeypatch):
     monkeypatch.setattr("gradio.Info", lambda text, **more: None)
-    monkeypatch.setattr("pipelines.app.served.BETWEEN", -1)
+    monkeypatch.setattr("pipelines.app.served.REPORT_SECONDS", -1)
     seen = []
 
     def progress(at, unit):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.__main__ import BESIDES, load, main, verbs
+from pipelines.__main__ import OTHER, load, main, verbs
 from pipelines.config import Config
 from pipelines.config.help import sections
 
@@ -150,7 +150,7 @@ def test_every_verb_is_a_module_and_is_listed(capsys: Captured) -> None:
     files = Path(pipelines.__file__).parent.glob("commands/[!_]*.py")
     assert {*verbs()} == {*STEPS, *(path.stem.removesuffix("_") for path in files)}
     page = printed(capsys, "--help")[0]
-    for verb, sentence in (verbs() | BESIDES).items():
+    for verb, sentence in (verbs() | OTHER).items():
         assert sentence.endswith(".") and sentence in " ".join(page.split())
         assert re.search(rf"^  {verb} +{re.escape(sentence[:30])}", page, re.M)
     assert all(sentence == (load(verb).__doc__ or "").splitlines()[0] for verb, sentence in verbs().items())
