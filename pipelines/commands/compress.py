@@ -25,14 +25,14 @@ from ..config.table import count_of
 from ..files import Output, lock_output
 from ..images import to_float
 from ..images.decoding import open_image
-from ..options import UsesPipeline, find_image_files
+from ..options import UsesPipeline, find_image_files, read_images
 
 
 class CompressConfig(UsesPipeline, OutputConfig):
     """Which images, which pipeline, and the output file."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=my-images.smalti",)
-    often = "pipeline images out overwrite lossless device"
+    often = "pipeline images out overwrite lossless resize device"
 
     images: str = Field(description="folder of images of the pipeline's size, or one image; file names are kept")
     out: str = Field("images.smalti", description="file to write; decompressing it requires the same pipeline")
@@ -41,6 +41,7 @@ class CompressConfig(UsesPipeline, OutputConfig):
         description="keep every pixel; requires a decoder with a likelihood, or a pixels tokenizer. "
         "false: keep only the tokens",
     )
+    resize: bool = Field(False, description="resize and crop images of another size; false: refuse them")
 
 
 def run(config: CompressConfig) -> Path:
@@ -55,7 +56,7 @@ def run(config: CompressConfig) -> Path:
 
     def parts() -> Iterator[Tensor]:
         for first in range(0, len(paths), size):
-            images = [read_exactly(path, shape, config.lossless) for path in paths[first : first + size]]
+            images = [read_image(path, shape, config) for path in paths[first : first + size]]
             yield torch.stack(images).to(pipeline.device)
 
     began = time.monotonic()
@@ -81,12 +82,15 @@ def restored(path: Path) -> str:
     return name if path.suffix.lower() == ".png" else f"{name}.png"
 
 
-def read_exactly(path: Path, shape: tuple[int, int, int], lossless: bool) -> Tensor:
-    """Read an image without resizing, float `(C, H, W)`. Raises `UserError` for another size or mode."""
+def read_image(path: Path, shape: tuple[int, int, int], config: CompressConfig) -> Tensor:
+    """Read an image, float `(C, H, W)`. Raises `UserError` for another size, unless it may be resized, or mode."""
+    if config.resize:
+        return to_float(read_images([path], shape)[0])
     try:
-        return to_float(exact_pixels(open_image(path), shape, lossless))
+        return to_float(exact_pixels(open_image(path), shape, config.lossless))
     except Exception as error:  # damaged files make Pillow raise almost anything
-        raise UserError(f"images: {path}: {error}") from error
+        hint = "; resize=true resizes and crops images" if "pixels" in str(error) else ""
+        raise UserError(f"images: {path}: {error}{hint}") from error
 
 
 main = partial(run_command, CompressConfig, run, verb="compress", description=__doc__)

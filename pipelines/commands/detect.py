@@ -125,8 +125,8 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
             )
         files = find_image_files(config.paths)
         pixels = read_images(files, pipeline.tokenizer.image_shape)
-        classes = [file.absolute().parent.name for file in files]
-        return Found([str(file) for file in files], pixels, classes, f"images in {', '.join(config.paths)}")
+        folders = [file.absolute().parent.name for file in files]
+        return Found([str(file) for file in files], pixels, folders, f"images in {', '.join(config.paths)}")
     images = config.load_images(pipeline).held_out
     every = np.arange(len(images))
     classes = None if images.labels is None else [images.class_names[label] for label in images.labels.tolist()]

@@ -63,7 +63,7 @@ def verdict(calibration: Calibration, method: str, score: float, p_value: float,
         f"### {'Anomalous' if above else 'Normal'}",
         f"- {method}: {METHODS.get(method, '')}",
         f"- score: **{score:.4g}**, threshold {threshold:.4g} ({calibration.promise})",
-        f"- p-value: **{p_value:.3g}**, the share of normal images that are at least as unusual",
+        f"- p-value: **{p_value:.3g}**, the share of normal images that score at least as high",
     ]
     if above:
         lines.append("\nSamples and reconstructions usually count as anomalous too, because a decoder made them.")
