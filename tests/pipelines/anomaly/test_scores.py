@@ -74,9 +74,7 @@ def test_a_background_prior_cancels_itself(trained):
     pipe.calibration = trained.calibration
     with pytest.raises(CalibrationError, match="ratio"):
         anomaly_score(pipe, stripes(5), "ratio", p_values=True)
-    assert torch.equal(
-        anomaly_score(pipe, stripes(5)), anomaly_score(trained, stripes(5))
-    )
+    assert torch.equal(anomaly_score(pipe, stripes(5)), anomaly_score(trained, stripes(5)))
 
 
 def test_methods_fit_their_formulas(likely):
