@@ -39,9 +39,7 @@ def test_parameters_and_flops_of_a_small_gpt():
     assert found.parameters == sum(p.numel() for p in model.parameters())
     forward = 64 * (2 * (2 * (4 * 64**2 + 3 * 64 * 160) + 64 * 64) + 4 * 2 * 64 * 64)
     assert found.flops == pytest.approx(3 * forward, rel=0.02)
-    aligned = planned(
-        *TINY, "objective=cca"
-    )  # two passes both ways, and two forward passes of a frozen copy
+    aligned = planned(*TINY, "objective=cca")  # two passes both ways, and two forward passes of a frozen copy
     assert aligned.flops == pytest.approx(8 * forward, rel=0.02)
     assert aligned.states - found.states == pytest.approx(4 * found.parameters, rel=0.01)
 
