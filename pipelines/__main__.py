@@ -1,4 +1,4 @@
-"""The console script `smalti`, or `python -m pipelines`: finds a verb and hands it the rest of the command line."""
+"""The console script `smalti`, also `python -m pipelines`: look up a verb and pass it the rest of the command line."""
 
 from __future__ import annotations
 
@@ -19,46 +19,46 @@ GROUPS = {
     "plan and share": ("plan", "presets", "import", "export", "push", "verify"),
 }
 STEPS = GROUPS["from images to a pipeline"]
-BESIDES = {
-    "help": "Describe a verb: `smalti help VERB`, as `smalti VERB --help`.",
+OTHER = {
+    "help": "Describe a verb: `smalti help VERB` or `smalti VERB --help`.",
     "--version": "Print the version.",
 }
-HINT = "On several devices a step is started by `accelerate launch -m pipelines.STEP`, with the same keys."
+HINT = "To run a step on several devices, use `accelerate launch -m pipelines.STEP` with the same keys."
 
 
 def module_of(verb: str) -> str:
-    """The module of a verb, below `pipelines`."""
+    """Return the name of a verb's module, relative to `pipelines`."""
     if verb in STEPS:
         return verb
-    reserved = verb in ("import", "inspect")  # a word of Python, and a module that others import by this name
+    reserved = verb in ("import", "inspect")  # a keyword, and a module of the standard library
     return f"commands.{verb}_" if reserved else f"commands.{verb}"
 
 
 def verbs() -> dict[str, str]:
-    """Every verb with the first line of its module's docstring. None is imported, as torch would be with it."""
+    """Map each verb to the first line of its module's docstring, without importing the module (and torch with it)."""
     return {verb: first_line(module_of(verb)) for group in GROUPS.values() for verb in group}
 
 
 def first_line(module: str) -> str:
-    """The first line of a module's docstring."""
+    """Return the first line of a module's docstring."""
     path = Path(__file__).parent / f"{module.replace('.', '/')}.py"
     return path.read_text(encoding="utf-8").split('"""', 2)[1].splitlines()[0]
 
 
 def load(verb: str) -> ModuleType:
-    """The module of a verb. Raises `UserError` with the nearest verb if there is no such."""
+    """Import the module of a verb. Raises `UserError`, which suggests the nearest verb, for an unknown one."""
     known = verbs()
     if verb not in known:
-        hint = did_you_mean(verb, [*known, *BESIDES], f"there are {', '.join(known)}")
+        hint = did_you_mean(verb, [*known, *OTHER], f"the verbs are {', '.join(known)}")
         raise UserError(f"{verb}: no such verb; {hint}")
     return importlib.import_module(f"{__package__}.{module_of(verb)}")
 
 
 def help_page() -> str:
-    """What `smalti --help` prints."""
+    """Return the text of `smalti --help`."""
     known = verbs()
     groups = {title: {verb: known[verb] for verb in group} for title, group in GROUPS.items()}
-    groups["besides"] = BESIDES
+    groups["other"] = OTHER
     page = ["usage: smalti VERB [--config FILE ...] [key=value ...] [--help [WHAT]]"]
     for title, group in groups.items():
         page += ["", title, *wrap_rows([(f"{verb:15}", sentence) for verb, sentence in group.items()])]
@@ -66,7 +66,7 @@ def help_page() -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line. Exits with 2 when there is no such verb."""
+    """Run the command line. Exits with code 2 for an unknown verb."""
     if argv is None:
         with at_a_shell():
             main(sys.argv[1:])
@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(0 if argv else 2)
         if argv[0] in ("--version", "version"):
             print_and_exit(f"smalti {__version__}")
-        module = load(argv[0].replace("-", "_"))  # takes seconds, in which Ctrl-C may come
-    module.main(argv[1:])  # what it returns is not an exit code
+        module = load(argv[0].replace("-", "_"))  # takes seconds, so Ctrl-C is handled here too
+    module.main(argv[1:])  # its return value is not an exit code
 
 
 if __name__ == "__main__":

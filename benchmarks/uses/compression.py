@@ -158,7 +158,7 @@ def control(pipe: Any, pixels: Any, lossless: bool) -> None:
     from pipelines.compression.container import ModelMismatch
 
     failed, chunks = 0, pixels.split(64)
-    with mock.patch.object(coding, "doubled", lambda model, device: model.to(device).eval()):
+    with mock.patch.object(coding, "to_double", lambda model, device: model.to(device).eval()):
         for chunk in chunks:
             try:
                 pipe.decompress(pipe.compress(chunk, lossless=lossless), batch_size=33)

@@ -1,1 +1,1 @@
-"""How unlike the normal images is an image, and where."""
+"""Anomaly detection: how and where an image differs from normal images."""

@@ -1,4 +1,4 @@
-"""Fit the anomaly scores of a pipeline to normal images."""
+"""Calibrate the anomaly scores of a pipeline on normal images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .scores import FITTED, fitted_score, log_statistics, plain_score, possible,
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline, Label
 
-MAX_SCORES, MAX_POINTS, MAX_POSITIONS, MAX_SIDE = 2000, 1000, 4096, 64  # so that the file stays small
+MAX_SCORES, MAX_POINTS, MAX_POSITIONS, MAX_SIDE = 2000, 1000, 4096, 64  # bounds on the size of the file
 
 
 def calibrate(
@@ -33,13 +33,12 @@ def calibrate(
     seed: int = 0,
     batch_size: int = 256,
 ) -> Calibration:
-    """Learn from normal images that were not trained on; returns the calibration, and gives it to the pipeline.
+    """Calibrate on normal images that were not trained on; sets and returns `pipeline.calibration`.
 
-    One half, chosen by `seed`, is fitted to; the other half gives the scores behind p-values and thresholds. Of new
-    normal images, at most a share `false_alarms` is above a threshold *on average over calibrations*: in about half of
-    them it is slightly more. With a `confidence` of 0.9, the thresholds are higher, so that it is at most this share in
-    90 % of calibrations; p-values do not change. Raises `ValueError` for too few images to tell that
-    share, and for more than 50,000.
+    One half, chosen by `seed`, is used for fitting; the other half gives the scores for p-values and thresholds. At
+    most a share `false_alarms` of new normal images exceeds a threshold *on average over calibrations*; for about half
+    of the calibrations it is slightly more. With `confidence=0.9` thresholds are higher, so that the share holds for 90
+    % of calibrations; p-values do not change. Raises `ValueError` for too few images, and for more than 50,000.
     """
     batch = pipeline.to_images(images)
     count = len(batch)
@@ -69,20 +68,20 @@ def calibrate(
 
 
 def check_promise(count: int, false_alarms: float, confidence: float | None) -> None:
-    """Raise `ValueError` unless `count` images are enough for what is promised, and not too many to remember."""
+    """Raise `ValueError` if `count` images are too few for the guarantee, or too many to store."""
     for name, share in (("false_alarms", false_alarms), ("confidence", confidence)):
         if share is not None and not 0 < share < 1:
             raise ValueError(f"{name} should lie between 0 and 1 (got {share})")
     if count < (least := max(10, 2 * least_scores(false_alarms, confidence))):
-        promise = f"a share of {false_alarms:g} false alarms"
+        promise = f"a false alarm rate of {false_alarms:g}"
         promise += "" if confidence is None else f" with a confidence of {confidence:g}"
-        raise ValueError(f"calibrating for {promise} needs at least {least} images (got {count})")
+        raise ValueError(f"a calibration for {promise} needs at least {least} images (got {count})")
     if count > MAX_IMAGES:
-        raise ValueError(f"a pipeline is calibrated with at most {MAX_IMAGES:,} images (got {count:,})")
+        raise ValueError(f"a calibration takes at most {MAX_IMAGES:,} images (got {count:,})")
 
 
 def fit(found: dict[str, Tensor]) -> Fitted:
-    """Fit to the statistics of normal images. At most half of them become neighbours."""
+    """Fit to the statistics of normal images. At most half of them serve as neighbours."""
     bits = total_bits(found)
     features = None
     if "features" in found:
@@ -92,13 +91,13 @@ def fit(found: dict[str, Tensor]) -> Fitted:
 
 
 def surprise_quantiles(surprise: Tensor) -> Floats:
-    """`LEVELS` quantiles of `(n, N)` bits at each position, or over all where there are very many."""
+    """Return the `LEVELS` quantiles of `(n, N)` bits at each position, or over all positions if there are very many."""
     values = surprise.double().numpy()
     values = values if values.shape[1] <= MAX_POSITIONS else values.reshape(-1, 1)
     return rounded(np.quantile(values, LEVELS, axis=0))
 
 
 def coarse(error: Tensor) -> Floats:
-    """An error map `(H, W)` of at most 64 pixels along each side."""
+    """Reduce an error map `(H, W)` to at most 64 pixels per side."""
     height, width = (min(side, MAX_SIDE) for side in error.shape)
     return rounded(F.adaptive_avg_pool2d(error[None], (height, width))[0].numpy())

@@ -1,10 +1,10 @@
-"""Which scores are too high for a normal image: p-values and thresholds that promise a share of false alarms.
+"""Conformal p-values and thresholds with a guaranteed false alarm rate.
 
-The promise assumes nothing about the scores, only that new normal images are like those that gave the normal scores
-(split conformal prediction, Vovk et al. 2005). It comes in two strengths. *On average over calibrations*, at most the
-share a of new normal images has p <= a; a single calibration may be off by about sqrt(a (1 - a) / n). *With a
-confidence*, the calibration at hand fulfils the promise with that probability (training-conditional, Vovk 2012): a
-higher threshold.
+The guarantee assumes nothing about the scores, only that new normal images are exchangeable with those that gave the
+normal scores (split conformal prediction, Vovk et al. 2005). It has two forms. *On average over calibrations*, at most
+a share a of new normal images has p <= a; a single calibration may be off by about sqrt(a (1 - a) / n). *With a
+confidence*, the guarantee holds for the calibration at hand with that probability (training-conditional, Vovk 2012),
+which takes a higher threshold.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 FINENESS = 1e-3
-"""Scores are rounded to this part of their spread: finer is rounding error of the models, coarser would cost power."""
+"""Scores are rounded to this fraction of their spread: finer digits are numerical noise, coarser ones cost power."""
 
 
 def round_scores(scores: Floats) -> tuple[Floats, float]:
-    """Normal scores `(n,)` ascending and rounded, and how far above one of them a new score still ties with it.
+    """Sort and round normal scores `(n,)`; also returns how far above one of them a new score still ties with it.
 
-    Two equal images may differ in score by what one batch or machine rounds otherwise; half of the tie is room for
-    that, the other half for the rounding here. Without it, whether an image is stranger than its own copies among the
-    normal ones would be left to chance.
+    Scores of identical images may differ by numerical noise between batches and machines; half of the tie allows for
+    that, the other half for the rounding here. Without it, chance would decide whether an image ranks above its own
+    copies among the normal ones.
     """
     low, high = np.quantile(scores, [0.25, 0.75])
     spread = high - low or np.ptp(scores) or FINENESS * np.abs(scores).max() or 1.0
@@ -33,30 +33,31 @@ def round_scores(scores: Floats) -> tuple[Floats, float]:
 
 
 def p_values_of(scores: Floats, normal: Floats, tie: float) -> Floats:
-    """Of `scores` `(B,)`: (1 + #{normal scores that are higher or tie}) / (n + 1)."""
+    """Return the p-values of `scores` `(B,)`: (1 + #{normal scores that are higher or tie}) / (n + 1)."""
     below = np.searchsorted(np.sort(normal) + tie, scores, side="left")
     return (1 + len(normal) - below) / (len(normal) + 1)
 
 
 def benjamini_hochberg(p: Floats, rate: float) -> NDArray[np.bool_]:
-    """What to flag, `(n,)`, so that the expected share of normal images among it is at most `rate` (1995): the k
-    smallest p-values, for the largest k with p_(k) <= rate k / n. Conformal p-values allow it (Bates et al. 2023)."""
+    """Flag p-values `(n,)` at a false discovery rate of at most `rate` (Benjamini and Hochberg 1995): the k smallest,
+    for the largest k with p_(k) <= rate k / n. Valid for conformal p-values (Bates et al. 2023)."""
     ordered = np.sort(p)
     below = np.flatnonzero(ordered <= rate * np.arange(1, len(p) + 1) / len(p))
     return p <= ordered[below[-1]] if len(below) else np.zeros(len(p), bool)
 
 
 def threshold(normal: Floats, tie: float, share: float, confidence: float | None = None) -> float:
-    """The score above which an image is flagged, so that at most `share` of new normal images are: those with
-    p <= `share`; with a `confidence`, fewer. Raises `ValueError` for fewer normal scores than `least_scores`.
+    """Return the threshold that at most `share` of new normal images exceed: those with p <= `share`, or fewer with a
+    `confidence`. Raises `ValueError` for fewer normal scores than `least_scores`.
 
-    The share of all normal images above the (k + 1)-th highest of n scores is Beta(k + 1, n - k) distributed if no two
-    scores are equal, and smaller if some are. Its mean (k + 1) / (n + 1) is at most `share`, or its probability to be
-    at most `share`, which is P(Binomial(n, share) > k), is at least `confidence`.
+    The share of all normal images above the (k + 1)-th highest of n scores is Beta(k + 1, n - k) distributed if scores
+    are distinct, and smaller otherwise. k is the largest number for which its mean (k + 1) / (n + 1) is at most `share`
+    or, with a confidence, for which P(Binomial(n, share) > k), the probability of at most `share`, is at least
+    `confidence`.
     """
     count = len(normal)
     if count < least_scores(share, confidence):
-        raise ValueError(f"{count} normal scores are too few for a share of {share:g} false alarms")
+        raise ValueError(f"{count} normal scores are too few for a false alarm rate of {share:g}")
     if confidence is None:
         above = math.floor(share * (count + 1) + 1e-9) - 1
     else:
@@ -65,18 +66,18 @@ def threshold(normal: Floats, tie: float, share: float, confidence: float | None
 
 
 def least_scores(share: float, confidence: float | None = None) -> int:
-    """The fewest normal scores for which there is a `threshold`.
+    """Return the smallest number of normal scores for which a `threshold` exists.
 
-    On average a new score is above all n with probability 1 / (n + 1); with a confidence, more than `share` of new ones
-    are above all n in (1 - share)^n of calibrations.
+    On average a new score exceeds all n with probability 1 / (n + 1); more than `share` of new scores exceed all n in
+    (1 - share)^n of calibrations.
     """
     least = 1 / share - 1 if confidence is None else math.log1p(-confidence) / math.log1p(-share)
     return max(1, math.ceil(least - 1e-9))
 
 
 def binomial(count: int, share: float) -> Floats:
-    """The probability of 0 to `count` successes, each of probability `share`."""
+    """Return the binomial probabilities of 0 to `count` successes."""
     k = np.arange(count + 1)
-    factorials = np.array([math.lgamma(number + 1) for number in k])  # their logarithms
+    factorials = np.array([math.lgamma(number + 1) for number in k])  # log factorials
     ways = factorials[-1] - factorials - factorials[::-1]
     return np.exp(ways + k * math.log(share) + (count - k) * math.log1p(-share))

@@ -1,4 +1,4 @@
-"""How far rows of numbers are from normal ones: from the nearest of them, or from their mean."""
+"""Distances of feature vectors from normal ones: to the nearest neighbours, or to the mean."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from .conformal import Floats
 
 NEAREST = 5
 RIDGE = 0.2
-"""Of the mean variance, added to all of them: what hardly varies among the rows fitted to may vary among others."""
+"""Fraction of the mean variance that is added to every variance, for directions that hardly vary in the fitted rows."""
 USUAL = 0.99
 LARGEST = sys.float_info.max
 
 
 class CalibrationError(ValueError):
-    """A score was asked for that this pipeline was not calibrated for."""
+    """The pipeline has no calibration, or none for the requested score."""
 
 
 def read_numbers(axes: int, found: Any) -> Floats:
-    """A list of numbers, or for two `axes` a list of such lists, as an array. Raises `ValueError`."""
+    """Convert a list of numbers, or a list of lists for two `axes`, to an array. Raises `ValueError`."""
     if isinstance(found, np.ndarray):
         return found
     rows = found if axes == 2 and isinstance(found, list) else [found]
     lengths = {len(row) if isinstance(row, list) else 0 for row in rows}
     even = len(lengths) == 1 and 0 not in lengths
-    # Text is refused here, as numpy would make room for the longest one in every place.
+    # Reject strings here: numpy would allocate room for the longest one in every element.
     if not even or not all(type(value) in (int, float) and abs(value) <= LARGEST for row in rows for value in row):
         raise ValueError(f"should be finite numbers along {axes} axes")
     return np.array(found, np.float64)
@@ -41,14 +41,14 @@ Table = Annotated[Floats, PlainValidator(lambda found: read_numbers(2, found)), 
 
 
 class Part(BaseModel):
-    """Base of what `calibration.json` consists of."""
+    """Base of the objects in `calibration.json`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Distance(Part):
-    """Of rows (n, d): from the fifth nearest of `points` (m, d), after (row - `mean`) @ `whitener`.T, in which normal
-    rows are white. The unit is what 99 % of normal rows are below."""
+    """Distance of rows (n, d) to the fifth nearest of `points` (m, d), after whitening by (row - `mean`) @
+    `whitener`.T. Scaled so that 99 % of normal rows are below 1."""
 
     mean: Row
     whitener: Table
@@ -64,18 +64,18 @@ class Distance(Part):
         return self
 
     def of(self, rows: Floats) -> Floats:
-        """That of each row, `(n,)`. Raises `CalibrationError` for rows of another length."""
+        """Return the distance of each row, `(n,)`. Raises `CalibrationError` for rows of another length."""
         if rows.shape[1] != len(self.mean):
             raise CalibrationError(
-                f"calibrated with {len(self.mean)} statistics or features of an image, and now there are "
-                f"{rows.shape[1]}: run `smalti calibrate` again"
+                f"calibrated with {len(self.mean)} statistics or features per image, now there are {rows.shape[1]}: "
+                "run `smalti calibrate` again"
             )
         return to_nearest((rows - self.mean) @ self.whitener.T, self.points)
 
     @classmethod
     def fit(cls, rows: Floats, neighbours: int = 0) -> Distance:
-        """Fitted to normal `rows`: from the first of them, as many as there are to be `neighbours`, or with 0 from
-        their mean (Mahalanobis). The other rows say what is usual, as a row is no neighbour of itself."""
+        """Fit to normal `rows`: the first `neighbours` rows become the points; with 0, the mean does (Mahalanobis
+        distance). The other rows set the scale, because a row is not its own neighbour."""
         mean = rows.mean(0)
         covariance, identity = np.cov(rows.T, ddof=0).reshape(len(mean), -1), np.eye(len(mean))
         ridge = RIDGE * max(float(np.trace(covariance)) / len(mean), 1e-12)
@@ -87,9 +87,9 @@ class Distance(Part):
 
 
 def to_nearest(rows: Floats, points: Floats) -> Floats:
-    """How far each of `rows` (n, d) is from the fifth nearest of `points` (m, d), or the farthest of fewer, `(n,)`."""
+    """Return the distance of each of `rows` (n, d) to the fifth nearest of `points` (m, d), or the last of fewer."""
     found = []
-    for start in range(0, len(rows), 1024):  # the table of all distances would be large
+    for start in range(0, len(rows), 1024):  # in parts, to bound memory
         part = rows[start : start + 1024]
         squares = np.square(part).sum(1)[:, None] + np.square(points).sum(1) - 2 * part @ points.T
         nearest = min(NEAREST, len(points)) - 1
@@ -98,5 +98,5 @@ def to_nearest(rows: Floats, points: Floats) -> Floats:
 
 
 def rounded(values: Floats) -> Floats:
-    """To six digits, so that the file is small, and what is read from it is what was written."""
+    """Round to six digits, which keeps the file small and makes it round-trip exactly."""
     return np.array([float(f"{value:.6g}") for value in values.ravel().tolist()]).reshape(values.shape)

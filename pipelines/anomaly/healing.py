@@ -1,7 +1,7 @@
-"""Where an image is unlike the normal ones, and what it would look like if it were not.
+"""Locate anomalies in an image, and heal them.
 
-The map shows the bits of each token on the pixels that it stands for. Healing (after Marimont and Tarroni 2021) draws
-the most surprising tokens again, given the others, and decodes.
+The anomaly map spreads the bits of each token over its pixels. Healing (after Marimont and Tarroni 2021) resamples the
+most surprising tokens given the others, and decodes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline, Images, Label
 
 SHARPNESS = 0.1
-"""How fast a restoration's weight falls with its nats: exp(-0.1 per nat)."""
+"""Rate at which the weight of a restoration falls with its nats: exp(-0.1 per nat)."""
 
 
 class Healed(NamedTuple):
-    """images `(B, C, H, W)` in [-1, 1]; which tokens were drawn again, bool `(B, *grid.shape)`; how the pixels differ,
-    `(B, H, W)`; and the healed tokens, `(B, *grid.shape)`."""
+    """Healed images `(B, C, H, W)` in [-1, 1]; resampled tokens, bool `(B, *grid.shape)`; difference of the pixels,
+    `(B, H, W)`; healed tokens, `(B, *grid.shape)`."""
 
     images: Tensor
     resampled: Tensor
@@ -46,9 +46,9 @@ def anomaly_map(
     *,
     batch_size: int = 256,
 ) -> Tensor:
-    """Bits of each pixel `(B, H, W)`: those of a token are spread evenly over its patch, and those of the pixel given
-    the tokens are added where the tokenizer has a likelihood. They sum to the bits of the image. Raises
-    `ValueError` for tokens that belong to no part of the image: scales, and a `titok`'s."""
+    """Return the bits of each pixel, `(B, H, W)`: the bits of a token are spread evenly over its patch, plus the bits
+    of the pixel given the tokens if the tokenizer has a likelihood. They sum to the bits of the image. Raises
+    `ValueError` for tokens without a place in the image: scales, and those of `titok`."""
     batch = pipeline.to_images(images)
     rows, columns = (side.to(pipeline.device) for side in patches(pipeline.tokenizer))
     maps = []
@@ -63,9 +63,9 @@ def anomaly_map(
 
 
 def patches(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """How a token's bits are spread over the rows of the image `(H, N)` and over its columns `(W, N)`, each summing to
-    one per token; the pixels of a token are those without which `known_tokens` does not know it. Raises `ValueError`
-    unless tokens are `placed`."""
+    """Return the weights that spread a token's bits over the rows `(H, N)` and columns `(W, N)` of the image, each
+    summing to one per token. The pixels of a token are those it needs to count as known in `known_tokens`. Raises
+    `ValueError` unless tokens are `placed`."""
     _, height, width = tokenizer.image_shape
     along_rows = ~torch.eye(height, dtype=torch.bool)[:, :, None].expand(-1, -1, width)
     along_columns = ~torch.eye(width, dtype=torch.bool)[:, None, :].expand(-1, height, -1)
@@ -83,17 +83,17 @@ def heal(
     draws: int = 8,
     seed: int = 0,
 ) -> Healed:
-    """Draw again the tokens that are more surprising than that `quantile` of normal ones at their position.
+    """Resample the tokens that are more surprising than this `quantile` of normal tokens at their position.
 
-    Of `draws` restorations of an image, the likeliest is decoded to `images`. `difference` is the mean of |x - decoded|
-    over all of them, likelier ones weighing more, less what the tokenizer is wrong by on normal images. A prior of any
-    order sees all tokens that stay; any other one those before the drawn token in its order. Image k uses the seeds
-    (seed + k) * draws to (seed + k) * draws + draws - 1. Raises `CalibrationError` without a calibration, `ValueError`
-    for a quantile that it does not hold.
+    The likeliest of `draws` restorations is decoded to `images`. `difference` is the mean of |x - decoded| over all
+    restorations, weighted by likelihood, minus the tokenizer's mean error on normal images. An any-order prior
+    conditions on all tokens that stay, any other prior on those that precede in its order. Image k uses the seeds
+    (seed + k) * draws to (seed + k) * draws + draws - 1. Raises `CalibrationError` without a calibration, and
+    `ValueError` for a quantile that is not calibrated.
 
-    Marimont and Tarroni measure each token's surprise given the tokens healed so far, here it is measured once, given
-    the image's own. And they weigh restorations by softmax(3 / mean |x - decoded|), the nearer to the image the more;
-    here by exp(-0.1 nats), the likelier the more.
+    Marimont and Tarroni measure a token's surprise given the tokens healed so far; here it is measured once, given the
+    original tokens. They weight restorations by softmax(3 / mean |x - decoded|), favouring those near the image; here
+    the weight is exp(-0.1 nats), favouring likely ones.
     """
     calibration = require_calibration(pipeline.calibration)
     draws, seed = check_count(draws, "draws"), whole_number("seed", seed)
@@ -105,8 +105,8 @@ def heal(
     limit = torch.from_numpy(calibration.surprise[LEVELS.index(quantile)]).to(bits)
     if len(limit) not in (1, len(pipeline.prior.grid)):
         raise CalibrationError(
-            f"the calibration is of a grid of {len(limit)} tokens, this one has "
-            f"{len(pipeline.prior.grid)}: run `smalti calibrate` again"
+            f"the calibration is for a grid of {len(limit)} tokens, this pipeline has {len(pipeline.prior.grid)}: "
+            "run `smalti calibrate` again"
         )
     resampled = (bits.flatten(1) > limit).reshape(tokens.shape)
     found, nats = [], []
@@ -124,6 +124,6 @@ def heal(
 
 
 def error_map(calibration: Calibration, batch: Tensor) -> Tensor:
-    """The tokenizer's mean error on normal images, `(H, W)`."""
+    """Resize the tokenizer's mean error on normal images to `(H, W)`."""
     error = torch.from_numpy(calibration.error).to(batch)[None, None]
     return F.interpolate(error, size=tuple(batch.shape[2:]), mode="bilinear", align_corners=False)[0, 0]

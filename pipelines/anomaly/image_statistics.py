@@ -1,4 +1,4 @@
-"""What the models say of an image: bits of its tokens and pixels, its reconstruction error, features of the prior."""
+"""Statistics of an image under the models: bits of tokens and pixels, reconstruction error, features of the prior."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ MAX_FEATURES = 128
 
 
 class Measured(NamedTuple):
-    """What the models say of n images: `statistics`, each `(n,)` or `(n, d)`; `surprise`, the bits of each token,
-    float32 `(n, N)`; `error`, the mean of |x - decode(encode(x))| over images and channels, `(H, W)`."""
+    """Measurements of n images: `statistics`, each `(n,)` or `(n, d)`; `surprise`, the bits of each token, float32
+    `(n, N)`; `error`, the mean of |x - decode(encode(x))| over images and channels, `(H, W)`."""
 
     statistics: dict[str, Tensor]
     surprise: Tensor
@@ -27,11 +27,13 @@ class Measured(NamedTuple):
 def statistics(
     pipeline: ImagePipeline, images: Any, labels: Label | Sequence[Label] = None, batch_size: int = 256
 ) -> dict[str, Tensor]:
-    """Each `(n,)` float64, except `features`: `token_bits` under the prior (of the class given, else unconditional);
-    `pixel_bits` given the tokens, where the tokenizer has a likelihood; `error`, the mean over pixels of
-    |x - decode(encode(x))| on a scale of 0 to 2; `background_bits`, token bits under the pipeline's background prior,
-    where it has one; `features` `(n, d)`, the prior's middle layer averaged over positions, where it has layers: at
-    most 128 of its channels, evenly spread."""
+    """Return the statistics of images, each float64 `(n,)` except `features`:
+
+    `token_bits` under the prior, given the labels if any; `pixel_bits` given the tokens, if the tokenizer has a
+    likelihood; `error`, the mean over pixels of |x - decode(encode(x))|, from 0 to 2; `background_bits`, token bits
+    under the background prior, if any; `features` `(n, d)`, the prior's middle layer averaged over positions (at most
+    128 evenly spaced channels), if the prior has layers.
+    """
     return measure(pipeline, images, labels, batch_size).statistics
 
 
@@ -39,11 +41,10 @@ def statistics(
 def measure(
     pipeline: ImagePipeline, images: Any, labels: Label | Sequence[Label] = None, batch_size: int = 256
 ) -> Measured:
-    """Measure all images; the result is on the CPU. Raises `ValueError` for no images, and for those that the pipeline
-    does not take."""
+    """Measure all images; the result is on the CPU. Raises `ValueError` for an empty batch or invalid images."""
     batch = pipeline.to_images(images)
     if not len(batch):
-        raise ValueError("there should be at least one image")
+        raise ValueError("expected at least one image")
     parts, surprise, total_error = [], [], torch.zeros(batch.shape[2:], dtype=torch.float64)
     for _, part, given in pipeline.batches(batch, labels, batch_size):
         tokens = pipeline.encode_batch(part)
@@ -65,5 +66,5 @@ def measure(
 
 
 def bits(nats: Tensor) -> Tensor:
-    """Log-probabilities as code lengths, float64 on the CPU."""
+    """Convert log-probabilities to bits, float64 on the CPU."""
     return -nats.cpu().double() / math.log(2)

@@ -1,11 +1,10 @@
-"""How unlike the normal images is an image? Scores from a pipeline's density, and what they are measured against.
+"""Anomaly scores from a pipeline's density.
 
 A high likelihood alone does not make an image normal: simpler images of another kind are often likelier (Nalisnick et
-al. 2019). The default score therefore asks two questions. How far are the prior's features of the image from those of
-normal images (nearest neighbours, Sun et al. 2022)? This separates one kind of object from another. Are several
-statistics of the image, taken together, outside the range of normal images (DoSE, Morningstar et al. 2021)? This finds
-images that show no such object at all. One sign everywhere: a larger score is more anomalous, and so is a smaller
-p-value.
+al. 2019). The default score therefore combines two tests. How far are the prior's features of the image from those of
+normal images (nearest neighbours, Sun et al. 2022)? This separates kinds of objects. Are several statistics of the
+image jointly outside their normal range (DoSE, Morningstar et al. 2021)? This finds images without any such object.
+Larger scores, and smaller p-values, are always more anomalous.
 """
 
 from __future__ import annotations
@@ -28,24 +27,24 @@ if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline, Label
 
 METHODS = {
-    "joint": "neighbours, and by how much bits and error are farther out than in 99 of 100 normal images",
-    "neighbours": "how far the prior's features are from those of the nearest normal images",
-    "nll": "bits of the tokens, and of the pixels given them where the tokenizer has a likelihood of pixels",
-    "typicality": "how far these bits are from their mean over normal images",
-    "ratio": "bits of the tokens, less those under the background prior",
-    "reconstruction": "mean |x - decode(encode(x))|",
+    "joint": "the neighbours score, plus the excess of bits and error over the range of 99 % of normal images",
+    "neighbours": "distance of the prior's features to those of the nearest normal images",
+    "nll": "bits of the tokens, plus bits of the pixels given the tokens if the tokenizer has a pixel likelihood",
+    "typicality": "difference of the nll bits from their mean over normal images",
+    "ratio": "bits of the tokens, minus their bits under the background prior",
+    "reconstruction": "mean absolute reconstruction error",
 }
 NEEDS = {
     "neighbours": "a prior with layers",
     "ratio": "a background prior (`smalti calibrate background=FOLDER`, or `set_background(prior)`)",
 }
-"""What some methods need."""
+"""Requirements of some methods."""
 FITTED = ("joint", "neighbours", "typicality")
 """The methods that need a calibration."""
 TOGETHER = {"token_bits": 1.0, "pixel_bits": 1.0, "error": 2 / 255}
-"""The statistics that `joint` takes together, and what is added before the logarithm: one bit, or one grey level, as 0
-occurs and differences far below that mean nothing. Background bits are not among them: a score should not change its
-meaning when a background prior is added."""
+"""The statistics that `joint` combines, and the offset added before the logarithm: one bit or one grey level, because
+values may be 0 and smaller differences mean nothing. Background bits are left out, so that adding a background prior
+does not change the score."""
 
 
 def anomaly_score(
@@ -57,36 +56,36 @@ def anomaly_score(
     p_values: bool = False,
     batch_size: int = 256,
 ) -> Tensor:
-    """Score of each image by one of `METHODS`, `(B,)` float64: larger is more anomalous.
+    """Score each image by one of `METHODS`, `(B,)` float64; larger is more anomalous.
 
-    p_values: instead, the share of normal images that are at least as anomalous, (1 + #{s_i >= s}) / (n + 1), in which
-    smaller is more anomalous: on average over calibrations, at most a share a of new normal images has p <= a. Both
-    these and the fitted methods need a calibration. They mean nothing for the images that the calibration was made
-    with; a warning says so. Raises `CalibrationError` (a `ValueError`) where the pipeline has no calibration, or none
-    for this method.
+    p_values: return p-values instead, the share of normal images that are at least as anomalous, (1 + #{s_i >= s}) / (n
+    + 1); on average over calibrations, at most a share a of new normal images has p <= a. P-values and the fitted
+    methods need a calibration, and are invalid for the images of the calibration itself, which triggers a warning.
+    Raises `CalibrationError` (a `ValueError`) without a calibration for the method.
     """
     batch, calibration = pipeline.to_images(images), pipeline.calibration
     found = statistics(pipeline, batch, labels, batch_size)
     scores = score_of(method, found, calibration, labelled=labels is not None)
     if calibration is not None and (p_values or method in FITTED):
-        warn_of_known(calibration, batch)
+        warn_if_calibrated(calibration, batch)
     return p_value_of(method, scores, calibration, labelled=labels is not None) if p_values else scores
 
 
-def warn_of_known(calibration: Calibration, batch: Tensor) -> None:
-    """Warn if images `(B, C, H, W)` are among those that the calibration was made with."""
+def warn_if_calibrated(calibration: Calibration, batch: Tensor) -> None:
+    """Warn if some of the images `(B, C, H, W)` were used for the calibration."""
     if known := int(calibration.includes(convert_images(batch, "np")).sum()):
         warnings.warn(
-            f"{known} of {len(batch)} images are among those that the pipeline was calibrated with: they look more "
-            "normal than new ones do, and their p-values hold no promise",
+            f"{known} of {len(batch)} images were used to calibrate the pipeline: they look more normal than "
+            "new images, "
+            "and their p-values are not valid",
             stacklevel=level_of_user(),
         )
 
 
 def score_of(method: str, found: dict[str, Tensor], calibration: Calibration | None, *, labelled: bool) -> Tensor:
-    """As `anomaly_score`, from `statistics`."""
+    """Compute `anomaly_score` from `statistics`."""
     if method not in METHODS:
-        raise ValueError(f"method: no score is called {method!r}; there are {', '.join(METHODS)}")
+        raise ValueError(f"method: unknown score {method!r}; choose one of {', '.join(METHODS)}")
     if method not in possible(found):
         raise CalibrationError(f"method: {method} needs {NEEDS[method]}")
     if method not in FITTED:
@@ -95,26 +94,26 @@ def score_of(method: str, found: dict[str, Tensor], calibration: Calibration | N
 
 
 def p_value_of(method: str, scores: Tensor, calibration: Calibration | None, *, labelled: bool) -> Tensor:
-    """Conformal p-values of scores, ties counted against detection. Raises `CalibrationError`."""
+    """Return conformal p-values of scores; ties count as normal. Raises `CalibrationError`."""
     normal = checked(calibration, method, labelled).scores[method]
     return torch.from_numpy(p_values_of(scores.numpy(), normal.values, normal.tie))
 
 
 def possible(found: dict[str, Tensor]) -> list[str]:
-    """The methods that these statistics allow."""
+    """Return the methods that these statistics allow."""
     there = {"neighbours": "features", "ratio": "background_bits"}
     return [method for method in METHODS if there.get(method, "token_bits") in found]
 
 
 def plain_score(method: str, found: dict[str, Tensor]) -> Tensor:
-    """The score by a method that is not fitted to anything."""
+    """Compute a score that needs no fitting."""
     if method == "reconstruction":
         return found["error"]
     return found["token_bits"] - found["background_bits"] if method == "ratio" else total_bits(found)
 
 
 def fitted_score(method: str, found: dict[str, Tensor], fitted: Fitted) -> Tensor:
-    """The score by one of `FITTED`."""
+    """Compute one of the scores in `FITTED`."""
     if method == "typicality":
         return (total_bits(found) - fitted.typical_bits).abs()
     far = fitted.statistics.of(log_statistics(found))
@@ -125,22 +124,22 @@ def fitted_score(method: str, found: dict[str, Tensor], fitted: Fitted) -> Tenso
 
 
 def total_bits(found: dict[str, Tensor]) -> Tensor:
-    """Bits of the tokens, and of the pixels given them where the tokenizer has a likelihood."""
+    """Return the bits of the tokens, plus the bits of the pixels given the tokens if the tokenizer has a likelihood."""
     return found["token_bits"] + found.get("pixel_bits", torch.zeros(()))
 
 
 def log_statistics(found: dict[str, Tensor]) -> Floats:
-    """Logarithms of the statistics of `TOGETHER` that there are, `(B, d)`: all are positive, and an image's are in
-    proportion to each other."""
+    """Return the logarithms of the available statistics in `TOGETHER`, `(B, d)`; they are positive and roughly
+    proportional to each other."""
     return np.stack([np.log(found[name].numpy() + add) for name, add in TOGETHER.items() if name in found], axis=1)
 
 
 def checked(calibration: Calibration | None, method: str, labelled: bool) -> Calibration:
-    """The calibration, if there is one for this method and these labels. Raises `CalibrationError`."""
+    """Return the calibration if it covers this method and these labels, else raise `CalibrationError`."""
     calibration = require_calibration(calibration)
     if method not in calibration.scores:
         raise CalibrationError(f"method: the pipeline was calibrated without {method}: run `smalti calibrate` again")
     if calibration.labels != labelled:
         how = "with" if calibration.labels else "without"
-        raise CalibrationError(f"labels: the pipeline was calibrated {how} them, and scores are not comparable")
+        raise CalibrationError(f"labels: the pipeline was calibrated {how} labels, so scores are not comparable")
     return calibration

@@ -1,4 +1,4 @@
-"""How well a score tells anomalous images, which are the positive ones, from normal ones."""
+"""How well a score separates anomalous (positive) from normal images."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ NORMAL_975 = 1.959964
 
 
 def separation(scores: Floats, anomalous: NDArray[np.bool_]) -> dict[str, Any]:
-    """`auroc` as `[value, low, high]` with the 95 % interval of `auroc_interval`; `auprc`, the average precision;
-    `fpr95`, the share of normal images flagged where 95 % of the anomalous ones are; and `prevalence`, the share of
-    anomalous images, which is the AUPRC by chance."""
-    levels, place = np.unique(-scores, return_inverse=True)  # from the highest score; ties share a place
+    """Compute `auroc` as `[value, low, high]` with the 95 % interval of `auroc_interval`; `auprc`, the average
+    precision; `fpr95`, the false positive rate at 95 % recall; and `prevalence`, the share of anomalous images, which
+    is the AUPRC of a random score."""
+    levels, place = np.unique(-scores, return_inverse=True)  # highest score first; ties share a level
     normal, positive = (np.bincount(place[kind], minlength=len(levels)) for kind in (~anomalous, anomalous))
     false, true = np.cumsum(normal), np.cumsum(positive)
     recall = true / true[-1]
@@ -31,9 +31,9 @@ def separation(scores: Floats, anomalous: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def auroc_interval(auroc: float, normal: int, anomalous: int) -> tuple[float, float]:
-    """A 95 % interval by Newcombe's method 5 (2006): every true value t of which `auroc` is at most 1.96 of *its*
-    standard errors away, those of Hanley and McNeil (1982) with both counts made their mean. As with Wilson's interval
-    of a share, it has a width at 0 and 1, too, and does not leave them."""
+    """Compute a 95 % interval by Newcombe's method 5 (2006): all true values t for which `auroc` lies within 1.96
+    standard errors *at t*, by Hanley and McNeil (1982) with both counts replaced by their mean. Like Wilson's interval,
+    it stays in [0, 1] and has a width at 0 and 1."""
     half = (normal + anomalous) / 2 - 1
     t = np.union1d(np.linspace(0, 1, 100_001), auroc)
     variance = t * (1 - t) * (1 + half * ((1 - t) / (2 - t) + t / (1 + t))) / (normal * anomalous)

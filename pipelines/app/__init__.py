@@ -1,1 +1,1 @@
-"""A pipeline in the browser: a page with a tab for each thing that it can do, its server, and a Hub Space."""
+"""The web app: a page with a tab for each ability of a pipeline, its server, and a Hub Space."""

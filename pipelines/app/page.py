@@ -1,4 +1,4 @@
-"""The page: what the pipeline is, and a tab for each thing that it can do."""
+"""The page: a description of the pipeline, and its tabs."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from .parts import SIDES, zoom
 from .served import Served
 from .tabs import anomaly, compare, complete, compress, sample, search
 
-KEPT = 3600
-"""Seconds for which the files of a visitor, uploads and pictures, are kept at least."""
+KEEP_SECONDS = 3600
+"""Minimum time that uploads and pictures stay on disk."""
 
 
 def build_page(served: Served, queue: int = 8) -> gr.Blocks:
-    """The page of a pipeline, not yet served. queue: how many requests may wait."""
+    """Build the page of a pipeline. queue: maximum number of waiting requests."""
     tokenizer, title = served.pipeline.tokenizer, "/".join(served.name.rstrip("/").split("/")[-2:])
-    with gr.Blocks(title=f"Smalti: {title}", analytics_enabled=False, delete_cache=(KEPT // 10, KEPT)) as page:
+    with gr.Blocks(
+        title=f"Smalti: {title}", analytics_enabled=False, delete_cache=(KEEP_SECONDS // 10, KEEP_SECONDS)
+    ) as page:
         gr.Markdown(f"## {title}\n{about(served.pipeline)}")
         with gr.Tab("Sample"):
-            samples = sample.build(served)
+            samples = sample.build(served, page)
         with gr.Tab("Complete"):
             if tokenizer.placed and not tokenizer.grid.scales:
                 complete.build(served, samples)
             else:
-                gr.Markdown("A token of this pipeline belongs to no part of the image, so that no part can be kept.")
+                gr.Markdown("This pipeline cannot complete images, because its tokens have no place in the image.")
         with gr.Tab("Compare"):
             compare.build(served, samples)
         with gr.Tab("Anomaly"):
@@ -41,25 +43,28 @@ def build_page(served: Served, queue: int = 8) -> gr.Blocks:
 
 
 def about(pipeline: ImagePipeline) -> str:
-    """What a pipeline is made of, in a line."""
+    """Describe a pipeline in two sentences."""
     channels, height, width = pipeline.tokenizer.image_shape
     grid, classes = pipeline.prior.grid, pipeline.prior.num_classes
     kind = {1: "grey", 3: "colour"}.get(channels, f"{channels}-channel")
     return (
-        f"{pipeline.tokenizer.name} and {pipeline.prior.name}: {kind} images of {width} x {height} pixels as "
-        f"{' x '.join(map(str, grid.shape))} tokens of {grid.vocab_size} ids, {classes or 'no'} classes"
+        f"This pipeline generates {kind} images of {width} × {height} "
+        f"pixels{f' in {classes} classes' * bool(classes)}. "
+        f"Its tokenizer ({pipeline.tokenizer.name}) turns an image into {' × '.join(map(str, grid.shape))} "
+        "tokens from a "
+        f"vocabulary of {grid.vocab_size:,}; its prior ({pipeline.prior.name}) generates the tokens."
     )
 
 
 def css(served: Served) -> str:
-    """Pictures in whole screen pixels a pixel, and their captions below them."""
+    """Return the style sheet: pixels scaled by whole numbers, captions below pictures."""
     width = served.shape[-1]
     sides = [f".smalti-{side} {{ --side: {width * zoom(width, side)}px; }}" for side in SIDES]
     return "\n".join([*sides, Path(__file__).with_name("page.css").read_text(encoding="utf-8")])
 
 
 def theme() -> gr.themes.Base:
-    """Plain, with the fonts of the visitor's system: none is fetched."""
+    """Return a plain theme with system fonts, so that no font is downloaded."""
     mono = ("ui-monospace", "monospace")
     plain = gr.themes.Default(primary_hue="teal", font=("system-ui", "sans-serif"), font_mono=mono)
     return plain.set(block_info_text_color="*neutral_500", block_info_text_color_dark="*neutral_400")

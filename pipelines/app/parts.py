@@ -1,4 +1,4 @@
-"""The parts that several tabs have: pictures in crisp pixels, a picker of images, buttons, and lines of Python."""
+"""Widgets shared by several tabs: pictures, image pickers, buttons, and lines of Python."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import gradio as gr
 from .served import Picked, Served
 
 SIDES = {"tiny": 56, "small": 112, "medium": 168, "large": 224, "canvas": 336}
-"""How many screen pixels a picture is wide, or the nearest whole multiple of its own width."""
+"""Width of a picture in screen pixels, to be rounded to a whole multiple of its own width."""
 
 
 class Samples(NamedTuple):
-    """The pictures of the first tab, and the number of the one that a visitor has chosen."""
+    """The pictures of the first tab, and the index of the selected one."""
 
     gallery: gr.Gallery
-    chosen: gr.State
+    selected: gr.State
 
 
 def zoom(width: int, side: str) -> int:
-    """How many screen pixels wide a pixel is, of a picture of `width` pixels."""
+    """Return the screen pixels per pixel for a picture of `width` pixels."""
     return max(1, round(SIDES[side] / width))
 
 
 def pictures(name: str, side: str = "small") -> gr.Gallery:
-    """A place for pictures with captions."""
+    """Make a gallery of pictures with captions."""
     return gr.Gallery(
         elem_id=name,
         elem_classes=["smalti", f"smalti-{side}"],
@@ -40,7 +40,7 @@ def pictures(name: str, side: str = "small") -> gr.Gallery:
 
 
 def picker(served: Served, name: str, label: str, height: int = 140) -> gr.Gallery:
-    """A place to which a visitor uploads images. Unlike `gr.Image`, it leaves it to us to decode them."""
+    """Make a field for uploading images. Unlike `gr.Image`, it leaves decoding to us."""
     return gr.Gallery(
         elem_id=name,
         elem_classes=["smalti", "smalti-tiny", "smalti-picker"],
@@ -57,43 +57,53 @@ def picker(served: Served, name: str, label: str, height: int = 140) -> gr.Galle
 
 
 def image_picker(served: Served, name: str, samples: Samples) -> tuple[gr.Gallery, list[Any]]:
-    """A picker of one image, the last that was uploaded, with a button that takes the chosen sample; and the two events
-    that fill it."""
+    """Make a field for one image with a button that uses the selected sample; also returns the two events that fill
+    it."""
     picked = picker(served, name, "Image")
-    take = gr.Button("Take the chosen sample", size="sm")
+    use = gr.Button("Use the selected sample", size="sm")
     upload = picked.upload(last_picked, picked, picked, queue=False)
-    return picked, [upload, take.click(chosen_sample, [*samples], picked, queue=False)]
+    return picked, [upload, use.click(selected_sample, [*samples], picked, queue=False)]
 
 
 def last_picked(picked: Picked) -> Picked:
-    """The image that was uploaded last."""
+    """Return the image that was uploaded last."""
     return (picked or [])[-1:]
 
 
-def chosen_sample(samples: Picked, chosen: int) -> Picked:
-    """The sample that a visitor has chosen, if there is one."""
-    return (samples or [])[chosen:][:1]
+def selected_sample(samples: Picked, selected: int) -> Picked:
+    """Return the selected sample, if any."""
+    return (samples or [])[selected:][:1]
 
 
 def run_buttons(title: str) -> tuple[gr.Button, gr.Button]:
-    """A button that starts, and one that stops."""
+    """Make a start button and a stop button."""
     with gr.Row():
         return gr.Button(title, variant="primary", min_width=120), gr.Button("Stop", min_width=80)
 
 
 def on_click(
-    served: Served, buttons: Sequence[gr.Button], work: Callable[..., Any], inputs: list[Any], outputs: list[Any]
+    served: Served,
+    buttons: Sequence[gr.Button],
+    work: Callable[..., Any],
+    inputs: list[Any],
+    outputs: list[Any],
+    page: gr.Blocks | None = None,
 ) -> None:
-    """Let the first button start `work`, and the second, if there is one, stop it. All work waits for each other."""
+    """Let the first button start `work`, and the second, if any, stop it. Only one request runs at a time.
+
+    page: also start `work` when this page is opened.
+    """
     start, *stops = buttons
     options: dict[str, Any] = {"concurrency_id": "pipeline", "concurrency_limit": 1, "show_progress_on": outputs[:1]}
     start.click(served.handler(work), inputs, outputs, **options)
+    if page is not None:
+        page.load(served.handler(work), inputs, outputs, **options)
     for stop in stops:
         stop.click(served.stop, None, None, queue=False)
 
 
 def code_widget(served: Served) -> gr.Code:
-    """A place for the lines that do the same in Python, the first of which stand there from the start."""
+    """Make a field for the equivalent Python code."""
     title = "The same in Python"
     return gr.Code(
         served.code(), language="python", label=title, interactive=False, lines=4, max_lines=14, wrap_lines=True

@@ -1,4 +1,4 @@
-"""Serve the page on a port, until Ctrl-C or SIGTERM."""
+"""Serve the page until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ MEGABYTE = 2**20
 
 
 def allowed_hosts(host: str) -> list[str]:
-    """The names by which the server may be called: a page elsewhere could have its own name lead here, and then read
-    what we answer. Where it listens on all addresses nobody knows its names."""
+    """Return the accepted Host headers, as a protection against DNS rebinding: another site could point its own name to
+    this machine and read our answers. When listening on all addresses, the names are unknown and all are accepted."""
     return ["*"] if host in EVERYWHERE else [f"[{host}]" if ":" in host else host, *LOCAL]
 
 
 def serve(served: Served, host: str, port: int, queue: int) -> None:
-    """Serve until Ctrl-C or SIGTERM, with which the process ends. Raises `UserError` for a port that is taken."""
+    """Serve until Ctrl-C or SIGTERM, which end the process. Raises `UserError` if the port is in use."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -53,9 +53,9 @@ def serve(served: Served, host: str, port: int, queue: int) -> None:
             enable_monitoring=False,
         )
     except OSError as error:
-        raise UserError(f"port: {port} on {host} cannot be listened on; choose another one") from error
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, also where gradio decodes
-    print(f"{served.name}: {url} (Ctrl-C ends it)", flush=True)
+        raise UserError(f"port: cannot listen on port {port} of {host}; choose another port") from error
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses images of twice this size, also when gradio decodes them
+    print(f"{served.name}: {url} (Ctrl-C to stop)", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         threading.Event().wait()
@@ -64,4 +64,4 @@ def serve(served: Served, host: str, port: int, queue: int) -> None:
     page.close(verbose=False)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # a request may still run, in a daemon thread inside torch, with which Python's own exit aborts
+    os._exit(0)  # skip Python's exit, which aborts if a daemon thread is still running inside torch

@@ -1,4 +1,4 @@
-"""A Hub Space that shows a pipeline: its app file, what it needs installed, and its card."""
+"""A Hub Space that serves a pipeline: its app file, requirements, and card."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizer.files import HUB_ID, atomic_folder
 
-APP = '''"""Shows a pipeline of Smalti; written by `smalti app space={folder}`."""
+APP = '''"""Serves a Smalti pipeline; written by `smalti app space={folder}`."""
 
 import os
 
@@ -32,13 +32,12 @@ pinned: false
 
 # {title}
 
-`{pipeline}`, a pipeline of Smalti: sample, complete, compare and compress images in the browser.
+The Smalti pipeline `{pipeline}`: sample, complete, compare and compress images in the browser.
 """
 
 
 def write_space(out: Path, pipeline: str, keys: dict[str, object]) -> None:
-    """Write the folder `out`, whole or not at all. keys: those of `smalti app`. Raises `PathError` if it holds
-    something already."""
+    """Write the folder `out` atomically. keys: arguments of `smalti app`. Raises `PathError` if `out` is not empty."""
     title = f"Smalti {pipeline.rpartition('/')[2]}"
     given = ", ".join(f'"{name}={value}"' for name, value in keys.items())
     python = f"{sys.version_info.major}.{sys.version_info.minor}"

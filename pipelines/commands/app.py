@@ -1,6 +1,6 @@
-"""Show a pipeline in the browser: sample, complete, compare, search, compress; or write a Hub Space that does.
+"""Serve a pipeline as a web page: sample, complete, compare, search, compress; or write a Hub Space that does.
 
-The page listens on this machine alone unless `host` says otherwise. With `space`, nothing is served.
+The server listens on this machine only, unless `host` is set. With `space`, nothing is served.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class AppConfig(UsesImages):
-    """What is shown, where, and what visitors may ask for."""
+    """What to serve, where, and the limits for visitors."""
 
     examples = (
         "pipeline=digits",
@@ -35,15 +35,17 @@ class AppConfig(UsesImages):
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 lets other machines in")
     port: int = Field(7860, ge=1, le=65535, description="port to listen on")
-    max_images: int = Field(64, ge=1, le=4096, description="most images that a visitor asks for, or sends, at once")
-    max_upload_mb: float = Field(8, gt=0, le=1024, description="most megabytes of a file that a visitor sends")
-    queue: int = Field(8, ge=1, le=1000, description="requests that may wait for the one that is worked on")
+    max_images: int = Field(64, ge=1, le=4096, description="maximum number of images per request")
+    max_upload_mb: float = Field(8, gt=0, le=1024, description="maximum size of an uploaded file, in megabytes")
+    queue: int = Field(8, ge=1, le=1000, description="maximum number of waiting requests")
     search: bool | None = Field(
-        None, description="a tab that finds the nearest training images; default: where they are on this machine"
+        None, description="add a tab that finds the nearest training images; default: if they are on this machine"
     )
-    num_index: int | None = Field(10_000, ge=1, description="how many training images, drawn by seed 0; null: all")
+    num_index: int | None = Field(
+        10_000, ge=1, description="number of training images to search, drawn with seed 0; null: all"
+    )
     space: str | None = Field(
-        None, description="a new folder: instead of serving the page, write the files of a Hub Space to it"
+        None, description="write the files of a Hub Space to this new folder instead of serving the page"
     )
 
 
@@ -68,15 +70,15 @@ def make_space(config: AppConfig, out: Path) -> None:
     from ..app.space import write_space
 
     if Path(config.pipeline).exists():
-        raise UserError("space: the pipeline must be on the Hub, or `digits`; `smalti push` uploads it")
+        raise UserError("space: the pipeline must be on the Hub (upload it with `smalti push`) or be `digits`")
     keys = {name: getattr(config, name) for name in ("max_images", "max_upload_mb", "queue")}
     with Output(out, key="space").errors():
         write_space(out, config.pipeline, keys)
-    print(f"{out}: try `python {out}/app.py`, and upload it: `hf upload owner/name {out} --repo-type space`")
+    print(f"{out}: try it with `python {out}/app.py`, upload it with `hf upload owner/name {out} --repo-type space`")
 
 
 def searchable(config: AppConfig, pipeline: ImagePipeline) -> ImageDataset | None:
-    """The training images, where they are asked for or are on this machine."""
+    """Load the training images if they are requested or are on this machine."""
     here = config.data.source == "digits" or config.data.path is not None
     if config.search is False or not (config.search or here):
         return None
@@ -86,7 +88,7 @@ def searchable(config: AppConfig, pipeline: ImagePipeline) -> ImageDataset | Non
     except UserError as error:
         if config.search:
             raise
-        print(f"no search: {error}")
+        print(f"no search tab: {error}")
         return None
 
 

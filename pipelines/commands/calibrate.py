@@ -1,4 +1,4 @@
-"""Fit anomaly scores to held-out normal images, and save what was learned in the pipeline folder."""
+"""Calibrate anomaly scores on held-out normal images, and save the calibration in the pipeline folder."""
 
 from __future__ import annotations
 
@@ -24,41 +24,44 @@ from ..saving import INDEX, PIPELINE, save_again
 
 
 class CalibrateConfig(UsesImages):
-    """What is normal, and how often it may be called an anomaly."""
+    """The normal images, and the rate of false alarms."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline",)
 
     every: int = Field(
         2,
         ge=1,
-        description="calibrate with every n-th held-out image, from the first, and leave the others to "
-        "`smalti detect`; 1: with all of them",
+        description="use every n-th held-out image, starting with the first, and leave the others to `smalti detect`; "
+        "1: use all of them",
     )
     background: Annotated[str | None, Within("pipeline", INDEX)] = Field(
-        None, description="another pipeline folder, over the same tokens, whose prior becomes the background prior"
+        None, description="folder of another pipeline over the same tokens, whose prior becomes the background prior"
     )
     false_alarms: float = Field(
         0.05,
         gt=0,
         lt=1,
-        description="share of new normal images that may be flagged: on average over calibrations, if there is no "
-        "`confidence`",
+        description="share of new normal images that may be flagged; without `confidence`, on average over "
+        "calibrations",
     )
     confidence: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="the probability, over calibrations, with which at most that share is flagged; 0.9 or 0.95 ask for "
-        "more images and make the thresholds higher",
+        description="probability, over calibrations, that at most this share is flagged; 0.9 or 0.95 need "
+        "more images and "
+        "raise the thresholds",
     )
-    seed: int = Field(0, ge=0, description="chooses the half that is fitted to; the other half gives the scores")
+    seed: int = Field(0, ge=0, description="seed that splits the images into a half for fitting and a half for scoring")
 
 
 def run(config: CalibrateConfig) -> Calibration:
-    """Calibrate, save, and print a table; returns the calibration."""
+    """Calibrate, save the result, print a table, and return the calibration."""
     folder = Path(config.pipeline)
     if not folder.is_dir():
-        raise UserError(f"pipeline: {config.pipeline!r} is not a folder, and the calibration is written into it")
+        raise UserError(
+            f"pipeline: {config.pipeline!r} is not a folder; the calibration is saved in the pipeline folder"
+        )
     require_replaceable(folder, PIPELINE)
     with lock_output(folder, key="pipeline"):
         pipeline = config.load_pipeline()
@@ -69,8 +72,10 @@ def run(config: CalibrateConfig) -> Calibration:
         try:
             check_promise(len(chosen), config.false_alarms, config.confidence)
         except ValueError as error:
-            hint = "; every=1 takes all" if config.every > 1 else ""
-            raise UserError(f"data: {error}; every={config.every} takes these of {len(images):,}{hint}") from error
+            hint = "; every=1 uses all" if config.every > 1 else ""
+            raise UserError(
+                f"data: {error}; every={config.every} selects {len(chosen):,} of {len(images):,}{hint}"
+            ) from error
         calibration = calibrate(
             pipeline,
             images.pixels(chosen),
@@ -85,13 +90,13 @@ def run(config: CalibrateConfig) -> Calibration:
 
 
 def report(calibration: Calibration) -> str:
-    """Median and threshold of each method; what the thresholds promise; and which methods are left out."""
+    """Format the median and threshold of each method, the guarantee, and the methods left out."""
     rows = [("score", "median", "threshold", "")]
     for method, normal in calibration.scores.items():
         median = float(np.median(normal.values))
         rows.append((method, f"{median:.4g}", f"{normal.threshold:.4g}", METHODS.get(method, "")))
     lines = [table(rows, right=[1, 2]), "", f"thresholds: {calibration.promise}"]
-    lines += [f"left out: {name}, which needs {what}" for name, what in NEEDS.items() if name not in calibration.scores]
+    lines += [f"left out: {name} (needs {what})" for name, what in NEEDS.items() if name not in calibration.scores]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Hide a part of images and have a pipeline draw it: a sheet of truth, mask and draws, and how near they come."""
+"""Mask part of some images and let a pipeline fill it in; compare the completions with the originals."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from ..images.pictures import SUFFIXES, grid_picture, write_picture
 from ..options import Named, Sampling, UsesImages, choose_images, split_named
 from ..provenance import defaults
 
-TINTS = ((0.15, 0.35, 0.65), (-0.2, 0.0, 0.35))  # of the hatching, RGB in [-1, 1]: no grey image has them
+TINTS = ((0.15, 0.35, 0.65), (-0.2, 0.0, 0.35))  # of the hatching, RGB in [-1, 1]; not found in grey images
 
 
 class CompleteConfig(Sampling, UsesImages, OutputConfig):
-    """What is hidden of which images, and how it is drawn."""
+    """Which images, which mask, and how to sample."""
 
     examples = (
         "pipeline=runs/gpt_digits/pipeline mask=bottom draws=4 out=completions.png",
@@ -37,16 +37,18 @@ class CompleteConfig(Sampling, UsesImages, OutputConfig):
 
     mask: str = Field(
         "bottom",
-        description="what is hidden: top, bottom, left, right, box (the middle), scatter:SHARE of the patches, or a "
-        "picture of the images' size, white where they are hidden",
+        description="area to fill in: top, bottom, left, right, box (the middle), scatter:SHARE of the patches, or a "
+        "picture of the images' size that is white there",
     )
     images: Named = Field(
         None, description="image files, folders of them, or indices of held-out images; default: held-out images"
     )
-    num_images: int = Field(8, ge=1, le=256, description="how many of a folder or the held-out images, evenly spread")
-    draws: int = Field(4, ge=1, le=64, description="completions of each image")
+    num_images: int = Field(
+        8, ge=1, le=256, description="number of images from a folder or the held-out split, evenly spread"
+    )
+    draws: int = Field(4, ge=1, le=64, description="completions per image")
     labels: int | str | list[int | str] | None = Field(
-        None, description="classes (ids or names), one for all or one per image; default: no class is given"
+        None, description="classes (ids or names), one for all or one per image; default: no class"
     )
     seed: int = Field(0, ge=0, lt=1 << 63, description="draw d of image k uses seed + k * draws + d")
     out: str = Field("completions.png", description="the picture to write")
@@ -54,7 +56,7 @@ class CompleteConfig(Sampling, UsesImages, OutputConfig):
 
 
 def run(config: CompleteConfig) -> dict[str, float]:
-    """Draw, write the sheet and print what the draws are given and how near they come; returns the figures."""
+    """Complete the images, write the sheet, and print and return the figures."""
     files, _ = split_named(config.images)
     out = Output(
         config.out, [config.pipeline, config.mask, None if files else config.data.path, *files], config.overwrite
@@ -94,7 +96,7 @@ def run(config: CompleteConfig) -> dict[str, float]:
 
 
 def read_mask(name: str, pipeline: ImagePipeline) -> Tensor:
-    """What is known, bool `(H, W)`, under the mask or mask file `name`. Raises `UserError`."""
+    """Read a mask by name or from a file; returns the known pixels, bool `(H, W)`. Raises `UserError`."""
     shape, path = pipeline.tokenizer.image_shape, Path(name)
     try:
         if path.suffix.lower() not in SUFFIXES:
@@ -103,13 +105,13 @@ def read_mask(name: str, pipeline: ImagePipeline) -> Tensor:
     except Exception as error:  # damaged files make Pillow raise almost anything
         raise UserError(f"mask: {name}: {getattr(error, 'strerror', None) or error}") from error
     if not bool(hidden.any()):
-        raise UserError(f"mask: {name} hides nothing; it should be white where images are hidden")
+        raise UserError(f"mask: {name} is empty; make it white where images are to be filled in")
     return ~hidden
 
 
 def pixel_errors(pipeline: ImagePipeline, truth: Tensor, drawn: Tensor, known: Tensor) -> dict[str, float]:
-    """Mean absolute difference of hidden pixels from `truth` `(B, C, H, W)`, in grey levels of 255: of all draws
-    `drawn` `(B, draws, C, H, W)`, of the best draw of each image, and of the tokenizer's reconstruction."""
+    """Mean absolute error of the hidden pixels against `truth` `(B, C, H, W)`, on a scale of 255: over all completions
+    `drawn` `(B, draws, C, H, W)`, over the best one per image, and of the tokenizer's reconstruction."""
     decoded = pipeline.reconstruct(truth, output_type="pt").cpu()
 
     def error(images: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ def pixel_errors(pipeline: ImagePipeline, truth: Tensor, drawn: Tensor, known: T
 
 
 def sheet(truth: Tensor, drawn: Tensor, known: Tensor) -> np.ndarray:
-    """A row per image: the truth, what is known of it (the rest hatched), and the draws. uint8 (H, W, 3)."""
+    """Draw a row per image: the original, the masked image (hatched), the completions. Returns uint8 `(H, W, 3)`."""
     count, draws, _, height, width = drawn.shape
     stripes = (torch.arange(height)[:, None] + torch.arange(width)) // max(2, width // 14) % 2
     hatching = torch.tensor(TINTS)[stripes].movedim(-1, 0)
@@ -136,32 +138,34 @@ def sheet(truth: Tensor, drawn: Tensor, known: Tensor) -> np.ndarray:
 def report(
     config: CompleteConfig, pipeline: ImagePipeline, known: Tensor, figures: dict[str, float], refusal: str
 ) -> str:
-    """The figures as people read them, with what the draws were conditioned on. refusal: why there is no log p."""
+    """Format the figures and what the completions were conditioned on. refusal: why log p is not available."""
     keep = pipeline.tokenizer.known_tokens(known[None]).flatten(1).to(pipeline.device)
     hidden = int((~keep).sum())
     score = f"not available ({refusal})"
     if not refusal:
         nats = figures["conditional_log_prob"]
-        score = f"{nats:.2f} nats, {-nats / hidden / np.log(2):.3f} bits per hidden token (mean of the images)"
+        score = f"{nats:.2f} nats, {-nats / hidden / np.log(2):.3f} bits per hidden token (mean over images)"
     share, best = float((~known).double().mean()), figures["best_pixel_error"]
     rows = [
-        ("hidden", f"{config.mask}: {share:.1%} of the pixels, {hidden} of {keep.numel()} tokens"),
-        ("known tokens seen", what_is_seen(pipeline.prior, keep)),
-        ("log p of the truth", score),
-        ("pixel error", f"{figures['pixel_error']:.1f} of 255 where hidden, best of {config.draws} draws {best:.1f}"),
-        ("of a reconstruction", f"{figures['tokenizer_pixel_error']:.1f}"),
-        ("sheet", f"{config.out}: truth, what is known, {config.draws} draws"),
+        ("masked", f"{config.mask}: {share:.1%} of the pixels, {hidden} of {keep.numel()} tokens"),
+        ("conditioned on", describe_context(pipeline.prior, keep)),
+        ("log p of the original", score),
+        ("pixel error", f"{figures['pixel_error']:.1f} of 255 in the masked area, best of {config.draws}: {best:.1f}"),
+        ("  reconstruction", f"{figures['tokenizer_pixel_error']:.1f}"),
+        ("sheet", f"{config.out}: original, masked, {config.draws} completions"),
     ]
     return table(rows)
 
 
-def what_is_seen(prior: Prior, keep: Tensor) -> str:
-    """Which of the known tokens, bool `keep` `(1, N)`, a hidden one is conditioned on."""
+def describe_context(prior: Prior, keep: Tensor) -> str:
+    """Say which of the known tokens, bool `keep` `(1, N)`, a hidden token is conditioned on."""
     if not bool(keep.any()):
-        return "none: no patch is known whole"
+        return "nothing: no patch is completely known"
     if not bool(sees_all_known(prior, keep).all()):
-        return f"only those before it in {prior.config.order} order"
-    return "all of them, in any order" if prior.any_order else f"all of them, first in {prior.config.order} order"
+        return f"the known tokens that come earlier in {prior.config.order} order"
+    return (
+        "all known tokens" if prior.any_order else f"all known tokens, which come first in {prior.config.order} order"
+    )
 
 
 main = partial(run_command, CompleteConfig, run, verb="complete", description=__doc__, defaults=defaults)

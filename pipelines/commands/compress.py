@@ -1,6 +1,7 @@
-"""Put a folder of images into one small file: their tokens, or with lossless=true every pixel.
+"""Compress a folder of images into one small file: their tokens, or with lossless=true every pixel.
 
-Any machine gets the same tokens back; and every pixel with lossless=true, else pixels to within one grey level.
+The file decodes to the same tokens on any machine; with lossless=true to the same pixels, otherwise to pixels that may
+differ by one grey level.
 """
 
 from __future__ import annotations
@@ -20,29 +21,31 @@ from tokenizer.base import LikelihoodError
 from ..compression.coding import chunk_images, exact_pixels, write_images
 from ..compression.container import StreamError
 from ..config import OutputConfig, UserError, run_command
+from ..config.table import count_of
 from ..files import Output, lock_output
 from ..images import to_float
 from ..images.decoding import open_image
-from ..options import UsesPipeline, find_image_files
+from ..options import UsesPipeline, find_image_files, read_images
 
 
 class CompressConfig(UsesPipeline, OutputConfig):
-    """What is compressed, with what, and where to."""
+    """Which images, which pipeline, and the output file."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=my-images.smalti",)
-    often = "pipeline images out overwrite lossless device"
+    often = "pipeline images out overwrite lossless resize device"
 
-    images: str = Field(description="a folder of images of the pipeline's size, or one file; names are kept")
-    out: str = Field("images.smalti", description="the file to write; decompressing it needs the very same pipeline")
+    images: str = Field(description="folder of images of the pipeline's size, or one image; file names are kept")
+    out: str = Field("images.smalti", description="file to write; decompressing it requires the same pipeline")
     lossless: bool = Field(
         False,
-        description="keep every pixel; needs a decoder with a likelihood, or a pixels "
-        "tokenizer. false keeps what the tokenizer sees",
+        description="keep every pixel; requires a decoder with a likelihood, or a pixels tokenizer. "
+        "false: keep only the tokens",
     )
+    resize: bool = Field(False, description="resize and crop images of another size; false: refuse them")
 
 
 def run(config: CompressConfig) -> Path:
-    """Compress, and return the file written."""
+    """Compress the images and return the file."""
     root = Path(config.images)
     paths = find_image_files([config.images])
     names = [restored(path.relative_to(root if root.is_dir() else root.parent)) for path in paths]
@@ -53,7 +56,7 @@ def run(config: CompressConfig) -> Path:
 
     def parts() -> Iterator[Tensor]:
         for first in range(0, len(paths), size):
-            images = [read_exactly(path, shape, config.lossless) for path in paths[first : first + size]]
+            images = [read_image(path, shape, config) for path in paths[first : first + size]]
             yield torch.stack(images).to(pipeline.device)
 
     began = time.monotonic()
@@ -64,26 +67,30 @@ def run(config: CompressConfig) -> Path:
         raise UserError(str(error)) from error
     before, seconds = sum(path.stat().st_size for path in paths), time.monotonic() - began
     bits = 8 * written / (len(paths) * int(np.prod(shape)))
-    what = "every pixel" if config.lossless else "tokens: decompressing gives reconstructions"
+    what = "every pixel" if config.lossless else "tokens, which decompress to reconstructions"
     print(
-        f"{config.out}: {len(paths):,} images, {written:,} bytes (before: {before:,}), {written / len(paths):.1f} an "
-        f"image, {bits:.3f} bits per dim\nkept: {what}; {len(paths) / seconds:.0f} images a second"
+        f"{config.out}: {count_of(len(paths), 'image')}, {written:,} bytes (before: {before:,}), "
+        f"{written / len(paths):.1f} per image, {bits:.3f} bits per dim\n"
+        f"kept: {what}; {len(paths) / seconds:.0f} images per second"
     )
     return out.path
 
 
 def restored(path: Path) -> str:
-    """The name of the PNG file to which an image will be restored."""
+    """Return the name of the PNG file that will hold the decompressed image."""
     name = path.as_posix()
     return name if path.suffix.lower() == ".png" else f"{name}.png"
 
 
-def read_exactly(path: Path, shape: tuple[int, int, int], lossless: bool) -> Tensor:
-    """An image file as it is, float `(C, H, W)`. Raises `UserError` for a file of another size or kind."""
+def read_image(path: Path, shape: tuple[int, int, int], config: CompressConfig) -> Tensor:
+    """Read an image, float `(C, H, W)`. Raises `UserError` for another size, unless it may be resized, or mode."""
+    if config.resize:
+        return to_float(read_images([path], shape)[0])
     try:
-        return to_float(exact_pixels(open_image(path), shape, lossless))
+        return to_float(exact_pixels(open_image(path), shape, config.lossless))
     except Exception as error:  # damaged files make Pillow raise almost anything
-        raise UserError(f"images: {path}: {error}") from error
+        hint = "; resize=true resizes and crops images" if "pixels" in str(error) else ""
+        raise UserError(f"images: {path}: {error}{hint}") from error
 
 
 main = partial(run_command, CompressConfig, run, verb="compress", description=__doc__)

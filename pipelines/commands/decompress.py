@@ -1,7 +1,7 @@
-"""Turn a file that `smalti compress` wrote back into a folder of images.
+"""Decompress a file written by `smalti compress` into a folder of images.
 
-The tokens are those that were compressed, or there is an error. The pixels are, too, if the file is lossless; else they
-are what the decoder makes of the tokens here, to within one grey level of what it makes of them elsewhere.
+The tokens are exactly those that were compressed, or there is an error. So are the pixels of a lossless file. Otherwise
+the tokens are decoded here, and a pixel may differ by one grey level from another machine.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tokenizer.files import atomic_folder
 from ..compression.coding import read_images
 from ..compression.container import StreamError
 from ..config import UserError, run_command
+from ..config.table import count_of
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images.pictures import convert_images
@@ -23,21 +24,19 @@ from ..options import UsesPipeline
 
 
 class DecompressConfig(UsesPipeline):
-    """What is decompressed, with what, and where to."""
+    """Which file, which pipeline, and the output folder."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline stream=my-images.smalti out=my-images-again",)
 
-    stream: str = Field(description="the file that `smalti compress` wrote, with the same pipeline")
-    out: str = Field(
-        "decompressed", description="a new or empty folder for PNG files, which appears whole or not at all"
-    )
+    stream: str = Field(description="file that `smalti compress` wrote with the same pipeline")
+    out: str = Field("decompressed", description="new or empty folder for the PNG files; on errors nothing is written")
     batch_size: int | None = Field(
-        None, ge=1, description="images evaluated at a time; default: a whole chunk. Tokens do not depend on it"
+        None, ge=1, description="images decoded at a time; default: a whole chunk. The tokens do not depend on it"
     )
 
 
 def run(config: DecompressConfig) -> Path:
-    """Decompress, and return the folder written."""
+    """Decompress the file and return the folder."""
     path = Path(config.stream)
     out = Output(config.out, [path, config.pipeline])
     out.check_folder(None)
@@ -51,19 +50,19 @@ def run(config: DecompressConfig) -> Path:
             count = write_folder(pipeline, data, folder, config.batch_size)
     except StreamError as error:
         raise UserError(f"stream: {path}: {error}") from error
-    print(f"{count:,} images: {config.out}")
+    print(f"{config.out}: {count_of(count, 'image')}")
     return out.path
 
 
 def write_folder(pipeline: ImagePipeline, data: bytes, folder: Path, batch_size: int | None) -> int:
-    """Write the images of a stream as PNG files, by their names or numbered; returns how many."""
+    """Write the images of a stream as PNG files, by their names or numbered; returns their number."""
     header, parts = read_images(pipeline, data, batch_size=batch_size)
     names = iter(header.names or map("{:08d}.png".format, range(header.images)))
     for images in parts:
         for image in convert_images(images, "pil"):
             path = folder / next(names)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "xb") as file:  # where a file system takes two names for one, nothing is lost
+            with open(path, "xb") as file:  # "x": on a case-insensitive file system, never overwrite another image
                 image.save(file, "png")
     return header.images
 

@@ -1,4 +1,4 @@
-"""Find the images that are unlike a pipeline's normal ones: a table of scores, and a sheet that shows where."""
+"""Find anomalous images with a calibrated pipeline: a table of scores, and a sheet that shows where."""
 
 from __future__ import annotations
 
@@ -34,60 +34,62 @@ from ..provenance import defaults, trained_data
 
 
 class DetectConfig(OutputConfig, UsesImages):
-    """Which images, against which calibrated pipeline."""
+    """Which images, and which calibrated pipeline."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=runs/detected",)
     often = "pipeline images out overwrite normal_labels method fdr device"
 
     images: str | list[str] | None = Field(
         None,
-        description="image files and folders of them; default: the images held out of `data`; images that the pipeline "
-        "was calibrated with are left out",
+        description="image files and folders; default: the held-out images of `data`. Images that the pipeline was "
+        "calibrated with are skipped",
     )
     normal_labels: list[int | str] | None = Field(
         None,
-        description="the classes that are normal, in folders the names of those that images lie in; the report then "
-        "says how well the others are found",
+        description="the normal classes; in `images`, classes are the names of the folders. The report then "
+        "says how well "
+        "the other classes are detected",
     )
     method: Literal["joint", "neighbours", "nll", "typicality", "ratio", "reconstruction"] = Field(
         "joint",
-        description="the score: nll is bits of the tokens, and of the pixels given them where the tokenizer has a "
-        "likelihood of pixels; `smalti calibrate` says what each of them is",
+        description="the score; `smalti calibrate` explains each of them. nll: bits of the tokens, plus bits of the "
+        "pixels given the tokens if the tokenizer has a likelihood of pixels",
     )
     fdr: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="flag so that on average at most this share of the flagged images is normal (Benjamini and "
-        "Hochberg); null: flag the scores above the calibration's threshold",
+        description="false discovery rate: on average at most this share of the flagged images is normal "
+        "(Benjamini and Hochberg); null: flag scores above the calibrated threshold",
     )
-    out: str = Field("anomalies", description="folder for scores.csv, sheet.png and, where measured, figures.json")
-    num_shown: int = Field(8, ge=1, le=64, description="how many of the most and of the least anomalous are shown")
-    seed: int = Field(0, ge=0, lt=1 << 63, description="of healing")
+    out: str = Field("anomalies", description="folder for scores.csv, sheet.png and, with normal_labels, figures.json")
+    num_shown: int = Field(8, ge=1, le=64, description="how many of the most and of the least anomalous images to show")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="seed of the healed images")
 
     @property
     def paths(self) -> list[str]:
-        """The files and folders to look through."""
+        """The given files and folders."""
         return [self.images] if isinstance(self.images, str) else self.images or []
 
 
 class Found(NamedTuple):
-    """Images to score: the name of each, uint8 `(n, C, H, W)`, and the name of each one's class, or None."""
+    """Images to score: names, pixels uint8 `(n, C, H, W)`, class names or None, and what they are."""
 
     names: list[str]
     pixels: Tensor
     classes: list[str] | None
+    origin: str
 
 
 def run(config: DetectConfig) -> dict[str, Any]:
-    """Score, write, and print what was found; returns the figures, empty where there is nothing to compare to."""
+    """Score the images, write and print the results; returns the figures, empty without `normal_labels`."""
     pipeline = config.load_pipeline()
     if (calibration := pipeline.calibration) is None:
         raise UserError(f"pipeline: not calibrated; run `smalti calibrate pipeline={config.pipeline}`")
     out = Output(config.out, [config.pipeline, config.data.path, *config.paths], config.overwrite)
     out.check_files(["scores.csv", "sheet.png", "figures.json"])
     with lock_output(config.out):
-        names, pixels, classes = without_known(find_images(config, pipeline), calibration)
+        names, pixels, classes, _ = skip_calibrated(find_images(config, pipeline), calibration)
         anomalous = None if config.normal_labels is None else other_classes(classes, config.normal_labels)
         try:
             found = statistics(pipeline, pixels)
@@ -95,7 +97,7 @@ def run(config: DetectConfig) -> dict[str, Any]:
             p = p_value_of(config.method, scores, calibration, labelled=False)
         except CalibrationError as error:
             raise UserError(str(error)) from error
-        above = ~(scores.numpy() <= calibration.scores[config.method].threshold)  # NaN is flagged, too
+        above = ~(scores.numpy() <= calibration.scores[config.method].threshold)  # also flags NaN
         flagged = above if config.fdr is None else benjamini_hochberg(p.numpy(), config.fdr)
         figures = {} if anomalous is None else separation(scores.numpy(), anomalous)
         columns = {"file": names, "class": classes, "anomalous": None if anomalous is None else anomalous.astype(int)}
@@ -114,45 +116,49 @@ def run(config: DetectConfig) -> dict[str, Any]:
 
 
 def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
-    """The images in files and folders, or the held-out ones. Raises `UserError`."""
+    """Read the given images, or the held-out ones. Raises `UserError`."""
     if config.paths:
         trained = trained_data(pipeline.provenance)
         if trained is not None and any(place_of(path) == place_of(trained.source) for path in config.paths):
             raise UserError(
-                "images: the pipeline was trained on this folder; leave images= out to read its held-out part"
+                "images: the pipeline was trained on this folder; omit images= to score its held-out images"
             )
         files = find_image_files(config.paths)
         pixels = read_images(files, pipeline.tokenizer.image_shape)
-        return Found([str(file) for file in files], pixels, [file.absolute().parent.name for file in files])
+        folders = [file.absolute().parent.name for file in files]
+        return Found([str(file) for file in files], pixels, folders, f"images in {', '.join(config.paths)}")
     images = config.load_images(pipeline).held_out
     every = np.arange(len(images))
     classes = None if images.labels is None else [images.class_names[label] for label in images.labels.tolist()]
-    return Found(images.names(every), images.pixels(every), classes)
+    return Found(images.names(every), images.pixels(every), classes, f"held-out images of {config.data.source}")
 
 
-def without_known(found: Found, calibration: Calibration) -> Found:
-    """The images that the pipeline was not calibrated with. Raises `UserError` if there are none."""
+def skip_calibrated(found: Found, calibration: Calibration) -> Found:
+    """Drop the images that the pipeline was calibrated with. Raises `UserError` if none are left."""
     new = np.flatnonzero(~calibration.includes(found.pixels.movedim(1, -1).numpy())).tolist()
     if not new:
         raise UserError(
-            f"images: the pipeline was calibrated with all {len(found.names):,}; look through others, or calibrate "
-            "with fewer (`smalti calibrate every=2`)"
+            f"images: the pipeline was calibrated with all {len(found.names):,}; give other images, or calibrate with "
+            "fewer (`smalti calibrate every=2`)"
         )
-    print(f"{len(new):,} images; {len(found.names) - len(new):,} that the pipeline was calibrated with are left out")
+    skipped = len(found.names) - len(new)
+    print(f"scoring {len(new):,} of {len(found.names):,} {found.origin}; {skipped:,} were used for calibration")
     classes = None if found.classes is None else [found.classes[row] for row in new]
-    return Found([found.names[row] for row in new], found.pixels[new], classes)
+    return Found([found.names[row] for row in new], found.pixels[new], classes, found.origin)
 
 
 def other_classes(classes: list[str] | None, normal: list[int | str]) -> NDArray[np.bool_]:
-    """Which images are of other classes than `normal`, `(n,)`. Raises `UserError` for an unknown class, and where all
-    images are normal, or none is."""
+    """Return which images are not of a `normal` class, `(n,)`. Raises `UserError` for an unknown class, and if all
+    images or no images are normal."""
     if classes is None:
         raise UserError("normal_labels: these images have no classes (data.label_column)")
     wanted, there = {str(label) for label in normal}, set(classes)
     if unknown := sorted(wanted - there):
-        raise UserError(f"normal_labels: no image is a {unknown[0]!r}; there are {', '.join(sorted(there)[:20])}")
+        raise UserError(
+            f"normal_labels: no image has the class {unknown[0]!r}; the classes are {', '.join(sorted(there)[:20])}"
+        )
     if wanted in (set(), there):
-        raise UserError("normal_labels: all images are normal, or none is, so there is nothing to tell apart")
+        raise UserError("normal_labels: expected some normal and some other images")
     return np.array([label not in wanted for label in classes])
 
 
@@ -160,7 +166,7 @@ def other_classes(classes: list[str] | None, normal: list[int | str]) -> NDArray
 
 
 def write_table(path: Path, columns: dict[str, Any]) -> None:
-    """Write a row per image, without the columns that are None. Bytes of a name that are no UTF-8 are escaped."""
+    """Write a CSV row per image, omitting columns that are None. Bytes of a name that are not UTF-8 are escaped."""
     columns = {name: column for name, column in columns.items() if column is not None}
     with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
@@ -170,8 +176,8 @@ def write_table(path: Path, columns: dict[str, Any]) -> None:
 
 
 def sheet(pipeline: ImagePipeline, pixels: Tensor, scores: Tensor, count: int, seed: int) -> np.ndarray:
-    """A row for each of the `count` most anomalous images and, below, of the least: the image, the bits of its pixels
-    where tokens have a place, the healed image, and how that differs."""
+    """Draw a row for each of the `count` most and, below, least anomalous images: the image, its bits per pixel (if
+    tokens have a place in the image), the healed image, and the difference."""
     ranked = torch.argsort(scores, descending=True)
     chosen = ranked if len(ranked) <= 2 * count else torch.cat([ranked[:count], ranked[-count:]])
     images = to_float(pixels[chosen])
@@ -185,7 +191,7 @@ def sheet(pipeline: ImagePipeline, pixels: Tensor, scores: Tensor, count: int, s
 
 
 def colored(values: Tensor) -> Tensor:
-    """`(B, H, W)` in [0, 1] as images `(B, 3, H, W)`: black, red, yellow, white."""
+    """Map `(B, H, W)` in [0, 1] to colour images `(B, 3, H, W)`: black, red, yellow, white."""
     return torch.stack([(3 * values - channel).clamp(0, 1) for channel in range(3)], 1) * 2 - 1
 
 
@@ -196,20 +202,20 @@ def report(
     anomalous: NDArray[np.bool_] | None,
     figures: dict[str, Any],
 ) -> str:
-    """What was flagged, what that promises, and how well the score separates."""
+    """Format what was flagged, the guarantee, and how well the score separates the classes."""
     share = f"{flagged.sum():,} of {len(flagged):,} images ({flagged.mean():.1%})"
     promise = calibration.promise if config.fdr is None else f"on average, at most {config.fdr:g} of these are normal"
-    rows: list[tuple[str, ...]] = [("flagged", f"{share} by {config.method}"), ("  promised", promise)]
+    rows: list[tuple[str, ...]] = [("flagged", f"{share} by {config.method}"), ("  guarantee", promise)]
     if anomalous is not None:
         auroc, low, high = figures["auroc"]
         rows += [
-            ("  of the normal", f"{flagged[~anomalous].mean():.1%} of {(~anomalous).sum():,}"),
-            ("  of the others", f"{flagged[anomalous].mean():.1%} of {anomalous.sum():,}"),
+            ("  of normal images", f"{flagged[~anomalous].mean():.1%} of {(~anomalous).sum():,}"),
+            ("  of other images", f"{flagged[anomalous].mean():.1%} of {anomalous.sum():,}"),
             ("AUROC", f"{auroc:.4f} ({low:.4f} to {high:.4f})"),
             ("AUPRC", f"{figures['auprc']:.4f} (by chance {figures['prevalence']:.4f})"),
             ("FPR95", f"{figures['fpr95']:.4f}"),
         ]
-    panels = "the most anomalous images, then the least; bits of pixels if tokens have a place; healed; the difference"
+    panels = "most, then least anomalous images; bits per pixel, if tokens have a place; healed; difference"
     rows += [(), ("scores", f"{config.out}/scores.csv"), ("sheet", f"{config.out}/sheet.png: {panels}")]
     return table(rows)
 

@@ -1,4 +1,4 @@
-"""Write a tokenizer as ONNX or torch.export files, which other programs run, and check them by running them."""
+"""Export a tokenizer to ONNX or torch.export files for other programs, and check them by running them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..images import to_float
 from ..options import find_image_files, read_images
 from ..provenance import TokenizerFolder, read_with, tokenizer_folder
 
-MOST = 32  # given images on which it is checked
+MOST = 32  # images used for the check
 
 
 class ExportConfig(Config):
-    """Which tokenizer, and as what."""
+    """Which tokenizer, and the format."""
 
     examples = (
         "tokenizer=runs/vqvae_digits/tokenizer out=digits_onnx",
@@ -31,18 +31,16 @@ class ExportConfig(Config):
     tokenizer: TokenizerFolder = Field(
         description="folder of a tokenizer, a run or a pipeline, or a tokenizer's Hub id"
     )
-    out: str = Field(description="the folder to write: encoder, decoder, and export.json, which describes them")
+    out: str = Field(description="folder to write: encoder, decoder, and export.json, which describes them")
     format: Format = Field(
-        "onnx", description="onnx (needs the extra `export`), or torch, which `torch.export.load` reads"
+        "onnx", description="onnx (requires the extra `export`) or torch, which `torch.export.load` reads"
     )
-    images: str | None = Field(
-        None, description="an image or a folder of them, on which it is checked, beside images of noise"
-    )
+    images: str | None = Field(None, description="image, or folder of images, to check with in addition to noise")
 
 
 def run(config: ExportConfig) -> Path:
-    """Write both files, run them, print what was compared, and return the folder. Raises `UserError` for a tokenizer
-    that cannot be written so, or whose files give something else; nothing is left then."""
+    """Write both files, run them, print the comparison, and return the folder. Raises `UserError`, and writes nothing,
+    for a tokenizer that cannot be exported or whose files give other results."""
     out = Output(config.out, [read_with(config.tokenizer), *([config.images] if config.images else [])])
     out.check_folder(EXPORT)
     files = find_image_files([config.images])[:MOST] if config.images else []
@@ -53,9 +51,9 @@ def run(config: ExportConfig) -> Path:
             compared = export_tokenizer(tokenizer, config.out, config.format, images)
     except ExportError as error:
         raise UserError(f"format: {config.format}: {error}; nothing was written") from error
-    same = f"all {compared.tokens:,} tokens are the same"
+    same = f"all {compared.tokens:,} tokens agree"
     if compared.close_calls:
-        same = f"all but {compared.close_calls} of {compared.tokens:,} tokens are the same (close calls)"
+        same = f"all but {compared.close_calls} of {compared.tokens:,} tokens agree (rounding ties)"
     suffix = SUFFIXES[config.format]
     print(
         f"{config.out}: encoder{suffix} and decoder{suffix}; on {compared.images} images {same}, pixels differ by at "

@@ -1,7 +1,7 @@
-"""Turn a published tokenizer (diffusers, transformers, taming-transformers, LlamaGen, ...) into one of ours.
+"""Import a published tokenizer (diffusers, transformers, taming-transformers, LlamaGen, ...).
 
-Weights come from safetensors alone, and every size from their shapes. What a file of bare weights does not say (the
-size of the images, groups of the normalisation, whether codes are directions) are keys of the verb.
+Only safetensors files are read, and sizes are inferred from the shapes of the weights. What these do not determine
+(image size, groups of the group normalisation, whether codes are normalised) are keys of the verb.
 """
 
 from __future__ import annotations
@@ -28,57 +28,56 @@ from ..provenance import save_tokenizer
 
 CODE = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".jit"}  # pickles and TorchScript
 DIFFUSERS_WEIGHTS, SETTINGS = "diffusion_pytorch_model.safetensors", "config.json"
-IMAGE_SIZE, GROUPS = 256, 32  # of the published models whose weights come without a configuration
-UNKNOWN_SOURCE = "(not known of imported weights: give data.source)"  # where verbs look for the training images
+IMAGE_SIZE, GROUPS = 256, 32  # of published models that come without a configuration
+UNKNOWN_SOURCE = "(not known of imported weights: give data.source)"  # stands for the source of the training images
 
 
 class ImportConfig(Config):
-    """What is imported, and what its weights do not say."""
+    """What to import, and what its weights do not determine."""
 
     examples = ("source=vq_ds16_c2i.safetensors image_size=256 out=runs/llamagen_vq16",)
 
     source: str = Field(
         description="folder of a diffusers VQModel or of a transformers model with a VQVAE (Janus), or a "
-        ".safetensors file with the weights of taming-transformers, LlamaGen, MaskGIT-VQGAN, "
-        "Open-MAGVIT2, IBQ or Cosmos DI, or the folder it is in"
+        ".safetensors file (or its folder) with the weights of taming-transformers, LlamaGen, "
+        "MaskGIT-VQGAN, Open-MAGVIT2, IBQ or Cosmos DI"
     )
-    out: str = Field(description="the tokenizer's folder")
+    out: str = Field(description="folder to write the tokenizer to")
     image_size: Side | tuple[Side, Side] | None = Field(
         None,
-        description="height and width of the images, one number or [height, width]; default: what the config.json "
-        f"beside the weights says, else {IMAGE_SIZE}, as weights fit every size",
+        description="image size, one number or height,width; default: from the config.json beside the weights, else "
+        f"{IMAGE_SIZE}",
     )
     layout: Literal["ibq"] | None = Field(
         None,
-        description="whose weights they are, where their names do not tell: ibq (SEED-Voken), which are called as "
-        "taming-transformers calls them",
+        description="layout of the weights, if ambiguous: ibq (SEED-Voken) uses the weight names of "
+        "taming-transformers",
     )
     levels: tuple[int, ...] | None = Field(
-        None, description="levels of each channel of Cosmos' quantizer; default: the file's, else 8, 8, 8, 5, 5, 5"
+        None, description="levels per channel of the Cosmos quantizer; default: from the file, else 8, 8, 8, 5, 5, 5"
     )
     normalize: bool | None = Field(
         None,
-        description="whether vectors and codes are compared by direction; default: "
-        "true for LlamaGen, whose published models are, false for others",
+        description="l2-normalise vectors and codes before comparing them; default: true for LlamaGen, whose published "
+        "models do, false for others",
     )
     groups: int | None = Field(
         None,
         ge=1,
         le=4096,
-        description="groups of each group normalisation; default: "
-        f"norm_num_groups of a diffusers model, {GROUPS} for the others",
+        description=f"groups per group normalisation; default: norm_num_groups of a diffusers model, else {GROUPS}",
     )
 
 
 def run(config: ImportConfig) -> Path:
-    """Convert, write the tokenizer's folder, print what it is, and return the folder."""
+    """Convert the weights, write the tokenizer, print a summary, and return the folder."""
     path, out = find_weights(config.source), Path(config.out)
     Output(out, [path]).check_folder(Tokenizer.folder_kind())
     weights, digest = read_weights(path)
     layout = recognise(weights, path, config.layout)
     weights = layout.prepare(weights)
     sizes = layout.sizes(Shapes(weights, layout, path))
-    beside = settings_beside(layout, sizes, path)
+    beside = read_settings(layout, sizes, path)
     model_config = describe(sizes, beside, layout, path, config)
     model, unused = build(model_config, weights, layout, path)
     size = model_config.image_size
@@ -94,31 +93,31 @@ def run(config: ImportConfig) -> Path:
 
 
 def find_weights(source: str) -> Path:
-    """The safetensors file that `source` is or holds. Raises `UserError`."""
+    """Find the safetensors file that `source` is or contains. Raises `UserError`."""
     path = Path(os.path.expanduser(source))
     if not path.exists():
-        raise UserError(f"source: there is no file or folder {source[:200]} (download models of a Hub first)")
+        raise UserError(f"source: there is no file or folder {source[:200]} (download models from the Hub first)")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     found = [file for file in files if file.suffix == ".safetensors"]
     preferred = [file for file in found if file.name == DIFFUSERS_WEIGHTS] or found
     if len(preferred) > 1:
         names = ", ".join(file.name for file in found[:5])
-        raise UserError(f"source: {path} holds {len(found)} files of weights; choose one of them ({names})")
+        raise UserError(f"source: {path} contains {len(found)} .safetensors files; choose one of them ({names})")
     if not preferred and (code := [file for file in files if file.suffix.lower() in CODE]):
         raise UserError(
-            f"source: {code[0]} can run code when it is opened; if you trust it, read its weights in Python, write "
-            "them by safetensors.torch.save_file, and import that file"
+            f"source: {code[0]} can run code when it is opened; if you trust it, load the weights in Python, save "
+            "them with safetensors.torch.save_file, and import that file"
         )
     if not preferred:
-        raise UserError(f"source: {path} holds no .safetensors file; is the model in a folder below?")
+        raise UserError(f"source: {path} contains no .safetensors file; is the model in a subfolder?")
     return preferred[0]
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tokenizer's tensors of a safetensors file, and its sha256. Raises `WeightsError` or `PathError`."""
+    """Return the tokenizer's tensors in a safetensors file, and its sha256. Raises `WeightsError` or `PathError`."""
     with open_weights(path) as file:
         prefix = prefix_of(file.names)
-        names = [name for name in file.names if name.startswith(prefix)]  # most of a whole model are not wanted
+        names = [name for name in file.names if name.startswith(prefix)]  # skip the rest of a larger model
         weights = {name.removeprefix(prefix): file.file.get_tensor(name) for name in names}
     return weights, hash_file(path)
 
@@ -126,9 +125,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
 # Sizes --------------------------------------------------------------------------------------------
 
 
-def settings_beside(layout: Layout, sizes: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The settings of the `config.json` beside the weights, checked against their `sizes`. Raises `PathError` where it
-    has to be there, `ConfigError` or `FormatError`."""
+def read_settings(layout: Layout, sizes: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Read the `config.json` beside the weights and check it against their `sizes`. Raises `PathError` if it is
+    required and missing, `ConfigError` or `FormatError`."""
     place = path.parent / SETTINGS
     if layout.settings is None or not (layout.needs_settings or place.is_file()):
         return {}
@@ -136,7 +135,7 @@ def settings_beside(layout: Layout, sizes: dict[str, Any], path: Path) -> dict[s
 
 
 def describe(sizes: dict[str, Any], beside: dict[str, Any], layout: Layout, path: Path, given: ImportConfig) -> Any:
-    """The model's configuration, by the weights, the settings `beside` them, and the user's. Raises `ConfigError`."""
+    """Build the configuration from the weights, the settings `beside` them, and the user's. Raises `ConfigError`."""
     quantizer = dict(sizes["quantizer"])
     if given.normalize is False:
         quantizer.pop("normalize", None)
@@ -152,11 +151,11 @@ def describe(sizes: dict[str, Any], beside: dict[str, Any], layout: Layout, path
 
 
 def summary(model: Autoencoder, title: str, assumed: bool, out: str, unused: list[str]) -> str:
-    """What was imported, and the next command. assumed: whether nothing says the size of the images."""
+    """Describe what was imported, and the next command. assumed: whether the image size is a guess."""
     channels, height, width = model.image_shape
     rows = [
-        ("weights", f"{title}, {len(unused)} weights that only training needs left out"),
-        ("images", f"{height} x {width}, {channels} channels{', an assumed size: image_size=' if assumed else ''}"),
+        ("weights", f"{title}; skipped {len(unused)} that only training needs"),
+        ("images", f"{height} x {width}, {channels} channels{' (assumed; set image_size=)' if assumed else ''}"),
         ("tokens", f"{' x '.join(map(str, model.grid.shape))} ids of {model.grid.vocab_size:,}"),
         ("network", f"{model.name}, {sum(p.numel() for p in model.parameters()):,} parameters"),
     ]

@@ -1,4 +1,4 @@
-"""Look into a tokenizer: a one-page report of which codes it uses, what they draw, and what it reconstructs."""
+"""Inspect a tokenizer: a one-page report of codebook usage, what codes look like, and reconstructions."""
 
 from __future__ import annotations
 
@@ -25,22 +25,24 @@ from ..options import UsesTokenizer
 from ..provenance import read_with, tokenizer_defaults
 from ..shuffling import spread
 
-WIDTH = 1200  # pixels of a row of pictures at most, if a single one is not wider
+WIDTH = 1200  # maximum width of a row of pictures, in pixels, unless a single one is wider
 
 
 class InspectConfig(UsesTokenizer, OutputConfig):
-    """Which tokenizer, on which images."""
+    """Which tokenizer, and which images."""
 
     examples = ("tokenizer=runs/vqvae_digits/tokenizer",)
     often = "tokenizer out overwrite data.source num_images num_codes device"
 
-    out: str = Field("inspection.png", description="the report to write, a picture")
-    num_images: int = Field(24, ge=1, le=96, description="reconstructions drawn, evenly spread from best to worst")
-    num_codes: int = Field(256, ge=1, le=1024, description="codes drawn, the most used ones")
+    out: str = Field("inspection.png", description="report to write, a picture")
+    num_images: int = Field(
+        24, ge=1, le=96, description="number of reconstructions to show, evenly spread from best to worst"
+    )
+    num_codes: int = Field(256, ge=1, le=1024, description="number of codes to show, most used first")
 
 
 def run(config: InspectConfig) -> dict[str, Any]:
-    """Write the report, print its figures and return them."""
+    """Write the report, and print and return its figures."""
     out = Output(config.out, [read_with(config.tokenizer), config.data.path], config.overwrite)
     out.check_file(SUFFIXES)
     tokenizer, images = config.load_with_images()
@@ -56,7 +58,7 @@ def run(config: InspectConfig) -> dict[str, Any]:
 
 @torch.inference_mode()
 def examine(tokenizer: Any, images: ImageDataset) -> tuple[Tensor, Tensor]:
-    """How often each code occurs in each level or scale, `(parts, V)`; and the PSNR of each image in dB, `(n,)`."""
+    """Count each code in each level or scale, `(parts, V)`, and measure the PSNR of each image in dB, `(n,)`."""
     counts, errors = [], []
     for part in torch.arange(len(images)).split(images_at_a_time(tokenizer.image_shape)):
         batch = images.batch(part).to(tokenizer.device)
@@ -67,7 +69,7 @@ def examine(tokenizer: Any, images: ImageDataset) -> tuple[Tensor, Tensor]:
 
 
 def figures_of(uses: Tensor, errors: Tensor) -> dict[str, Any]:
-    """PSNR in dB; usage and perplexity of all ids together, and of each level or scale."""
+    """Compute PSNR in dB, and usage and perplexity of the codebook, overall and per level or scale."""
     every, *levels = (
         {name: float(value) for name, value in codebook_usage(counts).items()} for counts in (uses.sum(0), *uses)
     )
@@ -81,7 +83,7 @@ def figures_of(uses: Tensor, errors: Tensor) -> dict[str, Any]:
 
 
 def sentences(tokenizer: Any, f: dict[str, Any]) -> list[str]:
-    """The tokenizer and its figures in lines, printed and written on the page."""
+    """Describe the tokenizer and its figures in lines of text."""
     image, grid = (" x ".join(map(str, shape)) for shape in (tokenizer.image_shape, tokenizer.grid.shape))
     error = f"PSNR {f['psnr']:.2f} dB, from {f['psnr_worst']:.2f} (worst image) to {f['psnr_best']:.2f} (best)"
     lines = [
@@ -91,7 +93,7 @@ def sentences(tokenizer: Any, f: dict[str, Any]) -> list[str]:
     ]
     if len(names := part_names(tokenizer)) > 1:
         each = (f"{name}: {level['usage']:.1%}" for name, level in zip(names, f["levels"], strict=True))
-        lines.append(f"used at {', '.join(each)}")
+        lines.append(f"codes used, {', '.join(each)}")
     return lines
 
 
@@ -102,7 +104,7 @@ def sentences(tokenizer: Any, f: dict[str, Any]) -> list[str]:
 def draw_page(
     tokenizer: Any, images: ImageDataset, uses: Tensor, errors: Tensor, lines: list[str], config: InspectConfig
 ) -> Pixels:
-    """Draw charts, codes, and reconstructions from the best to the worst."""
+    """Draw the page: charts, codes, and reconstructions from best to worst."""
     charts: list[Chart] = [
         partial(draw_usage, uses=uses.double().numpy(), names=part_names(tokenizer), label="uses"),
     ]
@@ -110,25 +112,25 @@ def draw_page(
     if (tokenizer.placed or tokenizer.grid.scales) and not tokenizer.grid.channels:
         some = images.batch(spread(len(images), images_at_a_time(tokenizer.image_shape))).to(tokenizer.device)
         codes, patches = mean_patches(tokenizer, some, config.num_codes)
-        title = f"The {len(codes):,} most used codes: the mean of what is decoded around their places"
+        title = f"The {len(codes):,} most used codes: mean reconstruction around them"
         pictures[title] = tiles(patches, [str(code) for code in codes], 20)
     if not tokenizer.reversible:
         charts.append(partial(draw_histogram, values=errors.double().numpy(), title="Images", label="PSNR in dB"))
         if drafts(tokenizer):
             drawn = reconstruction_picture(tokenizer, images, min(16, config.num_images))
-            pictures["Originals, and reconstructions from more and more of their tokens"] = drawn
+            pictures["Originals, and reconstructions from an increasing number of tokens"] = drawn
         chosen = errors.argsort(descending=True)[spread(len(errors), config.num_images)]
         originals = images.batch(chosen).to(tokenizer.device)
         decoded = tokenizer.decode(tokenizer.encode(originals))
         pairs = torch.cat([originals, F.pad(decoded, (0, 0, 1, 0), value=1.0)], dim=2).cpu()
         captions = [f"{error:.1f} dB" for error in errors[chosen].tolist()]
-        pictures["Reconstructions below their originals, from the best to the worst"] = tiles(pairs, captions, 8)
+        pictures["Reconstructions below their originals, from best to worst"] = tiles(pairs, captions, 8)
     return page(lines, charts, pictures)
 
 
 def mean_patches(tokenizer: Any, images: Tensor, count: int) -> tuple[list[int], Tensor]:
-    """The codes of the first level, or of the finest scale, that `images` (B, C, H, W) have most often, and the mean
-    reconstruction around the places of each: three by three patches `(k, C, 3h, 3w)`."""
+    """Return the most frequent codes of the first level, or of the finest scale, in `images` (B, C, H, W), and the mean
+    reconstruction around each: three by three patches `(k, C, 3h, 3w)`."""
     shape, part = (tokenizer.grid.scales or [tokenizer.grid.shape])[-1], -1 if tokenizer.grid.scales else 0
     tokens = tokenizer.encode(images)
     decoded = tokenizer.decode(tokens).cpu()
@@ -142,7 +144,7 @@ def mean_patches(tokenizer: Any, images: Tensor, count: int) -> tuple[list[int],
 
 
 def tiles(images: Tensor, captions: list[str], columns: int) -> Pixels:
-    """Images `(n, C, H, W)` in [-1, 1] in rows below captions; small ones are enlarged, rows of large ones shorter."""
+    """Arrange images `(n, C, H, W)` in [-1, 1] in rows with captions; small images are enlarged."""
     scale, pixels = max(1, WIDTH // columns // images.shape[3]), to_uint8(images)
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     return class_grid(pixels.movedim(1, -1).numpy(), captions, max(1, min(columns, WIDTH // pixels.shape[3])))

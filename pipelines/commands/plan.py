@@ -1,7 +1,7 @@
-"""Say what a training run takes before it starts: parameters, memory of a GPU, FLOPs, hours and disk.
+"""Estimate what a training run needs before it starts: parameters, GPU memory, FLOPs, hours and disk space.
 
-It takes the command line of `smalti train_prior` or `smalti train_tokenizer` (`model.kind` says which) and the keys
-below. Training steps of two batch sizes run on random data on this machine, and their memory is extrapolated.
+Takes the keys of `smalti train_prior` or `smalti train_tokenizer` (`model.kind` says which) and those below. Runs
+training steps of two batch sizes on random data on this machine, and extrapolates their memory.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from prior.objectives import Alignment, Likelihood, alignment_problem
 from tokenizer import TokenGrid, Tokenizer
 
 from ..config import Config, UserError, choose_device, run_command
-from ..config.arguments import read_arguments, sorted_words
+from ..config.arguments import read_arguments, sort_words
 from ..config.errors import exit_codes
-from ..config.importing import import_asked
+from ..config.importing import import_all
 from ..config.table import table
 from ..metrics.perceptual import Perceptual
 from ..tokens.meta import META, read_meta
@@ -40,8 +40,8 @@ from ..train_tokenizer import TokenizerTask, TrainTokenizerConfig, build_tokeniz
 from ..train_tokenizer import defaults as tokenizer_defaults
 from ..training.blocks import checkpoint_blocks, repeated_blocks
 
-GB, USABLE = 1e9, 0.9  # bytes; share of a memory that can be planned with
-LARGE = 1e11  # FLOPs of an image above which small batches are measured
+GB, USABLE = 1e9, 0.9  # bytes; usable share of the memory
+LARGE = 1e11  # FLOPs per image above which smaller batches are measured
 
 
 class GPU(NamedTuple):
@@ -67,7 +67,7 @@ Count = Annotated[int, Field(ge=1, le=4096)]
 
 
 class PlanConfig(Config):
-    """Where the run takes place, and what its data is like."""
+    """The hardware of the run, and its data."""
 
     often = "gpus gpu peak_tflops utilization grid vocab_size classes rows batches device"
     examples = (
@@ -75,40 +75,40 @@ class PlanConfig(Config):
         "--config vqgan_imagenet256 rows=1281167 gpus=8 gpu=a100",
     )
 
-    out: str = Field("", description="run folder; not used")
-    gpus: int = Field(1, ge=1, le=65536, description="GPUs of all machines together, one process each")
-    gpu: str = Field("h100", description=f"their kind, with the published memory and peak: {', '.join(GPUS)}")
-    peak_tflops: float | None = Field(None, gt=0, description="peak of one GPU in TFLOP/s, for another kind")
-    utilization: float = Field(0.3, gt=0, le=1, description="share of the peak that training reaches")
+    out: str = Field("", description="run folder; ignored")
+    gpus: int = Field(1, ge=1, le=65536, description="total number of GPUs, one process each")
+    gpu: str = Field("h100", description=f"kind of GPU, with its published memory and peak: {', '.join(GPUS)}")
+    peak_tflops: float | None = Field(None, gt=0, description="peak TFLOP/s of one GPU, for kinds not listed")
+    utilization: float = Field(0.3, gt=0, le=1, description="share of the peak that training achieves")
     rows: int | None = Field(
-        None, ge=1, description="training images, for the number of epochs; default: the token dataset's"
+        None, ge=1, description="number of training images, to compute epochs; default: from the token dataset"
     )
     batches: tuple[Count, Count] | None = Field(
         None,
-        description="the two batch sizes whose memory is measured; null: 8 and 16, or 2 and 4 of a large model",
+        description="two batch sizes to measure memory at; default: 8,16, or 2,4 for a large model",
     )
-    device: Literal["cpu", "cuda", "auto"] = Field("auto", description="where steps are measured")
+    device: Literal["cpu", "cuda", "auto"] = Field("auto", description="device of this machine to measure on")
 
 
 class PlanPriorConfig(PlanConfig, TrainPriorConfig):
-    """A run of stage two."""
+    """A run of `train_prior`."""
 
-    tokens: str = Field("", description="token dataset; where there is one, the three keys below may be left out")
-    grid: tuple[int, ...] | None = Field(None, description="shape of an image's tokens")
-    vocab_size: int | None = Field(None, ge=1, le=1 << 20, description="number of ids")
-    classes: int | None = Field(None, ge=0, le=1 << 20, description="number of classes; 0: no labels")
+    tokens: str = Field("", description="token dataset; makes the next three keys optional")
+    grid: tuple[int, ...] | None = Field(None, description="shape of the token grid, such as 16,16")
+    vocab_size: int | None = Field(None, ge=1, le=1 << 20, description="size of the vocabulary")
+    classes: int | None = Field(None, ge=0, le=1 << 20, description="number of classes; 0: unconditional")
 
 
 class PlanTokenizerConfig(PlanConfig, TrainTokenizerConfig):
-    """A run of stage one."""
+    """A run of `train_tokenizer`."""
 
 
 # Tasks without data -------------------------------------------------------------------------------
 
 
 class PlannedPrior(PriorTask):
-    """The task of `train_prior` on random tokens. Raises `ConfigError`, and `UserError` for a prior that cannot be
-    aligned."""
+    """The task of `train_prior` on random tokens. Raises `ConfigError`, and `UserError` if the prior cannot be trained
+    with `objective=cca`."""
 
     config: PlanPriorConfig
     progress = 0.5
@@ -128,7 +128,7 @@ class PlannedPrior(PriorTask):
         self.players = {"model": list(self.model.parameters())}
 
     def random_batch(self, count: int) -> tuple[Tensor, ...]:
-        """Tokens and labels of `count` images; for cca also other labels."""
+        """Return tokens and labels of `count` images; with cca also contrasting labels."""
         tokens = torch.randint(self.grid.vocab_size, (count, *self.grid.shape), device=self.model.device)
         return tokens, *[tokens.new_zeros(count)] * (1 + len(self.frozen))
 
@@ -150,7 +150,7 @@ class PlannedTokenizer(TokenizerTask):
             self.frozen = [self.perceptual.net]
 
     def random_batch(self, count: int) -> tuple[Tensor, ...]:
-        """`count` images."""
+        """Return `count` images."""
         return (torch.randn(count, *self.tokenizer.image_shape, device=self.tokenizer.device),)
 
 
@@ -159,8 +159,8 @@ class PlannedTokenizer(TokenizerTask):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes. `states` (weights, gradients, moments and averages) and `checkpoint` are in bytes; `flops` are
-    those of an image, forward and backward; `peaks` are the bytes beside `states` in steps of two batch sizes."""
+    """Requirements of a run. `states` (weights, gradients, moments, averages) and `checkpoint` are in bytes; `flops`
+    are per image, forward and backward; `peaks` maps two batch sizes to the bytes of a step in addition to `states`."""
 
     config: PlanPriorConfig | PlanTokenizerConfig
     grid: TokenGrid
@@ -173,7 +173,7 @@ class Plan:
 
     @property
     def flops_per_step(self) -> int:
-        """FLOPs of all GPUs together."""
+        """FLOPs per step, over all GPUs."""
         return self.flops * self.config.train.batch_size
 
     @property
@@ -183,24 +183,24 @@ class Plan:
 
     @property
     def seconds_per_step(self) -> float:
-        """Seconds of a step on all GPUs."""
+        """Seconds per step."""
         return self.flops_per_step / (self.tflops * 1e12 * self.config.gpus * self.config.utilization)
 
     @property
     def steps(self) -> int:
-        """Steps until `train.steps` or `train.minutes` ends the run."""
+        """Number of steps, limited by `train.steps` or `train.minutes`."""
         train = self.config.train
         by_clock = None if train.minutes is None else max(1, round(60 * train.minutes / self.seconds_per_step))
         return min(steps for steps in (train.steps, by_clock) if steps is not None)
 
     def memory(self, images: int) -> int:
-        """Bytes of a GPU that works on `images` at a time, on the line through the measured `peaks`."""
+        """Estimate the bytes of one GPU with `images` per batch, by the line through the measured `peaks`."""
         (small, low), (large, high) = self.peaks.items()
         return self.states + round(low + (images - small) * (high - low) / (large - small))
 
 
 def run(config: PlanPriorConfig | PlanTokenizerConfig) -> Plan:
-    """Print the plan, and return it. Raises `UserError` and `ConfigError`."""
+    """Print and return the plan. Raises `UserError` and `ConfigError`."""
     device = check(config)
     build: Callable[[], PlannedPrior | PlannedTokenizer]
     rows = config.rows
@@ -214,8 +214,8 @@ def run(config: PlanPriorConfig | PlanTokenizerConfig) -> Plan:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if states > USABLE * free:
         raise UserError(
-            f"device: {parameters:,} parameters take {scaled(states)}B with gradients, moments and averages, and "
-            f"{device} has {scaled(free)}B free; plan this run on a larger machine"
+            f"device: {parameters:,} parameters need {scaled(states)}B with gradients, moments and averages, but "
+            f"{device} has {scaled(free)}B free; run the plan on a larger machine"
         )
     with device:
         task = build()
@@ -225,11 +225,11 @@ def run(config: PlanPriorConfig | PlanTokenizerConfig) -> Plan:
 
 
 def check(config: PlanPriorConfig | PlanTokenizerConfig) -> torch.device:
-    """The device to measure on. Raises `UserError` for settings that training would refuse, or that say too little."""
+    """Return the device to measure on. Raises `UserError` for settings that are invalid or incomplete."""
     train, device = config.train, choose_device(config.device)
     processes = config.gpus * train.accumulate
     if config.gpu not in GPUS:
-        raise UserError(f"gpu: expected one of {', '.join(GPUS)}; peak_tflops= is for another (got {config.gpu!r})")
+        raise UserError(f"gpu: expected one of {', '.join(GPUS)}; for others set peak_tflops (got {config.gpu!r})")
     if train.batch_size % processes:
         raise UserError(
             f"train.batch_size: {train.batch_size} is not a multiple of gpus x train.accumulate ({processes})"
@@ -237,14 +237,14 @@ def check(config: PlanPriorConfig | PlanTokenizerConfig) -> torch.device:
     if train.steps is None and train.minutes is None:
         raise UserError("train.steps: null needs train.minutes to end the run")
     if train.mixed_precision == "no" and config.peak_tflops is None:
-        raise UserError("peak_tflops: missing; train.mixed_precision=no has the peak of float32 or TF32")
+        raise UserError("peak_tflops: missing; with train.mixed_precision=no, give the peak for float32 or TF32")
     if config.batches and config.batches[0] >= config.batches[1]:
         raise UserError(f"batches: the second must be larger (got {config.batches[0]}, {config.batches[1]})")
     return device
 
 
 def find_facts(config: PlanPriorConfig) -> tuple[TokenGrid, int, int | None]:
-    """Grid, number of classes and training rows: from the keys, or the token dataset. Raises `UserError`."""
+    """Return grid, number of classes and training rows, from the keys or the token dataset. Raises `UserError`."""
     values = {"grid": config.grid, "vocab_size": config.vocab_size, "classes": config.classes}
     missing = [name for name, value in values.items() if value is None]
     if len(missing) == 3 and (Path(config.tokens) / META).is_file():
@@ -252,8 +252,8 @@ def find_facts(config: PlanPriorConfig) -> tuple[TokenGrid, int, int | None]:
         return meta.grid, len(meta.class_names), config.rows or sum(meta.shards.get("train", [])) or None
     if missing:
         raise UserError(
-            f"{', '.join(missing)}: missing; without a token dataset at tokens=, give for example grid=16,16 "
-            "vocab_size=16384 classes=1000 (0: no labels)"
+            f"{', '.join(missing)}: missing; give tokens=FOLDER, or for example grid=16,16 vocab_size=16384 "
+            "classes=1000 (0: unconditional)"
         )
     try:
         return TokenGrid(config.grid or (), config.vocab_size or 0), config.classes or 0, config.rows
@@ -262,12 +262,12 @@ def find_facts(config: PlanPriorConfig) -> tuple[TokenGrid, int, int | None]:
 
 
 def count_bytes(task: PlannedPrior | PlannedTokenizer) -> tuple[int, int, int]:
-    """The number of parameters, and the bytes of a run's states and of its checkpoint."""
+    """Count the parameters, and the bytes of a run's states and of its checkpoint."""
     train, model = task.config.train, task.model
     weights = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
     gradients = sum(parameter.nbytes for parameters in task.players.values() for parameter in parameters)
     muon = task.matrices() if train.optimizer == "muon" else ()
-    moments = 2 * gradients - sum(matrix.nbytes for matrix in muon)  # AdamW has two of a weight, Muon one
+    moments = 2 * gradients - sum(matrix.nbytes for matrix in muon)  # AdamW keeps two per weight, Muon one
     frozen = sum(value.nbytes for module in task.frozen for value in module.parameters())
     saved = sum(value.nbytes for value in model.state_dict().values())
     keeps_best = train.keep_best and task.score({"psnr": 0.0, "bits_per_token": 0.0}) is not None
@@ -279,8 +279,8 @@ def count_bytes(task: PlannedPrior | PlannedTokenizer) -> tuple[int, int, int]:
 
 
 def measure(task: PlannedPrior | PlannedTokenizer, device: torch.device) -> tuple[int, dict[int, int]]:
-    """FLOPs of training on an image; and the peak of a step of each batch size, in bytes beside the states. Gradients
-    exist before, as with DDP."""
+    """Measure the training FLOPs of an image, and the peak bytes of a step of each batch size in addition to the
+    states. Gradients are allocated beforehand, as with DDP."""
     from accelerate.utils import convert_outputs_to_fp32
 
     train = task.config.train
@@ -298,7 +298,7 @@ def measure(task: PlannedPrior | PlannedTokenizer, device: torch.device) -> tupl
 
 
 def compute_gradients(task: PlannedPrior | PlannedTokenizer, count: int) -> None:
-    """Run each player forward and backward on `count` images, late in the run, when a critic has its full weight."""
+    """Run all losses forward and backward on `count` images, at a late step, where a critic has its full weight."""
     batch, step = task.random_batch(count), sys.maxsize
     for player in task.playing(step):
         for name, parameters in task.players.items():
@@ -308,20 +308,20 @@ def compute_gradients(task: PlannedPrior | PlannedTokenizer, count: int) -> None
 
 
 def count_flops(call: Callable[[], None]) -> int:
-    """FLOPs of matrix products and convolutions in `call`; attention counts as two full products, masked or not."""
+    """Count the FLOPs of matrix products and convolutions; attention counts as two full products, masked or not."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
 
 def measure_peak(device: torch.device, call: Callable[[], None]) -> int:
-    """The most bytes of tensors during `call`, beside those that exist before."""
+    """Return the peak bytes of tensors allocated during `call`."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else the profiler prints
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # silence the profiler
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     results: Any = profiler.profiler and profiler.profiler.kineto_results
@@ -333,7 +333,7 @@ def measure_peak(device: torch.device, call: Callable[[], None]) -> int:
 
 
 def page(plan: Plan) -> str:
-    """What `smalti plan` prints."""
+    """Format the plan."""
     config, train, tokens = plan.config, plan.config.train, len(plan.grid)
     images, each = plan.steps * train.batch_size, train.batch_size // (config.gpus * train.accumulate)
     memory, room = plan.memory(each), GPUS[config.gpu].memory * GB
@@ -344,30 +344,30 @@ def page(plan: Plan) -> str:
     small, large = plan.peaks
     rows = [
         ("parameters", f"{plan.parameters:,}"),
-        ("an image", f"{scaled(plan.flops)}FLOP forward and backward, {tokens:,} tokens"),
-        ("a step", f"{scaled(plan.flops_per_step)}FLOP, {train.batch_size:,} images"),
+        ("per image", f"{scaled(plan.flops)}FLOP forward and backward, {tokens:,} tokens"),
+        ("per step", f"{scaled(plan.flops_per_step)}FLOP, {train.batch_size:,} images"),
         ("", f"{duration(plan.seconds_per_step)} at {peak}"),
-        ("the run", f"{plan.steps:,} steps, {epochs}{images:,} images"),
-        ("", f"{scaled(plan.flops_per_step * plan.steps)}FLOP, {time} without evaluations, previews and saves"),
-        ("memory of a GPU", f"{scaled(memory)}B{'' if config.peak_tflops else fits}, for {each:,} images at a time:"),
+        ("in total", f"{plan.steps:,} steps, {epochs}{images:,} images"),
+        ("", f"{scaled(plan.flops_per_step * plan.steps)}FLOP, {time} without evaluation, previews and saving"),
+        ("memory per GPU", f"{scaled(memory)}B{'' if config.peak_tflops else fits}, for batches of {each:,}:"),
         ("", f"{scaled(plan.states)}B of weights, gradients, moments and averages, and"),
-        ("", f"{scaled(memory - plan.states)}B of activations, extrapolated from {small} and {large} images"),
+        ("", f"{scaled(memory - plan.states)}B of activations, extrapolated from batches of {small} and {large}"),
     ]
     if config.gpus > 1 and isinstance(config, PlanPriorConfig) and config.objective != "cca":
         rows.append(("  with FSDP", f"about {scaled(memory - plan.states + plan.states / config.gpus)}B"))
-    rows.append(("a checkpoint", f"{scaled(plan.checkpoint)}B on disk; three of them while one is written"))
+    rows.append(("checkpoint", f"{scaled(plan.checkpoint)}B on disk; up to three at a time"))
     shape = " x ".join(map(str, plan.grid.shape))
-    return f"{config.model['kind']}, an image is {shape} tokens of {plan.grid.vocab_size:,} ids\n{table(rows)}"
+    return f"{config.model['kind']}: {shape} tokens per image, vocabulary of {plan.grid.vocab_size:,}\n{table(rows)}"
 
 
 def scaled(number: float) -> str:
-    """Three digits and a prefix: `43.6 T`."""
+    """Format with three digits and a prefix: `43.6 T`."""
     power = min(7, max(0, (len(str(round(number))) - 1) // 3))
     return f"{number / 1000**power:.3g} {' kMGTPEZ'[power].strip()}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds in a unit that suits them: `3.2 ms`, `1,170 h`."""
+    """Format seconds in a suitable unit: `3.2 ms`, `1,170 h`."""
     units = {"h": 3600.0, "min": 60.0, "s": 1.0, "ms": 1e-3}
     unit = next((unit for unit, size in units.items() if seconds >= size), "ms")
     value = seconds / units[unit]
@@ -378,10 +378,10 @@ def duration(seconds: float) -> str:
 
 
 def main(argv: list[str] | None = None) -> Plan:
-    """The command line, of a tokenizer's run where the last `model.kind` is one, else of a prior's."""
-    words = sorted_words(sys.argv[1:] if argv is None else argv)
+    """Run the command line: of `train_tokenizer` if the last `model.kind` is a tokenizer, else of `train_prior`."""
+    words = sort_words(sys.argv[1:] if argv is None else argv)
     with exit_codes():
-        import_asked(words.imports)
+        import_all(words.imports)
     models = [part["model"] for part in read_arguments(words)[0] if part.get("model")]
     kinds = [model.get("kind") if isinstance(model, dict) else model for model in models]
     kind = next((kind for kind in reversed(kinds) if kind), None)

@@ -1,4 +1,4 @@
-"""List the presets: names that `--config` takes from any folder, and what each is for."""
+"""List the presets, which `--config` accepts by name in any folder."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ..config.table import wrap_rows
 
 
 class PresetsConfig(Config):
-    """Which presets, and what is printed of them."""
+    """Which presets to list, and how."""
 
     examples = ("", "name=digits")
 
-    name: str = Field("", description="only those whose names hold this text, as name=digits or name=prior/")
+    name: str = Field("", description="list only names that contain this text, such as name=digits or name=prior/")
     paths: bool = Field(
         False,
-        description="print where their files are, and nothing else: "
+        description="print only the paths of the files, for example for "
         "accelerate launch --config_file $(smalti presets name=accelerate/fsdp paths=true)",
     )
 
 
 def run(config: PresetsConfig) -> list[Path]:
-    """Print a line for each preset; returns their files. Raises `UserError` if there is none of this name."""
+    """Print a line for each preset and return their files. Raises `UserError` if no name matches."""
     found = {name: path for name, path in presets().items() if config.name in name}
     if not found:
-        raise UserError(f"name: no preset's name holds {config.name!r}; without it, all are listed")
+        raise UserError(f"name: no preset name contains {config.name!r}; omit it to list all")
     if config.paths:
         print(*found.values(), sep="\n")
     else:
@@ -39,7 +39,7 @@ def run(config: PresetsConfig) -> list[Path]:
 
 
 def describe(path: Path) -> str:
-    """The comment that a preset's file begins with."""
+    """Return the comment at the top of a preset's file."""
     lines = path.read_text(encoding="utf-8").splitlines()
     comment = [line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines)]
     return " ".join(comment)

@@ -1,6 +1,6 @@
-"""Measure what each layer of a prior knows of the classes: the accuracy of a linear probe.
+"""Measure how well the classes can be read from each layer of a prior: the accuracy of linear probes.
 
-It only means something beside that of features that need no prior, pixels and codes, and of the same prior with random
+For comparison, probes are also fitted to pixels and codes, which need no prior, and to the same prior with random
 weights.
 """
 
@@ -32,14 +32,14 @@ from ..shuffling import random_rows
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STRENGTH = 0.1  # inverse strength of the L2 penalty, scikit-learn's C: for digits within a point of the best
-WIDEST = 1 << 14  # features; a wider probe would take too long
+STRENGTH = 0.1  # scikit-learn's C, the inverse L2 penalty: within one point of the best value on digits
+WIDEST = 1 << 14  # maximum number of features; wider probes would take too long
 Labelled = tuple[Tensor, Tensor]
 """uint8 images `(n, C, H, W)` and their classes `(n,)`."""
 
 
 class ProbeConfig(UsesImages, OutputConfig):
-    """Which pipeline, on what images."""
+    """Which pipeline, and which images."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline",)
     often = "pipeline out overwrite num_train num_test data.source device"
@@ -47,14 +47,14 @@ class ProbeConfig(UsesImages, OutputConfig):
     out: str | None = Field(
         None, description="folder for probe.json and probe.png; default: `probe` beside the pipeline folder"
     )
-    num_train: int = Field(5000, ge=10, description="training images that probes are fitted to, or all if fewer")
-    num_test: int = Field(2000, ge=1, description="held-out images that they are measured on, or all if fewer")
-    seed: int = Field(0, ge=0, description="draws the images and the random weights")
+    num_train: int = Field(5000, ge=10, description="number of training images to fit probes to, at most all")
+    num_test: int = Field(2000, ge=1, description="number of held-out images to measure accuracy on, at most all")
+    seed: int = Field(0, ge=0, description="seed for choosing images and for the random weights")
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Accuracies on held-out images, with these features and with those of the prior with random weights."""
+    """Accuracy on held-out images with these features, and with those of the prior with random weights."""
 
     features: str
     accuracy: float
@@ -62,7 +62,7 @@ class Probe:
 
 
 def run(config: ProbeConfig) -> list[Probe]:
-    """Fit the probes, print the table, write `probe.json` and `probe.png`; return the rows."""
+    """Fit the probes, print a table, write `probe.json` and `probe.png`, and return the rows."""
     try:
         import sklearn.linear_model  # noqa: F401
     except ImportError as error:
@@ -89,23 +89,23 @@ def run(config: ProbeConfig) -> list[Probe]:
 
 
 def some_of(split: ImageDataset, count: int, seed: int) -> Labelled:
-    """Up to `count` images, drawn at random. Raises `UserError` unless they are of two classes or more."""
+    """Draw up to `count` random images. Raises `UserError` unless they have at least two classes."""
     chosen = random_rows(len(split), count, seed)
     if split.labels is None or len(split.labels[chosen].unique()) < 2:
-        raise UserError("data.label_column: a probe needs images of two classes or more")
+        raise UserError("data.label_column: a probe needs images of at least two classes")
     return split.pixels(chosen), split.labels[chosen]
 
 
 def with_random_prior(pipeline: ImagePipeline, seed: int) -> ImagePipeline:
-    """The pipeline with an untrained prior of the same kind."""
+    """Return the pipeline with an untrained prior of the same configuration."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the CPU's, where weights are drawn, and not a GPU's
+        torch.default_generator.manual_seed(seed)  # only the CPU's generator, which draws the weights
         prior = type(pipeline.prior)(pipeline.prior.config)
     return ImagePipeline(pipeline.tokenizer, prior.to(pipeline.device))
 
 
 def probe(pipeline: ImagePipeline, layers: list[str], train: Labelled, test: Labelled) -> dict[str, float]:
-    """The accuracy of a probe of each of `layers` that is not too wide. The prior gets no classes."""
+    """Return the accuracy of a probe for each of `layers` that is not too wide. The prior is unconditional."""
     first = embed_layers(pipeline, train[0][:1], layers)
     layers = [layer for layer, features in zip(layers, first, strict=True) if features.shape[1] <= WIDEST]
     features, unseen = (embed_layers(pipeline, images, layers) for images, _ in (train, test))
@@ -127,19 +127,17 @@ def fit_probe(features: Tensor, unseen: Tensor, labels: Tensor, truth: Tensor) -
 
 
 def report(rows: list[Probe], labels: Tensor) -> str:
-    """The table, and what chance would reach."""
+    """Format the table, and the accuracy of a constant guess."""
     cells = [("features", "accuracy", "random weights")]
     for row in rows:
         random = "" if row.random_accuracy is None else f"{row.random_accuracy:.1%}"
         cells.append((row.features, f"{row.accuracy:.1%}", random))
     common = int(labels.bincount().max()) / len(labels)
-    return (
-        f"{table(cells, right=[1, 2])}\n\nof {len(labels):,} held-out images, {common:.1%} are of the commonest class"
-    )
+    return f"{table(cells, right=[1, 2])}\n\n{len(labels):,} held-out images; the most frequent class has {common:.1%}"
 
 
 def bar_chart(rows: list[Probe]) -> Pixels:
-    """The accuracies as bars, with those of random weights in grey."""
+    """Draw the accuracies as bars, with those of random weights in grey."""
 
     def draw(figure: Figure) -> None:
         axes, names = figure.subplots(), [row.features for row in rows]

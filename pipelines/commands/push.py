@@ -21,24 +21,24 @@ from ..tokens.meta import META
 
 
 class PushConfig(Config):
-    """What is uploaded, and to where."""
+    """What to upload, and where to."""
 
     examples = ("folder=runs/gpt_digits/pipeline to=owner/name", "folder=runs/digits_tokens to=owner/digits-tokens")
 
     folder: Annotated[str, Within("pipeline", INDEX)] = Field(
-        description="a pipeline, or the run that trained it, or a token dataset"
+        description="folder of a pipeline, of the run that trained it, or of a token dataset"
     )
-    to: str = Field(description="Hub id, owner/name; the repository is made if there is none")
-    private: bool = Field(True, description="whether a repository that is made is private")
+    to: str = Field(description="Hub id, owner/name; the repository is created if necessary")
+    private: bool = Field(True, description="make a new repository private")
     license: str | None = Field(
-        None, description="the licence that the card names, as the Hub calls it (apache-2.0); null: as it is"
+        None, description="licence for the model card, by its Hub name, such as apache-2.0; null: unchanged"
     )
 
     @field_validator("license")
     @classmethod
     def _is_a_licence(cls, name: str | None) -> str | None:
         if name is not None and not re.fullmatch(HUB_LICENCE, name):
-            raise ValueError(f"expected a name of small letters, digits, . and -, as apache-2.0 (got {name!r})")
+            raise ValueError(f"expected lower-case letters, digits, . and -, such as apache-2.0 (got {name!r})")
         return name
 
     @field_validator("to")
@@ -50,7 +50,7 @@ class PushConfig(Config):
 
 
 def run(config: PushConfig) -> str:
-    """Upload; print and return the address. Raises `UserError`, also where the Hub says no."""
+    """Upload the folder, and print and return its address. Raises `UserError`, also if the Hub refuses."""
     from huggingface_hub import constants
 
     folder = Path(config.folder)
@@ -58,9 +58,9 @@ def run(config: PushConfig) -> str:
     if not is_pipeline and not (folder / META).is_file():
         raise UserError(f"folder: {folder} is neither a pipeline (no {INDEX}) nor a token dataset (no {META})")
     if not is_pipeline and config.license is not None:
-        raise UserError("license: is for pipelines; a token dataset has the licence of its images")
+        raise UserError("license: applies to pipelines only; a token dataset has the licence of its images")
     try:
-        require_reachable(config.to)  # before gigabytes are read
+        require_reachable(config.to)  # before reading gigabytes
         if is_pipeline:
             push_pipeline(folder, config)
         else:
@@ -73,8 +73,7 @@ def run(config: PushConfig) -> str:
 
 
 def push_pipeline(folder: Path, config: PushConfig) -> None:
-    """Upload the pipeline with a sample picture, its weights as they are stored, and the licence that the user gives.
-    Raises `PushError`."""
+    """Upload the pipeline with a sample picture, its weights as stored, and the licence. Raises `PushError`."""
     pipeline = ImagePipeline.from_pretrained(folder)
     if pipeline.sample_grid is None:
         pipeline.sample_grid = pipeline.sample_picture()

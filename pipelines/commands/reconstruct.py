@@ -1,4 +1,4 @@
-"""Show what a tokenizer keeps of held-out images: originals above reconstructions, and figures of how near they are."""
+"""Reconstruct held-out images with a tokenizer: a picture of originals and reconstructions, and figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..provenance import read_with, tokenizer_defaults
 
 
 class ReconstructConfig(UsesTokenizer, OutputConfig):
-    """Which images, through which tokenizer."""
+    """Which tokenizer, and which images."""
 
     examples = (
         "tokenizer=runs/vqvae_digits/tokenizer",
@@ -24,12 +24,12 @@ class ReconstructConfig(UsesTokenizer, OutputConfig):
     )
     often = "tokenizer out overwrite data.source num_images device"
 
-    out: str = Field("reconstructions.png", description="the picture to write")
-    num_images: int = Field(32, ge=1, le=1024, description="images in the picture")
+    out: str = Field("reconstructions.png", description="picture to write")
+    num_images: int = Field(32, ge=1, le=1024, description="number of images in the picture")
 
 
 def run(config: ReconstructConfig) -> dict[str, Any]:
-    """Write the picture, print and return PSNR (dB), losses, codebook usage and perplexity on all held-out images, and
+    """Write the picture; print and return PSNR (dB), losses, codebook usage and perplexity on all held-out images, and
     SSIM on some."""
     out = Output(config.out, [read_with(config.tokenizer), config.data.path], config.overwrite)
     out.check_file(SUFFIXES)

@@ -1,4 +1,4 @@
-"""Find the training images nearest to some images, by the cosine of their features in a layer of the prior."""
+"""Find the training images nearest to given images, by the cosine distance of features of the prior."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenizer.files import escape
 
 from ..config import OutputConfig, UserError, run_command
+from ..config.table import count_of
 from ..files import Output
 from ..images import ImageDataset
 from ..images.grids import class_grid
@@ -23,7 +24,7 @@ from ..shuffling import random_rows
 
 
 class SearchConfig(UsesImages, OutputConfig):
-    """Which images are searched for, and by what features."""
+    """Which images to search for, and which features to compare."""
 
     examples = (
         "pipeline=runs/gpt_digits/pipeline",
@@ -31,27 +32,31 @@ class SearchConfig(UsesImages, OutputConfig):
     )
     often = "pipeline out overwrite images num_images k layer data.source device"
 
-    out: str = Field("neighbours.png", description="the picture to write: a row for each query, itself and its nearest")
+    out: str = Field("neighbours.png", description="picture to write: a row for each query, followed by its neighbours")
     images: Named = Field(
         None,
-        description="queries: image files, folders, or indices of the held-out split; default: num_images of it",
+        description="queries: image files, folders, or indices of held-out images; default: num_images held-out images",
     )
-    num_images: int = Field(10, ge=1, le=1000, description="queries at most, of folders and of the held-out split")
+    num_images: int = Field(
+        10, ge=1, le=1000, description="maximum number of queries from folders and the held-out split"
+    )
     num_index: int | None = Field(
-        10_000, ge=1, description="how many training images, drawn by seed, to search; null: all"
+        10_000, ge=1, description="number of training images to search, drawn with `seed`; null: all"
     )
-    k: int = Field(9, ge=1, le=1000, description="neighbours of each query")
+    k: int = Field(9, ge=1, le=1000, description="number of neighbours per query")
     layer: int | str | None = Field(
-        None, description="a layer of the prior (3 or prior.3), pixels, codes or embeddings; default: its middle layer"
+        None,
+        description="features: a layer of the prior (3 or prior.3), pixels, codes or embeddings; default: "
+        "the middle layer",
     )
     pool: Literal["mean", "flatten", "last"] | None = Field(
-        None, description="how positions become one vector; default: mean for the prior and codes, flatten for others"
+        None, description="how to pool positions into one vector; default: mean for the prior and codes, else flatten"
     )
-    seed: int = Field(0, ge=0, description="draws the training images")
+    seed: int = Field(0, ge=0, description="seed for choosing the training images")
 
 
 def run(config: SearchConfig) -> Tensor:
-    """Search, print the nearest of each query, and write the picture; return their indices `(n, k)` in the training
+    """Search, print the neighbours of each query, and write the picture; return their indices `(n, k)` in the training
     split."""
     out = Output(config.out, [config.pipeline, config.data.path, *split_named(config.images)[0]], config.overwrite)
     out.check_file(SUFFIXES)
@@ -79,12 +84,12 @@ def run(config: SearchConfig) -> Tensor:
         names = names_of(splits.train, ids)
         near_names = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, apart, strict=True))
         print(escape(f"query {number}: {near_names}"))
-    print(f"\neach query beside its {config.k} nearest of {len(chosen):,} images: {config.out}")
+    print(f"\n{config.out}: each query and its {count_of(config.k, 'neighbour')} among {len(chosen):,} training images")
     return found
 
 
 def names_of(images: ImageDataset, indices: list[int]) -> list[str]:
-    """The names of images, each with its class in brackets if it has one."""
+    """Return the names of images, each with its class in brackets if it has one."""
     names = images.names(indices)
     if images.labels is None:
         return names

@@ -1,4 +1,4 @@
-"""Choose the settings of sampling on validation images, and keep the best in the pipeline."""
+"""Tune the sampling settings on validation images, and store the best in the pipeline."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ TEMPERATURES = (0.85, 0.92, 1.0, 1.08, 1.16)
 TOP_P = (1.0, 0.98, 0.95, 0.9)
 
 Settings = dict[str, dict[str, dict[str, Any]]]
-"""For each setting and each of its values to try: the options to change."""
+"""The options to change, by setting and value."""
 Measure = Callable[[SamplingOptions], float]
-"""The Frechet distance of samples drawn with some options to the validation images."""
+"""Computes the Frechet distance from samples drawn with given options to the validation images."""
 
 
 class TuneConfig(UsesImages, OutputConfig):
-    """Which pipeline, on what images."""
+    """Which pipeline, and which images."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline",)
     often = "pipeline out overwrite num_samples store data.source device"
@@ -53,19 +53,19 @@ class TuneConfig(UsesImages, OutputConfig):
     out: str | None = Field(
         None, description="folder for tuning.json and tuning.png; default: `tuning` beside the pipeline folder"
     )
-    num_samples: int = Field(1000, ge=50, description="samples of each setting; the fewer, the noisier the choice")
+    num_samples: int = Field(1000, ge=50, description="samples per setting; fewer make the choice noisier")
     feature_steps: int = Field(
         300,
         ge=0,
-        description="training steps of the classifier in whose features samples are compared, as of `evaluate`",
+        description="training steps of the classifier whose features are compared, as in `evaluate`",
     )
-    seed: int = Field(0, ge=0, lt=1 << 63, description="sample k uses seed + k, with all settings")
-    store: bool = Field(True, description="write the best settings into the pipeline folder; false: only report them")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="sample k uses seed + k, for every setting")
+    store: bool = Field(True, description="store the best settings in the pipeline folder; false: only report them")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A value of a setting, all options with it, and the Frechet distance of samples to validation images."""
+    """A value of a setting, the full options, and the Frechet distance of samples to the validation images."""
 
     setting: str
     value: str
@@ -74,10 +74,12 @@ class Trial:
 
 
 def run(config: TuneConfig) -> dict[str, Any]:
-    """Search, print each trial, write the results, and store the best settings; return what `tuning.json` holds."""
+    """Search, print each trial, write the results, store the best settings, and return the content of `tuning.json`."""
     folder = Path(config.pipeline)
     if config.store and not folder.is_dir():
-        raise UserError(f"pipeline: {config.pipeline!r} is not a folder to store the settings in; or set store=false")
+        raise UserError(
+            f"pipeline: {config.pipeline!r} is not a folder to store settings in; set store=false to only report them"
+        )
     if config.store:
         require_replaceable(folder, PIPELINE)
     out = Path(config.out or folder.parent / "tuning")
@@ -106,21 +108,21 @@ def run(config: TuneConfig) -> dict[str, Any]:
         with output.files() as results:
             write_json(results / "tuning.json", found)
             write_picture(draw_trials(trials), results / "tuning.png")
-        print(f"\nbest: {facts['settings']}; all figures, and a chart: {out}")
+        print(f"\nbest: {facts['settings']}; figures and chart: {out}")
         if config.store:
             store(pipeline, folder, before.options, best.options, facts)
-            print(f"{config.pipeline} samples with these settings from now on")
+            print(f"{config.pipeline} now samples with these settings")
     return found
 
 
 def images_to_choose_by(config: TuneConfig, pipeline: ImagePipeline) -> tuple[ImageDataset, ImageDataset]:
-    """Return the training images, for the classifier, and the validation images; never the held-out ones, which
-    `evaluate` reports on. Raises `UserError` for too few, or other classes than the pipeline's."""
+    """Return the training images (for the classifier) and the validation images, never the held-out ones, which
+    `evaluate` reports on. Raises `UserError` for too few images, or if the classes are not the pipeline's."""
     images = config.load_images(pipeline, "validation")
     count = 0 if images.validation is None else len(images.validation)
     if images.validation is None or count < LEAST_VALIDATION:
         raise UserError(
-            f"data: needs at least {LEAST_VALIDATION} validation images, and there are {count}; train again with "
+            f"data: needs at least {LEAST_VALIDATION} validation images (got {count}); train again with "
             "data.validation_fraction=0.2, or give other images (data.source=FOLDER data.validation_fraction=0.5)"
         )
     if count < FEW_VALIDATION:
@@ -135,7 +137,7 @@ def images_to_choose_by(config: TuneConfig, pipeline: ImagePipeline) -> tuple[Im
 def make_measure(
     pipeline: ImagePipeline, space: FeatureSpace, train: ImageDataset, validation: ImageDataset, config: TuneConfig
 ) -> Measure:
-    """Return the measure of options. All get the same seeds and classes, which makes their differences less noisy."""
+    """Return the measure of options. All options share seeds and classes, so that their differences are less noisy."""
     real = moments(space.of(validation, shuffled(len(validation))))
     labels = wanted_labels(pipeline, train, config.num_samples)
 
@@ -148,7 +150,7 @@ def make_measure(
 
 
 def settings_to_try(pipeline: ImagePipeline) -> Settings:
-    """Return the settings that this pipeline has, in the order of the search."""
+    """Return the settings to try for this pipeline, in search order."""
     settings: Settings = {}
     if pipeline.prior.num_classes:
         scales = {f"{scale:g}": (scale, None) for scale in GUIDANCE} | {f"1 to {end:g}": (1, end) for end in RISING}
@@ -158,14 +160,14 @@ def settings_to_try(pipeline: ImagePipeline) -> Settings:
         }
     settings["temperature"] = {f"{value:g}": {"temperature": value} for value in TEMPERATURES}
     settings["top-p"] = {f"{value:g}": {"top_p": value if value < 1 else None} for value in TOP_P}
-    if steps := getattr(pipeline.sampler, "steps", None):  # of a masked-token prior
+    if steps := getattr(pipeline.sampler, "steps", None):  # only masked-token priors have it
         tried = sorted({max(1, steps // 2), steps, min(len(pipeline.prior.grid), 2 * steps)})
         settings["steps"] = {f"{value}": {"steps": value} for value in tried}
     return settings
 
 
 def search(measure: Measure, own: SamplingOptions, settings: Settings) -> list[Trial]:
-    """Try the pipeline's own options, then vary one setting after another, each at the best of all before."""
+    """Try the pipeline's own options, then vary one setting after another, keeping the best so far."""
     measure, trials = cache(measure), list[Trial]()
 
     def attempt(setting: str, value: str, options: SamplingOptions) -> None:
@@ -181,7 +183,7 @@ def search(measure: Measure, own: SamplingOptions, settings: Settings) -> list[T
 
 
 def best_of(trials: Sequence[Trial]) -> Trial:
-    """Return the trial of the lowest Frechet distance, the first of equal ones."""
+    """Return the trial with the lowest Frechet distance, the first one in case of ties."""
     return min(trials, key=lambda trial: trial.frechet_distance)
 
 
@@ -189,13 +191,13 @@ def best_of(trials: Sequence[Trial]) -> Trial:
 
 
 def describe(options: SamplingOptions) -> str:
-    """The options that differ from the defaults, as `generate` takes them."""
+    """Format the options that differ from the defaults, as keys of `generate`."""
     default = {field.name: field.default for field in fields(options)}
     return ", ".join(f"{name}={value}" for name, value in vars(options).items() if value != default[name]) or "defaults"
 
 
 def draw_trials(trials: Sequence[Trial]) -> Pixels:
-    """Draw the Frechet distance over the values of each setting; a dashed line is that of the settings before."""
+    """Plot the Frechet distance over the values of each setting; the dashed line is the setting before tuning."""
     settings = list(dict.fromkeys(trial.setting for trial in trials[1:]))
     groups = [[trial for trial in trials if trial.setting == setting] for setting in settings]
 
@@ -206,7 +208,9 @@ def draw_trials(trials: Sequence[Trial]) -> Pixels:
             axes.axhline(trials[0].frechet_distance, color=INK, linewidth=1, linestyle="--")
             axes.set(xlabel=setting, xlim=(-0.5, len(group) - 0.5))
         every[0].set_ylabel("Frechet distance")
-        figure.suptitle(f"best: {describe(best_of(trials).options)}; dashed: {describe(trials[0].options)}, as before")
+        figure.suptitle(
+            f"best: {describe(best_of(trials).options)}; dashed: before tuning ({describe(trials[0].options)})"
+        )
 
     return render(120 + 60 * sum(map(len, groups)), 360, draw)
 
@@ -214,8 +218,8 @@ def draw_trials(trials: Sequence[Trial]) -> Pixels:
 def store(
     pipeline: ImagePipeline, folder: Path, before: SamplingOptions, best: SamplingOptions, facts: dict[str, Any]
 ) -> None:
-    """Write the best options into the pipeline folder, with their figures and new pictures of samples; figures of
-    samples with other options go."""
+    """Store the best options in the pipeline folder, with their figures and a new picture of samples; drop figures of
+    samples that were drawn with other options."""
     pipeline.sampler = best
     pipeline.provenance = {**pipeline.provenance, "tuning": facts}
     if best != before and "evaluation" in pipeline.provenance:

@@ -1,4 +1,4 @@
-"""Check a folder against its manifest, byte by byte; or models of your own against their family's promises."""
+"""Verify a folder against the checksums in its manifest, or check models of your own against their contract."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from ..tokens.shards import chunks
 
 
 class VerifyConfig(Config):
-    """What is checked."""
+    """What to check."""
 
     examples = ("folder=runs/gpt_digits/pipeline", "--import my_prior.py", "--import my_prior.py grid=4,4")
 
     folder: Annotated[str | None, Within("pipeline", MANIFEST)] = Field(
         None,
-        description="a folder with a manifest.json: a token dataset, an exported tokenizer, a pipeline, or the run of "
-        "one; null: the models that --import brings are checked instead",
+        description="folder with a manifest.json: a token dataset, an exported tokenizer, a pipeline or its run; null: "
+        "check the models loaded by --import",
     )
     grid: list[Annotated[int, Field(ge=1, le=64)]] = Field(
-        [2, 3], min_length=1, max_length=3, description="grid of the tokens on which an imported prior is checked"
+        [2, 3], min_length=1, max_length=3, description="token grid for checking an imported prior"
     )
-    vocab_size: int = Field(3, ge=2, description="number of ids on which an imported prior is checked")
+    vocab_size: int = Field(3, ge=2, description="vocabulary size for checking an imported prior")
     image_size: list[Annotated[int, Field(ge=1, le=256)]] = Field(
-        [16, 16], min_length=2, max_length=2, description="images on which an imported tokenizer is checked"
+        [16, 16], min_length=2, max_length=2, description="image size for checking an imported tokenizer"
     )
 
 
 def run(config: VerifyConfig) -> Path | None:
-    """Verify the folder, and return it; without one, check the imported models.
+    """Verify the folder and return it; without a folder, check the imported models.
 
-    Raises a `PipelineLoadError` that names the first file that is missing or changed, `UserError` for a model that
-    breaks a promise.
+    Raises a `PipelineLoadError` that names the first missing or changed file, or `UserError` for a model that fails a
+    check.
     """
     if config.folder is not None:
         return verify_folder(Path(config.folder))
@@ -50,29 +50,29 @@ def run(config: VerifyConfig) -> Path | None:
     for name, promise, problem in found:
         print(f"ok      {name}: {promise}" if problem is None else f"BROKEN  {name}: {promise}: {problem}")
     if not found:
-        raise UserError("--import: registers no prior, quantizer or tokenizer")
+        raise UserError("--import: no prior, quantizer or tokenizer was registered")
     if broken := [f"{name}: {promise}" for name, promise, problem in found if problem is not None]:
-        raise UserError(f"--import: {len(broken)} of {len(found)} promises broken, first: {broken[0]}")
-    print(f"all {len(found)} promises hold")
+        raise UserError(f"--import: {len(broken)} of {len(found)} checks failed, the first is {broken[0]}")
+    print(f"all {len(found)} checks passed")
     return None
 
 
 def verify_folder(folder: Path) -> Path:
-    """Hash every file that the manifest lists, and look at every id of a token dataset; returns the folder."""
+    """Hash every file in the manifest, and check every id of a token dataset; returns the folder."""
     files = verify_manifest(folder)["files"]
     if (folder / META).is_file():
         data = load_tokens(folder, verify=False, mapped=True)
         for split in data.splits.values():
             for rows in chunks(len(split)):
-                split.tokens[rows]  # which compares ids with the vocabulary
+                split.tokens[rows]  # reading checks the ids against the vocabulary
     size = sum(entry["size"] for entry in files.values())
-    print(f"{folder}: {len(files)} files of {size:,} bytes are as {MANIFEST} says")
+    print(f"{folder}: {len(files)} files ({size:,} bytes) match {MANIFEST}")
     return folder
 
 
 def check_imported(config: VerifyConfig) -> Iterator[tuple[str, str, str | None]]:
-    """Check each model that lies outside of the package, built with its defaults. Yields its name, a promise, and how
-    it is broken, if it is."""
+    """Check each imported model, built with its default configuration. Yields its name, the promise checked, and the
+    problem or None."""
     from prior import Prior
     from prior.checks import check_prior
     from tokenizer import TokenGrid, Tokenizer
@@ -93,7 +93,7 @@ def check_imported(config: VerifyConfig) -> Iterator[tuple[str, str, str | None]
             try:
                 for promise, problem in check(family.create(name, **facts)):
                     yield title, promise, problem
-            except Exception as error:  # of somebody's model: whatever it raises is what is wrong with it
+            except Exception as error:  # a model may raise anything; report it as the problem
                 problem = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
                 yield title, "it can be built with its defaults and checked", problem
 

@@ -1,8 +1,8 @@
 """Images to bytes and back: tokens coded under the prior, and for lossless streams the pixels given the tokens.
 
-`container` is the file, `codec` makes the numbers that symbols are coded with. Encoder and decoder walk the models in
-the same way; a decoder may take other batches, and is on another machine, which `codec` allows for. The images of a
-lossy stream are made from its tokens in float32, so a pixel may differ by one grey level between two processors.
+`container` defines the file, `codec` the probabilities that symbols are coded with. Encoder and decoder evaluate the
+models in the same order; batch size and machine may differ, which `codec` allows for. A lossy stream is decoded from
+its tokens in float32, so a pixel may differ by one grey level between processors.
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ if TYPE_CHECKING:
 
 CODEC = "smalti codec 1"
 CHUNK_IMAGES = 256
-"""Most images in a chunk."""
+"""Maximum number of images per chunk."""
 CHUNK_NUMBERS = 1 << 26
-"""Most logits of a chunk."""
+"""Maximum number of logits per chunk."""
 PIXEL_IMAGES = 16
-"""Images whose pixels are evaluated at once."""
+"""Number of images whose pixels are evaluated at once."""
 
 
 # Images
 
 
 def exact_pixels(image: PILImage, shape: tuple[int, int, int], lossless: bool) -> Tensor:
-    """uint8 `(C, H, W)` of an image that, upright, has this shape already. Raises `ValueError` for another size and, if
-    lossless, for what does not fit into 8 bits a channel: another mode, a colour that is transparent, and 16 bits a
-    channel, of which Pillow keeps half (and tells nothing once the image is loaded)."""
+    """Return uint8 `(C, H, W)` of an image that, turned upright, already has this shape. Raises `ValueError` for
+    another size and, if lossless, for what 8 bits per channel cannot hold: another mode, a transparent colour, or 16
+    bits per channel, which Pillow halves silently on loading."""
     channels, height, width = shape
     modes = ("L", "1") if channels == 1 else ("RGB",)
     halved = any(str(tile[3]).endswith(";16B") for tile in getattr(image, "tile", ()))
     upright = ImageOps.exif_transpose(image)
     if upright.size != (width, height):
         found = f"{upright.width} x {upright.height}"
-        raise ValueError(f"the pipeline's images are {width} x {height} pixels, this is {found}")
+        raise ValueError(f"the pipeline's images are {width} x {height} pixels, this one is {found}")
     if lossless and image.mode not in modes:
-        raise ValueError(f"the pipeline keeps images of mode {modes[0]}, this is {image.mode}")
+        raise ValueError(f"lossless compression takes images of mode {modes[0]} here, this one is {image.mode}")
     if lossless and (halved or "transparency" in image.info):
-        what = "16 bits a channel" if halved else "a colour that is transparent"
-        raise ValueError(f"the pipeline keeps 8 bits a channel, this has {what}")
+        what = "16 bits per channel" if halved else "a transparent colour"
+        raise ValueError(f"lossless compression takes 8 bits per channel, this image has {what}")
     return torch.from_numpy(pixels_of(upright, shape).copy())
 
 
@@ -67,51 +67,51 @@ def check_exact(images: Tensor) -> None:
     """Raise `ValueError` unless all of `images`, float in [-1, 1], are 8-bit values."""
     scaled = (in_finest(images) + 1) * 127.5
     if not bool(((scaled - scaled.round()).abs() < 1e-3).all()):
-        raise ValueError("lossless compression takes 8-bit images; these floats are not on the grid of 256 values")
+        raise ValueError("lossless compression takes 8-bit images, but these floats are not multiples of a grey level")
 
 
 # The models
 
 
 def has_residual(pipeline: ImagePipeline, lossless: bool) -> bool:
-    """Whether pixels have to be coded beside the tokens. Raises `LikelihoodError` where that is impossible."""
+    """Return whether pixels must be coded in addition to tokens. Raises `LikelihoodError` if that is impossible."""
     if not lossless or pipeline.tokenizer.reversible:
         return False
     if not pipeline.tokenizer.has_likelihood:
         raise LikelihoodError(
-            f"lossless compression needs a decoder with a likelihood, and {pipeline.tokenizer.name!r} as it was made "
-            "has none; lossless=False keeps the tokens alone"
+            f"lossless compression needs a decoder with a likelihood, which this {pipeline.tokenizer.name!r} tokenizer "
+            "lacks; lossy compression keeps the tokens"
         )
     return True
 
 
 def chunk_images(pipeline: ImagePipeline) -> int:
-    """How many images a chunk holds, which is what is in memory at once."""
+    """Return the number of images per chunk, which are in memory at once."""
     grid = pipeline.prior.grid
     return max(1, min(CHUNK_IMAGES, CHUNK_NUMBERS // (len(grid) * grid.vocab_size)))
 
 
 def identify(pipeline: ImagePipeline) -> bytes:
-    """16 bytes that identify the models, and how they are evaluated."""
+    """Return 16 bytes that identify the models and the codec."""
     parts = (CODEC, pipeline.tokenizer.fingerprint(), pipeline.prior.fingerprint())
     return hashlib.sha256(" ".join(parts).encode()).digest()[:16]
 
 
 class Models:
-    """A pipeline's models in float64, which autocast leaves alone, and their walks, which code symbols on their way.
+    """A pipeline's models in float64 (which autocast leaves alone), coding symbols while they are evaluated.
 
-    The unconditional prior is used. residual: whether pixels are coded beside the tokens. On a device without float64
-    the processor is used.
+    The prior is unconditional. residual: whether pixels are coded in addition to tokens. Devices without float64 are
+    replaced by the CPU.
     """
 
     def __init__(self, pipeline: ImagePipeline, *, residual: bool) -> None:
         self.device = pipeline.device if finest(pipeline.device) == torch.float64 else torch.device("cpu")
-        self.prior = doubled(pipeline.prior, self.device)
-        self.tokenizer = doubled(pipeline.tokenizer, self.device) if residual else pipeline.tokenizer
+        self.prior = to_double(pipeline.prior, self.device)
+        self.tokenizer = to_double(pipeline.tokenizer, self.device) if residual else pipeline.tokenizer
         self.residual = residual
 
-    def walk_tokens(self, tokens: Tensor, coder: SymbolCoder, batch_size: int) -> None:
-        """Code `tokens` (n, *grid.shape) along the prior's order, each rank's for all images; a decoder fills them in.
+    def code_tokens(self, tokens: Tensor, coder: SymbolCoder, batch_size: int) -> None:
+        """Code `tokens` (n, *grid.shape) in the prior's order, rank by rank for all images; a decoder fills them in.
         batch_size: images evaluated at a time."""
         order = self.prior.order.tolist()
         flat, rank = tokens.view(len(tokens), -1), 0
@@ -124,7 +124,7 @@ class Models:
                 flat[:, cell] = coder.code(logits, flat[:, cell])
             last, rank = flat[:, block].split(batch_size), rank + size
 
-    def walk_pixels(self, pixels: Tensor, tokens: Tensor, coder: SymbolCoder) -> None:
+    def code_pixels(self, pixels: Tensor, tokens: Tensor, coder: SymbolCoder) -> None:
         """Code `pixels` (n, C, H, W) in 0 to 255 channel by channel, given the tokens; a decoder fills them in."""
         for channel in range(pixels.shape[1]):
             for some, values in zip(tokens.split(PIXEL_IMAGES), pixels.split(PIXEL_IMAGES), strict=True):
@@ -134,47 +134,49 @@ class Models:
 
     @torch.inference_mode()
     def encode(self, tokens: Tensor, pixels: Tensor | None) -> Chunk:
-        """A chunk of tokens `(n, *grid.shape)`, and of pixels `(n, C, H, W)` in 0 to 255."""
+        """Encode tokens `(n, *grid.shape)` and pixels `(n, C, H, W)` in 0 to 255 into a chunk."""
         tokens, of_tokens, of_pixels = tokens.to(self.device).contiguous(), Encoder(), Encoder()
-        self.walk_tokens(tokens, of_tokens, len(tokens))
+        self.code_tokens(tokens, of_tokens, len(tokens))
         if pixels is not None:
-            self.walk_pixels(pixels.to(self.device), tokens, of_pixels)
-        doubts = torch.cat(of_tokens.doubts + of_pixels.doubts)
-        exceptions = doubts.nonzero().flatten().cpu().numpy().astype(np.uint32)
+            self.code_pixels(pixels.to(self.device), tokens, of_pixels)
+        unsure = torch.cat(of_tokens.unsure + of_pixels.unsure)
+        exceptions = unsure.nonzero().flatten().cpu().numpy().astype(np.uint32)
         return Chunk(exceptions, of_tokens.bytes(), of_pixels.bytes(), digest_of(tokens, pixels))
 
     @torch.inference_mode()
     def decode(self, chunk: Chunk, count: int, batch_size: int | None) -> tuple[Tensor, Tensor | None]:
-        """The tokens and the pixels of a chunk of `count` images. Raises `ModelMismatch` where this machine computes
-        other probabilities."""
+        """Decode the tokens and pixels of a chunk of `count` images. Raises `ModelMismatch` if this machine computes
+        different probabilities."""
         tokens = torch.zeros(count, *self.prior.grid.shape, dtype=torch.long, device=self.device)
         shape = (count, *self.tokenizer.image_shape)
         pixels = torch.zeros(shape, dtype=torch.long, device=self.device) if self.residual else None
         symbols = tokens.numel() + (0 if pixels is None else pixels.numel())
         if len(chunk.exceptions) and chunk.exceptions.max() >= symbols:
-            raise DamagedStream("the stream is damaged: an exception lies outside of its chunk")
-        doubts = torch.zeros(symbols, dtype=torch.bool)
-        doubts[torch.from_numpy(chunk.exceptions.astype(np.int64))] = True
-        doubts = doubts.to(self.device)
-        decoder = Decoder(chunk.tokens, doubts[: tokens.numel()])
-        self.walk_tokens(tokens, decoder, batch_size or count)
+            raise DamagedStream("the stream is damaged: an exception lies outside its chunk")
+        unsure = torch.zeros(symbols, dtype=torch.bool)
+        unsure[torch.from_numpy(chunk.exceptions.astype(np.int64))] = True
+        unsure = unsure.to(self.device)
+        decoder = Decoder(chunk.tokens, unsure[: tokens.numel()])
+        self.code_tokens(tokens, decoder, batch_size or count)
         decoder.finish()
         if pixels is not None:
-            decoder = Decoder(chunk.pixels, doubts[tokens.numel() :])
-            self.walk_pixels(pixels, tokens, decoder)
+            decoder = Decoder(chunk.pixels, unsure[tokens.numel() :])
+            self.code_pixels(pixels, tokens, decoder)
             decoder.finish()
         if digest_of(tokens, pixels) != chunk.digest:
-            raise ModelMismatch("the stream decodes to other tokens here: this machine computes other probabilities")
+            raise ModelMismatch(
+                "the stream decodes to different tokens here: this machine computes different probabilities"
+            )
         return tokens, pixels
 
 
-def doubled(model: Any, device: torch.device) -> Any:
-    """A copy in float64, in eval mode."""
+def to_double(model: Any, device: torch.device) -> Any:
+    """Return a copy of the model in float64, in eval mode."""
     return copy.deepcopy(model).to(device).double().eval()
 
 
 def digest_of(tokens: Tensor, pixels: Tensor | None) -> int:
-    """The CRC-32 of ids as u32 and pixels as u8."""
+    """Return the CRC-32 of ids as u32 and pixels as u8."""
     content = tokens.cpu().numpy().astype("<u4").tobytes()
     return crc32(content if pixels is None else content + pixels.cpu().numpy().astype(np.uint8).tobytes())
 
@@ -190,7 +192,7 @@ def compress(
     names: Sequence[str] = (),
     progress: bool = True,
 ) -> bytes:
-    """A stream of `images`, float `(B, C, H, W)` in [-1, 1]; see `write_images`."""
+    """Compress `images`, float `(B, C, H, W)` in [-1, 1], to a stream; see `write_images`."""
     file, parts = io.BytesIO(), images.split(chunk_images(pipeline))
     write_images(pipeline, file, parts, len(images), lossless=lossless, names=names, progress=progress)
     return file.getvalue()
@@ -206,11 +208,10 @@ def write_images(
     names: Sequence[str] = (),
     progress: bool = True,
 ) -> int:
-    """Write the `count` images of `parts`, batches of `chunk_images`, as a stream; returns its number of bytes.
+    """Write a stream of `count` images, given as batches `parts` of `chunk_images`; returns its size in bytes.
 
-    lossless: decoding gives the 8-bit images as they were; else what the tokenizer makes of their tokens. Raises
-    `LikelihoodError` where lossless is impossible, and `StreamError` without the coder and for names that cannot be
-    files.
+    lossless: decoding returns the exact 8-bit images instead of reconstructions. Raises `LikelihoodError` if lossless
+    is impossible, and `StreamError` if the coder is not installed or a name is not a valid file name.
     """
     constriction()
     models = Models(pipeline, residual=has_residual(pipeline, lossless))
@@ -229,16 +230,16 @@ def write_images(
 def read_images(
     pipeline: ImagePipeline, data: bytes, *, batch_size: int | None = None, progress: bool = True
 ) -> tuple[Header, Iterator[Tensor]]:
-    """The header of a stream, and the images of each chunk in turn, float `(n, C, H, W)` in [-1, 1]. Raises
-    `StreamError` for a stream that is damaged or of another pipeline; the iterator does where this machine computes
-    other probabilities than the one that compressed."""
+    """Return the header of a stream, and an iterator over the images of each chunk, float `(n, C, H, W)` in [-1, 1].
+    Raises `StreamError` if the stream is damaged or from another pipeline, or, while iterating, if this machine
+    computes different probabilities."""
     header, chunks = read_stream(data)
     if header.pipeline != identify(pipeline):
         theirs = "x".join(map(str, header.image))
-        raise ModelMismatch(f"another pipeline made the stream, one for images of {theirs}")
+        raise ModelMismatch(f"the stream was made by another pipeline, for images of {theirs}")
     most = chunk_images(pipeline)
-    if min(header.images, header.chunk_images) > most:  # the prior's states for all of a chunk are in memory at once
-        raise StreamError(f"the stream has {header.chunk_images} images in a chunk; this pipeline allows {most}")
+    if min(header.images, header.chunk_images) > most:  # the prior's state for a whole chunk is in memory at once
+        raise StreamError(f"the stream has {header.chunk_images} images per chunk; this pipeline allows {most}")
     if header.lossless and not pipeline.tokenizer.has_likelihood:
         raise DamagedStream("the stream is damaged: this pipeline has no likelihood of pixels")
     constriction()
@@ -264,16 +265,16 @@ def decompress(
     max_images: int | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """All images of a stream, float `(B, C, H, W)` in [-1, 1]; all of them or an error. Raises `StreamError`, also for
-    more than `max_images`, and `ValueError` for a batch size below 1."""
+    """Decompress all images of a stream, float `(B, C, H, W)` in [-1, 1]. Raises `StreamError`, also for more than
+    `max_images`, and `ValueError` for a batch size below 1."""
     if batch_size is not None:
         check_count(batch_size, "batch_size")
     header, parts = read_images(pipeline, data, batch_size=batch_size, progress=progress)
     if max_images is not None and header.images > max_images:
-        raise StreamError(f"the stream has {header.images} images, at most {max_images} are allowed")
+        raise StreamError(f"the stream has {header.images} images, the limit is {max_images}")
     return torch.cat([torch.empty(0, *pipeline.tokenizer.image_shape, device=pipeline.device), *parts])
 
 
 def chunk_numbers(header: Header, progress: bool) -> Iterable[int]:
-    """The number of each chunk; progress: with a bar if there are several."""
+    """Iterate over chunk numbers. progress: show a bar if there are several."""
     return progress_bar(range(header.num_chunks), progress and header.num_chunks > 1, unit="chunk")

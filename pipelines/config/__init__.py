@@ -1,4 +1,4 @@
-"""One grammar for every verb: YAML files and `key=value` become a checked configuration."""
+"""The command-line grammar of every verb: YAML files and `key=value` become a validated configuration."""
 
 from .command import choose_device, run_command
 from .errors import UserError, is_first_process, tell

@@ -1,4 +1,4 @@
-"""Reads a command line, YAML files and `key=value`, into nested mappings."""
+"""Parse a command line of YAML files and `key=value` words into nested mappings."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from .yaml_text import read_yaml
 
 
 class CommandLine(NamedTuple):
-    """The words of a command line, sorted by what they are; a file or module that is missing is empty."""
+    """The words of a command line, sorted by kind. A file or module name that is missing is an empty string."""
 
     files: list[str]
     overrides: list[str]
     imports: list[str]
     help: str | None
-    """What help is asked about: a key or section, `all`, or nothing, for the short page. None: no help."""
+    """The topic of `--help`: a key, a section, `all`, or empty for the short page. None: `--help` was not given."""
     dry_run: bool
 
 
 class CommaText(str):
-    """A text of the command line with commas and without quotes, such as `3,8`: a list for a key that takes one."""
+    """Unquoted text with commas, such as `3,8`: becomes a list if the key accepts one."""
 
 
-def sorted_words(argv: list[str]) -> CommandLine:
-    """What stands in a command line. `--config`, `--import` and `--help` take the next word, or `--config=FILE`."""
+def sort_words(argv: list[str]) -> CommandLine:
+    """Sort the words of a command line. Options take the next word, or a value after `=`."""
     files: list[str] = []
     overrides: list[str] = []
     imports: list[str] = []
@@ -52,14 +52,14 @@ def sorted_words(argv: list[str]) -> CommandLine:
 
 
 def read_arguments(words: CommandLine) -> tuple[list[Data], list[str]]:
-    """The contents of the files and then the overrides, each a nested mapping; and the problems."""
+    """Return the contents of the files, then the overrides, each as a nested mapping; and a list of problems."""
     files, overrides, problems = [], [], []
     for path in words.files:
         try:
             files.append(read_file(path if os.path.isfile(path) else str(find_preset(path))))
         except UserError as error:
             problems.append(str(error))
-    for argument in sorted(words.overrides, key=lambda argument: kinds_first(argument, words.overrides)):
+    for argument in sorted(words.overrides, key=lambda argument: override_order(argument, words.overrides)):
         try:
             overrides.append(read_override(argument))
         except UserError as error:
@@ -67,9 +67,8 @@ def read_arguments(words: CommandLine) -> tuple[list[Data], list[str]]:
     return files + overrides, problems
 
 
-def kinds_first(argument: str, others: list[str]) -> float:
-    """The sort key of an override: kinds come first, so that `a.kind=x`, or `a=x` alone, does not discard an `a.b=1` to
-    its left."""
+def override_order(argument: str, others: list[str]) -> float:
+    """Sort key that applies kinds first, so that `a.kind=x`, or `a=x` for short, keeps an `a.b=1` to its left."""
     key, _, text = argument.removeprefix("--").partition("=")
     if re.fullmatch(r"\w+", text) and any(other.removeprefix("--").startswith(f"{key}.") for other in others):
         key += ".kind"
@@ -77,8 +76,7 @@ def kinds_first(argument: str, others: list[str]) -> float:
 
 
 def read_override(argument: str) -> Data:
-    """`a.b=value` as `{"a": {"b": value}}`; `--a.b=value`, which sweeps of W&B write, is the same. Raises
-    `UserError`."""
+    """Parse `a.b=value`, or `--a.b=value` as W&B sweeps write it, into `{"a": {"b": value}}`. Raises `UserError`."""
     key, equals, text = argument.removeprefix("--").partition("=")
     if not equals or not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*", key):
         is_file = argument.endswith((".yaml", ".yml")) or argument in {name.rpartition("/")[2] for name in presets()}
@@ -89,15 +87,15 @@ def read_override(argument: str) -> Data:
     except ValueError as error:
         raise UserError(f"{key}: {error} (got {text!r}; for plain text write {key}='\"...\"')") from error
     if isinstance(value, str):
-        commas = "," in value and value == text.strip()  # quotes in the YAML keep it a text
-        value = CommaText(value) if commas else os.path.expanduser(value)  # zsh leaves the `~` after `=` as it is
+        commas = "," in value and value == text.strip()  # YAML quotes make it plain text
+        value = CommaText(value) if commas else os.path.expanduser(value)  # zsh does not expand `~` after `=`
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
 
 
 def read_file(path: str) -> Data:
-    """The mapping in a YAML file. Raises `UserError`."""
+    """Read a YAML file that holds a mapping. Raises `UserError`."""
     try:
         data = read_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -113,18 +111,17 @@ def read_file(path: str) -> Data:
 
 
 def presets() -> dict[str, Path]:
-    """The files of the presets by name, such as `prior/gpt_digits`: in the installed package, or beside it in a
-    checkout."""
+    """Map each preset's name, such as `prior/gpt_digits`, to its file in the installed package or the checkout."""
     here = Path(__file__).parents[1]
     folder = here / "configs" if (here / "configs").is_dir() else here.parent / "configs"
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
 
 
 def find_preset(name: str) -> Path:
-    """The preset called `name`: `prior/gpt_digits`, `gpt_digits` or `configs/prior/gpt_digits.yaml`. Raises `UserError`
-    that names similar presets."""
+    """Find a preset by `prior/gpt_digits`, `gpt_digits` or `configs/prior/gpt_digits.yaml`. Raises `UserError`, which
+    suggests similar names."""
     if not name:
-        raise UserError("--config: expected a file after it")
+        raise UserError("--config: expected a file name")
     wanted = re.sub(r"^configs/|\.ya?ml$", "", name)
     found = {key: path for key, path in presets().items() if not key.startswith("accelerate/")}
     same = [key for key in found if wanted in (key, key.partition("/")[2])]
@@ -137,11 +134,11 @@ def find_preset(name: str) -> Path:
     raise UserError(f"{name[:400]}: cannot be read (no such file, no such preset); {hint}")
 
 
-# Lists without brackets, which many shells read as a pattern --------------------------------------
+# Lists without brackets, which zsh would expand as a pattern --------------------------------------
 
 
 def split_lists(cls: type[Settings] | None, data: Data) -> Data:
-    """Make of each text with commas a list where its key takes one, and of one word where it takes nothing else."""
+    """Turn text with commas into a list where the key accepts one, and a single word where it accepts only lists."""
     found: Data = {}
     for name, value in data.items():
         field = cls.model_fields.get(name) if cls else None
@@ -155,14 +152,14 @@ def split_lists(cls: type[Settings] | None, data: Data) -> Data:
 
 
 def list_or_text(field: FieldInfo | None, text: str) -> Any:
-    """The list that `text` is for a field, or the text. A field that takes both keeps a text with a space beside a
-    comma: names of classes have them."""
+    """Return `text` as a list if the field accepts one, else unchanged. Where it accepts both, text with a space beside
+    a comma stays text, because class names look like that."""
     hints = type_options(field.annotation) if field else []
     lists = [hint for hint in hints if get_origin(hint) in (list, tuple)]
     if isinstance(text, CommaText) and lists and not (str in hints and re.search(r",\s|\s,", text)):
         try:
             return [os.path.expanduser(part) if isinstance(part, str) else part for part in read_yaml(f"[{text}]")]
-        except ValueError:  # a comma too many
+        except ValueError:  # such as a doubled comma
             return str(text)
     only_lists = lists and all(hint in (*lists, type(None)) for hint in hints)
     return [str(text)] if only_lists else str(text)

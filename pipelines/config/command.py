@@ -1,8 +1,8 @@
-"""From a command line to a run: parse it, run the verb, and end with the exit code that a shell expects.
+"""Parse a command line, run its verb, and exit with the code that a shell expects.
 
     smalti VERB --config a.yaml --config b.yaml train.lr=1e-3 model.kind=gpt
 
-Files merge left to right, then overrides do; a node whose `kind` changes is replaced rather than mixed.
+Files are merged from left to right, then overrides. A node whose `kind` changes is replaced, not merged.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pydantic import ValidationError
 from tokenizer.config import Data, defaults_of, explain, find_mark, merge, with_defaults
 from tokenizer.files import PipelineLoadError, one_line
 
-from .arguments import read_arguments, sorted_words, split_lists
+from .arguments import read_arguments, sort_words, split_lists
 from .errors import UserError, at_a_shell, did_you_mean, exit_codes, is_first_process
 from .help import help_page, keys_of
-from .importing import import_asked
+from .importing import import_all
 from .schema import C, Config, Of, resolve_short_forms, to_yaml
 
 if TYPE_CHECKING:
@@ -40,12 +40,13 @@ def run_command(
     defaults: Callable[[Data], Data] | None = None,
     after_ctrl_c: Callable[[C], str] | None = None,
 ) -> R:
-    """Parse, and return `run(config)`. A user's mistake is reported in lines on stderr, with exit code 2.
+    """Parse the command line and return `run(config)`. User errors are printed to stderr, with exit code 2.
 
-    `after_ctrl_c` says what Ctrl-C leaves. With the command line for `argv` the process ends as `at_a_shell` says.
+    after_ctrl_c: describes what an interrupted run leaves behind. If `argv` is None, the process command line is used
+    and the process exits as described in `at_a_shell`.
     """
     with at_a_shell() if argv is None else nullcontext():
-        with exit_codes(quiet=not is_first_process()):  # all processes read the same command line
+        with exit_codes(quiet=not is_first_process()):  # every process reads the same command line
             config = parse(cls, argv, verb=verb, description=description, defaults=defaults)
         with exit_codes(after_ctrl_c=None if after_ctrl_c is None else partial(after_ctrl_c, config)):
             return run(config)
@@ -59,12 +60,13 @@ def parse(
     description: str | None,
     defaults: Callable[[Data], Data] | None = None,
 ) -> C:
-    """The configuration that `argv` (default: the command line) asks for. Raises `UserError` with all its problems.
+    """Return the configuration for `argv` (default: the process command line). Raises one `UserError` that lists every
+    problem; `--help` and `--dry-run` print and raise `SystemExit(0)`.
 
-    `--help` and `--dry-run` print and raise `SystemExit(0)`. `defaults` maps what was given to further defaults.
+    defaults: computes further defaults from the keys that were given.
     """
-    words = sorted_words(sys.argv[1:] if argv is None else argv)
-    import_asked(words.imports)
+    words = sort_words(sys.argv[1:] if argv is None else argv)
+    import_all(words.imports)
     parts, problems = read_arguments(words)
     parts = [resolve_short_forms(cls, part) for part in parts]
     given: Data = {}
@@ -83,7 +85,7 @@ def parse(
         config = cls.model_validate(data)
     except ValidationError as error:
         lines = explain(cls, data, error, partial(describe_unknown, cls))
-        # With help nothing need be complete, and what an unreadable file did not say cannot be called missing.
+        # Help needs no complete configuration, and a key may only seem missing because its file was unreadable.
         incomplete = problems or words.help is not None
         problems += [line for line in lines if not (incomplete and line.endswith(": missing"))]
     if words.help is not None:
@@ -99,7 +101,7 @@ def parse(
 
 
 def merge_with_defaults(cls: type[C], parts: list[Data]) -> Data:
-    """The defaults, and the parts merged into them one by one, each with those of the kinds that it names."""
+    """Merge the parts into the defaults one by one, adding the defaults of each kind that a part selects."""
     data = defaults_of(cls)
     for part in parts:
         data = with_defaults(cls, merge(data, part))
@@ -107,10 +109,10 @@ def merge_with_defaults(cls: type[C], parts: list[Data]) -> Data:
 
 
 def describe_unknown(cls: type[Config], key: str, value: Any) -> list[str]:
-    """A line for each unknown key at or below `key`, with the one that was probably meant."""
+    """Return a line for each unknown key at or below `key`, with the key that was probably meant."""
     known = keys_of(cls)
     return [
-        f"{name[:200]}: in a file, keys below a section are nested, without dots"
+        f"{name[:200]}: in a file, write nested keys instead of dots"
         if name in known
         else f"{name[:200]}: unknown key; {did_you_mean(name, known, '--help all lists them')}"
         for name in leaves(key, value)
@@ -118,7 +120,7 @@ def describe_unknown(cls: type[Config], key: str, value: Any) -> list[str]:
 
 
 def leaves(key: str, value: Any) -> Iterator[str]:
-    """`key`, or in its place those of the mapping that it holds."""
+    """Yield the dotted keys of all leaves below `key`."""
     if isinstance(value, dict) and value:
         for name, part in value.items():
             yield from leaves(f"{key}.{name}", part)
@@ -127,7 +129,7 @@ def leaves(key: str, value: Any) -> Iterator[str]:
 
 
 def print_and_exit(text: str, problems: Sequence[str] = ()) -> NoReturn:
-    """Print `text`, and warnings on stderr; once, however many processes there are. Exit with success."""
+    """Print `text`, and `problems` as warnings on stderr, on the first process only; exit with code 0."""
     if is_first_process():
         print(text.rstrip())
         for problem in problems:
@@ -136,8 +138,8 @@ def print_and_exit(text: str, problems: Sequence[str] = ()) -> NoReturn:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is the accelerator if there is one. Raises `UserError` for one that is not there."""
-    import torch  # not to list the verbs
+    """Return the device; `auto` is the GPU if there is one. Raises `UserError` for a device that is not available."""
+    import torch  # slow, and not needed to list the verbs
 
     try:
         if name == "auto":
@@ -146,5 +148,5 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
     if found.type == "meta":
-        raise UserError("device: 'meta' holds shapes and no numbers; there are cpu, cuda, mps and auto")
+        raise UserError("device: 'meta' holds no data; choose cpu, cuda, mps or auto")
     return found

@@ -1,4 +1,4 @@
-"""How a command ends that cannot do what it was asked for: a line on stderr and an exit code, and no traceback."""
+"""Errors of the command line: one line on stderr and an exit code, without a traceback."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from typing import TextIO
 
 from tokenizer.files import FULL, PipelineLoadError, escape, one_line
 
-CTRL_C, CLOSED_PIPE = 130, 141  # the exit codes by which shells show SIGINT and SIGPIPE
-HEAD_START = 5.0  # seconds in which the main process prints its error and its launcher ends the other processes
+CTRL_C, CLOSED_PIPE = 130, 141  # exit codes that shells report for SIGINT and SIGPIPE
+HEAD_START = 5.0  # seconds for the main process to print its error and its launcher to end the others
 
 
 class UserError(Exception):
-    """A user's mistake. Each line of the message is one problem; unprintable characters are escaped."""
+    """A mistake by the user. Each line of the message is one problem; unprintable characters are escaped."""
 
     def __init__(self, message: object = "") -> None:
         super().__init__(escape(str(message), keep="\n"))
 
 
 class ReportedElsewhere(UserError):
-    """A mistake that the main process has found and reports; this is another process."""
+    """Raised on other processes when the main process reports the error."""
 
 
 class ProcessFailed(Exception):
-    """Another process of the group failed; the message says which, and how."""
+    """Another process of the group failed; the message says which one and how."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C ended a run, which has saved itself and has said so."""
+    """Ctrl-C ended a run that has already saved its state and printed so."""
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that prints, of those that `accelerate launch` started."""
+    """Return whether this process is the one that prints, among those that `accelerate launch` started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def tell(line: str, stream: TextIO | None = None) -> None:
-    """Print a line, on stderr by default. One that cannot be written, as to a log on a full disk, is lost, and the
-    command continues. Raises `BrokenPipeError` where nobody reads the stream any more."""
+    """Print a line, by default to stderr. Write errors such as a full disk are ignored, except a closed pipe, which
+    raises `BrokenPipeError`."""
     try:
         print(line, file=sys.stderr if stream is None else stream, flush=True)
     except BrokenPipeError:
@@ -52,7 +52,7 @@ def tell(line: str, stream: TextIO | None = None) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """A question with the known dotted names that are nearest to `name`; `otherwise` where none is near."""
+    """Suggest the known dotted names nearest to `name`, or return `otherwise` if no name is near."""
     names, name = list(known), name[:80]
     last = [key for key in names if key.rpartition(".")[2] == name.rpartition(".")[2]]
     near = difflib.get_close_matches(name, names, 1, 0.75) or last[:2] or difflib.get_close_matches(name, names, 1, 0.5)
@@ -61,9 +61,9 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
 
 @contextmanager
 def exit_codes(*, quiet: bool = False, after_ctrl_c: Callable[[], str] | None = None) -> Iterator[None]:
-    """Turn a user's mistake into `error: ...` lines and exit code 2, Ctrl-C into 130; a bug keeps its traceback.
+    """Turn user errors into `error: ...` lines and exit code 2, and Ctrl-C into 130. Bugs keep their traceback.
 
-    quiet: print nothing of a mistake. after_ctrl_c: what the line about Ctrl-C says next.
+    quiet: do not print user errors. after_ctrl_c: returns the rest of the line about Ctrl-C.
     """
     rank = os.environ.get("RANK", "0")
     label = "error:" if rank == "0" else f"error on process {rank}:"
@@ -80,7 +80,7 @@ def exit_codes(*, quiet: bool = False, after_ctrl_c: Callable[[], str] | None = 
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         if is_first_process() and not isinstance(error, Interrupted):
-            start = "\n" if sys.stderr.isatty() else ""  # the terminal shows ^C, perhaps after a progress bar
+            start = "\n" if sys.stderr.isatty() else ""  # the terminal has printed ^C, perhaps after a progress bar
             more = f"; {after_ctrl_c()}" if after_ctrl_c else ""
             print(f"{start}{label} interrupted{more}", file=sys.stderr)
         raise SystemExit(CTRL_C) from error
@@ -95,8 +95,8 @@ def exit_codes(*, quiet: bool = False, after_ctrl_c: Callable[[], str] | None = 
 
 @contextmanager
 def at_a_shell() -> Iterator[None]:
-    """End the process as shells expect: in silence where nobody reads its output any more, as after `| head`, and by
-    SIGINT itself after Ctrl-C, so that a loop of commands ends with it."""
+    """End the process as shells expect: silently if its output pipe was closed (`| head`), and by SIGINT itself after
+    Ctrl-C, so that a shell loop stops too."""
     try:
         try:
             yield
@@ -104,13 +104,13 @@ def at_a_shell() -> Iterator[None]:
             sys.stdout.flush()
     except BrokenPipeError:
         try:
-            print(flush=True)  # works if it was another pipe that broke
+            print(flush=True)  # succeeds if another pipe broke
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
             raise SystemExit(CLOSED_PIPE) from None
         raise
     except SystemExit as error:
         if error.code != CTRL_C:
             raise
-        sys.excepthook = lambda *_: None  # everything is said
+        sys.excepthook = lambda *_: None  # the error is already printed
         raise KeyboardInterrupt from None

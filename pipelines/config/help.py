@@ -1,4 +1,4 @@
-"""What `--help` prints: the keys that people change, every key, or those of a section."""
+"""Help pages: the common keys, all keys, or those of one section."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from .table import width, wrap, wrap_rows
 ALL = "all"
 OPTIONS = {
     "--config FILE": "a YAML file or a preset's name (`smalti presets`); several merge left to right",
-    "key=value": "set one key, whatever the files say; the value is YAML, as in train.lr=1e-3 or sizes=1,2; "
-    "another kind replaces its node with all that was set below it",
-    "--import FILE": "a Python file, or a module, with models of your own, whose kinds are then known",
-    "--dry-run": "print the resulting configuration, itself a file for --config, and stop",
+    "key=value": "set one key, overriding the files; the value is YAML, as in train.lr=1e-3 or sizes=1,2; changing a "
+    "kind resets the keys below it",
+    "--import FILE": "a Python file or module that defines models of your own",
+    "--dry-run": "print the resulting configuration, which --config can read, and exit",
 }
 
 
 class Row(NamedTuple):
-    """One key."""
+    """One key of the table."""
 
     key: str
     type: str
@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Keys that belong together, and the node that they are in, empty at the top. kind: of a model with these keys."""
+    """The keys of one node (empty at the top level). kind: the model they belong to, if the node has kinds."""
 
     node: str = ""
     kind: str = ""
@@ -56,7 +56,7 @@ class Section(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The heading, empty at the top."""
+        """Heading; empty at the top level."""
         key = f"{self.node}.kind={self.kind}" if self.kind else self.node
         return f"{key}: {self.sentence}" if self.sentence else key
 
@@ -72,15 +72,14 @@ def help_page(
     values: Data | None = None,
     given: Iterable[str] = (),
 ) -> str:
-    """The page about a topic: nothing, `all`, a section or a key. Raises `UserError` for another one.
+    """Return the page for a topic: empty, `all`, a section or a key. Raises `UserError` for an unknown topic.
 
-    values: what the keys would be, which is listed in place of the defaults of the class. given: the keys at the top of
-    which the command line says something.
+    values: current values, shown instead of the class defaults. given: top-level keys that the command line sets.
     """
     values, options = values or {}, dict(OPTIONS)
     if topic == ALL:
         chosen = {name: values[name] for name in given if name in values}
-        shown = list(dict.fromkeys(sections(cls, chosen)))  # a quantizer comes with each tokenizer that takes one
+        shown = list(dict.fromkeys(sections(cls, chosen)))  # each tokenizer lists the quantizers again
     else:
         found = list(sections(cls, values))
         if topic:
@@ -92,38 +91,38 @@ def help_page(
     usage = f"usage: smalti {verb} [--config FILE ...] [key=value ...] [--help [WHAT]]"
     about = [line for part in (description or "").split("\n\n") for line in wrap(" ".join(part.split()), width())]
     commands = [wrap(f"smalti {verb} {example}", width() - 8) for example in cls.examples]
-    examples = ["  " + " \\\n      ".join(lines) for lines in commands]  # lines that a shell joins
+    examples = ["  " + " \\\n      ".join(lines) for lines in commands]  # joined by the shell
     parts = [[usage], about, ["examples", *examples], table_of(shown), ["more", *wrap_rows(list(options.items()))]]
     return "\n\n".join("\n".join(part) for part in parts)
 
 
 def rows_of(found: Iterable[Section]) -> list[Row]:
-    """All rows of sections."""
+    """Return the rows of all sections."""
     return [row for section in found for row in section.rows]
 
 
 def choose_often(cls: type[Config], found: list[Section]) -> list[Row]:
-    """The keys that people change, or all at the top."""
+    """Return the rows of the common keys, or all top-level rows."""
     rows = {row.key: row for row in rows_of(found)}
     often = [rows[key] for key in cls.often.split() if key in rows]
     return often or rows_of(section for section in found if not section.node)
 
 
 def choose_topic(found: list[Section], topic: str) -> list[Section]:
-    """The keys at and below a section, or one key. Raises `UserError` with the nearest there is."""
+    """Return the sections at and below `topic`, or one key. Raises `UserError`, which suggests the nearest name."""
     below = [section for section in found if f"{section.node}.".startswith(f"{topic}.")]
     one = [row for row in rows_of(found) if row.key == topic]
     if not below and not one:
         nodes = list(dict.fromkeys(section.node for section in found if section.node))
         hint = did_you_mean(
-            topic, [*nodes, *(row.key for row in rows_of(found))], f"there are {', '.join([*nodes, ALL])}"
+            topic, [*nodes, *(row.key for row in rows_of(found))], f"the sections are {', '.join([*nodes, ALL])}"
         )
         raise UserError(f"--help {topic}: no such section or key; {hint}")
     return below or [Section(rows=tuple(one))]
 
 
 def table_of(shown: list[Section]) -> list[str]:
-    """Sections below each other, each in columns of its own."""
+    """Return the lines of sections, each with its own column widths."""
     lines: list[str] = []
     for section in shown:
         head = [] if lines else [("key", "type", "default", "")]
@@ -145,17 +144,17 @@ def sections(
     owner: str = "",
     families: tuple[str, ...] = (),
 ) -> Iterator[Section]:
-    """The keys of a configuration, those of each nested one in a section of its own.
+    """Yield the keys of a configuration, one section for each nested one.
 
-    values: what takes the place of defaults; of a node in it, only the keys of its kind are listed. node, kind and
-    sentence are of the first section. owner: what to call a default that only a model knows. families: those of the
-    nodes around, whose members are not listed again.
+    values: shown instead of the defaults; for a node among them, only the keys of its kind are listed. node, kind,
+    sentence: of the first section. owner: name for a default that only a model knows. families: families of the
+    enclosing nodes, whose members are not listed again.
     """
     rows: list[Row] = []
     nested: list[Section] = []
     for name, field in cls.model_fields.items():
         if name == "kind" and issubclass(cls, Choices):
-            continue  # the node has a row for it
+            continue  # listed with its node
         key, about, models = f"{node}.{name}".lstrip("."), field.description or "", nested_models(field)
         default = to_plain(field.get_default(call_default_factory=True))
         value = values.get(name, default)
@@ -187,21 +186,21 @@ def sections(
 
 @cache
 def keys_of(cls: type[Settings]) -> list[str]:
-    """Every section and key of a verb."""
+    """Return the names of all sections and keys of a configuration."""
     found = list(sections(cls, {}))
     nodes, rows = [section.node for section in found], [row for section in found for row in section.rows]
     return list(dict.fromkeys(filter(None, [*nodes, *(row.key for row in rows)])))
 
 
 def describe_type(field: FieldInfo) -> str:
-    """The type and range of a key: `int >= 1 or null`, `[float, float]`, `a | b`; null goes without saying where it is
-    the default."""
+    """Return the type and range of a key, such as `int >= 1 or null`, `[float, float]` or `a | b`. A null that is the
+    default is not mentioned."""
     text = type_text(field.annotation, range_text(field.metadata))
     return text.removesuffix(" or null") if field.default is None else text
 
 
 def type_text(hint: Any, limits: str = "") -> str:
-    """An annotation as people read it."""
+    """Return a readable form of an annotation."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         marks = [mark for part in parts[1:] for mark in (part.metadata if isinstance(part, FieldInfo) else [part])]
@@ -218,7 +217,7 @@ def type_text(hint: Any, limits: str = "") -> str:
 
 
 def range_text(marks: Iterable[Any]) -> str:
-    """The bounds among the marks of a type: ` 1..8`, ` > 0, < 1` or nothing."""
+    """Return the bounds in the metadata of a type, such as ` 1..8` or ` > 0, < 1`; empty without bounds."""
     bounds = {name: getattr(mark, name) for mark in marks for name in SIGNS if hasattr(mark, name)}
     if set(bounds) == {"ge", "le"}:
         return f" {show_number(bounds['ge'])}..{show_number(bounds['le'])}"
@@ -226,7 +225,7 @@ def range_text(marks: Iterable[Any]) -> str:
 
 
 def describe_default(value: Any) -> str:
-    """A default, where text needs no quotes."""
+    """Return a default value as text; strings are not quoted."""
     if value is PydanticUndefined:
         return "required"
     return value if isinstance(value, str) and value else show_value(value)

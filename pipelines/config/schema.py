@@ -1,4 +1,4 @@
-"""What a configuration is: a frozen model with a description of each key, and the marks that say what a type cannot."""
+"""Base classes of configurations, and marks for what a type cannot express."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ C = TypeVar("C", bound="Config")
 
 
 class Config(Settings):
-    """Base of every verb's configuration, and what its help page begins with."""
+    """Base of every verb's configuration."""
 
     examples: ClassVar[tuple[str, ...]] = ()
-    """Command lines, without `smalti` and the verb."""
+    """Command lines for the help page, without `smalti` and the verb."""
     often: ClassVar[str] = ""
-    """The keys that people change, in this order, between spaces; none: all that the verb has itself."""
+    """The keys on the short help page, separated by spaces; empty: all top-level keys."""
 
 
 class OutputConfig(Config):
-    """Base of the verbs that write a file, or files into a folder that may exist."""
+    """Base of verbs that write a file, or files into a folder that may exist."""
 
-    overwrite: bool = Field(False, description="replace existing files of `out`; false: refuse to")
+    overwrite: bool = Field(False, description="replace existing output files")
 
 
 @dataclass(frozen=True)
 class Of:
-    """Mark settings whose defaults come from the model that the key `name` names: `Of("tokenizer")`."""
+    """Mark settings whose defaults come from the model given by the key `name`: `Of("tokenizer")`."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Within:
-    """Mark a text that names a folder with the file `holds`: `Within("tokenizer", "config.json")`. A folder with such a
-    folder of this `name` inside, as the run that made it, stands for it, even if it has a file `holds` of its own."""
+    """Mark a path to a folder that contains the file `holds`: `Within("tokenizer", "config.json")`. The path of the run
+    around it, with a subfolder `name`, is accepted too, even if the run has a file `holds` of its own."""
 
     name: str
     holds: str
 
     def resolve(self, value: Any) -> Any:
-        """`value`, or the folder inside of it that is meant."""
+        """Return the subfolder `name` of `value` if it contains `holds`, else `value`."""
         if not isinstance(value, str) or not value:
             return value
         inner = Path(value) / self.name
@@ -55,7 +55,7 @@ class Within:
 
 
 def resolve_short_forms(cls: type[Config], data: Data) -> Data:
-    """Replace a run by the folder in it that is meant, and the kind of a node by the node."""
+    """Replace a run folder by the subfolder it stands for, and `node=kind` by `{"kind": kind}`."""
     resolved = dict(data)
     for name, field in cls.model_fields.items():
         if name in data and (within := find_mark(field, Within)):
@@ -66,12 +66,12 @@ def resolve_short_forms(cls: type[Config], data: Data) -> Data:
 
 
 def to_yaml(config: BaseModel) -> str:
-    """The configuration as a file for `--config`."""
+    """Return the configuration as YAML text for `--config`."""
     return write_yaml(config.model_dump(mode="json"))
 
 
 def difference(old: Data, new: Data, prefix: str = "") -> list[str]:
-    """The dotted keys in which two configurations differ, as `train.lr: 0.001 -> 0.002`."""
+    """List the dotted keys in which two configurations differ, such as `train.lr: 0.001 -> 0.002`."""
     lines = []
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key), new.get(key)
@@ -79,6 +79,6 @@ def difference(old: Data, new: Data, prefix: str = "") -> list[str]:
             lines += difference(before, after, f"{prefix}{key}.")
         elif key not in old or key not in new or to_plain(before) != to_plain(after):  # a tuple equals a list
             sides = (show_value(side[key]) if key in side else "(absent)" for side in (old, new))
-            name = f"{prefix}{key}"  # perhaps from a damaged file
+            name = f"{prefix}{key}"  # may come from a damaged file
             lines.append(f"{name if name.isprintable() and len(name) < 100 else quote(name)}: {' -> '.join(sides)}")
     return lines

@@ -1,4 +1,4 @@
-"""Rows of text as people read them: columns, each as wide as its widest cell."""
+"""Text tables with aligned or wrapped columns."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ GAP = "  "
 
 
 def table(rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> str:
-    """A line for each row of cells, of which a row may have fewer than another. right: the columns, from 0, whose cells
-    end at the same place, as those of numbers should; the others begin there."""
+    """Align rows of cells in columns; rows may have different lengths. right: indices of right-aligned columns."""
     rows, right = list(rows), set(right)
     count = max((len(row) for row in rows), default=0)
     widths = [max(len(row[column]) for row in rows if len(row) > column) for column in range(count)]
@@ -24,19 +23,24 @@ def table(rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> str:
     return "\n".join(lines)
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun: `1 image`, `2,000 images`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def width() -> int:
-    """The columns to write into: those of the terminal, at most 100."""
+    """Return the width of the terminal, at most 100."""
     return min(100, shutil.get_terminal_size((100, 24)).columns)
 
 
 def wrap(text: str, columns: int) -> list[str]:
-    """The lines of a text, whose words with hyphens stay whole."""
+    """Wrap text into lines without breaking at hyphens."""
     return textwrap.wrap(text, columns, break_on_hyphens=False)
 
 
 def wrap_rows(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of rows that end with a sentence, every cell wrapped to its column. The first column is as wide as its
-    widest cell, the sentence has what the others leave, and those between leave it 30 characters where they can."""
+    """Wrap rows whose last cell is a sentence. The first column is as wide as its widest cell, the sentence takes the
+    rest, and the columns between leave it at least 30 characters if possible."""
     first, *between = [max(map(len, cells)) for cells in list(zip(*rows, strict=True))[:-1]]
     room = width() - len(GAP) - first - len(GAP)
     most = min(20, max(12, (room - 30) // max(1, len(between)) - len(GAP)))

@@ -1,4 +1,4 @@
-"""YAML in which 1e-3 is a number, as in YAML 1.2, and a repeated key is an error."""
+"""YAML where 1e-3 is a number, as in YAML 1.2, and a duplicate key is an error."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tokenizer.config import Data
 
 
 class Loader(yaml.SafeLoader):
-    """Reads plain values; keys are text, and each appears once."""
+    """Loads plain values only; keys must be text and unique."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """The mapping of `node`. Raises `ConstructorError` at a repeated key and at one that is not text."""
+        """Construct a mapping. Raises `ConstructorError` for a key that is not text or appears twice."""
         seen: set[str] = set()
         for key, _ in node.value:
             if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
@@ -29,7 +29,7 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes what `Loader` reads back: mappings with one key a line, lists in brackets."""
+    """Writes mappings with one key per line and lists in brackets, for `Loader` to read back."""
 
 
 FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
@@ -39,18 +39,18 @@ Dumper.add_representer(list, lambda dumper, items: dumper.represent_sequence("ta
 
 
 def write_yaml(data: Data) -> str:
-    """`data` as YAML text, which `read_yaml` reads back."""
+    """Return `data` as YAML text that `read_yaml` reads back."""
     return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def read_yaml(text: str) -> Any:
-    """The value of the YAML `text`. Raises `ValueError` that names the line, if there are several."""
+    """Parse YAML. Raises `ValueError`, with the line number if there are several lines."""
     try:
         return yaml.load(text, Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark and "\n" in text.strip() else ""
         raise ValueError(f"{line}not readable as YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that no calendar has is a ValueError
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
         raise ValueError(f"not readable as YAML: {str(error).splitlines()[0]}") from error
-    except (AttributeError, LookupError, TypeError) as error:  # PyYAML's own slips, as at `!!bool maybe`
-        raise ValueError("not readable as YAML: a value is not of the type that its tag names") from error
+    except (AttributeError, LookupError, TypeError) as error:  # PyYAML's own bugs, as with `!!bool maybe`
+        raise ValueError("not readable as YAML: a value does not match its tag") from error

@@ -19,7 +19,7 @@ import torch
 from small import make_prior, make_tokenizer
 
 from pipelines import ImagePipeline
-from pipelines.__main__ import BESIDES, main, verbs
+from pipelines.__main__ import OTHER, main, verbs
 from pipelines.tokens import TokenDataset, TokenSplit
 from prior import Prior
 from tokenizer import TokenGrid, Tokenizer
@@ -269,7 +269,7 @@ def test_every_command_in_a_sentence_is_understood(command, keys):
     elif words[0] != "smalti":
         check_words([word for word in words if is_whole(word)])
     elif words[1] != "VERB" and not words[1].startswith("-"):
-        assert words[1] in verbs() or words[1] in BESIDES
+        assert words[1] in verbs() or words[1] in OTHER
         options = [word for word in words[2:] if words[1] in verbs()]
         while options:
             argument = options.pop(0)

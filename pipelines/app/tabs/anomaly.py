@@ -1,4 +1,4 @@
-"""How unlike normal images an image is."""
+"""The Anomaly tab: how far an image is from normal images."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .compare import surprise_of
 
 
 def build(served: Served, samples: Samples) -> None:
-    """The tab; without a calibration, how to get one."""
+    """Build the tab, or a hint if the pipeline is not calibrated."""
     calibration = served.pipeline.calibration
     if calibration is None:
         gr.Markdown(
-            "This pipeline does not know yet what is normal. Calibrate it with images that are, then start the app "
-            f"again: `smalti calibrate pipeline={served.name}`"
+            f"This pipeline is not calibrated. Run `smalti calibrate pipeline={served.name}` with normal images, then "
+            "restart the app."
         )
         return
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             image, _ = image_picker(served, "anomaly-image", samples)
             methods = list(calibration.scores)
-            method = gr.Dropdown(methods, value=methods[0], label="Score", info="what is measured")
+            method = gr.Dropdown(methods, value=methods[0], label="Score", info="the anomaly score to compute")
             button = gr.Button("Score", variant="primary")
         with gr.Column(scale=2, min_width=300):
             facts = gr.Markdown(elem_id="anomaly-facts", min_height=120)
@@ -38,35 +38,35 @@ def build(served: Served, samples: Samples) -> None:
 
 
 def score(served: Served, step: Step, picked: Picked, method: str) -> Any:
-    """What the score means in Markdown, the pictures with captions, and the lines of Python."""
+    """Return the verdict in Markdown, pictures with captions, and Python code."""
     pipeline, batch = served.pipeline, picked_image(picked, served.shape)
     with warnings.catch_warnings(record=True) as known:
         warnings.simplefilter("always")
         found = float(pipeline.anomaly_score(batch, method))
         p_value = float(pipeline.anomaly_score(batch, method, p_values=True))
-    images = [(as_picture(batch[0]), "the image"), *surprise_of(served, batch, None)]
+    images = [(as_picture(batch[0]), "image"), *surprise_of(served, batch, None)]
     lines = [
         "from PIL import Image",
         'image = Image.open("image.png")',
         f"pipe.anomaly_score(image, {method!r})",
         f"pipe.anomaly_score(image, {method!r}, p_values=True)",
     ]
-    assert pipeline.calibration is not None  # or there is no button
+    assert pipeline.calibration is not None  # otherwise there is no button
     return verdict(pipeline.calibration, method, found, p_value, bool(known)), images, served.code(*lines)
 
 
 def verdict(calibration: Calibration, method: str, score: float, p_value: float, known: bool) -> str:
-    """What a score means, in Markdown."""
+    """Explain a score in Markdown."""
     threshold = calibration.scores[method].threshold
     above = not score <= threshold
     lines = [
-        f"### {'An anomaly' if above else 'Like the normal images'}",
+        f"### {'Anomalous' if above else 'Normal'}",
         f"- {method}: {METHODS.get(method, '')}",
         f"- score: **{score:.4g}**, threshold {threshold:.4g} ({calibration.promise})",
-        f"- p-value: **{p_value:.3g}**, the share of normal images that are at least as unusual",
+        f"- p-value: **{p_value:.3g}**, the share of normal images that score at least as high",
     ]
     if above:
-        lines.append("\nWhat a decoder has painted, a sample or a reconstruction, is found strange as well.")
+        lines.append("\nSamples and reconstructions usually count as anomalous too, because a decoder made them.")
     if known:
-        lines.append("\nThe pipeline was calibrated with this very image, so that these figures hold no promise.")
+        lines.append("\nThe pipeline was calibrated with this image, so these figures are not valid for it.")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""An image beside what the tokenizer keeps of it, its tokens, and how surprising each part of it is."""
+"""The Compare tab: an image, its reconstruction, its tokens, and how surprising each part is."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.nn import functional
 
 from ...commands.detect import colored
 from ...images import to_uint8
-from ..controls import classes_widget, labels_for, written
+from ..controls import classes_widget, format_arguments, labels_for
 from ..parts import Samples, code_widget, image_picker, on_click, pictures
 from ..served import Picked, Served, Step, as_picture, picked_image
 
 
 def build(served: Served, samples: Samples) -> None:
-    """The tab."""
+    """Build the tab."""
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             image, _ = image_picker(served, "compare-image", samples)
@@ -35,19 +35,19 @@ def build(served: Served, samples: Samples) -> None:
 
 
 def compare(served: Served, step: Step, picked: Picked, label: Any) -> Any:
-    """The pictures with captions, figures in Markdown, and the lines of Python."""
+    """Return pictures with captions, figures in Markdown, and Python code."""
     pipeline, batch = served.pipeline, picked_image(picked, served.shape)
     labels = labels_for(pipeline, label, 1)
     tokens = pipeline.encode(batch)
     (again,) = pipeline.decode(tokens)
     colors = color_tokens(tokens[0], pipeline.prior.grid.vocab_size)
     images = [
-        (as_picture(batch[0]), "the image"),
-        (again, "its reconstruction"),
-        (as_picture(colors), f"its {tokens[0].numel()} tokens, a colour for each id"),
+        (as_picture(batch[0]), "image"),
+        (again, "reconstruction"),
+        (as_picture(colors), f"its {tokens[0].numel()} tokens, one colour per id"),
         *surprise_of(served, batch, labels),
     ]
-    others = written({"labels": labels})
+    others = format_arguments({"labels": labels})
     lines = [
         "from PIL import Image",
         'image = Image.open("image.png")',
@@ -58,8 +58,8 @@ def compare(served: Served, step: Step, picked: Picked, label: Any) -> Any:
 
 
 def color_tokens(tokens: Tensor, vocab_size: int) -> Tensor:
-    """The ids `(*grid.shape)` of an image as a picture, uint8 `(3, H, W)`, with a random colour for each id: levels and
-    scales lie below each other, and a row of tokens is folded."""
+    """Draw the ids `(*grid.shape)` of an image, uint8 `(3, H, W)`, in a random colour per id. Levels and scales are
+    stacked vertically, and a sequence of tokens is folded into a square."""
     palette = torch.randint(256, (3, vocab_size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     tokens = tokens.cpu()
     if tokens.ndim > 1:
@@ -70,28 +70,28 @@ def color_tokens(tokens: Tensor, vocab_size: int) -> Tensor:
 
 
 def surprise_of(served: Served, batch: Tensor, labels: Any) -> list[tuple[Image.Image, str]]:
-    """The map of an image's bits with its caption; none where tokens have no place in the image."""
+    """Draw the bits per pixel, with a caption; empty if tokens have no place in the image."""
     tokenizer = served.pipeline.tokenizer
     if not tokenizer.placed or tokenizer.grid.scales:
         return []
     bits = served.pipeline.anomaly_map(batch, labels).cpu()
     low, high = min(0.0, float(bits.min())), float(bits.max())
     (picture,) = to_uint8(colored((bits - low) / max(high - low, 1e-6)))
-    return [(as_picture(picture), f"bits of each pixel: black {low:.2g}, white {high:.2g}")]
+    return [(as_picture(picture), f"surprise: {low:.2g} (black) to {high:.2g} (white) bits per pixel")]
 
 
 def figures(served: Served, batch: Tensor, again: Image.Image, labels: Any) -> str:
-    """Figures of an image in Markdown."""
+    """Format the figures of an image in Markdown."""
     pipeline = served.pipeline
     count = len(pipeline.prior.grid)
     bits = -float(pipeline.log_prob(batch, labels)) / math.log(2)
-    about = "" if pipeline.prior.exact else " (an estimate of a bound)"
+    about = "" if pipeline.prior.exact else " (estimated bound)"
     error = np.asarray(as_picture(batch[0]), np.float64) - np.asarray(again, np.float64)
     psnr = 10 * math.log10(255**2 / np.square(error).mean()) if error.any() else math.inf
     lines = [
-        f"- bits of the tokens: **{bits:.1f}, {bits / count:.2f} a token{about}**",
+        f"- code length of the tokens: **{bits:.1f} bits, {bits / count:.2f} per token{about}**",
         f"- reconstruction: **PSNR {psnr:.1f} dB**",
     ]
     if pipeline.tokenizer.has_likelihood:
-        lines.append(f"- bits per dim, pixels included: **{float(pipeline.bits_per_dim(batch, labels)):.3f}**")
+        lines.append(f"- bits per dim, including pixels: **{float(pipeline.bits_per_dim(batch, labels)):.3f}**")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Paint over a part of an image, and draw it again."""
+"""The Complete tab: paint over part of an image and regenerate it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from PIL import Image
 
 from .. import controls
 from ..parts import Samples, code_widget, image_picker, on_click, pictures, run_buttons, zoom
-from ..served import Picked, Served, Step, as_picture, picked_image, watch
+from ..served import Picked, Served, Step, as_picture, picked_image, report_tokens
 
 MOST_DRAWS = 16
-PAINT = "#FFF4E6D8"  # white, a tint that no grey picture has, through which the picture is just seen
-AROUND = 62  # screen pixels that the editor needs beside its canvas
+PAINT = "#FFF4E6D8"  # translucent white, with a tint not found in grey images
+TOOLBAR = 62  # height of the editor beyond its canvas, in screen pixels
 
 
 def build(served: Served, samples: Samples) -> None:
-    """The tab."""
+    """Build the tab."""
     pipeline, (_, height, width) = served.pipeline, served.shape
     most, times = min(MOST_DRAWS, served.max_images), zoom(width, "canvas")
     with gr.Row():
@@ -27,9 +27,9 @@ def build(served: Served, samples: Samples) -> None:
             editor = gr.ImageEditor(
                 elem_id="painting",
                 elem_classes="smalti",
-                label="Paint over what to draw again",
+                label="Paint over the area to regenerate",
                 canvas_size=(width * times, height * times),
-                height=height * times + AROUND,
+                height=height * times + TOOLBAR,
                 sources=(),
                 transforms=(),
                 layers=False,
@@ -38,10 +38,10 @@ def build(served: Served, samples: Samples) -> None:
                 format="png",
                 buttons=[],
             )
-            inverted = gr.Checkbox(False, label="Keep what is painted, and draw the rest")
+            inverted = gr.Checkbox(False, label="Keep the painted area and regenerate the rest")
         with gr.Column(scale=1, min_width=300):
             label = controls.classes_widget(pipeline, several=False)
-            draws = gr.Slider(1, most, value=min(4, most), step=1, label="Draws")
+            draws = gr.Slider(1, most, value=min(4, most), step=1, label="Completions")
             seed = controls.seed_widget()
             buttons = run_buttons("Complete")
             settings = controls.settings_widgets(pipeline)
@@ -54,7 +54,7 @@ def build(served: Served, samples: Samples) -> None:
 
 
 def canvas(served: Served, step: Step, picked: Picked) -> np.ndarray | None:
-    """The image for the editor, whose brush needs room: each pixel is a square of many."""
+    """Enlarge the image for the editor, whose brush needs room."""
     if not picked:
         return None
     image = as_picture(picked_image(picked, served.shape)[0]).convert("RGB")
@@ -63,14 +63,14 @@ def canvas(served: Served, step: Step, picked: Picked) -> np.ndarray | None:
 
 
 def painted(editor: Any, width: int, height: int) -> np.ndarray:
-    """Which pixels are painted, bool `(height, width)`: those of which half is. Raises `ValueError`."""
+    """Return the pixels that are at least half painted, bool `(height, width)`. Raises `ValueError` if none is."""
     layers = (editor or {}).get("layers") or []
     found = np.zeros((height, width), dtype=bool)
     for layer in layers:
         alpha = Image.fromarray(layer[..., 3]).resize((width, height), Image.Resampling.BOX)
         found |= np.asarray(alpha) >= int(PAINT[-2:], 16) // 2
     if not found.any():
-        raise ValueError("nothing is painted: paint over what is to be drawn again")
+        raise ValueError("nothing is painted: paint over the area to regenerate")
     return found
 
 
@@ -85,18 +85,18 @@ def complete(
     seed: Any,
     *values: Any,
 ) -> Any:
-    """The mask and the completions with captions, and the lines of Python."""
+    """Return the mask and the completions with captions, and Python code."""
     pipeline, (_, height, width) = served.pipeline, served.shape
     pixels = picked_image(picked, served.shape)
     hidden = painted(editor, width, height) != bool(inverted)
     arguments = {"draws": int(draws), **controls.sampling_arguments(pipeline, label, 1, seed, values)}
-    out = pipeline.complete(pixels, mask=hidden, **arguments, progress=False, callback_on_step_end=watch(step))
+    out = pipeline.complete(pixels, mask=hidden, **arguments, progress=False, callback_on_step_end=report_tokens(step))
     found = out.images if int(draws) == 1 else out.images[0]
     lines = [
         "from PIL import Image",
-        "# the mask is the first picture above; what is white is drawn again",
+        "# the mask is the first picture above; the white area is regenerated",
         'image, mask = Image.open("image.png"), Image.open("mask.png")',
-        f"out = pipe.complete(image, mask=mask{controls.written(arguments)})",
+        f"out = pipe.complete(image, mask=mask{controls.format_arguments(arguments)})",
     ]
-    images = [(Image.fromarray(hidden), "the mask"), *((image, f"draw {k}") for k, image in enumerate(found, 1))]
+    images = [(Image.fromarray(hidden), "mask"), *((image, f"completion {k}") for k, image in enumerate(found, 1))]
     return images, served.code(*lines)

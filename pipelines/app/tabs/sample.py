@@ -1,4 +1,4 @@
-"""Draw images."""
+"""The Sample tab: generate images."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any
 
 import gradio as gr
 
+from ...config.table import count_of
 from .. import controls
 from ..parts import Samples, code_widget, on_click, pictures, run_buttons
-from ..served import Served, Step, watch
+from ..served import Served, Step, report_tokens
 
-HINT = "Click a picture to choose it for the other tabs."
+HINT = "Click a picture to use it in the other tabs."
 
 
-def build(served: Served) -> Samples:
-    """The tab; returns its pictures, of which a visitor chooses one for the other tabs."""
+def build(served: Served, page: gr.Blocks) -> Samples:
+    """Build the tab, which samples when the page is opened; returns its pictures for the other tabs."""
     pipeline, most = served.pipeline, served.max_images
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
@@ -26,36 +27,36 @@ def build(served: Served) -> Samples:
             buttons = run_buttons("Sample")
             settings = controls.settings_widgets(pipeline)
         with gr.Column(scale=2, min_width=300):
-            gallery, chosen = pictures("samples"), gr.State(0)
+            gallery, selected = pictures("samples"), gr.State(0)
             facts = gr.Markdown(HINT, elem_id="sample-facts")
             line = code_widget(served)
-    inputs, outputs = [classes, number, seed, order, *settings], [gallery, chosen, facts, line]
-    on_click(served, buttons, sample, inputs, outputs)
-    gallery.select(clicked, None, chosen, queue=False)
-    return Samples(gallery, chosen)
+    inputs, outputs = [classes, number, seed, order, *settings], [gallery, selected, facts, line]
+    on_click(served, buttons, sample, inputs, outputs, page)
+    gallery.select(clicked, None, selected, queue=False)
+    return Samples(gallery, selected)
 
 
 def clicked(event: gr.SelectData) -> int:
-    """The number of the picture that was clicked."""
+    """Return the index of the picture that was clicked."""
     return int(event.index)
 
 
 def sample(served: Served, step: Step, *values: Any) -> Any:
-    """What the page shows of `draw`, with the first picture chosen."""
+    """Return the outputs of the tab, with the first picture selected."""
     images, facts, code = draw(served, step, *values)
     return gr.Gallery(images, selected_index=0), 0, facts, code
 
 
 def draw(served: Served, step: Step, classes: Any, number: Any, seed: Any, order: Any, *values: Any) -> Any:
-    """Images with captions, a line of facts, and the lines of Python."""
+    """Return images with captions, a line of facts, and Python code."""
     pipeline, count = served.pipeline, int(number)
     arguments = controls.sampling_arguments(pipeline, classes, count, seed, values)
     if order:
         arguments["order"] = order
     began = time.monotonic()
-    out = pipeline(count, **arguments, progress=False, callback_on_step_end=watch(step))
-    facts = f"{count} images in {time.monotonic() - began:.1f} s. {HINT}"
+    out = pipeline(count, **arguments, progress=False, callback_on_step_end=report_tokens(step))
+    facts = f"{count_of(count, 'image')} in {time.monotonic() - began:.1f} s. {HINT}"
     labels = arguments["labels"] or [None] * count
     names = ["" if label is None else f"{label} · " for label in labels]
     images = [(image, f"{names[k]}seed {arguments['seed'] + k}") for k, image in enumerate(out.images)]
-    return images, facts, served.code(f"out = pipe({count}{controls.written(arguments)})", "out.images")
+    return images, facts, served.code(f"out = pipe({count}{controls.format_arguments(arguments)})", "out.images")

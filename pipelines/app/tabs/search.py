@@ -1,4 +1,4 @@
-"""The training images nearest to an image."""
+"""The Search tab: the training images nearest to an image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_FOUND = 24
 
 
 class Index:
-    """Vectors of the training images, made when they are first needed."""
+    """Embeddings of the training images, computed on first use."""
 
     def __init__(self, served: Served, train: ImageDataset) -> None:
         self.served, self.train = served, train
@@ -28,20 +28,20 @@ class Index:
         self.parts: list[Tensor] = []
 
     def vectors(self, step: Step) -> Tensor:
-        """`(n, dim)`; those that are made stay if the visitor stops."""
+        """Return the embeddings `(n, dim)`; those computed so far are kept if the visitor stops."""
         for part in self.rows.split(AT_A_TIME)[len(self.parts) :]:
             step(AT_A_TIME * len(self.parts), len(self.rows), "training images")
             self.parts.append(embed(self.served.pipeline, self.train.pixels(part), batch_size=AT_A_TIME))
         return torch.cat(self.parts)
 
     def caption(self, row: int) -> str:
-        """The class of a training image, if it has one, and what it is called in the source."""
+        """Return the class of a training image, if any, and its name in the source."""
         labels, (name,) = self.train.labels, self.train.names([row])
         return name if labels is None else f"{self.train.class_names[int(labels[row])]}, {name}"
 
 
 def build(served: Served, samples: Samples, train: ImageDataset) -> None:
-    """The tab."""
+    """Build the tab."""
     index = Index(served, train)
     most = min(MOST_FOUND, len(index.rows))
     with gr.Row():
@@ -51,19 +51,19 @@ def build(served: Served, samples: Samples, train: ImageDataset) -> None:
             buttons = run_buttons("Search")
         with gr.Column(scale=2, min_width=300):
             found = pictures("found")
-            gr.Markdown(f"The nearest of {len(index.rows):,} training images, by what the prior's middle sees in them.")
+            gr.Markdown(f"The nearest of {len(index.rows):,} training images, by features of the prior's middle layer.")
 
     on_click(served, buttons, partial(search, index), [image, number], [found])
 
 
 def search(index: Index, served: Served, step: Step, picked: Picked, number: Any) -> Any:
-    """The image and its neighbours with captions."""
+    """Return the image and its neighbours with captions."""
     batch = picked_image(picked, served.shape)
     near, distances = nearest_neighbours(index.vectors(step), embed(served.pipeline, batch), int(number))
     rows = index.rows[near[0].cpu()]
     captions = [
-        f"{index.caption(row)}, {distance:.3f} away"
+        f"{index.caption(row)}, distance {distance:.3f}"
         for row, distance in zip(rows.tolist(), distances[0].tolist(), strict=True)
     ]
     pixels = torch.cat([batch, index.train.pixels(rows)])
-    return list(zip(map(as_picture, pixels), ["the query", *captions], strict=True))
+    return list(zip(map(as_picture, pixels), ["query", *captions], strict=True))

@@ -1,4 +1,4 @@
-"""Calibration: honest p-values, nothing learned from anomalies, and its images are known again."""
+"""Calibration: uniform p-values, nothing learned from anomalies, and its own images are recognised."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate
 from pipelines.anomaly.distances import CalibrationError
 from pipelines.anomaly.healing import heal
-from pipelines.anomaly.image_statistics import statistics
 from pipelines.anomaly.scores import FITTED, anomaly_score, p_value_of, score_of
 
 
@@ -30,7 +29,7 @@ def test_p_values_of_normal_images_are_uniform(trained, fresh, method):
     p = p_value_of(method, found, trained.calibration, labelled=False).numpy()
     assert p.min() >= 1 / (n + 1) and p.max() <= 1
     rank = math.floor(0.05 * (n + 1))
-    chance = np.random.default_rng(0)  # of the calibration a Beta, of the images given it a binomial
+    chance = np.random.default_rng(0)  # Beta over calibrations, binomial over images given a calibration
     rates = chance.binomial(m, chance.beta(rank, n + 1 - rank, 100_000)) / m
     low, high = np.quantile(rates, [0.0005, 0.9995])
     assert low <= (p <= 0.05).mean() <= high
@@ -52,29 +51,7 @@ def test_p_values_count_ties_against_detection_and_fall_with_the_score(trained):
     assert float(tied) == pytest.approx(2 / (len(normal) + 1))
 
 
-BLANK = torch.full((1, 1, SIZE, SIZE), 255, dtype=torch.uint8)
-
-
-@pytest.mark.slow
-def test_p_values_hold_where_many_normal_images_are_the_same(likely):
-    """8 % of them are a blank page, and no copy of it is stranger than the others are: where it is the strangest image,
-    p is .08, which rounding made 1 / (n + 1) by chance."""
-    pipe, smallest = ImagePipeline(likely.tokenizer, likely.prior), []
-    for seed in range(12):
-        images = torch.cat([stripes(184, seed=seed), BLANK.expand(16, -1, -1, -1)])
-        fitted = calibrate(pipe, images, seed=seed, batch_size=1 + 37 * seed)
-        copies = int((np.random.default_rng(seed).permutation(200)[100:] >= 184).sum())
-        found = statistics(pipe, BLANK)
-        for method in fitted.scores:
-            score = score_of(method, found, fitted, labelled=False)
-            p = float(p_value_of(method, score, fitted, labelled=False))
-            assert p >= (1 + copies) / 101
-            assert (p <= 0.05) == bool(score > fitted.scores[method].threshold)
-            smallest.append(p == (1 + copies) / 101)
-    assert sum(smallest) >= 24  # of 60
-
-
-def test_a_calibration_with_a_confidence_has_higher_thresholds_and_the_same_p_values(trained):
+def test_a_confidence_raises_the_thresholds_and_leaves_the_scores(trained):
     pipe = ImagePipeline(trained.tokenizer, trained.prior)
     usual, sure = (calibrate(pipe, stripes(400, seed=2), confidence=confidence) for confidence in (None, 0.95))
     assert (usual.confidence, sure.confidence) == (None, 0.95)
@@ -83,13 +60,9 @@ def test_a_calibration_with_a_confidence_has_higher_thresholds_and_the_same_p_va
         np.testing.assert_array_equal(scores, other.values)
         assert (scores > one.threshold - 2 * one.tie).sum() >= 10  # of 200: 5 % of 201, itself too
         assert (scores > other.threshold).sum() <= 5 < (scores > one.threshold).sum()
-    with pytest.raises(ValueError, match="at least 118 images"):
-        calibrate(pipe, stripes(117), confidence=0.95)
-    with pytest.raises(ValueError, match="^confidence "):
-        calibrate(pipe, stripes(40), confidence=1)
 
 
-def test_what_is_fitted_is_a_function_of_the_normal_images_alone(trained):
+def test_a_calibration_depends_on_the_normal_images_only(trained):
     pipe, again = (ImagePipeline(trained.tokenizer, trained.prior) for _ in range(2))
     normal = stripes(100, seed=2)
     calibrate(pipe, normal)
@@ -99,7 +72,7 @@ def test_what_is_fitted_is_a_function_of_the_normal_images_alone(trained):
     heal(pipe, constant()[:2], draws=1)
     calibrate(again, normal)
     assert pipe.calibration.to_json() == before == again.calibration.to_json()
-    calibrate(again, normal, batch_size=100)  # which may round otherwise
+    calibrate(again, normal, batch_size=100)  # with other rounding
     for method, scores in pipe.calibration.scores.items():
         np.testing.assert_allclose(again.calibration.scores[method].values, scores.values, rtol=1e-4, atol=1e-4)
     other = calibrate(again, normal, seed=1)
@@ -107,18 +80,28 @@ def test_what_is_fitted_is_a_function_of_the_normal_images_alone(trained):
     assert other.fitted.typical_bits != pipe.calibration.fitted.typical_bits
 
 
-def test_a_calibration_needs_images_enough(trained):
+def test_invalid_calibrations_are_refused(trained):
     pipe = ImagePipeline(trained.tokenizer, trained.prior)
-    with pytest.raises(ValueError, match="at least 38 images"):
-        calibrate(pipe, stripes(37))
-    with pytest.raises(ValueError, match="false_alarms"):
-        calibrate(pipe, stripes(40), false_alarms=1.0)
-    assert pipe.calibration is None
+    for count, options, named in (
+        (37, {}, "38 images"),
+        (117, {"confidence": 0.95}, "118 images"),
+        (40, {"confidence": 1}, "confidence"),
+        (40, {"false_alarms": 1.0}, "false_alarms"),
+        (50_001, {}, "50,000 images"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            calibrate(pipe, stripes(1).expand(count, -1, -1, -1), **options)
+    for method in (*FITTED, "nll"):
+        with pytest.raises(CalibrationError):
+            anomaly_score(pipe, stripes(2), method, p_values=method == "nll")
+    with pytest.raises(CalibrationError):
+        heal(pipe, stripes(2))
+    assert anomaly_score(pipe, stripes(2), "nll").shape == (2,)
+    with pytest.raises(ValueError, match="^method: "):
+        anomaly_score(pipe, stripes(2), "likelihood")
     calibrate(pipe, stripes(38))
-    with pytest.raises(ValueError, match="at least one image"):
+    with pytest.raises(ValueError):
         anomaly_score(pipe, stripes(1)[:0])
-    with pytest.raises(ValueError, match="at most 50,000 images"):
-        calibrate(pipe, stripes(1).expand(50_001, -1, -1, -1))
 
 
 def test_images_of_the_calibration_are_recognised(trained, recwarn):
@@ -133,34 +116,20 @@ def test_images_of_the_calibration_are_recognised(trained, recwarn):
     anomaly_score(pipe, others, p_values=True)
     assert not recwarn.list
     for method, p_values in (("joint", False), ("nll", True)):
-        with pytest.warns(UserWarning, match="^21 of 51 images are among those that the pipeline was calibrated with"):
+        with pytest.warns(UserWarning, match="^21 of 51 images "):
             anomaly_score(pipe, mixed.float() / 127.5 - 1, method, p_values=p_values)
 
 
-@pytest.mark.parametrize("what", [*FITTED, "p_values", "heal"])
-def test_without_a_calibration_it_says_how_to_get_one(trained, what):
-    pipe = ImagePipeline(trained.tokenizer, trained.prior)
-    with pytest.raises(CalibrationError, match="smalti calibrate"):
-        if what == "heal":
-            heal(pipe, stripes(2))
-        else:
-            anomaly_score(pipe, stripes(2), "nll" if what == "p_values" else what, p_values=what == "p_values")
-    assert anomaly_score(pipe, stripes(2), "nll").shape == (2,)
-    for unknown in ("likelihood", "mahalanobis"):
-        with pytest.raises(ValueError, match="^method: "):
-            anomaly_score(pipe, stripes(2), unknown)
-
-
-def test_with_labels_is_another_calibration():
+def test_a_calibration_with_labels_scores_with_labels_only():
     pipe = make_pipeline(size=(SIZE, SIZE))
     calibrate(pipe, stripes(60), labels=1)
     assert anomaly_score(pipe, stripes(4), labels=[0, 1, 2, 0]).shape == (4,)
-    with pytest.raises(CalibrationError, match="labels: the pipeline was calibrated with them"):
+    with pytest.raises(CalibrationError, match="^labels: "):
         anomaly_score(pipe, stripes(4))
 
 
 def test_a_calibration_of_other_models_is_one_error(trained):
-    """Of a pipeline with other statistics, and of one with other features."""
+    """With other statistics, or other features."""
     for other in (
         make_pipeline(size=(SIZE, SIZE), sizes={"likelihood": {"kind": "discretized_logistic"}}, labels=[]),
         make_pipeline(prior="marginal", size=(SIZE, SIZE), labels=[]),

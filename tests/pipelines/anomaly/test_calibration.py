@@ -1,4 +1,4 @@
-"""The file of a calibration: what is read is what was written, and what is damaged is one line."""
+"""The file of a calibration round-trips, and a damaged one is a one-line error."""
 
 from __future__ import annotations
 
@@ -35,30 +35,21 @@ def test_a_saved_pipeline_gives_the_same_scores(trained, tmp_path):
         ("count", "del", "count"),
         ("more", 1, "more"),
         ("count", 3.5, "count"),
-        ("count", True, "count"),
         ("labels", 1, "labels"),
         ("false_alarms", 1.0, "false_alarms"),
-        ("confidence", 0, "confidence"),
-        ("digests", [1], "digests.0"),
         ("digests", ["0" * 17], "digests.0"),
         ("digests", ["0" * 16] * 50_001, "digests"),
         ("fitted", None, "fitted"),
-        ("fitted.typical_bits", "none", "fitted.typical_bits"),
         ("fitted.typical_bits", 10**400, "fitted.typical_bits"),
         ("fitted.typical_bits", float("inf"), "fitted.typical_bits"),
-        ("fitted.statistics.mean", "del", "fitted.statistics.mean"),
         ("fitted.statistics.mean", lambda mean: mean[1:], "fitted.statistics.whitener"),
         ("fitted.statistics.mean", lambda mean: ["a", *mean[1:]], "fitted.statistics.mean"),
-        ("fitted.statistics.mean", lambda mean: [10**400, *mean[1:]], "fitted.statistics.mean"),
         ("fitted.statistics.mean", lambda mean: [float("inf"), *mean[1:]], "fitted.statistics.mean"),
         ("fitted.statistics.whitener", lambda rows: [rows[0][1:], *rows[1:]], "fitted.statistics.whitener"),
-        ("fitted.features", "del", "fitted.features"),
         ("fitted.features.points", [], "fitted.features.points"),
         ("fitted.features.points", lambda rows: [row[1:] for row in rows], "fitted.features.points"),
         ("scores", {}, "scores"),
-        ("scores", [1], "scores"),
         ("scores.nll.values", [], "scores.nll.values"),
-        ("scores.nll.values", "much", "scores.nll.values"),
         ("scores.nll.tie", -1, "scores.nll.tie"),
         ("scores.nll.threshold", None, "scores.nll.threshold"),
         ("surprise", lambda rows: rows[1:], "surprise"),

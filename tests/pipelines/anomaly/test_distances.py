@@ -1,4 +1,4 @@
-"""Distances from normal rows: from their mean, and from the nearest."""
+"""Distances of rows to the mean of normal rows, and to the nearest of them."""
 
 import numpy as np
 
@@ -29,8 +29,8 @@ def test_a_distance_from_neighbours_is_that_from_the_fifth_nearest():
     assert np.isfinite(to_nearest(white, white[:3])).all()  # fewer than five
 
 
-def test_few_or_equal_rows_are_fitted_to_and_rounding_decides_nothing():
-    """Ten rows lie in fewer than sixteen dimensions, and along the others nothing is known."""
+def test_few_or_equal_rows_give_stable_distances():
+    """Ten rows span fewer than sixteen dimensions."""
     chance = np.random.default_rng(0)
     rows, others = chance.normal(size=(20, 16)), chance.normal(size=(20, 16))
     fitted, again = (Distance.fit(each, 10) for each in (rows, rows + 1e-7 * chance.normal(size=rows.shape)))
@@ -41,7 +41,7 @@ def test_few_or_equal_rows_are_fitted_to_and_rounding_decides_nothing():
             assert np.isfinite(flat.of(equal)).all() and (flat.of(equal + 1) > flat.of(equal)).all()
 
 
-def test_rounding_again_changes_nothing():
+def test_rounding_is_idempotent():
     values = np.random.default_rng(0).normal(size=(30, 5)) * 10.0 ** np.arange(-2, 3)
     np.testing.assert_array_equal(rounded(rounded(values)), rounded(values))
     np.testing.assert_allclose(rounded(values), values, rtol=5e-6)

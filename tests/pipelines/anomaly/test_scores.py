@@ -1,4 +1,4 @@
-"""Anomaly scores: one sign, no blind side, and the formulas of their methods.
+"""Anomaly scores: larger is more anomalous, and every method fits its formula.
 
 Covers: pipelines/anomaly/image_statistics.py.
 """
@@ -52,13 +52,9 @@ def test_a_larger_score_is_more_anomalous(trained, method, least):
     normal = stripes(200, seed=3)
     assert auroc(trained, normal, uniform(100), method) > 0.98
     assert auroc(trained, normal, planted(normal[:100]), method) > least
-
-
-def test_the_joint_score_has_no_blind_side(trained):
-    normal = stripes(200, seed=3)
-    for images in (constant(), uniform(100), 255 - normal, planted(normal)):
-        assert auroc(trained, normal, images) > 0.95
-    assert auroc(trained, normal, stripes(200, seed=4)) == pytest.approx(0.5, abs=0.1)
+    assert auroc(trained, normal, stripes(200, seed=4), method) == pytest.approx(0.5, abs=0.1)
+    if method == "joint":  # which also finds what is simpler than normal images
+        assert min(auroc(trained, normal, images) for images in (constant(), 255 - normal)) > 0.95
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -76,9 +72,9 @@ def test_a_background_prior_cancels_itself(trained):
     pipe.set_background(pipe.prior)
     assert anomaly_score(pipe, stripes(5), "ratio").abs().max() == 0
     pipe.calibration = trained.calibration
-    with pytest.raises(CalibrationError, match="without ratio.*calibrate"):
+    with pytest.raises(CalibrationError, match="ratio"):
         anomaly_score(pipe, stripes(5), "ratio", p_values=True)
-    assert torch.equal(anomaly_score(pipe, stripes(5)), anomaly_score(trained, stripes(5)))  # it changes no other
+    assert torch.equal(anomaly_score(pipe, stripes(5)), anomaly_score(trained, stripes(5)))
 
 
 def test_methods_fit_their_formulas(likely):
@@ -96,8 +92,8 @@ def test_methods_fit_their_formulas(likely):
     np.testing.assert_allclose(score["joint"][~inside], (score["neighbours"] + far - 1)[~inside])
 
 
-def test_usual_is_what_new_images_are(trained):
-    """Which it would not be, if images were their own neighbours."""
+def test_the_scale_of_distances_fits_new_images(trained):
+    """It would not if images were their own neighbours."""
     found, fitted = statistics(trained, stripes(600, seed=5)), trained.calibration.fitted
     for distances in (fitted.features.of(found["features"].numpy()), fitted.statistics.of(log_statistics(found))):
         assert 0 < (distances > 1).mean() < 0.06
@@ -110,5 +106,5 @@ def test_a_prior_without_layers_has_no_neighbours():
     assert calibration.fitted.features is None and "neighbours" not in calibration.scores
     distance = calibration.fitted.statistics.of(log_statistics(statistics(pipe, images[:20])))
     np.testing.assert_array_equal(anomaly_score(pipe, images[:20]), distance)
-    with pytest.raises(CalibrationError, match="^method: neighbours"):
+    with pytest.raises(CalibrationError, match="neighbours"):
         anomaly_score(pipe, images, "neighbours")

@@ -1,4 +1,4 @@
-"""How well a score tells anomalous images from normal ones: areas and their intervals."""
+"""AUROC, AUPRC and FPR95, and the interval of AUROC."""
 
 import math
 from statistics import NormalDist
@@ -9,7 +9,7 @@ import pytest
 from pipelines.anomaly.separation import auroc_interval, separation
 
 
-def test_areas_are_what_pairs_and_ranks_say():
+def test_figures_agree_with_their_definitions():
     chance = np.random.default_rng(0)
     scores = chance.integers(0, 12, 60).astype(float)  # many ties
     anomalous = chance.random(60) < 0.3
@@ -33,17 +33,17 @@ def test_areas_are_what_pairs_and_ranks_say():
     ("truth", "normal", "anomalous"), [(0.998, 50, 50), (0.998, 200, 20), (0.983, 100, 100), (0.76, 200, 15)]
 )
 def test_intervals_of_auroc_cover_the_truth(truth, normal, anomalous):
-    """Of two unit normals; a bootstrap covers 68 to 76 % at .998. Of 400 at 90 %, 340 are 3.3 deviations below."""
-    chance, inside = np.random.default_rng(1), 0
+    """Two unit normals. A bootstrap would cover only 68 to 76 % at .998."""
+    chance, inside, rounds = np.random.default_rng(1), 0, 200
     apart = math.sqrt(2) * NormalDist().inv_cdf(truth)
-    for _ in range(400):
+    for _ in range(rounds):
         scores = np.concatenate([chance.normal(size=normal), chance.normal(apart, size=anomalous)])
         _, low, high = separation(scores, np.arange(len(scores)) >= normal)["auroc"]
         inside += low <= truth <= high
-    assert inside >= 360
+    assert inside >= 0.9 * rounds
 
 
-def test_an_interval_of_auroc_has_a_width_where_nothing_overlaps():
+def test_an_interval_of_auroc_has_a_width_at_0_and_1():
     narrower = 0.0
     for count in (5, 50, 500):
         low, high = auroc_interval(1.0, count, count)

@@ -1,4 +1,4 @@
-"""The values of the controls become the arguments of a call."""
+"""Values of the widgets become the arguments of a call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def pipeline(prior="gpt", **options):
 
 
 def arguments(pipe, classes=(), count=2, **changed):
-    """The arguments of a call after a visitor has changed some settings."""
+    """The arguments after a visitor has changed some settings."""
     with gr.Blocks():
         values = [slider.value for slider in controls.settings_widgets(pipe)]
     values = [changed.get(name, value) for name, value in zip(controls.own_settings(pipe), values, strict=True)]
@@ -33,6 +33,9 @@ def test_untouched_settings_are_the_pipelines_own(kind):
     else:
         pipe = pipeline(kind, **({"order": "raster"} if kind == "blocks" else {}))
     assert {*arguments(pipe)} == {"seed", "labels"}
+    if kind == "masked":
+        assert arguments(pipe, steps=5)["steps"] == 5
+        assert arguments(pipeline(kind, sampler={"steps": 5}), steps=0)["steps"] is None
 
 
 @pytest.mark.parametrize(
@@ -45,7 +48,7 @@ def test_untouched_settings_are_the_pipelines_own(kind):
         ({"guidance_scale": 2.0, "guidance_end": 3.0}, {"guidance_scale": 3.0}, {"guidance_scale": 3.0}),
     ],
 )
-def test_what_the_sliders_show_is_what_is_drawn(sampler, changed, same):
+def test_samples_are_drawn_with_the_settings_shown(sampler, changed, same):
     pipe, expected = pipeline(sampler=sampler), pipeline(sampler=same)
     drawn = [
         each(6, **options, progress=False).tokens
@@ -54,19 +57,8 @@ def test_what_the_sliders_show_is_what_is_drawn(sampler, changed, same):
     assert torch.equal(*drawn)
 
 
-def test_passes_of_a_masked_prior():
-    assert arguments(pipeline("masked"), steps=5)["steps"] == 5
-    assert arguments(pipeline("masked", sampler={"steps": 5}), steps=0)["steps"] is None
-
-
-def test_a_prior_without_classes_has_no_guidance():
-    pipe = pipeline(labels=[])
-    assert [*controls.own_settings(pipe)] == ["temperature", "top_k", "top_p"]
-    assert controls.labels_for(pipe, None, 3) is None
-
-
 @pytest.mark.parametrize("labels", [LABELS, []])
-def test_classes_are_taken_in_turn(labels):
+def test_images_cycle_through_classes(labels):
     pipe = pipeline(labels=labels, num_classes=3)
     names = labels or [0, 1, 2]
     assert controls.labels_for(pipe, [], 5) == [names[k % 3] for k in range(5)]
@@ -74,19 +66,30 @@ def test_classes_are_taken_in_turn(labels):
     assert controls.labels_for(pipe, 1, 2) == [names[1]] * 2
     assert controls.labels_for(pipe, [controls.UNCONDITIONAL], 2) is None
     assert controls.labels_for(pipe, [1, controls.UNCONDITIONAL], 2) == [names[1], None]
+    unconditional = pipeline(labels=[])
+    assert [*controls.own_settings(unconditional)] == ["temperature", "top_k", "top_p"]
+    assert controls.labels_for(unconditional, None, 3) is None
+
+
+@pytest.mark.parametrize("seed", [-5, 1e23, 0.5])
+def test_a_bad_seed_is_named(seed):
+    pipe = pipeline()
+    with pytest.raises(ValueError, match="^seed: "):
+        controls.sampling_arguments(pipe, [], 1, seed, [*controls.own_settings(pipe).values()])
 
 
 @pytest.mark.parametrize("classes", [[], [0], [1, 2], [1, -1], [-1]])
-def test_arguments_as_python_writes_them(classes):
+def test_arguments_are_valid_python(classes):
     pipe = pipeline()
     given = arguments(pipe, classes, count=4, top_k=2)
     assert torch.equal(
-        eval(f"pipe(4{controls.written(given)}, progress=False).tokens"), pipe(4, **given, progress=False).tokens
+        eval(f"pipe(4{controls.format_arguments(given)}, progress=False).tokens"),
+        pipe(4, **given, progress=False).tokens,
     )
 
 
 @pytest.mark.parametrize("kind", ["gpt", "blocks", "masked"])
-def test_every_order_that_is_offered_can_be_sampled_in(kind):
+def test_every_offered_order_can_be_sampled(kind):
     pipe = pipeline(kind, **({} if kind == "masked" else {"any_order": True}))
     with gr.Blocks():
         names = [name for _, name in controls.order_widget(pipe.prior).choices if name]

@@ -1,4 +1,4 @@
-"""`smalti export`: a tokenizer, or that of a pipeline, as files; what is wrong is said before or after, in one line."""
+"""`smalti export`: the files of a tokenizer or of a pipeline's tokenizer, and refusals."""
 
 from __future__ import annotations
 
@@ -24,29 +24,27 @@ def test_the_tokenizer_of_a_pipeline_is_checked_on_given_images(tmp_path: Path, 
     assert export.main(given) == tmp_path / "out"
     facts = json.loads((tmp_path / "out" / "export.json").read_text())
     assert facts["checked"]["images"] == 8 + 3 and facts["fingerprint"] == pipe.tokenizer.fingerprint()
-    said = capsys.readouterr().out
-    assert said.startswith(f"{tmp_path}/out: encoder.pt2 and decoder.pt2; on 11 images all ") and said.count("\n") == 1
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/out: encoder.pt2 and decoder.pt2; on 11 images ")
     encode = torch.export.load(tmp_path / "out" / "encoder.pt2").module()
     images = torch.rand(2, *pipe.tokenizer.image_shape) * 2 - 1
     assert torch.equal(encode(images), pipe.tokenizer.encode(images))
 
 
-@pytest.mark.parametrize("images", ["nowhere", "empty", "bad/a.png"])
+@pytest.mark.parametrize("images", ["nowhere", "bad/a.png"])
 def test_images_that_cannot_be_read_are_an_error(images, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     make_tokenizer("pixels", (8, 8), 1).save_pretrained("tokenizer")
-    Path("empty").mkdir()
     Path("bad").mkdir()
     Path("bad/a.png").write_text("no image")
     line = fails(capsys, "export", "tokenizer=tokenizer", "out=out", "format=torch", f"images={images}")
     assert line.startswith("error: images: ") and images in line and not Path("out").exists()
 
 
-def test_a_file_that_gives_something_else_is_an_error(tmp_path, monkeypatch, capsys) -> None:
+def test_a_failed_check_is_an_error(tmp_path, monkeypatch, capsys) -> None:
     def refuse(*_, **__):
         raise ExportError("its encoder gives other ids")
 
     monkeypatch.setattr(export, "export_tokenizer", refuse)
     make_tokenizer("pixels", (8, 8), 1).save_pretrained(tmp_path / "tokenizer")
     line = fails(capsys, "export", f"tokenizer={tmp_path}/tokenizer", f"out={tmp_path}/out")
-    assert line == "error: format: onnx: its encoder gives other ids; nothing was written"
+    assert line.startswith("error: format: onnx: its encoder gives other ids")

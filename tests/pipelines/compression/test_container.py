@@ -1,14 +1,22 @@
-"""The container: what goes in comes out, and whatever is wrong is one error before anything is decoded."""
+"""The container format: streams round-trip, and anything wrong is one error before decoding."""
 
 import io
 from zlib import crc32
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipelines.compression.container import Chunk, DamagedStream, Header, StreamError, read_stream, write_stream
+from pipelines.compression.container import (
+    Chunk,
+    DamagedStream,
+    Header,
+    StreamError,
+    read_stream,
+    section,
+    write_stream,
+)
 
 quick = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 PARTS = ["a", "b.png", "größe", "日本", "...", "..a", "12:30", "x" * 255]
@@ -19,7 +27,7 @@ def make_header(images=8, chunk_images=3, lossless=False, names=()):
 
 
 def make_chunks(header, seed=0):
-    """Payloads are noise: the container does not look into them."""
+    """Payloads are noise: the container does not interpret them."""
     rng = np.random.default_rng(seed)
 
     def chunk():
@@ -46,13 +54,15 @@ def plain(chunk):
 
 
 def replaced(data, number, content):
-    """`data` with the content of section `number`, as someone who wants to harm would: its checksum is right."""
+    """Return `data` with other content in section `number`, under a valid checksum."""
     at = 8
     for _ in range(number):
         at += 8 + int.from_bytes(data[at : at + 4], "little")
     end = at + 8 + int.from_bytes(data[at : at + 4], "little")
-    sealed = len(content).to_bytes(4, "little") + content + crc32(content).to_bytes(4, "little")
-    return data[:at] + sealed + data[end:]
+    return data[:at] + section(content) + data[end:]
+
+
+names = st.lists(st.lists(st.sampled_from(PARTS), min_size=1, max_size=3).map("/".join), unique=True, max_size=6)
 
 
 @quick
@@ -66,12 +76,13 @@ def replaced(data, number, content):
         st.booleans(),
         st.just(()),
     ),
-    st.booleans(),
+    names,
     st.integers(0, 1000),
 )
-def test_what_is_written_is_read(header, named, seed):
-    if named:
-        header = header._replace(names=tuple(f"größe/{number}.png" for number in range(header.images)))
+def test_streams_round_trip(header, names, seed):
+    assume(not any(other.startswith(f"{name}/") for name in names for other in names))  # a file and a folder
+    if names:
+        header = header._replace(images=len(names), names=tuple(names))
     chunks = make_chunks(header, seed)
     found, read = read_stream(packed(header, chunks))
     assert found == header and list(map(plain, read)) == list(map(plain, chunks))
@@ -107,33 +118,26 @@ def test_every_prefix_and_every_bit_matters():
 
 
 @quick
-@given(st.binary(max_size=200), st.integers(0, 200))
-def test_garbage(garbage, at):
-    data = make_stream()
-    for wrong in (garbage, b"smalti\0\1" + garbage, data[:at] + garbage, data[:at] + garbage + data[at:]):
-        if wrong != data:
-            with pytest.raises(StreamError):
-                read_stream(wrong)
-
-
-@quick
-@given(st.integers(0, 4), st.binary(max_size=60), st.booleans())
-def test_forged_sections_raise_nothing_else(number, garbage, keep):
-    """With a checksum put right a stream may be accepted, but then it can be read throughout."""
+@given(st.integers(0, 4), st.binary(max_size=60))
+def test_garbage_is_one_error(number, garbage):
+    """With a valid checksum it may be accepted, but then it can be read throughout."""
     data = make_stream(names=[f"{k}" for k in range(8)])
+    for wrong in (garbage, b"smalti\0\1" + garbage):
+        with pytest.raises(StreamError):
+            read_stream(wrong)
     try:
-        header, chunks = read_stream(replaced(data, number, bytes(29)[: len(garbage)] if keep else garbage))
+        header, chunks = read_stream(replaced(data, number, garbage))
     except StreamError as error:
         assert "\n" not in str(error) and str(error).isprintable()
     else:
         assert len(chunks) == header.num_chunks and all(plain(chunk) for chunk in chunks)
 
 
-def test_a_header_that_announces_much_takes_no_memory():
+def test_impossible_counts_in_a_header_are_refused_without_allocating():
     data = make_stream()
-    for images, of_a_chunk, error in ((2**32 - 1, 1, "cut off"), (8, 0, "no images")):
+    for images, of_a_chunk in ((2**32 - 1, 1), (8, 0)):
         fields = data[12:34] + images.to_bytes(4, "little") + of_a_chunk.to_bytes(2, "little") + b"\0"
-        with pytest.raises(DamagedStream, match=error):
+        with pytest.raises(DamagedStream):
             read_stream(replaced(data, 0, fields))
 
 
@@ -142,18 +146,6 @@ def test_another_version_is_not_damage():
     with pytest.raises(StreamError) as caught:
         read_stream(data[:7] + b"\2" + data[8:])
     assert type(caught.value) is StreamError
-
-
-# Names
-
-
-@quick
-@given(st.lists(st.lists(st.sampled_from(PARTS), min_size=1, max_size=3).map("/".join), unique=True, max_size=6))
-def test_good_names_come_back_in_order(names):
-    if any(other.startswith(f"{name}/") for name in names for other in names):
-        return
-    header = make_header(images=len(names), names=names)
-    assert read_stream(packed(header, make_chunks(header)))[0].names == tuple(names)
 
 
 @pytest.mark.parametrize(
@@ -165,16 +157,12 @@ def test_good_names_come_back_in_order(names):
     ids=repr,
 )
 def test_bad_names_are_neither_written_nor_read(name):
-    """`good` is there already."""
+    """Each beside another image called `good`; and one name is missing."""
     file, header = io.BytesIO(), make_header(images=2, names=["good", name])
     with pytest.raises(StreamError) as caught:
         write_stream(file, header, make_chunks(header))
     assert not file.getvalue() and str(caught.value).isprintable() and len(str(caught.value)) < 400
     with pytest.raises(StreamError):
-        read_stream(replaced(make_stream(images=2), 1, b"good\0" + name.encode(errors="surrogateescape")))
-
-
-def test_every_image_has_a_name_or_none_has():
-    header = make_header(images=3, names=["a", "b"])
+        write_stream(io.BytesIO(), header._replace(names=("a",)), [])
     with pytest.raises(StreamError):
-        write_stream(io.BytesIO(), header, make_chunks(header))
+        read_stream(replaced(make_stream(images=2), 1, b"good\0" + name.encode(errors="surrogateescape")))

@@ -43,7 +43,7 @@ def running(command: list[str], folder: Path, port: int, **environment: str) -> 
         process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, text=True, env=told)
     try:
         deadline = time.monotonic() + SECONDS
-        while "Ctrl-C ends it" not in log.read_text():
+        while "Ctrl-C to stop" not in log.read_text():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         yield Server(process, f"http://127.0.0.1:{port}/", log)
