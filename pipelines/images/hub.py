@@ -54,7 +54,7 @@ def reason_of(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, ConnectionError):
         if constants.HF_HUB_OFFLINE:
-            return "it is not in the cache, and HF_HUB_OFFLINE disables the Hub"
+            return "it is not in the cache, and HF_HUB_OFFLINE forbids asking the Hub"
         if not is_reachable():
             return f"it is not in the cache, and {constants.ENDPOINT} cannot be reached"
     return (str(error).strip() or type(error).__name__).splitlines()[0]

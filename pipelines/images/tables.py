@@ -142,7 +142,7 @@ def check_place(source: str, path: Path, is_hub: bool) -> None:
         if source.partition("://")[0] not in PROTOCOLS:
             raise UserError(f"data.source: {source}: unsupported URL; supported protocols: {', '.join(PROTOCOLS)}")
     elif source.startswith(REMARK) or not is_hub and not glob.glob(str(path), recursive=True):
-        raise UserError(f"data.source: no file or folder {source}")
+        raise UserError(f"data.source: there is no file or folder {source}")
 
 
 def suffix_of(file: str) -> str:

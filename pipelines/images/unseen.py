@@ -24,7 +24,7 @@ def require_unseen(config: DataConfig, trained: DataConfig | None, part: str) ->
     before = " ".join(f"data.{key}={show_value(getattr(trained, key))}" for key in changed)
     some = f"{seen:,} of these {count:,}" if count else "some of these"
     raise UserError(
-        f"{', '.join(f'data.{key}' for key in changed)}: {some} {part.replace('_', '-')} images were used for training "
+        f"{', '.join(f'data.{key}' for key in changed)}: {some} {part.replace('_', '-')} images were trained on, "
         f"with {before}; keep that setting, or use other images (data.source=FOLDER)"
     )
 
