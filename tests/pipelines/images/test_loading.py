@@ -21,8 +21,7 @@ REAL = Path(os.environ.get("SMALTI_DATA") or ROOT / "../shared/data").resolve()
 def test_every_uint8_survives_the_round_trip():
     pixels = torch.arange(256, dtype=torch.uint8)
     images = to_float(pixels)
-    assert images.min() == -1 and images.max() == 1
-    assert torch.equal(to_uint8(images), pixels)
+    assert images.min() == -1 and images.max() == 1 and torch.equal(to_uint8(images), pixels)
     assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
 
 
