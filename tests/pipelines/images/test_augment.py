@@ -60,10 +60,8 @@ def test_a_data_set_augments_its_batches_on_request(tmp_path):
     assert raw.dtype == torch.uint8 and torch.equal(raw, train.pixels(indices))
     alone = [train.batch([i], seed=5, epoch=int(e), augment=True) for i, e in zip(indices, epochs, strict=True)]
     assert torch.equal(train.prepare(raw, changes), torch.cat(alone))
-    assert (
-        torch.equal(train.batch(indices), to_float(raw))
-        and len(train.raw_batch(indices, epochs, 5, augment=False)) == 1
-    )
+    assert torch.equal(train.batch(indices), to_float(raw))
+    assert len(train.raw_batch(indices, epochs, 5, augment=False)) == 1
 
 
 @pytest.mark.parametrize("change", [{"shift": 2}, {"rotate": 20.0, "zoom": 0.3, "flip": True}])

@@ -26,6 +26,7 @@ from pipelines.config import UserError
 from pipelines.encode import EncodeConfig, run
 from pipelines.images import load_images, tables
 from pipelines.job import work_folder
+from pipelines.provenance import data_beside
 from pipelines.tokens import load_tokens
 from pipelines.tokens.meta import META
 from tokenizer import Tokenizer
@@ -103,10 +104,15 @@ def test_data_defaults_to_what_the_tokenizer_was_trained_on(tmp_path):
     """So that validation and test images are those of the tokenizer."""
     make_tokenizer("vqvae", (28, 28), 1).eval().save_pretrained(tmp_path / "tokenizer")
     facts = {"data": {"source": "digits", "limit": 40, "validation_fraction": 0.02}, "tokenizer": {"steps": 5}}
-    (tmp_path / "tokenizer" / "provenance.json").write_text(json.dumps(facts))
+    provenance = tmp_path / "tokenizer" / "provenance.json"
+    provenance.write_text(json.dumps(facts))
     encode.main([f"tokenizer={tmp_path / 'tokenizer'}", f"out={tmp_path / 'tokens'}", "data.limit=100"])
     data = load_tokens(tmp_path / "tokens")
     assert [len(split) for split in data.splits.values()] == [100, 80, 100] and data.source["tokenizer"] == {"steps": 5}
+    for invalid in (True, None, "digits", [1]):
+        provenance.write_text(json.dumps({"data": invalid}))
+        with pytest.raises(FormatError, match="provenance.json: data: "):
+            data_beside(provenance)
 
 
 @pytest.mark.parametrize("labelled", ["train", "test", None])
