@@ -31,6 +31,7 @@ def test_draws_are_uniform_and_independent():
     assert np.abs(np.corrcoef(draws.reshape(10, 2000, 5)[:, :, 0]) - np.eye(10)).max() < 0.15
 
 
+@settings(deadline=None)
 @given(st.integers(1, 1000), st.sampled_from([None, 4, 16]), st.integers(0, 2**64), st.data())
 def test_every_row_comes_once_and_any_position_can_be_computed_alone(rows, block, key, data):
     def order(positions):
@@ -109,6 +110,7 @@ def test_the_order_of_a_large_set_takes_no_memory():
     assert peak < 1 << 20
 
 
+@settings(deadline=None)
 @given(
     st.one_of(st.slices(5), st.lists(st.integers(-5, 4)), st.lists(st.booleans(), min_size=5, max_size=5).map(np.array))
 )

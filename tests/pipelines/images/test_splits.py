@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from givens.image_files import noise, rows_of, write_shards
 from givens.image_folders import PNGS, bytes_of_each, config, write_folder, write_image, write_splits, write_table
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from optional import needs_digits
 
@@ -28,6 +28,7 @@ def images_by_split(settings):
 # Parts of one split
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_parts_are_a_stable_partition(data):
     """No part depends on the size of another, and each added image moves at most one other image."""
