@@ -1,4 +1,4 @@
-"""Turn a data set's images into a token dataset, with the tokenizer of stage one."""
+"""Encode the images of a data set into a token dataset, with the tokenizer of stage one."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Raw = list[tuple[Tensor, ...]]
-"""A batch on its way to the device, in one part or two, each as `ImageDataset.raw_batch` returns it."""
+"""A batch on its way to the device: one or two results of `ImageDataset.raw_batch`."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows `start` to `stop` of a split, and the name of their file."""
+    """Rows `start` to `stop` of a split, and their file name."""
 
     split: str
     name: str
@@ -56,7 +56,7 @@ class Shard:
 
 
 class EncodeConfig(Config):
-    """Which images are encoded, with which tokenizer."""
+    """The images to encode, and the tokenizer."""
 
     examples = (
         "tokenizer=runs/vqvae_digits/tokenizer out=runs/digits_tokens",
@@ -64,28 +64,27 @@ class EncodeConfig(Config):
     )
     often = "tokenizer out data.source data.label_column data.on_error augmentations batch_size rows_per_shard seed"
 
-    tokenizer: TokenizerFolder = Field(description="folder of the tokenizer, of the run that trained it, or a Hub id")
+    tokenizer: TokenizerFolder = Field(description="folder of a tokenizer or of the run that trained it, or a Hub id")
     out: str = Field(description="folder of the token dataset")
     data: Annotated[DataConfig, Of("tokenizer")] = Field(
-        DataConfig(), description="the images; defaults to those the tokenizer was trained on"
+        DataConfig(), description="the images; default: those the tokenizer was trained on"
     )
     augmentations: int = Field(
-        0, ge=0, le=1000, description="extra variants of each training image, made by data.augment"
+        0, ge=0, le=1000, description="extra variants of each training image, augmented as in data.augment"
     )
     rows_per_shard: int | None = Field(
-        None, ge=1, description="rows of a file; null: 1,024 to 4,096, and at most 16 files for a small split"
+        None, ge=1, description="rows per file; null: 1,024 to 4,096, and at most 16 files for a small split"
     )
-    batch_size: int = Field(256, ge=1, description="images at a time on each process")
-    seed: int = Field(0, ge=0, description="chooses the augmentations")
+    batch_size: int = Field(256, ge=1, description="images per batch on each process")
+    seed: int = Field(0, ge=0, description="seed of the augmentations")
 
 
 def run(config: EncodeConfig) -> Path:
-    """Encode all splits, each process its shards; the dataset gets its name at the end. Returns its folder.
+    """Encode all splits, each process its shards; rename the dataset to `out` at the end. Returns its folder.
 
-    Started again after it was killed, with any number of processes, it makes the shards that are missing, and the
-    result is the same to the bit. Raises `UserError` for images of another size than the tokenizer's, augmentations
-    without data.augment, a folder of something else, and an unfinished encode with other settings.
-    """
+    After an interruption, the same command makes the missing shards, with any number of processes, and the result is
+    the same to the bit. Raises `UserError` for images of another size than the tokenizer's, augmentations without
+    data.augment, a folder of something else, and an unfinished encode with other settings."""
     accelerator = build_accelerator()
     group = group_of(accelerator)
     tokenizer, out = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer)), Path(config.out)
@@ -107,7 +106,7 @@ def run(config: EncodeConfig) -> Path:
 
         missing = group.on_main(begin)
         if group.is_main and len(missing) < len(shards):
-            print(f"{out}: continuing, {len(shards) - len(missing)} of {len(shards)} shards are there", flush=True)
+            print(f"{out}: continuing, {len(shards) - len(missing)} of {len(shards)} shards are done", flush=True)
         mine = list(group.mine(missing))
         tokenizer.to(accelerator.device)
         group.gather(lambda: encode_shards(work, mine, tokenizer, splits, config, shows=group.is_main))
@@ -123,28 +122,28 @@ def run(config: EncodeConfig) -> Path:
 
 
 def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -> None:
-    """Raise `UserError` for mistakes that can be found before images are read."""
+    """Raise `UserError` for mistakes that can be detected before images are read."""
     check_shape(config.data, tokenizer.image_shape, "tokenizer")
     if is_stream(config.data):
-        raise UserError("data.streaming: encode reads images in any order; data.streaming=false copies them to disk")
-    if config.augmentations and not any(config.data.augment.model_dump().values()):
         raise UserError(
-            "augmentations: needs a data.augment.* that changes something, for example data.augment.shift=2"
+            "data.streaming: encode needs random access; data.streaming=false copies the images to the disk"
         )
+    if config.augmentations and not any(config.data.augment.model_dump().values()):
+        raise UserError("augmentations: needs a setting of data.augment, for example data.augment.shift=2")
     output.check_folder(TOKENS)
 
 
 def name_splits(images: Splits) -> dict[str, ImageDataset]:
-    """The images of each split of the token dataset. Raises `UserError` if only some of them have labels."""
+    """Return the images of each split of the token dataset. Raises `UserError` if only some splits have labels."""
     parts = {"train": images.train, "validation": images.validation, "test": images.held_out}
     splits = {name: part for name, part in parts.items() if part is not None}
     if len({part.labels is None for part in splits.values()}) > 1:
-        raise UserError("data.label_column: some splits have labels and others do not; null uses all without")
+        raise UserError("data.label_column: some splits have labels and others do not; null ignores labels")
     return splits
 
 
 def plan_shards(rows: dict[str, int], rows_per_shard: int | None) -> list[Shard]:
-    """All files to make, the same for any number of processes. Raises `UserError` for more than a dataset may have."""
+    """Return all files to make, whatever the number of processes. Raises `UserError` for too many files."""
     try:
         sizes = cut_shards(rows, rows_per_shard)
     except ValueError as error:
@@ -159,20 +158,20 @@ def plan_shards(rows: dict[str, int], rows_per_shard: int | None) -> list[Shard]
 def describe_job(
     config: EncodeConfig, tokenizer: Tokenizer, images: Splits, rows: dict[str, int], device: str
 ) -> dict[str, Any]:
-    """All that the files depend on, to the bit."""
+    """Return everything that determines the files, to the bit."""
     without: Any = {"out": True, "tokenizer": True, "data": {"cache_mb", "shuffle_window"}}
     facts = {"tokenizer": tokenizer.fingerprint(), "classes": class_names(images), "rows": rows, "device": device}
     return {"verb": "encode", **config.model_dump(mode="json", exclude=without), **facts}
 
 
 def class_names(images: Splits) -> list[str]:
-    """The names of the classes; none without labels."""
+    """Return the class names; empty without labels."""
     return images.train.class_names if images.train.labels is not None else []
 
 
 def find_finished(out: Path, job: dict[str, Any], data: DataConfig) -> Meta | None:
-    """The dataset in `out`, if it is what this job makes, of images that have not changed since; None if not. A dataset
-    that lost its name, as a process was killed while it replaced it, gets it back."""
+    """Return the dataset in `out` if this job made it and the images have not changed since; otherwise None. Restores
+    the name of a dataset that was set aside by a process killed while replacing it."""
     aside = folders_aside(out)
     if not out.exists() and len(aside) == 1 and (aside[0] / META).is_file():
         aside[0].rename(out)
@@ -187,7 +186,7 @@ def find_finished(out: Path, job: dict[str, Any], data: DataConfig) -> Meta | No
 
 
 def have_changed(data: DataConfig, since: float) -> bool:
-    """Whether a file or folder of the images, if they are here, was written after a time."""
+    """Whether a local file or folder of the images was modified after the time `since`."""
     pattern = os.path.expanduser(data.source) if glob.has_magic(data.source) else ""
     sources = [data.path] if data.path else [Path(name) for name in glob.glob(pattern, recursive=True)]
     below = (Path(place, name) for top in sources for place, _, names in os.walk(top) for name in ("", *names))
@@ -195,12 +194,12 @@ def have_changed(data: DataConfig, since: float) -> bool:
 
 
 def begin_shards(work: Path, job: dict[str, Any], shards: list[Shard]) -> list[Shard]:
-    """Begin the work folder, or continue in it; return the shards that are missing. Raises `UserError` for one that was
-    begun with other settings, if any shard is there, and `PathError` for files of something else."""
+    """Create or continue the work folder; return the missing shards. Raises `UserError` for a folder with shards of
+    other settings, and `PathError` for unknown files."""
     names, ours = {shard.name for shard in shards}, {"tokenizer", META, MANIFEST}
 
     def is_result(name: str) -> bool:
-        return name in ours or name.endswith(".safetensors")  # also a shard that was cut otherwise
+        return name in ours or name.endswith(".safetensors")  # including shards of another size
 
     try:
         begin_job(work, job, is_result)
@@ -210,7 +209,7 @@ def begin_shards(work: Path, job: dict[str, Any], shards: list[Shard]) -> list[S
         begin_job(work, job, is_result, anew=True)
     there = set(os.listdir(work))
     if strange := sorted(there - names - ours - {JOB}):
-        raise UserError(f"out: {work} holds {strange[0]!r}, which smalti did not write; move it elsewhere")
+        raise UserError(f"out: {work} contains {strange[0]!r}, which smalti did not write; move it elsewhere")
     return [shard for shard in shards if shard.name not in there]
 
 
@@ -223,7 +222,7 @@ def encode_shards(
     *,
     shows: bool,
 ) -> None:
-    """Write these shards. The images of the next batch are read while the tokenizer encodes."""
+    """Write these shards. Images of the next batch are read while the tokenizer encodes."""
     from tqdm import tqdm
 
     require_begun(work)
@@ -250,15 +249,15 @@ def encode_shards(
 
 
 def batches_of(shard: Shard, batch_size: int) -> list[np.ndarray]:
-    """The rows of each batch. None crosses a shard, so tokens do not depend on the number of processes."""
+    """Return the rows of each batch. Batches stay within shards, so tokens do not depend on the number of processes."""
     starts = range(shard.start, shard.stop, batch_size)
     return [np.arange(start, min(start + batch_size, shard.stop)) for start in starts]
 
 
 @torch.inference_mode()
 def encode_shard(tokenizer: Tokenizer, images: ImageDataset, shard: Shard, stream: Iterator[Raw], bar: Any) -> Tensor:
-    """Tokens `(rows, *grid.shape)` int32 of a shard, whose batches come from the `stream`. A GPU is waited for once, at
-    the end."""
+    """Return the tokens `(rows, *grid.shape)` int32 of a shard, whose batches come from `stream`. Synchronises with the
+    GPU once, at the end."""
     tokens, count = [torch.empty(0, *tokenizer.grid.shape, dtype=torch.int32, device=tokenizer.device)], 0
     while count < shard.stop - shard.start:
         parts = [images.prepare(*to_device_async(part, tokenizer.device)) for part in next(stream)]
@@ -269,7 +268,7 @@ def encode_shard(tokenizer: Tokenizer, images: ImageDataset, shard: Shard, strea
 
 
 def variants_of(images: ImageDataset, rows: np.ndarray, seed: int) -> Raw:
-    """The images of dataset rows: row = variant * n + index, and variant 0 is the image as it is."""
+    """Return the images of dataset rows: row = variant * n + index, and variant 0 is the unchanged image."""
     variants, indices = np.divmod(rows, len(images))
     first = int((variants == 0).sum())  # rows ascend, so variants do
     parts = [(slice(first), False), (slice(first, None), True)]
@@ -277,7 +276,7 @@ def variants_of(images: ImageDataset, rows: np.ndarray, seed: int) -> Raw:
 
 
 def describe_dataset(config: EncodeConfig, tokenizer: Tokenizer, images: Splits, shards: list[Shard]) -> Meta:
-    """What `meta.json` says."""
+    """Return the contents of `meta.json`."""
     path = Path(config.tokenizer) / PROVENANCE
     provenance = read_json(path) if path.is_file() else {}
     source = {**provenance, "data": config.data.model_dump(mode="json"), "local": is_local(config.data.source)}
@@ -288,10 +287,10 @@ def describe_dataset(config: EncodeConfig, tokenizer: Tokenizer, images: Splits,
 
 
 def finish_dataset(work: Path, out: Path, shards: list[Shard], meta: Meta, tokenizer: Tokenizer) -> Meta:
-    """Complete the dataset in the work folder and give it its name. Raises `UserError` for a shard that is missing."""
+    """Complete the dataset in the work folder and rename it to `out`. Raises `UserError` for a missing shard."""
     if absent := [shard.name for shard in shards if not (work / shard.name).is_file()]:
-        raise UserError(f"out: {work / absent[0]} is missing; all processes have to see the same disk")
-    for name in ("tokenizer", META, MANIFEST):  # of a process that was killed here
+        raise UserError(f"out: {work / absent[0]} is missing; all processes must see the same disk")
+    for name in ("tokenizer", META, MANIFEST):  # left by a process killed here
         shutil.rmtree(work / name) if (work / name).is_dir() else (work / name).unlink(missing_ok=True)
     write_meta(work, meta, tokenizer)
     publish_folder(work, out, kind=TOKENS)
@@ -299,13 +298,13 @@ def finish_dataset(work: Path, out: Path, shards: list[Shard], meta: Meta, token
 
 
 def describe(meta: Meta) -> str:
-    """What a dataset holds, in words."""
+    """Describe the contents of a dataset."""
     counts = ", ".join(f"{sum(counts)} {name}" for name, counts in meta.shards.items())
     return f"{counts} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}"
 
 
 def end(accelerator: Accelerator, out: Path, text: str, leads: bool) -> Path:
-    """Say what there is and what comes next."""
+    """Print the result and the next command."""
     accelerator.end_training()
     if leads:
         run = quote(f"{str(out).removesuffix('_tokens')}_prior")

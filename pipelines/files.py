@@ -1,12 +1,12 @@
-"""Files that a verb writes: what may be replaced, writing whole or not at all, and one writer at a time.
+"""Output files of verbs: what may be replaced, atomic writes, and one writer at a time.
 
-`tokenizer.files` has the errors, JSON, manifests and the replacement of whole folders; this adds single files, files
-that go into a folder beside others, and locks.
+`tokenizer.files` has the errors, JSON, manifests and the replacement of whole folders. This module adds single files,
+files beside others in a folder, and locks.
 
     out = Output(config.out, inputs=[config.pipeline], overwrite=config.overwrite)
-    out.check_file(SUFFIXES)                     # before hours of work
+    out.check_file(SUFFIXES)                     # fail before hours of work
     with lock_output(out.path), out.file() as path:
-        write_picture(picture, path)             # under a temporary name, renamed at the end
+        write_picture(picture, path)             # a temporary name, renamed at the end
 """
 
 from __future__ import annotations
@@ -49,21 +49,21 @@ if TYPE_CHECKING:
 
 LOCK = ".lock"
 LEASE, HEARTBEAT = 120.0, 5.0
-"""Seconds of silence after which a lock's holder is replaced, and between two of its signs of life."""
-MAX_LOCKED_NAME = 150  # bytes of a name that its lock is called after
-MOMENT = 1.0  # seconds in which a lock that is being made or released is there or gone
-STOPPED = 1  # exit code of a process whose lock another one has taken over
+"""Seconds without a heartbeat after which a lock is taken over, and between two heartbeats."""
+MAX_LOCKED_NAME = 150  # bytes; the lock of a longer name is named after its hash
+MOMENT = 1.0  # seconds within which a lock is created or released
+STOPPED = 1  # exit code of a process whose lock was taken over
 
 Inputs = Iterable[Any]
-"""What a verb reads: paths, and other things (a Hub id, None), which are ignored."""
+"""Inputs of a verb: paths; anything else (a Hub id, None) is ignored."""
 T = TypeVar("T")
 
 
-# What may be written ------------------------------------------------------------------------------
+# Checks ------------------------------------------------------------------------------
 
 
 def require_apart(out: Path, inputs: Inputs) -> None:
-    """Raise `PathError` if `out` is one of the `inputs`, lies in one, or contains one."""
+    """Raise `PathError` if `out` equals, lies in or contains one of the `inputs`."""
     there = os.path.realpath(out)
     for source in inputs:
         if source is None or not os.path.exists(source):
@@ -74,17 +74,17 @@ def require_apart(out: Path, inputs: Inputs) -> None:
         elif there.startswith(os.path.join(here, "")):
             relation = "lies in"
         elif here.startswith(os.path.join(there, "")):
-            relation = "holds"
+            relation = "contains"
         if relation:
-            raise PathError(f"{out} cannot be written: it {relation} what is read, {source}; choose another place")
+            raise PathError(f"{out} cannot be written: it {relation} an input, {source}; choose another path")
 
 
 def require_writable(path: Path, overwrite: bool) -> None:
-    """Raise `PathError` unless nothing has this name, or a regular file that `overwrite` allows to replace."""
+    """Raise `PathError` unless the path is free, or a regular file and `overwrite` is true."""
     if not _exists(path):
         return
     if path.is_symlink():
-        raise PathError(f"{path} cannot be written: it is a link, and nothing is written through a link")
+        raise PathError(f"{path} cannot be written: it is a link, and links are never written through")
     if not path.is_file():
         raise PathError(f"{path} cannot be written: it exists and is not a file")
     if not overwrite:
@@ -92,18 +92,18 @@ def require_writable(path: Path, overwrite: bool) -> None:
 
 
 def require_writable_in(folder: Path, names: Iterable[str], overwrite: bool) -> None:
-    """Raise `PathError` unless files of these names can be written into `folder`, which need not exist."""
+    """Raise `PathError` unless files with these names can be written into `folder`, which may be missing."""
     if _exists(folder) and (folder.is_symlink() or not folder.is_dir()):
         what = "a link" if folder.is_symlink() else "a file"
-        raise PathError(f"{folder} cannot be written: it should be a folder, and {what} has this name")
+        raise PathError(f"{folder} cannot be written: it is {what}, not a folder")
     if os.path.lexists(folder / MANIFEST):
-        raise PathError(f"{folder}: it holds a {MANIFEST}, so nothing else may be put into it; choose another folder")
+        raise PathError(f"{folder}: it contains {MANIFEST}, so no other files may be added; choose another folder")
     for name in names:
         require_writable(folder / name, overwrite)
 
 
 def _exists(path: Path) -> bool:
-    """Whether anything has this name. Raises `PathError` for one that is too long for anything."""
+    """Whether the path exists, even as a broken link. Raises `PathError` for a name that is too long."""
     try:
         os.lstat(path)
         return True
@@ -115,9 +115,9 @@ def _exists(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Output:
-    """Where a verb writes, and what it may replace there; each method raises `UserError` that names the `key`.
+    """The output path of a verb; methods raise `UserError`s that name the `key`.
 
-    inputs: what the verb reads, which is never written to. overwrite: whether existing files may be replaced.
+    inputs: what the verb reads; never written to. overwrite: whether existing files may be replaced.
     """
 
     place: Path | str
@@ -127,11 +127,11 @@ class Output:
 
     @property
     def path(self) -> Path:
-        """The file or folder."""
+        """The output path."""
         return Path(self.place)
 
     def check_file(self, suffixes: Collection[str] = ()) -> None:
-        """Check that a file can be written here. suffixes: the allowed ones; empty: all."""
+        """Check that a file can be written here. suffixes: those allowed; empty allows all."""
         if suffixes and self.path.suffix.lower() not in suffixes:
             raise UserError(f"{self.key}: {str(self.place)!r} should end in {', '.join(suffixes)}")
         with self.errors():
@@ -139,20 +139,20 @@ class Output:
             require_writable(self.path, self.overwrite)
 
     def check_files(self, names: Iterable[str]) -> None:
-        """Check that files of these names can be written into this folder."""
+        """Check that files with these names can be written into this folder."""
         with self.errors():
             require_apart(self.path, self.inputs)
             require_writable_in(self.path, names, self.overwrite)
 
     def check_folder(self, kind: FolderKind | None) -> None:
-        """Check that a folder of this kind can be written here as a whole, see `tokenizer.files.atomic_folder`."""
+        """Check that a folder of this kind can be written here, see `tokenizer.files.atomic_folder`."""
         with self.errors():
             require_apart(self.path, self.inputs)
             require_replaceable(self.path, kind)
 
     @contextmanager
     def file(self, temporary: Path | None = None) -> Iterator[Path]:
-        """Yield the path of a temporary file that becomes this file, see `atomic_file`."""
+        """Yield a temporary path that becomes this file, see `atomic_file`."""
         with self.errors(), atomic_file(self.path, overwrite=self.overwrite, temporary=temporary) as path:
             yield path
 
@@ -164,7 +164,7 @@ class Output:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Turn an error of writing into a `UserError` that names the key."""
+        """Convert errors of writing to a `UserError` that names the key."""
         try:
             yield
         except PathError as error:
@@ -179,12 +179,10 @@ class Output:
 
 @contextmanager
 def atomic_file(target: Path | str, *, overwrite: bool = False, temporary: Path | None = None) -> Iterator[Path]:
-    """Yield the path of a temporary file that becomes `target` when the block ends without an error, and then is on the
-    disk.
+    """Yield a temporary path that is flushed to the disk and renamed to `target` if the block ends without an error.
 
-    temporary: where it is, on the same disk; None: beside `target`. Raises `PathError`, at the beginning and at the
-    end, for what `require_writable` refuses.
-    """
+    temporary: a path on the same file system; None: one beside `target`. Raises `PathError`, before and after the
+    block, like `require_writable`."""
     target = Path(target)
     require_writable(target, overwrite)
     make_folder(target.parent)
@@ -201,11 +199,11 @@ def atomic_file(target: Path | str, *, overwrite: bool = False, temporary: Path 
 
 @contextmanager
 def atomic_files(target: Path | str, *, overwrite: bool = False, temporary: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary folder whose files are moved into `target` when the block ends without an error, each by one
-    rename; other files there stay. A folder that does not exist yet appears as a whole.
+    """Yield a temporary folder whose files are renamed into `target` if the block ends without an error. Other files
+    there stay. A missing target is created in one rename.
 
-    temporary: where it is, on the same disk; what a killed process left there is removed. Raises `PathError` that names
-    a file that may not be replaced, before any is.
+    temporary: a path on the same file system, removed first if a killed process left it. Raises `PathError` that names
+    a file that may not be replaced, before any is replaced.
     """
     target = Path(target)
     require_writable_in(target, (), overwrite)
@@ -231,9 +229,9 @@ def atomic_files(target: Path | str, *, overwrite: bool = False, temporary: Path
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write `path`, a file of a folder that is known to be ours, whole or not at all.
+    """Write `path` atomically, in a folder that is known to be ours.
 
-    Raises `PathError` for a link, and `OSError` that names the path and, of a full disk, the bytes needed and free.
+    Raises `PathError` for a link, and `OSError` with the path and, for a full disk, the bytes needed and free.
     """
     if path.is_file() and not path.is_symlink() and path.read_bytes() == data:
         return  # an unchanged file needs no free space
@@ -253,10 +251,10 @@ def replace_file(path: Path, data: bytes) -> None:
 
 @contextmanager
 def lock_folder(run: Path, group: ProcessGroup | None = None) -> Iterator[None]:
-    """Be the only writer in a run's folder, by a lock in it; the folder is made if it is missing.
+    """Hold the lock of a run folder, which is created if it is missing.
 
-    The first process of the group holds the lock. Raises `UserError`, on all of them, where another one does, and where
-    the folder cannot be written. A process that was silent for `LEASE` seconds is replaced; it stops when it wakes.
+    The main process of the group holds the lock. Raises `UserError` on all processes if another run holds it, or if the
+    folder cannot be written. A holder without a heartbeat for `LEASE` seconds is replaced; it exits when it wakes.
     """
     with _locked(run / LOCK, run, "out", group):
         yield
@@ -264,11 +262,10 @@ def lock_folder(run: Path, group: ProcessGroup | None = None) -> Iterator[None]:
 
 @contextmanager
 def lock_output(out: Path | str | None, group: ProcessGroup | None = None, *, key: str = "out") -> Iterator[None]:
-    """Be the only writer of a file, or of a folder that is replaced as a whole, by a lock beside it; see `lock_folder`.
+    """Hold the lock of a file, or of a folder that is replaced as a whole; the lock lies beside it. See `lock_folder`.
 
-    None: nothing is written. key: that of the command line, for messages. Lock a pipeline that is read and written
-    again hours later, too: of two such verbs one would drop what the other has found.
-    """
+    out: None writes nothing. key: the command line key, for messages. Also lock a pipeline that is updated hours after
+    it was read: otherwise one of two such verbs would undo the update of the other."""
     if out is None:
         yield
         return
@@ -277,14 +274,14 @@ def lock_output(out: Path | str | None, group: ProcessGroup | None = None, *, ke
 
 
 def lock_beside(out: Path | str) -> Path:
-    """The lock of a file, or of a folder that is replaced as a whole: `.NAME.lock`."""
+    """Return the path of the lock of a file or replaced folder: `.NAME.lock`."""
     path = Path(os.path.realpath(out))
     name = os.fsencode(path.name)
     return path.with_name(f".{path.name if len(name) <= MAX_LOCKED_NAME else hashlib.sha256(name).hexdigest()}{LOCK}")
 
 
 def is_lock(name: str) -> bool:
-    """Whether a file of this name in a run's folder is its lock, or is left of one."""
+    """Whether a file in a run folder is its lock, or the remains of one."""
     return name == LOCK or name.startswith(f"{LOCK}.")
 
 
@@ -306,7 +303,7 @@ def _locked(place: Path, out: Path, key: str, group: ProcessGroup | None) -> Ite
 
 @contextmanager
 def _folder_for_lock(folder: Path) -> Iterator[None]:
-    """Make a folder and its missing parents; remove those that are empty in the end."""
+    """Create a folder and its missing parents; in the end, remove those that are still empty."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         make_folder(folder)
@@ -318,19 +315,19 @@ def _folder_for_lock(folder: Path) -> Iterator[None]:
 
 
 def _acquire(place: Path, out: Path) -> SoftFileLease:
-    """Lock `place`. Raises `UserError` that names the process which has the lock, and `OSError`.
+    """Acquire the lock `place`. Raises `UserError` that names the holder, and `OSError`.
 
-    A live process of this machine is refused at once. Of one elsewhere, or one that has been silent, a sign of life is
-    waited for: it comes within `HEARTBEAT` seconds, or its lock is taken over after `LEASE` seconds.
+    If the holder is a live process of this machine, raise at once. If it is remote or has missed heartbeats, wait for
+    one: it comes within `HEARTBEAT` seconds, or the lock is taken over after `LEASE` seconds.
     """
     from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
     def stop(_: Any) -> None:
-        """End at once: the main thread may be about to write, or wait where no exception reaches it."""
+        """Exit at once: the main thread may be about to write, or wait where no exception reaches it."""
         try:
-            line = f"error: {out}: another process has taken over, as this one was silent for {LEASE:g} s; it stops"
+            line = f"error: {out}: another process took over the lock after {LEASE:g} s without a heartbeat; stopping"
             print(line, file=sys.stderr, flush=True)
-        finally:  # the terminal may be gone, or a log's disk full
+        finally:  # printing fails if the terminal is gone or the disk of the log is full
             os._exit(STOPPED)
 
     options: dict[str, Any] = {"lease_duration": LEASE, "heartbeat_interval": HEARTBEAT, "on_compromise": stop}
@@ -338,7 +335,7 @@ def _acquire(place: Path, out: Path) -> SoftFileLease:
     began, waits = time.monotonic(), False
     while True:
         try:
-            make_folder(place.parent)  # which another process, that had made it, may have removed as it was refused
+            make_folder(place.parent)  # another process that was refused may have removed it
             lock.acquire()
             break
         except LeaseSettingsMismatch as error:
@@ -347,22 +344,22 @@ def _acquire(place: Path, out: Path) -> SoftFileLease:
             if lock.owner is not None:
                 _wait_for_silence(lock, place, out)
                 break
-        waited = time.monotonic() - began  # while another process makes its lock, or releases it
+        waited = time.monotonic() - began  # another process is creating or releasing its lock
         if waited > MOMENT and os.path.lexists(place):
             if not _is_half_written(place):
-                raise UserError(f"{out}: {place} should say which process writes here, and is something else")
+                raise UserError(f"{out}: {place} is not a lock file; move it elsewhere")
             if waited > LEASE:
                 place.unlink(missing_ok=True)
             elif not waits:
                 waits = _say_waiting(lock, out)
         time.sleep(0.05)
-    with suppress(OSError):  # an empty lock, which is left after power loss, would say nothing
+    with suppress(OSError):  # after power loss, an unflushed lock would be empty
         fsync(place)
     return lock
 
 
 def _is_half_written(place: Path) -> bool:
-    """Whether a lock is the beginning of one, or nothing: its process was killed, or power was lost, as it was made."""
+    """Whether a lock is empty or truncated, because its process was killed or power was lost."""
     if place.is_symlink() or not place.is_file():
         return False
     data = place.read_bytes()
@@ -371,7 +368,7 @@ def _is_half_written(place: Path) -> bool:
 
 
 def _wait_for_silence(lock: SoftFileLease, place: Path, out: Path) -> None:
-    """Take the lock over once its holder has been silent for `LEASE` seconds. Raises `UserError` where it lives."""
+    """Take over the lock after `LEASE` seconds without a heartbeat. Raises `UserError` if the holder is alive."""
     from filelock import Timeout
 
     def last_sign() -> float:
@@ -387,7 +384,7 @@ def _wait_for_silence(lock: SoftFileLease, place: Path, out: Path) -> None:
     pause = min(1.0, LEASE / 4)
 
     def is_alive() -> bool:
-        return last_sign() not in (first, 0.0)  # 0: it was just released or broken
+        return last_sign() not in (first, 0.0)  # 0: just released or taken over
 
     try:
         lock.acquire(timeout=LEASE + 2 * pause + 1, poll_interval=pause, cancel_check=is_alive)
@@ -397,36 +394,36 @@ def _wait_for_silence(lock: SoftFileLease, place: Path, out: Path) -> None:
 
 def _say_waiting(lock: SoftFileLease, out: Path) -> bool:
     _, holder = _describe_holder(lock)
-    line = f"{out}: {holder} may be writing here; waiting at most {LEASE + HEARTBEAT:g} s for a sign of it"
+    line = f"{out}: {holder} may be writing here; waiting up to {LEASE + HEARTBEAT:g} s for its heartbeat"
     print(line, file=sys.stderr, flush=True)
     return True
 
 
 def _refusal(lock: SoftFileLease, out: Path) -> UserError:
     _, holder = _describe_holder(lock)
-    return UserError(f"{out}: {holder} is writing here; one writer at a time, nothing was changed")
+    return UserError(f"{out}: {holder} is writing here; only one writer at a time, nothing was changed")
 
 
 def _describe_holder(lock: SoftFileLease) -> tuple[str, str]:
-    """The host of the process that has the lock, and `process 4242 on HOST`."""
+    """Return the host of the lock's holder, and `process 4242 on HOST`."""
     if (owner := lock.owner) is None:
         return "", "another process"
-    host = quote(owner.hostname.partition("?")[0])[1:-1]  # what follows says in which container
+    host = quote(owner.hostname.partition("?")[0])[1:-1]  # the rest identifies the container
     return host, f"process {owner.pid} on {host}"
 
 
 def _release(lock: SoftFileLease) -> None:
-    """Release, where the file system allows it: what is left is stale once this process is gone."""
+    """Release the lock. If the file system fails, the lock is stale once this process has ended."""
     with suppress(OSError):
         lock.release(force=True)
 
 
 # JSON against a class -----------------------------------------------------------------------------
-# Strict: true is not a number, 1.0 is not a whole number, and "1" is neither.
+# Strict: true is not a number, 1.0 is not an integer, and "1" is neither.
 
 Whole = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
-"""A whole number too, which becomes a float."""
+"""Integers are converted to float."""
 Bool = Annotated[bool, Strict()]
 Text = Annotated[str, Strict()]
 
@@ -444,7 +441,7 @@ EXPECTED = {
 
 
 class FieldError(ValueError):
-    """One field of an object is wrong; raised by checks that look at several fields."""
+    """One field of an object is invalid; for checks of several fields."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
@@ -452,19 +449,19 @@ class FieldError(ValueError):
 
 
 def validate(cls: type[T], data: Any, path: Path) -> T:
-    """Return `data`, the content of the file `path`, as a `cls` (a pydantic model or a dataclass). Raises `FormatError`
-    that names the file, the first wrong field, what was found and what is allowed."""
+    """Convert `data`, the content of the file `path`, to a `cls` (a pydantic model or a dataclass). Raises
+    `FormatError` with the file, the first invalid field, the value found and what is allowed."""
     try:
         return TypeAdapter(cls).validate_python(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise FormatError(f"{path}: {_describe(first)}") from error
-    except UnicodeEncodeError as error:  # a `FieldError` that quotes half of a character, which pydantic cannot print
+    except UnicodeEncodeError as error:  # a `FieldError` with a lone surrogate, which pydantic cannot print
         raise FormatError(f"{path}: {error.object}") from error
 
 
 def _describe(detail: ErrorDetails) -> str:
-    """The field, and what is wrong with it."""
+    """Return the field and its problem."""
     kind, context = detail["type"], detail.get("ctx", {})
     names = [str(part) for part in detail["loc"]]
     problem = f"{detail['msg']} (found {quote(detail['input'])})"

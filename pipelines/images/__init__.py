@@ -1,4 +1,4 @@
-"""Image data sets: finds, decodes, splits and augments images."""
+"""Image data sets: find, decode, split and augment images."""
 
 from .dataset import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .pictures import to_float, to_uint8

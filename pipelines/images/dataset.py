@@ -1,9 +1,9 @@
-"""An image data set: which images there are, which are trained on, and batches of them.
+"""Image data sets: find the images, split them, and make batches.
 
-`load_images` finds the source (digits, a folder, tables), chooses its splits or holds part of one out, numbers the
-classes, and decodes every image once, so that bad ones are known before training starts; pixels stay in memory if they
-fit. Batches travel as uint8, and become augmented floats in [-1, 1] on the device. With `data.streaming` shards are
-read in sequence instead (`streaming`).
+`load_images` opens the source (digits, a folder, tables), chooses its splits or holds out part of one, numbers the
+classes, and decodes every image once, so that bad images are known before training starts. Pixels stay in memory if
+they fit. Batches travel as uint8 and become augmented floats in [-1, 1] on the device. With `data.streaming`, shards
+are read in sequence instead (`streaming`).
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ Side = Annotated[int, Field(ge=4, le=4096)]
 Indices = Sequence[int] | NDArray[np.int64] | Tensor
 
 VALIDATION_NAMES = ("validation", "val", "valid", "dev")
-"""Names of a split to evaluate on if there is no `test`."""
+"""Split names to evaluate on if there is no `test`."""
 SHARE, LEAST, MOST = 0.05, 10, 2000
-"""The share of the split to train on that is kept for validation, and its limits: fewer than 10 images would choose by
-chance, and figures while training use at most 2,000."""
-LONGEST, JOINER = 200, "\u200d"  # a joiner, which is not printable by itself, makes one emoji of two
+"""Share of the training split that is set aside for validation, and its limits: fewer than 10 images would select a
+model by chance, and evaluation during training uses at most 2,000."""
+LONGEST, JOINER = 200, "\u200d"  # the joiner inside composed emoji, not printable by itself
 WITHOUT = "data.label_column=null uses all images without labels"
 BAD_IMAGES = "bad_images.jsonl"
 UNCHANGED = AugmentConfig()
 
 
 class DataConfig(Config):
-    """Which images, and in what shape."""
+    """The images to use, and their shape."""
 
-    # `default=` is written out: it is how a type checker knows, in a user's script, what may be left out.
+    # `default=` is spelled out so that type checkers see which arguments are optional.
 
     source: str = Field(
         default="digits",
@@ -64,48 +64,46 @@ class DataConfig(Config):
     )
     streaming: bool = Field(
         default=False,
-        description="for shards (parquet, .tar) that do not fit on the disk: read them in sequence, in an approximate "
-        "order, and check nothing beforehand; of a folder of image files only the check is left out",
+        description="read shards (parquet, .tar) in sequence, for data that does not fit on the disk: shuffling is "
+        "approximate and images are not checked first; for a folder of image files, only the check is skipped",
     )
     shuffle_window: int = Field(
         default=10_000,
         ge=1,
-        description="with streaming, images are shuffled among this many, which are kept in memory, encoded",
+        description="with streaming, the size of the shuffle buffer in images, held in memory encoded",
     )
     split: str = Field(
         default="train",
-        description="the split to train on; in a folder of images, a folder of that name, or for `train` all of it",
+        description="the split to train on; in a folder of images, its subfolder of that name (`train`: or all of it)",
     )
     held_out: str | None = Field(
         default=None,
-        description="the split to evaluate on; null: `test`, or where there is none the only one of "
-        "validation, val, valid, dev; where there is none of these either, part of `split` is held out",
+        description="the split to evaluate on; null: `test`, or else the only split called validation, val, valid or "
+        "dev, or else part of `split`",
     )
-    held_out_fraction: float = Field(default=0.1, gt=0, lt=1, description="the share of `split` that is held out")
+    held_out_fraction: float = Field(default=0.1, gt=0, lt=1, description="share of `split` to hold out")
     validation_fraction: float | None = Field(
         default=None,
         ge=0,
         lt=1,
-        description="the share of `split` that is kept from training to choose the best weights; null: a twentieth, if "
-        "that is 10 images or more, but at most 2,000; 0: none, and the held-out images are used instead",
+        description="share of `split` to set aside for choosing the best weights; null: 5%, at most 2,000 images, or "
+        "none if that is fewer than 10; 0: use the held-out images instead",
     )
     image_size: Side | tuple[Side, Side] = Field(
-        default=28, description="height and width, one number or [height, width]; others are resized and cropped"
+        default=28, description="one number, or [height, width]; other images are resized and cropped"
     )
     channels: Literal[1, 3] = Field(default=1, description="1 for grey, 3 for RGB")
-    image_column: str = Field(default=IMAGE, description="the column that holds the images; in a .tar, their suffix")
-    label_column: str | None = Field(
-        default=LABEL, description="the column that holds the classes; null for no classes"
-    )
-    augment: AugmentConfig = Field(default=AugmentConfig(), description="random changes of the training images")
+    image_column: str = Field(default=IMAGE, description="column of the images; in a .tar, their suffix")
+    label_column: str | None = Field(default=LABEL, description="column of the classes; null ignores classes")
+    augment: AugmentConfig = Field(default=AugmentConfig(), description="random augmentation of the training images")
     on_error: Literal["skip", "fail"] = Field(
-        default="fail", description="what to do about images that cannot be decoded: leave them out, or end the run"
+        default="fail", description="what to do with images that cannot be decoded: skip them, or end the run"
     )
     max_bad_fraction: float = Field(
-        default=0.01, ge=0, le=1, description="with `skip`, a larger share of bad images is an error"
+        default=0.01, ge=0, le=1, description="with `skip`, a larger share of bad images ends the run"
     )
     limit: int | None = Field(default=None, ge=1, description="use at most this many images of each split")
-    cache_mb: int = Field(default=2048, ge=0, description="keep decoded images in memory up to this many MiB")
+    cache_mb: int = Field(default=2048, ge=0, description="memory for decoded images, in MiB")
 
     @model_validator(mode="after")
     def _splits_differ(self) -> DataConfig:
@@ -115,7 +113,7 @@ class DataConfig(Config):
 
     @property
     def path(self) -> Path | None:
-        """The path of the source on this machine; None for the digits, a Hub id, a pattern or a URL."""
+        """The local path of the source; None for the digits, a Hub id, a pattern or a URL."""
         path = Path(os.path.expanduser(self.source))
         return path if self.source != "digits" and path.exists() else None
 
@@ -130,13 +128,13 @@ class DataConfig(Config):
 
 
 def load_images(config: DataConfig, *, together: bool = False, stream: bool = False, check: bool = True) -> Splits:
-    """Find the source, decode every image once and return its splits.
+    """Open the source, decode every image once and return its splits.
 
-    together: all processes that were launched are here, each of which then decodes a share of what memory cannot keep.
-    stream: with `data.streaming`, the images to train on come in sequence, as `StreamedImages`, and not the first 2,000
-    of them in any order. check: False decodes no image before it is asked for, unless bad ones are to be left out.
-    Raises `UserError` for a source that is missing, empty or lacks a split, for labels that are missing or negative,
-    and for images that cannot be decoded (with `on_error=skip`, only if there are more than `max_bad_fraction`).
+    together: all launched processes call this; each then checks a share of the images that memory cannot hold.
+    stream: with `data.streaming`, return the training images as `StreamedImages`, not the first 2,000 of them with
+    random access. check: False decodes images only on access, unless bad ones are skipped.
+    Raises `UserError` for a source that is missing, empty or lacks a split, for missing or negative labels, and for
+    images that cannot be decoded (with `on_error=skip`, only if they exceed `max_bad_fraction`).
     """
     streamed: ImageDataset | None = None
     if is_stream(config):
@@ -169,13 +167,13 @@ def load_images(config: DataConfig, *, together: bool = False, stream: bool = Fa
 
 
 def is_stream(config: DataConfig) -> bool:
-    """Whether images come in sequence, from shards."""
+    """Whether images are read in sequence, from shards."""
     path = config.path
     return config.streaming and config.source != "digits" and not (path and path.is_dir() and holds_files(path))
 
 
 def open_source(config: DataConfig) -> SplitRows:
-    """Return the splits of `config.source` by name. A path that exists wins over a Hub id of the same name."""
+    """Return the splits of `config.source` by name. An existing path takes precedence over a Hub id."""
     path = Path(os.path.expanduser(config.source))
     if config.source == "digits":
         return tables.digits()
@@ -185,7 +183,7 @@ def open_source(config: DataConfig) -> SplitRows:
 
 
 def check_shape(config: DataConfig, shape: tuple[int, int, int], whose: str = "pipeline") -> None:
-    """Raise `UserError` unless the images will have the `shape` (C, H, W) that the tokenizer or pipeline takes."""
+    """Raise `UserError` unless the images have the `shape` (C, H, W) of the tokenizer or pipeline."""
     if config.image_shape != shape:
         raise UserError(
             f"data.image_size, data.channels: the {whose}'s images are {shape} (channels, height, width), these are "
@@ -199,7 +197,7 @@ def check_shape(config: DataConfig, shape: tuple[int, int, int], whose: str = "p
 class ImageDataset:
     """Images of one shape with optional labels, addressed by index.
 
-    Attributes: `labels` (n,) int64 or None, `class_names`, `image_shape` (C, H, W), `bad`, the images left out.
+    Attributes: `labels` (n,) int64 or None, `class_names`, `image_shape` (C, H, W), `bad` (the skipped images).
     """
 
     def __init__(
@@ -219,15 +217,15 @@ class ImageDataset:
         return len(self._positions)
 
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return indices and epochs, each `(batch_size,)`, of one step's global batch: a function of the arguments."""
+        """Return indices and epochs, each `(batch_size,)`, of one step's global batch: a pure function."""
         return samples_of(len(self), batch_size, seed, step)
 
     def examples(self, count: int, seed: int) -> Tensor:
-        """Return up to `count` images, the same on all processes, as `batch` does."""
+        """Return a batch of up to `count` images, the same on all processes."""
         return self.batch(self.samples(min(count, len(self)), seed, 0)[0])
 
     def names(self, indices: Indices) -> list[str]:
-        """Return what each image is called: the path of its file within the source, or its row of a table."""
+        """Return the name of each image: its path within the source, or its table row."""
         rows = self._positions[positions_of(indices, len(self))].tolist()
         root = "" if self._path is None else os.path.join(self._path, "")
         return [self._rows.name(row).removeprefix(root) for row in rows]
@@ -241,13 +239,11 @@ class ImageDataset:
         images = decode_in_threads(self._rows.read(rows), self.image_shape)
         for row, image in zip(rows, images, strict=True):
             if isinstance(image, str):
-                raise UserError(
-                    one_line(f"{self._rows.name(row)}: {image} (data.on_error=skip leaves such images out)")
-                )
+                raise UserError(one_line(f"{self._rows.name(row)}: {image} (data.on_error=skip skips such images)"))
         return torch.from_numpy(np.stack(images)) if images else torch.empty((0, *self.image_shape), dtype=torch.uint8)
 
     def preload(self, rows: Tensor, group: ProcessGroup) -> ImageDataset:
-        """The images at `rows` `(n,)` as a data set in memory: each is decoded by one process, and held by all."""
+        """Return the images at `rows` `(n,)` as a data set in memory; each is decoded by one process."""
         parts = group.map(lambda part: self.pixels(part).numpy(), rows.split(CHUNK))
         found = copy.copy(self)
         found.labels = None if self.labels is None else self.labels[rows]
@@ -261,21 +257,21 @@ class ImageDataset:
     def raw_batch(
         self, indices: Indices, epochs: NDArray[np.int64] | int, seed: int, *, augment: bool = True
     ) -> tuple[Tensor, ...]:
-        """Return what `prepare` takes: images as uint8 (B, C, H, W) and, if they are augmented in their `epochs`, (B,)
-        or one for all, the changes of each."""
+        """Return the arguments of `prepare`: images as uint8 (B, C, H, W) and, if augmented, the changes of each in its
+        epoch. epochs: (B,), or one for all."""
         pixels, wanted = self.pixels(indices), positions_of(indices, len(self))
         changes = draw_changes(wanted, epochs, self._augment, seed) if augment and self._augment != UNCHANGED else None
         return (pixels,) if changes is None else (pixels, changes)
 
     def prepare(self, pixels: Tensor, changes: Tensor | None = None) -> Tensor:
-        """Return a `raw_batch` as float32 (B, C, H, W) in [-1, 1], on the device where it is."""
+        """Return a `raw_batch` as float32 (B, C, H, W) in [-1, 1], on its device."""
         return prepare_images(pixels, changes, self._augment)
 
 
 def prepare_images(pixels: Tensor, changes: Tensor | None, config: AugmentConfig) -> Tensor:
-    """Return uint8 `pixels` (B, C, H, W) as floats in [-1, 1], augmented by `changes` (`draw_changes`), on the device
-    of both. The result for an image is the same, bit for bit, in any batch."""
-    if changes is not None and config.flip:  # of bytes, which are a quarter of the floats
+    """Return uint8 `pixels` (B, C, H, W) as floats in [-1, 1], augmented by `changes` (`draw_changes`), on their
+    device. The result for an image does not depend on its batch, to the bit."""
+    if changes is not None and config.flip:  # flip the bytes, a quarter of the size of the floats
         pixels = mirror_images(pixels, changes)
     images = to_float(pixels)
     return images if changes is None or not config.moves else move_images(images, changes)
@@ -283,8 +279,7 @@ def prepare_images(pixels: Tensor, changes: Tensor | None, config: AugmentConfig
 
 @dataclass(frozen=True)
 class Splits:
-    """The images to train on, those to evaluate on, and, if any, those that choose the best weights; no image is in two
-    of them."""
+    """Disjoint sets of images: to train on, to evaluate on and, if any, to choose the best weights with."""
 
     train: ImageDataset
     held_out: ImageDataset
@@ -296,8 +291,8 @@ class Splits:
         return {name: images for name, images in parts.items() if images is not None}
 
     def write_bad_images(self, folder: Path) -> None:
-        """Write `bad_images.jsonl` in a run folder, a line `{"split", "path", "row", "reason"}` for each image that was
-        left out; nothing if there is none."""
+        """Write `bad_images.jsonl` in a run folder, a line `{"split", "path", "row", "reason"}` for each skipped image;
+        no file if no image was skipped."""
         lines = [
             json.dumps({"split": name, **bad._asdict()})
             for name, images in self.by_name().items()
@@ -314,40 +309,40 @@ class Splits:
 
 
 def check_bad(parts: list[tuple[list[BadImage], int]], config: DataConfig) -> None:
-    """Raise `UserError` if bad images are not allowed or too many; else warn if there are any. parts: the bad images of
-    each split, and how many images it had with them."""
+    """Raise `UserError` if bad images are not allowed or too many; otherwise warn about them. parts: for each split,
+    its bad images and its number of images, good and bad."""
     bad, found = [image for images, _ in parts for image in images], sum(count for _, count in parts)
     if not bad:
         return
     counted = f"{len(bad)} of {found} images cannot be decoded"
     if config.on_error == "fail":
-        raise UserError(f"{counted} (data.on_error=skip leaves them out):{list_bad(bad)}")
+        raise UserError(f"{counted} (data.on_error=skip skips them):{list_bad(bad)}")
     if len(bad) > config.max_bad_fraction * found:
         raise UserError(
-            f"{counted}, more than data.max_bad_fraction={config.max_bad_fraction} allows (raise it to leave them all "
-            f"out):{list_bad(bad)}"
+            f"{counted}, more than data.max_bad_fraction={config.max_bad_fraction} allows (raise it to skip them all):"
+            f"{list_bad(bad)}"
         )
     if any(len(images) == count for images, count in parts):
-        raise UserError(f"{counted}, all of a part that is trained on or held out:{list_bad(bad)}")
+        raise UserError(f"{counted}, which leaves no image to train on or to hold out:{list_bad(bad)}")
     if is_first_process():
-        tell(one_line(f"warning: {counted} and are left out; the first is {bad[0].path}: {bad[0].reason}"))
+        tell(one_line(f"warning: {counted} and are skipped; the first is {bad[0].path}: {bad[0].reason}"))
 
 
 def list_bad(bad: list[BadImage]) -> str:
-    """Return a line for each of the first ten bad images, and the number of further ones."""
+    """Return a line for each of the first ten bad images, and the number of the others."""
     more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
     return "".join("\n  " + one_line(f"{image.path}: {image.reason}") for image in bad[:10]) + more
 
 
-# Splits: choices (figures while training, the best weights) use `validation` images, which are carved from the split to
-# train on; reported results use the held-out images.
+# Splits: evaluation during training and the choice of the best weights use `validation` images, taken from the training
+# split; reported results use the held-out images.
 
 
 def choose_splits(
     splits: SplitRows, config: DataConfig, quiet: bool = False
 ) -> dict[str, tuple[Rows, NDArray[np.int64]]]:
-    """Return the rows of `train`, `held_out` and, if there are any, `validation`, each with the positions to use.
-    quiet: without a line about what is not as expected. Raises `UserError`."""
+    """Return the rows of `train`, `held_out` and, if any, `validation`, each with the positions to use. quiet: do not
+    print notes about the choice of splits. Raises `UserError`."""
     require_split(splits, config)
     found = choose_held_out(splits, config)
     if not quiet:
@@ -361,20 +356,20 @@ def choose_splits(
         parts["held_out"] = other, np.arange(other.size)
     for part, name in (("train", config.split), ("held_out", found or "held_out")):
         if not len(parts[part][1]):
-            raise UserError(f"data: no images for {name!r} (the split {config.split!r} has {rows.size})")
+            raise UserError(f"data: no images left for {name!r} (the split {config.split!r} has {rows.size})")
     return {name: (source, part[: config.limit]) for name, (source, part) in parts.items() if len(part)}
 
 
 def require_split(names: Collection[str], config: DataConfig) -> None:
-    """Raise `UserError` if there is no split to train on."""
+    """Raise `UserError` if the split to train on is missing."""
     if config.split not in names:
         raise UserError(f"data.split: the source has no split {config.split!r}; it has {', '.join(names)}")
 
 
 def choose_held_out(names: Collection[str], config: DataConfig) -> str | None:
-    """Return the split among `names` to evaluate on; None if part of `config.split` is to be held out.
+    """Return the split among `names` to evaluate on; None to hold out part of `config.split`.
 
-    Raises `UserError` if `config.held_out` names a split that does not exist. `test` is allowed, and asks for part of
+    Raises `UserError` if `config.held_out` names a missing split, except `test`, which then holds out part of
     `config.split`.
     """
     others, wanted = [name for name in names if name != config.split], config.held_out
@@ -394,8 +389,7 @@ def choose_held_out(names: Collection[str], config: DataConfig) -> str | None:
 
 
 def nearest_name(wanted: str, names: list[str]) -> str | None:
-    """Return the split that was probably meant, if one has a similar name; those of validation splits count as the same
-    name."""
+    """Return the split that was probably meant, if a name is similar; all names of validation splits are synonyms."""
     known = {name: name for name in names}
     there = [name for name in VALIDATION_NAMES if name in names]
     if len(there) == 1:
@@ -405,21 +399,21 @@ def nearest_name(wanted: str, names: list[str]) -> str | None:
 
 
 def say_splits(names: Collection[str], config: DataConfig, found: str | None, part: str, use: str) -> None:
-    """Print one line about what replaces `test` and which splits are not used; nothing if this is as expected or as
-    configured. part: what is used if no split was `found`; use: what it is used for."""
+    """Print one line that says what replaces `test` and which splits are unused, unless that is usual or was
+    configured. part: describes the images used if no split was `found`; use: their purpose."""
     left = [name for name in names if name not in (config.split, found)]
     usual = found == "test" or (found is None and not left)
     if (config.held_out is not None and found is not None) or (usual and not left) or not is_first_process():
         return
     why = "" if found == "test" else f"there is no {config.held_out or 'test'!r}, so "
     rest = f"; not used: {', '.join(left)}" if left else ""
-    remedy = " (data.held_out=NAME takes another)" if left else ""
+    remedy = " (data.held_out=NAME chooses another)" if left else ""
     taken = part if found is None else repr(found)
     tell(one_line(f"data.held_out: {config.source}: {why}{taken} is {use}{rest}{remedy}"))
 
 
 def validation_count(size: int, fraction: float | None) -> int:
-    """Return the number of validation images among the `size` images of the split to train on; see `DataConfig`."""
+    """Return the number of validation images in a training split of `size` images; see `DataConfig`."""
     if fraction is None:
         count = min(round(SHARE * size), MOST)
         return count if count >= LEAST else 0
@@ -427,9 +421,9 @@ def validation_count(size: int, fraction: float | None) -> int:
 
 
 def carve(size: int, held_out: int, validation: int) -> dict[str, NDArray[np.int64]]:
-    """Divide the positions below `size` into `train`, `validation` and `held_out` in a fixed random way; each part
-    ascends. `held_out` is the start and `validation` the end of one random order, so that neither depends on the size
-    of the other."""
+    """Partition the positions below `size` into `train`, `validation` and `held_out`, pseudo-randomly and sorted.
+    `held_out` is the start and `validation` the end of one random order, so neither depends on the size of the other.
+    """
     order = np.argsort(splitmix64(np.arange(size, dtype=np.uint64)), kind="stable")
     cut = max(held_out, size - validation)
     parts = {"train": order[held_out:cut], "validation": order[cut:], "held_out": order[:held_out]}
@@ -440,11 +434,11 @@ def carve(size: int, held_out: int, validation: int) -> dict[str, NDArray[np.int
 
 
 def number_labels(parts: list[Rows]) -> tuple[list[NDArray[np.int64] | None], list[str]]:
-    """Return the class ids of the rows of every part, and the names of the classes, which all parts share. Raises
-    `UserError` for labels that cannot be classes, and for one class in two spellings."""
+    """Return the class ids of each part's rows, and the class names that all parts share. Raises `UserError` for
+    invalid labels, and for one class in two spellings."""
     names = parts[0].class_names
     if len({tuple(rows.class_names) for rows in parts if rows.class_names is not None}) > 1:
-        raise UserError(f"data.label_column: splits have other classes than each other; {WITHOUT}")
+        raise UserError(f"data.label_column: splits have different classes; {WITHOUT}")
     if names is not None:
         known: list[Any] = list(range(len(names)))
     else:
@@ -463,39 +457,41 @@ def number_labels(parts: list[Rows]) -> tuple[list[NDArray[np.int64] | None], li
 
 
 def check_class_names(names: list[str], spellings: bool) -> None:
-    """Raise `UserError` for a name that no class may have and, with `spellings`, for names that differ only in
-    capitals, spaces around them, or how accented letters are written. Single letters in two cases are two classes."""
+    """Raise `UserError` for an invalid class name and, with `spellings`, for names that differ only in case,
+    surrounding spaces or Unicode form. Single letters in two cases are two classes."""
     known: dict[str, str] = {}
     for name in names:
         if not is_class_name(name):
-            raise UserError(f"the class {quote(name)} is no name: at most {LONGEST} printable characters; {WITHOUT}")
+            raise UserError(
+                f"invalid class name {quote(name)}: must be at most {LONGEST} printable characters; {WITHOUT}"
+            )
         plain = unicodedata.normalize("NFC", name).strip()
         other = known.setdefault(plain.casefold() if len(plain) > 1 else plain, name)
         if spellings and other != name:
             raise UserError(
-                f"the classes {quote(other)} and {quote(name)} are one in two spellings; give both one name"
+                f"the classes {quote(other)} and {quote(name)} are two spellings of one name; use a single spelling"
             )
 
 
 def describe_label(label: Any, names: list[str] | None, some: bool) -> str:
-    """Return what is wrong with what cannot be a class. some: whether any image has one."""
+    """Return why a label is invalid. some: whether any image has a class."""
     if label is None:
-        other = "while other images have one: in folders, each image lies in that of its class"
-        return f"no class, {other if some else 'as no image has one'}; {WITHOUT}"
+        other = "unlike other images (in a folder data set, put each image into the folder of its class)"
+        return f"no class, {other if some else 'like all images'}; {WITHOUT}"
     allowed = f"0 to {len(names) - 1}" if names is not None else "a string, or an integer from 0"
-    return f"the label is {label!r}, allowed is {allowed}; {WITHOUT}"
+    return f"invalid label {label!r}: must be {allowed}; {WITHOUT}"
 
 
 def is_label(label: Any) -> bool:
-    """Whether a value can be a class: a string, or an integer from 0."""
+    """Whether a value can be a label: a string, or an integer from 0."""
     return isinstance(label, str) or (isinstance(label, int) and label >= 0)
 
 
 def is_class_name(name: str) -> bool:
-    """Whether a class may have this name: pipelines and token datasets refuse one that a terminal would obey."""
+    """Whether this is a valid class name; pipelines and token datasets refuse others."""
     return len(name) <= LONGEST and is_printable(name)
 
 
 def is_printable(name: str) -> bool:
-    """Whether a name can be printed as it is: a terminal would obey another one."""
+    """Whether a name has no control characters, which a terminal would obey."""
     return name.replace(JOINER, "").isprintable()

@@ -1,4 +1,4 @@
-"""Decodes image files to pixels: known formats of a reasonable size, upright, on white, in one shape."""
+"""Decode image files to pixels: known formats of limited size, upright, on white, in one shape."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ from tqdm import tqdm
 from ..config import is_first_process
 
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-"""What browsers show; nothing else is read of what somebody uploads."""
+"""Formats that browsers show; the only ones that uploads may have."""
 FORMATS = (*WEB_FORMATS, "TIFF")
 MAX_PIXELS, MAX_SIDE = 64 * 2**20, 16_384
-WHITE_IS_ZERO = 0  # of PHOTOMETRIC_INTERPRETATION
+WHITE_IS_ZERO = 0  # a value of PHOTOMETRIC_INTERPRETATION
 MAX_FILE = 256 << 20  # bytes of an encoded image
-CHUNK = 64  # images that one thread reads and decodes at a time
+CHUNK = 64  # images that a thread reads and decodes at a time
 WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-"""Number of threads that read and decode; most of that work does not hold Python's lock."""
-IMAGE, LABEL = "image", "label"  # the usual columns
+"""Threads that read and decode, mostly without holding the GIL."""
+IMAGE, LABEL = "image", "label"  # default columns
 
 Shape = tuple[int, int, int]
 Payload = bytes | Path | NDArray[np.uint8] | str | None
-"""An encoded image, the file of one, pixels, or (a string) the reason why there is no image."""
+"""An encoded image, its file, its pixels, or (a string) the reason why there is no image."""
 Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One split as its source gives it, still encoded. `read` returns what there is of each requested row, `name` what
-    messages call a row; `labels` are as in the source, numbers of `class_names` if there are any."""
+    """One split of a source, still encoded. `read` returns the payloads of rows, `name` the name of a row for messages.
+    `labels` are those of the source: indices into `class_names`, if it has class names."""
 
     size: int
     read: Callable[[Sequence[int]], list[Payload]]
@@ -61,11 +61,11 @@ class Rows:
 
 
 SplitRows = dict[str, Callable[[], Rows]]
-"""The splits of a source by name; calling one opens it."""
+"""The splits of a source by name; a call opens the split."""
 
 
 class BadImage(NamedTuple):
-    """An image that cannot be decoded: its path or what messages call it, its row in the split, and the reason."""
+    """An image that cannot be decoded: its path or name, its row in the split, and the reason."""
 
     path: str
     row: int
@@ -74,7 +74,7 @@ class BadImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Decoded:
-    """The good images of one split: their rows, and their pixels (n, C, H, W) if kept in memory; and the bad ones."""
+    """The good images of a split (rows, and pixels (n, C, H, W) if held in memory) and the bad ones."""
 
     positions: NDArray[np.int64]
     pixels: Tensor | None
@@ -82,9 +82,9 @@ class Decoded:
 
 
 def decode_all(rows: Rows, positions: NDArray[np.int64], shape: Shape, room: int, together: bool = False) -> Decoded:
-    """Decode the images at `positions`; keep the pixels if they fit in `room` bytes, and list the bad ones.
+    """Decode the images at `positions`; keep the pixels if they fit in `room` bytes, and list bad images.
 
-    together: all processes of a group are here with the same arguments. If pixels are not kept, each checks its share.
+    together: all processes call this with the same arguments. If pixels are not kept, each process checks a share.
     """
     keep = len(positions) * int(np.prod(shape)) <= room
     share = together and not keep and dist.is_initialized()
@@ -116,35 +116,35 @@ def decode_all(rows: Rows, positions: NDArray[np.int64], shape: Shape, room: int
 
 
 def decode_rows(rows: Rows, shape: Shape, indices: list[int]) -> list[Pixels | str]:
-    """Return the pixels (C, H, W) of each of these rows, or the reason why there are none."""
+    """Return the pixels (C, H, W) of each row, or the reason why it cannot be decoded."""
     return [try_decode(payload, shape) for payload in rows.read(indices)]
 
 
 def decode_in_threads(payloads: Sequence[Payload], shape: Shape) -> list[Pixels | str]:
-    """Return the pixels (C, H, W) of each encoded image, or the reason why there are none."""
+    """Return the pixels (C, H, W) of each encoded image, or the reason why it cannot be decoded."""
     with ThreadPoolExecutor(WORKERS) as pool:
         return list(pool.map(partial(try_decode, shape=shape), payloads))
 
 
 def try_decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS) -> Pixels | str:
-    """Return the pixels (C, H, W), or the reason why there are none."""
+    """Return the pixels (C, H, W), or the reason why the image cannot be decoded."""
     try:
         return decode(payload, shape, formats)
-    except Exception as error:  # damaged files make Pillow raise almost anything, and each is one bad image
+    except Exception as error:  # Pillow raises almost anything for damaged files
         return str(error) or type(error).__name__
 
 
 def decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS) -> Pixels:
-    """Return the pixels (C, H, W) of an image as its source gives it."""
+    """Return the pixels (C, H, W) of an image."""
     image = Image.fromarray(payload) if isinstance(payload, np.ndarray) else open_image(payload, formats)
     return pixels_of(image, shape)
 
 
 def pixels_of(image: Image.Image, shape: Shape) -> Pixels:
-    """Pixels (C, H, W): the first frame, upright, on white, resized to cover the shape and cropped at the centre."""
+    """Return pixels (C, H, W): the first frame, upright, on white, resized and cropped at the centre to the shape."""
     channels, height, width = shape
     if not (image.width and image.height):
-        raise ValueError(f"{image.width} x {image.height} pixels: there is nothing in this image")
+        raise ValueError(f"{image.width} x {image.height} pixels: the image is empty")
     image = flatten(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
@@ -153,65 +153,67 @@ def pixels_of(image: Image.Image, shape: Shape) -> Pixels:
 
 
 def read_file(path: Path) -> bytes:
-    """Return the bytes of a file. Raises `ValueError` if it is missing, cannot be read, is too large, or is not a
-    regular file (which may never end)."""
+    """Return the bytes of a file. Raises `ValueError` if it is missing, unreadable, too large, or not a regular file
+    (reading a pipe may never end)."""
     try:
         found = os.stat(path)
         if stat.S_ISREG(found.st_mode):
             if found.st_size > MAX_FILE:
-                raise ValueError(f"a file of more than {MAX_FILE} bytes")
+                raise ValueError(f"larger than {MAX_FILE} bytes")
             return path.read_bytes()
     except FileNotFoundError:
         pass
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from error
-    raise ValueError("no such file, or not a regular one")
+    raise ValueError("missing, or not a regular file")
 
 
 def open_image(payload: bytes | Path | str | None, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """Open an image of one of these formats and of reasonable size. Raises `ValueError`, and what Pillow raises."""
+    """Open an image of a known format and limited size. Raises `ValueError`, and whatever Pillow raises."""
     data = read_file(payload) if isinstance(payload, Path) else payload
     if isinstance(data, str):
         raise ValueError(data)
     if not data:
         raise ValueError("no image" if data is None else "the file is empty")
     if len(data) > MAX_FILE:
-        raise ValueError(f"a file of more than {MAX_FILE} bytes")
+        raise ValueError(f"larger than {MAX_FILE} bytes")
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
-    except Image.UnidentifiedImageError:  # its own message names a memory address
+    except Image.UnidentifiedImageError:  # Pillow's message contains a memory address
         raise ValueError(f"not an image in one of the formats {', '.join(formats)}") from None
-    width, height = image.size  # from the header: a file of 20 kB may ask for 1 GB
+    width, height = image.size  # from the header: a file of 20 kB can claim 1 GB of pixels
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise ValueError(f"{width} x {height} pixels; the limit is {MAX_PIXELS} in all and {MAX_SIDE} a side")
+        raise ValueError(f"{width} x {height} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} per side")
     if isinstance(image, TiffImageFile):
         require_plain_tiff(image)
     return image
 
 
 def require_plain_tiff(image: TiffImageFile) -> None:
-    """Raise `ValueError` for a TIFF that is more than one picture, or whose values have no fixed black and white:
-    numbers of 12 or 32 bits, signed ones and fractions."""
+    """Raise `ValueError` for a TIFF with several pages, or whose values have no fixed black and white: 12 or 32 bits,
+    signed values, floats."""
     if getattr(image, "is_animated", False):
-        raise ValueError("a TIFF of several pages; save each as a file of its own")
+        raise ValueError("a TIFF with several pages; save each page as a separate file")
     bits = {int(depth) for depth in image.tag_v2.get(BITSPERSAMPLE, (1,))}
     inverted = image.mode.startswith("I;16") and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
     if image.mode in ("I", "F") or not bits <= {1, 2, 4, 8, 16} or inverted:
-        raise ValueError("a TIFF of other values than 8 or 16 bits from black to white; convert it to PNG")
+        raise ValueError("a TIFF whose values are not 8 or 16 bits from black to white; convert it to PNG")
     width, height = (int(image.tag_v2.get(side, 0)) for side in (TILEWIDTH, TILELENGTH))
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise ValueError(f"tiles of {width} x {height}; the limit is {MAX_PIXELS} pixels in all and {MAX_SIDE} a side")
+        raise ValueError(
+            f"tiles of {width} x {height}; the limit is {MAX_PIXELS} pixels in total and {MAX_SIDE} per side"
+        )
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """The image in 8 bits a channel without transparency: 16-bit grey is scaled, alpha is composited on white."""
+    """Return the image with 8 bits per channel and no transparency: scale 16-bit grey, composite alpha on white."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        if isinstance(clear := image.info.get("transparency"), int):  # one grey of a PNG
+        if isinstance(clear := image.info.get("transparency"), int):  # one grey level of a PNG is transparent
             values = np.where(values == clear, 65535, values)
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode == "LAB":
-        return image.convert("RGB")  # Pillow has no other way from it
+        return image.convert("RGB")  # Pillow converts LAB to nothing else
     if image.has_transparency_data:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

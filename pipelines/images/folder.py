@@ -1,6 +1,6 @@
 """Images in a folder: one folder per class, folders of splits, or a sheet that lists each image with its class.
 
-`datasets` is not used for these: it takes a class called `train`, or `test.png`, for a split, and drops labels if one
+`datasets` is not used here: it mistakes a class called `train`, or `test.png`, for a split, and drops labels if one
 folder is deeper than the others.
 """
 
@@ -24,10 +24,10 @@ from .decoding import LABEL, Payload, Rows, SplitRows
 if TYPE_CHECKING:
     from .dataset import DataConfig
 
-DEEPEST = 100  # folders within folders
+MAX_DEPTH = 100  # nested folders
 READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 SUFFIXES = READ_SUFFIXES | {".heic", ".avif", ".jp2", ".ppm"}
-"""More formats than are decoded, so that an image of another format is reported, not overlooked."""
+"""Includes formats that cannot be decoded, so that such images are reported, not overlooked."""
 SPLIT_FOLDERS = ("train", "training", "test", "testing", "held_out", "validation", "val", "valid", "dev")
 SHEETS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
@@ -36,32 +36,32 @@ SHEETS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield what `os.walk` yields. Raises `UserError` for folders nested without end, and for one that cannot be read,
-    whose files would be missing silently."""
+    """Yield what `os.walk` yields. Raises `UserError` for folders nested too deeply, and for an unreadable folder,
+    whose files would otherwise be missing silently."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
     top = str(folder).count(os.sep)
     for parent, folders, files in os.walk(folder, onerror=refuse):
-        if parent.count(os.sep) - top > DEEPEST:
-            raise UserError(f"{folder}: folders are nested more than {DEEPEST} deep in it")
+        if parent.count(os.sep) - top > MAX_DEPTH:
+            raise UserError(f"{folder}: folders are nested more than {MAX_DEPTH} deep")
         yield parent, folders, files
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield all files in a folder and below it. Raises `UserError` as `walk` does."""
+    """Yield all files below a folder. Raises `UserError` like `walk`."""
     return (Path(parent, name) for parent, _, files in walk(folder) for name in files)
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Return all files with the name of an image, except dotfiles. Raises `UserError` as `walk` does."""
+    """Return all image files below a folder, except dotfiles. Raises `UserError` like `image_paths`."""
     return [Path(path) for path in image_paths(folder)]
 
 
 def image_paths(folder: Path) -> list[str]:
     """Return the paths of `find_images`, in the same order on every file system. Raises `UserError` for a link to a
-    folder, which may lead in circles, and as `walk` does."""
+    folder, which could form a cycle, and like `walk`."""
     found = []
     for parent, folders, files in walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -80,7 +80,7 @@ def is_image_name(name: str) -> bool:
 
 
 def kinds_below(folder: Path) -> set[str]:
-    """Return which of `image`, `sheet`, `.parquet` and `.tar` there are in a folder and below it."""
+    """Return which of `image`, `sheet`, `.parquet` and `.tar` occur below a folder."""
     found = set()
     for _, _, files in walk(folder):
         for name in files:
@@ -95,7 +95,7 @@ def kinds_below(folder: Path) -> set[str]:
 
 
 def holds_files(folder: Path) -> bool:
-    """Whether a folder is read as files of images, and not as tables: parquet files, or tar files without images."""
+    """Whether a folder is read as image files rather than as tables (parquet files, or tar files without images)."""
     kinds = kinds_below(folder)
     return ".parquet" not in kinds and ("image" in kinds or ".tar" not in kinds)
 
@@ -104,24 +104,24 @@ def holds_files(folder: Path) -> bool:
 
 
 def open_folder(root: Path, config: DataConfig) -> SplitRows:
-    """Return the splits of a folder of images: folders named after splits, if any. Their images have the classes that
-    sheets say, if there are any, else those of their folders. Raises `UserError` for a sheet beside the splits."""
+    """Return the splits of a folder of images: its folders named after splits, if any. Classes come from sheets, if
+    there are any, and otherwise from folder names. Raises `UserError` for a sheet beside the splits."""
     folders = split_folders(root, config)
     with_sheets = "sheet" in kinds_below(root)
     beside = [name for name in SHEETS if with_sheets and (root / name).exists() and root not in folders.values()]
     if beside:
         raise UserError(
-            f"data.source: {root / beside[0]}: a sheet lists the images of its own folder, and the splits are "
-            f"{', '.join(folders)}; put one into each of them"
+            f"data.source: {root / beside[0]}: a sheet lists the images of its own folder; put one into each split: "
+            f"{', '.join(folders)}"
         )
     open_split = sheet_rows if with_sheets else folder_rows
     return {name: partial(open_split, folder, config) for name, folder in folders.items()}
 
 
 def split_folders(root: Path, config: DataConfig) -> dict[str, Path]:
-    """Return the folders of the splits: those that the configuration names and, if there is a folder for `split`, all
-    others that hold images, without those that share images with it. A folder without such folders is `train` as a
-    whole: its folders are classes. Raises `UserError` if these seem to be splits."""
+    """Return the folders of the splits: those named in the configuration and, if `split` has a folder, all others that
+    hold images and do not overlap with it. Without such folders, the whole folder is `train` and its folders are
+    classes; raises `UserError` if these look like splits."""
     names = [config.split, config.held_out or "test"]
     if (root / config.split).is_dir():
         others = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
@@ -135,35 +135,35 @@ def split_folders(root: Path, config: DataConfig) -> dict[str, Path]:
 
 
 def are_apart(one: Path, other: Path) -> bool:
-    """Whether neither folder lies in the other: as splits, they would share images."""
+    """Whether neither folder contains the other; as splits, they would share images."""
     here, there = (os.path.join(os.path.realpath(path), "") for path in (one, other))
     return not here.startswith(there) and not there.startswith(here)
 
 
 def require_classes(root: Path) -> None:
-    """Raise `UserError` if the folders of `root` cannot all be classes, so that test images would be trained on: all
-    have the names of splits, and these have capitals (`Train`, `Test`) or each holds folders of images itself."""
+    """Raise `UserError` if the folders of `root` look like splits, whose test images would be trained on: all are named
+    like splits, and the names are capitalised (`Train`, `Test`) or each folder has class folders itself."""
     folders = sorted(name for name in next(walk(root))[1] if not name.startswith("."))
     if len(folders) < 2 or not {name.lower() for name in folders} <= set(SPLIT_FOLDERS):
         return
     if any(name != name.lower() for name in folders) or all(holds_classes(root / name) for name in folders):
         raise UserError(
-            f"{root}: {', '.join(folders)} are folders of splits, it seems, and not of classes; call them train, test "
-            "and validation, or say data.split= and data.held_out="
+            f"{root}: {', '.join(folders)} look like splits, not classes; rename them train, test and validation, or "
+            "set data.split and data.held_out"
         )
 
 
 def holds_classes(folder: Path) -> bool:
-    """Whether all images of a folder are in folders within it, and there are two of these or more."""
+    """Whether all images of a folder are in subfolders, of which there are at least two."""
     inside = [path[len(os.path.join(folder, "")) :].split(os.sep) for path in image_paths(folder)]
     return all(len(parts) > 1 for parts in inside) and len({parts[0] for parts in inside}) > 1
 
 
 def folder_rows(folder: Path, config: DataConfig) -> Rows:
-    """Return one split, in which the top folders are classes. Raises `UserError` for one without images."""
+    """Return a split whose top-level folders are classes. Raises `UserError` if it has no images."""
     paths = image_paths(folder)
     if not paths:
-        raise UserError(f"{folder}: no images here (looked for {', '.join(sorted(READ_SUFFIXES))})")
+        raise UserError(f"{folder}: no images here (suffixes: {', '.join(sorted(READ_SUFFIXES))})")
     if config.label_column is None:
         return file_rows(paths, None)
     start = len(os.path.join(folder, ""))
@@ -185,7 +185,7 @@ def file_rows(paths: list[str], labels: list[Any] | None) -> Rows:
 
 
 def say_merged(folder: Path, inner: list[list[str]]) -> None:
-    """Print one line about classes that take in images of several folders. inner: the parts of each image's path."""
+    """Print one line about classes that merge several folders. inner: the parts of each image's path."""
     within: dict[str, set[str]] = {}
     for parts in inner:
         within.setdefault(parts[0], set()).add("/".join(parts[1:-1]))
@@ -194,15 +194,15 @@ def say_merged(folder: Path, inner: list[list[str]]) -> None:
         name, folders = next(iter(merged.items()))
         some = ", ".join(f"{name}/{part}".rstrip("/") for part in folders[:3]) + (", ..." if len(folders) > 3 else "")
         more = f"; and {len(merged) - 1:,} more such classes" if len(merged) > 1 else ""
-        tell(one_line(f"data.source: {folder}: only its own folders are classes: {name!r} is all of {some}{more}"))
+        tell(one_line(f"data.source: {folder}: only top-level folders are classes: {name!r} merges {some}{more}"))
 
 
 # Sheets
 
 
 def sheet_rows(folder: Path, config: DataConfig) -> Rows:
-    """Return the images of one split that the sheets below `folder` list. Raises `UserError` for images without a
-    row, and for rows without an image in the folder."""
+    """Return the images listed in the sheets below `folder`, as one split. Raises `UserError` for images without a row,
+    and for rows without an image in the folder."""
     sheets = sorted(path for path in files_below(folder) if path.name in SHEETS)
     found = {same_spelling(path): path for path in image_paths(folder)}
     listed, others, columns = dict[str, Any](), set[str](), dict[str, None]()
@@ -211,7 +211,7 @@ def sheet_rows(folder: Path, config: DataConfig) -> Rows:
             columns |= dict.fromkeys(row)
             image, further = files_in_row(sheet, row, config.image_column)
             if image not in found:
-                raise UserError(one_line(f"data.source: {sheet}: it lists {image}, which is no image in {folder}"))
+                raise UserError(one_line(f"data.source: {sheet}: lists {image}, which is not an image in {folder}"))
             label = row.get(str(config.label_column))
             if listed.setdefault(image, label) != label:
                 raise UserError(
@@ -221,12 +221,12 @@ def sheet_rows(folder: Path, config: DataConfig) -> Rows:
     paths = [path for key, path in found.items() if key in listed]
     missing = [path for key, path in found.items() if key not in listed and key not in others]
     if missing or not paths:
-        name = sheets[0].relative_to(folder) if sheets else "a sheet (metadata.jsonl or metadata.csv), as others have"
+        name = sheets[0].relative_to(folder) if sheets else "a sheet (metadata.jsonl or metadata.csv) like other splits"
         count = f"{len(missing):,} of {len(found):,} images have no row" if missing else "no images have a row"
         first = f", the first is {os.path.relpath(missing[0], folder)}" if missing else ""
         raise UserError(
-            f"data.source: {folder}: {count} in {name}{first}; add rows for them, or move them elsewhere; without any "
-            "sheet, folders are classes"
+            f"data.source: {folder}: {count} in {name}{first}; add rows, move the images elsewhere, or remove all "
+            "sheets to use folders as classes"
         )
     if config.label_column is None or config.label_column not in columns:
         say_no_classes(sheets[0], list(columns), config.label_column)
@@ -236,13 +236,15 @@ def sheet_rows(folder: Path, config: DataConfig) -> Rows:
 
 
 def say_no_classes(sheet: Path, columns: list[str], column: str | None) -> None:
-    """Print one line about a sheet without classes. Raises `UserError` if they were asked for by another name than the
-    usual one."""
+    """Print one line about a sheet without classes. Raises `UserError` if a column other than the default was asked
+    for."""
     there = ", ".join(name for name in columns if name != "file_name") or "none"
     if column not in (None, LABEL):
-        raise UserError(f"data.label_column: no column {column!r}; there are {there}")
+        raise UserError(f"data.label_column: no column {column!r}; columns: {there}")
     if column == LABEL and is_first_process():
-        tell(one_line(f"data.label_column: {sheet} has no column {column!r}, so there are no classes; others: {there}"))
+        tell(
+            one_line(f"data.label_column: {sheet} has no column {column!r}, so there are no classes; columns: {there}")
+        )
 
 
 def read_sheet(sheet: Path) -> Iterator[dict[str, Any]]:
@@ -261,12 +263,12 @@ def read_sheet(sheet: Path) -> Iterator[dict[str, Any]]:
             import pyarrow.parquet as pq
 
             yield from pq.read_table(sheet).to_pylist()
-    except (OSError, ValueError, csv.Error, RecursionError) as error:  # of pyarrow's errors, most are ValueErrors
+    except (OSError, ValueError, csv.Error, RecursionError) as error:  # most errors of pyarrow are ValueErrors
         raise UserError(one_line(f"data.source: {sheet} cannot be read: {error}")) from error
 
 
 def files_in_row(sheet: Path, row: dict[str, Any], image_column: str) -> tuple[str, set[str]]:
-    """Return the path of a row's image, and those of other files, such as masks in `mask_file_name`. Raises
+    """Return the path of a row's image, and the paths of other files, such as masks in `mask_file_name`. Raises
     `UserError` for a row without an image."""
     named = {
         key.removesuffix("file_name").rstrip("_") or "image": same_spelling(os.path.normpath(sheet.parent / value))
@@ -279,7 +281,7 @@ def files_in_row(sheet: Path, row: dict[str, Any], image_column: str) -> tuple[s
 
 
 def as_numbers(labels: list[Any]) -> list[Any]:
-    """Return labels in a CSV file, which are text, as whole numbers if all are; an empty cell is no label."""
+    """Convert the labels of a CSV file to whole numbers if all are numbers; an empty cell means no label."""
     labels = [None if label == "" else label for label in labels]
     whole = all(
         isinstance(label, int) or re.fullmatch(r"\d{1,18}", str(label)) for label in labels if label is not None
@@ -288,5 +290,5 @@ def as_numbers(labels: list[Any]) -> list[Any]:
 
 
 def same_spelling(path: str) -> str:
-    """Return a path with each accented letter as one character; some file systems write it as two."""
+    """Return a path in Unicode form NFC; some file systems decompose accented letters."""
     return unicodedata.normalize("NFC", path)

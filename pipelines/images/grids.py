@@ -1,49 +1,50 @@
-"""Grids of images with the names of their classes: a column for each class, its name on top.
+"""Grids of images with class names: a column for each class, its name on top.
 
-Where no column is of one class, each image has its name above it. The text is Pillow's own font, so that a grid is the
-same picture everywhere; letters lose their accents, and those that it does not have are boxes.
-"""
+If a column mixes classes, each image has its name above it instead. The font is DejaVu Sans, which comes with
+matplotlib (Latin, Greek, Cyrillic and more), so that a grid is the same picture everywhere. A name with other letters
+is drawn in an installed font that has them all, if there is one; otherwise each missing letter becomes `?`."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-MOST_CLASSES = 20
-"""Columns of their own, at most."""
-WIDE = 8
-"""Columns where there are no classes to tell apart."""
-PADDING, GREY, PAPER, INK = 2, 128, 255, 0
-SMALLEST = 56
-"""The width that images have at least: their pixels are repeated a whole number of times."""
-NAME = 112
-"""The width up to which images are enlarged so that a name fits over them; longer ones are cut."""
-SIZE, BAND = 12, 16
-"""Of the letters, and of the band that they stand in, in pixels."""
+MAX_CLASSES = 20
+"""Classes that get a column each."""
+COLUMNS = 8
+"""Columns of a grid that has no column for each class; twice as many with several classes."""
+PADDING, GREY, WHITE, BLACK = 2, 128, 255, 0
+MIN_WIDTH = 56
+"""Narrower images are enlarged to at least this width, by repeating their pixels a whole number of times."""
+MAX_NAME_WIDTH = 112
+"""Images are enlarged up to this width to fit their names; longer names are cut."""
+FONT_SIZE, BAND = 12, 16
+"""Size of the letters and height of the band that they stand in, in pixels."""
+MISSING = "?"
 
 
 def class_grid(
     images: np.ndarray, names: Sequence[str] | None, columns: int | None = None, *, captions: bool = True
 ) -> np.ndarray:
-    """uint8 images (B, H, W, C) as one picture (H, W, 3).
+    """Return uint8 images (B, H, W, C) as one picture (H, W, 3).
 
-    names: the class of each image, if there are any. columns: None takes one for each class of at most `MOST_CLASSES`,
-    in the order in which they first appear, and else 8 (16 of more classes); a number takes the images in their order.
-    captions: write the names.
+    names: the class of each image, if any. columns: None makes a column for each class if there are at most
+    `MAX_CLASSES`, in order of first appearance, and otherwise 8 columns (16 for more classes); a number keeps the order
+    of the images. captions: draw the names.
     """
-    cells = laid_out(len(images), names, columns)
+    cells = arrange_images(len(images), names, columns)
     names = names if captions else None
-    heads = None if names is None else heads_of(cells, names)
-    pixels = enlarged(images, names)
+    headings = None if names is None else column_headings(cells, names)
+    pixels = enlarge_images(images, names)
     height, width = pixels.shape[1:3]
-    over = BAND * (names is not None and heads is None)  # above each image
-    top = BAND * (heads is not None)
-    rows, across = len(cells), len(cells[0])
-    shape = (top + PADDING + rows * (over + height + PADDING), PADDING + across * (width + PADDING), 3)
+    over = BAND * (names is not None and headings is None)  # above each image
+    top = BAND * (headings is not None)
+    shape = (top + PADDING + len(cells) * (over + height + PADDING), PADDING + len(cells[0]) * (width + PADDING), 3)
     canvas = np.full(shape, GREY, np.uint8)
     for row, line in enumerate(cells):
         y = top + PADDING + row * (over + height + PADDING) + over
@@ -52,65 +53,97 @@ def class_grid(
             if number is not None:
                 canvas[y : y + height, x : x + width] = pixels[number]
                 if over and names is not None:
-                    canvas[y - over : y, x : x + width] = written(names[number], width)
-            if heads is not None and row == 0:
-                canvas[:top, x : x + width] = written(heads[column], width)
+                    canvas[y - over : y, x : x + width] = draw_name(names[number], width)
+            if headings is not None and row == 0:
+                canvas[:top, x : x + width] = draw_name(headings[column], width)
     return canvas
 
 
-def laid_out(count: int, names: Sequence[str] | None, columns: int | None) -> list[list[int | None]]:
-    """The numbers of the images in each row; None where there is none."""
+def arrange_images(count: int, names: Sequence[str] | None, columns: int | None) -> list[list[int | None]]:
+    """Return the indices of the images in each row; None for an empty cell."""
     classes = list(dict.fromkeys(names or []))
-    if columns is None and 1 < len(classes) <= MOST_CLASSES:
-        of_class: list[list[int]] = [[k for k, name in enumerate(names or []) if name == one] for one in classes]
+    if columns is None and 1 < len(classes) <= MAX_CLASSES:
+        by_class: list[list[int]] = [[k for k, name in enumerate(names or []) if name == each] for each in classes]
         return [
-            [column[row] if row < len(column) else None for column in of_class]
-            for row in range(max(map(len, of_class)))
+            [column[row] if row < len(column) else None for column in by_class]
+            for row in range(max(map(len, by_class)))
         ]
-    wide = WIDE if len(classes) < 2 else 2 * WIDE
-    columns = min(count, columns or wide)
+    columns = min(count, columns or (COLUMNS if len(classes) < 2 else 2 * COLUMNS))
     return [[k if k < count else None for k in range(at, at + columns)] for at in range(0, count, columns)]
 
 
-def heads_of(cells: list[list[int | None]], names: Sequence[str]) -> list[str] | None:
-    """The name of each column, None where some column has images of several classes."""
+def column_headings(cells: list[list[int | None]], names: Sequence[str]) -> list[str] | None:
+    """Return the class of each column, or None if a column mixes classes."""
     columns = [{names[number] for number in column if number is not None} for column in zip(*cells, strict=True)]
     return [next(iter(found)) for found in columns] if all(len(found) == 1 for found in columns) else None
 
 
-def enlarged(images: np.ndarray, names: Sequence[str] | None) -> np.ndarray:
-    """Images of three channels, their pixels repeated so that small ones can be seen and a name can be read."""
-    width = images.shape[2]
-    wanted = max(SMALLEST, min(NAME, max((round(length(plain(name))) + 4 for name in names or []), default=0)))
-    scale = max(1, -(-wanted // width))
+def enlarge_images(images: np.ndarray, names: Sequence[str] | None) -> np.ndarray:
+    """Return the images with three channels, repeating pixels until the images can be seen and the names fit."""
+    name_width = max((text_width(*choose_font(name)) + 4 for name in names or []), default=0)
+    wanted = max(MIN_WIDTH, min(MAX_NAME_WIDTH, name_width))
+    scale = max(1, -(-wanted // images.shape[2]))
     images = images.repeat(scale, 1).repeat(scale, 2)
     return images.repeat(3, 3) if images.shape[3] == 1 else images
 
 
-def written(name: str, width: int) -> np.ndarray:
-    """`name` in the middle of a band, uint8 (BAND, width, 3); cut where it is too long."""
-    text = plain(name)
-    while text and length(text) > width:
+# Text
+
+
+def draw_name(name: str, width: int) -> np.ndarray:
+    """Return the name centred in a band, uint8 (BAND, width, 3), cut to fit."""
+    text, font = choose_font(name)
+    while text and text_width(text, font) > width:
         text = text.removesuffix("..")[:-1]
         text = f"{text}.." if text else ""
-    band = Image.new("RGB", (width, BAND), (PAPER,) * 3)
-    ImageDraw.Draw(band).text((width / 2, BAND / 2), text, fill=(INK,) * 3, font=font(), anchor="mm")
+    band = Image.new("RGB", (width, BAND), (WHITE,) * 3)
+    ImageDraw.Draw(band).text((width / 2, BAND / 2), text, fill=(BLACK,) * 3, font=font, anchor="mm")
     return np.asarray(band)
 
 
-def plain(name: str) -> str:
-    """`name` without accents, which the font does not have."""
-    return "".join(letter for letter in unicodedata.normalize("NFKD", name) if not unicodedata.combining(letter))
-
-
-def length(text: str) -> float:
-    """Its width in pixels."""
-    return font().getlength(text)
+def text_width(text: str, font: ImageFont.FreeTypeFont) -> int:
+    """Return the width of the text in pixels."""
+    return round(font.getlength(text))
 
 
 @cache
-def font() -> ImageFont.FreeTypeFont:
-    """The one that comes with Pillow."""
-    found = ImageFont.load_default(SIZE)
-    assert isinstance(found, ImageFont.FreeTypeFont)
-    return found
+def choose_font(name: str) -> tuple[str, ImageFont.FreeTypeFont]:
+    """Return the name as it can be drawn, and the font to draw it in."""
+    import matplotlib
+
+    text = unicodedata.normalize("NFC", name)
+    default = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    letters = glyphs_of(default)
+    if not letters.issuperset(map(ord, text)):
+        if (path := find_font(text)) is not None:
+            return text, ImageFont.truetype(path, FONT_SIZE)
+        text = "".join(letter if ord(letter) in letters else placeholder(letter) for letter in text)
+    return text, ImageFont.truetype(default, FONT_SIZE)
+
+
+def find_font(text: str) -> Path | None:
+    """Return the first installed font that has every letter of the text."""
+    from matplotlib import font_manager
+
+    needed = {ord(letter) for letter in text if placeholder(letter)}
+    # "Last Resort" draws a box with the name of the script for every letter there is.
+    fonts = [font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort")]
+    upright = sorted(fonts, key=lambda font: (font.style != "normal", font.weight not in (400, "normal"), font.name))
+    return next((path for font in upright if needed <= glyphs_of(path := Path(font.fname))), None)
+
+
+@cache
+def glyphs_of(path: Path) -> frozenset[int]:
+    """Return the code points that a font has; none if it cannot be used at `FONT_SIZE`."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        ImageFont.truetype(path, FONT_SIZE)  # refuses fonts of bitmaps, such as coloured emoji
+        return frozenset(FT2Font(str(path)).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()
+
+
+def placeholder(letter: str) -> str:
+    """Return what replaces a letter without a glyph; nothing for accents and joiners, which take no space."""
+    return "" if unicodedata.category(letter) in ("Mn", "Me", "Cf") else MISSING

@@ -1,4 +1,4 @@
-"""Reading from the Hub without waiting for it: its own clients try for half a minute before they give up."""
+"""Read from the Hub without long waits: its own clients retry for half a minute before they give up."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..hub import is_reachable
 
 @contextmanager
 def offline_if_unreachable() -> Iterator[None]:
-    """If the Hub cannot be reached, let `datasets` and `huggingface_hub` use their caches at once during the block.
+    """If the Hub cannot be reached, make `datasets` and `huggingface_hub` use their caches at once during the block.
 
-    Both read HF_HUB_OFFLINE once, when they are imported, and `load_dataset` has no argument for it. So the block
-    changes their constants, which huggingface_hub 1.10 to 2.4 and datasets 4.0 to 5.2 read in each call.
+    Both read HF_HUB_OFFLINE only on import, and `load_dataset` has no argument for it. So the block changes their
+    constants, which huggingface_hub 1.10 to 2.4 and datasets 4.0 to 5.2 read on each call.
     """
     import datasets
 
@@ -35,22 +35,22 @@ def offline_if_unreachable() -> Iterator[None]:
 
 
 def fetched(repo_id: str, name: str) -> Path | None:
-    """Return the path in the cache of a file of a model's repository; None if it cannot be fetched, for any reason."""
+    """Fetch a file of a model repository and return its path in the cache; None if that fails for any reason."""
     from huggingface_hub import hf_hub_download
 
     if not re.fullmatch(HUB_ID, repo_id):
         return None
     try:
         return Path(hf_hub_download(repo_id, name, local_files_only=not is_reachable()))
-    except Exception:  # loading the whole model will raise it
+    except Exception:  # loading the whole model will raise the error
         return None
 
 
 def reason_of(error: BaseException) -> str:
-    """Return an error of `datasets` in one line: what caused it, or the reason why the Hub was not asked."""
+    """Describe an error of `datasets` in one line: its cause, or why the Hub was not asked."""
     from datasets.exceptions import DatasetGenerationError
 
-    if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:  # whose own text gives no reason
+    if isinstance(error, DatasetGenerationError) and error.__cause__ is not None:  # its own text gives no reason
         error = error.__cause__
     if isinstance(error, ConnectionError):
         if constants.HF_HUB_OFFLINE:

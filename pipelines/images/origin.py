@@ -1,4 +1,4 @@
-"""What may be published about the source of images: nothing that is shared names a folder of this machine."""
+"""The source of images as it may be published: shared files never contain a local path."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import re
 from typing import Any
 
 LOCAL = "(a folder of whoever trained this: give data.source)"
-"""Replaces a folder in what is uploaded. Loading images from it fails with a message that no such folder exists."""
+"""Replaces a folder in uploads. Loading images from it fails, because no such folder exists."""
 FOLDER = "a local folder of images"
 HUB_NAME = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 TOKENS = "tokens"
-"""In provenance, where the token dataset is that a prior was trained on: of no use elsewhere."""
-REMARK = "("  # begins a text in place of a source, which says why there is none
+"""The key of a token dataset's path in the provenance of a prior; useless elsewhere."""
+REMARK = "("  # starts a remark in place of a source, such as `LOCAL`
 
 
 def is_local(source: str) -> bool:
-    """Whether a source of images is a path: one that exists, or one that can be nothing else."""
+    """Whether a source of images is a path: it exists, or cannot be anything else."""
     if source == "digits" or "://" in source:
         return False
     there = os.path.lexists(os.path.expanduser(source))
@@ -24,29 +24,29 @@ def is_local(source: str) -> bool:
 
 
 def place_of(source: str) -> str:
-    """A source by its full path, if it is one here; another as it is."""
+    """Return the full path of a local source, and any other source unchanged."""
     return os.path.realpath(os.path.expanduser(source)) if is_local(source) else source
 
 
 def public_source(source: str, local: bool = False) -> str:
-    """The source as it may be published: `LOCAL` for a path (`local`: it was a path where it was used), and a URL
-    without user, password and query, which may hold keys."""
+    """Return the source as it may be published: `LOCAL` for a path (`local`: it was a path where it was used), and a
+    URL without user, password and query, which may contain keys."""
     if local or is_local(source):
         return LOCAL
     if "://" not in source:
         return source
     place = re.sub("://[^/]*@", "://", source, count=1)
-    return place.partition("?")[0] if place.startswith("http") else place  # elsewhere it is part of a pattern
+    return place.partition("?")[0] if place.startswith("http") else place  # in other URLs, ? is part of a pattern
 
 
 def describe_source(source: str) -> str:
-    """Return a source in words for a reader."""
+    """Describe a source for a reader, without a local path."""
     public = public_source(source)
     return FOLDER if public == LOCAL else public
 
 
 def shareable(facts: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a pipeline's provenance, or of a token dataset's `source` and `parts`, which may be uploaded."""
+    """Return a copy of a pipeline's provenance, or of a token dataset's `source`, that may be uploaded."""
     private = {source for source in sources_in(facts) if is_local(source)}
     private |= sources_in(facts.get("data")) if facts.get("local") else set()
 
@@ -66,7 +66,7 @@ def shareable(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def sources_in(facts: Any) -> set[str]:
-    """All sources of images that provenance names."""
+    """Return all sources of images in the provenance."""
     if isinstance(facts, list):
         return set().union(*map(sources_in, facts))
     if not isinstance(facts, dict):
@@ -76,8 +76,7 @@ def sources_in(facts: Any) -> set[str]:
 
 
 def describe_for_card(facts: dict[str, Any]) -> str | None:
-    """The training images of a pipeline with this `shareable` provenance, in the words of its card; None if they are
-    not known."""
+    """Describe the training images for a model card, from `shareable` provenance; None if they are unknown."""
     source = facts.get("data", {}).get("source")
     if source == LOCAL:
         return FOLDER

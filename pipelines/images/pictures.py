@@ -1,4 +1,4 @@
-"""Images as users pass and see them: PIL images, arrays, and grids of many images in one picture."""
+"""Convert between tensors and the images of users: PIL images, arrays, files, and grids of many images."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .decoding import pixels_of
 
 Shape = tuple[int, int, int]
 ARRAYS = (np.uint8, np.float16, np.float32, np.float64)
-INNER = ("pipelines", "prior", "tokenizer", "torch")  # packages that are not the user's code
-_warned = False  # of floats in [0, 1]; once is enough
+INNER = ("pipelines", "prior", "tokenizer", "torch")  # packages that are not user code
+_warned = False  # about floats in [0, 1], once per process
 
 OUTPUT_TYPES = ("pil", "np", "pt")
-LATENT = "latent"  # tokens in place of images
+LATENT = "latent"  # return tokens instead of images
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def grid_picture(images: Tensor, columns: int, *, min_side: int = 56) -> np.ndarray:
-    """Images `(B, C, H, W)` in [-1, 1] as one uint8 (H, W, 3) array, small ones repeated up to `min_side`."""
-    from torchvision.utils import make_grid  # takes a second, which loading a pipeline does not need
+    """Arrange images `(B, C, H, W)` in [-1, 1] in one uint8 (H, W, 3) array; enlarge them to a width of `min_side`."""
+    from torchvision.utils import make_grid  # a second of import time, which loading a pipeline avoids
 
     images = to_uint8(images.cpu())
     scale = max(1, -(-min_side // images.shape[-1]))
@@ -37,41 +37,41 @@ def grid_picture(images: Tensor, columns: int, *, min_side: int = 56) -> np.ndar
 
 
 def save_picture(picture: np.ndarray, path: str | Path, *, overwrite: bool = False) -> None:
-    """Write a uint8 (H, W, 3) array as an image file, whole or not at all; creates its folder. Raises `PathError` for a
-    link, and for a file that exists unless `overwrite`."""
+    """Write a uint8 (H, W, 3) array to an image file, atomically; create its folder. Raises `PathError` for a link, and
+    for an existing file unless `overwrite`."""
     with atomic_file(path, overwrite=overwrite) as temporary:
         write_picture(picture, temporary)
 
 
 def write_picture(picture: np.ndarray, path: Path) -> None:
-    """Write a new image file, in a folder that is being made or under a temporary name."""
+    """Write an image file in place; for use in temporary folders or under temporary names."""
     Image.fromarray(picture).save(path)
 
 
 def png_bytes(pixels: np.ndarray) -> bytes:
-    """The PNG file of uint8 pixels (H, W, C)."""
+    """Encode uint8 pixels (H, W, C) as PNG."""
     file = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
     return file.getvalue()
 
 
 def to_images(images: Any, shape: Shape) -> Tensor:
-    """Float images `(B, C, H, W)` in [-1, 1] of `shape` (C, H, W), from anything that `as_batch` takes. Warns once of
-    floats that look like [0, 1]; raises `ValueError` for another size, type or range."""
+    """Convert anything that `as_batch` takes to float images `(B, C, H, W)` in [-1, 1] of `shape` (C, H, W). Warns once
+    about floats that look like [0, 1]; raises `ValueError` for another size, type or range."""
     batch = as_batch(images, shape)
     warn_if_unit(batch)
     if batch.dtype == torch.uint8:
         return to_float(batch)
     if not batch.dtype.is_floating_point:
-        raise ValueError(f"images should be uint8, 0 to 255, or float in [-1, 1]; got {batch.dtype}")
+        raise ValueError(f"images must be uint8, or float in [-1, 1]; got {batch.dtype}")
     if not bool((batch.abs() <= 1 + 1e-3).all()):
         found = f"{float(batch.min())} to {float(batch.max())}"
-        raise ValueError(f"float images should lie in [-1, 1] (uint8 ones in 0 to 255); got {batch.dtype}, {found}")
+        raise ValueError(f"float images must lie in [-1, 1]; got {batch.dtype} from {found}")
     return batch.float().clamp(-1, 1)
 
 
 def as_batch(images: Any, shape: Shape) -> Tensor:
-    """Images of `shape` (C, H, W) as one tensor `(B, C, H, W)`; range and type do not change.
+    """Combine images of `shape` (C, H, W) in one tensor `(B, C, H, W)`; range and type do not change.
 
     Takes a PIL image (resized and cropped to fit, as uint8); a tensor `(B, C, H, W)`; an array `(B, H, W, C)`, or
     `(H, W, C)` for one image, for grey images also `(B, H, W)` or `(H, W)`; or a list of single images. Raises
@@ -92,7 +92,7 @@ def as_batch(images: Any, shape: Shape) -> Tensor:
 
 
 def one_image(image: Any, shape: Shape) -> Tensor:
-    """A PIL image, a tensor `(C, H, W)` or an array `(H, W, C)` or `(H, W)` as a tensor `(C, H, W)`."""
+    """Convert a PIL image, a tensor `(C, H, W)` or an array `(H, W, C)` or `(H, W)` to a tensor `(C, H, W)`."""
     if isinstance(image, Image.Image):
         return torch.from_numpy(pixels_of(image, shape).copy())
     if isinstance(image, np.ndarray) and image.shape in single_shapes(shape):
@@ -103,7 +103,7 @@ def one_image(image: Any, shape: Shape) -> Tensor:
 
 
 def from_array(array: np.ndarray, shape: Shape) -> Tensor:
-    """A copy of `(B, H, W, C)`, `(B, H, W)`, `(H, W, C)` or `(H, W)` as a tensor `(B, C, H, W)`."""
+    """Copy an array `(B, H, W, C)`, `(B, H, W)`, `(H, W, C)` or `(H, W)` to a tensor `(B, C, H, W)`."""
     singles = single_shapes(shape)
     batch = array[None] if array.shape in singles else array
     if batch.shape[1:] not in singles or array.dtype not in ARRAYS:
@@ -114,31 +114,31 @@ def from_array(array: np.ndarray, shape: Shape) -> Tensor:
 
 
 def single_shapes(shape: Shape) -> list[tuple[int, ...]]:
-    """The shapes that an array of one image may have."""
+    """Return the valid shapes of an array that holds one image."""
     channels, height, width = shape
     return [(height, width, channels)] + [(height, width)] * (channels == 1)
 
 
 def refuse(images: Any, shape: Shape) -> NoReturn:
-    """Raise `ValueError` that says what is allowed."""
+    """Raise a `ValueError` that lists the valid forms of images."""
     found = type(images).__name__
     if isinstance(images, (list, tuple)):
         kinds = sorted({str(getattr(image, "dtype", type(image).__name__)) for image in images})
-        found += f" of {' and '.join(kinds)}" if kinds else " of nothing"
+        found = f"{found} of {' and '.join(kinds)}" if kinds else f"empty {found}"
     elif hasattr(images, "shape"):
         found += f" of shape {tuple(images.shape)}, {images.dtype}"
     arrays = [("B", *single) for single in single_shapes(shape)] + single_shapes(shape)
     forms = ", ".join(f"({', '.join(map(str, form))})" for form in arrays)
     raise ValueError(
-        f"images should be PIL images, or uint8 or float of shape (B, {', '.join(map(str, shape))}) as tensors, or of "
-        f"{forms} as arrays, or a list of single ones; got {found}"
+        f"images must be PIL images, uint8 or float tensors of shape (B, {', '.join(map(str, shape))}), uint8 or float "
+        f"arrays of shape {forms}, or a list of single images; got {found}"
     )
 
 
 def from_unit(images: Any) -> Any:
-    """Converts floats in [0, 1], such as torchvision's `ToTensor` makes, to [-1, 1], which a pipeline takes; tensors or
-    arrays of any shape. After this call, nothing warns of images that look like [0, 1]. Raises `ValueError` for another
-    range or type."""
+    """Convert floats in [0, 1], as from torchvision's `ToTensor`, to the range [-1, 1] of a pipeline; tensors or arrays
+    of any shape. Turns off the warning about images that look like [0, 1]. Raises `ValueError` for another range or
+    type."""
     global _warned
     kind = type(images).__name__ if not isinstance(images, (Tensor, np.ndarray)) else str(images.dtype)
     if "float" not in kind:
@@ -150,8 +150,8 @@ def from_unit(images: Any) -> Any:
 
 
 def warn_if_unit(batch: Tensor) -> None:
-    """Warn, once per process, of images `(B, C, H, W)` that look like floats in [0, 1]: no value is negative, and not
-    all are 8-bit values in [-1, 1], as those of a bright image would be."""
+    """Warn, once per process, about images `(B, C, H, W)` that look like floats in [0, 1]: no value is negative, and
+    not all are 8-bit levels in [-1, 1], as in a bright image."""
     global _warned
     if _warned or not batch.is_floating_point() or not batch.numel():
         return
@@ -160,7 +160,7 @@ def warn_if_unit(batch: Tensor) -> None:
     if not (low >= 0 and 2 / 255 < high <= 1) or not bool(((levels - levels.round()).abs() > 0.1).any()):
         return
     warnings.warn(
-        "float images are read as [-1, 1], and these look like [0, 1] (as ToTensor makes them): pass "
+        "float images are expected in [-1, 1], and these look like [0, 1], as from ToTensor: pass "
         "`pipelines.from_unit(images)`, or uint8",
         stacklevel=level_of_user(),
     )
@@ -168,8 +168,7 @@ def warn_if_unit(batch: Tensor) -> None:
 
 
 def level_of_user() -> int:
-    """The `stacklevel` with which the caller's warning names the user's line that called into these packages; torch's
-    decorators add levels."""
+    """Return the `stacklevel` that points the caller's warning at the user's line; torch's decorators add levels."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in INNER:
         frame, level = frame.f_back, level + 1
@@ -177,7 +176,7 @@ def level_of_user() -> int:
 
 
 def check_output_type(output_type: str, *others: str) -> None:
-    """Raise `ValueError` for an unknown output type; others: those that there are beside types of images."""
+    """Raise `ValueError` for an unknown output type; others: valid types besides those of images."""
     allowed = [*OUTPUT_TYPES, *others]
     if output_type not in allowed:
         *most, last = map(repr, allowed)
@@ -185,17 +184,17 @@ def check_output_type(output_type: str, *others: str) -> None:
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """uint8 of any shape as float32 in [-1, 1]."""
-    return pixels.float().div_(127.5).sub_(1)  # in place: less than half the time
+    """Convert uint8 pixels of any shape to float32 in [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1)  # in place takes less than half the time
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """The exact inverse of `to_float`; other floats are clamped to [-1, 1] and rounded."""
+    """Invert `to_float` exactly; clamp other floats to [-1, 1] and round them."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def convert_images(images: Tensor, output_type: str) -> Any:
-    """Float `(B, C, H, W)` in [-1, 1] as PIL images, uint8 (B, H, W, C), or as they are."""
+    """Convert float images `(B, C, H, W)` in [-1, 1] to a list of PIL images, uint8 (B, H, W, C), or leave them."""
     check_output_type(output_type)
     if output_type == "pt":
         return images

@@ -1,7 +1,7 @@
-"""Images that do not fit on the disk: shards (parquet, .tar) that are read in sequence, from files, URLs or the Hub.
+"""Images that do not fit on the disk: shards (parquet, .tar) read in sequence from files, URLs or the Hub.
 
-`datasets` shuffles the shards, and images among `data.shuffle_window`, and gives each process its part. The order is
-approximate, and a run that is continued does not repeat it. Whole shards are held out.
+`datasets` shuffles the shards, shuffles images in a buffer of `data.shuffle_window`, and gives each process its part.
+Shuffling is approximate, and a resumed run does not repeat the order. Whole shards are held out.
 """
 
 from __future__ import annotations
@@ -38,54 +38,54 @@ from .decoding import BadImage, Decoded, Payload, Rows, decode_in_threads
 from .hub import reason_of
 from .tables import Sample, classes_in_parquet, files_of, find_tables, read_parquet, read_tar, suffix_of
 
-FEW = 1000  # images before which the share of bad ones does not count
-MIXED = 2000  # images among which those in memory are chosen
+FEW = 1000  # the limit on bad images is at least the one for this many images
+MIXED = 2000  # the shuffle buffer for images of splits that are held in memory
 
 
 def open_stream(config: DataConfig, stream: bool) -> tuple[dict[str, Rows], StreamedImages]:
-    """Return up to 2,000 images of each split that is not trained on, and without `stream` also of the one that is, and
-    the stream of images to train on. Raises `UserError`."""
+    """Return up to 2,000 images of each split (of the training split only without `stream`), and the stream of training
+    images. Raises `UserError`."""
     files = divide_files(config)
     classes = names_in(files["train"][0], config)
-    for part in files.values():  # others are compared as they are read
+    for part in files.values():  # the other shards are checked when they are read
         require_classes(part[0], classes, config)
     if is_first_process():
         tell(
-            "data.streaming: the order of images is approximate, and a run that is continued does not repeat it; "
-            f"figures use at most {MOST:,} images of a split{'' if stream else ', of train as well'}"
+            "data.streaming: shuffling is approximate, and a resumed run does not repeat the order; evaluation uses at "
+            f"most {MOST:,} images of a split{'' if stream else ', of train as well'}"
         )
     parts = {name: read_some(files[name], config, classes) for name in files if name != "train" or not stream}
     return parts, StreamedImages(config, files["train"])
 
 
 def divide_files(config: DataConfig) -> dict[str, list[str]]:
-    """Return the shards of `train`, `held_out` and, if there are any, `validation`, which are divided in a fixed random
-    way. Raises `UserError` for shards of other formats, and for too few to hold one out."""
+    """Return the shards of `train`, `held_out` and, if any, `validation`, a pseudo-random partition. Raises `UserError`
+    for shards of other formats, and for too few to hold one out."""
     splits = files_of(find_tables(config))
     if not splits:
-        raise UserError(f"data.streaming: {config.source} cannot be reached; data.streaming=false reads the copy of it")
+        raise UserError(f"data.streaming: {config.source} is unreachable; data.streaming=false reads the cached copy")
     require_split(splits, config)
     found = choose_held_out(splits, config)
     part = f"{100 * config.held_out_fraction:.3g}% of the shards of {config.split!r}"
     say_splits(splits, config, found, part, "held out")
     files, other = sorted(splits[config.split]), sorted(splits.get(found or "", []))
     if strange := [file for file in [*files, *other] if suffix_of(file) not in (".parquet", ".tar")]:
-        raise UserError(f"data.source: {strange[0]}: data.streaming reads .parquet and .tar; false reads others")
+        raise UserError(f"data.source: {strange[0]}: data.streaming reads only .parquet and .tar; set it to false")
     held_out = 0 if found is not None else max(1, round(config.held_out_fraction * len(files)))
     fraction = SHARE if config.validation_fraction is None else config.validation_fraction
     validation = max(round(fraction * len(files)), int(bool(config.validation_fraction)))
     if held_out + validation >= len(files):
         raise UserError(
             f"data.streaming: {config.source} has {len(files)} shards in {config.split!r}, and {held_out + validation} "
-            "would be kept from training; make more and smaller ones, or a split 'test'"
+            "would be held out; make more and smaller shards, or a split 'test'"
         )
     parts = {name: [files[k] for k in part] for name, part in carve(len(files), held_out, validation).items()}
     return {name: part for name, part in {**parts, "held_out": parts["held_out"] or other}.items() if part}
 
 
 def read_files(files: Sequence[str], config: DataConfig, classes: tuple[str, ...] | None = None) -> Iterator[Sample]:
-    """Yield the images of shards in their order, encoded. Raises `UserError` for a shard that cannot be read, and for
-    one that names other classes than `classes`, if these are given (a tuple: `datasets` divides lists)."""
+    """Yield the encoded images of shards in order. Raises `UserError` for a shard that cannot be read, or whose classes
+    are not `classes`, if given (a tuple, because `datasets` would split a list among processes)."""
     for file in files:
         read = read_tar if suffix_of(file) == ".tar" else read_parquet
         try:
@@ -94,26 +94,26 @@ def read_files(files: Sequence[str], config: DataConfig, classes: tuple[str, ...
             yield from read([file], config.image_column, config.label_column)
         except UserError:
             raise
-        except Exception as error:  # each file system has errors of its own, and so has pyarrow
+        except Exception as error:  # every file system and pyarrow raise errors of their own types
             raise UserError(one_line(f"{file}: cannot be read: {reason_of(error)}")) from error
 
 
 def names_in(file: str, config: DataConfig) -> tuple[str, ...]:
-    """Return the names of the classes that a shard has; none in a tar, and without labels."""
+    """Return the class names stored in a shard; empty for a tar, and without labels."""
     is_table = config.label_column is not None and suffix_of(file) == ".parquet"
     return tuple(classes_in_parquet(file, config.label_column) or ()) if is_table else ()
 
 
 def require_classes(file: str, classes: tuple[str, ...], config: DataConfig) -> None:
-    """Raise `UserError` for a shard that names other classes."""
+    """Raise `UserError` if a shard has other class names."""
     if names_in(file, config) != classes:
-        raise UserError(f"data.label_column: {file} has other classes than the first shard; {WITHOUT}")
+        raise UserError(f"data.label_column: {file} and the first shard have different classes; {WITHOUT}")
 
 
 def shuffled(
     files: list[str], config: DataConfig, seed: int, window: int, classes: tuple[str, ...] | None = None
 ) -> Any:
-    """Return an `IterableDataset` of the images of shards, encoded; see `read_files`."""
+    """Return a shuffled `IterableDataset` of the encoded images of shards; see `read_files`."""
     import datasets
 
     options = {"files": files, "config": config, "classes": classes}
@@ -123,7 +123,7 @@ def shuffled(
 
 
 def read_some(files: list[str], config: DataConfig, classes: tuple[str, ...]) -> Rows:
-    """Return up to 2,000 images of shards, in memory. Raises `UserError` where there is none."""
+    """Return up to 2,000 images of shards, in memory. Raises `UserError` if there are no images."""
     names, labels, payloads = list[str](), list[Any](), list[Payload]()
     images = islice(shuffled(files, config, 0, MIXED, classes), MOST)
     while chunk := list(islice(images, 256)):
@@ -140,10 +140,10 @@ def read_some(files: list[str], config: DataConfig, classes: tuple[str, ...]) ->
 
 
 class StreamedImages(ImageDataset):
-    """Images to train on that come in sequence: indices are positions in the stream, and each process takes its own
-    next images. Bad ones end the run, or are skipped and counted.
+    """A stream of training images: indices are positions in the stream, and each process takes its own next images. Bad
+    images end the run, or are skipped and counted.
 
-    Attributes: `bad`, the images skipped by this process; no `labels`.
+    Attributes: `bad`, the images skipped by this process; `labels` is None.
     """
 
     def __init__(self, config: DataConfig, files: list[str]) -> None:
@@ -152,21 +152,21 @@ class StreamedImages(ImageDataset):
         self._files, self._config = files, config
         self._stream: Iterator[dict[str, Any]] | None = None
         self._next, self._seen, self._skipped = 0, 0, 0
-        self._bad_names = set[str]()  # an image comes once an epoch, and is listed once
+        self._bad_names = set[str]()  # an image recurs in each epoch, and is listed once
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        raise UserError("data.streaming: how many images there are is not known; data.streaming=false copies them")
+        raise UserError("data.streaming: the number of images is unknown; data.streaming=false copies them")
 
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the positions of one step's global batch, and zeros in the place of epochs."""
+        """Return the positions of one step's global batch, and zeros for the epochs."""
         if self._stream is None:
             self._stream = self._images(seed + step)
         positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
         return positions, np.zeros_like(positions)
 
     def examples(self, count: int, seed: int) -> Tensor:
-        """Return the first `count` images of the stream, which come again in training."""
+        """Return the first `count` images of the stream; training sees them again."""
         stream = iter(shuffled(self._files, self._config, seed, min(self._config.shuffle_window, count)))
         return self.prepare(self._take(stream, count))
 
@@ -175,7 +175,7 @@ class StreamedImages(ImageDataset):
         raise self._refusal()
 
     def pixels(self, indices: Indices) -> Tensor:
-        """Return this process's next images. Raises `UserError` for positions before the last ones."""
+        """Return this process's next images. Raises `UserError` for positions that do not increase."""
         wanted = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
         with self._lock:
             if not len(wanted) or self._stream is None or wanted[0] < self._next or (np.diff(wanted) <= 0).any():
@@ -192,7 +192,7 @@ class StreamedImages(ImageDataset):
         return (pixels,) if changes is None else (pixels, changes)
 
     def _images(self, seed: int) -> Iterator[dict[str, Any]]:
-        """Yield this process's images without end, in another order in every epoch."""
+        """Yield this process's images endlessly, in a new order each epoch."""
         from datasets.distributed import split_dataset_by_node
 
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -208,26 +208,26 @@ class StreamedImages(ImageDataset):
                 raise UserError(f"data.streaming: {self._config.source} has fewer images to train on than processes")
 
     def _take(self, stream: Iterator[dict[str, Any]], count: int) -> Tensor:
-        """Return the next good images of a stream, uint8 (count, C, H, W); fewer at its end."""
+        """Return the next good images of a stream, uint8 (count, C, H, W), or fewer at its end."""
         good = list[NDArray[np.uint8]]()
         while len(good) < count and (chunk := list(islice(stream, count - len(good)))):
             images = decode_in_threads([example["data"] for example in chunk], self.image_shape)
             checked = zip(images, chunk, strict=True)
             good += [i for i, e in checked if self._is_good(i, e["name"]) and not isinstance(i, str)]
         if not good:
-            raise UserError(f"data.source: {self._config.source}: no image to train on can be decoded")
+            raise UserError(f"data.source: {self._config.source}: none of the training images can be decoded")
         return torch.from_numpy(np.stack(good))
 
     def _is_good(self, image: NDArray[np.uint8] | str, name: str) -> bool:
-        """Count an image, and return whether it was decoded. Raises `UserError` if it was not and may not be skipped,
-        or if these are too many."""
+        """Count an image, and return whether it was decoded. Raises `UserError` for a bad image that may not be
+        skipped, and for too many bad images."""
         self._seen += 1
         if not isinstance(image, str):
             return True
         if self._config.on_error == "fail":
-            raise UserError(one_line(f"{name}: {image} (data.on_error=skip leaves such images out)"))
+            raise UserError(one_line(f"{name}: {image} (data.on_error=skip skips such images)"))
         if not self.bad:
-            tell(one_line(f"warning: {name}: {image}; such images are left out"))
+            tell(one_line(f"warning: {name}: {image}; such images are skipped"))
         if name not in self._bad_names:
             self._bad_names.add(name)
             self.bad.append(BadImage(name, self._seen - 1, image))
@@ -242,6 +242,6 @@ class StreamedImages(ImageDataset):
 
     def _refusal(self) -> UserError:
         return UserError(
-            "data.streaming: images come in sequence, each once, and not by their number; data.streaming=false copies "
-            "them, and reads them in any order"
+            "data.streaming: images are read in sequence, each once, and cannot be indexed; data.streaming=false "
+            "copies them for random access"
         )

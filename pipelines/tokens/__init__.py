@@ -1,4 +1,4 @@
-"""A token dataset: the ids of a data set's images, and the tokenizer that made them."""
+"""Token datasets: the token ids of images, with the tokenizer that made them."""
 
 from .dataset import TokenDataset, TokenSplit, load_tokens
 from .meta import Meta

@@ -1,13 +1,13 @@
-"""A token dataset: the ids of a data set's images, their labels, and the tokenizer that made them, in one folder.
+"""A token dataset: the token ids of images, their labels, and the tokenizer that made them, in one folder.
 
 meta.json              grid, vocabulary, classes, rows of each file, source, augmentations, tokenizer fingerprint
-train.safetensors      tokens (n, *grid.shape) in the smallest unsigned type, labels (n,); a larger split is many files,
+train.safetensors      tokens (n, *grid.shape) in the smallest unsigned type, labels (n,); a large split has many files:
 test.safetensors       train-00000-of-00016.safetensors and so on
-tokenizer/             the tokenizer, so that ids can become images again
-job.json               what `pipelines.encode` made it of; not in one that `TokenDataset.save` wrote
+tokenizer/             the tokenizer, which decodes the ids
+job.json               the settings of `pipelines.encode`; missing if `TokenDataset.save` wrote the folder
 manifest.json          sha256 and size of every file, written last
 
-A small dataset is read into memory, a large one is mapped: its rows are read from the disk as they are asked for.
+A small dataset is read into memory. A large one is memory-mapped, and rows are read from the disk on access.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from .tables import from_tables, to_tables
 if TYPE_CHECKING:
     import datasets
 
-IN_MEMORY = 256 << 20  # bytes of tokens that are read into memory
-HASHED = 2 << 30  # bytes of tokens that are hashed when they are loaded, in about two seconds
+IN_MEMORY = 256 << 20  # bytes of tokens up to which a dataset is read into memory
+HASHED = 2 << 30  # bytes of tokens up to which a dataset is hashed on loading, in about two seconds
 
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """What `pipelines.encode` wrote and `pipelines.train_prior` reads.
+    """Tokens of images by split, written by `pipelines.encode` and read by `pipelines.train_prior`.
 
-    `source`: facts about the images. `augmentations`: further variants of each training image, which are rows after all
-    images as they are. `digest`: sha256 of the manifest, hence of every file, where it was loaded.
+    `source`: facts about the images. `augmentations`: extra variants of each training image; their rows follow those of
+    the unchanged images. `digest`: sha256 of the manifest, and so of every file; empty unless loaded from a folder.
     """
 
     grid: TokenGrid
@@ -63,15 +63,15 @@ class TokenDataset:
 
     @property
     def num_classes(self) -> int:
-        """0 when the source has no labels."""
+        """Number of classes; 0 without labels."""
         return len(self.class_names)
 
     def save(self, folder: str | Path, rows_per_shard: int | None = None) -> None:
-        """Write everything; the folder appears whole or not at all, and replaces an older token dataset.
+        """Write the folder atomically; replace an older token dataset.
 
-        rows_per_shard: of a file; None: chosen by the size of the split, see `cut_shards`. Raises `PathError` if
-        something else is there, `ValueError` for ids out of range, and a `PipelineLoadError` for what could not be
-        loaded again: names of splits or classes that cannot be used, and labels that are no class.
+        rows_per_shard: rows per file; None: chosen by the size of the split, see `cut_shards`. Raises `PathError` if
+        the folder is something else, `ValueError` for ids out of range, and a `PipelineLoadError` for anything that
+        could not be loaded again: invalid names of splits or classes, and labels out of range.
         """
         shards = cut_shards({name: len(split) for name, split in self.splits.items()}, rows_per_shard)
         fingerprint = self.tokenizer.fingerprint()
@@ -89,8 +89,8 @@ class TokenDataset:
             write_meta(target, meta, self.tokenizer)
 
     def to_datasets(self) -> datasets.DatasetDict:
-        """The rows as tables of `datasets`, one for each split: `tokens` of the grid's shape in the smallest unsigned
-        type, and `label`, a `ClassLabel`, where there are classes. In memory."""
+        """Return one in-memory table of `datasets` for each split: `tokens` of the grid's shape in the smallest
+        unsigned type and, with classes, `label`, a `ClassLabel`."""
         return to_tables(self.splits, self.grid, self.class_names)
 
     @classmethod
@@ -103,12 +103,12 @@ class TokenDataset:
         label: str | None = "label",
         source: dict[str, Any] | None = None,
     ) -> TokenDataset:
-        """Tables of `datasets` by split (training asks for `train` and `test`), such as `to_datasets` or a `map` of
-        `pipe.encode` makes, as a dataset that `save` writes and `train_prior` reads.
+        """Convert tables of `datasets` by split (training needs `train` and `test`), made by `to_datasets` or by a
+        `map` of `pipe.encode`, to a dataset for `save` and `train_prior`.
 
-        tokens, label: names of the columns; the label's is a `ClassLabel`, and None, or no such column, means no
-        classes. source: facts about the images. Raises `UserError` for ids that are not `tokenizer`'s, and for labels
-        without names.
+        tokens, label: names of the columns; the label is a `ClassLabel`, and None, or a missing column, means no
+        classes. source: facts about the images. Raises `UserError` for ids that do not fit `tokenizer`, and for labels
+        without class names.
         """
         splits, class_names = from_tables(tables, tokenizer, tokens, label)
         return cls(tokenizer.grid, class_names, splits, tokenizer, source or {})
@@ -122,9 +122,9 @@ class TokenDataset:
         revision: str | None = None,
         commit_message: str = "Upload token dataset",
     ) -> Any:
-        """Create the Hub dataset if needed and upload this: the files that `save` writes, in one commit.
+        """Create the Hub dataset if needed, and upload the files that `save` writes in one commit.
 
-        Names of local folders of images are left out. Files of an earlier token dataset go, those of others stay.
+        Paths of local images are removed. Files of an earlier token dataset are deleted, other files stay.
         revision: the branch to write to. Returns huggingface_hub's `CommitInfo`. Raises `PushError`, an `OSError`, with
         the reason in one line.
         """
@@ -153,17 +153,17 @@ def load_tokens(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> TokenDataset:
-    """Read and check a token dataset: a folder, or the id of one on the Hub, fetched once and kept in the cache.
+    """Load and check a token dataset from a folder, or from the Hub, where it is downloaded once and cached.
 
-    verify: hash every file; None hashes all up to 2 GiB of tokens, and only what is small of a larger dataset, whose
-    files are compared by size and whose ids are checked as they are read (`smalti verify` hashes it).
-    mapped: leave tokens on the disk, shared by all processes; None does from 256 MiB on.
-    revision: a branch, tag or commit of the Hub. Raises a `PipelineLoadError`: a file is missing or changed, the ids do
+    verify: hash every file. None hashes datasets of up to 2 GiB of tokens; for larger ones it compares the shards by
+    size, and ids are checked when they are read (`smalti verify` hashes everything).
+    mapped: leave tokens on the disk, shared by all processes; None does so from 256 MiB.
+    revision: a branch, tag or commit of the Hub. Raises a `PipelineLoadError` if a file is missing or changed, ids do
     not fit the grid, labels are out of range, or the tokenizer is not the one that made the ids.
     """
     folder = Path(source)
     if not os.path.isdir(source):
-        local_files_only = local_files_only or not is_reachable()  # a mistyped folder's name should not have to wait
+        local_files_only = local_files_only or not is_reachable()  # fail fast on a mistyped folder
         options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         try:
             folder = find_folder(source, ["*.json", "*.safetensors", "tokenizer/*"], repo_type="dataset", **options)
@@ -178,9 +178,7 @@ def _read_dataset(folder: Path, verify: bool | None, mapped: bool | None) -> Tok
     verify_files(folder, meta, whole=size <= HASHED if verify is None else verify)
     tokenizer: Tokenizer = Tokenizer.load_folder(folder / "tokenizer")
     if tokenizer.fingerprint() != meta.tokenizer:
-        raise IntegrityError(
-            f"{folder / 'tokenizer'}: not the tokenizer that made these tokens (its fingerprint differs)"
-        )
+        raise IntegrityError(f"{folder / 'tokenizer'}: not the tokenizer that made these tokens (fingerprints differ)")
     if tokenizer.grid != meta.grid:
         raise IntegrityError(f"{folder / META}: grid {meta.grid} is not the tokenizer's, {tokenizer.grid}")
     mapped = size > IN_MEMORY if mapped is None else mapped
@@ -204,6 +202,6 @@ def _load_split(folder: Path, split: str, meta: Meta, mapped: bool) -> TokenSpli
         labels.append(some)
     known = [some for some in labels if some is not None]
     if 0 < len(known) < len(labels):
-        raise FormatError(f"{folder}: labels: some files of {split!r} have them and others have not")
+        raise FormatError(f"{folder}: labels: missing in some files of {split!r}")
     found = MappedRows(shards, meta.grid, folder) if mapped else torch.cat(shards)
     return TokenSplit(found, torch.cat(known) if known else None)

@@ -1,4 +1,4 @@
-"""`meta.json`: what a token dataset holds, every field checked."""
+"""`meta.json`: the contents of a token dataset, with every field checked."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TOKENS = FolderKind("a token dataset", META, lambda meta: {"format_version", "gr
 
 @dataclass(frozen=True)
 class Meta:
-    """What `meta.json` says. `shards`: the rows of each file of each split, in order."""
+    """The contents of `meta.json`. `shards`: the number of rows of each file of each split, in order."""
 
     grid: TokenGrid
     class_names: list[str]
@@ -47,11 +47,11 @@ class Meta:
     tokenizer: str
 
     def files(self) -> list[str]:
-        """The names of all shards."""
+        """Return the names of all shards."""
         return [name for split, sizes in self.shards.items() for name in shard_names(split, len(sizes))]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the JSON object."""
         return {
             "format_version": FORMAT_VERSION,
             "grid": grid_to_dict(self.grid),
@@ -64,35 +64,35 @@ class Meta:
 
 
 def write_meta(folder: Path, meta: Meta, tokenizer: Tokenizer) -> None:
-    """Write the tokenizer, `meta.json` and last `manifest.json` beside the shards."""
+    """Write the tokenizer, `meta.json` and finally `manifest.json` beside the shards."""
     tokenizer.save_pretrained(folder / "tokenizer")
     write_json(folder / META, meta.to_dict())
     write_manifest(folder)
 
 
 def manifest_hash(folder: Path) -> str:
-    """What changes when anything in the dataset does."""
+    """Return a hash that changes with any file of the dataset."""
     return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
 
 
 def check_printable(name: str) -> str:
-    """Raise `ValueError` for a name that a terminal would obey."""
+    """Raise `ValueError` for a name with control characters, which a terminal would obey."""
     if not is_printable(name):
-        raise ValueError(f"should be a printable name (found {quote(name)})")
+        raise ValueError(f"must be a printable name (found {quote(name)})")
     return name
 
 
 def rows_of_files(found: Any) -> list[int]:
-    """The rows of each file of a split. Raises `ValueError`."""
+    """Check the number of rows of each file of a split. Raises `ValueError`."""
     if not isinstance(found, list) or not found or not all(type(count) is int and count >= 0 for count in found):
-        raise ValueError(f"should be the number of rows of each file (found {quote(found)})")
+        raise ValueError(f"must be the number of rows of each file (found {quote(found)})")
     return found
 
 
 def check_names(splits: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Raise `ValueError` for a split that no file could be called by."""
+    """Raise `ValueError` for a split name that cannot be part of a file name."""
     if strange := [name for name in splits if not re.fullmatch(r"\w[\w-]*", name)]:
-        raise ValueError(f"{quote(strange[0])} is not a name (letters, digits, _ and -)")
+        raise ValueError(f"invalid name {quote(strange[0])} (letters, digits, _ and -)")
     return splits
 
 
@@ -107,17 +107,17 @@ class GridFields(BaseModel):
 
     @model_validator(mode="after")
     def is_a_grid(self) -> GridFields:
-        """Raises what `TokenGrid` does."""
+        """Raise the errors of `TokenGrid`."""
         self.grid()
         return self
 
     def grid(self) -> TokenGrid:
-        """What the fields say. Raises `ValueError`."""
+        """Return the grid. Raises `ValueError`."""
         return read_grid(self.model_dump())
 
 
 class MetaFile(BaseModel):
-    """What `meta.json` holds, beside its version; other fields are not looked at."""
+    """The fields of `meta.json` except its version; other fields are ignored."""
 
     grid: GridFields
     classes: list[Annotated[Text, AfterValidator(check_printable)]]
@@ -128,7 +128,7 @@ class MetaFile(BaseModel):
 
 
 def read_meta(folder: Path) -> Meta:
-    """What `meta.json` says. Raises `PathError` where there is none, `FormatError` for one of another form."""
+    """Read `meta.json`. Raises `PathError` if it is missing, `FormatError` if it is invalid."""
     if not is_file(folder / META):
         near = next((path for path in (folder / "tokens", Path(f"{folder}_tokens")) if (path / META).is_file()), None)
         hint = f"; did you mean {near}?" if near else "; make one with `smalti encode`"
@@ -150,23 +150,23 @@ def read_meta(folder: Path) -> Meta:
 
 
 def check_meta(meta: Meta, path: Path) -> None:
-    """Raise `FormatError` for what `read_meta` would refuse in the file `path`."""
+    """Raise `FormatError` for contents that `read_meta` would reject in the file `path`."""
     validate(MetaFile, meta.to_dict(), path)
 
 
 def verify_files(folder: Path, meta: Meta, *, whole: bool) -> None:
-    """Compare all files with `manifest.json`: by sha256, or, unless `whole`, the shards by their size alone."""
+    """Compare all files with `manifest.json` by sha256; unless `whole`, compare shards only by size."""
     shards = set(meta.files())
     listed = verify_manifest(folder, unhashed=() if whole else shards)["files"]
     if absent := sorted({META, *shards} - set(listed)):
-        raise IntegrityError(f"{folder / absent[0]}: {MANIFEST} does not list it")
+        raise IntegrityError(f"{folder / absent[0]}: not listed in {MANIFEST}")
 
 
 def check_labels(path: Path, labels: Tensor | None, num_classes: int) -> None:
-    """Raise `FormatError` for labels that are missing, `IntegrityError` for those that are no class."""
+    """Raise `FormatError` for missing labels, `IntegrityError` for labels out of range."""
     if num_classes and labels is None:
         raise FormatError(f"{path}: labels: missing, though there are {num_classes} classes")
     if labels is not None and len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
         raise IntegrityError(
-            f"{path}: labels should lie in [0, {num_classes}), got {int(labels.min())} to {int(labels.max())}"
+            f"{path}: labels must lie in [0, {num_classes}), got {int(labels.min())} to {int(labels.max())}"
         )

@@ -1,8 +1,8 @@
-"""A split's files: safetensors with `tokens` (n, *grid.shape) and `labels` (n,), written whole, read through a map.
+"""The files of a split: safetensors with `tokens` (n, *grid.shape) and `labels` (n,), written atomically,
+memory-mapped.
 
-A small split is one file, `train.safetensors`; a larger one is many, `train-00000-of-00016.safetensors` and so on,
-whose rows follow each other. Reading a row touches the pages of that row and no others.
-"""
+A small split is one file, `train.safetensors`; a larger one has many, `train-00000-of-00016.safetensors` and so on,
+with consecutive rows. Reading a row touches only the pages of that row."""
 
 from __future__ import annotations
 
@@ -24,42 +24,42 @@ from tokenizer.files import FormatError, IntegrityError
 from ..files import atomic_file
 from ..shuffling import positions_of
 
-BATCH = 256  # rows that are encoded at a time by default: shards are whole batches, if they are cut by size alone
-BATCHES = 4  # of a shard, at least
-PROCESSES = 16  # that share a small split evenly
+BATCH = 256  # rows encoded at a time by default; shards hold whole batches
+BATCHES = 4  # minimum number of batches in a shard
+PROCESSES = 16  # processes that can share a small split evenly
 ROWS_PER_SHARD = 1 << 12
-MAX_SHARDS = 4096  # of a dataset: what a manifest of 1 MiB can list
-CHUNK = 1 << 14  # rows that are in memory at a time where a whole split is read
+MAX_SHARDS = 4096  # files of a dataset, as many as a manifest of 1 MiB can list
+CHUNK = 1 << 14  # rows in memory at a time when a whole split is read
 
 Indices = NDArray[np.int64] | Tensor | slice | list[int]
 
 
 def smallest_type(vocab_size: int) -> torch.dtype:
-    """The smallest unsigned integer type that holds ids below `vocab_size`."""
+    """Return the smallest unsigned integer type for ids below `vocab_size`."""
     return torch.uint8 if vocab_size <= 1 << 8 else torch.uint16 if vocab_size <= 1 << 16 else torch.uint32
 
 
 def bytes_per_row(grid: TokenGrid) -> int:
-    """What the tokens of an image take on the disk."""
+    """Return the size of an image's tokens on the disk."""
     return len(grid) * smallest_type(grid.vocab_size).itemsize
 
 
 def shard_names(split: str, count: int) -> list[str]:
-    """The names of a split's files, in the order of their rows."""
+    """Return the file names of a split, in the order of rows."""
     if count == 1:
         return [f"{split}.safetensors"]
     return [f"{split}-{k:05d}-of-{count:05d}.safetensors" for k in range(count)]
 
 
 def cut_shards(rows: Mapping[str, int], rows_per_shard: int | None) -> dict[str, list[int]]:
-    """Return the number of rows of each file of each split. rows: those of each split.
+    """Return the number of rows of each file of each split. rows: the number of rows of each split.
 
-    rows_per_shard None: whole batches of 256, at least four of them a file; up to 16 files of a small split, and files
-    of 4,096 rows of a large one, or of more if there would be too many. Raises `ValueError` below 1, and for more files
-    than `MAX_SHARDS`.
+    rows_per_shard None: whole batches of 256, at least four per file; up to 16 files for a small split, and files of
+    4,096 rows for a large one, or of more rows to stay below `MAX_SHARDS`. Raises `ValueError` below 1, and for more
+    files than `MAX_SHARDS`.
     """
     if rows_per_shard is not None and rows_per_shard < 1:
-        raise ValueError(f"rows_per_shard should be at least 1 (got {rows_per_shard})")
+        raise ValueError(f"rows_per_shard must be at least 1 (got {rows_per_shard})")
     most = max(1, MAX_SHARDS - PROCESSES * len(rows))
     large = max(ROWS_PER_SHARD, -(-sum(rows.values()) // most))
     sizes = {}
@@ -69,7 +69,7 @@ def cut_shards(rows: Mapping[str, int], rows_per_shard: int | None) -> dict[str,
             shards = max(1, min(PROCESSES, count // (BATCHES * BATCH)), -(-count // large))
             sizes[split] = max(1, -(-count // (shards * BATCH))) * BATCH
     if (total := sum(max(1, -(-rows[split] // size)) for split, size in sizes.items())) > MAX_SHARDS:
-        raise ValueError(f"rows_per_shard: makes {total} files, at most {MAX_SHARDS} are allowed; choose a larger one")
+        raise ValueError(f"rows_per_shard: makes {total} files, the limit is {MAX_SHARDS}; choose a larger number")
     return {
         split: [min(size, rows[split] - start) for start in range(0, max(1, rows[split]), size)]
         for split, size in sizes.items()
@@ -77,7 +77,7 @@ def cut_shards(rows: Mapping[str, int], rows_per_shard: int | None) -> dict[str,
 
 
 def write_shard(path: Path, tokens: Tensor, labels: Tensor | None, grid: TokenGrid) -> None:
-    """Write a file that appears whole or not at all.
+    """Write a file atomically.
 
     tokens: `(n, *grid.shape)` of any integer type. Raises `ValueError` for ids that do not fit the grid.
     """
@@ -90,35 +90,34 @@ def write_shard(path: Path, tokens: Tensor, labels: Tensor | None, grid: TokenGr
 
 
 def map_shard(path: Path, rows: int, grid: TokenGrid) -> tuple[Tensor, Tensor | None]:
-    """The tokens of a file, mapped and not yet read, and its labels, read.
+    """Return the tokens of a file, memory-mapped, and its labels, in memory.
 
-    The header must account for every byte of the file before anything is mapped, so a truncated one is an error and not
-    a SIGBUS. Raises `FormatError` for another form, `IntegrityError` for another grid.
-    """
+    safetensors checks that the header accounts for every byte before it maps a file, so a truncated file is an error,
+    not a SIGBUS. Raises `FormatError` for an invalid file, `IntegrityError` for another grid."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in ("tokens", "labels") if name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise FormatError(f"{path}: missing, or not a readable safetensors file ({error})") from error
+        raise FormatError(f"{path}: missing or not a valid safetensors file ({error})") from error
     tokens, labels = tensors.get("tokens"), tensors.get("labels")
     if tokens is None or tokens.shape[:1] != (rows,) or tokens.dtype != smallest_type(grid.vocab_size):
-        raise FormatError(f"{path}: tokens: should hold {rows} rows of {smallest_type(grid.vocab_size)}")
+        raise FormatError(f"{path}: tokens: must hold {rows} rows of {smallest_type(grid.vocab_size)}")
     if tuple(tokens.shape[1:]) != grid.shape:
         raise IntegrityError(f"{path}: tokens: shape {tuple(tokens.shape)}, the grid says (n, *{grid.shape})")
     if labels is not None and (labels.shape != (rows,) or labels.dtype != torch.int64):
-        raise FormatError(f"{path}: labels: should be {rows} numbers of type int64, one per row of tokens")
+        raise FormatError(f"{path}: labels: must be {rows} numbers of type int64, one per row of tokens")
     return tokens, None if labels is None else labels.clone()
 
 
 class MappedRows:
-    """The tokens of a split on the disk, indexed like a tensor `(n, *grid.shape)`: what is asked for is read.
+    """The tokens of a split on the disk, indexed like a tensor `(n, *grid.shape)` and read on access.
 
-    Ids are compared with the vocabulary as they are read, since a large dataset is not hashed when it is loaded.
+    Ids are checked against the vocabulary when they are read, because large datasets are not hashed on loading.
     """
 
     def __init__(self, shards: list[Tensor], grid: TokenGrid, folder: Path) -> None:
         self.shape, self.dtype = (sum(map(len, shards)), *grid.shape), shards[0].dtype
-        self._shards = [shard.numpy() for shard in shards]  # numpy gathers ids of 16 bits ten times as fast as torch
+        self._shards = [shard.numpy() for shard in shards]  # numpy gathers 16-bit ids ten times as fast as torch
         self._starts = np.cumsum([0, *map(len, shards)])
         self._vocab_size, self._folder = grid.vocab_size, folder
 
@@ -126,8 +125,8 @@ class MappedRows:
         return self.shape[0]
 
     def __getitem__(self, rows: Indices) -> Tensor:
-        """Tokens `(B, *grid.shape)` of the stored type. Raises `IndexError`, or `IntegrityError` for an id that is not
-        in the vocabulary."""
+        """Return tokens `(B, *grid.shape)` of the stored type. Raises `IndexError`, or `IntegrityError` for an id out
+        of range."""
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
             found = self._between(start, stop) if step == 1 else self._gather(positions_of(rows, len(self)))
@@ -135,8 +134,8 @@ class MappedRows:
             found = self._gather(positions_of(rows, len(self)))
         if found.size and int(found.max()) >= self._vocab_size:
             raise IntegrityError(
-                f"{self._folder}: an id of {int(found.max())}, ids should lie in [0, "
-                f"{self._vocab_size}); a file was changed after writing"
+                f"{self._folder}: found id {int(found.max())}, ids must lie in [0, {self._vocab_size}); a file was "
+                "changed after writing"
             )
         return torch.from_numpy(found)
 
@@ -162,7 +161,7 @@ class MappedRows:
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """Rows of one split: `tokens` (n, *grid.shape) in a small unsigned type, in memory or on the disk; `labels` (n,)
+    """The rows of a split: `tokens` (n, *grid.shape) in a small unsigned type, in memory or on the disk; `labels` (n,)
     int64, or None."""
 
     tokens: Tensor | MappedRows
@@ -172,7 +171,7 @@ class TokenSplit:
         return len(self.tokens)
 
     def rows(self, indices: Indices) -> Tensor:
-        """Tokens `(B, *grid.shape)` int64 of the rows asked for; raises `IndexError` for one that is not there."""
+        """Return the tokens of these rows, `(B, *grid.shape)` int64. Raises `IndexError`."""
         if isinstance(self.tokens, MappedRows):
             return self.tokens[indices].long()
         wanted = positions_of(indices, len(self))
@@ -182,5 +181,5 @@ class TokenSplit:
 
 
 def chunks(rows: int, size: int = CHUNK) -> Iterator[slice]:
-    """Slices that cover `rows` rows, for what cannot be in memory at once."""
+    """Yield slices of at most `size` that cover `rows` rows, to bound memory."""
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))

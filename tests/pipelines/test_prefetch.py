@@ -1,4 +1,4 @@
-"""What is made ahead comes in its order, and no more of it than was asked for."""
+"""Prefetching keeps the order, and makes only a few items ahead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from pipelines.prefetch import AHEAD, pin_memory, prefetch, to_device_async
 
 
-def test_items_come_in_their_order_each_made_once_by_one_thread():
+def test_items_keep_their_order_and_are_made_once_by_one_thread():
     made, threads = [], set()
 
     def make(item):
@@ -26,7 +26,7 @@ def test_items_come_in_their_order_each_made_once_by_one_thread():
     assert list(prefetch(make, range(1))) == [0] and list(prefetch(make, ())) == []
 
 
-def test_two_are_made_while_one_is_used():
+def test_two_items_are_made_ahead():
     made, third = [], threading.Event()
 
     def make(item):
@@ -42,7 +42,7 @@ def test_two_are_made_while_one_is_used():
     stream.close()
 
 
-def test_an_error_comes_out_where_it_is_due_and_closing_ends_the_thread():
+def test_an_error_is_raised_at_its_item_and_closing_ends_the_thread():
     made, begun, free = [], threading.Event(), threading.Event()
 
     def make(item):
@@ -58,9 +58,7 @@ def test_an_error_comes_out_where_it_is_due_and_closing_ends_the_thread():
     assert next(stream) == 0 and begun.wait(10)
     threading.Timer(0.05, free.set).start()
     stream.close()
-    assert made == [0, 1] and not [
-        t for t in threading.enumerate() if t.name.startswith("ahead")
-    ]  # what was not begun never is
+    assert made == [0, 1] and not [t for t in threading.enumerate() if t.name.startswith("ahead")]
     stream = prefetch(make, range(9))
     assert [next(stream) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(KeyboardInterrupt):
@@ -68,7 +66,7 @@ def test_an_error_comes_out_where_it_is_due_and_closing_ends_the_thread():
     assert list(stream) == [] and len(made) <= 2 + 6
 
 
-def test_only_tensors_travel():
+def test_only_tensors_are_moved_to_the_device():
     batch = to_device_async((torch.zeros(3, dtype=torch.uint8), "name"), torch.device("meta"))
     assert batch[0].device.type == "meta" and batch[0].dtype == torch.uint8 and batch[1] == "name"
     if torch.cuda.is_available():

@@ -1,13 +1,14 @@
-"""Orders of rows and what is drawn for each: each row once per epoch, and functions of (seed, epoch, row) alone."""
+"""Orders of rows and random numbers of each row: functions of (seed, epoch, row) alone."""
 
 from __future__ import annotations
 
-import math
 import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pipelines.shuffling import (
     OTHER,
@@ -30,46 +31,56 @@ def test_draws_are_uniform_and_independent():
     assert np.abs(np.corrcoef(draws.reshape(10, 2000, 5)[:, :, 0]) - np.eye(10)).max() < 0.15
 
 
-ROWS = [1, 2, 3, 5, 10, 97, 1000]
+@settings(deadline=None)
+@given(st.integers(1, 1000), st.sampled_from([None, 4, 16]), st.integers(0, 2**64), st.data())
+def test_every_row_comes_once_and_any_position_can_be_computed_alone(rows, block, key, data):
+    def order(positions):
+        return permuted(positions, rows, key) if block is None else permuted_blocks(positions, rows, block, key)
 
-
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("block", [None, 4, 16])
-def test_every_row_comes_once(rows, block):
-    for key in range(3):
-        positions = np.arange(rows)
-        found = permuted(positions, rows, key) if block is None else permuted_blocks(positions, rows, block, key)
-        assert np.array_equal(np.sort(found), positions)
-
-
-def test_a_few_are_those_of_all():
-    whole, blocks = permuted(np.arange(1000), 1000, 5, 2), permuted_blocks(np.arange(1000), 1000, 8, 5, 2)
-    some = np.array([999, 0, 17, 17, 500])
-    assert np.array_equal(permuted(some, 1000, 5, 2), whole[some])
-    assert np.array_equal(permuted_blocks(some, 1000, 8, 5, 2), blocks[some])
+    whole = order(np.arange(rows))
+    assert np.array_equal(np.sort(whole), np.arange(rows))
+    some = np.array(data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=9)))
+    assert np.array_equal(order(some), whole[some])
 
 
 def test_all_orders_are_equally_likely():
-    """All 24 orders of four rows, over keys: chi-square of 23 degrees of freedom, and of where row 0 of 1,000 goes."""
+    """Chi-square tests of the 24 orders of four rows, and of the position of row 0 among 1,000."""
     counts = np.zeros(4**4)
     for key in range(2400):
         counts[int(permuted(np.arange(4), 4, key, 1) @ 4 ** np.arange(4))] += 1
     counts = counts[counts > 0]
-    assert len(counts) == 24 and ((counts - 100) ** 2 / 100).sum() < 60  # 0.004 % of fair ones are above
+    assert len(counts) == 24 and ((counts - 100) ** 2 / 100).sum() < 60  # 23 degrees of freedom, p = 0.00004
     first = np.array([permuted(np.array([0]), 1000, key, 1)[0] for key in range(2000)])
     places = np.histogram(first, 20, (0, 1000))[0]
     assert ((places - 100) ** 2 / 100).sum() < 55  # 19 degrees of freedom
 
 
-def test_neighbours_part():
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.integers(1, 60), batch_size=st.integers(1, 20), seed=st.integers(0, 99), drawn=st.sampled_from([0, 99]))
+def test_every_row_comes_once_per_epoch(monkeypatch, rows, batch_size, seed, drawn):
+    """With a drawn permutation and with a computed one; a step does not depend on those before it."""
+    monkeypatch.setattr("pipelines.shuffling.DRAWN", drawn)
+    steps = range(-(-3 * rows // batch_size))
+    parts = {step: samples_of(rows, batch_size, seed, step) for step in reversed(steps)}
+    indices, epochs = (np.concatenate([parts[step][side] for step in steps]) for side in (0, 1))
+    assert (np.diff(epochs) >= 0).all()
+    orders = [indices[epochs == epoch] for epoch in range(3)]
+    assert all(np.array_equal(np.sort(order), np.arange(rows)) for order in orders)
+    assert rows < 10 or not np.array_equal(orders[0], orders[1])
+    samples_of(rows, batch_size, seed + 1, 0)  # fills a cache of orders
+    again = samples_of(rows, batch_size, seed, 0)
+    assert all(np.array_equal(one, other) for one, other in zip(again, parts[0], strict=True))
+
+
+def test_neighbours_are_separated():
     found = permuted(np.arange(100_000), 100_000, 7)
     jumps = np.abs(np.diff(found))
     assert jumps.mean() / 100_000 == pytest.approx(1 / 3, abs=0.005) and (jumps == 1).sum() < 12  # 2 are expected
     assert abs(np.corrcoef(np.arange(100_000), found)[0, 1]) < 0.015
 
 
-def test_blocks_keep_the_disk_to_few_places():
-    """A window of block^2 rows touches its own blocks alone, whole, and mixes all of them."""
+def test_blocks_are_read_whole():
+    """A window of block^2 rows reads whole blocks of its own, and mixes them."""
     found = permuted_blocks(np.arange(16 * 16 * 10), 16 * 16 * 10, 16, 3)
     seen, orders = set(), set()
     for window in found.reshape(10, 256):
@@ -82,23 +93,13 @@ def test_blocks_keep_the_disk_to_few_places():
     assert np.abs(np.diff(sorted(found[:256] // 16))).max() > 16  # the blocks are from all over
 
 
-@pytest.mark.parametrize("drawn", [0, 1 << 20])
-def test_both_orders_give_each_row_once_per_epoch(monkeypatch, drawn):
-    monkeypatch.setattr("pipelines.shuffling.DRAWN", drawn)
-    parts = [samples_of(50, 16, 3, step) for step in range(25)]
-    indices, epochs = (np.concatenate(side) for side in zip(*parts, strict=True))
-    orders = [indices[epochs == epoch] for epoch in range(8)]
-    assert all(np.array_equal(np.sort(order), np.arange(50)) for order in orders)
-    assert not any(np.array_equal(one, other) for one, other in zip(orders, orders[1:], strict=False))
-
-
-def test_order_of_small_sets_is_the_one_it_always_was():
-    """A run that an earlier version began goes on in the same order."""
+def test_the_order_of_small_sets_never_changes():
+    """So that runs of earlier versions can be continued."""
     indices, _ = samples_of(50, 50, 7, 2)
     assert np.array_equal(indices, np.random.default_rng([7, 2]).permutation(50))
 
 
-def test_order_of_a_large_set_is_not_held():
+def test_the_order_of_a_large_set_takes_no_memory():
     rows = 12_811_670
     tracemalloc.start()
     for step in range(rows // 256 - 2, rows // 256 + 2):  # into the second epoch
@@ -109,64 +110,26 @@ def test_order_of_a_large_set_is_not_held():
     assert peak < 1 << 20
 
 
-@pytest.mark.parametrize(("rows", "batch_size"), [(10, 3), (7, 7), (5, 16), (64, 16)])
-def test_every_row_comes_once_per_epoch(rows, batch_size):
-    steps = 4 * rows // math.gcd(rows, batch_size)
-    drawn = [samples_of(rows, batch_size, 3, step) for step in range(steps)]
-    indices, epochs = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
-    for epoch in range(epochs[-1] + 1):
-        assert sorted(indices[epochs == epoch]) == list(range(rows))
-    assert (np.diff(epochs) >= 0).all()
-    first, second = indices[epochs == 0], indices[epochs == 1]
-    assert rows < 6 or (first != second).any()
-
-
-def test_the_order_is_a_pure_function():
-    wanted = {step: samples_of(50, 16, 1, step) for step in range(40)}
-    for step in np.random.default_rng(0).permutation(40):  # out of order, and with caches of other runs between
-        samples_of(50, 16, 2, int(step))
-        assert all((a == b).all() for a, b in zip(samples_of(50, 16, 1, int(step)), wanted[step], strict=True))
-    assert any((wanted[step][0] != samples_of(50, 16, 2, step)[0]).any() for step in range(4))
-
-
-HELD = list(range(5))
-
-
-@pytest.mark.parametrize(
-    ("rows", "positions"),
-    [
-        ([3, 0, 3], [3, 0, 3]),
-        ([-1, 0, -5], [4, 0, 0]),
-        (np.array([2, 4], np.uint16), [2, 4]),
-        (torch.tensor([[1], [2]]), [1, 2]),
-        ([], []),
-        ([True, False, False, True, True], [0, 3, 4]),
-        (torch.tensor([False] * 5), []),
-        (slice(None), HELD),
-        (slice(-2, None), HELD[-2:]),
-        (slice(None, None, -2), HELD[::-2]),
-        (slice(9, 20), []),
-    ],
+@settings(deadline=None)
+@given(
+    st.one_of(st.slices(5), st.lists(st.integers(-5, 4)), st.lists(st.booleans(), min_size=5, max_size=5).map(np.array))
 )
-def test_positions_count_from_zero(rows, positions):
+def test_rows_are_indexed_as_in_numpy(rows):
+    index = rows if isinstance(rows, slice) or len(rows) else slice(0)
     found = positions_of(rows, 5)
-    assert found.dtype == np.int64 and found.tolist() == positions
+    assert found.dtype == np.int64 and np.array_equal(found, np.arange(5)[index])
+    if not isinstance(rows, slice):
+        assert np.array_equal(positions_of(torch.from_numpy(np.array(rows)), 5), found)
 
 
-@pytest.mark.parametrize("rows", [[True], [0.5], torch.ones(2), ["a"]])
-def test_other_numbers_than_whole_ones_are_refused(rows):
-    with pytest.raises(IndexError, match="^rows should be whole numbers, or a bool for each of 5$"):
-        positions_of(rows, 5)
-
-
-@pytest.mark.parametrize(("rows", "told"), [([5], "5 to 5"), ([0, -6], "-1 to 0")])
-def test_rows_that_are_not_there_are_refused(rows, told):
-    with pytest.raises(IndexError, match=f"^rows go from {told}; there are 5$"):
+@pytest.mark.parametrize("rows", [[True], [0.5], torch.ones(2), ["a"], [5], [0, -6]])
+def test_invalid_rows_are_refused(rows):
+    with pytest.raises(IndexError, match="5"):
         positions_of(rows, 5)
 
 
 def test_another_label_is_as_frequent_as_its_rows():
-    """Of classes with 10, 0, 30 and 60 rows; a class without rows is never drawn."""
+    """For classes with 10, 0, 30 and 60 rows; a class without rows is never drawn."""
     counts = torch.tensor([10, 0, 30, 60])
     rows = np.arange(30_000)
     draws = by_row(rows, rows * 0, 5, OTHER)
@@ -175,7 +138,7 @@ def test_another_label_is_as_frequent_as_its_rows():
         assert np.allclose(torch.bincount(found, minlength=4) / len(rows), shares, atol=0.012)
 
 
-def test_the_ends_of_the_interval_are_classes_too():
+def test_the_ends_of_the_interval_draw_classes():
     counts, almost = torch.tensor([2, 3]), np.array([0.0, np.nextafter(1, 0)])
     for own in (0, 1):
         assert other_labels(torch.tensor([own, own]), counts, almost).tolist() == [1 - own] * 2

@@ -1,4 +1,4 @@
-"""What is wrong in a JSON file is said in one line: the file, the field, what was found, what is allowed."""
+"""Invalid JSON is one error in one line: the file, the field, the value found, what is allowed."""
 
 import re
 from dataclasses import dataclass
@@ -6,18 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from pipelines.files import Bool, FieldError, Number, Text, Whole, validate
 from tokenizer.files import FormatError
 
 PATH = Path("folder/file.json")
-
-
-def even(value: int) -> int:
-    if value % 2:
-        raise ValueError("should be even")
-    return value
 
 
 @dataclass(frozen=True)
@@ -33,52 +27,49 @@ class Inner:
 class Outer(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    count: Annotated[Whole, Field(ge=1), AfterValidator(even)] = 2
+    count: Annotated[Whole, Field(ge=1)] = 2
     inner: Inner = Inner(0, 1)
     names: list[Text] = []
     flag: Bool = True
     numbers: dict[str, Number] = {}
-    more: Inner | None = None
 
 
 class Needy(BaseModel):
     wanted: Outer
 
 
-def test_what_is_right_comes_back_as_the_class():
+def test_valid_data_is_converted_to_the_class():
     found = validate(Outer, {"count": 4, "inner": {"low": 1, "high": 2.5}, "numbers": {"a": 3}}, PATH)
     assert found.count == 4 and found.inner == Inner(1.0, 2.5) and type(found.numbers["a"]) is float
     assert validate(Inner, {"low": 0, "high": 0, "unknown": 1}, PATH) == Inner(0.0, 0.0)
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("data", "field", "named"),
     [
-        ({"count": True}, "count: should be a whole number (found True)"),
-        ({"count": 2.0}, "count: should be a whole number (found 2.0)"),
-        ({"count": "2"}, "count: should be a whole number (found '2')"),
-        ({"count": 0}, "count: should be at least 1 (found 0)"),
-        ({"count": 3}, "count: should be even"),
-        ({"inner": None}, "inner: should be a mapping (found None)"),
-        ({"inner": {"low": 1}}, "inner.high: missing"),
-        ({"inner": {"low": True, "high": 2}}, "inner.low: should be a number (found True)"),
-        ({"inner": {"low": 3, "high": 2}}, "inner.high: should be above low"),
-        ({"more": {"low": 3, "high": 2}}, "more.high: should be above low"),
-        ({"names": "abc"}, "names: should be a list (found 'abc')"),
-        ({"names": ["a", 3]}, "names.1: should be text (found 3)"),
-        ({"flag": 1}, "flag: should be true or false (found 1)"),
-        ({"numbers": []}, "numbers: should be a mapping (found [])"),
-        ({"numbers": {"a\x1b[2J": None}}, r"numbers.a\x1b[2J: should be a number (found None)"),
-        ({"other": 1}, "other: no such field"),
+        ({"count": True}, "count", "True"),
+        ({"count": 2.0}, "count", "2.0"),
+        ({"count": "2"}, "count", "'2'"),
+        ({"count": 0}, "count", "at least 1"),
+        ({"count": "x" * 10_000}, "count", "xxx"),
+        ({"inner": None}, "inner", "a mapping"),
+        ({"inner": {"low": 1}}, "inner.high", "missing"),
+        ({"inner": {"low": True, "high": 2}}, "inner.low", "a number"),
+        ({"inner": {"low": 3, "high": 2}}, "inner.high", "above low"),
+        ({"names": "abc"}, "names", "a list"),
+        ({"names": ["a", 3]}, "names.1", "text"),
+        ({"flag": 1}, "flag", "true or false"),
+        ({"numbers": {"a\x1b[2J": None}}, r"numbers.a\x1b[2J", "None"),
+        ({"other": 1}, "other", "no such field"),
     ],
 )
-def test_the_first_thing_that_is_wrong_is_said_in_a_line(data, message):
-    with pytest.raises(FormatError) as found:
-        validate(Outer, data, PATH)
-    assert str(found.value) == f"{PATH}: {message}"
-    with pytest.raises(FormatError) as found:
-        validate(Needy, {"wanted": data}, PATH)
-    assert str(found.value) == f"{PATH}: wanted.{message}"
+def test_the_first_invalid_field_is_named_in_a_line(data, field, named):
+    for cls, content, prefix in ((Outer, data, ""), (Needy, {"wanted": data}, "wanted.")):
+        with pytest.raises(FormatError) as caught:
+            validate(cls, content, PATH)
+        message = str(caught.value)
+        assert message.startswith(f"{PATH}: {prefix}{field}: ") and named in message
+        assert message.isprintable() and len(message) < 200
 
 
 @dataclass(frozen=True)
@@ -92,19 +83,14 @@ class Ascending:
 
 
 @pytest.mark.parametrize(
-    ("cls", "data", "problem"),
+    ("cls", "data", "field"),
     [
-        (Ascending, {"scores": {"\ud800": [2, 1]}}, r"scores.\ud800: should ascend"),
-        (Ascending, {"scores": {"\n": [2, 1]}}, r"scores.\n: should ascend"),
-        (Inner, {"low": 0, "high": 1, "\ud800": 1}, "Input should be a valid string, unable to parse raw data"),
+        (Ascending, {"scores": {"\ud800": [2, 1]}}, r"scores.\ud800: "),
+        (Ascending, {"scores": {"\n": [2, 1]}}, r"scores.\n: "),
+        (Inner, {"low": 0, "high": 1, "\ud800": 1}, ""),
     ],
 )
-def test_half_of_a_character_is_told(cls, data, problem):
-    with pytest.raises(FormatError, match=re.escape(f"folder/file.json: {problem}")):
+def test_lone_surrogates_and_line_breaks_are_escaped(cls, data, field):
+    with pytest.raises(FormatError, match=re.escape(f"folder/file.json: {field}")) as caught:
         validate(cls, data, PATH)
-
-
-def test_a_long_value_is_cut():
-    with pytest.raises(FormatError) as found:
-        validate(Outer, {"count": "x" * 10_000}, PATH)
-    assert len(str(found.value)) < 200
+    assert str(caught.value).isprintable()

@@ -1,4 +1,4 @@
-"""Files, and files that go into a folder, are written whole or not at all.
+"""Files, alone or into a folder, are written atomically.
 
 Covers: pipelines/files.py.
 """
@@ -9,9 +9,7 @@ import errno
 import os
 import signal
 import stat
-import subprocess
-import sys
-import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +32,21 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.iterdir()}
 
 
-def test_a_new_folder_of_files_appears_as_a_whole(tmp_path):
-    with atomic_files(tmp_path / "out") as folder:
-        (folder / "a.csv").write_text("x")
-        assert not (tmp_path / "out").exists()
-    assert contents(tmp_path / "out") == {"a.csv": "x"} and len(list(tmp_path.iterdir())) == 1
-
-
-def test_no_file_is_replaced_if_one_of_them_may_not_be(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "b.csv").write_text("mine")
+def test_all_files_are_written_or_none(tmp_path):
+    out = tmp_path / "out"
+    with atomic_files(out) as folder:
+        (folder / "b.csv").write_text("mine")
+        assert not out.exists()
     with pytest.raises(PathError, match=r"b\.csv"):
-        write_both(tmp_path / "out", "new")
-    (tmp_path / "out" / "b.csv").unlink()
-    (tmp_path / "out" / "b.csv").mkdir()
+        write_both(out, "new")
+    (out / "b.csv").unlink()
+    (out / "b.csv").mkdir()
     with pytest.raises(PathError, match=r"b\.csv"):
-        write_both(tmp_path / "out", "new", overwrite=True)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["b.csv"] and len(list(tmp_path.iterdir())) == 1
+        write_both(out, "new", overwrite=True)
+    assert [path.name for path in out.iterdir()] == ["b.csv"] and len(list(tmp_path.iterdir())) == 1
 
 
-def test_an_error_leaves_what_was_there(tmp_path):
+def test_an_error_leaves_the_old_files(tmp_path):
     write_both(tmp_path / "out", "old")
     (tmp_path / "a.txt").write_text("old")
     for error in (KeyboardInterrupt, OSError):
@@ -67,45 +60,54 @@ def test_an_error_leaves_what_was_there(tmp_path):
     assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
 
 
-KILLED = """
-    import os, signal, sys
-    from pathlib import Path
-    from pipelines.files import atomic_file, atomic_files
-    calls, last = [], int(sys.argv[2])
+NEW = "new" * 1000
+
+
+def write_all(root: Path) -> None:
+    with atomic_file(root / "one.csv", overwrite=True) as path:
+        path.write_text(NEW)
+    for name in ("there", "new"):
+        write_both(root / name, NEW, overwrite=True)
+
+
+def write_and_die(root: Path, last: int) -> None:
+    """Write everything; die of SIGKILL at the last of these calls that change the disk, or exit."""
+    calls = []
 
     def counted(call):
-        def count(*paths, **options):
+        def count(*arguments, **options):
             calls.append(call)
             if len(calls) == last:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return call(*paths, **options)
+            return call(*arguments, **options)
+
         return count
 
-    os.fsync, Path.replace, Path.rename = counted(os.fsync), counted(Path.replace), counted(Path.rename)
-    with atomic_file(Path(sys.argv[1]) / "one.csv", overwrite=True) as path:
-        path.write_text("new" * 1000)
-    for name in ("there", "new"):
-        with atomic_files(Path(sys.argv[1]) / name, overwrite=True) as folder:
-            for file in ("a.csv", "b.csv"):
-                (folder / file).write_text("new" * 1000)
-"""
+    try:
+        os.fsync, Path.replace, Path.rename = counted(os.fsync), counted(Path.replace), counted(Path.rename)
+        write_all(root)
+        os._exit(0)
+    finally:
+        os._exit(1)
 
 
-def test_kill_leaves_each_file_old_or_new(tmp_path):
-    """At each call by which something reaches the disk; and the same command ends it, whatever was left."""
+def test_a_kill_leaves_each_file_old_or_new(tmp_path):
+    """At each call that changes the disk; and the same command then completes."""
     for last in range(1, 100):
         root = tmp_path / str(last)
         (root / "there").mkdir(parents=True)
         for path in (root / "one.csv", root / "there" / "a.csv", root / "there" / "mine.txt"):
             path.write_text("old")
-        command = [sys.executable, "-c", textwrap.dedent(KILLED), str(root)]
-        code = subprocess.run([*command, str(last)]).returncode
+        with warnings.catch_warnings(action="ignore"):  # of threads, which the child does not use
+            child = os.fork()
+        if child == 0:
+            write_and_die(root, last)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         found = {path.read_text() for path in root.rglob("*.csv") if ".tmp-" not in str(path)}
-        assert found <= {"old", "new" * 1000} and (root / "there" / "mine.txt").read_text() == "old"
+        assert found <= {"old", NEW} and (root / "there" / "mine.txt").read_text() == "old"
         assert not (root / "new").exists() or len(list((root / "new").iterdir())) == 2
-        if last % 5 == 1:
-            assert subprocess.run([*command, "0"]).returncode == 0
-            assert {path.read_text() for path in root.rglob("*.csv") if ".tmp-" not in str(path)} == {"new" * 1000}
+        write_all(root)
+        assert {path.read_text() for path in root.rglob("*.csv") if ".tmp-" not in str(path)} == {NEW}
         if code == 0:
             break
         assert code == -signal.SIGKILL
@@ -114,9 +116,8 @@ def test_kill_leaves_each_file_old_or_new(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["", ".png"])
 @pytest.mark.parametrize("letter", ["a", "ü"])
-def test_whatever_name_a_file_can_have_it_can_be_written_by(tmp_path, letter, suffix):
-    """While it is made it has a longer one, which its own is cut for; one that is too long is refused before the
-    work."""
+def test_the_longest_file_names_can_be_written(tmp_path, letter, suffix):
+    """Temporary names are cut; a name that is too long is refused before the work."""
     longest = letter * ((255 - len(suffix)) // len(os.fsencode(letter))) + suffix
     for overwrite in (False, True):
         with atomic_file(tmp_path / longest, overwrite=overwrite) as file:
@@ -128,13 +129,13 @@ def test_whatever_name_a_file_can_have_it_can_be_written_by(tmp_path, letter, su
     write_both(tmp_path / longest, "x")
     assert [path.name for path in tmp_path.iterdir()] == [longest]
     out = Output(tmp_path / (letter * 256))
-    for refuse in (out.check_file, lambda: out.check_files(["a"]), lambda: out.check_folder(None)):
+    for check in (out.check_file, lambda: out.check_files(["a"]), lambda: out.check_folder(None)):
         with pytest.raises(UserError, match=rf"^out: {out.path}"):
-            refuse()
+            check()
 
 
-def test_file_systems_that_keep_no_modes_and_do_not_fsync_folders_will_do(tmp_path, monkeypatch):
-    """Those of shared folders of virtual machines and Windows; a file that cannot be fsynced is an error."""
+def test_file_systems_without_modes_and_fsync_of_folders_are_supported(tmp_path, monkeypatch):
+    """Such as shared folders of virtual machines; failing to fsync a file is an error."""
 
     def chmod(path, *_, **__):
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
@@ -154,7 +155,7 @@ def test_file_systems_that_keep_no_modes_and_do_not_fsync_folders_will_do(tmp_pa
         file.write_text("x")
 
 
-def test_a_full_disk_is_a_mistake_of_the_key_and_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_of_the_key_and_leaves_the_old_file(tmp_path, monkeypatch):
     (tmp_path / "a.csv").write_text("before")
 
     def full(path):
@@ -167,7 +168,7 @@ def test_a_full_disk_is_a_mistake_of_the_key_and_leaves_what_was_there(tmp_path,
     assert contents(tmp_path) == {"a.csv": "before"}
 
 
-def test_a_file_that_is_not_replaced_leaves_nothing_and_is_named(tmp_path, monkeypatch):
+def test_a_failed_replacement_leaves_the_old_file_and_names_it(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text("before")
     for error in (KeyboardInterrupt(), OSError(errno.EROFS, os.strerror(errno.EROFS))):
 
@@ -185,7 +186,7 @@ def test_a_file_that_is_not_replaced_leaves_nothing_and_is_named(tmp_path, monke
 
 
 @pytest.mark.parametrize("how", ["is", "holds", "lies in", "hard link", "link", "by a link"])
-def test_an_output_is_no_input(tmp_path, how):
+def test_an_output_cannot_be_an_input(tmp_path, how):
     (tmp_path / "data" / "inner").mkdir(parents=True)
     (tmp_path / "data" / "inner" / "a.png").write_text("x")
     (tmp_path / "link").symlink_to("data")
@@ -211,7 +212,7 @@ def test_an_output_is_no_input(tmp_path, how):
     Output(tmp_path / "data2", [source], overwrite=True).check_folder(None)
 
 
-def test_a_file_has_a_suffix_that_can_be_written():
+def test_the_suffix_of_a_file_must_be_allowed():
     with pytest.raises(UserError, match=r"^out: 'a\.txt'"):
         Output("a.txt").check_file([".png"])
     Output("a.PNG").check_file([".png"])

@@ -1,11 +1,11 @@
-"""Shared by the tests of images: caches of their own."""
+"""Fixtures of the tests of images."""
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def private_caches(tmp_path_factory, monkeypatch) -> None:
-    """Neither indices nor copies of tables in the user's cache."""
+    """Keep copies of tables out of the user's cache."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from givens.image_files import Row, identities, load, rows_of, write_shards
-from givens.image_folders import BAD, config, write_image
+from givens.image_folders import BAD, config, write_image, write_table
 
 from pipelines.config import UserError
 from pipelines.images import decoding, load_images
@@ -30,7 +29,7 @@ OPTIONS = {"held_out": "test", "validation_fraction": 0}
 
 
 def write_source(folder: Path, kind: str, damage: str) -> None:
-    """40 good images and three that are damaged, which are 4, 17 and 40 of `train`, and some of `test`."""
+    """Write 40 good and three damaged images in `train`, and four good ones in `test`."""
     rows: list[Row] = rows_of(GOOD)
     for place in (4, 17, 40):
         rows.insert(place, (f"{place:05d}x", BAD[damage][0], place % 3))
@@ -47,7 +46,7 @@ def write_source(folder: Path, kind: str, damage: str) -> None:
 
 
 def read_stream(train: Any, count: int) -> torch.Tensor:
-    """So many images of a stream, in steps of four."""
+    """Return the next `count` images of a stream, in steps of four."""
     return torch.cat([train.raw_batch(train.samples(4, 0, k)[0], 0, 0)[0] for k in range(count // 4)])
 
 
@@ -77,7 +76,7 @@ def test_damaged_images_end_the_run_or_are_left_out(tmp_path, capsys, kind, dama
 
 
 def test_a_bad_image_of_a_stream_is_listed_once(tmp_path):
-    """It comes in every epoch, and among the first images, which are read twice."""
+    """It recurs in every epoch, and among the first images, which are read twice."""
     write_source(tmp_path, "tar stream", "text")
     train = load(tmp_path, on_error="skip", max_bad_fraction=0.5, streaming=True, **OPTIONS).train
     train.examples(20, 0)
@@ -85,7 +84,7 @@ def test_a_bad_image_of_a_stream_is_listed_once(tmp_path):
     assert len(train.bad) == len({image.path for image in train.bad}) == 3
 
 
-def test_a_stream_of_bad_images_alone_ends(tmp_path):
+def test_a_stream_of_only_bad_images_ends(tmp_path):
     rows = [(key, b"not an image", label) for key, _, label in rows_of(6)]
     write_shards(tmp_path, "tar", rows, 2)
     write_shards(tmp_path, "tar", rows_of(4), 1, split="test")
@@ -94,17 +93,33 @@ def test_a_stream_of_bad_images_alone_ends(tmp_path):
         train.examples(4, 0)
 
 
+def test_too_many_bad_images_end_the_run(tmp_path, capsys, monkeypatch):
+    write_source(tmp_path, "folder", "empty")  # 3 of 47
+    with pytest.raises(UserError, match=r"max_bad_fraction=0.06") as caught:
+        load_images(config(tmp_path, on_error="skip", max_bad_fraction=0.06, **OPTIONS))
+    assert "3 of 47" in str(caught.value) and str(caught.value).count("x.png: ") == 3
+    monkeypatch.setenv("RANK", "1")
+    load_images(config(tmp_path, on_error="skip", max_bad_fraction=0.07, **OPTIONS))
+    assert capsys.readouterr().err == ""  # only rank 0 warns
+
+
+def test_a_split_of_only_bad_images_ends_the_run(tmp_path):
+    write_table(tmp_path / "a.parquet", [b"not an image"] * 3, [0, 1, 2])
+    with pytest.raises(UserError, match="^3 of 3 images"):
+        load_images(config(tmp_path / "a.parquet", on_error="skip", max_bad_fraction=1))
+
+
 def test_too_many_bad_images_end_a_stream(tmp_path, monkeypatch):
     monkeypatch.setattr("pipelines.images.streaming.FEW", 30)
     write_source(tmp_path, "tar stream", "text")
     train = load(tmp_path, on_error="skip", max_bad_fraction=0.05, streaming=True, **OPTIONS).train
-    with pytest.raises(UserError, match=r"of \d+ images so far.*max_bad_fraction=0.05(.|\n)*not an image"):
+    with pytest.raises(UserError, match="max_bad_fraction=0.05"):
         read_stream(train, 80)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_what_is_no_file_is_a_bad_image_and_not_waited_for(tmp_path, monkeypatch, streaming):
-    """A FIFO never ends, and a file may be larger than memory; a link is followed, if it leads anywhere."""
+def test_pipes_broken_links_and_huge_files_are_bad_images(tmp_path, monkeypatch, streaming):
+    """Reading a pipe never ends, and a file may be larger than memory."""
     monkeypatch.setattr("pipelines.images.decoding.MAX_FILE", 2000)
     for key, data, _ in rows_of(8):
         write_image(tmp_path / f"{key}.png", data)
@@ -113,14 +128,11 @@ def test_what_is_no_file_is_a_bad_image_and_not_waited_for(tmp_path, monkeypatch
     (tmp_path / "huge.png").write_bytes(bytes(2001))
     options = {"on_error": "skip", "max_bad_fraction": 1, "held_out_fraction": 0.4, "streaming": streaming}
     splits = load_images(config(tmp_path, **options))
-    assert {(Path(image.path).name, image.reason) for part in splits.by_name().values() for image in part.bad} == {
-        ("fifo.png", "no such file, or not a regular one"),
-        ("gone.png", "no such file, or not a regular one"),
-        ("huge.png", "a file of more than 2000 bytes"),
-    }
+    reasons = {Path(bad.path).name: bad.reason for part in splits.by_name().values() for bad in part.bad}
+    assert sorted(reasons) == ["fifo.png", "gone.png", "huge.png"] and "2000" in reasons["huge.png"]
 
 
-def test_a_folder_of_files_that_is_not_checked_names_a_bad_image_when_it_is_read(tmp_path):
+def test_an_unchecked_folder_names_a_bad_image_on_access(tmp_path):
     write_source(tmp_path, "folder", "text")
     train = load_images(config(tmp_path, streaming=True, **OPTIONS)).train
     with pytest.raises(UserError, match=r"x\.png: not an image"):
@@ -128,7 +140,7 @@ def test_a_folder_of_files_that_is_not_checked_names_a_bad_image_when_it_is_read
 
 
 class Group:
-    """A group of processes, each of them a thread, as `torch.distributed` shows it."""
+    """A stand-in for `torch.distributed`, whose processes are threads."""
 
     def __init__(self, size: int) -> None:
         self.size, self.barrier, self.values = size, threading.Barrier(size, timeout=30), [None] * size
@@ -150,7 +162,7 @@ class Group:
         self.barrier.wait()
 
     def run(self, act: Any) -> list[Any]:
-        """Return what `act` returns to each."""
+        """Return the result of `act` on each process."""
 
         def work(rank: int) -> Any:
             self.local.rank = rank
@@ -160,10 +172,10 @@ class Group:
             return list(pool.map(work, range(self.size)))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("cache_mb", [0, 100])
-def test_processes_share_the_check_of_what_they_cannot_keep(tmp_path, monkeypatch, size, cache_mb):
-    """All of them know of every bad image, and each image is decoded by one of them; what they keep, by each."""
+def test_processes_share_the_check_of_images_that_they_do_not_keep(tmp_path, monkeypatch, size, cache_mb):
+    """Each image is decoded by one process, or by all if they keep it; all processes list all bad images."""
     write_source(tmp_path, "folder", "text")
     data = config(tmp_path, on_error="skip", max_bad_fraction=1, cache_mb=cache_mb, **OPTIONS)
     alone, checked, group = load_images(data), list[int](), Group(size)
@@ -176,14 +188,10 @@ def test_processes_share_the_check_of_what_they_cannot_keep(tmp_path, monkeypatc
             other = alone.by_name()[name]
             assert part.bad == other.bad and np.array_equal(part._positions, other._positions)
             assert torch.equal(part.pixels(range(len(part))), other.pixels(range(len(other))))
-    times = Counter(checked)
-    assert sum(times.values()) == (size if cache_mb else 1) * (GOOD + 3 + 4)
-    checked.clear()
-    group.run(lambda: load_images(data))  # each for itself
-    assert sum(Counter(checked).values()) == size * (GOOD + 3 + 4)
+    assert len(checked) == (size if cache_mb else 1) * (GOOD + 3 + 4)
 
 
-def test_a_name_forges_no_line_and_a_full_disk_ends_nothing(tmp_path, capsys):
+def test_names_are_escaped_and_a_list_that_cannot_be_written_is_a_warning(tmp_path, capsys):
     assert list_bad([BadImage("a\nerror: forged\x1b[2J.png", 0, "the file is empty")]) == (
         "\n  a\\nerror: forged\\x1b[2J.png: the file is empty"
     )

@@ -1,83 +1,107 @@
-"""Grids of images: where each image stands, and what is written over it."""
+"""Grids of images: where each image lies, and the names drawn above it."""
 
 from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipelines.images import grids
-from pipelines.images.grids import BAND, PADDING, class_grid, plain, written
+from pipelines.images.grids import BAND, PADDING, choose_font, class_grid, draw_name, find_font
+
+SIDE = 28
+CELL = 2 * SIDE  # after enlarging
 
 
-def coloured(count, side=28, channels=1):
-    """Images of one colour each, which says which they are."""
-    return np.stack([np.full((side, side, channels), 10 + 3 * k, np.uint8) for k in range(count)])
+def grey_images(count, channels=1):
+    """Images of one grey level each, which identifies them."""
+    return np.stack([np.full((SIDE, SIDE, channels), 10 + 3 * k, np.uint8) for k in range(count)])
 
 
-def places(grid, count):
-    """The place (y, x) of each image: letters have greys, too, but no block of them."""
+def positions(grid, count):
+    """The position (y, x) of each of `grey_images`."""
     found = []
     for k in range(count):
-        same = (grid == 10 + 3 * k).all(-1)
-        at = np.argwhere(same)
-        found.append(next((int(y), int(x)) for y, x in at if same[y : y + 28, x : x + 28].sum() == 28 * 28))
+        corners = np.argwhere((grid == 10 + 3 * k).all(-1))
+        blocks = (grid[y : y + SIDE, x : x + SIDE] for y, x in corners)  # letters have greys, but no block of them
+        found.append(next(tuple(c) for c, b in zip(corners, blocks, strict=True) if (b == 10 + 3 * k).all()))
     return found
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_each_class_has_a_column_and_its_name_is_on_top(channels, monkeypatch):
-    texts = []
-    monkeypatch.setattr(grids, "written", lambda name, width: texts.append(name) or written(name, width))
-    grid = class_grid(coloured(7, channels=channels), ["cat", "dog", "eel", "dog", "dog", "cat", "cat"])
-    at = places(grid, 7)
-    assert grid.dtype == np.uint8 and grid.shape[2] == 3 and texts == ["cat", "dog", "eel"]
-    columns = {x: [k for k, place in enumerate(at) if place[1] == x] for x in sorted({x for _, x in at})}
-    assert list(columns.values()) == [[0, 5, 6], [1, 3, 4], [2]]
-    assert all(list(map(at.__getitem__, ks)) == sorted(at[k] for k in ks) for ks in columns.values())
-    assert min(y for y, _ in at) == BAND + PADDING
-    for name, x in zip(["cat", "dog", "eel"], columns, strict=True):
-        assert np.array_equal(grid[:BAND, x : x + 56], written(name, 56))
+def test_each_class_has_a_column_below_its_name(channels):
+    names = ["cat", "dog", "eel", "dog", "dog", "cat", "cat"]
+    grid = class_grid(grey_images(7, channels), names)
+    columns = {"cat": [0, 5, 6], "dog": [1, 3, 4], "eel": [2]}
+    for column, (name, images) in enumerate(columns.items()):
+        x = PADDING + column * (CELL + PADDING)
+        assert np.array_equal(grid[:BAND, x : x + CELL], draw_name(name, CELL))
+        for row, image in enumerate(images):
+            assert positions(grid, 7)[image] == (BAND + PADDING + row * (CELL + PADDING), x)
 
 
-def test_each_image_has_its_name_where_no_column_is_of_one_class():
+def test_each_image_has_its_name_if_a_column_mixes_classes():
     names = ["cat", "dog", "eel", "dog"]
-    grid = class_grid(coloured(4), names, 3)
-    at = places(grid, 4)
-    assert [y for y, _ in at] == [at[0][0]] * 3 + [at[3][0]] and at[3][1] == at[0][1]
-    for name, (y, x) in zip(names, at, strict=True):
-        assert np.array_equal(grid[y - BAND : y, x : x + 56], written(name, 56))
+    grid = class_grid(grey_images(4), names, 3)
+    places = positions(grid, 4)
+    assert places[0][0] == places[2][0] < places[3][0] and places[3][1] == places[0][1]
+    for name, (y, x) in zip(names, places, strict=True):
+        assert np.array_equal(grid[y - BAND : y, x : x + CELL], draw_name(name, CELL))
 
 
-def test_a_number_of_columns_that_classes_fill_has_heads():
-    names = [*"abab"]
-    assert np.array_equal(class_grid(coloured(4), names, 2), class_grid(coloured(4), names))
-    many = [str(k) for k in range(21)]
-    at = places(class_grid(coloured(21), many), 21)
-    assert len({x for _, x in at}) == 16 and [y for y, _ in at[:16]] == [at[0][0]] * 16
-    assert len({x for _, x in places(class_grid(coloured(20), many[:20]), 20)}) == 20
+def test_more_than_twenty_classes_share_sixteen_columns():
+    for count, columns in ((20, 20), (21, 16)):
+        places = positions(class_grid(grey_images(count), [str(k) for k in range(count)]), count)
+        assert len({x for _, x in places}) == columns
+    assert np.array_equal(class_grid(grey_images(4), [*"abab"], 2), class_grid(grey_images(4), [*"abab"]))
 
 
-@pytest.mark.parametrize("names", [None, ["a", "b", "a", "b"], ["a"] * 4])
-def test_nothing_is_written_unless_it_is_to_be(names, monkeypatch):
-    monkeypatch.setattr(grids, "written", lambda *_: pytest.fail("written"))
-    grid = class_grid(coloured(4), names, captions=False)
-    assert places(grid, 4)[0] == (PADDING, PADDING)
-    assert len({x for _, x in places(grid, 4)}) == (2 if names and "b" in names else 4)
+@pytest.mark.parametrize(("names", "columns"), [(None, 4), (["a", "b", "a", "b"], 2), (["a"] * 4, 4)])
+def test_no_names_without_captions(names, columns):
+    places = positions(class_grid(grey_images(4), names, captions=False), 4)
+    assert places[0] == (PADDING, PADDING) and len({x for _, x in places}) == columns
 
 
-def test_small_images_grow_until_a_name_fits_and_large_ones_stay():
+def test_small_images_are_enlarged_until_names_fit_and_long_names_are_cut():
     for side, name, width in ((28, "cat", 56), (28, "ankle boot", 84), (28, "x" * 60, 112), (128, "x" * 60, 128)):
-        grid = class_grid(coloured(2, side), [name, "b"])
-        assert grid.shape[1] == PADDING + 2 * (width + PADDING), (side, name)
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 3), dtype=np.uint8)
-    grid = class_grid(pixels, ["a", "b"])
-    assert np.array_equal(grid[BAND + PADDING : BAND + PADDING + 56 : 2, PADDING : PADDING + 56 : 2], pixels[0])
+        assert class_grid(np.zeros((1, side, side, 1), np.uint8), [name]).shape[1] == width + 2 * PADDING, name
+    band = draw_name("x" * 60, 56)
+    assert band.shape == (BAND, 56, 3) and (band[:, [0, -1]] == 255).all() and (band < 128).any()
 
 
-def test_names_are_cut_and_lose_accents():
-    assert plain("Äé ñ") == "Ae n"
-    band = written("a name that is much too long", 56)
-    assert band.shape == (BAND, 56, 3) and not np.array_equal(band, written("a name", 56))
-    assert (band == 255).any() and (band < 128).any()
-    assert np.array_equal(written("", 56), np.full((BAND, 56, 3), 255, np.uint8))
-    assert not np.array_equal(written("cat", 56), written("dog", 56))
+# Letters
+
+
+@pytest.fixture
+def fonts(monkeypatch):
+    """A list of installed fonts for names that DejaVu Sans cannot draw; the test fills it."""
+    found = []
+    monkeypatch.setattr(grids, "find_font", lambda text: found[0] if found else None)
+    choose_font.cache_clear()
+    yield found
+    choose_font.cache_clear()
+
+
+def draws_missing_glyph(name):
+    """Whether a letter of the name is drawn like a code point that no font has."""
+    text, font = choose_font(name)
+    box = bytes(font.getmask("\U000fffff"))
+    return any(bytes(font.getmask(letter)) == box for letter in text)
+
+
+@pytest.mark.parametrize("name", ["кошка", "Münzen", "ankle boot", "Ελληνικά", "cafe\u0301"])
+def test_latin_greek_and_cyrillic_names_are_drawn_with_their_letters(name, fonts):
+    assert choose_font(name)[0] == unicodedata.normalize("NFC", name) and not draws_missing_glyph(name)
+
+
+def test_a_letter_without_a_glyph_becomes_a_question_mark(fonts):
+    assert choose_font("космос 宇宙")[0] == "космос ??" and not draws_missing_glyph("космос 宇宙")
+
+
+def test_other_scripts_are_drawn_in_an_installed_font(fonts):
+    fonts.append(find_font("cat"))
+    text, font = choose_font("宇宙")
+    assert text == "宇宙" and Path(font.path) == fonts[0]
+    assert find_font("\U000fffff") is None  # matplotlib's font of boxes for every code point does not count

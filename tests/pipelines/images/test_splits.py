@@ -1,14 +1,16 @@
-"""Which images are trained on, which are kept for validation, and which are held out."""
+"""Splits: which images are trained on, used for validation, and held out.
+
+Covers: pipelines/images/unseen.py.
+"""
 
 import os
 from itertools import product
 
 import numpy as np
 import pytest
-import torch
 from givens.image_files import noise, rows_of, write_shards
 from givens.image_folders import PNGS, bytes_of_each, config, write_folder, write_image, write_splits, write_table
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from optional import needs_digits
 
@@ -17,96 +19,169 @@ from pipelines.images import DataConfig, load_images
 from pipelines.images.dataset import carve, validation_count
 from pipelines.images.unseen import require_unseen
 
-# A part of one split
+
+def images_by_split(settings):
+    """The images of each split, as bytes."""
+    return {name: bytes_of_each(part) for name, part in load_images(settings).by_name().items()}
 
 
-def test_held_out_part_is_carved_out_deterministically(tmp_path):
-    write_folder(tmp_path, count=25)
-    first, again = (load_images(config(tmp_path, held_out_fraction=0.2)) for _ in range(2))
-    assert (len(first.train), len(first.held_out)) == (40, 10)
-    for part in ("train", "held_out"):
-        a, b = getattr(first, part), getattr(again, part)
-        assert torch.equal(a.pixels(range(len(a))), b.pixels(range(len(b)))) and torch.equal(a.labels, b.labels)
-    everything = torch.cat([part.pixels(range(len(part))) for part in (first.train, first.held_out)])
-    assert len({image.numpy().tobytes() for image in everything}) == 50
-    assert len(load_images(config(tmp_path, limit=7)).train) == 7
+# Parts of one split
 
 
-# Which splits
+@settings(deadline=None)
+@given(st.data())
+def test_parts_are_a_stable_partition(data):
+    """No part depends on the size of another, and each added image moves at most one other image."""
+    size = data.draw(st.integers(1, 300))
+    held_out, validation = (data.draw(st.integers(0, size)) for _ in range(2))
+    parts = carve(size, held_out, validation)
+    assert list(parts) == ["train", "validation", "held_out"]
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(size))
+    assert all(np.array_equal(part, np.sort(part)) for part in parts.values())
+    assert np.array_equal(parts["held_out"], carve(size, held_out, 0)["held_out"])
+    if held_out + validation <= size:
+        assert np.array_equal(parts["validation"], carve(size, 0, validation)["validation"])
+        assert set(parts["validation"]) <= set(carve(size, 0, min(size, validation + 1))["validation"])
+    added = data.draw(st.integers(0, 20))
+    for name, part in carve(size + added, held_out, validation).items():
+        if name != "train" and held_out + validation <= size:
+            assert len(set(parts[name]) - set(part)) <= added
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "validation", "dev"])
-def test_a_folder_for_validation_is_held_out_where_there_is_none_for_testing(tmp_path, capsys, name):
-    splits = load_images(config(write_splits(tmp_path, "train", name)))
-    assert (len(splits.train), len(splits.held_out)) == (10, 3)
-    told = capsys.readouterr().err
-    assert told == f"data.held_out: {tmp_path}: there is no 'test', so '{name}' is held out\n"
-    load_images(config(tmp_path, held_out=name))
-    assert capsys.readouterr().err == ""  # as was asked
+@pytest.mark.parametrize(
+    ("size", "fraction", "expected"),
+    [
+        (4000, None, 200),
+        (1_281_167, None, 2000),
+        (200, None, 10),
+        (180, None, 0),
+        (60_000, 0.1, 6000),
+        (7, 0.01, 1),
+        (7, 0.0, 0),
+    ],
+)
+def test_number_of_validation_images(size, fraction, expected):
+    assert validation_count(size, fraction) == expected
 
 
-DIVISIONS = [
-    {},
-    {"validation_fraction": 0.0},
-    {"validation_fraction": 0.2},
-    {"validation_fraction": 0.5},
-    {"held_out": "test"},
-    {"held_out": "test", "held_out_fraction": 0.4, "validation_fraction": 0.3},
-    {"held_out": "more"},
-    {"held_out": "val"},
-    {"held_out": "train", "split": "val"},
-    {"split": "more", "held_out": "val", "validation_fraction": 0.5},
-    {"limit": 5},
-    {"limit": 5, "validation_fraction": 0.5},
-]
+@needs_digits
+def test_digits_are_stratified_and_their_validation_images_come_from_the_training_split():
+    every = images_by_split(DataConfig(validation_fraction=0))
+    splits = load_images(DataConfig())
+    parts = {name: bytes_of_each(part) for name, part in splits.by_name().items()}
+    assert {name: len(part) for name, part in parts.items()} == {"train": 3800, "validation": 200, "held_out": 1000}
+    assert sorted(parts["train"] + parts["validation"]) == sorted(every["train"])
+    assert len(set().union(*parts.values())) == 5000 and parts["held_out"] == every["held_out"]
+    assert splits.held_out.labels.bincount().tolist() == [100] * 10 and splits.validation.labels.bincount().min() > 5
+    limited = images_by_split(DataConfig(limit=30, augment={"shift": 2}))  # the first of the same images
+    assert limited["validation"] == parts["validation"][:30] and limited["train"] == parts["train"][:30]
 
 
-@pytest.mark.parametrize("part", ["validation", "held_out"])
-def test_images_that_were_trained_on_are_not_taken_for_new_ones(tmp_path, capsys, part):
-    """Whichever settings divide them: refused are exactly the divisions that share an image with the training split."""
-    for seed, (name, count) in enumerate((("train", 30), ("val", 12), ("more", 10))):
-        for k in range(count):
-            write_image(tmp_path / f"{name}/{k:02}.png", noise(12, 12, seed=100 * seed + k))
-    settings = [config(tmp_path, **options) for options in DIVISIONS]
-    loaded = [
-        {name: bytes_of_each(images) for name, images in load_images(each).by_name().items()} for each in settings
+def test_validation_images_do_not_depend_on_the_held_out_ones(tmp_path):
+    write_splits(tmp_path, "train", "test")
+    found = [
+        images_by_split(config(tmp_path, validation_fraction=0.2, **options))["validation"]
+        for options in ({}, {"held_out": "test"}, {"limit": 5})
     ]
-    again = [config(f"{tmp_path}/../{tmp_path.name}", **options) for options in DIVISIONS]
-    capsys.readouterr()
-    refused = 0
-    for (then, before), (now, after) in product(zip(settings, loaded, strict=True), zip(again, loaded, strict=True)):
-        images = after.get(part, [])
-        if seen := len(set(before["train"]).intersection(images)):
-            told = rf"^data\..*: {seen} of these {len(images)} {part.replace('_', '-')} images were trained on"
-            with pytest.raises(UserError, match=told):
-                require_unseen(now, then, part)
-            refused += 1
-        else:
-            require_unseen(now, then, part)
-    assert 10 < refused < 100 and capsys.readouterr().err == ""
-    now = config(tmp_path, split="val", held_out="train", validation_fraction=0.5)
-    for unknown in (None, config(tmp_path / "elsewhere")):
-        require_unseen(now, unknown, part)
+    (tmp_path / "test").rename(tmp_path / "other")
+    found.append(images_by_split(config(tmp_path, validation_fraction=0.2))["validation"])
+    assert len(found[0]) == 2 and found[1:] == [found[0]] * 3
+    assert load_images(config(tmp_path)).validation is None  # ten images are too few
 
 
-def test_a_stream_is_divided_by_its_files_and_nothing_else_is_called_new(tmp_path):
-    write_shards(tmp_path, "parquet", rows_of(40), 4)
-    stream, copied = (config(tmp_path, streaming=streaming) for streaming in (True, False))
-    for now, then in ((stream, copied), (copied, stream)):
-        for part in ("validation", "held_out"):
-            with pytest.raises(UserError, match="^data.streaming: some of these "):
-                require_unseen(now, then, part)
-        require_unseen(now, now, "held_out")
-    write_shards(tmp_path, "parquet", rows_of(4), 1, split="test")
-    for now, then in ((stream, copied), (copied, stream)):
-        require_unseen(now, then, "held_out")
+def test_too_few_images_to_divide_are_refused(tmp_path):
+    write_image(tmp_path / "a.png", noise(12, 12))
+    with pytest.raises(UserError, match="'train'"):
+        load_images(config(tmp_path))
+    write_image(tmp_path / "b.png", noise(12, 12))
+    with pytest.raises(UserError, match="'train'"):
+        load_images(config(tmp_path, validation_fraction=0.95))
+
+
+# Several splits
+
+
+@pytest.mark.parametrize(
+    ("folders", "options", "sizes", "noted"),
+    [
+        (("train", "test"), {}, (10, 3), []),
+        (("train", "test", "val"), {}, (10, 3), ["'test' is held out", "val"]),
+        (("train", "test", "val"), {"held_out": "val"}, (10, 4), []),
+        *((("train", name), {}, (10, 3), [f"'{name}' is held out"]) for name in ("val", "valid", "validation", "dev")),
+        (("train", "val", "dev"), {}, (9, 1), ["10% of 'train' is held out", "val, dev"]),
+        (("train", "val", "testing"), {}, (10, 3), ["'val' is held out", "testing"]),
+        (("train", "val"), {"held_out": "test"}, (9, 1), ["10% of 'train' is held out", "val"]),
+        (("val", "train"), {"split": "val"}, (9, 1), ["10% of 'val' is held out", "train"]),
+        (("test", "train"), {"split": "test"}, (9, 1), ["10% of 'test' is held out", "train"]),
+        (("train", "holdout"), {}, (9, 1), ["10% of 'train' is held out", "holdout"]),
+        (("train", "holdout"), {"held_out": "holdout"}, (10, 3), []),
+        (("my-split", "val"), {"split": "my-split"}, (10, 3), ["'val' is held out"]),
+    ],
+)
+def test_unusual_choices_and_unused_splits_are_noted(tmp_path, capsys, monkeypatch, folders, options, sizes, noted):
+    splits = load_images(config(write_splits(tmp_path, *folders), **options))
+    assert (len(splits.train), len(splits.held_out)) == sizes
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(noted) and all(each in lines[0] for each in noted)
+    assert ("not used: " in "".join(lines)) == (len(noted) == 2)
+    monkeypatch.setenv("RANK", "1")
+    load_images(config(tmp_path, **options))
+    assert capsys.readouterr().err == ""  # only the first process prints
+
+
+@pytest.mark.parametrize("classes", [("cat", "dog"), ("val", "dev"), ("valid", "training"), ("validation", "apple")])
+def test_classes_may_be_named_like_splits(tmp_path, capsys, classes):
+    write_folder(tmp_path, classes=classes)
+    splits = load_images(config(tmp_path))
+    assert splits.train.class_names == sorted(classes) and (len(splits.train), len(splits.held_out)) == (36, 4)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("folders", "options", "named"),
+    [
+        (("train", "val"), {"held_out": "vla"}, ["data.held_out", "'vla'", "'val'?"]),
+        (("train", "val"), {"held_out": "validation"}, ["data.held_out", "'val'?"]),
+        (("train", "validation"), {"held_out": "vla"}, ["data.held_out", "'validation'?"]),
+        (("train", "test", "val"), {"held_out": "tset"}, ["data.held_out", "'test'?"]),
+        (("cat", "dog"), {"held_out": "vla"}, ["data.held_out", "'vla'", "data.held_out=test"]),
+        (("cat", "dog"), {"split": "tarin"}, ["data.split", "'tarin'", "train"]),
+    ],
+)
+def test_a_missing_split_is_refused_with_the_nearest_name(tmp_path, streaming, folders, options, named):
+    with pytest.raises(UserError) as caught:
+        load_images(config(write_splits(tmp_path, *folders), streaming=streaming, **options))
+    assert all(each in str(caught.value) for each in named) and "\n" not in str(caught.value)
+
+
+def test_folders_without_images_and_hidden_folders_are_not_splits(tmp_path, capsys):
+    write_splits(tmp_path, "train", "test")
+    write_image(tmp_path / "notes/a.txt", b"hello")
+    write_image(tmp_path / ".cache/a.png", PNGS[0])
+    load_images(config(tmp_path))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tables_have_validation_splits(tmp_path, capsys, streaming):
+    """`datasets` calls them `validation`, whatever their files are called."""
+    write_table(tmp_path / "train-00000-of-00001.parquet", PNGS, [0, 1] * 5)
+    write_table(tmp_path / "val-00000-of-00001.parquet", PNGS[:4], [1, 1, 0, 0])
+    splits = load_images(config(tmp_path, streaming=streaming))
+    assert (len(splits.train), len(splits.held_out)) == (10, 4)
+    assert "'validation' is held out\n" in capsys.readouterr().err
+    with pytest.raises(UserError, match="'validation'"):
+        load_images(config(tmp_path, streaming=streaming, held_out="val"))
+
+
+# No image is trained on and evaluated on
 
 
 @pytest.mark.parametrize(
     ("split", "held_out"), [(".", None), (".", "test"), ("", None), ("all", None), ("link", "test")]
 )
-def test_a_split_within_another_is_not_held_out_of_it(tmp_path, split, held_out):
-    """Else images would be trained on and held out."""
+def test_a_split_inside_another_is_not_held_out_of_it(tmp_path, split, held_out):
     write_splits(tmp_path / "all", "test", "train")
     write_splits(tmp_path, "test", "train")
     (tmp_path / "link").symlink_to(tmp_path / "test")
@@ -121,197 +196,53 @@ def test_a_split_within_another_is_not_held_out_of_it(tmp_path, split, held_out)
         assert len(where) == len(set(where)) and all(names.values())
 
 
-def test_only_the_first_process_tells(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert len(load_images(config(write_splits(tmp_path, "train", "val"))).held_out) == 3
-    assert capsys.readouterr().err == ""
+DIVISIONS = [
+    {},
+    {"validation_fraction": 0.0},
+    {"validation_fraction": 0.5},
+    {"held_out": "test"},
+    {"held_out": "test", "held_out_fraction": 0.4, "validation_fraction": 0.3},
+    {"held_out": "val"},
+    {"held_out": "train", "split": "val"},
+    {"split": "more", "held_out": "val", "validation_fraction": 0.5},
+    {"limit": 5},
+]
 
 
-@pytest.mark.parametrize(
-    ("folders", "options", "sizes", "told"),
-    [
-        (("train", "test"), {}, (10, 3), ""),
-        (("train", "test", "val"), {}, (10, 3), "'test' is held out; not used: val (data.held_out=NAME takes another)"),
-        (("train", "test", "val"), {"held_out": "val"}, (10, 4), ""),
-        (
-            ("train", "val", "dev"),
-            {},
-            (9, 1),
-            "there is no 'test', so 10% of 'train' is held out; not used: val, dev (data.held_out=NAME takes another)",
-        ),
-        (
-            ("train", "val", "testing"),
-            {},
-            (10, 3),
-            "there is no 'test', so 'val' is held out; not used: testing (data.held_out=NAME takes another)",
-        ),
-        (
-            ("train", "val"),
-            {"held_out": "test"},
-            (9, 1),
-            "there is no 'test', so 10% of 'train' is held out; not used: val (data.held_out=NAME takes another)",
-        ),
-        (
-            ("val", "train"),
-            {"split": "val"},
-            (9, 1),
-            "there is no 'test', so 10% of 'val' is held out; not used: train (data.held_out=NAME takes another)",
-        ),
-        (
-            ("test", "train"),
-            {"split": "test"},
-            (9, 1),
-            "there is no 'test', so 10% of 'test' is held out; not used: train (data.held_out=NAME takes another)",
-        ),
-        (
-            ("train", "holdout"),
-            {},
-            (9, 1),
-            "there is no 'test', so 10% of 'train' is held out; not used: holdout (data.held_out=NAME takes another)",
-        ),
-        (("train", "holdout"), {"held_out": "holdout"}, (10, 3), ""),
-        (
-            ("train", "test", "cat", "bus"),
-            {},
-            (10, 3),
-            "'test' is held out; not used: bus, cat (data.held_out=NAME takes another)",
-        ),
-        (("my-split", "val"), {"split": "my-split"}, (10, 3), "there is no 'test', so 'val' is held out"),
-    ],
-)
-def test_what_is_left_over_is_told_in_a_line(tmp_path, capsys, folders, options, sizes, told):
-    splits = load_images(config(write_splits(tmp_path, *folders), **options))
-    assert (len(splits.train), len(splits.held_out)) == sizes
-    assert capsys.readouterr().err == (f"data.held_out: {tmp_path}: {told}\n" if told else "")
+@pytest.mark.parametrize("part", ["validation", "held_out"])
+def test_evaluation_on_training_images_is_refused(tmp_path, capsys, part):
+    """For every pair of settings: exactly if the part shares an image with the training split."""
+    for seed, (name, count) in enumerate((("train", 30), ("val", 12), ("more", 10))):
+        for k in range(count):
+            write_image(tmp_path / f"{name}/{k:02}.png", noise(12, 12, seed=100 * seed + k))
+    settings = [config(tmp_path, **options) for options in DIVISIONS]
+    loaded = [images_by_split(each) for each in settings]
+    again = [config(f"{tmp_path}/../{tmp_path.name}", **options) for options in DIVISIONS]
+    capsys.readouterr()
+    refused = 0
+    for (then, before), (now, after) in product(zip(settings, loaded, strict=True), zip(again, loaded, strict=True)):
+        images = after.get(part, [])
+        if seen := len(set(before["train"]).intersection(images)):
+            with pytest.raises(UserError, match=rf"^data\..*: {seen} of these {len(images)} "):
+                require_unseen(now, then, part)
+            refused += 1
+        else:
+            require_unseen(now, then, part)
+    assert 10 < refused < 60 and capsys.readouterr().err == ""
+    now = config(tmp_path, split="val", held_out="train", validation_fraction=0.5)
+    for unknown in (None, config(tmp_path / "elsewhere")):
+        require_unseen(now, unknown, part)
 
 
-@pytest.mark.parametrize("classes", [("cat", "dog"), ("val", "dev"), ("valid", "training"), ("validation", "apple")])
-def test_classes_may_be_called_like_splits(tmp_path, capsys, classes):
-    splits = load_images(config(write_folder(tmp_path, classes=classes) and tmp_path))
-    assert splits.train.class_names == sorted(classes) and (len(splits.train), len(splits.held_out)) == (36, 4)
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(
-    ("folders", "held_out", "message"),
-    [
-        (
-            ("train", "val"),
-            "vla",
-            "has no split 'vla'; it has train, val; did you mean 'val'? (data.held_out=test holds out part of 'train')",
-        ),
-        (("train", "val"), "validation", "it has train, val; did you mean 'val'? (data.held_out=test holds"),
-        (("train", "validation"), "vla", "it has train, validation; did you mean 'validation'? (data"),
-        (("train", "test", "val"), "tset", "it has train, test, val; did you mean 'test'?"),
-        (("train", "val"), "other", "it has train, val (data.held_out=test holds"),
-    ],
-)
-def test_a_split_that_is_not_there_is_no_reason_to_carve(tmp_path, folders, held_out, message):
-    with pytest.raises(UserError) as caught:
-        load_images(config(write_splits(tmp_path, *folders), held_out=held_out))
-    assert f"data.held_out: {tmp_path} has no split '{held_out}'" in str(caught.value)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("folders", [("train",), ("cat", "dog")])
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_misspelt_split_is_refused_where_there_is_only_one(tmp_path, folders, streaming):
-    options = {"streaming": streaming}
-    write_splits(tmp_path, *folders)
-    with pytest.raises(UserError, match="^data.held_out: .* no split 'vla'; it has train .data.held_out=test holds"):
-        load_images(config(tmp_path, held_out="vla", **options))
-    for held_out in (None, "test"):
-        assert len(load_images(config(tmp_path, held_out=held_out, **options)).held_out) == 1
-
-
-def test_a_folder_without_images_is_no_split(tmp_path, capsys):
-    write_splits(tmp_path, "train", "test")
-    write_image(tmp_path / "notes/a.txt", b"hello")
-    write_image(tmp_path / ".cache/a.png", PNGS[0])
-    load_images(config(tmp_path))
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_tables_have_splits_for_validation(tmp_path, capsys, streaming):
-    """Which `datasets` calls so, whatever their files are called."""
-    write_table(tmp_path / "train-00000-of-00001.parquet", PNGS, [0, 1] * 5)
-    write_table(tmp_path / "val-00000-of-00001.parquet", PNGS[:4], [1, 1, 0, 0])
-    splits = load_images(config(tmp_path, streaming=streaming))
-    assert (len(splits.train), len(splits.held_out)) == (10, 4)
-    assert "there is no 'test', so 'validation' is held out\n" in capsys.readouterr().err
-    with pytest.raises(UserError, match="no split 'val'; it has train, validation; did you mean 'validation'"):
-        load_images(config(tmp_path, streaming=streaming, held_out="val"))
-
-
-@given(st.data())
-def test_carving_is_a_partition_of_which_no_part_depends_on_the_size_of_another(data):
-    size = data.draw(st.integers(1, 300))
-    held_out, validation = (data.draw(st.integers(0, size)) for _ in range(2))
-    parts = carve(size, held_out, validation)
-    assert list(parts) == ["train", "validation", "held_out"]
-    assert sorted(np.concatenate(list(parts.values()))) == list(range(size))
-    assert all(np.array_equal(part, np.sort(part)) for part in parts.values())
-    assert np.array_equal(parts["held_out"], carve(size, held_out, 0)["held_out"])
-    if held_out + validation <= size:
-        assert np.array_equal(parts["validation"], carve(size, 0, validation)["validation"])
-        assert set(parts["validation"]) <= set(carve(size, 0, min(size, validation + 1))["validation"])
-
-
-# Images for validation
-
-
-@pytest.mark.parametrize(
-    ("size", "fraction", "expected"),
-    [
-        (4000, None, 200),
-        (60_000, None, 2000),
-        (1_281_167, None, 2000),
-        (200, None, 10),
-        (180, None, 0),
-        (7, None, 0),
-        (60_000, 0.1, 6000),
-        (7, 0.01, 1),
-        (7, 0, 0),
-        (4000, 0.0, 0),
-    ],
-)
-def test_how_many_images_are_for_validation(size, fraction, expected):
-    assert validation_count(size, fraction) == expected
-
-
-@needs_digits
-def test_images_for_validation_are_training_images_that_are_not_trained_on():
-    every = load_images(DataConfig(validation_fraction=0))
-    splits = load_images(DataConfig())
-    assert (len(splits.train), len(splits.validation), len(splits.held_out)) == (3800, 200, 1000)
-    train, validation, held_out = (
-        bytes_of_each(splits.by_name()[name]) for name in ("train", "validation", "held_out")
-    )
-    assert sorted(train + validation) == sorted(bytes_of_each(every.train)) and not set(train) & set(validation)
-    assert held_out == bytes_of_each(every.held_out)
-    assert splits.validation.labels.bincount().min() > 5
-    again = load_images(DataConfig(limit=30, augment={"shift": 2}, image_size=28))  # none of which chooses others
-    assert bytes_of_each(again.validation) == validation[:30] and bytes_of_each(again.train) == train[:30]
-    more = load_images(DataConfig(validation_fraction=0.1)).validation
-    assert set(validation) <= set(bytes_of_each(more)) and len(more) == 400
-
-
-def test_images_for_validation_do_not_depend_on_what_is_held_out(tmp_path):
-    write_splits(tmp_path, "train", "test")
-    found = [
-        bytes_of_each(load_images(config(tmp_path, validation_fraction=0.2, **options)).validation)
-        for options in ({}, {"held_out": "test"}, {"limit": 5})
-    ]
-    assert len(found[0]) == 2 and found[1:] == [found[0]] * 2
-    (tmp_path / "test").rename(tmp_path / "other")
-    assert bytes_of_each(load_images(config(tmp_path, validation_fraction=0.2)).validation) == found[0]
-    assert load_images(config(tmp_path)).validation is None  # of ten images, none is spared
-    with pytest.raises(UserError, match="no images for 'train'"):
-        load_images(config(tmp_path, validation_fraction=0.95))
-
-
-def test_one_image_can_not_be_divided(tmp_path):
-    write_image(tmp_path / "a.png", noise(12, 12))
-    with pytest.raises(UserError, match="no images for 'train'"):
-        load_images(config(tmp_path))
+def test_a_stream_and_its_copy_are_divided_differently(tmp_path):
+    """A stream by files, a copy by images."""
+    write_shards(tmp_path, "parquet", rows_of(40), 4)
+    stream, copied = (config(tmp_path, streaming=streaming) for streaming in (True, False))
+    for now, then in ((stream, copied), (copied, stream)):
+        for part in ("validation", "held_out"):
+            with pytest.raises(UserError, match="^data.streaming: "):
+                require_unseen(now, then, part)
+        require_unseen(now, now, "held_out")
+    write_shards(tmp_path, "parquet", rows_of(4), 1, split="test")
+    for now, then in ((stream, copied), (copied, stream)):
+        require_unseen(now, then, "held_out")

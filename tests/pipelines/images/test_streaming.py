@@ -1,4 +1,4 @@
-"""Images that are read in sequence, from shards: who gets which, what is held out, and what is refused.
+"""Streams of images from shards: shares of processes, held-out shards, and damaged ones.
 
 Covers: pipelines/images/streaming.py.
 """
@@ -22,6 +22,8 @@ import numpy as np
 import pytest
 import torch
 from givens.image_files import KINDS, identities, load, rows_of, write_parquet, write_shards, write_tar
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from launch import losses, output_of, start, tokenizer_arguments, train_tokenizer, two_processes
 from small import make_tokenizer
 
@@ -32,6 +34,7 @@ from pipelines.encode import run as encode
 from pipelines.images import DataConfig, load_images, streaming
 
 stream = functools.partial(load, streaming=True)
+ROWS = rows_of(20)
 
 
 def stream_config(source: Path, **options: Any) -> DataConfig:
@@ -39,7 +42,7 @@ def stream_config(source: Path, **options: Any) -> DataConfig:
 
 
 def take(train: Any, batches: int, size: int = 4, first: int = 0, part: slice = slice(None)) -> list[int]:
-    """Which images come in so many steps of `size`, of which this process gets a part."""
+    """Return which images come in `batches` steps of `size`, of which this process gets a part."""
     found = list[int]()
     for step in range(first, first + batches):
         indices, epochs = train.samples(size, 0, step)
@@ -50,7 +53,7 @@ def take(train: Any, batches: int, size: int = 4, first: int = 0, part: slice = 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_processes_together_see_every_image_once_an_epoch(tmp_path, monkeypatch, kind, world):
-    """Of eight shards, which two processes divide and three do not."""
+    """With eight shards, a multiple of two processes but not of three."""
     write_shards(tmp_path, kind, rows_of(48), 8)
     write_shards(tmp_path, kind, rows_of(4), 1, split="test")
     found = list[int]()
@@ -65,38 +68,46 @@ def test_processes_together_see_every_image_once_an_epoch(tmp_path, monkeypatch,
     assert sorted(found) == list(range(48)) and found[:8] != list(range(8))
 
 
-def test_epochs_and_continued_runs_have_other_orders(tmp_path, capsys):
+def test_each_epoch_and_a_resumed_run_have_new_orders(tmp_path, capsys):
     write_shards(tmp_path, "tar", rows_of(40), 4)
     write_shards(tmp_path, "tar", rows_of(4), 1, split="test")
-    train = stream(tmp_path, validation_fraction=0).train
-    assert "approximate, and a run that is continued does not repeat it" in capsys.readouterr().err
-    once, again = take(train, 10), take(train, 10, first=10)
-    assert sorted(once) == sorted(again) == list(range(40)) and once != again
-    assert take(stream(tmp_path, validation_fraction=0).train, 10) == once  # the beginning is a function of the seed
-    assert take(stream(tmp_path, validation_fraction=0).train, 10, first=10) not in (once, again)
+    one, other, resumed = (stream(tmp_path, validation_fraction=0, augment={"flip": True}).train for _ in range(3))
+    assert capsys.readouterr().err.count("data.streaming: ") == 3
+    first, second = take(one, 10), take(one, 10, first=10)
+    assert sorted(first) == sorted(second) == list(range(40)) and first != second
+    assert take(resumed, 10, first=10) not in (first, second)
+    indices, epochs = other.samples(40, 0, 0)
+    pixels, changes = other.raw_batch(indices, epochs, 5)
+    assert identities(pixels) == first and 0 < changes[:, 0].sum() < 40  # the seed decides the start
 
 
-def test_what_is_asked_for_by_its_number_is_refused(tmp_path):
+def test_a_stream_has_no_random_access(tmp_path):
     write_shards(tmp_path, "parquet", rows_of(40), 4)
     train = stream(tmp_path).train
     take(train, 2)
     for act in (lambda: train.pixels([3]), lambda: train.batch([9, 8]), lambda: len(train), lambda: train.names([0])):
-        with pytest.raises(UserError, match="^data.streaming: .* data.streaming=false copies them"):
+        with pytest.raises(UserError, match="^data.streaming: .*data.streaming=false"):
             act()
     assert len(take(train, 1, first=2)) == 4
     first = train.examples(8, 0)
     assert torch.equal(first, train.examples(8, 0)) and first.shape == (8, 1, 12, 12)
 
 
-def test_images_are_augmented_by_their_place_in_the_stream(tmp_path):
-    write_shards(tmp_path, "tar", rows_of(40), 4)
-    one, other = (stream(tmp_path, augment={"flip": True}).train for _ in range(2))
-    pixels, changes = one.raw_batch(*one.samples(8, 5, 3), 5)
-    assert torch.equal(pixels, other.raw_batch(*other.samples(8, 5, 3), 5)[0]) and changes[:, 0].sum() not in (0, 8)
-    assert len(other.raw_batch(*other.samples(8, 5, 4), 5, augment=False)) == 1
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    kind=st.sampled_from(KINDS),
+    labels=st.lists(st.integers(0, 99), min_size=2, max_size=20),
+    shards=st.integers(1, 4),
+)
+def test_shards_give_the_rows_that_were_written(tmp_path_factory, kind, labels, shards):
+    rows = [(key, data, label) for (key, data, _), label in zip(ROWS, labels, strict=False)]
+    folder = write_shards(tmp_path_factory.mktemp("shards"), kind, rows, min(shards, len(rows)))
+    files = sorted(map(str, folder.glob("*")))
+    found = [(sample["data"], int(sample["label"])) for sample in streaming.read_files(files, stream_config(folder))]
+    assert found == [(data, label) for _, data, label in rows]
 
 
-# What is held out
+# Held-out shards
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,19 +115,17 @@ def test_whole_shards_are_held_out(tmp_path, kind):
     write_shards(tmp_path, kind, rows_of(60), 12)
     splits = stream(tmp_path, validation_fraction=0.2, held_out_fraction=0.2)
     parts = {n: identities(p.pixels(range(len(p)))) for n, p in splits.by_name().items() if n != "train"}
-    assert {name: len(part) for name, part in parts.items()} == {"validation": 10, "held_out": 10}
     for name, part in parts.items():
-        assert {Counter(k // 5 for k in part)[shard] for shard in {k // 5 for k in part}} == {5}
+        assert len(part) == 10 and set(Counter(k // 5 for k in part).values()) == {5}
         assert splits.by_name()[name].labels.tolist() == [k % 3 for k in part]
-    seen = take(splits.train, 10)
-    assert sorted(seen + parts["validation"] + parts["held_out"]) == list(range(60))
+    assert sorted(take(splits.train, 10) + parts["validation"] + parts["held_out"]) == list(range(60))
     held_out = stream(tmp_path, held_out_fraction=0.2, validation_fraction=0).held_out
     assert sorted(identities(held_out.pixels(range(10)))) == sorted(parts["held_out"])
-    with pytest.raises(UserError, match=r"^data.streaming: .* has 1 shards in 'train', and 1 would be kept"):
+    with pytest.raises(UserError, match=r"^data.streaming: .* 1 shards"):
         stream(next(tmp_path.glob(f"train-00000*.{kind}")))
 
 
-def test_without_training_the_first_images_are_read_in_any_order(tmp_path, monkeypatch, capsys):
+def test_without_training_the_first_images_have_random_access(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(streaming, "MOST", 20)
     write_shards(tmp_path, "tar", rows_of(60), 4)
     splits = load_images(stream(tmp_path).train._config)
@@ -125,25 +134,20 @@ def test_without_training_the_first_images_are_read_in_any_order(tmp_path, monke
     assert "of train as well" in capsys.readouterr().err
 
 
-def test_classes_have_the_names_that_parquet_has(tmp_path):
-    write_shards(tmp_path, "parquet", rows_of(23), 3, names=["cat", "dog", "eel"])
-    assert stream(tmp_path).train.class_names == ["cat", "dog", "eel"]
-
-
-def test_shards_of_other_classes_are_refused(tmp_path):
-    """Else one number would be several classes: in the split to train on, and in another."""
-    write_shards(tmp_path, "parquet", rows_of(20, 2), 2, names=["cat", "dog"])
-    write_shards(tmp_path, "parquet", rows_of(20, 2), 2, split="test", names=["cat", "dog"])
+def test_shards_with_different_classes_are_refused(tmp_path):
+    """Otherwise one label would mean several classes."""
+    for split in ("train", "test"):
+        write_shards(tmp_path, "parquet", rows_of(20, 2), 2, split=split, names=["cat", "dog"])
+    assert load_images(stream_config(tmp_path)).train.class_names == ["cat", "dog"]
     for name in ("train-00001-of-00002", "test-00001-of-00002"):
         path = tmp_path / f"{name}.parquet"
         before = path.read_bytes()
         write_parquet(path, rows_of(10, 2), names=["dog", "cat"])
-        with pytest.raises(UserError, match=f"^data.label_column: {path} has other classes"):
+        with pytest.raises(UserError, match=f"^data.label_column: {path}"):
             load_images(stream_config(tmp_path))
-        gc.collect()  # with the frames, the threads of `datasets` end
+        gc.collect()  # frees the frames, which ends the threads of `datasets`
         assert len(load_images(stream_config(tmp_path, label_column=None)).held_out) == 20
         path.write_bytes(before)
-    assert load_images(stream_config(tmp_path)).train.class_names == ["cat", "dog"]
 
 
 def test_a_held_out_split_without_images_is_refused(tmp_path):
@@ -154,32 +158,28 @@ def test_a_held_out_split_without_images_is_refused(tmp_path):
             read(tmp_path)
 
 
-# Shards that cannot be read
+# Damaged and remote shards
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("copied", [False, True])
-def test_a_damaged_shard_ends_the_run_with_its_path(tmp_path, kind, copied):
+def test_a_truncated_shard_ends_the_run(tmp_path, kind, copied):
     write_shards(tmp_path, kind, rows_of(20), 2)
     write_shards(tmp_path, kind, rows_of(4), 1, split="test")
     path = tmp_path / f"train-00001-of-00002.{kind}"
     data = path.read_bytes()
-    for cut in (
-        len(data) // 3,
-        len(data) // 2 // 512 * 512,
-        len(data) - 9 if kind == "parquet" else len(data) - 10_240,
-    ):
+    for cut in (len(data) // 2 // 512 * 512, len(data) - (9 if kind == "parquet" else 10_240)):
         path.write_bytes(data[:cut])
         with pytest.raises(UserError) as caught:
             train = stream(tmp_path, on_error="skip", validation_fraction=0, streaming=not copied).train
             take(train, 5)
         assert "\n" not in str(caught.value) and (copied or str(path) in str(caught.value))
         del caught
-        gc.collect()  # with the frames, the threads of `datasets` end
+        gc.collect()  # frees the frames, which ends the threads of `datasets`
 
 
 class Ranges(http.server.SimpleHTTPRequestHandler):
-    """Sends parts of files."""
+    """Answers requests for parts of files."""
 
     def do_GET(self) -> None:
         path, part = Path(self.translate_path(self.path)), re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
@@ -202,7 +202,7 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """The URL of a folder."""
+    """Serve a folder; yield its URL."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Ranges, directory=str(folder)))
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
@@ -214,7 +214,7 @@ def served(folder: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_on_a_server_is_read(tmp_path, kind, monkeypatch):
-    """Copied; one file is too few for a stream, whose shards are read in the same way."""
+    """As a copy; a single file is too few for a stream, so its reader is called directly."""
     (write_tar if kind == "tar" else write_parquet)(tmp_path / f"a.{kind}", rows_of(20))
     for module in ("datasets.config", "huggingface_hub.constants"):
         monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", False)
@@ -234,35 +234,23 @@ def test_a_file_on_a_server_is_read(tmp_path, kind, monkeypatch):
 # Training
 
 
-def stream_options(data: Path, **more: Any) -> dict[str, Any]:
-    names = {
-        "source": str(data),
-        "streaming": True,
-        "image_size": 12,
-        "limit": 60,
-        "shuffle_window": 15,
-        "on_error": "skip",
-    }
-    return {**{f"data__{name}": value for name, value in names.items()}, "data__max_bad_fraction": 0.1, **more}
-
-
-def bad_shards(folder: Path, kind: str) -> Path:
-    """60 images in 3 shards, of which 3, 6, 9 and 10 are bad, and 20 for testing."""
+def options_with_bad_shards(folder: Path, kind: str, **more: Any) -> dict[str, Any]:
+    """Training options for 60 images in three shards, of which 3, 6, 9 and 10 are bad, and 20 test images."""
     write_shards(folder, kind, rows_of(20), 1, split="test")
-    rows = [
-        (key, b"not an image" if k in (3, 6, 9, 10) else data, label)
-        for k, (key, data, label) in enumerate(rows_of(60))
-    ]
-    return write_shards(folder, kind, rows, 3)
+    bad = (3, 6, 9, 10)
+    rows = [(key, b"not an image" if k in bad else data, label) for k, (key, data, label) in enumerate(rows_of(60))]
+    write_shards(folder, kind, rows, 3)
+    data = {"source": str(folder), "streaming": True, "image_size": 12, "limit": 60, "shuffle_window": 15}
+    data |= {"on_error": "skip", "max_bad_fraction": 0.1}
+    return {**{f"data__{name}": value for name, value in data.items()}, **more}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tokenizer_is_trained_on_a_stream_and_continued(tmp_path, kind, capsys):
-    options = stream_options(bad_shards(tmp_path / "data", kind), train__save_every=4, train__batch_size=8)
+def test_a_tokenizer_is_trained_on_a_stream_and_continued(tmp_path, kind):
+    options = options_with_bad_shards(tmp_path / "data", kind, train__save_every=4, train__batch_size=8)
     run = train_tokenizer(tmp_path / "run", train__steps=8, **options)
     lines = [json.loads(line) for line in (run / "bad_images.jsonl").read_text().splitlines()]
     assert len({line["path"] for line in lines}) == 4
-    assert "a stream of training images" in capsys.readouterr().out
     train_tokenizer(run, train__steps=12, **options)
     assert len(losses(run)) == 12 and np.isfinite(losses(run)).all()
     reconstruct.main([f"tokenizer={run}/tokenizer", f"out={tmp_path}/looks.png"])
@@ -271,13 +259,13 @@ def test_a_tokenizer_is_trained_on_a_stream_and_continued(tmp_path, kind, capsys
 
 @pytest.mark.slow
 def test_two_processes_train_on_a_stream(tmp_path):
-    options = stream_options(bad_shards(tmp_path / "data", "tar"), train__steps=6, train__evaluate_every=3)
+    options = options_with_bad_shards(tmp_path / "data", "tar", train__steps=6, train__evaluate_every=3)
     argv = tokenizer_arguments(tmp_path / "run", **options)
     printed = output_of(start(two_processes("train_tokenizer", argv), HF_HOME=str(tmp_path / "home")))
     assert "2 processes" in printed and len(losses(tmp_path / "run")) == 6
 
 
-def test_encode_says_what_to_do(tmp_path):
+def test_encode_refuses_a_stream(tmp_path):
     make_tokenizer("vqvae", (12, 12), 1).eval().save_pretrained(tmp_path / "tokenizer")
     data = {"source": str(write_shards(tmp_path / "data", "tar", rows_of(20), 2)), "image_size": 12, "streaming": True}
     with pytest.raises(UserError, match="^data.streaming: .*data.streaming=false"):

@@ -1,4 +1,4 @@
-"""Shared by the tests of encodes: a tokenizer, images, and what is encoded of them."""
+"""Fixtures of the tests of token datasets."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """30 training images and 30 others, of three classes."""
+    """30 training images and 30 test images of three classes."""
     return write_classes(tmp_path_factory.mktemp("images"), ["cat", "dog", "eel"], 10)

@@ -1,4 +1,4 @@
-"""Habits of `datasets`: `map` with `pipe.encode`, token datasets as tables and back, and names of classes."""
+"""Use with `datasets`: `map` with `pipe.encode`, conversion to tables and back, class names."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pipelines import ImagePipeline, encode
 from pipelines.config import UserError
 from pipelines.tokens import TokenDataset, load_tokens
 
-NAMES = ["eel", "cat", "dog"]  # in no order that sorting would give
+NAMES = ["eel", "cat", "dog"]  # not in sorted order
 
 
 def pictures(count: int = 9, names: list[str] = NAMES) -> datasets.Dataset:
-    """A table of PIL images and their classes."""
+    """Make a table of PIL images with classes."""
     draw = np.random.default_rng(0)
     images = [Image.fromarray(draw.integers(0, 256, (8, 8), dtype=np.uint8)) for _ in range(count)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
@@ -46,7 +46,7 @@ def test_a_table_of_pictures_is_mapped_to_tokens(processes: int | None) -> None:
 
 
 def test_a_map_is_found_in_the_cache_again() -> None:
-    """Which asks that a pipeline, used or not, is the same to `datasets`; and another pipeline is not."""
+    """`datasets` hashes a pipeline: use does not change the hash, and another pipeline has another hash."""
     torch.manual_seed(0)
     pipe = make_pipeline(size=(8, 8))
     before = Hasher.hash(pipe.encode)
@@ -70,44 +70,25 @@ def test_mapped_tables_become_a_token_dataset_on_which_a_prior_trains(tmp_path: 
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize(
-    ("kind", "config"),
-    [
-        ("vqvae", {}),
-        ("vqvae", {"quantizer": {"kind": "fsq", "levels": (48, 48)}}),
-        ("vqvae", {"quantizer": {"kind": "fsq", "levels": (48, 48, 48)}}),
-        ("titok", {}),
-    ],
-)
-def test_a_token_dataset_becomes_tables_and_comes_back(labelled: bool, kind: str, config: dict) -> None:
-    """Ids of one, two and four bytes, on grids and in a row."""
-    data = make_dataset(kind, labelled, **config)
+@pytest.mark.parametrize(("kind", "dtype"), [("vqvae", "uint8"), ("titok", "uint8"), ("fsq", "uint16")])
+def test_tables_have_typed_columns(labelled: bool, kind: str, dtype: str) -> None:
+    """Round trips of rows are tested in test_dataset.py."""
+    wide = {"quantizer": {"kind": "fsq", "levels": (48, 48)}}
+    data = make_dataset("vqvae", labelled, **wide) if kind == "fsq" else make_dataset(kind, labelled)
     tables = data.to_datasets()
     assert list(tables) == ["train", "test"] and tables["train"].num_rows == 6
     feature = tables["train"].features["tokens"]
-    kinds = {"uint8": 1 << 8, "uint16": 1 << 16, "uint32": 1 << 32}
-    wanted = next(name for name, limit in kinds.items() if data.grid.vocab_size <= limit)
     if len(data.grid.shape) == 2:
-        assert isinstance(feature, datasets.Array2D) and (feature.shape, feature.dtype) == (data.grid.shape, wanted)
+        assert isinstance(feature, datasets.Array2D) and (feature.shape, feature.dtype) == (data.grid.shape, dtype)
     else:
-        assert (feature.length, feature.feature.dtype) == (len(data.grid), wanted)
+        assert (feature.length, feature.feature.dtype) == (len(data.grid), dtype)
     assert tables["train"].column_names == (["tokens", "label"] if labelled else ["tokens"])
     if labelled:
         assert tables["train"].features["label"].names == data.class_names
-    for tables in (data.to_datasets(), data.to_datasets().with_format("torch")):
-        back = TokenDataset.from_datasets(tables, data.tokenizer)
-        assert back.class_names == data.class_names and back.grid == data.grid
-        for name, split in data.splits.items():
-            found = back.splits[name]
-            assert found.tokens.dtype == split.tokens.dtype and torch.equal(found.tokens, split.tokens)
-            assert (found.labels is None) == (split.labels is None)
-            assert split.labels is None or torch.equal(found.labels, split.labels)
-
-
-def test_a_table_in_torchs_format_has_the_shape_of_the_grid() -> None:
-    data = make_dataset()
-    row = data.to_datasets()["train"].with_format("torch")[3]
-    assert torch.equal(row["tokens"], data.splits["train"].tokens[3].long()) and row["label"].ndim == 0
+    in_torch = tables.with_format("torch")
+    assert torch.equal(in_torch["train"][3]["tokens"], data.splits["train"].tokens[3].long())
+    back = TokenDataset.from_datasets(in_torch, data.tokenizer)
+    assert torch.equal(back.splits["train"].tokens, data.splits["train"].tokens)
 
 
 def test_a_split_on_the_disk_is_read_a_part_at_a_time(tmp_path: Path, monkeypatch) -> None:
@@ -119,43 +100,35 @@ def test_a_split_on_the_disk_is_read_a_part_at_a_time(tmp_path: Path, monkeypatc
 
 
 def refusal(table: datasets.Dataset) -> str:
-    """What is said of a table that is no split of a token dataset."""
+    """Return the error for a table that cannot be a split."""
     data = make_dataset()
     with pytest.raises(UserError) as caught:
         TokenDataset.from_datasets({"train": table, "test": data.to_datasets()["test"]}, data.tokenizer)
     return str(caught.value)
 
 
-def test_tables_that_are_not_the_tokenizers_are_refused_in_a_line() -> None:
+def test_tables_that_do_not_fit_the_tokenizer_are_refused_in_a_line() -> None:
     table = make_dataset().to_datasets()["train"]
     rows, label = table.with_format(None), table.features["label"]
     large = rows.map(lambda row: {"tokens": [[99, 0], [0, 0]]}, features=None, remove_columns=["tokens"])
     missing = rows.map(lambda row, at: {"label": None if at == 2 else row["label"]}, with_indices=True)
     cases = {
-        r"train: tokens: token ids should lie in \[0, 32\).*": large.cast_column("label", label),
-        "train: no column is called 'tokens'; there are ids, label": table.rename_column("tokens", "ids"),
-        r"train: label has no names of classes \(Value\); make a ClassLabel .*class_encode_column\('label'\).*": (
-            table.cast_column("label", datasets.Value("int64"))
-        ),
-        r"label: splits have other classes than each other \(train: a, b, c; test: cat, dog, eel\)": (
-            table.cast_column("label", datasets.ClassLabel(names=["a", "b", "c"]))
-        ),
-        "train: label: row 2 has none.*": missing,
+        r"train: tokens: .*\[0, 32\)": large.cast_column("label", label),
+        "train: .*'tokens'.*ids, label": table.rename_column("tokens", "ids"),
+        r"train: label .*class_encode_column\('label'\)": table.cast_column("label", datasets.Value("int64")),
+        "label: .*a, b, c.*cat, dog, eel": table.cast_column("label", datasets.ClassLabel(names=["a", "b", "c"])),
+        "train: label: .*row 2": missing,
     }
-    for told, wrong in cases.items():
-        assert re.fullmatch(told, refusal(wrong)), told
     for ids in ([[1, 2]] * 6, [[1, 2], [3]] * 3, [[0.5] * 4] * 6):
         short = datasets.Dataset.from_dict({"tokens": ids, "label": table["label"][:]}).cast_column("label", label)
-        assert re.fullmatch("train: tokens: rows should be 2x2 whole numbers.*", refusal(short))
+        assert re.match("train: tokens: .*2x2", refusal(short))
+    for pattern, wrong in cases.items():
+        assert re.match(pattern, refusal(wrong)) and "\n" not in refusal(wrong), pattern
+    with pytest.raises(UserError, match="Dataset"):
+        TokenDataset.from_datasets(table, make_dataset().tokenizer)
 
 
 # Names of classes, from `datasets` to a pipeline
-
-
-def test_a_table_without_its_split_is_refused_in_a_line() -> None:
-    data = make_dataset()
-    with pytest.raises(UserError, match=r"^tables should be one for each split, .* \(got Dataset\)$"):
-        TokenDataset.from_datasets(data.to_datasets()["train"], data.tokenizer)
 
 
 def test_names_of_classes_go_from_datasets_to_the_pipeline(tmp_path: Path) -> None:
