@@ -449,6 +449,7 @@ def test_metrics_have_the_documented_names(runs, stage, own, held_out):
         evaluated |= {f"held_out/{name}" for name in held_out} if line["step"] == 12 else set()
         assert set(line) == {"step"} | KEYS | own | evaluated
         assert all(math.isfinite(value) for value in line.values())
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"], "nothing is learned"
     if stage == "tokenizer":
         assert all(0 < line["codebook_usage"] <= 1 <= line["codebook_perplexity"] <= 16 for line in lines)
     else:
@@ -504,13 +505,6 @@ def test_the_saved_pipeline_has_the_logged_figures(runs, tokens):
     )
     assert pipe.tokenizer.fingerprint() == load_tokens(tokens).tokenizer.fingerprint()
     assert len(pipe(num_images=2, labels=["class 1", "class 2"], seed=0, progress=False).images) == 2
-
-
-def test_tiny_runs_learn(tmp_path, tokens):
-    first = losses(train_tokenizer(tmp_path / "tokenizer", train__steps=30))
-    second = losses(train_prior(tmp_path / "prior", tokens, train__steps=60))
-    assert np.mean(first[-3:]) < 0.6 * np.mean(first[:3])
-    assert np.mean(second[-3:]) < 0.7 * np.mean(second[:3])
 
 
 def test_a_codebook_follows_each_micro_batch(tmp_path):
