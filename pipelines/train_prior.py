@@ -138,7 +138,7 @@ class PriorTask(Task):
         self.config, self.data = config, load_tokens(config.tokens, revision=config.revision)
         if config.label_dropout == 1:  # no class would ever be trained
             self.data = without_labels(self.data)
-        self.train_split, self.judged = training_splits(self.data)
+        self.train_split, self.eval_splits = training_splits(self.data)
         self.model: Prior = build_prior(config.model, self.data)
         self.is_checked = not is_built_in(self.model)  # before sharding, which changes the class
         if self.is_checked:
@@ -150,7 +150,7 @@ class PriorTask(Task):
         self.nets: dict[str, nn.Module] = {"model": self.make_objective(start, device)}
         self.players = {"model": list(self.model.parameters())}
         self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)
-        self.evaluated = {split: rows_evaluated(self.model, len(rows)) for split, rows in self.judged.items()}
+        self.evaluated = {split: rows_evaluated(self.model, len(rows)) for split, rows in self.eval_splits.items()}
         self.pipeline(self.model)  # raises its errors before training instead of after it
 
     def make_objective(self, reference: Prior | None, device: torch.device | str) -> nn.Module:
@@ -210,7 +210,7 @@ class PriorTask(Task):
         """Return bits per token on a split."""
         if self.is_checked:
             self.require_causal(cast(Prior, model))
-        return {"bits_per_token": bits_per_token(model, self.judged[split], self.evaluated[split], group=group)}
+        return {"bits_per_token": bits_per_token(model, self.eval_splits[split], self.evaluated[split], group=group)}
 
     def score(self, evaluation: dict[str, float]) -> float | None:
         """Return minus the bits per token; None with `cca`, whose quality bits do not measure."""
@@ -250,10 +250,10 @@ def training_splits(data: TokenDataset) -> tuple[TokenSplit, dict[Split, TokenSp
     for name in ("train", "test"):
         if not len(data.splits.get(name, ())):
             raise UserError(f"tokens: the dataset has no rows in its {name!r} split; it has {sorted(data.splits)}")
-    judged: dict[Split, TokenSplit] = {"held_out": data.splits["test"]}
+    splits: dict[Split, TokenSplit] = {"held_out": data.splits["test"]}
     if len(data.splits.get("validation", ())):
-        judged["validation"] = data.splits["validation"]
-    return data.splits["train"], judged
+        splits["validation"] = data.splits["validation"]
+    return data.splits["train"], splits
 
 
 def without_labels(data: TokenDataset) -> TokenDataset:

@@ -99,10 +99,10 @@ class TokenizerTask(Task):
         model_config(config.model, (height, width), channels)  # raises its errors before images are decoded
         self.images = load_images(config.data, together=True, stream=True)
         self.rows = 0 if is_stream(config.data) else len(self.images.train)
-        judged: dict[Split, ImageDataset | None] = {"validation": self.images.validation}
-        judged["held_out"] = self.images.held_out
-        self.judged = {split: images for split, images in judged.items() if images is not None}
-        self.evaluated = {split: min(EVALUATED_IMAGES, len(images)) for split, images in self.judged.items()}
+        splits: dict[Split, ImageDataset | None] = {"validation": self.images.validation}
+        splits["held_out"] = self.images.held_out
+        self.eval_splits = {split: images for split, images in splits.items() if images is not None}
+        self.evaluated = {split: min(EVALUATED_IMAGES, len(images)) for split, images in self.eval_splits.items()}
         self.set_up(self.new_tokenizer())
         self.perceptual = Perceptual(config.loss.perceptual_net, device) if config.loss.perceptual else None
 
@@ -185,7 +185,7 @@ class TokenizerTask(Task):
         are few, so the main process makes them alone."""
         if not group.is_main:
             return {}
-        images = self.judged[self.watched]
+        images = self.eval_splits[self.watched]
         return {
             "reconstructions": reconstruction_picture(model.tokenizer, images),
             "codebook": self.model.use.picture(model.tokenizer),
@@ -193,7 +193,7 @@ class TokenizerTask(Task):
 
     def evaluate(self, model: Any, split: Split, group: ProcessGroup = ALONE) -> dict[str, float]:
         """Return PSNR in dB, pixel losses, codebook usage and perplexity on a split."""
-        return evaluate_reconstruction(model.tokenizer, self.judged[split], EVALUATED_IMAGES, group)
+        return evaluate_reconstruction(model.tokenizer, self.eval_splits[split], EVALUATED_IMAGES, group)
 
     def score(self, evaluation: dict[str, float]) -> float | None:
         """Return PSNR; None with a critic or LPIPS, which trade PSNR for looks that no figure here measures."""

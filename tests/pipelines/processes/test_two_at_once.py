@@ -1,4 +1,4 @@
-"""The same command started twice at once, and a run that its launcher starts again: real commands, in processes."""
+"""Real commands: the same one started twice at once, and a run that its launcher restarts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CLOCK = re.compile(rb'"samples_per_second": [\d.]+')
 
 @pytest.fixture
 def commands(tmp_path: Path) -> dict[str, list[str]]:
-    """What takes some seconds, by its verb."""
+    """Arguments of commands that take some seconds, by verb."""
     data = write_set(tmp_path / "images", (8, 12))
     torch.manual_seed(0)
     pipe = make_pipeline(labels=["kind0", "kind1"])
@@ -51,15 +51,15 @@ def commands(tmp_path: Path) -> dict[str, list[str]]:
 
 
 def compared(out: Path) -> dict[str, bytes]:
-    """What two of the same have in common: neither how long it took, nor where it lies."""
+    """The contents of an output, without times and paths."""
     folder = out / "state" / "step-00000012" if (out / "state").is_dir() else out
     left = ("manifest.json", "state.json", "evaluation.txt")
     return {name: CLOCK.sub(b"", data) for name, data in contents(folder).items() if name not in left}
 
 
 @pytest.mark.parametrize("name", ["encode", "generate", "evaluate", "train_tokenizer"])
-def test_the_second_is_refused_and_the_first_is_as_if_alone(tmp_path, commands, name):
-    """The first is held up where it has its lock, until the second has ended."""
+def test_the_second_is_refused_and_the_first_unaffected(tmp_path, commands, name):
+    """The first is stopped while it holds its lock, until the second has ended."""
     alone, out = tmp_path / "alone", tmp_path / "out"
     output_of(start(verb(name, [*commands[name], f"out={alone}"])))
     command, lock = verb(name, [*commands[name], f"out={out}"]), out / LOCK if "train" in name else lock_beside(out)
@@ -81,12 +81,12 @@ def test_the_second_is_refused_and_the_first_is_as_if_alone(tmp_path, commands, 
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_torchrun_starts_the_processes_again_after_one_was_killed(tmp_path, rank):
-    """The lock of those before is nobody's, whichever was killed, and nobody waits to see whether it is."""
+def test_torchrun_restarts_the_processes_after_one_was_killed(tmp_path, rank):
+    """The lock of the first attempt is free, whichever process was killed, and nobody waits for it."""
     argv = tokenizer_arguments(tmp_path / "run", train__steps=200, train__save_every=10)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max_restarts=1"]
     torchrun += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "-m", "pipelines.train_tokenizer", *argv]
-    # Else the store in which processes find each other is that of before, addresses of before included (torch 2.13).
+    # Otherwise torch 2.13 reuses the store of the first attempt with its stale addresses.
     job = start(torchrun, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     try:
         assert wait_for(lambda: time.sleep(0.1) or states(tmp_path / "run"), job, 200)

@@ -356,7 +356,7 @@ def test_gradient_accumulation_by_accelerate_is_refused(steps, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     assert build_accelerator().gradient_accumulation_steps == 1
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
-    with pytest.raises(UserError, match=r"^ACCELERATE_GRADIENT_ACCUMULATION_STEPS=\w*: .*train\.accumulate=.*$"):
+    with pytest.raises(UserError, match=r"^ACCELERATE_GRADIENT_ACCUMULATION_STEPS=\w*: .*train\.accumulate"):
         build_accelerator()
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from fake_wandb import FakeWandb
-from launch import metrics, prior_arguments, train_tokenizer
+from launch import metrics, train_prior, train_tokenizer
 from PIL import Image
 from processes import run_file
 from servers.wandb_log import wandb_records
@@ -430,15 +430,19 @@ def test_tensorboard_shows_each_step_once_after_resumes(tmp_path):
     assert [(step, value) for step, _, value in scalars_and_images(tmp_path)[0]] == list(enumerate(expected, 1))
 
 
-def test_an_online_run_is_linked_on_the_card_and_continues_after_a_resume(tmp_path, tokens):
+def test_an_online_run_is_linked_on_the_card_and_continues_after_a_resume(tmp_path, tokens, monkeypatch, capfd):
     """With the real client and a server: one run for both commands, every step, no output, and no key in any file."""
-    run, home = tmp_path / "run", {"HOME": str(tmp_path), "WANDB_API_KEY": KEY}
+    wandb, run = pytest.importorskip("wandb"), tmp_path / "run"
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     with WandbServer() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        wandb.teardown()  # so that it reads the environment again
         for steps in (3, 6):
-            argv = prior_arguments(run, tokens, track__wandb="online", train__steps=steps)
-            printed = run_file("-m", "pipelines.train_prior", *argv, WANDB_BASE_URL=server.url, **home)
-            assert "warning" not in printed and "wandb:" not in printed and KEY not in printed
+            train_prior(run, tokens, track__wandb="online", train__steps=steps)
+        wandb.teardown()
         (history,) = server.history.values()
+    printed = "".join(capfd.readouterr())
+    assert "warning" not in printed and "wandb:" not in printed and KEY not in printed
     logged = [line["_step"] for line in history if "learning_rate" in line]
     assert logged == steps_of(run) == sorted(set(logged)) and logged[-1] == 6
     url = ImagePipeline.from_pretrained(run / "pipeline").provenance["prior"]["run_url"]
