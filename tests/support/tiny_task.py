@@ -82,8 +82,8 @@ class TinyTask(Task):
         net: nn.Module | None = None,
         init: dict[str, Any] | None = None,
     ) -> None:
-        """critic_start, late: first steps of the critic and of the layer `late`. scores: validation errors by step. sick:
-        may change a player's loss at a step."""
+        """critic_start, late: first steps of the critic and of the layer `late`. scores: validation errors by step.
+        sick: may change a player's loss at a step."""
         self.critic_start, self.late, self.scores, self.sick, self.init = critic_start, late, scores, sick, init
         critic = None if critic_start is None else nn.Sequential(nn.Linear(1, 16), nn.GELU(), nn.Linear(16, 1))
         self.model = Both(net or Net(), critic)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from launch import losses, prior_arguments, tensors, train_prior, train_tokenizer
@@ -78,15 +74,6 @@ def test_auto_on_a_gpu_depends_on_the_gpu(monkeypatch, has_bf16):
     assert choose_precision("auto", None).mixed == ("bf16" if has_bf16 else "no")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert choose_precision("auto", None).mixed == ("no" if has_bf16 else "bf16")
-
-
-@pytest.mark.slow
-def test_aten_cpu_capability_limits_auto():
-    """It is read when torch is imported."""
-    ask = "from pipelines.processes.launch import choose_precision as c; print(c('auto', None))"
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "ACCELERATE_USE_CPU": "true"}
-    said = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
-    assert "mixed='no'" in said.stdout
 
 
 def test_a_resumed_run_keeps_its_precision_on_another_machine(tmp_path, tokens, monkeypatch, capsys):

@@ -5,21 +5,16 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from folders import contents, written
 from givens.striped_sets import write_set
 from launch import (
     end,
-    metrics,
     output_of,
     start,
-    states,
     tokenizer_arguments,
     verb,
     wait_for,
@@ -78,25 +73,3 @@ def test_the_second_is_refused_and_the_first_unaffected(tmp_path, commands, name
     assert len(line.splitlines()) == 1
     found, expected = (compared(folder) for folder in (out, alone))
     assert list(found) == list(expected) and found == expected
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_torchrun_restarts_the_processes_after_one_was_killed(tmp_path, rank):
-    """The lock of the first attempt is free, whichever process was killed, and nobody waits for it."""
-    argv = tokenizer_arguments(tmp_path / "run", train__steps=200, train__save_every=10)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max_restarts=1"]
-    torchrun += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "-m", "pipelines.train_tokenizer", *argv]
-    # Otherwise torch 2.13 reuses the store of the first attempt with its stale addresses.
-    job = start(torchrun, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    try:
-        assert wait_for(lambda: time.sleep(0.1) or states(tmp_path / "run"), job, 200)
-        held = int(re.search(r"pid=(\d+)", (tmp_path / "run" / LOCK).read_text())[1])
-        workers = psutil.Process(job.pid).children(recursive=True)
-        (one,) = [worker for worker in workers if worker.environ().get("RANK") == str(rank)]
-        assert (one.pid == held) == (rank == 0)
-        one.kill()
-        printed = output_of(job, 200)
-    finally:
-        end(job)
-    assert re.search(r"continuing from step \d+0; ", printed) and "may be writing here" not in printed, printed
-    assert metrics(tmp_path / "run")[-1]["step"] == 200 and not list((tmp_path / "run").glob(".lock*"))

@@ -30,7 +30,6 @@ from tiny_task import (
     assert_same_tensors,
     copy_run,
     read_checkpoint,
-    stopped_at,
     train_tiny,
     trainer_of,
 )
@@ -289,15 +288,6 @@ def test_a_snapshot_that_could_not_be_saved_is_saved_by_the_same_command(tmp_pat
     assert_same_run(tmp_path / "run", finished)
 
 
-def test_a_run_stopped_after_a_full_disk_is_saved(tmp_path, monkeypatch, capsys):
-    full_at(monkeypatch, 4)
-    with stopped_at(6):
-        train(tmp_path / "run")
-    printed = capsys.readouterr()
-    assert "not saved: step 4" in printed.err and "stopped at step 6" in printed.out
-    assert states(tmp_path / "run")[-1].name == "step-00000006"
-
-
 @pytest.mark.parametrize("where", ["weight", "average", "moment"])
 def test_non_finite_state_is_not_saved(tmp_path, monkeypatch, capsys, where):
     """It is an error only at the end of the run."""
@@ -325,16 +315,6 @@ def test_non_finite_state_is_not_saved(tmp_path, monkeypatch, capsys, where):
     with pytest.raises(UserError, match="not saved: step 10"):
         train(run, steps=10)
     assert [step_of(path) for path in states(run)] == [6, 8]
-
-
-def test_a_bug_in_the_thread_that_writes_ends_the_run(tmp_path, monkeypatch):
-    def wrong(*_: Any) -> None:
-        raise ZeroDivisionError("a bug")
-
-    monkeypatch.setattr(checkpoint, "write_json", wrong)
-    with pytest.raises(ZeroDivisionError, match="a bug"):
-        train(tmp_path / "run")
-    assert not list((tmp_path / "run" / "state").iterdir())
 
 
 def test_training_continues_while_a_copy_is_written(tmp_path, finished, monkeypatch):

@@ -37,7 +37,6 @@ from launch import (
     two_processes,
 )
 from one_process import one_process
-from small import QUANTIZERS, node_of
 from watched_runs import Watch, in_two_processes
 
 from pipelines import encode
@@ -68,7 +67,6 @@ FIGURES = {
     "train_tokenizer": ("loss", "l2", "commitment", "gradient_norm", "codebook_usage", "validation/psnr"),
     "train_prior": ("loss", "bits_per_token", "gradient_norm", "validation/bits_per_token", "held_out/bits_per_token"),
 }
-KINDS = [name for name in QUANTIZERS if name != "ema"]
 SMALL_BATCHES = {  # an uneven number of batches of 24 rows and of 72 images
     "pipelines.metrics.likelihood.LOGITS": 5 * 49 * 16,
     "pipelines.metrics.reconstruction.EVALUATED_PIXELS": 5 * 784,
@@ -102,12 +100,6 @@ def basic(watch: Watch) -> None:
         encode.run(encoding(folder / "train_tokenizer" / "tokenizer", folder / f"encoded{rows}", rows))
 
 
-def kinds(watch: Watch) -> None:
-    """Train with each quantizer."""
-    for name in KINDS:
-        watch.run(name, lambda name=name: train_tokenizer(watch.folder / name, **with_quantizer(name)))
-
-
 def no_number_in(sick: set[int]) -> Any:
     """A tokenizer's loss that is not finite in these steps."""
     loss = TokenizerTask.loss
@@ -131,11 +123,6 @@ def stopping_at(stop: int) -> Any:
         return loss(self, player, batch, step)
 
     return planted
-
-
-def with_quantizer(name: str) -> dict[str, Any]:
-    """Settings of a short run with a small quantizer."""
-    return {"train__steps": 6, "model": {**VQVAE, "quantizer": node_of(name)}}
 
 
 def encoding(tokenizer: Path, out: Path, rows: int) -> encode.EncodeConfig:
@@ -245,23 +232,6 @@ def test_an_error_on_one_ends_both(pair, name, first, second):
     """Including errors that only the main process can find."""
     one, two = pair[1][name]["errors"]
     assert one.startswith(first) and two.startswith(second)
-
-
-@pytest.fixture(scope="module")
-def pair_of_kinds(tmp_path_factory) -> tuple[Path, dict[str, Any], str]:
-    folder = tmp_path_factory.mktemp("kinds")
-    return folder, *in_two_processes(__file__, "kinds", folder)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
-def test_two_train_every_quantizer_as_one_does(pair_of_kinds, tmp_path, name):
-    """Except gumbel, whose noise differs between processes."""
-    folder, found, _ = pair_of_kinds
-    assert_equal_at_every_step(found[name]["steps"], 6)
-    alone = train_tokenizer(tmp_path / "alone", **with_quantizer(name))
-    for figure in ("loss", "l2", "gradient_norm", "codebook_usage") if name != "gumbel" else ():
-        assert losses(folder / name, figure) == pytest.approx(losses(alone, figure), rel=1e-4), figure
 
 
 @pytest.mark.parametrize("rows", [1, 37])

@@ -17,7 +17,6 @@ import torch.distributed.checkpoint as dcp
 import watched_runs
 from accelerate.state import AcceleratorState
 from launch import (
-    GPT,
     MACHINE,
     ROOT,
     assert_equal_tensors,
@@ -53,10 +52,8 @@ TOLERANCE = 1e-6  # relative; sums are taken in another order
 FIGURES = ("loss", "bits_per_token", "gradient_norm", "validation/bits_per_token", "held_out/bits_per_token")
 STEPS = 12
 RUN = {"train__steps": STEPS, "train__save_every": 4, "train__evaluate_every": 3, "train__optimizer": "muon"}
-BUSY = {**RUN, "train__accumulate": 2, "model": {**GPT, "dropout": 0.2, "any_order": True}}
 OTHERS = [name for name in PRIORS if name not in ("gpt", "marginal", "next_scale")]  # which needs other tokens
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-TWO = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", *MACHINE]
 
 
 # In each of two processes
@@ -101,10 +98,8 @@ def basic(watch: Watch) -> None:
 
 
 def more(watch: Watch) -> None:
-    """Other priors and precisions, compiled and checkpointed blocks, and switches between sharded and replicated."""
+    """Other priors and precisions, checkpointed blocks, and switches between sharded and replicated."""
     runs = Runs(watch)
-    runs.run("busy", BUSY)
-    runs.run("checkpointing", {**BUSY, "train__checkpointing": True})
     for name in OTHERS:
         runs.run(name, with_prior(name))
     runs.run("two to four", stop=10)
@@ -325,14 +320,6 @@ def test_a_run_may_switch_between_sharded_and_replicated(others, alone, name):
 
 
 @pytest.mark.slow
-def test_checkpointed_shards_draw_the_same_dropout(others):
-    """With micro-batches and random orders."""
-    folder = others[0]
-    assert losses(folder / "busy") == losses(folder / "checkpointing")
-    assert_equal_tensors(tensors(folder / "busy" / "pipeline"), tensors(folder / "checkpointing" / "pipeline"))
-
-
-@pytest.mark.slow
 def test_compiled_and_checkpointed_blocks_train_alike(others, alone):
     assert losses(others[0] / "compiled") == pytest.approx(losses(alone), rel=1e-4)
     assert list(tensors(others[0] / "compiled" / "pipeline")) == list(tensors(alone / "pipeline"))
@@ -353,13 +340,6 @@ def command(tokens: Path, run: Path, options: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_documented_command_shards(pair, tmp_path):
-    printed = output_of(start(command(pair[0] / "tokens", tmp_path / "run", TWO)))
-    assert printed.count("2 processes on cpu:0, no mixed precision, weights sharded") == 1, printed
-    assert losses(tmp_path / "run") == losses(pair[0] / "sharded")
-
-
-@pytest.mark.slow
 def test_the_shipped_configuration_shards(others, tmp_path):
     """In bf16, with two processes instead of eight GPUs."""
     options = ["--config_file", str(ROOT / "configs" / "accelerate" / "fsdp.yaml"), "--num_processes", "2"]
@@ -371,7 +351,7 @@ def test_the_shipped_configuration_shards(others, tmp_path):
 @pytest.mark.slow
 def test_four_processes_resume_a_run_of_two(others, alone):
     """The shards have other sizes, and some are empty."""
-    run, four = others[0] / "two to four", [*TWO[:3], "--num_processes", "4", *MACHINE]
+    run, four = others[0] / "two to four", ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "4", *MACHINE]
     printed = output_of(start(command(others[0] / "tokens", run, four)))
     assert "continuing from step 8;" in printed and "4 processes on cpu:0" in printed
     assert_same_run(run, alone)

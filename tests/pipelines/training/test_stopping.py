@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import pty
-import select
 import shutil
 import signal
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -368,20 +364,6 @@ def test_a_run_saves_and_ends_with_its_launcher(tmp_path, command, launcher, num
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_shell_ends_its_loop(tmp_path, command):
-    loop = 'for name in a b; do "$@" out=$0/$name; done'
-    argv = verb("train_tokenizer", tokenizer_arguments(tmp_path, train__steps=20000))
-    job, run = command(["bash", "-c", loop, str(tmp_path), *argv]), tmp_path / "a"
-    workers = job.wait_until(has_logged(run, 3))
-    job.ctrl_c()
-    lines = job.end(workers).splitlines()
-    step = int(states(run)[-1].name[5:])
-    assert len(workers) == 1 and f"{run}: {FIRST}" in lines
-    assert lines[-1] == f"{run}: stopped at step {step}; the same command continues"
-    assert job.process.returncode == -signal.SIGINT and not (tmp_path / "b").exists()
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_ctrl_c_under_accelerate_launch_saves_once(tmp_path, command, processes):
@@ -443,34 +425,3 @@ def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
     while not condition():
         assert time.monotonic() < until, f"nothing happened in {seconds} s"
         time.sleep(0.01)
-
-
-@pytest.mark.slow
-def test_a_closed_terminal_saves(tmp_path):
-    """Later output to it would be an error."""
-    run, (master, terminal) = tmp_path / "run", pty.openpty()
-    process = subprocess.Popen(
-        verb("train_tokenizer", tokenizer_arguments(run, train__steps=20000)),
-        cwd=ROOT,
-        env=environment(),
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )
-    os.close(terminal)
-
-    def has_begun() -> bool:
-        while select.select([master], [], [], 0)[0]:
-            os.read(master, 1 << 16)
-        return has_logged(run, 3)()
-
-    try:
-        assert wait_for(has_begun, process)
-        os.close(master)
-        assert process.wait(30) == 0
-    finally:
-        end(process)
-    step = int(states(run)[-1].name[5:])
-    assert metrics(run)[-1]["step"] in (step - 1, step)

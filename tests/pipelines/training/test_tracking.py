@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import torch
 from fake_wandb import FakeWandb
 from launch import metrics, train_prior, train_tokenizer
 from PIL import Image
-from processes import run_file
 from servers.wandb_log import wandb_records
 from servers.wandb_server import WandbServer
 
@@ -59,16 +57,6 @@ def test_lines_are_written_at_once_and_floats_round_trip(tmp_path):
     (line,) = metrics(tmp_path)
     assert line == {"step": 1, **plain, "scalar": float(np.float32(0.1)), "tensor": 0.5} and list(line)[0] == "step"
     tracker.close()
-
-
-def test_other_processes_write_nothing(tmp_path, capsys):
-    tracker = open_tracker(tmp_path / "run", active=False, wandb="offline", trackers=("wandb", "tensorboard"))
-    tracker.log(1, {"a": 1.0})
-    tracker.images(1, {"a": PICTURE})
-    tracker.flush()
-    tracker.finish(1, {"a": 1.0}, [], {})
-    tracker.close()
-    assert tracker.run_url is None and not (tmp_path / "run").exists() and capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -200,17 +188,6 @@ def test_project_and_name_come_from_the_configuration_then_the_environment(
     (options,) = wandb.starts
     assert (options["project"], options["name"]) == expected
     assert options["config"] == {"model": {"depth": 2}} and options["dir"] == str(tmp_path / "run")
-
-
-def test_each_tracker_is_announced_in_a_line(tmp_path, monkeypatch, capsys):
-    FakeWandb(monkeypatch)
-    run = tmp_path / "a b"
-    open_tracker(run, wandb=None, trackers=("wandb", "tensorboard")).close()
-    wandb, board = capsys.readouterr().out.splitlines()
-    assert wandb.startswith("W&B: offline") and wandb.endswith(f"wandb sync '{run}'/wandb/offline-run-*")
-    assert board.startswith("TensorBoard: ") and board.endswith(f"--logdir '{run}/tensorboard'")
-    open_tracker(run, trackers=()).close()
-    assert capsys.readouterr().out.startswith("W&B: disabled")
 
 
 def test_a_tracker_that_is_not_installed_is_refused_on_every_process(tmp_path, monkeypatch):
@@ -347,38 +324,6 @@ def test_the_artifact_is_the_snapshot_of_the_run(trained):
     files = {entry.path: entry for entry in artifact.manifest.contents}
     assert set(files) == {path.name for path in (trained / "tokenizer").iterdir()}
     assert files["config.json"].local_path == str(trained / "tokenizer" / "config.json")  # not a copy
-
-
-OFFLINE = """
-import sys
-from pathlib import Path
-from pipelines.training import tracking
-
-tracking.INIT_SECONDS = 2
-assert not {"wandb", "accelerate", "tensorboard"} & set(sys.modules)
-tracker = tracking.Tracker(
-    Path(sys.argv[1]), tracking.TrackConfig(wandb="online"), {}, active=True, resume_step=0
-)
-for step in (1, 2, 3):
-    tracker.log(step, {"loss": 1 / step})
-tracker.close()
-"""
-
-
-def test_a_silent_server_is_given_up_in_time_and_the_run_recorded_offline(tmp_path):
-    """With the real client: the numbers can be synced later."""
-    (tmp_path / "offline.py").write_text(OFFLINE)
-    began = time.monotonic()
-    with socket.socket() as listening:  # the kernel accepts connections that nobody answers
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(1000)
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        variables = {"HOME": str(tmp_path), "WANDB_API_KEY": KEY, "WANDB_BASE_URL": url}
-        printed = run_file(tmp_path / "offline.py", tmp_path / "run", **variables)
-    assert time.monotonic() - began < 60
-    (warning,) = [line for line in printed.splitlines() if "warning" in line]
-    assert "wandb sync" in warning and len(printed.splitlines()) == 2, printed
-    assert [step for step, _ in history_of(tmp_path / "run")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("snapshot", [True, False])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +39,6 @@ from tiny_task import (
     Net,
     TinyTask,
     assert_same_tensors,
-    killed_at,
     read_checkpoint,
     stopped_at,
     train_tiny,
@@ -141,17 +139,6 @@ def test_images_travel_as_bytes_and_depend_on_seed_epoch_and_index_alone(tmp_pat
         several |= len(set(epochs)) > 1
     assert several
     stream.close()
-
-
-def test_prefetching_is_bounded_and_ends_with_the_run(tmp_path, monkeypatch):
-    made, batch = [], TinyTask.batch
-    monkeypatch.setattr(TinyTask, "batch", lambda *given: made.append(1) or batch(*given))
-    with killed_at(4):
-        train_tiny(tmp_path / "run")
-    before = len(made)
-    assert 4 <= before <= 7
-    time.sleep(0.05)
-    assert len(made) == before and not [t for t in threading.enumerate() if t.name.startswith("ahead")]
 
 
 # A step
