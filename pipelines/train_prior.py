@@ -115,7 +115,7 @@ class TrainPriorConfig(Config):
         "learns textures but not shapes",
     )
     sampler: SamplerConfig = Field(SamplerConfig(), description="default sampling settings of the pipeline")
-    train: TrainConfig = Field(TrainConfig(), description="duration, optimizer and schedule")
+    train: TrainConfig = Field(TrainConfig(), description="how long and how fast")
     track: TrackConfig = Field(TrackConfig(), description="trackers of metrics and previews")
 
     @model_validator(mode="after")

@@ -72,7 +72,7 @@ class TrainTokenizerConfig(Config):
     )
     loss: LossConfig = Field(LossConfig(), description="weights of the losses")
     critic: CriticConfig = Field(CriticConfig(), description="the adversary of VQGAN")
-    train: TrainConfig = Field(TrainConfig(), description="duration, optimizer and schedule")
+    train: TrainConfig = Field(TrainConfig(), description="how long and how fast")
     track: TrackConfig = Field(TrackConfig(), description="trackers of metrics and previews")
 
 
