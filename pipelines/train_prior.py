@@ -1,4 +1,4 @@
-"""Train stage two: a prior over a token dataset; its snapshot is a whole pipeline folder."""
+"""Train stage two: a prior over a token dataset; its snapshot is a complete pipeline folder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class SamplerConfig(Sampling):
-    """The pipeline's default settings."""
+    """Default sampling settings of the pipeline."""
 
     temperature: float | None = Field(1.0, ge=0, description=TEMPERATURE)
     guidance_scale: float | None = Field(1.0, ge=0, description=GUIDANCE_SCALE)
@@ -57,16 +57,18 @@ class SamplerConfig(Sampling):
 
 
 class AlignmentConfig(Config):
-    """Condition Contrastive Alignment (Chen et al. 2024), which trains guidance away."""
+    """Condition Contrastive Alignment (Chen et al. 2024): fine-tuning that makes guidance unnecessary."""
 
-    beta: float = Field(0.5, gt=0, description="the optimum is about guidance of 1 + 1/beta; the paper has 0.02")
+    beta: float = Field(
+        0.5, gt=0, description="the optimum corresponds to a guidance scale of about 1 + 1/beta; 0.02 in the paper"
+    )
     negatives: float | None = Field(
-        None, ge=0, description="lambda, weight of images under a wrong label; null: the number of classes"
+        None, ge=0, description="lambda, the weight of images with a wrong label; null: the number of classes"
     )
 
 
 class TrainPriorConfig(Config):
-    """A run of stage two."""
+    """Configuration of a run of stage two."""
 
     examples = (
         "--config gpt_digits train.minutes=1",
@@ -84,49 +86,49 @@ class TrainPriorConfig(Config):
         None,
         ge=16,
         le=4096,
-        description="read blocks of this many rows and mix the rows of as many blocks, for tokens on a slow disk that "
-        "memory cannot hold; null: all rows in a random order",
+        description="read rows in blocks of this size and shuffle within as many blocks, for tokens that exceed memory "
+        "on a slow disk; null: all rows in random order",
     )
     model: Annotated[dict[str, Any], Node("prior.base:Prior")] = Field({"kind": "gpt"}, description="the prior")
     init: Annotated[str | None, Within("pipeline", INDEX)] = Field(
         None,
-        description="folder, its run, or Hub id of a pipeline whose prior to start from; the model is then by default "
-        "its own",
+        description="pipeline whose prior to start from: its folder, its run or a Hub id; also sets the default of "
+        "`model`",
     )
     objective: Literal["likelihood", "cca"] | None = Field(
         None,
-        description="likelihood, which null is, too; or cca, which fine-tunes the prior of `init` to need no guidance",
+        description="likelihood (as null); or cca, which fine-tunes the prior of `init` to need no guidance",
     )
     cca: AlignmentConfig | None = Field(None, description="settings of objective=cca; null: their defaults")
     label_dropout: float = Field(
         0.1,
         ge=0,
         le=1,
-        description="share of images trained without their label, which unconditional sampling and guidance need; with "
-        "1 the prior has no classes",
+        description="share of images trained without their label, for unconditional sampling and guidance; 1: a prior "
+        "without classes",
     )
     perturb: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="share of tokens replaced by uniform random ids in training, for a background prior, which learns "
-        "textures but not shapes (0.1 to 0.3)",
+        description="share of training tokens replaced by uniform random ids (0.1 to 0.3), for a background prior that "
+        "learns textures but not shapes",
     )
     sampler: SamplerConfig = Field(SamplerConfig(), description="default sampling settings of the pipeline")
     train: TrainConfig = Field(TrainConfig(), description="how long and how fast")
-    track: TrackConfig = Field(TrackConfig(), description="where the numbers go")
+    track: TrackConfig = Field(TrackConfig(), description="trackers of metrics and previews")
 
     @model_validator(mode="after")
     def _contrasts_something(self) -> TrainPriorConfig:
         if self.cca is not None and self.objective != "cca":
-            raise ValueError("cca: goes with objective=cca")
+            raise ValueError("cca: needs objective=cca")
         if self.objective == "cca" and self.label_dropout == 1:
-            raise ValueError("label_dropout: must be below 1 with objective=cca, which contrasts labels")
+            raise ValueError("label_dropout: must be below 1 with objective=cca, which contrasts classes")
         return self
 
 
 class PriorTask(Task):
-    """One player: the prior."""
+    """Trains a prior, the only player."""
 
     shardable = True
     snapshots = {"pipeline": PIPELINE}
@@ -136,9 +138,9 @@ class PriorTask(Task):
         self.config, self.data = config, load_tokens(config.tokens, revision=config.revision)
         if config.label_dropout == 1:  # no class would ever be trained
             self.data = without_labels(self.data)
-        self.train_split, self.judged = training_splits(self.data)
+        self.train_split, self.eval_splits = training_splits(self.data)
         self.model: Prior = build_prior(config.model, self.data)
-        self.is_checked = not is_built_in(self.model)  # asked now: sharding gives a model a class of torch's
+        self.is_checked = not is_built_in(self.model)  # before sharding, which changes the class
         if self.is_checked:
             self.require_causal(with_random_weights(self.model))
         start = start_from(self.model, self.data.class_names, config.init) if config.init else None
@@ -148,16 +150,16 @@ class PriorTask(Task):
         self.nets: dict[str, nn.Module] = {"model": self.make_objective(start, device)}
         self.players = {"model": list(self.model.parameters())}
         self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)
-        self.evaluated = {split: rows_evaluated(self.model, len(rows)) for split, rows in self.judged.items()}
-        self.pipeline(self.model)  # raises now, before training, what it would raise after it
+        self.evaluated = {split: rows_evaluated(self.model, len(rows)) for split, rows in self.eval_splits.items()}
+        self.pipeline(self.model)  # raises its errors before training instead of after it
 
     def make_objective(self, reference: Prior | None, device: torch.device | str) -> nn.Module:
-        """What turns a batch into a loss; only the reference is placed on the device, as nothing else will do that.
-        Raises `UserError` for a prior, or data, that it cannot be of."""
+        """Build the module that maps a batch to a loss, with the reference moved to the device. Raises `UserError` for
+        a prior or data that does not suit the objective."""
         if self.config.objective != "cca":
             return Likelihood(self.model)
         if reference is None:
-            raise UserError("init: missing; objective=cca fine-tunes the prior of a trained pipeline, init=PIPELINE")
+            raise UserError("init: missing; objective=cca fine-tunes a trained pipeline's prior, init=PIPELINE")
         if problem := alignment_problem(self.model):
             raise UserError(f"objective: cca {problem}")
         self.counts = torch.bincount(cast(Tensor, self.train_split.labels).long(), minlength=self.data.num_classes)
@@ -168,8 +170,8 @@ class PriorTask(Task):
         return Alignment(self.model, reference.to(device), settings.beta, weight)
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor, ...]:
-        """Tokens `(B, *grid.shape)` and labels `(B,)`, the null class where dropped or where the data has none; for an
-        objective that contrasts them, also labels `(B,)` that the images do not have."""
+        """Return tokens `(B, *grid.shape)` and labels `(B,)`, the null class if dropped or missing; for `cca` also
+        wrong labels `(B,)`."""
         rows, labels = torch.from_numpy(indices), self.train_split.labels
         tokens = self.train_split.rows(indices)
         if self.config.perturb:
@@ -184,20 +186,20 @@ class PriorTask(Task):
         return tokens, given, other_labels(own, self.counts, by_row(indices, epochs, seed, OTHER))
 
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """All rows in a random order, or in blocks where `blocks` is set."""
+        """Return all rows in random order, or in blocks if `blocks` is set."""
         return samples_of(self.rows, batch_size, seed, step, self.config.blocks)
 
     def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective, on the orders or masks that the prior draws for this step."""
+        """Return the objective, under the orders or masks that the prior draws for this step."""
         loss, terms = self.nets["model"](*batch, self.model.training_inputs(batch[0], self.progress))
         return loss, terms
 
     def preview(self, model: nn.Module, group: ProcessGroup = ALONE) -> dict[str, np.ndarray]:
-        """Samples, one class per column, with the same seeds at every step."""
+        """Return samples, one class per column, with the same seeds at every step."""
         return {"samples": self.pipeline(model).sample_picture(group=group)}
 
     def require_causal(self, model: Prior) -> None:
-        """Raise `UserError` for a prior whose logits depend on tokens that it has still to predict."""
+        """Raise `UserError` for a prior whose logits depend on tokens that it has yet to predict."""
         labels = self.train_split.labels
         try:
             require_causal(model, self.train_split.rows(np.zeros(1, np.int64)), None if labels is None else labels[0])
@@ -205,36 +207,36 @@ class PriorTask(Task):
             raise UserError(f"model: {error}") from error
 
     def evaluate(self, model: nn.Module, split: Split, group: ProcessGroup = ALONE) -> dict[str, float]:
-        """Bits per token on a split."""
+        """Return bits per token on a split."""
         if self.is_checked:
             self.require_causal(cast(Prior, model))
-        return {"bits_per_token": bits_per_token(model, self.judged[split], self.evaluated[split], group=group)}
+        return {"bits_per_token": bits_per_token(model, self.eval_splits[split], self.evaluated[split], group=group)}
 
     def score(self, evaluation: dict[str, float]) -> float | None:
-        """Fewer bits are better; of a prior that is to need no guidance, they say nothing."""
+        """Return minus the bits per token; None with `cca`, whose quality bits do not measure."""
         bits = evaluation.get("bits_per_token")
         return None if bits is None or self.config.objective == "cca" else -bits
 
     def quality(self, evaluation: dict[str, float]) -> str:
-        """Bits per token; an upper bound where the prior is not exact."""
+        """Describe the bits per token, an upper bound if the prior is not exact."""
         bits = evaluation.get("bits_per_token")
         return "" if bits is None else f"{'' if self.model.exact else 'at most '}{bits:.3f} bits per token"
 
     def outcome(self, run: Path) -> str:
-        """The pipeline's folder, and the command that makes images with it."""
+        """Name the pipeline's folder, and the command that generates images with it."""
         folder = quote(str(run / "pipeline"))
         return f"pipeline: {folder}; next: smalti generate{as_asked()} pipeline={folder}"
 
     def pipeline(self, model: nn.Module) -> ImagePipeline:
-        """Both stages, sharing `model`'s weights."""
+        """Return a pipeline of both stages that shares `model`'s weights."""
         sampler = self.config.sampler.sampling_settings()
-        if not self.data.num_classes:  # there is no class to guide towards
+        if not self.data.num_classes:  # no class to guide towards
             sampler = {name: value for name, value in sampler.items() if name not in GUIDANCE}
         tokenizer = self.data.tokenizer.to(self.model.device)
         return ImagePipeline(tokenizer, cast(Prior, model), labels=self.data.class_names, sampler=sampler)
 
     def save(self, model: nn.Module, run: Path, facts: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
-        """The pipeline's folder, with where its images came from and a sample grid on its card."""
+        """Save the pipeline's folder, with its provenance and a grid of samples on its card."""
         pipeline = self.pipeline(model)
         if self.init:
             facts = {**facts, "objective": self.config.objective or "likelihood", "init": self.init}
@@ -243,25 +245,25 @@ class PriorTask(Task):
 
 
 def training_splits(data: TokenDataset) -> tuple[TokenSplit, dict[Split, TokenSplit]]:
-    """The split to train on, and those to evaluate on: `test`, and `validation` if there are rows in it. Raises
-    `UserError` when one is missing or empty."""
+    """Return the split to train on and those to evaluate on: `test`, and `validation` unless empty. Raises `UserError`
+    if `train` or `test` is missing or empty."""
     for name in ("train", "test"):
         if not len(data.splits.get(name, ())):
             raise UserError(f"tokens: the dataset has no rows in its {name!r} split; it has {sorted(data.splits)}")
-    judged: dict[Split, TokenSplit] = {"held_out": data.splits["test"]}
+    splits: dict[Split, TokenSplit] = {"held_out": data.splits["test"]}
     if len(data.splits.get("validation", ())):
-        judged["validation"] = data.splits["validation"]
-    return data.splits["train"], judged
+        splits["validation"] = data.splits["validation"]
+    return data.splits["train"], splits
 
 
 def without_labels(data: TokenDataset) -> TokenDataset:
-    """Return the same tokens without classes."""
+    """Return the same dataset without classes."""
     splits = {name: TokenSplit(split.tokens, None) for name, split in data.splits.items()}
     return replace(data, class_names=[], splits=splits)
 
 
 def build_prior(node: dict[str, Any], data: TokenDataset) -> Prior:
-    """The prior of a checked `{kind: ...}` node for the dataset's grid and classes. Raises `ConfigError`."""
+    """Build the prior of a validated `{kind: ...}` node for a dataset's grid and classes. Raises `ConfigError`."""
     choices = {key: value for key, value in node.items() if key != "kind"}
     return Prior.create(
         node["kind"], grid=data.grid, num_classes=data.num_classes, tokenizer=data.tokenizer.fingerprint(), **choices
@@ -269,14 +271,14 @@ def build_prior(node: dict[str, Any], data: TokenDataset) -> Prior:
 
 
 FREE = ("dropout", "attention_dropout", "label_smoothing", "anneal", "random_share")
-"""Settings of priors that say how they are trained, and not what they are."""
+"""Settings of priors that affect training only."""
 
 
 def start_from(prior: Prior, class_names: list[str], source: str) -> Prior:
-    """Copy the weights of the prior of the pipeline `source` into `prior`; return that prior, for a reference.
+    """Copy the weights of the prior of the pipeline `source` into `prior`; return that prior, as a reference.
 
-    Raises `UserError` for one over the tokens of another tokenizer, of other classes, or with other settings than those
-    of training alone; `PipelineLoadError` for a folder that is no good pipeline.
+    Raises `UserError` if the tokenizers, classes or settings differ (except settings that affect training only), and
+    `PipelineLoadError` for an invalid pipeline.
     """
     try:
         pipeline = ImagePipeline.from_pretrained(source)
@@ -285,7 +287,7 @@ def start_from(prior: Prior, class_names: list[str], source: str) -> Prior:
     theirs, mine = pipeline.prior, prior.config.to_dict()
     other = theirs.config.to_dict()
     if theirs.config.tokenizer != prior.config.tokenizer or theirs.grid != prior.grid:
-        raise UserError(f"init: {source}: its prior is over the tokens of another tokenizer than tokens=")
+        raise UserError(f"init: {source}: its prior uses another tokenizer than tokens=")
     if (theirs.num_classes, pipeline.labels) != (prior.num_classes, class_names):
         there, here = (
             f"has {count} classes" + (f" ({', '.join(names)})" if names else "")
@@ -293,17 +295,16 @@ def start_from(prior: Prior, class_names: list[str], source: str) -> Prior:
         )
         raise UserError(f"init: {source}: {there}, and tokens= {here}")
     if theirs.name != prior.name:
-        raise UserError(f"init: {source}: its prior is of model.kind={theirs.name}, not {prior.name}; leave that out")
+        raise UserError(f"init: {source}: its prior has model.kind={theirs.name}, not {prior.name}; remove model.kind")
     if differing := [key for key in {**mine, **other} if key not in FREE and mine.get(key) != other.get(key)]:
         pairs = ", ".join(f"model.{key}: {other.get(key)!r} there, {mine.get(key)!r} here" for key in differing)
-        raise UserError(f"init: {source}: a prior of another configuration ({pairs})")
+        raise UserError(f"init: {source}: its prior has other settings ({pairs})")
     prior.load_state_dict(theirs.state_dict())
     return theirs
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """The model of the pipeline `init`, as a preset holds it; nothing where it cannot be read: loading the pipeline
-    will say why."""
+    """Return the model settings of the pipeline `init` as defaults; {} if unreadable, which loading it will report."""
     path = file_of(str(located(str(given.get("init") or ""))), f"prior/{CONFIG}")
     saved = read_json(path) if path else {}
     if not Prior.has(saved.get("kind")):
@@ -314,11 +315,13 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(config: TrainPriorConfig) -> Path:
-    """Train, and return the run folder; `pipeline/` in it is what `from_pretrained` wants."""
+    """Train and return the run folder, whose `pipeline/` is for `ImagePipeline.from_pretrained`."""
 
     def build(accelerator: Accelerator) -> Task:
         if config.objective == "cca" and is_sharding(accelerator):
-            raise UserError("objective: cca keeps a whole copy of the prior on each process; launch it without FSDP")
+            raise UserError(
+                "objective: cca keeps an unsharded copy of the prior on each process; launch it without FSDP"
+            )
         return PriorTask(config, accelerator.device)
 
     return train(build, config)

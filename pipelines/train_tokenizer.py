@@ -43,12 +43,12 @@ from .training.trainer import train
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-EVALUATED_IMAGES = 2000  # at most, by training; `smalti evaluate` looks at all that are held out
-INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # from which a tokenizer is initialised, at least
+EVALUATED_IMAGES = 2000  # at most, during training; `smalti evaluate` uses all held-out images
+INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # fewest that initialize a tokenizer
 
 
 class TrainTokenizerConfig(Config):
-    """A run of stage one."""
+    """Configuration of a run of stage one."""
 
     examples = (
         "--config vqvae_digits train.minutes=1 out=runs/mine",
@@ -61,25 +61,23 @@ class TrainTokenizerConfig(Config):
 
     out: str = Field(description="run folder: metrics, previews, checkpoints, and the tokenizer itself")
     data: DataConfig = Field(DataConfig(), description="the images")
-    augmented: bool = Field(
-        True, description="train on images that data.augment changes; false: it is for `smalti encode` alone"
-    )
+    augmented: bool = Field(True, description="apply data.augment in training; false: only in `smalti encode`")
     model: Annotated[dict[str, Any], Node("tokenizer.base:Tokenizer")] = Field(
         {"kind": "vqvae"}, description="the tokenizer"
     )
     init: Annotated[str | None, Within("tokenizer", CONFIG)] = Field(
         None,
-        description="tokenizer to start from, a folder, its run or a Hub id, with defaults of model and data; for "
-        "posthoc a klvae",
+        description="tokenizer to start from: its folder, its run or a Hub id; also sets defaults of `model` and "
+        "`data`; a klvae for posthoc",
     )
-    loss: LossConfig = Field(LossConfig(), description="what is minimised")
+    loss: LossConfig = Field(LossConfig(), description="weights of the losses")
     critic: CriticConfig = Field(CriticConfig(), description="the adversary of VQGAN")
     train: TrainConfig = Field(TrainConfig(), description="how long and how fast")
-    track: TrackConfig = Field(TrackConfig(), description="where the numbers go")
+    track: TrackConfig = Field(TrackConfig(), description="trackers of metrics and previews")
 
 
 class Stage(nn.Module):
-    """What a run keeps and averages: the tokenizer, which users get, its critic, and counts of how ids are used."""
+    """The averaged and saved modules: the tokenizer, which users get, its critic, and counts of codebook use."""
 
     use: CodebookUse
 
@@ -90,7 +88,7 @@ class Stage(nn.Module):
 
 
 class TokenizerTask(Task):
-    """Two players at most: the tokenizer, if `initialize` leaves parameters to train, and then the critic, if any."""
+    """Trains a tokenizer, if it has trainable parameters after `initialize`, and its critic, if any."""
 
     model: Stage
     snapshots = {"tokenizer": Tokenizer.folder_kind()}
@@ -98,18 +96,18 @@ class TokenizerTask(Task):
     def __init__(self, config: TrainTokenizerConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         channels, height, width = config.data.image_shape
-        model_config(config.model, (height, width), channels)  # raises now, before images are decoded
+        model_config(config.model, (height, width), channels)  # raises its errors before images are decoded
         self.images = load_images(config.data, together=True, stream=True)
         self.rows = 0 if is_stream(config.data) else len(self.images.train)
-        judged: dict[Split, ImageDataset | None] = {"validation": self.images.validation}
-        judged["held_out"] = self.images.held_out
-        self.judged = {split: images for split, images in judged.items() if images is not None}
-        self.evaluated = {split: min(EVALUATED_IMAGES, len(images)) for split, images in self.judged.items()}
+        splits: dict[Split, ImageDataset | None] = {"validation": self.images.validation}
+        splits["held_out"] = self.images.held_out
+        self.eval_splits = {split: images for split, images in splits.items() if images is not None}
+        self.evaluated = {split: min(EVALUATED_IMAGES, len(images)) for split, images in self.eval_splits.items()}
         self.set_up(self.new_tokenizer())
         self.perceptual = Perceptual(config.loss.perceptual_net, device) if config.loss.perceptual else None
 
     def set_up(self, tokenizer: Tokenizer) -> None:
-        """Make `tokenizer` a player, if it has parameters to train, and a critic, if there is one."""
+        """Register `tokenizer` as a player, if it has trainable parameters, and its critic, if any."""
         config, self.tokenizer = self.config, tokenizer
         self.tokens_per_row = len(tokenizer.grid)
         self.weights = loss_weights_of(config.loss, tokenizer)
@@ -122,11 +120,11 @@ class TokenizerTask(Task):
             self.nets["critic"] = self.adversary.critic
             self.players["critic"] = list(self.adversary.critic.parameters())
             self.rates, self.betas = {"critic": config.critic.lr}, {"critic": config.critic.betas}
-        self.reconstructions: deque[Tensor] = deque()  # from the tokenizer's turn to the critic's, one per micro-batch
+        self.reconstructions: deque[Tensor] = deque()  # one per micro-batch, for the critic's loss
         self.model = Stage(tokenizer, self.adversary.critic if self.adversary else None)
 
     def new_tokenizer(self) -> Tokenizer:
-        """The tokenizer that the run begins with: by `init`, and initialized by some of the training images."""
+        """Build the tokenizer, with weights from `init`, and initialize it from training images."""
         channels, height, width = self.images.train.image_shape
         tokenizer = build_tokenizer(self.config.model, (height, width), channels)
         if self.config.init:
@@ -136,24 +134,24 @@ class TokenizerTask(Task):
         return tokenizer
 
     def playing(self, step: int) -> list[str]:
-        """The tokenizer in every step; the critic from step `critic.start` on."""
+        """Return the tokenizer, and the critic from step `critic.start` on."""
         return [name for name in self.players if name != "critic" or (self.adversary and self.adversary.plays(step))]
 
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the images; of a stream, positions in it."""
+        """Return image indices and epochs; for a stream, positions in it."""
         return self.images.train.samples(batch_size, seed, step)
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor, ...]:
-        """Images `(B, C, H, W)` as uint8, and how they are augmented."""
+        """Return images `(B, C, H, W)` as uint8, and the parameters of their augmentation."""
         return self.images.train.raw_batch(indices, epochs, seed, augment=self.config.augmented)
 
     def prepare(self, batch: Any) -> tuple[Tensor]:
-        """Augmented images `(B, C, H, W)` in [-1, 1]."""
+        """Return augmented images `(B, C, H, W)` in [-1, 1]."""
         return (self.images.train.prepare(*batch),)
 
     def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """For the tokenizer the weighted sum of its losses: of pixels, quantizer, LPIPS and critic. For the critic its
-        own loss, on the same images and the reconstructions that the tokenizer's turn made of them."""
+        """Return the tokenizer's weighted sum of pixel, quantizer, LPIPS and adversarial losses; or the critic's loss
+        on the same images and the reconstructions that the tokenizer's loss made of them."""
         (images,) = batch
         if player == "critic":
             assert self.adversary is not None
@@ -171,7 +169,7 @@ class TokenizerTask(Task):
         return loss, {**terms, **self.codebook_figures(output.tokens)}
 
     def codebook_figures(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Count `tokens` of a training batch; how much of the codebook all ranks' batches used."""
+        """Count the tokens of a training batch; return codebook usage over all ranks' batches."""
         counts = self.model.use.count(tokens)
         figures = codebook_usage(counts.sum(0)) | {"dead": self.model.use.dead().sum()}
         for scale, uses in zip(part_names(self.tokenizer), counts, strict=True) if self.tokenizer.grid.scales else ():
@@ -179,39 +177,39 @@ class TokenizerTask(Task):
         return {f"codebook_{name}": value for name, value in figures.items()} | self.tokenizer.figures
 
     def matrices(self) -> dict[nn.Parameter, int]:
-        """Those of the tokenizer: a critic's game is played with Adam."""
+        """Return the tokenizer's matrices only: critics are trained by Adam."""
         return hidden_matrices(self.tokenizer)
 
     def preview(self, model: Any, group: ProcessGroup = ALONE) -> dict[str, np.ndarray]:
-        """Images that are not trained on, each row above its reconstructions, and how the codebook is used. They are
-        few: the first process makes them alone."""
+        """Return images not used for training, each row above its reconstructions, and a chart of codebook use. They
+        are few, so the main process makes them alone."""
         if not group.is_main:
             return {}
-        images = self.judged[self.watched]
+        images = self.eval_splits[self.watched]
         return {
             "reconstructions": reconstruction_picture(model.tokenizer, images),
             "codebook": self.model.use.picture(model.tokenizer),
         }
 
     def evaluate(self, model: Any, split: Split, group: ProcessGroup = ALONE) -> dict[str, float]:
-        """PSNR in dB, pixel losses, codebook usage and perplexity on a split."""
-        return evaluate_reconstruction(model.tokenizer, self.judged[split], EVALUATED_IMAGES, group)
+        """Return PSNR in dB, pixel losses, codebook usage and perplexity on a split."""
+        return evaluate_reconstruction(model.tokenizer, self.eval_splits[split], EVALUATED_IMAGES, group)
 
     def score(self, evaluation: dict[str, float]) -> float | None:
-        """PSNR; None with a critic or LPIPS, which lower it for better looks, and no figure here measures these."""
+        """Return PSNR; None with a critic or LPIPS, which trade PSNR for looks that no figure here measures."""
         return None if self.adversary or self.perceptual else evaluation.get("psnr")
 
     def quality(self, evaluation: dict[str, float]) -> str:
-        """The PSNR of reconstructions."""
+        """Describe the PSNR of reconstructions."""
         return f"PSNR {evaluation['psnr']:.2f} dB" if "psnr" in evaluation else ""
 
     def outcome(self, run: Path) -> str:
-        """The tokenizer's folder, and the command that encodes images with it."""
+        """Name the tokenizer's folder, and the command that encodes images with it."""
         folder, tokens = (quote(str(path)) for path in (run / "tokenizer", f"{run}_tokens"))
         return f"tokenizer: {folder}; next: smalti encode{as_asked()} tokenizer={folder} out={tokens}"
 
     def save(self, model: Any, run: Path, facts: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
-        """The tokenizer's folder, with where its images came from."""
+        """Save the tokenizer's folder, with its provenance."""
         self.images.write_bad_images(run)
         data = self.config.data
         known = {"data": data.model_dump(mode="json"), "local": is_local(data.source), "tokenizer": facts}
@@ -219,12 +217,12 @@ class TokenizerTask(Task):
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """The model and the data of the tokenizer `init`."""
+    """Return model and data settings of the tokenizer `init` as defaults."""
     source = str(given.get("init") or "")
     path = file_of(tokenizer_folder(source), CONFIG) if source else None
     saved = read_json(path) if path else {}
     if not Tokenizer.has(saved.get("kind")):
-        return {}  # loading it will say so
+        return {}  # loading it will report the error
     choices = Tokenizer.find(saved["kind"]).choices()
     model = {key: value for key, value in saved.items() if key not in choices.facts}
     node = given.get("model")
@@ -234,26 +232,26 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_config(node: dict[str, Any], image_size: tuple[int, int], channels: int) -> ModelConfig:
-    """The configuration of a checked `{kind: ...}` node for images of this size. Raises `ConfigError`."""
+    """Build the configuration of a validated `{kind: ...}` node for images of this size. Raises `ConfigError`."""
     choices = {key: value for key, value in node.items() if key != "kind"}
     return Tokenizer.find(node["kind"]).Config(image_size=image_size, channels=channels, **choices)
 
 
 def build_tokenizer(node: dict[str, Any], image_size: tuple[int, int], channels: int) -> Tokenizer:
-    """The tokenizer of such a node. Raises `ConfigError`."""
+    """Build the tokenizer of a validated `{kind: ...}` node. Raises `ConfigError`."""
     member: Any = Tokenizer.find(node["kind"])
     made: Tokenizer = member(model_config(node, image_size, channels))
     return made
 
 
 def run(config: TrainTokenizerConfig) -> Path:
-    """Train, and return the run folder; `tokenizer/` in it is what the next stage wants."""
+    """Train and return the run folder, whose `tokenizer/` is for the next stage."""
 
     def build(accelerator: Accelerator) -> Task:
-        if accelerator.device.type == "cuda":  # all batches are of one shape: it pays to look for the fastest kernels
+        if accelerator.device.type == "cuda":  # one batch shape: benchmarking kernels pays off
             torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
         if config.loss.perceptual:
-            with accelerator.local_main_process_first():  # it downloads the file, the others find it
+            with accelerator.local_main_process_first():  # the first downloads, the others use its file
                 Perceptual(config.loss.perceptual_net)
         return TokenizerTask(config, accelerator.device)
 

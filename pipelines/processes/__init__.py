@@ -1,1 +1,1 @@
-"""The processes of one command: how they are started, and how they share work."""
+"""Processes of one command: launching them and sharing work between them."""

@@ -1,6 +1,6 @@
-"""Work that the processes of one command share: each does its part of a list, and all get the results, in order.
+"""Work shared by the processes of one command: each handles a part of a list, and all get the ordered results.
 
-Where a list is cut, and what is done with a part, does not depend on the number of processes; so neither do results.
+Neither the parts nor their computation depend on the number of processes, so results do not, either.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from ..config.errors import ProcessFailed, ReportedElsewhere
 
 T = TypeVar("T")
 R = TypeVar("R")
-MISTAKES = UserError, PipelineLoadError, OSError  # of users, reported in one line
+MISTAKES = UserError, PipelineLoadError, OSError  # users' mistakes, reported in one line
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes that share work: which of them this one is, and how many there are. All have to call the same
-    methods in the same order.
+    """This process's rank among those that share work, and their number. All must call the same methods in the same
+    order.
 
-    What a method puts together is on the CPU, on every process; of tensors all types except the small unsigned ones,
-    which torch does not pickle (arrays of them are fine). An error on one process is raised there, and `ProcessFailed`,
-    which names that process, on the others; for a user's mistake that the main process found, `ReportedElsewhere`.
+    Results are on the CPU of every process. Tensors must not be of small unsigned types, which torch does not pickle
+    (arrays may). An error on one process is raised there; the others raise `ProcessFailed`, which names that process,
+    or `ReportedElsewhere` for a user's mistake found by the main process.
     """
 
     rank: int = 0
     world: int = 1
     lockstep: bool = False
-    """Whether what is mapped has collectives inside, as a sharded model has, so that all processes have to call it
-    equally often, on items of one size."""
+    """Whether mapped functions contain collectives, as sharded models do, so that all processes must call them equally
+    often, on items of one size."""
 
     @property
     def is_main(self) -> bool:
@@ -44,11 +44,11 @@ class ProcessGroup:
         return self.rank == 0
 
     def mine(self, items: Sequence[T]) -> Sequence[T]:
-        """Return the items that this process takes: every `world`-th."""
+        """Return this process's items: every `world`-th."""
         return items[self.rank :: self.world]
 
     def map(self, act: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """Return `act` of each item, in order, each computed by one process."""
+        """Return `act(item)` of each item, in order, each computed by one process."""
         parts = self.gather(lambda: self._act_on_mine(act, items))
         found: list[Any] = [None] * len(items)
         for rank, part in enumerate(parts):
@@ -62,22 +62,22 @@ class ProcessGroup:
         return found
 
     def total(self, counts: Tensor) -> Tensor:
-        """Return the sum over processes of whole numbers, for which the order of adding does not matter."""
+        """Sum integers over processes."""
         return torch.stack(self.gather(lambda: counts.cpu())).sum(0)
 
     def on_main(self, act: Callable[[], R]) -> R:
-        """Return what `act` returns on the main process, where alone it is called."""
+        """Call `act` on the main process and return its result everywhere."""
         return self.gather(lambda: act() if self.is_main else None)[0]  # type: ignore[return-value]
 
     def main_first(self, act: Callable[[], R]) -> R:
-        """Return what `act` returns on each process, called on the others once it has returned on the main one: so what
-        is wrong is reported once."""
+        """Call `act` on the main process, then on the others; return each one's own result. Errors are thus reported
+        once."""
         found: list[R] = []
         self.on_main(lambda: found.append(act()))
         return found[0] if self.is_main else act()
 
     def gather(self, act: Callable[[], R]) -> list[R]:
-        """Return what `act` returns on each process."""
+        """Call `act` on every process and return all results, by rank."""
         if self.world == 1:
             return [act()]
         try:
@@ -92,7 +92,7 @@ class ProcessGroup:
         return [value for value, _ in found]
 
     def _for_others(self, error: Exception) -> Exception:
-        """Return what the others raise: of text alone, so that it can be sent."""
+        """Return the error for the other processes to raise; it holds only text, so it can be pickled."""
         if self.is_main and isinstance(error, MISTAKES):
             return ReportedElsewhere(str(error))
         return ProcessFailed(f"process {self.rank} failed: {type(error).__name__}: {error}")
@@ -104,4 +104,4 @@ class ProcessGroup:
 
 
 ALONE = ProcessGroup()
-"""One process, which shares nothing."""
+"""A single process."""

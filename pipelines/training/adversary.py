@@ -1,8 +1,7 @@
-"""The critic's part in training a tokenizer (VQGAN, Esser et al. 2021): when it learns, and when its loss counts.
+"""Adversarial training of a tokenizer (VQGAN, Esser et al. 2021): the critic's losses and their schedule.
 
-A critic that has learned nothing gives gradients without meaning, and runs fail most often at the step at which it is
-switched on. So it first learns alone for `warmup` steps, and its weight in the tokenizer's loss then grows over `ramp`
-steps.
+The gradients of an untrained critic are meaningless, and runs fail most often at the step that switches it on. So it
+first trains alone for `warmup` steps, and its weight in the tokenizer's loss then grows over `ramp` steps.
 """
 
 from __future__ import annotations
@@ -21,63 +20,65 @@ from .schedule import Decay
 
 
 class CriticConfig(Config):
-    """A critic that learns to tell reconstructions from images, patch by patch."""
+    """A critic that learns to distinguish reconstructions from images, patch by patch."""
 
-    weight: float = Field(0.0, ge=0, description="weight of its loss on the tokenizer; 0: no critic is made")
+    weight: float = Field(0.0, ge=0, description="weight of the adversarial loss; 0: no critic")
     adaptive: bool = Field(
         False,
-        description="scale that weight, step by step, so that at the decoder's last layer the gradient is as large as "
+        description="scale the weight at each step so that the gradient at the decoder's last layer is as large as "
         "that of the other losses (VQGAN, equation 7)",
     )
-    loss: Literal["hinge", "non_saturating"] = Field("hinge", description="of critic and tokenizer")
-    start: int = Field(0, ge=0, description="step from which the critic learns")
-    warmup: int = Field(500, ge=0, description="steps for which it learns alone, before its loss reaches the tokenizer")
-    ramp: int = Field(500, ge=0, description="steps over which its weight then grows from nothing")
+    loss: Literal["hinge", "non_saturating"] = Field("hinge", description="adversarial loss of critic and tokenizer")
+    start: int = Field(0, ge=0, description="first step at which the critic trains")
+    warmup: int = Field(
+        500, ge=0, description="steps for which only the critic trains, before its loss reaches the tokenizer"
+    )
+    ramp: int = Field(500, ge=0, description="steps over which its weight then grows from 0")
     lecam: float = Field(
         0.0,
         ge=0,
-        description="weight of LeCam's regulariser of the critic, for few images: 0.001 to 0.05 are published",
+        description="weight of the critic's LeCam regulariser, for small data sets: 0.001 to 0.05 in publications",
     )
     augment: tuple[Literal["color", "translation", "cutout"], ...] | None = Field(
         None,
-        description="random changes of all that it sees, for few images (DiffAugment): color, translation, cutout",
+        description="DiffAugment of the critic's inputs, for small data sets: color, translation, cutout",
     )
     lr: float = Field(1.0, gt=0, description="the critic's learning rate as a share of train.lr")
     betas: tuple[Decay, Decay] = Field(
-        (0.5, 0.9), description="AdamW's decays for the critic; with slower ones it lags behind the tokenizer"
+        (0.5, 0.9), description="AdamW's decay rates for the critic; with slower ones it lags behind the tokenizer"
     )
-    width: int = Field(64, ge=8, le=1024, description="channels of its first layer; they double with each")
-    layers: int = Field(3, ge=1, le=6, description="strided layers; each doubles the size of a patch")
+    width: int = Field(64, ge=8, le=1024, description="channels of the first layer; each layer doubles them")
+    layers: int = Field(3, ge=1, le=6, description="strided layers; each doubles the patch size")
     norm: Literal["spectral", "batch", "none"] = Field(
-        "spectral", description="of its layers; batch: over images and reconstructions of one process together"
+        "spectral", description="normalization; batch: over the images and reconstructions of one process together"
     )
 
 
 class Adversary:
-    """The losses that involve the critic. `critic` is the module itself, which the tokenizer's loss calls; in its own
-    turn the critic may be wrapped, by DDP."""
+    """The losses that involve the critic. The tokenizer's loss calls the bare module `critic`; for the critic's own
+    loss it may be wrapped in DDP."""
 
     def __init__(self, config: CriticConfig, critic: PatchCritic) -> None:
         self.config, self.critic = config, critic
 
     def plays(self, step: int) -> bool:
-        """Whether the critic learns in this step."""
+        """Whether the critic trains in this step."""
         return step >= self.config.start
 
     def share(self, step: int) -> float:
-        """The share of `weight` that applies in this step, in [0, 1]: 0 until the critic was trained for `warmup`
-        steps; then it grows evenly and is 1 from the `ramp`-th step on."""
+        """The fraction of `weight` that applies in this step: 0 until the critic has trained for `warmup` steps, then
+        linear up to 1 at the `ramp`-th step."""
         since = step - self.config.start - self.config.warmup
         return min(1.0, (since + 1) / max(1, self.config.ramp)) if since >= 0 else 0.0
 
     def augment(self, images: Tensor) -> Tensor:
-        """Return what the critic sees of images or reconstructions `(B, C, H, W)`, in both turns."""
+        """Augment the critic's input `(B, C, H, W)`, in both losses."""
         return augment(images, self.config.augment or ())
 
     def tokenizer_term(
         self, reconstruction: Tensor, other_losses: Tensor, last_layer: nn.Parameter, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The critic's term in the tokenizer's loss, a scalar, of a reconstruction `(B, C, H, W)`; and its parts to
+        """Return the adversarial term of the tokenizer's loss for a reconstruction `(B, C, H, W)`, and scalars to
         log."""
         share = self.share(step)
         if share == 0:
@@ -91,8 +92,8 @@ class Adversary:
     def critic_term(
         self, critic: nn.Module, images: Tensor, reconstructions: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The critic's own loss, a scalar, and its parts to log, on images `(B, C, H, W)` and the reconstructions that
-        the tokenizer's turn made of them. One pass for both: DDP may not be called twice before a backward pass."""
+        """Return the critic's own loss on images `(B, C, H, W)` and their reconstructions, and scalars to log. Both go
+        through in one pass: DDP must not be called twice before a backward pass."""
         both = torch.cat([images.to(reconstructions.dtype), reconstructions])
         real, fake = critic(self.augment(both)).float().chunk(2)
         loss = CRITIC_LOSSES[self.config.loss](real, fake)
@@ -103,14 +104,16 @@ class Adversary:
             "accuracy": ((real > 0).float().mean() + (fake < 0).float().mean()) / 2,
         }
         if self.config.lecam:
-            means = self.critic.track(real.detach(), fake.detach())  # includes these logits: the means begin at 0
+            means = self.critic.track(
+                real.detach(), fake.detach()
+            )  # includes these logits, because the means start at 0
             terms["lecam"] = lecam(real, fake, *means)
             loss = loss + self.config.lecam * terms["lecam"]
         return loss, terms
 
 
 def make_adversary(config: CriticConfig, image_shape: tuple[int, int, int]) -> Adversary:
-    """A new critic of images (C, H, W), and its losses. Raises `UserError` for images too small for it."""
+    """Build a critic of images (C, H, W) and its losses. Raises `UserError` for images too small for it."""
     channels, height, width = image_shape
     critic = PatchCritic(channels, config.width, config.layers, config.norm)
     try:

@@ -1,10 +1,9 @@
-"""DiffAugment (Zhao et al. 2020, arXiv:2006.10738): what a critic of few images sees is changed at random each time.
+"""DiffAugment (Zhao et al. 2020, arXiv:2006.10738): differentiable augmentation of a critic's input.
 
-A critic that sees the same few images again and again learns them by heart, and then says of all others, and of
-reconstructions, that they are not real. Here real images and reconstructions go through the same kinds of random change
-before the critic, in its own turn and in the tokenizer's; a gradient passes through. Images are in [-1, 1], so the 0
-that fills gaps is grey. Every image has its own draws, from torch's random numbers on the images' device, which a
-training step seeds: no kinds, no draws.
+With few training images a critic memorises them and rejects everything else. So real images and reconstructions are
+augmented at random before they reach the critic, in its own loss and in the tokenizer's; gradients pass through. Images
+are in [-1, 1], so the 0 that fills gaps is grey. Every image has its own draws from torch's generator of its device,
+which a training step seeds; without `kinds` nothing is drawn.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-SHIFT = 0.125  # of a side, at most, by which an image moves
-HOLE = 0.5  # of a side, which is cut out
+SHIFT = 0.125  # largest translation, as a fraction of a side
+HOLE = 0.5  # side of the cut-out rectangle, as a fraction of the image's
 
 
 def augment(images: Tensor, kinds: Collection[str]) -> Tensor:
-    """Images `(B, C, H, W)`, each changed by all of `kinds`, in the order of `KINDS`. Raises `ValueError` for a kind
-    that there is not."""
+    """Augment images `(B, C, H, W)` by all of `kinds`, in the order of `KINDS`. Raises `ValueError` for an unknown
+    kind."""
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ValueError(f"augment: must be of {', '.join(KINDS)} (got {unknown[0]!r})")
     for kind, change in KINDS.items():
@@ -29,8 +28,8 @@ def augment(images: Tensor, kinds: Collection[str]) -> Tensor:
 
 
 def color(images: Tensor) -> Tensor:
-    """Brightness moves by up to 0.5; distances from an image's grey (saturation) are scaled by 0 to 2, and from its
-    mean (contrast) by 0.5 to 1.5. A grey image has no saturation."""
+    """Shift brightness by up to 0.5, and scale saturation (distance from grey) by 0 to 2 and contrast (distance from
+    the mean) by 0.5 to 1.5."""
     images = images + (uniform(images) - 0.5)
     grey = images.mean(1, keepdim=True)
     images = grey + (images - grey) * (2 * uniform(images))
@@ -39,12 +38,12 @@ def color(images: Tensor) -> Tensor:
 
 
 def translation(images: Tensor) -> Tensor:
-    """An image moves by whole pixels, up to an eighth of its side each way; 0 where it was."""
+    """Shift each image by whole pixels, up to an eighth of its side, and fill with 0."""
     for axis in (2, 3):
         side = images.shape[axis]
         most = int(SHIFT * side + 0.5)
         shifts = torch.randint(-most, most + 1, (len(images), 1), device=images.device)
-        source = torch.arange(side, device=images.device) + shifts  # (B, side): which row stands there now
+        source = torch.arange(side, device=images.device) + shifts  # (B, side): source row of each row
         inside = on_axis(((source >= 0) & (source < side)).to(images.dtype), axis)
         index = on_axis(source.clamp(0, side - 1), axis).expand_as(images)
         images = images.gather(axis, index) * inside
@@ -52,7 +51,7 @@ def translation(images: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor) -> Tensor:
-    """A rectangle of half the height and half the width is 0; its middle may be at any pixel."""
+    """Zero a rectangle of half the height and half the width, centred on any pixel."""
     inside = images.new_ones(len(images), 1, 1, 1)
     for axis in (2, 3):
         side = images.shape[axis]
@@ -64,12 +63,12 @@ def cutout(images: Tensor) -> Tensor:
 
 
 def uniform(images: Tensor) -> Tensor:
-    """`(B, 1, 1, 1)`, a number in [0, 1) for each image."""
+    """Draw a number in [0, 1) per image, `(B, 1, 1, 1)`."""
     return torch.rand(len(images), 1, 1, 1, device=images.device).to(images.dtype)
 
 
 def on_axis(values: Tensor, axis: int) -> Tensor:
-    """`(B, n)` as `(B, 1, n, 1)` for axis 2, `(B, 1, 1, n)` for axis 3."""
+    """Reshape `(B, n)` to `(B, 1, n, 1)` for axis 2, `(B, 1, 1, n)` for axis 3."""
     return values[:, None, :, None] if axis == 2 else values[:, None, None, :]
 
 

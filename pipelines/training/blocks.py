@@ -1,4 +1,4 @@
-"""The repeated blocks of a model: what gradient checkpointing recomputes, `torch.compile` compiles and FSDP shards."""
+"""Repeated blocks of a model: the units of gradient checkpointing, `torch.compile` and FSDP."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .schedule import TrainConfig
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost members of the model's `ModuleList`s, and those of its `Sequential`s whose class comes there twice.
+    """Return the outermost members of `ModuleList`s, and those of `Sequential`s that hold their class twice or more.
 
-    A block has parameters and is made of other modules: a single layer is not worth a call of its own. One that keeps
-    statistics in buffers (a codebook's, a batch norm's) is left out, as a forward pass changes it.
+    A block has parameters and submodules; a single layer is too small. Modules that keep statistics in buffers (a
+    codebook, a batch norm) are left out, because a second forward pass would change them.
     """
     return list(_blocks(model))
 
 
 def prepare_blocks(nets: Iterable[nn.Module], config: TrainConfig) -> None:
-    """Compile and checkpoint the blocks of `nets`, as `config` asks. Raises `UserError` if there are none."""
+    """Compile and checkpoint the blocks of `nets` according to `config`. Raises `UserError` if there are none."""
     blocks = [block for net in nets for block in repeated_blocks(net)]
     for name in ("checkpointing", "compile"):
         if getattr(config, name) and not blocks:
@@ -37,10 +37,10 @@ def prepare_blocks(nets: Iterable[nn.Module], config: TrainConfig) -> None:
 
 
 def compile_blocks(blocks: Sequence[nn.Module], backend: Any = "inductor") -> None:
-    """Compile each block in place: blocks of one shape share their code, so compiling takes as long as for one. The
-    names of the weights stay as they are. Compiled dropout draws other numbers than it does otherwise.
+    """Compile each block in place. Blocks of one shape share code, so compile time is that of one block. Names of
+    weights do not change. Compiled dropout draws different numbers from eager dropout.
 
-    It is the method that is compiled, not the module: what FSDP does before and after a block is not to be traced.
+    Compiles the method, not the module, so that FSDP's hooks are not traced.
     """
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, len(blocks))
     for block in blocks:
@@ -48,14 +48,14 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: Any = "inductor") -> No
 
 
 def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Keep only the inputs of each block for the backward pass, which runs its forward pass again (Chen et al. 2016).
-    Dropout draws the same numbers again; the names of the weights stay as they are. To be called last."""
+    """Recompute each block's forward pass in the backward pass (Chen et al. 2016). Dropout draws the same numbers
+    again, and names of weights do not change. Call this last."""
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Go down until a block is found; nothing inside a block is one."""
+    """Yield the outermost blocks below a module."""
     kinds = Counter(type(child) for child in module.children())
     for child in module.children():
         repeated = isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and kinds[type(child)] > 1)

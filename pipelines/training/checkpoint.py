@@ -1,10 +1,10 @@
 """Checkpoints of a run: `<run>/state/step-00001000/`, written by `torch.distributed.checkpoint`.
 
 A checkpoint holds the weights, their average, the moments of the optimizers and the counters of the loop. Randomness
-and the order of the data are functions of (seed, rank, step), so nothing else is needed to go on to the same bits. It
-is read by any number of processes, whether the weights are sharded or not.
+and data order are functions of (seed, rank, step), so nothing else is needed to continue to the same bits. Any number
+of processes can read it, with sharded or unsharded weights.
 
-Unlike a pipeline folder, a checkpoint is trusted: torch pickles its index. Load only those of your own runs.
+Unlike a pipeline folder, a checkpoint is trusted: torch pickles its index. Load only checkpoints of your own runs.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ FORMAT_VERSION = 1
 RECORD, BEST, TENSORS = "state.json", "best.safetensors", "tensors"
 NAME = re.compile(r"step-\d{8,}")
 LEFTOVER = re.compile(r"\.(tmp|del)-(step-\d{8,}|tokenizer|pipeline|\w+\.jsonl?|\w+-\d{8}\.png)-[0-9a-f]{8}(\.\w+)?")
-"""What a killed process may leave: of a checkpoint, a snapshot, a file of the run, a preview."""
+"""Leftovers of a killed process: a partial checkpoint, snapshot, file of the run, or preview."""
 
 
-# Which checkpoints there are -----------------------------------------------------------------------
+# Listing -------------------------------------------------------------------------------------------
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first. Raises `OSError` where the folder cannot be read."""
+    """Return the checkpoints of a run, oldest first. Raises `OSError` if the folder cannot be read."""
     try:
         names = os.listdir(run / "state")
     except (FileNotFoundError, NotADirectoryError):
@@ -55,18 +55,17 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_newest_record(run: Path) -> dict[str, Any]:
-    """Return the counters of the newest checkpoint whose record can be read, without its tensors; {} if there is
-    none."""
+    """Return the record of the newest checkpoint that has a readable one, or {}. Tensors are not loaded."""
     for checkpoint in reversed(list_checkpoints(run)):
         try:
             return read_json(checkpoint / RECORD)
-        except PipelineLoadError:  # loading it will say what is wrong
+        except PipelineLoadError:  # reported when the checkpoint is loaded
             continue
     return {}
 
 
 def remove_leftovers(run: Path) -> None:
-    """Delete what killed processes left half-written in a run folder; a snapshot that was being replaced gets its name
+    """Delete half-written files of killed processes in a run folder; give a snapshot that was being replaced its name
     back."""
     for path in [path for folder in (run, run / "state", run / "previews") for path in folder.glob(".[td]*")]:
         found = LEFTOVER.fullmatch(path.name)
@@ -85,10 +84,10 @@ def remove_leftovers(run: Path) -> None:
 
 
 def collect_tensors(model: nn.Module, average: nn.Module, optimizers: Mapping[str, Optimizer]) -> Tensors:
-    """Return every tensor of a checkpoint by its name: `model.*`, `average.*`, and `optimizer.<player>/<parameter>/*`.
+    """Return every tensor of a checkpoint by name: `model.*`, `average.*`, and `optimizer.<player>/<parameter>/*`.
 
-    Not by torch's `get_optimizer_state_dict`, which takes a step with a learning rate of 0 to fill the state of a
-    parameter that has had no gradient yet: Adam would then count a step that was never taken.
+    torch's `get_optimizer_state_dict` will not do: it fills the state of parameters without a gradient by a step with
+    learning rate 0, which Adam would count.
     """
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
@@ -101,12 +100,12 @@ def collect_tensors(model: nn.Module, average: nn.Module, optimizers: Mapping[st
 
 
 def copy_to_cpu(tensors: Tensors) -> Tensors:
-    """Return copies that training does not change."""
+    """Copy tensors to the CPU, so that training cannot change them."""
     return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
 
 def is_finite(tensors: Tensors) -> bool:
-    """Return whether all numbers that this process holds are finite."""
+    """Return whether all numbers in this process's shards are finite."""
     local = [value.to_local() if isinstance(value, DTensor) else value for value in tensors.values()]
     return all(bool(torch.isfinite(value).all()) for value in local if value.is_floating_point())
 
@@ -116,8 +115,8 @@ def write_checkpoint(
 ) -> None:
     """Write `<run>/state/step-<step>` atomically, then delete all checkpoints but the two newest.
 
-    sharded: every process calls this, and writes its pieces; otherwise the main process alone does. best: the best of
-    the averaged weights, whole, on the main process. Raises `OSError`.
+    sharded: every process calls this and writes its shards; otherwise only the main process does. best: the best
+    averaged weights, unsharded, on the main process. Raises `OSError`.
     """
     target = run / "state" / f"step-{step:08d}"
     temporary = temporary_name(target)
@@ -125,10 +124,10 @@ def write_checkpoint(
         agreed = [temporary]
         torch.distributed.broadcast_object_list(agreed)
         temporary = agreed[0]
-    try:  # whatever fails on one process before it saves would leave the others waiting: `dcp.save` makes the folder
+    try:  # `dcp.save` makes the folder: an error on one process before it would leave the others waiting
         writer = dcp.FileSystemWriter(temporary / TENSORS, sync_files=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that one process saves alone, which it is to do
+            warnings.simplefilter("ignore")  # a single process saves; that is intended
             dcp.save(tensors, storage_writer=writer, no_dist=not sharded)
         if main:
             if best is not None:
@@ -137,7 +136,7 @@ def write_checkpoint(
             write_json(temporary / RECORD, {"format_version": FORMAT_VERSION, "step": step, **record})
             for path in (temporary / RECORD, temporary / TENSORS, temporary):
                 fsync(path)
-            if target.exists():  # a damaged one, which was passed over
+            if target.exists():  # damaged, and skipped on loading
                 _discard(target)
             temporary.rename(target)
             fsync(target.parent)
@@ -153,7 +152,7 @@ def write_checkpoint(
 
 
 def _discard(checkpoint: Path) -> None:
-    """Delete a checkpoint; a kill meanwhile does not leave half of it under its name."""
+    """Delete a checkpoint, renaming it first, so that a kill cannot leave half of it under its name."""
     discarded = temporary_name(checkpoint, ".del")
     checkpoint.rename(discarded)
     shutil.rmtree(discarded, ignore_errors=True)
@@ -169,40 +168,38 @@ def load_newest(
     optimizers: Mapping[str, Optimizer],
     all_agree: Callable[[bool], bool] = bool,
 ) -> tuple[dict[str, Any], Tensors | None]:
-    """Load the newest of a run's checkpoints, oldest first, that can be loaded into these objects; return its record,
-    and its best weights, if any.
+    """Load the newest usable checkpoint into these objects; return its record and its best weights, if any.
 
-    Returns ({}, None) where there is none. One that cannot be loaded is skipped with a warning. checkpoints: the same
-    on all processes. all_agree: whether a bool is true on all of them. Raises `UserError` where there are checkpoints
-    and none can be loaded.
+    Returns ({}, None) if `checkpoints`, oldest first and the same on all processes, is empty. Unusable ones are skipped
+    with a warning. all_agree: whether a bool is true on all processes. Raises `UserError` if no checkpoint is usable.
     """
     for checkpoint in reversed(checkpoints):
         error: BaseException | None = None
         try:
             record = read_json(checkpoint / RECORD)
             if record.get("format_version") != FORMAT_VERSION or record.get("step") != step_of(checkpoint):
-                raise ValueError(f"{RECORD} is not that of step {step_of(checkpoint)}, or of another version")
+                raise ValueError(f"{RECORD} has another version, or is not of step {step_of(checkpoint)}")
             best = load_file(checkpoint / BEST) if record.get("best") else None
             if best is not None:
                 require_same_shapes(best, average)
             load_tensors(checkpoint / TENSORS, model, average, optimizers)
-        # A damaged file may raise anything (torch's own error is no `Exception`), and an older one may be whole.
+        # A damaged file may raise anything; torch's own error is not an `Exception`.
         except (Exception, dcp.CheckpointException) as caught:
             error = caught
         if all_agree(error is None):
             return record, best
         if error is not None:
-            print(f"warning: {checkpoint} is passed over: {_first_line(error)}", file=sys.stderr, flush=True)
+            print(f"warning: {checkpoint} is skipped: {_first_line(error)}", file=sys.stderr, flush=True)
     if checkpoints:
         raise UserError(
             f"{checkpoints[0].parent}: none of its {len(checkpoints)} checkpoints can be loaded; nothing was changed. "
-            f"To train from the beginning, choose another out=, or delete {checkpoints[0].parent.parent}"
+            f"To start over, choose another out=, or delete {checkpoints[0].parent.parent}"
         )
     return {}, None
 
 
 def require_same_shapes(tensors: Tensors, model: nn.Module) -> None:
-    """Raise `ValueError` unless these are tensors of the model."""
+    """Raise `ValueError` unless names and shapes are those of the model."""
     found, expected = ({name: value.shape for name, value in each.items()} for each in (tensors, model.state_dict()))
     if found != expected:
         differing = min(name for name, _ in found.items() ^ expected.items())
@@ -210,8 +207,8 @@ def require_same_shapes(tensors: Tensors, model: nn.Module) -> None:
 
 
 def load_tensors(folder: Path, model: nn.Module, average: nn.Module, optimizers: Mapping[str, Optimizer]) -> None:
-    """Load what `collect_tensors` returned. Raises `ValueError` for a tensor that is missing, superfluous, or of
-    another shape, and whatever torch raises for files that are damaged."""
+    """Load what `collect_tensors` returned. Raises `ValueError` for a missing or unexpected tensor or another shape,
+    and whatever torch raises for damaged files."""
     reader = dcp.FileSystemReader(folder)
     found: dict[str, Any] = reader.read_metadata().state_dict_metadata
     tensors = collect_tensors(model, average, {})
@@ -224,7 +221,7 @@ def load_tensors(folder: Path, model: nn.Module, average: nn.Module, optimizers:
         parameter = parameters[name]
         if stored.size == parameter.shape:
             tensors[key] = torch.empty_like(parameter, dtype=stored.properties.dtype, requires_grad=False)
-        else:  # a count of steps
+        else:  # a step count
             tensors[key] = torch.empty(stored.size, dtype=stored.properties.dtype, device=parameter.device)
         moments[key] = optimizers[player], parameter, entry
     if differing := sorted(set(found) ^ set(tensors)):
@@ -233,16 +230,16 @@ def load_tensors(folder: Path, model: nn.Module, average: nn.Module, optimizers:
         if found[key].size != value.shape:
             raise ValueError(f"{key} has shape {list(found[key].size)}, expected {list(value.shape)}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that each process reads alone, which it is to do
+        warnings.simplefilter("ignore")  # each process reads alone; that is intended
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     for optimizer in optimizers.values():
-        optimizer.state.clear()  # of a newer checkpoint, which another process could not load
+        optimizer.state.clear()  # may hold a newer checkpoint that another process could not load
     for key, (optimizer, parameter, entry) in moments.items():
         optimizer.state[parameter][entry] = tensors[key]
 
 
 def _first_line(error: BaseException) -> str:
-    """Return the kind of an error and its first line; of torch's, those of what it was caused by."""
+    """Return an error's class and first line; for torch's checkpoint error, those of its cause."""
     if isinstance(error, dcp.CheckpointException):
         error = min(error.failures.items())[1][0]
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

@@ -1,4 +1,4 @@
-"""What a tokenizer minimises, and how much each part of it counts."""
+"""Weights of a tokenizer's losses."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from ..config import Config
 
 
 class LossConfig(Config):
-    """What the tokenizer minimises."""
+    """Loss weights of a tokenizer."""
 
     l1: float = Field(0.0, ge=0, description="weight of the mean absolute error of pixels in [-1, 1]")
     l2: float = Field(1.0, ge=0, description="weight of the mean squared error of pixels in [-1, 1]")
     gradient: float = Field(
         0.0,
         ge=0,
-        description="weight of the mean absolute error of differences between neighbouring pixels, against texture "
-        "that is woven into even areas",
+        description="weight of the mean absolute error of differences between neighbouring pixels; suppresses false "
+        "texture in smooth areas",
     )
     nll: float = Field(
         1.0,
         ge=0,
-        description="weight of the likelihood's nats per pixel channel, where the model has a likelihood; "
+        description="weight of the negative log likelihood in nats per pixel channel, if the model has one; "
         "1, with l1=0 and l2=0, gives the fewest bits per dim",
     )
-    quantizer: float = Field(1.0, ge=0, description="factor on the quantizer's own terms (which it weighs by its beta)")
-    perceptual: float = Field(0.0, ge=0, description="weight of LPIPS, the distance of images in a pretrained network")
+    quantizer: float = Field(1.0, ge=0, description="factor on the quantizer's own losses, which include its beta")
+    perceptual: float = Field(0.0, ge=0, description="weight of LPIPS, a distance of features of a pretrained network")
     perceptual_net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="the network of LPIPS")
 
 
 def loss_weights_of(loss: LossConfig, tokenizer: Tokenizer) -> dict[str, float]:
-    """The weight of each loss: those of pixels, and the tokenizer's own times `loss.nll` or `loss.quantizer`."""
+    """Return the weights of all losses: of pixels, and the tokenizer's own times `loss.nll` or `loss.quantizer`."""
     own = {
         name: weight * (loss.nll if name == "nll" else loss.quantizer)
         for name, weight in tokenizer.loss_weights.items()

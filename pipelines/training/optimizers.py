@@ -1,12 +1,11 @@
-"""What moves the weights: AdamW (Loshchilov & Hutter 2017), or Muon on matrices and AdamW on the rest.
+"""AdamW (Loshchilov & Hutter 2017), or Muon for matrices and AdamW for the rest.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) moves a matrix by the orthogonal matrix nearest to
-its momentum, so that all directions move equally far. A convolution's kernel is the matrix (outputs, inputs x k x k).
-In a layer that computes several maps at once (queries, keys and values, say) each part is a matrix of its own.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) updates a matrix by the orthogonal matrix nearest
+to its momentum, so that all directions move equally far. A convolution kernel is the matrix (outputs, inputs x k x k).
+In a layer that fuses several maps (queries, keys and values, say) each part is a separate matrix.
 
-`torch.optim.Muon` takes 2-D parameters alone, knows neither weights in pieces (DTensor) nor `found_inf`, and
-orthogonalizes one matrix after the other; on one matrix ours takes the same step. It follows the schedule of AdamW, and
-has no weight decay.
+`torch.optim.Muon` accepts only 2-D parameters, supports neither DTensor nor `found_inf`, and orthogonalizes one matrix
+at a time; for a single matrix our step equals it. Muon follows AdamW's schedule and has no weight decay.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from prior.layers import CausalConv2d
 
 from .schedule import TrainConfig
 
-MIN_SIDE = 16  # rows and columns of a matrix that Muon moves
+MIN_SIDE = 16  # fewest rows and columns of a matrix that Muon updates
 MOMENTUM = 0.95
-QUINTIC, ROUNDS = (3.4445, -4.7750, 2.0315), 5  # of Newton and Schulz, as by Jordan
+QUINTIC, ROUNDS = (3.4445, -4.7750, 2.0315), 5  # of Newton-Schulz, with Jordan's coefficients
 TINY = 1e-7  # the norm below which a matrix counts as zero
-MAX_NUMBERS = 1 << 26  # orthogonalized together: a quarter of a GB
+MAX_NUMBERS = 1 << 26  # entries orthogonalized at once: 256 MiB
 LAYERS = (nn.Linear, _ConvNd, CausalConv2d)
 EXCLUDED = {"head", "quantizer"}
-"""Modules whose weights stay with AdamW: what a model calls its head (a prior's layer to logits; the last layers of the
-encoder and decoder of `vit`, `titok`, `vqgan` and the kinds that are built like it), and what chooses codes."""
+"""Modules left to AdamW: heads (a prior's output layer; the last layers of the encoder and decoder of `vit`, `titok`,
+`vqgan` and the tokenizers built like it) and quantizers."""
 
 
 def make_optimizer(
@@ -46,9 +45,9 @@ def make_optimizer(
 ) -> AdamW:
     """Return the optimizer that `config` asks for.
 
-    matrices: what Muon moves, see `hidden_matrices`; without any of these the optimizer is AdamW. decaying: what has a
-    weight decay, of that which AdamW moves. bf16: whether matrices are orthogonalized in bfloat16, which is precise
-    enough, and takes a fourth of the time where it is fast.
+    matrices: the weights for Muon, see `hidden_matrices`; if empty, the optimizer is AdamW. decaying: those of AdamW's
+    weights that decay. bf16: orthogonalize in bfloat16, which is precise enough and takes a quarter of the time on
+    hardware that supports it.
     """
     if config.optimizer == "adamw":
         matrices = {}
@@ -66,11 +65,10 @@ def make_optimizer(
 
 
 def hidden_matrices(model: nn.Module) -> dict[nn.Parameter, int]:
-    """Return the weights that Muon may move, and of how many matrices, one above the other, each is made (the `parts`
-    of its layer, 1 where it has none).
+    """Return the weights for Muon, each with the number of matrices stacked in it: the `parts` of its layer, or 1.
 
-    These are the weights of linear layers and convolutions whose parts have at least 16 rows and columns, except in
-    quantizers and heads. Embeddings, positions and codebooks are tables: a row moves when it is looked up.
+    These are the weights of linear layers and convolutions whose parts have at least 16 rows and columns, outside
+    quantizers and heads. Embeddings, positions and codebooks are lookup tables, not maps.
     """
     found: dict[nn.Parameter, int] = {}
     for name, layer in model.named_modules():
@@ -85,9 +83,9 @@ def hidden_matrices(model: nn.Module) -> dict[nn.Parameter, int]:
 def decaying_weights(model: nn.Module) -> set[nn.Parameter]:
     """Return the weights that decay: matrices, kernels and tables.
 
-    Not vectors, of whatever shape (the gain of a norm of queries and keys is `(heads, 1)`, an embedding of one row
-    `(1, dim)`), and not biases, also where there is a table of them, one for each position, row or class: what has
-    `bias` in its name, or in that of its module's class.
+    Excluded are vectors of any shape (the gain of a query-key norm is `(heads, 1)`, an embedding of one row `(1, dim)`)
+    and biases, including tables of them per position, row or class: anything with `bias` in its name or its module's
+    class name.
     """
     found = set()
     for name, module in model.named_modules():
@@ -99,24 +97,24 @@ def decaying_weights(model: nn.Module) -> set[nn.Parameter]:
 
 
 def matrix_shape(weight: Tensor) -> tuple[int, int]:
-    """Return the rows and columns of a weight as a matrix."""
+    """Return the numbers of rows and columns of a weight flattened to a matrix."""
     return weight.shape[0], math.prod(weight.shape[1:])
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor: all, unless it is sharded."""
+    """Return this process's shard of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Muon(AdamW):
-    """AdamW, but Muon for the groups of parameters that have a `momentum`, with `factor` times the learning rate."""
+    """AdamW, except that parameter groups with a `momentum` use Muon, at `factor` times the learning rate."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Optimizer.__setstate__(self, state)  # AdamW's own looks for counts of steps, for the sake of old versions
+        Optimizer.__setstate__(self, state)  # AdamW's own expects step counts, for old versions' sake
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Move all parameters that have a gradient; none if `found_inf`, on the device, is not 0."""
+        """Update all parameters that have a gradient; none if `found_inf`, on the device, is not 0."""
         every_group = self.param_groups
         for group in every_group:
             for weights in group_by_shape(group["params"]) if "momentum" in group else ():
@@ -128,8 +126,8 @@ class Muon(AdamW):
             self.param_groups = every_group
 
     def move(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """Add the gradients of these weights, which are of one shape, to their momenta, and move them along the nearest
-        orthogonal matrices. Each process has the momenta of its own pieces."""
+        """Update the momenta of weights of one shape, and move the weights along the nearest orthogonal matrices. Each
+        process keeps the momenta of its own shards."""
         for weight in weights:
             if "momentum" not in self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
@@ -139,7 +137,7 @@ class Muon(AdamW):
         if skip is not None:
             grads = [torch.where(skip > 0, momentum, grad) for momentum, grad in zip(momenta, grads, strict=True)]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
+        ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov momentum
         matrices = torch.stack([tensor.flatten(1) for tensor in ahead])
         matrices = matrices.bfloat16() if group["bf16"] else matrices
         directions = orthogonalize(matrices, group["parts"], like=weights[0]).to(ahead[0])
@@ -153,7 +151,7 @@ class Muon(AdamW):
 
 
 def group_by_shape(weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Yield the weights that have a gradient in groups of one shape; of large ones only a few at a time."""
+    """Yield the weights that have a gradient in groups of one shape, of at most `MAX_NUMBERS` entries."""
     found: dict[tuple[int, int], list[nn.Parameter]] = {}
     for weight in weights:
         if weight.grad is not None:
@@ -164,10 +162,10 @@ def group_by_shape(weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 
 def orthogonalize(matrices: Tensor, parts: int, like: Tensor) -> Tensor:
-    """Return `newton_schulz` of each of the `parts` of `matrices`, `(n, rows, columns)`.
+    """Apply `newton_schulz` to each of the `parts` of `matrices`, `(n, rows, columns)`.
 
-    If `like`, one of the weights, is sharded, so are the matrices, by rows: each process then computes its share of the
-    n, whole, and gets its rows of all.
+    If `like`, one of the weights, is sharded, so are the matrices, by rows: each process then gathers and
+    orthogonalizes its share of the n, and receives its rows of all.
     """
     if not isinstance(like, DTensor):
         return newton_schulz(matrices.unflatten(1, (parts, -1)).flatten(0, 1)).view_as(matrices)
@@ -181,8 +179,8 @@ def orthogonalize(matrices: Tensor, parts: int, like: Tensor) -> Tensor:
 
 
 def newton_schulz(matrices: Tensor) -> Tensor:
-    """Return five rounds of an iteration for `(n, rows, columns)`, at any scale: all singular values but the least come
-    to lie in [0.7, 1.2]."""
+    """Orthogonalize `(n, rows, columns)`, at any scale, by five Newton-Schulz iterations: all but the smallest singular
+    values end up in [0.7, 1.2]."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=TINY)

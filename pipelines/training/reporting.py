@@ -1,4 +1,4 @@
-"""What a run says of itself: when it begins, while it trains, and at its end."""
+"""The lines that a run prints: at its start, while it trains, and at its end."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def announce(trainer: Trainer, changes: list[str], reason: str = "") -> None:
-    """Print that the run begins or goes on, with what, and which of its settings have changed. reason: why it has
-    this precision. Raises `UserError` if its files will not fit on the disk."""
+    """Print that the run starts or continues, on what, and with which changed settings. reason: why this precision was
+    chosen. Raises `UserError` if its files will not fit on the disk."""
     if not trainer.main or trainer.is_finished(trainer.agree_on_progress(alone=True)):
         return
     trainer.require_room()
@@ -38,8 +38,8 @@ def announce(trainer: Trainer, changes: list[str], reason: str = "") -> None:
     if not reason and (line := float32_advice(precision, has_bf16)):
         print(f"{trainer.run}: {line}", flush=True)
     if task.players and task.watched == "held_out":
-        what = "figures while training are of the images held out, and the last weights are kept"
-        print(f"{trainer.run}: no images for validation: {what}", flush=True)
+        what = "training is evaluated on held-out images, and the last weights are delivered"
+        print(f"{trainer.run}: no validation images: {what}", flush=True)
     if trainer.precision_before not in (None, precision):
         changes = [f"mixed precision: {trainer.precision_before} -> {precision}", *changes]
     if trainer.step and changes:
@@ -48,7 +48,7 @@ def announce(trainer: Trainer, changes: list[str], reason: str = "") -> None:
 
 @contextmanager
 def progress_bar(trainer: Trainer) -> Iterator[Any]:
-    """Show a bar on the main process's terminal; nothing where there is no terminal, or nothing to train."""
+    """Show a progress bar on the main process's terminal, if there is one and there is anything to train."""
     from tqdm import tqdm
 
     hidden = not (trainer.main and trainer.task.players) or trainer.is_finished(trainer.agree_on_progress(alone=True))
@@ -60,21 +60,21 @@ def progress_bar(trainer: Trainer) -> Iterator[Any]:
 
 
 def show(trainer: Trainer, record: dict[str, float], bar: Any) -> None:
-    """Show a report in the bar, or as a line where output goes to a file."""
+    """Show a report in the progress bar, or print it as a line if output goes to a file."""
     loss = next((value for name, value in record.items() if name.endswith("loss")), math.nan)
     total = trainer.config.minutes
     left = f", {max(0.0, total - trainer.minutes):.1f} of {total:g} min left" if total else ""
     bar.set_postfix_str(f"loss {loss:.4f}{left}")
     if trainer.main and bar.disable:
         speed = f"{record['images_per_second']:.0f} images/s, " if "images_per_second" in record else ""
-        in_notebook = type(sys.stderr).__module__ == "ipykernel.iostream"  # which shows stderr as if it were errors
+        in_notebook = type(sys.stderr).__module__ == "ipykernel.iostream"  # notebooks show stderr as errors
         line = f"step {trainer.step}: loss {loss:.4f}, {speed}{trainer.minutes:.1f} min"
         tell(line, sys.stdout if in_notebook else sys.stderr)
 
 
 def conclusion(trainer: Trainer) -> tuple[dict[str, Any], list[list[Any]]]:
-    """Return how a run has ended, for a tracker's table of runs: steps, minutes, the best and the last figures; and
-    the same figures as rows of (weights, split, figure, value)."""
+    """Return a summary for a tracker's table of runs (steps, minutes, last and best figures), and the same figures as
+    rows of (weights, split, figure, value)."""
     watched, best = trainer.task.watched, trainer.best
     groups = [("last", watched, trainer.evaluation)]
     groups += [("best", watched, best["evaluation"])] if best else []
@@ -82,13 +82,13 @@ def conclusion(trainer: Trainer) -> tuple[dict[str, Any], list[list[Any]]]:
     summary |= {f"{weights}/{name}": value for weights, _, found in groups for name, value in found.items()}
     if best:
         summary["best/step"] = best["step"]
-    groups.append((f"left at the end{', best' if best else ''}", "held_out", trainer.reported))
+    groups.append((f"delivered{', best' if best else ''}", "held_out", trainer.reported))
     rows = [[weights, split, name, value] for weights, split, found in groups for name, value in found.items()]
     return summary, rows
 
 
 def describe_end(trainer: Trainer, done: bool, was_finished: bool) -> str:
-    """Return how far the run has come, what it has made, and what comes next."""
+    """Say how far the run got, what it made, and what to do next."""
     if not done:
         return f"stopped at step {trainer.step}; the same command continues"
     task, minutes = trainer.task, f"{trainer.minutes:.1f} min"
@@ -101,8 +101,8 @@ def describe_end(trainer: Trainer, done: bool, was_finished: bool) -> str:
 
 
 def describe_figures(trainer: Trainer, done: bool) -> dict[str, Any]:
-    """Return the figures of the weights that a snapshot holds, of how many images of a split they are, and, at the
-    end of a run, which step's weights they are."""
+    """Return the figures of a snapshot's weights, the number of images per split they are of, and, at the end of a run,
+    the step of the weights."""
     task = trainer.task
     evaluation = trainer.best["evaluation"] if done and trainer.best else trainer.evaluation
     if task.watched == "validation":

@@ -1,4 +1,4 @@
-"""The folder of a run: which configuration it belongs to, and what of that may change when the run goes on."""
+"""The folder of a run: checks on its contents, and which settings may change on resume."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ CONFIG = "config.json"
 END = ("train.steps", "train.minutes")
 RHYTHM = ("train.log_every", "train.preview_every", "train.evaluate_every", "train.save_every")
 FREE = {"out", "track", *END, *RHYTHM, "train.timeout", "train.checkpointing", "data.cache_mb"}
-"""Settings that may change when a run goes on. Except for the end, which moves the learning rate, they change no
-weight."""
+"""Settings that may change on resume. None affects the weights, except for the end, which the learning rate follows."""
 LEFTOVER = re.compile(rf"\.tmp-{re.escape(CONFIG)}-[0-9a-f]{{8}}\.json")
 
 
 def check_run_folder(run: Path, config: Any, snapshots: dict[str, FolderKind] | None = None) -> list[str]:
-    """Return what `config` changes in the run in the folder, and may, as `train.steps: 1000 -> 2000`.
+    """Return the permitted changes of `config` against the run in the folder, as `train.steps: 1000 -> 2000`.
 
-    snapshots: the folders that the run will write there. Raises `UserError` for a folder that belongs to a run with
-    another configuration, or to something else, and `PathError` where it would hold what the run reads.
+    snapshots: the folders that the run will write there. Raises `UserError` for a folder that is not a run's or has
+    another configuration, and `PathError` if the run's inputs and its folder contain each other.
     """
     if os.path.lexists(run) and (run.is_symlink() or not run.is_dir()):
         what = "a link" if run.is_symlink() else "a file"
-        raise UserError(f"{run}: should be the folder of a run, and {what} has this name; nothing was overwritten")
+        raise UserError(f"{run}: is {what}, not a run folder; nothing was overwritten")
     for name, kind in (snapshots or {}).items():
         require_replaceable(run / name, kind)
     if (run / CONFIG).is_file():
@@ -55,28 +54,28 @@ def check_run_folder(run: Path, config: Any, snapshots: dict[str, FolderKind] | 
 
 
 def is_ours(name: str) -> bool:
-    """Return whether a run may leave a file of this name before it has written its configuration."""
+    """Return whether a run may leave a file of this name before it writes its configuration."""
     return is_lock(name) or LEFTOVER.fullmatch(name) is not None
 
 
 def read_config(run: Path, config: Any) -> dict[str, Any]:
-    """Return the configuration of the run in a folder, with the defaults of settings that it does not have."""
+    """Read the configuration of the run in a folder, filling in defaults of missing settings."""
     saved = read_json(run / CONFIG)
     try:
         return type(config).model_validate(saved).model_dump(mode="json")
-    except ValidationError:  # of another stage: the difference will show it
+    except ValidationError:  # of the other stage: the caller reports the difference
         return saved
 
 
 def write_config(run: Path, config: Any) -> None:
-    """Write `config.json`, which is also a file for `--config`, and make `state/`: where there is a snapshot and no
-    such folder, somebody has removed it."""
+    """Write `config.json`, which `--config` accepts, too, and create `state/`: a snapshot without `state/` means that
+    someone deleted it."""
     replace_file(run / CONFIG, (json.dumps(config.model_dump(mode="json"), indent=2) + "\n").encode())
-    make_folder(run / "state")  # after it: a folder without a configuration may hold nothing else
+    make_folder(run / "state")  # last, because a folder without a configuration must be empty
 
 
 def without_free(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the settings that a run may not change."""
+    """Return the settings that must not change on resume."""
     fixed: dict[str, Any] = {}
     for key, value in settings.items():
         if prefix + key not in FREE:
@@ -85,9 +84,9 @@ def without_free(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def advise(run: Path, config: Any, changes: list[str]) -> str:
-    """Return what to do to train with these changes."""
+    """Say how to train with these changes."""
     snapshot = run / ("tokenizer" if hasattr(config, "data") else "pipeline")
     rebuilt = any(line.startswith(("model.", "data.image_size", "data.channels", "tokens", "init")) for line in changes)
     if rebuilt or not snapshot.is_dir():
-        return "Choose another out=, where a run begins from its start"
-    return f"Choose another out=, with init={snapshot} to begin with its weights (optimizer and schedule begin anew)"
+        return "Choose another out= to train from scratch"
+    return f"Choose another out=, with init={snapshot} to start from its weights (optimizer and schedule start over)"

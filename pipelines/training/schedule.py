@@ -1,4 +1,4 @@
-"""How long, how fast and how often a run trains, and its learning rate."""
+"""Training settings and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -10,72 +10,70 @@ from pydantic import BeforeValidator, Field
 from ..config import Config
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
-"""Of a running moment of Adam."""
+"""Decay rate of a moment of Adam."""
 
 
 def no_as_text(value: Any) -> Any:
-    """YAML takes a bare `no` for false."""
+    """Undo YAML reading a bare `no` as false."""
     return "no" if value is False else value
 
 
 class TrainConfig(Config):
-    """How long, how fast, how often. Steps are optimizer steps, batch sizes are global."""
+    """Training settings. Steps are optimizer steps, batch sizes are global."""
 
-    steps: int | None = Field(2000, ge=1, description="optimizer steps; null leaves the end to `minutes`")
+    steps: int | None = Field(2000, ge=1, description="optimizer steps; null: only `minutes` ends the run")
     minutes: float | None = Field(
-        None, gt=0, description="end after this many minutes of training, if `steps` does not end it first"
+        None, gt=0, description="end after this many minutes of training, if `steps` is not reached first"
     )
     batch_size: int = Field(128, ge=1, description="images per step, all processes and micro-batches together")
-    accumulate: int = Field(1, ge=1, description="micro-batches that each process adds up for a step")
+    accumulate: int = Field(1, ge=1, description="micro-batches per process whose gradients are accumulated for a step")
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw",
-        description="muon: kernels, and matrices of at least 16 x 16 between embeddings and head, move by Muon, "
-        "the rest by AdamW",
+        description="muon: Muon for convolution kernels and for matrices of at least 16 x 16 between embeddings and "
+        "head, AdamW for the rest",
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
-    muon_lr: float = Field(0.02, gt=0, description="peak learning rate of Muon, which follows the schedule of lr")
+    muon_lr: float = Field(0.02, gt=0, description="peak learning rate of Muon, on the same schedule")
     final_lr: float = Field(0.02, ge=0, le=1, description="learning rate at the end, as a share of the peak")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up; a cosine follows")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's decays of the running moments")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's decay rates of the moments")
     weight_decay: float = Field(
         0.02,
         ge=0,
-        description="AdamW's weight decay, of matrices and tables; biases, norms and what Muon moves have none",
+        description="AdamW's weight decay for matrices and tables; none for biases, norms and Muon's weights",
     )
-    clip: float = Field(1.0, gt=0, description="largest gradient norm; a larger one is scaled down")
+    clip: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     ema_decay: float = Field(
-        0.999, ge=0, lt=1, description="decay of the averaged weights that are evaluated and saved"
+        0.999, ge=0, lt=1, description="decay of the moving average of the weights, which is evaluated and saved"
     )
-    seed: int = Field(
-        0, ge=0, lt=1 << 63, description="fixes initial weights, order of the data, augmentation and dropout"
-    )
+    seed: int = Field(0, ge=0, lt=1 << 63, description="seeds initial weights, data order, augmentation and dropout")
     log_every: int = Field(50, ge=1, description="steps between lines in metrics.jsonl")
     preview_every: int = Field(1000, ge=1, description="steps between pictures")
     evaluate_every: int = Field(1000, ge=1, description="steps between evaluations on validation images")
     save_every: int = Field(1000, ge=1, description="steps between saves: checkpoint and snapshot")
     keep_best: bool = Field(
         True,
-        description="leave the averaged weights that were best on validation images, by bits per token or PSNR; "
-        "false, and where there is no such image or figure: the newest",
+        description="deliver the averaged weights that were best on validation images, by bits per token or PSNR; "
+        "false, or without such images or figures: the newest",
     )
     checkpointing: bool = Field(
         False,
-        description="keep only the inputs of each block, and compute it again in the backward pass: less memory "
-        "for a quarter to a third more time, and the same losses",
+        description="recompute each block in the backward pass instead of storing its activations: less memory for a "
+        "quarter to a third more time, with the same losses",
     )
     mixed_precision: Annotated[Literal["auto", "no", "bf16"] | None, BeforeValidator(no_as_text)] = Field(
         None,
-        description="bf16: layers compute in bfloat16, weights and losses stay float32; auto: so where a GPU has it or "
-        "a CPU has AMX or AVX512-BF16; null: what `accelerate launch` says",
+        description="bf16: layers compute in bfloat16, weights and losses stay float32; auto: bf16 if the GPU supports "
+        "it, or the CPU has AMX or AVX512-BF16; null: as `accelerate launch` says",
     )
     compile: bool = Field(
-        False, description="compile each block with torch.compile: faster steps after a slow first one"
+        False, description="compile each block with torch.compile: a slow first step, then faster ones"
     )
     timeout: float = Field(
         1800.0,
         ge=1,
         le=1e6,
-        description="seconds that processes wait for one that is silent, or that evaluates, before the run ends",
+        description="seconds that processes wait for one that is silent or still evaluating",
     )
 
 

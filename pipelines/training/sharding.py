@@ -1,8 +1,8 @@
-"""FSDP2: each process keeps a piece of every weight, of its gradient, its moments and its average.
+"""FSDP2: each process keeps a shard of every weight, its gradient, its moments and its average.
 
-The request comes from accelerate's configuration, or `accelerate launch --use_fsdp --fsdp_version 2`; torch's
-`fully_shard` does the work, so the same command shards on GPUs (NCCL) and on CPUs (gloo), where accelerate would
-silently replicate. Sources: Zhao et al. 2023 (FSDP), Rajbhandari et al. 2020 (ZeRO).
+accelerate's configuration, or `accelerate launch --use_fsdp --fsdp_version 2`, asks for it; torch's `fully_shard` does
+it, so the same command also shards on CPUs (gloo), where accelerate would silently replicate. Sources: Zhao et al. 2023
+(FSDP), Rajbhandari et al. 2020 (ZeRO).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def _asked(name: str, default: str = "false") -> str:
 
 
 def is_sharding(accelerator: Accelerator) -> bool:
-    """Return whether weights are to be sharded. Raises `UserError` for what this does not do: FSDP 1, other precisions
-    than bf16, and accelerate's own compiling and checkpointing."""
+    """Return whether to shard the weights. Raises `UserError` for unsupported requests: FSDP 1, a mixed precision other
+    than bf16, and accelerate's own compilation and checkpointing."""
     if _asked("ACCELERATE_USE_FSDP") != "true":
         return False
     if _asked("FSDP_VERSION", "1") != "2":
         raise UserError("FSDP 1 is not supported: use --fsdp_version 2, or fsdp_version: 2 in accelerate's settings")
     if accelerator.mixed_precision not in ("no", "bf16"):
-        raise UserError(f"FSDP goes with --mixed_precision no or bf16 (got {accelerator.mixed_precision})")
+        raise UserError(f"FSDP needs --mixed_precision no or bf16 (got {accelerator.mixed_precision})")
     if _asked("FSDP_ACTIVATION_CHECKPOINTING") == "true":
         raise UserError("fsdp_activation_checkpointing: use train.checkpointing=true instead")
     if _asked("ACCELERATE_DYNAMO_BACKEND", "no") != "no":
@@ -44,22 +44,22 @@ def is_sharding(accelerator: Accelerator) -> bool:
 
 
 def require_shardable(task: Task) -> None:
-    """Raise `UserError` unless the task trains one model, and that as a whole."""
+    """Raise `UserError` unless the task trains a single network."""
     if not task.shardable:
         raise UserError(
-            "FSDP is for priors: a tokenizer (its codebook, its critic) stays whole on every process; launch this "
-            "verb without it, as configs/accelerate/eight_gpus.yaml does"
+            "FSDP supports only priors: a tokenizer, with its codebook and critic, is replicated; launch this verb "
+            "without FSDP, as configs/accelerate/eight_gpus.yaml does"
         )
 
 
 def shard(task: Task, average: nn.Module, accelerator: Accelerator) -> nn.Module | None:
-    """Shard the task's model and its average in place, from wherever they are to the accelerator's device.
+    """Shard the task's model and its average in place, onto the accelerator's device.
 
-    Returns, on the main process, a whole copy of the average on the CPU, for weights that are put together there.
+    Returns an unsharded copy of the average on the main process's CPU, into which weights can be gathered; else None.
     """
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    # Nothing writes into what a block returns, view or not.
+    # The warning concerns in-place changes of block outputs, of which there are none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     names = {parameter: name for name, parameter in task.model.named_parameters()}
     copied = copy.deepcopy(average) if accelerator.is_main_process else None
@@ -76,14 +76,13 @@ def shard(task: Task, average: nn.Module, accelerator: Accelerator) -> nn.Module
 
 
 def keeps_on_cpu() -> bool:
-    """Return whether accelerate should keep the pieces in main memory."""
+    """Return whether to offload shards to main memory."""
     return _asked("FSDP_OFFLOAD_PARAMS") == "true"
 
 
 def _options(accelerator: Accelerator) -> dict[str, Any]:
-    """Return the options of `fully_shard`. Weights are stored, and gradients summed, in float32; with bf16 weights are
-    gathered and used in it. Under autocast, which casts what has to be, inputs (positions, say) stay as precise as they
-    are."""
+    """Return the options of `fully_shard`. Weights are stored and gradients reduced in float32; with bf16, weights are
+    gathered and used in bfloat16. Inputs, such as positions, keep their precision: autocast casts what it must."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
@@ -96,7 +95,7 @@ def _options(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def _shard_blocks(model: nn.Module, options: dict[str, Any]) -> None:
-    """Gather and free the weights of one block at a time; those outside of blocks stay gathered for the backward."""
+    """Shard each block separately; weights outside blocks stay gathered until the backward pass."""
     from torch.distributed.fsdp import fully_shard
 
     for block in repeated_blocks(model):

@@ -1,6 +1,6 @@
-"""Where the numbers and pictures of a run go: `metrics.jsonl` and `previews/`, which are the record, and trackers.
+"""Records of a run: `metrics.jsonl` and `previews/`, mirrored to trackers.
 
-W&B and TensorBoard get the same calls, directly. One that raises is switched off with a warning: no run fails for it.
+W&B and TensorBoard get the same calls. A tracker that raises is switched off with a warning; it never ends a run.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from ..config.yaml_text import write_yaml
 from ..files import replace_file
 from ..images.pictures import save_picture
 
-STORED_ID = "trackers.json"  # the id of W&B's run, which every resume continues
-SNAPSHOTS = ("pipeline", "tokenizer")  # the folders of a run that are for the user
-HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # the second is what newer clients call the first
-INIT_SECONDS, FINISH_SECONDS, ARTIFACT_SECONDS = 20, 30, 300  # the longest that W&B is waited for
+STORED_ID = "trackers.json"  # the id of W&B's run, which a resumed run continues
+SNAPSHOTS = ("pipeline", "tokenizer")  # folders of a run that are for users
+HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # newer clients use the second name
+INIT_SECONDS, FINISH_SECONDS, ARTIFACT_SECONDS = 20, 30, 300  # limits of waiting for W&B
 CAPTIONS = {
-    "reconstructions": "images that are not trained on, each row above its reconstructions",
+    "reconstructions": "images not used for training, each row above its reconstructions",
     "codebook": "how the ids are used",
     "samples": "samples with the same seeds at every step, one class per column",
 }
@@ -47,10 +47,10 @@ Mode = Literal["online", "offline", "disabled"]
 
 
 class TrackConfig(Config):
-    """Where the numbers of a run go besides `metrics.jsonl`."""
+    """Trackers that mirror `metrics.jsonl`."""
 
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = Field(
-        ("wandb",), description="who gets numbers and previews; tensorboard needs the extra `trackers`"
+        ("wandb",), description="receivers of numbers and previews; tensorboard needs the extra `trackers`"
     )
     wandb: Mode | None = Field(
         None,
@@ -59,7 +59,7 @@ class TrackConfig(Config):
     )
     project: str | None = Field(None, description="the project of W&B; default: WANDB_PROJECT if set, else smalti")
     name: str | None = Field(
-        None, description="the name of the run there; default: WANDB_NAME if set, else that of the run folder"
+        None, description="the name of the run in W&B; default: WANDB_NAME if set, else the name of the run folder"
     )
     artifact: bool = Field(
         False, description="at the end, send the tokenizer or pipeline to W&B as an artifact of type `model`"
@@ -67,12 +67,11 @@ class TrackConfig(Config):
 
 
 class Tracker:
-    """Writes the numbers and pictures of a run, on the process where it is `active`; on the others it does nothing.
+    """Writes the numbers and pictures of a run on the `active` process; does nothing on the others.
 
-    A run that continues from `resume_step` continues its trackers, too, and the lines of `metrics.jsonl` after that
-    step, which will be written again, are removed; with 0 everything begins anew. Raises `UserError` for a tracker that
-    is not installed (on every process), `OSError` if the run folder cannot be written, and `PathError` for a link in
-    place of `metrics.jsonl`.
+    A run that continues from `resume_step` also continues its trackers, and removes the later lines of `metrics.jsonl`,
+    which will be written again; 0 starts afresh. Raises `UserError` for a tracker that is not installed (on every
+    process), `OSError` if the run folder cannot be written, and `PathError` if `metrics.jsonl` is a link.
     """
 
     def __init__(
@@ -99,18 +98,18 @@ class Tracker:
 
     @property
     def run_url(self) -> str | None:
-        """Where W&B shows the run; None where it is not online."""
+        """The run's address at W&B; None if it is not online."""
         return self._trackers["W&B"].url if "W&B" in self._trackers else None
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append one line with `step` and `values`; lines that a full disk does not take are written later."""
+        """Append a line with `step` and `values`; if the disk is full, retry with the next line."""
         if self.active:
             numbers = {name: v if isinstance(v, (int, float)) else float(v) for name, v in values.items()}
             self._metrics.append(step, numbers)
             self._call_each(lambda tracker: tracker.log(step, numbers))
 
     def images(self, step: int, images: dict[str, np.ndarray]) -> None:
-        """Write uint8 `(H, W, C)` arrays to `previews/<name>-<step>.png`; a full disk costs the picture and a line."""
+        """Write uint8 `(H, W, C)` arrays to `previews/<name>-<step>.png`; warn and skip on a full disk."""
         if not self.active:
             return
         pictures = {name: pixels[..., 0] if pixels.shape[-1] == 1 else pixels for name, pixels in images.items()}
@@ -119,12 +118,12 @@ class Tracker:
             try:
                 save_picture(picture, path, overwrite=True)
             except (OSError, PathError) as error:
-                tell(f"warning: {path} is left out: {error}; {free_space(self.run)}")
+                tell(f"warning: {path} was not written: {error}; {free_space(self.run)}")
         self._call_each(lambda tracker: tracker.images(step, pictures))
 
     def flush(self) -> None:
-        """Put all lines on the disk, those that still have to be written, too. Raises `OSError` (path, needed and free
-        bytes) if it is full."""
+        """Write and sync all lines, including pending ones. Raises `OSError` (path, bytes needed and free) if the disk
+        is full."""
         if self.active:
             self._metrics.flush()
             self._call_each(lambda tracker: tracker.flush())
@@ -136,15 +135,15 @@ class Tracker:
         rows: list[list[Any]] | None = None,
         artifact_metadata: dict[str, float] | None = None,
     ) -> None:
-        """Show on W&B how the run has ended: `summary` in its table of runs, `rows` of (weights, split, figure, value)
-        as the table `evaluation`; and, if `track.artifact` is set, the snapshot, with `artifact_metadata`."""
+        """Send the outcome to W&B: `summary` to its table of runs, `rows` of (weights, split, figure, value) as the
+        table `evaluation`; and, if `track.artifact` is set, the snapshot with `artifact_metadata`."""
         if self.active and self.config.artifact and "W&B" not in self._trackers:
-            tell("warning: track.artifact: W&B is off, no artifact is made")
+            tell("warning: track.artifact: W&B is off, so no artifact was logged")
         metadata = {"step": step, **(artifact_metadata or {})} if self.config.artifact else None
         self._call_each(lambda tracker: tracker.finish(step, summary, rows or [], metadata))
 
     def close(self) -> None:
-        """End the record and all trackers. W&B has a limited time to send the rest."""
+        """Close the record and all trackers. W&B has a limited time to send the rest."""
         if self.active:
             self._metrics.close()
         for label, tracker in self._trackers.items():
@@ -155,7 +154,7 @@ class Tracker:
         self._attempt(label, lambda: self._trackers.update({label: start()}))
 
     def _call_each(self, call: Callable[[Board], None]) -> None:
-        """Call each tracker; one that raises is closed and not called again."""
+        """Call each tracker; close one that raises, and do not call it again."""
         for label, tracker in list(self._trackers.items()):
             if not self._attempt(label, partial(call, tracker)):
                 del self._trackers[label]
@@ -163,7 +162,7 @@ class Tracker:
                     tracker.close()
 
     def _attempt(self, label: str, call: Callable[[], None]) -> bool:
-        """Call something of a tracker's; if it raises, warn and return False."""
+        """Call into a tracker; if that raises, warn and return False."""
         try:
             call()
             return True
@@ -174,13 +173,13 @@ class Tracker:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: a line a step. What a full disk does not take is written with the next line that fits."""
+    """`metrics.jsonl`, one line a step. Lines that do not fit on a full disk are retried with the next one."""
 
     def __init__(self, run: Path, resume_step: float) -> None:
         make_folder(run)
         self.path = run / "metrics.jsonl"
         if self.path.is_symlink():
-            raise PathError(f"{self.path}: a link, and nothing is written through a link")
+            raise PathError(f"{self.path}: is a link; links are never written through")
         if self.path.exists():
             lines = self.path.read_bytes().split(b"\n")
             earlier = [line + b"\n" for line in lines if resume_step > 0 and 0 <= step_of(line) <= resume_step]
@@ -189,23 +188,23 @@ class MetricsFile:
         fsync(run)
 
     def append(self, step: int, numbers: dict[str, int | float]) -> None:
-        """Write a line; warn once if the disk is full."""
+        """Append a line; warn once if the disk is full."""
         self._unwritten += (json.dumps({"step": step, **numbers}) + "\n").encode()
         try:
             self._write()
             self._failed = False
         except OSError as error:
             if not self._failed:
-                tell(f"warning: {error}; these lines will be written when there is room")
+                tell(f"warning: {error}; these lines will be written once there is room")
             self._failed = True
 
     def flush(self) -> None:
-        """Write what is unwritten, and fsync. Raises `OSError`."""
+        """Write pending lines, and fsync. Raises `OSError`."""
         self._write()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Try once more to write what is unwritten."""
+        """Try once more to write pending lines."""
         try:
             self._write()
         except OSError as error:
@@ -218,16 +217,16 @@ class MetricsFile:
         size, needed = os.fstat(self._file.fileno()).st_size, len(self._unwritten)
         try:
             if self._file.write(self._unwritten) < needed:
-                raise OSError(errno.ENOSPC, "only a part was written")
+                raise OSError(errno.ENOSPC, "partial write")
         except OSError as error:
-            os.ftruncate(self._file.fileno(), size)  # a line in two parts would be two broken lines
-            message = f"{self.path}: {needed:,} bytes are needed, {free_space(self.path.parent)}"
+            os.ftruncate(self._file.fileno(), size)  # drop the partial line
+            message = f"{self.path}: needs {needed:,} bytes, {free_space(self.path.parent)}"
             raise OSError(error.errno, message) from error
         self._unwritten = b""
 
 
 class Board:
-    """What a tracker can do with a run; any method may raise anything."""
+    """Interface of a tracker; any method may raise anything."""
 
     url: str | None = None
 
@@ -235,14 +234,15 @@ class Board:
         raise NotImplementedError
 
     def images(self, step: int, pictures: dict[str, np.ndarray]) -> None:
-        """Show uint8 `(H, W)` or `(H, W, 3)` arrays."""
+        """Log uint8 `(H, W)` or `(H, W, 3)` arrays."""
         raise NotImplementedError
 
     def flush(self) -> None:
-        """Write what is only in memory, if that is not done all the time."""
+        """Write buffered data, if any."""
 
     def finish(self, step: int, summary: dict[str, Any] | None, rows: list[list[Any]], metadata: Any) -> None:
-        """Show how the run has ended, where there is a place for it; `metadata` is that of the artifact, or None."""
+        """Log the outcome of the run, if the tracker has a place for it. metadata: of the artifact; None: no
+        artifact."""
 
     def close(self) -> None:
         raise NotImplementedError
@@ -252,21 +252,21 @@ class WandbRun(Board):
     """A run of W&B, online or offline. Written for wandb 0.21 to 0.31."""
 
     def __init__(self, run: Path, config: TrackConfig, run_config: dict[str, Any], mode: Mode) -> None:
-        # Silent: nothing on the terminal, no question either. Error reporting would wait for its server at the exit.
+        # Silent: no output and no questions. Error reporting would wait for its server at exit.
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         self.run, self.name = run, config.name or os.environ.get("WANDB_NAME") or run.resolve().name
         limits = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
-        # A wandb that is older has no limit for the end.
+        # Older versions of wandb have no limit on `finish`.
         known = {key: value for key, value in limits.items() if key in wandb.Settings.model_fields}
         options: dict[str, Any] = {
             "project": config.project or os.environ.get("WANDB_PROJECT") or "smalti",
             "name": self.name,
             "id": stored_id(run / STORED_ID) or uuid.uuid4().hex[:16],
             "resume": "allow",
-            "reinit": "create_new",  # a run that the user has open in this process is not ours to continue
+            "reinit": "create_new",  # do not continue a run that the user opened in this process
             "config": run_config,
             "dir": str(wandb_folder(run)),
             "settings": wandb.Settings(console="off", **known),
@@ -276,13 +276,13 @@ class WandbRun(Board):
         except Exception as error:
             if mode != "online":
                 raise
-            wandb.teardown()  # its service would refuse the same id
+            wandb.teardown()  # or its service refuses the same id
             self._run, mode = wandb.init(mode="offline", **options), "offline"
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            tell(f"warning: W&B goes on offline: {reason}; sync later with: {sync_command(run)}")
+            tell(f"warning: W&B continues offline: {reason}; sync later with: {sync_command(run)}")
         self.online = mode == "online"
         self.url = self._run.url if self.online else None
-        for handler in logging.getLogger("wandb").handlers:  # on a full disk its debug log would print tracebacks
+        for handler in logging.getLogger("wandb").handlers:  # or its debug log prints tracebacks on a full disk
             handler.handleError = lambda record: None  # type: ignore[method-assign]
         replace_file(run / STORED_ID, json.dumps({"wandb": self._run.id}).encode())
 
@@ -306,11 +306,11 @@ class WandbRun(Board):
         if metadata is not None:
             folder = next((self.run / name for name in SNAPSHOTS if (self.run / name).is_dir()), None)
             if folder is None:
-                raise FileNotFoundError("track.artifact: there is no snapshot to send")
-            print(f"W&B: {folder} as an artifact, which may take up to {ARTIFACT_SECONDS} s", flush=True)
+                raise FileNotFoundError("track.artifact: no snapshot to upload")
+            print(f"W&B: uploading {folder} as an artifact, for up to {ARTIFACT_SECONDS} s", flush=True)
             title = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{self.name}-{folder.name}")[-128:]
             artifact = wandb.Artifact(title, type="model", metadata=metadata)
-            # Sent from where it lies: by default it would first be copied to the user's home, whatever its size.
+            # Uploaded in place: by default wandb first copies it to the user's home.
             artifact.add_dir(str(folder.resolve()), policy="immutable", skip_cache=True)
             self._run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
             if self.online:
@@ -321,11 +321,11 @@ class WandbRun(Board):
             self._run.finish()
         except TimeoutError as error:
             command = f"wandb sync {quote(str(Path(self._run.dir).parent))}"
-            raise TimeoutError(f"not all was sent in {FINISH_SECONDS} s, complete it with: {command}") from error
+            raise TimeoutError(f"upload incomplete after {FINISH_SECONDS} s; complete it with: {command}") from error
 
 
 class TensorBoardRun(Board):
-    """Event files of a run. TensorBoard forgets what earlier processes wrote after `resume_step`."""
+    """Event files of a run. TensorBoard purges what earlier processes wrote after `resume_step`."""
 
     def __init__(self, folder: Path, run_config: dict[str, Any], resume_step: float) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -351,15 +351,15 @@ class TensorBoardRun(Board):
 
 
 def require_installed(trackers: tuple[str, ...]) -> None:
-    """Raise `UserError` for a tracker whose package is missing: before the training, not somewhere in it."""
+    """Raise `UserError`, before training starts, for a tracker whose package is missing."""
     if "tensorboard" in trackers and find_spec("tensorboard") is None:
         raise UserError('track.trackers: tensorboard is not installed: pip install "smalti[trackers]"')
 
 
 def wandb_mode(chosen: Mode | None) -> tuple[Mode, str]:
-    """Return the mode (`online`, `offline`, `disabled`) and, in a few words, why, without importing wandb.
+    """Return the mode (`online`, `offline`, `disabled`) and the reason in a few words, without importing wandb.
 
-    chosen: that of the configuration, which goes before that of the environment.
+    chosen: the configured mode, which overrides the environment's.
     """
     if chosen is not None:
         return chosen, "track.wandb"
@@ -371,7 +371,7 @@ def wandb_mode(chosen: Mode | None) -> tuple[Mode, str]:
 
 
 def find_api_key() -> str | None:
-    """Return where wandb will find an API key: the environment or a netrc file; None for nowhere."""
+    """Return where wandb will find an API key (the environment or a netrc file), or None."""
     if os.environ.get("WANDB_API_KEY"):
         return "WANDB_API_KEY"
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc
@@ -387,7 +387,7 @@ def find_api_key() -> str | None:
 
 
 def stored_id(path: Path) -> str | None:
-    """Return the id of the W&B run of this run folder; None where there is none yet, or the file is damaged."""
+    """Return the id of this run folder's W&B run; None if it has no id yet, or the file is damaged."""
     if not path.exists():
         return None
     try:
@@ -396,22 +396,22 @@ def stored_id(path: Path) -> str | None:
             return str(found)
     except (PipelineLoadError, KeyError, TypeError):
         pass
-    tell(f"warning: {path} is damaged: W&B begins a new run")
+    tell(f"warning: {path} is damaged: W&B starts a new run")
     return None
 
 
 def wandb_folder(run: Path) -> Path:
-    """Return the folder in which wandb makes its `wandb/`: the run folder, or what WANDB_DIR says."""
+    """Return the folder in which wandb creates `wandb/`: WANDB_DIR, or the run folder."""
     return Path(os.environ.get("WANDB_DIR") or run)
 
 
 def sync_command(run: Path) -> str:
-    """Return the command that sends offline runs to W&B."""
+    """Return the command that uploads offline runs to W&B."""
     return f"wandb sync {quote(str(wandb_folder(run)))}/wandb/offline-run-*"
 
 
 def step_of(line: bytes) -> int:
-    """Return the step of a line of `metrics.jsonl`; -1 for a torn or damaged one."""
+    """Return the step of a line of `metrics.jsonl`; -1 for a truncated or damaged one."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -420,8 +420,8 @@ def step_of(line: bytes) -> int:
 
 
 def free_space(folder: Path) -> str:
-    """Return how much of the disk is free, in words."""
+    """Describe the free space on a folder's disk."""
     try:
         return f"{shutil.disk_usage(folder).free:,} bytes are free"
     except OSError as error:
-        return f"the disk is gone ({error.strerror})"
+        return f"the disk is unavailable ({error.strerror})"

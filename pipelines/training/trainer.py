@@ -2,8 +2,7 @@
 
 The batch is a function of (seed, step) and randomness of (seed, rank, step), so a run that is started again with the
 same command continues to the same bits. `accelerate` owns devices, precision and processes. The host waits for a GPU
-only where something is logged, evaluated or saved: whether a step is finite is decided on the device, and what is
-logged is summed there.
+only to log, evaluate or save: finiteness is checked, and logged scalars are summed, on the device.
 """
 
 from __future__ import annotations
@@ -63,16 +62,16 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MAX_SKIPPED = 10
-SPARE = 1.2  # a disk has other users
+SPARE = 1.2  # safety margin: others write to the disk, too
 
 
 def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
-    """Run `build`'s task to its end under `config` (with `out`, `train` and `track`); return the run folder.
+    """Train the task that `build` returns under `config` (with `out`, `train` and `track`); return the run folder.
 
-    Started again with the same configuration it continues from the newest checkpoint; `run_folder` says what may
-    differ. Signals end it early, saved (see `stopping`). Raises `UserError` for a run folder that belongs to another
-    configuration, a batch size that does not divide, ten steps in a row that are not finite, or a last checkpoint that
-    could not be saved; `Interrupted`, a KeyboardInterrupt, after Ctrl-C, once saved.
+    The same configuration continues from the newest checkpoint; `run_folder` lists what may differ. Signals save and
+    end the run (see `stopping`). Raises `UserError` for a run folder of another configuration, a batch size that does
+    not divide evenly, ten non-finite steps in a row, or a final checkpoint that could not be saved; `Interrupted`, a
+    KeyboardInterrupt, after Ctrl-C, once the run is saved.
     """
     run, settings = Path(config.out), config.train
     precision = choose_precision(settings.mixed_precision, read_newest_record(run).get("precision"))
@@ -101,7 +100,7 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
             accelerator.wait_for_everyone()
     unsaved, interrupted = trainer.unsaved, trainer.stop.interrupted is not None
     del trainer, task
-    accelerator.free_memory()  # what still holds the process group when the interpreter ends may abort it (gloo)
+    accelerator.free_memory()  # gloo may abort if anything still holds the process group when the interpreter exits
     accelerator.end_training()
     if unsaved:
         raise UserError(f"the run is not saved: {unsaved}")
@@ -111,7 +110,7 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
 
 
 def require_valid(config: Any, accelerator: Accelerator, group: ProcessGroup) -> None:
-    """Raise `UserError` for settings that do not fit together, or differ between processes."""
+    """Raise `UserError` for settings that contradict each other or differ between processes."""
     settings = config.train
     if settings.batch_size % (accelerator.num_processes * settings.accumulate):
         raise UserError(
@@ -125,24 +124,24 @@ def require_valid(config: Any, accelerator: Accelerator, group: ProcessGroup) ->
     first, *others = group.gather(lambda: mine)
     for rank, other in enumerate(others, start=1):
         if changes := difference(first, other, "train."):
-            raise UserError(f"process {rank} was started with other settings than process 0: {', '.join(changes)}")
+            raise UserError(f"process {rank} has different settings from process 0: {', '.join(changes)}")
 
 
 class RunningMeans:
-    """Sums of the scalars that are logged, on the device, so that the host does not wait for every step."""
+    """Running sums of logged scalars, on the device, so that the host does not wait at every step."""
 
     def __init__(self) -> None:
         self.sums: dict[tuple[str, ...], Tensor] = {}
-        """Sum and count `(2, n)` of the scalars with these n names."""
+        """Sums and counts, `(2, n)`, by the names of the n scalars."""
 
     def add(self, names: tuple[str, ...], values: Tensor, finite: Tensor) -> None:
-        """Add `values` `(n,)`, unless not all are `finite`."""
+        """Add `values` `(n,)` if `finite`."""
         if names not in self.sums:
             self.sums[names] = values.new_zeros(2, len(names))
         self.sums[names] += torch.where(finite, torch.stack([values, torch.ones_like(values)]), 0.0)
 
     def read(self) -> dict[str, float]:
-        """Return the mean of each scalar that was added, on the host."""
+        """Return the mean of each scalar, on the host."""
         totals: dict[str, list[float]] = {}
         for names, tensor in self.sums.items():
             for name, total, number in zip(names, *tensor.tolist(), strict=True):
@@ -151,12 +150,12 @@ class RunningMeans:
         return {name: total / number for name, (total, number) in totals.items() if number}
 
     def to_json(self) -> list[Any]:
-        """Return all that was added as JSON."""
+        """Return names, sums and counts as JSON."""
         return [[list(names), tensor.tolist()] for names, tensor in self.sums.items()]
 
     @classmethod
     def from_json(cls, saved: list[Any], device: torch.device) -> RunningMeans:
-        """Return what `to_json` was called on, to the bit."""
+        """Restore exactly what `to_json` saved."""
         found = cls()
         found.sums = {
             tuple(names): in_finest(torch.tensor(sums, dtype=torch.float64).to(device)) for names, sums in saved
@@ -165,15 +164,15 @@ class RunningMeans:
 
 
 class Trainer:
-    """One run of a task: its weights, their average, the optimizers, and how far it has come.
+    """One run of a task: its weights, their average, the optimizers and the progress.
 
-    Under FSDP each process holds a piece of the weights, of their average and of the moments.
+    Under FSDP each process holds a shard of the weights, of their average and of the moments.
     """
 
     # Setting up
 
     def __init__(self, task: Task, config: Any, accelerator: Accelerator) -> None:
-        """Place the task on the device, and load the newest checkpoint, if there is one."""
+        """Move the task to the device, and load the newest checkpoint, if any."""
         self.task, self.settings, self.config, self.run = task, config, config.train, Path(config.out)
         self.accelerator, self.device, self.group = accelerator, accelerator.device, group_of(accelerator)
         self.main, self.sharded = accelerator.is_main_process, is_sharding(accelerator)
@@ -199,21 +198,21 @@ class Trainer:
         self.step: int = record.get("step", 0)
         self.minutes: float = record.get("minutes", 0.0)
         self.scalars = RunningMeans.from_json(record.get("scalars", []), self.device)
-        self.skips = torch.tensor(record.get("skips", [0, 0]), device=self.device)  # in all, and in a row
+        self.skips = torch.tensor(record.get("skips", [0, 0]), device=self.device)  # total, and in a row
         self.no_row = torch.tensor([1, 0], device=self.device)
         self.last_terms: dict[str, tuple[tuple[str, ...], Tensor]] = {}
-        """The scalars of each player's last step, by their names."""
+        """Names and values of each player's scalars in the last step."""
         self.evaluation: dict[str, float] = record.get("evaluation", {})
-        self.reported: dict[str, float] = record.get("reported", {})  # on held-out images, at the end
+        self.reported: dict[str, float] = record.get("reported", {})  # held-out figures, at the end
         self.best: dict[str, Any] = record.get("best", {})  # step, score and evaluation
-        self.pending: list[str] = record.get("pending", [])  # due at the saved step, and not done
+        self.pending: list[str] = record.get("pending", [])  # due at the saved step, still to do
         self.precision_before: str | None = record.get("precision")
         self.saved_step, self.unsaved = (self.step if record else -1), ""
         self.since = self.step, time.monotonic()
         if not self.sharded:
             task.nets = {name: accelerator.prepare_model(net.to(self.device)) for name, net in task.nets.items()}
-        # The record goes on after this step; before it, where a line of this step is still to be made, which a process
-        # that was lost may have made already.
+        # metrics.jsonl continues after this step; or before it, if this step's line is still due: a killed process may
+        # have written that line already.
         undone = not {"log", "evaluate"}.isdisjoint(self.pending)
         resume_step = self.step + (-0.5 if undone else 0.5) if record else 0
         self.tracker = Tracker(
@@ -221,10 +220,10 @@ class Trainer:
         )
 
     def load(self) -> dict[str, Any]:
-        """Load the newest checkpoint, and return its record, {} where there is none. Raises `UserError`."""
+        """Load the newest checkpoint and return its record, or {} without one. Raises `UserError`."""
         if any(init != self.task.init for init in self.group.gather(lambda: self.task.init)):
-            raise UserError("init: processes found different models there; it has to be the same one on all machines")
-        # The main process says which there are: a file system that machines share may show them late.
+            raise UserError("init: processes loaded different models; all machines need the same one")
+        # Rank 0 lists the checkpoints: a shared file system may show them late elsewhere.
         checkpoints = self.group.on_main(lambda: list_checkpoints(self.run))
         record, best = load_newest(checkpoints, self.task.model, self.average, self.optimizers, self.all_agree)
         self.best_weights = best if self.main else None
@@ -232,29 +231,31 @@ class Trainer:
             snapshot = next((name for name in self.task.snapshots if (self.run / name).is_dir()), None)
             if snapshot and not (self.run / "state").is_dir():
                 raise UserError(
-                    f"{self.run}: there is {snapshot}/ and no state/ to continue from; nothing was overwritten. To "
-                    f"train from the beginning, choose another out=, or delete {self.run}"
+                    f"{self.run}: contains {snapshot}/ but no state/ to continue from; nothing was overwritten. To "
+                    f"start over, choose another out=, or delete {self.run}"
                 )
             return {}
         if (now := self.task.init) and record["init"] != now["fingerprint"]:
-            raise UserError(f"init: {now['source']} holds another model than when the run began; nothing was changed")
+            raise UserError(
+                f"init: {now['source']} holds a different model from the one this run started from; nothing was changed"
+            )
         steps, minutes = self.config.steps or math.inf, self.config.minutes or math.inf
         if record["end"] != [self.config.steps, self.config.minutes] and (
             record["step"] >= steps or record["minutes"] >= minutes
         ):
             raise UserError(
-                f"{', '.join(END)}: {self.run} has done {record['step']:,} steps in {record['minutes']:.1f} minutes; a "
-                "new end has to lie ahead of that; nothing was changed"
+                f"{', '.join(END)}: {self.run} has already done {record['step']:,} steps in "
+                f"{record['minutes']:.1f} minutes; a new end must lie beyond that; nothing was changed"
             )
         return record
 
     def prepare_run_folder(self) -> None:
-        """Delete what killed processes left, and write the configuration, now that nothing refuses it."""
+        """Delete leftovers of killed processes and write the configuration, now that all checks have passed."""
         remove_leftovers(self.run)
         write_config(self.run, self.settings)
 
     def record(self) -> dict[str, Any]:
-        """Return what a checkpoint holds besides tensors."""
+        """Return the part of a checkpoint that is not tensors."""
         return {
             "minutes": self.minutes,
             "scalars": self.scalars.to_json(),
@@ -269,17 +270,17 @@ class Trainer:
         }
 
     def require_room(self) -> None:
-        """Raise `UserError`, before hours of training, if a checkpoint and a snapshot will not fit on the disk."""
+        """Raise `UserError`, before training starts, if a checkpoint and a snapshot will not fit on the disk."""
         weights = sum(value.nbytes for value in self.task.model.state_dict().values())
         moments = sum(2 * p.nbytes for parameters in self.task.players.values() for p in parameters)
         needed, free = int(SPARE * (4 * weights + moments)), shutil.disk_usage(self.run).free
         if free < needed:
-            raise UserError(f"{self.run}: a save of this run needs {needed:,} bytes, {free:,} are free")
+            raise UserError(f"{self.run}: saving needs {needed:,} bytes, {free:,} are free")
 
     # The loop
 
     def fit(self) -> None:
-        """Evaluate, log, show and save when it is due, then take a step; until the steps or the minutes are used up."""
+        """Train: evaluate, log, preview and save when due, then step, until `steps` or `minutes` is reached."""
         self.task.model.train()
         with closing(self.batches()) as stream, progress_bar(self) as bar:
             began, was_finished = time.monotonic() - 60 * self.minutes, None
@@ -289,7 +290,7 @@ class Trainer:
                 was_finished = self.is_finished(progress) if was_finished is None else was_finished
                 due = self.due(done)
                 if self.stopping and not done:
-                    if self.step != self.saved_step:  # else the checkpoint that was loaded is that of this step
+                    if self.step != self.saved_step:  # otherwise the checkpoint just loaded is this step
                         self.finish_writing()
                         self.pending, self.unsaved = sorted(due), ""
                         self.save_checkpoint()
@@ -308,26 +309,26 @@ class Trainer:
             print(f"{self.run}: {describe_end(self, done, bool(was_finished))}", flush=True)
 
     def agree_on_progress(self, alone: bool = False) -> float:
-        """Return the share of training that is done, by steps or by minutes, whichever is more, and take note of a
-        request to stop. The same on all processes: their hosts meet here, and no GPU is waited for. alone: ask none."""
+        """Return the fraction of training that is done, by steps or minutes, whichever is larger, and note a request to
+        stop. All processes get the same answer, over the hosts' group, so no GPU is waited for. alone: ask no other."""
         stopping = self.stop.asked()
         if self.group.world > 1 and not alone:
             facts = torch.tensor([self.minutes if self.main else 0.0, float(stopping)], dtype=torch.float64)
             torch.distributed.all_reduce(facts, group=self.hosts)
             self.minutes, stopping = float(facts[0]), bool(facts[1])
         self.stopping |= stopping
-        if not self.task.players:  # nothing to train: evaluated, previewed and saved at step 0
+        if not self.task.players:  # nothing to train: evaluate, preview and save at step 0
             return 1.0
         by_steps = self.step / self.config.steps if self.config.steps else 0.0
         return by_steps if self.config.minutes is None else max(by_steps, self.minutes / self.config.minutes)
 
     def is_finished(self, progress: float) -> bool:
-        """Return whether the run had come to its end before, with nothing left to do."""
+        """Return whether the loaded checkpoint is that of a finished run, with nothing left to do."""
         return self.step == self.saved_step and not self.pending and progress >= 1
 
     def due(self, done: bool) -> set[str]:
-        """Return which of log, evaluate, preview and save are due at this step; at the step from which a run was
-        resumed, what was left undone."""
+        """Return which of log, evaluate, preview and save are due at this step; right after resuming, those that the
+        interrupted process did not get to."""
         if self.step == self.saved_step:
             left, self.pending = set(self.pending), []
             return left
@@ -342,10 +343,10 @@ class Trainer:
         return due | {"preview"} if self.step == 0 else due
 
     def batches(self) -> Generator[list[Any], None, None]:
-        """Yield this process's micro-batches of each step, on its device; those of the next steps are made meanwhile.
+        """Yield this process's micro-batches of each step, on its device, prefetching those of the next steps.
 
-        What travels to a GPU is what `Task.batch` made, bytes for an image, from pinned memory, which the host need not
-        wait for. A GPU prepares it (`Task.prepare`) in the order of its work; for a CPU the thread that made it does.
+        A GPU receives the output of `Task.batch` (images as uint8) asynchronously from pinned memory, and runs
+        `Task.prepare` itself; on a CPU the prefetching thread does.
         """
         config, rank, world = self.config, self.group.rank, self.group.world
         shape = (config.accumulate, world, config.batch_size // config.accumulate // world)
@@ -367,7 +368,7 @@ class Trainer:
     # A step
 
     def take_step(self, micro_batches: list[Any], lr: float) -> None:
-        """Let every player take its turn with these micro-batches, then move the average."""
+        """Take an optimizer step for every player on these micro-batches, then update the average."""
         seed = (self.config.seed * 1_000_003 + self.group.rank) * 1_000_003 + self.step
         torch.manual_seed(seed % (1 << 63))
         finite = [self.play(player, micro_batches, lr) for player in self.task.playing(self.step)]
@@ -375,14 +376,14 @@ class Trainer:
         self.skips = torch.where(all_finite, self.skips * self.no_row, self.skips + 1)
         self.move_average()
         self.step += 1
-        if self.device.type == "cpu":  # where reading waits for nothing
+        if self.device.type == "cpu":  # where reading is free
             self.check_skips()
 
     def play(self, player: str, micro_batches: list[Any], lr: float) -> Tensor:
-        """Add up gradients over the micro-batches, and take an optimizer step, if all is finite on all processes;
-        return whether it is, a bool on the device."""
+        """Accumulate gradients over the micro-batches and step the optimizer, unless something is not finite on any
+        process; return whether all was finite, a bool on the device."""
         optimizer = self.optimizers[player]
-        if len(self.task.players) > 1:  # gradients reach the parameters of this player alone
+        if len(self.task.players) > 1:  # only this player gets gradients
             for name, parameters in self.task.players.items():
                 for parameter in parameters:
                     parameter.requires_grad_(name == player)
@@ -390,13 +391,13 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(self.task.players[player], self.config.clip)
         terms["gradient_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
         values = in_finest(torch.stack([value.to(self.device) for value in terms.values()]))
-        if self.group.world > 1:  # what is not finite on one process is not finite in the mean
+        if self.group.world > 1:  # a non-finite value on one process makes the mean non-finite
             torch.distributed.all_reduce(values)
             values /= self.group.world
         finite = torch.isfinite(values).all()
         for settings in optimizer.param_groups:
             settings["lr"] = lr * self.task.rates.get(player, 1.0)
-        # The fused kernels of AdamW, and our Muon, change nothing where this is not 0.
+        # Fused AdamW and our Muon skip the step if this is not 0.
         optimizer.found_inf = (~finite).float().to(self.task.players[player][0].device)  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad()
@@ -407,11 +408,11 @@ class Trainer:
         return finite
 
     def accumulate(self, player: str, micro_batches: list[Any]) -> dict[str, Tensor]:
-        """Add up gradients over the micro-batches (DDP sends only at the last); return the means of what is logged."""
+        """Accumulate gradients over the micro-batches (DDP reduces at the last); return the means of logged terms."""
         number, totals = len(micro_batches), dict[str, Tensor]()
         for index, batch in enumerate(micro_batches):
             with ExitStack() as stack:
-                if index < number - 1 and not self.sharded:  # sharded: whole gradients may not fit
+                if index < number - 1 and not self.sharded:  # FSDP: unreduced gradients may not fit in memory
                     for net in self.task.nets.values():
                         stack.enter_context(self.accelerator.no_sync(net))
                 loss, terms = self.task.loss(player, batch, self.step)
@@ -422,8 +423,8 @@ class Trainer:
 
     @torch.no_grad()
     def move_average(self) -> None:
-        """Move the average towards the weights, by 1 - min(decay, (1 + n) / (10 + n)) after n steps, so that early
-        weights are soon forgotten; copy buffers, and the weights of the first step."""
+        """Update the moving average of the weights with decay min(ema_decay, (1 + n) / (10 + n)) after n steps, so that
+        early weights are soon forgotten; copy buffers, and the weights of the first step."""
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step)) if self.step else 0.0
         averages: list[Tensor] = list(self.average.parameters())
         weights: list[Tensor] = list(self.task.model.parameters())
@@ -432,15 +433,15 @@ class Trainer:
             buffer.copy_(current)
 
     def check_skips(self) -> int:
-        """Return how many steps were skipped. Raises `UserError` if these are the last ten in a row."""
+        """Return the number of skipped steps. Raises `UserError` after ten in a row."""
         skipped, in_a_row = self.skips.tolist()
         if in_a_row >= MAX_SKIPPED:
             terms = [
                 pair for names, values in self.last_terms.values() for pair in zip(names, values.tolist(), strict=True)
             ]
-            strange = [name for name, value in terms if not math.isfinite(value)]
+            culprits = [name for name, value in terms if not math.isfinite(value)]
             raise UserError(
-                f"step {self.step}: {in_a_row} steps in a row were not finite ({', '.join(strange)}). The last good "
+                f"step {self.step}: {in_a_row} steps in a row were not finite ({', '.join(culprits)}). The last good "
                 "checkpoint is kept; try a lower train.lr or train.clip"
             )
         return skipped
@@ -448,8 +449,8 @@ class Trainer:
     # Evaluating and logging
 
     def evaluate_and_save(self, due: set[str], progress: float, done: bool, bar: Any) -> None:
-        """Evaluate, log, preview and save, where due. At the end of a run, all but the checkpoint is of the weights
-        that it leaves: the best ones, where there are any."""
+        """Evaluate, log, preview and save when due. At the end of a run, everything except the checkpoint uses the
+        weights that the run delivers: the best ones, if they are known."""
         record: dict[str, float] = {}
         if due:
             self.check_skips()
@@ -473,14 +474,14 @@ class Trainer:
         record, self.scalars = self.scalars.read(), RunningMeans()
         record["learning_rate"] = learning_rate(self.config, self.step, progress)
         steps, seconds = self.step - self.since[0], max(1e-9, time.monotonic() - self.since[1])
-        if steps:  # none by this process, of a line that was due when the one before was asked to stop
+        if steps:  # 0 if this process only logs what the one before it was stopped at
             record["images_per_second"] = images = steps * self.config.batch_size / seconds
             record["tokens_per_second"] = images * self.task.tokens_per_row
         self.since = self.step, time.monotonic()
         return record | {"minutes": self.minutes, "skipped_steps": self.check_skips()}
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate the averaged weights, on validation images if there are any, and keep them if they are the best."""
+        """Evaluate the averaged weights, on validation images if there are any, and remember the best."""
         split = self.task.watched
         self.evaluation = self.figures_on(split)
         score = self.task.score(self.evaluation)
@@ -492,26 +493,26 @@ class Trainer:
         return {f"{split}/{name}": value for name, value in self.evaluation.items()}
 
     def evaluate_held_out(self) -> dict[str, float]:
-        """Evaluate what the run leaves on the images held out; with validation images, for the first time."""
+        """Evaluate the delivered weights on held-out images, unless these were also used for validation."""
         known = self.task.watched == "held_out"
         self.reported = self.evaluation if known else self.figures_on("held_out")
         return {f"held_out/{name}": value for name, value in self.reported.items()}
 
     def figures_on(self, split: Split) -> dict[str, float]:
-        """Return the task's figures on a split: on a GPU in the mixed precision of training, which is several times as
-        fast. A figure that is not finite, as weights have grown too large, is left out with a warning."""
+        """Return the task's figures on a split; on a GPU in the mixed precision of training, which is several times as
+        fast. Drop figures that are not finite, with a warning."""
         group = replace(self.group, lockstep=self.sharded)
         with self.accelerator.autocast() if self.device.type == "cuda" else nullcontext():
             found = self.task.evaluate(self.average, split, group)
-        strange = [name for name, value in found.items() if not math.isfinite(value)]
-        if strange and self.main:
-            tell(f"warning: step {self.step}: {', '.join(strange)} of {split}: not finite, and left out")
-        return {name: value for name, value in found.items() if name not in strange}
+        dropped = [name for name, value in found.items() if not math.isfinite(value)]
+        if dropped and self.main:
+            tell(f"warning: step {self.step}: dropped {split} figures that are not finite: {', '.join(dropped)}")
+        return {name: value for name, value in found.items() if name not in dropped}
 
     # Saving
 
     def collect_average(self) -> Tensors:
-        """Return a copy of the averaged weights, whole, on the CPU of the main process; {} on the others."""
+        """Return an unsharded copy of the averaged weights on the CPU of the main process; {} on the others."""
         if self.sharded:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             return cast(Tensors, get_model_state_dict(self.average, options=options))
@@ -519,7 +520,7 @@ class Trainer:
 
     @contextmanager
     def best_in_average(self) -> Iterator[None]:
-        """Put the best weights in the place of the averaged ones, where there are any."""
+        """Replace the averaged weights by the best ones inside this block, if there are any."""
         if not self.best or self.best["step"] == self.step:
             yield
             return
@@ -537,8 +538,8 @@ class Trainer:
 
     @contextmanager
     def whole_average(self) -> Iterator[nn.Module | None]:
-        """The averaged weights, whole, on the device: on every process, or, if they are sharded, on the main process
-        alone, and inside this block alone, as they may be larger than all else on its GPU."""
+        """Yield the unsharded averaged weights on the device; under FSDP only on the main process (None elsewhere), and
+        only inside this block, because they may take most of its GPU."""
         if not self.sharded:
             yield self.average
             return
@@ -553,8 +554,8 @@ class Trainer:
             self.whole.to("cpu")
 
     def preview_and_save(self, due: set[str], done: bool) -> None:
-        """Log the task's pictures, and write the snapshot for users, where due; previews leave no memory of CUDA graphs
-        to training."""
+        """Log previews and write the snapshot for users, when due. Previews do not use CUDA graphs, whose memory
+        training would miss."""
         if "save" in due:
             self.pending = []
         with self.whole_average() as average:
@@ -570,7 +571,8 @@ class Trainer:
                 self.save_snapshot(average, pictures, done)
 
     def save_snapshot(self, average: nn.Module, pictures: dict[str, Any], done: bool) -> None:
-        """Write the snapshot for users. If that fails, the run goes on, and its checkpoint says what is left to do."""
+        """Write the snapshot for users. If that fails, training continues, and the checkpoint records what is
+        undone."""
         self.unsaved = ""
         facts = {"steps": self.step, "minutes": round(self.minutes, 3), **describe_figures(self, done)}
         if url := self.tracker.run_url:
@@ -582,11 +584,10 @@ class Trainer:
             self.warn_unsaved(self.step, error)
 
     def save_checkpoint(self) -> None:
-        """Save what the run continues from. It is copied, and a thread writes it while training goes on; sharded
-        weights are written at once, by all processes.
+        """Save a checkpoint. A thread writes a copy while training continues; sharded weights are written
+        synchronously, by all processes.
 
-        A disk that is full, or gone, costs a warning: what was saved before stays, and the run goes on to the next
-        save.
+        If the disk is full or unavailable, warn, keep the older checkpoints, and train on to the next save.
         """
         self.finish_writing()
         self.saved_step = self.step
@@ -595,7 +596,7 @@ class Trainer:
         tensors = collect_tensors(self.task.model, self.average, self.optimizers)
         error: OSError | None = None
         try:
-            self.tracker.flush()  # a checkpoint must not go on where a line is missing
+            self.tracker.flush()  # no checkpoint may follow a line that is not on the disk
             if not is_finite(tensors):
                 raise OSError("a weight is not finite")
         except OSError as caught:
@@ -614,26 +615,26 @@ class Trainer:
             self.writing = self.writer.submit(self.write, self.step, write)
 
     def write(self, step: int, write: Callable[[], None]) -> None:
-        """Call `write`, which saves this step, and warn where it fails."""
+        """Call `write`, which saves this step, and warn if it fails."""
         try:
             write()
-        except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
             self.warn_unsaved(step, error)
 
     def finish_writing(self) -> None:
-        """Wait until the last checkpoint is written."""
+        """Wait until the pending checkpoint is written."""
         writing, self.writing = self.writing, None
         if writing is not None:
             writing.result()
 
     def warn_unsaved(self, step: int, error: Exception) -> None:
-        """Warn, on the main process, that something is not saved, and keep it in mind for the end of the run."""
+        """On the main process, warn that something was not saved, and remember it for the end of the run."""
         if self.main:
             self.unsaved = f"step {step}: {self.run}: {error}"
             tell(f"warning: not saved: {self.unsaved}; older checkpoints are kept")
 
     def all_agree(self, value: bool) -> bool:
-        """Return whether `value` is true on all processes, which call this together."""
+        """Return whether `value` is true on all processes; a collective call."""
         if self.group.world == 1:
             return value
         total = torch.tensor(float(value))
@@ -641,6 +642,6 @@ class Trainer:
         return bool(total == self.group.world)
 
     def close(self) -> None:
-        """Let what is being written come to its end, and close the trackers."""
+        """Finish pending writes and close the trackers."""
         self.writer.shutdown()
         self.tracker.close()

@@ -1,9 +1,8 @@
-"""The task of stage two: the tokens and labels of a batch are a function of seed, epoch and row."""
+"""The task of stage two: its batches and its evaluation."""
 
 from __future__ import annotations
 
 import math
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -50,13 +49,13 @@ def test_perturbed_tokens_are_a_function_of_seed_epoch_and_row(tmp_path):
     assert not torch.equal(task.batch(rows, zeros, 1)[0], whole)
 
 
-def test_evaluation_sees_clean_tokens(tmp_path):
-    task = task_of(make_tokens(tmp_path / "tokens"), tmp_path / "run", perturb=1.0)
+def test_an_evaluation_uses_clean_tokens(tmp_path, tokens):
+    task = task_of(tokens, tmp_path / "run", perturb=1.0)
     clean = bits_per_token(task.model.eval(), task.data.splits["test"], 2000)
     assert task.evaluate(task.model.eval(), "held_out") == {"bits_per_token": clean}
 
 
-def test_a_pipeline_says_which_tokens_its_prior_was_trained_on(tmp_path, monkeypatch):
+def test_a_pipeline_records_the_tokens_of_its_prior(tmp_path, monkeypatch):
     make_tokens(tmp_path / "tokens")
     monkeypatch.chdir(tmp_path)
     task = task_of("tokens", tmp_path / "run")
@@ -65,20 +64,12 @@ def test_a_pipeline_says_which_tokens_its_prior_was_trained_on(tmp_path, monkeyp
     assert pipe.provenance["tokens"] == str(tmp_path / "tokens")
 
 
-def test_a_prior_of_this_package_is_not_checked_when_it_is_sharded(tmp_path, monkeypatch):
-    """FSDP gives it a class of torch's; a figure that is not finite is then left out, as it is for others."""
-    task = task_of(make_tokens(tmp_path / "tokens"), tmp_path / "run")
-    task.model.__class__ = type("FSDPGPT", (type(task.model),), {"__module__": "torch.distributed.fsdp"})
-    monkeypatch.setattr(task, "require_causal", Mock(side_effect=AssertionError))
-    assert task.evaluate(task.model.eval(), "held_out")
-
-
 @pytest.mark.parametrize(
     ("model", "passes"), [({"kind": "masked"}, 49), ({"kind": "masked", "exact": False, "bound_passes": 4}, 4)]
 )
-def test_an_evaluation_of_many_passes_is_of_fewer_rows(tmp_path, monkeypatch, model, passes):
-    """As many as their tokens in all passes allow, which is told; a prior of one pass is evaluated on all."""
-    tokens, small = make_tokens(tmp_path / "tokens"), {"dim": 16, "depth": 1, "heads": 2}
+def test_a_prior_of_many_passes_is_evaluated_on_fewer_rows(tmp_path, monkeypatch, tokens, model, passes):
+    """The number of tokens over all passes is limited; a prior of one pass is evaluated on all rows."""
+    small = {"dim": 16, "depth": 1, "heads": 2}
     task = task_of(tokens, tmp_path / "run", model={**model, **small})
     assert task.model.likelihood_passes == passes and task.evaluated == {"held_out": 24, "validation": 24}
     monkeypatch.setattr("pipelines.metrics.likelihood.EVALUATED_TOKENS", 10 * passes * 49 + 48)
@@ -93,8 +84,8 @@ def test_an_evaluation_of_many_passes_is_of_fewer_rows(tmp_path, monkeypatch, mo
     assert task_of(tokens, tmp_path / "run", model={**model, **small}).evaluated == {"held_out": 1, "validation": 1}
 
 
-def test_large_grids_of_several_passes_are_bounded_and_small_ones_are_not():
-    """Of 2,000 rows: 256 of 256 passes over 256 tokens, a minute on a GPU; all of digits."""
+def test_the_number_of_evaluated_rows_shrinks_with_the_grid_for_priors_of_many_passes():
+    """All 2,000 of 7 x 7 tokens, but only 256 of 16 x 16, which take a minute on a GPU."""
     grids = {(7, 7): 2000, (16, 16): 256, (32, 32): 16}
     for shape, rows in grids.items():
         model = Prior.create("masked", grid=TokenGrid(shape, 8), dim=8, depth=1, heads=1)
@@ -107,8 +98,8 @@ def labels_of(tokens, rows, epochs, tmp_path, seed=0, **more):
     return task.batch(np.asarray(rows), np.asarray(epochs), seed)[1], task.train_split.labels
 
 
-def test_label_dropout(tmp_path_factory, tmp_path):
-    tokens = make_tokens(tmp_path_factory.mktemp("many") / "tokens", rows=4000)
+def test_labels_are_dropped_by_seed_epoch_and_row(tmp_path):
+    tokens = make_tokens(tmp_path / "tokens", rows=4000)
     rows, zeros = np.arange(4000), np.zeros(4000, np.int64)
     for share in (0.0, 0.3, 0.9):
         found, labels = labels_of(tokens, rows, zeros, tmp_path, label_dropout=share)
@@ -116,7 +107,7 @@ def test_label_dropout(tmp_path_factory, tmp_path):
         assert abs(float(dropped.float().mean()) - share) < 4 * (share * (1 - share) / 4000) ** 0.5 + 1e-9
         assert torch.equal(found[~dropped], labels[~dropped])
     found, _ = labels_of(tokens, rows, zeros, tmp_path, label_dropout=0.3)
-    some = np.array([7, 3999, 0, 12])  # whatever else is in the batch
+    some = np.array([7, 3999, 0, 12])
     alone, _ = labels_of(tokens, some, zeros[:4], tmp_path, label_dropout=0.3)
     assert torch.equal(alone, found[some])
     for other in ({"epochs": zeros + 1}, {"epochs": zeros, "seed": 1}):
@@ -124,22 +115,21 @@ def test_label_dropout(tmp_path_factory, tmp_path):
         assert 0.3 < float(((differs == 3) != (found == 3)).float().mean()) < 0.54  # independent: 2 x 0.3 x 0.7
 
 
-def test_a_prior_that_is_trained_without_any_label_has_no_classes(tmp_path):
-    """It is judged, chosen, saved and sampled as it was trained: without class rows that were never moved."""
-    tokens = make_tokens(tmp_path / "tokens")
-    run = train_prior(tmp_path / "run", tokens, label_dropout=1.0)
+def test_a_prior_trained_without_labels_has_no_classes(tmp_path, tokens):
+    """It is evaluated, saved and sampled without class embeddings, which would be untrained."""
+    run = train_prior(tmp_path / "run", tokens, label_dropout=1.0, train__steps=3)
     pipe = ImagePipeline.from_pretrained(run / "pipeline")
     assert (pipe.prior.num_classes, pipe.labels) == (0, [])
     task = task_of(tokens, tmp_path / "again", label_dropout=1.0)
-    rows, labels = task.judged["held_out"].tokens[:].long(), task.judged["held_out"].labels
+    rows, labels = task.eval_splits["held_out"].tokens[:].long(), task.eval_splits["held_out"].labels
     pipe.prior.eval()
     bits = -float(pipe.prior.log_prob(rows).detach().double().mean()) / (math.log(2) * len(pipe.prior.grid))
     assert labels is None and task.evaluate(pipe.prior, "held_out")["bits_per_token"] == pytest.approx(bits, abs=1e-6)
     assert len(pipe(num_images=2, seed=0, progress=False).images) == 2
 
 
-def test_without_labels_every_row_is_of_the_null_class(tmp_path_factory, tmp_path):
-    tokens = make_tokens(tmp_path_factory.mktemp("bare") / "tokens", classes=0)
+def test_rows_of_a_dataset_without_labels_have_the_null_class(tmp_path):
+    tokens = make_tokens(tmp_path / "tokens", classes=0)
     found, labels = labels_of(tokens, [0, 1, 2], [0, 0, 0], tmp_path, label_dropout=0.3)
     assert labels is None and found.tolist() == [0, 0, 0]
     run = train_prior(tmp_path / "run", tokens, sampler__guidance_scale=1.5, train__steps=3)

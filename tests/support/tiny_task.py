@@ -1,4 +1,4 @@
-"""A task of a few hundred weights, which trains in milliseconds, and what may end a run before its time."""
+"""A task of a few hundred weights that trains in milliseconds, and ways to kill or stop a run."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from pipelines.training.trainer import Trainer, train
 from tokenizer.layers import FusedLinear
 
 ROWS, IDS = 40, 8
-CLOCK = {"images_per_second", "tokens_per_second", "minutes"}  # what no two runs have in common
+CLOCK = {"images_per_second", "tokens_per_second", "minutes"}  # figures that depend on the time
 
 
 class TinyConfig(Config):
-    """As of stage two."""
+    """Settings, as of stage two."""
 
     out: str
     tokens: str = "nowhere"
@@ -43,11 +43,11 @@ class TinyConfig(Config):
 
 
 class Net(nn.Module):
-    """Predicts a number of an id: with a layer of two parts, statistics in buffers, dropout, and a layer that is not
-    used in the first steps."""
+    """Predicts a number from an id. Has a fused layer, statistics in buffers, dropout, and a layer that may start to be
+    used later."""
 
     def __init__(self, plain: bool = False) -> None:
-        """plain: without statistics and dropout, so that an image does not depend on its batch."""
+        """plain: without statistics and dropout, so that an output does not depend on its batch."""
         super().__init__()
         self.table, self.hidden = nn.Embedding(IDS, 16), FusedLinear(16, 16, parts=2)
         self.norm, self.dropout = nn.Identity() if plain else nn.BatchNorm1d(32), nn.Dropout(0.0 if plain else 0.1)
@@ -60,7 +60,7 @@ class Net(nn.Module):
 
 
 class Both(nn.Module):
-    """The net, and a critic if there is one."""
+    """The net and its critic, if any."""
 
     def __init__(self, net: nn.Module, critic: nn.Module | None) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Both(nn.Module):
 
 
 class TinyTask(Task):
-    """One player, or two."""
+    """A task with one or two players."""
 
     rows, tokens_per_row = ROWS, 1
 
@@ -82,8 +82,8 @@ class TinyTask(Task):
         net: nn.Module | None = None,
         init: dict[str, Any] | None = None,
     ) -> None:
-        """critic_start, late: the steps from which the critic plays, and the layer `late` is used. scores: chosen
-        figures, by the step that is evaluated. sick: may change the loss of a player at a step."""
+        """critic_start, late: first steps of the critic and of the layer `late`. scores: validation errors by step.
+        sick: may change a player's loss at a step."""
         self.critic_start, self.late, self.scores, self.sick, self.init = critic_start, late, scores, sick, init
         critic = None if critic_start is None else nn.Sequential(nn.Linear(1, 16), nn.GELU(), nn.Linear(16, 1))
         self.model = Both(net or Net(), critic)
@@ -139,19 +139,19 @@ class TinyTask(Task):
 
 
 def tiny_config(out: Path, **settings: Any) -> TinyConfig:
-    """Eight steps of eight rows each."""
+    """Settings of a run of eight steps of eight rows."""
     more = {name: settings.pop(name) for name in ("init", "tokens") if name in settings}
     base = {"steps": 8, "batch_size": 8, "lr": 1e-2, "warmup_steps": 2, "ema_decay": 0.5, "log_every": 1}
     return TinyConfig(out=str(out), train=TrainConfig(**{**base, **settings}), **more)
 
 
 def train_tiny(out: Path, task: Callable[[], TinyTask] = TinyTask, **settings: Any) -> Path:
-    """Train; settings are those of `train`."""
+    """Train a task with these settings of `train`."""
     return train(lambda accelerator: task(), tiny_config(out, **settings))
 
 
 def make_trainer(out: Path, task: TinyTask | None = None, **settings: Any) -> Trainer:
-    """A trainer of a run that has not begun; it is to be closed."""
+    """Make a trainer of a new run, for the caller to close."""
     out.mkdir(exist_ok=True)
     torch.manual_seed(0)
     return Trainer(task or TinyTask(), tiny_config(out, **settings), build_accelerator())
@@ -159,7 +159,7 @@ def make_trainer(out: Path, task: TinyTask | None = None, **settings: Any) -> Tr
 
 @contextmanager
 def trainer_of(out: Path, task: TinyTask | None = None, **settings: Any) -> Iterator[Trainer]:
-    """`make_trainer`, closed at the end."""
+    """A trainer of a new run, closed at the end."""
     trainer = make_trainer(out, task, **settings)
     trainer.task.model.train()
     try:
@@ -168,30 +168,30 @@ def trainer_of(out: Path, task: TinyTask | None = None, **settings: Any) -> Iter
         trainer.close()
 
 
-# What ends a run before its time
+# Kills and stops
 
 
 class Killed(BaseException):
-    """A process that is gone; what it was writing is written."""
+    """A kill, after pending writes."""
 
 
 @contextmanager
 def killed_at(step: int) -> Iterator[None]:
-    """The run in this block is lost when so many steps are done, before it looks at what is due."""
+    """Kill the run in this block after so many steps, before anything due at that step."""
     take_step = Trainer.take_step
 
-    def lost(trainer: Trainer, *given: Any) -> None:
+    def killed(trainer: Trainer, *given: Any) -> None:
         take_step(trainer, *given)
         if trainer.step == step:
             raise Killed
 
-    with patch.object(Trainer, "take_step", lost), pytest.raises(Killed):
+    with patch.object(Trainer, "take_step", killed), pytest.raises(Killed):
         yield
 
 
 @contextmanager
 def stopped_at(step: int) -> Iterator[None]:
-    """The run in this block is asked to end, as by a signal, while it takes this step; 0: before the first one."""
+    """Ask the run in this block to stop, as a signal does, during this step; 0 or a resumed step: before its first."""
     take_step, fit = Trainer.take_step, Trainer.fit
 
     def ask(trainer: Trainer, *given: Any) -> None:
@@ -206,11 +206,11 @@ def stopped_at(step: int) -> Iterator[None]:
         yield
 
 
-# What a run leaves
+# Results
 
 
 def read_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, by its name; those of the best weights as `best.*`."""
+    """Read every tensor of a checkpoint by name; the best weights as `best.*`."""
     reader = dcp.FileSystemReader(folder / "tensors")
     found = {
         name: torch.empty(stored.size, dtype=stored.properties.dtype)
@@ -223,14 +223,14 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The counters of a checkpoint, except for the clock."""
+    """Read the record of a checkpoint, except times."""
     record: dict[str, Any] = json.loads((folder / "state.json").read_text())
     del record["minutes"]
     return record
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
-    """The same lines, the same snapshots and previews, and the same newest checkpoint, to the bit."""
+    """Assert equal lines, snapshots, previews and newest checkpoints, to the bit."""
     ours, theirs = (
         [{key: value for key, value in line.items() if key not in CLOCK} for line in metrics(folder)]
         for folder in (run, expected)
@@ -249,12 +249,12 @@ def assert_same_run(run: Path, expected: Path) -> None:
 
 
 def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """The same names, and the same bits."""
+    """Assert equal names and bits."""
     assert sorted(found) == sorted(expected) and expected
     different = [name for name, value in expected.items() if not torch.equal(found[name], value)]
     assert not different, different
 
 
 def copy_run(run: Path, target: Path) -> Path:
-    """A run in another place, which goes on there."""
+    """Copy a run to another folder."""
     return Path(shutil.copytree(run, target))

@@ -1,7 +1,7 @@
-"""Runs in each of two processes of one group, which note after every step what they hold.
+"""Runs in two processes that record their state after every step.
 
-A file of tests starts itself twice (`in_two_processes(__file__, "basic", FOLDER)`); there its `__main__` calls
-a function of this name with a `Watch`, whose runs it makes one after the other.
+A test file starts itself twice by `in_two_processes(__file__, "basic", FOLDER)`; its `__main__` then calls the function
+`basic` with a `Watch`, which runs and records.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pipelines.training.trainer import Trainer
 
 
 def in_two_processes(file: str, name: str, folder: Path, seconds: float = 250) -> tuple[dict[str, Any], str]:
-    """Run a function of a file in two processes; what they noted, and what they printed."""
+    """Run a function of a file in two processes; return their records and their output."""
     printed = fork_twice(file, name, folder, seconds=seconds)
     noted = json.loads((folder / f"{name}.json").read_text())
     assert noted["world"] == 2 and noted["pids"][0] != noted["pids"][1]
@@ -44,11 +44,11 @@ def in_two_processes(file: str, name: str, folder: Path, seconds: float = 250) -
 
 
 class Enough(Exception):
-    """A run that is cut off, and is to go on."""
+    """Interrupts a run that is to be resumed."""
 
 
 class Watch:
-    """Makes runs in this process, and notes what both hold."""
+    """Runs in this process, and records of the state of both processes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log, self.evaluations = folder, list[Any](), list[Any]()
@@ -81,13 +81,13 @@ class Watch:
         task.evaluate = watched
 
     def run(self, name: str, train: Callable[[], Any], stop: int = -1) -> None:
-        """Train, until before step `stop`, and note it under this name, after what was noted under it before."""
+        """Train, up to step `stop` if given, and append the records to those of this name."""
 
         def watched(trainer: Trainer, micro_batches: list[Any], lr: float) -> None:
             if trainer.step == stop:
                 raise Enough
             self.take_step(trainer, micro_batches, lr)
-            self.log.append(gathered(held_by(trainer, micro_batches)))
+            self.log.append(gathered(state_of(trainer, micro_batches)))
 
         Trainer.take_step = watched  # type: ignore[method-assign]
         error: Exception | None = None
@@ -104,17 +104,17 @@ class Watch:
         self.log, self.evaluations = [], []
 
     def leave(self, name: str) -> None:
-        """Write down what was noted, and end."""
+        """Write the records and exit."""
         pids = gathered(os.getpid())
         if dist.get_rank() == 0:
             noted = {"world": dist.get_world_size(), "pids": pids, **self.found}
             (self.folder / f"{name}.json").write_text(json.dumps(noted))
-        gc.collect()  # what still holds the group when the interpreter ends may abort it
+        gc.collect()  # gloo may abort if anything still holds the group at exit
         leave_group()
 
 
-def held_by(trainer: Trainer, micro_batches: list[Any]) -> dict[str, Any]:
-    """What this process holds after a step: digests, and the share of all numbers that is here."""
+def state_of(trainer: Trainer, micro_batches: list[Any]) -> dict[str, Any]:
+    """Describe this process's state after a step: digests, and its share of all numbers."""
     weights, average = list(trainer.task.model.parameters()), list(trainer.average.parameters())
     moments = [
         value
@@ -136,13 +136,13 @@ def held_by(trainer: Trainer, micro_batches: list[Any]) -> dict[str, Any]:
 
 
 def share(values: list[Any]) -> float:
-    """The part of all numbers that is here."""
+    """The share of all numbers that this process holds."""
     here = sum(value.to_local().numel() if isinstance(value, DTensor) else value.numel() for value in values)
     return here / sum(value.numel() for value in values)
 
 
 def main(functions: dict[str, Any]) -> None:
-    """What `__main__` of a file of tests does."""
+    """Run the function that the command line names, as `__main__` of a test file."""
     _, name, folder = sys.argv
     watch = Watch(Path(folder))
     functions[name](watch)

@@ -1,6 +1,6 @@
-"""What several processes do together is what one does alone; an error in one ends all, and each says why.
+"""Several processes get the results of one; an error in one ends all, and each reports it.
 
-What needs a group runs in two and three processes (`python test_group.py FOLDER`).
+The group is three processes that run `python test_group.py FOLDER`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pipelines.config import UserError
 from pipelines.processes.group import ALONE, ProcessGroup
 
 COUNTS = (0, 1, 2, 3, 7)
-WORLDS = (2, 3)
+WORLD = 3
 
 
 @torch.inference_mode()
-def worked(group: ProcessGroup) -> dict[str, Any]:
-    """What the group finds, and who did what."""
+def use(group: ProcessGroup) -> dict[str, Any]:
+    """Call the methods of a group; return their results, and which process did what."""
     done: list[int] = []
 
     def act(item: int) -> tuple[torch.Tensor, int]:
@@ -45,7 +45,7 @@ def worked(group: ProcessGroup) -> dict[str, Any]:
 
 
 def order_of(group: ProcessGroup) -> list[list[float]]:
-    """When each process began and ended what the first does alone."""
+    """The times at which each process started and ended its call of `main_first`."""
     times: list[float] = []
 
     def act() -> None:
@@ -58,7 +58,7 @@ def order_of(group: ProcessGroup) -> list[list[float]]:
 
 
 def failing(group: ProcessGroup, error: Exception, rank: int) -> list[str]:
-    """What each process raises if one of them fails; and that they still work together then."""
+    """What each process raises if one fails; afterwards the group still works."""
 
     def act(item: int) -> int:
         if group.rank == rank:
@@ -74,10 +74,10 @@ def failing(group: ProcessGroup, error: Exception, rank: int) -> list[str]:
 
 
 def main(folder: Path) -> None:
-    """What each process does."""
+    """What each process runs."""
     rank = join_group(folder)
     group = ProcessGroup(rank, dist.get_world_size())
-    found = worked(group)
+    found = use(group)
     errors = [failing(group, UserError("no such thing"), 1), failing(group, RuntimeError("a bug"), 0)]
     errors += [failing(group, error, 0) for error in (UserError("no such file"), OSError("full"))]
     errors.append(order_of(group))
@@ -86,56 +86,48 @@ def main(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def teams(tmp_path_factory) -> Path:
-    """Where each process of each group has written what it has found."""
-    folder = tmp_path_factory.mktemp("teams")
-    for world in WORLDS:
-        (folder / str(world)).mkdir()
-        codes, printed = run_ranks([__file__, str(folder / str(world))], world)
-        assert codes == [0] * world, printed
-    return folder
+def group(tmp_path_factory) -> list[list[Any]]:
+    """The results and errors of each process."""
+    folder = tmp_path_factory.mktemp("group")
+    codes, printed = run_ranks([__file__, str(folder)], WORLD)
+    assert codes == [0] * WORLD, printed
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
-@pytest.fixture(params=WORLDS)
-def group(request, teams) -> list[list[Any]]:
-    """What each process of a group has found."""
-    return [json.loads((teams / str(request.param) / f"{rank}.json").read_text()) for rank in range(request.param)]
-
-
-def test_a_team_finds_what_one_process_finds(group):
-    alone, world = json.loads(json.dumps(worked(ALONE))), len(group)
+def test_a_group_gets_the_results_of_one_process(group):
+    alone = json.loads(json.dumps(use(ALONE)))
     for rank, (found, _) in enumerate(group):
         for name in ("values", "first", "small"):
             assert found[name] == alone[name]
-        assert found["total"] == [world, 10 * sum(range(world))]
-        assert found["by"] == {str(count): [n % world for n in range(count)] for count in COUNTS}
-        assert found["done"] == [n for count in COUNTS for n in range(count) if n % world == rank]
+        assert found["total"] == [WORLD, 10 * sum(range(WORLD))]
+        assert found["by"] == {str(count): [n % WORLD for n in range(count)] for count in COUNTS}
+        assert found["done"] == [n for count in COUNTS for n in range(count) if n % WORLD == rank]
 
 
-def test_an_error_in_one_ends_all_and_is_told_by_each(group):
+def test_an_error_in_one_process_is_raised_in_all(group):
     for _, (user, bug, *_) in group:
         assert user[1] == "UserError: no such thing" and bug[0] == "RuntimeError: a bug"
         assert {*user[:1], *user[2:]} == {"ProcessFailed: process 1 failed: UserError: no such thing"}
         assert set(bug[1:]) == {"ProcessFailed: process 0 failed: RuntimeError: a bug"}
 
 
-def test_a_mistake_that_the_first_finds_is_its_own_to_tell(group):
+def test_a_users_mistake_is_reported_by_the_main_process_alone(group):
     for _, (_, _, user, system, _) in group:
-        assert user == ["UserError: no such file"] + ["ReportedElsewhere: no such file"] * (len(group) - 1)
-        assert system == ["OSError: full"] + ["ReportedElsewhere: full"] * (len(group) - 1)
+        assert user == ["UserError: no such file"] + ["ReportedElsewhere: no such file"] * (WORLD - 1)
+        assert system == ["OSError: full"] + ["ReportedElsewhere: full"] * (WORLD - 1)
 
 
-def test_the_first_alone_and_then_the_others(group):
+def test_main_first_lets_the_others_wait(group):
     for _, (*_, (first, *others)) in group:
         assert len(first) == 2 and all(first[1] <= began for began, _ in others)
 
 
-def test_one_process_asks_nobody(monkeypatch):
+def test_one_process_needs_no_communication(monkeypatch):
     monkeypatch.setattr(dist, "all_gather_object", None)
     monkeypatch.setattr(dist, "broadcast", None)
-    assert worked(ALONE)["done"] == [n for count in COUNTS for n in range(count)]
+    assert use(ALONE)["done"] == [n for count in COUNTS for n in range(count)]
     assert ALONE.is_main and not ProcessGroup(1, 2).is_main
-    with pytest.raises(ZeroDivisionError):  # as it is
+    with pytest.raises(ZeroDivisionError):
         ALONE.map(lambda item: item / 0, [1])
 
 

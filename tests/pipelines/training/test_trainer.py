@@ -1,10 +1,9 @@
-"""The training loop: its batches, its steps, losses that are not finite, what it logs and leaves."""
+"""The training loop: batches, steps, non-finite losses, logs and results."""
 
 from __future__ import annotations
 
 import json
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ from givens.image_files import write_pictures
 from givens.streams import streams_of
 from launch import (
     EMA,
-    GPT,
     VQVAE,
     assert_equal_tensors,
     exact,
@@ -33,16 +31,14 @@ from launch import (
     train_prior,
     train_tokenizer,
 )
-from one_process import begin_anew, one_process
+from one_process import one_process
 from PIL import Image
 from small import PRIORS, QUANTIZERS, TOKENIZERS, make_tokenizer, node_of
 from tiny_task import (
     CLOCK,
     Net,
     TinyTask,
-    assert_same_run,
     assert_same_tensors,
-    killed_at,
     read_checkpoint,
     stopped_at,
     train_tiny,
@@ -64,31 +60,31 @@ from pipelines.train_tokenizer import TokenizerTask, TrainTokenizerConfig
 from pipelines.training.checkpoint import collect_tensors
 from pipelines.training.schedule import TrainConfig, learning_rate
 from pipelines.training.task import Task
-from pipelines.training.trainer import RunningMeans, Trainer
+from pipelines.training.trainer import Trainer
 from tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
 @contextmanager
-def after_each_step(look: Callable[[Trainer], object]) -> Iterator[None]:
-    """Call `look` after each step that is taken in the block, and before the first one."""
+def after_each_step(observe: Callable[[Trainer], object]) -> Iterator[None]:
+    """Call `observe` before the first step in the block, and after each one."""
     take_step, seen = Trainer.take_step, []
 
     def watched(trainer: Trainer, *given: Any) -> None:
         if not seen:
-            look(trainer)
+            observe(trainer)
         seen.append(trainer.step)
         take_step(trainer, *given)
-        look(trainer)
+        observe(trainer)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "take_step", watched)
         yield
 
 
-def kept_by(trainer: Trainer) -> dict[str, Tensor]:
-    """Copies of weights and moments."""
+def copy_state(trainer: Trainer) -> dict[str, Tensor]:
+    """Copy weights and moments."""
     found = collect_tensors(trainer.task.model, trainer.task.model, trainer.optimizers)
     return {name: value.clone() for name, value in found.items() if not name.startswith("average.")}
 
@@ -98,7 +94,7 @@ def kept_by(trainer: Trainer) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_any_number_of_processes_shares_the_same_batches(processes, accumulate):
+def test_batches_do_not_depend_on_the_number_of_processes(processes, accumulate):
     task: Any = Task()
     task.rows, task.batch = 50, lambda indices, epochs, seed: (indices, epochs, seed)
     config = TrainConfig(batch_size=24, accumulate=accumulate, seed=5)
@@ -114,20 +110,19 @@ def test_any_number_of_processes_shares_the_same_batches(processes, accumulate):
         stream.close()
 
 
-def test_augmentation_may_be_for_the_prior_alone(tmp_path):
-    """Then the tokenizer learns from images as they are, to the bit; `encode` finds what makes its copies."""
-    augment = {"data__augment__flip": True, "data__augment__rotate": 9, "train__steps": 4}
-    plain = train_tokenizer(tmp_path / "plain", train__steps=4)
-    kept = train_tokenizer(tmp_path / "kept", augmented=False, **augment)
-    moved = train_tokenizer(tmp_path / "moved", **augment)
-    assert exact(kept) == exact(plain) != exact(moved)
-    encode.main([f"tokenizer={kept / 'tokenizer'}", f"out={tmp_path / 'tokens'}", "augmentations=2"])
+def test_augmentation_may_apply_to_the_prior_alone(tmp_path):
+    """With augmented=false the tokenizer sees plain images; `encode` still augments."""
+    augment = {"data__augment__flip": True, "data__augment__rotate": 9, "train__steps": 2}
+    plain = train_tokenizer(tmp_path / "plain", train__steps=2)
+    without = train_tokenizer(tmp_path / "without", augmented=False, **augment)
+    augmented = train_tokenizer(tmp_path / "augmented", **augment)
+    assert exact(without) == exact(plain) != exact(augmented)
+    encode.main([f"tokenizer={without / 'tokenizer'}", f"out={tmp_path / 'tokens'}", "augmentations=2"])
     assert len(load_tokens(tmp_path / "tokens").splits["train"]) == 3 * 72
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_images_travel_as_bytes_and_are_those_of_their_epochs(tmp_path, streaming):
-    """Whatever makes the batch and wherever it becomes floats, the images are those of (seed, epoch, index)."""
+def test_images_travel_as_bytes_and_depend_on_seed_epoch_and_index_alone(tmp_path, streaming):
     write_pictures(tmp_path / "images", 30)
     augment = {"flip": True, "shift": 2, "rotate": 9, "zoom": 0.1}
     data = DataConfig(source=str(tmp_path / "images"), image_size=8, augment=augment, streaming=streaming)
@@ -146,64 +141,35 @@ def test_images_travel_as_bytes_and_are_those_of_their_epochs(tmp_path, streamin
     stream.close()
 
 
-def test_what_prepares_batches_ends_with_the_run(tmp_path, monkeypatch):
-    """At most three batches ahead of the step that failed, and no thread is left."""
-    made, batch = [], TinyTask.batch
-    monkeypatch.setattr(TinyTask, "batch", lambda *given: made.append(1) or batch(*given))
-    with killed_at(4):
-        train_tiny(tmp_path / "run")
-    before = len(made)
-    assert 4 <= before <= 7
-    time.sleep(0.05)
-    assert len(made) == before and not [t for t in threading.enumerate() if t.name.startswith("ahead")]
-
-
 # A step
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
-    """So are the weights after some steps, by AdamW and by Muon."""
     for optimizer in ("adamw", "muon"):
         found = {}
-        for parts in (1, 2, 4):
+        for parts in (1, 4):
             out = tmp_path / f"{optimizer}{parts}"
             found[parts] = train_tiny(out, lambda: TinyTask(net=Net(plain=True)), accumulate=parts, optimizer=optimizer)
-        for parts in (2, 4):
-            for name in ("loss", "l1", "gradient_norm"):
-                assert losses(found[parts], name) == pytest.approx(losses(found[1], name), rel=1e-4)
-            assert len(set(losses(found[parts]))) == 8
+        for name in ("loss", "l1", "gradient_norm"):
+            assert losses(found[4], name) == pytest.approx(losses(found[1], name), rel=1e-4)
+        assert len(set(losses(found[4]))) == 8
 
 
-def test_each_player_takes_its_turn_with_the_same_micro_batches(tmp_path):
-    """Gradients reach its own weights alone, and each has its own learning rate, betas and count of steps."""
+def test_each_player_steps_its_own_weights_at_its_own_rate(tmp_path):
     with trainer_of(tmp_path / "run", TinyTask(critic_start=1), accumulate=2) as trainer:
         trainer.task.rates = {"critic": 0.5}
         parts = [trainer.task.batch(np.arange(4) + start, np.zeros(4, np.int64), 0) for start in (0, 4)]
-        before, play = kept_by(trainer), trainer.play
-
-        def watched(player: str, *given: Any) -> Tensor:
-            finite = play(player, *given)
-            assert all(parameter.grad is None for parameter in trainer.task.model.parameters())
-            return finite
-
-        trainer.play = watched  # type: ignore[method-assign]
-        for lr in (0.1, 0.2):
+        before = copy_state(trainer)
+        for lr, players in ((0.1, {"net"}), (0.2, {"net", "critic"})):  # the critic starts at step 1
             trainer.take_step(parts, lr)
-            moved = {name.split(".")[1] for name, value in kept_by(trainer).items() if name in before}
-            assert moved == {"net", "critic"}
-            changed = {
-                name.split(".")[1]
-                for name, value in kept_by(trainer).items()
-                if name in before and not torch.equal(value, before[name])
-            }
-            assert changed == ({"net"} if lr == 0.1 else {"net", "critic"})
+            after = copy_state(trainer)
+            assert {name.split(".")[1] for name in before if not torch.equal(after[name], before[name])} == players
         rates = {player: optimizer.param_groups[0]["lr"] for player, optimizer in trainer.optimizers.items()}
         assert rates == {"model": 0.2, "critic": 0.1} and not trainer.task.predictions
         assert all(parameter.grad is None for parameter in trainer.task.model.parameters())
 
 
-def test_clipping_bounds_the_norm_that_is_applied(tmp_path):
-    """What is logged is the norm before."""
+def test_gradients_are_clipped_and_the_logged_norm_is_unclipped(tmp_path):
     applied = []
     step = torch.optim.AdamW.step
 
@@ -220,40 +186,34 @@ def test_clipping_bounds_the_norm_that_is_applied(tmp_path):
     assert len(applied) == 8 and 0.049 < max(applied) <= 0.05 * (1 + 1e-4) and min(losses(run, "gradient_norm")) > 0.05
 
 
-def test_learning_rate():
+def test_a_run_follows_the_schedule(tmp_path):
+    """Linear warm-up, then a cosine down to `final_lr` that does not rise again."""
     config = TrainConfig(steps=100, lr=2.0, final_lr=0.1, warmup_steps=10)
     rates = [learning_rate(config, step, step / 100) for step in range(130)]
     assert rates[:10] == pytest.approx([2.0 * (step + 1) / 10 for step in range(10)])
     assert rates[50] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
     assert all(a > b for a, b in zip(rates[10:100], rates[11:101], strict=True))
-    assert rates[100:] == pytest.approx([0.2] * 30)  # a cosine that went on would rise again
-    assert learning_rate(TrainConfig(warmup_steps=0, lr=1.0), 0, 0.0) == 1.0
-    assert learning_rate(TrainConfig(warmup_steps=0, final_lr=0.0), 5, 1.0) == 0.0
-
-
-@pytest.mark.parametrize("argument", ["train.betas=[1.5,0.9]", "critic.betas=[0.9,1]", "train.timeout=1e18"])
-def test_what_torch_would_refuse_is_refused_before_it(argument):
-    """Its errors would be tracebacks, after images were read."""
-    with pytest.raises(UserError, match=f"^{argument.partition('=')[0]}"):
-        parse(TrainTokenizerConfig, ["out=x", argument], verb="train_tokenizer", description=None)
-
-
-def test_a_run_follows_the_schedule(tmp_path):
-    """Each step is taken with the rate of its place in the run."""
+    assert rates[100:] == pytest.approx([0.2] * 30)
     seen = []
     with after_each_step(lambda trainer: seen.append(trainer.optimizers["model"].param_groups[0]["lr"])):
         run = train_tiny(tmp_path / "run", warmup_steps=3)
     config = TrainConfig(steps=8, lr=1e-2, warmup_steps=3)
     assert seen[1:] == pytest.approx([learning_rate(config, step, step / 8) for step in range(8)])
-    rates = [line["learning_rate"] for line in metrics(run)]
-    assert rates == pytest.approx([learning_rate(config, step, step / 8) for step in range(1, 9)])
+    logged = [line["learning_rate"] for line in metrics(run)]
+    assert logged == pytest.approx([learning_rate(config, step, step / 8) for step in range(1, 9)])
 
 
-def test_the_average_is_the_one_of_its_formula(tmp_path):
-    """Early weights are soon forgotten; statistics are copied."""
+@pytest.mark.parametrize("argument", ["train.betas=[1.5,0.9]", "critic.betas=[0.9,1]", "train.timeout=1e18"])
+def test_settings_that_torch_would_refuse_are_refused_by_name(argument):
+    with pytest.raises(UserError, match=f"^{argument.partition('=')[0]}"):
+        parse(TrainTokenizerConfig, ["out=x", argument], verb="train_tokenizer", description=None)
+
+
+def test_the_average_follows_its_formula(tmp_path):
+    """The decay starts small, and buffers are copied."""
     seen: list[dict[str, Tensor]] = []
-    with after_each_step(lambda trainer: seen.append(kept_by(trainer))):
-        run = train_tiny(tmp_path / "run", ema_decay=0.3)
+    with after_each_step(lambda trainer: seen.append(copy_state(trainer))):
+        run = train_tiny(tmp_path / "run", ema_decay=0.3)  # reached by (1 + n) / (10 + n) at n = 3
     found = read_checkpoint(states(run)[-1])
     averages = {name.removeprefix("average."): value for name, value in found.items() if name.startswith("average.")}
     for name, average in averages.items():
@@ -266,11 +226,9 @@ def test_the_average_is_the_one_of_its_formula(tmp_path):
             decay = min(0.3, (1 + n) / (10 + n))
             expected = decay * expected + (1 - decay) * weight
         assert torch.allclose(average.double(), expected, atol=1e-6) and not torch.equal(average.double(), weights[-1])
-    assert (1 + 3) / (10 + 3) > 0.3 > (1 + 2) / (10 + 2)
 
 
-def test_every_step_has_random_numbers_of_its_own(tmp_path):
-    """A function of seed, process and step, for seeds of any size."""
+def test_every_seed_process_and_step_has_its_own_random_numbers(tmp_path):
     found = {}
     for seed in (0, 1, 2**31, 2**63 - 1):
         with trainer_of(tmp_path / str(seed), seed=seed) as trainer:
@@ -284,11 +242,11 @@ def test_every_step_has_random_numbers_of_its_own(tmp_path):
     assert len({tuple(numbers) for numbers in found.values()}) == len(found)
 
 
-# What the host reads
+# Synchronisation
 
 
 class Reads(TorchDispatchMode):
-    """Fails where a number of a tensor is read on the host, for which a GPU would be waited for."""
+    """Fails if the host reads a tensor, which would wait for a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert "_local_scalar_dense" not in str(func) and "nonzero" not in str(func), f"{func} reads a tensor"
@@ -296,9 +254,8 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_reads_nothing_on_the_host(tmp_path, monkeypatch, optimizer):
-    """On a CPU, where nothing is waited for, whether steps were skipped is looked at; this is left out here."""
-    monkeypatch.setattr(Trainer, "check_skips", lambda trainer: 0)
+def test_a_step_never_reads_a_tensor_on_the_host(tmp_path, monkeypatch, optimizer):
+    monkeypatch.setattr(Trainer, "check_skips", lambda trainer: 0)  # every step reads this on a CPU, where it is free
     with trainer_of(tmp_path / "run", TinyTask(critic_start=1), optimizer=optimizer, accumulate=2) as trainer:
         batch = [trainer.task.batch(np.arange(4), np.zeros(4, np.int64), 0) for _ in range(2)]
 
@@ -316,27 +273,28 @@ def test_a_step_reads_nothing_on_the_host(tmp_path, monkeypatch, optimizer):
         assert trainer.scalars.read()["model/loss"] > 0
 
 
-# What is not finite
+# Non-finite values
 
 
 def spoil(loss: Tensor, model: nn.Module, how: str) -> Tensor:
-    """A loss that is not finite; or one that is, with a gradient that is not."""
+    """Make the loss non-finite, or only its gradient."""
     if how == "gradient":
         return loss + sum((parameter * 0).sum().sqrt() for parameter in model.parameters())
     return loss * math.nan if how == "nan" else loss + math.inf
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("how", ["nan", "infinite", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, how, optimizer):
-    """Neither weights nor moments nor counts of steps, of the player whose loss it is; the other one plays on."""
+def test_a_non_finite_step_changes_nothing_and_is_counted(tmp_path, how, optimizer):
+    """It leaves the player's weights, moments and step counts alone; the other player trains on."""
     sick = {"model": {0, 3, 4}, "critic": {4, 6}}
 
     def of(player: str, step: int, loss: Tensor, model: nn.Module) -> Tensor:
         return spoil(loss, model, how) if step in sick[player] else loss
 
     seen: list[dict[str, Tensor]] = []
-    with after_each_step(lambda trainer: seen.append(kept_by(trainer))):
+    with after_each_step(lambda trainer: seen.append(copy_state(trainer))):
         run = train_tiny(tmp_path / "run", lambda: TinyTask(critic_start=0, sick=of), optimizer=optimizer)
     for step, (before, after) in enumerate(zip(seen, seen[1:], strict=False)):
         for player, module in (("model", "net"), ("critic", "critic")):
@@ -354,8 +312,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, how,
     assert {int(value) for name, value in found.items() if "critic/" in name and name.endswith("/step")} == {6}
 
 
-def test_what_is_logged_is_the_mean_of_the_steps_that_count(tmp_path):
-    """Also where a run is stopped in between; a scalar that is there in some steps only is the mean of these."""
+def test_logged_scalars_are_means_over_the_finite_steps(tmp_path):
+    """A stop in between does not matter; a scalar of only some steps is the mean over these."""
 
     def sick(player: str, step: int, loss: Tensor, model: nn.Module) -> Tensor:
         return loss * math.nan if step in (1, 6) else loss
@@ -373,23 +331,11 @@ def test_what_is_logged_is_the_mean_of_the_steps_that_count(tmp_path):
         assert line["skipped_steps"] == {4: 1, 8: 2}[line["step"]]
 
 
-def test_running_means_come_back_from_json_to_the_bit():
-    means = RunningMeans()
-    for number in range(5):
-        means.add(("a", "b"), torch.tensor([0.1 + number, math.nan]).double(), torch.tensor(number == 9))
-        means.add(("a",), torch.tensor([1e-3 / 3]).double(), torch.tensor(number > 2))
-    means.add(("c",), torch.tensor([math.inf]).double(), torch.tensor(False))
-    again = RunningMeans.from_json(json.loads(json.dumps(means.to_json())), torch.device("cpu"))
-    assert again.read() == means.read() == {"a": pytest.approx(1e-3 / 3)}
-    for each in (means, again):
-        each.add(("a", "b"), torch.tensor([0.7, 0.1]).double(), torch.tensor(True))
-    assert again.read() == means.read() and set(again.read()) == {"a", "b"}
-
-
+@pytest.mark.sparse
 @pytest.mark.parametrize("player", ["model", "critic"])
 @pytest.mark.parametrize("how", ["nan", "gradient"])
-def test_ten_steps_in_a_row_end_the_run(tmp_path, player, how):
-    """With the names of what is not finite; nine do not, and a run that is started again still knows of them."""
+def test_ten_non_finite_steps_in_a_row_end_the_run_also_after_a_resume(tmp_path, player, how):
+    """The error names the non-finite terms; nine steps in a row do not end the run."""
 
     def sick(who: str, step: int, loss: Tensor, model: nn.Module) -> Tensor:
         at = step in range(1, 10) or step >= 12
@@ -411,8 +357,7 @@ def test_ten_steps_in_a_row_end_the_run(tmp_path, player, how):
     assert_same_tensors(two, one)
 
 
-def test_figures_that_are_not_finite_are_left_out(tmp_path, capsys):
-    """Of weights that one step has made too large for arithmetic; they are not the best ones either."""
+def test_non_finite_figures_are_dropped(tmp_path, capsys):
 
     class Odd(TinyTask):
         def evaluate(self, model: nn.Module, split: Any, group: Any = ALONE) -> dict[str, float]:
@@ -423,12 +368,11 @@ def test_figures_that_are_not_finite_are_left_out(tmp_path, capsys):
     lines = [line for line in metrics(run) if "validation/other" in line]
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
     assert ["validation/error" in line for line in lines] == [True, False, True, True]
-    assert "step 4: error of validation" in capsys.readouterr().err
+    assert "warning: step 4: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("quantizer", ["ema", "vq"])
-def test_the_first_images_may_be_no_numbers(tmp_path, monkeypatch, quantizer):
-    """They must not be what a codebook starts from, for good."""
+def test_a_codebook_is_not_initialized_from_non_finite_images(tmp_path, monkeypatch, quantizer):
     prepare, calls = TokenizerTask.prepare, iter(range(100))
 
     def first_is_sick(task: Any, batch: Any) -> Any:
@@ -440,45 +384,6 @@ def test_the_first_images_may_be_no_numbers(tmp_path, monkeypatch, quantizer):
     assert metrics(run)[-1]["skipped_steps"] == 1 and losses(run)[-1] < losses(run)[0]
 
 
-# Precision
-
-
-@pytest.mark.parametrize("stage", ["tokenizer", "prior"])
-def test_bfloat16_trains(tmp_path, tokens, monkeypatch, stage, capsys):
-    train = train_tokenizer if stage == "tokenizer" else partial(train_prior, tokens=tokens)
-    plain = losses(train(tmp_path / "float32", train__steps=16))
-    begin_anew()
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    run = train(tmp_path / "bf16", train__steps=16)
-    found = losses(run)
-    assert len(found) == 16 and all(map(math.isfinite, found)) and found[-1] < 0.9 * found[0] and found != plain
-    assert not metrics(run)[-1]["skipped_steps"] and "bf16 mixed precision" in capsys.readouterr().out
-
-
-def test_fp16_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(UserError, match="bf16"):
-        train_tiny(tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(("device", "expected"), [("cuda", True), ("cpu", False)])
-def test_evaluation_has_the_precision_of_training_on_a_gpu_alone(device, expected):
-    """On a CPU, where bfloat16 is no faster, figures are those of float32."""
-    now: list[bool] = []
-
-    @contextmanager
-    def autocast() -> Iterator[None]:
-        now.append(True)
-        yield
-        now.pop()
-
-    task = SimpleNamespace(evaluate=lambda model, split, group: {"mixed": float(bool(now)), split: model})
-    facts: dict[str, Any] = {"device": torch.device(device), "sharded": False, "main": True, "group": ALONE}
-    run: Any = SimpleNamespace(accelerator=SimpleNamespace(autocast=autocast), task=task, average=1.0, **facts)
-    assert Trainer.figures_on(run, "held_out") == {"mixed": float(expected), "held_out": 1.0} and not now
-
-
 # The end
 
 
@@ -487,28 +392,15 @@ def test_minutes_end_a_run(tmp_path):
     run = train_tiny(tmp_path / "run", steps=None, minutes=0.005, final_lr=0.25)
     last = metrics(run)[-1]
     assert 0.005 <= last["minutes"] < 0.1 and time.monotonic() - began < 20 and last["step"] > 2
-    assert last["learning_rate"] == pytest.approx(1e-2 * 0.25)  # the cosine has come to its end
+    assert last["learning_rate"] == pytest.approx(1e-2 * 0.25)  # the end of the cosine
     assert states(run)[-1].name == f"step-{last['step']:08d}" and "held_out/error" in last
     before = contents(run)
     train_tiny(run, steps=None, minutes=0.005, final_lr=0.25)
     assert contents(run) == before
-    assert metrics(train_tiny(tmp_path / "both", minutes=5.0))[-1]["step"] == 8, "steps may be first"
+    assert metrics(train_tiny(tmp_path / "both", minutes=5.0))[-1]["step"] == 8, "steps come first"
 
 
-def test_progress_is_by_steps_or_by_minutes_whichever_is_more():
-    def progress(step: int, done: float, players: bool = True, **config: Any) -> float:
-        facts: dict[str, Any] = {"step": step, "minutes": done, "stopping": False, "group": ALONE}
-        task, stop = SimpleNamespace(players=players), SimpleNamespace(asked=lambda: False)
-        run: Any = SimpleNamespace(config=TrainConfig(**config), task=task, stop=stop, **facts)
-        return Trainer.agree_on_progress(run)
-
-    assert progress(2, 9.0, steps=8) == 0.25
-    assert progress(2, 0.5, steps=8, minutes=1.0) == 0.5 and progress(6, 0.5, steps=8, minutes=1.0) == 0.75
-    assert progress(6, 0.5, steps=None, minutes=2.0) == 0.25
-    assert progress(0, 0.0, players=False, steps=8) == 1.0
-
-
-# What the two stages leave
+# Results of the two stages
 
 EVERY = {"train__log_every": 2, "train__evaluate_every": 4, "train__preview_every": 6, "train__save_every": 5}
 KEYS = {"learning_rate", "images_per_second", "tokens_per_second", "minutes", "skipped_steps", "gradient_norm", "loss"}
@@ -536,7 +428,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> dict[str, Pa
         ("prior", {"bits_per_token"}, {"bits_per_token"}),
     ],
 )
-def test_metrics(runs, stage, own, held_out):
+def test_metrics_have_the_documented_names(runs, stage, own, held_out):
     lines = metrics(runs[stage])
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
     for line in lines:
@@ -544,6 +436,7 @@ def test_metrics(runs, stage, own, held_out):
         evaluated |= {f"held_out/{name}" for name in held_out} if line["step"] == 12 else set()
         assert set(line) == {"step"} | KEYS | own | evaluated
         assert all(math.isfinite(value) for value in line.values())
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"], "nothing is learned"
     if stage == "tokenizer":
         assert all(0 < line["codebook_usage"] <= 1 <= line["codebook_perplexity"] <= 16 for line in lines)
     else:
@@ -567,7 +460,7 @@ def test_previews_are_pictures(runs, stage, name, size):
     assert previews[0].read_bytes() != previews[-1].read_bytes()
 
 
-def test_the_tokenizer_that_is_saved_is_the_one_that_was_evaluated(runs):
+def test_the_saved_tokenizer_has_the_logged_figures(runs):
     run = runs["tokenizer"]
     saved = Tokenizer.from_pretrained(run / "tokenizer")
     found = evaluate_reconstruction(saved, load_images(DataConfig(limit=72)).held_out)
@@ -587,7 +480,7 @@ def test_the_tokenizer_that_is_saved_is_the_one_that_was_evaluated(runs):
     assert facts["tokenizer"]["images"] == {"validation": 72, "held_out": 72}
 
 
-def test_the_pipeline_that_is_saved_is_the_one_that_was_evaluated(runs, tokens):
+def test_the_saved_pipeline_has_the_logged_figures(runs, tokens):
     run = runs["prior"]
     pipe = ImagePipeline.from_pretrained(run / "pipeline")
     found = bits_per_token(pipe.prior, load_tokens(tokens).splits["test"])
@@ -599,19 +492,6 @@ def test_the_pipeline_that_is_saved_is_the_one_that_was_evaluated(runs, tokens):
     )
     assert pipe.tokenizer.fingerprint() == load_tokens(tokens).tokenizer.fingerprint()
     assert len(pipe(num_images=2, labels=["class 1", "class 2"], seed=0, progress=False).images) == 2
-
-
-def test_tiny_runs_learn(tmp_path, tokens):
-    first = losses(train_tokenizer(tmp_path / "tokenizer", train__steps=30))
-    second = losses(train_prior(tmp_path / "prior", tokens, train__steps=60))
-    assert np.mean(first[-3:]) < 0.6 * np.mean(first[:3])
-    assert np.mean(second[-3:]) < 0.7 * np.mean(second[:3])
-
-
-def test_two_runs_are_the_same_run(tmp_path, tokens):
-    model = {**GPT, "dropout": 0.2, "attention_dropout": 0.1}
-    one, two = (train_prior(tmp_path / name, tokens, model=model, train__steps=4) for name in ("one", "two"))
-    assert_same_run(one, two)
 
 
 def test_a_codebook_follows_each_micro_batch(tmp_path):
@@ -626,8 +506,8 @@ def test_a_codebook_follows_each_micro_batch(tmp_path):
 def test_every_prior_trains(tmp_path, tokens, name):
     if name == "next_scale":
         tokens = make_tokens(tmp_path / "tokens", quantizer=node_of("multiscale"))
-    run = train_prior(tmp_path / "run", tokens, model=node_of(name), train__steps=3, train__save_every=2)
-    assert len(losses(run)) == 3 and all(map(math.isfinite, losses(run)))
+    run = train_prior(tmp_path / "run", tokens, model=node_of(name), train__steps=2)
+    assert len(losses(run)) == 2 and all(map(math.isfinite, losses(run)))
     assert not metrics(run)[-1]["skipped_steps"]
     pipe = ImagePipeline.from_pretrained(run / "pipeline")
     held_out = bits_per_token(pipe.prior, load_tokens(tokens).splits["test"])
@@ -640,13 +520,13 @@ def is_trained(name: str) -> bool:
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if is_trained(name)])
 def test_every_tokenizer_trains(tmp_path, name):
-    run = train_tokenizer(tmp_path / "run", model=node_of(name), train__steps=3, train__save_every=2)
-    assert len(losses(run)) == 3 and all(map(math.isfinite, losses(run)))
+    run = train_tokenizer(tmp_path / "run", model=node_of(name), train__steps=2)
+    assert len(losses(run)) == 2 and all(map(math.isfinite, losses(run)))
     assert Tokenizer.from_pretrained(run / "tokenizer").name == name
 
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if not is_trained(name)])
-def test_every_tokenizer_without_parameters_is_saved_without_a_step(tmp_path, monkeypatch, capsys, name):
+def test_a_tokenizer_without_parameters_is_saved_without_a_step(tmp_path, monkeypatch, capsys, name):
     start = {}
     if name == "posthoc":
         vae = train_tokenizer(tmp_path / "start", model=node_of("klvae"), train__steps=1)
@@ -662,5 +542,5 @@ def test_every_tokenizer_without_parameters_is_saved_without_a_step(tmp_path, mo
 
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_every_quantizer_trains(tmp_path, name):
-    run = train_tokenizer(tmp_path / "run", model={**VQVAE, "quantizer": node_of(name)}, train__steps=3)
-    assert len(losses(run)) == 3 and all(map(math.isfinite, losses(run)))
+    run = train_tokenizer(tmp_path / "run", model={**VQVAE, "quantizer": node_of(name)}, train__steps=2)
+    assert len(losses(run)) == 2 and all(map(math.isfinite, losses(run)))
