@@ -1,4 +1,4 @@
-"""Whether the Hub can be reached: its own clients try for half a minute before they give up."""
+"""A quick check of whether the Hub can be reached: its own client retries for half a minute."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ TIMEOUT = 5.0  # seconds to wait for an answer
 
 
 def is_reachable() -> bool:
-    """Whether the Hub's machine accepts a connection; True behind a proxy, False with `HF_HUB_OFFLINE`."""
+    """Return whether the Hub accepts a connection; True behind a proxy, False with `HF_HUB_OFFLINE`."""
     if constants.HF_HUB_OFFLINE:
         return False
     hub = urlsplit(constants.ENDPOINT)
-    if hub.scheme in getproxies():  # only the proxy could tell
+    if hub.scheme in getproxies():  # only the proxy knows
         return True
     port = hub.port or (443 if hub.scheme == "https" else 80)
     try:
@@ -32,6 +32,6 @@ def is_reachable() -> bool:
 def require_reachable(repo_id: str) -> None:
     """Raise `PushError` within seconds if the Hub may not be contacted or cannot be reached."""
     if not is_reachable():
-        offline = "HF_HUB_OFFLINE forbids asking the Hub"
+        offline = "HF_HUB_OFFLINE is set"
         reason = offline if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
-        raise PushError(f"{repo_id} cannot be written to: {reason}")
+        raise PushError(f"cannot push to {repo_id}: {reason}")

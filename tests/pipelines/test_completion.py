@@ -26,7 +26,7 @@ from pipelines.completion import (
     complete,
     conditional_log_prob,
     make_mask,
-    painted,
+    paint_hidden,
     region_log_prob,
     sees_all_known,
 )
@@ -166,17 +166,19 @@ def test_a_completion_hears_of_all_that_is_known_where_the_prior_takes_any_order
 
 def test_paint_is_of_the_nearest_known_colours_and_of_no_other():
     image, known = torch.rand(1, 3, 9, 7) * 2 - 1, torch.zeros(1, 1, 9, 7, dtype=torch.bool)
-    assert torch.equal(painted(image, known), torch.zeros_like(image)) and torch.equal(painted(image, ~known), image)
+    assert torch.equal(paint_hidden(image, known), torch.zeros_like(image)) and torch.equal(
+        paint_hidden(image, ~known), image
+    )
     known[..., 2, 3] = True
-    assert torch.allclose(painted(image, known), image[..., 2:3, 3:4].expand_as(image))
+    assert torch.allclose(paint_hidden(image, known), image[..., 2:3, 3:4].expand_as(image))
     known[..., 6:, :] = True
-    found = painted(image, known)
+    found = paint_hidden(image, known)
     assert torch.equal(found[known.expand_as(found)], image[known.expand_as(found)])
     seen = image[known.expand_as(image)].reshape(3, -1)
     inside = found[0].flatten(1)
     assert (inside >= seen.amin(1, keepdim=True) - 1e-6).all() and (inside <= seen.amax(1, keepdim=True) + 1e-6).all()
     assert torch.allclose(found[..., 5, 0], image[..., 6, :2].mean(-1))
-    both = painted(torch.cat([image, image]), torch.cat([torch.zeros_like(known), known]))
+    both = paint_hidden(torch.cat([image, image]), torch.cat([torch.zeros_like(known), known]))
     assert torch.equal(both[1:], found)  # whatever else is in the batch
 
 

@@ -50,7 +50,7 @@ def test_an_evaluation_takes_as_many_at_a_time_as_fit(monkeypatch, tokens):
         found.append(
             {
                 "bits": bits_per_token(model, split),
-                **evaluate_reconstruction(tokenizer, held_out, looks=7),
+                **evaluate_reconstruction(tokenizer, held_out, ssim_images=7),
                 "picture": float(reconstruction_picture(tokenizer, held_out).mean()),
             }
         )

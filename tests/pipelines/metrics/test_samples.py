@@ -28,7 +28,7 @@ def test_each_is_drawn_once_in_its_place():
     assert asked == [(0, 4), (4, 8), (8, 10), (10, 14), (14, 18), (18, 20), (20, 23)]
     assert list(made.parts) == [0, 10, 20] and made.count == 23
     assert torch.equal(torch.cat([made.images(part) for part in made.parts]), numbered(0, 23))
-    assert torch.equal(made.some([22, 0, 11]), torch.cat([numbered(k, k + 1) for k in (22, 0, 11)]))
+    assert torch.equal(made.select([22, 0, 11]), torch.cat([numbered(k, k + 1) for k in (22, 0, 11)]))
     for count in (23, 20, 13, 3):
         rows = made.rows(lambda images: images[:, 0, :, 0], count)
         assert torch.equal(rows, numbered(0, count)[:, 0, :, 0])
