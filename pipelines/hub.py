@@ -32,6 +32,6 @@ def is_reachable() -> bool:
 def require_reachable(repo_id: str) -> None:
     """Raise `PushError` within seconds if the Hub may not be contacted or cannot be reached."""
     if not is_reachable():
-        offline = "HF_HUB_OFFLINE is set"
+        offline = "HF_HUB_OFFLINE forbids asking the Hub"
         reason = offline if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} cannot be reached"
-        raise PushError(f"cannot push to {repo_id}: {reason}")
+        raise PushError(f"{repo_id} cannot be written to: {reason}")
