@@ -222,6 +222,9 @@ def test_arrays_may_have_negative_strides_and_any_integer_type():
 def test_bad_arguments_are_named(arguments, key):
     with pytest.raises(ValueError, match=key):
         make_pipeline()(**arguments)
+
+
+def test_an_unconditional_pipeline_takes_no_label():
     with pytest.raises(ValueError, match="unconditional"):
         make_pipeline(labels=[])(2, 0)
 
@@ -471,5 +474,3 @@ def test_long_calls_have_a_bar(capsys):
     assert "digits: 100%" in capsys.readouterr().err
     pipe(2, seed=0, progress=False)
     assert capsys.readouterr().err == ""
-
-
