@@ -1,12 +1,8 @@
 """Codebook usage during training, in one process or several."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-from processes import fork_twice, join_group, leave_group
+from ranks import of_ranks
 from safetensors.torch import load_file, save_file
 from small import make_tokenizer
 
@@ -60,26 +56,6 @@ def test_a_saved_state_continues_exactly(tmp_path):
     assert torch.equal(second.uses, whole.uses)
 
 
-def one_of_two(folder: Path) -> None:
-    """Count half of the images of each batch."""
-    rank, use = join_group(folder), CodebookUse(24, (15, 15))
-    assert dist.get_world_size() == 2
-    totals = [use.count(tokens) for tokens in load_file(folder / "batches.safetensors")["tokens"].chunk(2, 1)[rank]]
-    save_file({"uses": use.uses, "totals": torch.stack(totals)}, folder / f"{rank}.safetensors")
-    leave_group()
-
-
-def test_two_processes_count_what_one_does(tmp_path):
-    batches = random_batches(24, 2)
-    save_file({"tokens": torch.stack(batches)}, tmp_path / "batches.safetensors")
-    fork_twice(__file__, tmp_path)
-    use = CodebookUse(24, (15, 15))
-    totals = torch.stack([use.count(tokens) for tokens in batches])
-    for rank in range(2):
-        found = load_file(tmp_path / f"{rank}.safetensors")
-        assert torch.equal(found["totals"], totals) and torch.equal(found["uses"], use.uses)
-
-
 @pytest.mark.parametrize(("vocab", "levels", "steps"), [(2, 1, 0), (3, 64, 2), (1 << 12, 1, 2)])
 def test_any_codebook_has_a_picture(vocab, levels, steps):
     use, model = CodebookUse(vocab, (6,) * levels), make_tokenizer("pixels")
@@ -89,5 +65,14 @@ def test_any_codebook_has_a_picture(vocab, levels, steps):
     assert use.picture(model).min() < 60
 
 
-if __name__ == "__main__":
-    one_of_two(Path(sys.argv[1]))
+def test_two_processes_count_what_one_does():
+    """Each process counts half of the images of each batch."""
+    batches, alone = random_batches(24, 2), CodebookUse(24, (15, 15))
+    totals = [alone.count(tokens) for tokens in batches]
+
+    def count(rank):
+        use = CodebookUse(24, (15, 15))
+        return [use.count(tokens.chunk(2)[rank]) for tokens in batches], use.uses
+
+    for found, uses in of_ranks(2, count):
+        assert torch.equal(torch.stack(found), torch.stack(totals)) and torch.equal(uses, alone.uses)

@@ -16,7 +16,6 @@ from pipelines.metrics.quality import (
     accuracy,
     compare,
     feature_space,
-    nearest_rows,
     neighbourhoods,
     shuffled,
     ssim,
@@ -94,15 +93,6 @@ def test_nearest_label_is_that_of_brute_force():
     assert torch.equal(nearest_label(images, known, labels), labels[nearest])
     right = torch.where(torch.arange(40) < 10, labels[nearest], -1)
     assert agreement(torch.arange(40).split(16), images.__getitem__, right, known, labels) == 0.25
-
-
-def test_nearest_rows_are_those_of_brute_force():
-    rows, others = gaussian(600, 5), gaussian(30, 5, 1)
-    distances = (rows[:, None] - others).norm(dim=2)
-    found, indices = nearest_rows(rows, others, 3)
-    torch.testing.assert_close(found, distances.sort(dim=1).values[:, :3])
-    assert torch.equal(indices[:, 0], distances.argmin(1))
-    assert float(nearest_rows(others, others)[0].max()) == 0.0
 
 
 # The feature space

@@ -44,18 +44,3 @@ def test_a_process_stores_only_its_own_parts():
     made = Samples(numbered, 23, Second(1, 2))
     ((part, images),) = made._mine.items()
     assert part == 10 and torch.equal(images, to_uint8(numbered(10, 20)))
-
-
-def test_the_clock_waits_for_the_last_image(monkeypatch):
-    """On a GPU, a call returns before its work is done; fetching the result waits for it."""
-    clock = [0.0]
-
-    class Late(torch.Tensor):
-        """Images whose copy to the CPU takes ten seconds."""
-
-        def cpu(self):
-            clock[0] += 10.0
-            return self.as_subclass(torch.Tensor)
-
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
-    assert Samples(lambda start, end: numbered(start, end).as_subclass(Late), 4).seconds == 10.0
