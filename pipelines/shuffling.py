@@ -161,7 +161,7 @@ def positions_of(rows: Any, size: int) -> NDArray[np.int64]:
     if wanted.dtype == bool and len(wanted) == size:
         wanted = np.flatnonzero(wanted)
     if len(wanted) and wanted.dtype.kind not in "iu":
-        raise IndexError(f"rows should be integers, or a bool for each of {size}")
+        raise IndexError(f"rows should be whole numbers, or a bool for each of {size}")
     wanted = wanted.astype(np.int64)
     wanted = np.where(wanted < 0, wanted + size, wanted)
     if len(wanted) and (wanted.min() < 0 or wanted.max() >= size):
