@@ -1,6 +1,6 @@
-"""Everything you run: the five steps of the method, `ImagePipeline`, and the other verbs in `commands`.
+"""`ImagePipeline`, the five steps of the method, and the other verbs in `commands`.
 
-What needs torch is imported when it is first asked for: `smalti --help` does not.
+Modules that need torch are imported on first use, so that `smalti --help` is fast.
 """
 
 from importlib import import_module
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 
 def _check_siblings() -> None:
-    """`tokenizer` and `prior` are common names: say so at once if something else has them."""
+    """Raise `ImportError` if another package shadows `tokenizer` or `prior`, which are common names."""
     here = Path(__file__).resolve().parent.parent
     for name in ("tokenizer", "prior"):
         spec = find_spec(name)
@@ -24,7 +24,7 @@ def _check_siblings() -> None:
 
 
 def _version() -> str:
-    """Of what is installed; of a checkout that is not, what its pyproject.toml says."""
+    """Return the installed version, or that of pyproject.toml for a checkout that is not installed."""
     try:
         return version("smalti")
     except PackageNotFoundError:
@@ -64,7 +64,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .image_pipeline import ImagePipeline, PipelineOutput
     from .images.pictures import from_unit
-else:  # a type checker would take any name for one of these
+else:  # hidden from type checkers, which would accept any name
     _MODULES = {
         "ImagePipeline": "image_pipeline",
         "PipelineOutput": "image_pipeline",

@@ -1,7 +1,7 @@
-"""The model card: what a pipeline is, what it was trained on, what was measured, and how to load it.
+"""The model card: what a pipeline is, its training data, its measured figures, and how to load it.
 
-Its header is what the Hub reads: library, licence, tags, pictures, and figures as a `model-index` (the Hub's pages
-"Model cards" and "Model card metadata").
+The Hub reads the header: library, licence, tags, pictures, and figures as a `model-index` (see the Hub's documentation
+on "Model cards" and "Model card metadata").
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TUNED = (
     "[{feature_space}] {frechet_distance} (with the settings before, {before}: {frechet_distance_before}). "
     "{num_samples} samples of each."
 )
-"""What the card says of the facts `TUNING`."""
+"""The card's sentence about the facts in `TUNING`."""
 
 TEMPLATE = """\
 ---
@@ -69,8 +69,8 @@ images = pipe(num_images=4{{ ", labels=0" if prior.num_classes else "" }}, seed=
 def model_card(
     tokenizer: Tokenizer, prior: Prior, labels: Sequence[str], provenance: dict[str, Any], has_grid: bool
 ) -> str:
-    """Return markdown with a metadata header; all figures come from `provenance`. has_grid: whether a picture of
-    samples lies beside the card."""
+    """Return markdown with a metadata header; all figures come from `provenance`. has_grid: whether the folder has
+    a picture of samples."""
     from huggingface_hub import ModelCard
 
     channels, height, width = tokenizer.image_shape
@@ -95,7 +95,7 @@ def model_card(
 
 
 def figure_rows(facts: dict[str, Any], *, exact: bool) -> list[Row]:
-    """The figures of `smalti evaluate`, or those taken during training while there are no others."""
+    """Return the figures of `smalti evaluate`, or those of training if it has not been run."""
     if evaluation := facts.get("evaluation"):
         return rows_of(evaluation, exact=exact)
     found = []
@@ -108,7 +108,7 @@ def figure_rows(facts: dict[str, Any], *, exact: bool) -> list[Row]:
 
 
 def measured_lines(facts: dict[str, Any], rows: Sequence[Row]) -> list[str]:
-    """A table of the figures, and of how long the training took."""
+    """Return a markdown table of the figures and of the training time."""
     lines = [
         f"| {cell(row.title)}{ARROWS[row.figure.better]} | {cell(row.value)} | {cell(row.beside)} |" for row in rows
     ]
@@ -127,7 +127,7 @@ def measured_lines(facts: dict[str, Any], rows: Sequence[Row]) -> list[str]:
 
 
 def tuned_lines(tuning: dict[str, Any]) -> list[str]:
-    """What `smalti tune` says of the settings that it has chosen, if it has."""
+    """Return a line about the settings that `smalti tune` has chosen, if it has been run."""
     if "settings" not in tuning:
         return []
     facts = {name: number(tuning.get(name)) for name in TUNING}
@@ -135,17 +135,17 @@ def tuned_lines(tuning: dict[str, Any]) -> list[str]:
 
 
 def number(value: Any) -> str:
-    """A number to four digits, or a text that stays within its line."""
+    """Format a number to four digits, or a text as a table cell."""
     return cell(value) if isinstance(value, str) else f"{value:.4g}" if isinstance(value, (int, float)) else "?"
 
 
 def cell(text: str) -> str:
-    """The text, which stays within a cell of a table."""
+    """Escape the text for a cell of a markdown table."""
     return " ".join(text.replace("|", "/").split())
 
 
 def run_links(facts: dict[str, Any]) -> list[str]:
-    """A line with links to the runs of both stages, where they are known."""
+    """Return a line with links to the training runs of both stages, if they are known."""
     links = []
     for stage in STAGES:
         trained = facts.get(stage)
@@ -173,7 +173,9 @@ def card_data(tokenizer: Tokenizer, prior: Prior, facts: dict[str, Any], has_gri
     return ModelCardData(
         library_name="smalti",
         license=licence if isinstance(licence, str) and re.fullmatch(HUB_LICENCE, licence) else None,
-        pipeline_tag=None if prior.num_classes else f"{kind}-image-generation",  # the Hub has no task for classes
+        pipeline_tag=None
+        if prior.num_classes
+        else f"{kind}-image-generation",  # the Hub has no task for class-conditional models
         tags=["image-generation", kind, tokenizer.name, prior.name],
         datasets=[source] if is_on_hub(source) else None,
         **more,
@@ -181,16 +183,16 @@ def card_data(tokenizer: Tokenizer, prior: Prior, facts: dict[str, Any], has_gri
 
 
 def is_on_hub(source: str) -> bool:
-    """Whether a source is the id of a data set; of `shareable` facts, in which a path is none any more."""
+    """Return whether `source`, from `shareable` facts (which contain no paths), is the id of a data set on the Hub."""
     return bool(re.fullmatch(HUB_DATASET, source))
 
 
 def results_of(prior: Prior, facts: dict[str, Any]) -> list[EvalResult]:
-    """Return the results of a `model-index`: the figures of the table that have a task."""
+    """Return the results of a `model-index`: the figures for which the Hub has a task."""
     from huggingface_hub import EvalResult
 
     source = str(facts.get("data", {}).get("source", ""))
-    name = (describe_for_card(facts) or "images that are not known").strip("`")
+    name = (describe_for_card(facts) or "unknown images").strip("`")
     kind = source if is_on_hub(source) else "digits" if source == "digits" else "imagefolder"
     generation = f"{'class-conditional' if prior.num_classes else 'unconditional'}-image-generation"
     tasks = {"reconstruction": "image-to-image", "likelihood": generation, "samples": generation}

@@ -1,10 +1,10 @@
-"""Completion: the hidden part of an image drawn given the rest of it, and the probability of what is really there.
+"""Completion: sampling the hidden part of an image given the rest, and the probability of its true content.
 
     log p(hidden | known) = log p(hidden, known) - log p(known)
 
-A chain of conditionals gives this exactly when no known token is conditioned on a hidden one. A prior of a single order
-needs a mask that fits its order; the result is then the conditional of `log_prob`. A prior that takes any order takes
-the known tokens first: the result is a conditional of that order's density, which differs from `log_prob`'s as far as
+A chain of conditionals gives this exactly if no known token is conditioned on a hidden one. A prior with a single order
+needs a mask that fits its order; the result is then the conditional of `log_prob`. An any-order prior takes the known
+tokens first; the result is the conditional of that order's density, which differs from `log_prob` to the extent that
 the prior's orders disagree.
 """
 
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 Known = Tensor | np.ndarray | None
 """bool `(H, W)` or `(B, H, W)`, True = keep this pixel."""
 Mask = Picture | Tensor | np.ndarray | list[Any] | None
-"""A picture, or one for each image; or `(H, W)`, `(B, H, W)` or `(B, 1, H, W)`: bool, whole numbers of 0 to 255 (or 0
-and 1), or floats in [0, 1]. White, True and the upper half are drawn again."""
+"""A picture, or one per image; or an array `(H, W)`, `(B, H, W)` or `(B, 1, H, W)` of bool, integers from 0 to 255 (or
+0 and 1), or floats in [0, 1]. White, True and the upper half of the range are redrawn."""
 WHITE = 128
 MASKS = ("top", "bottom", "left", "right", "box")
-MASK_SEED = 0  # of scattered masks: the same ones for every seed of the draws, so that these can be compared
+MASK_SEED = 0  # of scattered masks: independent of the sampling seed, so that draws can be compared
 
 
 class ConditionError(ValueError):
     """The prior has no exact conditional given these known tokens."""
 
 
-# Drawing what is hidden
+# Sampling the hidden part
 
 
 @torch.no_grad()
@@ -61,26 +61,26 @@ def complete(
     output_type: str = "pil",
     **settings: Any,
 ) -> PipelineOutput:
-    """Draw what is not known.
+    """Sample the hidden part of images given the known part.
 
-    Say what is known in one of two ways. known: bool `(H, W)` or `(B, H, W)`, a tensor or array, True = keep this
-    pixel. mask: the other way round, white = draw this pixel again, as diffusers and `smalti complete` have it: a PIL
-    image, or one for each image, of the pipeline's size or of its image's (then resized and cropped as that is); or an
-    array or tensor of these shapes, bool, 0 to 255 (128 and more is white) or floats in [0, 1].
+    Give either `known` or `mask`. known: bool `(H, W)` or `(B, H, W)`, a tensor or array, True = keep this pixel. mask:
+    the opposite, white = redraw this pixel, as in diffusers and `smalti complete`: a PIL image or one per image, of the
+    pipeline's size or of its image's size (and then resized and cropped like it); or an array or tensor of these
+    shapes, bool, 0 to 255 (128 and above is white) or floats in [0, 1].
 
-    Hidden pixels are painted over before encoding, so nothing of them leaks. A token is known when every pixel of its
-    patch is, and only known tokens are looked at; near the hole, a tokenizer whose receptive field is wider than a
-    patch sees paint in them. Any-order priors (`prior.any_order`) condition each new token on all known ones, by the
-    density of the order that takes these first (not `log_prob`'s); the others on those before it in their order. Known
-    pixels come back as they were.
+    Hidden pixels are painted over before encoding, so they cannot leak. A token is known if every pixel of its patch is
+    known, and only known tokens are used; near the hole, a tokenizer with a receptive field wider than a patch sees
+    paint in them. Any-order priors (`prior.any_order`) condition each new token on all known ones, under the density of
+    the order that takes these first (not `log_prob`'s); other priors on the tokens before it in their order. Known
+    pixels are returned unchanged.
 
-    draws: completions of each image. Draw d of image k uses seed + k * draws + d, whatever the batch. With more than
-    one, images are `(B, draws, C, H, W)` ("pt"), `(B, draws, H, W, C)` ("np") or a list of lists of PIL images ("pil"):
-    `out.images[k][d]` is draw d of image k; and tokens `(B, draws, *grid.shape)`. With one, there is no axis of draws.
-    labels: one for all, or one per image; order: as in `Prior.sample`, per image too; a list of generators has one per
-    completion. settings: as for `ImagePipeline.__call__`; a `callback_on_step_end` is given the tokens of all
-    completions, `(B * draws, *grid.shape)`. Raises `ValueError` for a mask of another shape, or arguments out of range,
-    `TypeError` unless one of `known` and `mask` is given.
+    draws: completions per image. Draw d of image k uses seed + k * draws + d, whatever the batch. With several draws,
+    images are `(B, draws, C, H, W)` ("pt"), `(B, draws, H, W, C)` ("np") or a list of lists of PIL images ("pil"):
+    `out.images[k][d]` is draw d of image k; tokens are `(B, draws, *grid.shape)`. With one there is no draws axis.
+    labels: one for all, or one per image. order: as in `Prior.sample`, also per image. A list of generators has one per
+    completion. settings: as for `ImagePipeline.__call__`; `callback_on_step_end` receives the tokens of all
+    completions, `(B * draws, *grid.shape)`. Raises `ValueError` for a mask of another shape or arguments out of range,
+    `TypeError` unless exactly one of `known` and `mask` is given.
     """
     draws = check_count(draws, "draws")
     check_output_type(output_type, LATENT)
@@ -108,7 +108,7 @@ def complete(
 
 
 def by_draws(images: Any, draws: int) -> Any:
-    """A list, or an array or tensor `(B * draws, ...)`, with an axis of draws if there are several."""
+    """Split the first axis of a list, array or tensor `(B * draws, ...)` into images and draws if draws > 1."""
     if draws == 1:
         return images
     if isinstance(images, list):
@@ -119,31 +119,31 @@ def by_draws(images: Any, draws: int) -> Any:
 def visible_tokens(
     pipeline: ImagePipeline, images: Tensor, known: Tensor, batch_size: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """Tokens of `images` with all that is not `known` `(B, H, W)` painted over (or it would leak through the encoder's
-    receptive field), and which of them to go by, both `(B, *grid.shape)`."""
-    tokens = pipeline.encode_batch(painted(images, known[:, None]), batch_size=batch_size)
+    """Return the tokens of `images` and which of them are known, both `(B, *grid.shape)`. Pixels that are not `known`
+    `(B, H, W)` are painted over, since they would leak through the encoder's receptive field."""
+    tokens = pipeline.encode_batch(paint_hidden(images, known[:, None]), batch_size=batch_size)
     return tokens, pipeline.tokenizer.known_tokens(known)
 
 
-def painted(images: Tensor, known: Tensor) -> Tensor:
-    """`images` `(B, C, H, W)`, painted over where not `known` `(B, 1, H, W)`: from the rim of a hole inwards, each
-    pixel the mean of those next to it that are known or painted; grey where nothing is known.
+def paint_hidden(images: Tensor, known: Tensor) -> Tensor:
+    """Fill `images` `(B, C, H, W)` where not `known` `(B, 1, H, W)`: from the rim of a hole inwards, each pixel becomes
+    the mean of its known or filled neighbours; grey if nothing is known.
 
-    Against paint of the mean colour, more of the known tokens stay what they are in the whole image (scattered halves
-    of digits: 65 % for 47 %), and the hidden ones are likelier.
+    Compared with filling in the mean colour, more of the known tokens equal those of the whole image (scattered halves
+    of digits: 65 % instead of 47 %), and the hidden ones are likelier.
     """
-    paint, there = torch.where(known, images, 0), known.to(images.dtype)
+    paint, filled = torch.where(known, images, 0), known.to(images.dtype)
 
     def sum_around(x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 3, stride=1, padding=1, divisor_override=1)
 
-    while bool((rim := (there == 0) & (sum_around(there) > 0)).any()):
-        paint = torch.where(rim, sum_around(paint) / sum_around(there).clamp(min=1), paint)
-        there = there + rim
+    while bool((rim := (filled == 0) & (sum_around(filled) > 0)).any()):
+        paint = torch.where(rim, sum_around(paint) / sum_around(filled).clamp(min=1), paint)
+        filled = filled + rim
     return paint
 
 
-# Scoring what is there
+# Scoring the hidden part
 
 
 @torch.no_grad()
@@ -156,18 +156,17 @@ def conditional_log_prob(
     mask: Mask = None,
     batch_size: int = 256,
 ) -> Tensor:
-    """log p of each image's hidden tokens given the known ones, `(B,)` nats. known, mask: one of them, as for
-    `complete`.
+    """Return log p of each image's hidden tokens given the known ones, `(B,)` nats. known, mask: as for `complete`.
 
-    It is the log-probability that `complete`, at temperature 1 and unguided, draws the very tokens that the image has
-    there. For a prior of one order it is log_prob(all) - log p(known). For one of any order it belongs to the order
-    that takes the known tokens first, so that log_prob(all) minus it is not log p(known).
+    This is the log-probability that `complete`, at temperature 1 and unguided, draws exactly the image's own tokens.
+    For a prior with one order it equals log_prob(all) - log p(known). For an any-order prior it belongs to the order
+    that takes the known tokens first, so log_prob(all) minus the result is not log p(known).
 
-    The known tokens are those that `complete` sees, so nothing hidden helps to predict the rest. With a tokenizer that
-    looks beyond a patch they are not quite the image's own tokens, and the result is not a part of
-    `ImagePipeline.log_prob`; `region_log_prob` of tokens is. The pixels' log-probability given the tokens
-    (`Tokenizer.pixel_log_prob`), where there is one, is not added. Raises `ConditionError` where the prior has no such
-    conditional, `ValueError` for a mask of another shape.
+    The known tokens are those that `complete` sees, so hidden pixels do not help to predict themselves. With a
+    tokenizer that sees beyond a patch they may differ from the image's own tokens, and the result is not a part of
+    `ImagePipeline.log_prob`; `region_log_prob` of tokens is. The log-probability of pixels given tokens
+    (`Tokenizer.pixel_log_prob`) is not included. Raises `ConditionError` if the prior has no such conditional,
+    `ValueError` for a mask of another shape.
     """
     batch = pipeline.to_images(images)
     known = known_pixels(known, mask, images, batch)
@@ -180,31 +179,31 @@ def conditional_log_prob(
 
 
 def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, labels: Tensor | None = None) -> Tensor:
-    """log p(tokens where not `known` | tokens where `known`, labels), `(B,)` nats; exact even where `log_prob` is an
-    estimate.
+    """Return log p(tokens where not `known` | tokens where `known`, labels), `(B,)` nats; exact even if `log_prob` is
+    an estimate.
 
-    tokens: `(B, *grid.shape)`; known: bool, `grid.shape` or `(B, *grid.shape)`. A prior that takes any order is asked
-    in the one that `sample` walks: the known tokens first, the rest in the prior's own order and cuts. Raises
-    `ConditionError` for a prior of one order in which a known token looks at one that is not, `ValueError` for what is
-    out of range.
+    tokens: `(B, *grid.shape)`; known: bool, `grid.shape` or `(B, *grid.shape)`. An any-order prior is evaluated in the
+    order that `sample` uses: known tokens first, then the rest in the prior's own order and blocks. Raises
+    `ConditionError` for a prior with one order in which a known token depends on a hidden one, `ValueError` for
+    arguments out of range.
     """
     _, keep = check_known(prior, tokens, known, len(tokens))
     if blocked := int((~sees_all_known(prior, keep)).sum()):
         raise ConditionError(
-            f"no exact conditional: this {prior.name} prior goes in one order, {prior.config.order!r}, and in "
-            f"{blocked} of {len(tokens)} images known tokens come after hidden ones; it needs all known tokens first, "
-            "or a prior that takes any order (masked, blocks or gpt with any_order, made with order_agnostic)"
+            f"no exact conditional: this {prior.name} prior has one order, {prior.config.order!r}, and in {blocked} of "
+            f"{len(tokens)} images known tokens come after hidden ones; use a mask whose known tokens come first, or "
+            "an any-order prior (masked; blocks or gpt with any_order; made with order_agnostic)"
         )
     each = prior.chain_log_probs(tokens, labels, known=keep)
     return in_finest(each.flatten(1)).masked_fill(keep, 0).sum(1).float()
 
 
 def sees_all_known(prior: Prior, keep: Tensor) -> Tensor:
-    """Whether hidden tokens are drawn from the exact conditional given all known ones, bool `(B,)`.
+    """Return for which images hidden tokens are drawn from the exact conditional given all known ones, bool `(B,)`.
 
-    keep: which are known, bool `(B, N)` in raster order. This always holds for a prior of any order. For a prior of one
-    order it holds where no known token looks at a hidden one: p(known) is then the product of the known tokens' own
-    factors, and p(hidden | known) is what remains of p(tokens).
+    keep: which tokens are known, bool `(B, N)` in raster order. Always True for an any-order prior. For a prior with
+    one order it holds if no known token depends on a hidden one: p(known) is then the product of the known tokens'
+    factors, and p(hidden | known) the product of the others.
     """
     if prior.any_order:
         return keep.new_ones(len(keep))
@@ -216,20 +215,20 @@ def sees_all_known(prior: Prior, keep: Tensor) -> Tensor:
 
 
 def known_pixels(known: Any, mask: Any, images: Any, batch: Tensor) -> Tensor:
-    """What is known, bool `(B, H, W)`, of `images`, which are `(B, C, H, W)` as a `batch`. Raises `TypeError` unless
-    one of the two is given, `ValueError` for another shape or type."""
+    """Return which pixels are known, bool `(B, H, W)`. batch: `images` as a tensor `(B, C, H, W)`. Raises `TypeError`
+    unless exactly one of `known` and `mask` is given, `ValueError` for another shape or type."""
     if (known is None) == (mask is None):
-        raise TypeError("give known (True = keep this pixel) or mask (white = draw it again): one of the two")
+        raise TypeError("give either known (True = keep this pixel) or mask (white = redraw it)")
     return check_known_pixels(known, batch) if mask is None else ~hidden_pixels(mask, images, batch)
 
 
 def check_known_pixels(known: Any, batch: Tensor) -> Tensor:
-    """`known` as bool `(B, H, W)`. Raises `ValueError` for another shape or type."""
+    """Return `known` as bool `(B, H, W)`. Raises `ValueError` for another shape or type."""
     several = known if isinstance(known, (list, tuple)) else [known]
     if any(isinstance(one, Picture) for one in several):
         raise ValueError(
-            "known should be a bool tensor or array, True = keep this pixel, and not a picture; give mask=picture if "
-            "it is white where pixels are to be drawn"
+            "known should be a bool tensor or array (True = keep this pixel), not a picture; pass a picture that is "
+            "white where pixels are to be redrawn as mask="
         )
     known = as_tensor(known, batch.device)
     shape = (len(batch), *batch.shape[2:])
@@ -241,14 +240,14 @@ def check_known_pixels(known: Any, batch: Tensor) -> Tensor:
 
 
 def hidden_pixels(mask: Any, images: Any, batch: Tensor) -> Tensor:
-    """The pixels that a `Mask` wants to be drawn again, bool `(B, H, W)`. A picture has the size of the batch, or that
-    of its own image, which is then resized and cropped as that is. Raises `ValueError` for another size or type."""
+    """Return the pixels that a `Mask` says to redraw, bool `(B, H, W)`. A picture has the size of the batch, or that of
+    its image and is then resized and cropped like it. Raises `ValueError` for another size or type."""
     count, _, height, width = batch.shape
     several = mask if isinstance(mask, (list, tuple)) else [mask]
     if any(isinstance(one, Picture) for one in several):
         given = list(images) if isinstance(images, (list, tuple)) else [images] * count
         if len(several) not in (1, count) or not all(isinstance(one, Picture) for one in several):
-            raise ValueError(f"mask should be a picture, or a list of {count}, one for each image (got {len(several)})")
+            raise ValueError(f"mask should be a picture, or a list of {count}, one per image (got {len(several)})")
         each = several * count if len(several) == 1 else several
         parts = [white_in(one, image, (height, width)) for one, image in zip(each, given, strict=True)]
         return torch.stack(parts).to(batch.device)
@@ -261,48 +260,48 @@ def hidden_pixels(mask: Any, images: Any, batch: Tensor) -> Tensor:
 
 
 def is_white(mask: Tensor) -> Tensor:
-    """Where `mask`, of any shape, is True, or in the upper half of its range."""
+    """Return where `mask`, of any shape, is True or in the upper half of its range."""
     if mask.dtype == torch.bool or not mask.numel():
         return mask.bool()
-    mask = mask if mask.dtype.is_floating_point else mask.long()  # torch compares few of the unsigned types
+    mask = mask if mask.dtype.is_floating_point else mask.long()  # torch cannot compare most unsigned types
     low, high = (float(value) for value in mask.aminmax())
     if not 0 <= low <= high <= (1 if mask.dtype.is_floating_point else 255):
         raise ValueError(
-            f"mask should be bool, whole numbers of 0 to 255, or floats in [0, 1] (got {mask.dtype}, {low} to {high})"
+            f"mask should be bool, integers from 0 to 255, or floats in [0, 1] (got {mask.dtype} from {low} to {high})"
         )
     return mask >= (0.5 if high <= 1 else WHITE)
 
 
 def white_in(mask: Picture, image: Any, size: tuple[int, int]) -> Tensor:
-    """Where the picture `mask` of `image` is white, bool `(H, W)`."""
+    """Return where the picture `mask` of `image` is white, bool `(H, W)`."""
     (height, width), mask = size, ImageOps.exif_transpose(mask)
-    if mask.mode in ("I", "F"):  # numbers, as those of an array; of a picture's 32 bits there is no white
+    if mask.mode in ("I", "F"):  # 32-bit pictures have no fixed white level: scale them like arrays
         mask = Image.fromarray(255 * is_white(torch.from_numpy(np.array(mask))).byte().numpy())
     allowed = [(width, height)]
     if isinstance(image, Picture):
         allowed.append(ImageOps.exif_transpose(image).size)
     if mask.size not in allowed:
         sizes = " or ".join(f"{w} x {h}" for w, h in dict.fromkeys(allowed))
-        raise ValueError(f"mask has {mask.width} x {mask.height} pixels; it should have {sizes}, as its image")
+        raise ValueError(f"mask has {mask.width} x {mask.height} pixels; it should have {sizes}, like its image")
     return torch.from_numpy(pixels_of(mask, (1, height, width))[0] >= WHITE)
 
 
-# Masks with names
+# Named masks
 
 
 def make_mask(name: str, image_shape: tuple[int, int, int], grid_shape: tuple[int, ...]) -> Tensor:
-    """What is known, bool `(H, W)`, when the part of the image called `name` is hidden.
+    """Return which pixels are known, bool `(H, W)`, if the part of the image called `name` is hidden.
 
-    name: a half (`top`, `bottom`, `left`, `right`), `box` (the middle half of each side), or `scatter:SHARE`: that
-    share of the patches that become the grid's tokens (of the pixels, if these are the tokens), at random but always
-    the same. Raises `ValueError` for another name, or a share not in (0, 1].
+    name: a half (`top`, `bottom`, `left`, `right`), `box` (the middle half of each side), or `scatter:SHARE`: a fixed
+    random choice of that share of the patches that become tokens (of the pixels, if these are the tokens). Raises
+    `ValueError` for another name, or a share not in (0, 1].
     """
     _, height, width = image_shape
     kind, colon, share = name.partition(":")
     if kind == "scatter" and colon:
         return scattered(share, height, width, max(1, width // grid_shape[-1]))
     if name not in MASKS:
-        raise ValueError(f"no mask is called {name!r}; there are {', '.join(MASKS)} and scatter:SHARE, as scatter:0.5")
+        raise ValueError(f"unknown mask {name!r}; choose {', '.join(MASKS)} or scatter:SHARE, such as scatter:0.5")
     rows, columns = torch.arange(height)[:, None], torch.arange(width)
     inner = (rows >= height // 4) & (rows < height - height // 4)
     hidden = {
@@ -316,13 +315,13 @@ def make_mask(name: str, image_shape: tuple[int, int, int], grid_shape: tuple[in
 
 
 def scattered(share: str, height: int, width: int, side: int) -> Tensor:
-    """bool `(height, width)`, False in a `share` of the patches of `side` by `side` pixels; at least in one."""
+    """Return bool `(height, width)`, False in this share of the patches of `side` by `side` pixels, at least in one."""
     try:
         fraction = float(share)
     except ValueError:
         fraction = float("nan")
     if not 0 < fraction <= 1:
-        raise ValueError(f"scatter: the share that is hidden must be above 0 and at most 1 (got {share!r})")
+        raise ValueError(f"scatter: the hidden share must be above 0 and at most 1 (got {share!r})")
     patches = torch.ones(height // side, width // side, dtype=torch.bool)
     chosen = torch.randperm(patches.numel(), generator=torch.Generator().manual_seed(MASK_SEED))
     patches.view(-1)[chosen[: max(1, round(fraction * patches.numel()))]] = False

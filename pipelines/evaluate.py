@@ -1,4 +1,4 @@
-"""Measure a pipeline on held-out images: reconstructions, likelihoods, and how good and how new samples are."""
+"""Evaluate a pipeline on held-out images: reconstructions, likelihoods, and the quality and novelty of samples."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ T = TypeVar("T")
 Figures = dict[str, Any]
 Pictures = dict[str, np.ndarray]
 RESULTS = ("samples.png", "reconstructions.png", "nearest.png", "evaluation.json", "evaluation.txt")
-IN_MEMORY = 1 << 30  # bytes of images of a split, decoded once and held by every process
-MOST_TRAINING = 100_000  # training images that others are compared to
-KNOWN = 1 << 28  # numbers, 1 GiB, of training images whose pixels are compared to at most
+IN_MEMORY = 1 << 30  # bytes of images per split that every process keeps decoded
+MOST_TRAINING = 100_000  # limit on the training images that others are compared with
+KNOWN = 1 << 28  # limit on the pixel values (1 GiB) of training images in nearest-neighbour search
 
 
 class EvaluateConfig(UsesImages, OutputConfig):
-    """What is measured, on what."""
+    """Settings of `smalti evaluate`."""
 
     examples = (
         "pipeline=runs/gpt_digits/pipeline",
@@ -69,39 +69,39 @@ class EvaluateConfig(UsesImages, OutputConfig):
     num_images: int = Field(
         1000,
         ge=0,
-        description="samples that are judged; sets of images are compared at this size, or at that of the training or "
-        "held-out split if it is smaller",
+        description="number of samples to evaluate; sets of images are compared at this size, or at that of the "
+        "training or held-out split if it is smaller",
     )
     feature_steps: int = Field(
         300,
         ge=0,
-        description="training steps of the small classifier in whose features samples are judged; 0, and data without "
-        "classes: a net of random weights",
+        description="training steps of the small classifier whose features compare samples; with 0 steps, or data "
+        "without classes, its weights are random",
     )
     inception_weights: str | None = Field(
         None,
-        description="file of torch-fidelity's Inception weights, which add the true FID, Inception Score and the FID "
-        "of reconstructions; nothing is downloaded",
+        description="file with torch-fidelity's Inception weights; adds standard FID, Inception Score and "
+        "reconstruction FID; nothing is downloaded",
     )
     reference: str = Field(
         "held_out",
-        description="what the FID of samples is taken against: as many images `held_out`, all images of `train`, or "
-        "a .npz file with `mu` and `sigma`, as ADM published them; the last two with num_images=50000",
+        description="reference of FID: `held_out` (as many images as samples), `train` (all images), or an .npz file "
+        "with `mu` and `sigma` as published by ADM; use num_images=50000 with the last two",
     )
     tokens: str | None = Field(
         None,
-        description="token dataset whose training rows give the position frequencies that bits per token are compared "
-        "to; default: the one that the prior was trained on, if it is still there, or else the training images are "
-        f"encoded, at most {MOST_TRAINING:,}",
+        description="token dataset whose training rows give the position frequencies, a baseline for bits per token; "
+        "default: the one that the prior was trained on; if it no longer exists, up to "
+        f"{MOST_TRAINING:,} training images are encoded",
     )
-    num_orders: int = Field(1, ge=1, description="orders whose mixture is scored, for a prior that takes any order")
+    num_orders: int = Field(1, ge=1, description="number of orders whose mixture is scored, for an any-order prior")
     seed: int = Field(0, ge=0, lt=1 << 63, description="sample k uses seed + k")
-    update_card: bool = Field(True, description="write the figures into the pipeline's model card")
+    update_card: bool = Field(True, description="write the figures to the pipeline's model card")
 
 
 def run(config: EvaluateConfig) -> Figures:
-    """Measure, print a table, write pictures and `evaluation.json`, and update the model card; returns the figures. Of
-    several processes each takes its part of the images; the first prints and writes."""
+    """Evaluate, print a table, write pictures and `evaluation.json`, update the model card, and return the figures.
+    Several processes share the images; the first one prints and writes."""
     local = Path(config.pipeline).is_dir()
     out = Path(config.out or (Path(config.pipeline).parent / "evaluation" if local else "evaluation"))
     with join_group(config.device) as (group, device):
@@ -117,8 +117,8 @@ def run(config: EvaluateConfig) -> Figures:
 def prepare(
     config: EvaluateConfig, out: Path, device: torch.device
 ) -> tuple[ImagePipeline, Inception | None, TokenSplit | None]:
-    """The pipeline, the network of FID and the tokens of the training images. Raises `UserError` for mistakes that can
-    be found before anything is measured."""
+    """Load the pipeline, the Inception network and the tokens of the training images. Raises `UserError` for mistakes
+    that can be found before the evaluation starts."""
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=device)
     check_shape(config.data, pipeline.tokenizer.image_shape)
     if config.num_orders > 1 and not (pipeline.prior.any_order and pipeline.prior.exact):
@@ -130,20 +130,20 @@ def prepare(
 
 
 def output_of(config: EvaluateConfig, out: Path) -> Output:
-    """Where the results go."""
+    """Return the output folder of the results."""
     return Output(out, [config.pipeline, config.data.path], config.overwrite)
 
 
 def training_tokens(config: EvaluateConfig, pipeline: ImagePipeline) -> TokenSplit | None:
-    """The training rows of the token dataset `config.tokens`, or of the one that the prior was trained on; None where
-    that is not there any more. Raises `UserError` for tokens that are not the tokenizer's."""
+    """Return the training rows of the token dataset `config.tokens`, or of the one that the prior was trained on; None
+    if that no longer exists. Raises `UserError` for tokens of another tokenizer."""
     source = config.tokens or pipeline.provenance.get(TOKENS)
     if not isinstance(source, str) or not (config.tokens or Path(source).is_dir()):
         return None
     try:
         data = load_tokens(source)
         if data.tokenizer.fingerprint() != pipeline.prior.config.tokenizer or not len(data.splits.get("train", ())):
-            raise UserError(f"tokens: {source} has no training rows that the pipeline's tokenizer made")
+            raise UserError(f"tokens: {source} has no training rows made by the pipeline's tokenizer")
     except (PipelineLoadError, UserError):
         if config.tokens:
             raise
@@ -153,8 +153,8 @@ def training_tokens(config: EvaluateConfig, pipeline: ImagePipeline) -> TokenSpl
 
 
 class Evaluation:
-    """What the processes of a group measure of a pipeline. Of training images at most `MOST_TRAINING` are decoded, and
-    each image by one process alone, except where FID is taken against all of them."""
+    """An evaluation of a pipeline, shared by the processes of a group. At most `MOST_TRAINING` training images are
+    decoded, each by one process, unless FID is computed against all of them."""
 
     def __init__(self, config: EvaluateConfig, pipeline: ImagePipeline, group: ProcessGroup) -> None:
         self.config, self.pipeline, self.group = config, pipeline, group
@@ -169,10 +169,10 @@ class Evaluation:
         self.reconstruct = partial(reconstruct, pipeline)
 
     def measure(self, inception: Inception | None, tokens: TokenSplit | None) -> tuple[Figures, Pictures]:
-        """All figures, and the pictures. tokens: of training images, if they are known."""
+        """Return all figures and pictures. tokens: of training images, if available."""
         config, pipeline, group = self.config, self.pipeline, self.group
         figures: Figures = {"num_images": len(self.held_out), "device": str(pipeline.device)}
-        figures |= evaluate_reconstruction(pipeline.tokenizer, self.held_out, group=group, looks=SOME)
+        figures |= evaluate_reconstruction(pipeline.tokenizer, self.held_out, group=group, ssim_images=SOME)
         figures |= self.likelihood(tokens)
         pictures = {
             "samples": pipeline.sample_picture(seed=config.seed, group=group),
@@ -193,22 +193,22 @@ class Evaluation:
         return figures, pictures
 
     def likelihood(self, tokens: TokenSplit | None) -> Figures:
-        """Bits per token and per dim of held-out images. Raises `UserError` for a prior that is not causal."""
+        """Return bits per token and per dim of held-out images. Raises `UserError` if the prior is not causal."""
         pipeline, group = self.pipeline, self.group
         test = encode_all(pipeline, self.held_out, group)
         if not is_built_in(pipeline.prior):
             try:
                 require_causal(pipeline.prior, test.tokens[:1].long())
             except NotCausalError as error:
-                raise UserError(f"pipeline: {error}; its likelihoods mean nothing") from error
+                raise UserError(f"pipeline: {error}; its likelihoods are meaningless") from error
         known = tokens or encode_all(pipeline, self.train, group)
         return evaluate_likelihood(
             pipeline.tokenizer, pipeline.prior, known, test, self.held_out, self.config.num_orders, group
         )
 
     def class_agreement(self, samples: Samples, wanted: Tensor) -> Figures:
-        """How often a 1-nearest-neighbour classifier on training pixels gives a sample the class that was asked for,
-        the same for real held-out images and for their reconstructions."""
+        """Return how often a 1-nearest-neighbour classifier on training pixels assigns a sample to the requested class,
+        and the same for held-out images and their reconstructions."""
         assert self.train.labels is not None and self.held_out.labels is not None
         some = shuffled(len(self.held_out))[:SOME]
         seen = shuffled(len(self.train))[: max(1, KNOWN // math.prod(self.train.image_shape))]
@@ -229,8 +229,9 @@ class Evaluation:
         }
 
     def distances(self, samples: Samples) -> tuple[Figures, Pictures]:
-        """Figures of samples in the features of a small classifier, and the picture `nearest`: the samples that are
-        most like a copy, each row above the row of the training images nearest to them. Nothing for few images."""
+        """Return the figures of samples in the features of a small classifier, and the picture `nearest`: the samples
+        most likely to be copies, each row above that of their nearest training images. Empty if there are too few
+        images."""
         count = min(samples.count, len(self.train), len(self.held_out))
         if count < LEAST:
             return {}, {}
@@ -239,14 +240,14 @@ class Evaluation:
         drawn = samples.rows(space, count)
         figures, order, nearest = compare(space, drawn, self.train, self.held_out, self.reconstruct, self.group)
         columns = min(8, count)
-        shown = samples.some(order[:16].tolist())
+        shown = samples.select(order[:16].tolist())
         rows = zip(shown.split(columns), self.train.batch(nearest[:16]).split(columns), strict=True)
         picture = grid_picture(torch.cat([part for pair in rows for part in pair]), columns)
         return {"feature_space": space.name, "feature_origin": space.origin, **figures}, {"nearest": picture}
 
 
 def publish(pipeline: ImagePipeline, config: EvaluateConfig, out: Path, figures: Figures, pictures: Pictures) -> None:
-    """Print and write what was measured."""
+    """Print and write the results."""
     text = report(figures, exact=pipeline.prior.exact)
     with output_of(config, out).files() as folder:
         for name, picture in pictures.items():
@@ -258,32 +259,32 @@ def publish(pipeline: ImagePipeline, config: EvaluateConfig, out: Path, figures:
         pipeline.provenance = {**pipeline.provenance, "evaluation": figures}
         try:
             save_again(pipeline, config.pipeline, pictures["samples"])
-        except PathError as error:  # the figures are there all the same
-            print(f"warning: the model card is as it was: {error}", file=sys.stderr)
+        except PathError as error:  # the figures have been written anyway
+            print(f"warning: the model card was not updated: {error}", file=sys.stderr)
     print(text + "\n")
     if "feature_space" not in figures:
-        print(f"samples are not compared: that needs {LEAST} samples, training images and held-out images\n")
+        print(f"samples are not compared: this needs at least {LEAST} samples, training images and held-out images\n")
     print(table([(name, f"{out / name}.png") for name in pictures] + [("figures", str(out / "evaluation.json"))]))
-    # What `tune` chooses is written into a folder, and once is enough.
+    # `tune` needs a folder to write into, and once is enough.
     tunes = Path(config.pipeline).is_dir() and "tuning" not in pipeline.provenance
     verb = "tune" if tunes else "generate"
     print(f"\ndone; next: smalti {verb}{as_asked()} pipeline={quote(config.pipeline)}")
 
 
 def check_classes(pipeline: ImagePipeline, *splits: ImageDataset) -> None:
-    """Raise `UserError` for labelled images of other classes than the pipeline's."""
+    """Raise `UserError` if the classes of labelled images are not the pipeline's."""
     count, names = pipeline.prior.num_classes, pipeline.labels
     for split in splits:
         found = split.class_names
         if split.labels is not None and count and (len(found) != count or (names and names != found)):
             raise UserError(
                 f"data.label_column: the pipeline's {count} classes are not the {len(found)} of these images "
-                f"({', '.join(found[:10])}); null compares without labels"
+                f"({', '.join(found[:10])}); use null to ignore labels"
             )
 
 
 def encode_all(pipeline: ImagePipeline, images: ImageDataset, group: ProcessGroup = ALONE) -> TokenSplit:
-    """Tokens and labels of a whole data set."""
+    """Encode a whole data set; return its tokens and labels."""
     size, kind = images_at_a_time(images.image_shape), smallest_type(pipeline.prior.grid.vocab_size)
 
     def encode(start: int) -> np.ndarray:
@@ -295,21 +296,21 @@ def encode_all(pipeline: ImagePipeline, images: ImageDataset, group: ProcessGrou
 
 
 def reconstruct(pipeline: ImagePipeline, images: Tensor) -> Tensor:
-    """Reconstructions `(B, C, H, W)` as `in_bytes`."""
+    """Return reconstructions `(B, C, H, W)`, rounded to 8 bits."""
     size = images_at_a_time(pipeline.tokenizer.image_shape)
     tokens = pipeline.encode(images, batch_size=size)
-    return in_bytes(pipeline.decode(tokens, output_type="pt", batch_size=size))
+    return round_to_8_bits(pipeline.decode(tokens, output_type="pt", batch_size=size))
 
 
-def in_bytes(images: Tensor) -> Tensor:
-    """Floats in [-1, 1] on the CPU, of 256 levels: what is compared to real images has been an 8-bit image too."""
+def round_to_8_bits(images: Tensor) -> Tensor:
+    """Return floats in [-1, 1] on the CPU, rounded to the 256 levels of the real images that they are compared with."""
     return to_float(to_uint8(images)).cpu()
 
 
 def draw_samples(
     pipeline: ImagePipeline, labels: Tensor | None, count: int, seed: int, group: ProcessGroup = ALONE
 ) -> Samples:
-    """Sample k is of class `labels[k]` and uses seed + k, however many processes there are."""
+    """Draw samples. Sample k has class `labels[k]` and uses seed + k, for any number of processes."""
 
     def draw(start: int, end: int) -> Tensor:
         given = None if labels is None else labels[start:end].tolist()
@@ -319,8 +320,8 @@ def draw_samples(
 
 
 def wanted_labels(pipeline: ImagePipeline, train: ImageDataset, count: int) -> Tensor | None:
-    """The class `(count,)` of each sample: those of random training images, or all classes in turn where these have
-    none."""
+    """Return the class of each sample, `(count,)`: that of a random training image, or each class in turn if the
+    training images have no labels."""
     if not pipeline.prior.num_classes:
         return None
     turns = torch.arange(count)

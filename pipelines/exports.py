@@ -1,8 +1,8 @@
-"""Tokenizers as files that other programs run: ONNX, or `torch.export`'s programs, each checked by running it.
+"""Export of tokenizers to ONNX or `torch.export` programs, each checked by running it.
 
-A tokenizer becomes two programs for any number of images: the encoder, images to tokens, and the decoder, back. A
-program that is recorded cannot look at its input and choose, so three things are different in it: ids are not checked,
-rows are not cut into blocks (which changes no result), and edges are compared to one by one.
+A tokenizer becomes two programs with a dynamic batch size: the encoder, images to tokens, and the decoder, tokens to
+images. A traced program has no data-dependent control flow, so three things differ: ids are not checked, rows are not
+split into blocks (which changes no result), and values are compared with every edge instead of searched.
 """
 
 from __future__ import annotations
@@ -34,24 +34,23 @@ Run = Callable[[Tensor], Tensor]
 
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
 NAMES: dict[Part, tuple[str, str]] = {"encoder": ("images", "tokens"), "decoder": ("tokens", "images")}
-"""What each part takes and what it gives."""
+"""The names of each part's input and output."""
 FACTS, FORMAT_VERSION = "export.json", 1
 EXPORT = FolderKind("an exported tokenizer", FACTS, lambda facts: facts.get("_class_name") == "ExportedTokenizer")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-INSIDE = 1 << 30  # bytes of weights that lie in an .onnx file itself; protobuf ends at 2 GiB
-RANDOM = 8  # images of noise on which a file is checked
-TOLERANCE = 1e-4  # of pixels in [-1, 1], in which a grey level is 0.008
-NEARBY = 2**-18  # how far images are moved, as a share of their range, to see which choices are close
+INSIDE = 1 << 30  # bytes of weights stored inside an .onnx file; protobuf is limited to 2 GiB
+RANDOM = 8  # noise images for the check
+TOLERANCE = 1e-4  # of pixels in [-1, 1], where a grey level is 0.008
+NEARBY = 2**-18  # perturbation of images, relative to their range, that reveals near-ties
 
 
 class ExportError(ValueError):
-    """A tokenizer cannot be written as such a file, or the file gives something else; the message says why, in one
-    line."""
+    """The tokenizer cannot be exported, or the exported file gives other results; the message is one line."""
 
 
 class Checked(NamedTuple):
-    """A comparison: the numbers of images, of tokens, and of tokens that differ (`close_calls`), and the largest
-    difference of pixels."""
+    """The result of a comparison: the numbers of images, of tokens, and of tokens that differ (`close_calls`), and the
+    largest difference between pixels."""
 
     images: int
     tokens: int
@@ -61,15 +60,15 @@ class Checked(NamedTuple):
 
 def export_tokenizer(tokenizer: Tokenizer, folder: str | Path, format: Format, images: Tensor | None = None) -> Checked:
     """Write `tokenizer` as `encoder.onnx` and `decoder.onnx` (or `.pt2`), check the files by running them, and return
-    what was compared. The folder appears whole or not at all.
+    the comparison. The folder is written atomically.
 
-    images: float `(B, C, H, W)` in [-1, 1], on which it is checked beside images of noise. Raises `ExportError` for a
-    tokenizer that cannot be recorded, a package that is missing, and a file that gives something else; `PathError` if
-    something else is in the folder; `ValueError` for images of another size or type.
+    images: float `(B, C, H, W)` in [-1, 1] to check in addition to noise images. Raises `ExportError` if the tokenizer
+    cannot be traced, a package is missing or a file gives other results; `PathError` if the folder holds something
+    else; `ValueError` for images of another size or type.
     """
     require_installed(format)
-    tokenizer = copy.deepcopy(tokenizer).cpu().eval()  # the caller's stays on its device, beside its prior
-    example = noise(tokenizer.image_shape)  # and no image of the user's: a .pt2 file holds what it was recorded on
+    tokenizer = copy.deepcopy(tokenizer).cpu().eval()  # do not move the caller's model
+    example = noise(tokenizer.image_shape)  # not the user's images: a .pt2 file contains its example inputs
     with torch.no_grad():
         examples: dict[Part, Tensor] = {"encoder": example, "decoder": tokenizer.encode(example)}
     if images is not None:
@@ -86,21 +85,21 @@ def export_tokenizer(tokenizer: Tokenizer, folder: str | Path, format: Format, i
 
 
 def require_installed(format: Format) -> None:
-    """Raise `ExportError` for an unknown format, or one that needs a package which is not there."""
+    """Raise `ExportError` for an unknown format, or if a package that it needs is not installed."""
     if format not in SUFFIXES:
-        raise ExportError(f"format: there are {' and '.join(SUFFIXES)} (got {format!r})")
+        raise ExportError(f"format should be {' or '.join(SUFFIXES)} (got {format!r})")
     if format == "onnx" and (missing := [package for package in ONNX_PACKAGES if find_spec(package) is None]):
         raise ExportError(f'not installed: {", ".join(missing)}; pip install "smalti[export]"')
 
 
 def noise(shape: tuple[int, int, int]) -> Tensor:
-    """8-bit images in which every pixel is random, `(RANDOM, C, H, W)` in [-1, 1]."""
+    """Return random 8-bit images, `(RANDOM, C, H, W)` in [-1, 1]."""
     generator = torch.Generator().manual_seed(0)
     return to_float(torch.randint(256, (RANDOM, *shape), generator=generator, dtype=torch.uint8))
 
 
 def facts_of(tokenizer: Tokenizer, format: Format, compared: Checked) -> dict[str, Any]:
-    """What `export.json` says: which file takes and gives what, and how far it was checked."""
+    """Return the content of `export.json`: the inputs and outputs of each file, and the result of the check."""
     channels, height, width = tokenizer.image_shape
     grid = tokenizer.grid
     forms = {
@@ -129,18 +128,18 @@ def facts_of(tokenizer: Tokenizer, format: Format, compared: Checked) -> dict[st
     }
 
 
-# Recording
+# Tracing
 
 
-class RecordedGrid(TokenGrid):
-    """A grid that takes the ids as they are: to look at them is to choose."""
+class UncheckedGrid(TokenGrid):
+    """A grid that does not check ids, since a check is data-dependent control flow."""
 
     def check(self, tokens: Tensor) -> None:
-        """Nothing."""
+        """Accept all tokens."""
 
 
-class Recorded(TorchFunctionMode):
-    """What torch is asked for while a program is recorded, in a way that can be recorded."""
+class TraceableOps(TorchFunctionMode):
+    """Replace operations that cannot be traced or exported by equivalents."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -148,34 +147,33 @@ class Recorded(TorchFunctionMode):
             return (args[0],)
         if func is torch.searchsorted and kwargs == {"right": True}:
             edges, values = args
-            return (edges.unsqueeze(-2) <= values.unsqueeze(-1)).sum(-1)  # ONNX cannot search
+            return (edges.unsqueeze(-2) <= values.unsqueeze(-1)).sum(-1)  # ONNX has no searchsorted
         return func(*args, **kwargs)
 
 
 def is_block(rows: Tensor, held: Any, dim: int = 0) -> bool:
-    """Whether the rows of any number of images are to be cut into blocks of this size."""
+    """Return whether this call of `split` splits a dynamic number of rows into blocks."""
     return dim == 0 and isinstance(held, int) and isinstance(rows.shape[0], torch.SymInt)
 
 
 class Program(nn.Module):
-    """One part of a tokenizer, as a network."""
+    """One part of a tokenizer as a module."""
 
     def __init__(self, tokenizer: Tokenizer, part: Part) -> None:
         super().__init__()
         self.tokenizer, self.part = copy.deepcopy(tokenizer), part
         for module in self.tokenizer.modules():
             if isinstance(grid := vars(module).get("grid"), TokenGrid):
-                vars(module)["grid"] = RecordedGrid(**{each.name: getattr(grid, each.name) for each in fields(grid)})
+                vars(module)["grid"] = UncheckedGrid(**{each.name: getattr(grid, each.name) for each in fields(grid)})
 
     def forward(self, given: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` in [-1, 1] to tokens `(B, *grid.shape)`, or back."""
-        with Recorded():
+        """Map images `(B, C, H, W)` in [-1, 1] to tokens `(B, *grid.shape)`, or tokens to images."""
+        with TraceableOps():
             return self.tokenizer.encode(given) if self.part == "encoder" else self.tokenizer.decode(given)
 
 
 def trace(tokenizer: Tokenizer, part: Part, example: Tensor) -> ExportedProgram:
-    """The program of a part, recorded on `example`, an input of two images or more. Raises `ExportError` for a model
-    that cannot be recorded."""
+    """Trace a part on `example`, a batch of at least two inputs. Raises `ExportError` if the model cannot be traced."""
     try:
         with quiet(), torch.no_grad():
             program = torch.export.export(
@@ -183,12 +181,12 @@ def trace(tokenizer: Tokenizer, part: Part, example: Tensor) -> ExportedProgram:
             )
             drop_unused(program)
             return program
-    except Exception as error:  # of many kinds, by what the model does
-        raise ExportError(f"this {tokenizer.name} cannot be recorded: its {part}: {first_line(error)}") from error
+    except Exception as error:  # the type depends on the model
+        raise ExportError(f"the {part} of this {tokenizer.name} cannot be traced: {first_line(error)}") from error
 
 
 def drop_unused(program: ExportedProgram) -> None:
-    """Remove the weights that the program does not use: those of the other part."""
+    """Remove unused weights from the program: those of the other part."""
     program.graph.eliminate_dead_code()
     specs = program.graph_signature.input_specs
     for node in [node for node in program.graph.nodes if node.op == "placeholder" and not node.users]:
@@ -203,7 +201,7 @@ def drop_unused(program: ExportedProgram) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what exporters log and warn of on their way."""
+    """Suppress the log messages and warnings of exporters."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -215,7 +213,7 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The innermost reason of an error in one line."""
+    """Return the root cause of an error in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -226,8 +224,8 @@ def first_line(error: BaseException) -> str:
 
 
 def write(program: ExportedProgram, part: Part, path: Path) -> None:
-    """A `.pt2` archive, which `torch.export.load` reads and AOTInductor compiles; or an ONNX file whose first axes are
-    called `batch`, with large weights beside it in `<name>.data`. Raises `ExportError`."""
+    """Write a `.pt2` archive, which `torch.export.load` reads and AOTInductor compiles; or an ONNX file whose first
+    axes are called `batch`, with large weights beside it in `<name>.data`. Raises `ExportError`."""
     if path.suffix == ".pt2":
         with quiet():
             torch.export.save(program, path)
@@ -244,13 +242,13 @@ def write(program: ExportedProgram, part: Part, path: Path) -> None:
                 shape: Any = value.shape
                 shape[0] = "batch"
             written.save(str(path), external_data=size > INSIDE)
-    except Exception as error:  # of many kinds: a missing operation is one of onnxscript's
-        raise ExportError(f"ONNX cannot say what its {part} does: {first_line(error)}") from error
+    except Exception as error:  # of many types, including onnxscript's for unsupported operations
+        raise ExportError(f"ONNX cannot express its {part}: {first_line(error)}") from error
 
 
 def load(path: Path) -> Run:
-    """Run a file by torch, or by onnxruntime on the CPU. Raises `ExportError` for what that does not run: weights of
-    some types."""
+    """Load a file to run with torch, or with onnxruntime on the CPU. Raises `ExportError` if onnxruntime cannot run it,
+    for example because of the type of its weights."""
     if path.suffix == ".pt2":
         with quiet():
             module = torch.export.load(path).module()
@@ -259,8 +257,8 @@ def load(path: Path) -> Run:
 
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # of many kinds, all of onnxruntime
-        raise ExportError(f"onnxruntime does not run its {path.stem}: {first_line(error)}") from error
+    except Exception as error:  # onnxruntime has many error types
+        raise ExportError(f"onnxruntime cannot run its {path.stem}: {first_line(error)}") from error
     name = session.get_inputs()[0].name
     return lambda given: torch.from_numpy(session.run(None, {name: given.numpy()})[0])
 
@@ -270,36 +268,36 @@ def load(path: Path) -> Run:
 
 @torch.no_grad()
 def check(tokenizer: Tokenizer, encode: Run, decode: Run, images: Tensor) -> Checked:
-    """Compare a file's `encode` and `decode` with the tokenizer's, on `images` (B, C, H, W) in [-1, 1], one at a time
-    and together.
+    """Compare a file's `encode` and `decode` with the tokenizer's on `images` (B, C, H, W) in [-1, 1], one at a time
+    and in one batch.
 
-    All tokens have to be the same, except close calls: where the tokenizer itself gives another id to an image that is
-    changed by less than its float32 rounds. Pixels have to be the same to within `TOLERANCE`. Raises `ExportError`.
+    All tokens must be equal, except close calls, where the tokenizer itself gives another id if the image is perturbed
+    within float32 rounding. Pixels must agree to within `TOLERANCE`. Raises `ExportError` otherwise.
     """
     expected = tokenizer.encode(images)
     pixels = tokenizer.decode(expected)
     close, difference = 0, 0.0
     for size in sorted({1, len(images)}):
         found = torch.cat([encode(part.contiguous()) for part in images.split(size)])
-        painted = torch.cat([decode(part.contiguous()) for part in expected.split(size)])
-        for what, one, other in (("encoder", found, expected), ("decoder", painted, pixels)):
+        decoded = torch.cat([decode(part.contiguous()) for part in expected.split(size)])
+        for name, one, other in (("encoder", found, expected), ("decoder", decoded, pixels)):
             if (one.dtype, one.shape) != (other.dtype, other.shape):
                 forms = [f"{each.dtype} of shape {tuple(each.shape)}" for each in (one, other)]
-                raise ExportError(f"its {what} gives {forms[0]}, the tokenizer {forms[1]}")
+                raise ExportError(f"its {name} gives {forms[0]}, the tokenizer {forms[1]}")
         differs = found != expected
         if bool(differs.any()) and (wrong := int((differs & ~close_calls(tokenizer, images, expected)).sum())):
             raise ExportError(
                 f"its encoder gives other ids than the tokenizer: {wrong:,} of {expected.numel():,} differ"
             )
-        apart = float((painted - pixels).abs().max())
-        if not apart <= TOLERANCE:  # NaN neither
+        apart = float((decoded - pixels).abs().max())
+        if not apart <= TOLERANCE:  # also true for NaN
             raise ExportError(f"its decoder gives other pixels than the tokenizer: up to {apart:.2g} (of 2) apart")
         close, difference = max(close, int(differs.sum())), max(difference, apart)
     return Checked(len(images), expected.numel(), close, difference)
 
 
 def close_calls(tokenizer: Tokenizer, images: Tensor, tokens: Tensor) -> Tensor:
-    """Which of the `tokens` of `images` are others for images that are hardly different, bool as `tokens`."""
+    """Return which of the `tokens` of `images` change under tiny perturbations, bool of the shape of `tokens`."""
     generator = torch.Generator().manual_seed(0)
     close = torch.zeros_like(tokens, dtype=torch.bool)
     for _ in range(8):

@@ -1,4 +1,4 @@
-"""Make images with a pipeline: a grid, one file per image, or one file of all; any number of processes share them."""
+"""Generate images with a pipeline: a grid, one file per image, or one archive; several processes share the work."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from .options import DEVICE, Sampling, UsesPipeline
 from .processes.launch import join_group
 
 SHEET = "metadata.jsonl"
-"""In a folder of images: a line for each one, with its file and the name of its class, as `datasets` reads them."""
+"""A line per image with its file and the name of its class, in the format that `datasets` reads."""
 MAX_IMAGES = 10_000_000
 WRITERS = 16
 
 
 class GenerateConfig(Sampling, UsesPipeline, OutputConfig):
-    """How many images of what, and where to."""
+    """Settings of `smalti generate`."""
 
     examples = (
         "pipeline=digits",
@@ -52,33 +52,33 @@ class GenerateConfig(Sampling, UsesPipeline, OutputConfig):
 
     out: str = Field(
         "grid.png",
-        description="a picture file for a grid of all images; NAME.npz for all in one file, as ADM's evaluator reads "
-        "it; or a folder for a PNG file each, with their classes in metadata.jsonl",
+        description="a picture file for a grid of all images; NAME.npz for one archive in the format of ADM's "
+        "evaluator; or a folder for one PNG file per image, with their classes in metadata.jsonl",
     )
-    num_images: int = Field(64, ge=1, le=MAX_IMAGES, description="how many")
+    num_images: int = Field(64, ge=1, le=MAX_IMAGES, description="number of images")
     labels: int | str | list[int | str] | None = Field(
         None,
-        description="classes (ids or names), taken in turn; default: every class in turn, or none if the pipeline is "
-        "unconditional",
+        description="classes (ids or names), used in turn; default: every class in turn, or no class if the pipeline "
+        "is unconditional",
     )
     seed: int = Field(0, ge=0, lt=1 << 63, description="image k uses seed + k")
-    order: str | None = Field(None, description="decoding the grid in this order, with a prior that takes any")
-    num_orders: int = Field(1, ge=1, description="draw each image in one of this many orders: from their mixture")
-    parallel: bool = Field(False, description="guess the rest and check it in whole passes: the same images")
+    order: str | None = Field(None, description="decode the grid in this order; for an any-order prior")
+    num_orders: int = Field(1, ge=1, description="sample from a mixture of this many orders: each image uses one")
+    parallel: bool = Field(False, description="predict many tokens per pass and verify them: the same images")
     columns: int | None = Field(
-        None, ge=1, description="columns of the grid; default: one for each class of at most 20, or 8"
+        None, ge=1, description="columns of the grid; default: one per class up to 20 classes, else 8"
     )
-    captions: bool = Field(True, description="write the names of the classes into the grid: over the columns")
-    batch_size: int = Field(64, ge=1, description="images at a time on each process; the result does not depend on it")
-    device: str = Field("auto", description=f"{DEVICE}: with several processes, each its own")
+    captions: bool = Field(True, description="write class names above the columns of the grid")
+    batch_size: int = Field(64, ge=1, description="images at a time in each process; does not affect the result")
+    device: str = Field("auto", description=f"{DEVICE}: several processes use one device each")
 
 
 def run(config: GenerateConfig) -> Path:
-    """Generate and save; returns the file or folder written.
+    """Generate and save images; return the file or folder written.
 
-    Started again after it was killed, with any number of processes, it makes the images that are missing, and the
-    result is the same. Raises `UserError` for what the pipeline cannot do, more processes than images, and an `out`
-    that may not be replaced or holds the images of another request.
+    If it is run again after an interruption, with any number of processes, it generates the missing images, and the
+    result is the same. Raises `UserError` for a request that the pipeline cannot satisfy, more processes than images,
+    and an `out` that may not be replaced or holds the images of another request.
     """
     out = Path(config.out)
     with join_group(config.device) as (group, device):
@@ -91,9 +91,9 @@ def run(config: GenerateConfig) -> Path:
             missing = group.on_main(lambda: images.begin(job))
             there = config.num_images - len(missing)
             if group.is_main and there and (missing or images.is_work):
-                print(f"{out}: continuing, {there} of {config.num_images} images are there", flush=True)
+                print(f"{out}: continuing, {there} of {config.num_images} images exist", flush=True)
             began, mine = time.monotonic(), list(group.mine(missing))
-            group.gather(lambda: make_images(images, mine, request, config.batch_size, shows=group.is_main))
+            group.gather(lambda: make_images(images, mine, request, config.batch_size, show_progress=group.is_main))
             seconds = time.monotonic() - began
             group.on_main(lambda: images.finish(job))
         if group.is_main:
@@ -105,8 +105,8 @@ def run(config: GenerateConfig) -> Path:
 
 @dataclass(frozen=True)
 class Request:
-    """Images by number, whoever makes them and in which batch: image k is of the class `classes[k % len(classes)]` (of
-    none without classes) and uses seed + k. settings: those of the prior's `Sampling` that are given."""
+    """Images identified by number, independent of process and batch: image k has class `classes[k % len(classes)]` (no
+    class if `classes` is empty) and uses seed + k. settings: the given settings of the prior's `Sampling`."""
 
     pipeline: ImagePipeline
     classes: Sequence[Label]
@@ -115,8 +115,8 @@ class Request:
     settings: dict[str, Any]
 
     def draw(self, numbers: Sequence[int], progress: bool = False) -> np.ndarray:
-        """Images of these numbers, in one batch, uint8 (B, H, W, C). Raises `UserError` for what does not fit the
-        prior."""
+        """Draw the images with these numbers in one batch, uint8 (B, H, W, C). Raises `UserError` for a request that
+        does not fit the prior."""
         try:
             return self.pipeline(
                 len(numbers),
@@ -132,8 +132,8 @@ class Request:
             raise UserError(str(error)) from error
 
     def describe(self) -> dict[str, Any]:
-        """All that the pixels depend on, except the number of images. Raises `UserError` for what does not fit the
-        prior."""
+        """Return everything that the pixels depend on, except the number of images. Raises `UserError` for a request
+        that does not fit the prior."""
         pipeline, prior = self.pipeline, self.pipeline.prior
         try:
             ids = pipeline.label_ids(self.classes, len(self.classes)) if self.classes else None
@@ -160,7 +160,7 @@ class Request:
 
 
 def request_of(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
-    """What is asked of the pipeline."""
+    """Return the request that `config` describes."""
     chosen = config.labels if config.labels is None or isinstance(config.labels, list) else [config.labels]
     decoding = DecodingOptions(config.order, config.num_orders, parallel=config.parallel)
     classes = chosen or range(pipeline.prior.num_classes)
@@ -168,26 +168,28 @@ def request_of(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
 
 
 def describe_job(config: GenerateConfig, request: Request) -> dict[str, Any]:
-    """All that the files depend on."""
+    """Return everything that the files depend on."""
     return {"verb": "generate", "num_images": config.num_images, **request.describe()}
 
 
-def make_images(images: ImageFolder, numbers: Sequence[int], request: Request, batch_size: int, *, shows: bool) -> None:
-    """Make the images of these numbers. A thread writes them while the next ones are drawn."""
+def make_images(
+    images: ImageFolder, numbers: Sequence[int], request: Request, batch_size: int, *, show_progress: bool
+) -> None:
+    """Draw the images with these numbers; a thread writes each batch while the next is drawn."""
     from tqdm import tqdm
 
     if not numbers:
         return
     require_begun(images.folder)
     batches = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
-    many = shows and len(batches) > 1  # of one batch, the tokens are counted
+    many = show_progress and len(batches) > 1  # a single batch counts tokens instead
     with (
         tqdm(total=len(numbers), desc="generating", unit="image", disable=None if many else True, leave=False) as bar,
         ThreadPoolExecutor(1) as pool,
     ):
         writing: list[Future[None]] = []
         for batch in batches:
-            pixels = request.draw(batch, progress=shows and not many)
+            pixels = request.draw(batch, progress=show_progress and not many)
             if writing:
                 writing.pop().result()
             writing.append(pool.submit(images.write, batch, pixels))
@@ -197,20 +199,20 @@ def make_images(images: ImageFolder, numbers: Sequence[int], request: Request, b
 
 
 def label_ids(job: dict[str, Any]) -> list[int] | None:
-    """The class of each image; None without classes."""
+    """Return the class of each image, or None without classes."""
     return [job["labels"][k % len(job["labels"])] for k in range(job["num_images"])] if job["labels"] else None
 
 
 def file_names(count: int) -> list[str]:
-    """The names of the files of `count` images: their numbers, in at least five digits."""
+    """Return the file names of `count` images: their numbers with at least five digits."""
     digits = max(5, len(str(count - 1)))
     return [f"{number:0{digits}d}.png" for number in range(count)]
 
 
 class ImageFolder:
-    """A folder with a PNG file for each image, `metadata.jsonl`, and `job.json`, which marks it as ours.
+    """A folder with one PNG file per image, `metadata.jsonl`, and `job.json`, which marks it as ours.
 
-    Where `out` is a single file, a grid or an archive, this is a work folder beside it, from which the file is made.
+    If `out` is a single file (a grid or an archive), this is a work folder beside it, from which the file is made.
     """
 
     def __init__(self, config: GenerateConfig) -> None:
@@ -226,21 +228,21 @@ class ImageFolder:
         """Raise `UserError` for mistakes that can be found before the pipeline is loaded."""
         if self.suffix and self.suffix not in (*SUFFIXES, ".npz"):
             raise UserError(
-                f"out: {str(self.output.path)!r} should end in {', '.join(SUFFIXES)} for a grid, in .npz for all "
-                "images in one file, or be a folder"
+                f"out: {str(self.output.path)!r} should end in {', '.join(SUFFIXES)} for a grid, in .npz for an "
+                "archive, or be a folder"
             )
         if processes > len(self.names):
-            raise UserError(f"num_images: {len(self.names)} for {processes} processes; each needs one image at least")
-        if self.is_work and not (self.folder / JOB).is_file():  # else the file may be there, from a killed process
+            raise UserError(f"num_images: {len(self.names)} for {processes} processes; each needs at least one image")
+        if self.is_work and not (self.folder / JOB).is_file():  # else an interrupted process may have written the file
             self.output.check_file()
         with self.output.errors():
             require_apart(self.output.path, self.output.inputs)
 
     def begin(self, job: dict[str, Any]) -> list[int]:
-        """Begin the job, or continue it; return the numbers of the images that are missing.
+        """Start or continue the job; return the numbers of the missing images.
 
-        Files that another job made are removed if they may be overwritten; else `UserError` says what differs. It is
-        also raised for files of something else.
+        Files of another job are removed if they may be overwritten; otherwise `UserError` says what differs. It is also
+        raised if the folder holds other files.
         """
         names = {SHEET, self.result.name, *self.names}
         with self.output.errors():
@@ -249,9 +251,11 @@ class ImageFolder:
             except OtherJobError as error:
                 made = self.made(read_job(self.folder) or {})
                 if made and not self.output.overwrite:
-                    raise UserError(f"out: {error}, or begin anew with overwrite=true") from error
+                    raise UserError(f"out: {error}, or start over with overwrite=true") from error
                 if strange := names.intersection(os.listdir(self.folder)) - {*made, self.result.name}:
-                    raise UserError(f"out: {self.folder} holds {min(strange)}, which this did not write") from error
+                    raise UserError(
+                        f"out: {self.folder} holds {min(strange)}, which this command did not write"
+                    ) from error
                 for name in made:
                     (self.folder / name).unlink(missing_ok=True)
                 begin_job(self.folder, job, names.__contains__, anew=True)
@@ -259,13 +263,13 @@ class ImageFolder:
         return [number for number, name in enumerate(self.names) if name not in there]
 
     def made(self, job: dict[str, Any]) -> list[str]:
-        """The names of the files that a job has made here, the last ones first."""
+        """Return the names of the files that a job has written here, last ones first."""
         there, count = set(os.listdir(self.folder)), job.get("num_images")
         names = [SHEET, *reversed(file_names(min(count, MAX_IMAGES) if isinstance(count, int) else 0))]
         return [name for name in names if name in there and not (self.folder / name).is_symlink()]
 
     def write(self, numbers: Sequence[int], images: np.ndarray) -> None:
-        """Write uint8 images (B, H, W, C), each whole or not at all; in threads, as each waits for the disk."""
+        """Write uint8 images (B, H, W, C), each atomically; in threads, because each waits for the disk."""
 
         def write_one(number: int, image: np.ndarray) -> None:
             with atomic_file(self.folder / self.names[number]) as temporary:
@@ -275,10 +279,10 @@ class ImageFolder:
             list(pool.map(write_one, numbers, images))
 
     def finish(self, job: dict[str, Any]) -> None:
-        """Write the sheet, if there are classes, or the single file. Raises `UserError` for an image that is
+        """Write `metadata.jsonl` if there are classes, or the single file. Raises `UserError` if an image is
         missing."""
         if absent := [name for name in self.names if not (self.folder / name).is_file()]:
-            raise UserError(f"out: {self.folder / absent[0]} is missing; all processes have to see the same disk")
+            raise UserError(f"out: {self.folder / absent[0]} is missing; all processes must share the same disk")
         labels, known = label_ids(job), [*(job["class_names"] or []), ""]  # the null class has no name
         classes = None if labels is None else [known[label] for label in labels]
         with self.output.errors():
@@ -293,7 +297,7 @@ class ImageFolder:
                 replace_file(self.folder / SHEET, sheet.encode())
 
     def write_file(self, shape: Sequence[int], labels: list[int] | None, classes: list[str] | None) -> None:
-        """Write the single file, unless a killed process has, and remove the work folder. shape: of an image."""
+        """Write the single file, unless an interrupted run has, and remove the work folder. shape: of an image."""
         images = (np.asarray(Image.open(self.folder / name).convert("RGB")) for name in self.names)
         if self.suffix != ".npz":
             picture = class_grid(np.stack(list(images)), classes, self.config.columns, captions=self.config.captions)
@@ -312,13 +316,14 @@ class ImageFolder:
         """Remove the work folder, `job.json` last."""
         for name in (self.result.name, *self.names, JOB):
             (self.folder / name).unlink(missing_ok=True)
-        with suppress(OSError):  # something of the user's is in it
+        with suppress(OSError):  # it holds files of the user
             self.folder.rmdir()
 
 
 def write_npz(path: Path, images: Iterable[np.ndarray], shape: Sequence[int], labels: list[int] | None) -> None:
-    """Write uint8 images (H, W, 3), all together of shape (N, H, W, 3), and their classes for ADM's evaluator (Dhariwal
-    & Nichol 2021, github.com/openai/guided-diffusion), one image at a time, uncompressed as `numpy.savez` does."""
+    """Write uint8 images (H, W, 3) as one array of this shape, (N, H, W, 3), and their classes, in the format of ADM's
+    evaluator (Dhariwal & Nichol 2021, github.com/openai/guided-diffusion): one image at a time, uncompressed like
+    `numpy.savez`."""
     arrays: list[tuple[str, Sequence[int], np.dtype, Iterable[np.ndarray]]] = [
         ("arr_0", shape, np.dtype(np.uint8), images)
     ]
@@ -326,7 +331,9 @@ def write_npz(path: Path, images: Iterable[np.ndarray], shape: Sequence[int], la
         arrays.append(("arr_1", [len(labels)], np.dtype(np.int64), [np.array(labels, np.int64)]))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, size, kind, parts in arrays:
-            info = zipfile.ZipInfo(f"{name}.npy")  # of 1980, so that the same images are the same file
+            info = zipfile.ZipInfo(
+                f"{name}.npy"
+            )  # with the date fixed at 1980, so that the same images give the same file
             with archive.open(info, "w", force_zip64=True) as file:
                 header = {"descr": dtype_to_descr(kind), "fortran_order": False, "shape": tuple(size)}
                 write_array_header_1_0(file, header)

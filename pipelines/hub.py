@@ -1,4 +1,4 @@
-"""Whether the Hub can be reached: its own clients try for half a minute before they give up."""
+"""A quick check of whether the Hub can be reached: its own client retries for half a minute."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ TIMEOUT = 5.0  # seconds to wait for an answer
 
 
 def is_reachable() -> bool:
-    """Whether the Hub's machine accepts a connection; True behind a proxy, False with `HF_HUB_OFFLINE`."""
+    """Return whether the Hub accepts a connection; True behind a proxy, False with `HF_HUB_OFFLINE`."""
     if constants.HF_HUB_OFFLINE:
         return False
     hub = urlsplit(constants.ENDPOINT)
-    if hub.scheme in getproxies():  # only the proxy could tell
+    if hub.scheme in getproxies():  # only the proxy knows
         return True
     port = hub.port or (443 if hub.scheme == "https" else 80)
     try:

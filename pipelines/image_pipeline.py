@@ -1,4 +1,4 @@
-"""`ImagePipeline`: a tokenizer and a prior in one folder, from which images are sampled, completed and scored."""
+"""`ImagePipeline`: a tokenizer and a prior that together sample, complete and score images."""
 
 from __future__ import annotations
 
@@ -52,8 +52,9 @@ Label = int | str | None
 Callback = Callable[[Any, int, int, dict[str, Tensor]], Any]
 """`callback_on_step_end`; see `ImagePipeline.__call__`."""
 
-SAMPLED = 80  # images of a sample picture
-LOWEST_SEED, LAST_SEED = -(1 << 63), (1 << 64) - 1  # of torch
+SAMPLED = 80  # images in a sample picture
+NO_TEXT = "there is no text conditioning, choose classes by labels=..."
+LOWEST_SEED, LAST_SEED = -(1 << 63), (1 << 64) - 1  # torch's limits
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -61,26 +62,27 @@ P = TypeVar("P", bound="ImagePipeline")
 
 
 class PipelineOutput(NamedTuple):
-    """What a call returns; `images, tokens, class_names = pipe(4)` unpacks it."""
+    """The result of a call; `images, tokens, class_names = pipe(4)` unpacks it."""
 
     images: Any
     """A list of PIL images, uint8 (B, H, W, C), or float (B, C, H, W)."""
     tokens: Tensor
     """`(B, *grid.shape)`."""
     class_names: list[str] | None = None
-    """That of each image, "" for the null class; None if no image has a class."""
+    """The class of each image, "" for the null class; None if no image has a class."""
 
     def grid(self, columns: int | None = None, *, labels: bool = True) -> PILImage:
-        """All images in one picture: a column for each class, with its name on top; with `columns`, in their order,
-        the name above each image. labels: False writes no names. Completions (`draws`) of an image stand in a row.
+        """Return all images in one picture, one column per class with its name on top. With `columns`, images keep
+        their order, each below the name of its class. labels: False writes no names. Completions (`draws`) of an image
+        form a row.
 
-        Small images are enlarged by a whole number, until a name fits over them. Raises `ValueError` for an output of
-        `output_type="latent"`, which has no images, and for fewer than 1 column.
+        Small images are enlarged by an integer factor until a name fits above them. Raises `ValueError` for the output
+        of `output_type="latent"`, which has no images, and for fewer than 1 column.
         """
         if columns is not None and columns < 1:
             raise ValueError(f"columns must be at least 1 (got {columns})")
         if self.images is self.tokens:
-            raise ValueError("grid: these are tokens; pipe.decode(out.tokens) makes images of them")
+            raise ValueError("grid: these are tokens; decode them by pipe.decode(out.tokens)")
         images, draws = self.images, None
         if isinstance(images, list):
             if isinstance(images[0], list):
@@ -96,7 +98,7 @@ class PipelineOutput(NamedTuple):
 
 
 def serialized(method: F) -> F:
-    """Let one thread at a time run such methods of a pipeline. A callback may call the pipeline again."""
+    """Decorate a method to hold the pipeline's lock, which is reentrant: a callback may call the pipeline."""
 
     @wraps(method)
     def call(pipeline: ImagePipeline, *args: Any, **kwargs: Any) -> Any:
@@ -109,14 +111,14 @@ def serialized(method: F) -> F:
 class ImagePipeline:
     """A tokenizer and a prior over its tokens, saved and loaded as one folder.
 
-    labels: the names of the classes, in the order of their ids. sampler: defaults for the settings of sampling, those
-    that the prior's `Sampling` declares. Raises `IntegrityError` when the prior was trained on another tokenizer,
-    `ConfigError` for names or settings that do not go with the prior.
+    labels: class names in the order of their ids. sampler: default sampling settings, as declared by the prior's
+    `Sampling`. Raises `IntegrityError` if the prior was trained with another tokenizer, `ConfigError` for labels or
+    settings that do not fit the prior.
 
-    `calibration`, `provenance` and `sample_grid` describe the models that are there: a pipeline forgets what was
-    measured of a model when another takes its place, as in `pipe.prior = other`.
+    `calibration`, `provenance` and `sample_grid` describe the current models and are reset when a model is replaced, as
+    in `pipe.prior = other`.
 
-    Completion, anomaly scores and features are functions of other modules, whose first argument is the pipeline.
+    Completion, anomaly scores and embeddings are functions in other modules that take the pipeline as first argument.
     """
 
     def __init__(
@@ -134,7 +136,7 @@ class ImagePipeline:
         saving.check_labels(labels)
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
         self.background = None if background is None else background.eval()
-        """A prior that was trained on perturbed tokens, for `anomaly_score(method="ratio")`."""
+        """A prior trained on perturbed tokens, for `anomaly_score(method="ratio")`."""
         self.labels = list(labels)
         self.sampler = saving.make_sampler(prior, sampler or {})
         self.provenance: dict[str, Any] = {}
@@ -146,12 +148,12 @@ class ImagePipeline:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in saving.PARTS and getattr(self, name, value) is not value:
             self.calibration = None
-            if name != saving.BACKGROUND:  # which makes no images
+            if name != saving.BACKGROUND:  # it generates no images
                 self.provenance, self.sample_grid = {}, None
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the lock: a copy has its own."""
+        """Exclude the lock, since a copy needs its own."""
         return {key: value for key, value in vars(self).items() if key != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -189,24 +191,24 @@ class ImagePipeline:
     ) -> PipelineOutput:
         """Sample images.
 
-        labels: one class (id or name) for all, or one per image; None is unconditional. num_images_per_label: the
-        number of images of each label, one label after another, in place of `num_images`. seed: image k uses seed + k,
-        whatever `batch_size` is. tokens, known, order, num_orders, cache, parallel: as in `Prior.sample`. output_type:
-        "pil", "np" (uint8), "pt" (float in [-1, 1]), or "latent": the tokens, not decoded. progress: False shows no
-        bar, whatever `set_progress_bar_config` says.
+        labels: one class (id or name) for all, or one per image; None is unconditional. num_images_per_label: instead
+        of `num_images`, the number of images of each label in turn. seed: image k uses seed + k, whatever `batch_size`
+        is. tokens, known, order, num_orders, cache, parallel: as in `Prior.sample`. output_type: "pil", "np" (uint8),
+        "pt" (float in [-1, 1]), or "latent" (the tokens, not decoded). progress: False hides the bar, whatever
+        `set_progress_bar_config` says.
 
         callback_on_step_end: called as `f(pipe, step, rank, {"tokens": ..., "known": ...})` after each step: step
-        counts from 0 over all batches; rank is how far along their order the images being drawn have come; tokens
-        `(B, *grid.shape)` are those of all images so far (0 where none is drawn) and known says which these are. Both
-        are copies. What it returns is ignored; what it raises ends the call.
+        counts from 0 over all batches; rank is the position in their order reached by the images being drawn; tokens
+        `(B, *grid.shape)` holds the tokens of all images so far (0 if not yet drawn) and known says which are drawn.
+        Both are copies. Its return value is ignored; an exception ends the call.
 
         settings: those that the prior's `Sampling` declares (`temperature`, `top_k`, `top_p`, `guidance_scale`,
-        `guidance_end`, `guidance_power`; `steps`, `confidence_temperature` and `schedule` of a masked-token prior).
-        They default to the pipeline's own (`pipeline.sampler`), `steps` only where none of `order`, `num_orders`,
-        `cache` and `parallel` is given, as these do not go with it. The course of guidance is one choice: a
-        `guidance_scale` that is given is constant unless `guidance_end` is given too, and a `guidance_end` is linear
-        unless `guidance_power` is. Raises `ValueError` for arguments out of range, `TypeError` for a setting that the
-        prior does not have.
+        `guidance_end`, `guidance_power`; also `steps`, `confidence_temperature` and `schedule` for a masked-token
+        prior). They default to the pipeline's own (`pipeline.sampler`), except that `steps` is ignored if `order`,
+        `num_orders`, `cache` or `parallel` is given, since it cannot be combined with them. The guidance schedule is
+        replaced as a whole: a given `guidance_scale` is constant unless `guidance_end` is also given, and a given
+        `guidance_end` is linear unless `guidance_power` is also given. Raises `ValueError` for arguments out of range,
+        `TypeError` for a setting that the prior does not have.
         """
         num_images, labels = count_images(num_images, labels, num_images_per_label)
         check_count(batch_size, "batch_size")
@@ -254,23 +256,23 @@ class ImagePipeline:
     def choose_sampler(
         self, settings: dict[str, Any], ids: Tensor | None, decoding: DecodingOptions
     ) -> SamplingOptions:
-        """The sampling settings given, and the pipeline's own for the others. None stands for the pipeline's own of
-        those that every prior has. Raises `TypeError` for a setting that the prior does not have, `ValueError` out of
-        range."""
+        """Return the sampling settings: those given, and the pipeline's own for the others and for a None given to a
+        setting shared by all priors. Raises `TypeError` for a setting that the prior does not have, `ValueError` for
+        values out of range."""
         known = self.prior.Sampling.names()
         if unknown := [name for name in settings if name not in known]:
             near = get_close_matches(unknown[0], [*known, *inspect.signature(self.__call__).parameters], 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"its settings are {', '.join(known)}"
-            raise TypeError(f"{unknown[0]!r} is no argument of sampling from a {self.prior.name!r} prior; {hint}")
+            hint = f"did you mean {near[0]!r}?" if near else f"a {self.prior.name!r} prior takes {', '.join(known)}"
+            raise TypeError(f"unexpected argument {unknown[0]!r}; {NO_TEXT if 'prompt' in unknown[0] else hint}")
         own = self.sampler if decoding.is_default else self.sampler.for_given_order()
         labelled = ids is not None and bool((ids != self.prior.num_classes).any())
         if not labelled:
-            own = own.unguided()  # the default guides towards a class, and there is none
+            own = own.unguided()  # the default guides towards a class, but no class is given
         shared = SamplingOptions.names()
         chosen = {name: value for name, value in settings.items() if value is not None or name not in shared}
         defaults = dict(vars(own))
         for number, name in enumerate(GUIDANCE, 1):
-            if name in chosen:  # the pipeline's course of guidance is not the one that is asked for
+            if name in chosen:  # the rest of the pipeline's guidance schedule does not apply
                 defaults.update(dict.fromkeys(GUIDANCE[number:]))
         sampler = self.prior.make_sampling_options(**{**defaults, **chosen})
         sampler.check_guidance(labelled)
@@ -283,42 +285,43 @@ class ImagePipeline:
     @serialized
     @torch.no_grad()
     def encode(self, images: Images, *, batch_size: int = 256) -> Tensor:
-        """Tokens `(B, *grid.shape)` of PIL images, or of uint8 or float in [-1, 1]: tensors `(B, C, H, W)`, arrays
-        `(B, H, W, C)` or `(H, W, C)`, or a list of single ones."""
+        """Encode images to tokens `(B, *grid.shape)`. images: PIL images, or uint8 or float in [-1, 1] as tensors
+        `(B, C, H, W)`, arrays `(B, H, W, C)` or `(H, W, C)`, or a list of single images."""
         return self.encode_batch(self.to_images(images), batch_size=batch_size)
 
     @serialized
     @torch.no_grad()
     def encode_batch(self, batch: Tensor, *, batch_size: int = 256) -> Tensor:
-        """`encode` of images as `to_images` returns them: float `(B, C, H, W)` in [-1, 1]."""
+        """Like `encode`, for float images `(B, C, H, W)` in [-1, 1], as returned by `to_images`."""
         parts = batch.to(self.device, self.dtype).split(check_count(batch_size, "batch_size"))
         return torch.cat([self.tokenizer.encode(part) for part in self._with_bar(parts, "encoding")])
 
     @serialized
     @torch.no_grad()
     def decode(self, tokens: Any, *, output_type: str = "pil", batch_size: int = 256, progress: bool = True) -> Any:
-        """Images of `tokens` `(B, *grid.shape)`, a tensor, an array or lists; or of the first k, `(B, k)`, where these
-        decode (`titok` with `keep`). Raises `ValueError` for ids out of range."""
+        """Decode `tokens` `(B, *grid.shape)`, a tensor, an array or lists, to images; or only the first k tokens,
+        `(B, k)`, if the tokenizer can decode prefixes (`titok` with `keep`). Raises `ValueError` for ids out of
+        range."""
         parts = as_tensor(tokens, self.device).split(check_count(batch_size, "batch_size"))
         images = [self.tokenizer.decode(part) for part in (self._with_bar(parts, "decoding") if progress else parts)]
         return convert_images(torch.cat(images), output_type)
 
     @serialized
     def reconstruct(self, images: Images, *, output_type: str = "pil", batch_size: int = 256) -> Any:
-        """`decode(encode(images))`: what the tokenizer keeps of them."""
+        """Return `decode(encode(images))`."""
         tokens = self.encode(images, batch_size=batch_size)
         return self.decode(tokens, output_type=output_type, batch_size=batch_size)
 
     def to_images(self, images: Images) -> Tensor:
-        """Float `(B, C, H, W)` in [-1, 1] on the pipeline's device, from images as users have them; see
-        `pictures.as_batch`. Warns once of floats that look like [0, 1]."""
+        """Convert images in any form that `pictures.as_batch` accepts to float `(B, C, H, W)` in [-1, 1] on the
+        pipeline's device. Warns once about floats that look like [0, 1]."""
         return to_images(images, self.tokenizer.image_shape).to(self.device)
 
     def batches(
         self, rows: Tensor, labels: Label | Sequence[Label], batch_size: int
     ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Yield images or tokens, `batch_size` at a time: their place among all, the rows, and their class ids or None.
-        Without any rows, yield one empty batch."""
+        """Yield batches of images or tokens: their slice, the rows, and their class ids or None. Without rows, yield
+        one empty batch."""
         check_count(batch_size, "batch_size")
         ids = self.label_ids(labels, len(rows))
         for start in self._with_bar(range(0, max(1, len(rows)), batch_size), "scoring"):
@@ -326,7 +329,7 @@ class ImagePipeline:
             yield place, rows[place], None if ids is None else ids[place]
 
     def _with_bar(self, parts: Sequence[T], what: str) -> Iterable[T]:
-        """Iterate over `parts`, with a bar if they take longer than two seconds, unless another bar is shown."""
+        """Iterate over `parts`, with a bar after two seconds unless another bar is active."""
         from tqdm import tqdm
 
         if len(parts) < 2 or len(getattr(tqdm, "_instances", ())):
@@ -336,7 +339,7 @@ class ImagePipeline:
     # Classes
 
     def label_ids(self, labels: Label | Sequence[Label], count: int) -> Tensor | None:
-        """Class ids `(count,)` of ids and names, or None. Raises `ValueError` naming what there is."""
+        """Convert labels (ids or names) to class ids `(count,)`, or None. Raises `ValueError` listing the classes."""
         if labels is None:
             return None
         values = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels
@@ -353,11 +356,11 @@ class ImagePipeline:
             return self.labels.index(label)
         if isinstance(label, (int, np.integer)) and not isinstance(label, bool) and 0 <= label < classes:
             return int(label)
-        there = f"ids 0 to {classes - 1}" + (f" or names {', '.join(self.labels)}" if self.labels else "")
-        raise ValueError(f"no class is called {label!r}; there are {there if classes else 'none: it is unconditional'}")
+        there = f"use ids 0 to {classes - 1}" + (f" or names {', '.join(self.labels)}" if self.labels else "")
+        raise ValueError(f"unknown class {label!r}; {there if classes else 'this pipeline is unconditional'}")
 
     def class_names(self, ids: Tensor) -> list[str]:
-        """The names of class ids `(B,)`, or their numbers where they have no names; "" for the null class."""
+        """Return the names of class ids `(B,)`, or their numbers if classes have no names; "" for the null class."""
         names = [*(self.labels or map(str, range(self.prior.num_classes))), ""]
         return [names[number] for number in ids.tolist()]
 
@@ -375,10 +378,11 @@ class ImagePipeline:
         num_masks: int = 1,
         batch_size: int = 256,
     ) -> Tensor:
-        """log p of each image's tokens under the prior, `(B,)` nats (of the class given; else unconditional).
+        """Return log p of each image's tokens under the prior given its label, `(B,)` nats; unconditional without
+        labels.
 
-        order, num_orders, num_masks: as in `Prior.log_prob`. Where `prior.exact` is False an image's is an unbiased
-        estimate of a lower bound, and the mean over images bounds.
+        order, num_orders, num_masks: as in `Prior.log_prob`. If `prior.exact` is False, each value is an unbiased
+        estimate of a lower bound, and the mean over images estimates a lower bound.
         """
         batch, parts = self.to_images(images), []
         for rows, part, ids in self.batches(batch, labels, batch_size):
@@ -397,17 +401,17 @@ class ImagePipeline:
         num_orders: int = 1,
         batch_size: int = 256,
     ) -> Tensor:
-        """Bits per pixel channel of each image, `(B,)`: those of its tokens under the prior plus those of its pixels
-        given the tokens; where `prior.exact` is False their mean over images is an upper bound. order, num_orders: as
-        in `Prior.log_prob`. Raises `LikelihoodError` when the tokenizer's decoder has no likelihood."""
+        """Return bits per dimension (pixel and channel) of each image, `(B,)`: bits of its tokens under the prior plus
+        bits of its pixels given the tokens. If `prior.exact` is False, their mean over images is an upper bound.
+        order, num_orders: as in `Prior.log_prob`. Raises `LikelihoodError` if the decoder has no likelihood."""
         batch, parts = self.to_images(images), []
         for rows, part, ids in self.batches(batch, labels, batch_size):
             tokens, own = self.encode_batch(part), select_order(order, rows, len(batch))
             pixels = self.tokenizer.pixel_log_prob(part, tokens)
             if pixels is None:
                 raise LikelihoodError(
-                    f"bits_per_dim needs a decoder with a likelihood, and {self.tokenizer.name!r} as it was "
-                    "trained has none; log_prob gives the prior's part alone"
+                    f"bits_per_dim needs a decoder with a likelihood, which this {self.tokenizer.name!r} lacks; "
+                    "log_prob gives the prior's part alone"
                 )
             parts.append(self.prior.log_prob(tokens, ids, own, num_orders) + pixels)
         return -torch.cat(parts) / (batch.shape[1:].numel() * np.log(2))
@@ -430,13 +434,14 @@ class ImagePipeline:
 
     @serialized
     def compress(self, images: Any, *, lossless: bool = False, progress: bool = True) -> bytes:
-        """A stream from which this pipeline, and no other, decodes the same tokens, in any batch, on any machine.
+        """Compress images to a stream from which only this pipeline decodes the same tokens, in any batch, on any
+        machine.
 
-        images: PIL images of exactly the pipeline's size, uint8 or float `(B, C, H, W)`. lossless: keep every pixel,
-        by a decoder with a likelihood or a `pixels` tokenizer; else the tokens, whose images `decompress` gives: those
-        of two machines differ by one grey level in some pixels, as the decoder's float32 rounds otherwise there.
-        Raises `ValueError` for images of another size (lossless: or of more than 8 bits), `LikelihoodError` where
-        lossless cannot be, and `StreamError` without the package constriction.
+        images: PIL images of exactly the pipeline's size, uint8 or float `(B, C, H, W)`. lossless: store every pixel;
+        needs a decoder with a likelihood or a `pixels` tokenizer. Otherwise only tokens are stored; the images that
+        two machines decode from them may differ by one grey level in some pixels, because the decoder's float32
+        rounds differently. Raises `ValueError` for images of another size (lossless: or of more than 8 bits),
+        `LikelihoodError` if lossless is not possible, and `StreamError` without the package constriction.
         """
         several, shape = [images] if isinstance(images, PILImage) else images, self.tokenizer.image_shape
         if isinstance(several, (list, tuple)):
@@ -453,12 +458,13 @@ class ImagePipeline:
         max_images: int | None = None,
         progress: bool = True,
     ) -> Any:
-        """The images of a stream, all of them or an error: of the same tokens as were compressed, and of the same
-        pixels if it was lossless, else to within one grey level (of float32 weights). batch_size: images evaluated at a
-        time, a whole chunk if None; tokens do not depend on it. max_images: refuse a stream of more.
+        """Decompress a stream to all of its images, or raise an error. Tokens equal those that were compressed, and so
+        do pixels if the stream is lossless; otherwise pixels agree to within one grey level (for float32 weights).
+        batch_size: images evaluated at a time, a whole chunk if None; tokens do not depend on it. max_images: refuse
+        streams of more images.
 
-        Raises `StreamError`: `DamagedStream` for one that is damaged, `ModelMismatch` for one of another pipeline, or
-        of a machine that computes other probabilities.
+        Raises `StreamError`: `DamagedStream` if it is damaged, `ModelMismatch` if it was made by another pipeline or on
+        a machine that computes other probabilities.
         """
         check_output_type(output_type)
         images = decompress(self, data, batch_size=batch_size, max_images=max_images, progress=progress)
@@ -470,13 +476,13 @@ class ImagePipeline:
     def save_pretrained(
         self, folder: str | Path, *, variant: str | None = None, sample_grid: np.ndarray | None = None
     ) -> None:
-        """Write the pipeline folder, whole or not at all; an older pipeline there is replaced.
+        """Write the pipeline folder atomically, replacing an older pipeline there.
 
-        variant: "fp16" or "bf16" rounds the weights of all models to that type (except those that are always float32),
-        into files such as `tokenizer/model.fp16.safetensors`; a folder holds one variant. sample_grid: uint8 (H, W, 3),
-        shown on the model card. Raises `PathError` if `folder` holds something else, `LimitError` for a grid that could
-        not be loaded again, `ValueError` for weights that the type cannot hold, `IntegrityError` where a part was
-        replaced by one that does not fit the other.
+        variant: "fp16" or "bf16" rounds the weights of all models to that type (except those that are always float32)
+        and stores them in files such as `tokenizer/model.fp16.safetensors`; a folder holds one variant. sample_grid:
+        uint8 (H, W, 3), shown on the model card. Raises `PathError` if `folder` holds something else, `LimitError` for
+        a grid too large to be loaded again, `ValueError` for weights out of the type's range, `IntegrityError` if a
+        model was replaced by one that does not fit the other.
         """
         self.sample_grid = self.sample_grid if sample_grid is None else sample_grid
         saving.save(self, folder, variant)
@@ -495,12 +501,11 @@ class ImagePipeline:
         device: str | torch.device | None = None,
         verify: bool = True,
     ) -> P:
-        """Load from a folder, a Hub id, or by the name of a pipeline that comes with the package (`digits`). Raises a
-        `PipelineLoadError` naming file, field, what was found and what is allowed.
+        """Load a pipeline from a folder, a Hub id, or the name of one that comes with the package (`digits`). Raises a
+        `PipelineLoadError` that names the file, the field, what was found and what is allowed.
 
-        variant: "fp16" or "bf16", where the weights are such; None takes what is there. dtype: of the weights in
-        memory; "auto" is what the file holds, None is float32. verify: compare the sha256 of every file with the
-        manifest.
+        variant: "fp16" or "bf16"; None takes the one in the folder. dtype: of the weights in memory; "auto" keeps that
+        of the file, None is float32. verify: compare the sha256 of every file with the manifest.
         """
         folder = saving.find_pipeline(
             source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
@@ -520,10 +525,10 @@ class ImagePipeline:
         variant: str | None = None,
         commit_message: str = "Upload pipeline",
     ) -> Any:
-        """Create the Hub repository if needed and upload the pipeline folder, with model card and sample grid, in one
-        commit (revision: to this branch; create_pr: in a pull request). The commit removes files of an earlier pipeline
-        and keeps all others. The name of a local folder of training images is left out. variant: as in
-        `save_pretrained`.
+        """Upload the pipeline folder with model card and sample grid in one commit, creating the Hub repository if
+        needed. revision: the branch. create_pr: open a pull request. variant: as in `save_pretrained`. The commit
+        removes files of an earlier pipeline and keeps all others. The path of a local folder of training images is not
+        published.
 
         Returns huggingface_hub's `CommitInfo`. Raises `PushError`, an `OSError`, with the reason in one line.
         """
@@ -546,8 +551,8 @@ class ImagePipeline:
             )
 
     def sample_picture(self, count: int = SAMPLED, seed: int = 0, group: ProcessGroup = ALONE) -> np.ndarray:
-        """A grid of samples at the pipeline's settings, one class per column (of at most ten), whose name is on top,
-        uint8 (H, W, 3). Each process of the group draws some of them."""
+        """Return a grid of samples with the pipeline's settings, uint8 (H, W, 3), one class per column (at most ten)
+        with its name on top. The processes of the group share the sampling."""
         columns = min(10, self.prior.num_classes) or 10
         size = -(-count // group.world)
 
@@ -564,20 +569,20 @@ class ImagePipeline:
 
     @property
     def components(self) -> dict[str, Any]:
-        """The models by the names of their arguments: `ImagePipeline(**pipe.components, labels=pipe.labels)` is
-        another pipeline of the same models."""
+        """The models by argument name: `ImagePipeline(**pipe.components, labels=pipe.labels)` is another pipeline with
+        the same models."""
         models = {"tokenizer": self.tokenizer, "prior": self.prior, saving.BACKGROUND: self.background}
         return {name: model for name, model in models.items() if model is not None}
 
     def set_background(self, prior: Prior) -> None:
-        """Keep a background prior beside the prior: one trained on perturbed tokens (`method="ratio"`). Raises
+        """Set the background prior, trained on perturbed tokens, for `anomaly_score(method="ratio")`. Raises
         `IntegrityError` for a prior over other tokens or classes."""
         saving.check_fit(self.tokenizer, self.prior, prior)
         self.background = prior.eval()
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.prior.device
 
     @property
@@ -589,8 +594,8 @@ class ImagePipeline:
     def to(
         self: P, device: str | int | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None
     ) -> P:
-        """Move all models to `device`, and change the type of their weights; returns itself. As for torch's modules a
-        dtype may come first if it is alone: `to("cuda")`, `to(torch.bfloat16)`, `to("cuda", torch.bfloat16)`."""
+        """Move all models to `device`, convert their weights to `dtype`, and return the pipeline. As in torch, a single
+        argument may be a dtype: `to("cuda")`, `to(torch.bfloat16)`, `to("cuda", torch.bfloat16)`."""
         if isinstance(device, torch.dtype):
             if dtype is not None:
                 raise TypeError(f"to() takes a device, a dtype, or a device and then a dtype (got {device}, {dtype})")
@@ -601,14 +606,14 @@ class ImagePipeline:
         return self
 
     def set_progress_bar_config(self, **options: Any) -> None:
-        """Arguments of `tqdm` for the bars of long calls: `disable`, `leave`, `desc`, ... A call replaces those before;
-        without any, the bars are as they were. Calls that are under way keep theirs."""
+        """Set arguments of `tqdm` for the bars of long calls: `disable`, `leave`, `desc`, ... They replace those set
+        before; without arguments the defaults return. Running calls are not affected."""
         self.progress_bar_config = options
 
 
 def make_generators(seed: int | None, generator: Generators, count: int) -> Generators:
-    """A generator per image, of seed + k; without a seed, `generator`. Raises `ValueError` if both are given, for a
-    seed that torch does not take, and for a list of another length."""
+    """Return one generator per image, seeded with seed + k, or `generator` if there is no seed. Raises `ValueError` if
+    both are given, for a seed that torch does not accept, and for a list of another length."""
     if seed is None:
         if isinstance(generator, Sequence) and len(generator) != count:
             raise ValueError(f"got {len(generator)} generators for {count} images; give one, or one per image")
@@ -617,13 +622,15 @@ def make_generators(seed: int | None, generator: Generators, count: int) -> Gene
         raise ValueError("give seed or generator, not both")
     first = whole_number("seed", seed)
     if not LOWEST_SEED <= first <= LAST_SEED + 1 - count:
-        raise ValueError(f"seed: that of each image, seed + k, must be from -2^63 to 2^64 - 1 (got {first})")
+        raise ValueError(f"seed: the seed of each image, seed + k, must be from -2^63 to 2^64 - 1 (got {first})")
     return [torch.Generator().manual_seed(first + k) for k in range(count)]
 
 
 def count_images(num_images: int | None, labels: Any, per_label: int | None = None) -> tuple[int, Any]:
-    """How many images, and the label of each or of all: `num_images`, or one per label, or `per_label` of each label.
-    Raises `ValueError` below 1, and for both counts."""
+    """Return the number of images (`num_images`, or one per label, or `per_label` per label) and the label of each or
+    of all. Raises `ValueError` below 1 and if both counts are given, `TypeError` for a text prompt."""
+    if isinstance(num_images, str):
+        raise TypeError(f"num_images should be a number (got {num_images!r}); {NO_TEXT}")
     if isinstance(labels, (Tensor, np.ndarray)):
         labels = labels.tolist()
     several = isinstance(labels, Iterable) and not isinstance(labels, str)

@@ -23,7 +23,7 @@ from .files import replace_file
 JOB = "job.json"
 MAX_DIFFERENCES = 4  # quoted in an error
 TEMPORARY = re.compile(r"\.(?:tmp|del)-(?P<name>.+)-[0-9a-f]{8}(?:\.\w+)?")
-"""Names that `tokenizer.files.temporary_name` makes of a name."""
+"""Names made by `tokenizer.files.temporary_name`."""
 
 
 class OtherJobError(PathError):
@@ -69,7 +69,7 @@ def begin_job(folder: Path, job: dict[str, Any], is_result: Callable[[str], bool
 def require_begun(folder: Path) -> None:
     """Raise `UserError` unless this process sees the folder that the main process created."""
     if not (folder / JOB).is_file():
-        raise UserError(f"out: {folder} cannot be seen from here; all processes have to see the same disk")
+        raise UserError(f"out: {folder} is not visible to every process; all processes must share the same disk")
 
 
 def remove_temporary(folder: Path, is_ours: Callable[[str], bool]) -> None:

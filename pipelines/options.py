@@ -1,4 +1,4 @@
-"""Settings that several verbs share, and the images that a user names on the command line."""
+"""Settings shared by several verbs, and image arguments of the command line."""
 
 from __future__ import annotations
 
@@ -28,39 +28,39 @@ if TYPE_CHECKING:
 DEVICE = "cpu, cuda, mps or auto"
 TEMPERATURE, GUIDANCE_SCALE = "below 1 is safer, 0 is greedy", "above 1 exaggerates the class"
 Named = int | str | list[int | str] | None
-"""Image files, folders of images, or indices of a split; or classes, by id or name."""
+"""Image files, folders of images, or indices into a split; or classes, by id or name."""
 
 
 class UsesPipeline(Config):
-    """Base of the verbs that load a pipeline."""
+    """Base class for verbs that load a pipeline."""
 
     pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     device: str = Field("auto", description=DEVICE)
 
     def load_pipeline(self) -> ImagePipeline:
-        """The pipeline on its device. Raises `PipelineLoadError`, or `UserError` for a device that is not there."""
+        """Load the pipeline onto its device. Raises `PipelineLoadError`, or `UserError` if there is no such device."""
         from .image_pipeline import ImagePipeline
 
         return ImagePipeline.from_pretrained(self.pipeline, device=choose_device(self.device))
 
 
 class UsesImages(UsesPipeline):
-    """Base of the verbs that load a pipeline and a data set."""
+    """Base class for verbs that load a pipeline and a data set."""
 
     data: Annotated[DataConfig, Of("pipeline")] = Field(
         DataConfig(), description="the images; defaults to those the pipeline was trained on"
     )
 
     def load_images(self, pipeline: ImagePipeline, part: str = "held_out") -> Splits:
-        """The images, of the pipeline's shape. Raises `UserError` for another shape, and where some of this `part`,
-        "validation" or "held_out", were trained on."""
+        """Load the images in the pipeline's shape. Raises `UserError` for another shape, and if some images of this
+        `part` ("validation" or "held_out") were used in training."""
         check_shape(self.data, pipeline.tokenizer.image_shape)
         require_unseen(self.data, trained_data(pipeline.provenance), part)
         return load_images(self.data)
 
 
 class UsesTokenizer(Config):
-    """Base of the verbs that load a tokenizer and a data set."""
+    """Base class for verbs that load a tokenizer and a data set."""
 
     tokenizer: TokenizerFolder = Field(
         description="folder of a tokenizer, a run or a pipeline, or a tokenizer's Hub id"
@@ -71,8 +71,8 @@ class UsesTokenizer(Config):
     device: str = Field("auto", description=DEVICE)
 
     def load_with_images(self) -> tuple[Tokenizer, ImageDataset]:
-        """The tokenizer on its device, and the held-out images. Raises `UserError` for images of another shape than the
-        tokenizer's, and where some were trained on."""
+        """Load the tokenizer onto its device, and the held-out images. Raises `UserError` for images of another shape,
+        and if some of them were used in training."""
         from tokenizer import Tokenizer
 
         folder = tokenizer_folder(self.tokenizer)
@@ -83,32 +83,34 @@ class UsesTokenizer(Config):
 
 
 class Sampling(Config):
-    """Settings of sampling. What is not given is as the pipeline has it."""
+    """Settings of sampling. They default to the pipeline's own."""
 
     temperature: float | None = Field(None, ge=0, description=TEMPERATURE)
-    top_k: int | None = Field(None, ge=1, description="draw from the k likeliest ids only")
-    top_p: float | None = Field(None, gt=0, le=1, description="draw from the likeliest ids of this mass only")
+    top_k: int | None = Field(None, ge=1, description="sample only from the k most likely ids")
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="sample only from the most likely ids with this total probability"
+    )
     guidance_scale: float | None = Field(None, ge=0, description=GUIDANCE_SCALE)
     guidance_end: float | None = Field(
         None,
         ge=0,
-        description="guidance goes from guidance_scale at the first token to this at the last; null: constant",
+        description="guidance changes from guidance_scale at the first token to this at the last; null: constant",
     )
     guidance_power: float | None = Field(
-        None, gt=0, description="and does so by a power-cosine: the higher, the later; null: in a straight line"
+        None, gt=0, description="exponent of a power-cosine schedule of guidance: the higher, the later; null: linear"
     )
     steps: int | None = Field(
-        None, ge=1, description="decode a masked-token prior in this many passes: quicker, not exact"
+        None, ge=1, description="decode a masked-token prior in this many passes: faster, but not exact"
     )
 
     def sampling_settings(self) -> dict[str, Any]:
-        """The settings of sampling that were given, by name."""
+        """Return the sampling settings that were given, by name."""
         return self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
 
 
 def choose_images(named: Named, most: int, shape: tuple[int, int, int], held_out: Callable[[], ImageDataset]) -> Tensor:
-    """The images that a user named, uint8 `(B, C, H, W)` of this `shape`: files, at most `most` of the files in
-    folders, evenly spread, or indices of the held-out images; by default `most` of these. Raises `UserError`."""
+    """Load the images that a user named, uint8 `(B, C, H, W)` of this `shape`: files, up to `most` evenly spread files
+    of folders, or indices of held-out images; by default `most` held-out images. Raises `UserError`."""
     paths, indices = split_named(named)
     if paths:
         files = find_image_files(paths)
@@ -122,8 +124,8 @@ def choose_images(named: Named, most: int, shape: tuple[int, int, int], held_out
 
 
 def find_image_files(paths: list[str]) -> list[Path]:
-    """The image files among `paths` and in the folders among them, each folder's sorted by name. Raises `UserError` for
-    a path that does not exist and where there is no image at all."""
+    """Return the image files among `paths` and in the folders among them, sorted by name within each folder. Raises
+    `UserError` for a path that does not exist, and if there are no images."""
     files: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
@@ -135,8 +137,8 @@ def find_image_files(paths: list[str]) -> list[Path]:
 
 
 def read_images(files: list[Path], shape: tuple[int, int, int]) -> Tensor:
-    """Image files, resized and cropped to `shape` (C, H, W), as uint8 `(B, C, H, W)`. Raises `UserError` with a line
-    for each file that cannot be decoded."""
+    """Read image files, resized and cropped to `shape` (C, H, W), as uint8 `(B, C, H, W)`. Raises `UserError` with one
+    line per file that cannot be decoded."""
     decoded = [try_decode(file, shape) for file in files]
     problems = [
         f"images: {file}: {pixels}" for file, pixels in zip(files, decoded, strict=True) if isinstance(pixels, str)
@@ -147,8 +149,7 @@ def read_images(files: list[Path], shape: tuple[int, int, int]) -> Tensor:
 
 
 def split_named(images: Named) -> tuple[list[str], list[int]]:
-    """The paths and the indices of images that a user named, one of the two empty. Raises `UserError` where both are
-    given."""
+    """Return the paths and the indices of the images that a user named. Raises `UserError` if both are given."""
     named = [] if images is None else images if isinstance(images, list) else [images]
     paths, indices = (
         [part for part in named if isinstance(part, str)],

@@ -1,4 +1,4 @@
-"""Batches made ahead of time by a thread, and copied to the device without waiting."""
+"""Prefetching of batches in a thread, and asynchronous copies to the device."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 T = TypeVar("T")
 Made = TypeVar("Made")
-AHEAD = 2  # one may take longer than the use of another, if the next takes less
+AHEAD = 2  # two, so that one slow batch can be made up for by a fast one
 
 
 def prefetch(make: Callable[[T], Made], items: Iterable[T], ahead: int = AHEAD) -> Generator[Made, None, None]:
-    """Yield what `make` returns for each item, in their order, made by one thread, `ahead` of them in advance.
+    """Yield `make(item)` for each item in order, computed by one thread up to `ahead` items in advance.
 
-    An error comes out where its item is due. Once closed, nothing more is made; closing waits for what is being made.
+    An error is raised when its item is due. Closing the generator waits for the current item and cancels the rest.
     """
     waiting: deque[Future[Made]] = deque()
     with ThreadPoolExecutor(1, "ahead") as pool:
@@ -34,10 +34,10 @@ def prefetch(make: Callable[[T], Made], items: Iterable[T], ahead: int = AHEAD) 
 
 
 def pin_memory(batch: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the batch with its tensors in pinned memory, from which a GPU copies them while the host goes on."""
+    """Return the batch with its tensors in pinned memory, which allows asynchronous copies to a GPU."""
     return tuple(part.pin_memory() if isinstance(part, Tensor) else part for part in batch)
 
 
 def to_device_async(batch: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
-    """Return the batch with its tensors on their way to the device; what is computed with them there waits for them."""
+    """Start asynchronous copies of the batch to the device; work queued there later waits for them."""
     return tuple(part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in batch)

@@ -1,4 +1,4 @@
-"""Where a model comes from: the data it was trained on, saved beside it, and used as defaults by the verbs."""
+"""Provenance of a model: the data it was trained on, saved beside it and used as defaults by the verbs."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from .saving import INDEX, located
 
 IN_RUN = Within("tokenizer", CONFIG)
 TokenizerFolder = Annotated[str, IN_RUN]
-"""A tokenizer's folder, the run or the pipeline that it is in, or a Hub id."""
+"""A tokenizer's folder, a run or pipeline that contains it, or a Hub id."""
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """The data that the pipeline named on the command line was trained on."""
+    """Return the training data of the pipeline named on the command line."""
     return {"data": data_beside(file_of(str(located(str(given.get("pipeline") or ""))), PROVENANCE))}
 
 
 def tokenizer_defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """The data that the tokenizer named on the command line, or the pipeline named there, was trained on."""
+    """Return the training data of the tokenizer or pipeline named on the command line."""
     return {"data": data_of(str(given.get("tokenizer") or ""))}
 
 
 def data_of(tokenizer: str) -> dict[str, Any]:
-    """The settings of the images that a tokenizer was trained on, where it says so. Raises `FormatError`."""
+    """Return the settings of the images that a tokenizer was trained on, if recorded. Raises `FormatError`."""
     source = tokenizer_folder(tokenizer)
     pipeline = Path(source).parent
-    in_pipeline = (pipeline / INDEX).is_file()  # which says it once, for both models
+    in_pipeline = (pipeline / INDEX).is_file()  # a pipeline records them once for both models
     return data_beside(file_of(str(pipeline) if in_pipeline else source, PROVENANCE))
 
 
 def file_of(source: str, name: str) -> Path | None:
-    """The file `name` of a model, in its folder or, of a Hub id, in the cache; None where it cannot be found: loading
-    the model will say why."""
+    """Return the file `name` of a model, in its folder or, for a Hub id, in the cache; None if it cannot be found (the
+    error is left to loading the model)."""
     if not source:
         return None
     path = Path(source) / name if Path(source).is_dir() else fetched(source, name)
@@ -49,7 +49,7 @@ def file_of(source: str, name: str) -> Path | None:
 
 
 def data_beside(path: Path | None) -> dict[str, Any]:
-    """The settings of the images in the file `path`, a `provenance.json`; none where there is no such file. Raises
+    """Return the settings of the images in the `provenance.json` at `path`, empty if there is no file. Raises
     `FormatError`."""
     found = {} if path is None else read_json(path).get("data", {})
     if not isinstance(found, dict):
@@ -58,8 +58,8 @@ def data_beside(path: Path | None) -> dict[str, Any]:
 
 
 def trained_data(provenance: dict[str, Any]) -> DataConfig | None:
-    """The settings of the images that a model says it was trained on; None where it says nothing, or what this version
-    does not read."""
+    """Return the settings of the images that a model was trained on; None if they are not recorded or not valid in this
+    version."""
     found = provenance.get("data")
     try:
         return DataConfig.model_validate(found) if isinstance(found, dict) and found else None
@@ -68,22 +68,21 @@ def trained_data(provenance: dict[str, Any]) -> DataConfig | None:
 
 
 def tokenizer_folder(source: str) -> str:
-    """`source`, or the tokenizer in it when it is a run of one, or a pipeline: a folder, its run, or one that comes
-    with the package."""
+    """Return the tokenizer's folder if `source` is a run, a pipeline or a shipped pipeline's name, else `source`."""
     source = str(located(source))
     within = [path for path in (Path(source), Path(source) / "pipeline") if (path / INDEX).is_file()]
     return str(within[0] / "tokenizer") if within else str(IN_RUN.resolve(source))
 
 
 def read_with(tokenizer: str) -> str:
-    """What nothing may be written into while a tokenizer is read: its folder, or the pipeline that it is in, which
-    holds nothing but what its manifest lists."""
+    """Return the folder that must not be written to while a tokenizer is read: its own, or the pipeline that contains
+    it, in which every file must be in the manifest."""
     pipeline = Path(tokenizer_folder(tokenizer)).parent
     return str(pipeline) if (pipeline / INDEX).is_file() else tokenizer
 
 
 def save_tokenizer(model: Any, folder: Path, provenance: dict[str, Any]) -> None:
-    """`save_pretrained`, and `provenance.json` beside the weights, from which later stages learn the data source."""
+    """Save a tokenizer with a `provenance.json` that tells later stages its data source."""
     with atomic_folder(folder, kind=Tokenizer.folder_kind()) as target:
         model.save_pretrained(target)
         write_json(target / PROVENANCE, provenance)

@@ -1,8 +1,8 @@
-"""Images as vectors: activations of the prior, or the tokenizer's codes, or plain pixels, pooled over positions.
+"""Image embeddings: activations of the prior, the tokenizer's codes, or plain pixels, pooled over positions.
 
-iGPT (Chen et al. 2020, "Generative Pretraining from Pixels"): the best features of a model that predicts pixels are in
-its middle, normalised at each position and averaged over positions. Their worth only shows beside the codes and the
-pixels from which they are computed.
+The best features of a model that predicts pixels are in its middle layers, normalised at each position and averaged
+over positions (iGPT: Chen et al. 2020, "Generative Pretraining from Pixels"). Codes and pixels, from which they are
+computed, are the baselines to compare with.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ POOLS = {
     "codes": ("mean",),
     "embeddings": ("flatten", "mean"),
 }
-"""How each source may be pooled over positions; the first is its default."""
+"""The ways to pool each source over positions, the default first."""
 Layer = str | int | None
 
 
@@ -38,15 +38,15 @@ def embed(
     labels: Any = None,
     batch_size: int = 64,
 ) -> Tensor:
-    """Vectors `(B, dim)` float32 of images (PIL, uint8 or float in [-1, 1]), on the pipeline's device.
+    """Return vectors `(B, dim)` float32 of images (PIL, uint8 or float in [-1, 1]), on the pipeline's device.
 
     layer: `3` or `"prior.3"` is the prior's layer 3 (`Prior.features`), each position normalised to mean 0 and variance
-    1; None is its middle one. `"codes"` is the share of each id among the tokens, `"embeddings"` the tokens' vectors
-    (the colours they are decoded to, where the tokenizer has no quantizer), `"pixels"` the images. pool: `"mean"` over
-    positions, `"flatten"`, or `"last"`: the prior's last position, which alone has seen nearly all; None is `"mean"`
+    1; None is the middle layer. `"codes"` is the share of each id among the tokens, `"embeddings"` the tokens' vectors
+    (their decoded colours if the tokenizer has no quantizer), `"pixels"` the images. pool: `"mean"` over positions,
+    `"flatten"`, or `"last"`: the last position in the prior's order, which has seen nearly all tokens; None is `"mean"`
     for the prior and codes, `"flatten"` for embeddings and pixels. labels: classes given to the prior; None is the
-    null class. The result does not depend on `batch_size`, except for rounding. Raises `ValueError` for a layer or pool
-    that is not there, naming those that are.
+    null class. The result does not depend on `batch_size`, up to rounding. Raises `ValueError` for an unknown layer or
+    pool, listing those available.
     """
     return embed_layers(pipeline, images, [layer], pool=pool, labels=labels, batch_size=batch_size)[0]
 
@@ -61,19 +61,21 @@ def embed_layers(
     labels: Any = None,
     batch_size: int = 64,
 ) -> list[Tensor]:
-    """`embed` of each of `layers`, from one pass."""
+    """Return `embed` for each of `layers`, computed in one pass."""
     chosen = [choose_layer(pipeline, layer) for layer in layers]
     pools = [choose_pool(source, pool) for source, _ in chosen]
     given = as_batch(images, pipeline.tokenizer.image_shape)
     if not len(given):
-        raise ValueError("images: there are none")
+        raise ValueError("no images given")
     if given.dtype != torch.uint8:
         given = pipeline.to_images(given)
     parts = []
     for _, part, ids in pipeline.batches(given, labels, batch_size):
-        floats = to_float(part) if part.dtype == torch.uint8 else part  # of all images, they might not fit into memory
+        floats = (
+            to_float(part) if part.dtype == torch.uint8 else part
+        )  # per batch, because all images might not fit into memory
         maps = position_vectors(pipeline, floats.to(pipeline.device), ids, chosen)
-        parts.append([pooled(each, how, pipeline) for each, how in zip(maps, pools, strict=True)])
+        parts.append([pool_positions(each, how, pipeline) for each, how in zip(maps, pools, strict=True)])
     return [torch.cat(each) for each in zip(*parts, strict=True)]
 
 
@@ -88,35 +90,37 @@ def nearest(
     labels: Any = None,
     batch_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """The `k` of `vectors` (n, dim), which `embed` made of other images with the same arguments, that are nearest to
-    each image: their indices `(B, k)`, nearest first, and cosine distances `(B, k)` from 0 (the same direction) to 2.
-    Raises `ValueError` as `embed` does, for vectors of another width, and unless 1 <= k <= n."""
+    """Find the `k` nearest of `vectors` (n, dim) to each image: indices `(B, k)`, nearest first, and cosine distances
+    `(B, k)` from 0 (the same direction) to 2. vectors: made by `embed` with the same arguments. Raises `ValueError` as
+    `embed` does, for vectors of another width, and unless 1 <= k <= n."""
     queries = embed(pipeline, images, layer=layer, pool=pool, labels=labels, batch_size=batch_size)
     if vectors.ndim != 2 or vectors.shape[1] != queries.shape[1]:
         shape = tuple(vectors.shape)
-        raise ValueError(f"vectors should be of shape (n, {queries.shape[1]}), as embed makes them (got {shape})")
+        raise ValueError(f"vectors should be of shape (n, {queries.shape[1]}), as returned by embed (got {shape})")
     return nearest_neighbours(vectors.to(queries), queries, k)
 
 
 def layer_names(pipeline: ImagePipeline) -> list[str]:
-    """All that `embed` takes as `layer`."""
+    """Return all names that `embed` accepts as `layer`."""
     return ["pixels", "codes", "embeddings", *(f"prior.{index}" for index in range(pipeline.prior.feature_layers))]
 
 
 def choose_layer(pipeline: ImagePipeline, layer: Layer) -> tuple[str, int]:
-    """The source that `layer` names, and which of the prior's layers (0 for another source). Raises `ValueError`."""
+    """Return the source that `layer` names and the index of the prior's layer (0 for other sources). Raises
+    `ValueError`."""
     names, count = layer_names(pipeline), pipeline.prior.feature_layers
     if layer is None and count:
         layer = count // 2
     name = f"prior.{layer}" if type(layer) is int else layer
     if name not in names:
-        raise ValueError(f"layer should be one of {', '.join(names)}, or the number of a prior's (got {layer!r})")
+        numbers = f" or an int from 0 to {count - 1}" if count else ""
+        raise ValueError(f"layer should be one of {', '.join(names)}{numbers} (got {layer!r})")
     source, _, index = name.partition(".")
     return source, int(index or 0)
 
 
 def choose_pool(source: str, pool: str | None) -> str:
-    """How to pool what comes from `source`; None is its default. Raises `ValueError`."""
+    """Return how to pool `source`; `pool` None is its default. Raises `ValueError`."""
     if pool is not None and pool not in POOLS[source]:
         whose = "a layer of the prior" if source == "prior" else source
         raise ValueError(f"pool should be {' or '.join(POOLS[source])} for {whose} (got {pool!r})")
@@ -126,7 +130,7 @@ def choose_pool(source: str, pool: str | None) -> str:
 def position_vectors(
     pipeline: ImagePipeline, images: Tensor, labels: Tensor | None, chosen: Sequence[tuple[str, int]]
 ) -> list[Tensor]:
-    """For each of `chosen`, `(B, positions, dim)` float32; codes come as their shares, `(B, 1, vocab_size)`."""
+    """Return `(B, positions, dim)` float32 for each of `chosen`; for codes their shares, `(B, 1, vocab_size)`."""
     tokens = pipeline.encode_batch(images)
     wanted = [index for source, index in chosen if source == "prior"]
     layers = iter(pipeline.prior.layer_features(tokens, labels, wanted) if wanted else [])
@@ -144,35 +148,35 @@ def position_vectors(
 
 
 def code_shares(tokens: Tensor, vocab_size: int) -> Tensor:
-    """The bag of codes: the share of each id among an image's tokens, `(B, vocab_size)`; where they are is lost."""
+    """Return the share of each id among an image's tokens, `(B, vocab_size)`: a bag of codes."""
     ids = tokens.flatten(1).long()
     counts = torch.zeros(len(ids), vocab_size, device=ids.device)
     return counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype)) / ids.shape[1]
 
 
 def code_vectors(pipeline: ImagePipeline, tokens: Tensor) -> Tensor:
-    """The vectors `(B, dim, *spatial)` that tokens stand for: the quantizer's, else the colours they are decoded to."""
+    """Return the quantizer's vectors of tokens, `(B, dim, *spatial)`; without a quantizer, their decoded colours."""
     quantizer = getattr(pipeline.tokenizer, "quantizer", None)
     return pipeline.tokenizer.decode(tokens) if quantizer is None else quantizer.lookup(tokens)
 
 
-def pooled(vectors: Tensor, pool: str, pipeline: ImagePipeline) -> Tensor:
-    """`(B, positions, dim)` to `(B, dim)`, or to `(B, positions * dim)` with `"flatten"`."""
+def pool_positions(vectors: Tensor, pool: str, pipeline: ImagePipeline) -> Tensor:
+    """Pool `(B, positions, dim)` to `(B, dim)`, or to `(B, positions * dim)` with `"flatten"`."""
     if pool == "flatten":
         return vectors.flatten(1)
     if pool == "mean":
         return vectors.mean(1)
-    # Units that belong to no position (MADE's) come as a single one.
+    # MADE's units belong to no position; they come as a single one.
     return vectors[:, pipeline.prior.position_order[-1] if vectors.shape[1] > 1 else 0]
 
 
 def nearest_neighbours(index: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` rows of `index` (n, dim) nearest to each of `queries` (B, dim), nearest first: ids `(B, k)`, and cosine
-    distances `(B, k)` from 0 (the same direction) to 2. Raises `ValueError` unless 1 <= k <= n."""
+    """Find the `k` rows of `index` (n, dim) nearest to each of `queries` (B, dim): ids `(B, k)`, nearest first, and
+    cosine distances `(B, k)` from 0 (the same direction) to 2. Raises `ValueError` unless 1 <= k <= n."""
     if not 1 <= k <= len(index):
         raise ValueError(f"k must be from 1 to {len(index)}, the number of images searched (got {k})")
     index, parts = F.normalize(index, dim=1), []
     for part in F.normalize(queries, dim=1).split(256):
         parts.append((part @ index.t()).topk(k))
     distances = 1 - torch.cat([part.values for part in parts])
-    return torch.cat([part.indices for part in parts]), distances.clamp(0, 2)  # rounding goes a hair beyond
+    return torch.cat([part.indices for part in parts]), distances.clamp(0, 2)  # rounding may exceed the range slightly

@@ -1,4 +1,4 @@
-"""The folder of a pipeline: `model_index.json` and what lies beside it, written, read, and found by name."""
+"""Reading, writing and locating the folder of a pipeline: `model_index.json` and the files beside it."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ FILES = [INDEX, PROVENANCE, CARD, GRID, CALIBRATION, MANIFEST] + [
 
 
 PipelineFolder = Annotated[str, Within("pipeline", INDEX)]
-"""A pipeline's folder, the run that it is in, or a Hub id."""
+"""A pipeline's folder, a run that contains it, or a Hub id."""
 PIPELINE = FolderKind("a pipeline", INDEX, lambda index: index.get("_class_name") == "ImagePipeline")
 
 
 class IndexFile(BaseModel):
-    """The content of `model_index.json`, except its class and version, which are checked before."""
+    """The content of `model_index.json`; its class and version are checked separately."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -81,13 +81,13 @@ class IndexFile(BaseModel):
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Read `model_index.json`, every field checked. Raises `FormatError` or `ConfigError`."""
+    """Read and validate `model_index.json`. Raises `FormatError` or `ConfigError`."""
     path, index = folder / INDEX, read_json(folder / INDEX)
     version = index.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise FormatError(
             f"{path}: format_version: found {quote(version)}, this version of smalti reads {FORMAT_VERSION}; a newer "
-            "smalti may read it"
+            "version may read it"
         )
     if index.get("_class_name") != "ImagePipeline":
         raise FormatError(f"{path}: _class_name: found {quote(index.get('_class_name'))}, expected 'ImagePipeline'")
@@ -100,8 +100,8 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def make_sampler(prior: Prior, settings: dict[str, Any]) -> SamplingOptions:
-    """The default settings of sampling from a prior. Raises `ConfigError` for one that the prior does not have or that
-    is out of range."""
+    """Return the default sampling settings of a prior. Raises `ConfigError` for unknown settings and values out of
+    range."""
     try:
         sampler = prior.make_sampling_options(**settings)
         prior.check_sampling_options(sampler)
@@ -111,27 +111,27 @@ def make_sampler(prior: Prior, settings: dict[str, Any]) -> SamplingOptions:
 
 
 def check_listed(folder: Path, manifest: dict[str, Any]) -> None:
-    """Raise `IntegrityError` for a file of a pipeline that the manifest does not list."""
+    """Raise `IntegrityError` if the manifest does not list a file of the pipeline."""
     unlisted = [name for name in FILES if name not in {MANIFEST, *manifest["files"]} and (folder / name).exists()]
     if unlisted:
         raise IntegrityError(f"{folder / MANIFEST}: files: does not list {', '.join(unlisted)}")
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Raise `ConfigError` for a name that cannot be printed as it is: a terminal would obey it."""
+    """Raise `ConfigError` for a name with unprintable characters, such as terminal escape sequences."""
     for label in labels:
         if not is_class_name(label):
-            raise ConfigError(f"{INDEX}: labels: {quote(label)} is no name: at most {LONGEST} printable characters")
+            raise ConfigError(f"{INDEX}: labels: {quote(label)} should be at most {LONGEST} printable characters")
 
 
 class DataFacts(BaseModel):
-    """What the model card shows of the images."""
+    """Facts about the images on the model card."""
 
     source: Text | None = None
 
 
 class TrainingFacts(BaseModel):
-    """What the model card shows of how a model was trained."""
+    """Facts about training on the model card."""
 
     steps: Number = 0
     minutes: Number = 0
@@ -139,7 +139,7 @@ class TrainingFacts(BaseModel):
 
 
 class ProvenanceFile(BaseModel):
-    """What is looked at of `provenance.json`."""
+    """The validated part of `provenance.json`."""
 
     data: DataFacts = DataFacts()
     tokenizer: TrainingFacts = TrainingFacts()
@@ -150,15 +150,15 @@ class ProvenanceFile(BaseModel):
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """Read `provenance.json`: any facts. Raises `FormatError` for those that no model card can show."""
+    """Read `provenance.json`. Raises `FormatError` for facts that a model card cannot show."""
     found = read_json(path)
     validate(ProvenanceFile, found, path)
     return found
 
 
 def parse_picture(data: bytes, path: Path) -> np.ndarray:
-    """The PNG file `data`, read from `path`, as uint8 (H, W, 3). Raises `LimitError` for one of too many
-    pixels, `FormatError` for one that cannot be read."""
+    """Decode the PNG file `data`, read from `path`, to uint8 (H, W, 3). Raises `LimitError` for too many pixels,
+    `FormatError` if it cannot be decoded."""
     try:
         image = Image.open(io.BytesIO(data), formats=("PNG",))
         if (pixels := image.width * image.height) <= MAX_GRID_PIXELS:
@@ -172,18 +172,18 @@ HERE = Path(__file__).parent / "shipped"
 
 
 def shipped() -> list[str]:
-    """The names of the pipelines in the package."""
+    """Return the names of the pipelines that come with the package."""
     return sorted(path.parent.name for path in HERE.glob(f"*/{INDEX}"))
 
 
 def located(source: str | Path) -> str | Path:
-    """The folder of the pipeline of that name in the package, and else `source` itself. A folder of the user's that is
-    called so goes first, as it does before a Hub id."""
+    """Return the folder of the shipped pipeline called `source`, or else `source` itself. A local folder of that name
+    takes precedence, as it does over a Hub id."""
     return HERE / source if source in shipped() and not os.path.isdir(source) else source
 
 
 def find_pipeline(source: str | Path, **options: Any) -> Path:
-    """`find_folder` of a pipeline, which may be one that comes with the package. Raises `PathError`."""
+    """Like `find_folder`, for a pipeline, including those that come with the package. Raises `PathError`."""
     try:
         return find_folder(located(source), FILES, **options)
     except UnreadableError:
@@ -195,17 +195,17 @@ def find_pipeline(source: str | Path, **options: Any) -> Path:
         ) from error
 
 
-# Models that fit each other
+# Compatibility of models
 
 
 def check_fit(tokenizer: Tokenizer, prior: Prior, background: Prior | None = None) -> None:
-    """Raise `IntegrityError` unless the priors are over the tokens of this tokenizer, `TypeError` for what is no
-    model."""
+    """Raise `IntegrityError` unless the priors model the tokens of this tokenizer, `TypeError` for arguments that are
+    not models."""
     families: dict[str, tuple[Any, type]] = {"tokenizer": (tokenizer, Tokenizer), "prior": (prior, Prior)}
     families |= {} if background is None else {BACKGROUND: (background, Prior)}
     for name, (model, family) in families.items():
         if not isinstance(model, family):
-            found = f"(got {type(model).__name__}); to compile one, pipe.{name}.compile()"
+            found = f"(got {type(model).__name__}); to compile it, call pipe.{name}.compile()"
             raise TypeError(f"{name} should be a {family.__name__} {found}")
     if tokenizer.grid != prior.grid:
         raise IntegrityError(f"prior/{CONFIG}: grid: {prior.grid} is not the tokenizer's, {tokenizer.grid}")
@@ -221,7 +221,7 @@ def check_fit(tokenizer: Tokenizer, prior: Prior, background: Prior | None = Non
 
 
 def set_fingerprint(tokenizer: Tokenizer, *priors: Prior) -> None:
-    """Let priors that fit a tokenizer name it as it is now: rounded weights have another fingerprint."""
+    """Record the tokenizer's current fingerprint, which rounding its weights changes, in priors that fit it."""
     fingerprint = tokenizer.fingerprint()
     for prior in priors:
         if prior.config.tokenizer != fingerprint:
@@ -229,7 +229,7 @@ def set_fingerprint(tokenizer: Tokenizer, *priors: Prior) -> None:
 
 
 def change_dtype(pipeline: ImagePipeline, choose: Callable[[PretrainedModel], torch.dtype | None]) -> None:
-    """Change the type of each model's weights to the one that `choose` returns for it; None is no change."""
+    """Convert each model's weights to the dtype that `choose` returns for it; None leaves them unchanged."""
     chosen = [(model, choose(model)) for model in pipeline.components.values()]
     if all(dtype in (None, model.dtype) for model, dtype in chosen):
         return
@@ -277,19 +277,19 @@ def save(pipeline: ImagePipeline, folder: str | Path, variant: str | None) -> No
 
 
 def save_again(pipeline: ImagePipeline, folder: str | Path, sample_grid: Any = None) -> None:
-    """Write a pipeline that was loaded from `folder` into it again, with what has become known of it: no weight
-    changes, nor its type, nor the folder's variant. The pipeline is then `as_stored`."""
+    """Write a pipeline back to the `folder` it was loaded from, with new facts; weights, their type and the folder's
+    variant stay the same. Afterwards the pipeline is `as_stored`."""
     as_stored(pipeline).save_pretrained(folder, variant=variant_of(folder), sample_grid=sample_grid)
 
 
 def as_stored(pipeline: ImagePipeline) -> ImagePipeline:
-    """The pipeline, its weights now on the CPU and of the types that its files have."""
+    """Move the pipeline's weights to the CPU and convert them to the types in its files."""
     change_dtype(pipeline.to(device="cpu"), lambda model: model.stored_dtype)
     return pipeline
 
 
 def variant_of(folder: str | Path) -> str | None:
-    """That of the weights in a pipeline's folder."""
+    """Return the variant of the weights in a pipeline's folder."""
     variant: str | None = read_json(Path(folder) / INDEX).get("variant")
     return variant
 

@@ -1,10 +1,10 @@
-"""Which rows a training step takes, in which order, and what is drawn for each: functions of (seed, epoch, row).
+"""The order of training rows and the random numbers of each row, as functions of (seed, epoch, row).
 
-Nothing here depends on the batch or on the number of processes. Few rows are shuffled by a drawn permutation, many by a
-computed one: to draw a permutation of 12.8 million rows takes most of a second and 100 MB at every epoch, a computed
-one gives the row at any position on its own. It is Black and Rogaway's generalised Feistel network (2002, "Ciphers with
-arbitrary finite domains"): positions are pairs (left, right) below `a x b`, the halves take turns being shifted by a
-hash of the other, and results outside of the rows are enciphered again.
+Nothing here depends on the batch or on the number of processes. Few rows are shuffled by a stored permutation, many by
+a computed one: drawing a permutation of 12.8 million rows takes most of a second and 100 MB in every epoch, while a
+computed one gives the row at any position independently. It is Black and Rogaway's generalised Feistel network (2002,
+"Ciphers with arbitrary finite domains"): positions are pairs (left, right) below `a x b`, the halves take turns being
+shifted by a hash of the other, and results outside the rows are enciphered again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DRAWS = 5  # flip, shift down, shift right, rotation, zoom
 def uniforms(
     seed: int, epoch: int, indices: NDArray[np.int64], columns: Sequence[int] = range(DRAWS)
 ) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1), (B, 5) or only the given `columns`, that depend on (seed, epoch, index) alone."""
+    """Return uniform numbers in [0, 1), (B, 5) or only `columns`, that depend only on (seed, epoch, index)."""
     key = splitmix64(np.array([seed % 2**64], dtype=np.uint64))
     key = splitmix64(key ^ np.uint64(epoch % 2**64))
     key = splitmix64(key ^ indices.astype(np.uint64))
@@ -53,7 +53,7 @@ Positions = NDArray[np.int64]
 
 
 def permuted(positions: Positions, rows: int, *key: int) -> Positions:
-    """The rows `(B,)` at `positions` `(B,)` in a permutation of `range(rows)` that depends on `key` alone."""
+    """Return the rows at `positions`, both `(B,)`, of a permutation of `range(rows)` that depends only on `key`."""
     a = math.isqrt(max(0, rows - 1)) + 1
     b = -(-rows // a)
     state = np.array([0], dtype=np.uint64)
@@ -77,14 +77,14 @@ def _encipher(positions: Positions, a: int, b: int, keys: NDArray[np.uint64]) ->
 
 
 def _moved(half: NDArray[np.uint64], other: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
-    """`half` plus a hash of the other, modulo `size` < 2^32."""
+    """Return `half` plus a hash of the other, modulo `size` < 2^32."""
     shift = np.uint64(32)
     sums = half + (((splitmix64(other) >> shift) * np.uint64(size)) >> shift)
     return np.where(sums >= size, sums - np.uint64(size), sums)
 
 
 def permuted_blocks(positions: Positions, rows: int, block: int, *key: int) -> Positions:
-    """Like `permuted`, for a slow disk: blocks of `block` neighbouring rows come in a random order, and rows are mixed
+    """Like `permuted`, for a slow disk: blocks of `block` consecutive rows come in random order, and rows are shuffled
     within each window of `block` blocks, so that whole blocks are read and `block`^2 rows are needed at a time.
     """
     blocks = -(-rows // block)
@@ -105,17 +105,17 @@ def _in_blocks(positions: Positions, blocks: int, block: int, key: tuple[int, ..
     return found
 
 
-DRAWN = 1 << 20  # rows up to which an epoch's permutation is drawn, in about 30 ms
+DRAWN = 1 << 20  # rows up to which the permutation is stored; drawing one takes about 30 ms
 
 
 def samples_of(
     rows: int, batch_size: int, seed: int, step: int, block: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Row indices and epochs, each `(batch_size,)`, of one step's global batch: a function of its arguments.
+    """Return row indices and epochs, each `(batch_size,)`, of one step's global batch, a pure function.
 
-    Every epoch has its own permutation. Batches run across the ends of epochs, so each row comes once per epoch. For
-    many rows the permutation is computed: drawing it would take memory and stop the training once per epoch. block:
-    read blocks of this many rows, see `permuted_blocks`; None takes all rows in a random order.
+    Every epoch has its own permutation. Batches run across the ends of epochs, so each row occurs once per epoch. For
+    many rows the permutation is computed, since drawing it would take memory and stall training once per epoch. block:
+    read blocks of this many rows, see `permuted_blocks`; None shuffles all rows.
     """
     positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
     epochs, indices = positions // rows, positions % rows
@@ -143,18 +143,18 @@ def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def spread(size: int, limit: int | None) -> np.ndarray:
-    """All rows below `size`, or `limit` of them, evenly spread because rows of one class may be neighbours."""
+    """Return all rows below `size`, or `limit` of them, evenly spread because rows of a class may be consecutive."""
     return np.arange(size) if limit is None or limit >= size else np.linspace(0, size - 1, limit).astype(np.int64)
 
 
 def random_rows(size: int, count: int, seed: int) -> Tensor:
-    """Up to `count` different rows below `size`, int64, in a random order that `seed` decides."""
+    """Return up to `count` distinct rows below `size`, int64, in a random order given by `seed`."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:count]
 
 
 def positions_of(rows: Any, size: int) -> NDArray[np.int64]:
-    """The rows asked for, `(B,)` from 0, of `size`: numbers, which count from the end where they are negative, a bool
-    for each row, or a slice. Raises `IndexError`."""
+    """Convert an index (integers, where negative ones count from the end; a bool per row; or a slice) to rows `(B,)`
+    from 0 to `size` - 1. Raises `IndexError`."""
     if isinstance(rows, slice):
         return np.arange(*rows.indices(size))
     wanted = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows).reshape(-1)
@@ -169,15 +169,15 @@ def positions_of(rows: Any, size: int) -> NDArray[np.int64]:
     return wanted
 
 
-# What is drawn for each row ------------------------------------------------------------------------
+# Random choices per row ---------------------------------------------------------------------------
 
 DROPOUT, TOKEN, ID, OTHER = range(4)
-"""Columns of random numbers: of a row, for label dropout and another label; of a token, whether and by what to replace
-it."""
+"""Columns of random numbers: for a row, label dropout and the choice of another label; for a token, whether to replace
+it and by which id."""
 
 
 def by_row(indices: np.ndarray, epochs: np.ndarray, seed: int, column: int) -> np.ndarray:
-    """A uniform number in [0, 1) for each of the rows `indices`, `(B,)`."""
+    """Return a uniform number in [0, 1) for each of the rows `indices`, `(B,)`."""
     draws = np.empty(len(indices))
     for epoch in np.unique(epochs):
         draws[epochs == epoch] = uniforms(seed, int(epoch), indices[epochs == epoch], columns=(column,))[:, 0]
@@ -185,8 +185,8 @@ def by_row(indices: np.ndarray, epochs: np.ndarray, seed: int, column: int) -> n
 
 
 def other_labels(labels: Tensor, counts: Tensor, draws: np.ndarray) -> Tensor:
-    """For each of `labels` `(B,)` another one, int64 `(B,)`: that of a random row among those of all other classes.
-    counts: `(K,)` rows of each class, above 0 for two of them at least; draws: `(B,)` in [0, 1)."""
+    """Return for each of `labels` `(B,)` the label of a random row of another class, int64 `(B,)`. counts: rows of each
+    class, `(K,)`, positive for at least two classes. draws: `(B,)` in [0, 1)."""
     ends, own = counts.cumsum(0), counts[labels]
     place = (torch.from_numpy(draws) * (ends[-1] - own)).long()  # among the rows of other classes, sorted
     place += own * (place >= ends[labels] - own)
@@ -196,13 +196,13 @@ def other_labels(labels: Tensor, counts: Tensor, draws: np.ndarray) -> Tensor:
 def perturbed(
     tokens: Tensor, indices: np.ndarray, epochs: np.ndarray, seed: int, share: float, vocab_size: int
 ) -> Tensor:
-    """`tokens` `(B, ...)` of the rows `indices`, each with probability `share` replaced by a uniform id (Ren et al.
-    2019)."""
+    """Return `tokens` `(B, ...)` of the rows `indices`, each token replaced by a uniform id with probability `share`
+    (Ren et al. 2019)."""
     found = tokens.flatten(1).numpy().copy()
     flat, size = found.reshape(-1), found.shape[1]
     for epoch in np.unique(epochs):
         rows = np.flatnonzero(epochs == epoch)
-        for part in np.array_split(rows, -(-len(rows) * size // 16384)):  # as many cells as fit into the cache
+        for part in np.array_split(rows, -(-len(rows) * size // 16384)):  # as many cells as fit into the CPU cache
             cells, places = (row[:, None] * size + np.arange(size) for row in (indices[part], part))
             here = np.flatnonzero(uniforms(seed, int(epoch), cells.reshape(-1), columns=(TOKEN,))[:, 0] < share)
             ids = uniforms(seed, int(epoch), cells.reshape(-1)[here], columns=(ID,))[:, 0] * vocab_size

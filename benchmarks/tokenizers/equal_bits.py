@@ -112,7 +112,7 @@ def measure(folder: Path) -> Node:
     picture_row(shown).save(folder / "originals.png")
     with torch.inference_mode():
         picture_row(tokenizer.decode(tokenizer.encode(shown))).save(folder / "reconstructions.png")
-    found, grid = evaluate_reconstruction(tokenizer, images, looks=len(images)), tokenizer.grid
+    found, grid = evaluate_reconstruction(tokenizer, images, ssim_images=len(images)), tokenizer.grid
     return {
         "vocab_size": grid.vocab_size,
         "tokens": len(grid),

@@ -34,7 +34,7 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
     out = Output(config.out, [read_with(config.tokenizer), config.data.path], config.overwrite)
     out.check_file(SUFFIXES)
     tokenizer, images = config.load_with_images()
-    figures = evaluate_reconstruction(tokenizer, images, looks=SOME)
+    figures = evaluate_reconstruction(tokenizer, images, ssim_images=SOME)
     picture = reconstruction_picture(tokenizer, images, config.num_images)
     with out.file() as path:
         write_picture(picture, path)

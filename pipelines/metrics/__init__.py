@@ -1,1 +1,1 @@
-"""What is measured of reconstructions, likelihoods, samples and codebooks."""
+"""Metrics of reconstructions, likelihoods, samples and codebooks."""

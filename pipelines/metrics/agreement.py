@@ -1,4 +1,4 @@
-"""Whether samples are of the class that was asked for, by a 1-nearest-neighbour classifier on pixels."""
+"""How often a sample has the requested class, judged by a 1-nearest-neighbour classifier on pixels."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def agreement(
     labels: Tensor,
     group: ProcessGroup = ALONE,
 ) -> float:
-    """The share of the images `(n, C, H, W)` of all parts that the classifier, on `known` `(m, C, H, W)` of `labels`
-    `(m,)`, gives the class `wanted` `(n,)`."""
+    """Return the share of images `(n, C, H, W)`, over all parts, that the classifier assigns to their class in `wanted`
+    `(n,)`. Its training set is `known` `(m, C, H, W)` with `labels` `(m,)`."""
     found = group.map(lambda part: nearest_label(images_of(part), known, labels), parts)
     return float((torch.cat(found) == wanted).cpu().double().mean())
 
 
 def nearest_label(images: Tensor, known: Tensor, labels: Tensor) -> Tensor:
-    """Label `(B,)` of the nearest of `known` `(n, C, H, W)` to each of `images` `(B, C, H, W)`, by squared error."""
+    """Return for each of `images` `(B, C, H, W)` the label of its nearest neighbour in `known`, by squared error."""
     rows, known = images.flatten(1), known.flatten(1)
     squares, transposed = known.square().sum(1), known.t()
     found = [torch.addmm(squares, part, transposed, alpha=-2).argmin(1) for part in rows.split(256)]

@@ -1,4 +1,4 @@
-"""How often the codes of a codebook are used while it is trained.
+"""Codebook usage during training.
 
 A codebook collapses when fewer and fewer codes are nearest to any vector: an unused code gets no gradient and no mean
 to follow, so it stays unused (Kaiser et al. 2018, section 3; Dhariwal et al. 2020, Jukebox, section 3.2). The number of
@@ -20,15 +20,15 @@ from tokenizer.quantizers.updates import sum_over_ranks
 
 from .charts import Pixels, draw_usage, page
 
-DECAY = 0.99  # of the counts, at each batch: they are mostly of the last 100
-DEAD = 0.05  # of the mean use: a code that is used less is dead
+DECAY = 0.99  # of the counts at each batch: an average over about 100 batches
+DEAD = 0.05  # a code used less than this share of the mean is dead
 
 
 class CodebookUse(nn.Module):
-    """Counts of the tokens of all ranks, in a buffer that is equal on all ranks and saved with a run's state.
+    """Counts of tokens over all ranks, in a buffer that is equal on all ranks and saved with the run's state.
 
     uses: `(parts, vocab_size)`, how often each id occurred in each part (a level or a scale), decayed by 0.99 at each
-    batch. Each begins at 1, so that no code is dead before it had time to occur.
+    batch. Counts start at 1, so that no code is dead before it has had time to occur.
     """
 
     uses: Tensor
@@ -40,18 +40,18 @@ class CodebookUse(nn.Module):
 
     @torch.no_grad()
     def count(self, tokens: Tensor) -> Tensor:
-        """Count the `tokens` (B, *grid) of this rank's batch; all ranks have to call it. Return how often each id
-        occurs in the batch of all ranks, `(parts, vocab_size)` int64."""
+        """Count the `tokens` (B, *grid) of this rank's batch; every rank must call it. Return how often each id occurs
+        in the global batch, `(parts, vocab_size)` int64."""
         counts = sum_over_ranks(count_tokens(tokens, self.parts, self.uses.shape[1]))
         self.uses.mul_(DECAY).add_(counts.to(self.uses.device))
         return counts
 
     def dead(self) -> Tensor:
-        """Which codes are dead, bool `(parts, vocab_size)`."""
+        """Return which codes are dead, bool `(parts, vocab_size)`."""
         return self.uses < DEAD * self.uses.mean(1, keepdim=True)
 
     def picture(self, tokenizer: Any) -> Pixels:
-        """Draw the use of the codes."""
+        """Draw a page with the usage of the codes."""
         counts, dead = self.uses.cpu().double(), int(self.dead().sum())
         perplexity = sum(float(codebook_usage(part)["perplexity"]) for part in counts) / len(counts)
         label = "uses in about 100 batches"
@@ -60,8 +60,8 @@ class CodebookUse(nn.Module):
 
 
 def count_tokens(tokens: Tensor, parts: tuple[int, ...], vocab_size: int) -> Tensor:
-    """How often each id occurs in each part, int64 `(parts, vocab_size)`, in `tokens` (B, *grid), whose parts of so
-    many tokens follow each other."""
+    """Return how often each id occurs in each part of `tokens` (B, *grid), int64 `(parts, vocab_size)`. parts: the
+    number of tokens in each of the consecutive parts."""
     shape = (len(parts), vocab_size)
     each = tokens.long().flatten(1).split(parts, 1)
     ids = torch.cat([(part + number * vocab_size).flatten() for number, part in enumerate(each)])
@@ -69,6 +69,6 @@ def count_tokens(tokens: Tensor, parts: tuple[int, ...], vocab_size: int) -> Ten
 
 
 def part_names(tokenizer: Any) -> list[str]:
-    """The names of the parts of a tokenizer's tokens: level 1, level 2, ...; or 1x1, 2x2, ..."""
+    """Return the names of the parts of a tokenizer's tokens: level 1, level 2, ...; or 1x1, 2x2, ..."""
     scales = tokenizer.grid.scales
     return [f"{height}x{width}" for height, width in scales] or [f"level {n + 1}" for n in range(tokenizer.levels)]

@@ -1,8 +1,8 @@
-"""FID, Inception Score and the FID of reconstructions, as the field reports them, under torch-fidelity's weights.
+"""FID, Inception Score and reconstruction FID with torch-fidelity's Inception weights, comparable with papers.
 
 FID: Heusel et al. 2017 (arXiv:1706.08500). Inception Score: Salimans et al. 2016 (arXiv:1606.03498). The network is the
-one of 2015 with TensorFlow's resizing, as in torch-fidelity, and in ADM's evaluator (Dhariwal and Nichol 2021), whose
-reference files hold the mean and the covariance of its 2048 features.
+one of 2015 with TensorFlow's resizing, as in torch-fidelity and in ADM's evaluator (Dhariwal and Nichol 2021). ADM's
+reference files hold the mean and covariance of its 2048 features.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ FEATURES = 2048
 
 @dataclass(frozen=True)
 class Inception:
-    """The network, and what samples are compared to: the images `held_out`, those to `train` on, or the `published`
-    moments of a file, whose name is then the `reference`.
+    """The network and the reference of FID: the `held_out` images, the `train` images, or `published` moments read from
+    the file called `reference`.
 
     net: 8-bit images `(B, 3, H, W)` -> features `(B, 2048)` and logits without bias `(B, 1008)`.
     """
@@ -47,7 +47,7 @@ class Inception:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and logits, on the CPU, of images `(B, C, H, W)` in [-1, 1]. A grey one is repeated three times."""
+        """Return features and logits, on the CPU, of images `(B, C, H, W)` in [-1, 1]; grey is repeated to RGB."""
         features, logits = self.net(to_uint8(images).expand(-1, 3, -1, -1).to(self.device))
         return features.cpu(), logits.cpu()
 
@@ -57,11 +57,11 @@ class Inception:
         group: ProcessGroup,
         *,
         count: int | None = None,
-        through: Callable[[Tensor], Tensor] = lambda batch: batch,
+        transform: Callable[[Tensor], Tensor] = lambda batch: batch,
     ) -> Moments:
-        """Moments of the features of `count` images of a data set, or all, or of what `through` makes of them."""
+        """Return the moments of the features of `count` images (default: all), each batch changed by `transform`."""
         rows = torch.arange(len(images)) if count is None else shuffled(len(images))[:count]
-        return moments_of_parts(lambda part: self(through(images.batch(part)))[0], rows.split(AT_A_TIME), group)
+        return moments_of_parts(lambda part: self(transform(images.batch(part)))[0], rows.split(AT_A_TIME), group)
 
     def figures(
         self,
@@ -70,12 +70,12 @@ class Inception:
         samples: Samples | None,
         group: ProcessGroup,
     ) -> dict[str, Any]:
-        """`rfid` of all held-out images; and of samples, unless there are too few, `fid` and `inception_score`, beside
-        the FID of real images that are not the reference. Each with its protocol."""
+        """Return `rfid` of all held-out images and, if there are enough samples, `fid`, `inception_score` and the FID
+        of real images outside the reference set. Each figure comes with its protocol."""
         train, held_out = images.train, images.held_out
         real = self.moments(held_out, group)
         figures: dict[str, Any] = {
-            "rfid": distance(self.moments(held_out, group, through=reconstruct), real),
+            "rfid": distance(self.moments(held_out, group, transform=reconstruct), real),
             "rfid_protocol": f"{len(held_out):,} held-out images and their reconstructions; {WEIGHTS}",
         }
         equally_many = self.reference == "held_out"
@@ -88,20 +88,21 @@ class Inception:
         figures["inception_score"], figures["inception_score_deviation"] = score, deviation
         figures["inception_score_protocol"] = f"{samples.count:,} samples in 10 parts; {WEIGHTS}"
         if equally_many:
-            against, what = self.moments(held_out, group, count=count), f"{count:,} held-out images"
+            against, name = self.moments(held_out, group, count=count), f"{count:,} held-out images"
             figures["train_fid"] = distance(self.moments(train, group, count=count), against)
         elif self.published:
-            against, what = self.published, f"mu and sigma of {self.reference}"
+            against, name = self.published, f"mu and sigma of {self.reference}"
         else:
-            against, what = self.moments(train, group), f"all {len(train):,} training images"
+            against, name = self.moments(train, group), f"all {len(train):,} training images"
         if not equally_many:
             figures["held_out_fid"] = distance(real, against)
         figures["fid"] = distance(drawn, against)
-        figures["fid_protocol"] = f"{count:,} samples against {what}; {WEIGHTS}"
+        figures["fid_protocol"] = f"{count:,} samples against {name}; {WEIGHTS}"
         return figures
 
     def of_samples(self, samples: Samples, count: int, group: ProcessGroup) -> tuple[Moments, float, float]:
-        """Moments of the first `count` samples, and the Inception Score of all, mean and deviation over ten parts."""
+        """Return the moments of the first `count` samples, and the Inception Score of all: mean and standard deviation
+        over ten parts."""
         from torch_fidelity.metric_isc import isc_features_to_metric
 
         logits: dict[int, Tensor] = {}
@@ -116,14 +117,15 @@ class Inception:
 
 
 def load_inception(weights: str | None, reference: str, device: torch.device) -> Inception | None:
-    """The network with torch-fidelity's weights in a local file, None without one. Raises `UserError` for another file
-    (FID is the distance under these weights alone, and torch-fidelity unpickles it), and for a bad `reference`."""
+    """Load the network with torch-fidelity's weights from a local file; return None if `weights` is None. Raises
+    `UserError` for any other file (only these weights give FID, and torch-fidelity unpickles the file), and for an
+    invalid `reference`."""
     known = reference in ("held_out", "train")
     if not known and not Path(reference).is_file():
-        raise UserError(f"reference: {reference!r} is neither held_out, train nor a file")
+        raise UserError(f"reference: expected held_out, train or an existing .npz file (got {reference!r})")
     if weights is None:
         if reference != "held_out":
-            raise UserError("reference: what FID is taken against, which needs inception_weights=FILE")
+            raise UserError("reference: it only affects FID, which needs inception_weights=FILE")
         return None
     published = None if known else read_moments(Path(reference))
     if not Path(weights).is_file():
@@ -140,14 +142,15 @@ def load_inception(weights: str | None, reference: str, device: torch.device) ->
 
 
 def read_moments(path: Path) -> Moments:
-    """`mu` and `sigma` of a `.npz` such as ADM's. Raises `UserError` for what is not the moments of 2048 features."""
+    """Read `mu` and `sigma` from an `.npz` file such as ADM's. Raises `UserError` unless it holds the moments of 2048
+    features."""
     try:
         with np.load(path) as arrays:
             mean, covariance = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"reference: {path}: no readable mu and sigma ({error})") from error
     if mean.shape != (FEATURES,) or covariance.shape != (FEATURES, FEATURES):
-        raise UserError(f"reference: {path}: mu and sigma should have {FEATURES} features, are {mean.shape}")
+        raise UserError(f"reference: {path}: mu and sigma should have {FEATURES} features (got {mean.shape})")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all() and np.allclose(covariance, covariance.T)):
         raise UserError(f"reference: {path}: mu and sigma should be finite, and sigma symmetric")
     return Moments(torch.from_numpy(mean), torch.from_numpy(covariance))

@@ -1,5 +1,5 @@
-"""The figures of `smalti evaluate` and of a finished training: one table for the printed report, the model card and the
-Hub's metadata. Nothing here needs torch."""
+"""The figures of `smalti evaluate` and of training, in one table for the printed report, the model card and the Hub's
+metadata. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from ..config.table import table
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure, and what people read of it.
+    """A figure and how it is displayed.
 
     key: its name in `evaluation.json` and in a pipeline's provenance. of: what it measures; figures of `samples` depend
-    on the settings of sampling. title and beside may hold other figures; beside is a list with semicolons, of which
-    parts are left out whose figures are missing. The Hub gets the figures of which more, or less, is better.
+    on the sampling settings. title and beside are templates that may refer to other figures; beside is a list separated
+    by semicolons, and items whose figures are missing are left out. better: which direction is better; only figures
+    that have one are sent to the Hub.
     """
 
     key: str
@@ -29,7 +30,7 @@ class Figure:
 
     @property
     def is_bits(self) -> bool:
-        """Whether it is an upper bound where the prior's likelihood is a bound."""
+        """Whether the figure is an upper bound if the prior only bounds the likelihood."""
         return "bits_per_" in self.key
 
 
@@ -78,12 +79,12 @@ OF_SAMPLES = {
     if figure.of == "samples"
     for key in (figure.key, *re.findall(r"{(\w+)", figure.title + figure.beside))
 }
-"""The keys of all figures that depend on the settings of sampling, or stand beside such."""
+"""The keys of all figures that depend on the sampling settings, and of the figures printed beside them."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A figure in words: what it is, its value, and what that compares to; and its value as it is."""
+    """A formatted figure: its title, its value, what to compare it with, and the raw value."""
 
     figure: Figure
     title: str
@@ -93,7 +94,7 @@ class Row:
 
 
 def rows_of(figures: Mapping[str, Any], *, exact: bool) -> list[Row]:
-    """The figures of the table that are there, in its order. exact: whether the prior's likelihood is no bound."""
+    """Return the figures of the table that are present, in its order. exact: the prior's likelihood is not a bound."""
     known = {key: value for key, value in figures.items() if isinstance(value, int | float | str)}
     rows = []
     for figure in TABLE:
@@ -106,7 +107,7 @@ def rows_of(figures: Mapping[str, Any], *, exact: bool) -> list[Row]:
 
 
 def _fill(text: str, known: Mapping[str, Any], *value: Any) -> str:
-    """The text with its figures, or nothing where one is missing or of another type."""
+    """Fill in the template, or return "" if a figure is missing or has the wrong type."""
     try:
         return text.format(*value, **known)
     except (KeyError, TypeError, ValueError):
@@ -114,5 +115,5 @@ def _fill(text: str, known: Mapping[str, Any], *value: Any) -> str:
 
 
 def report(figures: Mapping[str, Any], *, exact: bool) -> str:
-    """The figures as a table to print, each with what it compares to."""
+    """Return the figures as a table to print, each with what to compare it with."""
     return table([(row.title, row.value, row.beside) for row in rows_of(figures, exact=exact)], right=[1])

@@ -17,21 +17,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Moments:
-    """The mean `(d,)` of rows, and their covariance `(d, d)`, which divides by their number less 1."""
+    """The mean `(d,)` of n rows, and their covariance `(d, d)`, normalised by n - 1."""
 
     mean: Tensor
     covariance: Tensor
 
 
 def moments(rows: Tensor) -> Moments:
-    """Of rows `(n, d)`."""
+    """Return the moments of rows `(n, d)`."""
     rows = rows.double()
     mean = rows.mean(0)
     return Moments(mean, (rows - mean).t() @ (rows - mean) / max(1, len(rows) - 1))
 
 
 def moments_of_parts(rows_of: Callable[[T], Tensor], parts: Sequence[T], group: ProcessGroup = ALONE) -> Moments:
-    """Of the rows `(n, d)` of all parts, which are added up and not kept; each part is computed by one process."""
+    """Return the moments of the rows `(n, d)` of all parts, accumulated without storing the rows. The parts are shared
+    among the processes."""
 
     def add_up() -> tuple[int, Tensor, Tensor]:
         count, total, products = 0, torch.zeros(1).double(), torch.zeros(1, 1).double()
@@ -46,7 +47,7 @@ def moments_of_parts(rows_of: Callable[[T], Tensor], parts: Sequence[T], group: 
 
 
 def distance(a: Moments, b: Moments) -> float:
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)); the last trace is the sum of the singular values of
+    """Return |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). The last trace is the sum of the singular values of
     S_a^(1/2) S_b^(1/2)."""
     shared = torch.linalg.svdvals(_root(a.covariance) @ _root(b.covariance)).sum()
     return float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * shared)
@@ -58,5 +59,5 @@ def _root(covariance: Tensor) -> Tensor:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Of rows `(n, d)` and `(m, d)`."""
+    """Return the Frechet distance of rows `(n, d)` and `(m, d)`."""
     return distance(moments(a), moments(b))

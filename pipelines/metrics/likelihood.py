@@ -1,4 +1,4 @@
-"""What a prior gives to tokens: bits per token and log-probabilities, in batches that fit."""
+"""Log-probabilities and bits per token under a prior, in batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ from ..shuffling import spread
 from ..tokens import TokenSplit
 from .reconstruction import images_at_a_time
 
-EVALUATED_ROWS = 2000  # at most, by training; `smalti evaluate` looks at all that are held out
-EVALUATED_TOKENS = 1 << 24  # in all passes together, at most, by training, of a prior that takes several for a row
-TABLE = 1 << 26  # numbers, 256 MiB of float32, that the table of `Marginal` may have
-LOGITS = 1 << 28  # numbers, 1 GiB of float32, that an evaluation makes at a time at most
+EVALUATED_ROWS = 2000  # limit during training; `smalti evaluate` uses all held-out rows
+EVALUATED_TOKENS = 1 << 24  # limit during training over all passes, for priors that need several passes per row
+TABLE = 1 << 26  # limit on the elements of `Marginal`'s table (256 MiB of float32)
+LOGITS = 1 << 28  # limit on the logits computed at a time (1 GiB of float32)
 
 
 def rows_at_a_time(grid: TokenGrid) -> int:
-    """Rows of tokens to evaluate at a time: 256, or as many as have `LOGITS` logits."""
+    """Return the batch size for rows of tokens: 256, or fewer so that a batch has at most `LOGITS` logits."""
     return max(1, min(256, LOGITS // (len(grid) * grid.vocab_size)))
 
 
 def rows_evaluated(model: Prior, rows: int) -> int:
-    """The number of `rows` that training evaluates: at most `EVALUATED_ROWS`, and fewer where `log_prob` takes many
-    passes."""
+    """Return how many of `rows` training evaluates: at most `EVALUATED_ROWS`, fewer if `log_prob` takes many passes."""
     passes, size = model.likelihood_passes, len(model.grid)
     most = EVALUATED_ROWS if passes == 1 else max(1, EVALUATED_TOKENS // (passes * size))
     return min(rows, most, EVALUATED_ROWS)
@@ -40,21 +39,21 @@ def rows_evaluated(model: Prior, rows: int) -> int:
 def bits_per_token(
     model: Any, split: TokenSplit, limit: int | None = None, num_orders: int = 1, group: ProcessGroup = ALONE
 ) -> float:
-    """Mean -log2 p per token over `limit` rows, evenly spread; num_orders: as in `Prior.log_prob`."""
+    """Return the mean -log2 p per token over `limit` evenly spread rows. num_orders: as in `Prior.log_prob`."""
     nats = log_probs(model, split, spread(len(split), limit), num_orders, group)
     return -float(nats.mean()) / (math.log(2) * len(model.grid))
 
 
-@torch.no_grad()  # inference mode would reach into the memory that sharded weights are gathered in
+@torch.no_grad()  # not inference_mode, which breaks the buffers that sharded weights are gathered into
 def log_probs(
     model: Any, split: TokenSplit, rows: np.ndarray, num_orders: int = 1, group: ProcessGroup = ALONE
 ) -> Tensor:
-    """log p `(len(rows),)` of the rows asked for, float64 nats on the CPU; num_orders: as in `Prior.log_prob`."""
+    """Return log p of the given rows, `(len(rows),)` float64 nats on the CPU. num_orders: as in `Prior.log_prob`."""
     size = min(rows_at_a_time(model.grid), len(rows))
 
     def score(start: int) -> Tensor:
         some = rows[start : start + size]
-        # In lockstep the last batch is filled up: how many passes a model takes may depend on the size of its batch.
+        # In lockstep the last batch is padded: the number of passes a model takes may depend on the batch size.
         batch = np.resize(some, size) if group.lockstep else some
         tokens = split.rows(batch).to(model.device)
         labels = None if split.labels is None else split.labels[torch.from_numpy(batch)].to(model.device)
@@ -72,9 +71,9 @@ def evaluate_likelihood(
     num_orders: int,
     group: ProcessGroup = ALONE,
 ) -> dict[str, Any]:
-    """Bits per token of the prior on held-out images, whose tokens are `test`, beside those of `Marginal` fitted to
-    tokens of training images; and bits per dim, where the decoder has a likelihood. All of a prior that has classes is
-    given the class of each image, except `unconditional_bits_per_token`."""
+    """Return bits per token of the prior on the held-out images, whose tokens are `test`; those of a `Marginal` fitted
+    to training tokens; and bits per dim if the decoder has a likelihood. A prior with classes is given the class of
+    each image, except for `unconditional_bits_per_token`."""
     grid = prior.grid
     unlabelled = TokenSplit(test.tokens, None)
     known = test if prior.num_classes else unlabelled
@@ -89,14 +88,16 @@ def evaluate_likelihood(
 
 
 def classes_of_table(grid: TokenGrid, classes: int) -> int | None:
-    """Of how many classes `evaluate_marginal` counts ids: all, or 0, together, or None, not at all."""
+    """Return the number of classes in `evaluate_marginal`'s table: all of them, 0 if only a table without classes fits,
+    or None if not even that does."""
     fitting = TABLE // (len(grid) * grid.vocab_size)
     return classes if classes < fitting else 0 if fitting else None
 
 
 def evaluate_marginal(prior: Prior, train: TokenSplit, test: TokenSplit, group: ProcessGroup = ALONE) -> dict[str, Any]:
-    """Bits per token of position frequencies, of each class where both have labels. `marginal_note` says where the
-    table of all classes would be too large, and it is without them; no figure where even that one is."""
+    """Return bits per token under the frequencies of ids at each position, per class if both splits have labels.
+    `marginal_note` says if classes were left out because their table is too large; without classes it may be too
+    large as well, and then nothing is returned."""
     wanted = prior.num_classes if train.labels is not None else 0
     classes = classes_of_table(prior.grid, wanted)
     if classes is None:
@@ -109,7 +110,7 @@ def evaluate_marginal(prior: Prior, train: TokenSplit, test: TokenSplit, group: 
 
     test = test if classes else TokenSplit(test.tokens, None)
     bits = bits_per_token(group.on_main(fit), test, group=group)
-    note = {"marginal_note": "of all classes together"} if classes < wanted else {}
+    note = {"marginal_note": "all classes together"} if classes < wanted else {}
     return {"marginal_bits_per_token": bits, "marginal_rows": len(train), **note}
 
 
@@ -117,11 +118,11 @@ def evaluate_marginal(prior: Prior, train: TokenSplit, test: TokenSplit, group: 
 def evaluate_bits(
     tokenizer: Tokenizer, held_out: ImageDataset, test: TokenSplit, nats: Tensor, group: ProcessGroup = ALONE
 ) -> dict[str, Any]:
-    """Bits per dim of held-out images, with the standard error over images; and the parts of it, of the tokens, whose
-    log p are `nats` `(n,)`, and of the pixels given the tokens. Nothing if the decoder has no likelihood.
+    """Return bits per dim of the held-out images with its standard error over images, and its two parts: the tokens,
+    whose log p is `nats` `(n,)`, and the pixels given the tokens. Returns nothing if the decoder has no likelihood.
 
-    Where `nats` are given the class, so are the bits: a code would have to send it as well, up to log2(classes) bits an
-    image.
+    If `nats` are conditional on the class, so are the bits: a code would also have to send the class, up to
+    log2(classes) bits per image.
     """
     if not tokenizer.has_likelihood:
         return {}

@@ -1,7 +1,7 @@
-"""How far a reconstruction is from an image as a network of image features sees it: LPIPS (Zhang et al. 2018).
+"""LPIPS, a perceptual distance between images (Zhang et al. 2018).
 
-torchmetrics has the networks and their linear heads. The backbone's weights are torchvision's: torch hub looks for them
-in its folder, and fetches what is missing.
+torchmetrics provides the networks and their linear heads. The backbone weights are torchvision's: torch hub looks for
+them in its folder and downloads what is missing.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 from ..config import UserError
 
 Net = Literal["vgg", "alex", "squeeze"]
-LEAST_SIDE = 64  # pixels; smaller images are enlarged, so that the last layers still see more than one place
+LEAST_SIDE = 64  # pixels; smaller images are enlarged so that the last layers have more than one position
 
 
 class Perceptual:
-    """LPIPS of batches of images, differentiable in the first.
+    """LPIPS of batches of images, differentiable in the first argument.
 
-    It is not a module, so that its weights never reach the state dict, the optimizer or the average of a model that
-    holds it. They are frozen and in eval mode. Always in float32.
+    It is not an `nn.Module`, so that its weights do not enter the state dict, the optimizer or the averaged weights of
+    a model that holds it. The network is frozen, in eval mode, and always float32.
 
-    pretrained: False leaves the weights as they are drawn, which is enough to measure what a step costs.
+    pretrained: False keeps the random initial weights, which is enough to measure the cost of a step.
 
-    Raises `UserError` without torchmetrics, and where the weights cannot be had. Where several processes share a disk,
-    let one of them build it first.
+    Raises `UserError` without torchmetrics, and if the weights cannot be loaded. If several processes share a disk, let
+    one of them create it first.
     """
 
     def __init__(self, net: Net = "vgg", device: torch.device | str = "cpu", *, pretrained: bool = True) -> None:
@@ -36,24 +36,26 @@ class Perceptual:
             raise UserError('loss.perceptual: LPIPS needs torchmetrics: pip install "smalti[perceptual]"')
         from torchmetrics.functional.image.lpips import _NoTrainLpips
 
-        with torch.random.fork_rng(devices=[]):  # layers draw weights before they are given theirs
+        with torch.random.fork_rng(devices=[]):  # the initialisation of the layers draws random numbers
             try:
                 self.net = _NoTrainLpips(pretrained, net, pnet_rand=not pretrained)
             except (OSError, RuntimeError, EOFError) as error:
                 folder = f"{torch.hub.get_dir()}/checkpoints"
                 reason = " ".join(str(error).split())
-                raise UserError(f"loss.perceptual: no weights of {net!r} in {folder}: {reason}") from error
+                raise UserError(
+                    f"loss.perceptual: cannot load the weights of {net!r} from {folder}: {reason}"
+                ) from error
         self.net.requires_grad_(False).to(device)
 
     def __call__(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """Mean distance, a scalar >= 0, of pairs `(B, C, H, W)` in [-1, 1] of 1 or 3 channels; the gradient reaches the
-        first only."""
+        """Return the mean distance, a scalar >= 0, of pairs `(B, C, H, W)` in [-1, 1] with 1 or 3 channels. Gradients
+        flow to the reconstruction only."""
         with torch.autocast(images.device.type, enabled=False):
-            return self.net(_as_seen(reconstruction), _as_seen(images.detach())).mean()
+            return self.net(_as_input(reconstruction), _as_input(images.detach())).mean()
 
 
-def _as_seen(images: Tensor) -> Tensor:
-    """float32 `(B, 3, H', W')` of images `(B, C, H, W)`: grey as RGB, and no side below `LEAST_SIDE`."""
+def _as_input(images: Tensor) -> Tensor:
+    """Convert images `(B, C, H, W)` to float32 `(B, 3, H', W')`: grey to RGB, and no side below `LEAST_SIDE`."""
     images = images.float().expand(-1, 3, -1, -1)
     scale = LEAST_SIDE / min(images.shape[2:])
     if scale <= 1:

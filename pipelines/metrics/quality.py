@@ -1,9 +1,9 @@
-"""How good samples are: distances between sets of images in a feature space that has a name.
+"""Sample quality: distances between sets of images in a named feature space, and SSIM.
 
 Precision and recall: Kynkaanniemi et al. 2019 (arXiv:1904.06991). SSIM: Wang et al. 2004 (IEEE TIP 13(4)).
 
-Each figure depends on the number of images, so both sides have the same number. Beside each figure of the samples
-stands the figure of as many training images: real images that are not the held-out ones.
+Each figure depends on the number of images, so both sets have the same size. Each figure of the samples is accompanied
+by that of equally many training images, which are real images outside the held-out set.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .frechet import frechet_distance
 Change = Callable[[Tensor], Tensor]
 
 FEATURES = 64
-LONGEST_SIDE = 64  # larger images are averaged down to it, or the classifier would take minutes
+LONGEST_SIDE = 64  # larger images are downsampled to keep the classifier fast
 BATCH, LEARNING_RATE, SEED = 128, 4e-3, 0
-AT_A_TIME = 256  # images, or rows
-LEAST = 10  # images on each side; with fewer, a third-nearest neighbour says nothing
+AT_A_TIME = 256  # images or rows per batch
+LEAST = 10  # images in each set; with fewer, a third-nearest neighbour is meaningless
 NEIGHBOURS = 3  # of precision and recall
 
 
@@ -43,7 +43,7 @@ class Classifier(nn.Module):
         self.head = nn.Sequential(nn.ReLU(), nn.Linear(FEATURES, classes))
 
     def features(self, images: Tensor) -> Tensor:
-        """What the last layer reads before its nonlinearity: nearer to a Gaussian, and no unit is dead."""
+        """Return the last layer's inputs before the nonlinearity: closer to Gaussian, and without dead units."""
         side = max(images.shape[2:])
         if side > LONGEST_SIDE:
             size = [max(4, n * LONGEST_SIDE // side) for n in images.shape[2:]]
@@ -51,14 +51,14 @@ class Classifier(nn.Module):
         return self.body(images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
+        """Return the logits."""
         return self.head(self.features(images))
 
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """Images `(B, C, H, W)` in [-1, 1] -> float64 rows `(B, d)`. name: what distances in it are called after; origin:
-    how it was made."""
+    """A map from images `(B, C, H, W)` in [-1, 1] to float64 rows `(B, d)`. name: appears in the names of distances.
+    origin: how the space was made."""
 
     name: str
     origin: str
@@ -67,17 +67,17 @@ class FeatureSpace:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """Rows `(B, d)`, on the CPU."""
+        """Return rows `(B, d)` on the CPU."""
         return torch.cat([self.extract(part).cpu().double() for part in images.split(AT_A_TIME)]) * self.scale
 
     def of(
-        self, images: ImageDataset, chosen: Tensor, through: Change | None = None, group: ProcessGroup = ALONE
+        self, images: ImageDataset, chosen: Tensor, transform: Change | None = None, group: ProcessGroup = ALONE
     ) -> Tensor:
-        """Rows of the chosen images of a data set, or of what `through` makes of them."""
+        """Return the rows of the chosen images of a data set, each batch changed by `transform` if given."""
 
         def rows(part: Tensor) -> Tensor:
             batch = images.batch(part)
-            return self(through(batch) if through else batch)
+            return self(transform(batch) if transform else batch)
 
         return torch.cat(group.map(rows, chosen.split(AT_A_TIME)))
 
@@ -85,8 +85,8 @@ class FeatureSpace:
 def feature_space(
     train: ImageDataset, held_out: ImageDataset, steps: int, source: str, group: ProcessGroup = ALONE
 ) -> FeatureSpace:
-    """A classifier of the training images' labels; random convolutions where there are none, or for no `steps`. Scaled
-    so that a feature of training images has variance 1 on average."""
+    """Return the features of a classifier trained on the labels, or of random convolutions if there are no labels or
+    `steps` is 0, scaled so that the features of training images have variance 1 on average."""
     steps = steps if train.labels is not None and len(train.class_names) > 1 else 0
 
     def make() -> tuple[Classifier, str]:
@@ -103,9 +103,9 @@ def feature_space(
 
 
 def train_classifier(images: ImageDataset, steps: int) -> Classifier:
-    """A classifier of the labels; with 0 steps, random weights. On the CPU, where a seed means the same everywhere."""
+    """Train a classifier of the labels; 0 steps leave random weights. On the CPU, for reproducibility."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(SEED)  # and not a GPU's, which would stay seeded
+        torch.default_generator.manual_seed(SEED)  # not torch.manual_seed, which would also seed GPUs for good
         net = Classifier(images.image_shape[0], max(1, len(images.class_names)))
     if steps:
         assert images.labels is not None
@@ -123,7 +123,7 @@ def train_classifier(images: ImageDataset, steps: int) -> Classifier:
 
 @torch.inference_mode()
 def accuracy(net: Classifier, images: ImageDataset) -> float:
-    """Share of (at most 2,000) labelled images that it gives their label."""
+    """Return the accuracy of `net` on at most 2,000 labelled images."""
     assert images.labels is not None
     some = shuffled(len(images))[:2000]
     right = [net(images.batch(part)).argmax(1) == images.labels[part] for part in some.split(256)]
@@ -131,7 +131,7 @@ def accuracy(net: Classifier, images: ImageDataset) -> float:
 
 
 def shuffled(count: int) -> Tensor:
-    """All of `count` positions in an order that is random but always the same: its first n are a fair sample."""
+    """Return a fixed random permutation of `count` positions: its first n are a fair sample."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
 
 
@@ -139,10 +139,11 @@ def shuffled(count: int) -> Tensor:
 
 
 def ssim(images: Tensor, others: Tensor) -> Tensor:
-    """Structural similarity of each pair, `(B,)`, of `(B, C, H, W)` in [-1, 1]: the mean over channels and Gaussian
-    windows (11 x 11, sigma 1.5; the largest odd size that fits smaller images) that lie within the image. At most 1.
+    """Return the structural similarity of each pair of images `(B, C, H, W)` in [-1, 1], `(B,)`, at most 1: the mean
+    over channels and over Gaussian windows within the image (11 x 11, sigma 1.5; the largest odd size that fits smaller
+    images).
 
-    In float64: variances are differences of means of squares, which cancel where an image is flat.
+    Computed in float64: variances are differences of mean squares, which cancel where an image is flat.
     """
     kind, images, others = images.dtype, in_finest(images), in_finest(others)
     channels, size = images.shape[1], min(11, *images.shape[2:])
@@ -165,7 +166,7 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
 
 
 def nearest_rows(rows: Tensor, others: Tensor, k: int = 1, group: ProcessGroup = ALONE) -> tuple[Tensor, Tensor]:
-    """Distances and indices `(n, k)` of the `k` nearest `others` `(m, d)` of each of `rows` `(n, d)`, ascending."""
+    """Return distances and indices `(n, k)`, ascending, of the `k` nearest `others` `(m, d)` of each of `rows`."""
     mode = "donot_use_mm_for_euclid_dist" if rows.dtype == torch.float64 else "use_mm_for_euclid_dist"
 
     def nearest(part: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,17 +178,19 @@ def nearest_rows(rows: Tensor, others: Tensor, k: int = 1, group: ProcessGroup =
 
 
 def neighbourhoods(real: Tensor, fake: Tensor, group: ProcessGroup = ALONE) -> dict[str, float]:
-    """precision and recall of `fake` `(n, d)` against `real` `(n, d)`: the share of rows of one set that lie in a ball
-    around a row of the other, which reaches to its third nearest neighbour. Raises `ValueError` for sets of different
-    sizes, and for too few rows."""
+    """Return precision and recall of `fake` `(n, d)` against `real` `(n, d)`: the share of rows of one set inside some
+    ball around a row of the other, whose radius is the distance to that row's third nearest neighbour. Raises
+    `ValueError` for sets of different sizes, and for too few rows."""
     if len(real) != len(fake) or len(real) <= NEIGHBOURS:
-        raise ValueError(f"needs equally many rows, more than {NEIGHBOURS} (got {len(real)} and {len(fake)})")
+        raise ValueError(
+            f"the sets must have the same number of rows, more than {NEIGHBOURS} (got {len(real)} and {len(fake)})"
+        )
     return {"precision": share_inside(fake, real, group), "recall": share_inside(real, fake, group)}
 
 
 def share_inside(rows: Tensor, centres: Tensor, group: ProcessGroup = ALONE) -> float:
-    """The share of `rows` `(n, d)` in a ball around one of `centres` `(m, d)`."""
-    radii = nearest_rows(centres, centres, NEIGHBOURS + 1, group)[0][:, -1]  # the first neighbour is the row itself
+    """Return the share of `rows` `(n, d)` inside a ball around some of `centres` `(m, d)`."""
+    radii = nearest_rows(centres, centres, NEIGHBOURS + 1, group)[0][:, -1]  # the nearest neighbour is the row itself
 
     def inside(part: Tensor) -> Tensor:
         return (torch.cdist(part, centres, compute_mode="donot_use_mm_for_euclid_dist") <= radii).any(1)
@@ -195,7 +198,7 @@ def share_inside(rows: Tensor, centres: Tensor, group: ProcessGroup = ALONE) -> 
     return float(torch.cat(group.map(inside, rows.split(AT_A_TIME))).double().mean())
 
 
-# All of it ----------------------------------------------------------------------------------------
+# Comparison ----------------------------------------------------------------------------------------
 
 
 def compare(
@@ -206,12 +209,12 @@ def compare(
     reconstruct: Change,
     group: ProcessGroup = ALONE,
 ) -> tuple[dict[str, float], Tensor, Tensor]:
-    """The figures of samples, whose rows are `drawn` `(n, d)`, not more than there are images of a split; and all of
-    them, the likeliest copies first, with the positions of the training images nearest to them, `(n,)` each.
+    """Return the figures of samples; the samples in order of how likely they are copies; and the positions of their
+    nearest training images, `(n,)` each. drawn: rows `(n, d)` of the samples, at most as many as each split has images.
 
-    Held-out images are compared to samples, to training images (prefix `train_`: what a perfect model reaches) and to
-    reconstructions of training images (`reconstruction_`: what a perfect prior reaches with this tokenizer). Samples
-    that are much nearer to training images than held-out images are may be copies.
+    Held-out images are compared with samples, with training images (prefix `train_`: what a perfect model reaches) and
+    with reconstructions of training images (`reconstruction_`: what a perfect prior reaches with this tokenizer).
+    Samples that are much nearer to training images than held-out images are may be copies.
     """
     count = len(drawn)
     seen, unseen = shuffled(len(train)), shuffled(len(held_out))[:count]
@@ -224,7 +227,7 @@ def compare(
     distances, indices = (found[:, 0] for found in nearest_rows(drawn, known, group=group))
     figures["nearest_distance"] = float(distances.median())
     figures["held_out_nearest_distance"] = float(nearest_rows(real, known, group=group)[0].median())
-    # Plain distances would list the simplest images; a copy is nearer to its original than other originals are.
+    # Plain distances would rank the simplest images first. A copy is nearer to its original than other originals are.
     spacing = nearest_rows(known[indices], known, 2, group)[0][:, -1]
     order = (distances / spacing.clamp(min=1e-12)).argsort(stable=True)
     return figures, order, seen[indices[order]]

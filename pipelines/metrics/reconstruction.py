@@ -1,4 +1,4 @@
-"""What a tokenizer keeps of images: PSNR, losses, SSIM and codebook figures, and a picture of both."""
+"""Reconstruction quality of a tokenizer: PSNR, losses, SSIM, codebook usage, and a picture to compare."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from ..processes.group import ALONE, ProcessGroup
 from ..shuffling import spread
 from .quality import ssim
 
-EVALUATED_PIXELS = 1 << 20  # that an evaluation reconstructs at a time at most
-SOME = 2000  # held-out images for the figures that are slow
+EVALUATED_PIXELS = 1 << 20  # limit on the pixels reconstructed at a time
+SOME = 2000  # held-out images for the slow figures
 
 
 def images_at_a_time(image_shape: tuple[int, ...]) -> int:
-    """Images `(C, H, W)` to reconstruct at a time without gradients: 256, or as many as have `EVALUATED_PIXELS`."""
+    """Return the batch size for reconstruction without gradients: 256, or fewer to stay within `EVALUATED_PIXELS`."""
     return max(1, min(256, EVALUATED_PIXELS // (image_shape[1] * image_shape[2])))
 
 
 @torch.inference_mode()
 def evaluate_reconstruction(
-    model: Any, images: ImageDataset, limit: int | None = None, group: ProcessGroup = ALONE, looks: int = 0
+    model: Any, images: ImageDataset, limit: int | None = None, group: ProcessGroup = ALONE, ssim_images: int = 0
 ) -> dict[str, Any]:
-    """Means of PSNR (dB), l1 and l2, and usage and perplexity of the ids, over `limit` images, evenly spread; and the
-    mean SSIM of `looks` of these, if any, likewise."""
+    """Return mean PSNR (dB), l1 and l2, and usage and perplexity of the ids, over `limit` evenly spread images; and the
+    mean SSIM over `ssim_images` of them, unless that is 0."""
     rows = spread(len(images), limit)
-    looked = spread(len(rows), looks)
+    chosen = spread(len(rows), ssim_images)
     ids = torch.zeros(model.grid.vocab_size, dtype=torch.long, device=model.device)
     size = images_at_a_time(images.image_shape)
 
@@ -45,41 +45,41 @@ def evaluate_reconstruction(
         decoded = model.decode(tokens).float()  # bfloat16 under autocast
         ids.add_(torch.bincount(tokens.flatten(), minlength=model.grid.vocab_size))
         found = {"psnr": psnr(decoded, batch).mean(), **pixel_losses(decoded, batch)}
-        here = looked[(looked >= start) & (looked < start + len(batch))] - start
+        here = chosen[(chosen >= start) & (chosen < start + len(batch))] - start
         return {name: float(value) * len(batch) for name, value in found.items()}, ssim_in_bytes(decoded, batch, here)
 
     parts = group.map(measure, range(0, len(rows), size))
     figures: dict[str, Any] = {name: sum(sums[name] for sums, _ in parts) / len(rows) for name in parts[0][0]}
     figures |= {f"codebook_{name}": float(value) for name, value in codebook_usage(group.total(ids)).items()}
-    if looks:
-        figures |= {"ssim": float(torch.cat([found for _, found in parts]).double().mean()), "ssim_images": len(looked)}
+    if ssim_images:
+        figures |= {"ssim": float(torch.cat([found for _, found in parts]).double().mean()), "ssim_images": len(chosen)}
     return figures
 
 
 def ssim_in_bytes(decoded: Tensor, images: Tensor, rows: np.ndarray) -> Tensor:
-    """SSIM `(n,)`, on the CPU, of these rows of a batch and its reconstructions, both of 8 bits."""
+    """Return the SSIM `(n,)`, on the CPU, of these rows of a batch and their reconstructions, rounded to 8 bits."""
     if not len(rows):
         return torch.empty(0)
     return ssim(images.cpu()[rows], to_float(to_uint8(decoded.float().cpu()[rows])))
 
 
 def drafts(model: Any) -> list[Callable[[Tensor], Tensor]]:
-    """What a tokenizer makes of the first of an image's tokens alone, as functions of all tokens, coarse to fine, the
-    last of all of them: of one scale, of two, ...; or of 1, 2, 4, ... tokens. Empty where only all decode."""
+    """Return functions that decode only the first tokens of each image, coarse to fine, the last one all of them: one
+    scale, two scales, ...; or 1, 2, 4, ... tokens. Empty if the tokenizer cannot decode a prefix."""
     if model.grid.scales:
         return [partial(model.decode_scales, count=k + 1) for k in range(len(model.grid.scales))]
     return [partial(decode_first, model, count) for count in model.prefixes]
 
 
 def decode_first(model: Any, count: int, tokens: Tensor) -> Tensor:
-    """Images of the first `count` of `tokens` `(B, N)`."""
+    """Decode the first `count` of `tokens` `(B, N)`."""
     return model.decode(tokens[:, :count])
 
 
 @torch.inference_mode()
 def reconstruction_picture(model: Any, images: ImageDataset, count: int = 32) -> np.ndarray:
-    """The first `count` images, evenly spread over the set, each row above the row of its reconstructions; above those
-    the rows of their `drafts`, where there are any."""
+    """Return a picture of `count` evenly spread images, each row above the row of its reconstructions, with the rows of
+    their `drafts` in between."""
     chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(np.int64)
     originals = images.batch(chosen)
     parts = originals.split(images_at_a_time(images.image_shape))

@@ -1,4 +1,4 @@
-"""Samples that are measured: each is drawn and held, in bytes, by one of the processes, as 50,000 may be gigabytes."""
+"""Samples to evaluate, drawn and stored as 8-bit images by the processes of a group: 50,000 may take gigabytes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from ..images import to_float, to_uint8
 from ..processes.group import ALONE, ProcessGroup
 from .quality import AT_A_TIME
 
-DRAWN = 64  # at a time
+DRAWN = 64  # samples drawn at a time
 
 
 class Samples:
-    """`count` samples in parts of `AT_A_TIME`, by the number of their first; `draw(start, end)` makes some,
-    `(n, C, H, W)` in [-1, 1], and does not depend on which are made together. seconds: how long it took."""
+    """`count` samples in parts of `AT_A_TIME`; a part is named by the number of its first sample.
+
+    draw: `draw(start, end)` returns these samples, `(n, C, H, W)` in [-1, 1], and must not depend on how they are
+    batched. seconds: how long sampling took.
+    """
 
     def __init__(self, draw: Callable[[int, int], Tensor], count: int, group: ProcessGroup = ALONE) -> None:
         from tqdm import tqdm
@@ -32,23 +35,23 @@ class Samples:
             for part in tqdm(group.mine(self.parts), desc="sampling", leave=False, disable=hidden):
                 end = min(part + AT_A_TIME, count)
                 cuts = [(start, min(start + DRAWN, end)) for start in range(part, end, DRAWN)]
-                # When `draw` returns, a GPU has still to compute it.
+                # `draw` may return before a GPU has finished; .cpu() waits for it.
                 self._mine[part] = torch.cat([to_uint8(draw(*cut)).cpu() for cut in cuts])
             return time.monotonic() - began
 
         self.seconds = max(group.gather(work))
 
     def images(self, part: int) -> Tensor:
-        """The images of a part that this process has drawn, in [-1, 1]."""
+        """Return the images, in [-1, 1], of a part that this process has drawn."""
         return to_float(self._mine[part])
 
     def rows(self, act: Callable[[Tensor], Tensor], count: int) -> Tensor:
-        """What `act` makes of the first `count` images, `(count, d)`."""
+        """Return `act` of the first `count` images, `(count, d)`."""
         parts = [part for part in self.parts if part < count]
         return torch.cat(self.group.map(lambda part: act(self.images(part)[: count - part]), parts))
 
-    def some(self, chosen: list[int]) -> Tensor:
-        """The images at these places, on every process."""
+    def select(self, chosen: list[int]) -> Tensor:
+        """Return the samples with these numbers, on every process."""
         mine = [k for k in chosen if k - k % AT_A_TIME in self._mine]
         here = {k: self._mine[k - k % AT_A_TIME][k % AT_A_TIME].clone() for k in mine}
         every = {k: image for found in self.group.gather(lambda: here) for k, image in found.items()}

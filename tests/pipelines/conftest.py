@@ -1,4 +1,4 @@
-"""What tests of several folders look at and do not change."""
+"""Fixtures shared by several folders; tests do not modify them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> Path:
     """A token dataset of 72 rows of 7 x 7 ids in 3 classes."""
-    from launch import make_tokens  # late, as below: most tests do without
+    from launch import make_tokens  # imported late, like those below, because few tests need it
 
     return make_tokens(tmp_path_factory.mktemp("tokens") / "tokens")
 
 
 @pytest.fixture(scope="session")
 def trained():
-    """A small pipeline trained on stripes, and calibrated."""
+    """A small calibrated pipeline trained on stripes."""
     from givens.stripes import trained_on_stripes
 
     return trained_on_stripes()
@@ -26,7 +26,7 @@ def trained():
 
 @pytest.fixture(scope="session")
 def fresh(trained):
-    """Statistics of normal images that neither training nor calibration has seen."""
+    """Statistics of normal images used in neither training nor calibration."""
     from givens.stripes import stripes
 
     from pipelines.anomaly.image_statistics import statistics
@@ -36,7 +36,7 @@ def fresh(trained):
 
 @pytest.fixture(scope="session")
 def likely():
-    """An untrained pipeline with a likelihood of pixels, calibrated."""
+    """A calibrated untrained pipeline with a pixel likelihood."""
     from givens.stripes import SIZE, stripes
     from small_pipelines import make_pipeline
 

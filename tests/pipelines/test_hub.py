@@ -1,7 +1,7 @@
-"""Loading by Hub id, from a Hub on this machine.
+"""Loading by Hub id, from a fake Hub on this machine.
 
-huggingface_hub reads its endpoint when it is imported, so everything is loaded in one process of its own, by `client`
-at the end of this file; the tests look at what it reports.
+huggingface_hub reads its endpoint when it is imported, so `client` at the end of this file loads everything in a
+process of its own; the tests check what it reports.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def save_small(folder, seed):
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """What `client` found, with the tokens that the pipelines make here, and what the Hub was asked."""
+    """The report of `client`, the tokens that the pipelines draw in this process, and the requests to the Hub."""
     root = tmp_path_factory.mktemp("hub")
     pipes = {name: save_small(root / "me" / "mosaic" / name, seed) for seed, name in enumerate(["main", "v2"])}
     (root / "me" / "mosaic" / "main" / ".gitattributes").write_text("*.safetensors filter=lfs")
@@ -60,7 +60,7 @@ def report(tmp_path_factory):
     return found
 
 
-def test_pipeline_by_hub_id_is_the_one_that_was_saved(report):
+def test_a_pipeline_by_hub_id_equals_the_saved_one(report):
     assert report["main"] == report["here"]["main"]
     assert report["labels"] == ["cat", "dog"] and report["source"] == "digits" and report["has grid"]
 
@@ -73,7 +73,7 @@ def test_single_models_by_hub_id_or_in_a_subfolder(report):
     assert report["fingerprints"] == report["subfolder fingerprints"] == report["fingerprints here"]
 
 
-def test_token_arrives_as_bearer_and_opens_the_repository(report):
+def test_the_token_is_sent_as_bearer_and_opens_the_repository(report):
     ours = [token for path, token in report["requests"] if "mosaic" in path]
     assert f"Bearer {TOKEN}" in ours and set(ours) <= {None, f"Bearer {TOKEN}"}
     assert report["without token"][0] == "PathError"
@@ -94,7 +94,7 @@ def test_second_load_needs_no_network(report):
     assert error == "PathError" and "'me/mosaic'" in message
 
 
-def test_only_files_of_ours_are_fetched(report):
+def test_only_files_of_the_format_are_fetched(report):
     fetched = {path.split("/resolve/")[1].split("/", 1)[1] for path, _ in report["requests"] if "/resolve/" in path}
     assert "pytorch_model.bin" not in fetched and ".gitattributes" not in fetched
     assert {"model_index.json", "manifest.json", "prior/model.safetensors", "samples.png"} <= fetched
@@ -103,9 +103,9 @@ def test_only_files_of_ours_are_fetched(report):
 @pytest.mark.parametrize(
     "case", ["unknown repository", "unknown revision", "unknown tokenizer", "unknown prior revision"]
 )
-def test_what_is_not_there_names_both_readings(report, case):
+def test_an_unknown_source_is_a_path_error(report, case):
     error, message = report[case]
-    assert error == "PathError" and "not an existing folder" in message and "Hub" in message
+    assert error == "PathError" and "folder" in message and "Hub" in message
     assert ("nobody/nothing" if case in ("unknown repository", "unknown tokenizer") else "me/") in message
 
 
@@ -118,12 +118,12 @@ def test_repository_without_a_pipeline_says_what_is_missing(report):
 
 
 def sample(pipe):
-    """Tokens, as lists."""
+    """Return sampled tokens as lists."""
     return pipe(3, 1, seed=0).tokens.tolist()
 
 
 def failure(load, *arguments, **options):
-    """Name and message of the error that `load` raises."""
+    """Return the name and message of the error that `load` raises."""
     try:
         load(*arguments, **options)
     except PipelineLoadError as error:
@@ -132,13 +132,13 @@ def failure(load, *arguments, **options):
 
 
 def mark():
-    """Leave a line in the Hub's list of requests."""
+    """Mark a place in the Hub's list of requests."""
     with suppress(HTTPError):
         urlopen(os.environ["HF_ENDPOINT"] + MARK)
 
 
 def client(cache, commit_of_v2):
-    """Load everything there is, and print what came of it."""
+    """Load everything and print a report."""
     options = {"token": TOKEN, "cache_dir": cache}
     load = ImagePipeline.from_pretrained
     pipe = load("me/mosaic", **options)

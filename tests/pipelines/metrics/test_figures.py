@@ -1,10 +1,8 @@
-"""The table of figures: what people read of them, and nothing where one is missing or not a number."""
+"""The table of figures, which leaves out what is missing or malformed."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +22,7 @@ FOUND = {
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_rows_are_values_beside_what_they_compare_to(exact):
+def test_rows_have_values_and_what_to_compare_them_with(exact):
     rows = {row.figure.key: (row.title, row.value, row.beside) for row in rows_of(FOUND, exact=exact)}
     assert rows == {
         "psnr": ("PSNR of reconstructions", "25.00 dB", "1,000 images"),
@@ -40,22 +38,17 @@ def test_rows_are_values_beside_what_they_compare_to(exact):
     assert [line.split("  ")[0] for line in lines] == [title for title, _, _ in rows.values()]
 
 
-def test_what_is_no_figure_is_no_row_and_other_types_do_no_harm():
-    """Provenance may come from anybody."""
+def test_unknown_and_malformed_figures_are_harmless():
+    """Provenance may be untrusted."""
     assert rows_of({"texture_flat": 2.5, "psnr": None, "ssim": [1], "num_images": 3}, exact=True) == []
     (row,) = rows_of({"psnr": "high", "num_images": "{psnr.__class__}"}, exact=True)
     assert (row.value, row.beside) == ("high", "")
 
 
-def test_figures_of_samples_are_those_that_other_settings_change():
+def test_figures_of_samples_depend_on_the_sampling_settings():
     assert {"frechet_distance", "train_recall", "num_samples", "feature_origin", "fid_protocol"} <= OF_SAMPLES
     assert not {"psnr", "ssim", "rfid", "bits_per_token", "num_images"} & OF_SAMPLES
     known = json.loads((Path(__file__).parents[3] / "pipelines/shipped/digits/provenance.json").read_text())
     assert {"psnr", "ssim", "bits_per_token", "class_agreement", "recall"} <= {figure.key for figure in TABLE} & set(
         known["evaluation"]
     )
-
-
-def test_the_table_needs_no_torch():
-    code = "import sys, pipelines.metrics.figures; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])

@@ -1,10 +1,10 @@
-"""The Frechet distance: closed forms, other libraries, and moments of parts, which are those of all rows."""
+"""The Frechet distance compared with closed forms and other libraries, and moments computed in parts."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from optional import needs_torch_fidelity, needs_torchmetrics
+from optional import needs_torch_fidelity
 
 from pipelines.metrics.frechet import Moments, distance, frechet_distance, moments, moments_of_parts
 
@@ -33,25 +33,12 @@ def test_distance_of_known_gaussians(dim):
     assert frechet_distance(rows, 2 * rows - rows.mean(0)) == pytest.approx(spread, rel=1e-9)
 
 
-@pytest.mark.parametrize("count", [2, 10, 64, 300])
+@pytest.mark.parametrize("count", [2, 64, 300])
 def test_distance_to_itself_is_zero(count):
-    """With fewer rows than features, too, where the covariance is singular."""
+    """Also with fewer rows than features, when the covariance is singular."""
     rows = gaussian(count, 64, scale=10)
     for again in (rows, rows.flip(0), rows.float()):
-        assert abs(frechet_distance(rows, again)) < 1e-4  # of a trace of 6,400
-
-
-@needs_torchmetrics
-def test_distance_is_that_of_torchmetrics_with_our_features():
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    net = torch.nn.Flatten()
-    net.num_features = 16  # type: ignore[assignment]
-    metric = FrechetInceptionDistance(net, normalize=True)
-    a, b = gaussian(100, 16, 0).reshape(-1, 1, 4, 4), gaussian(80, 16, 1, 1.3).reshape(-1, 1, 4, 4)
-    metric.update(a, real=True)
-    metric.update(b, real=False)
-    assert frechet_distance(a.flatten(1), b.flatten(1)) == pytest.approx(float(metric.compute()), rel=1e-9)
+        assert abs(frechet_distance(rows, again)) < 1e-4  # the trace is 6,400
 
 
 @needs_torch_fidelity
@@ -61,12 +48,6 @@ def test_distance_is_that_of_torch_fidelity():
     a, b = gaussian(400, 48, 0, 1.3), gaussian(300, 48, 1) + 0.2
     expected = fid_statistics_to_metric(*map(fid_features_to_statistics, (a, b)), False)["frechet_inception_distance"]
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-
-
-def test_distance_falls_with_the_number_of_rows():
-    """Of the same distribution, and yet not 0: hence equally many on both sides, and that of training images beside."""
-    found = [frechet_distance(gaussian(n, 32, 2 * n), gaussian(n, 32, 2 * n + 1)) for n in (100, 200, 400, 800, 3200)]
-    assert all(more > 1.6 * fewer > 0 for more, fewer in zip(found, found[1:], strict=False))
 
 
 @pytest.mark.parametrize("sizes", [(12,), (1, 1, 60), (30, 1, 0), (200, 100, 50)])

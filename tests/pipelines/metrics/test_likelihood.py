@@ -1,4 +1,4 @@
-"""An evaluation takes as many rows and images at a time as fit, and its figures do not depend on that.
+"""Figures of an evaluation do not depend on its batch size, which is bounded by memory.
 
 Covers: pipelines/metrics/reconstruction.py.
 """
@@ -26,8 +26,7 @@ class Images(list):
         return torch.stack([self[int(row)] for row in rows])
 
 
-def test_an_evaluation_takes_as_many_at_a_time_as_fit(monkeypatch, tokens):
-    """256 of what is small, as ever; and figures and pictures do not depend on it but for rounding."""
+def test_batches_fit_into_memory_and_do_not_change_the_figures(monkeypatch, tokens):
     assert [rows_at_a_time(TokenGrid(s, v)) for s, v in (((7, 7), 64), ((32, 32), 1024), ((16, 16), 16384))] == [
         256,
         256,
@@ -50,7 +49,7 @@ def test_an_evaluation_takes_as_many_at_a_time_as_fit(monkeypatch, tokens):
         found.append(
             {
                 "bits": bits_per_token(model, split),
-                **evaluate_reconstruction(tokenizer, held_out, looks=7),
+                **evaluate_reconstruction(tokenizer, held_out, ssim_images=7),
                 "picture": float(reconstruction_picture(tokenizer, held_out).mean()),
             }
         )

@@ -1,6 +1,6 @@
-"""LPIPS: the value of torchmetrics, and a gradient to the reconstruction alone.
+"""LPIPS: the value of torchmetrics, with gradients to the reconstruction only.
 
-The smallest backbone has random weights here, as its file in a folder of torch hub, and so is read as the real one is.
+The smallest backbone has random weights here, in torch hub's folder, so they are read like the real ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = needs_torchmetrics
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """Random weights of the smallest backbone, where torch hub looks for the right ones."""
+    """Random weights of the smallest backbone, where torch hub looks for pretrained ones."""
     url = torchvision.models.SqueezeNet1_1_Weights.DEFAULT.url
     path = tmp_path_factory.mktemp("torch") / "hub" / "checkpoints" / url.rpartition("/")[2]
     path.parent.mkdir(parents=True)
@@ -45,27 +45,25 @@ def images(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_the_value_is_that_of_torchmetrics(distance):
+    """Small images are enlarged first, and grey ones repeated."""
     one, two = images(3, 3, 64, 72), images(3, 3, 64, 72, seed=1)
     expected = lpips.learned_perceptual_image_patch_similarity(one, two, net_type="squeeze")
     assert float(expected) > 1e-3 and float(distance(one, two)) == pytest.approx(float(expected), rel=1e-5)
+    one, two = images(2, 1, 16, 32), images(2, 1, 16, 32, seed=1)
+    large = [F.interpolate(x, (64, 128), mode="bilinear", align_corners=False).repeat(1, 3, 1, 1) for x in (one, two)]
+    assert float(distance(one, two)) == pytest.approx(float(distance(*large)), rel=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 64, 64), (2, 1, 28, 28), (1, 3, 8, 20)])
-def test_equal_images_are_at_no_distance_and_others_are(distance, shape):
+@pytest.mark.parametrize("shape", [(2, 3, 64, 64), (2, 1, 28, 28)])
+def test_distance_is_zero_for_equal_images_and_grows_with_noise(distance, shape):
     one = images(*shape)
     assert float(distance(one, one.clone())) == 0
     near, far = float(distance(one + 0.05 * images(*shape, seed=1), one)), float(distance(images(*shape, seed=2), one))
     assert 0 < near < far
 
 
-def test_small_and_grey_images_are_enlarged_and_repeated(distance):
-    one, two = images(2, 1, 16, 32), images(2, 1, 16, 32, seed=1)
-    large = [F.interpolate(x, (64, 128), mode="bilinear", align_corners=False).repeat(1, 3, 1, 1) for x in (one, two)]
-    assert float(distance(one, two)) == pytest.approx(float(distance(*large)), rel=1e-5)
-
-
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_gradient_reaches_the_reconstruction_alone(distance, channels):
+def test_gradients_reach_only_the_reconstruction(distance, channels):
     reconstruction, target = (images(2, channels, 28, 28, seed=seed).requires_grad_() for seed in (0, 1))
     distance(reconstruction, target).backward()
     assert bool((reconstruction.grad.flatten(1).abs().sum(1) > 0).all()) and target.grad is None
@@ -75,14 +73,14 @@ def test_the_gradient_reaches_the_reconstruction_alone(distance, channels):
         assert distance(nearer, target) < distance(reconstruction, target)
 
 
-def test_autocast_does_not_reach_it(distance):
+def test_autocast_has_no_effect(distance):
     one, two = images(2, 3, 64, 64), images(2, 3, 64, 64, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
         inside = distance(one, two)
     assert inside.dtype == torch.float32 and torch.equal(inside, distance(one, two))
 
 
-def test_a_model_that_holds_it_does_not_know_its_weights(distance):
+def test_its_weights_are_not_those_of_a_model_that_holds_it(distance):
     model = nn.Linear(2, 2)
     model.distance = distance
     model.train()
@@ -93,7 +91,7 @@ def test_a_model_that_holds_it_does_not_know_its_weights(distance):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_what_is_missing_is_said_in_a_line(tmp_path, monkeypatch):
+def test_missing_weights_and_packages_are_one_line_of_error(tmp_path, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise URLError("no\nnetwork")
 

@@ -1,4 +1,4 @@
-"""Distances between sets of images: definitions, extremes, and the space they are measured in."""
+"""SSIM, precision and recall against their definitions, and the feature space of distances."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from pipelines.metrics.quality import (
     accuracy,
     compare,
     feature_space,
-    nearest_rows,
     neighbourhoods,
     shuffled,
     ssim,
@@ -31,7 +30,7 @@ def gaussian(count, dim, seed=0, scale=1.0):
 # SSIM
 
 
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 12, 8), (1, 5, 4), (3, 4, 40)])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 12, 8), (1, 5, 4)])
 def test_ssim_is_one_for_the_same_and_falls_with_noise(shape):
     images = torch.rand(3, *shape) * 1.6 - 0.8
     torch.testing.assert_close(ssim(images, images), torch.ones(3))
@@ -44,7 +43,7 @@ def test_ssim_is_one_for_the_same_and_falls_with_noise(shape):
 
 
 def test_ssim_of_flat_areas_is_never_above_one():
-    """Where variances cancel: flat images a grey level apart."""
+    """Flat images one grey level apart, for which variances cancel."""
     levels = torch.arange(256).reshape(-1, 1, 1, 1) / 127.5 - 1
     flat = levels.expand(256, 1, 16, 16)
     light, other = (flat[:, 0, 0, 0] + 1) / 2, (flat[:, 0, 0, 0] + 1) / 2 + 1 / 255
@@ -57,7 +56,7 @@ def test_ssim_of_flat_areas_is_never_above_one():
 @needs_torchmetrics
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 20, 13)])
 def test_ssim_is_torchmetrics_ssim_within_the_image(shape):
-    """Its mean goes over windows that reach beyond the border too, Wang's own does not."""
+    """torchmetrics also averages windows that reach beyond the border; Wang et al. do not."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     images = (torch.randn(4, *shape) * 0.5).clamp(-1, 1)
@@ -82,22 +81,12 @@ def test_precision_and_recall_are_those_of_their_definition(seed):
     found = neighbourhoods(real, fake)
     assert found == {"precision": share_inside(fake, real), "recall": share_inside(real, fake)}
     assert 0 < found["precision"] < 1 and 0 < found["recall"] < 1
-
-
-def test_extremes_of_precision_and_recall():
-    rows = gaussian(200, 8)
-    assert set(neighbourhoods(rows, rows[torch.randperm(200)]).values()) == {1.0}
-    assert set(neighbourhoods(rows, gaussian(200, 8, 1) + 100).values()) == {0.0}
-    wide = neighbourhoods(gaussian(1000, 64, 0), gaussian(1000, 64, 1, 1.6))
-    assert wide["recall"] > 0.99 and wide["precision"] < 0.02
-    alike = neighbourhoods(rows, rows[rows.norm(dim=1).argmin()] + 1e-3 * gaussian(200, 8, 1))
-    assert alike["precision"] == 1.0 and alike["recall"] < 0.02
     for counts in ((20, 30), (3, 3)):
-        with pytest.raises(ValueError, match="equally many rows"):
+        with pytest.raises(ValueError, match="rows"):
             neighbourhoods(*(gaussian(count, 3, count) for count in counts))
 
 
-def test_nearest_label_is_that_of_the_nearest_pixels():
+def test_nearest_label_is_that_of_brute_force():
     images, known = gaussian(40, 12).reshape(40, 3, 2, 2).float(), gaussian(300, 12, 1).reshape(300, 3, 2, 2).float()
     labels = torch.arange(300) % 7
     nearest = (images[:, None] - known).flatten(2).norm(dim=2).argmin(1)
@@ -106,21 +95,10 @@ def test_nearest_label_is_that_of_the_nearest_pixels():
     assert agreement(torch.arange(40).split(16), images.__getitem__, right, known, labels) == 0.25
 
 
-def test_nearest_is_the_nearest():
-    rows, others = gaussian(600, 5), gaussian(30, 5, 1)
-    distances = (rows[:, None] - others).norm(dim=2)
-    found, indices = nearest_rows(rows, others, 3)
-    torch.testing.assert_close(found, distances.sort(dim=1).values[:, :3])
-    assert torch.equal(indices[:, 0], distances.argmin(1))
-    assert float(nearest_rows(others, others)[0].max()) == 0.0
-
-
 # The feature space
 
 
-@pytest.mark.parametrize(
-    ("channels", "size"), [(1, (28, 28)), (3, (64, 64)), (1, (8, 8)), (3, (4, 40)), (3, (300, 20))]
-)
+@pytest.mark.parametrize(("channels", "size"), [(1, (28, 28)), (3, (4, 40)), (3, (300, 20))])
 def test_classifier_takes_images_of_any_shape(channels, size):
     net = Classifier(channels, 3).eval()
     images = torch.rand(2, channels, *size)
@@ -143,7 +121,7 @@ def test_classifier_learns_and_is_a_function_of_the_data(tmp_path):
     assert rows.dtype == torch.float64 and float(rows.var(0, correction=0).mean()) == pytest.approx(1)
 
 
-def test_features_do_not_depend_on_labels_where_there_are_none(tmp_path):
+def test_without_labels_features_are_random_convolutions(tmp_path):
     config = write_set(tmp_path)
     unlabelled, one = config.model_copy(update={"label_column": None}), write_set(tmp_path / "one", classes=1)
     for images in map(load_images, (unlabelled, one)):
@@ -153,7 +131,7 @@ def test_features_do_not_depend_on_labels_where_there_are_none(tmp_path):
     assert feature_space(labelled.train, labelled.held_out, 0, "stripes").name == "random-conv-64"
 
 
-def test_comparison_knows_copies_from_samples(tmp_path):
+def test_comparison_ranks_copies_first(tmp_path):
     images = load_images(write_set(tmp_path, per_class=40))
     space = feature_space(images.train, images.held_out, 0, "stripes")
     copied = shuffled(len(images.train))[:40]
@@ -170,8 +148,3 @@ def test_comparison_knows_copies_from_samples(tmp_path):
     for key, rows in (("", space(samples)), ("held_out_", space.of(images.held_out, torch.arange(80)))):
         nearest = (rows[:, None] - known).norm(dim=2).min(1).values
         assert figures[f"{key}nearest_distance"] == pytest.approx(float(nearest.median()))
-
-
-def test_a_permutation_is_a_permutation():
-    assert torch.equal(shuffled(100), shuffled(100)) and sorted(shuffled(100).tolist()) == list(range(100))
-    assert not torch.equal(shuffled(100), torch.arange(100))
