@@ -1,4 +1,4 @@
-"""What attention is written for besides being right: few passes over memory, and little kept for the backward one.
+"""The transformer's parts by their definitions, and the memory that attention takes.
 
 Covers: prior/transformer.py.
 """

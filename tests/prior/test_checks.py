@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import PRIORS, SMALL, VARIANTS, grid_of
+from small import PRIORS, SMALL, grid_of
 from torch import Tensor, nn
 
 from prior import Prior
@@ -63,11 +63,10 @@ def make_broken(fault: str, shape: tuple[int, ...] = (2, 3)) -> Prior:
     return Broken(PriorConfig(grid=TokenGrid(shape, 3), num_classes=2))
 
 
-@pytest.mark.parametrize("name", [*PRIORS, *VARIANTS])
+@pytest.mark.parametrize("name", PRIORS)
 def test_priors_of_the_package_keep_every_promise(name: str) -> None:
-    kind, settings = VARIANTS.get(name, (name, {}))
     shape, ids = ((2, 2), 3) if name == "next_scale" else ((2, 3), 3)
-    prior = Prior.create(kind, grid=grid_of(kind, shape, ids), num_classes=2, **{**SMALL.get(kind, {}), **settings})
+    prior = Prior.create(name, grid=grid_of(name, shape, ids), num_classes=2, **SMALL.get(name, {}))
     found = dict(check_prior(prior))
     assert is_built_in(prior) and len(found) == 8 and set(found.values()) == {None}, found
 

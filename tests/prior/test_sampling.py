@@ -11,7 +11,7 @@ import pytest
 import torch
 import tqdm
 from frequencies import as_frequent
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from small import draw_tokens, generators, make_prior
 from torch import Tensor
@@ -28,7 +28,7 @@ from prior.sampling import (
     progress_bar,
 )
 
-examples = settings(deadline=None, max_examples=100)
+examples = settings(deadline=None, max_examples=100, derandomize=True)
 
 
 def gumbel(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -84,9 +84,8 @@ def test_guidance_goes_one_way_from_its_scale_to_its_end(start, end, power, bloc
     if start == end:  # a number, so that the kernels are the same, to the last bit
         assert by_rank == start and options.rows_per_image == (1 if start == 1 else 2)
     else:
-        assert by_rank.tolist() == pytest.approx(
-            [scale for scale, n in zip(scales, blocks, strict=True) for _ in range(n)]
-        )
+        expected = torch.tensor(scales).repeat_interleave(torch.tensor(blocks))
+        torch.testing.assert_close(by_rank, expected)
         assert options.rows_per_image == 2
 
 
@@ -121,6 +120,8 @@ def test_tokens_have_the_frequencies_of_what_the_filters_allow(top_k, top_p, tem
 @examples
 @given(st.lists(st.floats(-9, 9, width=32), min_size=1, max_size=9), st.floats(0.01, 0.99))
 def test_the_likeliest_ids_up_to_a_mass(logits, mass):
+    shares = torch.tensor(logits).double().sort(descending=True).values.softmax(0).cumsum(0)
+    assume((shares - mass).abs().min() > 1e-9)
     found = likeliest(torch.tensor(logits), mass)
     assert set(found.nonzero()[:, 0].tolist()) == allowed(logits, None, mass)
 
@@ -156,8 +157,8 @@ def test_the_first_of_equal_ids_is_taken(vocab_size, temperature):
 @pytest.mark.parametrize("temperature", [1e-45, GREEDY / 2, 2 * GREEDY])
 def test_a_temperature_near_zero_takes_the_likeliest(temperature):
     logits = 10 * torch.randn(50, 40, generator=torch.Generator().manual_seed(1))
-    for settings in ({}, {"top_p": 0.3}, {"top_k": 3, "top_p": 0.9}):
-        options = SamplingOptions(temperature, **settings)
+    for filters in ({}, {"top_p": 0.3}, {"top_k": 3, "top_p": 0.9}):
+        options = SamplingOptions(temperature, **filters)
         assert torch.equal(options.choose(logits, gumbel(logits.shape, 2)), logits.argmax(1))
 
 
