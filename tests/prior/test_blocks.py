@@ -21,7 +21,7 @@ def make(name="blocks", **config):
 @takers
 @every_partition
 def test_a_block_does_not_see_itself_bit_for_bit(name, order):
-    """In float32, as it is used: whatever the tokens of a block and of later ones are, its logits are the same bits."""
+    """In float32, as it is used: logits of a block are the same bits for any tokens of this block and of later ones."""
     model = make_prior(name, order=order)
     tokens, labels = draw_tokens(model, 4), torch.arange(4)
     before = model(tokens, labels)
@@ -50,7 +50,7 @@ def test_an_order_a_name_and_numbers_say_the_same(name):
 
 @takers
 def test_completions_have_the_density_that_is_said(name):
-    """Frequencies of what is drawn, given two known tokens of six, against `region_log_prob`, which sums to one."""
+    """Compare frequencies, given two known tokens of six, with `region_log_prob`, which sums to one."""
     model, count = make(name, shape=(2, 3), vocab_size=2, order="rows"), 6000
     known = torch.tensor([[False, True, False], [False, False, True]])
     grids = all_grids(model.grid)

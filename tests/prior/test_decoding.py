@@ -1,4 +1,4 @@
-"""Decoding step by step, what is reported of it, and what surrounds it: modes, rows, features, layouts of weights.
+"""Steps of decoding as `on_step` sees them; modes, precision, parts of a batch, and features.
 
 Covers: prior/base.py, prior/sampling.py, prior/layers.py.
 """

@@ -105,7 +105,6 @@ def test_cached_uncached_and_parallel_sampling_draw_the_same_tokens(name, order)
         {},
         {"guidance_scale": 2.5, "top_p": 0.9, "temperature": 0.8},
         {**COURSE, "tokens": tokens, "known": known},
-        {"temperature": 0.0, "top_k": 3},
     ):
         cached, uncached, parallel = (
             model.sample(6, labels, generator=generators(6), **settings, **path)
@@ -113,7 +112,7 @@ def test_cached_uncached_and_parallel_sampling_draw_the_same_tokens(name, order)
         )
         assert torch.equal(cached, uncached), settings
         assert torch.equal(cached, parallel), settings
-        assert cached.unique().numel() > 1 or "top_k" in settings
+        assert cached.unique().numel() > 1
         if "known" in settings:
             assert torch.equal(cached[known], tokens[known])
 
@@ -148,8 +147,8 @@ COUNTABLE = [(name, order) for name, order in MODELS_IN_ORDERS if not name.endsw
 def test_frequencies_match_log_prob(name, order):
     """Except for three channels of 16 values, which have too many grids to count."""
     model, grids = make_tiny(name, order, max_grids=64)
-    drawn = model.sample(6000, torch.ones(6000).long(), generator=torch.Generator().manual_seed(5))
     expected = model.log_prob(grids, torch.ones(len(grids)).long()).exp()
+    drawn = model.float().sample(2500, torch.ones(2500).long(), generator=torch.Generator().manual_seed(5))
     assert as_frequent(numbers_of(drawn, model.grid), expected)
 
 
@@ -211,7 +210,7 @@ def test_a_token_is_the_argmax_of_its_own_logits_and_noise(name, order, settings
 def test_an_image_does_not_depend_on_its_batch(name, settings):
     model, labels = make_model(name), torch.arange(7) % 3
     together = model.sample(7, labels, generator=generators(7), **settings)
-    for size in (1, 2, 5):
+    for size in (1, 5):
         parts = [
             model.sample(len(at), labels[at], generator=[generators(7)[k] for k in at], **settings)
             for at in torch.arange(7).split(size)
@@ -221,14 +220,14 @@ def test_an_image_does_not_depend_on_its_batch(name, settings):
 
 @every_model
 def test_guidance_of_scale_one_is_no_guidance_and_a_course_begins_at_its_scale(name):
-    model, labels = make_model(name), torch.arange(40) % 3
+    model, labels = make_model(name), torch.arange(20) % 3
 
     def sample(labels=labels, **guidance):
-        return model.sample(40, labels, generator=generators(40), **guidance).flatten(1)
+        return model.sample(20, labels, generator=generators(20), **guidance).flatten(1)
 
     plain, guided = sample(), sample(guidance_scale=3.0)
     assert torch.equal(plain, sample(guidance_scale=1.0)) and not torch.equal(plain, guided)
-    assert torch.equal(sample(None), sample(torch.full((40,), 3), guidance_scale=2.0)), "3 is the null class"
+    assert torch.equal(sample(None), sample(torch.full((20,), 3), guidance_scale=2.0)), "3 is the null class"
     assert torch.equal(guided, sample(guidance_scale=3.0, guidance_end=3.0, guidance_power=2.0))
     falling, first = sample(guidance_scale=3.0, guidance_end=0.0), model.order[: model.blocks[0]]
     assert torch.equal(falling[:, first], guided[:, first]) and not torch.equal(falling, guided)
@@ -246,10 +245,10 @@ def test_known_tokens_come_back_and_nothing_else_depends_on_the_rest_of_tokens(n
     assert torch.equal(model.sample(8, tokens=tokens, known=torch.ones_like(known[0])), tokens)
 
 
-@every_model
+@pytest.mark.parametrize("name", [*PRIORS, *VARIANTS, "gpt, depth", "blocks, depth", "pixelcnn, logistic"])
 def test_sampling_costs_one_forward_pass(name):
     """Compare the FLOPs of all steps, attention included, with those of one pass; without a cache, with one a step."""
-    model = make_headed_or_large(name)
+    model = make_large(name)
     tokens = draw_tokens(model, 4)
     whole = flops(lambda: model(tokens))
     assert flops(lambda: all_steps(model, tokens)) <= 1.1 * whole
@@ -257,7 +256,7 @@ def test_sampling_costs_one_forward_pass(name):
     assert flops(lambda: model.next_logits_uncached(state, None)) == whole
 
 
-def make_headed_or_large(name):
+def make_large(name):
     """A prior on a grid of which the start of its cache is a small share."""
     return make_model(name, positions=(4, 4)) if name in HEADED else make_model(name, shape=(6, 6), vocab_size=16)
 

@@ -194,7 +194,7 @@ def test_float32_is_as_exact_as_its_numbers():
 
 
 def test_channels_share_the_components():
-    """p(r, g, b) = sum_k w_k p_k(r) p_k(g | r) p_k(b | r, g), but for the floor: the joint of one mixture."""
+    """p(r, g, b) = sum_k w_k p_k(r) p_k(g | r) p_k(b | r, g), except for the floor: the joint of one mixture."""
     head, generator = make_logistic(3, components=2), torch.Generator().manual_seed(1)
     outputs = torch.randn(head.size, generator=generator, dtype=torch.float64)
     w, means, scales, slopes = outputs.view(-1, 2).split([1, 3, 3, 3])

@@ -1,4 +1,4 @@
-"""The masked-token model: what it sees, its density along an order, its bound over all, decoding in a few passes."""
+"""The masked-token model: its density along an order, its bound over all orders, decoding in a few passes."""
 
 import itertools
 import math
@@ -53,7 +53,7 @@ def test_teacher_forced_logits_are_those_of_one_pass_per_token_however_passes_ar
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_masks_follow_the_schedule(schedule):
-    """The share that is masked has the mean that the schedule has, each position alike, and is never nothing."""
+    """The mean share of masked tokens is that of the schedule at each position, and some token is always masked."""
     model = make(shape=(8, 8), schedule=schedule)
     known = model.training_inputs(torch.zeros(20_000, 8, 8), 0.3)["known"]
     masked = (~known).double()

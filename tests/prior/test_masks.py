@@ -1,4 +1,4 @@
-"""Attention to a window of the grid: what it sees, with tiles or without, what sampling stores, and what it costs."""
+"""Windows of attention: their receptive field with tiles or without, the memory of sampling, and their cost."""
 
 import pickle
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What next-scale promises beyond the family: what a scale sees, what it costs, and which grids it takes."""
+"""What next-scale promises beyond the family: the receptive field, the inputs and the cost of a scale."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PixelCNN++: its streams against a reference written again, what it sees, its steps through all resolutions."""
+"""PixelCNN++: its streams against an independent reference, its receptive field, its steps at all resolutions."""
 
 import pytest
 import torch
@@ -205,7 +205,7 @@ def test_a_stride_leaves_rows_and_columns_out(columns, shape):
 @pytest.mark.parametrize("columns", [(-1, 1), (-1, 0)])
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (5, 6)])
 def test_growing_is_the_transpose_of_a_stride(columns, size):
-    """<grow(x), y> = <x, shrink(y)> but for the bias."""
+    """<grow(x), y> = <x, shrink(y)> except for the bias."""
     grow, (height, width) = Grow(3, columns).double(), size
     nn.init.zeros_(grow.conv.bias)
     half = -(-height // 2), -(-width // 2)

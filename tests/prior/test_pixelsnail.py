@@ -8,7 +8,7 @@ from small import make_prior
 
 @pytest.mark.parametrize("sizes", [{"heads": 1, "key": 4, "value": 4}, {"heads": 3, "key": 2, "value": 5}])
 def test_attention_by_definition(sizes):
-    """Position by position and head by head: a softmax over what was made of the tokens before it, and "nothing"."""
+    """Position by position and head by head: a softmax over the slots of earlier tokens, and "nothing"."""
     model = make_prior("pixelsnail", **sizes).double()
     attention, background = model.layers[0].attention, model.background
     embedded, x = torch.randn(1, 12, 5).double(), torch.randn(1, 12, 8).double()
@@ -49,7 +49,7 @@ def test_residual_layer_by_definition(kernel):
 
 
 def test_the_first_position_attends_to_nothing():
-    """It has no token to look at, yet its output is finite, and the same whatever comes later."""
+    """It has no earlier token, yet its output is finite and does not depend on later ones."""
     model = make_prior("pixelsnail")
     attention = model.layers[0].attention
     found = attention(torch.randn(3, 12, 5), torch.randn(3, 12, 8), model.background)
@@ -69,7 +69,7 @@ SIZES = [{}, {"residual": 1, "kernel": 5}, {"residual": 3, "heads": 1, "key": 8,
 @pytest.mark.parametrize("shape", [(5, 3), (2, 7), (6, 1), (1, 1)])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_steps_with_any_number_of_rows_and_sizes(rows, shape, sizes):
-    """Weights are laid out by the number of rows; labels and the null class are heard."""
+    """Weights are laid out by the number of rows; labels and the null class matter."""
     model = make_prior("pixelsnail", shape=shape, **sizes).double()
     tokens, labels = torch.randint(5, (rows, *shape)), torch.arange(rows) % 4
     for given in (labels, None):

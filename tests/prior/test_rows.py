@@ -1,4 +1,4 @@
-"""On grids whose rows are channels or levels, a prior is told which row it paints."""
+"""On grids whose rows are channels or levels, a prior knows which row it draws."""
 
 import pytest
 import torch
@@ -28,15 +28,15 @@ def rows_alike(model):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", [name for name in PRIORS if name != "next_scale"])
-def test_every_prior_is_told_which_row_it_paints(name, layout):
-    """What is painted alike further up is not continued alike: red is not green, level 1 is not level 2."""
+def test_every_prior_knows_which_row_it_draws(name, layout):
+    """The same content above is continued differently: red is not green, level 1 is not level 2."""
     grid = LAYOUTS[layout]().grid
     assert len(grid.shape) == 2 and grid.shape[0] >= 18
     assert rows_alike(make_prior(name, grid.shape, grid.vocab_size)) > 1e-6
 
 
 @both
-def test_a_convolution_alone_can_not_tell(name):
+def test_a_convolution_without_row_biases_does_not(name):
     assert rows_alike(make_prior(name, (18, 4), row_embedding=False)) == 0
 
 
