@@ -1,4 +1,4 @@
-"""Stage two: the distribution of a grid of ids, given a class. Torch and pydantic alone."""
+"""Stage two: the distribution of a grid of ids, given a class. Needs only torch, pydantic and safetensors."""
 
 from .base import Prior, PriorConfig
 from .orders import make_order

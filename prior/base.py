@@ -4,8 +4,8 @@
     p(tokens | labels) = prod_b prod_{i in block b} p(tokens[i] | tokens of the blocks before b, labels)
 
 Blocks of one token are the chain rule; larger ones are parallel decoding by definition of the model. The base class
-owns the slow, obviously right algorithms; a model writes `forward` (or `outputs`, of which an output head makes
-logits), and may have a `make_cache` that gives the same logits, block by block, for less."""
+owns the slow, obviously right algorithms; a model writes `forward` (or `outputs`, which an output head turns into
+logits), and may add a `make_cache` that gives the same logits block by block at less cost."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ class PriorConfig(ModelConfig):
         "wave:S, rows, dyadic, regions:K, halton:K, spread:K, random:SEED:K (K blocks) or NAME/K (blocks of K)",
     )
     blocks: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
-        None, description="sizes that cut the order into blocks, whose tokens are drawn at once; null: the order's own"
+        None,
+        description="sizes of blocks that the order is cut into, drawn at once; null: the order's own",
     )
     head: Annotated[ModelConfig | None, Node("prior.heads:Head")] = Field(
         None,
@@ -78,12 +79,12 @@ class PriorConfig(ModelConfig):
     takes_blocks: ClassVar[bool] = False
     """Whether the model draws blocks of several tokens."""
     takes_heads: ClassVar[bool] = False
-    """Whether the model writes `outputs`, of which an output head makes logits."""
+    """Whether the model writes `outputs`, which an output head turns into logits."""
     takes_positions: ClassVar[bool] = False
-    """Whether the network sees positions, of several ids each, where an output head draws these together."""
+    """Whether the network can see positions of several ids each, which an output head draws."""
 
     def check(self) -> Iterator[str]:
-        """The head has to fit the grid; the order has to exist for it, and its blocks have to sum to it."""
+        """The head must fit the grid, the order must exist for it, and the blocks must sum to its size."""
         if problem := head_problem(self):
             yield f"head: {problem}"
         elif problem := order_problem(self.order, self.positions.shape):
@@ -94,21 +95,21 @@ class PriorConfig(ModelConfig):
             kinds: list[Any] = [Prior.find(name) for name in Prior.available()]
             takers = ", ".join(kind.name for kind in kinds if kind.Config.takes_blocks)
             key = "order" if self.blocks is None else "blocks"
-            yield f"{key}: this kind draws one token at a time; kinds that draw blocks of several are {takers}"
+            yield f"{key}: this kind draws one token at a time; kinds that support larger blocks: {takers}"
 
     @property
     def positions(self) -> TokenGrid:
-        """The grid that the network sees: of positions, where the head draws the ids of each; else of tokens."""
+        """The grid that the network sees: positions, if the head draws several ids at each, else tokens."""
         return self.grid if self.head is None or self.grid.ids_per_position == 1 else self.grid.positions
 
     def partition(self) -> Partition:
-        """The ordered partition of `positions`, which `order` and `blocks` name."""
+        """The ordered partition of `positions` that `order` and `blocks` specify."""
         partition = make_partition(self.order, self.positions.shape)
         return partition if self.blocks is None else Partition(partition.order, self.blocks)
 
 
 class Prior(PretrainedModel, family="prior"):
-    """A distribution over grids of ids; `forward` is the only method that trains.
+    """A distribution over grids of ids; only `forward` is trained through.
 
     N is the number of tokens, P that of the positions that the network sees: where an output head draws several ids at
     each position, P is smaller.
@@ -119,11 +120,11 @@ class Prior(PretrainedModel, family="prior"):
     exact: bool = True
     """False where `log_prob` of an image is an unbiased estimate of a lower bound: the mean over images is a bound."""
     any_order: bool = False
-    """Whether `forward`, `log_prob` and `sample` take any other `order` than the model's own."""
+    """Whether `forward`, `log_prob` and `sample` take any `order`, not only the model's own."""
     any_connectivity: bool = False
-    """Whether the model is one of many with the same weights, which `connected` chooses from (MADE's masks)."""
+    """Whether `connected` can choose other connections for the same weights (MADE's masks)."""
     supports_cuda_graphs: bool = True
-    """Whether cached decoding can be captured in a CUDA graph (no decisions on the host)."""
+    """Whether cached decoding can be captured in a CUDA graph (no control flow on the host)."""
     order: Tensor
     """(N,) int64; `order[r]` is the raster index of the r-th token."""
     blocks: tuple[int, ...]
@@ -139,7 +140,7 @@ class Prior(PretrainedModel, family="prior"):
     position_cells: Tensor
     """(P, ids_per_position) int64: the raster indices of each position's ids, where there are several."""
     token_places: Tensor
-    """(N,) int64: where each token, in raster order, stands among the ids of all positions, one after the other."""
+    """(N,) int64: the place of each token, in raster order, in the concatenated ids of all positions."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__(config)
@@ -180,7 +181,7 @@ class Prior(PretrainedModel, family="prior"):
         return outputs if raw else self.to_raster(self.output_head.logits(outputs, self.position_ids(tokens)))
 
     def forward_outputs(self, tokens: Tensor, labels: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Call the model for what `loss_from_outputs` takes: its outputs, or the logits where no head makes them."""
+        """Call the model for the input of `loss_from_outputs`: its outputs, or its logits without a head."""
         return self(tokens, labels, **inputs, **({} if isinstance(self.output_head, Softmax) else {"raw": True}))
 
     def labels_or_null(self, labels: Tensor | None, count: int) -> Tensor:
@@ -189,7 +190,7 @@ class Prior(PretrainedModel, family="prior"):
 
     # Training
 
-    def initialize(self, tokens: Tensor, labels: Tensor | None) -> None:  # noqa: B027 (most models need not look)
+    def initialize(self, tokens: Tensor, labels: Tensor | None) -> None:  # noqa: B027 (optional)
         """Called once before training with the whole training set, for models that start from its statistics."""
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
@@ -204,8 +205,8 @@ class Prior(PretrainedModel, family="prior"):
         """Return the training loss, a scalar in nats per token, from one forward pass: the mean negative log-likelihood
         of `tokens` `(B, *grid.shape)` given `labels` `(B,)` (None: the null class for all).
 
-        inputs: further arguments of `forward`. Without any, those that `training_inputs` draws: a model that draws
-        orders or masks has another loss at each call, and `progress`, the share of training that is done, may matter.
+        inputs: further arguments of `forward`; by default `training_inputs` draws them: the loss of a model that draws
+        orders or masks changes with each call, and may depend on `progress`, the share of training that is done.
         Raises `ValueError` for tokens or labels out of range, or of another shape or type.
         """
         tokens = as_tensor(tokens, self.device)
@@ -231,7 +232,7 @@ class Prior(PretrainedModel, family="prior"):
         return 1
 
     def likelihood_pass(self, tokens: Tensor, labels: Tensor | None = None) -> None:
-        """Run one of the passes that `log_prob` takes, to measure its cost."""
+        """Run one of the passes of `log_prob`, to measure its cost."""
         self.log_prob(tokens, labels)
 
     def token_log_probs(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None) -> Tensor:
@@ -279,7 +280,7 @@ class Prior(PretrainedModel, family="prior"):
     # Orders, and mixtures of them
 
     def to_partition(self, order: Order) -> Partition:
-        """Return `order` and its blocks, on the model's device. Raises `ValueError` for sizes that are no whole
+        """Return `order` and its blocks, on the model's device. Raises `ValueError` unless the sizes are whole
         numbers."""
         found: Any = make_partition(order, self.grid.shape) if isinstance(order, str) else order
         if not isinstance(found, Partition):
@@ -289,9 +290,9 @@ class Prior(PretrainedModel, family="prior"):
 
     def check_order(self, order: Order, count: int) -> Partition | None:
         """Return `order`, int64 `(N,)` or `(count, N)`, and its blocks; None for the model's own. Raises `ValueError`
-        for anything that is no ordered partition of this grid, or that the model does not take."""
+        for anything but an ordered partition of this grid that the model supports."""
         is_own_name = isinstance(order, str) and order == self.config.order and self.config.blocks is None
-        if order is None or (is_own_name and not self.any_order):  # the name may be of positions, or of scales
+        if order is None or (is_own_name and not self.any_order):  # it may order positions, or scales
             return None
         indices, blocks = self.to_partition(order)
         size = len(self.grid)
@@ -304,9 +305,9 @@ class Prior(PretrainedModel, family="prior"):
         if blocks == self.blocks and bool((indices == self.order).all()):
             return None
         if not self.any_order:
-            raise ValueError(f"order: this {self.name} prior has one order, {self.config.order!r}, and takes no other")
+            raise ValueError(f"order: this {self.name} prior supports only its own order, {self.config.order!r}")
         if max(blocks) > 1 and not self.config.takes_blocks:
-            raise ValueError(f"order: this {self.name} draws one token at a time; blocks are for kinds that take them")
+            raise ValueError(f"order: a {self.name} prior draws one token at a time and does not support blocks")
         return Partition(indices, blocks)
 
     def order_inputs(self, partition: Partition, known: Tensor | None = None) -> dict[str, Tensor]:
@@ -333,7 +334,7 @@ class Prior(PretrainedModel, family="prior"):
         return range(num_masks)
 
     def connected(self, number: int) -> AbstractContextManager[None]:
-        """Be the model of connectivity `number` while the context lasts."""
+        """Use connectivity `number` while the context lasts."""
         return nullcontext()
 
     # Positions
@@ -355,7 +356,7 @@ class Prior(PretrainedModel, family="prior"):
     @property
     def receptive_field(self) -> Tensor:
         """bool `(N, N)`, raster order: row i is True at the tokens that `logits[:, i]` sees in the model's own order:
-        those of the positions of `position_field`, and the earlier ids of its own position."""
+        all ids of the positions in `position_field`, and the earlier ids of the same position."""
         field, several = self.position_field, self.output_head.ids_per_position
         if several == 1:
             return field
@@ -366,8 +367,8 @@ class Prior(PretrainedModel, family="prior"):
 
     @property
     def position_field(self) -> Tensor:
-        """bool `(P, P)`, raster order: the positions whose tokens the network sees at each; by default all of earlier
-        blocks."""
+        """bool `(P, P)`, raster order: the positions whose tokens the network sees at each; by default all positions of
+        earlier blocks."""
         return self.position_block_of < self.position_block_of[:, None]
 
     # Features
@@ -431,7 +432,7 @@ class Prior(PretrainedModel, family="prior"):
         return super()._apply(fn, recurse)
 
     def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> Any:
-        """Begin to decode `num_images` rows; returns the state that `next_logits` advances. order: as for
+        """Start decoding `num_images` rows, and return the state that `next_logits` advances. order: as for
         `chain_log_probs`, for a model with `any_order`. Labels and order are taken as `check_labels` and `check_order`
         return them: a check waits for the GPU, which a CUDA graph cannot capture."""
         partition = None if order is None else self.to_partition(order)
@@ -451,20 +452,20 @@ class Prior(PretrainedModel, family="prior"):
         return state.step(None if tokens is None else tokens[:, 0]).unsqueeze(1)
 
     def make_cache(self, labels: Tensor, partition: Partition | None) -> Any:
-        """Make what a model's fast path remembers between steps, for labels `(B,)` and an order other than its own: an
-        object whose `step` takes the last positions' ids and returns the outputs at the next ones (`PositionSteps`):
-        without a head logits `(B, vocab_size)`, given `(B,)`. By default there is no fast path."""
+        """Make the cache of a model's fast path, for labels `(B,)` and an order other than its own: an object whose
+        `step` takes the last positions' ids and returns the outputs at the next ones (`PositionSteps`): without a head
+        logits `(B, vocab_size)`, given `(B,)`. By default there is no fast path."""
         return self.start_uncached(len(labels), labels, partition)
 
     def start_uncached(self, num_images: int, labels: Tensor | None, order: Order = None) -> UncachedState:
-        """`start` of the path that recomputes everything: right by construction."""
+        """Start decoding that recomputes everything at each step, which is right by construction."""
         partition = self.to_partition(order)
         tokens = torch.zeros(num_images, len(self.grid), dtype=torch.long, device=self.device)
         inputs = {} if order is None else self.order_inputs(partition)
         return UncachedState(tokens, self.labels_or_null(labels, num_images), *partition, inputs)
 
     def next_logits_uncached(self, state: UncachedState, tokens: Tensor | None) -> Tensor:
-        """`next_logits` by one forward pass over the whole grid."""
+        """Return `next_logits` from one forward pass over the whole grid."""
         at = state.advance(tokens)
         logits = self(state.tokens.unflatten(1, self.grid.shape), state.labels, **state.inputs)
         return logits.take_along_dim(at[..., None], 1)
@@ -473,14 +474,14 @@ class Prior(PretrainedModel, family="prior"):
 
     @classmethod
     def make_sampling_options(cls, **settings: Any) -> SamplingOptions:
-        """Return `Sampling` of these settings. Raises `TypeError` for a setting that this kind does not have,
+        """Return the `Sampling` with these settings. Raises `TypeError` for a setting that this kind does not have, and
         `ValueError` out of range."""
         if unknown := sorted(set(settings) - set(cls.Sampling.names())):
-            raise TypeError(f"{unknown[0]!r} is no argument of sampling from a {cls.name!r} prior")
+            raise TypeError(f"sampling from a {cls.name!r} prior has no setting {unknown[0]!r}")
         return cls.Sampling(**settings)
 
     def check_sampling_options(self, options: Any) -> None:
-        """Raise `ValueError` for settings that do not fit this very prior."""
+        """Raise `ValueError` for settings that do not fit this prior."""
         options.check(self.grid)
 
     def sample(
@@ -512,10 +513,10 @@ class Prior(PretrainedModel, family="prior"):
         any other model conditions a drawn token on the known ones of earlier blocks. order, num_orders: as for
         `log_prob`; each image is drawn in one of the orders, all equally likely; where tokens are known and blocks are
         of one token, in proportion to the probability that the order gives to these (at temperature 1, without
-        guidance), for a pass in each order: images are then samples of the mixture given what is known. cache: False
-        recomputes everything at every step. parallel: the same tokens from fewer passes over the whole grid
-        (`prior.parallel`). progress: show a bar, or arguments of `tqdm` for one. on_step: called with a `Step` after
-        each; an error that it raises ends sampling.
+        guidance), at the cost of a pass in each order: images are then samples of the mixture given the known tokens.
+        cache: False recomputes everything at every step. parallel: the same tokens from fewer passes over the whole
+        grid (`prior.parallel`). progress: show a bar, or arguments of `tqdm` for one. on_step: called with a `Step`
+        after each step; an error that it raises ends sampling.
 
         All modes and batches give the same tokens unless two candidates tie within rounding. Raises `ValueError` for
         arguments out of range, `TypeError` for a setting that this prior does not have.
@@ -529,10 +530,10 @@ class Prior(PretrainedModel, family="prior"):
             batch = make_batch(self, num_images, labels, options, generator, tokens, known)
             monitor = Monitor(progress, on_step, batch, self.grid)
             self.draw(batch, options, decoding, monitor)
-        return monitor.tokens.reshape(num_images, *self.grid.shape).clone()  # no inference tensor: it may be trained on
+        return monitor.tokens.reshape(num_images, *self.grid.shape).clone()  # a normal tensor, for training
 
     def draw(self, batch: SampleBatch, options: Any, decoding: DecodingOptions, monitor: Monitor) -> None:
-        """Draw the images of a checked request, which is in raster order; `monitor` collects their tokens."""
+        """Draw the images of a checked request in raster order; `monitor` collects their tokens."""
         batch = batch.in_order(choose_orders(self, decoding, batch), self)
         rows = rows_per_pass(self.grid, self.device) if decoding.parallel else self.rows_at_once()
         at_once = len(batch) if rows is None else max(1, rows // options.rows_per_image)
@@ -544,7 +545,7 @@ class Prior(PretrainedModel, family="prior"):
                     sample_blocks(self, part, options, decoding.cache, monitor)
 
     def rows_at_once(self) -> int | None:
-        """The number of rows to sample together, where that is faster than all at once; None is all at once."""
+        """The number of rows to sample together, where that is faster than all at once; None: all at once."""
         return None
 
 
@@ -553,7 +554,7 @@ FEW_ROWS = 4
 
 
 def order_levels(partition: Partition, grid: TokenGrid) -> Partition:
-    """Return the order of ids, given that of positions: a block's first ids are a block, then its second ones, ..."""
+    """Return the order of ids, given that of positions: the first ids of a block, then its second ids, ..."""
     parts = grid.cells[partition.order].split(partition.blocks)
     blocks = tuple(size for size in partition.blocks for _ in range(grid.ids_per_position))
     return Partition(torch.cat([part.t().flatten() for part in parts]), blocks)
@@ -572,7 +573,7 @@ def check_mixture(name: str, count: int, allowed: bool, otherwise: str) -> None:
 def evaluation_mode(model: PretrainedModel) -> Iterator[None]:
     """Put a model into eval mode, with full float32 precision and no autocast; restores each module's own mode.
 
-    cuDNN attention is off: it plans anew (tens of milliseconds) each time there is one more key.
+    cuDNN attention is disabled: it re-plans (tens of milliseconds) each time the number of keys grows.
     """
     in_training = [module for module in model.modules() if module.training]
     uses_cudnn = torch.backends.cuda.cudnn_sdp_enabled()

@@ -1,10 +1,10 @@
 """The transformer that takes any ordered partition of the grid: several tokens per pass, exactly.
 
 Everything stays in raster order, and only a mask depends on the partition. The stream at a position starts from a query
-embedding and its place, and never gets the position's own token; keys and values are those of the stream plus the
-token's embedding, and are visible to later blocks only. So the tokens of a block do not see each other, as in the
+embedding and its coordinates, and never receives the position's own token; keys and values are those of the stream plus
+the token's embedding, and are visible to later blocks only. So the tokens of a block do not see each other, as in the
 parallel decoding of RandAR (Pang et al. 2024), ARPG (Li et al. 2025) and LPD (Zhang et al. 2025). Here the partition
-belongs to the model: p(a block | those before it) is a product over its tokens by definition, and no approximation.
+belongs to the model: p(a block | earlier blocks) is a product over its tokens by definition, not an approximation.
 
 ARPG's form, in which half of the layers read the tokens and the other half answer queries, was as good at 49 tokens and
 slower to learn at 256 (docs/lab.md).
@@ -109,10 +109,10 @@ class Blocks(Prior, name="blocks"):
         reset(self.parameters(), self.layers)
 
     def make_windows(self, at: Tensor) -> list[Window]:
-        """Make the window of each layer, for the queries at raster indices `at` (n,); none without a window."""
+        """Make the window of each layer, for the queries at raster indices `at` (n,); an empty list without windows."""
         if self.config.window is None:
             return []
-        when = F.pad(self.position_block_of, (1, 0), value=-1)[:, None]  # the start row comes before all
+        when = F.pad(self.position_block_of, (1, 0), value=-1)[:, None]  # the start row comes before all others
         sources = torch.cat([when, self.cells], 1)
         home = sources.device
         if home.type == "cuda":  # tiles are made on the CPU
@@ -161,7 +161,7 @@ class Blocks(Prior, name="blocks"):
 
     @property
     def position_field(self) -> Tensor:
-        """See `Prior`. With windows: what is near, what is near that, and so on for each layer."""
+        """See `Prior`. With windows: all positions that a chain of windows, one for each layer, reaches."""
         if not len(self.windows):
             return super().position_field
         own = torch.eye(len(self.position_order), dtype=torch.bool, device=self.device)
@@ -176,8 +176,8 @@ class Blocks(Prior, name="blocks"):
         return list(self.layers)
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """With `any_order`, draw a partition per image: a random order in growing blocks, any number of them; or, in
-        ever more images, the model's own."""
+        """With `any_order`, draw a partition per image: a random order in growing blocks, any number of them; or, in a
+        growing share of images, the model's own."""
         if not self.any_order:
             return {}
         count, size = len(tokens), len(self.grid)
@@ -203,10 +203,10 @@ def growing_numbers(size: int) -> Tensor:
 
 
 class Cache:
-    """Keys and values of each layer, allocated once; and each layer's stream at the last block, to which the block's
-    tokens are added when they are known.
+    """Keys and values of each layer, allocated once, and each layer's stream at the last block, to which the block's
+    tokens are added once they are known.
 
-    Rows are in the sequence of the order; with windows in raster order, where these look for them.
+    Rows follow the order; with windows, which gather them by cell, raster order.
     """
 
     def __init__(self, model: Blocks, labels: Tensor, partition: Partition) -> None:
@@ -215,7 +215,7 @@ class Cache:
         self.windows = model.stepwise_windows
         cells = partition.order.shape[-1]
         shape = (2, len(labels), 1 + cells, model.config.heads, model.config.dim // model.config.heads)
-        # Zeros, as windows gather rows that are not written yet, and mask them.
+        # Zeros, as windows gather (and mask) rows that are not yet written.
         self.keys_values = [self.label.new_zeros(shape) for _ in model.layers]
         self.at = list(partition.order.view(-1, cells).split(partition.blocks, 1))  # of each block, (1, n) or (B, n)
         self.streams = [model.start_embedding + self.label] * len(model.layers)

@@ -3,7 +3,7 @@
 WaveNet (van den Oord et al. 2016): gated residual blocks, tanh(a) * sigmoid(b) of a convolution whose dilation doubles
 from block to block, and skip connections from every block into a two-layer head. The input at rank r is the token of
 rank r - 1 (a start vector at rank 0) plus the embedding of the position to be predicted: ranks have one axis, and the
-network would not know where it is on the grid."""
+network would not know its place on the grid."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class Buffers:
         halved = torch.cat([torch.ones_like(self.content[0]), torch.full_like(self.content[0], 0.5)])
         gates, label_terms = self.gates.split(dim, 1), label_terms.split(2 * dim, 1)
         for at, (block, dilation) in enumerate(zip(model.layers, model.config.dilations, strict=True)):
-            taps = block.gated.weight.transpose(1, 2).flatten(1) * halved[:, None]  # one tap after the other
+            taps = block.gated.weight.transpose(1, 2).flatten(1) * halved[:, None]  # tap by tap
             bias = (block.gated.bias.detach() + label_terms[at]) * halved
             last = at == len(model.layers) - 1
             residual = None if last else pack(block.out.weight[:dim, :, 0] / 2, rows)

@@ -1,7 +1,7 @@
-"""Checks of what a prior promises, for models that come from outside of this package.
+"""Checks of a prior's promises, for models from outside this package.
 
 A prior that sees the token it predicts reaches a loss of zero, so its likelihood means nothing. `require_causal` is
-cheap enough to run before training; `check_prior` tries every promise on a grid that is small enough to enumerate.
+cheap enough to run before training; `check_prior` tests every promise on a grid that is small enough to enumerate.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class NotCausalError(ValueError):
 
 
 def is_built_in(prior: Prior | type[Prior]) -> bool:
-    """Return whether the model is one of this package, whose tests check all that is checked here."""
+    """Return whether the model is part of this package, whose tests include these checks."""
     kind = prior if isinstance(prior, type) else type(prior)
     return kind.__module__.startswith("prior.")
 
@@ -58,7 +58,7 @@ def require_causal(prior: Prior, tokens: Tensor, labels: Tensor | None = None) -
     """Raise `NotCausalError` if changing one token moves logits of its own block or of an earlier one.
 
     tokens: one grid, `grid.shape` or `(1, *grid.shape)`; labels: its class, `()`. Up to 16 of its tokens are changed
-    one at a time, the first and the last in the order among them. The prior is used as it is, in eval mode.
+    one at a time, including the first and the last in the order. The prior keeps its weights, and runs in eval mode.
     """
     size, vocab_size, order = len(prior.grid), prior.grid.vocab_size, prior.order.tolist()
     if vocab_size == 1:
@@ -96,9 +96,9 @@ def require_causal(prior: Prior, tokens: Tensor, labels: Tensor | None = None) -
 
 
 def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
-    """Yield (promise, what is wrong or None) for each promise of a prior, tried with random weights.
+    """Yield (promise, problem or None) for each promise of a prior, tested with random weights.
 
-    Promises about the distribution are tried by enumeration and are left out where the grid has more than 4,096 values.
+    Promises about the distribution are tested by enumeration, and skipped for grids with more than 4,096 values.
     """
     torch.manual_seed(0)
     model = with_random_weights(prior)
@@ -128,20 +128,18 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
         )
         together = model.sample(4, generator=generators(range(4)))
         alone = model.sample(1, generator=generators([2]))
-        expect(torch.equal(together[2:3], alone), "an image differs when it is drawn alone")
+        expect(torch.equal(together[2:3], alone), "an image differs when drawn alone")
 
     def saved() -> None:
         weights = {key: value.clone() for key, value in model.state_dict().items()}
         again = type(model)(model.config)
         again.load_state_dict(weights)
-        expect_close(
-            again.eval()(tokens, labels), model(tokens, labels), "logits of a model built anew with its weights"
-        )
+        expect_close(again.eval()(tokens, labels), model(tokens, labels), "logits of a model rebuilt from its weights")
 
     def known_tokens() -> None:
         known = torch.rand(8, *grid.shape) < 0.5
         drawn = model.sample(8, labels, tokens=tokens, known=known, generator=generators(range(8)))
-        expect(torch.equal(drawn[known], tokens[known]), "a known token was drawn anew")
+        expect(torch.equal(drawn[known], tokens[known]), "a known token was replaced")
 
     promises: dict[str, Callable[[], None]] = {
         "logits see earlier blocks only": causality,
@@ -183,7 +181,7 @@ def expect_close(one: Tensor, other: Tensor, what: str) -> None:
 
 
 def fits(found: Tensor, expected: Tensor) -> bool:
-    """Return whether counts agree with what is expected, by chi-squared at six deviations; rare outcomes are pooled."""
+    """Return whether counts agree with expected ones, by chi-squared at six deviations; rare outcomes are pooled."""
     rare = expected < 5
     found = torch.cat([found[~rare], found[rare].sum()[None]])
     expected = torch.cat([expected[~rare], expected[rare].sum()[None]]).clamp(min=1e-3)

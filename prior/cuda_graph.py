@@ -1,8 +1,7 @@
-"""A whole computation as one CUDA graph: hundreds of small kernels are bound by launching them, a graph is launched
-once.
+"""A whole computation as one CUDA graph, which is launched once where hundreds of small kernels are launch-bound.
 
-A graph reads and writes the memory that it was captured with, so its inputs are copied there. It holds what the
-computation allocates, a key/value cache for one, so only the last graph is kept, as long as its model lives."""
+A graph reads and writes the memory that it was captured with, so its inputs are copied there. It holds all memory of
+the computation, such as a key/value cache, so only the last graph is kept, as long as its model lives."""
 
 from __future__ import annotations
 
@@ -29,12 +28,12 @@ class Graph:
 
     @classmethod
     def _release(cls, model: weakref.ref[nn.Module]) -> None:
-        """Free the memory of the last graph if it is that of this model, which no longer exists."""
+        """Free the memory of the last graph if it belongs to this model, which no longer exists."""
         if cls.last is not None and cls.last.model is model:
             cls.last = None
 
     def compute(self, inputs: dict[str, Tensor], compute: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
-        """Return `compute(inputs)`; it is captured when this is called first."""
+        """Return `compute(inputs)`, which the first call captures."""
         if self.replay is None:
             self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
 
@@ -52,7 +51,7 @@ def compute_by_graph(
     model: nn.Module, key: Any, inputs: dict[str, Tensor], compute: Callable[[dict[str, Tensor]], Tensor]
 ) -> Tensor | None:
     """Return `compute(inputs)` by a CUDA graph, or None where the caller should compute without one: the first time, to
-    warm up, and after a capture that failed, for which there is a warning."""
+    warm up, and after a failed capture, which warns."""
     weights = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
     key, graph = (key, tuple(weights)), Graph.last
     if graph is None or graph.model() is not model or graph.key != key:
@@ -75,7 +74,7 @@ def release_graph() -> None:
 
 @contextmanager
 def without_graphs() -> Iterator[None]:
-    """Compute eagerly in this block, after which no memory of a graph stays."""
+    """Compute eagerly in this context, and free the memory of the last graph."""
     release_graph()
     Graph.allowed, before = False, Graph.allowed
     try:
@@ -85,7 +84,7 @@ def without_graphs() -> Iterator[None]:
 
 
 def capture(run: Callable[[], None]) -> Callable[[], None]:
-    """Record the kernels that `run` launches; returns what launches them again."""
+    """Record the kernels that `run` launches, and return a function that launches them again."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         run()

@@ -169,7 +169,7 @@ class LayerCache:
 class Cache:
     """The rows that each layer looks at, and weights laid out for one position.
 
-    The vertical stack never looks at the current row, so it runs once per row, for all columns and layers; its sums,
+    The vertical stack never sees the current row, so it runs once per row, for all columns and layers; its sums,
     biases and labels included, are where the horizontal stack starts. A step then takes four operations per layer.
     """
 

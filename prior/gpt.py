@@ -1,8 +1,8 @@
 """The causal transformer over a grid of ids, in any fixed order, or in every order at once.
 
 GPT (Radford et al. 2018) as image priors use it (`prior.transformer`). The input at rank r is the token of rank r - 1
-(the class at rank 0) plus the embedding of the position to be predicted, so the model knows where it is going. With
-`any_order` it is trained in random orders that give way to its own one (RAR, Yu et al. 2024)."""
+(the class at rank 0) plus the embedding of the position to be predicted, so the model knows which position it predicts.
+With `any_order` it is trained in random orders that gradually give way to its own (RAR, Yu et al. 2024)."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class GPT(Prior, name="gpt"):
 
     @property
     def position_field(self) -> Tensor:
-        """See `Prior`. With a window: what is near, what is near that, and so on for each layer; besides, each rank
-        sees the token before it, however far away."""
+        """See `Prior`. With a window: all positions that a chain of windows, one for each layer, reaches; and the token
+        before each rank, however far away."""
         windows = [block.window for block in self.layers]
         if not all(windows):
             return super().position_field
@@ -101,12 +101,12 @@ class GPT(Prior, name="gpt"):
         return list(self.layers)
 
     def arrange_features(self, output: Any) -> Tensor:
-        """Return features in raster order. Those at i know of i's place, and of the tokens before it in the order."""
+        """Return features in raster order. Those at i depend on i's place and on the tokens before it in the order."""
         return output[:, self.position_order.argsort()]
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """With `any_order`, draw an order per image: a random one, or in ever more images the model's own (RAR,
-        eq. 4)."""
+        """With `any_order`, draw an order per image: a random one, or in a growing share of images the model's own
+        (RAR, eq. 4)."""
         if not self.any_order:
             return {}
         share = self.config.random_share_at(progress)
@@ -125,7 +125,7 @@ class Cache:
     A step on few rows is bound by the number of operations. So the scale of each norm is folded into the matrix that
     follows it, and a head's gain, with the scale of its norm, into the rotation: what remains of a norm is the division
     by the vector's length. With few rows `(in, out)` contiguous weights are read fastest; from four rows on `(out, in)`
-    ones are. With a window only the keys and values that a later step sees are kept.
+    ones are. With a window only keys and values that a later step sees are stored.
     """
 
     def __init__(self, model: GPT, labels: Tensor, order: Tensor) -> None:
@@ -148,7 +148,8 @@ class Cache:
         self.layers = []
         for block in model.layers:
             gains = torch.stack([block.gain, torch.ones_like(block.gain)]).to(self.precise)  # of queries and keys
-            # One order for all is folded in once; an order per image at each step, or the table would fill a cache.
+            # A common order is folded in once; an order per image at each step, as its table would be as large as a
+            # cache.
             gains = self.rotations * gains if self.same_order else gains
             memory = None if block.window is None else block.window.memory
             slots = (memory.slots, block.window.reads) if memory else None

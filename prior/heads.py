@@ -1,9 +1,9 @@
-"""Output heads: p(the ids of a position | the network's outputs there), one id after the other.
+"""Output heads: p(the ids of a position | the network's outputs there), one id after another.
 
     p(ids | outputs) = prod_l p(ids[l] | ids[:l], outputs)
 
-A network sees positions: of an id each, or, where a head draws the ids of a position together, of a grid's levels or of
-a pixel's channels. It returns `size` numbers at each, of which a head makes logits.
+A network sees positions of one id each, or, where a head draws several ids of a position, of a grid's levels or a
+pixel's channels. It returns `size` numbers at each, which a head turns into logits.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ def head_problem(config: Any) -> str | None:
     if config.head is None:
         return None
     if not config.takes_heads:
-        return f"{config.kind} takes none; leave it null (got {config.head.kind!r})"
+        return f"{config.kind} supports no output head; leave it null (got {config.head.kind!r})"
     if problem := Head.find(config.head.kind).problem(config.head, config.grid):
         return problem
     if (several := config.grid.ids_per_position) > 1 and not config.takes_positions:
-        return f"{config.kind} takes none for grids of several ids at a position, and this one has {several}"
+        return f"{config.kind} supports no head that draws several ids at a position, and this grid has {several}"
     return None
 
 
@@ -189,13 +189,13 @@ class Layer(nn.Module):
 
 
 class Depth(Head, name="depth"):
-    """The ids of a position from coarse to fine, by a small network beside the large one.
+    """The ids of a position from coarse to fine, drawn by a small network beside the large one.
 
     RQ-Transformer (Lee et al. 2022, arXiv:2203.01941, section 3.2.2): the large network sees a position as the sum of
-    its ids' embeddings and runs once for all of its ids; a small one draws them one after the other. Its input at a
-    level is the large network's output plus the sum of the embeddings of the ids drawn already. In the paper the large
+    its ids' embeddings and runs once for all of its ids; a small one draws them one after another. Its input at a
+    level is the large network's output plus the sum of the embeddings of the ids drawn so far. In the paper the large
     network's output is the input of the first level alone, and the small network attends to its inputs at the levels
-    before; here the output enters at every level, and there is no attention: a step needs no memory.
+    before; here the output enters at every level, and there is no attention: a step needs no cache.
 
     One network serves all levels: it gets an embedding of the level, and its last layer is shared.
     """
@@ -247,7 +247,7 @@ class Depth(Head, name="depth"):
 
 
 FEWEST = 16
-"""Values of a channel: with fewer, a softmax hardly needs more numbers."""
+"""The fewest values of a channel: for fewer, a softmax is hardly larger."""
 FLOOR = 2.0**-16
 """The share of the mass that is uniform."""
 NARROWEST = 16.0
@@ -257,7 +257,7 @@ WIDEST = -7.0
 AT_ONCE = 1 << 16
 """About how many numbers of a table are computed at a time: as many as fit into a processor's cache."""
 ON_A_GPU = 256
-"""How many times as many on a GPU."""
+"""The factor by which that number is larger on a GPU."""
 
 
 class LogisticConfig(ModelConfig):
@@ -279,12 +279,13 @@ class Logistic(Head, name="logistic"):
 
     PixelCNN++ (Salimans et al. 2017, arXiv:1701.05517, sections 2.1 and 2.2): P(v) is the mass between the midpoints to
     the neighbouring values; the darkest and the brightest value take a whole tail each. All channels of a pixel share
-    the mixture's weights, so that the red value tells which component green and blue come from; their means depend
-    linearly on the true red and green. The paper has no floor: here a share of 2^-16 is uniform, so that no value costs
-    more than log2(V) + 16 bits.
+    the mixture's weights, so that the red value identifies the component of green and blue; their means depend linearly
+    on the true red and green. The paper has no floor: here a share of 2^-16 is uniform, so that no value costs more
+    than log2(V) + 16 bits.
 
-    With u = exp((h - |x - mean|) / s) and q = exp(-2 h / s), h half the distance of two values, a value's probability
-    under one logistic is u (1 - q) / ((1 + u) (1 + u q)): nothing cancels, far out or in the middle.
+    With u = exp((h - |x - mean|) / s) and q = exp(-2 h / s), h half the distance between two values, a value's
+    probability under one logistic is u (1 - q) / ((1 + u) (1 + u q)): nothing cancels, neither far out nor in the
+    middle.
 
     The network returns weights for all channels, means and scales for each, and coefficients for each pair of channels;
     K of each.
@@ -341,7 +342,7 @@ class Logistic(Head, name="logistic"):
 
     def condition(self, outputs: Tensor, ids: Tensor) -> tuple[list[Tensor], Mixture]:
         """Return log P, before the floor, of the `ids` `(..., l)` of the first l channels, `(...)` each; and the
-        mixture of the next channel (of the last one, if there is none)."""
+        mixture of the next channel (or of the last one, if all are known)."""
         count, channels = self.config.components, self.ids_per_position
         numbers = at_least_float32(outputs).unflatten(-1, (-1, count))
         weights, means, scales, coefficients = numbers.split(

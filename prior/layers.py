@@ -32,7 +32,7 @@ Pair = tuple[int, int]
 
 
 class RasterConfig(PriorConfig):
-    """What causal convolutions require of the grid."""
+    """Requirements of causal convolutions on the grid."""
 
     takes_heads = takes_positions = True
 
@@ -46,7 +46,7 @@ class RasterConfig(PriorConfig):
 
 
 class RowsConfig(RasterConfig):
-    """Settings of convolutions that would not know their row otherwise."""
+    """Settings of convolutions, which cannot otherwise distinguish rows."""
 
     row_embedding: bool = Field(
         True,
@@ -103,7 +103,7 @@ class CausalConv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
         offsets = [(row, column) for row in range(rows[0], rows[1] + 1) for column in range(columns[0], columns[1] + 1)]
         self.taps = offsets[: len(offsets) - masked]
-        """The offsets (row, column) that the kernel looks at."""
+        """The offsets (row, column) that the kernel covers."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, H, W, inputs)` to `(B, H, W, outputs)`; with a stride to smaller maps, sides rounded up."""
@@ -154,7 +154,7 @@ class MapRows:
 
     The current row is `row`, `(W, B, C)`, and `cells[j]` is its column j, `(B, C)`, both to be written. `windows[j]`
     are its `taps` columns from j - left on (with a stride: from j * stride - left on), `(B, taps * C)`. All are views.
-    Columns that are not written yet hold those of an older row, which nothing may read."""
+    Columns that are not yet written hold those of an older row, and must not be read."""
 
     def __init__(self, like: Tensor, count: int, width: int, reach: Pair, taps: int, stride: int = 1) -> None:
         """like: `(B, C)` zeros; reach: the columns (first, last) that the kernel covers, as offsets; stride: of the

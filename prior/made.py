@@ -1,4 +1,4 @@
-"""The masked autoencoder: a perceptron whose connections are cut so that each output sees only earlier inputs.
+"""The masked autoencoder: a perceptron with connections removed so that each output sees only earlier inputs.
 
 MADE (Germain et al. 2015). With two ids, one number goes in and one logit comes out per token; with more, one-hot rows
 and a softmax. Every hidden unit has a degree d in 1 .. N - 1: it sees the tokens of rank < d, and the output at rank r
@@ -62,7 +62,7 @@ class MADEConfig(PriorConfig):
         return self.sigmoid and self.grid.vocab_size == 2 and self.embedding is None
 
     def check(self) -> Iterator[str]:
-        """Direct connections have to be few enough."""
+        """Masks need agnostic training, and direct connections must not be too many."""
         yield from super().check()
         if self.masks and not (self.order_agnostic or self.connectivity_agnostic):
             yield "masks: needs order_agnostic or connectivity_agnostic"
@@ -149,7 +149,7 @@ class MADE(Prior, name="made"):
             nn.init.normal_(self.head, std=self.width**-0.5)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._connections = Connections()  # a move changes tensors in place
+        self._connections = Connections()  # moving a model changes its tensors in place
         return super()._apply(fn, recurse)
 
     def degrees(self) -> list[Tensor]:
@@ -221,7 +221,7 @@ class MADE(Prior, name="made"):
     ) -> Tensor:
         """Return the outputs; see `Prior.outputs`.
 
-        order: `(N,)`, None for the model's own, or `(B, N)`, which takes a pass per different order; degrees:
+        order: `(N,)`, None for the model's own, or `(B, N)`, which takes a pass per distinct order; degrees:
         `(units,)` of each hidden layer, in 1 .. N - 1.
         """
         labels = self.labels_or_null(labels, len(tokens))
@@ -406,7 +406,7 @@ def sum_inputs(inputs: Tensor, weight: Tensor) -> Tensor:
 
 class RunningSums:
     """The first layer's sums over the tokens so far, and the units that are finished: a unit is finished once all of
-    its tokens are in.
+    its tokens are added.
 
     Units are sorted by degree, so all masks are prefixes: the token of rank r is added to the units of degree > r,
     those of degree r + 1 are then finished, and the next position reads all finished ones. Each weight is used once,
@@ -471,7 +471,7 @@ class RunningSums:
 
 
 def select_units(weight: Tensor, axis: int, units: Tensor) -> Tensor:
-    """Return `weight` with its `units` in this sequence, without a copy where they are already."""
+    """Return `weight` with its `units` in this sequence, without a copy if they already are."""
     return weight if bool((units.diff() > 0).all()) else weight.index_select(axis, units.to(weight.device))
 
 

@@ -1,4 +1,4 @@
-"""Frequencies of ids at each position, whatever the others are: the baseline of every table, and the shortest prior.
+"""Frequencies of ids at each position, independent of all others: the baseline of every table, and the shortest prior.
 
 Initialised in closed form from counts with add-one smoothing (Laplace), once per class and once over all classes.
 """
@@ -16,7 +16,7 @@ ONE_BY_ONE = 1 << 24  # adding 1 to a larger float32 changes nothing
 
 
 class MarginalConfig(PriorConfig):
-    """No settings of its own."""
+    """No further settings."""
 
     takes_blocks = True
 
@@ -36,7 +36,7 @@ class Marginal(Prior, name="marginal"):
         return torch.zeros(len(self.grid), len(self.grid), dtype=torch.bool, device=self.device)
 
     def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return logits `(B, N, vocab_size)`, whatever the tokens are."""
+        """Return logits `(B, N, vocab_size)`, which do not depend on the tokens."""
         labels = self.labels_or_null(labels, len(tokens))
         return self.table[labels]
 

@@ -1,7 +1,7 @@
-"""A bidirectional transformer that fills in masked tokens: any order of them, or many at once.
+"""A bidirectional transformer that fills in masked tokens, in any order or many at once.
 
 MaskGIT (Chang et al. 2022) trains BERT's objective at every share of masked tokens. With shares drawn evenly and an
-image's loss averaged over its masked tokens it is an order-agnostic model (Uria et al. 2014; ARDM, Hoogeboom et al.
+image's loss averaged over its masked tokens, it is an order-agnostic model (Uria et al. 2014; ARDM, Hoogeboom et al.
 2021): the same network gives p(a token | any others), hence a density for each ordered partition, with a pass per
 block."""
 
@@ -41,7 +41,7 @@ from .sampling import (
 from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, reset
 
 MIDPOINTS = 1 << 12  # for the mean of a schedule
-CPU_TOKENS, GPU_TOKENS = 1 << 13, 1 << 16  # of one pass; on a CPU its activations then fit into the cache
+CPU_TOKENS, GPU_TOKENS = 1 << 13, 1 << 16  # in one pass; on a CPU its activations then fit into the cache
 ROUNDS_DOWN = 1e-9  # added before rounding down, as a whole number may come out a hair below
 
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -109,7 +109,7 @@ class MaskedOptions(SamplingOptions):
         return tuple(size for size in sizes if size)
 
     def last_size(self, unknown: Tensor) -> Tensor:
-        """Return how many of `unknown` (B,) tokens the last step draws that draws any."""
+        """Return how many of `unknown` (B,) tokens the last step draws, leaving out steps that draw none."""
         left = last = unknown
         for share, _ in self.passes():
             left = still_masked(left, unknown, share)
@@ -225,7 +225,7 @@ class Masked(Prior, name="masked"):
         return (SCHEDULES[self.config.schedule](u) * len(self.grid)).ceil().clamp(1, len(self.grid))
 
     @cached_property
-    @torch.inference_mode(False)  # it is used again, perhaps in training
+    @torch.inference_mode(False)  # it is cached, and may be used in training
     def mean_masked(self) -> Tensor:
         """How many tokens the schedule masks on average, `()`: a tensor, so that it can be a meta tensor."""
         midpoints = (torch.arange(MIDPOINTS, device="cpu") + 0.5) / MIDPOINTS
@@ -247,7 +247,7 @@ class Masked(Prior, name="masked"):
         average. (Dividing by the number actually masked would make the objective depend on how a batch is divided.)
         """
         if "known" not in inputs:
-            raise ValueError("known: missing; the loss is that of the tokens that are not known")
+            raise ValueError("known: required, as the loss is taken over the tokens that are not known")
         masked = ~inputs["known"].flatten(1)
         nats = self.output_head.nats(outputs, self.position_ids(tokens), self.config.label_smoothing)[..., 0]
         counts = masked.sum(1, keepdim=True) if self.config.schedule == "linear" else self.mean_masked
@@ -269,13 +269,13 @@ class Masked(Prior, name="masked"):
         eq. 4). The estimate of one image may lie above the right side; the mean over many images is a bound. Passes
         with n tokens visible, n spread evenly over 0 to N - 1, weigh each masked token by N / (N - n). The masks follow
         from the image's tokens, so its value is always the same, and errors average out over a data set. Raises
-        `ValueError` for an order, as the bound is over all of them.
+        `ValueError` for an order, as the bound covers all orders.
         """
         if self.exact:
             return super().token_log_probs(tokens, labels, order)
         if order is not None:
             raise ValueError(
-                "order, num_orders: without `exact`, log_prob bounds the mean over all orders, and takes none"
+                "order, num_orders: not supported without `exact`, where log_prob bounds the mean over all orders"
             )
         tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
@@ -316,7 +316,7 @@ class Masked(Prior, name="masked"):
     # Sampling
 
     def rows_at_once(self) -> int | None:
-        """See `Prior`: on a CPU, as many rows as have their activations in its cache."""
+        """See `Prior`: on a CPU, as many rows as have activations that fit into its cache."""
         return self.rows_per_pass() if self.device.type == "cpu" else None
 
     def make_steps(self, order: Order, steps: int, schedule: str = "cosine") -> Partition:
@@ -325,7 +325,7 @@ class Masked(Prior, name="masked"):
         has blocks of several tokens itself."""
         order, blocks = self.to_partition(order)
         if max(blocks) > 1:
-            raise ValueError("steps: the order has blocks of its own; give one of them, not both")
+            raise ValueError("steps: the order already has blocks; give an order of single tokens")
         options = MaskedOptions(steps=steps, schedule=schedule)
         options.check(self.grid)
         return Partition(order, options.sizes(len(self.grid)))
@@ -343,7 +343,7 @@ class Masked(Prior, name="masked"):
 
     def draw(self, batch: SampleBatch, options: MaskedOptions, decoding: DecodingOptions, monitor: Monitor) -> None:
         """See `Prior`: a block per pass, or in `steps`. (With `parallel` a pass of `Prior.sample` is one pass of the
-        network per block, so it does not help speed.) Raises `ValueError` for options that `steps` exclude."""
+        network per block, so it is no faster.) Raises `ValueError` for options that `steps` exclude."""
         if options.steps is None:
             return super().draw(batch, options, decoding, monitor)
         if decoding.order is not None:
@@ -358,7 +358,7 @@ class Masked(Prior, name="masked"):
             self.draw_by_confidence(part, options, monitor)
 
     def draw_by_confidence(self, batch: SampleBatch, options: MaskedOptions, monitor: Monitor) -> None:
-        """Draw all masked tokens, keep those that the model is surest of, and again (MaskGIT, Chang et al. 2022)."""
+        """Draw all masked tokens, keep the most confident ones, and repeat (MaskGIT, Chang et al. 2022)."""
         size = len(self.grid)
         labels = options.with_unconditional(batch.labels, self.num_classes)
         noise = TokenNoise(batch.keys, size, self.grid.vocab_size).of_ranks(0, size)
@@ -383,9 +383,9 @@ class Masked(Prior, name="masked"):
 
 
 def bound_masks(ids: Tensor, passes: int) -> Tensor:
-    """Return what is known in each pass of the bound for `ids` (B, N), bool `(passes, B, N)`: counts spread evenly over
-    0 to N - 1 from a random start (stratified, and their mean unbiased), positions at random. An image's tokens seed
-    its masks: with the same masks for all images the mean over a data set was off by 4 % in 8 passes."""
+    """Return the known tokens in each pass of the bound for `ids` (B, N), bool `(passes, B, N)`: counts spread evenly
+    over 0 to N - 1 from a random start (stratified, and their mean unbiased), positions at random. An image's tokens
+    seed its masks: with the same masks for all images the mean over a data set was off by 4 % in 8 passes."""
     size, masks = ids.shape[1], torch.empty(passes, *ids.shape, dtype=torch.bool, device="cpu")
     for image, row in enumerate(ids.cpu().numpy()):
         generator = torch.Generator().manual_seed(zlib.crc32(row.tobytes()))

@@ -2,9 +2,8 @@
 
 Image Transformer (Parmar et al. 2018, section 3.2.1): queries go in tiles of cells, and each tile looks at the keys
 that any of its queries sees, with a mask for the rest. Time and memory then grow with N times the window, not with N
-squared. Causality follows the order. (NATTEN's, Hassani et al. 2023, follows each axis, which would hide the rows above
-to the right.)
-"""
+squared. Causality follows the order. (NATTEN, Hassani et al. 2023, is causal along each axis, which would hide the rows
+above to the right.)"""
 
 from __future__ import annotations
 
@@ -87,7 +86,7 @@ class Window(nn.Module):
         `(M, 3)`, for each key the time of its token (negative: before everything), its row and its column."""
         super().__init__()
         self.window, self.dilation = window, dilation
-        # Made when they are needed, once for each device.
+        # Created on first use, once for each device.
         self.cached_memory: Memory | None = None
         self.slots_read: Sequence[Tensor] = ()
         self.block_mask: Any = None
@@ -95,7 +94,7 @@ class Window(nn.Module):
         self.blocks_on: torch.device | None = None
         self.register_buffer("targets", targets, persistent=False)
         self.register_buffer("sources", sources, persistent=False)
-        if targets.is_meta:  # a model without data has no order to cut up
+        if targets.is_meta:  # a meta model has no order to cut into tiles
             return
         queries, keys, masks = (list(each) for each in zip(*self.tiles(), strict=True))
         most, many = max(map(len, queries)), max(map(len, keys))
@@ -148,7 +147,7 @@ class Window(nn.Module):
             yield queries, keys[mask.any(0)], mask[:, mask.any(0)]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out FlexAttention's mask, whose rule is a local function: it is made again."""
+        """Leave out FlexAttention's mask, whose rule is a local function; it is rebuilt on use."""
         return {**vars(self), "block_mask": None, "blocks_on": None}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
@@ -165,13 +164,13 @@ class Window(nn.Module):
         return untiled.unflatten(1, (len(q), q.shape[2])).transpose(0, 1)
 
     def flex(self, q: Tensor, k: Tensor, v: Tensor, attention: Callable[..., Any]) -> Tensor:
-        """Do what `attend` does by `attention`, which is `flex_attention` or its compiled form."""
+        """Attend by `attention`, which is `flex_attention` or its compiled form."""
         if self.blocks_on != q.device:
             from torch.nn.attention.flex_attention import create_block_mask
 
             sizes, sees = (len(self.targets), len(self.sources)), self.rule()
             of_all = lambda batch, head, query, key: sees(query, key)  # noqa: E731
-            with torch.inference_mode(False):  # it is used again, perhaps in training
+            with torch.inference_mode(False):  # it is cached, and may be used in training
                 self.block_mask = create_block_mask(of_all, None, None, *sizes, device=str(q.device))
             self.blocks_on = q.device
         return attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=self.block_mask).transpose(1, 2)
@@ -236,7 +235,7 @@ def can_flex(q: Tensor) -> bool:
 
 @cache
 def compiled_flex() -> Callable[..., Any]:
-    """Return the compiled `flex_attention`, which is slow otherwise."""
+    """Return the compiled `flex_attention`; uncompiled, it is slow."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)

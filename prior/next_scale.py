@@ -1,8 +1,8 @@
-"""The transformer that draws a picture from coarse to fine: a whole map of ids in each pass, small ones first.
+"""The transformer that draws an image from coarse to fine: a whole map of ids in each pass, the smallest first.
 
 VAR (Tian et al. 2024). The blocks are the scales of a tokenizer whose quantizer is `multiscale`. The input of a scale
-is the sum of all earlier scales, resized to it, so a position sees what is known of its place. Tokens of one scale are
-independent given the coarser ones, by definition of the model.
+is the sum of all earlier scales, resized to it, so a position sees the coarser content of its place. Tokens of one
+scale are independent given the coarser ones, by definition of the model.
 
 Ids have embeddings of the prior's own, which are resized and added up as the quantizer does with its codes. Positions
 of all scales have coordinates on one map, so that rotary positions know which of them lie over each other."""
@@ -31,7 +31,7 @@ Ranges = list[tuple[int, int]]
 
 
 class NextScaleConfig(TransformerConfig):
-    """Sizes of the transformer, and what a scale sees of the others."""
+    """Sizes of the transformer, and which scales a scale attends to."""
 
     attention: Literal["full", "markov"] = Field(
         "full",
@@ -39,7 +39,7 @@ class NextScaleConfig(TransformerConfig):
     )
     channels: int = Field(32, ge=1, le=4096, description="width of the ids' embedding, whose maps are added up")
     adaln: bool = Field(
-        False, description="the class scales and shifts every layer (VAR), too; false: it is added to the input alone"
+        False, description="let the class scale and shift every layer as well (VAR); false: only add it to the input"
     )
 
     takes_blocks: ClassVar[bool] = True
@@ -85,12 +85,12 @@ class NextScale(Prior, name="next_scale"):
         self.rotations = Rotations(config, torch.cat([centres(sides, scales[-1]) for sides in scales]))
         reset(self.parameters(), self.layers)
         for name, parameter in self.layers.named_parameters():
-            if "modulate" in name:  # a block begins as one without
+            if "modulate" in name:  # a block starts as one without modulation
                 nn.init.zeros_(parameter)
         nn.init.normal_(self.lift.weight, std=config.channels**-0.5)  # the ids' embedding is small already
 
     def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the outputs; see `Prior.outputs`. At a scale the network sees coarser ones alone."""
+        """Return the outputs; see `Prior.outputs`. At a scale the network sees only coarser ones."""
         label = self.class_embedding(self.labels_or_null(labels, len(tokens)))
         canvas, inputs = None, []
         for k, ids in enumerate(self.resize.split(tokens.long())):
@@ -128,7 +128,7 @@ class NextScale(Prior, name="next_scale"):
 
 
 class ScaleBlock(Block):
-    """A transformer block in which a scale attends to itself and to coarser ones, or to itself alone."""
+    """A transformer block in which a scale attends to itself and to coarser ones, or only to itself."""
 
     def __init__(self, config: NextScaleConfig) -> None:
         super().__init__(config, causal=False)

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 LARGE = 1 << 25
-"""From this number of logits on, `SomeAtATime` avoids copies of them."""
+"""From this number of logits on, `SomeAtATime` avoids copying them."""
 AT_ONCE = 1 << 24
 """About how many logits `SomeAtATime` holds in float32."""
 
 
 class Likelihood(nn.Module):
     """A prior and its own loss in one call, for DDP and autocast to wrap: accelerate casts what a module returns to
-    float32, and logits are the largest tensor of a step. It is `Prior.loss` without checks, which wait for a GPU."""
+    float32, and logits are the largest tensor of a step. It is `Prior.loss` without checks, which would wait for the
+    GPU."""
 
     def __init__(self, prior: Any) -> None:
         super().__init__()
@@ -26,7 +27,7 @@ class Likelihood(nn.Module):
 
     def forward(self, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of `tokens` `(B, *grid.shape)`, a scalar in nats per token, and scalars to log:
-        `bits_per_token`, where the loss is one (`Prior.loss_is_likelihood`). inputs: `Prior.training_inputs`."""
+        `bits_per_token`, if the loss is a likelihood (`Prior.loss_is_likelihood`). inputs: `Prior.training_inputs`."""
         loss = self.prior.loss_from_outputs(self.prior.forward_outputs(tokens, labels, **inputs), tokens, **inputs)
         return loss, {"bits_per_token": loss.detach() / math.log(2)} if self.prior.loss_is_likelihood else {}
 
@@ -51,11 +52,10 @@ def token_nats(logits: Tensor, tokens: Tensor, label_smoothing: float = 0.0) -> 
 class SomeAtATime(torch.autograd.Function):
     """Cross-entropy of logits `(rows, V)` and ids `(rows,)`, float32 `(rows,)`, without copies of all logits.
 
-    The plain way keeps a float32 copy of the logits and their log-softmax for the backward pass, and makes gradients of
-    the same size: 537 MB each for 32 images of 256 ids below 16,384. Here the logits are kept as the model made them;
-    some rows at a time are cast and normalised, and again in the backward pass, whose gradient has their own type. (Hsu
-    et al. 2024, "Liger Kernel", do so in one kernel.)
-    """
+    The plain implementation keeps a float32 copy of the logits and their log-softmax for the backward pass, and makes
+    gradients of the same size: 537 MB each for 32 images of 256 ids below 16,384. Here the logits are kept as the model
+    made them; some rows at a time are cast and normalised, and again in the backward pass, whose gradient has their own
+    type. (Hsu et al. 2024, "Liger Kernel", do so in one kernel.)"""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, smoothing: float) -> Tensor:
@@ -98,10 +98,10 @@ class Alignment(nn.Module):
     have c as a wrong label. In the paper wrong labels are drawn from all classes, q is p(x), and the optimum is what
     guidance of scale 1 + 1 / beta aims at, in the full model and not token by token. Here a wrong label is never the
     image's own, so q is p(x | not c) for classes of equal size: nearly the same for many classes, stronger for few.
-    Images without their label take part in the first term alone. Neither prior uses dropout: the change of an image's
+    Images without their label take part only in the first term. Neither prior uses dropout: the change of an image's
     likelihood would be dropout noise for the most part.
 
-    The frozen `reference` is no part of the module: it is not trained, averaged, saved or sent between processes, and
+    The frozen `reference` is not part of the module: it is not trained, averaged, saved or sent between processes, and
     stays in eval mode. beta: as above; negatives: lambda.
     """
 
@@ -115,11 +115,10 @@ class Alignment(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of `tokens` `(B, *grid.shape)`, a scalar, and scalars to log.
 
-        labels: `(B,)`, the null class where dropped; others: `(B,)`, a label that each image does not have. inputs:
+        labels: `(B,)`, the null class where dropped; others: `(B,)`, a wrong label of each image. inputs:
         `Prior.training_inputs`, the same for the prior and its reference. Logged: `cca`, the loss of the paper;
         `margin`, by how many nats more the own label has gained than the other; `above`, the share of images where it
-        has; `bits_per_token`. `margin` and `above` are means over images with their label, the others over all.
-        """
+        has; `bits_per_token`. `margin` and `above` are means over images with their label, the others over all."""
         labelled = (labels != self.prior.num_classes).float()
         nats = image_nats(self.prior, tokens, labels, inputs)
         own = self.reference_nats(tokens, labels, inputs) - nats
@@ -133,7 +132,7 @@ class Alignment(nn.Module):
                 "above": ((gap > 0) * labelled).sum() / count,
                 "bits_per_token": nats.mean() / (len(self.prior.grid) * math.log(2)),
             }
-        return loss / max(self.negatives, 1.0), terms  # so that a large lambda is no large learning rate
+        return loss / max(self.negatives, 1.0), terms  # so that a large lambda does not act as a large learning rate
 
     @torch.no_grad()
     def reference_nats(self, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -142,7 +141,7 @@ class Alignment(nn.Module):
 
 
 def without_dropout(prior: Any) -> Any:
-    """Switch off dropout in `prior`, for good, and return it."""
+    """Disable dropout in `prior` permanently, and return it."""
     for module in prior.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -167,6 +166,6 @@ def alignment_loss(own: Tensor, other: Tensor, labelled: Tensor, beta: float, ne
 def alignment_problem(prior: Any) -> str | None:
     """Return why this prior cannot be aligned, or None: its log p has to be exact, in one pass, and have labels."""
     if not prior.exact or prior.likelihood_passes > 1:
-        passes = f"in {prior.likelihood_passes} passes" if prior.exact else "as an estimate of a bound"
-        return f"needs a prior whose log p is exact in one pass, and {prior.name!r} has it {passes}"
+        reason = f"takes {prior.likelihood_passes} passes" if prior.exact else "is an estimate of a bound"
+        return f"needs a prior whose log p is exact in one pass, but that of {prior.name!r} {reason}"
     return None if prior.num_classes > 1 else f"needs labels of two classes or more (got {prior.num_classes})"

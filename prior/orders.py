@@ -191,8 +191,8 @@ def growing(cells: int, blocks: int) -> tuple[int, ...]:
     ends = [0]
     for block in range(1, blocks + 1):
         known = cells * (1 - math.cos(math.pi / 2 * block / blocks))
-        # A half is rounded up on every machine, however its cosine rounds. As 1 - cos is convex, one more each time
-        # always leaves enough for the blocks to come.
+        # The small term rounds a half up on every machine, however its cosine rounds. As 1 - cos is convex, at least
+        # one cell a block leaves enough for later blocks.
         ends.append(max(ends[-1] + 1, math.floor(known + 0.5 + 1e-9)))
     return tuple(sorted(end - start for start, end in zip(ends, ends[1:], strict=False)))
 
@@ -352,7 +352,7 @@ def regions(count: int, shape: tuple[int, int]) -> KeyOf:
     """Draw the first cell of each of `count` regions, one after another; then all cells with the same place in their
     regions at once (PAR, Wang et al., CVPR 2025). Where the sides do not divide, some regions are a cell longer.
 
-    Raises `ValueError` where `region_counts` finds none.
+    Raises `ValueError` if no such regions fit (`region_counts`).
     """
     counts = region_counts(count, shape)
     if counts is None:
@@ -373,8 +373,8 @@ def places(side: int, parts: int) -> list[tuple[int, int]]:
 
 
 def region_counts(count: int, shape: tuple[int, int]) -> tuple[int, int] | None:
-    """Return how many parts rows and columns are cut into to get `count` regions, as square as possible; None where
-    that is impossible."""
+    """Return how many parts rows and columns are cut into to get `count` regions, as square as possible; None if they
+    do not fit."""
     height, width = shape
     fits = [(a, count // a) for a in range(1, min(height, count) + 1) if count % a == 0 and count // a <= width]
 
@@ -423,7 +423,7 @@ def digits_for(count: int, base: int) -> int:
 def halton(height: int, width: int) -> list[int]:
     """Return the cells (raster indices) in the order in which Halton's sequence first visits them, base 2 down and 3
     across (Besnier et al. 2025). The points are computed in whole numbers, so rounding cannot move one."""
-    # Of that many successive points each box of 2**-a x 3**-b has one, and every cell of the grid contains such a box,
+    # Of this many successive points each box of 2**-a x 3**-b has one, and every cell of the grid contains such a box,
     # as it is at least twice as long and as wide. So all cells are visited.
     count = 2 ** digits_for(2 * height, 2) * 3 ** digits_for(2 * width, 3)
     numbers = np.arange(1, count + 1, dtype=np.int64)
@@ -448,9 +448,8 @@ def spread(height: int, width: int, sizes: Sequence[int]) -> list[int]:
     3. If there is none, take a cell that touches no cell of this block, else one that touches at corners only, else
        any; of equal ones the farthest from all that are known or in this block (farthest-point sampling).
 
-    Distances are Euclidean; raster order decides between what is still equal. Takes time in proportion to the square
-    of the number of cells: 0.15 s for 64 x 64.
-    """
+    Distances are Euclidean; raster order breaks ties. Takes time in proportion to the square of the number of cells:
+    0.15 s for 64 x 64."""
     rows, cols = np.divmod(np.arange(height * width, dtype=np.int64), width)
     free = np.ones(height * width, dtype=bool)
     to_known = np.full(height * width, FAR, dtype=np.int64)  # squared distances to the closest one

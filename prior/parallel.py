@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .base import Prior
 
 LOGITS_ON_CPU, LOGITS_ON_GPU = 1 << 25, 1 << 28
-"""How many logits are held at once."""
+"""The number of logits that are held at once."""
 
 
 def rows_per_pass(grid: TokenGrid, device: torch.device) -> int:

@@ -10,13 +10,13 @@ grids whose rows are channels or levels.
 A stage is a way down of gated residual blocks, the next stage at half the resolution, and a way up, whose blocks take
 the maps of the way down in reverse order by short-cuts. Maps are `(B, H, W, dim)`. At a position that of the vertical
 stream, `above`, depends on the rows above; that of the horizontal stream, `left`, on everything before the position.
-Kernels that reach up and aside only keep it so, without masks. Position (y, x) of a coarse map depends on what (2y, 2x)
-of the finer one does, and is read on the way back by rows 2y and 2y + 1: in the horizontal stream by columns 2x and 2x
-+ 1, in the vertical one by 2x - 1, too. Sides are rounded up and cropped on the way back, so any size is possible.
-`see` of each part follows which tokens a position depends on: it is `forward` over maps of sets of tokens, bool `(H, W,
-N)`.
+Kernels that reach only up and sideways preserve this without masks. Position (y, x) of a coarse map depends on what
+(2y, 2x) of the finer one does, and is read on the way back by rows 2y and 2y + 1: in the horizontal stream by columns
+2x and 2x + 1, in the vertical one by 2x - 1, too. Sides are rounded up and cropped on the way back, so any size is
+possible. `see` of each part follows which tokens a position depends on: it is `forward` over maps of sets of tokens,
+bool `(H, W, N)`.
 
-Sampling: the vertical stream never looks at the current row, so each of its resolutions that begins a row computes it
+Sampling: the vertical stream never sees the current row, so each of its resolutions that begins a row computes it
 as a whole, before the first position. The horizontal stream goes position by position: at full resolution at each, at
 half the resolution at every other one of every other row, when everything that a coarse position sees is complete, and
 so on."""
@@ -123,7 +123,7 @@ class Grow(nn.Module):
 
 
 class Coarser(nn.Module):
-    """A stage at half the resolution, sides rounded up, with the ways there and back."""
+    """A stage at half the resolution, sides rounded up, with the layers that lead there and back."""
 
     def __init__(self, config: PixelCNNPPConfig, stages: int) -> None:
         super().__init__()
@@ -148,8 +148,8 @@ class Coarser(nn.Module):
 
 
 class Stage(nn.Module):
-    """One resolution and all coarser ones: down, there and back, up. The way up has a block for each map of the way
-    down, its input included, except that the coarsest stage continues from its last one."""
+    """One resolution and all coarser ones: a way down, the coarser stages, and a way up. The way up has a block for
+    each map of the way down, its input included, except that the coarsest stage continues from its last one."""
 
     def __init__(self, config: PixelCNNPPConfig, stages: int) -> None:
         super().__init__()
@@ -272,7 +272,7 @@ class BlockCache:
         return x
 
     def step(self, x: Tensor, column: int, *skip: Tensor) -> Tensor:
-        """Return the next position of the horizontal map, `(B, dim)`, likewise."""
+        """Return the next position of the horizontal map, `(B, dim)`, from the same inputs at that position."""
         first, second = self.left
         torch.mul(x.unsqueeze(1), self.signs, out=self.halves[0][column])
         F.elu_(self.inputs[column])
@@ -285,7 +285,7 @@ class BlockCache:
 
 
 class CoarserCache:
-    """A `Coarser`: every other row and position go down, and a result is kept for four positions."""
+    """A `Coarser`: every other row and position is passed on, and a result serves four positions."""
 
     def __init__(self, coarser: Coarser, width: int, labels: Tensor) -> None:
         weight = coarser.grow_left.conv.weight.detach()  # (inputs, outputs, 2, 2)
@@ -302,7 +302,7 @@ class CoarserCache:
         self.left = [[quarters[at // 2, :, row, at % 2] for at in range(width)] for row in (0, 1)]
 
     def start_row(self, above: Tensor, row: int) -> Tensor:
-        """Send this row of the vertical map, `(W, B, dim)`, down, and return the row that comes back."""
+        """Pass this row of the vertical map, `(W, B, dim)`, to the coarser stage, and return the row grown from it."""
         self.shrink_above.next_row().copy_(above)
         if row % 2 == 0:
             self.shrink_left.start_row()
@@ -311,7 +311,7 @@ class CoarserCache:
         return self.above[row % 2]
 
     def step(self, x: Tensor, row: int, column: int) -> Tensor:
-        """Send this position of the horizontal map, `(B, dim)`, down, and return what comes back to it."""
+        """Pass this position of the horizontal map, `(B, dim)`, to the coarser stage, and return its grown result."""
         self.shrink_left.map.cells[column].copy_(x)
         if row % 2 == 0 and column % 2 == 0:
             half = column // 2

@@ -3,7 +3,7 @@
 A token is argmax(logits / temperature + Gumbel noise) (Gumbel 1954), a function of its logits and of noise that belongs
 to its image: the noise of (key, use, rank, id) is a hash of these numbers, so it is the same on every device, in any
 batch and for any part of an image. Different ways of computing the same logits therefore draw the same tokens, unless
-two ids are so close that rounding decides."""
+two candidates tie within rounding."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ model's own."""
 # Noise
 
 TOKENS, ORDERS, CONFIDENCE, MASKS = range(4)
-"""What noise is used for: each use of an image's key has noise of its own."""
+"""Uses of noise: each use of an image's key has independent noise."""
 GOLDEN, MIX_1, MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # splitmix64, as signed numbers
 NUMBERS_AT_ONCE = 1 << 20
 
@@ -48,7 +48,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 def draw_keys(generator: Generators, num_images: int) -> Tensor:
     """Draw the key of each image, int64 `(num_images,)` on the CPU: from its own generator, or from a single one (None:
     torch's global one) in turn. Generators advance, so a second call gives other images. Raises `ValueError` unless a
-    list has one for each image, `TypeError` for anything that is no generator."""
+    list has one for each image, `TypeError` for anything but generators."""
     listed = isinstance(generator, Sequence)
     each: list[Any] = list(generator) if isinstance(generator, Sequence) else [generator] * num_images
     allowed = (torch.Generator,) if listed else (torch.Generator, type(None))
@@ -72,7 +72,7 @@ def hash_counters(keys: Tensor, use: int, first: int, count: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Scramble int64 numbers in place. (torch shifts with the sign, which the masks take away.)"""
+    """Scramble int64 numbers in place. (torch shifts arithmetically; the masks clear the sign bits.)"""
     x ^= (x >> 30) & ((1 << 34) - 1)
     x *= MIX_1
     x ^= (x >> 27) & ((1 << 37) - 1)
@@ -133,9 +133,8 @@ class SamplingOptions:
     """Settings of sampling, and how they choose a token.
 
     `temperature` 0 (or below `GREEDY`) takes the likeliest id, the first of equal ones; `top_k` keeps the k likeliest,
-    and those that are as likely as the k-th;
-    `top_p` keeps the likeliest until their mass reaches p (Holtzman et al. 2019); `guidance_scale` s gives uncond + s
-    (cond - uncond) (Ho & Salimans 2022).
+    and those as likely as the k-th; `top_p` keeps the likeliest until their mass reaches p (Holtzman et al. 2019);
+    `guidance_scale` s gives uncond + s (cond - uncond) (Ho & Salimans 2022).
 
     With `guidance_end` the scale goes from `guidance_scale` to that value along the order: (1 - w) scale + w end, where
     w = t, or (1 - cos(pi t^power)) / 2 with a `guidance_power` (power-cosine: MDT, Gao et al. 2023; RAR, Yu et al.
@@ -169,7 +168,7 @@ class SamplingOptions:
         if power is not None and not (is_number(power) and 0 < power < float("inf")):
             raise ValueError(f"guidance_power must be a finite number > 0, or None (got {power})")
         if self.guidance_power is not None and self.guidance_end is None:
-            raise ValueError("guidance_power needs guidance_end, the scale to go to")
+            raise ValueError("guidance_power needs guidance_end, the final scale")
 
     @classmethod
     def names(cls) -> list[str]:
@@ -186,11 +185,11 @@ class SamplingOptions:
             raise ValueError(f"{name} other than 1 needs labels to guide towards")
 
     def for_given_order(self: S) -> S:
-        """Return these settings for a caller who chooses the order: without those that choose one themselves."""
+        """Return these settings without those that choose an order, for a caller that gives one."""
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as a pipeline's index holds them: without those of None."""
+        """Return the settings that are not None, as a pipeline's index stores them."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     # Guidance
@@ -202,7 +201,7 @@ class SamplingOptions:
 
     @property
     def guides(self) -> bool:
-        """Whether some token is guided."""
+        """Whether any token is guided."""
         return self.guidance_scale != 1 or not self.has_constant_scale
 
     def unguided(self: S) -> S:
@@ -243,9 +242,8 @@ class SamplingOptions:
     def guide(self, logits: Tensor, scale: float | Tensor) -> Tensor:
         """Return guided logits `(B, n, V)` from those of B conditional rows and then B unconditional ones.
 
-        scale: of guidance, a number, or `(n,)` or `(B, 1)`. An id that either row rules out by a logit of -inf stays
-        ruled out at any scale.
-        """
+        scale: the guidance scale, a number, `(n,)` or `(B, 1)`. An id that either row rules out by a logit of -inf
+        stays ruled out at any scale."""
         if not self.guides:
             return logits
         conditional, unconditional = logits.chunk(2)
@@ -289,17 +287,17 @@ def as_tensor(values: Any, device: torch.device | None = None) -> Tensor:
 
 
 def is_integer(dtype: torch.dtype) -> bool:
-    """Return whether a type holds whole numbers."""
+    """Return whether a type is an integer type."""
     return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def is_number(value: Any) -> bool:
-    """Return whether `value` is an int or a float, and no bool."""
+    """Return whether `value` is an int or a float, but not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def whole_number(name: str, value: Any) -> int:
-    """Return `value`, of the argument `name`, as an int. Raises `ValueError` for anything that is no whole number."""
+    """Return `value`, of the argument `name`, as an int. Raises `ValueError` for anything but a whole number."""
     try:
         found = None if isinstance(value, bool) else index(value)
     except TypeError:
@@ -319,7 +317,7 @@ def check_count(count: Any, name: str = "num_images") -> int:
 
 def select_order(order: Any, rows: slice | Sequence[int], count: int) -> Any:
     """Return the order of the images `rows` out of `count`, where each image may have its own. order: a name, a tensor,
-    a `Partition` or None. Raises `ValueError` for an order of another number of images."""
+    a `Partition` or None. Raises `ValueError` for orders of the wrong number of images."""
     if order is None or isinstance(order, str):
         return order
     if isinstance(order, Partition):
@@ -359,7 +357,7 @@ class DecodingOptions:
     def check(self) -> None:
         """Raise `ValueError` for options that exclude each other."""
         if self.parallel and not self.cache:
-            raise ValueError("cache=False does not go with parallel=True: whole passes have no cache")
+            raise ValueError("cache=False cannot be combined with parallel=True, whose whole passes use no cache")
 
 
 # A batch
@@ -436,7 +434,7 @@ def make_batch(
     tokens: Tensor | None,
     known: Tensor | None,
 ) -> SampleBatch:
-    """Check a request and return its images in raster order. Raises `ValueError` for what is out of range."""
+    """Check a request and return its images in raster order. Raises `ValueError` out of range."""
     num_images = check_count(num_images)
     labels = check_labels(prior, labels, num_images)
     options.check_guidance(labels is not None)
@@ -469,7 +467,7 @@ def check_known(prior: Prior, tokens: Tensor | None, known: Tensor | None, count
     """Return the known tokens (0 elsewhere) and bool `known`, both `(count, N)`. Raises `ValueError` for one without
     the other, another shape or type, and ids out of range."""
     if (tokens is None) != (known is None):
-        raise ValueError("`tokens` and `known` go together: known says which of the tokens to keep")
+        raise ValueError("give `tokens` and `known` together: known says which of the tokens to keep")
     if tokens is None or known is None:
         empty = torch.zeros(count, len(prior.grid), dtype=torch.long, device=prior.device)
         return empty, empty.bool()
@@ -490,7 +488,7 @@ def check_known(prior: Prior, tokens: Tensor | None, known: Tensor | None, count
 def choose_orders(prior: Prior, options: DecodingOptions, batch: SampleBatch) -> Partition | None:
     """Return the order of each image and its blocks, None for the model's own. batch: in raster order.
 
-    A model of any order decodes known tokens first. Of several orders each image goes in one that is drawn by its key:
+    A model of any order decodes known tokens first. Of several orders, each image is drawn in one that its key selects:
     with blocks of one token, in proportion to the probability that the order gives to the known tokens when they come
     first; else uniformly, as known tokens are then one block, whose probability is the same in all orders.
     """
@@ -526,7 +524,7 @@ def choose_by_known(prior: Prior, batch: SampleBatch, candidates: Tensor, blocks
 
 
 class Step:
-    """A decoding step, as `on_step` sees it. Nothing is copied, and a GPU is not waited for, unless it is read.
+    """A decoding step, as `on_step` sees it. Nothing is copied, and no GPU is synchronized, until a property is read.
 
     number: counted from 0, over all parts of a request.
     """
@@ -546,12 +544,12 @@ class Step:
 
     @property
     def tokens(self) -> Tensor:
-        """A copy of all images' tokens so far, `(B, *grid.shape)`; 0 where none is decided."""
+        """A copy of all images' tokens so far, `(B, *grid.shape)`; 0 where undecided."""
         return self._state[0]
 
     @property
     def known(self) -> Tensor:
-        """Which tokens are decided or were given, bool `(B, *grid.shape)`."""
+        """Whether each token is decided or was given, bool `(B, *grid.shape)`."""
         return self._state[1]
 
 
@@ -660,11 +658,11 @@ def can_capture(device: torch.device) -> bool:
 def draw_blocks(
     prior: Prior, batch: SampleBatch, options: SamplingOptions, cache: bool, monitor: Monitor | None = None
 ) -> Tensor:
-    """Draw tokens `(B, N)`, kernel by kernel. Without a monitor no decision depends on the contents of a tensor, so
-    that a CUDA graph can capture all of it."""
+    """Draw tokens `(B, N)` eagerly. Without a monitor no control flow depends on the contents of a tensor, so a CUDA
+    graph can capture all of it."""
     ends = list(accumulate(batch.blocks))
     cuts = list(zip([0, *ends], ends, strict=False))
-    skipped, some_known = set[int](), True  # where blocks begin of which all images know all tokens
+    skipped, some_known = set[int](), True  # where blocks begin whose tokens all images know
     if monitor is not None:
         some_known = bool(batch.known.any())
         unknown = (~batch.known).any(0).tolist()
@@ -682,7 +680,7 @@ def draw_blocks(
     drawn, tokens = batch.tokens.clone(), None
     steps = cuts if monitor is None else monitor.iterate(cuts)
     for (begin, end), scale in zip(steps, options.scale_by_block(batch.blocks), strict=False):
-        if begin in skipped and isinstance(state, UncachedState):  # a cache needs the block's keys and values
+        if begin in skipped and isinstance(state, UncachedState):  # a cache would need the block's keys and values
             state.advance(tokens)
         else:
             logits = options.guide(at_least_float32(next_logits(state, tokens)), scale)

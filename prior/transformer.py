@@ -43,7 +43,7 @@ class TransformerConfig(PriorConfig):
     )
 
     def check(self) -> Iterator[str]:
-        """Heads need an even width."""
+        """Heads must have an even width, and the table of rotations must not be too large."""
         yield from super().check()
         if self.dim % (2 * self.heads):
             yield f"heads: dim must be a multiple of 2 * heads (got dim {self.dim}, heads {self.heads})"
@@ -71,11 +71,11 @@ class OrderedConfig(TransformerConfig):
         "predicted, in each layer; null: all of them",
     )
     dilation: tuple[Annotated[Reach, Field(ge=1)], ...] | None = Field(
-        None, description="of each layer's window: every d-th row and column, d times as far; null: 1 for all"
+        None, description="dilation of each layer's window: every d-th row and column, d times as far; null: 1 for all"
     )
 
     def check(self) -> Iterator[str]:
-        """Annealing begins before it ends; a window fits the grid and needs one order."""
+        """Annealing must begin before it ends; a window must fit the grid and needs a fixed order."""
         yield from super().check()
         if len(self.anneal) != 2 or self.anneal[0] > self.anneal[1]:
             yield f"anneal: expected two ascending shares (got {list(self.anneal)})"
@@ -107,7 +107,7 @@ class OrderedConfig(TransformerConfig):
 class Block(nn.Module):
     """Pre-normalised attention and SwiGLU on a residual stream `(B, N, dim)`.
 
-    causal: attend to earlier positions and oneself, else to all; window: only to those near.
+    causal: attend to the position itself and earlier ones, else to all; window: only to those near.
     """
 
     def __init__(self, config: TransformerConfig, *, causal: bool, window: Window | None = None) -> None:
@@ -159,7 +159,7 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
 
 class Rotations(nn.Module):
     """Rotary positions (2-D RoPE): cos and sin of each cell's angles, `(cells, width / 2, 2)`. The pairs of a head are
-    divided among the axes. Never below float32, whatever the weights are."""
+    divided among the axes. Never below float32, whatever the type of the weights."""
 
     table: Tensor
 

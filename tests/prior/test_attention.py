@@ -1,4 +1,4 @@
-"""What attention is written for besides being right: few passes over memory, and little kept for the backward one.
+"""The transformer's parts by their definitions, and the memory that attention takes.
 
 Covers: prior/transformer.py.
 """
@@ -38,7 +38,7 @@ def test_one_head_attends_by_the_formula():
         ("masked", {"known": torch.eye(2, 4) > 0}),
     ],
 )
-def test_compiled_models_turn_queries_and_keys_alike(monkeypatch, kind, more):
+def test_compiled_models_rotate_queries_and_keys_by_the_same_angles(monkeypatch, kind, more):
     """The compiler is given real numbers, where torch itself multiplies complex ones: logits and gradients agree."""
     model = make_prior(kind, (2, 2)).double().train()
     tokens = torch.randint(5, (2, 2, 2))
@@ -54,7 +54,7 @@ def test_compiled_models_turn_queries_and_keys_alike(monkeypatch, kind, more):
     torch.testing.assert_close(outputs(), eager)
 
 
-def test_a_turn_is_a_rotation_times_the_gain():
+def test_rotate_is_a_rotation_times_the_gain():
     """By its matrix, pair by pair."""
     x, angles, gains = torch.randn(2, 3, 2, 6), torch.randn(3, 1, 3), torch.tensor([0.5, 2.0])[:, None]
     rotations = torch.stack([angles.cos(), angles.sin()], -1) * gains[..., None]
@@ -69,7 +69,7 @@ def test_a_turn_is_a_rotation_times_the_gain():
 
 
 @pytest.mark.parametrize("axes", [1, 2, 3])
-def test_pairs_of_a_head_turn_by_the_axes_in_turn_ever_more_slowly(axes):
+def test_pairs_of_a_head_rotate_by_each_axis_ever_more_slowly(axes):
     """Angle = coordinate * base^(-k/K) for the k-th of the K pairs of its axis."""
     config = SimpleNamespace(dim=24, heads=2, rope_base=50.0)
     cells = transformer.coordinates((2, 3, 4)[:axes])

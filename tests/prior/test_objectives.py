@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pipelines.shuffling import other_labels
-from prior import objectives
+from prior import Prior, objectives
 from prior.objectives import Alignment, Likelihood, alignment_loss, alignment_problem, mean_nats, token_nats
 
 # Cross-entropy
@@ -47,19 +48,12 @@ def test_values_and_gradients_are_those_of_torch(in_parts, dtype, smoothing):
     (ours,), (theirs,) = (torch.autograd.grad(nats, logits, up) for nats in (found, plain))
     assert ours.dtype == dtype and (ours[1, 3:9] == 0).all()
     assert torch.allclose(ours, theirs, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-6)
-    assert ours.float().sum(-1).abs().max() < (1e-5 if dtype == torch.float32 else 0.02)  # shares sum to one
+    if not smoothing and dtype == torch.float32:
+        assert torch.allclose(mean_nats(logits, ids), F.cross_entropy(logits.flatten(0, 1), ids.flatten()), rtol=1e-6)
 
 
-def test_the_mean_is_that_of_torch(in_parts):
-    logits, ids = logits_and_ids()
-    plain = F.cross_entropy(logits.flatten(0, 1), ids.flatten())
-    assert torch.allclose(mean_nats(logits, ids), plain, rtol=1e-6)
-    (ours,), (theirs,) = (torch.autograd.grad(loss, logits) for loss in (mean_nats(logits, ids), plain))
-    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-8)
-
-
-def test_only_the_logits_are_kept(in_parts):
-    """In their own type: plain cross-entropy keeps as many float32 numbers beside them."""
+def test_the_backward_pass_needs_only_the_logits(in_parts):
+    """In their own type, where plain cross-entropy also keeps a float32 copy."""
     logits, ids = logits_and_ids(torch.bfloat16)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -70,7 +64,7 @@ def test_only_the_logits_are_kept(in_parts):
     assert saved_elements(lambda: mean_nats(logits, ids)) < 2400 + 100
 
 
-def test_what_is_not_finite_stays_so(in_parts):
+def test_nan_stays_in_its_row(in_parts):
     logits, ids = logits_and_ids()
     with torch.no_grad():
         logits[1, 2, 3] = torch.nan
@@ -101,47 +95,25 @@ def test_every_prior_has_the_same_loss_in_parts(name, monkeypatch):
             assert (plain - parts).abs().max() <= (0.01 if bf16 else 1e-5) * scale
 
 
-@pytest.mark.parametrize("name", [*PRIORS, "binary made"])
-def test_bf16_logits_are_computed_with_in_float32(name):
-    """The loss is that of the same logits cast before, as accelerate did."""
-    torch.manual_seed(0)
-    vocab_size = 2 if name == "binary made" else 7
-    model = make_prior(name.removeprefix("binary "), (4, 4), vocab_size).train()
-    tokens, labels = draw_tokens(model, 8), torch.arange(8) % 4
+@pytest.mark.parametrize(("name", "vocab_size"), [("gpt", 7), ("masked", 7), ("made", 2)])
+def test_losses_of_bf16_logits_are_computed_in_float32(name, vocab_size):
+    model = make_prior(name, (4, 4), vocab_size).train()
+    tokens = draw_tokens(model, 8)
     inputs = model.training_inputs(tokens, 0.3)
-    logits = 3 * torch.randn_like(model(tokens, labels, **inputs)).bfloat16()
-    assert torch.equal(
-        model.loss_from_outputs(logits, tokens, **inputs), model.loss_from_outputs(logits.float(), tokens, **inputs)
-    )
-
-
-def test_it_compiles(in_parts):
-    logits, ids = logits_and_ids()
-    compiled = torch.compile(mean_nats, backend="aot_eager", fullgraph=True)
-    (ours,), (plain,) = (torch.autograd.grad(loss(logits, ids), logits) for loss in (compiled, mean_nats))
-    assert torch.allclose(ours, plain, atol=1e-7)
+    logits = 3 * torch.randn_like(model(tokens, **inputs)).bfloat16()
+    found, expected = (model.loss_from_outputs(each, tokens, **inputs) for each in (logits, logits.float()))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(
-    ("config", "is_bound"),
-    [
-        ({}, True),
-        ({"schedule": "cosine"}, False),
-        ({"schedule": "arccos"}, False),
-        ({"label_smoothing": 0.1}, False),
-        ({"schedule": "square", "label_smoothing": 0.1}, False),
-    ],
+    ("config", "is_bound"), [({}, True), ({"schedule": "cosine"}, False), ({"label_smoothing": 0.1}, False)]
 )
-def test_a_loss_that_bounds_no_likelihood_is_not_logged_as_bits(config, is_bound):
-    """The loss itself is what is minimised, whatever it is."""
+def test_only_a_loss_that_bounds_the_likelihood_is_logged_as_bits(config, is_bound):
     model = make_prior("masked", **config).train()
     tokens, labels = draw_tokens(model, 6), torch.zeros(6, dtype=torch.long)
-    inputs = model.training_inputs(tokens, 0.0)
-    loss, logged = Likelihood(model)(tokens, labels, inputs)
-    assert loss.requires_grad and torch.isfinite(loss)
-    assert ("bits_per_token" in logged) == is_bound
-    if is_bound:
-        assert float(logged["bits_per_token"]) == pytest.approx(float(loss.detach()) / 0.6931471805599453)
+    loss, logged = Likelihood(model)(tokens, labels, model.training_inputs(tokens, 0.0))
+    assert loss.requires_grad and torch.isfinite(loss) and ("bits_per_token" in logged) == is_bound
+    assert not is_bound or float(logged["bits_per_token"]) == pytest.approx(float(loss.detach()) / math.log(2))
 
 
 # Alignment
@@ -159,7 +131,14 @@ def test_the_loss_is_the_papers():
 ALIGNABLE = [name for name in PRIORS if alignment_problem(make_prior(name, num_classes=3)) is None]
 
 
-def test_all_but_masked_priors_can_be_aligned():
+def make_pair(name: str, **config: Any) -> tuple[Prior, Prior]:
+    """A prior of three classes and its copy."""
+    prior, copy = (make_prior(name, num_classes=3, **config) for _ in range(2))
+    copy.load_state_dict(prior.state_dict())
+    return prior, copy
+
+
+def test_only_priors_with_exact_one_pass_likelihoods_and_labels_can_be_aligned():
     assert set(PRIORS) - set(ALIGNABLE) == {"masked"}
     for model in (*(make_prior("gpt", num_classes=count) for count in (0, 1)), make_prior("masked", exact=False)):
         assert alignment_problem(model) is not None
@@ -167,22 +146,22 @@ def test_all_but_masked_priors_can_be_aligned():
 
 
 @pytest.mark.parametrize("name", ALIGNABLE)
-def test_every_exact_prior_is_compared_with_a_frozen_one(name):
-    """At first both are one model. A step of gradients raises images under their labels, and lowers them under others;
-    what is frozen has no gradients, and is no part of the module."""
+def test_alignment_raises_the_own_label_above_others_against_a_frozen_copy(name):
+    """Both are the same model at first, without dropout. The copy has no gradients and is no part of the module."""
     torch.manual_seed(0)
-    prior, frozen = (make_prior(name, num_classes=3) for _ in range(2))
-    frozen.load_state_dict(prior.state_dict())
-    module = Alignment(prior.train(), frozen.train(), beta=0.5, negatives=2.0)
+    fields = type(make_prior(name).config).model_fields
+    prior, frozen = make_pair(name, **{key: 0.3 for key in ("dropout", "attention_dropout") if key in fields})
+    module = Alignment(prior.train(), frozen.train(), beta=0.5, negatives=2.0).train()
     assert not frozen.training and {*module.parameters()} == {*prior.parameters()}
     assert list(module.state_dict()) == [f"prior.{key}" for key in prior.state_dict()]
-    tokens = torch.randint(prior.grid.vocab_size, (6, *prior.grid.shape))
+    tokens = draw_tokens(prior, 6)
     labels, others = torch.tensor([0, 1, 2, 0, 1, 3]), torch.tensor([1, 2, 0, 2, 0, 0])
     inputs = prior.training_inputs(tokens, 0.0)
     optimizer = torch.optim.SGD(prior.parameters(), lr=0.02)
     loss, terms = module(tokens, labels, others, inputs)
     assert float(terms["cca"]) == pytest.approx((1 + 2 * 5 / 6) * math.log(2), rel=1e-4)
     assert float(loss.detach()) == pytest.approx(float(terms["cca"]) / 2)
+    assert float(terms["margin"]) == pytest.approx(0, abs=1e-4)
     for _ in range(3):
         optimizer.zero_grad()
         module(tokens, labels, others, inputs)[0].backward()
@@ -192,41 +171,41 @@ def test_every_exact_prior_is_compared_with_a_frozen_one(name):
     assert float(after["cca"]) < float(terms["cca"]) and float(after["margin"]) > 0 and float(after["above"]) > 0.5
 
 
-@pytest.mark.parametrize(("negatives", "which"), [(0.0, 0), (1000.0, 1)])
-def test_own_labels_rise_and_others_fall(negatives, which):
-    """In the model's own log p, whatever the module calls a gain: each where it alone has weight."""
+@pytest.mark.parametrize(("negatives", "rises"), [(0.0, True), (1000.0, False)])
+def test_own_labels_rise_and_others_fall(negatives, rises):
+    """In the prior's own log p, each where it alone has weight."""
     torch.manual_seed(0)
-    prior, frozen = (make_prior("gpt", num_classes=3) for _ in range(2))
-    frozen.load_state_dict(prior.state_dict())
+    prior, frozen = make_pair("gpt")
     module, optimizer = Alignment(prior, frozen, 0.5, negatives), torch.optim.SGD(prior.parameters(), lr=0.02)
-    tokens = torch.randint(prior.grid.vocab_size, (6, *prior.grid.shape))
-    labels, others = torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([1, 2, 0, 2, 0, 1])
+    tokens, labels = draw_tokens(prior, 6), torch.arange(6) % 3
+    others = (labels + 1) % 3
     for _ in range(3):
         optimizer.zero_grad()
         module(tokens, labels, others, {})[0].backward()
         optimizer.step()
-    looked_at = (labels, others)[which]
-    gained = (prior.log_prob(tokens, looked_at) - frozen.log_prob(tokens, looked_at)).mean()
-    assert gained > 0 if which == 0 else gained < 0
+    given = labels if rises else others
+    assert ((prior.log_prob(tokens, given) - frozen.log_prob(tokens, given)).mean() > 0) == rises
 
 
-def dropouts(name: str) -> dict[str, float]:
-    """All that this prior can drop out."""
-    return {key: 0.3 for key in type(make_prior(name).config).model_fields if key in ("dropout", "attention_dropout")}
-
-
-@pytest.mark.parametrize("name", filter(dropouts, ALIGNABLE))
-def test_nothing_is_gained_before_the_first_step(name):
-    """A prior that drops out would seem to have lost what it drops, and most under the labels of others."""
-    prior, frozen = (make_prior(name, num_classes=3, **dropouts(name)) for _ in range(2))
-    frozen.load_state_dict(prior.state_dict())
-    tokens, labels = torch.randint(prior.grid.vocab_size, (6, *prior.grid.shape)), torch.tensor([0, 1, 2, 0, 1, 2])
-    inputs = prior.training_inputs(tokens, 0.0)
-    dropped = Likelihood(prior.train())(tokens, labels, inputs)[0].detach()
-    module = Alignment(prior, frozen, 0.5, 3.0).train()
-    _, terms = module(tokens, labels, (labels + 1) % 3, inputs)
-    assert float(terms["margin"]) == pytest.approx(0, abs=1e-4)
-    assert float(terms["bits_per_token"]) != pytest.approx(float(dropped) / math.log(2), abs=1e-4)
+def test_logged_terms_are_of_images_with_their_label():
+    """The loss is divided by lambda, so that a large one is no large learning rate, but by no less than one."""
+    prior, frozen = (make_prior("gpt", num_classes=3) for _ in range(2))
+    tokens, labels, others = draw_tokens(prior, 6), torch.tensor([0, 1, 2, 3, 1, 3]), torch.tensor([1, 2, 0, 0, 0, 1])
+    with torch.no_grad():
+        own = prior.log_prob(tokens, labels) - frozen.log_prob(tokens, labels)
+        other = prior.log_prob(tokens, others) - frozen.log_prob(tokens, others)
+        gap, labelled = (own - other)[labels < 3], (labels < 3).float()
+        for negatives in (0.5, 4.0):
+            loss, terms = Alignment(prior, frozen, 0.7, negatives)(tokens, labels, others, {})
+            expected = alignment_loss(own, other, labelled, 0.7, negatives)
+            bits = -prior.log_prob(tokens, labels).mean() / (12 * math.log(2))
+            found = {"cca": expected, "margin": gap.mean(), "above": (gap > 0).float().mean(), "bits_per_token": bits}
+            assert {name: float(value) for name, value in terms.items()} == pytest.approx(
+                {name: float(value) for name, value in found.items()}, rel=1e-4, abs=1e-5
+            )
+            assert float(loss) == pytest.approx(float(expected) / max(1.0, negatives), rel=1e-4)
+        _, terms = Alignment(prior, frozen, 0.7, 1.0)(tokens, torch.full((6,), 3), others, {})
+        assert float(terms["margin"]) == float(terms["above"]) == 0.0  # no image has its label
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.5, 0.02])
@@ -250,25 +229,3 @@ def test_the_optimum_is_where_the_module_says(beta, classes):
     assert slope.abs().max() < 1e-6 * beta
     (elsewhere,) = torch.autograd.grad(alignment_loss(gained + 1, gained + 1, torch.ones(1), beta, weight), gained)
     assert elsewhere.abs().max() > 1e-3 * beta
-
-
-def test_what_is_logged_is_of_images_with_their_label():
-    """And a large lambda is no large rate: the loss is divided by it, but never by less than one."""
-    prior, frozen = (make_prior("gpt", num_classes=3) for _ in range(2))
-    tokens = torch.randint(prior.grid.vocab_size, (6, *prior.grid.shape))
-    labels, others = torch.tensor([0, 1, 2, 3, 1, 3]), torch.tensor([1, 2, 0, 0, 0, 1])
-    with torch.no_grad():
-        own = prior.log_prob(tokens, labels) - frozen.log_prob(tokens, labels)
-        other = prior.log_prob(tokens, others) - frozen.log_prob(tokens, others)
-        gap, labelled = (own - other)[labels < 3], (labels < 3).float()
-        for negatives in (0.0, 0.5, 4.0):
-            loss, terms = Alignment(prior, frozen, 0.7, negatives)(tokens, labels, others, {})
-            expected = alignment_loss(own, other, labelled, 0.7, negatives)
-            bits = -prior.log_prob(tokens, labels).mean() / (12 * math.log(2))
-            found = {"cca": expected, "margin": gap.mean(), "above": (gap > 0).float().mean(), "bits_per_token": bits}
-            assert set(terms) == set(found)
-            for name, value in found.items():
-                assert float(terms[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-5), name
-            assert float(loss) == pytest.approx(float(expected) / max(1.0, negatives), rel=1e-4)
-        _, terms = Alignment(prior, frozen, 0.7, 1.0)(tokens, torch.full((6,), 3), others, {})
-        assert float(terms["margin"]) == float(terms["above"]) == 0.0  # of none

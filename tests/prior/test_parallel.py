@@ -1,34 +1,10 @@
-"""Parallel sampling gives the tokens of sequential sampling, in fewer passes."""
+"""Parallel sampling takes few passes over few images; test_family.py shows that its tokens are the sequential ones."""
 
 import pytest
 import torch
-from small import PRIORS_IN_SOME_ORDERS, draw_known, draw_tokens, generators, make_prior
+from small import generators, make_prior
 
 from prior import base, parallel, sampling
-
-EXACT_IN_ORDERS = [(name, order) for name, order in PRIORS_IN_SOME_ORDERS if make_prior(name).exact]
-every_order = pytest.mark.parametrize(("name", "order"), EXACT_IN_ORDERS)
-every_prior = pytest.mark.parametrize("name", sorted({name for name, _ in EXACT_IN_ORDERS}))
-
-
-@pytest.mark.sparse
-@every_order
-def test_parallel_equals_sequential(name, order):
-    model = make_prior(name, order=order)
-    labels, tokens, known = torch.arange(9) % 4, draw_tokens(model, 9), draw_known(model, 9, 0.4)
-    for settings in (
-        {},
-        {"temperature": 0.7, "top_p": 0.8},
-        {"guidance_scale": 2.0, "top_k": 3},
-        {"guidance_end": 3.0, "guidance_power": 1.5, "tokens": tokens, "known": known},
-        {"temperature": 0.0},
-        {"tokens": tokens, "known": known},
-    ):
-        one, other = (
-            model.sample(9, labels, generator=generators(9), parallel=parallel, **settings)
-            for parallel in (False, True)
-        )
-        assert torch.equal(one, other), settings
 
 
 def drawn_in_parallel(model, count, monkeypatch, **settings):

@@ -10,7 +10,7 @@ from costs import all_steps
 from small import make_prior
 from torch import nn
 
-from prior.layers import CausalConv2d, MaskedConv, RowCache, see
+from prior.layers import MaskedConv, RowCache
 
 BOTH = ("pixelcnn", "gated_pixelcnn")
 both = pytest.mark.parametrize("name", BOTH)
@@ -59,7 +59,7 @@ def test_receptive_field_is_what_gradients_reach(name, depth, shape):
 
 
 @both
-@pytest.mark.parametrize(("first_kernel", "kernel"), [(5, 3), (3, 5), (7, 5)])
+@pytest.mark.parametrize(("first_kernel", "kernel"), [(5, 3), (3, 5)])
 def test_receptive_field_follows_the_kernels(name, first_kernel, kernel):
     model = make_prior(name, shape=(9, 10), depth=1, first_kernel=first_kernel, kernel=kernel)
     assert torch.equal(model.receptive_field, seen_by_gradients(positive(model)))
@@ -90,17 +90,6 @@ def test_masked_conv_is_the_published_one(size, sees_itself):
     expected = F.conv2d(x.movedim(-1, 1), whole * mask, conv.bias, padding=half).movedim(1, -1)
     assert torch.allclose(conv(x), expected, atol=1e-12)
     assert len(conv.taps) == int(mask.sum())
-
-
-@pytest.mark.parametrize(
-    ("rows", "columns"), [((-2, -1), (-1, 1)), ((-2, 0), (-1, 1)), ((0, 0), (-2, -1)), ((0, 0), (0, 0))]
-)
-def test_taps_are_the_offsets_that_a_convolution_sees(rows, columns):
-    conv, field = CausalConv2d(1, 1, rows, columns), torch.eye(20).view(4, 5, 20)
-    nn.init.ones_(conv.weight)
-    summed = conv(field.movedim(-1, 0)[..., None])[..., 0].movedim(0, -1)  # the basis as a batch
-    assert torch.equal(see(field.bool(), conv.taps), summed > 0)
-    assert set(conv.taps) == {(r, c) for r in range(rows[0], rows[1] + 1) for c in range(columns[0], columns[1] + 1)}
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -136,28 +125,6 @@ def test_steps_are_the_forward_pass_for_all_kernels(name, rows, first_kernel, ke
     assert (all_steps(model, tokens, labels) - model(tokens, labels)).abs().max() < 1e-9
     assert (all_steps(model, tokens, None) - model(tokens)).abs().max() < 1e-9
     assert (model.next_logits(other, None) - model(tokens, labels)[:, :1]).abs().max() < 1e-9
-
-
-# Labels
-
-
-@pytest.mark.parametrize(("name", "count"), [("pixelcnn", 1 + 2), ("gated_pixelcnn", 2 * 3), ("pixelcnn_pp", 2 * 5)])
-def test_every_label_table_reaches_the_logits(name, count):
-    """With all other tables at zero: each block's bias, both stacks' gates; in forward and in steps."""
-    tables = [key for key, module in make_prior(name).named_modules() if key.endswith("label")]
-    assert len(tables) == count
-    for kept in tables:
-        model = make_prior(name).double()
-        with torch.no_grad():
-            for key in tables:
-                if key != kept:
-                    model.get_submodule(key).weight.zero_()
-        tokens, labels = torch.randint(5, (1, 3, 4)).expand(4, 3, 4), torch.arange(4)
-        logits = model(tokens, labels)
-        for label in range(3):
-            assert (logits[label] - logits[3]).abs().amax() > 1e-6, kept
-        assert (all_steps(model, tokens, labels) - logits).abs().max() < 1e-9, kept
-        assert torch.equal(model(tokens), logits[3:].expand_as(logits)), "no label is the null class"
 
 
 # Configurations

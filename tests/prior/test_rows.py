@@ -1,4 +1,4 @@
-"""On grids whose rows are channels or levels, a prior is told which row it paints."""
+"""On grids whose rows are channels or levels, a prior knows which row it draws."""
 
 import pytest
 import torch
@@ -28,34 +28,44 @@ def rows_alike(model):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", [name for name in PRIORS if name != "next_scale"])
-def test_every_prior_is_told_which_row_it_paints(name, layout):
-    """What is painted alike further up is not continued alike: red is not green, level 1 is not level 2."""
+def test_every_prior_knows_which_row_it_draws(name, layout):
+    """The same content above is continued differently: red is not green, level 1 is not level 2."""
     grid = LAYOUTS[layout]().grid
     assert len(grid.shape) == 2 and grid.shape[0] >= 18
     assert rows_alike(make_prior(name, grid.shape, grid.vocab_size)) > 1e-6
 
 
 @both
-def test_a_convolution_alone_can_not_tell(name):
+def test_a_convolution_without_row_biases_does_not(name):
     assert rows_alike(make_prior(name, (18, 4), row_embedding=False)) == 0
 
 
-@both
-def test_every_row_table_reaches_the_logits(name):
-    """With all others at zero: in `forward` and in steps, at its own row and at no row above it."""
-    tables = [f"{key}.weight" for key, module in make_prior(name).named_modules() if isinstance(module, RowBias)]
-    assert len(tables) == (1 + 2 if name == "pixelcnn" else 2 * 3)
-    tokens = torch.randint(5, (2, 6, 4))
-    for kept in tables:
-        model = make_prior(name, (6, 4)).double()
-        with torch.no_grad():
-            for key in tables:
-                model.get_parameter(key).zero_()
-            before = model(tokens)
-            model.get_parameter(kept)[3] = torch.randn_like(model.get_parameter(kept)[3])
-            moved = (model(tokens) - before).abs().amax((0, 2)).view(6, 4) > 1e-9
-            assert not moved[:3].any() and moved[3].any(), kept
-            assert (all_steps(model, tokens) - model(tokens)).abs().max() < 1e-9, kept
+BIASED = ("pixelcnn", "gated_pixelcnn", "pixelcnn_pp", "pixelsnail")
+TABLES = [
+    (name, key)
+    for name in BIASED
+    for key, module in make_prior(name).named_modules()
+    if key.endswith("label") or isinstance(module, RowBias)
+]
+
+
+@pytest.mark.parametrize(("name", "key"), TABLES)
+def test_every_table_of_labels_and_rows_reaches_the_logits_in_forward_and_in_steps(name, key):
+    """With all other tables at zero; that of a row moves no logits above the row."""
+    model = make_prior(name, (6, 4)).double()
+    tokens, labels = torch.randint(5, (1, 6, 4)).expand(4, 6, 4), torch.arange(4)
+    with torch.no_grad():
+        for other in (other for kind, other in TABLES if kind == name and other != key):
+            model.get_submodule(other).weight.zero_()
+        table, before = model.get_submodule(key), model(tokens, labels)
+        if isinstance(table, RowBias):
+            table.weight[3] += torch.randn_like(table.weight[3])
+            moved = (model(tokens, labels) - before).abs().amax((0, 2)).view(6, 4) > 1e-9
+            assert not moved[:3].any() and moved[3].any()
+        else:
+            assert ((before[:3] - before[3]).abs().amax((1, 2)) > 1e-6).all()
+            assert torch.equal(model(tokens), before[3:].expand_as(before)), "no label is the null class"
+        assert (all_steps(model, tokens, labels) - model(tokens, labels)).abs().max() < 1e-9
 
 
 CONVOLUTIONAL = [name for name in PRIORS if issubclass(Prior.find(name).Config, RasterConfig)]

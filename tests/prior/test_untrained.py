@@ -36,8 +36,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=str)
-def test_where_it_looks_is_known_before_it_has_weights(name, settings):
-    """All that decides it is computed on the CPU, whatever device tensors are made on."""
+def test_its_receptive_field_is_known_before_it_has_weights(name, settings):
+    """Its buffers are computed on the CPU, whatever the default device is."""
     plain = made(name, **settings)
     with torch.device("meta"):
         planned = made(name, **settings)

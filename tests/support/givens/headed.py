@@ -1,7 +1,9 @@
-"""Small priors with a head, over grids that have what it wants."""
+"""Small priors of every kind and output head, over grids that the head fits."""
+
+import math
 
 import torch
-from small import SMALL
+from small import PRIORS, PRIORS_IN_ORDERS, SMALL, VARIANTS, make_prior
 
 from prior import Prior
 from tokenizer import TokenGrid
@@ -9,35 +11,69 @@ from tokenizer import TokenGrid
 HEADS = {"depth": {"kind": "depth", "dim": 12, "layers": 1}, "logistic": {"kind": "logistic", "components": 2}}
 VOCAB = {"depth": 4, "logistic": 16}
 TOGETHER = ["gpt", "blocks", "causal_conv", "pixelcnn", "gated_pixelcnn", "pixelcnn_pp", "pixelsnail"]
-"""Kinds whose heads may put out several ids of a position."""
-ORDERS = {"gpt": ["snake", "random:1"], "causal_conv": ["column"], "blocks": ["diagonal", "halton:2", "raster/4"]}
-
-CASES = [
-    (kind, head, facts, order)
-    for kind in TOGETHER
-    for head, facts in (
-        ("depth", {"levels": 3}),
-        ("depth", {"channels": 3}),
-        ("logistic", {"channels": 3}),
-        ("logistic", {"channels": 1}),
-    )
-    for order in ("raster", *(ORDERS.get(kind, []) if facts == {"levels": 3} else []))
+"""Kinds whose heads may draw several ids of a position."""
+HEADED = {f"{kind}, depth": (kind, "depth", {"levels": 3}) for kind in TOGETHER}
+HEADED |= {f"{kind}, logistic": (kind, "logistic", {"channels": 3}) for kind in TOGETHER}
+HEADED |= {f"{kind}, grey": (kind, "logistic", {"channels": 1}) for kind in ("gpt", "masked", "made")}
+HEADED["gpt, depth of channels"] = ("gpt", "depth", {"channels": 3})
+"""Kind, output head and facts of the grid of each prior with a head, by name."""
+ORDERS = {
+    "gpt, depth": ["snake", "random:1"],
+    "causal_conv, depth": ["column"],
+    "blocks, depth": ["diagonal", "halton:2", "raster/4"],
+    "masked, grey": ["halton:2"],
+    "made, grey": ["snake"],
+}
+MODELS = [*PRIORS, *VARIANTS, *HEADED]
+MODELS_IN_ORDERS = [
+    *PRIORS_IN_ORDERS,
+    *((name, order) for name in HEADED for order in ("raster", *ORDERS.get(name, []))),
 ]
-CASES += [("masked", "logistic", {"channels": 1}, order) for order in ("raster", "halton:2")]
-CASES += [("made", "logistic", {"channels": 1}, order) for order in ("raster", "snake")]
-"""Kind, head, what is told of the grid, order of positions."""
+"""The name of every prior, without a head or with one, and each order that it is tested in."""
+
+
+def make_model(name, order="raster", **config):
+    """A small prior of `MODELS`, in eval mode."""
+    return make_headed(*HEADED[name], order, **config) if name in HEADED else make_prior(name, order=order, **config)
+
+
+def make_tiny(name, order, max_grids):
+    """A prior of `MODELS` in float64 with at most `max_grids` grids, and all of these grids."""
+    sizes = {"shape": (2, 3), "vocab_size": 3}
+    if name == "next_scale":
+        sizes = {"shape": (2, 3), "vocab_size": 2} if max_grids >= 512 else {"shape": (2, 2), "vocab_size": 2}
+    if name in HEADED:
+        order = "raster" if order.startswith(("halton", "raster/")) else order
+        pixels = HEADED[name][1] == "logistic"
+        sizes = {"positions": (1, 1), "vocab_size": 16} if pixels else {"positions": (1, 2), "vocab_size": 2}
+    model = make_model(name, order, **sizes)
+    if model.grid.vocab_size ** len(model.grid) > max_grids:
+        model = make_model(name, order, **{**sizes, "vocab_size": 2})
+    return model.double(), all_grids(model.grid)
+
+
+def all_grids(grid):
+    """Every grid of tokens, `(V^N, *grid.shape)`."""
+    count = grid.vocab_size ** len(grid)
+    digits = grid.vocab_size ** torch.arange(len(grid)).flip(0)
+    return (torch.arange(count)[:, None] // digits % grid.vocab_size).view(count, *grid.shape)
+
+
+def numbers_of(tokens, grid):
+    """The number of each of `tokens` `(B, *grid.shape)` in `all_grids`."""
+    return (tokens.flatten(1) * grid.vocab_size ** torch.arange(len(grid)).flip(0)).sum(1)
 
 
 def grid_with(facts: dict[str, int], positions: tuple[int, int], vocab_size: int) -> TokenGrid:
-    """The grid of so many positions."""
-    return TokenGrid((positions[0] * max(facts.values()), positions[1]), vocab_size, **facts)
+    """A grid of `positions`, each with as many ids as `facts` say."""
+    return TokenGrid((positions[0] * math.prod(facts.values()), positions[1]), vocab_size, **facts)
 
 
 def make_headed(kind, head, facts, order="raster", positions=(2, 3), vocab_size=None, std=0.3, **config):
     """A prior whose weights are large enough that every input matters, in eval mode."""
     grid = grid_with(facts, positions, vocab_size or VOCAB[head])
-    settings = {**SMALL.get(kind, {}), **config}
-    model = Prior.create(kind, grid=grid, num_classes=3, order=order, head=HEADS[head], **settings)
+    settings = {"num_classes": 3, **SMALL.get(kind, {}), **config}
+    model = Prior.create(kind, grid=grid, order=order, head=HEADS[head], **settings)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=std)
     return model.eval()
