@@ -1,7 +1,7 @@
-"""Runs in each of two processes of one group, which note after every step what they hold.
+"""Training runs in two processes that record their state after every step.
 
-A file of tests starts itself twice (`in_two_processes(__file__, "basic", FOLDER)`); there its `__main__` calls
-a function of this name with a `Watch`, whose runs it makes one after the other.
+A test file starts itself twice (`in_two_processes(__file__, "basic", FOLDER)`). Its `__main__` then calls the function
+`basic` with a `Watch`, through which it runs trainings.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training.trainer import Trainer
 
-# From outside
+# In the test process
 
 
 def in_two_processes(file: str, name: str, folder: Path, seconds: float = 250) -> tuple[dict[str, Any], str]:
-    """Run a function of a file in two processes; what they noted, and what they printed."""
+    """Run a function of a file in two processes; returns their records and output."""
     printed = fork_twice(file, name, folder, seconds=seconds)
     noted = json.loads((folder / f"{name}.json").read_text())
     assert noted["world"] == 2 and noted["pids"][0] != noted["pids"][1]
@@ -44,11 +44,11 @@ def in_two_processes(file: str, name: str, folder: Path, seconds: float = 250) -
 
 
 class Enough(Exception):
-    """A run that is cut off, and is to go on."""
+    """Interrupts a run that will be resumed."""
 
 
 class Watch:
-    """Makes runs in this process, and notes what both hold."""
+    """Runs trainings in this process, and records the state of all ranks."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log, self.evaluations = folder, list[Any](), list[Any]()
@@ -81,7 +81,7 @@ class Watch:
         task.evaluate = watched
 
     def run(self, name: str, train: Callable[[], Any], stop: int = -1) -> None:
-        """Train, until before step `stop`, and note it under this name, after what was noted under it before."""
+        """Train, optionally only until step `stop`, and append to the records under this name."""
 
         def watched(trainer: Trainer, micro_batches: list[Any], lr: float) -> None:
             if trainer.step == stop:
@@ -104,17 +104,17 @@ class Watch:
         self.log, self.evaluations = [], []
 
     def leave(self, name: str) -> None:
-        """Write down what was noted, and end."""
+        """Write the records and exit."""
         pids = gathered(os.getpid())
         if dist.get_rank() == 0:
             noted = {"world": dist.get_world_size(), "pids": pids, **self.found}
             (self.folder / f"{name}.json").write_text(json.dumps(noted))
-        gc.collect()  # what still holds the group when the interpreter ends may abort it
+        gc.collect()  # objects that hold the group at shutdown may abort the interpreter
         leave_group()
 
 
 def held_by(trainer: Trainer, micro_batches: list[Any]) -> dict[str, Any]:
-    """What this process holds after a step: digests, and the share of all numbers that is here."""
+    """Digests of the state of this rank after a step, and the share of all elements that it holds."""
     weights, average = list(trainer.task.model.parameters()), list(trainer.average.parameters())
     moments = [
         value
@@ -136,13 +136,13 @@ def held_by(trainer: Trainer, micro_batches: list[Any]) -> dict[str, Any]:
 
 
 def share(values: list[Any]) -> float:
-    """The part of all numbers that is here."""
+    """The share of all elements that this rank holds."""
     here = sum(value.to_local().numel() if isinstance(value, DTensor) else value.numel() for value in values)
     return here / sum(value.numel() for value in values)
 
 
 def main(functions: dict[str, Any]) -> None:
-    """What `__main__` of a file of tests does."""
+    """The `__main__` of a test file."""
     _, name, folder = sys.argv
     watch = Watch(Path(folder))
     functions[name](watch)
