@@ -55,8 +55,8 @@ def graphs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def elsewhere(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """A context in which to compute what is compared with the CPU. Without a GPU, it changes convolution kernels and the
-    random state, so that numbers differ as they would on a GPU."""
+    """A context in which to compute what is compared with the CPU. Without a GPU, it changes convolution kernels and
+    the random state, so that numbers differ as they would on a GPU."""
 
     @contextmanager
     def other_kernels() -> Iterator[None]:

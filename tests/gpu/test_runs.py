@@ -106,9 +106,7 @@ def preset_of(path: Path, device: torch.device) -> tuple[torch.nn.Module, torch.
     return net.to(device).eval(), torch.randint(net.grid.vocab_size, (2, *net.grid.shape), device=device)
 
 
-WITHOUT_REVIVAL = {
-    "model": {**VQVAE, "quantizer": {**EMA, "revive_every": 1000}}
-}  # which reads the counts of dead codes
+WITHOUT_REVIVAL = {"model": {**VQVAE, "quantizer": {**EMA, "revive_every": 1000}}}  # reviving reads code counts
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
-"""The notebooks: they are kept as text, run from top to bottom, and show pictures, and nothing that is no business of a
-reader; what executes them says what went wrong; the Hub of the last one keeps to itself."""
+"""The notebooks run from top to bottom and draw their pictures; failing cells are reported; their Hub is confined."""
 
 from __future__ import annotations
 
@@ -16,9 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from optional import Late
 
-jupytext, made = Late("jupytext"), Late("nbformat.v4")
 needed = [name for name in ("jupytext", "nbclient", "ipykernel") if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(needed), reason=f"not installed: {', '.join(needed)}")
 
@@ -26,12 +23,12 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("[0-9]_*.py"))
 PICTURES = {"1_chain_rule": 19, "2_two_stages": 10, "3_orders": 8, "4_density": 11, "5_own_images": 6}
-SHARES = {"1_chain_rule": 0.2, "2_two_stages": 0.15}  # their models have to learn something, as they claim
+SHARES = {"1_chain_rule": 0.2, "2_two_stages": 0.15}  # share of the training; the claims in the text must still hold
 every_notebook = pytest.mark.parametrize("name", NAMES)
 
 
 def loaded(name: str) -> ModuleType:
-    """A module beside the notebooks."""
+    """Import a module beside the notebooks."""
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -43,33 +40,17 @@ executing = loaded("execute")
 
 
 def executed(folder: Path, *sources: str) -> tuple[Any, str | None]:
-    """`execute` of a notebook of these cells."""
+    """Execute a notebook with these cells."""
     path = folder / "1_small.py"
     path.write_text("".join(f"# %%\n{source}\n\n" for source in sources))
     return executing.execute(path)
-
-
-# As text
-
-
-@every_notebook
-def test_a_notebook_is_kept_as_text(name):
-    """With a title, no more than an idea a cell, and no outputs beside it."""
-    notebook = jupytext.read(FOLDER / f"{name}.py")
-    assert notebook.cells[0].cell_type == "markdown" and notebook.cells[0].source.startswith("# ")
-    assert notebook.metadata["kernelspec"]["name"] == "python3"
-    assert all(not cell.get("outputs") for cell in notebook.cells)
-    assert max(len(cell.source.splitlines()) for cell in notebook.cells) <= 40
-    words = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown")
-    assert words >= 400, "the text is the point"
-    assert not list(FOLDER.glob("*.ipynb"))
 
 
 # Executed
 
 
 def outcome(name: str, share: float) -> tuple[str | None, bool]:
-    """What went wrong, if anything did, and whether there are as many pictures as it takes."""
+    """The error, if any, and whether all pictures were drawn."""
     notebook, problem = executing.execute(FOLDER / f"{name}.py", share)
     return problem, len(executing.pictures(notebook)) >= PICTURES[name]
 
@@ -77,7 +58,7 @@ def outcome(name: str, share: float) -> tuple[str | None, bool]:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", SHARES)
 def test_the_first_notebooks_run(name):
-    """With a share of their trainings; what they claim has to hold all the same."""
+    """With shortened training."""
     assert outcome(name, SHARES[name]) == (None, True)
 
 
@@ -91,35 +72,33 @@ def test_a_notebook_runs_whole(name):
 # The executor
 
 
-def test_the_cell_that_fails_is_told(tmp_path):
-    """With its number, how it begins, what it said and what was raised; pictures before it are there."""
+def test_a_failing_cell_is_reported_with_its_number_output_and_error(tmp_path):
     cells = [
         "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()",
         "import sys\nprint('why', file=sys.stderr)",
     ]
     cells[1] += "\nraise ValueError('a reason')"
     notebook, problem = executed(tmp_path, *cells, "1 / 0")
-    assert problem == "cell 2 failed: import sys\n  why\n  ValueError: a reason"
+    assert problem.startswith("cell 2 ") and "why" in problem and problem.endswith("ValueError: a reason")
     assert len(executing.pictures(notebook)) == 1
 
 
 def test_a_notebook_runs_here_and_in_an_empty_folder(tmp_path, monkeypatch):
-    """In this Python, with this checkout and the share asked for; what it writes is gone afterwards."""
+    """With this interpreter and checkout, in a temporary folder; the kernel is stopped afterwards."""
     monkeypatch.chdir(tmp_path)
     lines = ["import os, sys, pathlib, pipelines, local_hub", f"assert sys.executable == {sys.executable!r}"]
     lines += [f"assert pathlib.Path(pipelines.__file__).is_relative_to({str(ROOT)!r})", "assert os.listdir() == []"]
     lines += ["assert os.environ['SMALTI_NOTEBOOK_SHARE'] == '1.0'", "pathlib.Path('mine').write_text('x')"]
     before = psutil.Process().children(recursive=True)
     _, problem = executed(tmp_path, "\n".join(lines))
-    assert psutil.Process().children(recursive=True) == before, "the kernel is still there"
+    assert psutil.Process().children(recursive=True) == before, "the kernel is still running"
     assert problem is None and [path.name for path in tmp_path.iterdir()] == ["1_small.py"]
 
 
 # The Hub of notebook 5
 
 
-def test_the_hub_keeps_files_inside_its_folder(tmp_path):
-    """It listens on this machine alone, and a commit cannot lead out of its repository."""
+def test_the_hub_writes_only_into_its_folder_and_listens_only_locally(tmp_path):
     hub = loaded("local_hub").LocalHub(tmp_path / "hub")
     assert hub.server_address[0] == "127.0.0.1"
     try:
