@@ -56,20 +56,15 @@ def card(device) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_in_bf16_learns(stage, tokens, tmp_path, bf16):
-    train_stage(stage, tmp_path / "run", tokens, train__steps=60, train__preview_every=30, train__evaluate_every=30)
-    found = losses(tmp_path / "run")
-    assert len(found) == 60 and sum(found[-5:]) < sum(found[:5])
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_run_continues_where_it_was(stage, tokens, tmp_path, bf16):
-    """Not to the bit, as GPU sums are not ordered: losses after the resume agree."""
-    train_stage(stage, tmp_path / "whole", tokens, train__steps=12)
+def test_a_run_in_bf16_learns_and_resumes(stage, tokens, tmp_path, bf16):
+    """GPU sums are not ordered, so losses after the resume agree only approximately."""
+    train_stage(stage, tmp_path / "whole", tokens, train__steps=40, train__preview_every=20, train__evaluate_every=20)
+    found = losses(tmp_path / "whole")
+    assert len(found) == 40 and sum(found[-5:]) < sum(found[:5])
     for _ in range(2):
-        train_stage(stage, tmp_path / "parts", tokens, train__steps=12, train__save_every=6)
-        shutil.rmtree(tmp_path / "parts" / "state" / "step-00000012")
-    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=0.02)
+        train_stage(stage, tmp_path / "parts", tokens, train__steps=40, train__save_every=30)
+        shutil.rmtree(tmp_path / "parts" / "state" / "step-00000040")
+    assert losses(tmp_path / "parts") == pytest.approx(found, rel=0.03)
 
 
 @pytest.mark.timeout(1200)  # vqgan compiles 22 graphs in one process
@@ -114,27 +109,26 @@ WITHOUT_REVIVAL = {"model": {**VQVAE, "quantizer": {**EMA, "revive_every": 1000}
 )
 def test_the_host_waits_for_nothing_between_logged_steps(stage, more, tokens, tmp_path, bf16, monkeypatch):
     """torch raises an error at any sync, from the copy of a batch to the averaging of weights."""
-    take_step, next_batch, taken = Trainer.take_step, Trainer.batches, []
+    take_step, batches, steps = Trainer.take_step, Trainer.batches, []
 
     @contextmanager
-    def no_waiting(trainer: Trainer) -> Iterator[None]:
-        watched = trainer.device.type == "cuda" and 3 <= trainer.step < 18  # kernels are selected by then
-        torch.cuda.set_sync_debug_mode("error") if watched else None
+    def forbid_syncs(trainer: Trainer) -> Iterator[None]:
+        strict = trainer.device.type == "cuda" and 3 <= trainer.step < 18  # kernels are selected by then
+        torch.cuda.set_sync_debug_mode("error") if strict else None
         try:
             yield
         finally:
-            torch.cuda.set_sync_debug_mode("default") if watched else None
+            torch.cuda.set_sync_debug_mode("default") if strict else None
 
     def strict_step(trainer: Trainer, *rest: Any) -> None:
-        with no_waiting(trainer):
+        with forbid_syncs(trainer):
             take_step(trainer, *rest)
-        taken.append(trainer.step)
+        steps.append(trainer.step)
 
     def strict_batches(trainer: Trainer) -> Iterator[Any]:
-        stream = next_batch(trainer)
-        with closing(stream):
+        with closing(batches(trainer)) as stream:
             while True:
-                with no_waiting(trainer):
+                with forbid_syncs(trainer):
                     batch = next(stream)
                 yield batch
 
@@ -143,7 +137,7 @@ def test_the_host_waits_for_nothing_between_logged_steps(stage, more, tokens, tm
     settings = {"train__steps": 20, "train__log_every": 20, "train__preview_every": 20}
     more = {**WITHOUT_REVIVAL, **more} if stage == "train_tokenizer" else more
     train_stage(stage, tmp_path / "run", tokens, **settings, **more)
-    assert taken == list(range(1, 21)) and len(losses(tmp_path / "run", "learning_rate")) == 1
+    assert steps == list(range(1, 21)) and len(losses(tmp_path / "run", "learning_rate")) == 1
 
 
 def test_previews_leave_no_memory_allocated(tokens, tmp_path, bf16, graphs, monkeypatch):

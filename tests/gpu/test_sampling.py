@@ -11,7 +11,6 @@ import weakref
 import pytest
 import torch
 from small import PRIORS, draw_known, draw_tokens, generators, make_prior
-from torch import Tensor
 
 from prior import Prior
 from prior.cuda_graph import Graph
@@ -25,7 +24,7 @@ EAGER = {"on_step": lambda step: None}  # a step callback disables the graph
 
 @pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.5, "guidance_end": 3.0, "top_p": 0.9}])
 @pytest.mark.parametrize("name", PRIORS)
-def test_all_ways_draw_the_same_tokens(name, settings, device, graphs):
+def test_all_modes_draw_the_same_tokens(name, settings, device, graphs):
     """Labels, known tokens, noise and weights change between calls that share a graph."""
     prior = make_prior(name).to(device)
     for call in range(3):
@@ -33,12 +32,12 @@ def test_all_ways_draw_the_same_tokens(name, settings, device, graphs):
         request = {"tokens": draw_tokens(prior, COUNT).to(device), "known": known, **settings}
         labels = (torch.arange(COUNT) % (call + 1)).to(device)
 
-        def drawn(request=request, labels=labels, seed=100 * call, **way) -> Tensor:
-            return prior.sample(COUNT, labels, generator=generators(COUNT, seed), **request, **way)
-
-        first = drawn()
-        assert first.device.type == device.type and torch.equal(first[known], request["tokens"][known])
-        assert all(torch.equal(first, drawn(**way)) for way in (EAGER, {"cache": False}, {"parallel": True}))
+        drawn = [
+            prior.sample(COUNT, labels, generator=generators(COUNT, 100 * call), **request, **mode)
+            for mode in ({}, EAGER, {"cache": False}, {"parallel": True})
+        ]
+        assert drawn[0].device.type == device.type and torch.equal(drawn[0][known], request["tokens"][known])
+        assert all(torch.equal(drawn[0], other) for other in drawn[1:])
         with torch.no_grad():
             next(iter(prior.parameters())).mul_(1.1)
     assert len(graphs) == prior.supports_cuda_graphs
