@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both install into .venv first, and again when pyproject.toml changes.
+# `make demo` and `make test` install into .venv first, and again when pyproject.toml changes.
 PYTHON ?= python3
 VENV   ?= .venv
 RUNS   ?= runs
@@ -19,18 +19,18 @@ NOTEBOOKS := $(patsubst docs/notebooks/%.py,build/notebooks/%.ipynb,$(wildcard d
 .PHONY: demo test slow gpu notebooks docs site check floors lock audit sbom wheel help
 
 help:
-	@echo "make demo   install, train on digits, generate, evaluate (about 4 minutes on two cores, and the installation)"
+	@echo "make demo   install, train on digits, generate, evaluate (about 4 minutes on two cores, plus installation)"
 	@echo "make test   install, ruff, mypy, pytest"
-	@echo "make slow   the measurements that take longer"
-	@echo "make gpu    checks and measures on this machine's GPU, and writes the table into docs/results.md"
-	@echo "make docs   builds these pages, the reference and the notebooks as a site in build/site (5 minutes the first time)"
-	@echo "make site   the same, served at http://127.0.0.1:8000; PORT=9000 changes the port"
-	@echo "make notebooks executes all of docs/notebooks into build/notebooks (15 minutes)"
-	@echo "make floors the tests with the lowest versions of pyproject.toml, then with the newest"
-	@echo "make lock   brings uv.lock up to date with pyproject.toml; ARGS=--upgrade takes newer versions"
-	@echo "make audit  asks the advisories of PyPI about every version in uv.lock, and about the lowest ones"
-	@echo "make sbom   writes what is locked as build/sbom.cdx.json (CycloneDX)"
-	@echo "make wheel  builds a wheel and a source archive of the commit into build/dist"
+	@echo "make slow   run the slow tests"
+	@echo "make gpu    test and measure on this machine's GPU, and update the table in docs/results.md"
+	@echo "make docs   build the site into build/site: pages, reference, notebooks 1 and 2 executed; dead links are errors"
+	@echo "make site   build the site and serve it at http://127.0.0.1:8000; PORT=9000 changes the port"
+	@echo "make notebooks  execute docs/notebooks into build/notebooks (15 minutes)"
+	@echo "make floors run the tests with the lowest versions in pyproject.toml, then with the newest"
+	@echo "make lock   update uv.lock from pyproject.toml; ARGS=--upgrade takes newer versions"
+	@echo "make audit  check uv.lock and the lowest versions against PyPI's security advisories"
+	@echo "make sbom   write the locked packages as build/sbom.cdx.json (CycloneDX)"
+	@echo "make wheel  build a wheel and a source archive of the commit into build/dist"
 
 demo: $(DONE)/evaluation
 	@cat $(RUNS)/gpt_digits/evaluation/evaluation.txt
@@ -41,8 +41,8 @@ demo: $(DONE)/evaluation
 	  '  pipe = ImagePipeline.from_pretrained("$(RUNS)/gpt_digits/pipeline")' \
 	  '  pipe(num_images=4, labels=[3, 3, 8, 8], seed=0).images[0].save("three.png")'
 
-# Each stage is a real command, and is not run again once it ended well. The stamps that say so lie in a folder of their
-# own: what a stage has written is one thing, and nobody else's files belong into it.
+# A stage that succeeded is not run again. Stamp files live outside the output folders, which may hold only their own
+# files.
 $(DONE)/vqvae_digits: | $(READY)
 	$(LAUNCH) pipelines.train_tokenizer --config configs/tokenizer/vqvae_digits.yaml out=$(RUNS)/vqvae_digits
 	@mkdir -p $(@D) && touch $@
@@ -73,18 +73,17 @@ check: $(TESTS)
 slow: $(TESTS)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-# Without a GPU it says what torch was built for, and the driver: too old a driver is a GPU that torch does not see. A
-# signal does not interrupt a call of CUDA that hangs, but a thread ends the process. Measurements are made even if tests
-# fail, and a failure is the exit code.
+# Without a GPU, print the CUDA version of torch and the driver, which may be too old. Timeouts use a thread, as a signal
+# does not interrupt a hanging CUDA call. The benchmark runs even if tests fail; the exit code is that of the tests.
 SEES := import sys, torch; sys.exit(None if torch.cuda.is_available() else \
-  f"make gpu: torch {torch.__version__}, built for CUDA {torch.version.cuda}, sees no GPU here")
+  f"make gpu: torch {torch.__version__}, built for CUDA {torch.version.cuda}, sees no GPU")
 gpu: $(GPU)
 	@$(BIN)/python -c '$(SEES)' || { nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || \
-	  echo "make gpu: there is no driver (nvidia-smi)"; exit 1; } >&2
+	  echo "make gpu: no driver (nvidia-smi)"; exit 1; } >&2
 	$(BIN)/python -m pytest -m gpu --timeout=900 --timeout-method=thread tests/gpu $(ARGS); checked=$$?; \
 	  $(BIN)/python -m benchmarks.speed.gpu docs=docs/results.md && exit $$checked
 
-# The site, with notebooks 1 and 2 executed; the others have outputs after `make notebooks`.
+# Notebooks 1 and 2 are executed; the others have outputs after `make notebooks`.
 docs: build/notebooks/1_chain_rule.ipynb build/notebooks/2_two_stages.ipynb
 	$(BIN)/python docs/site/build.py
 
@@ -98,8 +97,8 @@ build/notebooks/%.ipynb: docs/notebooks/%.py | $(TESTS)
 	@rm -rf build/notebooks/$* && mkdir -p build/notebooks/$*
 	PYTHONPATH=$(CURDIR) $(BIN)/jupytext --to ipynb --execute --run-path build/notebooks/$* --output $@ $<
 
-# With the lowest versions on the oldest Python, then with the newest versions, each in an environment below build/. The
-# second runs whatever the first has shown.
+# The lowest versions on the oldest Python, then the newest versions, each in an environment below build/. The second
+# run does not depend on the first.
 suite = $(UV) venv --quiet --clear --python '$(2)' build/floors-$(1) && . build/floors-$(1)/bin/activate && \
   $(UV) pip install --quiet $(3) -r pyproject.toml --extra dev && $(UV) pip install --quiet --no-deps -e . && \
   python -m pytest $(ARGS)
@@ -109,9 +108,9 @@ floors: $(SUPPLY)
 lock: $(SUPPLY)
 	$(UV) lock $(ARGS)
 
-# --strict: a version that nothing could be learned about is an error, not a pass. ARGS="-s osv" asks OSV instead.
-# Of the lowest torch two are known: files of torch.export, of which we load none but our own, and torch.jit.script,
-# which we do not call.
+# --strict: a package that cannot be checked is an error. ARGS="-s osv" asks OSV instead. The lowest torch has two
+# advisories: on loading files of torch.export, which we only do with our own, and on torch.jit.script, which we do not
+# call.
 AUDIT := build/supply/bin/pip-audit --no-deps --disable-pip --strict --progress-spinner off
 audit: $(SUPPLY)
 	$(UV) export --quiet --frozen --all-extras --no-emit-project --no-hashes -o build/locked.txt > /dev/null
@@ -124,19 +123,19 @@ sbom: $(SUPPLY)
 	$(UV) export --frozen --quiet --all-extras --format cyclonedx1.5 -o build/sbom.cdx.json > /dev/null
 	@echo "build/sbom.cdx.json: $$(grep -c '"purl"' build/sbom.cdx.json) packages"
 
-# Of what git has, with the time of the commit: the same wheel, byte for byte, wherever it is built.
+# From the committed files, with the commit's time, so that the wheel is reproducible byte for byte.
 wheel: $(SUPPLY)
 	@rm -rf build/dist build/source && mkdir build/source
 	umask 022 && git archive HEAD | tar -x --no-same-permissions -C build/source && \
 	  SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(UV) build --quiet --out-dir build/dist build/source
 
-# The tools have an environment of their own: what they need is none of ours.
+# The tools have a separate environment, so that their dependencies do not mix with ours.
 $(SUPPLY):
 	@$(PYTHON) -m venv --clear build/supply
 	@build/supply/bin/python -m pip install --quiet --disable-pip-version-check uv pip-audit
 	@touch $@
 
-# A stamp is made only after everything before it succeeded, so a half-failed install is repaired by the next call.
+# The stamp is written last, so that a failed installation is repeated.
 $(READY): pyproject.toml
 	$(call install,digits)
 

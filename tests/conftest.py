@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, no W&B server, one thread, one seed."""
+"""Set-up of all tests: no network, no W&B server, one thread, fixed seeds."""
 
 import gc
 import logging
@@ -10,7 +10,7 @@ import threading
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# The many processes that tests start need not compile the tree again, whatever is set outside.
+# Child processes should reuse compiled bytecode, whatever the caller's environment says.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
@@ -18,7 +18,7 @@ from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-# For the processes that tests start: this tree before an installed one, and the helpers of the tests.
+# Child processes import this tree rather than an installed one, and the test helpers.
 PATHS = (str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", ""))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PATHS))
 
@@ -29,55 +29,55 @@ import torch  # noqa: E402
 
 from tokenizer.model import Registered  # noqa: E402
 
-# A job in the background (or under nohup) is deaf to these, and so would be every process that a test starts and stops.
+# Background jobs (and nohup) ignore these signals, and so would every child process that a test stops by signal.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, lambda *_: None)):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
-# Files outlive a process that is killed without it; only a machine that fails needs it, and no test can have one.
+# fsync protects against a failure of the machine, which no test can simulate; files survive kill -9 without it.
 os.fsync = lambda fd: None
 
 
-def leave_out_what_stays() -> None:
-    """Later collections of garbage, of which accelerate makes one a run, do not look through what there is now."""
+def freeze_objects() -> None:
+    """Exempt existing objects from garbage collection, which accelerate triggers in every run."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Before those that are slow are left out."""
+    """Runs before slow tests are deselected."""
     sparse.thin_out(items)
 
 
 def pytest_collection_finish() -> None:
-    """There are thousands of collected tests."""
-    leave_out_what_stays()
+    """Freeze thousands of collected tests."""
+    freeze_objects()
 
 
 def pytest_runtest_logfinish() -> None:
-    """What a test was the first to import stays, too."""
+    """Freeze modules that a test imported."""
     if len(gc.get_objects(generation=2)) > 50_000:
-        leave_out_what_stays()
+        freeze_objects()
 
 
 @pytest.fixture
 def shared_data() -> Path:
-    """Real image sets, where they are at hand."""
+    """The folder of real image sets; skips the test if it is missing."""
     folder = Path(os.environ.get("SMALTI_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip("real image sets are not here; set SMALTI_DATA to their folder")
+        pytest.skip("no real image sets; set SMALTI_DATA to their folder")
     return folder
 
 
 @pytest.fixture(autouse=True)
-def starts_afresh() -> Iterator[None]:
-    """Start each test from the same seeds; restore afterwards what a library may set for the whole process."""
+def isolated() -> Iterator[None]:
+    """Seed each test, and restore global state that libraries may change."""
     random.seed(0)
     np.random.seed(0)
-    torch.default_generator.manual_seed(0)  # a hundredth of the time of torch.manual_seed, which thinks of every device
+    torch.default_generator.manual_seed(0)  # 100 times faster than torch.manual_seed, which seeds all devices
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(0)
     environment, folder, path, argv = dict(os.environ), os.getcwd(), list(sys.path), list(sys.argv)
@@ -103,7 +103,7 @@ def starts_afresh() -> Iterator[None]:
         state.AcceleratorState._reset_state(reset_partial_state=True)
     if (plots := sys.modules.get("matplotlib.pyplot")) is not None:
         plots.close("all")
-    for family in Registered.__subclasses__():  # models that a test has defined
+    for family in Registered.__subclasses__():  # models that a test defined
         for name in set(vars(family).get("_members", ())) - models.get(family, set()):
             if not family._members[name].__module__.startswith(("tokenizer", "prior", "pipelines")):
                 del family._members[name]
@@ -111,7 +111,7 @@ def starts_afresh() -> Iterator[None]:
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Torch's compiler, which leaves threads, a folder in `sys.path` and a higher limit of recursion."""
+    """For tests of torch.compile, which starts threads, extends `sys.path` and raises the recursion limit."""
     from torch._inductor import config
 
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -123,8 +123,8 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def one_process() -> Iterator[None]:
-    """Accelerate is set up anew for the test, and again after it: one process, on the CPU."""
-    from one_process import one_process  # late: most tests do without accelerate
+    """Reset accelerate before and after the test: one process, on the CPU."""
+    from one_process import one_process  # late: most tests do not need accelerate
 
     with one_process():
         yield

@@ -1,1 +1,1 @@
-"""What priors differ in: likelihoods, samples, orders and passes, at equal tokens and time."""
+"""Comparisons of priors on the same tokens."""

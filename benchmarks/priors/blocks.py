@@ -1,4 +1,4 @@
-r"""What several tokens per pass cost, in bits: ordered partitions beside raster order, each an exact density.
+r"""Cost of drawing several tokens per pass, in bits: ordered partitions against raster order, all exact densities.
 
     pip install -e ".[dev]"
     smalti train_tokenizer --config configs/tokenizer/vqvae_fashion_mnist.yaml out=runs/garments
@@ -6,20 +6,20 @@ r"""What several tokens per pass cost, in bits: ordered partitions beside raster
     python -m benchmarks.priors.blocks tokens=runs/garments_tokens steps=1500 seeds=3 model.dim=64 model.depth=4 \
         model.heads=4 train.batch_size=64 train.lr=3e-3
 
-For each of `orders` a prior of kind `blocks`, and beside them a `gpt` in raster order and a `masked` one, are trained
-on the same tokens from `seeds` seeds for the same `steps`, by `smalti train_prior --config CONFIG` with what is given
-of its keys (those with a dot). What is done is kept under `out` and not done again.
+Trains one prior of kind `blocks` for each of `orders`, a `gpt` in raster order and a `masked` prior on the same tokens
+with `seeds` seeds for equally many steps, by `smalti train_prior --config CONFIG` with the dotted keys given here.
+Finished runs are read from `out`.
 
-Bits: -log2 p per token of the held-out split, given its labels; price: less those of the `gpt`. Means over seeds, +-
-half of the 95 % t-interval. Seconds: 64 images, one per class in turn, cached, without guidance; the median of three,
-on one thread unless `threads` says otherwise. `gpt, parallel` draws the same images as `gpt` from fewer passes (its
-mean per image). `masked, K steps` keeps the most confident tokens of a pass, which has no density; `masked along ORDER`
-reads the same weights exactly (of 500 images).
+bits/token: -log2 p per token of the held-out split given its labels; price: the difference to `gpt`. Means over seeds,
++- half of the 95 % t-interval. s: seconds for 64 images, classes in turn, cached, without guidance; median of three, on
+one thread by default. `gpt, parallel` draws the same images as `gpt` from fewer passes (mean per image). `masked, K
+steps` fills in the most confident tokens, which has no density; `masked along ORDER` evaluates the same weights exactly
+(on 500 images).
 
-Samples: of the first seed, `samples` images without guidance. Agreement: how many a small classifier of decoded
-training tokens gives the class that was asked for; Frechet: between its features of samples and of as many decoded
+Samples of the first seed: `samples` images without guidance. agreement: share that a small classifier of decoded
+training tokens assigns to the requested class; Frechet: distance between its features of samples and of as many decoded
 training images; judge: bits per token of the samples under another `gpt` (seed 9), which favours its own kind. The last
-row has all of it for decoded held-out images. `plot=FILE.png`: bits against passes.
+row is for decoded held-out images.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 
 from benchmarks.support.options import ROOT, read_options, use_threads
 from benchmarks.support.runs import train_once
-from benchmarks.support.tables import interval, table_head, table_row, with_interval, write_whole
+from benchmarks.support.tables import table_head, table_row, with_interval, write_json
 from benchmarks.support.timing import seconds_of
 
 JUDGE, TIMED, EXACT_ROWS, TRAINING, CLASSIFIER_STEPS = 9, 64, 500, 10_000, 1500
@@ -45,33 +45,32 @@ OPTIONS = {
     "seeds": 3,
     "samples": 2000,
     "threads": 1,
-    "plot": None,
     "out": "runs/blocks",
 }
 
 
 def train(kind: str, order: str, seed: int, options: SimpleNamespace) -> Path:
-    """The pipeline of one prior, trained once."""
+    """Train a prior, unless that is done; returns the folder of the run."""
     name = kind if kind != "blocks" else f"blocks-{order.replace(':', '-').replace('/', '_')}"
     run = Path(options.out) / name / f"seed{seed}"
     more = [f"tokens={options.tokens}", f"model.kind={kind}", f"model.order={order}", f"train.seed={seed}"]
-    more += ["model.exact=false"] if kind == "masked" else []  # a bound in training, or it would take N passes
-    train_once(
-        "train_prior", ROOT / options.config, options.steps, run, *more, *options.changes, never=("preview", "save")
-    )
+    if kind == "masked":
+        more += ["model.exact=false"]  # evaluate the bound: the exact density takes N passes
+    more += options.changes
+    train_once("train_prior", ROOT / options.config, options.steps, run, *more, never=("preview", "save"))
     return run
 
 
-def kept(path: Path, measure: Any) -> dict[str, Any]:
-    """What `measure` gives, kept in `path`."""
+def cached(path: Path, measure: Any) -> dict[str, Any]:
+    """The result of `measure()`, cached in `path`."""
     if not path.is_file():
         print(f"measuring {path.parent}", file=sys.stderr, flush=True)
-        write_whole(measure(), path)
+        write_json(measure(), path)
     return json.loads(path.read_text())
 
 
 class Pictures:
-    """Decoded tokens as a set of images with labels, as a classifier reads it."""
+    """Decoded tokens as a labelled image set for the classifier."""
 
     def __init__(self, pipe: Any, split: Any, count: int, class_names: list[str]) -> None:
         self.images = pipe.decode(split.tokens[:count].long(), output_type="pt")
@@ -82,14 +81,13 @@ class Pictures:
         return len(self.images)
 
     def batch(self, rows: Any) -> Any:
-        """Those images."""
         import torch
 
         return self.images[torch.as_tensor(rows)]
 
 
 class Judges:
-    """What samples are judged by: a classifier of decoded training tokens, its features of them, and another prior."""
+    """Metrics of samples: a classifier of decoded training tokens, its features, and another prior."""
 
     def __init__(self, pipe: Any, judge: Any, data: Any, samples: int) -> None:
         from pipelines.metrics.quality import train_classifier
@@ -99,14 +97,14 @@ class Judges:
         self.known = self.features(pictures.images[:samples])
 
     def features(self, images: Any) -> Any:
-        """Rows `(n, d)`."""
+        """Features `(n, d)` of the classifier."""
         import torch
 
         with torch.inference_mode():
             return torch.cat([self.net.features(part) for part in images.split(500)])
 
     def __call__(self, pipe: Any, tokens: Any, labels: Any) -> dict[str, float]:
-        """The figures of tokens `(n, *grid.shape)` of labels `(n,)`."""
+        """Measure tokens `(n, *grid.shape)` with labels `(n,)`."""
         import math
 
         import torch
@@ -126,7 +124,7 @@ class Judges:
 
 
 def draw(pipe: Any, count: int, **how: Any) -> tuple[Any, Any]:
-    """Tokens and labels of samples, a class in turn."""
+    """Sample tokens, classes in turn; returns tokens and labels."""
     import torch
 
     labels = torch.arange(count) % max(1, pipe.prior.num_classes)
@@ -136,7 +134,7 @@ def draw(pipe: Any, count: int, **how: Any) -> tuple[Any, Any]:
 
 
 def timed(pipe: Any, **how: Any) -> dict[str, Any]:
-    """Seconds of 64 images, and passes per image."""
+    """Seconds for 64 images, and passes per image."""
     import torch
 
     labels, rows = torch.arange(TIMED) % max(1, pipe.prior.num_classes), list[int]()
@@ -147,22 +145,22 @@ def timed(pipe: Any, **how: Any) -> dict[str, Any]:
 
 
 def measure_prior(run: Path, data: Any, judges: Judges | None) -> dict[str, Any]:
-    """Bits and passes of a run; with `judges` its samples and their time."""
+    """Measure bits and passes of a run; with `judges` also samples and speed."""
     from pipelines import ImagePipeline
     from pipelines.metrics.likelihood import bits_per_token
 
     pipe = ImagePipeline.from_pretrained(run / "pipeline")
     split = data.splits["test"]
-    found = kept(run / "bits.json", lambda: {"bits": bits_per_token(pipe.prior, split)})
+    found = cached(run / "bits.json", lambda: {"bits": bits_per_token(pipe.prior, split)})
     found["passes"] = len(pipe.prior.blocks)
     if judges:
-        found |= kept(run / "time.json", lambda: timed(pipe))
-        found |= kept(run / "samples.json", lambda: judges(pipe, *draw(pipe, judges.samples)))
+        found |= cached(run / "time.json", lambda: timed(pipe))
+        found |= cached(run / "samples.json", lambda: judges(pipe, *draw(pipe, judges.samples)))
     return found
 
 
 def measure_masked(run: Path, data: Any, judges: Judges | None, steps: int, order: str) -> dict[str, dict[str, Any]]:
-    """The two readings of a masked prior: confidence in so many steps, and exactly along an order."""
+    """Measure a masked prior twice: by confidence in `steps` steps, and exactly along an order."""
     from pipelines import ImagePipeline
 
     pipe, split = ImagePipeline.from_pretrained(run / "pipeline"), data.splits["test"]
@@ -178,12 +176,12 @@ def measure_masked(run: Path, data: Any, judges: Judges | None, steps: int, orde
             nats = torch.cat([pipe.prior.log_prob(part, ids, order=order) for part, ids in parts])
         return {"bits": -float(nats.double().mean()) / len(data.grid) / math.log(2)}
 
-    confident, along = {"passes": steps}, kept(run / f"bits-{order.replace(':', '-')}.json", exact)
+    confident, along = {"passes": steps}, cached(run / f"bits-{order.replace(':', '-')}.json", exact)
     if judges:
         for found, how in ((confident, {"steps": steps}), (along, {"order": order})):
             name = "-".join(map(str, how.values())).replace(":", "-")
-            found |= kept(run / f"time-{name}.json", lambda how=how: timed(pipe, **how))
-            found |= kept(
+            found |= cached(run / f"time-{name}.json", lambda how=how: timed(pipe, **how))
+            found |= cached(
                 run / f"samples-{name}.json", lambda how=how: judges(pipe, *draw(pipe, judges.samples, **how))
             )
     along["passes"], confident["passes"] = int(order.partition(":")[2]), steps
@@ -191,7 +189,7 @@ def measure_masked(run: Path, data: Any, judges: Judges | None, steps: int, orde
 
 
 def line(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
-    """A row of the table: the figures of each seed."""
+    """Format a row of the table; `runs`: figures of each seed."""
     first, cells = runs[0], [name, f"{runs[0]['passes']:.3g}" if "passes" in runs[0] else ""]
     if "bits" in first:
         cells += [with_interval([run["bits"] for run in runs], 3)]
@@ -204,44 +202,7 @@ def line(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> s
     return table_row(cells)
 
 
-def plot(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Bits per token against passes."""
-    from PIL import Image
-
-    from pipelines.metrics.charts import render
-
-    def chart(figure: Any) -> None:
-        import statistics
-
-        axes = figure.subplots()
-        for name, runs in rows.items():
-            if "bits" not in runs[0]:
-                continue
-            passes, bits = runs[0]["passes"], [run["bits"] for run in runs]
-            color = "#c2410c" if name.startswith("gpt") else "#7c3aed" if name.startswith("masked") else "#1d6fb8"
-            half = interval(bits)
-            axes.errorbar(passes, statistics.mean(bits), yerr=half if half == half else None, fmt="o", color=color)
-            axes.annotate(
-                name,
-                (passes, statistics.mean(bits)),
-                (7, -12 if name == "gpt" else 3),
-                textcoords="offset points",
-                size=11,
-                color=color,
-            )
-        axes.set_xscale("log")
-        axes.margins(x=0.12)
-        axes.set_xticks([5, 8, 13, 16, 31, 49, 100, 256], [str(n) for n in (5, 8, 13, 16, 31, 49, 100, 256)])
-        axes.set_xlim(*axes.dataLim.intervalx * [0.8, 1.5])
-        axes.minorticks_off()
-        axes.set(title="What several tokens per pass cost", xlabel="passes per image", ylabel="held-out bits per token")
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(render(900, 560, chart)).save(path)
-
-
 def main() -> None:
-    """Train, measure, print the table."""
     options = read_options(__doc__, OPTIONS, dotted=True)
     use_threads(options.threads)
     from pipelines import ImagePipeline
@@ -259,7 +220,7 @@ def main() -> None:
         for name, each in runs.items()
     }
     first = ImagePipeline.from_pretrained(runs["gpt"][0] / "pipeline")
-    jacobi = kept(runs["gpt"][0] / "parallel.json", lambda: timed(first, parallel=True))
+    jacobi = cached(runs["gpt"][0] / "parallel.json", lambda: timed(first, parallel=True))
     rows["gpt, parallel"] = [{**run, **jacobi} for run in rows["gpt"]]
     for steps in (int(text) for text in options.masked.split(",") if text):
         found = [
@@ -273,8 +234,6 @@ def main() -> None:
     test = data.splits["test"]
     real = judges(judge, test.tokens[: options.samples].long(), test.labels[: options.samples])
     print(line("held-out images", [real], rows["gpt"]))
-    if options.plot:
-        plot(rows, Path(options.plot))
 
 
 if __name__ == "__main__":

@@ -1,26 +1,24 @@
-"""Every prior on the same tokens for the same time, in one table.
+"""Compare all priors on the same tokens at equal training time.
 
     pip install -e ".[dev]"
-    python -m benchmarks.priors.ladder data=digits augmentations=4 minutes=1     # 7x7 ids of 128; needs no other data
+    python -m benchmarks.priors.ladder data=digits augmentations=4 minutes=1     # 7x7 ids of 128; no download
     python -m benchmarks.priors.ladder data=fashion_mnist minutes=2 seeds=3      # 7x7 ids of 256
-    python -m benchmarks.priors.ladder data=fashion_binary minutes=2 seeds=3     # 28x28 pixels, black or white (static)
+    python -m benchmarks.priors.ladder data=fashion_binary minutes=2 seeds=3     # 28x28 binary pixels
 
 Each preset `configs/prior/*_{data}.yaml` is trained by `smalti train_prior` on the tokens of
-`configs/tokenizer/{vqvae,pixels}_{data}.yaml` (`source=FOLDER`: with the images of that folder), from `seeds` seeds,
-for as many steps as fit into `minutes` of CPU time, whatever it says of its end. A step of each is timed once, in turn,
-and kept as `steps.json`; so what else the machine does while they train changes no figure. What is done is kept under
-`out` and not done again; `only=gpt,made` looks at these.
+`configs/tokenizer/{vqvae,pixels}_{data}.yaml` (`source=FOLDER` replaces the images), with `seeds` seeds, for the number
+of steps that fit into `minutes` of CPU time. Steps are timed once, in turn, and cached as `steps.json`, so load on the
+machine during training changes no result. Finished runs are read from `out`; `only=gpt,made` selects priors.
 
-bits: -log2 p per token of the held-out split (`rows=2000`: of so many of its images, evenly spread), given its labels;
-nats: the same per image. A `<=` is a bound. Means over seeds, +- half of the 95 % t-interval.
-Agreement: how many of 1,000 samples a 1-nearest-neighbour classifier on decoded training tokens gives the class that
-was asked for; the last row has it for the held-out images.
+bits: -log2 p per token of the held-out split given its labels (`rows=2000`: of 2,000 evenly spaced images); nats: per
+image. `<=` marks a bound. Means over seeds, +- half of the 95 % t-interval. agreement: share of 1,000 samples to which
+a 1-nearest-neighbour classifier on decoded training tokens assigns the requested class; the last row is for held-out
+images.
 
-`speed=1` adds a table of what sampling takes, of the first seed. 64 samples: seconds for 64 images, one per class in
-turn, without guidance; the median of three. Uncached is one whole pass per token: where that takes over a minute it is
-worked out from 16 passes. Parallel gives the same images from fewer passes: seconds, passes per image (rows through the
-network / images) and those as a share of the tokens.
-Four orders mixed: how many fewer bits per token that takes, of 2,000 images.
+`speed=1` adds a table of sampling speed for the first seed: seconds for 64 images, classes in turn, without guidance,
+median of three. Uncached sampling takes one full pass per token; if it takes over a minute, it is extrapolated from 16
+passes. Parallel sampling gives the same images from fewer passes: seconds, passes per image (rows through the network /
+images), and their share of the tokens. Four orders mixed: the reduction in bits per token on 2,000 images.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from typing import Any
 
 from benchmarks.support.options import ROOT, choose, read_options, use_threads
 from benchmarks.support.runs import smalti, train_once
-from benchmarks.support.tables import table_head, table_row, with_interval, write_whole
+from benchmarks.support.tables import table_head, table_row, with_interval, write_json
 from benchmarks.support.timing import prior_presets, prior_seconds, seconds_of, steps_within
 
 NEIGHBOURS, SAMPLES, TIMED, SLOW = 20_000, 1000, 64, 60.0
@@ -54,7 +52,7 @@ OPTIONS = {
 
 
 def tokens_of(data: str, source: str | None, variants: int, out: Path) -> Path:
-    """The token dataset, made by the data's VQ-VAE preset, or the one of its pixels."""
+    """Create the token dataset with the VQ-VAE or pixel preset of the data."""
     folder, images = out / "tokens", [f"data.source={source}"] if source else []
     if not (folder / "manifest.json").is_file():
         presets = [ROOT / "configs" / "tokenizer" / f"{kind}_{data}.yaml" for kind in ("vqvae", "pixels")]
@@ -66,24 +64,24 @@ def tokens_of(data: str, source: str | None, variants: int, out: Path) -> Path:
 
 
 def timed(presets: dict[str, Path], tokens: Path, path: Path) -> dict[str, float]:
-    """CPU seconds of a training step of each preset, all timed in one pass, kept in `path`."""
+    """CPU seconds of a training step of each preset, timed in one pass and cached in `path`."""
     if not path.is_file():
         print(f"timing a step of {', '.join(presets)}", file=sys.stderr, flush=True)
         fixed = [f"tokens={tokens}", f"out={path.parent}", "track.wandb=disabled"]
         arguments = {kind: ["--config", str(preset), *fixed] for kind, preset in presets.items()}
-        write_whole(prior_seconds(arguments), path)
+        write_json(prior_seconds(arguments), path)
     return json.loads(path.read_text())
 
 
 def train(preset: Path, tokens: Path, steps: int, seed: int, run: Path) -> Path:
-    """The pipeline of a preset, trained for so many steps."""
+    """Train a preset; returns the folder of its pipeline."""
     more = (f"tokens={tokens}", f"train.seed={seed}")
     train_once("train_prior", preset, steps, run, *more, never=("preview", "save"))
     return run / "pipeline"
 
 
 def uncached_seconds(prior: Any, labels: Any) -> tuple[float, bool]:
-    """Seconds of sampling by one whole pass per token, and whether they were worked out from some of the passes."""
+    """Seconds to sample with one full pass per token, and whether they are extrapolated."""
     import torch
 
     tokens = torch.zeros(len(labels), *prior.grid.shape, dtype=torch.long)
@@ -95,12 +93,12 @@ def uncached_seconds(prior: Any, labels: Any) -> tuple[float, bool]:
 
 
 def sampling(pipe: Any) -> dict[str, Any]:
-    """Seconds per 64 samples and passes per image."""
+    """Seconds for 64 samples, and passes per image."""
     import torch
 
     prior, labels = pipe.prior, torch.arange(TIMED) % pipe.prior.num_classes
     figures: dict[str, Any] = {"passes": pipe.sampler.steps}
-    if pipe.sampler.steps:  # a masked-token prior: every pass is a whole one
+    if pipe.sampler.steps:  # a masked prior: every pass is a full one
         (figures["cached"],) = seconds_of([lambda: prior.sample(TIMED, labels, steps=pipe.sampler.steps)], 3)
         return figures
     (figures["cached"],) = seconds_of([lambda: prior.sample(TIMED, labels)], 3)
@@ -109,19 +107,19 @@ def sampling(pipe: Any) -> dict[str, Any]:
     hook = prior.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     (figures["parallel"],) = seconds_of([lambda: prior.sample(TIMED, labels, parallel=True)], 3)
     hook.remove()
-    figures["parallel_passes"] = sum(rows) / TIMED / 4  # of three timed runs and the one before them
+    figures["parallel_passes"] = sum(rows) / TIMED / 4  # three timed runs and a warm-up
     return figures
 
 
 def likelihood(pipe: Any, split: Any, rows: int) -> dict[str, Any]:
-    """Held-out bits per token in the prior's own order; `rows`: of so many images, evenly spread."""
+    """Held-out bits per token in the prior's own order; `rows`: number of evenly spaced images, 0 for all."""
     from pipelines.metrics.likelihood import bits_per_token
 
     return {"bits": bits_per_token(pipe.prior, split, rows or None), "exact": pipe.prior.exact}
 
 
 def mixture_gain(pipe: Any, split: Any) -> float | None:
-    """How many fewer bits per token a mixture of four orders needs than the own order, where the prior takes any."""
+    """Reduction in bits per token by mixing four orders, if the prior takes any order."""
     from pipelines.metrics.likelihood import bits_per_token
 
     if not (pipe.prior.any_order and pipe.prior.exact):
@@ -131,7 +129,7 @@ def mixture_gain(pipe: Any, split: Any) -> float | None:
 
 
 def agreement(pipe: Any, data: Any) -> dict[str, float]:
-    """Class agreement of samples, and of the held-out split's decoded tokens."""
+    """Class agreement of samples, and of decoded held-out tokens."""
     import torch
 
     from pipelines.metrics.agreement import nearest_label
@@ -149,7 +147,7 @@ def agreement(pipe: Any, data: Any) -> dict[str, float]:
 
 
 def measure(pipe: Any, data: Any, rows: int, run: Path) -> dict[str, Any]:
-    """Likelihood and agreement of a pipeline, kept in `run`; and a sheet of samples."""
+    """Measure likelihood and agreement of a pipeline, cached in `run`, and save a grid of samples."""
     from pipelines.images.pictures import save_picture
 
     path = run / "ladder.json"
@@ -157,20 +155,20 @@ def measure(pipe: Any, data: Any, rows: int, run: Path) -> dict[str, Any]:
         figures = {"parameters": sum(p.numel() for p in pipe.prior.parameters())}
         figures |= likelihood(pipe, data.splits["test"], rows) | agreement(pipe, data)
         save_picture(pipe.sample_picture(), run / "samples.png", overwrite=True)
-        write_whole(figures, path)
+        write_json(figures, path)
     return json.loads(path.read_text())
 
 
 def measure_speed(pipe: Any, data: Any, run: Path) -> dict[str, Any]:
-    """What sampling takes, and what mixing orders gives, kept in `run`."""
+    """Measure sampling speed and the gain of mixing orders, cached in `run`."""
     path = run / "speed.json"
     if not path.is_file():
-        write_whole({**sampling(pipe), "mixture_gain": mixture_gain(pipe, data.splits["test"])}, path)
+        write_json({**sampling(pipe), "mixture_gain": mixture_gain(pipe, data.splits["test"])}, path)
     return json.loads(path.read_text())
 
 
 def marginal(data: Any) -> Any:
-    """The floor of the table: counted, not trained."""
+    """The baseline: counted token frequencies, independent per position."""
     from pipelines import ImagePipeline
     from prior import Prior
 
@@ -179,8 +177,8 @@ def marginal(data: Any) -> Any:
     return ImagePipeline(data.tokenizer, prior, labels=data.class_names)
 
 
-def sheet(kinds: list[str], out: Path) -> Path:
-    """Two rows of each prior's samples, a class per column, with its name above."""
+def draw_samples(kinds: list[str], out: Path) -> Path:
+    """Draw two rows of samples of each prior, one class per column."""
     from PIL import Image, ImageDraw, ImageFont
 
     grids = [Image.open(out / kind / "seed0" / "samples.png").convert("RGB") for kind in kinds]
@@ -197,14 +195,14 @@ def sheet(kinds: list[str], out: Path) -> Path:
 
 
 def passes(f: dict[str, Any], name: str, tokens: int) -> str:
-    """Seconds and passes per image of a way to sample in parallel."""
+    """Format seconds and passes per image of parallel sampling."""
     if name not in f:
         return ""
     return f"{f[name]:.2f}, {f[f'{name}_passes']:.1f} ({f[f'{name}_passes'] / tokens:.1%})"
 
 
 def line(name: str, runs: list[dict[str, Any]], seconds: float | None, steps: int | None, tokens: int) -> str:
-    """A row of the table: `runs` are the figures of each seed."""
+    """Format a row of the table; `runs`: figures of each seed."""
     import math
 
     bound = "" if runs[0]["exact"] else "<= "
@@ -222,7 +220,7 @@ def line(name: str, runs: list[dict[str, Any]], seconds: float | None, steps: in
 
 
 def speed_line(name: str, f: dict[str, Any], tokens: int) -> str:
-    """A row of the table of sampling."""
+    """Format a row of the table of sampling speed."""
     rough = "~" if f.get("extrapolated") else ""
     cells = [
         name,
@@ -235,7 +233,7 @@ def speed_line(name: str, f: dict[str, Any], tokens: int) -> str:
 
 
 def speed_table(pipes: dict[str, Any], data: Any, out: Path) -> None:
-    """What sampling takes, of each."""
+    """Print the table of sampling speed."""
     print(f"\n64 samples, seconds, on {os.environ['OMP_NUM_THREADS']} thread(s)\n")
     print(table_head("prior", "cached", "uncached", "parallel: s, passes", "four orders mixed"))
     for kind, pipe in pipes.items():
@@ -244,7 +242,7 @@ def speed_table(pipes: dict[str, Any], data: Any, out: Path) -> None:
 
 
 def compare(data: Any, tokens: Path, presets: dict[str, Path], options: SimpleNamespace, out: Path) -> None:
-    """Time, train and measure; then the tables."""
+    """Time, train and measure, and print the tables."""
     from pipelines import ImagePipeline
 
     minutes, seeds, rows = options.minutes, options.seeds, options.rows
@@ -271,7 +269,7 @@ def compare(data: Any, tokens: Path, presets: dict[str, Path], options: SimpleNa
     print(f"| held-out images | | | | | | {100 * found['marginal'][0]['real_agreement']:.1f} % |")
     if options.speed:
         speed_table({kind: pipes[kind] for kind in ranked}, data, out)
-    print(f"\nsamples of each, two per class: {sheet(ranked, out)}")
+    print(f"\nsamples of each, two per class: {draw_samples(ranked, out)}")
 
 
 def main() -> None:

@@ -1,21 +1,22 @@
-"""What a GPU does with this code, in one table: training, sampling, encoding; beside plain models of others.
+"""Measure training, sampling and encoding on a GPU, beside reference models, in one table.
 
     pip install -e ".[dev,benchmarks]"
     python -m benchmarks.speed.gpu
-    python -m benchmarks.speed.gpu docs=docs/results.md    # and puts the table into the page
-    python -m benchmarks.speed.gpu device=cpu tiny=true repeats=1 out=build/rehearsal.md    # does it run?
+    python -m benchmarks.speed.gpu docs=docs/results.md    # also update the page
+    python -m benchmarks.speed.gpu device=cpu tiny=true repeats=1 out=build/trial.md    # a trial run without a GPU
 
-`make gpu` first runs the tests marked `gpu`, which check what this takes for granted. Weights, tokens and images are
-random; the sizes are those of the ImageNet presets with a GPU's share of eight: 32 images of 16x16 ids of 16,384 for
-`gpt_imagenet256`, 16 of 256x256 for `vqgan_imagenet256`, without its perceptual network.
+`make gpu` runs the tests marked `gpu` first. Weights, tokens and images are random. Sizes are those of the ImageNet
+presets with the share of one GPU of eight: 32 images of 16x16 ids of 16,384 for `gpt_imagenet256`, 16 of 256x256 pixels
+for `vqgan_imagenet256`, without its perceptual network.
 
-step: that of the loop, under bf16 autocast, with data, clipping, checks and averaged weights; of the others forward,
-backward, clipping and fused AdamW. host: until the call returns, before the GPU is done. of peak: FLOPs by torch's
-counter, attention as two full products, over time and the card's published bf16 peak, or the measured one of a product
-of side 8192 where it is not known. memory: most bytes of tensors in a step; over plan: as a share of what `smalti plan`
-says. Sampling is without guidance, from logits of standard deviation 3, by one CUDA graph for all steps; "kernel by
-kernel" is without it, as for a caller who watches each step. A token step is the time of a call over the tokens of an
-image. Medians of `repeats` calls. The table goes to `out`; `docs` is a page whose section `## On a GPU` it replaces.
+step: a step of the training loop under bf16 autocast, with data loading, clipping, checks and averaged weights; for
+references, forward, backward, clipping and fused AdamW. host: time until the call returns. of peak: FLOPs by torch's
+counter (attention as two full products) over time, as a share of the card's published bf16 peak; for unknown cards, of
+the measured peak of a product of side 8192. memory: peak bytes of tensors in a step; over plan: as a share of the
+estimate of `smalti plan`. Sampling is without guidance, from logits of standard deviation 3, with one CUDA graph for
+all steps; "kernel by kernel" is without it, as with a step callback. A token step is the time of a call divided by the
+tokens of an image. Medians of `repeats` calls. The table is written to `out`, and replaces the section `## On a GPU` of
+the page `docs`.
 """
 
 from __future__ import annotations
@@ -28,22 +29,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-from benchmarks.support.cards.card import MATRIX, Card, find_card, software
-from benchmarks.support.cards.sampling import CODING_HEAD, SAMPLING_HEAD, coding_rows, sampling_rows
-from benchmarks.support.cards.training import (
+from benchmarks.support.card import MATRIX, Card, find_card, software
+from benchmarks.support.card_sampling import CODING_HEAD, SAMPLING_HEAD, coding_rows, sampling_rows
+from benchmarks.support.card_training import (
     FULL,
     HEAD,
     TINY,
     Sizes,
-    config_of,
     measure_loop,
-    measure_peer,
-    peer_of_prior,
-    peer_of_tokenizer,
+    measure_reference,
+    model_config,
     prior_arguments,
+    reference_prior,
+    reference_tokenizer,
     tokenizer_arguments,
-    write_images,
-    write_tokens,
 )
 from benchmarks.support.options import choose, need, read_options
 from benchmarks.support.tables import table_head, table_row
@@ -53,86 +52,77 @@ HEADING = "## On a GPU"
 
 
 def training_lines(card: Card, sizes: Sizes, folder: Path, repeats: int) -> Iterator[str]:
-    """Steps of both stages, as they are and compiled, and of others' models."""
+    """The table of training steps: both stages, eager and compiled, and the references."""
     import torch
 
     yield table_head(*HEAD)
     at_once = [f"critic.{name}=0" for name in ("start", "warmup", "ramp")]
+    gpt, vqgan = prior_arguments(folder, sizes), tokenizer_arguments(folder, sizes, "critic.weight=0")
     cases = {
-        "gpt_imagenet256": prior_arguments(folder, sizes),
-        "vqgan_imagenet256, without critic": tokenizer_arguments(folder, sizes, "critic.weight=0"),
+        "gpt_imagenet256": gpt,
+        "vqgan_imagenet256, without critic": vqgan,
         "vqgan_imagenet256": tokenizer_arguments(folder, sizes, *at_once),
     }
     flops = {}
     for name, argv in cases.items():
         for compiled in (False, True):
             label = f"{name}, compiled" if compiled else name
-            row = measure_loop(card, label, [*argv, f"train.compile={str(compiled).lower()}"], repeats)
-            flops[name] = row.flops
-            yield table_row(row.cells(card))
-    first, second, _ = cases.values()
-    prior, tokenizer = config_of(first), config_of(second)
-    images = max(2, sizes.images // 2)
-    peers = {
-        "transformers GPT-2": (peer_of_prior(card, prior, sizes), sizes.images, flops["gpt_imagenet256"]),
-        "diffusers VQModel": (
-            peer_of_tokenizer(card, tokenizer, images),
-            images,
-            flops["vqgan_imagenet256, without critic"],
-        ),
-    }
-    for name, (peer, count, known) in peers.items():
-        yield table_row(measure_peer(card, name, peer, count, known, repeats).cells(card))
+            row, flops[name] = measure_loop(card, label, [*argv, f"train.compile={str(compiled).lower()}"], repeats)
+            yield row
+    reference, known = reference_prior(card, model_config(gpt), sizes), flops["gpt_imagenet256"]
+    yield measure_reference(card, "transformers GPT-2", reference, sizes.images, known, repeats)
+    images, known = max(2, sizes.images // 2), flops["vqgan_imagenet256, without critic"]
+    reference = reference_tokenizer(card, model_config(vqgan), images)
+    yield measure_reference(card, "diffusers VQModel", reference, images, known, repeats)
     if card.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def parts_of(card: Card, sizes: Sizes, only: list[str], repeats: int) -> Iterator[str]:
+def measure_parts(card: Card, sizes: Sizes, only: list[str], repeats: int) -> Iterator[str]:
     """The lines of all tables."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_tokens(folder, sizes)
-        write_images(folder, sizes)
+        sizes.write_data(folder)
         if "training" in only:
             yield from training_lines(card, sizes, folder, repeats)
             yield ""
         if "sampling" in only:
             yield table_head(*SAMPLING_HEAD)
-            for cells in sampling_rows(card, config_of(prior_arguments(folder, sizes)), sizes, repeats):
+            for cells in sampling_rows(card, model_config(prior_arguments(folder, sizes)), sizes, repeats):
                 yield table_row(cells)
             yield ""
         if "coding" in only:
             yield table_head(*CODING_HEAD)
-            for cells in coding_rows(card, config_of(tokenizer_arguments(folder, sizes)), sizes, repeats):
+            for cells in coding_rows(card, model_config(tokenizer_arguments(folder, sizes)), sizes, repeats):
                 yield table_row(cells)
             yield ""
 
 
-def heading_of(card: Card) -> str:
-    """What the figures are of."""
-    peak = "not published here" if card.published is None else f"{card.published / 1e12:.0f} TFLOP/s published"
+def describe_setup(card: Card) -> str:
+    """The card, software, date and command of the measurements."""
+    peak = "unknown" if card.published is None else f"{card.published / 1e12:.0f} TFLOP/s published"
     return (
         f"{card.name}; {software()}; {datetime.date.today()}; bf16 peak {peak}, {card.measured / 1e12:.1f} measured; "
         f"`python -m benchmarks.speed.gpu`, random weights, one run."
     )
 
 
-def put_into(page: Path, text: str) -> None:
-    """Replace what the page's section says. Exits where there is no such section."""
+def update_page(page: Path, text: str) -> None:
+    """Replace the section of the page; exits if it has none."""
     old = page.read_text(encoding="utf-8")
     found = re.search(rf"^{re.escape(HEADING)}\n(.*?)(?=^## |\Z)", old, re.MULTILINE | re.DOTALL)
     if found is None:
-        raise SystemExit(f"docs={page}: has no section {HEADING!r}")
+        raise SystemExit(f"docs={page}: no section {HEADING!r}")
     page.write_text(f"{old[: found.start(1)]}\n{text.strip()}\n\n{old[found.end(1) :]}", encoding="utf-8")
 
 
 def run(options: SimpleNamespace) -> str:
-    """Measure, printing each line when it is there; returns all of them."""
+    """Measure, printing each line as soon as it is known, and return all lines."""
     card = find_card(options.device, 256 if options.tiny else MATRIX)
-    lines = [heading_of(card), ""]
+    lines = [describe_setup(card), ""]
     print("\n".join(lines), flush=True)
     only = choose(options.only, list(PARTS))
-    for line in parts_of(card, TINY if options.tiny else FULL, only, options.repeats):
+    for line in measure_parts(card, TINY if options.tiny else FULL, only, options.repeats):
         print(line, flush=True)
         lines.append(line)
     return "\n".join(lines) + "\n"
@@ -159,7 +149,7 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
     if options.docs:
-        put_into(Path(options.docs), text)
+        update_page(Path(options.docs), text)
     print(f"written: {out}{f' and {options.docs}' if options.docs else ''}")
 
 

@@ -1,17 +1,16 @@
-"""Quantizers, forward and backward, against the bare arithmetic and against vector-quantize-pytorch.
+"""Time quantizers, forward and backward, against the bare arithmetic and against vector-quantize-pytorch.
 
     pip install -e ".[dev]"
     python -m benchmarks.speed.quantizers threads=1
     python -m benchmarks.speed.quantizers threads=1 repeats=20 large=0    # without the codebooks of 16,384
 
-First the EMA codebook: 3136 vectors of 64 channels (64 images of 7x7 positions), 512 codes, in training. Bare: one
-matrix product, argmin, and the sums and counts of an EMA update (index_add, bincount). Then every quantizer that has a
-counterpart there, with as many codes (or bits), gradients and losses alike, in training: 3136 vectors and 512 codes;
-then 16,384 vectors (64 images of 16x16) and 16,384 codes of 8 channels, without residual codebooks: theirs would need
-25 GB, and half a minute and 6 to 10 GB for one. Medians of `repeats` runs (of `large` runs for the latter), in turn,
-after a warm-up.
+First the EMA codebook in training: 3136 vectors of 64 channels (64 images of 7x7), 512 codes. Bare: one matrix product,
+argmin, and the sums and counts of an EMA update (index_add, bincount). Then each quantizer with a counterpart, with
+equal numbers of codes, gradients and losses: 3136 vectors and 512 codes; then 16,384 vectors (64 images of 16x16) and
+16,384 codes of 8 channels. The latter takes 6 to 10 GB and leaves out residual codebooks, for which theirs would need
+25 GB. Medians of `repeats` runs (the latter of `large` runs), in turn, after a warm-up.
 
-`tests/project/test_peers.py` holds the two to the same results, and says where they are not meant to be the same.
+`tests/project/test_peers.py` checks that both give the same results, and lists intended differences.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ Pair = tuple[Any, Any]
 
 
 def codebooks(codes: int, dim: int) -> dict[str, Pair]:
-    """Ours and theirs, with a codebook."""
+    """Pairs of quantizers with a codebook, ours and theirs."""
     from vector_quantize_pytorch import ResidualVQ, SimVQ, VectorQuantize
 
     from tokenizer.quantizers import Quantizer
 
     book = {"codes": codes, "dim": dim, "revive_every": 10}
     common = {"dim": dim, "codebook_size": codes, "decay": 0.99, "rotation_trick": False, "accept_image_fmap": True}
-    deep_common = {**common, "num_quantizers": DEPTH, "accept_image_fmap": False}  # which version 1.32 fails at
+    deep_common = {**common, "num_quantizers": DEPTH, "accept_image_fmap": False}  # fails in version 1.32
     learned = {"learnable_codebook": True, "ema_update": False}
     deep = {"kind": "ema", **book}
     return {
@@ -59,7 +58,7 @@ def codebooks(codes: int, dim: int) -> dict[str, Pair]:
 
 
 def lookup_free(bits: int) -> dict[str, Pair]:
-    """Ours and theirs, without a codebook. `group`: ours sees all bits at once, as theirs does."""
+    """Pairs of quantizers without a codebook. `group`: treat all bits as one group, as theirs does."""
     from vector_quantize_pytorch import FSQ, LFQ
 
     from tokenizer.quantizers import Quantizer
@@ -73,14 +72,14 @@ def lookup_free(bits: int) -> dict[str, Pair]:
 
 
 def images_of_vectors(dim: int, side: int) -> Any:
-    """Vectors `(64, dim, side, side)`, as an encoder of ours puts them out."""
+    """Vectors `(64, dim, side, side)` in channels-last layout, as our encoders return them."""
     import torch
 
     return torch.randn(BATCH, dim, side, side).contiguous(memory_format=torch.channels_last)
 
 
 def ours(quantizer: Any, z: Any) -> Callable[[], None]:
-    """A forward and backward pass of ours at each call."""
+    """A function that runs our quantizer forward and backward."""
 
     def run() -> None:
         z_q, _, losses = quantizer.quantize(z.detach().requires_grad_())
@@ -94,8 +93,8 @@ def ours(quantizer: Any, z: Any) -> Callable[[], None]:
 
 
 def theirs(quantizer: Any, z: Any) -> Callable[[], None]:
-    """A forward and backward pass of theirs at each call; `ResidualVQ` takes rows and gives a loss for each level, FSQ
-    gives none."""
+    """A function that runs their quantizer forward and backward. `ResidualVQ` takes rows and returns a loss per level;
+    FSQ returns no loss."""
     from vector_quantize_pytorch import FSQ, ResidualVQ
 
     z = z.flatten(2).transpose(1, 2) if isinstance(quantizer, ResidualVQ) else z
@@ -110,7 +109,7 @@ def theirs(quantizer: Any, z: Any) -> Callable[[], None]:
 
 
 def bare(z: Any) -> Callable[[], None]:
-    """The least that an EMA codebook can do."""
+    """The minimal arithmetic of an EMA codebook."""
     import torch
 
     rows, codebook = z.movedim(1, -1).reshape(-1, DIM), torch.randn(CODES, DIM)
@@ -125,7 +124,7 @@ def bare(z: Any) -> Callable[[], None]:
 
 
 def against_bare(repeats: int) -> None:
-    """The first table."""
+    """Print the first table."""
     z = images_of_vectors(DIM, SIDE)
     mine, other = codebooks(CODES, DIM)["ema"]
     times = seconds_of([bare(z), ours(mine, z), theirs(other, z)], repeats)
@@ -137,7 +136,7 @@ def against_bare(repeats: int) -> None:
 
 
 def against_peer(pairs: dict[str, Pair], side: int, repeats: int) -> None:
-    """Rows of the second table; a pair is timed by itself, and what it held is freed."""
+    """Print rows of the second table. Each pair is timed alone and freed afterwards."""
     for name in list(pairs):
         mine, other = pairs.pop(name)
         z = images_of_vectors(mine.dim, side)

@@ -1,11 +1,11 @@
-"""Tokens per second of `GPT.sample` against transformers' GPT-2 `generate`, same sizes, same machine, same run.
+"""Tokens per second of `GPT.sample` against `generate` of transformers' GPT-2 of the same size.
 
     pip install -e ".[dev,benchmarks]"
     python -m benchmarks.speed.sampling threads=1
 
 Both draw 256 tokens of 512 ids with a KV cache, at temperature 1, without top-k or top-p, with random weights, in
-float32. Each figure is the median of `repeats` runs after a warm-up; the two are run in turn. The third column is our
-path without a cache, for few rows only (it costs N times as much).
+float32. Times are medians of `repeats` runs after a warm-up, in turn. "no cache" is our sampling without a cache, which
+costs N times as much, for one image only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TOKENS, VOCAB = 256, 512
 
 
 def measure(width: int, depth: int, heads: int, batch: int, repeats: int) -> tuple[float, float, float | None]:
-    """Tokens per second of ours, of theirs, and (for one row) of ours without a cache."""
+    """Tokens per second of ours, of GPT-2, and (for one image) of ours without a cache."""
     import torch
     import transformers
 

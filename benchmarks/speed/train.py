@@ -1,25 +1,23 @@
-"""Training steps of both stages against plain references of the same shapes, in one process and in turn.
+"""Time training steps of both stages against reference models of the same shapes.
 
     pip install -e ".[dev,benchmarks]"
     python -m benchmarks.speed.train threads=2
-    python -m benchmarks.speed.train threads=2 repeats=3 only="gpt 16x16, vqgan 64x64"    # some of the rows
-    python -m benchmarks.speed.train threads=1 repeats=2 peak=256 only="gpt tiny, vqgan tiny"    # does it run?
+    python -m benchmarks.speed.train threads=2 repeats=3 only="gpt 16x16, vqgan 64x64"    # some rows
+    python -m benchmarks.speed.train threads=1 repeats=2 peak=256 only="gpt tiny, vqgan tiny"    # quick
 
-Stage two: transformers' `GPT2LMHeadModel` of the same width, depth, heads, vocabulary and length, dropout off; its
-hidden layers are 4 times as wide, where ours are two of 8/3. Stage one: diffusers' `VQModel`, for `vqgan` the same
-network, for `vqvae` one of about as many parameters, with the same grid of ids. Random weights, float32.
+Stage two: transformers' `GPT2LMHeadModel` of the same width, depth, heads, vocabulary and length, without dropout (its
+MLP has one hidden layer of 4 times the width, ours two of 8/3). Stage one: diffusers' `VQModel`; for `vqgan` the same
+network, for `vqvae` one with about as many parameters and the same grid. Random weights, float32.
 
-model: forward, loss, backward and a fused AdamW step of the bare model; reference: likewise. in the loop: the step that
-the verbs take (`pipelines.training.trainer`), with data, augmentation, clipping, checks, averaged weights and counts of
-codes.
-Medians of `repeats` rounds, in which all are run in turn. faster: the reference's time over the model's.
+step: forward, loss, backward and fused AdamW of the bare model. in the loop: the step of `pipelines.training.trainer`,
+with data loading, augmentation, clipping, checks, averaged weights and code counts. faster: the reference's time over
+ours. Medians of `repeats` rounds, in which all take turns.
 
-of peak: FLOPs over time, as a share of the best that a float32 matrix product of side `peak` got, before and in every
-round: by `torch.mm` for stage two, as a 1x1 convolution for stage one. (On x86 these are two libraries, and on some
-processors one is twice as fast; the last line says what each got.) FLOPs are counted by torch; attention, which it does
-not see on a CPU, as its two products forward and twice that backward, and half of it where it is causal. data wait:
-share of the time for which the loop waits for its next batch, in `repeats` steps without a break. saved: what is kept
-for the backward pass. memory: by how much resident memory rises in a step, above weights and moments.
+of peak: FLOP/s as a share of the best float32 matrix product of side `peak`, measured before and in every round: by
+`torch.mm` for stage two, as a 1x1 convolution for stage one (on x86 these are different libraries; the last line prints
+both). FLOPs are counted by torch, and attention by formula: two products forward, four backward, half if causal. data
+wait: share of the time that the loop waits for batches. saved: memory saved for the backward pass. memory: rise of
+resident memory during a step, above weights and moments.
 """
 
 from __future__ import annotations
@@ -37,13 +35,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.support.options import ROOT, choose, need, read_options, use_threads
+from benchmarks.support.random_data import write_random_tokens
 from benchmarks.support.references import Reference, gpt2, vq_model
 from benchmarks.support.runs import NEVER
 from benchmarks.support.step_costs import Products, count_flops, resident_rise, saved_bytes
 from benchmarks.support.tables import table_head, table_row
 from benchmarks.support.timing import seconds_of, stepper
 
-ROWS = 512  # of the token datasets and images that are made for this
+ROWS = 512  # of token datasets and images
 CHANGES = {
     "track.wandb": "disabled",
     "train.save_every": NEVER,
@@ -58,22 +57,22 @@ Changes = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A row: a preset and changes to it, and the reference's sizes."""
+    """A preset, changes to it, and the sizes of the reference."""
 
     preset: str
     changes: Changes
-    grid: tuple[int, int] = (0, 0)  # of stage two: side and vocabulary
-    reference: Any = None  # of stage one: widths, blocks, groups
+    grid: tuple[int, int] = (0, 0)  # stage two: side and vocabulary
+    reference: Any = None  # stage one: widths, blocks, groups
 
 
 def gpt(side: int, vocab_size: int, dim: int, depth: int, batch: int) -> Case:
-    """A GPT of stage two, heads 64 wide."""
+    """A GPT with heads of width 64."""
     changes = {"model.dim": dim, "model.depth": depth, "model.heads": max(1, dim // 64), "train.batch_size": batch}
     return Case("prior/gpt_digits.yaml", changes, (side, vocab_size))
 
 
 def vqgan(size: int, widths: tuple[int, ...], groups: int, codes: int, batch: int) -> Case:
-    """A VQGAN of stage one with a block per level, and attention between the two at the token resolution."""
+    """A VQGAN with one block per level and attention at the token resolution only."""
     quantizer = {"kind": "vq", "codes": codes, "dim": widths[-1] // 2}
     model = {
         "kind": "vqgan",
@@ -100,11 +99,11 @@ CASES = {
 TINY = {"gpt tiny": gpt(3, 16, dim=64, depth=1, batch=4), "vqgan tiny": vqgan(8, (8, 16), groups=4, codes=16, batch=4)}
 
 
-# What is trained ----------------------------------------------------------------------------------
+# Tasks and models -----------------------------------------------------------------------------------
 
 
 def configure(case: Case, folder: Path) -> Any:
-    """The checked configuration of the verb."""
+    """Parse the configuration of the training command."""
     from pipelines.config.command import parse
     from pipelines.train_prior import TrainPriorConfig
     from pipelines.train_tokenizer import TrainTokenizerConfig
@@ -119,40 +118,19 @@ def configure(case: Case, folder: Path) -> Any:
     return parse(TrainPriorConfig if case.grid[0] else TrainTokenizerConfig, argv, verb="benchmark", description="")
 
 
-def write_tokens(case: Case, folder: Path) -> None:
-    """A token dataset of random ids, in 10 classes."""
-    import torch
-
-    from pipelines.tokens import TokenDataset, TokenSplit
-    from tokenizer import Tokenizer
-
-    side, vocab_size = case.grid
-    tokenizer = Tokenizer.create(
-        "vqvae",
-        image_size=(4 * side, 4 * side),
-        channels=1,
-        widths=(8,),
-        blocks=(1,),
-        quantizer={"kind": "ema", "codes": vocab_size, "dim": 8},
-    )
-    split = TokenSplit(torch.randint(vocab_size, (ROWS, side, side)), torch.randint(10, (ROWS,)))
-    classes, both = [str(k) for k in range(10)], {"train": split, "test": split}
-    TokenDataset(tokenizer.grid, classes, both, tokenizer, {}).save(folder / "tokens")
-
-
 def make_task(case: Case, config: Any, folder: Path) -> Any:
-    """The task of the verb."""
+    """Create the training task, and random tokens for stage two."""
     from pipelines.train_prior import PriorTask
     from pipelines.train_tokenizer import TokenizerTask
 
     if not case.grid[0]:
         return TokenizerTask(config)
-    write_tokens(case, folder)
+    write_random_tokens(folder / "tokens", *case.grid, ROWS)
     return PriorTask(config)
 
 
 def loss_of_ours(task: Any, batch: Any) -> Callable[[], Any]:
-    """The bare model's loss on a batch, without what the loop logs."""
+    """A function that computes our model's loss on a batch."""
     from tokenizer.losses import total_loss
 
     if hasattr(task, "tokenizer"):
@@ -161,14 +139,14 @@ def loss_of_ours(task: Any, batch: Any) -> Callable[[], Any]:
 
 
 def reference(case: Case, task: Any, batch: Any) -> Reference:
-    """The other model, and its loss on the same batch."""
+    """The reference model and its loss on the same batch."""
     if case.grid[0]:
         return gpt2(task.model.config, batch[0])
     return vq_model(case.reference, task.tokenizer.config, batch[0])
 
 
 def step_of(model: Any, loss: Callable[[], Any]) -> Callable[[], None]:
-    """Forward, backward and AdamW at each call."""
+    """A function that takes a training step: forward, backward, AdamW."""
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -185,7 +163,7 @@ def step_of(model: Any, loss: Callable[[], Any]) -> Callable[[], None]:
 
 
 def measure(name: str, case: Case, repeats: int, products: Products, folder: Path) -> list[str]:
-    """The two lines of a case: ours and the reference's."""
+    """The table rows of a case: ours and the reference."""
     import torch
 
     torch.manual_seed(0)
@@ -241,20 +219,8 @@ def main() -> None:
         f"{platform.machine()}, {os.cpu_count()} CPUs, {threads} thread(s), torch {torch.__version__}, transformers "
         f"{version('transformers')}, diffusers {version('diffusers')}\n"
     )
-    print(
-        table_head(
-            "model",
-            "parameters",
-            "GFLOP",
-            "step, ms",
-            "of peak",
-            "saved, MiB",
-            "memory, MiB",
-            "faster",
-            "in the loop, ms",
-            "data wait",
-        )
-    )
+    ours = ("faster", "in the loop, ms", "data wait")
+    print(table_head("model", "parameters", "GFLOP", "step, ms", "of peak", "saved, MiB", "memory, MiB", *ours))
     for name in only:
         with tempfile.TemporaryDirectory() as folder:
             for line in measure(name, known[name], options.repeats, products, Path(folder)):

@@ -1,4 +1,4 @@
-"""The command line of a benchmark: `key=value`, or `--help`, which prints the first lines of its file."""
+"""The command line of a benchmark: `key=value`, or `--help`, which prints the docstring of its file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0":
 
 
 def read_options(about: str | None, defaults: dict[str, Any], *, dotted: bool = False) -> SimpleNamespace:
-    """The options of the command line as attributes, each of the type of its default; a default of None is for text
-    that may be missing, and `str` for text that may not. `--help` prints `about` and exits.
+    """Parse the command line. Each option has the type of its default; None means optional text, and `str` required
+    text. `--help` prints `about` and exits.
 
-    dotted: a key with a dot is a change to a preset; `changes` has these arguments as they were given. Exits with one
-    line at a key that is unknown or missing, and at a value of another type.
+    dotted: arguments whose key contains a dot are changes to a preset, returned unparsed as `changes`. Exits with a
+    one-line message if a key is unknown or missing, or a value has the wrong type.
     """
     arguments = sys.argv[1:]
     if "--help" in arguments or "-h" in arguments:
@@ -35,15 +35,15 @@ def read_options(about: str | None, defaults: dict[str, Any], *, dotted: bool = 
         elif key in defaults:
             values[key] = read_value(key, text, defaults[key])
         else:
-            more = ", and keys of presets, with a dot" if dotted else ""
-            raise SystemExit(f"{key}: unknown; there are {', '.join(defaults)}{more}")
+            more = ", or a dotted key of a preset" if dotted else ""
+            raise SystemExit(f"{key}: unknown; options are {', '.join(defaults)}{more}")
     if missing := [key for key, value in values.items() if value is str]:
-        raise SystemExit(f"{missing[0]}: missing; write {missing[0]}=..., or --help")
+        raise SystemExit(f"{missing[0]}: required; see --help")
     return SimpleNamespace(**values, **({"changes": changes} if dotted else {}))
 
 
 def read_value(key: str, text: str, default: Any) -> Any:
-    """`text` as the type of `default`; exits where it is no such value."""
+    """Parse `text` as the type of `default`; exits if it cannot."""
     kind = type(default)
     try:
         if kind is bool:
@@ -54,27 +54,27 @@ def read_value(key: str, text: str, default: Any) -> Any:
 
 
 def choose(only: str | None, known: list[str]) -> list[str]:
-    """The names in `only`, which commas separate, or all if it is None; exits at one that is not known."""
+    """Split the comma-separated names in `only` (None: all); exits if one is unknown."""
     chosen = known if only is None else [name.strip() for name in only.split(",") if name.strip()]
-    if strange := [name for name in chosen if name not in known]:
-        raise SystemExit(f"only={strange[0]}: choose among {', '.join(known)}")
+    if unknown := [name for name in chosen if name not in known]:
+        raise SystemExit(f"only={unknown[0]}: choose from {', '.join(known)}")
     return chosen
 
 
 def need(*packages: str) -> None:
-    """Exit with one line unless these packages, which a benchmark compares with, are installed."""
-    if absent := [name for name in packages if find_spec(name) is None]:
-        raise SystemExit(f"{absent[0]}: not installed; pip install {absent[0].replace('_', '-')}")
+    """Exit with a one-line message if a package is not installed."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise SystemExit(f"{missing[0]}: not installed; pip install {missing[0].replace('_', '-')}")
 
 
-def with_helpers_of_tests() -> None:
-    """Let what lies in `tests/support` be imported, too."""
+def add_test_helpers() -> None:
+    """Make the modules of `tests/support` importable."""
     sys.path.insert(1, str(ROOT / "tests" / "support"))
 
 
 def use_threads(count: int = 0) -> int:
-    """Let torch and all that is started from here use `count` threads; 0: what OMP_NUM_THREADS says, or a thread for
-    each processor. Returns how many."""
+    """Set the number of threads of torch and of child processes, and return it. 0: OMP_NUM_THREADS, or the number of
+    processors."""
     found = count or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     os.environ["OMP_NUM_THREADS"] = str(found)
     import torch
@@ -84,5 +84,5 @@ def use_threads(count: int = 0) -> int:
 
 
 def image_folder(name: str) -> Path:
-    """Where the images called `name` are kept on this machine, which may be nowhere: in the folder SMALTI_DATA."""
+    """The folder of a data set on this machine, which need not exist: below SMALTI_DATA."""
     return Path(os.environ.get("SMALTI_DATA") or ROOT.parent / "shared" / "data") / name

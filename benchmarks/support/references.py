@@ -1,4 +1,4 @@
-"""Plain models of others with the shapes of ours, each with its loss on a batch."""
+"""Reference models from other libraries, with the sizes of ours."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 Reference = tuple[Any, Callable[[], Any]]
-"""A model, and its loss at each call."""
+"""A model, and a function that computes its loss on a fixed batch."""
 
 
 def gpt2(sizes: Any, tokens: Any) -> Reference:
-    """GPT-2 of the same sizes."""
+    """GPT-2 with the width, depth and heads of `sizes`, a configuration of our GPT."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -32,7 +32,7 @@ def gpt2(sizes: Any, tokens: Any) -> Reference:
 
 
 def vq_model(reference: Any, sizes: Any, images: Any) -> Reference:
-    """VQGAN as diffusers has it; `reference` is its widths, blocks and groups."""
+    """The VQGAN of diffusers; `reference`: widths, blocks and groups."""
     import diffusers
     from torch.nn import functional
 

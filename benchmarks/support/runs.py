@@ -1,4 +1,4 @@
-"""Runs of the verbs, each done once."""
+"""Run the verbs in child processes, each once."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from pathlib import Path
 
 from benchmarks.support.options import ROOT
 
-NEVER = 1_000_000  # steps: for what a run is to do only at its end
+NEVER = 1_000_000  # steps: do this only at the end of a run
 
 
 def smalti(verb: str, *arguments: str) -> None:
-    """Run a verb as a user would."""
     subprocess.run([sys.executable, "-m", f"pipelines.{verb}", *arguments], check=True, cwd=ROOT)
 
 
 def train_once(verb: str, preset: Path, steps: int, run: Path, *more: str, never: tuple[str, ...]) -> None:
-    """Train for so many steps, whatever the preset says of its end, unless that was done before; exits where it was
-    done for another number. never: what the run does not do on its way, such as `save`."""
+    """Train a preset for `steps` steps, unless the run is finished; exits if it was trained for another number.
+    never: periodic actions to turn off, such as `save`."""
     done = run / "steps"
     if not done.is_file():
         end = ["train.minutes=null", f"train.steps={steps}", "track.wandb=disabled"]
@@ -26,4 +25,4 @@ def train_once(verb: str, preset: Path, steps: int, run: Path, *more: str, never
         smalti(verb, "--config", str(preset), f"out={run}", *more, *end)
         done.write_text(str(steps))
     if int(done.read_text()) != steps:
-        raise SystemExit(f"{run}: was trained for {done.read_text()} steps; choose another out=")
+        raise SystemExit(f"{run}: already trained for {done.read_text()} steps; choose another out=")

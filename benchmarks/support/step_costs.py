@@ -1,4 +1,4 @@
-"""What a training step takes besides time: FLOPs, what is kept for the backward pass, resident memory."""
+"""Costs of a training step: FLOPs, memory saved for the backward pass, resident memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def count_flops(loss: Callable[[], Any]) -> float:
-    """FLOPs of a forward and a backward pass."""
+    """FLOPs of a forward and backward pass. torch's counter misses attention on a CPU, so it is added by formula."""
     from torch.nn import functional
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +20,7 @@ def count_flops(loss: Callable[[], Any]) -> float:
     def counted(q: Any, k: Any, v: Any, *args: Any, is_causal: bool = False, **more: Any) -> Any:
         nonlocal attention
         attention += 3 * 4 * q.numel() * k.shape[-2] * (0.5 if is_causal else 1.0)
-        return q + k + v  # of the same shape, without a product
+        return q + k + v  # right shape, no matrix product to count
 
     functional.scaled_dot_product_attention = counted
     try:
@@ -32,14 +32,14 @@ def count_flops(loss: Callable[[], Any]) -> float:
 
 
 class Products:
-    """A float32 matrix product at each call, by `torch.mm` and as a 1x1 convolution; `best` is the most FLOP per second
-    that each got."""
+    """Each call computes a float32 matrix product by `torch.mm` and as a 1x1 convolution; `best`: highest FLOP/s of
+    each."""
 
     def __init__(self, side: int) -> None:
         import torch
 
         a, b = torch.randn(2, side, side)
-        rows = a.reshape(16, side // 16, 1, side).movedim(-1, 1)  # channels last; of few images torch makes an `mm`
+        rows = a.reshape(16, side // 16, 1, side).movedim(-1, 1)  # channels last; with few images torch would use `mm`
         kernel = b.reshape(side, side, 1, 1).contiguous(memory_format=torch.channels_last)
         self.flops = 2 * side**3
         self.runs = {"mm": lambda: torch.mm(a, b), "conv": lambda: torch.conv2d(rows, kernel)}
@@ -53,7 +53,7 @@ class Products:
 
 
 def saved_bytes(model: Any, loss: Callable[[], Any]) -> int:
-    """Bytes that one forward pass keeps for the backward pass, besides weights; shared memory counts once."""
+    """Bytes saved by a forward pass for the backward pass, without weights; shared storage counts once."""
     from torch.autograd.graph import saved_tensors_hooks
 
     found: dict[int, int] = {}
@@ -65,16 +65,16 @@ def saved_bytes(model: Any, loss: Callable[[], Any]) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = loss()  # its graph holds all that was saved, so no address is used twice
-    del kept
+        graph = loss()  # keeps the saved tensors alive, so that no address is reused
+    del graph
     return sum(found.values())
 
 
 def resident_rise(step: Callable[[], None]) -> float | None:
-    """Bytes by which the resident memory rises in a step; None where Linux does not tell."""
+    """Rise of the resident memory during a step, in bytes; None if /proc is not available."""
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or the step would use what others left
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # return free memory to the system, so that the step must request it
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = resident("VmRSS")
         step()
         return resident("VmHWM") - before
@@ -83,6 +83,6 @@ def resident_rise(step: Callable[[], None]) -> float | None:
 
 
 def resident(kind: str) -> int:
-    """Bytes that Linux says of this process."""
+    """A memory figure of this process from /proc, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
     return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""Figures as they are shown and kept: tables in Markdown, means over seeds with their intervals, JSON files."""
+"""Markdown tables, means over seeds with intervals, and JSON files."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def interval(values: Sequence[float]) -> float:
 
 
 def with_interval(values: Sequence[float], digits: int = 2) -> str:
-    """`1.23 +- 0.04`, or the value alone where there is one seed."""
+    """Format as `1.23 +- 0.04`, or the value alone for one seed."""
     mean, half = statistics.mean(values), interval(values)
     return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" +- {half:.{digits}f}")
 
 
-def write_whole(data: Any, path: Path) -> None:
-    """Write JSON that is there as a whole or not at all."""
+def write_json(data: Any, path: Path) -> None:
+    """Write JSON atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(data, indent=1))

@@ -1,4 +1,4 @@
-"""How long things take, timed in turn: whatever else the machine does, it does to all of them."""
+"""Timing. Candidates take turns, so that other load on the machine affects all of them equally."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ TIMED_STEPS = 20
 
 
 def seconds_of(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds that each takes; run in turn after one call of each to warm up."""
+    """Median wall-clock seconds of each run, after one warm-up call."""
     return medians(runs, repeats, 1, time.perf_counter)
 
 
 def cpu_seconds_of(runs: Sequence[Callable[[], object]], repeats: int = TIMED_STEPS) -> list[float]:
-    """Median seconds of CPU time, of all threads, that each takes; run in turn after two calls of each to warm up."""
+    """Median CPU seconds, summed over threads, of each run, after two warm-up calls."""
     return medians(runs, repeats, 2, time.process_time)
 
 
-def medians(runs: Sequence[Callable[[], object]], repeats: int, ahead: int, clock: Callable[[], float]) -> list[float]:
-    """Median time of `repeats` calls of each run by a clock, after `ahead` calls that are not counted."""
+def medians(runs: Sequence[Callable[[], object]], repeats: int, warmup: int, clock: Callable[[], float]) -> list[float]:
+    """Median time of each run over `repeats` rounds, after `warmup` rounds."""
     times: list[list[float]] = [[] for _ in runs]
-    for turn in range(ahead + repeats):
-        for kept, run in zip(times, runs, strict=True):
-            began = clock()
+    for turn in range(warmup + repeats):
+        for measured, run in zip(times, runs, strict=True):
+            start = clock()
             run()
-            if turn >= ahead:
-                kept.append(clock() - began)
-    return [statistics.median(kept) for kept in times]
+            if turn >= warmup:
+                measured.append(clock() - start)
+    return [statistics.median(measured) for measured in times]
 
 
 # Training steps -----------------------------------------------------------------------------------
@@ -42,8 +42,8 @@ def medians(runs: Sequence[Callable[[], object]], repeats: int, ahead: int, cloc
 
 @contextlib.contextmanager
 def stepper(task: Any, config: Any, waits: list[float] | None = None) -> Iterator[Callable[[], None]]:
-    """A training step of the task at each call, batches and averaged weights included. `waits` gets the seconds for
-    which each step waited for its batch."""
+    """Yield a function that takes one training step, with data loading and averaged weights. Appends to `waits` the
+    seconds that each step waited for its batch."""
     from pipelines.processes.launch import build_accelerator
     from pipelines.training.trainer import Trainer
 
@@ -55,9 +55,9 @@ def stepper(task: Any, config: Any, waits: list[float] | None = None) -> Iterato
         stream = trainer.batches()
 
         def step() -> None:
-            began = time.perf_counter()
+            start = time.perf_counter()
             batch = next(stream)
-            waits.append(time.perf_counter() - began)
+            waits.append(time.perf_counter() - start)
             trainer.take_step(batch, config.train.lr / 100)
 
         try:
@@ -68,7 +68,7 @@ def stepper(task: Any, config: Any, waits: list[float] | None = None) -> Iterato
 
 
 def prior_seconds(arguments: dict[str, list[str]]) -> dict[str, float]:
-    """Seconds of CPU time of a training step of each prior, by name; `arguments` are those of `smalti train_prior`."""
+    """CPU seconds of a training step by name of the prior; `arguments`: command lines of `smalti train_prior`."""
     import torch
 
     from pipelines.config.command import parse
@@ -84,8 +84,8 @@ def prior_seconds(arguments: dict[str, list[str]]) -> dict[str, float]:
 
 
 def prior_presets(data: str) -> dict[str, Path]:
-    """The presets over the tokens of a data set, by the prior's kind (and what else its name says); exits where there
-    are none. One over other tokens of it, such as scales, is not among them."""
+    """The prior presets of a data set, by file name without the data set; exits if there are none. Presets for other
+    tokens of the same data, such as scales, are left out."""
     presets = sorted((ROOT / "configs" / "prior").glob(f"*_{data}.yaml"))
     found = [preset for preset in presets if f"tokens: runs/{data}_tokens\n" in preset.read_text()]
     if not found:
@@ -94,5 +94,5 @@ def prior_presets(data: str) -> dict[str, Path]:
 
 
 def steps_within(minutes: float, seconds: float) -> int:
-    """How many steps of so many seconds fit into the time; at least one."""
+    """Number of steps of `seconds` each that fit into `minutes`; at least one."""
     return max(1, round(60 * minutes / seconds))

@@ -1,1 +1,1 @@
-"""What tokenizers keep of images, and how they are trained to."""
+"""Comparisons of tokenizers."""

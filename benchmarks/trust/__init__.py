@@ -1,1 +1,1 @@
-"""What should never fail: tests, runs, parsers and bits, tried until something does."""
+"""Stress tests of training runs."""

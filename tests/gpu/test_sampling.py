@@ -1,5 +1,5 @@
-"""Sampling on the card: by a graph, kernel by kernel, without a cache or in whole passes the same tokens, which are
-those of the CPU, in any batch."""
+"""Sampling on the GPU draws the same tokens with a CUDA graph, without one, without a cache, in parallel passes, and in
+any batch, and they equal those of the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import weakref
 import pytest
 import torch
 from small import PRIORS, draw_known, draw_tokens, generators, make_prior
-from torch import Tensor
 
 from prior import Prior
 from prior.cuda_graph import Graph
@@ -20,26 +19,25 @@ from tokenizer import TokenGrid
 
 pytestmark = pytest.mark.gpu
 COUNT = 9
-EAGER = {"on_step": lambda step: None}
-"""Whoever watches steps has them computed one after another, kernel by kernel."""
+EAGER = {"on_step": lambda step: None}  # a step callback disables the graph
 
 
 @pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.5, "guidance_end": 3.0, "top_p": 0.9}])
 @pytest.mark.parametrize("name", PRIORS)
-def test_all_ways_draw_the_same_tokens(name, settings, device, graphs):
-    """With other labels, known tokens, noise and weights in each call, under the same graph."""
+def test_all_modes_draw_the_same_tokens(name, settings, device, graphs):
+    """Labels, known tokens, noise and weights change between calls that share a graph."""
     prior = make_prior(name).to(device)
     for call in range(3):
         known = draw_known(prior, COUNT, 0.2 * call).to(device)
         request = {"tokens": draw_tokens(prior, COUNT).to(device), "known": known, **settings}
         labels = (torch.arange(COUNT) % (call + 1)).to(device)
 
-        def drawn(request=request, labels=labels, seed=100 * call, **way) -> Tensor:
-            return prior.sample(COUNT, labels, generator=generators(COUNT, seed), **request, **way)
-
-        first = drawn()
-        assert first.device.type == device.type and torch.equal(first[known], request["tokens"][known])
-        assert all(torch.equal(first, drawn(**way)) for way in (EAGER, {"cache": False}, {"parallel": True}))
+        drawn = [
+            prior.sample(COUNT, labels, generator=generators(COUNT, 100 * call), **request, **mode)
+            for mode in ({}, EAGER, {"cache": False}, {"parallel": True})
+        ]
+        assert drawn[0].device.type == device.type and torch.equal(drawn[0][known], request["tokens"][known])
+        assert all(torch.equal(drawn[0], other) for other in drawn[1:])
         with torch.no_grad():
             next(iter(prior.parameters())).mul_(1.1)
     assert len(graphs) == prior.supports_cuda_graphs
@@ -60,7 +58,7 @@ def test_image_k_is_the_same_in_any_batch(name, device):
 
 @pytest.mark.parametrize("name", PRIORS)
 def test_bfloat16_draws_valid_tokens(name, device, graphs):
-    """The same again by the graph as by the kernels that it was captured from."""
+    """The graph draws the same tokens as the eager call it was captured from."""
     prior = make_prior(name).to(device, torch.bfloat16)
     first, second, third = (prior.sample(COUNT, generator=generators(COUNT)) for _ in range(3))
     assert int(first.min()) >= 0 and int(first.max()) < prior.grid.vocab_size
@@ -69,14 +67,14 @@ def test_bfloat16_draws_valid_tokens(name, device, graphs):
 
 @pytest.mark.parametrize("use", range(4))
 def test_noise_is_that_of_the_cpu(use, device):
-    """Hashes and uniform variates to the bit, their logarithms to a unit in the last place of float32."""
+    """Uniform variates to the bit, Gumbel variates within float32 rounding."""
     keys = draw_keys(generators(3), 3)
     assert torch.equal(uniform_noise(keys, use, 5, 4000), uniform_noise(keys.to(device), use, 5, 4000).cpu())
     torch.testing.assert_close(gumbel_noise(keys, use, 5, 4000), gumbel_noise(keys.to(device), use, 5, 4000).cpu())
 
 
 def large_gpt(device: torch.device) -> Prior:
-    """A GPT over 16x16 tokens of 1,024, in a rehearsal over 4x4 of 64, whose logits have deviation 3, as if trained."""
+    """A GPT over 16x16 tokens of 1,024 (on the CPU 4x4 of 64) whose logits have standard deviation 3, as if trained."""
     side, vocab_size, dim, depth = (16, 1024, 256, 4) if device.type == "cuda" else (4, 64, 32, 2)
     prior = Prior.create("gpt", grid=TokenGrid((side, side), vocab_size), num_classes=3, dim=dim, depth=depth, heads=2)
     with torch.no_grad():
@@ -86,11 +84,10 @@ def large_gpt(device: torch.device) -> Prior:
 
 @pytest.mark.timeout(900)
 def test_a_gpt_draws_the_tokens_of_the_cpu(device, graphs, elsewhere):
-    """For 64 images of 256 tokens of 1,024, whose noise comes in 16 parts; the graph is used from the second call on.
+    """64 images of 256 tokens of 1,024. The graph is used from the second call on.
 
-    Logits on the card and on the CPU differ by about 1e-5, so about one decision in 100,000, between two ids that are
-    as near as that, may be another one, and with it the rest of its image. Allowed are 1 in 10,000: of 16,384 decisions
-    two, hence two images of 64. Sampling that is wrong differs in most of them.
+    Logits differ from the CPU's by about 1e-5, which flips about one token in 100,000, and with it the rest of its
+    image. The test allows one in 10,000: two images of 64. Wrong sampling would change most images.
     """
     here, count = large_gpt(device), 64 if device.type == "cuda" else 8
     there, labels = copy.deepcopy(here).to(device), torch.arange(count) % 3
@@ -104,18 +101,18 @@ def test_a_gpt_draws_the_tokens_of_the_cpu(device, graphs, elsewhere):
     assert len(graphs) == 1
 
 
-def test_a_graph_is_of_its_weights_and_freed_with_its_model(device, graphs):
+def test_a_graph_follows_its_weights_and_is_freed_with_its_model(device, graphs):
     prior, count = large_gpt(device).to(device), 16
     expected = [prior.sample(count, generator=generators(count)) for _ in range(2)][0]
     with torch.no_grad():
         for parameter in prior.parameters():
             old, parameter.data = parameter.data, parameter.data.clone()
-            old.zero_()  # what the graph has read
+            old.zero_()  # the graph read this memory
     assert all(torch.equal(prior.sample(count, generator=generators(count)), expected) for _ in range(2))
     assert len(graphs) == 2
 
     def reserved() -> int:
-        """Bytes of the card that torch cannot give back."""
+        """Bytes of GPU memory that torch still reserves."""
         gc.collect()
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved() if device.type == "cuda" else 0

@@ -1,4 +1,4 @@
-"""The lock file was made for the ranges of pyproject.toml, of public releases, each with its hash."""
+"""uv.lock matches pyproject.toml, and pins public releases with hashes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from packaging.utils import canonicalize_name  # noqa: E402
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 LOCK = tomllib.loads((ROOT / "uv.lock").read_text(encoding="utf-8"))
-AGAIN = "pyproject.toml and uv.lock differ: run `make lock`"
+OUTDATED = "pyproject.toml and uv.lock differ: run `make lock`"
 
 
 def parts(name: str, extras: Any, specifier: Any, marker: Any) -> tuple[Any, ...]:
-    """A requirement as it compares: in any spelling."""
+    """A normalised requirement."""
     marker = str(Marker(marker)) if marker else ""
     return canonicalize_name(name), frozenset(extras), SpecifierSet(str(specifier or "")), marker
 
 
-def test_the_lock_was_made_for_these_ranges() -> None:
-    """As `uv lock --check` says it, without uv and a network."""
+def test_the_lock_matches_pyproject() -> None:
+    """Like `uv lock --check`, without uv and a network."""
     listed = [(text, "") for text in PROJECT["dependencies"]]
     extras = PROJECT["optional-dependencies"]
     listed += [(text, f"extra == '{extra}'") for extra, texts in extras.items() for text in texts]
@@ -37,12 +37,12 @@ def test_the_lock_was_made_for_these_ranges() -> None:
     (ours,) = (package for package in LOCK["package"] if package["name"] == PROJECT["name"])
     held = ours["metadata"]["requires-dist"]
     found = {parts(e["name"], e.get("extras", ()), e.get("specifier"), e.get("marker")) for e in held}
-    assert found == wanted and ours["version"] == PROJECT["version"], AGAIN
-    assert SpecifierSet(LOCK["requires-python"]) == SpecifierSet(PROJECT["requires-python"]), AGAIN
+    assert found == wanted and ours["version"] == PROJECT["version"], OUTDATED
+    assert SpecifierSet(LOCK["requires-python"]) == SpecifierSet(PROJECT["requires-python"]), OUTDATED
 
 
-def test_what_is_locked_is_public_and_has_hashes() -> None:
-    """No index of one machine, and no local version: PyPI has no torch called +cpu."""
+def test_locked_packages_are_on_pypi_and_have_hashes() -> None:
+    """No private index, and no local version such as torch +cpu."""
     for package in LOCK["package"]:
         if package["name"] != PROJECT["name"]:
             assert package["source"] == {"registry": "https://pypi.org/simple"} and "+" not in package["version"]

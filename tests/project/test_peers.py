@@ -1,10 +1,10 @@
-"""Where vector-quantize-pytorch (1.20 and later) does the same arithmetic, the same comes out; where not, it is said.
+"""Our quantizers agree with vector-quantize-pytorch (1.20 and later), except for listed differences.
 
-Both get the same codes and the same vectors in training mode: ids, what is looked up, losses, and the gradients that
-reach the vectors (and the codes, where those are learned) are compared.
+Given equal codes and vectors in training mode, ids, quantized vectors, losses, and gradients of vectors and learned
+codes are equal.
 
-Not compared: `ibq`, which theirs does not have; `gumbel`, whose ids theirs draws by the distance to codes and ours by a
-linear map, as the dVAE does; what becomes of unused codes, and the first codes, which both choose at random.
+Not compared: `ibq`, which theirs lacks; `gumbel`, where theirs uses distances to codes and ours a linear map, like the
+dVAE; initial and revived codes, which both choose at random.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ BATCH, DIM, CODES, SIDE = 2, 6, 20, 5
 
 
 def vectors(dim: int = DIM) -> tuple[Tensor, Tensor]:
-    """The same vectors `(B, dim, 5, 5)` twice, as leaves."""
+    """Two leaf copies of random vectors `(B, dim, 5, 5)`."""
     z = torch.randn(BATCH, dim, SIDE, SIDE)
     return z.clone().requires_grad_(), z.requires_grad_()
 
 
 def weights_like(z: Tensor) -> Tensor:
-    """What the output is weighed with, so that every element of its gradient is another."""
+    """Weights of the output, so that the elements of its gradient differ."""
     return torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
 
 
 def ours(name: str, table: Tensor | None = None, **config):
-    """A quantizer of ours in training, past its first step (k-means would replace the codes of `table`)."""
+    """Our quantizer in training mode, after its first step, in which k-means would replace the codes of `table`."""
     sizes = {} if table is None else {"codes": len(table), "dim": table.shape[1]}
     quantizer = Quantizer.create(name, **sizes, **config).train()
     if table is not None:
@@ -44,7 +44,7 @@ def ours(name: str, table: Tensor | None = None, **config):
 
 
 def theirs(table: Tensor, **config):
-    """Their quantizer, with the same codes. By itself it would use the rotation trick, and a decay of 0.8."""
+    """Their quantizer with the same codes. Its defaults are the rotation trick and a decay of 0.8."""
     config = {"rotation_trick": False, "decay": 0.99, **config}
     quantizer = peers.VectorQuantize(dim=table.shape[1], codebook_size=len(table), accept_image_fmap=True, **config)
     quantizer._codebook.embed.data.copy_(table)
@@ -53,22 +53,22 @@ def theirs(table: Tensor, **config):
 
 
 def loss_of(quantizer, losses: dict[str, Tensor]) -> Tensor:
-    """The quantizer's part of what is minimised."""
+    """The weighted sum of a quantizer's losses."""
     return torch.stack([weight * losses[name] for name, weight in quantizer.loss_weights.items()]).sum()
 
 
 def same(a: Tensor, b: Tensor) -> None:
-    """Equal but for rounding."""
+    """Assert equality up to rounding."""
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rotation", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_an_ema_codebook(rotation, normalize):
-    """Ids, z_q, commitment, gradient; and the codebook after two steps, with the same Laplace smoothing.
+    """Including the codebook after two steps, with Laplace smoothing.
 
-    Theirs keeps a cosine codebook scaled to length 1, ours scales it where it is read. Theirs computes the rotated
-    vector, ours has the value of the code to the bit, so theirs is only near.
+    Theirs stores a cosine codebook normalised, ours normalises it when it is read. Theirs computes the rotated vector,
+    ours returns the exact code.
     """
     codes = torch.randn(CODES, DIM)
     codes = torch.nn.functional.normalize(codes, dim=1) if normalize else codes
@@ -89,13 +89,13 @@ def test_an_ema_codebook(rotation, normalize):
         same(z.grad, z_other.grad)
         same(mine.counts, other._codebook.cluster_size[0])
         same(mine.table(), other.codebook)
-    assert not torch.allclose(mine.table(), codes, atol=1e-3)  # it did move
+    assert not torch.allclose(mine.table(), codes, atol=1e-3)  # it moved
 
 
 @pytest.mark.parametrize("rotation", [False, True])
 def test_a_learned_codebook(rotation):
-    """Theirs has one mean squared error that pulls codes and vectors alike: ours with beta 1, as two losses of the
-    same value. (With another beta ours follows the paper; theirs cannot weigh the two apart.)"""
+    """Theirs has a single mean squared error for codes and vectors, which equals our two losses with beta 1. (It cannot
+    weight them separately, as in the paper.)"""
     codes = torch.randn(CODES, DIM)
     gradient = "rotation" if rotation else "straight_through"
     mine = ours("vq", codes, beta=1.0, gradient=gradient, revive_below=0.0)
@@ -115,12 +115,11 @@ def test_a_learned_codebook(rotation):
 
 @pytest.mark.parametrize("kind", ["ema", "vq"])
 def test_residual_codebooks(kind):
-    """The same ids level by level, commitments, gradients, and means after a step.
+    """Ids of each level, commitments, gradients, and codebooks after a step.
 
-    Theirs passes the output's gradient once for each level, so `depth` times in all; ours once, as the sum of the codes
-    stands for the vector. With the rotation trick theirs rotates each level by itself, ours the vector onto the sum. A
-    shared book of theirs moves at every level in turn, ours once for all of them. (Theirs takes rows here: version 1.32
-    cannot add up the shapes of images.)
+    Theirs passes the output's gradient once per level, ours once in total. With the rotation trick theirs rotates each
+    level, ours the vector onto the sum. Theirs updates a shared codebook at each level, ours once. (Theirs takes rows
+    here, as version 1.32 fails with images.)
     """
     depth, books = 3, torch.randn(3, CODES, DIM) * torch.tensor([1, 0.5, 0.25]).reshape(3, 1, 1)
     book = {"kind": kind, "codes": CODES, "dim": DIM, "beta": 1.0, "revive_below": 0.0, "decay": 0.99}
@@ -154,8 +153,8 @@ def test_residual_codebooks(kind):
 
 @pytest.mark.parametrize("levels", [(8, 5, 5), (4, 3, 7, 6)])
 def test_fsq(levels):
-    """The same bound, epsilon (1e-3) and order of the id's digits. Theirs with `preserve_symmetry` is another bound
-    (Parker et al. 2024, section 3.2), which ours does not have."""
+    """With the same bound, epsilon (1e-3) and digit order. Ours lacks their `preserve_symmetry` (Parker et al. 2024,
+    section 3.2)."""
     mine, other = ours("fsq", levels=levels), peers.FSQ(list(levels)).train()
     z, z_other = vectors(len(levels))
     z_q, tokens, losses = mine.quantize(3 * z)
@@ -170,16 +169,16 @@ def test_fsq(levels):
 
 
 def reversed_bits(tokens: Tensor, bits: int) -> Tensor:
-    """Ids with their bits in the opposite order."""
+    """Ids with reversed bits."""
     return sum((tokens >> k & 1) << (bits - 1 - k) for k in range(bits))
 
 
 @pytest.mark.parametrize("name", ["lfq", "bsq"])
 def test_bits(name):
-    """The first channel is the lowest bit of our id and the highest of theirs. Our p(code | z) is proportional to
+    """The first channel is the lowest bit of our ids and the highest of theirs. Our p(code | z) is proportional to
     exp(-|z - code|^2 / temperature), or exp(cosine / temperature) on the sphere, theirs to exp(2 z.code
-    inv_temperature). Theirs clamps probabilities inside the logarithm at 1e-5, hence the looser tolerance; and its
-    entropy loss is a difference that may be negative, whose two parts are compared here to our two losses."""
+    inv_temperature). Theirs clamps probabilities at 1e-5 in logarithms, hence the looser tolerance. The two parts of
+    its entropy loss are compared with our two losses."""
     bits, temperature = 6, {"lfq": 3.0, "bsq": 0.3}[name]
     mine = ours(name, bits=bits, temperature=temperature, entropy=0.1, diversity=0.1, beta=0.25)
     scale = 1.0 if name == "lfq" else bits**-0.5
@@ -196,7 +195,7 @@ def test_bits(name):
     (z_q_other, tokens_other, loss_other), parts = other(z_other, inv_temperature=sharpness, return_loss_breakdown=True)
     assert torch.equal(reversed_bits(tokens, bits), tokens_other.long())
     same(z_q, z_q_other)
-    # Our commitment of bsq is in units of a code's channel, 1/sqrt(bits), hence their weight above.
+    # Our commitment of bsq is in units of 1/sqrt(bits), a channel of a code, hence their weight above.
     torch.testing.assert_close(losses["commitment"], parts.commitment / scale**2, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(losses["entropy"], parts.per_sample_entropy, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(losses["diversity"], bits * math.log(2) - parts.batch_entropy, rtol=1e-3, atol=1e-4)

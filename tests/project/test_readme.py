@@ -1,4 +1,4 @@
-"""What the pages say is so: their code runs, their commands exist, and so do the files and links that they name."""
+"""The code of the pages runs, and their commands, settings, files and links exist."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ PAGES = {
     ]
 }
 RECORDS = ("CHANGELOG.md", "docs/lab.md")
-"""Pages about earlier versions: their commands and files need not exist today."""
+"""Pages about earlier versions, whose commands need not exist."""
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 every_page = pytest.mark.parametrize("page", PAGES)
 
-# What docs/extending.md adds: the file that a block would be, its family, the name that it registers.
+# The examples of docs/extending.md: file, family, registered name.
 EXAMPLES: dict[str, tuple[Any, str]] = {
     "prior/unigram.py": (Prior, "unigram"),
     "tokenizer/quantizers/frozen.py": (Quantizer, "frozen"),
@@ -50,7 +50,7 @@ EXAMPLES: dict[str, tuple[Any, str]] = {
 
 
 def blocks(page: str, language: str) -> list[str]:
-    """The fenced blocks of a language, in order."""
+    """The fenced code blocks of a language."""
     return [code for kind, code in FENCE.findall(PAGES[page]) if kind == language]
 
 
@@ -62,12 +62,12 @@ def prose(page: str) -> str:
 
 @cache
 def spans(page: str) -> list[str]:
-    """What stands between backticks in the prose, line breaks as spaces."""
+    """The inline code of a page."""
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
 
 
 def is_whole(command: str) -> bool:
-    """Whether nothing of a command is left open, as in `smalti VERB ...`."""
+    """Whether a command has no placeholders, such as VERB or `...`."""
     return not re.search(r"\.\.\.|\b[A-Z]{3,}\b", command)
 
 
@@ -75,13 +75,13 @@ def is_whole(command: str) -> bool:
 
 
 def compiled(code: str, name: str) -> CodeType:
-    """As a file of its own: what this one imports from `__future__` is none of its business."""
+    """Compile without the `__future__` imports of this file."""
     return compile(code, name, "exec", dont_inherit=True)
 
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with what the pages take to be there: pipelines and a token dataset, untrained."""
+    """A working folder with the untrained pipelines and the token dataset that the pages use."""
     tokenizer = make_tokenizer("vqvae", (28, 28), 1, quantizer={"kind": "fsq", "levels": (4, 4, 4)})
     for name in ("gpt", "gpt_any_order"):
         prior = make_prior("gpt", shape=(7, 7), vocab_size=64, num_classes=10, any_order=name == "gpt_any_order")
@@ -96,7 +96,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page != "docs/extending.md"])
 def test_the_code_of_a_page_runs(page, runs):
-    """All blocks of a page in order, in one session."""
+    """All blocks of a page run in order, in one namespace."""
     names: dict[str, Any] = {}
     for code in blocks(page, "python"):
         exec(compiled(code, page), names)
@@ -110,8 +110,8 @@ def test_the_code_of_a_page_runs(page, runs):
 
 
 @pytest.fixture
-def joined(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The models of docs/extending.md join their families, each as if it were the file that the page names."""
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Register the models of docs/extending.md."""
     page = PAGES["docs/extending.md"]
     assert len(blocks("docs/extending.md", "python")) == len(EXAMPLES)
     for (path, (family, name)), code in zip(EXAMPLES.items(), blocks("docs/extending.md", "python"), strict=True):
@@ -122,8 +122,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> None:
         assert name in family.available()
 
 
-def test_the_prior_in_one_file_is_a_prior(joined):
-    """It keeps the family's first promises: sums to one, samples what it says."""
+def test_the_example_prior_sums_to_one_and_samples(registered):
     model = Prior.create("unigram", grid=TokenGrid((1, 2), 3))
     grids = torch.cartesian_prod(torch.arange(3), torch.arange(3)).reshape(-1, 1, 2)
     assert float(model.log_prob(grids).detach().exp().sum()) == pytest.approx(1, abs=1e-6)
@@ -132,8 +131,7 @@ def test_the_prior_in_one_file_is_a_prior(joined):
         Prior.create("unigram", grid=TokenGrid((1, 2), 3), scale=0)
 
 
-def test_the_quantizer_in_one_file_is_a_quantizer(joined):
-    """What it says of vectors is what it looks up, and gradients pass; a `vqvae` takes it."""
+def test_the_example_quantizer_looks_up_its_codes_and_passes_gradients(registered):
     quantizer = Quantizer.create("frozen", codes=16, dim=4)
     z = torch.randn(2, 4, 3, 5, requires_grad=True)
     z_q, tokens, losses = quantizer.quantize(z)
@@ -144,8 +142,7 @@ def test_the_quantizer_in_one_file_is_a_quantizer(joined):
     assert model.encode(torch.zeros(1, *model.image_shape)).shape == (1, *model.grid.shape)
 
 
-def test_the_tokenizer_in_one_file_is_a_tokenizer(joined):
-    """Both routes agree, and what it draws it finds again."""
+def test_the_example_tokenizer_decodes_what_it_encodes(registered):
     model = Tokenizer.create("mosaic", image_size=(8, 12), channels=3)
     images = torch.rand(2, 3, 8, 12) * 2 - 1
     output = model(images)
@@ -159,17 +156,17 @@ def test_the_tokenizer_in_one_file_is_a_tokenizer(joined):
 
 
 def commands(page: str) -> list[str]:
-    """The lines of the page's shell blocks, without what explains them."""
+    """The lines of the page's shell blocks, without comments."""
     lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
     return [line.partition(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def inline_commands(page: str) -> list[str]:
-    """The commands that the page's prose names."""
+    """The commands in the page's sentences."""
     return [span for span in spans(page) if re.match(r"(smalti|accelerate launch|make|python|pytest|pip) ", span)]
 
 
-# Each once, with the first page that has it.
+# Each command once, with the first page that contains it.
 CURRENT = [page for page in reversed(PAGES) if page not in RECORDS]
 COMMANDS = {command: page for page in CURRENT for command in commands(page)}
 INLINE = {command: page for page in CURRENT for command in inline_commands(page)}
@@ -181,18 +178,18 @@ def requirements() -> dict[str, Any]:
 
 
 def check_words(words: list[str]) -> None:
-    """That a command of neither `smalti` nor `accelerate` can be given in the repository."""
+    """Check a command other than `smalti` or `accelerate`."""
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif words[0] == "python":
         script, options = (words[1], words[2:]) if words[1] != "-m" else (f"{words[2].replace('.', '/')}.py", words[3:])
         path = ROOT / script
-        if not path.parent.exists():  # of a folder that an earlier command of the page writes
+        if not path.parent.exists():  # in a folder that an earlier command writes
             return
         assert path.is_file()
         text = path.read_text(encoding="utf-8")
         for option in options:
-            assert re.search(rf"\b{option.partition('=')[0]}\b", text), f"{option} is no option of {script}"
+            assert re.search(rf"\b{option.partition('=')[0]}\b", text), f"{script} has no option {option}"
     elif words[0] == "pytest":
         paths = [word for word in words[1:] if "/" in word]
         assert paths and all((ROOT / path).exists() for path in paths)
@@ -203,7 +200,7 @@ def check_words(words: list[str]) -> None:
 
 
 def verb_of(words: list[str]) -> tuple[str, list[str]]:
-    """The verb of a command of `smalti` or `accelerate launch`, and what it is given; the launcher's options exist."""
+    """The verb and arguments of a `smalti` or `accelerate launch` command; checks the launcher's options."""
     if words[0] == "smalti":
         return words[1], words[2:]
     from accelerate.commands.launch import launch_command_parser
@@ -218,7 +215,7 @@ def verb_of(words: list[str]) -> tuple[str, list[str]]:
 
 @pytest.fixture
 def prior_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The file with the prior of docs/extending.md that `--import` is shown with; it is forgotten afterwards."""
+    """The file that docs/extending.md loads with `--import`; its registration is undone afterwards."""
     path = tmp_path / "my_prior.py"
     path.write_text(blocks("docs/extending.md", "python")[0])
     monkeypatch.setattr(Prior, "_members", dict(Prior._members))
@@ -229,8 +226,8 @@ def prior_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_understood(command, monkeypatch, capsys, prior_outside):
-    """Verbs, keys, values, files and launch options exist: `make demo` runs those of the digits for real."""
+def test_every_command_is_valid(command, monkeypatch, capsys, prior_outside):
+    """Verbs, keys, values, files and launch options exist."""
     monkeypatch.chdir(ROOT)
     command = command.replace("--import my_prior.py", f"--import {prior_outside}")
     words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=\S+", word)]
@@ -245,7 +242,7 @@ def test_every_command_is_understood(command, monkeypatch, capsys, prior_outside
 
 @pytest.fixture(scope="module")
 def keys() -> dict[str, str]:
-    """The help page of each verb, which names all of its keys."""
+    """The full help of each verb, which lists all of its keys."""
     found = {}
     for verb in verbs():
         with contextlib.redirect_stdout(io.StringIO()) as page, pytest.raises(SystemExit):
@@ -255,13 +252,13 @@ def keys() -> dict[str, str]:
 
 
 def is_key(key: str, page: str) -> bool:
-    """Whether a help page has a line for `key`, or for what is below it."""
+    """Whether a help page lists `key` or keys below it."""
     return re.search(rf"^  {re.escape(key)}(\.| |$)", page, re.MULTILINE) is not None
 
 
 @pytest.mark.parametrize("command", INLINE)
-def test_every_command_in_a_sentence_is_understood(command, keys):
-    """It may leave out what is required; what it has is there."""
+def test_every_command_in_a_sentence_exists(command, keys):
+    """It may leave out required keys."""
     words = shlex.split(command)
     if words[0] == "accelerate" or (words[:2] == ["python", "-m"] and not words[2].startswith("benchmarks.")):
         launched = words[words.index("-m") + 1] if "-m" in words else "..."
@@ -275,12 +272,12 @@ def test_every_command_in_a_sentence_is_understood(command, keys):
             argument = options.pop(0)
             key = argument.partition("=")[0]
             if argument in ("--help", "--import", "--config") and options:
-                options.pop(0)  # what it takes
+                options.pop(0)  # its value
             assert argument == "..." or key.startswith("--") or is_key(key, keys[words[1]]), argument
 
 
-def test_every_setting_that_is_named_exists(keys):
-    """`train.steps`, `data.source=folder`: of one verb or another."""
+def test_every_setting_in_a_sentence_exists(keys):
+    """Such as `train.steps` or `data.source=folder`, in any verb."""
     setting = re.compile(r"((?:train|data|track|model|critic|loss)\.(?!safetensors|fp16|bf16)[a-z_.0-9]+)(=.*)?")
     words = {(page, word) for page in CURRENT for span in spans(page) for word in span.split()}
     named = {(page, found[1]) for page, word in words if (found := setting.fullmatch(word))}
@@ -293,13 +290,13 @@ def test_every_setting_that_is_named_exists(keys):
 
 
 def anchors(page: str) -> set[str]:
-    """What GitHub calls the headings."""
+    """The anchors that GitHub generates for headings."""
     heads = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 @every_page
-def test_links_lead_somewhere(page):
+def test_links_are_not_dead(page):
     targets = re.findall(r"\]\(([^)\s]+)\)", prose(page))
     for target in targets:
         if target.startswith("http"):
@@ -309,13 +306,3 @@ def test_links_lead_somewhere(page):
         assert there.is_file(), f"{page}: {target}"
         if anchor:
             assert anchor in anchors(there.resolve().relative_to(ROOT.resolve()).as_posix()), f"{page}: {target}"
-
-
-def test_every_page_and_picture_can_be_reached():
-    linked = {
-        ((ROOT / page).parent / target.partition("#")[0]).resolve()
-        for page in PAGES
-        for target in re.findall(r"\]\(([^)\s]+)\)", prose(page))
-    }
-    there = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.png"), *map(ROOT.joinpath, PAGES)]
-    assert {path.resolve() for path in there} <= linked

@@ -1,4 +1,4 @@
-"""The example of a sweep, as W&B's agent understands it: its command, for a trial, is one of ours. Offline."""
+"""The W&B agent turns docs/sweep.yaml into valid commands, and a run logs its metric. Offline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SWEEP = ROOT / "docs" / "sweep.yaml"
 
 
 def trial(sweep: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Values as a sweep's server draws them."""
+    """Sample values like a sweep server."""
     draw, found = random.Random(seed), {}
     for name, how in sweep["parameters"].items():
         value = draw.choice(how["values"]) if "values" in how else draw.uniform(how["min"], how["max"])
@@ -32,7 +32,7 @@ def trial(sweep: dict[str, Any], seed: int) -> dict[str, Any]:
 def started_by_the_agent(
     args: dict[str, Any], run_id: str, folder: Path, monkeypatch
 ) -> tuple[list[str], dict[str, str]]:
-    """The command that the agent would start for a trial, and its environment."""
+    """The command and environment with which the agent would start a trial."""
     agents = pytest.importorskip("wandb.wandb_agent")
     from wandb.sdk.launch.sweeps.utils import load_sweep_config
 
@@ -44,7 +44,7 @@ def started_by_the_agent(
 
     monkeypatch.setattr(agents, "AgentProcess", start)
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
-    monkeypatch.setenv("WANDB_RUN_ID", "")  # which the agent sets, and the test forgets
+    monkeypatch.setenv("WANDB_RUN_ID", "")  # set by the agent; restored after the test
     monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", "")
     monkeypatch.setenv("WANDB_DIR", str(folder))
     sweep = load_sweep_config(str(SWEEP))
@@ -56,7 +56,7 @@ def started_by_the_agent(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_agents_command_is_one_of_ours(seed: int, tmp_path: Path, monkeypatch) -> None:
+def test_the_command_of_the_agent_is_valid(seed: int, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     sweep = yaml.safe_load(SWEEP.read_text())
     args = trial(sweep, seed)

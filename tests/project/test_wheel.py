@@ -1,4 +1,4 @@
-"""As it is installed: a wheel holds all that a command needs, and works where there is no checkout."""
+"""A wheel contains everything that commands need, and works without a checkout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETUPTOOLS = int(version("setuptools").partition(".")[0]) if find_spec("setuptoo
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built as pip builds it, from a copy: nothing is left in the checkout."""
+    """The wheel, built by pip from a copy of the checkout."""
     if SETUPTOOLS < 77:
         pytest.skip("setuptools 77 or newer is not installed")
     source = tmp_path_factory.mktemp("source")
@@ -38,7 +38,7 @@ def wheel(tmp_path_factory):
     return path
 
 
-def test_wheel_holds_every_module_preset_and_shipped_pipeline_and_nothing_else(wheel):
+def test_a_wheel_contains_every_module_preset_and_shipped_pipeline_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as file:
         held = {name for name in file.namelist() if ".dist-info/" not in name}
     files = [path for name in PACKAGES for path in (ROOT / name).rglob("*") if path.is_file() and path.suffix != ".pyc"]
@@ -48,15 +48,15 @@ def test_wheel_holds_every_module_preset_and_shipped_pipeline_and_nothing_else(w
 
 @pytest.mark.slow
 @needs_digits
-def test_both_stages_of_the_digits_run_where_there_is_no_checkout(wheel, tmp_path):
-    """In an environment that has the wheel, and from this one what the wheel depends on."""
+def test_both_stages_of_the_digits_run_without_a_checkout(wheel, tmp_path):
+    """In an environment with the wheel, and the dependencies of this environment."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     install = ["pip", "--python", str(python), "install", "--no-deps", "--no-index", "-q", str(wheel)]
     subprocess.run([sys.executable, "-m", *install], check=True, env=environment)
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # whose own .pth files do not count
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # .pth files in there are not read
 
     def smalti(*arguments: str) -> str:
         command = [str(tmp_path / "venv" / "bin" / "smalti"), *arguments]

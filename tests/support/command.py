@@ -1,4 +1,4 @@
-"""A command that a user gets wrong, run in this process: it ends with exit code 2, and says in lines why."""
+"""Run commands with user errors in this process: they exit with code 2 and print lines of errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pipelines.__main__ import main
 
 
 def errors_of(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
-    """The lines of error of a command."""
+    """Run a command and return its error lines."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         main(list(argv))
@@ -19,6 +19,6 @@ def errors_of(capsys: pytest.CaptureFixture[str], *argv: str) -> list[str]:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The line of error of a command that has one thing to say."""
+    """Run a command and return its only error line."""
     (line,) = errors_of(capsys, *argv)
     return line

@@ -1,4 +1,4 @@
-"""What a piece of code costs: FLOPs, attention included, operations, and what is kept for the backward pass."""
+"""Costs of code: FLOPs including attention, operations, and memory saved for the backward pass."""
 
 from collections.abc import Callable
 from unittest import mock
@@ -32,7 +32,7 @@ VIEWS = {
 
 
 class Operations(TorchDispatchMode):
-    """`names` of all operations that do something, in turn, and the numbers in the `largest` new result of any."""
+    """Records the `names` of all operations except views, and the number of elements of the `largest` new tensor."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +54,7 @@ class Operations(TorchDispatchMode):
 
 
 def attention_by_product(q, k, v, attn_mask=None, is_causal=False, dropout_p=0.0):
-    """What the FLOP counter can see: it misses the fused kernel on CPU."""
+    """Attention by matrix products. The FLOP counter misses the fused kernel on a CPU."""
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf)
@@ -64,7 +64,7 @@ def attention_by_product(q, k, v, attn_mask=None, is_causal=False, dropout_p=0.0
 
 
 def flops(run: Callable[[], object]) -> int:
-    """FLOPs of a call, without gradients."""
+    """FLOPs of a call without gradients."""
     with (
         mock.patch("torch.nn.functional.scaled_dot_product_attention", attention_by_product),
         FlopCounterMode(display=False) as counter,
@@ -75,7 +75,7 @@ def flops(run: Callable[[], object]) -> int:
 
 
 def saved_elements(run):
-    """Elements that a call keeps for the backward pass; a storage counts once."""
+    """Number of elements that a call saves for the backward pass; a shared storage counts once."""
     found = {}
 
     def pack(tensor):
@@ -84,13 +84,13 @@ def saved_elements(run):
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = run()
-    assert kept.requires_grad
+        result = run()
+    assert result.requires_grad
     return sum(found.values())
 
 
 def all_steps(model, tokens, labels=None, order=None):
-    """Logits `(B, N, V)` of the incremental path on `tokens`, in the order (a name, given, or the model's own)."""
+    """Logits `(B, N, V)` on `tokens` by cached steps, in an order (default: the model's own)."""
     path, blocks = model.to_partition(order)
     walked = tokens.flatten(1).gather(1, path.expand(len(tokens), -1)).split(blocks, 1)
     state = model.start(len(tokens), labels, order)

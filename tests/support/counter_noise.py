@@ -1,5 +1,4 @@
-"""The noise of sampling written again, in Python's unbounded integers and floats: splitmix64 of key, use and
-counter."""
+"""A second implementation of the sampling noise, in Python integers and floats: splitmix64 of key, use and counter."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""CUDA graphs without a GPU: what is captured is recorded operation by operation, with the very tensors.
+"""Emulate CUDA graphs on a CPU: record the operations of a capture with their tensors, and replay them.
 
-As in a graph, numbers of Python are frozen when it is captured, nothing is computed until it is replayed, and reading a
-tensor's value meanwhile is an error. Replayed, the same operations read and write the same memory.
+As in a real graph, Python numbers are frozen at capture, nothing is computed before a replay, and reading a value
+during capture is an error. A replay reads and writes the same memory.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ READS = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero
 
 
 class HostRead(RuntimeError):
-    """A value was read, or sent, while a graph was captured."""
+    """A value was read during capture."""
 
 
 def forbidden(*_: Any, **__: Any) -> Any:
-    """Takes the place of what reads a tensor past the dispatcher."""
+    """Replaces methods that read a tensor without the dispatcher."""
     raise HostRead("operation not permitted when stream is capturing")
 
 
 def memory_of(tensor: Tensor) -> Any:
-    """What two views of the same memory have in common."""
+    """A key that views of the same memory share."""
     return tensor.untyped_storage()._cdata
 
 
 def tensors_in(values: Any) -> list[Tensor]:
-    """All tensors of a nest."""
+    """All tensors in a nested structure."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 class Recording(TorchDispatchMode):
-    """Computes and records operations; `undo` makes memory that was there before what it was, and the rest useless."""
+    """Computes and records operations. `undo` restores memory that existed before and invalidates new memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Recording(TorchDispatchMode):
         name = function._schema.name.partition("::")[2]
         given = tensors_in((args, kwargs))
         if name in READS or (name == "index" and any(each.dtype == torch.bool for each in tensors_in(args[1]))):
-            raise HostRead(f"{name} while a graph is captured")
+            raise HostRead(f"{name} during capture")
         self.keep(function, args, kwargs)
         out = function(*args, **kwargs)
         there = {memory_of(each) for each in given}
@@ -62,7 +62,7 @@ class Recording(TorchDispatchMode):
         return out
 
     def keep(self, function: Any, args: Any, kwargs: Any) -> None:
-        """Remember what is about to be written over, if it was there before."""
+        """Save memory that existed before the capture and is about to be overwritten."""
         named = zip(function._schema.arguments, args, strict=False)
         written = [value for argument, value in named if argument.alias_info and argument.alias_info.is_write]
         written += [kwargs[each.name] for each in function._schema.arguments if each.is_out and each.name in kwargs]
@@ -72,7 +72,7 @@ class Recording(TorchDispatchMode):
                 self.before[memory_of(tensor)] = whole, whole.clone()
 
     def undo(self) -> None:
-        """As if nothing had been computed."""
+        """Restore the state before the capture."""
         for tensor, before in self.before.values():
             tensor.copy_(before)
         for tensor in self.new.values():
@@ -80,12 +80,12 @@ class Recording(TorchDispatchMode):
 
 
 class Emulated:
-    """A recorder whose graphs are lists of operations. `captured` and `replayed` count those of all."""
+    """Captures graphs as lists of operations. `captured` and `replayed` count over all instances."""
 
     captured = replayed = 0
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Record `run`."""
+        """Record `run` and return a function that replays it."""
         readers = {name: forbidden for name in ("tolist", "numpy", "cpu")}
         with mock.patch.multiple(Tensor, **readers), Recording() as recording:
             run()

@@ -1,4 +1,4 @@
-"""So much of the `wandb` package as a run uses; it remembers its calls, and raises where a test asks for it."""
+"""A stand-in for the parts of the `wandb` package that a run uses. Records calls, and raises errors on request."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 
 class FakeWandb(SimpleNamespace):
-    """Stands for the module, once it is installed. `failing`: calls that raise, with what: a method of the run, or
-    `init online` and `init offline`."""
+    """Replaces the module. failing: errors by call, which is a method of the run, `images`, `init online` or
+    `init offline`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, failing: dict[str, Exception] | None = None) -> None:
         self.failing = failing or {}
@@ -36,13 +36,13 @@ class FakeWandb(SimpleNamespace):
         self.teardowns += 1
 
     def call(self, name: str) -> None:
-        """Raise, if this is to fail."""
+        """Raise the error requested for this call, if any."""
         if name in self.failing:
             raise self.failing[name]
 
 
 class FakeRun:
-    """A run of the fake."""
+    """A run of the stand-in."""
 
     def __init__(self, wandb: FakeWandb, options: dict[str, Any]) -> None:
         self.wandb, self.id, self.summary = wandb, options["id"], wandb.summary
@@ -62,13 +62,13 @@ class FakeRun:
 
 
 class FakeSettings(SimpleNamespace):
-    """Any settings."""
+    """Accepts any settings."""
 
     model_fields = {"init_timeout": None, "finish_timeout": None, "finish_timeout_raises": None}
 
 
 class FakeArtifact:
-    """What an artifact was made of."""
+    """Records how an artifact was created."""
 
     def __init__(self, name: str, type: str, metadata: dict[str, Any]) -> None:
         self.name, self.type, self.metadata, self.folder, self.waited = name, type, metadata, "", 0

@@ -1,4 +1,4 @@
-"""Which files a folder has, and what is in them."""
+"""Names and contents of the files in a folder."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pipelines.files import atomic_file
 
 
 def files_in(folder: Path) -> list[str]:
-    """The names of all files, in order, as they lie below the folder."""
+    """Sorted relative paths of all files below the folder."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below the folder, to the bit."""
+    """The bytes of every file below the folder."""
     return {name: (folder / name).read_bytes() for name in files_in(folder)}
 
 
 def written(path: Path) -> dict[str, bytes] | bytes:
-    """What is at `path`, a file or a folder, to the bit."""
+    """The bytes of a file, or of every file below a folder."""
     return contents(path) if path.is_dir() else path.read_bytes()
 
 
 def half_written(target: Path) -> Path:
-    """Where a process that is killed while it writes the file `target` leaves a part of it; the folder is made."""
+    """The temporary path at which a process that is killed while writing `target` leaves a partial file."""
     with atomic_file(target) as temporary:
         temporary.touch()
     target.unlink()

@@ -1,20 +1,20 @@
-"""Whether ids were drawn with the probabilities that a model says, by one figure for all of them."""
+"""A test of whether samples follow given probabilities."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-SURE = 3.72  # deviations of a normal variable: one such figure in 10,000 is above the limit by chance
-FEW = 5.0  # outcomes of which fewer are expected count as one
+SURE = 3.72  # standard deviations: false alarms occur once in 10,000 tests
+FEW = 5.0  # outcomes with a smaller expected count are pooled
 
 
 def as_frequent(drawn: Tensor, expected: Tensor) -> bool:
-    """Whether outcomes `(n,)`, each a number below V, may well have the probabilities `expected` `(V,)`: Pearson's
-    chi-squared against its upper tail, by the approximation of Wilson and Hilferty (1931).
+    """Whether outcomes `(n,)` in [0, V) are consistent with probabilities `expected` `(V,)`: Pearson's chi-squared
+    test, with the tail approximated by Wilson and Hilferty (1931).
 
-    With a third of the draws it finds what a test of each outcome alone does where several are off, as they are when a
-    temperature, an order or the noise is wrong.
+    A wrong temperature, order or noise shifts several outcomes; this test finds it with a third of the samples that
+    separate tests of each outcome need.
     """
     expected = expected.detach().double() * len(drawn)
     found = torch.bincount(drawn, minlength=len(expected)).double()

@@ -1,8 +1,8 @@
-"""Commands that are killed or interrupted at random moments and continued, and whether they end as one that was not.
+"""Kill or interrupt commands at random moments, continue them, and compare the results with uninterrupted ones.
 
-What is drawn depends on the case and the seed alone; where a signal strikes also on the machine.
+Random numbers depend on the case and the seed; the step at which a signal arrives also depends on the machine.
 
-    python -m kills FOLDER KILLS SEED     # encodes and sets of images; prints a line of JSON for each case
+    python -m kills FOLDER KILLS SEED     # `encode` and `generate`; prints a line of JSON for each case
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ IMPORTED += ["accelerate", "torch.distributed.checkpoint", "torchvision.utils", 
 FORKS.set_forkserver_preload([*LIGHT, *IMPORTED])
 Contents = dict[str, str]
 
-ROWS = 75  # batches of 16 run across the ends of epochs
-# Images are augmented and codes revived, a critic plays, gradients of two micro-batches are added, dropout draws, a
-# line of metrics is half gathered when a checkpoint is saved, and checkpoints are saved all the time: all that a resume
-# could lose.
+ROWS = 75  # batches of 16 cross the ends of epochs
+# Everything that a resume could lose: augmentation, revived codes, a critic, accumulated gradients, dropout, a line of
+# metrics that is half gathered when a checkpoint is saved, and frequent checkpoints.
 RUN = {
     "train__batch_size": 16,
     "train__timeout": 20,
@@ -56,17 +55,17 @@ PRIOR = {
     "model": {"kind": "gpt", "dim": 16, "depth": 2, "heads": 2, "dropout": 0.2, "attention_dropout": 0.1},
 }
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-"""What `accelerate launch --use_fsdp --fsdp_version 2` sets, of all that a run reads."""
+"""Variables that `accelerate launch --use_fsdp --fsdp_version 2` sets and a run reads."""
 
 
 class Attempt:
-    """The processes of one start of a command; `ended` says when each has ended."""
+    """The processes of one start of a command; `ended`: time at which each rank ended."""
 
     def __init__(self, processes: list[ForkServerProcess], output: Path) -> None:
         self.processes, self.output, self.ended = processes, output, dict[int, float]()
 
     def wait(self, seconds: float) -> bool:
-        """Whether all end within so many seconds."""
+        """Wait up to `seconds`; returns whether all have ended."""
         until = time.monotonic() + seconds
         while len(self.ended) < len(self.processes):
             for rank, process in enumerate(self.processes):
@@ -78,7 +77,7 @@ class Attempt:
         return len(self.ended) == len(self.processes)
 
     def send(self, number: int, ranks: list[int] | None = None) -> None:
-        """A signal to these ranks (all) that still run."""
+        """Send a signal to these ranks (default: all) if they still run."""
         for rank in range(len(self.processes)) if ranks is None else ranks:
             process = self.processes[rank]
             if process.exitcode is None and process.pid is not None:
@@ -86,9 +85,9 @@ class Attempt:
                     os.kill(process.pid, number)
 
     def end(self) -> list[int]:
-        """The exit codes, negative for a signal. As a launcher does, it ends those that are left after one has failed.
+        """Wait for the exit codes, negative for a signal. Like a launcher, terminate the others after one has failed.
 
-        Raises `AssertionError` for a process that then runs on for half a minute, or for two minutes in any case.
+        Raises `AssertionError` if a process then takes half a minute, or two minutes in any case.
         """
         until, failed = time.monotonic() + 120, False
         while not self.wait(0.05) and time.monotonic() < until:
@@ -103,17 +102,17 @@ class Attempt:
 
 
 def written(path: Path) -> Contents:
-    """The hash of the file at `path`, or of each file below it."""
+    """Hash the file at `path`, or each file below it."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return {file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 @dataclass
 class Case:
-    """A command that makes `out`, on so many processes (None: another number each time), and `contents` of a result.
+    """A command that writes `out` with a number of processes (None: a random number each time).
 
-    earlier: the arguments of what is there before, if anything is. window: the seconds from a start in which it is
-    interrupted. expected: the contents, when nobody interrupts.
+    earlier: arguments of the command whose result is replaced, if any. contents: hashes a result. window: seconds after
+    the start within which the command is interrupted. expected: contents of the uninterrupted result.
     """
 
     name: str
@@ -129,26 +128,26 @@ class Case:
     expected: Contents = field(default_factory=dict)
 
     def start(self, out: Path, processes: int, argv: list[str] | None = None) -> Attempt:
-        """Start it, or continue it."""
+        """Start or continue the command."""
         command = ["-m", f"pipelines.{self.verb}", *(argv or self.argv), f"out={out}"]
         return Attempt(start_ranks(command, processes, log_of(out), **self.variables), log_of(out))
 
     def finish(self, out: Path, processes: int, argv: list[str] | None = None) -> list[str]:
-        """Run it to its end; what is wrong."""
+        """Run the command to its end; returns errors."""
         codes = self.start(out, processes, argv).end()
         return [f"{out}: exit codes {codes}: {printed_in(log_of(out))[-500:]}"] if any(codes) else []
 
     def place(self, name: str) -> Path:
-        """Where a result goes, in a new folder of its own, with what is there before."""
+        """Create a new folder for a result, with the earlier result in it; returns the path of the result."""
         out = self.folder / name / f"out{self.suffix}"
         out.parent.mkdir(parents=True)
         assert not (self.finish(out, 1, self.earlier) if self.earlier else [])
         return out
 
     def prepare(self, share: float) -> Case:
-        """Make the result that others are compared with; `share` of its seconds are the window."""
+        """Create the expected result; the window is a `share` of the time that it takes."""
         out, warm = self.place("whole"), FORKS.Process()
-        warm.start(), warm.join()  # what it is forked from imports everything first
+        warm.start(), warm.join()  # the fork server imports everything first
         began = time.monotonic()
         wrong = self.finish(out, self.processes or 1)
         assert not wrong, wrong
@@ -156,16 +155,16 @@ class Case:
         return self
 
     def differences(self, out: Path) -> list[str]:
-        """The parts that are not as if nobody had interrupted, and files that are left beside the result. (A process
-        that is killed between two renames may leave a folder `.del-*`.)"""
+        """Parts that differ from the uninterrupted result, and files left beside it. (A process killed between two
+        renames may leave a folder `.del-*`.)"""
         found = self.contents(out) if out.exists() else {}
         wrong = [name for name in sorted(self.expected | found) if found.get(name) != self.expected.get(name)]
         beside = [path.name for path in out.parent.iterdir() if not path.name.startswith((out.name, ".del-"))]
         return [f"{out}: {name} differs" for name in [*wrong, *(name for name in beside if ".lock" not in name)]]
 
     def is_sound(self, out: Path, before: Contents | None) -> bool:
-        """Whether what a verb's kill has left is nothing, what was there or the result; or some of its files, where
-        they come one by one."""
+        """Whether a killed command left nothing, the earlier result or the new one; `generate` into a folder may leave
+        some of its files."""
         if self.contents is not written or not out.exists():
             return True
         now = written(out)
@@ -175,14 +174,14 @@ class Case:
 
 
 def log_of(out: Path) -> Path:
-    """Where the processes of a run print."""
+    """The file of the output of a run."""
     return out.with_name(f"{out.name}.log")
 
 
 def interrupt(case: Case, seed: int, count: int, number: signal.Signals) -> dict[str, Any]:
-    """Interrupt commands of a case `count` times, and complete each; what was counted, and as `broken` what was wrong.
+    """Interrupt commands of a case `count` times, and complete each; returns counts, and errors as `broken`.
 
-    SIGKILL strikes all processes or one of them, by turns, Ctrl-C all.
+    SIGKILL is sent to all processes or to one, Ctrl-C to all.
     """
     draw, found, broken, slowest = random.Random(f"{case.name} {seed} {number.name}"), Counter[str](), list[str](), 0.0
     while found["interrupted"] < count:
@@ -193,17 +192,17 @@ def interrupt(case: Case, seed: int, count: int, number: signal.Signals) -> dict
             attempt = case.start(out, processes)
             if attempt.wait(draw.uniform(0, case.window)):
                 attempt.end()
-                break  # it had come to its end
+                break  # it finished before the signal
             one = number == signal.SIGKILL and processes > 1 and draw.random() < 0.5
             began = time.monotonic()
             attempt.send(number, [draw.randrange(processes)] if one else None)
             codes = attempt.end()
             slowest = max(slowest, *(at - began for at in attempt.ended.values()))
             if number == signal.SIGKILL and -signal.SIGKILL not in codes:
-                break  # it had come to its end just before
+                break  # it finished just before the signal
             found.update(["interrupted", *what_it_did(case, out, codes, number, broken)])
             if not case.is_sound(out, before):
-                broken.append(f"{out}: a kill left neither what was there nor the result")
+                broken.append(f"{out}: a kill left neither the earlier result nor the new one")
         broken += case.finish(out, case.processes or draw.randint(1, 3)) or case.differences(out)
         found["runs compared"] += 1
         shutil.rmtree(out.parent)
@@ -211,8 +210,8 @@ def interrupt(case: Case, seed: int, count: int, number: signal.Signals) -> dict
 
 
 def what_it_did(case: Case, out: Path, codes: list[int], number: int, broken: list[str]) -> list[str]:
-    """What an interrupted run was doing. One that was training when Ctrl-C met it says at which step it stopped, and
-    that is what is saved."""
+    """What a training run was doing when it was interrupted. After Ctrl-C, a run prints the step at which it stopped,
+    and has saved that step."""
     if case.contents is written:
         return []
     saved = sorted((out / "state").glob("step-*"))
@@ -238,8 +237,8 @@ def what_it_did(case: Case, out: Path, codes: list[int], number: int, broken: li
 
 
 def run_contents(out: Path) -> Contents:
-    """All of a finished run that no clock is in: tensors of the newest checkpoint and of the snapshot, the record,
-    lines, pictures, and the names of its files; not of the checkpoint before, which may be that of a signal."""
+    """Hash a finished run without timings: tensors of the newest checkpoint and of the snapshot, counters, metrics,
+    pictures, and file names. The checkpoint before may be that of a signal, and is left out."""
     from launch import exact, states, tensors
 
     record = json.loads((states(out)[-1] / "state.json").read_text())
@@ -255,7 +254,7 @@ def run_contents(out: Path) -> Contents:
 
 
 def make_case(stage: str, processes: int, folder: Path, steps: int, sharded: bool = False) -> Case:
-    """A run of `tokenizer` or `prior` that is ready to be interrupted."""
+    """A training run of `tokenizer` or `prior`, ready to be interrupted."""
     from launch import make_tokens, prior_arguments, tokenizer_arguments
 
     folder = folder / f"{stage}-{processes}{'-sharded' * sharded}"
@@ -268,14 +267,14 @@ def make_case(stage: str, processes: int, folder: Path, steps: int, sharded: boo
     argv = [argument for argument in argv if not argument.startswith("out=")]
     case = Case(name, f"train_{stage}", folder, argv, processes, variables={**SHARDED} if sharded else {})
     case.contents = run_contents
-    return case.prepare(0.9 if steps < 100 else 0.3)  # a part of a long run, so that it is interrupted several times
+    return case.prepare(0.9 if steps < 100 else 0.3)  # early in a long run, so that it is interrupted several times
 
 
-# Encodes and sets of images
+# `encode` and `generate`
 
 
 def make_verb_cases(folder: Path) -> list[Case]:
-    """A new dataset, one in the place of another, and both forms of a set of images."""
+    """A new token dataset, one that replaces another, and generated images in both formats."""
     import torch
     from givens.image_folders import write_folder
     from small_pipelines import make_pipeline
@@ -299,5 +298,5 @@ def make_verb_cases(folder: Path) -> list[Case]:
 
 if __name__ == "__main__":
     for each in make_verb_cases(Path(sys.argv[1])):
-        told = interrupt(each.prepare(1.2), int(sys.argv[3]), int(sys.argv[2]), signal.SIGKILL)
-        print(json.dumps({"case": each.name, **told}), flush=True)
+        result = interrupt(each.prepare(1.2), int(sys.argv[3]), int(sys.argv[2]), signal.SIGKILL)
+        print(json.dumps({"case": each.name, **result}), flush=True)

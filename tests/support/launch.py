@@ -1,4 +1,4 @@
-"""Tiny runs of the real verbs, in this process or in others, and what they leave behind."""
+"""Tiny runs of the real commands, in this process or in others, and helpers that read their results."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from pipelines.train_tokenizer import run as run_tokenizer
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
-DIGITS = functools.cache(tables.digits)  # parsed once, whatever the number of runs
-CLOCK = {"images_per_second", "tokens_per_second", "minutes"}  # what no two runs have in common
+DIGITS = functools.cache(tables.digits)  # parsed once for all runs
+CLOCK = {"images_per_second", "tokens_per_second", "minutes"}  # metrics that differ between equal runs
 
-MACHINE = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # as `accelerate launch` says it
+MACHINE = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # options of `accelerate launch`
 
 COMMON = {
     "track.wandb": "disabled",
@@ -55,12 +55,12 @@ PRIOR = {"model": GPT, "train.lr": 4e-3}
 
 
 def arguments(values: dict[str, Any]) -> list[str]:
-    """`key=value` for each."""
+    """Command-line arguments `key=value`."""
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 def tokenizer_arguments(out: Path, **more: Any) -> list[str]:
-    """The command line of a tiny run of stage one; in `more`, `a__b` stands for `a.b`."""
+    """The command line of a tiny run of stage one; `a__b` in `more` means `a.b`."""
     return arguments({"out": str(out), **COMMON, **TOKENIZER, **dotted(more)})
 
 
@@ -70,12 +70,12 @@ def prior_arguments(out: Path, tokens: Path, **more: Any) -> list[str]:
 
 
 def dotted(values: dict[str, Any]) -> dict[str, Any]:
-    """`a__b` as `a.b`."""
+    """Replace `__` in keys by dots."""
     return {key.replace("__", "."): value for key, value in values.items()}
 
 
 def train_tokenizer(out: Path, charts: bool = False, **more: Any) -> Path:
-    """Train in this process, without the chart of the codebook unless `charts`; raises what the verb raises."""
+    """Train in this process. `charts`: draw the chart of the codebook, which is slow."""
     argv = tokenizer_arguments(out, **more)
     drawn = nullcontext() if charts else patch.object(CodebookUse, "picture", blank)
     with drawn, patch.object(tables, "digits", DIGITS):
@@ -83,25 +83,25 @@ def train_tokenizer(out: Path, charts: bool = False, **more: Any) -> Path:
 
 
 def train_prior(out: Path, tokens: Path, **more: Any) -> Path:
-    """Train in this process; raises what the verb raises."""
+    """Train in this process."""
     argv = prior_arguments(out, tokens, **more)
     return run_prior(parse(TrainPriorConfig, argv, verb="train_prior", description=None))
 
 
 def blank(*_: object, **__: object) -> np.ndarray:
-    """A picture on which nothing is drawn: drawing is a third of a tiny run, and has tests of its own."""
+    """An empty picture: drawing takes a third of a tiny run, and is tested elsewhere."""
     return np.full((8, 8, 3), 255, dtype=np.uint8)
 
 
 def train_stage(stage: str, out: Path, tokens: Path, **more: Any) -> Path:
-    """Train one of the two stages, by the name of its verb."""
+    """Train one of the two stages, by the name of its command."""
     return train_prior(out, tokens, **more) if stage == "train_prior" else train_tokenizer(out, **more)
 
 
 def make_tokens(
     folder: Path, rows: int = 72, kind: str = "vqvae", classes: int = 3, quantizer: dict[str, Any] | None = None
 ) -> Path:
-    """A token dataset with structure to learn: each class has its own pattern, and a tenth of the ids are noise."""
+    """Write a token dataset with a pattern per class, in which a tenth of the ids are noise."""
     config = {**VQVAE, **({"quantizer": quantizer} if quantizer else {})} if kind == "vqvae" else {"kind": kind}
     choices = {key: value for key, value in config.items() if key != "kind"}
     tokenizer = Tokenizer.create(kind, image_size=(28, 28), channels=1, **choices)
@@ -120,11 +120,11 @@ def make_tokens(
     return folder
 
 
-# Other processes
+# Child processes
 
 
 def environment(**more: str) -> dict[str, str]:
-    """One thread, CPU, and this environment's commands first; no launcher's variables from outside."""
+    """The environment of child processes: one thread, CPU, this interpreter's commands first, no launcher variables."""
     outside = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     clean = {key: value for key, value in os.environ.items() if key not in outside}
     path = f"{Path(sys.executable).parent}{os.pathsep}{clean.get('PATH', '')}"
@@ -132,25 +132,25 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def start(command: list[str], **more: str) -> subprocess.Popen[str]:
-    """The command, started from the project's root with its output kept."""
+    """Start a command in the repository root and capture its output."""
     return subprocess.Popen(
         command, cwd=ROOT, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
 def output_of(process: subprocess.Popen[str], seconds: float = 200, code: int | None = 0) -> str:
-    """What it prints until it ends; fails if it hangs or ends with another exit code."""
+    """Wait for a process and return its output; fails on a timeout or another exit code."""
     try:
         printed, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         end(process)
-        raise AssertionError(f"no end after {seconds} s: {' '.join(process.args)}") from None  # type: ignore[arg-type]
+        raise AssertionError(f"still running after {seconds} s: {' '.join(process.args)}") from None  # type: ignore[arg-type]
     assert code is None or process.returncode == code, f"exit code {process.returncode}:\n{printed}"
     return printed
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Kill it and what it has started, if they still run."""
+    """Kill a process and its children, if they still run."""
     try:
         started = psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -162,47 +162,33 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def verb(name: str, argv: list[str]) -> list[str]:
-    """The command of one process."""
+    """The command that runs a verb in one process."""
     return [sys.executable, "-m", f"pipelines.{name}", *argv]
 
 
 def launched(options: list[str], *what: str) -> list[str]:
-    """The command of several processes that `accelerate launch` starts, on a port that is free."""
+    """An `accelerate launch` command on a free port."""
     return ["accelerate", "launch", *options, "--main_process_port", str(free_port()), *what]
 
 
 def two_processes(name: str, argv: list[str], count: int = 2) -> list[str]:
-    """The documented command of two processes on the CPU, or of more."""
+    """The documented command for two or more processes on the CPU."""
     return launched(["--multi_gpu", "--num_processes", str(count), *MACHINE], "-m", f"pipelines.{name}", *argv)
 
 
 def one_launched(name: str, argv: list[str]) -> list[str]:
-    """The command of one process that `accelerate launch` starts."""
+    """The command for one process under `accelerate launch`."""
     return ["accelerate", "launch", "--num_processes", "1", *MACHINE, "-m", f"pipelines.{name}", *argv]
 
 
-def kill_the_second(process: subprocess.Popen[str], ready: Any) -> list[psutil.Process]:
-    """Once `ready()`, kill the second of the processes that were launched; the others have to end too. All of them."""
-    try:
-        assert wait_for(ready, process)
-        workers = psutil.Process(process.pid).children(recursive=True)
-        (second,) = [worker for worker in workers if worker.environ().get("RANK") == "1"]
-        second.kill()
-        output_of(process, 60, code=None)
-    finally:
-        end(process)
-    assert process.returncode != 0
-    return workers
-
-
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Find a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-# What a run leaves
+# Results of a run
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -211,12 +197,12 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def exact(run: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` without what a clock says."""
+    """The lines of `metrics.jsonl` without timings."""
     return [{key: value for key, value in line.items() if key not in CLOCK} for line in metrics(run)]
 
 
 def losses(run: Path, name: str = "loss") -> list[float]:
-    """One figure, step by step."""
+    """One metric of each step."""
     return [line[name] for line in metrics(run) if name in line]
 
 
@@ -226,7 +212,7 @@ def states(run: Path) -> list[Path]:
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of every safetensors file below `folder`, and of every checkpoint of torch, by file and name."""
+    """All tensors of safetensors files and torch checkpoints below `folder`, by file and name."""
     found = {
         f"{path.relative_to(folder)}:{key}": value
         for path in sorted(folder.rglob("*.safetensors"))
@@ -239,19 +225,19 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint of torch, whole, whichever number of processes has written it."""
+    """The unsharded tensors of a torch checkpoint."""
     reader = dcp.FileSystemReader(folder)
     described: dict[str, Any] = reader.read_metadata().state_dict_metadata
     found = {key: torch.empty(each.size, dtype=each.properties.dtype) for key, each in sorted(described.items())}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that one process reads alone
+        warnings.simplefilter("ignore")  # reading without a process group
         dcp.load(found, storage_reader=reader, no_dist=True)
     return found
 
 
 def assert_equal_tensors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """The same names, and the same bits."""
-    assert list(found) == list(expected) and expected
+    """Assert equal names and bits."""
+    assert sorted(found) == sorted(expected) and expected
     different = [key for key, value in expected.items() if not torch.equal(found[key], value)]
     assert not different, f"{len(different)} of {len(expected)} tensors differ: {different[:5]}"
 
@@ -266,4 +252,4 @@ def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 20
             return False
         time.sleep(0.0005)
     end(process)
-    raise AssertionError(f"nothing happened in {seconds} s")
+    raise AssertionError(f"the condition did not hold within {seconds} s")

@@ -1,4 +1,4 @@
-"""Accelerate in this process, which is the only one and on the CPU; accelerate sets itself up once, unless told."""
+"""Reset accelerate, which otherwise configures itself once per process."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from accelerate.state import AcceleratorState
 
 
 def begin_anew() -> None:
-    """What accelerate is, it is asked again: as if the process had just begun."""
+    """Make accelerate read its environment again."""
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @contextmanager
 def one_process() -> Iterator[None]:
-    """For fixtures that train once for several tests; a test asks for the fixture of this name."""
+    """One process on the CPU. For fixtures with a wider scope; tests use the fixture of this name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         begin_anew()

@@ -1,4 +1,4 @@
-"""Tests that need a package which not everybody installs, or which takes seconds to import."""
+"""Optional packages: marks that skip tests without them, and late imports of slow ones."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ needs_torch_fidelity = pytest.mark.skipif(find_spec("torch_fidelity") is None, r
 
 
 class Late:
-    """A module that is imported when a name of it is first used: every worker collects all files, and few run its."""
+    """A module that is imported when it is first used, so that collecting tests stays fast."""
 
     def __init__(self, name: str) -> None:
         self.__name__ = name

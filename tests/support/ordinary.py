@@ -1,4 +1,4 @@
-"""Root as others are: files and folders whose mode forbids it are closed, while the block lasts."""
+"""Run as root without its privilege to ignore file modes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VERSION, OVERRIDE, SEARCH = 0x20080522, 1, 2  # of capset; CAP_DAC_OVERRIDE, CAP
 
 @contextmanager
 def as_others() -> Iterator[None]:
-    """This thread, and those that it starts, cannot do what a mode forbids; other users cannot in any case."""
+    """File modes apply to this thread and threads started from it, even for root."""
     if os.geteuid() != 0:
         yield
         return
@@ -25,7 +25,7 @@ def as_others() -> Iterator[None]:
     header, before = (ctypes.c_uint32 * 2)(VERSION, 0), (ctypes.c_uint32 * 6)()
     assert libc.capget(header, before) == 0
     less = (ctypes.c_uint32 * 6)(*before)
-    less[0] &= ~(1 << OVERRIDE | 1 << SEARCH)  # of those in effect; they stay permitted
+    less[0] &= ~(1 << OVERRIDE | 1 << SEARCH)  # the effective set; the permitted set is unchanged
     assert libc.capset(header, less) == 0
     try:
         yield

@@ -1,10 +1,10 @@
-"""Python files in processes of their own, alone or as ranks of a group, forked from a server (of multiprocessing) that
-has imported torch: no test waits for that again.
+"""Run Python files in other processes, alone or as ranks of a group. They are forked from a server that has imported
+torch, which saves seconds per process.
 
     printed = run_file("-m", "pipelines.train_prior", "--help")
-    fork_twice(__file__, FOLDER)    # a test file whose `__main__` works as each of two ranks
+    fork_twice(__file__, FOLDER)    # a test file whose `__main__` runs as each of two ranks
 
-A process begins as in a new interpreter, except that torch is loaded.
+A process starts like a new interpreter, except that torch is loaded.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ import torch.distributed as dist
 
 FORKS = multiprocessing.get_context("forkserver")
 LIGHT = ["torch", "torch.distributed", "numpy", "safetensors.torch", "pydantic", "yaml", "PIL.Image", "pytest"]
-"""Not huggingface_hub, which reads the environment when it is imported."""
+"""Without huggingface_hub, which reads the environment when it is imported."""
 FORKS.set_forkserver_preload(LIGHT)
 
-# From outside
+# In the test process
 
 
 def start_file(argv: list[str], output: Path, **variables: str | None) -> ForkServerProcess:
-    """Start a file or `-m MODULE` with its arguments in the working directory; what it prints is added to `output`, and
-    its errors to a file beside it. variables: of its environment, None for one that it has not."""
-    from launch import environment  # late: the processes that are started should not import it
+    """Start a file or `-m MODULE` with arguments in the working directory. Output is appended to `output`, stderr to a
+    file beside it. variables: changes to the environment; None removes one."""
+    from launch import environment  # late: child processes should not import it
 
     values = {name: value for name, value in {**environment(), **variables}.items() if value is not None}
     process = FORKS.Process(target=become, args=(argv, values, output, os.getcwd()))
@@ -46,7 +46,7 @@ def start_file(argv: list[str], output: Path, **variables: str | None) -> ForkSe
 
 
 def start_ranks(argv: list[str], world: int, output: Path, **variables: str | None) -> list[ForkServerProcess]:
-    """Start a file in `world` processes, which find each other as those of a launcher do."""
+    """Start a file in `world` processes, with the variables that a launcher sets."""
     from launch import free_port
 
     if world == 1:
@@ -56,17 +56,17 @@ def start_ranks(argv: list[str], world: int, output: Path, **variables: str | No
 
 
 def printed_in(output: Path) -> str:
-    """What processes have printed so far, errors first."""
+    """The output so far, errors first."""
     return "".join(path.read_text(errors="replace") for path in (errors_of(output), output) if path.exists())
 
 
 def errors_of(output: Path) -> Path:
-    """The file of what goes to stderr."""
+    """The file of stderr."""
     return output.with_name(f"{output.name}.errors")
 
 
 def become(argv: list[str], variables: dict[str, str], output: Path, folder: str) -> None:
-    """Run the file, in the new process."""
+    """Run the file. Called in the new process."""
     for number, path in ((1, output), (2, errors_of(output))):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(folder)
@@ -77,18 +77,18 @@ def become(argv: list[str], variables: dict[str, str], output: Path, folder: str
     try:
         if argv[0] == "-m":
             sys.argv, sys.path[0] = argv[1:], folder
-            sys.modules.pop(argv[1], None)  # it becomes `__main__`
+            sys.modules.pop(argv[1], None)  # it runs as `__main__`
             runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv, sys.path[0] = argv, str(Path(argv[0]).parent)
             runpy.run_path(argv[0], run_name="__main__")
     except KeyboardInterrupt:
-        raise SystemExit(130) from None  # as shells show SIGINT
+        raise SystemExit(130) from None  # as shells report SIGINT
 
 
 def run_ranks(argv: list[str], world: int, seconds: float = 200, **variables: str | None) -> tuple[list[int], str]:
-    """Run a file in `world` processes; the exit codes (negative for a signal), and all that was printed. Raises
-    `AssertionError` if they do not end."""
+    """Run a file in `world` processes; returns exit codes (negative for a signal) and output. Raises `AssertionError`
+    on a timeout."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "printed")
         processes = start_ranks(argv, world, output, **variables)
@@ -105,7 +105,7 @@ def run_ranks(argv: list[str], world: int, seconds: float = 200, **variables: st
 
 
 def kill(process: ForkServerProcess) -> None:
-    """Kill a process that still runs, and what it has started."""
+    """Kill a process and its children, if it still runs."""
     if process.is_alive():
         for child in psutil.Process(process.pid).children(recursive=True):
             child.kill()
@@ -114,14 +114,14 @@ def kill(process: ForkServerProcess) -> None:
 
 
 def run_file(*argv: str | Path, seconds: float = 200, **variables: str | None) -> str:
-    """Run one file or module with its arguments, which has to end with success; what it prints, errors first."""
+    """Run a file or module, which must succeed; returns its output, errors first."""
     (code,), printed = run_ranks([*map(str, argv)], 1, seconds, **variables)
     assert code == 0, f"exit code {code}:\n{printed}"
     return printed
 
 
 def fork_twice(file: str, *arguments: str | Path, seconds: float = 200) -> str:
-    """Run a file as each of two ranks, which have to end with success; what they print."""
+    """Run a file as each of two ranks, which must succeed; returns their output."""
     codes, printed = run_ranks([file, *map(str, arguments)], 2, seconds)
     assert codes == [0, 0], f"exit codes {codes}:\n{printed}"
     return printed
@@ -131,21 +131,21 @@ def fork_twice(file: str, *arguments: str | Path, seconds: float = 200) -> str:
 
 
 def join_group(folder: Path) -> int:
-    """Meet the others in a file of the folder; returns the rank."""
+    """Join the group through a file in the folder; returns the rank."""
     rank, world, limit = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), datetime.timedelta(seconds=50)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=limit)
     return rank
 
 
 def gathered(value: Any) -> list[Any]:
-    """`value` of every process."""
+    """The `value` of each rank."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def digest(values: Iterable[Any]) -> str:
-    """A hash of the bits of tensors, or of this process's pieces of them."""
+    """Hash the bits of tensors, or of their shards in this process."""
     state = hashlib.sha256()
     for value in values:
         local = value.to_local() if hasattr(value, "to_local") else value
@@ -154,8 +154,8 @@ def digest(values: Iterable[Any]) -> str:
 
 
 def leave_group() -> NoReturn:
-    """Leave the group once the others are here too, and end with success at once: gloo's threads now and then abort an
-    interpreter that ends by itself."""
+    """Leave the group together with the other ranks, and exit immediately with success: gloo's threads occasionally
+    abort an interpreter that shuts down normally."""
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()

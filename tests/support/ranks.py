@@ -1,5 +1,4 @@
-"""Several processes of one group, each a thread of this process, for what takes no time to compute: processes of their
-own take seconds. Torch's generators are shared by threads: draw outside."""
+"""Ranks of a process group as threads of this process, which start at once. Threads share torch's global generators."""
 
 from __future__ import annotations
 
@@ -19,8 +18,8 @@ from pipelines.processes.group import ProcessGroup
 
 
 class Several:
-    """`count` ranks, which see `torch.distributed` as far as the product calls it. Put `joined` in the place of
-    `join_group`, or `accelerator` and `group_of` in the place of those of `encode`, then `run` it."""
+    """`count` ranks with a stand-in for the parts of `torch.distributed` that the product uses. Replace `join_group` by
+    `joined`, or `encode`'s `accelerator` and `group_of` by the methods here, then call `run`."""
 
     def __init__(self, count: int, seconds: float = 60) -> None:
         self.count, self.own = count, threading.local()
@@ -29,7 +28,7 @@ class Several:
 
     @property
     def side(self) -> ProcessGroup:
-        """The group, as the rank sees it whose thread this is."""
+        """The group as seen by this thread's rank."""
         return ProcessGroup(self.own.rank, self.count)
 
     @contextmanager
@@ -44,7 +43,7 @@ class Several:
         return self.side
 
     def meet(self, thing: Any) -> list[Any]:
-        """Each rank's, once all are here."""
+        """Gather an object from each rank."""
         self.shown[self.own.rank] = thing
         self.barrier.wait()
         found = list(self.shown)
@@ -63,7 +62,7 @@ class Several:
         found[:] = self.meet(thing)
 
     def run(self, work: Callable[[], Any]) -> list[Any]:
-        """What `work` returns on each rank. What one raises is raised here."""
+        """Return the result of `work` on each rank, or raise the first error."""
         found: list[Any] = [None] * self.count
         errors: list[BaseException] = []
 
@@ -71,7 +70,7 @@ class Several:
             self.own.rank = rank
             try:
                 found[rank] = work()
-            except BaseException as error:  # also of a failed assertion
+            except BaseException as error:  # including failed assertions
                 errors.append(error)
                 self.barrier.abort()
 
@@ -86,7 +85,7 @@ class Several:
                 thread.start()
             for thread in threads:
                 thread.join()
-        torch.backends.cuda.enable_cudnn_sdp(True)  # sampling turns it off meanwhile, and threads share the switch
+        torch.backends.cuda.enable_cudnn_sdp(True)  # sampling turns it off temporarily, and threads share the flag
         echoes = (threading.BrokenBarrierError, ReportedElsewhere, ProcessFailed)
         for error in sorted(errors, key=lambda error: isinstance(error, echoes)):
             raise error
@@ -94,6 +93,6 @@ class Several:
 
 
 def of_ranks(world: int, work: Callable[[int], Any]) -> list[Any]:
-    """What `work(rank)` returns on each of so many ranks."""
+    """Return the results of `work(rank)` on `world` ranks."""
     several = Several(world)
     return several.run(lambda: work(several.side.rank))

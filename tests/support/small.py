@@ -1,4 +1,4 @@
-"""Small models of every registered kind: a new file in a family is tested the moment it exists."""
+"""Small models of every registered kind, so that a new file in a family is tested at once."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from prior import Prior
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.quantizers import Quantized, Quantizer
 
-# Smaller than the defaults, where a model has sizes; a model that is not listed is tested at its defaults.
+# Settings of small models. A model that is not listed is tested with its defaults.
 SMALL: dict[str, dict[str, Any]] = {
     "gpt": {"dim": 32, "depth": 2, "heads": 2},
     "causal_conv": {"dim": 16, "depth": 4, "max_dilation": 8, "skip": 16},
@@ -60,14 +60,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "klvae": {"widths": (16,), "blocks": (1,), "latent": 3, "bins": 6},
     "posthoc": {"bins": 7, "vae": {"kind": "klvae", "widths": (16,), "blocks": (1,), "latent": 3}},
 }
-# What makes a prior take every order.
+# Settings with which a prior takes every order.
 ANY_ORDER: dict[str, dict[str, Any]] = {
     "gpt": {"any_order": True},
     "made": {"order_agnostic": True},
     "masked": {},
     "blocks": {"any_order": True},
 }
-# Priors with a setting that changes much of what they do: tested as if they were kinds of their own.
+# Priors with settings that change much of the code path, tested like separate kinds.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "windowed_gpt": ("gpt", {"window": (1, 2), "dilation": (2, 1)}),
     "windowed_blocks": ("blocks", {"window": (1, 2), "dilation": (1, 2)}),
@@ -78,12 +78,12 @@ PARTITIONS = ["diagonal", "wave:2", "rows", "dyadic", "regions:4", "halton:4", "
 
 
 def node_of(name: str) -> dict[str, Any]:
-    """The configuration of a small model of the family, as a run takes it."""
+    """The configuration node of a small model."""
     return {"kind": name, **SMALL.get(name, {})}
 
 
 def quantizer_of(name: str, height: int, width: int) -> dict[str, Any]:
-    """`node_of` a small quantizer for latents of this size."""
+    """The configuration node of a small quantizer for latents of this size."""
     scales = {"scales": ("1x1", f"{height}x{width}")} if name == "multiscale" else {}
     return {**node_of(name), **scales}
 
@@ -94,12 +94,12 @@ def make_quantizer(name: str, **config: Any) -> Quantizer:
 
 
 def latents(quantizer: Quantizer, count: int, *spatial: int) -> Tensor:
-    """Random vectors `(count, dim, *spatial)`; those of a quantizer of scales are of its own size."""
+    """Random vectors `(count, dim, *spatial)`; a quantizer of scales determines its own size."""
     return torch.randn(count, quantizer.dim, *(quantizer.scales[-1] if quantizer.scales else spatial))
 
 
 def train_on(quantizer: Quantizer, z: Tensor) -> Quantized:
-    """A step of training without an optimizer: what moves by itself moves."""
+    """A training step without an optimizer: only moving averages change."""
     return quantizer.quantize(z)
 
 
@@ -109,11 +109,11 @@ def make_tokenizer(name: str, image_size: tuple[int, int] = (12, 8), channels: i
 
 
 PLACED = [name for name in TOKENIZERS if make_tokenizer(name).placed]
-"""Those that know which tokens the known pixels make known."""
+"""Tokenizers that can tell which tokens the known pixels determine."""
 
 
 def grid_of(name: str, shape: tuple[int, ...], vocab_size: int) -> TokenGrid:
-    """A grid for this prior: of this shape, or of scales that end at it, each of half the sides of the next."""
+    """A grid for this prior: of this shape, or with scales that double up to it."""
     if name != "next_scale" or len(shape) != 2:
         return TokenGrid(shape, vocab_size)
     scales = [shape]
@@ -123,7 +123,7 @@ def grid_of(name: str, shape: tuple[int, ...], vocab_size: int) -> TokenGrid:
 
 
 def make_prior(name: str, shape: tuple[int, ...] = (3, 4), vocab_size: int = 5, **config: Any) -> Prior:
-    """A small prior of the family with weights large enough that every input matters, in eval mode."""
+    """A small prior in eval mode, with weights large enough that every input matters."""
     kind, settings = VARIANTS.get(name, (name, {}))
     config = {"grid": grid_of(kind, shape, vocab_size), "num_classes": 3, **SMALL.get(kind, {}), **settings, **config}
     model = Prior.create(kind, **config)
@@ -138,12 +138,12 @@ def draw_tokens(model: Prior, count: int) -> Tensor:
 
 
 def draw_known(model: Prior, count: int, share: float) -> Tensor:
-    """bool `(count, *grid)`, True at about this share of the tokens."""
+    """bool `(count, *grid)`, True for about this share of the tokens."""
     return torch.rand(count, *model.grid.shape) < share
 
 
 def moved_by(model: Prior, tokens: Tensor, labels: Tensor | None = None, least: float = 1e-9, **inputs: Any) -> Tensor:
-    """bool `(N, N)`: [i, j] where logits at i move, in some image and by more than `least`, when token j does."""
+    """bool `(N, N)`: [i, j] if changing token j changes the logits at i by more than `least`, in some image."""
     vocab, size = model.grid.vocab_size, len(model.grid)
     before, moved = model(tokens, labels, **inputs), torch.zeros(size, size, dtype=torch.bool)
     for at in range(size):
@@ -154,7 +154,7 @@ def moved_by(model: Prior, tokens: Tensor, labels: Tensor | None = None, least: 
 
 
 def allows_order(name: str, order: str) -> bool:
-    """Whether the prior takes this order; a model that does not says so on construction."""
+    """Whether the prior accepts this order at construction."""
     try:
         make_prior(name, order=order)
     except ValueError:
@@ -172,9 +172,9 @@ PRIORS_IN_ORDERS = [
 
 SLOWER_TO_TEST = {"column", "snake", "spiral_out", "z_curve", "subsample", "wave:2", "dyadic", "regions:4", "spread:5"}
 PRIORS_IN_SOME_ORDERS = [(name, order) for name, order in PRIORS_IN_ORDERS if order not in SLOWER_TO_TEST]
-"""For tests that take long, and of what does not go by the shape of an order."""
+"""For slow tests that do not depend on the shape of an order."""
 
 
 def generators(count: int, seed: int = 0) -> list[torch.Generator]:
-    """One generator per image, as a pipeline seeds them."""
+    """One generator per image, seeded as in a pipeline."""
     return [torch.Generator().manual_seed(seed + k) for k in range(count)]

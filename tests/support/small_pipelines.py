@@ -1,4 +1,4 @@
-"""Small pipelines of every tokenizer with a prior, and of every prior with a tokenizer."""
+"""Small pipelines that cover every tokenizer and every prior."""
 
 from __future__ import annotations
 
@@ -10,20 +10,13 @@ from small import PLACED, PRIORS, TOKENIZERS, make_prior, make_tokenizer, quanti
 from pipelines import ImagePipeline
 
 LABELS = ["cat", "dog", "eel"]
-# Every tokenizer with a prior, and every prior with a tokenizer: they only meet in a grid of ids.
+# Every tokenizer with `gpt`, and every prior with `vqvae`: the two only share a grid of ids.
 PAIRS = [*((tokenizer, "gpt") for tokenizer in TOKENIZERS), *(("vqvae", prior) for prior in PRIORS if prior != "gpt")]
 every_pair = pytest.mark.parametrize(("tokenizer", "prior"), PAIRS)
-# For what a prior does, whatever its grid is of: each of them, two grids of one of them, and all others with -m slow.
+# For tests of what the prior does: every prior, and two tokenizers; the other tokenizers with -m slow.
 USUAL = ("vqvae", "titok")
 every_prior_pair = pytest.mark.parametrize(
     ("tokenizer", "prior"), [pytest.param(*pair, marks=() if pair[0] in USUAL else pytest.mark.slow) for pair in PAIRS]
-)
-# Those that know which tokens the known pixels make known.
-PLACED_PAIRS = [pair for pair in PAIRS if pair[0] in PLACED and pair[1] != "next_scale"]
-placed_pairs = pytest.mark.parametrize(("tokenizer", "prior"), PLACED_PAIRS)
-placed_priors = pytest.mark.parametrize(
-    ("tokenizer", "prior"),
-    [pytest.param(*pair, marks=() if pair[0] in USUAL else pytest.mark.slow) for pair in PLACED_PAIRS],
 )
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS)
 every_placed_tokenizer = pytest.mark.parametrize("tokenizer", PLACED)
@@ -32,7 +25,7 @@ every_placed_tokenizer = pytest.mark.parametrize("tokenizer", PLACED)
 def make_pipeline(
     tokenizer="vqvae", prior="gpt", channels=1, *, size=(8, 12), labels=LABELS, sampler=None, sizes=None, **config
 ):
-    """An untrained pipeline; `sizes` are of the tokenizer, and `config` is of the prior."""
+    """An untrained pipeline; `sizes`: settings of the tokenizer, `config`: settings of the prior."""
     if prior == "next_scale":
         sizes = {**(sizes or {}), "quantizer": quantizer_of("multiscale", size[0] // 4, size[1] // 4)}
     first = make_tokenizer(tokenizer, size, channels, **(sizes or {})).eval()
@@ -42,7 +35,7 @@ def make_pipeline(
 
 
 def pixels_for(pipe, count=5):
-    """Random images of the pipeline's shape."""
+    """Random uint8 images of the pipeline's shape."""
     return torch.randint(0, 256, (count, *pipe.tokenizer.image_shape), dtype=torch.uint8)
 
 

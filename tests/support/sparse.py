@@ -1,11 +1,11 @@
-"""Tests of many combinations: by default each value of each parameter comes, all the others with `-m slow`.
+"""Tests with many parameter combinations: by default a few that cover each value, and the rest with `-m slow`.
 
     @pytest.mark.sparse
     @pytest.mark.parametrize("order", ORDERS)
     @pytest.mark.parametrize("name", PRIORS)
     def test_...
 
-is one test for each of the more numerous of the two, with the others in turn.
+runs one test for each value of the longer list, with the values of the other in turn.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Sequence
 import pytest
 
 Value = tuple[str, str]
-"""A parameter's name, and what is told of a value of it."""
+"""A parameter's name, and a description of a value."""
 
 
 def thin_out(items: Sequence[pytest.Item]) -> None:
-    """Mark as slow what adds nothing to the values that are tried, of each test that is marked as sparse."""
+    """Mark combinations of sparse tests as slow if their values are covered by others."""
     tests: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if item.get_closest_marker("sparse") and not item.get_closest_marker("slow"):
@@ -33,12 +33,12 @@ def thin_out(items: Sequence[pytest.Item]) -> None:
 
 
 def values_of(item: pytest.Item) -> set[Value]:
-    """Of its parameters; those of fixtures are among them."""
+    """The values of the parameters of a test, including those of fixtures."""
     return {(name, f"{type(value).__name__} {value!r}") for name, value in item.callspec.params.items()}  # type: ignore[attr-defined]
 
 
 def cover(sets: Sequence[set[Value]]) -> set[int]:
-    """Places of a few sets that hold together all that any holds: each time one that adds most, the first of them."""
+    """Indices of a few sets that cover the union, chosen greedily."""
     missing, found = set().union(*sets), set()
     while missing:
         place = max(range(len(sets)), key=lambda place: len(sets[place] & missing))

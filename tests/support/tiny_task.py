@@ -1,4 +1,4 @@
-"""A task of a few hundred weights that trains in milliseconds, and ways to kill or stop a run."""
+"""A task with a few hundred weights that trains in milliseconds, and ways to interrupt its runs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from launch import metrics, states
+from launch import CLOCK, checkpoint_tensors, metrics, states
+from launch import assert_equal_tensors as assert_same_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -29,11 +29,10 @@ from pipelines.training.trainer import Trainer, train
 from tokenizer.layers import FusedLinear
 
 ROWS, IDS = 40, 8
-CLOCK = {"images_per_second", "tokens_per_second", "minutes"}  # figures that depend on the time
 
 
 class TinyConfig(Config):
-    """Settings, as of stage two."""
+    """A configuration like that of stage two."""
 
     out: str
     tokens: str = "nowhere"
@@ -43,11 +42,11 @@ class TinyConfig(Config):
 
 
 class Net(nn.Module):
-    """Predicts a number from an id. Has a fused layer, statistics in buffers, dropout, and a layer that may start to be
-    used later."""
+    """Predicts a number from an id. Has a fused layer, statistics in buffers, dropout, and a layer that the first steps
+    do not use."""
 
     def __init__(self, plain: bool = False) -> None:
-        """plain: without statistics and dropout, so that an output does not depend on its batch."""
+        """plain: without statistics and dropout, so that an output does not depend on the batch."""
         super().__init__()
         self.table, self.hidden = nn.Embedding(IDS, 16), FusedLinear(16, 16, parts=2)
         self.norm, self.dropout = nn.Identity() if plain else nn.BatchNorm1d(32), nn.Dropout(0.0 if plain else 0.1)
@@ -60,7 +59,7 @@ class Net(nn.Module):
 
 
 class Both(nn.Module):
-    """The net and its critic, if any."""
+    """The net and an optional critic."""
 
     def __init__(self, net: nn.Module, critic: nn.Module | None) -> None:
         super().__init__()
@@ -68,7 +67,7 @@ class Both(nn.Module):
 
 
 class TinyTask(Task):
-    """A task with one or two players."""
+    """Trains the net, and optionally a critic."""
 
     rows, tokens_per_row = ROWS, 1
 
@@ -82,8 +81,8 @@ class TinyTask(Task):
         net: nn.Module | None = None,
         init: dict[str, Any] | None = None,
     ) -> None:
-        """critic_start, late: first steps of the critic and of the layer `late`. scores: validation errors by step.
-        sick: may change a player's loss at a step."""
+        """critic_start, late: first steps that train the critic and use the layer `late`. scores: validation errors to
+        report, by step. sick: changes the loss of a player at a step."""
         self.critic_start, self.late, self.scores, self.sick, self.init = critic_start, late, scores, sick, init
         critic = None if critic_start is None else nn.Sequential(nn.Linear(1, 16), nn.GELU(), nn.Linear(16, 1))
         self.model = Both(net or Net(), critic)
@@ -146,12 +145,12 @@ def tiny_config(out: Path, **settings: Any) -> TinyConfig:
 
 
 def train_tiny(out: Path, task: Callable[[], TinyTask] = TinyTask, **settings: Any) -> Path:
-    """Train a task with these settings of `train`."""
+    """Train; `settings` are keys of `train`."""
     return train(lambda accelerator: task(), tiny_config(out, **settings))
 
 
 def make_trainer(out: Path, task: TinyTask | None = None, **settings: Any) -> Trainer:
-    """Make a trainer of a new run, for the caller to close."""
+    """A trainer at step 0, which the caller closes."""
     out.mkdir(exist_ok=True)
     torch.manual_seed(0)
     return Trainer(task or TinyTask(), tiny_config(out, **settings), build_accelerator())
@@ -159,7 +158,7 @@ def make_trainer(out: Path, task: TinyTask | None = None, **settings: Any) -> Tr
 
 @contextmanager
 def trainer_of(out: Path, task: TinyTask | None = None, **settings: Any) -> Iterator[Trainer]:
-    """A trainer of a new run, closed at the end."""
+    """A trainer that is closed at the end of the block."""
     trainer = make_trainer(out, task, **settings)
     trainer.task.model.train()
     try:
@@ -168,16 +167,16 @@ def trainer_of(out: Path, task: TinyTask | None = None, **settings: Any) -> Iter
         trainer.close()
 
 
-# Kills and stops
+# Interruptions
 
 
 class Killed(BaseException):
-    """A kill, after pending writes."""
+    """Stands for the death of a process, after pending writes."""
 
 
 @contextmanager
 def killed_at(step: int) -> Iterator[None]:
-    """Kill the run in this block after so many steps, before anything due at that step."""
+    """Kill the run in this block after a step, before it evaluates or saves."""
     take_step = Trainer.take_step
 
     def killed(trainer: Trainer, *given: Any) -> None:
@@ -191,7 +190,7 @@ def killed_at(step: int) -> Iterator[None]:
 
 @contextmanager
 def stopped_at(step: int) -> Iterator[None]:
-    """Ask the run in this block to stop, as a signal does, during this step; 0 or a resumed step: before its first."""
+    """Request the run in this block to stop, as a signal does, during a step; 0: before the first."""
     take_step, fit = Trainer.take_step, Trainer.fit
 
     def ask(trainer: Trainer, *given: Any) -> None:
@@ -206,31 +205,26 @@ def stopped_at(step: int) -> Iterator[None]:
         yield
 
 
-# Results
+# Results of a run
 
 
 def read_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """Read every tensor of a checkpoint by name; the best weights as `best.*`."""
-    reader = dcp.FileSystemReader(folder / "tensors")
-    found = {
-        name: torch.empty(stored.size, dtype=stored.properties.dtype)
-        for name, stored in reader.read_metadata().state_dict_metadata.items()
-    }
-    dcp.load(found, storage_reader=reader, no_dist=True)
+    """All tensors of a checkpoint by name, the best weights as `best.*`."""
+    found = checkpoint_tensors(folder / "tensors")
     best = folder / "best.safetensors"
     found |= {f"best.{name}": value for name, value in load_file(best).items()} if best.exists() else {}
     return dict(sorted(found.items()))
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Read the record of a checkpoint, except times."""
+    """The counters of a checkpoint, without the time."""
     record: dict[str, Any] = json.loads((folder / "state.json").read_text())
     del record["minutes"]
     return record
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
-    """Assert equal lines, snapshots, previews and newest checkpoints, to the bit."""
+    """Assert equal metrics, snapshots, previews and newest checkpoints, to the bit."""
     ours, theirs = (
         [{key: value for key, value in line.items() if key not in CLOCK} for line in metrics(folder)]
         for folder in (run, expected)
@@ -248,13 +242,6 @@ def assert_same_run(run: Path, expected: Path) -> None:
             assert (run / name).read_bytes() == (expected / name).read_bytes(), name
 
 
-def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Assert equal names and bits."""
-    assert sorted(found) == sorted(expected) and expected
-    different = [name for name, value in expected.items() if not torch.equal(found[name], value)]
-    assert not different, different
-
-
 def copy_run(run: Path, target: Path) -> Path:
-    """Copy a run to another folder."""
+    """Copy a run, to be continued in another folder."""
     return Path(shutil.copytree(run, target))

@@ -29,7 +29,7 @@ from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training.trainer import Trainer
 
-# From outside
+# In the test process
 
 
 def in_two_processes(file: str, name: str, folder: Path, seconds: float = 250) -> tuple[dict[str, Any], str]:

@@ -1,4 +1,4 @@
-"""What is promised of an imported tokenizer: the same ids and the same pictures as the original's."""
+"""Imported tokenizers give the same ids and images as the original."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import copy
 
 import torch
 
-CLOSE = 1e-4  # of reconstructions in [-1, 1]
-SAME = 2e-6  # of those in double precision, of which the original's are told in single
+CLOSE = 1e-4  # tolerance for reconstructions in [-1, 1]
+SAME = 2e-6  # relative tolerance in double precision; the expected images are float32
 
 
 def agree(tokenizer, images, tokens, pictures, different=3):
-    """Same ids, and pictures within what is promised; enough of both that it means something."""
+    """Assert equal ids and close images; ids and images must vary."""
     rows, columns = tokenizer.grid.shape
     assert torch.equal(tokenizer.encode(images), tokens.reshape(len(images), rows, columns))
     assert len(tokens.unique()) > different
@@ -22,7 +22,7 @@ def agree(tokenizer, images, tokens, pictures, different=3):
 
 
 def agree_in_double(tokenizer, images, tokens, pictures, different=3):
-    """As `agree`, where `pictures` were computed in double precision: ours differ by no more than their rounding."""
+    """Like `agree`, for `pictures` computed in double precision, from which ours differ only by rounding."""
     agree(tokenizer, images, tokens, pictures, different)
     twin = copy.deepcopy(tokenizer).double()
     with torch.no_grad():

@@ -1,10 +1,10 @@
-"""Small pipelines that code images, the images, and what comes back of them."""
+"""Small pipelines for compression, and images."""
 
 import torch
 from small_pipelines import make_pipeline
 
 LOGISTIC = {"likelihood": {"kind": "discretized_logistic", "components": 2}}
-# A tokenizer for each way an image may come back: as its tokens' image, or as it was, with and without a second part.
+# Tokenizer, settings, and whether lossless compression is possible, by what a stream codes.
 KINDS = {
     "tokens": ("vqvae", {}, False),
     "pixels given tokens": ("vqvae", LOGISTIC, True),

@@ -70,7 +70,7 @@ def grid_with(facts: dict[str, int], positions: tuple[int, int], vocab_size: int
 
 
 def make_headed(kind, head, facts, order="raster", positions=(2, 3), vocab_size=None, std=0.3, **config):
-    """A prior whose weights are large enough that every input matters, in eval mode."""
+    """A prior in eval mode, with weights large enough that every input matters."""
     grid = grid_with(facts, positions, vocab_size or VOCAB[head])
     settings = {"num_classes": 3, **SMALL.get(kind, {}), **config}
     model = Prior.create(kind, grid=grid, order=order, head=HEADS[head], **settings)

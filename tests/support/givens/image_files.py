@@ -1,4 +1,4 @@
-"""Images as files, parquet shards and tar shards, made on the spot, and read again."""
+"""Write images as files, parquet shards and tar shards, and read them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.images import DataConfig, Splits, load_images
 KINDS = ["parquet", "tar"]
 
 Row = tuple[str, bytes, Any]
-"""Key, encoded image, label (None for none)."""
+"""Key, encoded image, label or None."""
 
 
 def noise(*shape: int, seed: int | list[int] = 0) -> np.ndarray:
@@ -25,7 +25,7 @@ def noise(*shape: int, seed: int | list[int] = 0) -> np.ndarray:
 
 
 def encoded(image: Image.Image | np.ndarray, format: str = "PNG", **options: Any) -> bytes:
-    """The file of an image."""
+    """Encode an image."""
     file = io.BytesIO()
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     image.save(file, format, **options)
@@ -33,19 +33,19 @@ def encoded(image: Image.Image | np.ndarray, format: str = "PNG", **options: Any
 
 
 def write_pictures(folder: Path, count: int = 3, *shape: int) -> None:
-    """PNGs of random pixels, of 28 x 28 grey ones unless told; each is a function of its number alone."""
+    """Write PNGs of random pixels, by default 28 x 28 grey. Each depends on its number only."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
         Image.fromarray(noise(*(shape or (28, 28)), seed=number)).save(folder / f"{number}.png")
 
 
 def rows_of(count: int, classes: int = 3, size: int = 12) -> list[Row]:
-    """Images that can all be told apart, their classes in turn."""
+    """Distinct images with classes in turn."""
     return [(f"{k:05d}", encoded(noise(size, size, seed=k)), k % classes if classes else None) for k in range(count)]
 
 
 def write_tar(path: Path, rows: list[Row], suffix: str = "png", label: str = "cls") -> Path:
-    """A shard as webdataset has it."""
+    """Write a webdataset shard."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for key, data, value in rows:
@@ -58,7 +58,7 @@ def write_tar(path: Path, rows: list[Row], suffix: str = "png", label: str = "cl
 
 
 def write_parquet(path: Path, rows: list[Row], group: int = 5, names: list[str] | None = None) -> Path:
-    """A shard as `datasets` writes it, with row groups of `group` rows."""
+    """Write a shard like `datasets`, with row groups of `group` rows."""
     import datasets
     import pyarrow.parquet as pq
 
@@ -72,7 +72,7 @@ def write_parquet(path: Path, rows: list[Row], group: int = 5, names: list[str] 
 
 
 def write_shards(folder: Path, kind: str, rows: list[Row], shards: int, split: str = "train", **options: Any) -> Path:
-    """Rows in several files, in their order."""
+    """Write rows to several files, in order."""
     for number, part in enumerate(np.array_split(np.arange(len(rows)), shards)):
         path = folder / f"{split}-{number:05d}-of-{shards:05d}.{kind}"
         some = [rows[k] for k in part]
@@ -81,11 +81,11 @@ def write_shards(folder: Path, kind: str, rows: list[Row], shards: int, split: s
 
 
 def load(source: Any, **options: Any) -> Splits:
-    """The images of a source; of a stream as it is trained on."""
+    """Load the images of a source, as a stream if it is one."""
     return load_images(DataConfig(**{"source": str(source), "image_size": 12, **options}), stream=True)
 
 
 def identities(pixels: torch.Tensor) -> list[int]:
-    """Which of `rows_of` each image is."""
+    """The index of each image in `rows_of`."""
     known = {noise(12, 12, seed=k).tobytes(): k for k in range(200)}
     return [known[image.numpy().tobytes()] for image in pixels]

@@ -1,4 +1,4 @@
-"""Folders and tables of images as users have them, good and bad; and how they are read."""
+"""Write folders and tables of images as users have them, good and bad."""
 
 import struct
 import zlib
@@ -19,7 +19,7 @@ def write_image(path, data):
 
 
 def write_folder(root, *, count=20, classes=("cat", "dog"), shape=(12, 12)):
-    """`count` images of each class below `root`; the image at `path` can be told from all the others."""
+    """Write `count` distinct images of each class below `root`."""
     return [
         write_image(root / name / f"{k:03}.png", noise(*shape, seed=1000 * i + k))
         for i, name in enumerate(classes)
@@ -28,7 +28,7 @@ def write_folder(root, *, count=20, classes=("cat", "dog"), shape=(12, 12)):
 
 
 def write_classes(folder, names, count):
-    """So many training images of each class, 28 x 28, and as many others; their setting of `data`."""
+    """Write `count` training and test images of each class, 28 x 28; returns the `data` setting."""
     for seed, split in enumerate(("train", "test")):
         for number, name in enumerate(names):
             for index in range(count):
@@ -41,7 +41,7 @@ def config(source, **options):
 
 
 def header_only(width, height):
-    """A PNG that claims a size and has no pixels to show for it."""
+    """A PNG whose header claims a size that its data does not have."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -63,14 +63,14 @@ BAD = {
 
 
 def write_splits(root, *folders):
-    """A folder of folders, each with as many images as its place says: 10, 3, 4, ..."""
+    """Write a folder per split, with 10, 3, 4, ... images."""
     for place, name in enumerate(folders):
         write_folder(root / name, count=10 if place == 0 else 2 + place, classes=("",))
     return root
 
 
 def bytes_of_each(images):
-    """What tells each image from others."""
+    """The pixels of each image as bytes."""
     return [pixels.numpy().tobytes() for pixels in images.pixels(range(len(images)))]
 
 

@@ -1,4 +1,4 @@
-"""Masked autoencoders of every form, and what their paper says of them."""
+"""Variants of MADE, and a reference implementation of the paper's equations."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from small import make_prior
 from prior import Prior
 from prior.made import DENSE_WIDTH
 
-ROWS = DENSE_WIDTH + 3  # so many ids that rows of weights are picked
+ROWS = DENSE_WIDTH + 3  # vocabulary above which rows of weights are gathered
 VARIANTS = {
     "one layer": {"hidden": (99,)},
     "three layers": {"hidden": (99, 132, 88)},
@@ -32,20 +32,20 @@ def make_made(variant, **config):
 
 
 def keep_awake(model):
-    """Weights above zero: no unit is zero, whatever the tokens."""
+    """Make all weights positive, so that no unit is ever zero."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.abs_()
 
 
 def earlier(order):
-    """bool `(N, N)`: [i, j] where j comes before i."""
+    """bool `(N, N)`: [i, j] if j comes before i."""
     ranks = torch.argsort(order)
     return ranks < ranks[:, None]
 
 
 def by_the_paper(model, tokens, labels, order, degrees):
-    """Logits of one image from the paper's equations, position by position and unit by unit."""
+    """Logits of one image by the paper's equations, position by position and unit by unit."""
     ranks, config = torch.argsort(order).tolist(), model.config
     table = torch.eye(config.grid.vocab_size).double() if model.embedding is None else model.embedding
     inputs = [table[token] for token in tokens.flatten()]
@@ -75,7 +75,7 @@ def by_the_paper(model, tokens, labels, order, degrees):
 
 
 def make_same(model, **config):
-    """The same weights, configured otherwise."""
+    """A model with the same weights and another configuration."""
     same = Prior.create("made", **{**model.config.__dict__, "dropout": 0.0, **config})
     same.load_state_dict(model.state_dict())
     return same.eval()

@@ -1,4 +1,4 @@
-"""Published networks from their definitions, in double precision: weights are read by their published names."""
+"""Reference implementations of published networks in double precision, with weights by their published names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 
 class Reference:
-    """Both networks from their definitions: one function per layer, weights read by their published names."""
+    """Encoder and decoder, with one method per layer."""
 
     def __init__(self, weights, groups=32):
         self.weights, self.groups = {name: value.double() for name, value in weights.items()}, groups
@@ -60,14 +60,14 @@ class Reference:
         return self.conv(self.swish(x, f"{part}.norm_out"), f"{part}.conv_out")
 
     def vectors(self, images, levels, block, middle):
-        """What an encoder makes of images; `levels`: names of its levels as they run."""
+        """Encode images; `levels`: names of the levels in order."""
         x = self.conv(images.double(), "encoder.conv_in")
         for name in levels:
             x = self.level(x, f"encoder.{name}", block)
         return self.conv(self.out(self.middle(x, *(f"encoder.{name}" for name in middle)), "encoder"), "quant_conv")
 
     def pictures(self, codes, levels, block, middle):
-        """What a decoder makes of codes `(B, dim, h, w)`."""
+        """Decode vectors `(B, dim, h, w)`."""
         x = self.conv(self.conv(codes, "post_quant_conv"), "decoder.conv_in")
         x = self.middle(x, *(f"decoder.{name}" for name in middle))
         for name in levels:
@@ -79,7 +79,7 @@ class Reference:
         return torch.cdist(rows.flatten(1, 2), codes[None]).argmin(2).reshape(len(z), *z.shape[2:])
 
     def run(self, images, names, block, middle, *, normalize):
-        """Tokens and reconstruction; `names`: levels of the encoder and of the decoder as they run."""
+        """Tokens and reconstructions; `names`: levels of the encoder and of the decoder in order."""
         z = self.vectors(images, names[0], block, middle)
         codes = next(
             self.weights[f"quantize.{name}.weight"]
@@ -98,7 +98,7 @@ TAMING_MIDDLE = ("mid.block_1", "mid.attn_1", "mid.block_2")
 
 
 def taming_levels(levels):
-    """Those of the encoder and of the decoder, as they run."""
+    """Names of the levels of the encoder and of the decoder, in order."""
     return [f"down.{i}" for i in range(levels)], [f"up.{i}" for i in reversed(range(levels))]
 
 
@@ -114,7 +114,7 @@ def llamagen_says(weights, levels, images, groups=32, normalize=True):
 
 
 def ibq_says(weights, levels, images):
-    """taming's network, with the largest inner product in place of the nearest code."""
+    """taming's network, with the largest inner product instead of the nearest code."""
     reference, (down, up) = Reference(weights), taming_levels(levels)
     codes = reference.weights["quantize.embedding.weight"]
     z = reference.vectors(images, down, "block", TAMING_MIDDLE)
@@ -129,7 +129,7 @@ HAAR = torch.tensor([0.5, 0.5], dtype=torch.float64).sqrt()
 
 
 def bands(channels):
-    """The low and the high pass, a filter for each channel."""
+    """Low-pass and high-pass filters, one per channel."""
     return [(HAAR * sign).repeat(channels, 1, 1) for sign in (torch.ones(2), torch.tensor([1.0, -1.0]))]
 
 
@@ -161,7 +161,7 @@ def from_wavelets(x, patch):
 
 
 def cosmos_says(weights, levels, images, steps, patch=4):
-    """`steps`: levels of each rounded number."""
+    """`steps`: number of levels of each FSQ channel."""
     reference, (down, up) = Reference(weights), taming_levels(levels)
     z = reference.vectors(wavelets(images.double(), patch), down, "block", TAMING_MIDDLE).movedim(1, -1)
     steps = torch.tensor(steps)
@@ -196,7 +196,7 @@ class Bare(Reference):
 
 
 def maskgit_says(weights, levels, images):
-    """Of images in [-1, 1], where the network's own lie in [0, 1]."""
+    """Takes images in [-1, 1]; the network itself uses [0, 1]."""
     net = Bare(weights)
     x = net.conv(images.double() / 2 + 0.5, "encoder.conv_in")
     for level in range(levels):
@@ -234,7 +234,7 @@ def magvit2_says(weights, levels, images):
         variance, mean = torch.var_mean(grouped, 2, correction=0, keepdim=True)
         x = ((grouped - mean) / (variance + 1e-6).sqrt()).reshape(x.shape)
         x = net.blocks(x * scale[..., None, None] + shift[..., None, None], f"decoder.up.{level}.block", False)
-        if level:  # of the channels, four times as many, the first quarter is the upper left of each 2x2
+        if level:  # depth to space: the first quarter of the channels is the upper left of each 2x2
             parts = net.conv(x, f"decoder.up.{level}.upsample.conv1").chunk(4, 1)
             x = x.new_empty(*parts[0].shape[:2], 2 * x.shape[2], 2 * x.shape[3])
             for index, part in enumerate(parts):

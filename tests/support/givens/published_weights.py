@@ -1,4 +1,4 @@
-"""Random weights under published names, and how they are imported."""
+"""Random weights under published names, and their import."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from tokenizer import Tokenizer
 
 
 def random_weights(shapes):
-    """Weights by name under which activations stay of the order of one, however wide or deep; but the first ones are
-    so small that the epsilon of their normalisation counts."""
+    """Weights that keep activations near one at any width and depth. The first layer is so small that the epsilon of
+    its normalisation matters."""
     weights = {}
     for name, shape in shapes.items():
         noise = torch.randn(shape)
@@ -92,7 +92,7 @@ def taming_shapes(ch, mult, *, blocks=1, attention=(), z=8, codes=32, dim=4, cha
 
 
 def llamagen_shapes(ch, mult, **choices):
-    """The same network by LlamaGen's names, which has attention at the coarsest level."""
+    """LlamaGen's names for the same network, with attention at the coarsest level."""
     last = len(mult) - 1
     middle = {"block_1": "0", "attn_1": "1", "block_2": "2"}
     shapes = {}
@@ -123,15 +123,15 @@ def cosmos_shapes(ch, mult, halvings, *, patch=4, blocks=1, z=8, dim=6, channels
 
 
 def bare_block_shapes(name, width, wide, short):
-    """A block whose convolutions have no biases; `short`: channels that its 1x1 convolution takes."""
+    """A block without biases in its convolutions; `short`: input channels of its 1x1 convolution."""
     shapes = {f"{name}.conv1.weight": (wide, width, 3, 3), f"{name}.conv2.weight": (wide, wide, 3, 3)}
     shapes |= with_biases({f"{name}.norm1": (width,), f"{name}.norm2": (wide,)})
     return shapes | ({} if width == wide else {f"{name}.nin_shortcut.weight": (wide, short, 1, 1)})
 
 
 def bare_shapes(ch, mult, blocks, dim, channels, middle, short):
-    """What MaskGIT-VQGAN and Open-MAGVIT2 have alike, by their names; `short`: of channels in and out of a block, those
-    that its short cut takes."""
+    """Shapes shared by MaskGIT-VQGAN and Open-MAGVIT2; `short`: input channels of a block's shortcut, from the channels
+    in and out of the block."""
     shapes, width, last = {"encoder.conv_in.weight": (ch, channels, 3, 3)}, ch, len(mult) - 1
     for level, factor in enumerate(mult):
         for number in range(blocks):

@@ -1,4 +1,4 @@
-"""The batches that each of several processes draws, without starting any."""
+"""The batch streams of several ranks, without processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.training.trainer import Trainer
 
 
 def streams_of(task: Task, config: TrainConfig, step: int, processes: int) -> list[Generator[Any, None, None]]:
-    """One for each process, from this step on."""
+    """One stream per rank, starting at `step`."""
 
     def of(rank: int) -> Generator[Any, None, None]:
         group = SimpleNamespace(rank=rank, world=processes)

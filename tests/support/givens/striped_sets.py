@@ -1,4 +1,4 @@
-"""Sets of images of two kinds, upright and lying stripes."""
+"""Image sets with two classes, vertical and horizontal stripes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipelines.images import DataConfig
 
 
 def write_set(root, shape=(8, 12), channels=1, per_class=20, classes=2):
-    """Light stripes, upright or lying, of random phase, in noise."""
+    """Write images of stripes with random phase and noise."""
     chance = np.random.default_rng(0)
     for split, count in (("train", 2 * per_class), ("test", per_class)):
         for label in range(classes):

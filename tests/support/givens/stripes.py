@@ -1,4 +1,4 @@
-"""Normal images, which are stripes, and anomalous ones; and a small pipeline that was trained on the former."""
+"""Normal images (stripes), anomalous images, and a small pipeline trained on normal ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SIZE = 16
 
 
 def stripes(count, seed=0, side=SIZE):
-    """Normal images: soft stripes of a random phase, wave length and direction, with a little noise; uint8."""
+    """Normal images, uint8: sine stripes of random phase, wavelength and direction, with some noise."""
     generator = torch.Generator().manual_seed(seed)
     phase, length = (torch.rand(count, 1, 1, generator=generator) for _ in range(2))
     upright = torch.rand(count, 1, 1, generator=generator) < 0.5
@@ -35,14 +35,14 @@ def uniform(count, side=SIZE):
 
 
 def planted(images):
-    """With 6x6 of noise at (4, 4)."""
+    """Images with a 6x6 patch of noise at (4, 4)."""
     images = images.clone()
     images[:, :, 4:10, 4:10] = uniform(len(images), 6)
     return images
 
 
 def trained_on_stripes() -> ImagePipeline:
-    """A small pipeline trained on stripes, and calibrated."""
+    """A small pipeline, trained on stripes and calibrated."""
     torch.manual_seed(0)
     images = stripes(512, seed=1).float() / 127.5 - 1
     tokenizer = make_tokenizer("vqvae", (SIZE, SIZE), 1).train()

@@ -1,4 +1,4 @@
-"""Small token datasets, what is in them, and how a damaged one is refused."""
+"""Small token datasets, and checks that damaged ones are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_dataset(name="vqvae", labelled=True, rows=6, seed=0, **config):
 
 
 def refused(folder, error, *needles, seal=True):
-    """Whether the dataset is refused, with all of the needles in the message."""
+    """Assert that loading raises `error` with all needles in its message."""
     if seal:
         write_manifest(folder)
     with pytest.raises(error) as caught:

@@ -1,4 +1,4 @@
-"""Pictures that a small tokenizer learns in seconds, and one that has."""
+"""A small tokenizer trained on smooth images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tokenizer.losses import total_loss
 
 
 def trained_on_waves(name: str, steps: int, **config: Any) -> tuple[Any, Tensor]:
-    """A tokenizer after so many steps on 256 pictures 16 x 16, which five numbers tell apart, and these."""
+    """Train a tokenizer on 256 images of 16 x 16 with five parameters each; returns both."""
     torch.manual_seed(0)
     rows = torch.linspace(-1, 1, 16)
     phases, slopes, heights = torch.rand(256, 1, 1, 1) * 6, torch.rand(256, 1, 1, 2) * 4, torch.rand(256, 1, 1, 1)

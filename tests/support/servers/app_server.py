@@ -1,4 +1,4 @@
-"""The page of `smalti app` in a process of its own, and a browser that drives it."""
+"""Run `smalti app` in another process, and drive its page with a browser."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SECONDS = 200.0  # for a server to start, on a machine that is busy
+SECONDS = 200.0  # limit for a server to start on a busy machine
 ROOT = Path(__file__).parents[3]
 
 
 class Server:
-    """A running app: its address, and what it has printed."""
+    """A running app with its address and log."""
 
     def __init__(self, process: subprocess.Popen[str], url: str, log: Path) -> None:
         self.process, self.url, self.log = process, url, log
@@ -36,11 +36,11 @@ def free_port() -> int:
 
 @contextmanager
 def running(command: list[str], folder: Path, port: int, **environment: str) -> Iterator[Server]:
-    """A server that `command` starts on `port`, in `folder`, where what it prints is kept."""
+    """Run a server on `port` in `folder`, which receives its log."""
     log = folder / "server.log"
-    told = {**os.environ, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "1", **environment}
+    variables = {**os.environ, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "1", **environment}
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, text=True, env=told)
+        process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, text=True, env=variables)
     try:
         deadline = time.monotonic() + SECONDS
         while "Ctrl-C to stop" not in log.read_text():
@@ -57,7 +57,7 @@ def running(command: list[str], folder: Path, port: int, **environment: str) -> 
 
 @contextmanager
 def app(pipeline: Path, folder: Path, *keys: str, **environment: str) -> Iterator[Server]:
-    """`smalti app` for a pipeline."""
+    """Run `smalti app` for a pipeline."""
     port = free_port()
     command = [sys.executable, "-m", "pipelines", "app", f"pipeline={pipeline}", f"port={port}", *keys]
     with running(command, folder, port, PYTHONPATH=str(ROOT), **environment) as server:
@@ -65,7 +65,7 @@ def app(pipeline: Path, folder: Path, *keys: str, **environment: str) -> Iterato
 
 
 class Driver:
-    """A page in a browser, what went wrong in it, and where it asked for something."""
+    """A page in a browser; collects its errors and the URLs that it requests."""
 
     def __init__(self, page: Any, url: str) -> None:
         self.page, self.url = page, url
@@ -79,7 +79,7 @@ class Driver:
         page.wait_for_selector('button:has-text("Sample")')
 
     def tab(self, name: str) -> None:
-        """Show a tab; on a narrow page some are in a menu."""
+        """Open a tab; narrow pages move some into a menu."""
         tab = self.page.get_by_role("tab", name=name, exact=True)
         if tab.count() and tab.first.is_visible():
             tab.first.click()
@@ -88,7 +88,7 @@ class Driver:
         self.page.locator(".overflow-dropdown button", has_text=name).click()
 
     def click(self, name: str) -> None:
-        """Click the button of this name in the tab that is shown."""
+        """Click a visible button by its name."""
         self.page.get_by_role("button", name=name, exact=True).locator("visible=true").first.click()
 
     def wait(self, selector: str) -> Any:
@@ -96,7 +96,7 @@ class Driver:
         return self.page.locator(selector)
 
     def toast(self) -> str:
-        """The sentence that the page shows; it is then closed."""
+        """The text of the notification, which is then closed."""
         found = self.wait(".toast-body")
         text = str(found.first.inner_text())
         self.page.locator(".toast-close").first.click()
@@ -104,11 +104,11 @@ class Driver:
         return " ".join(text.split())
 
     def pick(self, name: str, path: Path) -> None:
-        """Give a picker a file."""
+        """Choose a file in an upload field."""
         self.page.locator(f"#{name} input[type=file]").set_input_files(str(path))
 
     def number(self, label: str, value: float) -> None:
-        """Set the visible number beside a slider, or alone."""
+        """Set a visible number field."""
         field = self.page.get_by_label(label).locator("visible=true").first
         field.fill(str(value))
         field.press("Enter")

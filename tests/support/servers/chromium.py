@@ -1,4 +1,4 @@
-"""A browser without a window, where the machine has one."""
+"""A headless browser, if one is installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @contextmanager
 def browser() -> Iterator[Any]:
-    """A headless Chromium. Skips the test where there is none, or no driver."""
+    """Run a headless Chromium. Skips the test if Chromium or playwright is not installed."""
     sync_api = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("no Chromium is installed")

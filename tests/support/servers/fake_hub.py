@@ -1,5 +1,5 @@
-"""A Hub on this machine: serves `root/<owner>/<name>/<revision>/...` over HTTP, datasets from `root/datasets/...`,
-takes uploads, each commit as a whole or not at all, and remembers who asked."""
+"""A stand-in for the Hugging Face Hub: serves `root/<owner>/<name>/<revision>/...`, and datasets from
+`root/datasets/...`, accepts commits atomically, and records requests."""
 
 from __future__ import annotations
 
@@ -20,16 +20,12 @@ from urllib.parse import unquote, urlsplit
 from processes import run_file
 
 REFUSED = {"stranger": 401, "forbidden": 403, "missing": 404, "broken": 500}
-"""What owners get who may not write."""
-
-EMPTY = {"title": "t", "owner": {"name": "me"}, "items": [], "private": True, "lastUpdated": "2026-01-01T00:00:00.000Z"}
-EMPTY |= {"position": 0, "theme": "blue", "upvotes": 0}
-"""What is told of any collection."""
+"""Status codes of owners that refuse to create a repository."""
 
 
 class FakeHub(ThreadingHTTPServer):
-    """`url` is what `HF_ENDPOINT` should be; `requests` collects (path, Authorization header); with `secret`, requests
-    without that token are told that there is no such repository, as the Hub does."""
+    """`url` is the value for `HF_ENDPOINT`; `requests` records (path, Authorization header). With `secret`, requests
+    without that token get "repository not found", like private repositories on the Hub."""
 
     daemon_threads = True
 
@@ -37,9 +33,7 @@ class FakeHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.root, self.secret = root, secret
         self.requests: list[tuple[str, str | None]] = []
-        self.created: list[dict[str, object]] = []
         self.commits: list[dict[str, object]] = []
-        self.collections: dict[str, list[str]] = {}
 
     @property
     def url(self) -> str:
@@ -47,7 +41,7 @@ class FakeHub(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The three questions that `snapshot_download` asks: what is this repository, what is in it, and a file of it."""
+    """The requests of `snapshot_download` and `upload_folder`."""
 
     server: FakeHub
     protocol_version = "HTTP/1.1"
@@ -59,8 +53,6 @@ class Handler(BaseHTTPRequestHandler):
         path = path.replace("/api/models/", "/api/")
         facts = re.fullmatch(r"/api/((?:datasets/)?[^/]+/[^/]+)(?:/revision/([^/]+))?", path)
         tree = re.fullmatch(r"/api/((?:datasets/)?[^/]+/[^/]+)/tree/([^/]+)", path)
-        if path.startswith("/api/collections/"):
-            return self.say({"slug": path.removeprefix("/api/collections/"), **EMPTY})
         asked = file or tree or facts
         if asked is None:
             return self.answer(404)
@@ -90,16 +82,14 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        """What an upload asks: make the repository; is the card in order; a branch; how to send; and the files."""
+        """An upload: create the repository, validate the card, create a branch, choose upload modes, commit."""
         path, body, token = unquote(urlsplit(self.path).path), self.body(), self.headers.get("Authorization")
         self.server.requests.append((path, token))
         path = path.replace("/api/models/", "/api/")
         if self.server.secret not in (None, (token or "").removeprefix("Bearer ")):
             return self.answer(401)
         if path == "/api/validate-yaml":
-            return self.say({"errors": [], "warnings": []})
-        if path.startswith("/api/collections"):
-            return self.collect(path, json.loads(body))
+            return self.send_json({"errors": [], "warnings": []})
         if path == "/api/repos/create":
             asked = json.loads(body)
             if asked["organization"] == "dropped":
@@ -113,8 +103,7 @@ class Handler(BaseHTTPRequestHandler):
             if not main.is_dir():
                 main.mkdir(parents=True)
                 (main / ".gitattributes").write_text("*.safetensors filter=lfs")
-            self.server.created.append(asked)
-            return self.say({"url": f"{self.server.url}/{name}"})
+            return self.send_json({"url": f"{self.server.url}/{name}"})
         found = re.fullmatch(r"/api/((?:datasets/)?[^/]+/[^/]+)/(branch|preupload|commit)/([^/]+)", path)
         if found is None:
             return self.answer(404)
@@ -125,17 +114,17 @@ class Handler(BaseHTTPRequestHandler):
             folder = folder.parent / "pr-1"
         if found[2] == "branch":
             shutil.copytree(folder.parent / "main", folder, dirs_exist_ok=True)
-            return self.say({})
+            return self.send_json({})
         if found[2] == "preupload":
             names = [entry["path"] for entry in json.loads(body)["files"]]
             files = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
-            return self.say({"files": files})
+            return self.send_json({"files": files})
         lines = list(map(json.loads, body.splitlines()))
-        told: dict[str, list[str]] = {key: [] for key in ("header", "file", "deletedFile")}
+        listed: dict[str, list[str]] = {key: [] for key in ("header", "file", "deletedFile")}
         for line in lines:
-            told[line["key"]].append(line["value"].get("path", line["value"].get("summary")))
-        added, deleted = told["file"], told["deletedFile"]
-        if "refuse this" in told["header"] or set(added) & set(deleted) or len(added) > len(set(added)):
+            listed[line["key"]].append(line["value"].get("path", line["value"].get("summary")))
+        added, deleted = listed["file"], listed["deletedFile"]
+        if "refuse this" in listed["header"] or set(added) & set(deleted) or len(added) > len(set(added)):
             return self.answer(403, {"X-Error-Message": "not this commit"})
         if missing := [name for name in deleted if not (folder / name).is_file()]:
             return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Error-Message": f"no file {missing[0]}"})
@@ -148,23 +137,11 @@ class Handler(BaseHTTPRequestHandler):
                 target.unlink()
         self.server.commits.append({"repository": found[1], "added": added, "deleted": deleted})
         request = {"pullRequestUrl": f"{self.server.url}/{found[1]}/discussions/1"} if as_request else {}
-        return self.say({"commitUrl": f"{self.server.url}/{found[1]}/commit/x", "commitOid": commit(folder), **request})
-
-    def collect(self, path: str, asked: dict[str, Any]) -> None:
-        """Make a collection, or put a repository into one; either is a conflict if it is there."""
-        if path == "/api/collections":
-            slug = f"{asked['namespace']}/{asked['title'].lower().replace(' ', '-')}-1"
-            items = self.server.collections.setdefault(slug, [])
-            status = 409 if items else 200
-        else:
-            slug = path.removeprefix("/api/collections/").removesuffix("/items")
-            items, name = self.server.collections[slug], asked["item"]["id"]
-            status = 409 if name in items else 200
-            items += [name] if status == 200 else []
-        self.answer(status, {"Content-Type": "application/json"}, json.dumps({"slug": slug, **EMPTY}).encode())
+        url = f"{self.server.url}/{found[1]}/commit/x"
+        return self.send_json({"commitUrl": url, "commitOid": commit(folder), **request})
 
     def body(self) -> bytes:
-        """What was sent, whole or in chunks."""
+        """The request body, which may be chunked."""
         if self.headers.get("Transfer-Encoding") != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
         parts = []
@@ -174,12 +151,11 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
-    def say(self, value: object) -> None:
-        """Answer with JSON."""
+    def send_json(self, value: object) -> None:
         self.answer(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
     def revision(self, repository: Path, name: str) -> Path | None:
-        """The folder of a branch, or of a commit."""
+        """The folder of a branch or commit."""
         return next((folder for folder in repository.iterdir() if name in (folder.name, commit(folder))), None)
 
     def send_file(self, folder: Path, name: str) -> None:
@@ -210,7 +186,7 @@ def commit(folder: Path) -> str:
 
 @contextmanager
 def serve(root: Path, secret: str | None = None) -> Iterator[FakeHub]:
-    """A running Hub."""
+    """Run a Hub."""
     hub = FakeHub(root, secret)
     thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -223,13 +199,13 @@ def serve(root: Path, secret: str | None = None) -> Iterator[FakeHub]:
 
 
 def run_client(script: str, server: FakeHub, home: Path, *arguments: str, token: str | None = None) -> Any:
-    """What a process of its own prints in its last line, as JSON: it runs `script`, and takes `server` for the Hub."""
+    """Run `script` in a process that uses `server` as the Hub; returns the JSON in its last line of output."""
     environment = {**places_of(server, home), "HF_TOKEN": token}
     return json.loads(run_file(script, *arguments, seconds=120, **environment).splitlines()[-1])
 
 
 def places_of(server: FakeHub, home: Path) -> dict[str, str]:
-    """What makes a new process take `server` for the Hub."""
+    """Environment variables with which a process uses `server` as the Hub."""
     return {
         "HF_ENDPOINT": server.url,
         "HF_HUB_DISABLE_XET": "1",

@@ -1,4 +1,4 @@
-"""So much of a W&B server as its client needs to start, log and resume a run; it keeps what it is sent, and can die."""
+"""A W&B server that lets the real client start, log and resume a run. It records the history, and can be killed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ HISTORY = "wandb-history.jsonl"
 
 
 class WandbServer:
-    """Listens on a port of its own while the `with` lasts, or until it is killed."""
+    """Listens on a free port during the `with` block, or until it is killed."""
 
     def __init__(self) -> None:
         self.history: dict[str, list[dict[str, Any]]] = {}
-        """By run, every line of its history that arrived, in the order of arrival."""
+        """The history lines of each run, in order of arrival."""
         self.offsets: dict[str, int] = {}
         self.started = False
         self.connections: set[socket.socket] = set()
@@ -33,7 +33,7 @@ class WandbServer:
         self.kill()
 
     def kill(self) -> None:
-        """No more answers: the port is closed, and so are the connections, as when a process dies."""
+        """Close the port and all connections, as if the process died."""
         self.server.shutdown()
         self.server.server_close()
         for connection in list(self.connections):
@@ -43,7 +43,7 @@ class WandbServer:
                 pass
 
     def take(self, run: str, files: dict[str, Any]) -> None:
-        """Keep the lines of a run's history. Raises if they do not follow those that are here."""
+        """Record history lines; they must follow those received before."""
         part = files.get(HISTORY)
         if part:
             assert part["offset"] == self.offsets.get(run, 0), "the client writes over its own lines"
@@ -51,7 +51,7 @@ class WandbServer:
             self.offsets[run] = part["offset"] + len(part["content"])
 
     def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """The data of a GraphQL query: of those that decide whether a run can start."""
+        """The response to a GraphQL query of the kinds that a run needs."""
         operation = re.match(r"\s*(?:query|mutation)\s+(\w+)", query)
         name = variables.get("name") or ""
         project = {"id": "p", "name": "smalti", "entity": {"id": "e", "name": "someone"}}
@@ -64,9 +64,9 @@ class WandbServer:
                 return {"model": {**project, "bucket": self.resumed(name)}}
             case "Viewer":
                 return {"viewer": {"id": "v", "entity": "someone", "username": "someone", "flags": "{}"}}
-            case "ArtifactType":  # of a table, which is sent as an artifact
+            case "ArtifactType":  # tables are sent as artifacts
                 return {"project": None}
-            case "CreateArtifact":  # whose files are here already, it says
+            case "CreateArtifact":  # pretend that its files are uploaded
                 artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": {"id": "s", "latestArtifact": None}}
                 return {"createArtifact": {"artifact": artifact}}
             case "CreateRunFiles":
@@ -74,7 +74,7 @@ class WandbServer:
         return {}
 
     def resumed(self, run: str) -> dict[str, Any] | None:
-        """What a client needs to go on with a run, None for a new one."""
+        """The state from which a client resumes a run, None for a new run."""
         lines = self.history.get(run)
         if not lines:
             return None
@@ -95,7 +95,7 @@ class WandbServer:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Both of the doors that wandb knocks at."""
+    """GraphQL and the file stream."""
 
     protocol_version = "HTTP/1.1"
     owner: WandbServer
@@ -122,4 +122,4 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(text)
 
     def log_message(self, *_: Any) -> None:
-        """Not on the terminal."""
+        pass

@@ -1,4 +1,4 @@
-"""A card, or the CPU in a rehearsal: its name, what it can do at most, and how its time and memory are taken."""
+"""A GPU, or the CPU for a trial run: its name and peak, and measurements of time and memory."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-MATRIX = 8192  # side of the product by which a peak is measured
-# Parts of the names that torch gives, in the order in which they are looked for.
+MATRIX = 8192  # side of the matrix product that measures the peak
+# Parts of the names that torch reports, in order of precedence.
 NAMES = {
     "h200": "h200",
     "h100 pcie": "h100_pcie",
@@ -27,7 +27,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Card:
-    """`published`: bf16 peak in FLOP/s by its vendor, None for an unknown card; `measured`: of a large product."""
+    """bf16 peaks in FLOP/s: `published` by the vendor (None for an unknown card), `measured` for a large product."""
 
     device: Any
     name: str
@@ -36,33 +36,33 @@ class Card:
 
     @property
     def peak(self) -> float:
-        """What utilizations are shares of."""
+        """The reference for utilization."""
         return self.published or self.measured
 
     def wait(self) -> None:
-        """Until all that was launched is done."""
+        """Wait for all launched kernels."""
         if self.device.type == "cuda":
             import torch
 
             torch.cuda.synchronize()
 
-    def times(self, run: Callable[[], object], repeats: int, ahead: int = 3) -> tuple[float, float]:
-        """Median seconds of a call, and of the host until it returns, after `ahead` calls that are not counted."""
-        for _ in range(ahead):
+    def times(self, run: Callable[[], object], repeats: int, warmup: int = 3) -> tuple[float, float]:
+        """Median seconds until a call is done, and until it returns to the host, after `warmup` calls."""
+        for _ in range(warmup):
             run()
         whole, host = [], []
         for _ in range(repeats):
             self.wait()
-            began = time.perf_counter()
+            start = time.perf_counter()
             run()
             returned = time.perf_counter()
             self.wait()
-            whole.append(time.perf_counter() - began)
-            host.append(returned - began)
+            whole.append(time.perf_counter() - start)
+            host.append(returned - start)
         return statistics.median(whole), statistics.median(host)
 
     def memory(self, run: Callable[[], object]) -> int | None:
-        """Most bytes of tensors during a call; None on a CPU, where nobody counts them."""
+        """Peak bytes of tensors during a call; None on a CPU, where torch does not count them."""
         if self.device.type != "cuda":
             return None
         import torch
@@ -75,15 +75,15 @@ class Card:
 
 
 def find_card(device: str, side: int) -> Card:
-    """The card of this machine; exits where `device` is cuda and there is none."""
+    """The GPU of this machine, or the CPU; exits if `device` is cuda and torch sees no GPU."""
     import torch
 
     from pipelines.commands.plan import GPUS
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("device=cuda: there is no GPU here that torch sees; device=cpu tiny=true is a rehearsal")
+        raise SystemExit("device=cuda: torch sees no GPU; try device=cpu tiny=true")
     at = torch.device(device)
-    name = torch.cuda.get_device_name() if device == "cuda" else "a CPU (a rehearsal)"
+    name = torch.cuda.get_device_name() if device == "cuda" else "a CPU (trial run)"
     kind = next((kind for part, kind in NAMES.items() if part in name.lower()), None)
     a, b = (torch.randn(side, side, device=at, dtype=torch.bfloat16) for _ in range(2))
     blank = Card(at, name, GPUS[kind].tflops * 1e12 if kind else None, 1.0)
@@ -92,7 +92,7 @@ def find_card(device: str, side: int) -> Card:
 
 
 def software() -> str:
-    """Versions that figures depend on."""
+    """The versions of torch and CUDA."""
     import torch
 
     parts = [f"torch {torch.__version__}"]

@@ -1,16 +1,15 @@
-"""A pretended GPU: tensors say `cuda:0` and compute on the CPU, and what a GPU would refuse is an error.
+"""A fake GPU: tensors report `cuda:0` and are computed on the CPU, and what a GPU would refuse is an error.
 
-So are tensors of two devices in one operation, a generator of another device, `.numpy()` of a GPU's tensor, and
-attention of two types. Real values flow, so whole runs go through it, under torch's own rules of CUDA's autocast. It
-says nothing of kernels, speed or memory.
+Errors are: tensors of two devices in one operation, a generator of another device, `.numpy()` of a GPU tensor, and
+attention on mixed types. Values are real, so whole runs work, under torch's rules for CUDA autocast. Kernels, speed and
+memory are not modelled.
 
-How: a tensor subclass that wraps a CPU's, a dispatch mode that wraps what is made on `cuda`, and 30 lines of C++, as
-autograd asks for the device's guard. Torch is changed for good, so it takes a process of its own, and comes before the
-project is imported:
+A tensor subclass wraps a CPU tensor, a dispatch mode wraps tensors created on `cuda`, and 30 lines of C++ provide the
+device guard that autograd asks for. Torch is changed permanently, so this runs in a process of its own:
 
-    python tests/support/pretended_gpu.py [--float32] [WORD]    # --float32: a GPU without float64, as Apple's
+    python tests/support/fake_gpu.py [--float32] [WORD]    # --float32: a GPU without float64, such as Apple's
 
-tries the models, the abilities and the runs whose title contains WORD, a line for each.
+runs the checks whose title contains WORD, and prints a line for each.
 """
 
 from __future__ import annotations
@@ -65,52 +64,47 @@ struct Hooks final : at::CUDAHooksInterface {
   DeviceIndex deviceCount() const override { return 1; }
   DeviceIndex getCurrentDevice() const override { return 0; }
 };
-extern "C" void pretend() {
+extern "C" void install() {
   impl::registerDeviceGuard(kCUDA, new Guard());
-  static Hooks hooks;  // torch holds hooks of its own already: ours take their methods' place
+  static Hooks hooks;  // torch already holds its own hooks object: replace its method table
   *(void**)&at::detail::getCUDAHooks() = *(void**)&hooks;
 }
 """
 COPIES = {"copy_", "_to_copy", "copy", "_foreach_copy_", "set_", "_copy_from"}
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
-READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "bincount", "_unique2", "unique_dim"}
-"""What the host waits for."""
-NUMBERS = re.compile(  # what takes a number that is a CPU's tensor of no axes
+SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "bincount", "_unique2", "unique_dim"}
+"""Operations for which the host waits."""
+TAKES_SCALARS = re.compile(  # operations on GPU tensors that accept a zero-dimensional CPU tensor
     "add|sub|rsub|mul|div|floor_divide|pow|remainder|fmod|eq|ne|lt|le|gt|ge|maximum|minimum|where|masked_fill|fill|"
     "logical_(and|or|xor)|bitwise_(and|or|xor)|atan2|copysign|xlogy|logaddexp"
 )
+syncs: Counter[str] = Counter()
+"""Number of times the host would have waited for the GPU, by operation."""
 
 
 class NoCompiler(RuntimeError):
-    """There is nothing here to compile the guard with."""
+    """The device guard cannot be compiled here."""
 
 
-class DeviceMix(RuntimeError):
-    """What a GPU would refuse."""
+class DeviceError(RuntimeError):
+    """An operation that a GPU would refuse."""
 
 
-class Pretended(Tensor):
-    """A tensor that says it is on the GPU."""
+class GPUTensor(Tensor):
+    """A tensor that reports to be on the GPU."""
 
     elem: Tensor
     float32 = False  # whether the GPU has no float64
 
     @staticmethod
-    def __new__(cls, elem: Tensor) -> Pretended:
-        out = torch.Tensor._make_wrapper_subclass(
-            cls,
-            elem.size(),
-            strides=elem.stride(),
-            storage_offset=elem.storage_offset(),
-            dtype=elem.dtype,
-            layout=elem.layout,
-            device=CUDA,
-        )
+    def __new__(cls, elem: Tensor) -> GPUTensor:
+        layout = {"strides": elem.stride(), "storage_offset": elem.storage_offset(), "layout": elem.layout}
+        out = torch.Tensor._make_wrapper_subclass(cls, elem.size(), **layout, dtype=elem.dtype, device=CUDA)
         out.elem = elem
         return out
 
     def __repr__(self, **_: Any) -> str:
-        return f"Pretended({tuple(self.shape)}, {self.dtype})"
+        return f"GPUTensor({tuple(self.shape)}, {self.dtype})"
 
     def __format__(self, spec: str) -> str:
         return format(self.item(), spec) if self.dim() == 0 else repr(self)
@@ -123,80 +117,73 @@ class Pretended(Tensor):
         return compute(func, args, kwargs or {})
 
 
-class Pretending(TorchDispatchMode):
-    """Wraps what is made on the GPU."""
+class OnGPU(TorchDispatchMode):
+    """Wraps tensors that are created on the GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return compute(func, args, kwargs or {})
 
 
-waits: Counter[str] = Counter()
-"""How often the host would have waited for the GPU, by operation."""
-
-
 def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """One operation: judged as a GPU would, done on the CPU."""
+    """Check an operation as a GPU would, and compute it on the CPU."""
+    name = func._schema.name.partition("::")[2]
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    ours = [tensor for tensor in tensors if isinstance(tensor, Pretended)]
-    judge(func, args, ours, [tensor for tensor in tensors if not isinstance(tensor, Pretended)])
-    target = kwargs.get("device")
+    ours = [tensor for tensor in tensors if isinstance(tensor, GPUTensor)]
+    check_devices(name, args, ours, [tensor for tensor in tensors if not isinstance(tensor, GPUTensor)])
+    target, generator = kwargs.get("device"), kwargs.get("generator")
     on_gpu = bool(ours) if target is None else torch.device(target).type == "cuda"
-    generator = kwargs.get("generator")
     if generator is not None and (Generator.places.get(generator._cdata, CPU).type == "cuda") != on_gpu:
-        raise DeviceMix(f"{func}: a generator of another device than the tensor's")
-    count_waits(func, args, kwargs, ours, on_gpu)
-    plain = tree_map(unwrapped, kwargs)
+        raise DeviceError(f"{func}: generator and tensor are on different devices")
+    count_syncs(name, args, kwargs, ours, on_gpu)
+    plain = tree_map(unwrap, kwargs)
     if on_gpu and target is not None:
         plain["device"] = CPU
     if plain.get("pin_memory"):
         plain["pin_memory"] = False
-    out = func(*tree_map(unwrapped, args), **plain)
+    out = func(*tree_map(unwrap, args), **plain)
     if not on_gpu:
         return out
-    if Pretended.float32 and any(one.dtype == torch.float64 for one in tree_leaves(out) if isinstance(one, Tensor)):
-        raise DeviceMix("the GPU has no float64")
-    out = tree_map_only(Tensor, Pretended, out)
+    if GPUTensor.float32 and any(leaf.dtype == torch.float64 for leaf in tree_leaves(out) if isinstance(leaf, Tensor)):
+        raise DeviceError("the GPU has no float64")
+    out = tree_map_only(Tensor, GPUTensor, out)
     return return_and_correct_aliasing(func, args, kwargs, out) if ours else out
 
 
-def count_waits(func: Any, args: Any, kwargs: dict[str, Any], ours: list[Tensor], on_gpu: bool) -> None:
-    """Note a number that is read, a result whose size depends on values, or a copy that blocks."""
-    name = func._schema.name.partition("::")[2]
-    if name in INDEXED:
-        waits[name] += bool(ours) and any(isinstance(one, Tensor) and one.dtype == torch.bool for one in args[1])
-    elif name in ("_to_copy", "copy_"):
-        source, target = (args[0], on_gpu) if name == "_to_copy" else (args[1], isinstance(args[0], Pretended))
-        free = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
-        waits[name] += isinstance(source, Pretended) != target and not free
-    else:
-        waits[name] += bool(ours) and name in READS
+def unwrap(value: Any) -> Any:
+    return value.elem if isinstance(value, GPUTensor) else value
 
 
-def unwrapped(value: Any) -> Any:
-    return value.elem if isinstance(value, Pretended) else value
-
-
-def judge(func: Any, args: Any, ours: list[Tensor], others: list[Tensor]) -> None:
-    """Raise `DeviceMix` for an operation on tensors of both devices that no GPU does."""
-    name = func._schema.name.partition("::")[2]
+def check_devices(name: str, args: Any, ours: list[Tensor], others: list[Tensor]) -> None:
+    """Raise `DeviceError` if a GPU would refuse the mix of devices."""
     if not (ours and others) or name in COPIES:
         return
     if name in INDEXED:
         values = args[2] if name not in ("index", "_unsafe_index") else None
-        mixed = not isinstance(args[0], Pretended) or (
-            isinstance(values, Tensor) and not isinstance(values, Pretended) and values.dim() > 0
-        )
+        scalar = not isinstance(values, Tensor) or isinstance(values, GPUTensor) or values.dim() == 0
+        mixed = not isinstance(args[0], GPUTensor) or not scalar
     else:
-        mixed = any(tensor.dim() or not NUMBERS.fullmatch(name.rstrip("_")) for tensor in others)
+        mixed = any(tensor.dim() or not TAKES_SCALARS.fullmatch(name.rstrip("_")) for tensor in others)
     if mixed:
         shapes = [[list(tensor.shape) for tensor in some] for some in (ours, others)]
-        raise DeviceMix(f"{func}: tensors of two devices: {shapes[0]} on the GPU, {shapes[1]} on the CPU")
+        raise DeviceError(f"{name}: tensors on two devices: {shapes[0]} on the GPU, {shapes[1]} on the CPU")
+
+
+def count_syncs(name: str, args: Any, kwargs: dict[str, Any], ours: list[Tensor], on_gpu: bool) -> None:
+    """Count reads of values, results whose size depends on values, and blocking copies."""
+    if name in INDEXED:
+        syncs[name] += bool(ours) and any(isinstance(each, Tensor) and each.dtype == torch.bool for each in args[1])
+    elif name in ("_to_copy", "copy_"):
+        source, target = (args[0], on_gpu) if name == "_to_copy" else (args[1], isinstance(args[0], GPUTensor))
+        asynchronous = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+        syncs[name] += isinstance(source, GPUTensor) != target and not asynchronous
+    else:
+        syncs[name] += bool(ours) and name in SYNCS
 
 
 class Generator(torch.Generator):
-    """A generator that says where it is."""
+    """A generator that reports the device it was created for."""
 
-    places: dict[int, torch.device] = {}  # the dispatcher makes an object of its own for the same generator
+    places: dict[int, torch.device] = {}  # by C++ object: the dispatcher creates new Python objects for it
 
     def __new__(cls, device: Any = "cpu") -> Generator:
         made = super().__new__(cls, "cpu")
@@ -218,63 +205,49 @@ class Generator(torch.Generator):
 real_attention = F.scaled_dot_product_attention
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    **more: Any,
-) -> Tensor:
-    """`F.scaled_dot_product_attention`, which asks a real GPU which kernel to take."""
-    given = [q, k, v]
-    if not any(isinstance(one, Pretended) for one in given):
-        return real_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, **more)
+def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *rest: Any, **more: Any) -> Tensor:
+    """`F.scaled_dot_product_attention`, which would query a real GPU to choose a kernel. No dropout."""
+    if not isinstance(q, GPUTensor):
+        return real_attention(q, k, v, attn_mask, *rest, **more)
     if torch.is_autocast_enabled("cuda"):
-        given = [one.to(torch.get_autocast_dtype("cuda")) for one in given]
-    if len({one.dtype for one in given}) > 1:
-        raise DeviceMix(f"attention of {[one.dtype for one in given]}")
+        q, k, v = (each.to(torch.get_autocast_dtype("cuda")) for each in (q, k, v))
+    if not q.dtype == k.dtype == v.dtype:
+        raise DeviceError(f"attention on {q.dtype}, {k.dtype}, {v.dtype}")
     with torch.autocast("cuda", enabled=False):
-        q, k, v = given
-        scores = q @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
-        if is_causal:
+        scores = q @ k.transpose(-1, -2) * (more.get("scale") or q.shape[-1] ** -0.5)
+        if more.get("is_causal"):
             attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -torch.inf)
         return scores.softmax(-1) @ v
 
 
-def compiled() -> Path:
-    """The guard as a library, compiled once. Raises `NoCompiler`."""
-    compiler = shutil.which("g++") or shutil.which("c++")
+def compile_guard() -> Path:
+    """Compile the guard as a library, once for each version of torch. Raises `NoCompiler`."""
     key = hashlib.sha256((GUARD + torch.__version__).encode()).hexdigest()[:16]
-    library, torch_at = Path(tempfile.gettempdir()) / f"pretended_gpu_{key}.so", Path(torch.__file__).parent
-    if library.exists():
-        return library
-    if compiler is None:
+    library, root = Path(tempfile.gettempdir()) / f"fake_gpu_{key}.so", Path(torch.__file__).parent
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None and not library.exists():
         raise NoCompiler("no C++ compiler")
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        source, made = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
-        source.write_text(GUARD)
-        flags = ["-shared", "-fPIC", "-std=c++20", "-O0", "-w", f"-I{torch_at}/include", f"-L{torch_at}/lib"]
-        done = subprocess.run(
-            [compiler, *flags, str(source), "-o", str(made), "-lc10", "-ltorch_cpu"], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise NoCompiler(done.stderr[-500:])
-        os.replace(made, library)
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            built = Path(folder) / "guard.so"
+            flags = ["-shared", "-fPIC", "-std=c++20", "-O0", "-w", f"-I{root}/include", f"-L{root}/lib"]
+            command = [str(compiler), *flags, "-x", "c++", "-", "-o", str(built), "-lc10", "-ltorch_cpu"]
+            done = subprocess.run(command, input=GUARD, capture_output=True, text=True)
+            if done.returncode:
+                raise NoCompiler(done.stderr[-500:])
+            os.replace(built, library)
     return library
 
 
-def pretend() -> None:
-    """Let torch, in this process, believe in a GPU. Raises `NoCompiler`."""
-    ctypes.CDLL(str(compiled())).pretend()
+def install() -> None:
+    """Make torch believe that this process has a GPU. Raises `NoCompiler`."""
+    ctypes.CDLL(str(compile_guard())).install()
     torch._C._set_multithreading_enabled(False)  # autograd has no thread for this device
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(x, device="cuda") is a copy, which the mode sees
-    torch.__future__.set_swap_module_params_on_conversion(True)  # parameters stay the objects that they are
-    torch.inference_mode = lambda mode=True: torch.no_grad()  # in which wrappers have no views
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(x, device="cuda") becomes a copy that the mode sees
+    torch.__future__.set_swap_module_params_on_conversion(True)  # parameters keep their identity
+    torch.inference_mode = lambda mode=True: torch.no_grad()  # wrappers have no views in inference mode
     torch.cuda._lazy_init = lambda: None
     torch.cuda.is_bf16_supported = lambda *_, **__: True
     torch.cuda.current_device = lambda: 0
@@ -286,45 +259,36 @@ def pretend() -> None:
     torch.Tensor.pin_memory = lambda tensor, device=None: tensor.clone()
     torch.cuda.Event = lambda **_: SimpleNamespace(record=lambda *_: None, synchronize=lambda: None)
     F.scaled_dot_product_attention = attention
-    optimizer._foreach_supported_types.append(Pretended)
+    optimizer._foreach_supported_types.append(GPUTensor)
     foreach._foreach_supported_types = optimizer._foreach_supported_types
     several = lambda tensors, device: True  # noqa: E731
     foreach._has_foreach_support = torch.nn.utils.clip_grad._has_foreach_support = several
 
 
-# What is tried
+# Checks
 
 
-def refused() -> None:
-    """The pretending itself: mixes of devices raise, and what is right does not."""
+def check_fake() -> None:
+    """The fake refuses mixed devices, and counts syncs."""
     x, here = torch.randn(3, device=CUDA), torch.randn(3)
     mixes: list[Callable[[], Any]] = [
         lambda: x + here,
-        lambda: torch.cat([x, here]),
         lambda: here[x.long()],
-        lambda: torch.where(x > 0, x, here),
         lambda: torch.rand(3, device=CUDA, generator=torch.Generator()),
-        lambda: torch.rand(3, generator=torch.Generator("cuda")),
         lambda: torch.nn.Linear(3, 2)(x),
-        *([lambda: x.double()] if Pretended.float32 else []),
+        *([lambda: x.double()] if GPUTensor.float32 else []),
     ]
     for number, mix in enumerate(mixes):
-        with contextlib.suppress(DeviceMix):
+        with contextlib.suppress(DeviceError):
             mix()
-            raise AssertionError(f"mix {number} was let through")
-    layer = torch.nn.Linear(3, 2).to(CUDA)
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        y = layer(x)
-    y.float().sum().backward()
-    assert y.dtype == torch.bfloat16 and isinstance(layer.weight.grad, Pretended)
-    assert torch.equal((x + 1).cpu(), x.cpu() + 1)
-    before = waits.total()
-    x.sum().item(), x[x > 0], x.to(CPU), x.cpu()
-    assert waits.total() == before + 4 and not (x.to(CPU, non_blocking=True), waits.total() - before - 4)[1]
+            raise AssertionError(f"mix {number} was accepted")
+    before = syncs.total()
+    x.sum().item(), x[x > 0], x.to(CPU), x.cpu(), x.to(CPU, non_blocking=True)
+    assert syncs.total() == before + 4
 
 
 def check_gradients(model: torch.nn.Module, loss: Tensor) -> None:
-    """Every parameter has one: several GPUs would wait for it."""
+    """Every trained parameter gets a gradient; DDP would wait for a missing one."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if trained:
         model.zero_grad()
@@ -332,14 +296,14 @@ def check_gradients(model: torch.nn.Module, loss: Tensor) -> None:
         assert not [name for name, parameter in trained.items() if parameter.grad is None]
 
 
-def try_tokenizer(name: str, config: dict[str, Any]) -> None:
-    """Training steps in bf16, tokens and images."""
+def check_tokenizer(name: str, config: dict[str, Any]) -> None:
+    """Training steps in bf16, encoding and decoding."""
     from small import make_tokenizer
 
     from tokenizer.losses import total_loss
 
     model = make_tokenizer(name, (16, 16), **config)
-    if hasattr(model, "vae"):  # which should be a trained one
+    if hasattr(model, "vae"):  # normally a trained one
         model.start_from(model.vae)
     model.initialize(torch.rand(32, 3, 16, 16) * 2 - 1)
     model = model.to(CUDA).train()
@@ -353,8 +317,8 @@ def try_tokenizer(name: str, config: dict[str, Any]) -> None:
         assert tokens.device == model.decode(tokens).device == CUDA
 
 
-def try_prior(name: str, config: dict[str, Any]) -> None:
-    """A training step in bf16, a likelihood, and all ways of sampling."""
+def check_prior(name: str, config: dict[str, Any]) -> None:
+    """A training step in bf16, a likelihood, and all modes of sampling."""
     from small import draw_tokens, generators, make_prior
 
     model = make_prior(name, (4, 4), 7, **config).train()
@@ -369,13 +333,13 @@ def try_prior(name: str, config: dict[str, Any]) -> None:
         model.eval().log_prob(tokens, labels)
     known = torch.rand(model.grid.shape) < 0.5
     guided = {"guidance_scale": 2.0, "top_k": 5, "top_p": 0.9, "temperature": 0.8}
-    for way in ({}, {"known": known, "tokens": tokens[:4]}, {"cache": False}, {"parallel": True}, guided):
-        drawn = model.sample(4, labels[:4] % 3, generator=generators(4), **way)
+    for options in ({}, {"known": known, "tokens": tokens[:4]}, {"cache": False}, {"parallel": True}, guided):
+        drawn = model.sample(4, labels[:4] % 3, generator=generators(4), **options)
         assert drawn.device == CUDA and drawn.shape == (4, *model.grid.shape)
 
 
-def try_pipeline() -> None:
-    """What users call."""
+def check_pipeline() -> None:
+    """The public methods of a pipeline."""
     from small_pipelines import make_pipeline, pixels_for
 
     pipe = make_pipeline(sizes={"likelihood": {"kind": "discretized_logistic"}}).to(CUDA)
@@ -387,8 +351,8 @@ def try_pipeline() -> None:
     pipe.calibrate(images), pipe.anomaly_score(images[:4], p_values=True), pipe.anomaly_map(images[:4])
 
 
-def try_run(train: Callable[[Path], Path]) -> None:
-    """A whole run in bf16, whose steps never wait for the GPU between logged ones."""
+def check_run(train: Callable[[Path], Path]) -> None:
+    """A whole run in bf16, without a sync between logged steps."""
     from accelerate.state import AcceleratorState
 
     from pipelines.training.trainer import Trainer
@@ -400,77 +364,77 @@ def try_run(train: Callable[[Path], Path]) -> None:
 
     def watched(trainer: Trainer, *rest: Any) -> None:
         assert trainer.device == CUDA
-        before[trainer.step] = waits.total()
+        before[trainer.step] = syncs.total()
         take_step(trainer, *rest)
 
     with tempfile.TemporaryDirectory() as folder, patch.object(Trainer, "take_step", watched):
         train(Path(folder, "run"))
-    assert before[8] == before[3], f"{before[8] - before[3]} waits in five steps: {+waits}"
+    assert before[8] == before[3], f"{before[8] - before[3]} syncs in five steps: {+syncs}"
 
 
 def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Titles, and what to do."""
+    """Titles and functions."""
     from launch import make_tokens, train_prior, train_tokenizer
     from small import ANY_ORDER, PRIORS, QUANTIZERS, TOKENIZERS, VARIANTS, node_of
 
     from tokenizer.likelihoods import Likelihood
 
-    yield "what a GPU refuses", refused
+    yield "the fake itself", check_fake
     for name in TOKENIZERS:
-        yield f"tokenizer {name}", partial(try_tokenizer, name, {})
+        yield f"tokenizer {name}", partial(check_tokenizer, name, {})
     for name in QUANTIZERS:
         nodes = {"multiscale": {"kind": "multiscale", "scales": [1, 2, 4]}}
-        yield f"quantizer {name}", partial(try_tokenizer, "vqvae", {"quantizer": nodes.get(name, node_of(name))})
+        yield f"quantizer {name}", partial(check_tokenizer, "vqvae", {"quantizer": nodes.get(name, node_of(name))})
     for name in Likelihood.available():
-        yield f"likelihood {name}", partial(try_tokenizer, "vqvae", {"likelihood": {"kind": name}})
+        yield f"likelihood {name}", partial(check_tokenizer, "vqvae", {"likelihood": {"kind": name}})
     for name, config in [*((name, {}) for name in [*PRIORS, *VARIANTS]), *ANY_ORDER.items()]:
-        yield f"prior {name} {' '.join(config)}".strip(), partial(try_prior, name, config)
-    yield "pipeline", try_pipeline
+        yield f"prior {name} {' '.join(config)}".strip(), partial(check_prior, name, config)
+    yield "pipeline", check_pipeline
     quiet = {"train__log_every": 1000}
     critic = {"critic": {"weight": 0.5, "width": 8, "layers": 1, "warmup": 1, "ramp": 1, "adaptive": True}}
-    yield "run of a tokenizer", partial(try_run, partial(train_tokenizer, **quiet))
-    yield "run of a tokenizer with a critic", partial(try_run, partial(train_tokenizer, **quiet, **critic))
+    yield "run of a tokenizer", partial(check_run, partial(train_tokenizer, **quiet))
+    yield "run of a tokenizer with a critic", partial(check_run, partial(train_tokenizer, **quiet, **critic))
     yield (
         "run of a prior",
         partial(
-            try_run,
+            check_run,
             lambda out: train_prior(out, make_tokens(out.with_name("tokens")), train__optimizer="muon", **quiet),
         ),
     )
 
 
-def try_all(only: str) -> int:
-    """Try all whose title contains `only`, a line for each; how many failed."""
+def run_checks(word: str) -> int:
+    """Run the checks whose title contains `word`, and print a line for each; returns the number of failures."""
     from prior import sampling
     from tokenizer import precision
 
     sampling.can_capture = lambda device: False
-    if Pretended.float32:
+    if GPUTensor.float32:
         precision.WITHOUT_FLOAT64.add("cuda")
-    tried = failed = 0
+    count = failed = 0
     for title, check in checks():
-        if only not in title:
+        if word not in title:
             continue
-        tried, problem = tried + 1, ""
+        count, problem = count + 1, ""
         try:
             torch.manual_seed(0)
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), Pretending():
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), OnGPU():
                 check()
         except (Exception, SystemExit):
             failed, problem = failed + 1, traceback.format_exc(limit=-3)
         print(f"{'FAIL' if problem else 'ok'}  {title}\n{problem}".rstrip(), flush=True)
-    print(f"{tried} tried, {failed} failed")
-    return failed or not tried
+    print(f"{count} checks, {failed} failed")
+    return failed or not count
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     try:
-        pretend()
+        install()
     except NoCompiler as reason:
         print(reason)
         sys.exit(3)
     words = [word for word in sys.argv[1:] if word != "--float32"]
-    Pretended.float32 = words != sys.argv[1:]
-    sys.exit(bool(try_all(" ".join(words))))
+    GPUTensor.float32 = words != sys.argv[1:]
+    sys.exit(bool(run_checks(" ".join(words))))

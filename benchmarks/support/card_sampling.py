@@ -1,12 +1,12 @@
-"""Sampling, encoding and decoding on a card, beside others' models of the same sizes."""
+"""Time sampling, encoding and decoding on a GPU, beside reference models of the same sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks.support.cards.card import Card
-from benchmarks.support.cards.training import Sizes
+from benchmarks.support.card import Card
+from benchmarks.support.card_training import Sizes, reference_tokenizer
 
 ROWS = (1, 16, 64, 256)
 SAMPLING_HEAD = (
@@ -23,8 +23,8 @@ CODING_HEAD = ("network", "images", "encoded/s", "decoded/s", "VQModel encoded/s
 
 
 def sampling_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterator[list[str]]:
-    """Of a GPT of this configuration with random weights, in float32 and bf16, by one CUDA graph and kernel by kernel,
-    beside GPT-2's `generate`."""
+    """Rows for a GPT with random weights in float32 and bf16, sampling with a CUDA graph and without, beside GPT-2's
+    `generate`."""
     import torch
 
     from prior import Prior
@@ -36,8 +36,8 @@ def sampling_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterat
         for count in (rows for rows in ROWS if rows <= 8 * sizes.images):
             labels = torch.zeros(count, dtype=torch.long, device=card.device)
             mine, _ = card.times(lambda: ours.sample(count, labels), repeats)  # noqa: B023
-            launched, _ = card.times(lambda: watched(ours, count, labels), max(1, repeats // 2), ahead=1)  # noqa: B023
-            other, _ = card.times(lambda: theirs(count), max(1, repeats // 2), ahead=1)  # noqa: B023
+            launched, _ = card.times(lambda: watched(ours, count, labels), max(1, repeats // 2), warmup=1)  # noqa: B023
+            other, _ = card.times(lambda: theirs(count), max(1, repeats // 2), warmup=1)  # noqa: B023
             tokens = count * len(prior.grid)
             yield [
                 f"gpt, {str(dtype).removeprefix('torch.')}",
@@ -52,7 +52,7 @@ def sampling_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterat
 
 
 def scale_logits(prior: Any) -> None:
-    """Scale the last layer so that logits have a standard deviation of 3, as after training; at first it is below 1."""
+    """Scale the last layer so that logits have a standard deviation of 3, as after training."""
     import torch
 
     tokens = torch.randint(prior.grid.vocab_size, (4, *prior.grid.shape), device=prior.device)
@@ -61,12 +61,12 @@ def scale_logits(prior: Any) -> None:
 
 
 def watched(prior: Any, count: int, labels: Any) -> Any:
-    """Sample with an observer of each step, for whom the kernels are launched one by one."""
+    """Sample with a callback per step, which disables the CUDA graph."""
     return prior.sample(count, labels, on_step=lambda step: None)
 
 
 def generator_of(card: Card, config: Any, dtype: Any) -> Callable[[int], Any]:
-    """`generate` of transformers' GPT-2 of the same sizes: as many tokens as a grid has, with its cache."""
+    """A function that generates one grid of tokens per image with transformers' GPT-2, with its cache."""
     import torch
     import transformers
 
@@ -91,15 +91,14 @@ def generator_of(card: Card, config: Any, dtype: Any) -> Callable[[int], Any]:
 
 
 def coding_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterator[list[str]]:
-    """Of a tokenizer of this configuration, in float32 and under bf16 autocast, beside `VQModel`."""
+    """Rows for a tokenizer in float32 and under bf16 autocast, beside `VQModel`."""
     import torch
 
-    from benchmarks.support.cards.training import peer_of_tokenizer
     from tokenizer import Tokenizer
 
     count = sizes.images
     ours = Tokenizer.create("vqgan", **dict(config)).to(card.device).eval()
-    theirs = peer_of_tokenizer(card, config, 1)[0].eval()
+    theirs = reference_tokenizer(card, config, 1)[0].eval()
     images = torch.rand(count, *ours.image_shape, device=card.device) * 2 - 1
     tokens = ours.encode(images)
     latents = theirs.encode(images).latents

@@ -1,0 +1,164 @@
+"""Time training steps on a GPU: those of the training loop on ImageNet presets, and those of reference models."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.support.card import Card
+from benchmarks.support.options import ROOT
+from benchmarks.support.random_data import write_random_images, write_random_tokens
+from benchmarks.support.references import Reference, gpt2, vq_model
+from benchmarks.support.runs import NEVER
+from benchmarks.support.tables import table_row
+from benchmarks.support.timing import stepper
+
+HEAD = ("model, bf16", "images", "step, ms", "host, ms", "images/s", "of peak", "memory, GB", "over plan")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Images per step, classes, grid side and vocabulary of stage two, image side of stage one, rows of the data, and
+    changes to the presets."""
+
+    images: int
+    classes: int
+    side: int
+    ids: int
+    pixels: int
+    rows: int
+    prior: tuple[str, ...] = ()
+    tokenizer: tuple[str, ...] = ()
+
+    def write_data(self, folder: Path) -> None:
+        """Write random tokens and images."""
+        write_random_tokens(folder / "tokens", self.side, self.ids, self.rows, self.classes)
+        write_random_images(folder / "images", self.pixels, self.rows)
+
+
+FULL = Sizes(images=32, classes=1000, side=16, ids=16384, pixels=256, rows=256)
+TINY = Sizes(
+    images=2,
+    classes=10,
+    side=2,
+    ids=64,
+    pixels=32,
+    rows=32,
+    prior=("model.dim=64", "model.depth=1", "model.heads=2"),
+    tokenizer=("model.widths=[32,32,32]", "model.blocks=1", "model.z_channels=16", "model.quantizer.codes=64"),
+)
+
+
+def prior_arguments(folder: Path, sizes: Sizes, *more: str) -> list[str]:
+    """A command line of `train_prior`."""
+    given = [f"tokens={folder / 'tokens'}", f"train.batch_size={sizes.images}", *sizes.prior]
+    return arguments("prior/gpt_imagenet256", folder, *given, *more)
+
+
+def tokenizer_arguments(folder: Path, sizes: Sizes, *more: str) -> list[str]:
+    """A command line of `train_tokenizer`, without the perceptual network, whose weights need a download."""
+    data = [f"data.source={folder / 'images'}", "data.held_out=null", f"data.image_size={sizes.pixels}"]
+    size = [f"train.batch_size={max(2, sizes.images // 2)}", "loss.perceptual=0"]
+    return arguments("tokenizer/vqgan_imagenet256", folder, *data, *size, *sizes.tokenizer, *more)
+
+
+def arguments(preset: str, folder: Path, *more: str) -> list[str]:
+    """A preset without tracking, checkpoints, evaluations and previews."""
+    quiet = [f"train.{key}={NEVER}" for key in ("steps", "save_every", "preview_every", "evaluate_every")]
+    paths = ["--config", str(ROOT / "configs" / f"{preset}.yaml"), f"out={folder / 'run'}"]
+    return [*paths, "track.wandb=disabled", *quiet, *more]
+
+
+def model_config(argv: list[str]) -> Any:
+    """The configuration of the model that a command line trains."""
+    task = build_task(argv)[0]
+    return getattr(task, "tokenizer", task.model).config
+
+
+def build_task(argv: list[str], card: Card | None = None) -> tuple[Any, Any]:
+    """The training task of a command line, and its configuration."""
+    from pipelines.config.command import parse
+    from pipelines.train_prior import PriorTask, TrainPriorConfig
+    from pipelines.train_tokenizer import TokenizerTask, TrainTokenizerConfig
+
+    if any(part.startswith("tokens=") for part in argv):
+        config: Any = parse(TrainPriorConfig, argv, verb="benchmark", description="")
+        return PriorTask(config), config
+    config = parse(TrainTokenizerConfig, argv, verb="benchmark", description="")
+    return TokenizerTask(config, card.device if card else "cpu"), config
+
+
+def measure_loop(card: Card, name: str, argv: list[str], repeats: int) -> tuple[str, float]:
+    """The table row of a step of the training loop, and its FLOPs."""
+    import torch
+
+    from pipelines.commands import plan
+
+    torch.manual_seed(0)
+    task, config = build_task(argv, card)
+    with contextlib.redirect_stdout(io.StringIO()):
+        planned = plan.main([*argv, "gpus=1", f"device={card.device}"])
+    with stepper(task, config) as step:
+        seconds, host = card.times(step, repeats)
+        memory = card.memory(step)
+    del task, step
+    gc.collect()
+    images, flops = config.train.batch_size, planned.flops_per_step
+    return format_row(card, name, seconds, host, images, flops, memory, planned.memory(images)), flops
+
+
+def measure_reference(card: Card, name: str, reference: Reference, images: int, flops: float, repeats: int) -> str:
+    """The table row of a reference model: forward, backward, clipping and fused AdamW under bf16 autocast."""
+    import torch
+
+    model, loss = reference
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        with torch.autocast(card.device.type, torch.bfloat16):
+            value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds, host = card.times(step, repeats)
+    return format_row(card, name, seconds, host, images, flops, card.memory(step))
+
+
+def format_row(
+    card: Card,
+    name: str,
+    seconds: float,
+    host: float,
+    images: int,
+    flops: float,
+    memory: int | None,
+    planned: float | None = None,
+) -> str:
+    """A row below `HEAD`. memory, planned: peak bytes, measured and planned."""
+    cells = [name, f"{images}", f"{1e3 * seconds:.1f}", f"{1e3 * host:.1f}", f"{images / seconds:.0f}"]
+    cells += [f"{flops / seconds / card.peak:.1%}", "" if memory is None else f"{memory / 1e9:.2f}"]
+    return table_row([*cells, "" if memory is None or not planned else f"{memory / planned:.2f}"])
+
+
+def reference_prior(card: Card, config: Any, sizes: Sizes) -> Reference:
+    """transformers' GPT-2 with the sizes of a prior's configuration."""
+    import torch
+
+    ids = torch.randint(sizes.ids, (sizes.images, sizes.side, sizes.side), device=card.device)
+    with card.device:
+        return gpt2(config, ids)
+
+
+def reference_tokenizer(card: Card, config: Any, images: int) -> Reference:
+    """diffusers' `VQModel` with the sizes of a tokenizer's configuration."""
+    import torch
+
+    batch = torch.rand(images, config.channels, *config.image_size, device=card.device) * 2 - 1
+    with card.device:
+        return vq_model((tuple(config.widths), config.blocks, config.groups), config, batch)

@@ -1,0 +1,103 @@
+"""Time a training step of each contender, and of the GPT on its tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.support.contenders import REFERENCE, Node, is_trained, write_node
+from benchmarks.support.tables import write_json
+from benchmarks.support.timing import TIMED_STEPS, cpu_seconds_of, prior_seconds, stepper
+
+TIMED_IMAGES = 512
+
+
+def time_steps(nodes: dict[str, Node], only: list[str], gpt: Node | None, path: Path) -> Node:
+    """Seconds per step of `tokenizer` by contender, and of `gpt` by grid, cached in `path`. The first call times all
+    contenders; later calls time new ones of `only`, beside the reference."""
+    cached = json.loads(path.read_text()) if path.is_file() else {"tokenizer": {}, "gpt": {}, "grids": {}}
+    new = [name for name in nodes if name not in cached["grids"] and (name in only or not cached["grids"])]
+    if not new:
+        return cached
+    names = [REFERENCE, *(name for name in new if name != REFERENCE)]
+    print(f"timing {TIMED_STEPS} steps of {', '.join(names)}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        models = {name: build_untrained(nodes[name], folder) for name in names}
+        grids = {grid_name(model.grid): model for model in models.values()}
+        trained = {name: nodes[name] for name in names if is_trained(nodes[name])}
+        seconds, gpt_seconds = tokenizer_times(trained, folder), gpt_times(grids, gpt, folder) if gpt else {}
+    found = {
+        "threads": int(os.environ["OMP_NUM_THREADS"]),
+        "machine": platform.processor() or platform.machine(),
+        "tokenizer": rescale(cached["tokenizer"], seconds, REFERENCE),
+        "gpt": rescale(cached["gpt"], gpt_seconds, grid_name(models[REFERENCE].grid)),
+        "grids": {**{name: grid_name(model.grid) for name, model in models.items()}, **cached["grids"]},
+    }
+    write_json(found, path)
+    return found
+
+
+def tokenizer_times(nodes: dict[str, Node], folder: Path) -> dict[str, float]:
+    """Median CPU seconds of a training step of each tokenizer."""
+    import torch
+
+    from pipelines.train_tokenizer import TokenizerTask
+
+    with contextlib.ExitStack() as stack:
+        steps = []
+        for name, node in nodes.items():
+            config = parse_tokenizer(node, folder / f"{name}.yaml")
+            torch.manual_seed(config.train.seed)
+            steps.append(stack.enter_context(stepper(TokenizerTask(config), config)))
+        return dict(zip(nodes, cpu_seconds_of(steps), strict=True))
+
+
+def gpt_times(tokenizers: dict[str, Any], preset: Node, folder: Path) -> dict[str, float]:
+    """Median CPU seconds of a training step of the GPT on random tokens of each grid."""
+    import torch
+
+    from pipelines.tokens import TokenDataset, TokenSplit
+
+    arguments = {}
+    for name, tokenizer in tokenizers.items():
+        grid, tokens = tokenizer.grid, folder / "tokens" / name
+        split = TokenSplit(torch.randint(grid.vocab_size, (TIMED_IMAGES, *grid.shape)), torch.zeros(TIMED_IMAGES))
+        TokenDataset(grid, [str(k) for k in range(10)], {"train": split, "test": split}, tokenizer, {}).save(tokens)
+        node = {**preset, "tokens": str(tokens), "out": str(folder), "track": {"wandb": "disabled"}}
+        arguments[name] = ["--config", write_node(node, folder / f"{name}.yaml")]
+    return prior_seconds(arguments)
+
+
+def parse_tokenizer(node: Node, path: Path) -> Any:
+    """The checked configuration of `train_tokenizer`."""
+    from pipelines.config.command import parse
+    from pipelines.train_tokenizer import TrainTokenizerConfig
+
+    return parse(TrainTokenizerConfig, ["--config", write_node(node, path)], verb="train_tokenizer", description="")
+
+
+def build_untrained(node: Node, folder: Path) -> Any:
+    """An untrained tokenizer, which has the grid of a trained one."""
+    from pipelines.train_tokenizer import build_tokenizer
+
+    config = parse_tokenizer({**node, "init": None}, folder / "grid.yaml")
+    channels, *size = config.data.image_shape
+    return build_tokenizer(config.model, tuple(size), channels)
+
+
+def grid_name(grid: Any) -> str:
+    """A name such as `8x8x512`. Equal grids cost the GPT the same."""
+    return "x".join(map(str, (*grid.shape, grid.vocab_size)))
+
+
+def rescale(before: dict[str, float], now: dict[str, float], reference: str) -> dict[str, float]:
+    """Merge the times of two passes, scaled so that the reference takes equally long in both."""
+    factor = before[reference] / now[reference] if before and now else 1.0
+    return {**{name: seconds * factor for name, seconds in now.items()}, **before}

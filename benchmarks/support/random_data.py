@@ -1,0 +1,34 @@
+"""Random tokens and images on disk, for benchmarks of speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def write_random_tokens(folder: Path, side: int, vocab_size: int, rows: int, classes: int = 10) -> Path:
+    """Write a token dataset of `rows` grids of `side` x `side` random ids."""
+    import torch
+
+    from pipelines.tokens import TokenDataset, TokenSplit
+    from tokenizer import Tokenizer
+
+    quantizer = {"kind": "ema", "codes": vocab_size, "dim": 8}
+    sizes = {"image_size": (4 * side, 4 * side), "channels": 1, "widths": (8,), "blocks": (1,)}
+    tokenizer = Tokenizer.create("vqvae", **sizes, quantizer=quantizer)
+    split = TokenSplit(torch.randint(vocab_size, (rows, side, side)), torch.arange(rows) % classes)
+    names = [str(k) for k in range(classes)]
+    TokenDataset(tokenizer.grid, names, {"train": split, "test": split}, tokenizer, {}).save(folder)
+    return folder
+
+
+def write_random_images(folder: Path, side: int, count: int) -> Path:
+    """Write `count` RGB images of `side` x `side` random pixels."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:04d}.png")
+    return folder
