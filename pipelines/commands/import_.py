@@ -154,7 +154,7 @@ def summary(model: Autoencoder, title: str, assumed: bool, out: str, unused: lis
     """Describe what was imported, and the next command. assumed: whether the image size is a guess."""
     channels, height, width = model.image_shape
     rows = [
-        ("weights", f"{title}; skipped {len(unused)} that only training needs"),
+        ("weights", f"{title}; skipped {len(unused)} that only training uses"),
         ("images", f"{height} x {width}, {channels} channels{' (assumed; set image_size=)' if assumed else ''}"),
         ("tokens", f"{' x '.join(map(str, model.grid.shape))} ids of {model.grid.vocab_size:,}"),
         ("network", f"{model.name}, {sum(p.numel() for p in model.parameters()):,} parameters"),

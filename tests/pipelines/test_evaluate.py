@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from givens.striped_sets import write_set
+from givens.stripes import write_set
 from optional import needs_torch_fidelity
 from PIL import Image
 from ranks import Several

@@ -18,8 +18,7 @@ import torch
 import yaml
 from command import errors_of
 from folders import contents
-from givens.image_files import write_pictures
-from givens.image_folders import header_only
+from givens.images import header_only, write_pictures
 from optional import needs_digits
 from PIL import Image
 from small_pipelines import make_pipeline

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from givens.image_folders import write_folder
+from givens.images import write_folder
 from safetensors.torch import save_file
 from small import make_tokenizer
 from small_pipelines import make_pipeline

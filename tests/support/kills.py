@@ -276,7 +276,7 @@ def make_case(stage: str, processes: int, folder: Path, steps: int, sharded: boo
 def make_verb_cases(folder: Path) -> list[Case]:
     """A new token dataset, one that replaces another, and generated images in both formats."""
     import torch
-    from givens.image_folders import write_folder
+    from givens.images import write_folder
     from small_pipelines import make_pipeline
 
     for split, count in (("train", 30), ("test", 10)):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import fails
-from givens.image_files import write_pictures
+from givens.images import write_pictures
 from small import make_tokenizer
 from small_pipelines import make_pipeline
 

@@ -8,8 +8,8 @@ import struct
 import pytest
 import torch
 from command import fails
-from givens.image_files import write_pictures
-from givens.published_weights import imported, random_images, random_weights, taming_shapes
+from givens.images import write_pictures
+from givens.published import imported, random_images, random_weights, taming_shapes
 from safetensors.torch import save_file
 
 from pipelines.__main__ import main

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from command import fails
-from givens.image_folders import write_table
+from givens.images import write_table
 from PIL import Image
 
 from pipelines.__main__ import main

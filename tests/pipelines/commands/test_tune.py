@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from command import fails
-from givens.striped_sets import write_set
+from givens.stripes import write_set
 from PIL import Image
 from small_pipelines import make_pipeline
 

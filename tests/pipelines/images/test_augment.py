@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from givens.image_files import noise
-from givens.image_folders import ALL, config, write_folder
+from givens.images import ALL, config, noise, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

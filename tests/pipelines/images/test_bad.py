@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from givens.image_files import Row, identities, load, rows_of, write_shards
-from givens.image_folders import BAD, config, write_image, write_table
+from givens.images import BAD, Row, config, identities, load, rows_of, write_image, write_shards, write_table
 
 from pipelines.config import UserError
 from pipelines.images import decoding, load_images

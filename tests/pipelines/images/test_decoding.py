@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from givens.image_files import encoded, noise
-from givens.image_folders import write_image
+from givens.images import encoded, noise, write_image
 from ordinary import as_others
 from PIL import Image
 

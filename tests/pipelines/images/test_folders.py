@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from givens.image_files import noise
-from givens.image_folders import config, write_folder, write_image
+from givens.images import config, noise, write_folder, write_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ordinary import as_others

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 import pytest
-from givens.image_files import load, rows_of, write_shards
+from givens.images import load, rows_of, write_shards
 from processes import run_file
 from servers.fake_hub import Handler, commit, places_of, serve
 

@@ -3,8 +3,7 @@
 import os
 
 import pytest
-from givens.image_files import load, rows_of, write_parquet, write_tar
-from givens.image_folders import config, write_folder
+from givens.images import config, load, rows_of, write_folder, write_parquet, write_tar
 
 from pipelines.config import UserError
 from pipelines.images import load_images

@@ -10,7 +10,7 @@ from pathlib import Path
 import pydantic
 import pytest
 import torch
-from givens.image_folders import ALL, config, write_folder
+from givens.images import ALL, config, write_folder
 
 from pipelines.images import DataConfig, ImageDataset, load_images, to_float, to_uint8
 

@@ -9,8 +9,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from givens.image_files import KINDS, noise, rows_of, write_shards
-from givens.image_folders import BAD, PNGS, bytes_of_each, config, write_image, write_table
+from givens.images import (
+    BAD,
+    KINDS,
+    PNGS,
+    bytes_of_each,
+    config,
+    noise,
+    rows_of,
+    write_image,
+    write_shards,
+    write_table,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

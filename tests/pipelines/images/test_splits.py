@@ -8,8 +8,18 @@ from itertools import product
 
 import numpy as np
 import pytest
-from givens.image_files import noise, rows_of, write_shards
-from givens.image_folders import PNGS, bytes_of_each, config, write_folder, write_image, write_splits, write_table
+from givens.images import (
+    PNGS,
+    bytes_of_each,
+    config,
+    noise,
+    rows_of,
+    write_folder,
+    write_image,
+    write_shards,
+    write_splits,
+    write_table,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optional import needs_digits

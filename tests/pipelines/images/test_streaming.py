@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from givens.image_files import KINDS, identities, load, rows_of, write_parquet, write_shards, write_tar
+from givens.images import KINDS, identities, load, rows_of, write_parquet, write_shards, write_tar
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launch import losses, output_of, start, tokenizer_arguments, train_tokenizer, two_processes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from givens.striped_sets import write_set
+from givens.stripes import write_set
 from optional import needs_torchmetrics
 
 from pipelines.images import load_images

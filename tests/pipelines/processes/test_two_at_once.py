@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from folders import contents, written
-from givens.striped_sets import write_set
+from givens.stripes import write_set
 from launch import (
     end,
     output_of,

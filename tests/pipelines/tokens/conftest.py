@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from givens.image_folders import write_classes
+from givens.images import write_classes
 from small import make_tokenizer
 
 

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 from folders import contents, files_in
-from givens.image_files import write_pictures
-from givens.image_folders import write_classes
+from givens.images import write_classes, write_pictures
 from launch import DIGITS as DIGITS_ONCE
 from launch import output_of, start, two_processes
 from optional import needs_digits

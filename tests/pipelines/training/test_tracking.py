@@ -13,11 +13,9 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from fake_wandb import FakeWandb
 from launch import metrics, train_prior, train_tokenizer
 from PIL import Image
-from servers.wandb_log import wandb_records
-from servers.wandb_server import WandbServer
+from servers.wandb_stand_ins import FakeWandb, WandbServer, wandb_records
 
 from pipelines import ImagePipeline
 from pipelines.config import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 from folders import contents
-from givens.image_files import write_pictures
-from givens.streams import streams_of
+from givens.images import write_pictures
 from launch import (
     EMA,
     VQVAE,
@@ -90,6 +89,17 @@ def copy_state(trainer: Trainer) -> dict[str, Tensor]:
 
 
 # Batches
+
+
+def streams_of(task: Task, config: TrainConfig, step: int, processes: int) -> list[Generator[Any, None, None]]:
+    """The batch streams of several ranks from `step` on, without processes."""
+
+    def of(rank: int) -> Generator[Any, None, None]:
+        group = SimpleNamespace(rank=rank, world=processes)
+        run: Any = SimpleNamespace(step=step, config=config, task=task, group=group, device=torch.device("cpu"))
+        return Trainer.batches(run)
+
+    return [of(rank) for rank in range(processes)]
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from givens.published_weights import cosmos_shapes, magvit2_shapes, maskgit_shapes
+from givens.published import cosmos_shapes, magvit2_shapes, maskgit_shapes
 
 from tokenizer import Tokenizer
 

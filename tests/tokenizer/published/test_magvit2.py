@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from command import fails
-from givens.agreement import agree_in_double
-from givens.published_references import ibq_says, magvit2_says
-from givens.published_weights import imported, magvit2_shapes, random_images, random_weights, taming_shapes
+from givens.published import (
+    agree_in_double,
+    ibq_says,
+    imported,
+    magvit2_says,
+    magvit2_shapes,
+    random_images,
+    random_weights,
+    taming_shapes,
+)
 from safetensors.torch import save_file
 from small import make_tokenizer
 

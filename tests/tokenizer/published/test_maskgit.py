@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from givens.agreement import agree_in_double
-from givens.published_references import maskgit_says
-from givens.published_weights import imported, maskgit_shapes, random_images, random_weights
+from givens.published import agree_in_double, imported, maskgit_says, maskgit_shapes, random_images, random_weights
 from safetensors.torch import save_file
 from small import make_tokenizer
 

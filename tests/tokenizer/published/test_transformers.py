@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import fails
-from givens.agreement import agree
-from givens.published_weights import imported, random_images, random_weights, taming_shapes
+from givens.published import agree, imported, random_images, random_weights, taming_shapes
 from safetensors.torch import load_file, save_file
 
 from pipelines.commands.import_ import ImportConfig, describe

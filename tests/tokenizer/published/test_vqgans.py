@@ -8,9 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from command import fails
-from givens.agreement import CLOSE, agree, agree_in_double
-from givens.published_references import llamagen_says, taming_says
-from givens.published_weights import imported, llamagen_shapes, random_images, random_weights, taming_shapes
+from givens.published import (
+    CLOSE,
+    agree,
+    agree_in_double,
+    imported,
+    llamagen_says,
+    llamagen_shapes,
+    random_images,
+    random_weights,
+    taming_says,
+    taming_shapes,
+)
 from safetensors.torch import load_file, save_file
 
 from pipelines.commands.import_ import ImportConfig, describe
