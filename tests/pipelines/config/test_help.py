@@ -75,7 +75,7 @@ def test_a_row_has_type_range_default_and_sentence(capsys: Captured) -> None:
     for row in [
         r"out +text +required +run folder",
         r"init +text +null +tokenizer",  # that null is allowed goes without saying
-        r"data.label_column +text or null +label +the ",
+        r"data.label_column +text or null +label +column",
         r"data.channels +1 \| 3 +1 +1 for grey",
         r"model.kind +kind +vqvae +the tokenizer: cosmos, ",
         r"model.heads +int 1..256 +4 +number of attention heads",
