@@ -5,7 +5,6 @@ Covers: pipelines/files.py.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -23,7 +22,6 @@ from safetensors.torch import save_file
 from small import make_tokenizer
 from small_pipelines import make_pipeline
 
-import pipelines.files as storage
 from pipelines import encode, evaluate, generate, train_prior, train_tokenizer
 from pipelines.commands import (
     calibrate,
@@ -43,7 +41,6 @@ from pipelines.config import UserError
 from pipelines.files import lock_folder, lock_output
 from pipelines.images.pictures import save_picture
 from pipelines.tokens import load_tokens
-from tokenizer import files
 from tokenizer.files import PathError
 from tokenizer.published.vqgans import LLAMAGEN
 
