@@ -65,15 +65,11 @@ def test_a_codebook(kind, normalize, rotation):
     codes = torch.randn(CODES, DIM)
     codes = torch.nn.functional.normalize(codes, dim=1) if normalize else codes
     gradient = "rotation" if rotation else "straight_through"
-    config = {"decay": 0.99, "normalize": True} if normalize else {"decay": 0.99} if kind == "ema" else {}
+    config = {"decay": 0.99, "normalize": normalize} if kind == "ema" else {}
     mine = Quantizer.create(kind, codes=CODES, dim=DIM, beta=1.0, gradient=gradient, revive_below=0.0, **config).train()
-    config = {
-        "rotation_trick": rotation,
-        "use_cosine_sim": normalize,
-        "decay": 0.99,
-        **(LEARNED if kind == "vq" else {}),
-    }
-    other = peers.VectorQuantize(dim=DIM, codebook_size=CODES, accept_image_fmap=True, **config).train()
+    config = LEARNED if kind == "vq" else {"use_cosine_sim": normalize, "decay": 0.99}
+    config = {"accept_image_fmap": True, "rotation_trick": rotation, **config}
+    other = peers.VectorQuantize(dim=DIM, codebook_size=CODES, **config).train()
     copy_codes(codes, mine, other)
     for _ in range(2 if kind == "ema" else 1):
         z, z_other = vectors()

@@ -119,9 +119,6 @@ def test_defaults_that_come_from_a_model(tmp_path: Any, capsys: Captured) -> Non
     (tmp_path / "provenance.json").write_text('{"data": {"image_size": 64, "channels": 3}}')
     page = printed(capsys, "encode", f"tokenizer={tmp_path}", "--help", "data")[0]
     assert re.search(r"^  data.image_size +\S.* 64 ", page, re.M) and "tokenizer's" not in page
-    page = printed(capsys, "complete", "data.image_size=32", "--help", "data")[0]
-    assert re.search(r"^  data.image_size +\S.* 32 ", page, re.M)
-    assert re.search(r"^  data.channels +\S.* pipeline's ", page, re.M)
 
 
 def test_every_verb_is_a_module_and_is_listed(capsys: Captured) -> None:
