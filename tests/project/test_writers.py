@@ -347,6 +347,18 @@ def test_inputs_are_never_outputs(world, tmp_path, name):
         assert snapshot(world.root) == world.before
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "options"),
+    [(inspect, "a.png", DATA), (reconstruct, "a.png", DATA), (encode, "a", DATA), (export, "a", ["format=torch"])],
+)
+def test_nothing_is_written_into_the_pipeline_of_a_tokenizer(world, module, name, options):
+    """A pipeline folder with other files could no longer be replaced."""
+    options = [option.format(**vars(world)) for option in options]
+    with pytest.raises(REFUSED, match=str(world.pipeline / name)):
+        run(module, [f"tokenizer={world.pipeline}", f"out={world.pipeline / name}", *options])
+    assert snapshot(world.root) == world.before
+
+
 # Two writers at once
 
 
