@@ -75,7 +75,6 @@ BAD = [
     (TRAIN, ["data.source={world}/giant"], "{world}/giant/cat/bomb.png: "),
     (TRAIN, ["data.image_size=30"], "30x30"),
     (TRAIN, ["train.batch_size=10", "train.accumulate=3"], "train.batch_size: "),
-    (TRAIN, ["model.kind=quantum"], "model.kind: "),
     (TRAIN, ["model.widths=[12]"], "widths: "),
     (ENCODE, ["tokenizer={world}/nowhere"], "{world}/nowhere"),
     (ENCODE, ["tokenizer={world}/empty"], "{world}/empty/config.json: "),
@@ -93,7 +92,6 @@ BAD = [
     (GENERATE, ["labels=cow"], "'cow'"),
     (GENERATE, ["order=zigzag"], "'zigzag'"),
     (GENERATE, ["num_orders=2"], "num_orders: "),
-    (GENERATE, ["steps=4"], "'steps'"),
     (GENERATE, ["device=toaster"], "device: "),
     (GENERATE, ["out={world}/mine/thesis.tex/grid.png"], "out: "),
     (EVALUATE, ["pipeline={world}/tokenizer"], "{world}/tokenizer"),
@@ -162,17 +160,11 @@ def test_reconstructions_of_a_tokenizer_or_a_pipeline(world, tmp_path, capsys, s
     assert all(text in printed for text in ("PSNR", "SSIM"))
 
 
-@pytest.mark.parametrize(
-    ("command", "code", "named"),
-    [(["--help", "all"], 141, ""), (["folder={world}/damaged"], 2, "model.safetensors")],
-    ids=["success", "failure"],
-)
-def test_a_closed_pipe_ends_a_process_quietly(world, command, code, named):
-    """As `yes | head -1` does; but an error of the command itself is still reported, without a traceback."""
+def test_a_closed_pipe_ends_a_process_quietly():
+    """As `yes | head -1` does."""
     read, write = os.pipe()
     os.close(read)
-    argv = [sys.executable, "-m", "pipelines", "verify", *(part.format(world=world) for part in command)]
+    argv = [sys.executable, "-m", "pipelines", "verify", "--help", "all"]
     result = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.close(write)
-    assert result.returncode == code and named in result.stderr
-    assert result.stderr.count("\n") == bool(named)
+    assert (result.returncode, result.stderr) == (141, "")

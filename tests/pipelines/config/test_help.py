@@ -73,14 +73,14 @@ def test_the_page_of_all_has_every_key_with_a_sentence(verb: str, capsys: Captur
 def test_a_row_has_type_range_default_and_sentence(capsys: Captured) -> None:
     page = printed(capsys, "train_tokenizer", "--help", "all")[0]
     for row in [
-        r"out +text +required +run folder",
-        r"init +text +null +tokenizer",  # that null is allowed goes without saying
-        r"data.label_column +text or null +label +column",
-        r"data.channels +1 \| 3 +1 +1 for grey",
-        r"model.kind +kind +vqvae +the tokenizer: cosmos, ",
-        r"model.heads +int 1..256 +4 +number of attention heads",
-        r"train.lr +float > 0 +0.001 +peak",
-        r"train.betas +\[float >= 0, < 1, +\[0.9, 0.95\] +AdamW",
+        r"out +text +required +\w",
+        r"init +text +null +\w",  # that null is allowed goes without saying
+        r"data.label_column +text or null +label +\w",
+        r"data.channels +1 \| 3 +1 +\w",
+        r"model.kind +kind +vqvae +\w.*cosmos, ",
+        r"model.heads +int 1..256 +4 +\w",
+        r"train.lr +float > 0 +0.001 +\w",
+        r"train.betas +\[float >= 0, < 1, +\[0.9, 0.95\] +\w",
     ]:
         assert re.search(rf"^  {row}", page, re.M), row
     for title in ["data: ", r"model.kind=vit: ", r"model.quantizer.kind=fsq: ", "train: "]:
