@@ -90,10 +90,10 @@ def test_each_draw_is_the_one_of_its_own_seed(prior):
 def test_every_output_type_shows_the_same_draws():
     pipe = in_any_order(channels=3)
     pixels = pixels_for(pipe, 3)
-    pil, array, tensor, latent = (
-        complete(pipe, pixels, half(), draws=2, seed=0, output_type=kind).images
-        for kind in ("pil", "np", "pt", "latent")
-    )
+    kinds = ("pil", "np", "pt", "latent")
+    outs = [complete(pipe, pixels, half(), draws=2, seed=0, output_type=kind) for kind in kinds]
+    pil, array, tensor, latent = (out.images for out in outs)
+    assert all(torch.equal(out.tokens, latent) for out in outs)
     assert np.array_equal([[np.asarray(image) for image in row] for row in pil], array)
     assert np.array_equal(((tensor.movedim(2, -1) + 1) * 127.5).round().byte(), array)
     assert array.shape == (3, 2, *SHAPE, 3) and latent.shape == (3, 2, 2, 3)
