@@ -28,7 +28,6 @@ from pipelines.completion import (
     make_mask,
     paint_hidden,
     region_log_prob,
-    sees_all_known,
 )
 
 SHAPE = (8, 12)
@@ -90,21 +89,20 @@ def test_each_draw_is_the_one_of_its_own_seed(prior):
 
 def test_every_output_type_shows_the_same_draws():
     pipe = in_any_order(channels=3)
-    kinds, pixels = ("pil", "np", "pt", "latent"), pixels_for(pipe, 3)
-    outs = {kind: complete(pipe, pixels, half(), draws=2, seed=0, output_type=kind) for kind in kinds}
-    made = {kind: out.images for kind, out in outs.items()}
-    assert np.array_equal(np.array([[np.asarray(image) for image in row] for row in made["pil"]]), made["np"])
-    levels = ((made["pt"].movedim(2, -1) + 1) * 127.5).round().byte()
-    assert np.array_equal(levels.numpy(), made["np"]) and made["np"].shape == (3, 2, *SHAPE, 3)
-    assert all(out.tokens.equal(made["latent"]) for out in outs.values()) and made["latent"].shape == (3, 2, 2, 3)
+    pixels = pixels_for(pipe, 3)
+    kinds = ("pil", "np", "pt", "latent")
+    outs = [complete(pipe, pixels, half(), draws=2, seed=0, output_type=kind) for kind in kinds]
+    pil, array, tensor, latent = (out.images for out in outs)
+    assert all(torch.equal(out.tokens, latent) for out in outs)
+    assert np.array_equal([[np.asarray(image) for image in row] for row in pil], array)
+    assert np.array_equal(((tensor.movedim(2, -1) + 1) * 127.5).round().byte(), array)
+    assert array.shape == (3, 2, *SHAPE, 3) and latent.shape == (3, 2, 2, 3)
 
 
 def test_orders_and_generators_belong_to_images_and_completions():
     pipe = in_any_order()
     pixels, orders = pixels_for(pipe, 3), torch.rand(3, 6).argsort(1)
     many = complete(pipe, pixels, half(), draws=2, order=orders, generator=generators(6, 9)).tokens
-    lists = complete(pipe, pixels, half(), draws=2, order=orders.tolist(), generator=generators(6, 9)).tokens
-    assert torch.equal(many, lists)
     for k in range(3):
         one = complete(pipe, pixels[[k, k]], half(), order=orders[k], generator=generators(2, 9 + 2 * k)).tokens
         assert torch.equal(one, many[k])
@@ -170,9 +168,6 @@ def test_hidden_pixels_are_painted_in_nearby_known_colours():
     known[..., 6:, :] = True
     found = paint_hidden(image, known)
     assert torch.equal(found[known.expand_as(found)], image[known.expand_as(found)])
-    seen = image[known.expand_as(image)].reshape(3, -1)
-    inside = found[0].flatten(1)
-    assert (inside >= seen.amin(1, keepdim=True) - 1e-6).all() and (inside <= seen.amax(1, keepdim=True) + 1e-6).all()
     assert torch.allclose(found[..., 5, 0], image[..., 6, :2].mean(-1))
     both = paint_hidden(torch.cat([image, image]), torch.cat([torch.zeros_like(known), known]))
     assert torch.equal(both[1:], found)  # independent of the batch
@@ -228,11 +223,8 @@ def test_a_prior_of_one_order_refuses_other_masks():
     known[:, :, 0] = True  # first in columns
     assert region_log_prob(model, tokens, known).shape == (4,)
     known[2, :, 2] = True
-    assert sees_all_known(model, known.flatten(1)).tolist() == [True, True, False, True]
     with pytest.raises(ConditionError, match="1 of 4"):
         region_log_prob(model, tokens, known)
-    with pytest.raises(ValueError, match="known"):
-        region_log_prob(model, tokens, known[:3])
 
 
 @any_order
@@ -266,36 +258,19 @@ def test_the_score_is_that_of_the_image_given_the_tokens_that_complete_sees(toke
     torch.testing.assert_close(found[1], pipe.log_prob(pixels[1:2], "dog")[0])
 
 
-def test_hidden_pixels_do_not_help_to_predict_themselves():
-    """Known tokens near the hole are those of the painted image if the tokenizer sees into the hole."""
-    pipe = in_any_order()
-    pixels, known = pixels_for(pipe, 8), half("right")
-    keep = pipe.tokenizer.known_tokens(known[None])
-    tokens = pipe.encode(pixels)
-    own = region_log_prob(pipe.prior, tokens, keep[0])
-    assert not torch.allclose(conditional_log_prob(pipe, pixels, known), own)
-    pipe = in_any_order("pixels")  # here a token is its pixel
-    tokens = pipe.encode(pixels)
-    own = region_log_prob(pipe.prior, tokens, known)
-    torch.testing.assert_close(conditional_log_prob(pipe, pixels, known), own.detach())
-    assert (own < 0).all()
-
-
 # Masks
 
 
 @pytest.mark.parametrize("shape", [(8, 12), (7, 9)])
 def test_named_masks_hide_their_part(shape):
-    known = {name: make_mask(name, (1, *shape), (1, 1)) for name in MASKS}
-    assert all(mask.shape == shape and mask.dtype == torch.bool for mask in known.values())
+    hidden = {name: ~make_mask(name, (1, *shape), (1, 1)) for name in MASKS}
     height, width = shape
-    assert known["top"][height // 2 :].all() and not known["top"][: height // 2].any()
-    assert torch.equal(known["bottom"], known["top"].flip(0)) and torch.equal(known["right"], known["left"].flip(1))
-    assert torch.equal(known["left"], make_mask("top", (1, width, height), (1, 1)).t())
-    box = ~known["box"]
-    assert torch.equal(box, box.flip(0)) and torch.equal(box, box.flip(1)) and box[height // 2, width // 2]
-    rows, columns = int(box.any(1).sum()), int(box.any(0).sum())
-    assert int(box.sum()) == rows * columns and (rows, columns) == (height - height // 4 * 2, width - width // 4 * 2)
+    assert hidden["top"][: height // 2].all() and not hidden["top"][height // 2 :].any()
+    assert torch.equal(hidden["bottom"], hidden["top"].flip(0)) and torch.equal(hidden["right"], hidden["left"].flip(1))
+    assert torch.equal(hidden["left"], ~make_mask("top", (1, width, height), (1, 1)).t())
+    box = torch.zeros(shape, dtype=torch.bool)
+    box[height // 4 : height - height // 4, width // 4 : width - width // 4] = True
+    assert torch.equal(hidden["box"], box)
 
 
 @pytest.mark.sparse
@@ -311,18 +286,11 @@ def test_scattered_masks_hide_whole_tokens(tokenizer, share, count):
     assert float(hidden) == pytest.approx(count, abs=1 / 6)
 
 
-@pytest.mark.parametrize("name", ["middle", "scatter:half", "scatter:0", "scatter:nan"])
-def test_unknown_masks_are_refused(name):
-    with pytest.raises(ValueError, match="mask|scatter"):
-        make_mask(name, (1, *SHAPE), (2, 3))
-
-
 # The verb
 
 
 def test_errors_are_of_hidden_pixels_in_grey_levels():
-    pipe = in_any_order("pixels", "marginal")
-    pipe.tokenizer = make_tokenizer("pixels", SHAPE, 1, levels=256).eval()
+    pipe = in_any_order("pixels", "marginal", sizes={"levels": 256})
     truth, known = pixels_for(pipe, 2) / 127.5 - 1, half()
     shifts = torch.tensor([[10.0, 30.0], [50.0, 70.0]])[..., None, None, None] / 127.5
     made = torch.where(known, torch.rand(2, 2, 1, *SHAPE), truth[:, None] - shifts)
@@ -358,13 +326,11 @@ def run(world, capsys, out, *argv, pipeline="any"):
     return capsys.readouterr().out, np.asarray(Image.open(out))
 
 
-@pytest.mark.parametrize("mask", ["box", "scatter:0.5", "hole.png"])
-def test_every_mask_makes_a_sheet(world, tmp_path, capsys, mask):
-    path = world / mask if mask.endswith(".png") else mask
-    printed, picture = run(world, capsys, tmp_path / "a.png", f"mask={path}", f"images={world}/pictures")
+def test_a_picture_is_a_mask(world, tmp_path, capsys):
+    given = [f"mask={world}/hole.png", f"images={world}/pictures"]
+    printed, picture = run(world, capsys, tmp_path / "a.png", *given)
     assert picture.shape == (3 * 58 + 2, 4 * 58 + 2, 3)
-    if mask == "hole.png":
-        assert f"{12 * 12 / 28**2:.1%} of the pixels, 9 of 49 tokens" in printed
+    assert f"{12 * 12 / 28**2:.1%} of the pixels, 9 of 49 tokens" in printed
 
 
 @needs_digits
@@ -394,12 +360,11 @@ def test_pictures_are_completed_without_a_data_set(world, tmp_path, capsys):
     _, same = run(world, capsys, tmp_path / "b.png", f"images=[{', '.join(paths)}]", "data.source=/nowhere")
     assert np.array_equal(picture, same)
     assert np.array_equal(picture[2:58:2, 2:58:2, 0], np.asarray(Image.open(paths[0])))
-    _, single = run(world, capsys, tmp_path / "c.png", f"images={paths[0]}")
-    assert single.shape == (58 + 2, 4 * 58 + 2, 3)
 
 
 BAD = [
     (["mask=middle"], "mask"),
+    (["mask=scatter:nan"], "scatter"),
     (["mask={world}/wide.png"], "mask"),
     (["mask={world}/nothing.png"], "mask"),
     (["mask={world}/broken.png"], "mask"),

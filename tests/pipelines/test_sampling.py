@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import pickle
 import threading
@@ -16,9 +15,6 @@ from small import PRIORS, generators
 from small_pipelines import LABELS, every_pair, every_prior_pair, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
-from prior.orders import Partition
-from prior.sampling import progress_bar
-from tokenizer.files import ConfigError
 
 
 def make_like(pipe, sampler):
@@ -42,8 +38,6 @@ def test_every_output_type_shows_the_same_images(tokenizer, prior):
     assert all(isinstance(image, Image.Image) and image.mode == "RGB" for image in outputs["pil"].images)
     assert np.array_equal(np.stack([np.asarray(image) for image in outputs["pil"].images]), outputs["np"].images)
     assert outputs["latent"].images is outputs["latent"].tokens
-    with pytest.raises(ValueError, match="tokens"):
-        outputs["latent"].grid()
 
 
 def test_images_know_their_classes():
@@ -52,28 +46,22 @@ def test_images_know_their_classes():
     assert pipe(3, seed=0).class_names is None is pipe(3, [None] * 3, seed=0).class_names
     assert make_pipeline(labels=[], num_classes=3)(2, [2, 0], seed=0).class_names == ["2", "0"]
     assert pipe.class_names(torch.arange(4)) == [*LABELS, ""]
-    out = pipe(2, "dog", seed=0)
-    assert pickle.loads(pickle.dumps(out)).tokens.equal(out.tokens)
 
 
-def test_a_grid_shows_the_images_below_the_names_of_their_classes():
-    pipe = make_pipeline()
-    outs = [pipe(6, [0, 1, 2, 0, 1, 2], seed=0, output_type=kind) for kind in ("pil", "np", "pt")]
-    grids = [np.asarray(out.grid()) for out in outs]
-    assert outs[0].grid().mode == "RGB" and all(np.array_equal(grid, grids[0]) for grid in grids)
-    plain, two = (np.asarray(outs[0].grid(columns, labels=False)) for columns in (None, 2))
-    assert plain.shape[0] < grids[0].shape[0] and two.shape[0] > plain.shape[0] and two.shape[1] < plain.shape[1]
+def test_a_grid_shows_the_images_in_columns_below_the_names_of_their_classes():
+    out = make_pipeline()(6, [0, 1, 2, 0, 1, 2], seed=0)
+    named, plain, two = (np.asarray(each) for each in (out.grid(), out.grid(labels=False), out.grid(2, labels=False)))
+    assert plain.shape[0] < named.shape[0] and two.shape[0] > plain.shape[0] and two.shape[1] < plain.shape[1]
     with pytest.raises(ValueError, match="columns"):
-        outs[0].grid(0)
+        out.grid(0)
 
 
-def test_completions_of_an_image_form_a_row_of_the_grid():
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_completions_of_an_image_form_a_row_of_the_grid(output_type):
     pipe, known = make_pipeline(), torch.zeros(8, 12, dtype=torch.bool)
-    images = pixels_for(pipe, 3)
-    outs = [pipe.complete(images, known, 1, draws=2, seed=0, output_type=kind) for kind in ("pil", "np", "pt")]
-    grids = [np.asarray(out.grid()) for out in outs]
-    assert all(np.array_equal(grid, grids[0]) for grid in grids)
-    assert grids[0].shape[0] > grids[0].shape[1]  # three rows of two images of 8 x 12
+    out = pipe.complete(pixels_for(pipe, 3), known, 1, draws=2, seed=0, output_type=output_type)
+    width, height = out.grid().size
+    assert height > width  # three rows of two images of 8 x 12
 
 
 # Seeds and batches
@@ -112,7 +100,7 @@ def test_known_tokens_are_unchanged_in_every_batch():
     tokens = pipe(5, seed=0).tokens
     known = torch.rand(tokens.shape) < 0.5
     given = tokens.clone(), known.clone()
-    made = pipe(5, seed=9, tokens=tokens, known=known, batch_size=2, callback_on_step_end=lambda *_: None).tokens
+    made = pipe(5, seed=9, tokens=tokens, known=known, batch_size=2).tokens
     assert torch.equal(made[known], tokens[known]) and not torch.equal(made, tokens)
     assert tokens.equal(given[0]) and known.equal(given[1])
     same = pipe(5, seed=9, tokens=tokens[0], known=known[0], batch_size=2, progress=False).tokens
@@ -126,8 +114,6 @@ def test_a_pipeline_works_in_inference_mode():
     def everything():
         return [
             pipe(2, seed=0, output_type="pt").images,
-            pipe(2, seed=0, cache=False, output_type="pt").images,
-            pipe.encode(images),
             pipe.reconstruct(images, output_type="pt"),
             pipe.log_prob(images, "cat"),
             pipe.complete(images, known, seed=0, output_type="pt").images,
@@ -186,15 +172,13 @@ def test_arrays_may_have_negative_strides_and_any_integer_type():
     for given in (flipped, {**flipped, **small}, {name: value.tolist() for name, value in flipped.items()}):
         assert torch.equal(pipe(np.int64(2), labels[::-1], seed=np.int64(7), **given).tokens, plain)
     images = pipe.decode(torch.from_numpy(tokens), output_type="pt")
-    for given in (tokens[::-1], tokens[::-1].astype(np.uint16), tokens[::-1].tolist()):
-        assert torch.equal(pipe.decode(given, output_type="pt"), images.flip(0))
+    assert torch.equal(pipe.decode(tokens[::-1].astype(np.uint16), output_type="pt"), images.flip(0))
 
 
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
         ({"num_images": 0}, "num_images"),
-        ({"num_images": 1.5}, "num_images"),
         ({"num_images": 4, "num_images_per_label": 2}, "num_images_per_label"),
         ({"seed": "7"}, "seed"),
         ({"num_images": 2, "seed": 2**64 - 1}, "seed"),
@@ -202,7 +186,6 @@ def test_arrays_may_have_negative_strides_and_any_integer_type():
         ({"num_images": 2, "labels": [1]}, "labels"),
         ({"labels": 3}, "cat, dog, eel"),
         ({"labels": -1}, "class -1"),
-        ({"labels": True}, "class True"),
         ({"labels": "cow"}, "'cow'"),
         ({"seed": 1, "generator": torch.Generator()}, "seed or generator"),
         ({"num_images": 3, "generator": [torch.Generator()]}, "generators"),
@@ -221,11 +204,6 @@ def test_bad_arguments_are_named(arguments, key):
         make_pipeline()(**arguments)
 
 
-def test_an_unconditional_pipeline_takes_no_label():
-    with pytest.raises(ValueError, match="unconditional"):
-        make_pipeline(labels=[])(2, 0)
-
-
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [
@@ -235,7 +213,6 @@ def test_an_unconditional_pipeline_takes_no_label():
         ({"temprature": 1}, "'temprature'.*'temperature'"),
         ({"num_image": 1}, "'num_image'.*'num_images'"),
         ({"num_images": 2, "generator": 3}, "generator"),
-        ({"num_images": 2, "generator": [None, None]}, "generator"),
     ],
 )
 def test_an_unexpected_argument_says_what_is_possible(arguments, key):
@@ -261,18 +238,17 @@ def test_orders_reach_the_prior():
 
 
 @pytest.mark.parametrize("number", [1, 3, 7])
-def test_a_wrong_number_of_orders_is_refused_before_the_first_batch(number):
+def test_a_wrong_number_of_orders_is_refused(number):
+    """Even if it is that of a batch."""
     pipe = make_pipeline(any_order=True)
-    orders, pixels, seen = torch.rand(number, 6).argsort(1), pixels_for(pipe), []
-    for order in (orders, Partition(orders, (1,) * 6)):
-        for ask in (
-            lambda **given: pipe(5, callback_on_step_end=lambda *step: seen.append(step), **given),
-            lambda **given: pipe.log_prob(pixels, **given),
-            lambda **given: pipe.complete(pixels, torch.zeros(8, 12).bool(), **given),
-        ):
-            with pytest.raises(ValueError, match=f"order.*{number}"):
-                ask(order=order, batch_size=3)
-    assert not seen
+    orders, pixels = torch.rand(number, 6).argsort(1), pixels_for(pipe)
+    for call, arguments in (
+        (pipe, [5]),
+        (pipe.log_prob, [pixels]),
+        (pipe.complete, [pixels, torch.zeros(8, 12).bool()]),
+    ):
+        with pytest.raises(ValueError, match=f"order.*{number}"):
+            call(*arguments, order=orders, batch_size=3)
 
 
 @pytest.mark.parametrize("prior", PRIORS)
@@ -294,12 +270,8 @@ def test_steps_of_a_masked_token_prior(tmp_path):
     exact = pipe(64, seed=0).tokens
     for given in ({"order": "raster"}, {"cache": False}, {"parallel": True}):
         assert torch.equal(loaded(64, seed=0, **given).tokens, exact)
-    with pytest.raises(ConfigError, match="steps"):
-        make_like(pipe, {"steps": 7})
     with pytest.raises(ValueError, match="steps"):
         pipe(2, steps=7)
-    with pytest.raises(ConfigError, match="'steps'"):
-        make_pipeline(sampler={"steps": 2})
     with pytest.raises(TypeError, match="'steps'"):
         make_pipeline()(2, steps=3)
 
@@ -386,7 +358,7 @@ def test_a_callback_sees_every_step_of_a_completion(prior):
     assert all(each[4][:, kept[0]].all() for each in seen)
 
 
-@pytest.mark.parametrize("way", [{}, {"cache": False}, {"parallel": True}, {"batch_size": 2}, {"guidance_scale": 3.0}])
+@pytest.mark.parametrize("way", [{}, {"parallel": True}, {"batch_size": 2}, {"guidance_scale": 3.0}])
 def test_a_call_interrupted_by_its_callback_can_be_continued(way):
     """The tokens so far, with the same seeds, lead to the same images."""
     pipe, so_far = make_pipeline(), {}
@@ -416,10 +388,9 @@ def test_a_callback_may_call_the_pipeline():
         pipe(2, seed=0, callback_on_step_end=3)
 
 
-@pytest.mark.parametrize("duplicate", [lambda pipe: pipe, copy.copy, lambda p: pickle.loads(pickle.dumps(p))])
-def test_calls_from_several_threads_run_one_at_a_time(duplicate):
-    """Copies have a lock of their own."""
-    pipe = duplicate(make_pipeline())
+def test_calls_from_several_threads_run_one_at_a_time():
+    """Also of a copy that was pickled."""
+    pipe = pickle.loads(pickle.dumps(make_pipeline()))
     wanted, under_way, most = [pipe(2, labels=k % 3, seed=k).tokens for k in range(4)], set(), []
 
     def count(pipe, step, *_):
@@ -444,29 +415,19 @@ def test_calls_from_several_threads_run_one_at_a_time(duplicate):
 
 
 def test_long_calls_have_a_bar(capsys):
-    """After two seconds, in a terminal; no bar appears inside another."""
+    """After two seconds; nothing is printed to a file."""
     pipe, images = make_pipeline(), torch.zeros(3, 1, 8, 12)
-    asks = {
+    calls = {
         "encoding": partial(pipe.encode, images, batch_size=1),
         "decoding": partial(pipe.decode, torch.zeros(3, 2, 3).long(), batch_size=1),
         "scoring": partial(pipe.log_prob, images, batch_size=1),
     }
-
-    def bars():
-        for ask in asks.values():
-            ask()
-        said = capsys.readouterr().err
-        return [word for word in asks if word in said]
-
-    assert bars() == []  # no terminal
-    for options, expected in (({}, []), ({"delay": 0.0}, list(asks)), ({"delay": 0.0, "disable": True}, [])):
-        pipe.set_progress_bar_config(**{"disable": False, **options})
-        assert bars() == expected
-    pipe.set_progress_bar_config(disable=False, delay=0.0)
-    asks["decoding"](progress=False)
-    assert not capsys.readouterr().err
-    assert [bars() for _ in progress_bar([1], {"disable": False})] == [[]]
-    pipe.set_progress_bar_config(disable=False, desc="digits", leave=True)
+    for options, expected in ({}, False), ({"delay": 0.0, "disable": False}, True), ({"disable": True}, False):
+        pipe.set_progress_bar_config(**options)
+        for name, call in calls.items():
+            call()
+            assert (name in capsys.readouterr().err) == expected
+    pipe.set_progress_bar_config(disable=False, delay=0.0, desc="digits", leave=True)
     pipe(2, seed=0)
     assert "digits: 100%" in capsys.readouterr().err
     pipe(2, seed=0, progress=False)

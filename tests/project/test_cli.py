@@ -5,7 +5,6 @@ Covers: pipelines/generate.py, pipelines/commands/reconstruct.py.
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 import shutil
@@ -23,14 +22,11 @@ from optional import needs_digits
 from PIL import Image
 from small_pipelines import make_pipeline
 
-from pipelines.__main__ import main, module_of, verbs
-from pipelines.config import Config
-from pipelines.provenance import tokenizer_folder
+from pipelines.__main__ import main
 from pipelines.tokens import TokenDataset, TokenSplit
 from pipelines.tokens.shards import smallest_type
 
 ROOT = Path(__file__).parents[2]
-VERBS = sorted(verbs())
 SMALL_MODEL = ["model.kind=vqvae", "model.widths=[8]", "model.blocks=[1]"]
 
 
@@ -79,7 +75,6 @@ BAD = [
     (TRAIN, ["data.source={world}/giant"], "{world}/giant/cat/bomb.png: "),
     (TRAIN, ["data.image_size=30"], "30x30"),
     (TRAIN, ["train.batch_size=10", "train.accumulate=3"], "train.batch_size: "),
-    (TRAIN, ["model.kind=quantum"], "model.kind: "),
     (TRAIN, ["model.widths=[12]"], "widths: "),
     (ENCODE, ["tokenizer={world}/nowhere"], "{world}/nowhere"),
     (ENCODE, ["tokenizer={world}/empty"], "{world}/empty/config.json: "),
@@ -97,7 +92,6 @@ BAD = [
     (GENERATE, ["labels=cow"], "'cow'"),
     (GENERATE, ["order=zigzag"], "'zigzag'"),
     (GENERATE, ["num_orders=2"], "num_orders: "),
-    (GENERATE, ["steps=4"], "'steps'"),
     (GENERATE, ["device=toaster"], "device: "),
     (GENERATE, ["out={world}/mine/thesis.tex/grid.png"], "out: "),
     (EVALUATE, ["pipeline={world}/tokenizer"], "{world}/tokenizer"),
@@ -118,22 +112,16 @@ def test_a_mistake_is_named_in_lines_and_changes_nothing(world, tmp_path, capsys
     assert made <= {"config.json"}  # of a training run
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_missing_keys_are_named(verb, capsys):
-    required = [name for name, field in config_class(verb).model_fields.items() if field.is_required()]
-    if required:
-        assert errors_of(capsys, verb) == [f"error: {name}: missing" for name in required]
-
-
-def test_grid_of_every_class(world, tmp_path, capsys):
-    main(["generate", f"pipeline={world}/run/pipeline", f"out={tmp_path}/a/grid.png", "num_images=20"])
-    assert f"20 images in {tmp_path}/a/grid.png" in capsys.readouterr().out
-    picture = Image.open(tmp_path / "a" / "grid.png")
-    assert picture.mode == "RGB"
-    assert picture.size == (10 * 58 + 2, 16 + 2 * 58 + 2)  # ten columns with heads, 28 pixels enlarged to 56
-    plain = ["num_images=3", "columns=3", "captions=false"]
-    main(["generate", f"pipeline={world}/run/pipeline", f"out={tmp_path}/b.JPG", *plain])
-    assert Image.open(tmp_path / "b.JPG").size == (3 * 58 + 2, 58 + 2)
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        ("a/grid.png", ["num_images=20"], (10 * 58 + 2, 16 + 2 * 58 + 2)),  # a captioned column for each class
+        ("b.JPG", ["num_images=3", "columns=3", "captions=false"], (3 * 58 + 2, 58 + 2)),
+    ],
+)
+def test_generate_draws_a_grid(world, tmp_path, name, options, size):
+    main(["generate", f"pipeline={world}/run/pipeline", f"out={tmp_path}/{name}", *options])
+    assert Image.open(tmp_path / name).size == size
 
 
 def resolved(capsys, *argv):
@@ -157,14 +145,10 @@ def test_a_run_stands_for_what_is_in_it(world, tmp_path, capsys, monkeypatch):
     assert resolved(capsys, "push", "folder=run", "to=a/b")["folder"] == "run/pipeline"
     shutil.copytree(world / "stage_one", tmp_path / "trained")
     (tmp_path / "trained" / "config.json").write_text("{}")  # of the run, as training writes it
-    for verb in ("encode", "reconstruct"):
-        found = resolved(capsys, verb, f"tokenizer={tmp_path}/trained", f"out={tmp_path}/x")
-        assert found["tokenizer"] == f"{tmp_path}/trained/tokenizer"
-    assert tokenizer_folder(f"{tmp_path}/trained") == f"{tmp_path}/trained/tokenizer"
-    for same in ("tokenizer", "stage_one/tokenizer", "nowhere", "owner/name", "tokens"):
-        assert resolved(capsys, "reconstruct", f"tokenizer={same}")["tokenizer"] in (same, "tokens/tokenizer")
-    main(["generate", "pipeline=run", f"out={tmp_path}/grid.png", "num_images=2"])
-    assert "next: smalti evaluate pipeline=run/pipeline\n" in capsys.readouterr().out
+    found = resolved(capsys, "reconstruct", f"tokenizer={tmp_path}/trained", f"out={tmp_path}/x")
+    assert found["tokenizer"] == f"{tmp_path}/trained/tokenizer"
+    for same in ("tokenizer", "stage_one/tokenizer", "nowhere", "owner/name"):
+        assert resolved(capsys, "reconstruct", f"tokenizer={same}")["tokenizer"] == same
 
 
 @needs_digits
@@ -176,31 +160,11 @@ def test_reconstructions_of_a_tokenizer_or_a_pipeline(world, tmp_path, capsys, s
     assert all(text in printed for text in ("PSNR", "SSIM"))
 
 
-def config_class(verb):
-    """The configuration class of a verb."""
-    module = importlib.import_module(f"pipelines.{module_of(verb)}")
-    found = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, Config)
-        and value.__name__.lower() == verb.replace("_", "") + "config"
-    ]
-    assert len(found) == 1, f"pipelines/{verb}.py has no configuration of its name"
-    return found[0]
-
-
-@pytest.mark.parametrize(
-    ("command", "code", "named"),
-    [(["--help", "all"], 141, ""), (["folder={world}/damaged"], 2, "model.safetensors")],
-    ids=["success", "failure"],
-)
-def test_a_closed_pipe_ends_a_process_quietly(world, command, code, named):
-    """As `yes | head -1` does; but an error of the command itself is still reported, without a traceback."""
+def test_a_closed_pipe_ends_a_process_quietly():
+    """As `yes | head -1` does."""
     read, write = os.pipe()
     os.close(read)
-    argv = [sys.executable, "-m", "pipelines", "verify", *(part.format(world=world) for part in command)]
+    argv = [sys.executable, "-m", "pipelines", "verify", "--help", "all"]
     result = subprocess.run(argv, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     os.close(write)
-    assert result.returncode == code and named in result.stderr
-    assert result.stderr.count("\n") == bool(named)
+    assert (result.returncode, result.stderr) == (141, "")

@@ -124,33 +124,33 @@ class Damage(NamedTuple):
     evident: bool = False
 
 
-def replace_by(make: Callable[[Path], Any]) -> Callable[[Path], Any]:
-    return lambda path: (path.unlink(), make(path))
-
-
 def rewrite(change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
     return lambda path: path.write_bytes(change(path.read_bytes()))
 
 
-def flip_bit(at: float) -> Callable[[Path], Any]:
-    def flip(data: bytes) -> bytes:
-        place = int(at * (len(data) - 2))
-        return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
-
-    return rewrite(flip)
+def flip_bit(data: bytes) -> bytes:
+    place = len(data) // 2
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
 
-def edit_tensors(change: Callable[[dict[str, torch.Tensor], str], Any]) -> Callable[[Path], Any]:
-    """Change one tensor, a float if there is one."""
+def edit_tensor(change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], Any]:
+    """Change one tensor, a float if there is one; None deletes it."""
 
     def edit(path: Path) -> None:
         tensors = {name: value.clone() for name, value in load_file(path).items()}
         floats = [name for name, value in tensors.items() if value.is_floating_point() and len(value) > 1]
-        change(tensors, (floats or ["tokens"])[-1])
+        name = (floats or ["tokens"])[-1]
+        changed = change(tensors.pop(name))
         path.unlink()
-        save_file(tensors, path)
+        save_file(tensors if changed is None else {**tensors, name: changed}, path)
 
     return edit
+
+
+def put_out_of_range(tensor: torch.Tensor) -> torch.Tensor:
+    """Set the last element to nan, or to an id above the vocabulary."""
+    tensor.view(-1)[-1:] = float("nan") if tensor.is_floating_point() else 255
+    return tensor
 
 
 BROKEN = (IntegrityError, FormatError, PathError, UserError)
@@ -160,15 +160,11 @@ DEEP_JSON, HUGE_NUMBER = "[" * 100_000, '{"a": ' + "9" * 5000 + "}"
 BAD_JSON = ("null", "[1, 2]", "{'a': 1}", '{"a": NaN}', DEEP_JSON, HUGE_NUMBER, "{" + " " * (1 << 20))
 DAMAGES = {
     "missing": Damage(Path.unlink, (PathError, UserError)),
-    "a link to nowhere": Damage(replace_by(lambda path: path.symlink_to("nowhere")), (PathError, UserError)),
-    "a pipe": Damage(replace_by(os.mkfifo), PathError, (*JSON, *WEIGHTS, ".md", ".png")),
-    "a bit of the first byte": Damage(flip_bit(0), BROKEN),
-    "a bit in the middle": Damage(flip_bit(0.5), BROKEN),
-    "a bit of the last byte": Damage(flip_bit(1), BROKEN),
+    "a pipe": Damage(lambda path: (path.unlink(), os.mkfifo(path)), PathError, (*JSON, *WEIGHTS, ".md", ".png")),
+    "a flipped bit": Damage(rewrite(flip_bit), BROKEN),
     "empty": Damage(rewrite(lambda data: b""), BROKEN),
     "truncated": Damage(rewrite(lambda data: data[: len(data) * 9 // 10]), BROKEN),
     "truncated weights": Damage(rewrite(lambda data: data[:-1]), INVALID, WEIGHTS, evident=True),
-    "truncated header": Damage(rewrite(lambda data: data[:60]), INVALID, WEIGHTS, evident=True),
     "a header of 2^60 bytes": Damage(rewrite(lambda _: (1 << 60).to_bytes(8, "little")), INVALID, WEIGHTS, True),
     "a pickle": Damage(
         lambda path: path.write_bytes(pickle.dumps(Canary(path.parent / "canary"))), INVALID, WEIGHTS, evident=True
@@ -177,24 +173,10 @@ DAMAGES = {
         f"JSON {text[:12]}": Damage(rewrite(lambda _, text=text: text.encode()), INVALID, JSON, evident=True)
         for text in BAD_JSON
     },
-    "a missing tensor": Damage(edit_tensors(lambda tensors, name: tensors.pop(name)), INVALID, WEIGHTS, True),
-    "another shape": Damage(
-        edit_tensors(lambda tensors, name: tensors.update({name: tensors[name][:1].contiguous()})),
-        INVALID,
-        WEIGHTS,
-        True,
-    ),
-    "another type": Damage(
-        edit_tensors(lambda tensors, name: tensors.update({name: tensors[name].int()})), INVALID, WEIGHTS, True
-    ),
-    "an id or a weight out of range": Damage(
-        edit_tensors(
-            lambda tensors, name: tensors[name].view(-1)[-1:].fill_(255 if name == "tokens" else float("nan"))
-        ),
-        INVALID,
-        WEIGHTS,
-        evident=True,
-    ),
+    "a missing tensor": Damage(edit_tensor(lambda tensor: None), INVALID, WEIGHTS, True),
+    "another shape": Damage(edit_tensor(lambda tensor: tensor[:1].contiguous()), INVALID, WEIGHTS, True),
+    "another type": Damage(edit_tensor(lambda tensor: tensor.int()), INVALID, WEIGHTS, True),
+    "an id or a weight out of range": Damage(edit_tensor(put_out_of_range), INVALID, WEIGHTS, True),
 }
 
 
@@ -223,10 +205,10 @@ def test_damage_is_one_typed_error_that_names_the_file(kind, damage, folder):
     LOAD[kind](folder)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_damage_of_a_pipeline_is_refused_or_harmless(folder, data):
-    """It may load only if the manifest fits the damage, and then it works."""
+    """It loads only if the manifest fits the damage, or still says the same, and then it works."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     path, fits = folder / data.draw(st.sampled_from(names)), data.draw(st.booleans())
     whole, manifest = path.read_bytes(), (folder / MANIFEST).read_bytes()
@@ -241,7 +223,8 @@ def test_random_damage_of_a_pipeline_is_refused_or_harmless(folder, data):
     except PipelineLoadError as error:
         assert str(folder) in str(error) or "/config.json" in str(error) or INDEX in str(error)
     else:
-        assert damaged == whole or fits, f"damage of {path.name} was not noticed"
+        same = path.name == MANIFEST and json.loads(damaged) == json.loads(whole)  # such as one space less
+        assert damaged == whole or fits or same, f"damage of {path.name} was not noticed"
         assert len(pipe(1, seed=0).images) == 1
     finally:
         path.write_bytes(whole)
@@ -250,39 +233,40 @@ def test_random_damage_of_a_pipeline_is_refused_or_harmless(folder, data):
 
 # Invalid fields
 
+CONFIG, META = "config.json", "meta.json"
 BOTH = (ConfigError, FormatError, WeightsError, IntegrityError)
-FIELDS: list[tuple[str, str, dict[str, Any], Any]] = [
-    # kind of folder, file, changes, error
-    *(("pipeline", INDEX, {"format_version": value}, FormatError) for value in (2, "1", None)),
-    ("pipeline", INDEX, {"variant": "fp8"}, FormatError),
-    ("pipeline", INDEX, {"_class_name": "StableDiffusionPipeline"}, FormatError),
-    ("pipeline", INDEX, {"auto_map": {"AutoModel": "evil.Model"}}, FormatError),
-    *(("pipeline", INDEX, {"labels": value}, BOTH) for value in (None, ["a", "b"], "abc", [1, 2, 3], {"a": 1})),
-    *(("pipeline", INDEX, {"sampler": value}, BOTH) for value in (None, [], {"heat": 1}, {"top_k": [1]}, {"steps": 2})),
-    ("pipeline", INDEX, {"prior": "marginal"}, ConfigError),
-    ("pipeline", "calibration.json", {"unknown": 1}, FormatError),
-    ("prior", "config.json", {"heigth": 3}, ConfigError),
-    *(("prior", "config.json", {"dim": value}, ConfigError) for value in ("32", 32.5, (1 << 64) - 1, -8, True)),
-    ("prior", "config.json", {"dropout": 1e300}, ConfigError),
-    ("prior", "config.json", {"order": "os.system"}, ConfigError),
-    *(("prior", "config.json", {"grid": value}, ConfigError) for value in (None, 3, {"shape": [2, 2]})),
-    ("prior", "config.json", {"grid": {"shape": [1 << 40, 2], "vocab_size": 32}}, ConfigError),
-    ("tokenizer", "config.json", {"image_size": "8"}, ConfigError),
-    *(("tokenizer", "config.json", {"quantizer": value}, ConfigError) for value in (3, {"kind": "os.system"})),
-    *(("tokens", "meta.json", {"format_version": value}, BOTH) for value in (3, None)),
-    *(("tokens", "meta.json", {"grid": value}, BOTH) for value in (None, {"shape": [2, 4], "vocab_size": 32})),
-    *(("tokens", "meta.json", {"classes": value}, BOTH) for value in (None, [1, 2, 3])),
-    *(("tokens", "meta.json", {"tokenizer": value}, BOTH) for value in (None, "0" * 64)),
-    *(("tokens", "meta.json", {"splits": {"train": value}}, BOTH) for value in ([], [7, -1], [7, True], [7.0], {})),
-    ("tokens", "meta.json", {"splits": None}, BOTH),
+FIELDS: list[tuple[str, str, str, list[Any], Any]] = [
+    # kind of folder, file, key, values, error
+    ("pipeline", INDEX, "format_version", [2, "1", None], FormatError),
+    ("pipeline", INDEX, "variant", ["fp8"], FormatError),
+    ("pipeline", INDEX, "_class_name", ["StableDiffusionPipeline"], FormatError),
+    ("pipeline", INDEX, "auto_map", [{"AutoModel": "evil.Model"}], FormatError),
+    ("pipeline", INDEX, "labels", [None, ["a", "b"], "abc", [1, 2, 3]], BOTH),
+    ("pipeline", INDEX, "sampler", [None, [], {"heat": 1}, {"top_k": [1]}, {"steps": 2}], BOTH),
+    ("pipeline", INDEX, "prior", ["marginal"], ConfigError),
+    ("pipeline", "calibration.json", "unknown", [1], FormatError),
+    ("prior", CONFIG, "heigth", [3], ConfigError),
+    ("prior", CONFIG, "dim", ["32", 32.5, (1 << 64) - 1, -8, True], ConfigError),
+    ("prior", CONFIG, "order", ["os.system"], ConfigError),
+    ("prior", CONFIG, "grid", [None, 3, {"shape": [2, 2]}, {"shape": [1 << 40, 2], "vocab_size": 32}], ConfigError),
+    ("tokenizer", CONFIG, "image_size", ["8"], ConfigError),
+    ("tokenizer", CONFIG, "quantizer", [3, {"kind": "os.system"}], ConfigError),
+    ("tokens", META, "format_version", [3, None], BOTH),
+    ("tokens", META, "grid", [None, {"shape": [2, 4], "vocab_size": 32}], BOTH),
+    ("tokens", META, "classes", [None, [1, 2, 3]], BOTH),
+    ("tokens", META, "tokenizer", [None, "0" * 64], BOTH),
+    ("tokens", META, "splits", [None, {"train": []}, {"train": [7, -1]}, {"train": [7.0]}], BOTH),
 ]
 
 
-@pytest.mark.parametrize(("kind", "file", "changes", "error"), FIELDS)
-def test_an_invalid_field_is_named(kind, file, changes, error, folder):
-    edit_json(folder / file, **changes)
-    update_manifest(folder)
-    assert_refused(folder, error, *changes, kind=kind)
+@pytest.mark.parametrize(("kind", "file", "key", "values", "error"), FIELDS)
+def test_an_invalid_field_is_named(kind, file, key, values, error, folder):
+    whole = (folder / file).read_bytes()
+    for value in values:
+        edit_json(folder / file, **{key: value})
+        update_manifest(folder)
+        assert_refused(folder, error, key, kind=kind)
+        (folder / file).write_bytes(whole)
 
 
 @pytest.mark.parametrize("changes", [{"depth": 3}, {"dim": 16384, "depth": 256, "hidden": 65536, "heads": 256}])

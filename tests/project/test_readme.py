@@ -26,7 +26,6 @@ from tokenizer import TokenGrid, Tokenizer
 from tokenizer.quantizers import Quantizer
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("tokenizer", "prior", "pipelines")
 STEPS = ("train_tokenizer", "encode", "train_prior", "generate", "evaluate")
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
@@ -36,16 +35,16 @@ PAGES = {
         ROOT / "docs/site/home.md",
     ]
 }
-RECORDS = ("CHANGELOG.md", "docs/lab.md")
-"""Pages about earlier versions, whose commands need not exist."""
+RECORD = "docs/lab.md"
+"""A page about earlier versions, whose commands need not exist."""
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 every_page = pytest.mark.parametrize("page", PAGES)
 
-# The examples of docs/extending.md: file, family, registered name.
-EXAMPLES: dict[str, tuple[Any, str]] = {
-    "prior/unigram.py": (Prior, "unigram"),
-    "tokenizer/quantizers/frozen.py": (Quantizer, "frozen"),
-    "tokenizer/mosaic.py": (Tokenizer, "mosaic"),
+# The examples of docs/extending.md: file and family.
+EXAMPLES: dict[str, Any] = {
+    "prior/unigram.py": Prior,
+    "tokenizer/quantizers/frozen.py": Quantizer,
+    "tokenizer/mosaic.py": Tokenizer,
 }
 
 
@@ -100,26 +99,14 @@ def test_the_code_of_a_page_runs(page, runs):
     names: dict[str, Any] = {}
     for code in blocks(page, "python"):
         exec(compiled(code, page), names)
-    if "pipe.save_pretrained" in PAGES[page]:
-        pictures = re.findall(r'\.save\("([\w-]+\.png)"\)', "\n".join(blocks(page, "python")))
-        assert pictures and all(Path(picture).stat().st_size > 0 for picture in pictures)
-        assert Path("my-pipeline/model_index.json").is_file()
-        assert names["tokens"].shape == (len(names["out"].images), 7, 7)
-    if "digits =" in PAGES[page]:
-        assert names["digits"].shape == (4, 1, 28, 28)
 
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register the models of docs/extending.md."""
-    page = PAGES["docs/extending.md"]
-    assert len(blocks("docs/extending.md", "python")) == len(EXAMPLES)
-    for (path, (family, name)), code in zip(EXAMPLES.items(), blocks("docs/extending.md", "python"), strict=True):
-        assert f"`{path}`" in page[: page.index(code)] and not (ROOT / path).exists()
-        assert name not in family.available()
+    for (path, family), code in zip(EXAMPLES.items(), blocks("docs/extending.md", "python"), strict=True):
         monkeypatch.setattr(family, "_members", dict(family._members))
         exec(compiled(code, path), {"__name__": path.removesuffix(".py").replace("/", ".")})
-        assert name in family.available()
 
 
 def test_the_example_prior_sums_to_one_and_samples(registered):
@@ -127,8 +114,6 @@ def test_the_example_prior_sums_to_one_and_samples(registered):
     grids = torch.cartesian_prod(torch.arange(3), torch.arange(3)).reshape(-1, 1, 2)
     assert float(model.log_prob(grids).detach().exp().sum()) == pytest.approx(1, abs=1e-6)
     assert model.sample(4).shape == (4, 1, 2)
-    with pytest.raises(ValueError, match="scale"):
-        Prior.create("unigram", grid=TokenGrid((1, 2), 3), scale=0)
 
 
 def test_the_example_quantizer_looks_up_its_codes_and_passes_gradients(registered):
@@ -138,8 +123,6 @@ def test_the_example_quantizer_looks_up_its_codes_and_passes_gradients(registere
     assert torch.equal(z_q, quantizer.lookup(tokens)) and set(losses) == set(quantizer.loss_weights)
     z_q.square().sum().backward()
     assert (z.grad.abs().sum((0, 2, 3)) > 0).all()
-    model = make_tokenizer("vqvae", quantizer={"kind": "frozen", "codes": 16, "dim": 4})
-    assert model.encode(torch.zeros(1, *model.image_shape)).shape == (1, *model.grid.shape)
 
 
 def test_the_example_tokenizer_decodes_what_it_encodes(registered):
@@ -147,9 +130,7 @@ def test_the_example_tokenizer_decodes_what_it_encodes(registered):
     images = torch.rand(2, 3, 8, 12) * 2 - 1
     output = model(images)
     assert output.tokens.shape == (2, 2, 3) and torch.equal(model.encode(images), output.tokens)
-    assert output.images.shape == images.shape and output.images.abs().max() <= 1
-    assert torch.equal(model.decode(output.tokens), output.images)
-    assert torch.equal(model.encode(output.images), output.tokens)
+    assert output.images.shape == images.shape and torch.equal(model.decode(output.tokens), output.images)
 
 
 # Commands
@@ -161,20 +142,9 @@ def commands(page: str) -> list[str]:
     return [line.partition(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-def inline_commands(page: str) -> list[str]:
-    """The commands in the page's sentences."""
-    return [span for span in spans(page) if re.match(r"(smalti|accelerate launch|make|python|pytest|pip) ", span)]
-
-
-# Each command once, with the first page that contains it.
-CURRENT = [page for page in reversed(PAGES) if page not in RECORDS]
-COMMANDS = {command: page for page in CURRENT for command in commands(page)}
-INLINE = {command: page for page in CURRENT for command in inline_commands(page)}
-
-
-@cache
-def requirements() -> dict[str, Any]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+CURRENT = [page for page in reversed(PAGES) if page != RECORD]
+COMMANDS = sorted({command for page in CURRENT for command in commands(page)})
+INLINE = sorted({span for page in CURRENT for span in spans(page) if re.match("(smalti|make|pytest) ", span)})
 
 
 def check_words(words: list[str]) -> None:
@@ -191,12 +161,10 @@ def check_words(words: list[str]) -> None:
         for option in options:
             assert re.search(rf"\b{option.partition('=')[0]}\b", text), f"{script} has no option {option}"
     elif words[0] == "pytest":
-        paths = [word for word in words[1:] if "/" in word]
-        assert paths and all((ROOT / path).exists() for path in paths)
-    else:
-        assert words[:2] in (["pip", "install"], ["pip", "wheel"], ["uv", "export"], ["hf", "upload"])
-        extras = re.findall(r"\[(\w+)\]", " ".join(words))
-        assert set(extras) <= set(requirements())
+        assert all((ROOT / word).exists() for word in words[1:] if "/" in word)
+    elif words[0] == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert set(re.findall(r"\[(\w+)\]", " ".join(words))) <= set(extras)
 
 
 def verb_of(words: list[str]) -> tuple[str, list[str]]:
@@ -260,10 +228,7 @@ def is_key(key: str, page: str) -> bool:
 def test_every_command_in_a_sentence_exists(command, keys):
     """It may leave out required keys."""
     words = shlex.split(command)
-    if words[0] == "accelerate" or (words[:2] == ["python", "-m"] and not words[2].startswith("benchmarks.")):
-        launched = words[words.index("-m") + 1] if "-m" in words else "..."
-        assert launched in ("...", "pipelines.STEP", *(f"pipelines.{step}" for step in STEPS))
-    elif words[0] != "smalti":
+    if words[0] != "smalti":
         check_words([word for word in words if is_whole(word)])
     elif words[1] != "VERB" and not words[1].startswith("-"):
         assert words[1] in verbs() or words[1] in OTHER

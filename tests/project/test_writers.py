@@ -5,7 +5,6 @@ Covers: pipelines/files.py.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -23,7 +22,6 @@ from safetensors.torch import save_file
 from small import make_tokenizer
 from small_pipelines import make_pipeline
 
-import pipelines.files as storage
 from pipelines import encode, evaluate, generate, train_prior, train_tokenizer
 from pipelines.commands import (
     calibrate,
@@ -43,7 +41,6 @@ from pipelines.config import UserError
 from pipelines.files import lock_folder, lock_output
 from pipelines.images.pictures import save_picture
 from pipelines.tokens import load_tokens
-from tokenizer import files
 from tokenizer.files import PathError
 from tokenizer.published.vqgans import LLAMAGEN
 
@@ -102,9 +99,9 @@ def run(module: Any, argv: list[str]) -> Any:
         raise ended.__cause__ or ended from None
 
 
-def writers(*kinds: str, without: str = "") -> Any:
+def writers(*kinds: str) -> Any:
     """Parametrise over the writers of these kinds."""
-    names = [name for name, writer in WRITERS.items() if writer.kind in kinds and name != without]
+    names = [name for name, writer in WRITERS.items() if writer.kind in kinds]
     return pytest.mark.parametrize("name", names)
 
 
@@ -336,77 +333,6 @@ def test_our_folder_is_replaced_unless_a_file_was_added_or_a_text_edited(world, 
     assert ours <= set(snapshot(out))
 
 
-def test_a_run_saves_its_state_although_its_snapshot_cannot_be_replaced(world, tmp_path):
-    """A link in the snapshot, such as Emacs makes for an open file, stays; without it, the same command completes."""
-    out = tmp_path / "run"
-    theirs, save = out / "tokenizer" / ".#README.md", train_tokenizer.TokenizerTask.save
-
-    def disturbed(task: Any, *rest: Any) -> None:
-        save(task, *rest)
-        theirs.symlink_to("mine")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_tokenizer.TokenizerTask, "save", disturbed)
-        with pytest.raises(UserError, match="README.md"):
-            WRITERS["train_tokenizer"].write(world, out, "train.save_every=1")
-    assert os.readlink(theirs) == "mine"
-    assert sorted(path.name for path in (out / "state").iterdir()) == ["step-00000001", "step-00000002"]
-    with pytest.raises(REFUSED, match="README.md"):
-        WRITERS["train_tokenizer"].write(world, out, "train.save_every=1")
-    theirs.unlink()
-    WRITERS["train_tokenizer"].write(world, out, "train.save_every=1")
-    assert json.loads((out / "tokenizer" / "provenance.json").read_text())["tokenizer"]["steps"] == 2
-
-
-# Files that arrive during the work
-
-
-@pytest.mark.parametrize("case", ["new", "before", "between"])
-@writers("whole", "new", without="export")  # which takes seconds, and writes its folder like others
-def test_a_file_that_arrives_while_a_folder_is_written_is_kept(world, tmp_path, name, case, monkeypatch):
-    """In a new folder; in ours, before it is set aside; and between that and the final check."""
-    replace, rename, out = files._replace_folder, Path.rename, WRITERS[name].path(tmp_path)
-    if case != "new":
-        make_output(world, name, tmp_path) if WRITERS[name].kind != "new" else out.mkdir(parents=True)
-
-    def replace_late(temporary: Path, target: Path, kind: Any) -> None:
-        if target == out and case != "between":
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "arrived.txt").write_text("mine")
-        replace(temporary, target, kind)
-
-    def rename_late(path: Path, target: Path) -> Path:
-        if path == out and case == "between":
-            (out / "arrived.txt").write_text("mine")
-        return rename(path, target)
-
-    monkeypatch.setattr(files, "_replace_folder", replace_late)
-    monkeypatch.setattr(Path, "rename", rename_late)
-    monkeypatch.setattr(encode, "find_finished", lambda *_: None)  # a finished encode would not write
-    with pytest.raises(REFUSED, match="arrived.txt"):
-        WRITERS[name].write(world, out)
-    assert (out / "arrived.txt").read_text() == "mine" and snapshot(world.root) == world.before
-    left = [path.name for path in out.parent.iterdir() if path.name.startswith((".tmp-", ".del-"))]
-    assert not [name for name in left if not name.endswith("-encode")]
-
-
-@writers("results", "file")
-def test_a_file_that_arrives_while_files_are_written_is_kept(world, tmp_path, name, monkeypatch):
-    out, flush = WRITERS[name].path(tmp_path), storage.fsync
-    arrived: list[Path] = []
-
-    def flush_late(path: Path) -> None:
-        flush(path)
-        if not arrived and path.name != ".out.lock" and path != out.parent:
-            out.mkdir(exist_ok=True) if WRITERS[name].kind == "results" else None
-            arrived.append(out / path.name if WRITERS[name].kind == "results" else out)
-            arrived[0].write_text("mine")
-
-    monkeypatch.setattr(storage, "fsync", flush_late)
-    assert_refuses(world, name, out)
-    assert arrived[0].read_text() == "mine"
-
-
 # Inputs
 
 
@@ -421,13 +347,22 @@ def test_inputs_are_never_outputs(world, tmp_path, name):
         assert snapshot(world.root) == world.before
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "options"),
+    [(inspect, "a.png", DATA), (reconstruct, "a.png", DATA), (encode, "a", DATA), (export, "a", ["format=torch"])],
+)
+def test_nothing_is_written_into_the_pipeline_of_a_tokenizer(world, module, name, options):
+    """A pipeline folder with other files could no longer be replaced."""
+    options = [option.format(**vars(world)) for option in options]
+    with pytest.raises(REFUSED, match=str(world.pipeline / name)):
+        run(module, [f"tokenizer={world.pipeline}", f"out={world.pipeline / name}", *options])
+    assert snapshot(world.root) == world.before
+
+
 # Two writers at once
 
 
-LOCKING = [name for name, writer in WRITERS.items() if name.islower() and not writer.quick]
-
-
-@pytest.mark.parametrize("name", LOCKING)
+@pytest.mark.parametrize("name", [name for name, writer in WRITERS.items() if name.islower() and not writer.quick])
 def test_a_verb_that_takes_long_is_the_only_writer(world, tmp_path, name):
     out = WRITERS[name].path(tmp_path)
     with lock_folder(out) if WRITERS[name].kind == "run" else lock_output(out):

@@ -87,7 +87,7 @@ def test_what_cannot_be_compressed_is_an_error_and_leaves_nothing(tmp_path, caps
     assert "nowhere" in fails(capsys, "compress", "pipeline=nowhere", f"images={folder}", f"out={stream}")
 
 
-@pytest.mark.parametrize("names", [["a.bmp", "a.bmp.png"], ["a.bmp", "a.bmp.png/b.png"], ["a" * 251 + ".bmp"]])
+@pytest.mark.parametrize("names", [["a.bmp", "a.bmp.png"], ["a.bmp", "a.bmp.png/b.png"]])
 def test_names_that_could_not_be_restored_are_refused(tmp_path, capsys, names):
     saved(tmp_path, channels=1, prior="marginal")
     for name in names:
@@ -95,7 +95,7 @@ def test_names_that_could_not_be_restored_are_refused(tmp_path, capsys, names):
         Image.new("L", (8, 8)).save(tmp_path / "mine" / name)
     stream = tmp_path / "mine.smalti"
     line = fails(capsys, "compress", *arguments(tmp_path, f"images={tmp_path / 'mine'}", f"out={stream}"))
-    assert names[0][:20] in line and not stream.exists()
+    assert names[0] in line and not stream.exists()
 
 
 def test_what_cannot_be_decompressed_is_an_error_and_leaves_nothing(tmp_path, capsys):
@@ -116,14 +116,3 @@ def test_what_cannot_be_decompressed_is_an_error_and_leaves_nothing(tmp_path, ca
         assert "stream" in fails(capsys, "decompress", *arguments(tmp_path, f"stream={stream_of}", f"out={out}"))
     pipeline_of("tokens", "made").save_pretrained(tmp_path / "pipeline")
     assert "another pipeline" in refused(data)
-
-
-def test_two_images_in_one_file_are_refused(tmp_path, capsys, monkeypatch):
-    """As on a file system that takes `A.png` for `a.png`."""
-    pipe = saved(tmp_path, channels=1, prior="marginal")
-    data = compress(pipe, torch.ones(2, *pipe.tokenizer.image_shape), names=["a.png", "b.png"], progress=False)
-    (tmp_path / "a.smalti").write_bytes(data)
-    join = Path.__truediv__
-    monkeypatch.setattr(Path, "__truediv__", lambda path, name: join(path, str(name).replace("b.png", "a.png")))
-    line = fails(capsys, "decompress", *arguments(tmp_path, f"stream={tmp_path}/a.smalti", f"out={tmp_path}/out"))
-    assert "out" in line and not (tmp_path / "out").exists()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -23,8 +22,6 @@ from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.anomaly.conformal import benjamini_hochberg
 from pipelines.anomaly.scores import METHODS
-from pipelines.commands.detect import write_table
-from tokenizer.files import write_manifest
 
 
 def write(folder, images):
@@ -143,12 +140,10 @@ def test_a_confidence_is_saved_and_reported(world, tmp_path, capsys):
         (["detect", "data.label_column=null", "normal_labels=[a]"], "normal_labels: "),
         (["detect", "images={world}/classes", "normal_labels=round"], "'round'"),
         (["detect", "images={world}/classes", "normal_labels=flat,stripes"], "normal_labels: "),
-        (["detect", "images={world}/classes", "normal_labels=[]"], "normal_labels: "),
         (["detect", "method=guess"], "method: "),
         (["detect", "out={world}/fresh/000.png"], "out: "),
         (["calibrate", "pipeline=some/hub-id"], "pipeline: "),
         (["calibrate", "data.limit=12"], "data: "),
-        (["calibrate", "false_alarms=0"], "false_alarms: "),
         (["calibrate", "background={world}/other"], "background/config.json: "),
     ],
 )
@@ -160,19 +155,3 @@ def test_a_mistake_is_one_line_and_changes_nothing(world, capsys, argv, message)
     line = fails(capsys, argv[0], *own, *(part.format(world=world) for part in argv[1:]))
     assert message.format(world=world) in line
     assert (world / "pipe" / "calibration.json").read_bytes() == before
-
-
-def test_a_damaged_calibration_is_a_line_and_nothing_is_written(world, tmp_path, capsys):
-    pipe = shutil.copytree(world / "pipe", tmp_path / "pipe")
-    text = (pipe / "calibration.json").read_text()
-    for damaged in (text.replace('"count":40', '"count":"many"'), text[:-100], "[]"):
-        (pipe / "calibration.json").write_text(damaged)
-        write_manifest(pipe)
-        assert "calibration.json: " in fails(capsys, "detect", f"pipeline={pipe}", f"out={tmp_path}/found")
-    assert not (tmp_path / "found").exists()
-
-
-def test_file_names_that_are_not_unicode_are_escaped(tmp_path):
-    name = os.fsdecode(b"a/\xff\xfe.png")
-    write_table(tmp_path / "a.csv", {"file": [name], "class": None, "score": np.array([0.5])})
-    assert rows_of(tmp_path / "a.csv") == [{"file": r"a/\udcff\udcfe.png", "score": "0.5"}]

@@ -6,7 +6,6 @@ Covers: tokenizer/titok.py.
 from __future__ import annotations
 
 import pytest
-from command import fails
 from launch import train_prior, train_tokenizer
 from one_process import one_process
 from PIL import Image
@@ -40,13 +39,6 @@ def world(tmp_path_factory):
     return root
 
 
-def test_both_stages_write_previews(world):
-    for stage in ("stage1", "stage2"):
-        assert list((world / stage).rglob("*.png"))
-    pipe = ImagePipeline.from_pretrained(world / "stage2" / "pipeline")
-    assert pipe.prior.grid.shape == (6,) and pipe.tokenizer.prefixes == (1, 2, 4, 6)
-
-
 @pytest.mark.parametrize("kind", [kind for kind in Prior.available() if kind != "gpt"])
 def test_every_prior_trains_on_a_row_or_is_refused(world, kind, tmp_path):
     sizes = {"made": {"hidden": [16]}, "marginal": {}}.get(kind, {"dim": 16, "depth": 1})
@@ -58,17 +50,14 @@ def test_every_prior_trains_on_a_row_or_is_refused(world, kind, tmp_path):
         assert len(ImagePipeline.from_pretrained(tmp_path / "run" / "pipeline")(2, 1, seed=0).images) == 2
 
 
-def test_orders_of_two_axes_are_refused(world, tmp_path, capsys):
-    argv = [f"tokens={world}/tokens", f"out={tmp_path}/no", "model.kind=gpt", "model.order=diagonal"]
-    assert "needs a grid of two axes" in fails(capsys, "train_prior", *argv)
-
-
 def test_every_verb_with_images_works(world, tmp_path):
     pipeline = f"pipeline={world}/stage2/pipeline"
     tokenizer = f"tokenizer={world}/stage1/tokenizer"
     main(["reconstruct", tokenizer, f"out={tmp_path}/a.png", "num_images=4"])
     main(["inspect", tokenizer, f"out={tmp_path}/b.png", "num_images=3"])
     main(["evaluate", pipeline, f"out={tmp_path}/evaluation", "num_images=0"])
+    main(["detect", pipeline, f"out={tmp_path}/found", "num_shown=2"])
+    assert Image.open(tmp_path / "found" / "sheet.png").width == 3 * (28 * 2 + 2) + 2  # without a map
     main(["generate", pipeline, f"out={tmp_path}/c.png", "num_images=4"])
     main(["probe", pipeline, f"out={tmp_path}/probe"])
     main(["search", pipeline, f"out={tmp_path}/d.png"])
@@ -78,14 +67,3 @@ def test_every_verb_with_images_works(world, tmp_path):
     main(["decompress", pipeline, f"stream={tmp_path}/e.smalti", f"out={tmp_path}/images_again"])
     assert len(list((tmp_path / "images_again").iterdir())) == 1
     assert all((tmp_path / f"{name}.png").is_file() for name in "abcd")
-
-
-def test_detect_has_no_map(world, tmp_path):
-    main(["detect", f"pipeline={world}/stage2/pipeline", f"out={tmp_path}/found", "num_shown=2"])
-    assert Image.open(tmp_path / "found" / "sheet.png").width == 3 * (28 * 2 + 2) + 2
-
-
-def test_complete_is_refused(world, tmp_path, capsys):
-    for mask in ("bottom", "scatter:0.5"):
-        argv = ["complete", f"pipeline={world}/stage2/pipeline", f"out={tmp_path}/a.png", f"mask={mask}"]
-        assert "belongs to no part of the image" in fails(capsys, *argv)

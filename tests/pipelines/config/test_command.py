@@ -7,12 +7,9 @@ pipelines/config/yaml_text.py.
 from __future__ import annotations
 
 import errno
-import io
 import json
-import os
 import re
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,11 +19,10 @@ from command import fails
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from optional import needs_digits
-from ordinary import as_others
 from pydantic import Field
 
 from pipelines.__main__ import load, main, verbs
-from pipelines.config import Config, UserError, choose_device, errors, run_command, tell
+from pipelines.config import Config, UserError, errors, run_command
 from pipelines.config.command import parse
 from pipelines.config.errors import Interrupted, ProcessFailed, ReportedElsewhere
 from pipelines.config.schema import difference, to_yaml
@@ -141,7 +137,6 @@ yaml_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(plain_text, inner, max_size=3),
     max_leaves=8,
 )
-numbers = st.integers(-(10**6), 10**6)
 run_values = {
     "out": plain_text,
     "seed": st.integers(0, 10**9),
@@ -185,19 +180,12 @@ def test_every_spelling_of_a_float_is_read(number: float, spelling: str) -> None
     assert read(f"train.lr={text}").train.lr == float(text) == read_yaml(text)
 
 
-@given(st.lists(numbers | st.sampled_from(["cat", "big dog"]), min_size=2, max_size=4))
-def test_a_list_needs_no_brackets(items: list[Any]) -> None:
-    """zsh would expand them as a pattern."""
-    text = ",".join(map(str, items))
-    assert read(f"labels={text}").labels == read(f"labels=[{text}]").labels == items
-
-
 @pytest.mark.parametrize(
     ("word", "value"),
     [
-        ("side=32,96", (32, 96)),
         ("side=32, 96", (32, 96)),
         ("labels=3,", [3]),
+        ("labels=3,big dog,-1", [3, "big dog", -1]),  # zsh would expand brackets as a pattern
         ("paths=a", ["a"]),
         ("labels=tench, Tinca tinca", "tench, Tinca tinca"),  # the name of one class
         ('labels="a,b"', "a,b"),  # the name of one file
@@ -268,9 +256,6 @@ def test_another_kind_replaces_its_node(tmp_path: Path) -> None:
     assert config.model == {"kind": "conv", "width": 32, "coder": {"kind": "steps", "levels": [8, 8]}}
     assert read("--config", path, "model.kind=plain").model == {"kind": "plain", "depth": 2}
     assert read("--config", path, "model.coder.kind=book").model["coder"]["codes"] == 9
-    plain = write(tmp_path / "b.yaml", "model: {kind: plain}\n")
-    back = write(tmp_path / "c.yaml", "model: {kind: conv, coder: {codes: 9}}\n")
-    assert read("--config", plain, "--config", back).model["coder"] == {"kind": "book", "codes": 9, "beta": 0.25}
 
 
 @pytest.mark.parametrize(
@@ -293,7 +278,6 @@ def test_a_kind_may_follow_the_keys_of_its_node(words: list[str], tmp_path: Path
         ("train.lr=abc", "train.lr"),
         ("seed=true", "seed"),
         ('seed="5"', "seed"),
-        ("seed=", "seed"),
         ("seed.x=1", "seed.x"),
         ("fast=1", "fast"),
         ("out=5", "out"),
@@ -306,9 +290,7 @@ def test_a_kind_may_follow_the_keys_of_its_node(words: list[str], tmp_path: Path
         ("model.width=4", "model.width"),
         ("model.coder.kind=vq", "model.coder.kind"),
         ("labels=[1", "labels"),
-        ("labels=2024-13-01", "labels"),
         ("train={lr: 1, lr: 2}", "train"),
-        ("train={1: 2}", "train"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_the_key(argument: str, key: str) -> None:
@@ -317,18 +299,12 @@ def test_a_bad_value_is_one_line_that_names_the_key(argument: str, key: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("argument", "meant"),
-    [
-        ("train.stesp=3", "train.steps"),
-        ("lr=3", "train.lr"),
-        ("model.coder.coeds=4", "model.coder.codes"),
-        ("zz=3", ""),
-    ],
+    ("key", "meant"),
+    [("train.stesp", "'train.steps'"), ("lr", "'train.lr'"), ("model.coder.coeds", "'model.coder.codes'"), ("zz", "")],
 )
-def test_the_error_of_an_unknown_key_names_the_key_that_was_meant(argument: str, meant: str) -> None:
-    (line,) = problems(argument)
-    assert line.startswith(f"{argument.partition('=')[0]}: ")
-    assert f"'{meant}'" in line if meant else "did you mean" not in line
+def test_the_error_of_an_unknown_key_names_the_key_that_was_meant(key: str, meant: str) -> None:
+    (line,) = problems(f"{key}=3")
+    assert line.startswith(f"{key}: ") and meant in line
 
 
 @pytest.mark.parametrize(
@@ -346,8 +322,6 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     assert starts == [f"{tmp_path}/no.yaml", "junk", "seed", "model.width", "train.stesp"]
     with pytest.raises(UserError, match="^out: missing$"):
         parse(Run, [], verb="try", description="")
-    with pytest.raises(UserError, match=r"^no\.yaml: [^\n]*$"):  # which may have had an `out`
-        parse(Run, ["--config", "no.yaml"], verb="try", description="")
 
 
 @pytest.mark.parametrize(
@@ -359,8 +333,6 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
         ("- 1\n- 2\n", r"a.yaml: "),
         ("\0", "a.yaml, "),
         ("out: !!python/object/apply:os.mkdir [b]", "a.yaml, "),
-        ("seed: {[1]: 2}\n", "a.yaml, "),  # a key that cannot be hashed
-        ("seed: !!bool perhaps", "a.yaml, "),
         ("[" * 5000, "a.yaml, "),
         ("train.lr: 0.1\n", "train.lr: .*nested"),
         ("model: {zzz: 1}\n", "model.zzz: "),
@@ -373,38 +345,15 @@ def test_a_bad_file_is_one_line(tmp_path: Path, text: str, start: str) -> None:
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"out: \xe9\n")
-    closed = write(tmp_path / "closed.yaml", "out: x")
-    Path(closed).chmod(0)
-    with as_others():
-        for path in (str(tmp_path), f"{tmp_path}/latin.yaml", closed):
-            assert problems("--config", path)[0].startswith(f"{path}: ")
+    for path in (str(tmp_path), f"{tmp_path}/latin.yaml"):
+        assert problems("--config", path)[0].startswith(f"{path}: ")
     assert problems("--config")[0].startswith("--config: ")
 
 
 def test_unprintable_characters_are_escaped(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.yaml", '"\\e[2Jk": 1\n"\\x9b\\u202e": 2\n"a\\n error: forged": 3')
+    path = write(tmp_path / "a.yaml", '"\\e[2Jk": 1\n"a\\n error: forged": 3')
     lines = problems("--config", path, "\x1b[2Jx=1")
-    assert len(lines) == 4 and all(line.isprintable() for line in lines)
-    assert str(UserError("a\x1b[2J\nb\u2028c")) == "a\\x1b[2J\nb\\u2028c"
-
-
-CLOSED = [
-    ("generate", "pipeline={closed}/pipeline"),
-    ("decompress", "pipeline=digits", "stream={closed}/stream", "out={tmp}/out"),
-    ("train_tokenizer", "out={closed}/run"),
-    ("train_tokenizer", "out={tmp}/run", "data.source={closed}", "track.wandb=disabled"),
-    ("train_prior", "out={tmp}/run", "tokens={closed}", "track.wandb=disabled"),
-]
-
-
-@pytest.mark.parametrize("words", CLOSED, ids=" ".join)
-def test_a_folder_without_permission_is_named(tmp_path: Path, capsys: Any, words: list[str]) -> None:
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0)
-    with as_others():
-        line = fails(capsys, *(word.format(closed=closed, tmp=tmp_path) for word in words))
-    assert str(closed) in line
-    assert {path.name for path in tmp_path.iterdir()} <= {"closed", "run"}
+    assert len(lines) == 3 and all(line.isprintable() for line in lines)
 
 
 def test_an_unknown_verb_suggests_the_nearest(capsys: Any) -> None:
@@ -413,19 +362,11 @@ def test_an_unknown_verb_suggests_the_nearest(capsys: Any) -> None:
     assert all(verb in fails(capsys, "xyzzy") for verb in verbs())
 
 
-def test_a_device_that_cannot_compute_is_refused() -> None:
-    for name in ("meta", "toaster"):
-        with pytest.raises(UserError, match="^device: "):
-            choose_device(name)
-
-
 def test_difference_names_dotted_keys() -> None:
     old = {"a": 1, "t": {"lr": 0.1, "b": [1, 2]}, "gone": None}
     lines = difference(old, {"a": 1.0, "t": {"lr": 0.2, "b": (1, 2)}, "new": {"x": 1}})
     assert [line.partition(":")[0] for line in lines] == ["t.lr", "gone", "new"] and "0.1 -> 0.2" in lines[0]
     assert difference(old, old) == []
-    (line,) = difference({"\x1b" + "k" * 9999: 1}, {})
-    assert len(line) < 200 and line.isprintable()
 
 
 # How a command ends
@@ -477,19 +418,3 @@ def test_one_process_of_several_prints(monkeypatch: pytest.MonkeyPatch, capsys: 
     pauses: list[float] = []
     monkeypatch.setattr(errors.time, "sleep", pauses.append)  # the launcher ends this process meanwhile
     assert ended(ReportedElsewhere("all have it")) == 2 and pauses == [errors.HEAD_START]
-
-
-class Full(io.StringIO):
-    """A log on a full disk."""
-
-    def write(self, text: str) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_a_line_that_cannot_be_written_is_dropped(monkeypatch: Any, capsys: Any) -> None:
-    tell("of a run")
-    monkeypatch.setattr(sys, "stderr", Full())
-    tell("lost")
-    tell("on its stdout", sys.stdout)
-    monkeypatch.undo()
-    assert capsys.readouterr() == ("on its stdout\n", "of a run\n")

