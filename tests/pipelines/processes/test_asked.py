@@ -61,10 +61,3 @@ def test_unsupported_options_are_refused_before_images_are_read(variable: str, t
     with pytest.raises(UserError, match="--use_fsdp --fsdp_version 2"):
         train_tokenizer(tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("config", [{}, {"train__mixed_precision": "bf16"}])
-def test_fp8_is_refused_whatever_the_setting(config: dict, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    with pytest.raises(UserError, match="^fp8 .*bf16"):
-        train_tokenizer(tmp_path / "run", **config)

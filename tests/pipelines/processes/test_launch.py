@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,16 +42,6 @@ def test_a_process_without_a_launcher_is_alone_and_does_not_import_accelerate(mo
     monkeypatch.setitem(sys.modules, "accelerate", None)  # importing it is an error
     with join_group("cpu") as (group, device):
         assert group is ALONE and device == torch.device("cpu")
-
-
-def test_the_group_of_hosts_has_the_timeout_of_the_run(monkeypatch):
-    """torch's default is half an hour."""
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(torch.distributed, "new_group", lambda **options: asked.append(options))
-    for device, processes in (("cuda", 1), ("cpu", 2), ("cuda", 2)):
-        several: Any = SimpleNamespace(device=torch.device(device), num_processes=processes)
-        launch.group_of_hosts(several, 7200)
-    assert asked == [{"backend": "gloo", "timeout": timedelta(hours=2)}]
 
 
 def test_one_process_in_place_of_several_is_refused(one_process, monkeypatch):

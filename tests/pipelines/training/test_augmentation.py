@@ -19,12 +19,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-def test_no_kinds_change_nothing_and_draw_nothing():
-    images, state = some(SHAPES[0]), torch.get_rng_state()
-    assert augment(images, ()) is images
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kinds", [*((kind,) for kind in KINDS), tuple(KINDS)])
 def test_augmentation_is_differentiable_and_seeded(kinds, shape):

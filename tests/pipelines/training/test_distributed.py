@@ -85,8 +85,8 @@ def basic(watch: Watch) -> None:
         for stage, more in RUNS.items():
             watch.run(stage, lambda stage=stage, more=more: train_stage(stage, folder / stage, tokens, **more))
     rank = int(os.environ["RANK"])
-    for name, sick in {"sick": {0, 5, 6, 11}, "dying": set(range(30))}.items():
-        with patch.object(TokenizerTask, "loss", no_number_in(sick if rank == 1 else set())):
+    for name, bad in {"non-finite": {0, 5, 6, 11}, "dying": set(range(30))}.items():
+        with patch.object(TokenizerTask, "loss", not_finite_in(bad if rank == 1 else set())):
             watch.run(name, lambda name=name: train_tokenizer(folder / name, **RUNS["train_tokenizer"]))
     for stop in (7, -1):  # SIGTERM to the second process only
         with patch.object(PriorTask, "loss", stopping_at(stop if rank == 1 else -1)):
@@ -100,13 +100,13 @@ def basic(watch: Watch) -> None:
         encode.run(encoding(folder / "train_tokenizer" / "tokenizer", folder / f"encoded{rows}", rows))
 
 
-def no_number_in(sick: set[int]) -> Any:
+def not_finite_in(bad: set[int]) -> Any:
     """A tokenizer's loss that is not finite in these steps."""
     loss = TokenizerTask.loss
 
     def planted(self: Any, player: str, batch: Any, step: int) -> Any:
         value, terms = loss(self, player, batch, step)
-        if step in sick:  # with and without a NaN gradient
+        if step in bad:  # with and without a NaN gradient
             value = value * math.nan if step % 2 else value + math.inf
         return value, terms
 
@@ -175,7 +175,7 @@ def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("name", ["train_tokenizer", "train_prior", "sick"])
+@pytest.mark.parametrize("name", ["train_tokenizer", "train_prior", "non-finite"])
 def test_both_processes_have_equal_state_at_every_step(pair, name):
     """Weights, averages, moments and codebooks, each from its own images and random numbers."""
     assert_equal_at_every_step(pair[1][name]["steps"], STEPS)
@@ -212,11 +212,11 @@ def test_a_signal_to_one_stops_both_and_the_same_command_resumes_to_the_bit(pair
 
 
 def test_a_step_that_is_not_finite_on_one_is_skipped_by_both(pair):
-    steps = [one for one, _ in pair[1]["sick"]["steps"]]
+    steps = [one for one, _ in pair[1]["non-finite"]["steps"]]
     for step in range(1, STEPS):
         same = [steps[step][part] == steps[step - 1][part] for part in ("weights", "moments")]
         assert same == [step in (5, 6, 11)] * 2
-    assert metrics(pair[0] / "sick")[-1]["skipped_steps"] == 4
+    assert metrics(pair[0] / "non-finite")[-1]["skipped_steps"] == 4
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,7 @@ import re
 
 import pytest
 import torch
-from launch import metrics, states, train_prior
 from small import PRIORS, TOKENIZERS, make_prior, make_tokenizer
-from tiny_task import assert_same_tensors, read_checkpoint
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -21,7 +19,6 @@ from pipelines.training.optimizers import (
     hidden_matrices,
     make_optimizer,
     matrix_shape,
-    newton_schulz,
 )
 from pipelines.training.schedule import TrainConfig
 from prior.layers import CausalConv2d
@@ -79,18 +76,6 @@ def test_a_step_of_muon_equals_that_of_torch(bf16):
         assert (found - expected).norm() < (1e-6 if bf16 else 0.02) * moved and moved > 0.1
 
 
-def test_newton_schulz_returns_a_nearly_orthogonal_matrix_at_any_scale():
-    for shape in ((40, 24), (24, 40)):
-        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        for scale in (1e-4, 1.0, 1e6):
-            values = torch.linalg.svdvals(newton_schulz(scale * matrix[None])[0])
-            assert values.min() > 0.6 and values.max() < 1.25
-    assert torch.equal(newton_schulz(torch.zeros(2, 16, 20)), torch.zeros(2, 16, 20))
-    left, values, right = torch.linalg.svd(torch.randn(20, 30, dtype=torch.float64), full_matrices=False)
-    found = left.T @ newton_schulz((left * values) @ right[None])[0] @ right.T
-    assert torch.allclose(found, torch.diag(found.diag()), atol=1e-12), "singular vectors change"
-
-
 def test_a_kernel_is_updated_as_a_matrix_of_its_outputs():
     kernel, matrix = weights_of([(16, 8, 3, 3)]), weights_of([(16, 72)])
     with torch.no_grad():
@@ -143,42 +128,6 @@ def test_fused_layers_of_models_declare_their_parts(name, parts):
     assert {key: layer.parts for key, layer in layers.items()} == parts
 
 
-@pytest.mark.parametrize("max_numbers", [1, 1 << 26])
-def test_matrices_are_updated_independently(monkeypatch, max_numbers):
-    """In whatever order, and however many are orthogonalized at once."""
-    monkeypatch.setattr("pipelines.training.optimizers.MAX_NUMBERS", max_numbers)
-    together, apart, turned = weights_of(SHAPES), weights_of(SHAPES), weights_of(SHAPES)
-    move(muon(together), together)
-    optimizers = [muon([one]) for one in apart]
-    reverse = make_optimizer(turned[::-1], dict.fromkeys(turned, 1), set(), CONFIG, BETAS)
-    for step in range(5):
-        for number in range(len(SHAPES)):
-            apart[number].grad, turned[number].grad = (gradient(step, number, apart[number].shape) for _ in range(2))
-        for optimizer in (*optimizers, reverse):
-            optimizer.step()
-    for one, other, third in zip(together, apart, turned, strict=True):
-        torch.testing.assert_close(other, one, rtol=0, atol=1e-5)
-        torch.testing.assert_close(third, one, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("sick", [0, 2])
-def test_a_skipped_step_changes_neither_weights_nor_moments_nor_counts(optimizer, sick):
-    config = CONFIG.model_copy(update={"optimizer": optimizer})
-    skipped, without = weights_of([*SHAPES, (16,)]), weights_of([*SHAPES, (16,)])
-    skipping, plain = (
-        make_optimizer(each, dict.fromkeys(each[:-1], 1), set(each), config, BETAS) for each in (skipped, without)
-    )
-    move(skipping, skipped, steps=3, sick=sick)
-    for step in {0, 1, 2} - {sick}:
-        for number, weight in enumerate(without):
-            weight.grad = gradient(step, number, weight.shape)
-        plain.step()
-    for one, other in zip(skipped, without, strict=True):
-        assert torch.equal(one, other)
-        assert_same_tensors(skipping.state[one], plain.state[other])
-
-
 # Which weights
 
 
@@ -193,18 +142,6 @@ class Everything(nn.Module):
         self.embedding, self.positions = nn.Embedding(32, 16), nn.Parameter(torch.zeros(32, 32))
         self.head, self.norm = nn.Linear(16, 512), nn.LayerNorm(16)
         self.quantizer = nn.ModuleList([nn.Linear(32, 32)])
-
-
-def test_muon_updates_matrices_and_kernels_whose_parts_are_large_enough():
-    model = Everything()
-    assert hidden_matrices(model) == {
-        model.linear.weight: 1,
-        model.conv.weight: 1,
-        model.causal.weight: 1,
-        model.fused.weight: 2,
-    }
-    assert min(matrix_shape(model.few.weight)) == 9 < MIN_SIDE
-    assert hidden_matrices(FusedLinear(16, 15, parts=4)) == {}
 
 
 @pytest.mark.parametrize("name", [*PRIORS, *TOKENIZERS])
@@ -277,22 +214,6 @@ def test_matrices_and_tables_of_a_prior_decay_and_vectors_and_biases_do_not(name
 
 
 # Runs
-
-
-def test_a_checkpoint_holds_one_moment_per_matrix_of_muon(tmp_path, tokens, one_process):
-    run = train_prior(tmp_path / "run", tokens, train__optimizer="muon", train__steps=3)
-    found = read_checkpoint(states(run)[-1])
-    moments: dict[str, set[str]] = {}
-    for key in found:
-        if key.startswith("optimizer.model/"):
-            _, name, moment = key.split("/")
-            moments.setdefault(name, set()).add(moment)
-    matrices = {name for name, kinds in moments.items() if kinds == {"momentum"}}
-    assert {name.rsplit(".", 2)[-2] for name in matrices} >= {"qkv", "gate_up"} and not {
-        n for n in matrices if "head" in n
-    }
-    assert all(kinds == {"step", "exp_avg", "exp_avg_sq"} for name, kinds in moments.items() if name not in matrices)
-    assert metrics(run)[-1]["loss"] < metrics(run)[0]["loss"]
 
 
 @pytest.mark.parametrize("share", [0.4, 1e-4])

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import sys
-from functools import partial, partialmethod
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from launch import (
 )
 from one_process import one_process
 from tiny_task import (
-    Killed,
     TinyTask,
     assert_same_run,
     assert_same_tensors,
@@ -136,24 +135,6 @@ def test_a_run_that_cannot_start_leaves_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("call", range(4))
-def test_a_run_killed_while_it_creates_its_folder_starts_over(tmp_path, monkeypatch, call):
-    run, calls = tmp_path / "run", iter(range(100))
-
-    def killed(path: Path, *rest: Any, real: Any, **more: Any) -> Any:
-        if run in path.parents and next(calls) == call:
-            raise Killed
-        return real(path, *rest, **more)
-
-    with monkeypatch.context() as patch:
-        for name in ("mkdir", "replace"):
-            patch.setattr(Path, name, partialmethod(killed, real=getattr(Path, name)))
-        with pytest.raises(Killed):
-            train_tiny(run, steps=1)
-    train_tiny(run, steps=1)
-    assert states(run)
-
-
 def test_a_folder_that_holds_only_a_half_written_configuration_can_be_used(tmp_path):
     half = half_written(tmp_path / "run" / "config.json")
     half.write_text("{")
@@ -226,19 +207,6 @@ def test_an_end_that_is_already_past_is_refused(run, end):
     assert_refused(run, "train.steps", str(run), **end)
 
 
-def test_minutes_may_grow_and_be_replaced_by_steps(tmp_path):
-    train = partial(train_tiny, run := tmp_path / "run")
-    train(steps=None, minutes=0.002)
-    done = metrics(run)[-1]
-    train(steps=None, minutes=done["minutes"] + 0.003)
-    last = metrics(run)[-1]
-    assert last["step"] > done["step"] and last["minutes"] >= done["minutes"] + 0.003
-    with pytest.raises(UserError, match="train.minutes"):
-        train(steps=None, minutes=0.002)
-    train(steps=last["step"] + 3)
-    assert [line["step"] for line in metrics(run)] == list(range(1, last["step"] + 4))
-
-
 # Other settings
 
 
@@ -297,19 +265,6 @@ def leaves(settings: dict[str, Any], prefix: str = "") -> list[str]:
     for key, value in settings.items():
         found += leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [prefix + key]
     return found
-
-
-def test_a_configuration_is_also_a_file_for_a_run(tmp_path, capsys):
-    """One that lacks a setting is completed by its default."""
-    run = train_tokenizer(tmp_path / "run", train__steps=1)
-    argv = ["--config", str(run / "config.json")]
-    config = parse(TrainTokenizerConfig, argv, verb="train_tokenizer", description=None)
-    older = json.loads((run / "config.json").read_text())
-    assert config.model_dump(mode="json") == older
-    del older["train"]["keep_best"]
-    (run / "config.json").write_text(json.dumps(older))
-    train_tokenizer(run, train__steps=1)
-    assert "keep_best" in (run / "config.json").read_text() and "already finished" in capsys.readouterr().out
 
 
 # Output
