@@ -84,13 +84,8 @@ class TinyTask(Task):
     ) -> None:
         """critic_start, late: first steps that train the critic and use the layer `late`. scores: validation errors to
         report, by step. change_loss: changes the loss of a player at a step."""
-        self.critic_start, self.late, self.scores, self.change_loss, self.init = (
-            critic_start,
-            late,
-            scores,
-            change_loss,
-            init,
-        )
+        self.critic_start, self.late, self.scores, self.init = critic_start, late, scores, init
+        self.change_loss = change_loss or (lambda player, step, loss, model: loss)
         critic = None if critic_start is None else nn.Sequential(nn.Linear(1, 16), nn.GELU(), nn.Linear(16, 1))
         self.model = Both(net or Net(), critic)
         self.nets: dict[str, nn.Module] = {"model": self.model.net}
