@@ -76,17 +76,17 @@ def test_two_processes_play_as_one_does(tmp_path):
         assert len(found) >= 8 and found == pytest.approx(expected, rel=tolerance), name
 
 
-def test_the_weight_is_zero_until_the_warmup_is_over_and_then_grows():
-    start, warmup, ramp = 10, 5, 4
-    adversary = Adversary(CriticConfig(start=start, warmup=warmup, ramp=ramp), PatchCritic(1, 8, 2))
+def test_the_weight_is_zero_until_the_warmup_is_over_and_then_grows(whole):
+    critic = PatchCritic(1, 8, 2)
+    adversary = Adversary(CriticConfig(start=10, warmup=5, ramp=4), critic)
     assert [step for step in range(30) if adversary.plays(step)] == list(range(10, 30))
     shares = [adversary.share(step) for step in range(30)]
     assert shares[:15] == [0.0] * 15 and shares[15:18] == [0.25, 0.5, 0.75] and shares[18:] == [1.0] * 12
-    trained = [sum(adversary.plays(s) for s in range(step)) for step in range(30)]
-    assert all(turns >= warmup for turns, share in zip(trained, shares, strict=True) if share > 0)
     for ramp in (0, 1):
-        adversary = Adversary(CriticConfig(start=2, warmup=0, ramp=ramp), PatchCritic(1, 8, 2))
+        adversary = Adversary(CriticConfig(start=2, warmup=0, ramp=ramp), critic)
         assert [adversary.share(step) for step in range(4)] == [0.0, 0.0, 1.0, 1.0]
+    weights = losses(whole, "model/adversarial_weight")
+    assert weights[: RAMP + 1] == pytest.approx([0.5 * share / RAMP for share in (1, 2, 3, 4, 4)])
 
 
 def test_images_too_small_for_the_critic_are_refused(tmp_path):

@@ -33,12 +33,6 @@ def test_augmentation_is_differentiable_and_seeded(kinds, shape):
     assert augment(images.bfloat16(), kinds).dtype == torch.bfloat16
 
 
-def test_each_image_has_its_own_draws():
-    for kind in KINDS:
-        found = augment(some((1, 3, 16, 24)).expand(50, -1, -1, -1), [kind])
-        assert len({image.sum().item() for image in found}) > 20, kind
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_color_changes_brightness_saturation_and_contrast_within_their_ranges(shape):
     images = some(shape)
