@@ -18,7 +18,6 @@ from unittest.mock import Mock
 import pytest
 from folders import contents, half_written
 from launch import (
-    VQVAE,
     metrics,
     prior_arguments,
     states,
@@ -99,16 +98,6 @@ def test_another_configuration_is_refused_with_the_differences(run, tokens):
         with pytest.raises(UserError, match="out="):
             train(run)
     assert contents(run) == before
-
-
-def test_init_is_suggested_only_if_the_weights_would_fit(tmp_path):
-    run = train_tokenizer(tmp_path / "run", train__steps=1)
-    with pytest.raises(UserError, match=re.escape(f"init={run}/tokenizer")):
-        train_tokenizer(run, train__steps=1, train__lr=1e-4)
-    for change in ({"model": {**VQVAE, "widths": [8]}}, {"data__image_size": 32}):
-        with pytest.raises(UserError) as caught:
-            train_tokenizer(run, train__steps=1, **change)
-        assert "init=" not in str(caught.value)
 
 
 def test_a_snapshot_without_checkpoints_is_not_overwritten(tmp_path):

@@ -341,17 +341,6 @@ def test_tensorboard_mirrors_the_record(trained):
     assert images == sorted(files) and images
 
 
-def test_tensorboard_shows_each_step_once_after_resumes(tmp_path):
-    """The last value counts; a new start in the same folder purges the old steps."""
-    for resume_step, end, value in ((0, 7, 0.25), (0, 7, 0.5), (4.5, 9, 1.0), (8, 10, 2.0)):
-        tracker = open_tracker(tmp_path, resume_step, trackers=("tensorboard",))
-        for step in range(int(resume_step) + 1, end + 1):
-            tracker.log(step, {"loss": value})
-        tracker.close()
-    expected = [0.5] * 4 + [1.0] * 4 + [2.0] * 2
-    assert [(step, value) for step, _, value in scalars_and_images(tmp_path)[0]] == list(enumerate(expected, 1))
-
-
 def test_an_online_run_is_linked_on_the_card_and_continues_after_a_resume(tmp_path, tokens, monkeypatch, capfd):
     """With the real client and a server: one run for both commands, every step, no output, and no key in any file."""
     wandb, run = pytest.importorskip("wandb"), tmp_path / "run"
