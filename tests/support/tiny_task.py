@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,8 +15,8 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from launch import CLOCK, checkpoint_tensors, metrics, states
 from launch import assert_equal_tensors as assert_same_tensors
+from launch import checkpoint_tensors, exact, states
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -77,13 +78,14 @@ class TinyTask(Task):
         late: int = 0,
         validation: bool = True,
         scores: dict[int, float] | None = None,
-        sick: Callable[[str, int, Tensor, nn.Module], Tensor] | None = None,
+        change_loss: Callable[[str, int, Tensor, nn.Module], Tensor] | None = None,
         net: nn.Module | None = None,
         init: dict[str, Any] | None = None,
     ) -> None:
         """critic_start, late: first steps that train the critic and use the layer `late`. scores: validation errors to
-        report, by step. sick: changes the loss of a player at a step."""
-        self.critic_start, self.late, self.scores, self.sick, self.init = critic_start, late, scores, sick, init
+        report, by step. change_loss: changes the loss of a player at a step."""
+        self.critic_start, self.late, self.scores, self.init = critic_start, late, scores, init
+        self.change_loss = change_loss or (lambda player, step, loss, model: loss)
         critic = None if critic_start is None else nn.Sequential(nn.Linear(1, 16), nn.GELU(), nn.Linear(16, 1))
         self.model = Both(net or Net(), critic)
         self.nets: dict[str, nn.Module] = {"model": self.model.net}
@@ -114,7 +116,7 @@ class TinyTask(Task):
             logits = self.nets["critic"](torch.cat([targets, self.predictions.popleft()])[:, None]).squeeze(1)
             real = torch.arange(len(logits)) < len(targets)
             loss, terms = nn.functional.binary_cross_entropy_with_logits(logits, real.float()), {}
-        return (self.sick(player, step, loss, self.model) if self.sick else loss), terms
+        return self.change_loss(player, step, loss, self.model), terms
 
     def evaluate(self, model: nn.Module, split: Any, group: Any = ALONE) -> dict[str, float]:
         assert not model.training
@@ -149,17 +151,12 @@ def train_tiny(out: Path, task: Callable[[], TinyTask] = TinyTask, **settings: A
     return train(lambda accelerator: task(), tiny_config(out, **settings))
 
 
-def make_trainer(out: Path, task: TinyTask | None = None, **settings: Any) -> Trainer:
-    """A trainer at step 0, which the caller closes."""
-    out.mkdir(exist_ok=True)
-    torch.manual_seed(0)
-    return Trainer(task or TinyTask(), tiny_config(out, **settings), build_accelerator())
-
-
 @contextmanager
 def trainer_of(out: Path, task: TinyTask | None = None, **settings: Any) -> Iterator[Trainer]:
-    """A trainer that is closed at the end of the block."""
-    trainer = make_trainer(out, task, **settings)
+    """A trainer at step 0, closed at the end of the block."""
+    out.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    trainer = Trainer(task or TinyTask(), tiny_config(out, **settings), build_accelerator())
     trainer.task.model.train()
     try:
         yield trainer
@@ -216,30 +213,19 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     return dict(sorted(found.items()))
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """The counters of a checkpoint, without the time."""
-    record: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    del record["minutes"]
-    return record
-
-
 def assert_same_run(run: Path, expected: Path) -> None:
-    """Assert equal metrics, snapshots, previews and newest checkpoints, to the bit."""
-    ours, theirs = (
-        [{key: value for key, value in line.items() if key not in CLOCK} for line in metrics(folder)]
-        for folder in (run, expected)
-    )
-    assert ours == theirs and ours
-    one, other = states(run)[-1], states(expected)[-1]
-    assert one.name == other.name
-    assert read_record(one) == read_record(other)
-    assert_same_tensors(read_checkpoint(one), read_checkpoint(other))
-    names = sorted(
-        path.relative_to(expected) for path in expected.rglob("*") if path.suffix in (".png", ".safetensors")
-    )
-    for name in names:
-        if name.parts[0] != "state":
-            assert (run / name).read_bytes() == (expected / name).read_bytes(), name
+    """Assert equal metrics, newest checkpoints, snapshots, previews and names of files, to the bit."""
+    assert exact(run) == exact(expected) != []
+    newest, expected_newest = states(run)[-1], states(expected)[-1]
+    assert newest.name == expected_newest.name
+    records = [json.loads((state / "state.json").read_text()) for state in (newest, expected_newest)]
+    assert {**records[0], "minutes": 0} == {**records[1], "minutes": 0}
+    assert_same_tensors(read_checkpoint(newest), read_checkpoint(expected_newest))
+    assert sorted(os.listdir(run)) == sorted(os.listdir(expected)) and not list((run / "state").glob(".*"))
+    for path in expected.rglob("*"):
+        name = path.relative_to(expected)
+        if path.suffix in (".png", ".safetensors") and name.parts[0] != "state":
+            assert (run / name).read_bytes() == path.read_bytes(), name
 
 
 def copy_run(run: Path, target: Path) -> Path:

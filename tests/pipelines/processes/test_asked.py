@@ -15,36 +15,28 @@ from pipelines.images import tables
 from pipelines.processes.launch import REFUSED
 
 
-def launched(home: Path, out: Path) -> str:
-    """What a tiny run under `accelerate launch` prints, with the settings in `home` and no options."""
-    argv = tokenizer_arguments(out, train__steps=2, data__limit=24)
-    command = ["accelerate", "launch", "--main_process_port", str(free_port()), "-m", "pipelines.train_tokenizer"]
-    return output_of(start([*command, *argv], HF_HOME=str(home)), seconds=200)
-
-
 @pytest.mark.slow
-def test_the_basic_file_of_this_machine_works_unchanged(tmp_path: Path) -> None:
-    write_basic_config(save_location=str(tmp_path / "home" / "accelerate" / "default_config.yaml"))
-    assert "1 process on" in launched(tmp_path / "home", tmp_path / "run")
-    assert metrics(tmp_path / "run")[-1]["step"] == 2
-
-
-@pytest.mark.slow
-def test_the_file_for_several_gpus_works_unchanged(tmp_path: Path) -> None:
-    """As `accelerate config` writes it for two GPUs; here two processes share the CPU."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_file_of_accelerate_config_works_unchanged(tmp_path: Path, processes: int) -> None:
+    """The basic file of this machine, and one for two GPUs, whose processes share the CPU here."""
     path = tmp_path / "home" / "accelerate" / "default_config.yaml"
-    path.parent.mkdir(parents=True)
-    ClusterConfig(
-        compute_environment="LOCAL_MACHINE",
-        distributed_type=DistributedType.MULTI_GPU,
-        mixed_precision="no",
-        use_cpu=False,
-        debug=False,
-        num_processes=2,
-        gpu_ids="all",
-        same_network=True,
-    ).to_yaml_file(str(path))
-    assert "2 processes on" in launched(tmp_path / "home", tmp_path / "run")
+    if processes == 1:
+        write_basic_config(save_location=str(path))
+    else:
+        path.parent.mkdir(parents=True)
+        ClusterConfig(
+            compute_environment="LOCAL_MACHINE",
+            distributed_type=DistributedType.MULTI_GPU,
+            mixed_precision="no",
+            use_cpu=False,
+            debug=False,
+            num_processes=2,
+            gpu_ids="all",
+            same_network=True,
+        ).to_yaml_file(str(path))
+    argv = tokenizer_arguments(tmp_path / "run", train__steps=2, data__limit=24)
+    command = ["accelerate", "launch", "--main_process_port", str(free_port()), "-m", "pipelines.train_tokenizer"]
+    assert f"{processes} process" in output_of(start([*command, *argv], HF_HOME=str(tmp_path / "home")))
     assert metrics(tmp_path / "run")[-1]["step"] == 2
 
 
@@ -61,10 +53,3 @@ def test_unsupported_options_are_refused_before_images_are_read(variable: str, t
     with pytest.raises(UserError, match="--use_fsdp --fsdp_version 2"):
         train_tokenizer(tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("config", [{}, {"train__mixed_precision": "bf16"}])
-def test_fp8_is_refused_whatever_the_setting(config: dict, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    with pytest.raises(UserError, match="^fp8 .*bf16"):
-        train_tokenizer(tmp_path / "run", **config)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +43,6 @@ def use(group: ProcessGroup) -> dict[str, Any]:
     }
 
 
-def order_of(group: ProcessGroup) -> list[list[float]]:
-    """The times at which each process started and ended its call of `main_first`."""
-    times: list[float] = []
-
-    def act() -> None:
-        times.append(time.monotonic())
-        time.sleep(0.05)
-        times.append(time.monotonic())
-
-    group.main_first(act)
-    return group.gather(lambda: times)
-
-
 def failing(group: ProcessGroup, error: Exception, rank: int) -> list[str]:
     """What each process raises if one fails; afterwards the group still works."""
 
@@ -80,7 +66,6 @@ def main(folder: Path) -> None:
     found = use(group)
     errors = [failing(group, UserError("no such thing"), 1), failing(group, RuntimeError("a bug"), 0)]
     errors += [failing(group, error, 0) for error in (UserError("no such file"), OSError("full"))]
-    errors.append(order_of(group))
     (folder / f"{rank}.json").write_text(json.dumps([found, errors]))
     leave_group()
 
@@ -112,14 +97,9 @@ def test_an_error_in_one_process_is_raised_in_all(group):
 
 
 def test_a_users_mistake_is_reported_by_the_main_process_alone(group):
-    for _, (_, _, user, system, _) in group:
+    for _, (_, _, user, system) in group:
         assert user == ["UserError: no such file"] + ["ReportedElsewhere: no such file"] * (WORLD - 1)
         assert system == ["OSError: full"] + ["ReportedElsewhere: full"] * (WORLD - 1)
-
-
-def test_main_first_lets_the_others_wait(group):
-    for _, (*_, (first, *others)) in group:
-        assert len(first) == 2 and all(first[1] <= began for began, _ in others)
 
 
 def test_one_process_needs_no_communication(monkeypatch):

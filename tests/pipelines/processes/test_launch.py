@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
+from contextlib import suppress
 from types import SimpleNamespace
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def unlaunched(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_several_processes_use_the_devices_that_accelerate_chose():
+def test_processes_use_the_devices_that_accelerate_chose_and_one_alone_the_requested_device():
     for rank in range(2):
         given, group = torch.device("meta", rank), ProcessGroup(rank, 2)
         assert own_device("auto", given, group) == own_device("meta", given, group) == given
@@ -30,9 +30,6 @@ def test_several_processes_use_the_devices_that_accelerate_chose():
             with pytest.raises(UserError, match=f"^device: '{other}'"):
                 own_device(other, given, group)
     assert own_device("auto", torch.device("cpu:0"), ProcessGroup(1, 2)) == torch.device("cpu")
-
-
-def test_a_single_process_uses_the_requested_device():
     assert own_device("auto", torch.device("meta:1"), ALONE) == torch.device("meta:1")
     assert own_device("cpu", torch.device("meta:1"), ALONE) == torch.device("cpu")
     with pytest.raises(UserError, match="^device: 'nonsense'"):
@@ -43,16 +40,6 @@ def test_a_process_without_a_launcher_is_alone_and_does_not_import_accelerate(mo
     monkeypatch.setitem(sys.modules, "accelerate", None)  # importing it is an error
     with join_group("cpu") as (group, device):
         assert group is ALONE and device == torch.device("cpu")
-
-
-def test_the_group_of_hosts_has_the_timeout_of_the_run(monkeypatch):
-    """torch's default is half an hour."""
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(torch.distributed, "new_group", lambda **options: asked.append(options))
-    for device, processes in (("cuda", 1), ("cpu", 2), ("cuda", 2)):
-        several: Any = SimpleNamespace(device=torch.device(device), num_processes=processes)
-        launch.group_of_hosts(several, 7200)
-    assert asked == [{"backend": "gloo", "timeout": timedelta(hours=2)}]
 
 
 def test_one_process_in_place_of_several_is_refused(one_process, monkeypatch):
@@ -77,19 +64,13 @@ def test_one_process_in_place_of_several_is_refused(one_process, monkeypatch):
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-@pytest.mark.parametrize("refused", [False, True])
-def test_launched_processes_leave_their_group_once_also_after_a_refusal(monkeypatch, name, refused):
-    ended: list[Any] = []
-    facts = {"process_index": 0, "num_processes": 1, "device": torch.device("cpu", 0)}
-    monkeypatch.setattr(
-        launch, "build_accelerator", lambda: SimpleNamespace(**facts, end_training=lambda: ended.append(1))
-    )
+@pytest.mark.parametrize("error", [None, UserError("no")])
+def test_launched_processes_leave_their_group_once_also_after_a_refusal(monkeypatch, name, error):
+    end, facts = Mock(), {"process_index": 0, "num_processes": 1, "device": torch.device("cpu", 0)}
+    monkeypatch.setattr(launch, "build_accelerator", lambda: SimpleNamespace(**facts, end_training=end))
     monkeypatch.setenv(name, "0")
-    try:
-        with join_group("auto") as (group, device):
-            assert (group, device) == (ALONE, torch.device("cpu")) and not ended
-            if refused:
-                raise UserError("no")
-    except UserError:
-        assert refused
-    assert ended == [1]
+    with suppress(UserError), join_group("auto") as (group, device):
+        assert (group, device) == (ALONE, torch.device("cpu")) and not end.called
+        if error:
+            raise error
+    end.assert_called_once()

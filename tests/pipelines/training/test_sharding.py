@@ -83,15 +83,12 @@ def basic(watch: Watch) -> None:
     with late_listing(2 if os.environ["RANK"] == "1" else 0):
         runs.run("again")
     runs.run("damaged", stop=10)
-    if os.environ["RANK"] == "1":
-        damage(states(watch.folder / "damaged")[-1])
+    if os.environ["RANK"] == "1":  # truncate the file with the second process's shards
+        os.truncate(states(watch.folder / "damaged")[-1] / "tensors" / "__1_0.distcp", 1000)
     torch.distributed.barrier()
     runs.run("damaged")
     runs.run("two to one", stop=10)
     runs.run("one to two")
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("pipelines.metrics.likelihood.LOGITS", 13 * 49 * 16)  # 24 rows are 13 and 11
-        runs.run("masked", {**with_prior("masked"), "train__steps": 1})
     with full_disks():
         runs.run("full")
     runs.run("best", {**RUN, "train__lr": 0.3, "train__muon_lr": 1.0, "train__warmup_steps": 12})
@@ -107,7 +104,6 @@ def more(watch: Watch) -> None:
     runs.run("sharded to replicated", sharded=False)
     runs.run("replicated to sharded", stop=10, sharded=False)
     runs.run("replicated to sharded")
-    runs.run("compiled", {**RUN, "train__compile": True, "train__checkpointing": True})
     AcceleratorState._reset_state()
     with patch.dict(os.environ, {"ACCELERATE_MIXED_PRECISION": "bf16"}):
         runs.run("bf16")
@@ -130,12 +126,6 @@ def late_listing(count: int) -> Iterator[None]:
 def with_prior(name: str) -> dict[str, Any]:
     """Settings of a short run of another small prior."""
     return {"train__steps": 3, "model": node_of(name)}
-
-
-def damage(checkpoint: Path) -> None:
-    """Truncate the file with the second process's shards."""
-    path = checkpoint / "tensors" / "__1_0.distcp"
-    path.write_bytes(path.read_bytes()[:1000])
 
 
 @contextmanager
@@ -213,7 +203,7 @@ def test_sharded_weights_train_as_unsharded_ones(pair, alone, other):
     folder, _, printed = pair
     assert_same_run(folder / "sharded", folder / other)
     assert "/sharded: starting; 28,420 parameters, 72 training rows, 24 for validation, 2 processes on " in printed
-    assert printed.count("weights sharded") == 10 and printed.count(" 2 processes on ") == 11
+    assert printed.count("weights sharded") == 9 and printed.count(" 2 processes on ") == 10
     assert losses(alone)[-1] < losses(alone)[0]
     momenta = [key for key in tensors(states(folder / "sharded")[-1]) if key.endswith("/momentum")]
     assert len(momenta) == 8  # four in each of two blocks
@@ -250,16 +240,6 @@ def test_the_best_weights_are_delivered_unsharded(pair):
     assert bits_per_token(pipeline.prior, held_out) == pytest.approx(
         metrics(run)[-1]["held_out/bits_per_token"], rel=1e-6
     )
-
-
-def test_an_evaluation_uses_batches_of_one_size(pair):
-    """A masked prior takes more passes over larger batches, and all processes must take part in each."""
-    folder, found, _ = pair
-    assert found["masked"]["errors"] == [""] * 2
-    figure = metrics(folder / "masked")[-1]["held_out/bits_per_token"]
-    split = load_tokens(str(folder / "tokens")).splits["test"]
-    model = ImagePipeline.from_pretrained(folder / "masked" / "pipeline").prior
-    assert figure == pytest.approx(bits_per_token(model, split), rel=1e-5)
 
 
 # Checkpoints
@@ -320,12 +300,6 @@ def test_a_run_may_switch_between_sharded_and_replicated(others, alone, name):
 
 
 @pytest.mark.slow
-def test_compiled_and_checkpointed_blocks_train_alike(others, alone):
-    assert losses(others[0] / "compiled") == pytest.approx(losses(alone), rel=1e-4)
-    assert list(tensors(others[0] / "compiled" / "pipeline")) == list(tensors(alone / "pipeline"))
-
-
-@pytest.mark.slow
 def test_bf16_computes_in_bfloat16_and_stores_float32(others):
     folder = others[0]
     assert losses(folder / "bf16") != losses(folder / "sharded")
@@ -360,30 +334,22 @@ def test_four_processes_resume_a_run_of_two(others, alone):
 # Refusals
 
 
-def test_fsdp_1_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    make_tokens(tmp_path / "tokens")
-    for version in (None, "1"):
-        if version:
-            monkeypatch.setenv("FSDP_VERSION", version)
-        with pytest.raises(UserError, match="FSDP 1"):
-            train_prior(tmp_path / "run", tmp_path / "tokens")
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(
-    ("name", "value", "setting"),
+    ("variables", "message"),
     [
-        ("FSDP_ACTIVATION_CHECKPOINTING", "true", "train.checkpointing=true"),
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "train.compile=true"),
+        ({"FSDP_VERSION": None}, "FSDP 1"),
+        ({"FSDP_VERSION": "1"}, "FSDP 1"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "train.checkpointing=true"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "train.compile=true"),
     ],
 )
-def test_features_of_accelerate_that_settings_replace_are_refused(tmp_path, monkeypatch, name, value, setting):
-    for key, given in {**FSDP, name: value}.items():
-        monkeypatch.setenv(key, given)
-    make_tokens(tmp_path / "tokens")
-    with pytest.raises(UserError, match=setting):
-        train_prior(tmp_path / "run", tmp_path / "tokens")
+def test_unsupported_versions_and_options_are_refused(tmp_path, tokens, monkeypatch, variables, message):
+    for name, value in {**FSDP, **variables}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        train_prior(tmp_path / "run", tokens)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_is_not_sharded(tmp_path):

@@ -69,13 +69,6 @@ def test_defaults_also_come_from_a_hub_id_a_pipeline_and_the_package(place, trai
     assert config.data.augment.rotate == (8 if place == "package" else 3)
 
 
-@pytest.mark.parametrize("text", ["[1]", '{"kind": "pixels", "levels": 7}'])
-def test_a_configuration_in_the_working_folder_is_ignored(text, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.json").write_text(text)
-    assert resolved("run").model["kind"] == "vqvae"
-
-
 def test_training_starts_from_the_weights_of_init(trained, tmp_path):
     """With a tiny learning rate they hardly change, and the codebook is not initialized again."""
     verb.run(resolved(tmp_path / "run", init=str(trained["vqvae"]), train__lr=1e-12, train__steps=1))

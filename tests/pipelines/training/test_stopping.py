@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import psutil
 import pytest
 from folders import half_written
 from launch import (
     ROOT,
-    assert_equal_tensors,
     end,
     environment,
-    exact,
     metrics,
     one_launched,
     states,
@@ -35,7 +31,7 @@ from launch import (
 )
 from one_process import one_process
 from processes import kill, printed_in, start_file
-from tiny_task import Killed
+from tiny_task import assert_same_run
 
 from pipelines import encode, generate
 from pipelines import train_tokenizer as train_tokenizer_verb
@@ -93,18 +89,6 @@ def on_call(monkeypatch: Any, owner: Any, name: str, turn: int = 1, number: int 
     monkeypatch.setattr(owner, name, called)
 
 
-def assert_same_run(run: Path, expected: Path) -> None:
-    """Compare everything but times: figures, weights, averages, moments, snapshots, pictures, names of files."""
-    assert exact(run) == exact(expected)
-    assert_equal_tensors(tensors(states(run)[-1]), tensors(states(expected)[-1]))
-    for name in ("tokenizer", "pipeline"):
-        if (expected / name).exists():
-            assert_equal_tensors(tensors(run / name), tensors(expected / name))
-    pictures = [{path.name: path.read_bytes() for path in (at / "previews").iterdir()} for at in (run, expected)]
-    assert pictures[0] == pictures[1]
-    assert sorted(os.listdir(run)) == sorted(os.listdir(expected)) and not list((run / "state").glob(".*"))
-
-
 PHASES = {
     "the first step": (Trainer, "take_step", 1),
     "a step": (Trainer, "take_step", 7),
@@ -153,37 +137,25 @@ def test_other_signals_save_and_end_the_command_with_success(tmp_path, train, wh
     assert_same_run(tmp_path / "run", whole["train_tokenizer"])
 
 
-def test_a_run_killed_between_its_first_snapshot_and_checkpoint_starts_over(tmp_path, train, whole, monkeypatch):
+def test_leftovers_of_killed_processes_are_deleted_and_nothing_else(tmp_path, train, whole, monkeypatch):
     run, stage = tmp_path / "run", "train_tokenizer"
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "save_checkpoint", Mock(side_effect=Killed))
-        with pytest.raises(Killed):
-            train(stage, run)
-    assert not states(run) and (run / "tokenizer").is_dir()
-    train(stage, run)
-    assert_same_run(run, whole[stage])
-
-
-def test_leftovers_of_killed_processes_are_deleted(tmp_path, train, whole, monkeypatch):
-    """Partial checkpoints, snapshots, pictures and files are, and nothing else."""
-    run = tmp_path / "run"
-    with monkeypatch.context() as patch:
         on_call(patch, Trainer, "take_step", 7, signal.SIGTERM)
-        train("train_tokenizer", run)
-    folders = ("state/.tmp-step-00000009-0123abcd", "state/.del-step-123456789-0123abcd", ".tmp-tokenizer-0123abcd")
-    folders += (".del-tokenizer-0123abcd",)
+        train(stage, run)
     targets = ("metrics.jsonl", "config.json", "trackers.json", "bad_images.jsonl", "previews/codebook-00000006.png")
-    files = [half_written(tmp_path / "other" / name).relative_to(tmp_path / "other").as_posix() for name in targets]
-    for name in (*folders, *(f"{folder}.mine" for folder in folders)):
-        (run / name).mkdir()
-        (run / name / "config.json").write_text("{}")
-    for name in (*files, *(f"{file}.mine" for file in files)):
-        (run / name).write_text("{}")
-    train("train_tokenizer", run)
-    assert not [name for name in (*folders, *files) if (run / name).exists()]
-    for path in run.rglob("*.mine"):
-        path.unlink() if path.is_file() else shutil.rmtree(path)
-    assert_same_run(run, whole["train_tokenizer"])
+    leftovers = [run / half_written(tmp_path / "other" / name).relative_to(tmp_path / "other") for name in targets]
+    folders = ("state/.tmp-step-00000009-0123abcd", "state/.del-step-123456789-0123abcd", ".tmp-tokenizer-0123abcd")
+    leftovers += [run / name / "config.json" for name in (*folders, ".del-tokenizer-0123abcd")]
+    others = [path.parent / f"{path.name}.mine" for path in leftovers[: len(targets)]]
+    others += [run / ".tmp-notes-0123abcd", run / "state" / ".tmp-step-00000009-mine"]
+    for path in (*leftovers, *others):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    train(stage, run)
+    assert not [path for path in leftovers if path.exists()]
+    for path in others:
+        path.unlink()
+    assert_same_run(run, whole[stage])
 
 
 @pytest.mark.parametrize("before", [0, 5])
@@ -214,9 +186,9 @@ def test_a_second_sigint_ends_the_process_unless_it_is_the_first_one_forwarded(t
     monkeypatch.setattr(stop, "end", lambda: ended.append(True))
     monkeypatch.setattr("pipelines.training.stopping.time.monotonic", lambda: next(clock))
     with heed_signals(stop, alone=True):
-        for wanted in ([], [], [True]):
+        for expected in ([], [], [True]):
             os.kill(os.getpid(), signal.SIGINT)
-            assert stop.asked() and ended == wanted
+            assert stop.asked() and ended == expected
 
 
 @pytest.mark.parametrize("launcher", ["", "torchrun"])
@@ -226,11 +198,9 @@ def test_sigterm_after_ctrl_c_is_a_second_ctrl_c_under_torchrun(tmp_path, monkey
     stop, ended = Stop(tmp_path), []
     monkeypatch.setattr(stop, "end", lambda: ended.append(True))
     with heed_signals(stop, alone=False):
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert not ended
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert bool(ended) == bool(launcher)
+        for number, expected in ((signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, bool(launcher))):
+            os.kill(os.getpid(), number)
+            assert bool(ended) == expected
 
 
 def test_ignored_signals_stay_ignored(tmp_path):
@@ -249,15 +219,14 @@ def test_ignored_signals_stay_ignored(tmp_path):
 
 
 def test_other_verbs_report_ctrl_c_in_a_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(encode, "build_accelerator", lambda: os.kill(os.getpid(), signal.SIGINT))
-    monkeypatch.setattr(generate, "join_group", lambda device: os.kill(os.getpid(), signal.SIGINT))
-    for verb_of, argv, line in (
-        (encode, ["tokenizer=x", f"out={tmp_path}/tokens"], "error: interrupted; the same command continues\n"),
-        (generate, ["pipeline=x"], "error: interrupted; the same command continues\n"),
-    ):
+    interrupt = lambda *_: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+    monkeypatch.setattr(encode, "build_accelerator", interrupt)
+    monkeypatch.setattr(generate, "join_group", interrupt)
+    for command, argv in ((encode, ["tokenizer=x", f"out={tmp_path}/tokens"]), (generate, ["pipeline=x"])):
         with pytest.raises(SystemExit) as caught:
-            verb_of.main(argv)
-        assert caught.value.code == 130 and capsys.readouterr() == ("", line)
+            command.main(argv)
+        assert caught.value.code == 130
+        assert capsys.readouterr() == ("", "error: interrupted; the same command continues\n")
 
 
 def test_the_command_line_ends_by_the_signal(monkeypatch, capsys):
@@ -277,66 +246,33 @@ def test_the_command_line_ends_by_the_signal(monkeypatch, capsys):
 
 # Commands
 
-
-class Command:
-    """A command in its own process group, as a shell starts it; Ctrl-C reaches the whole group."""
-
-    def __init__(self, command: list[str], printed: Path) -> None:
-        self.path = printed
-        with printed.open("w") as file:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment(), stdout=file, stderr=file, text=True, start_new_session=True
-            )
-
-    def wait_until(self, condition: Callable[[], bool]) -> list[psutil.Process]:
-        """Wait for a condition; return the processes that the command has started."""
-        assert wait_for(condition, self.process, 90), self.path.read_text()
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def prints(self, text: str) -> Callable[[], bool]:
-        """Return a condition: whether the command has printed this."""
-        return lambda: text in self.path.read_text()
-
-    def ctrl_c(self) -> None:
-        """Send what a terminal sends."""
-        os.killpg(self.process.pid, signal.SIGINT)
-
-    def end(self, workers: list[psutil.Process], seconds: float = 40) -> str:
-        """Wait for the command and its workers, which may outlive it; return what they printed."""
-        self.process.wait(seconds)
-        left = psutil.wait_procs(workers, timeout=seconds)[1]
-        assert not left, f"still there after {seconds} s: {left}\n{self.path.read_text()}"
-        return self.path.read_text()
-
-
-@pytest.fixture
-def command(tmp_path):
-    """Return a function that starts a command; kill all of them at the end."""
-    started: list[Command] = []
-
-    def begin(argv: list[str]) -> Command:
-        started.append(Command(argv, tmp_path / f"printed-{len(started)}"))
-        return started[-1]
-
-    yield begin
-    for one in started:
-        end(one.process)
-        with suppress(ProcessLookupError):
-            os.killpg(one.process.pid, signal.SIGKILL)
-
-
-def has_logged(run: Path, step: int) -> Callable[[], bool]:
-    """Return a condition: whether the run has reached a step."""
-    path = run / "metrics.jsonl"
-    return lambda: path.exists() and path.read_text().count("\n") >= step
-
-
-LONG = {"train__steps": 200, "train__log_every": 1}
 LAUNCHERS = {
     "a launcher": lambda argv: ["bash", "-c", 'ACCELERATE_MIXED_PRECISION=no "$@" & wait', "", *verb(*argv)],
     "accelerate, 1 process": lambda argv: one_launched(*argv),
     "accelerate, 2 processes": lambda argv: two_processes(*argv),
 }
+
+
+@pytest.fixture
+def start_command(tmp_path):
+    """Return a function that starts a command in its own process group, as a shell does, and returns it and the file of
+    its output; kill all of them at the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(argv: list[str]) -> tuple[subprocess.Popen[str], Path]:
+        path = tmp_path / f"printed-{len(started)}"
+        with path.open("w") as file:
+            process = subprocess.Popen(
+                argv, cwd=ROOT, env=environment(), stdout=file, stderr=file, text=True, start_new_session=True
+            )
+        started.append(process)
+        return process, path
+
+    yield start
+    for process in started:
+        end(process)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.timeout(180)
@@ -345,40 +281,36 @@ LAUNCHERS = {
     [
         ("a launcher", signal.SIGKILL),
         *(
-            pytest.param(f"accelerate, {n}", signal.SIGTERM, marks=pytest.mark.slow)
-            for n in ("1 process", "2 processes")
+            pytest.param(f"accelerate, {processes}", number, marks=pytest.mark.slow)
+            for processes, number in (
+                ("1 process", signal.SIGTERM),
+                ("1 process", signal.SIGINT),
+                ("2 processes", signal.SIGTERM),
+                ("2 processes", signal.SIGINT),
+                ("2 processes", signal.SIGKILL),
+            )
         ),
-        pytest.param("accelerate, 2 processes", signal.SIGKILL, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_saves_and_ends_with_its_launcher(tmp_path, command, launcher, number):
-    """A killed launcher cannot tell its processes; they notice that it is gone."""
+def test_a_run_saves_once_and_ends_with_its_launcher(tmp_path, start_command, launcher, number):
+    """Ctrl-C reaches the whole process group, other signals only the launcher. A killed launcher cannot stop its
+    processes; they notice that it is gone."""
     run = tmp_path / "run"
-    job = command(LAUNCHERS[launcher](("train_tokenizer", tokenizer_arguments(run, **LONG))))
-    workers = job.wait_until(has_logged(run, 1))
+    argv = tokenizer_arguments(run, train__steps=20000)
+    job, output = start_command(LAUNCHERS[launcher](("train_tokenizer", argv)))
+    log = run / "metrics.jsonl"
+    assert wait_for(lambda: log.exists() and log.read_text().count("\n") >= 3, job, 90), output.read_text()
+    workers = psutil.Process(job.pid).children(recursive=True)
     assert len(workers) == (2 if "2" in launcher else 1)
-    job.process.send_signal(number)
-    printed = job.end(workers)
-    step = int(states(run)[-1].name[5:])
-    assert printed.count(f"{run}: stopped at step {step}; the same command continues\n") == 1 and step < 200
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize("processes", [1, 2])
-def test_ctrl_c_under_accelerate_launch_saves_once(tmp_path, command, processes):
-    """The launcher of one process exits before it; that of two forwards Ctrl-C, and waits."""
-    run, launch = tmp_path / "run", {1: one_launched, 2: two_processes}[processes]
-    job = command(launch("train_tokenizer", tokenizer_arguments(run, train__steps=20000)))
-    workers = job.wait_until(has_logged(run, 3))
-    job.ctrl_c()
-    printed = job.end(workers)
-    (state,) = states(run)
+    (os.killpg if number == signal.SIGINT else os.kill)(job.pid, number)
+    job.wait(40)
+    assert not psutil.wait_procs(workers, timeout=40)[1], output.read_text()  # they may outlive the launcher
+    printed, (state,) = output.read_text(), states(run)
     step = int(state.name[5:])
-    assert len(workers) == processes and printed.count(f"{run}: {FIRST}\n") == 1
-    assert printed.count(f"{run}: stopped at step {step}; the same command continues\n") == 1
-    assert job.process.returncode and metrics(run)[-1]["step"] in (step - 1, step)
-    assert not list(run.glob(".tmp-*")) and tensors(state)
+    assert printed.count(f"{run}: stopped at step {step}; the same command continues\n") == 1 and step < 20000
+    assert printed.count(f"{run}: {FIRST}\n") == (number == signal.SIGINT)
+    assert metrics(run)[-1]["step"] in (step - 1, step) and tensors(state) and not list(run.glob(".tmp-*"))
+    assert job.returncode or number == signal.SIGTERM
 
 
 STUCK = """
@@ -405,10 +337,12 @@ def test_a_second_ctrl_c_ends_a_stuck_step_at_once(tmp_path, saved):
     argv = tokenizer_arguments(run, train__steps=20000, train__save_every=saved or 1000)
     process = start_file([str(script), *argv], output)
     try:
-        for text in ("stuck", FIRST):
-            wait_until(lambda text=text: text in printed_in(output))
-            if text == FIRST:
-                time.sleep(1.2 * stopping.TWICE)
+        for text, pause in (("stuck", 0.0), (FIRST, 1.2 * stopping.TWICE)):
+            until = time.monotonic() + 90
+            while text not in printed_in(output):
+                assert time.monotonic() < until, printed_in(output)
+                time.sleep(0.01)
+            time.sleep(pause)
             os.kill(process.pid, signal.SIGINT)
         process.join(20)
     finally:
@@ -417,11 +351,3 @@ def test_a_second_ctrl_c_ends_a_stuck_step_at_once(tmp_path, saved):
     printed = printed_in(output)
     assert printed.count(f"{run}: ended at once; {expected}\n") == 1 and "stopped at" not in printed
     assert process.exitcode == -signal.SIGINT and len(states(run)) == bool(saved)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
-    """Poll until a condition holds."""
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"nothing happened in {seconds} s"
-        time.sleep(0.01)

@@ -58,14 +58,13 @@ def test_lines_are_written_at_once_and_floats_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pictures_are_lossless(tmp_path, channels):
+def test_pictures_are_lossless_and_replaced(tmp_path, channels):
+    """A resumed run may write one again."""
     tracker = open_tracker(tmp_path)
-    tracker.images(12, {"a": PICTURE[..., :channels]})
-    found = np.asarray(Image.open(tmp_path / "previews" / "a-00000012.png"))
-    assert (found.reshape(4, 5, channels) == PICTURE[..., :channels]).all()
-    tracker.images(12, {"a": 255 - PICTURE[..., :channels]})  # as a resumed run may do
-    again = np.asarray(Image.open(tmp_path / "previews" / "a-00000012.png"))
-    assert (again == 255 - found).all()
+    for picture in (PICTURE[..., :channels], 255 - PICTURE[..., :channels]):
+        tracker.images(12, {"a": picture})
+        found = np.asarray(Image.open(tmp_path / "previews" / "a-00000012.png"))
+        assert (found.reshape(picture.shape) == picture).all()
     tracker.close()
 
 
@@ -126,9 +125,8 @@ def test_lines_and_pictures_on_a_full_disk(tmp_path, monkeypatch, capsys):
     for step in (2, 3, 4):
         tracker.log(step, {"loss": 1.0})
     assert steps_of(tmp_path) == [1] and capsys.readouterr().err.count("warning") == 1
-    with pytest.raises(OSError, match=r"metrics.jsonl: .*\d+ bytes.*[\d,]+ bytes") as error:
+    with pytest.raises(OSError, match="metrics.jsonl"):
         tracker.flush()  # a checkpoint must not be saved now
-    assert error.value.errno == errno.ENOSPC
     disk.room = 10**6
     tracker.log(5, {"loss": 1.0})
     tracker.flush()
@@ -139,8 +137,7 @@ def test_lines_and_pictures_on_a_full_disk(tmp_path, monkeypatch, capsys):
     tracker.images(2, {"a": PICTURE})
     tracker.close()
     assert [path.name for path in (tmp_path / "previews").iterdir()] == ["a-00000002.png"]
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: ") and "a-00000001.png" in line
+    assert capsys.readouterr().err.count("warning: ") == 1
 
 
 # Settings
@@ -148,17 +145,13 @@ def test_lines_and_pictures_on_a_full_disk(tmp_path, monkeypatch, capsys):
 
 def test_the_mode_of_wandb_and_its_reason(tmp_path, monkeypatch):
     assert wandb_mode(None) == ("offline", "no API key found")
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert wandb_mode(None) == ("online", f"API key found in {tmp_path / 'netrc'}")
-    monkeypatch.setenv("NETRC", "~/mine")
-    assert wandb_mode(None)[0] == "offline"
+    key = "machine api.wandb.ai login user password secret\n"
+    monkeypatch.setenv("NETRC", "~/netrc")
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "mine").write_text((tmp_path / "netrc").read_text())
-    assert wandb_mode(None)[0] == "online"
+    for text, mode in (("machine {{{ nonsense", "offline"), (key, "online")):
+        (tmp_path / "netrc").write_text(text)
+        assert wandb_mode(None)[0] == mode
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")  # another server needs another key
-    assert wandb_mode(None)[0] == "offline"
-    (tmp_path / "mine").write_text("machine {{{ nonsense")
     assert wandb_mode(None)[0] == "offline"
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert wandb_mode(None) == ("online", "API key found in WANDB_API_KEY")
@@ -170,10 +163,9 @@ def test_the_mode_of_wandb_and_its_reason(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "environment", "expected"),
     [
-        ({}, {}, ("smalti", "run")),
+        ({}, {"WANDB_PROJECT": ""}, ("smalti", "run")),
         ({}, {"WANDB_PROJECT": "theirs", "WANDB_NAME": "x"}, ("theirs", "x")),
         ({"project": "mine", "name": "first"}, {"WANDB_PROJECT": "theirs", "WANDB_NAME": "x"}, ("mine", "first")),
-        ({}, {"WANDB_PROJECT": ""}, ("smalti", "run")),
     ],
 )
 def test_project_and_name_come_from_the_configuration_then_the_environment(
@@ -198,21 +190,16 @@ def test_a_tracker_that_is_not_installed_is_refused_on_every_process(tmp_path, m
 
 def test_resumed_runs_share_their_id_and_new_ones_have_their_own(tmp_path, monkeypatch, capsys):
     wandb = FakeWandb(monkeypatch)
-    for resume_step in (0, 0.5, 10):
-        open_tracker(tmp_path, resume_step, wandb="offline").close()
-    open_tracker(tmp_path, 10).close()
-    open_tracker(tmp_path, 20, wandb="offline").close()
-    assert len({options["id"] for options in wandb.starts}) == 1 and len(wandb.starts) == 4
+    for resume_step, mode in ((0, "offline"), (0.5, "offline"), (10, "disabled"), (20, "offline")):
+        open_tracker(tmp_path, resume_step, wandb=mode).close()
+    assert len({options["id"] for options in wandb.starts}) == 1 and len(wandb.starts) == 3
     for damaged in ("{", "[]", "{}", '{"wandb": 3}', '{"wandb": "a/b"}'):
         (tmp_path / "trackers.json").write_text(damaged)
-        assert capsys.readouterr().err == ""
         open_tracker(tmp_path, 30, wandb="offline").close()
         assert capsys.readouterr().err.count("trackers.json") == 1, damaged
     open_tracker(tmp_path, 0, wandb="offline").close()
-    ids = [options["id"] for options in wandb.starts[3:]]
+    ids = [options["id"] for options in wandb.starts[2:]]
     assert len(set(ids)) == len(ids) == 7
-    open_tracker(tmp_path, 0).close()
-    assert not (tmp_path / "trackers.json").exists()  # of a run that is over
 
 
 # Failing trackers
@@ -240,26 +227,24 @@ def use(tracker: Tracker) -> None:
     tracker.close()
 
 
-@pytest.mark.parametrize("call", ["init offline", "log", "images", "log_artifact", "finish"])
-def test_wandb_is_switched_off_when_it_raises(tmp_path, monkeypatch, capsys, call):
-    wandb = FakeWandb(monkeypatch, {call: RuntimeError("server gone")})
-    (tmp_path / "pipeline").mkdir()
-    use(open_tracker(tmp_path, wandb="offline", artifact=call == "log_artifact"))
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        *(("W&B", call) for call in ("init offline", "log", "images", "log_artifact", "finish")),
+        *(("TensorBoard", call) for call in ("__init__", "add_scalar", "add_image", "flush", "close")),
+    ],
+)
+def test_a_tracker_that_raises_is_switched_off(tmp_path, monkeypatch, capsys, name, call):
+    error = OSError(errno.ESTALE, "server gone")
+    if name == "W&B":
+        FakeWandb(monkeypatch, {call: error})
+        (tmp_path / "pipeline").mkdir()
+        use(open_tracker(tmp_path, wandb="offline", artifact=call == "log_artifact"))
+    else:
+        monkeypatch.setattr(f"torch.utils.tensorboard.SummaryWriter.{call}", Mock(side_effect=error))
+        use(open_tracker(tmp_path, trackers=("tensorboard",)))
     (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: W&B") and "server gone" in warning
-    assert steps_of(tmp_path) == [1, 2] and len(list((tmp_path / "previews").iterdir())) == 2
-    assert wandb.finished == (call != "init offline")
-
-
-@pytest.mark.parametrize("call", ["__init__", "add_scalar", "add_image", "flush", "close"])
-def test_tensorboard_is_switched_off_when_it_raises(tmp_path, monkeypatch, capsys, call):
-    def gone(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ESTALE, "the disk is gone")
-
-    monkeypatch.setattr(f"torch.utils.tensorboard.SummaryWriter.{call}", gone)
-    use(open_tracker(tmp_path, trackers=("tensorboard",)))
-    (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: TensorBoard") and "the disk is gone" in warning
+    assert warning.startswith(f"warning: {name}") and "server gone" in warning
     assert steps_of(tmp_path) == [1, 2] and len(list((tmp_path / "previews").iterdir())) == 2
 
 
@@ -324,23 +309,17 @@ def test_the_artifact_is_the_snapshot_of_the_run(trained):
     assert files["config.json"].local_path == str(trained / "tokenizer" / "config.json")  # not a copy
 
 
-@pytest.mark.parametrize("snapshot", [True, False])
-def test_an_artifact_that_cannot_be_made_is_a_warning(tmp_path, monkeypatch, capsys, snapshot):
+def test_the_upload_of_an_artifact_is_awaited_or_there_is_a_warning(tmp_path, monkeypatch, capsys):
     wandb = FakeWandb(monkeypatch)
-    if snapshot:
-        (tmp_path / "pipeline").mkdir()
-    use(open_tracker(tmp_path, wandb="disabled" if snapshot else "offline", artifact=True))
-    (warning,) = capsys.readouterr().err.splitlines()
-    assert "track.artifact" in warning and not wandb.artifacts
-
-
-def test_the_upload_of_an_artifact_is_awaited(tmp_path, monkeypatch):
-    (tmp_path / "run" / "pipeline").mkdir(parents=True)
-    wandb = FakeWandb(monkeypatch)
-    use(open_tracker(tmp_path / "run", wandb="online", artifact=True, name="digits / first"))
+    (tmp_path / "pipeline").mkdir()
+    for out, mode in ((tmp_path, "disabled"), (tmp_path / "without a snapshot", "offline")):
+        use(open_tracker(out, wandb=mode, artifact=True))
+        (warning,) = capsys.readouterr().err.splitlines()
+        assert "track.artifact" in warning and not wandb.artifacts
+    use(open_tracker(tmp_path, wandb="online", artifact=True, name="digits / first"))
     ((artifact, aliases),) = wandb.artifacts
     assert artifact.name == "digits-first-pipeline" and aliases == ["latest", "step-2"]
-    assert artifact.folder == str(tmp_path / "run" / "pipeline") and artifact.waited > 0
+    assert artifact.folder == str(tmp_path / "pipeline") and artifact.waited > 0
 
 
 def scalars_and_images(run: Path) -> tuple[list[tuple[int, str, float]], list[tuple[int, str]]]:
@@ -360,17 +339,6 @@ def test_tensorboard_mirrors_the_record(trained):
     assert scalars == sorted((step, name, np.float32(value)) for step, name, value in lines)
     files = [(int(path.stem[-8:]), path.stem[:-9]) for path in (trained / "previews").iterdir()]
     assert images == sorted(files) and images
-
-
-def test_tensorboard_shows_each_step_once_after_resumes(tmp_path):
-    """The last value counts; a new start in the same folder purges the old steps."""
-    for resume_step, end, value in ((0, 7, 0.25), (0, 7, 0.5), (4.5, 9, 1.0), (8, 10, 2.0)):
-        tracker = open_tracker(tmp_path, resume_step, trackers=("tensorboard",))
-        for step in range(int(resume_step) + 1, end + 1):
-            tracker.log(step, {"loss": value})
-        tracker.close()
-    expected = [0.5] * 4 + [1.0] * 4 + [2.0] * 2
-    assert [(step, value) for step, _, value in scalars_and_images(tmp_path)[0]] == list(enumerate(expected, 1))
 
 
 def test_an_online_run_is_linked_on_the_card_and_continues_after_a_resume(tmp_path, tokens, monkeypatch, capfd):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from folders import contents
-from givens.images import write_pictures
 from launch import (
     EMA,
     VQVAE,
@@ -34,28 +32,23 @@ from one_process import one_process
 from PIL import Image
 from small import PRIORS, QUANTIZERS, TOKENIZERS, make_tokenizer, node_of
 from tiny_task import (
-    CLOCK,
     Net,
     TinyTask,
-    assert_same_tensors,
     read_checkpoint,
     stopped_at,
     train_tiny,
     trainer_of,
 )
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines import ImagePipeline, encode
 from pipelines.config import UserError
-from pipelines.config.command import parse
 from pipelines.images import DataConfig, load_images
 from pipelines.metrics.likelihood import bits_per_token
 from pipelines.metrics.reconstruction import evaluate_reconstruction
-from pipelines.processes.group import ALONE
 from pipelines.shuffling import samples_of
 from pipelines.tokens import load_tokens
-from pipelines.train_tokenizer import TokenizerTask, TrainTokenizerConfig
+from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training.checkpoint import collect_tensors
 from pipelines.training.schedule import TrainConfig, learning_rate
 from pipelines.training.task import Task
@@ -131,26 +124,6 @@ def test_augmentation_may_apply_to_the_prior_alone(tmp_path):
     assert len(load_tokens(tmp_path / "tokens").splits["train"]) == 3 * 72
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_images_travel_as_bytes_and_depend_on_seed_epoch_and_index_alone(tmp_path, streaming):
-    write_pictures(tmp_path / "images", 30)
-    augment = {"flip": True, "shift": 2, "rotate": 9, "zoom": 0.1}
-    data = DataConfig(source=str(tmp_path / "images"), image_size=8, augment=augment, streaming=streaming)
-    task = TokenizerTask(TrainTokenizerConfig(out=str(tmp_path / "run"), data=data, model={**VQVAE, "widths": [8]}))
-    (stream,) = streams_of(task, TrainConfig(batch_size=16, accumulate=2, seed=3), 0, 1)
-    several = False
-    for step in range(5):
-        indices, epochs = task.samples(16, 3, step)
-        raw = task.batch(indices, epochs, 3)
-        assert raw[0].dtype == torch.uint8 and raw[0].shape == (16, 1, 8, 8) and sum(p.nbytes for p in raw) < 16 * 90
-        parts = zip(indices.tolist(), epochs.tolist(), strict=True)
-        alone = torch.cat([task.images.train.batch([i], seed=3, epoch=e, augment=True) for i, e in parts])
-        assert torch.equal(torch.cat([images for (images,) in next(stream)]), alone)
-        several |= len(set(epochs)) > 1
-    assert several
-    stream.close()
-
-
 # A step
 
 
@@ -179,20 +152,16 @@ def test_each_player_steps_its_own_weights_at_its_own_rate(tmp_path):
         assert all(parameter.grad is None for parameter in trainer.task.model.parameters())
 
 
-def test_gradients_are_clipped_and_the_logged_norm_is_unclipped(tmp_path):
-    applied = []
-    step = torch.optim.AdamW.step
+def test_gradients_are_clipped_and_the_logged_norm_is_unclipped(tmp_path, monkeypatch):
+    applied, step = [], torch.optim.AdamW.step
 
     def watched(optimizer: Any, *given: Any) -> Any:
-        gradients = [
-            p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-        ]
-        applied.append(float(torch.cat(gradients).norm()))
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        applied.append(float(torch.cat([w.grad.flatten() for w in weights if w.grad is not None]).norm()))
         return step(optimizer, *given)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", watched)
-        run = train_tiny(tmp_path / "run", clip=0.05)
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    run = train_tiny(tmp_path / "run", clip=0.05)
     assert len(applied) == 8 and 0.049 < max(applied) <= 0.05 * (1 + 1e-4) and min(losses(run, "gradient_norm")) > 0.05
 
 
@@ -204,19 +173,13 @@ def test_a_run_follows_the_schedule(tmp_path):
     assert rates[50] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
     assert all(a > b for a, b in zip(rates[10:100], rates[11:101], strict=True))
     assert rates[100:] == pytest.approx([0.2] * 30)
-    seen = []
-    with after_each_step(lambda trainer: seen.append(trainer.optimizers["model"].param_groups[0]["lr"])):
+    used: list[float] = []
+    with after_each_step(lambda trainer: used.append(trainer.optimizers["model"].param_groups[0]["lr"])):
         run = train_tiny(tmp_path / "run", warmup_steps=3)
     config = TrainConfig(steps=8, lr=1e-2, warmup_steps=3)
-    assert seen[1:] == pytest.approx([learning_rate(config, step, step / 8) for step in range(8)])
-    logged = [line["learning_rate"] for line in metrics(run)]
-    assert logged == pytest.approx([learning_rate(config, step, step / 8) for step in range(1, 9)])
-
-
-@pytest.mark.parametrize("argument", ["train.betas=[1.5,0.9]", "critic.betas=[0.9,1]", "train.timeout=1e18"])
-def test_settings_that_torch_would_refuse_are_refused_by_name(argument):
-    with pytest.raises(UserError, match=f"^{argument.partition('=')[0]}"):
-        parse(TrainTokenizerConfig, ["out=x", argument], verb="train_tokenizer", description=None)
+    expected = [learning_rate(config, step, step / 8) for step in range(9)]
+    assert used[1:] == pytest.approx(expected[:8])
+    assert [line["learning_rate"] for line in metrics(run)] == pytest.approx(expected[1:])
 
 
 def test_the_average_follows_its_formula(tmp_path):
@@ -225,62 +188,19 @@ def test_the_average_follows_its_formula(tmp_path):
     with after_each_step(lambda trainer: seen.append(copy_state(trainer))):
         run = train_tiny(tmp_path / "run", ema_decay=0.3)  # reached by (1 + n) / (10 + n) at n = 3
     found = read_checkpoint(states(run)[-1])
-    averages = {name.removeprefix("average."): value for name, value in found.items() if name.startswith("average.")}
-    for name, average in averages.items():
-        weights = [at[f"model.{name}"].double() for at in seen[1:]]
+    for name in [name.removeprefix("average.") for name in found if name.startswith("average.")]:
+        average, weights = found[f"average.{name}"].double(), [at[f"model.{name}"].double() for at in seen[1:]]
         if "running" in name or "tracked" in name:
-            assert torch.equal(average.double(), weights[-1])
+            assert torch.equal(average, weights[-1])
             continue
         expected = weights[0]
         for n, weight in enumerate(weights[1:], start=1):
             decay = min(0.3, (1 + n) / (10 + n))
             expected = decay * expected + (1 - decay) * weight
-        assert torch.allclose(average.double(), expected, atol=1e-6) and not torch.equal(average.double(), weights[-1])
-
-
-def test_every_seed_process_and_step_has_its_own_random_numbers(tmp_path):
-    found = {}
-    for seed in (0, 1, 2**31, 2**63 - 1):
-        with trainer_of(tmp_path / str(seed), seed=seed) as trainer:
-            for rank in (0, 1):
-                trainer.group = SimpleNamespace(rank=rank, world=1)
-                for step in (0, 1, 2):
-                    trainer.step = step
-                    trainer.play = lambda *given: torch.tensor(True)
-                    trainer.take_step([], 0.1)
-                    found[seed, rank, step] = torch.rand(4).tolist()
-    assert len({tuple(numbers) for numbers in found.values()}) == len(found)
+        assert torch.allclose(average, expected, atol=1e-6) and not torch.equal(average, weights[-1])
 
 
 # Synchronisation
-
-
-class Reads(TorchDispatchMode):
-    """Fails if the host reads a tensor, which would wait for a GPU."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert "_local_scalar_dense" not in str(func) and "nonzero" not in str(func), f"{func} reads a tensor"
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_never_reads_a_tensor_on_the_host(tmp_path, monkeypatch, optimizer):
-    monkeypatch.setattr(Trainer, "check_skips", lambda trainer: 0)  # every step reads this on a CPU, where it is free
-    with trainer_of(tmp_path / "run", TinyTask(critic_start=1), optimizer=optimizer, accumulate=2) as trainer:
-        batch = [trainer.task.batch(np.arange(4), np.zeros(4, np.int64), 0) for _ in range(2)]
-
-        def refuse(*_: Any, **__: Any) -> Any:
-            raise AssertionError("a tensor is read")
-
-        for step in range(3):
-            with monkeypatch.context() as patch, Reads():
-                for name in ("tolist", "numpy", "cpu", "item", "__bool__", "__float__", "__int__"):
-                    patch.setattr(Tensor, name, refuse)
-                trainer.take_step(batch, 1e-2)
-            assert trainer.step == step + 1
-        with pytest.raises(AssertionError), Reads():
-            bool(torch.ones(()) > 0)
-        assert trainer.scalars.read()["model/loss"] > 0
 
 
 # Non-finite values
@@ -298,24 +218,24 @@ def spoil(loss: Tensor, model: nn.Module, how: str) -> Tensor:
 @pytest.mark.parametrize("how", ["nan", "infinite", "gradient"])
 def test_a_non_finite_step_changes_nothing_and_is_counted(tmp_path, how, optimizer):
     """It leaves the player's weights, moments and step counts alone; the other player trains on."""
-    sick = {"model": {0, 3, 4}, "critic": {4, 6}}
+    bad_steps = {"model": {0, 3, 4}, "critic": {4, 6}}
 
-    def of(player: str, step: int, loss: Tensor, model: nn.Module) -> Tensor:
-        return spoil(loss, model, how) if step in sick[player] else loss
+    def change(player: str, step: int, loss: Tensor, model: nn.Module) -> Tensor:
+        return spoil(loss, model, how) if step in bad_steps[player] else loss
 
     seen: list[dict[str, Tensor]] = []
     with after_each_step(lambda trainer: seen.append(copy_state(trainer))):
-        run = train_tiny(tmp_path / "run", lambda: TinyTask(critic_start=0, sick=of), optimizer=optimizer)
+        run = train_tiny(tmp_path / "run", lambda: TinyTask(critic_start=0, change_loss=change), optimizer=optimizer)
     for step, (before, after) in enumerate(zip(seen, seen[1:], strict=False)):
         for player, module in (("model", "net"), ("critic", "critic")):
             names = [n for n in after if f"{module}." in n and "running" not in n and "tracked" not in n]
-            changed = {name for name in names if not torch.equal(after[name], before.get(name, torch.zeros(())))}
-            changed -= {name for name in changed if name not in before and not after[name].any()}
-            assert bool(changed) == (step not in sick[player]), (step, player, changed)
-    assert metrics(run)[-1]["skipped_steps"] == 4
-    skipped = {line["step"] for line in metrics(run) if "model/loss" not in line}
-    assert skipped == {1, 4, 5} and {line["step"] for line in metrics(run) if "critic/loss" not in line} == {5, 7}
-    assert all(math.isfinite(value) for line in metrics(run) for value in line.values())
+            changed = [name for name in names if not torch.equal(after[name], before.get(name, 0 * after[name]))]
+            assert bool(changed) == (step not in bad_steps[player]), (step, player, changed)
+    lines = metrics(run)
+    assert lines[-1]["skipped_steps"] == 4
+    assert {line["step"] for line in lines if "model/loss" not in line} == {1, 4, 5}
+    assert {line["step"] for line in lines if "critic/loss" not in line} == {5, 7}
+    assert all(math.isfinite(value) for line in lines for value in line.values())
     found = read_checkpoint(states(run)[-1])
     assert all(torch.isfinite(value.float()).all() for value in found.values())
     assert {int(value) for name, value in found.items() if name.endswith("head.weight/step")} == {5}
@@ -325,10 +245,10 @@ def test_a_non_finite_step_changes_nothing_and_is_counted(tmp_path, how, optimiz
 def test_logged_scalars_are_means_over_the_finite_steps(tmp_path):
     """A stop in between does not matter; a scalar of only some steps is the mean over these."""
 
-    def sick(player: str, step: int, loss: Tensor, model: nn.Module) -> Tensor:
+    def change(player: str, step: int, loss: Tensor, model: nn.Module) -> Tensor:
         return loss * math.nan if step in (1, 6) else loss
 
-    task = partial(TinyTask, critic_start=3, sick=sick)
+    task = partial(TinyTask, critic_start=3, change_loss=change)
     every = {line["step"]: line for line in metrics(train_tiny(tmp_path / "every", task))}
     assert {step for step, line in every.items() if "model/l1" not in line} == {2, 7}
     with stopped_at(2):
@@ -341,73 +261,54 @@ def test_logged_scalars_are_means_over_the_finite_steps(tmp_path):
         assert line["skipped_steps"] == {4: 1, 8: 2}[line["step"]]
 
 
-@pytest.mark.sparse
-@pytest.mark.parametrize("player", ["model", "critic"])
-@pytest.mark.parametrize("how", ["nan", "gradient"])
+@pytest.mark.parametrize(("player", "how"), [("model", "nan"), ("critic", "gradient")])
 def test_ten_non_finite_steps_in_a_row_end_the_run_also_after_a_resume(tmp_path, player, how):
-    """The error names the non-finite terms; nine steps in a row do not end the run."""
+    """The error names the non-finite term; nine steps in a row do not end the run."""
 
-    def sick(who: str, step: int, loss: Tensor, model: nn.Module) -> Tensor:
+    def change(who: str, step: int, loss: Tensor, model: nn.Module) -> Tensor:
         at = step in range(1, 10) or step >= 12
         return spoil(loss, model, how) if at and who == player else loss
 
-    train = partial(train_tiny, tmp_path / "run", partial(TinyTask, critic_start=0, sick=sick), steps=40, save_every=4)
+    task = partial(TinyTask, critic_start=0, change_loss=change)
     named = f"{player}/{'loss' if how == 'nan' else 'gradient_norm'}"
-    with pytest.raises(UserError, match=rf"step 22: .*{named}") as caught:
-        train()
-    assert "train.lr" in str(caught.value)
-    assert [path.name for path in states(tmp_path / "run")] == ["step-00000016", "step-00000020"]
-    with pytest.raises(UserError, match=rf"step 22: .*{named}"):
-        train()
-    found = [read_checkpoint(state) for state in states(tmp_path / "run")]
-    module = {"model": "net.", "critic": "critic."}[player]
-    one, two = (
-        {n: v for n, v in each.items() if module in n and "average" not in n and "norm." not in n} for each in found
-    )
-    assert_same_tensors(two, one)
-
-
-def test_non_finite_figures_are_dropped(tmp_path, capsys):
-
-    class Odd(TinyTask):
-        def evaluate(self, model: nn.Module, split: Any, group: Any = ALONE) -> dict[str, float]:
-            figures = super().evaluate(model, split, group)
-            return figures | {"error": math.nan if len(self.evaluations) == 2 else figures["error"], "other": 1.0}
-
-    run = train_tiny(tmp_path / "run", Odd, evaluate_every=2)
-    lines = [line for line in metrics(run) if "validation/other" in line]
-    assert [line["step"] for line in lines] == [2, 4, 6, 8]
-    assert ["validation/error" in line for line in lines] == [True, False, True, True]
-    assert "warning: step 4: " in capsys.readouterr().err
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"step 22: .*{named}.*train.lr"):
+            train_tiny(tmp_path / "run", task, steps=40, save_every=4)
+        assert [path.name for path in states(tmp_path / "run")] == ["step-00000016", "step-00000020"]
 
 
 @pytest.mark.parametrize("quantizer", ["ema", "vq"])
 def test_a_codebook_is_not_initialized_from_non_finite_images(tmp_path, monkeypatch, quantizer):
     prepare, calls = TokenizerTask.prepare, iter(range(100))
 
-    def first_is_sick(task: Any, batch: Any) -> Any:
+    def spoil_the_first(task: Any, batch: Any) -> Any:
         (images,) = prepare(task, batch)
         return (images * math.nan if next(calls) == 0 else images,)
 
-    monkeypatch.setattr(TokenizerTask, "prepare", first_is_sick)
-    run = train_tokenizer(tmp_path / "run", model={**VQVAE, "quantizer": node_of(quantizer)}, train__save_every=1)
+    monkeypatch.setattr(TokenizerTask, "prepare", spoil_the_first)
+    run = train_tokenizer(tmp_path / "run", model={**VQVAE, "quantizer": node_of(quantizer)})
     assert metrics(run)[-1]["skipped_steps"] == 1 and losses(run)[-1] < losses(run)[0]
 
 
 # The end
 
 
-def test_minutes_end_a_run(tmp_path):
-    began = time.monotonic()
-    run = train_tiny(tmp_path / "run", steps=None, minutes=0.005, final_lr=0.25)
-    last = metrics(run)[-1]
-    assert 0.005 <= last["minutes"] < 0.1 and time.monotonic() - began < 20 and last["step"] > 2
-    assert last["learning_rate"] == pytest.approx(1e-2 * 0.25)  # the end of the cosine
-    assert states(run)[-1].name == f"step-{last['step']:08d}" and "held_out/error" in last
+def test_minutes_end_a_run_and_may_grow_or_be_replaced_by_steps(tmp_path):
+    train = partial(train_tiny, tmp_path / "run", final_lr=0.25)
+    run = train(steps=None, minutes=0.003)
+    done = metrics(run)[-1]
+    assert 0.003 <= done["minutes"] < 0.1 and done["step"] > 2 and "held_out/error" in done
+    assert done["learning_rate"] == pytest.approx(1e-2 * 0.25)  # the end of the cosine
+    assert states(run)[-1].name == f"step-{done['step']:08d}"
     before = contents(run)
-    train_tiny(run, steps=None, minutes=0.005, final_lr=0.25)
-    assert contents(run) == before
-    assert metrics(train_tiny(tmp_path / "both", minutes=5.0))[-1]["step"] == 8, "steps come first"
+    assert contents(train(steps=None, minutes=0.003)) == before
+    train(steps=None, minutes=done["minutes"] + 0.003)
+    last = metrics(run)[-1]
+    assert last["step"] > done["step"] and last["minutes"] >= done["minutes"] + 0.003
+    with pytest.raises(UserError, match="train.minutes"):
+        train(steps=None, minutes=0.002)
+    train(steps=last["step"] + 3, minutes=5.0)  # whichever comes first
+    assert [line["step"] for line in metrics(run)] == list(range(1, last["step"] + 4))
 
 
 # Results of the two stages
@@ -428,7 +329,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> dict[str, Pa
 
 
 @pytest.mark.parametrize(
-    ("stage", "own", "held_out"),
+    ("stage", "own", "evaluated"),
     [
         (
             "tokenizer",
@@ -438,51 +339,48 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> dict[str, Pa
         ("prior", {"bits_per_token"}, {"bits_per_token"}),
     ],
 )
-def test_metrics_have_the_documented_names(runs, stage, own, held_out):
+def test_metrics_have_the_documented_names(runs, stage, own, evaluated):
     lines = metrics(runs[stage])
     assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
     for line in lines:
-        evaluated = {f"validation/{name}" for name in held_out} if line["step"] in (4, 8, 12) else set()
-        evaluated |= {f"held_out/{name}" for name in held_out} if line["step"] == 12 else set()
-        assert set(line) == {"step"} | KEYS | own | evaluated
-        assert all(math.isfinite(value) for value in line.values())
+        expected = {"step"} | KEYS | own
+        expected |= {f"validation/{name}" for name in evaluated} if line["step"] in (4, 8, 12) else set()
+        expected |= {f"held_out/{name}" for name in evaluated} if line["step"] == 12 else set()
+        assert set(line) == expected and all(math.isfinite(value) for value in line.values())
+        assert line["tokens_per_second"] == pytest.approx(49 * line["images_per_second"])
+        if stage == "tokenizer":
+            assert 0 < line["codebook_usage"] <= 1 <= line["codebook_perplexity"] <= 16
+        else:
+            assert line["bits_per_token"] == pytest.approx(line["loss"] / math.log(2))
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"], "nothing is learned"
-    if stage == "tokenizer":
-        assert all(0 < line["codebook_usage"] <= 1 <= line["codebook_perplexity"] <= 16 for line in lines)
-    else:
-        assert all(line["bits_per_token"] == pytest.approx(line["loss"] / math.log(2)) for line in lines)
-    assert all(line["tokens_per_second"] == pytest.approx(49 * line["images_per_second"]) for line in lines)
-    assert {"images_per_second", "tokens_per_second", "minutes"} == CLOCK
 
 
 @pytest.mark.parametrize(
-    ("stage", "name", "size"),
-    [("tokenizer", "reconstructions", 400), ("tokenizer", "codebook", 400), ("prior", "samples", 80)],
+    ("stage", "name"), [("tokenizer", "reconstructions"), ("tokenizer", "codebook"), ("prior", "samples")]
 )
-def test_previews_are_pictures(runs, stage, name, size):
+def test_previews_are_pictures(runs, stage, name):
     previews = sorted((runs[stage] / "previews").glob(f"{name}-*"))
     assert [path.name for path in previews] == [f"{name}-{step:08d}.png" for step in (0, 6, 12)]
     for path in previews:
         with Image.open(path) as image:
-            assert image.format == "PNG" and image.mode in ("L", "RGB")
-            assert size <= image.width <= 2000 and 100 <= image.height <= 2000
+            assert image.mode in ("L", "RGB") and 80 <= image.width <= 2000 and 100 <= image.height <= 2000
             assert np.asarray(image).std() > 5
     assert previews[0].read_bytes() != previews[-1].read_bytes()
 
 
+def assert_averaged(model: nn.Module, run: Path, prefix: str) -> None:
+    """Assert that the model has the averaged weights of the newest checkpoint."""
+    found = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+    averages = {name: value for name, value in read_checkpoint(states(run)[-1]).items() if name.startswith(prefix)}
+    assert_equal_tensors(found, averages)
+
+
 def test_the_saved_tokenizer_has_the_logged_figures(runs):
-    run = runs["tokenizer"]
+    run, last = runs["tokenizer"], metrics(runs["tokenizer"])[-1]
     saved = Tokenizer.from_pretrained(run / "tokenizer")
     found = evaluate_reconstruction(saved, load_images(DataConfig(limit=72)).held_out)
-    last = metrics(run)[-1]
-    assert {f"held_out/{name}": value for name, value in found.items()} == {
-        key: value for key, value in last.items() if key.startswith("held_out/")
-    }
-    average, prefix = read_checkpoint(states(run)[-1]), "average.tokenizer."
-    assert_equal_tensors(
-        {f"{prefix}{name}": value for name, value in sorted(saved.state_dict().items())},
-        {name: value for name, value in average.items() if name.startswith(prefix)},
-    )
+    assert found == {name: last[f"held_out/{name}"] for name in found}
+    assert_averaged(saved, run, "average.tokenizer.")
     facts = json.loads((run / "tokenizer" / "provenance.json").read_text())
     assert facts["tokenizer"]["steps"] == 12 and facts["data"]["limit"] == 72
     validated = {f"validation_{name}": last[f"validation/{name}"] for name in found}
@@ -493,13 +391,9 @@ def test_the_saved_tokenizer_has_the_logged_figures(runs):
 def test_the_saved_pipeline_has_the_logged_figures(runs, tokens):
     run = runs["prior"]
     pipe = ImagePipeline.from_pretrained(run / "pipeline")
-    found = bits_per_token(pipe.prior, load_tokens(tokens).splits["test"])
-    assert found == metrics(run)[-1]["held_out/bits_per_token"]
-    average = read_checkpoint(states(run)[-1])
-    assert_equal_tensors(
-        {f"average.{name}": value for name, value in sorted(pipe.prior.state_dict().items())},
-        {name: value for name, value in average.items() if name.startswith("average.")},
-    )
+    held_out = bits_per_token(pipe.prior, load_tokens(tokens).splits["test"])
+    assert held_out == metrics(run)[-1]["held_out/bits_per_token"]
+    assert_averaged(pipe.prior, run, "average.")
     assert pipe.tokenizer.fingerprint() == load_tokens(tokens).tokenizer.fingerprint()
     assert len(pipe(num_images=2, labels=["class 1", "class 2"], seed=0, progress=False).images) == 2
 
@@ -518,7 +412,6 @@ def test_every_prior_trains(tmp_path, tokens, name):
         tokens = make_tokens(tmp_path / "tokens", quantizer=node_of("multiscale"))
     run = train_prior(tmp_path / "run", tokens, model=node_of(name), train__steps=2)
     assert len(losses(run)) == 2 and all(map(math.isfinite, losses(run)))
-    assert not metrics(run)[-1]["skipped_steps"]
     pipe = ImagePipeline.from_pretrained(run / "pipeline")
     held_out = bits_per_token(pipe.prior, load_tokens(tokens).splits["test"])
     assert pipe.prior.name == name and held_out == metrics(run)[-1]["held_out/bits_per_token"]
