@@ -45,13 +45,13 @@ def test_a_process_without_a_launcher_is_alone_and_does_not_import_accelerate(mo
         assert group is ALONE and device == torch.device("cpu")
 
 
-def test_the_group_of_hosts_has_the_timeout_of_the_run(monkeypatch):
+def test_the_make_cpu_group_has_the_timeout_of_the_run(monkeypatch):
     """torch's default is half an hour."""
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(torch.distributed, "new_group", lambda **options: asked.append(options))
     for device, processes in (("cuda", 1), ("cpu", 2), ("cuda", 2)):
         several: Any = SimpleNamespace(device=torch.device(device), num_processes=processes)
-        launch.group_of_hosts(several, 7200)
+        launch.make_cpu_group(several, 7200)
     assert asked == [{"backend": "gloo", "timeout": timedelta(hours=2)}]
 
 

@@ -14,7 +14,7 @@ from pipelines.config.arguments import read_file
 from pipelines.config.command import parse
 from pipelines.config.schema import to_yaml
 from pipelines.processes import launch
-from pipelines.processes.launch import Precision, bf16_of_cpu, choose_precision, float32_advice
+from pipelines.processes.launch import Precision, choose_precision, detect_cpu_bf16, recommend_bf16
 from pipelines.train_prior import TrainPriorConfig
 from pipelines.training import reporting
 from pipelines.training.checkpoint import read_newest_record
@@ -38,9 +38,9 @@ def test_auto_is_what_the_cpu_is_fast_in_and_what_a_run_started_with(monkeypatch
     kept = choose_precision("auto", "no")
     assert kept.mixed == "no" and "AMX" in kept.reason
     cpu_with(monkeypatch, "_is_avx512_bf16_supported")
-    assert bf16_of_cpu() == "AVX512-BF16"
+    assert detect_cpu_bf16() == "AVX512-BF16"
     cpu_with(monkeypatch, "_is_amx_tile_supported", "_is_avx512_bf16_supported", capability="AVX2")
-    assert bf16_of_cpu() == ""
+    assert detect_cpu_bf16() == ""
     cpu_with(monkeypatch)
     assert choose_precision("auto", None).mixed == "no" and choose_precision("auto", "bf16").mixed == "bf16"
     for launched in ("no", "bf16"):  # a launcher's choice may change on resume
@@ -78,7 +78,7 @@ def test_auto_on_a_gpu_depends_on_the_gpu(monkeypatch, has_bf16):
 
 def test_a_resumed_run_keeps_its_precision_on_another_machine(tmp_path, tokens, monkeypatch, capsys):
     found = iter([("bf16", "this CPU has AMX"), ("bf16", "this CPU has AMX"), ("no", "it has nothing")])
-    monkeypatch.setattr(launch, "fast_precision", lambda: next(found))
+    monkeypatch.setattr(launch, "find_fastest_precision", lambda: next(found))
     more = {"train__mixed_precision": "auto", "train__optimizer": "muon", "train__save_every": 2, "train__steps": 4}
     whole = train_prior(tmp_path / "whole", tokens, **more)
     assert "bf16 mixed precision (auto: this CPU has AMX)" in capsys.readouterr().out
@@ -108,11 +108,11 @@ def test_a_launchers_precision_may_change_on_resume_with_a_line(tmp_path, monkey
 
 def test_float32_on_a_gpu_with_bf16_is_reported_once(tmp_path, monkeypatch, capsys):
     for mixed, has_bf16 in (("bf16", True), ("no", False), ("bf16", False)):
-        assert float32_advice(mixed, has_bf16) == ""
-    assert "train.mixed_precision=auto" in float32_advice("no", True) and "\n" not in float32_advice("no", True)
+        assert recommend_bf16(mixed, has_bf16) == ""
+    assert "train.mixed_precision=auto" in recommend_bf16("no", True) and "\n" not in recommend_bf16("no", True)
     before = torch.backends.cuda.matmul.fp32_precision
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)  # the GPU is not used
-    monkeypatch.setattr(reporting, "float32_advice", lambda mixed, has_bf16: f"{mixed} {has_bf16}")
+    monkeypatch.setattr(reporting, "recommend_bf16", lambda mixed, has_bf16: f"{mixed} {has_bf16}")
     train_tiny(tmp_path / "run", steps=1)
     assert capsys.readouterr().out.count("run: no False\n") == 1
     assert torch.backends.cuda.matmul.fp32_precision == before
