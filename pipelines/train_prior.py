@@ -86,21 +86,19 @@ class TrainPriorConfig(Config):
         None,
         ge=16,
         le=4096,
-        description="read rows in blocks of this size and shuffle within windows of as many blocks, for tokens on"
-        " a slow disk "
-        "that exceed memory; null: shuffle all rows",
+        description="read rows in blocks of this size and shuffle within windows of as many blocks, for tokens on a "
+        "slow disk that exceed memory; null: shuffle all rows",
     )
     model: Annotated[dict[str, Any], Node("prior.base:Prior")] = Field({"kind": "gpt"}, description="the prior")
     init: Annotated[str | None, Within("pipeline", INDEX)] = Field(
         None,
         description="pipeline whose prior initializes this one: its folder, its run or a Hub id; also sets the "
-        "default of "
-        "`model`",
+        "default of `model`",
     )
     objective: Literal["likelihood", "cca"] | None = Field(
         None,
-        description="null or likelihood: maximum likelihood; cca: fine-tune the prior of `init` so that it needs "
-        "no guidance",
+        description="null or likelihood: maximum likelihood; cca: fine-tune the prior of `init` so that it needs no "
+        "guidance",
     )
     cca: AlignmentConfig | None = Field(None, description="settings of objective=cca; null: their defaults")
     label_dropout: float = Field(
@@ -114,8 +112,8 @@ class TrainPriorConfig(Config):
         0.0,
         ge=0,
         le=1,
-        description="share of training tokens replaced by uniform random ids (0.1 to 0.3), for a background prior that "
-        "learns textures but not shapes",
+        description="share of training tokens replaced by uniform random ids (0.1 to 0.3), for a background prior "
+        "that learns textures but not shapes",
     )
     sampler: SamplerConfig = Field(SamplerConfig(), description="default sampling settings of the pipeline")
     train: TrainConfig = Field(TrainConfig(), description="length and optimization of training")

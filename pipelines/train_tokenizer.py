@@ -67,9 +67,8 @@ class TrainTokenizerConfig(Config):
     )
     init: Annotated[str | None, Within("tokenizer", CONFIG)] = Field(
         None,
-        description="tokenizer that initializes this one (for posthoc, a klvae): its folder, its run or a Hub id;"
-        " also sets "
-        "defaults of `model` and `data`",
+        description="tokenizer that initializes this one (for posthoc, a klvae): its folder, its run or a Hub id; "
+        "also sets defaults of `model` and `data`",
     )
     loss: LossConfig = Field(LossConfig(), description="weights of the losses")
     critic: CriticConfig = Field(CriticConfig(), description="the adversary of VQGAN")

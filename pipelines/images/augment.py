@@ -63,7 +63,7 @@ def mirror_images(images: Tensor, changes: Tensor) -> Tensor:
 def move_images(images: Tensor, changes: Tensor) -> Tensor:
     """Shift, rotate and zoom float images (B, C, H, W) in [-1, 1] by `changes`, from `draw_changes`.
 
-    An image gives the same bits in any batch.
+    The result for an image is the same to the bit in any batch.
     """
     grid = affine_grid(changes, images.shape[-2], images.shape[-1])
     images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)

@@ -65,7 +65,8 @@ class DataConfig(Config):
     streaming: bool = Field(
         default=False,
         description="read shards (parquet, .tar) in sequence, for data that does not fit on the disk: shuffling is "
-        "approximate and images are not checked first; for a folder of image files, only the check is skipped",
+        "approximate and images are not checked first; for a folder of image files, only the check is "
+        "skipped",
     )
     shuffle_window: int = Field(
         default=10_000,
@@ -87,9 +88,8 @@ class DataConfig(Config):
         default=None,
         ge=0,
         lt=1,
-        description="share of `split` to set aside for choosing the best weights; null: 5%, at most 2,000 images,"
-        " but no "
-        "images if that is fewer than 10; 0: use the held-out images instead",
+        description="share of `split` to set aside for choosing the best weights; null: 5%, at most 2,000 images, but "
+        "no images if that is fewer than 10; 0: use the held-out images instead",
     )
     image_size: Side | tuple[Side, Side] = Field(
         default=28, description="one number, or [height, width]; images of other sizes are resized and cropped"
@@ -272,7 +272,7 @@ class ImageDataset:
 
 def prepare_images(pixels: Tensor, changes: Tensor | None, config: AugmentConfig) -> Tensor:
     """Convert uint8 `pixels` (B, C, H, W) to floats in [-1, 1], augmented by `changes`, from `draw_changes`, on their
-    device. An image gives the same bits in any batch."""
+    device. The result for an image is the same to the bit in any batch."""
     if changes is not None and config.flip:  # flip the bytes, a quarter of the size of the floats
         pixels = mirror_images(pixels, changes)
     images = to_float(pixels)
@@ -371,8 +371,7 @@ def require_split(names: Collection[str], config: DataConfig) -> None:
 def choose_held_out(names: Collection[str], config: DataConfig) -> str | None:
     """Return the split among `names` to evaluate on; None to hold out part of `config.split`.
 
-    Raises `UserError` if `config.held_out` names a missing split. If `test` is missing, part of `config.split` is held
-    out.
+    Raises `UserError` if `config.held_out` names a missing split other than `test`; a missing `test` means None.
     """
     others, wanted = [name for name in names if name != config.split], config.held_out
     if wanted is None:

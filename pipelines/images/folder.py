@@ -154,7 +154,7 @@ def require_classes(root: Path) -> None:
 
 
 def holds_classes(folder: Path) -> bool:
-    """Whether all images of a folder are in its subfolders, and these are at least two."""
+    """Whether all images of a folder are in subfolders, and at least two subfolders have images."""
     inside = [path[len(os.path.join(folder, "")) :].split(os.sep) for path in image_paths(folder)]
     return all(len(parts) > 1 for parts in inside) and len({parts[0] for parts in inside}) > 1
 

@@ -25,9 +25,8 @@ class LossConfig(Config):
     nll: float = Field(
         1.0,
         ge=0,
-        description="weight of the model's negative log likelihood, if it has one, in nats per pixel channel; 1 "
-        "with l1=0 and "
-        "l2=0 gives the fewest bits per dim",
+        description="weight of the model's negative log likelihood, if it has one, in nats per pixel channel; 1 with "
+        "l1=0 and l2=0 gives the fewest bits per dim",
     )
     quantizer: float = Field(1.0, ge=0, description="factor on the quantizer's own losses, which include its beta")
     perceptual: float = Field(

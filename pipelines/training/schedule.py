@@ -56,20 +56,17 @@ class TrainConfig(Config):
     keep_best: bool = Field(
         True,
         description="deliver the averaged weights with the best bits per token or PSNR on validation images; if "
-        "false, or "
-        "without such images or figures, deliver the newest",
+        "false, or without such images or figures, deliver the newest",
     )
     checkpointing: bool = Field(
         False,
         description="recompute each block in the backward pass instead of storing its activations: saves memory, "
-        "takes a "
-        "quarter to a third more time, and gives the same losses",
+        "takes a quarter to a third more time, and gives the same losses",
     )
     mixed_precision: Annotated[Literal["auto", "no", "bf16"] | None, BeforeValidator(restore_no)] = Field(
         None,
         description="bf16: layers compute in bfloat16, weights and losses stay float32; auto: bf16 if the GPU "
-        "supports it, or "
-        "the CPU has AMX or AVX512-BF16; null: the setting of `accelerate launch`",
+        "supports it, or the CPU has AMX or AVX512-BF16; null: the setting of `accelerate launch`",
     )
     compile: bool = Field(
         False, description="compile each block with torch.compile: the first step is slow, later steps are faster"

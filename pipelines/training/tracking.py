@@ -54,8 +54,8 @@ class TrackConfig(Config):
     )
     wandb: Mode | None = Field(
         None,
-        description="mode of Weights & Biases; default: WANDB_MODE if set, else online if an API key is found, "
-        "else offline",
+        description="mode of Weights & Biases; default: WANDB_MODE if set, else online if an API key is found, else "
+        "offline",
     )
     project: str | None = Field(None, description="project at W&B; default: WANDB_PROJECT if set, else smalti")
     name: str | None = Field(

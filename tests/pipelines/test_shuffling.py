@@ -59,7 +59,7 @@ def test_all_orders_are_equally_likely():
 @given(rows=st.integers(1, 60), batch_size=st.integers(1, 20), seed=st.integers(0, 99), drawn=st.sampled_from([0, 99]))
 def test_every_row_comes_once_per_epoch(monkeypatch, rows, batch_size, seed, drawn):
     """With a drawn permutation and with a computed one; a step does not depend on those before it."""
-    monkeypatch.setattr("pipelines.shuffling.DRAWN", drawn)
+    monkeypatch.setattr("pipelines.shuffling.MAX_STORED", drawn)
     steps = range(-(-3 * rows // batch_size))
     parts = {step: samples_of(rows, batch_size, seed, step) for step in reversed(steps)}
     indices, epochs = (np.concatenate([parts[step][side] for step in steps]) for side in (0, 1))

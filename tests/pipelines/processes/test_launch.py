@@ -45,7 +45,7 @@ def test_a_process_without_a_launcher_is_alone_and_does_not_import_accelerate(mo
         assert group is ALONE and device == torch.device("cpu")
 
 
-def test_the_make_cpu_group_has_the_timeout_of_the_run(monkeypatch):
+def test_the_cpu_group_has_the_timeout_of_the_run(monkeypatch):
     """torch's default is half an hour."""
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(torch.distributed, "new_group", lambda **options: asked.append(options))

@@ -246,7 +246,7 @@ def test_every_seed_process_and_step_has_its_own_random_numbers(tmp_path):
                 trainer.group = SimpleNamespace(rank=rank, world=1)
                 for step in (0, 1, 2):
                     trainer.step = step
-                    trainer.play = lambda *given: torch.tensor(True)
+                    trainer.step_player = lambda *given: torch.tensor(True)
                     trainer.take_step([], 0.1)
                     found[seed, rank, step] = torch.rand(4).tolist()
     assert len({tuple(numbers) for numbers in found.values()}) == len(found)
