@@ -201,9 +201,7 @@ def perturb_tokens(
     flat, size = found.reshape(-1), found.shape[1]
     for epoch in np.unique(epochs):
         rows = np.flatnonzero(epochs == epoch)
-        for part in np.array_split(
-            rows, -(-len(rows) * size // 16384)
-        ):  # so that the cells of a part fit into the CPU cache
+        for part in np.array_split(rows, -(-len(rows) * size // 16384)):  # cells that fit into the CPU cache
             cells, places = (row[:, None] * size + np.arange(size) for row in (indices[part], part))
             here = np.flatnonzero(uniforms(seed, int(epoch), cells.reshape(-1), columns=(TOKEN,))[:, 0] < share)
             ids = uniforms(seed, int(epoch), cells.reshape(-1)[here], columns=(ID,))[:, 0] * vocab_size

@@ -16,7 +16,8 @@ from .schedule import TrainConfig
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the outermost members of `ModuleList`s, and of `Sequential`s that hold several modules of the same class.
+    """Return the outermost repeated modules: members of `ModuleList`s, and members of `Sequential`s that share their
+    class with another member.
 
     A block has parameters and submodules; a single layer is too small. Modules with statistics in buffers (a codebook,
     a batch norm) are excluded, because a second forward pass would change them.
