@@ -211,7 +211,7 @@ def test_ctrl_c_before_training_ends_at_once_and_names_what_is_saved(
 
 def test_a_second_sigint_ends_the_process_unless_it_is_the_first_one_forwarded(tmp_path, monkeypatch):
     stop, ended, clock = Stop(tmp_path), [], iter([10.0, 10.4, 10.6])
-    monkeypatch.setattr(stop, "end", lambda: ended.append(True))
+    monkeypatch.setattr(stop, "stop_now", lambda: ended.append(True))
     monkeypatch.setattr("pipelines.training.stopping.time.monotonic", lambda: next(clock))
     with handle_signals(stop, alone=True):
         for wanted in ([], [], [True]):
@@ -224,7 +224,7 @@ def test_sigterm_after_ctrl_c_is_a_second_ctrl_c_under_torchrun(tmp_path, monkey
     if launcher:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     stop, ended = Stop(tmp_path), []
-    monkeypatch.setattr(stop, "end", lambda: ended.append(True))
+    monkeypatch.setattr(stop, "stop_now", lambda: ended.append(True))
     with handle_signals(stop, alone=False):
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
