@@ -1,1 +1,1 @@
-"""Measurements and searches for faults, each a command: `python -m benchmarks.FOLDER.NAME key=value ...`."""
+"""Measurements and stress tests, each a command: `python -m benchmarks.FOLDER.NAME key=value ...`."""

@@ -30,9 +30,9 @@ from .files import Output, lock_output
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.dataset import is_stream
 from .images.origin import is_local
-from .job import JOB, OtherJobError, begin_job, read_job, require_begun, work_folder
+from .job import JOB, OtherJobError, begin_job, read_job, require_work_folder, work_folder
 from .prefetch import pin_memory, prefetch, to_device_async
-from .processes.launch import build_accelerator, group_of, leave_after_refusal
+from .processes.launch import build_accelerator, group_of, leave_group_on_error
 from .provenance import TokenizerFolder, read_with, tokenizer_defaults, tokenizer_folder
 from .tokens import Meta
 from .tokens.meta import META, TOKENS, read_meta, verify_files, write_meta
@@ -80,24 +80,25 @@ class EncodeConfig(Config):
 
 
 def run(config: EncodeConfig) -> Path:
-    """Encode all splits, each process its shards; rename the dataset to `out` at the end. Returns its folder.
+    """Encode all splits, dividing the shards among the processes; rename the dataset to `out` at the end. Return its
+    folder.
 
-    After an interruption, the same command makes the missing shards, with any number of processes, and the result is
-    the same to the bit. Raises `UserError` for images of another size than the tokenizer's, augmentations without
-    data.augment, a folder of something else, and an unfinished encode with other settings."""
+    After an interruption, the same command encodes the missing shards, with any number of processes, and the result is
+    identical to the bit. Raises `UserError` if the image size differs from the tokenizer's, augmentations are requested
+    without data.augment, the folder holds something else, or an unfinished encode has other settings."""
     accelerator = build_accelerator()
     group = group_of(accelerator)
     tokenizer, out = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer)), Path(config.out)
     output = Output(out, [read_with(config.tokenizer), config.data.path])
     check_settings(config, tokenizer, output)
-    with leave_after_refusal(accelerator), lock_output(out, group):
+    with leave_group_on_error(accelerator), lock_output(out, group):
         images = load_images(config.data, together=True)
         splits = name_splits(images)
         rows = {name: len(part) * (1 + config.augmentations * (name == "train")) for name, part in splits.items()}
         shards = plan_shards(rows, config.rows_per_shard)
         job = describe_job(config, tokenizer, images, rows, accelerator.device.type)
         if meta := group.on_main(lambda: find_finished(out, job, config.data)):
-            return end(accelerator, out, f"already finished: {describe(meta)}; nothing to do", group.is_main)
+            return finish_run(accelerator, out, f"already finished: {describe(meta)}; nothing to do", group.is_main)
         work, began = work_folder(out, "encode"), time.monotonic()
 
         def begin() -> list[Shard]:
@@ -109,7 +110,7 @@ def run(config: EncodeConfig) -> Path:
             print(f"{out}: continuing, {len(shards) - len(missing)} of {len(shards)} shards are done", flush=True)
         mine = list(group.mine(missing))
         tokenizer.to(accelerator.device)
-        group.gather(lambda: encode_shards(work, mine, tokenizer, splits, config, shows=group.is_main))
+        group.gather(lambda: encode_shards(work, mine, tokenizer, splits, config, show_progress=group.is_main))
 
         def finish() -> Meta:
             with output.errors():
@@ -118,7 +119,7 @@ def run(config: EncodeConfig) -> Path:
         tokenizer.cpu()
         meta = group.on_main(finish)
         minutes = (time.monotonic() - began) / 60
-        return end(accelerator, out, f"done: {describe(meta)} in {minutes:.1f} min", group.is_main)
+        return finish_run(accelerator, out, f"done: {describe(meta)} in {minutes:.1f} min", group.is_main)
 
 
 def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -> None:
@@ -143,7 +144,7 @@ def name_splits(images: Splits) -> dict[str, ImageDataset]:
 
 
 def plan_shards(rows: dict[str, int], rows_per_shard: int | None) -> list[Shard]:
-    """Return all files to make, whatever the number of processes. Raises `UserError` for too many files."""
+    """Return all files to write, independent of the number of processes. Raises `UserError` for too many files."""
     try:
         sizes = cut_shards(rows, rows_per_shard)
     except ValueError as error:
@@ -158,7 +159,7 @@ def plan_shards(rows: dict[str, int], rows_per_shard: int | None) -> list[Shard]
 def describe_job(
     config: EncodeConfig, tokenizer: Tokenizer, images: Splits, rows: dict[str, int], device: str
 ) -> dict[str, Any]:
-    """Return everything that determines the files, to the bit."""
+    """Return everything that determines the bits of the files."""
     without: Any = {"out": True, "tokenizer": True, "data": {"cache_mb", "shuffle_window"}}
     facts = {"tokenizer": tokenizer.fingerprint(), "classes": class_names(images), "rows": rows, "device": device}
     return {"verb": "encode", **config.model_dump(mode="json", exclude=without), **facts}
@@ -170,8 +171,8 @@ def class_names(images: Splits) -> list[str]:
 
 
 def find_finished(out: Path, job: dict[str, Any], data: DataConfig) -> Meta | None:
-    """Return the dataset in `out` if this job made it and the images have not changed since; otherwise None. Restores
-    the name of a dataset that was set aside by a process killed while replacing it."""
+    """Return the dataset in `out` if this job made it and the images have not changed since; otherwise None. Restore a
+    dataset that a killed process had set aside to replace it."""
     aside = folders_aside(out)
     if not out.exists() and len(aside) == 1 and (aside[0] / META).is_file():
         aside[0].rename(out)
@@ -220,14 +221,14 @@ def encode_shards(
     splits: dict[str, ImageDataset],
     config: EncodeConfig,
     *,
-    shows: bool,
+    show_progress: bool,
 ) -> None:
     """Write these shards. Images of the next batch are read while the tokenizer encodes."""
     from tqdm import tqdm
 
-    require_begun(work)
+    require_work_folder(work)
     device = tokenizer.device
-    batches = [(splits[shard.split], rows) for shard in shards for rows in batches_of(shard, config.batch_size)]
+    batches = [(splits[shard.split], rows) for shard in shards for rows in split_batches(shard, config.batch_size)]
     total = sum(shard.stop - shard.start for shard in shards)
 
     def read(batch: tuple[ImageDataset, np.ndarray]) -> Raw:
@@ -235,7 +236,7 @@ def encode_shards(
         return [pin_memory(part) for part in raw] if device.type == "cuda" else raw
 
     with (
-        tqdm(total=total, desc="encoding", unit="image", disable=None if shows else True, leave=False) as bar,
+        tqdm(total=total, desc="encoding", unit="image", disable=None if show_progress else True, leave=False) as bar,
         closing(prefetch(read, batches)) as stream,
     ):
         for shard in shards:
@@ -248,7 +249,7 @@ def encode_shards(
                 )
 
 
-def batches_of(shard: Shard, batch_size: int) -> list[np.ndarray]:
+def split_batches(shard: Shard, batch_size: int) -> list[np.ndarray]:
     """Return the rows of each batch. Batches stay within shards, so tokens do not depend on the number of processes."""
     starts = range(shard.start, shard.stop, batch_size)
     return [np.arange(start, min(start + batch_size, shard.stop)) for start in starts]
@@ -303,10 +304,10 @@ def describe(meta: Meta) -> str:
     return f"{counts} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}"
 
 
-def end(accelerator: Accelerator, out: Path, text: str, leads: bool) -> Path:
-    """Print the result and the next command."""
+def finish_run(accelerator: Accelerator, out: Path, text: str, is_main: bool) -> Path:
+    """Leave the process group; print the result and the next command."""
     accelerator.end_training()
-    if leads:
+    if is_main:
         run = quote(f"{str(out).removesuffix('_tokens')}_prior")
         then = f"smalti train_prior{as_asked()} tokens={quote(str(out))} out={run}"
         print(f"{out}: {text}; next: {then}", flush=True)

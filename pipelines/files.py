@@ -1,7 +1,7 @@
 """Output files of verbs: what may be replaced, atomic writes, and one writer at a time.
 
-`tokenizer.files` has the errors, JSON, manifests and the replacement of whole folders. This module adds single files,
-files beside others in a folder, and locks.
+`tokenizer.files` provides errors, JSON, manifests and the replacement of whole folders. This module adds single files,
+files added to an existing folder, and locks.
 
     out = Output(config.out, inputs=[config.pipeline], overwrite=config.overwrite)
     out.check_file(SUFFIXES)                     # fail before hours of work
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 LOCK = ".lock"
 LEASE, HEARTBEAT = 120.0, 5.0
-"""Seconds without a heartbeat after which a lock is taken over, and between two heartbeats."""
+"""Seconds without a heartbeat after which a lock is taken over, and seconds between heartbeats."""
 MAX_LOCKED_NAME = 150  # bytes; the lock of a longer name is named after its hash
 MOMENT = 1.0  # seconds within which a lock is created or released
 STOPPED = 1  # exit code of a process whose lock was taken over
@@ -131,7 +131,7 @@ class Output:
         return Path(self.place)
 
     def check_file(self, suffixes: Collection[str] = ()) -> None:
-        """Check that a file can be written here. suffixes: those allowed; empty allows all."""
+        """Check that a file can be written here. suffixes: the allowed suffixes; empty allows all."""
         if suffixes and self.path.suffix.lower() not in suffixes:
             raise UserError(f"{self.key}: {str(self.place)!r} should end in {', '.join(suffixes)}")
         with self.errors():
@@ -164,7 +164,7 @@ class Output:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Convert errors of writing to a `UserError` that names the key."""
+        """Convert write errors to a `UserError` that names the key."""
         try:
             yield
         except PathError as error:
@@ -181,7 +181,7 @@ class Output:
 def atomic_file(target: Path | str, *, overwrite: bool = False, temporary: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path that is flushed to the disk and renamed to `target` if the block ends without an error.
 
-    temporary: a path on the same file system; None: one beside `target`. Raises `PathError`, before and after the
+    temporary: a path on the same file system; None: a path beside `target`. Raises `PathError`, before and after the
     block, like `require_writable`."""
     target = Path(target)
     require_writable(target, overwrite)
@@ -202,8 +202,8 @@ def atomic_files(target: Path | str, *, overwrite: bool = False, temporary: Path
     """Yield a temporary folder whose files are renamed into `target` if the block ends without an error. Other files
     there stay. A missing target is created in one rename.
 
-    temporary: a path on the same file system, removed first if a killed process left it. Raises `PathError` that names
-    a file that may not be replaced, before any is replaced.
+    temporary: a path on the same file system, removed first if a killed process left it. If a file may not be replaced,
+    raises a `PathError` that names it, before replacing any file.
     """
     target = Path(target)
     require_writable_in(target, (), overwrite)
@@ -242,7 +242,7 @@ def replace_file(path: Path, data: bytes) -> None:
         reason = error.strerror
         if error.errno in FULL:
             free = shutil.disk_usage(path.parent).free
-            reason = f"needs {len(data):,} bytes, {free:,} are free; {reason}"
+            reason = f"needs {len(data):,} bytes, but only {free:,} are free; {reason}"
         raise OSError(error.errno, reason, str(path)) from error
 
 
@@ -251,10 +251,10 @@ def replace_file(path: Path, data: bytes) -> None:
 
 @contextmanager
 def lock_folder(run: Path, group: ProcessGroup | None = None) -> Iterator[None]:
-    """Hold the lock of a run folder, which is created if it is missing.
+    """Lock a run folder during the block; create the folder if it is missing.
 
     The main process of the group holds the lock. Raises `UserError` on all processes if another run holds it, or if the
-    folder cannot be written. A holder without a heartbeat for `LEASE` seconds is replaced; it exits when it wakes.
+    folder cannot be written. A holder without a heartbeat for `LEASE` seconds loses the lock, and exits when it wakes.
     """
     with _locked(run / LOCK, run, "out", group):
         yield
@@ -262,10 +262,10 @@ def lock_folder(run: Path, group: ProcessGroup | None = None) -> Iterator[None]:
 
 @contextmanager
 def lock_output(out: Path | str | None, group: ProcessGroup | None = None, *, key: str = "out") -> Iterator[None]:
-    """Hold the lock of a file, or of a folder that is replaced as a whole; the lock lies beside it. See `lock_folder`.
+    """Lock a file, or a folder that is replaced as a whole, with a lock file beside it. See `lock_folder`.
 
-    out: None writes nothing. key: the command line key, for messages. Also lock a pipeline that is updated hours after
-    it was read: otherwise one of two such verbs would undo the update of the other."""
+    out: None locks nothing. key: the command line key, for messages. A verb that updates a pipeline hours after reading
+    it must hold the lock throughout; otherwise two such verbs would overwrite each other's updates."""
     if out is None:
         yield
         return
@@ -281,7 +281,7 @@ def lock_beside(out: Path | str) -> Path:
 
 
 def is_lock(name: str) -> bool:
-    """Whether a file in a run folder is its lock, or the remains of one."""
+    """Whether a file in a run folder is its lock, or a leftover of a lock."""
     return name == LOCK or name.startswith(f"{LOCK}.")
 
 
@@ -303,7 +303,7 @@ def _locked(place: Path, out: Path, key: str, group: ProcessGroup | None) -> Ite
 
 @contextmanager
 def _folder_for_lock(folder: Path) -> Iterator[None]:
-    """Create a folder and its missing parents; in the end, remove those that are still empty."""
+    """Create a folder and its missing parents; after the block, remove those that are still empty."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         make_folder(folder)
@@ -317,17 +317,17 @@ def _folder_for_lock(folder: Path) -> Iterator[None]:
 def _acquire(place: Path, out: Path) -> SoftFileLease:
     """Acquire the lock `place`. Raises `UserError` that names the holder, and `OSError`.
 
-    If the holder is a live process of this machine, raise at once. If it is remote or has missed heartbeats, wait for
-    one: it comes within `HEARTBEAT` seconds, or the lock is taken over after `LEASE` seconds.
+    If the holder is a live process on this machine, raise at once. If it is remote or has missed heartbeats, wait: a
+    live holder sends a heartbeat within `HEARTBEAT` seconds; otherwise take over the lock after `LEASE` seconds.
     """
     from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
     def stop(_: Any) -> None:
-        """Exit at once: the main thread may be about to write, or wait where no exception reaches it."""
+        """Exit at once: the main thread may be about to write, or be blocked where no exception reaches it."""
         try:
             line = f"error: {out}: another process took over the lock after {LEASE:g} s without a heartbeat; stopping"
             print(line, file=sys.stderr, flush=True)
-        finally:  # printing fails if the terminal is gone or the disk of the log is full
+        finally:  # even if the terminal is gone or the log's disk is full
             os._exit(STOPPED)
 
     options: dict[str, Any] = {"lease_duration": LEASE, "heartbeat_interval": HEARTBEAT, "on_compromise": stop}
@@ -335,7 +335,7 @@ def _acquire(place: Path, out: Path) -> SoftFileLease:
     began, waits = time.monotonic(), False
     while True:
         try:
-            make_folder(place.parent)  # another process that was refused may have removed it
+            make_folder(place.parent)  # a process that did not get the lock may have removed it
             lock.acquire()
             break
         except LeaseSettingsMismatch as error:
@@ -351,7 +351,7 @@ def _acquire(place: Path, out: Path) -> SoftFileLease:
             if waited > LEASE:
                 place.unlink(missing_ok=True)
             elif not waits:
-                waits = _say_waiting(lock, out)
+                waits = _report_waiting(lock, out)
         time.sleep(0.05)
     with suppress(OSError):  # after power loss, an unflushed lock would be empty
         fsync(place)
@@ -371,35 +371,35 @@ def _wait_for_silence(lock: SoftFileLease, place: Path, out: Path) -> None:
     """Take over the lock after `LEASE` seconds without a heartbeat. Raises `UserError` if the holder is alive."""
     from filelock import Timeout
 
-    def last_sign() -> float:
+    def read_heartbeat() -> float:
         try:
             return os.lstat(place).st_mtime
         except OSError:
             return 0.0
 
-    first, (host, _) = last_sign(), _describe_holder(lock)
+    first, (host, _) = read_heartbeat(), _describe_holder(lock)
     if host == socket.gethostname() and abs(time.time() - first) < 3 * HEARTBEAT:
-        raise _refusal(lock, out)
-    _say_waiting(lock, out)
+        raise _locked_error(lock, out)
+    _report_waiting(lock, out)
     pause = min(1.0, LEASE / 4)
 
     def is_alive() -> bool:
-        return last_sign() not in (first, 0.0)  # 0: just released or taken over
+        return read_heartbeat() not in (first, 0.0)  # 0: just released or taken over
 
     try:
         lock.acquire(timeout=LEASE + 2 * pause + 1, poll_interval=pause, cancel_check=is_alive)
     except Timeout:
-        raise _refusal(lock, out) from None
+        raise _locked_error(lock, out) from None
 
 
-def _say_waiting(lock: SoftFileLease, out: Path) -> bool:
+def _report_waiting(lock: SoftFileLease, out: Path) -> bool:
     _, holder = _describe_holder(lock)
     line = f"{out}: {holder} may be writing here; waiting up to {LEASE + HEARTBEAT:g} s for its heartbeat"
     print(line, file=sys.stderr, flush=True)
     return True
 
 
-def _refusal(lock: SoftFileLease, out: Path) -> UserError:
+def _locked_error(lock: SoftFileLease, out: Path) -> UserError:
     _, holder = _describe_holder(lock)
     return UserError(f"{out}: {holder} is writing here; only one writer at a time, nothing was changed")
 
@@ -441,7 +441,7 @@ EXPECTED = {
 
 
 class FieldError(ValueError):
-    """One field of an object is invalid; for checks of several fields."""
+    """An invalid field of an object, found by a check of several fields."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")

@@ -31,7 +31,7 @@ from .files import Output, atomic_file, lock_output, replace_file, require_apart
 from .image_pipeline import ImagePipeline, Label
 from .images.grids import class_grid
 from .images.pictures import SUFFIXES, png_bytes, write_picture
-from .job import JOB, OtherJobError, begin_job, read_job, require_begun, work_folder
+from .job import JOB, OtherJobError, begin_job, read_job, require_work_folder, work_folder
 from .options import DEVICE, Sampling, UsesPipeline
 from .processes.launch import join_group
 
@@ -180,7 +180,7 @@ def make_images(
 
     if not numbers:
         return
-    require_begun(images.folder)
+    require_work_folder(images.folder)
     batches = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
     many = show_progress and len(batches) > 1  # a single batch counts tokens instead
     with (

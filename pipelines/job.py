@@ -1,7 +1,7 @@
 """Resumable jobs: `job.json`, written first, records everything that their files depend on.
 
 begin_job(folder, job, is_result)     # on one process, which has locked the output
-...                                   # make the missing files, each by `atomic_file`
+...                                   # write the missing files, each with `atomic_file`
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class OtherJobError(PathError):
 
 
 def work_folder(out: Path, verb: str) -> Path:
-    """Return the folder, beside `out`, that holds the work until it is finished."""
+    """Return the folder beside `out` that holds unfinished work."""
     path = Path(os.path.realpath(out))
     return path.with_name(f".{path.name}.{verb}")
 
@@ -42,10 +42,10 @@ def read_job(folder: Path) -> dict[str, Any] | None:
 
 
 def begin_job(folder: Path, job: dict[str, Any], is_result: Callable[[str], bool], *, anew: bool = False) -> None:
-    """Create the folder and `job.json`, unless the same job was started there before; delete partial results.
+    """Create the folder and `job.json`, or continue the same job there; delete partial files.
 
-    is_result: whether the job writes a file or folder of this name. anew: replace the results of another job of this
-    verb, which otherwise raise `OtherJobError`. Raises `PathError` for a folder that holds anything else.
+    is_result: returns whether the job writes a file or folder of this name. anew: replace another job of this verb,
+    which otherwise raises `OtherJobError`. Raises `PathError` if the folder holds anything else.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         what = "a link" if folder.is_symlink() else "a file"
@@ -66,7 +66,7 @@ def begin_job(folder: Path, job: dict[str, Any], is_result: Callable[[str], bool
     replace_file(folder / JOB, (json.dumps(job, indent=2) + "\n").encode())
 
 
-def require_begun(folder: Path) -> None:
+def require_work_folder(folder: Path) -> None:
     """Raise `UserError` unless this process sees the folder that the main process created."""
     if not (folder / JOB).is_file():
         raise UserError(f"out: {folder} is not visible to every process; all processes must share the same disk")

@@ -13,7 +13,7 @@ from tokenizer.model import CONFIG, PROVENANCE
 
 from .config import Within
 from .images import DataConfig
-from .images.hub import fetched
+from .images.hub import fetch_file
 from .saving import INDEX, located
 
 IN_RUN = Within("tokenizer", CONFIG)
@@ -44,7 +44,7 @@ def file_of(source: str, name: str) -> Path | None:
     error is left to loading the model)."""
     if not source:
         return None
-    path = Path(source) / name if Path(source).is_dir() else fetched(source, name)
+    path = Path(source) / name if Path(source).is_dir() else fetch_file(source, name)
     return path if path is not None and path.is_file() else None
 
 

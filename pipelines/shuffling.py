@@ -1,10 +1,10 @@
 """The order of training rows and the random numbers of each row, as functions of (seed, epoch, row).
 
-Nothing here depends on the batch or on the number of processes. Few rows are shuffled by a stored permutation, many by
-a computed one: drawing a permutation of 12.8 million rows takes most of a second and 100 MB in every epoch, while a
-computed one gives the row at any position independently. It is Black and Rogaway's generalised Feistel network (2002,
-"Ciphers with arbitrary finite domains"): positions are pairs (left, right) below `a x b`, the halves take turns being
-shifted by a hash of the other, and results outside the rows are enciphered again.
+Nothing here depends on the batch or on the number of processes. Small data sets are shuffled by a stored permutation.
+Drawing a permutation of 12.8 million rows would take most of a second and 100 MB in every epoch, so large data sets use
+a computed permutation, which gives the row at any position independently. It is Black and Rogaway's generalised Feistel
+network (2002, "Ciphers with arbitrary finite domains"): positions are pairs (left, right) below `a x b`, each half in
+turn is shifted by a hash of the other, and results beyond the last row are enciphered again.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ ROUNDS = 8
 Positions = NDArray[np.int64]
 
 
-def permuted(positions: Positions, rows: int, *key: int) -> Positions:
+def permute(positions: Positions, rows: int, *key: int) -> Positions:
     """Return the rows at `positions`, both `(B,)`, of a permutation of `range(rows)` that depends only on `key`."""
     a = math.isqrt(max(0, rows - 1)) + 1
     b = -(-rows // a)
@@ -70,42 +70,42 @@ def _encipher(positions: Positions, a: int, b: int, keys: NDArray[np.uint64]) ->
     left, right = (half.astype(np.uint64) for half in np.divmod(positions, b))
     for turn, key in enumerate(keys):
         if turn % 2:
-            right = _moved(right, left ^ key, b)
+            right = _shift_half(right, left ^ key, b)
         else:
-            left = _moved(left, right ^ key, a)
+            left = _shift_half(left, right ^ key, a)
     return (left * np.uint64(b) + right).astype(np.int64)
 
 
-def _moved(half: NDArray[np.uint64], other: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
+def _shift_half(half: NDArray[np.uint64], other: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
     """Return `half` plus a hash of the other, modulo `size` < 2^32."""
     shift = np.uint64(32)
     sums = half + (((splitmix64(other) >> shift) * np.uint64(size)) >> shift)
     return np.where(sums >= size, sums - np.uint64(size), sums)
 
 
-def permuted_blocks(positions: Positions, rows: int, block: int, *key: int) -> Positions:
-    """Like `permuted`, for a slow disk: blocks of `block` consecutive rows come in random order, and rows are shuffled
-    within each window of `block` blocks, so that whole blocks are read and `block`^2 rows are needed at a time.
+def permute_blocks(positions: Positions, rows: int, block: int, *key: int) -> Positions:
+    """Like `permute`, but for a slow disk: put blocks of `block` consecutive rows in random order, and shuffle rows
+    within each window of `block` blocks. Whole blocks are read, and `block`^2 rows are needed at a time.
     """
     blocks = -(-rows // block)
-    found = _in_blocks(positions, blocks, block, key)
+    found = _permute_in_blocks(positions, blocks, block, key)
     while len(outside := np.flatnonzero(found >= rows)):  # beyond the end of the last block
-        found[outside] = _in_blocks(found[outside], blocks, block, key)
+        found[outside] = _permute_in_blocks(found[outside], blocks, block, key)
     return found
 
 
-def _in_blocks(positions: Positions, blocks: int, block: int, key: tuple[int, ...]) -> Positions:
+def _permute_in_blocks(positions: Positions, blocks: int, block: int, key: tuple[int, ...]) -> Positions:
     window = block * block
     windows, found = positions // window, np.empty_like(positions)
     for index in np.unique(windows):
         here = windows == index
         size = min(window, blocks * block - int(index) * window)
-        mixed = permuted(positions[here] - index * window, size, *key, int(index)) + index * window
-        found[here] = permuted(mixed // block, blocks, *key, -1) * block + mixed % block
+        mixed = permute(positions[here] - index * window, size, *key, int(index)) + index * window
+        found[here] = permute(mixed // block, blocks, *key, -1) * block + mixed % block
     return found
 
 
-DRAWN = 1 << 20  # rows up to which the permutation is stored; drawing one takes about 30 ms
+MAX_STORED = 1 << 20  # rows up to which the permutation is stored; drawing it takes about 30 ms
 
 
 def samples_of(
@@ -113,27 +113,26 @@ def samples_of(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return row indices and epochs, each `(batch_size,)`, of one step's global batch, a pure function.
 
-    Every epoch has its own permutation. Batches run across the ends of epochs, so each row occurs once per epoch. For
-    many rows the permutation is computed, since drawing it would take memory and stall training once per epoch. block:
-    read blocks of this many rows, see `permuted_blocks`; None shuffles all rows.
+    Every epoch has its own permutation. Batches may span two epochs, so each row occurs once per epoch. block: read
+    blocks of this many rows, see `permute_blocks`; None shuffles all rows.
     """
     positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
     epochs, indices = positions // rows, positions % rows
     for epoch in np.unique(epochs):
         here = epochs == epoch
         if block is not None:
-            indices[here] = permuted_blocks(indices[here], rows, block, seed, int(epoch))
-        elif rows > DRAWN:
-            indices[here] = permuted(indices[here], rows, seed, int(epoch))
+            indices[here] = permute_blocks(indices[here], rows, block, seed, int(epoch))
+        elif rows > MAX_STORED:
+            indices[here] = permute(indices[here], rows, seed, int(epoch))
         else:
-            indices[here] = _permutation(rows, seed, int(epoch))[indices[here]]
+            indices[here] = _stored_permutation(rows, seed, int(epoch))[indices[here]]
     return indices, epochs
 
 
 _permutations: dict[tuple[int, int, int], np.ndarray] = {}
 
 
-def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
+def _stored_permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
     key = (rows, seed, epoch)
     if key not in _permutations:
         if len(_permutations) > 2:
@@ -143,7 +142,7 @@ def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def spread(size: int, limit: int | None) -> np.ndarray:
-    """Return all rows below `size`, or `limit` of them, evenly spread because rows of a class may be consecutive."""
+    """Return all rows below `size`, or `limit` of them, evenly spaced, because rows of a class may be consecutive."""
     return np.arange(size) if limit is None or limit >= size else np.linspace(0, size - 1, limit).astype(np.int64)
 
 
@@ -161,11 +160,11 @@ def positions_of(rows: Any, size: int) -> NDArray[np.int64]:
     if wanted.dtype == bool and len(wanted) == size:
         wanted = np.flatnonzero(wanted)
     if len(wanted) and wanted.dtype.kind not in "iu":
-        raise IndexError(f"rows should be whole numbers, or a bool for each of {size}")
+        raise IndexError(f"rows should be whole numbers, or a bool for each of {size} rows")
     wanted = wanted.astype(np.int64)
     wanted = np.where(wanted < 0, wanted + size, wanted)
     if len(wanted) and (wanted.min() < 0 or wanted.max() >= size):
-        raise IndexError(f"rows go from {wanted.min()} to {wanted.max()}; there are {size}")
+        raise IndexError(f"rows range from {wanted.min()} to {wanted.max()}, but there are only {size}")
     return wanted
 
 
@@ -176,7 +175,7 @@ DROPOUT, TOKEN, ID, OTHER = range(4)
 it and by which id."""
 
 
-def by_row(indices: np.ndarray, epochs: np.ndarray, seed: int, column: int) -> np.ndarray:
+def draw_by_row(indices: np.ndarray, epochs: np.ndarray, seed: int, column: int) -> np.ndarray:
     """Return a uniform number in [0, 1) for each of the rows `indices`, `(B,)`."""
     draws = np.empty(len(indices))
     for epoch in np.unique(epochs):
@@ -193,7 +192,7 @@ def other_labels(labels: Tensor, counts: Tensor, draws: np.ndarray) -> Tensor:
     return torch.searchsorted(ends, place, right=True)
 
 
-def perturbed(
+def perturb_tokens(
     tokens: Tensor, indices: np.ndarray, epochs: np.ndarray, seed: int, share: float, vocab_size: int
 ) -> Tensor:
     """Return `tokens` `(B, ...)` of the rows `indices`, each token replaced by a uniform id with probability `share`
@@ -202,7 +201,7 @@ def perturbed(
     flat, size = found.reshape(-1), found.shape[1]
     for epoch in np.unique(epochs):
         rows = np.flatnonzero(epochs == epoch)
-        for part in np.array_split(rows, -(-len(rows) * size // 16384)):  # as many cells as fit into the CPU cache
+        for part in np.array_split(rows, -(-len(rows) * size // 16384)):  # cells that fit into the CPU cache
             cells, places = (row[:, None] * size + np.arange(size) for row in (indices[part], part))
             here = np.flatnonzero(uniforms(seed, int(epoch), cells.reshape(-1), columns=(TOKEN,))[:, 0] < share)
             ids = uniforms(seed, int(epoch), cells.reshape(-1)[here], columns=(ID,))[:, 0] * vocab_size

@@ -24,17 +24,17 @@ from tokenizer.model import CONFIG
 from .config import Config, UserError, Within, run_command
 from .config.importing import as_asked
 from .image_pipeline import ImagePipeline
-from .images.origin import TOKENS, place_of
+from .images.origin import TOKENS, resolve_source
 from .metrics.likelihood import bits_per_token, rows_evaluated
 from .options import GUIDANCE_SCALE, TEMPERATURE, Sampling
 from .processes.group import ALONE, ProcessGroup
 from .provenance import file_of
 from .saving import INDEX, PIPELINE, located
-from .shuffling import DROPOUT, OTHER, by_row, other_labels, perturbed, samples_of
+from .shuffling import DROPOUT, OTHER, draw_by_row, other_labels, perturb_tokens, samples_of
 from .tokens import TokenDataset, TokenSplit, load_tokens
 from .training.schedule import TrainConfig
 from .training.sharding import is_sharding
-from .training.stopping import what_is_saved
+from .training.stopping import describe_saved
 from .training.task import Split, Task
 from .training.tracking import TrackConfig
 from .training.trainer import train
@@ -80,24 +80,25 @@ class TrainPriorConfig(Config):
     )
 
     out: str = Field(description="run folder: metrics, previews, checkpoints, and the pipeline itself")
-    tokens: str = Field(description="token dataset, as `smalti encode` wrote it, or the id of one on the Hub")
+    tokens: str = Field(description="token dataset: a folder that `smalti encode` wrote, or a Hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a token dataset on the Hub")
     blocks: int | None = Field(
         None,
         ge=16,
         le=4096,
-        description="read rows in blocks of this size and shuffle within as many blocks, for tokens that exceed memory "
-        "on a slow disk; null: all rows in random order",
+        description="read rows in blocks of this size and shuffle within windows of as many blocks, for tokens on a "
+        "slow disk that exceed memory; null: shuffle all rows",
     )
     model: Annotated[dict[str, Any], Node("prior.base:Prior")] = Field({"kind": "gpt"}, description="the prior")
     init: Annotated[str | None, Within("pipeline", INDEX)] = Field(
         None,
-        description="pipeline whose prior to start from: its folder, its run or a Hub id; also sets the default of "
-        "`model`",
+        description="pipeline whose prior initializes this one: its folder, its run or a Hub id; also sets the "
+        "default of `model`",
     )
     objective: Literal["likelihood", "cca"] | None = Field(
         None,
-        description="likelihood (as null); or cca, which fine-tunes the prior of `init` to need no guidance",
+        description="null or likelihood: maximum likelihood; cca: fine-tune the prior of `init` so that it needs no "
+        "guidance",
     )
     cca: AlignmentConfig | None = Field(None, description="settings of objective=cca; null: their defaults")
     label_dropout: float = Field(
@@ -111,15 +112,15 @@ class TrainPriorConfig(Config):
         0.0,
         ge=0,
         le=1,
-        description="share of training tokens replaced by uniform random ids (0.1 to 0.3), for a background prior that "
-        "learns textures but not shapes",
+        description="share of training tokens replaced by uniform random ids (0.1 to 0.3), for a background prior "
+        "that learns textures but not shapes",
     )
     sampler: SamplerConfig = Field(SamplerConfig(), description="default sampling settings of the pipeline")
-    train: TrainConfig = Field(TrainConfig(), description="how long and how fast")
+    train: TrainConfig = Field(TrainConfig(), description="length and optimization of training")
     track: TrackConfig = Field(TrackConfig(), description="trackers of metrics and previews")
 
     @model_validator(mode="after")
-    def _contrasts_something(self) -> TrainPriorConfig:
+    def _check_alignment(self) -> TrainPriorConfig:
         if self.cca is not None and self.objective != "cca":
             raise ValueError("cca: needs objective=cca")
         if self.objective == "cca" and self.label_dropout == 1:
@@ -128,7 +129,7 @@ class TrainPriorConfig(Config):
 
 
 class PriorTask(Task):
-    """Trains a prior, the only player."""
+    """Train a prior, the only player."""
 
     shardable = True
     snapshots = {"pipeline": PIPELINE}
@@ -137,8 +138,8 @@ class PriorTask(Task):
     def __init__(self, config: TrainPriorConfig, device: torch.device | str = "cpu") -> None:
         self.config, self.data = config, load_tokens(config.tokens, revision=config.revision)
         if config.label_dropout == 1:  # no class would ever be trained
-            self.data = without_labels(self.data)
-        self.train_split, self.eval_splits = training_splits(self.data)
+            self.data = remove_labels(self.data)
+        self.train_split, self.eval_splits = select_splits(self.data)
         self.model: Prior = build_prior(config.model, self.data)
         self.is_checked = not is_built_in(self.model)  # before sharding, which changes the class
         if self.is_checked:
@@ -151,7 +152,7 @@ class PriorTask(Task):
         self.players = {"model": list(self.model.parameters())}
         self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)
         self.evaluated = {split: rows_evaluated(self.model, len(rows)) for split, rows in self.eval_splits.items()}
-        self.pipeline(self.model)  # raises its errors before training instead of after it
+        self.pipeline(self.model)  # raise its errors before training, not after
 
     def make_objective(self, reference: Prior | None, device: torch.device | str) -> nn.Module:
         """Build the module that maps a batch to a loss, with the reference moved to the device. Raises `UserError` for
@@ -159,7 +160,7 @@ class PriorTask(Task):
         if self.config.objective != "cca":
             return Likelihood(self.model)
         if reference is None:
-            raise UserError("init: missing; objective=cca fine-tunes a trained pipeline's prior, init=PIPELINE")
+            raise UserError("init: missing; objective=cca fine-tunes the prior of a trained pipeline (init=PIPELINE)")
         if problem := alignment_problem(self.model):
             raise UserError(f"objective: cca {problem}")
         self.counts = torch.bincount(cast(Tensor, self.train_split.labels).long(), minlength=self.data.num_classes)
@@ -175,15 +176,15 @@ class PriorTask(Task):
         rows, labels = torch.from_numpy(indices), self.train_split.labels
         tokens = self.train_split.rows(indices)
         if self.config.perturb:
-            tokens = perturbed(tokens, indices, epochs, seed, self.config.perturb, self.data.grid.vocab_size)
+            tokens = perturb_tokens(tokens, indices, epochs, seed, self.config.perturb, self.data.grid.vocab_size)
         null = torch.full((len(rows),), self.data.num_classes)
         if labels is None:
             return tokens, null
-        own, dropped = labels[rows].long(), by_row(indices, epochs, seed, DROPOUT) < self.config.label_dropout
+        own, dropped = labels[rows].long(), draw_by_row(indices, epochs, seed, DROPOUT) < self.config.label_dropout
         given = torch.where(torch.from_numpy(dropped), null, own)
         if self.config.objective != "cca":
             return tokens, given
-        return tokens, given, other_labels(own, self.counts, by_row(indices, epochs, seed, OTHER))
+        return tokens, given, other_labels(own, self.counts, draw_by_row(indices, epochs, seed, OTHER))
 
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return all rows in random order, or in blocks if `blocks` is set."""
@@ -213,7 +214,7 @@ class PriorTask(Task):
         return {"bits_per_token": bits_per_token(model, self.eval_splits[split], self.evaluated[split], group=group)}
 
     def score(self, evaluation: dict[str, float]) -> float | None:
-        """Return minus the bits per token; None with `cca`, whose quality bits do not measure."""
+        """Return the negative bits per token; None with `cca`, because bits do not measure what it improves."""
         bits = evaluation.get("bits_per_token")
         return None if bits is None or self.config.objective == "cca" else -bits
 
@@ -240,11 +241,11 @@ class PriorTask(Task):
         pipeline = self.pipeline(model)
         if self.init:
             facts = {**facts, "objective": self.config.objective or "likelihood", "init": self.init}
-        pipeline.provenance = {**self.data.source, "prior": facts, TOKENS: place_of(self.config.tokens)}
+        pipeline.provenance = {**self.data.source, "prior": facts, TOKENS: resolve_source(self.config.tokens)}
         pipeline.save_pretrained(run / "pipeline", sample_grid=pictures["samples"])
 
 
-def training_splits(data: TokenDataset) -> tuple[TokenSplit, dict[Split, TokenSplit]]:
+def select_splits(data: TokenDataset) -> tuple[TokenSplit, dict[Split, TokenSplit]]:
     """Return the split to train on and those to evaluate on: `test`, and `validation` unless empty. Raises `UserError`
     if `train` or `test` is missing or empty."""
     for name in ("train", "test"):
@@ -256,7 +257,7 @@ def training_splits(data: TokenDataset) -> tuple[TokenSplit, dict[Split, TokenSp
     return data.splits["train"], splits
 
 
-def without_labels(data: TokenDataset) -> TokenDataset:
+def remove_labels(data: TokenDataset) -> TokenDataset:
     """Return the same dataset without classes."""
     splits = {name: TokenSplit(split.tokens, None) for name, split in data.splits.items()}
     return replace(data, class_names=[], splits=splits)
@@ -275,7 +276,7 @@ FREE = ("dropout", "attention_dropout", "label_smoothing", "anneal", "random_sha
 
 
 def start_from(prior: Prior, class_names: list[str], source: str) -> Prior:
-    """Copy the weights of the prior of the pipeline `source` into `prior`; return that prior, as a reference.
+    """Copy the weights of the prior in the pipeline `source` into `prior`. Return the copied prior, as a reference.
 
     Raises `UserError` if the tokenizers, classes or settings differ (except settings that affect training only), and
     `PipelineLoadError` for an invalid pipeline.
@@ -287,13 +288,13 @@ def start_from(prior: Prior, class_names: list[str], source: str) -> Prior:
     theirs, mine = pipeline.prior, prior.config.to_dict()
     other = theirs.config.to_dict()
     if theirs.config.tokenizer != prior.config.tokenizer or theirs.grid != prior.grid:
-        raise UserError(f"init: {source}: its prior uses another tokenizer than tokens=")
+        raise UserError(f"init: {source}: its prior was trained with another tokenizer than tokens=")
     if (theirs.num_classes, pipeline.labels) != (prior.num_classes, class_names):
         there, here = (
             f"has {count} classes" + (f" ({', '.join(names)})" if names else "")
             for count, names in ((theirs.num_classes, pipeline.labels), (prior.num_classes, class_names))
         )
-        raise UserError(f"init: {source}: {there}, and tokens= {here}")
+        raise UserError(f"init: {source}: {there}, but tokens= {here}")
     if theirs.name != prior.name:
         raise UserError(f"init: {source}: its prior has model.kind={theirs.name}, not {prior.name}; remove model.kind")
     if differing := [key for key in {**mine, **other} if key not in FREE and mine.get(key) != other.get(key)]:
@@ -304,7 +305,8 @@ def start_from(prior: Prior, class_names: list[str], source: str) -> Prior:
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the model settings of the pipeline `init` as defaults; {} if unreadable, which loading it will report."""
+    """Return the model settings of the pipeline `init` as defaults; {} if it is unreadable, which loading it will
+    report."""
     path = file_of(str(located(str(given.get("init") or ""))), f"prior/{CONFIG}")
     saved = read_json(path) if path else {}
     if not Prior.has(saved.get("kind")):
@@ -315,7 +317,7 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(config: TrainPriorConfig) -> Path:
-    """Train and return the run folder, whose `pipeline/` is for `ImagePipeline.from_pretrained`."""
+    """Train and return the run folder; `ImagePipeline.from_pretrained` loads its `pipeline/`."""
 
     def build(accelerator: Accelerator) -> Task:
         if config.objective == "cca" and is_sharding(accelerator):
@@ -334,7 +336,7 @@ main = partial(
     verb="train_prior",
     description=__doc__,
     defaults=defaults,
-    after_ctrl_c=lambda config: what_is_saved(Path(config.out)),
+    after_ctrl_c=lambda config: describe_saved(Path(config.out)),
 )
 
 

@@ -32,10 +32,10 @@ from .metrics.reconstruction import evaluate_reconstruction, reconstruction_pict
 from .processes.group import ALONE, ProcessGroup
 from .provenance import data_of, file_of, save_tokenizer, tokenizer_folder
 from .training.adversary import Adversary, CriticConfig, make_adversary
-from .training.losses import LossConfig, loss_weights_of
+from .training.losses import LossConfig, combine_loss_weights
 from .training.optimizers import hidden_matrices
 from .training.schedule import TrainConfig
-from .training.stopping import what_is_saved
+from .training.stopping import describe_saved
 from .training.task import Split, Task
 from .training.tracking import TrackConfig
 from .training.trainer import train
@@ -43,8 +43,8 @@ from .training.trainer import train
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-EVALUATED_IMAGES = 2000  # at most, during training; `smalti evaluate` uses all held-out images
-INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # fewest that initialize a tokenizer
+EVALUATED_IMAGES = 2000  # maximum during training; `smalti evaluate` uses all held-out images
+INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # minimum to initialize a tokenizer from
 
 
 class TrainTokenizerConfig(Config):
@@ -67,17 +67,17 @@ class TrainTokenizerConfig(Config):
     )
     init: Annotated[str | None, Within("tokenizer", CONFIG)] = Field(
         None,
-        description="tokenizer to start from: its folder, its run or a Hub id; also sets defaults of `model` and "
-        "`data`; a klvae for posthoc",
+        description="tokenizer that initializes this one (for posthoc, a klvae): its folder, its run or a Hub id; "
+        "also sets defaults of `model` and `data`",
     )
     loss: LossConfig = Field(LossConfig(), description="weights of the losses")
     critic: CriticConfig = Field(CriticConfig(), description="the adversary of VQGAN")
-    train: TrainConfig = Field(TrainConfig(), description="how long and how fast")
+    train: TrainConfig = Field(TrainConfig(), description="length and optimization of training")
     track: TrackConfig = Field(TrackConfig(), description="trackers of metrics and previews")
 
 
 class Stage(nn.Module):
-    """The averaged and saved modules: the tokenizer, which users get, its critic, and counts of codebook use."""
+    """The modules that are averaged and saved: the tokenizer, its critic, and counts of codebook use."""
 
     use: CodebookUse
 
@@ -88,7 +88,7 @@ class Stage(nn.Module):
 
 
 class TokenizerTask(Task):
-    """Trains a tokenizer, if it has trainable parameters after `initialize`, and its critic, if any."""
+    """Train a tokenizer, if it has trainable parameters after `initialize`, and its critic, if any."""
 
     model: Stage
     snapshots = {"tokenizer": Tokenizer.folder_kind()}
@@ -96,7 +96,7 @@ class TokenizerTask(Task):
     def __init__(self, config: TrainTokenizerConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         channels, height, width = config.data.image_shape
-        model_config(config.model, (height, width), channels)  # raises its errors before images are decoded
+        model_config(config.model, (height, width), channels)  # raise its errors before decoding images
         self.images = load_images(config.data, together=True, stream=True)
         self.rows = 0 if is_stream(config.data) else len(self.images.train)
         splits: dict[Split, ImageDataset | None] = {"validation": self.images.validation}
@@ -110,7 +110,7 @@ class TokenizerTask(Task):
         """Register `tokenizer` as a player, if it has trainable parameters, and its critic, if any."""
         config, self.tokenizer = self.config, tokenizer
         self.tokens_per_row = len(tokenizer.grid)
-        self.weights = loss_weights_of(config.loss, tokenizer)
+        self.weights = combine_loss_weights(config.loss, tokenizer)
         parameters = [parameter for parameter in tokenizer.parameters() if parameter.requires_grad]
         self.nets: dict[str, nn.Module] = {"model": tokenizer} if parameters else {}
         self.players = {"model": parameters} if parameters else {}
@@ -150,8 +150,8 @@ class TokenizerTask(Task):
         return (self.images.train.prepare(*batch),)
 
     def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the tokenizer's weighted sum of pixel, quantizer, LPIPS and adversarial losses; or the critic's loss
-        on the same images and the reconstructions that the tokenizer's loss made of them."""
+        """For the tokenizer, return the weighted sum of pixel, quantizer, LPIPS and adversarial losses. For the critic,
+        return its loss on the same images and the reconstructions from the tokenizer's turn."""
         (images,) = batch
         if player == "critic":
             assert self.adversary is not None
@@ -177,12 +177,12 @@ class TokenizerTask(Task):
         return {f"codebook_{name}": value for name, value in figures.items()} | self.tokenizer.figures
 
     def matrices(self) -> dict[nn.Parameter, int]:
-        """Return the tokenizer's matrices only: critics are trained by Adam."""
+        """Return the tokenizer's matrices only, because critics are trained with Adam."""
         return hidden_matrices(self.tokenizer)
 
     def preview(self, model: Any, group: ProcessGroup = ALONE) -> dict[str, np.ndarray]:
-        """Return images not used for training, each row above its reconstructions, and a chart of codebook use. They
-        are few, so the main process makes them alone."""
+        """Return images not used for training, each row above its reconstructions, and a chart of codebook use. The
+        main process computes these few pictures alone."""
         if not group.is_main:
             return {}
         images = self.eval_splits[self.watched]
@@ -196,7 +196,8 @@ class TokenizerTask(Task):
         return evaluate_reconstruction(model.tokenizer, self.eval_splits[split], EVALUATED_IMAGES, group)
 
     def score(self, evaluation: dict[str, float]) -> float | None:
-        """Return PSNR; None with a critic or LPIPS, which trade PSNR for looks that no figure here measures."""
+        """Return PSNR; None with a critic or LPIPS, which trade PSNR for perceptual quality that no figure here
+        measures."""
         return None if self.adversary or self.perceptual else evaluation.get("psnr")
 
     def quality(self, evaluation: dict[str, float]) -> str:
@@ -245,13 +246,13 @@ def build_tokenizer(node: dict[str, Any], image_size: tuple[int, int], channels:
 
 
 def run(config: TrainTokenizerConfig) -> Path:
-    """Train and return the run folder, whose `tokenizer/` is for the next stage."""
+    """Train and return the run folder, whose `tokenizer/` the next stage uses."""
 
     def build(accelerator: Accelerator) -> Task:
-        if accelerator.device.type == "cuda":  # one batch shape: benchmarking kernels pays off
+        if accelerator.device.type == "cuda":  # batches have one shape, so benchmarking kernels pays off
             torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
         if config.loss.perceptual:
-            with accelerator.local_main_process_first():  # the first downloads, the others use its file
+            with accelerator.local_main_process_first():  # the first process downloads, the others use its file
                 Perceptual(config.loss.perceptual_net)
         return TokenizerTask(config, accelerator.device)
 
@@ -265,7 +266,7 @@ main = partial(
     verb="train_tokenizer",
     description=__doc__,
     defaults=defaults,
-    after_ctrl_c=lambda config: what_is_saved(Path(config.out)),
+    after_ctrl_c=lambda config: describe_saved(Path(config.out)),
 )
 
 

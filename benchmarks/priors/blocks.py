@@ -6,20 +6,20 @@ r"""Cost of drawing several tokens per pass, in bits: ordered partitions against
     python -m benchmarks.priors.blocks tokens=runs/garments_tokens steps=1500 seeds=3 model.dim=64 model.depth=4 \
         model.heads=4 train.batch_size=64 train.lr=3e-3
 
-Trains one prior of kind `blocks` for each of `orders`, a `gpt` in raster order and a `masked` prior on the same tokens
-with `seeds` seeds for equally many steps, by `smalti train_prior --config CONFIG` with the dotted keys given here.
-Finished runs are read from `out`.
+Trains one prior of kind `blocks` for each of `orders`, a `gpt` in raster order and a `masked` prior on the same tokens,
+for the same number of steps and with `seeds` seeds, by `smalti train_prior --config CONFIG` and the dotted keys of this
+command. Finished runs are read from `out`.
 
 bits/token: -log2 p per token of the held-out split given its labels; price: the difference to `gpt`. Means over seeds,
 +- half of the 95 % t-interval. s: seconds for 64 images, classes in turn, cached, without guidance; median of three, on
 one thread by default. `gpt, parallel` draws the same images as `gpt` from fewer passes (mean per image). `masked, K
-steps` fills in the most confident tokens, which has no density; `masked along ORDER` evaluates the same weights exactly
-(on 500 images).
+steps` draws the most confident tokens first, and has no density; `masked along ORDER` evaluates the same weights
+exactly (on 500 images).
 
 Samples of the first seed: `samples` images without guidance. agreement: share that a small classifier of decoded
 training tokens assigns to the requested class; Frechet: distance between its features of samples and of as many decoded
-training images; judge: bits per token of the samples under another `gpt` (seed 9), which favours its own kind. The last
-row is for decoded held-out images.
+training images; judge: bits per token of the samples under another `gpt` (seed 9), which favours samples of a `gpt`.
+The last row is for decoded held-out images.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ OPTIONS = {
 
 
 def train(kind: str, order: str, seed: int, options: SimpleNamespace) -> Path:
-    """Train a prior, unless that is done; returns the folder of the run."""
+    """Train a prior, unless it is already trained; return the folder of the run."""
     name = kind if kind != "blocks" else f"blocks-{order.replace(':', '-').replace('/', '_')}"
     run = Path(options.out) / name / f"seed{seed}"
     more = [f"tokens={options.tokens}", f"model.kind={kind}", f"model.order={order}", f"train.seed={seed}"]
@@ -61,8 +61,8 @@ def train(kind: str, order: str, seed: int, options: SimpleNamespace) -> Path:
     return run
 
 
-def cached(path: Path, measure: Any) -> dict[str, Any]:
-    """The result of `measure()`, cached in `path`."""
+def cache_json(path: Path, measure: Any) -> dict[str, Any]:
+    """Return the result of `measure()`, cached in `path`."""
     if not path.is_file():
         print(f"measuring {path.parent}", file=sys.stderr, flush=True)
         write_json(measure(), path)
@@ -86,7 +86,7 @@ class Pictures:
         return self.images[torch.as_tensor(rows)]
 
 
-class Judges:
+class SampleMetrics:
     """Metrics of samples: a classifier of decoded training tokens, its features, and another prior."""
 
     def __init__(self, pipe: Any, judge: Any, data: Any, samples: int) -> None:
@@ -97,7 +97,7 @@ class Judges:
         self.known = self.features(pictures.images[:samples])
 
     def features(self, images: Any) -> Any:
-        """Features `(n, d)` of the classifier."""
+        """Return the classifier's features `(n, d)`."""
         import torch
 
         with torch.inference_mode():
@@ -123,8 +123,8 @@ class Judges:
         }
 
 
-def draw(pipe: Any, count: int, **how: Any) -> tuple[Any, Any]:
-    """Sample tokens, classes in turn; returns tokens and labels."""
+def sample_tokens(pipe: Any, count: int, **how: Any) -> tuple[Any, Any]:
+    """Sample tokens, classes in turn; return tokens and labels."""
     import torch
 
     labels = torch.arange(count) % max(1, pipe.prior.num_classes)
@@ -133,8 +133,8 @@ def draw(pipe: Any, count: int, **how: Any) -> tuple[Any, Any]:
     ).tokens, labels
 
 
-def timed(pipe: Any, **how: Any) -> dict[str, Any]:
-    """Seconds for 64 images, and passes per image."""
+def time_sampling(pipe: Any, **how: Any) -> dict[str, Any]:
+    """Measure the seconds for 64 images, and the passes per image."""
     import torch
 
     labels, rows = torch.arange(TIMED) % max(1, pipe.prior.num_classes), list[int]()
@@ -144,22 +144,24 @@ def timed(pipe: Any, **how: Any) -> dict[str, Any]:
     return {"seconds": seconds, "passes": sum(rows) / TIMED / 4 if how.get("parallel") else len(pipe.prior.blocks)}
 
 
-def measure_prior(run: Path, data: Any, judges: Judges | None) -> dict[str, Any]:
-    """Measure bits and passes of a run; with `judges` also samples and speed."""
+def measure_prior(run: Path, data: Any, metrics: SampleMetrics | None) -> dict[str, Any]:
+    """Measure bits and passes of a run; with `metrics` also samples and speed."""
     from pipelines import ImagePipeline
     from pipelines.metrics.likelihood import bits_per_token
 
     pipe = ImagePipeline.from_pretrained(run / "pipeline")
     split = data.splits["test"]
-    found = cached(run / "bits.json", lambda: {"bits": bits_per_token(pipe.prior, split)})
+    found = cache_json(run / "bits.json", lambda: {"bits": bits_per_token(pipe.prior, split)})
     found["passes"] = len(pipe.prior.blocks)
-    if judges:
-        found |= cached(run / "time.json", lambda: timed(pipe))
-        found |= cached(run / "samples.json", lambda: judges(pipe, *draw(pipe, judges.samples)))
+    if metrics:
+        found |= cache_json(run / "time.json", lambda: time_sampling(pipe))
+        found |= cache_json(run / "samples.json", lambda: metrics(pipe, *sample_tokens(pipe, metrics.samples)))
     return found
 
 
-def measure_masked(run: Path, data: Any, judges: Judges | None, steps: int, order: str) -> dict[str, dict[str, Any]]:
+def measure_masked(
+    run: Path, data: Any, metrics: SampleMetrics | None, steps: int, order: str
+) -> dict[str, dict[str, Any]]:
     """Measure a masked prior twice: by confidence in `steps` steps, and exactly along an order."""
     from pipelines import ImagePipeline
 
@@ -176,20 +178,21 @@ def measure_masked(run: Path, data: Any, judges: Judges | None, steps: int, orde
             nats = torch.cat([pipe.prior.log_prob(part, ids, order=order) for part, ids in parts])
         return {"bits": -float(nats.double().mean()) / len(data.grid) / math.log(2)}
 
-    confident, along = {"passes": steps}, cached(run / f"bits-{order.replace(':', '-')}.json", exact)
-    if judges:
+    confident, along = {"passes": steps}, cache_json(run / f"bits-{order.replace(':', '-')}.json", exact)
+    if metrics:
         for found, how in ((confident, {"steps": steps}), (along, {"order": order})):
             name = "-".join(map(str, how.values())).replace(":", "-")
-            found |= cached(run / f"time-{name}.json", lambda how=how: timed(pipe, **how))
-            found |= cached(
-                run / f"samples-{name}.json", lambda how=how: judges(pipe, *draw(pipe, judges.samples, **how))
+            found |= cache_json(run / f"time-{name}.json", lambda how=how: time_sampling(pipe, **how))
+            found |= cache_json(
+                run / f"samples-{name}.json",
+                lambda how=how: metrics(pipe, *sample_tokens(pipe, metrics.samples, **how)),
             )
     along["passes"], confident["passes"] = int(order.partition(":")[2]), steps
     return {f"masked, {steps} steps": confident, f"masked along {order}": along}
 
 
-def line(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
-    """Format a row of the table; `runs`: figures of each seed."""
+def format_row(name: str, runs: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
+    """Format a row of the table. runs: the figures of each seed."""
     first, cells = runs[0], [name, f"{runs[0]['passes']:.3g}" if "passes" in runs[0] else ""]
     if "bits" in first:
         cells += [with_interval([run["bits"] for run in runs], 3)]
@@ -210,30 +213,31 @@ def main() -> None:
 
     data, seeds = load_tokens(options.tokens), range(1, options.seeds + 1)
     orders = [order for order in options.orders.split(",") if order]
-    named = {"gpt": ("gpt", "raster"), **{order: ("blocks", order) for order in orders}}
-    runs = {name: [train(*what, seed, options) for seed in seeds] for name, what in named.items()}
+    kinds = {"gpt": ("gpt", "raster"), **{order: ("blocks", order) for order in orders}}
+    runs = {name: [train(*what, seed, options) for seed in seeds] for name, what in kinds.items()}
     masked = [train("masked", "raster", seed, options) for seed in seeds] if options.masked else []
     judge = ImagePipeline.from_pretrained(train("gpt", "raster", JUDGE, options) / "pipeline")
-    judges = Judges(judge, judge.prior, data, options.samples)
+    metrics = SampleMetrics(judge, judge.prior, data, options.samples)
     rows = {
-        name: [measure_prior(run, data, None if at else judges) for at, run in enumerate(each)]
+        name: [measure_prior(run, data, None if at else metrics) for at, run in enumerate(each)]
         for name, each in runs.items()
     }
     first = ImagePipeline.from_pretrained(runs["gpt"][0] / "pipeline")
-    jacobi = cached(runs["gpt"][0] / "parallel.json", lambda: timed(first, parallel=True))
+    jacobi = cache_json(runs["gpt"][0] / "parallel.json", lambda: time_sampling(first, parallel=True))
     rows["gpt, parallel"] = [{**run, **jacobi} for run in rows["gpt"]]
     for steps in (int(text) for text in options.masked.split(",") if text):
         found = [
-            measure_masked(run, data, None if at else judges, steps, f"halton:{steps}") for at, run in enumerate(masked)
+            measure_masked(run, data, None if at else metrics, steps, f"halton:{steps}")
+            for at, run in enumerate(masked)
         ]
         rows |= {name: [each[name] for each in found] for name in found[0]}
     print(f"{len(data.grid)} tokens of {data.grid.vocab_size} ids, {options.steps} steps, {options.seeds} seed(s)\n")
     print(table_head("order", "passes", "bits/token", "price", "s, 64 images", "agreement", "Frechet", "judge, bits"))
     for name, each in rows.items():
-        print(line(name, each, rows["gpt"]), flush=True)
+        print(format_row(name, each, rows["gpt"]), flush=True)
     test = data.splits["test"]
-    real = judges(judge, test.tokens[: options.samples].long(), test.labels[: options.samples])
-    print(line("held-out images", [real], rows["gpt"]))
+    real = metrics(judge, test.tokens[: options.samples].long(), test.labels[: options.samples])
+    print(format_row("held-out images", [real], rows["gpt"]))
 
 
 if __name__ == "__main__":

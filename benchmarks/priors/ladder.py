@@ -51,7 +51,7 @@ OPTIONS = {
 }
 
 
-def tokens_of(data: str, source: str | None, variants: int, out: Path) -> Path:
+def make_tokens(data: str, source: str | None, variants: int, out: Path) -> Path:
     """Create the token dataset with the VQ-VAE or pixel preset of the data."""
     folder, images = out / "tokens", [f"data.source={source}"] if source else []
     if not (folder / "manifest.json").is_file():
@@ -63,8 +63,8 @@ def tokens_of(data: str, source: str | None, variants: int, out: Path) -> Path:
     return folder
 
 
-def timed(presets: dict[str, Path], tokens: Path, path: Path) -> dict[str, float]:
-    """CPU seconds of a training step of each preset, timed in one pass and cached in `path`."""
+def time_steps(presets: dict[str, Path], tokens: Path, path: Path) -> dict[str, float]:
+    """Return the CPU seconds of a training step of each preset, timed in one pass and cached in `path`."""
     if not path.is_file():
         print(f"timing a step of {', '.join(presets)}", file=sys.stderr, flush=True)
         fixed = [f"tokens={tokens}", f"out={path.parent}", "track.wandb=disabled"]
@@ -74,14 +74,14 @@ def timed(presets: dict[str, Path], tokens: Path, path: Path) -> dict[str, float
 
 
 def train(preset: Path, tokens: Path, steps: int, seed: int, run: Path) -> Path:
-    """Train a preset; returns the folder of its pipeline."""
+    """Train a preset; return the folder of its pipeline."""
     more = (f"tokens={tokens}", f"train.seed={seed}")
     train_once("train_prior", preset, steps, run, *more, never=("preview", "save"))
     return run / "pipeline"
 
 
-def uncached_seconds(prior: Any, labels: Any) -> tuple[float, bool]:
-    """Seconds to sample with one full pass per token, and whether they are extrapolated."""
+def time_uncached(prior: Any, labels: Any) -> tuple[float, bool]:
+    """Return the seconds to sample with one full pass per token, and whether they are extrapolated."""
     import torch
 
     tokens = torch.zeros(len(labels), *prior.grid.shape, dtype=torch.long)
@@ -92,8 +92,8 @@ def uncached_seconds(prior: Any, labels: Any) -> tuple[float, bool]:
     return seconds_of([lambda: prior.sample(len(labels), labels, cache=False)], 1)[0], False
 
 
-def sampling(pipe: Any) -> dict[str, Any]:
-    """Seconds for 64 samples, and passes per image."""
+def time_sampling(pipe: Any) -> dict[str, Any]:
+    """Measure the seconds for 64 samples, and the passes per image."""
     import torch
 
     prior, labels = pipe.prior, torch.arange(TIMED) % pipe.prior.num_classes
@@ -102,7 +102,7 @@ def sampling(pipe: Any) -> dict[str, Any]:
         (figures["cached"],) = seconds_of([lambda: prior.sample(TIMED, labels, steps=pipe.sampler.steps)], 3)
         return figures
     (figures["cached"],) = seconds_of([lambda: prior.sample(TIMED, labels)], 3)
-    figures["uncached"], figures["extrapolated"] = uncached_seconds(prior, labels)
+    figures["uncached"], figures["extrapolated"] = time_uncached(prior, labels)
     rows: list[int] = []
     hook = prior.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     (figures["parallel"],) = seconds_of([lambda: prior.sample(TIMED, labels, parallel=True)], 3)
@@ -111,15 +111,15 @@ def sampling(pipe: Any) -> dict[str, Any]:
     return figures
 
 
-def likelihood(pipe: Any, split: Any, rows: int) -> dict[str, Any]:
-    """Held-out bits per token in the prior's own order; `rows`: number of evenly spaced images, 0 for all."""
+def measure_likelihood(pipe: Any, split: Any, rows: int) -> dict[str, Any]:
+    """Measure held-out bits per token in the prior's own order. rows: number of evenly spaced images, 0 for all."""
     from pipelines.metrics.likelihood import bits_per_token
 
     return {"bits": bits_per_token(pipe.prior, split, rows or None), "exact": pipe.prior.exact}
 
 
-def mixture_gain(pipe: Any, split: Any) -> float | None:
-    """Reduction in bits per token by mixing four orders, if the prior takes any order."""
+def measure_mixture_gain(pipe: Any, split: Any) -> float | None:
+    """Measure the reduction in bits per token by mixing four orders; None unless the prior supports any order."""
     from pipelines.metrics.likelihood import bits_per_token
 
     if not (pipe.prior.any_order and pipe.prior.exact):
@@ -128,8 +128,8 @@ def mixture_gain(pipe: Any, split: Any) -> float | None:
     return one - four
 
 
-def agreement(pipe: Any, data: Any) -> dict[str, float]:
-    """Class agreement of samples, and of decoded held-out tokens."""
+def measure_agreement(pipe: Any, data: Any) -> dict[str, float]:
+    """Measure the class agreement of samples, and of decoded held-out tokens."""
     import torch
 
     from pipelines.metrics.agreement import nearest_label
@@ -153,7 +153,7 @@ def measure(pipe: Any, data: Any, rows: int, run: Path) -> dict[str, Any]:
     path = run / "ladder.json"
     if not path.is_file():
         figures = {"parameters": sum(p.numel() for p in pipe.prior.parameters())}
-        figures |= likelihood(pipe, data.splits["test"], rows) | agreement(pipe, data)
+        figures |= measure_likelihood(pipe, data.splits["test"], rows) | measure_agreement(pipe, data)
         save_picture(pipe.sample_picture(), run / "samples.png", overwrite=True)
         write_json(figures, path)
     return json.loads(path.read_text())
@@ -163,12 +163,12 @@ def measure_speed(pipe: Any, data: Any, run: Path) -> dict[str, Any]:
     """Measure sampling speed and the gain of mixing orders, cached in `run`."""
     path = run / "speed.json"
     if not path.is_file():
-        write_json({**sampling(pipe), "mixture_gain": mixture_gain(pipe, data.splits["test"])}, path)
+        write_json({**time_sampling(pipe), "mixture_gain": measure_mixture_gain(pipe, data.splits["test"])}, path)
     return json.loads(path.read_text())
 
 
-def marginal(data: Any) -> Any:
-    """The baseline: counted token frequencies, independent per position."""
+def build_marginal(data: Any) -> Any:
+    """Build the baseline: counted token frequencies, independent per position."""
     from pipelines import ImagePipeline
     from prior import Prior
 
@@ -194,15 +194,15 @@ def draw_samples(kinds: list[str], out: Path) -> Path:
     return out / "samples.png"
 
 
-def passes(f: dict[str, Any], name: str, tokens: int) -> str:
+def format_passes(f: dict[str, Any], name: str, tokens: int) -> str:
     """Format seconds and passes per image of parallel sampling."""
     if name not in f:
         return ""
     return f"{f[name]:.2f}, {f[f'{name}_passes']:.1f} ({f[f'{name}_passes'] / tokens:.1%})"
 
 
-def line(name: str, runs: list[dict[str, Any]], seconds: float | None, steps: int | None, tokens: int) -> str:
-    """Format a row of the table; `runs`: figures of each seed."""
+def format_row(name: str, runs: list[dict[str, Any]], seconds: float | None, steps: int | None, tokens: int) -> str:
+    """Format a row of the table. runs: the figures of each seed."""
     import math
 
     bound = "" if runs[0]["exact"] else "<= "
@@ -219,26 +219,26 @@ def line(name: str, runs: list[dict[str, Any]], seconds: float | None, steps: in
     return table_row(cells)
 
 
-def speed_line(name: str, f: dict[str, Any], tokens: int) -> str:
+def format_speed_row(name: str, f: dict[str, Any], tokens: int) -> str:
     """Format a row of the table of sampling speed."""
     rough = "~" if f.get("extrapolated") else ""
     cells = [
         name,
         f"{f['cached']:.2f}" + (f" ({f['passes']} passes)" if f["passes"] else ""),
         f"{rough}{f['uncached']:.0f}" if "uncached" in f else "",
-        passes(f, "parallel", tokens),
+        format_passes(f, "parallel", tokens),
         f"{f['mixture_gain']:+.4f}" if f["mixture_gain"] is not None else "",
     ]
     return table_row(cells)
 
 
-def speed_table(pipes: dict[str, Any], data: Any, out: Path) -> None:
+def print_speed_table(pipes: dict[str, Any], data: Any, out: Path) -> None:
     """Print the table of sampling speed."""
     print(f"\n64 samples, seconds, on {os.environ['OMP_NUM_THREADS']} thread(s)\n")
     print(table_head("prior", "cached", "uncached", "parallel: s, passes", "four orders mixed"))
     for kind, pipe in pipes.items():
         found = measure_speed(pipe, data, out / kind / "seed0")
-        print(speed_line(kind, found, len(data.grid)), flush=True)
+        print(format_speed_row(kind, found, len(data.grid)), flush=True)
 
 
 def compare(data: Any, tokens: Path, presets: dict[str, Path], options: SimpleNamespace, out: Path) -> None:
@@ -246,10 +246,10 @@ def compare(data: Any, tokens: Path, presets: dict[str, Path], options: SimpleNa
     from pipelines import ImagePipeline
 
     minutes, seeds, rows = options.minutes, options.seeds, options.rows
-    seconds = timed(presets, tokens, out / "steps.json")
+    seconds = time_steps(presets, tokens, out / "steps.json")
     only = choose(",".join(presets) if options.only is None else options.only, list(seconds))
     steps = {kind: steps_within(minutes, seconds[kind]) for kind in only}
-    pipes, found = {"marginal": marginal(data)}, {}
+    pipes, found = {"marginal": build_marginal(data)}, {}
     (out / "marginal" / "seed0").mkdir(parents=True, exist_ok=True)
     found["marginal"] = [measure(pipes["marginal"], data, rows, out / "marginal" / "seed0")]
     for seed in range(seeds):
@@ -258,17 +258,17 @@ def compare(data: Any, tokens: Path, presets: dict[str, Path], options: SimpleNa
             pipe = ImagePipeline.from_pretrained(train(presets[kind], tokens, steps[kind], seed, run))
             pipes.setdefault(kind, pipe)
             found.setdefault(kind, []).append(measure(pipe, data, rows, run))
-            print(line(kind, found[kind][-1:], seconds[kind], steps[kind], len(data.grid)), flush=True)
+            print(format_row(kind, found[kind][-1:], seconds[kind], steps[kind], len(data.grid)), flush=True)
     shape = "x".join(map(str, data.grid.shape))
     of = f"{len(data.splits['train']):,} training rows of {shape} ids of {data.grid.vocab_size}"
     print(f"\n{out.name}: {of}, {minutes:g} CPU minutes each, {seeds} seed(s)\n")
     print(table_head("prior", "parameters", "ms per step", "steps", "bits per token", "nats per image", "agreement"))
     ranked = sorted(found, key=lambda kind: -sum(run["bits"] for run in found[kind]) / len(found[kind]))
     for kind in ranked:
-        print(line(kind, found[kind], seconds.get(kind), steps.get(kind), len(data.grid)))
+        print(format_row(kind, found[kind], seconds.get(kind), steps.get(kind), len(data.grid)))
     print(f"| held-out images | | | | | | {100 * found['marginal'][0]['real_agreement']:.1f} % |")
     if options.speed:
-        speed_table({kind: pipes[kind] for kind in ranked}, data, out)
+        print_speed_table({kind: pipes[kind] for kind in ranked}, data, out)
     print(f"\nsamples of each, two per class: {draw_samples(ranked, out)}")
 
 
@@ -279,7 +279,7 @@ def main() -> None:
     use_threads(options.threads)
     from pipelines.tokens import load_tokens
 
-    tokens = tokens_of(options.data, options.source, options.augmentations, out)
+    tokens = make_tokens(options.data, options.source, options.augmentations, out)
     compare(load_tokens(str(tokens)), tokens, presets, options, out)
 
 

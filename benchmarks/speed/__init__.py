@@ -1,1 +1,1 @@
-"""How long training, sampling and data take, beside others where there are any."""
+"""Speed of training, sampling and quantizers, compared with other libraries."""

@@ -1,4 +1,4 @@
-"""Measure training, sampling and encoding on a GPU, beside reference models, in one table.
+"""Measure training, sampling and encoding on a GPU, next to reference models, in one table.
 
     pip install -e ".[dev,benchmarks]"
     python -m benchmarks.speed.gpu
@@ -12,11 +12,11 @@ for `vqgan_imagenet256`, without its perceptual network.
 step: a step of the training loop under bf16 autocast, with data loading, clipping, checks and averaged weights; for
 references, forward, backward, clipping and fused AdamW. host: time until the call returns. of peak: FLOPs by torch's
 counter (attention as two full products) over time, as a share of the card's published bf16 peak; for unknown cards, of
-the measured peak of a product of side 8192. memory: peak bytes of tensors in a step; over plan: as a share of the
-estimate of `smalti plan`. Sampling is without guidance, from logits of standard deviation 3, with one CUDA graph for
-all steps; "kernel by kernel" is without it, as with a step callback. A token step is the time of a call divided by the
-tokens of an image. Medians of `repeats` calls. The table is written to `out`, and replaces the section `## On a GPU` of
-the page `docs`.
+the measured peak of a matrix product of side 8192. memory: peak bytes of tensors in a step; over plan: as a share of
+the estimate of `smalti plan`. Sampling is without guidance, from logits of standard deviation 3, with one CUDA graph
+for all steps; "kernel by kernel" is without it, as with a step callback. A token step is the time of a call divided by
+the tokens of an image. Medians of `repeats` calls. The table is written to `out`, and replaces the section `## On a
+GPU` of the page `docs`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-from benchmarks.support.card import MATRIX, Card, find_card, software
+from benchmarks.support.card import MATRIX, Card, describe_software, find_card
 from benchmarks.support.card_sampling import CODING_HEAD, SAMPLING_HEAD, coding_rows, sampling_rows
 from benchmarks.support.card_training import (
     FULL,
@@ -44,7 +44,7 @@ from benchmarks.support.card_training import (
     reference_tokenizer,
     tokenizer_arguments,
 )
-from benchmarks.support.options import choose, need, read_options
+from benchmarks.support.options import choose, read_options, require_packages
 from benchmarks.support.tables import table_head, table_row
 
 PARTS = ("training", "sampling", "coding")
@@ -102,8 +102,8 @@ def describe_setup(card: Card) -> str:
     """The card, software, date and command of the measurements."""
     peak = "unknown" if card.published is None else f"{card.published / 1e12:.0f} TFLOP/s published"
     return (
-        f"{card.name}; {software()}; {datetime.date.today()}; bf16 peak {peak}, {card.measured / 1e12:.1f} measured; "
-        f"`python -m benchmarks.speed.gpu`, random weights, one run."
+        f"{card.name}; {describe_software()}; {datetime.date.today()}; bf16 peak {peak}, {card.measured / 1e12:.1f} "
+        f"measured; `python -m benchmarks.speed.gpu`, random weights, one run."
     )
 
 
@@ -140,7 +140,7 @@ def main() -> None:
             "docs": None,
         },
     )
-    need("transformers", "diffusers")
+    require_packages("transformers", "diffusers")
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     if options.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"

@@ -5,10 +5,11 @@
     python -m benchmarks.speed.quantizers threads=1 repeats=20 large=0    # without the codebooks of 16,384
 
 First the EMA codebook in training: 3136 vectors of 64 channels (64 images of 7x7), 512 codes. Bare: one matrix product,
-argmin, and the sums and counts of an EMA update (index_add, bincount). Then each quantizer with a counterpart, with
-equal numbers of codes, gradients and losses: 3136 vectors and 512 codes; then 16,384 vectors (64 images of 16x16) and
-16,384 codes of 8 channels. The latter takes 6 to 10 GB and leaves out residual codebooks, for which theirs would need
-25 GB. Medians of `repeats` runs (the latter of `large` runs), in turn, after a warm-up.
+argmin, and the sums and counts of an EMA update (index_add, bincount). Then each quantizer that has a counterpart, with
+the same number of codes, gradients and losses: first 3136 vectors and 512 codes, then 16,384 vectors (64 images of
+16x16) and 16,384 codes of 8 channels. The large case takes 6 to 10 GB and leaves out residual codebooks, for which the
+peer would need 25 GB. Times are medians of `repeats` runs (`large` runs of the large case), taken in turn after a
+warm-up.
 
 `tests/project/test_peers.py` checks that both give the same results, and lists intended differences.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.support.options import need, read_options, use_threads
+from benchmarks.support.options import read_options, require_packages, use_threads
 from benchmarks.support.tables import table_head
 from benchmarks.support.timing import seconds_of
 
@@ -31,7 +32,7 @@ Pair = tuple[Any, Any]
 
 
 def codebooks(codes: int, dim: int) -> dict[str, Pair]:
-    """Pairs of quantizers with a codebook, ours and theirs."""
+    """Build pairs of quantizers with a codebook, ours and the peer's."""
     from vector_quantize_pytorch import ResidualVQ, SimVQ, VectorQuantize
 
     from tokenizer.quantizers import Quantizer
@@ -58,7 +59,7 @@ def codebooks(codes: int, dim: int) -> dict[str, Pair]:
 
 
 def lookup_free(bits: int) -> dict[str, Pair]:
-    """Pairs of quantizers without a codebook. `group`: treat all bits as one group, as theirs does."""
+    """Build pairs of quantizers without a codebook. `group` treats all bits as one group, as the peer does."""
     from vector_quantize_pytorch import FSQ, LFQ
 
     from tokenizer.quantizers import Quantizer
@@ -71,15 +72,15 @@ def lookup_free(bits: int) -> dict[str, Pair]:
     }
 
 
-def images_of_vectors(dim: int, side: int) -> Any:
-    """Vectors `(64, dim, side, side)` in channels-last layout, as our encoders return them."""
+def draw_vectors(dim: int, side: int) -> Any:
+    """Draw vectors `(64, dim, side, side)` in channels-last layout, as our encoders return them."""
     import torch
 
     return torch.randn(BATCH, dim, side, side).contiguous(memory_format=torch.channels_last)
 
 
-def ours(quantizer: Any, z: Any) -> Callable[[], None]:
-    """A function that runs our quantizer forward and backward."""
+def prepare_ours(quantizer: Any, z: Any) -> Callable[[], None]:
+    """Return a function that runs our quantizer forward and backward."""
 
     def run() -> None:
         z_q, _, losses = quantizer.quantize(z.detach().requires_grad_())
@@ -92,9 +93,9 @@ def ours(quantizer: Any, z: Any) -> Callable[[], None]:
     return run
 
 
-def theirs(quantizer: Any, z: Any) -> Callable[[], None]:
-    """A function that runs their quantizer forward and backward. `ResidualVQ` takes rows and returns a loss per level;
-    FSQ returns no loss."""
+def prepare_peer(quantizer: Any, z: Any) -> Callable[[], None]:
+    """Return a function that runs the peer's quantizer forward and backward. `ResidualVQ` takes rows and returns a loss
+    per level; FSQ returns no loss."""
     from vector_quantize_pytorch import FSQ, ResidualVQ
 
     z = z.flatten(2).transpose(1, 2) if isinstance(quantizer, ResidualVQ) else z
@@ -108,8 +109,8 @@ def theirs(quantizer: Any, z: Any) -> Callable[[], None]:
     return run
 
 
-def bare(z: Any) -> Callable[[], None]:
-    """The minimal arithmetic of an EMA codebook."""
+def prepare_bare(z: Any) -> Callable[[], None]:
+    """Return a function that runs the minimal arithmetic of an EMA codebook."""
     import torch
 
     rows, codebook = z.movedim(1, -1).reshape(-1, DIM), torch.randn(CODES, DIM)
@@ -123,11 +124,11 @@ def bare(z: Any) -> Callable[[], None]:
     return run
 
 
-def against_bare(repeats: int) -> None:
-    """Print the first table."""
-    z = images_of_vectors(DIM, SIDE)
+def compare_with_bare(repeats: int) -> None:
+    """Print the times of the bare arithmetic and of the EMA codebooks."""
+    z = draw_vectors(DIM, SIDE)
     mine, other = codebooks(CODES, DIM)["ema"]
-    times = seconds_of([bare(z), ours(mine, z), theirs(other, z)], repeats)
+    times = seconds_of([prepare_bare(z), prepare_ours(mine, z), prepare_peer(other, z)], repeats)
     print(f"\n{BATCH * SIDE**2} x {DIM}, {CODES} codes")
     for name, seconds in zip(
         ("bare matmul + argmin + index_add", "smalti ema", "vector-quantize-pytorch"), times, strict=True
@@ -135,12 +136,12 @@ def against_bare(repeats: int) -> None:
         print(f"{name:34} {seconds * 1e3:8.2f} ms  {seconds / times[0]:6.2f} x bare")
 
 
-def against_peer(pairs: dict[str, Pair], side: int, repeats: int) -> None:
-    """Print rows of the second table. Each pair is timed alone and freed afterwards."""
+def compare_with_peer(pairs: dict[str, Pair], side: int, repeats: int) -> None:
+    """Print a table row per pair. Each pair is timed alone and freed afterwards."""
     for name in list(pairs):
         mine, other = pairs.pop(name)
-        z = images_of_vectors(mine.dim, side)
-        a, b = seconds_of([ours(mine, z), theirs(other, z)], repeats)
+        z = draw_vectors(mine.dim, side)
+        a, b = seconds_of([prepare_ours(mine, z), prepare_peer(other, z)], repeats)
         print(
             f"| {name} | {BATCH * side**2:,} x {mine.dim} | {mine.vocab_size:,} | {a * 1e3:.1f} | {b * 1e3:.1f} | "
             f"{b / a:.1f} |",
@@ -150,7 +151,7 @@ def against_peer(pairs: dict[str, Pair], side: int, repeats: int) -> None:
 
 def main() -> None:
     options = read_options(__doc__, {"threads": 1, "repeats": 100, "large": 1})
-    need("vector_quantize_pytorch")
+    require_packages("vector_quantize_pytorch")
     threads = use_threads(options.threads)
     from importlib.metadata import version
 
@@ -159,13 +160,13 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, vector-quantize-pytorch {version('vector-quantize-pytorch')}, {threads} thread(s)"
     )
-    against_bare(options.repeats)
+    compare_with_bare(options.repeats)
     print("\nforward + backward, ms\n")
     print(table_head("quantizer", "vectors", "codes", "smalti", "vector-quantize-pytorch", "ratio"))
-    against_peer({**codebooks(CODES, DIM), **lookup_free(9)}, SIDE, options.repeats)
+    compare_with_peer({**codebooks(CODES, DIM), **lookup_free(9)}, SIDE, options.repeats)
     if options.large:
         pairs = {**codebooks(2**LARGE_BITS, LARGE_DIM), **lookup_free(LARGE_BITS)}
-        against_peer({name: pair for name, pair in pairs.items() if "rvq" not in name}, LARGE_SIDE, options.large)
+        compare_with_peer({name: pair for name, pair in pairs.items() if "rvq" not in name}, LARGE_SIDE, options.large)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@
     python -m benchmarks.speed.sampling threads=1
 
 Both draw 256 tokens of 512 ids with a KV cache, at temperature 1, without top-k or top-p, with random weights, in
-float32. Times are medians of `repeats` runs after a warm-up, in turn. "no cache" is our sampling without a cache, which
-costs N times as much, for one image only.
+float32. Times are medians of `repeats` runs after a warm-up, in turn. "no cache" is our sampling of one image without a
+cache, which costs N times as much.
 """
 
 from __future__ import annotations
 
-from benchmarks.support.options import need, read_options, use_threads
+from benchmarks.support.options import read_options, require_packages, use_threads
 from benchmarks.support.timing import seconds_of
 
 SIZES = [  # width, depth, heads, batch, target ratio
@@ -23,7 +23,7 @@ TOKENS, VOCAB = 256, 512
 
 
 def measure(width: int, depth: int, heads: int, batch: int, repeats: int) -> tuple[float, float, float | None]:
-    """Tokens per second of ours, of GPT-2, and (for one image) of ours without a cache."""
+    """Measure tokens per second of our GPT, of GPT-2 and, for one image, of our GPT without a cache."""
     import torch
     import transformers
 
@@ -56,7 +56,7 @@ def measure(width: int, depth: int, heads: int, batch: int, repeats: int) -> tup
 
 def main() -> None:
     options = read_options(__doc__, {"threads": 1, "repeats": 5})
-    need("transformers")
+    require_packages("transformers")
     threads = use_threads(options.threads)
     import torch
     import transformers

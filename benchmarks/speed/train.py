@@ -11,12 +11,12 @@ network, for `vqvae` one with about as many parameters and the same grid. Random
 
 step: forward, loss, backward and fused AdamW of the bare model. in the loop: the step of `pipelines.training.trainer`,
 with data loading, augmentation, clipping, checks, averaged weights and code counts. faster: the reference's time over
-ours. Medians of `repeats` rounds, in which all take turns.
+ours. Times are medians of `repeats` rounds, each of which times all candidates in turn.
 
 of peak: FLOP/s as a share of the best float32 matrix product of side `peak`, measured before and in every round: by
 `torch.mm` for stage two, as a 1x1 convolution for stage one (on x86 these are different libraries; the last line prints
 both). FLOPs are counted by torch, and attention by formula: two products forward, four backward, half if causal. data
-wait: share of the time that the loop waits for batches. saved: memory saved for the backward pass. memory: rise of
+wait: share of the time for which the loop waits for batches. saved: memory saved for the backward pass. memory: rise of
 resident memory during a step, above weights and moments.
 """
 
@@ -34,11 +34,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.support.options import ROOT, choose, need, read_options, use_threads
+from benchmarks.support.options import ROOT, choose, read_options, require_packages, use_threads
 from benchmarks.support.random_data import write_random_tokens
 from benchmarks.support.references import Reference, gpt2, vq_model
 from benchmarks.support.runs import NEVER
-from benchmarks.support.step_costs import Products, count_flops, resident_rise, saved_bytes
+from benchmarks.support.step_costs import Products, count_flops, count_saved_bytes, measure_memory_rise
 from benchmarks.support.tables import table_head, table_row
 from benchmarks.support.timing import seconds_of, stepper
 
@@ -129,8 +129,8 @@ def make_task(case: Case, config: Any, folder: Path) -> Any:
     return PriorTask(config)
 
 
-def loss_of_ours(task: Any, batch: Any) -> Callable[[], Any]:
-    """A function that computes our model's loss on a batch."""
+def make_loss(task: Any, batch: Any) -> Callable[[], Any]:
+    """Return a function that computes our model's loss on a batch."""
     from tokenizer.losses import total_loss
 
     if hasattr(task, "tokenizer"):
@@ -138,15 +138,15 @@ def loss_of_ours(task: Any, batch: Any) -> Callable[[], Any]:
     return lambda: task.model.loss_from_outputs(task.model(*batch), batch[0])
 
 
-def reference(case: Case, task: Any, batch: Any) -> Reference:
-    """The reference model and its loss on the same batch."""
+def make_reference(case: Case, task: Any, batch: Any) -> Reference:
+    """Build the reference model and its loss on the same batch."""
     if case.grid[0]:
         return gpt2(task.model.config, batch[0])
     return vq_model(case.reference, task.tokenizer.config, batch[0])
 
 
-def step_of(model: Any, loss: Callable[[], Any]) -> Callable[[], None]:
-    """A function that takes a training step: forward, backward, AdamW."""
+def make_step(model: Any, loss: Callable[[], Any]) -> Callable[[], None]:
+    """Return a function that takes a training step: forward, backward, AdamW."""
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -163,17 +163,17 @@ def step_of(model: Any, loss: Callable[[], Any]) -> Callable[[], None]:
 
 
 def measure(name: str, case: Case, repeats: int, products: Products, folder: Path) -> list[str]:
-    """The table rows of a case: ours and the reference."""
+    """Return the table rows of a case, for our model and for the reference."""
     import torch
 
     torch.manual_seed(0)
     config = configure(case, folder)
     task = make_task(case, config, folder)
     bare, batch = copy.deepcopy(task), task.prepare(task.batch(*task.samples(config.train.batch_size, 0, 0), 0))
-    models = {name: (bare.model, loss_of_ours(bare, batch))}
-    other, loss = reference(case, task, batch)
+    models = {name: (bare.model, make_loss(bare, batch))}
+    other, loss = make_reference(case, task, batch)
     models[type(other).__name__] = (other, loss)
-    steps = [step_of(*pair) for pair in models.values()]
+    steps = [make_step(*pair) for pair in models.values()]
     waits: list[float] = []
     with stepper(task, config, waits) as looped:
         *seconds, in_loop, _ = seconds_of([*steps, looped, products], repeats)
@@ -185,14 +185,14 @@ def measure(name: str, case: Case, repeats: int, products: Products, folder: Pat
     peak = products.best["mm" if case.grid[0] else "conv"]
     lines, ours = [], [f"{seconds[1] / seconds[0]:.2f}", f"{1e3 * in_loop:.1f}", f"{waiting:.2%}"]
     for (label, (model, loss)), step, taken in zip(models.items(), steps, seconds, strict=True):
-        rise, flops = resident_rise(step), count_flops(loss)
+        rise, flops = measure_memory_rise(step), count_flops(loss)
         cells = [
             label,
             f"{sum(p.numel() for p in model.parameters()):,}",
             f"{flops / 1e9:.2f}",
             f"{1e3 * taken:.1f}",
             f"{flops / taken / peak:.0%}",
-            f"{saved_bytes(model, loss) / 2**20:.1f}",
+            f"{count_saved_bytes(model, loss) / 2**20:.1f}",
             "" if rise is None else f"{rise / 2**20:.0f}",
             *ours,
         ]
@@ -205,7 +205,7 @@ def main() -> None:
     options = read_options(__doc__, {"threads": 2, "repeats": 15, "peak": 2048, "only": ",".join(CASES)})
     known = {**CASES, **TINY}
     only = choose(options.only, list(known))
-    need("transformers", "diffusers")
+    require_packages("transformers", "diffusers")
     threads = use_threads(options.threads)
     os.environ["ACCELERATE_USE_CPU"] = "true"
     from importlib.metadata import version

@@ -75,7 +75,7 @@ class Card:
 
 
 def find_card(device: str, side: int) -> Card:
-    """The GPU of this machine, or the CPU; exits if `device` is cuda and torch sees no GPU."""
+    """Return this machine's GPU, or its CPU; exit if `device` is cuda and torch sees no GPU."""
     import torch
 
     from pipelines.commands.plan import GPUS
@@ -91,7 +91,7 @@ def find_card(device: str, side: int) -> Card:
     return Card(at, name, blank.published, 2 * side**3 / seconds)
 
 
-def software() -> str:
+def describe_software() -> str:
     """The versions of torch and CUDA."""
     import torch
 

@@ -1,4 +1,4 @@
-"""Time sampling, encoding and decoding on a GPU, beside reference models of the same sizes."""
+"""Time sampling, encoding and decoding on a GPU, next to reference models of the same sizes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ CODING_HEAD = ("network", "images", "encoded/s", "decoded/s", "VQModel encoded/s
 
 
 def sampling_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterator[list[str]]:
-    """Rows for a GPT with random weights in float32 and bf16, sampling with a CUDA graph and without, beside GPT-2's
-    `generate`."""
+    """Yield rows for a GPT with random weights in float32 and bf16, sampling with and without a CUDA graph, next to
+    GPT-2's `generate`."""
     import torch
 
     from prior import Prior
@@ -32,11 +32,11 @@ def sampling_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterat
     prior = Prior.create("gpt", **dict(config)).to(card.device).eval()
     scale_logits(prior)
     for dtype in (torch.float32, torch.bfloat16):
-        ours, theirs = prior.to(dtype), generator_of(card, config, dtype)
+        ours, theirs = prior.to(dtype), make_gpt2(card, config, dtype)
         for count in (rows for rows in ROWS if rows <= 8 * sizes.images):
             labels = torch.zeros(count, dtype=torch.long, device=card.device)
             mine, _ = card.times(lambda: ours.sample(count, labels), repeats)  # noqa: B023
-            launched, _ = card.times(lambda: watched(ours, count, labels), max(1, repeats // 2), warmup=1)  # noqa: B023
+            launched, _ = card.times(lambda: sample_with_callback(ours, count, labels), max(1, repeats // 2), warmup=1)  # noqa: B023
             other, _ = card.times(lambda: theirs(count), max(1, repeats // 2), warmup=1)  # noqa: B023
             tokens = count * len(prior.grid)
             yield [
@@ -60,13 +60,13 @@ def scale_logits(prior: Any) -> None:
         prior.head.weight.mul_(3 / prior(tokens).std())
 
 
-def watched(prior: Any, count: int, labels: Any) -> Any:
+def sample_with_callback(prior: Any, count: int, labels: Any) -> Any:
     """Sample with a callback per step, which disables the CUDA graph."""
     return prior.sample(count, labels, on_step=lambda step: None)
 
 
-def generator_of(card: Card, config: Any, dtype: Any) -> Callable[[int], Any]:
-    """A function that generates one grid of tokens per image with transformers' GPT-2, with its cache."""
+def make_gpt2(card: Card, config: Any, dtype: Any) -> Callable[[int], Any]:
+    """Return a function that generates one grid of tokens per image with transformers' GPT-2 and its cache."""
     import torch
     import transformers
 
@@ -91,7 +91,7 @@ def generator_of(card: Card, config: Any, dtype: Any) -> Callable[[int], Any]:
 
 
 def coding_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterator[list[str]]:
-    """Rows for a tokenizer in float32 and under bf16 autocast, beside `VQModel`."""
+    """Yield rows for a tokenizer in float32 and under bf16 autocast, next to `VQModel`."""
     import torch
 
     from tokenizer import Tokenizer

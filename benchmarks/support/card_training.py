@@ -1,4 +1,4 @@
-"""Time training steps on a GPU: those of the training loop on ImageNet presets, and those of reference models."""
+"""Time training steps on a GPU, of the training loop on ImageNet presets and of reference models."""
 
 from __future__ import annotations
 
@@ -54,33 +54,33 @@ TINY = Sizes(
 
 
 def prior_arguments(folder: Path, sizes: Sizes, *more: str) -> list[str]:
-    """A command line of `train_prior`."""
+    """Return a command line for `train_prior`."""
     given = [f"tokens={folder / 'tokens'}", f"train.batch_size={sizes.images}", *sizes.prior]
-    return arguments("prior/gpt_imagenet256", folder, *given, *more)
+    return preset_arguments("prior/gpt_imagenet256", folder, *given, *more)
 
 
 def tokenizer_arguments(folder: Path, sizes: Sizes, *more: str) -> list[str]:
-    """A command line of `train_tokenizer`, without the perceptual network, whose weights need a download."""
+    """Return a command line for `train_tokenizer`, without the perceptual network, whose weights need a download."""
     data = [f"data.source={folder / 'images'}", "data.held_out=null", f"data.image_size={sizes.pixels}"]
     size = [f"train.batch_size={max(2, sizes.images // 2)}", "loss.perceptual=0"]
-    return arguments("tokenizer/vqgan_imagenet256", folder, *data, *size, *sizes.tokenizer, *more)
+    return preset_arguments("tokenizer/vqgan_imagenet256", folder, *data, *size, *sizes.tokenizer, *more)
 
 
-def arguments(preset: str, folder: Path, *more: str) -> list[str]:
-    """A preset without tracking, checkpoints, evaluations and previews."""
+def preset_arguments(preset: str, folder: Path, *more: str) -> list[str]:
+    """Return a command line for a preset, without tracking, checkpoints, evaluations and previews."""
     quiet = [f"train.{key}={NEVER}" for key in ("steps", "save_every", "preview_every", "evaluate_every")]
     paths = ["--config", str(ROOT / "configs" / f"{preset}.yaml"), f"out={folder / 'run'}"]
     return [*paths, "track.wandb=disabled", *quiet, *more]
 
 
 def model_config(argv: list[str]) -> Any:
-    """The configuration of the model that a command line trains."""
+    """Return the configuration of the model that a command line trains."""
     task = build_task(argv)[0]
     return getattr(task, "tokenizer", task.model).config
 
 
 def build_task(argv: list[str], card: Card | None = None) -> tuple[Any, Any]:
-    """The training task of a command line, and its configuration."""
+    """Build the training task of a command line; return it with its configuration."""
     from pipelines.config.command import parse
     from pipelines.train_prior import PriorTask, TrainPriorConfig
     from pipelines.train_tokenizer import TokenizerTask, TrainTokenizerConfig
@@ -93,7 +93,7 @@ def build_task(argv: list[str], card: Card | None = None) -> tuple[Any, Any]:
 
 
 def measure_loop(card: Card, name: str, argv: list[str], repeats: int) -> tuple[str, float]:
-    """The table row of a step of the training loop, and its FLOPs."""
+    """Measure a step of the training loop; return its table row and its FLOPs."""
     import torch
 
     from pipelines.commands import plan
@@ -112,7 +112,8 @@ def measure_loop(card: Card, name: str, argv: list[str], repeats: int) -> tuple[
 
 
 def measure_reference(card: Card, name: str, reference: Reference, images: int, flops: float, repeats: int) -> str:
-    """The table row of a reference model: forward, backward, clipping and fused AdamW under bf16 autocast."""
+    """Measure a step of a reference model (forward, backward, clipping and fused AdamW under bf16 autocast); return its
+    table row."""
     import torch
 
     model, loss = reference
@@ -140,7 +141,7 @@ def format_row(
     memory: int | None,
     planned: float | None = None,
 ) -> str:
-    """A row below `HEAD`. memory, planned: peak bytes, measured and planned."""
+    """Format a row of the table with the columns `HEAD`. memory, planned: peak bytes, measured and planned."""
     cells = [name, f"{images}", f"{1e3 * seconds:.1f}", f"{1e3 * host:.1f}", f"{images / seconds:.0f}"]
     cells += [f"{flops / seconds / card.peak:.1%}", "" if memory is None else f"{memory / 1e9:.2f}"]
     return table_row([*cells, "" if memory is None or not planned else f"{memory / planned:.2f}"])

@@ -11,9 +11,9 @@ from typing import Any
 from benchmarks.support.contenders import Node
 from benchmarks.support.tables import interval, table_head, table_row, with_interval
 
-Runs = list[Node]  # the figures of each seed
+Runs = list[Node]  # figures, one node per seed
 Cell = Callable[[Runs], str]
-MIN_SIDE = 96  # of an image in a picture, in pixels
+MIN_SIDE = 96  # minimum width of an image in a picture, in pixels
 
 
 def mean_of(figure: str, digits: int, scale: float = 1.0) -> Cell:
@@ -42,24 +42,24 @@ def has_figure(runs: Runs, figure: str) -> bool:
 
 
 def rank(found: dict[str, Runs]) -> list[str]:
-    """Names, best reconstructions first."""
+    """Sort the names by PSNR, best first."""
     return sorted(found, key=lambda name: -statistics.mean(run["psnr"] for run in found[name]))
 
 
 def format_row(name: str, runs: Runs, columns: list[tuple[str, str, Cell]] = COLUMNS) -> str:
-    """A row of the table; cells without a figure are empty."""
+    """Format a row of the table; cells without a figure are empty."""
     return table_row([name, *(cell(runs) if has_figure(runs, figure) else "" for _, figure, cell in columns)])
 
 
 def format_table(found: dict[str, Runs]) -> str:
-    """All rows, with the columns for which any contender has a figure."""
+    """Format the table, without columns for which no contender has a figure."""
     columns = [column for column in COLUMNS if any(has_figure(runs, column[1]) for runs in found.values())]
     rows = [format_row(name, found[name], columns) for name in rank(found)]
     return "\n".join([table_head("tokenizer", *(title for title, _, _ in columns)), *rows])
 
 
 def picture_row(images: Any) -> Any:
-    """Images `(n, C, H, W)` side by side, as a PIL image."""
+    """Arrange images `(n, C, H, W)` side by side in a PIL image."""
     from PIL import Image
 
     from pipelines.images.pictures import grid_picture

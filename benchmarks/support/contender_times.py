@@ -19,8 +19,8 @@ TIMED_IMAGES = 512
 
 
 def time_steps(nodes: dict[str, Node], only: list[str], gpt: Node | None, path: Path) -> Node:
-    """Seconds per step of `tokenizer` by contender, and of `gpt` by grid, cached in `path`. The first call times all
-    contenders; later calls time new ones of `only`, beside the reference."""
+    """Time a training step of each contender (`tokenizer`) and of the GPT on each grid (`gpt`), cached in `path`. The
+    first call times all contenders; later calls time new contenders in `only`, together with the reference."""
     cached = json.loads(path.read_text()) if path.is_file() else {"tokenizer": {}, "gpt": {}, "grids": {}}
     new = [name for name in nodes if name not in cached["grids"] and (name in only or not cached["grids"])]
     if not new:
@@ -30,22 +30,22 @@ def time_steps(nodes: dict[str, Node], only: list[str], gpt: Node | None, path: 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         models = {name: build_untrained(nodes[name], folder) for name in names}
-        grids = {grid_name(model.grid): model for model in models.values()}
+        grids = {name_grid(model.grid): model for model in models.values()}
         trained = {name: nodes[name] for name in names if is_trained(nodes[name])}
-        seconds, gpt_seconds = tokenizer_times(trained, folder), gpt_times(grids, gpt, folder) if gpt else {}
+        seconds, gpt_seconds = time_tokenizers(trained, folder), time_gpts(grids, gpt, folder) if gpt else {}
     found = {
         "threads": int(os.environ["OMP_NUM_THREADS"]),
         "machine": platform.processor() or platform.machine(),
         "tokenizer": rescale(cached["tokenizer"], seconds, REFERENCE),
-        "gpt": rescale(cached["gpt"], gpt_seconds, grid_name(models[REFERENCE].grid)),
-        "grids": {**{name: grid_name(model.grid) for name, model in models.items()}, **cached["grids"]},
+        "gpt": rescale(cached["gpt"], gpt_seconds, name_grid(models[REFERENCE].grid)),
+        "grids": {**{name: name_grid(model.grid) for name, model in models.items()}, **cached["grids"]},
     }
     write_json(found, path)
     return found
 
 
-def tokenizer_times(nodes: dict[str, Node], folder: Path) -> dict[str, float]:
-    """Median CPU seconds of a training step of each tokenizer."""
+def time_tokenizers(nodes: dict[str, Node], folder: Path) -> dict[str, float]:
+    """Return the median CPU seconds of a training step of each tokenizer."""
     import torch
 
     from pipelines.train_tokenizer import TokenizerTask
@@ -59,8 +59,8 @@ def tokenizer_times(nodes: dict[str, Node], folder: Path) -> dict[str, float]:
         return dict(zip(nodes, cpu_seconds_of(steps), strict=True))
 
 
-def gpt_times(tokenizers: dict[str, Any], preset: Node, folder: Path) -> dict[str, float]:
-    """Median CPU seconds of a training step of the GPT on random tokens of each grid."""
+def time_gpts(tokenizers: dict[str, Any], preset: Node, folder: Path) -> dict[str, float]:
+    """Return the median CPU seconds of a training step of the GPT on random tokens of each grid."""
     import torch
 
     from pipelines.tokens import TokenDataset, TokenSplit
@@ -76,7 +76,7 @@ def gpt_times(tokenizers: dict[str, Any], preset: Node, folder: Path) -> dict[st
 
 
 def parse_tokenizer(node: Node, path: Path) -> Any:
-    """The checked configuration of `train_tokenizer`."""
+    """Return the validated configuration of `train_tokenizer`."""
     from pipelines.config.command import parse
     from pipelines.train_tokenizer import TrainTokenizerConfig
 
@@ -84,7 +84,7 @@ def parse_tokenizer(node: Node, path: Path) -> Any:
 
 
 def build_untrained(node: Node, folder: Path) -> Any:
-    """An untrained tokenizer, which has the grid of a trained one."""
+    """Build an untrained tokenizer, which has the same grid as a trained one."""
     from pipelines.train_tokenizer import build_tokenizer
 
     config = parse_tokenizer({**node, "init": None}, folder / "grid.yaml")
@@ -92,8 +92,8 @@ def build_untrained(node: Node, folder: Path) -> Any:
     return build_tokenizer(config.model, tuple(size), channels)
 
 
-def grid_name(grid: Any) -> str:
-    """A name such as `8x8x512`. Equal grids cost the GPT the same."""
+def name_grid(grid: Any) -> str:
+    """Name a grid, such as `8x8x512`. The GPT takes equally long on equal grids."""
     return "x".join(map(str, (*grid.shape, grid.vocab_size)))
 
 

@@ -17,14 +17,14 @@ CRITIC = {"weight": 0.4, "adaptive": True, "width": 32, "layers": 2, "lr": 2.0}
 
 
 def split_bits(bits: int) -> tuple[int, int]:
-    """Number of ids, and values of each, that hold the bits of a position: 8 bits as 2 ids of 16, 9 as 3 of 8. Not
-    every number divides: 7 bits become 2 ids of 11."""
+    """Split the bits of a position over several ids; return the number of ids and of values per id. 8 bits become 2 ids
+    of 16 values, 9 bits 3 of 8; not every number divides evenly: 7 bits become 2 of 11."""
     levels = 3 if bits % 2 and not bits % 3 else 2
     return levels, round(2 ** (bits / levels))
 
 
 def fsq_levels(bits: int) -> list[int]:
-    """Levels of FSQ with the product 2^bits, each at most 8."""
+    """Choose levels of FSQ, each at most 8, with the product 2^bits."""
     channels = -(-bits // 3)
     return sorted((2 ** (bits // channels + (k < bits % channels)) for k in range(channels)), reverse=True)
 
@@ -49,7 +49,7 @@ def quantizers(bits: int, dim: int) -> dict[str, Node]:
 
 
 def contenders(preset: Node, out: Path) -> dict[str, Node]:
-    """Changes of each contender to the tokenizer preset, by name."""
+    """Return each contender's changes to the tokenizer preset, by name."""
     model = preset["model"]
     codes, dim = model["quantizer"]["codes"], model["quantizer"]["dim"]
     bits = round(math.log2(codes))
@@ -72,7 +72,7 @@ def is_trained(spec: Node) -> bool:
 
 
 def read_presets(data: str, changes: list[str]) -> dict[str, Node]:
-    """The tokenizer and GPT presets of a data set, with `key.path=value` changes; exits if one is missing."""
+    """Read the tokenizer and GPT presets of a data set, with `key.path=value` changes; exit if a preset is missing."""
     from pipelines.config.arguments import read_file, read_override
     from tokenizer.config import merge
 
@@ -86,18 +86,18 @@ def read_presets(data: str, changes: list[str]) -> dict[str, Node]:
 
 
 def with_seed(presets: dict[str, Node], seed: int) -> dict[str, Node]:
-    """Both presets with another seed."""
+    """Return both presets with another seed."""
     return {kind: {**preset, "train": {**preset["train"], "seed": seed}} for kind, preset in presets.items()}
 
 
 def find_images(data: str, given: str | None) -> str | None:
-    """The folder of the images, or None for the source in the preset."""
+    """Return the folder of the images, or None for the source in the preset."""
     folder = image_folder(data)
     return given or (str(folder) if folder.is_dir() else None)
 
 
 def tokenizer_node(preset: Node, spec: Node, source: str | None, limit: int | None, steps: int, run: Path) -> Node:
-    """The `train_tokenizer` configuration of a contender."""
+    """Return the `train_tokenizer` configuration of a contender."""
     data = {**preset["data"], **({"source": source} if source else {}), "limit": limit}
     common = {"data": data, "out": str(run), "track": {"wandb": "disabled"}, "train": train_node(preset, steps)}
     return {**preset, **common, **fit_schedules(spec, steps)}
@@ -115,7 +115,7 @@ def fit_schedules(spec: Node, steps: int) -> Node:
 
 
 def train_node(preset: Node, steps: int) -> Node:
-    """A preset's `train` with another length. Checkpoints let an interrupted benchmark continue."""
+    """Return a preset's `train` with another length. Checkpoints let an interrupted benchmark continue."""
     periods = {"evaluate_every": NEVER, "preview_every": NEVER, "save_every": 500}
     return {**preset["train"], "steps": steps, "minutes": None, **periods}
 

@@ -18,7 +18,7 @@ def read_options(about: str | None, defaults: dict[str, Any], *, dotted: bool = 
     """Parse the command line. Each option has the type of its default; None means optional text, and `str` required
     text. `--help` prints `about` and exits.
 
-    dotted: arguments whose key contains a dot are changes to a preset, returned unparsed as `changes`. Exits with a
+    dotted: arguments whose key contains a dot are changes to a preset, returned unparsed as `changes`. Exit with a
     one-line message if a key is unknown or missing, or a value has the wrong type.
     """
     arguments = sys.argv[1:]
@@ -61,7 +61,7 @@ def choose(only: str | None, known: list[str]) -> list[str]:
     return chosen
 
 
-def need(*packages: str) -> None:
+def require_packages(*packages: str) -> None:
     """Exit with a one-line message if a package is not installed."""
     if missing := [name for name in packages if find_spec(name) is None]:
         raise SystemExit(f"{missing[0]}: not installed; pip install {missing[0].replace('_', '-')}")
@@ -84,5 +84,5 @@ def use_threads(count: int = 0) -> int:
 
 
 def image_folder(name: str) -> Path:
-    """The folder of a data set on this machine, which need not exist: below SMALTI_DATA."""
+    """Return the folder of a data set on this machine, below SMALTI_DATA. It need not exist."""
     return Path(os.environ.get("SMALTI_DATA") or ROOT.parent / "shared" / "data") / name

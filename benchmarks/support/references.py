@@ -10,7 +10,7 @@ Reference = tuple[Any, Callable[[], Any]]
 
 
 def gpt2(sizes: Any, tokens: Any) -> Reference:
-    """GPT-2 with the width, depth and heads of `sizes`, a configuration of our GPT."""
+    """Build GPT-2 with the width, depth and heads of `sizes`, a configuration of our GPT."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -32,7 +32,7 @@ def gpt2(sizes: Any, tokens: Any) -> Reference:
 
 
 def vq_model(reference: Any, sizes: Any, images: Any) -> Reference:
-    """The VQGAN of diffusers; `reference`: widths, blocks and groups."""
+    """Build the VQGAN of diffusers. reference: widths, blocks and groups."""
     import diffusers
     from torch.nn import functional
 

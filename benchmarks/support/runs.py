@@ -1,4 +1,4 @@
-"""Run the verbs in child processes, each once."""
+"""Run verbs in child processes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.support.options import ROOT
 
-NEVER = 1_000_000  # steps: do this only at the end of a run
+NEVER = 1_000_000  # a period in steps: act only at the end of a run
 
 
 def smalti(verb: str, *arguments: str) -> None:
@@ -16,7 +16,7 @@ def smalti(verb: str, *arguments: str) -> None:
 
 
 def train_once(verb: str, preset: Path, steps: int, run: Path, *more: str, never: tuple[str, ...]) -> None:
-    """Train a preset for `steps` steps, unless the run is finished; exits if it was trained for another number.
+    """Train a preset for `steps` steps, unless the run is finished; exit if that run took another number of steps.
     never: periodic actions to turn off, such as `save`."""
     done = run / "steps"
     if not done.is_file():

@@ -11,7 +11,8 @@ from typing import Any
 
 
 def count_flops(loss: Callable[[], Any]) -> float:
-    """FLOPs of a forward and backward pass. torch's counter misses attention on a CPU, so it is added by formula."""
+    """Count the FLOPs of a forward and backward pass. torch's counter misses attention on a CPU, so a formula adds
+    it."""
     from torch.nn import functional
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,8 +33,8 @@ def count_flops(loss: Callable[[], Any]) -> float:
 
 
 class Products:
-    """Each call computes a float32 matrix product by `torch.mm` and as a 1x1 convolution; `best`: highest FLOP/s of
-    each."""
+    """Float32 matrix products to measure the peak. Each call computes one with `torch.mm` and one as a 1x1 convolution.
+    best: the highest FLOP/s of each."""
 
     def __init__(self, side: int) -> None:
         import torch
@@ -52,8 +53,8 @@ class Products:
             self.best[kind] = max(self.best[kind], self.flops / (time.perf_counter() - began))
 
 
-def saved_bytes(model: Any, loss: Callable[[], Any]) -> int:
-    """Bytes saved by a forward pass for the backward pass, without weights; shared storage counts once."""
+def count_saved_bytes(model: Any, loss: Callable[[], Any]) -> int:
+    """Count the bytes that a forward pass saves for the backward pass, without weights; shared storage counts once."""
     from torch.autograd.graph import saved_tensors_hooks
 
     found: dict[int, int] = {}
@@ -70,19 +71,19 @@ def saved_bytes(model: Any, loss: Callable[[], Any]) -> int:
     return sum(found.values())
 
 
-def resident_rise(step: Callable[[], None]) -> float | None:
-    """Rise of the resident memory during a step, in bytes; None if /proc is not available."""
+def measure_memory_rise(step: Callable[[], None]) -> float | None:
+    """Measure the rise of resident memory during a step, in bytes; None if /proc is not available."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # return free memory to the system, so that the step must request it
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-        before = resident("VmRSS")
+        before = read_memory("VmRSS")
         step()
-        return resident("VmHWM") - before
+        return read_memory("VmHWM") - before
     except (OSError, AttributeError):
         return None
 
 
-def resident(kind: str) -> int:
-    """A memory figure of this process from /proc, in bytes."""
+def read_memory(kind: str) -> int:
+    """Read a memory figure of this process from /proc, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
     return int(line.split()[1]) * 1024

@@ -12,17 +12,17 @@ from typing import Any
 
 
 def table_head(*names: str) -> str:
-    """The first two lines of a Markdown table."""
+    """Return the first two lines of a Markdown table."""
     return f"{table_row(names)}\n|{'---|' * len(names)}"
 
 
 def table_row(cells: Iterable[str]) -> str:
-    """A line of a Markdown table."""
+    """Format a line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
 def interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % t-interval of the mean over seeds; NaN for one seed."""
+    """Return half the width of the 95 % t-interval of the mean over seeds; NaN for one seed."""
     from scipy.stats import t
 
     if len(values) < 2:

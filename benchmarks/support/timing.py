@@ -16,17 +16,17 @@ TIMED_STEPS = 20
 
 
 def seconds_of(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Median wall-clock seconds of each run, after one warm-up call."""
+    """Return the median wall-clock seconds of each run, after one warm-up call."""
     return medians(runs, repeats, 1, time.perf_counter)
 
 
 def cpu_seconds_of(runs: Sequence[Callable[[], object]], repeats: int = TIMED_STEPS) -> list[float]:
-    """Median CPU seconds, summed over threads, of each run, after two warm-up calls."""
+    """Return the median CPU seconds of each run, summed over threads, after two warm-up calls."""
     return medians(runs, repeats, 2, time.process_time)
 
 
 def medians(runs: Sequence[Callable[[], object]], repeats: int, warmup: int, clock: Callable[[], float]) -> list[float]:
-    """Median time of each run over `repeats` rounds, after `warmup` rounds."""
+    """Return the median time of each run over `repeats` rounds, after `warmup` rounds."""
     times: list[list[float]] = [[] for _ in runs]
     for turn in range(warmup + repeats):
         for measured, run in zip(times, runs, strict=True):
@@ -42,7 +42,7 @@ def medians(runs: Sequence[Callable[[], object]], repeats: int, warmup: int, clo
 
 @contextlib.contextmanager
 def stepper(task: Any, config: Any, waits: list[float] | None = None) -> Iterator[Callable[[], None]]:
-    """Yield a function that takes one training step, with data loading and averaged weights. Appends to `waits` the
+    """Yield a function that takes one training step, with data loading and averaged weights. waits: receives the
     seconds that each step waited for its batch."""
     from pipelines.processes.launch import build_accelerator
     from pipelines.training.trainer import Trainer
@@ -68,7 +68,8 @@ def stepper(task: Any, config: Any, waits: list[float] | None = None) -> Iterato
 
 
 def prior_seconds(arguments: dict[str, list[str]]) -> dict[str, float]:
-    """CPU seconds of a training step by name of the prior; `arguments`: command lines of `smalti train_prior`."""
+    """Return the CPU seconds of a training step of each prior. arguments: command lines of `smalti train_prior`, by
+    name."""
     import torch
 
     from pipelines.config.command import parse
@@ -84,8 +85,8 @@ def prior_seconds(arguments: dict[str, list[str]]) -> dict[str, float]:
 
 
 def prior_presets(data: str) -> dict[str, Path]:
-    """The prior presets of a data set, by file name without the data set; exits if there are none. Presets for other
-    tokens of the same data, such as scales, are left out."""
+    """Return the prior presets of a data set, by file name without the data set; exit if it has no presets. Presets for
+    other tokens of the same data, such as scales, are left out."""
     presets = sorted((ROOT / "configs" / "prior").glob(f"*_{data}.yaml"))
     found = [preset for preset in presets if f"tokens: runs/{data}_tokens\n" in preset.read_text()]
     if not found:
@@ -94,5 +95,5 @@ def prior_presets(data: str) -> dict[str, Path]:
 
 
 def steps_within(minutes: float, seconds: float) -> int:
-    """Number of steps of `seconds` each that fit into `minutes`; at least one."""
+    """Return the number of steps of `seconds` each that fit into `minutes`, at least one."""
     return max(1, round(60 * minutes / seconds))

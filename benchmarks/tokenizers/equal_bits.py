@@ -1,4 +1,4 @@
-"""Compare tokenizers at equal bits and equal training time, and how well one GPT learns the tokens of each.
+"""Compare tokenizers at equal bits and equal training time, and how well a GPT learns the tokens of each.
 
     pip install -e ".[dev]"
     python -m benchmarks.tokenizers.equal_bits data=openmoji only=                      # only time the steps
@@ -8,7 +8,7 @@
     python -m benchmarks.tokenizers.equal_bits data=digits "model.widths=[32]" train.batch_size=16 gpt.model.depth=2
 
 Images, networks and optimizer are those of `configs/tokenizer/vqvae_{data}.yaml`. A contender replaces the quantizer or
-the tokenizer, or adds a critic, and keeps the number of bits per image as nearly as it can. Images are read from the
+the tokenizer, or adds a critic, and keeps the number of bits per image as close as it can. Images are read from the
 folder `source=`, from `data` below SMALTI_DATA or ../shared/data, or from the preset's source. Dotted keys change the
 preset for all contenders; with the prefix `gpt.` they change the prior's.
 
@@ -16,12 +16,12 @@ Equal time: one pass times a step of every contender in turn (median CPU seconds
 Each then trains for the number of steps that fit into `minutes`, so load on the machine changes no result. The GPT of
 `configs/prior/gpt_{data}.yaml` is trained likewise for `gpt_minutes` on the tokens of each. Finished contenders are
 read from `out`, and several processes may share it with different `only=ema,lfq` once the steps are timed. A contender
-that is timed later is timed beside `ema` and rescaled. `seeds=3` trains everything three times.
+that is added later is timed together with `ema`, and its time is rescaled. `seeds=3` trains everything three times.
 
 PSNR (dB), SSIM, usage and perplexity are over all held-out images. Bits per image: capacity of the ids. GPT: -log2 p of
 held-out tokens given their labels. Values are means over seeds, +- half of the 95 % t-interval. `rate_distortion.png`
-plots the GPT's bits per image against PSNR: a tokenizer is better only if it is higher at no more bits. `gpt_minutes=0`
-skips the GPT.
+plots the GPT's bits per image against PSNR: a tokenizer is better only if its PSNR is higher at no more bits.
+`gpt_minutes=0` skips the GPT.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from benchmarks.support.options import choose, read_options, read_value, use_thr
 from benchmarks.support.tables import write_json
 from benchmarks.support.timing import steps_within
 
-VARIANTS = {"digits": 4, "openmoji": 8}  # augmented copies per image for the GPT, where images are few
+VARIANTS = {"digits": 4, "openmoji": 8}  # augmented copies per image for the GPT, for small data sets
 PREVIEW_IMAGES = 10
 OPTIONS = {
     "data": "fashion_mnist",
@@ -111,12 +111,12 @@ def measure(folder: Path) -> Node:
         "usage": found["codebook_usage"],
         "perplexity": found["codebook_perplexity"],
         "parameters": sum(p.numel() for p in tokenizer.parameters()),
-        **bits_of(folder),
+        **measure_bits(folder),
     }
 
 
-def bits_of(folder: Path) -> Node:
-    """Bits per held-out token of the GPT, if one was trained."""
+def measure_bits(folder: Path) -> Node:
+    """Measure the GPT's bits per held-out token, if a GPT was trained."""
     from pipelines import ImagePipeline
     from pipelines.metrics.likelihood import bits_per_token
     from pipelines.tokens import load_tokens
@@ -128,7 +128,7 @@ def bits_of(folder: Path) -> Node:
 
 
 def train_and_measure(name: str, spec: Node, presets: dict[str, Node], times: Node, settings: Node, out: Path) -> Node:
-    """Train and measure one contender; cached in `out`."""
+    """Train and measure a contender, with figures cached in `out`."""
     path, folder = out / name / "figures.json", out / name
     if path.is_file():
         return json.loads(path.read_text())
@@ -150,7 +150,7 @@ def train_and_measure(name: str, spec: Node, presets: dict[str, Node], times: No
 
 
 def check_settings(settings: Node, path: Path) -> None:
-    """Save the settings with the first contender; exits if they differ later."""
+    """Save the settings with the first contender; exit if they differ later."""
     if not path.is_file():
         write_json(settings, path)
     saved = json.loads(path.read_text())
@@ -158,8 +158,8 @@ def check_settings(settings: Node, path: Path) -> None:
         raise SystemExit(f"{path.parent}: was made with {other[0]}={saved.get(other[0])}; choose another out=")
 
 
-def shared_settings(options: SimpleNamespace) -> Node:
-    """The settings that all contenders in a folder share."""
+def collect_settings(options: SimpleNamespace) -> Node:
+    """Return the settings that all contenders in a folder share."""
     variants, data = options.augmentations, options.data
     return {
         "minutes": options.minutes,
@@ -177,7 +177,7 @@ def compare(options: SimpleNamespace) -> None:
     presets = read_presets(options.data, options.changes)
     known = contenders(presets["tokenizer"], out)
     only = choose(options.only, list(known))
-    settings = shared_settings(options)
+    settings = collect_settings(options)
     source, limit = settings["source"], min(TIMED_IMAGES, settings["limit"] or TIMED_IMAGES)
     nodes = {
         name: tokenizer_node(presets["tokenizer"], spec, source, limit, 1, out / name) for name, spec in known.items()
@@ -189,7 +189,7 @@ def compare(options: SimpleNamespace) -> None:
         for name in only:
             check_settings(settings, out / "settings.json")
             if not is_trained(specs[name]) and not (folder / "klvae" / "figures.json").is_file():
-                print(f"{name}: skipped until klvae, from which it starts, is finished", flush=True)
+                print(f"{name}: skipped until klvae is finished, because it starts from that", flush=True)
                 continue
             figures = train_and_measure(name, specs[name], seeded, times, settings, folder)
             print(format_row(name, [figures]), flush=True)

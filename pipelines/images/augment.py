@@ -1,8 +1,8 @@
-"""Random changes of training images: flip, shift, rotation, zoom.
+"""Random augmentation of training images: flip, shift, rotation, zoom.
 
-The changes of an image are a pure function of (seed, epoch, index). There is no generator state, so a resumed run,
-another batch size or another number of processes sees the same images. The host draws five numbers for each image
-(`draw_changes`); the pixels are changed on their own device, usually a GPU.
+The augmentation of an image is a pure function of (seed, epoch, index), without generator state. A resumed run, another
+batch size or another number of processes therefore gives the same images. The host draws five numbers for each image
+(`draw_changes`); the pixels are transformed on their own device, usually a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..shuffling import DRAWS, uniforms
 
 
 class AugmentConfig(Config):
-    """Random changes of training images, all off by default."""
+    """Random augmentation of training images, off by default."""
 
     flip: bool = Field(default=False, description="mirror half of the images left to right")
     shift: int = Field(
@@ -41,7 +41,7 @@ def draw_changes(
 ) -> Tensor | None:
     """Draw the changes of the images at `indices` (B,) in their `epochs`, (B,) or one for all. Return float32 (B, 5): 1
     to mirror; cosine and sine of the angle, both divided by the zoom; and the shift down and right in pixels. None if
-    nothing changes."""
+    augmentation is off."""
     if not (config.flip or config.moves):
         return None
     draws, epochs = np.empty((len(indices), DRAWS)), np.broadcast_to(epochs, indices.shape)
@@ -56,14 +56,14 @@ def draw_changes(
 
 
 def mirror_images(images: Tensor, changes: Tensor) -> Tensor:
-    """Return images (B, C, H, W) of any type, mirrored left to right where `changes` (`draw_changes`) say so."""
+    """Mirror images (B, C, H, W) of any type left to right where `changes`, from `draw_changes`, say so."""
     return torch.where(changes[:, 0].bool()[:, None, None, None], images.flip(-1), images)
 
 
 def move_images(images: Tensor, changes: Tensor) -> Tensor:
-    """Return float images (B, C, H, W) in [-1, 1], shifted, rotated and zoomed by `changes` (`draw_changes`).
+    """Shift, rotate and zoom float images (B, C, H, W) in [-1, 1] by `changes`, from `draw_changes`.
 
-    The result for an image does not depend on its batch, to the bit.
+    The result for an image is the same to the bit in any batch.
     """
     grid = affine_grid(changes, images.shape[-2], images.shape[-1])
     images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)

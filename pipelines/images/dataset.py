@@ -1,9 +1,9 @@
 """Image data sets: find the images, split them, and make batches.
 
 `load_images` opens the source (digits, a folder, tables), chooses its splits or holds out part of one, numbers the
-classes, and decodes every image once, so that bad images are known before training starts. Pixels stay in memory if
-they fit. Batches travel as uint8 and become augmented floats in [-1, 1] on the device. With `data.streaming`, shards
-are read in sequence instead (`streaming`).
+classes, and decodes every image once, so that bad images are found before training starts. Pixels stay in memory if
+they fit. Batches move to the device as uint8 and become augmented floats in [-1, 1] there. With `data.streaming`,
+shards are read in sequence instead (`streaming`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ VALIDATION_NAMES = ("validation", "val", "valid", "dev")
 SHARE, LEAST, MOST = 0.05, 10, 2000
 """Share of the training split that is set aside for validation, and its limits: fewer than 10 images would select a
 model by chance, and evaluation during training uses at most 2,000."""
-LONGEST, JOINER = 200, "\u200d"  # the joiner inside composed emoji, not printable by itself
+LONGEST, JOINER = 200, "\u200d"  # zero-width joiner of composed emoji, not printable by itself
 WITHOUT = "data.label_column=null uses all images without labels"
 BAD_IMAGES = "bad_images.jsonl"
 UNCHANGED = AugmentConfig()
@@ -65,16 +65,18 @@ class DataConfig(Config):
     streaming: bool = Field(
         default=False,
         description="read shards (parquet, .tar) in sequence, for data that does not fit on the disk: shuffling is "
-        "approximate and images are not checked first; for a folder of image files, only the check is skipped",
+        "approximate and images are not checked first; for a folder of image files, only the check is "
+        "skipped",
     )
     shuffle_window: int = Field(
         default=10_000,
         ge=1,
-        description="with streaming, the size of the shuffle buffer in images, held in memory encoded",
+        description="with streaming, the size of the shuffle buffer: encoded images held in memory",
     )
     split: str = Field(
         default="train",
-        description="the split to train on; in a folder of images, its subfolder of that name (`train`: or all of it)",
+        description="the split to train on; in a folder of images, the subfolder of that name (`train` without such a "
+        "subfolder: all images)",
     )
     held_out: str | None = Field(
         default=None,
@@ -86,11 +88,11 @@ class DataConfig(Config):
         default=None,
         ge=0,
         lt=1,
-        description="share of `split` to set aside for choosing the best weights; null: 5%, at most 2,000 images, or "
-        "none if that is fewer than 10; 0: use the held-out images instead",
+        description="share of `split` to set aside for choosing the best weights; null: 5%, at most 2,000 images, but "
+        "no images if that is fewer than 10; 0: use the held-out images instead",
     )
     image_size: Side | tuple[Side, Side] = Field(
-        default=28, description="one number, or [height, width]; other images are resized and cropped"
+        default=28, description="one number, or [height, width]; images of other sizes are resized and cropped"
     )
     channels: Literal[1, 3] = Field(default=1, description="1 for grey, 3 for RGB")
     image_column: str = Field(default=IMAGE, description="column of the images; in a .tar, their suffix")
@@ -130,11 +132,11 @@ class DataConfig(Config):
 def load_images(config: DataConfig, *, together: bool = False, stream: bool = False, check: bool = True) -> Splits:
     """Open the source, decode every image once and return its splits.
 
-    together: all launched processes call this; each then checks a share of the images that memory cannot hold.
-    stream: with `data.streaming`, return the training images as `StreamedImages`, not the first 2,000 of them with
-    random access. check: False decodes images only on access, unless bad ones are skipped.
-    Raises `UserError` for a source that is missing, empty or lacks a split, for missing or negative labels, and for
-    images that cannot be decoded (with `on_error=skip`, only if they exceed `max_bad_fraction`).
+    together: all launched processes call this; each checks a share of the images if these do not fit in memory. stream:
+    with `data.streaming`, return the training images as `StreamedImages` instead of up to 2,000 of them with random
+    access. check: False decodes images only on access, unless `on_error=skip`. Raises `UserError` for a source that is
+    missing, empty or lacks a split, for missing or negative labels, and for images that cannot be decoded (with
+    `on_error=skip`, only if they exceed `max_bad_fraction`).
     """
     streamed: ImageDataset | None = None
     if is_stream(config):
@@ -243,7 +245,7 @@ class ImageDataset:
         return torch.from_numpy(np.stack(images)) if images else torch.empty((0, *self.image_shape), dtype=torch.uint8)
 
     def preload(self, rows: Tensor, group: ProcessGroup) -> ImageDataset:
-        """Return the images at `rows` `(n,)` as a data set in memory; each is decoded by one process."""
+        """Load the images at `rows` `(n,)` into memory as a data set. Each image is decoded by one process."""
         parts = group.map(lambda part: self.pixels(part).numpy(), rows.split(CHUNK))
         found = copy.copy(self)
         found.labels = None if self.labels is None else self.labels[rows]
@@ -264,13 +266,13 @@ class ImageDataset:
         return (pixels,) if changes is None else (pixels, changes)
 
     def prepare(self, pixels: Tensor, changes: Tensor | None = None) -> Tensor:
-        """Return a `raw_batch` as float32 (B, C, H, W) in [-1, 1], on its device."""
+        """Convert a `raw_batch` to float32 (B, C, H, W) in [-1, 1], on its device."""
         return prepare_images(pixels, changes, self._augment)
 
 
 def prepare_images(pixels: Tensor, changes: Tensor | None, config: AugmentConfig) -> Tensor:
-    """Return uint8 `pixels` (B, C, H, W) as floats in [-1, 1], augmented by `changes` (`draw_changes`), on their
-    device. The result for an image does not depend on its batch, to the bit."""
+    """Convert uint8 `pixels` (B, C, H, W) to floats in [-1, 1], augmented by `changes`, from `draw_changes`, on their
+    device. The result for an image is the same to the bit in any batch."""
     if changes is not None and config.flip:  # flip the bytes, a quarter of the size of the floats
         pixels = mirror_images(pixels, changes)
     images = to_float(pixels)
@@ -279,7 +281,7 @@ def prepare_images(pixels: Tensor, changes: Tensor | None, config: AugmentConfig
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint sets of images: to train on, to evaluate on and, if any, to choose the best weights with."""
+    """Disjoint sets of images for training, for evaluation and, if any, for choosing the best weights."""
 
     train: ImageDataset
     held_out: ImageDataset
@@ -346,7 +348,7 @@ def choose_splits(
     require_split(splits, config)
     found = choose_held_out(splits, config)
     if not quiet:
-        say_splits(splits, config, found, f"{100 * config.held_out_fraction:.3g}% of {config.split!r}", "held out")
+        report_splits(splits, config, found, f"{100 * config.held_out_fraction:.3g}% of {config.split!r}", "held out")
     rows = splits[config.split]()
     count = 0 if found is not None else min(max(1, round(rows.size * config.held_out_fraction)), rows.size)
     positions = carve(rows.size, count, validation_count(rows.size, config.validation_fraction))
@@ -369,8 +371,7 @@ def require_split(names: Collection[str], config: DataConfig) -> None:
 def choose_held_out(names: Collection[str], config: DataConfig) -> str | None:
     """Return the split among `names` to evaluate on; None to hold out part of `config.split`.
 
-    Raises `UserError` if `config.held_out` names a missing split, except `test`, which then holds out part of
-    `config.split`.
+    Raises `UserError` if `config.held_out` names a missing split other than `test`; a missing `test` means None.
     """
     others, wanted = [name for name in names if name != config.split], config.held_out
     if wanted is None:
@@ -398,9 +399,9 @@ def nearest_name(wanted: str, names: list[str]) -> str | None:
     return known[near[0]] if near else None
 
 
-def say_splits(names: Collection[str], config: DataConfig, found: str | None, part: str, use: str) -> None:
-    """Print one line that says what replaces `test` and which splits are unused, unless that is usual or was
-    configured. part: describes the images used if no split was `found`; use: their purpose."""
+def report_splits(names: Collection[str], config: DataConfig, found: str | None, part: str, use: str) -> None:
+    """Print which images replace a missing `test` split and which splits are unused, unless the choice is usual or was
+    configured. part: describes the images used if no split was `found`. use: their purpose."""
     left = [name for name in names if name not in (config.split, found)]
     usual = found == "test" or (found is None and not left)
     if (config.held_out is not None and found is not None) or (usual and not left) or not is_first_process():
@@ -493,5 +494,5 @@ def is_class_name(name: str) -> bool:
 
 
 def is_printable(name: str) -> bool:
-    """Whether a name has no control characters, which a terminal would obey."""
+    """Whether a name has no control characters (terminal escape sequences)."""
     return name.replace(JOINER, "").isprintable()

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from ..config import is_first_process
 
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
-"""Formats that browsers show; the only ones that uploads may have."""
+"""Formats that browsers show; uploads must have one of them."""
 FORMATS = (*WEB_FORMATS, "TIFF")
 MAX_PIXELS, MAX_SIDE = 64 * 2**20, 16_384
 WHITE_IS_ZERO = 0  # a value of PHOTOMETRIC_INTERPRETATION
@@ -51,7 +51,7 @@ Pixels = NDArray[np.uint8]
 @dataclass(frozen=True)
 class Rows:
     """One split of a source, still encoded. `read` returns the payloads of rows, `name` the name of a row for messages.
-    `labels` are those of the source: indices into `class_names`, if it has class names."""
+    `labels` are the source's own: indices into `class_names`, if it has class names."""
 
     size: int
     read: Callable[[Sequence[int]], list[Payload]]
@@ -213,7 +213,7 @@ def flatten(image: Image.Image) -> Image.Image:
             values = np.where(values == clear, 65535, values)
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode == "LAB":
-        return image.convert("RGB")  # Pillow converts LAB to nothing else
+        return image.convert("RGB")  # the only conversion of LAB that Pillow supports
     if image.has_transparency_data:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -128,14 +128,14 @@ def split_folders(root: Path, config: DataConfig) -> dict[str, Path]:
         names += [*SPLIT_FOLDERS, *sorted(path.name for path in others if "image" in kinds_below(path))]
     found = {name: root / name for name in dict.fromkeys(names) if (root / name).is_dir()}
     own = root / config.split
-    found = {name: path for name, path in found.items() if name == config.split or are_apart(path, own)}
+    found = {name: path for name, path in found.items() if name == config.split or are_disjoint(path, own)}
     if not found:
         require_classes(root)
     return found or {"train": root}
 
 
-def are_apart(one: Path, other: Path) -> bool:
-    """Whether neither folder contains the other; as splits, they would share images."""
+def are_disjoint(one: Path, other: Path) -> bool:
+    """Whether neither folder contains the other. Nested splits would share images."""
     here, there = (os.path.join(os.path.realpath(path), "") for path in (one, other))
     return not here.startswith(there) and not there.startswith(here)
 
@@ -154,7 +154,7 @@ def require_classes(root: Path) -> None:
 
 
 def holds_classes(folder: Path) -> bool:
-    """Whether all images of a folder are in subfolders, of which there are at least two."""
+    """Whether all images of a folder are in subfolders, and at least two subfolders have images."""
     inside = [path[len(os.path.join(folder, "")) :].split(os.sep) for path in image_paths(folder)]
     return all(len(parts) > 1 for parts in inside) and len({parts[0] for parts in inside}) > 1
 
@@ -171,7 +171,7 @@ def folder_rows(folder: Path, config: DataConfig) -> Rows:
     labels = [parts[0] if len(parts) > 1 else None for parts in inner]
     if all(label is None for label in labels):
         return file_rows(paths, None)
-    say_merged(folder, inner)
+    report_merged_classes(folder, inner)
     return file_rows(paths, labels)
 
 
@@ -184,7 +184,7 @@ def file_rows(paths: list[str], labels: list[Any] | None) -> Rows:
     return Rows(len(paths), read, paths.__getitem__, labels)
 
 
-def say_merged(folder: Path, inner: list[list[str]]) -> None:
+def report_merged_classes(folder: Path, inner: list[list[str]]) -> None:
     """Print one line about classes that merge several folders. inner: the parts of each image's path."""
     within: dict[str, set[str]] = {}
     for parts in inner:
@@ -204,7 +204,7 @@ def sheet_rows(folder: Path, config: DataConfig) -> Rows:
     """Return the images listed in the sheets below `folder`, as one split. Raises `UserError` for images without a row,
     and for rows without an image in the folder."""
     sheets = sorted(path for path in files_below(folder) if path.name in SHEETS)
-    found = {same_spelling(path): path for path in image_paths(folder)}
+    found = {normalize_path(path): path for path in image_paths(folder)}
     listed, others, columns = dict[str, Any](), set[str](), dict[str, None]()
     for sheet in sheets:
         for row in read_sheet(sheet):
@@ -229,15 +229,15 @@ def sheet_rows(folder: Path, config: DataConfig) -> Rows:
             "sheets to use folders as classes"
         )
     if config.label_column is None or config.label_column not in columns:
-        say_no_classes(sheets[0], list(columns), config.label_column)
+        report_missing_classes(sheets[0], list(columns), config.label_column)
         return file_rows(paths, None)
-    labels = [listed[same_spelling(path)] for path in paths]
-    return file_rows(paths, as_numbers(labels) if sheets[0].suffix == ".csv" else labels)
+    labels = [listed[normalize_path(path)] for path in paths]
+    return file_rows(paths, parse_labels(labels) if sheets[0].suffix == ".csv" else labels)
 
 
-def say_no_classes(sheet: Path, columns: list[str], column: str | None) -> None:
-    """Print one line about a sheet without classes. Raises `UserError` if a column other than the default was asked
-    for."""
+def report_missing_classes(sheet: Path, columns: list[str], column: str | None) -> None:
+    """Print one line about a sheet without classes. Raises `UserError` if a column other than the default was
+    requested."""
     there = ", ".join(name for name in columns if name != "file_name") or "none"
     if column not in (None, LABEL):
         raise UserError(f"data.label_column: no column {column!r}; columns: {there}")
@@ -271,16 +271,16 @@ def files_in_row(sheet: Path, row: dict[str, Any], image_column: str) -> tuple[s
     """Return the path of a row's image, and the paths of other files, such as masks in `mask_file_name`. Raises
     `UserError` for a row without an image."""
     named = {
-        key.removesuffix("file_name").rstrip("_") or "image": same_spelling(os.path.normpath(sheet.parent / value))
+        key.removesuffix("file_name").rstrip("_") or "image": normalize_path(os.path.normpath(sheet.parent / value))
         for key, value in row.items()
         if key and key.endswith("file_name") and isinstance(value, str) and value
     }
     if image_column not in named:
-        raise UserError(one_line(f"data.source: {sheet}: a row without file_name: {row}"))
+        raise UserError(one_line(f"data.source: {sheet}: a row has no file_name: {row}"))
     return named.pop(image_column), set(named.values())
 
 
-def as_numbers(labels: list[Any]) -> list[Any]:
+def parse_labels(labels: list[Any]) -> list[Any]:
     """Convert the labels of a CSV file to whole numbers if all are numbers; an empty cell means no label."""
     labels = [None if label == "" else label for label in labels]
     whole = all(
@@ -289,6 +289,6 @@ def as_numbers(labels: list[Any]) -> list[Any]:
     return [int(label) if whole and label is not None else label for label in labels]
 
 
-def same_spelling(path: str) -> str:
+def normalize_path(path: str) -> str:
     """Return a path in Unicode form NFC; some file systems decompose accented letters."""
     return unicodedata.normalize("NFC", path)

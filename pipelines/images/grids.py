@@ -1,8 +1,8 @@
-"""Grids of images with class names: a column for each class, its name on top.
+"""Grids of images with class names: one column per class, headed by its name.
 
 If a column mixes classes, each image has its name above it instead. The font is DejaVu Sans, which comes with
-matplotlib (Latin, Greek, Cyrillic and more), so that a grid is the same picture everywhere. A name with other letters
-is drawn in an installed font that has them all, if there is one; otherwise each missing letter becomes `?`."""
+matplotlib (Latin, Greek, Cyrillic and more), so that a grid looks the same everywhere. A name with other letters is
+drawn in an installed font that has them all, if any; otherwise each missing letter becomes `?`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 MAX_CLASSES = 20
-"""Classes that get a column each."""
+"""Maximum number of classes that get a column each."""
 COLUMNS = 8
-"""Columns of a grid that has no column for each class; twice as many with several classes."""
+"""Columns of a grid without one column per class; doubled if there are several classes."""
 PADDING, GREY, WHITE, BLACK = 2, 128, 255, 0
 MIN_WIDTH = 56
 """Narrower images are enlarged to at least this width, by repeating their pixels a whole number of times."""
 MAX_NAME_WIDTH = 112
 """Images are enlarged up to this width to fit their names; longer names are cut."""
 FONT_SIZE, BAND = 12, 16
-"""Size of the letters and height of the band that they stand in, in pixels."""
+"""Font size, and height of the band behind a name, in pixels."""
 MISSING = "?"
 
 
@@ -79,7 +79,7 @@ def column_headings(cells: list[list[int | None]], names: Sequence[str]) -> list
 
 
 def enlarge_images(images: np.ndarray, names: Sequence[str] | None) -> np.ndarray:
-    """Return the images with three channels, repeating pixels until the images can be seen and the names fit."""
+    """Enlarge the images by repeating pixels, until they are easy to see and the names fit; return three channels."""
     name_width = max((text_width(*choose_font(name)) + 4 for name in names or []), default=0)
     wanted = max(MIN_WIDTH, min(MAX_NAME_WIDTH, name_width))
     scale = max(1, -(-wanted // images.shape[2]))
@@ -126,7 +126,7 @@ def find_font(text: str) -> Path | None:
     from matplotlib import font_manager
 
     needed = {ord(letter) for letter in text if placeholder(letter)}
-    # "Last Resort" draws a box with the name of the script for every letter there is.
+    # "Last Resort" draws a box with the name of the script for every letter.
     fonts = [font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort")]
     upright = sorted(fonts, key=lambda font: (font.style != "normal", font.weight not in (400, "normal"), font.name))
     return next((path for font in upright if needed <= glyphs_of(path := Path(font.fname))), None)
@@ -134,16 +134,17 @@ def find_font(text: str) -> Path | None:
 
 @cache
 def glyphs_of(path: Path) -> frozenset[int]:
-    """Return the code points that a font has; none if it cannot be used at `FONT_SIZE`."""
+    """Return the code points of a font; empty if it cannot be used at `FONT_SIZE`."""
     from matplotlib.ft2font import FT2Font
 
     try:
-        ImageFont.truetype(path, FONT_SIZE)  # refuses fonts of bitmaps, such as coloured emoji
+        ImageFont.truetype(path, FONT_SIZE)  # rejects bitmap fonts, such as colour emoji
         return frozenset(FT2Font(str(path)).get_charmap())
     except (OSError, RuntimeError):
         return frozenset()
 
 
 def placeholder(letter: str) -> str:
-    """Return what replaces a letter without a glyph; nothing for accents and joiners, which take no space."""
+    """Return the replacement of a letter without a glyph: `?`, or nothing for accents and joiners, which take no
+    space."""
     return "" if unicodedata.category(letter) in ("Mn", "Me", "Cf") else MISSING

@@ -34,7 +34,7 @@ def offline_if_unreachable() -> Iterator[None]:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
-def fetched(repo_id: str, name: str) -> Path | None:
+def fetch_file(repo_id: str, name: str) -> Path | None:
     """Fetch a file of a model repository and return its path in the cache; None if that fails for any reason."""
     from huggingface_hub import hf_hub_download
 
@@ -46,7 +46,7 @@ def fetched(repo_id: str, name: str) -> Path | None:
         return None
 
 
-def reason_of(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Describe an error of `datasets` in one line: its cause, or why the Hub was not asked."""
     from datasets.exceptions import DatasetGenerationError
 

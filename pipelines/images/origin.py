@@ -1,4 +1,4 @@
-"""The source of images as it may be published: shared files never contain a local path."""
+"""Sources of images in a form that may be published: shared files never contain a local path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LOCAL = "(a folder of whoever trained this: give data.source)"
 FOLDER = "a local folder of images"
 HUB_NAME = r"[\w-][\w.-]*(/[\w-][\w.-]*)?"
 TOKENS = "tokens"
-"""The key of a token dataset's path in the provenance of a prior; useless elsewhere."""
+"""Key of the token dataset's path in a prior's provenance; useless on other machines."""
 REMARK = "("  # starts a remark in place of a source, such as `LOCAL`
 
 
@@ -23,14 +23,14 @@ def is_local(source: str) -> bool:
     return there or not (source.startswith(REMARK) or re.fullmatch(HUB_NAME, source))
 
 
-def place_of(source: str) -> str:
+def resolve_source(source: str) -> str:
     """Return the full path of a local source, and any other source unchanged."""
     return os.path.realpath(os.path.expanduser(source)) if is_local(source) else source
 
 
 def public_source(source: str, local: bool = False) -> str:
-    """Return the source as it may be published: `LOCAL` for a path (`local`: it was a path where it was used), and a
-    URL without user, password and query, which may contain keys."""
+    """Return the form of a source that may be published: `LOCAL` for a path, and a URL without user, password and
+    query, which may contain keys. local: the source was a path on the machine that used it."""
     if local or is_local(source):
         return LOCAL
     if "://" not in source:
@@ -47,8 +47,8 @@ def describe_source(source: str) -> str:
 
 def shareable(facts: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a pipeline's provenance, or of a token dataset's `source`, that may be uploaded."""
-    private = {source for source in sources_in(facts) if is_local(source)}
-    private |= sources_in(facts.get("data")) if facts.get("local") else set()
+    private = {source for source in find_sources(facts) if is_local(source)}
+    private |= find_sources(facts.get("data")) if facts.get("local") else set()
 
     def shared(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
@@ -65,14 +65,14 @@ def shareable(facts: dict[str, Any]) -> dict[str, Any]:
     return shared(facts)
 
 
-def sources_in(facts: Any) -> set[str]:
+def find_sources(facts: Any) -> set[str]:
     """Return all sources of images in the provenance."""
     if isinstance(facts, list):
-        return set().union(*map(sources_in, facts))
+        return set().union(*map(find_sources, facts))
     if not isinstance(facts, dict):
         return set()
     own = {facts["source"]} if isinstance(facts.get("source"), str) else set()
-    return own.union(*map(sources_in, facts.values()))
+    return own.union(*map(find_sources, facts.values()))
 
 
 def describe_for_card(facts: dict[str, Any]) -> str | None:

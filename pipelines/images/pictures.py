@@ -28,7 +28,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 def grid_picture(images: Tensor, columns: int, *, min_side: int = 56) -> np.ndarray:
     """Arrange images `(B, C, H, W)` in [-1, 1] in one uint8 (H, W, 3) array; enlarge them to a width of `min_side`."""
-    from torchvision.utils import make_grid  # a second of import time, which loading a pipeline avoids
+    from torchvision.utils import make_grid  # imported here, because it takes a second
 
     images = to_uint8(images.cpu())
     scale = max(1, -(-min_side // images.shape[-1]))
@@ -56,8 +56,8 @@ def png_bytes(pixels: np.ndarray) -> bytes:
 
 
 def to_images(images: Any, shape: Shape) -> Tensor:
-    """Convert anything that `as_batch` takes to float images `(B, C, H, W)` in [-1, 1] of `shape` (C, H, W). Warns once
-    about floats that look like [0, 1]; raises `ValueError` for another size, type or range."""
+    """Convert anything that `as_batch` accepts to float images `(B, C, H, W)` in [-1, 1] of `shape` (C, H, W). Warns
+    once about floats that look like [0, 1]; raises `ValueError` for another size, type or range."""
     batch = as_batch(images, shape)
     warn_if_unit(batch)
     if batch.dtype == torch.uint8:
@@ -78,31 +78,31 @@ def as_batch(images: Any, shape: Shape) -> Tensor:
     `ValueError` for anything else.
     """
     if isinstance(images, (list, tuple)):
-        parts = [one_image(image, shape) for image in images]
+        parts = [convert_image(image, shape) for image in images]
         if len({part.dtype for part in parts}) != 1:
             refuse(images, shape)
         return torch.stack(parts)
     if isinstance(images, np.ndarray):
-        return from_array(images, shape)
+        return convert_array(images, shape)
     if isinstance(images, Image.Image):
-        return one_image(images, shape)[None]
+        return convert_image(images, shape)[None]
     if not isinstance(images, Tensor) or tuple(images.shape[1:]) != shape:
         refuse(images, shape)
     return images
 
 
-def one_image(image: Any, shape: Shape) -> Tensor:
+def convert_image(image: Any, shape: Shape) -> Tensor:
     """Convert a PIL image, a tensor `(C, H, W)` or an array `(H, W, C)` or `(H, W)` to a tensor `(C, H, W)`."""
     if isinstance(image, Image.Image):
         return torch.from_numpy(pixels_of(image, shape).copy())
     if isinstance(image, np.ndarray) and image.shape in single_shapes(shape):
-        return from_array(image, shape)[0]
+        return convert_array(image, shape)[0]
     if not isinstance(image, Tensor) or tuple(image.shape) != shape:
         refuse(image, shape)
     return image
 
 
-def from_array(array: np.ndarray, shape: Shape) -> Tensor:
+def convert_array(array: np.ndarray, shape: Shape) -> Tensor:
     """Copy an array `(B, H, W, C)`, `(B, H, W)`, `(H, W, C)` or `(H, W)` to a tensor `(B, C, H, W)`."""
     singles = single_shapes(shape)
     batch = array[None] if array.shape in singles else array
@@ -162,12 +162,12 @@ def warn_if_unit(batch: Tensor) -> None:
     warnings.warn(
         "float images are expected in [-1, 1], and these look like [0, 1], as from ToTensor: pass "
         "`pipelines.from_unit(images)`, or uint8",
-        stacklevel=level_of_user(),
+        stacklevel=find_user_stacklevel(),
     )
     _warned = True
 
 
-def level_of_user() -> int:
+def find_user_stacklevel() -> int:
     """Return the `stacklevel` that points the caller's warning at the user's line; torch's decorators add levels."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in INNER:
@@ -176,7 +176,7 @@ def level_of_user() -> int:
 
 
 def check_output_type(output_type: str, *others: str) -> None:
-    """Raise `ValueError` for an unknown output type; others: valid types besides those of images."""
+    """Raise `ValueError` for an unknown output type. others: further valid types."""
     allowed = [*OUTPUT_TYPES, *others]
     if output_type not in allowed:
         *most, last = map(repr, allowed)
@@ -194,7 +194,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def convert_images(images: Tensor, output_type: str) -> Any:
-    """Convert float images `(B, C, H, W)` in [-1, 1] to a list of PIL images, uint8 (B, H, W, C), or leave them."""
+    """Convert float images `(B, C, H, W)` in [-1, 1] to a list of PIL images (`pil`) or uint8 (B, H, W, C) (`np`); `pt`
+    returns them unchanged."""
     check_output_type(output_type)
     if output_type == "pt":
         return images

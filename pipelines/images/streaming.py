@@ -31,19 +31,19 @@ from .dataset import (
     carve,
     choose_held_out,
     list_bad,
+    report_splits,
     require_split,
-    say_splits,
 )
 from .decoding import BadImage, Decoded, Payload, Rows, decode_in_threads
-from .hub import reason_of
+from .hub import describe_error
 from .tables import Sample, classes_in_parquet, files_of, find_tables, read_parquet, read_tar, suffix_of
 
-FEW = 1000  # the limit on bad images is at least the one for this many images
-MIXED = 2000  # the shuffle buffer for images of splits that are held in memory
+FEW = 1000  # bad images are limited as if at least this many were read
+MIXED = 2000  # size of the shuffle buffer for splits held in memory
 
 
 def open_stream(config: DataConfig, stream: bool) -> tuple[dict[str, Rows], StreamedImages]:
-    """Return up to 2,000 images of each split (of the training split only without `stream`), and the stream of training
+    """Return up to 2,000 images of each split (with `stream`, except the training split), and the stream of training
     images. Raises `UserError`."""
     files = divide_files(config)
     classes = names_in(files["train"][0], config)
@@ -52,7 +52,7 @@ def open_stream(config: DataConfig, stream: bool) -> tuple[dict[str, Rows], Stre
     if is_first_process():
         tell(
             "data.streaming: shuffling is approximate, and a resumed run does not repeat the order; evaluation uses at "
-            f"most {MOST:,} images of a split{'' if stream else ', of train as well'}"
+            f"most {MOST:,} images of a split{'' if stream else ', including train'}"
         )
     parts = {name: read_some(files[name], config, classes) for name in files if name != "train" or not stream}
     return parts, StreamedImages(config, files["train"])
@@ -60,14 +60,14 @@ def open_stream(config: DataConfig, stream: bool) -> tuple[dict[str, Rows], Stre
 
 def divide_files(config: DataConfig) -> dict[str, list[str]]:
     """Return the shards of `train`, `held_out` and, if any, `validation`, a pseudo-random partition. Raises `UserError`
-    for shards of other formats, and for too few to hold one out."""
+    for shards of other formats, and if there are too few shards to hold one out."""
     splits = files_of(find_tables(config))
     if not splits:
         raise UserError(f"data.streaming: {config.source} is unreachable; data.streaming=false reads the cached copy")
     require_split(splits, config)
     found = choose_held_out(splits, config)
     part = f"{100 * config.held_out_fraction:.3g}% of the shards of {config.split!r}"
-    say_splits(splits, config, found, part, "held out")
+    report_splits(splits, config, found, part, "held out")
     files, other = sorted(splits[config.split]), sorted(splits.get(found or "", []))
     if strange := [file for file in [*files, *other] if suffix_of(file) not in (".parquet", ".tar")]:
         raise UserError(f"data.source: {strange[0]}: data.streaming reads only .parquet and .tar; set it to false")
@@ -95,7 +95,7 @@ def read_files(files: Sequence[str], config: DataConfig, classes: tuple[str, ...
         except UserError:
             raise
         except Exception as error:  # every file system and pyarrow raise errors of their own types
-            raise UserError(one_line(f"{file}: cannot be read: {reason_of(error)}")) from error
+            raise UserError(one_line(f"{file}: cannot be read: {describe_error(error)}")) from error
 
 
 def names_in(file: str, config: DataConfig) -> tuple[str, ...]:
@@ -152,7 +152,7 @@ class StreamedImages(ImageDataset):
         self._files, self._config = files, config
         self._stream: Iterator[dict[str, Any]] | None = None
         self._next, self._seen, self._skipped = 0, 0, 0
-        self._bad_names = set[str]()  # an image recurs in each epoch, and is listed once
+        self._bad_names = set[str]()  # images recur in each epoch, but are listed once
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -172,14 +172,14 @@ class StreamedImages(ImageDataset):
 
     def names(self, indices: Indices) -> list[str]:
         """Raise `UserError`."""
-        raise self._refusal()
+        raise self._access_error()
 
     def pixels(self, indices: Indices) -> Tensor:
         """Return this process's next images. Raises `UserError` for positions that do not increase."""
         wanted = np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
         with self._lock:
             if not len(wanted) or self._stream is None or wanted[0] < self._next or (np.diff(wanted) <= 0).any():
-                raise self._refusal()
+                raise self._access_error()
             self._next = int(wanted[-1]) + 1
             return self._take(self._stream, len(wanted))
 
@@ -240,7 +240,7 @@ class StreamedImages(ImageDataset):
             )
         return False
 
-    def _refusal(self) -> UserError:
+    def _access_error(self) -> UserError:
         return UserError(
             "data.streaming: images are read in sequence, each once, and cannot be indexed; data.streaming=false "
             "copies them for random access"

@@ -1,7 +1,7 @@
 """Images in tables: digits, parquet files, webdataset (.tar) files and data sets of the Hub.
 
 `datasets` finds them, and copies them to Arrow files in its cache, which are memory-mapped and read in any order. Later
-changes of the files do not affect a run. `read_parquet` and `read_tar` read files in sequence without a copy
+changes to the files do not affect a run. `read_parquet` and `read_tar` read files in sequence without a copy
 (`streaming`).
 """
 
@@ -29,7 +29,7 @@ from ..config import UserError, is_first_process, tell
 from ..shuffling import splitmix64
 from .decoding import IMAGE, LABEL, MAX_FILE, Payload, Rows, SplitRows
 from .folder import SUFFIXES, files_below
-from .hub import offline_if_unreachable, reason_of
+from .hub import describe_error, offline_if_unreachable
 from .origin import HUB_NAME, REMARK
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 PROTOCOLS = ("hf", "http", "https", "s3", "gs", "az")
 KINDS = ".parquet and .tar (uncompressed)"
-LARGE = 100e6  # bytes from which a new copy is reported
+LARGE = 100e6  # size in bytes from which a new copy is reported
 TAR_VERSION = 1  # version of the rows that `read_tar` yields, because copies of them are cached
 
 
@@ -98,7 +98,7 @@ def find_tables(config: DataConfig) -> Any:
         with quiet_datasets(), offline_if_unreachable() if is_hub else nullcontext():
             if is_hub or path.is_dir():
                 builder = datasets.load_dataset_builder(source if is_hub else os.path.abspath(path))
-            else:  # the files decide the format
+            else:  # the suffixes of the files decide the format
                 place = glob.escape(str(path)) if path.exists() else source if "://" in source else str(path)
                 builder = datasets.load_dataset_builder("webdataset", data_files={"train": place})
                 suffixes = set(map(suffix_of, files_of(builder)["train"]))
@@ -111,7 +111,7 @@ def find_tables(config: DataConfig) -> Any:
     except UserError:
         raise
     except Exception as error:  # anything from a lost network to a broken file
-        reason = reason_of(error)
+        reason = describe_error(error)
         if not is_hub:
             raise UserError(one_line(f"data.source: {source} cannot be read: {reason}")) from error
         raise UserError(
@@ -121,7 +121,7 @@ def find_tables(config: DataConfig) -> Any:
     if is_hub or path.is_dir():
         check_own_files(builder, source if is_hub else str(path))
     if path.is_dir():
-        say_unused(path, files_of(builder))
+        report_unused(path, files_of(builder))
         if builder.name == "parquet":  # with a card, `datasets` would use an outdated copy
             files = {split: [glob.escape(file) for file in part] for split, part in files_of(builder).items()}
             builder = datasets.load_dataset_builder("parquet", data_files=files)
@@ -177,8 +177,8 @@ def is_own(file: str, source: str) -> bool:
     return "://" not in file and os.path.abspath(file).startswith(tuple(roots))
 
 
-def say_unused(root: Path, files: dict[str, list[str]]) -> None:
-    """Print one line about tables below `root` that belong to no split; `datasets` goes by file names."""
+def report_unused(root: Path, files: dict[str, list[str]]) -> None:
+    """Print one line about tables below `root` that belong to no split; `datasets` assigns splits by file name."""
     used = {os.path.abspath(file) for each in files.values() for file in each}
     tables = (path for path in files_below(root) if path.suffix in (".parquet", ".tar"))
     left = sorted(path for path in tables if os.path.abspath(path) not in used)
@@ -216,15 +216,13 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
     began, is_tar = time.time(), builder.name == "webdataset"
     try:
         with quiet_datasets():
-            if is_tar:  # the builder requires equal suffixes in all samples, and numeric classes
+            if is_tar:  # the builder of `datasets` requires equal suffixes in all samples, and numeric classes
                 features = datasets.Features({IMAGE: datasets.Image(decode=False), LABEL: datasets.Value("string")})
                 given = {
                     "files": files_of(builder)[split],
                     "columns": (config.image_column, config.label_column),
-                    "state": (
-                        TAR_VERSION,
-                        builder.config.data_files[split].origin_metadata,
-                    ),  # modification times or hashes of the files
+                    # The metadata are modification times or hashes of the files.
+                    "state": (TAR_VERSION, builder.config.data_files[split].origin_metadata),
                 }
                 table = datasets.Dataset.from_generator(tar_table, features=features, gen_kwargs=given)
             else:
@@ -233,8 +231,8 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
     except Exception as error:  # anything from a lost network to a full disk; `datasets` wraps our errors
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        raise UserError(one_line(f"data.source: {config.source} cannot be read: {reason_of(error)}")) from error
-    say_copy(table, began)
+        raise UserError(one_line(f"data.source: {config.source} cannot be read: {describe_error(error)}")) from error
+    report_copy(table, began)
     image, label = (IMAGE, config.label_column and LABEL) if is_tar else (config.image_column, config.label_column)
     if image not in table.column_names:
         raise UserError(f"data.image_column: no column {image!r}; there are {table.column_names}")
@@ -250,7 +248,7 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
     elif label not in (None, LABEL):
         raise UserError(f"data.label_column: no column {label!r}; there are {table.column_names}")
     if is_tar and labels is not None:
-        labels = [as_label(label) for label in labels]
+        labels = [parse_label(label) for label in labels]
         if all(label is None for label in labels):
             labels = None
             if config.label_column != LABEL:
@@ -263,7 +261,7 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
         raise UserError(one_line(f"data.image_column: {image!r} does not hold images: {error}")) from error
 
     def read(rows: Sequence[int]) -> list[Payload]:
-        return [payload_of(value, config.source) for value in images[list(rows)][image]]
+        return [read_payload(value, config.source) for value in images[list(rows)][image]]
 
     def name(row: int) -> str:
         path = (images[row][image] or {}).get("path")
@@ -272,7 +270,7 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
     return Rows(len(table), read, name, labels, names)
 
 
-def payload_of(value: dict[str, Any] | None, source: str) -> Payload:
+def read_payload(value: dict[str, Any] | None, source: str) -> Payload:
     """Return the encoded image of a table cell, or its file if that belongs to the source."""
     data, path = (value or {}).get("bytes"), (value or {}).get("path")
     if data is not None or not path:
@@ -287,7 +285,7 @@ def tar_table(files: list[str], columns: tuple[str, str | None], state: Any) -> 
         yield {IMAGE: {"bytes": sample["data"], "path": sample["name"]}, LABEL: label}
 
 
-def say_copy(table: Any, began: float) -> None:
+def report_copy(table: Any, began: float) -> None:
     """Print one line if a copy is new and large."""
     files = [file["filename"] for file in table.cache_files]
     size = sum(os.path.getsize(file) for file in files)
@@ -361,7 +359,7 @@ def read_tar(files: Sequence[str], image: str, label: str | None) -> Iterator[Sa
                 if found:
                     number += 1
                     title = one_line(f"{file}: {name}.{found[0]}")
-                    yield {"name": title, "data": parts[found[0]], "label": label_of(parts, label)}
+                    yield {"name": title, "data": parts[found[0]], "label": read_label(parts, label)}
         except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
@@ -373,7 +371,7 @@ def read_tar(files: Sequence[str], image: str, label: str | None) -> Iterator[Sa
 
 def tar_samples(file: str, suffixes: set[str]) -> Iterator[tuple[str, dict[str, bytes | None]]]:
     """Yield the key of each sample in a tar, and its files with these suffixes, by suffix. Nothing is extracted to the
-    disk, so paths, links and devices in a tar do no harm. Raises `TarError` for a damaged tar."""
+    disk, so malicious paths, links and devices in a tar do no harm. Raises `TarError` for a damaged tar."""
     key, parts = "", dict[str, bytes | None]()
     with open_file(file) as source, tarfile.open(fileobj=source, mode="r:", errors="replace") as tar:
         while member := tar.next():
@@ -391,19 +389,19 @@ def tar_samples(file: str, suffixes: set[str]) -> Iterator[tuple[str, dict[str, 
                 parts[suffix] = content.read() if content and member.size <= MAX_FILE else None
         if parts:
             yield key, parts
-        source.seek(tar.offset)  # `tarfile` mistakes damage for the end
+        source.seek(tar.offset)  # `tarfile` takes a damaged header for the end of the archive
         if source.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"no tar header at byte {tar.offset}")
 
 
-def label_of(parts: dict[str, bytes | None], column: str | None) -> Any:
+def read_label(parts: dict[str, bytes | None], column: str | None) -> Any:
     """Return the label of a sample, a whole number or a string, from the suffix or `.json` key `column` (default:
     `.cls`); None if it has no label."""
     if column is None:
         return None
     text = parts.get(column.lower()) or (parts.get("cls") if column == LABEL else None)
     if text is not None:
-        return as_label(text.decode("utf-8", "replace").strip() or None)
+        return parse_label(text.decode("utf-8", "replace").strip() or None)
     try:
         facts = json.loads(parts.get("json") or b"null")
     except (ValueError, RecursionError):
@@ -412,7 +410,7 @@ def label_of(parts: dict[str, bytes | None], column: str | None) -> Any:
     return value if isinstance(value, (int, str)) else None
 
 
-def as_label(text: str | None) -> Any:
+def parse_label(text: str | None) -> Any:
     """Parse a whole number; return other text unchanged."""
     return int(text) if text is not None and re.fullmatch(r"-?\d{1,18}", text) else text
 

@@ -1,4 +1,4 @@
-"""Check that images for evaluation were not trained on, which would bias model selection and results."""
+"""Check that a model was not trained on its evaluation images, which would bias model selection and results."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from tokenizer.config import show_value
 
 from ..config import UserError
 from .dataset import DataConfig, choose_held_out, choose_splits, is_stream, open_source
-from .origin import place_of
+from .origin import resolve_source
 
-DIVIDES = ("split", "held_out", "held_out_fraction", "validation_fraction", "limit", "streaming")
+SPLIT_SETTINGS = ("split", "held_out", "held_out_fraction", "validation_fraction", "limit", "streaming")
 """The settings that decide which images of a source are trained on."""
 
 
@@ -20,7 +20,7 @@ def require_unseen(config: DataConfig, trained: DataConfig | None, part: str) ->
     seen, count = count_seen(config, trained, part)
     if not seen or trained is None:
         return
-    changed = [key for key in DIVIDES if getattr(config, key) != getattr(trained, key)]
+    changed = [key for key in SPLIT_SETTINGS if getattr(config, key) != getattr(trained, key)]
     before = " ".join(f"data.{key}={show_value(getattr(trained, key))}" for key in changed)
     some = f"{seen:,} of these {count:,}" if count else "some of these"
     raise UserError(
@@ -33,8 +33,8 @@ def count_seen(config: DataConfig, trained: DataConfig | None, part: str) -> tup
     """Return how many images of this `part` of `config` were in the training split of the settings `trained`, and the
     number of images in the part. (0, 0) if unknown or if the settings are equal (parts never overlap); (1, 0) if a
     stream, which is divided by files, takes both from one split."""
-    same = trained is not None and all(getattr(config, key) == getattr(trained, key) for key in DIVIDES)
-    if trained is None or same or place_of(config.source) != place_of(trained.source):
+    same = trained is not None and all(getattr(config, key) == getattr(trained, key) for key in SPLIT_SETTINGS)
+    if trained is None or same or resolve_source(config.source) != resolve_source(trained.source):
         return 0, 0
     before, splits = trained.model_copy(update={"source": config.source}), open_source(config)
     found = choose_held_out(splits, config)

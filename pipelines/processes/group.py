@@ -1,6 +1,6 @@
-"""Work shared by the processes of one command: each handles a part of a list, and all get the ordered results.
+"""Share work among the processes of a command: each handles part of a list, and all get the ordered results.
 
-Neither the parts nor their computation depend on the number of processes, so results do not, either.
+Results do not depend on the number of processes, because neither the items nor their computation do.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ MISTAKES = UserError, PipelineLoadError, OSError  # users' mistakes, reported in
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process's rank among those that share work, and their number. All must call the same methods in the same
-    order.
+    """The processes that share work: their number `world`, and the `rank` of this one. All must call the same methods
+    in the same order.
 
-    Results are on the CPU of every process. Tensors must not be of small unsigned types, which torch does not pickle
-    (arrays may). An error on one process is raised there; the others raise `ProcessFailed`, which names that process,
-    or `ReportedElsewhere` for a user's mistake found by the main process.
+    Every process gets results on its CPU. Tensors must not have a small unsigned type, which torch does not pickle;
+    arrays may. An error on one process is raised there; the others raise `ProcessFailed`, which names that process, or
+    `ReportedElsewhere` for a user's mistake found by the main process.
     """
 
     rank: int = 0
     world: int = 1
     lockstep: bool = False
-    """Whether mapped functions contain collectives, as sharded models do, so that all processes must call them equally
-    often, on items of one size."""
+    """Whether mapped functions run collectives, as sharded models do. All processes must then call them equally often,
+    on items of equal size."""
 
     @property
     def is_main(self) -> bool:
@@ -48,7 +48,7 @@ class ProcessGroup:
         return items[self.rank :: self.world]
 
     def map(self, act: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """Return `act(item)` of each item, in order, each computed by one process."""
+        """Call `act` on each item, on one process each, and return all results in order."""
         parts = self.gather(lambda: self._act_on_mine(act, items))
         found: list[Any] = [None] * len(items)
         for rank, part in enumerate(parts):
@@ -70,8 +70,8 @@ class ProcessGroup:
         return self.gather(lambda: act() if self.is_main else None)[0]  # type: ignore[return-value]
 
     def main_first(self, act: Callable[[], R]) -> R:
-        """Call `act` on the main process, then on the others; return each one's own result. Errors are thus reported
-        once."""
+        """Call `act` on the main process, then on the others; return each process's own result. This reports an error
+        only once."""
         found: list[R] = []
         self.on_main(lambda: found.append(act()))
         return found[0] if self.is_main else act()
@@ -83,7 +83,7 @@ class ProcessGroup:
         try:
             mine: tuple[Any, Exception | None] = (act(), None)
         except Exception as error:
-            self._exchange((None, self._for_others(error)))
+            self._exchange((None, self._copy_error(error)))
             raise
         found = self._exchange(mine)
         for _, failure in found:
@@ -91,8 +91,8 @@ class ProcessGroup:
                 raise failure
         return [value for value, _ in found]
 
-    def _for_others(self, error: Exception) -> Exception:
-        """Return the error for the other processes to raise; it holds only text, so it can be pickled."""
+    def _copy_error(self, error: Exception) -> Exception:
+        """Return the error that the other processes raise; it holds only text, so it can be pickled."""
         if self.is_main and isinstance(error, MISTAKES):
             return ReportedElsewhere(str(error))
         return ProcessFailed(f"process {self.rank} failed: {type(error).__name__}: {error}")

@@ -35,8 +35,8 @@ REFUSED = {
     "ACCELERATE_USE_MEGATRON_LM": f"Megatron-LM is not supported: {FSDP2}",
     "ACCELERATE_USE_PARALLELISM_CONFIG": f"parallelism_config is not supported: {FSDP2}",
 }
-"""Variables by which a launcher asks for unsupported features. Refused at the start, because accelerate would accept
-them and train something else."""
+"""Variables with which a launcher requests unsupported features. They are refused at the start, because accelerate
+would accept them silently and train differently."""
 
 
 def require_supported() -> None:
@@ -53,10 +53,10 @@ def require_supported() -> None:
 
 
 def build_accelerator(timeout: float = TIMEOUT, mixed_precision: str | None = None) -> Accelerator:
-    """Return the `Accelerator` that `accelerate launch` asked for; processes wait `timeout` seconds for each other.
+    """Build the `Accelerator` that `accelerate launch` requested. timeout: seconds that processes wait for each other.
 
-    mixed_precision: overrides the launcher's. Raises `UserError` if fewer processes were started than requested, and
-    for unsupported features.
+    mixed_precision: overrides the launcher's setting. Raises `UserError` for unsupported features, and if fewer
+    processes started than were requested.
     """
     require_supported()
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -93,9 +93,9 @@ def group_of(accelerator: Accelerator) -> ProcessGroup:
     return ProcessGroup(accelerator.process_index, accelerator.num_processes)
 
 
-def group_of_hosts(accelerator: Accelerator, timeout: float) -> Any:
-    """Return a torch process group (gloo) that needs no GPU and times out after `timeout` seconds; None, the default
-    group, if that is already one, or for a single process."""
+def make_cpu_group(accelerator: Accelerator, timeout: float) -> Any:
+    """Create a torch process group (gloo) that communicates between CPUs and times out after `timeout` seconds. Return
+    None, the default group, for a single process, or if the default group already uses CPUs."""
     if accelerator.num_processes == 1 or accelerator.device.type == "cpu":
         return None
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
@@ -103,15 +103,16 @@ def group_of_hosts(accelerator: Accelerator, timeout: float) -> Any:
 
 @contextmanager
 def join_group(device: str) -> Iterator[tuple[ProcessGroup, torch.device]]:
-    """Yield the processes that share a command's work, and this one's device. Without a launcher, that is this process
-    alone on the requested device, and accelerate, whose import takes seconds, is not loaded. Raises `UserError` for an
-    unavailable device, and as `build_accelerator` does."""
+    """Yield the group of processes that share a command's work, and this process's device.
+
+    Without a launcher, yield a single process on the requested device, and do not import accelerate, which takes
+    seconds. Raises `UserError` for an unavailable device, and like `build_accelerator`."""
     if not any(name in os.environ for name in LAUNCHERS):
         yield ALONE, choose_device(device)
         return
     accelerator = build_accelerator()
     group = group_of(accelerator)
-    with leave_after_refusal(accelerator):
+    with leave_group_on_error(accelerator):
         yield group, group.main_first(lambda: own_device(device, accelerator.device, group))
     accelerator.end_training()
 
@@ -127,8 +128,9 @@ def own_device(name: str, given: torch.device, group: ProcessGroup) -> torch.dev
 
 
 @contextmanager
-def leave_after_refusal(accelerator: Accelerator) -> Iterator[None]:
-    """Leave the process group after a user's mistake: gloo may abort a process that exits without doing so."""
+def leave_group_on_error(accelerator: Accelerator) -> Iterator[None]:
+    """Leave the process group if the block raises a user's mistake: gloo may abort a process that exits inside a
+    group."""
     try:
         yield
     except (UserError, PipelineLoadError):
@@ -141,17 +143,17 @@ def leave_after_refusal(accelerator: Accelerator) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Precision:
-    """`mixed` is accelerate's `no` or `bf16`; `reason` explains it, unless the launcher chose."""
+    """mixed: accelerate's `no` or `bf16`. reason: why; empty if the launcher chose it."""
 
     mixed: str
     reason: str = ""
 
 
 def choose_precision(asked: Literal["auto", "no", "bf16"] | None, before: str | None) -> Precision:
-    """Choose the precision of a run. asked: `train.mixed_precision`; None: the launcher's choice, auto: the fastest of
-    this machine.
+    """Choose the precision of a run. asked: `train.mixed_precision`; None keeps the launcher's choice, auto picks the
+    fastest precision of this machine.
 
-    before: the precision so far of a resumed run, which auto keeps on any machine, because the other precision gives
+    before: the previous precision of a resumed run. auto keeps it on any machine, because another precision would give
     other weights. Raises `UserError`.
     """
     if asked is None:
@@ -161,27 +163,27 @@ def choose_precision(asked: Literal["auto", "no", "bf16"] | None, before: str | 
         return Precision(launched)
     if asked != "auto":
         return Precision(asked, "train.mixed_precision")
-    found, reason = fast_precision()
+    found, reason = find_fastest_precision()
     if before and before != found:
         return Precision(before, f"auto: as before; this machine would use {found}: {reason}")
     return Precision(found, f"auto: {reason}")
 
 
-def fast_precision() -> tuple[str, str]:
+def find_fastest_precision() -> tuple[str, str]:
     """Return the fastest precision of this machine, and the reason."""
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     if torch.cuda.is_available() and not on_cpu:
         has = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "this GPU supports it") if has else ("no", "this GPU has no bf16")
     on_mps = torch.backends.mps.is_available() and not on_cpu
-    if feature := "" if on_mps else bf16_of_cpu():
+    if feature := "" if on_mps else detect_cpu_bf16():
         return "bf16", f"this CPU has {feature}"
     return "no", "no AMX or AVX512-BF16"
 
 
-def bf16_of_cpu() -> str:
-    """Return this CPU's bfloat16 instructions, AMX or AVX512-BF16; empty without them, or if ATEN_CPU_CAPABILITY rules
-    them out."""
+def detect_cpu_bf16() -> str:
+    """Return this CPU's bfloat16 instructions, AMX or AVX512-BF16; empty if it has neither, or if ATEN_CPU_CAPABILITY
+    disables them."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return ""
     if torch.cpu._is_amx_tile_supported():
@@ -189,8 +191,8 @@ def bf16_of_cpu() -> str:
     return "AVX512-BF16" if torch.cpu._is_avx512_bf16_supported() else ""
 
 
-def float32_advice(precision: str, has_bf16: bool) -> str:
-    """Return advice to use bf16, for float32 on a GPU that supports bf16; otherwise empty."""
+def recommend_bf16(precision: str, has_bf16: bool) -> str:
+    """Recommend bf16 for a float32 run on a GPU that supports bf16; otherwise return an empty string."""
     if precision != "no" or not has_bf16:
         return ""
     return (

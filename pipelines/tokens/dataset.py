@@ -41,8 +41,8 @@ from .tables import from_tables, to_tables
 if TYPE_CHECKING:
     import datasets
 
-IN_MEMORY = 256 << 20  # bytes of tokens up to which a dataset is read into memory
-HASHED = 2 << 30  # bytes of tokens up to which a dataset is hashed on loading, in about two seconds
+IN_MEMORY = 256 << 20  # largest dataset that is read into memory, in bytes of tokens
+HASHED = 2 << 30  # largest dataset that is hashed on loading (about two seconds), in bytes of tokens
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TokenDataset:
         """Write the folder atomically; replace an older token dataset.
 
         rows_per_shard: rows per file; None: chosen by the size of the split, see `cut_shards`. Raises `PathError` if
-        the folder is something else, `ValueError` for ids out of range, and a `PipelineLoadError` for anything that
+        the folder holds something else, `ValueError` for ids out of range, and a `PipelineLoadError` for anything that
         could not be loaded again: invalid names of splits or classes, and labels out of range.
         """
         shards = cut_shards({name: len(split) for name, split in self.splits.items()}, rows_per_shard)
@@ -156,10 +156,10 @@ def load_tokens(
     """Load and check a token dataset from a folder, or from the Hub, where it is downloaded once and cached.
 
     verify: hash every file. None hashes datasets of up to 2 GiB of tokens; for larger ones it compares the shards by
-    size, and ids are checked when they are read (`smalti verify` hashes everything).
-    mapped: leave tokens on the disk, shared by all processes; None does so from 256 MiB.
-    revision: a branch, tag or commit of the Hub. Raises a `PipelineLoadError` if a file is missing or changed, ids do
-    not fit the grid, labels are out of range, or the tokenizer is not the one that made the ids.
+    size, and ids are checked when they are read (`smalti verify` hashes everything). mapped: leave tokens on the disk,
+    shared by all processes; None does so above 256 MiB. revision: a branch, tag or commit of the Hub. Raises a
+    `PipelineLoadError` if a file is missing or changed, ids do not fit the grid, labels are out of range, or the
+    tokenizer is not the one that made the ids.
     """
     folder = Path(source)
     if not os.path.isdir(source):
@@ -180,7 +180,7 @@ def _read_dataset(folder: Path, verify: bool | None, mapped: bool | None) -> Tok
     if tokenizer.fingerprint() != meta.tokenizer:
         raise IntegrityError(f"{folder / 'tokenizer'}: not the tokenizer that made these tokens (fingerprints differ)")
     if tokenizer.grid != meta.grid:
-        raise IntegrityError(f"{folder / META}: grid {meta.grid} is not the tokenizer's, {tokenizer.grid}")
+        raise IntegrityError(f"{folder / META}: grid {meta.grid} differs from the tokenizer's, {tokenizer.grid}")
     mapped = size > IN_MEMORY if mapped is None else mapped
     splits = {name: _load_split(folder, name, meta, mapped) for name in meta.shards}
     facts = meta.source, meta.augmentations, manifest_hash(folder)

@@ -76,13 +76,13 @@ def manifest_hash(folder: Path) -> str:
 
 
 def check_printable(name: str) -> str:
-    """Raise `ValueError` for a name with control characters, which a terminal would obey."""
+    """Raise `ValueError` for a name with control characters (terminal escape sequences)."""
     if not is_printable(name):
         raise ValueError(f"must be a printable name (found {quote(name)})")
     return name
 
 
-def rows_of_files(found: Any) -> list[int]:
+def check_rows(found: Any) -> list[int]:
     """Check the number of rows of each file of a split. Raises `ValueError`."""
     if not isinstance(found, list) or not found or not all(type(count) is int and count >= 0 for count in found):
         raise ValueError(f"must be the number of rows of each file (found {quote(found)})")
@@ -121,7 +121,7 @@ class MetaFile(BaseModel):
 
     grid: GridFields
     classes: list[Annotated[Text, AfterValidator(check_printable)]]
-    splits: Annotated[dict[str, Annotated[list[int], PlainValidator(rows_of_files)]], AfterValidator(check_names)]
+    splits: Annotated[dict[str, Annotated[list[int], PlainValidator(check_rows)]], AfterValidator(check_names)]
     source: dict[str, Any]
     augmentations: Whole
     tokenizer: Text

@@ -28,7 +28,7 @@ BATCH = 256  # rows encoded at a time by default; shards hold whole batches
 BATCHES = 4  # minimum number of batches in a shard
 PROCESSES = 16  # processes that can share a small split evenly
 ROWS_PER_SHARD = 1 << 12
-MAX_SHARDS = 4096  # files of a dataset, as many as a manifest of 1 MiB can list
+MAX_SHARDS = 4096  # maximum files of a dataset; a manifest of 1 MiB cannot list more
 CHUNK = 1 << 14  # rows in memory at a time when a whole split is read
 
 Indices = NDArray[np.int64] | Tensor | slice | list[int]
@@ -55,8 +55,8 @@ def cut_shards(rows: Mapping[str, int], rows_per_shard: int | None) -> dict[str,
     """Return the number of rows of each file of each split. rows: the number of rows of each split.
 
     rows_per_shard None: whole batches of 256, at least four per file; up to 16 files for a small split, and files of
-    4,096 rows for a large one, or of more rows to stay below `MAX_SHARDS`. Raises `ValueError` below 1, and for more
-    files than `MAX_SHARDS`.
+    4,096 rows for a large one, or of more rows to stay below `MAX_SHARDS`. Raises `ValueError` if rows_per_shard is
+    below 1 or gives more than `MAX_SHARDS` files.
     """
     if rows_per_shard is not None and rows_per_shard < 1:
         raise ValueError(f"rows_per_shard must be at least 1 (got {rows_per_shard})")
@@ -69,7 +69,7 @@ def cut_shards(rows: Mapping[str, int], rows_per_shard: int | None) -> dict[str,
             shards = max(1, min(PROCESSES, count // (BATCHES * BATCH)), -(-count // large))
             sizes[split] = max(1, -(-count // (shards * BATCH))) * BATCH
     if (total := sum(max(1, -(-rows[split] // size)) for split, size in sizes.items())) > MAX_SHARDS:
-        raise ValueError(f"rows_per_shard: makes {total} files, the limit is {MAX_SHARDS}; choose a larger number")
+        raise ValueError(f"rows_per_shard: gives {total} files, the limit is {MAX_SHARDS}; choose a larger number")
     return {
         split: [min(size, rows[split] - start) for start in range(0, max(1, rows[split]), size)]
         for split, size in sizes.items()
@@ -92,8 +92,8 @@ def write_shard(path: Path, tokens: Tensor, labels: Tensor | None, grid: TokenGr
 def map_shard(path: Path, rows: int, grid: TokenGrid) -> tuple[Tensor, Tensor | None]:
     """Return the tokens of a file, memory-mapped, and its labels, in memory.
 
-    safetensors checks that the header accounts for every byte before it maps a file, so a truncated file is an error,
-    not a SIGBUS. Raises `FormatError` for an invalid file, `IntegrityError` for another grid."""
+    safetensors checks that the header accounts for every byte before it maps a file, so a truncated file raises an
+    error instead of a SIGBUS. Raises `FormatError` for an invalid file, `IntegrityError` for another grid."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in ("tokens", "labels") if name in file.keys()}  # noqa: SIM118
@@ -129,9 +129,9 @@ class MappedRows:
         of range."""
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
-            found = self._between(start, stop) if step == 1 else self._gather(positions_of(rows, len(self)))
+            found = self._read_slice(start, stop) if step == 1 else self._read_rows(positions_of(rows, len(self)))
         else:
-            found = self._gather(positions_of(rows, len(self)))
+            found = self._read_rows(positions_of(rows, len(self)))
         if found.size and int(found.max()) >= self._vocab_size:
             raise IntegrityError(
                 f"{self._folder}: found id {int(found.max())}, ids must lie in [0, {self._vocab_size}); a file was "
@@ -139,14 +139,14 @@ class MappedRows:
             )
         return torch.from_numpy(found)
 
-    def _between(self, start: int, stop: int) -> NDArray[Any]:
+    def _read_slice(self, start: int, stop: int) -> NDArray[Any]:
         pairs = zip(self._shards, self._starts, strict=False)
         parts = [
             shard[max(0, start - s) : max(0, stop - s)] for shard, s in pairs if s < stop and start < s + len(shard)
         ]
         return np.concatenate(parts) if parts else np.empty((0, *self.shape[1:]), self._shards[0].dtype)
 
-    def _gather(self, wanted: NDArray[np.int64]) -> NDArray[Any]:
+    def _read_rows(self, wanted: NDArray[np.int64]) -> NDArray[Any]:
         if len(self._shards) == 1 or not len(wanted):
             return np.take(self._shards[0], wanted, axis=0)
         found = np.empty((len(wanted), *self.shape[1:]), self._shards[0].dtype)

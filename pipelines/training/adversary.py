@@ -31,32 +31,34 @@ class CriticConfig(Config):
     loss: Literal["hinge", "non_saturating"] = Field("hinge", description="adversarial loss of critic and tokenizer")
     start: int = Field(0, ge=0, description="first step at which the critic trains")
     warmup: int = Field(
-        500, ge=0, description="steps for which only the critic trains, before its loss reaches the tokenizer"
+        500, ge=0, description="steps for which the critic trains alone, before its loss reaches the tokenizer"
     )
-    ramp: int = Field(500, ge=0, description="steps over which its weight then grows from 0")
+    ramp: int = Field(
+        500, ge=0, description="steps over which the adversarial loss then grows from 0 to its full weight"
+    )
     lecam: float = Field(
         0.0,
         ge=0,
-        description="weight of the critic's LeCam regulariser, for small data sets: 0.001 to 0.05 in publications",
+        description="weight of the critic's LeCam regulariser, for small data sets; papers use 0.001 to 0.05",
     )
     augment: tuple[Literal["color", "translation", "cutout"], ...] | None = Field(
         None,
         description="DiffAugment of the critic's inputs, for small data sets: color, translation, cutout",
     )
-    lr: float = Field(1.0, gt=0, description="the critic's learning rate as a share of train.lr")
+    lr: float = Field(1.0, gt=0, description="the critic's learning rate, relative to train.lr")
     betas: tuple[Decay, Decay] = Field(
-        (0.5, 0.9), description="AdamW's decay rates for the critic; with slower ones it lags behind the tokenizer"
+        (0.5, 0.9), description="AdamW's decay rates for the critic; slower decay lets it lag behind the tokenizer"
     )
     width: int = Field(64, ge=8, le=1024, description="channels of the first layer; each layer doubles them")
     layers: int = Field(3, ge=1, le=6, description="strided layers; each doubles the patch size")
     norm: Literal["spectral", "batch", "none"] = Field(
-        "spectral", description="normalization; batch: over the images and reconstructions of one process together"
+        "spectral", description="normalization; batch: batch norm over all images and reconstructions of a process"
     )
 
 
 class Adversary:
-    """The losses that involve the critic. The tokenizer's loss calls the bare module `critic`; for the critic's own
-    loss it may be wrapped in DDP."""
+    """The adversarial losses of tokenizer and critic. The tokenizer's loss calls the bare module `critic`; the critic's
+    loss may call it wrapped in DDP."""
 
     def __init__(self, config: CriticConfig, critic: PatchCritic) -> None:
         self.config, self.critic = config, critic
@@ -66,8 +68,8 @@ class Adversary:
         return step >= self.config.start
 
     def share(self, step: int) -> float:
-        """The fraction of `weight` that applies in this step: 0 until the critic has trained for `warmup` steps, then
-        linear up to 1 at the `ramp`-th step."""
+        """Return the fraction of `weight` that applies in this step: 0 until the critic has trained for `warmup` steps,
+        then rising linearly to 1 over `ramp` steps."""
         since = step - self.config.start - self.config.warmup
         return min(1.0, (since + 1) / max(1, self.config.ramp)) if since >= 0 else 0.0
 
@@ -92,8 +94,8 @@ class Adversary:
     def critic_term(
         self, critic: nn.Module, images: Tensor, reconstructions: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the critic's own loss on images `(B, C, H, W)` and their reconstructions, and scalars to log. Both go
-        through in one pass: DDP must not be called twice before a backward pass."""
+        """Return the critic's loss on images `(B, C, H, W)` and their reconstructions, and scalars to log. A single
+        forward pass takes both, because DDP must not be called twice before a backward pass."""
         both = torch.cat([images.to(reconstructions.dtype), reconstructions])
         real, fake = critic(self.augment(both)).float().chunk(2)
         loss = CRITIC_LOSSES[self.config.loss](real, fake)
@@ -104,9 +106,8 @@ class Adversary:
             "accuracy": ((real > 0).float().mean() + (fake < 0).float().mean()) / 2,
         }
         if self.config.lecam:
-            means = self.critic.track(
-                real.detach(), fake.detach()
-            )  # includes these logits, because the means start at 0
+            # The means start at 0, so update them with these logits first.
+            means = self.critic.track(real.detach(), fake.detach())
             terms["lecam"] = lecam(real, fake, *means)
             loss = loss + self.config.lecam * terms["lecam"]
         return loss, terms

@@ -1,9 +1,9 @@
 """DiffAugment (Zhao et al. 2020, arXiv:2006.10738): differentiable augmentation of a critic's input.
 
-With few training images a critic memorises them and rejects everything else. So real images and reconstructions are
-augmented at random before they reach the critic, in its own loss and in the tokenizer's; gradients pass through. Images
-are in [-1, 1], so the 0 that fills gaps is grey. Every image has its own draws from torch's generator of its device,
-which a training step seeds; without `kinds` nothing is drawn.
+A critic memorises a small training set and rejects all other images. Real images and reconstructions are therefore
+augmented at random before they reach the critic, both in its own loss and in the tokenizer's, and gradients pass
+through. Images are in [-1, 1], so gaps filled with 0 are grey. Each image is augmented independently with torch's
+global generator of its device, which every training step seeds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def augment(images: Tensor, kinds: Collection[str]) -> Tensor:
     """Augment images `(B, C, H, W)` by all of `kinds`, in the order of `KINDS`. Raises `ValueError` for an unknown
     kind."""
     if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"augment: must be of {', '.join(KINDS)} (got {unknown[0]!r})")
+        raise ValueError(f"augment: must be among {', '.join(KINDS)} (got {unknown[0]!r})")
     for kind, change in KINDS.items():
         images = change(images) if kind in kinds else images
     return images
@@ -51,7 +51,7 @@ def translation(images: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor) -> Tensor:
-    """Zero a rectangle of half the height and half the width, centred on any pixel."""
+    """Zero a rectangle of half the height and half the width, centred on a random pixel."""
     inside = images.new_ones(len(images), 1, 1, 1)
     for axis in (2, 3):
         side = images.shape[axis]

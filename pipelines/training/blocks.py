@@ -16,10 +16,11 @@ from .schedule import TrainConfig
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the outermost members of `ModuleList`s, and those of `Sequential`s that hold their class twice or more.
+    """Return the outermost repeated modules: members of `ModuleList`s, and members of `Sequential`s that share their
+    class with another member.
 
-    A block has parameters and submodules; a single layer is too small. Modules that keep statistics in buffers (a
-    codebook, a batch norm) are left out, because a second forward pass would change them.
+    A block has parameters and submodules; a single layer is too small. Modules with statistics in buffers (a codebook,
+    a batch norm) are excluded, because a second forward pass would change them.
     """
     return list(_blocks(model))
 
@@ -37,10 +38,10 @@ def prepare_blocks(nets: Iterable[nn.Module], config: TrainConfig) -> None:
 
 
 def compile_blocks(blocks: Sequence[nn.Module], backend: Any = "inductor") -> None:
-    """Compile each block in place. Blocks of one shape share code, so compile time is that of one block. Names of
-    weights do not change. Compiled dropout draws different numbers from eager dropout.
+    """Compile each block in place. Blocks of one shape share code, so only the first takes time to compile. Weights
+    keep their names. Compiled dropout draws different numbers from eager dropout.
 
-    Compiles the method, not the module, so that FSDP's hooks are not traced.
+    This compiles the method instead of the module, so that FSDP's hooks are not traced.
     """
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, len(blocks))
     for block in blocks:
@@ -49,7 +50,7 @@ def compile_blocks(blocks: Sequence[nn.Module], backend: Any = "inductor") -> No
 
 def checkpoint_blocks(blocks: Sequence[nn.Module]) -> None:
     """Recompute each block's forward pass in the backward pass (Chen et al. 2016). Dropout draws the same numbers
-    again, and names of weights do not change. Call this last."""
+    again, and weights keep their names. Call this last."""
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 

@@ -1,10 +1,11 @@
 """Checkpoints of a run: `<run>/state/step-00001000/`, written by `torch.distributed.checkpoint`.
 
 A checkpoint holds the weights, their average, the moments of the optimizers and the counters of the loop. Randomness
-and data order are functions of (seed, rank, step), so nothing else is needed to continue to the same bits. Any number
-of processes can read it, with sharded or unsharded weights.
+and data order are functions of (seed, rank, step), so this is enough to resume bit for bit. Any number of processes can
+read it, with sharded or unsharded weights.
 
-Unlike a pipeline folder, a checkpoint is trusted: torch pickles its index. Load only checkpoints of your own runs.
+Unlike a pipeline folder, a checkpoint must be trusted, because torch pickles its index: load only checkpoints of your
+own runs.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ FORMAT_VERSION = 1
 RECORD, BEST, TENSORS = "state.json", "best.safetensors", "tensors"
 NAME = re.compile(r"step-\d{8,}")
 LEFTOVER = re.compile(r"\.(tmp|del)-(step-\d{8,}|tokenizer|pipeline|\w+\.jsonl?|\w+-\d{8}\.png)-[0-9a-f]{8}(\.\w+)?")
-"""Leftovers of a killed process: a partial checkpoint, snapshot, file of the run, or preview."""
+"""Names of the partial checkpoints, snapshots, previews and other files that a killed process leaves."""
 
 
 # Listing -------------------------------------------------------------------------------------------
@@ -55,7 +56,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_newest_record(run: Path) -> dict[str, Any]:
-    """Return the record of the newest checkpoint that has a readable one, or {}. Tensors are not loaded."""
+    """Return the newest readable record of a checkpoint, or {}. Does not load tensors."""
     for checkpoint in reversed(list_checkpoints(run)):
         try:
             return read_json(checkpoint / RECORD)
@@ -65,8 +66,7 @@ def read_newest_record(run: Path) -> dict[str, Any]:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Delete half-written files of killed processes in a run folder; give a snapshot that was being replaced its name
-    back."""
+    """Delete partial files that killed processes left in a run folder; restore a snapshot that was being replaced."""
     for path in [path for folder in (run, run / "state", run / "previews") for path in folder.glob(".[td]*")]:
         found = LEFTOVER.fullmatch(path.name)
         if found is None:
@@ -86,8 +86,8 @@ def remove_leftovers(run: Path) -> None:
 def collect_tensors(model: nn.Module, average: nn.Module, optimizers: Mapping[str, Optimizer]) -> Tensors:
     """Return every tensor of a checkpoint by name: `model.*`, `average.*`, and `optimizer.<player>/<parameter>/*`.
 
-    torch's `get_optimizer_state_dict` will not do: it fills the state of parameters without a gradient by a step with
-    learning rate 0, which Adam would count.
+    torch's `get_optimizer_state_dict` is unsuitable: to fill the state of parameters without a gradient, it takes a
+    step with learning rate 0, which Adam would count.
     """
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"average.{name}": value for name, value in average.state_dict().items()}
@@ -113,7 +113,7 @@ def is_finite(tensors: Tensors) -> bool:
 def write_checkpoint(
     run: Path, step: int, tensors: Tensors, record: dict[str, Any], best: Tensors | None, *, main: bool, sharded: bool
 ) -> None:
-    """Write `<run>/state/step-<step>` atomically, then delete all checkpoints but the two newest.
+    """Write `<run>/state/step-<step>` atomically, then delete all but the two newest checkpoints.
 
     sharded: every process calls this and writes its shards; otherwise only the main process does. best: the best
     averaged weights, unsharded, on the main process. Raises `OSError`.
@@ -124,10 +124,10 @@ def write_checkpoint(
         agreed = [temporary]
         torch.distributed.broadcast_object_list(agreed)
         temporary = agreed[0]
-    try:  # `dcp.save` makes the folder: an error on one process before it would leave the others waiting
+    try:  # no I/O before `dcp.save`, which makes the folder: an error on one process would leave the others waiting
         writer = dcp.FileSystemWriter(temporary / TENSORS, sync_files=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a single process saves; that is intended
+            warnings.simplefilter("ignore")  # torch warns that a single process saves
             dcp.save(tensors, storage_writer=writer, no_dist=not sharded)
         if main:
             if best is not None:
@@ -152,7 +152,7 @@ def write_checkpoint(
 
 
 def _discard(checkpoint: Path) -> None:
-    """Delete a checkpoint, renaming it first, so that a kill cannot leave half of it under its name."""
+    """Rename a checkpoint before deleting it, so that a kill cannot leave part of it under its name."""
     discarded = temporary_name(checkpoint, ".del")
     checkpoint.rename(discarded)
     shutil.rmtree(discarded, ignore_errors=True)
@@ -170,15 +170,15 @@ def load_newest(
 ) -> tuple[dict[str, Any], Tensors | None]:
     """Load the newest usable checkpoint into these objects; return its record and its best weights, if any.
 
-    Returns ({}, None) if `checkpoints`, oldest first and the same on all processes, is empty. Unusable ones are skipped
-    with a warning. all_agree: whether a bool is true on all processes. Raises `UserError` if no checkpoint is usable.
+    checkpoints: oldest first, the same on all processes; if empty, return ({}, None). all_agree: returns whether a bool
+    is true on all processes. Skips unusable checkpoints with a warning. Raises `UserError` if no checkpoint is usable.
     """
     for checkpoint in reversed(checkpoints):
         error: BaseException | None = None
         try:
             record = read_json(checkpoint / RECORD)
             if record.get("format_version") != FORMAT_VERSION or record.get("step") != step_of(checkpoint):
-                raise ValueError(f"{RECORD} has another version, or is not of step {step_of(checkpoint)}")
+                raise ValueError(f"{RECORD} has another version, or does not belong to step {step_of(checkpoint)}")
             best = load_file(checkpoint / BEST) if record.get("best") else None
             if best is not None:
                 require_same_shapes(best, average)
@@ -189,7 +189,7 @@ def load_newest(
         if all_agree(error is None):
             return record, best
         if error is not None:
-            print(f"warning: {checkpoint} is skipped: {_first_line(error)}", file=sys.stderr, flush=True)
+            print(f"warning: {checkpoint} is skipped: {_describe_error(error)}", file=sys.stderr, flush=True)
     if checkpoints:
         raise UserError(
             f"{checkpoints[0].parent}: none of its {len(checkpoints)} checkpoints can be loaded; nothing was changed. "
@@ -199,7 +199,7 @@ def load_newest(
 
 
 def require_same_shapes(tensors: Tensors, model: nn.Module) -> None:
-    """Raise `ValueError` unless names and shapes are those of the model."""
+    """Raise `ValueError` unless names and shapes match the model's."""
     found, expected = ({name: value.shape for name, value in each.items()} for each in (tensors, model.state_dict()))
     if found != expected:
         differing = min(name for name, _ in found.items() ^ expected.items())
@@ -207,8 +207,8 @@ def require_same_shapes(tensors: Tensors, model: nn.Module) -> None:
 
 
 def load_tensors(folder: Path, model: nn.Module, average: nn.Module, optimizers: Mapping[str, Optimizer]) -> None:
-    """Load what `collect_tensors` returned. Raises `ValueError` for a missing or unexpected tensor or another shape,
-    and whatever torch raises for damaged files."""
+    """Load the tensors of a checkpoint into the model, its average and the optimizers. Raises `ValueError` for a
+    missing or unexpected tensor or another shape, and torch's own errors for damaged files."""
     reader = dcp.FileSystemReader(folder)
     found: dict[str, Any] = reader.read_metadata().state_dict_metadata
     tensors = collect_tensors(model, average, {})
@@ -230,15 +230,15 @@ def load_tensors(folder: Path, model: nn.Module, average: nn.Module, optimizers:
         if found[key].size != value.shape:
             raise ValueError(f"{key} has shape {list(found[key].size)}, expected {list(value.shape)}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # each process reads alone; that is intended
+        warnings.simplefilter("ignore")  # torch warns that each process reads alone
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     for optimizer in optimizers.values():
-        optimizer.state.clear()  # may hold a newer checkpoint that another process could not load
+        optimizer.state.clear()  # may come from a newer checkpoint that another process could not load
     for key, (optimizer, parameter, entry) in moments.items():
         optimizer.state[parameter][entry] = tensors[key]
 
 
-def _first_line(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     """Return an error's class and first line; for torch's checkpoint error, those of its cause."""
     if isinstance(error, dcp.CheckpointException):
         error = min(error.failures.items())[1][0]

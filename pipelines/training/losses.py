@@ -25,16 +25,19 @@ class LossConfig(Config):
     nll: float = Field(
         1.0,
         ge=0,
-        description="weight of the negative log likelihood in nats per pixel channel, if the model has one; "
-        "1, with l1=0 and l2=0, gives the fewest bits per dim",
+        description="weight of the model's negative log likelihood, if it has one, in nats per pixel channel; 1 with "
+        "l1=0 and l2=0 gives the fewest bits per dim",
     )
     quantizer: float = Field(1.0, ge=0, description="factor on the quantizer's own losses, which include its beta")
-    perceptual: float = Field(0.0, ge=0, description="weight of LPIPS, a distance of features of a pretrained network")
-    perceptual_net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="the network of LPIPS")
+    perceptual: float = Field(
+        0.0, ge=0, description="weight of LPIPS, a distance between features of a pretrained network"
+    )
+    perceptual_net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="the pretrained network of LPIPS")
 
 
-def loss_weights_of(loss: LossConfig, tokenizer: Tokenizer) -> dict[str, float]:
-    """Return the weights of all losses: of pixels, and the tokenizer's own times `loss.nll` or `loss.quantizer`."""
+def combine_loss_weights(loss: LossConfig, tokenizer: Tokenizer) -> dict[str, float]:
+    """Return the weights of the pixel losses and of the tokenizer's own losses, the latter multiplied by `loss.nll` or
+    `loss.quantizer`."""
     own = {
         name: weight * (loss.nll if name == "nll" else loss.quantizer)
         for name, weight in tokenizer.loss_weights.items()

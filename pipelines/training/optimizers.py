@@ -1,8 +1,8 @@
 """AdamW (Loshchilov & Hutter 2017), or Muon for matrices and AdamW for the rest.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) updates a matrix by the orthogonal matrix nearest
-to its momentum, so that all directions move equally far. A convolution kernel is the matrix (outputs, inputs x k x k).
-In a layer that fuses several maps (queries, keys and values, say) each part is a separate matrix.
+to its momentum, so that all directions move equally far. A convolution kernel is treated as a matrix (outputs, inputs x
+k x k). In a layer that fuses several maps (such as queries, keys and values), each part is a separate matrix.
 
 `torch.optim.Muon` accepts only 2-D parameters, supports neither DTensor nor `found_inf`, and orthogonalizes one matrix
 at a time; for a single matrix our step equals it. Muon follows AdamW's schedule and has no weight decay.
@@ -24,15 +24,15 @@ from prior.layers import CausalConv2d
 
 from .schedule import TrainConfig
 
-MIN_SIDE = 16  # fewest rows and columns of a matrix that Muon updates
+MIN_SIDE = 16  # minimum rows and columns of a matrix for Muon
 MOMENTUM = 0.95
-QUINTIC, ROUNDS = (3.4445, -4.7750, 2.0315), 5  # of Newton-Schulz, with Jordan's coefficients
+QUINTIC, ROUNDS = (3.4445, -4.7750, 2.0315), 5  # Newton-Schulz: Jordan's coefficients, iterations
 TINY = 1e-7  # the norm below which a matrix counts as zero
 MAX_NUMBERS = 1 << 26  # entries orthogonalized at once: 256 MiB
 LAYERS = (nn.Linear, _ConvNd, CausalConv2d)
 EXCLUDED = {"head", "quantizer"}
 """Modules left to AdamW: heads (a prior's output layer; the last layers of the encoder and decoder of `vit`, `titok`,
-`vqgan` and the tokenizers built like it) and quantizers."""
+`vqgan` and similar tokenizers) and quantizers."""
 
 
 def make_optimizer(
@@ -43,10 +43,10 @@ def make_optimizer(
     betas: tuple[float, float],
     bf16: bool = False,
 ) -> AdamW:
-    """Return the optimizer that `config` asks for.
+    """Build the optimizer that `config` selects.
 
-    matrices: the weights for Muon, see `hidden_matrices`; if empty, the optimizer is AdamW. decaying: those of AdamW's
-    weights that decay. bf16: orthogonalize in bfloat16, which is precise enough and takes a quarter of the time on
+    matrices: the weights for Muon, see `hidden_matrices`; if empty, the optimizer is AdamW. decaying: the weights that
+    decay under AdamW. bf16: orthogonalize in bfloat16, which is precise enough and takes a quarter of the time on
     hardware that supports it.
     """
     if config.optimizer == "adamw":
@@ -83,9 +83,9 @@ def hidden_matrices(model: nn.Module) -> dict[nn.Parameter, int]:
 def decaying_weights(model: nn.Module) -> set[nn.Parameter]:
     """Return the weights that decay: matrices, kernels and tables.
 
-    Excluded are vectors of any shape (the gain of a query-key norm is `(heads, 1)`, an embedding of one row `(1, dim)`)
-    and biases, including tables of them per position, row or class: anything with `bias` in its name or its module's
-    class name.
+    Vectors of any shape are excluded (the gain of a query-key norm is `(heads, 1)`, an embedding of one row `(1,
+    dim)`), as are biases, including tables of biases per position, row or class: any weight with `bias` in its name or
+    in the class name of its module.
     """
     found = set()
     for name, module in model.named_modules():
@@ -101,7 +101,7 @@ def matrix_shape(weight: Tensor) -> tuple[int, int]:
     return weight.shape[0], math.prod(weight.shape[1:])
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """Return this process's shard of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -110,29 +110,29 @@ class Muon(AdamW):
     """AdamW, except that parameter groups with a `momentum` use Muon, at `factor` times the learning rate."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Optimizer.__setstate__(self, state)  # AdamW's own expects step counts, for old versions' sake
+        Optimizer.__setstate__(self, state)  # AdamW's requires step counts, to support old versions of torch
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient; none if `found_inf`, on the device, is not 0."""
+        """Update all parameters that have a gradient, unless `found_inf`, a tensor on the device, is not 0."""
         every_group = self.param_groups
         for group in every_group:
             for weights in group_by_shape(group["params"]) if "momentum" in group else ():
-                self.move(weights, group)
+                self.update_matrices(weights, group)
         self.param_groups = [group for group in every_group if "momentum" not in group]
         try:
             super().step()
         finally:
             self.param_groups = every_group
 
-    def move(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """Update the momenta of weights of one shape, and move the weights along the nearest orthogonal matrices. Each
+    def update_matrices(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Update the momenta of weights of one shape, and step the weights along the nearest orthogonal matrices. Each
         process keeps the momenta of its own shards."""
         for weight in weights:
             if "momentum" not in self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
-        momenta = [local(self.state[weight]["momentum"]) for weight in weights]
-        grads = [local(weight.grad) for weight in weights if weight.grad is not None]
+        momenta = [local_shard(self.state[weight]["momentum"]) for weight in weights]
+        grads = [local_shard(weight.grad) for weight in weights if weight.grad is not None]
         skip = getattr(self, "found_inf", None)
         if skip is not None:
             grads = [torch.where(skip > 0, momentum, grad) for momentum, grad in zip(momenta, grads, strict=True)]
@@ -146,26 +146,26 @@ class Muon(AdamW):
         rows, columns = matrix_shape(weights[0])
         rate = group["lr"] * group["factor"] * math.sqrt(max(1.0, rows / group["parts"] / columns))
         for weight, direction in zip(weights, directions, strict=True):
-            mine = local(weight)
+            mine = local_shard(weight)
             mine.add_(direction.view(mine.shape), alpha=-rate)
 
 
 def group_by_shape(weights: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Yield the weights that have a gradient in groups of one shape, of at most `MAX_NUMBERS` entries."""
+    """Group the weights that have a gradient by shape; yield groups of at most `MAX_NUMBERS` entries."""
     found: dict[tuple[int, int], list[nn.Parameter]] = {}
     for weight in weights:
         if weight.grad is not None:
             found.setdefault(matrix_shape(weight), []).append(weight)
     for group in found.values():
-        count = max(1, MAX_NUMBERS // max(1, local(group[0]).numel()))
+        count = max(1, MAX_NUMBERS // max(1, local_shard(group[0]).numel()))
         yield from (group[start : start + count] for start in range(0, len(group), count))
 
 
 def orthogonalize(matrices: Tensor, parts: int, like: Tensor) -> Tensor:
-    """Apply `newton_schulz` to each of the `parts` of `matrices`, `(n, rows, columns)`.
+    """Apply `newton_schulz` to each of the `parts` of each matrix in `matrices` `(n, rows, columns)`.
 
-    If `like`, one of the weights, is sharded, so are the matrices, by rows: each process then gathers and
-    orthogonalizes its share of the n, and receives its rows of all.
+    like: one of the weights. If it is sharded, the matrices are sharded by rows: each process then gathers its share of
+    the n matrices, orthogonalizes them, and gets back its rows of all matrices.
     """
     if not isinstance(like, DTensor):
         return newton_schulz(matrices.unflatten(1, (parts, -1)).flatten(0, 1)).view_as(matrices)

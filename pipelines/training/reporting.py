@@ -1,4 +1,4 @@
-"""The lines that a run prints: at its start, while it trains, and at its end."""
+"""Messages of a run: at its start, during training and at its end."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import tell
-from ..processes.launch import float32_advice
+from ..processes.launch import recommend_bf16
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
 
-def announce(trainer: Trainer, changes: list[str], reason: str = "") -> None:
-    """Print that the run starts or continues, on what, and with which changed settings. reason: why this precision was
-    chosen. Raises `UserError` if its files will not fit on the disk."""
+def announce_start(trainer: Trainer, changes: list[str], reason: str = "") -> None:
+    """Print how the run starts or continues: its data, devices, precision and changed settings. reason: why this
+    precision was chosen. Raises `UserError` if the disk has no room for the run's files."""
     if not trainer.main or trainer.is_finished(trainer.agree_on_progress(alone=True)):
         return
     trainer.require_room()
@@ -35,7 +35,7 @@ def announce(trainer: Trainer, changes: list[str], reason: str = "") -> None:
     )
     print(line, flush=True)
     has_bf16 = trainer.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if not reason and (line := float32_advice(precision, has_bf16)):
+    if not reason and (line := recommend_bf16(precision, has_bf16)):
         print(f"{trainer.run}: {line}", flush=True)
     if task.players and task.watched == "held_out":
         what = "training is evaluated on held-out images, and the last weights are delivered"
@@ -43,12 +43,12 @@ def announce(trainer: Trainer, changes: list[str], reason: str = "") -> None:
     if trainer.precision_before not in (None, precision):
         changes = [f"mixed precision: {trainer.precision_before} -> {precision}", *changes]
     if trainer.step and changes:
-        print(f"{trainer.run}: from here on {', '.join(changes)}", flush=True)
+        print(f"{trainer.run}: from now on {', '.join(changes)}", flush=True)
 
 
 @contextmanager
 def progress_bar(trainer: Trainer) -> Iterator[Any]:
-    """Show a progress bar on the main process's terminal, if there is one and there is anything to train."""
+    """Show a progress bar if the main process has a terminal and something to train."""
     from tqdm import tqdm
 
     hidden = not (trainer.main and trainer.task.players) or trainer.is_finished(trainer.agree_on_progress(alone=True))
@@ -59,7 +59,7 @@ def progress_bar(trainer: Trainer) -> Iterator[Any]:
         yield bar
 
 
-def show(trainer: Trainer, record: dict[str, float], bar: Any) -> None:
+def show_report(trainer: Trainer, record: dict[str, float], bar: Any) -> None:
     """Show a report in the progress bar, or print it as a line if output goes to a file."""
     loss = next((value for name, value in record.items() if name.endswith("loss")), math.nan)
     total = trainer.config.minutes
@@ -72,7 +72,7 @@ def show(trainer: Trainer, record: dict[str, float], bar: Any) -> None:
         tell(line, sys.stdout if in_notebook else sys.stderr)
 
 
-def conclusion(trainer: Trainer) -> tuple[dict[str, Any], list[list[Any]]]:
+def summarize_run(trainer: Trainer) -> tuple[dict[str, Any], list[list[Any]]]:
     """Return a summary for a tracker's table of runs (steps, minutes, last and best figures), and the same figures as
     rows of (weights, split, figure, value)."""
     watched, best = trainer.task.watched, trainer.best
@@ -88,20 +88,20 @@ def conclusion(trainer: Trainer) -> tuple[dict[str, Any], list[list[Any]]]:
 
 
 def describe_end(trainer: Trainer, done: bool, was_finished: bool) -> str:
-    """Say how far the run got, what it made, and what to do next."""
+    """Describe how far the run got, its result and the next command."""
     if not done:
         return f"stopped at step {trainer.step}; the same command continues"
     task, minutes = trainer.task, f"{trainer.minutes:.1f} min"
     trained = f"{trainer.step:,} steps in {minutes}" if task.players else "nothing to train"
     if trainer.best and trainer.best["step"] != trainer.step:
-        trained += f", of which step {trainer.best['step']:,} was best"
+        trained += f", best at step {trainer.best['step']:,}"
     quality = task.quality(trainer.reported or trainer.evaluation)
     begin, nothing = ("already finished", "; nothing to do") if was_finished else ("done", "")
     return f"{begin}: {trained}{quality and f', {quality}'}{nothing}; {task.outcome(trainer.run)}"
 
 
 def describe_figures(trainer: Trainer, done: bool) -> dict[str, Any]:
-    """Return the figures of a snapshot's weights, the number of images per split they are of, and, at the end of a run,
+    """Return the figures of a snapshot's weights, the number of evaluated images per split and, at the end of a run,
     the step of the weights."""
     task = trainer.task
     evaluation = trainer.best["evaluation"] if done and trainer.best else trainer.evaluation

@@ -1,4 +1,4 @@
-"""The folder of a run: checks on its contents, and which settings may change on resume."""
+"""Check the contents of a run folder, and define which settings may change on resume."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ CONFIG = "config.json"
 END = ("train.steps", "train.minutes")
 RHYTHM = ("train.log_every", "train.preview_every", "train.evaluate_every", "train.save_every")
 FREE = {"out", "track", *END, *RHYTHM, "train.timeout", "train.checkpointing", "data.cache_mb"}
-"""Settings that may change on resume. None affects the weights, except for the end, which the learning rate follows."""
+"""Settings that may change on resume. Only the end affects the weights, through the learning rate schedule."""
 LEFTOVER = re.compile(rf"\.tmp-{re.escape(CONFIG)}-[0-9a-f]{{8}}\.json")
 
 
 def check_run_folder(run: Path, config: Any, snapshots: dict[str, FolderKind] | None = None) -> list[str]:
-    """Return the permitted changes of `config` against the run in the folder, as `train.steps: 1000 -> 2000`.
+    """Return the permitted changes from the run in the folder to `config`, such as `train.steps: 1000 -> 2000`.
 
-    snapshots: the folders that the run will write there. Raises `UserError` for a folder that is not a run's or has
-    another configuration, and `PathError` if the run's inputs and its folder contain each other.
+    snapshots: the folders that the run will write into it. Raises `UserError` if the folder is not a run folder or has
+    another configuration, and `PathError` if it contains an input or lies inside an input.
     """
     if os.path.lexists(run) and (run.is_symlink() or not run.is_dir()):
         what = "a link" if run.is_symlink() else "a file"
@@ -37,15 +37,15 @@ def check_run_folder(run: Path, config: Any, snapshots: dict[str, FolderKind] | 
         require_replaceable(run / name, kind)
     if (run / CONFIG).is_file():
         old, new = read_config(run, config), config.model_dump(mode="json")
-        if changes := difference(without_free(old), without_free(new)):
+        if changes := difference(select_fixed(old), select_fixed(new)):
             raise UserError(
                 f"{run}: belongs to a run with another configuration; nothing was overwritten. "
-                f"{advise(run, config, changes)}. What differs:\n" + "\n".join(changes)
+                f"{suggest_remedy(run, config, changes)}. Differences:\n" + "\n".join(changes)
             )
         return [line for line in difference(old, new) if line.split(":")[0] in (*END, *RHYTHM)]
     if run.is_dir() and (strange := [path.name for path in sorted(run.iterdir()) if not is_ours(path.name)]):
         raise UserError(
-            f"{run}: not empty ({', '.join(strange[:3])}) and not a run folder; choose another out=, nothing was "
+            f"{run}: not empty ({', '.join(strange[:3])}) and not a run folder; choose another out=; nothing was "
             "overwritten"
         )
     inputs = [config.data.path] if hasattr(config, "data") else [config.tokens]
@@ -54,7 +54,7 @@ def check_run_folder(run: Path, config: Any, snapshots: dict[str, FolderKind] | 
 
 
 def is_ours(name: str) -> bool:
-    """Return whether a run may leave a file of this name before it writes its configuration."""
+    """Return whether a run may create a file of this name before it writes its configuration."""
     return is_lock(name) or LEFTOVER.fullmatch(name) is not None
 
 
@@ -63,28 +63,28 @@ def read_config(run: Path, config: Any) -> dict[str, Any]:
     saved = read_json(run / CONFIG)
     try:
         return type(config).model_validate(saved).model_dump(mode="json")
-    except ValidationError:  # of the other stage: the caller reports the difference
+    except ValidationError:  # a configuration of the other stage: the caller reports the differences
         return saved
 
 
 def write_config(run: Path, config: Any) -> None:
-    """Write `config.json`, which `--config` accepts, too, and create `state/`: a snapshot without `state/` means that
-    someone deleted it."""
+    """Write `config.json`, which `--config` also accepts, and create `state/`, so that a snapshot without `state/`
+    shows that a user deleted it."""
     replace_file(run / CONFIG, (json.dumps(config.model_dump(mode="json"), indent=2) + "\n").encode())
     make_folder(run / "state")  # last, because a folder without a configuration must be empty
 
 
-def without_free(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def select_fixed(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the settings that must not change on resume."""
     fixed: dict[str, Any] = {}
     for key, value in settings.items():
         if prefix + key not in FREE:
-            fixed[key] = without_free(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+            fixed[key] = select_fixed(value, f"{prefix}{key}.") if isinstance(value, dict) else value
     return fixed
 
 
-def advise(run: Path, config: Any, changes: list[str]) -> str:
-    """Say how to train with these changes."""
+def suggest_remedy(run: Path, config: Any, changes: list[str]) -> str:
+    """Describe how to train with these changes."""
     snapshot = run / ("tokenizer" if hasattr(config, "data") else "pipeline")
     rebuilt = any(line.startswith(("model.", "data.image_size", "data.channels", "tokens", "init")) for line in changes)
     if rebuilt or not snapshot.is_dir():

@@ -13,8 +13,8 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 """Decay rate of a moment of Adam."""
 
 
-def no_as_text(value: Any) -> Any:
-    """Undo YAML reading a bare `no` as false."""
+def restore_no(value: Any) -> Any:
+    """Restore a bare `no`, which YAML reads as false."""
     return "no" if value is False else value
 
 
@@ -25,8 +25,10 @@ class TrainConfig(Config):
     minutes: float | None = Field(
         None, gt=0, description="end after this many minutes of training, if `steps` is not reached first"
     )
-    batch_size: int = Field(128, ge=1, description="images per step, all processes and micro-batches together")
-    accumulate: int = Field(1, ge=1, description="micro-batches per process whose gradients are accumulated for a step")
+    batch_size: int = Field(128, ge=1, description="images per step, over all processes and micro-batches")
+    accumulate: int = Field(
+        1, ge=1, description="micro-batches per process and step, over which gradients are accumulated"
+    )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw",
         description="muon: Muon for convolution kernels and for matrices of at least 16 x 16 between embeddings and "
@@ -36,49 +38,50 @@ class TrainConfig(Config):
     muon_lr: float = Field(0.02, gt=0, description="peak learning rate of Muon, on the same schedule")
     final_lr: float = Field(0.02, ge=0, le=1, description="learning rate at the end, as a share of the peak")
     warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up; a cosine follows")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's decay rates of the moments")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's decay rates for its moments")
     weight_decay: float = Field(
         0.02,
         ge=0,
-        description="AdamW's weight decay for matrices and tables; none for biases, norms and Muon's weights",
+        description="AdamW's weight decay for matrices and tables; biases, norms and Muon's weights do not decay",
     )
-    clip: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    clip: float = Field(1.0, gt=0, description="maximum norm of the gradients, which are scaled down to it")
     ema_decay: float = Field(
         0.999, ge=0, lt=1, description="decay of the moving average of the weights, which is evaluated and saved"
     )
     seed: int = Field(0, ge=0, lt=1 << 63, description="seeds initial weights, data order, augmentation and dropout")
     log_every: int = Field(50, ge=1, description="steps between lines in metrics.jsonl")
-    preview_every: int = Field(1000, ge=1, description="steps between pictures")
+    preview_every: int = Field(1000, ge=1, description="steps between previews")
     evaluate_every: int = Field(1000, ge=1, description="steps between evaluations on validation images")
-    save_every: int = Field(1000, ge=1, description="steps between saves: checkpoint and snapshot")
+    save_every: int = Field(1000, ge=1, description="steps between saves of a checkpoint and a snapshot")
     keep_best: bool = Field(
         True,
-        description="deliver the averaged weights that were best on validation images, by bits per token or PSNR; "
-        "false, or without such images or figures: the newest",
+        description="deliver the averaged weights with the best bits per token or PSNR on validation images; if "
+        "false, or without such images or figures, deliver the newest",
     )
     checkpointing: bool = Field(
         False,
-        description="recompute each block in the backward pass instead of storing its activations: less memory for a "
-        "quarter to a third more time, with the same losses",
+        description="recompute each block in the backward pass instead of storing its activations: saves memory, "
+        "takes a quarter to a third more time, and gives the same losses",
     )
-    mixed_precision: Annotated[Literal["auto", "no", "bf16"] | None, BeforeValidator(no_as_text)] = Field(
+    mixed_precision: Annotated[Literal["auto", "no", "bf16"] | None, BeforeValidator(restore_no)] = Field(
         None,
-        description="bf16: layers compute in bfloat16, weights and losses stay float32; auto: bf16 if the GPU supports "
-        "it, or the CPU has AMX or AVX512-BF16; null: as `accelerate launch` says",
+        description="bf16: layers compute in bfloat16, weights and losses stay float32; auto: bf16 if the GPU "
+        "supports it, or the CPU has AMX or AVX512-BF16; null: the setting of `accelerate launch`",
     )
     compile: bool = Field(
-        False, description="compile each block with torch.compile: a slow first step, then faster ones"
+        False, description="compile each block with torch.compile: the first step is slow, later steps are faster"
     )
     timeout: float = Field(
         1800.0,
         ge=1,
         le=1e6,
-        description="seconds that processes wait for one that is silent or still evaluating",
+        description="seconds that processes wait for another that is silent or still evaluating",
     )
 
 
 def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
-    """Linear warm-up by steps, then a cosine in `progress` (0 to 1, clamped) down to `final_lr` of the peak."""
+    """Return the learning rate: a linear warm-up over steps, then a cosine in `progress` (clamped to [0, 1]) down to
+    `final_lr` of the peak."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,8 +1,8 @@
 """FSDP2: each process keeps a shard of every weight, its gradient, its moments and its average.
 
-accelerate's configuration, or `accelerate launch --use_fsdp --fsdp_version 2`, asks for it; torch's `fully_shard` does
-it, so the same command also shards on CPUs (gloo), where accelerate would silently replicate. Sources: Zhao et al. 2023
-(FSDP), Rajbhandari et al. 2020 (ZeRO).
+Enable it in accelerate's configuration, or with `accelerate launch --use_fsdp --fsdp_version 2`. torch's `fully_shard`
+does the sharding, so the same command also shards on CPUs (gloo), where accelerate would silently replicate. Sources:
+Zhao et al. 2023 (FSDP), Rajbhandari et al. 2020 (ZeRO).
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def _asked(name: str, default: str = "false") -> str:
+def _read_variable(name: str, default: str = "false") -> str:
     return os.environ.get(name, default).lower()
 
 
 def is_sharding(accelerator: Accelerator) -> bool:
     """Return whether to shard the weights. Raises `UserError` for unsupported requests: FSDP 1, a mixed precision other
     than bf16, and accelerate's own compilation and checkpointing."""
-    if _asked("ACCELERATE_USE_FSDP") != "true":
+    if _read_variable("ACCELERATE_USE_FSDP") != "true":
         return False
-    if _asked("FSDP_VERSION", "1") != "2":
+    if _read_variable("FSDP_VERSION", "1") != "2":
         raise UserError("FSDP 1 is not supported: use --fsdp_version 2, or fsdp_version: 2 in accelerate's settings")
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(f"FSDP needs --mixed_precision no or bf16 (got {accelerator.mixed_precision})")
-    if _asked("FSDP_ACTIVATION_CHECKPOINTING") == "true":
+    if _read_variable("FSDP_ACTIVATION_CHECKPOINTING") == "true":
         raise UserError("fsdp_activation_checkpointing: use train.checkpointing=true instead")
-    if _asked("ACCELERATE_DYNAMO_BACKEND", "no") != "no":
+    if _read_variable("ACCELERATE_DYNAMO_BACKEND", "no") != "no":
         raise UserError("--dynamo_backend: with FSDP use train.compile=true instead")
     return torch.distributed.is_initialized()  # one process has nothing to shard
 
@@ -55,15 +55,15 @@ def require_shardable(task: Task) -> None:
 def shard(task: Task, average: nn.Module, accelerator: Accelerator) -> nn.Module | None:
     """Shard the task's model and its average in place, onto the accelerator's device.
 
-    Returns an unsharded copy of the average on the main process's CPU, into which weights can be gathered; else None.
+    Return an unsharded copy of the average on the CPU, to gather weights into, on the main process; None elsewhere.
     """
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    # The warning concerns in-place changes of block outputs, of which there are none.
+    # The warning is about in-place changes of block outputs, which our models do not make.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     names = {parameter: name for name, parameter in task.model.named_parameters()}
     copied = copy.deepcopy(average) if accelerator.is_main_process else None
-    options = _options(accelerator)
+    options = _make_options(accelerator)
     _shard_blocks(task.model, options)
     _shard_blocks(average, {key: value for key, value in options.items() if key != "mp_policy"})
     register_fsdp_forward_method(average, "log_prob")
@@ -75,21 +75,21 @@ def shard(task: Task, average: nn.Module, accelerator: Accelerator) -> nn.Module
     return copied
 
 
-def keeps_on_cpu() -> bool:
+def offloads_to_cpu() -> bool:
     """Return whether to offload shards to main memory."""
-    return _asked("FSDP_OFFLOAD_PARAMS") == "true"
+    return _read_variable("FSDP_OFFLOAD_PARAMS") == "true"
 
 
-def _options(accelerator: Accelerator) -> dict[str, Any]:
+def _make_options(accelerator: Accelerator) -> dict[str, Any]:
     """Return the options of `fully_shard`. Weights are stored and gradients reduced in float32; with bf16, weights are
-    gathered and used in bfloat16. Inputs, such as positions, keep their precision: autocast casts what it must."""
+    gathered and used in bfloat16. Inputs, such as positions, keep their precision; autocast casts them where needed."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
     options: dict[str, Any] = {"mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,))}
     if accelerator.mixed_precision == "bf16":
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    if keeps_on_cpu():
+    if offloads_to_cpu():
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=accelerator.device.type != "cpu")
     return options
 
@@ -99,5 +99,7 @@ def _shard_blocks(model: nn.Module, options: dict[str, Any]) -> None:
     from torch.distributed.fsdp import fully_shard
 
     for block in repeated_blocks(model):
-        fully_shard(block, reshard_after_forward=_asked("FSDP_RESHARD_AFTER_FORWARD", "true") == "true", **options)
+        fully_shard(
+            block, reshard_after_forward=_read_variable("FSDP_RESHARD_AFTER_FORWARD", "true") == "true", **options
+        )
     fully_shard(model, **options)

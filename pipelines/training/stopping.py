@@ -1,9 +1,9 @@
 """Requests to stop: Ctrl-C, SIGTERM, a closed terminal, a dead launcher.
 
-Each finishes the step, saves, and ends the run; a second Ctrl-C ends it at once. Launchers treat Ctrl-C differently:
-accelerate's launcher of a single process receives it, too, and exits a quarter of a second later; torchrun, whose
-workers the terminal does not reach, forwards it, waits 30 seconds (TORCH_ELASTIC_SHUTDOWN_TIMEOUT), and forwards a
-second one as SIGTERM.
+Each request finishes the step, saves and stops the run; a second Ctrl-C stops it at once. Launchers handle Ctrl-C
+differently. accelerate's launcher of a single process also receives it, and exits a quarter of a second later.
+torchrun's workers do not receive it from the terminal: torchrun forwards it, waits 30 seconds
+(TORCH_ELASTIC_SHUTDOWN_TIMEOUT), and forwards a second Ctrl-C as SIGTERM.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 from ..config import is_first_process
 from .checkpoint import list_checkpoints, step_of
 
-TWICE = 0.5  # a SIGINT within this many seconds is the same Ctrl-C, forwarded by a launcher
+FORWARDED = 0.5  # a second SIGINT within this many seconds is the same Ctrl-C, forwarded by a launcher
 
 
 class Stop:
-    """Requests to this process to stop the run in the folder `run`."""
+    """Requests to stop the run in the folder `run`, received by this process."""
 
     def __init__(self, run: Path) -> None:
         self.run, self.parent = run, os.getppid()
@@ -34,8 +34,9 @@ class Stop:
         """Time of the first Ctrl-C, if any."""
         self._terminals = [number for number in (1, 2) if os.isatty(number)]
 
-    def asked(self) -> bool:
-        """Return whether a signal arrived or the launcher died: that of a single process does not forward SIGTERM."""
+    def is_requested(self) -> bool:
+        """Return whether a signal arrived or the launcher died; the launcher of a single process does not forward
+        SIGTERM."""
         orphaned = "ACCELERATE_MIXED_PRECISION" in os.environ and os.getppid() != self.parent
         return self.requested or orphaned
 
@@ -43,31 +44,31 @@ class Stop:
         """Handle the first or second Ctrl-C."""
         if self.interrupted is None:
             self.requested, self.interrupted = True, time.monotonic()
-            self.say("Ctrl-C: saving, then ending; press Ctrl-C again to end at once")
-        elif time.monotonic() - self.interrupted > TWICE:
-            self.end()
+            self.print_line("Ctrl-C: saving, then stopping; press Ctrl-C again to stop at once")
+        elif time.monotonic() - self.interrupted > FORWARDED:
+            self.stop_now()
 
     def terminate(self, number: int, frame: FrameType | None) -> None:
-        """Handle SIGTERM, which announces preemption, or a second Ctrl-C under torchrun."""
+        """Handle SIGTERM, which means preemption or, under torchrun, a second Ctrl-C."""
         if self.interrupted is not None and "TORCHELASTIC_RUN_ID" in os.environ:
-            self.end()
+            self.stop_now()
         self.requested = True
 
     def hang_up(self, number: int, frame: FrameType | None) -> None:
-        """Handle SIGHUP: the terminal is closed, so redirect output that would fail."""
+        """Handle SIGHUP: the terminal is closed, so discard output that would fail."""
         self.requested = True
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for terminal in self._terminals:
             os.dup2(nowhere, terminal)
 
-    def end(self) -> None:
-        """End this process at once by SIGINT itself, so that a shell sees a Ctrl-C."""
-        self.say(f"ended at once; {what_is_saved(self.run)}")
+    def stop_now(self) -> None:
+        """Stop this process at once with an unhandled SIGINT, so that a shell sees a Ctrl-C."""
+        self.print_line(f"stopped at once; {describe_saved(self.run)}")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
 
-    def say(self, text: str) -> None:
-        """Write a line to stderr, below the progress bar. Not by `print`, which is not reentrant."""
+    def print_line(self, text: str) -> None:
+        """Write a line to stderr, below the progress bar, without `print`, which is not reentrant."""
         if is_first_process():
             below = "\n" if 2 in self._terminals else ""
             with suppress(OSError):
@@ -75,7 +76,7 @@ class Stop:
 
 
 @contextmanager
-def heed_signals(stop: Stop, alone: bool) -> Iterator[None]:
+def handle_signals(stop: Stop, alone: bool) -> Iterator[None]:
     """Forward signals to `stop`. Ignored signals (`nohup`, a background job) stay ignored, except SIGTERM.
 
     alone: whether this is the only process of the run.
@@ -92,7 +93,7 @@ def heed_signals(stop: Stop, alone: bool) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if not alone:  # the launcher's SIGTERM must not end this process before it has reported the lost one
+        if not alone:  # the launcher's SIGTERM must not end this process before it reports the failed process
             del before[signal.SIGTERM]
         raise
     finally:
@@ -100,12 +101,12 @@ def heed_signals(stop: Stop, alone: bool) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def what_is_saved(run: Path) -> str:
-    """Say what is saved of a run that ends now."""
+def describe_saved(run: Path) -> str:
+    """Describe which step of the run is saved."""
     try:
         checkpoints = list_checkpoints(run)
     except OSError as error:
         return f"the checkpoints cannot be listed ({error.strerror})"
     if not checkpoints:
         return "nothing was saved yet"
-    return f"step {step_of(checkpoints[-1])} is saved, the same command continues from there"
+    return f"step {step_of(checkpoints[-1])} is saved; the same command continues from there"

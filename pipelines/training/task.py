@@ -1,4 +1,4 @@
-"""What the trainer needs to know about a model and its data."""
+"""The interface between the trainer and a model with its data."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ Split = Literal["validation", "held_out"]
 
 
 class Task:
-    """A model, its data and its losses. `nets` holds the modules that DDP wraps; the trainer replaces them by the
-    wrapped ones, which `loss` calls."""
+    """A model, its data and its losses. `nets` holds the modules that DDP wraps; the trainer replaces them with the
+    wrapped modules, which `loss` calls."""
 
     model: nn.Module
-    """Saved, averaged and evaluated."""
+    """The module that is saved, averaged and evaluated."""
     nets: dict[str, nn.Module]
     players: dict[str, list[nn.Parameter]]
-    """Parameters by player. Players take turns, each with its own optimizer; with no player, nothing is trained."""
+    """Parameters of each player, such as the tokenizer and its critic. Players take turns, each with its own optimizer.
+    Without players, nothing is trained."""
     rates: dict[str, float] = {}
     """Learning rates of players, relative to `train.lr`; default 1."""
     betas: dict[str, tuple[float, float]] = {}
@@ -48,21 +49,22 @@ class Task:
     """Fraction of training done, in [0, 1]; set before each step."""
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> Any:
-        """Return the training samples at `indices` in their `epochs` as a tuple of CPU tensors of as few bytes as
-        possible. Pure; called in another thread."""
+        """Return the training samples at `indices` in their `epochs` as a tuple of compact CPU tensors. A pure
+        function, called in another thread."""
         raise NotImplementedError
 
     def prepare(self, batch: Any) -> Any:
-        """Turn the output of `batch`, on the device, into the input of `loss`. Pure."""
+        """Convert the output of `batch`, on the device, to the input of `loss`. A pure function."""
         return batch
 
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return row indices and epochs, each `(batch_size,)`, of one step's global batch. Pure."""
+        """Return row indices and epochs, each `(batch_size,)`, of one step's global batch. A pure function."""
         return samples_of(self.rows, batch_size, seed, step)
 
     @property
     def watched(self) -> Split:
-        """The split evaluated during training: `validation`, if it exists and there is anything to train."""
+        """The split evaluated during training: `validation` if it exists and there is anything to train, else
+        `held_out`."""
         return "validation" if self.players and "validation" in self.evaluated else "held_out"
 
     def playing(self, step: int) -> list[str]:
@@ -82,28 +84,27 @@ class Task:
         return set().union(*(decaying_weights(net) for net in self.nets.values()))
 
     def preview(self, model: nn.Module, group: ProcessGroup = ALONE) -> dict[str, np.ndarray]:
-        """Return pictures that show what `model` (averaged weights) can do, uint8 (H, W, 3); the group shares the
-        work."""
+        """Return pictures of what `model` (averaged weights) produces, uint8 (H, W, 3). The group shares the work."""
         raise NotImplementedError
 
     def evaluate(self, model: nn.Module, split: Split, group: ProcessGroup = ALONE) -> dict[str, float]:
-        """Return figures of `model` (averaged weights) on a split, the same on all processes of the group, which share
-        the work."""
+        """Evaluate `model` (averaged weights) on a split. The processes of the group share the work and return the same
+        figures."""
         raise NotImplementedError
 
     def score(self, evaluation: dict[str, float]) -> float | None:
-        """Return a score for weights with these figures, higher is better; None if no figure ranks weights."""
+        """Return a score that ranks weights with these figures, higher is better; None if no figure ranks them."""
         return None
 
     def quality(self, evaluation: dict[str, float]) -> str:
-        """Describe the most important figure of `evaluate` in words; empty without one."""
+        """Describe the main figure of `evaluate`; empty if it is missing."""
         return ""
 
     def outcome(self, run: Path) -> str:
-        """Say where a finished run left its result, and what to do with it next."""
+        """Describe where the result of a finished run is, and the next command."""
         return f"results are in {run}"
 
     def save(self, model: nn.Module, run: Path, facts: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
-        """Write the snapshot for users into `run`. facts: steps, minutes, figures and the number of images they are
-        of; pictures: from `preview`, may be empty."""
+        """Write the snapshot for users into `run`. facts: steps, minutes, figures and the number of evaluated images.
+        pictures: from `preview`; may be empty."""
         raise NotImplementedError

@@ -35,12 +35,12 @@ from ..files import replace_file
 from ..images.pictures import save_picture
 
 STORED_ID = "trackers.json"  # the id of W&B's run, which a resumed run continues
-SNAPSHOTS = ("pipeline", "tokenizer")  # folders of a run that are for users
+SNAPSHOTS = ("pipeline", "tokenizer")  # the folders of a run that users load
 HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # newer clients use the second name
-INIT_SECONDS, FINISH_SECONDS, ARTIFACT_SECONDS = 20, 30, 300  # limits of waiting for W&B
+INIT_SECONDS, FINISH_SECONDS, ARTIFACT_SECONDS = 20, 30, 300  # time limits for W&B
 CAPTIONS = {
     "reconstructions": "images not used for training, each row above its reconstructions",
-    "codebook": "how the ids are used",
+    "codebook": "how often each id is used",
     "samples": "samples with the same seeds at every step, one class per column",
 }
 Mode = Literal["online", "offline", "disabled"]
@@ -50,28 +50,28 @@ class TrackConfig(Config):
     """Trackers that mirror `metrics.jsonl`."""
 
     trackers: tuple[Literal["wandb", "tensorboard"], ...] = Field(
-        ("wandb",), description="receivers of numbers and previews; tensorboard needs the extra `trackers`"
+        ("wandb",), description="trackers that receive numbers and previews; tensorboard needs the extra `trackers`"
     )
     wandb: Mode | None = Field(
         None,
-        description="the mode of Weights & Biases; default: WANDB_MODE if set, else online if an API key is found, "
-        "else offline",
+        description="mode of Weights & Biases; default: WANDB_MODE if set, else online if an API key is found, else "
+        "offline",
     )
-    project: str | None = Field(None, description="the project of W&B; default: WANDB_PROJECT if set, else smalti")
+    project: str | None = Field(None, description="project at W&B; default: WANDB_PROJECT if set, else smalti")
     name: str | None = Field(
-        None, description="the name of the run in W&B; default: WANDB_NAME if set, else the name of the run folder"
+        None, description="name of the run at W&B; default: WANDB_NAME if set, else the name of the run folder"
     )
     artifact: bool = Field(
-        False, description="at the end, send the tokenizer or pipeline to W&B as an artifact of type `model`"
+        False, description="at the end, upload the tokenizer or pipeline to W&B as an artifact of type `model`"
     )
 
 
 class Tracker:
-    """Writes the numbers and pictures of a run on the `active` process; does nothing on the others.
+    """Write the numbers and pictures of a run on the `active` process; do nothing on the others.
 
-    A run that continues from `resume_step` also continues its trackers, and removes the later lines of `metrics.jsonl`,
-    which will be written again; 0 starts afresh. Raises `UserError` for a tracker that is not installed (on every
-    process), `OSError` if the run folder cannot be written, and `PathError` if `metrics.jsonl` is a link.
+    resume_step: continue the trackers from this step, and remove later lines of `metrics.jsonl`, which will be written
+    again; 0 starts afresh. Raises `UserError` for a tracker that is not installed (on every process), `OSError` if the
+    run folder cannot be written, and `PathError` if `metrics.jsonl` is a link.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Tracker:
         self._call_each(lambda tracker: tracker.finish(step, summary, rows or [], metadata))
 
     def close(self) -> None:
-        """Close the record and all trackers. W&B has a limited time to send the rest."""
+        """Close `metrics.jsonl` and all trackers. W&B gets a limited time to upload the rest."""
         if self.active:
             self._metrics.close()
         for label, tracker in self._trackers.items():
@@ -154,7 +154,7 @@ class Tracker:
         self._attempt(label, lambda: self._trackers.update({label: start()}))
 
     def _call_each(self, call: Callable[[Board], None]) -> None:
-        """Call each tracker; close one that raises, and do not call it again."""
+        """Call each tracker; close and drop those that raise."""
         for label, tracker in list(self._trackers.items()):
             if not self._attempt(label, partial(call, tracker)):
                 del self._trackers[label]
@@ -173,7 +173,8 @@ class Tracker:
 
 
 class MetricsFile:
-    """`metrics.jsonl`, one line a step. Lines that do not fit on a full disk are retried with the next one."""
+    """`metrics.jsonl`, with one line per logged step. Lines that do not fit on a full disk are retried with the next
+    line."""
 
     def __init__(self, run: Path, resume_step: float) -> None:
         make_folder(run)
@@ -208,7 +209,7 @@ class MetricsFile:
         try:
             self._write()
         except OSError as error:
-            tell(f"warning: {error}; lines are lost")
+            tell(f"warning: {error}; the remaining lines are lost")
         self._file.close()
 
     def _write(self) -> None:
@@ -241,7 +242,7 @@ class Board:
         """Write buffered data, if any."""
 
     def finish(self, step: int, summary: dict[str, Any] | None, rows: list[list[Any]], metadata: Any) -> None:
-        """Log the outcome of the run, if the tracker has a place for it. metadata: of the artifact; None: no
+        """Log the outcome of the run, if the tracker supports it. metadata: describes the artifact; None: no
         artifact."""
 
     def close(self) -> None:
@@ -249,10 +250,10 @@ class Board:
 
 
 class WandbRun(Board):
-    """A run of W&B, online or offline. Written for wandb 0.21 to 0.31."""
+    """A run of W&B, online or offline. Supports wandb 0.21 to 0.31."""
 
     def __init__(self, run: Path, config: TrackConfig, run_config: dict[str, Any], mode: Mode) -> None:
-        # Silent: no output and no questions. Error reporting would wait for its server at exit.
+        # No output and no questions. Error reporting would wait for its server at exit.
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
@@ -276,13 +277,13 @@ class WandbRun(Board):
         except Exception as error:
             if mode != "online":
                 raise
-            wandb.teardown()  # or its service refuses the same id
+            wandb.teardown()  # otherwise its service refuses the same id
             self._run, mode = wandb.init(mode="offline", **options), "offline"
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             tell(f"warning: W&B continues offline: {reason}; sync later with: {sync_command(run)}")
         self.online = mode == "online"
         self.url = self._run.url if self.online else None
-        for handler in logging.getLogger("wandb").handlers:  # or its debug log prints tracebacks on a full disk
+        for handler in logging.getLogger("wandb").handlers:  # otherwise its debug log prints tracebacks on a full disk
             handler.handleError = lambda record: None  # type: ignore[method-assign]
         replace_file(run / STORED_ID, json.dumps({"wandb": self._run.id}).encode())
 
@@ -310,7 +311,7 @@ class WandbRun(Board):
             print(f"W&B: uploading {folder} as an artifact, for up to {ARTIFACT_SECONDS} s", flush=True)
             title = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"{self.name}-{folder.name}")[-128:]
             artifact = wandb.Artifact(title, type="model", metadata=metadata)
-            # Uploaded in place: by default wandb first copies it to the user's home.
+            # Upload the folder in place; by default wandb first copies it to the user's home.
             artifact.add_dir(str(folder.resolve()), policy="immutable", skip_cache=True)
             self._run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
             if self.online:
@@ -325,7 +326,7 @@ class WandbRun(Board):
 
 
 class TensorBoardRun(Board):
-    """Event files of a run. TensorBoard purges what earlier processes wrote after `resume_step`."""
+    """Event files of a run. TensorBoard drops the events that earlier processes wrote after `resume_step`."""
 
     def __init__(self, folder: Path, run_config: dict[str, Any], resume_step: float) -> None:
         from torch.utils.tensorboard import SummaryWriter

@@ -1,8 +1,8 @@
 """The training loop of both stages: set up, fit, evaluate, save.
 
-The batch is a function of (seed, step) and randomness of (seed, rank, step), so a run that is started again with the
-same command continues to the same bits. `accelerate` owns devices, precision and processes. The host waits for a GPU
-only to log, evaluate or save: finiteness is checked, and logged scalars are summed, on the device.
+Batches depend only on (seed, step) and random numbers only on (seed, rank, step), so repeating the command resumes a
+run bit for bit. `accelerate` manages devices, precision and processes. Finiteness checks and sums of logged scalars
+stay on the device, so the host waits for a GPU only to log, evaluate or save.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ..config.schema import difference
 from ..files import lock_folder
 from ..prefetch import pin_memory, prefetch, to_device_async
 from ..processes.group import ALONE, ProcessGroup
-from ..processes.launch import build_accelerator, choose_precision, group_of, group_of_hosts, leave_after_refusal
+from ..processes.launch import build_accelerator, choose_precision, group_of, leave_group_on_error, make_cpu_group
 from .blocks import prepare_blocks
 from .checkpoint import (
     Tensors,
@@ -50,11 +50,11 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .optimizers import make_optimizer
-from .reporting import announce, conclusion, describe_end, describe_figures, progress_bar, show
+from .reporting import announce_start, describe_end, describe_figures, progress_bar, show_report, summarize_run
 from .run_folder import END, check_run_folder, write_config
 from .schedule import learning_rate
-from .sharding import is_sharding, keeps_on_cpu, require_shardable, shard
-from .stopping import Stop, heed_signals
+from .sharding import is_sharding, offloads_to_cpu, require_shardable, shard
+from .stopping import Stop, handle_signals
 from .task import Split, Task
 from .tracking import Tracker, require_installed
 
@@ -62,25 +62,25 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 MAX_SKIPPED = 10
-SPARE = 1.2  # safety margin: others write to the disk, too
+SPARE = 1.2  # margin for other programs that write to the disk
 
 
 def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
-    """Train the task that `build` returns under `config` (with `out`, `train` and `track`); return the run folder.
+    """Train the task that `build` returns, and return the run folder. config: has `out`, `train` and `track`.
 
-    The same configuration continues from the newest checkpoint; `run_folder` lists what may differ. Signals save and
-    end the run (see `stopping`). Raises `UserError` for a run folder of another configuration, a batch size that does
-    not divide evenly, ten non-finite steps in a row, or a final checkpoint that could not be saved; `Interrupted`, a
-    KeyboardInterrupt, after Ctrl-C, once the run is saved.
+    A run folder with the same configuration resumes from its newest checkpoint; `run_folder` lists the settings that
+    may change. Signals save and stop the run (see `stopping`). Raises `UserError` if the run folder has another
+    configuration, the batch size does not divide evenly, ten steps in a row are not finite, or the final checkpoint
+    cannot be saved. Raises `Interrupted`, a KeyboardInterrupt, after Ctrl-C, once the run is saved.
     """
     run, settings = Path(config.out), config.train
     precision = choose_precision(settings.mixed_precision, read_newest_record(run).get("precision"))
     accelerator = build_accelerator(settings.timeout, precision.mixed)
     group = group_of(accelerator)
     with ExitStack() as stack:
-        with leave_after_refusal(accelerator):
+        with leave_group_on_error(accelerator):
             require_valid(config, accelerator, group)
-            group.main_first(lambda: check_run_folder(run, config))  # before anything is written there
+            group.main_first(lambda: check_run_folder(run, config))  # before writing anything
             stack.enter_context(lock_folder(run, group))
             changes = group.on_main(lambda: check_run_folder(run, config))
             torch.manual_seed(settings.seed)
@@ -90,10 +90,10 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
             accelerator.wait_for_everyone()
             group.on_main(partial(check_run_folder, run, config, task.snapshots))
             trainer = Trainer(task, config, accelerator)
-        with heed_signals(trainer.stop, alone=group.world == 1):
+        with handle_signals(trainer.stop, alone=group.world == 1):
             try:
-                with leave_after_refusal(accelerator):
-                    group.on_main(partial(announce, trainer, changes, precision.reason))
+                with leave_group_on_error(accelerator):
+                    group.on_main(partial(announce_start, trainer, changes, precision.reason))
                 trainer.fit()
             finally:
                 trainer.close()
@@ -103,7 +103,7 @@ def train(build: Callable[[Accelerator], Task], config: Any) -> Path:
     accelerator.free_memory()  # gloo may abort if anything still holds the process group when the interpreter exits
     accelerator.end_training()
     if unsaved:
-        raise UserError(f"the run is not saved: {unsaved}")
+        raise UserError(f"the run was not saved: {unsaved}")
     if interrupted:
         raise Interrupted
     return run
@@ -128,11 +128,11 @@ def require_valid(config: Any, accelerator: Accelerator, group: ProcessGroup) ->
 
 
 class RunningMeans:
-    """Running sums of logged scalars, on the device, so that the host does not wait at every step."""
+    """Means of logged scalars, summed on the device so that the host need not wait at every step."""
 
     def __init__(self) -> None:
         self.sums: dict[tuple[str, ...], Tensor] = {}
-        """Sums and counts, `(2, n)`, by the names of the n scalars."""
+        """Sums and counts `(2, n)`, keyed by the names of n scalars."""
 
     def add(self, names: tuple[str, ...], values: Tensor, finite: Tensor) -> None:
         """Add `values` `(n,)` if `finite`."""
@@ -155,7 +155,7 @@ class RunningMeans:
 
     @classmethod
     def from_json(cls, saved: list[Any], device: torch.device) -> RunningMeans:
-        """Restore exactly what `to_json` saved."""
+        """Invert `to_json` exactly."""
         found = cls()
         found.sums = {
             tuple(names): in_finest(torch.tensor(sums, dtype=torch.float64).to(device)) for names, sums in saved
@@ -164,9 +164,9 @@ class RunningMeans:
 
 
 class Trainer:
-    """One run of a task: its weights, their average, the optimizers and the progress.
+    """A training run: the task's weights and their average, the optimizers and the progress.
 
-    Under FSDP each process holds a shard of the weights, of their average and of the moments.
+    Under FSDP, each process holds shards of the weights, the average and the optimizers' moments.
     """
 
     # Setting up
@@ -176,7 +176,7 @@ class Trainer:
         self.task, self.settings, self.config, self.run = task, config, config.train, Path(config.out)
         self.accelerator, self.device, self.group = accelerator, accelerator.device, group_of(accelerator)
         self.main, self.sharded = accelerator.is_main_process, is_sharding(accelerator)
-        self.hosts = group_of_hosts(accelerator, self.config.timeout)
+        self.hosts = make_cpu_group(accelerator, self.config.timeout)
         self.stop, self.stopping = Stop(self.run), False
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] | None = None
@@ -184,7 +184,7 @@ class Trainer:
             task.model.to(self.device)
         self.average = copy.deepcopy(task.model).requires_grad_(False).eval()
         prepare_blocks(task.nets.values(), self.config)
-        self.whole = shard(task, self.average, accelerator) if self.sharded else self.average
+        self.unsharded = shard(task, self.average, accelerator) if self.sharded else self.average
         matrices, decaying = task.matrices(), task.decaying()
         bf16 = self.device.type == "cuda" or accelerator.mixed_precision == "bf16"
         self.optimizers = {
@@ -198,21 +198,23 @@ class Trainer:
         self.step: int = record.get("step", 0)
         self.minutes: float = record.get("minutes", 0.0)
         self.scalars = RunningMeans.from_json(record.get("scalars", []), self.device)
-        self.skips = torch.tensor(record.get("skips", [0, 0]), device=self.device)  # total, and in a row
-        self.no_row = torch.tensor([1, 0], device=self.device)
+        self.skips = torch.tensor(
+            record.get("skips", [0, 0]), device=self.device
+        )  # skipped steps: in total, and in a row
+        self.keep_total = torch.tensor([1, 0], device=self.device)
         self.last_terms: dict[str, tuple[tuple[str, ...], Tensor]] = {}
         """Names and values of each player's scalars in the last step."""
         self.evaluation: dict[str, float] = record.get("evaluation", {})
-        self.reported: dict[str, float] = record.get("reported", {})  # held-out figures, at the end
+        self.reported: dict[str, float] = record.get("reported", {})  # held-out figures, at the end of the run
         self.best: dict[str, Any] = record.get("best", {})  # step, score and evaluation
-        self.pending: list[str] = record.get("pending", [])  # due at the saved step, still to do
+        self.pending: list[str] = record.get("pending", [])  # due at the saved step, not done yet
         self.precision_before: str | None = record.get("precision")
         self.saved_step, self.unsaved = (self.step if record else -1), ""
         self.since = self.step, time.monotonic()
         if not self.sharded:
             task.nets = {name: accelerator.prepare_model(net.to(self.device)) for name, net in task.nets.items()}
-        # metrics.jsonl continues after this step; or before it, if this step's line is still due: a killed process may
-        # have written that line already.
+        # metrics.jsonl keeps its lines up to this step. If this step's line is still due, it is dropped and written
+        # again, because a killed process may already have written it.
         undone = not {"log", "evaluate"}.isdisjoint(self.pending)
         resume_step = self.step + (-0.5 if undone else 0.5) if record else 0
         self.tracker = Tracker(
@@ -220,10 +222,10 @@ class Trainer:
         )
 
     def load(self) -> dict[str, Any]:
-        """Load the newest checkpoint and return its record, or {} without one. Raises `UserError`."""
+        """Load the newest checkpoint. Return its record, or {} if there is no checkpoint. Raises `UserError`."""
         if any(init != self.task.init for init in self.group.gather(lambda: self.task.init)):
-            raise UserError("init: processes loaded different models; all machines need the same one")
-        # Rank 0 lists the checkpoints: a shared file system may show them late elsewhere.
+            raise UserError("init: processes loaded different models; every machine must have the same model")
+        # Only rank 0 lists the checkpoints, because a shared file system may show them late on other machines.
         checkpoints = self.group.on_main(lambda: list_checkpoints(self.run))
         record, best = load_newest(checkpoints, self.task.model, self.average, self.optimizers, self.all_agree)
         self.best_weights = best if self.main else None
@@ -236,16 +238,14 @@ class Trainer:
                 )
             return {}
         if (now := self.task.init) and record["init"] != now["fingerprint"]:
-            raise UserError(
-                f"init: {now['source']} holds a different model from the one this run started from; nothing was changed"
-            )
+            raise UserError(f"init: {now['source']} is not the model that this run started from; nothing was changed")
         steps, minutes = self.config.steps or math.inf, self.config.minutes or math.inf
         if record["end"] != [self.config.steps, self.config.minutes] and (
             record["step"] >= steps or record["minutes"] >= minutes
         ):
             raise UserError(
                 f"{', '.join(END)}: {self.run} has already done {record['step']:,} steps in "
-                f"{record['minutes']:.1f} minutes; a new end must lie beyond that; nothing was changed"
+                f"{record['minutes']:.1f} minutes; set a later end; nothing was changed"
             )
         return record
 
@@ -255,7 +255,7 @@ class Trainer:
         write_config(self.run, self.settings)
 
     def record(self) -> dict[str, Any]:
-        """Return the part of a checkpoint that is not tensors."""
+        """Return the JSON part of a checkpoint."""
         return {
             "minutes": self.minutes,
             "scalars": self.scalars.to_json(),
@@ -270,12 +270,12 @@ class Trainer:
         }
 
     def require_room(self) -> None:
-        """Raise `UserError`, before training starts, if a checkpoint and a snapshot will not fit on the disk."""
+        """Raise `UserError` if the disk has no room for a checkpoint and a snapshot."""
         weights = sum(value.nbytes for value in self.task.model.state_dict().values())
         moments = sum(2 * p.nbytes for parameters in self.task.players.values() for p in parameters)
         needed, free = int(SPARE * (4 * weights + moments)), shutil.disk_usage(self.run).free
         if free < needed:
-            raise UserError(f"{self.run}: saving needs {needed:,} bytes, {free:,} are free")
+            raise UserError(f"{self.run}: saving needs {needed:,} bytes, but only {free:,} are free")
 
     # The loop
 
@@ -290,7 +290,7 @@ class Trainer:
                 was_finished = self.is_finished(progress) if was_finished is None else was_finished
                 due = self.due(done)
                 if self.stopping and not done:
-                    if self.step != self.saved_step:  # otherwise the checkpoint just loaded is this step
+                    if self.step != self.saved_step:  # otherwise the loaded checkpoint is of this step
                         self.finish_writing()
                         self.pending, self.unsaved = sorted(due), ""
                         self.save_checkpoint()
@@ -304,14 +304,16 @@ class Trainer:
                 bar.update(1)
         self.finish_writing()
         if done:
-            self.tracker.finish(self.step, *conclusion(self), artifact_metadata=self.reported)
+            self.tracker.finish(self.step, *summarize_run(self), artifact_metadata=self.reported)
         if self.main and not self.unsaved:
             print(f"{self.run}: {describe_end(self, done, bool(was_finished))}", flush=True)
 
     def agree_on_progress(self, alone: bool = False) -> float:
-        """Return the fraction of training that is done, by steps or minutes, whichever is larger, and note a request to
-        stop. All processes get the same answer, over the hosts' group, so no GPU is waited for. alone: ask no other."""
-        stopping = self.stop.asked()
+        """Return the fraction of training done, by steps or by minutes, whichever is larger, and note requests to stop.
+
+        All processes get the same answer. They exchange it between CPUs, so no process waits for a GPU. alone: skip the
+        exchange."""
+        stopping = self.stop.is_requested()
         if self.group.world > 1 and not alone:
             facts = torch.tensor([self.minutes if self.main else 0.0, float(stopping)], dtype=torch.float64)
             torch.distributed.all_reduce(facts, group=self.hosts)
@@ -323,12 +325,12 @@ class Trainer:
         return by_steps if self.config.minutes is None else max(by_steps, self.minutes / self.config.minutes)
 
     def is_finished(self, progress: float) -> bool:
-        """Return whether the loaded checkpoint is that of a finished run, with nothing left to do."""
+        """Return whether the loaded checkpoint is of a finished run with nothing pending."""
         return self.step == self.saved_step and not self.pending and progress >= 1
 
     def due(self, done: bool) -> set[str]:
-        """Return which of log, evaluate, preview and save are due at this step; right after resuming, those that the
-        interrupted process did not get to."""
+        """Return which of log, evaluate, preview and save are due at this step. Right after resuming, return those that
+        the interrupted process left undone."""
         if self.step == self.saved_step:
             left, self.pending = set(self.pending), []
             return left
@@ -343,10 +345,10 @@ class Trainer:
         return due | {"preview"} if self.step == 0 else due
 
     def batches(self) -> Generator[list[Any], None, None]:
-        """Yield this process's micro-batches of each step, on its device, prefetching those of the next steps.
+        """Yield this process's micro-batches for each step, on its device, and prefetch those of later steps.
 
-        A GPU receives the output of `Task.batch` (images as uint8) asynchronously from pinned memory, and runs
-        `Task.prepare` itself; on a CPU the prefetching thread does.
+        For a GPU, the output of `Task.batch` (images as uint8) is copied asynchronously from pinned memory, and
+        `Task.prepare` runs on the GPU. For a CPU, the prefetching thread runs `Task.prepare`.
         """
         config, rank, world = self.config, self.group.rank, self.group.world
         shape = (config.accumulate, world, config.batch_size // config.accumulate // world)
@@ -368,20 +370,20 @@ class Trainer:
     # A step
 
     def take_step(self, micro_batches: list[Any], lr: float) -> None:
-        """Take an optimizer step for every player on these micro-batches, then update the average."""
+        """Take one optimizer step per player on these micro-batches, then update the average."""
         seed = (self.config.seed * 1_000_003 + self.group.rank) * 1_000_003 + self.step
         torch.manual_seed(seed % (1 << 63))
-        finite = [self.play(player, micro_batches, lr) for player in self.task.playing(self.step)]
+        finite = [self.step_player(player, micro_batches, lr) for player in self.task.playing(self.step)]
         all_finite = torch.stack(finite).all()
-        self.skips = torch.where(all_finite, self.skips * self.no_row, self.skips + 1)
-        self.move_average()
+        self.skips = torch.where(all_finite, self.skips * self.keep_total, self.skips + 1)
+        self.update_average()
         self.step += 1
-        if self.device.type == "cpu":  # where reading is free
+        if self.device.type == "cpu":  # reading a CPU tensor needs no synchronization
             self.check_skips()
 
-    def play(self, player: str, micro_batches: list[Any], lr: float) -> Tensor:
-        """Accumulate gradients over the micro-batches and step the optimizer, unless something is not finite on any
-        process; return whether all was finite, a bool on the device."""
+    def step_player(self, player: str, micro_batches: list[Any], lr: float) -> Tensor:
+        """Accumulate gradients over the micro-batches and step the player's optimizer. Skip the step if a scalar or the
+        gradient norm is not finite on any process. Return whether all are finite, a bool on the device."""
         optimizer = self.optimizers[player]
         if len(self.task.players) > 1:  # only this player gets gradients
             for name, parameters in self.task.players.items():
@@ -408,7 +410,8 @@ class Trainer:
         return finite
 
     def accumulate(self, player: str, micro_batches: list[Any]) -> dict[str, Tensor]:
-        """Accumulate gradients over the micro-batches (DDP reduces at the last); return the means of logged terms."""
+        """Accumulate gradients over the micro-batches (DDP reduces them after the last); return the mean of each logged
+        scalar."""
         number, totals = len(micro_batches), dict[str, Tensor]()
         for index, batch in enumerate(micro_batches):
             with ExitStack() as stack:
@@ -422,9 +425,9 @@ class Trainer:
         return totals
 
     @torch.no_grad()
-    def move_average(self) -> None:
-        """Update the moving average of the weights with decay min(ema_decay, (1 + n) / (10 + n)) after n steps, so that
-        early weights are soon forgotten; copy buffers, and the weights of the first step."""
+    def update_average(self) -> None:
+        """Update the moving average of the weights; copy buffers, and the weights of the first step. The decay after n
+        steps is min(ema_decay, (1 + n) / (10 + n)), so that early weights are soon forgotten."""
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step)) if self.step else 0.0
         averages: list[Tensor] = list(self.average.parameters())
         weights: list[Tensor] = list(self.task.model.parameters())
@@ -450,16 +453,16 @@ class Trainer:
 
     def evaluate_and_save(self, due: set[str], progress: float, done: bool, bar: Any) -> None:
         """Evaluate, log, preview and save when due. At the end of a run, everything except the checkpoint uses the
-        weights that the run delivers: the best ones, if they are known."""
+        delivered weights: the best ones, if they are known."""
         record: dict[str, float] = {}
         if due:
             self.check_skips()
         if "log" in due and self.scalars.sums:
             record = self.report(progress)
-            show(self, record, bar)
+            show_report(self, record, bar)
         if "evaluate" in due:
             record |= self.evaluate()
-        with self.best_in_average() if done else nullcontext():
+        with self.use_best_weights() if done else nullcontext():
             if done and "evaluate" in due:
                 record |= self.evaluate_held_out()
             if record:
@@ -470,11 +473,11 @@ class Trainer:
             self.save_checkpoint()
 
     def report(self, progress: float) -> dict[str, float]:
-        """Return the means of the logged scalars since the last report, speed and learning rate."""
+        """Return speed, learning rate and the means of logged scalars since the last report."""
         record, self.scalars = self.scalars.read(), RunningMeans()
         record["learning_rate"] = learning_rate(self.config, self.step, progress)
         steps, seconds = self.step - self.since[0], max(1e-9, time.monotonic() - self.since[1])
-        if steps:  # 0 if this process only logs what the one before it was stopped at
+        if steps:  # 0 right after resuming, when only a pending line is logged
             record["images_per_second"] = images = steps * self.config.batch_size / seconds
             record["tokens_per_second"] = images * self.task.tokens_per_row
         self.since = self.step, time.monotonic()
@@ -483,7 +486,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Evaluate the averaged weights, on validation images if there are any, and remember the best."""
         split = self.task.watched
-        self.evaluation = self.figures_on(split)
+        self.evaluation = self.evaluate_split(split)
         score = self.task.score(self.evaluation)
         keeps = self.config.keep_best and self.task.players and split == "validation" and score is not None
         if keeps and score > self.best.get("score", -math.inf):
@@ -493,14 +496,14 @@ class Trainer:
         return {f"{split}/{name}": value for name, value in self.evaluation.items()}
 
     def evaluate_held_out(self) -> dict[str, float]:
-        """Evaluate the delivered weights on held-out images, unless these were also used for validation."""
+        """Evaluate the delivered weights on held-out images, or reuse the last evaluation if it was on these images."""
         known = self.task.watched == "held_out"
-        self.reported = self.evaluation if known else self.figures_on("held_out")
+        self.reported = self.evaluation if known else self.evaluate_split("held_out")
         return {f"held_out/{name}": value for name, value in self.reported.items()}
 
-    def figures_on(self, split: Split) -> dict[str, float]:
-        """Return the task's figures on a split; on a GPU in the mixed precision of training, which is several times as
-        fast. Drop figures that are not finite, with a warning."""
+    def evaluate_split(self, split: Split) -> dict[str, float]:
+        """Evaluate a split and return its figures. On a GPU, use the mixed precision of training, which is several
+        times faster. Drop figures that are not finite, with a warning."""
         group = replace(self.group, lockstep=self.sharded)
         with self.accelerator.autocast() if self.device.type == "cuda" else nullcontext():
             found = self.task.evaluate(self.average, split, group)
@@ -519,8 +522,8 @@ class Trainer:
         return copy_to_cpu(self.average.state_dict()) if self.main else {}
 
     @contextmanager
-    def best_in_average(self) -> Iterator[None]:
-        """Replace the averaged weights by the best ones inside this block, if there are any."""
+    def use_best_weights(self) -> Iterator[None]:
+        """Inside the block, replace the averaged weights with the best ones, if any."""
         if not self.best or self.best["step"] == self.step:
             yield
             return
@@ -537,28 +540,28 @@ class Trainer:
             self.average.load_state_dict(last)
 
     @contextmanager
-    def whole_average(self) -> Iterator[nn.Module | None]:
-        """Yield the unsharded averaged weights on the device; under FSDP only on the main process (None elsewhere), and
-        only inside this block, because they may take most of its GPU."""
+    def gather_average(self) -> Iterator[nn.Module | None]:
+        """Yield the averaged model, unsharded, on the device. Under FSDP, yield it on the main process only (None
+        elsewhere), and move it off the GPU after the block, because it may fill most of the memory."""
         if not self.sharded:
             yield self.average
             return
         weights = self.collect_average()
-        if self.whole is None:
+        if self.unsharded is None:
             yield None
             return
-        self.whole.load_state_dict(weights)
+        self.unsharded.load_state_dict(weights)
         try:
-            yield self.whole if keeps_on_cpu() else self.whole.to(self.device)
+            yield self.unsharded if offloads_to_cpu() else self.unsharded.to(self.device)
         finally:
-            self.whole.to("cpu")
+            self.unsharded.to("cpu")
 
     def preview_and_save(self, due: set[str], done: bool) -> None:
-        """Log previews and write the snapshot for users, when due. Previews do not use CUDA graphs, whose memory
-        training would miss."""
+        """Log previews and write the snapshot for users, when due. Previews run without CUDA graphs, to leave that
+        memory to training."""
         if "save" in due:
             self.pending = []
-        with self.whole_average() as average:
+        with self.gather_average() as average:
             if average is None:
                 return
             pictures = {}
@@ -571,8 +574,8 @@ class Trainer:
                 self.save_snapshot(average, pictures, done)
 
     def save_snapshot(self, average: nn.Module, pictures: dict[str, Any], done: bool) -> None:
-        """Write the snapshot for users. If that fails, training continues, and the checkpoint records what is
-        undone."""
+        """Write the snapshot for users. If that fails, training continues, and the checkpoint records that the snapshot
+        is pending."""
         self.unsaved = ""
         facts = {"steps": self.step, "minutes": round(self.minutes, 3), **describe_figures(self, done)}
         if url := self.tracker.run_url:
@@ -584,10 +587,10 @@ class Trainer:
             self.warn_unsaved(self.step, error)
 
     def save_checkpoint(self) -> None:
-        """Save a checkpoint. A thread writes a copy while training continues; sharded weights are written
-        synchronously, by all processes.
+        """Save a checkpoint. A thread writes a copy while training continues; sharded weights are written synchronously
+        by all processes.
 
-        If the disk is full or unavailable, warn, keep the older checkpoints, and train on to the next save.
+        If the disk is full or unavailable, warn, keep the older checkpoints, and continue until the next save.
         """
         self.finish_writing()
         self.saved_step = self.step
@@ -596,7 +599,7 @@ class Trainer:
         tensors = collect_tensors(self.task.model, self.average, self.optimizers)
         error: OSError | None = None
         try:
-            self.tracker.flush()  # no checkpoint may follow a line that is not on the disk
+            self.tracker.flush()  # the metrics up to this step must be on the disk first
             if not is_finite(tensors):
                 raise OSError("a weight is not finite")
         except OSError as caught:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from pipelines.shuffling import (
     OTHER,
-    by_row,
+    draw_by_row,
     other_labels,
-    permuted,
-    permuted_blocks,
+    permute,
+    permute_blocks,
     positions_of,
     samples_of,
     uniforms,
@@ -35,7 +35,7 @@ def test_draws_are_uniform_and_independent():
 @given(st.integers(1, 1000), st.sampled_from([None, 4, 16]), st.integers(0, 2**64), st.data())
 def test_every_row_comes_once_and_any_position_can_be_computed_alone(rows, block, key, data):
     def order(positions):
-        return permuted(positions, rows, key) if block is None else permuted_blocks(positions, rows, block, key)
+        return permute(positions, rows, key) if block is None else permute_blocks(positions, rows, block, key)
 
     whole = order(np.arange(rows))
     assert np.array_equal(np.sort(whole), np.arange(rows))
@@ -47,10 +47,10 @@ def test_all_orders_are_equally_likely():
     """Chi-square tests of the 24 orders of four rows, and of the position of row 0 among 1,000."""
     counts = np.zeros(4**4)
     for key in range(2400):
-        counts[int(permuted(np.arange(4), 4, key, 1) @ 4 ** np.arange(4))] += 1
+        counts[int(permute(np.arange(4), 4, key, 1) @ 4 ** np.arange(4))] += 1
     counts = counts[counts > 0]
     assert len(counts) == 24 and ((counts - 100) ** 2 / 100).sum() < 60  # 23 degrees of freedom, p = 0.00004
-    first = np.array([permuted(np.array([0]), 1000, key, 1)[0] for key in range(2000)])
+    first = np.array([permute(np.array([0]), 1000, key, 1)[0] for key in range(2000)])
     places = np.histogram(first, 20, (0, 1000))[0]
     assert ((places - 100) ** 2 / 100).sum() < 55  # 19 degrees of freedom
 
@@ -59,7 +59,7 @@ def test_all_orders_are_equally_likely():
 @given(rows=st.integers(1, 60), batch_size=st.integers(1, 20), seed=st.integers(0, 99), drawn=st.sampled_from([0, 99]))
 def test_every_row_comes_once_per_epoch(monkeypatch, rows, batch_size, seed, drawn):
     """With a drawn permutation and with a computed one; a step does not depend on those before it."""
-    monkeypatch.setattr("pipelines.shuffling.DRAWN", drawn)
+    monkeypatch.setattr("pipelines.shuffling.MAX_STORED", drawn)
     steps = range(-(-3 * rows // batch_size))
     parts = {step: samples_of(rows, batch_size, seed, step) for step in reversed(steps)}
     indices, epochs = (np.concatenate([parts[step][side] for step in steps]) for side in (0, 1))
@@ -73,7 +73,7 @@ def test_every_row_comes_once_per_epoch(monkeypatch, rows, batch_size, seed, dra
 
 
 def test_neighbours_are_separated():
-    found = permuted(np.arange(100_000), 100_000, 7)
+    found = permute(np.arange(100_000), 100_000, 7)
     jumps = np.abs(np.diff(found))
     assert jumps.mean() / 100_000 == pytest.approx(1 / 3, abs=0.005) and (jumps == 1).sum() < 12  # 2 are expected
     assert abs(np.corrcoef(np.arange(100_000), found)[0, 1]) < 0.015
@@ -81,7 +81,7 @@ def test_neighbours_are_separated():
 
 def test_blocks_are_read_whole():
     """A window of block^2 rows reads whole blocks of its own, and mixes them."""
-    found = permuted_blocks(np.arange(16 * 16 * 10), 16 * 16 * 10, 16, 3)
+    found = permute_blocks(np.arange(16 * 16 * 10), 16 * 16 * 10, 16, 3)
     seen, orders = set(), set()
     for window in found.reshape(10, 256):
         blocks = np.unique(window // 16)
@@ -132,7 +132,7 @@ def test_another_label_is_as_frequent_as_its_rows():
     """For classes with 10, 0, 30 and 60 rows; a class without rows is never drawn."""
     counts = torch.tensor([10, 0, 30, 60])
     rows = np.arange(30_000)
-    draws = by_row(rows, rows * 0, 5, OTHER)
+    draws = draw_by_row(rows, rows * 0, 5, OTHER)
     for own, shares in {0: [0, 0, 1 / 3, 2 / 3], 2: [1 / 7, 0, 0, 6 / 7], 3: [0.25, 0, 0.75, 0]}.items():
         found = other_labels(torch.full((len(rows),), own), counts, draws)
         assert np.allclose(torch.bincount(found, minlength=4) / len(rows), shares, atol=0.012)

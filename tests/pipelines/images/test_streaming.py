@@ -131,7 +131,7 @@ def test_without_training_the_first_images_have_random_access(tmp_path, monkeypa
     splits = load_images(stream(tmp_path).train._config)
     assert len(splits.train) == 20 and len(splits.held_out) == 15
     assert splits.train.labels.tolist() == [k % 3 for k in identities(splits.train.pixels(range(20)))]
-    assert "of train as well" in capsys.readouterr().err
+    assert "including train" in capsys.readouterr().err
 
 
 def test_shards_with_different_classes_are_refused(tmp_path):

@@ -14,7 +14,7 @@ from pipelines.config.arguments import read_file
 from pipelines.config.command import parse
 from pipelines.config.schema import to_yaml
 from pipelines.processes import launch
-from pipelines.processes.launch import Precision, bf16_of_cpu, choose_precision, float32_advice
+from pipelines.processes.launch import Precision, choose_precision, detect_cpu_bf16, recommend_bf16
 from pipelines.train_prior import TrainPriorConfig
 from pipelines.training.checkpoint import read_newest_record
 
@@ -38,7 +38,7 @@ def test_auto_is_what_the_cpu_is_fast_in(monkeypatch):
         ((amx,), "AVX512", "AMX"),
     ):
         cpu_with(monkeypatch, *queries, capability=capability)
-        assert bf16_of_cpu() == found and choose_precision("auto", None).mixed == ("bf16" if found else "no")
+        assert detect_cpu_bf16() == found and choose_precision("auto", None).mixed == ("bf16" if found else "no")
 
 
 def test_a_run_keeps_its_precision_and_a_launcher_may_change_its_own(monkeypatch):
@@ -81,7 +81,7 @@ def test_auto_on_a_gpu_depends_on_the_gpu(monkeypatch, has_bf16):
 
 def test_a_resumed_run_keeps_its_precision_on_another_machine(tmp_path, tokens, monkeypatch, capsys):
     found = iter([("bf16", "this CPU has AMX"), ("bf16", "this CPU has AMX"), ("no", "it has nothing")])
-    monkeypatch.setattr(launch, "fast_precision", lambda: next(found))
+    monkeypatch.setattr(launch, "find_fastest_precision", lambda: next(found))
     more = {"train__mixed_precision": "auto", "train__optimizer": "muon", "train__save_every": 2, "train__steps": 4}
     whole = train_prior(tmp_path / "whole", tokens, **more)
     assert "bf16 mixed precision (auto: this CPU has AMX)" in capsys.readouterr().out
@@ -105,8 +105,8 @@ def test_a_launchers_precision_may_change_on_resume_with_a_line(tmp_path, monkey
 
 
 def test_float32_on_a_gpu_with_bf16_is_reported():
-    assert "train.mixed_precision=auto" in float32_advice("no", True)
-    assert not [pair for pair in (("bf16", True), ("no", False), ("bf16", False)) if float32_advice(*pair)]
+    assert "train.mixed_precision=auto" in recommend_bf16("no", True)
+    assert not [pair for pair in (("bf16", True), ("no", False), ("bf16", False)) if recommend_bf16(*pair)]
 
 
 class Products(TorchFunctionMode):

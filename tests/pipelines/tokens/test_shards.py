@@ -22,7 +22,7 @@ from pipelines.shuffling import uniforms
 from pipelines.tokens import dataset as tokens
 from pipelines.tokens import load_tokens, shards
 from pipelines.tokens.meta import META
-from pipelines.train_prior import PriorTask, TrainPriorConfig, perturbed
+from pipelines.train_prior import PriorTask, TrainPriorConfig, perturb_tokens
 from tokenizer.files import FormatError, IntegrityError, write_manifest
 
 # Shards
@@ -231,7 +231,7 @@ def test_perturbed_cells_depend_on_their_draws_alone():
     """Column 1 of a cell's draws decides whether it is replaced, column 2 by which id."""
     ids, indices = torch.randint(50, (40, 9, 60)), np.random.default_rng(0).integers(0, 1000, 40)
     epochs, size = np.arange(40) // 25, 540
-    found = perturbed(ids, indices, epochs, 3, 0.3, 50).flatten(1)
+    found = perturb_tokens(ids, indices, epochs, 3, 0.3, 50).flatten(1)
     for row in range(40):
         draws = uniforms(3, int(epochs[row]), indices[row] * size + np.arange(size))
         expected = torch.where(

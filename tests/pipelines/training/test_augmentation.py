@@ -85,5 +85,5 @@ def test_cutout_zeroes_a_rectangle_of_half_the_sides(shape):
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="augment: must be of color, translation, cutout"):
+    with pytest.raises(ValueError, match="augment: .*color, translation, cutout"):
         augment(some((1, 1, 8, 8)), ["flip"])

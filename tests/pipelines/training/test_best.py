@@ -69,7 +69,7 @@ def test_a_run_delivers_the_first_of_its_best_weights(tmp_path, capsys, scores, 
     logged = [line.get("validation/error", math.nan) for line in metrics(run)]
     assert logged == pytest.approx([score if math.isfinite(score) else math.nan for score in scores], nan_ok=True)
     assert [line["step"] for line in metrics(run) if "held_out/error" in line] == [8]
-    assert (f"step {best} was best" in capsys.readouterr().out) == (best != 8)
+    assert (f"best at step {best}" in capsys.readouterr().out) == (best != 8)
 
 
 def test_the_snapshot_during_training_is_of_the_newest_weights(tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ def test_defaults_also_come_from_a_hub_id_a_pipeline_and_the_package(place, trai
     """A pipeline has one provenance for both of its models."""
     data = {"data": {"source": "mine", "augment": {"rotate": 3.0}}}
     if place == "hub":
-        monkeypatch.setattr(provenance, "fetched", lambda source, name: {"me/it": trained["vqvae"]}[source] / name)
+        monkeypatch.setattr(provenance, "fetch_file", lambda source, name: {"me/it": trained["vqvae"]}[source] / name)
         config, images = resolved(tmp_path / "run", init="me/it"), tokenizer_defaults({"tokenizer": "me/it"})["data"]
         assert config.model["widths"] == [16] and images["augment"] == {**images["augment"], "rotate": 3.0}
     elif place == "package":

@@ -40,11 +40,11 @@ from pipelines.config.errors import Interrupted
 from pipelines.train_prior import PriorTask
 from pipelines.train_tokenizer import TokenizerTask
 from pipelines.training import stopping, trainer
-from pipelines.training.stopping import Stop, heed_signals
+from pipelines.training.stopping import Stop, handle_signals
 from pipelines.training.trainer import Trainer
 
 EVERY = {"train__log_every": 2, "train__evaluate_every": 4, "train__preview_every": 6, "train__save_every": 5}
-FIRST = "Ctrl-C: saving, then ending; press Ctrl-C again to end at once"
+FIRST = "Ctrl-C: saving, then stopping; press Ctrl-C again to stop at once"
 TASKS: dict[str, Any] = {"train_tokenizer": TokenizerTask, "train_prior": PriorTask}
 
 
@@ -172,7 +172,7 @@ def test_ctrl_c_before_training_ends_at_once_and_names_what_is_saved(
         on_call(patch, TokenizerTask, "new_tokenizer", 1)
         train_tokenizer_verb.main(tokenizer_arguments(run, **EVERY))
     assert caught.value.code == 130
-    kept = f"step {before} is saved, the same command continues from there" if before else "nothing was saved yet"
+    kept = f"step {before} is saved; the same command continues from there" if before else "nothing was saved yet"
     assert capsys.readouterr().err.splitlines() == [f"error: interrupted; {kept}"]
     train("train_tokenizer", run)
     assert_same_run(run, whole["train_tokenizer"])
@@ -183,12 +183,12 @@ def test_ctrl_c_before_training_ends_at_once_and_names_what_is_saved(
 
 def test_a_second_sigint_ends_the_process_unless_it_is_the_first_one_forwarded(tmp_path, monkeypatch):
     stop, ended, clock = Stop(tmp_path), [], iter([10.0, 10.4, 10.6])
-    monkeypatch.setattr(stop, "end", lambda: ended.append(True))
+    monkeypatch.setattr(stop, "stop_now", lambda: ended.append(True))
     monkeypatch.setattr("pipelines.training.stopping.time.monotonic", lambda: next(clock))
-    with heed_signals(stop, alone=True):
+    with handle_signals(stop, alone=True):
         for expected in ([], [], [True]):
             os.kill(os.getpid(), signal.SIGINT)
-            assert stop.asked() and ended == expected
+            assert stop.is_requested() and ended == expected
 
 
 @pytest.mark.parametrize("launcher", ["", "torchrun"])
@@ -196,8 +196,8 @@ def test_sigterm_after_ctrl_c_is_a_second_ctrl_c_under_torchrun(tmp_path, monkey
     if launcher:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     stop, ended = Stop(tmp_path), []
-    monkeypatch.setattr(stop, "end", lambda: ended.append(True))
-    with heed_signals(stop, alone=False):
+    monkeypatch.setattr(stop, "stop_now", lambda: ended.append(True))
+    with handle_signals(stop, alone=False):
         for number, expected in ((signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGTERM, bool(launcher))):
             os.kill(os.getpid(), number)
             assert bool(ended) == expected
@@ -207,12 +207,12 @@ def test_ignored_signals_stay_ignored(tmp_path):
     """`nohup` ignores SIGHUP, and a shell ignores SIGINT for background jobs."""
     stop, before = Stop(tmp_path), {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGHUP)}
     try:
-        with heed_signals(stop, alone=True):
+        with handle_signals(stop, alone=True):
             for number in before:
                 os.kill(os.getpid(), number)
-            assert not stop.asked()
+            assert not stop.is_requested()
             os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.asked()
+            assert stop.is_requested()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -337,7 +337,7 @@ def test_a_second_ctrl_c_ends_a_stuck_step_at_once(tmp_path, saved):
     argv = tokenizer_arguments(run, train__steps=20000, train__save_every=saved or 1000)
     process = start_file([str(script), *argv], output)
     try:
-        for text, pause in (("stuck", 0.0), (FIRST, 1.2 * stopping.TWICE)):
+        for text, pause in (("stuck", 0.0), (FIRST, 1.2 * stopping.FORWARDED)):
             until = time.monotonic() + 90
             while text not in printed_in(output):
                 assert time.monotonic() < until, printed_in(output)
@@ -347,7 +347,7 @@ def test_a_second_ctrl_c_ends_a_stuck_step_at_once(tmp_path, saved):
         process.join(20)
     finally:
         kill(process)
-    expected = "step 4 is saved, the same command continues from there" if saved else "nothing was saved yet"
+    expected = "step 4 is saved; the same command continues from there" if saved else "nothing was saved yet"
     printed = printed_in(output)
-    assert printed.count(f"{run}: ended at once; {expected}\n") == 1 and "stopped at" not in printed
+    assert printed.count(f"{run}: stopped at once; {expected}\n") == 1 and "stopped at step" not in printed
     assert process.exitcode == -signal.SIGINT and len(states(run)) == bool(saved)
