@@ -23,7 +23,7 @@ from optional import needs_digits
 from PIL import Image
 from small_pipelines import make_pipeline
 
-from pipelines.__main__ import main, module_of, verbs
+from pipelines.__main__ import find_module, main, verbs
 from pipelines.config import Config
 from pipelines.provenance import tokenizer_folder
 from pipelines.tokens import TokenDataset, TokenSplit
@@ -178,7 +178,7 @@ def test_reconstructions_of_a_tokenizer_or_a_pipeline(world, tmp_path, capsys, s
 
 def config_class(verb):
     """The configuration class of a verb."""
-    module = importlib.import_module(f"pipelines.{module_of(verb)}")
+    module = importlib.import_module(f"pipelines.{find_module(verb)}")
     found = [
         value
         for value in vars(module).values()

@@ -60,9 +60,9 @@ def quiet(done, total, unit):
 
 def settings(pipe):
     """The initial values of the settings."""
-    from pipelines.app.controls import own_settings
+    from pipelines.app.controls import get_slider_values
 
-    return list(own_settings(pipe).values())
+    return list(get_slider_values(pipe).values())
 
 
 def result_of(code, pipe, monkeypatch, **names):

@@ -10,7 +10,15 @@ from small import TOKENIZERS, make_tokenizer, quantizer_of
 
 from pipelines.__main__ import main
 from pipelines.commands import inspect_ as inspect
-from pipelines.commands.inspect_ import InspectConfig, draw_page, examine, figures_of, mean_patches, sentences, tiles
+from pipelines.commands.inspect_ import (
+    InspectConfig,
+    arrange_tiles,
+    compute_figures,
+    describe_figures,
+    draw_page,
+    examine,
+    mean_patches,
+)
 from pipelines.images import DataConfig, load_images
 from pipelines.metrics.reconstruction import evaluate_reconstruction
 from pipelines.saving import INDEX
@@ -62,7 +70,7 @@ def page_of(model, images, drawn, **more):
     """Return the PSNR of each image, and the names of the charts and the pictures on the page."""
     uses, errors = examine(model, images)
     config = InspectConfig(tokenizer="x", **{"num_images": 9, **more})
-    picture = draw_page(model, images, uses, errors, sentences(model, figures_of(uses, errors)), config)
+    picture = draw_page(model, images, uses, errors, describe_figures(model, compute_figures(uses, errors)), config)
     assert picture.dtype == np.uint8 and picture.shape[2] == 3
     return errors, *drawn.pop()
 
@@ -82,7 +90,7 @@ def test_every_tokenizer_has_its_charts_and_pictures_and_the_figures_of_reconstr
     assert kinds == expected
 
     uses, errors = examine(model, images)
-    figures, expected = figures_of(uses, errors), evaluate_reconstruction(model, images)
+    figures, expected = compute_figures(uses, errors), evaluate_reconstruction(model, images)
     names = ("psnr", "codebook_usage", "codebook_perplexity")
     assert [figures[key] for key in names] == pytest.approx([expected[key] for key in names], rel=1e-4)
     assert errors.shape == (COUNT,) and int(uses.sum()) == COUNT * len(model.grid)
@@ -117,7 +125,7 @@ def test_reconstructions_are_spread_from_the_best_to_the_worst(count, rows, data
     images = load_images(DataConfig(**data, limit=None if count == COUNT else count)).held_out
     model, captions = make_tokenizer("vqvae").eval(), []
     monkeypatch.setattr(
-        inspect, "tiles", lambda pairs, names, columns: captions.append(names) or tiles(pairs, names, 2)
+        inspect, "arrange_tiles", lambda pairs, names, columns: captions.append(names) or arrange_tiles(pairs, names, 2)
     )
     found, _, _ = page_of(model, images, drawn)
     with torch.no_grad():

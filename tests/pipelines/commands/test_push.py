@@ -126,7 +126,7 @@ def card_of(pipe: ImagePipeline) -> str:
         ("photos", True, "Trained on a local folder of images."),  # it existed where it was trained
         ("here", False, "Trained on a local folder of images."),
         (LOCAL, False, "Trained on a local folder of images."),
-        ("(not known of imported weights: give data.source)", False, None),
+        ("(unknown for imported weights: give data.source)", False, None),
         ("https://me:key@example.org/a.tar?signature=1", False, "Trained on `https://example.org/a.tar`."),
         ("hf://datasets/me/x/a-?.tar", False, "Trained on `hf://datasets/me/x/a-?.tar`."),
     ],
