@@ -197,7 +197,7 @@ def test_data_dependent_control_flow_is_one_line_of_error(tmp_path: Path) -> Non
 def test_a_file_with_other_results_is_not_kept(part: str, tmp_path: Path, monkeypatch) -> None:
     """The written program is given other weights."""
     tokenizer = tokenizer_of("vqvae, ema")
-    honest = exports.write
+    honest = exports.write_program
 
     def forged(program: Any, of: Any, path: Path) -> None:
         if of == part:
@@ -205,7 +205,7 @@ def test_a_file_with_other_results_is_not_kept(part: str, tmp_path: Path, monkey
                 weight.data.mul_(0.5) if weight.is_floating_point() else None
         honest(program, of, path)
 
-    monkeypatch.setattr(exports, "write", forged)
+    monkeypatch.setattr(exports, "write_program", forged)
     with pytest.raises(ExportError, match=part):
         export_tokenizer(tokenizer, tmp_path / "out", "torch")
     assert contents(tmp_path) == {}
