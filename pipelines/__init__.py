@@ -18,7 +18,7 @@ def _check_siblings() -> None:
         if spec is None or spec.origin is None or Path(spec.origin).resolve().parent.parent != here:
             found = "nothing" if spec is None else spec.origin or f"a folder called {name!r} without an __init__.py"
             raise ImportError(
-                f"expected Smalti's package {name!r} beside {here / 'pipelines'}, but Python found {found}; "
+                f"expected Smalti's package `{name}` beside {here / 'pipelines'}, but Python found {found}; "
                 "install Smalti in a separate environment, or start from another folder"
             )
 
