@@ -23,11 +23,11 @@ help:
 	@echo "make test   install, ruff, mypy, pytest"
 	@echo "make slow   run the slow tests"
 	@echo "make gpu    test and measure on this machine's GPU, and update the table in docs/results.md"
-	@echo "make docs   build the site into build/site: pages, reference, notebooks 1 and 2 executed; dead links are errors"
+	@echo "make docs   build the site into build/site: pages, reference, executed notebooks 1 and 2; dead links are errors"
 	@echo "make site   build the site and serve it at http://127.0.0.1:8000; PORT=9000 changes the port"
 	@echo "make notebooks  execute docs/notebooks into build/notebooks (15 minutes)"
 	@echo "make floors run the tests with the lowest versions in pyproject.toml, then with the newest"
-	@echo "make lock   update uv.lock from pyproject.toml; ARGS=--upgrade takes newer versions"
+	@echo "make lock   update uv.lock from pyproject.toml; ARGS=--upgrade upgrades the versions"
 	@echo "make audit  check uv.lock and the lowest versions against PyPI's security advisories"
 	@echo "make sbom   write the locked packages as build/sbom.cdx.json (CycloneDX)"
 	@echo "make wheel  build a wheel and a source archive of the commit into build/dist"
@@ -41,7 +41,7 @@ demo: $(DONE)/evaluation
 	  '  pipe = ImagePipeline.from_pretrained("$(RUNS)/gpt_digits/pipeline")' \
 	  '  pipe(num_images=4, labels=[3, 3, 8, 8], seed=0).images[0].save("three.png")'
 
-# A stage that succeeded is not run again. Stamp files live outside the output folders, which may hold only their own
+# A stage that succeeded does not run again. Stamp files live outside the output folders, which may hold only their own
 # files.
 $(DONE)/vqvae_digits: | $(READY)
 	$(LAUNCH) pipelines.train_tokenizer --config configs/tokenizer/vqvae_digits.yaml out=$(RUNS)/vqvae_digits
@@ -92,7 +92,7 @@ site: docs
 
 notebooks: $(NOTEBOOKS)
 
-# Executed in an empty folder, again when its text changes. A cell that fails ends it.
+# Execute in an empty folder, and again when the text changes. A failing cell stops the execution.
 build/notebooks/%.ipynb: docs/notebooks/%.py | $(TESTS)
 	@rm -rf build/notebooks/$* && mkdir -p build/notebooks/$*
 	PYTHONPATH=$(CURDIR) $(BIN)/jupytext --to ipynb --execute --run-path build/notebooks/$* --output $@ $<

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 
 def _check_siblings() -> None:
-    """Raise `ImportError` if another package shadows `tokenizer` or `prior`, which are common names."""
+    """Raise `ImportError` if another package shadows `tokenizer` or `prior`, because these names are common."""
     here = Path(__file__).resolve().parent.parent
     for name in ("tokenizer", "prior"):
         spec = find_spec(name)
         if spec is None or spec.origin is None or Path(spec.origin).resolve().parent.parent != here:
             found = "nothing" if spec is None else spec.origin or f"a folder called {name!r} without an __init__.py"
             raise ImportError(
-                f"`{name}` should be Smalti's, beside {here / 'pipelines'}, but Python found {found}; "
-                "install Smalti into an environment of its own, or start from another folder"
+                f"expected Smalti's package `{name}` beside {here / 'pipelines'}, but Python found {found}; "
+                "install Smalti in a separate environment, or start from another folder"
             )
 
 

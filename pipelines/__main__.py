@@ -26,7 +26,7 @@ OTHER = {
 HINT = "To run a step on several devices, use `accelerate launch -m pipelines.STEP` with the same keys."
 
 
-def module_of(verb: str) -> str:
+def find_module(verb: str) -> str:
     """Return the name of a verb's module, relative to `pipelines`."""
     if verb in STEPS:
         return verb
@@ -36,22 +36,22 @@ def module_of(verb: str) -> str:
 
 def verbs() -> dict[str, str]:
     """Map each verb to the first line of its module's docstring, without importing the module (and torch with it)."""
-    return {verb: first_line(module_of(verb)) for group in GROUPS.values() for verb in group}
+    return {verb: read_summary(find_module(verb)) for group in GROUPS.values() for verb in group}
 
 
-def first_line(module: str) -> str:
+def read_summary(module: str) -> str:
     """Return the first line of a module's docstring."""
     path = Path(__file__).parent / f"{module.replace('.', '/')}.py"
     return path.read_text(encoding="utf-8").split('"""', 2)[1].splitlines()[0]
 
 
-def load(verb: str) -> ModuleType:
+def load_verb(verb: str) -> ModuleType:
     """Import the module of a verb. Raises `UserError`, which suggests the nearest verb, for an unknown one."""
     known = verbs()
     if verb not in known:
         hint = did_you_mean(verb, [*known, *OTHER], f"the verbs are {', '.join(known)}")
         raise UserError(f"{verb}: no such verb; {hint}")
-    return importlib.import_module(f"{__package__}.{module_of(verb)}")
+    return importlib.import_module(f"{__package__}.{find_module(verb)}")
 
 
 def help_page() -> str:
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(0 if argv else 2)
         if argv[0] in ("--version", "version"):
             print_and_exit(f"smalti {__version__}")
-        module = load(argv[0].replace("-", "_"))  # takes seconds, so Ctrl-C is handled here too
+        module = load_verb(argv[0].replace("-", "_"))  # importing takes seconds; handle Ctrl-C here too
     module.main(argv[1:])  # its return value is not an exit code
 
 

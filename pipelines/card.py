@@ -14,7 +14,7 @@ from prior import Prior
 from tokenizer import Tokenizer
 
 from .images.origin import describe_for_card, shareable
-from .metrics.figures import Row, rows_of
+from .metrics.figures import Row, format_rows
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -39,7 +39,7 @@ TUNED = (
     "[{feature_space}] {frechet_distance} (with the settings before, {before}: {frechet_distance_before}). "
     "{num_samples} samples of each."
 )
-"""The card's sentence about the facts in `TUNING`."""
+"""A sentence with the facts in `TUNING`."""
 
 TEMPLATE = """\
 ---
@@ -69,15 +69,15 @@ images = pipe(num_images=4{{ ", labels=0" if prior.num_classes else "" }}, seed=
 def model_card(
     tokenizer: Tokenizer, prior: Prior, labels: Sequence[str], provenance: dict[str, Any], has_grid: bool
 ) -> str:
-    """Return markdown with a metadata header; all figures come from `provenance`. has_grid: whether the folder has
+    """Return markdown with a metadata header; all figures come from `provenance`. has_grid: whether the folder contains
     a picture of samples."""
     from huggingface_hub import ModelCard
 
     channels, height, width = tokenizer.image_shape
     facts = shareable(provenance)
-    rows = figure_rows(facts, exact=prior.exact)
+    rows = collect_figures(facts, exact=prior.exact)
     card = ModelCard.from_template(
-        card_data(tokenizer, prior, facts, has_grid),
+        make_metadata(tokenizer, prior, facts, has_grid),
         template_str=TEMPLATE,
         tokenizer=tokenizer,
         prior=prior,
@@ -89,28 +89,29 @@ def model_card(
         classes=f"{prior.num_classes} classes ({', '.join(labels)})" if prior.num_classes else "no classes",
         source=describe_for_card(facts),
         has_grid=has_grid,
-        lines=[*tuned_lines(facts.get("tuning", {})), *measured_lines(facts, rows), *run_links(facts)],
+        lines=[*format_tuning(facts.get("tuning", {})), *format_measurements(facts, rows), *format_run_links(facts)],
     )
     return str(card)
 
 
-def figure_rows(facts: dict[str, Any], *, exact: bool) -> list[Row]:
-    """Return the figures of `smalti evaluate`, or those of training if it has not been run."""
+def collect_figures(facts: dict[str, Any], *, exact: bool) -> list[Row]:
+    """Return the figures of `smalti evaluate`, or those of training if it was not run."""
     if evaluation := facts.get("evaluation"):
-        return rows_of(evaluation, exact=exact)
+        return format_rows(evaluation, exact=exact)
     found = []
     for stage in (facts.get(name, {}) for name in STAGES):
         images = stage.get("images")
         counts = images if isinstance(images, dict) else {}
         of = {"num_images": counts.get("held_out"), "num_validation": counts.get("validation")}
-        found += rows_of({**stage.get("evaluation", {}), **of}, exact=exact)
+        found += format_rows({**stage.get("evaluation", {}), **of}, exact=exact)
     return found
 
 
-def measured_lines(facts: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+def format_measurements(facts: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     """Return a markdown table of the figures and of the training time."""
     lines = [
-        f"| {cell(row.title)}{ARROWS[row.figure.better]} | {cell(row.value)} | {cell(row.beside)} |" for row in rows
+        f"| {to_cell(row.title)}{ARROWS[row.figure.better]} | {to_cell(row.value)} | {to_cell(row.beside)} |"
+        for row in rows
     ]
     for stage in STAGES:
         trained = facts.get(stage, {})
@@ -122,29 +123,29 @@ def measured_lines(facts: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     if not lines:
         return []
     by = "`smalti evaluate`" if facts.get("evaluation") else "training"
-    head = ["| figure | value | compare |", "|---|---|---|"]
+    head = ["| figure | value | compare with |", "|---|---|---|"]
     return ["## Measured", "", f"By {by}. ↑: higher is better, ↓: lower is better.", "", *head, *lines, ""]
 
 
-def tuned_lines(tuning: dict[str, Any]) -> list[str]:
-    """Return a line about the settings that `smalti tune` has chosen, if it has been run."""
+def format_tuning(tuning: dict[str, Any]) -> list[str]:
+    """Return a line about the settings that `smalti tune` chose, if it was run."""
     if "settings" not in tuning:
         return []
-    facts = {name: number(tuning.get(name)) for name in TUNING}
+    facts = {name: format_number(tuning.get(name)) for name in TUNING}
     return [TUNED.format_map(facts), ""]
 
 
-def number(value: Any) -> str:
-    """Format a number to four digits, or a text as a table cell."""
-    return cell(value) if isinstance(value, str) else f"{value:.4g}" if isinstance(value, (int, float)) else "?"
+def format_number(value: Any) -> str:
+    """Format a number to four digits, or text as a table cell."""
+    return to_cell(value) if isinstance(value, str) else f"{value:.4g}" if isinstance(value, (int, float)) else "?"
 
 
-def cell(text: str) -> str:
+def to_cell(text: str) -> str:
     """Escape the text for a cell of a markdown table."""
     return " ".join(text.replace("|", "/").split())
 
 
-def run_links(facts: dict[str, Any]) -> list[str]:
+def format_run_links(facts: dict[str, Any]) -> list[str]:
     """Return a line with links to the training runs of both stages, if they are known."""
     links = []
     for stage in STAGES:
@@ -158,7 +159,7 @@ def run_links(facts: dict[str, Any]) -> list[str]:
 # The header
 
 
-def card_data(tokenizer: Tokenizer, prior: Prior, facts: dict[str, Any], has_grid: bool) -> ModelCardData:
+def make_metadata(tokenizer: Tokenizer, prior: Prior, facts: dict[str, Any], has_grid: bool) -> ModelCardData:
     """Return the header of a card. facts: `shareable` provenance."""
     from huggingface_hub import ModelCardData
 
@@ -168,7 +169,7 @@ def card_data(tokenizer: Tokenizer, prior: Prior, facts: dict[str, Any], has_gri
     if has_grid:
         text = "samples, one class per column" if prior.num_classes else "samples"
         more["widget"] = [{"text": text, "output": {"url": "samples.png"}}]
-    if results := results_of(prior, facts):
+    if results := make_results(prior, facts):
         more |= {"model_name": f"{tokenizer.name} + {prior.name}", "eval_results": results}
     return ModelCardData(
         library_name="smalti",
@@ -187,8 +188,8 @@ def is_on_hub(source: str) -> bool:
     return bool(re.fullmatch(HUB_DATASET, source))
 
 
-def results_of(prior: Prior, facts: dict[str, Any]) -> list[EvalResult]:
-    """Return the results of a `model-index`: the figures for which the Hub has a task."""
+def make_results(prior: Prior, facts: dict[str, Any]) -> list[EvalResult]:
+    """Return the results for a `model-index`: the figures that belong to a task of the Hub."""
     from huggingface_hub import EvalResult
 
     source = str(facts.get("data", {}).get("source", ""))
@@ -197,7 +198,7 @@ def results_of(prior: Prior, facts: dict[str, Any]) -> list[EvalResult]:
     generation = f"{'class-conditional' if prior.num_classes else 'unconditional'}-image-generation"
     tasks = {"reconstruction": "image-to-image", "likelihood": generation, "samples": generation}
     results = []
-    for row in figure_rows(facts, exact=prior.exact):
+    for row in collect_figures(facts, exact=prior.exact):
         figure = row.figure
         if figure.better and figure.of in tasks and type(row.raw) in (int, float):
             bound = "" if prior.exact or not figure.is_bits else " (upper bound)"

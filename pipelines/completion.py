@@ -1,11 +1,10 @@
-"""Completion: sampling the hidden part of an image given the rest, and the probability of its true content.
+"""Completion: sample the hidden part of an image given the rest, or compute the probability of its true content.
 
     log p(hidden | known) = log p(hidden, known) - log p(known)
 
-A chain of conditionals gives this exactly if no known token is conditioned on a hidden one. A prior with a single order
-needs a mask that fits its order; the result is then the conditional of `log_prob`. An any-order prior takes the known
-tokens first; the result is the conditional of that order's density, which differs from `log_prob` to the extent that
-the prior's orders disagree.
+The chain rule gives this exactly if no known token is conditioned on a hidden one. If the prior has a single order, the
+mask must fit it, and the result is the conditional of `log_prob`. An any-order prior puts the known tokens first; the
+result is the conditional of that order's density, which may differ from `log_prob`.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ Mask = Picture | Tensor | np.ndarray | list[Any] | None
 0 and 1), or floats in [0, 1]. White, True and the upper half of the range are redrawn."""
 WHITE = 128
 MASKS = ("top", "bottom", "left", "right", "box")
-MASK_SEED = 0  # of scattered masks: independent of the sampling seed, so that draws can be compared
+MASK_SEED = 0  # of scattered masks; independent of the sampling seed, so that draws share a mask
 
 
 class ConditionError(ValueError):
@@ -64,31 +63,31 @@ def complete(
     """Sample the hidden part of images given the known part.
 
     Give either `known` or `mask`. known: bool `(H, W)` or `(B, H, W)`, a tensor or array, True = keep this pixel. mask:
-    the opposite, white = redraw this pixel, as in diffusers and `smalti complete`: a PIL image or one per image, of the
-    pipeline's size or of its image's size (and then resized and cropped like it); or an array or tensor of these
-    shapes, bool, 0 to 255 (128 and above is white) or floats in [0, 1].
+    the opposite, white = redraw this pixel, as in diffusers and `smalti complete`. It is a PIL image, or one per image,
+    of the pipeline's size or of its image's size (then it is resized and cropped like the image); or an array or tensor
+    of the same shapes as `known`, bool, 0 to 255 (128 and above is white) or floats in [0, 1].
 
     Hidden pixels are painted over before encoding, so they cannot leak. A token is known if every pixel of its patch is
-    known, and only known tokens are used; near the hole, a tokenizer with a receptive field wider than a patch sees
-    paint in them. Any-order priors (`prior.any_order`) condition each new token on all known ones, under the density of
-    the order that takes these first (not `log_prob`'s); other priors on the tokens before it in their order. Known
-    pixels are returned unchanged.
+    known, and only known tokens are used. If the tokenizer's receptive field is wider than a patch, paint affects known
+    tokens near the hole. Any-order priors (`prior.any_order`) condition each new token on all known tokens, under the
+    density of the order that starts with them (not `log_prob`'s); other priors condition it on the tokens that precede
+    it in their order. Known pixels are returned unchanged.
 
-    draws: completions per image. Draw d of image k uses seed + k * draws + d, whatever the batch. With several draws,
-    images are `(B, draws, C, H, W)` ("pt"), `(B, draws, H, W, C)` ("np") or a list of lists of PIL images ("pil"):
-    `out.images[k][d]` is draw d of image k; tokens are `(B, draws, *grid.shape)`. With one there is no draws axis.
-    labels: one for all, or one per image. order: as in `Prior.sample`, also per image. A list of generators has one per
-    completion. settings: as for `ImagePipeline.__call__`; `callback_on_step_end` receives the tokens of all
-    completions, `(B * draws, *grid.shape)`. Raises `ValueError` for a mask of another shape or arguments out of range,
-    `TypeError` unless exactly one of `known` and `mask` is given.
+    draws: completions per image. Draw d of image k uses seed + k * draws + d, in any batch. With several draws, images
+    are `(B, draws, C, H, W)` ("pt"), `(B, draws, H, W, C)` ("np") or a list of lists of PIL images ("pil"):
+    `out.images[k][d]` is draw d of image k; tokens are `(B, draws, *grid.shape)`. With one draw there is no such axis.
+    labels: one for all images, or one per image. order: as in `Prior.sample`, or one per image. A list of generators
+    needs one per completion. settings: as for `ImagePipeline.__call__`; `callback_on_step_end` receives the tokens of
+    all completions, `(B * draws, *grid.shape)`. Raises `ValueError` for a mask of another shape or arguments out of
+    range, `TypeError` unless exactly one of `known` and `mask` is given.
     """
     draws = check_count(draws, "draws")
     check_output_type(output_type, LATENT)
     batch = pipeline.to_images(images)
-    count, known = len(batch), known_pixels(known, mask, images, batch)
+    count, known = len(batch), find_known_pixels(known, mask, images, batch)
     ids, null = pipeline.label_ids(labels, count), pipeline.prior.num_classes
     each = None if ids is None else [None if one == null else one for one in ids.tolist() for _ in range(draws)]
-    tokens, keep = visible_tokens(pipeline, batch, known, batch_size)
+    tokens, keep = encode_visible(pipeline, batch, known, batch_size)
     made = pipeline(
         count * draws,
         each,
@@ -99,15 +98,15 @@ def complete(
         known=keep.repeat_interleave(draws, 0),
         **settings,
     )
-    drawn = by_draws(made.tokens, draws)
+    drawn = split_draws(made.tokens, draws)
     if output_type == LATENT:
         return made._replace(images=drawn, tokens=drawn)
     there, given = known[:, None].repeat_interleave(draws, 0), batch.repeat_interleave(draws, 0)
     filled = convert_images(torch.where(there, given, made.images), output_type)
-    return made._replace(images=by_draws(filled, draws), tokens=drawn)
+    return made._replace(images=split_draws(filled, draws), tokens=drawn)
 
 
-def by_draws(images: Any, draws: int) -> Any:
+def split_draws(images: Any, draws: int) -> Any:
     """Split the first axis of a list, array or tensor `(B * draws, ...)` into images and draws if draws > 1."""
     if draws == 1:
         return images
@@ -116,7 +115,7 @@ def by_draws(images: Any, draws: int) -> Any:
     return images.reshape(-1, draws, *images.shape[1:])
 
 
-def visible_tokens(
+def encode_visible(
     pipeline: ImagePipeline, images: Tensor, known: Tensor, batch_size: int = 256
 ) -> tuple[Tensor, Tensor]:
     """Return the tokens of `images` and which of them are known, both `(B, *grid.shape)`. Pixels that are not `known`
@@ -126,11 +125,11 @@ def visible_tokens(
 
 
 def paint_hidden(images: Tensor, known: Tensor) -> Tensor:
-    """Fill `images` `(B, C, H, W)` where not `known` `(B, 1, H, W)`: from the rim of a hole inwards, each pixel becomes
-    the mean of its known or filled neighbours; grey if nothing is known.
+    """Fill `images` `(B, C, H, W)` where `known` `(B, 1, H, W)` is False: from the rim of a hole inwards, each pixel
+    becomes the mean of its known or filled neighbours. If nothing is known, all pixels become grey.
 
-    Compared with filling in the mean colour, more of the known tokens equal those of the whole image (scattered halves
-    of digits: 65 % instead of 47 %), and the hidden ones are likelier.
+    Compared with filling in the mean colour, more known tokens equal those of the whole image (scattered halves of
+    digits: 65 % instead of 47 %), and the hidden tokens are more probable.
     """
     paint, filled = torch.where(known, images, 0), known.to(images.dtype)
 
@@ -158,29 +157,28 @@ def conditional_log_prob(
 ) -> Tensor:
     """Return log p of each image's hidden tokens given the known ones, `(B,)` nats. known, mask: as for `complete`.
 
-    This is the log-probability that `complete`, at temperature 1 and unguided, draws exactly the image's own tokens.
-    For a prior with one order it equals log_prob(all) - log p(known). For an any-order prior it belongs to the order
-    that takes the known tokens first, so log_prob(all) minus the result is not log p(known).
+    This is the log-probability that `complete`, at temperature 1 without guidance, draws exactly the image's own
+    tokens. For a prior with one order it equals log_prob(all) - log p(known). For an any-order prior it uses the order
+    that starts with the known tokens, so log_prob(all) minus the result is not log p(known).
 
-    The known tokens are those that `complete` sees, so hidden pixels do not help to predict themselves. With a
-    tokenizer that sees beyond a patch they may differ from the image's own tokens, and the result is not a part of
-    `ImagePipeline.log_prob`; `region_log_prob` of tokens is. The log-probability of pixels given tokens
-    (`Tokenizer.pixel_log_prob`) is not included. Raises `ConditionError` if the prior has no such conditional,
+    The known tokens are those that `complete` uses, so hidden pixels do not help to predict themselves. If the
+    tokenizer's receptive field is wider than a patch, they may differ from the image's own tokens; unlike
+    `region_log_prob`, the result is then not a part of `ImagePipeline.log_prob`. The log-probability of pixels given
+    tokens (`Tokenizer.pixel_log_prob`) is not included. Raises `ConditionError` if the prior has no such conditional,
     `ValueError` for a mask of another shape.
     """
     batch = pipeline.to_images(images)
-    known = known_pixels(known, mask, images, batch)
+    known = find_known_pixels(known, mask, images, batch)
     parts = []
     for rows, part, ids in pipeline.batches(batch, labels, batch_size):
-        visible, keep = visible_tokens(pipeline, part, known[rows])
+        visible, keep = encode_visible(pipeline, part, known[rows])
         tokens = torch.where(keep, visible, pipeline.encode_batch(part))
         parts.append(region_log_prob(pipeline.prior, tokens, keep, ids))
     return torch.cat(parts)
 
 
 def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Return log p(tokens where not `known` | tokens where `known`, labels), `(B,)` nats; exact even if `log_prob` is
-    an estimate.
+    """Return log p(hidden tokens | known tokens, labels), `(B,)` nats; exact even if `log_prob` is an estimate.
 
     tokens: `(B, *grid.shape)`; known: bool, `grid.shape` or `(B, *grid.shape)`. An any-order prior is evaluated in the
     order that `sample` uses: known tokens first, then the rest in the prior's own order and blocks. Raises
@@ -199,11 +197,11 @@ def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, labels: Tensor 
 
 
 def sees_all_known(prior: Prior, keep: Tensor) -> Tensor:
-    """Return for which images hidden tokens are drawn from the exact conditional given all known ones, bool `(B,)`.
+    """Return whether hidden tokens are drawn from the exact conditional given all known tokens, bool `(B,)`.
 
     keep: which tokens are known, bool `(B, N)` in raster order. Always True for an any-order prior. For a prior with
-    one order it holds if no known token depends on a hidden one: p(known) is then the product of the known tokens'
-    factors, and p(hidden | known) the product of the others.
+    one order it is True if no known token depends on a hidden one: then p(known) is the product of the known tokens'
+    factors, and p(hidden | known) is the product of the others.
     """
     if prior.any_order:
         return keep.new_ones(len(keep))
@@ -214,12 +212,12 @@ def sees_all_known(prior: Prior, keep: Tensor) -> Tensor:
 # Which pixels are known
 
 
-def known_pixels(known: Any, mask: Any, images: Any, batch: Tensor) -> Tensor:
-    """Return which pixels are known, bool `(B, H, W)`. batch: `images` as a tensor `(B, C, H, W)`. Raises `TypeError`
-    unless exactly one of `known` and `mask` is given, `ValueError` for another shape or type."""
+def find_known_pixels(known: Any, mask: Any, images: Any, batch: Tensor) -> Tensor:
+    """Return the known pixels, bool `(B, H, W)`. batch: `images` as a tensor `(B, C, H, W)`. Raises `TypeError` unless
+    exactly one of `known` and `mask` is given, `ValueError` for another shape or type."""
     if (known is None) == (mask is None):
         raise TypeError("give either known (True = keep this pixel) or mask (white = redraw it)")
-    return check_known_pixels(known, batch) if mask is None else ~hidden_pixels(mask, images, batch)
+    return check_known_pixels(known, batch) if mask is None else ~find_hidden_pixels(mask, images, batch)
 
 
 def check_known_pixels(known: Any, batch: Tensor) -> Tensor:
@@ -239,9 +237,9 @@ def check_known_pixels(known: Any, batch: Tensor) -> Tensor:
     return known.expand(shape)
 
 
-def hidden_pixels(mask: Any, images: Any, batch: Tensor) -> Tensor:
-    """Return the pixels that a `Mask` says to redraw, bool `(B, H, W)`. A picture has the size of the batch, or that of
-    its image and is then resized and cropped like it. Raises `ValueError` for another size or type."""
+def find_hidden_pixels(mask: Any, images: Any, batch: Tensor) -> Tensor:
+    """Return the pixels of a `Mask` to redraw, bool `(B, H, W)`. A picture needs the size of the batch or that of its
+    image; in the latter case it is resized and cropped like the image. Raises `ValueError` for another size or type."""
     count, _, height, width = batch.shape
     several = mask if isinstance(mask, (list, tuple)) else [mask]
     if any(isinstance(one, Picture) for one in several):
@@ -249,7 +247,7 @@ def hidden_pixels(mask: Any, images: Any, batch: Tensor) -> Tensor:
         if len(several) not in (1, count) or not all(isinstance(one, Picture) for one in several):
             raise ValueError(f"mask should be a picture, or a list of {count}, one per image (got {len(several)})")
         each = several * count if len(several) == 1 else several
-        parts = [white_in(one, image, (height, width)) for one, image in zip(each, given, strict=True)]
+        parts = [find_white(one, image, (height, width)) for one, image in zip(each, given, strict=True)]
         return torch.stack(parts).to(batch.device)
     mask = as_tensor(mask, batch.device)
     mask = mask[:, 0] if mask.ndim == 4 and mask.shape[1] == 1 else mask
@@ -272,7 +270,7 @@ def is_white(mask: Tensor) -> Tensor:
     return mask >= (0.5 if high <= 1 else WHITE)
 
 
-def white_in(mask: Picture, image: Any, size: tuple[int, int]) -> Tensor:
+def find_white(mask: Picture, image: Any, size: tuple[int, int]) -> Tensor:
     """Return where the picture `mask` of `image` is white, bool `(H, W)`."""
     (height, width), mask = size, ImageOps.exif_transpose(mask)
     if mask.mode in ("I", "F"):  # 32-bit pictures have no fixed white level: scale them like arrays
@@ -290,11 +288,11 @@ def white_in(mask: Picture, image: Any, size: tuple[int, int]) -> Tensor:
 
 
 def make_mask(name: str, image_shape: tuple[int, int, int], grid_shape: tuple[int, ...]) -> Tensor:
-    """Return which pixels are known, bool `(H, W)`, if the part of the image called `name` is hidden.
+    """Return the known pixels, bool `(H, W)`, if the area called `name` is hidden.
 
     name: a half (`top`, `bottom`, `left`, `right`), `box` (the middle half of each side), or `scatter:SHARE`: a fixed
-    random choice of that share of the patches that become tokens (of the pixels, if these are the tokens). Raises
-    `ValueError` for another name, or a share not in (0, 1].
+    random share of the patches that become tokens (of the pixels, for a pixel tokenizer). Raises `ValueError` for
+    another name, or a share not in (0, 1].
     """
     _, height, width = image_shape
     kind, colon, share = name.partition(":")
@@ -315,7 +313,7 @@ def make_mask(name: str, image_shape: tuple[int, int, int], grid_shape: tuple[in
 
 
 def scattered(share: str, height: int, width: int, side: int) -> Tensor:
-    """Return bool `(height, width)`, False in this share of the patches of `side` by `side` pixels, at least in one."""
+    """Return bool `(height, width)`, False in this share (at least one) of the patches of `side` by `side` pixels."""
     try:
         fraction = float(share)
     except ValueError:

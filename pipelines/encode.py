@@ -25,7 +25,7 @@ from tokenizer.files import MANIFEST, PipelineLoadError, folders_aside, publish_
 from tokenizer.model import PROVENANCE
 
 from .config import Config, Of, UserError, run_command
-from .config.importing import as_asked
+from .config.importing import format_imports
 from .files import Output, lock_output
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.dataset import is_stream
@@ -33,7 +33,7 @@ from .images.origin import is_local
 from .job import JOB, OtherJobError, begin_job, read_job, require_work_folder, work_folder
 from .prefetch import pin_memory, prefetch, to_device_async
 from .processes.launch import build_accelerator, group_of, leave_group_on_error
-from .provenance import TokenizerFolder, read_with, tokenizer_defaults, tokenizer_folder
+from .provenance import TokenizerFolder, find_protected_folder, tokenizer_defaults, tokenizer_folder
 from .tokens import Meta
 from .tokens.meta import META, TOKENS, read_meta, verify_files, write_meta
 from .tokens.shards import cut_shards, shard_names, write_shard
@@ -89,7 +89,7 @@ def run(config: EncodeConfig) -> Path:
     accelerator = build_accelerator()
     group = group_of(accelerator)
     tokenizer, out = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer)), Path(config.out)
-    output = Output(out, [read_with(config.tokenizer), config.data.path])
+    output = Output(out, [find_protected_folder(config.tokenizer), config.data.path])
     check_settings(config, tokenizer, output)
     with leave_group_on_error(accelerator), lock_output(out, group):
         images = load_images(config.data, together=True)
@@ -309,7 +309,7 @@ def finish_run(accelerator: Accelerator, out: Path, text: str, is_main: bool) ->
     accelerator.end_training()
     if is_main:
         run = quote(f"{str(out).removesuffix('_tokens')}_prior")
-        then = f"smalti train_prior{as_asked()} tokens={quote(str(out))} out={run}"
+        then = f"smalti train_prior{format_imports()} tokens={quote(str(out))} out={run}"
         print(f"{out}: {text}; next: {then}", flush=True)
     return out
 

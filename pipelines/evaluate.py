@@ -20,7 +20,7 @@ from prior.checks import NotCausalError, is_built_in, require_causal
 from tokenizer.files import PathError, PipelineLoadError, write_json
 
 from .config import OutputConfig, UserError, run_command
-from .config.importing import as_asked
+from .config.importing import format_imports
 from .config.table import table
 from .files import Output, lock_output
 from .image_pipeline import ImagePipeline
@@ -30,7 +30,7 @@ from .images.pictures import grid_picture, write_picture
 from .images.unseen import require_unseen
 from .metrics.agreement import agreement
 from .metrics.fid import Inception, load_inception
-from .metrics.figures import report
+from .metrics.figures import format_report
 from .metrics.likelihood import evaluate_likelihood
 from .metrics.quality import AT_A_TIME, LEAST, compare, feature_space, shuffled
 from .metrics.reconstruction import SOME, evaluate_reconstruction, images_at_a_time, reconstruction_picture
@@ -47,9 +47,9 @@ T = TypeVar("T")
 Figures = dict[str, Any]
 Pictures = dict[str, np.ndarray]
 RESULTS = ("samples.png", "reconstructions.png", "nearest.png", "evaluation.json", "evaluation.txt")
-IN_MEMORY = 1 << 30  # bytes of images per split that every process keeps decoded
-MOST_TRAINING = 100_000  # limit on the training images that others are compared with
-KNOWN = 1 << 28  # limit on the pixel values (1 GiB) of training images in nearest-neighbour search
+IN_MEMORY = 1 << 30  # bytes of decoded images per split that every process keeps
+MOST_TRAINING = 100_000  # maximum number of training images to compare with
+KNOWN = 1 << 28  # maximum number of pixel values (1 GiB) of training images in nearest-neighbour search
 
 
 class EvaluateConfig(UsesImages, OutputConfig):
@@ -69,14 +69,14 @@ class EvaluateConfig(UsesImages, OutputConfig):
     num_images: int = Field(
         1000,
         ge=0,
-        description="number of samples to evaluate; sets of images are compared at this size, or at that of the "
-        "training or held-out split if it is smaller",
+        description="number of samples; sets of images are compared at this size, or at the size of the training or "
+        "held-out split if that is smaller",
     )
     feature_steps: int = Field(
         300,
         ge=0,
-        description="training steps of the small classifier whose features compare samples; with 0 steps, or data "
-        "without classes, its weights are random",
+        description="training steps of the small classifier that provides the features; with 0 steps, or without "
+        "classes, its weights are random",
     )
     inception_weights: str | None = Field(
         None,
@@ -90,18 +90,17 @@ class EvaluateConfig(UsesImages, OutputConfig):
     )
     tokens: str | None = Field(
         None,
-        description="token dataset whose training rows give the position frequencies, a baseline for bits per token; "
-        "default: the one that the prior was trained on; if it no longer exists, up to "
-        f"{MOST_TRAINING:,} training images are encoded",
+        description="token dataset for the baseline of bits per token, the frequencies of ids per position; default: "
+        f"the prior's training tokens; if these no longer exist, up to {MOST_TRAINING:,} training images are encoded",
     )
-    num_orders: int = Field(1, ge=1, description="number of orders whose mixture is scored, for an any-order prior")
+    num_orders: int = Field(1, ge=1, description="for an any-order prior: score a mixture of this many orders")
     seed: int = Field(0, ge=0, lt=1 << 63, description="sample k uses seed + k")
     update_card: bool = Field(True, description="write the figures to the pipeline's model card")
 
 
 def run(config: EvaluateConfig) -> Figures:
     """Evaluate, print a table, write pictures and `evaluation.json`, update the model card, and return the figures.
-    Several processes share the images; the first one prints and writes."""
+    Several processes share the images; the main process prints and writes."""
     local = Path(config.pipeline).is_dir()
     out = Path(config.out or (Path(config.pipeline).parent / "evaluation" if local else "evaluation"))
     with join_group(config.device) as (group, device):
@@ -110,7 +109,7 @@ def run(config: EvaluateConfig) -> Figures:
         with lock_output(out, group), lock_output(card, group, key="pipeline"):
             figures, pictures = Evaluation(config, pipeline, group).measure(inception, tokens)
             if group.is_main:
-                publish(pipeline, config, out, figures, pictures)
+                publish_results(pipeline, config, out, figures, pictures)
     return figures
 
 
@@ -122,20 +121,20 @@ def prepare(
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=device)
     check_shape(config.data, pipeline.tokenizer.image_shape)
     if config.num_orders > 1 and not (pipeline.prior.any_order and pipeline.prior.exact):
-        raise UserError(f"num_orders: this {pipeline.prior.name} prior has one density, not one for each order")
+        raise UserError(f"num_orders: this {pipeline.prior.name} prior does not have one density per order")
     require_unseen(config.data, trained_data(pipeline.provenance), "held_out")
     inception = load_inception(config.inception_weights, config.reference, device)
-    output_of(config, out).check_files(RESULTS)
-    return pipeline, inception, training_tokens(config, pipeline)
+    make_output(config, out).check_files(RESULTS)
+    return pipeline, inception, load_training_tokens(config, pipeline)
 
 
-def output_of(config: EvaluateConfig, out: Path) -> Output:
+def make_output(config: EvaluateConfig, out: Path) -> Output:
     """Return the output folder of the results."""
     return Output(out, [config.pipeline, config.data.path], config.overwrite)
 
 
-def training_tokens(config: EvaluateConfig, pipeline: ImagePipeline) -> TokenSplit | None:
-    """Return the training rows of the token dataset `config.tokens`, or of the one that the prior was trained on; None
+def load_training_tokens(config: EvaluateConfig, pipeline: ImagePipeline) -> TokenSplit | None:
+    """Return the training rows of `config.tokens`, by default of the token dataset that the prior was trained on; None
     if that no longer exists. Raises `UserError` for tokens of another tokenizer."""
     source = config.tokens or pipeline.provenance.get(TOKENS)
     if not isinstance(source, str) or not (config.tokens or Path(source).is_dir()):
@@ -169,7 +168,7 @@ class Evaluation:
         self.reconstruct = partial(reconstruct, pipeline)
 
     def measure(self, inception: Inception | None, tokens: TokenSplit | None) -> tuple[Figures, Pictures]:
-        """Return all figures and pictures. tokens: of training images, if available."""
+        """Return all figures and pictures. tokens: tokens of training images, if available."""
         config, pipeline, group = self.config, self.pipeline, self.group
         figures: Figures = {"num_images": len(self.held_out), "device": str(pipeline.device)}
         figures |= evaluate_reconstruction(pipeline.tokenizer, self.held_out, group=group, ssim_images=SOME)
@@ -180,7 +179,7 @@ class Evaluation:
         }
         samples = None
         if config.num_images:
-            labels = wanted_labels(pipeline, self.images.train, config.num_images)
+            labels = choose_labels(pipeline, self.images.train, config.num_images)
             samples = draw_samples(pipeline, labels, config.num_images, config.seed, group)
             figures |= {"num_samples": samples.count, "samples_per_second": samples.count / samples.seconds}
             if labels is not None and self.train.labels is not None and self.held_out.labels is not None:
@@ -229,8 +228,8 @@ class Evaluation:
         }
 
     def distances(self, samples: Samples) -> tuple[Figures, Pictures]:
-        """Return the figures of samples in the features of a small classifier, and the picture `nearest`: the samples
-        most likely to be copies, each row above that of their nearest training images. Empty if there are too few
+        """Return the figures of samples in the features of a small classifier, and the picture `nearest`: rows of the
+        samples most likely to be copies, each above a row of their nearest training images. Empty for too few
         images."""
         count = min(samples.count, len(self.train), len(self.held_out))
         if count < LEAST:
@@ -246,10 +245,12 @@ class Evaluation:
         return {"feature_space": space.name, "feature_origin": space.origin, **figures}, {"nearest": picture}
 
 
-def publish(pipeline: ImagePipeline, config: EvaluateConfig, out: Path, figures: Figures, pictures: Pictures) -> None:
+def publish_results(
+    pipeline: ImagePipeline, config: EvaluateConfig, out: Path, figures: Figures, pictures: Pictures
+) -> None:
     """Print and write the results."""
-    text = report(figures, exact=pipeline.prior.exact)
-    with output_of(config, out).files() as folder:
+    text = format_report(figures, exact=pipeline.prior.exact)
+    with make_output(config, out).files() as folder:
         for name, picture in pictures.items():
             write_picture(picture, folder / f"{name}.png")
         orders = {"num_orders": config.num_orders} if config.num_orders > 1 else {}
@@ -263,12 +264,12 @@ def publish(pipeline: ImagePipeline, config: EvaluateConfig, out: Path, figures:
             print(f"warning: the model card was not updated: {error}", file=sys.stderr)
     print(text + "\n")
     if "feature_space" not in figures:
-        print(f"samples are not compared: this needs at least {LEAST} samples, training images and held-out images\n")
+        print(f"samples are not compared, which needs at least {LEAST} samples, training images and held-out images\n")
     print(table([(name, f"{out / name}.png") for name in pictures] + [("figures", str(out / "evaluation.json"))]))
-    # `tune` needs a folder to write into, and once is enough.
+    # Suggest `tune` once, and only for a local folder, to which it can write.
     tunes = Path(config.pipeline).is_dir() and "tuning" not in pipeline.provenance
     verb = "tune" if tunes else "generate"
-    print(f"\ndone; next: smalti {verb}{as_asked()} pipeline={quote(config.pipeline)}")
+    print(f"\ndone; next: smalti {verb}{format_imports()} pipeline={quote(config.pipeline)}")
 
 
 def check_classes(pipeline: ImagePipeline, *splits: ImageDataset) -> None:
@@ -278,7 +279,7 @@ def check_classes(pipeline: ImagePipeline, *splits: ImageDataset) -> None:
         found = split.class_names
         if split.labels is not None and count and (len(found) != count or (names and names != found)):
             raise UserError(
-                f"data.label_column: the pipeline's {count} classes are not the {len(found)} of these images "
+                f"data.label_column: the pipeline's {count} classes differ from the {len(found)} of these images "
                 f"({', '.join(found[:10])}); use null to ignore labels"
             )
 
@@ -303,7 +304,7 @@ def reconstruct(pipeline: ImagePipeline, images: Tensor) -> Tensor:
 
 
 def round_to_8_bits(images: Tensor) -> Tensor:
-    """Return floats in [-1, 1] on the CPU, rounded to the 256 levels of the real images that they are compared with."""
+    """Round images in [-1, 1] to 256 levels, like the real images they are compared with; returned on the CPU."""
     return to_float(to_uint8(images)).cpu()
 
 
@@ -319,7 +320,7 @@ def draw_samples(
     return Samples(draw, count, group)
 
 
-def wanted_labels(pipeline: ImagePipeline, train: ImageDataset, count: int) -> Tensor | None:
+def choose_labels(pipeline: ImagePipeline, train: ImageDataset, count: int) -> Tensor | None:
     """Return the class of each sample, `(count,)`: that of a random training image, or each class in turn if the
     training images have no labels."""
     if not pipeline.prior.num_classes:

@@ -1,8 +1,8 @@
 """Export of tokenizers to ONNX or `torch.export` programs, each checked by running it.
 
 A tokenizer becomes two programs with a dynamic batch size: the encoder, images to tokens, and the decoder, tokens to
-images. A traced program has no data-dependent control flow, so three things differ: ids are not checked, rows are not
-split into blocks (which changes no result), and values are compared with every edge instead of searched.
+images. A traced program has no data-dependent control flow. Therefore it does not check ids, does not split rows into
+blocks (which does not change results), and compares values with every edge instead of searching.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ NAMES: dict[Part, tuple[str, str]] = {"encoder": ("images", "tokens"), "decoder"
 FACTS, FORMAT_VERSION = "export.json", 1
 EXPORT = FolderKind("an exported tokenizer", FACTS, lambda facts: facts.get("_class_name") == "ExportedTokenizer")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-INSIDE = 1 << 30  # bytes of weights stored inside an .onnx file; protobuf is limited to 2 GiB
-RANDOM = 8  # noise images for the check
-TOLERANCE = 1e-4  # of pixels in [-1, 1], where a grey level is 0.008
+INSIDE = 1 << 30  # maximum bytes of weights inside an .onnx file; protobuf is limited to 2 GiB
+RANDOM = 8  # number of noise images for the check
+TOLERANCE = 1e-4  # for pixels in [-1, 1], where a grey level is 0.008
 NEARBY = 2**-18  # perturbation of images, relative to their range, that reveals near-ties
 
 
@@ -49,7 +49,7 @@ class ExportError(ValueError):
 
 
 class Checked(NamedTuple):
-    """The result of a comparison: the numbers of images, of tokens, and of tokens that differ (`close_calls`), and the
+    """The result of a comparison: number of images, number of tokens, number of tokens that differ (`close_calls`), and
     largest difference between pixels."""
 
     images: int
@@ -62,13 +62,13 @@ def export_tokenizer(tokenizer: Tokenizer, folder: str | Path, format: Format, i
     """Write `tokenizer` as `encoder.onnx` and `decoder.onnx` (or `.pt2`), check the files by running them, and return
     the comparison. The folder is written atomically.
 
-    images: float `(B, C, H, W)` in [-1, 1] to check in addition to noise images. Raises `ExportError` if the tokenizer
+    images: float `(B, C, H, W)` in [-1, 1], checked in addition to noise images. Raises `ExportError` if the tokenizer
     cannot be traced, a package is missing or a file gives other results; `PathError` if the folder holds something
     else; `ValueError` for images of another size or type.
     """
     require_installed(format)
     tokenizer = copy.deepcopy(tokenizer).cpu().eval()  # do not move the caller's model
-    example = noise(tokenizer.image_shape)  # not the user's images: a .pt2 file contains its example inputs
+    example = make_noise(tokenizer.image_shape)  # not the user's images: a .pt2 file contains its example inputs
     with torch.no_grad():
         examples: dict[Part, Tensor] = {"encoder": example, "decoder": tokenizer.encode(example)}
     if images is not None:
@@ -77,9 +77,9 @@ def export_tokenizer(tokenizer: Tokenizer, folder: str | Path, format: Format, i
     with atomic_folder(folder, kind=EXPORT) as target:
         paths = {part: target / f"{part}{SUFFIXES[format]}" for part in NAMES}
         for part, path in paths.items():
-            write(trace(tokenizer, part, examples[part]), part, path)
-        compared = check(tokenizer, load(paths["encoder"]), load(paths["decoder"]), some)
-        write_json(target / FACTS, facts_of(tokenizer, format, compared))
+            write_program(trace_part(tokenizer, part, examples[part]), part, path)
+        compared = compare_outputs(tokenizer, load_program(paths["encoder"]), load_program(paths["decoder"]), some)
+        write_json(target / FACTS, describe_export(tokenizer, format, compared))
         write_manifest(target)
     return compared
 
@@ -92,13 +92,13 @@ def require_installed(format: Format) -> None:
         raise ExportError(f'not installed: {", ".join(missing)}; pip install "smalti[export]"')
 
 
-def noise(shape: tuple[int, int, int]) -> Tensor:
+def make_noise(shape: tuple[int, int, int]) -> Tensor:
     """Return random 8-bit images, `(RANDOM, C, H, W)` in [-1, 1]."""
     generator = torch.Generator().manual_seed(0)
     return to_float(torch.randint(256, (RANDOM, *shape), generator=generator, dtype=torch.uint8))
 
 
-def facts_of(tokenizer: Tokenizer, format: Format, compared: Checked) -> dict[str, Any]:
+def describe_export(tokenizer: Tokenizer, format: Format, compared: Checked) -> dict[str, Any]:
     """Return the content of `export.json`: the inputs and outputs of each file, and the result of the check."""
     channels, height, width = tokenizer.image_shape
     grid = tokenizer.grid
@@ -172,21 +172,21 @@ class Program(nn.Module):
             return self.tokenizer.encode(given) if self.part == "encoder" else self.tokenizer.decode(given)
 
 
-def trace(tokenizer: Tokenizer, part: Part, example: Tensor) -> ExportedProgram:
+def trace_part(tokenizer: Tokenizer, part: Part, example: Tensor) -> ExportedProgram:
     """Trace a part on `example`, a batch of at least two inputs. Raises `ExportError` if the model cannot be traced."""
     try:
-        with quiet(), torch.no_grad():
+        with silence_exporters(), torch.no_grad():
             program = torch.export.export(
                 Program(tokenizer, part).eval(), (example,), dynamic_shapes=({0: Dim.DYNAMIC},)
             )
             drop_unused(program)
             return program
     except Exception as error:  # the type depends on the model
-        raise ExportError(f"the {part} of this {tokenizer.name} cannot be traced: {first_line(error)}") from error
+        raise ExportError(f"the {part} of this {tokenizer.name} cannot be traced: {summarize_error(error)}") from error
 
 
 def drop_unused(program: ExportedProgram) -> None:
-    """Remove unused weights from the program: those of the other part."""
+    """Remove the weights of the other part from the program."""
     program.graph.eliminate_dead_code()
     specs = program.graph_signature.input_specs
     for node in [node for node in program.graph.nodes if node.op == "placeholder" and not node.users]:
@@ -200,7 +200,7 @@ def drop_unused(program: ExportedProgram) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_exporters() -> Iterator[None]:
     """Suppress the log messages and warnings of exporters."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -212,7 +212,7 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def first_line(error: BaseException) -> str:
+def summarize_error(error: BaseException) -> str:
     """Return the root cause of an error in one line."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -223,17 +223,17 @@ def first_line(error: BaseException) -> str:
 # Files
 
 
-def write(program: ExportedProgram, part: Part, path: Path) -> None:
+def write_program(program: ExportedProgram, part: Part, path: Path) -> None:
     """Write a `.pt2` archive, which `torch.export.load` reads and AOTInductor compiles; or an ONNX file whose first
     axes are called `batch`, with large weights beside it in `<name>.data`. Raises `ExportError`."""
     if path.suffix == ".pt2":
-        with quiet():
+        with silence_exporters():
             torch.export.save(program, path)
         return
     given, made = NAMES[part]
     size = sum(tensor.nbytes for tensor in program.state_dict.values())
     try:
-        with quiet():
+        with silence_exporters():
             written = torch.onnx.export(
                 program, dynamo=True, input_names=[given], output_names=[made], verbose=False, optimize=True
             )
@@ -242,15 +242,15 @@ def write(program: ExportedProgram, part: Part, path: Path) -> None:
                 shape: Any = value.shape
                 shape[0] = "batch"
             written.save(str(path), external_data=size > INSIDE)
-    except Exception as error:  # of many types, including onnxscript's for unsupported operations
-        raise ExportError(f"ONNX cannot express its {part}: {first_line(error)}") from error
+    except Exception as error:  # many types are possible, including onnxscript's for unsupported operations
+        raise ExportError(f"ONNX cannot express the {part}: {summarize_error(error)}") from error
 
 
-def load(path: Path) -> Run:
+def load_program(path: Path) -> Run:
     """Load a file to run with torch, or with onnxruntime on the CPU. Raises `ExportError` if onnxruntime cannot run it,
     for example because of the type of its weights."""
     if path.suffix == ".pt2":
-        with quiet():
+        with silence_exporters():
             module = torch.export.load(path).module()
         return lambda given: module(given)
     import onnxruntime
@@ -258,7 +258,7 @@ def load(path: Path) -> Run:
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has many error types
-        raise ExportError(f"onnxruntime cannot run its {path.stem}: {first_line(error)}") from error
+        raise ExportError(f"onnxruntime cannot run the {path.stem}: {summarize_error(error)}") from error
     name = session.get_inputs()[0].name
     return lambda given: torch.from_numpy(session.run(None, {name: given.numpy()})[0])
 
@@ -267,12 +267,12 @@ def load(path: Path) -> Run:
 
 
 @torch.no_grad()
-def check(tokenizer: Tokenizer, encode: Run, decode: Run, images: Tensor) -> Checked:
+def compare_outputs(tokenizer: Tokenizer, encode: Run, decode: Run, images: Tensor) -> Checked:
     """Compare a file's `encode` and `decode` with the tokenizer's on `images` (B, C, H, W) in [-1, 1], one at a time
     and in one batch.
 
-    All tokens must be equal, except close calls, where the tokenizer itself gives another id if the image is perturbed
-    within float32 rounding. Pixels must agree to within `TOLERANCE`. Raises `ExportError` otherwise.
+    All tokens must be equal, except close calls, where the tokenizer itself returns another id if the image is
+    perturbed within float32 rounding. Pixels must agree to within `TOLERANCE`. Raises `ExportError` otherwise.
     """
     expected = tokenizer.encode(images)
     pixels = tokenizer.decode(expected)
@@ -283,21 +283,21 @@ def check(tokenizer: Tokenizer, encode: Run, decode: Run, images: Tensor) -> Che
         for name, one, other in (("encoder", found, expected), ("decoder", decoded, pixels)):
             if (one.dtype, one.shape) != (other.dtype, other.shape):
                 forms = [f"{each.dtype} of shape {tuple(each.shape)}" for each in (one, other)]
-                raise ExportError(f"its {name} gives {forms[0]}, the tokenizer {forms[1]}")
+                raise ExportError(f"the exported {name} returns {forms[0]}, but the tokenizer returns {forms[1]}")
         differs = found != expected
-        if bool(differs.any()) and (wrong := int((differs & ~close_calls(tokenizer, images, expected)).sum())):
+        if bool(differs.any()) and (wrong := int((differs & ~find_close_calls(tokenizer, images, expected)).sum())):
             raise ExportError(
-                f"its encoder gives other ids than the tokenizer: {wrong:,} of {expected.numel():,} differ"
+                f"{wrong:,} of {expected.numel():,} ids of the exported encoder differ from the tokenizer's"
             )
         apart = float((decoded - pixels).abs().max())
         if not apart <= TOLERANCE:  # also true for NaN
-            raise ExportError(f"its decoder gives other pixels than the tokenizer: up to {apart:.2g} (of 2) apart")
+            raise ExportError(f"pixels of the exported decoder differ from the tokenizer's by up to {apart:.2g} of 2")
         close, difference = max(close, int(differs.sum())), max(difference, apart)
     return Checked(len(images), expected.numel(), close, difference)
 
 
-def close_calls(tokenizer: Tokenizer, images: Tensor, tokens: Tensor) -> Tensor:
-    """Return which of the `tokens` of `images` change under tiny perturbations, bool of the shape of `tokens`."""
+def find_close_calls(tokenizer: Tokenizer, images: Tensor, tokens: Tensor) -> Tensor:
+    """Return which `tokens` change under tiny perturbations of `images`, bool of the same shape."""
     generator = torch.Generator().manual_seed(0)
     close = torch.zeros_like(tokens, dtype=torch.bool)
     for _ in range(8):

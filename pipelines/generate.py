@@ -26,7 +26,7 @@ from prior.sampling import DecodingOptions, choose_orders, make_batch
 from tokenizer.files import fsync
 
 from .config import OutputConfig, UserError, run_command
-from .config.importing import as_asked
+from .config.importing import format_imports
 from .files import Output, atomic_file, lock_output, replace_file, require_apart, require_writable
 from .image_pipeline import ImagePipeline, Label
 from .images.grids import class_grid
@@ -36,7 +36,7 @@ from .options import DEVICE, Sampling, UsesPipeline
 from .processes.launch import join_group
 
 SHEET = "metadata.jsonl"
-"""A line per image with its file and the name of its class, in the format that `datasets` reads."""
+"""One line per image with its file and class name, in the format of `datasets`."""
 MAX_IMAGES = 10_000_000
 WRITERS = 16
 
@@ -62,30 +62,32 @@ class GenerateConfig(Sampling, UsesPipeline, OutputConfig):
         "is unconditional",
     )
     seed: int = Field(0, ge=0, lt=1 << 63, description="image k uses seed + k")
-    order: str | None = Field(None, description="decode the grid in this order; for an any-order prior")
-    num_orders: int = Field(1, ge=1, description="sample from a mixture of this many orders: each image uses one")
-    parallel: bool = Field(False, description="predict many tokens per pass and verify them: the same images")
+    order: str | None = Field(None, description="for an any-order prior: order in which tokens are sampled")
+    num_orders: int = Field(
+        1, ge=1, description="sample from a mixture of this many orders; each image uses one of them"
+    )
+    parallel: bool = Field(False, description="predict many tokens per pass and verify them; the images are the same")
     columns: int | None = Field(
         None, ge=1, description="columns of the grid; default: one per class up to 20 classes, else 8"
     )
     captions: bool = Field(True, description="write class names above the columns of the grid")
     batch_size: int = Field(64, ge=1, description="images at a time in each process; does not affect the result")
-    device: str = Field("auto", description=f"{DEVICE}: several processes use one device each")
+    device: str = Field("auto", description=f"{DEVICE}; with several processes, one device each")
 
 
 def run(config: GenerateConfig) -> Path:
     """Generate and save images; return the file or folder written.
 
-    If it is run again after an interruption, with any number of processes, it generates the missing images, and the
-    result is the same. Raises `UserError` for a request that the pipeline cannot satisfy, more processes than images,
-    and an `out` that may not be replaced or holds the images of another request.
+    After an interruption, run it again with any number of processes: it generates the missing images, and the result is
+    the same. Raises `UserError` for a request that the pipeline cannot satisfy, for more processes than images, and if
+    `out` may not be replaced or contains images of another request.
     """
     out = Path(config.out)
     with join_group(config.device) as (group, device):
         images = ImageFolder(config)
         group.on_main(lambda: images.check(group.world))
         pipeline = group.main_first(lambda: ImagePipeline.from_pretrained(config.pipeline, device=device))
-        request = request_of(config, pipeline)
+        request = make_request(config, pipeline)
         job = group.on_main(lambda: describe_job(config, request))
         with lock_output(out, group):
             missing = group.on_main(lambda: images.begin(job))
@@ -98,7 +100,7 @@ def run(config: GenerateConfig) -> Path:
             group.on_main(lambda: images.finish(job))
         if group.is_main:
             rate = f"{len(missing) / seconds:,.1f} images per second" if missing else "already finished"
-            then = f"smalti evaluate{as_asked()} pipeline={quote(config.pipeline)}"
+            then = f"smalti evaluate{format_imports()} pipeline={quote(config.pipeline)}"
             print(f"{config.num_images} images{images.place}, {rate}; next: {then}")
     return out
 
@@ -106,7 +108,7 @@ def run(config: GenerateConfig) -> Path:
 @dataclass(frozen=True)
 class Request:
     """Images identified by number, independent of process and batch: image k has class `classes[k % len(classes)]` (no
-    class if `classes` is empty) and uses seed + k. settings: the given settings of the prior's `Sampling`."""
+    class if `classes` is empty) and uses seed + k. settings: the sampling settings that were given."""
 
     pipeline: ImagePipeline
     classes: Sequence[Label]
@@ -159,7 +161,7 @@ class Request:
         }
 
 
-def request_of(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
+def make_request(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
     """Return the request that `config` describes."""
     chosen = config.labels if config.labels is None or isinstance(config.labels, list) else [config.labels]
     decoding = DecodingOptions(config.order, config.num_orders, parallel=config.parallel)
@@ -182,7 +184,7 @@ def make_images(
         return
     require_work_folder(images.folder)
     batches = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
-    many = show_progress and len(batches) > 1  # a single batch counts tokens instead
+    many = show_progress and len(batches) > 1  # for a single batch, the pipeline shows a bar of tokens
     with (
         tqdm(total=len(numbers), desc="generating", unit="image", disable=None if many else True, leave=False) as bar,
         ThreadPoolExecutor(1) as pool,
@@ -198,12 +200,12 @@ def make_images(
             writing.pop().result()
 
 
-def label_ids(job: dict[str, Any]) -> list[int] | None:
+def assign_labels(job: dict[str, Any]) -> list[int] | None:
     """Return the class of each image, or None without classes."""
     return [job["labels"][k % len(job["labels"])] for k in range(job["num_images"])] if job["labels"] else None
 
 
-def file_names(count: int) -> list[str]:
+def name_files(count: int) -> list[str]:
     """Return the file names of `count` images: their numbers with at least five digits."""
     digits = max(5, len(str(count - 1)))
     return [f"{number:0{digits}d}.png" for number in range(count)]
@@ -221,7 +223,7 @@ class ImageFolder:
         self.is_work = bool(self.suffix)
         self.folder = work_folder(out, "generate") if self.is_work else out
         self.result = self.folder / f"result{out.suffix}"
-        self.names = file_names(config.num_images)
+        self.names = name_files(config.num_images)
         self.place = f" in {out}" if self.is_work else f": {out}/{self.names[0]} ..."
 
     def check(self, processes: int) -> None:
@@ -241,8 +243,8 @@ class ImageFolder:
     def begin(self, job: dict[str, Any]) -> list[int]:
         """Start or continue the job; return the numbers of the missing images.
 
-        Files of another job are removed if they may be overwritten; otherwise `UserError` says what differs. It is also
-        raised if the folder holds other files.
+        Files of another job are removed if they may be overwritten. Otherwise raises `UserError`, which says what
+        differs; also if the folder contains other files.
         """
         names = {SHEET, self.result.name, *self.names}
         with self.output.errors():
@@ -263,13 +265,13 @@ class ImageFolder:
         return [number for number, name in enumerate(self.names) if name not in there]
 
     def made(self, job: dict[str, Any]) -> list[str]:
-        """Return the names of the files that a job has written here, last ones first."""
+        """Return the names of the files that a job has written here, newest first."""
         there, count = set(os.listdir(self.folder)), job.get("num_images")
-        names = [SHEET, *reversed(file_names(min(count, MAX_IMAGES) if isinstance(count, int) else 0))]
+        names = [SHEET, *reversed(name_files(min(count, MAX_IMAGES) if isinstance(count, int) else 0))]
         return [name for name in names if name in there and not (self.folder / name).is_symlink()]
 
     def write(self, numbers: Sequence[int], images: np.ndarray) -> None:
-        """Write uint8 images (B, H, W, C), each atomically; in threads, because each waits for the disk."""
+        """Write uint8 images (B, H, W, C), each atomically; threads overlap the waits for the disk."""
 
         def write_one(number: int, image: np.ndarray) -> None:
             with atomic_file(self.folder / self.names[number]) as temporary:
@@ -283,7 +285,7 @@ class ImageFolder:
         missing."""
         if absent := [name for name in self.names if not (self.folder / name).is_file()]:
             raise UserError(f"out: {self.folder / absent[0]} is missing; all processes must share the same disk")
-        labels, known = label_ids(job), [*(job["class_names"] or []), ""]  # the null class has no name
+        labels, known = assign_labels(job), [*(job["class_names"] or []), ""]  # the null class has no name
         classes = None if labels is None else [known[label] for label in labels]
         with self.output.errors():
             if self.is_work:
@@ -297,7 +299,7 @@ class ImageFolder:
                 replace_file(self.folder / SHEET, sheet.encode())
 
     def write_file(self, shape: Sequence[int], labels: list[int] | None, classes: list[str] | None) -> None:
-        """Write the single file, unless an interrupted run has, and remove the work folder. shape: of an image."""
+        """Write the single file, unless an interrupted run did, and remove the work folder. shape: image shape."""
         images = (np.asarray(Image.open(self.folder / name).convert("RGB")) for name in self.names)
         if self.suffix != ".npz":
             picture = class_grid(np.stack(list(images)), classes, self.config.columns, captions=self.config.captions)
@@ -316,14 +318,14 @@ class ImageFolder:
         """Remove the work folder, `job.json` last."""
         for name in (self.result.name, *self.names, JOB):
             (self.folder / name).unlink(missing_ok=True)
-        with suppress(OSError):  # it holds files of the user
+        with suppress(OSError):  # it contains files of the user
             self.folder.rmdir()
 
 
 def write_npz(path: Path, images: Iterable[np.ndarray], shape: Sequence[int], labels: list[int] | None) -> None:
-    """Write uint8 images (H, W, 3) as one array of this shape, (N, H, W, 3), and their classes, in the format of ADM's
-    evaluator (Dhariwal & Nichol 2021, github.com/openai/guided-diffusion): one image at a time, uncompressed like
-    `numpy.savez`."""
+    """Write uint8 images (H, W, 3) as one array of `shape` (N, H, W, 3), and their classes, in the format of ADM's
+    evaluator (Dhariwal & Nichol 2021, github.com/openai/guided-diffusion). Images are written one at a time and not
+    compressed, like `numpy.savez`."""
     arrays: list[tuple[str, Sequence[int], np.dtype, Iterable[np.ndarray]]] = [
         ("arr_0", shape, np.dtype(np.uint8), images)
     ]
@@ -331,9 +333,7 @@ def write_npz(path: Path, images: Iterable[np.ndarray], shape: Sequence[int], la
         arrays.append(("arr_1", [len(labels)], np.dtype(np.int64), [np.array(labels, np.int64)]))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, size, kind, parts in arrays:
-            info = zipfile.ZipInfo(
-                f"{name}.npy"
-            )  # with the date fixed at 1980, so that the same images give the same file
+            info = zipfile.ZipInfo(f"{name}.npy")  # the date is always 1980, so that equal images give equal files
             with archive.open(info, "w", force_zip64=True) as file:
                 header = {"descr": dtype_to_descr(kind), "fortran_order": False, "shape": tuple(size)}
                 write_array_header_1_0(file, header)

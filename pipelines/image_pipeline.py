@@ -53,7 +53,7 @@ Callback = Callable[[Any, int, int, dict[str, Tensor]], Any]
 """`callback_on_step_end`; see `ImagePipeline.__call__`."""
 
 SAMPLED = 80  # images in a sample picture
-NO_TEXT = "there is no text conditioning, choose classes by labels=..."
+NO_TEXT = "text conditioning is not available; choose classes with labels=..."
 LOWEST_SEED, LAST_SEED = -(1 << 63), (1 << 64) - 1  # torch's limits
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class PipelineOutput(NamedTuple):
 
     def grid(self, columns: int | None = None, *, labels: bool = True) -> PILImage:
         """Return all images in one picture, one column per class with its name on top. With `columns`, images keep
-        their order, each below the name of its class. labels: False writes no names. Completions (`draws`) of an image
+        their order, each below its class name. labels: False omits the names. The completions (`draws`) of an image
         form a row.
 
         Small images are enlarged by an integer factor until a name fits above them. Raises `ValueError` for the output
@@ -82,7 +82,7 @@ class PipelineOutput(NamedTuple):
         if columns is not None and columns < 1:
             raise ValueError(f"columns must be at least 1 (got {columns})")
         if self.images is self.tokens:
-            raise ValueError("grid: these are tokens; decode them by pipe.decode(out.tokens)")
+            raise ValueError("grid: the output has no images; decode its tokens with pipe.decode(out.tokens)")
         images, draws = self.images, None
         if isinstance(images, list):
             if isinstance(images[0], list):
@@ -148,7 +148,7 @@ class ImagePipeline:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in saving.PARTS and getattr(self, name, value) is not value:
             self.calibration = None
-            if name != saving.BACKGROUND:  # it generates no images
+            if name != saving.BACKGROUND:  # the background prior generates no images
                 self.provenance, self.sample_grid = {}, None
         super().__setattr__(name, value)
 
@@ -192,13 +192,13 @@ class ImagePipeline:
         """Sample images.
 
         labels: one class (id or name) for all, or one per image; None is unconditional. num_images_per_label: instead
-        of `num_images`, the number of images of each label in turn. seed: image k uses seed + k, whatever `batch_size`
-        is. tokens, known, order, num_orders, cache, parallel: as in `Prior.sample`. output_type: "pil", "np" (uint8),
-        "pt" (float in [-1, 1]), or "latent" (the tokens, not decoded). progress: False hides the bar, whatever
-        `set_progress_bar_config` says.
+        of `num_images`, the number of images of each label in turn. seed: image k uses seed + k, for any `batch_size`.
+        tokens, known, order, num_orders, cache, parallel: as in `Prior.sample`. output_type: "pil", "np" (uint8), "pt"
+        (float in [-1, 1]), or "latent" (the tokens, not decoded). progress: False hides the bar and overrides
+        `set_progress_bar_config`.
 
         callback_on_step_end: called as `f(pipe, step, rank, {"tokens": ..., "known": ...})` after each step: step
-        counts from 0 over all batches; rank is the position in their order reached by the images being drawn; tokens
+        counts from 0 over all batches; rank is the position that the current images have reached in their order; tokens
         `(B, *grid.shape)` holds the tokens of all images so far (0 if not yet drawn) and known says which are drawn.
         Both are copies. Its return value is ignored; an exception ends the call.
 
@@ -256,9 +256,9 @@ class ImagePipeline:
     def choose_sampler(
         self, settings: dict[str, Any], ids: Tensor | None, decoding: DecodingOptions
     ) -> SamplingOptions:
-        """Return the sampling settings: those given, and the pipeline's own for the others and for a None given to a
-        setting shared by all priors. Raises `TypeError` for a setting that the prior does not have, `ValueError` for
-        values out of range."""
+        """Complete the given sampling settings with the pipeline's own, which also replace None for a setting shared by
+        all priors. Raises `TypeError` for a setting that the prior does not have, `ValueError` for values out of
+        range."""
         known = self.prior.Sampling.names()
         if unknown := [name for name in settings if name not in known]:
             near = get_close_matches(unknown[0], [*known, *inspect.signature(self.__call__).parameters], 1)
@@ -267,7 +267,7 @@ class ImagePipeline:
         own = self.sampler if decoding.is_default else self.sampler.for_given_order()
         labelled = ids is not None and bool((ids != self.prior.num_classes).any())
         if not labelled:
-            own = own.unguided()  # the default guides towards a class, but no class is given
+            own = own.unguided()  # there is no class to guide towards
         shared = SamplingOptions.names()
         chosen = {name: value for name, value in settings.items() if value is not None or name not in shared}
         defaults = dict(vars(own))
@@ -411,7 +411,7 @@ class ImagePipeline:
             if pixels is None:
                 raise LikelihoodError(
                     f"bits_per_dim needs a decoder with a likelihood, which this {self.tokenizer.name!r} lacks; "
-                    "log_prob gives the prior's part alone"
+                    "log_prob returns the prior's part"
                 )
             parts.append(self.prior.log_prob(tokens, ids, own, num_orders) + pixels)
         return -torch.cat(parts) / (batch.shape[1:].numel() * np.log(2))
@@ -434,13 +434,12 @@ class ImagePipeline:
 
     @serialized
     def compress(self, images: Any, *, lossless: bool = False, progress: bool = True) -> bytes:
-        """Compress images to a stream from which only this pipeline decodes the same tokens, in any batch, on any
-        machine.
+        """Compress images to a stream that only this pipeline can decode, to the same tokens on any machine.
 
         images: PIL images of exactly the pipeline's size, uint8 or float `(B, C, H, W)`. lossless: store every pixel;
-        needs a decoder with a likelihood or a `pixels` tokenizer. Otherwise only tokens are stored; the images that
-        two machines decode from them may differ by one grey level in some pixels, because the decoder's float32
-        rounds differently. Raises `ValueError` for images of another size (lossless: or of more than 8 bits),
+        needs a decoder with a likelihood or a `pixels` tokenizer. Otherwise only tokens are stored; the images that two
+        machines decode from them may differ by one grey level in some pixels, because the decoder's float32 rounds
+        differently. Raises `ValueError` for images of another size (lossless: or of more than 8 bits),
         `LikelihoodError` if lossless is not possible, and `StreamError` without the package constriction.
         """
         several, shape = [images] if isinstance(images, PILImage) else images, self.tokenizer.image_shape
@@ -458,10 +457,10 @@ class ImagePipeline:
         max_images: int | None = None,
         progress: bool = True,
     ) -> Any:
-        """Decompress a stream to all of its images, or raise an error. Tokens equal those that were compressed, and so
-        do pixels if the stream is lossless; otherwise pixels agree to within one grey level (for float32 weights).
-        batch_size: images evaluated at a time, a whole chunk if None; tokens do not depend on it. max_images: refuse
-        streams of more images.
+        """Decompress all images of a stream, or raise an error. The tokens equal the compressed ones, and so do the
+        pixels if the stream is lossless; otherwise pixels agree to within one grey level (for float32 weights).
+        batch_size: images evaluated at a time, None for a whole chunk; it does not affect the tokens. max_images:
+        refuse streams with more images.
 
         Raises `StreamError`: `DamagedStream` if it is damaged, `ModelMismatch` if it was made by another pipeline or on
         a machine that computes other probabilities.
@@ -482,7 +481,7 @@ class ImagePipeline:
         and stores them in files such as `tokenizer/model.fp16.safetensors`; a folder holds one variant. sample_grid:
         uint8 (H, W, 3), shown on the model card. Raises `PathError` if `folder` holds something else, `LimitError` for
         a grid too large to be loaded again, `ValueError` for weights out of the type's range, `IntegrityError` if a
-        model was replaced by one that does not fit the other.
+        model was replaced by one that does not fit the others.
         """
         self.sample_grid = self.sample_grid if sample_grid is None else sample_grid
         saving.save(self, folder, variant)
@@ -501,11 +500,11 @@ class ImagePipeline:
         device: str | torch.device | None = None,
         verify: bool = True,
     ) -> P:
-        """Load a pipeline from a folder, a Hub id, or the name of one that comes with the package (`digits`). Raises a
+        """Load a pipeline from a folder, a Hub id, or the name of a shipped pipeline (`digits`). Raises a
         `PipelineLoadError` that names the file, the field, what was found and what is allowed.
 
-        variant: "fp16" or "bf16"; None takes the one in the folder. dtype: of the weights in memory; "auto" keeps that
-        of the file, None is float32. verify: compare the sha256 of every file with the manifest.
+        variant: "fp16" or "bf16"; None uses that of the folder. dtype: dtype of the weights in memory; "auto" keeps
+        that of the file, None is float32. verify: compare the sha256 of every file with the manifest.
         """
         folder = saving.find_pipeline(
             source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
@@ -569,8 +568,8 @@ class ImagePipeline:
 
     @property
     def components(self) -> dict[str, Any]:
-        """The models by argument name: `ImagePipeline(**pipe.components, labels=pipe.labels)` is another pipeline with
-        the same models."""
+        """The models by argument name: `ImagePipeline(**pipe.components, labels=pipe.labels)` makes another pipeline
+        from them."""
         models = {"tokenizer": self.tokenizer, "prior": self.prior, saving.BACKGROUND: self.background}
         return {name: model for name, model in models.items() if model is not None}
 
@@ -606,14 +605,14 @@ class ImagePipeline:
         return self
 
     def set_progress_bar_config(self, **options: Any) -> None:
-        """Set arguments of `tqdm` for the bars of long calls: `disable`, `leave`, `desc`, ... They replace those set
-        before; without arguments the defaults return. Running calls are not affected."""
+        """Set arguments of `tqdm` for the bars of long calls: `disable`, `leave`, `desc`, ... They replace earlier
+        ones; without arguments the defaults are restored. Running calls are not affected."""
         self.progress_bar_config = options
 
 
 def make_generators(seed: int | None, generator: Generators, count: int) -> Generators:
     """Return one generator per image, seeded with seed + k, or `generator` if there is no seed. Raises `ValueError` if
-    both are given, for a seed that torch does not accept, and for a list of another length."""
+    both are given, for a seed that torch does not accept, and for a list of the wrong length."""
     if seed is None:
         if isinstance(generator, Sequence) and len(generator) != count:
             raise ValueError(f"got {len(generator)} generators for {count} images; give one, or one per image")
@@ -627,8 +626,8 @@ def make_generators(seed: int | None, generator: Generators, count: int) -> Gene
 
 
 def count_images(num_images: int | None, labels: Any, per_label: int | None = None) -> tuple[int, Any]:
-    """Return the number of images (`num_images`, or one per label, or `per_label` per label) and the label of each or
-    of all. Raises `ValueError` below 1 and if both counts are given, `TypeError` for a text prompt."""
+    """Return the number of images (`num_images`, or one per label, or `per_label` per label), and one label for all or
+    one per image. Raises `ValueError` for less than 1 or if both counts are given, `TypeError` for a text prompt."""
     if isinstance(num_images, str):
         raise TypeError(f"num_images should be a number (got {num_images!r}); {NO_TEXT}")
     if isinstance(labels, (Tensor, np.ndarray)):
@@ -637,7 +636,7 @@ def count_images(num_images: int | None, labels: Any, per_label: int | None = No
     labels = list(labels) if several else labels
     if per_label is not None:
         if num_images is not None:
-            raise ValueError("give num_images (of all) or num_images_per_label (of each label), not both")
+            raise ValueError("give num_images (in total) or num_images_per_label, not both")
         per_label = check_count(per_label, "num_images_per_label")
         labels = [label for label in labels for _ in range(per_label)] if several else labels
         num_images = len(labels) if several else per_label

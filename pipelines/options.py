@@ -16,7 +16,7 @@ from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.decoding import try_decode
 from .images.folder import find_images
 from .images.unseen import require_unseen
-from .provenance import TokenizerFolder, data_of, tokenizer_folder, trained_data
+from .provenance import TokenizerFolder, read_training_data, tokenizer_folder, trained_data
 from .saving import PipelineFolder
 from .shuffling import spread
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .image_pipeline import ImagePipeline
 
 DEVICE = "cpu, cuda, mps or auto"
-TEMPERATURE, GUIDANCE_SCALE = "below 1 is safer, 0 is greedy", "above 1 exaggerates the class"
+TEMPERATURE, GUIDANCE_SCALE = "below 1 is safer, 0 is greedy", "above 1 follows the class more closely"
 Named = int | str | list[int | str] | None
 """Image files, folders of images, or indices into a split; or classes, by id or name."""
 
@@ -38,7 +38,8 @@ class UsesPipeline(Config):
     device: str = Field("auto", description=DEVICE)
 
     def load_pipeline(self) -> ImagePipeline:
-        """Load the pipeline onto its device. Raises `PipelineLoadError`, or `UserError` if there is no such device."""
+        """Load the pipeline onto its device. Raises `PipelineLoadError`, or `UserError` if the device is not
+        available."""
         from .image_pipeline import ImagePipeline
 
         return ImagePipeline.from_pretrained(self.pipeline, device=choose_device(self.device))
@@ -52,8 +53,8 @@ class UsesImages(UsesPipeline):
     )
 
     def load_images(self, pipeline: ImagePipeline, part: str = "held_out") -> Splits:
-        """Load the images in the pipeline's shape. Raises `UserError` for another shape, and if some images of this
-        `part` ("validation" or "held_out") were used in training."""
+        """Load the images in the pipeline's shape. Raises `UserError` for another shape, and if images of this `part`
+        ("validation" or "held_out") were used in training."""
         check_shape(self.data, pipeline.tokenizer.image_shape)
         require_unseen(self.data, trained_data(pipeline.provenance), part)
         return load_images(self.data)
@@ -78,12 +79,12 @@ class UsesTokenizer(Config):
         folder = tokenizer_folder(self.tokenizer)
         tokenizer = Tokenizer.from_pretrained(folder, device=choose_device(self.device))
         check_shape(self.data, tokenizer.image_shape, "tokenizer")
-        require_unseen(self.data, trained_data({"data": data_of(self.tokenizer)}), "held_out")
+        require_unseen(self.data, trained_data({"data": read_training_data(self.tokenizer)}), "held_out")
         return tokenizer, load_images(self.data).held_out
 
 
 class Sampling(Config):
-    """Settings of sampling. They default to the pipeline's own."""
+    """Sampling settings, which default to the pipeline's own."""
 
     temperature: float | None = Field(None, ge=0, description=TEMPERATURE)
     top_k: int | None = Field(None, ge=1, description="sample only from the k most likely ids")
@@ -94,13 +95,15 @@ class Sampling(Config):
     guidance_end: float | None = Field(
         None,
         ge=0,
-        description="guidance changes from guidance_scale at the first token to this at the last; null: constant",
+        description="guidance at the last token, changing from guidance_scale at the first; null: constant",
     )
     guidance_power: float | None = Field(
-        None, gt=0, description="exponent of a power-cosine schedule of guidance: the higher, the later; null: linear"
+        None,
+        gt=0,
+        description="exponent of a power-cosine guidance schedule; larger values change it later; null: linear",
     )
     steps: int | None = Field(
-        None, ge=1, description="decode a masked-token prior in this many passes: faster, but not exact"
+        None, ge=1, description="for a masked-token prior: sample in this many passes, faster but not exactly"
     )
 
     def sampling_settings(self) -> dict[str, Any]:
@@ -111,7 +114,7 @@ class Sampling(Config):
 def choose_images(named: Named, most: int, shape: tuple[int, int, int], held_out: Callable[[], ImageDataset]) -> Tensor:
     """Load the images that a user named, uint8 `(B, C, H, W)` of this `shape`: files, up to `most` evenly spread files
     of folders, or indices of held-out images; by default `most` held-out images. Raises `UserError`."""
-    paths, indices = split_named(named)
+    paths, indices = split_named_images(named)
     if paths:
         files = find_image_files(paths)
         if any(Path(path).is_dir() for path in paths):
@@ -129,7 +132,7 @@ def find_image_files(paths: list[str]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
-            raise UserError(f"images: there is no file or folder {path}")
+            raise UserError(f"images: no such file or folder: {path}")
         files += sorted(find_images(path)) if path.is_dir() else [path]
     if not files:
         raise UserError(f"images: no images in {', '.join(paths)}")
@@ -148,7 +151,7 @@ def read_images(files: list[Path], shape: tuple[int, int, int]) -> Tensor:
     return torch.from_numpy(np.stack([pixels for pixels in decoded if not isinstance(pixels, str)]))
 
 
-def split_named(images: Named) -> tuple[list[str], list[int]]:
+def split_named_images(images: Named) -> tuple[list[str], list[int]]:
     """Return the paths and the indices of the images that a user named. Raises `UserError` if both are given."""
     named = [] if images is None else images if isinstance(images, list) else [images]
     paths, indices = (

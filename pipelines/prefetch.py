@@ -12,7 +12,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 Made = TypeVar("Made")
-AHEAD = 2  # two, so that one slow batch can be made up for by a fast one
+AHEAD = 2  # two, so that a fast batch can compensate for a slow one
 
 
 def prefetch(make: Callable[[T], Made], items: Iterable[T], ahead: int = AHEAD) -> Generator[Made, None, None]:

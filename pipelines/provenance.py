@@ -14,7 +14,7 @@ from tokenizer.model import CONFIG, PROVENANCE
 from .config import Within
 from .images import DataConfig
 from .images.hub import fetch_file
-from .saving import INDEX, located
+from .saving import INDEX, resolve_shipped
 
 IN_RUN = Within("tokenizer", CONFIG)
 TokenizerFolder = Annotated[str, IN_RUN]
@@ -23,32 +23,32 @@ TokenizerFolder = Annotated[str, IN_RUN]
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
     """Return the training data of the pipeline named on the command line."""
-    return {"data": data_beside(file_of(str(located(str(given.get("pipeline") or ""))), PROVENANCE))}
+    return {"data": read_data_settings(find_file(str(resolve_shipped(str(given.get("pipeline") or ""))), PROVENANCE))}
 
 
 def tokenizer_defaults(given: dict[str, Any]) -> dict[str, Any]:
     """Return the training data of the tokenizer or pipeline named on the command line."""
-    return {"data": data_of(str(given.get("tokenizer") or ""))}
+    return {"data": read_training_data(str(given.get("tokenizer") or ""))}
 
 
-def data_of(tokenizer: str) -> dict[str, Any]:
+def read_training_data(tokenizer: str) -> dict[str, Any]:
     """Return the settings of the images that a tokenizer was trained on, if recorded. Raises `FormatError`."""
     source = tokenizer_folder(tokenizer)
     pipeline = Path(source).parent
     in_pipeline = (pipeline / INDEX).is_file()  # a pipeline records them once for both models
-    return data_beside(file_of(str(pipeline) if in_pipeline else source, PROVENANCE))
+    return read_data_settings(find_file(str(pipeline) if in_pipeline else source, PROVENANCE))
 
 
-def file_of(source: str, name: str) -> Path | None:
-    """Return the file `name` of a model, in its folder or, for a Hub id, in the cache; None if it cannot be found (the
-    error is left to loading the model)."""
+def find_file(source: str, name: str) -> Path | None:
+    """Return the file `name` of a model, in its folder or, for a Hub id, in the cache; None if it cannot be found
+    (loading the model then raises the error)."""
     if not source:
         return None
     path = Path(source) / name if Path(source).is_dir() else fetch_file(source, name)
     return path if path is not None and path.is_file() else None
 
 
-def data_beside(path: Path | None) -> dict[str, Any]:
+def read_data_settings(path: Path | None) -> dict[str, Any]:
     """Return the settings of the images in the `provenance.json` at `path`, empty if there is no file. Raises
     `FormatError`."""
     found = {} if path is None else read_json(path).get("data", {})
@@ -69,20 +69,20 @@ def trained_data(provenance: dict[str, Any]) -> DataConfig | None:
 
 def tokenizer_folder(source: str) -> str:
     """Return the tokenizer's folder if `source` is a run, a pipeline or a shipped pipeline's name, else `source`."""
-    source = str(located(source))
+    source = str(resolve_shipped(source))
     within = [path for path in (Path(source), Path(source) / "pipeline") if (path / INDEX).is_file()]
     return str(within[0] / "tokenizer") if within else str(IN_RUN.resolve(source))
 
 
-def read_with(tokenizer: str) -> str:
-    """Return the folder that must not be written to while a tokenizer is read: its own, or the pipeline that contains
-    it, in which every file must be in the manifest."""
+def find_protected_folder(tokenizer: str) -> str:
+    """Return the folder that an output must not be in: the tokenizer's own, or the pipeline that contains it, whose
+    manifest must list every file."""
     pipeline = Path(tokenizer_folder(tokenizer)).parent
     return str(pipeline) if (pipeline / INDEX).is_file() else tokenizer
 
 
 def save_tokenizer(model: Any, folder: Path, provenance: dict[str, Any]) -> None:
-    """Save a tokenizer with a `provenance.json` that tells later stages its data source."""
+    """Save a tokenizer with a `provenance.json`, from which later stages read the data source."""
     with atomic_folder(folder, kind=Tokenizer.folder_kind()) as target:
         model.save_pretrained(target)
         write_json(target / PROVENANCE, provenance)

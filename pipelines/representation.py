@@ -1,8 +1,7 @@
 """Image embeddings: activations of the prior, the tokenizer's codes, or plain pixels, pooled over positions.
 
 The best features of a model that predicts pixels are in its middle layers, normalised at each position and averaged
-over positions (iGPT: Chen et al. 2020, "Generative Pretraining from Pixels"). Codes and pixels, from which they are
-computed, are the baselines to compare with.
+over positions (iGPT: Chen et al. 2020, "Generative Pretraining from Pixels"). Codes and pixels are the baselines.
 """
 
 from __future__ import annotations
@@ -43,10 +42,10 @@ def embed(
     layer: `3` or `"prior.3"` is the prior's layer 3 (`Prior.features`), each position normalised to mean 0 and variance
     1; None is the middle layer. `"codes"` is the share of each id among the tokens, `"embeddings"` the tokens' vectors
     (their decoded colours if the tokenizer has no quantizer), `"pixels"` the images. pool: `"mean"` over positions,
-    `"flatten"`, or `"last"`: the last position in the prior's order, which has seen nearly all tokens; None is `"mean"`
-    for the prior and codes, `"flatten"` for embeddings and pixels. labels: classes given to the prior; None is the
-    null class. The result does not depend on `batch_size`, up to rounding. Raises `ValueError` for an unknown layer or
-    pool, listing those available.
+    `"flatten"`, or `"last"`: the last position in the prior's order, which sees nearly all tokens; None is `"mean"` for
+    the prior and codes, `"flatten"` for embeddings and pixels. labels: classes given to the prior; None is the null
+    class. The result does not depend on `batch_size`, up to rounding. Raises `ValueError` for an unknown layer or pool,
+    listing those available.
     """
     return embed_layers(pipeline, images, [layer], pool=pool, labels=labels, batch_size=batch_size)[0]
 
@@ -74,7 +73,7 @@ def embed_layers(
         floats = (
             to_float(part) if part.dtype == torch.uint8 else part
         )  # per batch, because all images might not fit into memory
-        maps = position_vectors(pipeline, floats.to(pipeline.device), ids, chosen)
+        maps = compute_position_vectors(pipeline, floats.to(pipeline.device), ids, chosen)
         parts.append([pool_positions(each, how, pipeline) for each, how in zip(maps, pools, strict=True)])
     return [torch.cat(each) for each in zip(*parts, strict=True)]
 
@@ -90,9 +89,9 @@ def nearest(
     labels: Any = None,
     batch_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """Find the `k` nearest of `vectors` (n, dim) to each image: indices `(B, k)`, nearest first, and cosine distances
-    `(B, k)` from 0 (the same direction) to 2. vectors: made by `embed` with the same arguments. Raises `ValueError` as
-    `embed` does, for vectors of another width, and unless 1 <= k <= n."""
+    """Find the `k` rows of `vectors` (n, dim) nearest to each image: indices `(B, k)`, nearest first, and cosine
+    distances `(B, k)` from 0 (the same direction) to 2. vectors: the result of `embed` with the same arguments. Raises
+    `ValueError` as `embed` does, for vectors of another width, and unless 1 <= k <= n."""
     queries = embed(pipeline, images, layer=layer, pool=pool, labels=labels, batch_size=batch_size)
     if vectors.ndim != 2 or vectors.shape[1] != queries.shape[1]:
         shape = tuple(vectors.shape)
@@ -100,7 +99,7 @@ def nearest(
     return nearest_neighbours(vectors.to(queries), queries, k)
 
 
-def layer_names(pipeline: ImagePipeline) -> list[str]:
+def list_layers(pipeline: ImagePipeline) -> list[str]:
     """Return all names that `embed` accepts as `layer`."""
     return ["pixels", "codes", "embeddings", *(f"prior.{index}" for index in range(pipeline.prior.feature_layers))]
 
@@ -108,7 +107,7 @@ def layer_names(pipeline: ImagePipeline) -> list[str]:
 def choose_layer(pipeline: ImagePipeline, layer: Layer) -> tuple[str, int]:
     """Return the source that `layer` names and the index of the prior's layer (0 for other sources). Raises
     `ValueError`."""
-    names, count = layer_names(pipeline), pipeline.prior.feature_layers
+    names, count = list_layers(pipeline), pipeline.prior.feature_layers
     if layer is None and count:
         layer = count // 2
     name = f"prior.{layer}" if type(layer) is int else layer
@@ -127,7 +126,7 @@ def choose_pool(source: str, pool: str | None) -> str:
     return pool or POOLS[source][0]
 
 
-def position_vectors(
+def compute_position_vectors(
     pipeline: ImagePipeline, images: Tensor, labels: Tensor | None, chosen: Sequence[tuple[str, int]]
 ) -> list[Tensor]:
     """Return `(B, positions, dim)` float32 for each of `chosen`; for codes their shares, `(B, 1, vocab_size)`."""
@@ -142,7 +141,7 @@ def position_vectors(
         elif source == "codes":
             found.append(code_shares(tokens, pipeline.tokenizer.grid.vocab_size)[:, None])
         else:
-            cells = images if source == "pixels" else code_vectors(pipeline, tokens)
+            cells = images if source == "pixels" else look_up_vectors(pipeline, tokens)
             found.append(cells.flatten(2).transpose(1, 2).float())
     return found
 
@@ -154,7 +153,7 @@ def code_shares(tokens: Tensor, vocab_size: int) -> Tensor:
     return counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype)) / ids.shape[1]
 
 
-def code_vectors(pipeline: ImagePipeline, tokens: Tensor) -> Tensor:
+def look_up_vectors(pipeline: ImagePipeline, tokens: Tensor) -> Tensor:
     """Return the quantizer's vectors of tokens, `(B, dim, *spatial)`; without a quantizer, their decoded colours."""
     quantizer = getattr(pipeline.tokenizer, "quantizer", None)
     return pipeline.tokenizer.decode(tokens) if quantizer is None else quantizer.lookup(tokens)
@@ -166,7 +165,7 @@ def pool_positions(vectors: Tensor, pool: str, pipeline: ImagePipeline) -> Tenso
         return vectors.flatten(1)
     if pool == "mean":
         return vectors.mean(1)
-    # MADE's units belong to no position; they come as a single one.
+    # MADE's units do not belong to positions, so they form a single one.
     return vectors[:, pipeline.prior.position_order[-1] if vectors.shape[1] > 1 else 0]
 
 

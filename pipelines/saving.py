@@ -171,28 +171,26 @@ def parse_picture(data: bytes, path: Path) -> np.ndarray:
 HERE = Path(__file__).parent / "shipped"
 
 
-def shipped() -> list[str]:
-    """Return the names of the pipelines that come with the package."""
+def list_shipped() -> list[str]:
+    """Return the names of the shipped pipelines."""
     return sorted(path.parent.name for path in HERE.glob(f"*/{INDEX}"))
 
 
-def located(source: str | Path) -> str | Path:
+def resolve_shipped(source: str | Path) -> str | Path:
     """Return the folder of the shipped pipeline called `source`, or else `source` itself. A local folder of that name
     takes precedence, as it does over a Hub id."""
-    return HERE / source if source in shipped() and not os.path.isdir(source) else source
+    return HERE / source if source in list_shipped() and not os.path.isdir(source) else source
 
 
 def find_pipeline(source: str | Path, **options: Any) -> Path:
-    """Like `find_folder`, for a pipeline, including those that come with the package. Raises `PathError`."""
+    """Like `find_folder`, for a pipeline, including shipped ones. Raises `PathError`."""
     try:
-        return find_folder(located(source), FILES, **options)
+        return find_folder(resolve_shipped(source), FILES, **options)
     except UnreadableError:
         raise
     except PathError as error:
         bare = re.fullmatch(r"\w+", str(source))
-        raise PathError(
-            f"{error}; these come with the package: {', '.join(shipped())}" if bare else str(error)
-        ) from error
+        raise PathError(f"{error}; shipped pipelines: {', '.join(list_shipped())}" if bare else str(error)) from error
 
 
 # Compatibility of models
@@ -221,7 +219,7 @@ def check_fit(tokenizer: Tokenizer, prior: Prior, background: Prior | None = Non
 
 
 def set_fingerprint(tokenizer: Tokenizer, *priors: Prior) -> None:
-    """Record the tokenizer's current fingerprint, which rounding its weights changes, in priors that fit it."""
+    """Record the tokenizer's fingerprint, which changes when its weights are rounded, in priors that fit it."""
     fingerprint = tokenizer.fingerprint()
     for prior in priors:
         if prior.config.tokenizer != fingerprint:
@@ -243,7 +241,7 @@ def change_dtype(pipeline: ImagePipeline, choose: Callable[[PretrainedModel], to
 
 
 def save(pipeline: ImagePipeline, folder: str | Path, variant: str | None) -> None:
-    """`ImagePipeline.save_pretrained`."""
+    """Implement `ImagePipeline.save_pretrained`."""
     models, grid = pipeline.components, pipeline.sample_grid
     check_fit(**models)
     if variant is not None:
@@ -277,18 +275,18 @@ def save(pipeline: ImagePipeline, folder: str | Path, variant: str | None) -> No
 
 
 def save_again(pipeline: ImagePipeline, folder: str | Path, sample_grid: Any = None) -> None:
-    """Write a pipeline back to the `folder` it was loaded from, with new facts; weights, their type and the folder's
-    variant stay the same. Afterwards the pipeline is `as_stored`."""
-    as_stored(pipeline).save_pretrained(folder, variant=variant_of(folder), sample_grid=sample_grid)
+    """Write a pipeline back to the `folder` it was loaded from, with new facts. Weights, their dtypes and the variant
+    do not change. Afterwards the pipeline is `restore_dtypes`."""
+    restore_dtypes(pipeline).save_pretrained(folder, variant=read_variant(folder), sample_grid=sample_grid)
 
 
-def as_stored(pipeline: ImagePipeline) -> ImagePipeline:
-    """Move the pipeline's weights to the CPU and convert them to the types in its files."""
+def restore_dtypes(pipeline: ImagePipeline) -> ImagePipeline:
+    """Move the pipeline's weights to the CPU and convert them to the dtypes in its files."""
     change_dtype(pipeline.to(device="cpu"), lambda model: model.stored_dtype)
     return pipeline
 
 
-def variant_of(folder: str | Path) -> str | None:
+def read_variant(folder: str | Path) -> str | None:
     """Return the variant of the weights in a pipeline's folder."""
     variant: str | None = read_json(Path(folder) / INDEX).get("variant")
     return variant
@@ -317,7 +315,7 @@ def _load(cls: type[Any], folder: Path, variant: str | None, verify: bool) -> An
     }
     try:
         pipeline = cls(**models, labels=index["labels"], sampler=index["sampler"])
-    except (ConfigError, IntegrityError) as error:  # begins with the file's name
+    except (ConfigError, IntegrityError) as error:  # the message begins with the file name
         raise type(error)(f"{folder / str(error)}") from error
     if (path := folder / CALIBRATION).exists():
         pipeline.calibration = Calibration.from_dict(parse_json(read_bytes(path, MAX_CALIBRATION_BYTES), path), path)

@@ -22,14 +22,14 @@ from tokenizer.files import PipelineLoadError, read_json
 from tokenizer.model import CONFIG
 
 from .config import Config, UserError, Within, run_command
-from .config.importing import as_asked
+from .config.importing import format_imports
 from .image_pipeline import ImagePipeline
 from .images.origin import TOKENS, resolve_source
 from .metrics.likelihood import bits_per_token, rows_evaluated
 from .options import GUIDANCE_SCALE, TEMPERATURE, Sampling
 from .processes.group import ALONE, ProcessGroup
-from .provenance import file_of
-from .saving import INDEX, PIPELINE, located
+from .provenance import find_file
+from .saving import INDEX, PIPELINE, resolve_shipped
 from .shuffling import DROPOUT, OTHER, draw_by_row, other_labels, perturb_tokens, samples_of
 from .tokens import TokenDataset, TokenSplit, load_tokens
 from .training.schedule import TrainConfig
@@ -226,7 +226,7 @@ class PriorTask(Task):
     def outcome(self, run: Path) -> str:
         """Name the pipeline's folder, and the command that generates images with it."""
         folder = quote(str(run / "pipeline"))
-        return f"pipeline: {folder}; next: smalti generate{as_asked()} pipeline={folder}"
+        return f"pipeline: {folder}; next: smalti generate{format_imports()} pipeline={folder}"
 
     def pipeline(self, model: nn.Module) -> ImagePipeline:
         """Return a pipeline of both stages that shares `model`'s weights."""
@@ -305,9 +305,8 @@ def start_from(prior: Prior, class_names: list[str], source: str) -> Prior:
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the model settings of the pipeline `init` as defaults; {} if it is unreadable, which loading it will
-    report."""
-    path = file_of(str(located(str(given.get("init") or ""))), f"prior/{CONFIG}")
+    """Return the model settings of the pipeline `init` as defaults; {} if unreadable, which loading it will report."""
+    path = find_file(str(resolve_shipped(str(given.get("init") or ""))), f"prior/{CONFIG}")
     saved = read_json(path) if path else {}
     if not Prior.has(saved.get("kind")):
         return {}

@@ -22,7 +22,7 @@ from tokenizer.losses import total_loss
 from tokenizer.model import CONFIG
 
 from .config import Config, Within, run_command
-from .config.importing import as_asked
+from .config.importing import format_imports
 from .images import DataConfig, ImageDataset, load_images
 from .images.dataset import is_stream
 from .images.origin import is_local
@@ -30,7 +30,7 @@ from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual
 from .metrics.reconstruction import evaluate_reconstruction, reconstruction_picture
 from .processes.group import ALONE, ProcessGroup
-from .provenance import data_of, file_of, save_tokenizer, tokenizer_folder
+from .provenance import find_file, read_training_data, save_tokenizer, tokenizer_folder
 from .training.adversary import Adversary, CriticConfig, make_adversary
 from .training.losses import LossConfig, combine_loss_weights
 from .training.optimizers import hidden_matrices
@@ -207,7 +207,7 @@ class TokenizerTask(Task):
     def outcome(self, run: Path) -> str:
         """Name the tokenizer's folder, and the command that encodes images with it."""
         folder, tokens = (quote(str(path)) for path in (run / "tokenizer", f"{run}_tokens"))
-        return f"tokenizer: {folder}; next: smalti encode{as_asked()} tokenizer={folder} out={tokens}"
+        return f"tokenizer: {folder}; next: smalti encode{format_imports()} tokenizer={folder} out={tokens}"
 
     def save(self, model: Any, run: Path, facts: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
         """Save the tokenizer's folder, with its provenance."""
@@ -220,7 +220,7 @@ class TokenizerTask(Task):
 def defaults(given: dict[str, Any]) -> dict[str, Any]:
     """Return model and data settings of the tokenizer `init` as defaults."""
     source = str(given.get("init") or "")
-    path = file_of(tokenizer_folder(source), CONFIG) if source else None
+    path = find_file(tokenizer_folder(source), CONFIG) if source else None
     saved = read_json(path) if path else {}
     if not Tokenizer.has(saved.get("kind")):
         return {}  # loading it will report the error
@@ -229,7 +229,7 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
     node = given.get("model")
     if isinstance(node, dict) and node.get("kind") == "posthoc" != model["kind"]:
         model = {"kind": "posthoc", "vae": model}
-    return {"model": model, "data": data_of(source)}
+    return {"model": model, "data": read_training_data(source)}
 
 
 def model_config(node: dict[str, Any], image_size: tuple[int, int], channels: int) -> ModelConfig:

@@ -91,12 +91,12 @@ def measure(folder: Path) -> Node:
 
     from pipelines.images import DataConfig, load_images
     from pipelines.metrics.reconstruction import evaluate_reconstruction
-    from pipelines.provenance import data_beside
+    from pipelines.provenance import read_data_settings
     from tokenizer import Tokenizer
     from tokenizer.model import PROVENANCE
 
     place = folder / "run" / "tokenizer"
-    tokenizer, data = Tokenizer.from_pretrained(place), data_beside(place / PROVENANCE)
+    tokenizer, data = Tokenizer.from_pretrained(place), read_data_settings(place / PROVENANCE)
     images = load_images(DataConfig.model_validate(data)).held_out
     preview = images.batch(torch.linspace(0, len(images) - 1, PREVIEW_IMAGES).long())
     picture_row(preview).save(folder / "originals.png")

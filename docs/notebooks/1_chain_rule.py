@@ -21,8 +21,8 @@
 # This is exact. Each factor is a classifier: it sees the earlier tokens and predicts the probability of each value of
 # the next one. A model of this kind is called *autoregressive*.
 #
-# All models in this notebook are such products. They differ in one thing: **how they prevent the network from seeing
-# later tokens.** We write the first one by hand, and take the others from `prior/`, where each is one file.
+# All models in this notebook are such products. They differ in **how they prevent the network from seeing later
+# tokens.** We write the first one by hand, and take the others from `prior/`, where each is one file.
 
 # %%
 import math
@@ -43,15 +43,15 @@ _ = torch.manual_seed(0)
 # %% [markdown]
 # ## Small binary digits
 #
-# Our models should train in seconds, so the images are small: digits of 12x12 pixels, black or white. A pixel is a
-# token with two values. `load_images` holds out some digits, on which we will measure.
+# To train models in seconds, we use small images: digits of 12x12 pixels, black or white. A pixel is a token
+# with two values. `load_images` holds out some digits, on which we will measure.
 
 # %%
 images = load_images(DataConfig(source="digits", image_size=12))
 
 
 def binary(split) -> Tensor:
-    """All images of a split as tokens (B, 12, 12) in {0, 1}."""
+    """Return all images of a split as tokens (B, 12, 12) in {0, 1}."""
     return (split.pixels(range(len(split)))[:, 0] > 80).long()
 
 
@@ -62,7 +62,7 @@ print(f"{len(train_tokens)} grids to train on, {len(test_tokens)} held out; {len
 
 # %%
 def show(tokens: Tensor, title: str, columns: int = 16) -> None:
-    """Binary grids (B, H, W) side by side, on a grey ground."""
+    """Show binary grids (B, H, W) side by side, separated by grey lines."""
     cells = F.pad(tokens.float(), (1, 1, 1, 1), value=0.5)
     rows = [torch.cat(list(row), 1) for row in cells.split(columns)]
     plt.figure(figsize=(10, 0.68 * len(rows)))
@@ -91,7 +91,7 @@ bits = {"fair coins": 1.0}
 
 @torch.no_grad()
 def bits_per_token(prior) -> float:
-    """Held-out bits per token."""
+    """Return the held-out bits per token."""
     return -prior.log_prob(test_tokens).mean().item() / (len(grid) * math.log(2))
 
 
@@ -183,7 +183,7 @@ plt.show()
 # %%
 @torch.no_grad()
 def draw(model: FullyVisible, count: int) -> Tensor:
-    """Samples (count, 12, 12), one pixel after the other."""
+    """Sample (count, 12, 12), one pixel after the other."""
     x = torch.zeros(count, len(model.grid))
     for i in range(len(model.grid)):
         x[:, i] = torch.bernoulli(torch.sigmoid(model(x)[:, i]))
@@ -195,7 +195,7 @@ show(draw(by_hand, 32), "samples of the model by hand")
 
 # %% [markdown]
 # We see strokes now, but few digits. A logistic regression can express "white if the left neighbour is white". It
-# cannot express "white if the left neighbour is white *unless* the upper one is white as well". That takes hidden
+# cannot express "white if the left neighbour is white *unless* the upper one is white as well". That requires hidden
 # layers.
 #
 # ## MADE: hidden layers with masks
@@ -268,13 +268,13 @@ axes[1].set_xlabel("step")
 plt.show()
 
 # %% [markdown]
-# Does the network agree? The gradient of a logit with respect to each token's embedding shows which tokens it depends
-# on. We take a row of 48 tokens, random weights, and the last logit.
+# We can check this in the network: the gradient of a logit with respect to each token's embedding shows which tokens
+# it depends on. We take a row of 48 tokens, random weights, and the last logit.
 
 
 # %%
 def influence(model: Prior, embedding: nn.Module, at: int) -> Tensor:
-    """The gradient magnitude of the logits at `at` for each token's embedding, `grid.shape`; random tokens."""
+    """Return the gradient magnitude of the logits at `at` for each token's embedding, `grid.shape`; random tokens."""
     embeddings: list[Tensor] = []
     hook = embedding.register_forward_hook(lambda module, inputs, output: embeddings.append(output))
     logits = model(torch.randint(model.grid.vocab_size, (4, *model.grid.shape)))
@@ -341,7 +341,7 @@ SIDE, CENTRE = 15, 7 * 15 + 7
 
 
 def seen_by(name: str, depth: int) -> Tensor:
-    """The tokens that reach the logits in the centre, bool (15, 15), by the gradient."""
+    """Find by the gradient which tokens reach the logits in the centre, bool (15, 15)."""
     torch.manual_seed(0)
     sizes = {"dim": 8, "first_kernel": 3, "kernel": 3}
     model = Prior.create(name, grid=TokenGrid((SIDE, SIDE), 4), depth=depth, **sizes).double()
@@ -470,7 +470,7 @@ models = {
 
 # %%
 def randomized(model: nn.Module) -> nn.Module:
-    """With large random weights: untrained models give almost the same probability to every grid."""
+    """Draw large random weights, because untrained models give almost the same probability to every grid."""
     for weights in model.parameters():
         nn.init.normal_(weights, std=0.3)
     return model.double().eval()
@@ -486,10 +486,10 @@ for name, p in chances.items():
 assert all(abs(p.sum() - 1) < 1e-4 for p in chances.values())
 
 # %% [markdown]
-# And without the masks? A pixel that sees itself can simply copy itself. We set the diagonal of the matrix by hand: now
+# Without the masks, a pixel that sees itself can simply copy itself. We set the diagonal of the matrix by hand: now
 # each factor is near 1 for *every* grid. The loss looks excellent, and training would find such weights at once, but
 # the result is not a density. The curves add up the probabilities of the grids, most probable first. All end at one,
-# except that of the model that peeks.
+# except the curve of the model that peeks.
 
 # %%
 peek, bias = 6 * torch.eye(9), -3.0  # the diagonal that tril(-1) removes

@@ -20,7 +20,7 @@
 # 2. a **prior** learns the distribution of these grids, $p(\text{tokens} \mid \text{class})$.
 #
 # To sample an image, we sample a grid from the prior and decode it. We train both stages with the standard commands,
-# for about a minute each. [docs/results.md](../results.md) has longer trainings of the same presets.
+# for about a minute each. [docs/results.md](../results.md) has results of longer training.
 
 # %%
 import json
@@ -53,7 +53,7 @@ print({name: len(split) for name, split in data.by_name().items()}, "images of",
 
 # %%
 def show(images: Tensor, title: str, columns: int = 16) -> None:
-    """Grey images (B, 1, H, W) in [-1, 1] side by side."""
+    """Show grey images (B, 1, H, W) in [-1, 1] side by side."""
     rows = [torch.cat(list(row[:, 0]), 1) for row in images.split(columns)]
     plt.figure(figsize=(10, 0.4 + 10 / columns * len(rows)))
     plt.imshow(torch.cat(rows), vmin=-1, vmax=1)
@@ -91,7 +91,7 @@ stage_one = train_tokenizer.main(
 
 # %%
 def read(run: Path, name: str) -> tuple[list[int], list[float]]:
-    """The steps and values of a metric of a run."""
+    """Read the steps and values of a run's metric."""
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return tuple(zip(*[(line["step"], line[name]) for line in lines if name in line], strict=True))
 
@@ -212,7 +212,7 @@ test_tokens, test_labels = test.tokens.long(), test.labels.long()
 
 @torch.no_grad()
 def bits_per_token(prior: Prior, labels: Tensor | None) -> float:
-    """Held-out bits per token."""
+    """Return the held-out bits per token."""
     return -prior.log_prob(test_tokens, labels).mean().item() / (len(prior.grid) * math.log(2))
 
 
@@ -277,8 +277,8 @@ out = pipe(num_images=50, labels=columns * 5, seed=0, output_type="pt")
 show(out.images, f"samples, classes 0 to 9, {bits['gpt']:.2f} bits per token", columns=10)
 
 # %% [markdown]
-# The output also has the tokens, and `decode` turns them into the same images. We can sample from the baselines, too,
-# and use the same decoder. It cannot repair a grid that makes no sense.
+# The output also contains the tokens, and `decode` turns them into the same images. We can also sample from the
+# baselines and use the same decoder. It cannot repair a grid that makes no sense.
 
 # %%
 assert torch.equal(pipe.decode(out.tokens, output_type="pt"), out.images)
@@ -309,4 +309,4 @@ for axis, given in zip(axes, settings, strict=True):
 # - A pipeline contains both stages. `pipe(...)` samples; `encode`, `decode` and `log_prob` give access to the steps in
 #   between.
 #
-# [Notebook 3](3_orders.py) asks in which order to sample the ids, and how many at once.
+# [Notebook 3](3_orders.py) compares orders of sampling the ids, and sampling several at once.

@@ -22,8 +22,8 @@
 # approximation: the model is *defined* this way, and its density is exact. But independence costs bits, and this
 # notebook measures how many.
 #
-# All trainings here are short, so differences of a few hundredths of a bit are noise.
-# [docs/orders.md](../orders.md#what-it-costs) has longer ones.
+# Training is short here, so differences of a few hundredths of a bit are noise.
+# [docs/orders.md](../orders.md#what-it-costs) has results of longer training.
 
 # %%
 import contextlib
@@ -113,7 +113,7 @@ def trained(kind: str, order: str, steps: int = 250, **model: object) -> ImagePi
 
 @torch.no_grad()
 def token_bits(pipe: ImagePipeline) -> Tensor:
-    """Mean held-out bits of the token at each position, (7, 7)."""
+    """Return the mean held-out bits of the token at each position, (7, 7)."""
     return -pipe.prior.token_log_probs(tokens, labels).mean(0) / math.log(2)
 
 
@@ -193,15 +193,15 @@ plt.show()
 # %% [markdown]
 # ## Watch the sampling
 #
-# One sample of each prior after eight different passes. Tokens that are not sampled yet are decoded as the most
-# frequent id.
+# We show one sample of each prior at eight stages. Tokens that are not sampled yet are decoded as the most frequent
+# id.
 
 # %%
 empty = tokens.flatten().bincount().argmax()
 
 
 def moments(pipe: ImagePipeline, label: int, seed: int, count: int = 8) -> Tensor:
-    """A sample as it grows, (count, 1, 28, 28)."""
+    """Decode a sample at `count` stages, (count, 1, 28, 28)."""
     done = pipe(1, labels=label, seed=seed).tokens
     number, last = pipe.prior.block_of.view(7, 7), len(pipe.prior.blocks) - 1
     stages = [torch.where(number <= round(last * step / (count - 1)), done, empty) for step in range(count)]
@@ -245,9 +245,9 @@ with torch.no_grad():
 # After twice as many steps as the raster prior, it is about half a bit worse in raster order: the largest difference in
 # this notebook. Longer training reduces it: 0.3 bits with `steps=2000`, compared to a raster prior with `steps=1000`.
 #
-# Its use is completion. We give the *lower* half of held-out digits and sample the upper half. The raster prior starts
-# at the top and cannot condition on later tokens: its upper halves fit the class, but not the lower half. The any-order
-# prior takes the known half first.
+# This is useful for completion. We give the *lower* half of held-out digits and sample the upper half. The raster prior
+# starts at the top and cannot condition on later tokens: its upper halves fit the class, but not the lower half. The
+# any-order prior takes the known half first.
 
 # %%
 images = load_images(DataConfig(source="digits")).held_out.batch(range(8))
@@ -268,9 +268,9 @@ for axis, (name, row) in zip(axes, rows.items(), strict=True):
 # %% [markdown]
 # ## Fewer passes at no cost
 #
-# One method needs fewer passes and costs no bits. `parallel=True` guesses all remaining tokens, checks them in one pass
-# with the noise of each image, and continues from the first wrong one. The tokens are the same. It pays where a pass
-# over many tokens takes as long as a pass over a few, as on a GPU.
+# One method needs fewer passes at no cost in bits: `parallel=True` guesses all remaining tokens, checks them in one
+# pass with the noise of each image, and continues from the first wrong one. The tokens are the same. It saves time
+# where a pass over many tokens takes as long as a pass over a few, as on a GPU.
 
 # %%
 plain = shipped(4, labels=[0, 3, 5, 8], seed=0)

@@ -37,8 +37,8 @@ pipe = ImagePipeline.from_pretrained("digits")
 print(pipe)
 
 # %% [markdown]
-# We use only digits that it was not trained on. Every other one of these calibrated its anomaly scores, so we take the
-# rest.
+# We use only digits that it was not trained on. Half of these were used to calibrate its anomaly scores, so we take the
+# other half.
 
 # %%
 data = load_images(DataConfig(source="digits"))
@@ -48,12 +48,12 @@ print(len(images), "new digits", tuple(images.shape[1:]))
 
 
 def line(images: Tensor) -> Tensor:
-    """Images (B, 1, H, W) in a row, (H, B * W)."""
+    """Put images (B, 1, H, W) in a row, (H, B * W)."""
     return torch.cat(list(images[:, 0]), 1)
 
 
 def stack(rows: dict[str, Tensor], height: float = 0.95) -> list[plt.Axes]:
-    """Rows of images under each other, with their names."""
+    """Show rows of images under each other, with their names."""
     figure, axes = plt.subplots(len(rows), 1, figsize=(9, height * len(rows)), layout="constrained")
     for axis, (name, row) in zip(axes, rows.items(), strict=True):
         axis.imshow(line(row), vmin=-1, vmax=1)
@@ -107,7 +107,7 @@ plt.show()
 
 # %%
 def strange_images() -> dict[str, Tensor]:
-    """Images (1, 28, 28) unlike the training images."""
+    """Make images (1, 28, 28) unlike the training images."""
     chance = torch.Generator().manual_seed(0)
     seven, six, zero = images[0], images[1], images[2]
     dotted, broken, checks = six.clone(), zero.clone(), torch.full((1, 28, 28), -1.0)
@@ -134,7 +134,7 @@ digits = -pipe.log_prob(images) / math.log(2)
 
 # %%
 def labelled(values: list[str], title: str) -> None:
-    """The strange images, each with a text below."""
+    """Show the strange images, each with a text below."""
     figure, axes = plt.subplots(1, len(batch), figsize=(10, 1.9), layout="constrained")
     for axis, image, name, value in zip(axes, batch, strange, values, strict=True):
         axis.imshow(image[0], vmin=-1, vmax=1)
@@ -159,7 +159,7 @@ assert bits[[4, 7]].max() < digits.max(), "on its side, and black, are within th
 
 # %% [markdown]
 # Noise, stripes and the inverted digit stand out. But the nine on its side and the black image cost no more bits than
-# many digits. This is expected: their tokens are frequent ones, and simple images are likely under any model (Nalisnick
+# many digits. This is expected: their tokens are frequent, and simple images are likely under any model (Nalisnick
 # et al. 2019). A probable image can be an anomaly.
 #
 # The default score, `joint`, combines two other criteria: the distance of the prior's features from those of normal
@@ -235,18 +235,18 @@ print("the decompressed images equal the reconstructions:", torch.equal(restored
 
 # %%
 def sheet(images: Tensor) -> Image.Image:
-    """Images as one 8-bit picture, twenty a row."""
+    """Put images into one 8-bit picture, twenty per row."""
     rows = [line(row) for row in images.split(20)]
     return Image.fromarray(((torch.cat(rows) + 1) * 127.5).round().to(torch.uint8).numpy())
 
 
 def psnr(error: Tensor) -> float:
-    """PSNR in dB of the errors of pixels in [-1, 1]."""
+    """Return the PSNR in dB of errors of pixels in [-1, 1]."""
     return 10 * math.log10(4 / error.square().mean().item())
 
 
 def coded(kind: str, **settings: object) -> tuple[float, float]:
-    """Bytes of an image, and PSNR."""
+    """Return bytes per image, and PSNR."""
     file = io.BytesIO()
     sheet(batch_to_store).save(file, kind, **settings)
     back = torch.frombuffer(bytearray(Image.open(file).convert("L").tobytes()), dtype=torch.uint8)
@@ -272,8 +272,8 @@ print(f"the pipeline: {ours[0]:.1f} bytes at {ours[1]:.1f} dB; PNG {png:.0f} byt
 assert len(stream) / count < png / 4
 
 # %% [markdown]
-# The comparison is unfair: our coder was trained on digits, and JPEG is for all images. It shows the value of knowing
-# the data. (Both sides need the model, as both sides of JPEG need its tables. With a decoder that has a pixel
+# The comparison is unfair: our coder was trained on digits, and JPEG is for all images. It shows how much knowledge of
+# the data helps. (Both sides need the model, as both sides of JPEG need its tables. With a decoder that has a pixel
 # likelihood, `lossless=True` preserves every pixel: [docs/density.md](../density.md#compression).)
 #
 # ## Classification
@@ -337,7 +337,7 @@ train_tokens = pipe.encode(library)
 
 
 def vectors(images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """The inputs of the linear maps, (B, dim) each."""
+    """Return the inputs of the linear maps, (B, dim) each."""
     with torch.no_grad():
         layers = [pipe.prior.features(tokens, layer=layer) for layer in range(pipe.prior.feature_layers)]
     found = {f"prior.{k}": F.layer_norm(each, each.shape[-1:]).mean(1) for k, each in enumerate(layers)}
@@ -345,7 +345,7 @@ def vectors(images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
 
 
 def probe(inside: Tensor, outside: Tensor) -> float:
-    """Accuracy of a linear map on new digits, ridge regression."""
+    """Fit a linear map by ridge regression; return its accuracy on new digits."""
     mean, spread = inside.double().mean(0), inside.double().std()
     inside, outside = (F.pad((part.double() - mean) / spread, (0, 1), value=1) for part in (inside, outside))
     wanted = F.one_hot(data.train.labels[:size], 10).double()

@@ -66,7 +66,7 @@ for split, count, top, bottom in [("train", 300, 0, 270), ("test", 60, 270, 427)
 # %% [markdown]
 # ## Look before you train
 #
-# Real folders contain surprises. We add one: a text file with the name of a PNG. Smalti decodes all images before
+# Real folders contain surprises. We add a text file with the name of a PNG. Smalti decodes all images before
 # training starts, and reports the bad one within seconds.
 
 # %%
@@ -77,8 +77,8 @@ except UserError as error:
     print("error:", error)
 
 # %% [markdown]
-# We delete it. (`data.on_error=skip` would skip it, and list it in `bad_images.jsonl`.) Then we count the images of
-# each class and split, and look at them *as the model will see them*.
+# We delete the file. (`data.on_error=skip` would skip it and list it in `bad_images.jsonl`.) Then we count the images
+# of each class and split, and look at them *as the model will see them*.
 
 # %%
 Path(FOLDER, "train", "flower", "9999.png").unlink()
@@ -90,12 +90,12 @@ for name, split in data.by_name().items():
 
 # %%
 def picture(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] in a row, (H, B * W, 3) in [0, 1]."""
+    """Put images (B, 3, H, W) in [-1, 1] in a row, (H, B * W, 3) in [0, 1]."""
     return (torch.cat(list(images), 2).movedim(0, 2) + 1) / 2
 
 
 def stack(rows: dict[str, Tensor]) -> None:
-    """Rows of images under each other, with their names."""
+    """Show rows of images under each other, with their names."""
     figure, axes = plt.subplots(len(rows), 1, figsize=(9, 0.85 * len(rows)), layout="constrained")
     for axis, (name, row) in zip(np.atleast_1d(axes), rows.items(), strict=True):
         axis.imshow(picture(row))
@@ -104,7 +104,7 @@ def stack(rows: dict[str, Tensor]) -> None:
 
 
 def of_class(split, label: int, count: int) -> Tensor:
-    """The first images of a class."""
+    """Return the first images of a class."""
     return split.batch((split.labels == label).nonzero()[:count, 0])
 
 
@@ -121,7 +121,7 @@ stack({name: of_class(data.train, label, 12) for label, name in enumerate(data.t
 #
 # and `accelerate launch -m pipelines.train_tokenizer ...` does the same on several devices. The sides of the images
 # must be multiples of the tokenizer's `factor`, here 4: 32x32 pixels become 8x8 tokens. Two minutes are enough to see
-# the method work. [docs/data.md](../data.md#how-good-in-how-many-minutes) says what longer trainings reach.
+# the method work. [docs/data.md](../data.md#how-good-in-how-many-minutes) lists results of longer training.
 
 # %%
 stage_one = train_tokenizer.main(

@@ -12,9 +12,9 @@ from typing import Any
 
 from docstrings import to_markdown
 
-from pipelines.__main__ import GROUPS, module_of, verbs
+from pipelines.__main__ import GROUPS, find_module, verbs
 from pipelines.config import Config
-from pipelines.config.help import Row, sections
+from pipelines.config.help import Row, list_sections
 
 GRAMMAR = """All commands share one syntax:
 
@@ -40,14 +40,14 @@ def stage(texts: dict[str, str]) -> list[Any]:
 
 def page(verb: str) -> str:
     """What a command does, its examples, and all of its keys."""
-    module = importlib.import_module(f"pipelines.{module_of(verb)}")
+    module = importlib.import_module(f"pipelines.{find_module(verb)}")
     configs = configs_of(module)
     examples = "\n".join(f"smalti {verb} {example}".rstrip() for cls in configs for example in cls.examples)
     parts = [f"# {verb}", to_markdown(inspect.getdoc(module) or ""), f"```sh\n{examples}\n```"]
     for cls in configs:
         if len(configs) > 1:
             parts.append(f"## {(cls.__doc__ or cls.__name__).splitlines()[0].rstrip('.')}")
-        for section in dict.fromkeys(sections(cls, {})):
+        for section in dict.fromkeys(list_sections(cls, {})):
             if section.title:
                 key, _, sentence = section.title.partition(": ")
                 parts += [f"## `{key}`", sentence]

@@ -13,7 +13,7 @@ import yaml
 from commands import list_keys
 from docstrings import to_markdown
 
-from pipelines.config.help import sections
+from pipelines.config.help import list_sections
 from prior import Prior
 from prior.heads import Head
 from tokenizer import Tokenizer
@@ -70,7 +70,7 @@ def page(folder: str, name: str, model: Any, presets: list[str]) -> str:
     if presets:
         links = [f"[`{preset}`](../presets.md#{preset})" for preset in presets]
         parts.append(f"Presets: {', '.join(links)}.")
-    rows = [row for section in sections(model.choices(), {}) if not section.kind for row in section.rows]
+    rows = [row for section in list_sections(model.choices(), {}) if not section.kind for row in section.rows]
     parts += ["## Settings", list_keys(rows)]
     parts += ["## Code", f"::: {model.__module__}.{model.__qualname__}\n    options:\n      heading_level: 3"]
     parts.append(f'??? quote "{model.__module__.replace(".", "/")}.py"\n\n    ````python\n{code}\n    ````')

@@ -13,9 +13,9 @@ from torch import Tensor
 from ..images.pictures import convert_images
 from .calibration import LEVELS, MAX_IMAGES, Calibration, Fitted, NormalScores, digest_of
 from .conformal import Floats, least_scores, round_scores, threshold
-from .distances import Distance, rounded
+from .distances import Distance, round_digits
 from .image_statistics import measure
-from .scores import FITTED, fitted_score, log_statistics, plain_score, possible, total_bits
+from .scores import FITTED, fitted_score, list_methods, log_statistics, plain_score, total_bits
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline, Label
@@ -33,22 +33,22 @@ def calibrate(
     seed: int = 0,
     batch_size: int = 256,
 ) -> Calibration:
-    """Calibrate on normal images that were not trained on; sets and returns `pipeline.calibration`.
+    """Calibrate on normal images that were not used in training; set and return `pipeline.calibration`.
 
-    One half, chosen by `seed`, is used for fitting; the other half gives the scores for p-values and thresholds. At
-    most a share `false_alarms` of new normal images exceeds a threshold *on average over calibrations*; for about half
-    of the calibrations it is slightly more. With `confidence=0.9` thresholds are higher, so that the share holds for 90
-    % of calibrations; p-values do not change. Raises `ValueError` for too few images, and for more than 50,000.
+    One half, chosen by `seed`, is used for fitting; the other half gives the scores for p-values and thresholds. On
+    average over calibrations, at most a share `false_alarms` of new normal images exceeds a threshold; for about half
+    of the calibrations the share is slightly larger. `confidence=0.9` raises the thresholds so that the bound holds for
+    90 % of calibrations; p-values do not change. Raises `ValueError` for too few images, and for more than 50,000.
     """
     batch = pipeline.to_images(images)
     count = len(batch)
     check_promise(count, false_alarms, confidence)
     found, surprise, error = measure(pipeline, batch, labels, batch_size)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
-    fitted = fit({name: values[order[: count // 2]] for name, values in found.items()})
+    fitted = fit_reference({name: values[order[: count // 2]] for name, values in found.items()})
     held = {name: values[order[count // 2 :]] for name, values in found.items()}
     scores = {}
-    for method in possible(found):
+    for method in list_methods(found):
         score = fitted_score(method, held, fitted) if method in FITTED else plain_score(method, held)
         values, tie = round_scores(score[:MAX_SCORES].numpy())
         limit = threshold(values, tie, false_alarms, confidence)
@@ -61,7 +61,7 @@ def calibrate(
         fitted=fitted,
         scores=scores,
         surprise=surprise_quantiles(surprise),
-        error=coarse(error),
+        error=downsample_error(error),
         digests=sorted({digest_of(image) for image in convert_images(batch, "np")}),
     )
     return pipeline.calibration
@@ -71,16 +71,16 @@ def check_promise(count: int, false_alarms: float, confidence: float | None) -> 
     """Raise `ValueError` if `count` images are too few for the guarantee, or too many to store."""
     for name, share in (("false_alarms", false_alarms), ("confidence", confidence)):
         if share is not None and not 0 < share < 1:
-            raise ValueError(f"{name} should lie between 0 and 1 (got {share})")
+            raise ValueError(f"{name} should be between 0 and 1 (got {share})")
     if count < (least := max(10, 2 * least_scores(false_alarms, confidence))):
         promise = f"a false alarm rate of {false_alarms:g}"
         promise += "" if confidence is None else f" with a confidence of {confidence:g}"
         raise ValueError(f"a calibration for {promise} needs at least {least} images (got {count})")
     if count > MAX_IMAGES:
-        raise ValueError(f"a calibration takes at most {MAX_IMAGES:,} images (got {count:,})")
+        raise ValueError(f"a calibration can use at most {MAX_IMAGES:,} images (got {count:,})")
 
 
-def fit(found: dict[str, Tensor]) -> Fitted:
+def fit_reference(found: dict[str, Tensor]) -> Fitted:
     """Fit to the statistics of normal images. At most half of them serve as neighbours."""
     bits = total_bits(found)
     features = None
@@ -94,10 +94,10 @@ def surprise_quantiles(surprise: Tensor) -> Floats:
     """Return the `LEVELS` quantiles of `(n, N)` bits at each position, or over all positions if there are very many."""
     values = surprise.double().numpy()
     values = values if values.shape[1] <= MAX_POSITIONS else values.reshape(-1, 1)
-    return rounded(np.quantile(values, LEVELS, axis=0))
+    return round_digits(np.quantile(values, LEVELS, axis=0))
 
 
-def coarse(error: Tensor) -> Floats:
+def downsample_error(error: Tensor) -> Floats:
     """Reduce an error map `(H, W)` to at most 64 pixels per side."""
     height, width = (min(side, MAX_SIDE) for side in error.shape)
-    return rounded(F.adaptive_avg_pool2d(error[None], (height, width))[0].numpy())
+    return round_digits(F.adaptive_avg_pool2d(error[None], (height, width))[0].numpy())

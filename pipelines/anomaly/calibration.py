@@ -32,11 +32,11 @@ class Fitted(Part):
 
 
 class NormalScores(Part):
-    """Scores by one method of normal images that were not used for fitting; see `conformal`."""
+    """One method's scores of normal images that were not used for fitting; see `conformal`."""
 
     values: Row
     tie: float = Field(ge=0)
-    """A score this far above one of the values still ties with it."""
+    """A score that exceeds a value by at most this ties with it."""
     threshold: float
 
 
@@ -74,7 +74,7 @@ class Calibration(Part):
 
     @property
     def promise(self) -> str:
-        """What a threshold guarantees, in words."""
+        """The guarantee of a threshold, in words."""
         how = "on average over calibrations"
         how = how if self.confidence is None else f"in {100 * self.confidence:.6g} % of calibrations"
         return f"at most {100 * self.false_alarms:g} % of new normal images exceed it, {how}"

@@ -4,7 +4,7 @@ The guarantee assumes nothing about the scores, only that new normal images are 
 normal scores (split conformal prediction, Vovk et al. 2005). It has two forms. *On average over calibrations*, at most
 a share a of new normal images has p <= a; a single calibration may be off by about sqrt(a (1 - a) / n). *With a
 confidence*, the guarantee holds for the calibration at hand with that probability (training-conditional, Vovk 2012),
-which takes a higher threshold.
+which requires a higher threshold.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ FINENESS = 1e-3
 
 
 def round_scores(scores: Floats) -> tuple[Floats, float]:
-    """Sort and round normal scores `(n,)`; also returns how far above one of them a new score still ties with it.
+    """Sort and round normal scores `(n,)`. Also return the tie: how far a new score may exceed one of them and still
+    tie.
 
     Scores of identical images may differ by numerical noise between batches and machines; half of the tie allows for
-    that, the other half for the rounding here. Without it, chance would decide whether an image ranks above its own
-    copies among the normal ones.
+    that, the other half for the rounding here. Without it, noise would decide whether an image ranks above its own
+    copies among the normal images.
     """
     low, high = np.quantile(scores, [0.25, 0.75])
     spread = high - low or np.ptp(scores) or FINENESS * np.abs(scores).max() or 1.0

@@ -19,7 +19,7 @@ LARGEST = sys.float_info.max
 
 
 class CalibrationError(ValueError):
-    """The pipeline has no calibration, or none for the requested score."""
+    """The pipeline is not calibrated for the requested score."""
 
 
 def read_numbers(axes: int, found: Any) -> Floats:
@@ -58,9 +58,9 @@ class Distance(Part):
     def _shapes_fit(self) -> Distance:
         size = len(self.mean)
         if self.whitener.shape != (size, size):
-            raise FieldError("whitener", f"should be {size} x {size}, as mean is {size}")
+            raise FieldError("whitener", f"should be {size} x {size}, because mean has {size} numbers")
         if self.points.shape[1] != size:
-            raise FieldError("points", f"should have {size} columns, as mean has numbers")
+            raise FieldError("points", f"should have {size} columns, because mean has {size} numbers")
         return self
 
     def of(self, rows: Floats) -> Floats:
@@ -83,7 +83,9 @@ class Distance(Part):
         white = (rows - mean) @ whitener.T
         points = white[:neighbours] if neighbours else np.zeros((1, len(mean)))
         usual = max(np.quantile(to_nearest(white[neighbours:], points), USUAL), 1e-9)
-        return cls(mean=rounded(mean), whitener=rounded(whitener / usual), points=rounded(points / usual))
+        return cls(
+            mean=round_digits(mean), whitener=round_digits(whitener / usual), points=round_digits(points / usual)
+        )
 
 
 def to_nearest(rows: Floats, points: Floats) -> Floats:
@@ -97,6 +99,6 @@ def to_nearest(rows: Floats, points: Floats) -> Floats:
     return np.concatenate(found)
 
 
-def rounded(values: Floats) -> Floats:
+def round_digits(values: Floats) -> Floats:
     """Round to six digits, which keeps the file small and makes it round-trip exactly."""
     return np.array([float(f"{value:.6g}") for value in values.ravel().tolist()]).reshape(values.shape)

@@ -48,9 +48,9 @@ def anomaly_map(
 ) -> Tensor:
     """Return the bits of each pixel, `(B, H, W)`: the bits of a token are spread evenly over its patch, plus the bits
     of the pixel given the tokens if the tokenizer has a likelihood. They sum to the bits of the image. Raises
-    `ValueError` for tokens without a place in the image: scales, and those of `titok`."""
+    `ValueError` for tokens without a position in the image: those of scales and of `titok`."""
     batch = pipeline.to_images(images)
-    rows, columns = (side.to(pipeline.device) for side in patches(pipeline.tokenizer))
+    rows, columns = (side.to(pipeline.device) for side in find_patches(pipeline.tokenizer))
     maps = []
     for _, part, given in pipeline.batches(batch, labels, batch_size):
         tokens = pipeline.encode_batch(part)
@@ -62,10 +62,10 @@ def anomaly_map(
     return torch.cat(maps)
 
 
-def patches(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+def find_patches(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     """Return the weights that spread a token's bits over the rows `(H, N)` and columns `(W, N)` of the image, each
-    summing to one per token. The pixels of a token are those it needs to count as known in `known_tokens`. Raises
-    `ValueError` unless tokens are `placed`."""
+    summing to one per token. The pixels of a token are those that `known_tokens` requires for it. Raises `ValueError`
+    unless tokens are `placed`."""
     _, height, width = tokenizer.image_shape
     along_rows = ~torch.eye(height, dtype=torch.bool)[:, :, None].expand(-1, -1, width)
     along_columns = ~torch.eye(width, dtype=torch.bool)[:, None, :].expand(-1, height, -1)
@@ -83,11 +83,11 @@ def heal(
     draws: int = 8,
     seed: int = 0,
 ) -> Healed:
-    """Resample the tokens that are more surprising than this `quantile` of normal tokens at their position.
+    """Resample the tokens that are more surprising than a `quantile` of normal tokens at their position.
 
     The likeliest of `draws` restorations is decoded to `images`. `difference` is the mean of |x - decoded| over all
     restorations, weighted by likelihood, minus the tokenizer's mean error on normal images. An any-order prior
-    conditions on all tokens that stay, any other prior on those that precede in its order. Image k uses the seeds
+    conditions on all other tokens, and any other prior on those that come earlier in its order. Image k uses the seeds
     (seed + k) * draws to (seed + k) * draws + draws - 1. Raises `CalibrationError` without a calibration, and
     `ValueError` for a quantile that is not calibrated.
 

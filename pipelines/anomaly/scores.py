@@ -1,10 +1,10 @@
 """Anomaly scores from a pipeline's density.
 
 A high likelihood alone does not make an image normal: simpler images of another kind are often likelier (Nalisnick et
-al. 2019). The default score therefore combines two tests. How far are the prior's features of the image from those of
-normal images (nearest neighbours, Sun et al. 2022)? This separates kinds of objects. Are several statistics of the
-image jointly outside their normal range (DoSE, Morningstar et al. 2021)? This finds images without any such object.
-Larger scores, and smaller p-values, are always more anomalous.
+al. 2019). The default score therefore combines two tests. The distance of the prior's features from those of normal
+images (nearest neighbours, Sun et al. 2022) separates kinds of objects. Whether several statistics of the image are
+jointly outside their normal range (DoSE, Morningstar et al. 2021) detects images without any such object. Larger scores
+and smaller p-values are always more anomalous.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FITTED = ("joint", "neighbours", "typicality")
 """The methods that need a calibration."""
 TOGETHER = {"token_bits": 1.0, "pixel_bits": 1.0, "error": 2 / 255}
 """The statistics that `joint` combines, and the offset added before the logarithm: one bit or one grey level, because
-values may be 0 and smaller differences mean nothing. Background bits are left out, so that adding a background prior
+values may be 0 and smaller differences are meaningless. Background bits are left out, so that adding a background prior
 does not change the score."""
 
 
@@ -75,9 +75,8 @@ def warn_if_calibrated(calibration: Calibration, batch: Tensor) -> None:
     """Warn if some of the images `(B, C, H, W)` were used for the calibration."""
     if known := int(calibration.includes(convert_images(batch, "np")).sum()):
         warnings.warn(
-            f"{known} of {len(batch)} images were used to calibrate the pipeline: they look more normal than "
-            "new images, "
-            "and their p-values are not valid",
+            f"{known} of {len(batch)} images were used to calibrate the pipeline: they look more normal than new "
+            "images, and their p-values are not valid",
             stacklevel=find_user_stacklevel(),
         )
 
@@ -86,20 +85,20 @@ def score_of(method: str, found: dict[str, Tensor], calibration: Calibration | N
     """Compute `anomaly_score` from `statistics`."""
     if method not in METHODS:
         raise ValueError(f"method: unknown score {method!r}; choose one of {', '.join(METHODS)}")
-    if method not in possible(found):
+    if method not in list_methods(found):
         raise CalibrationError(f"method: {method} needs {NEEDS[method]}")
     if method not in FITTED:
         return plain_score(method, found)
-    return fitted_score(method, found, checked(calibration, method, labelled).fitted)
+    return fitted_score(method, found, require_scores(calibration, method, labelled).fitted)
 
 
 def p_value_of(method: str, scores: Tensor, calibration: Calibration | None, *, labelled: bool) -> Tensor:
     """Return conformal p-values of scores; ties count as normal. Raises `CalibrationError`."""
-    normal = checked(calibration, method, labelled).scores[method]
+    normal = require_scores(calibration, method, labelled).scores[method]
     return torch.from_numpy(p_values_of(scores.numpy(), normal.values, normal.tie))
 
 
-def possible(found: dict[str, Tensor]) -> list[str]:
+def list_methods(found: dict[str, Tensor]) -> list[str]:
     """Return the methods that these statistics allow."""
     there = {"neighbours": "features", "ratio": "background_bits"}
     return [method for method in METHODS if there.get(method, "token_bits") in found]
@@ -134,7 +133,7 @@ def log_statistics(found: dict[str, Tensor]) -> Floats:
     return np.stack([np.log(found[name].numpy() + add) for name, add in TOGETHER.items() if name in found], axis=1)
 
 
-def checked(calibration: Calibration | None, method: str, labelled: bool) -> Calibration:
+def require_scores(calibration: Calibration | None, method: str, labelled: bool) -> Calibration:
     """Return the calibration if it covers this method and these labels, else raise `CalibrationError`."""
     calibration = require_calibration(calibration)
     if method not in calibration.scores:

@@ -33,7 +33,7 @@ def separation(scores: Floats, anomalous: NDArray[np.bool_]) -> dict[str, Any]:
 def auroc_interval(auroc: float, normal: int, anomalous: int) -> tuple[float, float]:
     """Compute a 95 % interval by Newcombe's method 5 (2006): all true values t for which `auroc` lies within 1.96
     standard errors *at t*, by Hanley and McNeil (1982) with both counts replaced by their mean. Like Wilson's interval,
-    it stays in [0, 1] and has a width at 0 and 1."""
+    it stays in [0, 1] and has a positive width at 0 and 1."""
     half = (normal + anomalous) / 2 - 1
     t = np.union1d(np.linspace(0, 1, 100_001), auroc)
     variance = t * (1 - t) * (1 + half * ((1 - t) / (2 - t) + t / (1 + t))) / (normal * anomalous)

@@ -15,21 +15,20 @@ from ..image_pipeline import ImagePipeline
 from ..options import Sampling
 
 UNCONDITIONAL = -1
-"""Stands for "no class" among class ids."""
+"""The class id that means "no class"."""
 MAX_SEED = 2**32 - 1
 
 
-def own_settings(pipeline: ImagePipeline) -> dict[str, float]:
-    """Return the pipeline's sampling settings that have a slider, with the slider values; guidance only with
-    classes."""
+def get_slider_values(pipeline: ImagePipeline) -> dict[str, float]:
+    """Return the slider value of each sampling setting of the pipeline; guidance only if there are classes."""
     off = {"top_k": pipeline.prior.grid.vocab_size, "top_p": 1.0, "steps": 0}
     names = ["temperature", "top_k", "top_p", *["guidance_scale"] * bool(pipeline.prior.num_classes), "steps"]
     own = vars(pipeline.sampler)
     return {name: off[name] if own[name] is None else own[name] for name in names if name in own}
 
 
-def settings_widgets(pipeline: ImagePipeline) -> list[gr.Slider]:
-    """Make a slider for each of these settings, in a closed accordion."""
+def make_sliders(pipeline: ImagePipeline) -> list[gr.Slider]:
+    """Make a slider for each of `get_slider_values`, in a closed accordion."""
     ranges = {
         "temperature": (0, 2, 0.05),
         "top_k": (1, pipeline.prior.grid.vocab_size, 1),
@@ -39,7 +38,7 @@ def settings_widgets(pipeline: ImagePipeline) -> list[gr.Slider]:
     }
     sliders = []
     with gr.Accordion("Settings", open=False):
-        for name, value in own_settings(pipeline).items():
+        for name, value in get_slider_values(pipeline).items():
             low, high, step = ranges[name]
             about = "number of passes; 0: one per token" if name == "steps" else Sampling.model_fields[name].description
             title = name.replace("_", " ").capitalize()
@@ -56,11 +55,11 @@ def sampling_arguments(
     seed = seed or 0
     if not 0 <= seed <= MAX_SEED or seed != int(seed):
         raise ValueError(f"seed: expected a whole number from 0 to {MAX_SEED} (got {seed:g})")
-    own = own_settings(pipeline)
+    own = get_slider_values(pipeline)
     chosen: dict[str, Any] = {name: value for name, value in zip(own, values, strict=True) if value != own[name]}
     for name in {"top_k", "steps"} & set(chosen):
         chosen[name] = int(chosen[name]) or None
-    return {"seed": int(seed), "labels": labels_for(pipeline, classes, count), **chosen}
+    return {"seed": int(seed), "labels": cycle_labels(pipeline, classes, count), **chosen}
 
 
 def format_arguments(arguments: Mapping[str, Any]) -> str:
@@ -74,19 +73,19 @@ def format_arguments(arguments: Mapping[str, Any]) -> str:
     return text
 
 
-def classes_widget(pipeline: ImagePipeline, several: bool) -> gr.Dropdown | gr.State:
-    """Make a choice of one or several classes; an empty state for an unconditional prior."""
+def make_class_menu(pipeline: ImagePipeline, several: bool) -> gr.Dropdown | gr.State:
+    """Make a menu of classes, or an empty state for an unconditional prior. several: allow several classes."""
     if not pipeline.prior.num_classes:
         return gr.State(None)
     names = pipeline.labels or map(str, range(pipeline.prior.num_classes))
     choices: Any = [*((name, number) for number, name in enumerate(names)), ("(no class)", UNCONDITIONAL)]
     if several:
-        about = "images cycle through these classes; empty: through all classes"
+        about = "images cycle through these classes, or through all classes if empty"
         return gr.Dropdown(choices, value=[], multiselect=True, label="Classes", info=about)
     return gr.Dropdown(choices, value=UNCONDITIONAL, label="Class", info="the class to assume")
 
 
-def labels_for(pipeline: ImagePipeline, chosen: Any, count: int) -> list[int | str | None] | None:
+def cycle_labels(pipeline: ImagePipeline, chosen: Any, count: int) -> list[int | str | None] | None:
     """Return classes for `count` images, by name if they have names, cycling through those chosen or all."""
     total = pipeline.prior.num_classes
     if not total:
@@ -97,8 +96,8 @@ def labels_for(pipeline: ImagePipeline, chosen: Any, count: int) -> list[int | s
     return None if all(label is None for label in labels) else labels
 
 
-def order_widget(prior: Prior) -> gr.Dropdown | gr.State:
-    """Make a choice of orders if the prior supports any order; other orders can be typed."""
+def make_order_menu(prior: Prior) -> gr.Dropdown | gr.State:
+    """Make a menu of orders if the prior supports any order. Other orders can be typed."""
     if not prior.any_order:
         return gr.State("")
     names, about = ["raster", *CURVES, "random:0", "halton", "spread"], "order in which tokens are generated"
@@ -110,7 +109,7 @@ def order_widget(prior: Prior) -> gr.Dropdown | gr.State:
     return gr.Dropdown(choices, value="", label="Order", info=about, allow_custom_value=True)
 
 
-def seed_widget() -> gr.Number:
+def make_seed_field() -> gr.Number:
     """Make a seed field, with a button for a random seed."""
     seed = gr.Number(0, label="Seed", info="the same seed gives the same images; image k uses seed + k")
     random = gr.Button("Random seed", size="sm")

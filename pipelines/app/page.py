@@ -21,14 +21,14 @@ def build_page(served: Served, queue: int = 8) -> gr.Blocks:
     with gr.Blocks(
         title=f"Smalti: {title}", analytics_enabled=False, delete_cache=(KEEP_SECONDS // 10, KEEP_SECONDS)
     ) as page:
-        gr.Markdown(f"## {title}\n{about(served.pipeline)}")
+        gr.Markdown(f"## {title}\n{describe_pipeline(served.pipeline)}")
         with gr.Tab("Sample"):
             samples = sample.build(served, page)
         with gr.Tab("Complete"):
             if tokenizer.placed and not tokenizer.grid.scales:
                 complete.build(served, samples)
             else:
-                gr.Markdown("This pipeline cannot complete images, because its tokens have no place in the image.")
+                gr.Markdown("This pipeline cannot complete images, because its tokens have no position in the image.")
         with gr.Tab("Compare"):
             compare.build(served, samples)
         with gr.Tab("Anomaly"):
@@ -42,7 +42,7 @@ def build_page(served: Served, queue: int = 8) -> gr.Blocks:
     return page.queue(max_size=queue, api_open=False, default_concurrency_limit=1)
 
 
-def about(pipeline: ImagePipeline) -> str:
+def describe_pipeline(pipeline: ImagePipeline) -> str:
     """Describe a pipeline in two sentences."""
     channels, height, width = pipeline.tokenizer.image_shape
     grid, classes = pipeline.prior.grid, pipeline.prior.num_classes
@@ -50,20 +50,19 @@ def about(pipeline: ImagePipeline) -> str:
     return (
         f"This pipeline generates {kind} images of {width} × {height} "
         f"pixels{f' in {classes} classes' * bool(classes)}. "
-        f"Its tokenizer ({pipeline.tokenizer.name}) turns an image into {' × '.join(map(str, grid.shape))} "
-        "tokens from a "
-        f"vocabulary of {grid.vocab_size:,}; its prior ({pipeline.prior.name}) generates the tokens."
+        f"Its tokenizer ({pipeline.tokenizer.name}) turns an image into {' × '.join(map(str, grid.shape))} tokens of "
+        f"a vocabulary of {grid.vocab_size:,}; its prior ({pipeline.prior.name}) generates the tokens."
     )
 
 
-def css(served: Served) -> str:
-    """Return the style sheet: pixels scaled by whole numbers, captions below pictures."""
+def make_css(served: Served) -> str:
+    """Return the style sheet, which scales pictures by whole numbers and puts captions below them."""
     width = served.shape[-1]
     sides = [f".smalti-{side} {{ --side: {width * zoom(width, side)}px; }}" for side in SIDES]
     return "\n".join([*sides, Path(__file__).with_name("page.css").read_text(encoding="utf-8")])
 
 
-def theme() -> gr.themes.Base:
+def make_theme() -> gr.themes.Base:
     """Return a plain theme with system fonts, so that no font is downloaded."""
     mono = ("ui-monospace", "monospace")
     plain = gr.themes.Default(primary_hue="teal", font=("system-ui", "sans-serif"), font_mono=mono)

@@ -10,11 +10,11 @@ import gradio as gr
 from .served import Picked, Served
 
 SIDES = {"tiny": 56, "small": 112, "medium": 168, "large": 224, "canvas": 336}
-"""Width of a picture in screen pixels, to be rounded to a whole multiple of its own width."""
+"""Width of a picture in screen pixels, before rounding to a whole multiple of its own width."""
 
 
 class Samples(NamedTuple):
-    """The pictures of the first tab, and the index of the selected one."""
+    """The pictures of the first tab, and the index of the selected picture."""
 
     gallery: gr.Gallery
     selected: gr.State
@@ -25,7 +25,7 @@ def zoom(width: int, side: str) -> int:
     return max(1, round(SIDES[side] / width))
 
 
-def pictures(name: str, side: str = "small") -> gr.Gallery:
+def make_gallery(name: str, side: str = "small") -> gr.Gallery:
     """Make a gallery of pictures with captions."""
     return gr.Gallery(
         elem_id=name,
@@ -39,7 +39,7 @@ def pictures(name: str, side: str = "small") -> gr.Gallery:
     )
 
 
-def picker(served: Served, name: str, label: str, height: int = 140) -> gr.Gallery:
+def make_picker(served: Served, name: str, label: str, height: int = 140) -> gr.Gallery:
     """Make a field for uploading images. Unlike `gr.Image`, it leaves decoding to us."""
     return gr.Gallery(
         elem_id=name,
@@ -56,26 +56,26 @@ def picker(served: Served, name: str, label: str, height: int = 140) -> gr.Galle
     )
 
 
-def image_picker(served: Served, name: str, samples: Samples) -> tuple[gr.Gallery, list[Any]]:
-    """Make a field for one image with a button that uses the selected sample; also returns the two events that fill
-    it."""
-    picked = picker(served, name, "Image")
+def make_image_picker(served: Served, name: str, samples: Samples) -> tuple[gr.Gallery, list[Any]]:
+    """Make a field for one image and a button that fills it with the selected sample; also return the two events that
+    fill it."""
+    picked = make_picker(served, name, "Image")
     use = gr.Button("Use the selected sample", size="sm")
-    upload = picked.upload(last_picked, picked, picked, queue=False)
-    return picked, [upload, use.click(selected_sample, [*samples], picked, queue=False)]
+    upload = picked.upload(pick_last, picked, picked, queue=False)
+    return picked, [upload, use.click(pick_sample, [*samples], picked, queue=False)]
 
 
-def last_picked(picked: Picked) -> Picked:
+def pick_last(picked: Picked) -> Picked:
     """Return the image that was uploaded last."""
     return (picked or [])[-1:]
 
 
-def selected_sample(samples: Picked, selected: int) -> Picked:
+def pick_sample(samples: Picked, selected: int) -> Picked:
     """Return the selected sample, if any."""
     return (samples or [])[selected:][:1]
 
 
-def run_buttons(title: str) -> tuple[gr.Button, gr.Button]:
+def make_run_buttons(title: str) -> tuple[gr.Button, gr.Button]:
     """Make a start button and a stop button."""
     with gr.Row():
         return gr.Button(title, variant="primary", min_width=120), gr.Button("Stop", min_width=80)
@@ -102,7 +102,7 @@ def on_click(
         stop.click(served.stop, None, None, queue=False)
 
 
-def code_widget(served: Served) -> gr.Code:
+def make_code_field(served: Served) -> gr.Code:
     """Make a field for the equivalent Python code."""
     title = "The same in Python"
     return gr.Code(

@@ -22,7 +22,7 @@ from ..image_pipeline import ImagePipeline
 from ..images.dataset import ImageDataset
 from ..images.decoding import WEB_FORMATS, open_image, try_decode
 
-REPORT_SECONDS = 0.4  # between progress reports, because each makes the browser update the page
+REPORT_SECONDS = 0.4  # minimum time between progress reports, because each one updates the page
 BROKEN = "Something went wrong on the server; see its log."
 Picked = Sequence[tuple[str, str | None]] | None
 """The value of a gallery: file and caption of each image."""

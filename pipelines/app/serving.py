@@ -32,7 +32,7 @@ def serve(served: Served, host: str, port: int, queue: int) -> None:
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    from .page import build_page, css, theme
+    from .page import build_page, make_css, make_theme
 
     page = build_page(served, queue)
     try:
@@ -41,8 +41,8 @@ def serve(served: Served, host: str, port: int, queue: int) -> None:
             server_port=port,
             max_file_size=int(served.max_upload_mb * MEGABYTE),
             app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts(host))]},
-            theme=theme(),
-            css=css(served),
+            theme=make_theme(),
+            css=make_css(served),
             footer_links=[],
             prevent_thread_lock=True,
             quiet=True,

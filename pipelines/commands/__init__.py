@@ -1,1 +1,1 @@
-"""The verbs beside the five steps, one file each: `smalti VERB`."""
+"""The verbs other than the five steps, one file each: `smalti VERB`."""

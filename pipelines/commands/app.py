@@ -1,6 +1,6 @@
-"""Serve a pipeline as a web page: sample, complete, compare, search, compress; or write a Hub Space that does.
+"""Serve a pipeline as a web page (sample, complete, compare, search, compress), or write a Hub Space for it.
 
-The server listens on this machine only, unless `host` is set. With `space`, nothing is served.
+The server accepts connections from this machine only, unless `host` is set. With `space`, no server is started.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class AppConfig(UsesImages):
-    """What to serve, where, and the limits for visitors."""
+    """What to serve, at which address, and the limits for visitors."""
 
     examples = (
         "pipeline=digits",
@@ -33,13 +33,13 @@ class AppConfig(UsesImages):
     )
     often = "pipeline host port max_images max_upload_mb queue search space device"
 
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 lets other machines in")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 accepts connections from other machines")
     port: int = Field(7860, ge=1, le=65535, description="port to listen on")
     max_images: int = Field(64, ge=1, le=4096, description="maximum number of images per request")
     max_upload_mb: float = Field(8, gt=0, le=1024, description="maximum size of an uploaded file, in megabytes")
     queue: int = Field(8, ge=1, le=1000, description="maximum number of waiting requests")
     search: bool | None = Field(
-        None, description="add a tab that finds the nearest training images; default: if they are on this machine"
+        None, description="add a tab that finds the nearest training images; default: only if they are on this machine"
     )
     num_index: int | None = Field(
         10_000, ge=1, description="number of training images to search, drawn with seed 0; null: all"
@@ -61,7 +61,7 @@ def run(config: AppConfig) -> None:
 
     pipeline = config.load_pipeline()
     served = Served(pipeline, config.pipeline, config.max_images, config.max_upload_mb)
-    served.train, served.num_index = searchable(config, pipeline), config.num_index
+    served.train, served.num_index = load_searchable_images(config, pipeline), config.num_index
     serve(served, config.host, config.port, config.queue)
 
 
@@ -77,8 +77,8 @@ def make_space(config: AppConfig, out: Path) -> None:
     print(f"{out}: try it with `python {out}/app.py`, upload it with `hf upload owner/name {out} --repo-type space`")
 
 
-def searchable(config: AppConfig, pipeline: ImagePipeline) -> ImageDataset | None:
-    """Load the training images if they are requested or are on this machine."""
+def load_searchable_images(config: AppConfig, pipeline: ImagePipeline) -> ImageDataset | None:
+    """Load the training images if `search` requests them, or by default if they are on this machine."""
     here = config.data.source == "digits" or config.data.path is not None
     if config.search is False or not (config.search or here):
         return None

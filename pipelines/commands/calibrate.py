@@ -24,7 +24,7 @@ from ..saving import INDEX, PIPELINE, save_again
 
 
 class CalibrateConfig(UsesImages):
-    """The normal images, and the rate of false alarms."""
+    """Which normal images, and the rate of false alarms."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline",)
 
@@ -48,11 +48,12 @@ class CalibrateConfig(UsesImages):
         None,
         gt=0,
         lt=1,
-        description="probability, over calibrations, that at most this share is flagged; 0.9 or 0.95 need "
-        "more images and "
-        "raise the thresholds",
+        description="probability, over calibrations, that the flagged share is at most `false_alarms`; 0.9 or 0.95 "
+        "need more images and raise the thresholds",
     )
-    seed: int = Field(0, ge=0, description="seed that splits the images into a half for fitting and a half for scoring")
+    seed: int = Field(
+        0, ge=0, description="seed of the split of the images into a half for fitting and a half for scoring"
+    )
 
 
 def run(config: CalibrateConfig) -> Calibration:
@@ -84,12 +85,12 @@ def run(config: CalibrateConfig) -> Calibration:
             seed=config.seed,
         )
         save_again(pipeline, folder)
-    print(report(calibration))
+    print(format_report(calibration))
     print(f"\n{config.pipeline}: calibrated with {len(chosen):,} of {len(images):,} images of {config.data.source}")
     return calibration
 
 
-def report(calibration: Calibration) -> str:
+def format_report(calibration: Calibration) -> str:
     """Format the median and threshold of each method, the guarantee, and the methods left out."""
     rows = [("score", "median", "threshold", "")]
     for method, normal in calibration.scores.items():

@@ -1,4 +1,4 @@
-"""Mask part of some images and let a pipeline fill it in; compare the completions with the originals."""
+"""Mask part of some images, let a pipeline fill it in, and compare the completions with the originals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prior import Prior
 
-from ..completion import ConditionError, complete, conditional_log_prob, make_mask, sees_all_known, white_in
+from ..completion import ConditionError, complete, conditional_log_prob, find_white, make_mask, sees_all_known
 from ..config import OutputConfig, UserError, run_command
 from ..config.table import table
 from ..files import Output, lock_output
@@ -20,10 +20,10 @@ from ..image_pipeline import ImagePipeline
 from ..images import to_float
 from ..images.decoding import open_image
 from ..images.pictures import SUFFIXES, grid_picture, write_picture
-from ..options import Named, Sampling, UsesImages, choose_images, split_named
+from ..options import Named, Sampling, UsesImages, choose_images, split_named_images
 from ..provenance import defaults
 
-TINTS = ((0.15, 0.35, 0.65), (-0.2, 0.0, 0.35))  # of the hatching, RGB in [-1, 1]; not found in grey images
+TINTS = ((0.15, 0.35, 0.65), (-0.2, 0.0, 0.35))  # of the hatching, RGB in [-1, 1]; absent from grey images
 
 
 class CompleteConfig(Sampling, UsesImages, OutputConfig):
@@ -37,11 +37,11 @@ class CompleteConfig(Sampling, UsesImages, OutputConfig):
 
     mask: str = Field(
         "bottom",
-        description="area to fill in: top, bottom, left, right, box (the middle), scatter:SHARE of the patches, or a "
-        "picture of the images' size that is white there",
+        description="area to fill in: top, bottom, left, right, box (the middle), scatter:SHARE (a random share of the "
+        "patches), or a picture of the images' size, white where to fill in",
     )
     images: Named = Field(
-        None, description="image files, folders of them, or indices of held-out images; default: held-out images"
+        None, description="image files, folders, or indices of held-out images; default: held-out images"
     )
     num_images: int = Field(
         8, ge=1, le=256, description="number of images from a folder or the held-out split, evenly spread"
@@ -52,12 +52,12 @@ class CompleteConfig(Sampling, UsesImages, OutputConfig):
     )
     seed: int = Field(0, ge=0, lt=1 << 63, description="draw d of image k uses seed + k * draws + d")
     out: str = Field("completions.png", description="the picture to write")
-    batch_size: int = Field(64, ge=1, description="completions at a time; the result does not depend on it")
+    batch_size: int = Field(64, ge=1, description="completions at a time; does not affect the result")
 
 
 def run(config: CompleteConfig) -> dict[str, float]:
     """Complete the images, write the sheet, and print and return the figures."""
-    files, _ = split_named(config.images)
+    files, _ = split_named_images(config.images)
     out = Output(
         config.out, [config.pipeline, config.mask, None if files else config.data.path, *files], config.overwrite
     )
@@ -90,28 +90,28 @@ def run(config: CompleteConfig) -> dict[str, float]:
         except ConditionError as error:
             refusal = str(error)
         with out.file() as path:
-            write_picture(sheet(truth, drawn, known), path)
-    print(report(config, pipeline, known, figures, refusal))
+            write_picture(draw_sheet(truth, drawn, known), path)
+    print(format_report(config, pipeline, known, figures, refusal))
     return figures
 
 
 def read_mask(name: str, pipeline: ImagePipeline) -> Tensor:
-    """Read a mask by name or from a file; returns the known pixels, bool `(H, W)`. Raises `UserError`."""
+    """Make or read a mask, and return the known pixels, bool `(H, W)`. Raises `UserError`."""
     shape, path = pipeline.tokenizer.image_shape, Path(name)
     try:
         if path.suffix.lower() not in SUFFIXES:
             return make_mask(name, shape, pipeline.prior.grid.shape)
-        hidden = white_in(open_image(path), None, shape[1:])
+        hidden = find_white(open_image(path), None, shape[1:])
     except Exception as error:  # damaged files make Pillow raise almost anything
         raise UserError(f"mask: {name}: {getattr(error, 'strerror', None) or error}") from error
     if not bool(hidden.any()):
-        raise UserError(f"mask: {name} is empty; make it white where images are to be filled in")
+        raise UserError(f"mask: {name} is empty; paint the area to fill in white")
     return ~hidden
 
 
 def pixel_errors(pipeline: ImagePipeline, truth: Tensor, drawn: Tensor, known: Tensor) -> dict[str, float]:
-    """Mean absolute error of the hidden pixels against `truth` `(B, C, H, W)`, on a scale of 255: over all completions
-    `drawn` `(B, draws, C, H, W)`, over the best one per image, and of the tokenizer's reconstruction."""
+    """Return the mean absolute error of the hidden pixels against `truth` `(B, C, H, W)`, on a scale of 255: of all
+    completions `drawn` `(B, draws, C, H, W)`, of the best completion per image, and of the reconstructions."""
     decoded = pipeline.reconstruct(truth, output_type="pt").cpu()
 
     def error(images: Tensor) -> Tensor:
@@ -125,8 +125,8 @@ def pixel_errors(pipeline: ImagePipeline, truth: Tensor, drawn: Tensor, known: T
     }
 
 
-def sheet(truth: Tensor, drawn: Tensor, known: Tensor) -> np.ndarray:
-    """Draw a row per image: the original, the masked image (hatched), the completions. Returns uint8 `(H, W, 3)`."""
+def draw_sheet(truth: Tensor, drawn: Tensor, known: Tensor) -> np.ndarray:
+    """Draw a row per image: the original, the masked image (hatched), the completions. Return uint8 `(H, W, 3)`."""
     count, draws, _, height, width = drawn.shape
     stripes = (torch.arange(height)[:, None] + torch.arange(width)) // max(2, width // 14) % 2
     hatching = torch.tensor(TINTS)[stripes].movedim(-1, 0)
@@ -135,7 +135,7 @@ def sheet(truth: Tensor, drawn: Tensor, known: Tensor) -> np.ndarray:
     return grid_picture(rows.reshape(count * (draws + 2), 3, height, width), draws + 2)
 
 
-def report(
+def format_report(
     config: CompleteConfig, pipeline: ImagePipeline, known: Tensor, figures: dict[str, float], refusal: str
 ) -> str:
     """Format the figures and what the completions were conditioned on. refusal: why log p is not available."""
@@ -158,7 +158,7 @@ def report(
 
 
 def describe_context(prior: Prior, keep: Tensor) -> str:
-    """Say which of the known tokens, bool `keep` `(1, N)`, a hidden token is conditioned on."""
+    """Describe which known tokens, bool `keep` `(1, N)`, a hidden token is conditioned on."""
     if not bool(keep.any()):
         return "nothing: no patch is completely known"
     if not bool(sees_all_known(prior, keep).all()):

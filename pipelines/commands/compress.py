@@ -1,4 +1,4 @@
-"""Compress a folder of images into one small file: their tokens, or with lossless=true every pixel.
+"""Compress a folder of images into one small file of tokens, or with lossless=true of every pixel.
 
 The file decodes to the same tokens on any machine; with lossless=true to the same pixels, otherwise to pixels that may
 differ by one grey level.
@@ -48,7 +48,7 @@ def run(config: CompressConfig) -> Path:
     """Compress the images and return the file."""
     root = Path(config.images)
     paths = find_image_files([config.images])
-    names = [restored(path.relative_to(root if root.is_dir() else root.parent)) for path in paths]
+    names = [name_restored(path.relative_to(root if root.is_dir() else root.parent)) for path in paths]
     out = Output(config.out, [config.pipeline, root], config.overwrite)
     out.check_file()
     pipeline = config.load_pipeline()
@@ -76,14 +76,15 @@ def run(config: CompressConfig) -> Path:
     return out.path
 
 
-def restored(path: Path) -> str:
-    """Return the name of the PNG file that will hold the decompressed image."""
+def name_restored(path: Path) -> str:
+    """Return the name of the PNG file for the decompressed image."""
     name = path.as_posix()
     return name if path.suffix.lower() == ".png" else f"{name}.png"
 
 
 def read_image(path: Path, shape: tuple[int, int, int], config: CompressConfig) -> Tensor:
-    """Read an image, float `(C, H, W)`. Raises `UserError` for another size, unless it may be resized, or mode."""
+    """Read an image, float `(C, H, W)`. Raises `UserError` for an unsupported mode, or for another size without
+    `resize`."""
     if config.resize:
         return to_float(read_images([path], shape)[0])
     try:

@@ -1,7 +1,7 @@
 """Decompress a file written by `smalti compress` into a folder of images.
 
-The tokens are exactly those that were compressed, or there is an error. So are the pixels of a lossless file. Otherwise
-the tokens are decoded here, and a pixel may differ by one grey level from another machine.
+The tokens, and the pixels of a lossless file, are exactly those that were compressed; otherwise the command fails.
+Pixels of other files are decoded from the tokens and may differ by one grey level between machines.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class DecompressConfig(UsesPipeline):
     stream: str = Field(description="file that `smalti compress` wrote with the same pipeline")
     out: str = Field("decompressed", description="new or empty folder for the PNG files; on errors nothing is written")
     batch_size: int | None = Field(
-        None, ge=1, description="images decoded at a time; default: a whole chunk. The tokens do not depend on it"
+        None, ge=1, description="images decoded at a time; does not affect the tokens; default: a whole chunk"
     )
 
 
@@ -55,7 +55,7 @@ def run(config: DecompressConfig) -> Path:
 
 
 def write_folder(pipeline: ImagePipeline, data: bytes, folder: Path, batch_size: int | None) -> int:
-    """Write the images of a stream as PNG files, by their names or numbered; returns their number."""
+    """Write the images of a stream as PNG files, named as stored or numbered; return the number of images."""
     header, parts = read_images(pipeline, data, batch_size=batch_size)
     names = iter(header.names or map("{:08d}.png".format, range(header.images)))
     for images in parts:

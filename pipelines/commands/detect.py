@@ -1,4 +1,4 @@
-"""Find anomalous images with a calibrated pipeline: a table of scores, and a sheet that shows where."""
+"""Find anomalous images with a calibrated pipeline; write their scores and a picture of the anomalous regions."""
 
 from __future__ import annotations
 
@@ -46,14 +46,12 @@ class DetectConfig(OutputConfig, UsesImages):
     )
     normal_labels: list[int | str] | None = Field(
         None,
-        description="the normal classes; in `images`, classes are the names of the folders. The report then "
-        "says how well "
-        "the other classes are detected",
+        description="the normal classes (for `images`: names of folders); the report then measures how well images of "
+        "other classes are detected",
     )
     method: Literal["joint", "neighbours", "nll", "typicality", "ratio", "reconstruction"] = Field(
         "joint",
-        description="the score; `smalti calibrate` explains each of them. nll: bits of the tokens, plus bits of the "
-        "pixels given the tokens if the tokenizer has a likelihood of pixels",
+        description="anomaly score; `smalti calibrate` explains each method",
     )
     fdr: float | None = Field(
         None,
@@ -63,7 +61,9 @@ class DetectConfig(OutputConfig, UsesImages):
         "(Benjamini and Hochberg); null: flag scores above the calibrated threshold",
     )
     out: str = Field("anomalies", description="folder for scores.csv, sheet.png and, with normal_labels, figures.json")
-    num_shown: int = Field(8, ge=1, le=64, description="how many of the most and of the least anomalous images to show")
+    num_shown: int = Field(
+        8, ge=1, le=64, description="number of most anomalous images to show, and of least anomalous images"
+    )
     seed: int = Field(0, ge=0, lt=1 << 63, description="seed of the healed images")
 
     @property
@@ -73,7 +73,7 @@ class DetectConfig(OutputConfig, UsesImages):
 
 
 class Found(NamedTuple):
-    """Images to score: names, pixels uint8 `(n, C, H, W)`, class names or None, and what they are."""
+    """Images to score: names, pixels uint8 `(n, C, H, W)`, class names or None, and a description of their origin."""
 
     names: list[str]
     pixels: Tensor
@@ -82,7 +82,8 @@ class Found(NamedTuple):
 
 
 def run(config: DetectConfig) -> dict[str, Any]:
-    """Score the images, write and print the results; returns the figures, empty without `normal_labels`."""
+    """Score the images, write and print the results, and return the figures, which are empty without
+    `normal_labels`."""
     pipeline = config.load_pipeline()
     if (calibration := pipeline.calibration) is None:
         raise UserError(f"pipeline: not calibrated; run `smalti calibrate pipeline={config.pipeline}`")
@@ -90,7 +91,7 @@ def run(config: DetectConfig) -> dict[str, Any]:
     out.check_files(["scores.csv", "sheet.png", "figures.json"])
     with lock_output(config.out):
         names, pixels, classes, _ = skip_calibrated(find_images(config, pipeline), calibration)
-        anomalous = None if config.normal_labels is None else other_classes(classes, config.normal_labels)
+        anomalous = None if config.normal_labels is None else find_anomalous(classes, config.normal_labels)
         try:
             found = statistics(pipeline, pixels)
             scores = score_of(config.method, found, calibration, labelled=False)
@@ -105,10 +106,10 @@ def run(config: DetectConfig) -> dict[str, Any]:
         columns |= {name: values.numpy() for name, values in found.items() if values.ndim == 1}
         with out.files() as folder:
             write_table(folder / "scores.csv", columns)
-            write_picture(sheet(pipeline, pixels, scores, config.num_shown, config.seed), folder / "sheet.png")
+            write_picture(draw_sheet(pipeline, pixels, scores, config.num_shown, config.seed), folder / "sheet.png")
             if figures:
                 write_json(folder / "figures.json", figures)
-    print(report(config, calibration, flagged, anomalous, figures))
+    print(format_report(config, calibration, flagged, anomalous, figures))
     return figures
 
 
@@ -147,7 +148,7 @@ def skip_calibrated(found: Found, calibration: Calibration) -> Found:
     return Found([found.names[row] for row in new], found.pixels[new], classes, found.origin)
 
 
-def other_classes(classes: list[str] | None, normal: list[int | str]) -> NDArray[np.bool_]:
+def find_anomalous(classes: list[str] | None, normal: list[int | str]) -> NDArray[np.bool_]:
     """Return which images are not of a `normal` class, `(n,)`. Raises `UserError` for an unknown class, and if all
     images or no images are normal."""
     if classes is None:
@@ -166,7 +167,7 @@ def other_classes(classes: list[str] | None, normal: list[int | str]) -> NDArray
 
 
 def write_table(path: Path, columns: dict[str, Any]) -> None:
-    """Write a CSV row per image, omitting columns that are None. Bytes of a name that are not UTF-8 are escaped."""
+    """Write a CSV row per image, omitting columns that are None. Bytes of names that are not UTF-8 are escaped."""
     columns = {name: column for name, column in columns.items() if column is not None}
     with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
@@ -175,27 +176,27 @@ def write_table(path: Path, columns: dict[str, Any]) -> None:
             writer.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row])
 
 
-def sheet(pipeline: ImagePipeline, pixels: Tensor, scores: Tensor, count: int, seed: int) -> np.ndarray:
+def draw_sheet(pipeline: ImagePipeline, pixels: Tensor, scores: Tensor, count: int, seed: int) -> np.ndarray:
     """Draw a row for each of the `count` most and, below, least anomalous images: the image, its bits per pixel (if
-    tokens have a place in the image), the healed image, and the difference."""
+    tokens have positions), the healed image, and the difference."""
     ranked = torch.argsort(scores, descending=True)
     chosen = ranked if len(ranked) <= 2 * count else torch.cat([ranked[:count], ranked[-count:]])
     images = to_float(pixels[chosen])
     healed = heal(pipeline, images, seed=seed)
-    panels = [images, healed.images.cpu(), colored(healed.difference.cpu())]
+    panels = [images, healed.images.cpu(), apply_colormap(healed.difference.cpu())]
     if pipeline.tokenizer.placed:
         heat = anomaly_map(pipeline, images).cpu()
-        panels.insert(1, colored(heat / heat.amax().clamp(min=1e-6)))
+        panels.insert(1, apply_colormap(heat / heat.amax().clamp(min=1e-6)))
     columns = [panel.expand(-1, 3, -1, -1) for panel in panels]
     return grid_picture(torch.stack(columns, 1).flatten(0, 1), len(columns))
 
 
-def colored(values: Tensor) -> Tensor:
+def apply_colormap(values: Tensor) -> Tensor:
     """Map `(B, H, W)` in [0, 1] to colour images `(B, 3, H, W)`: black, red, yellow, white."""
     return torch.stack([(3 * values - channel).clamp(0, 1) for channel in range(3)], 1) * 2 - 1
 
 
-def report(
+def format_report(
     config: DetectConfig,
     calibration: Calibration,
     flagged: NDArray[np.bool_],
@@ -215,7 +216,7 @@ def report(
             ("AUPRC", f"{figures['auprc']:.4f} (by chance {figures['prevalence']:.4f})"),
             ("FPR95", f"{figures['fpr95']:.4f}"),
         ]
-    panels = "most, then least anomalous images; bits per pixel, if tokens have a place; healed; difference"
+    panels = "most, then least anomalous images; bits per pixel, if tokens have positions; healed; difference"
     rows += [(), ("scores", f"{config.out}/scores.csv"), ("sheet", f"{config.out}/sheet.png: {panels}")]
     return table(rows)
 

@@ -1,4 +1,4 @@
-"""Export a tokenizer to ONNX or torch.export files for other programs, and check them by running them."""
+"""Export a tokenizer to ONNX or torch.export files for other programs, and check their results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..exports import EXPORT, SUFFIXES, ExportError, Format, export_tokenizer
 from ..files import Output, lock_output
 from ..images import to_float
 from ..options import find_image_files, read_images
-from ..provenance import TokenizerFolder, read_with, tokenizer_folder
+from ..provenance import TokenizerFolder, find_protected_folder, tokenizer_folder
 
 MOST = 32  # images used for the check
 
@@ -35,13 +35,13 @@ class ExportConfig(Config):
     format: Format = Field(
         "onnx", description="onnx (requires the extra `export`) or torch, which `torch.export.load` reads"
     )
-    images: str | None = Field(None, description="image, or folder of images, to check with in addition to noise")
+    images: str | None = Field(None, description="image or folder of images for the check, in addition to noise")
 
 
 def run(config: ExportConfig) -> Path:
     """Write both files, run them, print the comparison, and return the folder. Raises `UserError`, and writes nothing,
-    for a tokenizer that cannot be exported or whose files give other results."""
-    out = Output(config.out, [read_with(config.tokenizer), *([config.images] if config.images else [])])
+    for a tokenizer that cannot be exported or whose files return other results."""
+    out = Output(config.out, [find_protected_folder(config.tokenizer), *([config.images] if config.images else [])])
     out.check_folder(EXPORT)
     files = find_image_files([config.images])[:MOST] if config.images else []
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer))
@@ -56,8 +56,8 @@ def run(config: ExportConfig) -> Path:
         same = f"all but {compared.close_calls} of {compared.tokens:,} tokens agree (rounding ties)"
     suffix = SUFFIXES[config.format]
     print(
-        f"{config.out}: encoder{suffix} and decoder{suffix}; on {compared.images} images {same}, pixels differ by at "
-        f"most {compared.pixel_difference:.1g} of 2"
+        f"{config.out}: encoder{suffix} and decoder{suffix}; on {compared.images} images {same}, and pixels differ by "
+        f"at most {compared.pixel_difference:.1g} of 2"
     )
     return Path(config.out)
 

@@ -1,7 +1,7 @@
 """Import a published tokenizer (diffusers, transformers, taming-transformers, LlamaGen, ...).
 
-Only safetensors files are read, and sizes are inferred from the shapes of the weights. What these do not determine
-(image size, groups of the group normalisation, whether codes are normalised) are keys of the verb.
+Only safetensors files are read, and sizes are inferred from the shapes of the weights. Keys of the verb set what the
+shapes do not determine: image size, groups of the group normalisation, and whether codes are normalised.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from ..provenance import save_tokenizer
 
 CODE = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".jit"}  # pickles and TorchScript
 DIFFUSERS_WEIGHTS, SETTINGS = "diffusion_pytorch_model.safetensors", "config.json"
-IMAGE_SIZE, GROUPS = 256, 32  # of published models that come without a configuration
-UNKNOWN_SOURCE = "(not known of imported weights: give data.source)"  # stands for the source of the training images
+IMAGE_SIZE, GROUPS = 256, 32  # for published models without a configuration
+UNKNOWN_SOURCE = "(unknown for imported weights: give data.source)"  # instead of the source of the training images
 
 
 class ImportConfig(Config):
-    """What to import, and what its weights do not determine."""
+    """What to import, and settings that its weights do not determine."""
 
     examples = ("source=vq_ds16_c2i.safetensors image_size=256 out=runs/llamagen_vq16",)
 
@@ -58,8 +58,8 @@ class ImportConfig(Config):
     )
     normalize: bool | None = Field(
         None,
-        description="l2-normalise vectors and codes before comparing them; default: true for LlamaGen, whose published "
-        "models do, false for others",
+        description="l2-normalise vectors and codes before comparing them; default: true for LlamaGen, as in its "
+        "published models, else false",
     )
     groups: int | None = Field(
         None,
@@ -85,7 +85,7 @@ def run(config: ImportConfig) -> Path:
     facts = {"layout": layout.title, "file": path.name, "sha256": digest}
     save_tokenizer(model, out, {"data": data, "imported": facts})
     assumed = config.image_size is None and "image_size" not in beside
-    print(summary(model, f"{path}: {layout.title}", assumed, config.out, unused))
+    print(format_summary(model, f"{path}: {layout.title}", assumed, config.out, unused))
     return out
 
 
@@ -96,7 +96,7 @@ def find_weights(source: str) -> Path:
     """Find the safetensors file that `source` is or contains. Raises `UserError`."""
     path = Path(os.path.expanduser(source))
     if not path.exists():
-        raise UserError(f"source: there is no file or folder {source[:200]} (download models from the Hub first)")
+        raise UserError(f"source: no such file or folder: {source[:200]} (download models from the Hub first)")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     found = [file for file in files if file.suffix == ".safetensors"]
     preferred = [file for file in found if file.name == DIFFUSERS_WEIGHTS] or found
@@ -150,11 +150,11 @@ def describe(sizes: dict[str, Any], beside: dict[str, Any], layout: Layout, path
         raise ConfigError(f"{path}: {error}") from error
 
 
-def summary(model: Autoencoder, title: str, assumed: bool, out: str, unused: list[str]) -> str:
-    """Describe what was imported, and the next command. assumed: whether the image size is a guess."""
+def format_summary(model: Autoencoder, title: str, assumed: bool, out: str, unused: list[str]) -> str:
+    """Describe what was imported, and the next command. assumed: whether the image size is the default."""
     channels, height, width = model.image_shape
     rows = [
-        ("weights", f"{title}; skipped {len(unused)} that only training uses"),
+        ("weights", f"{title}; skipped {len(unused)} weights that are only for training"),
         ("images", f"{height} x {width}, {channels} channels{' (assumed; set image_size=)' if assumed else ''}"),
         ("tokens", f"{' x '.join(map(str, model.grid.shape))} ids of {model.grid.vocab_size:,}"),
         ("network", f"{model.name}, {sum(p.numel() for p in model.parameters()):,} parameters"),

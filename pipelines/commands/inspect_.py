@@ -1,4 +1,4 @@
-"""Inspect a tokenizer: a one-page report of codebook usage, what codes look like, and reconstructions."""
+"""Inspect a tokenizer: write a one-page report of codebook usage, patches of codes, and reconstructions."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ..images.grids import class_grid
 from ..images.pictures import SUFFIXES, write_picture
 from ..metrics.charts import Chart, Pixels, draw_histogram, draw_usage, page
 from ..metrics.codebook import count_tokens, part_names
-from ..metrics.reconstruction import drafts, images_at_a_time, reconstruction_picture
+from ..metrics.reconstruction import images_at_a_time, list_prefix_decoders, reconstruction_picture
 from ..options import UsesTokenizer
-from ..provenance import read_with, tokenizer_defaults
+from ..provenance import find_protected_folder, tokenizer_defaults
 from ..shuffling import spread
 
 WIDTH = 1200  # maximum width of a row of pictures, in pixels, unless a single one is wider
@@ -43,12 +43,15 @@ class InspectConfig(UsesTokenizer, OutputConfig):
 
 def run(config: InspectConfig) -> dict[str, Any]:
     """Write the report, and print and return its figures."""
-    out = Output(config.out, [read_with(config.tokenizer), config.data.path], config.overwrite)
+    out = Output(config.out, [find_protected_folder(config.tokenizer), config.data.path], config.overwrite)
     out.check_file(SUFFIXES)
     tokenizer, images = config.load_with_images()
     uses, errors = examine(tokenizer, images)
-    figures = figures_of(uses, errors)
-    lines = [*sentences(tokenizer, figures), f"measured on {len(images):,} held-out images of {config.data.source}"]
+    figures = compute_figures(uses, errors)
+    lines = [
+        *describe_figures(tokenizer, figures),
+        f"measured on {len(images):,} held-out images of {config.data.source}",
+    ]
     picture = draw_page(tokenizer, images, uses, errors, lines, config)
     with out.file() as path:
         write_picture(picture, path)
@@ -68,7 +71,7 @@ def examine(tokenizer: Any, images: ImageDataset) -> tuple[Tensor, Tensor]:
     return torch.stack(counts).sum(0), torch.cat(errors)
 
 
-def figures_of(uses: Tensor, errors: Tensor) -> dict[str, Any]:
+def compute_figures(uses: Tensor, errors: Tensor) -> dict[str, Any]:
     """Compute PSNR in dB, and usage and perplexity of the codebook, overall and per level or scale."""
     every, *levels = (
         {name: float(value) for name, value in codebook_usage(counts).items()} for counts in (uses.sum(0), *uses)
@@ -82,7 +85,7 @@ def figures_of(uses: Tensor, errors: Tensor) -> dict[str, Any]:
     }
 
 
-def sentences(tokenizer: Any, f: dict[str, Any]) -> list[str]:
+def describe_figures(tokenizer: Any, f: dict[str, Any]) -> list[str]:
     """Describe the tokenizer and its figures in lines of text."""
     image, grid = (" x ".join(map(str, shape)) for shape in (tokenizer.image_shape, tokenizer.grid.shape))
     error = f"PSNR {f['psnr']:.2f} dB, from {f['psnr_worst']:.2f} (worst image) to {f['psnr_best']:.2f} (best)"
@@ -113,10 +116,10 @@ def draw_page(
         some = images.batch(spread(len(images), images_at_a_time(tokenizer.image_shape))).to(tokenizer.device)
         codes, patches = mean_patches(tokenizer, some, config.num_codes)
         title = f"The {len(codes):,} most used codes: mean reconstruction around them"
-        pictures[title] = tiles(patches, [str(code) for code in codes], 20)
+        pictures[title] = arrange_tiles(patches, [str(code) for code in codes], 20)
     if not tokenizer.reversible:
         charts.append(partial(draw_histogram, values=errors.double().numpy(), title="Images", label="PSNR in dB"))
-        if drafts(tokenizer):
+        if list_prefix_decoders(tokenizer):
             drawn = reconstruction_picture(tokenizer, images, min(16, config.num_images))
             pictures["Originals, and reconstructions from an increasing number of tokens"] = drawn
         chosen = errors.argsort(descending=True)[spread(len(errors), config.num_images)]
@@ -124,7 +127,7 @@ def draw_page(
         decoded = tokenizer.decode(tokenizer.encode(originals))
         pairs = torch.cat([originals, F.pad(decoded, (0, 0, 1, 0), value=1.0)], dim=2).cpu()
         captions = [f"{error:.1f} dB" for error in errors[chosen].tolist()]
-        pictures["Reconstructions below their originals, from best to worst"] = tiles(pairs, captions, 8)
+        pictures["Reconstructions below their originals, from best to worst"] = arrange_tiles(pairs, captions, 8)
     return page(lines, charts, pictures)
 
 
@@ -143,7 +146,7 @@ def mean_patches(tokenizer: Any, images: Tensor, count: int) -> tuple[list[int],
     return codes, means.view(len(codes), -1, 3 * h, 3 * w)
 
 
-def tiles(images: Tensor, captions: list[str], columns: int) -> Pixels:
+def arrange_tiles(images: Tensor, captions: list[str], columns: int) -> Pixels:
     """Arrange images `(n, C, H, W)` in [-1, 1] in rows with captions; small images are enlarged."""
     scale, pixels = max(1, WIDTH // columns // images.shape[3]), to_uint8(images)
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)

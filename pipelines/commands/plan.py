@@ -1,7 +1,7 @@
-"""Estimate what a training run needs before it starts: parameters, GPU memory, FLOPs, hours and disk space.
+"""Estimate the cost of a training run: parameters, GPU memory, FLOPs, hours and disk space.
 
-Takes the keys of `smalti train_prior` or `smalti train_tokenizer` (`model.kind` says which) and those below. Runs
-training steps of two batch sizes on random data on this machine, and extrapolates their memory.
+It accepts the keys of `smalti train_prior` or `smalti train_tokenizer`, depending on `model.kind`, and the keys below.
+It runs training steps of two batch sizes on random data on this machine, and extrapolates their memory.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class PlanConfig(Config):
     out: str = Field("", description="run folder; ignored")
     gpus: int = Field(1, ge=1, le=65536, description="total number of GPUs, one process each")
     gpu: str = Field("h100", description=f"kind of GPU, with its published memory and peak: {', '.join(GPUS)}")
-    peak_tflops: float | None = Field(None, gt=0, description="peak TFLOP/s of one GPU, for kinds not listed")
+    peak_tflops: float | None = Field(None, gt=0, description="peak TFLOP/s of one GPU, for a kind that is not listed")
     utilization: float = Field(0.3, gt=0, le=1, description="share of the peak that training achieves")
     rows: int | None = Field(
         None, ge=1, description="number of training images, to compute epochs; default: from the token dataset"
@@ -93,7 +93,7 @@ class PlanConfig(Config):
 class PlanPriorConfig(PlanConfig, TrainPriorConfig):
     """A run of `train_prior`."""
 
-    tokens: str = Field("", description="token dataset; makes the next three keys optional")
+    tokens: str = Field("", description="token dataset, which replaces grid, vocab_size and classes")
     grid: tuple[int, ...] | None = Field(None, description="shape of the token grid, such as 16,16")
     vocab_size: int | None = Field(None, ge=1, le=1 << 20, description="size of the vocabulary")
     classes: int | None = Field(None, ge=0, le=1 << 20, description="number of classes; 0: unconditional")
@@ -194,14 +194,14 @@ class Plan:
         return min(steps for steps in (train.steps, by_clock) if steps is not None)
 
     def memory(self, images: int) -> int:
-        """Estimate the bytes of one GPU with `images` per batch, by the line through the measured `peaks`."""
+        """Estimate the bytes of one GPU with `images` per batch, extrapolating the measured `peaks` linearly."""
         (small, low), (large, high) = self.peaks.items()
         return self.states + round(low + (images - small) * (high - low) / (large - small))
 
 
 def run(config: PlanPriorConfig | PlanTokenizerConfig) -> Plan:
     """Print and return the plan. Raises `UserError` and `ConfigError`."""
-    device = check(config)
+    device = check_settings(config)
     build: Callable[[], PlannedPrior | PlannedTokenizer]
     rows = config.rows
     if isinstance(config, PlanPriorConfig):
@@ -214,17 +214,17 @@ def run(config: PlanPriorConfig | PlanTokenizerConfig) -> Plan:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if states > USABLE * free:
         raise UserError(
-            f"device: {parameters:,} parameters need {scaled(states)}B with gradients, moments and averages, but "
-            f"{device} has {scaled(free)}B free; run the plan on a larger machine"
+            f"device: {parameters:,} parameters need {format_number(states)}B with gradients, moments and averages, "
+            f"but {device} has {format_number(free)}B free; run the plan on a larger machine"
         )
     with device:
         task = build()
     plan = Plan(config, task.grid, rows, parameters, states, checkpoint, *measure(task, device))
-    print(page(plan))
+    print(format_plan(plan))
     return plan
 
 
-def check(config: PlanPriorConfig | PlanTokenizerConfig) -> torch.device:
+def check_settings(config: PlanPriorConfig | PlanTokenizerConfig) -> torch.device:
     """Return the device to measure on. Raises `UserError` for settings that are invalid or incomplete."""
     train, device = config.train, choose_device(config.device)
     processes = config.gpus * train.accumulate
@@ -244,7 +244,8 @@ def check(config: PlanPriorConfig | PlanTokenizerConfig) -> torch.device:
 
 
 def find_facts(config: PlanPriorConfig) -> tuple[TokenGrid, int, int | None]:
-    """Return grid, number of classes and training rows, from the keys or the token dataset. Raises `UserError`."""
+    """Return the grid and the numbers of classes and training rows, from the keys or the token dataset. Raises
+    `UserError`."""
     values = {"grid": config.grid, "vocab_size": config.vocab_size, "classes": config.classes}
     missing = [name for name, value in values.items() if value is None]
     if len(missing) == 3 and (Path(config.tokens) / META).is_file():
@@ -298,7 +299,7 @@ def measure(task: PlannedPrior | PlannedTokenizer, device: torch.device) -> tupl
 
 
 def compute_gradients(task: PlannedPrior | PlannedTokenizer, count: int) -> None:
-    """Run all losses forward and backward on `count` images, at a late step, where a critic has its full weight."""
+    """Run all losses forward and backward on `count` images, at a late step, when a critic has its full weight."""
     batch, step = task.random_batch(count), sys.maxsize
     for player in task.playing(step):
         for name, parameters in task.players.items():
@@ -332,41 +333,44 @@ def measure_peak(device: torch.device, call: Callable[[], None]) -> int:
 # The page -----------------------------------------------------------------------------------------
 
 
-def page(plan: Plan) -> str:
+def format_plan(plan: Plan) -> str:
     """Format the plan."""
     config, train, tokens = plan.config, plan.config.train, len(plan.grid)
     images, each = plan.steps * train.batch_size, train.batch_size // (config.gpus * train.accumulate)
     memory, room = plan.memory(each), GPUS[config.gpu].memory * GB
     epochs = f"{images / plan.rows:,.1f} epochs, " if plan.rows else ""
-    fits = f" of {scaled(room)}B, {'enough' if memory <= USABLE * room else 'too little'}"
+    fits = f" of {format_number(room)}B, {'enough' if memory <= USABLE * room else 'too little'}"
     peak = f"{config.utilization:.0%} of {config.gpus:,} x {plan.tflops:g} TFLOP/s"
-    time = duration(plan.steps * plan.seconds_per_step)
+    time = format_duration(plan.steps * plan.seconds_per_step)
     small, large = plan.peaks
     rows = [
         ("parameters", f"{plan.parameters:,}"),
-        ("per image", f"{scaled(plan.flops)}FLOP forward and backward, {tokens:,} tokens"),
-        ("per step", f"{scaled(plan.flops_per_step)}FLOP, {train.batch_size:,} images"),
-        ("", f"{duration(plan.seconds_per_step)} at {peak}"),
+        ("per image", f"{format_number(plan.flops)}FLOP forward and backward, {tokens:,} tokens"),
+        ("per step", f"{format_number(plan.flops_per_step)}FLOP, {train.batch_size:,} images"),
+        ("", f"{format_duration(plan.seconds_per_step)} at {peak}"),
         ("in total", f"{plan.steps:,} steps, {epochs}{images:,} images"),
-        ("", f"{scaled(plan.flops_per_step * plan.steps)}FLOP, {time} without evaluation, previews and saving"),
-        ("memory per GPU", f"{scaled(memory)}B{'' if config.peak_tflops else fits}, for batches of {each:,}:"),
-        ("", f"{scaled(plan.states)}B of weights, gradients, moments and averages, and"),
-        ("", f"{scaled(memory - plan.states)}B of activations, extrapolated from batches of {small} and {large}"),
+        ("", f"{format_number(plan.flops_per_step * plan.steps)}FLOP, {time} without evaluation, previews and saving"),
+        ("memory per GPU", f"{format_number(memory)}B{'' if config.peak_tflops else fits}, for batches of {each:,}:"),
+        ("", f"{format_number(plan.states)}B of weights, gradients, moments and averages, and"),
+        (
+            "",
+            f"{format_number(memory - plan.states)}B of activations, extrapolated from {small} and {large} images",
+        ),
     ]
     if config.gpus > 1 and isinstance(config, PlanPriorConfig) and config.objective != "cca":
-        rows.append(("  with FSDP", f"about {scaled(memory - plan.states + plan.states / config.gpus)}B"))
-    rows.append(("checkpoint", f"{scaled(plan.checkpoint)}B on disk; up to three at a time"))
+        rows.append(("  with FSDP", f"about {format_number(memory - plan.states + plan.states / config.gpus)}B"))
+    rows.append(("checkpoint", f"{format_number(plan.checkpoint)}B on disk; up to three at a time"))
     shape = " x ".join(map(str, plan.grid.shape))
     return f"{config.model['kind']}: {shape} tokens per image, vocabulary of {plan.grid.vocab_size:,}\n{table(rows)}"
 
 
-def scaled(number: float) -> str:
+def format_number(number: float) -> str:
     """Format with three digits and a prefix: `43.6 T`."""
     power = min(7, max(0, (len(str(round(number))) - 1) // 3))
     return f"{number / 1000**power:.3g} {' kMGTPEZ'[power].strip()}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format seconds in a suitable unit: `3.2 ms`, `1,170 h`."""
     units = {"h": 3600.0, "min": 60.0, "s": 1.0, "ms": 1e-3}
     unit = next((unit for unit, size in units.items() if seconds >= size), "ms")

@@ -1,4 +1,4 @@
-"""Measure how well the classes can be read from each layer of a prior: the accuracy of linear probes.
+"""Measure the accuracy of linear probes that predict classes from each layer of a prior.
 
 For comparison, probes are also fitted to pixels and codes, which need no prior, and to the same prior with random
 weights.
@@ -47,8 +47,8 @@ class ProbeConfig(UsesImages, OutputConfig):
     out: str | None = Field(
         None, description="folder for probe.json and probe.png; default: `probe` beside the pipeline folder"
     )
-    num_train: int = Field(5000, ge=10, description="number of training images to fit probes to, at most all")
-    num_test: int = Field(2000, ge=1, description="number of held-out images to measure accuracy on, at most all")
+    num_train: int = Field(5000, ge=10, description="maximum number of training images to fit probes to")
+    num_test: int = Field(2000, ge=1, description="maximum number of held-out images to measure accuracy on")
     seed: int = Field(0, ge=0, description="seed for choosing images and for the random weights")
 
 
@@ -74,21 +74,21 @@ def run(config: ProbeConfig) -> list[Probe]:
     with lock_output(out):
         pipeline = config.load_pipeline()
         splits = config.load_images(pipeline)
-        train = some_of(splits.train, config.num_train, config.seed)
-        test = some_of(splits.held_out, config.num_test, config.seed)
+        train = draw_labelled_images(splits.train, config.num_train, config.seed)
+        test = draw_labelled_images(splits.held_out, config.num_test, config.seed)
         layers = [f"prior.{index}" for index in range(pipeline.prior.feature_layers)]
-        random = probe(with_random_prior(pipeline, config.seed), layers, train, test)
+        random = probe(randomize_prior(pipeline, config.seed), layers, train, test)
         accuracies = probe(pipeline, ["pixels", "codes", *layers], train, test)
         rows = [Probe(name, accuracy, random.get(name)) for name, accuracy in accuracies.items()]
-        print(report(rows, test[1]))
+        print(format_report(rows, test[1]))
         with output.files() as folder:
-            write_picture(bar_chart(rows), folder / "probe.png")
+            write_picture(draw_bars(rows), folder / "probe.png")
             write_json(folder / "probe.json", {"probes": [asdict(row) for row in rows]})
         print(f"\nprobe.json and probe.png: {out}")
     return rows
 
 
-def some_of(split: ImageDataset, count: int, seed: int) -> Labelled:
+def draw_labelled_images(split: ImageDataset, count: int, seed: int) -> Labelled:
     """Draw up to `count` random images. Raises `UserError` unless they have at least two classes."""
     chosen = random_rows(len(split), count, seed)
     if split.labels is None or len(split.labels[chosen].unique()) < 2:
@@ -96,7 +96,7 @@ def some_of(split: ImageDataset, count: int, seed: int) -> Labelled:
     return split.pixels(chosen), split.labels[chosen]
 
 
-def with_random_prior(pipeline: ImagePipeline, seed: int) -> ImagePipeline:
+def randomize_prior(pipeline: ImagePipeline, seed: int) -> ImagePipeline:
     """Return the pipeline with an untrained prior of the same configuration."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # only the CPU's generator, which draws the weights
@@ -105,7 +105,7 @@ def with_random_prior(pipeline: ImagePipeline, seed: int) -> ImagePipeline:
 
 
 def probe(pipeline: ImagePipeline, layers: list[str], train: Labelled, test: Labelled) -> dict[str, float]:
-    """Return the accuracy of a probe for each of `layers` that is not too wide. The prior is unconditional."""
+    """Return the accuracy of a probe for each layer that is not too wide. The prior gets no classes."""
     first = embed_layers(pipeline, train[0][:1], layers)
     layers = [layer for layer, features in zip(layers, first, strict=True) if features.shape[1] <= WIDEST]
     features, unseen = (embed_layers(pipeline, images, layers) for images, _ in (train, test))
@@ -126,8 +126,8 @@ def fit_probe(features: Tensor, unseen: Tensor, labels: Tensor, truth: Tensor) -
     return float(model.score(unseen.cpu().numpy(), truth.numpy()))
 
 
-def report(rows: list[Probe], labels: Tensor) -> str:
-    """Format the table, and the accuracy of a constant guess."""
+def format_report(rows: list[Probe], labels: Tensor) -> str:
+    """Format the table, and the share of the most frequent class."""
     cells = [("features", "accuracy", "random weights")]
     for row in rows:
         random = "" if row.random_accuracy is None else f"{row.random_accuracy:.1%}"
@@ -136,7 +136,7 @@ def report(rows: list[Probe], labels: Tensor) -> str:
     return f"{table(cells, right=[1, 2])}\n\n{len(labels):,} held-out images; the most frequent class has {common:.1%}"
 
 
-def bar_chart(rows: list[Probe]) -> Pixels:
+def draw_bars(rows: list[Probe]) -> Pixels:
     """Draw the accuracies as bars, with those of random weights in grey."""
 
     def draw(figure: Figure) -> None:

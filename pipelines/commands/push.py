@@ -15,13 +15,13 @@ from ..card import HUB_LICENCE
 from ..config import Config, UserError, Within, run_command
 from ..hub import PushError, require_reachable
 from ..image_pipeline import ImagePipeline
-from ..saving import INDEX, as_stored, variant_of
+from ..saving import INDEX, read_variant, restore_dtypes
 from ..tokens import load_tokens
 from ..tokens.meta import META
 
 
 class PushConfig(Config):
-    """What to upload, and where to."""
+    """What to upload, and where."""
 
     examples = ("folder=runs/gpt_digits/pipeline to=owner/name", "folder=runs/digits_tokens to=owner/digits-tokens")
 
@@ -50,7 +50,7 @@ class PushConfig(Config):
 
 
 def run(config: PushConfig) -> str:
-    """Upload the folder, and print and return its address. Raises `UserError`, also if the Hub refuses."""
+    """Upload the folder, and print and return its address. Raises `UserError`, also if the Hub refuses the upload."""
     from huggingface_hub import constants
 
     folder = Path(config.folder)
@@ -77,10 +77,10 @@ def push_pipeline(folder: Path, config: PushConfig) -> None:
     pipeline = ImagePipeline.from_pretrained(folder)
     if pipeline.sample_grid is None:
         pipeline.sample_grid = pipeline.sample_picture()
-    as_stored(pipeline)
+    restore_dtypes(pipeline)
     if config.license is not None:
         pipeline.provenance = {**pipeline.provenance, "license": config.license}
-    pipeline.push_to_hub(config.to, private=config.private, variant=variant_of(folder))
+    pipeline.push_to_hub(config.to, private=config.private, variant=read_variant(folder))
 
 
 main = partial(run_command, PushConfig, run, verb="push", description=__doc__)

@@ -1,4 +1,4 @@
-"""Reconstruct held-out images with a tokenizer: a picture of originals and reconstructions, and figures."""
+"""Reconstruct held-out images with a tokenizer; draw them beside the originals, and measure quality."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..files import Output
 from ..images.pictures import SUFFIXES, write_picture
 from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
 from ..options import UsesTokenizer
-from ..provenance import read_with, tokenizer_defaults
+from ..provenance import find_protected_folder, tokenizer_defaults
 
 
 class ReconstructConfig(UsesTokenizer, OutputConfig):
@@ -29,9 +29,9 @@ class ReconstructConfig(UsesTokenizer, OutputConfig):
 
 
 def run(config: ReconstructConfig) -> dict[str, Any]:
-    """Write the picture; print and return PSNR (dB), losses, codebook usage and perplexity on all held-out images, and
-    SSIM on some."""
-    out = Output(config.out, [read_with(config.tokenizer), config.data.path], config.overwrite)
+    """Write the picture; print figures; return PSNR (dB), losses, codebook usage and perplexity of all held-out images,
+    and SSIM of some."""
+    out = Output(config.out, [find_protected_folder(config.tokenizer), config.data.path], config.overwrite)
     out.check_file(SUFFIXES)
     tokenizer, images = config.load_with_images()
     figures = evaluate_reconstruction(tokenizer, images, ssim_images=SOME)

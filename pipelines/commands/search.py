@@ -17,7 +17,7 @@ from ..files import Output
 from ..images import ImageDataset
 from ..images.grids import class_grid
 from ..images.pictures import SUFFIXES, write_picture
-from ..options import Named, UsesImages, choose_images, split_named
+from ..options import Named, UsesImages, choose_images, split_named_images
 from ..provenance import defaults
 from ..representation import choose_layer, choose_pool, embed, nearest
 from ..shuffling import random_rows
@@ -32,7 +32,7 @@ class SearchConfig(UsesImages, OutputConfig):
     )
     often = "pipeline out overwrite images num_images k layer data.source device"
 
-    out: str = Field("neighbours.png", description="picture to write: a row for each query, followed by its neighbours")
+    out: str = Field("neighbours.png", description="picture to write; each row has a query and its neighbours")
     images: Named = Field(
         None,
         description="queries: image files, folders, or indices of held-out images; default: num_images held-out images",
@@ -58,7 +58,9 @@ class SearchConfig(UsesImages, OutputConfig):
 def run(config: SearchConfig) -> Tensor:
     """Search, print the neighbours of each query, and write the picture; return their indices `(n, k)` in the training
     split."""
-    out = Output(config.out, [config.pipeline, config.data.path, *split_named(config.images)[0]], config.overwrite)
+    out = Output(
+        config.out, [config.pipeline, config.data.path, *split_named_images(config.images)[0]], config.overwrite
+    )
     out.check_file(SUFFIXES)
     pipeline = config.load_pipeline()
     try:
@@ -81,14 +83,14 @@ def run(config: SearchConfig) -> Tensor:
     with out.file() as path:
         write_picture(class_grid(images.movedim(1, -1).numpy(), captions, 1 + config.k), path)
     for number, (ids, apart) in enumerate(zip(found.tolist(), distances.tolist(), strict=True)):
-        names = names_of(splits.train, ids)
+        names = describe_images(splits.train, ids)
         near_names = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, apart, strict=True))
         print(escape(f"query {number}: {near_names}"))
     print(f"\n{config.out}: each query and its {count_of(config.k, 'neighbour')} among {len(chosen):,} training images")
     return found
 
 
-def names_of(images: ImageDataset, indices: list[int]) -> list[str]:
+def describe_images(images: ImageDataset, indices: list[int]) -> list[str]:
     """Return the names of images, each with its class in brackets if it has one."""
     names = images.names(indices)
     if images.labels is None:

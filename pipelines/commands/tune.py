@@ -1,4 +1,4 @@
-"""Tune the sampling settings on validation images, and store the best in the pipeline."""
+"""Tune the sampling settings on validation images, and store the best settings in the pipeline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prior.sampling import SamplingOptions
 from tokenizer.files import require_replaceable, write_json
 
 from ..config import OutputConfig, UserError, run_command
-from ..evaluate import check_classes, draw_samples, wanted_labels
+from ..evaluate import check_classes, choose_labels, draw_samples
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import ImageDataset
@@ -41,7 +41,7 @@ TOP_P = (1.0, 0.98, 0.95, 0.9)
 Settings = dict[str, dict[str, dict[str, Any]]]
 """The options to change, by setting and value."""
 Measure = Callable[[SamplingOptions], float]
-"""Computes the Frechet distance from samples drawn with given options to the validation images."""
+"""Computes the Frechet distance between samples drawn with the given options and the validation images."""
 
 
 class TuneConfig(UsesImages, OutputConfig):
@@ -57,7 +57,7 @@ class TuneConfig(UsesImages, OutputConfig):
     feature_steps: int = Field(
         300,
         ge=0,
-        description="training steps of the classifier whose features are compared, as in `evaluate`",
+        description="training steps of the classifier that provides the features, as in `evaluate`",
     )
     seed: int = Field(0, ge=0, lt=1 << 63, description="sample k uses seed + k, for every setting")
     store: bool = Field(True, description="store the best settings in the pipeline folder; false: only report them")
@@ -87,12 +87,12 @@ def run(config: TuneConfig) -> dict[str, Any]:
     output.check_files(["tuning.json", "tuning.png"])
     with lock_output(out), lock_output(folder if config.store else None, key="pipeline"):
         pipeline = config.load_pipeline()
-        train, validation = images_to_choose_by(config, pipeline)
+        train, validation = load_validation_images(config, pipeline)
         source = describe_source(config.data.source)
         space = feature_space(train, validation, config.feature_steps, source)
         measure = make_measure(pipeline, space, train, validation, config)
-        trials = search(measure, pipeline.sampler, settings_to_try(pipeline))
-        before, best = trials[0], best_of(trials)
+        trials = search(measure, pipeline.sampler, list_settings(pipeline))
+        before, best = trials[0], find_best(trials)
         facts = {
             "settings": describe(best.options),
             "before": describe(before.options),
@@ -115,7 +115,7 @@ def run(config: TuneConfig) -> dict[str, Any]:
     return found
 
 
-def images_to_choose_by(config: TuneConfig, pipeline: ImagePipeline) -> tuple[ImageDataset, ImageDataset]:
+def load_validation_images(config: TuneConfig, pipeline: ImagePipeline) -> tuple[ImageDataset, ImageDataset]:
     """Return the training images (for the classifier) and the validation images, never the held-out ones, which
     `evaluate` reports on. Raises `UserError` for too few images, or if the classes are not the pipeline's."""
     images = config.load_images(pipeline, "validation")
@@ -139,7 +139,7 @@ def make_measure(
 ) -> Measure:
     """Return the measure of options. All options share seeds and classes, so that their differences are less noisy."""
     real = moments(space.of(validation, shuffled(len(validation))))
-    labels = wanted_labels(pipeline, train, config.num_samples)
+    labels = choose_labels(pipeline, train, config.num_samples)
 
     def measure(options: SamplingOptions) -> float:
         pipeline.sampler = options
@@ -149,7 +149,7 @@ def make_measure(
     return measure
 
 
-def settings_to_try(pipeline: ImagePipeline) -> Settings:
+def list_settings(pipeline: ImagePipeline) -> Settings:
     """Return the settings to try for this pipeline, in search order."""
     settings: Settings = {}
     if pipeline.prior.num_classes:
@@ -160,7 +160,7 @@ def settings_to_try(pipeline: ImagePipeline) -> Settings:
         }
     settings["temperature"] = {f"{value:g}": {"temperature": value} for value in TEMPERATURES}
     settings["top-p"] = {f"{value:g}": {"top_p": value if value < 1 else None} for value in TOP_P}
-    if steps := getattr(pipeline.sampler, "steps", None):  # only masked-token priors have it
+    if steps := getattr(pipeline.sampler, "steps", None):  # only masked-token priors have steps
         tried = sorted({max(1, steps // 2), steps, min(len(pipeline.prior.grid), 2 * steps)})
         settings["steps"] = {f"{value}": {"steps": value} for value in tried}
     return settings
@@ -176,13 +176,13 @@ def search(measure: Measure, own: SamplingOptions, settings: Settings) -> list[T
 
     attempt("before", "", own)
     for setting, values in settings.items():
-        base = best_of(trials).options
+        base = find_best(trials).options
         for value, changes in values.items():
             attempt(setting, value, replace(base, **changes))
     return trials
 
 
-def best_of(trials: Sequence[Trial]) -> Trial:
+def find_best(trials: Sequence[Trial]) -> Trial:
     """Return the trial with the lowest Frechet distance, the first one in case of ties."""
     return min(trials, key=lambda trial: trial.frechet_distance)
 
@@ -209,7 +209,7 @@ def draw_trials(trials: Sequence[Trial]) -> Pixels:
             axes.set(xlabel=setting, xlim=(-0.5, len(group) - 0.5))
         every[0].set_ylabel("Frechet distance")
         figure.suptitle(
-            f"best: {describe(best_of(trials).options)}; dashed: before tuning ({describe(trials[0].options)})"
+            f"best: {describe(find_best(trials).options)}; dashed: before tuning ({describe(trials[0].options)})"
         )
 
     return render(120 + 60 * sum(map(len, groups)), 360, draw)

@@ -1,4 +1,4 @@
-"""Verify a folder against the checksums in its manifest, or check models of your own against their contract."""
+"""Verify a folder against the checksums in its manifest, or check your own models against their contract."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run(config: VerifyConfig) -> Path | None:
     if config.folder is not None:
         return verify_folder(Path(config.folder))
     if not importing.IMPORTED:
-        raise UserError("folder: missing; give folder=FOLDER, or --import FILE for models of your own")
+        raise UserError("folder: missing; give folder=FOLDER, or --import FILE to check your own models")
     found = list(check_imported(config))
     for name, promise, problem in found:
         print(f"ok      {name}: {promise}" if problem is None else f"BROKEN  {name}: {promise}: {problem}")
@@ -58,7 +58,7 @@ def run(config: VerifyConfig) -> Path | None:
 
 
 def verify_folder(folder: Path) -> Path:
-    """Hash every file in the manifest, and check every id of a token dataset; returns the folder."""
+    """Hash every file in the manifest, and check every id of a token dataset; return the folder."""
     files = verify_manifest(folder)["files"]
     if (folder / META).is_file():
         data = load_tokens(folder, verify=False, mapped=True)
@@ -71,8 +71,8 @@ def verify_folder(folder: Path) -> Path:
 
 
 def check_imported(config: VerifyConfig) -> Iterator[tuple[str, str, str | None]]:
-    """Check each imported model, built with its default configuration. Yields its name, the promise checked, and the
-    problem or None."""
+    """Check each imported model, built with its default configuration. Yield its name, the promise, and the problem or
+    None."""
     from prior import Prior
     from prior.checks import check_prior
     from tokenizer import TokenGrid, Tokenizer

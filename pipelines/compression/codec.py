@@ -42,7 +42,7 @@ def exponentials() -> Tensor:
 
 def grid_steps(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return how many grid steps each of `logits` (rows, V) float64 is below the largest, at most the length of the
-    table; and bool `(rows,)`, whether any logit within the table is too close to a rounding boundary."""
+    table; and whether any logit within the table is too close to a rounding boundary, bool `(rows,)`."""
     last = len(exponentials()) - 1
     finite = logits.nan_to_num(nan=0.0).clamp(-1e9, 1e9)
     scaled = finite * STEPS + 0.5  # 0 is the middle of a cell
@@ -70,7 +70,7 @@ def constriction() -> Any:
 
 
 class SymbolCoder(Protocol):
-    """Encodes or decodes symbols in turn, so that both directions evaluate the models in the same way."""
+    """Encodes or decodes symbols, so that both directions share the code that evaluates the models."""
 
     def code(self, logits: Tensor, symbols: Tensor) -> Tensor:
         """Code the next symbols `(rows,)` under `logits` (rows, V) float64. An encoder encodes and returns `symbols`; a
@@ -79,7 +79,7 @@ class SymbolCoder(Protocol):
 
 
 class Encoder:
-    """Encodes symbols; `unsure` records for each whether it was coded uniformly."""
+    """Encodes symbols; `unsure` records whether each symbol was coded uniformly."""
 
     def __init__(self) -> None:
         self.library = constriction()
@@ -100,7 +100,7 @@ class Encoder:
 
 
 class Decoder:
-    """Decodes symbols. unsure: bool, for each symbol whether it was coded uniformly."""
+    """Decodes symbols. unsure: whether each symbol was coded uniformly, bool."""
 
     def __init__(self, data: bytes | memoryview, unsure: Tensor) -> None:
         if len(data) % 4:

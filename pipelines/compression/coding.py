@@ -1,8 +1,8 @@
 """Images to bytes and back: tokens coded under the prior, and for lossless streams the pixels given the tokens.
 
-`container` defines the file, `codec` the probabilities that symbols are coded with. Encoder and decoder evaluate the
-models in the same order; batch size and machine may differ, which `codec` allows for. A lossy stream is decoded from
-its tokens in float32, so a pixel may differ by one grey level between processors.
+`container` defines the file, and `codec` the probabilities for coding symbols. Encoder and decoder evaluate the models
+in the same order; batch size and machine may differ, which `codec` allows for. A lossy stream is decoded from its
+tokens in float32, so a pixel may differ by one grey level between processors.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ PIXEL_IMAGES = 16
 
 
 def exact_pixels(image: PILImage, shape: tuple[int, int, int], lossless: bool) -> Tensor:
-    """Return uint8 `(C, H, W)` of an image that, turned upright, already has this shape. Raises `ValueError` for
-    another size and, if lossless, for what 8 bits per channel cannot hold: another mode, a transparent colour, or 16
-    bits per channel, which Pillow halves silently on loading."""
+    """Convert an image that has this shape when upright to uint8 `(C, H, W)`. Raises `ValueError` for another size and,
+    if lossless, for content that 8 bits per channel cannot represent: another mode, a transparent colour, or 16 bits
+    per channel, which Pillow silently reduces to 8."""
     channels, height, width = shape
     modes = ("L", "1") if channels == 1 else ("RGB",)
     halved = any(str(tile[3]).endswith(";16B") for tile in getattr(image, "tile", ()))
@@ -56,10 +56,10 @@ def exact_pixels(image: PILImage, shape: tuple[int, int, int], lossless: bool) -
         found = f"{upright.width} x {upright.height}"
         raise ValueError(f"the pipeline's images are {width} x {height} pixels, this one is {found}")
     if lossless and image.mode not in modes:
-        raise ValueError(f"lossless compression takes images of mode {modes[0]} here, this one is {image.mode}")
+        raise ValueError(f"lossless compression needs images of mode {modes[0]} here, this one is {image.mode}")
     if lossless and (halved or "transparency" in image.info):
         what = "16 bits per channel" if halved else "a transparent colour"
-        raise ValueError(f"lossless compression takes 8 bits per channel, this image has {what}")
+        raise ValueError(f"lossless compression needs 8 bits per channel, this image has {what}")
     return torch.from_numpy(pixels_of(upright, shape).copy())
 
 
@@ -67,7 +67,7 @@ def check_exact(images: Tensor) -> None:
     """Raise `ValueError` unless all of `images`, float in [-1, 1], are 8-bit values."""
     scaled = (in_finest(images) + 1) * 127.5
     if not bool(((scaled - scaled.round()).abs() < 1e-3).all()):
-        raise ValueError("lossless compression takes 8-bit images, but these floats are not multiples of a grey level")
+        raise ValueError("lossless compression needs 8-bit images, but these floats are not multiples of a grey level")
 
 
 # The models
@@ -86,7 +86,7 @@ def has_residual(pipeline: ImagePipeline, lossless: bool) -> bool:
 
 
 def chunk_images(pipeline: ImagePipeline) -> int:
-    """Return the number of images per chunk, which are in memory at once."""
+    """Return the number of images per chunk; a whole chunk is in memory at once."""
     grid = pipeline.prior.grid
     return max(1, min(CHUNK_IMAGES, CHUNK_NUMBERS // (len(grid) * grid.vocab_size)))
 
@@ -98,7 +98,7 @@ def identify(pipeline: ImagePipeline) -> bytes:
 
 
 class Models:
-    """A pipeline's models in float64 (which autocast leaves alone), coding symbols while they are evaluated.
+    """A pipeline's models in float64 (which autocast does not change), which code symbols while they are evaluated.
 
     The prior is unconditional. residual: whether pixels are coded in addition to tokens. Devices without float64 are
     replaced by the CPU.
@@ -152,7 +152,7 @@ class Models:
         pixels = torch.zeros(shape, dtype=torch.long, device=self.device) if self.residual else None
         symbols = tokens.numel() + (0 if pixels is None else pixels.numel())
         if len(chunk.exceptions) and chunk.exceptions.max() >= symbols:
-            raise DamagedStream("the stream is damaged: an exception lies outside its chunk")
+            raise DamagedStream("the stream is damaged: an exception is outside its chunk")
         unsure = torch.zeros(symbols, dtype=torch.bool)
         unsure[torch.from_numpy(chunk.exceptions.astype(np.int64))] = True
         unsure = unsure.to(self.device)
@@ -208,7 +208,7 @@ def write_images(
     names: Sequence[str] = (),
     progress: bool = True,
 ) -> int:
-    """Write a stream of `count` images, given as batches `parts` of `chunk_images`; returns its size in bytes.
+    """Write a stream of `count` images, given in `parts` of `chunk_images`; return its size in bytes.
 
     lossless: decoding returns the exact 8-bit images instead of reconstructions. Raises `LikelihoodError` if lossless
     is impossible, and `StreamError` if the coder is not installed or a name is not a valid file name.
@@ -219,7 +219,7 @@ def write_images(
     header = Header(identify(pipeline), shape, count, chunk_images(pipeline), models.residual, tuple(names))
 
     def chunks() -> Iterator[Chunk]:
-        for _, part in zip(chunk_numbers(header, progress), parts, strict=False):
+        for _, part in zip(iterate_chunks(header, progress), parts, strict=False):
             if lossless:
                 check_exact(part)
             yield models.encode(pipeline.encode_batch(part), to_values(part) if models.residual else None)
@@ -246,7 +246,7 @@ def read_images(
     models = Models(pipeline, residual=header.lossless)
 
     def images() -> Iterator[Tensor]:
-        for index in chunk_numbers(header, progress):
+        for index in iterate_chunks(header, progress):
             count = min(header.chunk_images, header.images - index * header.chunk_images)
             tokens, pixels = models.decode(chunks[index], count, batch_size)
             if pixels is None:
@@ -275,6 +275,6 @@ def decompress(
     return torch.cat([torch.empty(0, *pipeline.tokenizer.image_shape, device=pipeline.device), *parts])
 
 
-def chunk_numbers(header: Header, progress: bool) -> Iterable[int]:
+def iterate_chunks(header: Header, progress: bool) -> Iterable[int]:
     """Iterate over chunk numbers. progress: show a bar if there are several."""
     return progress_bar(range(header.num_chunks), progress and header.num_chunks > 1, unit="chunk")

@@ -4,7 +4,7 @@ stream   "smalti\\0" | version u8 | section of the header | section of the names
 section  length u32 | content | CRC-32 of the content u32
 header   pipeline 16 B | image c, h, w u16 | images u32 | images of a chunk u16 | lossless u8
 names    UTF-8, separated by zero bytes; empty without names
-chunk    CRC-32 of what it decodes to u32 | exceptions u32 | bytes of tokens u32 | exceptions u32 ... | tokens | pixels
+chunk    CRC-32 of the decoded data u32 | exceptions u32 | bytes of tokens u32 | exceptions u32 ... | tokens | pixels
 
 Numbers are little-endian. Every length is checked against the rest of the stream, and every checksum before anything is
 decoded. Checksums detect damage, not malice.
@@ -73,14 +73,14 @@ def write_stream(file: BinaryIO, header: Header, chunks: Iterable[Chunk]) -> int
     check_names(header)
     size = file.write(MAGIC + bytes([VERSION]))
     fields = HEADER.pack(header.pipeline, *header.image, header.images, header.chunk_images, header.lossless)
-    size += file.write(section(fields)) + file.write(section("\0".join(header.names).encode()))
+    size += file.write(pack_section(fields)) + file.write(pack_section("\0".join(header.names).encode()))
     for exceptions, tokens, pixels, digest in chunks:
         sizes = CHUNK.pack(digest, len(exceptions), len(tokens))
-        size += file.write(section(b"".join((sizes, exceptions.astype("<u4").tobytes(), tokens, pixels))))
+        size += file.write(pack_section(b"".join((sizes, exceptions.astype("<u4").tobytes(), tokens, pixels))))
     return size
 
 
-def section(content: bytes) -> bytes:
+def pack_section(content: bytes) -> bytes:
     """Wrap `content` with its length and checksum."""
     return NUMBER.pack(len(content)) + content + NUMBER.pack(crc32(content))
 
@@ -129,7 +129,7 @@ def read_header(fields: memoryview, names: memoryview) -> Header:
     except (struct.error, UnicodeDecodeError) as error:
         raise DamagedStream(f"the stream is damaged: {error}") from error
     if not chunk_images:
-        raise DamagedStream("the stream is damaged: its chunks hold no images")
+        raise DamagedStream("the stream is damaged: its chunks contain no images")
     header = Header(pipeline, (channels, height, width), images, chunk_images, lossless, called)
     check_names(header)
     return header
@@ -144,8 +144,8 @@ def read_chunk(content: memoryview) -> Chunk:
 
 
 def check_names(header: Header) -> None:
-    """Raise `StreamError` unless the names are distinct, valid file names below the output folder, one per image; or
-    empty."""
+    """Raise `StreamError` unless there are no names, or one distinct, valid file name below the output folder per
+    image."""
     names = header.names
     if names and len(names) != header.images:
         raise StreamError(f"got {len(names)} names for {header.images} images")
@@ -153,13 +153,13 @@ def check_names(header: Header) -> None:
         raise StreamError(f"two images have the name {repeated[0][:80]!r}")
     folders = {str(folder) for name in names for folder in PurePosixPath(name).parents}
     for name in names:
-        if problem := problem_with(name.split("/")):
+        if problem := find_name_problem(name.split("/")):
             raise StreamError(f"invalid image name {name[:80]!r}: {problem}")
         if name in folders:
             raise StreamError(f"{name[:80]!r} is both an image and a folder")
 
 
-def problem_with(parts: Sequence[str]) -> str | None:
+def find_name_problem(parts: Sequence[str]) -> str | None:
     """Return why a name with these parts is not a valid file below a folder, or None."""
     if {"", ".", ".."} & {*parts} or re.match("[A-Za-z]:", parts[0]):
         return "must be relative, without . and .."

@@ -16,7 +16,7 @@ from .yaml_text import read_yaml
 
 
 class CommandLine(NamedTuple):
-    """The words of a command line, sorted by kind. A file or module name that is missing is an empty string."""
+    """The words of a command line, sorted by kind. A missing file or module name is an empty string."""
 
     files: list[str]
     overrides: list[str]
@@ -59,7 +59,7 @@ def read_arguments(words: CommandLine) -> tuple[list[Data], list[str]]:
             files.append(read_file(path if os.path.isfile(path) else str(find_preset(path))))
         except UserError as error:
             problems.append(str(error))
-    for argument in sorted(words.overrides, key=lambda argument: override_order(argument, words.overrides)):
+    for argument in sorted(words.overrides, key=lambda argument: rank_override(argument, words.overrides)):
         try:
             overrides.append(read_override(argument))
         except UserError as error:
@@ -67,8 +67,8 @@ def read_arguments(words: CommandLine) -> tuple[list[Data], list[str]]:
     return files + overrides, problems
 
 
-def override_order(argument: str, others: list[str]) -> float:
-    """Sort key that applies kinds first, so that `a.kind=x`, or `a=x` for short, keeps an `a.b=1` to its left."""
+def rank_override(argument: str, others: list[str]) -> float:
+    """Return a sort key that puts kinds first, so that `a.kind=x` (or `a=x`) does not reset an earlier `a.b=1`."""
     key, _, text = argument.removeprefix("--").partition("=")
     if re.fullmatch(r"\w+", text) and any(other.removeprefix("--").startswith(f"{key}.") for other in others):
         key += ".kind"
@@ -118,8 +118,8 @@ def presets() -> dict[str, Path]:
 
 
 def find_preset(name: str) -> Path:
-    """Find a preset by `prior/gpt_digits`, `gpt_digits` or `configs/prior/gpt_digits.yaml`. Raises `UserError`, which
-    suggests similar names."""
+    """Find a preset by a name such as `prior/gpt_digits`, `gpt_digits` or `configs/prior/gpt_digits.yaml`. Raises
+    `UserError`, which suggests similar names."""
     if not name:
         raise UserError("--config: expected a file name")
     wanted = re.sub(r"^configs/|\.ya?ml$", "", name)

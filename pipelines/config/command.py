@@ -20,7 +20,7 @@ from tokenizer.files import PipelineLoadError, one_line
 
 from .arguments import read_arguments, sort_words, split_lists
 from .errors import UserError, at_a_shell, did_you_mean, exit_codes, is_first_process
-from .help import help_page, keys_of
+from .help import help_page, list_keys
 from .importing import import_all
 from .schema import C, Config, Of, resolve_short_forms, to_yaml
 
@@ -110,20 +110,20 @@ def merge_with_defaults(cls: type[C], parts: list[Data]) -> Data:
 
 def describe_unknown(cls: type[Config], key: str, value: Any) -> list[str]:
     """Return a line for each unknown key at or below `key`, with the key that was probably meant."""
-    known = keys_of(cls)
+    known = list_keys(cls)
     return [
         f"{name[:200]}: in a file, write nested keys instead of dots"
         if name in known
         else f"{name[:200]}: unknown key; {did_you_mean(name, known, '--help all lists them')}"
-        for name in leaves(key, value)
+        for name in list_leaves(key, value)
     ]
 
 
-def leaves(key: str, value: Any) -> Iterator[str]:
+def list_leaves(key: str, value: Any) -> Iterator[str]:
     """Yield the dotted keys of all leaves below `key`."""
     if isinstance(value, dict) and value:
         for name, part in value.items():
-            yield from leaves(f"{key}.{name}", part)
+            yield from list_leaves(f"{key}.{name}", part)
     else:
         yield key
 

@@ -13,7 +13,7 @@ from typing import TextIO
 from tokenizer.files import FULL, PipelineLoadError, escape, one_line
 
 CTRL_C, CLOSED_PIPE = 130, 141  # exit codes that shells report for SIGINT and SIGPIPE
-HEAD_START = 5.0  # seconds for the main process to print its error and its launcher to end the others
+HEAD_START = 5.0  # seconds in which the main process prints its error and the launcher ends the others
 
 
 class UserError(Exception):
@@ -104,7 +104,7 @@ def at_a_shell() -> Iterator[None]:
             sys.stdout.flush()
     except BrokenPipeError:
         try:
-            print(flush=True)  # succeeds if another pipe broke
+            print(flush=True)  # succeeds if a different pipe broke
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
             raise SystemExit(CLOSED_PIPE) from None

@@ -30,9 +30,9 @@ from .table import width, wrap, wrap_rows
 ALL = "all"
 OPTIONS = {
     "--config FILE": "a YAML file or a preset's name (`smalti presets`); several merge left to right",
-    "key=value": "set one key, overriding the files; the value is YAML, as in train.lr=1e-3 or sizes=1,2; changing a "
+    "key=value": "set one key, overriding the files; the value is YAML, as in train.lr=1e-3 or sizes=1,2; a new "
     "kind resets the keys below it",
-    "--import FILE": "a Python file or module that defines models of your own",
+    "--import FILE": "a Python file or module that defines your own models",
     "--dry-run": "print the resulting configuration, which --config can read, and exit",
 }
 
@@ -79,49 +79,55 @@ def help_page(
     values, options = values or {}, dict(OPTIONS)
     if topic == ALL:
         chosen = {name: values[name] for name in given if name in values}
-        shown = list(dict.fromkeys(sections(cls, chosen)))  # each tokenizer lists the quantizers again
+        shown = list(dict.fromkeys(list_sections(cls, chosen)))  # each tokenizer lists the quantizers again
     else:
-        found = list(sections(cls, values))
+        found = list(list_sections(cls, values))
         if topic:
-            return "\n".join(table_of(choose_topic(found, topic))).lstrip("\n")
+            return "\n".join(format_sections(choose_topic(found, topic))).lstrip("\n")
         shown = [Section(rows=tuple(choose_often(cls, found)))]
-        if left := len(set(rows_of(found)) - set(rows_of(shown))):
+        if left := len(set(list_rows(found)) - set(list_rows(shown))):
             nodes = ", ".join(dict.fromkeys(section.node for section in found if section.node))
             options["--help WHAT"] = f"{left} more keys: all, {f'one section ({nodes}), ' if nodes else ''}or one key"
     usage = f"usage: smalti {verb} [--config FILE ...] [key=value ...] [--help [WHAT]]"
     about = [line for part in (description or "").split("\n\n") for line in wrap(" ".join(part.split()), width())]
     commands = [wrap(f"smalti {verb} {example}", width() - 8) for example in cls.examples]
     examples = ["  " + " \\\n      ".join(lines) for lines in commands]  # joined by the shell
-    parts = [[usage], about, ["examples", *examples], table_of(shown), ["more", *wrap_rows(list(options.items()))]]
+    parts = [
+        [usage],
+        about,
+        ["examples", *examples],
+        format_sections(shown),
+        ["more", *wrap_rows(list(options.items()))],
+    ]
     return "\n\n".join("\n".join(part) for part in parts)
 
 
-def rows_of(found: Iterable[Section]) -> list[Row]:
+def list_rows(found: Iterable[Section]) -> list[Row]:
     """Return the rows of all sections."""
     return [row for section in found for row in section.rows]
 
 
 def choose_often(cls: type[Config], found: list[Section]) -> list[Row]:
     """Return the rows of the common keys, or all top-level rows."""
-    rows = {row.key: row for row in rows_of(found)}
+    rows = {row.key: row for row in list_rows(found)}
     often = [rows[key] for key in cls.often.split() if key in rows]
-    return often or rows_of(section for section in found if not section.node)
+    return often or list_rows(section for section in found if not section.node)
 
 
 def choose_topic(found: list[Section], topic: str) -> list[Section]:
     """Return the sections at and below `topic`, or one key. Raises `UserError`, which suggests the nearest name."""
     below = [section for section in found if f"{section.node}.".startswith(f"{topic}.")]
-    one = [row for row in rows_of(found) if row.key == topic]
+    one = [row for row in list_rows(found) if row.key == topic]
     if not below and not one:
         nodes = list(dict.fromkeys(section.node for section in found if section.node))
         hint = did_you_mean(
-            topic, [*nodes, *(row.key for row in rows_of(found))], f"the sections are {', '.join([*nodes, ALL])}"
+            topic, [*nodes, *(row.key for row in list_rows(found))], f"the sections are {', '.join([*nodes, ALL])}"
         )
         raise UserError(f"--help {topic}: no such section or key; {hint}")
     return below or [Section(rows=tuple(one))]
 
 
-def table_of(shown: list[Section]) -> list[str]:
+def format_sections(shown: list[Section]) -> list[str]:
     """Return the lines of sections, each with its own column widths."""
     lines: list[str] = []
     for section in shown:
@@ -134,7 +140,7 @@ def table_of(shown: list[Section]) -> list[str]:
 # Keys ---------------------------------------------------------------------------------------------
 
 
-def sections(
+def list_sections(
     cls: type[Settings],
     values: Data,
     node: str = "",
@@ -146,9 +152,9 @@ def sections(
 ) -> Iterator[Section]:
     """Yield the keys of a configuration, one section for each nested one.
 
-    values: shown instead of the defaults; for a node among them, only the keys of its kind are listed. node, kind,
-    sentence: of the first section. owner: name for a default that only a model knows. families: families of the
-    enclosing nodes, whose members are not listed again.
+    values: shown instead of the defaults; a node with a value lists only the keys of its kind. node, kind, sentence:
+    heading of the first section. owner: model that provides the defaults, such as "pipeline's". families: families of
+    the enclosing nodes, whose members are not listed again.
     """
     rows: list[Row] = []
     nested: list[Section] = []
@@ -172,10 +178,10 @@ def sections(
                 if name not in values or member == chosen:
                     inner, first_line = below if member == chosen else {}, (model.__doc__ or "").strip().split("\n")[0]
                     around = (*families, family.family)
-                    nested += sections(model, inner, key, member, first_line, owner=whose, families=around)
+                    nested += list_sections(model, inner, key, member, first_line, owner=whose, families=around)
         elif models:
             inner = values.get(name, {}) if whose else below
-            nested += sections(models[""], inner, key, "", about, owner=whose, families=families)
+            nested += list_sections(models[""], inner, key, "", about, owner=whose, families=families)
         else:
             default_text = whose if whose and name not in values else describe_default(value)
             rows.append(Row(key, describe_type(field), default_text, about))
@@ -185,9 +191,9 @@ def sections(
 
 
 @cache
-def keys_of(cls: type[Settings]) -> list[str]:
+def list_keys(cls: type[Settings]) -> list[str]:
     """Return the names of all sections and keys of a configuration."""
-    found = list(sections(cls, {}))
+    found = list(list_sections(cls, {}))
     nodes, rows = [section.node for section in found], [row for section in found for row in section.rows]
     return list(dict.fromkeys(filter(None, [*nodes, *(row.key for row in rows)])))
 
@@ -195,28 +201,28 @@ def keys_of(cls: type[Settings]) -> list[str]:
 def describe_type(field: FieldInfo) -> str:
     """Return the type and range of a key, such as `int >= 1 or null`, `[float, float]` or `a | b`. A null that is the
     default is not mentioned."""
-    text = type_text(field.annotation, range_text(field.metadata))
+    text = format_type(field.annotation, format_range(field.metadata))
     return text.removesuffix(" or null") if field.default is None else text
 
 
-def type_text(hint: Any, limits: str = "") -> str:
+def format_type(hint: Any, limits: str = "") -> str:
     """Return a readable form of an annotation."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         marks = [mark for part in parts[1:] for mark in (part.metadata if isinstance(part, FieldInfo) else [part])]
-        return type_text(parts[0], range_text(marks) or limits)
+        return format_type(parts[0], format_range(marks) or limits)
     if origin in (Union, types.UnionType):
-        texts = [type_text(part, limits) for part in parts if part is not type(None)]
+        texts = [format_type(part, limits) for part in parts if part is not type(None)]
         return " or ".join(texts + ["null"] * (type(None) in parts))
     if origin is Literal:
         return " | ".join(map(str, parts))
     if origin in (tuple, list):
         inside = [*parts, Ellipsis] if origin is list else parts
-        return f"[{', '.join('...' if part is Ellipsis else type_text(part, limits) for part in inside)}]"
+        return f"[{', '.join('...' if part is Ellipsis else format_type(part, limits) for part in inside)}]"
     return ("text" if hint is str else getattr(hint, "__name__", str(hint))) + limits
 
 
-def range_text(marks: Iterable[Any]) -> str:
+def format_range(marks: Iterable[Any]) -> str:
     """Return the bounds in the metadata of a type, such as ` 1..8` or ` > 0, < 1`; empty without bounds."""
     bounds = {name: getattr(mark, name) for mark in marks for name in SIGNS if hasattr(mark, name)}
     if set(bounds) == {"ge", "le"}:

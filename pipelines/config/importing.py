@@ -1,4 +1,4 @@
-"""`--import`: load modules with models of your own, which are then available by name.
+"""`--import`: load modules with your own models, which are then available by name.
 
 Importing runs code, so only the command line can request it, never a file.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from .errors import UserError
 
 IMPORTED: list[str] = []
-"""Names that `--import` has loaded in this process."""
+"""Names that were loaded by `--import` in this process."""
 
 
 def import_all(names: list[str]) -> None:
@@ -40,6 +40,6 @@ def import_all(names: list[str]) -> None:
             IMPORTED.append(name)
 
 
-def as_asked() -> str:
+def format_imports() -> str:
     """Return ` --import NAME ...` for a follow-up command that needs the same models; empty if there are none."""
     return "".join(f" --import {shlex.quote(name)}" for name in IMPORTED)

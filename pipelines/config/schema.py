@@ -40,8 +40,8 @@ class Of:
 
 @dataclass(frozen=True)
 class Within:
-    """Mark a path to a folder that contains the file `holds`: `Within("tokenizer", "config.json")`. The path of the run
-    around it, with a subfolder `name`, is accepted too, even if the run has a file `holds` of its own."""
+    """Mark a path to a folder that contains the file `holds`: `Within("tokenizer", "config.json")`. The path of a run
+    with that folder as its subfolder `name` is accepted too, even if the run itself contains a file `holds`."""
 
     name: str
     holds: str

@@ -39,8 +39,8 @@ def wrap(text: str, columns: int) -> list[str]:
 
 
 def wrap_rows(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Wrap rows whose last cell is a sentence. The first column is as wide as its widest cell, the sentence takes the
-    rest, and the columns between leave it at least 30 characters if possible."""
+    """Wrap rows whose last cell is a sentence. The first column is as wide as its widest cell, the columns in between
+    leave at least 30 characters if possible, and the sentence fills the rest."""
     first, *between = [max(map(len, cells)) for cells in list(zip(*rows, strict=True))[:-1]]
     room = width() - len(GAP) - first - len(GAP)
     most = min(20, max(12, (room - 30) // max(1, len(between)) - len(GAP)))

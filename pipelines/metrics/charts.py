@@ -1,4 +1,4 @@
-"""Charts drawn with matplotlib, and pages with a row of charts above pictures.
+"""Charts drawn with matplotlib, and pages that combine a row of charts with pictures.
 
 matplotlib is imported on first use because that takes a second. pyplot is not used: all threads share its current
 figure.
@@ -70,7 +70,7 @@ def draw_usage(axes: Axes, uses: Values, names: Sequence[str], label: str) -> No
     else:
         for n, (counts, name) in enumerate(zip(uses, names, strict=True)):
             axes.stairs(-np.sort(-counts), baseline=None, color=f"C{n % 10}", label=name)
-    axes.set_yscale("symlog", linthresh=1)  # linear below 1, so 0 has a place
+    axes.set_yscale("symlog", linthresh=1)  # linear below 1, so that 0 can be shown
     axes.set(title="Use of the codes", xlabel="codes, most used first", ylabel=label, xlim=(0, uses.shape[1]), ylim=0)
     if 1 < len(uses) <= 6:
         axes.legend()
@@ -83,7 +83,7 @@ def draw_histogram(axes: Axes, values: Values, title: str, label: str) -> None:
     axes.set(title=title, xlabel=label, ylabel="%")
 
 
-def with_heading(lines: Sequence[str], size: int, picture: Pixels) -> Pixels:
+def add_heading(lines: Sequence[str], size: int, picture: Pixels) -> Pixels:
     """Return the picture with lines of text above it, the first in font size `size`."""
     texts = [(line, ImageFont.load_default(size if n == 0 else 14)) for n, line in enumerate(lines)]
     width = max(picture.shape[1], *(math.ceil(font.getlength(line)) for line, font in texts))
@@ -97,8 +97,8 @@ def with_heading(lines: Sequence[str], size: int, picture: Pixels) -> Pixels:
 
 def page(lines: Sequence[str], charts: Sequence[Chart], pictures: Mapping[str, Pixels]) -> Pixels:
     """Return a page: lines of text (the first is the title), a row of charts, and pictures with their names above."""
-    parts = [with_heading(lines, 22, charts_in_row(charts))]
-    parts += [with_heading([name], 16, picture) for name, picture in pictures.items()]
+    parts = [add_heading(lines, 22, charts_in_row(charts))]
+    parts += [add_heading([name], 16, picture) for name, picture in pictures.items()]
     width = max(part.shape[1] for part in parts)
     rows = [np.pad(part, ((0, MARGIN), (0, width - part.shape[1]), (0, 0)), constant_values=255) for part in parts]
     return np.pad(np.concatenate(rows), ((MARGIN, 0), (MARGIN, MARGIN), (0, 0)), constant_values=255)

@@ -1,8 +1,8 @@
 """FID, Inception Score and reconstruction FID with torch-fidelity's Inception weights, comparable with papers.
 
-FID: Heusel et al. 2017 (arXiv:1706.08500). Inception Score: Salimans et al. 2016 (arXiv:1606.03498). The network is the
-one of 2015 with TensorFlow's resizing, as in torch-fidelity and in ADM's evaluator (Dhariwal and Nichol 2021). ADM's
-reference files hold the mean and covariance of its 2048 features.
+FID: Heusel et al. 2017 (arXiv:1706.08500). Inception Score: Salimans et al. 2016 (arXiv:1606.03498). The network is
+Inception of 2015 with TensorFlow's resizing, as in torch-fidelity and in ADM's evaluator (Dhariwal and Nichol 2021).
+ADM's reference files hold the mean and covariance of its 2048 features.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Inception:
             count = min(count, len(train), len(held_out))
         if samples is None or count < LEAST:
             return figures
-        drawn, score, deviation = self.of_samples(samples, count, group)
+        drawn, score, deviation = self.measure_samples(samples, count, group)
         figures["inception_score"], figures["inception_score_deviation"] = score, deviation
         figures["inception_score_protocol"] = f"{samples.count:,} samples in 10 parts; {WEIGHTS}"
         if equally_many:
@@ -100,7 +100,7 @@ class Inception:
         figures["fid_protocol"] = f"{count:,} samples against {name}; {WEIGHTS}"
         return figures
 
-    def of_samples(self, samples: Samples, count: int, group: ProcessGroup) -> tuple[Moments, float, float]:
+    def measure_samples(self, samples: Samples, count: int, group: ProcessGroup) -> tuple[Moments, float, float]:
         """Return the moments of the first `count` samples, and the Inception Score of all: mean and standard deviation
         over ten parts."""
         from torch_fidelity.metric_isc import isc_features_to_metric
@@ -125,11 +125,11 @@ def load_inception(weights: str | None, reference: str, device: torch.device) ->
         raise UserError(f"reference: expected held_out, train or an existing .npz file (got {reference!r})")
     if weights is None:
         if reference != "held_out":
-            raise UserError("reference: it only affects FID, which needs inception_weights=FILE")
+            raise UserError("reference: only affects FID, which needs inception_weights=FILE")
         return None
     published = None if known else read_moments(Path(reference))
     if not Path(weights).is_file():
-        raise UserError(f"inception_weights: there is no file {weights}")
+        raise UserError(f"inception_weights: no such file: {weights}")
     if find_spec("torch_fidelity") is None:
         raise UserError('inception_weights: FID needs torch-fidelity: pip install "smalti[evaluate]"')
     with open(weights, "rb") as file:

@@ -17,8 +17,8 @@ class Figure:
 
     key: its name in `evaluation.json` and in a pipeline's provenance. of: what it measures; figures of `samples` depend
     on the sampling settings. title and beside are templates that may refer to other figures; beside is a list separated
-    by semicolons, and items whose figures are missing are left out. better: which direction is better; only figures
-    that have one are sent to the Hub.
+    by semicolons, and items whose figures are missing are left out. better: which direction is better; figures without
+    a direction are not sent to the Hub.
     """
 
     key: str
@@ -84,7 +84,7 @@ OF_SAMPLES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A formatted figure: its title, its value, what to compare it with, and the raw value."""
+    """A formatted figure: title, value, figures to compare with, and raw value."""
 
     figure: Figure
     title: str
@@ -93,8 +93,9 @@ class Row:
     raw: Any
 
 
-def rows_of(figures: Mapping[str, Any], *, exact: bool) -> list[Row]:
-    """Return the figures of the table that are present, in its order. exact: the prior's likelihood is not a bound."""
+def format_rows(figures: Mapping[str, Any], *, exact: bool) -> list[Row]:
+    """Return the figures of the table that are present, in its order. exact: whether the prior's likelihood is exact,
+    not a bound."""
     known = {key: value for key, value in figures.items() if isinstance(value, int | float | str)}
     rows = []
     for figure in TABLE:
@@ -114,6 +115,6 @@ def _fill(text: str, known: Mapping[str, Any], *value: Any) -> str:
         return ""
 
 
-def report(figures: Mapping[str, Any], *, exact: bool) -> str:
-    """Return the figures as a table to print, each with what to compare it with."""
-    return table([(row.title, row.value, row.beside) for row in rows_of(figures, exact=exact)], right=[1])
+def format_report(figures: Mapping[str, Any], *, exact: bool) -> str:
+    """Format the figures as a table, each beside the figures to compare it with."""
+    return table([(row.title, row.value, row.beside) for row in format_rows(figures, exact=exact)], right=[1])

@@ -53,7 +53,7 @@ def log_probs(
 
     def score(start: int) -> Tensor:
         some = rows[start : start + size]
-        # In lockstep the last batch is padded: the number of passes a model takes may depend on the batch size.
+        # In lockstep, pad the last batch, because the number of a model's passes may depend on the batch size.
         batch = np.resize(some, size) if group.lockstep else some
         tokens = split.rows(batch).to(model.device)
         labels = None if split.labels is None else split.labels[torch.from_numpy(batch)].to(model.device)
@@ -87,19 +87,19 @@ def evaluate_likelihood(
     }
 
 
-def classes_of_table(grid: TokenGrid, classes: int) -> int | None:
-    """Return the number of classes in `evaluate_marginal`'s table: all of them, 0 if only a table without classes fits,
-    or None if not even that does."""
+def count_table_classes(grid: TokenGrid, classes: int) -> int | None:
+    """Return the number of classes in `evaluate_marginal`'s table: all, 0 if only a table without classes fits, or None
+    if no table fits."""
     fitting = TABLE // (len(grid) * grid.vocab_size)
     return classes if classes < fitting else 0 if fitting else None
 
 
 def evaluate_marginal(prior: Prior, train: TokenSplit, test: TokenSplit, group: ProcessGroup = ALONE) -> dict[str, Any]:
     """Return bits per token under the frequencies of ids at each position, per class if both splits have labels.
-    `marginal_note` says if classes were left out because their table is too large; without classes it may be too
-    large as well, and then nothing is returned."""
+    `marginal_note` says if classes were left out because their table is too large. Empty if even the table without
+    classes is too large."""
     wanted = prior.num_classes if train.labels is not None else 0
-    classes = classes_of_table(prior.grid, wanted)
+    classes = count_table_classes(prior.grid, wanted)
     if classes is None:
         return {}
 
@@ -119,7 +119,7 @@ def evaluate_bits(
     tokenizer: Tokenizer, held_out: ImageDataset, test: TokenSplit, nats: Tensor, group: ProcessGroup = ALONE
 ) -> dict[str, Any]:
     """Return bits per dim of the held-out images with its standard error over images, and its two parts: the tokens,
-    whose log p is `nats` `(n,)`, and the pixels given the tokens. Returns nothing if the decoder has no likelihood.
+    whose log p is `nats` `(n,)`, and the pixels given the tokens. Empty if the decoder has no likelihood.
 
     If `nats` are conditional on the class, so are the bits: a code would also have to send the class, up to
     log2(classes) bits per image.

@@ -2,8 +2,8 @@
 
 Precision and recall: Kynkaanniemi et al. 2019 (arXiv:1904.06991). SSIM: Wang et al. 2004 (IEEE TIP 13(4)).
 
-Each figure depends on the number of images, so both sets have the same size. Each figure of the samples is accompanied
-by that of equally many training images, which are real images outside the held-out set.
+Each figure depends on the number of images, so both sets have the same size. Each figure of samples is reported beside
+that of as many training images, which are real images outside the held-out set.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FEATURES = 64
 LONGEST_SIDE = 64  # larger images are downsampled to keep the classifier fast
 BATCH, LEARNING_RATE, SEED = 128, 4e-3, 0
 AT_A_TIME = 256  # images or rows per batch
-LEAST = 10  # images in each set; with fewer, a third-nearest neighbour is meaningless
+LEAST = 10  # minimum images per set; with fewer, a third-nearest neighbour is meaningless
 NEIGHBOURS = 3  # of precision and recall
 
 
@@ -227,7 +227,7 @@ def compare(
     distances, indices = (found[:, 0] for found in nearest_rows(drawn, known, group=group))
     figures["nearest_distance"] = float(distances.median())
     figures["held_out_nearest_distance"] = float(nearest_rows(real, known, group=group)[0].median())
-    # Plain distances would rank the simplest images first. A copy is nearer to its original than other originals are.
+    # Plain distances would rank the simplest images first. A copy is nearer to its original than other images are.
     spacing = nearest_rows(known[indices], known, 2, group)[0][:, -1]
     order = (distances / spacing.clamp(min=1e-12)).argsort(stable=True)
     return figures, order, seen[indices[order]]

@@ -20,7 +20,7 @@ from ..shuffling import spread
 from .quality import ssim
 
 EVALUATED_PIXELS = 1 << 20  # limit on the pixels reconstructed at a time
-SOME = 2000  # held-out images for the slow figures
+SOME = 2000  # number of held-out images for slow figures
 
 
 def images_at_a_time(image_shape: tuple[int, ...]) -> int:
@@ -63,9 +63,9 @@ def ssim_in_bytes(decoded: Tensor, images: Tensor, rows: np.ndarray) -> Tensor:
     return ssim(images.cpu()[rows], to_float(to_uint8(decoded.float().cpu()[rows])))
 
 
-def drafts(model: Any) -> list[Callable[[Tensor], Tensor]]:
-    """Return functions that decode only the first tokens of each image, coarse to fine, the last one all of them: one
-    scale, two scales, ...; or 1, 2, 4, ... tokens. Empty if the tokenizer cannot decode a prefix."""
+def list_prefix_decoders(model: Any) -> list[Callable[[Tensor], Tensor]]:
+    """Return functions that decode a growing prefix of each image's tokens, the last one all tokens: one scale, two
+    scales, ...; or 1, 2, 4, ... tokens. Empty if the tokenizer cannot decode a prefix."""
     if model.grid.scales:
         return [partial(model.decode_scales, count=k + 1) for k in range(len(model.grid.scales))]
     return [partial(decode_first, model, count) for count in model.prefixes]
@@ -79,12 +79,12 @@ def decode_first(model: Any, count: int, tokens: Tensor) -> Tensor:
 @torch.inference_mode()
 def reconstruction_picture(model: Any, images: ImageDataset, count: int = 32) -> np.ndarray:
     """Return a picture of `count` evenly spread images, each row above the row of its reconstructions, with the rows of
-    their `drafts` in between."""
+    their `list_prefix_decoders` in between."""
     chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(np.int64)
     originals = images.batch(chosen)
     parts = originals.split(images_at_a_time(images.image_shape))
     tokens = [model.encode(part.to(model.device)) for part in parts]
-    some = [torch.cat([decode(part).cpu() for part in tokens]) for decode in drafts(model)[:-1]]
+    some = [torch.cat([decode(part).cpu() for part in tokens]) for decode in list_prefix_decoders(model)[:-1]]
     decoded = torch.cat([model.decode(part).cpu() for part in tokens])
     columns = min(16, len(chosen))
     rows = zip(*(version.split(columns) for version in (originals, *some, decoded)), strict=True)

@@ -16,7 +16,7 @@ DRAWN = 64  # samples drawn at a time
 
 
 class Samples:
-    """`count` samples in parts of `AT_A_TIME`; a part is named by the number of its first sample.
+    """`count` samples in parts of `AT_A_TIME`; a part is identified by the number of its first sample.
 
     draw: `draw(start, end)` returns these samples, `(n, C, H, W)` in [-1, 1], and must not depend on how they are
     batched. seconds: how long sampling took.
@@ -46,7 +46,7 @@ class Samples:
         return to_float(self._mine[part])
 
     def rows(self, act: Callable[[Tensor], Tensor], count: int) -> Tensor:
-        """Return `act` of the first `count` images, `(count, d)`."""
+        """Apply `act` to the first `count` images; return `(count, d)`."""
         parts = [part for part in self.parts if part < count]
         return torch.cat(self.group.map(lambda part: act(self.images(part)[: count - part]), parts))
 

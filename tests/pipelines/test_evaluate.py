@@ -21,7 +21,7 @@ from pipelines.__main__ import main
 from pipelines.images import dataset, load_images
 from pipelines.metrics import fid, likelihood, quality, reconstruction, samples
 from pipelines.metrics.fid import Inception
-from pipelines.metrics.figures import rows_of
+from pipelines.metrics.figures import format_rows
 from pipelines.tokens import TokenDataset, TokenSplit
 from prior import Prior
 
@@ -69,7 +69,7 @@ def test_all_figures_are_written_printed_and_on_the_card(
     assert not ((BITS | CLASSES) - optional | {"fid"}) & set(figures)
     held_out = len(load_images(config).held_out)
     assert (figures["num_compared"], figures["num_images"], figures["ssim_images"]) == (30, held_out, held_out)
-    rows = rows_of(figures, exact=pipe.prior.exact)
+    rows = format_rows(figures, exact=pipe.prior.exact)
     assert len(text.splitlines()) == len(rows) >= 9
     for row in rows:
         assert all(part in text for part in (row.title, row.value, row.beside))

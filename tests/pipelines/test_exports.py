@@ -27,9 +27,9 @@ from pipelines.exports import (
     Checked,
     ExportError,
     Run,
-    check,
+    compare_outputs,
     export_tokenizer,
-    load,
+    load_program,
 )
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.files import PathError
@@ -71,7 +71,7 @@ def tokenizer_of(case: str) -> Tokenizer:
 
 def loaded(folder: Path) -> list[Run]:
     """Load encoder and decoder as functions."""
-    return [load(next(folder.glob(f"{part}.*"))) for part in NAMES]
+    return [load_program(next(folder.glob(f"{part}.*"))) for part in NAMES]
 
 
 def images_for(tokenizer: Tokenizer, count: int) -> Tensor:
@@ -197,7 +197,7 @@ def test_data_dependent_control_flow_is_one_line_of_error(tmp_path: Path) -> Non
 def test_a_file_with_other_results_is_not_kept(part: str, tmp_path: Path, monkeypatch) -> None:
     """The written program is given other weights."""
     tokenizer = tokenizer_of("vqvae, ema")
-    honest = exports.write
+    honest = exports.write_program
 
     def forged(program: Any, of: Any, path: Path) -> None:
         if of == part:
@@ -205,7 +205,7 @@ def test_a_file_with_other_results_is_not_kept(part: str, tmp_path: Path, monkey
                 weight.data.mul_(0.5) if weight.is_floating_point() else None
         honest(program, of, path)
 
-    monkeypatch.setattr(exports, "write", forged)
+    monkeypatch.setattr(exports, "write_program", forged)
     with pytest.raises(ExportError, match=part):
         export_tokenizer(tokenizer, tmp_path / "out", "torch")
     assert contents(tmp_path) == {}
@@ -221,19 +221,19 @@ def test_only_close_calls_may_differ() -> None:
         return lambda given: (given > threshold).long().flatten(1, 2)
 
     decode = tokenizer.decode
-    assert check(tokenizer, above(0.0), decode, images).close_calls == 0
-    assert check(tokenizer, above(1e-5), decode, images).close_calls == 1  # 1e-6 is within rounding
+    assert compare_outputs(tokenizer, above(0.0), decode, images).close_calls == 0
+    assert compare_outputs(tokenizer, above(1e-5), decode, images).close_calls == 1  # 1e-6 is within rounding
     with pytest.raises(ExportError, match="1 of 128"):
-        check(tokenizer, above(1e-2), decode, images)
+        compare_outputs(tokenizer, above(1e-2), decode, images)
     with pytest.raises(ExportError, match="torch.int32"):
-        check(tokenizer, lambda given: above(0.0)(given).int(), decode, images)
+        compare_outputs(tokenizer, lambda given: above(0.0)(given).int(), decode, images)
     for wrong in (
         lambda tokens: decode(tokens) + 2 * TOLERANCE,
         lambda tokens: decode(tokens) + (2 * TOLERANCE if len(tokens) == 1 else 0),
         lambda tokens: decode(tokens) * float("nan"),
     ):
         with pytest.raises(ExportError, match="decoder"):
-            check(tokenizer, above(0.0), wrong, images)
+            compare_outputs(tokenizer, above(0.0), wrong, images)
 
 
 def test_packages_that_are_missing_are_named(tmp_path: Path, monkeypatch) -> None:

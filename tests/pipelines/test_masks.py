@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from small_pipelines import make_pipeline, pixels_for
 
-from pipelines.completion import known_pixels
+from pipelines.completion import find_known_pixels
 
 HEIGHT, WIDTH = 8, 12
 
@@ -71,15 +71,15 @@ def test_a_mask_of_the_size_of_its_image_is_cropped_like_it():
     wide = np.zeros((2 * HEIGHT, 4 * WIDTH), np.uint8)
     wide[:, :WIDTH] = 255  # cropped
     image = Image.fromarray(np.zeros_like(wide))
-    assert known_pixels(None, Image.fromarray(wide), image, batch).all()
+    assert find_known_pixels(None, Image.fromarray(wide), image, batch).all()
     wide[:, WIDTH : 2 * WIDTH] = 255
-    known = known_pixels(None, Image.fromarray(wide), [image], batch)
+    known = find_known_pixels(None, Image.fromarray(wide), [image], batch)
     assert not known[:, :, : WIDTH // 2].any() and known[:, :, WIDTH // 2 :].all()
     turned = Image.Exif()
     turned[0x0112] = 6
     image.info["exif"] = turned.tobytes()  # the mask is painted on the upright picture
     image.getexif()[0x0112] = 6
-    assert known_pixels(None, Image.fromarray(np.zeros((4 * WIDTH, 2 * HEIGHT), np.uint8)), image, batch).all()
+    assert find_known_pixels(None, Image.fromarray(np.zeros((4 * WIDTH, 2 * HEIGHT), np.uint8)), image, batch).all()
 
 
 @pytest.mark.parametrize(

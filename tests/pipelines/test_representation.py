@@ -7,7 +7,7 @@ from PIL import Image
 from small import PRIORS, PRIORS_IN_ORDERS, TOKENIZERS, draw_tokens, make_prior
 from small_pipelines import make_pipeline, pixels_for
 
-from pipelines.representation import POOLS, embed, embed_layers, layer_names, nearest_neighbours
+from pipelines.representation import POOLS, embed, embed_layers, list_layers, nearest_neighbours
 from prior.made import MADE
 
 LAYERED = [name for name in PRIORS if name != "marginal"]
@@ -106,7 +106,7 @@ ALL_POOLS = [(source, pool) for source, pools in POOLS.items() for pool in pools
 def test_a_vector_depends_only_on_its_image_and_label(name):
     """It does not depend on the rest of the batch, its size or its order."""
     pipe = make_pipeline(prior=name)
-    images, labels, layers = pixels_for(pipe, 7), torch.tensor([0, 1, 2, 0, 0, 2, 1]), layer_names(pipe)
+    images, labels, layers = pixels_for(pipe, 7), torch.tensor([0, 1, 2, 0, 0, 2, 1]), list_layers(pipe)
     whole = embed_layers(pipe, images, layers, labels=labels)
     shuffled = torch.randperm(7)
     again = embed_layers(pipe, images[shuffled], layers, labels=labels[shuffled])

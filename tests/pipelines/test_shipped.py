@@ -15,7 +15,7 @@ from safetensors import safe_open
 from pipelines import ImagePipeline, train_prior
 from pipelines.__main__ import main as smalti
 from pipelines.provenance import tokenizer_folder
-from pipelines.saving import HERE, located, shipped
+from pipelines.saving import HERE, list_shipped, resolve_shipped
 from tokenizer.files import PathError
 
 MOST_BYTES = 3_000_000
@@ -26,7 +26,7 @@ def pipe():
     return ImagePipeline.from_pretrained("digits")
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", list_shipped())
 def test_it_is_small_in_bfloat16_and_its_card_has_figures(name):
     folder = HERE / name
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= MOST_BYTES
@@ -80,15 +80,15 @@ def test_held_out_digits_are_normal(pipe):
 
 def test_a_local_folder_takes_precedence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert located("digits") == HERE / "digits" and located(Path("digits")) == Path("digits")
+    assert resolve_shipped("digits") == HERE / "digits" and resolve_shipped(Path("digits")) == Path("digits")
     Path("digits").mkdir()
-    assert located("digits") == "digits"
+    assert resolve_shipped("digits") == "digits"
     with pytest.raises(PathError, match="model_index.json"):
         ImagePipeline.from_pretrained("digits")
 
 
 def test_an_unknown_name_lists_the_shipped_pipelines():
-    assert shipped() == ["digits"]
+    assert list_shipped() == ["digits"]
     with pytest.raises(PathError, match="'digitz'.* digits$"):
         ImagePipeline.from_pretrained("digitz")
 

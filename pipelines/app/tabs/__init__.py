@@ -1,1 +1,1 @@
-"""The tabs of the page, one a file: each has a function that builds it."""
+"""The tabs of the page, one per file, each with a function that builds it."""

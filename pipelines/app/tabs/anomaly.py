@@ -9,9 +9,9 @@ import gradio as gr
 
 from ...anomaly.calibration import Calibration
 from ...anomaly.scores import METHODS
-from ..parts import Samples, code_widget, image_picker, on_click, pictures
+from ..parts import Samples, make_code_field, make_gallery, make_image_picker, on_click
 from ..served import Picked, Served, Step, as_picture, picked_image
-from .compare import surprise_of
+from .compare import draw_surprise
 
 
 def build(served: Served, samples: Samples) -> None:
@@ -25,14 +25,14 @@ def build(served: Served, samples: Samples) -> None:
         return
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            image, _ = image_picker(served, "anomaly-image", samples)
+            image, _ = make_image_picker(served, "anomaly-image", samples)
             methods = list(calibration.scores)
             method = gr.Dropdown(methods, value=methods[0], label="Score", info="the anomaly score to compute")
             button = gr.Button("Score", variant="primary")
         with gr.Column(scale=2, min_width=300):
             facts = gr.Markdown(elem_id="anomaly-facts", min_height=120)
-            scored = pictures("scored", "medium")
-            line = code_widget(served)
+            scored = make_gallery("scored", "medium")
+            line = make_code_field(served)
 
     on_click(served, [button], score, [image, method], [facts, scored, line])
 
@@ -44,7 +44,7 @@ def score(served: Served, step: Step, picked: Picked, method: str) -> Any:
         warnings.simplefilter("always")
         found = float(pipeline.anomaly_score(batch, method))
         p_value = float(pipeline.anomaly_score(batch, method, p_values=True))
-    images = [(as_picture(batch[0]), "image"), *surprise_of(served, batch, None)]
+    images = [(as_picture(batch[0]), "image"), *draw_surprise(served, batch, None)]
     lines = [
         "from PIL import Image",
         'image = Image.open("image.png")',
@@ -66,7 +66,7 @@ def verdict(calibration: Calibration, method: str, score: float, p_value: float,
         f"- p-value: **{p_value:.3g}**, the share of normal images that score at least as high",
     ]
     if above:
-        lines.append("\nSamples and reconstructions usually count as anomalous too, because a decoder made them.")
+        lines.append("\nSamples and reconstructions often look anomalous too, because they come from a decoder.")
     if known:
         lines.append("\nThe pipeline was calibrated with this image, so these figures are not valid for it.")
     return "\n".join(lines)

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from ...commands.detect import colored
+from ...commands.detect import apply_colormap
 from ...images import to_uint8
-from ..controls import classes_widget, format_arguments, labels_for
-from ..parts import Samples, code_widget, image_picker, on_click, pictures
+from ..controls import cycle_labels, format_arguments, make_class_menu
+from ..parts import Samples, make_code_field, make_gallery, make_image_picker, on_click
 from ..served import Picked, Served, Step, as_picture, picked_image
 
 
@@ -23,13 +23,13 @@ def build(served: Served, samples: Samples) -> None:
     """Build the tab."""
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            image, _ = image_picker(served, "compare-image", samples)
-            label = classes_widget(served.pipeline, several=False)
+            image, _ = make_image_picker(served, "compare-image", samples)
+            label = make_class_menu(served.pipeline, several=False)
             button = gr.Button("Compare", variant="primary")
         with gr.Column(scale=2, min_width=300):
-            compared = pictures("compared", "medium")
+            compared = make_gallery("compared", "medium")
             facts = gr.Markdown(elem_id="compare-facts")
-            line = code_widget(served)
+            line = make_code_field(served)
 
     on_click(served, [button], compare, [image, label], [compared, facts, line])
 
@@ -37,7 +37,7 @@ def build(served: Served, samples: Samples) -> None:
 def compare(served: Served, step: Step, picked: Picked, label: Any) -> Any:
     """Return pictures with captions, figures in Markdown, and Python code."""
     pipeline, batch = served.pipeline, picked_image(picked, served.shape)
-    labels = labels_for(pipeline, label, 1)
+    labels = cycle_labels(pipeline, label, 1)
     tokens = pipeline.encode(batch)
     (again,) = pipeline.decode(tokens)
     colors = color_tokens(tokens[0], pipeline.prior.grid.vocab_size)
@@ -45,7 +45,7 @@ def compare(served: Served, step: Step, picked: Picked, label: Any) -> Any:
         (as_picture(batch[0]), "image"),
         (again, "reconstruction"),
         (as_picture(colors), f"its {tokens[0].numel()} tokens, one colour per id"),
-        *surprise_of(served, batch, labels),
+        *draw_surprise(served, batch, labels),
     ]
     others = format_arguments({"labels": labels})
     lines = [
@@ -69,14 +69,14 @@ def color_tokens(tokens: Tensor, vocab_size: int) -> Tensor:
     return functional.pad(palette[:, tokens], (0, rest)).view(3, -1, width)
 
 
-def surprise_of(served: Served, batch: Tensor, labels: Any) -> list[tuple[Image.Image, str]]:
-    """Draw the bits per pixel, with a caption; empty if tokens have no place in the image."""
+def draw_surprise(served: Served, batch: Tensor, labels: Any) -> list[tuple[Image.Image, str]]:
+    """Draw the bits per pixel, with a caption; empty if tokens have no position in the image."""
     tokenizer = served.pipeline.tokenizer
     if not tokenizer.placed or tokenizer.grid.scales:
         return []
     bits = served.pipeline.anomaly_map(batch, labels).cpu()
     low, high = min(0.0, float(bits.min())), float(bits.max())
-    (picture,) = to_uint8(colored((bits - low) / max(high - low, 1e-6)))
+    (picture,) = to_uint8(apply_colormap((bits - low) / max(high - low, 1e-6)))
     return [(as_picture(picture), f"surprise: {low:.2g} (black) to {high:.2g} (white) bits per pixel")]
 
 

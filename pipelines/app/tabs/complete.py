@@ -9,11 +9,11 @@ import numpy as np
 from PIL import Image
 
 from .. import controls
-from ..parts import Samples, code_widget, image_picker, on_click, pictures, run_buttons, zoom
+from ..parts import Samples, make_code_field, make_gallery, make_image_picker, make_run_buttons, on_click, zoom
 from ..served import Picked, Served, Step, as_picture, picked_image, report_tokens
 
 MOST_DRAWS = 16
-PAINT = "#FFF4E6D8"  # translucent white, with a tint not found in grey images
+PAINT = "#FFF4E6D8"  # translucent white, with a tint that does not occur in grey images
 TOOLBAR = 62  # height of the editor beyond its canvas, in screen pixels
 
 
@@ -23,7 +23,7 @@ def build(served: Served, samples: Samples) -> None:
     most, times = min(MOST_DRAWS, served.max_images), zoom(width, "canvas")
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            image, picks = image_picker(served, "complete-image", samples)
+            image, picks = make_image_picker(served, "complete-image", samples)
             editor = gr.ImageEditor(
                 elem_id="painting",
                 elem_classes="smalti",
@@ -40,13 +40,13 @@ def build(served: Served, samples: Samples) -> None:
             )
             inverted = gr.Checkbox(False, label="Keep the painted area and regenerate the rest")
         with gr.Column(scale=1, min_width=300):
-            label = controls.classes_widget(pipeline, several=False)
+            label = controls.make_class_menu(pipeline, several=False)
             draws = gr.Slider(1, most, value=min(4, most), step=1, label="Completions")
-            seed = controls.seed_widget()
-            buttons = run_buttons("Complete")
-            settings = controls.settings_widgets(pipeline)
-            completed = pictures("completed", "medium")
-            line = code_widget(served)
+            seed = controls.make_seed_field()
+            buttons = make_run_buttons("Complete")
+            settings = controls.make_sliders(pipeline)
+            completed = make_gallery("completed", "medium")
+            line = make_code_field(served)
     for pick in picks:
         pick.then(served.handler(canvas), image, editor)
     inputs = [image, editor, inverted, label, draws, seed, *settings]
@@ -54,7 +54,7 @@ def build(served: Served, samples: Samples) -> None:
 
 
 def canvas(served: Served, step: Step, picked: Picked) -> np.ndarray | None:
-    """Enlarge the image for the editor, whose brush needs room."""
+    """Enlarge the image for the editor, so that it can be painted on."""
     if not picked:
         return None
     image = as_picture(picked_image(picked, served.shape)[0]).convert("RGB")
@@ -63,7 +63,8 @@ def canvas(served: Served, step: Step, picked: Picked) -> np.ndarray | None:
 
 
 def painted(editor: Any, width: int, height: int) -> np.ndarray:
-    """Return the pixels that are at least half painted, bool `(height, width)`. Raises `ValueError` if none is."""
+    """Return the pixels that are at least half painted, bool `(height, width)`. Raises `ValueError` if nothing is
+    painted."""
     layers = (editor or {}).get("layers") or []
     found = np.zeros((height, width), dtype=bool)
     for layer in layers:

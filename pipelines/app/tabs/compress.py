@@ -11,7 +11,7 @@ import torch
 
 from ...compression.coding import exact_pixels
 from ...config.table import count_of
-from ..parts import Samples, on_click, picker, pictures
+from ..parts import Samples, make_gallery, make_picker, on_click
 from ..served import Picked, Served, Step, picked_images
 
 STREAM = "images.smalti"
@@ -25,7 +25,7 @@ def build(served: Served, samples: Samples) -> None:
     tokenizer, (_, height, width) = served.pipeline.tokenizer, served.shape
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            images = picker(served, "compress-images", f"Images of {width} x {height} pixels", height=200)
+            images = make_picker(served, "compress-images", f"Images of {width} x {height} pixels", height=200)
             use = gr.Button("Use all samples", size="sm")
             can_keep = tokenizer.reversible or tokenizer.has_likelihood
             lossless = gr.Checkbox(False, label="Lossless: keep every pixel", visible=can_keep)
@@ -35,7 +35,7 @@ def build(served: Served, samples: Samples) -> None:
             stream = gr.File(label=f"Compressed file, such as {STREAM}", type="binary", height=140, elem_id="stream")
             back = gr.Button("Decompress", variant="primary")
             facts = gr.Markdown(elem_id="stream-facts")
-            found = pictures("decompressed")
+            found = make_gallery("decompressed")
     use.click(lambda picked: picked, samples.gallery, images, queue=False)
 
     on_click(served, [button], compress, [images, lossless], [link])
@@ -54,7 +54,7 @@ def compress(served: Served, step: Step, picked: Picked, lossless: Any) -> str:
             raise ValueError(f"image {number}: {error}") from error
     data = served.pipeline.compress(torch.stack(batch), lossless=bool(lossless), progress=False)
     count = len(batch)
-    kept = "every pixel is kept" if lossless else "only the tokens are kept: it decompresses to reconstructions"
+    kept = "every pixel is kept" if lossless else "only the tokens are kept, so it decompresses to reconstructions"
     facts = (
         f"{count_of(count, 'image')}: {len(data):,} bytes, {len(data) / count:.1f} per image, "
         f"{8 * len(data) / torch.stack(batch).numel():.3f} bits per dim; {kept}"

@@ -9,7 +9,7 @@ import gradio as gr
 
 from ...config.table import count_of
 from .. import controls
-from ..parts import Samples, code_widget, on_click, pictures, run_buttons
+from ..parts import Samples, make_code_field, make_gallery, make_run_buttons, on_click
 from ..served import Served, Step, report_tokens
 
 HINT = "Click a picture to use it in the other tabs."
@@ -20,16 +20,16 @@ def build(served: Served, page: gr.Blocks) -> Samples:
     pipeline, most = served.pipeline, served.max_images
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            classes = controls.classes_widget(pipeline, several=True)
+            classes = controls.make_class_menu(pipeline, several=True)
             number = gr.Slider(1, most, value=min(16, most), step=1, label="Images")
-            seed = controls.seed_widget()
-            order = controls.order_widget(pipeline.prior)
-            buttons = run_buttons("Sample")
-            settings = controls.settings_widgets(pipeline)
+            seed = controls.make_seed_field()
+            order = controls.make_order_menu(pipeline.prior)
+            buttons = make_run_buttons("Sample")
+            settings = controls.make_sliders(pipeline)
         with gr.Column(scale=2, min_width=300):
-            gallery, selected = pictures("samples"), gr.State(0)
+            gallery, selected = make_gallery("samples"), gr.State(0)
             facts = gr.Markdown(HINT, elem_id="sample-facts")
-            line = code_widget(served)
+            line = make_code_field(served)
     inputs, outputs = [classes, number, seed, order, *settings], [gallery, selected, facts, line]
     on_click(served, buttons, sample, inputs, outputs, page)
     gallery.select(clicked, None, selected, queue=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...images.dataset import ImageDataset
 from ...representation import embed, nearest_neighbours
 from ...shuffling import random_rows
-from ..parts import Samples, image_picker, on_click, pictures, run_buttons
+from ..parts import Samples, make_gallery, make_image_picker, make_run_buttons, on_click
 from ..served import Picked, Served, Step, as_picture, picked_image
 
 AT_A_TIME = 64
@@ -46,11 +46,11 @@ def build(served: Served, samples: Samples, train: ImageDataset) -> None:
     most = min(MOST_FOUND, len(index.rows))
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            image, _ = image_picker(served, "search-image", samples)
+            image, _ = make_image_picker(served, "search-image", samples)
             number = gr.Slider(1, most, value=min(9, most), step=1, label="Neighbours")
-            buttons = run_buttons("Search")
+            buttons = make_run_buttons("Search")
         with gr.Column(scale=2, min_width=300):
-            found = pictures("found")
+            found = make_gallery("found")
             gr.Markdown(f"The nearest of {len(index.rows):,} training images, by features of the prior's middle layer.")
 
     on_click(served, buttons, partial(search, index), [image, number], [found])

@@ -13,7 +13,7 @@ from givens.stripes import constant, stripes, uniform
 
 from pipelines import ImagePipeline
 from pipelines.anomaly.calibration import MAX_CALIBRATION_BYTES, Calibration, Fitted, NormalScores
-from pipelines.anomaly.distances import Distance, rounded
+from pipelines.anomaly.distances import Distance, round_digits
 from pipelines.anomaly.scores import METHODS, anomaly_score
 from tokenizer.files import FormatError, parse_json
 
@@ -79,8 +79,8 @@ def test_a_calibration_of_many_images_can_be_read_again(trained):
         update={
             "fitted": Fitted(typical_bits=1.0, statistics=trained.calibration.fitted.statistics, features=features),
             "scores": dict.fromkeys(METHODS, scores),
-            "surprise": rounded(chance.random((5, 4096))),
-            "error": rounded(chance.random((64, 64))),
+            "surprise": round_digits(chance.random((5, 4096))),
+            "error": round_digits(chance.random((64, 64))),
             "digests": [f"{number:016x}" for number in range(50_000)],
         }
     )

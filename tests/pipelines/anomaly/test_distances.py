@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipelines.anomaly.distances import RIDGE, Distance, rounded, to_nearest
+from pipelines.anomaly.distances import RIDGE, Distance, round_digits, to_nearest
 
 
 def test_a_distance_from_the_mean_is_mahalanobis():
@@ -43,5 +43,5 @@ def test_few_or_equal_rows_give_stable_distances():
 
 def test_rounding_is_idempotent():
     values = np.random.default_rng(0).normal(size=(30, 5)) * 10.0 ** np.arange(-2, 3)
-    np.testing.assert_array_equal(rounded(rounded(values)), rounded(values))
-    np.testing.assert_allclose(rounded(values), values, rtol=5e-6)
+    np.testing.assert_array_equal(round_digits(round_digits(values)), round_digits(values))
+    np.testing.assert_allclose(round_digits(values), values, rtol=5e-6)

@@ -10,7 +10,7 @@ from small_pipelines import make_pipeline
 
 from pipelines.anomaly.calibrating import calibrate
 from pipelines.anomaly.distances import CalibrationError
-from pipelines.anomaly.healing import anomaly_map, heal, patches
+from pipelines.anomaly.healing import anomaly_map, find_patches, heal
 from pipelines.anomaly.scores import anomaly_score
 
 
@@ -45,7 +45,7 @@ def test_every_prior_has_scores_and_healing_and_a_map_if_tokens_have_a_place(tok
 @pytest.mark.parametrize("tokenizer", PLACED)
 def test_a_token_spreads_over_its_own_patch(tokenizer):
     made = make_tokenizer(tokenizer, (8, 12), 3)
-    rows, columns = patches(made)
+    rows, columns = find_patches(made)
     for index in range(0, len(made.grid), 5):
         patch = (rows[:, index, None] * columns[None, :, index]) > 0
         assert made.known_tokens(~patch[None]).flatten()[index] == 0

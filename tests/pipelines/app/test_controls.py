@@ -21,8 +21,8 @@ def pipeline(prior="gpt", **options):
 def arguments(pipe, classes=(), count=2, **changed):
     """The arguments after a visitor has changed some settings."""
     with gr.Blocks():
-        values = [slider.value for slider in controls.settings_widgets(pipe)]
-    values = [changed.get(name, value) for name, value in zip(controls.own_settings(pipe), values, strict=True)]
+        values = [slider.value for slider in controls.make_sliders(pipe)]
+    values = [changed.get(name, value) for name, value in zip(controls.get_slider_values(pipe), values, strict=True)]
     return controls.sampling_arguments(pipe, list(classes), count, 5, values)
 
 
@@ -61,21 +61,21 @@ def test_samples_are_drawn_with_the_settings_shown(sampler, changed, same):
 def test_images_cycle_through_classes(labels):
     pipe = pipeline(labels=labels, num_classes=3)
     names = labels or [0, 1, 2]
-    assert controls.labels_for(pipe, [], 5) == [names[k % 3] for k in range(5)]
-    assert controls.labels_for(pipe, [2, 0], 3) == [names[2], names[0], names[2]]
-    assert controls.labels_for(pipe, 1, 2) == [names[1]] * 2
-    assert controls.labels_for(pipe, [controls.UNCONDITIONAL], 2) is None
-    assert controls.labels_for(pipe, [1, controls.UNCONDITIONAL], 2) == [names[1], None]
+    assert controls.cycle_labels(pipe, [], 5) == [names[k % 3] for k in range(5)]
+    assert controls.cycle_labels(pipe, [2, 0], 3) == [names[2], names[0], names[2]]
+    assert controls.cycle_labels(pipe, 1, 2) == [names[1]] * 2
+    assert controls.cycle_labels(pipe, [controls.UNCONDITIONAL], 2) is None
+    assert controls.cycle_labels(pipe, [1, controls.UNCONDITIONAL], 2) == [names[1], None]
     unconditional = pipeline(labels=[])
-    assert [*controls.own_settings(unconditional)] == ["temperature", "top_k", "top_p"]
-    assert controls.labels_for(unconditional, None, 3) is None
+    assert [*controls.get_slider_values(unconditional)] == ["temperature", "top_k", "top_p"]
+    assert controls.cycle_labels(unconditional, None, 3) is None
 
 
 @pytest.mark.parametrize("seed", [-5, 1e23, 0.5])
 def test_a_bad_seed_is_named(seed):
     pipe = pipeline()
     with pytest.raises(ValueError, match="^seed: "):
-        controls.sampling_arguments(pipe, [], 1, seed, [*controls.own_settings(pipe).values()])
+        controls.sampling_arguments(pipe, [], 1, seed, [*controls.get_slider_values(pipe).values()])
 
 
 @pytest.mark.parametrize("classes", [[], [0], [1, 2], [1, -1], [-1]])
@@ -92,7 +92,7 @@ def test_arguments_are_valid_python(classes):
 def test_every_offered_order_can_be_sampled(kind):
     pipe = pipeline(kind, **({} if kind == "masked" else {"any_order": True}))
     with gr.Blocks():
-        names = [name for _, name in controls.order_widget(pipe.prior).choices if name]
+        names = [name for _, name in controls.make_order_menu(pipe.prior).choices if name]
     assert "halton" in names and ("dyadic" in names) == (kind != "gpt")
     for name in names:
         assert pipe(1, seed=0, order=name, progress=False).tokens.shape == (1, *pipe.prior.grid.shape)

@@ -60,9 +60,9 @@ def quiet(done, total, unit):
 
 def settings(pipe):
     """The initial values of the settings."""
-    from pipelines.app.controls import own_settings
+    from pipelines.app.controls import get_slider_values
 
-    return list(own_settings(pipe).values())
+    return list(get_slider_values(pipe).values())
 
 
 def result_of(code, pipe, monkeypatch, **names):
@@ -281,6 +281,6 @@ def test_a_page_of_every_kind_of_pipeline(kind, monkeypatch):
     pipe = make_pipeline(*kind, size=(8, 12), labels=[] if kind[1] == "masked" else ["cat", "dog", "eel"])
     served = served_.Served(pipe, "a/b/c")
     built = page.build_page(served)
-    assert built.title == "Smalti: b/c" and "--side: 108px" in page.css(served)
+    assert built.title == "Smalti: b/c" and "--side: 108px" in page.make_css(served)
     opened = [event for event in built.fns.values() if any(name == "load" for _, name in event.targets)]
     assert [len(event.outputs) for event in opened] == [4], "it samples when it is opened"

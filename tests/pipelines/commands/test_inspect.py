@@ -9,7 +9,14 @@ from small import TOKENIZERS, make_tokenizer, quantizer_of
 
 from pipelines.__main__ import main
 from pipelines.commands import inspect_ as inspect
-from pipelines.commands.inspect_ import InspectConfig, draw_page, examine, figures_of, mean_patches, sentences
+from pipelines.commands.inspect_ import (
+    InspectConfig,
+    compute_figures,
+    describe_figures,
+    draw_page,
+    examine,
+    mean_patches,
+)
 from pipelines.images import DataConfig, load_images
 from pipelines.metrics.reconstruction import evaluate_reconstruction
 from pipelines.saving import INDEX
@@ -46,9 +53,9 @@ def test_the_page_of_every_tokenizer_has_pictures_and_the_figures_of_reconstruct
     model, pages = make_tokenizer(name).eval(), []
     monkeypatch.setattr(inspect, "page", lambda *parts: pages.append(parts))
     uses, errors = examine(model, images)
-    figures, expected = figures_of(uses, errors), evaluate_reconstruction(model, images)
+    figures, expected = compute_figures(uses, errors), evaluate_reconstruction(model, images)
     config = InspectConfig(tokenizer="x", num_images=9)
-    draw_page(model, images, uses, errors, sentences(model, figures), config)
+    draw_page(model, images, uses, errors, describe_figures(model, figures), config)
     lossy, has_codes = not model.reversible, model.placed and not model.grid.channels
     ((_, charts, pictures),) = pages
     assert len(charts) == 1 + lossy and len(pictures) == has_codes + bool(model.prefixes) + lossy

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
-from pipelines.commands.probe import fit_probe, with_random_prior
+from pipelines.commands.probe import fit_probe, randomize_prior
 
 
 def probes_in(out):
@@ -49,7 +49,7 @@ def test_random_weights_are_the_control(two_classes):
     """The control is another prior of the same kind; the pipeline's own is not touched."""
     pipe = ImagePipeline.from_pretrained(two_classes / "run" / "pipeline")
     before = {name: value.clone() for name, value in pipe.prior.state_dict().items()}
-    other = with_random_prior(pipe, 0)
+    other = randomize_prior(pipe, 0)
     assert all(torch.equal(before[name], value) for name, value in pipe.prior.state_dict().items())
     assert not torch.equal(other.prior.layers[0].qkv.weight, pipe.prior.layers[0].qkv.weight)
     assert other.prior.config == pipe.prior.config and other.tokenizer is pipe.tokenizer

@@ -69,7 +69,7 @@ def test_settings_are_chosen_on_validation_images_alone_and_stored(world, tmp_pa
     assert facts["validation_images"] == facts["num_samples"] == 60
 
     space = train(*seen[0])
-    samples = tune.draw_samples(before, tune.wanted_labels(before, images.train, 60), 60, 0)
+    samples = tune.draw_samples(before, tune.choose_labels(before, images.train, 60), 60, 0)
     apart = frechet_distance(samples.rows(space, 60), space(images.validation.batch(range(60))))
     assert facts["frechet_distance_before"] == pytest.approx(apart), "sample k of seed k against validation images"
     best = min(facts["trials"], key=lambda row: row["frechet_distance"])
@@ -140,14 +140,14 @@ def search_for(peak, own, settings):
 )
 def test_the_search_finds_where_samples_are_best(peak):
     pipe = make_pipeline()
-    trials = search_for(peak, SamplingOptions(1.05, None, 0.9, 1.5, 2.0, 1.5), tune.settings_to_try(pipe))
-    assert tune.best_of(trials).options == peak and trials[0].setting == "before"
+    trials = search_for(peak, SamplingOptions(1.05, None, 0.9, 1.5, 2.0, 1.5), tune.list_settings(pipe))
+    assert tune.find_best(trials).options == peak and trials[0].setting == "before"
     assert len({trial.options for trial in trials}) < len(trials), "values of before are among those of a setting"
 
 
 def test_the_steps_of_a_masked_prior_are_varied_if_it_has_some():
     pipe = make_pipeline(prior="masked", sampler={"steps": 4, "confidence_temperature": 2.0})
-    trials = search_for(MaskedOptions(steps=2, confidence_temperature=2.0), pipe.sampler, tune.settings_to_try(pipe))
-    best = tune.best_of(trials).options
+    trials = search_for(MaskedOptions(steps=2, confidence_temperature=2.0), pipe.sampler, tune.list_settings(pipe))
+    best = tune.find_best(trials).options
     assert (best.steps, best.confidence_temperature, best.schedule) == (2, 2.0, "cosine")
-    assert "steps" not in tune.settings_to_try(make_pipeline(prior="masked"))
+    assert "steps" not in tune.list_settings(make_pipeline(prior="masked"))

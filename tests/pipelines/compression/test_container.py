@@ -13,8 +13,8 @@ from pipelines.compression.container import (
     DamagedStream,
     Header,
     StreamError,
+    pack_section,
     read_stream,
-    section,
     write_stream,
 )
 
@@ -59,7 +59,7 @@ def replaced(data, number, content):
     for _ in range(number):
         at += 8 + int.from_bytes(data[at : at + 4], "little")
     end = at + 8 + int.from_bytes(data[at : at + 4], "little")
-    return data[:at] + section(content) + data[end:]
+    return data[:at] + pack_section(content) + data[end:]
 
 
 names = st.lists(st.lists(st.sampled_from(PARTS), min_size=1, max_size=3).map("/".join), unique=True, max_size=6)

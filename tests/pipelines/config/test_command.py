@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from optional import needs_digits
 from pydantic import Field
 
-from pipelines.__main__ import load, main, verbs
+from pipelines.__main__ import load_verb, main, verbs
 from pipelines.config import Config, UserError, errors, run_command
 from pipelines.config.command import parse
 from pipelines.config.errors import Interrupted, ProcessFailed, ReportedElsewhere
@@ -218,8 +218,8 @@ def test_a_dry_run_of_every_example_is_a_file_that_gives_itself(
         assert printed and not warnings
         return printed
 
-    configs = [cls for cls in vars(load(verb)).values() if isinstance(cls, type) and issubclass(cls, Config)]
-    examples = [example for cls in configs if cls.__module__ == load(verb).__name__ for example in cls.examples]
+    configs = [cls for cls in vars(load_verb(verb)).values() if isinstance(cls, type) and issubclass(cls, Config)]
+    examples = [example for cls in configs if cls.__module__ == load_verb(verb).__name__ for example in cls.examples]
     assert examples
     for words in map(shlex.split, examples):
         printed = dry(*(word for word in words if word not in ("--import", "my_prior.py")))

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from pipelines.__main__ import OTHER, load, main, verbs
+from pipelines.__main__ import OTHER, load_verb, main, verbs
 from pipelines.config import Config
-from pipelines.config.help import sections
+from pipelines.config.help import list_sections
 
 VERBS = sorted(verbs())
 Captured = pytest.CaptureFixture[str]
@@ -41,9 +41,9 @@ def keys_of(page: str) -> list[str]:
 def configs_of(verb: str) -> list[type[Config]]:
     """The configurations that a verb's module defines."""
     if verb == "plan":  # without a model kind it plans a prior
-        return [load(verb).PlanPriorConfig]
-    found = [cls for cls in vars(load(verb)).values() if isinstance(cls, type) and issubclass(cls, Config)]
-    return [cls for cls in found if cls.__module__ == load(verb).__name__ and cls.examples]
+        return [load_verb(verb).PlanPriorConfig]
+    found = [cls for cls in vars(load_verb(verb)).values() if isinstance(cls, type) and issubclass(cls, Config)]
+    return [cls for cls in found if cls.__module__ == load_verb(verb).__name__ and cls.examples]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -61,7 +61,7 @@ def test_the_short_page_fits_a_screen_and_its_examples_can_be_pasted(verb: str, 
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_page_of_all_has_every_key_with_a_sentence(verb: str, capsys: Captured) -> None:
     page = printed(capsys, verb, "--help", "all")[0]
-    rows = [row for section in sections(configs_of(verb)[0], {}) for row in section.rows]
+    rows = [row for section in list_sections(configs_of(verb)[0], {}) for row in section.rows]
     assert {row.key for row in rows} == {*keys_of(page)} and all(row.sentence for row in rows)
     assert max(map(len, page.splitlines())) <= 100
     for row in rows:
@@ -133,6 +133,6 @@ def test_every_verb_is_a_module_and_is_listed(capsys: Captured) -> None:
     for verb, sentence in (verbs() | OTHER).items():
         assert sentence.endswith(".") and sentence in " ".join(page.split())
         assert re.search(rf"^  {verb} +{re.escape(sentence[:30])}", page, re.M)
-    assert all(sentence == (load(verb).__doc__ or "").splitlines()[0] for verb, sentence in verbs().items())
+    assert all(sentence == (load_verb(verb).__doc__ or "").splitlines()[0] for verb, sentence in verbs().items())
     assert printed(capsys, code=2)[0] == page == printed(capsys, "help")[0]
     assert re.fullmatch(r"smalti \d\S+\n", printed(capsys, "--version")[0])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.metrics.figures import OF_SAMPLES, TABLE, report, rows_of
+from pipelines.metrics.figures import OF_SAMPLES, TABLE, format_report, format_rows
 
 FOUND = {
     "psnr": 25.0039,
@@ -23,7 +23,7 @@ FOUND = {
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_rows_have_values_and_what_to_compare_them_with(exact):
-    rows = {row.figure.key: (row.title, row.value, row.beside) for row in rows_of(FOUND, exact=exact)}
+    rows = {row.figure.key: (row.title, row.value, row.beside) for row in format_rows(FOUND, exact=exact)}
     assert rows == {
         "psnr": ("PSNR of reconstructions", "25.00 dB", "1,000 images"),
         "bits_per_token": (
@@ -34,14 +34,14 @@ def test_rows_have_values_and_what_to_compare_them_with(exact):
         "feature_space": ("features", "classifier-64", ""),
         "frechet_distance": ("Frechet distance [classifier-64]", "2.385", "training images 1.850"),
     }
-    lines = report(FOUND, exact=exact).splitlines()
+    lines = format_report(FOUND, exact=exact).splitlines()
     assert [line.split("  ")[0] for line in lines] == [title for title, _, _ in rows.values()]
 
 
 def test_unknown_and_malformed_figures_are_harmless():
     """Provenance may be untrusted."""
-    assert rows_of({"texture_flat": 2.5, "psnr": None, "ssim": [1], "num_images": 3}, exact=True) == []
-    (row,) = rows_of({"psnr": "high", "num_images": "{psnr.__class__}"}, exact=True)
+    assert format_rows({"texture_flat": 2.5, "psnr": None, "ssim": [1], "num_images": 3}, exact=True) == []
+    (row,) = format_rows({"psnr": "high", "num_images": "{psnr.__class__}"}, exact=True)
     assert (row.value, row.beside) == ("high", "")
 
 

@@ -25,7 +25,7 @@ from pipelines.config import UserError
 from pipelines.encode import EncodeConfig, run
 from pipelines.images import load_images, tables
 from pipelines.job import work_folder
-from pipelines.provenance import data_beside
+from pipelines.provenance import read_data_settings
 from pipelines.tokens import load_tokens
 from pipelines.tokens.meta import META
 from tokenizer import Tokenizer
@@ -111,7 +111,7 @@ def test_data_defaults_to_what_the_tokenizer_was_trained_on(tmp_path):
     for invalid in (True, None, "digits", [1]):
         provenance.write_text(json.dumps({"data": invalid}))
         with pytest.raises(FormatError, match="provenance.json: data: "):
-            data_beside(provenance)
+            read_data_settings(provenance)
 
 
 @pytest.mark.parametrize("labelled", ["train", "test", None])
