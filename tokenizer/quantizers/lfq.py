@@ -47,7 +47,7 @@ class LFQConfig(ModelConfig):
         10,
         ge=1,
         le=LARGEST,
-        description="number of bits whose joint distribution `diversity` measures; exact if an id has no more bits",
+        description="number of bits whose joint distribution `diversity` measures; exact if `bits` is no larger",
     )
 
     def check(self) -> Iterator[str]:
