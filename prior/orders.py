@@ -1,7 +1,8 @@
 """Orders: the sequence in which the cells of a grid are drawn, and how many at once.
 
-NAME          raster, hilbert, diagonal, ... NAME:K        with a number: halton:8 (blocks), wave:2 (steps), regions:4,
-random:SEED, random:SEED:K NAME/K        an order of single tokens, cut into blocks of K: raster/4
+NAME          raster, hilbert, diagonal, ...
+NAME:K        with a number: halton:8 (blocks), wave:2 (steps), regions:4, random:SEED, random:SEED:K
+NAME/K        an order of single tokens, cut into blocks of K: raster/4
 
 Scan orders as compared by Esser et al. 2021 (taming transformers, fig. 47) and Yu et al. 2024 (RAR, table 4).
 """
@@ -438,10 +439,11 @@ def spread(height: int, width: int, sizes: Sequence[int]) -> list[int]:
     The rule of Locality-aware Parallel Decoding (Zhang et al. 2025), implemented exactly with integers. Cells of
     earlier blocks are known; cells touch if they share a side or a corner.
 
-    1. The first cell is the centre. 2. Near cells touch a known cell. Among near cells that do not touch this block,
-    take the one with most support: 2 for each known cell at a side, 1 at a corner. Break ties by the largest distance
-    to this block. 3. Otherwise prefer cells that do not touch this block, then cells that touch it only at corners,
-    then any; break ties by the largest distance to all known cells and this block (farthest-point sampling).
+    1. The first cell is the centre.
+    2. Near cells touch a known cell. Among near cells that do not touch this block, take the one with most support: 2
+       for each known cell at a side, 1 at a corner. Break ties by the largest distance to this block.
+    3. Otherwise prefer cells that do not touch this block, then cells that touch it only at corners, then any; break
+       ties by the largest distance to all known cells and this block (farthest-point sampling).
 
     Distances are Euclidean; raster order breaks remaining ties. Time is quadratic in the number of cells: 0.15 s for 64
     x 64."""

@@ -62,7 +62,7 @@ class OrderedConfig(TransformerConfig):
     )
     anneal: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
         (0.5, 0.75),
-        description="with any_order: the fractions of training between which the share of random orders falls from 1 to random_share",
+        description="with any_order: between these fractions of training, random orders fall from all to random_share",
     )
     random_share: float = Field(
         0.5, ge=0, le=1, description="with any_order: share of images in random orders after annealing"
@@ -74,7 +74,8 @@ class OrderedConfig(TransformerConfig):
     )
     dilation: tuple[Annotated[Reach, Field(ge=1)], ...] | None = Field(
         None,
-        description="dilation d of each layer's window: every d-th row and column, up to d times as far; null: 1 for all layers",
+        description="dilation d of each layer's window: every d-th row and column, d times as far; null: 1 for all "
+        "layers",
     )
 
     def check(self) -> Iterator[str]:
