@@ -1,4 +1,5 @@
-"""Stage two: the distribution of a grid of ids, given a class. Needs only torch, pydantic and safetensors."""
+"""Stage two: models of the distribution of id grids, optionally given a class. Needs only torch, pydantic and
+safetensors."""
 
 from .base import Prior, PriorConfig
 from .orders import make_order

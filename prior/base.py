@@ -1,11 +1,12 @@
-"""The contract of stage two: an ordered partition of the grid, logits for every position, hence `log_prob` and
-`sample`.
+"""The contract of stage two: an ordered partition of the grid and logits for every position, which define `log_prob`
+and `sample`.
 
     p(tokens | labels) = prod_b prod_{i in block b} p(tokens[i] | tokens of the blocks before b, labels)
 
-Blocks of one token are the chain rule; larger ones are parallel decoding by definition of the model. The base class
-owns the slow, obviously right algorithms; a model writes `forward` (or `outputs`, which an output head turns into
-logits), and may add a `make_cache` that gives the same logits block by block at less cost."""
+Blocks of one token give the chain rule; tokens within a larger block are independent by definition of the model and are
+decoded in parallel. The base class implements slow, obviously correct algorithms. A model implements `forward` (or
+`outputs`, which an output head maps to logits), and optionally `make_cache`, which computes the same logits block by
+block at lower cost."""
 
 from __future__ import annotations
 
@@ -57,34 +58,34 @@ from .sampling import (
 class PriorConfig(ModelConfig):
     """Settings shared by all priors."""
 
-    grid: Fact[Grid] = Field(description="shape and vocabulary of the tokens")
+    grid: Fact[Grid] = Field(description="shape and vocabulary size of the tokens")
     num_classes: Fact[int] = Field(0, ge=0, le=1 << 20, description="number of classes; 0 is unconditional")
-    tokenizer: Fact[str] = Field("", description="fingerprint of the tokenizer whose tokens it was trained on")
+    tokenizer: Fact[str] = Field("", description="fingerprint of the tokenizer that produced the training tokens")
     order: str = Field(
         "raster",
         description="order in which tokens are drawn: raster, column, snake, spiral_in, spiral_out, z_curve, hilbert, "
-        "subsample, halton, spread or random:SEED; several tokens at once, where the model takes them: diagonal, "
+        "subsample, halton, spread or random:SEED; several tokens at once, if the model supports blocks: diagonal, "
         "wave:S, rows, dyadic, regions:K, halton:K, spread:K, random:SEED:K (K blocks) or NAME/K (blocks of K)",
     )
     blocks: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None,
-        description="sizes of blocks that the order is cut into, drawn at once; null: the order's own",
+        description="block sizes into which the order is cut; a block is drawn at once; null: the order's own blocks",
     )
     head: Annotated[ModelConfig | None, Node("prior.heads:Head")] = Field(
         None,
-        description="output head: null, one logit for each id; depth, for grids of levels, whose ids at a position are "
-        "drawn one after the other from one pass; logistic, for pixels",
+        description="output head; null: one logit per id; depth: for grids with levels, draws a position's ids one "
+        "after another from a single pass; logistic: for pixels",
     )
 
     takes_blocks: ClassVar[bool] = False
-    """Whether the model draws blocks of several tokens."""
+    """Whether the model supports blocks of several tokens."""
     takes_heads: ClassVar[bool] = False
-    """Whether the model writes `outputs`, which an output head turns into logits."""
+    """Whether the model implements `outputs`, which an output head maps to logits."""
     takes_positions: ClassVar[bool] = False
-    """Whether the network can see positions of several ids each, which an output head draws."""
+    """Whether the network supports positions with several ids, which an output head draws."""
 
     def check(self) -> Iterator[str]:
-        """The head must fit the grid, the order must exist for it, and the blocks must sum to its size."""
+        """Check that the head and order fit the grid and that the blocks sum to its size."""
         if problem := head_problem(self):
             yield f"head: {problem}"
         elif problem := order_problem(self.order, self.positions.shape):
@@ -99,7 +100,8 @@ class PriorConfig(ModelConfig):
 
     @property
     def positions(self) -> TokenGrid:
-        """The grid that the network sees: positions, if the head draws several ids at each, else tokens."""
+        """The grid that the network sees: one cell per position if the head draws several ids per position, else one
+        per token."""
         return self.grid if self.head is None or self.grid.ids_per_position == 1 else self.grid.positions
 
     def partition(self) -> Partition:
@@ -109,20 +111,20 @@ class PriorConfig(ModelConfig):
 
 
 class Prior(PretrainedModel, family="prior"):
-    """A distribution over grids of ids; only `forward` is trained through.
+    """A distribution over grids of ids. Gradients flow only through `forward`.
 
-    N is the number of tokens, P that of the positions that the network sees: where an output head draws several ids at
-    each position, P is smaller.
+    N is the number of tokens, and P the number of positions that the network sees: P < N if an output head draws
+    several ids per position.
     """
 
     Sampling: ClassVar[type[SamplingOptions]] = SamplingOptions
-    """The settings that `sample` takes; a model may declare more."""
+    """The class of `sample`'s settings; a model may declare a subclass with more."""
     exact: bool = True
-    """False where `log_prob` of an image is an unbiased estimate of a lower bound: the mean over images is a bound."""
+    """False if `log_prob` is an unbiased estimate of a lower bound, so that only its mean over images is a bound."""
     any_order: bool = False
-    """Whether `forward`, `log_prob` and `sample` take any `order`, not only the model's own."""
+    """Whether `forward`, `log_prob` and `sample` accept any `order`, not only the model's own."""
     any_connectivity: bool = False
-    """Whether `connected` can choose other connections for the same weights (MADE's masks)."""
+    """Whether `connected` can select other connections for the same weights (MADE's masks)."""
     supports_cuda_graphs: bool = True
     """Whether cached decoding can be captured in a CUDA graph (no control flow on the host)."""
     order: Tensor
@@ -130,17 +132,17 @@ class Prior(PretrainedModel, family="prior"):
     blocks: tuple[int, ...]
     """The sizes that cut `order` into blocks; they sum to N."""
     block_of: Tensor
-    """(N,) int64: the number of each token's block, raster order."""
+    """(N,) int64: the block number of each token, in raster order."""
     position_order: Tensor
-    """(P,) int64: the order of positions. Where a position has one id, this is `order`."""
+    """(P,) int64: the order of positions; equal to `order` if a position has one id."""
     position_blocks: tuple[int, ...]
     """The sizes that cut `position_order` into blocks."""
     position_block_of: Tensor
-    """(P,) int64: the number of each position's block, raster order."""
+    """(P,) int64: the block number of each position, in raster order."""
     position_cells: Tensor
-    """(P, ids_per_position) int64: the raster indices of each position's ids, where there are several."""
+    """(P, ids_per_position) int64: the raster indices of each position's ids; only set if there are several."""
     token_places: Tensor
-    """(N,) int64: the place of each token, in raster order, in the concatenated ids of all positions."""
+    """(N,) int64: for each token in raster order, its index in the concatenated ids of all positions."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__(config)
@@ -149,7 +151,7 @@ class Prior(PretrainedModel, family="prior"):
         self.set_partition(config.partition())
 
     def set_partition(self, partition: Partition) -> None:
-        """Set the order and blocks of positions, and those of tokens that follow from them."""
+        """Set the order and blocks of positions, and derive those of tokens."""
         several = self.output_head.ids_per_position > 1
         order, self.blocks = order_levels(partition, self.grid) if several else partition
         self.position_blocks = partition.blocks
@@ -162,26 +164,26 @@ class Prior(PretrainedModel, family="prior"):
             self.register_buffer("token_places", self.grid.cells.flatten().argsort(), persistent=False)
 
     def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the network's outputs, teacher-forced: `(B, P, output_head.size)` at positions in raster order; those
-        at i see only tokens of positions in earlier blocks. A model writes this, or `forward`."""
+        """Return the network's teacher-forced outputs `(B, P, output_head.size)`, in raster order; the outputs at
+        position i depend only on tokens in earlier blocks. A model implements this or `forward`."""
         raise NotImplementedError
 
     def forward(
         self, tokens: Tensor, labels: Tensor | None = None, *order: Any, raw: bool = False, **inputs: Any
     ) -> Tensor:
-        """Return teacher-forced logits `(B, N, vocab_size)`, raster order; `logits[:, i]` sees only tokens of earlier
-        blocks.
+        """Return teacher-forced logits `(B, N, vocab_size)`, in raster order; `logits[:, i]` depends only on tokens in
+        earlier blocks.
 
-        tokens: `(B, *grid.shape)`; labels: `(B,)`, where `num_classes` is the null class; None is the null class. A
-        model with `any_order` has a third argument, None for its own: `order`, `(N,)` or `(B, N)`; or, if it takes
-        blocks, `block_of`, the number of each token's block in raster order, `(N,)` or `(B, N)`. raw: return `outputs`
-        instead, which `loss_from_outputs` takes.
+        tokens: `(B, *grid.shape)`; labels: `(B,)`, where `num_classes` is the null class; None means the null class for
+        all. A model with `any_order` has a third argument, by default its own order: `order`, `(N,)` or `(B, N)`; or,
+        if it supports blocks, `block_of`, the block number of each token in raster order, `(N,)` or `(B, N)`. raw:
+        return `outputs`, the input of `loss_from_outputs`.
         """
         outputs = self.outputs(tokens, labels, *order, **inputs)
         return outputs if raw else self.to_raster(self.output_head.logits(outputs, self.position_ids(tokens)))
 
     def forward_outputs(self, tokens: Tensor, labels: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Call the model for the input of `loss_from_outputs`: its outputs, or its logits without a head."""
+        """Compute the input of `loss_from_outputs`: the raw outputs, or the logits if the head is `Softmax`."""
         return self(tokens, labels, **inputs, **({} if isinstance(self.output_head, Softmax) else {"raw": True}))
 
     def labels_or_null(self, labels: Tensor | None, count: int) -> Tensor:
@@ -191,13 +193,13 @@ class Prior(PretrainedModel, family="prior"):
     # Training
 
     def initialize(self, tokens: Tensor, labels: Tensor | None) -> None:  # noqa: B027 (optional)
-        """Called once before training with the whole training set, for models that start from its statistics."""
+        """Initialize from the whole training set; called once before training."""
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """Draw further arguments of `forward` for a training step on `tokens`: orders or masks, in some models.
+        """Draw further arguments of `forward` for a training step on `tokens`, such as orders or masks.
 
-        Randomness comes from torch's global generator, which the loop seeds by (seed, rank, step). progress: the share
-        of training that is done, in [0, 1].
+        Uses torch's global generator, which the training loop seeds by (seed, rank, step). progress: the completed
+        fraction of training, in [0, 1].
         """
         return {}
 
@@ -205,9 +207,9 @@ class Prior(PretrainedModel, family="prior"):
         """Return the training loss, a scalar in nats per token, from one forward pass: the mean negative log-likelihood
         of `tokens` `(B, *grid.shape)` given `labels` `(B,)` (None: the null class for all).
 
-        inputs: further arguments of `forward`; by default `training_inputs` draws them: the loss of a model that draws
-        orders or masks changes with each call, and may depend on `progress`, the share of training that is done.
-        Raises `ValueError` for tokens or labels out of range, or of another shape or type.
+        inputs: further arguments of `forward`, by default drawn by `training_inputs`. The loss of a model that draws
+        orders or masks is therefore random, and may depend on `progress`, the completed fraction of training. Raises
+        `ValueError` for tokens or labels out of range, or of the wrong shape or type.
         """
         tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
@@ -228,7 +230,7 @@ class Prior(PretrainedModel, family="prior"):
 
     @property
     def likelihood_passes(self) -> int:
-        """How many passes over the grid `log_prob` of an image takes."""
+        """Number of passes over the grid that `log_prob` needs per image."""
         return 1
 
     def likelihood_pass(self, tokens: Tensor, labels: Tensor | None = None) -> None:
@@ -236,8 +238,8 @@ class Prior(PretrainedModel, family="prior"):
         self.log_prob(tokens, labels)
 
     def token_log_probs(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None) -> Tensor:
-        """Return log p of each token, `(B, *grid.shape)` nats in float32 (float64 for float64 weights): those of
-        `chain_log_probs`, unless a model estimates a bound instead. Raises `ValueError` as that does."""
+        """Return log p of each token, `(B, *grid.shape)` nats in float32 (float64 for float64 weights), from
+        `chain_log_probs` unless a model estimates a bound. Raises `ValueError` as `chain_log_probs` does."""
         return self.chain_log_probs(tokens, labels, order)
 
     @full_float32()
@@ -246,9 +248,9 @@ class Prior(PretrainedModel, family="prior"):
     ) -> Tensor:
         """Return log p of each token given the blocks before its own, `(B, *grid.shape)` nats.
 
-        order: a name, `(N,)` or `(B, N)` (cut into the model's own blocks), or a `Partition`, for a model with
-        `any_order`; None is its own. known: bool `(B, N)`, raster order: such a model takes these tokens first, as
-        `sample` does. Raises `ValueError` for tokens, labels or an order out of range.
+        order: for a model with `any_order`, a name, `(N,)` or `(B, N)` (cut into the model's own blocks), or a
+        `Partition`; None means the model's own. known: bool `(B, N)`, in raster order; such a model decodes these
+        tokens first, as in `sample`. Raises `ValueError` for tokens, labels or an order out of range.
         """
         tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
@@ -265,10 +267,10 @@ class Prior(PretrainedModel, family="prior"):
     ) -> Tensor:
         """Return log p(tokens | labels), `(B,)` nats.
 
-        num_orders, num_masks: K and M > 1 are the density of a mixture, log (1/KM) sum_km p(tokens | order_k, mask_m):
-        of `order` and K - 1 random ones (`orders`), which needs `any_order`, times the model's own connectivity and
-        M - 1 random ones (`connected`), which needs `any_connectivity` (Germain et al. 2015, section 4.2). Raises
-        `ValueError` for tokens, labels, orders or masks out of range.
+        num_orders, num_masks: with K orders and M masks, return the density of a mixture, log (1/KM) sum_km p(tokens |
+        order_k, mask_m) (Germain et al. 2015, section 4.2). K > 1 adds K - 1 random orders to `order` (see `orders`),
+        and requires `any_order`. M > 1 adds M - 1 random connectivities to the model's own (see `connected`), and
+        requires `any_connectivity`. Raises `ValueError` for tokens, labels, orders or masks out of range.
         """
         orders, each = self.orders(num_orders, order), list[Tensor]()
         for number in self.connectivities(num_masks):
@@ -280,7 +282,7 @@ class Prior(PretrainedModel, family="prior"):
     # Orders, and mixtures of them
 
     def to_partition(self, order: Order) -> Partition:
-        """Return `order` and its blocks, on the model's device. Raises `ValueError` unless the sizes are whole
+        """Convert `order` to a `Partition` on the model's device. Raises `ValueError` unless block sizes are whole
         numbers."""
         found: Any = make_partition(order, self.grid.shape) if isinstance(order, str) else order
         if not isinstance(found, Partition):
@@ -289,17 +291,19 @@ class Prior(PretrainedModel, family="prior"):
         return Partition(as_tensor(found.order, self.device), blocks)
 
     def check_order(self, order: Order, count: int) -> Partition | None:
-        """Return `order`, int64 `(N,)` or `(count, N)`, and its blocks; None for the model's own. Raises `ValueError`
-        for anything but an ordered partition of this grid that the model supports."""
+        """Return `order`, int64 `(N,)` or `(count, N)`, and its blocks, or None for the model's own. Raises
+        `ValueError` unless it is an ordered partition of this grid that the model supports."""
         is_own_name = isinstance(order, str) and order == self.config.order and self.config.blocks is None
-        if order is None or (is_own_name and not self.any_order):  # it may order positions, or scales
+        if order is None or (is_own_name and not self.any_order):  # the name may refer to positions or scales
             return None
         indices, blocks = self.to_partition(order)
         size = len(self.grid)
         fits = is_integer(indices.dtype) and tuple(indices.shape) in ((size,), (count, size))
         indices = indices.long() if fits else indices  # torch cannot sort uint16
         if not fits or not bool((indices.sort(-1).values == torch.arange(size, device=indices.device)).all()):
-            raise ValueError(f"order should hold each of 0 to {size - 1} once, for all images or for each of {count}")
+            raise ValueError(
+                f"order should contain each of 0 to {size - 1} once, for all images or for each of {count}"
+            )
         if problem := blocks_problem(blocks, size):
             raise ValueError(f"order: {problem}")
         if blocks == self.blocks and bool((indices == self.order).all()):
@@ -311,8 +315,8 @@ class Prior(PretrainedModel, family="prior"):
         return Partition(indices, blocks)
 
     def order_inputs(self, partition: Partition, known: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the arguments of `forward` for another order than the model's own. known: bool `(B, N)`, raster order,
-        tokens that come first, as one block where blocks hold several."""
+        """Return the arguments of `forward` for an order other than the model's own. known: tokens that come first,
+        bool `(B, N)` in raster order; they form a single block if blocks hold several tokens."""
         if not self.config.takes_blocks:
             return {"order": partition.order}
         block_of = block_numbers(*partition)
@@ -321,8 +325,8 @@ class Prior(PretrainedModel, family="prior"):
         return {"block_of": block_of}
 
     def orders(self, num_orders: int, order: Order = None) -> list[Order]:
-        """Return the orders of a mixture: `order` (None: the model's own), then random:1, random:2, ... in its
-        blocks."""
+        """Return the orders of a mixture: `order` (None means the model's own), then random:1, random:2, ... with the
+        same blocks."""
         check_mixture("num_orders", num_orders, self.any_order, f"this {self.name} prior has one order")
         blocks = self.to_partition(order).blocks
         others = [make_order(f"random:{index}", self.grid.shape) for index in range(1, num_orders)]
@@ -334,7 +338,7 @@ class Prior(PretrainedModel, family="prior"):
         return range(num_masks)
 
     def connected(self, number: int) -> AbstractContextManager[None]:
-        """Use connectivity `number` while the context lasts."""
+        """Use connectivity `number` inside the context."""
         return nullcontext()
 
     # Positions
@@ -345,7 +349,7 @@ class Prior(PretrainedModel, family="prior"):
         return flat[..., None] if self.output_head.ids_per_position == 1 else flat[:, self.position_cells]
 
     def position_id_map(self, tokens: Tensor) -> Tensor:
-        """Return `position_ids` as a map, `(B, *positions.shape, ids_per_position)`."""
+        """Return `position_ids` on the grid, `(B, *positions.shape, ids_per_position)`."""
         return self.position_ids(tokens).unflatten(1, self.config.positions.shape)
 
     def to_raster(self, values: Tensor) -> Tensor:
@@ -355,8 +359,8 @@ class Prior(PretrainedModel, family="prior"):
 
     @property
     def receptive_field(self) -> Tensor:
-        """bool `(N, N)`, raster order: row i is True at the tokens that `logits[:, i]` sees in the model's own order:
-        all ids of the positions in `position_field`, and the earlier ids of the same position."""
+        """bool `(N, N)`, in raster order: row i marks the tokens on which `logits[:, i]` depends in the model's own
+        order, namely all ids of the positions in `position_field` and the earlier ids of the same position."""
         field, several = self.position_field, self.output_head.ids_per_position
         if several == 1:
             return field
@@ -367,35 +371,34 @@ class Prior(PretrainedModel, family="prior"):
 
     @property
     def position_field(self) -> Tensor:
-        """bool `(P, P)`, raster order: the positions whose tokens the network sees at each; by default all positions of
-        earlier blocks."""
+        """bool `(P, P)`, in raster order: row i marks the positions that the network sees at position i, by default all
+        positions in earlier blocks."""
         return self.position_block_of < self.position_block_of[:, None]
 
     # Features
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The modules whose outputs `features` returns, in the order in which `forward` calls them; a module that is
-        called twice is listed twice. Empty for a model without layers."""
+        """The modules whose outputs `features` returns, in the order of calls; a module that is called twice is listed
+        twice. Empty for a model without layers."""
         return []
 
     @property
     def feature_layers(self) -> int:
-        """The number of layers that `features` can return."""
+        """Number of layers from which `features` can be read."""
         return len(self.feature_modules)
 
     def arrange_features(self, output: Any) -> Tensor:
-        """Return the output of one of `feature_modules` as `(B, N, dim)`, raster order. By default the output is a map
-        or a row in that order, channels last; or `(B, dim)` for the whole grid, which becomes `(B, 1, dim)`."""
+        """Reshape the output of one of `feature_modules` to `(B, N, dim)`, in raster order. By default the output is a
+        channels-last map or sequence in this order, or `(B, dim)` for the whole grid, which becomes `(B, 1, dim)`."""
         return output.flatten(1, -2) if output.ndim > 2 else output[:, None]
 
     def features(self, tokens: Tensor, labels: Tensor | None = None, layer: int | None = None) -> Tensor:
         """Return activations after a layer in the teacher-forced pass, `(B, N, dim)` in raster order.
 
-        Those at i, like `logits[:, i]`, depend on tokens of earlier blocks (in early layers on fewer than
-        `receptive_field` says); pooled over positions they depend on all but the last block. Models that differ say so.
-        layer: 0 to `feature_layers` - 1; None is the middle one. Raises `ValueError` for another layer, and for tokens
-        or labels out of range.
+        Like `logits[:, i]`, the features at i depend only on tokens of earlier blocks (in early layers, on fewer than
+        `receptive_field` marks). Models that differ document it. layer: 0 to `feature_layers` - 1; None selects the
+        middle layer. Raises `ValueError` for another layer, and for tokens or labels out of range.
         """
         return self.layer_features(tokens, labels, [self.feature_layers // 2 if layer is None else layer])[0]
 
@@ -419,7 +422,7 @@ class Prior(PretrainedModel, family="prior"):
 
         hooks = [module.register_forward_hook(keep) for module in dict.fromkeys(modules)]
         try:
-            self._call_impl(tokens, check_labels(self, labels, len(tokens)), **inputs)  # a compiled pass has no hooks
+            self._call_impl(tokens, check_labels(self, labels, len(tokens)), **inputs)  # a compiled pass ignores hooks
         finally:
             for hook in hooks:
                 hook.remove()
@@ -428,13 +431,13 @@ class Prior(PretrainedModel, family="prior"):
     # Decoding, one block a step
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        release_graph()  # it reads the weights where they were
+        release_graph()  # the graph reads weights at their old addresses
         return super()._apply(fn, recurse)
 
     def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> Any:
-        """Start decoding `num_images` rows, and return the state that `next_logits` advances. order: as for
-        `chain_log_probs`, for a model with `any_order`. Labels and order are taken as `check_labels` and `check_order`
-        return them: a check waits for the GPU, which a CUDA graph cannot capture."""
+        """Start decoding `num_images` rows; return the state that `next_logits` advances. order: see `chain_log_probs`.
+        Labels and order must come from `check_labels` and `check_order`; they are not checked here, because a check
+        syncs with the GPU, which a CUDA graph cannot capture."""
         partition = None if order is None else self.to_partition(order)
         with torch.no_grad():
             cache = self.make_cache(self.labels_or_null(labels, num_images), partition)
@@ -443,8 +446,8 @@ class Prior(PretrainedModel, family="prior"):
         return PositionSteps(self.output_head, cache, self.config.takes_blocks)
 
     def next_logits(self, state: Any, tokens: Tensor | None) -> Tensor:
-        """Return logits `(B, n, vocab_size)` of the next block's positions, in their order, given the last block's
-        `tokens` `(B, m)`, or None at the first."""
+        """Return logits `(B, n, vocab_size)` of the next block, in order, given the `tokens` `(B, m)` of the last
+        block; None at the first block."""
         if isinstance(state, UncachedState):
             return self.next_logits_uncached(state, tokens)
         if self.config.takes_blocks or isinstance(state, PositionSteps):
@@ -452,13 +455,13 @@ class Prior(PretrainedModel, family="prior"):
         return state.step(None if tokens is None else tokens[:, 0]).unsqueeze(1)
 
     def make_cache(self, labels: Tensor, partition: Partition | None) -> Any:
-        """Make the cache of a model's fast path, for labels `(B,)` and an order other than its own: an object whose
-        `step` takes the last positions' ids and returns the outputs at the next ones (`PositionSteps`): without a head
-        logits `(B, vocab_size)`, given `(B,)`. By default there is no fast path."""
+        """Create the cache of a model's fast path, for labels `(B,)` and a partition (None means the model's own). The
+        cache's `step` maps the ids of the last positions to the outputs at the next ones (see `PositionSteps`); without
+        a head it maps `(B,)` ids to logits `(B, vocab_size)`. By default there is no fast path."""
         return self.start_uncached(len(labels), labels, partition)
 
     def start_uncached(self, num_images: int, labels: Tensor | None, order: Order = None) -> UncachedState:
-        """Start decoding that recomputes everything at each step, which is right by construction."""
+        """Start decoding without a cache: every step recomputes the whole grid, which is correct by construction."""
         partition = self.to_partition(order)
         tokens = torch.zeros(num_images, len(self.grid), dtype=torch.long, device=self.device)
         inputs = {} if order is None else self.order_inputs(partition)
@@ -474,14 +477,14 @@ class Prior(PretrainedModel, family="prior"):
 
     @classmethod
     def make_sampling_options(cls, **settings: Any) -> SamplingOptions:
-        """Return the `Sampling` with these settings. Raises `TypeError` for a setting that this kind does not have, and
-        `ValueError` out of range."""
+        """Build the `Sampling` options. Raises `TypeError` for a setting that this kind does not support, and
+        `ValueError` for a value out of range."""
         if unknown := sorted(set(settings) - set(cls.Sampling.names())):
             raise TypeError(f"sampling from a {cls.name!r} prior has no setting {unknown[0]!r}")
         return cls.Sampling(**settings)
 
     def check_sampling_options(self, options: Any) -> None:
-        """Raise `ValueError` for settings that do not fit this prior."""
+        """Raise `ValueError` for settings that this prior does not support."""
         options.check(self.grid)
 
     def sample(
@@ -506,20 +509,20 @@ class Prior(PretrainedModel, family="prior"):
     ) -> Tensor:
         """Draw tokens `(num_images, *grid.shape)`, one block of the order at a time.
 
-        temperature, top_k, top_p, guidance_scale, settings: those of this prior's `Sampling`, by name. generator: one,
-        or a list with one per image; image k depends on the key drawn from its generator, not on its batch. tokens,
-        known: where bool `known` (`grid.shape` or `(B, *grid.shape)`) holds, `tokens` is kept. A model with `any_order`
-        takes the known tokens first, so that all others are conditioned on all of them, and the rest keeps its cuts;
-        any other model conditions a drawn token on the known ones of earlier blocks. order, num_orders: as for
-        `log_prob`; each image is drawn in one of the orders, all equally likely; where tokens are known and blocks are
-        of one token, in proportion to the probability that the order gives to these (at temperature 1, without
-        guidance), at the cost of a pass in each order: images are then samples of the mixture given the known tokens.
-        cache: False recomputes everything at every step. parallel: the same tokens from fewer passes over the whole
-        grid (`prior.parallel`). progress: show a bar, or arguments of `tqdm` for one. on_step: called with a `Step`
-        after each step; an error that it raises ends sampling.
+        temperature, top_k, top_p, guidance_scale, settings: fields of this prior's `Sampling`. generator: one
+        generator, or a list with one per image; image k depends on the key drawn from its generator, not on its batch.
+        tokens, known: `tokens` are kept where bool `known` (`grid.shape` or `(B, *grid.shape)`) is True. A model with
+        `any_order` decodes known tokens first, so all other tokens are conditioned on them, and keeps the remaining
+        block boundaries; other models condition a token only on known tokens of earlier blocks. order, num_orders: as
+        for `log_prob`; each image is drawn in one random order, all equally likely. If tokens are known and blocks hold
+        one token, an order is chosen in proportion to the probability that it gives to the known tokens (at temperature
+        1, without guidance), at the cost of one pass per order; images are then samples of the mixture given the known
+        tokens. cache: False recomputes everything at each step. parallel: draw the same tokens in fewer passes over the
+        whole grid (`prior.parallel`). progress: True shows a bar; a mapping holds arguments of `tqdm`. on_step: called
+        with a `Step` after each step; an exception ends sampling.
 
-        All modes and batches give the same tokens unless two candidates tie within rounding. Raises `ValueError` for
-        arguments out of range, `TypeError` for a setting that this prior does not have.
+        All modes and batch sizes give the same tokens unless two candidates tie within rounding. Raises `ValueError`
+        for arguments out of range, and `TypeError` for a setting that this prior does not support.
         """
         common = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
         options = self.make_sampling_options(**common, **settings)
@@ -533,7 +536,7 @@ class Prior(PretrainedModel, family="prior"):
         return monitor.tokens.reshape(num_images, *self.grid.shape).clone()  # a normal tensor, for training
 
     def draw(self, batch: SampleBatch, options: Any, decoding: DecodingOptions, monitor: Monitor) -> None:
-        """Draw the images of a checked request in raster order; `monitor` collects their tokens."""
+        """Draw the images of a checked request, given in raster order; `monitor` collects their tokens."""
         batch = batch.in_order(choose_orders(self, decoding, batch), self)
         rows = rows_per_pass(self.grid, self.device) if decoding.parallel else self.rows_at_once()
         at_once = len(batch) if rows is None else max(1, rows // options.rows_per_image)
@@ -545,23 +548,23 @@ class Prior(PretrainedModel, family="prior"):
                     sample_blocks(self, part, options, decoding.cache, monitor)
 
     def rows_at_once(self) -> int | None:
-        """The number of rows to sample together, where that is faster than all at once; None: all at once."""
+        """Return how many rows to sample together, if smaller batches are faster; None samples all at once."""
         return None
 
 
 FEW_ROWS = 4
-"""With fewer rows, a matrix product is bound by reading the weights, which caches then lay out row by row."""
+"""With fewer rows, reading the weights bounds a matrix product, so caches store weights row-major."""
 
 
 def order_levels(partition: Partition, grid: TokenGrid) -> Partition:
-    """Return the order of ids, given that of positions: the first ids of a block, then its second ids, ..."""
+    """Expand a partition of positions to ids: the first ids of a block, then its second ids, and so on."""
     parts = grid.cells[partition.order].split(partition.blocks)
     blocks = tuple(size for size in partition.blocks for _ in range(grid.ids_per_position))
     return Partition(torch.cat([part.t().flatten() for part in parts]), blocks)
 
 
 def check_mixture(name: str, count: int, allowed: bool, otherwise: str) -> None:
-    """Raise `ValueError` unless `count`, the argument `name`, is 1, or more where that is `allowed`."""
+    """Raise `ValueError` unless `count`, the argument `name`, is 1, or larger and `allowed`."""
     count = whole_number(name, count)
     if count < 1:
         raise ValueError(f"{name} must be at least 1 (got {count})")
@@ -571,7 +574,7 @@ def check_mixture(name: str, count: int, allowed: bool, otherwise: str) -> None:
 
 @contextmanager
 def evaluation_mode(model: PretrainedModel) -> Iterator[None]:
-    """Put a model into eval mode, with full float32 precision and no autocast; restores each module's own mode.
+    """Run a model in eval mode, in full float32 precision and without autocast; afterwards restore each module's mode.
 
     cuDNN attention is disabled: it re-plans (tens of milliseconds) each time the number of keys grows.
     """
@@ -589,6 +592,6 @@ def evaluation_mode(model: PretrainedModel) -> Iterator[None]:
 
 
 def to_device_async(x: Tensor, device: torch.device) -> Tensor:
-    """Return `x` on `device`; from the CPU to a GPU through pinned memory, so that the host does not wait."""
+    """Move `x` to `device`; copy from the CPU to a GPU asynchronously, through pinned memory."""
     pinned = device.type == "cuda" and x.device.type == "cpu"
     return x.pin_memory().to(device, non_blocking=True) if pinned else x.to(device)

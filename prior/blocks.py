@@ -1,13 +1,14 @@
-"""The transformer that takes any ordered partition of the grid: several tokens per pass, exactly.
+"""A transformer for any ordered partition of the grid, with several tokens per pass and an exact density.
 
-Everything stays in raster order, and only a mask depends on the partition. The stream at a position starts from a query
-embedding and its coordinates, and never receives the position's own token; keys and values are those of the stream plus
-the token's embedding, and are visible to later blocks only. So the tokens of a block do not see each other, as in the
-parallel decoding of RandAR (Pang et al. 2024), ARPG (Li et al. 2025) and LPD (Zhang et al. 2025). Here the partition
-belongs to the model: p(a block | earlier blocks) is a product over its tokens by definition, not an approximation.
+Tensors stay in raster order, and only a mask depends on the partition. The stream at a position starts from a query
+embedding and its coordinates, and never receives the position's own token. Keys and values are computed from the stream
+plus the token's embedding, and are visible only to later blocks. The tokens of a block therefore do not see each other,
+as in the parallel decoding of RandAR (Pang et al. 2024), ARPG (Li et al. 2025) and LPD (Zhang et al. 2025). Here the
+partition belongs to the model: p(a block | earlier blocks) is a product over its tokens by definition, not an
+approximation.
 
-ARPG's form, in which half of the layers read the tokens and the other half answer queries, was as good at 49 tokens and
-slower to learn at 256 (docs/lab.md).
+In ARPG half of the layers process the tokens and the other half the queries; this was equally good at 49 tokens and
+learned more slowly at 256 (docs/lab.md).
 """
 
 from __future__ import annotations
@@ -27,17 +28,18 @@ from .masks import Window
 from .orders import Partition, block_numbers, growing
 from .transformer import EPS, OrderedConfig, Rotations, coordinates, reset, rotate, unit
 
-COUNTS = 16  # training with any_order draws from about this many numbers of blocks
+COUNTS = 16  # with any_order, training chooses among about this many block counts
 
 
 class BlocksConfig(OrderedConfig):
-    """Sizes of the transformer, the partitions it is trained in, and how far it sees."""
+    """Sizes of the transformer, its training partitions and its attention window."""
 
     takes_blocks = True
 
 
 class Layer(nn.Module):
-    """Pre-normalised attention from a stream `(B, n, dim)` to keys and values of rows, and SwiGLU, both residual."""
+    """Pre-normalised residual attention from a stream `(B, n, dim)` to keys and values of rows, then residual
+    SwiGLU."""
 
     def __init__(self, config: BlocksConfig) -> None:
         super().__init__()
@@ -58,12 +60,13 @@ class Layer(nn.Module):
         return torch.stack([rotate(unit(k), rotations.unsqueeze(-3)).to(v.dtype), v])
 
     def forward(self, x: Tensor, rows: Tensor, rotations: Tensor, sees: Tensor | Window) -> Tensor:
-        """Attend from a stream `(B, N, dim)` to rows `(B, 1 + N, dim)` with rotations `(1 + N, width / 2, 2)`: the
-        whole layer in one call, so that it can be compiled, checkpointed and sharded."""
+        """Attend from a stream `(B, N, dim)` to rows `(B, 1 + N, dim)` with rotations `(1 + N, width / 2, 2)`: this is
+        the whole layer in one call, so it can be compiled, checkpointed and sharded."""
         return self.attend(x, rotations[1:], self.keys_values(rows, rotations), sees)
 
     def attend(self, x: Tensor, rotations: Tensor, keys_values: Tensor, sees: Tensor | Window | None = None) -> Tensor:
-        """Map `(B, n, dim)` to the same. sees: bool `([B, 1,] n, m)`, True may attend, or a window; None is all."""
+        """Map `(B, n, dim)` to the same shape. sees: bool `([B, 1,] n, m)`, True where attention is allowed, or a
+        window; None allows all."""
         keys, values = keys_values
         queries = self.q(self.attention_norm(x)).unflatten(-1, (self.heads, -1))
         queries = rotate(unit(queries), rotations.unsqueeze(-3) * self.gain.unsqueeze(-1)).to(x.dtype)
@@ -80,8 +83,8 @@ class Layer(nn.Module):
 
 
 class Blocks(Prior, name="blocks"):
-    """One stream, masked attention, and a start row with the class that all positions see. Row 0 is the start, rows 1
-    to P are the positions."""
+    """One stream with masked attention. Row 0 is a start row that holds the class and is visible to all positions; rows
+    1 to P are the positions."""
 
     Config = BlocksConfig
     cells: Tensor
@@ -109,10 +112,11 @@ class Blocks(Prior, name="blocks"):
         reset(self.parameters(), self.layers)
 
     def make_windows(self, at: Tensor) -> list[Window]:
-        """Make the window of each layer, for the queries at raster indices `at` (n,); an empty list without windows."""
+        """Make each layer's window for the queries at raster indices `at` (n,); return an empty list without
+        windows."""
         if self.config.window is None:
             return []
-        when = F.pad(self.position_block_of, (1, 0), value=-1)[:, None]  # the start row comes before all others
+        when = F.pad(self.position_block_of, (1, 0), value=-1)[:, None]  # the start row precedes all others
         sources = torch.cat([when, self.cells], 1)
         home = sources.device
         if home.type == "cuda":  # tiles are made on the CPU
@@ -141,8 +145,8 @@ class Blocks(Prior, name="blocks"):
     def outputs(
         self, tokens: Tensor, labels: Tensor | None = None, order: Tensor | None = None, block_of: Tensor | None = None
     ) -> Tensor:
-        """Return the outputs; see `Prior.outputs`. order: cut into the model's own blocks; block_of: the number of each
-        token's block; `(N,)` or `(B, N)`. Without either, the model's own."""
+        """Return the outputs; see `Prior.outputs`. order: `(N,)` or `(B, N)`, cut into the model's own blocks;
+        block_of: the block number of each token, `(N,)` or `(B, N)`. By default the model's own partition is used."""
         if block_of is None:
             block_of = self.position_block_of if order is None else block_numbers(order, self.blocks)
         label = self.class_embedding(self.labels_or_null(labels, len(tokens)))[:, None]
@@ -153,7 +157,7 @@ class Blocks(Prior, name="blocks"):
         return self.head(self.norm(x))
 
     def visibility(self, block_of: Tensor) -> list[Any]:
-        """Return what each layer sees: a window, or bool `([B, 1,] P, 1 + P)`."""
+        """Return each layer's visibility: a window, or bool `([B, 1,] P, 1 + P)`."""
         if len(self.windows):
             return list(self.windows)
         earlier = F.pad(block_of[..., None, :] < block_of[..., :, None], (1, 0), value=True)
@@ -161,7 +165,7 @@ class Blocks(Prior, name="blocks"):
 
     @property
     def position_field(self) -> Tensor:
-        """See `Prior`. With windows: all positions that a chain of windows, one for each layer, reaches."""
+        """See `Prior`. With windows: all positions reachable through a chain of windows, one per layer."""
         if not len(self.windows):
             return super().position_field
         own = torch.eye(len(self.position_order), dtype=torch.bool, device=self.device)
@@ -176,8 +180,8 @@ class Blocks(Prior, name="blocks"):
         return list(self.layers)
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """With `any_order`, draw a partition per image: a random order in growing blocks, any number of them; or, in a
-        growing share of images, the model's own."""
+        """With `any_order`, draw a partition for each image: a random order cut into a random number of growing blocks
+        or, for a growing share of images, the model's own."""
         if not self.any_order:
             return {}
         count, size = len(tokens), len(self.grid)
@@ -195,8 +199,8 @@ class Blocks(Prior, name="blocks"):
 
 @cache
 def growing_numbers(size: int) -> Tensor:
-    """Return the number of each rank's block, `(k, size)`, for k counts of growing blocks, from 1 to `size` in about
-    equal ratios."""
+    """Return the block number of each rank, `(k, size)`, for k counts of growing blocks, spaced geometrically from 1 to
+    `size`."""
     counts = sorted({round(size ** (step / COUNTS)) for step in range(COUNTS + 1)})
     sizes = [torch.tensor(growing(size, count), device="cpu") for count in counts]
     return torch.stack([torch.arange(len(each), device="cpu").repeat_interleave(each) for each in sizes])
@@ -206,7 +210,7 @@ class Cache:
     """Keys and values of each layer, allocated once, and each layer's stream at the last block, to which the block's
     tokens are added once they are known.
 
-    Rows follow the order; with windows, which gather them by cell, raster order.
+    Rows are in decoding order, or in raster order with windows, which gather them by cell.
     """
 
     def __init__(self, model: Blocks, labels: Tensor, partition: Partition) -> None:
@@ -215,7 +219,7 @@ class Cache:
         self.windows = model.stepwise_windows
         cells = partition.order.shape[-1]
         shape = (2, len(labels), 1 + cells, model.config.heads, model.config.dim // model.config.heads)
-        # Zeros, as windows gather (and mask) rows that are not yet written.
+        # Zeros, because windows gather (and mask) rows before they are written.
         self.keys_values = [self.label.new_zeros(shape) for _ in model.layers]
         self.at = list(partition.order.view(-1, cells).split(partition.blocks, 1))  # of each block, (1, n) or (B, n)
         self.streams = [model.start_embedding + self.label] * len(model.layers)

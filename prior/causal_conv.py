@@ -1,9 +1,9 @@
 """Dilated causal convolutions over a grid of ids, along any fixed order.
 
 WaveNet (van den Oord et al. 2016): gated residual blocks, tanh(a) * sigmoid(b) of a convolution whose dilation doubles
-from block to block, and skip connections from every block into a two-layer head. The input at rank r is the token of
-rank r - 1 (a start vector at rank 0) plus the embedding of the position to be predicted: ranks have one axis, and the
-network would not know its place on the grid."""
+from block to block, and skip connections from every block to a two-layer head. The input at rank r is the token of rank
+r - 1 (a start vector at rank 0) plus an embedding of the predicted position, because ranks alone do not reveal the
+position on the grid."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CausalConvConfig(PriorConfig):
 
     dim: int = Field(64, ge=1, le=16384, description="channels of the residual stream and of a block's gated output")
     depth: int = Field(8, ge=1, le=256, description="number of gated residual blocks")
-    kernel: int = Field(2, ge=2, le=16, description="taps of a convolution, the current rank's included")
+    kernel: int = Field(2, ge=2, le=16, description="taps of a convolution, including the current rank")
     max_dilation: int = Field(
         128, ge=1, le=4096, description="dilations are 1, 2, 4, ... up to this power of 2, then 1 again"
     )
@@ -37,7 +37,7 @@ class CausalConvConfig(PriorConfig):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on each block's gated output")
 
     def check(self) -> Iterator[str]:
-        """Dilations double."""
+        """Check that the largest dilation is a power of two."""
         yield from super().check()
         if self.max_dilation & (self.max_dilation - 1):
             yield f"max_dilation: must be a power of two (got {self.max_dilation})"
@@ -49,8 +49,8 @@ class CausalConvConfig(PriorConfig):
 
 
 class Block(nn.Module):
-    """A gated dilated convolution. It returns what it adds to the residual stream, `(B, dim, N)` (empty in the last
-    block, as no block reads it), and to the skip connections, `(B, skip, N)`."""
+    """A gated dilated convolution. Returns its contributions to the residual stream, `(B, dim, N)` (empty in the last
+    block, whose stream is not read), and to the skip connections, `(B, skip, N)`."""
 
     def __init__(self, config: CausalConvConfig, dilation: int, last: bool) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class CausalConv(Prior, name="causal_conv"):
     Config = CausalConvConfig
     ranks: Tensor
     cells: Tensor
-    """Coordinates `(axes, N)` of the grid's cells, in the order."""
+    """Coordinates `(axes, N)` of the grid's cells, in decoding order."""
 
     def __init__(self, config: CausalConvConfig) -> None:
         super().__init__(config)
@@ -97,12 +97,12 @@ class CausalConv(Prior, name="causal_conv"):
 
     @property
     def position_field(self) -> Tensor:
-        """See `Prior`: the `reach` last positions in the order."""
+        """See `Prior`: the `reach` preceding positions in decoding order."""
         behind = self.ranks[:, None] - self.ranks
         return (behind > 0) & (behind <= self.reach)
 
     def positions(self) -> Tensor:
-        """`(N, dim)` in the order: the sum of each target's embedding along every axis."""
+        """Return each target's embeddings summed over axes, `(N, dim)` in decoding order."""
         return sum(table[at] for table, at in zip(self.axis_embeddings, self.cells, strict=True))
 
     def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -126,7 +126,7 @@ class CausalConv(Prior, name="causal_conv"):
         return [block.dropout for block in self.layers]
 
     def arrange_features(self, output: Any) -> Tensor:
-        """Return `(B, dim, N)` in the order as `(B, N, dim)` in raster order."""
+        """Rearrange `(B, dim, N)` in decoding order to `(B, N, dim)` in raster order."""
         return output.transpose(1, 2)[:, self.ranks]
 
     def make_cache(self, labels: Tensor, partition: Partition | None) -> Buffers:
@@ -138,7 +138,7 @@ class Layer(NamedTuple):
     """One block of `Buffers`: its inputs, outputs and weights."""
 
     inputs: Tensor  # (1 + N, B, dim), time first
-    earlier: tuple[int, ...]  # how far back its taps reach, the farthest first
+    earlier: tuple[int, ...]  # offsets of earlier taps, farthest first
     taps: Tensor  # (kernel * dim, 2 dim)
     bias: Tensor  # (B, 2 dim)
     gates: Tensor  # (B, dim)
@@ -147,13 +147,13 @@ class Layer(NamedTuple):
 
 
 class Buffers:
-    """Each block's inputs so far, time first, behind a row of zeros that stands for all ranks before the first; and
-    weights laid out for one-token steps.
+    """Each block's inputs so far, time first, after a row of zeros for ranks before the first; and weights laid out for
+    one-token steps.
 
-    A step on few rows is bound by the number of operations, so products are written where they are read next: the
-    residual stream into the next block's inputs, the gated outputs side by side, so that all skip connections are one
-    product. As sigmoid(b) = (1 + tanh(b / 2)) / 2, a gate is one tanh over both halves, with the factors folded into
-    the weights.
+    With few rows, a step is bound by the number of operations, so products are written where the next operation reads
+    them: the residual stream into the next block's inputs, and the gated outputs side by side, so that all skip
+    connections are one product. Since sigmoid(b) = (1 + tanh(b / 2)) / 2, a gate is a single tanh over both halves,
+    with the factors folded into the weights.
     """
 
     def __init__(self, model: CausalConv, labels: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Checks of a prior's promises, for models from outside this package.
+"""Contract checks for priors defined outside this package.
 
 A prior that sees the token it predicts reaches a loss of zero, so its likelihood means nothing. `require_causal` is
 cheap enough to run before training; `check_prior` tests every promise on a grid that is small enough to enumerate.
@@ -21,15 +21,15 @@ from tokenizer.checks import expect, problem_of
 from .base import Prior
 
 MOST_CHANGED = 16
-"""How many tokens `require_causal` changes, one at a time, where the grid has more."""
+"""Maximum number of tokens that `require_causal` changes, one at a time."""
 MOST_GRIDS = 4096
 """The largest number of grids that `check_prior` enumerates."""
 TOLERANCE = 1e-4
-"""How far float32 logits may move by rounding, as a share of the largest |logit|."""
+"""Tolerance for rounding of float32 logits, relative to the largest |logit|."""
 
 
 class NotCausalError(ValueError):
-    """The logits of a token depend on that token, or on one of its block or of a later block."""
+    """The logits of a token depend on itself or another token of its block or a later block."""
 
 
 def is_built_in(prior: Prior | type[Prior]) -> bool:
@@ -55,10 +55,10 @@ def with_random_weights(prior: Prior, seed: int = 0) -> Prior:
 
 @torch.no_grad()
 def require_causal(prior: Prior, tokens: Tensor, labels: Tensor | None = None) -> None:
-    """Raise `NotCausalError` if changing one token moves logits of its own block or of an earlier one.
+    """Raise `NotCausalError` if changing one token changes logits of its own block or an earlier one.
 
     tokens: one grid, `grid.shape` or `(1, *grid.shape)`; labels: its class, `()`. Up to 16 of its tokens are changed
-    one at a time, including the first and the last in the order. The prior keeps its weights, and runs in eval mode.
+    one at a time, including the first and the last in the order. The prior runs in eval mode with its own weights.
     """
     size, vocab_size, order = len(prior.grid), prior.grid.vocab_size, prior.order.tolist()
     if vocab_size == 1:
@@ -88,7 +88,7 @@ def require_causal(prior: Prior, tokens: Tensor, labels: Tensor | None = None) -
         later = prior.block_of[changed] >= prior.block_of
         if bool((seen & later).any()):
             where = int(torch.nonzero(seen & later)[0])
-            what = "the very token that they predict" if where == changed else "a token that is not yet known there"
+            what = "the token that they predict" if where == changed else "which is not yet known there"
             raise NotCausalError(
                 f"the prior {prior.name!r} looks ahead: its logits at position {where} depend on the token at position "
                 f"{changed}, {what}; logits may depend on tokens of earlier blocks only"
@@ -174,14 +174,15 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
 
 
 def expect_close(one: Tensor, other: Tensor, what: str) -> None:
-    """Raise `ValueError` unless two computations of the same logits agree to within rounding."""
+    """Raise `ValueError` unless two computations of the same logits agree within rounding."""
     expect(one.shape == other.shape, f"{what} have shapes {tuple(one.shape)} and {tuple(other.shape)}")
     apart = float((one - other).abs().max())
     expect(apart <= TOLERANCE * max(1.0, float(other.abs().max())), f"{what} differ by up to {apart:.3g}")
 
 
 def fits(found: Tensor, expected: Tensor) -> bool:
-    """Return whether counts agree with expected ones, by chi-squared at six deviations; rare outcomes are pooled."""
+    """Return whether counts agree with expected counts, by a chi-squared test at six standard deviations; rare outcomes
+    are pooled."""
     rare = expected < 5
     found = torch.cat([found[~rare], found[rare].sum()[None]])
     expected = torch.cat([expected[~rare], expected[rare].sum()[None]]).clamp(min=1e-3)

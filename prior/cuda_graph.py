@@ -1,7 +1,7 @@
-"""A whole computation as one CUDA graph, which is launched once where hundreds of small kernels are launch-bound.
+"""Run a whole computation as one CUDA graph, replacing hundreds of small kernel launches by one.
 
-A graph reads and writes the memory that it was captured with, so its inputs are copied there. It holds all memory of
-the computation, such as a key/value cache, so only the last graph is kept, as long as its model lives."""
+A graph reads and writes the memory with which it was captured, so inputs are copied there. It holds all memory of the
+computation, such as a key/value cache, so only the last graph is kept, and only while its model exists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class Graph:
-    """A computation of a model for inputs of the same shapes, which `key` identifies."""
+    """A model's computation for inputs of fixed shapes, identified by `key`."""
 
     last: Graph | None = None
     allowed: bool = True
@@ -28,12 +28,12 @@ class Graph:
 
     @classmethod
     def _release(cls, model: weakref.ref[nn.Module]) -> None:
-        """Free the memory of the last graph if it belongs to this model, which no longer exists."""
+        """Free the last graph if it belongs to this deleted model."""
         if cls.last is not None and cls.last.model is model:
             cls.last = None
 
     def compute(self, inputs: dict[str, Tensor], compute: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
-        """Return `compute(inputs)`, which the first call captures."""
+        """Return `compute(inputs)`; the first call captures the graph."""
         if self.replay is None:
             self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
 
@@ -50,7 +50,7 @@ class Graph:
 def compute_by_graph(
     model: nn.Module, key: Any, inputs: dict[str, Tensor], compute: Callable[[dict[str, Tensor]], Tensor]
 ) -> Tensor | None:
-    """Return `compute(inputs)` by a CUDA graph, or None where the caller should compute without one: the first time, to
+    """Return `compute(inputs)` from a CUDA graph, or None if the caller should compute eagerly: on the first call, to
     warm up, and after a failed capture, which warns."""
     weights = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
     key, graph = (key, tuple(weights)), Graph.last
@@ -63,7 +63,7 @@ def compute_by_graph(
         return graph.compute(inputs, compute)
     except RuntimeError as error:
         graph.failed, graph.replay = True, None
-        warnings.warn(f"not captured in a CUDA graph, so sampling takes longer: {error}", stacklevel=2)
+        warnings.warn(f"CUDA graph capture failed, so sampling is slower: {error}", stacklevel=2)
         return None
 
 
@@ -74,7 +74,7 @@ def release_graph() -> None:
 
 @contextmanager
 def without_graphs() -> Iterator[None]:
-    """Compute eagerly in this context, and free the memory of the last graph."""
+    """Compute eagerly inside the context; free the memory of the last graph."""
     release_graph()
     Graph.allowed, before = False, Graph.allowed
     try:

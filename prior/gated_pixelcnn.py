@@ -1,12 +1,13 @@
-"""Gated PixelCNN: two stacks of causal convolutions, which together see every earlier position.
+"""Gated PixelCNN: two stacks of causal convolutions that together see every earlier position.
 
 van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders" (arXiv 1606.05328), section 2 and fig.
 2: the vertical stack sees all rows above and needs no masks; the horizontal stack sees the current row to the left and,
 through a 1x1 convolution, the vertical stack. Units are gated, y = tanh(a) * sigmoid(b), and the class is added inside
-the gates of both stacks (eq. 4). The first layer leaves out the position to be predicted, hence has no residual.
+the gates of both stacks (eq. 4). The first layer excludes the predicted position and therefore has no residual
+connection.
 
-Channels are rows of the grid, as in `prior.pixelcnn`, which lists the differences from the paper. A bias for each row
-is added in every gate (`row_embedding`)."""
+Channels are rows of the grid, as in `prior.pixelcnn`, which lists the differences from the paper. Each gate also adds a
+learned bias per row (`row_embedding`)."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ class GatedPixelCNNConfig(RowsConfig):
     hidden: int = Field(32, ge=1, le=65536, description="channels before the last layer")
 
     def check(self) -> Iterator[str]:
-        """Kernels are odd."""
+        """Check that kernels are odd."""
         yield from super().check()
         yield from odd_kernels(self, "first_kernel", "kernel")
 
@@ -46,8 +47,8 @@ def gate(x: Tensor) -> Tensor:
 
 
 class Layer(nn.Module):
-    """One layer of both stacks, on maps `(B, H, W, C)`. Row i of the vertical map depends on rows above i only, so all
-    layers but the first may look at its row i."""
+    """One layer of both stacks, on maps `(B, H, W, C)`. Row i of the vertical map depends only on rows above i, so all
+    layers except the first may read its row i."""
 
     def __init__(self, config: GatedPixelCNNConfig, inputs: int, size: int, *, first: bool) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
     def __init__(self, config: GatedPixelCNNConfig) -> None:
         super().__init__(config)
         vocab_size, dim = config.grid.vocab_size, config.dim
-        channels = min(dim, vocab_size)  # more than one per id are redundant
+        channels = min(dim, vocab_size)  # more channels than ids are redundant
         self.embedding = IdEmbedding(config.grid, self.output_head.ids_per_position, channels)
         first = Layer(config, channels, config.first_kernel, first=True)
         rest = [Layer(config, dim, config.kernel, first=False) for _ in range(config.depth)]
@@ -91,7 +92,7 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
 
     @property
     def position_field(self) -> Tensor:
-        """bool `(P, P)`: whether the network sees position j at i; all earlier ones, once depth allows."""
+        """See `Prior`: all earlier positions if the network is deep enough."""
         height, width = self.config.positions.shape
         vertical = torch.eye(height * width, dtype=torch.bool, device="cpu").view(height, width, -1)
         horizontal = vertical
@@ -112,7 +113,7 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The layers, of which `arrange_features` takes the horizontal map, which depends on the vertical one."""
+        """The layers; `arrange_features` selects the horizontal map, which depends on the vertical map."""
         return list(self.layers)
 
     def arrange_features(self, output: Any) -> Tensor:
@@ -120,15 +121,15 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
         return super().arrange_features(output[1])
 
     def make_cache(self, labels: Tensor, partition: Partition | None) -> Cache:
-        """Make caches of the last rows that each stack looks at."""
+        """Make caches of the last rows that each stack reads."""
         return Cache(self, labels)
 
 
 class LayerCache:
-    """One layer's packed weights and the rows it looks at: of the vertical map, and the current one of the horizontal
-    map.
+    """One layer's packed weights and the rows that it reads: several of the vertical map, and the current row of the
+    horizontal map.
 
-    The two stacks of the first layer look at the same embedding, so they share its rows.
+    The first layer's stacks share rows, because both read the embedding.
     """
 
     def __init__(self, layer: Layer, width: int, labels: Tensor) -> None:
@@ -150,8 +151,8 @@ class LayerCache:
         self.above = self.sums_above.unbind(0)
 
     def start_row(self, before: Tensor | None) -> Tensor:
-        """Return this row of the vertical map before its gate, `(W, B, 2 * dim)`, given that of the layer `before`
-        (None in the first layer, which looks at finished rows of the embedding)."""
+        """Return this row of the vertical map before its gate, `(W, B, 2 * dim)`, given the previous layer's row
+        `before` (None in the first layer, which reads completed rows of the embedding)."""
         if before is not None:
             self.vertical.next_row()
             before[..., : before.shape[-1] // 2].tanh_()
@@ -167,10 +168,10 @@ class LayerCache:
 
 
 class Cache:
-    """The rows that each layer looks at, and weights laid out for one position.
+    """The rows that each layer reads, and weights laid out for one-position steps.
 
-    The vertical stack never sees the current row, so it runs once per row, for all columns and layers; its sums,
-    biases and labels included, are where the horizontal stack starts. A step then takes four operations per layer.
+    The vertical stack never sees the current row, so it runs once per row, for all columns and layers. Its sums,
+    including biases and labels, initialise the horizontal stack, so a step takes four operations per layer.
     """
 
     def __init__(self, model: GatedPixelCNN, labels: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""The causal transformer over a grid of ids, in any fixed order, or in every order at once.
+"""A causal transformer over a grid of ids, in one fixed order or trained for all orders.
 
 GPT (Radford et al. 2018) as image priors use it (`prior.transformer`). The input at rank r is the token of rank r - 1
-(the class at rank 0) plus the embedding of the position to be predicted, so the model knows which position it predicts.
-With `any_order` it is trained in random orders that gradually give way to its own (RAR, Yu et al. 2024)."""
+(the class at rank 0) plus an embedding of the position that it predicts. With `any_order`, training begins with random
+orders, which gradually give way to the model's own (RAR, Yu et al. 2024)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .transformer import EPS, Block, OrderedConfig, Rotations, coordinates, rese
 
 
 class GPTConfig(OrderedConfig):
-    """Sizes of the transformer, the orders it is trained in, and how far it sees."""
+    """Sizes of the transformer, its training orders and its attention window."""
 
 
 class GPT(Prior, name="gpt"):
@@ -49,7 +49,7 @@ class GPT(Prior, name="gpt"):
         reset(self.parameters(), self.layers)
 
     def make_windows(self) -> list[Window | None]:
-        """Make the window of each layer. Rank r predicts the cell order[r]; its key is that of the token before."""
+        """Make each layer's window. Rank r predicts cell order[r]; its key belongs to the preceding token."""
         if self.config.window is None:
             return [None] * self.config.depth
         shape = self.config.positions.shape
@@ -60,8 +60,8 @@ class GPT(Prior, name="gpt"):
 
     @property
     def position_field(self) -> Tensor:
-        """See `Prior`. With a window: all positions that a chain of windows, one for each layer, reaches; and the token
-        before each rank, however far away."""
+        """See `Prior`. With windows: all positions reachable through a chain of windows, one per layer, and the token
+        before each rank, at any distance."""
         windows = [block.window for block in self.layers]
         if not all(windows):
             return super().position_field
@@ -72,8 +72,8 @@ class GPT(Prior, name="gpt"):
         return field[ranks]
 
     def make_rotations(self, order: Tensor) -> Tensor:
-        """Return the rotations of queries (by the cell of the next token) and keys (by that of the last one) at each
-        rank: `([B,] P, 2, width / 2, 2)` for an order `([B,] P)`."""
+        """Return the rotations of queries (by the next token's cell) and keys (by the last token's cell) at each rank:
+        `([B,] P, 2, width / 2, 2)` for an order `([B,] P)`."""
         sources = torch.cat([order.new_full((*order.shape[:-1], 1), order.shape[-1]), order[..., :-1]], -1)
         return self.rotations.table[torch.stack([order, sources], -1)]
 
@@ -105,7 +105,7 @@ class GPT(Prior, name="gpt"):
         return output[:, self.position_order.argsort()]
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """With `any_order`, draw an order per image: a random one, or in a growing share of images the model's own
+        """With `any_order`, draw an order for each image: random or, for a growing share of images, the model's own
         (RAR, eq. 4)."""
         if not self.any_order:
             return {}
@@ -122,10 +122,10 @@ class GPT(Prior, name="gpt"):
 class Cache:
     """Keys and values of the tokens so far, allocated once, and weights laid out for one-token steps.
 
-    A step on few rows is bound by the number of operations. So the scale of each norm is folded into the matrix that
-    follows it, and a head's gain, with the scale of its norm, into the rotation: what remains of a norm is the division
-    by the vector's length. With few rows `(in, out)` contiguous weights are read fastest; from four rows on `(out, in)`
-    ones are. With a window only keys and values that a later step sees are stored.
+    With few rows, a step is bound by the number of operations. Each norm's scale is therefore folded into the following
+    matrix, and a head's gain and norm scale into the rotation, so a norm only divides by the vector's length.
+    Contiguous `(in, out)` weights are fastest for fewer than four rows, `(out, in)` weights for more. With windows,
+    only keys and values that later steps read are stored.
     """
 
     def __init__(self, model: GPT, labels: Tensor, order: Tensor) -> None:
@@ -148,8 +148,8 @@ class Cache:
         self.layers = []
         for block in model.layers:
             gains = torch.stack([block.gain, torch.ones_like(block.gain)]).to(self.precise)  # of queries and keys
-            # A common order is folded in once; an order per image at each step, as its table would be as large as a
-            # cache.
+            # A common order is folded in once. Per-image orders are folded in at each step, because their table would
+            # be as large as a cache.
             gains = self.rotations * gains if self.same_order else gains
             memory = None if block.window is None else block.window.memory
             slots = (memory.slots, block.window.reads) if memory else None

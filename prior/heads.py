@@ -1,9 +1,9 @@
-"""Output heads: p(the ids of a position | the network's outputs there), one id after another.
+"""Output heads: p(the ids of a position | the network's outputs there), one id at a time.
 
     p(ids | outputs) = prod_l p(ids[l] | ids[:l], outputs)
 
-A network sees positions of one id each, or, where a head draws several ids of a position, of a grid's levels or a
-pixel's channels. It returns `size` numbers at each, which a head turns into logits.
+A network sees positions with one id each or, if the head draws several ids per position, with the ids of a grid's
+levels or a pixel's channels. It outputs `size` numbers per position, which the head maps to logits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Head(Registered, nn.Module, family="prior.heads"):
     """The distribution of a position's ids, each given those before it."""
 
     size: int
-    """How many numbers the network returns at each position."""
+    """Number of network outputs per position."""
 
     def __init__(self, config: Any, grid: TokenGrid) -> None:
         nn.Module.__init__(self)
@@ -58,7 +58,7 @@ class Head(Registered, nn.Module, family="prior.heads"):
 
     def nats(self, outputs: Tensor, ids: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Return -log p of each id, float32 `(B, P, ids_per_position)`, for outputs `(B, P, size)` of any type.
-        label_smoothing: the share of the target that is spread over all ids, for a softmax."""
+        label_smoothing: the share of the target spread over all ids; only a softmax supports it."""
         return -self.log_probs(outputs, ids).float()
 
     def mean_nats(self, outputs: Tensor, ids: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class Head(Registered, nn.Module, family="prior.heads"):
 
 
 class Softmax(Head):
-    """One logit for each id, which are the network's outputs; a position has one id. The default."""
+    """The default head: the network outputs one logit per id, and a position has one id."""
 
     def __init__(self, grid: TokenGrid) -> None:
         super().__init__(ModelConfig(), grid)
@@ -87,7 +87,7 @@ class Softmax(Head):
 
 
 def head_problem(config: Any) -> str | None:
-    """Return why a prior of this configuration cannot have its output head, or None."""
+    """Return why a configuration's output head is not supported, or None."""
     if config.head is None:
         return None
     if not config.takes_heads:
@@ -95,17 +95,17 @@ def head_problem(config: Any) -> str | None:
     if problem := Head.find(config.head.kind).problem(config.head, config.grid):
         return problem
     if (several := config.grid.ids_per_position) > 1 and not config.takes_positions:
-        return f"{config.kind} supports no head that draws several ids at a position, and this grid has {several}"
+        return f"{config.kind} supports one id per position, and this grid has {several}"
     return None
 
 
 def make_head(config: Any) -> Head:
-    """Make the output head of a prior with this configuration."""
+    """Build the output head for a prior's configuration."""
     return Softmax(config.grid) if config.head is None else Head.find(config.head.kind)(config.head, config.grid)
 
 
 class IdEmbedding(nn.Embedding):
-    """The sum of the embeddings of a position's ids, with a table for each level (Lee et al. 2022, RQ-Transformer)."""
+    """Sums the embeddings of a position's ids, with one table per level (Lee et al. 2022, RQ-Transformer)."""
 
     offsets: Tensor
 
@@ -130,11 +130,11 @@ class IdEmbedding(nn.Embedding):
 
 
 class PositionSteps:
-    """Decoding of single ids from a network that steps from position to position.
+    """Decodes single ids with a network that advances one position per step.
 
-    cache: its `step` takes the last positions' ids and returns the outputs at the next ones: `(B,)` ids, or
-    `(B, ids_per_position)`, to `(B, size)`; of a model that takes blocks `(B, n)`, or `(B, n, ids_per_position)`, to
-    `(B, m, size)`. It is called once for all ids of a position.
+    cache: its `step`, called once per position, maps the ids of the last position, `(B,)` or `(B, ids_per_position)`,
+    to the outputs at the next, `(B, size)`. For a model that supports blocks, it maps `(B, n)` or `(B, n,
+    ids_per_position)` to `(B, m, size)`.
     """
 
     def __init__(self, head: Head, cache: Any, takes_blocks: bool) -> None:
@@ -143,7 +143,7 @@ class PositionSteps:
         self.outputs: Tensor | None = None
 
     def step(self, tokens: Tensor | None) -> Tensor:
-        """Return logits `(B, n, vocab_size)` of the next ids, given the last ones, `tokens` `(B, m)`."""
+        """Return logits `(B, n, vocab_size)` of the next ids, given the last ids `tokens` `(B, m)`."""
         self.ids += [] if tokens is None else [tokens]
         if self.outputs is None or len(self.ids) == self.head.ids_per_position:
             self.outputs, self.ids = self.advance(), []
@@ -167,10 +167,10 @@ EPS = 1e-12
 
 
 class DepthConfig(ModelConfig):
-    """Sizes of the small network."""
+    """Sizes of the head's network."""
 
-    dim: int = Field(128, ge=1, le=16384, description="width of the small network")
-    layers: int = Field(2, ge=1, le=64, description="number of its gated layers")
+    dim: int = Field(128, ge=1, le=16384, description="width of the head's network")
+    layers: int = Field(2, ge=1, le=64, description="number of gated layers")
     hidden: int | None = Field(None, ge=1, le=65536, description="width inside a layer; null: twice dim")
 
 
@@ -189,15 +189,15 @@ class Layer(nn.Module):
 
 
 class Depth(Head, name="depth"):
-    """The ids of a position from coarse to fine, drawn by a small network beside the large one.
+    """Draws the ids of a position from coarse to fine with a small network on top of the large one.
 
     RQ-Transformer (Lee et al. 2022, arXiv:2203.01941, section 3.2.2): the large network sees a position as the sum of
-    its ids' embeddings and runs once for all of its ids; a small one draws them one after another. Its input at a
-    level is the large network's output plus the sum of the embeddings of the ids drawn so far. In the paper the large
-    network's output is the input of the first level alone, and the small network attends to its inputs at the levels
-    before; here the output enters at every level, and there is no attention: a step needs no cache.
+    its ids' embeddings and runs once per position; a small network draws the ids one at a time. Its input at a level is
+    the large network's output plus the summed embeddings of the ids drawn so far. In the paper, the large network's
+    output enters only at the first level, and the small network attends to earlier levels; here it enters at every
+    level, so neither attention nor a cache is needed.
 
-    One network serves all levels: it gets an embedding of the level, and its last layer is shared.
+    All levels share one network and its last layer; a level embedding tells them apart.
     """
 
     Config = DepthConfig
@@ -214,23 +214,23 @@ class Depth(Head, name="depth"):
 
     @classmethod
     def problem(cls, config: DepthConfig, grid: TokenGrid) -> str | None:
-        """As in `Head`: a position has several ids."""
+        """See `Head`: a position must have several ids."""
         if grid.ids_per_position > 1:
             return None
         return (
             "depth is for grids of several ids at a position (rvq, klvae, posthoc, lfq and bsq of several levels, "
-            "pixels in colour), and this grid has one"
+            "pixels in colour), but this grid has one"
         )
 
     def logits(self, outputs: Tensor, ids: Tensor) -> Tensor:
-        """As in `Head`, for all levels at once."""
+        """See `Head`; computes all levels at once."""
         before = [torch.zeros_like(outputs)]
         for table, level in zip(self.id_embeddings, ids.unbind(-1), strict=False):
             before.append(before[-1] + F.embedding(level, table))
         return self.read_logits(outputs.unsqueeze(-2) + torch.stack(before, -2) + self.level_embedding)
 
     def next_logits(self, outputs: Tensor, ids: Tensor) -> Tensor:
-        """As in `Head`, for the next level alone."""
+        """See `Head`; computes only the next level."""
         before = torch.zeros_like(outputs)
         for table, level in zip(self.id_embeddings, ids.unbind(-1), strict=False):
             before = before + F.embedding(level, table)
@@ -247,23 +247,23 @@ class Depth(Head, name="depth"):
 
 
 FEWEST = 16
-"""The fewest values of a channel: for fewer, a softmax is hardly larger."""
+"""Minimum number of values per channel; below it a softmax is hardly larger."""
 FLOOR = 2.0**-16
-"""The share of the mass that is uniform."""
+"""Probability mass that is mixed in uniformly."""
 NARROWEST = 16.0
-"""h / s of the narrowest logistic, which has all but 3e-7 of its mass on one value."""
+"""h / s of the narrowest logistic, which puts all but 3e-7 of its mass on one value."""
 WIDEST = -7.0
-"""log 1 / s of the widest logistic, which is flat."""
+"""log(1 / s) of the widest logistic, which is flat."""
 AT_ONCE = 1 << 16
-"""About how many numbers of a table are computed at a time: as many as fit into a processor's cache."""
+"""Approximate number of table entries computed at a time, chosen to fit a CPU's cache."""
 ON_A_GPU = 256
-"""The factor by which that number is larger on a GPU."""
+"""Factor by which `AT_ONCE` is larger on a GPU."""
 
 
 class LogisticConfig(ModelConfig):
     """Size of the mixture."""
 
-    components: int = Field(5, ge=1, le=64, description="number of logistics in the mixture; the paper has 10")
+    components: int = Field(5, ge=1, le=64, description="number of logistics in the mixture (the paper: 10)")
 
 
 class Mixture(NamedTuple):
@@ -275,20 +275,20 @@ class Mixture(NamedTuple):
 
 
 class Logistic(Head, name="logistic"):
-    """Ids that are intensities: a mixture of discretised logistics, few numbers in place of a logit for each value.
+    """A mixture of discretised logistics for ids that are intensities, with far fewer outputs than one logit per value.
 
     PixelCNN++ (Salimans et al. 2017, arXiv:1701.05517, sections 2.1 and 2.2): P(v) is the mass between the midpoints to
-    the neighbouring values; the darkest and the brightest value take a whole tail each. All channels of a pixel share
-    the mixture's weights, so that the red value identifies the component of green and blue; their means depend linearly
-    on the true red and green. The paper has no floor: here a share of 2^-16 is uniform, so that no value costs more
-    than log2(V) + 16 bits.
+    the neighbouring values; the darkest and brightest values include the tails. All channels of a pixel share mixture
+    weights, so the red value informs about the component of green and blue; their means depend linearly on the true
+    preceding channels. Unlike in the paper, 2^-16 of the mass is uniform, so no value costs more than log2(V) + 16
+    bits.
 
-    With u = exp((h - |x - mean|) / s) and q = exp(-2 h / s), h half the distance between two values, a value's
-    probability under one logistic is u (1 - q) / ((1 + u) (1 + u q)): nothing cancels, neither far out nor in the
-    middle.
+    With u = exp((h - |x - mean|) / s) and q = exp(-2 h / s), where h is half the distance between two values, a value's
+    probability under one logistic is u (1 - q) / ((1 + u) (1 + u q)), which is free of cancellation both in the tails
+    and near the mean.
 
-    The network returns weights for all channels, means and scales for each, and coefficients for each pair of channels;
-    K of each.
+    The network outputs K weights shared by all channels, K means and scales per channel, and K coefficients per pair of
+    channels.
     """
 
     Config = LogisticConfig
@@ -304,15 +304,15 @@ class Logistic(Head, name="logistic"):
 
     @classmethod
     def problem(cls, config: LogisticConfig, grid: TokenGrid) -> str | None:
-        """As in `Head`: ids are intensities, and there are enough of them."""
+        """See `Head`: ids must be intensities with at least 16 levels."""
         if not grid.channels:
-            return "logistic is for grids of pixels, whose ids are intensities, and this grid's are codes"
+            return "logistic is for pixels, whose ids are intensities, but this grid's ids are codes"
         if grid.vocab_size < FEWEST:
-            return f"logistic is for pixels of at least {FEWEST} levels, and this grid has {grid.vocab_size}"
+            return f"logistic is for pixels of at least {FEWEST} levels, but this grid has {grid.vocab_size}"
         return None
 
     def next_logits(self, outputs: Tensor, ids: Tensor) -> Tensor:
-        """As in `Head`: log P of all values of the next channel, some positions at a time."""
+        """See `Head`; computes log P of all values of the next channel, a few positions at a time."""
         rows = outputs.flatten(0, -2)
         numbers = AT_ONCE * (ON_A_GPU if outputs.is_cuda else 1)
         at_once = max(1, numbers // (self.vocab_size * self.config.components))
@@ -335,7 +335,7 @@ class Logistic(Head, name="logistic"):
         return (total * (1 - FLOOR) + FLOOR / self.vocab_size).log()
 
     def log_probs(self, outputs: Tensor, ids: Tensor) -> Tensor:
-        """As in `Head`, without a table of all values."""
+        """See `Head`; avoids a table of all values."""
         found, _ = self.condition(outputs, ids)
         least = torch.full_like(found[0], math.log(FLOOR / self.vocab_size))
         return torch.stack([torch.logaddexp(each + math.log1p(-FLOOR), least) for each in found], -1)
@@ -368,8 +368,8 @@ class Logistic(Head, name="logistic"):
     def component_log_probs(self, mixture: Mixture, ids: Tensor) -> Tensor:
         """Return log P of `ids` `(..., 1)` under each of a mixture's logistics, `(..., K)`."""
         away = self.intensities(ids, mixture.means.dtype) - mixture.means
-        upper = F.logsigmoid((away + self.h) * mixture.inverse)  # log of the mass below the value's upper end
-        lower = F.logsigmoid((self.h - away) * mixture.inverse)  # and of the mass above its lower end
+        upper = F.logsigmoid((away + self.h) * mixture.inverse)  # log of the mass below the bin's upper end
+        lower = F.logsigmoid((self.h - away) * mixture.inverse)  # log of the mass above its lower end
         inside = upper + lower + (-torch.expm1(-2 * self.h * mixture.inverse)).log()
         return torch.where(ids == 0, upper, torch.where(ids == self.vocab_size - 1, lower, inside))
 

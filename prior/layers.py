@@ -1,9 +1,8 @@
-"""Causal convolutions over a grid in raster order, and the rows of their inputs as sampling keeps them.
+"""Causal convolutions over a grid in raster order, and row caches for sampling.
 
-Maps are channels last, `(B, H, W, C)`, so a 1x1 convolution is an `nn.Linear`. A k x k kernel (k odd, r = k // 2) looks
-at r rows above and, in its own row, at r columns to the left: van den Oord et al. 2016 ("Pixel Recurrent Neural
-Networks", fig. 2) multiply the rest by zero. Here the rows below are not part of the kernel, and only the end of its
-last row is masked.
+Maps are channels last, `(B, H, W, C)`, so a 1x1 convolution is an `nn.Linear`. A k x k kernel (k odd, r = k // 2) reads
+r rows above and, in its own row, r columns to the left. Van den Oord et al. 2016 ("Pixel Recurrent Neural Networks",
+fig. 2) multiply the rest by zero. Here the kernel omits the rows below, and only the end of its last row is masked.
 
 Sampling computes one position at a time. For a 5 x 5 kernel at position x, the two rows above are complete before its
 own row begins, and in its own row everything to the left of x (type B: and x itself) is known:
@@ -13,8 +12,8 @@ own row begins, and in its own row everything to the left of x (type B: and x it
     w w x - -      w: `RowCache.read` multiplies these, the `window` of x, and adds `above[column]`
                    -: masked; not stored anywhere
 
-`MapRows` stores the rows that a kernel looks at, with columns of zeros at both ends. It is a ring: `next_row` makes the
-oldest row the current one, which is then overwritten from left to right.
+`MapRows` is a ring buffer of the rows that a kernel reads, with zero columns at both ends: `next_row` turns the oldest
+row into the current row, which is then overwritten from left to right.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class RasterConfig(PriorConfig):
     takes_heads = takes_positions = True
 
     def check(self) -> Iterator[str]:
-        """The grid has two axes and raster order."""
+        """Check that the grid has two axes and raster order."""
         yield from super().check()
         if self.order != "raster":
             yield f"order: {self.kind} takes raster order only (got {self.order!r})"
@@ -46,7 +45,7 @@ class RasterConfig(PriorConfig):
 
 
 class RowsConfig(RasterConfig):
-    """Settings of convolutions, which cannot otherwise distinguish rows."""
+    """Settings of convolutions, with an optional bias that tells rows apart."""
 
     row_embedding: bool = Field(
         True,
@@ -57,8 +56,7 @@ class RowsConfig(RasterConfig):
 class RowBias(nn.Module):
     """A learned vector for each row of the grid, `(H, channels)`, initially zero; zeros without `row_embedding`.
 
-    A convolution is the same everywhere, but the rows of a grid may be the channels of an image in turn, or the levels
-    of a quantizer one below the other.
+    Convolutions treat all rows alike, but the rows of a grid may be interleaved channels or stacked quantizer levels.
     """
 
     weight: Tensor
@@ -72,12 +70,12 @@ class RowBias(nn.Module):
             self.register_buffer("weight", rows, persistent=False)
 
     def forward(self, bias: Tensor) -> Tensor:
-        """Add the rows' biases to a bias `(B, channels)` of each image: `(B, H, 1, channels)`."""
+        """Add the row biases to per-image biases `(B, channels)`: `(B, H, 1, channels)`."""
         return bias[:, None, None] + self.weight[:, None]
 
 
 def odd_kernels(config: PriorConfig, *names: str) -> Iterator[str]:
-    """Yield a problem for each of the configuration's kernels whose side is even."""
+    """Yield a problem for each kernel with an even side."""
     for name in names:
         if getattr(config, name) % 2 == 0:
             yield f"{name}: must be odd (got {getattr(config, name)})"
@@ -106,15 +104,15 @@ class CausalConv2d(nn.Module):
         """The offsets (row, column) that the kernel covers."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(B, H, W, inputs)` to `(B, H, W, outputs)`; with a stride to smaller maps, sides rounded up."""
+        """Map `(B, H, W, inputs)` to `(B, H, W, outputs)`; a stride divides the sides, rounding up."""
         (top, bottom), (left, right) = self.rows, self.columns
-        padded = F.pad(x, (0, 0, -left, right, -top, bottom))  # a negative bottom cuts off the last rows
+        padded = F.pad(x, (0, 0, -left, right, -top, bottom))  # a negative `bottom` crops the last rows
         weight = self.weight if self.mask is None else self.weight * self.mask
         return F.conv2d(padded.movedim(-1, 1), weight, self.bias, self.stride).movedim(1, -1)
 
 
 class MaskedConv(CausalConv2d):
-    """PixelCNN's masked k x k convolution: type A, or with `sees_itself` type B, which sees its own position too."""
+    """PixelCNN's masked k x k convolution: type A, or with `sees_itself` type B, which also sees its own position."""
 
     def __init__(self, inputs: int, outputs: int, size: int, *, sees_itself: bool) -> None:
         self_and_right = size // 2 + 1
@@ -133,7 +131,7 @@ def pack(weight: Tensor, rows: int) -> Tensor:
 
 
 class ClosingLayers:
-    """The last two layers of a model, one position at a time: `head(activate(hidden(activate(x))))`."""
+    """The last two layers of a model, for one position at a time: `head(activate(hidden(activate(x))))`."""
 
     def __init__(self, hidden: nn.Linear, head: nn.Linear, rows: int, activate_: Callable[[Tensor], Tensor]) -> None:
         """activate_: the activation, in place."""
@@ -152,9 +150,9 @@ class ClosingLayers:
 class MapRows:
     """The last `count` rows of a map `(B, H, W, C)`, zero outside the grid; allocated once, written in place.
 
-    The current row is `row`, `(W, B, C)`, and `cells[j]` is its column j, `(B, C)`, both to be written. `windows[j]`
-    are its `taps` columns from j - left on (with a stride: from j * stride - left on), `(B, taps * C)`. All are views.
-    Columns that are not yet written hold those of an older row, and must not be read."""
+    The caller writes the current row through `row`, `(W, B, C)`, or its column j through `cells[j]`, `(B, C)`.
+    `windows[j]`, `(B, taps * C)`, are the `taps` columns starting at j * stride - left. All are views. Columns that
+    have not been written still hold an older row and must not be read."""
 
     def __init__(self, like: Tensor, count: int, width: int, reach: Pair, taps: int, stride: int = 1) -> None:
         """like: `(B, C)` zeros; reach: the columns (first, last) that the kernel covers, as offsets; stride: of the
@@ -178,25 +176,24 @@ class MapRows:
         self.windows = self.row_windows[self.current]
 
     def patches(self) -> Tensor:
-        """Return the inputs of a kernel of `count` rows at each column, oldest row first: `(W * B, count * size *
-        C)`."""
+        """Return the inputs of a `count`-row kernel at each column, oldest row first: `(W * B, count * size * C)`."""
         oldest = self.current + 1
         torch.stack(self.row_patches[oldest:] + self.row_patches[:oldest], 2, out=self.patch)
         return self.patch.view(-1, self.patch[0, 0].numel())
 
 
 class RowCache:
-    """A `MaskedConv` one position at a time, in raster order, for the multiplications of one `forward`.
+    """Evaluates a `MaskedConv` one position at a time, in raster order, with as many multiplications as one `forward`.
 
-    The part of its sum that comes from the rows above is known for a whole row before the row begins: `start_row`
-    computes it with one matrix product. What remains is one product with the columns to the left.
+    `start_row` computes the contribution of the rows above for a whole row with one matrix product. Each position then
+    needs only one product with the columns to its left.
 
         cache.start_row()               # before each row, the first included
         cache.cells[column].copy_(x)    # the input `(B, inputs)`: type B before read, type A after it
         cache.read(column)              # the output `(B, outputs)`
 
-    With a stride, `start_row` is called for the output's rows, and `read` counts the output's columns; the kernel may
-    then have only one row above the current one.
+    With a stride, `start_row` and `read` refer to the output's rows and columns, and the kernel may have only one row
+    above the current one.
     """
 
     def __init__(self, conv: CausalConv2d, width: int, bias: Tensor, row_bias: Tensor | None = None) -> None:
@@ -225,7 +222,7 @@ class RowCache:
 
 
 class WholeRows:
-    """A `CausalConv2d` of two rows, one row at a time."""
+    """Evaluates a `CausalConv2d` with two kernel rows, one row at a time."""
 
     def __init__(self, conv: CausalConv2d, width: int, bias: Tensor) -> None:
         """bias: `(B, outputs)`, added to the convolution's own."""
@@ -235,7 +232,7 @@ class WholeRows:
         self.weight = pack(conv.weight, width * len(bias))
 
     def next_row(self) -> Tensor:
-        """Begin the next row and return it, `(W, B, inputs)`, to be written."""
+        """Begin the next row and return it, `(W, B, inputs)`, for the caller to write."""
         self.map.next_row()
         return self.map.row
 
@@ -245,7 +242,8 @@ class WholeRows:
 
 
 def see(field: Tensor, taps: Iterable[Pair]) -> Tensor:
-    """Return which tokens reach a convolution's output, given which reach its input: bool `(H, W, N)` to the same."""
+    """Propagate receptive fields through a convolution: map the tokens that reach each input to those that reach each
+    output, both bool `(H, W, N)`."""
     height, width = field.shape[:2]
     seen = torch.zeros_like(field)
     for row, column in taps:

@@ -1,9 +1,9 @@
-"""The masked autoencoder: a perceptron with connections removed so that each output sees only earlier inputs.
+"""A masked autoencoder: a perceptron whose connections are masked so that each output sees only earlier inputs.
 
-MADE (Germain et al. 2015). With two ids, one number goes in and one logit comes out per token; with more, one-hot rows
-and a softmax. Every hidden unit has a degree d in 1 .. N - 1: it sees the tokens of rank < d, and the output at rank r
-sees the units of degree <= r. Any degrees and any order of the grid give such masks for the same weights; order- and
-connectivity-agnostic training draws from these, and so do ensembles at test time."""
+MADE (Germain et al. 2015). With two ids, a token is one input number and one output logit; with more ids, one-hot rows
+and a softmax are used. Every hidden unit has a degree d in 1 .. N - 1: it sees tokens of rank < d, and the output at
+rank r sees units of degree <= r. The same weights work with the masks of any degrees and any order. Order- and
+connectivity-agnostic training and test-time ensembles draw from these masks."""
 
 from __future__ import annotations
 
@@ -33,48 +33,44 @@ class MADEConfig(PriorConfig):
     hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field(
         (512,), min_length=1, description="units of each hidden layer"
     )
-    direct: bool = Field(False, description="connect every token straight to all later positions as well")
+    direct: bool = Field(False, description="also connect every token directly to all later positions")
     embedding: int | None = Field(
         None,
         ge=1,
         le=65536,
-        description="width that ids are embedded in before the first layer and after the last; "
-        "null: a row of weights for each position and id",
+        description="embedding width of ids, before the first layer and after the last; null: separate weights for "
+        "each position and id",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the hidden units")
-    order_agnostic: bool = Field(False, description="train in a new random order at every step")
-    connectivity_agnostic: bool = Field(
-        False, description="train with new random degrees of the hidden units at every step"
-    )
+    order_agnostic: bool = Field(False, description="train with a new random order at every step")
+    connectivity_agnostic: bool = Field(False, description="train with new random hidden-unit degrees at every step")
     masks: int | None = Field(
         None,
         ge=1,
         le=1 << 20,
         description="number of orders and degrees to train with; null: new ones at every step",
     )
-    sigmoid: bool = Field(
-        True, description="one logit per token where there are two ids; false: one-hot rows and a softmax"
-    )
+    sigmoid: bool = Field(True, description="with two ids, use one logit per token; false: one-hot rows and a softmax")
 
     @property
     def binary(self) -> bool:
-        """Whether a token is one number, and its prediction one logit."""
+        """Whether a token is one number and its prediction one logit."""
         return self.sigmoid and self.grid.vocab_size == 2 and self.embedding is None
 
     def check(self) -> Iterator[str]:
-        """Masks need agnostic training, and direct connections must not be too many."""
+        """Check that masks have agnostic training and that direct connections are not too many."""
         yield from super().check()
         if self.masks and not (self.order_agnostic or self.connectivity_agnostic):
             yield "masks: needs order_agnostic or connectivity_agnostic"
         outputs = len(self.grid) * (1 if self.binary else self.embedding or self.grid.vocab_size)
         if self.direct and outputs**2 > MAX_DIRECT:
-            yield f"direct: needs {outputs} squared weights; set a smaller embedding"
+            yield f"direct: needs {outputs}^2 weights; set a smaller embedding"
 
 
 @dataclass(frozen=True)
 class MADEOptions(SamplingOptions):
-    """num_masks: as for `log_prob`; each image is drawn in one of this many connectivities, all equally likely, also
-    where tokens are known: unlike with `num_orders`, completions are then not from the mixture's conditional."""
+    """num_masks: as for `log_prob`; each image is drawn with one of this many connectivities, all equally likely even
+    if tokens are known. Unlike with `num_orders`, completions therefore do not follow the mixture's conditional."""
 
     num_masks: int = 1
 
@@ -89,21 +85,21 @@ class ClassBias(nn.Module):
         self.own = nn.Parameter(torch.zeros(num_classes + 1, size)) if num_classes else None
 
     def forward(self, labels: Tensor) -> Tensor:
-        # A copy, as torch's FLOP counter fails at modules that return a parameter.
+        # A copy, because torch's FLOP counter fails for modules that return a parameter.
         return self.shared.clone() if self.own is None else self.shared + F.embedding(labels, self.own)
 
 
 class MADE(Prior, name="made"):
-    """Masked hidden layers from all tokens to all logits at once, and running sums for sampling.
+    """Masked hidden layers that map all tokens to all logits at once, with running sums for sampling.
 
-    A masked input differs from every id (-1 and 1 for two ids, a row of weights for each of more), which the paper
-    achieves by conditioning on the connectivity. Every later position sees every earlier token, unless a hidden layer
-    is so narrow that some degrees are missing and there are no direct connections: see `receptive_field`.
+    A masked input (zero) differs from every id (-1 and 1 for two ids, else one row of weights per id); the paper
+    instead conditions on the connectivity. Every position sees all earlier tokens, unless there are no direct
+    connections and a hidden layer is too narrow for all degrees: see `receptive_field`.
     """
 
     Config = MADEConfig
     Sampling = MADEOptions
-    supports_cuda_graphs = False  # the host decides which units are finished; a step takes about six kernels
+    supports_cuda_graphs = False  # the host decides which units are complete; a step takes about six kernels
     ranks: Tensor
     all_degrees: Tensor
     embedding: Tensor | None
@@ -121,7 +117,7 @@ class MADE(Prior, name="made"):
         sizes = [*hidden, size * self.width_out]
         self.biases: Any = nn.ModuleList(ClassBias(config.num_classes, units) for units in sizes)
         self.direct = nn.Parameter(torch.empty(size, self.width, size * self.width_out)) if config.direct else None
-        if config.binary:  # the inputs are -1 and 1, and z becomes the logits -z/2 and z/2
+        if config.binary:  # inputs are -1 and 1, and z maps to the logits -z/2 and z/2
             self.register_buffer("embedding", torch.tensor([[-1.0], [1.0]]), persistent=False)
             self.register_buffer("head", torch.tensor([[-0.5], [0.5]]), persistent=False)
         else:
@@ -131,12 +127,12 @@ class MADE(Prior, name="made"):
         self.dropout = nn.Dropout(config.dropout)
         self.register_buffer("ranks", torch.argsort(self.order), persistent=False)
         self.register_buffer("all_degrees", torch.cat(self.numbered_degrees(0)), persistent=False)
-        self.chosen_degrees: Tensor | None = None  # those of `connected`
+        self.chosen_degrees: Tensor | None = None  # set by `connected`
         self._connections = Connections()
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        """Use He's variances (2015) for the half of the inputs that a unit sees on average."""
+        """Use He's variances (2015), given that a unit sees half of its inputs on average."""
         active = len(self.grid) * (1 if self.embedding is None else self.width)  # a one-hot row counts once
         nn.init.normal_(self.input, std=(4 / active) ** 0.5)
         for weight in self.hidden:
@@ -149,11 +145,12 @@ class MADE(Prior, name="made"):
             nn.init.normal_(self.head, std=self.width**-0.5)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._connections = Connections()  # moving a model changes its tensors in place
+        self._connections = Connections()  # moving a model modifies its tensors in place
         return super()._apply(fn, recurse)
 
     def degrees(self) -> list[Tensor]:
-        """Return the degrees `(units,)` of each hidden layer: the model's own, ascending, or those of `connected`."""
+        """Return the degrees `(units,)` of each hidden layer: the model's own, ascending, or those set by
+        `connected`."""
         return list(self.current_degrees.split(self.config.hidden))
 
     @property
@@ -173,8 +170,8 @@ class MADE(Prior, name="made"):
         return self.ranks < reach[self.ranks][:, None]
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """Draw a random order `(N,)` and random degrees, where training is agnostic of them: new ones, or one of the
-        `masks` that a mixture of that many has."""
+        """Draw a random order `(N,)` and random degrees, if training is agnostic to them: new ones, or one of the first
+        `masks`, as in a mixture."""
         inputs: dict[str, Any] = {}
         if self.config.order_agnostic:
             inputs["order"] = to_device_async(self._draw_order(), tokens.device)
@@ -196,7 +193,7 @@ class MADE(Prior, name="made"):
         return self.numbered_degrees(int(torch.randint(masks, ())))
 
     def numbered_degrees(self, number: int) -> list[Tensor]:
-        """Return the degrees `(units,)` of each layer in connectivity `number`: 0 is the model's own, others are
+        """Return the degrees `(units,)` of each layer in connectivity `number`; 0 is the model's own, and others are
         random."""
         if not number:
             return [even_degrees(units, len(self.grid)) for units in self.config.hidden]
@@ -204,7 +201,7 @@ class MADE(Prior, name="made"):
 
     @contextmanager
     def connected(self, number: int) -> Iterator[None]:
-        """Use the degrees of connectivity `number` while the context lasts."""
+        """Use the degrees of connectivity `number` inside the context."""
         before = self.chosen_degrees
         self.chosen_degrees = torch.cat(self.numbered_degrees(number)).to(self.device) if number else None
         try:
@@ -221,8 +218,8 @@ class MADE(Prior, name="made"):
     ) -> Tensor:
         """Return the outputs; see `Prior.outputs`.
 
-        order: `(N,)`, None for the model's own, or `(B, N)`, which takes a pass per distinct order; degrees:
-        `(units,)` of each hidden layer, in 1 .. N - 1.
+        order: `(N,)`, or `(B, N)`, which takes one pass per distinct order; None means the model's own. degrees:
+        `(units,)` for each hidden layer, in 1 .. N - 1.
         """
         labels = self.labels_or_null(labels, len(tokens))
         if order is not None and order.ndim == 2:
@@ -241,47 +238,48 @@ class MADE(Prior, name="made"):
     def _outputs_by_order(
         self, tokens: Tensor, labels: Tensor, order: Tensor, degrees: Sequence[Tensor] | None
     ) -> Tensor:
-        """Return `outputs` for orders `(B, N)`: images of the same order share their masks."""
+        """Return `outputs` for orders `(B, N)`; images with the same order share masks."""
         distinct, which = torch.unique(order, dim=0, return_inverse=True)
         rows = [torch.nonzero(which == index)[:, 0] for index in range(len(distinct))]
         parts = [self.outputs(tokens[at], labels[at], one, degrees) for at, one in zip(rows, distinct, strict=True)]
         return torch.cat(parts)[torch.argsort(torch.cat(rows))]
 
     def loss_from_outputs(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
-        """See `Prior`; with two ids by the sigmoid, which is faster."""
+        """See `Prior`; with two ids use the sigmoid, which is faster."""
         if not self.config.binary:
             return super().loss_from_outputs(outputs, tokens, **inputs)
         zero, one = outputs.float().unbind(-1)
         return F.binary_cross_entropy_with_logits(one - zero, tokens.flatten(1).float())
 
     def _inputs(self, tokens: Tensor) -> Tensor:
-        """The inputs of `sum_inputs`: embedded ids `(B, N, width)`, one-hot ones where there are few ids, else ids."""
+        """Return the input of `sum_inputs`: embedded ids `(B, N, width)`, one-hot ids for small vocabularies, else
+        ids."""
         if self.embedding is not None:
             return F.embedding(tokens.long(), self.embedding)
         return F.one_hot(tokens.long(), self.width).to(self.input.dtype) if self.width <= DENSE_WIDTH else tokens.long()
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The hidden layers. Their units belong to no position: features are `(B, 1, units)`, and a unit of degree d
-        sees the tokens of rank < d, in the model's own order."""
+        """The hidden layers. Units have no position, so features are `(B, 1, units)`; a unit of degree d sees tokens of
+        rank < d in the model's own order."""
         return [self.dropout] * len(self.config.hidden)
 
     def _unit(self, x: Tensor) -> Tensor:
         return self.dropout(F.relu(x))
 
     def to_outputs(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return the outputs for `x` (..., width_out): `x` itself, or its product with the table that positions
-        share."""
+        """Map `x` (..., width_out) to the outputs: `x` itself, or its product with the output embedding shared by
+        positions."""
         logits = x if self.head is None else F.linear(x, self.head)
         return logits if bias is None else logits + bias
 
     def check_sampling_options(self, options: MADEOptions) -> None:
-        """See `Prior`: other connectivities need a model that was trained with them."""
+        """See `Prior`: several connectivities require `any_connectivity`."""
         super().check_sampling_options(options)
         self.connectivities(options.num_masks)
 
     def draw(self, batch: SampleBatch, options: MADEOptions, decoding: DecodingOptions, monitor: Monitor) -> None:
-        """See `Prior`: each image is drawn in one of the connectivities, chosen by its key."""
+        """See `Prior`: each image is drawn with one connectivity, chosen by its key."""
         if options.num_masks == 1:
             return super().draw(batch, options, decoding, monitor)
         chosen = draw_numbers(batch.keys, MASKS, options.num_masks)
@@ -291,7 +289,7 @@ class MADE(Prior, name="made"):
                 super().draw(batch[at], options, decoding.select(at.tolist(), len(batch)), monitor)
 
     def make_cache(self, labels: Tensor, partition: Partition | None) -> RunningSums:
-        """Start running sums, to which each step adds a token."""
+        """Create running sums, to which each step adds a token."""
         return RunningSums(self, labels, self.order if partition is None else partition.order)
 
 
@@ -299,15 +297,15 @@ class MADE(Prior, name="made"):
 
 
 def even_degrees(units: int, num_tokens: int) -> Tensor:
-    """Return ascending degrees `(units,)`: each of 1 .. N - 1 equally often; the last unit sees all but the last
-    token."""
+    """Return ascending degrees `(units,)`, with each of 1 .. N - 1 equally often; the last unit sees all tokens but the
+    last."""
     steps = torch.arange(1, units + 1, device="cpu") * (num_tokens - 1)
     return ((steps + units - 1) // units).clamp(min=1)
 
 
 def random_degrees(hidden: Sequence[int], num_tokens: int, generator: torch.Generator | None = None) -> list[Tensor]:
-    """Draw uniform degrees of each layer, none below the smallest of the layer before, so that every unit sees
-    something."""
+    """Draw uniform degrees for each layer, at least the smallest degree of the previous layer, so that every unit sees
+    some unit."""
     degrees, smallest = [], 1
     for units in hidden:
         degrees.append(torch.randint(smallest, max(2, num_tokens), (units,), generator=generator, device="cpu"))
@@ -318,10 +316,10 @@ def random_degrees(hidden: Sequence[int], num_tokens: int, generator: torch.Gene
 @torch.inference_mode(False)
 @torch.no_grad()
 def build_masks(ranks: Tensor, degrees: Sequence[Tensor], direct: int | None, dtype: torch.dtype) -> list[Tensor]:
-    """Return the masks of the weights of input, hidden layers, direct connections (if any) and output: one where a
-    connection is allowed, else zero; in the weights' type, which is fastest.
+    """Return the masks of the weights of input, hidden layers, direct connections (if any) and output: 1 where a
+    connection is allowed, else 0; masks have the weights' type, which is fastest.
 
-    ranks: `(N,)`, of each raster index; direct: outputs per token of the direct connections, None without any.
+    ranks: the rank of each raster index, `(N,)`; direct: number of outputs per token of direct connections, or None.
     """
     seen = ranks[:, None]
     masks = [(seen < degrees[0])[:, None]]
@@ -333,8 +331,8 @@ def build_masks(ranks: Tensor, degrees: Sequence[Tensor], direct: int | None, dt
 
 
 class Connections:
-    """The masked weights of a `MADE`. Masks and masked weights are cached while nothing changes; neither is copied or
-    saved with the model."""
+    """The masked weights of a `MADE`. Masks and masked weights are cached until something changes, and are not copied
+    or saved with the model."""
 
     def __init__(self) -> None:
         self.masks, self.masked = LastResult(), LastResult()
@@ -346,8 +344,8 @@ class Connections:
         """Return the masked weights of input, hidden layers, direct connections (if any) and output. order and degrees:
         see `MADE.outputs`.
 
-        Masked weights are cached only while nothing is trained: a fused optimizer changes weights without changing
-        their version, so a pass that may lead to a step drops the cache.
+        Masked weights are cached only outside training: a fused optimizer changes weights without changing their
+        version, so a pass that may precede an optimizer step clears the cache.
         """
         direct = [] if model.direct is None else [model.direct]
         weights = [model.input, *model.hidden, *direct, model.output]
@@ -380,7 +378,7 @@ class LastResult:
         self.result: list[Tensor] = []
 
     def get(self, inputs: list[Tensor], compute: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Return the last result, or a new one where `inputs` are other tensors or have changed. (torch does not count
+        """Return the last result, or recompute it if `inputs` are other tensors or have changed. (torch does not track
         changes through `tensor.data`.)"""
         versions = [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in inputs]
         same = len(inputs) == len(self.inputs) and all(a is b for a, b in zip(inputs, self.inputs, strict=True))
@@ -394,9 +392,9 @@ class LastResult:
 
 
 def sum_inputs(inputs: Tensor, weight: Tensor) -> Tensor:
-    """Return the sums `(B, U)` of units over all positions.
+    """Sum the inputs of units over all positions: `(B, U)`.
 
-    inputs: features `(B, N, width)`, or ids `(B, N)` that stand for one-hot features; weight: `(N, width, U)`.
+    inputs: features `(B, N, width)`, or ids `(B, N)`, which represent one-hot features; weight: `(N, width, U)`.
     """
     if inputs.is_floating_point():
         return inputs.flatten(1) @ weight.flatten(0, 1)
@@ -405,15 +403,15 @@ def sum_inputs(inputs: Tensor, weight: Tensor) -> Tensor:
 
 
 class RunningSums:
-    """The first layer's sums over the tokens so far, and the units that are finished: a unit is finished once all of
-    its tokens are added.
+    """The first layer's sums over the tokens so far, and the units that are complete, that is, have received all of
+    their tokens.
 
-    Units are sorted by degree, so all masks are prefixes: the token of rank r is added to the units of degree > r,
-    those of degree r + 1 are then finished, and the next position reads all finished ones. Each weight is used once,
-    masked ones never."""
+    Units are sorted by degree, so all masks are prefixes: the token of rank r is added to units of degree > r, which
+    completes the units of degree r + 1, and the next position reads all complete units. Each unmasked weight is used
+    once, and masked weights never."""
 
     def __init__(self, model: Any, labels: Tensor, order: Tensor) -> None:
-        """model: a `MADE`; labels: `(B,)`; order: `(N,)`, or `(B, N)` where each image has its own."""
+        """model: a `MADE`; labels: `(B,)`; order: `(N,)`, or `(B, N)` for per-image orders."""
         self.model = model
         self.rank = 0
         self.order = (
@@ -423,13 +421,15 @@ class RunningSums:
         degrees = [each.cpu().sort(stable=True) for each in model.degrees()]
         units = [each.indices for each in degrees]
         finished = [torch.searchsorted(each.values, ranks, right=True) for each in degrees]
-        self.ends = [each.tolist() for each in finished]  # how many units of each layer are finished at each rank
+        self.ends = [each.tolist() for each in finished]  # number of complete units of each layer at each rank
         self.input = select_units(model.input, -1, units[0])
         self.output = select_units(model.output, -1, units[-1])
         layers_below = zip(model.hidden, units, units[1:], strict=False)
         self.hidden = [select_units(select_units(weight, 0, own), 1, below) for weight, below, own in layers_below]
         *layers, outputs = [bias(labels).expand(len(labels), -1).clone() for bias in model.biases]
-        self.layers = [select_units(sums, 1, own) for sums, own in zip(layers, units, strict=True)]  # then activations
+        self.layers = [
+            select_units(sums, 1, own) for sums, own in zip(layers, units, strict=True)
+        ]  # become activations
         self.outputs = outputs.unflatten(1, (-1, model.width_out))
         self.images = torch.arange(len(labels), device=labels.device)
 
@@ -471,12 +471,12 @@ class RunningSums:
 
 
 def select_units(weight: Tensor, axis: int, units: Tensor) -> Tensor:
-    """Return `weight` with its `units` in this sequence, without a copy if they already are."""
+    """Reorder `units` of `weight` along `axis`, without a copy if they are already in order."""
     return weight if bool((units.diff() > 0).all()) else weight.index_select(axis, units.to(weight.device))
 
 
 def at_position(weight: Tensor, at: int | Tensor) -> Tensor:
-    """Return the weights `(...)` of one position, or `(B, ...)` of each image's position."""
+    """Return the weights `(...)` of one position, or `(B, ...)` of per-image positions."""
     return weight[at] if isinstance(at, int) else weight.index_select(0, at)
 
 

@@ -1,4 +1,5 @@
-"""Frequencies of ids at each position, independent of all others: the baseline of every table, and the shortest prior.
+"""Frequencies of ids at each position, independent of all other positions: the baseline in every table, and the
+simplest prior.
 
 Initialised in closed form from counts with add-one smoothing (Laplace), once per class and once over all classes.
 """
@@ -12,11 +13,11 @@ from .base import Prior, PriorConfig
 from .sampling import Order
 
 CHUNK = 1 << 14  # rows counted at a time
-ONE_BY_ONE = 1 << 24  # adding 1 to a larger float32 changes nothing
+ONE_BY_ONE = 1 << 24  # beyond this, adding 1 to a float32 has no effect
 
 
 class MarginalConfig(PriorConfig):
-    """No further settings."""
+    """No additional settings."""
 
     takes_blocks = True
 
@@ -44,9 +45,9 @@ class Marginal(Prior, name="marginal"):
     def initialize(self, tokens: Tensor, labels: Tensor | None) -> None:
         """Set the table to the smoothed log frequencies of `tokens` (n, *grid.shape), for each class and overall.
 
-        tokens: a tensor, or rows on disk whose slices are tensors.
+        tokens: a tensor, or an on-disk array whose slices are tensors.
         """
-        counts, size = self.table.zero_(), self.table[0].numel()  # in place: the table may have gigabytes
+        counts, size = self.table.zero_(), self.table[0].numel()  # in place, because the table may be gigabytes large
         before: Tensor | None = None
         places = torch.arange(len(self.grid), device=self.device) * self.grid.vocab_size
         for start in range(0, len(tokens), CHUNK):

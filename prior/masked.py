@@ -1,9 +1,8 @@
-"""A bidirectional transformer that fills in masked tokens, in any order or many at once.
+"""A bidirectional transformer that fills in masked tokens, in any order and several at once.
 
-MaskGIT (Chang et al. 2022) trains BERT's objective at every share of masked tokens. With shares drawn evenly and an
-image's loss averaged over its masked tokens, it is an order-agnostic model (Uria et al. 2014; ARDM, Hoogeboom et al.
-2021): the same network gives p(a token | any others), hence a density for each ordered partition, with a pass per
-block."""
+MaskGIT (Chang et al. 2022) trains BERT's objective at every masking ratio. With uniform ratios and each image's loss
+averaged over its masked tokens, the model is order-agnostic (Uria et al. 2014; ARDM, Hoogeboom et al. 2021): one
+network gives p(a token | any others), and thus a density for each ordered partition, with one pass per block."""
 
 from __future__ import annotations
 
@@ -40,9 +39,9 @@ from .sampling import (
 )
 from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, reset
 
-MIDPOINTS = 1 << 12  # for the mean of a schedule
-CPU_TOKENS, GPU_TOKENS = 1 << 13, 1 << 16  # in one pass; on a CPU its activations then fit into the cache
-ROUNDS_DOWN = 1e-9  # added before rounding down, as a whole number may come out a hair below
+MIDPOINTS = 1 << 12  # for integrating a schedule
+CPU_TOKENS, GPU_TOKENS = 1 << 13, 1 << 16  # per pass; on a CPU the activations then fit in cache
+ROUNDS_DOWN = 1e-9  # added before rounding down, because a whole number may come out slightly too small
 
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda u: 1 - u,
@@ -50,24 +49,24 @@ SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "arccos": lambda u: u.acos() * (2 / math.pi),
     "square": lambda u: 1 - u**2,
 }
-"""The share of tokens that is masked, from 1 at u = 0 to 0 at u = 1. All are concave, so each of K steps of sampling
-reveals a token."""
+"""The masked share of tokens, from 1 at u = 0 to 0 at u = 1. All schedules are concave, so each sampling step reveals a
+token."""
 
 
 @dataclass(frozen=True)
 class MaskedOptions(SamplingOptions):
-    """steps: draw in this many passes; None takes a pass per block of the order. `schedule` says how many tokens stay
-    masked after each.
+    """steps: number of passes; None uses one pass per block of the order. `schedule` determines how many tokens stay
+    masked after each pass.
 
-    With an `order`, a pass draws the next tokens of it. **This is exact**: it is an ordered partition of the grid
-    (`Masked.make_steps`), whose density `log_prob` has.
+    With an `order`, each pass draws the next tokens in that order. **This is exact**: the passes form an ordered
+    partition of the grid (`Masked.make_steps`), whose density `log_prob` returns.
 
-    Without one, each pass draws all unknown tokens and keeps the most confident ones, as MaskGIT does, by log p plus
-    Gumbel noise times `confidence_temperature`, which falls to 0. Known tokens stay as they are, and all others see
-    them. **This is not exact**: which tokens are kept depends on what was drawn, so the samples do not follow any
-    `log_prob`; more steps, and a higher `confidence_temperature` (random orders), come closer. A position has the same
-    noise in all steps, so where tokens are independent the distribution is right for any number of steps. A step is a
-    block: guidance with an end uses the share of tokens known before the step.
+    Without an order, each pass draws all unknown tokens and keeps the most confident ones, as in MaskGIT; confidence is
+    log p plus Gumbel noise times `confidence_temperature`, which is annealed to 0. Known tokens are kept, and all other
+    tokens see them. **This is not exact**: which tokens are kept depends on their values, so samples do not follow
+    `log_prob`; more steps and a higher `confidence_temperature` (random orders) come closer. A position has the same
+    noise in all steps, so for independent tokens the distribution is correct with any number of steps. A step counts as
+    a block: with `guidance_end`, the guidance scale depends on the share of tokens known before the step.
     """
 
     steps: int | None = None
@@ -88,11 +87,11 @@ class MaskedOptions(SamplingOptions):
             raise ValueError(f"steps must be a whole number from 1 to {len(grid)} (got {self.steps})")
 
     def for_given_order(self) -> MaskedOptions:
-        """See `SamplingOptions`: without `steps`, which choose an order, or cut one."""
+        """See `SamplingOptions`: drop `steps`, which choose an order or cut one into blocks."""
         return replace(self, steps=None)
 
     def passes(self) -> list[tuple[float, float]]:
-        """Return for each step the share of the unknown tokens that stays masked, and the temperature of confidence."""
+        """Return for each step the share of unknown tokens that stay masked, and the confidence temperature."""
         assert self.steps is not None
         share = torch.arange(1, self.steps + 1, dtype=torch.float64, device="cpu") / self.steps
         masked = SCHEDULES[self.schedule](share).tolist()
@@ -100,7 +99,7 @@ class MaskedOptions(SamplingOptions):
         return list(zip(masked, temperatures, strict=True))
 
     def sizes(self, unknown: int) -> tuple[int, ...]:
-        """Return how many of `unknown` tokens each step draws, without steps that draw none."""
+        """Return how many of `unknown` tokens each step draws, omitting empty steps."""
         left, sizes = unknown, []
         for share, _ in self.passes():
             still = max(0, min(left - 1, int(unknown * share + ROUNDS_DOWN)))
@@ -109,7 +108,7 @@ class MaskedOptions(SamplingOptions):
         return tuple(size for size in sizes if size)
 
     def last_size(self, unknown: Tensor) -> Tensor:
-        """Return how many of `unknown` (B,) tokens the last step draws, leaving out steps that draw none."""
+        """Return how many of `unknown` (B,) tokens the last non-empty step draws."""
         left = last = unknown
         for share, _ in self.passes():
             left = still_masked(left, unknown, share)
@@ -118,37 +117,41 @@ class MaskedOptions(SamplingOptions):
 
 
 def still_masked(left: Tensor, unknown: Tensor, share: float) -> Tensor:
-    """Return how many tokens stay masked, `(B,)`, if `share` of the `unknown` should and `left` were before the step.
-    At least one is revealed, until none is left."""
+    """Return how many tokens stay masked, `(B,)`, after a step that starts with `left` masked tokens and aims for
+    `share` of `unknown`. Each step reveals at least one token while any is left."""
     return torch.minimum(left - 1, (in_finest(unknown) * share + ROUNDS_DOWN).long()).clamp(min=0)
 
 
 class MaskedConfig(TransformerConfig):
-    """Sizes of the transformer, and how it is masked and scored."""
+    """Sizes of the transformer, and settings of masking and likelihood."""
 
     takes_blocks = takes_heads = True
 
     schedule: Literal["linear", "cosine", "arccos", "square"] = Field(
         "linear",
-        description="how the masked share is drawn in training: linear (all equally likely) maximises the "
-        "likelihood; cosine, arccos and square mask more",
+        description="distribution of the masked share in training: linear (uniform) maximises the likelihood; cosine, "
+        "arccos and square mask more",
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="share of a target's mass that is spread over all ids in training"
+        0.0, ge=0, lt=1, description="share of the target's mass spread over all ids in training"
     )
-    exact: bool = Field(True, description="log_prob is exact along `order`, a pass per block; false: estimates a bound")
-    bound_passes: int = Field(8, ge=1, le=65536, description="passes of that estimate; more is closer to the bound")
+    exact: bool = Field(
+        True, description="compute log_prob exactly along `order`, with one pass per block; false: estimate a bound"
+    )
+    bound_passes: int = Field(
+        8, ge=1, le=65536, description="number of passes of the bound's estimate; more passes reduce its variance"
+    )
 
     def check(self) -> Iterator[str]:
-        """Label smoothing needs a softmax."""
+        """Check that label smoothing is used only with a softmax."""
         yield from super().check()
         if self.head is not None and self.label_smoothing:
             yield f"label_smoothing: must be 0 with head {self.head.kind!r} (got {self.label_smoothing})"
 
 
 class Masked(Prior, name="masked"):
-    """Predicts every masked token from all visible ones. `exact` says what `log_prob` is, and may be set at any
-    time."""
+    """Predicts every masked token from all visible tokens. `exact` selects how `log_prob` is computed, and may be
+    changed at any time."""
 
     Config = MaskedConfig
     Sampling = MaskedOptions
@@ -171,8 +174,8 @@ class Masked(Prior, name="masked"):
         reset(self.parameters(), self.layers)
 
     def predict(self, ids: Tensor, labels: Tensor, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Return logits `(B, N, V)` from one pass over `ids` (B, N), where `self.mask` is a masked token; or only those
-        `at` rows and raster indices, two of `(...)`: `(..., V)`."""
+        """Return logits `(B, N, V)` from one pass over `ids` (B, N), in which `self.mask` marks masked tokens. at:
+        return only the logits `(..., V)` at these (rows, raster indices), two tensors `(...)`."""
         outputs = self.outputs_of_pass(ids, labels, at)
         return self.output_head.next_logits(outputs, ids.new_zeros(*outputs.shape[:-1], 0))
 
@@ -195,9 +198,10 @@ class Masked(Prior, name="masked"):
         known: Tensor | None = None,
         block_of: Tensor | None = None,
     ) -> Tensor:
-        """Return the outputs; see `Prior.outputs`. With bool `known`, `(B, N)` or `(B, *grid.shape)`: from one pass
-        that sees these tokens and no others. Without: teacher-forced, with a pass per block; order: cut into the
-        model's own blocks; block_of: the number of each token's block; `(N,)` or `(B, N)`."""
+        """Return the outputs; see `Prior.outputs`. With bool `known`, `(B, N)` or `(B, *grid.shape)`, they come from a
+        single pass that sees only these tokens. Otherwise they are teacher-forced, with one pass per block. order:
+        `(N,)` or `(B, N)`, cut into the model's own blocks; block_of: the block number of each token, `(N,)` or `(B,
+        N)`."""
         tokens, (count, size) = tokens.flatten(1).long(), (len(tokens), len(self.grid))
         labels = self.labels_or_null(labels, count)
         if known is not None:
@@ -214,8 +218,7 @@ class Masked(Prior, name="masked"):
         return torch.cat(parts)[torch.cat(found).argsort()].unflatten(0, (count, size))
 
     def rows_per_pass(self) -> int:
-        """Return how many rows go through the network together where there are many passes, and in sampling on a
-        CPU."""
+        """Return how many rows to process together when there are many passes, or when sampling on a CPU."""
         return max(1, (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS) // len(self.grid))
 
     # Training
@@ -225,15 +228,14 @@ class Masked(Prior, name="masked"):
         return (SCHEDULES[self.config.schedule](u) * len(self.grid)).ceil().clamp(1, len(self.grid))
 
     @cached_property
-    @torch.inference_mode(False)  # it is cached, and may be used in training
+    @torch.inference_mode(False)  # the cached value may be used in training
     def mean_masked(self) -> Tensor:
-        """How many tokens the schedule masks on average, `()`: a tensor, so that it can be a meta tensor."""
+        """Mean number of tokens that the schedule masks, `()`; a tensor, so that it can be a meta tensor."""
         midpoints = (torch.arange(MIDPOINTS, device="cpu") + 0.5) / MIDPOINTS
         return self.masked_counts(midpoints).mean()
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
-        """Draw `known` `(B, N)`: a share of each image's tokens, drawn by the schedule, is masked, at least one
-        token."""
+        """Draw `known` `(B, N)`: in each image, the schedule masks a random share of the tokens, at least one."""
         masked = self.masked_counts(torch.rand(len(tokens), 1))
         ranks = torch.rand(len(tokens), len(self.grid)).argsort(1).argsort(1)
         return {"known": to_device_async(ranks >= masked, tokens.device)}
@@ -241,13 +243,13 @@ class Masked(Prior, name="masked"):
     def loss_from_outputs(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
         """Return the cross-entropy over the masked positions (not `known`), in nats per token.
 
-        Under the linear schedule it is the mean over each image's own masked tokens, ARDM's objective: its expectation
-        is the negative bound on the log-likelihood per token. Any other schedule gives up likelihood for samples, as
-        MaskGIT does, and gives all masked tokens the same weight: it divides by the number that the schedule masks on
-        average. (Dividing by the number actually masked would make the objective depend on how a batch is divided.)
+        Under the linear schedule, each image's loss is averaged over its own masked tokens, as in ARDM: the expectation
+        is the negative bound on the log-likelihood per token. Other schedules trade likelihood for sample quality, as
+        MaskGIT does, and weight all masked tokens equally: the sum is divided by the schedule's mean number of masked
+        tokens. (Dividing by the actual number would make the objective depend on how a batch is split.)
         """
         if "known" not in inputs:
-            raise ValueError("known: required, as the loss is taken over the tokens that are not known")
+            raise ValueError("known: required, because the loss covers the tokens that are not known")
         masked = ~inputs["known"].flatten(1)
         nats = self.output_head.nats(outputs, self.position_ids(tokens), self.config.label_smoothing)[..., 0]
         counts = masked.sum(1, keepdim=True) if self.config.schedule == "linear" else self.mean_masked
@@ -255,28 +257,26 @@ class Masked(Prior, name="masked"):
 
     @property
     def loss_is_likelihood(self) -> bool:
-        """See `Prior`: not under a schedule that masks more tokens than the linear one, nor with label smoothing."""
+        """See `Prior`: True only with the linear schedule and without label smoothing."""
         return self.config.schedule == "linear" and not self.config.label_smoothing
 
     # Likelihood
 
     @full_float32()
     def token_log_probs(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None) -> Tensor:
-        """See `Prior`, where `exact`. Else return each token's share of an estimate of a bound, from `bound_passes`
-        passes, `(B, *grid.shape)`.
+        """See `Prior` if `exact`. Otherwise return each token's share of an estimated bound, `(B, *grid.shape)`, from
+        `bound_passes` passes.
 
         The shares sum to an unbiased estimate of E_order log p(tokens | order) <= log E_order p(tokens | order) (ARDM,
-        eq. 4). The estimate of one image may lie above the right side; the mean over many images is a bound. Passes
-        with n tokens visible, n spread evenly over 0 to N - 1, weigh each masked token by N / (N - n). The masks follow
-        from the image's tokens, so its value is always the same, and errors average out over a data set. Raises
-        `ValueError` for an order, as the bound covers all orders.
+        eq. 4). The estimate for a single image may exceed the right-hand side; the mean over many images is a bound.
+        The number n of visible tokens is spread evenly over 0 to N - 1, and a pass weights each masked token by N / (N
+        - n). Masks are determined by the image's tokens, so results are reproducible, and errors average out over a
+        data set. Raises `ValueError` for an order, because the bound covers all orders.
         """
         if self.exact:
             return super().token_log_probs(tokens, labels, order)
         if order is not None:
-            raise ValueError(
-                "order, num_orders: not supported without `exact`, where log_prob bounds the mean over all orders"
-            )
+            raise ValueError("order, num_orders: require `exact`, because the bound covers all orders")
         tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
         labels, ids = check_labels(self, labels, len(tokens)), tokens.flatten(1).long()
@@ -290,11 +290,11 @@ class Masked(Prior, name="masked"):
 
     @property
     def likelihood_passes(self) -> int:
-        """One for each block where `exact`, else those of the estimate."""
+        """One pass per block if `exact`, else `bound_passes`."""
         return len(self.blocks) if self.exact else self.config.bound_passes
 
     def likelihood_pass(self, tokens: Tensor, labels: Tensor | None = None) -> None:
-        """One of the passes of an estimate, whose masks would depend on the tokens."""
+        """Run one pass of the network; unlike in an estimate, its mask does not depend on the tokens."""
         self(tokens, labels, known=torch.ones_like(tokens, dtype=torch.bool)).log_softmax(-1)
 
     # Representations
@@ -307,8 +307,8 @@ class Masked(Prior, name="masked"):
     def layer_features(
         self, tokens: Tensor, labels: Tensor | None, layers: Sequence[int], **inputs: Any
     ) -> list[Tensor]:
-        """See `Prior`. One pass over the clean tokens, without masks: features at every position see all tokens, their
-        own included. (Teacher-forced features would take N passes, and see half as much.)"""
+        """See `Prior`. Features come from one pass over the unmasked tokens, so they depend on all tokens, including
+        their own. (Teacher-forced features would take N passes and see half as many tokens.)"""
         tokens = as_tensor(tokens, self.device)
         known = torch.ones_like(tokens, dtype=torch.bool)
         return super().layer_features(tokens, labels, layers, **{"known": known, **inputs})
@@ -316,13 +316,13 @@ class Masked(Prior, name="masked"):
     # Sampling
 
     def rows_at_once(self) -> int | None:
-        """See `Prior`: on a CPU, as many rows as have activations that fit into its cache."""
+        """See `Prior`: on a CPU, the number of rows whose activations fit in cache."""
         return self.rows_per_pass() if self.device.type == "cpu" else None
 
     def make_steps(self, order: Order, steps: int, schedule: str = "cosine") -> Partition:
-        """Cut `order` into `steps` blocks, whose sizes follow the schedule: the partition that
-        `sample(order=order, steps=steps)` draws in, and that `log_prob` scores. Raises `ValueError` for an order that
-        has blocks of several tokens itself."""
+        """Cut `order` into `steps` blocks sized by the schedule: the partition in which `sample(order=order,
+        steps=steps)` draws, for use with `log_prob`. Raises `ValueError` if the order already has blocks of several
+        tokens."""
         order, blocks = self.to_partition(order)
         if max(blocks) > 1:
             raise ValueError("steps: the order already has blocks; give an order of single tokens")
@@ -331,8 +331,8 @@ class Masked(Prior, name="masked"):
         return Partition(order, options.sizes(len(self.grid)))
 
     def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> UncachedState:
-        """See `Prior`: all tokens are masked. Each step is a pass over the whole grid: as all tokens see each other,
-        nothing can be cached."""
+        """See `Prior`: start with all tokens masked. Each step is a pass over the whole grid; nothing can be cached,
+        because all tokens see each other."""
         tokens = torch.full((num_images, len(self.grid)), self.mask, device=self.device)
         return UncachedState(tokens, self.labels_or_null(labels, num_images), *self.to_partition(order))
 
@@ -342,8 +342,8 @@ class Masked(Prior, name="masked"):
         return self.predict(state.tokens, state.labels, (torch.arange(len(at), device=at.device)[:, None], at))
 
     def draw(self, batch: SampleBatch, options: MaskedOptions, decoding: DecodingOptions, monitor: Monitor) -> None:
-        """See `Prior`: a block per pass, or in `steps`. (With `parallel` a pass of `Prior.sample` is one pass of the
-        network per block, so it is no faster.) Raises `ValueError` for options that `steps` exclude."""
+        """See `Prior`: draw one block per pass, or in `steps`. (`parallel` is no faster, because each of its passes
+        runs the network once per block.) Raises `ValueError` for options that cannot be combined with `steps`."""
         if options.steps is None:
             return super().draw(batch, options, decoding, monitor)
         if decoding.order is not None:
@@ -351,7 +351,7 @@ class Masked(Prior, name="masked"):
             return super().draw(batch, options, replace(decoding, order=steps), monitor)
         if not decoding.is_default:
             raise ValueError(
-                "`steps` chooses an order of its own; it cannot be combined with num_orders, parallel and cache=False"
+                "`steps` chooses the order itself; it cannot be combined with num_orders, parallel or cache=False"
             )
         most = min(self.rows_at_once() or len(batch) * options.rows_per_image, rows_per_pass(self.grid, self.device))
         for part in batch.split(max(1, most // options.rows_per_image)):
@@ -383,9 +383,9 @@ class Masked(Prior, name="masked"):
 
 
 def bound_masks(ids: Tensor, passes: int) -> Tensor:
-    """Return the known tokens in each pass of the bound for `ids` (B, N), bool `(passes, B, N)`: counts spread evenly
-    over 0 to N - 1 from a random start (stratified, and their mean unbiased), positions at random. An image's tokens
-    seed its masks: with the same masks for all images the mean over a data set was off by 4 % in 8 passes."""
+    """Return the known tokens in each pass of the bound for `ids` (B, N), bool `(passes, B, N)`. Counts are spread
+    evenly over 0 to N - 1 from a random start (stratified and unbiased), at random positions. Each image's tokens seed
+    its masks: with shared masks, the mean over a data set was off by 4 % in 8 passes."""
     size, masks = ids.shape[1], torch.empty(passes, *ids.shape, dtype=torch.bool, device="cpu")
     for image, row in enumerate(ids.cpu().numpy()):
         generator = torch.Generator().manual_seed(zlib.crc32(row.tobytes()))

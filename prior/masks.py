@@ -1,9 +1,9 @@
-"""Windows of attention: a query sees the tokens near the cell that it predicts.
+"""Attention windows: a query sees the tokens near the cell that it predicts.
 
-Image Transformer (Parmar et al. 2018, section 3.2.1): queries go in tiles of cells, and each tile looks at the keys
-that any of its queries sees, with a mask for the rest. Time and memory then grow with N times the window, not with N
-squared. Causality follows the order. (NATTEN, Hassani et al. 2023, is causal along each axis, which would hide the rows
-above to the right.)"""
+Image Transformer (Parmar et al. 2018, section 3.2.1): queries are grouped in tiles of cells, and each tile attends to
+all keys that any of its queries sees, under a mask. Time and memory are proportional to N times the window size instead
+of N squared. Causality follows the decoding order. (NATTEN, Hassani et al. 2023, is causal along each axis, which would
+hide the cells above and to the right.)"""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 TILE = (4, 16)
-"""Rows and columns of a tile of queries: the best of those tried on a CPU at 28x28 and at 64x64 positions, or close."""
-MAX_MASKS = 1 << 27  # queries times keys of their tiles: the masks are built before weights are read
+"""Rows and columns of a tile of queries: best or nearly best in CPU tests at 28x28 and 64x64 positions."""
+MAX_MASKS = 1 << 27  # elements of all tile masks; limited because masks are built before weights are read
 FLEX_TYPES, MIN_FLEX_WIDTH = (torch.float32, torch.bfloat16, torch.float16), 16
 
 Pair = tuple[int, int]
 
 
 def window_problem(window: Pair, dilations: Sequence[int], shape: tuple[int, ...]) -> str | None:
-    """Return what is wrong with a window of these rows and columns on this grid, or None."""
+    """Return the problem with a window of these rows and columns on this grid, or None."""
     if len(shape) != 2:
         return f"needs a grid of two axes (got {shape})"
     if min(window) < 1:
@@ -40,22 +40,22 @@ def window_problem(window: Pair, dilations: Sequence[int], shape: tuple[int, ...
 
 
 def covers(window: Pair, dilation: int, shape: tuple[int, ...]) -> bool:
-    """Return whether every window holds every cell."""
+    """Return whether every window covers the whole grid."""
     return dilation == 1 and all(reach >= size - 1 for reach, size in zip(window, shape, strict=True))
 
 
 def make_windows(
     targets: Tensor, sources: Tensor, window: Pair, dilations: Sequence[int], shape: tuple[int, ...]
 ) -> list[Window | None]:
-    """Make the window of each layer, given its dilation; layers of the same dilation share it. None where it covers the
-    grid. Arguments: see `Window`."""
+    """Make each layer's window, given its dilation; layers with equal dilations share it. A window that covers the grid
+    is None. Arguments: see `Window`."""
     made = {d: None if covers(window, d, shape) else Window(targets, sources, window, d) for d in set(dilations)}
     return [made[dilation] for dilation in dilations]
 
 
 class Memory(NamedTuple):
-    """Slots for the keys that sampling still needs. The key at rank r is kept in slot `slots[r]` of `size`, which is
-    reused once no later query sees that key. The query at rank r sees `counts[r]` slots, the next ones in `seen`."""
+    """Slots for the keys that sampling still needs. The key at rank r is stored in one of `size` slots, `slots[r]`,
+    which is reused once no later query sees that key. The query at rank r sees the next `counts[r]` slots in `seen`."""
 
     size: int
     slots: list[int]
@@ -64,10 +64,10 @@ class Memory(NamedTuple):
 
 
 class Window(nn.Module):
-    """The keys that each query sees: those that come before it and are at most `window` rows and columns away.
+    """The keys that each query sees: earlier keys at most `window` rows and columns away.
 
-    With a dilation d, offsets in rows and columns are multiples of d, up to d times as far. Keys that come before
-    everything, such as a start token, are seen by all.
+    With a dilation d, row and column offsets are multiples of d, up to d times as far. All queries see keys with a
+    negative time, such as a start token.
     """
 
     targets: Tensor
@@ -79,11 +79,11 @@ class Window(nn.Module):
     mask: Tensor
     """bool `(tiles, q, k)`: whether a query sees a key."""
     at: Tensor
-    """int64 `(N,)`: the place of each query among the queries of all tiles."""
+    """int64 `(N,)`: the index of each query among the queries of all tiles."""
 
     def __init__(self, targets: Tensor, sources: Tensor, window: Pair, dilation: int = 1) -> None:
-        """targets: `(N, 3)`, for each query its time and the row and column of the cell that it predicts; sources:
-        `(M, 3)`, for each key the time of its token (negative: before everything), its row and its column."""
+        """targets: `(N, 3)`, the time of each query, and the row and column of the cell that it predicts; sources: `(M,
+        3)`, the time (negative: before all queries), row and column of each key's token."""
         super().__init__()
         self.window, self.dilation = window, dilation
         # Created on first use, once for each device.
@@ -94,12 +94,14 @@ class Window(nn.Module):
         self.blocks_on: torch.device | None = None
         self.register_buffer("targets", targets, persistent=False)
         self.register_buffer("sources", sources, persistent=False)
-        if targets.is_meta:  # a meta model has no order to cut into tiles
+        if targets.is_meta:  # tiles need the values of the order
             return
         queries, keys, masks = (list(each) for each in zip(*self.tiles(), strict=True))
         most, many = max(map(len, queries)), max(map(len, keys))
         masks = [F.pad(mask, (0, many - mask.shape[1])) for mask in masks]
-        masks = [F.pad(mask, (0, 0, 0, most - len(mask)), value=True) for mask in masks]  # a softmax needs some key
+        masks = [
+            F.pad(mask, (0, 0, 0, most - len(mask)), value=True) for mask in masks
+        ]  # softmax needs at least one key
         numbers = [most * tile + torch.arange(len(each), device="cpu") for tile, each in enumerate(queries)]
         at = torch.empty(len(targets), dtype=torch.long, device="cpu").scatter_(
             0, torch.cat(queries), torch.cat(numbers)
@@ -110,7 +112,7 @@ class Window(nn.Module):
         self.register_buffer("at", at, persistent=False)
 
     def rule(self) -> Callable[[Any, Any], Tensor]:
-        """Return the function that says whether a query sees a key, given indices of both that broadcast."""
+        """Return a function that tells whether a query sees a key, given broadcastable indices of both."""
         (time, row, column), (since, from_row, from_column) = self.targets.unbind(1), self.sources.unbind(1)
         (rows, columns), d = self.window, self.dilation
 
@@ -125,7 +127,7 @@ class Window(nn.Module):
 
     def tiles(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield for each tile its queries, the keys that any of them sees, and which query sees which key. With a
-        dilation d, a tile has every d-th cell of every d-th row: the windows of these overlap."""
+        dilation d, a tile consists of every d-th cell of every d-th row, whose windows overlap."""
         d, sees, cells = self.dilation, self.rule(), self.targets[:, 1:]
         placed = (self.sources[:, 0] >= 0).nonzero()[:, 0]
         extent = torch.cat([cells, self.sources[placed, 1:]]).amax(0) + 1
@@ -147,14 +149,14 @@ class Window(nn.Module):
             yield queries, keys[mask.any(0)], mask[:, mask.any(0)]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out FlexAttention's mask, whose rule is a local function; it is rebuilt on use."""
+        """Omit FlexAttention's mask, which holds a local function; it is rebuilt on use."""
         return {**vars(self), "block_mask": None, "blocks_on": None}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
         """Attend from queries `(B, N, heads, width)` to keys and values `(B, M, heads, width)`.
 
-        Training on CUDA uses FlexAttention where it can. Everything else, hence all scores and samples, goes through
-        the tiles, so that results do not depend on a compiler.
+        Training on CUDA uses FlexAttention if possible. Everything else, including all scoring and sampling, uses the
+        tiles, so that results do not depend on a compiler.
         """
         if self.training and not dropout and can_flex(q):
             return self.flex(q, k, v, compiled_flex())
@@ -164,13 +166,13 @@ class Window(nn.Module):
         return untiled.unflatten(1, (len(q), q.shape[2])).transpose(0, 1)
 
     def flex(self, q: Tensor, k: Tensor, v: Tensor, attention: Callable[..., Any]) -> Tensor:
-        """Attend by `attention`, which is `flex_attention` or its compiled form."""
+        """Attend with `attention`, which is `flex_attention` or its compiled form."""
         if self.blocks_on != q.device:
             from torch.nn.attention.flex_attention import create_block_mask
 
             sizes, sees = (len(self.targets), len(self.sources)), self.rule()
             of_all = lambda batch, head, query, key: sees(query, key)  # noqa: E731
-            with torch.inference_mode(False):  # it is cached, and may be used in training
+            with torch.inference_mode(False):  # the cached mask may be used in training
                 self.block_mask = create_block_mask(of_all, None, None, *sizes, device=str(q.device))
             self.blocks_on = q.device
         return attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=self.block_mask).transpose(1, 2)
@@ -187,7 +189,7 @@ class Window(nn.Module):
 
     @property
     def reads(self) -> Sequence[Tensor]:
-        """The slots of `memory` that the query at each rank sees, made once for each device."""
+        """The slots of `memory` that the query at each rank sees, created once per device."""
         if self.reads_on != self.at.device:
             memory = self.memory
             with torch.inference_mode(False):
@@ -197,14 +199,14 @@ class Window(nn.Module):
 
     @property
     def memory(self) -> Memory:
-        """The slots for decoding, where queries and keys have the same ranks; made once."""
+        """The slots for decoding, in which queries and keys have the same ranks; created once."""
         if self.cached_memory is None:
             self.cached_memory = self.make_memory()
         return self.cached_memory
 
     @torch.inference_mode(False)
     def make_memory(self) -> Memory:
-        """Assign a slot to each key; it is free again after the last query that sees the key."""
+        """Assign a slot to each key, and free it after the last query that sees the key."""
         at, mask = self.at.cpu(), self.mask.flatten(0, 1).cpu()[self.at.cpu()]
         rank, column = mask.nonzero(as_tuple=True)
         keys = self.keys.cpu()[at[rank] // self.queries.shape[1], column]
@@ -221,8 +223,8 @@ class Window(nn.Module):
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Gather the rows `index` (tiles, n) of `x` (B, N, heads, width) as `(tiles, B * heads, n, width)`: tiles are the
-    batch, so that all images share the masks."""
+    """Gather the rows `index` (tiles, n) of `x` (B, N, heads, width) as `(tiles, B * heads, n, width)`: tiles become
+    the batch axis, so all images share the masks."""
     rows = x.transpose(0, 1).index_select(0, index.flatten())
     return rows.flatten(1, 2).unflatten(0, index.shape).transpose(1, 2)
 

@@ -1,11 +1,11 @@
-"""The transformer that draws an image from coarse to fine: a whole map of ids in each pass, the smallest first.
+"""A transformer that draws an image from coarse to fine: one map of ids per pass, smallest first.
 
-VAR (Tian et al. 2024). The blocks are the scales of a tokenizer whose quantizer is `multiscale`. The input of a scale
-is the sum of all earlier scales, resized to it, so a position sees the coarser content of its place. Tokens of one
-scale are independent given the coarser ones, by definition of the model.
+VAR (Tian et al. 2024). The blocks are the scales of a tokenizer with a `multiscale` quantizer. The input of a scale is
+the sum of all earlier scales, resized to it, so a position sees the coarser content at its location. By definition of
+the model, tokens of one scale are independent given the coarser scales.
 
-Ids have embeddings of the prior's own, which are resized and added up as the quantizer does with its codes. Positions
-of all scales have coordinates on one map, so that rotary positions know which of them lie over each other."""
+The prior learns its own embeddings of ids, which are resized and summed as the quantizer does with codes. Positions of
+all scales have coordinates on one map, so rotary positions show which of them overlap."""
 
 from __future__ import annotations
 
@@ -31,28 +31,29 @@ Ranges = list[tuple[int, int]]
 
 
 class NextScaleConfig(TransformerConfig):
-    """Sizes of the transformer, and which scales a scale attends to."""
+    """Sizes of the transformer, and the scales to which a scale attends."""
 
     attention: Literal["full", "markov"] = Field(
         "full",
-        description="full: a scale attends to itself and to coarser ones; markov: to itself, so nothing is cached",
+        description="full: a scale attends to itself and to coarser scales; markov: only to itself, so nothing is "
+        "cached",
     )
-    channels: int = Field(32, ge=1, le=4096, description="width of the ids' embedding, whose maps are added up")
+    channels: int = Field(32, ge=1, le=4096, description="width of the ids' embeddings, which are summed over scales")
     adaln: bool = Field(
-        False, description="let the class scale and shift every layer as well (VAR); false: only add it to the input"
+        False, description="let the class also scale and shift every layer (VAR); false: only add it to the input"
     )
 
     takes_blocks: ClassVar[bool] = True
 
     def check(self) -> Iterator[str]:
-        """The grid has scales, which are the order."""
+        """Check that the grid has scales, which define the order and the blocks."""
         if not self.grid.scales:
             shape = "x".join(map(str, self.grid.shape))
             yield f"grid: needs a tokenizer with quantizer.kind=multiscale (got tokens of {shape}, without scales)"
         elif self.order != "raster":
-            yield f"order: must be raster, which is from coarse to fine (got {self.order!r})"
+            yield f"order: must be raster, which runs from coarse to fine (got {self.order!r})"
         elif self.blocks is not None:
-            yield f"blocks: must be null, as the blocks are the tokenizer's scales (got {list(self.blocks)})"
+            yield f"blocks: must be null, because the blocks are the tokenizer's scales (got {list(self.blocks)})"
         else:
             yield from super().check()
 
@@ -63,7 +64,7 @@ class NextScaleConfig(TransformerConfig):
 
 
 class NextScale(Prior, name="next_scale"):
-    """Attention among the positions of a scale, and to those of coarser ones."""
+    """Attention within a scale and to coarser scales."""
 
     Config = NextScaleConfig
 
@@ -85,12 +86,12 @@ class NextScale(Prior, name="next_scale"):
         self.rotations = Rotations(config, torch.cat([centres(sides, scales[-1]) for sides in scales]))
         reset(self.parameters(), self.layers)
         for name, parameter in self.layers.named_parameters():
-            if "modulate" in name:  # a block starts as one without modulation
+            if "modulate" in name:  # initially there is no modulation
                 nn.init.zeros_(parameter)
-        nn.init.normal_(self.lift.weight, std=config.channels**-0.5)  # the ids' embedding is small already
+        nn.init.normal_(self.lift.weight, std=config.channels**-0.5)  # the ids' embedding is already small
 
     def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the outputs; see `Prior.outputs`. At a scale the network sees only coarser ones."""
+        """Return the outputs; see `Prior.outputs`. A scale depends only on coarser scales."""
         label = self.class_embedding(self.labels_or_null(labels, len(tokens)))
         canvas, inputs = None, []
         for k, ids in enumerate(self.resize.split(tokens.long())):
@@ -107,7 +108,7 @@ class NextScale(Prior, name="next_scale"):
         return self.rotations.table[:, None].expand(-1, 2, -1, -1)
 
     def scale_inputs(self, canvas: Tensor | None, k: int, count: int) -> Tensor:
-        """Return the inputs `(B, h w, dim)` of scale `k`, given the sum of the earlier ones."""
+        """Return the inputs `(B, h w, dim)` of scale `k`, given the sum of earlier scales."""
         if canvas is None:
             return self.start_embedding.expand(count, self.blocks[k], -1)
         return self.lift(self.resize.down(canvas, k).flatten(2).transpose(1, 2))
@@ -128,7 +129,7 @@ class NextScale(Prior, name="next_scale"):
 
 
 class ScaleBlock(Block):
-    """A transformer block in which a scale attends to itself and to coarser ones, or only to itself."""
+    """A transformer block in which a scale attends to itself and coarser scales, or only to itself."""
 
     def __init__(self, config: NextScaleConfig) -> None:
         super().__init__(config, causal=False)
@@ -138,9 +139,9 @@ class ScaleBlock(Block):
     def forward(  # type: ignore[override]
         self, x: Tensor, rotations: Tensor, label: Tensor, ranges: Ranges, cached: Tensor | None = None
     ) -> Tensor:
-        """Map `(B, n, dim)` to the same. label: `(B, dim)`; ranges: where each scale of `x` begins and ends among all
-        tokens; cached: keys and values `(2, B, heads, N, width)` of the scales so far, to which those of `x` are
-        added."""
+        """Map `(B, n, dim)` to the same shape. label: `(B, dim)`; ranges: begin and end of each scale of `x` among all
+        tokens; cached: keys and values `(2, B, heads, N, width)` of the scales so far, into which those of `x` are
+        written."""
         attention, mlp = self.modulations(label)
         y = scale_and_shift(self.attention_norm(x), attention)
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.qkv(y).chunk(3, -1))
@@ -154,14 +155,14 @@ class ScaleBlock(Block):
         return x + apply_gate(self.dropout(self.down(F.silu(gate) * up)), mlp)
 
     def modulations(self, label: Tensor) -> tuple[Modulation, Modulation]:
-        """Return how the class `(B, dim)` changes the two branches: not at all without `adaln`, nor before training."""
+        """Return the class's modulations of the two branches, given its embedding `(B, dim)`; None without `adaln`."""
         if self.modulate is None:
             return None, None
         six = self.modulate(F.silu(label))[:, None].chunk(6, -1)
         return six[:3], six[3:]
 
     def attend_scales(self, q: Tensor, k: Tensor, v: Tensor, ranges: Ranges, cached: Tensor | None) -> Tensor:
-        """Attend, `(B, heads, n, width)` each, scale by scale: no mask is needed."""
+        """Attend scale by scale, which needs no mask; tensors are `(B, heads, n, width)`."""
         first, last = ranges[0][0], ranges[-1][1]
         origin = first
         if cached is not None:
@@ -176,7 +177,7 @@ class ScaleBlock(Block):
 
 
 class Cache:
-    """The sum of the scales so far, and keys and values where later scales attend to them."""
+    """The sum of the scales so far and, unless markov, their keys and values."""
 
     def __init__(self, model: NextScale, labels: Tensor) -> None:
         heads, weight = model.config.heads, model.head.weight
@@ -208,6 +209,6 @@ def apply_gate(branch: Tensor, by: Modulation) -> Tensor:
 
 
 def centres(sides: tuple[int, int], whole: tuple[int, int]) -> Tensor:
-    """Return where the positions of a scale lie on the `whole` map, in its cells: `(h w, 2)`."""
+    """Return the positions of a scale in coordinates of the `whole` map: `(h w, 2)`."""
     small, large = torch.tensor(sides, device="cpu"), torch.tensor(whole, device="cpu")
     return (coordinates(sides) + 0.5) * (large / small) - 0.5

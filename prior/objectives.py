@@ -1,4 +1,4 @@
-"""Objectives: modules that turn a batch into a loss, for any prior."""
+"""Training objectives: modules that compute a loss from a batch, for any prior."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 LARGE = 1 << 25
-"""From this number of logits on, `SomeAtATime` avoids copying them."""
+"""Number of logits from which `SomeAtATime` is used, to avoid copies."""
 AT_ONCE = 1 << 24
-"""About how many logits `SomeAtATime` holds in float32."""
+"""Approximate number of float32 logits that `SomeAtATime` holds at a time."""
 
 
 class Likelihood(nn.Module):
-    """A prior and its own loss in one call, for DDP and autocast to wrap: accelerate casts what a module returns to
-    float32, and logits are the largest tensor of a step. It is `Prior.loss` without checks, which would wait for the
+    """A prior and its loss in one module, for DDP and autocast to wrap: accelerate casts a module's outputs to float32,
+    and logits are the largest tensor of a step. Unlike `Prior.loss` it does no checks, which would sync with the
     GPU."""
 
     def __init__(self, prior: Any) -> None:
@@ -41,7 +41,7 @@ def mean_nats(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def token_nats(logits: Tensor, tokens: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Return -log p of each token, float32 `(B, N)`, for logits `(B, N, V)` of any type. label_smoothing: the share of
-    the target that is spread over all ids."""
+    the target spread over all ids."""
     ids = tokens.flatten(1)
     if logits.numel() < LARGE:
         by_id = logits.float().transpose(1, 2)
@@ -52,10 +52,10 @@ def token_nats(logits: Tensor, tokens: Tensor, label_smoothing: float = 0.0) -> 
 class SomeAtATime(torch.autograd.Function):
     """Cross-entropy of logits `(rows, V)` and ids `(rows,)`, float32 `(rows,)`, without copies of all logits.
 
-    The plain implementation keeps a float32 copy of the logits and their log-softmax for the backward pass, and makes
-    gradients of the same size: 537 MB each for 32 images of 256 ids below 16,384. Here the logits are kept as the model
-    made them; some rows at a time are cast and normalised, and again in the backward pass, whose gradient has their own
-    type. (Hsu et al. 2024, "Liger Kernel", do so in one kernel.)"""
+    The plain implementation stores a float32 copy of the logits and their log-softmax for the backward pass, and
+    creates gradients of the same size: 537 MB each for 32 images of 256 tokens with a vocabulary of 16,384. This one
+    stores only the original logits; it casts and normalises a few rows at a time, once more in the backward pass, and
+    returns gradients in the logits' type. (Hsu et al. 2024, "Liger Kernel", do so in one kernel.)"""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, smoothing: float) -> Tensor:
@@ -82,27 +82,27 @@ class SomeAtATime(torch.autograd.Function):
 
 
 def rows_at_once(logits: Tensor) -> int:
-    """Return how many rows to cast to float32 at a time."""
+    """Return the number of rows to cast to float32 at a time."""
     return max(1, AT_ONCE // logits.shape[1])
 
 
 class Alignment(nn.Module):
     """Condition Contrastive Alignment (CCA, Chen et al. 2024, arXiv:2410.09347): guidance trained into a prior.
 
-    Fine-tuning makes an image likelier under its own label c than under a wrong one c', both compared with a frozen
+    Fine-tuning makes an image more likely under its own label c than under a wrong label c', both relative to a frozen
     copy of the prior:
 
         -log sigma(beta log p(x | c) / p_ref(x | c)) - lambda log sigma(-beta log p(x | c') / p_ref(x | c'))
 
-    Its optimum is p_ref(x | c) (p(x | c) / q(x | c))^(1 / beta) / lambda^(1 / beta), where q(x | c) are the images that
-    have c as a wrong label. In the paper wrong labels are drawn from all classes, q is p(x), and the optimum is what
-    guidance of scale 1 + 1 / beta aims at, in the full model and not token by token. Here a wrong label is never the
-    image's own, so q is p(x | not c) for classes of equal size: nearly the same for many classes, stronger for few.
-    Images without their label take part only in the first term. Neither prior uses dropout: the change of an image's
-    likelihood would be dropout noise for the most part.
+    Its optimum is p_ref(x | c) (p(x | c) / q(x | c))^(1 / beta) / lambda^(1 / beta), where q(x | c) is the distribution
+    of images with wrong label c. In the paper, wrong labels are drawn from all classes, so q is p(x), and the optimum
+    is the target of guidance with scale 1 + 1 / beta, for whole images rather than token by token. Here a wrong label
+    is never the image's own, so q is p(x | not c) for classes of equal size: nearly the same for many classes, and a
+    stronger effect for few. Images with dropped labels contribute only to the first term. Neither prior uses dropout,
+    whose noise would dominate the change in likelihood.
 
-    The frozen `reference` is not part of the module: it is not trained, averaged, saved or sent between processes, and
-    stays in eval mode. beta: as above; negatives: lambda.
+    The frozen `reference` is not a submodule, so it is not trained, averaged, saved or synchronised, and stays in eval
+    mode. beta: as above; negatives: lambda.
     """
 
     def __init__(self, prior: Any, reference: Any, beta: float, negatives: float) -> None:
@@ -115,10 +115,11 @@ class Alignment(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of `tokens` `(B, *grid.shape)`, a scalar, and scalars to log.
 
-        labels: `(B,)`, the null class where dropped; others: `(B,)`, a wrong label of each image. inputs:
+        labels: `(B,)`, the null class where dropped; others: `(B,)`, a wrong label for each image. inputs:
         `Prior.training_inputs`, the same for the prior and its reference. Logged: `cca`, the loss of the paper;
-        `margin`, by how many nats more the own label has gained than the other; `above`, the share of images where it
-        has; `bits_per_token`. `margin` and `above` are means over images with their label, the others over all."""
+        `margin`, the log-likelihood gain of the image's own label over that of the wrong label, in nats; `above`, the
+        share of images with a positive margin; `bits_per_token`. `margin` and `above` are averaged over labelled
+        images, the others over all images."""
         labelled = (labels != self.prior.num_classes).float()
         nats = image_nats(self.prior, tokens, labels, inputs)
         own = self.reference_nats(tokens, labels, inputs) - nats
@@ -132,7 +133,9 @@ class Alignment(nn.Module):
                 "above": ((gap > 0) * labelled).sum() / count,
                 "bits_per_token": nats.mean() / (len(self.prior.grid) * math.log(2)),
             }
-        return loss / max(self.negatives, 1.0), terms  # so that a large lambda does not act as a large learning rate
+        return loss / max(
+            self.negatives, 1.0
+        ), terms  # so that a large lambda does not increase the effective learning rate
 
     @torch.no_grad()
     def reference_nats(self, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -157,14 +160,14 @@ def image_nats(prior: Any, tokens: Tensor, labels: Tensor, inputs: dict[str, Any
 
 
 def alignment_loss(own: Tensor, other: Tensor, labelled: Tensor, beta: float, negatives: float) -> Tensor:
-    """Return the mean of the paper's loss (eq. 12) over images. own, other: log p / p_ref under the own label and under
-    the other, `(B,)` nats; labelled: 0 for images without their label, which have no negative, else 1."""
+    """Return the mean of the paper's loss (eq. 12) over images. own, other: log p / p_ref under the image's own and the
+    wrong label, `(B,)` nats; labelled: 1, or 0 for images with dropped labels, which have no negative term."""
     wrong = negatives * labelled * F.logsigmoid(-beta * other)
     return -(F.logsigmoid(beta * own) + wrong).mean()
 
 
 def alignment_problem(prior: Any) -> str | None:
-    """Return why this prior cannot be aligned, or None: its log p has to be exact, in one pass, and have labels."""
+    """Return why this prior cannot be aligned, or None. It needs labels and an exact log p from one pass."""
     if not prior.exact or prior.likelihood_passes > 1:
         reason = f"takes {prior.likelihood_passes} passes" if prior.exact else "is an estimate of a bound"
         return f"needs a prior whose log p is exact in one pass, but that of {prior.name!r} {reason}"

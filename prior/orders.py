@@ -1,8 +1,8 @@
-"""Orders: which cells of a grid are drawn, in which sequence, and how many at once.
+"""Orders: the sequence in which the cells of a grid are drawn, and how many at once.
 
 NAME          raster, hilbert, diagonal, ...
 NAME:K        with a number: halton:8 (blocks), wave:2 (steps), regions:4, random:SEED, random:SEED:K
-NAME/K        an order of one token a block, in blocks of K tokens: raster/4
+NAME/K        an order of single tokens, cut into blocks of K: raster/4
 
 Scan orders as compared by Esser et al. 2021 (taming transformers, fig. 47) and Yu et al. 2024 (RAR, table 4).
 """
@@ -41,7 +41,7 @@ FORMS = {
 """The numbers that may follow a name, after a colon."""
 OWN_BLOCKS = ("diagonal", "wave", "rows", "dyadic", "regions")
 ANY_AXES = ("raster", "random")
-LAST_SEED = (1 << 64) - 1  # the largest that torch takes
+LAST_SEED = (1 << 64) - 1  # the largest seed that torch accepts
 
 
 class Partition(NamedTuple):
@@ -69,21 +69,21 @@ def parse_name(name: str) -> Name:
 
 
 def name_forms(kind: str) -> list[str]:
-    """Return how an order of this kind is written."""
+    """Return the written forms of an order of this kind."""
     return [f"{kind}:{form}" if form else kind for form in FORMS[kind]]
 
 
 def order_problem(name: str, shape: tuple[int, ...]) -> str | None:
-    """Return what is wrong with the order `name` on a grid of this shape, and what is allowed, in one line; or None."""
+    """Return the problem with the order `name` on a grid of this shape, and what is allowed, in one line; or None."""
     kind, numbers, size = parse_name(name)
     quoted = repr(name if len(name) <= 40 else f"{name[:40]}...")
     if kind not in FORMS:
         known = ", ".join(form for each in FORMS for form in name_forms(each))
-        return f"no order is called {quoted}; there are {known}, and NAME/K for blocks of K tokens"
+        return f"no order is called {quoted}; available: {known}, and NAME/K for blocks of K tokens"
     if kind == "random" and not (numbers and is_number(numbers[0], 0, LAST_SEED)):
         return f"'random' needs a seed, 0 to {LAST_SEED}, as in random:0 (got {quoted})"
     if kind not in ANY_AXES and len(shape) != 2:
-        return f"{quoted} needs a grid of two axes, and this one has {len(shape)}; use raster or random:SEED"
+        return f"{quoted} needs a grid of two axes, but this one has {len(shape)}; use raster or random:SEED"
     if len(numbers) not in [len(form.split(":")) if form else 0 for form in FORMS[kind]]:
         return f"{kind!r} is written {' or '.join(name_forms(kind))} (got {quoted})"
     if problem := number_problem(kind, numbers, shape):
@@ -91,9 +91,7 @@ def order_problem(name: str, shape: tuple[int, ...]) -> str | None:
     if size is None:
         return None
     if has_blocks(kind, numbers):
-        return (
-            f"{quoted}: /K cuts an order of one token a block, and {name.partition('/')[0][:40]!r} has its own blocks"
-        )
+        return f"{quoted}: /K cuts an order of single tokens, but {name.partition('/')[0][:40]!r} has its own blocks"
     return None if is_number(size, 1, math.prod(shape)) else f"/K {limit('tokens', math.prod(shape))} (got {quoted})"
 
 
@@ -130,8 +128,7 @@ def has_blocks(kind: str, numbers: tuple[str, ...]) -> bool:
 
 
 def make_partition(name: str, shape: tuple[int, ...]) -> Partition:
-    """Return the order called `name` over a grid of `shape`, and its blocks. Raises `ValueError` (see
-    `order_problem`)."""
+    """Return the order `name` and its blocks on a grid of `shape`. Raises `ValueError` (see `order_problem`)."""
     if problem := order_problem(name, shape):
         raise ValueError(problem)
     kind, numbers, size = parse_name(name)
@@ -159,7 +156,7 @@ def make_partition(name: str, shape: tuple[int, ...]) -> Partition:
 
 
 def key_of(kind: str, numbers: tuple[str, ...], shape: tuple[int, int]) -> KeyOf:
-    """Return the function whose value the cells of a block share."""
+    """Return the key function of an order; cells with equal keys form a block."""
     if kind == "regions":
         return regions(int(numbers[0]), shape)
     if kind == "wave":
@@ -168,12 +165,12 @@ def key_of(kind: str, numbers: tuple[str, ...], shape: tuple[int, int]) -> KeyOf
 
 
 def make_order(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Return the order called `name` over a grid of `shape`, int64 `(N,)`. Raises as `make_partition` does."""
+    """Return the order `name` on a grid of `shape`, int64 `(N,)`. Raises as `make_partition` does."""
     return make_partition(name, shape).order
 
 
 def block_numbers(order: Tensor, blocks: tuple[int, ...]) -> Tensor:
-    """Return the number of each cell's block, in raster order: int64, `(N,)` or `(B, N)` like `order`."""
+    """Return the block number of each cell, in raster order: int64, `(N,)` or `(B, N)` like `order`."""
     sizes = torch.tensor(blocks, device=order.device)
     numbers = torch.arange(len(blocks), device=order.device).repeat_interleave(sizes, output_size=order.shape[-1])
     return torch.empty_like(order).scatter_(-1, order, numbers.expand_as(order))
@@ -183,16 +180,16 @@ def block_numbers(order: Tensor, blocks: tuple[int, ...]) -> Tensor:
 
 
 def growing(cells: int, blocks: int) -> tuple[int, ...]:
-    """Return block sizes that grow: after block b of K, about the share 1 - cos(pi/2 * b/K) of the cells is known.
+    """Return growing block sizes: after block b of K, a share of about 1 - cos(pi/2 * b/K) of the cells is known.
 
-    MaskGIT's schedule (Chang et al. 2022). Each is at least 1, none is smaller than the one before, their sum is
-    `cells`. blocks: at least 1, at most `cells`.
+    MaskGIT's schedule (Chang et al. 2022). Sizes are at least 1, never decrease, and sum to `cells`. blocks: from 1 to
+    `cells`.
     """
     ends = [0]
     for block in range(1, blocks + 1):
         known = cells * (1 - math.cos(math.pi / 2 * block / blocks))
-        # The small term rounds a half up on every machine, however its cosine rounds. As 1 - cos is convex, at least
-        # one cell a block leaves enough for later blocks.
+        # The small term makes halves round up on every machine, however its cosine rounds. Since 1 - cos is convex,
+        # taking at least one cell per block leaves enough for later blocks.
         ends.append(max(ends[-1] + 1, math.floor(known + 0.5 + 1e-9)))
     return tuple(sorted(end - start for start, end in zip(ends, ends[1:], strict=False)))
 
@@ -204,11 +201,11 @@ def even(cells: int, size: int) -> tuple[int, ...]:
 
 
 def blocks_problem(blocks: Sequence[int], cells: int) -> str | None:
-    """Return what is wrong with these block sizes on a grid of `cells` tokens, in one line; or None."""
+    """Return the problem with these block sizes on a grid of `cells` tokens, in one line; or None."""
     if small := [size for size in blocks if size < 1]:
-        return f"blocks: each size is at least 1 (got {small[0]})"
+        return f"blocks: sizes must be at least 1 (got {small[0]})"
     if sum(blocks) != cells:
-        return f"blocks: sizes sum to {sum(blocks)}, the grid has {cells} tokens"
+        return f"blocks: sizes sum to {sum(blocks)}, but the grid has {cells} tokens"
     return None
 
 
@@ -216,14 +213,14 @@ def blocks_problem(blocks: Sequence[int], cells: int) -> str | None:
 
 
 def known_first(order: Tensor, known: Tensor) -> Tensor:
-    """Return `order` as `(B, N)` with the known tokens first, so that all others are conditioned on all of them; each
-    of the two parts keeps its order. known: bool `(B, N)`, raster order."""
+    """Move known tokens to the front of `order`, so that all other tokens are conditioned on them; both groups keep
+    their relative order. Returns `(B, N)`. known: bool `(B, N)`, raster order."""
     order = order.expand(known.shape)
     return order.gather(1, torch.argsort(~known.gather(1, order), dim=1, stable=True))
 
 
 def blocks_after_known(blocks: tuple[int, ...], known: int) -> tuple[int, ...]:
-    """Return `blocks` with the first `known` tokens as one block; the other cuts stay."""
+    """Merge the first `known` tokens into one block, keeping the later block boundaries."""
     cuts = [0, *([known] if known else []), *(cut for cut in accumulate(blocks) if cut > known)]
     return tuple(end - begin for begin, end in zip(cuts, cuts[1:], strict=False))
 
@@ -273,7 +270,7 @@ def z_curve(height: int, width: int) -> list[Cell]:
 
 
 def hilbert(height: int, width: int) -> list[Cell]:
-    """Hilbert's curve over the enclosing square of a power of two, cells outside the grid left out."""
+    """Hilbert's curve on the smallest enclosing square with a power-of-two side, skipping cells outside the grid."""
     side = 1 << max(0, (max(height, width) - 1).bit_length())
 
     def key(cell: Cell) -> int:
@@ -293,7 +290,7 @@ def hilbert(height: int, width: int) -> list[Cell]:
 
 
 def subsample(height: int, width: int) -> list[Cell]:
-    """Every second cell of every second row first, then the three interleaved quarter grids."""
+    """Every second cell of every second row, then the other three interleaved subgrids."""
     offsets = [(0, 0), (0, 1), (1, 0), (1, 1)]
     return [(r, c) for dr, dc in offsets for r in range(dr, height, 2) for c in range(dc, width, 2)]
 
@@ -307,10 +304,10 @@ CURVES: dict[str, Callable[[int, int], Iterable[Cell]]] = {
     "hilbert": hilbert,
     "subsample": subsample,
 }
-"""Orders of two-axis grids that draw one cell after another, by name."""
+"""Orders of two-axis grids that draw one cell at a time, by name."""
 
 
-# Blocks of cells that share a key: a diagonal, a row, a scale, a place in their region
+# Blocks of cells that share a key: a diagonal, a row, a scale, a position within a region
 
 
 Key = tuple[int, ...]
@@ -321,8 +318,8 @@ KeyOf = Callable[[int, int], Key]
 def wave(steps: int) -> KeyOf:
     """Group cells of equal steps * row + column: each row starts `steps` columns behind the one above.
 
-    1 is the diagonals from the top left corner (NAR, He et al. 2025, arXiv 2503.10696), of which h x w cells have
-    h + w - 1; the width of the grid is raster order.
+    With 1 step, blocks are the h + w - 1 diagonals from the top left corner (NAR, He et al. 2025, arXiv 2503.10696);
+    with as many steps as columns, this is raster order.
     """
     return lambda row, col: (steps * row + col,)
 
@@ -333,8 +330,8 @@ def rows() -> KeyOf:
 
 
 def dyadic() -> KeyOf:
-    """Go from coarse to fine: the corner; then, for strides s = ..., 8, 4, 2, the middles of the squares of side s
-    between the known cells, and after them the middles of the sides.
+    """Draw from coarse to fine: first the corner; then, for strides s = ..., 8, 4, 2, the centres of the squares with
+    side s between known cells, followed by the midpoints of their sides.
 
     A cell's half stride is the largest power of two that divides both of its coordinates.
     """
@@ -349,8 +346,8 @@ def dyadic() -> KeyOf:
 
 
 def regions(count: int, shape: tuple[int, int]) -> KeyOf:
-    """Draw the first cell of each of `count` regions, one after another; then all cells with the same place in their
-    regions at once (PAR, Wang et al., CVPR 2025). Where the sides do not divide, some regions are a cell longer.
+    """Draw the first cell of each of `count` regions, one at a time; then draw cells at the same position of all
+    regions together (PAR, Wang et al., CVPR 2025). If the sides are not divisible, some regions are one cell longer.
 
     Raises `ValueError` if no such regions fit (`region_counts`).
     """
@@ -367,14 +364,14 @@ def regions(count: int, shape: tuple[int, int]) -> KeyOf:
 
 
 def places(side: int, parts: int) -> list[tuple[int, int]]:
-    """Return for each of `side` cells the part that it lies in and its place there."""
+    """Return for each of `side` cells the index of its part and its position within the part."""
     starts = [part * side // parts for part in range(parts + 1)]
     return [(part, cell) for part in range(parts) for cell in range(starts[part + 1] - starts[part])]
 
 
 def region_counts(count: int, shape: tuple[int, int]) -> tuple[int, int] | None:
-    """Return how many parts rows and columns are cut into to get `count` regions, as square as possible; None if they
-    do not fit."""
+    """Return into how many parts to cut rows and columns to get `count` regions, as square as possible; None if
+    impossible."""
     height, width = shape
     fits = [(a, count // a) for a in range(1, min(height, count) + 1) if count % a == 0 and count // a <= width]
 
@@ -397,13 +394,13 @@ def group_cells(key: KeyOf, shape: tuple[int, int]) -> tuple[list[int], tuple[in
     return [cell for block in ordered for cell in block], tuple(map(len, ordered))
 
 
-# Blocks whose cells are spread out: neighbours drawn at once cannot agree with each other
+# Blocks of distant cells, because neighbours drawn at once cannot be consistent with each other
 
 
 Integers = NDArray[np.int64]
 
 FAR = 1 << 40  # larger than any squared distance
-TOUCHING = 2  # squared distance of the eight neighbours of a cell, at most
+TOUCHING = 2  # largest squared distance between a cell and its eight neighbours
 
 
 def radical_inverse(numbers: Integers, base: int, digits: int) -> Integers:
@@ -416,15 +413,15 @@ def radical_inverse(numbers: Integers, base: int, digits: int) -> Integers:
 
 
 def digits_for(count: int, base: int) -> int:
-    """Return how many digits the numbers from 0 to `count` - 1 need."""
+    """Return the number of digits that the numbers 0 to `count` - 1 need."""
     return next(digits for digits in range(64) if base**digits >= count)
 
 
 def halton(height: int, width: int) -> list[int]:
-    """Return the cells (raster indices) in the order in which Halton's sequence first visits them, base 2 down and 3
-    across (Besnier et al. 2025). The points are computed in whole numbers, so rounding cannot move one."""
-    # Of this many successive points each box of 2**-a x 3**-b has one, and every cell of the grid contains such a box,
-    # as it is at least twice as long and as wide. So all cells are visited.
+    """Return the cells (raster indices) in the order in which Halton's sequence first visits them, with base 2 for rows
+    and 3 for columns (Besnier et al. 2025). Points are computed with integers, so rounding cannot change them."""
+    # This many successive points visit each box of 2**-a x 3**-b. Every cell is at least twice as high and wide as such
+    # a box and contains one, so all cells are visited.
     count = 2 ** digits_for(2 * height, 2) * 3 ** digits_for(2 * width, 3)
     numbers = np.arange(1, count + 1, dtype=np.int64)
     twos, threes = digits_for(count + 1, 2), digits_for(count + 1, 3)
@@ -437,22 +434,22 @@ def halton(height: int, width: int) -> list[int]:
 
 
 def spread(height: int, width: int, sizes: Sequence[int]) -> list[int]:
-    """Return cells near known ones and far from each other, in blocks of these sizes (raster indices).
+    """Return cells (raster indices) in blocks of these sizes, near known cells but far from each other.
 
-    The rule of Locality-aware Parallel Decoding (Zhang et al. 2025), made exact in whole numbers. Known is what earlier
-    blocks hold; two cells touch at a side or at a corner.
+    The rule of Locality-aware Parallel Decoding (Zhang et al. 2025), implemented exactly with integers. Cells of
+    earlier blocks are known; cells touch if they share a side or a corner.
 
-    1. The very first cell is the one in the middle.
-    2. Near cells touch a known one. Of those that touch no cell of this block, take the one with most support: 2 for
-       each known cell at a side, 1 at a corner. Of equal ones take the farthest from the cells of this block.
-    3. If there is none, take a cell that touches no cell of this block, else one that touches at corners only, else
-       any; of equal ones the farthest from all that are known or in this block (farthest-point sampling).
+    1. The first cell is the centre.
+    2. Near cells touch a known cell. Among near cells that do not touch this block, take the one with most support: 2
+       for each known cell at a side, 1 at a corner. Break ties by the largest distance to this block.
+    3. Otherwise prefer cells that do not touch this block, then cells that touch it only at corners, then any; break
+       ties by the largest distance to all known cells and this block (farthest-point sampling).
 
-    Distances are Euclidean; raster order breaks ties. Takes time in proportion to the square of the number of cells:
-    0.15 s for 64 x 64."""
+    Distances are Euclidean; raster order breaks remaining ties. Time is quadratic in the number of cells: 0.15 s for 64
+    x 64."""
     rows, cols = np.divmod(np.arange(height * width, dtype=np.int64), width)
     free = np.ones(height * width, dtype=bool)
-    to_known = np.full(height * width, FAR, dtype=np.int64)  # squared distances to the closest one
+    to_known = np.full(height * width, FAR, dtype=np.int64)  # squared distance to the closest known cell
     support = np.zeros(height * width, dtype=np.int64)
     order: list[int] = []
     for size in sizes:
@@ -471,7 +468,7 @@ def spread(height: int, width: int, sizes: Sequence[int]) -> list[int]:
 
 
 def next_cell(free: NDArray[np.bool_], to_known: Integers, to_block: Integers, support: Integers) -> int:
-    """Return the cell that rules 2 and 3 of `spread` choose; `argmax` takes the first of equal ones."""
+    """Apply rules 2 and 3 of `spread` to choose the next cell; `argmax` breaks ties in raster order."""
     near = free & (to_known <= TOUCHING) & (to_block > TOUCHING)
     if near.any():
         return int(np.where(near, support * (FAR + 1) + to_block, -1).argmax())

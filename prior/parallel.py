@@ -1,10 +1,10 @@
-"""Lossless parallel sampling: guess the rest, check all of it in one pass, keep going from the first wrong token.
+"""Lossless parallel sampling: guess the remaining tokens, check them in one pass, and continue from the first wrong
+token.
 
-With the noise of an image fixed, its tokens are the fixed point of a map whose token depends on those of earlier blocks
-only, so Jacobi iteration reaches it in at most as many passes as there are blocks (Song et al. 2021; Wiggers &
-Hoogeboom 2020, predictive sampling): after each pass everything up to and including the block of the first token that
-changed is final. The guess for the rest is the pass's own output: it contains the image's noise, and most of it was
-drawn in the right context."""
+For fixed noise, an image's tokens are the fixed point of a map in which each token depends only on earlier blocks.
+Jacobi iteration therefore converges in at most one pass per block (Song et al. 2021; Wiggers & Hoogeboom 2020,
+predictive sampling): after each pass, everything up to and including the block of the first changed token is final. The
+guess for the remaining tokens is the pass's own output, which uses the image's noise and mostly the right context."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .base import Prior
 
 LOGITS_ON_CPU, LOGITS_ON_GPU = 1 << 25, 1 << 28
-"""The number of logits that are held at once."""
+"""Maximum number of logits held at once."""
 
 
 def rows_per_pass(grid: TokenGrid, device: torch.device) -> int:
@@ -34,24 +34,24 @@ def rows_per_pass(grid: TokenGrid, device: torch.device) -> int:
 def sample_parallel(
     prior: Prior, batch: SampleBatch, options: SamplingOptions, monitor: Monitor
 ) -> tuple[Tensor, Tensor]:
-    """Draw the tokens `(B, N)` that `sample_blocks` draws, in the sequence of the batch's order, from passes over the
-    whole grid; and return how many passes each image took, `(B,)`."""
+    """Draw the same tokens as `sample_blocks` by passes over the whole grid. Return the tokens `(B, N)`, in decoding
+    order, and the number of passes per image, `(B,)`."""
     (count, size), device = batch.tokens.shape, batch.tokens.device
     noise = TokenNoise(batch.keys, size, prior.grid.vocab_size).of_ranks(0, size)
     ranks, sizes = torch.arange(size, device=device), torch.tensor(batch.blocks, device=device)
     ends = torch.cat([sizes.cumsum(0).repeat_interleave(sizes), sizes.new_tensor([size])])  # of each rank's block
     scale = options.scale_by_rank(batch.blocks, device)
     tokens = torch.where(batch.known, batch.tokens, noise.argmax(-1))
-    final = tokens.new_zeros(count)  # how many tokens of each image are final, from the first on
+    final = tokens.new_zeros(count)  # number of leading tokens of each image that are final
     passes = torch.zeros(count, dtype=torch.long)
-    active, part = torch.arange(count, device=device), batch  # the images that are not finished
+    active, part = torch.arange(count, device=device), batch  # unfinished images
     for _ in monitor.iterate(batch.blocks):
         old = tokens[active]
         drawn = options.choose(options.guide(logits_in_order(prior, part, old, options), scale), noise)
         free = (ranks >= final[active, None]) & ~part.known
         drawn = torch.where(free, drawn, old)
         changed = torch.cat([drawn != old, torch.ones_like(free[:, :1])], 1)
-        tokens[active], final[active] = drawn, ends[changed.int().argmax(1)]  # right up to the first that changed
+        tokens[active], final[active] = drawn, ends[changed.int().argmax(1)]  # correct up to the first change
         passes[active.cpu()] += 1
         monitor.report(batch, tokens, ranks < final[:, None])
         left = torch.nonzero(final[active] < size)[:, 0]
@@ -64,8 +64,8 @@ def sample_parallel(
 
 
 def logits_in_order(prior: Prior, batch: SampleBatch, tokens: Tensor, options: SamplingOptions) -> Tensor:
-    """Return logits `(B, N, V)` in the sequence of the order (guided: of 2 B rows), from one forward pass on `tokens`
-    (B, N)."""
+    """Return logits `(B, N, V)` in decoding order (2 B rows with guidance), from one forward pass on `tokens` (B,
+    N)."""
     raster = options.with_unconditional(batch.to_raster(tokens)).unflatten(1, prior.grid.shape)
     labels = options.with_unconditional(batch.labels, prior.num_classes)
     order = batch.order if batch.order.ndim == 1 else options.with_unconditional(batch.order)

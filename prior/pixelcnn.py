@@ -1,16 +1,16 @@
-"""PixelCNN: masked convolutions over a grid of ids, row by row.
+"""PixelCNN: masked convolutions over a grid of ids in raster order.
 
 van den Oord et al. 2016, "Pixel Recurrent Neural Networks" (arXiv 1601.06759), section 3.5 and table 1: a large masked
-convolution of type A, then residual blocks of type B (1x1, k x k, 1x1), then two 1x1 layers. A stack of masked k x k
-convolutions never sees a wedge to the upper right of each position, at any depth: its blind spot (van den Oord et al.
-2016b, fig. 1; see `receptive_field`), which `gated_pixelcnn` does not have.
+convolution of type A, then residual blocks of type B (1x1, k x k, 1x1), then two 1x1 layers. At any depth, a stack of
+masked k x k convolutions misses a wedge to the upper right of each position, its blind spot (van den Oord et al. 2016b,
+fig. 1; see `receptive_field`); `gated_pixelcnn` has no blind spot.
 
-The paper has the channels of a pixel side by side and masks one from another. Here they are rows of the grid, one below
-the other (`tokenizer.pixels`), and the same dependencies follow from raster order: green sees the red of its pixel,
-blue sees both. The differences: a whole row is drawn in red, then in green, then in blue, so red sees no green or blue
-to its left, and green sees the red to its right; all channels share one kernel, and a bias for each row
-(`row_embedding`) distinguishes them; a kernel of k rows covers k / 3 rows of the image, so colour images need deeper
-stacks or larger kernels."""
+The paper stores a pixel's channels side by side and masks them from one another. Here channels are interleaved rows of
+the grid (`tokenizer.pixels`), and raster order gives the same dependencies: green sees the red of its pixel, and blue
+sees both. There are three differences. A whole row is drawn in red, then green, then blue, so red does not see green or
+blue to its left, and green sees red to its right. All channels share one kernel, and a bias per row (`row_embedding`)
+distinguishes them. A kernel of k rows covers k / 3 image rows, so colour images need deeper stacks or larger
+kernels."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class PixelCNNConfig(RowsConfig):
     hidden: int = Field(32, ge=1, le=65536, description="channels before the last layer")
 
     def check(self) -> Iterator[str]:
-        """Kernels are odd."""
+        """Check that kernels are odd."""
         yield from super().check()
         yield from odd_kernels(self, "first_kernel", "kernel")
 
 
 class Block(nn.Module):
-    """A residual block on maps `(B, H, W, 2 * dim)`: narrow, masked convolution, widen."""
+    """A residual block on maps `(B, H, W, 2 * dim)`: 1x1 layer, masked convolution, 1x1 layer."""
 
     def __init__(self, config: PixelCNNConfig) -> None:
         super().__init__()
@@ -61,14 +61,14 @@ class Block(nn.Module):
 
 
 class PixelCNN(Prior, name="pixelcnn"):
-    """A stack of masked convolutions, with row caches for sampling. It has a blind spot: see `receptive_field`."""
+    """A stack of masked convolutions, with row caches for sampling and a blind spot (see `receptive_field`)."""
 
     Config = PixelCNNConfig
 
     def __init__(self, config: PixelCNNConfig) -> None:
         super().__init__(config)
         vocab_size, dim = config.grid.vocab_size, config.dim
-        channels = min(2 * dim, vocab_size)  # more than one per id are redundant
+        channels = min(2 * dim, vocab_size)  # more channels than ids are redundant
         self.embedding = IdEmbedding(config.grid, self.output_head.ids_per_position, channels)
         self.first = MaskedConv(channels, 2 * dim, config.first_kernel, sees_itself=False)
         self.label = nn.Embedding(config.num_classes + 1, 2 * dim)
@@ -102,15 +102,15 @@ class PixelCNN(Prior, name="pixelcnn"):
         return list(self.layers)
 
     def make_cache(self, labels: Tensor, partition: Partition | None) -> Cache:
-        """Make caches of the last rows that each convolution looks at."""
+        """Make caches of the last rows that each convolution reads."""
         return Cache(self, labels)
 
 
 class Cache:
-    """The last rows of each convolution's input, and weights laid out for one position.
+    """The last rows of each convolution's input, and weights laid out for one-position steps.
 
     A step is bound by the number of operations, so biases and labels are folded into the sums of `RowCache`, and
-    results are written where the next product reads them."""
+    results are written where the next operation reads them."""
 
     def __init__(self, model: PixelCNN, labels: Tensor) -> None:
         self.width = model.config.positions.shape[1]

@@ -1,25 +1,25 @@
-"""PixelCNN++: two streams of shifted convolutions at several resolutions, with short-cuts between them.
+"""PixelCNN++: two streams of shifted convolutions at several resolutions, with shortcuts.
 
-Salimans et al. 2017 (arXiv:1701.05517), sections 2.3 to 2.5, figure 2. The inputs are intensities where ids are
-intensities (`TokenGrid.channels`), else embeddings, and a channel of ones, which distinguishes the border from black.
-The paper's mixture of logistics is the output head `logistic`; the others work as well. Unlike in the authors' code
-(github.com/openai/pixel-cnn) there is no weight normalisation with data-dependent initialisation; where a stream
-begins, the border has the convolution's bias; and both streams may have a bias for each row (`row_embedding`), for
-grids whose rows are channels or levels.
+Salimans et al. 2017 (arXiv:1701.05517), sections 2.3 to 2.5, figure 2. Inputs are intensities if ids are intensities
+(`TokenGrid.channels`), else embeddings, plus a channel of ones, which distinguishes the border from black. The paper's
+mixture of logistics is the output head `logistic`; other heads work as well. Unlike the authors' code
+(github.com/openai/pixel-cnn), this one has no weight normalisation with data-dependent initialisation, borders at the
+start of a stream receive the convolution's bias, and both streams may have a bias per row (`row_embedding`), for grids
+whose rows are channels or levels.
 
-A stage is a way down of gated residual blocks, the next stage at half the resolution, and a way up, whose blocks take
-the maps of the way down in reverse order by short-cuts. Maps are `(B, H, W, dim)`. At a position that of the vertical
-stream, `above`, depends on the rows above; that of the horizontal stream, `left`, on everything before the position.
-Kernels that reach only up and sideways preserve this without masks. Position (y, x) of a coarse map depends on what
-(2y, 2x) of the finer one does, and is read on the way back by rows 2y and 2y + 1: in the horizontal stream by columns
-2x and 2x + 1, in the vertical one by 2x - 1, too. Sides are rounded up and cropped on the way back, so any size is
-possible. `see` of each part follows which tokens a position depends on: it is `forward` over maps of sets of tokens,
-bool `(H, W, N)`.
+A stage consists of a down path of gated residual blocks, the next stage at half the resolution, and an up path whose
+blocks read the down path's maps in reverse order through shortcuts. Maps are `(B, H, W, dim)`. At each position, the
+vertical stream, `above`, depends on the rows above, and the horizontal stream, `left`, on everything before the
+position. Kernels that reach only up and sideways preserve this without masks. Position (y, x) of a coarse map depends
+on the same tokens as (2y, 2x) of the finer map. On the up path it is read by rows 2y and 2y + 1: by columns 2x and 2x +
+1 in the horizontal stream, and also by column 2x - 1 in the vertical stream. Sides are rounded up on the down path and
+cropped on the up path, so any size is possible. Each module's `see` is the `forward` of receptive fields, bool `(H, W,
+N)`: it tracks the tokens on which a position depends.
 
-Sampling: the vertical stream never sees the current row, so each of its resolutions that begins a row computes it
-as a whole, before the first position. The horizontal stream goes position by position: at full resolution at each, at
-half the resolution at every other one of every other row, when everything that a coarse position sees is complete, and
-so on."""
+In sampling, the vertical stream never sees the current row, so it computes each new row as a whole, at each resolution,
+before the first position. The horizontal stream advances position by position: at every position at full resolution, at
+every other position of every other row at half resolution, once all inputs of a coarse position are complete, and so
+on."""
 
 from __future__ import annotations
 
@@ -42,14 +42,16 @@ ABOVE, LEFT = (-1, 1), (-1, 0)
 class PixelCNNPPConfig(RowsConfig):
     """Sizes of the network."""
 
-    dim: int = Field(64, ge=1, le=8192, description="channels of each stream; the paper has 160")
-    depth: int = Field(3, ge=1, le=64, description="gated residual blocks of a stage on the way down; the paper has 5")
-    stages: int = Field(3, ge=1, le=8, description="resolutions, each half of the one before; the paper has 3")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside each residual block; the paper has 0.5")
+    dim: int = Field(64, ge=1, le=8192, description="channels of each stream (the paper: 160)")
+    depth: int = Field(3, ge=1, le=64, description="gated residual blocks on a stage's down path (the paper: 5)")
+    stages: int = Field(
+        3, ge=1, le=8, description="number of resolutions, each half of the previous one (the paper: 3)"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside each residual block (the paper: 0.5)")
 
 
 def concat_elu(x: Tensor) -> Tensor:
-    """Apply elu to the channels and to their negatives: `(..., dim)` to `(..., 2 * dim)`."""
+    """Apply ELU to the channels and to their negatives: `(..., dim)` to `(..., 2 * dim)`."""
     return F.elu_(torch.cat([x, -x], -1))
 
 
@@ -75,15 +77,15 @@ class Gated(nn.Module):
         return x + F.glu(self.second(inner) + self.label(labels)[:, None, None])
 
     def see(self, x: Tensor, *beside: Tensor) -> Tensor:
-        """Return what a position sees, given what its inputs see: bool `(H, W, N)` each."""
+        """Propagate receptive fields, bool `(H, W, N)`, from the inputs to the output."""
         inner = see(x, self.first.taps)
         for other in beside:
             inner = inner | other
-        return see(inner, self.second.taps)  # itself included
+        return see(inner, self.second.taps)  # includes the input's own position
 
 
 class Block(nn.Module):
-    """A residual block of both streams; on the way up it also takes the maps of the way down, `skips`."""
+    """A residual block of both streams; on the up path it also reads the down path's maps, `skips`."""
 
     def __init__(self, config: PixelCNNPPConfig, *, up: bool) -> None:
         super().__init__()
@@ -94,19 +96,19 @@ class Block(nn.Module):
         return above, self.horizontal(left, labels, above, *skips[1:])
 
     def see(self, above: Tensor, left: Tensor, *skips: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what positions of both streams see."""
+        """Propagate receptive fields of both streams."""
         above = self.vertical.see(above, *skips[:1])
         return above, self.horizontal.see(left, above, *skips[1:])
 
 
 class Grow(nn.Module):
-    """Double the resolution by a transposed convolution with a stride of 2."""
+    """Doubles the resolution by a transposed convolution with a stride of 2."""
 
     def __init__(self, dim: int, columns: Pair) -> None:
         super().__init__()
         self.right, width = columns[1], columns[1] - columns[0] + 1
         self.conv: Any = nn.ConvTranspose2d(dim, dim, (2, width), stride=2)
-        bound = (dim * width / 2) ** -0.5  # as in nn.Linear: a position sees one row, and every other column
+        bound = (dim * width / 2) ** -0.5  # as in nn.Linear, as a position sees one row and every other column
         nn.init.uniform_(self.conv.weight, -bound, bound)
         self.taps = [(row, column) for row in (-1, 0) for column in range(columns[0], columns[1] + 1)]
 
@@ -116,14 +118,14 @@ class Grow(nn.Module):
         return grown[:, :height, self.right : self.right + width]
 
     def see(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Return what positions see."""
+        """Propagate receptive fields."""
         stretched = x.new_zeros(2 * x.shape[0], 2 * x.shape[1], x.shape[2])
         stretched[::2, ::2] = x
         return see(stretched, self.taps)[:height, :width]
 
 
 class Coarser(nn.Module):
-    """A stage at half the resolution, sides rounded up, with the layers that lead there and back."""
+    """A stage at half the resolution, with sides rounded up, and its down- and upsampling layers."""
 
     def __init__(self, config: PixelCNNPPConfig, stages: int) -> None:
         super().__init__()
@@ -140,7 +142,7 @@ class Coarser(nn.Module):
         return self.grow_above(above, height, width), self.grow_left(left, height, width)
 
     def see(self, above: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what positions of both streams see."""
+        """Propagate receptive fields of both streams."""
         height, width = left.shape[:2]
         above, left = see(above, self.shrink_above.taps)[::2, ::2], see(left, self.shrink_left.taps)[::2, ::2]
         above, left = self.stage.see(above, left)
@@ -148,8 +150,8 @@ class Coarser(nn.Module):
 
 
 class Stage(nn.Module):
-    """One resolution and all coarser ones: a way down, the coarser stages, and a way up. The way up has a block for
-    each map of the way down, its input included, except that the coarsest stage continues from its last one."""
+    """One resolution and all coarser ones: a down path, the coarser stages, and an up path. The up path has one block
+    for each map of the down path, including its input, except that the coarsest stage starts from the last map."""
 
     def __init__(self, config: PixelCNNPPConfig, stages: int) -> None:
         super().__init__()
@@ -167,7 +169,7 @@ class Stage(nn.Module):
         return above, left
 
     def see(self, above: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what positions of both streams see."""
+        """Propagate receptive fields of both streams."""
         fields = [(above, left)]
         for block in self.down:
             fields.append(block.see(*fields[-1]))
@@ -178,14 +180,14 @@ class Stage(nn.Module):
 
 
 class PixelCNNPP(Prior, name="pixelcnn_pp"):
-    """Stages within stages; see `receptive_field` for what a position sees."""
+    """Nested stages of two streams; see `receptive_field`."""
 
     Config = PixelCNNPPConfig
 
     def __init__(self, config: PixelCNNPPConfig) -> None:
         super().__init__(config)
         grid, dim, together = config.grid, config.dim, self.output_head.ids_per_position
-        channels = together if grid.channels else min(dim, grid.vocab_size)  # more than one per id are redundant
+        channels = together if grid.channels else min(dim, grid.vocab_size)  # more channels than ids are redundant
         self.embedding = None if grid.channels else IdEmbedding(grid, together, channels)
         self.first_above = CausalConv2d(channels + 1, dim, (-2, -1), (-1, 1))
         self.first_over = CausalConv2d(channels + 1, dim, (-1, -1), (-1, 1))
@@ -221,8 +223,8 @@ class PixelCNNPP(Prior, name="pixelcnn_pp"):
 
     @property
     def feature_modules(self) -> list[nn.Module]:
-        """The blocks at full resolution (a position has no features of its own in the others), of which
-        `arrange_features` takes the horizontal map, which depends on the vertical one."""
+        """The blocks at full resolution, because coarse maps have no features per position; `arrange_features` selects
+        the horizontal map, which depends on the vertical map."""
         return [*self.stage.down, *self.stage.up]
 
     def arrange_features(self, output: Any) -> Tensor:
@@ -230,7 +232,7 @@ class PixelCNNPP(Prior, name="pixelcnn_pp"):
         return super().arrange_features(output[1])
 
     def make_cache(self, labels: Tensor, partition: Partition | None) -> Cache:
-        """Make caches of the last rows that each convolution looks at."""
+        """Make caches of the last rows that each convolution reads."""
         return Cache(self, labels)
 
 
@@ -240,7 +242,7 @@ def add_product(sums: Tensor, x: Tensor, weight: Tensor) -> None:
 
 
 class BlockCache:
-    """A `Block`: the vertical stream one row at a time, the horizontal one position by position."""
+    """Evaluates a `Block`: the vertical stream by rows, the horizontal stream by positions."""
 
     def __init__(self, block: Block, width: int, labels: Tensor) -> None:
         vertical, horizontal = block.vertical, block.horizontal
@@ -257,8 +259,8 @@ class BlockCache:
         self.inner, self.signs = inner, torch.cat([torch.ones_like(left[:1, :1]), -torch.ones_like(left[:1, :1])])
 
     def start_row(self, x: Tensor, *skip: Tensor) -> Tensor:
-        """Return the next row of the vertical map, `(W, B, dim)`, from that of its input and concat_elu of the
-        skip's."""
+        """Return the next row of the vertical map, `(W, B, dim)`, given the input's row and concat_elu of the skip's
+        row."""
         first, second = self.above
         first.next_row().copy_(concat_elu(x))
         inner = first.read()
@@ -285,7 +287,7 @@ class BlockCache:
 
 
 class CoarserCache:
-    """A `Coarser`: every other row and position is passed on, and a result serves four positions."""
+    """Evaluates a `Coarser`: every other row and position is passed on, and each result serves four positions."""
 
     def __init__(self, coarser: Coarser, width: int, labels: Tensor) -> None:
         weight = coarser.grow_left.conv.weight.detach()  # (inputs, outputs, 2, 2)
@@ -321,7 +323,7 @@ class CoarserCache:
 
 
 class StageCache:
-    """A `Stage`, whose skips are the inputs that the blocks of the way down store."""
+    """Evaluates a `Stage`; its skips are the inputs stored by the blocks of the down path."""
 
     def __init__(self, stage: Stage, width: int, labels: Tensor) -> None:
         self.down, self.up = ([BlockCache(block, width, labels) for block in way] for way in (stage.down, stage.up))
@@ -353,14 +355,14 @@ class StageCache:
 
 
 class Cache:
-    """The rows that each convolution looks at, and weights laid out for one position."""
+    """The rows that each convolution reads, and weights laid out for one-position steps."""
 
     def __init__(self, model: PixelCNNPP, labels: Tensor) -> None:
         rows, over, left = len(labels), model.first_over.weight, model.first_left.weight
         self.model, self.rank, self.width = model, 0, model.config.positions.shape[1]
         self.inputs = MapRows(over.new_zeros(rows, over.shape[1]).detach(), 2, self.width, (-1, 1), 1)
         self.first_above = pack(model.first_above.weight, self.width * rows)
-        self.first_over = pack(over + F.pad(left[:, :, :1], (0, 2)), self.width * rows)  # of one row of three columns
+        self.first_over = pack(over + F.pad(left[:, :, :1], (0, 2)), self.width * rows)  # one row, three columns
         self.first_left = pack(left[:, :, 1:], rows)
         above_bias, left_bias = model.first_above.bias, model.first_over.bias + model.first_left.bias
         self.biases = iter((model.above_row.weight + above_bias).detach())
@@ -371,7 +373,7 @@ class Cache:
         self.head_bias, self.head = model.head.bias.detach(), pack(model.head.weight, rows)
 
     def start_row(self, row: int) -> None:
-        """Compute the vertical stream's row, and the horizontal stream's sums from the row above."""
+        """Compute the vertical stream's row, and the row above's contribution to the horizontal stream."""
         patches = self.inputs.patches()
         above = torch.addmm(next(self.biases), patches, self.first_above).view_as(self.sums_over)
         last = patches[:, patches.shape[1] // 2 :]  # of the two rows

@@ -1,20 +1,20 @@
 """Causal convolutions with causal attention in every block, over a grid of ids in raster order.
 
-PixelSNAIL (Chen et al. 2018, arXiv 1712.09763, fig. 3): convolutions resolve the neighbourhood but do not reach far,
-attention reaches every earlier token but blurs them; a block has both. Gated residual convolutions compute features of
-each position; keys and values are computed from a token, its features and its coordinates, queries from features and
-coordinates; a gated 1x1 layer joins the result of attention with the features.
+PixelSNAIL (Chen et al. 2018, arXiv 1712.09763, fig. 3): convolutions resolve the neighbourhood but have a short reach,
+while attention reaches every earlier token but with little precision; each block has both. Gated residual convolutions
+compute features of each position. Keys and values are computed from a token, its features and its coordinates; queries
+from features and coordinates. A gated 1x1 layer combines the attention's output with the features.
 
-Features at a position depend on all tokens before it, as the first convolution (type A) leaves out its own. A token's
-key is therefore visible to later positions only: slot t of the keys holds token t - 1, and slot 0 a learned "nothing",
-so that causal attention (slots <= t) always has something to attend to.
+Features at a position depend only on earlier tokens, because the first convolution (type A) excludes the position's
+own. A token's key is therefore visible only to later positions: key slot t holds token t - 1, and slot 0 a learned
+"nothing", so that causal attention (slots <= t) always has a slot.
 
-The idea is the paper's; the parts are simpler than in its authors' code (github.com/neocxi/pixelsnail-public). There,
-keys, values and queries each come from a gated residual network of 1x1 convolutions; activations are concat_elu and
-layers have weight normalisation; shifted convolutions in two streams (the rows above; above and to the left) replace
-masks; the output is a mixture of discretised logistics. Here keys, values and queries are linear maps, activations are
-elu, nothing is normalised, one stream of masked k x k convolutions looks at both, and the output is a softmax over ids.
-Published figures do not apply to this model."""
+The idea is the paper's, but the layers are simpler than in the authors' code (github.com/neocxi/pixelsnail-public).
+There, keys, values and queries each come from a gated residual network of 1x1 convolutions; activations are concat_elu
+and layers have weight normalisation; shifted convolutions in two streams (the rows above; above and to the left)
+replace masks; the output is a mixture of discretised logistics. Here keys, values and queries are linear maps,
+activations are elu, nothing is normalised, one stream of masked k x k convolutions covers both, and the output is a
+softmax over ids. Published figures do not apply to this model."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class PixelSNAILConfig(RasterConfig):
     kernel: int = Field(3, ge=3, le=63, description="side of the convolutions, odd")
     heads: int = Field(1, ge=1, le=256, description="attention heads")
     key: int = Field(4, ge=1, le=8192, description="channels of a head's queries and keys")
-    value: int = Field(32, ge=1, le=8192, description="channels of a head's values, no fewer than its keys have")
+    value: int = Field(32, ge=1, le=8192, description="channels of a head's values; at least `key`")
     hidden: int = Field(64, ge=1, le=65536, description="channels before the last layer")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside each gated residual branch")
 
     def check(self) -> Iterator[str]:
-        """The kernel is odd, and values are at least as wide as keys."""
+        """Check that the kernel is odd and values are at least as wide as keys."""
         yield from super().check()
         yield from odd_kernels(self, "kernel")
         if self.key > self.value:
@@ -72,8 +72,8 @@ class Residual(nn.Module):
 class Attention(nn.Module):
     """Causal attention to the earlier tokens, `(B, N, heads * value)`.
 
-    The fused kernel needs keys as wide as values. A slot holds key and value side by side, and a query is padded with
-    zeros, so the slot's next channels can stand in for the rest of the key.
+    The fused kernel needs keys as wide as values. A slot holds key and value side by side, and queries are padded with
+    zeros, so the value's first channels can serve as padding of the key.
     """
 
     def __init__(self, config: PixelSNAILConfig, embedded: int) -> None:
@@ -127,7 +127,7 @@ class PixelSNAIL(Prior, name="pixelsnail"):
     def __init__(self, config: PixelSNAILConfig) -> None:
         super().__init__(config)
         vocab_size, (height, width) = config.grid.vocab_size, config.positions.shape
-        channels = min(config.dim, vocab_size)  # more than one per id are redundant
+        channels = min(config.dim, vocab_size)  # more channels than ids are redundant
         self.embedding = IdEmbedding(config.grid, self.output_head.ids_per_position, channels)
         self.first = MaskedConv(channels, config.dim, config.kernel, sees_itself=False)
         self.layers: Any = nn.ModuleList(Block(config, channels) for _ in range(config.depth))
@@ -151,12 +151,12 @@ class PixelSNAIL(Prior, name="pixelsnail"):
         return list(self.layers)
 
     def make_cache(self, labels: Tensor, partition: Partition | None) -> Cache:
-        """Make caches of the last rows that each convolution looks at, and of attention's slots."""
+        """Make caches of the last rows that each convolution reads, and of attention slots."""
         return Cache(self, labels)
 
 
 class ResidualCache:
-    """A `Residual` one position at a time."""
+    """Evaluates a `Residual` one position at a time."""
 
     def __init__(self, residual: Residual, width: int, labels: Tensor) -> None:
         label = residual.label(labels)
@@ -164,17 +164,17 @@ class ResidualCache:
         self.second = RowCache(residual.second, width, label)
 
     def step(self, x: Tensor, column: int, out: Tensor | None) -> Tensor:
-        """Map `(B, dim)` to the same, written to `out` if given."""
+        """Map `(B, dim)` to the same shape, written to `out` if given."""
         self.first.cells[column].copy_(F.elu(x))
         F.elu_(self.first.read(column, out=self.second.cells[column]))
         return torch.add(x, F.glu(self.second.read(column)), out=out)
 
 
 class BlockCache:
-    """A `Block` one position at a time, without its slots; biases include coordinates and labels."""
+    """Evaluates a `Block` one position at a time, given its slots; biases include coordinates and labels."""
 
     def __init__(self, block: Block, model: PixelSNAIL, labels: Tensor, features: Tensor) -> None:
-        """features: `(B, dim)`, where this position's features are written for the next one."""
+        """features: `(B, dim)`, a buffer that receives this position's features for the next position."""
         config, rows, attention = model.config, len(labels), block.attention
         width = model.config.positions.shape[1]
         self.residuals = [ResidualCache(residual, width, labels) for residual in block.residuals]
@@ -199,11 +199,11 @@ class BlockCache:
 
 
 class Cache:
-    """The last rows that each convolution looks at, and the slots of each block's attention.
+    """The last rows that each convolution reads, and the slots of each block's attention.
 
-    The slot of position t depends on the token and the features of position t - 1, which at step t are known in all
-    blocks: one product computes all slots. A step is bound by the number of operations, so products are written where
-    they are read next.
+    The slot of position t depends on the token and the features of position t - 1, which are known in all blocks at
+    step t, so one product computes the slots of all blocks. A step is bound by the number of operations, so products
+    are written where the next operation reads them.
     """
 
     def __init__(self, model: PixelSNAIL, labels: Tensor) -> None:

@@ -1,9 +1,9 @@
 """Sampling: settings, noise, and the loop that draws one block of tokens after another.
 
-A token is argmax(logits / temperature + Gumbel noise) (Gumbel 1954), a function of its logits and of noise that belongs
-to its image: the noise of (key, use, rank, id) is a hash of these numbers, so it is the same on every device, in any
-batch and for any part of an image. Different ways of computing the same logits therefore draw the same tokens, unless
-two candidates tie within rounding."""
+A token is argmax(logits / temperature + Gumbel noise) (Gumbel 1954), a function of its logits and of its image's noise.
+The noise is a hash of (key, use, rank, id), so it does not depend on the device, the batch or the part of an image that
+is computed. Different ways of computing the same logits therefore draw the same tokens, unless two candidates tie
+within rounding."""
 
 from __future__ import annotations
 
@@ -32,23 +32,27 @@ T = TypeVar("T")
 S = TypeVar("S", bound="SamplingOptions")
 
 Order = Tensor | str | Partition | None
-"""A name; `(N,)` or `(B, N)` raster indices, cut into the model's own blocks; an order with its blocks; None is the
+"""A name; raster indices `(N,)` or `(B, N)`, cut into the model's own blocks; an order with its blocks; or None for the
 model's own."""
 
 # Noise
 
 TOKENS, ORDERS, CONFIDENCE, MASKS = range(4)
-"""Uses of noise: each use of an image's key has independent noise."""
-GOLDEN, MIX_1, MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # splitmix64, as signed numbers
+"""Uses of noise; each use of an image's key has independent noise."""
+GOLDEN, MIX_1, MIX_2 = (
+    -0x61C8864680B583EB,
+    -0x40A7B892E31B1A47,
+    -0x6B2FB644ECCEEE15,
+)  # constants of splitmix64, as signed integers
 NUMBERS_AT_ONCE = 1 << 20
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def draw_keys(generator: Generators, num_images: int) -> Tensor:
-    """Draw the key of each image, int64 `(num_images,)` on the CPU: from its own generator, or from a single one (None:
-    torch's global one) in turn. Generators advance, so a second call gives other images. Raises `ValueError` unless a
-    list has one for each image, `TypeError` for anything but generators."""
+    """Draw the key of each image, int64 `(num_images,)` on the CPU, from its own generator or all from a single one
+    (None means torch's global generator). Generators advance, so a second call gives other images. Raises `ValueError`
+    unless a list has one generator per image, and `TypeError` for other types."""
     listed = isinstance(generator, Sequence)
     each: list[Any] = list(generator) if isinstance(generator, Sequence) else [generator] * num_images
     allowed = (torch.Generator,) if listed else (torch.Generator, type(None))
@@ -64,15 +68,15 @@ def draw_keys(generator: Generators, num_images: int) -> Tensor:
 
 
 def hash_counters(keys: Tensor, use: int, first: int, count: int) -> Tensor:
-    """Hash (key, use, first), ..., (key, use, first + count - 1) to int64 `(B, count)`: the numbers of a splitmix64
-    generator (Steele et al. 2014) seeded by key and use, each computed by itself."""
+    """Hash (key, use, first), ..., (key, use, first + count - 1) to int64 `(B, count)`: the outputs of a splitmix64
+    generator (Steele et al. 2014) seeded by key and use, computed independently of one another."""
     counters = torch.arange(first + 1, first + count + 1, device=keys.device).mul_(GOLDEN)
     seeds = _mix(_mix(keys.clone()) + use)
     return _mix(seeds[:, None] + counters)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Scramble int64 numbers in place. (torch shifts arithmetically; the masks clear the sign bits.)"""
+    """Scramble int64 numbers in place. (torch's shifts are arithmetic; the masks clear the sign bits.)"""
     x ^= (x >> 30) & ((1 << 34) - 1)
     x *= MIX_1
     x ^= (x >> 27) & ((1 << 37) - 1)
@@ -82,7 +86,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def uniform_noise(keys: Tensor, use: int, first: int, count: int) -> Tensor:
-    """Return uniform variates in (0, 1), float64 `(B, count)`; on the CPU where the device of `keys` has no float64."""
+    """Return uniform variates in (0, 1), float64 `(B, count)`; on the CPU if the device of `keys` has no float64."""
     if finest(keys.device) != torch.float64:
         keys = keys.cpu()
     bits = (hash_counters(keys, use, first, count) >> 12) & ((1 << 52) - 1)
@@ -96,13 +100,13 @@ def gumbel_noise(keys: Tensor, use: int, first: int, count: int) -> Tensor:
 
 
 def draw_numbers(keys: Tensor, use: int, count: int) -> Tensor:
-    """Draw a number from 0 to `count` - 1 for each image, all equally likely: int64 `(B,)`."""
+    """Draw a uniform integer from 0 to `count` - 1 for each image: int64 `(B,)`."""
     drawn = (uniform_noise(keys, use, 0, 1)[:, 0] * count).long().clamp(max=count - 1)
     return drawn.to(keys.device)
 
 
 class TokenNoise:
-    """The Gumbel noise of a batch's tokens by rank, computed many ranks at a time."""
+    """The Gumbel noise of a batch's tokens by rank, computed for many ranks at a time."""
 
     def __init__(self, keys: Tensor, num_tokens: int, vocab_size: int) -> None:
         self.keys, self.num_tokens, self.vocab_size = keys, num_tokens, vocab_size
@@ -123,25 +127,26 @@ class TokenNoise:
 # Settings
 
 GREEDY = 1e-6
-"""A temperature below this takes the likeliest id: noise would be lost in the rounding of logits / temperature."""
+"""Below this temperature the likeliest id is chosen, because rounding of logits / temperature would swallow the
+noise."""
 GUIDANCE = ("guidance_scale", "guidance_end", "guidance_power")
 """The settings of guidance: one that is given, and those after it, are one choice."""
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """Settings of sampling, and how they choose a token.
+    """Settings of sampling, and the choice of tokens by these settings.
 
-    `temperature` 0 (or below `GREEDY`) takes the likeliest id, the first of equal ones; `top_k` keeps the k likeliest,
-    and those as likely as the k-th; `top_p` keeps the likeliest until their mass reaches p (Holtzman et al. 2019);
+    `temperature` 0 (or below `GREEDY`) takes the likeliest id, or the first among ties; `top_k` keeps the k likeliest
+    ids and those tied with the k-th; `top_p` keeps the likeliest ids until their mass reaches p (Holtzman et al. 2019);
     `guidance_scale` s gives uncond + s (cond - uncond) (Ho & Salimans 2022).
 
-    With `guidance_end` the scale goes from `guidance_scale` to that value along the order: (1 - w) scale + w end, where
-    w = t, or (1 - cos(pi t^power)) / 2 with a `guidance_power` (power-cosine: MDT, Gao et al. 2023; RAR, Yu et al.
-    2024, arXiv:2411.00776). t is the number of tokens decided before the token's block, known ones included, as a share
-    of those decided before the last block: 0 at the first block, 1 at the last.
+    With `guidance_end` the scale changes from `guidance_scale` to that value along the order: (1 - w) scale + w end,
+    where w = t, or (1 - cos(pi t^power)) / 2 with `guidance_power` (power-cosine: MDT, Gao et al. 2023; RAR, Yu et al.
+    2024, arXiv:2411.00776). t is the number of tokens decided before the token's block, including known tokens, divided
+    by the number decided before the last block: 0 at the first block, 1 at the last.
 
-    A prior with more settings declares a subclass as its `Sampling`. Raises `ValueError` out of range.
+    A prior with more settings declares a subclass as its `Sampling`. Raises `ValueError` for values out of range.
     """
 
     temperature: float = 1.0
@@ -176,16 +181,16 @@ class SamplingOptions:
         return [field.name for field in fields(cls)]
 
     def check(self, grid: TokenGrid) -> None:
-        """Raise `ValueError` for a setting that does not fit the grid."""
+        """Raise `ValueError` for settings that do not suit the grid."""
 
     def check_guidance(self, labelled: bool) -> None:
         """Raise `ValueError` for guidance without labels."""
         if self.guides and not labelled:
             name = "guidance_scale" if self.guidance_scale != 1 else "guidance_end"
-            raise ValueError(f"{name} other than 1 needs labels to guide towards")
+            raise ValueError(f"{name} other than 1 needs labels")
 
     def for_given_order(self: S) -> S:
-        """Return these settings without those that choose an order, for a caller that gives one."""
+        """Return these settings without those that choose an order, for a caller that passes its own."""
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -222,7 +227,7 @@ class SamplingOptions:
         return [self.scale_at(count / max(1, before[-1])) for count in before]
 
     def scale_by_rank(self, blocks: Sequence[int], device: torch.device) -> float | Tensor:
-        """Return the guidance scale of each rank, `(N,)`; a number where it is the same for all."""
+        """Return the guidance scale of each rank, `(N,)`, or a number if it is constant."""
         if self.has_constant_scale:
             return self.guidance_scale
         ranks = [scale for scale, size in zip(self.scale_by_block(blocks), blocks, strict=True) for _ in range(size)]
@@ -230,17 +235,17 @@ class SamplingOptions:
 
     @property
     def rows_per_image(self) -> int:
-        """How many rows an image takes: guidance needs a second one, without the label."""
+        """Number of rows per image: guidance adds an unconditional row."""
         return 2 if self.guides else 1
 
     def with_unconditional(self, rows: Tensor, null: int | None = None) -> Tensor:
-        """Append the unconditional rows to `rows` (B, ...), if guidance needs them: copies, or filled with `null`."""
+        """With guidance, append unconditional rows to `rows` (B, ...): copies, or rows filled with `null`."""
         if not self.guides:
             return rows
         return torch.cat([rows, rows if null is None else torch.full_like(rows, null)])
 
     def guide(self, logits: Tensor, scale: float | Tensor) -> Tensor:
-        """Return guided logits `(B, n, V)` from those of B conditional rows and then B unconditional ones.
+        """Return guided logits `(B, n, V)`, given logits of B conditional rows followed by B unconditional rows.
 
         scale: the guidance scale, a number, `(n,)` or `(B, 1)`. An id that either row rules out by a logit of -inf
         stays ruled out at any scale."""
@@ -250,12 +255,12 @@ class SamplingOptions:
         by = scale[..., None] if isinstance(scale, Tensor) else scale
         guided = unconditional + by * (conditional - unconditional)
         ruled_out = (conditional == -torch.inf) | (unconditional == -torch.inf)
-        return guided.masked_fill(ruled_out, -torch.inf)  # -inf - -inf is NaN, which argmax takes for the highest
+        return guided.masked_fill(ruled_out, -torch.inf)  # -inf - -inf is NaN, which argmax treats as the maximum
 
     # Choosing
 
     def choose(self, logits: Tensor, noise: Tensor) -> Tensor:
-        """Return the tokens `(...)` for guided logits and Gumbel noise, both `(..., V)`."""
+        """Choose tokens `(...)`, given guided logits and Gumbel noise, both `(..., V)`."""
         if self.temperature < GREEDY:
             return logits.argmax(-1)
         tempered = logits if self.temperature == 1 else logits / self.temperature
@@ -270,8 +275,8 @@ class SamplingOptions:
 
 
 def likeliest(logits: Tensor, mass: float) -> Tensor:
-    """Return which ids are the likeliest until their probabilities reach `mass`, bool `(..., V)`; of equal ones the
-    first. An id is kept where the probabilities before it sum to less: 0.5, 0.3, 0.2 keep two ids for 0.7."""
+    """Mark the likeliest ids until their probabilities reach `mass`, bool `(..., V)`; ties keep the first. An id is
+    kept if the probabilities before it sum to less: of 0.5, 0.3, 0.2, two ids are kept for 0.7."""
     ordered, ids = in_finest(logits).sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(-1)
     before = (probabilities.cumsum(-1) - probabilities).masked_fill(ordered == -torch.inf, torch.inf)
@@ -282,7 +287,9 @@ def as_tensor(values: Any, device: torch.device | None = None) -> Tensor:
     """Convert numbers, arrays, or lists of tensors to a tensor."""
     listed = isinstance(values, (list, tuple)) and any(isinstance(one, (Tensor, np.ndarray)) for one in values)
     if listed or isinstance(values, np.ndarray):
-        values = np.asarray(values, order="C")  # torch takes neither lists of tensors nor arrays of negative strides
+        values = np.asarray(
+            values, order="C"
+        )  # torch accepts neither lists of tensors nor arrays with negative strides
     return torch.as_tensor(values, device=device)
 
 
@@ -297,7 +304,7 @@ def is_number(value: Any) -> bool:
 
 
 def whole_number(name: str, value: Any) -> int:
-    """Return `value`, of the argument `name`, as an int. Raises `ValueError` for anything but a whole number."""
+    """Return `value`, the argument `name`, as an int. Raises `ValueError` unless it is a whole number."""
     try:
         found = None if isinstance(value, bool) else index(value)
     except TypeError:
@@ -308,7 +315,7 @@ def whole_number(name: str, value: Any) -> int:
 
 
 def check_count(count: Any, name: str = "num_images") -> int:
-    """Return `count`, the argument `name`, as an int. Raises `ValueError` unless it is a whole number, at least 1."""
+    """Return `count`, the argument `name`, as an int. Raises `ValueError` unless it is a positive whole number."""
     found = whole_number(name, count)
     if found < 1:
         raise ValueError(f"{name} must be at least 1 (got {found})")
@@ -316,8 +323,8 @@ def check_count(count: Any, name: str = "num_images") -> int:
 
 
 def select_order(order: Any, rows: slice | Sequence[int], count: int) -> Any:
-    """Return the order of the images `rows` out of `count`, where each image may have its own. order: a name, a tensor,
-    a `Partition` or None. Raises `ValueError` for orders of the wrong number of images."""
+    """Select the orders of the images `rows` out of `count`, if `order` is per image. order: a name, a tensor, a
+    `Partition` or None. Raises `ValueError` if the number of orders is not `count`."""
     if order is None or isinstance(order, str):
         return order
     if isinstance(order, Partition):
@@ -332,8 +339,8 @@ def select_order(order: Any, rows: slice | Sequence[int], count: int) -> Any:
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How tokens are decoded: in an `order`, or each image in one of `num_orders`; step by step, with or without a
-    `cache`; or in `parallel` passes over the whole grid. See `Prior.sample`."""
+    """How tokens are decoded: in a given `order`, or in one of `num_orders` orders per image; step by step, with or
+    without a `cache`, or in `parallel` passes over the whole grid. See `Prior.sample`."""
 
     order: Order = None
     num_orders: int = 1
@@ -347,7 +354,7 @@ class DecodingOptions:
 
     @property
     def is_default(self) -> bool:
-        """Whether the caller chose nothing."""
+        """Whether all options have their defaults."""
         return self.order is None and self.num_orders == 1 and self.cache and not self.parallel
 
     def select(self, rows: slice | Sequence[int], count: int) -> DecodingOptions:
@@ -355,9 +362,9 @@ class DecodingOptions:
         return replace(self, order=select_order(self.order, rows, count))
 
     def check(self) -> None:
-        """Raise `ValueError` for options that exclude each other."""
+        """Raise `ValueError` for mutually exclusive options."""
         if self.parallel and not self.cache:
-            raise ValueError("cache=False cannot be combined with parallel=True, whose whole passes use no cache")
+            raise ValueError("cache=False cannot be combined with parallel=True, which never uses a cache")
 
 
 # A batch
@@ -365,9 +372,9 @@ class DecodingOptions:
 
 @dataclass
 class SampleBatch:
-    """Images to draw, a row each: labels `(B,)`, noise keys `(B,)`, and tokens to keep where bool `known`, both
-    `(B, N)` in the sequence of `order`, `(N,)` or `(B, N)`, which `blocks` cut. rows: which of the request's images
-    they are; own_order: whether order and blocks are the model's."""
+    """Images to draw, one per row: labels `(B,)`, noise keys `(B,)`, and tokens to keep where bool `known` is True.
+    `tokens` and `known` are `(B, N)` in the sequence of `order`, `(N,)` or `(B, N)`, which `blocks` cut. rows: indices
+    of these images in the request; own_order: whether order and blocks are the model's."""
 
     labels: Tensor
     keys: Tensor
@@ -393,7 +400,7 @@ class SampleBatch:
         )
 
     def in_order(self, partition: Partition | None, prior: Prior) -> SampleBatch:
-        """Arrange a batch in raster order in the order and blocks of `partition`; None: in the model's own."""
+        """Rearrange a batch from raster order to the order and blocks of `partition`; None selects the model's own."""
         order, blocks = (prior.order, prior.blocks) if partition is None else partition
         wide = order.expand(self.tokens.shape)
         tokens, known = self.tokens.gather(1, wide), self.known.gather(1, wide)
@@ -401,7 +408,7 @@ class SampleBatch:
         return replace(self, tokens=tokens, known=known, order=order, blocks=blocks, own_order=own)
 
     def to_raster(self, values: Tensor) -> Tensor:
-        """Return `values` `(B, N)`, which are in the sequence of `order`, in raster order."""
+        """Rearrange `values` `(B, N)` from decoding order to raster order."""
         return torch.empty_like(values).scatter_(1, self.order.expand(values.shape), values)
 
     def partition(self) -> Partition | None:
@@ -409,8 +416,8 @@ class SampleBatch:
         return None if self.own_order else Partition(self.order, self.blocks)
 
     def group_by_blocks(self) -> Iterator[SampleBatch]:
-        """Yield the images that have the same blocks: all of them, unless known tokens come first. These are then one
-        block, so that images with the same number of known tokens are decoded together."""
+        """Yield groups of images with equal blocks. If known tokens come first, they form a single block, so images
+        with equally many known tokens form a group; otherwise there is one group."""
         if max(self.blocks) == 1 or self.own_order or not bool(self.known.any()):
             yield self
             return
@@ -434,7 +441,7 @@ def make_batch(
     tokens: Tensor | None,
     known: Tensor | None,
 ) -> SampleBatch:
-    """Check a request and return its images in raster order. Raises `ValueError` out of range."""
+    """Check a request and return its images in raster order. Raises `ValueError` for arguments out of range."""
     num_images = check_count(num_images)
     labels = check_labels(prior, labels, num_images)
     options.check_guidance(labels is not None)
@@ -445,7 +452,7 @@ def make_batch(
 
 
 def check_labels(prior: Prior, labels: Tensor | None, count: int) -> Tensor | None:
-    """Return `labels` as int64 `(count,)` on the model's device. Raises `ValueError` out of `[0, num_classes]`."""
+    """Convert `labels` to int64 `(count,)` on the model's device. Raises `ValueError` outside `[0, num_classes]`."""
     if labels is None:
         return None
     if isinstance(labels, (list, tuple)):
@@ -454,7 +461,7 @@ def check_labels(prior: Prior, labels: Tensor | None, count: int) -> Tensor | No
     labels = as_tensor(labels, prior.device)
     if labels.shape != (count,) or not is_integer(labels.dtype):
         raise ValueError(f"labels should be {count} whole numbers, got {labels.dtype} of {tuple(labels.shape)}")
-    labels = labels.long()  # torch has no minimum of uint16
+    labels = labels.long()  # torch has no `min` for uint16
     if count and (int(labels.min()) < 0 or int(labels.max()) > prior.num_classes):
         raise ValueError(
             f"labels should lie in [0, {prior.num_classes}) (and {prior.num_classes} is the null class), "
@@ -464,10 +471,10 @@ def check_labels(prior: Prior, labels: Tensor | None, count: int) -> Tensor | No
 
 
 def check_known(prior: Prior, tokens: Tensor | None, known: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-    """Return the known tokens (0 elsewhere) and bool `known`, both `(count, N)`. Raises `ValueError` for one without
-    the other, another shape or type, and ids out of range."""
+    """Return the known tokens (0 elsewhere) and bool `known`, both `(count, N)`. Raises `ValueError` if only one is
+    given, and for a wrong shape or type or ids out of range."""
     if (tokens is None) != (known is None):
-        raise ValueError("give `tokens` and `known` together: known says which of the tokens to keep")
+        raise ValueError("give `tokens` and `known` together: `known` marks the tokens to keep")
     if tokens is None or known is None:
         empty = torch.zeros(count, len(prior.grid), dtype=torch.long, device=prior.device)
         return empty, empty.bool()
@@ -486,11 +493,11 @@ def check_known(prior: Prior, tokens: Tensor | None, known: Tensor | None, count
 
 
 def choose_orders(prior: Prior, options: DecodingOptions, batch: SampleBatch) -> Partition | None:
-    """Return the order of each image and its blocks, None for the model's own. batch: in raster order.
+    """Choose the order and blocks of each image; None means the model's own. batch: in raster order.
 
-    A model of any order decodes known tokens first. Of several orders, each image is drawn in one that its key selects:
-    with blocks of one token, in proportion to the probability that the order gives to the known tokens when they come
-    first; else uniformly, as known tokens are then one block, whose probability is the same in all orders.
+    A model with `any_order` decodes known tokens first. With several orders, each image's key selects one. With blocks
+    of one token, the choice is in proportion to the probability that the order gives to the known tokens, which come
+    first. Otherwise it is uniform, because known tokens form one block, whose probability is the same in all orders.
     """
     orders = [prior.check_order(one, len(batch)) for one in prior.orders(options.num_orders, options.order)]
     order, blocks = orders[0] or (prior.order, prior.blocks)
@@ -510,7 +517,7 @@ def choose_orders(prior: Prior, options: DecodingOptions, batch: SampleBatch) ->
 
 def choose_by_known(prior: Prior, batch: SampleBatch, candidates: Tensor, blocks: tuple[int, ...]) -> Tensor:
     """Draw an order `(B,)` for each image from its `candidates` (orders, B, N), in which known tokens come first: in
-    proportion to the probability of these, or uniformly where blocks hold several tokens."""
+    proportion to the probability of the known tokens, or uniformly if blocks hold several tokens."""
     scores = torch.zeros(len(batch), len(candidates), device=batch.keys.device)
     if max(blocks) == 1 and bool(batch.known.any()):
         tokens = batch.tokens.unflatten(1, prior.grid.shape)
@@ -524,9 +531,9 @@ def choose_by_known(prior: Prior, batch: SampleBatch, candidates: Tensor, blocks
 
 
 class Step:
-    """A decoding step, as `on_step` sees it. Nothing is copied, and no GPU is synchronized, until a property is read.
+    """A decoding step, as passed to `on_step`. Nothing is copied, and no GPU sync happens, until a property is read.
 
-    number: counted from 0, over all parts of a request.
+    number: step index from 0, over all parts of a request.
     """
 
     def __init__(self, number: int, decided: int | Tensor, read: Callable[[], tuple[Tensor, Tensor]]) -> None:
@@ -572,8 +579,8 @@ class Monitor:
         return progress_bar(steps, self.bar, unit="pass")
 
     def report(self, batch: SampleBatch, drawn: Tensor, decided: int | Tensor) -> None:
-        """Report a step: of `drawn` `(b, N)`, in the sequence of `batch`, the first `decided` are decided, or those
-        where bool `(b, N)` holds. An error of `on_step` ends sampling."""
+        """Report a step. drawn: `(b, N)`, in the sequence of `batch`; decided: how many of the first tokens are
+        decided, or which, bool `(b, N)`. An exception in `on_step` ends sampling."""
         if self.on_step is None:
             return
 
@@ -591,7 +598,7 @@ class Monitor:
             self.on_step(step)
 
     def finish(self, batch: SampleBatch, drawn: Tensor) -> None:
-        """Store the tokens of images that are finished."""
+        """Store the tokens of finished images."""
         self.tokens[batch.rows] = batch.to_raster(drawn)
         self.known[batch.rows] = True
 
@@ -623,7 +630,7 @@ class UncachedState:
     rank: int = 0
 
     def advance(self, tokens: Tensor | None) -> Tensor:
-        """Write the last block's `tokens` `(B, m)`; returns the next block's raster indices `(B, n)`."""
+        """Write the last block's `tokens` `(B, m)`; return the next block's raster indices `(B, n)`."""
         order = self.order.expand(self.tokens.shape)
         if tokens is not None:
             self.tokens.scatter_(1, order[:, self.rank - tokens.shape[1] : self.rank], tokens)
@@ -633,7 +640,7 @@ class UncachedState:
 
 
 def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, cache: bool, monitor: Monitor) -> None:
-    """Draw the tokens of a batch, one block a step."""
+    """Draw the tokens of a batch, one block per step."""
     drawn = None
     if cache and monitor.on_step is None and prior.supports_cuda_graphs and can_capture(prior.device):
         inputs = {name: getattr(batch, name) for name in ("labels", "keys", "tokens", "known", "order")}
@@ -662,7 +669,7 @@ def draw_blocks(
     graph can capture all of it."""
     ends = list(accumulate(batch.blocks))
     cuts = list(zip([0, *ends], ends, strict=False))
-    skipped, some_known = set[int](), True  # where blocks begin whose tokens all images know
+    skipped, some_known = set[int](), True  # starts of blocks that are known in all images
     if monitor is not None:
         some_known = bool(batch.known.any())
         unknown = (~batch.known).any(0).tolist()

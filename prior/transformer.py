@@ -1,7 +1,7 @@
-"""The transformer of `gpt`, `masked`, `blocks` and `next_scale`: its sizes, its block, its positions.
+"""The transformer shared by `gpt`, `masked`, `blocks` and `next_scale`: sizes, block and rotary positions.
 
-As image priors have it (LlamaGen, Sun et al. 2024): RMSNorm, SwiGLU, no biases, rotary positions on grid coordinates,
-queries and keys normalised per head.
+The design follows LlamaGen (Sun et al. 2024): RMSNorm, SwiGLU, no biases, rotary positions on grid coordinates, queries
+and keys normalised per head.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tokenizer.precision import at_least_float32
 from .base import PriorConfig
 from .masks import Window, window_problem
 
-EPS = 1e-12  # against division of zero by zero
+EPS = 1e-12  # avoids 0 / 0
 Reach = Annotated[int, Field(le=1 << 20)]
-MAX_ROTATIONS = 1 << 24  # tokens times head width, the size of the table of rotations
+MAX_ROTATIONS = 1 << 24  # positions times head width, the size of the rotation table
 
 
 class TransformerConfig(PriorConfig):
@@ -30,52 +30,56 @@ class TransformerConfig(PriorConfig):
 
     dim: int = Field(128, ge=8, le=16384, description="width of the residual stream")
     depth: int = Field(4, ge=1, le=256, description="number of transformer blocks")
-    heads: int = Field(4, ge=1, le=256, description="attention heads; they divide dim")
+    heads: int = Field(4, ge=1, le=256, description="number of attention heads; 2 * heads must divide dim")
     hidden: int | None = Field(
-        None, ge=8, le=65536, description="width of the SwiGLU layer; default 8/3 dim, rounded up to 32"
+        None, ge=8, le=65536, description="width of the SwiGLU layer; null: 8/3 dim, rounded up to a multiple of 32"
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the embeddings and on each residual branch")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the attention weights")
     rope_base: float = Field(
         100.0,
         gt=1,
-        description="K rotary positions per axis have wavelengths of 2 pi base^(k/K) cells, k from 0 to K - 1",
+        description="base of the rotary wavelengths: 2 pi base^(k/K) cells for k from 0 to K - 1, with K frequencies "
+        "per axis",
     )
 
     def check(self) -> Iterator[str]:
-        """Heads must have an even width, and the table of rotations must not be too large."""
+        """Check that heads have an even width and the rotation table is not too large."""
         yield from super().check()
         if self.dim % (2 * self.heads):
             yield f"heads: dim must be a multiple of 2 * heads (got dim {self.dim}, heads {self.heads})"
         elif (cells := len(self.positions)) * self.dim // self.heads > MAX_ROTATIONS:
-            yield f"heads: a grid of {cells} positions and heads of width {self.dim // self.heads} are too large"
+            yield f"heads: a grid of {cells} positions is too large for heads of width {self.dim // self.heads}"
 
 
 class OrderedConfig(TransformerConfig):
-    """Sizes of the transformer, the orders it is trained in, and how far it sees."""
+    """Sizes of the transformer, its training orders and its attention window."""
 
     takes_heads = takes_positions = True
 
     any_order: bool = Field(
-        False, description="train in random orders too, to score, sample and complete in every order"
+        False, description="also train in random orders, to score, sample and complete in any order"
     )
     anneal: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
-        (0.5, 0.75), description="with any_order: from all random to random_share, between these shares of training"
+        (0.5, 0.75),
+        description="with any_order: between these fractions of training, random orders fall from all to random_share",
     )
     random_share: float = Field(
         0.5, ge=0, le=1, description="with any_order: share of images in random orders after annealing"
     )
     window: tuple[Reach, Reach] | None = Field(
         None,
-        description="[rows, columns]: attention sees earlier tokens no further than that from the cell to be "
-        "predicted, in each layer; null: all of them",
+        description="[rows, columns]: in each layer, attention sees only earlier tokens within this distance of the "
+        "predicted cell; null: all earlier tokens",
     )
     dilation: tuple[Annotated[Reach, Field(ge=1)], ...] | None = Field(
-        None, description="dilation of each layer's window: every d-th row and column, d times as far; null: 1 for all"
+        None,
+        description="dilation d of each layer's window: every d-th row and column, d times as far; null: 1 for all "
+        "layers",
     )
 
     def check(self) -> Iterator[str]:
-        """Annealing must begin before it ends; a window must fit the grid and needs a fixed order."""
+        """Check the annealing interval, and that a window fits the grid and has a fixed order."""
         yield from super().check()
         if len(self.anneal) != 2 or self.anneal[0] > self.anneal[1]:
             yield f"anneal: expected two ascending shares (got {list(self.anneal)})"
@@ -86,7 +90,7 @@ class OrderedConfig(TransformerConfig):
                 yield f"dilation: needs a window (got {list(self.dilation)})"
             return
         if self.dilation is not None and len(self.dilation) != self.depth:
-            yield f"dilation: expected one for each of the {self.depth} layers (got {list(self.dilation)})"
+            yield f"dilation: expected {self.depth} values, one per layer (got {list(self.dilation)})"
         if self.any_order:
             yield "window: cannot be combined with any_order"
         if problem := window_problem(self.window, self.dilations, self.positions.shape):
@@ -98,7 +102,8 @@ class OrderedConfig(TransformerConfig):
         return self.dilation or (1,) * self.depth
 
     def random_share_at(self, progress: float) -> float:
-        """Return the share of images in random orders at `progress`, the share of training done (RAR, eq. 4)."""
+        """Return the share of images in random orders at `progress`, the completed fraction of training (RAR, eq.
+        4)."""
         begin, end = self.anneal
         left = 1.0 if progress < begin else max(0.0, (end - progress) / max(end - begin, 1e-9))
         return self.random_share + (1 - self.random_share) * left
@@ -107,7 +112,7 @@ class OrderedConfig(TransformerConfig):
 class Block(nn.Module):
     """Pre-normalised attention and SwiGLU on a residual stream `(B, N, dim)`.
 
-    causal: attend to the position itself and earlier ones, else to all; window: only to those near.
+    causal: attend only to the position itself and earlier ones. window: attend only to nearby ones.
     """
 
     def __init__(self, config: TransformerConfig, *, causal: bool, window: Window | None = None) -> None:
@@ -124,7 +129,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
-        """Map `(B, N, dim)` to the same; rotations: of queries and keys, `([B,] N, 2, dim / heads / 2, 2)`."""
+        """Map `(B, N, dim)` to the same shape. rotations: of queries and keys, `([B,] N, 2, dim / heads / 2, 2)`."""
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.qkv(self.attention_norm(x)).chunk(3, -1))
         rotations = rotations.unsqueeze(-4)  # ([B,] N, 1, 2, width / 2, 2): the same for all heads
         q = rotate(unit(q), rotations[..., 0, :, :] * self.gain.unsqueeze(-1)).to(v.dtype)
@@ -135,7 +140,7 @@ class Block(nn.Module):
         return x + self.dropout(self.down(F.silu(gate) * up))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        """Attend; `(B, N, heads, width)` each, to the same."""
+        """Attend; inputs and output are `(B, N, heads, width)`."""
         if self.window is not None:
             return self.window.attend(q, k, v, dropout)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -143,7 +148,7 @@ class Block(nn.Module):
 
 
 def unit(x: Tensor) -> Tensor:
-    """Scale `x` to a root mean square of 1 along its last axis, at least in float32."""
+    """Scale `x` to a root mean square of 1 along its last axis, in float32 or float64."""
     return F.rms_norm(at_least_float32(x), x.shape[-1:], eps=EPS)
 
 
@@ -151,15 +156,15 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     """Rotate and scale each pair of `x` (B, N, heads, width): `rotations` ([B,] N, 1 or heads, width / 2, 2) holds cos
     and sin times the scale."""
     pairs = x.unflatten(-1, (-1, 2))
-    if not torch.compiler.is_compiling():  # a complex product is a single pass over memory
+    if not torch.compiler.is_compiling():  # a complex product makes a single pass over memory
         return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotations)).flatten(-2)
-    (a, b), (cos, sin) = pairs.unbind(-1), rotations.unbind(-1)  # the compiler has no complex numbers
+    (a, b), (cos, sin) = pairs.unbind(-1), rotations.unbind(-1)  # the compiler does not support complex numbers
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
 class Rotations(nn.Module):
     """Rotary positions (2-D RoPE): cos and sin of each cell's angles, `(cells, width / 2, 2)`. The pairs of a head are
-    divided among the axes. Never below float32, whatever the type of the weights."""
+    divided among the axes. The table stays float32 or float64, whatever the type of the weights."""
 
     table: Tensor
 
@@ -185,8 +190,8 @@ def coordinates(shape: tuple[int, ...]) -> Tensor:
 
 
 def reset(parameters: Iterable[nn.Parameter], blocks: Any) -> None:
-    """Draw normal weights of deviation 0.02, and smaller ones at the end of each branch, so that the residual stream
-    does not grow with depth (GPT-2)."""
+    """Initialize weights with standard deviation 0.02, and smaller at the end of each branch, so that the residual
+    stream does not grow with depth (GPT-2)."""
     for parameter in parameters:
         if parameter.ndim == 2 and parameter.shape[1] > 1:
             nn.init.normal_(parameter, std=0.02)

@@ -1,4 +1,4 @@
-"""Stage one: images to a grid of ids and back; nothing to do with tokenizers of text. Needs torch and pydantic."""
+"""Stage one: encode images as grids of ids and decode them (unrelated to text tokenizers). Needs torch and pydantic."""
 
 from typing import TYPE_CHECKING
 
@@ -6,7 +6,7 @@ __all__ = ["Reconstruction", "TokenGrid", "Tokenizer"]
 
 if TYPE_CHECKING:
     from .base import Reconstruction, TokenGrid, Tokenizer
-else:  # `tokenizer.files` and `tokenizer.config` are used without torch, which takes seconds to import
+else:  # importing torch takes seconds, and `tokenizer.files` and `tokenizer.config` do not need it
 
     def __getattr__(name: str) -> object:
         if name not in __all__:

@@ -1,4 +1,4 @@
-"""The base of tokenizers with networks: encoder, quantizer and decoder (van den Oord et al. 2017)."""
+"""Base class of neural tokenizers: encoder, quantizer and decoder (van den Oord et al. 2017)."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from .quantizers.ema import EMAConfig
 
 
 class DecoderConfig(TokenizerConfig):
-    """How the decoder models pixels."""
+    """The decoder's pixel distribution."""
 
     likelihood: Annotated[ModelConfig | None, Node("tokenizer.likelihoods:Likelihood")] = Field(
         None,
-        description="distribution over a pixel's 256 values, needed for bits per dim and lossless compression; "
-        "null: the decoder predicts a single value",
+        description="distribution over a pixel's 256 values, required for bits per dim and lossless compression; null: "
+        "the decoder predicts a single value",
     )
 
 
 class AutoencoderConfig(DecoderConfig):
-    """The decoder's settings and the quantizer."""
+    """Settings of the decoder and the quantizer."""
 
     quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        EMAConfig(), description="turns vectors into ids"
+        EMAConfig(), description="maps vectors to ids"
     )
 
 
 class Autoencoder(Tokenizer):
-    """Subclasses set `encoder`, (B, C, H, W) to (B, quantizer.dim, H / f, W / f), and `decoder`, from there to
-    (B, outputs, H, W).
+    """Subclasses define `encoder`, which maps (B, C, H, W) to (B, quantizer.dim, H / f, W / f), and `decoder`, which
+    maps that to (B, outputs, H, W).
 
-    With a likelihood, `decode` returns its `mean`, and `forward` adds the loss `nll`, in nats per pixel channel.
+    With a likelihood, `decode` returns its `mean`, and `forward` adds the loss `nll` in nats per pixel channel.
     """
 
     encoder: nn.Module
     decoder: nn.Module
     outputs: int
-    """The decoder's output channels: those of the image, or the likelihood's parameters."""
+    """Number of decoder output channels: the image's channels, or the likelihood's parameters."""
 
     def __init__(self, config: Any, factor: int, quantizer: Quantizer | None = None) -> None:
         """factor: image pixels per position along each side. quantizer: replaces the configured one."""
@@ -63,32 +63,32 @@ class Autoencoder(Tokenizer):
     @torch.no_grad()
     @full_float32()
     def encode(self, images: Tensor) -> Tensor:
-        """Tokens `(B, *grid.shape)` of `images`. Raises `ValueError` for images of another size."""
+        """Return tokens `(B, *grid.shape)`. Raises `ValueError` for images of another size."""
         self.check_images(images)
         return self.quantizer.encode(self._embed(images))
 
     @full_float32()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images of `tokens`, clamped to [-1, 1]. Raises `ValueError` for ids out of range."""
+        """Return images clamped to [-1, 1]. Raises `ValueError` for ids out of range."""
         self.grid.check(tokens)
         return self._image(self._decode_tokens(tokens)).clamp(-1, 1)
 
     @full_float32()
     def decode_scales(self, tokens: Tensor, count: int) -> Tensor:
-        """Images of the first `count` of `grid.scales` alone, coarse to fine. Raises `ValueError` as `decode` does, and
-        for a quantizer without scales."""
+        """Decode only the `count` coarsest of `grid.scales`. Raises `ValueError` as `decode` does, and for a quantizer
+        without scales."""
         self.grid.check(tokens)
         return self._image(self._decode_vectors(self.quantizer.lookup_scales(tokens.long(), count))).clamp(-1, 1)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Return reconstruction, tokens and losses; images are clamped in eval mode only. Raises `ValueError` for
-        images of another size."""
+        """Return reconstruction, tokens and losses; clamp images only in eval mode. Raises `ValueError` for images of
+        another size."""
         self.check_images(images)
         z_q, tokens, losses = self.quantizer.quantize(self._embed(images))
         return self._reconstruction(images, z_q, tokens, losses)
 
     def _reconstruction(self, images: Tensor, z: Tensor, tokens: Tensor, losses: dict[str, Tensor]) -> Reconstruction:
-        """Decode `z`; adds `nll` to `losses` with a likelihood."""
+        """Decode `z`, and with a likelihood add `nll` to `losses`."""
         outputs = self._decode_vectors(z)
         if self.likelihood is not None:
             losses = {**losses, "nll": -self.likelihood.log_prob(outputs, to_values(images)).mean()}
@@ -122,7 +122,7 @@ class Autoencoder(Tokenizer):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The quantizer's weights, and 1 for `nll`."""
+        """The quantizer's loss weights, and 1 for `nll`."""
         return {**self.quantizer.loss_weights, **({} if self.likelihood is None else {"nll": 1.0})}
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Autoencoder(Tokenizer):
         return self._decode_vectors(self.quantizer.lookup_checked(tokens.long()))
 
     def _decode_vectors(self, z_q: Tensor) -> Tensor:
-        """The decoder's output, at least in float32: images, or the likelihood's parameters."""
+        """Return the decoder's output in float32 or float64: images, or the likelihood's parameters."""
         dtype = next(self.decoder.parameters()).dtype
         out = self.decoder(z_q.to(dtype))
         return at_least_float32(out)

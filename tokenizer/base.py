@@ -1,4 +1,4 @@
-"""The contract of stage one: a tokenizer turns images into a grid of ids and back."""
+"""The contract of stage one: a tokenizer maps images to grids of ids and back."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .scales import Scales, areas, scales_problem
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """The shape of an image's tokens and the number of ids; `len(grid)` is the number of tokens.
+    """The shape of an image's tokens and the vocabulary size; `len(grid)` is the number of tokens.
 
-    scales: (height, width) of each map of ids, coarse to fine, where the tokens `(L,)` are several maps of an image.
-    levels: number of ids of each position; the first ids of all positions come before the second ones along the first
-    axis. channels: number of channels if the ids are intensities of pixels: row `channels * i + c` holds channel c of
-    image row i; 0 if the ids are codes.
+    scales: (height, width) of each map, coarse to fine, if the tokens `(L,)` hold several maps of one image.
+    levels: number of ids per position; along the first axis, the first ids of all positions precede the second ids.
+    channels: number of channels if ids are pixel intensities (row `channels * i + c` holds channel c of image row i);
+    0 if ids are codes.
     """
 
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ class TokenGrid:
                 f"a grid needs positive whole sizes (got shape {self.shape}, vocab_size {self.vocab_size})"
             )
         if math.prod(self.shape) > 1 << 20 or self.vocab_size > 1 << 20:
-            raise ConfigError(f"a grid holds at most 2^20 tokens of 2^20 ids (got {self.shape}, {self.vocab_size})")
+            raise ConfigError(f"a grid may have at most 2^20 tokens and 2^20 ids (got {self.shape}, {self.vocab_size})")
         if self.scales and (problem := scales_problem(self.scales, self.shape)):
             raise ConfigError(f"scales: {problem}")
         if problem := positions_problem(self):
@@ -53,17 +53,17 @@ class TokenGrid:
 
     @property
     def ids_per_position(self) -> int:
-        """The number of ids of a position: its levels, or the channels of a pixel."""
+        """Number of ids per position: its levels, or a pixel's channels."""
         return max(self.levels, self.channels)
 
     @property
     def positions(self) -> TokenGrid:
-        """The grid of positions, with one id for each."""
+        """The grid with a single id per position."""
         return TokenGrid((self.shape[0] // self.ids_per_position, *self.shape[1:]), self.vocab_size)
 
     @property
     def cells(self) -> Tensor:
-        """The raster indices of each position's ids, int64 `(P, ids_per_position)`."""
+        """Raster indices of each position's ids, int64 `(P, ids_per_position)`."""
         indices = torch.arange(len(self), device="cpu")
         if not self.channels:
             return indices.view(self.levels, -1).t().contiguous()
@@ -80,7 +80,7 @@ class TokenGrid:
                 f"tokens should be whole numbers of shape (B, {', '.join(map(str, self.shape))}), "
                 f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
             )
-        ids = tokens.long()  # torch has no minimum of uint16, the type in token files
+        ids = tokens.long()  # token files store uint16, for which torch has no `min`
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size):
             raise ValueError(
                 f"token ids should lie in [0, {self.vocab_size}), got {int(ids.min())} to {int(ids.max())}"
@@ -94,14 +94,14 @@ def positions_problem(grid: TokenGrid) -> str | None:
         if isinstance(count, bool) or not isinstance(count, int) or count < (name == "levels"):
             return f"{name}: expected a whole number (got {count!r})"
     if grid.levels > 1 and (grid.channels or grid.scales):
-        return f"levels: ids of {grid.levels} levels are neither pixels nor maps of scales"
+        return f"levels: {grid.levels} levels cannot be combined with channels or scales"
     if grid.shape[0] % grid.ids_per_position:
         return f"a grid of {grid.shape[0]} rows cannot hold {grid.ids_per_position} ids for each position"
     return None
 
 
 def read_grid(value: Any) -> TokenGrid:
-    """Parse the JSON form of a grid; a grid is returned unchanged. Raises `ValueError`."""
+    """Parse the JSON form of a grid; return a `TokenGrid` unchanged. Raises `ValueError`."""
     if isinstance(value, TokenGrid):
         return value
     if not isinstance(value, dict) or set(value) - {"scales", "levels", "channels"} != {"shape", "vocab_size"}:
@@ -119,7 +119,7 @@ def read_grid(value: Any) -> TokenGrid:
 
 
 def grid_to_dict(grid: TokenGrid) -> dict[str, Any]:
-    """Return the JSON form of a grid, without defaults."""
+    """Return the JSON form of a grid, omitting defaults."""
     scales = {"scales": [list(sides) for sides in grid.scales]} if grid.scales else {}
     levels = {"levels": grid.levels} if grid.levels > 1 else {}
     channels = {"channels": grid.channels} if grid.channels else {}
@@ -127,15 +127,15 @@ def grid_to_dict(grid: TokenGrid) -> dict[str, Any]:
 
 
 Grid = Annotated[TokenGrid, PlainValidator(read_grid), PlainSerializer(grid_to_dict, return_type=dict)]
-"""A grid as a field of a configuration."""
+"""Field type for a grid in a configuration."""
 
 
 class LikelihoodError(ValueError):
-    """A density of pixels was asked for, but the tokenizer has no likelihood."""
+    """Raised when a pixel density is requested from a tokenizer without a likelihood."""
 
 
 class Reconstruction(NamedTuple):
-    """The result of `Tokenizer.forward`: images `(B, C, H, W)`, tokens `(B, *grid.shape)`, unweighted scalar losses."""
+    """Result of `Tokenizer.forward`: images `(B, C, H, W)`, tokens `(B, *grid.shape)`, unweighted scalar losses."""
 
     images: Tensor
     tokens: Tensor
@@ -146,14 +146,14 @@ class TokenizerConfig(ModelConfig):
     """Settings shared by all tokenizers."""
 
     image_size: Fact[tuple[Annotated[int, Field(ge=1, le=4096)], ...]] = Field(
-        description="height and width of the images; a single number is both"
+        description="height and width of the images; a single number sets both"
     )
     channels: Fact[Literal[1, 3]] = Field(description="1 for grey, 3 for RGB")
 
     @field_validator("image_size", mode="before")
     @classmethod
     def _of_one_side(cls, value: Any) -> Any:
-        """Read a single number as the side of square images."""
+        """Expand a single number to the height and width of square images."""
         if isinstance(value, int) and not isinstance(value, bool):
             return (value, value)
         if not isinstance(value, (list, tuple)):
@@ -167,10 +167,10 @@ class TokenizerConfig(ModelConfig):
 
 
 class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
-    """Images `(B, C, H, W)` in [-1, 1] to tokens `(B, *grid.shape)` and back.
+    """Maps images `(B, C, H, W)` in [-1, 1] to tokens `(B, *grid.shape)` and back.
 
-    `encode`, `decode` and the likelihoods compute in `full_float32`, so that GPUs and CPUs agree up to rounding.
-    `forward` computes in the precision that the user chose for training.
+    `encode`, `decode` and the likelihoods run in `full_float32`, so GPUs and CPUs agree up to rounding. `forward`
+    computes in the precision that the user chose for training.
 
     A training loop calls `initialize` once, then the tokenizer itself, which runs `forward`. In training mode and with
     gradients enabled, a codebook that updates itself does so after each call (see `quantizers/updates.py`).
@@ -180,9 +180,9 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
     image_shape: tuple[int, int, int]
     """(C, H, W), from the configuration."""
     levels: int = 1
-    """Number of ids per position; the grid has this many rows for each row of positions."""
+    """Number of ids per position; each row of positions takes this many rows of the grid."""
     prefixes: tuple[int, ...] = ()
-    """Prefix lengths to show in previews, the last being all tokens; empty if prefixes do not decode."""
+    """Prefix lengths to show in previews, ending with the full length; empty if prefixes cannot be decoded."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
@@ -191,33 +191,33 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
             return super().__call__(*args, **kwargs)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the tokens `(B, *grid.shape)` of `images`."""
+        """Return tokens `(B, *grid.shape)`."""
         raise NotImplementedError
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Return the images of `tokens`, clamped to [-1, 1]."""
+        """Return images clamped to [-1, 1]."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Reconstruct `images` for training: the result has gradients and losses."""
+        """Reconstruct `images`, with gradients and losses for training."""
         raise NotImplementedError
 
     def initialize(self, images: Tensor) -> None:  # noqa: B027 (most models need no images)
-        """Prepare for training; called once, with training images `(B, C, H, W)` in [-1, 1], for tokenizers that start
-        from their statistics or consist of them. Raises `ConfigError` if the images do not suit the configuration."""
+        """Initialize from training images `(B, C, H, W)` in [-1, 1]; called once before training. Raises `ConfigError`
+        if the images do not suit the configuration."""
 
     def start_from(self, other: Tokenizer) -> None:
-        """Copy the weights of `other`, which has the same configuration. Raises `ConfigError` naming what differs."""
+        """Copy the weights of `other`. Raises a `ConfigError` that lists settings on which the two differ."""
         mine, theirs = self.config.to_dict(), other.config.to_dict()
         differing = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
         if differing:
             pairs = ", ".join(f"{key} {theirs.get(key)!r} there, {mine.get(key)!r} here" for key in differing)
-            raise ConfigError(f"{self.name}: cannot start from a tokenizer of another configuration: {pairs}")
+            raise ConfigError(f"{self.name}: cannot start from a tokenizer with another configuration: {pairs}")
         self.load_state_dict(other.state_dict())
 
     @property
     def has_likelihood(self) -> bool:
-        """Whether the tokenizer has p(image | tokens), which `pixel_log_probs` and `value_log_probs` need."""
+        """Whether the tokenizer defines p(image | tokens), as `pixel_log_probs` and `value_log_probs` require."""
         return False
 
     @property
@@ -226,12 +226,12 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
         return False
 
     def pixel_log_prob(self, images: Tensor, tokens: Tensor) -> Tensor | None:
-        """Return log p(images | tokens) of 8-bit images, `(B,)` nats; None without a likelihood. Raises `ValueError`
-        for other numbers or shapes of images."""
+        """Return log p(images | tokens) of 8-bit images, `(B,)` nats; None without a likelihood. Raises `ValueError` if
+        the images do not match the tokens."""
         if not self.has_likelihood:
             return None
         if images.shape != (wanted := (len(tokens), *self.image_shape)):
-            raise ValueError(f"images should have shape {wanted}, to match the tokens, got {tuple(images.shape)}")
+            raise ValueError(f"images should have shape {wanted} to match the tokens, got {tuple(images.shape)}")
         return in_finest(self.pixel_log_probs(images, tokens)).flatten(1).sum(1).float()
 
     def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
@@ -251,12 +251,12 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The weight of each of `forward`'s losses in the training loss, beside the pixel losses."""
+        """Weights of `forward`'s losses, which are added to the pixel losses."""
         return {}
 
     @property
     def figures(self) -> dict[str, Tensor]:
-        """Metrics of the last steps, logged in training beside the losses."""
+        """Running metrics, logged with the training losses."""
         return {}
 
     @property
@@ -266,16 +266,17 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
 
     @property
     def placed(self) -> bool:
-        """Whether each token represents a part of the image, so that `known_tokens` works."""
+        """Whether each token represents one region of the image, as `known_tokens` requires."""
         return len(self.grid.shape) > 1
 
     def known_tokens(self, known: Tensor) -> Tensor:
-        """Return which tokens are known, `(B, *grid.shape)`, given the known pixels, bool `(B, H, W)`: a token is known
-        if its whole patch is. The tokens of a two-axis grid tile the image; a taller grid holds several levels. Raises
-        `ValueError` unless tokens are `placed`."""
+        """Map known pixels, bool `(B, H, W)`, to known tokens `(B, *grid.shape)`: a token is known if all pixels of its
+        patch are. Tokens of a two-axis grid tile the image, once per level. Raises `ValueError` unless tokens are
+        `placed`."""
         if self.grid.scales:
             raise ValueError(
-                "a coarse scale's token belongs to no part of the image, so known pixels make no token known"
+                "multi-scale tokens do not represent single image regions, so known pixels do not determine known "
+                "tokens"
             )
         _, height, width = self.image_shape
         rows, columns = self.grid.shape[0] // self.levels, self.grid.shape[1]
@@ -292,10 +293,10 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
 
 
 def codebook_usage(counts: Tensor) -> dict[str, Tensor]:
-    """Return `usage`, the share of ids that occur, and `perplexity` (1 to vocab_size), exp of the entropy of their
+    """Return `usage`, the fraction of ids that occur, and `perplexity` (1 to vocab_size), exp of the entropy of the id
     frequencies.
 
-    counts: how often each id occurred, `(vocab_size,)`.
+    counts: number of occurrences of each id, `(vocab_size,)`.
     """
     p = in_finest(counts) / counts.sum().clamp(min=1)
     entropy = -(p * p.clamp(min=torch.finfo(p.dtype).tiny).log()).sum()

@@ -1,4 +1,4 @@
-"""Checks of the promises of tokenizers and quantizers, for models from outside this package."""
+"""Contract checks for tokenizers and quantizers defined outside this package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .quantizers.base import Quantizer
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> Iterator[tuple[str, str | None]]:
-    """Yield (promise, what is wrong or None) for each promise of a tokenizer, tried on random images."""
+    """Test a tokenizer on random images; yield (promise, problem or None) for each promise."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(4, *tokenizer.image_shape, generator=generator) * 2 - 1
     problem = problem_of(lambda: tokenizer.initialize(images))
@@ -57,7 +57,7 @@ def check_tokenizer(tokenizer: Tokenizer) -> Iterator[tuple[str, str | None]]:
 
 
 def check_quantizer(quantizer: Quantizer) -> Iterator[tuple[str, str | None]]:
-    """Yield (promise, what is wrong or None) for each promise of a quantizer, tried on random vectors."""
+    """Test a quantizer on random vectors; yield (promise, problem or None) for each promise."""
     quantizer.eval()
     size = quantizer.scales[-1] if quantizer.scales else (4, 4)
     z = torch.randn(4, quantizer.dim, *size, generator=torch.Generator().manual_seed(0))
@@ -83,19 +83,19 @@ def check_quantizer(quantizer: Quantizer) -> Iterator[tuple[str, str | None]]:
             (result.z_q.square().sum() + sum(result.losses.values(), torch.zeros(()))).backward()
         quantizer.eval()
         reached = torch.zeros(quantizer.dim) if given.grad is None else given.grad.abs().amax((0, 2, 3))
-        expect(bool((reached > 0).all()), "no gradient reaches some channels of z")
+        expect(bool((reached > 0).all()), "some channels of z receive no gradient")
 
     checks: dict[str, Callable[[], None]] = {
         "tokens are ids of the codebook": tokens_fit,
         "lookup inverts quantize": lookup_inverts,
-        "a gradient reaches every channel": gradients_arrive,
+        "every channel receives a gradient": gradients_arrive,
     }
     for promise, check in checks.items():
         yield promise, problem_of(check)
 
 
 def problem_of(check: Callable[[], Any]) -> str | None:
-    """Run a check without gradients; return what is wrong, in one line, or None."""
+    """Run a check without gradients; return its problem in one line, or None."""
     try:
         with torch.no_grad():
             check()

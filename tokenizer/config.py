@@ -1,11 +1,10 @@
-"""Configurations: frozen pydantic models whose fields have a type, a range, a default and a one-sentence description.
+"""Configurations: frozen pydantic models whose fields declare a type, range, default and description.
 
     class GPTConfig(PriorConfig):
         dim: int = Field(128, ge=8, le=16384, description="width of the residual stream")
 
-The same class describes a model in a preset, in `--help` and in a saved `config.json`. Two marks say what a type
-cannot: `Fact[int]` is set by the data, and `Annotated[ModelConfig, Node("module:Family")]` holds another model's
-configuration.
+One class serves presets, `--help` and saved `config.json` files. Two marks extend the types: the data determine
+`Fact[int]`, and `Annotated[ModelConfig, Node("module:Family")]` holds the configuration of another model.
 """
 
 from __future__ import annotations
@@ -51,18 +50,18 @@ FACT = "a fact of the data"
 T = TypeVar("T")
 Data = dict[str, Any]
 Fact = Annotated[T, FACT]
-"""A setting that comes from the data (grid, classes, image size), which a preset may not set."""
+"""A setting determined by the data (grid, classes, image size); presets may not set it."""
 
 
 class Settings(BaseModel):
-    """Base of every configuration: frozen; no unknown keys, no infinities, no conversion of types."""
+    """Base class of configurations: frozen, with no unknown keys, infinities or type conversion."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _from_text(cls, value: Any, info: ValidationInfo) -> Any:
-        """Convert what JSON and YAML cannot express: a tuple is a list there, and 1e-3 is text."""
+        """Convert lists to tuples and numeric strings to floats: JSON has no tuples, and YAML reads 1e-3 as text."""
         hints = type_options(cls.model_fields[str(info.field_name)].annotation)
         origins = {get_origin(hint) or hint for hint in hints}
         if isinstance(value, list) and tuple in origins:
@@ -76,13 +75,13 @@ class Settings(BaseModel):
             except ValueError:
                 return value
         allowed = [choice for hint in hints if get_origin(hint) is Literal for choice in get_args(hint)]
-        if value in allowed and type(value) not in map(type, allowed):  # true equals 1
+        if value in allowed and type(value) not in map(type, allowed):  # in Python, True == 1
             raise PydanticKnownError("literal_error", {"expected": ", ".join(map(repr, allowed))})
         return value
 
     @classmethod
     def nested(cls, name: str, value: Data) -> type[Settings] | None:
-        """Return the configuration class of `value` in the field `name`, if it has one."""
+        """Return the configuration class for `value` in the field `name`, or None."""
         field = cls.model_fields[name]
         if node := find_mark(field, Node):
             kind = value.get("kind")
@@ -92,12 +91,12 @@ class Settings(BaseModel):
 
 
 def find_mark(field: FieldInfo, mark: type[T]) -> T | None:
-    """Return the field's mark of this class, or None."""
+    """Return the field's metadata of type `mark`, or None."""
     return next((found for found in field.metadata if isinstance(found, mark)), None)
 
 
 def type_options(hint: Any) -> list[Any]:
-    """Return the types that an annotation allows, with unions flattened."""
+    """Return the types that an annotation allows, flattening unions."""
     if get_origin(hint) is Annotated:
         return type_options(get_args(hint)[0])
     if get_origin(hint) in (Union, types.UnionType):
@@ -110,11 +109,11 @@ def type_options(hint: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Node:
-    """Mark a field that holds a `{kind: ...}` node, a member of a family: `Node("tokenizer.quantizers:Quantizer")`.
-    only: the allowed members; empty: all.
+    """Mark a field that holds a `{kind: ...}` node of a family: `Node("tokenizer.quantizers:Quantizer")`. only: the
+    allowed kinds; empty allows all.
 
-    A plain string is the kind. A `ModelConfig` field becomes the configuration of that kind. A `dict` field stays a
-    node, as in a preset: without facts, and with the defaults of its kind filled in.
+    A plain string is read as the kind. A `ModelConfig` field parses the node into that kind's configuration. A `dict`
+    field keeps the node as in a preset, without facts, and fills in the defaults of its kind.
     """
 
     family: str
@@ -122,18 +121,18 @@ class Node:
 
     def load(self) -> Any:
         """Import the family's class."""
-        module, _, name = self.family.partition(":")  # written in our code, never read from a file
+        module, _, name = self.family.partition(":")  # a constant in our code, never read from a file
         return getattr(importlib.import_module(module), name)
 
     def kinds(self) -> list[str]:
-        """The names of the members."""
+        """List the allowed kinds."""
         return list(self.only) or self.load().available()
 
     def find_member(self, node: Data) -> Any:
-        """The class that a node names. Raises `ValidationError`."""
+        """Return the class of the node's kind. Raises `ValidationError`."""
         kind = node.get("kind")
         if "kind" not in node:
-            raise make_validation_error(("kind", f"missing; there are {', '.join(self.kinds())}"))
+            raise make_validation_error(("kind", f"missing; must be one of {', '.join(self.kinds())}"))
         if self.only and kind not in self.only:
             raise make_validation_error(("kind", f"must be {' or '.join(self.only)} (got {quote(kind)})"))
         if not self.load().has(kind):
@@ -141,7 +140,7 @@ class Node:
         return self.load().find(kind)
 
     def to_config(self, value: Any) -> ModelConfig:
-        """The configuration of the member that a node names."""
+        """Parse a node into the configuration of its kind."""
         if isinstance(value, ModelConfig):
             if self.only:
                 self.find_member({"kind": value.kind})
@@ -151,16 +150,16 @@ class Node:
         try:
             config: ModelConfig = member.Config(**{key: item for key, item in node.items() if key != "kind"})
         except ConfigError as error:
-            raise error.details or error from None  # with the location of each problem
+            raise error.details or error from None  # pydantic's error locates each problem
         return config
 
     def to_preset(self, value: Any) -> Data:
-        """A node with the defaults of its kind filled in."""
+        """Return the node with the defaults of its kind filled in."""
         node = self._as_node(value)
         choices = self.find_member(node).choices()
         whole = with_defaults(choices, merge(defaults_of(choices), node))
         choices.model_validate(whole)
-        return whole  # as written, not as validated: 1 does not become 1.0
+        return whole  # not the validated values, which would turn 1 into 1.0
 
     def _as_node(self, value: Any) -> Data:
         value = {"kind": value} if isinstance(value, str) else value
@@ -177,7 +176,8 @@ class Node:
 
 
 def nested_models(field: FieldInfo) -> dict[str, type[Settings]]:
-    """Return the configuration classes that a field allows, by `kind`; the key is "" for a field that is not a node."""
+    """Map each `kind` that a field allows to its configuration class; a field that is not a node has the single key
+    ""."""
     if node := find_mark(field, Node):
         return {kind: node.load().find(kind).choices() for kind in node.kinds()}
     hints = type_options(field.annotation)
@@ -189,7 +189,7 @@ def nested_models(field: FieldInfo) -> dict[str, type[Settings]]:
 
 
 class ModelConfig(Settings):
-    """Base of every model's configuration; a wrong value raises a `ConfigError` that names the field."""
+    """Base class of model configurations; an invalid value raises a `ConfigError` that names the field."""
 
     kind: ClassVar[str] = ""
 
@@ -200,7 +200,7 @@ class ModelConfig(Settings):
             lines = "; ".join(explain(type(self), values, error))
             refusal = ConfigError(f"{self.kind or type(self).__name__}: {lines}")
             refusal.details = error
-            raise refusal from None  # pydantic's own text, many lines, would come first
+            raise refusal from None  # hide pydantic's multi-line message
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -209,24 +209,24 @@ class ModelConfig(Settings):
         return self
 
     def check(self) -> Iterator[str]:
-        """Yield the problems between fields, one sentence each, which starts with the name of a field."""
+        """Yield inconsistencies between fields, each as 'FIELD: problem'."""
         return iter(())
 
     def to_dict(self) -> Data:
-        """The configuration as JSON values, `kind` first."""
+        """Return the configuration as JSON values, `kind` first."""
         return {"kind": self.kind, **self.model_dump(mode="json")}
 
 
 class Choices(Settings):
-    """Base of the settings of a model that a preset may hold."""
+    """Base class of the model settings that a preset may contain."""
 
     facts: ClassVar[tuple[str, ...]] = ()
 
 
 @cache
 def choices_of(config: type[ModelConfig], doc: str | None) -> type[Choices]:
-    """The settings of a model that a preset may hold: its configuration without facts, and nested configurations as
-    nodes. doc: the docstring of the model."""
+    """Derive the settings that a preset may contain: a model's configuration without facts, and with nested
+    configurations as nodes. doc: the model's docstring."""
     fields: Data = {"kind": (Literal[config.kind], config.kind)}
     for name, field in config.model_fields.items():
         hint: Any = field.annotation
@@ -248,7 +248,7 @@ def choices_of(config: type[ModelConfig], doc: str | None) -> type[Choices]:
 
 
 def defaults_of(cls: type[Settings]) -> Data:
-    """Return the defaults, into which overrides of single keys can be merged."""
+    """Return all defaults, with those of nested nodes filled in."""
     optional = {name: field for name, field in cls.model_fields.items() if not field.is_required()}
     return with_defaults(
         cls, {name: to_plain(field.get_default(call_default_factory=True)) for name, field in optional.items()}
@@ -256,7 +256,7 @@ def defaults_of(cls: type[Settings]) -> Data:
 
 
 def with_defaults(cls: type[Settings], data: Data) -> Data:
-    """Fill the defaults of every node's kind into `data`, so that each node has a `kind`."""
+    """Fill each node of `data` with the defaults of its kind, so every node has a `kind`."""
     found = dict(data)
     for name, field in cls.model_fields.items():
         value, is_node = data.get(name), find_mark(field, Node) is not None
@@ -267,8 +267,8 @@ def with_defaults(cls: type[Settings], data: Data) -> Data:
 
 
 def merge(old: Data, new: Data) -> Data:
-    """Merge `new` into `old`, mappings key by key; a node whose `kind` changes is replaced. A string in place of a node
-    is its kind."""
+    """Merge `new` into `old`, mappings key by key. A node whose `kind` changes is replaced. A string in place of a node
+    is read as its kind."""
     if "kind" in old and new.get("kind", old["kind"]) != old["kind"]:
         old = {}
     nodes = [key for key, value in old.items() if isinstance(value, dict) and "kind" in value]
@@ -278,7 +278,7 @@ def merge(old: Data, new: Data) -> Data:
 
 
 def to_plain(value: Any) -> Any:
-    """Convert a value to plain YAML or JSON types; a model's configuration becomes its node."""
+    """Convert a value to plain YAML or JSON types, and a model's configuration to a node."""
     if isinstance(value, ModelConfig):
         return value.to_dict()
     if isinstance(value, BaseModel):
@@ -286,7 +286,7 @@ def to_plain(value: Any) -> Any:
     return [to_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
-# Errors of pydantic in one line a key -------------------------------------------------------------
+# One-line messages for pydantic's errors -----------------------------------------------------------
 
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 TEXT, MAPPING = "text", "a mapping of keys"
@@ -309,8 +309,8 @@ def explain(
     error: ValidationError,
     search: Callable[[str, Any], list[str]] | None = None,
 ) -> list[str]:
-    """Describe the errors that pydantic found in `data`, one line a key, of the first 20 keys. `search` returns the
-    lines for an unknown key outside of models."""
+    """Describe pydantic's errors about `data`, one line per key, for at most 20 keys. `search` returns the lines for an
+    unknown key outside models."""
     details: dict[str, list[ErrorDetails]] = {}
     owners: dict[str, type[Any]] = {}
     for detail in error.errors(include_url=False):
@@ -332,8 +332,8 @@ def explain(
 
 
 def locate(cls: type[Any], data: Any, location: tuple[int | str, ...]) -> tuple[str, type[Any]]:
-    """Return the dotted key of pydantic's `location`, without branches of unions and positions in lists, and the
-    configuration class that the key belongs to."""
+    """Convert pydantic's `location` to a dotted key and the configuration class that owns it, dropping union branches
+    and list positions."""
     keys: list[str] = []
     owner: type[Any] = cls
     model: type[Any] | None = cls
@@ -349,34 +349,35 @@ def locate(cls: type[Any], data: Any, location: tuple[int | str, ...]) -> tuple[
 
 
 def describe_unknown_key(model: type[Any], key: str) -> str:
-    """Describe a key that the model does not have, in one line with the key that was probably meant."""
+    """Describe an unknown key in one line, suggesting the most similar key."""
     parent, _, name = key.rpartition(".")
     prefix = f"{parent}." if parent else ""
     if name in getattr(model, "facts", ()):
-        return f"{key}: a fact of the data, it cannot be set here"
+        return f"{key}: determined by the data, so it cannot be set here"
     known = [known for known in model.model_fields if known != "kind"]
     near = difflib.get_close_matches(name[:80], known, 1, 0.6)
-    hint = f"did you mean {prefix + near[0]!r}?" if near else f"there are {', '.join(known)}"
+    hint = f"did you mean {prefix + near[0]!r}?" if near else f"must be one of {', '.join(known)}"
     name = name if re.fullmatch(r"[\w.-]{1,64}", name) else quote(name)
     return f"{prefix}{name}: unknown key; {hint}"
 
 
 def describe_problems(key: str, details: list[ErrorDetails]) -> list[str]:
-    """Describe the problems of one key. If every branch of a union failed, branches of another type are left out."""
-    details = [detail for detail in details if detail["type"] != "too_short"] or details  # the others say more
+    """Describe the problems of one key. If all branches of a union failed, omit type errors where other errors
+    exist."""
+    details = [detail for detail in details if detail["type"] != "too_short"] or details  # too_short says least
     value = details[0]["input"]
     complaints = [describe_problem(detail) for detail in details if detail["type"] not in EXPECTED]
     if complaints:
         return [f"{key}: {text}".removeprefix(": ") for text in dict.fromkeys(complaints)]
     expected = " or ".join(dict.fromkeys(EXPECTED[detail["type"]] for detail in details))
     if isinstance(value, dict) and value and MAPPING not in expected:
-        return [f"{key}.{next(iter(value))}: {key} has no keys of its own, it is {expected}"]
-    quoting = "; text that looks like something else needs quotes" if TEXT in expected and value is not None else ""
+        return [f"{key}.{next(iter(value))}: {key} takes no nested keys; expected {expected}"]
+    quoting = "; quote text that YAML would read as another type" if TEXT in expected and value is not None else ""
     return [f"{key}: expected {expected} (got {show_value(value)}{quoting})"]
 
 
 def describe_problem(detail: ErrorDetails) -> str:
-    """Describe the problem of a value of the right type."""
+    """Describe the problem of a value whose type is correct."""
     kind, context, got = detail["type"], detail.get("ctx", {}), f" (got {show_value(detail['input'])})"
     for name, sign in SIGNS.items():
         if name in context:
@@ -397,7 +398,7 @@ def describe_problem(detail: ErrorDetails) -> str:
 
 
 def make_validation_error(*problems: Sequence[str]) -> ValidationError:
-    """Make one error of several problems, each a dotted key and a sentence."""
+    """Build one error from several problems, each a dotted key and a sentence."""
     details = [
         InitErrorDetails(
             type=PydanticCustomError("problem", "{problem}", {"problem": problem}),
@@ -410,11 +411,11 @@ def make_validation_error(*problems: Sequence[str]) -> ValidationError:
 
 
 def show_number(value: float) -> str:
-    """Format a bound without `.0`."""
+    """Format a bound, without `.0` for integers."""
     return str(int(value)) if float(value).is_integer() else str(value)
 
 
 def show_value(value: Any) -> str:
-    """Format a value as YAML would, on one line of at most 200 characters."""
+    """Format a value as one line of YAML with at most 200 characters."""
     text = repr(value) if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 200 else f"{text[:197]}..."

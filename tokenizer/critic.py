@@ -1,7 +1,8 @@
-"""The critic of VQGAN training (Esser et al. 2021): PatchGAN (Isola et al. 2017), and the losses of both players.
+"""The critic of VQGAN training (Esser et al. 2021): PatchGAN (Isola et al. 2017) and the losses of critic and
+generator.
 
-Logits are high where a patch looks real. Statistics over images (running means, the adaptive weight) are averaged over
-ranks, so that the number of processes does not change a run.
+High logits mark patches that look real. Statistics over images (running means, the adaptive weight) are averaged over
+ranks, so results do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -14,19 +15,19 @@ from torch.nn.utils.parametrizations import spectral_norm
 from .quantizers.updates import mean_over_ranks, updates_now
 
 NORMS = ("spectral", "batch", "none")
-KERNEL = 4  # of every convolution, with one row of zeros around its input
+KERNEL = 4  # of every convolution, with zero padding of 1
 DECAY = 0.999  # of the running means of logits
 LARGEST_WEIGHT = 1e4
 
 
 class Convolution(nn.Conv2d):
-    """4x4 convolution, `(B, width_in, H, W)` to `(B, width_out, h, w)`. Spectral normalisation computes its weight in
-    float32 even under autocast, so that the power iteration is the same in every precision."""
+    """A 4x4 convolution from `(B, width_in, H, W)` to `(B, width_out, h, w)`. Spectral normalisation runs in float32
+    even under autocast, so the power iteration does not depend on the precision."""
 
     def __init__(self, width_in: int, width_out: int, stride: int, bias: bool = True) -> None:
         super().__init__(width_in, width_out, KERNEL, stride=stride, padding=1, bias=bias)
-        # As in pix2pix. Under spectral normalisation only the direction of a weight matters, and biases that do not
-        # start at 0 would drown a signal that no layer amplifies.
+        # As in pix2pix. Spectral normalisation keeps only the direction of a weight, so no layer amplifies the signal,
+        # and non-zero initial biases would drown it.
         nn.init.normal_(self.weight, std=0.02)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -38,13 +39,13 @@ class Convolution(nn.Conv2d):
 
 
 class PatchCritic(nn.Module):
-    """Images `(B, channels, H, W)` in [-1, 1] to float32 logits `(B, 1, h, w)`, one for each of overlapping patches.
+    """Maps images `(B, channels, H, W)` in [-1, 1] to float32 logits `(B, 1, h, w)`, one per overlapping patch.
 
-    It has `layers` convolutions of stride 2 and two of stride 1. `norm`: "spectral" (Miyato et al. 2018) on every
-    convolution; "batch" on the inner ones, always with the statistics of the current batch of the process, so there are
-    no running statistics to differ between ranks; or "none".
+    The network has `layers` convolutions of stride 2, then two of stride 1. `norm`: "spectral" (Miyato et al. 2018) on
+    every convolution; "batch" on the inner ones, without running statistics, which would differ between ranks; or
+    "none".
 
-    Raises `ValueError` for another norm and for sizes below 1.
+    Raises `ValueError` for an unknown norm and for sizes below 1.
     """
 
     real_mean: Tensor
@@ -70,16 +71,16 @@ class PatchCritic(nn.Module):
         self.body = nn.Sequential(*body[:-1])
         for name in ("real_mean", "fake_mean"):
             self.register_buffer(name, torch.zeros(()))
-        self.register_buffer("tracked", torch.zeros((), dtype=torch.long))  # number of their updates
+        self.register_buffer("tracked", torch.zeros((), dtype=torch.long))  # number of updates of the means
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits. Raises `ValueError` for images that are too small for one patch."""
+        """Return the logits. Raises `ValueError` for images smaller than one patch."""
         self.map_size(*images.shape[2:])
         return self.body(images).float()
 
     @property
     def receptive_field(self) -> int:
-        """Side in pixels of the patch that one logit sees: 34, 70, 142 for 2, 3, 4 layers."""
+        """Side in pixels of the patch behind each logit: 34, 70, 142 for 2, 3, 4 layers."""
         field = 1
         for stride in reversed(self.strides):
             field = (field - 1) * stride + KERNEL
@@ -87,17 +88,17 @@ class PatchCritic(nn.Module):
 
     @property
     def smallest(self) -> int:
-        """The smallest side of images, which gives one logit."""
+        """The smallest supported image side, which yields one logit."""
         side = 1
         for stride in reversed(self.strides):
             side = (side - 1) * stride + KERNEL - 2
         return side
 
     def map_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the logits for images of this size. Raises `ValueError` if they are too small."""
+        """Return height and width of the logits for this image size. Raises `ValueError` if it is too small."""
         if min(height, width) < self.smallest:
             raise ValueError(
-                f"a critic of {len(self.strides) - 2} layers needs images of at least {self.smallest} pixels a side "
+                f"a critic with {len(self.strides) - 2} layers needs at least {self.smallest} pixels per side  "
                 f"(got {height} x {width}); use fewer layers"
             )
         for stride in self.strides:
@@ -105,12 +106,13 @@ class PatchCritic(nn.Module):
         return height, width
 
     def track(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Return the running means `(2,)` of real and fake logits, updated with these logits of all ranks; the first
-        logits initialise them. They are stored only in training with gradients enabled, and only if finite."""
+        """Update the running means of real and fake logits with these logits of all ranks, and return them `(2,)`. The
+        first call initialises the means. They are stored only in training with gradients enabled, and only if
+        finite."""
         stores = updates_now(self)
         with torch.no_grad():
             means = mean_over_ranks(torch.stack([real.float().mean(), fake.float().mean()]))
-            share = torch.where(self.tracked == 0, 1.0, 1 - DECAY)  # on the device: no wait for a GPU
+            share = torch.where(self.tracked == 0, 1.0, 1 - DECAY)  # on the device, to avoid a GPU sync
             moved = torch.stack([self.real_mean, self.fake_mean]).lerp(means, share)
             if stores:
                 finite = torch.isfinite(moved).all()
@@ -125,7 +127,7 @@ class PatchCritic(nn.Module):
 
 def hinge_critic_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Half of E[max(0, 1 - D(x))] + E[max(0, 1 + D(G(z)))] (Lim & Ye 2017). VQGAN's code halves it too, so published
-    weights of regularisers apply."""
+    regulariser weights apply."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
@@ -149,16 +151,16 @@ GENERATOR_LOSSES = {"hinge": hinge_generator_loss, "non_saturating": non_saturat
 
 
 def lecam(real: Tensor, fake: Tensor, real_mean: Tensor, fake_mean: Tensor) -> Tensor:
-    """E[|D(x) - a_F|^2] + E[|D(G(z)) - a_R|^2] with running means a of logits (Tseng et al. 2021, equation 5), a
-    regulariser of the critic for few images."""
+    """E[|D(x) - a_F|^2] + E[|D(G(z)) - a_R|^2] with running means a of the logits (Tseng et al. 2021, equation 5):
+    regularises the critic on small data sets."""
     return (real - fake_mean).square().mean() + (fake - real_mean).square().mean()
 
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
-    """|grad of the reconstruction loss| / (|grad of the adversarial loss| + 1e-6) at the last layer, clamped to
-    [0, 1e4] and detached (Esser et al. 2021, equation 7). It makes both gradients equally large there.
+    """|grad of the reconstruction loss| / (|grad of the adversarial loss| + 1e-6) at the last layer, clamped to [0,
+    1e4] and detached (Esser et al. 2021, equation 7). This makes both gradients equally large there.
 
-    Gradients are averaged over ranks before their norms are taken, so the weight is that of the whole batch. Both
+    Gradients are averaged over ranks before the norms are computed, so the weight is that of the global batch. Both
     graphs are retained. Raises `RuntimeError` if a loss does not depend on the layer.
     """
     losses = (reconstruction_loss, adversarial_loss)

@@ -1,7 +1,7 @@
-"""Reading and writing the folders of models: typed errors, JSON, manifests of sha256, and atomic replacement.
+"""Read and write model folders: typed errors, JSON, sha256 manifests and atomic replacement.
 
-A folder may come from anyone. Nothing is unpickled, and nothing is imported by a name found in a file. Any problem with
-a file raises one `PipelineLoadError` that names the file, what was found and what is allowed.
+Folders are untrusted. Nothing is unpickled, and no file decides what is imported. Any problem with a file raises one
+`PipelineLoadError` that names the file, its content and what is allowed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ T = TypeVar("T")
 MANIFEST = "manifest.json"
 READS = 5  # attempts to read a folder that is being replaced
 ASIDE = ".del"
-"""Prefix of the temporary name of a folder that is being replaced."""
+"""Name prefix of a folder while it is being replaced."""
 MAX_JSON_BYTES = 1 << 20
 MAX_MESSAGE, MAX_QUOTED, MAX_PATH = 900, 80, 300  # characters
 MAX_NAME = 255  # bytes of a file's name
@@ -36,24 +36,24 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
 """Error numbers of calls that a file system does not support."""
 EDITABLE = (".json", ".md")
-"""Text files, which users may edit: one that differs from the manifest is not overwritten."""
+"""Text files that users may edit; they are not overwritten if they differ from the manifest."""
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")
 HUB_CACHE = ".cache/huggingface/"
-"""Files of desktops and of `hf download`, which may be deleted with the folder."""
+"""Files created by desktops and `hf download`, which may be deleted with the folder."""
 
 
 # Errors -------------------------------------------------------------------------------------------
 
 
 class PipelineLoadError(ValueError):
-    """Base of all errors about a saved model, token dataset or pipeline. The message is one line of printable text."""
+    """Base class of errors about a saved model, token dataset or pipeline. The message is one printable line."""
 
     def __init__(self, message: object = "") -> None:
         super().__init__(one_line(str(message)))
 
 
 class FormatError(PipelineLoadError):
-    """The folder or file is not in a format that this version reads."""
+    """The format of a folder or file is not supported by this version."""
 
 
 class PathError(PipelineLoadError):
@@ -61,41 +61,41 @@ class PathError(PipelineLoadError):
 
 
 class UnreadableError(PathError):
-    """The system could not read a file (a disk error, no permission); the file itself may be intact."""
+    """A file could not be read (a disk error, missing permission); the file itself may be intact."""
 
 
 class ConfigError(PipelineLoadError):
-    """A configuration value is unknown, of the wrong type or out of range."""
+    """A configuration key is unknown, or a value has the wrong type or is out of range."""
 
     details: ValueError | None = None
-    """pydantic's error, if there is one."""
+    """The underlying pydantic error, if any."""
 
 
 class IntegrityError(PipelineLoadError):
-    """A file differs from its manifest, or two parts do not match."""
+    """A file differs from its manifest, or two parts of a pipeline do not match."""
 
 
 class WeightsError(PipelineLoadError):
-    """A weight is missing, unexpected, of the wrong shape, or not finite."""
+    """A weight is missing, unexpected, misshapen or not finite."""
 
 
 class LimitError(PipelineLoadError):
-    """A file is larger than it may be."""
+    """A file exceeds its size limit."""
 
 
 def one_line(text: str) -> str:
-    """Cut `text` to 900 characters and escape unprintable ones."""
+    """Truncate `text` to 900 characters, and escape unprintable ones."""
     line = escape(text[: MAX_MESSAGE + 1])
     return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE - 4]} ..."
 
 
 def escape(text: str, keep: str = "") -> str:
-    """Escape unprintable characters, which a terminal would obey, except for those in `keep`."""
+    """Escape unprintable characters (terminal escape sequences), except those in `keep`."""
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
 
 
 def quote(value: Any, limit: int = MAX_QUOTED) -> str:
-    """The `repr` of a value for a message, cut to `limit` characters."""
+    """Return the `repr` of a value, truncated to `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[: limit - 4]} ..."
 
@@ -115,10 +115,10 @@ def read_bytes(path: Path | str, limit: int) -> bytes:
 
 
 def stat_file(path: Path | str) -> os.stat_result:
-    """Return the `stat` of a regular file. Raises `PathError` for anything else: reading a pipe would block."""
+    """Return the `stat` of a regular file. Raises `PathError` for anything else, such as a pipe, which would block."""
     try:
         info = os.stat(path)
-    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+    except (OSError, ValueError) as error:  # ValueError: the name contains a null character
         number = getattr(error, "errno", errno.ENOENT)
         if number in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
             raise PathError(f"{path}: no such file") from error
@@ -129,7 +129,7 @@ def stat_file(path: Path | str) -> os.stat_result:
 
 
 def is_file(path: Path | str) -> bool:
-    """Whether `path` is a regular file. Raises `UnreadableError` if the system cannot tell."""
+    """Return whether `path` is a regular file. Raises `UnreadableError` if that cannot be determined."""
     try:
         stat_file(path)
     except UnreadableError:
@@ -140,12 +140,12 @@ def is_file(path: Path | str) -> bool:
 
 
 def read_json(path: Path | str) -> dict[str, Any]:
-    """Read the JSON object in a file of at most 1 MiB. Raises `PathError`, `LimitError` or `FormatError`."""
+    """Read a JSON object from a file of at most 1 MiB. Raises `PathError`, `LimitError` or `FormatError`."""
     return parse_json(read_bytes(path, MAX_JSON_BYTES), path)
 
 
 def parse_json(data: bytes, path: Path | str) -> dict[str, Any]:
-    """Parse the JSON object in `data`, the content of `path`. Raises `FormatError`, also for NaN and Infinity."""
+    """Parse `data`, the content of `path`, as a JSON object. Raises `FormatError`, also for NaN and Infinity."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not a JSON number")
@@ -167,7 +167,7 @@ def check_name(name: str, path: Path | str) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """The sha256 of a file."""
+    """Return the sha256 of a file."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -176,7 +176,7 @@ def hash_file(path: Path) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read `manifest.json`, whose `files` map names to sha256 and size. Raises a `PipelineLoadError`."""
+    """Read `manifest.json`, whose `files` maps each name to a sha256 and a size. Raises a `PipelineLoadError`."""
     path = folder / MANIFEST
     manifest = read_json(path)
     files = manifest.get("files")
@@ -191,9 +191,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_manifest(folder: Path | str, *, unhashed: Collection[str] = ()) -> dict[str, Any]:
-    """Check the size and the sha256 of every file that `manifest.json` lists; return the manifest.
+    """Check the size and sha256 of every file listed in `manifest.json`; return the manifest.
 
-    unhashed: files of which only the size is checked. Raises `PathError` for a missing file, `IntegrityError` for a
+    unhashed: files to check by size only. Raises `PathError` for a missing file, `IntegrityError` for a
     changed one, `FormatError` for a bad manifest.
     """
     folder = Path(folder)
@@ -204,15 +204,17 @@ def verify_manifest(folder: Path | str, *, unhashed: Collection[str] = ()) -> di
             raise IntegrityError(f"{folder / name}: {size} bytes, {MANIFEST} says {entry['size']}")
     for name, entry in manifest["files"].items():
         if name not in unhashed and hash_file(folder / name) != entry["sha256"]:
-            raise IntegrityError(f"{folder / name}: its sha256 differs from {MANIFEST}: it was changed after saving")
+            raise IntegrityError(
+                f"{folder / name}: its sha256 differs from {MANIFEST}; the file was changed after saving"
+            )
     return manifest
 
 
 def find_local_folder(path: Path) -> bool:
-    """Whether `path` is a folder; waits briefly for one that is being replaced. Raises `PathError` if a process was
+    """Return whether `path` is a folder, waiting briefly if it is being replaced. Raises `PathError` if a process was
     killed while replacing it."""
     for _ in range(20):
-        if os.path.isdir(path):  # False for a name with a null character, too
+        if os.path.isdir(path):  # unlike `stat`, accepts null characters
             return True
         if not (aside := folders_aside(path)):
             return False
@@ -229,9 +231,9 @@ def folders_aside(path: Path) -> list[Path]:
 
 
 def read_folder(folder: Path, read: Callable[[], T]) -> T:
-    """Return `read()`, which reads files of `folder`; call it again if a run replaced the folder in the meantime.
+    """Return `read()`, which reads files of `folder`; retry if a run replaces the folder in the meantime.
 
-    Raises what `read` raises, and `UnreadableError` for a folder that is replaced during each attempt.
+    Propagates the errors of `read`; raises `UnreadableError` if the folder is replaced during every attempt.
     """
     for _ in range(READS):
         find_local_folder(folder)
@@ -243,11 +245,11 @@ def read_folder(folder: Path, read: Callable[[], T]) -> T:
         except PipelineLoadError:
             if _identity(folder) == before:
                 raise
-    raise UnreadableError(f"{folder}: it was replaced while it was read, {READS} times; try again")
+    raise UnreadableError(f"{folder}: replaced during each of {READS} attempts to read it; try again")
 
 
 def _identity(folder: Path) -> tuple[int, ...] | None:
-    """Return what distinguishes this folder from others of its name; None without a folder."""
+    """Return device, inode and modification time of a folder, or None if it does not exist."""
     try:
         info = os.stat(folder)
     except OSError:
@@ -264,7 +266,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_manifest(folder: Path, **facts: Any) -> None:
-    """Write `manifest.json`: `facts`, and the sha256 and size of every other file below `folder`."""
+    """Write `manifest.json` with `facts` and the sha256 and size of every other file in `folder`."""
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     files = {
         name: {"sha256": hash_file(folder / name), "size": (folder / name).stat().st_size}
@@ -275,7 +277,7 @@ def write_manifest(folder: Path, **facts: Any) -> None:
 
 
 def temporary_name(path: Path, prefix: str = ".tmp", suffix: str = "") -> Path:
-    """Return an unused hidden name beside `path` that contains as much of its name as fits."""
+    """Return an unused hidden name next to `path` that keeps as much of its name as fits."""
     name, end = path.name, f"-{uuid.uuid4().hex[:8]}{suffix}"
     while name and len(os.fsencode(f"{prefix}-{name}{end}")) > MAX_NAME:
         name = name[:-1]
@@ -307,10 +309,10 @@ def make_folder(path: Path) -> None:
 
 @dataclass(frozen=True)
 class FolderKind:
-    """How to recognise a folder of ours, which may be replaced as a whole.
+    """How to recognise a folder that we wrote and may replace as a whole.
 
-    title: as in "a pipeline". marker: a JSON file; `is_ours` says whether its content is ours. may_hold: whether a
-    file of this name belongs there; None: the files that the manifest lists.
+    title: for messages, such as "a pipeline". marker: a JSON file, whose content `is_ours` checks. may_hold: whether a
+    file of this name may be in the folder; None allows the files listed in the manifest.
     """
 
     title: str
@@ -319,7 +321,7 @@ class FolderKind:
     may_hold: Callable[[str], bool] | None = None
 
     def find_problem(self, folder: Path, names: list[str]) -> str | None:
-        """Return why `folder`, which holds the files `names`, may not be replaced; None if it may."""
+        """Return why `folder`, which holds the files `names`, may not be replaced, or None."""
         try:
             if self.marker and not self.is_ours(read_json(folder / self.marker)):
                 return f"it holds {summarize(names)}, and its {self.marker} is not that of {self.title}"
@@ -328,7 +330,7 @@ class FolderKind:
             return f"it holds {summarize(names)}, and no {self.marker or MANIFEST} of {self.title}"
         belongs = self.may_hold or {MANIFEST, *files}.__contains__
         if strange := [name for name in names if not belongs(name) or (folder / name).is_symlink()]:
-            return f"it holds {summarize(strange)}, which smalti did not write"
+            return f"it holds {summarize(strange)}, not written by smalti"
         texts = [name for name in names if name in files and name.endswith(EDITABLE)]
         if edited := [name for name in texts if hash_file(folder / name) != files[name]["sha256"]]:
             return f"{summarize(edited)} changed since it was written"
@@ -336,13 +338,13 @@ class FolderKind:
 
 
 def require_replaceable(folder: Path, kind: FolderKind | None, *, title: Path | None = None) -> None:
-    """Raise `PathError` unless `folder` does not exist, is empty, or is an unchanged folder of this kind.
+    """Raise `PathError` if `folder` exists, unless it is empty or an unchanged folder of this kind.
 
     kind None: only an empty folder may be replaced. title: the folder's name in the message.
     """
     title = title or folder
-    if folder.name in ("", ".."):  # "." too: its parent is the folder itself
-        raise PathError(f"{title} cannot be written: give the folder's own name, {os.path.realpath(folder)}")
+    if folder.name in ("", ".."):  # includes ".", whose `name` is empty
+        raise PathError(f"{title} cannot be written: use the folder's full path, {os.path.realpath(folder)}")
     try:
         os.lstat(folder)
     except OSError as error:
@@ -351,16 +353,16 @@ def require_replaceable(folder: Path, kind: FolderKind | None, *, title: Path | 
         return
     if folder.is_symlink() or not folder.is_dir():
         what = "a link" if folder.is_symlink() else "a file"
-        raise PathError(f"{title} cannot be written: {what} has this name; nothing was overwritten")
+        raise PathError(f"{title} cannot be written: {what} with this name exists; nothing was overwritten")
     names = list_files(folder)
     problem = None if not names else kind.find_problem(folder, names) if kind else f"it holds {summarize(names)}"
     if problem:
-        what = f"is not empty and not {kind.title}" if kind else "is there and not empty"
+        what = f"is not empty and not {kind.title}" if kind else "exists and is not empty"
         raise PathError(f"{title} {what}: {problem}; choose another folder, nothing was overwritten")
 
 
 def list_files(folder: Path) -> list[str]:
-    """List everything in a folder: files, links, empty and unreadable folders; without litter."""
+    """List files, links, and empty or unreadable folders below `folder`, except `LITTER` and the Hub cache."""
     found: list[str] = []
 
     def keep(error: OSError) -> None:
@@ -377,18 +379,18 @@ def list_files(folder: Path) -> list[str]:
 
 
 def summarize(names: list[str]) -> str:
-    """Format the first name and the number of the others."""
+    """Return the first name and the number of further names."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{quote(names[0])}{more}"
 
 
 @contextmanager
 def atomic_folder(target: Path | str, *, kind: FolderKind | None) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `target` only when the block ends without an error.
+    """Yield a temporary folder, and rename it to `target` if the block ends without an error.
 
-    A folder at `target` is replaced as a whole if `require_replaceable` allows it, at the beginning and at the end. A
-    killed process leaves at most a hidden `.tmp-*` folder; power loss leaves the old folder or the new one, perhaps as
-    `.del-*`. All users may read the files, unless the umask is stricter. Raises `PathError`.
+    An existing folder is replaced as a whole if `require_replaceable` allows it both before and after the block. A
+    killed process leaves at most a hidden `.tmp-*` folder; power loss leaves the old folder, perhaps as `.del-*`, or
+    the new one. The files are readable by all users unless the umask is stricter. Raises `PathError`.
     """
     target = Path(target)
     require_replaceable(target, kind)
@@ -408,20 +410,20 @@ def atomic_folder(target: Path | str, *, kind: FolderKind | None) -> Iterator[Pa
 
 
 def publish_folder(temporary: Path, target: Path, *, kind: FolderKind | None) -> None:
-    """Flush `temporary` to the disk and rename it to `target`, in place of a folder of this kind, see `atomic_folder`.
-    Raises `PathError` for what `require_replaceable` refuses; `temporary` then stays."""
+    """Flush `temporary` to disk and rename it to `target`, replacing a folder of this kind (see `atomic_folder`).
+    Raises `PathError`, and keeps `temporary`, if `target` may not be replaced."""
     readable = stat.S_IMODE(temporary.stat().st_mode) & 0o755
     for path in [temporary, *sorted(temporary.rglob("*"))]:
-        with suppress(PermissionError):  # a file system without modes
-            path.chmod(readable if path.is_dir() else readable & 0o644)  # safetensors makes its files private
+        with suppress(PermissionError):  # a file system without permissions
+            path.chmod(readable if path.is_dir() else readable & 0o644)  # safetensors creates private files
         fsync(path)
     _replace_folder(temporary, target, kind)
 
 
 def _replace_folder(temporary: Path, target: Path, kind: FolderKind | None) -> None:
-    """Rename `temporary` to `target`, and delete the folder that had this name, unless someone put a file into it.
+    """Rename `temporary` to `target`, and delete the old folder unless a foreign file was added to it.
 
-    Between the two renames no folder has the name; a process that is killed there leaves the old one, whole, as
+    `target` does not exist between the two renames; a process killed there leaves the old folder intact as
     `.del-NAME-*`.
     """
     require_replaceable(target, kind)
@@ -433,11 +435,11 @@ def _replace_folder(temporary: Path, target: Path, kind: FolderKind | None) -> N
         target.rename(old)
         require_replaceable(old, kind, title=target)
         temporary.rename(target)
-    except BaseException:  # after Ctrl-C too, the old folder gets its name back
+    except BaseException:  # restore the old folder, also after Ctrl-C
         if os.path.lexists(old) and not os.path.lexists(target):
             old.rename(target)
         raise
-    fsync(target.parent)  # before the old folder goes: file systems may reorder
+    fsync(target.parent)  # before deleting the old folder, as file systems may reorder operations
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -448,7 +450,7 @@ HUB_ID = r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}"
 
 
 def find_folder(source: str | Path, patterns: list[str], **options: Any) -> Path:
-    """Return the local folder `source`, or fetch the files of a Hub repository that match `patterns` into the cache.
+    """Return the local folder `source`, or download files matching `patterns` from a Hub repository into the cache.
 
     options: `revision`, `token`, `cache_dir`, `local_files_only`, `repo_type` of huggingface_hub's
     `snapshot_download`. Raises `PathError`.
@@ -457,21 +459,21 @@ def find_folder(source: str | Path, patterns: list[str], **options: Any) -> Path
         return Path(source)
     name = quote(str(source), MAX_PATH)
     if os.path.exists(source):
-        raise PathError(f"{name} is a file; give the folder that it is in, or a Hub id")
+        raise PathError(f"{name} is a file; give its folder, or a Hub id")
     if not re.fullmatch(HUB_ID, str(source)):
         raise PathError(f"{name} is neither an existing folder nor a Hub id of the form 'owner/name'")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns, **options))
-    except Exception as error:  # the client, httpx and json raise almost anything
+    except Exception as error:  # the client, httpx and json raise many types
         raise PathError(
             f"{str(source)!r} is not an existing folder and cannot be fetched from the Hub: {_reason(error)}"
         ) from error
 
 
 class PushError(OSError):
-    """Something could not be written to the Hub; `__cause__` is what huggingface_hub raised, if anything."""
+    """Writing to the Hub failed; `__cause__` is huggingface_hub's error, if any."""
 
 
 def push_folder(
@@ -485,11 +487,11 @@ def push_folder(
     create_pr: bool = False,
     commit_message: str,
 ) -> Any:
-    """Upload the files of `folder`, and a manifest of them, in one commit; create the repository if needed.
+    """Upload `folder` with a manifest in one commit; create the repository if needed.
 
-    The commit deletes files that the repository's own `manifest.json` lists and `folder` does not have: those of an
-    earlier upload. All others stay. revision: the branch. create_pr: as a pull request. Returns huggingface_hub's
-    `CommitInfo`. Raises `PushError`, also for a repository that holds a pipeline if `folder` does not.
+    The commit deletes files of an earlier upload: those listed in the repository's `manifest.json` that `folder` lacks.
+    Other files stay. revision: the branch. create_pr: open a pull request. Returns huggingface_hub's `CommitInfo`.
+    Raises `PushError`, also if the repository holds a pipeline and `folder` does not.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -504,23 +506,24 @@ def push_folder(
             api.create_branch(**place, branch=revision, exist_ok=True)
         there = set(api.list_repo_files(**place, revision=revision))
         if PIPELINE_INDEX in there and PIPELINE_INDEX not in paths:
-            raise PushError(f"{repo_id} holds a pipeline; push a pipeline, or to another repository")
+            raise PushError(f"{repo_id} holds a pipeline; push a pipeline, or choose another repository")
         listed = set[str]()
         if MANIFEST in there:
-            with suppress(PipelineLoadError):  # not our manifest, so no file is known to be ours
+            with suppress(PipelineLoadError):  # not our manifest, so delete nothing
                 cached = api.hf_hub_download(filename=MANIFEST, revision=revision, **place)
                 listed = set(read_manifest(Path(cached).parent)["files"])
         operations: list[Any] = [CommitOperationDelete(name) for name in sorted(listed & there - set(paths))]
         operations += [CommitOperationAdd(name, path) for name, path in paths.items()]
-        # Not `upload_folder`, which may make several commits, between which nothing would load.
+        # Not `upload_folder`: it may split the upload into several commits, and the repository would not load between
+        # them.
         place["revision"] = revision
         return api.create_commit(operations=operations, commit_message=commit_message, create_pr=create_pr, **place)
     except (TypeError, AttributeError, NameError, AssertionError, PushError):
-        raise  # bugs: the client does not raise these
+        raise  # programming errors, and our own error
     except Exception as error:
         raise PushError(one_line(f"{repo_id} cannot be written to: {_reason(error)}")) from error
 
 
 def _reason(error: Exception) -> str:
-    """Return the first line of an error of the Hub's client."""
+    """Return the first line of a Hub client's error message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

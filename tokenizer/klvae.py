@@ -1,11 +1,12 @@
 """VAE (Kingma & Welling 2014) with Gaussian latents on a grid, as in latent diffusion (Rombach et al. 2022).
 
-Training decodes a sample of q(z | x) = N(mean, variance) and keeps q near N(0, 1). The tokens are the means, each
-dimension in equally probable bins of N(0, 1); `posthoc` fits the bins to the trained latents.
+Training decodes a sample of q(z | x) = N(mean, variance) and keeps q near N(0, 1). Tokens quantize the mean: each
+dimension is divided into equally probable bins of N(0, 1). `posthoc` instead fits the bins to the trained latents.
 
 The loss `kl` is in nats per pixel channel, like `nll`. With a likelihood and `beta` 1, nll + kl is the negative ELBO
-(with `free_bits`, an upper bound of it). Against the squared error `l2`, beta = 2 sigma^2 makes it the ELBO of Gaussian
-pixels with standard deviation sigma; the best sigma^2 is the squared error that remains (Rybkin et al. 2021).
+(an upper bound of it with `free_bits`). With the squared error `l2` and beta = 2 sigma^2, the loss is proportional to
+the negative ELBO of Gaussian pixels with standard deviation sigma; the optimal sigma^2 equals the final squared error
+(Rybkin et al. 2021).
 """
 
 from __future__ import annotations
@@ -30,24 +31,24 @@ LOG_VARIANCES = (-30.0, 20.0)
 class KLVAEConfig(DecoderConfig, ConvolutionsConfig):
     """Sizes of the networks and of the latents, and the weight of the KL."""
 
-    latent: int = Field(4, ge=1, le=256, description="dimensions of a latent vector, each of which becomes a token")
+    latent: int = Field(4, ge=1, le=256, description="dimensions of a latent vector; each becomes one token")
     beta: float = Field(
         0.02,
         ge=0,
-        description="weight of the KL in nats per pixel channel; 1 with a likelihood, twice the remaining squared "
+        description="weight of the KL in nats per pixel channel; use 1 with a likelihood, and twice the final squared "
         "error with l2",
     )
     free_bits: float = Field(
         0.0,
         ge=0,
-        description="nats per latent dimension, averaged over a batch, that cost nothing (Kingma et al. 2016), so that "
-        "no dimension collapses",
+        description="KL per latent dimension (nats, averaged over a batch) that is not penalised, which prevents "
+        "collapsed dimensions (Kingma et al. 2016)",
     )
-    bins: int = Field(16, ge=2, le=4096, description="ids of each dimension, equally probable under N(0, 1)")
+    bins: int = Field(16, ge=2, le=4096, description="ids per dimension, equally probable under N(0, 1)")
 
 
 class KLVAE(Autoencoder, name="klvae"):
-    """Decodes samples of the continuous latents in training, and their binned means otherwise."""
+    """Decodes sampled latents in training, and binned means otherwise."""
 
     Config = KLVAEConfig
     quantizer: Bins
@@ -59,8 +60,9 @@ class KLVAE(Autoencoder, name="klvae"):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Return reconstruction, tokens of the means, and the losses `kl` and, with a likelihood, `nll`, in nats per
-        pixel channel. Training decodes a sample, with noise from torch's global generator; eval the binned mean."""
+        """Return the reconstruction, the tokens of the means, and the loss `kl` (and `nll` with a likelihood) in nats
+        per pixel channel. Train mode decodes a sample, using torch's global generator; eval mode decodes the binned
+        mean."""
         self.check_images(images)
         mean, log_variance = self.posterior(images)
         z_q, tokens, _ = self.quantizer.quantize(mean)
@@ -68,13 +70,13 @@ class KLVAE(Autoencoder, name="klvae"):
         return self._reconstruction(images, z, tokens, {"kl": self.kl(mean, log_variance)})
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of q(z | images), `(B, latent, H / f, W / f)` each, at least in float32."""
+        """Return mean and log variance of q(z | images), `(B, latent, H / f, W / f)` each, in float32 or float64."""
         mean, log_variance = at_least_float32(super()._embed(images)).chunk(2, 1)
         return mean, log_variance.clamp(*LOG_VARIANCES)
 
     def kl(self, mean: Tensor, log_variance: Tensor) -> Tensor:
-        """KL(q || N(0, 1)), a scalar in nats per pixel channel: each dimension's mean over images and positions, at
-        least `free_bits`, summed over dimensions."""
+        """Return KL(q || N(0, 1)), a scalar in nats per pixel channel. Each dimension is averaged over images and
+        positions and clamped to at least `free_bits`; then dimensions are summed."""
         each = gaussian_kl(mean, log_variance).mean((0, 2, 3)).clamp(min=self.config.free_bits)
         return each.sum() / (self.config.channels * self.config.factor**2)
 
@@ -90,8 +92,8 @@ class KLVAE(Autoencoder, name="klvae"):
 class Bins(Quantizer):
     """Scalar quantization into bins of equal probability (TokenBridge, Wang et al. 2025), `bins` ids per dimension.
 
-    Id k of dimension d covers edges[d, k - 1] <= z < edges[d, k] and looks up centres[d, k], the mean of the values in
-    the bin, which minimises the squared error. The initial bins are those of the standard normal; `fit` takes the
+    Id k of dimension d covers edges[d, k - 1] <= z < edges[d, k]. It decodes to centres[d, k], the mean of the values
+    in the bin, which minimises the squared error. Bins are initialised for the standard normal; `fit` sets them to
     quantiles of given vectors. Dimension d of row r is row `d * rows + r` of the tokens.
     """
 
@@ -108,13 +110,12 @@ class Bins(Quantizer):
 
     @torch.no_grad()
     def fit(self, rows: Tensor) -> None:
-        """Choose the bins of each dimension so that they hold equally many of the vectors `rows` (n, dim); centres are
-        the means of the bins.
+        """Set each dimension's bin edges to quantiles of the vectors `rows` (n, dim), and the centres to the means of
+        the bins.
 
-        Equal values are never split: they share the bin that begins with them, and the bins before it that they would
-        also have filled stay empty. So a constant dimension has a single id. The centre of an empty bin is its edge.
-        Equal centres are moved apart by the smallest possible amount, so that ids stay distinct.
-        Raises `ValueError` for fewer vectors than bins.
+        Equal values share one bin, and the preceding bins that they would have filled stay empty; a constant dimension
+        thus uses a single id. The centre of an empty bin is its edge. Equal centres are separated by one floating-point
+        step to keep ids distinct. Raises `ValueError` for fewer vectors than bins.
         """
         count, bins = len(rows), self.vocab_size
         if count < bins:
@@ -137,18 +138,18 @@ class Bins(Quantizer):
         return Quantized(straight_through(z, self.lookup_checked(tokens)), tokens, {})
 
     def _ids(self, rows: Tensor) -> Tensor:
-        """The bins of `rows` (dim, n): the number of edges at or below each value."""
+        """Return the bins of `rows` (dim, n): the number of edges at or below each value."""
         return torch.searchsorted(self.edges, rows.contiguous(), right=True)
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """The centres `(B, dim, *spatial)` of `tokens` `(B, dim * rows, ...)`."""
+        """Look up the centres `(B, dim, *spatial)` of `tokens` `(B, dim * rows, ...)`."""
         ids = tokens.unflatten(1, (self.dim, -1)).transpose(0, 1)
         return self.centres.gather(1, ids.flatten(1)).reshape(ids.shape).transpose(0, 1).contiguous()
 
 
 def gaussian_bins(bins: int) -> tuple[Tensor, Tensor]:
-    """Edges `(bins - 1,)` between equally probable parts of N(0, 1), and the mean of each part `(bins,)`, float64:
-    E[z | a < z < b] = (phi(a) - phi(b)) / P(a < z < b), with the density phi."""
+    """Return the edges `(bins - 1,)` of equally probable bins of N(0, 1), and the mean of each bin `(bins,)`, float64:
+    E[z | a < z < b] = (phi(a) - phi(b)) / P(a < z < b), where phi is the density."""
     edges = torch.special.ndtri(torch.arange(1, bins, dtype=torch.float64) / bins)
     density = (-edges.square() / 2).exp() / math.sqrt(2 * math.pi)
     ends = density.new_zeros(1)
@@ -156,11 +157,11 @@ def gaussian_bins(bins: int) -> tuple[Tensor, Tensor]:
 
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(mean, variance) || N(0, 1)) of each element, in nats (Kingma & Welling 2014, appendix B)."""
+    """Return KL(N(mean, variance) || N(0, 1)) per element, in nats (Kingma & Welling 2014, appendix B)."""
     return (mean.square() + torch.expm1(log_variance) - log_variance) / 2
 
 
 def sample(mean: Tensor, log_variance: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """A differentiable draw from N(mean, variance). Without a generator, torch's global one is used."""
+    """Draw a reparametrised sample from N(mean, variance), by default with torch's global generator."""
     noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
     return mean + (log_variance / 2).exp() * noise

@@ -1,8 +1,9 @@
-"""Convolutional encoder and decoder: a stem that folds patches into channels, then residual blocks at each resolution.
+"""Convolutional encoder and decoder: a stem folds patches into channels, and residual blocks follow at each resolution.
 
-Weights and images are channels-last; convolutions and `GroupNorm` preserve that. `widths` divides the downsampling
-between the stem and strided stages: with one width, all arithmetic is at the token resolution (fast for small images);
-with one width per factor of two, it is the network of VQGAN (Esser et al. 2021) and LlamaGen (Sun et al. 2024).
+Weights and images are channels-last; convolutions and `GroupNorm` preserve this layout. `widths` splits the
+downsampling between the stem and strided stages. With one width, all layers run at the token resolution (fast for small
+images); with one width per factor of two, the network is that of VQGAN (Esser et al. 2021) and LlamaGen (Sun et al.
+2024).
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from torch.autograd.function import once_differentiable
 from .base import TokenizerConfig
 
 TAIL = (96, 48, 24)
-"""Channels at an eighth, a quarter and half of the image's resolution."""
+"""Channels at 1/8, 1/4 and 1/2 of the image's resolution."""
 LAST, LAST_OF_LIKELIHOOD = 8, 32
-"""Channels at the image's resolution, before at most 3 output channels, and before the parameters of a likelihood. With
-32 rather than 8, p(image | tokens) takes 3.174 rather than 3.199 bits per dim after 300 steps on garments."""
+"""Channels before the output layer, at the image's resolution: for at most 3 output channels, and for a likelihood's
+parameters. Going from 8 to 32 improved p(image | tokens) from 3.199 to 3.174 bits per dim after 300 steps on
+garments."""
 
 
 class Sizes(NamedTuple):
-    """Sizes of encoder and decoder. tail: see `upsampling_tail`; None: `default_tail`."""
+    """Sizes of encoder and decoder. tail: see `upsampling_tail`; None selects `default_tail`."""
 
     patch: int
     widths: tuple[int, ...]
@@ -43,8 +45,8 @@ class ConvolutionsConfig(TokenizerConfig):
     widths: tuple[Annotated[int, Field(ge=8, le=4096)], ...] = Field(
         (128,),
         min_length=1,
-        description="channels at each resolution, finest first; each further resolution halves the patch of the first "
-        "layer",
+        description="channels at each resolution, finest first; each additional resolution halves the patch of the "
+        "first layer",
     )
     blocks: tuple[Annotated[int, Field(ge=0, le=64)], ...] = Field(
         (2,), min_length=1, description="residual blocks at each resolution"
@@ -53,13 +55,13 @@ class ConvolutionsConfig(TokenizerConfig):
     upsampling: Literal["nearest", "subpixel"] = Field(
         "subpixel",
         description="how the decoder upsamples: `subpixel` shuffles channels into pixels (Shi et al. 2016), with "
-        "narrow convolutions at each resolution; `nearest` repeats pixels, and predicts a patch by one convolution",
+        "narrow convolutions at each resolution; `nearest` repeats pixels and predicts each patch with one convolution",
     )
     tail: tuple[Annotated[int, Field(ge=1, le=4096)], ...] | None = Field(
         None,
-        description="channels at the resolutions inside a patch, coarsest first, for `subpixel`; null: 96 at an eighth "
-        "of the image's resolution, 48 at a quarter, 24 at half, and 8 at full resolution, or 32 with more than 3 "
-        "outputs per pixel",
+        description="with `subpixel`, channels at each resolution inside a patch, coarsest first; null: 96 at 1/8 of "
+        "the image's resolution, 48 at 1/4, 24 at 1/2, and 8 at full resolution (32 with more than 3 outputs per "
+        "pixel)",
     )
 
     @property
@@ -100,8 +102,8 @@ class ResidualBlock(nn.Module):
 
 
 class FusedLinear(nn.Linear):
-    """Several linear maps of one input as one product with stacked weights. `train.optimizer=muon` reads `parts`, and
-    updates each as a separate matrix."""
+    """Several linear maps of one input, computed as one product with stacked weights. `train.optimizer=muon` reads
+    `parts` to update each map as a separate matrix."""
 
     def __init__(self, inputs: int, outputs: int, parts: int, bias: bool = True) -> None:
         super().__init__(inputs, parts * outputs, bias=bias)
@@ -121,15 +123,15 @@ class SelfAttention(nn.Module):
 
 
 def one_head_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over rows `(B, N, width)`, same shape. With an axis of heads, torch uses its fused kernel and does not
-    keep the `(B, N, N)` weights for the backward pass."""
+    """Apply single-head attention to rows `(B, N, width)`. The added head axis lets torch use its fused kernel, which
+    does not store the `(B, N, N)` weights for the backward pass."""
     return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
 
 
 class GroupNorm(nn.GroupNorm):
     """Group normalisation (Wu and He 2018) that preserves channels-last memory and dtype on a GPU.
 
-    Torch's own copies to channels-first there, and returns float32 under autocast. On a CPU torch's own is used.
+    On a GPU, torch's version copies to channels-first and returns float32 under autocast. On a CPU it is used.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,23 +139,23 @@ class GroupNorm(nn.GroupNorm):
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """`F.group_norm` of `(B, width, H, W)`, see `GroupNorm`."""
+    """Apply `F.group_norm` to `(B, width, H, W)`; see `GroupNorm`."""
     return (F.group_norm if x.device.type != "cuda" else channels_last_norm)(x, groups, weight, bias, eps)
 
 
 def channels_last_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """`F.group_norm` of `(B, C, ...)`, computed in float32; the result has the dtype of `x` and channels-last
-    memory."""
+    """Apply `F.group_norm` to `(B, C, ...)` in float32; return a channels-last tensor with the dtype of `x`."""
     maps = x.movedim(1, -1)
     return NormalisedRows.apply(maps.flatten(1, -2), groups, weight, bias, eps).view(maps.shape).movedim(-1, 1)
 
 
 class NormalisedRows(torch.autograd.Function):
-    """Group normalisation of rows `(B, N, C)`; saves these and two numbers per group for the backward pass."""
+    """Group normalisation of rows `(B, N, C)`; saves the rows and two numbers per group for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        # Over rows first, in the order of memory. A group varies within its channels and between them.
+        # Reduce over rows first, in memory order. A group's variance is the variance within its channels plus that
+        # between them.
         within, means = (part.unflatten(1, (groups, -1)) for part in torch.var_mean(rows.float(), 1, correction=0))
         between, mean = torch.var_mean(means, 2, correction=0, keepdim=True)
         inverse = (within.mean(2, keepdim=True) + between + eps).rsqrt()
@@ -171,7 +173,7 @@ class NormalisedRows(torch.autograd.Function):
         scale = inverse * weight.float().view(groups, -1)
         sums = grad.sum(1, dtype=torch.float32).unflatten(1, (groups, -1))
         products = (grad.float() * rows).sum(1).unflatten(1, (groups, -1))
-        weighted = (products - mean * sums) * inverse  # sums of gradient times normalised input
+        weighted = (products - mean * sums) * inverse  # sums of (gradient * normalised input)
         count = rows.shape[1] * scale.shape[2]
         slope = -inverse * (scale * weighted).sum(2, keepdim=True) / count
         offset = -(scale * sums).sum(2, keepdim=True) / count - slope * mean
@@ -182,12 +184,12 @@ class NormalisedRows(torch.autograd.Function):
 
 
 def for_rows(values: Tensor) -> Tensor:
-    """Reshape per-channel values `(B, groups, C / groups)` to `(B, 1, C)`, which broadcasts to rows."""
+    """Reshape per-channel values `(B, groups, C / groups)` to `(B, 1, C)`, to broadcast over rows."""
     return values.flatten(1).unsqueeze(1)
 
 
 class Unshuffle(nn.PixelUnshuffle):
-    """Folds patches of `(B, C, H, W)` into channels, `(B, C f^2, H / f, W / f)`. Unlike torch's own, it also reshapes
+    """Folds patches of `(B, C, H, W)` into channels, `(B, C f^2, H / f, W / f)`. Unlike torch's module, it supports
     empty batches."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -198,22 +200,22 @@ class Unshuffle(nn.PixelUnshuffle):
 
 
 class Upsample(nn.Sequential):
-    """Doubles height and width by repetition, then a 3x3 convolution."""
+    """Doubles height and width by repeating pixels, then applies a 3x3 convolution."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width_in, width_out, 3, padding=1))
 
 
 class Shuffle(nn.Sequential):
-    """Doubles height and width: a 1x1 convolution and a pixel shuffle (Shi et al. 2016)."""
+    """Doubles height and width by a 1x1 convolution and a pixel shuffle (Shi et al. 2016)."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(nn.Conv2d(width_in, 4 * width_out, 1), nn.PixelShuffle(2))
 
 
 class NarrowBlock(nn.Module):
-    """Two 3x3 convolutions added to their input `(B, width, H, W)`, without a norm, since absolute levels matter near
-    the image."""
+    """Two 3x3 convolutions added to their input `(B, width, H, W)`, without normalisation, because absolute levels
+    matter near the image."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -229,7 +231,7 @@ def norm(width: int) -> nn.GroupNorm:
 
 
 def encoder(channels: int, sizes: Sizes, dim: int) -> nn.Sequential:
-    """`(B, channels, H, W)` to `(B, dim, H / f, W / f)`, f = patch * 2 ** (len(widths) - 1)."""
+    """Build a network from `(B, channels, H, W)` to `(B, dim, H / f, W / f)`, f = patch * 2 ** (len(widths) - 1)."""
     widths, patch = sizes.widths, sizes.patch
     layers: list[nn.Module] = [Unshuffle(patch), nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)]
     for level, (width, count) in enumerate(zip(widths, sizes.blocks, strict=True)):
@@ -242,7 +244,7 @@ def encoder(channels: int, sizes: Sizes, dim: int) -> nn.Sequential:
 
 
 def decoder(outputs: int, sizes: Sizes, dim: int) -> nn.Sequential:
-    """The encoder's mirror: `(B, dim, H / f, W / f)` to `(B, outputs, H, W)`."""
+    """Build the mirrored network, from `(B, dim, H / f, W / f)` to `(B, outputs, H, W)`."""
     widths, blocks = sizes.widths, sizes.blocks
     upsample = Shuffle if sizes.subpixel else Upsample
     layers: list[nn.Module] = [nn.Conv2d(dim, widths[-1], 3, padding=1)]
@@ -261,14 +263,14 @@ def decoder(outputs: int, sizes: Sizes, dim: int) -> nn.Sequential:
 
 
 def default_tail(outputs: int, patch: int) -> tuple[int, ...]:
-    """Channels at each resolution inside a patch, coarsest first, of a decoder with `outputs` channels."""
+    """Return the default channels at each resolution inside a patch, coarsest first, for `outputs` output channels."""
     whole = (*TAIL, LAST if outputs <= 3 else LAST_OF_LIKELIHOOD)
     return whole[len(whole) + 1 - patch.bit_length() :]
 
 
 def upsampling_tail(outputs: int, width: int, tail: tuple[int, ...]) -> list[nn.Module]:
-    """Layers from `(B, width, h, w)` to `(B, outputs, H, W)`, doubling `len(tail)` times: narrow convolutions at each
-    resolution, and a single one at the image's, where they cost most."""
+    """Build layers from `(B, width, h, w)` to `(B, outputs, H, W)` that double the sides `len(tail)` times. Each
+    resolution has narrow convolutions; the image's resolution has only one, because convolutions cost most there."""
     layers: list[nn.Module] = []
     for index, narrow in enumerate(tail):
         layers += [Shuffle(width, narrow), *([NarrowBlock(narrow)] if index < len(tail) - 1 else []), nn.SiLU()]

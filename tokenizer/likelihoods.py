@@ -17,15 +17,15 @@ from .precision import at_least_float32
 LEVELS = 256
 HALF_BIN = 1 / (LEVELS - 1)  # of intensities from -1 to 1
 FLOOR = 2.0**-16
-"""The share of the mass that is uniform. It bounds the cost of a value at 24 bits per channel, and adds 2e-5 bits
-elsewhere."""
+"""Probability mass that is mixed in uniformly. It limits the cost of any value to 24 bits per channel, and adds at most
+2e-5 bits otherwise."""
 
 
 class Likelihood(Registered, nn.Module, family="tokenizer.likelihoods"):
     """P(image | parameters) = prod_c P(channel c | channels before c, parameters), pixel by pixel."""
 
     num_parameters: int
-    """Number of the decoder's outputs per pixel."""
+    """Number of decoder outputs per pixel."""
 
     def __init__(self, config: ModelConfig, channels: int) -> None:
         nn.Module.__init__(self)
@@ -33,9 +33,9 @@ class Likelihood(Registered, nn.Module, family="tokenizer.likelihoods"):
         self.channels = channels
 
     def log_prob(self, parameters: Tensor, values: Tensor) -> Tensor:
-        """log P of int64 `values` (B, C, H, W), each given the channels before it; returns the same shape, in nats.
+        """Return log P of int64 `values` (B, C, H, W), each given the channels before it, in nats and the same shape.
 
-        parameters: (B, num_parameters, H, W); the result has their dtype, at least float32.
+        parameters: (B, num_parameters, H, W); the result is float64 for float64 parameters, else float32.
         """
         parts = [
             self._floored(parameters, values, channel, values[:, channel, None]) for channel in range(self.channels)
@@ -43,12 +43,12 @@ class Likelihood(Registered, nn.Module, family="tokenizer.likelihoods"):
         return torch.cat(parts, 1)
 
     def table(self, parameters: Tensor, values: Tensor, channel: int) -> Tensor:
-        """log P of each of the 256 values of one channel, `(B, 256, H, W)`, given the earlier channels of `values`."""
+        """Return log P of all 256 values of one channel, `(B, 256, H, W)`, given the earlier channels of `values`."""
         candidates = torch.arange(LEVELS, device=parameters.device)[None, :, None, None]
         return self._floored(parameters, values, channel, candidates)
 
     def mean(self, parameters: Tensor) -> Tensor:
-        """Return the image to show, `(B, C, H, W)` in [-1, 1]: the mean, or an approximation of it."""
+        """Return the mean image or an approximation, `(B, C, H, W)` in [-1, 1], for display."""
         raise NotImplementedError
 
     def _floored(self, parameters: Tensor, values: Tensor, channel: int, candidates: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Likelihood(Registered, nn.Module, family="tokenizer.likelihoods"):
         return torch.logaddexp(logs + math.log1p(-FLOOR), torch.full_like(logs, math.log(FLOOR / LEVELS)))
 
     def _channel_log_prob(self, parameters: Tensor, values: Tensor, channel: int, candidates: Tensor) -> Tensor:
-        """log P `(B, V, H, W)` of `candidates`, which broadcast to that shape, before the floor."""
+        """Return log P `(B, V, H, W)`, without the floor, of `candidates`, which broadcast to that shape."""
         raise NotImplementedError
 
 
@@ -66,7 +66,7 @@ def to_values(images: Tensor) -> Tensor:
 
 
 def to_intensities(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `to_values`."""
+    """Invert `to_values`."""
     return values.to(dtype) / 127.5 - 1
 
 
@@ -75,7 +75,7 @@ class CategoricalConfig(ModelConfig):
 
 
 class Categorical(Likelihood, name="categorical"):
-    """A softmax over a channel's 256 values (van den Oord et al. 2016): any shape, also spikes at black or white.
+    """A softmax over a channel's 256 values (van den Oord et al. 2016): flexible enough for spikes at black or white.
 
     Channels are independent given the tokens.
     """
@@ -87,7 +87,7 @@ class Categorical(Likelihood, name="categorical"):
         self.num_parameters = channels * LEVELS
 
     def mean(self, parameters: Tensor) -> Tensor:
-        """The expected image, `(B, C, H, W)` in [-1, 1]."""
+        """Return the expected image, `(B, C, H, W)` in [-1, 1]."""
         shares = parameters.float().unflatten(1, (self.channels, LEVELS)).softmax(2)
         intensities = to_intensities(torch.arange(LEVELS, device=parameters.device), shares.dtype)
         with torch.autocast(parameters.device.type, enabled=False):  # autocast would compute the mean in bfloat16
@@ -102,17 +102,16 @@ class DiscretizedLogisticConfig(ModelConfig):
     """The size of the mixture and its smallest scale."""
 
     components: int = Field(5, ge=1, le=64, description="number of logistics in each channel's mixture")
-    min_log_scale: float = Field(
-        -7.0, le=0, description="log of the narrowest scale, in units of intensities from -1 to 1"
-    )
+    min_log_scale: float = Field(-7.0, le=0, description="log of the smallest scale, for intensities from -1 to 1")
 
 
 class DiscretizedLogistic(Likelihood, name="discretized_logistic"):
-    """A mixture of discretized logistics per channel (Salimans et al. 2017): few parameters, smooth in intensity.
+    """A mixture of discretized logistics per channel (Salimans et al. 2017), with few parameters and smooth in
+    intensity.
 
-    P(v) = sum_k w_k (cdf_k(v + half a bin) - cdf_k(v - half a bin)); black and white take the whole tails. The means of
-    green and blue depend linearly on the true values of the channels before them. In PixelCNN++ the channels of a pixel
-    share one set of mixture weights, so that their components are dependent; here each channel has its own.
+    P(v) = sum_k w_k (cdf_k(v + half a bin) - cdf_k(v - half a bin)); black and white include the whole tails. The means
+    of green and blue depend linearly on the true values of the preceding channels. In PixelCNN++ the channels of a
+    pixel share mixture weights, which makes their components dependent; here each channel has its own.
     """
 
     Config = DiscretizedLogisticConfig
@@ -127,10 +126,11 @@ class DiscretizedLogistic(Likelihood, name="discretized_logistic"):
         self.spread: Tensor
 
     def mean(self, parameters: Tensor) -> Tensor:
-        """The mixture's clamped means, `(B, C, H, W)` in [-1, 1]: green given the mean of red, blue given both.
+        """Return the mean of the clamped component means, `(B, C, H, W)` in [-1, 1]: green given red's mean, blue given
+        both.
 
-        This approximates the expected image: black and white take the tails, so wide logistics near them have another
-        mean, and green is linear in the true red only until it is clamped.
+        This only approximates the expected image: the tails at black and white shift the means of wide logistics, and
+        clamping makes green nonlinear in red.
         """
         channels: list[Tensor] = []
         for channel in range(self.channels):
@@ -141,7 +141,7 @@ class DiscretizedLogistic(Likelihood, name="discretized_logistic"):
     def _channel_log_prob(self, parameters: Tensor, values: Tensor, channel: int, candidates: Tensor) -> Tensor:
         before = [to_intensities(values[:, earlier], parameters.dtype) for earlier in range(channel)]
         weights, means, scales = (part.unsqueeze(2) for part in self._mixture(parameters, channel, before))
-        candidates = candidates.unsqueeze(1)  # (B, 1, V, H, W) against (B, K, 1, H, W)
+        candidates = candidates.unsqueeze(1)  # (B, 1, V, H, W), to broadcast with (B, K, 1, H, W)
         distance = to_intensities(candidates, parameters.dtype) - means
         inverse = (-scales).exp()
         upper, lower = F.logsigmoid((distance + HALF_BIN) * inverse), F.logsigmoid((HALF_BIN - distance) * inverse)
@@ -151,7 +151,8 @@ class DiscretizedLogistic(Likelihood, name="discretized_logistic"):
         return (weights.log_softmax(1) + logs).logsumexp(1)
 
     def _mixture(self, parameters: Tensor, channel: int, before: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights, means and log scales `(B, K, H, W)`, given the intensities `(B, H, W)` of the channels before."""
+        """Return weights, means and log scales `(B, K, H, W)`, given the intensities `(B, H, W)` of the preceding
+        channels."""
         own = parameters.split(self.sizes, 1)[channel].unflatten(1, (3 + channel, -1))
         weights, means, scales, *coefficients = own.unbind(1)
         means = means + self.spread.to(means.dtype)

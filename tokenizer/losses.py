@@ -9,20 +9,20 @@ from .base import Reconstruction
 
 
 def pixel_losses(reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:
-    """`l1` and `l2`, means over elements of images in [-1, 1]."""
+    """Return `l1` and `l2`, averaged over elements of images in [-1, 1]."""
     return {"l1": F.l1_loss(reconstruction, images), "l2": F.mse_loss(reconstruction, images)}
 
 
 def gradient_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Mean absolute error of the differences between neighbouring pixels, down and across, a scalar (Mathieu et al.
-    2016, arXiv:1511.05440, equation 6, with alpha 1 and with signs). A constant error costs nothing, a checkerboard
-    costs at every pixel."""
+    """Return the mean absolute error of vertical and horizontal pixel differences, a scalar (Mathieu et al. 2016,
+    arXiv:1511.05440, equation 6, with alpha 1 and signed differences). A constant error is free; a checkerboard error
+    is penalised at every pixel."""
     error = (reconstruction - images).float()
     return (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2
 
 
 def total_loss(output: Reconstruction, images: Tensor, weights: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum, a scalar, and its unweighted terms. Raises `KeyError` for a term without a weight."""
+    """Return the weighted sum, a scalar, and the unweighted terms. Raises `KeyError` for a term without a weight."""
     terms = {**pixel_losses(output.images, images), **output.losses}
     if weights.get("gradient"):
         terms["gradient"] = gradient_loss(output.images, images)
@@ -31,6 +31,6 @@ def total_loss(output: Reconstruction, images: Tensor, weights: dict[str, float]
 
 
 def psnr(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Peak signal to noise ratio of each image in dB, `(B,)`: 10 log10(2^2 / mean squared error) on [-1, 1]."""
+    """Return the peak signal-to-noise ratio of each image in dB, `(B,)`: 10 log10(2^2 / MSE) on [-1, 1]."""
     error = (reconstruction - images).square().flatten(1).mean(1)
     return 10 * (4 / error.clamp(min=1e-10)).log10()

@@ -1,4 +1,4 @@
-"""Models with names: created by name, saved to a folder, loaded from a folder or from the Hub.
+"""Named models: create them by name, save them to a folder, load them from a folder or the Hub.
 
     class VQVAE(Tokenizer, name="vqvae"):   # in tokenizer/vqvae.py
         Config = VQVAEConfig
@@ -6,7 +6,7 @@
     Tokenizer.create("vqvae", widths=(32, 64))
     Tokenizer.from_pretrained("runs/vqvae_digits/tokenizer")
 
-A model's folder holds `config.json`, its settings with its name as `kind`, and `model.safetensors`.
+A model's folder holds `model.safetensors` and `config.json`: its settings, with its name as `kind`.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ from .files import (
 )
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-PROVENANCE = "provenance.json"  # beside a tokenizer, written by the verb that trained or imported it
+PROVENANCE = "provenance.json"  # next to a tokenizer, written by the verb that trained or imported it
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 Dtype = torch.dtype | Literal["auto"] | None
-"""The type of the weights in memory: None is float32, "auto" the type in the file."""
+"""The type of the weights in memory: None means float32, "auto" the type in the file."""
 
 R = TypeVar("R", bound="Registered")
 M = TypeVar("M", bound="PretrainedModel")
@@ -68,11 +68,11 @@ N = TypeVar("N", bound=nn.Module)
 
 
 class Registered:
-    """A family of classes that are found by name.
+    """A family of classes that can be looked up by name.
 
-    `class Tokenizer(Registered, family="tokenizer")` defines a family whose members are in modules of that package,
-    each in the module of its name. `class VQVAE(Tokenizer, name="vqvae")`, in `tokenizer/vqvae.py`, joins it with a
-    `Config` class. Several packages are separated by spaces.
+    `class Tokenizer(Registered, family="tokenizer")` defines a family; `class VQVAE(Tokenizer, name="vqvae")`, in the
+    module `tokenizer.vqvae` of the same name, joins it and defines a `Config` class. `family` may list several
+    packages, separated by spaces.
     """
 
     Config: ClassVar[type[ModelConfig]]
@@ -90,14 +90,12 @@ class Registered:
     @classmethod
     def _register(cls, name: str) -> None:
         if not NAME.fullmatch(name):
-            raise ConfigError(f"{quote(name)} is not a name: lower case letters, digits and _ are allowed")
+            raise ConfigError(f"{quote(name)} is not a valid name: use lower case letters, digits and _")
         if not f"{cls.__module__}.".startswith(tuple(f"{package}." for package in cls._packages)):
-            cls._import_module_of(name)  # our own models take precedence
+            cls._import_module_of(name)  # built-in models take precedence
         other = cls._members.get(name)
         if other is not None and other.__module__ != cls.__module__:
-            raise ConfigError(
-                f"{quote(name)} is already the name of a class in {other.__module__}; choose another name"
-            )
+            raise ConfigError(f"a class in {other.__module__} is already named {quote(name)}; choose another name")
         if not hasattr(cls, "Config"):
             raise ConfigError(f"{cls.__name__} has no settings; define them in a class `Config`")
         if "Config" not in vars(cls) or vars(cls.Config).get("kind", name) != name:  # inherited or shared
@@ -113,13 +111,13 @@ class Registered:
         for package in cls._packages:
             if name in cls._members:
                 return
-            is_folder = hasattr(importlib.import_module(package), "__path__")  # a family may also be one file
+            is_folder = hasattr(importlib.import_module(package), "__path__")  # a family may also be a single module
             if is_folder and importlib.util.find_spec(f"{package}.{name}"):
                 importlib.import_module(f"{package}.{name}")
 
     @classmethod
     def available(cls) -> list[str]:
-        """Import the family's packages, and return the sorted names of all members."""
+        """Import the family's packages and return the sorted names of all members."""
         for package in cls._packages:
             folder = getattr(importlib.import_module(package), "__path__", [])
             for module in pkgutil.iter_modules(folder, f"{package}."):
@@ -128,8 +126,8 @@ class Registered:
 
     @classmethod
     def has(cls, name: object) -> bool:
-        """Whether a member has this name, which may come from a file. Imports the module of that name, or else all
-        modules."""
+        """Return whether the family has a member of this name, which may be untrusted. Imports the module of that name,
+        or else all modules."""
         if not isinstance(name, str) or not NAME.fullmatch(name):
             return False
         if name not in cls._members:
@@ -145,20 +143,20 @@ class Registered:
 
     @classmethod
     def describe_unknown(cls, name: object) -> str:
-        """Return the message for a name that no member has."""
+        """Return the error message for an unknown name."""
         return (
-            f"no {cls.__name__} is called {quote(name)}; there are {', '.join(cls.available())}; your own models "
-            "have to be imported first, for example with --import FILE"
+            f"no {cls.__name__} is called {quote(name)}; available: {', '.join(cls.available())}; your own models "
+            "must be imported first, for example with --import FILE"
         )
 
     @classmethod
     def choices(cls) -> type[Choices]:
-        """The settings of this member that a preset may hold."""
+        """Return the class of the settings that a preset may contain."""
         return choices_of(cls.Config, cls.__doc__)
 
     @classmethod
     def create(cls: type[R], name: str, **config: Any) -> R:
-        """Build the member `name`; keyword arguments are its configuration. Raises `ConfigError`."""
+        """Build the member `name` with the given configuration. Raises `ConfigError`."""
         member: Any = cls.find(name)
         made: R = member(member.Config(**config))
         return made
@@ -171,7 +169,7 @@ class PretrainedModel(Registered, nn.Module):
     """A named model that can be saved to a folder and loaded from a folder or a Hub repository."""
 
     stored_dtype: torch.dtype | None = None
-    """The type of the weights in the file that the model was loaded from."""
+    """The type of the weights in the file from which the model was loaded."""
 
     def __init__(self, config: ModelConfig) -> None:
         nn.Module.__init__(self)
@@ -184,19 +182,18 @@ class PretrainedModel(Registered, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights, except those of a quantizer, which stay float32; float32 without weights."""
+        """The type of the weights outside quantizers, which stay float32; float32 for a model without weights."""
         weights = (p for name, p in self.named_parameters() if "quantizer" not in name.split("."))
         return next((p.dtype for p in weights), torch.float32)
 
     def num_parameters(self, only_trainable: bool = False) -> int:
-        """Count parameters, shared ones once; only_trainable: without frozen ones."""
+        """Count parameters, shared ones once. only_trainable: exclude frozen ones."""
         return sum(each.numel() for each in self.parameters() if each.requires_grad or not only_trainable)
 
     def fingerprint(self) -> str:
-        """Return the sha256 of configuration and weights: models with the same fingerprint compute the same function.
+        """Return the sha256 of configuration and weights; models with equal fingerprints compute the same function.
 
-        Floats are hashed as float32, so that weights saved in bfloat16 have the fingerprint of the model loaded from
-        them.
+        Floats are hashed as float32, so loading bfloat16 weights in another type does not change the fingerprint.
         """
         digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True).encode())
         for key, value in sorted(self.state_dict().items()):
@@ -207,16 +204,16 @@ class PretrainedModel(Registered, nn.Module):
 
     @classmethod
     def folder_kind(cls) -> FolderKind:
-        """How to recognise the folder of a model of this family."""
+        """Return how to recognise a model folder of this family."""
         files = (CONFIG, PROVENANCE, *weights_names())
         return FolderKind(f"a {cls._packages[0]}", CONFIG, lambda data: cls.has(data.get("kind")), files.__contains__)
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:
-        """Write `config.json` and `model.safetensors` atomically, in place of an earlier model of this family.
+        """Write `config.json` and `model.safetensors` atomically, replacing an earlier model of this family.
 
-        variant: "fp16" or "bf16" rounds the weights to that type, and writes `model.fp16.safetensors` instead. Raises
-        `PathError` that names anything else in `folder`; `WeightsError` for weights that are not finite; `ValueError`
-        for weights that are too large for the type.
+        variant: "fp16" or "bf16" rounds the weights to that type and writes, for example, `model.fp16.safetensors`.
+        Raises a `PathError` that names foreign files in `folder`, `WeightsError` for non-finite weights, and
+        `ValueError` for weights that overflow the type.
         """
         model = self if variant is None else round_weights(self, variant)
         with atomic_folder(folder, kind=self.folder_kind()) as target:
@@ -237,11 +234,11 @@ class PretrainedModel(Registered, nn.Module):
         dtype: Dtype = None,
         device: str | torch.device | None = None,
     ) -> M:
-        """Load a model of this family or class from a folder or Hub id, in eval mode.
+        """Load a model of this class or family from a folder or Hub id, in eval mode.
 
-        dtype: type of the weights in memory; None is float32, "auto" the type in the file. variant: "fp16" or "bf16"
-        for weights saved that way (see `save_pretrained`); None takes what is there. A subclass without its own name
-        loads what its parent saved.
+        dtype: type of the weights in memory; None means float32, "auto" the type in the file. variant: "fp16" or "bf16"
+        selects weights saved that way (see `save_pretrained`); None prefers full precision and accepts any. An unnamed
+        subclass loads models that its parent saved.
 
         Raises a `PipelineLoadError`: `PathError` (no such folder or file), `ConfigError` (unknown kind or key, bad
         value), `WeightsError` (missing, extra, misshapen or non-finite weight), `FormatError`, `LimitError`.
@@ -263,7 +260,7 @@ class PretrainedModel(Registered, nn.Module):
 
     @classmethod
     def load_folder(cls: type[M], folder: Path, *, variant: str | None = None) -> M:
-        """`from_pretrained` of a local folder, in float32 on the CPU."""
+        """Load a model from a local folder, in float32 on the CPU."""
         return read_folder(folder, lambda: cls._read_folder(folder, variant))
 
     @classmethod
@@ -277,7 +274,7 @@ class PretrainedModel(Registered, nn.Module):
             raise ConfigError(f"{path}: {error}") from error
         expected = build_on_meta(lambda: member(config), path).state_dict()
         with open_weights(find_weights(folder, variant)) as file:
-            file.require(expected)  # before memory for the model is allocated
+            file.require(expected)  # before allocating the model
             with NoInitialisation():
                 model: M = member(config)
             model.stored_dtype = file.copy_into(model)
@@ -285,16 +282,16 @@ class PretrainedModel(Registered, nn.Module):
 
     @classmethod
     def _find_saved(cls, kind: Any) -> Any:
-        """Return the class with the name `kind` of a file: this one or a registered subclass. Raises `ConfigError`."""
+        """Return the class for the `kind` in a file: this class or a registered subclass. Raises `ConfigError`."""
         if kind is None:
-            raise ConfigError("kind: missing, so Smalti did not save this; `smalti import` reads published weights")
+            raise ConfigError("kind: missing, so this is not a Smalti model; use `smalti import` for published weights")
         if not cls.has(kind):
             raise ConfigError(f"kind: {cls.describe_unknown(kind)}")
         member: Any = cls.find(kind)
-        if issubclass(cls, member) and cls.name == kind:  # a user's subclass without its own name
+        if issubclass(cls, member) and cls.name == kind:  # a user's unnamed subclass
             return cls
         if not issubclass(member, cls):
-            raise ConfigError(f"kind: it holds a {kind!r}, not a {cls.name!r}")
+            raise ConfigError(f"kind: found a {kind!r}, expected a {cls.name!r}")
         return member
 
     def push_to_hub(
@@ -308,8 +305,8 @@ class PretrainedModel(Registered, nn.Module):
         variant: str | None = None,
         commit_message: str = "Upload model",
     ) -> Any:
-        """Upload the model's folder and a card, in one commit that removes the files of an earlier model; creates the
-        repository if needed. variant: as in `save_pretrained`.
+        """Upload the model and a card in one commit, replacing an earlier model; create the repository if needed.
+        variant: see `save_pretrained`.
 
         Returns huggingface_hub's `CommitInfo`. Raises `PushError`, also for a repository that holds a pipeline.
         """
@@ -323,7 +320,7 @@ class PretrainedModel(Registered, nn.Module):
 
 
 def model_card(family: str, name: str, parameters: int) -> str:
-    """Markdown with a metadata header, for the Hub."""
+    """Return a Markdown model card with a metadata header for the Hub."""
     return f"""---
 library_name: smalti
 tags:
@@ -356,34 +353,34 @@ def weights_name(variant: str | None) -> str:
 
 
 def weights_names(variant: str | None = None) -> list[str]:
-    """Return the possible file names of the weights; None: of any variant."""
+    """Return the possible file names of the weights; None allows any variant."""
     return [weights_name(None), *map(weights_name, VARIANTS)] if variant is None else [weights_name(variant)]
 
 
 def find_weights(folder: Path, variant: str | None) -> Path:
-    """Return the weights file of this variant; None: full precision, or else any. Raises a `PathError` that names the
-    existing files."""
+    """Return the weights file of this variant; None prefers full precision and accepts any. Raises a `PathError` that
+    names the existing files."""
     wanted = weights_names(variant)
     there = [name for name in weights_names() if (folder / name).exists()]
     if not set(wanted) & set(there):
-        raise PathError(f"{folder / wanted[0]}: no such file" + (f"; there is {', '.join(there)}" if there else ""))
+        raise PathError(f"{folder / wanted[0]}: no such file" + (f"; found {', '.join(there)}" if there else ""))
     return folder / next(name for name in wanted if name in there)
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file. Raises `WeightsError` for a value that is not finite, and `OSError`, also for a full
-    disk, for which safetensors has its own error."""
+    """Write a safetensors file. Raises `WeightsError` for non-finite values, and `OSError`, also for a full disk, which
+    safetensors reports as an error of its own."""
     for key, value in weights.items():
         if value.is_floating_point() and not bool(value.detach().isfinite().all()):
-            raise WeightsError(f"{key} holds a value that is not finite; it could not be loaded again")
+            raise WeightsError(f"{key} holds a value that is not finite, so it could not be loaded again")
     try:
         tensors, seen = dict[str, Tensor](), set[int]()
         for key, value in weights.items():
             tensor = value.detach().cpu().contiguous()
             memory = tensor.untyped_storage().data_ptr()
-            tensors[key] = tensor.clone() if memory in seen else tensor  # safetensors refuses tied weights
+            tensors[key] = tensor.clone() if memory in seen else tensor  # safetensors rejects tied weights
             seen.add(memory)
-        save_file(tensors, path, {"format": "pt"})  # other libraries' readers require this key
+        save_file(tensors, path, {"format": "pt"})  # other libraries require this key
     except SafetensorError as error:
         if found := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
@@ -391,18 +388,18 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def round_weights(model: N, variant: str) -> N:
-    """Copy `model` with its weights rounded to `variant`, except a quantizer's. Raises `ValueError` for weights that
-    are too large for the type."""
+    """Copy `model` and round its weights, except a quantizer's, to `variant`. Raises `ValueError` for weights that
+    overflow the type."""
     weights_name(variant)
     smaller = copy.deepcopy(model).to(dtype=VARIANTS[variant])
     for name, value in smaller.state_dict().items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise ValueError(f"variant {variant!r}: {name} holds values that this type cannot")
+            raise ValueError(f"variant {variant!r}: {name} holds values outside the range of this type")
     return smaller
 
 
 def choose_dtype(dtype: Dtype, stored: torch.dtype | None) -> torch.dtype | None:
-    """Resolve `dtype`, where None leaves the weights as they are. Raises `TypeError` for anything else."""
+    """Resolve `dtype`; None keeps the weights unchanged. Raises `TypeError` for an invalid value."""
     if isinstance(dtype, str) and dtype == "auto":
         return stored
     if dtype is not None and not isinstance(dtype, torch.dtype):
@@ -411,7 +408,7 @@ def choose_dtype(dtype: Dtype, stored: torch.dtype | None) -> torch.dtype | None
 
 
 class NoInitialisation(TorchFunctionMode):
-    """Skip the functions of `torch.nn.init` in the block, since the weights will be overwritten."""
+    """Turn the functions of `torch.nn.init` into no-ops, for weights that will be overwritten."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -421,19 +418,19 @@ class NoInitialisation(TorchFunctionMode):
 
 
 def build_on_meta(build: Callable[[], N], path: Path) -> N:
-    """Build a model on the meta device, without allocating its memory. path: the file of its configuration. Raises
-    `ConfigError` for sizes that do not fit together."""
+    """Build a model on the meta device, without allocating memory. path: its configuration file. Raises `ConfigError`
+    for inconsistent sizes."""
     try:
         with torch.device("meta"), NoInitialisation():
             return build()
     except PipelineLoadError as error:
         raise type(error)(f"{path}: {error}") from error
-    except Exception as error:  # a model may raise anything for such settings
+    except Exception as error:  # a model may raise anything for invalid settings
         if "meta" in str(error):
             raise ConfigError(
-                f"{path}: the model reads values of tensors while it is built; create those with device='cpu' ({error})"
+                f"{path}: the model's constructor reads tensor values; create those tensors with device='cpu' ({error})"
             ) from error
-        raise ConfigError(f"{path}: no model has this configuration ({error})") from error
+        raise ConfigError(f"{path}: cannot build a model with this configuration ({error})") from error
 
 
 class WeightsFile:
@@ -456,8 +453,8 @@ class WeightsFile:
 
     @torch.no_grad()
     def copy_into(self, model: nn.Module) -> torch.dtype:
-        """Copy the weights into `model`, and return their type in the file, float32 if only a quantizer has weights.
-        Raises `WeightsError` for values that are not finite, and for integers in place of floats or the reverse."""
+        """Copy the weights into `model` and return their type in the file (float32 if only a quantizer has weights).
+        Raises `WeightsError` for non-finite values, and for integers in place of floats or vice versa."""
         stored = []
         for name, target in model.state_dict().items():
             value = self.file.get_tensor(name)
@@ -473,7 +470,7 @@ class WeightsFile:
 
 @contextmanager
 def open_weights(path: Path) -> Iterator[WeightsFile]:
-    """Open a safetensors file. Raises `WeightsError` for a damaged one, `PathError` or `UnreadableError`."""
+    """Open a safetensors file. Raises `WeightsError` if it is damaged, `PathError` or `UnreadableError`."""
     stat_file(path)
     try:
         with safe_open(path, framework="pt") as file:

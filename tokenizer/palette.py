@@ -1,4 +1,4 @@
-"""Colour palette (ImageGPT, Chen et al. 2020): a pixel's id is its nearest of 512 colours, found by k-means in the
+"""Colour palette (ImageGPT, Chen et al. 2020): a pixel's id is the nearest of 512 colours, which k-means fits to the
 training images."""
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ class PaletteConfig(TokenizerConfig):
     """The size of the palette and the settings of k-means."""
 
     colors: int = Field(512, ge=2, le=1 << 16, description="size of the palette")
-    iterations: int = Field(50, ge=0, description="maximum number of k-means steps; it stops when no colour moves")
+    iterations: int = Field(50, ge=0, description="maximum number of k-means steps; stops early when no colour moves")
     seed: int = Field(0, ge=0, description="seed of the initial colours")
 
 
 class Palette(Tokenizer, name="palette"):
-    """Maps pixels to the nearest colours of `table`, (colors, C), sorted from dark to light; a regular lattice before
-    `initialize`. It has no likelihood of pixels."""
+    """Maps each pixel to the nearest colour of `table`, (colors, C), sorted from dark to light. Before `initialize` the
+    table is a regular lattice. There is no pixel likelihood."""
 
     Config = PaletteConfig
     table: Tensor
@@ -50,26 +50,26 @@ class Palette(Tokenizer, name="palette"):
         self.table.copy_(colors[colors.sum(1).argsort(stable=True)])
 
     def encode(self, images: Tensor) -> Tensor:
-        """Ids of the nearest colours, `(B, H, W)`. Raises `ValueError` for images of another size."""
+        """Return the ids of the nearest colours, `(B, H, W)`. Raises `ValueError` for images of another size."""
         self.check_images(images)
-        with full_float32(), torch.autocast(images.device.type, enabled=False):  # separates similar colours
+        with full_float32(), torch.autocast(images.device.type, enabled=False):  # to distinguish similar colours
             ids = nearest(rows_of(images.float()), self.table.float())
         return ids.reshape(images.shape[0], *self.grid.shape)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """The colours of `tokens`, `(B, C, H, W)`. Raises `ValueError` for ids out of range."""
+        """Look up the colours, `(B, C, H, W)`. Raises `ValueError` for ids out of range."""
         self.grid.check(tokens)
         return F.embedding(tokens.long(), self.table).movedim(-1, 1).float().clamp(-1, 1)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """The nearest colours, without losses."""
+        """Reconstruct with the nearest colours, without losses."""
         tokens = self.encode(images)
         return Reconstruction(self.decode(tokens), tokens, {})
 
 
 def lattice(count: int, channels: int) -> Tensor:
-    """Return `count` distinct colours `(count, channels)` in [-1, 1], evenly chosen from the smallest regular grid with
-    at least that many."""
+    """Return `count` distinct colours `(count, channels)` in [-1, 1], chosen evenly from the smallest regular grid with
+    enough points."""
     side = next(side for side in range(2, count + 1) if side**channels >= count)
     axes = torch.linspace(-1, 1, side).expand(channels, side)
     points = torch.cartesian_prod(*axes).reshape(-1, channels)
@@ -77,7 +77,7 @@ def lattice(count: int, channels: int) -> Tensor:
 
 
 def distinct_colors(images: Tensor) -> tuple[Tensor, Tensor]:
-    """The 8-bit colours in `images`, (n, C) in [-1, 1], and their counts `(n,)` float64."""
+    """Return the distinct 8-bit colours of `images`, (n, C) in [-1, 1], and their counts `(n,)` float64."""
     values = ((rows_of(images.float().cpu()) + 1) * 127.5).round().long()
     places = 256 ** torch.arange(values.shape[1])
     codes, counts = (values * places).sum(1).unique(return_counts=True)
@@ -85,10 +85,10 @@ def distinct_colors(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def weighted_kmeans(points: Tensor, counts: Tensor, clusters: int, iterations: int, seed: int) -> Tensor:
-    """Lloyd's algorithm over distinct `points` (n, C) with `counts` (n,); returns centres (clusters, C).
+    """Run Lloyd's algorithm on distinct `points` (n, C) with `counts` (n,); return the centres (clusters, C).
 
-    The centre of an empty cluster moves to the point with the largest error, also after the last step: of two equal
-    centres the second would have an empty cluster, so all centres differ.
+    The centre of an empty cluster moves to the point with the largest error, also after the last step. All centres are
+    therefore distinct: the second of two equal centres would have an empty cluster.
     """
     centres = kmeans_plus_plus(points, counts, clusters, torch.Generator().manual_seed(seed % (1 << 63)))
     for step in range(iterations + 1):
@@ -112,8 +112,8 @@ def means(points: Tensor, counts: Tensor, ids: Tensor, clusters: int) -> Tensor:
 
 
 def kmeans_plus_plus(points: Tensor, counts: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
-    """k-means++ (Arthur & Vassilvitskii 2007): distinct points (clusters, C), each drawn in proportion to its count and
-    to its squared distance from the earlier ones."""
+    """Draw distinct points (clusters, C) by k-means++ (Arthur & Vassilvitskii 2007): the probability of a point is
+    proportional to its count times its squared distance to the points already drawn."""
     columns = points.t().contiguous()
     chosen: list[Tensor] = []
     weights, distances = counts, torch.full_like(columns[0], torch.inf)

@@ -1,10 +1,10 @@
 """Post-training quantization of a VAE (TokenBridge, Wang et al. 2025): each latent dimension is divided into bins that
 are equally probable under the aggregate posterior, q(z) = mean of q(z | x) over training images.
 
-The VAE is frozen; only the bins are fitted, once, to samples of q(z | x). Encoding uses the means, but bins are not
-fitted to them: in a collapsed dimension the means hardly differ and do not matter, so equally filled bins would turn
-them into random ids, at full cost to a prior. With bins of samples, such means share a few ids. On the digits (8
-dimensions in 16 bins) samples give 22.7 dB for 26.3 bits per vector, means 22.4 dB for 32 bits.
+The VAE is frozen; only the bins are fitted, once, to samples of q(z | x). Encoding quantizes the means, but bins are
+not fitted to the means: those of a collapsed dimension hardly vary and carry no information, so equally filled bins
+would turn them into random ids, which a prior cannot compress. With bins fitted to samples, such means share a few ids.
+On the digits (8 dimensions in 16 bins), samples give 22.7 dB at 26.3 bits per vector, and means 22.4 dB at 32 bits.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class PosthocConfig(TokenizerConfig):
         16,
         ge=2,
         le=4096,
-        description="ids of each latent dimension, equally probable over training images; replaces the VAE's setting",
+        description="ids per latent dimension, equally probable over the training images; overrides the VAE's setting",
     )
     vae: Annotated[ModelConfig | None, Node("tokenizer:Tokenizer", only=("klvae",))] = Field(
-        None, description="the VAE; null: one of default sizes"
+        None, description="the VAE; null: default sizes"
     )
 
     @model_validator(mode="before")
@@ -49,7 +49,7 @@ class PosthocConfig(TokenizerConfig):
         return {**values, "vae": {**facts, **node} if isinstance(node, dict) else node}
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON values; the image size and channels are not repeated for the VAE."""
+        """Return the configuration as JSON values, without repeating the image size and channels for the VAE."""
         values = super().to_dict()
         return {**values, "vae": {key: value for key, value in values["vae"].items() if key not in FACTS}}
 
@@ -65,7 +65,7 @@ class PosthocConfig(TokenizerConfig):
 class Posthoc(Tokenizer, name="posthoc"):
     """A frozen `klvae` with fitted bins.
 
-    Call `start_from(vae)`, then `initialize(images)`. It has a likelihood if the VAE has one.
+    Call `start_from(vae)`, then `initialize(images)`. The VAE provides the likelihood, if any.
     """
 
     Config = PosthocConfig
@@ -79,8 +79,8 @@ class Posthoc(Tokenizer, name="posthoc"):
         self.register_buffer("started", torch.zeros((), dtype=torch.long))  # 1 if the VAE is trained
 
     def start_from(self, other: Tokenizer) -> None:
-        """Copy the weights of `other`, a trained `klvae` or a `posthoc` tokenizer. Raises `ConfigError` for another
-        kind or other sizes."""
+        """Copy the weights of `other`, a trained `klvae` or `posthoc` tokenizer. Raises `ConfigError` for another kind
+        or other sizes."""
         vae = other.vae if isinstance(other, Posthoc) else other
         if not isinstance(vae, KLVAE):
             raise ConfigError(f"posthoc: needs a trained {KLVAE.name} to start from, got a {other.name!r} tokenizer")
@@ -96,12 +96,12 @@ class Posthoc(Tokenizer, name="posthoc"):
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
-        """Fit the bins to posterior samples of `images` `(B, C, H, W)`, with fixed noise. Raises `ConfigError` if the
-        VAE is untrained, and for more bins than latent vectors."""
+        """Fit the bins to posterior samples of `images` `(B, C, H, W)`, with a fixed seed. Raises `ConfigError` if the
+        VAE is untrained or there are more bins than latent vectors."""
         self.check_images(images)
         if not self.started:
             raise ConfigError(
-                f"posthoc: the VAE is untrained; pass init=FOLDER with the folder of a trained {KLVAE.name} tokenizer"
+                f"posthoc: the VAE is untrained; set init=FOLDER to the folder of a trained {KLVAE.name} tokenizer"
             )
         generator = torch.Generator(self.device).manual_seed(0)
         rows = [
@@ -114,19 +114,19 @@ class Posthoc(Tokenizer, name="posthoc"):
             raise ConfigError(f"posthoc: bins: {error} from {len(images)} training images") from error
 
     def encode(self, images: Tensor) -> Tensor:
-        """Tokens `(B, *grid.shape)` of the means; raises `ValueError` for images of another size."""
+        """Return the tokens `(B, *grid.shape)` of the means. Raises `ValueError` for images of another size."""
         return self.vae.encode(images)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images of `tokens`, clamped to [-1, 1]; raises `ValueError` for ids out of range."""
+        """Return images clamped to [-1, 1]. Raises `ValueError` for ids out of range."""
         return self.vae.decode(tokens)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """`decode(encode(images))`; nothing is trained, so there are no losses."""
+        """Return `decode(encode(images))`, without losses, because nothing is trained."""
         return self.vae(images)._replace(losses={})
 
     def train(self, mode: bool = True) -> Posthoc:
-        """Keep the VAE in eval mode, so that latents are binned, not sampled."""
+        """Set the mode, but keep the VAE in eval mode so that latents are binned, not sampled."""
         super().train(mode)
         self.vae.eval()
         return self

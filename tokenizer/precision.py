@@ -1,4 +1,4 @@
-"""Full float32 precision outside of training: TF32 and bfloat16 are for training only."""
+"""Full float32 precision outside training: TF32 and bfloat16 are for training only."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 backends: Any = torch.backends
 cudnn, mkldnn, cublas = backends.cudnn, backends.mkldnn, backends.cuda.matmul
 PRECISIONS = (backends, cudnn, cublas, cudnn.conv, mkldnn.matmul, mkldnn.conv)
-"""Holders of torch's `fp32_precision`. Later ones inherit from earlier ones."""
+"""Objects that hold torch's `fp32_precision`. Later ones inherit from earlier ones."""
 
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Compute float32 products and convolutions in float32, whatever torch's settings are; restores them afterwards.
+    """Compute float32 products and convolutions in full precision, overriding torch's settings in the block.
 
-    By default, cuDNN's convolutions use TF32; `torch.set_float32_matmul_precision` and `fp32_precision` allow TF32, or
-    bfloat16 on a CPU, for more. A tokenizer's ids, a likelihood and a sample should not depend on these settings.
-    Autocast is not changed. Also works as a decorator.
+    cuDNN convolutions use TF32 by default, and `torch.set_float32_matmul_precision` and `fp32_precision` allow TF32, or
+    bfloat16 on a CPU, for other operations. Ids, likelihoods and samples should not depend on these settings. Autocast
+    is not changed. Also works as a decorator.
     """
     changed = []
     for holder in PRECISIONS:
@@ -36,7 +36,7 @@ def full_float32() -> Iterator[None]:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Return `x` in float32, or in float64 if it is float64."""
+    """Convert `x` to float32, unless it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -49,5 +49,5 @@ def finest(device: torch.device) -> torch.dtype:
 
 
 def in_finest(x: Tensor) -> Tensor:
-    """Return `x` in the most precise type of its device, for sums of many numbers."""
+    """Convert `x` to the most precise type of its device, for long sums."""
     return x.to(finest(x.device))

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from .files import quote
 
 Scales = tuple[tuple[int, int], ...]
-"""(height, width) of each scale; the last is the size of the whole map."""
+"""(height, width) of each scale; the last is the full size."""
 
 
 def scales_problem(scales: Scales, shape: tuple[int, ...] | None = None) -> str | None:
-    """Return what is wrong with `scales` in one line, or None. shape: of the grid, if known."""
+    """Return the problem with `scales` in one line, or None. shape: the grid's, if known."""
     if any(len(pair) != 2 or any(type(side) is not int or side < 1 for side in pair) for pair in scales):
         return f"expected pairs of positive whole sizes (got {quote(scales)})"
     if shape is not None and shape != (sum(areas(scales)),):
@@ -32,14 +32,14 @@ def by(sides: tuple[int, ...]) -> str:
 
 
 def areas(scales: Scales) -> list[int]:
-    """The number of positions of each scale."""
+    """Return the number of positions of each scale."""
     return [height * width for height, width in scales]
 
 
 class Resize(nn.Module):
-    """Downsamples maps of the last of `scales` by area means, and upsamples by bicubic interpolation.
+    """Downsamples maps from the last of `scales` by area averaging, and upsamples to it by bicubic interpolation.
 
-    Both are products with fixed matrices, one for each axis.
+    Both multiply by one fixed matrix per axis.
     """
 
     def __init__(self, scales: Scales) -> None:
@@ -51,11 +51,11 @@ class Resize(nn.Module):
                 self.register_buffer(f"up{k}_{axis}", bicubic_matrix(small, large), persistent=False)
 
     def down(self, x: Tensor, k: int) -> Tensor:
-        """`(B, D, H, W)` as a map of scale `k`, `(B, D, h, w)`."""
+        """Downsample `(B, D, H, W)` to scale `k`, `(B, D, h, w)`."""
         return self._resize("down", x, k)
 
     def up(self, x: Tensor, k: int) -> Tensor:
-        """A map of scale `k`, `(B, D, h, w)`, as `(B, D, H, W)`."""
+        """Upsample a map of scale `k`, `(B, D, h, w)`, to `(B, D, H, W)`."""
         return self._resize("up", x, k)
 
     def _resize(self, direction: str, x: Tensor, k: int) -> Tensor:
@@ -65,17 +65,17 @@ class Resize(nn.Module):
         return rows @ x @ columns.t()
 
     def split(self, tokens: Tensor) -> Iterator[Tensor]:
-        """Split `(B, L, ...)` into a map `(B, h, w, ...)` of each scale."""
+        """Split `(B, L, ...)` into one map `(B, h, w, ...)` per scale."""
         for part, sides in zip(tokens.split(areas(self.scales), 1), self.scales, strict=True):
             yield part.unflatten(1, sides)
 
 
 def area_matrix(small: int, large: int) -> Tensor:
-    """`(small, large)`; each output is the mean of the inputs that it covers."""
+    """Return the matrix `(small, large)` that averages the inputs covered by each output."""
     return F.adaptive_avg_pool1d(torch.eye(large, dtype=torch.float64, device="cpu"), small).t().float().contiguous()
 
 
 def bicubic_matrix(small: int, large: int) -> Tensor:
-    """`(large, small)`."""
+    """Return the matrix `(large, small)` of bicubic interpolation."""
     one = torch.eye(small, dtype=torch.float64, device="cpu")[None, None]
     return F.interpolate(one, size=(large, small), mode="bicubic")[0, 0].float()

@@ -1,16 +1,17 @@
-"""TiTok (Yu et al. 2024, arXiv:2406.07550): an image as a 1D sequence of tokens without spatial positions.
+"""TiTok (Yu et al. 2024, arXiv:2406.07550): represents an image by a 1D sequence of tokens without spatial positions.
 
-An encoder of `vit`'s blocks sees the patches and K learned registers; the outputs at the registers are quantized. The
-decoder sees these K codes and a learned query for each patch, whose output becomes the patch. Training has a single
-stage, on pixels, without the paper's teacher. The paper adds a shared mask token to the queries, and positions to the
-registers; one learned vector for each is equivalent. The decoder adds positions to the codes, since a
-code means something else in another register. As with `vit`, the codebook has to follow quickly. Registers share it, so
-`initialize` subtracts each register's mean output; otherwise each register would use its own few codes.
+The encoder, built from `vit`'s blocks, attends to the patches and to K learned registers; its outputs at the registers
+are quantized. The decoder attends to these K codes and to one learned query per patch, and its output at a query
+becomes the patch. Training has a single stage, on pixels, without the paper's teacher. The paper adds a shared mask
+token to the queries and positions to the registers; one learned vector for each is equivalent. The decoder adds
+positions to the codes, because a code has a different meaning in each register. As with `vit`, the codebook must adapt
+quickly. Registers share it, so `initialize` subtracts each register's mean output; otherwise each register would use
+its own few codes.
 
-With `keep` the decoder is trained to work with fewer tokens (nested dropout: Rippel et al. 2014; FlexTok, Bachmann et
-al. 2025, arXiv:2502.13967; One-D-Piece, Miwa et al. 2025, arXiv:2501.10064): it sees the first k registers of each
-image, k random, and a learned vector in place of the others. So the first tokens carry the most important content, and
-decode alone.
+With `keep` the decoder learns to work with fewer tokens (nested dropout: Rippel et al. 2014; FlexTok, Bachmann et al.
+2025, arXiv:2502.13967; One-D-Piece, Miwa et al. 2025, arXiv:2501.10064). It sees the first k registers of each image,
+for random k, and a learned vector in place of the rest. The first tokens then carry the most important content, and any
+prefix can be decoded.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ from .vit import Block, ViTConfig
 
 Keep = Literal["uniform", "powers"]
 STD = 0.3
-"""Initial standard deviation of learned vectors. With ViT's 0.02 the registers stay nearly equal for a long time:
-16.4 dB after 518 steps on garments; with 0.3, 18.8 dB after 400."""
+"""Initial standard deviation of learned vectors. With ViT's 0.02, registers stay nearly equal for a long time: 16.4 dB
+after 518 steps on garments, compared with 18.8 dB after 400 steps with 0.3."""
 IMAGES_AT_A_TIME = 256
 
 
 class TiTokConfig(ViTConfig):
-    """Sizes of the two transformers, the number of tokens, and whether prefixes decode."""
+    """Sizes of the two transformers, the number of tokens, and whether prefixes can be decoded."""
 
-    registers: int = Field(16, ge=1, le=4096, description="number of tokens of an image; at most one per pixel")
+    registers: int = Field(16, ge=1, le=4096, description="number of tokens per image; at most one per pixel")
     keep: Keep | None = Field(
         None,
-        description="in training the decoder sees the first k registers of an image; uniform: k is any of 1 to "
-        "registers; powers: k is 1, 2, 4, ... or registers; null: it sees all, and prefixes do not decode",
+        description="in training the decoder sees only the first k registers of an image; uniform: k is any of 1 to "
+        "registers; powers: k is 1, 2, 4, ... or registers; null: it sees all, and prefixes cannot be decoded",
     )
 
     def check(self) -> Iterator[str]:
@@ -53,12 +54,12 @@ class TiTokConfig(ViTConfig):
         if self.registers > pixels:
             yield f"registers: at most one per pixel, {pixels} (got {self.registers})"
         if self.quantizer.kind == "multiscale":
-            yield "quantizer.kind: must not be multiscale, whose scales are 2D maps; registers have no positions"
+            yield "quantizer.kind: must not be multiscale, which needs 2D maps, while registers have no positions"
 
 
 class TiTok(Autoencoder, name="titok"):
-    """Grid `(K,)`; with a quantizer of L levels `(L * K,)`, level after level. With `keep`, `decode` takes the first k
-    tokens, `(B, k)`, for any k."""
+    """The grid is `(K,)`, or `(L * K,)`, level by level, for a quantizer with L levels. With `keep`, `decode` also
+    accepts the first k tokens, `(B, k)`, for any k."""
 
     Config = TiTokConfig
     encoder: Encoder
@@ -76,8 +77,8 @@ class TiTok(Autoencoder, name="titok"):
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
-        """Center each register's output over `images` `(B, C, H, W)`, unless the tokenizer is trained. Raises
-        `ValueError` for images of another size."""
+        """Center each register's output on its mean over `images` `(B, C, H, W)`, unless the tokenizer is trained.
+        Raises `ValueError` for images of another size."""
         self.check_images(images)
         if not bool(self.encoder.center.any()):
             parts = [self._embed(part.to(self.device)).float().sum(0) for part in images.split(IMAGES_AT_A_TIME)]
@@ -85,31 +86,33 @@ class TiTok(Autoencoder, name="titok"):
 
     @full_float32()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images of `tokens` `(B, *grid.shape)`, or with `keep` of the first k, `(B, k)`, clamped to [-1, 1]. Raises
-        `ValueError` for ids out of range and another number of tokens."""
+        """Return images clamped to [-1, 1]. tokens: `(B, *grid.shape)`, or with `keep` the first k, `(B, k)`. Raises
+        `ValueError` for ids out of range or another number of tokens."""
         self.check_tokens(tokens)
         return self._image(self._decode_tokens(tokens)).clamp(-1, 1)
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Raise `ValueError` unless `tokens` are all tokens of each image, or with `keep` a prefix."""
+        """Raise `ValueError` unless `tokens` holds all tokens of each image, or with `keep` a prefix."""
         most = len(self.grid)
         count = tokens.shape[1] if tokens.ndim == 2 else most
         if count != most and not (self.prefixes and 1 <= count <= most):
             hint = ""
             if 1 <= count < most:
-                hint = "; prefixes need model.keep=uniform or powers in training"
+                hint = "; to decode prefixes, train with model.keep=uniform or powers"
                 hint += " and a quantizer with one id per register" if self.levels > 1 else ""
             number = f"1 to {most}" if self.prefixes else f"all {most}"
-            raise ValueError(f"takes {number} tokens of an image, got {count}{hint}")
+            raise ValueError(f"expected {number} tokens per image, got {count}{hint}")
         replace(self.grid, shape=(count,)).check(tokens)
 
     def known_tokens(self, known: Tensor) -> Tensor:
-        """Raises `ValueError`: tokens have no position."""
-        raise ValueError("a register's token belongs to no part of the image, so known pixels make no token known")
+        """Raise `ValueError`, because tokens have no position."""
+        raise ValueError(
+            "registers do not represent single image regions, so known pixels do not determine known tokens"
+        )
 
 
 class Tower(nn.Module):
-    """Transformer over `inputs` rows and `queries` learned vectors; returns the outputs at the queries."""
+    """Transformer over `inputs` rows and `queries` learned vectors that returns the outputs at the queries."""
 
     def __init__(self, config: TiTokConfig, width_in: int, inputs: int, queries: int, width_out: int) -> None:
         super().__init__()
@@ -120,14 +123,14 @@ class Tower(nn.Module):
         self.norm, self.head = nn.LayerNorm(config.dim), nn.Linear(config.dim, width_out)
 
     def attend(self, rows: Tensor) -> Tensor:
-        """`(B, inputs, dim)`, embedded but without positions, to `(B, queries, width_out)`."""
+        """Map embedded rows without positions, `(B, inputs, dim)`, to `(B, queries, width_out)`."""
         queries = self.queries.expand(rows.shape[0], -1, -1)
         rows = self.blocks(torch.cat([rows + self.positions, queries.to(rows.dtype)], 1))
         return self.head(self.norm(rows[:, -len(self.queries) :]))
 
 
 class Encoder(Tower):
-    """Images `(B, C, H, W)` to the registers' vectors `(B, width, K)`."""
+    """Maps images `(B, C, H, W)` to the registers' vectors `(B, width, K)`."""
 
     def __init__(self, config: TiTokConfig, width: int) -> None:
         super().__init__(config, config.channels * config.factor**2, count_patches(config), config.registers, width)
@@ -135,13 +138,13 @@ class Encoder(Tower):
         self.unshuffle = Unshuffle(config.factor)
 
     def forward(self, images: Tensor) -> Tensor:
-        # Contiguous, so that products round the same in every memory format.
+        # Contiguous, so that products round identically in every memory format.
         patches = self.unshuffle(images).movedim(1, -1).flatten(1, 2).contiguous()
         return (self.attend(self.embed(patches)) - self.center).transpose(1, 2)
 
 
 class Decoder(Tower):
-    """Codes `(B, width, k)` of the first k registers to patches `(B, outputs * factor ** 2, h, w)`."""
+    """Maps codes `(B, width, k)` of the first k registers to patches `(B, outputs * factor ** 2, h, w)`."""
 
     def __init__(self, config: TiTokConfig, width: int, outputs: int) -> None:
         super().__init__(config, width, config.registers, count_patches(config), outputs * config.factor**2)
@@ -157,7 +160,7 @@ class Decoder(Tower):
         return self.attend(rows).unflatten(1, self.sides).movedim(-1, 1)
 
     def mask_rest(self, rows: Tensor, keep: Keep) -> Tensor:
-        """Fill `(B, k, dim)` up to `(B, K, dim)` with the mask. In training, also mask all but a random prefix of each
+        """Pad `(B, k, dim)` to `(B, K, dim)` with the mask vector. In training, mask all but a random prefix of each
         image, drawn from torch's global generator."""
         count, registers = rows.shape[1], len(self.positions)
         mask = self.mask.to(rows.dtype)
@@ -176,12 +179,12 @@ def count_patches(config: TiTokConfig) -> int:
 
 
 def powers(registers: int) -> tuple[int, ...]:
-    """1, 2, 4, ... below `registers`, and `registers`."""
+    """Return the powers of two below `registers`, and `registers`."""
     return *(1 << n for n in range((registers - 1).bit_length())), registers
 
 
 def draw_counts(keep: Keep, images: int, registers: int) -> Tensor:
-    """The random prefix length of each image, `(images,)`, drawn on the CPU: the same for any device."""
+    """Draw a random prefix length for each image, `(images,)`, on the CPU, so that it does not depend on the device."""
     if keep == "uniform":
         return torch.randint(1, registers + 1, (images,), device="cpu")
     choices = torch.tensor(powers(registers), device="cpu")

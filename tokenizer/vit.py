@@ -1,11 +1,11 @@
 """ViT-VQGAN (Yu et al. 2021, arXiv:2110.04627): an autoencoder of two transformers (Dosovitskiy et al. 2020, ViT).
 
-A linear map of each factor x factor patch, transformer blocks, and a linear map to the quantizer's width; the decoder
-mirrors it and ends in pixels. Every position sees the whole image from the first layer on. The paper's codes are
-directions of few dimensions: `quantizer: {kind: vq, codes: 8192, dim: 32, normalize: true}`.
+The encoder is a linear embedding of factor x factor patches, transformer blocks, and a linear map to the quantizer's
+width; the decoder mirrors it. Every position sees the whole image from the first layer on. The paper quantizes
+directions in few dimensions: `quantizer: {kind: vq, codes: 8192, dim: 32, normalize: true}`.
 
-The output of a transformer varies little at first and soon much more, so the codebook has to follow quickly: on digits,
-`ema` with a decay of 0.99 left three quarters of 128 codes unused; with 0.9, all were used.
+A transformer's output varies little at first and soon much more, so the codebook must adapt quickly: on digits, `ema`
+with a decay of 0.99 left three quarters of 128 codes unused, while with 0.9 all were used.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ViTConfig(AutoencoderConfig):
 
 
 class ViT(Autoencoder, name="vit"):
-    """Patches become positions; a transformer, the quantizer, and a transformer back to pixels."""
+    """A transformer encoder and decoder, with one position per patch."""
 
     Config = ViTConfig
 
@@ -52,8 +52,8 @@ class ViT(Autoencoder, name="vit"):
 
 
 class Transformer(nn.Module):
-    """Maps `(B, inputs, h, w)` to `(B, outputs, h, w)`; every position attends to every other. Position embeddings are
-    learned, as in ViT. (The paper's head has a hidden layer with a tanh; a linear one learned faster.)"""
+    """Maps `(B, inputs, h, w)` to `(B, outputs, h, w)`; every position attends to all others. Position embeddings are
+    learned, as in ViT. (The paper's head has a hidden tanh layer; a linear head learned faster.)"""
 
     def __init__(self, config: ViTConfig, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(config.dim), nn.Linear(config.dim, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Contiguous, so that products round the same in every memory format.
+        # Contiguous, so that products round identically in every memory format.
         rows = x.movedim(1, -1).flatten(1, 2).contiguous()
         rows = self.blocks(self.embed(rows) + self.positions)
         return self.head(self.norm(rows)).unflatten(1, x.shape[2:]).movedim(-1, 1)
@@ -73,7 +73,7 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """Pre-normalised attention and MLP on the residual stream `(B, N, dim)`.
 
-    `nn.TransformerEncoderLayer` has a fast path in eval mode that rounds differently, so it is not used.
+    `nn.TransformerEncoderLayer` is not used, because its fast path in eval mode rounds differently.
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -91,8 +91,8 @@ class Block(nn.Module):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over `(B, heads, N, width)`, same shape. Under a CPU's autocast it is computed in float32, because
-    torch's bfloat16 backward pass is five times slower there."""
+    """Apply attention to `(B, heads, N, width)`. Under CPU autocast it runs in float32, because torch's bfloat16
+    backward pass is five times slower on a CPU."""
     if q.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return F.scaled_dot_product_attention(q, k, v)
     with torch.autocast("cpu", enabled=False):

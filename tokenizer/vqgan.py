@@ -1,7 +1,7 @@
 """VQGAN (Esser et al. 2021, arXiv:2012.09841): the network of taming-transformers, diffusers' `VQModel` and LlamaGen.
 
-Residual blocks at each resolution, self-attention where it is cheap; each resolution has twice the pixels per side of
-the one below. `smalti import` loads published weights. The critic behind its name is part of its training.
+Residual blocks at each resolution, with self-attention where it is cheap; each level halves the sides of the previous
+one. `smalti import` loads published weights. The adversarial critic is part of training, not of this network.
 """
 
 from __future__ import annotations
@@ -24,28 +24,27 @@ Levels = Annotated[tuple[int, ...], Field(min_length=1)]
 
 
 class NetworkConfig(AutoencoderConfig):
-    """Sizes of the networks; the defaults are those of the paper's ImageNet model with 16x16 ids."""
+    """Sizes of the networks; the defaults match the paper's ImageNet model with 16x16 ids."""
 
     widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
         (128, 128, 256, 256, 512),
         min_length=1,
-        description="channels at each level, finest first; each further level halves the token grid's sides",
+        description="channels at each level, finest first; each additional level halves the token grid's sides",
     )
     stem: int | None = Field(
-        None, ge=1, le=4096, description="channels of the encoder's first convolution; null: those of the finest level"
+        None, ge=1, le=4096, description="channels of the encoder's first convolution; null: as at the finest level"
     )
     blocks: int = Field(
         2, ge=1, le=64, description="residual blocks at each level of the encoder; the decoder has one more"
     )
     encoder_attention: Levels | None = Field(
         (-1,),
-        description="levels of the encoder with self-attention after every block, 0 the finest, -1 the coarsest; "
-        "null: none",
+        description="encoder levels with self-attention after every block (0 is the finest, -1 the coarsest); null: "
+        "none",
     )
     decoder_attention: Levels | None = Field(
         (-1,),
-        description="levels of the decoder with self-attention after every block, one more than the encoder has; "
-        "null: none",
+        description="decoder levels with self-attention after every block, numbered like the encoder's; null: none",
     )
     mid_attention: bool = Field(True, description="self-attention between the two blocks at the token resolution")
     z_channels: int = Field(
@@ -53,12 +52,12 @@ class NetworkConfig(AutoencoderConfig):
     )
     groups: int = Field(32, ge=1, le=4096, description="groups of each group normalisation")
     quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        VQConfig(codes=1024, dim=256), description="turns vectors into ids"
+        VQConfig(codes=1024, dim=256), description="maps vectors to ids"
     )
 
     @property
     def halved(self) -> int:
-        """Number of levels that halve height and width; the encoder's finest ones."""
+        """Number of levels that halve height and width (the encoder's finest levels)."""
         return len(self.widths) - 1
 
     @property
@@ -76,16 +75,17 @@ class NetworkConfig(AutoencoderConfig):
 
 
 class VQGANConfig(NetworkConfig):
-    """Sizes of the networks, and the length of codes at the decoder."""
+    """Sizes of the networks, and whether the decoder receives unit-length codes."""
 
     unit_codes: bool = Field(
         False,
-        description="scale codes to length 1 before the decoder, however they are compared (transformers' JanusVQVAE)",
+        description="scale codes to length 1 before the decoder, whatever quantizer.normalize is (transformers' "
+        "JanusVQVAE)",
     )
 
 
 class VQGAN(Autoencoder, name="vqgan"):
-    """The published network between pixels and codes, with any quantizer."""
+    """The published encoder and decoder, with any quantizer."""
 
     Config = VQGANConfig
 
@@ -101,7 +101,7 @@ class VQGAN(Autoencoder, name="vqgan"):
 
 
 def encoder_layers(config: NetworkConfig, channels: int) -> dict[str, nn.Module]:
-    """Layers by name from `(B, channels, H, W)` to `(B, z_channels, H / f, W / f)`, f = 2 ** halved."""
+    """Build named layers from `(B, channels, H, W)` to `(B, z_channels, H / f, W / f)`, f = 2 ** halved."""
     width, groups, levels = config.stem or config.widths[0], config.groups, []
     stem = conv3(channels, width)
     for level, wide in enumerate(config.widths):
@@ -120,7 +120,7 @@ def encoder_layers(config: NetworkConfig, channels: int) -> dict[str, nn.Module]
 
 
 def decoder_layers(config: NetworkConfig, dim: int, outputs: int) -> dict[str, nn.Module]:
-    """Layers by name from `(B, dim, H / f, W / f)` to `(B, outputs, H, W)`; the coarsest level comes first."""
+    """Build named layers from `(B, dim, H / f, W / f)` to `(B, outputs, H, W)`, coarsest level first."""
     width, groups, last = config.widths[-1], config.groups, len(config.widths) - 1
     project, stem = nn.Conv2d(dim, config.z_channels, 1), conv3(config.z_channels, width)
     between, levels = middle(width, config.mid_attention, groups), []
@@ -156,8 +156,8 @@ class Level(nn.Module):
 
 
 class Block(nn.Module):
-    """Two normalised 3x3 convolutions added to their input `(B, width, H, W)`, which a 1x1 convolution widens if `wide`
-    differs."""
+    """Two normalised 3x3 convolutions added to their input `(B, width, H, W)`; a 1x1 convolution adapts the input if
+    `wide` differs from `width`."""
 
     def __init__(self, width: int, wide: int, groups: int) -> None:
         super().__init__()
@@ -192,14 +192,14 @@ class UnitLength(nn.Module):
 
 
 class Downsample(nn.Sequential):
-    """Halves height and width: a 3x3 convolution of stride 2, padded only at the bottom and on the right."""
+    """Halves height and width by a 3x3 convolution of stride 2, padded only at the bottom and right."""
 
     def __init__(self, width: int) -> None:
         super().__init__(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2))
 
 
 def size_problems(config: Any) -> Iterator[str]:
-    """Problems of `widths` and `stem`, given `halved`, `groups` and the image size."""
+    """Yield the problems of `widths`, `stem` and `groups`, given `halved` and the image size."""
     levels, size = len(config.widths), "x".join(map(str, config.image_size))
     if levels > 12 or any(side % 2**config.halved for side in config.image_size):
         yield f"widths: {levels} levels halve the image {config.halved} times, but its size is {size}"
@@ -209,12 +209,12 @@ def size_problems(config: Any) -> Iterator[str]:
 
 
 def levels_of(chosen: tuple[int, ...] | None, levels: int) -> set[int]:
-    """The chosen levels from 0 to `levels` - 1; negative ones are counted from the end."""
+    """Return the chosen levels as indices from 0 to `levels` - 1; negative indices count from the end."""
     return {level % levels for level in chosen or ()}
 
 
 def middle(width: int, attention: bool, groups: int) -> nn.Sequential:
-    """Block, attention, block at the token resolution."""
+    """Build the middle layers at the token resolution: block, attention, block."""
     between = Attention(width, groups) if attention else nn.Identity()
     return nn.Sequential(Block(width, width, groups), between, Block(width, width, groups))
 
@@ -224,7 +224,7 @@ def norm(width: int, groups: int) -> nn.GroupNorm:
 
 
 def conv3(width: int, wide: int) -> nn.Conv2d:
-    """A 3x3 convolution that keeps height and width."""
+    """Build a 3x3 convolution that preserves height and width."""
     return nn.Conv2d(width, wide, 3, padding=1)
 
 

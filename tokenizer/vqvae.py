@@ -1,4 +1,4 @@
-"""VQ-VAE (van den Oord et al. 2017): a convolutional autoencoder with a quantizer in the middle. The default."""
+"""VQ-VAE (van den Oord et al. 2017): a convolutional autoencoder with a quantizer. The default tokenizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .layers import ConvolutionsConfig, decoder, encoder
 
 
 class VQVAEConfig(AutoencoderConfig, ConvolutionsConfig):
-    """Sizes of the networks, and the quantizer between them."""
+    """Sizes of the networks, and the quantizer."""
 
 
 class VQVAE(Autoencoder, name="vqvae"):

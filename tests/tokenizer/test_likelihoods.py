@@ -148,7 +148,7 @@ def test_vqvae_trains_its_likelihood(name):
         each = model.pixel_log_probs(images, model.encode(images))
         torch.testing.assert_close(model(images).losses["nll"], -each.mean())
         torch.testing.assert_close(model.pixel_log_prob(images, model.encode(images)), each.flatten(1).sum(1))
-        with pytest.raises(ValueError, match="images should have shape .*, to match the tokens, got "):
+        with pytest.raises(ValueError, match="images should have shape"):
             model.pixel_log_prob(images[:1], model.encode(images))
         table = model.value_log_probs(model.encode(images), to_values(images), 0)
         torch.testing.assert_close(table.gather(1, to_values(images)), each)

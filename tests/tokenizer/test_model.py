@@ -64,7 +64,7 @@ def test_a_name_belongs_to_one_class(monkeypatch):
     monkeypatch.setattr(Prior, "_members", dict(Prior._members))
     with pytest.raises(ConfigError, match="'made'"):  # whether or not ours has been imported
         type("Other", (GPT,), {"__module__": "elsewhere"}, name="made")
-    with pytest.raises(ConfigError, match="not a name"):
+    with pytest.raises(ConfigError, match="not a valid name"):
         type("Other", (GPT,), {"__module__": "elsewhere"}, name="My GPT")
 
 

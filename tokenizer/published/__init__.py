@@ -1,4 +1,4 @@
-"""Published networks of other projects, one a file, and how each project names its weights for `smalti import`."""
+"""Published networks of other projects, one per file, with the weight names that `smalti import` reads."""
 
 from .conversion import build, prefix_of, recognise
 from .layouts import Layout, Shapes

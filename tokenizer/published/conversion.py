@@ -20,12 +20,12 @@ from .magvit2 import MAGVIT2
 from .maskgit import MASKGIT
 from .vqgans import DIFFUSERS, IBQ, JANUS, LLAMAGEN, TAMING
 
-# The first layout that fits is used. TAMING comes last, since it also fits weights of the others.
+# The first layout that fits is used. TAMING comes last, because it also fits weights of other projects.
 LAYOUTS = (DIFFUSERS, LLAMAGEN, MAGVIT2, MASKGIT, COSMOS, JANUS, TAMING)
 TAMING_VARIANTS = {"ibq": IBQ}
-"""Layouts with the names of TAMING, which users choose with the option `layout`."""
+"""Layouts with the same names as TAMING, selected by the option `layout`."""
 PREFIXES = ("model.vqmodel.", "vqmodel.")
-"""Prefixes of the tokenizer's weights in a complete model of transformers."""
+"""Prefixes of the tokenizer's weights in a complete transformers model."""
 
 
 def recognise(weights: Weights, path: Path, variant: str | None = None) -> Layout:
@@ -47,10 +47,10 @@ def prefix_of(names: Collection[str]) -> str:
 
 
 def build(config: Any, weights: Weights, layout: Layout, path: Path) -> tuple[Autoencoder, list[str]]:
-    """Return the model with its weights in float32, and the names of weights that only training needs.
+    """Return the model with float32 weights, and the names of weights that only training needs.
 
-    Raises `WeightsError` that lists missing, unexpected, misshapen or non-finite weights, and what `build_on_meta`
-    raises.
+    Raises a `WeightsError` that lists missing, unexpected, misshapen or non-finite weights; propagates the errors of
+    `build_on_meta`.
     """
     expected = dict(build_on_meta(lambda: layout.kind(config), path).named_parameters())
     names = {key: layout.published(key, len(config.widths)) for key in expected}
@@ -69,7 +69,7 @@ def build(config: Any, weights: Weights, layout: Layout, path: Path) -> tuple[Au
 
 
 def mark_as_trained(model: Autoencoder) -> None:
-    """Keep further training from initializing the codebook again and from reviving its codes."""
+    """Mark the codebook as trained, so that fine-tuning neither reinitializes it nor revives its codes at once."""
     buffers = dict(model.quantizer.named_buffers())
     if "started" in buffers:
         buffers["started"].fill_(1)
@@ -90,5 +90,5 @@ def convert(weight: Tensor, expected: Tensor, name: str, path: Path) -> Tensor:
 
 
 def matrix_shape(weight: Tensor) -> tuple[int, ...]:
-    """The shape without the two axes of a 1x1 convolution."""
+    """Return the shape without the two spatial axes of a 1x1 convolution."""
     return tuple(weight.shape[:2] if weight.shape[2:] == (1, 1) else weight.shape)

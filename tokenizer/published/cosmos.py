@@ -1,7 +1,7 @@
 """Cosmos' discrete image tokenizer (NVIDIA 2025, arXiv:2501.03575): VQGAN's network on Haar wavelets.
 
-A fixed transform folds patches into channels: the mean and three differences of each 2x2 block, repeated on its own
-output. So the network has fewer halvings than levels. Vectors are rounded (`fsq`): 8x8x8x5x5x5 gives 64,000 ids.
+A fixed transform folds patches into channels: the mean and three differences of each 2x2 block, applied recursively.
+The network therefore has fewer halvings than levels. Vectors are rounded (`fsq`): 8x8x8x5x5x5 gives 64,000 ids.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ BUFFERS = r"(encoder\.patcher|decoder\.unpatcher)\.(wavelets|_arange)$|quantizer
 
 
 class CosmosConfig(NetworkConfig):
-    """Sizes of the networks; the defaults are those of DI16x16."""
+    """Sizes of the networks; the defaults match DI16x16."""
 
     widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
         (256, 512, 512), min_length=1, description="channels at each level, finest first"
     )
     stem: int | None = Field(
-        128, ge=1, le=4096, description="channels of the encoder's first convolution; null: those of the finest level"
+        128, ge=1, le=4096, description="channels of the encoder's first convolution; null: as at the finest level"
     )
     patch: Literal[1, 2, 4, 8, 16] = Field(
         4, description="side in pixels of the patches that the wavelets fold into channels"
@@ -41,16 +41,16 @@ class CosmosConfig(NetworkConfig):
         2,
         ge=0,
         le=12,
-        description="levels that halve height and width: the finest of the encoder, the coarsest of the decoder",
+        description="number of levels that halve height and width: the encoder's finest, and the decoder's coarsest",
     )
     encoder_attention: tuple[int, ...] | None = Field(
-        None, min_length=1, description="levels of the encoder with self-attention after every block, 0 the finest"
+        None, min_length=1, description="encoder levels with self-attention after every block; 0 is the finest"
     )
     decoder_attention: tuple[int, ...] | None = Field(
-        None, min_length=1, description="levels of the decoder with self-attention after every block, 0 the finest"
+        None, min_length=1, description="decoder levels with self-attention after every block; 0 is the finest"
     )
     quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        FSQConfig(levels=LEVELS), description="turns vectors into ids"
+        FSQConfig(levels=LEVELS), description="maps vectors to ids"
     )
 
     @property
@@ -64,7 +64,7 @@ class CosmosConfig(NetworkConfig):
     def check(self) -> Iterator[str]:
         yield from super().check()
         if self.halvings > len(self.widths):
-            yield f"halvings: at most one a level, {len(self.widths)} (got {self.halvings})"
+            yield f"halvings: at most one per level, {len(self.widths)} (got {self.halvings})"
         halved = all(side % 2**self.halvings == 0 for side in self.image_size)
         if halved and any(side % self.factor for side in self.image_size):
             size = "x".join(map(str, self.image_size))
@@ -72,7 +72,7 @@ class CosmosConfig(NetworkConfig):
 
 
 class Cosmos(Autoencoder, name="cosmos"):
-    """The published network between pixels and codes, with any quantizer."""
+    """The published encoder and decoder, with any quantizer."""
 
     Config = CosmosConfig
 
@@ -88,8 +88,8 @@ class Cosmos(Autoencoder, name="cosmos"):
 
 
 class Haar(nn.Module):
-    """`(B, C, H, W)` to `(B, C * patch ** 2, H / patch, W / patch)`: the mean of a 2x2 block, then the differences of
-    its rows, columns and diagonals."""
+    """Maps `(B, C, H, W)` to `(B, C * patch ** 2, H / patch, W / patch)`: the mean of a 2x2 block, then the differences
+    of its rows, columns and diagonals."""
 
     def __init__(self, patch: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Haar(nn.Module):
 
 
 class InverseHaar(nn.Module):
-    """`(B, C * patch ** 2, h, w)` to `(B, C, h * patch, w * patch)`."""
+    """Maps `(B, C * patch ** 2, h, w)` to `(B, C, h * patch, w * patch)`."""
 
     def __init__(self, patch: int) -> None:
         super().__init__()
@@ -119,13 +119,13 @@ class InverseHaar(nn.Module):
 
 
 def sizes(shapes: Shapes) -> dict[str, Any]:
-    """The configuration of a `cosmos`. Raises `WeightsError` for wavelets of neither grey nor RGB images."""
+    """Return the configuration of a `cosmos`. Raises `WeightsError` unless the wavelets are of grey or RGB images."""
     network = network_sizes(shapes)
     folded = {channels * patch**2: (channels, patch) for channels in (1, 3) for patch in (2, 4, 8, 16)}
     if network["channels"] not in folded:
         allowed = ", ".join(map(str, sorted(folded)))
         raise WeightsError(
-            f"{shapes.path}: encoder.conv_in.weight has {network['channels']} input channels, allowed are {allowed}"
+            f"{shapes.path}: encoder.conv_in.weight has {network['channels']} input channels, expected one of {allowed}"
         )
     channels, patch = folded[network["channels"]]
     stored = shapes.weights.get("quantizer._levels")
@@ -136,7 +136,7 @@ def sizes(shapes: Shapes) -> dict[str, Any]:
 
 
 def fits(weights: Weights) -> bool:
-    """Whether weights have the names of taming-transformers, wavelets as inputs, and no codebook."""
+    """Return whether weights have taming-transformers' names, wavelet inputs and no codebook."""
     pixels = TAMING_FIRST in weights and "encoder.conv_in.weight" in weights
     wavelets = pixels and weights["encoder.conv_in.weight"].shape[1:2] not in ((1,), (3,))
     return wavelets and not any(name.startswith("quantize.") for name in weights)

@@ -1,4 +1,4 @@
-"""Layouts: how a project names its weights, and how sizes follow from their shapes."""
+"""Layouts: a project's weight names, and how to derive sizes from weight shapes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..files import WeightsError
 
 Weights = dict[str, Tensor]
 SettingsReader = Callable[[dict[str, Any], dict[str, Any], Path], dict[str, Any]]
-"""(settings of a `config.json`, sizes that the weights have, its path) to further configuration. Raises `FormatError`
-or `ConfigError` if the two disagree or a setting is not supported."""
+"""Maps (settings of a `config.json`, sizes derived from the weights, path of the file) to further configuration. Raises
+`FormatError` or `ConfigError` if settings and sizes disagree or a setting is not supported."""
 
 SHARED = (
     (r"^encoder\.project\.", "quant_conv."),
@@ -28,28 +28,29 @@ SHARED = (
 
 
 def unchanged(weights: Weights) -> Weights:
-    """The default of `Layout.prepare`."""
+    """Return the weights unchanged, as the default of `Layout.prepare`."""
     return weights
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A project's names. The regular-expression substitutions `SHARED` and `names`, in turn, map our names to its."""
+    """A project's weight names. The regular-expression substitutions `SHARED` and then `names` map our names to the
+    project's."""
 
     title: str
     kind: Any
-    """Our network for its weights, a class of `Autoencoder`."""
+    """Our network for the weights, a subclass of `Autoencoder`."""
     fits: Callable[[Weights], bool]
     """Whether weights have this project's names and, for the first layers, shapes."""
     sizes: Callable[[Shapes], dict[str, Any]]
-    """The part of the configuration that shapes determine. Raises `WeightsError`."""
+    """Derives the part of the configuration that shapes determine. Raises `WeightsError`."""
     names: tuple[tuple[str, str], ...]
     training: str = r"(?!)"
     """Pattern of weights that only training needs."""
     finest_first: bool = False
     """Whether the decoder's levels are numbered from the finest, the reverse of their order of execution."""
     prepare: Callable[[Weights], Weights] = unchanged
-    """Convert weights to our form, under the project's names."""
+    """Converts weights to our form, keeping the project's names."""
     settings: SettingsReader | None = None
     """Reads the `config.json` beside the weights, if the project writes one."""
     needs_settings: bool = False
@@ -57,7 +58,7 @@ class Layout:
     """Configuration that shapes do not determine."""
 
     def published(self, key: str, levels: int) -> str:
-        """The project's name of our weight `key`, in a network of `levels` levels."""
+        """Return the project's name for our weight `key`, in a network of `levels` levels."""
         if self.finest_first:
             numbered = r"^(decoder\.(?:levels|adaptive))\.(\d+)"
             key = re.sub(numbered, lambda found: f"{found[1]}.{levels - 1 - int(found[2])}", key)
@@ -67,15 +68,15 @@ class Layout:
 
 
 class Shapes:
-    """Shapes of a project's weights, by our names."""
+    """Shapes of a project's weights, indexed by our names."""
 
     def __init__(self, weights: Weights, layout: Layout, path: Path) -> None:
         self.weights, self.layout, self.path = weights, layout, path
-        self.levels = 0  # not needed for counting: all layouts number the encoder's levels from the finest
+        self.levels = 0  # unused while counting, as all layouts number the encoder's levels from the finest
         self.levels = self.count("encoder.levels.{}.blocks.0.conv1.weight")
 
     def of(self, key: str, axes: int = 4) -> tuple[int, ...]:
-        """The shape of `key`. Raises `WeightsError` if it is missing or has another number of axes."""
+        """Return the shape of `key`. Raises `WeightsError` if it is missing or has another number of axes."""
         name = self.layout.published(key, self.levels)
         shape = tuple(self.weights[name].shape) if name in self.weights else ()
         if len(shape) != axes:
@@ -84,15 +85,15 @@ class Shapes:
         return shape
 
     def has(self, key: str) -> bool:
-        """Whether there is such a weight."""
+        """Return whether this weight exists."""
         return self.layout.published(key, self.levels) in self.weights
 
     def count(self, key: str) -> int:
-        """Count the weights whose names are `key` with 0, 1, 2, ... in place of {}."""
+        """Count the weights named `key` with 0, 1, 2, ... in place of {}."""
         return next(index for index in range(len(self.weights) + 1) if not self.has(key.format(index)))
 
     def stem_and_levels(self) -> dict[str, Any]:
-        """`channels`, `widths`, `stem` and `blocks` of an encoder."""
+        """Return `channels`, `widths`, `stem` and `blocks` of an encoder."""
         stem = self.of("encoder.stem.weight")
         levels = range(max(1, self.levels))  # with zero levels, report level 0 as missing
         widths = tuple(self.of(f"encoder.levels.{level}.blocks.0.conv1.weight")[0] for level in levels)
@@ -104,6 +105,6 @@ class Shapes:
         }
 
     def codebook(self) -> dict[str, Any]:
-        """The configuration of a `vq` quantizer."""
+        """Return the configuration of a `vq` quantizer."""
         codes, dim = self.of("quantizer.codebook", axes=2)
         return {"kind": "vq", "codes": codes, "dim": dim}

@@ -1,8 +1,8 @@
 """Open-MAGVIT2 (Luo et al. 2024, arXiv:2409.04410; SEED-Voken), after MAGVIT-2 (Yu et al. 2023, arXiv:2310.05737).
 
-No attention; strided convolutions halve the sides, and pixel shuffles double them. Each level of the decoder begins
-with a group normalisation whose scale and shift depend on the standard deviation and mean of the image's codes. The id
-is the signs of the vector's 18 channels (`lfq`).
+There is no attention; strided convolutions halve the sides, and pixel shuffles double them. Each decoder level begins
+with a group normalisation whose scale and shift depend on the standard deviation and mean of the image's codes. An id
+encodes the signs of 18 channels (`lfq`).
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ EPS = 1e-6
 
 
 class MAGVIT2Config(PlainConfig):
-    """Sizes of the networks; the defaults are those of the ImageNet models."""
+    """Sizes of the networks; the defaults match the ImageNet models."""
 
     blocks: int = Field(4, ge=1, le=64, description="residual blocks at each level, and at the token resolution")
     quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        LFQConfig(bits=18), description="turns vectors into ids"
+        LFQConfig(bits=18), description="maps vectors to ids"
     )
 
 
 class OpenMAGVIT2(Autoencoder, name="magvit2"):
-    """The published network between pixels and codes, with any quantizer."""
+    """The published encoder and decoder, with any quantizer."""
 
     Config = MAGVIT2Config
 
@@ -48,7 +48,7 @@ class OpenMAGVIT2(Autoencoder, name="magvit2"):
 
 
 class Decoder(nn.Module):
-    """`(B, dim, H / f, W / f)` to `(B, outputs, H, W)`; coarsest level first."""
+    """Maps `(B, dim, H / f, W / f)` to `(B, outputs, H, W)`, coarsest level first."""
 
     def __init__(self, config: MAGVIT2Config, dim: int, outputs: int) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class AdaptiveNorm(nn.Module):
 
     def forward(self, x: Tensor, codes: Tensor) -> Tensor:
         """codes: `(B, dim, h, w)`."""
-        rows = codes.flatten(2).contiguous()  # so that sums round the same in every memory format
+        rows = codes.flatten(2).contiguous()  # so that sums round identically in every memory format
         deviation = (rows.var(2, correction=min(1, rows.shape[2] - 1)) + EPS).sqrt()
         scale, shift = self.scale(deviation), self.shift(rows.mean(2))
         normalised = group_norm(x, self.groups, self.ones, self.zeros, EPS)
@@ -93,7 +93,7 @@ class AdaptiveNorm(nn.Module):
 
 
 class Double(nn.Sequential):
-    """Doubles height and width: a 3x3 convolution and a pixel shuffle."""
+    """Doubles height and width by a 3x3 convolution and a pixel shuffle."""
 
     def __init__(self, width: int) -> None:
         super().__init__(conv3(width, 4 * width), nn.PixelShuffle(2))
@@ -103,8 +103,8 @@ class Double(nn.Sequential):
 
 
 def prepare(weights: Weights) -> Weights:
-    """Take running means, and reorder outputs of upsampling convolutions from (sub-pixel, channel) to torch's (channel,
-    sub-pixel)."""
+    """Use running means, and reorder the outputs of upsampling convolutions from (sub-pixel, channel) to torch's
+    (channel, sub-pixel)."""
     prepared = take_averages(weights)
     for name, value in prepared.items():
         if ".upsample.conv1." in name and value.ndim and value.shape[0] % 4 == 0:
@@ -113,7 +113,7 @@ def prepare(weights: Weights) -> Weights:
 
 
 def sizes(shapes: Shapes) -> dict[str, Any]:
-    """The configuration of a `magvit2`."""
+    """Return the configuration of a `magvit2`."""
     return {**shapes.stem_and_levels(), "quantizer": {"kind": "lfq", "bits": shapes.of("encoder.head.weight")[0]}}
 
 

@@ -1,8 +1,8 @@
 """MaskGIT's VQGAN (Chang et al. 2022, arXiv:2202.04200), as ported to torch by open-muse; RAR, TiTok and MAGE use it.
 
-It has no attention, halves by average pooling, and its images lie in [0, 1]. Where a block of the published network
-widens, the 1x1 convolution of its shortcut is applied to the block's residual, not to its input. The weights were
-trained with this, so it is reproduced here.
+There is no attention, average pooling halves the sides, and images are in [0, 1]. In blocks that change the width, the
+shortcut's 1x1 convolution is applied to the residual, not to the input; this is reproduced because the weights were
+trained with it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from .plain import PLAIN_NAMES, Block, Level, PlainConfig, decoder_ends, encoder
 
 
 class MaskGITConfig(PlainConfig):
-    """Sizes of the networks; the defaults are those of the ImageNet model with 16x16 ids."""
+    """Sizes of the networks; the defaults match the ImageNet model with 16x16 ids."""
 
     quantizer: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        VQConfig(codes=1024, dim=256), description="turns vectors into ids"
+        VQConfig(codes=1024, dim=256), description="maps vectors to ids"
     )
 
 
 class MaskGIT(Autoencoder, name="maskgit"):
-    """The published network between pixels and codes, with any quantizer."""
+    """The published encoder and decoder, with any quantizer."""
 
     Config = MaskGITConfig
 
@@ -50,7 +50,7 @@ class MaskGIT(Autoencoder, name="maskgit"):
 
 
 class MaskGITBlock(Block):
-    """Where it widens, the output is the residual plus a 1x1 convolution of the residual."""
+    """A block that outputs the residual plus a 1x1 convolution of the residual if the width changes."""
 
     def shortcut(self, width: int, wide: int) -> nn.Module:
         return nn.Conv2d(wide, wide, 1, bias=False)
@@ -61,7 +61,7 @@ class MaskGITBlock(Block):
 
 
 def decoder(config: MaskGITConfig, dim: int, outputs: int) -> nn.Sequential:
-    """`(B, dim, H / f, W / f)` to `(B, outputs, H, W)`; coarsest level first."""
+    """Build a network from `(B, dim, H / f, W / f)` to `(B, outputs, H, W)`, coarsest level first."""
     width, levels = config.widths[-1], []
     before, after = decoder_ends(config, dim, outputs, MaskGITBlock)
     for level, wide in reversed(list(enumerate(config.widths))):
@@ -72,7 +72,7 @@ def decoder(config: MaskGITConfig, dim: int, outputs: int) -> nn.Sequential:
 
 
 def sizes(shapes: Shapes) -> dict[str, Any]:
-    """The configuration of a `maskgit`."""
+    """Return the configuration of a `maskgit`."""
     return {**shapes.stem_and_levels(), "quantizer": shapes.codebook()}
 
 

@@ -1,4 +1,4 @@
-"""VQGAN without attention and mostly without biases, as in MaskGIT and MAGVIT-2."""
+"""VQGAN without attention and with few biases, as in MaskGIT and MAGVIT-2."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class PlainConfig(AutoencoderConfig):
     widths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
         (128, 128, 256, 256, 512),
         min_length=1,
-        description="channels at each level, finest first; each further level halves the token grid's sides",
+        description="channels at each level, finest first; each additional level halves the token grid's sides",
     )
     stem: int | None = Field(
-        None, ge=1, le=4096, description="channels of the encoder's first convolution; null: those of the finest level"
+        None, ge=1, le=4096, description="channels of the encoder's first convolution; null: as at the finest level"
     )
     blocks: int = Field(2, ge=1, le=64, description="residual blocks at each level, and at the token resolution")
     groups: int = Field(32, ge=1, le=4096, description="groups of each group normalisation")
@@ -40,14 +40,14 @@ class PlainConfig(AutoencoderConfig):
         return 2**self.halved
 
     def check(self) -> Iterator[str]:
-        """Check that sizes divide."""
+
         yield from super().check()
         yield from size_problems(self)
 
 
 class Block(nn.Module):
-    """Two normalised 3x3 convolutions added to their input `(B, width, H, W)`, which a 1x1 convolution widens if
-    `wide` differs."""
+    """Two normalised 3x3 convolutions added to their input `(B, width, H, W)`; a 1x1 convolution adapts the input if
+    `wide` differs from `width`."""
 
     def __init__(self, width: int, wide: int, groups: int) -> None:
         super().__init__()
@@ -56,14 +56,14 @@ class Block(nn.Module):
         self.skip = nn.Identity() if width == wide else self.shortcut(width, wide)
 
     def shortcut(self, width: int, wide: int) -> nn.Module:
-        """The layer that widens the input."""
+        """Build the layer that adapts the input to `wide` channels."""
         return nn.Conv2d(width, wide, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.skip(x) + self.residual(x)
 
     def residual(self, x: Tensor) -> Tensor:
-        """The two convolutions, `(B, wide, H, W)`."""
+        """Apply the two convolutions: `(B, wide, H, W)`."""
         h = self.conv1(F.silu(self.norm1(x)))
         return self.conv2(F.silu(self.norm2(h)))
 
@@ -80,7 +80,7 @@ class Level(nn.Module):
 
 
 def encoder(config: PlainConfig, dim: int, block: type[Block], halve: Resample) -> nn.Sequential:
-    """`(B, channels, H, W)` to `(B, dim, H / f, W / f)`."""
+    """Build a network from `(B, channels, H, W)` to `(B, dim, H / f, W / f)`."""
     width, groups, levels = config.stem or config.widths[0], config.groups, []
     stem = bare_conv3(config.channels, width)
     for level, wide in enumerate(config.widths):
@@ -98,19 +98,19 @@ def encoder(config: PlainConfig, dim: int, block: type[Block], halve: Resample) 
 
 
 def level_blocks(config: PlainConfig, block: type[Block], width: int, wide: int) -> list[nn.Module]:
-    """Blocks of a level; the first one widens."""
+    """Build the blocks of a level; the first changes the width."""
     return [block(wide if index else width, wide, config.groups) for index in range(config.blocks)]
 
 
 def bare_conv3(width: int, wide: int) -> nn.Conv2d:
-    """A 3x3 convolution that keeps height and width, without a bias."""
+    """Build a 3x3 convolution without bias that preserves height and width."""
     return nn.Conv2d(width, wide, 3, padding=1, bias=False)
 
 
 def decoder_ends(
     config: PlainConfig, dim: int, outputs: int, block: type[Block]
 ) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
-    """Layers before and after a decoder's levels."""
+    """Build the layers before and after a decoder's levels."""
     coarsest, finest = config.widths[-1], config.widths[0]
     middle = nn.Sequential(*level_blocks(config, block, coarsest, coarsest))
     before = {"stem": conv3(dim, coarsest), "middle": middle}

@@ -1,4 +1,4 @@
-"""Layouts for `vqgan`: diffusers, taming-transformers, LlamaGen, IBQ (SEED-Voken) and Janus of transformers."""
+"""Layouts for `vqgan`: diffusers, taming-transformers, LlamaGen, IBQ (SEED-Voken) and transformers' Janus."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..files import ConfigError, FormatError
 from ..vqgan import VQGAN
 from .layouts import Layout, Shapes, Weights
 
-# Our pattern, and the names of diffusers, taming-transformers and LlamaGen.
+# Columns: our pattern, then the names in diffusers, taming-transformers and LlamaGen.
 PARTS = (
     (r"^(encoder|decoder)\.norm\.", r"\1.conv_norm_out.", r"\1.norm_out.", r"\1.norm_out."),
     (r"\.middle\.0\.", ".mid_block.resnets.0.", ".mid.block_1.", ".mid.0."),
@@ -26,15 +26,15 @@ PARTS = (
     (r"\.skip\.", ".conv_shortcut.", ".nin_shortcut.", ".nin_shortcut."),
 )
 TAMING_NAMES = tuple((ours, name) for ours, _, name, _ in PARTS)
-TAMING_FIRST = "encoder.down.0.block.0.conv1.weight"  # in every layout with taming-transformers' names
-# Attention before diffusers 0.15.
+TAMING_FIRST = "encoder.down.0.block.0.conv1.weight"  # present in every layout with taming-transformers' names
+# Attention names before diffusers 0.15.
 OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 # Weights
 
 
 def rename_old_attention(weights: Weights) -> Weights:
-    """Use diffusers' current names."""
+    """Rename attention weights to diffusers' current names."""
     renamed = {}
     for key, value in weights.items():
         for old, new in OLD_ATTENTION.items():
@@ -44,13 +44,13 @@ def rename_old_attention(weights: Weights) -> Weights:
 
 
 def take_averages(weights: Weights) -> Weights:
-    """Replace weights by their running means, which SEED-Voken stores beside them under names without dots and uses for
-    evaluation."""
+    """Replace weights by the running means that SEED-Voken evaluates with and stores in the same file, under names
+    without dots."""
     return {key: weights.get(f"model_ema.{key.replace('.', '')}", value) for key, value in weights.items()}
 
 
 def network_sizes(shapes: Shapes) -> dict[str, Any]:
-    """Sizes of a network with attention, without its quantizer."""
+    """Return the sizes of a network with attention, without its quantizer."""
     numbers = range(shapes.levels)
     attention = {
         "encoder": [level for level in numbers if shapes.has(f"encoder.levels.{level}.attention.0.q.weight")],
@@ -67,7 +67,7 @@ def network_sizes(shapes: Shapes) -> dict[str, Any]:
 
 
 def sizes(shapes: Shapes) -> dict[str, Any]:
-    """The configuration of a `vqgan`."""
+    """Return the configuration of a `vqgan`."""
     quantizer: dict[str, Any] = {"kind": "gumbel"}
     if shapes.has("quantizer.proj.weight"):
         quantizer["codes"], quantizer["dim"] = shapes.of("quantizer.embed.weight", axes=2)
@@ -78,18 +78,19 @@ def sizes(shapes: Shapes) -> dict[str, Any]:
 
 
 def is_coarsest_first(weights: Weights) -> bool:
-    """Whether the decoder's level 0, under taming's names, is the coarsest: every level but the finest upsamples."""
+    """Return whether the decoder's level 0, under taming's names, is the coarsest: all levels except the finest
+    upsample."""
     return TAMING_FIRST in weights and "decoder.up.0.upsample.conv.weight" in weights
 
 
-# The `config.json` beside the weights
+# The weights' `config.json`
 
 Settings = dict[str, Any]
 
 
 def diffusers_settings(settings: Settings, sizes: Settings, path: Path) -> Settings:
-    """`image_size` and `groups` of diffusers' `VQModel`. Raises `FormatError` or `ConfigError`, also for an unknown
-    setting, which may change what the weights mean."""
+    """Read `image_size` and `groups` of diffusers' `VQModel`. Raises `FormatError` or `ConfigError`, also for an
+    unknown setting, which might change the model."""
     name = settings.get("_class_name")
     if name != "VQModel":
         raise FormatError(f"{path}: _class_name: must be VQModel (found {name!r})")
@@ -113,13 +114,13 @@ def diffusers_settings(settings: Settings, sizes: Settings, path: Path) -> Setti
     check_settings(settings, allowed, counted, path)
     for key in settings:
         if key not in allowed.keys() | counted.keys() | harmless and not key.startswith("_"):
-            raise ConfigError(f"{path}: {key}: an unknown setting, which may change what the weights mean")
+            raise ConfigError(f"{path}: {key}: unknown setting, which might change the model")
     return {"image_size": settings.get("sample_size", 32), "groups": settings.get("norm_num_groups", 32)}
 
 
 def transformers_settings(settings: Settings, sizes: Settings, path: Path) -> Settings:
-    """`image_size` of transformers' `JanusVQVAE`, or of a whole model with one, if known; settings of other
-    models are ignored. Raises `ConfigError`."""
+    """Read `image_size`, if known, of transformers' `JanusVQVAE` or of a model that contains one; ignore settings of
+    other models. Raises `ConfigError`."""
     settings = settings.get("vq_config", settings)
     if not isinstance(settings, dict) or settings.get("model_type") != "janus_vqgan":
         return {}
@@ -140,7 +141,7 @@ def transformers_settings(settings: Settings, sizes: Settings, path: Path) -> Se
 
 
 def check_settings(settings: Settings, allowed: dict[str, tuple[Any, ...]], counted: Settings, path: Path) -> None:
-    """Raise `ConfigError` unless settings in `allowed` have one of its values, and those in `counted` agree with the
+    """Raise `ConfigError` unless settings in `allowed` have an allowed value, and settings in `counted` agree with the
     weights."""
     for key, value in settings.items():
         if key in allowed:
@@ -149,7 +150,7 @@ def check_settings(settings: Settings, allowed: dict[str, tuple[Any, ...]], coun
                 choices = ", ".join(map(str, allowed[key]))
                 raise ConfigError(f"{path}: {key}: only {choices} can be imported (found {wrong[0]!r})")
         elif key in counted and value not in (counted[key], None):
-            raise ConfigError(f"{path}: {key}: is {value!r}, but the weights have {counted[key]!r}")
+            raise ConfigError(f"{path}: {key}: {value!r} differs from the weights, which have {counted[key]!r}")
 
 
 # Layouts

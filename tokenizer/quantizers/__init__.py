@@ -1,4 +1,4 @@
-"""Quantizers, which turn vectors into ids, one idea a file."""
+"""Quantizers, which map vectors to ids; one idea per file."""
 
 from .base import Quantized, Quantizer
 

@@ -1,4 +1,4 @@
-"""The contract of quantizers: vectors become ids, and ids become vectors."""
+"""The contract of quantizers: map vectors to ids, and ids to vectors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .updates import one_training_forward
 
 
 class Quantized(NamedTuple):
-    """`z_q` (B, D, *spatial), through which gradients reach `z`; `tokens` int64, `(B, levels * rows, ...)`; unweighted
+    """`z_q` (B, D, *spatial), which passes gradients to `z`; int64 `tokens` `(B, levels * rows, ...)`; unweighted
     scalar `losses`."""
 
     z_q: Tensor
@@ -24,10 +24,10 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
-    """Vectors to ids and back, always in full float32.
+    """Maps vectors to ids and back, always in full float32.
 
-    `quantize` uses the codebook from before the training batch. A codebook that updates itself does so afterwards (see
-    `updates.SelfUpdating`).
+    `quantize` uses the codebook as it was before the training batch; self-updating codebooks are updated afterwards
+    (see `updates.SelfUpdating`).
     """
 
     vocab_size: int
@@ -35,7 +35,8 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
     levels: int = 1
     """Ids per position: level `l` of row `r` is row `l * rows + r` of the token grid, coarse levels first."""
     scales: Scales = ()
-    """(height, width) of each map of ids, coarse to fine, if there are several; vectors form a map of the last size."""
+    """(height, width) of each map of ids, coarse to fine, for a multi-scale quantizer; vectors form a map of the last
+    size."""
 
     def __init__(self, config: ModelConfig) -> None:
         nn.Module.__init__(self)
@@ -43,20 +44,20 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The weight of each of `quantize`'s losses in the training loss."""
+        """Weights of `quantize`'s losses in the training loss."""
         return {}
 
     @property
     def figures(self) -> dict[str, Tensor]:
-        """Running statistics, logged in training beside the losses."""
+        """Running statistics, logged with the training losses."""
         return {}
 
     def grid_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """The shape of the ids of `height` x `width` vectors. Raises `ConfigError` for an unsupported size."""
+        """Return the shape of the ids for `height` x `width` vectors. Raises `ConfigError` for an unsupported size."""
         return (self.levels * height, width)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move with the model, but stay float32 when its dtype changes."""
+        """Follow the model's device, but stay float32 when its dtype changes."""
 
         def move(tensor: Tensor) -> Tensor:
             moved: Tensor = fn(tensor)
@@ -79,13 +80,13 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
 
     @torch.no_grad()
     def encode(self, z: Tensor) -> Tensor:
-        """Return the tokens of `quantize` alone: nothing is learned from `z`. Raises as `quantize` does."""
+        """Return the tokens of `quantize`, without losses or updates. Raises as `quantize` does."""
         self.check_channels(z)
         with full_float32(), torch.autocast(z.device.type, enabled=False):
             return self._encode(z.float())
 
     def _encode(self, z: Tensor) -> Tensor:
-        """Overridden by quantizers whose losses are slow to compute."""
+        """Return the tokens. Overridden by quantizers whose losses are slow to compute."""
         return self._quantize(z).tokens
 
     def check_channels(self, z: Tensor) -> None:
@@ -94,19 +95,18 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
             raise ValueError(f"z should have {self.dim} channels, got {z.shape[1]}")
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        """The vectors `(B, dim, *spatial)` of `tokens`. Raises `ValueError` for ids out of range."""
+        """Look up the vectors `(B, dim, *spatial)` of `tokens`. Raises `ValueError` for ids out of range."""
         if tokens.numel():
-            low, high = torch.stack(tokens.aminmax()).tolist()  # one synchronisation with a GPU
+            low, high = torch.stack(tokens.aminmax()).tolist()  # a single GPU sync
             if low < 0 or high >= self.vocab_size:
                 raise ValueError(f"token ids should lie in [0, {self.vocab_size}), got {low} to {high}")
         with full_float32(), torch.autocast(tokens.device.type, enabled=False):
             return self.lookup_checked(tokens)
 
     def lookup_scales(self, tokens: Tensor, count: int) -> Tensor:
-        """`lookup_checked` of the first `count` of `scales` alone, `(B, dim, H, W)`. Raises `ValueError` if there are
-        fewer."""
+        """Look up only the first `count` of `scales`, `(B, dim, H, W)`. Raises `ValueError` if there are fewer."""
         raise ValueError(f"a {self.name!r} quantizer has no scales")
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """`lookup` without the range check; ids out of range give undefined vectors."""
+        """Look up vectors without the range check; invalid ids give undefined vectors."""
         raise NotImplementedError

@@ -1,5 +1,5 @@
-"""Straight-through softmax over codes: the forward pass takes one code, the backward pass is that of the softmax, so
-every code gets a gradient (Jang et al. 2017, section 2.2).
+"""Straight-through softmax over codes: the forward pass chooses one code, and the backward pass is that of the softmax,
+so every code gets a gradient (Jang et al. 2017, section 2.2).
 
 Vectors give logits over codes; the largest, optionally with Gumbel noise, is chosen. Plain torch operations would each
 hold a (vectors x codes) matrix: 1 GB for 16,384 of both. Here vectors are processed in blocks, and the backward pass
@@ -8,7 +8,7 @@ v,
 
     d logits = s (h - sum(s h)) / temperature,   h = G v'
 
-and for q, the softmax at the temperature of the entropies, whose losses have the gradient w in q,
+and for the entropy losses, with gradient w in the softmax q at the entropy temperature,
 
     d logits = q (w - sum(q w)) / entropy_temperature.
 """
@@ -22,17 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits computed at a time on a CPU, whose cache holds them; 64 times as many on a GPU. A block needs six such arrays.
+# Logits per block on a CPU, so that they fit in cache; a GPU uses 64 times as many. A block needs six such arrays.
 BLOCK_ELEMENTS = 1 << 17
-MIN_LOGIT = -60.0  # relative to the largest, so that no probability is 0 or denormal, which is slow
+MIN_LOGIT = -60.0  # relative to the largest, so that no probability is 0, or denormal and therefore slow
 
 
 class ChoiceOptions(NamedTuple):
     """Options of `choose`.
 
-    temperature: of the softmax that gradients pass. entropy_temperature: of the softmax, without noise, whose entropy
-    is returned. hard: return the value of the chosen code, else the mean under the softmax. seed: of the Gumbel noise;
-    None: no noise.
+    temperature: of the softmax that passes gradients. entropy_temperature: of the noise-free softmax whose entropy is
+    returned. hard: return the chosen code's value, else the mean under the softmax. seed: of the Gumbel noise; None
+    disables noise.
     """
 
     temperature: float = 1.0
@@ -42,8 +42,8 @@ class ChoiceOptions(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """`values` (n, dim); `tokens` (n,) int64; `entropy` of p(code | row), the mean over rows, a scalar in nats; and
-    `mean` (codes,), the mean of p over rows."""
+    """`values` (n, dim); `tokens` (n,) int64; `entropy` of p(code | row), averaged over rows, a scalar in nats; and
+    `mean` (codes,), p averaged over rows."""
 
     values: Tensor
     tokens: Tensor
@@ -103,13 +103,13 @@ class _Choice(torch.autograd.Function):
                     d_values.addmm_(p.t(), d_value)
                 d_logits += _softmax_backward(p, d_value @ transposed_values, options.temperature)
                 torch.mm(d_logits, transposed.t(), out=d_part)
-                d_transposed.addmm_(part.t(), d_logits)  # several times faster than its transpose, if rows are narrow
+                d_transposed.addmm_(part.t(), d_logits)  # several times faster than the transpose for narrow rows
                 d_bias += d_logits.sum(0)
         return d_rows, d_transposed.t(), d_bias, d_values, None
 
 
 class _Noise:
-    """Gumbel noise, block by block of rows, reproducible by its seed."""
+    """Gumbel noise for successive blocks of rows, reproducible from its seed."""
 
     def __init__(self, seed: int | None, rows: Tensor) -> None:
         self.generator = None if seed is None else torch.Generator(rows.device).manual_seed(seed)
@@ -124,18 +124,19 @@ class _Noise:
 
 
 def _block_size(rows: Tensor, weight: Tensor) -> int:
-    """Number of rows of a block."""
+    """Return the number of rows per block."""
     elements = BLOCK_ELEMENTS if rows.device.type == "cpu" else 64 * BLOCK_ELEMENTS
     return max(1, elements // len(weight))
 
 
 def _probabilities(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Logits over temperature, relative to the largest, and their softmax, both `(n, codes)`."""
+    """Return logits / temperature, relative to the largest, and their softmax, both `(n, codes)`."""
     scaled = (logits - logits.amax(1, keepdim=True)).div_(temperature).clamp_(min=MIN_LOGIT)
     return scaled, scaled.softmax(1)
 
 
 def _softmax_backward(p: Tensor, upstream: Tensor, temperature: float) -> Tensor:
-    """The gradient of logits from `upstream`, that of their softmax `p` (n, codes); overwrites `upstream`."""
+    """Return the gradient of the logits, given the gradient `upstream` of their softmax `p` (n, codes). Overwrites
+    `upstream`."""
     upstream -= torch.linalg.vecdot(p, upstream).unsqueeze(1)
     return upstream.mul_(p).div_(temperature)

@@ -1,4 +1,4 @@
-"""The base of quantizers with a codebook: nearest-code search, k-means initialization over all ranks, and revival of
+"""Base class of quantizers with a codebook: nearest-code search, k-means initialization over all ranks, and revival of
 dead codes (Dhariwal et al. 2020, Jukebox)."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .base import Quantized, Quantizer
 from .gradients import Gradient, pass_gradient
 from .updates import SelfUpdating, sum_over_ranks, world_size
 
-# Distances computed at a time on a CPU, whose cache holds them; 64 times as many on a GPU.
+# Distances per block on a CPU, so that they fit in cache; a GPU uses 64 times as many.
 SEARCH_ELEMENTS = 1 << 20
 
 
@@ -33,10 +33,10 @@ class CodebookConfig(ModelConfig):
     seed: int = Field(0, ge=0, description="seed of the initial codes and of the candidates for revival")
     normalize: bool = Field(
         False,
-        description="compare directions (cosine similarity): vectors and codes are scaled to length 1, which suits "
-        "large codebooks of few dimensions (LlamaGen: 16384 x 8)",
+        description="compare by cosine similarity: vectors and codes are scaled to length 1, which suits large "
+        "codebooks with few dimensions (LlamaGen: 16384 x 8)",
     )
-    gradient: Gradient = Field("straight_through", description="gradient estimator of the nearest code")
+    gradient: Gradient = Field("straight_through", description="gradient estimator for the nearest code")
 
     def check(self) -> Iterator[str]:
         if self.normalize and self.dim < 2:
@@ -57,13 +57,13 @@ class Codebook(SelfUpdating, Quantizer):
         self.vocab_size, self.dim = config.codes, config.dim
 
     def table(self) -> Tensor:
-        """The codes that are looked up, (codes, dim)."""
+        """Return the codes, (codes, dim), of length 1 with `normalize`."""
         if not self.config.normalize:
             return self.codebook
         return F.normalize(self.codebook.clone(), dim=1)  # `update` may write to the codebook before a backward pass
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """The codes `(B, dim, *spatial)` of `tokens` `(B, *spatial)`."""
+        """Look up the codes `(B, dim, *spatial)` of `tokens` `(B, *spatial)`."""
         return F.embedding(tokens, self.table()).movedim(-1, 1)
 
     def _quantize(self, z: Tensor) -> Quantized:
@@ -83,17 +83,17 @@ class Codebook(SelfUpdating, Quantizer):
         return tokens.reshape(z.shape[0], *z.shape[2:])
 
     def comparable(self, rows: Tensor) -> Tensor:
-        """Return rows `(n, dim)` in the form that is compared to the table."""
+        """Prepare rows `(n, dim)` for comparison with the table."""
         return F.normalize(rows, dim=1) if self.config.normalize else rows
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Unweighted scalars from rows `(n, dim)` and their codes `(n, dim)`."""
+        """Return unweighted scalar losses of rows `(n, dim)` and their codes `(n, dim)`."""
         raise NotImplementedError
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
-        """Run k-means over the rows `(n, dim)` of all ranks; all take rank 0's result. With fewer rows than codes,
-        repeat them with a little noise and skip k-means."""
+        """Run k-means over the rows `(n, dim)` of all ranks and use rank 0's result everywhere. With fewer rows than
+        codes, repeat them with a little noise and skip k-means."""
         sample = first_rows(rows, 32 * self.vocab_size, self.config.seed)
         iterations = self.config.kmeans_iterations
         if len(sample) < self.vocab_size:
@@ -107,7 +107,7 @@ class Codebook(SelfUpdating, Quantizer):
 
 
 class CountedCodebook(Codebook):
-    """Counts how often each code is used, and revives rarely used codes at vectors of the batch.
+    """Counts code usage, and revives rarely used codes by moving them to vectors of the batch.
 
     `config` has `decay`, `revive_below` and `revive_every`.
     """
@@ -117,17 +117,17 @@ class CountedCodebook(Codebook):
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
-        """k-means, after which every code counts as used equally often."""
+        """Run k-means, and set all usage counts equal."""
         super().start(rows)
         self.counts.fill_(len(rows) * world_size() / self.vocab_size)
 
     def revives(self, step: int) -> bool:
-        """Whether dead codes are revived after this step."""
+        """Return whether dead codes are revived after this step."""
         return (step + 1) % self.config.revive_every == 0
 
     def dead_codes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids `(k,)` of codes to revive, and a vector for each, `(k, dim)`: one of the batch's rows `(n, dim)` of all
-        ranks, chosen by (seed, step) alone. Waits for a GPU."""
+        """Return the ids `(k,)` of codes to revive, and a new vector for each, `(k, dim)`: rows of the batch `(n, dim)`
+        on all ranks, chosen by (seed, step) only. Syncs with the GPU."""
         total = len(rows) * world_size()
         dead = (self.counts < self.config.revive_below * self.counts.mean()).nonzero().squeeze(1)[:total]
         chosen = seeded(total, len(dead), self.config.seed, self.step + 1, rows.device)
@@ -135,18 +135,18 @@ class CountedCodebook(Codebook):
 
 
 def rows_of(z: Tensor) -> Tensor:
-    """`(B, D, *spatial)` to `(B * positions, D)`; a view when `z` is channels-last."""
+    """Reshape `(B, D, *spatial)` to `(B * positions, D)`, as a view if `z` is channels-last."""
     return z.movedim(1, -1).reshape(-1, z.shape[1])
 
 
 def map_of(rows: Tensor, z: Tensor) -> Tensor:
-    """`(B * positions, D)` to `(B, D, *spatial)` with the size of `z`: the inverse of `rows_of`."""
+    """Reshape `(B * positions, D)` to `(B, D, *spatial)` with the size of `z`, inverting `rows_of`."""
     return rows.reshape(z.shape[0], *z.shape[2:], rows.shape[1]).movedim(-1, 1)
 
 
 def nearest(rows: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest code, `(n,)`, for rows `(n, D)` and codes `(V, D)`: argmin |e|^2 - 2 z.e, in blocks of
-    rows."""
+    """Return the index of the nearest code, `(n,)`, for rows `(n, D)` and codes `(V, D)`: argmin |e|^2 - 2 z.e, in
+    blocks of rows."""
     squares, transposed = codebook.square().sum(1), codebook.t()
     elements = SEARCH_ELEMENTS if rows.device.type == "cpu" else 64 * SEARCH_ELEMENTS
     blocks = rows.split(max(1, elements // len(codebook)))
@@ -155,12 +155,13 @@ def nearest(rows: Tensor, codebook: Tensor) -> Tensor:
 
 
 def uses(tokens: Tensor, size: int) -> Tensor:
-    """Count each id in `tokens` `(n,)`, int64 `(size,)`. (`torch.bincount` would wait for a GPU.)"""
+    """Count each id in `tokens` `(n,)`, int64 `(size,)`. (`torch.bincount` would sync with the GPU.)"""
     return tokens.new_zeros(size).index_add_(0, tokens, torch.ones_like(tokens))
 
 
 def kmeans(rows: Tensor, clusters: int, iterations: int) -> Tensor:
-    """Lloyd's algorithm from the first `clusters` rows; the centre of an empty cluster stays. Returns (clusters, D)."""
+    """Run Lloyd's algorithm from the first `clusters` rows, and return the centres (clusters, D). Empty clusters keep
+    their centre."""
     centres = rows[:clusters].clone()
     for _ in range(iterations):
         tokens = nearest(rows, centres)
@@ -171,20 +172,20 @@ def kmeans(rows: Tensor, clusters: int, iterations: int) -> Tensor:
 
 
 def seeded(total: int, count: int, seed: int, step: int, device: torch.device) -> Tensor:
-    """Draw `count` distinct integers below `total` that depend only on (seed, step)."""
+    """Draw `count` distinct integers below `total`, determined by (seed, step)."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % (1 << 63))
     return torch.randperm(total, generator=generator)[:count].to(device)
 
 
 def first_rows(rows: Tensor, most: int, seed: int) -> Tensor:
-    """At most `most` of the rows `(n, D)` of all ranks, chosen by the seed, to initialize a codebook."""
+    """Return up to `most` rows out of the rows `(n, D)` of all ranks, chosen by the seed, to initialize a codebook."""
     total = len(rows) * world_size()
     return gather_rows(rows, seeded(total, min(total, most), seed, 0, rows.device))
 
 
 def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
-    """Return rows `(len(indices), D)` of the concatenated rows of all ranks, the same on every rank: each fills in its
-    own, and the ranks add them up. Ranks hold equally many rows."""
+    """Gather rows `(len(indices), D)` from the concatenated rows of all ranks, which hold equally many. Each rank fills
+    in its own rows, and summing over ranks gives all ranks the same result."""
     if world_size() == 1:
         return rows[indices]
     rank, row = indices // len(rows), indices % len(rows)

@@ -1,7 +1,7 @@
-"""A codebook of running means of the vectors nearest to each code (van den Oord et al. 2017, appendix A.1).
+"""A codebook in which each code is the running mean of its nearest vectors (van den Oord et al. 2017, appendix A.1).
 
-Counts and sums are added up over all ranks, so every rank holds the same codebook to the bit. A rarely used code is
-revived at a vector of the current batch.
+Counts and sums are summed over ranks, so all ranks hold bitwise equal codebooks. Rarely used codes are revived at
+vectors of the current batch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class EMAConfig(CodebookConfig):
         0.9,
         ge=0,
         lt=1,
-        description="decay of the running counts and sums, per training batch; a code that is no longer used counts as "
-        "dead after about 3 / (1 - decay) batches; long runs can use 0.99",
+        description="decay of the running counts and sums, per training batch; an unused code counts as dead after "
+        "about 3 / (1 - decay) batches; long runs can use 0.99",
     )
     revive_below: float = Field(
         0.05, ge=0, lt=1, description="a code used less than this share of the mean use is revived"
@@ -49,22 +49,22 @@ class EMA(CountedCodebook, name="ema"):
         return {"commitment": self.config.beta}
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Commitment: |z - sg(e)|^2, mean over elements."""
+        """Return the commitment |z - sg(e)|^2, averaged over elements."""
         return {"commitment": F.mse_loss(rows, codes)}
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
-        """k-means, after which every code counts as used equally often."""
+        """Run k-means, and set all usage counts equal."""
         super().start(rows)
         self.sums.copy_(self.codebook * self.counts.unsqueeze(1))
 
     def update(self, rows: Tensor, tokens: Tensor) -> None:  # type: ignore[override]
-        """N <- decay N + (1 - decay) n;  m <- decay m + (1 - decay) sum z;  e = m / N. A batch that is not finite
-        changes nothing."""
+        """Update N <- decay N + (1 - decay) n;  m <- decay m + (1 - decay) sum z;  e = m / N. Non-finite batches are
+        ignored."""
         sums = torch.zeros_like(self.sums).index_add_(0, tokens, rows)
         totals = sum_over_ranks(torch.cat([sums, uses(tokens, self.vocab_size).float().unsqueeze(1)], 1))
         finite, weight = torch.isfinite(totals).all(), 1 - self.config.decay
-        self.counts.lerp_(torch.where(finite, totals[:, -1], self.counts), weight)  # a step to itself: no change
+        self.counts.lerp_(torch.where(finite, totals[:, -1], self.counts), weight)  # lerp to itself: no change
         self.sums.lerp_(torch.where(finite, totals[:, :-1], self.sums), weight)
         total = self.counts.sum()
         smoothed = (self.counts + 1e-5) * (total / (total + self.vocab_size * 1e-5))

@@ -1,9 +1,9 @@
-"""Finite scalar quantization (Mentzer et al. 2023): round each channel to a few levels; no codebook, no loss.
+"""Finite scalar quantization (Mentzer et al. 2023): round each channel to a few levels, without a codebook or a loss.
 
-For an even number of levels L the bounded channel is shifted by half a level. A shift inside the tanh keeps z = 0 at 0:
-atanh(offset / reach), the exact inverse, where the paper's code (appendix A) has tan. And reach is (L - 1) (1 + 1e-3) /
-2 here, (L - 1) (1 - 1e-3) / 2 there. So z near the border of two levels can get another id than from the paper's code.
-The codes of ids are the same.
+For an even number of levels L the bounded channel is shifted by half a level, and a shift inside the tanh maps z = 0 to
+0. This code uses the exact inverse, atanh(offset / reach), where the paper's code (appendix A) uses tan, and a reach of
+(L - 1) (1 + 1e-3) / 2, where the paper has (L - 1) (1 - 1e-3) / 2. Ids can therefore differ from the paper's near the
+border of two levels. Ids decode to the same codes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .gradients import straight_through
 
 
 class FSQConfig(ModelConfig):
-    """Levels of each channel."""
+    """Number of levels of each channel."""
 
     levels: tuple[Annotated[int, Field(ge=3, le=256)], ...] = Field(
         (8, 8, 8),
         min_length=1,
-        description="levels of each channel, at least 3 (the paper: 5); their product is the vocabulary",
+        description="number of levels of each channel, at least 3 (the paper: 5); the product is the vocabulary size",
     )
 
     def check(self) -> Iterator[str]:
@@ -36,7 +36,8 @@ class FSQConfig(ModelConfig):
 
 
 class FSQ(Quantizer, name="fsq"):
-    """Bounds each channel by a tanh and rounds it to one of its levels; the id is their mixed-radix number."""
+    """Bounds each channel by a tanh and rounds it to one of its levels; the id is the mixed-radix number of these
+    levels."""
 
     Config = FSQConfig
     sizes: Tensor
@@ -64,7 +65,7 @@ class FSQ(Quantizer, name="fsq"):
         return (z + torch.atanh(offset / reach)).tanh() * reach - offset
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """The rounded channels of `tokens` `(B, *spatial)`, scaled into [-1, 1]: `(B, dim, *spatial)`."""
+        """Return the rounded channels of `tokens` `(B, *spatial)`, scaled to [-1, 1]: `(B, dim, *spatial)`."""
         half = self.sizes // 2
         digits = tokens.unsqueeze(-1) // self.radix % self.sizes
         return ((digits - half).float() / half).movedim(-1, 1)

@@ -1,7 +1,7 @@
-"""Gradient estimators of the nearest code, with the same forward value.
+"""Gradient estimators for the nearest code; all have the same forward value.
 
 Straight-through (Bengio et al. 2013) copies the code's gradient to the vector. The rotation trick (Fifty et al. 2024,
-arXiv:2410.06424, section 4.2) applies the rotation and scaling that map the vector to its code, so vectors of one cell
+arXiv:2410.06424, section 4.2) applies the rotation and scaling that map the vector to its code, so vectors in one cell
 are pushed apart or together rather than all in the same direction.
 """
 
@@ -43,16 +43,16 @@ class _Rotation(torch.autograd.Function):
 
 
 def straight_through(z: Tensor, codes: Tensor) -> Tensor:
-    """The value of `codes`, to the bit; the gradient is copied to `z` of the same shape."""
+    """Return exactly `codes`, copying the gradient to `z` of the same shape."""
     return _StraightThrough.apply(z, codes)
 
 
 def rotate_through(z: Tensor, codes: Tensor) -> Tensor:
-    """The value of `codes` `(n, dim)`, to the bit; the gradient reaches `z` `(n, dim)` through the transpose of
-    |e| / |z| (I - 2 w w' + 2 e^ z^'), the scaled rotation of z onto e, taken as constant. w = (z^ + e^) / |z^ + e^|."""
+    """Return exactly `codes` `(n, dim)`. The gradient reaches `z` `(n, dim)` through the transpose of |e| / |z| (I - 2
+    w w' + 2 e^ z^'), the scaled rotation of z onto e, treated as constant. w = (z^ + e^) / |z^ + e^|."""
     return _Rotation.apply(z, codes)
 
 
 def pass_gradient(kind: str, z: Tensor, codes: Tensor) -> Tensor:
-    """The value of `codes`, with the gradient estimator `kind`."""
+    """Return `codes` with the gradient estimator `kind`."""
     return {"straight_through": straight_through, "rotation": rotate_through}[kind](z, codes)

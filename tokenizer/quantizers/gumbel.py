@@ -1,9 +1,9 @@
 """Gumbel-softmax (Jang et al. 2017; Ramesh et al. 2021, the dVAE of DALL-E): ids are sampled in training.
 
-A linear map gives each vector logits over codes. In training the id is sampled as the argmax of logits plus Gumbel
-noise, and gradients pass the softmax of that sum at an annealed temperature; otherwise the id is the largest logit.
-`kl` keeps the distribution from collapsing. The layers are those of GumbelVQ (taming-transformers, Esser et al. 2021);
-the initialization is ours, because with random weights a small encoder soon used few ids.
+A linear map gives each vector logits over codes. In training the id is the argmax of logits plus Gumbel noise, and
+gradients pass through the softmax of that sum at an annealed temperature; in eval mode the id is the argmax of the
+logits. `kl` keeps the distribution from collapsing. The layers are those of GumbelVQ (taming-transformers, Esser et al.
+2021). The initialization differs, because with random weights a small encoder soon used few ids.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ class GumbelConfig(ModelConfig):
     hard: bool = Field(
         True, description="train the decoder on the sampled code; false: on the softmax-weighted mean of codes"
     )
-    temperature: float = Field(1.0, gt=0, description="initial temperature of the softmax that gradients pass")
+    temperature: float = Field(1.0, gt=0, description="initial temperature of the softmax that passes gradients")
     final_temperature: float = Field(1 / 16, gt=0, description="final temperature (DALL-E: 1/16)")
-    anneal_steps: int = Field(2000, ge=0, description="training batches of annealing, along a cosine")
+    anneal_steps: int = Field(
+        2000, ge=0, description="number of training batches over which a cosine anneals the temperature"
+    )
     kl: float = Field(5e-4, ge=0, description="weight of KL(p(code | z), uniform) in nats per vector")
     kmeans_iterations: int = Field(
         10, ge=0, description="k-means steps that initialize logits and codes from the first batch"
@@ -42,7 +44,7 @@ class GumbelConfig(ModelConfig):
 
 
 class Gumbel(SelfUpdating, Quantizer, name="gumbel"):
-    """Logits `proj(z)` over codes, of which code k is row k of `embed`."""
+    """Logits over codes are `proj(z)`; code k is row k of `embed`."""
 
     Config = GumbelConfig
 
@@ -56,17 +58,17 @@ class Gumbel(SelfUpdating, Quantizer, name="gumbel"):
         return {"kl": self.config.kl}
 
     def temperature_at(self, step: int) -> float:
-        """Cosine from `temperature` at step 0 to `final_temperature` at `anneal_steps` and after."""
+        """Anneal along a cosine from `temperature` at step 0 to `final_temperature` from `anneal_steps` on."""
         first, last, steps = self.config.temperature, self.config.final_temperature, self.config.anneal_steps
         share = min(1.0, step / steps) if steps else 1.0
         return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """The codes `(B, dim, *spatial)` of `tokens` `(B, *spatial)`."""
+        """Look up the codes `(B, dim, *spatial)` of `tokens` `(B, *spatial)`."""
         return self.embed(tokens).movedim(-1, 1)
 
     def _quantize(self, z: Tensor) -> Quantized:
-        """In training, each call draws one seed of the noise from torch's global CPU generator."""
+        """Quantize; in training, draw the noise's seed from torch's global CPU generator."""
         rows, options = rows_of(z), ChoiceOptions()
         if self.training:
             if self.may_record(rows.detach()):
@@ -79,16 +81,16 @@ class Gumbel(SelfUpdating, Quantizer, name="gumbel"):
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
-        """Set codes to the centres c of k-means over rows of all ranks, and p(code | z) to the posterior of a mixture
-        of equal isotropic Gaussians around them: logits -|z - c|^2 / (2 s), with s the mean square of z - c per
-        channel. (|z|^2 cancels in a softmax, so this is linear in z.) With fewer rows than codes the random weights
-        stay."""
+        """Set codes to the k-means centres c of the rows of all ranks, and p(code | z) to the posterior of a mixture of
+        equal isotropic Gaussians around them: logits -|z - c|^2 / (2 s), with s the mean square of z - c per channel.
+        (|z|^2 cancels in the softmax, so the logits are linear in z.) With fewer rows than codes, keep the random
+        weights."""
         sample = first_rows(rows, 32 * self.vocab_size, self.config.seed)
         if len(sample) < self.vocab_size:
             return
         centres = kmeans(sample, self.vocab_size, self.config.kmeans_iterations)
         spread = F.mse_loss(sample, centres[nearest(sample, centres)])
-        # The spread is near 0 if there are few more rows than codes.
+        # The spread is near 0 if rows hardly outnumber codes.
         spread = spread.clamp(min=0.01 * sample.var(0).mean()).clamp(min=1e-6)
         self.embed.weight.copy_(centres)
         self.proj.weight.copy_(centres / spread)

@@ -1,9 +1,9 @@
-"""Index backpropagation (Shi et al. 2024, arXiv:2412.02692): all codes learn, through the softmax over indices.
+"""Index backpropagation (Shi et al. 2024, arXiv:2412.02692): all codes learn through the softmax over indices.
 
 A vector's logits are its inner products with the codes; the largest is its id. The decoder's gradient reaches vectors
 and codes through the one-hot vector of the id, straight through to the softmax of the logits (section 3.2), so unused
-codes get gradients too. `entropy` makes assignments confident and `diversity` keeps all codes in use; both are of a
-separate softmax at a temperature of 0.01.
+codes get gradients too. `entropy` makes assignments confident and `diversity` keeps all codes in use; both use a
+separate softmax with a temperature of 0.01.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ class IBQConfig(CodebookConfig):
     temperature: float = Field(
         0.1,
         gt=0,
-        description="temperature of the softmax that gradients pass (the paper: 1); a nearly flat one passes little of "
-        "the decoder's gradient",
+        description="temperature of the softmax that passes gradients (the paper: 1); a nearly flat softmax passes "
+        "little of the decoder's gradient",
     )
-    entropy_temperature: float = Field(0.01, gt=0, description="temperature of the softmax of the two losses below")
+    entropy_temperature: float = Field(
+        0.01, gt=0, description="temperature of the softmax in the entropy and diversity losses"
+    )
     entropy: float = Field(
         0.02, ge=0, description="weight of the entropy of p(code | vector), in nats (the paper: 0.05)"
     )
@@ -52,7 +54,7 @@ class IBQConfig(CodebookConfig):
 
 
 class IBQ(Codebook, name="ibq"):
-    """A codebook of parameters, each with a gradient from every vector."""
+    """A codebook of parameters in which every code gets a gradient from every vector."""
 
     Config = IBQConfig
 
@@ -78,17 +80,17 @@ class IBQ(Codebook, name="ibq"):
         return Quantized(map_of(z_q, z), tokens.reshape(z.shape[0], *z.shape[2:]), losses)
 
     def _encode(self, z: Tensor) -> Tensor:
-        return self._quantize(z).tokens  # the code of the largest inner product, not the nearest one
+        return self._quantize(z).tokens  # by largest inner product, not smallest distance
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Means over elements of |z - sg(e)|^2 and |sg(z) - e|^2. (`index` is |z - e|^2 with its gradient through the
-        softmax as well.)"""
+        """Return |z - sg(e)|^2 and |sg(z) - e|^2, averaged over elements. (`index` is |z - e|^2 with its gradient
+        through the softmax as well.)"""
         return {"commitment": F.mse_loss(rows, codes.detach()), "codebook": F.mse_loss(codes, rows.detach())}
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
-        """k-means of directions, scaled to the mean length of all ranks' vectors: inner products would otherwise choose
-        only long codes."""
+        """Run k-means on directions, and scale the codes to the mean vector length over all ranks; inner products would
+        otherwise choose only long codes."""
         super().start(F.normalize(rows, dim=1))
         length = mean_over_ranks(rows.norm(dim=1).mean())
         self.codebook.copy_(F.normalize(self.codebook, dim=1) * length)

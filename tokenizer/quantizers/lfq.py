@@ -1,10 +1,10 @@
 """Lookup-free quantization (Yu et al. 2023, MAGVIT-v2; Luo et al. 2024, Open-MAGVIT2): the id is the channels' signs.
 
-There is no codebook and no search, so a vocabulary of 2^18 costs nothing. Two losses keep all of it in use, with p(code
+There is no codebook and no search, so a vocabulary of 2^18 costs nothing. Two losses keep all codes in use, with p(code
 | z) proportional to exp(-|z - code|^2 / temperature): bit k is 1 with probability sigmoid(4 z_k / temperature).
-`entropy`, E[H(p)], is small if assignments are confident, and `diversity`, log K - H(E[p]), if the batch uses all codes
-equally (see `entropy.py`). E[p] is over the vectors of all ranks, so two processes train as one does; with gradient
-accumulation it is over a micro-batch.
+`entropy`, E[H(p)], is small if assignments are confident, and `diversity`, log K - H(E[p]), is small if the batch uses
+all codes equally (see `entropy.py`). E[p] covers the vectors of all ranks, so results do not depend on the number of
+processes; with gradient accumulation it covers a micro-batch.
 """
 
 from __future__ import annotations
@@ -32,20 +32,22 @@ class LFQConfig(ModelConfig):
         1,
         ge=1,
         le=64,
-        description="ids per position, which share the bits evenly: 18 bits as 2 ids of 512 values rather than one of "
-        "262144, which is too many for a prior",
+        description="ids per position, which share the bits evenly: 18 bits can be 2 ids of 512 values instead of 1 id "
+        "of 262144 values, too many for a prior",
     )
     beta: float = Field(0.25, ge=0, description="weight of the commitment loss, which pulls vectors to their codes")
     entropy: float = Field(0.02, ge=0, description="weight of the entropy of p(code | vector), in nats")
     diversity: float = Field(
         0.1, ge=0, description="weight of log(codes) minus the entropy of the batch's mean p(code), in nats"
     )
-    temperature: float = Field(1.0, gt=0, description="temperature of p(code | vector) in the two losses")
+    temperature: float = Field(
+        1.0, gt=0, description="temperature of p(code | vector) in the entropy and diversity losses"
+    )
     group: int = Field(
         10,
         ge=1,
         le=LARGEST,
-        description="bits whose joint distribution `diversity` sees; exact if there are no more",
+        description="number of bits whose joint distribution `diversity` measures; exact if `bits` is no larger",
     )
 
     def check(self) -> Iterator[str]:
@@ -56,8 +58,8 @@ class LFQConfig(ModelConfig):
 
 
 class LFQ(Quantizer, name="lfq"):
-    """Channels become +1 if positive, else -1. With n = bits / levels, channels l n to (l + 1) n - 1 are the bits of
-    level l's id, least significant first."""
+    """Quantizes channels to +1 if positive, else -1. With n = bits / levels, channels l n to (l + 1) n - 1 are the bits
+    of level l's id, least significant first."""
 
     Config = LFQConfig
     places: Tensor
@@ -89,8 +91,8 @@ class LFQ(Quantizer, name="lfq"):
         return Quantized(z_q, torch.cat(ids.unbind(-1), 1), self.losses(u.flatten(0, -2), codes.flatten(0, -2)))
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Unweighted scalars from rows `(n, bits)` and their codes: |z - sg(code)|^2, the mean over channels in units
-        of `size`, and the entropies in nats. Ranks share E[p] in training, when all of them call this."""
+        """Return unweighted scalar losses of rows `(n, bits)` and their codes: |z - sg(code)|^2 in units of `size`,
+        averaged over channels, and the entropies in nats. In training, all ranks call this and share E[p]."""
         logits = rows * self.sharpness
         return {
             "commitment": F.mse_loss(rows / self.size, codes / self.size),
@@ -99,7 +101,7 @@ class LFQ(Quantizer, name="lfq"):
         }
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """The codes `(B, bits, *spatial)` of `tokens` `(B, levels * rows, ...)`."""
+        """Look up the codes `(B, bits, *spatial)` of `tokens` `(B, levels * rows, ...)`."""
         ids = torch.stack(tokens.chunk(self.levels, dim=1), -1)
         bits = ids.unsqueeze(-1) // self.places % 2
         return self._codes(bits.flatten(-2) == 1).movedim(-1, 1)

@@ -1,9 +1,9 @@
 """Multi-scale residual quantization (VAR, Tian et al. 2024, algorithms 1 and 2): maps of ids of several sizes, coarse
-to fine, each with the codes nearest to the residual of those before it.
+to fine; each quantizes the residual that the coarser maps leave.
 
-Two things differ from the paper. Each scale is divided by its running root mean square before the search: residuals at
-1x1 are small, so without this nearly all vectors of that scale share one or two codes of the common codebook. And there
-are no convolutions `phi` by default.
+There are two differences from the paper. Each scale is divided by its running root mean square before the search;
+otherwise nearly all vectors at 1x1, where residuals are small, share one or two codes of the common codebook. By
+default there are no convolutions `phi`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from .gradients import pass_gradient
 from .updates import SelfUpdating, mean_over_ranks
 
 BOOKS = ("bsq", "ema", "fsq", "lfq", "simvq", "vq")
-ROUNDS = 2  # of k-means over residuals of actual codes, after one over those of perfect codes
+ROUNDS = 2  # of k-means over residuals of actual codes, after one round that assumes perfect codes
 PAIR = r"[1-9]\d{0,2}x[1-9]\d{0,2}"
-DECAY = 0.9  # of the running means, per training batch, if the book has no decay
+DECAY = 0.9  # of the running means, per training batch, if the codebook has no decay
 
 
 class MultiScaleConfig(ModelConfig):
@@ -39,14 +39,14 @@ class MultiScaleConfig(ModelConfig):
     scales: tuple[Annotated[int, Field(ge=1, le=256)] | str, ...] = Field(
         (1, 2, 4, 7),
         min_length=1,
-        description="sizes of the maps of ids, coarse to fine, each the side of a square or HEIGHTxWIDTH; the last is "
-        "that of the latents",
+        description="sizes of the maps of ids, coarse to fine, each the side of a square or HEIGHTxWIDTH; the last "
+        "must be the size of the latents",
     )
     book: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
         EMAConfig(), description=f"the common codebook, one of {', '.join(BOOKS)}"
     )
     rms: bool = Field(
-        True, description="divide each scale by its running root mean square, so that all use the codebook"
+        True, description="divide each scale by its running root mean square, so that all scales use the whole codebook"
     )
     center: bool = Field(True, description="subtract the running mean of latents before the first scale")
     phi: int = Field(
@@ -56,8 +56,8 @@ class MultiScaleConfig(ModelConfig):
         0.0,
         ge=0,
         le=1,
-        description="in training, the share of images for which the decoder sees only the first few scales, so that "
-        "these decode alone",
+        description="in training, the share of images for which the decoder sees only a random number of the first "
+        "scales, so that coarse scales can be decoded alone",
     )
 
     @property
@@ -81,8 +81,8 @@ class MultiScaleConfig(ModelConfig):
 
 
 class Descent(NamedTuple):
-    """Results of a pass over the scales, one list entry each: residuals `(B, dim, h, w)` before the division by
-    `sigma`; ids `(B, h, w)`; sums of codes so far `(B, dim, H, W)`; and further losses of the book."""
+    """Results of a pass over the scales, with one list entry per scale: residuals `(B, dim, h, w)` before the division
+    by `sigma`; ids `(B, h, w)`; sums of codes so far `(B, dim, H, W)`; and further losses of the codebook."""
 
     residuals: list[Tensor]
     tokens: list[Tensor]
@@ -91,10 +91,11 @@ class Descent(NamedTuple):
 
 
 class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
-    """Grid `(L,)`, scale after scale, each in raster order. z_q is the sum of the upsampled codes of all scales.
+    """The grid `(L,)` concatenates the scales, each in raster order. z_q is the sum of the upsampled codes of all
+    scales.
 
-    The losses `commitment` and `codebook`, the latter if codes or convolutions are learned, are those of every partial
-    sum, averaged over scales.
+    The losses `commitment` and, if codes or convolutions are learned, `codebook` are computed for every partial sum and
+    averaged over scales.
     """
 
     Config = MultiScaleConfig
@@ -120,7 +121,7 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The book's beta for `commitment`, 1 for `codebook`, and the book's other weights."""
+        """The codebook's beta for `commitment`, 1 for `codebook`, and the codebook's other weights."""
         others = {k: v for k, v in self.book.loss_weights.items() if k not in ("commitment", "codebook")}
         learned = {"codebook": 1.0} if self.learned else {}
         return {"commitment": getattr(self.config.book, "beta", 0.25), **learned, **others}
@@ -131,19 +132,19 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return {f"left_{by(sides)}": share for sides, share in zip(self.scales, self.left, strict=True)}
 
     def grid_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """One axis with the ids of all scales. Raises `ConfigError` unless the last scale has the size of the
-        latents."""
+        """Return a single axis for the ids of all scales. Raises `ConfigError` unless the last scale has the size of
+        the latents."""
         if self.scales[-1] != (height, width):
             size, scales = by((height, width)), ", ".join(map(by, self.scales))
             raise ConfigError(f"quantizer.scales: must end with the latents' size {size} (got {scales})")
         return (sum(areas(self.scales)),)
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """The sums of codes `(B, dim, H, W)` of `tokens` `(B, L)`."""
+        """Return the sums of codes `(B, dim, H, W)` of `tokens` `(B, L)`."""
         return self.lookup_scales(tokens, len(self.scales))
 
     def lookup_scales(self, tokens: Tensor, count: int) -> Tensor:
-        """`lookup_checked` of the first `count` scales alone. Raises `ValueError` if there are fewer."""
+        """Look up only the first `count` scales. Raises `ValueError` if there are fewer."""
         if not 1 <= count <= len(self.scales):
             raise ValueError(f"count should be 1 to {len(self.scales)}, the number of scales (got {count})")
         with full_float32(), torch.autocast(tokens.device.type, enabled=False):
@@ -153,27 +154,28 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return total
 
     def sigma(self) -> Tensor:
-        """(scales,) the divisor of each scale's residuals; ones without `rms`."""
+        """Return the divisor of each scale's residuals, (scales,); ones without `rms`."""
         return self.squares.clamp(min=1e-12).sqrt()
 
     def _table(self) -> Tensor | None:
-        """The codes `(codes, dim)`, if the book has a table."""
+        """Return the codes `(codes, dim)`, or None for a codebook without a table."""
         return self.book.table() if isinstance(self.book, Codebook) else None
 
     def _codes(self, ids: Tensor, table: Tensor | None) -> Tensor:
-        """`(B, dim, h, w)` of `ids` `(B, h, w)`. Bits become +1 and -1: codes of length 1 would be too short."""
+        """Look up `(B, dim, h, w)` for `ids` `(B, h, w)`. Bits become +1 and -1, because codes of length 1 would be too
+        short."""
         if table is None:
             return self.book.lookup_checked(ids) / getattr(self.book, "size", 1.0)
         return F.embedding(ids, table).movedim(-1, 1)
 
     def _added(self, codes: Tensor, k: int, sigma: Tensor) -> Tensor:
-        """The term of the sum from codes `(B, dim, h, w)` of scale `k`, `(B, dim, H, W)`."""
+        """Return the contribution of scale `k` to the sum, `(B, dim, H, W)`, given its codes `(B, dim, h, w)`."""
         up = self.resize.up(codes * sigma[k], k)
         return up.lerp(self.phis[self._phi_of(k)](up), 0.5) if self.phis else up
 
     def _phi_of(self, k: int) -> int:
-        """The index of scale `k`'s convolution: both are spread evenly over [0, 1] and matched to the nearest. VAR's
-        four lie slightly further out."""
+        """Return the index of scale `k`'s convolution: scales and convolutions are spread evenly over [0, 1], and each
+        scale uses the nearest. Four convolutions are spread slightly wider, as in VAR."""
         margin = 1 / (3 if len(self.phis) == 4 else 2) / len(self.phis)
         ticks = torch.linspace(margin, 1 - margin, len(self.phis), dtype=torch.float64, device="cpu")
         return int((ticks - k / max(1, len(self.scales) - 1)).abs().argmin())
@@ -189,7 +191,8 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return Quantized(map_of(z_q, z), tokens, self._losses(z, found))
 
     def _descend(self, z: Tensor) -> Descent:
-        """Quantize `z` `(B, dim, H, W)` scale by scale; residuals have its gradient, sums that of parameters."""
+        """Quantize `z` `(B, dim, H, W)` scale by scale. Gradients flow from residuals to `z`, and from sums to
+        parameters."""
         if tuple(z.shape[2:]) != self.scales[-1]:
             raise ValueError(f"z should have the last scale's size {by(self.scales[-1])}, got {by(z.shape[2:])}")
         found, total = Descent([], [], [], []), self.mean[:, None, None].expand_as(z)
@@ -203,7 +206,8 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return found
 
     def _search(self, vectors: Tensor, table: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Ids `(B, h, w)` of `vectors` `(B, dim, h, w)`, and the book's losses other than the commitment."""
+        """Return the ids `(B, h, w)` of `vectors` `(B, dim, h, w)`, and the codebook's losses other than the
+        commitment."""
         if table is None:
             found = self.book.quantize(vectors)
             return found.tokens, {k: v for k, v in found.losses.items() if k != "commitment"}
@@ -211,7 +215,7 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return ids.reshape(vectors.shape[0], *vectors.shape[2:]), {}
 
     def _truncate(self, sums: list[Tensor]) -> Tensor:
-        """The decoder's input: the last of `sums`, or for a random share of training images an earlier one."""
+        """Return the decoder's input: the last of `sums`, or an earlier one for a random share of training images."""
         if not (self.training and self.config.truncate and len(sums) > 1):
             return sums[-1]
         count, last = len(sums[0]), len(sums) - 1
@@ -230,7 +234,7 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
 
     @torch.no_grad()
     def start(self, z: Tensor) -> None:
-        """Set mean, root mean squares and codebook by latents `z` `(B, dim, H, W)`."""
+        """Initialize mean, root mean squares and codebook from latents `z` `(B, dim, H, W)`."""
         if self.config.center:
             self.mean.copy_(mean_over_ranks(z.mean((0, 2, 3))))
         self._start(self._perfect(z))
@@ -238,7 +242,7 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
             self._start(self._descend(z).residuals)
 
     def _perfect(self, z: Tensor) -> list[Tensor]:
-        """Return the residuals `(B, dim, h, w)` of each scale of `z` if every vector were a code."""
+        """Return the residuals `(B, dim, h, w)` of each scale of `z`, assuming that every vector is a code."""
         rests, total = [], self.mean[:, None, None].expand_as(z)
         for k in range(len(self.scales)):
             rests.append(self.resize.down(z - total, k))
@@ -246,8 +250,8 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
         return rests
 
     def _start(self, rests: list[Tensor]) -> None:
-        """Set each scale's root mean square, and the codebook by k-means over residuals in units of it: equally many of
-        each scale, or all of a smaller one. (A vector taken twice would tie between two centres.)"""
+        """Set each scale's root mean square, and fit the codebook by k-means to the normalised residuals, using equally
+        many from each scale, or all from a smaller scale. (Duplicate vectors would tie between two centres.)"""
         if self.config.rms:
             self.squares.copy_(mean_over_ranks(torch.stack([rest.square().mean() for rest in rests])))
         if not isinstance(self.book, Codebook):
@@ -261,7 +265,7 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
 
     @torch.no_grad()
     def _record(self, z: Tensor, found: Descent) -> None:
-        """Record the statistics of each image, and for a codebook the vectors of all scales."""
+        """Record per-image statistics and, for a learned table, the vectors of all scales."""
         squares = [rest.detach().square().flatten(1).mean(1) for rest in found.residuals]
         errors = [(z - total.detach()).square().flatten(1).mean(1) for total in found.sums]
         power, means = z.flatten(2).square().mean((1, 2)), z.flatten(2).mean(2)
@@ -273,7 +277,7 @@ class MultiScale(SelfUpdating, Quantizer, name="multiscale"):
             self.book.record(torch.cat(rows, 2).transpose(1, 2).flatten(0, 1), ids.flatten())
 
     def update(self, statistics: Tensor) -> None:  # type: ignore[override]
-        """Move the running means towards those of the batch, unless they are not finite."""
+        """Move the running means towards the batch's means, if these are finite."""
         means = mean_over_ranks(statistics.mean(0))
         finite = torch.isfinite(means).all()
         squares, errors, power, center = means.split([len(self.scales), len(self.scales), 1, self.dim])

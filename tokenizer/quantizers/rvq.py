@@ -1,7 +1,8 @@
-"""Residual quantization: several codes per position, each the nearest to the residual of those before it.
+"""Residual quantization: several codes per position, each nearest to the residual of the preceding ones.
 
 SoundStream (Zeghidour et al. 2021, section III-C) has a codebook for each level, RQ-VAE (Lee et al. 2022, section 3.1)
-one for all. With `depth` levels of K codes a position has K^depth values, at the cost of `depth` searches among K.
+a single one. With `depth` levels of K codes, a position has K^depth values at the cost of `depth` searches among K
+codes.
 """
 
 from __future__ import annotations
@@ -22,18 +23,20 @@ from .ema import EMAConfig
 from .gradients import pass_gradient
 
 BOOKS = ("ema", "simvq", "vq")
-SHARED_STARTS = 2  # the first reduces the error by 15 to 90 %, the second by up to 30 %, a third does not
+SHARED_STARTS = 2  # the first reduces the error by 15 to 90 %, the second by up to 30 %, a third by nothing
 
 
 class RVQConfig(ModelConfig):
     """Number of levels, and their codebooks."""
 
     depth: int = Field(
-        4, ge=1, le=64, description="ids per position; each is the code nearest to the residual of those before it"
+        4, ge=1, le=64, description="ids per position; each quantizes the residual of the preceding ones"
     )
-    shared: bool = Field(False, description="one codebook for all levels (RQ-VAE), not one for each (SoundStream)")
+    shared: bool = Field(
+        False, description="use one codebook for all levels (RQ-VAE) instead of one per level (SoundStream)"
+    )
     book: Annotated[ModelConfig, Node("tokenizer.quantizers:Quantizer")] = Field(
-        EMAConfig(), description=f"codebook of each level, one of {', '.join(BOOKS)}, with the same settings"
+        EMAConfig(), description=f"codebook of every level, one of {', '.join(BOOKS)}; levels share these settings"
     )
 
     def check(self) -> Iterator[str]:
@@ -44,11 +47,11 @@ class RVQConfig(ModelConfig):
 
 
 class RVQ(Quantizer, name="rvq"):
-    """The codes of `books` (`depth` of them, or a shared one) add up to `z_q`.
+    """`z_q` is the sum of codes from `books` (`depth` codebooks, or a shared one).
 
-    The losses are the book's, averaged over levels (RQ-VAE sums them; the mean keeps the meaning of beta). Level l's
-    vectors are z minus the codes before it, so its commitment is that of the partial sum, |z - sg(e_1 + .. + e_l)|^2,
-    as in the paper.
+    Losses are those of the codebook, averaged over levels (RQ-VAE sums them; the mean preserves the meaning of beta).
+    Level l quantizes z minus the preceding codes, so its commitment loss is that of the partial sum, |z - sg(e_1 + .. +
+    e_l)|^2, as in the paper.
     """
 
     Config = RVQConfig
@@ -57,7 +60,7 @@ class RVQ(Quantizer, name="rvq"):
         super().__init__(config)
         book: Any = config.book
         self.vocab_size, self.dim, self.levels = book.codes, book.dim, config.depth
-        # Different seeds: levels that revive codes at the same positions would quantize the same vectors twice.
+        # Seeds differ, because levels that revived codes at the same positions would quantize the same vectors twice.
         seeds = [book.seed + level for level in range(1 if config.shared else config.depth)]
         kind: Any = Quantizer.find(book.kind)
         self.books: Any = nn.ModuleList(kind(book.model_copy(update={"seed": seed})) for seed in seeds)
@@ -67,11 +70,12 @@ class RVQ(Quantizer, name="rvq"):
         return self.books[0].loss_weights
 
     def tables(self) -> list[Tensor]:
-        """The codes of each level, `(codes, dim)`."""
+        """Return the codes of each level, `(codes, dim)`."""
         return self._per_level([book.table() for book in self.books])
 
     def lookup_checked(self, tokens: Tensor) -> Tensor:
-        """Sums of codes `(B, dim, *spatial)`, coarse ones first, of `tokens` `(B, levels * rows, ...)`."""
+        """Return the sums of codes `(B, dim, *spatial)`, added coarse to fine, of `tokens` `(B, levels * rows,
+        ...)`."""
         levels = zip(tokens.chunk(self.levels, 1), self.tables(), strict=True)
         return add_up(F.embedding(ids, table) for ids, table in levels).movedim(-1, 1)
 
@@ -91,8 +95,8 @@ class RVQ(Quantizer, name="rvq"):
         return Quantized(map_of(z_q, z), torch.cat(ids, 1), losses)
 
     def _descend(self, rows: Tensor, tables: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """For each level, its input: the residual of rows `(n, dim)`, with their gradient; its tokens `(n,)` and codes
-        `(n, dim)`."""
+        """Return for each level its input (the residual of rows `(n, dim)`, with their gradient), its tokens `(n,)` and
+        codes `(n, dim)`."""
         residuals, tokens, codes = [rows], [], []
         for table in tables:
             tokens.append(nearest(residuals[-1].detach(), table.detach()))
@@ -107,8 +111,8 @@ class RVQ(Quantizer, name="rvq"):
 
     @torch.no_grad()
     def start(self, rows: Tensor) -> None:
-        """Run k-means level by level over residuals of rows `(n, dim)`. A shared book starts from the rows, then from
-        its own residuals at all levels, since it needs fine codes as well as coarse ones."""
+        """Run k-means level by level over residuals of rows `(n, dim)`. A shared codebook is fitted to the rows and
+        then to its own residuals at all levels, because it needs both coarse and fine codes."""
         residual = rows
         for book in self.books:
             book.start(residual)
@@ -117,7 +121,7 @@ class RVQ(Quantizer, name="rvq"):
             self.books[0].start(interleave(self._descend(rows, self.tables())[0]))
 
     def _record(self, residuals: list[Tensor], tokens: list[Tensor]) -> None:
-        """Record for each book the vectors of all its levels."""
+        """Record for each codebook the vectors of all its levels."""
         each = self.levels // len(self.books)
         for index, book in enumerate(self.books):
             levels = slice(index * each, (index + 1) * each)
@@ -125,11 +129,11 @@ class RVQ(Quantizer, name="rvq"):
 
 
 def add_up(codes: Iterable[Tensor]) -> Tensor:
-    """The sum in order, so that it always rounds the same."""
+    """Sum in order, so that rounding is always the same."""
     return reduce(torch.add, codes)
 
 
 def interleave(levels: list[Tensor]) -> Tensor:
-    """Join levels' `(n, ...)` to `(n * levels, ...)`, position by position. The concatenated rows of all ranks are
-    then in the order of one process, so codes start and are revived from the same rows."""
+    """Join levels `(n, ...)` to `(n * levels, ...)`, position by position. The concatenated rows of all ranks then have
+    the order of a single process, so codes are initialized and revived from the same rows."""
     return torch.stack(levels, 1).flatten(0, 1)

@@ -1,9 +1,9 @@
-"""SimVQ (Zhu et al. 2024, arXiv:2411.02038): codes are a frozen table after one learned linear map, e = W c + b.
+"""SimVQ (Zhu et al. 2024, arXiv:2411.02038): codes are a learned linear map of a frozen table, e = W c + b.
 
-Only the map learns, so a gradient to one code moves all of them, and none is left behind while the vectors move, which
-is how a codebook of free codes (`vq`) collapses. The paper's table is random. Ours comes from k-means over the first
-batch, and the map starts as the identity: if vectors form clusters, most codes of a random table start far from all of
-them, and since codes move together they stay there.
+Only the map learns, so a gradient to one code moves all codes. This prevents the collapse of free codebooks (`vq`),
+where codes without gradients fall behind as the vectors move. The paper's table is random. Ours comes from k-means over
+the first batch, and the map starts as the identity: most codes of a random table would start far from clustered vectors
+and stay there, because all codes move together.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class SimVQ(Codebook, name="simvq"):
         return {"codebook": 1.0, "commitment": self.config.beta}
 
     def table(self) -> Tensor:
-        """The mapped codes, (codes, dim), of length 1 with `normalize`. In float32 also under autocast."""
+        """Return the mapped codes, (codes, dim), of length 1 with `normalize`; in float32 even under autocast."""
         with torch.autocast(self.codebook.device.type, enabled=False):
             return self.comparable(self.map(self.codebook))
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Means over elements of |sg(z) - e|^2, which trains the map, and |z - sg(e)|^2."""
+        """Return |sg(z) - e|^2, which trains the map, and |z - sg(e)|^2, averaged over elements."""
         return {"codebook": F.mse_loss(codes, rows.detach()), "commitment": F.mse_loss(rows, codes.detach())}

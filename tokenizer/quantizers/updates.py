@@ -1,8 +1,8 @@
-"""Updates without gradients: running means, revived codes and annealing follow each training batch, once.
+"""Gradient-free updates (running means, revived codes, annealing), applied once after each training batch.
 
-They happen after the outermost training forward with gradients enabled: that of a tokenizer, or of a quantizer that is
-used alone. With gradient accumulation, each micro-batch is one such forward. Nothing is updated in eval mode, under
-`no_grad`, nor by a forward that activation checkpointing repeats in the backward pass.
+Updates follow the outermost training forward with gradients enabled: the tokenizer's, or that of a quantizer used
+alone. With gradient accumulation, each micro-batch is one such forward. Nothing is updated in eval mode, under
+`no_grad`, or by a forward that activation checkpointing repeats in the backward pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 class _Pending(threading.local):
-    """How many training forwards are open in this thread, and the batches that they have recorded for each module."""
+    """The nesting depth of training forwards in this thread, and the batches recorded for each module."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -30,7 +30,7 @@ _pending = _Pending()
 
 @contextmanager
 def one_training_forward() -> Iterator[None]:
-    """Update the modules that recorded batches when the outermost such block ends. An exception drops the records."""
+    """Update modules with recorded batches when the outermost block ends. An exception discards the records."""
     _pending.depth += 1
     try:
         yield
@@ -49,9 +49,10 @@ def _update_all() -> None:
 
 
 class SelfUpdating(nn.Module):
-    """A module that updates itself in training: `start` gets the first finite batch, `update` runs after every batch.
+    """A module that updates itself in training: `start` receives the first finite batch, and `update` runs after every
+    batch.
 
-    Ranks add up their statistics, so their modules stay equal.
+    Statistics are summed over ranks, so all ranks hold equal modules.
     """
 
     started: Tensor
@@ -64,8 +65,8 @@ class SelfUpdating(nn.Module):
 
     @property
     def step(self) -> int:
-        """`started` as a number on the host, read from the device only once."""
-        if not self._step:  # 0 may be stale: a state may have been copied into the buffer
+        """`started` as a host number, read from the device only once."""
+        if not self._step:  # None or 0; 0 may be stale if a state was copied into the buffer
             self._step = int(self.started)
         return self._step
 
@@ -73,13 +74,13 @@ class SelfUpdating(nn.Module):
         """Initialize from the first batch, the same on all ranks."""
 
     def update(self, *batch: Tensor) -> None:
-        """Use what `record` got in this forward. Subclasses extend this method, which counts the batch."""
+        """Apply the recorded batches. Subclasses extend this method, which counts the batch."""
         self._step = self.step + 1
         self.started += 1
 
     def may_record(self, batch: Tensor, start: Callable[[Tensor], None] | None = None) -> bool:
-        """Whether to record `batch` `(n, ...)`. The first batch that is finite on all ranks is passed to `start`, by
-        default the module's own; earlier ones are ignored."""
+        """Return whether to record `batch` `(n, ...)`. The first batch that is finite on all ranks is passed to
+        `start`, by default the module's method; earlier batches are ignored."""
         if not updates_now(self):
             return False
         if self.step == 0 and self not in _pending.batches:
@@ -89,7 +90,7 @@ class SelfUpdating(nn.Module):
         return True
 
     def record(self, *batch: Tensor) -> None:
-        """Store tensors, each with the batch along axis 0, for `update`."""
+        """Store tensors for `update`, each with the batch on axis 0."""
         _pending.batches.setdefault(self, []).append(batch)
 
     def train(self, mode: bool = True) -> Any:
@@ -102,28 +103,28 @@ class SelfUpdating(nn.Module):
 
 
 def updates_now(module: nn.Module) -> bool:
-    """Whether a forward of `module` now is a training forward, and not one repeated in a backward pass."""
+    """Return whether a forward of `module` is now a training forward, not one repeated in a backward pass."""
     in_backward = torch._C._current_graph_task_id() != -1
     return module.training and torch.is_grad_enabled() and not in_backward
 
 
 def world_size() -> int:
-    """Number of processes that train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of the ranks' `values`, in place."""
+    """Sum `values` over ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of the ranks' `values`, in place; ranks hold equally many images."""
+    """Average `values` over ranks, which hold equally many images, in place."""
     return sum_over_ranks(values).div_(world_size()) if world_size() > 1 else values
 
 
 def finite_on_all_ranks(values: Tensor) -> bool:
-    """Whether the `values` of every rank are finite. Waits for a GPU."""
+    """Return whether `values` are finite on every rank. Syncs with the GPU."""
     return not bool(sum_over_ranks(torch.isfinite(values).logical_not().any().float()))

@@ -1,7 +1,7 @@
 """A codebook that learns by gradients (van den Oord et al. 2017, equation 3).
 
-The codebook loss |sg(z) - e|^2 pulls codes to vectors with weight 1; beta weighs the commitment |z - sg(e)|^2 that
-pulls vectors to codes. (Several public codebases have beta on the wrong one of the two.) A code that is nearest to no
+The codebook loss |sg(z) - e|^2 pulls codes to vectors with weight 1; beta weights the commitment |z - sg(e)|^2 that
+pulls vectors to codes. (Several public codebases apply beta to the wrong term.) A code that is not nearest to any
 vector gets no gradient and would never move again, so rarely used codes are revived.
 """
 
@@ -17,7 +17,7 @@ from .updates import sum_over_ranks
 
 
 class VQConfig(CodebookConfig):
-    """When a code counts as dead."""
+    """Settings of the codebook, and when a code counts as dead."""
 
     decay: float = Field(0.9, ge=0, lt=1, description="decay of the running counts of use, per training batch")
     revive_below: float = Field(
@@ -44,11 +44,11 @@ class VQ(CountedCodebook, name="vq"):
         return {"codebook": 1.0, "commitment": self.config.beta}
 
     def losses(self, rows: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Means over elements of |sg(z) - e|^2 and |z - sg(e)|^2."""
+        """Return |sg(z) - e|^2 and |z - sg(e)|^2, averaged over elements."""
         return {"codebook": F.mse_loss(codes, rows.detach()), "commitment": F.mse_loss(rows, codes.detach())}
 
     def update(self, rows: Tensor, tokens: Tensor) -> None:  # type: ignore[override]
-        """Count the codes used, and put each dead code on a vector of the batch, as if of mean use."""
+        """Update usage counts, and move each dead code to a vector of the batch with the mean count."""
         invalid = torch.isfinite(rows).logical_not().any().float().unsqueeze(0)
         totals = sum_over_ranks(torch.cat([uses(tokens, self.vocab_size).float(), invalid]))
         used, finite = totals[:-1], totals[-1] == 0

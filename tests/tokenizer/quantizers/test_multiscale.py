@@ -187,7 +187,7 @@ def test_a_tokenizer_of_scales():
     assert tokenizer.parts == (1, 4, 16) and tokens.shape == (4, 21)
     assert torch.equal(tokenizer.decode_scales(tokens, 3), tokenizer.decode(tokens))
     assert set(tokenizer.figures) == {"left_1x1", "left_2x2", "left_4x4"}
-    with pytest.raises(ValueError, match=r"^a coarse scale's token belongs to no part of the image, .*$"):
+    with pytest.raises(ValueError, match="known tokens"):
         tokenizer.known_tokens(torch.ones(1, 16, 16, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"^a 'ema' quantizer has no scales$"):
         make_tokenizer("vqvae").decode_scales(torch.zeros(1, 3, 2, dtype=torch.long), 1)
