@@ -87,7 +87,7 @@ def test_a_pipeline_that_does_not_fit_is_refused_in_a_line(made, tmp_path):
     replace(data, class_names=data.class_names[::-1]).save(renamed)
     cases = {
         "another tokenizer": (other, {}),
-        r"has 3 classes \(class 0, .*\), and tokens= has 3 classes \(class 2, ": (renamed, {}),
+        r"has 3 classes \(class 0, .*\), (?:and|but) tokens= has 3 classes \(class 2, ": (renamed, {}),
         "model.dim: 32 there, 16 here": (tokens, {"model__dim": 16}),
         "model.order: 'raster' there, 'snake' here": (tokens, {"model__order": "snake"}),
     }

@@ -68,13 +68,3 @@ def test_every_verb_with_images_works(world, tmp_path):
     assert len(list((tmp_path / "images_again").iterdir())) == 1
     assert all((tmp_path / f"{name}.png").is_file() for name in "abcd")
 
-
-def test_detect_has_no_map(world, tmp_path):
-    main(["detect", f"pipeline={world}/stage2/pipeline", f"out={tmp_path}/found", "num_shown=2"])
-    assert Image.open(tmp_path / "found" / "sheet.png").width == 3 * (28 * 2 + 2) + 2
-
-
-def test_complete_is_refused(world, tmp_path, capsys):
-    for mask in ("bottom", "scatter:0.5"):
-        argv = ["complete", f"pipeline={world}/stage2/pipeline", f"out={tmp_path}/a.png", f"mask={mask}"]
-        assert "known tokens" in fails(capsys, *argv)

@@ -242,7 +242,7 @@ def test_launched_processes_write_the_same_files(tokenizer, images, tmp_path):
 
 def test_a_second_encode_is_refused_at_any_moment(tokenizer, images, tmp_path, monkeypatch):
     run(config(tokenizer, tmp_path / "alone", images))
-    moments = ["load_images", "variants_of", "finish_dataset", "end"]
+    moments = ["load_images", "variants_of", "finish_dataset", "finish_run"]
 
     def start_second_in(name):
         real = getattr(encode, name)
