@@ -30,21 +30,6 @@ LINK = re.compile(r"\]\(([^)#:\s]+)")
 NOTEBOOK = re.compile(r"(\]\((?:[\w./]*/)?[1-9]_\w+)\.py")
 README = re.compile(r"(\]\((?:\.\./)*)README\.md")
 NOT_EXECUTED = '!!! note "No outputs"\n    Execute the notebooks with `make notebooks`, then build again.'
-GUIDE = {
-    "Overview": "overview.md",
-    "A first day": "docs/guide.md",
-    "Your own images": "docs/data.md",
-    "Orders": "docs/orders.md",
-    "What a density is for": "docs/density.md",
-    "Many devices": "docs/scaling.md",
-    "Extending": "docs/extending.md",
-    "Your own training loop": "docs/loop.md",
-    "Promises": "docs/promises.md",
-    "Formats": "docs/formats.md",
-}
-RESULTS = {"Gallery": "docs/gallery.md", "Results": "docs/results.md", "Laboratory notes": "docs/lab.md"}
-PROJECT = {"Contributing": "CONTRIBUTING.md", "Changelog": "CHANGELOG.md", "Security": "SECURITY.md"}
-API = {"ImagePipeline": "pipeline", "Tokenizer": "tokenizer", "Prior": "prior", "Data": "data", "Errors": "errors"}
 
 
 def build(out: Path, root: Path = ROOT) -> str:
@@ -52,9 +37,10 @@ def build(out: Path, root: Path = ROOT) -> str:
     pages = out / "pages"
     for folder in (pages, out / "site"):
         shutil.rmtree(folder, ignore_errors=True)
-    navigation = yaml.safe_dump({"nav": stage(pages, root, out / "notebooks")}, sort_keys=False)
-    config = (HERE / "site.yml").read_text(encoding="utf-8").replace("ROOT", str(root))
-    (out / "site.yml").write_text(f"{config}\n{navigation}", encoding="utf-8")
+    config = yaml.safe_load((HERE / "site.yml").read_text(encoding="utf-8").replace("ROOT", str(root)))
+    generated = stage(pages, root, out / "notebooks")
+    config["nav"] = [generated.get(entry, entry) if isinstance(entry, str) else entry for entry in config["nav"]]
+    (out / "site.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return run_zensical(out, root)
 
 
@@ -67,29 +53,24 @@ def run_zensical(out: Path, root: Path) -> str:
     return COLOURS.sub("", done.stdout + done.stderr).partition("Traceback")[0] if done.returncode else ""
 
 
-def stage(pages: Path, root: Path, executed: Path) -> list[Any]:
-    """Write all pages below `pages`. Returns the navigation. executed: where notebooks with outputs may be."""
-    texts: dict[str, str] = {}
-    for path in [*root.glob("*.md"), *root.glob("docs/*.md")]:
-        texts[path.relative_to(root).as_posix()] = path.read_text(encoding="utf-8")
-    if missing := texts.keys() - {"README.md"} - {*GUIDE.values(), *RESULTS.values(), *PROJECT.values()}:
-        raise SystemExit(f"{min(missing)}: not in the navigation; add it to docs/site/build.py")
-    texts["overview.md"] = texts.pop("README.md")  # a README.md would be the site's first page
+def stage(pages: Path, root: Path, executed: Path) -> dict[str, Any]:
+    """Write all pages below `pages`. Returns the generated parts of the navigation. executed: where notebooks with
+    outputs may be."""
+    texts = {path.relative_to(root).as_posix(): path.read_text("utf-8") for path in (root / "docs").glob("*.md")}
+    listed = (HERE / "site.yml").read_text(encoding="utf-8")
+    if missing := [page for page in texts if page not in listed]:
+        raise SystemExit(f"{missing[0]}: not in the navigation; add it to docs/site/site.yml")
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"):
+        texts[name] = (root / name).read_text(encoding="utf-8")
+    texts["overview.md"] = (root / "README.md").read_text(encoding="utf-8")  # README.md would become index.html
     home = (HERE / "home.md").read_text(encoding="utf-8")
     texts["index.md"] = home.replace("](../../", "](").replace("](../", "](docs/")
-    for page in API.values():
-        texts[f"api/{page}.md"] = (HERE / f"api/{page}.md").read_text(encoding="utf-8")
-    notebooks = stage_notebooks(texts, pages, root, executed)
-    navigation: list[Any] = [
-        {"Home": "index.md"},
-        {"Guide": as_entries(GUIDE)},
-        {"Notebooks": notebooks},
-        *as_entries(RESULTS),
-        {"Models": models.stage(texts, root)},
-        {"API": as_entries({title: f"api/{page}.md" for title, page in API.items()})},
-        {"Commands": commands.stage(texts)},
-        {"Project": as_entries(PROJECT)},
-    ]
+    texts |= {f"api/{path.name}": path.read_text(encoding="utf-8") for path in (HERE / "api").glob("*.md")}
+    generated = {
+        "Notebooks": {"Notebooks": stage_notebooks(texts, pages, root, executed)},
+        "Models": {"Models": models.stage(texts, root)},
+        "Commands": {"Commands": commands.stage(texts)},
+    }
     for page, text in texts.items():
         text = NOTEBOOK.sub(r"\1.md", text).replace("](docs/site/home.md)", "](index.md)")
         text = README.sub(r"\1overview.md", text)
@@ -97,12 +78,7 @@ def stage(pages: Path, root: Path, executed: Path) -> list[Any]:
         (pages / page).write_text(text, encoding="utf-8")
         copy_linked_files(text, Path(page).parent, pages, root)
     shutil.copytree(HERE / "theme", pages / "assets")
-    return navigation
-
-
-def as_entries(pages: dict[str, str]) -> list[dict[str, str]]:
-    """Titles and pages as Zensical's navigation has them."""
-    return [{title: page} for title, page in pages.items()]
+    return generated
 
 
 def copy_linked_files(text: str, folder: Path, pages: Path, root: Path) -> None:

@@ -72,6 +72,7 @@ def paragraph(text: str, arguments: Collection[str]) -> str:
     if re.match(r"[-*] ", text):
         return text
     text = re.sub(r"<(?=[\w/-])", "&lt;", " ".join(textwrap.dedent(text).split()))
+    text = re.sub(r"arXiv[: ](\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
     text, *raises = RAISES.split(text, maxsplit=1)
     starts = [found for found in ARGUMENT.finditer(text) if set(found[1].split(", ")) <= set(arguments)]
     if not starts:

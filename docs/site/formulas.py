@@ -1,10 +1,9 @@
-"""A Markdown extension: formulas between dollars become MathML, and arXiv numbers become links."""
+"""A Markdown extension: formulas between dollars become MathML."""
 
 from __future__ import annotations
 
 from re import Match
 from typing import Any
-from xml.etree.ElementTree import Element
 
 from latex2mathml.converter import convert
 from markdown import Extension, Markdown
@@ -22,25 +21,14 @@ class Formula(InlineProcessor):
         return self.md.htmlStash.store(convert(" ".join(m[1].split()), display=display)), m.start(0), m.end(0)
 
 
-class Paper(InlineProcessor):
-    """`arXiv 1711.00937` or `arXiv:1711.00937`."""
-
-    def handleMatch(self, m: Match[str], data: str) -> Any:
-        """Make one link."""
-        link = Element("a", href=f"https://arxiv.org/abs/{m[1]}")
-        link.text = f"arXiv {m[1]}"
-        return link, m.start(0), m.end(0)
-
-
 class Formulas(Extension):
     """Register the patterns."""
 
     def extendMarkdown(self, md: Markdown) -> None:
-        """Add formulas before backslash escapes, and papers last."""
+        """Add formulas before backslash escapes."""
         md.inlinePatterns.register(Formula(r"(?<![\\$])\$\$(?!\$)(.+?)\$\$", md), "display", BEFORE_ESCAPES + 1)
         inline = r"(?<![\\$\w])\$(?=[^\s$])([^$\n]*[^\s\\$]|[^\s\\$])\$(?![\w$])"
         md.inlinePatterns.register(Formula(inline, md), "formula", BEFORE_ESCAPES)
-        md.inlinePatterns.register(Paper(r"arXiv[: ](\d{4}\.\d{4,5})", md), "paper", 10)
 
 
 def makeExtension(**options: Any) -> Formulas:
