@@ -44,7 +44,8 @@ def tell(line: str, stream: TextIO | None = None) -> None:
     """Print a line, by default to stderr. Write errors such as a full disk are ignored, except a closed pipe, which
     raises `BrokenPipeError`."""
     try:
-        print(line, file=sys.stderr if stream is None else stream, flush=True)
+        # In one write, so that lines of several processes do not mix.
+        print(f"{line}\n", end="", file=sys.stderr if stream is None else stream, flush=True)
     except BrokenPipeError:
         raise
     except OSError:

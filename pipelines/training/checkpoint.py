@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch.optim import Optimizer
 
 from tokenizer.files import PipelineLoadError, fsync, read_json, temporary_name, write_json
 
-from ..config import UserError
+from ..config import UserError, tell
 
 Tensors = dict[str, Tensor]
 FORMAT_VERSION = 1
@@ -189,7 +188,7 @@ def load_newest(
         if all_agree(error is None):
             return record, best
         if error is not None:
-            print(f"warning: {checkpoint} is skipped: {_describe_error(error)}", file=sys.stderr, flush=True)
+            tell(f"warning: {checkpoint} is skipped: {_describe_error(error)}")
     if checkpoints:
         raise UserError(
             f"{checkpoints[0].parent}: none of its {len(checkpoints)} checkpoints can be loaded; nothing was changed. "

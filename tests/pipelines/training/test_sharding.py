@@ -255,8 +255,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(pair, name):
     assert steps[:10] == whole[:10] and steps[10:] == whole[resumed:]
     for part in ("state/step-00000012", "pipeline"):
         assert_equal_tensors(tensors(folder / name / part), tensors(folder / "sharded" / part))
-    passed_over = [line for line in printed.splitlines() if "step-00000008 is skipped" in line]
-    assert len(passed_over) == 2 or name != "damaged"  # each process says so
+    assert name != "damaged" or printed.count("step-00000008 is skipped") == 2  # once per process
 
 
 def test_one_process_and_two_resume_each_others_runs(pair, alone):
