@@ -23,6 +23,8 @@ class Config(Settings):
     """Command lines for the help page, without `smalti` and the verb."""
     often: ClassVar[str] = ""
     """The keys on the short help page, separated by spaces; empty: all top-level keys."""
+    unavailable: ClassVar[dict[str, str]] = {}
+    """Keys that users may expect, and what to do instead."""
 
 
 class OutputConfig(Config):
