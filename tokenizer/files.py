@@ -469,8 +469,8 @@ def find_folder(source: str | Path, patterns: list[str], **options: Any) -> Path
         return Path(snapshot_download(str(source), allow_patterns=patterns, **options))
     except Exception as error:  # the client, httpx and json raise many types
         raise PathError(
-            f"{str(source)!r} is not an existing folder and cannot be fetched from the Hub: {_reason(error)}"
-            f"{_suggest_folder(Path(source))}"
+            f"{str(source)!r} is not an existing folder and cannot be fetched from the Hub: "
+            f"{_reason(error).rstrip('.')}{_suggest_folder(Path(source))}"
         ) from error
 
 

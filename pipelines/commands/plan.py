@@ -31,7 +31,7 @@ from ..config import Config, UserError, choose_device, run_command
 from ..config.arguments import read_arguments, sort_words
 from ..config.errors import did_you_mean, exit_codes
 from ..config.importing import import_all
-from ..config.table import table
+from ..config.table import count_of, table
 from ..metrics.perceptual import Perceptual
 from ..tokens.meta import META, read_meta
 from ..train_prior import PriorTask, TrainPriorConfig
@@ -352,7 +352,7 @@ def format_plan(plan: Plan) -> str:
     rows = [
         ("parameters", f"{plan.parameters:,}"),
         ("per image", f"{format_number(plan.flops)}FLOP forward and backward, {tokens:,} tokens"),
-        ("per step", f"{format_number(plan.flops_per_step)}FLOP, {train.batch_size:,} images"),
+        ("per step", f"{format_number(plan.flops_per_step)}FLOP, {count_of(train.batch_size, 'image')}"),
         ("", f"{format_duration(plan.seconds_per_step)} at {peak}"),
         ("in total", f"{plan.steps:,} steps, {epochs}{images:,} images"),
         ("", f"{format_number(plan.flops_per_step * plan.steps)}FLOP, {time} without evaluation, previews and saving"),
