@@ -98,7 +98,7 @@ def run(config: EncodeConfig) -> Path:
         shards = plan_shards(rows, config.rows_per_shard)
         job = describe_job(config, tokenizer, images, rows, accelerator.device.type)
         if meta := group.on_main(lambda: find_finished(out, job, config.data)):
-            return finish_run(accelerator, out, f"already finished: {describe(meta)}; nothing to do", group.is_main)
+            return finish_run(accelerator, config, f"already finished: {describe(meta)}; nothing to do", group.is_main)
         work, began = work_folder(out, "encode"), time.monotonic()
 
         def begin() -> list[Shard]:
@@ -119,7 +119,7 @@ def run(config: EncodeConfig) -> Path:
         tokenizer.cpu()
         meta = group.on_main(finish)
         minutes = (time.monotonic() - began) / 60
-        return finish_run(accelerator, out, f"done: {describe(meta)} in {minutes:.1f} min", group.is_main)
+        return finish_run(accelerator, config, f"done: {describe(meta)} in {minutes:.1f} min", group.is_main)
 
 
 def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -> None:
@@ -304,12 +304,14 @@ def describe(meta: Meta) -> str:
     return f"{counts} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}"
 
 
-def finish_run(accelerator: Accelerator, out: Path, text: str, is_main: bool) -> Path:
+def finish_run(accelerator: Accelerator, config: EncodeConfig, text: str, is_main: bool) -> Path:
     """Leave the process group; print the result and the next command."""
+    out = Path(config.out)
     accelerator.end_training()
     if is_main:
         run = quote(f"{str(out).removesuffix('_tokens')}_prior")
-        then = f"smalti train_prior{format_imports()} tokens={quote(str(out))} out={run}"
+        preset = " --config gpt_digits" if config.data.source == "digits" else ""
+        then = f"smalti train_prior{format_imports()}{preset} tokens={quote(str(out))} out={run}"
         print(f"{out}: {text}; next: {then}", flush=True)
     return out
 

@@ -27,8 +27,9 @@ from tokenizer.files import fsync
 
 from .config import OutputConfig, UserError, run_command
 from .config.importing import format_imports
+from .config.table import count_of
 from .files import Output, atomic_file, lock_output, replace_file, require_apart, require_writable
-from .image_pipeline import ImagePipeline, Label
+from .image_pipeline import NO_TEXT, ImagePipeline, Label
 from .images.grids import class_grid
 from .images.pictures import SUFFIXES, png_bytes, write_picture
 from .job import JOB, OtherJobError, begin_job, read_job, require_work_folder, work_folder
@@ -48,6 +49,7 @@ class GenerateConfig(Sampling, UsesPipeline, OutputConfig):
         "pipeline=digits",
         "pipeline=runs/gpt_digits/pipeline labels=3,8 num_images=16 temperature=0.9 out=threes.png",
     )
+    unavailable = {"prompt": NO_TEXT}
     often = "pipeline out overwrite num_images labels seed temperature top_k top_p guidance_scale steps columns"
 
     out: str = Field(
@@ -101,7 +103,7 @@ def run(config: GenerateConfig) -> Path:
         if group.is_main:
             rate = f"{len(missing) / seconds:,.1f} images per second" if missing else "already finished"
             then = f"smalti evaluate{format_imports()} pipeline={quote(config.pipeline)}"
-            print(f"{config.num_images} images{images.place}, {rate}; next: {then}")
+            print(f"{count_of(config.num_images, 'image')}{images.place}, {rate}; next: {then}")
     return out
 
 

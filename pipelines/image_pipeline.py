@@ -54,7 +54,7 @@ Callback = Callable[[Any, int, int, dict[str, Tensor]], Any]
 
 SAMPLED = 80  # images in a sample picture
 NO_TEXT = "text conditioning is not available; choose classes with labels=..."
-LOWEST_SEED, LAST_SEED = -(1 << 63), (1 << 64) - 1  # torch's limits
+LAST_SEED = (1 << 64) - 1  # torch's limit
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -70,6 +70,19 @@ class PipelineOutput(NamedTuple):
     """`(B, *grid.shape)`."""
     class_names: list[str] | None = None
     """The class of each image, "" for the null class; None if no image has a class."""
+
+    def __repr__(self) -> str:
+        images = self.images
+        if images is self.tokens:
+            shown = "not decoded"
+        elif isinstance(images, list):
+            draws = f"x {len(images[0])} " if isinstance(images[0], list) else ""
+            first = images[0][0] if draws else images[0]
+            shown = f"{len(images)} {draws}PIL of {first.width} x {first.height}"
+        else:
+            shown = f"{tuple(images.shape)} {images.dtype}"
+        names = "None" if self.class_names is None else f"{len(self.class_names)} names"
+        return f"{type(self).__name__}(images: {shown}, tokens: {tuple(self.tokens.shape)}, class_names: {names})"
 
     def grid(self, columns: int | None = None, *, labels: bool = True) -> PILImage:
         """Return all images in one picture, one column per class with its name on top. With `columns`, images keep
@@ -500,8 +513,8 @@ class ImagePipeline:
         device: str | torch.device | None = None,
         verify: bool = True,
     ) -> P:
-        """Load a pipeline from a folder, a Hub id, or the name of a shipped pipeline (`digits`). Raises a
-        `PipelineLoadError` that names the file, the field, what was found and what is allowed.
+        """Load a pipeline from its folder, its run, a Hub id, or the name of a shipped pipeline (`digits`).
+        Raises a `PipelineLoadError` that names the file, the field, what was found and what is allowed.
 
         variant: "fp16" or "bf16"; None uses that of the folder. dtype: dtype of the weights in memory; "auto" keeps
         that of the file, None is float32. verify: compare the sha256 of every file with the manifest.
@@ -612,7 +625,7 @@ class ImagePipeline:
 
 def make_generators(seed: int | None, generator: Generators, count: int) -> Generators:
     """Return one generator per image, seeded with seed + k, or `generator` if there is no seed. Raises `ValueError` if
-    both are given, for a seed that torch does not accept, and for a list of the wrong length."""
+    both are given, for a negative or too large seed, and for a list of the wrong length."""
     if seed is None:
         if isinstance(generator, Sequence) and len(generator) != count:
             raise ValueError(f"got {len(generator)} generators for {count} images; give one, or one per image")
@@ -620,8 +633,8 @@ def make_generators(seed: int | None, generator: Generators, count: int) -> Gene
     if generator is not None:
         raise ValueError("give seed or generator, not both")
     first = whole_number("seed", seed)
-    if not LOWEST_SEED <= first <= LAST_SEED + 1 - count:
-        raise ValueError(f"seed: the seed of each image, seed + k, must be from -2^63 to 2^64 - 1 (got {first})")
+    if not 0 <= first <= LAST_SEED + 1 - count:
+        raise ValueError(f"seed: the seed of each image, seed + k, must be from 0 to 2^64 - 1 (got {first})")
     return [torch.Generator().manual_seed(first + k) for k in range(count)]
 
 

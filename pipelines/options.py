@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DEVICE = "cpu, cuda, mps or auto"
 TEMPERATURE, GUIDANCE_SCALE = "below 1 is safer, 0 is greedy", "above 1 follows the class more closely"
+REMOVE = "; remove or replace this file, then run the command again"
 Named = int | str | list[int | str] | None
 """Image files, folders of images, or indices into a split; or classes, by id or name."""
 
@@ -111,19 +112,23 @@ class Sampling(Config):
         return self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
 
 
-def choose_images(named: Named, most: int, shape: tuple[int, int, int], held_out: Callable[[], ImageDataset]) -> Tensor:
-    """Load the images that a user named, uint8 `(B, C, H, W)` of this `shape`: files, up to `most` evenly spread files
-    of folders, or indices of held-out images; by default `most` held-out images. Raises `UserError`."""
+def choose_images(
+    named: Named, most: int, shape: tuple[int, int, int], held_out: Callable[[], ImageDataset]
+) -> tuple[Tensor, list[str]]:
+    """Load the images that a user named, uint8 `(B, C, H, W)` of this `shape`, and return them with their names: files,
+    up to `most` evenly spread files of folders, or indices of held-out images; by default `most` held-out images.
+    Raises `UserError`."""
     paths, indices = split_named_images(named)
     if paths:
         files = find_image_files(paths)
         if any(Path(path).is_dir() for path in paths):
             files = [files[index] for index in spread(len(files), most)]
-        return read_images(files, shape)
+        return read_images(files, shape), [str(file) for file in files]
     images = held_out()
     if outside := [index for index in indices if not 0 <= index < len(images)]:
         raise UserError(f"images: indices of the held-out split go from 0 to {len(images) - 1} (got {outside[0]})")
-    return images.pixels(indices or spread(len(images), most))
+    chosen = indices or spread(len(images), most).tolist()
+    return images.pixels(chosen), images.names(chosen)
 
 
 def find_image_files(paths: list[str]) -> list[Path]:
@@ -144,7 +149,9 @@ def read_images(files: list[Path], shape: tuple[int, int, int]) -> Tensor:
     line per file that cannot be decoded."""
     decoded = [try_decode(file, shape) for file in files]
     problems = [
-        f"images: {file}: {pixels}" for file, pixels in zip(files, decoded, strict=True) if isinstance(pixels, str)
+        f"images: {file}: {pixels}{REMOVE}"
+        for file, pixels in zip(files, decoded, strict=True)
+        if isinstance(pixels, str)
     ]
     if problems:
         raise UserError("\n".join(problems))

@@ -60,7 +60,8 @@ FILES = [INDEX, PROVENANCE, CARD, GRID, CALIBRATION, MANIFEST] + [
 ]
 
 
-PipelineFolder = Annotated[str, Within("pipeline", INDEX)]
+WITHIN_RUN = Within("pipeline", INDEX)
+PipelineFolder = Annotated[str, WITHIN_RUN]
 """A pipeline's folder, a run that contains it, or a Hub id."""
 PIPELINE = FolderKind("a pipeline", INDEX, lambda index: index.get("_class_name") == "ImagePipeline")
 
@@ -183,9 +184,9 @@ def resolve_shipped(source: str | Path) -> str | Path:
 
 
 def find_pipeline(source: str | Path, **options: Any) -> Path:
-    """Like `find_folder`, for a pipeline, including shipped ones. Raises `PathError`."""
+    """Like `find_folder`, for a pipeline, including shipped ones and that of a run folder. Raises `PathError`."""
     try:
-        return find_folder(resolve_shipped(source), FILES, **options)
+        return find_folder(WITHIN_RUN.resolve(str(resolve_shipped(source))), FILES, **options)
     except UnreadableError:
         raise
     except PathError as error:
@@ -302,9 +303,7 @@ def load(cls: type[Any], folder: Path, variant: str | None, verify: bool) -> Any
 
 def _load(cls: type[Any], folder: Path, variant: str | None, verify: bool) -> Any:
     if not is_file(folder / INDEX):
-        inner = folder / "pipeline"
-        hint = f"; did you mean {inner}?" if (inner / INDEX).is_file() else ""
-        raise PathError(f"{folder}: not a pipeline folder (no {INDEX}){hint}")
+        raise PathError(f"{folder}: not a pipeline folder (no {INDEX})")
     if verify:
         check_listed(folder, verify_manifest(folder))
     index = read_index(folder)

@@ -1,4 +1,4 @@
-"""Train stage two: a prior over a token dataset; its snapshot is a complete pipeline folder."""
+"""Train stage two: a prior over a token dataset. Writes a complete pipeline folder (tokenizer and prior)."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from tokenizer.model import CONFIG
 from .config import Config, Within, run_command
 from .config.importing import format_imports
 from .images import DataConfig, ImageDataset, load_images
-from .images.dataset import is_stream
+from .images.dataset import is_stream, warn_about_colour
 from .images.origin import is_local
 from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual
@@ -99,6 +99,8 @@ class TokenizerTask(Task):
         model_config(config.model, (height, width), channels)  # raise its errors before decoding images
         self.images = load_images(config.data, together=True, stream=True)
         self.rows = 0 if is_stream(config.data) else len(self.images.train)
+        if not is_stream(config.data):
+            warn_about_colour(self.images.train)
         splits: dict[Split, ImageDataset | None] = {"validation": self.images.validation}
         splits["held_out"] = self.images.held_out
         self.eval_splits = {split: images for split, images in splits.items() if images is not None}

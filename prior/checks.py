@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenizer.checks import expect, problem_of
+from tokenizer.checks import NOT_HIDDEN, describe_hidden_methods, expect, problem_of
 
 from .base import Prior
 
@@ -100,6 +100,9 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
 
     Promises about the distribution are tested by enumeration, and skipped for grids with more than 4,096 values.
     """
+    if hidden := describe_hidden_methods(prior, Prior):
+        yield NOT_HIDDEN, hidden
+        return
     torch.manual_seed(0)
     model = with_random_weights(prior)
     grid, classes = model.grid, model.num_classes

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from .base import Tokenizer
 from .quantizers.base import Quantizer
 
+NOT_HIDDEN = "attributes hide no methods"
+
+
+def describe_hidden_methods(model: nn.Module, family: type[nn.Module]) -> str | None:
+    """Describe the attributes of `model` that hide a method of its `family`, such as a layer called `start` in a prior.
+    Return None if there are none."""
+    names = sorted({*vars(model), *model._modules, *model._parameters, *model._buffers})
+    hidden = [name for name in names if inspect.isfunction(getattr(family, name, None))]
+    methods = ", ".join(f"self.{name} hides the method {family.__name__}.{name}()" for name in hidden)
+    return f"{methods}; rename the attribute" if hidden else None
+
 
 def check_tokenizer(tokenizer: Tokenizer) -> Iterator[tuple[str, str | None]]:
     """Test a tokenizer on random images; yield (promise, problem or None) for each promise."""
+    if hidden := describe_hidden_methods(tokenizer, Tokenizer):
+        yield NOT_HIDDEN, hidden
+        return
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(4, *tokenizer.image_shape, generator=generator) * 2 - 1
     problem = problem_of(lambda: tokenizer.initialize(images))
@@ -58,6 +74,9 @@ def check_tokenizer(tokenizer: Tokenizer) -> Iterator[tuple[str, str | None]]:
 
 def check_quantizer(quantizer: Quantizer) -> Iterator[tuple[str, str | None]]:
     """Test a quantizer on random vectors; yield (promise, problem or None) for each promise."""
+    if hidden := describe_hidden_methods(quantizer, Quantizer):
+        yield NOT_HIDDEN, hidden
+        return
     quantizer.eval()
     size = quantizer.scales[-1] if quantizer.scales else (4, 4)
     z = torch.randn(4, quantizer.dim, *size, generator=torch.Generator().manual_seed(0))

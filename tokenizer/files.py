@@ -6,6 +6,7 @@ Folders are untrusted. Nothing is unpickled, and no file decides what is importe
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
 import json
@@ -468,8 +469,19 @@ def find_folder(source: str | Path, patterns: list[str], **options: Any) -> Path
         return Path(snapshot_download(str(source), allow_patterns=patterns, **options))
     except Exception as error:  # the client, httpx and json raise many types
         raise PathError(
-            f"{str(source)!r} is not an existing folder and cannot be fetched from the Hub: {_reason(error)}"
+            f"{str(source)!r} is not an existing folder and cannot be fetched from the Hub: "
+            f"{_reason(error).rstrip('.')}{_suggest_folder(Path(source))}"
         ) from error
+
+
+def _suggest_folder(path: Path) -> str:
+    """Suggest the folder beside a missing `path` with the most similar name, or return ""."""
+    try:
+        folders = [other.name for other in path.parent.iterdir() if other.is_dir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, folders, 1, 0.75)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
 
 
 class PushError(OSError):

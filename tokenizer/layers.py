@@ -49,7 +49,7 @@ class ConvolutionsConfig(TokenizerConfig):
         "first layer",
     )
     blocks: tuple[Annotated[int, Field(ge=0, le=64)], ...] = Field(
-        (2,), min_length=1, description="residual blocks at each resolution"
+        (2,), min_length=1, description="residual blocks at each resolution; a single number applies to all"
     )
     attention: bool = Field(False, description="self-attention at the token resolution")
     upsampling: Literal["nearest", "subpixel"] = Field(
@@ -67,14 +67,15 @@ class ConvolutionsConfig(TokenizerConfig):
     @property
     def sizes(self) -> Sizes:
         patch = self.factor // 2 ** (len(self.widths) - 1)
-        return Sizes(patch, self.widths, self.blocks, self.attention, self.upsampling == "subpixel", self.tail)
+        blocks = self.blocks * len(self.widths) if len(self.blocks) == 1 else self.blocks
+        return Sizes(patch, self.widths, blocks, self.attention, self.upsampling == "subpixel", self.tail)
 
     def check(self) -> Iterator[str]:
         yield from super().check()
         if any(side % self.factor for side in self.image_size):
             yield f"factor: {self.factor} does not divide the image size {'x'.join(map(str, self.image_size))}"
-        if len(self.blocks) != len(self.widths):
-            yield f"blocks: needs one number per width (got {len(self.blocks)} for {len(self.widths)} widths)"
+        if len(self.blocks) not in (1, len(self.widths)):
+            yield f"blocks: needs one number, or one per width (got {len(self.blocks)} for {len(self.widths)} widths)"
         if 2 ** (len(self.widths) - 1) > self.factor:
             yield f"widths: {len(self.widths)} resolutions need a factor of {2 ** (len(self.widths) - 1)} or more"
         if any(width % 8 for width in self.widths):

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline, Label
 
 METHODS = {
-    "joint": "the neighbours score, plus the excess of bits and error over the range of 99 % of normal images",
+    "joint": "the `neighbours` score, raised when the bits or the reconstruction error lie outside the range "
+    "of 99 % of normal images",
     "neighbours": "distance of the prior's features to those of the nearest normal images",
     "nll": "bits of the tokens, plus bits of the pixels given the tokens if the tokenizer has a pixel likelihood",
     "typicality": "difference of the nll bits from their mean over normal images",

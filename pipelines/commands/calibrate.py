@@ -11,11 +11,11 @@ from pydantic import Field
 
 from tokenizer.files import require_replaceable
 
-from ..anomaly.calibrating import calibrate, check_promise
+from ..anomaly.calibrating import MAX_IMAGES, calibrate, check_promise
 from ..anomaly.calibration import Calibration
 from ..anomaly.scores import METHODS, NEEDS
 from ..config import UserError, Within, run_command
-from ..config.table import table
+from ..config.table import count_of, table
 from ..files import lock_output
 from ..image_pipeline import ImagePipeline
 from ..options import UsesImages
@@ -73,10 +73,13 @@ def run(config: CalibrateConfig) -> Calibration:
         try:
             check_promise(len(chosen), config.false_alarms, config.confidence)
         except ValueError as error:
-            hint = "; every=1 uses all" if config.every > 1 else ""
-            raise UserError(
-                f"data: {error}; every={config.every} selects {len(chosen):,} of {len(images):,}{hint}"
-            ) from error
+            if len(chosen) > MAX_IMAGES:
+                hint = f"every={1 + (len(images) - 1) // MAX_IMAGES} selects fewer"
+            elif config.every > 1:
+                hint = f"every={config.every} selects {len(chosen):,} of {len(images):,}; every=1 uses all"
+            else:
+                hint = "false_alarms=0.2 needs fewer, and data.source=FOLDER uses other images"
+            raise UserError(f"data: {error}; {hint}") from error
         calibration = calibrate(
             pipeline,
             images.pixels(chosen),
@@ -86,7 +89,8 @@ def run(config: CalibrateConfig) -> Calibration:
         )
         save_again(pipeline, folder)
     print(format_report(calibration))
-    print(f"\n{config.pipeline}: calibrated with {len(chosen):,} of {len(images):,} images of {config.data.source}")
+    used = f"{len(chosen):,} of {count_of(len(images), 'image')}"
+    print(f"\n{config.pipeline}: calibrated with {used} of {config.data.source}")
     return calibration
 
 

@@ -66,7 +66,9 @@ def run(config: CompleteConfig) -> dict[str, float]:
         pipeline = config.load_pipeline()
         known = read_mask(config.mask, pipeline)
         shape = pipeline.tokenizer.image_shape
-        images = choose_images(config.images, config.num_images, shape, lambda: config.load_images(pipeline).held_out)
+        images, _ = choose_images(
+            config.images, config.num_images, shape, lambda: config.load_images(pipeline).held_out
+        )
         truth = to_float(images)
         try:
             drawn = complete(
@@ -164,7 +166,9 @@ def describe_context(prior: Prior, keep: Tensor) -> str:
     if not bool(sees_all_known(prior, keep).all()):
         return f"the known tokens that come earlier in {prior.config.order} order"
     return (
-        "all known tokens" if prior.any_order else f"all known tokens, which come first in {prior.config.order} order"
+        "all visible tokens"
+        if prior.any_order
+        else f"all visible tokens (in {prior.config.order} order they precede the hidden ones)"
     )
 
 

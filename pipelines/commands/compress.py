@@ -25,7 +25,7 @@ from ..config.table import count_of
 from ..files import Output, lock_output
 from ..images import to_float
 from ..images.decoding import open_image
-from ..options import UsesPipeline, find_image_files, read_images
+from ..options import REMOVE, UsesPipeline, find_image_files, read_images
 
 
 class CompressConfig(UsesPipeline, OutputConfig):
@@ -90,7 +90,7 @@ def read_image(path: Path, shape: tuple[int, int, int], config: CompressConfig) 
     try:
         return to_float(exact_pixels(open_image(path), shape, config.lossless))
     except Exception as error:  # damaged files make Pillow raise almost anything
-        hint = "; resize=true resizes and crops images" if "pixels" in str(error) else ""
+        hint = "; resize=true resizes and crops images" if "pixels" in str(error) else REMOVE
         raise UserError(f"images: {path}: {error}{hint}") from error
 
 

@@ -28,7 +28,7 @@ from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import to_float
 from ..images.origin import resolve_source
-from ..images.pictures import grid_picture, write_picture
+from ..images.pictures import SUFFIXES, grid_picture, write_picture
 from ..options import UsesImages, find_image_files, read_images
 from ..provenance import defaults, trained_data
 
@@ -88,6 +88,8 @@ def run(config: DetectConfig) -> dict[str, Any]:
     if (calibration := pipeline.calibration) is None:
         raise UserError(f"pipeline: not calibrated; run `smalti calibrate pipeline={config.pipeline}`")
     out = Output(config.out, [config.pipeline, config.data.path, *config.paths], config.overwrite)
+    if out.path.suffix.lower() in (*SUFFIXES, ".csv", ".json"):
+        raise UserError(f"out: {config.out!r} should be a folder, for scores.csv and sheet.png")
     out.check_files(["scores.csv", "sheet.png", "figures.json"])
     with lock_output(config.out):
         names, pixels, classes, _ = skip_calibrated(find_images(config, pipeline), calibration)
@@ -216,7 +218,10 @@ def format_report(
             ("AUPRC", f"{figures['auprc']:.4f} (by chance {figures['prevalence']:.4f})"),
             ("FPR95", f"{figures['fpr95']:.4f}"),
         ]
-    panels = "most, then least anomalous images; bits per pixel, if tokens have positions; healed; difference"
+    panels = (
+        "rows from most to least anomalous; columns: image, bits per pixel (grid tokenizers only), healed image, "
+        "difference"
+    )
     rows += [(), ("scores", f"{config.out}/scores.csv"), ("sheet", f"{config.out}/sheet.png: {panels}")]
     return table(rows)
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import psutil
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
@@ -29,9 +29,9 @@ from tokenizer import TokenGrid, Tokenizer
 
 from ..config import Config, UserError, choose_device, run_command
 from ..config.arguments import read_arguments, sort_words
-from ..config.errors import exit_codes
+from ..config.errors import did_you_mean, exit_codes
 from ..config.importing import import_all
-from ..config.table import table
+from ..config.table import count_of, table
 from ..metrics.perceptual import Perceptual
 from ..tokens.meta import META, read_meta
 from ..train_prior import PriorTask, TrainPriorConfig
@@ -88,6 +88,11 @@ class PlanConfig(Config):
         description="two batch sizes to measure memory at; default: 8,16, or 2,4 for a large model",
     )
     device: Literal["cpu", "cuda", "auto"] = Field("auto", description="device of this machine to measure on")
+
+    @field_validator("gpu", mode="before")
+    @classmethod
+    def _gpu_from_number(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value  # YAML reads 4090 as a number
 
 
 class PlanPriorConfig(PlanConfig, TrainPriorConfig):
@@ -229,7 +234,8 @@ def check_settings(config: PlanPriorConfig | PlanTokenizerConfig) -> torch.devic
     train, device = config.train, choose_device(config.device)
     processes = config.gpus * train.accumulate
     if config.gpu not in GPUS:
-        raise UserError(f"gpu: expected one of {', '.join(GPUS)}; for others set peak_tflops (got {config.gpu!r})")
+        near = did_you_mean(config.gpu, GPUS, "for others set peak_tflops")
+        raise UserError(f"gpu: expected one of {', '.join(GPUS)} (got {config.gpu!r}); {near}")
     if train.batch_size % processes:
         raise UserError(
             f"train.batch_size: {train.batch_size} is not a multiple of gpus x train.accumulate ({processes})"
@@ -346,7 +352,7 @@ def format_plan(plan: Plan) -> str:
     rows = [
         ("parameters", f"{plan.parameters:,}"),
         ("per image", f"{format_number(plan.flops)}FLOP forward and backward, {tokens:,} tokens"),
-        ("per step", f"{format_number(plan.flops_per_step)}FLOP, {train.batch_size:,} images"),
+        ("per step", f"{format_number(plan.flops_per_step)}FLOP, {count_of(train.batch_size, 'image')}"),
         ("", f"{format_duration(plan.seconds_per_step)} at {peak}"),
         ("in total", f"{plan.steps:,} steps, {epochs}{images:,} images"),
         ("", f"{format_number(plan.flops_per_step * plan.steps)}FLOP, {time} without evaluation, previews and saving"),
@@ -361,7 +367,10 @@ def format_plan(plan: Plan) -> str:
         rows.append(("  with FSDP", f"about {format_number(memory - plan.states + plan.states / config.gpus)}B"))
     rows.append(("checkpoint", f"{format_number(plan.checkpoint)}B on disk; up to three at a time"))
     shape = " x ".join(map(str, plan.grid.shape))
-    return f"{config.model['kind']}: {shape} tokens per image, vocabulary of {plan.grid.vocab_size:,}\n{table(rows)}"
+    kind = "GPU" if config.peak_tflops else config.gpu.upper()
+    hardware = f"on {config.gpus:,} x {kind} (gpus= and gpu= change this)"
+    vocabulary = f"vocabulary of {plan.grid.vocab_size:,}"
+    return f"{config.model['kind']}: {shape} tokens per image, {vocabulary}, {hardware}\n{table(rows)}"
 
 
 def format_number(number: float) -> str:

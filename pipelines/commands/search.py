@@ -68,7 +68,9 @@ def run(config: SearchConfig) -> Tensor:
     except ValueError as error:
         raise UserError(str(error)) from error
     splits = config.load_images(pipeline)
-    queries = choose_images(config.images, config.num_images, config.data.image_shape, lambda: splits.held_out)
+    queries, query_names = choose_images(
+        config.images, config.num_images, config.data.image_shape, lambda: splits.held_out
+    )
     chosen = random_rows(len(splits.train), config.num_index or len(splits.train), config.seed)
     if config.k > len(chosen):
         raise UserError(f"k: must be at most {len(chosen)}, the number of images searched (got {config.k})")
@@ -82,11 +84,12 @@ def run(config: SearchConfig) -> Tensor:
     captions = [text for row in distances.tolist() for text in ("query", *(f"{apart:.3f}" for apart in row))]
     with out.file() as path:
         write_picture(class_grid(images.movedim(1, -1).numpy(), captions, 1 + config.k), path)
-    for number, (ids, apart) in enumerate(zip(found.tolist(), distances.tolist(), strict=True)):
+    for query, ids, apart in zip(query_names, found.tolist(), distances.tolist(), strict=True):
         names = describe_images(splits.train, ids)
         near_names = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, apart, strict=True))
-        print(escape(f"query {number}: {near_names}"))
-    print(f"\n{config.out}: each query and its {count_of(config.k, 'neighbour')} among {len(chosen):,} training images")
+        print(escape(f"{query}: {near_names}"))
+    nearest_k = "nearest neighbour" if config.k == 1 else f"{config.k} nearest neighbours"
+    print(f"\n{config.out}: each query and its {nearest_k} among {count_of(len(chosen), 'training image')}")
     return found
 
 

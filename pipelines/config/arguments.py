@@ -138,7 +138,8 @@ def find_preset(name: str) -> Path:
 
 
 def split_lists(cls: type[Settings] | None, data: Data) -> Data:
-    """Turn text with commas into a list where the key accepts one, and a single word where it accepts only lists."""
+    """Turn text with commas into a list where the key accepts one, and a single word or number where it accepts only
+    lists."""
     found: Data = {}
     for name, value in data.items():
         field = cls.model_fields.get(name) if cls else None
@@ -146,6 +147,8 @@ def split_lists(cls: type[Settings] | None, data: Data) -> Data:
             found[name] = split_lists(cls.nested(name, value) if cls and field else None, value)
         elif isinstance(value, str):
             found[name] = list_or_text(field, value)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and takes_only_lists(field):
+            found[name] = [value]
         else:
             found[name] = value
     return found
@@ -161,5 +164,10 @@ def list_or_text(field: FieldInfo | None, text: str) -> Any:
             return [os.path.expanduser(part) if isinstance(part, str) else part for part in read_yaml(f"[{text}]")]
         except ValueError:  # such as a doubled comma
             return str(text)
-    only_lists = lists and all(hint in (*lists, type(None)) for hint in hints)
-    return [str(text)] if only_lists else str(text)
+    return [str(text)] if takes_only_lists(field) else str(text)
+
+
+def takes_only_lists(field: FieldInfo | None) -> bool:
+    """Whether the field accepts lists and nothing else but null."""
+    hints = [hint for hint in type_options(field.annotation) if hint is not type(None)] if field else []
+    return bool(hints) and all(get_origin(hint) in (list, tuple) for hint in hints)

@@ -27,6 +27,8 @@ from .schema import C, Config, Of, resolve_short_forms, to_yaml
 if TYPE_CHECKING:
     import torch
 
+LISTS_KEYS = "--help all lists them"
+
 R = TypeVar("R")
 
 
@@ -114,7 +116,7 @@ def describe_unknown(cls: type[Config], key: str, value: Any) -> list[str]:
     return [
         f"{name[:200]}: in a file, write nested keys instead of dots"
         if name in known
-        else f"{name[:200]}: unknown key; {did_you_mean(name, known, '--help all lists them')}"
+        else f"{name[:200]}: unknown key; {cls.unavailable.get(name) or did_you_mean(name, known, LISTS_KEYS)}"
         for name in list_leaves(key, value)
     ]
 

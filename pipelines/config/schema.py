@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -23,6 +24,8 @@ class Config(Settings):
     """Command lines for the help page, without `smalti` and the verb."""
     often: ClassVar[str] = ""
     """The keys on the short help page, separated by spaces; empty: all top-level keys."""
+    unavailable: ClassVar[dict[str, str]] = {}
+    """Keys that users may expect, and what to do instead."""
 
 
 class OutputConfig(Config):
@@ -50,8 +53,8 @@ class Within:
         """Return the subfolder `name` of `value` if it contains `holds`, else `value`."""
         if not isinstance(value, str) or not value:
             return value
-        inner = Path(value) / self.name
-        return str(inner) if (inner / self.holds).is_file() else value
+        inner = str(Path(value) / self.name)
+        return inner if os.path.isfile(os.path.join(inner, self.holds)) else value
 
 
 def resolve_short_forms(cls: type[Config], data: Data) -> Data:

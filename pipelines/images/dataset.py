@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from tokenizer.files import PathError, one_line, quote
 
 from ..config import Config, UserError, is_first_process, tell
 from ..files import replace_file
-from ..shuffling import positions_of, samples_of, splitmix64
+from ..shuffling import positions_of, samples_of, splitmix64, spread
 from . import tables
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
-from .decoding import CHUNK, IMAGE, LABEL, BadImage, Decoded, Rows, SplitRows, decode_all, decode_in_threads
+from .decoding import CHUNK, IMAGE, LABEL, BadImage, Decoded, Pixels, Rows, SplitRows, decode_all, decode_in_threads
 from .folder import holds_files, open_folder
 from .pictures import to_float
 
@@ -46,6 +46,8 @@ VALIDATION_NAMES = ("validation", "val", "valid", "dev")
 SHARE, LEAST, MOST = 0.05, 10, 2000
 """Share of the training split that is set aside for validation, and its limits: fewer than 10 images would select a
 model by chance, and evaluation during training uses at most 2,000."""
+COLOUR_SAMPLE, GREY_SPREAD = 32, 16
+"""Number of images in which colour is looked for, and the largest difference between the channels of a grey pixel."""
 LONGEST, JOINER = 200, "\u200d"  # zero-width joiner of composed emoji, not printable by itself
 WITHOUT = "data.label_column=null uses all images without labels"
 BAD_IMAGES = "bad_images.jsonl"
@@ -106,6 +108,13 @@ class DataConfig(Config):
     )
     limit: int | None = Field(default=None, ge=1, description="use at most this many images of each split")
     cache_mb: int = Field(default=2048, ge=0, description="memory for decoded images, in MiB")
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _image_size_is_no_text(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"expected one number, or height and width such as 64,64 (got {value[:100]!r})")
+        return value
 
     @model_validator(mode="after")
     def _splits_differ(self) -> DataConfig:
@@ -237,12 +246,17 @@ class ImageDataset:
         wanted = positions_of(indices, len(self))
         if self._pixels is not None:
             return self._pixels[torch.from_numpy(wanted)]
-        rows = self._positions[wanted].tolist()
-        images = decode_in_threads(self._rows.read(rows), self.image_shape)
-        for row, image in zip(rows, images, strict=True):
+        images = self.decode(wanted.tolist(), self.image_shape)
+        for index, image in zip(wanted.tolist(), images, strict=True):
             if isinstance(image, str):
-                raise UserError(one_line(f"{self._rows.name(row)}: {image} (data.on_error=skip skips such images)"))
+                name = self._rows.name(int(self._positions[index]))
+                raise UserError(one_line(f"{name}: {image} (data.on_error=skip skips such images)"))
         return torch.from_numpy(np.stack(images)) if images else torch.empty((0, *self.image_shape), dtype=torch.uint8)
+
+    def decode(self, indices: list[int], shape: tuple[int, int, int]) -> list[Pixels | str]:
+        """Read the images from the source in `shape` (C, H, W). Each becomes pixels uint8 (C, H, W), or the reason why
+        it cannot be decoded."""
+        return decode_in_threads(self._rows.read(self._positions[indices].tolist()), shape)
 
     def preload(self, rows: Tensor, group: ProcessGroup) -> ImageDataset:
         """Load the images at `rows` `(n,)` into memory as a data set. Each image is decoded by one process."""
@@ -334,6 +348,17 @@ def list_bad(bad: list[BadImage]) -> str:
     """Return a line for each of the first ten bad images, and the number of the others."""
     more = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
     return "".join("\n  " + one_line(f"{image.path}: {image.reason}") for image in bad[:10]) + more
+
+
+def warn_about_colour(images: ImageDataset) -> None:
+    """Print one line if most of a sample of the images are coloured but are converted to grey."""
+    channels, height, width = images.image_shape
+    if channels != 1 or not is_first_process():
+        return
+    decoded = images.decode(spread(len(images), COLOUR_SAMPLE).tolist(), (3, height, width))
+    coloured = [int(np.ptp(image, axis=0).max()) > GREY_SPREAD for image in decoded if not isinstance(image, str)]
+    if 2 * sum(coloured) > len(coloured):
+        tell("warning: data.channels=1 converts these colour images to grey; data.channels=3 keeps the colours")
 
 
 # Splits: evaluation during training and the choice of the best weights use `validation` images, taken from the training

@@ -258,6 +258,7 @@ def test_a_request_that_the_prior_refuses_leaves_nothing(pipeline, tmp_path, cap
         ("steps=3", "'steps'"),
         ("labels=[cow]", "'cow'"),
         (f"seed={1 << 63}", "seed"),
+        ("prompt=cat", "labels="),
         ("num_images=100000000000", "num_images"),
         (f"out={tmp_path}/set.tar", "out"),
     ):

@@ -38,6 +38,7 @@ def test_every_output_type_shows_the_same_images(tokenizer, prior):
     assert all(isinstance(image, Image.Image) and image.mode == "RGB" for image in outputs["pil"].images)
     assert np.array_equal(np.stack([np.asarray(image) for image in outputs["pil"].images]), outputs["np"].images)
     assert outputs["latent"].images is outputs["latent"].tokens
+    assert all(len(repr(out)) < 150 and str(tuple(tokens.shape)) in repr(out) for out in outputs.values())
 
 
 def test_images_know_their_classes():
@@ -181,6 +182,7 @@ def test_arrays_may_have_negative_strides_and_any_integer_type():
         ({"num_images": 0}, "num_images"),
         ({"num_images": 4, "num_images_per_label": 2}, "num_images_per_label"),
         ({"seed": "7"}, "seed"),
+        ({"seed": -1}, "seed"),
         ({"num_images": 2, "seed": 2**64 - 1}, "seed"),
         ({"labels": []}, "num_images"),
         ({"num_images": 2, "labels": [1]}, "labels"),

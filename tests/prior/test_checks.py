@@ -89,6 +89,12 @@ def test_a_broken_promise_is_found(fault: str, promise: str) -> None:
     assert not any(dict(check_prior(make_broken("none"))).values())
 
 
+def test_an_attribute_that_hides_a_method_is_the_only_problem() -> None:
+    prior = make_broken("none")
+    prior.start = nn.Embedding(2, 2)  # type: ignore[assignment]
+    assert [str(problem).count("start") for _, problem in check_prior(prior)] == [2]
+
+
 def test_what_raises_is_a_broken_promise() -> None:
     prior = make_broken("none")
     type(prior).sample = lambda self, *a, **k: 1 / 0  # type: ignore

@@ -207,6 +207,8 @@ def test_the_gradient_loss_sees_edges_and_patterns():
     total, terms = total_loss(output, images, {**weights, "gradient": 2.0})
     assert float(total) == pytest.approx(0.2) and set(terms) == {"l1", "l2", "gradient"}
     assert set(total_loss(output, images, {**weights, "gradient": 0.0})[1]) == {"l1", "l2"}
+    with pytest.raises(ValueError, match="l1, commitment"):
+        total_loss(output._replace(losses={"commitment": torch.zeros(())}), images, {"l2": 1.0})
 
 
 def test_usage_and_perplexity():

@@ -125,6 +125,14 @@ def test_a_source_is_a_folder_or_a_hub_id(source, tmp_path):
         find_folder(tmp_path / "model.safetensors", ["*"])
 
 
+def test_a_missing_folder_suggests_its_neighbour(tmp_path, monkeypatch):
+    (tmp_path / "runs/mine_gpt").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(PathError, match="did you mean runs/mine_gpt"):
+        find_folder("runs/mine_gtp", ["*"])
+
+
 @pytest.mark.parametrize("error", [RuntimeError("peer closed\nconnection"), KeyError("sha"), OSError(5, "x")])
 def test_every_error_of_the_hub_is_a_path_error(monkeypatch, error):
     def fail(*_, **__):

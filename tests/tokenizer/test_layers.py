@@ -24,6 +24,11 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[
     return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
 
 
+def test_one_number_of_blocks_applies_to_every_width():
+    one, each = (make_tokenizer("vqvae", (8, 8), 1, widths=(8, 16), blocks=blocks) for blocks in ((2,), (2, 2)))
+    assert one.state_dict().keys() == each.state_dict().keys()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients_are_those_of_torch(shape, dtype):

@@ -133,7 +133,7 @@ def test_a_wrong_image_size_is_refused(size):
 WRONG = {
     "tokenizer": [
         ("vqvae", {"image_size": (30, 28)}, "factor"),
-        ("vqvae", {"widths": (16, 16)}, "blocks"),
+        ("vqvae", {"widths": (16, 16), "blocks": (1, 1, 1)}, "blocks"),
         ("vqvae", {"widths": (12,)}, "widths"),
         ("vqvae", {"widths": (8,) * 4, "blocks": (1,) * 4}, "widths"),
         ("vqvae", {"tail": (8,)}, "tail"),

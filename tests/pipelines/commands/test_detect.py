@@ -144,6 +144,7 @@ def test_a_confidence_is_saved_and_reported(world, tmp_path, capsys):
         (["detect", "out={world}/fresh/000.png"], "out: "),
         (["calibrate", "pipeline=some/hub-id"], "pipeline: "),
         (["calibrate", "data.limit=12"], "data: "),
+        (["calibrate", "data.limit=12", "every=1"], "false_alarms="),
         (["calibrate", "background={world}/other"], "background/config.json: "),
     ],
 )

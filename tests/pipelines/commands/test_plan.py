@@ -75,6 +75,12 @@ def test_time_is_flops_over_the_achieved_peak():
     assert by_clock.steps * by_clock.seconds_per_step == pytest.approx(120, rel=0.05)
 
 
+def test_the_first_line_names_the_gpu_and_a_number_suggests_one(capsys):
+    planned(*TINY)
+    assert "H100" in capsys.readouterr().out.splitlines()[0]
+    assert "'rtx4090'" in fails(capsys, "plan", *TINY, "gpu=4090")
+
+
 def test_a_fine_tuned_prior_has_the_size_of_its_pipeline(tmp_path):
     prior = make_prior("gpt")
     prior.save_pretrained(tmp_path / "prior")

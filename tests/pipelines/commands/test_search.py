@@ -18,7 +18,7 @@ from pipelines.__main__ import main
 def test_search_finds_an_image_itself_first(two_classes, tmp_path, capsys, layer):
     out, query = tmp_path / "near.png", two_classes / "images" / "train" / "above" / "03.png"
     main(["search", f"pipeline={two_classes}/run/pipeline", f"images={query}", f"out={out}", "k=3", *layer])
-    assert capsys.readouterr().out.startswith("query 0: train/above/03.png (above) 0.000, train/")
+    assert capsys.readouterr().out.startswith(f"{query}: train/above/03.png (above) 0.000, train/")
     with Image.open(out) as picture:
         pixels = np.asarray(picture)[-58:-2]
     side = (pixels.shape[1] - 2) // 4  # a query and three neighbours, each with a border
@@ -47,14 +47,14 @@ def test_search_answers_with_paths_or_rows(two_classes, tmp_path, capsys, monkey
     given = ["data.held_out_fraction=0.5", f"data.source={source[0].format(world=two_classes)}", *source[1:]]
     main(["search", f"pipeline={two_classes}/run/pipeline", f"out={tmp_path}/near.png", "k=2", "images=0", *given])
     line, near = capsys.readouterr().out.splitlines()[0], rf"{name} \(\w+\) \d\.\d+"
-    assert re.fullmatch(rf"query 0: {near}, {near}", line), line
+    assert re.fullmatch(rf"{name}: {near}, {near}", line.replace("of test:", "of train:")), line
 
 
 def test_search_takes_some_held_out_images_and_searches_some_training_images(two_classes, tmp_path, capsys):
     verb = ["search", f"pipeline={two_classes}/run/pipeline", f"out={tmp_path}/a.png", "num_index=7", "k=2"]
     main([*verb, "num_images=3", "data.label_column=null"])
     printed = capsys.readouterr().out
-    assert printed.count("query ") == 4 and "7 training images" in printed and "(above)" not in printed
+    assert len(printed.splitlines()) == 5 and "7 training images" in printed and "(above)" not in printed
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def world(trained, tmp_path_factory):
 
 def command(world, verb, out):
     model = f"pipeline={world}/pipe" if verb in OF_PIPELINES else f"tokenizer={world}/tokenizer"
+    out = out.with_suffix("") if verb == "detect" else out
     return [verb, model, *([] if verb == "calibrate" else [f"out={out}"])]
 
 

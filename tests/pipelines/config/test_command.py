@@ -105,6 +105,7 @@ class Run(Config):
     side: Side | tuple[Side, Side] = 8
     labels: int | str | list[int | str] | None = None
     paths: list[str] | None = None
+    numbers: list[int] | None = None
     model: Annotated[dict[str, Any], Node(f"{__name__}:Net")] = Field({"kind": "conv"}, description="the net")
     train: Training = Field(Training(steps=7), description="how long")
 
@@ -187,6 +188,7 @@ def test_every_spelling_of_a_float_is_read(number: float, spelling: str) -> None
         ("labels=3,", [3]),
         ("labels=3,big dog,-1", [3, "big dog", -1]),  # zsh would expand brackets as a pattern
         ("paths=a", ["a"]),
+        ("numbers=3", [3]),
         ("labels=tench, Tinca tinca", "tench, Tinca tinca"),  # the name of one class
         ('labels="a,b"', "a,b"),  # the name of one file
         ("out=3,8", "3,8"),

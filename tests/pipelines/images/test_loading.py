@@ -13,6 +13,7 @@ import torch
 from givens.images import ALL, config, write_folder
 
 from pipelines.images import DataConfig, ImageDataset, load_images, to_float, to_uint8
+from pipelines.images.dataset import warn_about_colour
 
 ROOT = Path(__file__).parents[3]
 REAL = Path(os.environ.get("SMALTI_DATA") or ROOT / "../shared/data").resolve()
@@ -49,6 +50,14 @@ def test_images_decoded_on_access_equal_cached_ones(tmp_path):
         assert torch.equal(part.batch([1, 0, 1], epoch=4, augment=True), other.batch([1, 0, 1], epoch=4, augment=True))
         assert torch.equal(part.pixels(range(len(part))), other.pixels(range(len(part))))
     assert lazy.train.pixels([]).shape == (0, 3, 12, 16)
+
+
+@pytest.mark.parametrize(("shape", "warns"), [((12, 12, 3), True), ((12, 12), False)])
+def test_colour_images_that_become_grey_are_reported(tmp_path, capsys, shape, warns):
+    write_folder(tmp_path, shape=shape)
+    for channels in (1, 3):
+        warn_about_colour(load_images(config(tmp_path, channels=channels)).train)
+        assert ("data.channels=3" in capsys.readouterr().err) == (warns and channels == 1)
 
 
 # Configuration
