@@ -67,4 +67,3 @@ def test_every_verb_with_images_works(world, tmp_path):
     main(["decompress", pipeline, f"stream={tmp_path}/e.smalti", f"out={tmp_path}/images_again"])
     assert len(list((tmp_path / "images_again").iterdir())) == 1
     assert all((tmp_path / f"{name}.png").is_file() for name in "abcd")
-
