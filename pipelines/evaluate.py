@@ -25,8 +25,9 @@ from .config.table import table
 from .files import Output, lock_output
 from .image_pipeline import ImagePipeline
 from .images import ImageDataset, check_shape, load_images, to_float, to_uint8
+from .images.grids import class_grid
 from .images.origin import TOKENS, describe_source
-from .images.pictures import grid_picture, write_picture
+from .images.pictures import write_picture
 from .images.unseen import require_unseen
 from .metrics.agreement import agreement
 from .metrics.fid import Inception, load_inception
@@ -241,7 +242,9 @@ class Evaluation:
         columns = min(8, count)
         shown = samples.select(order[:16].tolist())
         rows = zip(shown.split(columns), self.train.batch(nearest[:16]).split(columns), strict=True)
-        picture = grid_picture(torch.cat([part for pair in rows for part in pair]), columns)
+        parts = [(part, name) for pair in rows for part, name in zip(pair, ("sample", "nearest"), strict=True)]
+        names = [name for part, name in parts for _ in part]
+        picture = class_grid(to_uint8(torch.cat([part for part, _ in parts])).movedim(1, -1).numpy(), names, columns)
         return {"feature_space": space.name, "feature_origin": space.origin, **figures}, {"nearest": picture}
 
 

@@ -165,8 +165,7 @@ stack({name: pipe(12, labels=name, seed=0, output_type="pt").images for name in 
 # ## How good is it?
 #
 # `evaluate` uses the held-out images. It reports the error of the tokenizer, bits per token with their baselines, and
-# class agreement: how often a small classifier, trained on your images, assigns a sample to the class that was
-# requested.
+# class agreement: the share of samples whose nearest training image, by pixels, has the requested class.
 
 # %%
 figures = evaluate.main([f"pipeline={stage_two / 'pipeline'}", "num_images=160", "feature_steps=150"])

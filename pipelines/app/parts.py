@@ -78,7 +78,8 @@ def pick_sample(samples: Picked, selected: int) -> Picked:
 def make_run_buttons(title: str) -> tuple[gr.Button, gr.Button]:
     """Make a start button and a stop button."""
     with gr.Row():
-        return gr.Button(title, variant="primary", min_width=120), gr.Button("Stop", min_width=80)
+        start = gr.Button(title, variant="primary", min_width=120)
+        return start, gr.Button("Stop", min_width=80, elem_classes="smalti-stop")
 
 
 def on_click(

@@ -26,9 +26,10 @@ from ..config import OutputConfig, UserError, run_command
 from ..config.table import table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
-from ..images import to_float
+from ..images import to_float, to_uint8
+from ..images.grids import class_grid
 from ..images.origin import resolve_source
-from ..images.pictures import SUFFIXES, grid_picture, write_picture
+from ..images.pictures import SUFFIXES, write_picture
 from ..options import UsesImages, find_image_files, read_images
 from ..provenance import defaults, trained_data
 
@@ -180,17 +181,19 @@ def write_table(path: Path, columns: dict[str, Any]) -> None:
 
 def draw_sheet(pipeline: ImagePipeline, pixels: Tensor, scores: Tensor, count: int, seed: int) -> np.ndarray:
     """Draw a row for each of the `count` most and, below, least anomalous images: the image, its bits per pixel (if
-    tokens have positions), the healed image, and the difference."""
+    tokens have positions), the healed image, and the difference, each below its score or name."""
     ranked = torch.argsort(scores, descending=True)
     chosen = ranked if len(ranked) <= 2 * count else torch.cat([ranked[:count], ranked[-count:]])
     images = to_float(pixels[chosen])
     healed = heal(pipeline, images, seed=seed)
-    panels = [images, healed.images.cpu(), apply_colormap(healed.difference.cpu())]
+    panels = {"healed": healed.images.cpu(), "difference": apply_colormap(healed.difference.cpu())}
     if pipeline.tokenizer.placed:
         heat = anomaly_map(pipeline, images).cpu()
-        panels.insert(1, apply_colormap(heat / heat.amax().clamp(min=1e-6)))
-    columns = [panel.expand(-1, 3, -1, -1) for panel in panels]
-    return grid_picture(torch.stack(columns, 1).flatten(0, 1), len(columns))
+        panels = {"bits per pixel": apply_colormap(heat / heat.amax().clamp(min=1e-6)), **panels}
+    columns = [panel.expand(-1, 3, -1, -1) for panel in (images, *panels.values())]
+    names = [name for score in scores[chosen].tolist() for name in (f"score {score:.3g}", *panels)]
+    panel_pixels = to_uint8(torch.stack(columns, 1).flatten(0, 1))
+    return class_grid(panel_pixels.movedim(1, -1).numpy(), names, len(columns))
 
 
 def apply_colormap(values: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ class CodebookUse(nn.Module):
         perplexity = sum(float(codebook_usage(part)["perplexity"]) for part in counts) / len(counts)
         label = "uses in about 100 batches"
         chart = partial(draw_usage, uses=counts.numpy(), names=part_names(tokenizer), label=label)
-        return page([f"Codebook: perplexity {perplexity:.1f}, {dead:,} of {counts.numel():,} codes dead"], [chart], {})
+        figures = f"perplexity {perplexity:.1f}, {dead:,} of {counts.numel():,} codes dead"
+        return page(["Codebook", figures], [chart], {})
 
 
 def count_tokens(tokens: Tensor, parts: tuple[int, ...], vocab_size: int) -> Tensor:

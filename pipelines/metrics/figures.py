@@ -63,7 +63,7 @@ TABLE = (
     Figure("bits_per_token", "bits per token", "{:.3f}", "lower", "likelihood", _BITS_PER_TOKEN),
     Figure("unconditional_bits_per_token", "bits per token, no labels", "{:.3f}", "", "likelihood"),
     Figure("bits_per_dim", "bits per dim", "{:.3f}", "lower", "likelihood", _BITS_PER_DIM),
-    Figure("class_agreement", "class agreement of samples", "{:.1%}", "higher", "samples", _AGREEMENT),
+    Figure("class_agreement", "class agreement (nearest image)", "{:.1%}", "higher", "samples", _AGREEMENT),
     Figure("samples_per_second", "samples per second", "{:.0f}", "", "samples", "on {device}"),
     Figure("fid", "FID", "{:.2f}", "lower", "samples", _FID),
     Figure("inception_score", "Inception Score", "{:.2f}", "higher", "samples", _SCORE),

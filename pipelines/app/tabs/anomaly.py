@@ -27,7 +27,8 @@ def build(served: Served, samples: Samples) -> None:
         with gr.Column(scale=1, min_width=280):
             image, _ = make_image_picker(served, "anomaly-image", samples)
             methods = list(calibration.scores)
-            method = gr.Dropdown(methods, value=methods[0], label="Score", info="the anomaly score to compute")
+            method = gr.Dropdown(methods, value=methods[0], label="Score", info=METHODS.get(methods[0]))
+            method.change(lambda name: gr.Dropdown(info=METHODS.get(name)), method, method, queue=False)
             button = gr.Button("Score", variant="primary")
         with gr.Column(scale=2, min_width=300):
             facts = gr.Markdown(elem_id="anomaly-facts", min_height=120)

@@ -28,6 +28,7 @@ def build(served: Served, samples: Samples) -> None:
                 elem_id="painting",
                 elem_classes="smalti",
                 label="Paint over the area to regenerate",
+                placeholder="Choose an image above",  # replaces gradio's hint to select a tool
                 canvas_size=(width * times, height * times),
                 height=height * times + TOOLBAR,
                 sources=(),

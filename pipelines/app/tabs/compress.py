@@ -15,6 +15,7 @@ from ..parts import Samples, make_gallery, make_picker, on_click
 from ..served import Picked, Served, Step, picked_images
 
 STREAM = "images.smalti"
+LOSSY = "only the tokens are kept, so images decompress to reconstructions"
 
 
 def build(served: Served, samples: Samples) -> None:
@@ -28,7 +29,10 @@ def build(served: Served, samples: Samples) -> None:
             images = make_picker(served, "compress-images", f"Images of {width} x {height} pixels", height=200)
             use = gr.Button("Use all samples", size="sm")
             can_keep = tokenizer.reversible or tokenizer.has_likelihood
-            lossless = gr.Checkbox(False, label="Lossless: keep every pixel", visible=can_keep)
+            about = f"otherwise {LOSSY}"
+            lossless = gr.Checkbox(False, label="Lossless: keep every pixel", info=about, visible=can_keep)
+            if not can_keep:
+                gr.Markdown(f"Lossy: {LOSSY}.")
             button = gr.Button("Compress", variant="primary")
             link = gr.HTML(elem_id="stream-link", min_height=60)
         with gr.Column(scale=1, min_width=280):
@@ -54,7 +58,7 @@ def compress(served: Served, step: Step, picked: Picked, lossless: Any) -> str:
             raise ValueError(f"image {number}: {error}") from error
     data = served.pipeline.compress(torch.stack(batch), lossless=bool(lossless), progress=False)
     count = len(batch)
-    kept = "every pixel is kept" if lossless else "only the tokens are kept, so it decompresses to reconstructions"
+    kept = "every pixel is kept" if lossless else LOSSY
     facts = (
         f"{count_of(count, 'image')}: {len(data):,} bytes, {len(data) / count:.1f} per image, "
         f"{8 * len(data) / torch.stack(batch).numel():.3f} bits per dim; {kept}"

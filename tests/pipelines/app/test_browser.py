@@ -170,6 +170,8 @@ def test_bad_and_large_uploads_get_a_line(page, tmp_path):
 def test_long_sampling_shows_its_steps_and_stops(page):
     page.tab("Sample")
     before = shown(page, "samples")
+    stop_button = page.page.locator(".smalti-stop >> visible=true")
+    assert stop_button.evaluate("button => getComputedStyle(button).pointerEvents") == "none"
     page.number("number input for Images", 800)
     page.click("Sample")
     page.wait(".progress-text:has-text('tokens')")

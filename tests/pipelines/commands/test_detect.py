@@ -22,6 +22,7 @@ from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.anomaly.conformal import benjamini_hochberg
 from pipelines.anomaly.scores import METHODS
+from pipelines.images.grids import BAND
 
 
 def write(folder, images):
@@ -90,7 +91,9 @@ def test_detect_tells_classes_apart(world, tmp_path, capsys):
     rows = rows_of(tmp_path / "fdr" / "scores.csv")
     p, flagged = (np.array([float(row[name]) for row in rows]) for name in ("p_value", "flagged"))
     assert flagged.sum() and (flagged == 1).tolist() == benjamini_hochberg(p, 0.3).tolist()
-    assert Image.open(tmp_path / "found" / "sheet.png").size == (4 * (SIZE * 4 + 2) + 2, 6 * (SIZE * 4 + 2) + 2)
+    width, height = Image.open(tmp_path / "found" / "sheet.png").size
+    side = (width - 2) // 4 - 2  # four panels in each of six rows, with a name above each
+    assert side % SIZE == 0 and (width, height) == (4 * (side + 2) + 2, 6 * (side + BAND + 2) + 2)
 
 
 def test_the_default_is_held_out_images_that_were_not_used_to_calibrate(world, tmp_path, capsys):
