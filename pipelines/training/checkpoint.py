@@ -33,9 +33,7 @@ Tensors = dict[str, Tensor]
 FORMAT_VERSION = 1
 RECORD, BEST, TENSORS = "state.json", "best.safetensors", "tensors"
 NAME = re.compile(r"step-\d{8,}")
-LEFTOVER = re.compile(
-    r"\.(tmp|del)-(step-\d{8,}|tokenizer|pipeline|\w+(?=\.json)(\.jsonl?)|\w+-\d{8}(\.png))-[0-9a-f]{8}(?(3)\3)(?(4)\4)"
-)
+LEFTOVER = re.compile(r"\.(tmp|del)-(step-\d{8,}|tokenizer|pipeline|\w+\.jsonl?|\w+-\d{8}\.png)-[0-9a-f]{8}(\.\w+)?")
 """Names of the partial checkpoints, snapshots, previews and other files that a killed process leaves."""
 
 

@@ -146,9 +146,7 @@ def test_leftovers_of_killed_processes_are_deleted_and_nothing_else(tmp_path, tr
     leftovers = [run / half_written(tmp_path / "other" / name).relative_to(tmp_path / "other") for name in targets]
     folders = ("state/.tmp-step-00000009-0123abcd", "state/.del-step-123456789-0123abcd", ".tmp-tokenizer-0123abcd")
     leftovers += [run / name / "config.json" for name in (*folders, ".del-tokenizer-0123abcd")]
-    others = [path.parent / f"{path.name}.mine" for path in leftovers[: len(targets)]]
-    others += [run / f"{name}.mine" for name in folders]
-    others += [run / ".tmp-notes-0123abcd", run / "state" / ".tmp-step-00000009-mine"]
+    others = [run / ".tmp-notes-0123abcd", run / "state" / ".tmp-step-00000009-mine"]
     for path in (*leftovers, *others):
         path.parent.mkdir(exist_ok=True)
         path.write_text("{}")
