@@ -84,7 +84,7 @@ def _shift_half(half: NDArray[np.uint64], other: NDArray[np.uint64], size: int) 
 
 
 def permute_blocks(positions: Positions, rows: int, block: int, *key: int) -> Positions:
-    """Like `permute`, but for a slow disk: put blocks of `block` consecutive rows in random order, and shuffle rows
+    """Like `permute`, for slow disks: put blocks of `block` consecutive rows in random order, and shuffle rows
     within each window of `block` blocks. Whole blocks are read, and `block`^2 rows are needed at a time.
     """
     blocks = -(-rows // block)
