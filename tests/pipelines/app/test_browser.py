@@ -58,20 +58,26 @@ def server(folder):
 
 
 @pytest.fixture(scope="module")
-def page(server):
+def chromium():
+    with browser() as started:
+        yield started
+
+
+@pytest.fixture
+def page(server, chromium):
     """A page that sampled when it was opened, and then six images. Its console stays without errors, and it requests
     nothing from another machine."""
-    with browser() as chromium:
-        driver = Driver(chromium.new_page(viewport={"width": 1280, "height": 900}), server.url)
-        driver.wait("#samples .thumbnail-item >> nth=15")
-        driver.number("number input for Images", 6)
-        driver.click("Sample")
-        driver.page.wait_for_function("document.querySelectorAll('#samples .thumbnail-item').length == 6")
-        yield driver
-        problems = [text for text in driver.problems if "413" not in text]
-        assert not problems, problems
-        asked = {url.split("/")[2] for url in driver.asked if url.startswith("http")}
-        assert asked == {server.url.split("/")[2]}
+    driver = Driver(chromium.new_page(viewport={"width": 1280, "height": 900}), server.url)
+    driver.wait("#samples .thumbnail-item >> nth=15")
+    driver.number("number input for Images", 6)
+    driver.click("Sample")
+    driver.page.wait_for_function("document.querySelectorAll('#samples .thumbnail-item').length == 6")
+    yield driver
+    driver.page.close()
+    problems = [text for text in driver.problems if "413" not in text]
+    assert not problems, problems
+    asked = {url.split("/")[2] for url in driver.asked if url.startswith("http")}
+    assert asked == {server.url.split("/")[2]}
 
 
 def shown(driver, name):
@@ -90,8 +96,6 @@ def test_samples_are_exact_and_captions_are_text(page, folder):
 
 
 def test_samples_are_crisp_and_every_tab_works(page, folder, tmp_path):
-    page.click("Sample")  # clears an error that another test may have left over the pictures
-    page.wait("#samples .thumbnail-item >> nth=5")
     style = "image => [image.width / image.naturalWidth, getComputedStyle(image).imageRendering]"
     assert page.page.locator("#samples img").first.evaluate(style) == [9, "pixelated"]
     page.page.locator("#samples .thumbnail-item").nth(2).click()
