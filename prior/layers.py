@@ -56,7 +56,7 @@ class RowsConfig(RasterConfig):
 class RowBias(nn.Module):
     """A learned vector for each row of the grid, `(H, channels)`, initially zero; zeros without `row_embedding`.
 
-    Convolutions treat all rows the same way, but the rows of a grid may be interleaved channels or stacked quantizer levels.
+    Convolutions treat all rows equally, but the rows of a grid may be interleaved channels or stacked quantizer levels.
     """
 
     weight: Tensor
