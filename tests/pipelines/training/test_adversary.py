@@ -73,7 +73,7 @@ def test_two_processes_play_as_one_does(tmp_path):
     tolerances = {"model/l2": 2e-3, "model/adversarial_weight": 0.05, "critic/loss": 1e-2, "critic/gradient_norm": 0.05}
     for name, tolerance in tolerances.items():
         found, expected = losses(tmp_path / "both", name), losses(alone, name)
-        assert len(found) >= 8 and found == pytest.approx(expected, rel=tolerance), name
+        assert len(found) >= 7 and found == pytest.approx(expected, rel=tolerance), name
 
 
 def test_the_weight_is_zero_until_the_warmup_is_over_and_then_grows(whole):
