@@ -145,7 +145,8 @@ class Request:
             prior.check_sampling_options(sampler)
             self.decoding.check()
             label = None if ids is None else ids[:1]
-            choose_orders(prior, self.decoding, make_batch(prior, 1, label, sampler, torch.Generator(), None, None))
+            batch = make_batch(prior, 1, label, None, sampler, torch.Generator(), None, None)
+            choose_orders(prior, self.decoding, batch)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
         names = pipeline.labels or [str(number) for number in range(prior.num_classes)]

@@ -19,6 +19,7 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from prior import Prior
+from prior.conditions import LABEL
 from prior.sampling import (
     GUIDANCE,
     DecodingOptions,
@@ -288,7 +289,7 @@ class ImagePipeline:
             if name in chosen:  # the rest of the pipeline's guidance schedule does not apply
                 defaults.update(dict.fromkeys(GUIDANCE[number:]))
         sampler = self.prior.make_sampling_options(**{**defaults, **chosen})
-        sampler.check_guidance(labelled)
+        sampler.check_guidance([LABEL] if labelled else [])
         return sampler
 
     complete = serialized(completion.complete)

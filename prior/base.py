@@ -1,7 +1,7 @@
 """The contract of stage two: an ordered partition of the grid and logits for every position, which define `log_prob`
 and `sample`.
 
-    p(tokens | labels) = prod_b prod_{i in block b} p(tokens[i] | tokens of the blocks before b, labels)
+    p(tokens | condition) = prod_b prod_{i in block b} p(tokens[i] | tokens of the blocks before b, condition)
 
 Blocks of one token give the chain rule; tokens within a larger block are independent by definition of the model and are
 decoded in parallel. The base class implements slow, obviously correct algorithms. A model implements `forward` (or
@@ -24,6 +24,17 @@ from tokenizer.config import Fact, ModelConfig, Node
 from tokenizer.model import PretrainedModel
 from tokenizer.precision import full_float32, in_finest
 
+from .conditions import (
+    LABEL,
+    AnyColumn,
+    Condition,
+    ConditionEncoder,
+    Encoded,
+    Given,
+    conditions_problem,
+    find_column,
+    make_condition,
+)
 from .cuda_graph import release_graph
 from .heads import Head, PositionSteps, Softmax, head_problem, make_head
 from .orders import (
@@ -61,6 +72,10 @@ class PriorConfig(ModelConfig):
     grid: Fact[Grid] = Field(description="shape and vocabulary size of the tokens")
     num_classes: Fact[int] = Field(0, ge=0, le=1 << 20, description="number of classes; 0 is unconditional")
     tokenizer: Fact[str] = Field("", description="fingerprint of the tokenizer that produced the training tokens")
+    conditions: Fact[dict[str, AnyColumn]] = Field({}, description="columns that images are conditioned on, by name")
+    condition_width: int = Field(
+        64, ge=8, le=4096, multiple_of=8, description="width of encoded columns, if the data have any"
+    )
     order: str = Field(
         "raster",
         description="order in which tokens are drawn: raster, column, snake, spiral_in, spiral_out, z_curve, hilbert, "
@@ -81,11 +96,17 @@ class PriorConfig(ModelConfig):
     """Whether the model supports blocks of several tokens."""
     takes_heads: ClassVar[bool] = False
     """Whether the model implements `outputs`, which an output head maps to logits."""
+    takes_conditions: ClassVar[bool] = False
+    """Whether the network supports columns other than the class."""
     takes_positions: ClassVar[bool] = False
     """Whether the network supports positions with several ids, which an output head draws."""
 
     def check(self) -> Iterator[str]:
-        """Check that the head and order fit the grid and that the blocks sum to its size."""
+        """Check that the head and order fit the grid, that the blocks sum to its size, and the columns."""
+        for found in conditions_problem(self.conditions):
+            yield f"conditions: {found}"
+        if self.conditions and not self.takes_conditions:
+            yield f"conditions: {self.kind} is conditioned on classes only (got {', '.join(self.conditions)})"
         if problem := head_problem(self):
             yield f"head: {problem}"
         elif problem := order_problem(self.order, self.positions.shape):
@@ -97,6 +118,13 @@ class PriorConfig(ModelConfig):
             takers = ", ".join(kind.name for kind in kinds if kind.Config.takes_blocks)
             key = "order" if self.blocks is None else "blocks"
             yield f"{key}: this kind draws one token at a time; kinds that support larger blocks: {takers}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as JSON values, without the settings of conditions if there are none."""
+        found = super().to_dict()
+        if not self.conditions:
+            del found["conditions"], found["condition_width"]
+        return found
 
     @property
     def positions(self) -> TokenGrid:
@@ -147,8 +175,10 @@ class Prior(PretrainedModel, family="prior"):
     def __init__(self, config: PriorConfig) -> None:
         super().__init__(config)
         self.grid, self.num_classes = config.grid, config.num_classes
+        self.conditions = config.conditions
         self.output_head: Head = make_head(config)
         self.set_partition(config.partition())
+        self.condition_encoder = ConditionEncoder(config) if config.conditions else None
 
     def set_partition(self, partition: Partition) -> None:
         """Set the order and blocks of positions, and derive those of tokens."""
@@ -163,32 +193,58 @@ class Prior(PretrainedModel, family="prior"):
             self.register_buffer("position_cells", self.grid.cells, persistent=False)
             self.register_buffer("token_places", self.grid.cells.flatten().argsort(), persistent=False)
 
-    def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, labels: Given | None = None) -> Tensor:
         """Return the network's teacher-forced outputs `(B, P, output_head.size)`, in raster order; the outputs at
-        position i depend only on tokens in earlier blocks. A model implements this or `forward`."""
+        position i depend only on tokens in earlier blocks. A model implements this or `forward`. labels: `(B,)`, or
+        labels and columns as `Encoded`."""
         raise NotImplementedError
 
     def forward(
-        self, tokens: Tensor, labels: Tensor | None = None, *order: Any, raw: bool = False, **inputs: Any
+        self,
+        tokens: Tensor,
+        labels: Given | None = None,
+        *order: Any,
+        condition: Condition | None = None,
+        raw: bool = False,
+        **inputs: Any,
     ) -> Tensor:
         """Return teacher-forced logits `(B, N, vocab_size)`, in raster order; `logits[:, i]` depends only on tokens in
         earlier blocks.
 
         tokens: `(B, *grid.shape)`; labels: `(B,)`, where `num_classes` is the null class; None means the null class for
-        all. A model with `any_order` has a third argument, by default its own order: `order`, `(N,)` or `(B, N)`; or,
-        if it supports blocks, `block_of`, the block number of each token in raster order, `(N,)` or `(B, N)`. raw:
-        return `outputs`, the input of `loss_from_outputs`.
+        all. condition: raw columns by name, `(B, ...)`; those that are missing are null. A model with `any_order` has a
+        third argument, by default its own order: `order`, `(N,)` or `(B, N)`; or, if it supports blocks, `block_of`,
+        the block number of each token in raster order, `(N,)` or `(B, N)`. raw: return `outputs`, the input of
+        `loss_from_outputs`.
         """
-        outputs = self.outputs(tokens, labels, *order, **inputs)
+        outputs = self.outputs(tokens, self.encode_condition(labels, len(tokens), condition), *order, **inputs)
         return outputs if raw else self.to_raster(self.output_head.logits(outputs, self.position_ids(tokens)))
 
-    def forward_outputs(self, tokens: Tensor, labels: Tensor | None = None, **inputs: Any) -> Tensor:
+    def forward_outputs(self, tokens: Tensor, labels: Given | None = None, **inputs: Any) -> Tensor:
         """Compute the input of `loss_from_outputs`: the raw outputs, or the logits if the head is `Softmax`."""
         return self(tokens, labels, **inputs, **({} if isinstance(self.output_head, Softmax) else {"raw": True}))
 
-    def labels_or_null(self, labels: Tensor | None, count: int) -> Tensor:
-        """Return `labels` `(count,)`, or the null class for all."""
-        return torch.full((count,), self.num_classes, device=self.device) if labels is None else labels
+    def encode_condition(self, labels: Given | None, count: int, condition: Condition | None = None) -> Given:
+        """Return `labels` `(count,)`, by default the null class for all, or for a prior with columns, labels and the
+        encoded columns; columns that are missing are null. What is already encoded is returned as it is."""
+        if isinstance(labels, Encoded):
+            return labels
+        if labels is None:
+            labels = torch.full((count,), self.num_classes, device=self.device)
+        if self.condition_encoder is None:
+            return labels
+        nulls = {name: column.null(count, labels.device) for name, column in self.conditions.items()}
+        encoded: Encoded = self.condition_encoder(labels, {**nulls, **(condition or {})})
+        return encoded
+
+    def check_condition(self, labels: Given | None, condition: Mapping[str, Any] | None, count: int) -> Given | None:
+        """Check `labels` and values of columns for `count` images; return labels, or with columns, labels and the
+        encoded columns. Raises `ValueError`."""
+        if isinstance(labels, Encoded):
+            return labels
+        labels = check_labels(self, labels, count)
+        raw = make_condition(self.conditions, condition, count, self.device)
+        return self.encode_condition(labels, count, raw) if raw else labels
 
     # Training
 
@@ -203,9 +259,18 @@ class Prior(PretrainedModel, family="prior"):
         """
         return {}
 
-    def loss(self, tokens: Tensor, labels: Tensor | None = None, *, progress: float = 0.0, **inputs: Any) -> Tensor:
+    def loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        *,
+        condition: Mapping[str, Any] | None = None,
+        progress: float = 0.0,
+        **inputs: Any,
+    ) -> Tensor:
         """Return the training loss, a scalar in nats per token, from one forward pass: the mean negative log-likelihood
-        of `tokens` `(B, *grid.shape)` given `labels` `(B,)` (None: the null class for all).
+        of `tokens` `(B, *grid.shape)` given `labels` `(B,)` (None: the null class for all) and the columns of
+        `condition` (missing: null for all).
 
         inputs: further arguments of `forward`, by default drawn by `training_inputs`. The loss of a model that draws
         orders or masks is therefore random, and may depend on `progress`, the completed fraction of training. Raises
@@ -213,9 +278,9 @@ class Prior(PretrainedModel, family="prior"):
         """
         tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
-        labels = check_labels(self, labels, len(tokens))
+        given = self.check_condition(labels, condition, len(tokens))
         inputs = inputs or self.training_inputs(tokens, progress)
-        return self.loss_from_outputs(self.forward_outputs(tokens, labels, **inputs), tokens, **inputs)
+        return self.loss_from_outputs(self.forward_outputs(tokens, given, **inputs), tokens, **inputs)
 
     def loss_from_outputs(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
         """Return `loss`, given `forward_outputs` for `tokens` and `inputs`."""
@@ -233,49 +298,73 @@ class Prior(PretrainedModel, family="prior"):
         """Number of passes over the grid that `log_prob` needs per image."""
         return 1
 
-    def likelihood_pass(self, tokens: Tensor, labels: Tensor | None = None) -> None:
+    def likelihood_pass(self, tokens: Tensor, labels: Given | None = None) -> None:
         """Run one of the passes of `log_prob`, to measure its cost."""
         self.log_prob(tokens, labels)
 
-    def token_log_probs(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None) -> Tensor:
+    def token_log_probs(
+        self,
+        tokens: Tensor,
+        labels: Given | None = None,
+        order: Order = None,
+        *,
+        condition: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         """Return log p of each token, `(B, *grid.shape)` nats in float32 (float64 for float64 weights), from
         `chain_log_probs` unless a model estimates a bound. Raises `ValueError` as `chain_log_probs` does."""
-        return self.chain_log_probs(tokens, labels, order)
+        return self.chain_log_probs(tokens, labels, order, condition=condition)
 
     @full_float32()
     def chain_log_probs(
-        self, tokens: Tensor, labels: Tensor | None = None, order: Order = None, known: Tensor | None = None
+        self,
+        tokens: Tensor,
+        labels: Given | None = None,
+        order: Order = None,
+        known: Tensor | None = None,
+        *,
+        condition: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Return log p of each token given the blocks before its own, `(B, *grid.shape)` nats.
 
         order: for a model with `any_order`, a name, `(N,)` or `(B, N)` (cut into the model's own blocks), or a
         `Partition`; None means the model's own. known: bool `(B, N)`, in raster order; such a model decodes these
-        tokens first, as in `sample`. Raises `ValueError` for tokens, labels or an order out of range.
+        tokens first, as in `sample`. labels, condition: see `log_prob`. Raises `ValueError` for tokens, labels, columns
+        or an order out of range.
         """
         tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
-        partition, labels = self.check_order(order, len(tokens)), check_labels(self, labels, len(tokens))
+        partition, given = self.check_order(order, len(tokens)), self.check_condition(labels, condition, len(tokens))
         if known is not None and self.any_order:
             partition = partition or Partition(self.order, self.blocks)
             partition = Partition(known_first(partition.order, known), partition.blocks)
         inputs = {} if partition is None else self.order_inputs(partition, known)
-        outputs = self.forward_outputs(tokens, labels, **inputs)
+        outputs = self.forward_outputs(tokens, given, **inputs)
         return self.to_raster(self.output_head.log_probs(outputs, self.position_ids(tokens))).reshape(tokens.shape)
 
     def log_prob(
-        self, tokens: Tensor, labels: Tensor | None = None, order: Order = None, num_orders: int = 1, num_masks: int = 1
+        self,
+        tokens: Tensor,
+        labels: Given | None = None,
+        order: Order = None,
+        num_orders: int = 1,
+        num_masks: int = 1,
+        *,
+        condition: Mapping[str, Any] | None = None,
     ) -> Tensor:
-        """Return log p(tokens | labels), `(B,)` nats.
+        """Return log p(tokens | labels, condition), `(B,)` nats.
 
+        labels: `(B,)`, where `num_classes` is the null class; None means the null class for all. condition: values of
+        columns by name, one for all images or one per image; missing columns are null (see `prior.conditions`).
         num_orders, num_masks: with K orders and M masks, return the density of a mixture, log (1/KM) sum_km p(tokens |
         order_k, mask_m) (Germain et al. 2015, section 4.2). K > 1 adds K - 1 random orders to `order` (see `orders`),
         and requires `any_order`. M > 1 adds M - 1 random connectivities to the model's own (see `connected`), and
         requires `any_connectivity`. Raises `ValueError` for tokens, labels, orders or masks out of range.
         """
         orders, each = self.orders(num_orders, order), list[Tensor]()
+        given = self.check_condition(labels, condition, len(tokens))
         for number in self.connectivities(num_masks):
             with self.connected(number):
-                each += [self.token_log_probs(tokens, labels, one).flatten(1) for one in orders]
+                each += [self.token_log_probs(tokens, given, one).flatten(1) for one in orders]
         members = torch.stack([in_finest(nats).sum(1) for nats in each])
         return (members.logsumexp(0) - math.log(len(each))).to(each[0].dtype)
 
@@ -393,18 +482,33 @@ class Prior(PretrainedModel, family="prior"):
         channels-last map or sequence in this order, or `(B, dim)` for the whole grid, which becomes `(B, 1, dim)`."""
         return output.flatten(1, -2) if output.ndim > 2 else output[:, None]
 
-    def features(self, tokens: Tensor, labels: Tensor | None = None, layer: int | None = None) -> Tensor:
+    def features(
+        self,
+        tokens: Tensor,
+        labels: Given | None = None,
+        layer: int | None = None,
+        *,
+        condition: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         """Return activations after a layer in the teacher-forced pass, `(B, N, dim)` in raster order.
 
         Like `logits[:, i]`, the features at i depend only on tokens of earlier blocks (in early layers, on fewer than
         `receptive_field` marks). Models that differ document it. layer: 0 to `feature_layers` - 1; None selects the
-        middle layer. Raises `ValueError` for another layer, and for tokens or labels out of range.
+        middle layer. labels, condition: see `log_prob`. Raises `ValueError` for another layer, and for tokens, labels
+        or columns out of range.
         """
-        return self.layer_features(tokens, labels, [self.feature_layers // 2 if layer is None else layer])[0]
+        layer = self.feature_layers // 2 if layer is None else layer
+        return self.layer_features(tokens, labels, [layer], condition=condition)[0]
 
     @full_float32()
     def layer_features(
-        self, tokens: Tensor, labels: Tensor | None, layers: Sequence[int], **inputs: Any
+        self,
+        tokens: Tensor,
+        labels: Given | None,
+        layers: Sequence[int],
+        *,
+        condition: Mapping[str, Any] | None = None,
+        **inputs: Any,
     ) -> list[Tensor]:
         """Return `features` of each of `layers`, from one pass. inputs: further arguments of `forward`."""
         tokens = as_tensor(tokens, self.device)
@@ -422,7 +526,8 @@ class Prior(PretrainedModel, family="prior"):
 
         hooks = [module.register_forward_hook(keep) for module in dict.fromkeys(modules)]
         try:
-            self._call_impl(tokens, check_labels(self, labels, len(tokens)), **inputs)  # a compiled pass ignores hooks
+            given = self.check_condition(labels, condition, len(tokens))
+            self._call_impl(tokens, given, **inputs)  # a compiled pass ignores hooks
         finally:
             for hook in hooks:
                 hook.remove()
@@ -434,13 +539,13 @@ class Prior(PretrainedModel, family="prior"):
         release_graph()  # the graph reads weights at their old addresses
         return super()._apply(fn, recurse)
 
-    def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> Any:
+    def start(self, num_images: int, labels: Given | None, order: Order = None) -> Any:
         """Start decoding `num_images` rows; return the state that `next_logits` advances. order: see `chain_log_probs`.
-        Labels and order must come from `check_labels` and `check_order`; they are not checked here, because a check
+        Labels and order must come from `check_condition` and `check_order`; they are not checked here, because a check
         syncs with the GPU, which a CUDA graph cannot capture."""
         partition = None if order is None else self.to_partition(order)
         with torch.no_grad():
-            cache = self.make_cache(self.labels_or_null(labels, num_images), partition)
+            cache = self.make_cache(self.encode_condition(labels, num_images), partition)
         if isinstance(self.output_head, Softmax) or isinstance(cache, UncachedState):
             return cache
         return PositionSteps(self.output_head, cache, self.config.takes_blocks)
@@ -454,18 +559,19 @@ class Prior(PretrainedModel, family="prior"):
             return state.step(tokens)
         return state.step(None if tokens is None else tokens[:, 0]).unsqueeze(1)
 
-    def make_cache(self, labels: Tensor, partition: Partition | None) -> Any:
-        """Create the cache of a model's fast path, for labels `(B,)` and a partition (None means the model's own). The
-        cache's `step` maps the ids of the last positions to the outputs at the next ones (see `PositionSteps`); without
-        a head it maps `(B,)` ids to logits `(B, vocab_size)`. By default there is no fast path."""
+    def make_cache(self, labels: Given, partition: Partition | None) -> Any:
+        """Create the cache of a model's fast path, for labels `(B,)` (with columns, `Encoded`) and a partition (None
+        means the model's own). The cache's `step` maps the ids of the last positions to the outputs at the next ones
+        (see `PositionSteps`); without a head it maps `(B,)` ids to logits `(B, vocab_size)`. By default there is no
+        fast path."""
         return self.start_uncached(len(labels), labels, partition)
 
-    def start_uncached(self, num_images: int, labels: Tensor | None, order: Order = None) -> UncachedState:
+    def start_uncached(self, num_images: int, labels: Given | None, order: Order = None) -> UncachedState:
         """Start decoding without a cache: every step recomputes the whole grid, which is correct by construction."""
         partition = self.to_partition(order)
         tokens = torch.zeros(num_images, len(self.grid), dtype=torch.long, device=self.device)
         inputs = {} if order is None else self.order_inputs(partition)
-        return UncachedState(tokens, self.labels_or_null(labels, num_images), *partition, inputs)
+        return UncachedState(tokens, self.encode_condition(labels, num_images), *partition, inputs)
 
     def next_logits_uncached(self, state: UncachedState, tokens: Tensor | None) -> Tensor:
         """Return `next_logits` from one forward pass over the whole grid."""
@@ -486,6 +592,9 @@ class Prior(PretrainedModel, family="prior"):
     def check_sampling_options(self, options: Any) -> None:
         """Raise `ValueError` for settings that this prior does not support."""
         options.check(self.grid)
+        for name in options.guidance_on or ():
+            if name != LABEL or not self.num_classes:
+                find_column(self.conditions, name, "guidance_on")
 
     def sample(
         self,
@@ -496,6 +605,7 @@ class Prior(PretrainedModel, family="prior"):
         top_k: int | None = None,
         top_p: float | None = None,
         guidance_scale: float = 1.0,
+        condition: Mapping[str, Any] | None = None,
         generator: Generators = None,
         tokens: Tensor | None = None,
         known: Tensor | None = None,
@@ -509,7 +619,8 @@ class Prior(PretrainedModel, family="prior"):
     ) -> Tensor:
         """Draw tokens `(num_images, *grid.shape)`, one block of the order at a time.
 
-        temperature, top_k, top_p, guidance_scale, settings: fields of this prior's `Sampling`. generator: one
+        labels, condition: see `log_prob`. temperature, top_k, top_p, guidance_scale, settings: fields of this prior's
+        `Sampling`. generator: one
         generator, or a list with one per image; image k depends on the key drawn from its generator, not on its batch.
         tokens, known: `tokens` are kept where bool `known` (`grid.shape` or `(B, *grid.shape)`) is True. A model with
         `any_order` decodes known tokens first, so all other tokens are conditioned on them, and keeps the remaining
@@ -530,7 +641,7 @@ class Prior(PretrainedModel, family="prior"):
         decoding = DecodingOptions(order, num_orders, cache, parallel)
         decoding.check()
         with torch.inference_mode(), evaluation_mode(self):
-            batch = make_batch(self, num_images, labels, options, generator, tokens, known)
+            batch = make_batch(self, num_images, labels, condition, options, generator, tokens, known)
             monitor = Monitor(progress, on_step, batch, self.grid)
             self.draw(batch, options, decoding, monitor)
         return monitor.tokens.reshape(num_images, *self.grid.shape).clone()  # a normal tensor, for training

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tokenizer.layers import FusedLinear
 
 from .base import Prior, to_device_async
+from .conditions import ConditionEmbedding, Given
 from .heads import IdEmbedding
 from .masks import Window
 from .orders import Partition, block_numbers, growing
@@ -95,7 +96,7 @@ class Blocks(Prior, name="blocks"):
         dim, shape = config.dim, config.positions.shape
         self.any_order = config.any_order
         self.token_embedding = IdEmbedding(config.grid, self.output_head.ids_per_position, dim)
-        self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last is the null class
+        self.class_embedding = ConditionEmbedding(config, dim)
         self.start_embedding = nn.Parameter(torch.empty(1, dim))
         self.query_embedding = nn.Parameter(torch.empty(1, dim))
         self.axis_embeddings: Any = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in shape)
@@ -109,7 +110,7 @@ class Blocks(Prior, name="blocks"):
         self.windows: Any = nn.ModuleList(self.make_windows(torch.arange(len(self.position_order), device="cpu")))
         self.block_windows: list[list[Window]] = []
         self.windows_on: torch.device | None = None  # the device that `block_windows` are on
-        reset(self.parameters(), self.layers)
+        reset(self, self.layers)
 
     def make_windows(self, at: Tensor) -> list[Window]:
         """Make each layer's window for the queries at raster indices `at` (n,); return an empty list without
@@ -143,14 +144,15 @@ class Blocks(Prior, name="blocks"):
         return torch.stack([table[at] for table, at in axes]).sum(0)
 
     def outputs(
-        self, tokens: Tensor, labels: Tensor | None = None, order: Tensor | None = None, block_of: Tensor | None = None
+        self, tokens: Tensor, labels: Given | None = None, order: Tensor | None = None, block_of: Tensor | None = None
     ) -> Tensor:
         """Return the outputs; see `Prior.outputs`. order: `(N,)` or `(B, N)`, cut into the model's own blocks;
         block_of: the block number of each token, `(N,)` or `(B, N)`. By default the model's own partition is used."""
         if block_of is None:
             block_of = self.position_block_of if order is None else block_numbers(order, self.blocks)
-        label = self.class_embedding(self.labels_or_null(labels, len(tokens)))[:, None]
-        start, ids = self.start_embedding + label, self.token_embedding(self.position_ids(tokens))
+        given, ids = self.encode_condition(labels, len(tokens)), self.token_embedding(self.position_ids(tokens))
+        start = self.start_embedding + self.class_embedding(given)[:, None]
+        label = self.class_embedding.at_positions(given)
         x, rotations = self.dropout(self.query_embedding + self.position_embeddings + label), self.rotations.table
         for layer, sees in zip(self.layers, self.visibility(block_of), strict=True):
             x = layer(x, torch.cat([start, x + ids], 1), rotations, sees)
@@ -192,7 +194,7 @@ class Blocks(Prior, name="blocks"):
         random, shuffled = (to_device_async(each, tokens.device) for each in (random, shuffled))
         return {"block_of": torch.where(random, shuffled, self.block_of)}
 
-    def make_cache(self, labels: Tensor, partition: Partition | None) -> Cache:
+    def make_cache(self, labels: Given, partition: Partition | None) -> Cache:
         """Make an empty key/value cache."""
         return Cache(self, labels, partition or Partition(self.position_order, self.position_blocks))
 
@@ -213,16 +215,18 @@ class Cache:
     Rows are in decoding order, or in raster order with windows, which gather them by cell.
     """
 
-    def __init__(self, model: Blocks, labels: Tensor, partition: Partition) -> None:
-        self.model, self.label = model, model.class_embedding(labels)[:, None]
+    def __init__(self, model: Blocks, labels: Given, partition: Partition) -> None:
+        self.model, label = model, model.class_embedding(labels)[:, None]
         self.embeddings, self.rotations = model.position_embeddings, model.rotations.table
         self.windows = model.stepwise_windows
         cells = partition.order.shape[-1]
         shape = (2, len(labels), 1 + cells, model.config.heads, model.config.dim // model.config.heads)
         # Zeros, because windows gather (and mask) rows before they are written.
-        self.keys_values = [self.label.new_zeros(shape) for _ in model.layers]
+        self.keys_values = [label.new_zeros(shape) for _ in model.layers]
         self.at = list(partition.order.view(-1, cells).split(partition.blocks, 1))  # of each block, (1, n) or (B, n)
-        self.streams = [model.start_embedding + self.label] * len(model.layers)
+        every = model.class_embedding.at_positions(labels, partition.order).expand(-1, cells, -1)
+        self.labels = every.split(partition.blocks, 1)
+        self.streams = [model.start_embedding + label] * len(model.layers)
         self.rows = torch.zeros_like(self.at[0][:, :1])  # of the streams: the start row
         self.block = self.length = 0
 
@@ -237,7 +241,7 @@ class Cache:
         written = self.rows[0] if self.windows else slice(begin, self.length)
         seen = slice(None) if self.windows else slice(self.length)
         windows = self.windows[self.block] if self.windows else [None] * len(model.layers)
-        x, rotations = model.query_embedding + self.embeddings[at] + self.label, self.rotations[at + 1]
+        x, rotations = model.query_embedding + self.embeddings[at] + self.labels[self.block], self.rotations[at + 1]
         streams = []
         for layer, cached, stream, window in zip(model.layers, self.keys_values, self.streams, windows, strict=True):
             cached[:, :, written] = layer.keys_values(stream + ids, self.rotations[self.rows])

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Prior, PriorConfig
+from .conditions import Given
 from .heads import IdEmbedding
 from .layers import ClosingLayers, pack
 from .orders import Partition
@@ -105,9 +106,9 @@ class CausalConv(Prior, name="causal_conv"):
         """Return each target's embeddings summed over axes, `(N, dim)` in decoding order."""
         return sum(table[at] for table, at in zip(self.axis_embeddings, self.cells, strict=True))
 
-    def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, labels: Given | None = None) -> Tensor:
         """Return the outputs; see `Prior.outputs`."""
-        labels = self.labels_or_null(labels, len(tokens))
+        labels = self.encode_condition(labels, len(tokens))
         previous = self.position_ids(tokens)[:, self.position_order[:-1]]
         start = self.start_embedding.expand(len(tokens), 1, -1)
         x = (torch.cat([start, self.token_embedding(previous)], 1) + self.positions()).transpose(1, 2)  # (B, dim, N)
@@ -129,7 +130,7 @@ class CausalConv(Prior, name="causal_conv"):
         """Rearrange `(B, dim, N)` in decoding order to `(B, N, dim)` in raster order."""
         return output.transpose(1, 2)[:, self.ranks]
 
-    def make_cache(self, labels: Tensor, partition: Partition | None) -> Buffers:
+    def make_cache(self, labels: Given, partition: Partition | None) -> Buffers:
         """Make buffers of each block's inputs."""
         return Buffers(self, labels)
 
@@ -156,7 +157,7 @@ class Buffers:
     with the factors folded into the weights.
     """
 
-    def __init__(self, model: CausalConv, labels: Tensor) -> None:
+    def __init__(self, model: CausalConv, labels: Given) -> None:
         config, rows, weight = model.config, len(labels), model.token_embedding.weight.detach()
         self.rank = 0
         self.token_embedding, self.positions = model.token_embedding, model.positions().detach()

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Prior
+from .conditions import Given
 from .heads import IdEmbedding
 from .layers import CausalConv2d, ClosingLayers, MapRows, RowBias, RowsConfig, odd_kernels, pack, see
 from .orders import Partition
@@ -63,7 +64,7 @@ class Layer(nn.Module):
         nn.init.zeros_(self.vertical_label.weight)
         nn.init.zeros_(self.horizontal_label.weight)
 
-    def forward(self, vertical: Tensor, horizontal: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, vertical: Tensor, horizontal: Tensor, labels: Given) -> tuple[Tensor, Tensor]:
         """Map both stacks to the vertical map before its gate and the horizontal map."""
         above = self.vertical(vertical) + self.vertical_row(self.vertical_label(labels))
         left = self.horizontal(horizontal) + self.horizontal_row(self.horizontal_label(labels))
@@ -102,9 +103,9 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
             horizontal = seen if layer.first else seen | horizontal
         return horizontal.flatten(0, 1)
 
-    def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, labels: Given | None = None) -> Tensor:
         """Return the outputs; see `Prior.outputs`."""
-        labels = self.labels_or_null(labels, len(tokens))
+        labels = self.encode_condition(labels, len(tokens))
         vertical = horizontal = self.embedding(self.position_id_map(tokens))
         for layer in self.layers:
             vertical = vertical if layer.first else gate(vertical)
@@ -120,7 +121,7 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
         """Return the horizontal map `(B, H, W, dim)` as `(B, P, dim)`."""
         return super().arrange_features(output[1])
 
-    def make_cache(self, labels: Tensor, partition: Partition | None) -> Cache:
+    def make_cache(self, labels: Given, partition: Partition | None) -> Cache:
         """Make caches of the last rows that each stack reads."""
         return Cache(self, labels)
 
@@ -132,7 +133,7 @@ class LayerCache:
     The first layer's stacks share rows, because both read the embedding.
     """
 
-    def __init__(self, layer: Layer, width: int, labels: Tensor) -> None:
+    def __init__(self, layer: Layer, width: int, labels: Given) -> None:
         vertical, horizontal, batch = layer.vertical, layer.horizontal, len(labels)
         outputs, inputs = vertical.weight.shape[:2]
         like = layer.out.weight.new_zeros(batch, inputs)
@@ -174,7 +175,7 @@ class Cache:
     including biases and labels, initialise the horizontal stack, so a step takes four operations per layer.
     """
 
-    def __init__(self, model: GatedPixelCNN, labels: Tensor) -> None:
+    def __init__(self, model: GatedPixelCNN, labels: Given) -> None:
         rows, dim = len(labels), model.config.dim
         self.width = model.config.positions.shape[1]
         self.rank = 0

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import FEW_ROWS, Prior, to_device_async
+from .conditions import ConditionEmbedding, Given
 from .heads import IdEmbedding
 from .masks import Window, make_windows
 from .orders import Partition
@@ -36,7 +37,7 @@ class GPT(Prior, name="gpt"):
         dim, shape = config.dim, config.positions.shape
         self.any_order = config.any_order
         self.token_embedding = IdEmbedding(config.grid, self.output_head.ids_per_position, dim)
-        self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last is the null class
+        self.class_embedding = ConditionEmbedding(config, dim)
         self.start_embedding = nn.Parameter(torch.empty(1, dim))
         self.axis_embeddings = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in shape)
         self.dropout = nn.Dropout(config.dropout)
@@ -46,7 +47,7 @@ class GPT(Prior, name="gpt"):
         self.register_buffer("cells", coordinates(shape).t().contiguous(), persistent=False)
         start = torch.full((1, len(shape)), -1, device="cpu")
         self.rotations = Rotations(config, torch.cat([coordinates(shape), start]))
-        reset(self.parameters(), self.layers)
+        reset(self, self.layers)
 
     def make_windows(self) -> list[Window | None]:
         """Make each layer's window. Rank r predicts cell order[r]; its key belongs to the preceding token."""
@@ -81,13 +82,13 @@ class GPT(Prior, name="gpt"):
         """Return `([B,] P, dim)` for an order `([B,] P)`: the sum of each target's embeddings along the axes."""
         return sum(table[at] for table, at in zip(self.axis_embeddings, self.cells[:, order], strict=True))
 
-    def outputs(self, tokens: Tensor, labels: Tensor | None = None, order: Tensor | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, labels: Given | None = None, order: Tensor | None = None) -> Tensor:
         """Return the outputs; see `Prior.outputs`. order: `(P,)` or `(B, P)`; None is the model's own."""
-        labels = self.labels_or_null(labels, len(tokens))
+        labels = self.encode_condition(labels, len(tokens))
         order, ids = self.position_order if order is None else order, self.position_ids(tokens)
         previous = ids.gather(1, order[..., :-1, None].expand(len(tokens), -1, ids.shape[-1]))
-        label = self.class_embedding(labels)[:, None]
-        inputs = torch.cat([self.start_embedding.expand_as(label), self.token_embedding(previous)], 1)
+        label = self.class_embedding.at_positions(labels, order)
+        inputs = torch.cat([self.start_embedding.expand(len(tokens), 1, -1), self.token_embedding(previous)], 1)
         x = self.dropout(inputs + label + self.embed_positions(order))
         rotations = self.make_rotations(order)
         for block in self.layers:
@@ -114,7 +115,7 @@ class GPT(Prior, name="gpt"):
         random = to_device_async(torch.rand(len(tokens), 1) < share, tokens.device)
         return {"order": torch.where(random, shuffled, self.order)}
 
-    def make_cache(self, labels: Tensor, partition: Partition | None) -> Cache:
+    def make_cache(self, labels: Given, partition: Partition | None) -> Cache:
         """Make an empty key/value cache."""
         return Cache(self, labels, self.position_order if partition is None else partition.order)
 
@@ -128,7 +129,7 @@ class Cache:
     only keys and values that later steps read are stored.
     """
 
-    def __init__(self, model: GPT, labels: Tensor, order: Tensor) -> None:
+    def __init__(self, model: GPT, labels: Given, order: Tensor) -> None:
         heads, width = model.config.heads, model.config.dim // model.config.heads
         weight = model.token_embedding.weight
         self.precise = torch.float64 if weight.dtype == torch.float64 else torch.float32  # of norms and rotations
@@ -139,7 +140,8 @@ class Cache:
             return matrix.t().contiguous() if len(labels) < FEW_ROWS else matrix.t()
 
         self.rank = 0
-        self.label, self.start = model.class_embedding(labels), model.start_embedding
+        self.start = model.start_embedding
+        self.labels = model.class_embedding.at_positions(labels, order).expand(-1, order.shape[-1], -1).unbind(1)
         self.token_embedding = model.token_embedding
         self.positions = model.embed_positions(order).movedim(-2, 0)
         rotations = torch.view_as_complex(model.make_rotations(order).to(self.precise)).unsqueeze(-2) * width**0.5
@@ -171,9 +173,9 @@ class Cache:
     def step(self, token: Tensor | None) -> Tensor:
         """Return the outputs at the next position, `(B, size)`, given the last one's ids, `(B,)` or
         `(B, ids_per_position)`."""
-        rank, batch = self.rank, len(self.label)
+        rank, batch = self.rank, self.qkv_shape[0]
         x = self.start if token is None else self.token_embedding.embed_rows(token)
-        x = x + self.label + self.positions[rank]
+        x = x + self.labels[rank] + self.positions[rank]
         for gains, keys_values, slots, qkv_weight, project, gate_up, down in self.layers:
             rotation = gains[rank] if self.same_order else self.rotations[rank] * gains
             qkv = torch.mm(self.unit(x), qkv_weight).view(self.qkv_shape).to(self.precise)

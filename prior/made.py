@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Prior, PriorConfig, to_device_async
+from .conditions import Given
 from .orders import Partition, make_order
 from .sampling import MASKS, DecodingOptions, Monitor, SampleBatch, SamplingOptions, draw_numbers
 
@@ -84,7 +85,7 @@ class ClassBias(nn.Module):
         self.shared = nn.Parameter(torch.zeros(size))
         self.own = nn.Parameter(torch.zeros(num_classes + 1, size)) if num_classes else None
 
-    def forward(self, labels: Tensor) -> Tensor:
+    def forward(self, labels: Any) -> Tensor:
         # A copy, because torch's FLOP counter fails for modules that return a parameter.
         return self.shared.clone() if self.own is None else self.shared + F.embedding(labels, self.own)
 
@@ -212,7 +213,7 @@ class MADE(Prior, name="made"):
     def outputs(
         self,
         tokens: Tensor,
-        labels: Tensor | None = None,
+        labels: Given | None = None,
         order: Tensor | None = None,
         degrees: Sequence[Tensor] | None = None,
     ) -> Tensor:
@@ -221,7 +222,7 @@ class MADE(Prior, name="made"):
         order: `(N,)`, or `(B, N)`, which takes one pass per distinct order; None means the model's own. degrees:
         `(units,)` for each hidden layer, in 1 .. N - 1.
         """
-        labels = self.labels_or_null(labels, len(tokens))
+        labels = self.encode_condition(labels, len(tokens))
         if order is not None and order.ndim == 2:
             return self._outputs_by_order(tokens, labels, order, degrees)
         first, *hidden, last = self._connections.weights(self, order, degrees)
@@ -236,7 +237,7 @@ class MADE(Prior, name="made"):
         return self.to_outputs(x.unflatten(1, (-1, self.width_out)), self.head_bias)
 
     def _outputs_by_order(
-        self, tokens: Tensor, labels: Tensor, order: Tensor, degrees: Sequence[Tensor] | None
+        self, tokens: Tensor, labels: Given, order: Tensor, degrees: Sequence[Tensor] | None
     ) -> Tensor:
         """Return `outputs` for orders `(B, N)`; images with the same order share masks."""
         distinct, which = torch.unique(order, dim=0, return_inverse=True)
@@ -288,7 +289,7 @@ class MADE(Prior, name="made"):
             with self.connected(number):
                 super().draw(batch[at], options, decoding.select(at.tolist(), len(batch)), monitor)
 
-    def make_cache(self, labels: Tensor, partition: Partition | None) -> RunningSums:
+    def make_cache(self, labels: Given, partition: Partition | None) -> RunningSums:
         """Create running sums, to which each step adds a token."""
         return RunningSums(self, labels, self.order if partition is None else partition.order)
 
@@ -410,7 +411,7 @@ class RunningSums:
     completes the units of degree r + 1, and the next position reads all complete units. Each unmasked weight is used
     once, and masked weights never."""
 
-    def __init__(self, model: Any, labels: Tensor, order: Tensor) -> None:
+    def __init__(self, model: Any, labels: Given, order: Tensor) -> None:
         """model: a `MADE`; labels: `(B,)`; order: `(N,)`, or `(B, N)` for per-image orders."""
         self.model = model
         self.rank = 0

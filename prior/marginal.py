@@ -6,10 +6,13 @@ Initialised in closed form from counts with add-one smoothing (Laplace), once pe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .base import Prior, PriorConfig
+from .conditions import Given
 from .sampling import Order
 
 CHUNK = 1 << 14  # rows counted at a time
@@ -36,10 +39,10 @@ class Marginal(Prior, name="marginal"):
         """See `Prior`: all False."""
         return torch.zeros(len(self.grid), len(self.grid), dtype=torch.bool, device=self.device)
 
-    def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, labels: Given | None = None) -> Tensor:
         """Return logits `(B, N, vocab_size)`, which do not depend on the tokens."""
-        labels = self.labels_or_null(labels, len(tokens))
-        return self.table[labels]
+        found: Any = self.encode_condition(labels, len(tokens))
+        return self.table[found]
 
     @torch.no_grad()
     def initialize(self, tokens: Tensor, labels: Tensor | None) -> None:
@@ -67,7 +70,7 @@ class Marginal(Prior, name="marginal"):
         totals = counts.sum(-1, keepdim=True) + self.grid.vocab_size
         counts.add_(1).div_(totals).log_()
 
-    def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> list[Tensor]:
+    def start(self, num_images: int, labels: Given | None, order: Order = None) -> list[Tensor]:
         """Return the blocks' logits, each `(B, n, vocab_size)`, the last block first."""
         empty = torch.empty(num_images, 0, device=self.device)
         return list(self(empty, labels)[:, self.order].split(self.blocks, 1))[::-1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from tokenizer.base import TokenGrid
 from tokenizer.precision import at_least_float32, full_float32, in_finest
 
 from .base import Prior, to_device_async
+from .conditions import ConditionEmbedding, Given
 from .orders import Partition, block_numbers
 from .parallel import rows_per_pass
 from .sampling import (
@@ -33,7 +34,7 @@ from .sampling import (
     TokenNoise,
     UncachedState,
     as_tensor,
-    check_labels,
+    encode_rows,
     gumbel_noise,
     is_number,
 )
@@ -163,7 +164,7 @@ class Masked(Prior, name="masked"):
         dim, shape = config.dim, config.grid.shape
         self.exact, self.mask = config.exact, config.grid.vocab_size
         self.token_embedding = nn.Embedding(config.grid.vocab_size + 1, dim)  # the last is the mask
-        self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last is the null class
+        self.class_embedding = ConditionEmbedding(config, dim)
         self.axis_embeddings: Any = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in shape)
         self.dropout = nn.Dropout(config.dropout)
         self.layers: Any = nn.ModuleList(Block(config, causal=False) for _ in range(config.depth))
@@ -171,18 +172,18 @@ class Masked(Prior, name="masked"):
         self.head = nn.Linear(dim, self.output_head.size, bias=False)
         self.register_buffer("coordinates", coordinates(shape).t().contiguous(), persistent=False)
         self.rotations = Rotations(config, coordinates(shape))
-        reset(self.parameters(), self.layers)
+        reset(self, self.layers)
 
-    def predict(self, ids: Tensor, labels: Tensor, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def predict(self, ids: Tensor, labels: Given, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return logits `(B, N, V)` from one pass over `ids` (B, N), in which `self.mask` marks masked tokens. at:
         return only the logits `(..., V)` at these (rows, raster indices), two tensors `(...)`."""
         outputs = self.outputs_of_pass(ids, labels, at)
         return self.output_head.next_logits(outputs, ids.new_zeros(*outputs.shape[:-1], 0))
 
-    def outputs_of_pass(self, ids: Tensor, labels: Tensor, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def outputs_of_pass(self, ids: Tensor, labels: Given, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return the network's outputs for `predict`, `(B, N, size)` or `(..., size)`."""
         positions = sum(table[index] for table, index in zip(self.axis_embeddings, self.coordinates, strict=True))
-        x = self.dropout(self.token_embedding(ids) + self.class_embedding(labels)[:, None] + positions)
+        x = self.dropout(self.token_embedding(ids) + self.class_embedding.at_positions(labels) + positions)
         rotations = self.rotations.table[:, None].expand(-1, 2, -1, -1)  # the same for queries and keys
         for block in self.layers:
             x = block(x, rotations)
@@ -193,7 +194,7 @@ class Masked(Prior, name="masked"):
     def outputs(
         self,
         tokens: Tensor,
-        labels: Tensor | None = None,
+        labels: Given | None = None,
         order: Tensor | None = None,
         known: Tensor | None = None,
         block_of: Tensor | None = None,
@@ -203,7 +204,7 @@ class Masked(Prior, name="masked"):
         `(N,)` or `(B, N)`, cut into the model's own blocks; block_of: the block number of each token, `(N,)` or `(B,
         N)`."""
         tokens, (count, size) = tokens.flatten(1).long(), (len(tokens), len(self.grid))
-        labels = self.labels_or_null(labels, count)
+        labels = self.encode_condition(labels, count)
         if known is not None:
             return self.outputs_of_pass(torch.where(known.flatten(1), tokens, self.mask), labels)
         if block_of is None:
@@ -263,7 +264,14 @@ class Masked(Prior, name="masked"):
     # Likelihood
 
     @full_float32()
-    def token_log_probs(self, tokens: Tensor, labels: Tensor | None = None, order: Order = None) -> Tensor:
+    def token_log_probs(
+        self,
+        tokens: Tensor,
+        labels: Given | None = None,
+        order: Order = None,
+        *,
+        condition: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         """See `Prior` if `exact`. Otherwise return each token's share of an estimated bound, `(B, *grid.shape)`, from
         `bound_passes` passes.
 
@@ -274,15 +282,15 @@ class Masked(Prior, name="masked"):
         data set. Raises `ValueError` for an order, because the bound covers all orders.
         """
         if self.exact:
-            return super().token_log_probs(tokens, labels, order)
+            return super().token_log_probs(tokens, labels, order, condition=condition)
         if order is not None:
             raise ValueError("order, num_orders: require `exact`, because the bound covers all orders")
         tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
-        labels, ids = check_labels(self, labels, len(tokens)), tokens.flatten(1).long()
+        given, ids = self.check_condition(labels, condition, len(tokens)), tokens.flatten(1).long()
         total = torch.zeros(ids.shape, device=ids.device)
         for known in bound_masks(ids, self.config.bound_passes):
-            outputs = self.forward_outputs(tokens, labels, known=known)
+            outputs = self.forward_outputs(tokens, given, known=known)
             found = self.output_head.log_probs(outputs, ids[..., None])[..., 0]
             weights = ~known / (~known).float().mean(1, keepdim=True) / self.config.bound_passes
             total += found * weights
@@ -293,7 +301,7 @@ class Masked(Prior, name="masked"):
         """One pass per block if `exact`, else `bound_passes`."""
         return len(self.blocks) if self.exact else self.config.bound_passes
 
-    def likelihood_pass(self, tokens: Tensor, labels: Tensor | None = None) -> None:
+    def likelihood_pass(self, tokens: Tensor, labels: Given | None = None) -> None:
         """Run one pass of the network; unlike in an estimate, its mask does not depend on the tokens."""
         self(tokens, labels, known=torch.ones_like(tokens, dtype=torch.bool)).log_softmax(-1)
 
@@ -305,13 +313,19 @@ class Masked(Prior, name="masked"):
         return list(self.layers)
 
     def layer_features(
-        self, tokens: Tensor, labels: Tensor | None, layers: Sequence[int], **inputs: Any
+        self,
+        tokens: Tensor,
+        labels: Given | None,
+        layers: Sequence[int],
+        *,
+        condition: Mapping[str, Any] | None = None,
+        **inputs: Any,
     ) -> list[Tensor]:
         """See `Prior`. Features come from one pass over the unmasked tokens, so they depend on all tokens, including
         their own. (Teacher-forced features would take N passes and see half as many tokens.)"""
         tokens = as_tensor(tokens, self.device)
         known = torch.ones_like(tokens, dtype=torch.bool)
-        return super().layer_features(tokens, labels, layers, **{"known": known, **inputs})
+        return super().layer_features(tokens, labels, layers, condition=condition, **{"known": known, **inputs})
 
     # Sampling
 
@@ -330,11 +344,11 @@ class Masked(Prior, name="masked"):
         options.check(self.grid)
         return Partition(order, options.sizes(len(self.grid)))
 
-    def start(self, num_images: int, labels: Tensor | None, order: Order = None) -> UncachedState:
+    def start(self, num_images: int, labels: Given | None, order: Order = None) -> UncachedState:
         """See `Prior`: start with all tokens masked. Each step is a pass over the whole grid; nothing can be cached,
         because all tokens see each other."""
         tokens = torch.full((num_images, len(self.grid)), self.mask, device=self.device)
-        return UncachedState(tokens, self.labels_or_null(labels, num_images), *self.to_partition(order))
+        return UncachedState(tokens, self.encode_condition(labels, num_images), *self.to_partition(order))
 
     def next_logits(self, state: UncachedState, tokens: Tensor | None) -> Tensor:
         """See `Prior`: reveal the last block's tokens, and predict the next."""
@@ -360,7 +374,7 @@ class Masked(Prior, name="masked"):
     def draw_by_confidence(self, batch: SampleBatch, options: MaskedOptions, monitor: Monitor) -> None:
         """Draw all masked tokens, keep the most confident ones, and repeat (MaskGIT, Chang et al. 2022)."""
         size = len(self.grid)
-        labels = options.with_unconditional(batch.labels, self.num_classes)
+        given = encode_rows(self, batch, options)
         noise = TokenNoise(batch.keys, size, self.grid.vocab_size).of_ranks(0, size)
         ids = torch.where(batch.known, batch.tokens, self.mask)
         left = unknown = (~batch.known).sum(1)
@@ -369,7 +383,7 @@ class Masked(Prior, name="masked"):
             if not bool(left.any()):
                 break
             decided = ((size - left) / before_last).clamp(max=1)
-            logits = at_least_float32(self.predict(options.with_unconditional(ids), labels))
+            logits = at_least_float32(self.predict(options.with_unconditional(ids), given))
             logits = options.guide(logits, options.scale_at(decided[:, None]))
             drawn = options.choose(logits, noise)
             confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]

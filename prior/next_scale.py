@@ -22,6 +22,7 @@ from tokenizer.base import Resize
 from tokenizer.layers import FusedLinear
 
 from .base import Prior
+from .conditions import ConditionEmbedding, Given
 from .orders import Partition
 from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, reset, rotate, unit
 
@@ -74,7 +75,7 @@ class NextScale(Prior, name="next_scale"):
         ends = [0, *accumulate(self.blocks)]
         self.ranges = list(zip(ends, ends[1:], strict=False))
         self.token_embedding = nn.Embedding(config.grid.vocab_size, config.channels)
-        self.class_embedding = nn.Embedding(config.num_classes + 1, dim)  # the last is the null class
+        self.class_embedding = ConditionEmbedding(config, dim)
         self.start_embedding = nn.Parameter(torch.empty(1, dim))
         self.positions = nn.Parameter(torch.empty(len(config.grid), dim))
         self.resize = Resize(scales)
@@ -84,20 +85,21 @@ class NextScale(Prior, name="next_scale"):
         self.norm = nn.RMSNorm(dim, eps=EPS)
         self.head = nn.Linear(dim, config.grid.vocab_size, bias=False)
         self.rotations = Rotations(config, torch.cat([centres(sides, scales[-1]) for sides in scales]))
-        reset(self.parameters(), self.layers)
+        reset(self, self.layers)
         for name, parameter in self.layers.named_parameters():
             if "modulate" in name:  # initially there is no modulation
                 nn.init.zeros_(parameter)
         nn.init.normal_(self.lift.weight, std=config.channels**-0.5)  # the ids' embedding is already small
 
-    def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, labels: Given | None = None) -> Tensor:
         """Return the outputs; see `Prior.outputs`. A scale depends only on coarser scales."""
-        label = self.class_embedding(self.labels_or_null(labels, len(tokens)))
+        labels = self.encode_condition(labels, len(tokens))
+        label = self.class_embedding(labels)
         canvas, inputs = None, []
         for k, ids in enumerate(self.resize.split(tokens.long())):
             inputs.append(self.scale_inputs(canvas, k, len(tokens)))
             canvas = self.add_scale(canvas, ids, k) if k + 1 < len(self.blocks) else None
-        x = self.dropout(torch.cat(inputs, 1) + self.positions + label[:, None])
+        x = self.dropout(torch.cat(inputs, 1) + self.positions + self.class_embedding.at_positions(labels))
         for layer in self.layers:
             x = layer(x, self.position_rotations, label, self.ranges)
         return self.head(self.norm(x))
@@ -123,7 +125,7 @@ class NextScale(Prior, name="next_scale"):
         """The blocks: their residual stream, `(B, N, dim)`."""
         return list(self.layers)
 
-    def make_cache(self, labels: Tensor, partition: Partition | None) -> Cache:
+    def make_cache(self, labels: Given, partition: Partition | None) -> Cache:
         """Make an empty cache."""
         return Cache(self, labels)
 
@@ -179,12 +181,13 @@ class ScaleBlock(Block):
 class Cache:
     """The sum of the scales so far and, unless markov, their keys and values."""
 
-    def __init__(self, model: NextScale, labels: Tensor) -> None:
+    def __init__(self, model: NextScale, labels: Given) -> None:
         heads, weight = model.config.heads, model.head.weight
         shape = (2, len(labels), heads, len(model.grid), model.config.dim // heads)
         self.model, self.k = model, 0
         self.canvas: Tensor | None = None
         self.label, self.rotations = model.class_embedding(labels), model.position_rotations
+        self.labels = model.class_embedding.at_positions(labels).expand(-1, len(model.grid), -1)
         self.keys_values = [None if layer.markov else weight.new_empty(shape) for layer in model.layers]
 
     def step(self, tokens: Tensor | None) -> Tensor:
@@ -193,7 +196,8 @@ class Cache:
         if tokens is not None:
             ids = tokens.unflatten(1, model.grid.scales[self.k - 1])
             self.canvas = model.add_scale(self.canvas, ids, self.k - 1)
-        x = model.scale_inputs(self.canvas, self.k, len(self.label)) + model.positions[begin:end] + self.label[:, None]
+        inputs = model.scale_inputs(self.canvas, self.k, len(self.label))
+        x = inputs + model.positions[begin:end] + self.labels[:, begin:end]
         for layer, cached in zip(model.layers, self.keys_values, strict=True):
             x = layer(x, self.rotations[begin:end], self.label, [(begin, end)], cached)
         self.k += 1

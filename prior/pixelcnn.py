@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Prior
+from .conditions import Given
 from .heads import IdEmbedding
 from .layers import ClosingLayers, MaskedConv, RowBias, RowCache, RowsConfig, odd_kernels, pack, see
 from .orders import Partition
@@ -55,7 +56,7 @@ class Block(nn.Module):
         self.widen = nn.Linear(config.dim, 2 * config.dim, bias=False)
         nn.init.zeros_(self.label.weight)
 
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Given) -> Tensor:
         narrow = F.relu(self.narrow(F.relu(x)))
         return x + self.widen(F.relu(self.conv(narrow) + self.row(self.label(labels))))
 
@@ -88,9 +89,9 @@ class PixelCNN(Prior, name="pixelcnn"):
             field = field | see(field, block.conv.taps)
         return field.flatten(0, 1)
 
-    def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, labels: Given | None = None) -> Tensor:
         """Return the outputs; see `Prior.outputs`."""
-        labels = self.labels_or_null(labels, len(tokens))
+        labels = self.encode_condition(labels, len(tokens))
         x = self.first(self.embedding(self.position_id_map(tokens))) + self.row(self.label(labels))
         for block in self.layers:
             x = block(x, labels)
@@ -101,7 +102,7 @@ class PixelCNN(Prior, name="pixelcnn"):
         """The blocks: maps `(B, H, W, 2 * dim)`."""
         return list(self.layers)
 
-    def make_cache(self, labels: Tensor, partition: Partition | None) -> Cache:
+    def make_cache(self, labels: Given, partition: Partition | None) -> Cache:
         """Make caches of the last rows that each convolution reads."""
         return Cache(self, labels)
 
@@ -112,7 +113,7 @@ class Cache:
     A step is bound by the number of operations, so biases and labels are folded into the sums of `RowCache`, and
     results are written where the next operation reads them."""
 
-    def __init__(self, model: PixelCNN, labels: Tensor) -> None:
+    def __init__(self, model: PixelCNN, labels: Given) -> None:
         self.width = model.config.positions.shape[1]
         self.rank = 0
         self.embedding = model.embedding
@@ -120,7 +121,7 @@ class Cache:
         self.layers = [self._block(block, labels) for block in model.layers]
         self.head = ClosingLayers(model.hidden, model.head, len(labels), torch.relu_)
 
-    def _block(self, block: Block, labels: Tensor) -> tuple[Tensor, Tensor, RowCache, Tensor]:
+    def _block(self, block: Block, labels: Given) -> tuple[Tensor, Tensor, RowCache, Tensor]:
         cache = RowCache(block.conv, self.width, block.label(labels), block.row.weight)
         narrow, widen = (pack(layer.weight, len(labels)) for layer in (block.narrow, block.widen))
         return block.narrow.bias.detach(), narrow, cache, widen

@@ -31,6 +31,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Prior
+from .conditions import Given
 from .heads import IdEmbedding
 from .layers import CausalConv2d, MapRows, Pair, RowBias, RowCache, RowsConfig, WholeRows, pack, see
 from .orders import Partition
@@ -69,7 +70,7 @@ class Gated(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         nn.init.zeros_(self.label.weight)
 
-    def forward(self, x: Tensor, labels: Tensor, *beside: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Given, *beside: Tensor) -> Tensor:
         inner = self.first(concat_elu(x))
         for layer, other in zip(self.beside, beside, strict=True):
             inner = inner + layer(concat_elu(other))
@@ -91,7 +92,7 @@ class Block(nn.Module):
         super().__init__()
         self.vertical, self.horizontal = Gated(config, ABOVE, up), Gated(config, LEFT, 1 + up)
 
-    def forward(self, above: Tensor, left: Tensor, labels: Tensor, *skips: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, above: Tensor, left: Tensor, labels: Given, *skips: Tensor) -> tuple[Tensor, Tensor]:
         above = self.vertical(above, labels, *skips[:1])
         return above, self.horizontal(left, labels, above, *skips[1:])
 
@@ -136,7 +137,7 @@ class Coarser(nn.Module):
         self.stage = Stage(config, stages)
         self.grow_above, self.grow_left = Grow(dim, ABOVE), Grow(dim, LEFT)
 
-    def forward(self, above: Tensor, left: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, above: Tensor, left: Tensor, labels: Given) -> tuple[Tensor, Tensor]:
         height, width = left.shape[1:3]
         above, left = self.stage(self.shrink_above(above), self.shrink_left(left), labels)
         return self.grow_above(above, height, width), self.grow_left(left, height, width)
@@ -159,7 +160,7 @@ class Stage(nn.Module):
         self.coarser: Any = Coarser(config, stages - 1) if stages > 1 else None
         self.up: Any = nn.ModuleList(Block(config, up=True) for _ in range(config.depth + (stages > 1)))
 
-    def forward(self, above: Tensor, left: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, above: Tensor, left: Tensor, labels: Given) -> tuple[Tensor, Tensor]:
         maps = [(above, left)]
         for block in self.down:
             maps.append(block(*maps[-1], labels))
@@ -205,12 +206,12 @@ class PixelCNNPP(Prior, name="pixelcnn_pp"):
             x = self.embedding(ids)
         return F.pad(x, (0, 1), value=1.0)
 
-    def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, labels: Given | None = None) -> Tensor:
         """Return the outputs; see `Prior.outputs`."""
         x = self.embed(self.position_id_map(tokens))
         above = self.first_above(x) + self.above_row.weight[:, None]
         left = self.first_over(x) + self.first_left(x) + self.left_row.weight[:, None]
-        _, left = self.stage(above, left, self.labels_or_null(labels, len(tokens)))
+        _, left = self.stage(above, left, self.encode_condition(labels, len(tokens)))
         return self.head(F.elu(left)).flatten(1, 2)
 
     @property
@@ -231,7 +232,7 @@ class PixelCNNPP(Prior, name="pixelcnn_pp"):
         """Return the horizontal map `(B, H, W, dim)` as `(B, P, dim)`."""
         return super().arrange_features(output[1])
 
-    def make_cache(self, labels: Tensor, partition: Partition | None) -> Cache:
+    def make_cache(self, labels: Given, partition: Partition | None) -> Cache:
         """Make caches of the last rows that each convolution reads."""
         return Cache(self, labels)
 
@@ -244,7 +245,7 @@ def add_product(sums: Tensor, x: Tensor, weight: Tensor) -> None:
 class BlockCache:
     """Evaluates a `Block`: the vertical stream by rows, the horizontal stream by positions."""
 
-    def __init__(self, block: Block, width: int, labels: Tensor) -> None:
+    def __init__(self, block: Block, width: int, labels: Given) -> None:
         vertical, horizontal = block.vertical, block.horizontal
         across, *skip = horizontal.beside
         above, left = vertical.label(labels), horizontal.label(labels)
@@ -289,7 +290,7 @@ class BlockCache:
 class CoarserCache:
     """Evaluates a `Coarser`: every other row and position is passed on, and each result serves four positions."""
 
-    def __init__(self, coarser: Coarser, width: int, labels: Tensor) -> None:
+    def __init__(self, coarser: Coarser, width: int, labels: Given) -> None:
         weight = coarser.grow_left.conv.weight.detach()  # (inputs, outputs, 2, 2)
         batch, dim, half = len(labels), len(weight), (width + 1) // 2
         nothing = weight.new_zeros(batch, dim)
@@ -325,7 +326,7 @@ class CoarserCache:
 class StageCache:
     """Evaluates a `Stage`; its skips are the inputs stored by the blocks of the down path."""
 
-    def __init__(self, stage: Stage, width: int, labels: Tensor) -> None:
+    def __init__(self, stage: Stage, width: int, labels: Given) -> None:
         self.down, self.up = ([BlockCache(block, width, labels) for block in way] for way in (stage.down, stage.up))
         self.coarser = CoarserCache(stage.coarser, width, labels) if stage.coarser else None
 
@@ -357,7 +358,7 @@ class StageCache:
 class Cache:
     """The rows that each convolution reads, and weights laid out for one-position steps."""
 
-    def __init__(self, model: PixelCNNPP, labels: Tensor) -> None:
+    def __init__(self, model: PixelCNNPP, labels: Given) -> None:
         rows, over, left = len(labels), model.first_over.weight, model.first_left.weight
         self.model, self.rank, self.width = model, 0, model.config.positions.shape[1]
         self.inputs = MapRows(over.new_zeros(rows, over.shape[1]).detach(), 2, self.width, (-1, 1), 1)

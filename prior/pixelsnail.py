@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import FEW_ROWS, Prior
+from .conditions import Given
 from .heads import IdEmbedding
 from .layers import ClosingLayers, MaskedConv, RasterConfig, RowCache, odd_kernels, pack
 from .orders import Partition
@@ -64,7 +65,7 @@ class Residual(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         nn.init.zeros_(self.label.weight)
 
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Given) -> Tensor:
         inner = self.dropout(F.elu(self.first(F.elu(x))))
         return x + F.glu(self.second(inner) + self.label(labels)[:, None, None])
 
@@ -110,7 +111,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         nn.init.zeros_(self.label.weight)
 
-    def forward(self, embedded: Tensor, x: Tensor, background: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, embedded: Tensor, x: Tensor, background: Tensor, labels: Given) -> Tensor:
         for residual in self.residuals:
             x = residual(x, labels)
         attended = self.attention(embedded.flatten(1, 2), x.flatten(1, 2), background).unflatten(1, x.shape[1:3])
@@ -136,9 +137,9 @@ class PixelSNAIL(Prior, name="pixelsnail"):
         rows, columns = torch.arange(height) / height - 0.5, torch.arange(width) / width - 0.5
         self.register_buffer("background", torch.cartesian_prod(rows, columns), persistent=False)  # (N, 2)
 
-    def outputs(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, labels: Given | None = None) -> Tensor:
         """Return the outputs; see `Prior.outputs`."""
-        labels = self.labels_or_null(labels, len(tokens))
+        labels = self.encode_condition(labels, len(tokens))
         embedded = self.embedding(self.position_id_map(tokens))
         x = self.first(embedded)
         for block in self.layers:
@@ -150,7 +151,7 @@ class PixelSNAIL(Prior, name="pixelsnail"):
         """The blocks: maps `(B, H, W, dim)`."""
         return list(self.layers)
 
-    def make_cache(self, labels: Tensor, partition: Partition | None) -> Cache:
+    def make_cache(self, labels: Given, partition: Partition | None) -> Cache:
         """Make caches of the last rows that each convolution reads, and of attention slots."""
         return Cache(self, labels)
 
@@ -158,7 +159,7 @@ class PixelSNAIL(Prior, name="pixelsnail"):
 class ResidualCache:
     """Evaluates a `Residual` one position at a time."""
 
-    def __init__(self, residual: Residual, width: int, labels: Tensor) -> None:
+    def __init__(self, residual: Residual, width: int, labels: Given) -> None:
         label = residual.label(labels)
         self.first = RowCache(residual.first, width, torch.zeros_like(label[:, : label.shape[1] // 2]))
         self.second = RowCache(residual.second, width, label)
@@ -173,7 +174,7 @@ class ResidualCache:
 class BlockCache:
     """Evaluates a `Block` one position at a time, given its slots; biases include coordinates and labels."""
 
-    def __init__(self, block: Block, model: PixelSNAIL, labels: Tensor, features: Tensor) -> None:
+    def __init__(self, block: Block, model: PixelSNAIL, labels: Given, features: Tensor) -> None:
         """features: `(B, dim)`, a buffer that receives this position's features for the next position."""
         config, rows, attention = model.config, len(labels), block.attention
         width = model.config.positions.shape[1]
@@ -206,7 +207,7 @@ class Cache:
     are written where the next operation reads them.
     """
 
-    def __init__(self, model: PixelSNAIL, labels: Tensor) -> None:
+    def __init__(self, model: PixelSNAIL, labels: Given) -> None:
         config, rows = model.config, len(labels)
         self.width = model.config.positions.shape[1]
         self.rank = 0

@@ -8,7 +8,7 @@ within rounding."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
@@ -22,6 +22,7 @@ from torch import Tensor
 from tokenizer.base import TokenGrid
 from tokenizer.precision import at_least_float32, finest, in_finest
 
+from .conditions import LABEL, Condition, Given, append_nulls, make_condition, select_rows
 from .cuda_graph import Graph, compute_by_graph
 from .orders import Partition, blocks_after_known, known_first
 
@@ -130,7 +131,7 @@ GREEDY = 1e-6
 """Below this temperature the likeliest id is chosen, because rounding of logits / temperature would swallow the
 noise."""
 GUIDANCE = ("guidance_scale", "guidance_end", "guidance_power")
-"""The settings of guidance: one that is given, and those after it, are one choice."""
+"""The settings of guidance's scale: one that is given, and those after it, are one choice."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ class SamplingOptions:
     With `guidance_end` the scale changes from `guidance_scale` to that value along the order: (1 - w) scale + w end,
     where w = t, or (1 - cos(pi t^power)) / 2 with `guidance_power` (power-cosine: MDT, Gao et al. 2023; RAR, Yu et al.
     2024, arXiv:2411.00776). t is the number of tokens decided before the token's block, including known tokens, divided
-    by the number decided before the last block: 0 at the first block, 1 at the last.
+    by the number decided before the last block: 0 at the first block, 1 at the last. `guidance_on` names the columns
+    (`label` for the class) that the unconditional rows lack; None stands for all.
 
     A prior with more settings declares a subclass as its `Sampling`. Raises `ValueError` for values out of range.
     """
@@ -155,6 +157,7 @@ class SamplingOptions:
     guidance_scale: float = 1.0
     guidance_end: float | None = None
     guidance_power: float | None = None
+    guidance_on: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -172,6 +175,11 @@ class SamplingOptions:
             raise ValueError(f"guidance_end must be a finite number >= 0, or None (got {end})")
         if power is not None and not (is_number(power) and 0 < power < float("inf")):
             raise ValueError(f"guidance_power must be a finite number > 0, or None (got {power})")
+        if self.guidance_on is not None:
+            names = [self.guidance_on] if isinstance(self.guidance_on, str) else self.guidance_on
+            if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names):
+                raise ValueError(f"guidance_on must name one or more columns, or be None for all (got {names})")
+            object.__setattr__(self, "guidance_on", tuple(names))
         if self.guidance_power is not None and self.guidance_end is None:
             raise ValueError("guidance_power needs guidance_end, the final scale")
 
@@ -183,11 +191,13 @@ class SamplingOptions:
     def check(self, grid: TokenGrid) -> None:
         """Raise `ValueError` for settings that do not suit the grid."""
 
-    def check_guidance(self, labelled: bool) -> None:
-        """Raise `ValueError` for guidance without labels."""
-        if self.guides and not labelled:
+    def check_guidance(self, given: Collection[str]) -> None:
+        """Raise `ValueError` for guidance without a condition to remove. given: the names of given columns, and
+        `label` for labels."""
+        if self.guides and not (given if self.guidance_on is None else set(self.guidance_on).intersection(given)):
             name = "guidance_scale" if self.guidance_scale != 1 else "guidance_end"
-            raise ValueError(f"{name} other than 1 needs labels")
+            needs = "labels or a condition" if self.guidance_on is None else f"a value of {', '.join(self.guidance_on)}"
+            raise ValueError(f"{name} other than 1 needs {needs}")
 
     def for_given_order(self: S) -> S:
         """Return these settings without those that choose an order, for a caller that passes its own."""
@@ -211,7 +221,7 @@ class SamplingOptions:
 
     def unguided(self: S) -> S:
         """Return these settings without guidance."""
-        return replace(self, guidance_scale=1.0, guidance_end=None, guidance_power=None)
+        return replace(self, guidance_scale=1.0, guidance_end=None, guidance_power=None, guidance_on=None)
 
     def scale_at(self, t: Any) -> Any:
         """Return the guidance scale at t in [0, 1], a number or a float tensor `(...)`."""
@@ -238,11 +248,9 @@ class SamplingOptions:
         """Number of rows per image: guidance adds an unconditional row."""
         return 2 if self.guides else 1
 
-    def with_unconditional(self, rows: Tensor, null: int | None = None) -> Tensor:
-        """With guidance, append unconditional rows to `rows` (B, ...): copies, or rows filled with `null`."""
-        if not self.guides:
-            return rows
-        return torch.cat([rows, rows if null is None else torch.full_like(rows, null)])
+    def with_unconditional(self, rows: Tensor) -> Tensor:
+        """With guidance, append unconditional rows to `rows` (B, ...), which are copies."""
+        return torch.cat([rows, rows]) if self.guides else rows
 
     def guide(self, logits: Tensor, scale: float | Tensor) -> Tensor:
         """Return guided logits `(B, n, V)`, given logits of B conditional rows followed by B unconditional rows.
@@ -374,7 +382,7 @@ class DecodingOptions:
 class SampleBatch:
     """Images to draw, one per row: labels `(B,)`, noise keys `(B,)`, and tokens to keep where bool `known` is True.
     `tokens` and `known` are `(B, N)` in the sequence of `order`, `(N,)` or `(B, N)`, which `blocks` cut. rows: indices
-    of these images in the request; own_order: whether order and blocks are the model's."""
+    of these images in the request; condition: raw columns; own_order: whether order and blocks are the model's."""
 
     labels: Tensor
     keys: Tensor
@@ -383,6 +391,7 @@ class SampleBatch:
     order: Tensor
     blocks: tuple[int, ...]
     rows: Tensor
+    condition: Condition
     own_order: bool = True
 
     def __len__(self) -> int:
@@ -397,6 +406,7 @@ class SampleBatch:
             known=self.known[at],
             order=self.order if self.order.ndim == 1 else self.order[at],
             rows=self.rows[at],
+            condition=select_rows(self.condition, at),
         )
 
     def in_order(self, partition: Partition | None, prior: Prior) -> SampleBatch:
@@ -436,6 +446,7 @@ def make_batch(
     prior: Prior,
     num_images: int,
     labels: Tensor | None,
+    condition: Mapping[str, Any] | None,
     options: SamplingOptions,
     generator: Generators,
     tokens: Tensor | None,
@@ -444,11 +455,24 @@ def make_batch(
     """Check a request and return its images in raster order. Raises `ValueError` for arguments out of range."""
     num_images = check_count(num_images)
     labels = check_labels(prior, labels, num_images)
-    options.check_guidance(labels is not None)
+    options.check_guidance([*([] if labels is None else [LABEL]), *(condition or {})])
+    columns = make_condition(prior.conditions, condition, num_images, prior.device)
     tokens, known = check_known(prior, tokens, known, num_images)
     raster, rows = torch.arange(len(prior.grid), device=prior.device), torch.arange(num_images, device=prior.device)
     keys = draw_keys(generator, num_images).to(prior.device)
-    return SampleBatch(prior.labels_or_null(labels, num_images), keys, tokens, known, raster, prior.blocks, rows)
+    if labels is None:
+        labels = torch.full((num_images,), prior.num_classes, device=prior.device)
+    return SampleBatch(labels, keys, tokens, known, raster, prior.blocks, rows, columns)
+
+
+def encode_rows(prior: Prior, batch: SampleBatch, options: SamplingOptions) -> Given:
+    """Encode the condition of each image and, with guidance, of as many rows without what guidance removes."""
+    labels, condition = batch.labels, batch.condition
+    if options.guides:
+        removed = options.guidance_on
+        null = torch.full_like(labels, prior.num_classes) if removed is None or LABEL in removed else labels
+        labels, condition = torch.cat([labels, null]), append_nulls(prior.conditions, condition, removed)
+    return prior.encode_condition(labels, len(labels), condition)
 
 
 def check_labels(prior: Prior, labels: Tensor | None, count: int) -> Tensor | None:
@@ -521,8 +545,9 @@ def choose_by_known(prior: Prior, batch: SampleBatch, candidates: Tensor, blocks
     scores = torch.zeros(len(batch), len(candidates), device=batch.keys.device)
     if max(blocks) == 1 and bool(batch.known.any()):
         tokens = batch.tokens.unflatten(1, prior.grid.shape)
+        given = prior.encode_condition(batch.labels, len(batch), batch.condition)
         for number, order in enumerate(candidates):
-            each = prior.chain_log_probs(tokens, batch.labels, Partition(order, blocks)).flatten(1)
+            each = prior.chain_log_probs(tokens, given, Partition(order, blocks)).flatten(1)
             scores[:, number] = in_finest(each).masked_fill(~batch.known, 0).sum(1).float()
     return (scores + gumbel_noise(batch.keys, ORDERS, 0, len(candidates))).argmax(1)
 
@@ -622,7 +647,7 @@ class UncachedState:
     `forward`."""
 
     tokens: Tensor
-    labels: Tensor
+    labels: Given
     order: Tensor
     blocks: tuple[int, ...]
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -644,10 +669,14 @@ def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, ca
     drawn = None
     if cache and monitor.on_step is None and prior.supports_cuda_graphs and can_capture(prior.device):
         inputs = {name: getattr(batch, name) for name in ("labels", "keys", "tokens", "known", "order")}
+        columns = list(batch.condition)
+        inputs |= {f"condition.{name}": batch.condition[name] for name in columns}
         key = (options, batch.blocks, batch.own_order, *(tensor.shape for tensor in inputs.values()))
 
         def draw(inputs: dict[str, Any]) -> Tensor:
-            return draw_blocks(prior, replace(batch, **inputs), options, cache)
+            condition = {name: inputs[f"condition.{name}"] for name in columns}
+            there = {name: tensor for name, tensor in inputs.items() if "." not in name}
+            return draw_blocks(prior, replace(batch, **there, condition=condition), options, cache)
 
         drawn = compute_by_graph(prior, key, inputs, draw)
     if drawn is None:
@@ -676,13 +705,13 @@ def draw_blocks(
         last = max((rank for rank, drawn in enumerate(unknown) if drawn), default=-1)
         cuts = [(begin, end) for begin, end in cuts if begin <= last]
         skipped = {begin for begin, end in cuts if not any(unknown[begin:end])}
-    labels, partition = options.with_unconditional(batch.labels, prior.num_classes), batch.partition()
+    given, partition = encode_rows(prior, batch, options), batch.partition()
     if partition is not None and partition.order.ndim == 2:
         partition = Partition(options.with_unconditional(partition.order), partition.blocks)
     start, next_logits = (
         (prior.start, prior.next_logits) if cache else (prior.start_uncached, prior.next_logits_uncached)
     )
-    state: Any = start(len(labels), labels, partition)
+    state: Any = start(len(given), given, partition)
     noise = TokenNoise(batch.keys, len(prior.grid), prior.grid.vocab_size)
     drawn, tokens = batch.tokens.clone(), None
     steps = cuts if monitor is None else monitor.iterate(cuts)

@@ -6,7 +6,7 @@ and keys normalised per head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import torch
@@ -18,6 +18,7 @@ from tokenizer.layers import FusedLinear
 from tokenizer.precision import at_least_float32
 
 from .base import PriorConfig
+from .conditions import ColumnProjection, ConditionEncoder
 from .masks import Window, window_problem
 
 EPS = 1e-12  # avoids 0 / 0
@@ -27,6 +28,8 @@ MAX_ROTATIONS = 1 << 24  # positions times head width, the size of the rotation 
 
 class TransformerConfig(PriorConfig):
     """Sizes of the transformer."""
+
+    takes_conditions = True
 
     dim: int = Field(128, ge=8, le=16384, description="width of the residual stream")
     depth: int = Field(4, ge=1, le=256, description="number of transformer blocks")
@@ -189,12 +192,15 @@ def coordinates(shape: tuple[int, ...]) -> Tensor:
     return torch.cartesian_prod(*(torch.arange(size, device="cpu") for size in shape)).reshape(-1, len(shape))
 
 
-def reset(parameters: Iterable[nn.Parameter], blocks: Any) -> None:
+def reset(model: nn.Module, blocks: Any) -> None:
     """Initialize weights with standard deviation 0.02, and smaller at the end of each branch, so that the residual
-    stream does not grow with depth (GPT-2)."""
-    for parameter in parameters:
+    stream does not grow with depth (GPT-2). Encoded columns keep their own initialization."""
+    for parameter in model.parameters():
         if parameter.ndim == 2 and parameter.shape[1] > 1:
             nn.init.normal_(parameter, std=0.02)
     for block in blocks:
         for layer in (block.project, block.down):
             nn.init.normal_(layer.weight, std=0.02 / (2 * len(blocks)) ** 0.5)
+    for module in model.modules():
+        if isinstance(module, (ConditionEncoder, ColumnProjection)):
+            module.reset_parameters()

@@ -15,13 +15,14 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from prior.conditions import Column
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.files import (
     FormatError,
@@ -50,7 +51,8 @@ class TokenDataset:
     """Tokens of images by split, written by `pipelines.encode` and read by `pipelines.train_prior`.
 
     `source`: facts about the images. `augmentations`: extra variants of each training image; their rows follow those of
-    the unchanged images. `digest`: sha256 of the manifest, and so of every file; empty unless loaded from a folder.
+    the unchanged images. `conditions`: the columns of all splits by name; `condition_tokenizers`: the tokenizers of those
+    that are grids. `digest`: sha256 of the manifest, and so of every file; empty unless loaded from a folder.
     """
 
     grid: TokenGrid
@@ -60,6 +62,8 @@ class TokenDataset:
     source: dict[str, Any]
     augmentations: int = 0
     digest: str = ""
+    conditions: Mapping[str, Column] = field(default_factory=dict)
+    condition_tokenizers: Mapping[str, Tokenizer] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:

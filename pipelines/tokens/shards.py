@@ -7,7 +7,7 @@ with consecutive rows. Reading a row touches only the pages of that row."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from prior.conditions import Condition
 from tokenizer import TokenGrid
 from tokenizer.files import FormatError, IntegrityError
 
@@ -162,10 +163,11 @@ class MappedRows:
 @dataclass(frozen=True)
 class TokenSplit:
     """The rows of a split: `tokens` (n, *grid.shape) in a small unsigned type, in memory or on the disk; `labels` (n,)
-    int64, or None."""
+    int64, or None; `conditions`: raw columns by name, in memory or on the disk (see `prior.conditions`)."""
 
     tokens: Tensor | MappedRows
     labels: Tensor | None
+    conditions: Mapping[str, Tensor | MappedRows] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -178,6 +180,15 @@ class TokenSplit:
         if self.tokens.device.type != "cpu":
             return self.tokens[torch.from_numpy(wanted)].long()
         return torch.from_numpy(self.tokens.numpy()[wanted].astype(np.int64))
+
+    def condition(self, indices: Indices) -> Condition:
+        """Return the raw columns of these rows, as int64 or float32. Raises `IndexError`."""
+        wanted = torch.from_numpy(positions_of(indices, len(self)))
+        found = {}
+        for name, values in self.conditions.items():
+            rows = values[wanted]
+            found[name] = rows.float() if rows.is_floating_point() else rows.long()
+        return found
 
 
 def chunks(rows: int, size: int = CHUNK) -> Iterator[slice]:
