@@ -51,8 +51,8 @@ class TokenDataset:
     """Tokens of images by split, written by `pipelines.encode` and read by `pipelines.train_prior`.
 
     `source`: facts about the images. `augmentations`: extra variants of each training image; their rows follow those of
-    the unchanged images. `conditions`: the columns of all splits by name; `condition_tokenizers`: the tokenizers of those
-    that are grids. `digest`: sha256 of the manifest, and so of every file; empty unless loaded from a folder.
+    the unchanged images. `conditions`: the columns of all splits by name; `condition_tokenizers`: the tokenizers of
+    grids among them. `digest`: sha256 of the manifest, and so of every file; empty unless loaded from a folder.
     """
 
     grid: TokenGrid
