@@ -700,3 +700,8 @@ class ConditionEmbedding(nn.Embedding):
             return super().forward(given)[:, None]  # type: ignore[arg-type]
         x = super().forward(given.labels)[:, None] + self.columns(given.positions)
         return x if order is None or given.map is None else x.take_along_dim(order.expand(x.shape[:2])[..., None], 1)
+
+    def on_map(self, given: Given, width: int) -> Tensor:
+        """Return the embedding on a map of this width, `(B, H, W, size)`, or `(B, 1, 1, size)` without grids."""
+        x = self.at_positions(given)
+        return x.unflatten(1, (-1, width)) if x.shape[1] > 1 else x[:, :, None]
