@@ -137,7 +137,7 @@ class FloatColumn(Column):
 
     def check_raw(self, values: Tensor) -> Tensor:
         """Check numbers."""
-        if len(self.shape) == 1 and self.shape[0] == 1 and values.ndim < 2:  # a number per image
+        if self.shape == (1,) and values.ndim < 2 and values.shape != (1,):  # a number, or one per image
             values = values[..., None]
         if values.is_complex():
             raise ValueError(f"expected numbers (got {values.dtype})")
@@ -391,7 +391,7 @@ def make_condition(
             found[name] = values.to(device)
         else:
             raise ValueError(
-                f"condition: {name}: got {len(values)} values for {count} images; give one, or one per image"
+                f"condition: {name}: got a list of {len(values)} for {count} images; give one value, or one per image"
             )
     return found
 
