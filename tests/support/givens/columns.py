@@ -26,7 +26,7 @@ GRIDS = {
     "other": lambda height, width: TokenGrid((height + 2, max(1, width - 1)), 4),
     "sequence": lambda height, width: TokenGrid((7,), 3),
     "levels": lambda height, width: TokenGrid((2 * height, width), 3, levels=2),
-    "scales": lambda height, width: scaled((1, 1), (2, 2), (height, width)),
+    "scales": lambda height, width: scaled((1, 1), (2, 2), (max(2, height), max(2, width))),
 }
 """Grids of a condition for a prior over positions `(height, width)`."""
 KINDS = ["class", "flags", "number", "numbers", "vector", *(f"grid {name}" for name in GRIDS), "all", "some null"]
