@@ -160,8 +160,10 @@ class GridEncoder(nn.Module):
         self.register_buffer("offsets", offsets, persistent=False)
         self.sources: tuple[tuple[int, ...], ...] = grid.scales or (grid.positions.shape,)
         shape: tuple[int, ...] = target.scales[-1] if target.scales else target.shape
+        scales: tuple[tuple[int, ...], ...] = target.scales
         if any(len(sides) != len(shape) for sides in self.sources):
-            self.sources, shape = tuple((math.prod(sides),) for sides in self.sources), (math.prod(shape),)
+            self.sources, scales = (tuple((math.prod(sides),) for sides in each) for each in (self.sources, scales))
+            shape = (math.prod(shape),)
         self.shape = shape
         self.folds = [fold_factors(sides, shape) for sides in self.sources]
         self.joins: Any = nn.ModuleList(nn.Linear(math.prod(fold) * width, width, bias=False) for fold in self.folds)
@@ -169,7 +171,7 @@ class GridEncoder(nn.Module):
             AreaResize([side // factor for side, factor in zip(sides, fold, strict=True)], shape)
             for sides, fold in zip(self.sources, self.folds, strict=True)
         )
-        self.scales: Any = nn.ModuleList(AreaResize(shape, sides) for sides in target.scales)
+        self.scales: Any = nn.ModuleList(AreaResize(shape, sides) for sides in scales)
         self.hear = nn.Linear(width, width, bias=False)
         heads = next(count for count in (4, 2, 1) if width % (2 * count) == 0)
         sizes: Any = SimpleNamespace(

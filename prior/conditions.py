@@ -319,8 +319,8 @@ def describe_names(names: list[str]) -> str:
 
 
 def shorten(value: Any) -> str:
-    """Return the representation of a value, at most 80 characters long."""
-    text = repr(value)
+    """Return the representation of a value in one line, at most 80 characters long."""
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -401,7 +401,8 @@ def digest_condition(condition: Condition) -> str:
     digest = hashlib.sha256()
     for name, values in sorted(condition.items()):
         values = values.detach().cpu().contiguous()
-        values = torch.where(values.isnan(), math.nan, values) if values.is_floating_point() else values
+        if values.is_floating_point():  # NaN and 0 have several forms
+            values = torch.where(values.isnan(), math.nan, values + 0.0)
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
         digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
