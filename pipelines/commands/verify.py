@@ -74,7 +74,7 @@ def check_imported(config: VerifyConfig) -> Iterator[tuple[str, str, str | None]
     """Check each imported model, built with its default configuration. Yield its name, the promise, and the problem or
     None."""
     from prior import Prior
-    from prior.checks import check_prior
+    from prior.checks import check_prior, example_columns
     from tokenizer import TokenGrid, Tokenizer
     from tokenizer.checks import check_quantizer, check_tokenizer
     from tokenizer.quantizers import Quantizer
@@ -90,8 +90,10 @@ def check_imported(config: VerifyConfig) -> Iterator[tuple[str, str, str | None]
             if family.find(name).__module__.startswith(("prior.", "tokenizer.")):
                 continue
             title = f"{family.__name__} {name}"
+            takes_conditions = family is Prior and Prior.find(name).Config.takes_conditions
+            columns = {"conditions": example_columns(grid)} if takes_conditions else {}
             try:
-                for promise, problem in check(family.create(name, **facts)):
+                for promise, problem in check(family.create(name, **facts, **columns)):
                     yield title, promise, problem
             except Exception as error:  # a model may raise anything; report it as the problem
                 problem = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
