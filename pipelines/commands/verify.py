@@ -90,7 +90,7 @@ def check_imported(config: VerifyConfig) -> Iterator[tuple[str, str, str | None]
             if family.find(name).__module__.startswith(("prior.", "tokenizer.")):
                 continue
             title = f"{family.__name__} {name}"
-            takes_conditions = family is Prior and Prior.find(name).Config.takes_conditions
+            takes_conditions = getattr(family.find(name).Config, "takes_conditions", False)
             columns = {"conditions": example_columns(grid)} if takes_conditions else {}
             try:
                 for promise, problem in check(family.create(name, **facts, **columns)):
