@@ -296,7 +296,9 @@ class TableColumns:
             rows, positions = images.origin
             feature = rows.table.features[find_name(column, rows.table.column_names)]
             names = getattr(getattr(feature, "feature", feature), "names", None)  # of a list, or of a class
-            is_picture = "bytes" in feature if isinstance(feature, dict) else "bytes" in str(feature.pa_type)
+            is_picture = (
+                "bytes" in feature if isinstance(feature, dict) else "bytes" in str(getattr(feature, "pa_type", ""))
+            )
             table = rows.table.select_columns([column]).select([] if is_picture else positions)
             parts[split] = table[column][:]
         return Cells(parts, self.describe, names, is_picture)
@@ -350,14 +352,14 @@ def full_path(path: Path | str) -> str:
 
 def parse_cells(values: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """Return text as numbers, booleans or lists (written as JSON), if all of it is; otherwise unchanged."""
-    parsed = {split: [text and parse_cell(text) for text in part] for split, part in values.items()}
+    parsed = {split: [parse_cell(text) for text in part] for split, part in values.items()}
     every = all(not one or isinstance(one, (int, float, list)) for part in parsed.values() for one in part)
     return parsed if every else values
 
 
-def parse_cell(text: str) -> Any:
+def parse_cell(text: Any) -> Any:
     """Parse the text of a number, a boolean or a list."""
-    for parse in (json.loads, float):
+    for parse in (json.loads, float) if isinstance(text, str) else ():
         try:
             return parse(text.lower() if text in ("True", "False") else text)
         except (ValueError, RecursionError):
@@ -394,7 +396,6 @@ def read_classes(cells: Cells) -> tuple[Column, dict[str, Tensor]]:
     names = cells.names or sort_names(label for part in found.values() for label in part)
     ids = {name: place for place, name in enumerate(names)}
     parts = {split: [-1 if label is None else ids[str(label)] for label in part] for split, part in found.items()}
-
     return ClassColumn(names=names), {split: torch.tensor(part) for split, part in parts.items()}
 
 
