@@ -30,7 +30,9 @@ class ConditionSource(Config):
     kind: Literal["class", "flags", "number", "vector", "grid"] | None = Field(
         None, description="kind of the column; null: guessed from the values"
     )
-    column: str | None = Field(None, description="column of the source's tables, of the folder's metadata, or of `table`")
+    column: str | None = Field(
+        None, description="column of the source's tables, of the folder's metadata, or of `table`"
+    )
     images: str | None = Field(None, description="folder of images with the same names as those of data.source")
     frame: int | None = Field(
         None, ge=-64, le=-1, description="-1: the image before each in its folder, which is a clip; -2: the one before"
@@ -39,7 +41,9 @@ class ConditionSource(Config):
     encoder: str | None = Field(
         None, description="what computes vectors from text: `ngrams:SIZE`, or MODULE:FUNCTION loaded by --import"
     )
-    changed_by: tuple[Change, ...] = Field((), description="augmentations (of data.augment) that would falsify the values")
+    changed_by: tuple[Change, ...] = Field(
+        (), description="augmentations (of data.augment) that would falsify the values"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> ConditionSource:
