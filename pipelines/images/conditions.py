@@ -605,8 +605,13 @@ def pair_images(folder: Path, config: DataConfig, splits: Mapping[str, ImageData
 
 def earlier_frames(frame: int, splits: Mapping[str, ImageDataset]) -> Pictures:
     """Return the image at the offset `frame` from each in its folder, in natural order; none before the first."""
-    found = {}
+    found, known = {}, dict[str, str]()
     for split, part in paths_of(splits).items():
+        for path in part:
+            if known.setdefault(folder := os.path.dirname(path), split) != split:
+                raise ValueError(
+                    f"images of the clip {folder} are in two splits; data.clips=true holds out whole clips"
+                )
         clips = dict[str, list[str]]()
         for path in splits[split].origin[0].paths or []:
             clips.setdefault(os.path.dirname(path), []).append(path)
