@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import os
 import shutil
 import time
@@ -112,14 +114,15 @@ def run(config: EncodeConfig) -> Path:
     accelerator = build_accelerator()
     group = group_of(accelerator)
     tokenizer, out = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer)), Path(config.out)
-    output = Output(out, [find_protected_folder(config.tokenizer), config.data.path])
+    tokenizers = [config.tokenizer, *(each.tokenizer for each in config.conditions.values() if each.tokenizer)]
+    output = Output(out, [*map(find_protected_folder, tokenizers), config.data.path, *list_pairs(config)])
     check_settings(config, tokenizer, output)
+    config = config.model_copy(update={"data": choose_data(config.data, config.conditions)})
     with leave_group_on_error(accelerator), lock_output(out, group):
-        data = choose_data(config.data, config.conditions) if config.conditions else config.data
-        images = load_images(data, together=True)
+        images = load_images(config.data, together=True)
         splits, columns = name_splits(images), dict[str, LoadedColumn]()
         if config.conditions:
-            columns = load_conditions(data, config.conditions, splits, table=config.table, together=True)
+            columns = load_conditions(config.data, config.conditions, splits, table=config.table, together=True)
         rows = {name: len(part) * (1 + config.augmentations * (name == "train")) for name, part in splits.items()}
         shards = plan_shards(rows, config.rows_per_shard)
         job = describe_job(config, tokenizer, images, rows, accelerator.device.type, columns)
@@ -135,7 +138,8 @@ def run(config: EncodeConfig) -> Path:
         if group.is_main and len(missing) < len(shards):
             print(f"{out}: continuing, {len(shards) - len(missing)} of {len(shards)} shards are done", flush=True)
         mine = list(group.mine(missing))
-        models = [tokenizer, *find_tokenizers(columns).values()]
+        grids = {name: each.tokenizer for name, each in columns.items() if each.tokenizer is not None}
+        models = [tokenizer, *grids.values()]
         for model in models:
             model.to(accelerator.device)
         group.gather(lambda: encode_shards(work, mine, models, splits, columns, config, show_progress=group.is_main))
@@ -143,7 +147,7 @@ def run(config: EncodeConfig) -> Path:
         def finish() -> Meta:
             described = describe_dataset(config, tokenizer, images, shards, columns)
             with output.errors():
-                return finish_dataset(work, out, shards, described, tokenizer, find_tokenizers(columns))
+                return finish_dataset(work, out, shards, described, tokenizer, grids)
 
         for model in models:
             model.cpu()
@@ -161,14 +165,11 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -
         )
     if config.augmentations and not any(config.data.augment.model_dump().values()):
         raise UserError("augmentations: needs a setting of data.augment, for example data.augment.shift=2")
-    if config.conditions or config.table:
+    if config.table and not config.conditions:
+        raise UserError("table: needs a column to read from it, for example conditions.age=age")
+    if config.conditions:
         check_sources(config.data, config.conditions, config.table, config.augmentations)
     output.check_folder(TOKENS)
-
-
-def find_tokenizers(columns: Mapping[str, LoadedColumn]) -> dict[str, Tokenizer]:
-    """Return the tokenizers of grids, by column."""
-    return {name: column.tokenizer for name, column in columns.items() if column.tokenizer is not None}
 
 
 def name_splits(images: Splits) -> dict[str, ImageDataset]:
@@ -211,8 +212,10 @@ def describe_job(
 
 
 def digest(column: LoadedColumn) -> str:
-    """Return a hash of a column's values in all splits; for grids, of which rows have an image."""
-    return digest_condition({**column.values, **{f"{split} missing": rows for split, rows in column.missing.items()}})
+    """Return a hash of a column's values in all splits; for grids, of the names of their images."""
+    names = {split: images.names(np.arange(len(images))) for split, images in column.images.items()}
+    values = {**column.values, **{f"{split} missing": rows for split, rows in column.missing.items()}}
+    return hashlib.sha256(json.dumps([names, digest_condition(values)]).encode()).hexdigest()
 
 
 def class_names(images: Splits) -> list[str]:
@@ -241,8 +244,13 @@ def list_inputs(config: EncodeConfig) -> list[Path]:
     data = config.data
     pattern = os.path.expanduser(data.source) if glob.has_magic(data.source) else ""
     sources = [data.path] if data.path else [Path(name) for name in glob.glob(pattern, recursive=True)]
-    pairs = [Path(source.images).expanduser() for source in config.conditions.values() if source.images]
-    return sources + pairs
+    return sources + list_pairs(config)
+
+
+def list_pairs(config: EncodeConfig) -> list[Path]:
+    """Return the table of columns, if any, and the folders of condition images."""
+    paths = [config.table, *(source.images for source in config.conditions.values())]
+    return [Path(path).expanduser() for path in paths if path]
 
 
 def have_changed(inputs: list[Path], since: float) -> bool:
@@ -313,10 +321,10 @@ def pack_shard(
     columns: Mapping[str, LoadedColumn], split: str, rows: np.ndarray, grids: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the stored columns of a shard's rows. grids: encoded ids by column. Raises `UserError`."""
+    values = {name: column.values[split][rows] for name, column in columns.items() if name not in grids}
     for name, tokens in grids.items():
-        if split in columns[name].missing:
-            tokens[columns[name].missing[split][rows]] = -1
-    values = {name: grids[name] if name in grids else column.values[split][rows] for name, column in columns.items()}
+        missing = columns[name].missing[split][rows].view(-1, *[1] * (tokens.ndim - 1))
+        values[name] = torch.where(missing, -1, tokens)
     try:
         return pack_columns({name: each.column for name, each in columns.items()}, values, slice(None), len(rows))
     except ValueError as error:
