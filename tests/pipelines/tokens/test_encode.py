@@ -229,16 +229,16 @@ def test_an_encode_that_is_interrupted_again_and_again_ends_with_the_same_files(
 
 
 @pytest.mark.parametrize("place", ["encode.variants_of", "encode.write_meta", "encode.publish_folder"])
-def test_an_interrupted_encode_leaves_the_older_dataset(tokenizer, images, tmp_path, monkeypatch, place):
+def test_an_interrupted_encode_leaves_the_older_dataset(tokenizer, images, columns, tmp_path, monkeypatch, place):
     out = tmp_path / "tokens"
     run(config(tokenizer, out, images, rows_per_shard=4))
     before = contents(out)
     with monkeypatch.context() as patch:
         patch.setattr(f"pipelines.{place}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            run(config(tokenizer, out, images))
+            run(config(tokenizer, out, images, **columns))
     assert contents(out) == before
-    run(config(tokenizer, out, images))
+    run(config(tokenizer, out, images, **columns))
     assert len(load_tokens(out).splits["train"]) == 30 and "train.safetensors" in files_in(out)
     assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
 
