@@ -1,8 +1,11 @@
-"""Inspect a tokenizer: write a one-page report of codebook usage, patches of codes, and reconstructions."""
+"""Inspect a tokenizer: write a one-page report of codebook usage, patches of codes, and reconstructions.
+
+For the tokenizer of a token dataset, list the columns of its condition, too."""
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +27,8 @@ from ..metrics.reconstruction import images_at_a_time, list_prefix_decoders, rec
 from ..options import UsesTokenizer
 from ..provenance import find_protected_folder, tokenizer_defaults
 from ..shuffling import spread
+from ..tokens.columns import describe_column
+from ..tokens.meta import META, read_meta
 
 WIDTH = 1200  # maximum width of a row of pictures, in pixels, unless a single one is wider
 
@@ -55,7 +60,7 @@ def run(config: InspectConfig) -> dict[str, Any]:
     picture = draw_page(tokenizer, images, uses, errors, lines, config)
     with out.file() as path:
         write_picture(picture, path)
-    print(config.out, *lines, sep="\n  ")
+    print(config.out, *lines, *describe_conditions(Path(config.tokenizer)), sep="\n  ")
     return figures
 
 
@@ -97,6 +102,18 @@ def describe_figures(tokenizer: Any, f: dict[str, Any]) -> list[str]:
     if len(names := part_names(tokenizer)) > 1:
         each = (f"{name}: {level['usage']:.1%}" for name, level in zip(names, f["levels"], strict=True))
         lines.append(f"codes used, {', '.join(each)}")
+    return lines
+
+
+def describe_conditions(folder: Path) -> list[str]:
+    """Describe each column of a token dataset in a line; `folder`, or its tokenizer's, may be anything else."""
+    dataset = next((place for place in (folder, folder.parent) if (place / META).is_file()), None)
+    if dataset is None:
+        return []
+    meta, lines = read_meta(dataset), []
+    for name, column in meta.conditions.items():
+        facts = [f"{key} {value}" for key, value in meta.condition_sources[name].items() if value]
+        lines.append(f"condition {name}: {describe_column(column)}" + (f" ({', '.join(facts)})" if facts else ""))
     return lines
 
 

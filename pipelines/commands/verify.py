@@ -58,13 +58,13 @@ def run(config: VerifyConfig) -> Path | None:
 
 
 def verify_folder(folder: Path) -> Path:
-    """Hash every file in the manifest, and check every id of a token dataset; return the folder."""
+    """Hash every file in the manifest, and check every id and column of a token dataset; return the folder."""
     files = verify_manifest(folder)["files"]
     if (folder / META).is_file():
         data = load_tokens(folder, verify=False, mapped=True)
         for split in data.splits.values():
             for rows in chunks(len(split)):
-                split.tokens[rows]  # reading checks the ids against the vocabulary
+                split.tokens[rows], split.condition(rows)  # reading checks the ids and the columns
     size = sum(entry["size"] for entry in files.values())
     print(f"{folder}: {len(files)} files ({size:,} bytes) match {MANIFEST}")
     return folder

@@ -1,9 +1,12 @@
 """`smalti inspect`: figures and pictures of every kind of tokenizer, and refusals."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from command import fails
+from givens.token_datasets import add_columns, make_dataset
 from PIL import Image
 from small import TOKENIZERS, make_tokenizer, quantizer_of
 
@@ -109,6 +112,18 @@ def test_a_report_is_written(world, what, tmp_path, capsys):
     with Image.open(tmp_path / "new" / "page.png") as picture:
         assert picture.width > 800 and picture.height > 800
     assert f"{COUNT} held-out images" in printed and "PSNR" in printed
+
+
+def test_the_columns_of_a_token_dataset_are_listed(data, tmp_path, capsys):
+    torch.manual_seed(0)
+    tokens = replace(make_dataset(), tokenizer=make_tokenizer("vqvae").eval(), source={"data": data})
+    tokens = add_columns(replace(tokens, grid=tokens.tokenizer.grid, splits={}))
+    tokens.save(tmp_path / "tokens")
+    main(["inspect", f"tokenizer={tmp_path / 'tokens'}", f"out={tmp_path / 'page.png'}", "num_images=3"])
+    printed = capsys.readouterr().out
+    assert "  condition view: class: front, side\n" in printed and "grid of 2 x 2 ids below 256" in printed
+    assert "  condition age: number 20.5 to 80 (column years)\n" in printed and "flags: hat, glasses, beard" in printed
+    assert "  condition text: vector of 5 numbers from ngrams:5\n" in printed
 
 
 BAD = [
