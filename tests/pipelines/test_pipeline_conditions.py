@@ -96,7 +96,8 @@ def test_images_are_counted_by_what_has_several_values(pipe):
     assert pipe.count_condition(None) is pipe.count_condition(GIVEN) is None
     for name, values in every_column(pipe).items():
         assert pipe.count_condition({"age": 63, name: values}) == COUNT, name
-    assert pipe.count_condition({"label": ["cat", "dog"], "age": [1, 2]}) == 2
+    for labels in (["cat", "dog"], torch.tensor([0, 1])):
+        assert pipe.count_condition({"label": labels, "age": 1}) == 2
     with pytest.raises(ValueError, match="2 of age, 3 of view"):
         pipe(condition={"age": [1, 2], "view": [0, 1, 2]})
     assert len(tokens_of(pipe, condition={"age": [20, 30]})) == len(tokens_of(pipe, 2, condition={"age": 20})) == 2
@@ -454,11 +455,11 @@ def test_models_that_do_not_fit_are_refused(pipe):
 @pytest.mark.parametrize(
     ("conditions", "word"),
     [
-        ({"../../outline": "vqvae"}, "conditions"),
+        ({"../../outline": "vqvae"}, "model_index.json: conditions"),
         ({"outline": "nothing"}, "conditions.outline"),
         ({"outline": 3}, "conditions"),
         (["outline"], "conditions"),
-        ({f"c{number}": "vqvae" for number in range(65)}, "conditions"),
+        ({f"c{number}": "vqvae" for number in range(65)}, "model_index.json: conditions"),
         ({}, "conditions/outline: missing"),
         ({"outline": "vqvae", "other": "vqvae"}, "conditions/other"),
     ],
