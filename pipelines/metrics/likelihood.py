@@ -57,7 +57,8 @@ def log_probs(
         batch = np.resize(some, size) if group.lockstep else some
         tokens = split.rows(batch).to(model.device)
         labels = None if split.labels is None else split.labels[torch.from_numpy(batch)].to(model.device)
-        return model.log_prob(tokens, labels, num_orders=num_orders)[: len(some)].cpu().double()
+        given = {"condition": split.condition(batch)} if split.conditions else {}
+        return model.log_prob(tokens, labels, num_orders=num_orders, **given)[: len(some)].cpu().double()
 
     return torch.cat(group.map(score, range(0, len(rows), size)))
 

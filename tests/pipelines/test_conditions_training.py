@@ -1,0 +1,134 @@
+"""Training with columns of conditions: batches, dropout, what the prior learns, and starting from other columns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from givens.token_datasets import COLUMNS, make_conditioned
+from launch import COMMON, arguments, dotted
+
+from pipelines import train_prior as verb
+from pipelines.config import UserError
+from pipelines.config.command import parse
+from pipelines.metrics.likelihood import bits_per_token
+from pipelines.train_prior import PriorTask, TrainPriorConfig
+from pipelines.training.optimizers import make_optimizer
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+GPT = {"kind": "gpt", "dim": 32, "depth": 2, "heads": 2, "condition_width": 32}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return make_conditioned(rows=4096)
+
+
+def config_of(**more):
+    argv = arguments({"out": "run", "tokens": "tokens", "model": GPT, **COMMON, **dotted(more)})
+    return parse(TrainPriorConfig, argv, verb="train_prior", description=None)
+
+
+def task_of(data, monkeypatch, **more):
+    monkeypatch.setattr(verb, "load_tokens", lambda *_, **__: data)
+    return PriorTask(config_of(**more))
+
+
+def nulls_of(task, rows, epochs, seed=0):
+    """bool (B, 1 + columns): where the label and each column is null, among rows that have them all."""
+    split, batch = task.train_split, task.batch(rows, epochs, seed)
+    labels, condition = batch[1], batch[-1]
+    columns = task.data.conditions
+    found = [labels == task.data.num_classes]
+    had = torch.ones(len(rows), dtype=torch.bool)
+    raw = split.condition(rows)
+    for name, column in columns.items():
+        found.append(column.is_null(condition[name]))
+        had &= ~column.is_null(raw[name])
+        rest = ~found[-1]
+        assert torch.equal(condition[name][rest], raw[name][rest])
+    assert torch.equal(labels[~found[0]], split.labels[torch.from_numpy(rows)][~found[0]])
+    return torch.stack(found, 1), had
+
+
+def test_all_are_dropped_together_and_each_alone(data, monkeypatch):
+    task = task_of(data, monkeypatch, label_dropout=0.2, condition_dropout=0.3)
+    rows = np.arange(4096)
+    null, had = nulls_of(task, rows, rows * 0)
+    null = null[had].double()
+    together = null.all(1)
+    assert float(together.double().mean()) == pytest.approx(0.2, abs=0.03)  # 0.8 * 0.3^6 is nothing
+    alone = null[~together]
+    assert alone.mean(0).tolist() == pytest.approx([0.3] * 6, abs=0.03)
+    pairs = np.cov(alone.T.numpy())
+    assert np.abs(pairs - np.diag(np.diag(pairs))).max() < 0.02  # each independently of the others
+    plain = task_of(replace_columns(data), monkeypatch, label_dropout=0.2).batch(rows, rows * 0, 0)
+    assert len(plain) == 2 and bool(together[(plain[1] == 3)[had]].all())  # the same rows as without columns
+    assert float((plain[1] == 3).double().mean()) == pytest.approx(0.2, abs=0.03)
+
+
+def replace_columns(data):
+    splits = {name: replace(split, conditions={}) for name, split in data.splits.items()}
+    return replace(data, splits=splits, conditions={}, condition_tokenizers={})
+
+
+def test_dropout_depends_on_seed_epoch_row_and_name_only(data, monkeypatch):
+    task = task_of(data, monkeypatch, condition_dropout=0.5)
+    rows, epochs = np.arange(300), np.arange(300) % 3
+    whole, _ = nulls_of(task, rows, epochs)
+    some = np.array([200, 3, 77])
+    assert torch.equal(nulls_of(task, some, epochs[some])[0], whole[some])
+    fewer = task_of(data, monkeypatch, condition_dropout=0.5, conditions=["outline", "age"])
+    assert list(fewer.model.conditions) == ["outline", "age"]
+    expected = whole[:, [0, 1 + COLUMNS.index("outline"), 1 + COLUMNS.index("age")]]
+    assert torch.equal(nulls_of(fewer, rows, epochs)[0], expected)
+    for other in (nulls_of(task, rows, epochs + 1), nulls_of(task, rows, epochs, seed=1)):
+        assert 0.3 < float((other[0] != whole).double().mean()) < 0.6
+
+
+def test_columns_are_chosen_by_name(data, monkeypatch):
+    assert task_of(data, monkeypatch, conditions=[]).batch(np.arange(4), np.zeros(4, np.int64), 0)[2:] == ()
+    bare = task_of(data, monkeypatch, label_dropout=1.0).model
+    assert (bare.num_classes, bare.conditions) == (0, {})
+    cases = {
+        "conditions: unknown column 'aeg'; did you mean 'age'.*outline": (data, {"conditions": ["aeg"]}),
+        "conditions: the token dataset has no columns .got age": (replace_columns(data), {"conditions": ["age"]}),
+    }
+    for message, (some, more) in cases.items():
+        with pytest.raises(UserError, match=message) as caught:
+            task_of(some, monkeypatch, **more)
+        assert "\n" not in str(caught.value)
+
+
+def fit(task, steps, batch=128, lr=5e-3):
+    """Train without the loop; return the task."""
+    task.model.train()
+    settings = config_of(train__weight_decay=0.0).train
+    optimizer = make_optimizer(list(task.model.parameters()), {}, set(), settings, settings.betas, False)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    for step in range(steps):
+        indices, epochs = task.samples(batch, 0, step)
+        loss, _ = task.loss("model", task.batch(indices, epochs, 0), step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    task.model.eval()
+    return task
+
+
+def test_training_listens_to_every_column(data, monkeypatch):
+    """Bits per token with all conditions are clearly fewer than without any; each column is worth some."""
+    torch.manual_seed(0)
+    task = fit(task_of(data, monkeypatch), 250)
+    test = task.eval_splits["held_out"]
+    with_all = task.evaluate(task.model, "held_out")["bits_per_token"]
+    assert with_all == bits_per_token(task.model, test)
+    without = bits_per_token(task.model, replace(test, labels=None, conditions={}))
+    assert with_all < 0.6 * without, (with_all, without)
+    for name in COLUMNS:
+        fewer = {other: values for other, values in test.conditions.items() if other != name}
+        assert bits_per_token(task.model, replace(test, conditions=fewer)) > with_all + 0.05, name
