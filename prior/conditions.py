@@ -137,7 +137,7 @@ class FloatColumn(Column):
 
     def check_raw(self, values: Tensor) -> Tensor:
         """Check numbers."""
-        if len(self.shape) == 1 and self.shape[0] == 1 and values.ndim < 2:  # a number per image
+        if self.shape == (1,) and values.ndim < 2 and values.shape != (1,):  # a number, or one per image
             values = values[..., None]
         if values.is_complex():
             raise ValueError(f"expected numbers (got {values.dtype})")
@@ -391,7 +391,7 @@ def make_condition(
             found[name] = values.to(device)
         else:
             raise ValueError(
-                f"condition: {name}: got {len(values)} values for {count} images; give one, or one per image"
+                f"condition: {name}: got a list of {len(values)} for {count} images; give one value, or one per image"
             )
     return found
 
@@ -700,3 +700,8 @@ class ConditionEmbedding(nn.Embedding):
             return super().forward(given)[:, None]  # type: ignore[arg-type]
         x = super().forward(given.labels)[:, None] + self.columns(given.positions)
         return x if order is None or given.map is None else x.take_along_dim(order.expand(x.shape[:2])[..., None], 1)
+
+    def on_map(self, given: Given, width: int) -> Tensor:
+        """Return the embedding on a map of this width, `(B, H, W, size)`, or `(B, 1, 1, size)` without grids."""
+        x = self.at_positions(given)
+        return x.unflatten(1, (-1, width)) if x.shape[1] > 1 else x[:, :, None]
