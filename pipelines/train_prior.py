@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from prior import Prior
 from prior.checks import NotCausalError, is_built_in, require_causal, with_random_weights
-from prior.conditions import LABEL, find_column
+from prior.conditions import LABEL, Column, find_column
 from prior.objectives import Alignment, Likelihood, alignment_problem
 from prior.sampling import GUIDANCE, SamplingOptions
 from tokenizer.config import Node
@@ -28,6 +29,7 @@ from .config.importing import format_imports
 from .image_pipeline import ImagePipeline
 from .images.origin import TOKENS, resolve_source
 from .metrics.likelihood import bits_per_token, rows_evaluated
+from .metrics.pairs import condition_picture
 from .options import GUIDANCE_SCALE, TEMPERATURE, Sampling
 from .processes.group import ALONE, ProcessGroup
 from .provenance import find_file
@@ -220,8 +222,12 @@ class PriorTask(Task):
         return loss, terms
 
     def preview(self, model: nn.Module, group: ProcessGroup = ALONE) -> dict[str, np.ndarray]:
-        """Return samples, one class per column, with the same seeds at every step."""
-        return {"samples": self.pipeline(model).sample_picture(group=group)}
+        """Return samples with the same seeds at every step: one class per column, or with columns those of held-out
+        rows."""
+        pipeline = self.pipeline(model)
+        if self.data.conditions:
+            return {"samples": condition_picture(pipeline, self.eval_splits["held_out"], group=group)}
+        return {"samples": pipeline.sample_picture(group=group)}
 
     def require_causal(self, model: Prior) -> None:
         """Raise `UserError` for a prior whose logits depend on tokens that it has yet to predict."""
@@ -258,7 +264,14 @@ class PriorTask(Task):
         if not self.data.num_classes and not self.data.conditions:  # nothing to guide towards
             sampler = {name: value for name, value in sampler.items() if name not in GUIDANCE}
         tokenizer = self.data.tokenizer.to(self.model.device)
-        return ImagePipeline(tokenizer, cast(Prior, model), labels=self.data.class_names, sampler=sampler)
+        others = {name: one.to(self.model.device) for name, one in self.data.condition_tokenizers.items()}
+        return ImagePipeline(
+            tokenizer,
+            cast(Prior, model),
+            labels=self.data.class_names,
+            sampler=sampler,
+            condition_tokenizers=others,
+        )
 
     def save(self, model: nn.Module, run: Path, facts: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
         """Save the pipeline's folder, with its provenance and a grid of samples on its card."""
@@ -281,22 +294,25 @@ def select_splits(data: TokenDataset) -> tuple[TokenSplit, dict[Split, TokenSpli
     return data.splits["train"], splits
 
 
-def select_columns(data: TokenDataset, names: list[str] | None) -> TokenDataset:
-    """Return the same dataset with only the named columns; None: all. Raises `UserError` for an unknown name."""
-    if names and not data.conditions:
+def choose_columns(columns: Mapping[str, Column], names: list[str] | None) -> dict[str, Column]:
+    """Return the named columns; None: all. Raises `UserError` for an unknown name."""
+    if names and not columns:
         raise UserError(f"conditions: the token dataset has no columns (got {', '.join(names)})")
     try:
-        chosen = {name: find_column(data.conditions, name, "conditions") for name in names or ()}
+        return {name: find_column(columns, name, "conditions") for name in (columns if names is None else names)}
     except ValueError as error:
         raise UserError(str(error)) from error
-    if names is None:
-        return data
+
+
+def select_columns(data: TokenDataset, names: list[str] | None) -> TokenDataset:
+    """Return the same dataset with only the named columns; None: all. Raises `UserError` for an unknown name."""
+    columns = choose_columns(data.conditions, names)
     splits = {
-        split: replace(rows, conditions={name: rows.conditions[name] for name in chosen})
+        split: replace(rows, conditions={name: rows.conditions[name] for name in columns})
         for split, rows in data.splits.items()
     }
-    tokenizers = {name: found for name, found in data.condition_tokenizers.items() if name in chosen}
-    return replace(data, conditions=chosen, splits=splits, condition_tokenizers=tokenizers)
+    tokenizers = {name: one for name, one in data.condition_tokenizers.items() if name in columns}
+    return replace(data, conditions=columns, splits=splits, condition_tokenizers=tokenizers)
 
 
 def remove_conditions(data: TokenDataset) -> TokenDataset:
