@@ -8,14 +8,31 @@ import numpy as np
 import pytest
 import torch
 from givens.token_datasets import COLUMNS, make_conditioned
-from launch import COMMON, arguments, dotted
+from launch import (
+    COMMON,
+    arguments,
+    dotted,
+    losses,
+    metrics,
+    output_of,
+    prior_arguments,
+    start,
+    train_prior,
+    two_processes,
+)
+from one_process import one_process
+from tiny_task import assert_same_run, killed_at, stopped_at
 
+from pipelines import ImagePipeline
 from pipelines import train_prior as verb
 from pipelines.config import UserError
 from pipelines.config.command import parse
+from pipelines.images import to_uint8
 from pipelines.metrics.likelihood import bits_per_token
+from pipelines.tokens import load_tokens
 from pipelines.train_prior import PriorTask, TrainPriorConfig
 from pipelines.training.optimizers import make_optimizer
+from prior.objectives import alignment_loss
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -132,3 +149,103 @@ def test_training_listens_to_every_column(data, monkeypatch):
     for name in COLUMNS:
         fewer = {other: values for other, values in test.conditions.items() if other != name}
         assert bits_per_token(task.model, replace(test, conditions=fewer)) > with_all + 0.05, name
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    with one_process():
+        folder = tmp_path_factory.mktemp("columns") / "tokens"
+        make_conditioned(rows=96).save(folder)
+        return folder
+
+
+RUN = {"model": GPT, "train__save_every": 4, "train__steps": 8}
+
+
+def test_a_run_with_columns_is_resumed_saved_and_loaded(tokens, tmp_path, capsys):
+    whole = train_prior(tmp_path / "whole", tokens, **RUN)
+    with stopped_at(3):
+        train_prior(tmp_path / "run", tokens, **RUN)
+    with killed_at(6):
+        train_prior(tmp_path / "run", tokens, **RUN)
+    run = train_prior(tmp_path / "run", tokens, **RUN)
+    assert_same_run(run, whole)
+    pipe = ImagePipeline.from_pretrained(run / "pipeline")
+    assert tuple(pipe.conditions) == COLUMNS and list(pipe.condition_tokenizers) == ["outline"]
+    test = load_tokens(tokens).splits["test"]
+    assert pipe.provenance["prior"]["evaluation"]["bits_per_token"] == pytest.approx(
+        bits_per_token(pipe.prior, test), abs=1e-6
+    )
+    assert "held-out conditions" in (run / "pipeline" / "README.md").read_text()
+
+
+def test_a_picture_shows_samples_below_the_grids_that_they_follow(data, monkeypatch):
+    """The first half of its rows are decoded grids; samples differ with the condition, and only if it does."""
+    task = task_of(data, monkeypatch)
+    picture = task.preview(task.model)["samples"]
+    split, tokenizer = data.splits["test"], data.condition_tokenizers["outline"]
+    rows = np.linspace(0, len(split) - 1, 48).astype(int)
+    grids = tokenizer.decode(split.condition(rows)["outline"].clamp(min=0))
+    cell = picture.shape[0] // 6
+    first = to_uint8(grids[:1])[0, 0].repeat_interleave(7, 0).repeat_interleave(7, 1)
+    assert np.array_equal(picture[2 : cell - 1, 2 : cell - 1, 0][:50, :50], first[:50, :50].numpy())
+    assert np.array_equal(picture, task.preview(task.model)["samples"])
+
+
+def test_a_class_prior_continues_with_columns_and_says_what_is_new(tokens, tmp_path, capsys):
+    first = train_prior(tmp_path / "first", tokens, **RUN, conditions=[]) / "pipeline"
+    capsys.readouterr()
+    run = train_prior(tmp_path / "second", tokens, **{**RUN, "train__steps": 1, "train__lr": 1e-12}, init=str(first))
+    assert "init: new columns, which start without effect: view, tags, age, text, outline" in capsys.readouterr().out
+    before, after = (ImagePipeline.from_pretrained(folder).prior for folder in (first, run / "pipeline"))
+    test = load_tokens(tokens).splits["test"]
+    bare = replace(test, conditions={})
+    assert bits_per_token(after, test) == pytest.approx(bits_per_token(before, bare), abs=1e-5)
+
+
+def test_cca_contrasts_labels_and_leaves_columns_as_they_are(tokens, tmp_path):
+    first = train_prior(tmp_path / "first", tokens, **RUN) / "pipeline"
+    more = {**RUN, "init": str(first), "objective": "cca", "train__steps": 2}
+    lines = [line for line in metrics(train_prior(tmp_path / "second", tokens, **more)) if "margin" in line]
+    assert lines[0]["margin"] == 0  # both priors are equal
+    rows, zeros = np.arange(20), np.zeros(20, np.int64)
+    argv = [prior_arguments(tmp_path / "third", tokens, **each) for each in (more, RUN)]
+    task, plain = (PriorTask(parse(TrainPriorConfig, each, verb="", description=None)) for each in argv)
+    batch, expected = task.batch(rows, zeros, 0), plain.batch(rows, zeros, 0)
+    ids, labels, others, condition = batch
+    assert torch.equal(labels, expected[1])
+    assert all(torch.equal(condition[name].nan_to_num(9), expected[2][name].nan_to_num(9)) for name in COLUMNS)
+    torch.nn.init.normal_(task.model.class_embedding.weight)  # now they differ
+    with torch.no_grad():
+        loss, _ = task.loss("model", batch, 0)
+    plain.model.load_state_dict(ImagePipeline.from_pretrained(first).prior.state_dict())
+    gains = [
+        task.model.log_prob(ids, given, condition=condition) - plain.model.log_prob(ids, given, condition=condition)
+        for given in (labels, others)
+    ]
+    weight = task.data.num_classes
+    wanted = alignment_loss(*gains, (labels != weight).float(), 0.5, weight) / weight
+    assert float(loss) == pytest.approx(float(wanted.detach()), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_train_as_one_does(tokens, tmp_path, sharded):
+    one = train_prior(tmp_path / "one", tokens, **RUN)
+    argv = prior_arguments(tmp_path / "two", tokens, **RUN)
+    more = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if sharded else {}
+    output_of(start(two_processes("train_prior", argv), **more))
+    for name in ("loss", "held_out/bits_per_token"):
+        assert losses(tmp_path / "two", name) == pytest.approx(losses(one, name), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_compiled_and_checkpointed_blocks_train_alike(tokens, tmp_path):
+    plain = losses(train_prior(tmp_path / "plain", tokens, **RUN))
+    assert losses(train_prior(tmp_path / "parts", tokens, **RUN, train__checkpointing=True)) == plain
+    assert losses(train_prior(tmp_path / "fast", tokens, **RUN, train__compile=True)) == pytest.approx(plain, rel=1e-3)
