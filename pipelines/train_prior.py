@@ -135,11 +135,13 @@ class TrainPriorConfig(Config):
     track: TrackConfig = Field(TrackConfig(), description="trackers of metrics and previews")
 
     @model_validator(mode="after")
-    def _check_alignment(self) -> TrainPriorConfig:
+    def _check_conditions(self) -> TrainPriorConfig:
         if self.cca is not None and self.objective != "cca":
             raise ValueError("cca: needs objective=cca")
         if self.objective == "cca" and self.label_dropout == 1:
             raise ValueError("label_dropout: must be below 1 with objective=cca, which contrasts classes")
+        if self.conditions and self.label_dropout == 1:
+            raise ValueError("label_dropout: must be below 1 with conditions, which would never be trained")
         return self
 
 

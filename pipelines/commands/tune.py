@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from prior.conditions import Condition
 from prior.sampling import SamplingOptions
 from tokenizer.files import require_replaceable, write_json
 
@@ -91,9 +92,11 @@ def run(config: TuneConfig) -> dict[str, Any]:
     with lock_output(out), lock_output(folder if config.store else None, key="pipeline"):
         pipeline = config.load_pipeline()
         train, validation = load_validation_images(config, pipeline)
+        tokens = load_training_tokens(config.tokens, pipeline) if pipeline.conditions else {}
+        condition = choose_condition(pipeline, tokens, train, config.num_samples)
         source = describe_source(config.data.source)
         space = feature_space(train, validation, config.feature_steps, source)
-        measure = make_measure(pipeline, space, train, validation, config)
+        measure = make_measure(pipeline, space, train, validation, config, condition)
         trials = search(measure, pipeline.sampler, list_settings(pipeline))
         before, best = trials[0], find_best(trials)
         facts = {
@@ -138,14 +141,17 @@ def load_validation_images(config: TuneConfig, pipeline: ImagePipeline) -> tuple
 
 
 def make_measure(
-    pipeline: ImagePipeline, space: FeatureSpace, train: ImageDataset, validation: ImageDataset, config: TuneConfig
+    pipeline: ImagePipeline,
+    space: FeatureSpace,
+    train: ImageDataset,
+    validation: ImageDataset,
+    config: TuneConfig,
+    condition: Condition,
 ) -> Measure:
     """Return the measure of options. All options share seeds and conditions, so that their differences are less
     noisy."""
     real = moments(space.of(validation, shuffled(len(validation))))
     labels = choose_labels(pipeline, train, config.num_samples)
-    tokens = load_training_tokens(config.tokens, pipeline) if pipeline.conditions else {}
-    condition = choose_condition(pipeline, tokens, train, config.num_samples)
 
     def measure(options: SamplingOptions) -> float:
         pipeline.sampler = options

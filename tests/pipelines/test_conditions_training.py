@@ -21,6 +21,7 @@ from launch import (
     two_processes,
 )
 from one_process import one_process
+from ranks import Several
 from tiny_task import assert_same_run, killed_at, stopped_at
 
 from pipelines import ImagePipeline
@@ -29,8 +30,10 @@ from pipelines.config import UserError
 from pipelines.config.command import parse
 from pipelines.images import to_uint8
 from pipelines.metrics.likelihood import bits_per_token
+from pipelines.metrics.pairs import condition_picture
 from pipelines.tokens import load_tokens
 from pipelines.train_prior import PriorTask, TrainPriorConfig
+from pipelines.training import trainer
 from pipelines.training.optimizers import make_optimizer
 from prior.objectives import alignment_loss
 
@@ -118,6 +121,15 @@ def test_columns_are_chosen_by_name(data, monkeypatch):
         with pytest.raises(UserError, match=message) as caught:
             task_of(some, monkeypatch, **more)
         assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="^label_dropout: must be below 1 with conditions"):
+        config_of(conditions=["age"], label_dropout=1.0)
+
+
+def test_a_background_prior_perturbs_tokens_and_no_columns(data, monkeypatch):
+    rows, zeros = np.arange(200), np.zeros(200, np.int64)
+    clean, perturbed = (task_of(data, monkeypatch, perturb=share).batch(rows, zeros, 0) for share in (0.0, 0.5))
+    assert not torch.equal(clean[0], perturbed[0]) and torch.equal(clean[1], perturbed[1])
+    assert all(torch.equal(clean[2][name].nan_to_num(9), perturbed[2][name].nan_to_num(9)) for name in COLUMNS)
 
 
 def fit(task, steps, batch=128, lr=5e-3):
@@ -165,7 +177,9 @@ def tokens(tmp_path_factory):
 RUN = {"model": GPT, "train__save_every": 4, "train__steps": 8}
 
 
-def test_a_run_with_columns_is_resumed_saved_and_loaded(tokens, tmp_path, capsys):
+def test_a_run_with_columns_is_resumed_saved_and_loaded(tokens, tmp_path, monkeypatch):
+    tracked, tracker = [], trainer.Tracker
+    monkeypatch.setattr(trainer, "Tracker", lambda *given, **more: tracked.append(given) or tracker(*given, **more))
     whole = train_prior(tmp_path / "whole", tokens, **RUN)
     with stopped_at(3):
         train_prior(tmp_path / "run", tokens, **RUN)
@@ -173,6 +187,7 @@ def test_a_run_with_columns_is_resumed_saved_and_loaded(tokens, tmp_path, capsys
         train_prior(tmp_path / "run", tokens, **RUN)
     run = train_prior(tmp_path / "run", tokens, **RUN)
     assert_same_run(run, whole)
+    assert all(given[2]["columns"]["outline"] == "grid" and len(given[2]["columns"]) == 5 for given in tracked)
     pipe = ImagePipeline.from_pretrained(run / "pipeline")
     assert tuple(pipe.conditions) == COLUMNS and list(pipe.condition_tokenizers) == ["outline"]
     test = load_tokens(tokens).splits["test"]
@@ -192,7 +207,13 @@ def test_a_picture_shows_samples_below_the_grids_that_they_follow(data, monkeypa
     cell = picture.shape[0] // 6
     first = to_uint8(grids[:1])[0, 0].repeat_interleave(7, 0).repeat_interleave(7, 1)
     assert np.array_equal(picture[2 : cell - 1, 2 : cell - 1, 0][:50, :50], first[:50, :50].numpy())
-    assert np.array_equal(picture, task.preview(task.model)["samples"])
+    several = Several(3)
+    for shared in several.run(lambda: task.preview(task.model, several.side)["samples"]):
+        assert np.array_equal(picture, shared)
+    split = data.splits["test"]
+    other = replace(split, conditions={**split.conditions, "age": split.conditions["age"].flip(0)})
+    changed = condition_picture(task.pipeline(task.model), other)
+    assert np.array_equal(picture[:cell], changed[:cell]) and not np.array_equal(picture, changed)
 
 
 def test_a_class_prior_continues_with_columns_and_says_what_is_new(tokens, tmp_path, capsys):

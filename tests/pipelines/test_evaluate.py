@@ -268,7 +268,7 @@ def test_several_processes_share_the_images_and_find_the_same_figures(tmp_path, 
 def save_with_columns(root, config, rows_of=len):
     """Save a pipeline with a column of each kind, and the token dataset of its images with these columns."""
     pipe = make_pipeline("vqvae", "gpt", config.image_shape[0], size=config.image_shape[1:], labels=[], num_classes=2)
-    images, given = load_images(config), make_conditioned(rows=200)
+    images, given = load_images(config), make_conditioned(rows=500)
     columns, grids = dict(given.conditions), given.condition_tokenizers
     prior = make_prior("gpt", grid=pipe.prior.grid, num_classes=2, conditions=columns, condition_width=16)
     prior = type(prior)(prior.config.model_copy(update={"tokenizer": pipe.tokenizer.fingerprint()}))
@@ -338,6 +338,24 @@ def test_samples_have_the_columns_of_the_training_images(tmp_path, monkeypatch):
     age = torch.cat([condition["age"] for _, condition in asked[-2:]])[:, 0]
     pairs = set(zip(train.labels.tolist(), train.conditions["age"][:, 0].nan_to_num(-1).tolist(), strict=True))
     assert len(labels) == 70 and set(zip(labels.tolist(), age.nan_to_num(-1).tolist(), strict=True)) <= pairs
+
+
+@pytest.mark.parametrize("columns", [True, False])
+def test_tune_and_probe_take_priors_with_columns(tmp_path, columns):
+    """`tune` draws samples with the columns of the training tokens; `probe` gives the prior none."""
+    images = write_set(tmp_path / "images", per_class=80).model_copy(update={"validation_fraction": 0.3})
+    save_with_columns(tmp_path, images)
+    options = ["num_samples=50", "feature_steps=1", "store=false"]
+    if columns:
+        main(["tune", f"pipeline={tmp_path}/pipeline", *options])
+        assert "guidance" in (tmp_path / "tuning" / "tuning.json").read_text()
+    else:
+        (tmp_path / "tokens").rename(tmp_path / "elsewhere")
+        with pytest.raises(SystemExit):
+            main(["tune", f"pipeline={tmp_path}/pipeline", *options])
+    pytest.importorskip("sklearn")
+    main(["probe", f"pipeline={tmp_path}/pipeline", "num_train=40", "num_test=20"])
+    assert "prior.0" in (tmp_path / "probe" / "probe.json").read_text()
 
 
 @pytest.mark.parametrize(
