@@ -52,6 +52,7 @@ Pictures = dict[str, np.ndarray]
 RESULTS = ("samples.png", "reconstructions.png", "nearest.png", "evaluation.json", "evaluation.txt")
 IN_MEMORY = 1 << 30  # bytes of decoded images per split that every process keeps
 MOST_TRAINING = 100_000  # maximum number of training images to compare with
+SAME = 0.5  # least share of a token dataset's tokens that are those of the images
 KNOWN = 1 << 28  # maximum number of pixel values (1 GiB) of training images in nearest-neighbour search
 
 
@@ -166,10 +167,9 @@ def load_training_tokens(tokens: str | None, pipeline: ImagePipeline) -> Mapping
 
 
 def require_rows(tokens: Mapping[str, TokenSplit], split: str, images: ImageDataset) -> TokenSplit:
-    """Return a split of a token dataset, which starts with the rows of `images`. Raises `UserError` if it is too
-    short."""
+    """Return a split, which starts with the rows of `images`. Raises `UserError` if it is shorter."""
     rows = tokens.get(split)
-    if rows is None or len(rows) < len(images) or (split != "train" and len(rows) != len(images)):
+    if rows is None or len(rows) < len(images):
         count = 0 if rows is None else len(rows)
         raise UserError(f"tokens: has columns of {count} {split} images, but there are {len(images)} such images")
     return rows
@@ -198,8 +198,10 @@ class Evaluation:
         figures |= evaluate_reconstruction(pipeline.tokenizer, self.held_out, group=group, ssim_images=SOME)
         test = encode_all(pipeline, self.held_out, group)
         if pipeline.conditions:
-            rows = require_rows(tokens, "test", self.held_out)
-            test = replace(test, conditions=rows.condition(slice(None)))
+            rows, chosen = require_rows(tokens, "test", self.held_out), slice(len(test))
+            if float((rows.rows(chosen) == test.rows(chosen)).float().mean()) < SAME:
+                raise UserError("tokens: the rows of its test split are not those of the held-out images")
+            test = replace(test, conditions=rows.condition(chosen))
         figures |= self.likelihood(tokens.get("train"), test)
         pictures = {
             "samples": condition_picture(pipeline, test, self.held_out, seed=config.seed, group=group)
@@ -354,10 +356,9 @@ def draw_samples(
 
     def draw(start: int, end: int) -> Tensor:
         given = None if labels is None else labels[start:end].tolist()
-        columns = select_rows(condition, slice(start, end)) if condition else None
-        return pipeline(
-            end - start, given, condition=columns, seed=seed + start, output_type="pt", progress=False
-        ).images
+        columns = select_rows(condition or {}, slice(start, end))
+        options: dict[str, Any] = {"seed": seed + start, "output_type": "pt", "progress": False}
+        return pipeline(end - start, given, condition=columns, **options).images
 
     return Samples(draw, count, group)
 

@@ -267,13 +267,8 @@ class PriorTask(Task):
             sampler = {name: value for name, value in sampler.items() if name not in GUIDANCE}
         tokenizer = self.data.tokenizer.to(self.model.device)
         others = {name: one.to(self.model.device) for name, one in self.data.condition_tokenizers.items()}
-        return ImagePipeline(
-            tokenizer,
-            cast(Prior, model),
-            labels=self.data.class_names,
-            sampler=sampler,
-            condition_tokenizers=others,
-        )
+        more: dict[str, Any] = {"sampler": sampler, "condition_tokenizers": others}
+        return ImagePipeline(tokenizer, cast(Prior, model), labels=self.data.class_names, **more)
 
     def save(self, model: nn.Module, run: Path, facts: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
         """Save the pipeline's folder, with its provenance and a grid of samples on its card."""

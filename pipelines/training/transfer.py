@@ -9,17 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prior import Prior
-from prior.conditions import (
-    ClassColumn,
-    ClassEmbedding,
-    Column,
-    FlagsColumn,
-    FloatEmbedding,
-    GridColumn,
-    GridEncoder,
-    VectorColumn,
-    describe_names,
-)
+from prior.conditions import ClassColumn, ClassEmbedding, Column, FloatEmbedding, GridEncoder, describe_names
 
 
 @torch.no_grad()
@@ -40,7 +30,10 @@ def transfer_weights(prior: Prior, names: Sequence[str], other: Prior, other_nam
     fitting = {name for name, column in new.items() if name in old and fits(column, old[name])}
     for name, module in column_modules(prior).items():
         if name in fitting:
-            copy_column(module, new[name], column_modules(other)[name], old[name])
+            weights, column, former = column_modules(other)[name].state_dict(), new[name], old[name]
+            if isinstance(column, ClassColumn) and isinstance(former, ClassColumn):
+                weights["weight"] = weights["weight"][match_rows(column.names, former.names)]
+            module.load_state_dict(weights)
         elif old:  # their sum is projected by trained weights; without old columns, the projection is zero
             remove_effect(module)
     lines = {
@@ -72,13 +65,8 @@ def fits(column: Column, other: Column) -> bool:
     """Return whether weights of the column `other` suit `column`. Classes are matched by name."""
     if type(column) is not type(other) or isinstance(column, ClassColumn):
         return type(column) is type(other)
-    meanings: dict[type[Column], list[str]] = {
-        FlagsColumn: ["names"],
-        VectorColumn: ["encoder"],
-        GridColumn: ["grid", "tokenizer"],
-    }
-    same = all(getattr(column, name) == getattr(other, name) for name in meanings.get(type(column), []))
-    return same and column.shape == other.shape
+    meaning = {"flags": ["names"], "vector": ["encoder"], "grid": ["grid", "tokenizer"]}.get(column.kind, [])
+    return column.shape == other.shape and all(getattr(column, key) == getattr(other, key) for key in meaning)
 
 
 def column_modules(prior: Prior) -> Mapping[str, nn.Module]:
@@ -86,14 +74,6 @@ def column_modules(prior: Prior) -> Mapping[str, nn.Module]:
     encoder = prior.condition_encoder
     parts = {} if encoder is None else {**encoder.vectors, **encoder.grids}
     return {name.removeprefix("column_"): module for name, module in parts.items()}
-
-
-def copy_column(module: nn.Module, column: Column, other: nn.Module, old: Column) -> None:
-    """Copy the weights of the column `old`, encoded by `other`."""
-    state = other.state_dict()
-    if isinstance(column, ClassColumn) and isinstance(old, ClassColumn):
-        state["weight"] = state["weight"][match_rows(column.names, old.names)]
-    module.load_state_dict(state)
 
 
 def remove_effect(module: nn.Module) -> None:

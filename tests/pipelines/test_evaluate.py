@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -361,6 +362,7 @@ def test_tune_and_probe_take_priors_with_columns(tmp_path, columns):
 @pytest.mark.parametrize(
     ("rows_of", "tokens", "message"),
     [
+        (len, "mixed", "tokens: the rows of its test split are not those of the held-out images"),
         (len, None, "tokens: give the token dataset with the columns view, tags, age, text, outline"),
         (lambda part: len(part) - 1, "tokens", "tokens: has columns of .* test images, but there are"),
         (len, "plain", "tokens: .* has no class column 'view' of the prior's size"),
@@ -370,6 +372,9 @@ def test_missing_columns_are_one_line_of_error(tmp_path, capsys, rows_of, tokens
     _, data = save_with_columns(tmp_path, write_set(tmp_path / "images"), rows_of)
     plain = {name: TokenSplit(split.tokens, split.labels) for name, split in data.splits.items()}
     TokenDataset(data.grid, data.class_names, plain, data.tokenizer, {}).save(tmp_path / "plain")
+    test = data.splits["test"]
+    splits = {**data.splits, "test": replace(test, tokens=test.tokens.flip(0))}
+    replace(data, splits=splits).save(tmp_path / "mixed")
     if tokens is None:
         (tmp_path / "tokens").rename(tmp_path / "elsewhere")
     with pytest.raises(SystemExit):
