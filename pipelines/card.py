@@ -194,6 +194,7 @@ def make_metadata(tokenizer: Tokenizer, prior: Prior, facts: dict[str, Any], has
     more: dict[str, Any] = {}
     if has_grid:
         text = "samples, one class per column" if prior.num_classes else "samples"
+        text = "samples given held-out conditions" if prior.conditions else text
         more["widget"] = [{"text": text, "output": {"url": "samples.png"}}]
     if results := make_results(prior, facts):
         more |= {"model_name": f"{tokenizer.name} + {prior.name}", "eval_results": results}
