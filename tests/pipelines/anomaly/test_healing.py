@@ -96,22 +96,28 @@ def test_maps_and_healing_use_the_condition_of_each_image():
     torch.manual_seed(0)
     pipe = make_conditioned()
     with torch.no_grad():
-        pipe.prior.class_embedding.columns.weight.mul_(30)
+        pipe.prior.class_embedding.columns.weight.mul_(200)
     images, ages = pixels_for(pipe, 43), [20 + number for number in range(43)]
     calibrate(pipe, images, condition={"age": ages})
-    new, condition = pixels_for(pipe, 3), {"age": [20, 50, 80]}
-    maps, healed = anomaly_map(pipe, new, condition=condition, batch_size=2), heal(pipe, new, condition=condition)
+    new, condition = pixels_for(pipe, 8), {"age": [20, 25, 30, 40, 50, 60, 70, 80]}
+    options = {"quantile": 0.9, "draws": 4}
+    maps, healed = (
+        anomaly_map(pipe, new, condition=condition, batch_size=3),
+        heal(pipe, new, condition=condition, **options),
+    )
     nll = anomaly_score(pipe, new, "nll", condition=condition).float()
     torch.testing.assert_close(maps.sum((1, 2)), nll, rtol=1e-5, atol=1e-4)
     for row, age in enumerate(condition["age"]):
-        alone = heal(pipe, new[row : row + 1], condition={"age": age}, seed=row)
+        alone = heal(pipe, new[row : row + 1], condition={"age": age}, seed=row, **options)
         assert torch.equal(alone.tokens[0], healed.tokens[row]) and torch.equal(
             alone.resampled[0], healed.resampled[row]
         )
         torch.testing.assert_close(anomaly_map(pipe, new[row : row + 1], condition={"age": age})[0], maps[row])
     assert (anomaly_map(pipe, new) - maps).abs().max() > 0.01
-    turned = heal(pipe, new, condition={"age": condition["age"][::-1]})
-    assert not torch.equal(turned.tokens, healed.tokens)
+    turned = heal(pipe, new, condition={"age": condition["age"][::-1]}, **options)
+    assert not torch.equal(turned.resampled, healed.resampled)
+    both = turned.resampled & healed.resampled
+    assert not torch.equal(turned.tokens[both], healed.tokens[both])
 
 
 def test_a_calibration_of_another_grid_is_noticed(trained):

@@ -86,7 +86,10 @@ def test_statistics_are_given_the_condition_of_each_image(prior):
         pipe.prior.class_embedding.columns.weight.mul_(30)
     images = pixels_for(pipe, 5)
     condition = {"age": [20, 30, None, 50, 60], "before": pixels_for(pipe, 5), "label": [0, 1, 2, 0, 1]}
-    for background in (pipe.prior, make_prior("gpt", grid=pipe.prior.grid, num_classes=3)):
+    for background in (
+        pipe.prior,
+        make_prior("gpt", grid=pipe.prior.grid, num_classes=3, tokenizer=pipe.tokenizer.fingerprint()),
+    ):
         pipe.set_background(background)
         together, apart = (statistics(pipe, images, batch_size=size, condition=condition) for size in (256, 2))
         for name, values in together.items():
