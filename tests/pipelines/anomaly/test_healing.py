@@ -100,7 +100,7 @@ def test_maps_and_healing_use_the_condition_of_each_image():
     images, ages = pixels_for(pipe, 43), [20 + number for number in range(43)]
     calibrate(pipe, images, condition={"age": ages})
     new, condition = pixels_for(pipe, 8), {"age": [20, 25, 30, 40, 50, 60, 70, 80]}
-    options = {"quantile": 0.9, "draws": 4}
+    options, once = {"quantile": 0.9, "draws": 4}, {"quantile": 0.9, "draws": 1}
     maps, healed = (
         anomaly_map(pipe, new, condition=condition, batch_size=3),
         heal(pipe, new, condition=condition, **options),
@@ -113,6 +113,11 @@ def test_maps_and_healing_use_the_condition_of_each_image():
             alone.resampled[0], healed.resampled[row]
         )
         torch.testing.assert_close(anomaly_map(pipe, new[row : row + 1], condition={"age": age})[0], maps[row])
+        each = [
+            heal(pipe, new[row : row + 1], condition={"age": age}, **once, seed=4 * row + k).tokens for k in range(4)
+        ]
+        nats = -pipe.prior.log_prob(torch.cat(each), condition={"age": age})
+        assert torch.equal(each[int(nats.argmin())][0], healed.tokens[row]), "the likeliest given the condition"
     assert (anomaly_map(pipe, new) - maps).abs().max() > 0.01
     turned = heal(pipe, new, condition={"age": condition["age"][::-1]}, **options)
     assert not torch.equal(turned.resampled, healed.resampled)

@@ -30,7 +30,7 @@ from pipelines.compression.codec import Decoder, Encoder, exponentials, grid_ste
 from pipelines.compression.coding import exact_pixels
 from pipelines.compression.container import ModelMismatch, StreamError, read_stream, write_stream
 from prior import Prior
-from prior.conditions import GridColumn
+from prior.conditions import ConditionEmbedding, GridColumn
 from tokenizer import TokenGrid
 from tokenizer.base import LikelihoodError
 
@@ -299,13 +299,14 @@ def test_the_coder_still_makes_the_same_bytes():
 
 
 def conditioned(prior="gpt", *, scale=30.0, **config):
-    """A pipeline whose probabilities depend much on its columns."""
+    """A pipeline whose probabilities depend much on classes and columns."""
     torch.manual_seed(0)
     pipe = make_conditioned(prior, **config)
     with torch.no_grad():
-        for name, parameter in pipe.prior.named_parameters():
-            if "columns." in name:
-                parameter.mul_(scale)
+        for module in pipe.prior.modules():
+            if isinstance(module, ConditionEmbedding):
+                module.weight.mul_(scale)
+                module.columns.weight.mul_(scale)
     return pipe
 
 
@@ -378,6 +379,18 @@ CONDITIONED = conditioned(before=True)
 
 
 @pytest.mark.filterwarnings("ignore:condition")
+def test_a_chunk_is_coded_given_the_rows_of_its_images(monkeypatch):
+    pipe, images, condition = CONDITIONED, images_of(CONDITIONED, 7), rows_of(CONDITIONED, 7)
+    monkeypatch.setattr(coding, "CHUNK_IMAGES", 3)
+    _, chunks = read_stream(compressed(pipe, images, condition=condition))
+    for start, chunk in zip((0, 3, 6), chunks, strict=True):
+        rows = slice(start, start + 3)
+        own = {name: values[rows] for name, values in condition.items()}
+        (alone,) = read_stream(compressed(pipe, images[rows], condition=own))[1]
+        assert (bytes(alone.tokens), alone.digest) == (bytes(chunk.tokens), chunk.digest)
+
+
+@pytest.mark.filterwarnings("ignore:condition")
 def test_a_stream_needs_its_condition_and_says_so():
     pipe, images = CONDITIONED, images_of(CONDITIONED, 3)
     condition = {"age": [20, 30, None], "view": "lateral"}
@@ -394,7 +407,7 @@ def test_a_stream_needs_its_condition_and_says_so():
         decompressed(pipe, data, condition={"age": [1, 2]})
     with pytest.raises(StreamError, match="limit"):  # before a value for each of very many images is made
         decompressed(pipe, data, condition={"age": [1, 2]}, max_images=2)
-    for null in ({}, {"age": None}, {"age": [None] * 3, "label": None}):
+    for null in ({}, {"age": None}, {"age": [None] * 3, "label": [None] * 3}):
         assert compressed(pipe, images, condition=null) == plain and plain[7] == 1
         assert torch.equal(decompressed(pipe, plain, condition=null), decompressed(pipe, plain))
     classes = make_pipeline(size=(8, 8))
@@ -437,8 +450,11 @@ def test_an_earlier_type_of_the_weights_does_not_matter():
     fresh.prior.eval()
     images, condition = images_of(pipe), rows_of(pipe, 9)
     data = compressed(pipe, images, condition=condition)
+    encoded = coding.Models(pipe, residual=False).prior.encode_condition(None, 9, condition)
     for other in (fresh, copy.deepcopy(pipe).to(dtype=torch.float64)):
         assert compressed(other, images, condition=condition) == data
+        again = coding.Models(other, residual=False).prior.encode_condition(None, 9, condition)
+        assert torch.equal(again.vector, encoded.vector) and torch.equal(again.map, encoded.map)
 
 
 @pytest.mark.filterwarnings("ignore:condition")
