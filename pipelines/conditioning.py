@@ -13,11 +13,15 @@ from torch import Tensor
 
 from prior.conditions import (
     LABEL,
+    ClassColumn,
     Column,
     Condition,
+    FlagsColumn,
     GridColumn,
     NumberColumn,
+    VectorColumn,
     describe_columns,
+    describe_names,
     find_column,
     make_condition,
     parse_values,
@@ -26,6 +30,7 @@ from prior.conditions import (
 from tokenizer import Tokenizer
 
 from .images.pictures import find_user_stacklevel, single_shapes, to_images
+from .text import NGRAMS, encode_text
 
 if TYPE_CHECKING:
     from .image_pipeline import ImagePipeline
@@ -47,9 +52,9 @@ def read_condition(pipeline: ImagePipeline, condition: GivenCondition, count: in
     """Return raw columns for `count` images, null where `condition` has no value; {} for a prior without columns.
 
     condition: values by column, one for all images or one per image, as in `Column.parse`. A grid also takes images, in
-    any form that `ImagePipeline.encode` accepts. Images or tokens
-    alone stand for the only grid. `label` is left to `ImagePipeline.label_ids`. Warns about numbers outside those of
-    the training data. Raises `ValueError`, which names the column and what is allowed.
+    any form that `ImagePipeline.encode` accepts, and a vector of n-grams takes text. Images or tokens alone stand for
+    the only grid. `label` is left to `ImagePipeline.label_ids`. Warns about numbers outside those of the training data.
+    Raises `ValueError`, which names the column and what is allowed.
     """
     values = convert_values(pipeline, condition)
     raw = make_condition(pipeline.conditions, values, count, pipeline.device)
@@ -79,8 +84,8 @@ def given_columns(columns: Mapping[str, Column], condition: Condition) -> list[s
 
 
 def convert_values(pipeline: ImagePipeline, condition: GivenCondition, *, encode: bool = True) -> dict[str, Any]:
-    """Return values by column, without labels, in which tokens replace images. encode: False replaces them by null
-    tokens, to count them."""
+    """Return values by column, without labels, in which tokens replace images and vectors text. encode: False replaces
+    them by null tokens, to count them."""
     columns = pipeline.conditions
     if isinstance(condition, (Picture, Tensor, np.ndarray, list, tuple)):
         grids = [name for name, column in columns.items() if isinstance(column, GridColumn)]
@@ -98,6 +103,8 @@ def convert_values(pipeline: ImagePipeline, condition: GivenCondition, *, encode
         try:
             if isinstance(column, GridColumn):
                 values[name] = convert_pictures(column, value, pipeline.condition_tokenizers.get(name), encode)
+            elif isinstance(column, VectorColumn):
+                values[name] = convert_text(column, value)
         except (ValueError, TypeError) as error:
             raise ValueError(f"condition: {name}: {error}") from error
     return values
@@ -146,6 +153,18 @@ def picture_shapes(value: Tensor | np.ndarray, tokenizer: Tokenizer | None) -> l
     return [tokenizer.image_shape] if isinstance(value, Tensor) else single_shapes(tokenizer.image_shape)
 
 
+def convert_text(column: VectorColumn, value: Any) -> Any:
+    """Replace text in the value of a vector, or in a list of texts and None, by vectors."""
+    several = list(value) if isinstance(value, (list, tuple, np.ndarray)) else [value]
+    if not any(isinstance(one, str) for one in several):
+        return value
+    if not NGRAMS.fullmatch(column.encoder):
+        by = f"encoded by {column.encoder!r}, which is not built in" if column.encoder else "not encoded"
+        raise ValueError(f"text is {by}; give a vector of {column.size} numbers")
+    rows = [encode_text(column.encoder, [one])[0] if isinstance(one, str) else column.parse_one(one) for one in several]
+    return rows[0] if isinstance(value, str) else torch.stack(rows)
+
+
 @torch.no_grad()
 def encode_images(tokenizer: Tokenizer, images: Tensor) -> Tensor:
     """Encode float images `(B, C, H, W)` in batches; return tokens on the CPU."""
@@ -173,3 +192,46 @@ def warn_if_outside(columns: Mapping[str, Column], condition: Condition) -> None
 def describe_range(column: NumberColumn) -> str:
     """Return the range of each number in the training data."""
     return ", ".join(f"{low:g} to {high:g}" for low, high in zip(column.low, column.high, strict=True))
+
+
+def describe_conditions(
+    columns: Mapping[str, Column], tokenizers: Mapping[str, Tokenizer]
+) -> list[tuple[str, str, str, str]]:
+    """Return the name, kind, possible values and encoder of each column. tokenizers: those of grids."""
+    rows = []
+    for name, column in columns.items():
+        values, encoder = "", ""
+        if isinstance(column, (ClassColumn, FlagsColumn)):
+            values = describe_names(column.names)
+        elif isinstance(column, NumberColumn):
+            values = describe_range(column)
+        elif isinstance(column, VectorColumn):
+            values, encoder = f"{column.size} numbers", column.encoder
+        elif isinstance(column, GridColumn):
+            values, tokenizer = (
+                f"{' x '.join(map(str, column.shape))} ids of {column.grid.vocab_size}",
+                tokenizers.get(name),
+            )
+            if tokenizer is not None:
+                values = f"image of {' x '.join(map(str, tokenizer.image_shape[1:]))}, or {values}"
+                encoder = tokenizer.name
+        rows.append((name, column.kind, values, encoder))
+    return rows
+
+
+def example_condition(columns: Mapping[str, Column], tokenizers: Mapping[str, Tokenizer]) -> str:
+    """Return Python code of a condition with a value for each column that has one worth writing."""
+    found = []
+    for name, column in columns.items():
+        if isinstance(column, ClassColumn):
+            found.append(f'"{name}": {column.names[0]!r}')
+        elif isinstance(column, FlagsColumn):
+            found.append(f'"{name}": {column.names[:2]!r}')
+        elif isinstance(column, NumberColumn):
+            numbers = ", ".join(f"{mean:.4g}" for mean in column.mean)
+            found.append(f'"{name}": {numbers if len(column.mean) == 1 else f"[{numbers}]"}')
+        elif isinstance(column, GridColumn) and name in tokenizers:
+            found.append(f'"{name}": Image.open("{name}.png")')
+        elif isinstance(column, VectorColumn) and NGRAMS.fullmatch(column.encoder):
+            found.append(f'"{name}": "some words"')
+    return f"{{{', '.join(found)}}}"
