@@ -480,25 +480,29 @@ class ImagePipeline:
     # Storing images
 
     @serialized
-    def compress(self, images: Any, *, lossless: bool = False, progress: bool = True) -> bytes:
+    def compress(
+        self, images: Any, *, condition: GivenCondition = None, lossless: bool = False, progress: bool = True
+    ) -> bytes:
         """Compress images to a stream that only this pipeline can decode, to the same tokens on any machine.
 
-        images: PIL images of exactly the pipeline's size, uint8 or float `(B, C, H, W)`. lossless: store every pixel;
-        needs a decoder with a likelihood or a `pixels` tokenizer. Otherwise only tokens are stored; the images that two
-        machines decode from them may differ by one grey level in some pixels, because the decoder's float32 rounds
-        differently. Raises `ValueError` for images of another size (lossless: or of more than 8 bits),
+        images: PIL images of exactly the pipeline's size, uint8 or float `(B, C, H, W)`. condition: values of columns
+        and `label`, as in `read_condition`; they shorten the stream, and `decompress` needs them again. lossless: store
+        every pixel; needs a decoder with a likelihood or a `pixels` tokenizer. Otherwise only tokens are stored; the
+        images that two machines decode from them may differ by one grey level in some pixels, because the decoder's
+        float32 rounds differently. Raises `ValueError` for images of another size (lossless: or of more than 8 bits),
         `LikelihoodError` if lossless is not possible, and `StreamError` without the package constriction.
         """
         several, shape = [images] if isinstance(images, PILImage) else images, self.tokenizer.image_shape
         if isinstance(several, (list, tuple)):
             several = [exact_pixels(one, shape, lossless) if isinstance(one, PILImage) else one for one in several]
-        return compress(self, self.to_images(several), lossless=lossless, progress=progress)
+        return compress(self, self.to_images(several), condition=condition, lossless=lossless, progress=progress)
 
     @serialized
     def decompress(
         self,
         data: bytes,
         *,
+        condition: GivenCondition = None,
         output_type: str = "pil",
         batch_size: int | None = None,
         max_images: int | None = None,
@@ -506,14 +510,16 @@ class ImagePipeline:
     ) -> Any:
         """Decompress all images of a stream, or raise an error. The tokens equal the compressed ones, and so do the
         pixels if the stream is lossless; otherwise pixels agree to within one grey level (for float32 weights).
-        batch_size: images evaluated at a time, None for a whole chunk; it does not affect the tokens. max_images:
-        refuse streams with more images.
+        condition: the one given to `compress`; of images for a grid, only the tokens must be the same. batch_size:
+        images evaluated at a time, None for a whole chunk; it does not affect the tokens. max_images: refuse streams
+        with more images.
 
-        Raises `StreamError`: `DamagedStream` if it is damaged, `ModelMismatch` if it was made by another pipeline or on
-        a machine that computes other probabilities.
+        Raises `StreamError`, also for another condition: `DamagedStream` if it is damaged, `ModelMismatch` if it was
+        made by another pipeline or on a machine that computes other probabilities.
         """
         check_output_type(output_type)
-        images = decompress(self, data, batch_size=batch_size, max_images=max_images, progress=progress)
+        options: dict[str, Any] = {"batch_size": batch_size, "max_images": max_images, "progress": progress}
+        images = decompress(self, data, condition=condition, **options)
         return convert_images(images, output_type)
 
     # Saving and loading

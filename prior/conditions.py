@@ -517,7 +517,19 @@ class ClassEmbedding(nn.Embedding):
         return super().forward(ids % self.num_embeddings)  # -1 is the last
 
 
-class FloatEmbedding(nn.Module):
+class Constants(nn.Module):
+    """A module whose buffers never have less than 32 bits: years, for example, need more than bfloat16."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, before[name].to(buffer.device))
+        return self
+
+
+class FloatEmbedding(Constants):
     """Two layers over the numbers of a column and whether each is given. Numbers are standardised, limited to six
     standard deviations, and accompanied by four octaves of sine and cosine."""
 
@@ -534,8 +546,8 @@ class FloatEmbedding(nn.Module):
         elif column.kind == "vector":
             std = [column.scale] * size
         self.waves = column.kind == "number"
-        self.register_buffer("shift", torch.tensor(mean, dtype=torch.float64), persistent=False)
-        self.register_buffer("scale", torch.tensor(std, dtype=torch.float64), persistent=False)
+        self.register_buffer("shift", torch.tensor(mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("scale", torch.tensor(std, dtype=torch.float32), persistent=False)
         self.register_buffer("octaves", 2.0 ** torch.arange(OCTAVES), persistent=False)
         self.first = nn.Linear(size * (2 + 2 * OCTAVES * self.waves), width)
         self.second = nn.Linear(width, width)
@@ -546,13 +558,6 @@ class FloatEmbedding(nn.Module):
         self.first.reset_parameters()
         nn.init.normal_(self.second.weight, std=STD)
         nn.init.zeros_(self.second.bias)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> FloatEmbedding:
-        constants = self.shift, self.scale
-        super()._apply(fn, recurse)
-        if self.shift.dtype in (torch.bfloat16, torch.float16):  # years, for example, need more than 8 bits
-            self.shift, self.scale = (constant.to(self.shift.device) for constant in constants)
-        return self
 
     def forward(self, values: Tensor) -> Tensor:
         """Embed `(B, size)`."""
@@ -648,7 +653,7 @@ def fold(x: Tensor, factors: tuple[int, ...]) -> Tensor:
     return x.permute(0, *outer, *inner, x.ndim - 1).flatten(1 + len(factors))
 
 
-class AreaResize(nn.Module):
+class AreaResize(Constants):
     """Resizes maps `(B, *sides, C)` to `(B, *shape, C)`: each cell is the mean of the area that it covers."""
 
     def __init__(self, sides: Iterable[int], shape: Iterable[int]) -> None:
