@@ -33,7 +33,7 @@ AT_A_TIME = 256  # values read together; pictures are in memory
 
 
 @dataclass(frozen=True)
-class GivenCondition:
+class ConditionRows:
     """A condition for `count` images: in each column one row for all, or a row per image."""
 
     count: int
@@ -53,14 +53,20 @@ class GivenCondition:
         """Return `labels`, or the class of each image; None if no class was given. Raises `UserError` for both."""
         if labels is not None and self.labels:
             raise UserError(f"condition.{LABEL}: classes are given by labels, too; give them once")
-        return labels if labels is not None or not self.labels else [
-            self.labels[k % len(self.labels)] for k in range(self.count)
-        ]
+        return (
+            labels
+            if labels is not None or not self.labels
+            else [self.labels[k % len(self.labels)] for k in range(self.count)]
+        )
 
-    def select(self, numbers: Sequence[int]) -> GivenCondition:
+    def values(self) -> dict[str, Any] | None:
+        """Return all that was given, as `condition` of a pipeline's methods."""
+        return {**({LABEL: self.choose_labels()} if self.labels else {}), **(self.rows() or {})} or None
+
+    def select(self, numbers: Sequence[int]) -> ConditionRows:
         """Return the condition of some images."""
         labels = [self.labels[k % len(self.labels)] for k in numbers] if self.labels else []
-        return GivenCondition(len(numbers), labels, self.rows(numbers) or {})
+        return ConditionRows(len(numbers), labels, self.rows(numbers) or {})
 
 
 class UsesCondition(Config):
@@ -83,12 +89,10 @@ class UsesCondition(Config):
         count: int | None = None,
         names: Sequence[str] | None = None,
         default: int = 1,
-        classes: bool = True,
-    ) -> GivenCondition:
+    ) -> ConditionRows:
         """Read the condition of `count` images; None: of as many as have values, or `default`. names: of the images;
-        they choose the rows of a table with `file_name`, and the pictures in a folder. classes: allow `label`. Raises
-        `UserError`."""
-        columns = find_columns(pipeline) if classes else pipeline.conditions
+        they choose the rows of a table with `file_name`, and the pictures in a folder. Raises `UserError`."""
+        columns = find_columns(pipeline)
         rows = [] if self.conditions is None else read_rows(Path(self.conditions), names)
         counts, found = {} if self.conditions is None else {"conditions": len(rows)}, dict[str, list[Any]]()
         for name, value in self.condition.items():
@@ -104,12 +108,12 @@ class UsesCondition(Config):
         for key, number in counts.items():
             if number != total:
                 raise UserError(f"{key}: {number} values for {total} images; give one for all, or one per image")
-        raw = {
-            name: read_values(pipeline, name, columns[name], values, None if name in self.condition else self.conditions)
-            for name, values in found.items()
-        }
+        raw = {}
+        for name, values in found.items():
+            table = None if name in self.condition else self.conditions
+            raw[name] = read_values(pipeline, name, columns[name], values, table)
         labels = [None if one < 0 else one for one in raw.pop(LABEL).tolist()] if LABEL in raw else []
-        return GivenCondition(total, labels, raw, found)
+        return ConditionRows(total, labels, raw, found)
 
 
 class SamplesWithCondition(Sampling, UsesCondition):
@@ -143,9 +147,7 @@ def require_column(columns: Mapping[str, Column], name: str, key: str) -> Column
 # Values -------------------------------------------------------------------------------------------
 
 
-def list_values(
-    name: str, column: Column, value: Any, names: Sequence[str] | None = None
-) -> tuple[list[Any], bool]:
+def list_values(name: str, column: Column, value: Any, names: Sequence[str] | None = None) -> tuple[list[Any], bool]:
     """Return the values that `condition.NAME=VALUE` gives, and whether they are one per image, rather than one for
     all. Raises `UserError` for a path that does not exist."""
     value = read_text(column, value)
@@ -178,12 +180,13 @@ def list_pictures(name: str, folder: Path, names: Sequence[str] | None) -> list[
 def read_text(column: Column, value: Any) -> Any:
     """Convert text to a value of its column, or to several values separated by commas; other values, and what is not
     text of this kind, are returned unchanged."""
-    if not isinstance(value, str) or isinstance(column, GridColumn):
+    if not isinstance(value, str) or isinstance(column, GridColumn) or takes_text(column):
         return value
     names: list[str] = getattr(column, "names", [])
     if value in names:
         return [value] if isinstance(column, FlagsColumn) else value
-    parts: list[Any] = [part.strip().strip("'\"") for part in value.strip().removeprefix("[").removesuffix("]").split(",")]
+    inner = value.strip().removeprefix("[").removesuffix("]")
+    parts: list[Any] = [part.strip().strip("'\"") for part in inner.split(",")]
     if isinstance(column, FlagsColumn):
         return [part for part in parts if part]
     try:
@@ -191,6 +194,11 @@ def read_text(column: Column, value: Any) -> Any:
     except ValueError:
         return parts if isinstance(column, ClassColumn) and len(parts) > 1 else value
     return numbers if len(numbers) > 1 else numbers[0]
+
+
+def takes_text(column: Column) -> bool:
+    """Return whether a vector of this column can be given as text."""
+    return isinstance(column, VectorColumn) and column.encoder.startswith("ngrams:")
 
 
 def read_cell(column: Column, cell: Any, base: Path) -> Any:
@@ -225,9 +233,7 @@ def find_row(path: Path, rows: Mapping[str, dict[str, Any]], name: str) -> dict[
     return found
 
 
-def read_values(
-    pipeline: ImagePipeline, name: str, column: Column, values: list[Any], table: str | None
-) -> Tensor:
+def read_values(pipeline: ImagePipeline, name: str, column: Column, values: list[Any], table: str | None) -> Tensor:
     """Return the raw values of a column, with a row for each of `values`. table: the file that they come from, for
     errors. Raises `UserError`."""
     parts = []
@@ -267,7 +273,7 @@ def parse_values(pipeline: ImagePipeline, name: str, column: Column, values: lis
     return pipeline.read_condition({name: values}, len(values))[name].cpu()
 
 
-def format_values(pipeline: ImagePipeline, given: GivenCondition, folder: Path) -> dict[str, list[Any]]:
+def format_values(pipeline: ImagePipeline, given: ConditionRows, folder: Path) -> dict[str, list[Any]]:
     """Return the values of each column for a table in `folder`, which `conditions` and data sets read: names, numbers,
     texts and relative paths of pictures; None is null."""
     found = {}

@@ -26,7 +26,7 @@ from prior.conditions import LABEL, digest_condition
 from prior.sampling import DecodingOptions, choose_orders, make_batch
 from tokenizer.files import fsync
 
-from .condition_keys import GivenCondition, SamplesWithCondition, format_values
+from .condition_keys import ConditionRows, SamplesWithCondition, format_values
 from .conditioning import given_columns
 from .config import OutputConfig, UserError, run_command
 from .config.importing import format_imports
@@ -54,8 +54,10 @@ class GenerateConfig(SamplesWithCondition, UsesPipeline, OutputConfig):
         "pipeline=runs/faces/pipeline condition.age=63 condition.tags=hat,smile condition.outline=outlines out=faces",
     )
     unavailable = {"prompt": NO_TEXT}
-    often = "pipeline out overwrite num_images labels condition.NAME conditions seed temperature top_k top_p guidance_scale "\
-        "guidance_on steps columns"
+    often = (
+        "pipeline out overwrite num_images labels condition.NAME conditions seed temperature top_k top_p "
+        "guidance_scale guidance_on steps columns"
+    )
 
     out: str = Field(
         "grid.png",
@@ -124,7 +126,7 @@ class Request:
 
     pipeline: ImagePipeline
     classes: Sequence[Label]
-    given: GivenCondition
+    given: ConditionRows
     seed: int
     decoding: DecodingOptions
     settings: dict[str, Any]

@@ -10,8 +10,8 @@ from PIL import Image
 
 from prior.conditions import LABEL, ClassColumn, Column, FlagsColumn, GridColumn, NumberColumn, VectorColumn
 
+from ..condition_keys import takes_text
 from ..image_pipeline import ImagePipeline
-from ..text import NGRAMS
 from .parts import make_picker, pick_last
 from .served import Served, as_picture, picked_image
 
@@ -53,14 +53,15 @@ def list_columns(pipeline: ImagePipeline) -> dict[str, Column]:
     return {
         name: column
         for name, column in pipeline.conditions.items()
-        if not isinstance(column, VectorColumn) or NGRAMS.fullmatch(column.encoder)
+        if not isinstance(column, VectorColumn) or takes_text(column)
     }
 
 
 def make_fields(served: Served, tab: str, name: str, column: Column) -> list[Any]:
     """Make the invisible fields of a column."""
     if isinstance(column, ClassColumn):
-        return [gr.Dropdown([*zip(column.names, range(len(column.names)), strict=True)], value=0, label=name, visible=False)]
+        choices: Any = [*zip(column.names, range(len(column.names)), strict=True)]
+        return [gr.Dropdown(choices, value=0, label=name, visible=False)]
     if isinstance(column, FlagsColumn):
         return [gr.CheckboxGroup(column.names, value=[], label=name, visible=False)]
     if isinstance(column, NumberColumn):

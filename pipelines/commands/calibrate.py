@@ -85,8 +85,7 @@ def run(config: CalibrateConfig) -> Calibration:
         calibration = calibrate(
             pipeline,
             images.pixels(chosen),
-            given.choose_labels(),
-            condition=given.rows(),
+            condition=given.values(),
             false_alarms=config.false_alarms,
             confidence=config.confidence,
             seed=config.seed,

@@ -34,8 +34,10 @@ class CompleteConfig(SamplesWithCondition, UsesImages, OutputConfig):
         "pipeline=runs/gpt_digits/pipeline mask=bottom draws=4 out=completions.png",
         "pipeline=runs/gpt_digits/pipeline mask=my-mask.png images=my-images",
     )
-    often = "pipeline mask images num_images draws labels condition.NAME conditions out overwrite temperature guidance_scale "\
-        "guidance_on seed data.source"
+    often = (
+        "pipeline mask images num_images draws labels condition.NAME conditions out overwrite temperature "
+        "guidance_scale guidance_on seed data.source"
+    )
 
     mask: str = Field(
         "bottom",

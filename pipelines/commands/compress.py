@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,9 @@ class CompressConfig(UsesCondition, UsesPipeline, OutputConfig):
     often = "pipeline images out overwrite condition.NAME conditions lossless resize device"
 
     images: str = Field(description="folder of images of the pipeline's size, or one image; file names are kept")
-    out: str = Field("images.smalti", description="file to write; decompressing it requires the same pipeline and condition")
+    out: str = Field(
+        "images.smalti", description="file to write; decompressing requires the same pipeline and condition"
+    )
     lossless: bool = Field(
         False,
         description="keep every pixel; requires a decoder with a likelihood, or a pixels tokenizer. "
@@ -53,7 +56,7 @@ def run(config: CompressConfig) -> Path:
     out = Output(config.out, [config.pipeline, root], config.overwrite)
     out.check_file()
     pipeline = config.load_pipeline()
-    given = config.read_condition(pipeline, len(paths), [str(path) for path in paths], classes=False)
+    given = config.read_condition(pipeline, len(paths), [str(path) for path in paths])
     size, shape = chunk_images(pipeline), pipeline.tokenizer.image_shape
 
     def parts() -> Iterator[Tensor]:
@@ -64,8 +67,8 @@ def run(config: CompressConfig) -> Path:
     began = time.monotonic()
     try:
         with lock_output(config.out), out.file() as temporary, open(temporary, "wb") as file:
-            count, options = len(paths), {"lossless": config.lossless, "names": names}
-            written = write_images(pipeline, file, parts(), count, condition=given.rows(), **options)
+            options: dict[str, Any] = {"lossless": config.lossless, "names": names, "condition": given.values()}
+            written = write_images(pipeline, file, parts(), len(paths), **options)
     except (StreamError, LikelihoodError) as error:
         raise UserError(str(error)) from error
     before, seconds = sum(path.stat().st_size for path in paths), time.monotonic() - began

@@ -22,7 +22,7 @@ from ..anomaly.healing import anomaly_map, heal
 from ..anomaly.image_statistics import measure
 from ..anomaly.scores import p_value_of, score_of
 from ..anomaly.separation import separation
-from ..condition_keys import GivenCondition, UsesCondition
+from ..condition_keys import ConditionRows, UsesCondition
 from ..config import OutputConfig, UserError, run_command
 from ..config.table import table
 from ..files import Output, lock_output
@@ -82,7 +82,7 @@ class Found(NamedTuple):
     pixels: Tensor
     classes: list[str] | None
     origin: str
-    given: GivenCondition
+    given: ConditionRows
 
 
 def run(config: DetectConfig) -> dict[str, Any]:
@@ -99,8 +99,9 @@ def run(config: DetectConfig) -> dict[str, Any]:
         names, pixels, classes, _, given = skip_calibrated(find_images(config, pipeline), calibration)
         anomalous = None if config.normal_labels is None else find_anomalous(classes, config.normal_labels)
         try:
-            measured = measure(pipeline, pixels, given.choose_labels(), condition=given.rows())
-            found, known = measured.statistics, {"labelled": bool(given.labels), "columns": measured.columns}
+            measured = measure(pipeline, pixels, condition=given.values())
+            found = measured.statistics
+            known: dict[str, Any] = {"labelled": bool(given.labels), "columns": measured.columns}
             scores = score_of(config.method, found, calibration, **known)
             p = p_value_of(config.method, scores, calibration, **known)
         except CalibrationError as error:
@@ -113,7 +114,8 @@ def run(config: DetectConfig) -> dict[str, Any]:
         columns |= {name: values.numpy() for name, values in found.items() if values.ndim == 1}
         with out.files() as folder:
             write_table(folder / "scores.csv", columns)
-            write_picture(draw_sheet(pipeline, pixels, given, scores, config.num_shown, config.seed), folder / "sheet.png")
+            sheet = draw_sheet(pipeline, pixels, given, scores, config.num_shown, config.seed)
+            write_picture(sheet, folder / "sheet.png")
             if figures:
                 write_json(folder / "figures.json", figures)
     print(format_report(config, calibration, flagged, anomalous, figures))
@@ -189,19 +191,18 @@ def write_table(path: Path, columns: dict[str, Any]) -> None:
 
 
 def draw_sheet(
-    pipeline: ImagePipeline, pixels: Tensor, given: GivenCondition, scores: Tensor, count: int, seed: int
+    pipeline: ImagePipeline, pixels: Tensor, given: ConditionRows, scores: Tensor, count: int, seed: int
 ) -> np.ndarray:
     """Draw a row for each of the `count` most and, below, least anomalous images: the image, its bits per pixel (if
     tokens have positions), the healed image, and the difference, each below its score or name."""
     ranked = torch.argsort(scores, descending=True)
     chosen = ranked if len(ranked) <= 2 * count else torch.cat([ranked[:count], ranked[-count:]])
     images = to_float(pixels[chosen])
-    given = given.select(chosen.tolist())
-    labels, condition = given.choose_labels(), given.rows()
-    healed = heal(pipeline, images, labels, condition=condition, seed=seed)
+    condition = given.select(chosen.tolist()).values()
+    healed = heal(pipeline, images, condition=condition, seed=seed)
     panels = {"healed": healed.images.cpu(), "difference": apply_colormap(healed.difference.cpu())}
     if pipeline.tokenizer.placed:
-        heat = anomaly_map(pipeline, images, labels, condition=condition).cpu()
+        heat = anomaly_map(pipeline, images, condition=condition).cpu()
         panels = {"bits per pixel": apply_colormap(heat / heat.amax().clamp(min=1e-6)), **panels}
     columns = [panel.expand(-1, 3, -1, -1) for panel in (images, *panels.values())]
     names = [name for score in scores[chosen].tolist() for name in (f"score {score:.3g}", *panels)]
