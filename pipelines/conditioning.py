@@ -13,11 +13,15 @@ from torch import Tensor
 
 from prior.conditions import (
     LABEL,
+    ClassColumn,
     Column,
     Condition,
+    FlagsColumn,
     GridColumn,
     NumberColumn,
+    VectorColumn,
     describe_columns,
+    describe_names,
     find_column,
     make_condition,
     parse_values,
@@ -173,3 +177,44 @@ def warn_if_outside(columns: Mapping[str, Column], condition: Condition) -> None
 def describe_range(column: NumberColumn) -> str:
     """Return the range of each number in the training data."""
     return ", ".join(f"{low:g} to {high:g}" for low, high in zip(column.low, column.high, strict=True))
+
+
+def describe_conditions(
+    columns: Mapping[str, Column], tokenizers: Mapping[str, Tokenizer]
+) -> list[tuple[str, str, str, str]]:
+    """Return the name, kind, possible values and encoder of each column. tokenizers: those of grids."""
+    rows = []
+    for name, column in columns.items():
+        values, encoder = "", ""
+        if isinstance(column, (ClassColumn, FlagsColumn)):
+            values = describe_names(column.names)
+        elif isinstance(column, NumberColumn):
+            values = describe_range(column)
+        elif isinstance(column, VectorColumn):
+            values, encoder = f"{column.size} numbers", column.encoder
+        elif isinstance(column, GridColumn):
+            values, tokenizer = (
+                f"{' x '.join(map(str, column.shape))} ids of {column.grid.vocab_size}",
+                tokenizers.get(name),
+            )
+            if tokenizer is not None:
+                values = f"image of {' x '.join(map(str, tokenizer.image_shape[1:]))}, or {values}"
+                encoder = tokenizer.name
+        rows.append((name, column.kind, values, encoder))
+    return rows
+
+
+def example_condition(columns: Mapping[str, Column], tokenizers: Mapping[str, Tokenizer]) -> str:
+    """Return Python code of a condition with a value for each column that has one worth writing."""
+    found = []
+    for name, column in columns.items():
+        if isinstance(column, ClassColumn):
+            found.append(f'"{name}": {column.names[0]!r}')
+        elif isinstance(column, FlagsColumn):
+            found.append(f'"{name}": {column.names[:2]!r}')
+        elif isinstance(column, NumberColumn):
+            numbers = ", ".join(f"{mean:.4g}" for mean in column.mean)
+            found.append(f'"{name}": {numbers if len(column.mean) == 1 else f"[{numbers}]"}')
+        elif isinstance(column, GridColumn) and name in tokenizers:
+            found.append(f'"{name}": Image.open("{name}.png")')
+    return f"{{{', '.join(found)}}}"

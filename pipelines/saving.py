@@ -124,11 +124,16 @@ def check_listed(folder: Path, manifest: dict[str, Any]) -> None:
         raise IntegrityError(f"{folder / MANIFEST}: files: does not list {', '.join(unlisted)}")
 
 
-def check_labels(labels: Sequence[str]) -> None:
+def check_names(labels: Sequence[str], conditions: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for a name with unprintable characters, such as terminal escape sequences."""
-    for label in labels:
-        if not is_class_name(label):
-            raise ConfigError(f"{INDEX}: labels: {quote(label)} should be at most {LONGEST} printable characters")
+    places = {f"{INDEX}: labels": labels}
+    for name, column in conditions.items():
+        texts = [*getattr(column, "names", []), getattr(column, "encoder", "")]
+        places[f"prior/{CONFIG}: conditions.{name}"] = texts
+    for place, names in places.items():
+        for name in names:
+            if not is_class_name(name):
+                raise ConfigError(f"{place}: {quote(name)} should be at most {LONGEST} printable characters")
 
 
 class DataFacts(BaseModel):
@@ -329,7 +334,14 @@ def save(pipeline: ImagePipeline, folder: str | Path, variant: str | None) -> No
             write_json(target / PROVENANCE, pipeline.provenance)
         if grid is not None:
             write_picture(grid, target / GRID)
-        card = model_card(pipeline.tokenizer, pipeline.prior, pipeline.labels, pipeline.provenance, grid is not None)
+        card = model_card(
+            pipeline.tokenizer,
+            pipeline.prior,
+            pipeline.labels,
+            pipeline.provenance,
+            grid is not None,
+            pipeline.condition_tokenizers,
+        )
         (target / CARD).write_text(card, encoding="utf-8")
         write_manifest(target)
 
