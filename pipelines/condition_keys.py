@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,11 +190,12 @@ def read_text(column: Column, value: Any) -> Any:
     parts: list[Any] = [part.strip().strip("'\"") for part in inner.split(",")]
     if isinstance(column, FlagsColumn):
         return [part for part in parts if part]
-    try:
-        numbers = [int(part) if isinstance(column, ClassColumn) else float(part) for part in parts]
-    except ValueError:
-        return parts if isinstance(column, ClassColumn) and len(parts) > 1 else value
-    return numbers if len(numbers) > 1 else numbers[0]
+    kind, values = int if isinstance(column, ClassColumn) else float, list[Any]()
+    for part in parts:
+        with suppress(ValueError):
+            part = None if part == "null" else kind(part)
+        values.append(part)
+    return values if len(values) > 1 else value if isinstance(values[0], str) else values[0]
 
 
 def takes_text(column: Column) -> bool:
