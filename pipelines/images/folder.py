@@ -168,7 +168,7 @@ def folder_rows(folder: Path, config: DataConfig) -> Rows:
         return file_rows(paths, None)
     start = len(os.path.join(folder, ""))
     inner = [path[start:].split(os.sep) for path in paths]
-    labels = [parts[0] if len(parts) > 1 else None for parts in inner]
+    labels = [parts[0] if len(parts) > 1 + config.clips else None for parts in inner]
     if all(label is None for label in labels):
         return file_rows(paths, None)
     report_merged_classes(folder, inner)
@@ -181,7 +181,7 @@ def file_rows(paths: list[str], labels: list[Any] | None) -> Rows:
     def read(rows: Sequence[int]) -> list[Payload]:
         return [Path(paths[row]) for row in rows]
 
-    return Rows(len(paths), read, paths.__getitem__, labels)
+    return Rows(len(paths), read, paths.__getitem__, labels, paths=paths)
 
 
 def report_merged_classes(folder: Path, inner: list[list[str]]) -> None:
