@@ -30,6 +30,7 @@ from prior.conditions import (
 from tokenizer import Tokenizer
 
 from .images.pictures import find_user_stacklevel, single_shapes, to_images
+from .text import NGRAMS, encode_text
 
 if TYPE_CHECKING:
     from .image_pipeline import ImagePipeline
@@ -51,9 +52,9 @@ def read_condition(pipeline: ImagePipeline, condition: GivenCondition, count: in
     """Return raw columns for `count` images, null where `condition` has no value; {} for a prior without columns.
 
     condition: values by column, one for all images or one per image, as in `Column.parse`. A grid also takes images, in
-    any form that `ImagePipeline.encode` accepts. Images or tokens
-    alone stand for the only grid. `label` is left to `ImagePipeline.label_ids`. Warns about numbers outside those of
-    the training data. Raises `ValueError`, which names the column and what is allowed.
+    any form that `ImagePipeline.encode` accepts, and a vector of n-grams takes text. Images or tokens alone stand for
+    the only grid. `label` is left to `ImagePipeline.label_ids`. Warns about numbers outside those of the training data.
+    Raises `ValueError`, which names the column and what is allowed.
     """
     values = convert_values(pipeline, condition)
     raw = make_condition(pipeline.conditions, values, count, pipeline.device)
@@ -83,8 +84,8 @@ def given_columns(columns: Mapping[str, Column], condition: Condition) -> list[s
 
 
 def convert_values(pipeline: ImagePipeline, condition: GivenCondition, *, encode: bool = True) -> dict[str, Any]:
-    """Return values by column, without labels, in which tokens replace images. encode: False replaces them by null
-    tokens, to count them."""
+    """Return values by column, without labels, in which tokens replace images and vectors text. encode: False replaces
+    them by null tokens, to count them."""
     columns = pipeline.conditions
     if isinstance(condition, (Picture, Tensor, np.ndarray, list, tuple)):
         grids = [name for name, column in columns.items() if isinstance(column, GridColumn)]
@@ -102,6 +103,8 @@ def convert_values(pipeline: ImagePipeline, condition: GivenCondition, *, encode
         try:
             if isinstance(column, GridColumn):
                 values[name] = convert_pictures(column, value, pipeline.condition_tokenizers.get(name), encode)
+            elif isinstance(column, VectorColumn):
+                values[name] = convert_text(column, value)
         except (ValueError, TypeError) as error:
             raise ValueError(f"condition: {name}: {error}") from error
     return values
@@ -148,6 +151,18 @@ def picture_shapes(value: Tensor | np.ndarray, tokenizer: Tokenizer | None) -> l
     if tokenizer is None:
         return []
     return [tokenizer.image_shape] if isinstance(value, Tensor) else single_shapes(tokenizer.image_shape)
+
+
+def convert_text(column: VectorColumn, value: Any) -> Any:
+    """Replace text in the value of a vector, or in a list of texts and None, by vectors."""
+    several = list(value) if isinstance(value, (list, tuple, np.ndarray)) else [value]
+    if not any(isinstance(one, str) for one in several):
+        return value
+    if not NGRAMS.fullmatch(column.encoder):
+        by = f"encoded by {column.encoder!r}, which is not built in" if column.encoder else "not encoded"
+        raise ValueError(f"text is {by}; give a vector of {column.size} numbers")
+    rows = [encode_text(column.encoder, [one])[0] if isinstance(one, str) else column.parse_one(one) for one in several]
+    return rows[0] if isinstance(value, str) else torch.stack(rows)
 
 
 @torch.no_grad()
@@ -217,4 +232,6 @@ def example_condition(columns: Mapping[str, Column], tokenizers: Mapping[str, To
             found.append(f'"{name}": {numbers if len(column.mean) == 1 else f"[{numbers}]"}')
         elif isinstance(column, GridColumn) and name in tokenizers:
             found.append(f'"{name}": Image.open("{name}.png")')
+        elif isinstance(column, VectorColumn) and NGRAMS.fullmatch(column.encoder):
+            found.append(f'"{name}": "some words"')
     return f"{{{', '.join(found)}}}"

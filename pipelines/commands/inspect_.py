@@ -1,8 +1,10 @@
-"""Inspect a tokenizer: write a one-page report of codebook usage, patches of codes, and reconstructions."""
+"""Inspect a tokenizer: write a one-page report of codebook usage, patches of codes, and reconstructions. For a
+pipeline, also list what its images may be conditioned on."""
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +12,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from prior.conditions import Column, read_column
 from tokenizer.base import codebook_usage
+from tokenizer.files import FormatError, quote, read_json
 from tokenizer.losses import psnr
+from tokenizer.model import CONFIG
 
+from ..conditioning import describe_conditions
 from ..config import OutputConfig, run_command
 from ..files import Output
 from ..images import ImageDataset, to_uint8
@@ -22,7 +28,7 @@ from ..metrics.charts import Chart, Pixels, draw_histogram, draw_usage, page
 from ..metrics.codebook import count_tokens, part_names
 from ..metrics.reconstruction import images_at_a_time, list_prefix_decoders, reconstruction_picture
 from ..options import UsesTokenizer
-from ..provenance import find_protected_folder, tokenizer_defaults
+from ..provenance import find_protected_folder, tokenizer_defaults, tokenizer_folder
 from ..shuffling import spread
 
 WIDTH = 1200  # maximum width of a row of pictures, in pixels, unless a single one is wider
@@ -51,12 +57,25 @@ def run(config: InspectConfig) -> dict[str, Any]:
     lines = [
         *describe_figures(tokenizer, figures),
         f"measured on {len(images):,} held-out images of {config.data.source}",
+        *describe_columns(config.tokenizer),
     ]
     picture = draw_page(tokenizer, images, uses, errors, lines, config)
     with out.file() as path:
         write_picture(picture, path)
     print(config.out, *lines, sep="\n  ")
     return figures
+
+
+def describe_columns(tokenizer: str) -> list[str]:
+    """Describe the columns of the pipeline that contains a tokenizer, in a line each. Raises `FormatError`."""
+    path = Path(tokenizer_folder(tokenizer)).parent / "prior" / CONFIG
+    found = read_json(path).get("conditions", {}) if path.is_file() else {}
+    try:
+        columns: dict[str, Column] = {name: read_column(value) for name, value in dict(found).items()}
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"{path}: conditions: {quote(found)} are not columns ({error})") from error
+    rows = describe_conditions(columns, {})
+    return [f"condition {name}: {kind}, {values}{f' of {by}' * bool(by)}" for name, kind, values, by in rows]
 
 
 @torch.inference_mode()
