@@ -22,14 +22,13 @@ def make_condition_fields(served: Served, tab: str) -> list[Any]:
     """Make a choice of the columns that are given, and fields for each, which appear when it is chosen; none for a
     pipeline without columns. tab: prefix of the names of pictures."""
     columns = list_columns(served.pipeline)
+    if others := [name for name in served.pipeline.conditions if name not in columns]:
+        gr.Markdown(f"There is no field for {', '.join(others)}: such vectors are computed elsewhere.")
     if not columns:
         return []
     about = "what the image is conditioned on; the rest is left open"
     given = gr.CheckboxGroup(list(columns), value=[], label="Conditions", info=about)
     fields = {name: make_fields(served, tab, name, column) for name, column in columns.items()}
-    others = [name for name in served.pipeline.conditions if name not in columns]
-    if others:
-        gr.Markdown(f"No field for {', '.join(others)}: such vectors are computed by the user's own encoder.")
 
     def show(names: list[str]) -> list[Any]:
         return [gr.update(visible=name in names) for name, own in fields.items() for _ in own]

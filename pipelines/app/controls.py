@@ -43,6 +43,8 @@ def make_sliders(pipeline: ImagePipeline) -> list[Any]:
         for name, value in get_slider_values(pipeline).items():
             low, high, step = ranges[name]
             about = "number of passes; 0: one per token" if name == "steps" else Sampling.model_fields[name].description
+            if name == "guidance_scale" and pipeline.conditions:
+                about = "above 1 follows the class and the conditions more closely"
             title = name.replace("_", " ").capitalize()
             sliders.append(gr.Slider(low, max(high, value), step=step, value=value, label=title, info=about))
         return [*sliders, *make_guidance_menu(pipeline)]
