@@ -20,6 +20,7 @@ from torch import Tensor
 from prior.conditions import LABEL, ClassColumn, Column, Condition, FlagsColumn, GridColumn, VectorColumn, find_column
 
 from .config import Config, UserError
+from .config.table import count_of
 from .images.decoding import decode_in_threads
 from .images.folder import find_images, read_sheet
 from .options import Sampling
@@ -43,7 +44,7 @@ class ConditionRows:
     columns: Condition = field(default_factory=dict)
     """The raw columns that were given."""
     written: dict[str, list[Any]] = field(default_factory=dict)
-    """The values of vectors and grids as they were given: texts and paths among them."""
+    """The values of each column as they were given: texts and paths among them."""
 
     def rows(self, numbers: Sequence[int] | None = None) -> Condition | None:
         """Return the raw columns of some images, by default all, or None without columns."""
@@ -54,15 +55,12 @@ class ConditionRows:
         """Return `labels`, or the class of each image; None if no class was given. Raises `UserError` for both."""
         if labels is not None and self.labels:
             raise UserError(f"condition.{LABEL}: classes are given by labels, too; give them once")
-        return (
-            labels
-            if labels is not None or not self.labels
-            else [self.labels[k % len(self.labels)] for k in range(self.count)]
-        )
+        return self.select(range(self.count)).labels if self.labels else labels
 
     def values(self) -> dict[str, Any] | None:
         """Return all that was given, as `condition` of a pipeline's methods."""
-        return {**({LABEL: self.choose_labels()} if self.labels else {}), **(self.rows() or {})} or None
+        labels = {LABEL: self.choose_labels()} if self.labels else {}
+        return {**labels, **(self.rows() or {})} or None
 
     def select(self, numbers: Sequence[int]) -> ConditionRows:
         """Return the condition of some images."""
@@ -75,13 +73,11 @@ class UsesCondition(Config):
 
     condition: dict[str, Any] = Field(
         {},
-        description="what images are conditioned on, by column: condition.age=63 condition.tags=red,round "
-        "condition.outline=FILE; a list, or a folder of pictures, has a value per image",
+        description="condition: the value of a column for all images; a list or folder of pictures has one per image",
     )
     conditions: str | None = Field(
         None,
-        description="table (.csv, .tsv, .jsonl or .parquet) with a row per image and columns by name, `label` too; an "
-        "empty cell is null, a picture is a path relative to the table",
+        description="table with a row per image and these columns, or `label`; pictures are paths beside it",
     )
 
     def read_condition(
@@ -108,7 +104,8 @@ class UsesCondition(Config):
         total = next(iter(counts.values()), default) if count is None else count
         for key, number in counts.items():
             if number != total:
-                raise UserError(f"{key}: {number} values for {total} images; give one for all, or one per image")
+                what = count_of(number, "row" if key == "conditions" else "value")
+                raise UserError(f"{key}: {what} for {count_of(total, 'image')}; expected one per image")
         raw = {}
         for name, values in found.items():
             table = None if name in self.condition else self.conditions
@@ -121,7 +118,7 @@ class SamplesWithCondition(Sampling, UsesCondition):
     """Base class for verbs that sample with a condition."""
 
     guidance_on: list[str] | None = Field(
-        None, description="the columns that guidance_scale applies to, `label` for the class; default: all"
+        None, description="columns that guidance_scale applies to, or `label`; null: all"
     )
 
     def sampling_settings(self) -> dict[str, Any]:
@@ -166,16 +163,17 @@ def list_values(name: str, column: Column, value: Any, names: Sequence[str] | No
 
 
 def list_pictures(name: str, folder: Path, names: Sequence[str] | None) -> list[Any]:
-    """Return the pictures in a folder, sorted; or the one with the stem of each of `names`. Raises `UserError`."""
+    """Return the pictures in a folder, sorted; or the one of each of `names`, without suffix. Raises `UserError`."""
     files = find_images(folder)
     if not files:
         raise UserError(f"condition.{name}: no images in {folder}")
     if names is None:
         return files
-    by_stem = {file.stem: file for file in files}
-    if missing := [one for one in names if Path(one).stem not in by_stem]:
-        raise UserError(f"condition.{name}: {folder} has no picture {Path(missing[0]).stem!r} for {missing[0]}")
-    return [by_stem[Path(one).stem] for one in names]
+    by_name = {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+    found = [find_by_name(by_name, str(Path(one).with_suffix(""))) for one in names]
+    if None in found:
+        raise UserError(f"condition.{name}: {folder} has no picture for {names[found.index(None)]}")
+    return found
 
 
 def read_text(column: Column, value: Any) -> Any:
@@ -222,17 +220,17 @@ def read_rows(path: Path, names: Sequence[str] | None) -> list[dict[str, Any]]:
     if names is None or FILE_NAME not in rows[0]:
         return rows
     by_name = {os.path.normpath(str(row.get(FILE_NAME))): row for row in rows}
-    return [find_row(path, by_name, name) for name in names]
-
-
-def find_row(path: Path, rows: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    """Return the row whose `file_name` is the end of the path `name`. Raises `UserError`."""
-    parts = Path(name).parts
-    ends = (os.path.join(*parts[first:]) for first in range(len(parts)))
-    found = next((rows[end] for end in ends if end in rows), None)
-    if found is None:
-        raise UserError(f"conditions: {path} has no row with the file_name of {name}")
+    found = [find_by_name(by_name, name) for name in names]
+    if None in found:
+        raise UserError(f"conditions: {path} has no row with the file_name of {names[found.index(None)]}")
     return found
+
+
+def find_by_name(entries: Mapping[str, Any], name: str) -> Any:
+    """Return the entry whose key is the end of the path `name`, preferably a long end, or None."""
+    parts = Path(name).parts
+    ends = ("/".join(parts[first:]) for first in range(len(parts)))
+    return next((entries[end] for end in ends if end in entries), None)
 
 
 def read_values(pipeline: ImagePipeline, name: str, column: Column, values: list[Any], table: str | None) -> Tensor:
@@ -266,7 +264,9 @@ def parse_values(pipeline: ImagePipeline, name: str, column: Column, values: lis
         except ValueError as error:
             raise ValueError(f"condition: {name}: {error}") from error
     if pictures := [index for index, value in enumerate(values) if isinstance(value, Path)]:
-        tokenizer, values = pipeline.condition_tokenizers[name], list(values)
+        tokenizer, values = pipeline.condition_tokenizers.get(name), list(values)
+        if tokenizer is None:
+            raise ValueError(f"condition: {name}: this grid has no tokenizer for pictures; give token ids")
         decoded = decode_in_threads([values[index] for index in pictures], tokenizer.image_shape)
         for index, pixels in zip(pictures, decoded, strict=True):
             if isinstance(pixels, str):

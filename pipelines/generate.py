@@ -56,7 +56,7 @@ class GenerateConfig(SamplesWithCondition, UsesPipeline, OutputConfig):
     unavailable = {"prompt": NO_TEXT}
     often = (
         "pipeline out overwrite num_images labels condition.NAME conditions seed temperature top_k top_p "
-        "guidance_scale guidance_on steps columns"
+        "guidance_scale guidance_on"
     )
 
     out: str = Field(
@@ -65,7 +65,7 @@ class GenerateConfig(SamplesWithCondition, UsesPipeline, OutputConfig):
         "evaluator; or a folder for one PNG file per image, with their conditions in metadata.jsonl",
     )
     num_images: int | None = Field(
-        None, ge=1, le=MAX_IMAGES, description=f"number of images; default: one per condition, or {IMAGES}"
+        None, ge=1, le=MAX_IMAGES, description=f"number of images; default: one per condition, else {IMAGES}"
     )
     labels: int | str | list[int | str] | None = Field(
         None,
@@ -191,7 +191,7 @@ def make_request(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
     given = config.read_condition(pipeline, config.num_images, default=IMAGES)
     chosen = config.labels if config.labels is None or isinstance(config.labels, list) else [config.labels]
     decoding = DecodingOptions(config.order, config.num_orders, parallel=config.parallel)
-    classes = given.choose_labels(chosen) or range(pipeline.prior.num_classes)
+    classes = given.choose_labels(chosen) if chosen else given.labels or range(pipeline.prior.num_classes)
     return Request(pipeline, classes, given, config.seed, decoding, config.sampling_settings())
 
 

@@ -23,7 +23,7 @@ def make_condition_fields(served: Served, tab: str) -> list[Any]:
     pipeline without columns. tab: prefix of the names of pictures."""
     columns = list_columns(served.pipeline)
     if others := [name for name in served.pipeline.conditions if name not in columns]:
-        gr.Markdown(f"There is no field for {', '.join(others)}: such vectors are computed elsewhere.")
+        gr.Markdown(f"There is no field for {', '.join(others)}: values like these are computed elsewhere.")
     if not columns:
         return []
     about = "what the image is conditioned on; the rest is left open"
@@ -52,7 +52,9 @@ def list_columns(pipeline: ImagePipeline) -> dict[str, Column]:
     return {
         name: column
         for name, column in pipeline.conditions.items()
-        if not isinstance(column, VectorColumn) or takes_text(column)
+        if name in pipeline.condition_tokenizers
+        or takes_text(column)
+        or not isinstance(column, (GridColumn, VectorColumn))
     }
 
 

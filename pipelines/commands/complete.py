@@ -36,7 +36,7 @@ class CompleteConfig(SamplesWithCondition, UsesImages, OutputConfig):
     )
     often = (
         "pipeline mask images num_images draws labels condition.NAME conditions out overwrite temperature "
-        "guidance_scale guidance_on seed data.source"
+        "guidance_scale seed data.source"
     )
 
     mask: str = Field(

@@ -186,9 +186,9 @@ def test_mistakes_are_one_line(pipe, pictures, tmp_path):
         "condition.outline: no such file": ["condition.outline=nowhere"],
         "broken.png": [f"condition.outline={tmp_path / 'broken.png'}"],
         "condition.outline: no images in": [f"condition.outline={tmp_path / 'empty'}"],
-        "condition.age: 2 values for 4": ["condition.age=1,2", table("a.csv", view=VALUES["view"])],
+        "condition.age: 2 values for 4 images": ["condition.age=1,2", table("a.csv", view=VALUES["view"])],
         "condition.age: ": ["condition.age=1", table("b.csv", age=VALUES["age"])],
-        "conditions: 2 values for 3 images": [table("c.csv", age=[1, 2])],
+        "conditions: 2 rows for 3 images": [table("c.csv", age=[1, 2])],
         "g.csv: unknown column 'hight'": [table("g.csv", hight=[1, 2])],
         "d.csv: row 2: age: expected a number": [table("d.csv", age=[1, "old"])],
         "e.csv: row 2: outline: ": [table("e.csv", outline=[str(pictures / "0.png"), "nowhere.png"])],
@@ -199,7 +199,7 @@ def test_mistakes_are_one_line(pipe, pictures, tmp_path):
     for message, argv in cases.items():
         assert message in refusal(pipe, *argv, count=3 if "for 3" in message else None), message
     names = ["a/1.png", "a/9.png"]
-    assert "no picture '9'" in refusal(pipe, f"condition.outline={pictures}", count=2, names=names)
+    assert "has no picture for a/9.png" in refusal(pipe, f"condition.outline={pictures}", count=2, names=names)
     rows = table("f.csv", file_name=["1.png"], age=[3])
     assert "no row with the file_name of a/9.png" in refusal(pipe, rows, count=2, names=names)
     assert "labels, too" in str(pytest.raises(UserError, read(pipe, "condition.label=eel").choose_labels, [1]).value)

@@ -389,7 +389,7 @@ def test_another_condition_is_another_request(conditioned, tmp_path):
 def test_mistakes_in_a_condition_are_one_line(conditioned, pipeline, tmp_path, capsys):
     table = f"conditions={conditioned / 'rows.jsonl'}"
     for key, *argv in (
-        ("conditions: 7 values for 8 images", table, "num_images=8"),
+        ("conditions: 7 rows for 8 images", table, "num_images=8"),
         ("condition.label: ", table, "labels=[cat]"),
         ("guidance_on", "guidance_on=[agee]", "guidance_scale=2", "condition.age=3"),
         ("a value of age", "guidance_on=[age]", "guidance_scale=2", "condition.view=lateral"),

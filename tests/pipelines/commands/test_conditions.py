@@ -132,7 +132,7 @@ def test_mistakes_are_one_line(world, tmp_path, capsys):
     images = [f"pipeline={world}/pipe", f"images={world}/images/test"]
     for key, verb, *argv in (
         ("has no picture", "complete", f"condition.outline={tmp_path / 'some'}"),
-        ("1 values for 8 images", "complete", f"conditions={tmp_path / 'rows.jsonl'}"),
+        ("1 row for 8 images", "complete", f"conditions={tmp_path / 'rows.jsonl'}"),
         ("unknown column 'agee'", "complete", "condition.agee=3"),
         ("guidance_on", "complete", "guidance_scale=2", "guidance_on=agee"),
         ("classes are given by labels, too", "complete", "labels=cat", "condition.label=cat"),
