@@ -1,5 +1,7 @@
-"""Inspect a tokenizer: write a one-page report of codebook usage, patches of codes, and reconstructions. For a
-pipeline, also list what its images may be conditioned on."""
+"""Inspect a tokenizer: write a one-page report of codebook usage, patches of codes, and reconstructions.
+
+For a pipeline, it also lists what images may be conditioned on.
+"""
 
 from __future__ import annotations
 
