@@ -642,7 +642,7 @@ class ImagePipeline:
     def set_background(self, prior: Prior) -> None:
         """Set the background prior, trained on perturbed tokens, for `anomaly_score(method="ratio")`. Raises
         `IntegrityError` for a prior over other tokens or classes."""
-        saving.check_fit(self.tokenizer, self.prior, prior)
+        saving.check_fit(self.tokenizer, self.prior, prior, self.condition_tokenizers)
         self.background = prior.eval()
 
     @property

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from prior.conditions import LABEL, MAX_COLUMNS, NAME
+
 from ..files import FieldError, validate
 from .distances import CalibrationError, Distance, Part, Row, Table
 
@@ -48,7 +50,7 @@ class Calibration(Part):
     """Number of images in both halves."""
     labels: bool
     """Whether token bits were conditioned on the images' classes."""
-    columns: list[str] = []
+    columns: list[Annotated[str, Field(pattern=f"^{NAME.pattern}$")]] = Field([], max_length=MAX_COLUMNS)
     """The columns that token bits were conditioned on; not in the file if there are none."""
     false_alarms: float = Field(gt=0, lt=1)
     """Share of normal images above a method's threshold."""
@@ -112,7 +114,7 @@ class Calibration(Part):
 
 def name_given(labelled: bool, columns: Collection[str]) -> str:
     """Name what is given, in a fixed order."""
-    return ", ".join([*(["label"] if labelled else []), *sorted(columns)]) or "nothing"
+    return ", ".join([*([LABEL] if labelled else []), *sorted(columns)]) or "nothing"
 
 
 def digest_of(image: NDArray[np.uint8]) -> str:

@@ -64,7 +64,7 @@ def tokens_of(pipe, count=None, **options):
 # Sampling
 
 
-@pytest.mark.parametrize("prior", ["gpt", "blocks", "masked", "next_scale"])
+@pytest.mark.parametrize("prior", ["gpt", "blocks", "masked", "next_scale", "made", "gated_pixelcnn"])
 def test_image_k_depends_on_its_own_condition_alone(prior):
     torch.manual_seed(2)
     pipe = make_conditioned(prior)
@@ -236,6 +236,23 @@ def test_the_probability_of_the_hidden_part_is_conditional(pipe):
     torch.testing.assert_close(pipe.conditional_log_prob(images, none, 1, condition=every, batch_size=2), whole)
     torch.testing.assert_close(pipe.log_prob(images, 1, condition=every, batch_size=2), whole)
     assert not torch.allclose(pipe.conditional_log_prob(images, none, 1), whole)
+
+
+def test_conditions_are_encoded_in_full_precision(pipe):
+    """Probabilities and samples should not depend on torch's settings, such as TF32."""
+    seen = set()
+    hook = pipe.prior.condition_encoder.register_forward_hook(
+        lambda *_: seen.add(torch.backends.cuda.matmul.fp32_precision)
+    )
+    torch.set_float32_matmul_precision("medium")
+    try:
+        images = pixels_for(pipe, 1)
+        for call in (pipe.log_prob, pipe.embed, lambda images, condition: pipe(condition=condition, progress=False)):
+            call(images, condition=GIVEN)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        hook.remove()
+    assert seen == {"ieee"}
 
 
 def test_bits_per_dim_are_those_of_tokens_and_pixels():
