@@ -72,7 +72,8 @@ def measure(
             found["pixel_bits"] = bits(pixels)
         if pipeline.background is not None:
             ids = given.labels if isinstance(given, Encoded) else given
-            own = pipeline.background.encode_condition(ids, len(part), select_rows(rows, place))
+            columns = select_rows(rows, place) if pipeline.background.conditions else {}
+            own = pipeline.background.encode_condition(ids, len(part), columns)
             found["background_bits"] = bits(pipeline.background.token_log_probs(tokens, own).flatten(1)).sum(1)
         if pipeline.prior.feature_layers:
             features = pipeline.prior.features(tokens, given).mean(1).cpu().double()
@@ -81,8 +82,8 @@ def measure(
         surprise.append(token_bits.float())
         total_error += error.sum(0)
     together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    columns = given_columns(pipeline.conditions, rows)
-    return Measured(together, torch.cat(surprise), total_error / len(batch), columns)
+    names = given_columns(pipeline.conditions, rows)
+    return Measured(together, torch.cat(surprise), total_error / len(batch), names)
 
 
 def bits(nats: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class Models:
         states = []
         for part in torch.arange(len(flat), device=self.device).split(batch_size):
             rows = select_rows(condition, part)
-            given = self.prior.encode_condition(rows.get(LABEL), len(part), rows)
+            given = self.prior.encode_condition(rows.pop(LABEL, None), len(part), rows)
             states.append(self.prior.start(len(part), given))
         last: Sequence[Tensor | None] = [None] * len(states)
         for size in self.prior.blocks:
