@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from prior import Prior
-from prior.conditions import ClassColumn, ClassEmbedding, Column, FloatEmbedding, GridEncoder, describe_names
+from prior.condition_encoder import ClassEmbedding, FloatEmbedding, GridEncoder
+from prior.conditions import ClassColumn, Column, describe_names
 
 
 @torch.no_grad()
