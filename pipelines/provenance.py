@@ -80,8 +80,8 @@ def tokenizer_folder(source: str) -> str:
 def find_protected_folder(tokenizer: str) -> str:
     """Return the folder that an output must not be in: the tokenizer's own, or the pipeline that contains it, whose
     manifest must list every file."""
-    pipeline = Path(tokenizer_folder(tokenizer)).parent
-    return str(pipeline) if (pipeline / INDEX).is_file() else tokenizer
+    around = Path(tokenizer_folder(tokenizer)).parents[:2]  # two folders up from the tokenizer of a grid
+    return next((str(folder) for folder in around if (folder / INDEX).is_file()), tokenizer)
 
 
 def save_tokenizer(model: Any, folder: Path, provenance: dict[str, Any]) -> None:

@@ -239,6 +239,7 @@ class Prior(PretrainedModel, family="prior"):
         encoded: Encoded = self.condition_encoder(labels, {**nulls, **(condition or {})})
         return encoded
 
+    @full_float32()
     def check_condition(self, labels: Given | None, condition: Mapping[str, Any] | None, count: int) -> Given | None:
         """Check `labels` and values of columns for `count` images; return labels, or with columns, labels and the
         encoded columns. Raises `ValueError`."""

@@ -191,6 +191,8 @@ def list_sections(
             nested += list_sections(models[""], inner, key, "", about, owner=whose, families=families)
         else:
             default_text = whose if whose and name not in values else describe_default(value)
+            if get_origin(field.annotation) is dict:
+                key, default_text = f"{key}.NAME", "null" if value == {} else default_text
             rows.append(Row(key, describe_type(field), default_text, about))
     if rows:
         yield Section(node, kind, sentence, tuple(rows))
@@ -221,6 +223,8 @@ def format_type(hint: Any, limits: str = "") -> str:
     if origin in (Union, types.UnionType):
         texts = [format_type(part, limits) for part in parts if part is not type(None)]
         return " or ".join(texts + ["null"] * (type(None) in parts))
+    if origin is dict:
+        return "value"
     if origin is Literal:
         return " | ".join(map(str, parts))
     if origin in (tuple, list):

@@ -17,13 +17,9 @@ import torch
 from torch import Tensor
 
 from prior.conditions import (
-    ClassColumn,
     Column,
     FlagsColumn,
     GridColumn,
-    NumberColumn,
-    VectorColumn,
-    describe_names,
 )
 from tokenizer.files import FormatError
 
@@ -125,15 +121,3 @@ class MappedColumn(MappedRows):
     def convert(self, found: Tensor) -> Tensor:
         """Convert stored values to raw ones. Raises `ValueError`."""
         return unpack_column(self._column, found)
-
-
-def describe_column(column: Column) -> str:
-    """Describe a column in a few words: its kind, and the values that it allows."""
-    if isinstance(column, ClassColumn | FlagsColumn):
-        return f"{column.kind}: {describe_names(column.names)}"
-    if isinstance(column, NumberColumn):
-        return "number " + ", ".join(f"{low:g} to {high:g}" for low, high in zip(column.low, column.high, strict=True))
-    if isinstance(column, VectorColumn):
-        return f"vector of {column.size} numbers" + (f" from {column.encoder}" if column.encoder else "")
-    assert isinstance(column, GridColumn)
-    return f"grid of {' x '.join(map(str, column.shape))} ids below {column.grid.vocab_size:,}"

@@ -428,7 +428,7 @@ def test_foreign_files_in_the_work_folder_are_refused(tokenizer, images, tmp_pat
         ({"data": {"source": "digits"}, "augmentations": 2}, "augmentations.*data.augment"),
         ({"rows_per_shard": 7}, "rows_per_shard"),
         ({"table": "rows.csv"}, "^table: .*conditions.age=age"),
-        ({"table": "rows.csv", "conditions": {"age": "age"}}, "^table: rows.csv"),
+        ({"table": "rows.csv", "conditions": {"age": "age"}}, "^table: .*rows.csv"),
         ({"conditions": {"label": "age"}}, "^conditions: 'label'"),
         ({"conditions": {"outline": {"images": "outlines"}}}, "^conditions.outline"),
     ],

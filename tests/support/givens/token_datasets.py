@@ -87,6 +87,52 @@ def same_condition(one, other):
     )
 
 
+COLUMNS = ("view", "tags", "age", "text", "outline")
+"""The columns of `make_conditioned`, one of each kind."""
+
+
+def make_conditioned(rows=256, noise=0.05, seed=0, only=COLUMNS):
+    """A dataset whose tokens (2 x 2, 32 ids) depend on the label and on all columns: two bits of each token are the
+    outline's cell; the others are the label, two flags, the quarter of the age, and view and text."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer("vqvae", (8, 8), 1).eval()
+    outlines = make_tokenizer("vqvae", (8, 8), 1, quantizer={"kind": "ema", "codes": 4, "dim": 8}).eval()
+    columns = {
+        "view": ClassColumn(names=["front", "side"]),
+        "tags": FlagsColumn(names=["old", "wet"]),
+        "age": NumberColumn(mean=[50.0], std=[28.9], low=[0.0], high=[100.0]),
+        "text": VectorColumn(size=3, scale=1.0, encoder="words"),
+        "outline": GridColumn(grid=outlines.grid, tokenizer=outlines.fingerprint()),
+    }
+
+    def split(count):
+        label, view, tags = torch.randint(3, (count,)), torch.randint(2, (count,)), torch.randint(2, (count, 2))
+        age, text = 100 * torch.rand(count, 1), torch.randn(count, 3)
+        outline = torch.randint(4, (count, 2, 2))
+        high = [label, tags[:, 0] + 2 * tags[:, 1], (age[:, 0] // 25).long(), view + 2 * (text[:, 0] > 0)]
+        tokens = outline + 4 * torch.stack(high, 1).reshape(count, 2, 2)
+        random = torch.randint(32, tokens.shape)
+        tokens = torch.where(torch.rand(tokens.shape) < noise, random, tokens).to(smallest_type(32))
+        values = {"view": view, "tags": tags.float(), "age": age, "text": text, "outline": outline}
+        for name in values:  # a few nulls
+            null = torch.rand(count) < 0.02
+            values[name][null] = columns[name].null(int(null.sum()))
+        return TokenSplit(tokens, label, {name: values[name] for name in only})
+
+    splits = {"train": split(rows), "test": split(128), "validation": split(48)}
+    chosen = {name: columns[name] for name in only}
+    tokenizers = {"outline": outlines} if "outline" in only else {}
+    return TokenDataset(
+        tokenizer.grid,
+        ["cat", "dog", "eel"],
+        splits,
+        tokenizer,
+        {"data": {"source": "here"}},
+        conditions=chosen,
+        condition_tokenizers=tokenizers,
+    )
+
+
 def refused(folder, error, *needles, seal=True):
     """Assert that loading raises `error` with all needles in its message."""
     if seal:
