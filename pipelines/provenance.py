@@ -15,6 +15,7 @@ from .config import Within
 from .images import DataConfig
 from .images.hub import fetch_file
 from .saving import INDEX, resolve_shipped
+from .tokens.meta import META, read_meta
 
 IN_RUN = Within("tokenizer", CONFIG)
 TokenizerFolder = Annotated[str, IN_RUN]
@@ -35,6 +36,8 @@ def read_training_data(tokenizer: str) -> dict[str, Any]:
     """Return the settings of the images that a tokenizer was trained on, if recorded. Raises `FormatError`."""
     source = tokenizer_folder(tokenizer)
     pipeline = Path(source).parent
+    if (pipeline / META).is_file():  # a token dataset
+        return dict(read_meta(pipeline).source.get("data", {}))
     in_pipeline = (pipeline / INDEX).is_file()  # a pipeline records them once for both models
     return read_data_settings(find_file(str(pipeline) if in_pipeline else source, PROVENANCE))
 

@@ -6,6 +6,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -30,21 +31,27 @@ def encode_text(encoder: str, texts: Sequence[str]) -> Tensor:
         raise ValueError(
             f"{encoder!r} is not a built-in text encoder; allowed is ngrams:SIZE, with SIZE up to {MAX_SIZE}"
         )
-    return torch.from_numpy(np.stack([hash_ngrams(text, int(found[1])) for text in texts] or [np.empty((0,))])).float()
+    return torch.tensor(
+        np.array([hash_ngrams(text, int(found[1])) for text in texts]).reshape(-1, int(found[1]))
+    ).float()
 
 
 def hash_ngrams(text: str, size: int) -> np.ndarray:
     """Count the n-grams of 2 to 4 characters, hashed to `size` places with a sign, and divide by the length of the
-    vector. Case does not count. The result is the same on every machine."""
+    vector. Case does not count. The result is the same in every process."""
     padded = f" {unicodedata.normalize('NFKC', text).casefold().strip()} "
     counts = np.zeros(size)
     for length in LENGTHS:
         for start in range(len(padded) - length + 1):
-            code = int.from_bytes(
-                blake2b(padded[start : start + length].encode("utf-8", "replace"), digest_size=8).digest()
-            )
+            code = hash_gram(padded[start : start + length])
             counts[code // 2 % size] += 1 - 2 * (code % 2)
     return counts / max(1.0, float(np.sqrt((counts**2).sum())))
+
+
+@lru_cache(1 << 16)
+def hash_gram(gram: str) -> int:
+    """Return 64 bits that depend on the characters alone."""
+    return int.from_bytes(blake2b(gram.encode("utf-8", "replace"), digest_size=8).digest(), "big")
 
 
 def run_encoder(encoder: str, texts: Sequence[str]) -> Tensor:

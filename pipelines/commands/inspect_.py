@@ -1,6 +1,6 @@
 """Inspect a tokenizer: write a one-page report of codebook usage, patches of codes, and reconstructions.
 
-For a pipeline, it also lists what images may be conditioned on.
+For a pipeline, or the tokenizer of a token dataset, it also lists what images may be conditioned on.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from ..metrics.reconstruction import images_at_a_time, list_prefix_decoders, rec
 from ..options import UsesTokenizer
 from ..provenance import find_protected_folder, tokenizer_defaults, tokenizer_folder
 from ..shuffling import spread
+from ..tokens.columns import describe_column
+from ..tokens.meta import META, read_meta
 
 WIDTH = 1200  # maximum width of a row of pictures, in pixels, unless a single one is wider
 
@@ -64,7 +66,7 @@ def run(config: InspectConfig) -> dict[str, Any]:
     picture = draw_page(tokenizer, images, uses, errors, lines, config)
     with out.file() as path:
         write_picture(picture, path)
-    print(config.out, *lines, sep="\n  ")
+    print(config.out, *lines, *describe_dataset(Path(config.tokenizer)), sep="\n  ")
     return figures
 
 
@@ -118,6 +120,18 @@ def describe_figures(tokenizer: Any, f: dict[str, Any]) -> list[str]:
     if len(names := part_names(tokenizer)) > 1:
         each = (f"{name}: {level['usage']:.1%}" for name, level in zip(names, f["levels"], strict=True))
         lines.append(f"codes used, {', '.join(each)}")
+    return lines
+
+
+def describe_dataset(folder: Path) -> list[str]:
+    """Describe each column of a token dataset in a line; `folder`, or its tokenizer's, may be anything else."""
+    dataset = next((place for place in (folder, folder.parent) if (place / META).is_file()), None)
+    if dataset is None:
+        return []
+    meta, lines = read_meta(dataset), []
+    for name, column in meta.conditions.items():
+        facts = [f"{key} {value}" for key, value in meta.condition_sources[name].items() if value]
+        lines.append(f"condition {name}: {describe_column(column)}" + (f" ({', '.join(facts)})" if facts else ""))
     return lines
 
 

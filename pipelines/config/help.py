@@ -17,6 +17,7 @@ from tokenizer.config import (
     Node,
     Settings,
     find_mark,
+    mapped_model,
     nested_models,
     show_number,
     show_value,
@@ -28,6 +29,8 @@ from .schema import Config, Of
 from .table import width, wrap, wrap_rows
 
 ALL = "all"
+NAME = "NAME"
+"""Stands for a name that the user chooses, in a key."""
 OPTIONS = {
     "--config FILE": "a YAML file or a preset's name (`smalti presets`); several merge left to right",
     "key=value": "set one key, overriding the files; the value is YAML, as in train.lr=1e-3 or sizes=1,2; a new "
@@ -179,6 +182,10 @@ def list_sections(
                     inner, first_line = below if member == chosen else {}, (model.__doc__ or "").strip().split("\n")[0]
                     around = (*families, family.family)
                     nested += list_sections(model, inner, key, member, first_line, owner=whose, families=around)
+        elif mapped := mapped_model(field):
+            rows.append(Row(f"{key}.{NAME}", "text", "none", about))
+            first_line = (mapped.__doc__ or "").strip().split("\n")[0]
+            nested += list_sections(mapped, {}, f"{key}.{NAME}", "", first_line)
         elif models:
             inner = values.get(name, {}) if whose else below
             nested += list_sections(models[""], inner, key, "", about, owner=whose, families=families)

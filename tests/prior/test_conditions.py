@@ -257,10 +257,15 @@ def test_schedules_and_bounds_of_masked(settings):
 
 
 @every_model
-def test_every_weight_of_the_encoder_learns(name):
-    model = make_conditioned(name, "all").train()
+@pytest.mark.parametrize("bf16", [False, True])
+def test_every_weight_of_the_encoder_learns(name, bf16):
+    """Also under autocast."""
+    model = make_conditioned(name, "all").float().train()
     tokens, condition = draw_tokens(model, 6), draw_condition(model, 6, "all")
-    model.loss(tokens, LABELS, condition=condition).backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = model.loss(tokens, LABELS, condition=condition)
+    assert loss.isfinite()
+    loss.backward()
     still = [key for key, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert not [key for key in still if "condition_encoder" in key or "columns" in key]
 

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from command import fails
+from givens.token_datasets import add_columns, make_dataset
 from PIL import Image
 from small import TOKENIZERS, make_prior, make_tokenizer, quantizer_of
 from small_pipelines import COLUMNS
@@ -141,6 +143,18 @@ def test_a_report_is_not_written_into_the_pipeline_of_a_grid(world, tmp_path, ca
     write_json(tmp_path / "pipe" / INDEX, {})
     assert "out: " in fails(capsys, "inspect", f"tokenizer={inner}", f"out={tmp_path / 'pipe' / 'page.png'}")
     assert not (tmp_path / "pipe" / "page.png").exists()
+
+
+def test_the_columns_of_a_token_dataset_are_listed(data, tmp_path, capsys):
+    torch.manual_seed(0)
+    tokens = replace(make_dataset(), tokenizer=make_tokenizer("vqvae").eval(), source={"data": data})
+    tokens = add_columns(replace(tokens, grid=tokens.tokenizer.grid, splits={}))
+    tokens.save(tmp_path / "tokens")
+    main(["inspect", f"tokenizer={tmp_path / 'tokens'}", f"out={tmp_path / 'page.png'}", "num_images=3"])
+    printed = capsys.readouterr().out
+    assert "  condition view: class: front, side\n" in printed and "grid of 2 x 2 ids below 256" in printed
+    assert "  condition age: number 20.5 to 80 (column years)\n" in printed and "flags: hat, glasses, beard" in printed
+    assert "  condition text: vector of 5 numbers from ngrams:5\n" in printed
 
 
 BAD = [
