@@ -110,11 +110,10 @@ class TrainPriorConfig(Config):
         0.1,
         ge=0,
         le=1,
-        description="share of images trained without their label and columns, for unconditional sampling and guidance; "
-        "1: a prior without classes and columns",
+        description="share of images trained without label and columns, for guidance; 1: a prior without them",
     )
     conditions: list[str] | None = Field(
-        None, description="columns of the token dataset to condition on, besides the class; null: all; []: none"
+        None, description="columns of the tokens to condition on, besides the class; null: all"
     )
     condition_dropout: float = Field(
         0.1,
