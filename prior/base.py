@@ -344,7 +344,7 @@ class Prior(PretrainedModel, family="prior"):
         if known is not None and self.any_order:
             partition = partition or Partition(self.order, self.blocks)
             partition = Partition(known_first(partition.order, known), partition.blocks)
-        inputs = {} if partition is None else self.order_inputs(partition, known)
+        inputs: dict[str, Any] = {} if partition is None else self.order_inputs(partition, known)
         outputs = self.forward_outputs(tokens, given, **inputs)
         return self.to_raster(self.output_head.log_probs(outputs, self.position_ids(tokens))).reshape(tokens.shape)
 
