@@ -6,8 +6,10 @@ import difflib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 from tokenizer.files import FULL, PipelineLoadError, escape, one_line
@@ -97,7 +99,16 @@ def exit_codes(*, quiet: bool = False, after_ctrl_c: Callable[[], str] | None = 
 @contextmanager
 def at_a_shell() -> Iterator[None]:
     """End the process as shells expect: silently if its output pipe was closed (`| head`), and by SIGINT itself after
-    Ctrl-C, so that a shell loop stops too."""
+    Ctrl-C, so that a shell loop stops too. Our warnings are one line, without the place in the code."""
+    plain, own = warnings.formatwarning, str(Path(__file__).parents[1])
+
+    def format_warning(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        ours = category is UserWarning and filename.startswith(own)
+        return f"warning: {message}\n" if ours else plain(message, category, filename, lineno, line)
+
+    warnings.formatwarning = format_warning
     try:
         try:
             yield

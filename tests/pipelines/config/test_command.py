@@ -10,6 +10,7 @@ import errno
 import json
 import re
 import shlex
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,10 +22,11 @@ from hypothesis import strategies as st
 from optional import needs_digits
 from pydantic import Field
 
+import pipelines
 from pipelines.__main__ import load_verb, main, verbs
 from pipelines.config import Config, UserError, errors, run_command
 from pipelines.config.command import parse
-from pipelines.config.errors import Interrupted, ProcessFailed, ReportedElsewhere
+from pipelines.config.errors import Interrupted, ProcessFailed, ReportedElsewhere, at_a_shell
 from pipelines.config.schema import difference, to_yaml
 from pipelines.config.yaml_text import read_yaml, write_yaml
 from tokenizer.config import ModelConfig, Node
@@ -464,3 +466,12 @@ def test_one_process_of_several_prints(monkeypatch: pytest.MonkeyPatch, capsys: 
     pauses: list[float] = []
     monkeypatch.setattr(errors.time, "sleep", pauses.append)  # the launcher ends this process meanwhile
     assert ended(ReportedElsewhere("all have it")) == 2 and pauses == [errors.HEAD_START]
+
+
+def test_our_warnings_are_one_line_and_others_keep_their_place(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    with at_a_shell():
+        pass
+    ours = warnings.formatwarning("too old", UserWarning, pipelines.__file__, 3)
+    theirs = warnings.formatwarning("too old", UserWarning, warnings.__file__, 3)
+    assert ours == "warning: too old\n" and "UserWarning" in theirs and ":3:" in theirs
