@@ -32,10 +32,11 @@ def condition_picture(
     seed: int = 0,
     group: ProcessGroup = ALONE,
 ) -> np.ndarray:
-    """Return a picture of samples given the labels and columns of `count` evenly spread rows of `split`. Each row of
-    samples is below the rows of their grids, decoded, and of the real `images` of these rows, if given. The processes
-    of the group share the sampling."""
-    rows = spread(len(split), count)
+    """Return a picture of samples given the labels and columns of at most `count` evenly spread rows of `split`. Each
+    row of samples is below the rows of their grids, decoded, and of the real `images` of these rows, if given; all rows
+    are full. The processes of the group share the sampling."""
+    width = min(COLUMNS, count, len(split))
+    rows = spread(len(split), min(count, len(split)) // width * width)
     size = -(-len(rows) // group.world)
 
     def draw(start: int) -> Tensor:
@@ -51,8 +52,8 @@ def condition_picture(
     grids = [name for name, column in pipeline.conditions.items() if isinstance(column, GridColumn)]
     parts = [decode_grid(pipeline, name, split.condition(rows)[name]) for name in grids]
     parts += [*([] if images is None else [images.batch(rows)]), samples]
-    lines = zip(*(part.split(COLUMNS) for part in parts), strict=True)
-    return grid_picture(torch.cat([line for lines_of_images in lines for line in lines_of_images]), COLUMNS)
+    lines = zip(*(part.split(width) for part in parts), strict=True)
+    return grid_picture(torch.cat([line for lines_of_images in lines for line in lines_of_images]), width)
 
 
 def decode_grid(pipeline: ImagePipeline, name: str, tokens: Tensor) -> Tensor:

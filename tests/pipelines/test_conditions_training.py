@@ -214,6 +214,8 @@ def test_a_picture_shows_samples_below_the_grids_that_they_follow(data, monkeypa
     other = replace(split, conditions={**split.conditions, "age": split.conditions["age"].flip(0)})
     changed = condition_picture(task.pipeline(task.model), other)
     assert np.array_equal(picture[:cell], changed[:cell]) and not np.array_equal(picture, changed)
+    few, full = (condition_picture(task.pipeline(task.model), split, count=count) for count in (5, 17))
+    assert few.shape[0] == full.shape[0] == 2 * cell + 2 and few.shape[1] < full.shape[1]  # no row is cut
 
 
 def test_a_class_prior_continues_with_columns_and_says_what_is_new(tokens, tmp_path, capsys):
