@@ -177,15 +177,16 @@ def list_pictures(name: str, folder: Path, names: Sequence[str] | None) -> list[
 
 
 def read_text(column: Column, value: Any) -> Any:
-    """Convert text to a value of its column, or to several values separated by commas; other values, and what is not
-    text of this kind, are returned unchanged."""
+    """Convert text to a value of its column, or to several values separated by commas (flags also by `;`, as in data
+    sets); other values, and what is not text of this kind, are returned unchanged."""
     if not isinstance(value, str) or isinstance(column, GridColumn) or takes_text(column):
         return value
     names: list[str] = getattr(column, "names", [])
     if value in names:
         return [value] if isinstance(column, FlagsColumn) else value
     inner = value.strip().removeprefix("[").removesuffix("]")
-    parts: list[Any] = [part.strip().strip("'\"") for part in inner.split(",")]
+    separator = ";" if isinstance(column, FlagsColumn) and ";" in inner else ","
+    parts: list[Any] = [part.strip().strip("'\"") for part in inner.split(separator)]
     if isinstance(column, FlagsColumn):
         return [part for part in parts if part]
     kind, values = int if isinstance(column, ClassColumn) else float, list[Any]()
@@ -213,8 +214,10 @@ def read_cell(column: Column, cell: Any, base: Path) -> Any:
 def read_rows(path: Path, names: Sequence[str] | None) -> list[dict[str, Any]]:
     """Read the rows of a table; with `file_name`, those of the images `names` in their order. Raises `UserError`."""
     if path.suffix not in TABLES:
-        raise UserError(f"conditions: {path} should end in {', '.join(TABLES)}")
+        raise UserError(f"conditions: {path} should end in {' or '.join(TABLES)}")
     rows = list(read_sheet(path, "conditions"))
+    if long := [number for number, row in enumerate(rows, 1) if None in row]:
+        raise UserError(f"conditions: {path}: row {long[0]} has more cells than columns")
     if not rows:
         raise UserError(f"conditions: {path} has no rows")
     if names is None or FILE_NAME not in rows[0]:

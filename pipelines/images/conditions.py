@@ -38,6 +38,7 @@ from prior.conditions import (
 from tokenizer import Tokenizer
 from tokenizer.files import one_line, quote
 
+from ..conditioning import describe_conditions
 from ..config import Config, UserError, is_first_process, tell
 from ..config.errors import did_you_mean
 from ..provenance import TokenizerFolder, tokenizer_folder
@@ -144,7 +145,7 @@ def check_sources(config: DataConfig, sources: Sources, table: str | None = None
         if source.images is not None and not (folder := Path(source.images).expanduser()).is_dir():
             raise UserError(f"conditions.{name}.images: there is no folder {folder}")
         if source.images is not None and not are_disjoint(folder, config.path or folder):
-            raise UserError(f"conditions.{name}.images: {folder} must lie outside data.source")
+            raise UserError(f"conditions.{name}.images: {folder} must lie outside data.source ({config.source})")
     if table is not None and (not os.path.isfile(path := os.path.expanduser(table)) or not path.endswith(TABLES)):
         raise UserError(f"table: there is no file {table} with one of the suffixes {', '.join(TABLES)}")
     if table is not None and not of_files:
@@ -176,13 +177,15 @@ def load_conditions(
                 columns = columns or open_columns(config, splits, table)
                 cells = columns.read(source.column or name)
                 kind = source.kind or ("vector" if source.encoder else cells.guess_kind())
-                if source.kind is None and source.encoder is None and is_first_process():
-                    tell(f"conditions.{name}: of kind {kind}, guessed from its values (kind: ... chooses another)")
                 if kind != "grid":
                     if source.tokenizer is not None:
                         raise ValueError(f"tokenizer is for columns of kind grid, and this is of kind {kind}")
                     column, values = convert_cells(cells, kind, source.encoder)
                     found[name] = LoadedColumn(column, source.describe(name), values)
+                    if source.kind is None and source.encoder is None and is_first_process():
+                        about = f"conditions.{name}: of kind {kind}, guessed from its values"
+                        allowed = describe_conditions({name: column}, {})[0][2]
+                        tell(one_line(f"{about} ({allowed}); conditions.{name}.kind=KIND chooses another"))
                     continue
                 pictures = columns.read_pictures(source.column or name)
             found[name] = load_grid(pictures, source, name, config, together)
@@ -218,9 +221,11 @@ class Cells:
         return {split: [convert(split, row, value) for row, value in enumerate(part)] for split, part in parts}
 
     def guess_kind(self) -> str:
-        """Return the kind of column that the first value suggests."""
-        values = (value for part in self.map(lambda value: value).values() for value in part)
+        """Return the kind of column that the first value suggests; texts are flags if one of them contains `;`."""
+        values = [value for part in self.map(lambda value: value).values() for value in part]
         first = next((value for value in values if value is not None and value != []), None)
+        if self.names is None and any(isinstance(value, str) and ";" in value for value in values):
+            return "flags"
         if self.is_picture:
             return "grid"
         if isinstance(first, list):
@@ -400,10 +405,10 @@ def read_classes(cells: Cells) -> tuple[Column, dict[str, Tensor]]:
 
 
 def read_flags(cells: Cells) -> tuple[Column, dict[str, Tensor]]:
-    """Read lists of names; a text may join them by `;`."""
+    """Read lists of names; a text may join them by `;`, and `;` alone is an empty list."""
 
     def read(value: Any) -> set[Any]:
-        several = [part.strip() for part in value.split(";")] if isinstance(value, str) else value
+        several = [part.strip() for part in value.split(";") if part.strip()] if isinstance(value, str) else value
         return {read_label(one, cells.names) for one in (several if isinstance(several, list) else [several])}
 
     found = cells.map(read)
@@ -447,7 +452,8 @@ def read_numbers(cells: Cells, kind: str, encoder: str | None = None) -> tuple[C
         several = [math.nan if one is None else one for one in value] if isinstance(value, list) else value
         numbers = np.atleast_1d(np.asarray(several))
         if numbers.dtype.kind not in "biuf" or numbers.ndim != 1 or not len(numbers):
-            raise ValueError(f"expected numbers (got {shorten(value)})")
+            hint = "; `encoder` makes vectors of text" if kind == "vector" and isinstance(value, str) else ""
+            raise ValueError(f"expected numbers (got {shorten(value)}){hint}")
         if (np.abs(numbers) > torch.finfo(torch.float32).max).any():
             raise ValueError(f"numbers must be finite (got {shorten(value)})")
         sizes.append(len(numbers))
@@ -540,7 +546,8 @@ def pair_images(folder: Path, config: DataConfig, splits: Mapping[str, ImageData
             raise ValueError(f"{other} and {path} have one stem")
     stems = {stem(path, root) for path in image_paths(root)}
     if absent := sorted(stems - partners.keys()) or sorted(partners.keys() - stems):
-        raise ValueError(f"{folder if absent[0] in stems else root}: no image with the stem {absent[0]!r}")
+        here, there = (folder, root) if absent[0] in stems else (root, folder)
+        raise ValueError(f"{here}: no image with the stem {absent[0]!r}, which {there} has; each needs a partner")
     paths = paths_of(splits).items()
     return file_pictures({split: [partners[stem(path, root)] for path in part] for split, part in paths})
 

@@ -402,7 +402,8 @@ def choose_splits(
         parts["held_out"] = other, np.arange(other.size)
     for part, name in (("train", config.split), ("held_out", found or "held_out")):
         if not len(parts[part][1]):
-            raise UserError(f"data: no images left for {name!r} (the split {config.split!r} has {rows.size})")
+            of_clips = f"; whole folders are held out, and it has {total}" if config.clips else ""
+            raise UserError(f"data: no images left for {name!r} (the split {config.split!r} has {rows.size}{of_clips})")
     return {name: (source, part[: config.limit]) for name, (source, part) in parts.items() if len(part)}
 
 

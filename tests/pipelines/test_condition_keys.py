@@ -75,6 +75,8 @@ def only(condition, values):
         (["condition.view='none of both'", "condition.findings=[]"], {"view": "none of both", "findings": []}),
         (["condition.view=1", "condition.findings=bone"], {"view": 1, "findings": ["bone"]}),
         (["condition.view=[lateral, 0]"], {"view": ["lateral", 0]}),
+        (["condition.findings=bone; water"], {"findings": ["bone", "water"]}),
+        (["condition.findings=;"], {"findings": []}),
         (["condition.findings=[[bone], [], [metal, water]]"], {"findings": [["bone"], [], ["metal", "water"]]}),
         (["condition.motion=1.5,-1"], {"motion": [1.5, -1]}),
         (["condition.motion=[[1.5, -1], [0, 0]]"], {"motion": [[1.5, -1], [0, 0]]}),
@@ -174,6 +176,7 @@ def test_mistakes_are_one_line(pipe, pictures, tmp_path):
 
     (tmp_path / "broken.png").write_text("no picture")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "long.csv").write_text("age,view\n3,lateral\n3,lateral,4\n")
     (tmp_path / "bad.jsonl").write_text("[1]\n")
     cases = {
         "unknown column 'agee'; did you mean 'age'?": ["condition.agee=3"],
@@ -192,8 +195,9 @@ def test_mistakes_are_one_line(pipe, pictures, tmp_path):
         "g.csv: unknown column 'hight'": [table("g.csv", hight=[1, 2])],
         "d.csv: row 2: age: expected a number": [table("d.csv", age=[1, "old"])],
         "e.csv: row 2: outline: ": [table("e.csv", outline=[str(pictures / "0.png"), "nowhere.png"])],
-        "should end in .csv, .tsv": ["conditions=rows.xlsx"],
+        "should end in .csv or .tsv": ["conditions=rows.xlsx"],
         "conditions: nowhere.csv": ["conditions=nowhere.csv"],
+        "long.csv: row 2 has more cells than columns": [f"conditions={tmp_path / 'long.csv'}"],
         "conditions: ": [f"conditions={tmp_path / 'bad.jsonl'}"],
     }
     for message, argv in cases.items():

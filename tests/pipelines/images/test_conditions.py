@@ -223,6 +223,8 @@ def test_names_come_from_the_features_and_kinds_can_be_chosen(tmp_path):
         (".jsonl", [True, False, None, True], "class", ["no", "yes"]),
         (".jsonl", [1.0, math.nan, 3.0, 1.0], "class", ["1", "3"]),
         (".csv", ["a;b", "b", "", "c; a"], "flags", ["a", "b", "c"]),
+        (".csv", ["c", "b", "", "c; a"], None, ["a", "b", "c"]),
+        (".csv", ["c", ";", "", "c; a;"], "flags", ["a", "c"]),
         (".csv", ["1.5", "10", "", "2.0"], "class", ["1.5", "2", "10"]),
     ],
 )
@@ -358,6 +360,12 @@ def test_folders_around_clips_are_classes(tmp_path):
     assert splits.train.class_names == ["run", "walk"]
 
 
+def test_a_lone_clip_cannot_be_divided(tmp_path):
+    root = write_clips(tmp_path / "clips", 1, 5)
+    with pytest.raises(UserError, match=r"no images left for 'train'.*whole folders are held out, and it has 1\)"):
+        load_images(DataConfig(source=str(root), image_size=12, clips=True))
+
+
 @pytest.mark.parametrize("options", [{}, {"streaming": True}])
 def test_clips_need_a_folder(tmp_path, options):
     with pytest.raises(UserError, match=r"^data\.clips"):
@@ -456,7 +464,10 @@ def test_a_table_has_one_row_for_each_image(tmp_path, change, words, suffix):
 
 @pytest.mark.parametrize(
     ("images", "pair", "words"),
-    [(None, "003.png", "no image with the stem '003'"), ("003.png", None, "images: no image with the stem '003'")],
+    [
+        (None, "003.png", "no image with the stem '003', which"),
+        ("003.png", None, "images: no image with the stem '003'"),
+    ],
 )
 def test_an_image_without_its_pair_is_named(tmp_path, images, pair, words):
     source = write_files(tmp_path / "images", tmp_path / "pairs")
