@@ -50,9 +50,9 @@ TEMPLATE = """\
 
 # {{ tokenizer.name }} + {{ prior.name }}
 
-Generates {{ height }} x {{ width }} {{ colours }} images, {{ classes }}. The tokenizer (`{{ tokenizer.name }}`, \
-{{ counts[0] }} parameters) turns an image into {{ shape }} ids of {{ prior.grid.vocab_size }}; the prior \
-(`{{ prior.name }}`, {{ counts[1] }} parameters) models them.
+Generates {{ height }} x {{ width }} {{ colours }} images, {{ classes }}{{ given }}. The tokenizer \
+(`{{ tokenizer.name }}`, {{ counts[0] }} parameters) turns an image into {{ shape }} ids of \
+{{ prior.grid.vocab_size }}; the prior (`{{ prior.name }}`, {{ counts[1] }} parameters) models them.
 {% if source %}
 Trained on {{ source }}.
 {% endif %}{% if has_grid %}
@@ -95,6 +95,7 @@ def model_card(
         colours="grey" if channels == 1 else "RGB",
         shape=" x ".join(map(str, prior.grid.shape)),
         classes=f"{prior.num_classes} classes ({', '.join(labels)})" if prior.num_classes else "no classes",
+        given=f", given {', '.join(prior.conditions)}" if prior.conditions else "",
         imports="from PIL import Image\n" if "Image.open" in example else "",
         example=f", condition={example}" if prior.conditions else "",
         source=describe_for_card(facts),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -122,6 +124,8 @@ def convert_pictures(column: GridColumn, value: Any, tokenizer: Tokenizer | None
         batch = to_images(images, tokenizer.image_shape)
         return encode_images(tokenizer, batch) if encode else column.null(len(batch))
 
+    if any(isinstance(one, (str, Path)) for one in (value if isinstance(value, (list, tuple)) else [value])):
+        raise ValueError("expected images or token ids, not paths; open pictures with PIL.Image.open")
     if isinstance(value, (list, tuple)):
         chosen = [is_picture(one, column, tokenizer) for one in value]
         if not any(chosen):
@@ -206,7 +210,8 @@ def describe_conditions(
         elif isinstance(column, NumberColumn):
             values = describe_range(column)
         elif isinstance(column, VectorColumn):
-            values, encoder = f"{column.size} numbers", column.encoder
+            text = "text, or " if NGRAMS.fullmatch(column.encoder) else ""
+            values, encoder = f"{text}{column.size} numbers", column.encoder
         elif isinstance(column, GridColumn):
             values, tokenizer = (
                 f"{' x '.join(map(str, column.shape))} ids of {column.grid.vocab_size}",
@@ -224,9 +229,9 @@ def example_condition(columns: Mapping[str, Column], tokenizers: Mapping[str, To
     found = []
     for name, column in columns.items():
         if isinstance(column, ClassColumn):
-            found.append(f'"{name}": {column.names[0]!r}')
+            found.append(f'"{name}": {json.dumps(column.names[0], ensure_ascii=False)}')
         elif isinstance(column, FlagsColumn):
-            found.append(f'"{name}": {column.names[:2]!r}')
+            found.append(f'"{name}": {json.dumps(column.names[:2], ensure_ascii=False)}')
         elif isinstance(column, NumberColumn):
             numbers = ", ".join(f"{mean:.4g}" for mean in column.mean)
             found.append(f'"{name}": {numbers if len(column.mean) == 1 else f"[{numbers}]"}')

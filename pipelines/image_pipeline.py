@@ -184,7 +184,7 @@ class ImagePipeline:
         return (
             f"{type(self).__name__}({self.tokenizer.name} + {self.prior.name}, images {shape}, tokens "
             f"{'x'.join(map(str, grid.shape))} of {grid.vocab_size}, {self.prior.num_classes} classes"
-            f"{''.join(f', {name}' for name in self.conditions)})"
+            f"{', columns ' * bool(self.conditions)}{', '.join(self.conditions)})"
         )
 
     # Sampling
@@ -401,7 +401,7 @@ class ImagePipeline:
         if isinstance(label, (int, np.integer)) and not isinstance(label, bool) and 0 <= label < classes:
             return int(label)
         there = f"use ids 0 to {classes - 1}" + (f" or names {', '.join(self.labels)}" if self.labels else "")
-        raise ValueError(f"unknown class {label!r}; {there if classes else 'this pipeline is unconditional'}")
+        raise ValueError(f"unknown class {label!r}; {there if classes else 'this pipeline has no classes'}")
 
     def class_names(self, ids: Tensor) -> list[str]:
         """Return the names of class ids `(B,)`, or their numbers if classes have no names; "" for the null class."""

@@ -255,10 +255,10 @@ def check_condition_tokenizers(prior: Prior, tokenizers: Mapping[str, Tokenizer]
     for name in [*grids, *tokenizers]:
         where = f"{CONDITIONS}/{name}"
         if name not in grids:
-            raise IntegrityError(f"{where}: the prior has no such grid; its grids are {', '.join(grids) or 'none'}")
+            raise IntegrityError(f"{where}: the prior has no such grid; its grids: {', '.join(grids) or 'none'}")
         column, tokenizer = grids[name], tokenizers.get(name)
         if tokenizer is None and column.tokenizer:
-            raise IntegrityError(f"{where}: missing: the tokenizer ({column.tokenizer[:12]}...) of this grid's tokens")
+            raise IntegrityError(f"{where}: missing tokenizer ({column.tokenizer[:12]}...) of this grid's tokens")
         if tokenizer is None:
             continue
         if tokenizer.grid != column.grid:

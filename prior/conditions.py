@@ -84,8 +84,8 @@ class Column(ModelConfig):
         """Raise `ValueError` unless `values` have `shape` or `(n, *shape)`."""
         shape = self.shape
         if tuple(values.shape) != shape and (not values.ndim or tuple(values.shape[1:]) != shape):
-            expected = f"{shape} for one image" if shape else "a number for one image"
-            raise ValueError(f"expected {expected}, or {('n', *shape)} for n images (got {tuple(values.shape)})")
+            one, several = f"the shape {shape}" if shape else "a number", str(("n", *shape)).replace("'", "")
+            raise ValueError(f"expected {one} for one image, or {several} for n images (got {tuple(values.shape)})")
         return values
 
     def null(self, count: int, device: torch.device | None = None) -> Tensor:
@@ -210,7 +210,8 @@ class FlagsColumn(FloatColumn):
         """Check that flags are 0 or 1."""
         values = super().check_raw(values)
         if bool(((values != 0) & (values != 1) & ~values.isnan()).any()):
-            raise ValueError("flags must be 0 or 1")
+            wrong = values[(values != 0) & (values != 1) & ~values.isnan()]
+            raise ValueError(f"flags must be 0 or 1 (got {float(wrong[0]):g})")
         return values
 
 
@@ -347,7 +348,7 @@ def parse_values(columns: Mapping[str, Column], condition: Mapping[str, Any]) ->
         column = find_column(columns, name)
         try:
             parsed[name] = column.parse(value)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"condition: {name}: {error}") from error
     return parsed
 

@@ -86,9 +86,7 @@ class Calibration(Part):
         then, now = name_given(self.labels, self.columns), name_given(labelled, columns)
         if then != now:
             key = "condition" if self.columns or columns else "labels"
-            raise CalibrationError(
-                f"{key}: calibrated with {then} given, but now {now} is given, so scores are not comparable"
-            )
+            raise CalibrationError(f"{key}: calibrated given {then}, but now given {now}, so scores are not comparable")
 
     @property
     def promise(self) -> str:

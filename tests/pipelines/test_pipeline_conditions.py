@@ -339,7 +339,12 @@ def test_the_card_lists_columns_and_its_example_can_be_called(pipe, tmp_path):
     card = (tmp_path / "pipe" / "README.md").read_text()
     rows = dict(re.findall(r"^\| (\w+) \| (class|flags|number|vector|grid) \|", card, re.M))
     assert rows == {name: column.kind for name, column in pipe.conditions.items()}
-    assert "| age | number | 18 to 90 |" in card and "frontal, lateral" in card and "ngrams:16" in card
+    assert (
+        "| age | number | 18 to 90 |" in card
+        and "frontal, lateral" in card
+        and "text, or 16 numbers | ngrams:16" in card
+    )
+    assert f"given {', '.join(pipe.conditions)}. The" in card
     example = re.search(r"condition=({.*}), seed", card)[1]
     image = type("Image", (), {"open": staticmethod(lambda name: pictures(1)[0])})
     given = eval(example, {"Image": image})
@@ -370,6 +375,7 @@ def bad(pipe):
         "shape of tokens": ({"outline": torch.zeros(5, 5).long()}, ["outline", "(4, 6)"]),
         "range of tokens": ({"outline": torch.full((4, 6), 32)}, ["outline", "32"]),
         "among pictures": ({"outline": [outline, 3, outline]}, ["outline"]),
+        "path": ({"outline": ["a.png", outline, None]}, ["outline", "not paths"]),
         "text": ({"clip": "a fish"}, ["clip", "open_clip:encode", "8 numbers"]),
         "label": ({"label": "cow"}, ["'cow'", "cat"]),
         "a grid of ids": ({"map": outline}, ["map", "(2, 2)"]),
