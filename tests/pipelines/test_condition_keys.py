@@ -46,10 +46,16 @@ def pictures(pipe, tmp_path_factory):
     return folder
 
 
-def read(pipe, *argv, count=None, names=None):
-    """The rows that a command line gives."""
+def given(pipe, *argv, count=None, names=None):
+    """What a command line gives."""
     config = parse(SamplesWithCondition, list(argv), verb="generate", description="")
     return config.read_condition(pipe, count, names)
+
+
+def read(pipe, *argv, **options):
+    """The rows of all images that a command line gives."""
+    found = given(pipe, *argv, **options)
+    return found.select(range(found.count))
 
 
 def same(found, expected):
@@ -83,9 +89,9 @@ def only(condition, values):
 )
 def test_words_are_values_of_their_columns(pipe, words, values):
     found = read(pipe, *words)
-    assert found.count == (pipe.count_condition(values) or 1)
-    assert same(found.rows(), only(pipe.read_condition(values, found.count), values))
-    assert found.labels == [] and found.choose_labels([1]) == [1]
+    assert found.count == len(pipe(condition=values, output_type="latent", progress=False).tokens)
+    assert same(found.columns, only(pipe.read_condition(values, found.count), values))
+    assert found.labels == []
 
 
 def write_table(path, values):
@@ -117,30 +123,30 @@ def test_a_table_has_a_row_per_image(pipe, pictures, tmp_path, suffix):
     values = {**VALUES, "outline": [cells[0], None, *cells[1:]]}
     found = read(pipe, f"conditions={write_table(folder / f'rows{suffix}', values)}")
     expected = pipe.read_condition({**VALUES, "outline": [images[0], None, *images[1:]]}, 4)
-    assert found.count == 4 and same(found.rows(), expected)
+    assert found.count == 4 and same(found.columns, expected)
     assert found.labels == [2, None, 0, 0]
-    assert same(found.rows([3, 1]), {name: raw[[3, 1]] for name, raw in expected.items()})
+    assert same(found.select([3, 1]).columns, {name: raw[[3, 1]] for name, raw in expected.items()})
 
 
 def test_a_table_and_keys_go_together(pipe, tmp_path):
     table = write_table(tmp_path / "rows.csv", {"age": VALUES["age"]})
     found = read(pipe, f"conditions={table}", "condition.view=lateral")
     values = {"age": VALUES["age"], "view": "lateral"}
-    assert found.count == 4 and same(found.rows(), only(pipe.read_condition(values, 4), values))
+    assert found.count == 4 and same(found.columns, only(pipe.read_condition(values, 4), values))
 
 
 def test_a_folder_has_a_picture_per_image(pipe, pictures):
     files = [Image.open(pictures / f"{number}.png") for number in range(4)]
     assert same(
-        read(pipe, f"condition.outline={pictures}").rows(),
+        read(pipe, f"condition.outline={pictures}").columns,
         only(pipe.read_condition({"outline": files}, 4), ["outline"]),
     )
     one = read(pipe, f"condition.outline={pictures / '3.png'}", count=3)
-    assert one.count == 3 and same(one.rows(), only(pipe.read_condition({"outline": files[3]}, 3), ["outline"]))
+    assert one.count == 3 and same(one.columns, only(pipe.read_condition({"outline": files[3]}, 3), ["outline"]))
     some = read(pipe, f"condition.outline=[{pictures / '3.png'}, null]")
-    assert same(some.rows(), only(pipe.read_condition({"outline": [files[3], None]}, 2), ["outline"]))
+    assert same(some.columns, only(pipe.read_condition({"outline": [files[3], None]}, 2), ["outline"]))
     tokens = pipe.read_condition({"outline": files[1]}, 1)["outline"]
-    assert same(read(pipe, f"condition.outline={tokens[0].tolist()}").rows(), {"outline": tokens})
+    assert same(read(pipe, f"condition.outline={tokens[0].tolist()}").columns, {"outline": tokens})
 
 
 def test_rows_and_pictures_are_found_by_the_names_of_images(pipe, pictures, tmp_path):
@@ -149,16 +155,15 @@ def test_rows_and_pictures_are_found_by_the_names_of_images(pipe, pictures, tmp_
         tmp_path / "rows.jsonl", {"file_name": ["a/0.jpg", "1.jpg", "2.jpg", "b/0.jpg"], "age": VALUES["age"]}
     )
     names = ["/data/images/2.jpg", "images/b/0.jpg", "a/0.jpg"]
-    found = read(pipe, f"conditions={table}", count=3, names=names).rows()
+    found = read(pipe, f"conditions={table}", count=3, names=names).columns
     assert same(found, only(pipe.read_condition({"age": [20.5, 88.0, 63.0]}, 3), ["age"]))
-    found = read(pipe, f"condition.outline={pictures}", count=2, names=["x/3.jpg", "y/1.tif"]).rows()
+    found = read(pipe, f"condition.outline={pictures}", count=2, names=["x/3.jpg", "y/1.tif"]).columns
     files = [Image.open(pictures / f"{number}.png") for number in (3, 1)]
     assert same(found, only(pipe.read_condition({"outline": files}, 2), ["outline"]))
 
 
 def test_without_a_condition_nothing_is_given(pipe):
-    found = read(pipe, count=7)
-    assert found.rows() is None and found.values() is None and found.choose_labels() is None
+    assert given(pipe, count=7).values() == {}
 
 
 def refusal(pipe, *argv, **options):
@@ -202,11 +207,10 @@ def test_mistakes_are_one_line(pipe, pictures, tmp_path):
     assert "has no picture for a/9.png" in refusal(pipe, f"condition.outline={pictures}", count=2, names=names)
     rows = table("f.csv", file_name=["1.png"], age=[3])
     assert "no row with the file_name of a/9.png" in refusal(pipe, rows, count=2, names=names)
-    assert "labels, too" in str(pytest.raises(UserError, read(pipe, "condition.label=eel").choose_labels, [1]).value)
 
 
 def test_a_pipeline_without_columns_says_so():
     torch.manual_seed(0)
     plain = make_conditioned(columns={}, outline=False)
     assert "unknown column 'age'" in refusal(plain, "condition.age=3")
-    assert read(plain, "condition.label=eel").choose_labels() == [2]
+    assert read(plain, "condition.label=eel").labels == [2]

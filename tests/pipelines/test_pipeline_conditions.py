@@ -153,7 +153,6 @@ def test_pictures_in_every_form_equal_their_tokens(only):
         "list of floats": list(floats),
         "tokens": expected,
         "lists of tokens": expected.tolist(),
-        "bytes of tokens": expected.to(torch.uint8),
         "mixed": [images[0], expected[1], arrays[2]],
     }
     for name, form in forms.items():
