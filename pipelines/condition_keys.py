@@ -5,7 +5,6 @@ Text becomes a value of its column: `red,round` two flags, a path a picture or a
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from prior.conditions import LABEL, ClassColumn, Column, Condition, FlagsColumn, GridColumn, find_column
+from prior.conditions import LABEL, ClassColumn, Column, Condition, FlagsColumn, GridColumn, NumberColumn, find_column
 
 from .condition_values import convert_value, describe_outside, encode_images, takes_text
 from .config import Config, UserError, is_first_process, tell
@@ -202,12 +201,13 @@ def read_text(column: Column, value: Any) -> Any:
 def read_cell(column: Column, cell: Any, base: Path) -> Any:
     """Convert a cell of a table to a value of its column; empty text and NaN are null. base: the folder of the
     table."""
-    if cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell)):
+    is_nan = str(cell).lower() == "nan" and (isinstance(cell, float) or isinstance(column, NumberColumn))
+    if cell is None or cell == "" or is_nan:
         return None
     if isinstance(cell, str) and isinstance(column, GridColumn):
         return base / cell
-    if isinstance(column, ClassColumn):  # numbers are names, if there are such names
-        cell = str(int(cell) if isinstance(cell, float) and cell.is_integer() else cell)
+    if isinstance(column, ClassColumn):
+        cell = str(cell) if str(cell) in column.names else str(cell).removesuffix(".0")  # of whole floats
     return read_text(column, cell)
 
 

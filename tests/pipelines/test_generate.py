@@ -391,7 +391,7 @@ def test_mistakes_in_a_condition_are_one_line(conditioned, pipeline, tmp_path, c
     for key, *argv in (
         ("conditions: 7 rows for 8 images", table, "num_images=8"),
         ("condition.label: ", table, "labels=[cat]"),
-        ("guidance_on", "guidance_on=[agee]", "guidance_scale=2", "condition.age=3"),
+        ("guidance_on", "guidance_on=[agee]", "guidance_scale=2", "condition.age=30"),
         ("a value of age", "guidance_on=[age]", "guidance_scale=2", "condition.view=lateral"),
         ("condition.age", table, "condition.age=30"),
         ("num_images: 7 for 8 processes", table),
