@@ -59,7 +59,8 @@ def score(served: Served, step: Step, picked: Picked, method: str, label: Any = 
         f"pipe.anomaly_score(image, {method!r}{others}, p_values=True)",
     ]
     assert pipeline.calibration is not None  # otherwise there is no button
-    return verdict(pipeline.calibration, method, found, p_value, bool(known)), images, served.code(*lines)
+    is_known = any("calibrat" in str(warning.message) for warning in known)
+    return verdict(pipeline.calibration, method, found, p_value, is_known), images, served.code(*lines)
 
 
 def verdict(calibration: Calibration, method: str, score: float, p_value: float, known: bool) -> str:

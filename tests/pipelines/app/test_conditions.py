@@ -17,10 +17,13 @@ from servers.chromium import browser
 from small_pipelines import COLUMNS, as_pil, make_conditioned, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
+from pipelines.anomaly.calibrating import calibrate
 
 gr, served_ = Late("gradio"), Late("pipelines.app.served")
 conditions, controls = Late("pipelines.app.conditions"), Late("pipelines.app.controls")
-sample, complete, compare = (Late(f"pipelines.app.tabs.{name}") for name in ("sample", "complete", "compare"))
+sample, complete, compare, anomaly = (
+    Late(f"pipelines.app.tabs.{name}") for name in ("sample", "complete", "compare", "anomaly")
+)
 pytestmark = needs_gradio
 EMBEDDING = {"kind": "vector", "size": 4, "encoder": "other:function"}
 
@@ -121,6 +124,19 @@ def test_an_image_is_completed_and_scored_given_its_condition(served, pipe, pict
         f"**{bits:.1f} bits" in facts and f"**{-float(pipe.log_prob(image, 'dog')) / np.log(2):.1f} bits" not in facts
     )
     assert "condition={'age': 63, 'outline': Image.open(\"outline.png\")}" in code
+
+
+def test_an_image_is_scored_given_what_the_calibration_was_given(served, pipe, tmp_path, monkeypatch):
+    calibrate(pipe, pixels_for(pipe, 43), condition={"age": [20 + number for number in range(43)], "label": "dog"})
+    (image,) = as_pil(pixels_for(pipe, 1))
+    image.save(tmp_path / "image.png")
+    picked = [(str(tmp_path / "image.png"), None)]
+    facts, _, code = anomaly.score(served, quiet, picked, "nll", 1, *fields(served, ["age"], age=63))
+    score = float(pipe.anomaly_score(image, "nll", "dog", condition={"age": 63}))
+    assert f"score: **{score:.4g}**" in facts and "calibrated with" not in facts
+    assert "'nll', labels='dog', condition={'age': 63})" in code
+    with pytest.raises(ValueError, match="calibrated with age, label given, but now label is given"):
+        anomaly.score(served, quiet, picked, "nll", 1, *fields(served))
 
 
 def test_a_missing_or_broken_picture_is_one_line(served, pipe, tmp_path):
