@@ -154,14 +154,13 @@ class ImagePipeline:
         sampler: dict[str, Any] | None = None,
         condition_tokenizers: Mapping[str, Tokenizer] | None = None,
     ) -> None:
-        saving.check_fit(tokenizer, prior, background, condition_tokenizers)
+        tokenizers = saving.check_fit(tokenizer, prior, background, condition_tokenizers)
         if labels and len(labels) != prior.num_classes:
             raise ConfigError(f"{saving.INDEX}: labels: {len(labels)} names for {prior.num_classes} classes")
         saving.check_names(labels, prior.conditions)
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
         self.background = None if background is None else background.eval()
         """A prior trained on perturbed tokens, for `anomaly_score(method="ratio")`."""
-        tokenizers = saving.complete_tokenizers(tokenizer, prior, condition_tokenizers)
         self.condition_tokenizers = {name: one.eval() for name, one in tokenizers.items()}
         """The tokenizers of grid columns by name."""
         self.labels = list(labels)
