@@ -49,12 +49,12 @@ def read_source(name: str, limit: int) -> Iterator[tuple[str, np.ndarray, list[s
 
     folder = image_folder(SOURCES[name])
     source = str(folder) if folder.is_dir() else "digits"
-    size, channels = (64, 3) if name == "emoji" else (28, 1)
-    config = DataConfig(source=source, limit=limit, validation_fraction=0, image_size=size, channels=channels)
-    images = load_images(config)
+    shape: Any = {"image_size": 64, "channels": 3} if name == "emoji" else {"image_size": 28, "channels": 1}
+    images = load_images(DataConfig(source=source, limit=limit, validation_fraction=0, **shape))
     for split, part in (("train", images.train), ("test", images.held_out)):
         rows = np.arange(len(part))[: 1000 if split == "test" else None]
-        yield split, read_pixels(part.pixels(rows)), [part.class_names[label] for label in part.labels[rows]]
+        labels = [] if part.labels is None else [part.class_names[label] for label in part.labels[rows]]
+        yield split, read_pixels(part.pixels(rows)), labels
 
 
 def write_split(folder: Path, images: np.ndarray, columns: Columns | None = None) -> None:

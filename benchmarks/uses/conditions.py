@@ -94,14 +94,13 @@ def train(name: str, options: SimpleNamespace, data: Path, out: Path) -> dict[st
 # Measurements -------------------------------------------------------------------------------------
 
 
-def read_rows(tokens: Path, pipe: Any, count: int) -> tuple[Any, Any, dict[str, Any]]:
-    """Return tokens, labels (or None) and the pipeline's columns of held-out images, without the first frames of
-    clips."""
+def read_rows(tokens: Path, pipe: Any, count: int, split_name: str = "test") -> tuple[Any, Any, dict[str, Any]]:
+    """Return tokens, labels (or None) and the pipeline's columns of a split, without the first frames of clips."""
     import torch
 
     from pipelines.tokens import load_tokens
 
-    split = load_tokens(str(tokens)).splits["test"]
+    split = load_tokens(str(tokens)).splits[split_name]
     rows = torch.arange(min(count, len(split)))
     rows = rows[rows % FRAMES > 0] if "past" in split.conditions else rows
     condition = split.condition(rows.numpy())
@@ -201,10 +200,8 @@ def measure_numbers(pipe: Any, out: Path) -> None:
 def measure_words(pipe: Any, out: Path) -> None:
     """Print the share of samples, given flags or captions alone, that have each flag or lack it as asked, and whose
     nearest real digits are of the caption's class."""
-    from pipelines.tokens import load_tokens
-
-    train = load_tokens(str(out / "tokens")).splits["train"]
-    pixels = to_pixels(pipe.decode(train.rows(np.arange(4000 if len(train) > 4000 else len(train))), output_type="pt"))
+    train, known_labels, _ = read_rows(out / "tokens", pipe, 4000, "train")
+    pixels = to_pixels(pipe.decode(train, output_type="pt"))
     known = pixels.reshape(len(pixels), -1) / np.float32(255)
     tokens, labels, condition = read_rows(out / "tokens", pipe, SAMPLES)
     rows = {"tokenizer": to_pixels(pipe.decode(tokens, output_type="pt")), "nothing": draw(pipe, len(tokens))}
@@ -216,7 +213,7 @@ def measure_words(pipe: Any, out: Path) -> None:
         flags = find_flags(measure_digits(images)) == (condition["flags"].numpy() > 0)
         each = images.reshape(len(images), -1) / np.float32(255)
         nearest = ((known**2).sum(1) - 2 * each @ known.T).argmin(1)
-        cells = [*flags.mean(0), (train.labels[nearest].long() == labels).float().mean()]
+        cells = [*flags.mean(0), (known_labels[nearest] == labels).float().mean()]
         print(table_row([name, *(f"{float(cell):.3f}" for cell in cells)]), flush=True)
     save_strip(out / "strip_words.png", list(rows.values()))
 
