@@ -7,12 +7,14 @@ on "Model cards" and "Model card metadata").
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from prior import Prior
 from tokenizer import Tokenizer
 
+from .conditioning import describe_conditions, example_condition
 from .images.origin import describe_for_card, shareable
 from .metrics.figures import Row, format_rows
 
@@ -57,9 +59,9 @@ Trained on {{ source }}.
 ![samples](samples.png)
 {% endif %}
 ```python
-from pipelines import ImagePipeline
+{{ imports }}from pipelines import ImagePipeline
 pipe = ImagePipeline.from_pretrained("this folder or Hub id")
-images = pipe(num_images=4{{ ", labels=0" if prior.num_classes else "" }}, seed=0).images
+images = pipe(num_images=4{{ ", labels=0" if prior.num_classes else "" }}{{ example }}, seed=0).images
 ```
 {% for line in lines %}
 {{ line }}{% endfor %}
@@ -67,7 +69,12 @@ images = pipe(num_images=4{{ ", labels=0" if prior.num_classes else "" }}, seed=
 
 
 def model_card(
-    tokenizer: Tokenizer, prior: Prior, labels: Sequence[str], provenance: dict[str, Any], has_grid: bool
+    tokenizer: Tokenizer,
+    prior: Prior,
+    labels: Sequence[str],
+    provenance: dict[str, Any],
+    has_grid: bool,
+    condition_tokenizers: Mapping[str, Tokenizer] = MappingProxyType({}),
 ) -> str:
     """Return markdown with a metadata header; all figures come from `provenance`. has_grid: whether the folder contains
     a picture of samples."""
@@ -76,6 +83,7 @@ def model_card(
     channels, height, width = tokenizer.image_shape
     facts = shareable(provenance)
     rows = collect_figures(facts, exact=prior.exact)
+    example = example_condition(prior.conditions, condition_tokenizers)
     card = ModelCard.from_template(
         make_metadata(tokenizer, prior, facts, has_grid),
         template_str=TEMPLATE,
@@ -87,11 +95,29 @@ def model_card(
         colours="grey" if channels == 1 else "RGB",
         shape=" x ".join(map(str, prior.grid.shape)),
         classes=f"{prior.num_classes} classes ({', '.join(labels)})" if prior.num_classes else "no classes",
+        imports="from PIL import Image\n" if "Image.open" in example else "",
+        example=f", condition={example}" if prior.conditions else "",
         source=describe_for_card(facts),
         has_grid=has_grid,
-        lines=[*format_tuning(facts.get("tuning", {})), *format_measurements(facts, rows), *format_run_links(facts)],
+        lines=[
+            *format_conditions(prior, condition_tokenizers),
+            *format_tuning(facts.get("tuning", {})),
+            *format_measurements(facts, rows),
+            *format_run_links(facts),
+        ],
     )
     return str(card)
+
+
+def format_conditions(prior: Prior, tokenizers: Mapping[str, Tokenizer]) -> list[str]:
+    """Return a markdown table of the columns that images may be conditioned on, if there are any."""
+    if not prior.conditions:
+        return []
+    rows = describe_conditions(prior.conditions, tokenizers)
+    lines = [f"| {' | '.join(map(to_cell, row))} |" for row in rows]
+    about = "Values of `condition=`; each may be left out. Numbers are in the unit of the training data."
+    head = ["| name | kind | values | encoder |", "|---|---|---|---|"]
+    return ["## Conditions", "", about, "", *head, *lines, ""]
 
 
 def collect_figures(facts: dict[str, Any], *, exact: bool) -> list[Row]:
@@ -164,23 +190,29 @@ def make_metadata(tokenizer: Tokenizer, prior: Prior, facts: dict[str, Any], has
     from huggingface_hub import ModelCardData
 
     source, licence = str(facts.get("data", {}).get("source", "")), facts.get("license")
-    kind = "class-conditional" if prior.num_classes else "unconditional"
+    kind = describe_kind(prior)
     more: dict[str, Any] = {}
     if has_grid:
         text = "samples, one class per column" if prior.num_classes else "samples"
+        text = "samples given held-out conditions" if prior.conditions else text
         more["widget"] = [{"text": text, "output": {"url": "samples.png"}}]
     if results := make_results(prior, facts):
         more |= {"model_name": f"{tokenizer.name} + {prior.name}", "eval_results": results}
     return ModelCardData(
         library_name="smalti",
         license=licence if isinstance(licence, str) and re.fullmatch(HUB_LICENCE, licence) else None,
-        pipeline_tag=None
-        if prior.num_classes
-        else f"{kind}-image-generation",  # the Hub has no task for class-conditional models
+        pipeline_tag=f"{kind}-image-generation" if kind == "unconditional" else None,  # the Hub has no other task
         tags=["image-generation", kind, tokenizer.name, prior.name],
         datasets=[source] if is_on_hub(source) else None,
         **more,
     )
+
+
+def describe_kind(prior: Prior) -> str:
+    """Return what a prior is conditioned on, as a word for tags."""
+    if prior.conditions:
+        return "conditional"
+    return "class-conditional" if prior.num_classes else "unconditional"
 
 
 def is_on_hub(source: str) -> bool:
@@ -195,7 +227,7 @@ def make_results(prior: Prior, facts: dict[str, Any]) -> list[EvalResult]:
     source = str(facts.get("data", {}).get("source", ""))
     name = (describe_for_card(facts) or "unknown images").strip("`")
     kind = source if is_on_hub(source) else "digits" if source == "digits" else "imagefolder"
-    generation = f"{'class-conditional' if prior.num_classes else 'unconditional'}-image-generation"
+    generation = f"{describe_kind(prior)}-image-generation"
     tasks = {"reconstruction": "image-to-image", "likelihood": generation, "samples": generation}
     results = []
     for row in collect_figures(facts, exact=prior.exact):

@@ -20,6 +20,7 @@ from PIL.Image import Image as Picture
 from torch import Tensor
 
 from prior import Prior
+from prior.conditions import Given
 from prior.sampling import Order, as_tensor, check_count, check_known, select_order
 from tokenizer.precision import in_finest
 
@@ -27,6 +28,7 @@ from .images.decoding import pixels_of
 from .images.pictures import LATENT, check_output_type, convert_images
 
 if TYPE_CHECKING:
+    from .conditioning import GivenCondition
     from .image_pipeline import ImagePipeline, Images, Label, PipelineOutput
 
 Known = Tensor | np.ndarray | None
@@ -53,6 +55,7 @@ def complete(
     known: Known = None,
     labels: Label | Sequence[Label] = None,
     *,
+    condition: GivenCondition = None,
     mask: Mask = None,
     draws: int = 1,
     order: Order = None,
@@ -76,21 +79,23 @@ def complete(
     draws: completions per image. Draw d of image k uses seed + k * draws + d, in any batch. With several draws, images
     are `(B, draws, C, H, W)` ("pt"), `(B, draws, H, W, C)` ("np") or a list of lists of PIL images ("pil"):
     `out.images[k][d]` is draw d of image k; tokens are `(B, draws, *grid.shape)`. With one draw there is no such axis.
-    labels: one for all images, or one per image. order: as in `Prior.sample`, or one per image. A list of generators
-    needs one per completion. settings: as for `ImagePipeline.__call__`; `callback_on_step_end` receives the tokens of
-    all completions, `(B * draws, *grid.shape)`. Raises `ValueError` for a mask of another shape or arguments out of
-    range, `TypeError` unless exactly one of `known` and `mask` is given.
+    labels, condition: one for all images, or one per image. order: as in `Prior.sample`, or one per image. A list of
+    generators needs one per completion. settings: as for `ImagePipeline.__call__`; `callback_on_step_end` receives the
+    tokens of all completions, `(B * draws, *grid.shape)`. Raises `ValueError` for a mask of another shape or arguments
+    out of range, `TypeError` unless exactly one of `known` and `mask` is given.
     """
     draws = check_count(draws, "draws")
     check_output_type(output_type, LATENT)
     batch = pipeline.to_images(images)
     count, known = len(batch), find_known_pixels(known, mask, images, batch)
-    ids, null = pipeline.label_ids(labels, count), pipeline.prior.num_classes
+    ids, null = pipeline.label_ids(labels, count, condition), pipeline.prior.num_classes
     each = None if ids is None else [None if one == null else one for one in ids.tolist() for _ in range(draws)]
+    columns = pipeline.read_condition(condition, count)
     tokens, keep = encode_visible(pipeline, batch, known, batch_size)
     made = pipeline(
         count * draws,
         each,
+        condition={name: values.repeat_interleave(draws, 0) for name, values in columns.items()} or None,
         order=select_order(order, [row for row in range(count) for _ in range(draws)], count),
         batch_size=batch_size,
         output_type=LATENT if output_type == LATENT else "pt",
@@ -152,10 +157,12 @@ def conditional_log_prob(
     known: Known = None,
     labels: Label | Sequence[Label] = None,
     *,
+    condition: GivenCondition = None,
     mask: Mask = None,
     batch_size: int = 256,
 ) -> Tensor:
-    """Return log p of each image's hidden tokens given the known ones, `(B,)` nats. known, mask: as for `complete`.
+    """Return log p of each image's hidden tokens given the known ones, `(B,)` nats. known, mask, labels, condition: as
+    for `complete`.
 
     This is the log-probability that `complete`, at temperature 1 without guidance, draws exactly the image's own
     tokens. For a prior with one order it equals log_prob(all) - log p(known). For an any-order prior it uses the order
@@ -170,14 +177,14 @@ def conditional_log_prob(
     batch = pipeline.to_images(images)
     known = find_known_pixels(known, mask, images, batch)
     parts = []
-    for rows, part, ids in pipeline.batches(batch, labels, batch_size):
+    for rows, part, given in pipeline.batches(batch, labels, batch_size, condition):
         visible, keep = encode_visible(pipeline, part, known[rows])
         tokens = torch.where(keep, visible, pipeline.encode_batch(part))
-        parts.append(region_log_prob(pipeline.prior, tokens, keep, ids))
+        parts.append(region_log_prob(pipeline.prior, tokens, keep, given))
     return torch.cat(parts)
 
 
-def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, labels: Tensor | None = None) -> Tensor:
+def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, labels: Given | None = None) -> Tensor:
     """Return log p(hidden tokens | known tokens, labels), `(B,)` nats; exact even if `log_prob` is an estimate.
 
     tokens: `(B, *grid.shape)`; known: bool, `grid.shape` or `(B, *grid.shape)`. An any-order prior is evaluated in the

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
+from prior.conditions import digest_condition
 from tokenizer import Tokenizer
 from tokenizer.files import MANIFEST, PipelineLoadError, folders_aside, publish_folder, read_json
 from tokenizer.model import PROVENANCE
@@ -28,6 +31,7 @@ from .config import Config, Of, UserError, run_command
 from .config.importing import format_imports
 from .files import Output, lock_output
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
+from .images.conditions import ConditionSource, LoadedColumn, check_sources, choose_data, load_conditions
 from .images.dataset import is_stream
 from .images.origin import is_local
 from .job import JOB, OtherJobError, begin_job, read_job, require_work_folder, work_folder
@@ -35,7 +39,8 @@ from .prefetch import pin_memory, prefetch, to_device_async
 from .processes.launch import build_accelerator, group_of, leave_group_on_error
 from .provenance import TokenizerFolder, find_protected_folder, tokenizer_defaults, tokenizer_folder
 from .tokens import Meta
-from .tokens.meta import META, TOKENS, read_meta, verify_files, write_meta
+from .tokens.columns import pack_columns
+from .tokens.meta import CONDITIONS, META, TOKENS, read_meta, verify_files, write_meta
 from .tokens.shards import cut_shards, shard_names, write_shard
 
 if TYPE_CHECKING:
@@ -61,13 +66,26 @@ class EncodeConfig(Config):
     examples = (
         "tokenizer=runs/vqvae_digits/tokenizer out=runs/digits_tokens",
         "tokenizer=runs/photos out=runs/photos_tokens data.on_error=skip",
+        "tokenizer=runs/faces out=runs/faces_tokens table=faces.csv conditions.age=age conditions.tags=tags",
+        "tokenizer=runs/emoji out=runs/emoji_tokens conditions.outline.images=outlines "
+        "conditions.outline.tokenizer=runs/outlines",
     )
-    often = "tokenizer out data.source data.label_column data.on_error augmentations batch_size rows_per_shard seed"
+    often = (
+        "tokenizer out data.source data.label_column data.on_error conditions.NAME table augmentations batch_size "
+        "rows_per_shard seed"
+    )
 
     tokenizer: TokenizerFolder = Field(description="folder of a tokenizer or of the run that trained it, or a Hub id")
     out: str = Field(description="folder of the token dataset")
     data: Annotated[DataConfig, Of("tokenizer")] = Field(
         DataConfig(), description="the images; default: those the tokenizer was trained on"
+    )
+    conditions: dict[str, ConditionSource] = Field(
+        {},
+        description="a condition of this name: a column of the source's tables, of the folder's metadata or of table",
+    )
+    table: str | None = Field(
+        None, description="CSV, TSV, JSON lines or parquet file with a column file_name, and columns of conditions"
     )
     augmentations: int = Field(
         0, ge=0, le=1000, description="extra variants of each training image, augmented as in data.augment"
@@ -77,6 +95,13 @@ class EncodeConfig(Config):
     )
     batch_size: int = Field(256, ge=1, description="images per batch on each process")
     seed: int = Field(0, ge=0, description="seed of the augmentations")
+
+    @field_validator("conditions", mode="before")
+    @classmethod
+    def _conditions_by_column(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: {"column": each} if isinstance(each, str) else each for name, each in value.items()}
 
 
 def run(config: EncodeConfig) -> Path:
@@ -89,15 +114,19 @@ def run(config: EncodeConfig) -> Path:
     accelerator = build_accelerator()
     group = group_of(accelerator)
     tokenizer, out = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer)), Path(config.out)
-    output = Output(out, [find_protected_folder(config.tokenizer), config.data.path])
+    tokenizers = [config.tokenizer, *(each.tokenizer for each in config.conditions.values() if each.tokenizer)]
+    output = Output(out, [*map(find_protected_folder, tokenizers), config.data.path, *list_pairs(config)])
     check_settings(config, tokenizer, output)
+    config = config.model_copy(update={"data": choose_data(config.data, config.conditions)})
     with leave_group_on_error(accelerator), lock_output(out, group):
         images = load_images(config.data, together=True)
-        splits = name_splits(images)
+        splits, columns = name_splits(images), dict[str, LoadedColumn]()
+        if config.conditions:
+            columns = load_conditions(config.data, config.conditions, splits, table=config.table, together=True)
         rows = {name: len(part) * (1 + config.augmentations * (name == "train")) for name, part in splits.items()}
         shards = plan_shards(rows, config.rows_per_shard)
-        job = describe_job(config, tokenizer, images, rows, accelerator.device.type)
-        if meta := group.on_main(lambda: find_finished(out, job, config.data)):
+        job = describe_job(config, tokenizer, images, rows, accelerator.device.type, columns)
+        if meta := group.on_main(lambda: find_finished(out, job, list_inputs(config))):
             return finish_run(accelerator, config, f"already finished: {describe(meta)}; nothing to do", group.is_main)
         work, began = work_folder(out, "encode"), time.monotonic()
 
@@ -109,14 +138,19 @@ def run(config: EncodeConfig) -> Path:
         if group.is_main and len(missing) < len(shards):
             print(f"{out}: continuing, {len(shards) - len(missing)} of {len(shards)} shards are done", flush=True)
         mine = list(group.mine(missing))
-        tokenizer.to(accelerator.device)
-        group.gather(lambda: encode_shards(work, mine, tokenizer, splits, config, show_progress=group.is_main))
+        grids = {name: each.tokenizer for name, each in columns.items() if each.tokenizer is not None}
+        models = [tokenizer, *grids.values()]
+        for model in models:
+            model.to(accelerator.device)
+        group.gather(lambda: encode_shards(work, mine, models, splits, columns, config, show_progress=group.is_main))
 
         def finish() -> Meta:
+            described = describe_dataset(config, tokenizer, images, shards, columns)
             with output.errors():
-                return finish_dataset(work, out, shards, describe_dataset(config, tokenizer, images, shards), tokenizer)
+                return finish_dataset(work, out, shards, described, tokenizer, grids)
 
-        tokenizer.cpu()
+        for model in models:
+            model.cpu()
         meta = group.on_main(finish)
         minutes = (time.monotonic() - began) / 60
         return finish_run(accelerator, config, f"done: {describe(meta)} in {minutes:.1f} min", group.is_main)
@@ -131,6 +165,10 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -
         )
     if config.augmentations and not any(config.data.augment.model_dump().values()):
         raise UserError("augmentations: needs a setting of data.augment, for example data.augment.shift=2")
+    if config.table and not config.conditions:
+        raise UserError("table: needs a column to read from it, for example conditions.age=age")
+    if config.conditions:
+        check_sources(config.data, config.conditions, config.table, config.augmentations)
     output.check_folder(TOKENS)
 
 
@@ -157,12 +195,27 @@ def plan_shards(rows: dict[str, int], rows_per_shard: int | None) -> list[Shard]
 
 
 def describe_job(
-    config: EncodeConfig, tokenizer: Tokenizer, images: Splits, rows: dict[str, int], device: str
+    config: EncodeConfig,
+    tokenizer: Tokenizer,
+    images: Splits,
+    rows: dict[str, int],
+    device: str,
+    columns: Mapping[str, LoadedColumn],
 ) -> dict[str, Any]:
     """Return everything that determines the bits of the files."""
     without: Any = {"out": True, "tokenizer": True, "data": {"cache_mb", "shuffle_window"}}
+    without |= {"conditions": {"__all__": {"tokenizer"}}} if columns else {"conditions": True, "table": True}
     facts = {"tokenizer": tokenizer.fingerprint(), "classes": class_names(images), "rows": rows, "device": device}
+    if columns:
+        facts["columns"] = {name: {**each.column.to_dict(), "values": digest(each)} for name, each in columns.items()}
     return {"verb": "encode", **config.model_dump(mode="json", exclude=without), **facts}
+
+
+def digest(column: LoadedColumn) -> str:
+    """Return a hash of a column's values in all splits; for grids, of the names of their images."""
+    names = {split: images.names(np.arange(len(images))) for split, images in column.images.items()}
+    values = {**column.values, **{f"{split} missing": rows for split, rows in column.missing.items()}}
+    return hashlib.sha256(json.dumps([names, digest_condition(values)]).encode()).hexdigest()
 
 
 def class_names(images: Splits) -> list[str]:
@@ -170,14 +223,14 @@ def class_names(images: Splits) -> list[str]:
     return images.train.class_names if images.train.labels is not None else []
 
 
-def find_finished(out: Path, job: dict[str, Any], data: DataConfig) -> Meta | None:
+def find_finished(out: Path, job: dict[str, Any], inputs: list[Path]) -> Meta | None:
     """Return the dataset in `out` if this job made it and the images have not changed since; otherwise None. Restore a
     dataset that a killed process had set aside to replace it."""
     aside = folders_aside(out)
     if not out.exists() and len(aside) == 1 and (aside[0] / META).is_file():
         aside[0].rename(out)
     try:
-        if read_job(out) != job or have_changed(data, since=(out / JOB).stat().st_mtime):
+        if read_job(out) != job or have_changed(inputs, since=(out / JOB).stat().st_mtime):
             return None
         meta = read_meta(out)
         verify_files(out, meta, whole=False)
@@ -186,18 +239,30 @@ def find_finished(out: Path, job: dict[str, Any], data: DataConfig) -> Meta | No
     return meta
 
 
-def have_changed(data: DataConfig, since: float) -> bool:
-    """Whether a local file or folder of the images was modified after the time `since`."""
+def list_inputs(config: EncodeConfig) -> list[Path]:
+    """Return the local files and folders from which the images and the columns come."""
+    data = config.data
     pattern = os.path.expanduser(data.source) if glob.has_magic(data.source) else ""
     sources = [data.path] if data.path else [Path(name) for name in glob.glob(pattern, recursive=True)]
-    below = (Path(place, name) for top in sources for place, _, names in os.walk(top) for name in ("", *names))
-    return any(path.stat().st_mtime > since for path in (*sources, *below) if path.exists())
+    return sources + list_pairs(config)
+
+
+def list_pairs(config: EncodeConfig) -> list[Path]:
+    """Return the table of columns, if any, and the folders of condition images."""
+    paths = [config.table, *(source.images for source in config.conditions.values())]
+    return [Path(path).expanduser() for path in paths if path]
+
+
+def have_changed(inputs: list[Path], since: float) -> bool:
+    """Whether a local file or folder was modified after the time `since`."""
+    below = (Path(place, name) for top in inputs for place, _, names in os.walk(top) for name in ("", *names))
+    return any(path.stat().st_mtime > since for path in (*inputs, *below) if path.exists())
 
 
 def begin_shards(work: Path, job: dict[str, Any], shards: list[Shard]) -> list[Shard]:
     """Create or continue the work folder; return the missing shards. Raises `UserError` for a folder with shards of
     other settings, and `PathError` for unknown files."""
-    names, ours = {shard.name for shard in shards}, {"tokenizer", META, MANIFEST}
+    names, ours = {shard.name for shard in shards}, {"tokenizer", CONDITIONS, META, MANIFEST}
 
     def is_result(name: str) -> bool:
         return name in ours or name.endswith(".safetensors")  # including shards of another size
@@ -217,36 +282,53 @@ def begin_shards(work: Path, job: dict[str, Any], shards: list[Shard]) -> list[S
 def encode_shards(
     work: Path,
     shards: list[Shard],
-    tokenizer: Tokenizer,
+    models: list[Tokenizer],
     splits: dict[str, ImageDataset],
+    columns: Mapping[str, LoadedColumn],
     config: EncodeConfig,
     *,
     show_progress: bool,
 ) -> None:
-    """Write these shards. Images of the next batch are read while the tokenizer encodes."""
+    """Write these shards. Images of the next batch are read while the tokenizers encode.
+
+    models: the tokenizer of the images, then those of the grids among the columns."""
     from tqdm import tqdm
 
     require_work_folder(work)
-    device = tokenizer.device
-    batches = [(splits[shard.split], rows) for shard in shards for rows in split_batches(shard, config.batch_size)]
+    device = models[0].device
+    grids = [name for name, column in columns.items() if column.tokenizer is not None]
+    images = {split: [part, *(columns[name].images[split] for name in grids)] for split, part in splits.items()}
+    batches = [(images[shard.split], rows) for shard in shards for rows in split_batches(shard, config.batch_size)]
     total = sum(shard.stop - shard.start for shard in shards)
 
-    def read(batch: tuple[ImageDataset, np.ndarray]) -> Raw:
-        raw = variants_of(*batch, config.seed)
-        return [pin_memory(part) for part in raw] if device.type == "cuda" else raw
+    def read(batch: tuple[list[ImageDataset], np.ndarray]) -> list[Raw]:
+        raws = [variants_of(part, batch[1], config.seed) for part in batch[0]]
+        return [[pin_memory(part) for part in raw] for raw in raws] if device.type == "cuda" else raws
 
     with (
         tqdm(total=total, desc="encoding", unit="image", disable=None if show_progress else True, leave=False) as bar,
         closing(prefetch(read, batches)) as stream,
     ):
         for shard in shards:
-            images = splits[shard.split]
-            tokens = encode_shard(tokenizer, images, shard, stream, bar)
-            rows = np.arange(shard.start, shard.stop) % len(images)
+            tokens, *others = encode_shard(models, images[shard.split], shard, stream, bar)
+            labels, rows = splits[shard.split].labels, np.arange(shard.start, shard.stop) % len(splits[shard.split])
+            packed = pack_shard(columns, shard.split, rows, dict(zip(grids, others, strict=True)))
             with Output(config.out).errors():
-                write_shard(
-                    work / shard.name, tokens, None if images.labels is None else images.labels[rows], tokenizer.grid
-                )
+                write_shard(work / shard.name, tokens, None if labels is None else labels[rows], models[0].grid, packed)
+
+
+def pack_shard(
+    columns: Mapping[str, LoadedColumn], split: str, rows: np.ndarray, grids: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the stored columns of a shard's rows. grids: encoded ids by column. Raises `UserError`."""
+    values = {name: column.values[split][rows] for name, column in columns.items() if name not in grids}
+    for name, tokens in grids.items():
+        missing = columns[name].missing[split][rows].view(-1, *[1] * (tokens.ndim - 1))
+        values[name] = torch.where(missing, -1, tokens)
+    try:
+        return pack_columns({name: each.column for name, each in columns.items()}, values, slice(None), len(rows))
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def split_batches(shard: Shard, batch_size: int) -> list[np.ndarray]:
@@ -256,16 +338,20 @@ def split_batches(shard: Shard, batch_size: int) -> list[np.ndarray]:
 
 
 @torch.inference_mode()
-def encode_shard(tokenizer: Tokenizer, images: ImageDataset, shard: Shard, stream: Iterator[Raw], bar: Any) -> Tensor:
-    """Return the tokens `(rows, *grid.shape)` int32 of a shard, whose batches come from `stream`. Synchronises with the
-    GPU once, at the end."""
-    tokens, count = [torch.empty(0, *tokenizer.grid.shape, dtype=torch.int32, device=tokenizer.device)], 0
+def encode_shard(
+    models: list[Tokenizer], images: list[ImageDataset], shard: Shard, stream: Iterator[list[Raw]], bar: Any
+) -> list[Tensor]:
+    """Return the tokens `(rows, *grid.shape)` int32 of a shard by each model, whose batches come from `stream`.
+    Synchronises with the GPU once, at the end."""
+    found = [[torch.empty(0, *model.grid.shape, dtype=torch.int32, device=model.device)] for model in models]
+    count = 0
     while count < shard.stop - shard.start:
-        parts = [images.prepare(*to_device_async(part, tokenizer.device)) for part in next(stream)]
-        tokens.append(tokenizer.encode(torch.cat(parts)).int())
-        bar.update(len(tokens[-1]))
-        count += len(tokens[-1])
-    return torch.cat(tokens).cpu()
+        for model, part, raw, tokens in zip(models, images, next(stream), found, strict=True):
+            batch = [part.prepare(*to_device_async(piece, model.device)) for piece in raw]
+            tokens.append(model.encode(torch.cat(batch)).int())
+        bar.update(len(found[0][-1]))
+        count += len(found[0][-1])
+    return [torch.cat(tokens).cpu() for tokens in found]
 
 
 def variants_of(images: ImageDataset, rows: np.ndarray, seed: int) -> Raw:
@@ -276,7 +362,13 @@ def variants_of(images: ImageDataset, rows: np.ndarray, seed: int) -> Raw:
     return [images.raw_batch(indices[at], variants[at], seed, augment=new) for at, new in parts if len(indices[at])]
 
 
-def describe_dataset(config: EncodeConfig, tokenizer: Tokenizer, images: Splits, shards: list[Shard]) -> Meta:
+def describe_dataset(
+    config: EncodeConfig,
+    tokenizer: Tokenizer,
+    images: Splits,
+    shards: list[Shard],
+    columns: Mapping[str, LoadedColumn],
+) -> Meta:
     """Return the contents of `meta.json`."""
     path = Path(config.tokenizer) / PROVENANCE
     provenance = read_json(path) if path.is_file() else {}
@@ -284,16 +376,28 @@ def describe_dataset(config: EncodeConfig, tokenizer: Tokenizer, images: Splits,
     sizes: dict[str, list[int]] = {}
     for shard in shards:
         sizes.setdefault(shard.split, []).append(shard.stop - shard.start)
-    return Meta(tokenizer.grid, class_names(images), sizes, source, config.augmentations, tokenizer.fingerprint())
+    facts = tokenizer.grid, class_names(images), sizes, source, config.augmentations, tokenizer.fingerprint()
+    return Meta(
+        *facts,
+        conditions={name: each.column for name, each in columns.items()},
+        condition_sources={name: each.source for name, each in columns.items()},
+    )
 
 
-def finish_dataset(work: Path, out: Path, shards: list[Shard], meta: Meta, tokenizer: Tokenizer) -> Meta:
+def finish_dataset(
+    work: Path,
+    out: Path,
+    shards: list[Shard],
+    meta: Meta,
+    tokenizer: Tokenizer,
+    condition_tokenizers: Mapping[str, Tokenizer],
+) -> Meta:
     """Complete the dataset in the work folder and rename it to `out`. Raises `UserError` for a missing shard."""
     if absent := [shard.name for shard in shards if not (work / shard.name).is_file()]:
         raise UserError(f"out: {work / absent[0]} is missing; all processes must see the same disk")
-    for name in ("tokenizer", META, MANIFEST):  # left by a process killed here
+    for name in ("tokenizer", CONDITIONS, META, MANIFEST):  # left by a process killed here
         shutil.rmtree(work / name) if (work / name).is_dir() else (work / name).unlink(missing_ok=True)
-    write_meta(work, meta, tokenizer)
+    write_meta(work, meta, tokenizer, condition_tokenizers)
     publish_folder(work, out, kind=TOKENS)
     return meta
 
@@ -301,7 +405,8 @@ def finish_dataset(work: Path, out: Path, shards: list[Shard], meta: Meta, token
 def describe(meta: Meta) -> str:
     """Describe the contents of a dataset."""
     counts = ", ".join(f"{sum(counts)} {name}" for name, counts in meta.shards.items())
-    return f"{counts} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}"
+    given = f", with {', '.join(meta.conditions)}" if meta.conditions else ""
+    return f"{counts} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}{given}"
 
 
 def finish_run(accelerator: Accelerator, config: EncodeConfig, text: str, is_main: bool) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from prior.checks import NotCausalError, is_built_in, require_causal
+from prior.conditions import Condition, select_rows
 from tokenizer.files import PathError, PipelineLoadError, write_json
 
 from .config import OutputConfig, UserError, run_command
@@ -33,6 +34,7 @@ from .metrics.agreement import agreement
 from .metrics.fid import Inception, load_inception
 from .metrics.figures import format_report
 from .metrics.likelihood import evaluate_likelihood
+from .metrics.pairs import condition_picture
 from .metrics.quality import AT_A_TIME, LEAST, compare, feature_space, shuffled
 from .metrics.reconstruction import SOME, evaluate_reconstruction, images_at_a_time, reconstruction_picture
 from .metrics.samples import Samples
@@ -50,6 +52,7 @@ Pictures = dict[str, np.ndarray]
 RESULTS = ("samples.png", "reconstructions.png", "nearest.png", "evaluation.json", "evaluation.txt")
 IN_MEMORY = 1 << 30  # bytes of decoded images per split that every process keeps
 MOST_TRAINING = 100_000  # maximum number of training images to compare with
+SAME = 0.5  # least share of a token dataset's tokens that are those of the images
 KNOWN = 1 << 28  # maximum number of pixel values (1 GiB) of training images in nearest-neighbour search
 
 
@@ -91,8 +94,9 @@ class EvaluateConfig(UsesImages, OutputConfig):
     )
     tokens: str | None = Field(
         None,
-        description="token dataset for the baseline of bits per token, the frequencies of ids per position; default: "
-        f"the prior's training tokens; if these no longer exist, up to {MOST_TRAINING:,} training images are encoded",
+        description="token dataset for the columns of the images, if the prior has any, and for the baseline of bits "
+        "per token, the frequencies of ids per position; default: the prior's training tokens; without columns, if "
+        f"these no longer exist, up to {MOST_TRAINING:,} training images are encoded",
     )
     num_orders: int = Field(1, ge=1, description="for an any-order prior: score a mixture of this many orders")
     seed: int = Field(0, ge=0, lt=1 << 63, description="sample k uses seed + k")
@@ -116,8 +120,8 @@ def run(config: EvaluateConfig) -> Figures:
 
 def prepare(
     config: EvaluateConfig, out: Path, device: torch.device
-) -> tuple[ImagePipeline, Inception | None, TokenSplit | None]:
-    """Load the pipeline, the Inception network and the tokens of the training images. Raises `UserError` for mistakes
+) -> tuple[ImagePipeline, Inception | None, Mapping[str, TokenSplit]]:
+    """Load the pipeline, the Inception network and the splits of the token dataset. Raises `UserError` for mistakes
     that can be found before the evaluation starts."""
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=device)
     check_shape(config.data, pipeline.tokenizer.image_shape)
@@ -126,7 +130,7 @@ def prepare(
     require_unseen(config.data, trained_data(pipeline.provenance), "held_out")
     inception = load_inception(config.inception_weights, config.reference, device)
     make_output(config, out).check_files(RESULTS)
-    return pipeline, inception, load_training_tokens(config, pipeline)
+    return pipeline, inception, load_training_tokens(config.tokens, pipeline)
 
 
 def make_output(config: EvaluateConfig, out: Path) -> Output:
@@ -134,22 +138,41 @@ def make_output(config: EvaluateConfig, out: Path) -> Output:
     return Output(out, [config.pipeline, config.data.path], config.overwrite)
 
 
-def load_training_tokens(config: EvaluateConfig, pipeline: ImagePipeline) -> TokenSplit | None:
-    """Return the training rows of `config.tokens`, by default of the token dataset that the prior was trained on; None
-    if that no longer exists. Raises `UserError` for tokens of another tokenizer."""
-    source = config.tokens or pipeline.provenance.get(TOKENS)
-    if not isinstance(source, str) or not (config.tokens or Path(source).is_dir()):
-        return None
+def load_training_tokens(tokens: str | None, pipeline: ImagePipeline) -> Mapping[str, TokenSplit]:
+    """Return the splits of the token dataset `tokens`, by default of that which the prior was trained on, with the
+    prior's columns; {} if it no longer exists. Raises `UserError` for tokens of another tokenizer, and for a prior with
+    columns if they are missing."""
+    source, columns = tokens or pipeline.provenance.get(TOKENS), pipeline.conditions
     try:
+        if not isinstance(source, str) or not (tokens or Path(source).is_dir()):
+            raise UserError(f"tokens: give the token dataset with the columns {', '.join(columns)} of these images")
         data = load_tokens(source)
         if data.tokenizer.fingerprint() != pipeline.prior.config.tokenizer or not len(data.splits.get("train", ())):
             raise UserError(f"tokens: {source} has no training rows made by the pipeline's tokenizer")
+        for name, column in columns.items():
+            other = data.conditions.get(name)
+            if other is None or (other.kind, other.shape) != (column.kind, column.shape):
+                raise UserError(f"tokens: {source} has no {column.kind} column {name!r} of the prior's size")
     except (PipelineLoadError, UserError):
-        if config.tokens:
+        if tokens or columns:
             raise
-        return None
-    rows = data.splits["train"]
-    return rows if data.num_classes == pipeline.prior.num_classes else TokenSplit(rows.tokens, None)
+        return {}
+    labelled = data.num_classes == pipeline.prior.num_classes
+    return {
+        name: TokenSplit(
+            rows.tokens, rows.labels if labelled else None, {each: rows.conditions[each] for each in columns}
+        )
+        for name, rows in data.splits.items()
+    }
+
+
+def require_rows(tokens: Mapping[str, TokenSplit], split: str, images: ImageDataset) -> TokenSplit:
+    """Return a split, which starts with the rows of `images`. Raises `UserError` if it is shorter."""
+    rows = tokens.get(split)
+    if rows is None or len(rows) < len(images):
+        count = 0 if rows is None else len(rows)
+        raise UserError(f"tokens: has columns of {count} {split} images, but there are {len(images)} such images")
+    return rows
 
 
 class Evaluation:
@@ -168,20 +191,29 @@ class Evaluation:
             self.held_out = self.held_out.preload(torch.arange(len(self.held_out)), group)
         self.reconstruct = partial(reconstruct, pipeline)
 
-    def measure(self, inception: Inception | None, tokens: TokenSplit | None) -> tuple[Figures, Pictures]:
-        """Return all figures and pictures. tokens: tokens of training images, if available."""
+    def measure(self, inception: Inception | None, tokens: Mapping[str, TokenSplit]) -> tuple[Figures, Pictures]:
+        """Return all figures and pictures. tokens: the splits of a token dataset, if available."""
         config, pipeline, group = self.config, self.pipeline, self.group
         figures: Figures = {"num_images": len(self.held_out), "device": str(pipeline.device)}
         figures |= evaluate_reconstruction(pipeline.tokenizer, self.held_out, group=group, ssim_images=SOME)
-        figures |= self.likelihood(tokens)
+        test = encode_all(pipeline, self.held_out, group)
+        if pipeline.conditions:
+            rows, chosen = require_rows(tokens, "test", self.held_out), slice(len(test))
+            if float((rows.rows(chosen) == test.rows(chosen)).float().mean()) < SAME:
+                raise UserError("tokens: the rows of its test split are not those of the held-out images")
+            test = replace(test, conditions=rows.condition(chosen))
+        figures |= self.likelihood(tokens.get("train"), test)
         pictures = {
-            "samples": pipeline.sample_picture(seed=config.seed, group=group),
+            "samples": condition_picture(pipeline, test, self.held_out, seed=config.seed, group=group)
+            if pipeline.conditions
+            else pipeline.sample_picture(seed=config.seed, group=group),
             "reconstructions": reconstruction_picture(pipeline.tokenizer, self.held_out),
         }
         samples = None
         if config.num_images:
             labels = choose_labels(pipeline, self.images.train, config.num_images)
-            samples = draw_samples(pipeline, labels, config.num_images, config.seed, group)
+            condition = choose_condition(pipeline, tokens, self.images.train, config.num_images)
+            samples = draw_samples(pipeline, labels, config.num_images, config.seed, group, condition)
             figures |= {"num_samples": samples.count, "samples_per_second": samples.count / samples.seconds}
             if labels is not None and self.train.labels is not None and self.held_out.labels is not None:
                 figures |= self.class_agreement(samples, labels)
@@ -192,10 +224,10 @@ class Evaluation:
             figures |= inception.figures(splits, self.reconstruct, samples, group)
         return figures, pictures
 
-    def likelihood(self, tokens: TokenSplit | None) -> Figures:
-        """Return bits per token and per dim of held-out images. Raises `UserError` if the prior is not causal."""
+    def likelihood(self, tokens: TokenSplit | None, test: TokenSplit) -> Figures:
+        """Return bits per token and per dim of held-out images, whose tokens are `test`. tokens: those of training
+        images, if available. Raises `UserError` if the prior is not causal."""
         pipeline, group = self.pipeline, self.group
-        test = encode_all(pipeline, self.held_out, group)
         if not is_built_in(pipeline.prior):
             try:
                 require_causal(pipeline.prior, test.tokens[:1].long())
@@ -312,13 +344,21 @@ def round_to_8_bits(images: Tensor) -> Tensor:
 
 
 def draw_samples(
-    pipeline: ImagePipeline, labels: Tensor | None, count: int, seed: int, group: ProcessGroup = ALONE
+    pipeline: ImagePipeline,
+    labels: Tensor | None,
+    count: int,
+    seed: int,
+    group: ProcessGroup = ALONE,
+    condition: Condition | None = None,
 ) -> Samples:
-    """Draw samples. Sample k has class `labels[k]` and uses seed + k, for any number of processes."""
+    """Draw samples. Sample k has class `labels[k]`, row k of `condition` and uses seed + k, for any number of
+    processes."""
 
     def draw(start: int, end: int) -> Tensor:
         given = None if labels is None else labels[start:end].tolist()
-        return pipeline(end - start, given, seed=seed + start, output_type="pt", progress=False).images
+        columns = select_rows(condition or {}, slice(start, end))
+        options: dict[str, Any] = {"seed": seed + start, "output_type": "pt", "progress": False}
+        return pipeline(end - start, given, condition=columns, **options).images
 
     return Samples(draw, count, group)
 
@@ -332,6 +372,16 @@ def choose_labels(pipeline: ImagePipeline, train: ImageDataset, count: int) -> T
     if train.labels is None:
         return turns % pipeline.prior.num_classes
     return train.labels[shuffled(len(train))[turns % len(train)]]
+
+
+def choose_condition(
+    pipeline: ImagePipeline, tokens: Mapping[str, TokenSplit], train: ImageDataset, count: int
+) -> Condition:
+    """Return raw columns for `count` samples: those of the training images that `choose_labels` draws; {} for a prior
+    without columns. Raises `UserError` if `tokens` lack these images."""
+    if not pipeline.conditions:
+        return {}
+    return require_rows(tokens, "train", train).condition(shuffled(len(train))[torch.arange(count) % len(train)])
 
 
 main = partial(run_command, EvaluateConfig, run, verb="evaluate", description=__doc__, defaults=defaults)

@@ -22,9 +22,12 @@ from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 from PIL import Image
 from pydantic import Field
 
+from prior.conditions import LABEL, digest_condition
 from prior.sampling import DecodingOptions, choose_orders, make_batch
 from tokenizer.files import fsync
 
+from .condition_keys import ConditionRows, SamplesWithCondition, format_values
+from .conditioning import given_columns
 from .config import OutputConfig, UserError, run_command
 from .config.importing import format_imports
 from .config.table import count_of
@@ -33,31 +36,37 @@ from .image_pipeline import NO_TEXT, ImagePipeline, Label
 from .images.grids import class_grid
 from .images.pictures import SUFFIXES, png_bytes, write_picture
 from .job import JOB, OtherJobError, begin_job, read_job, require_work_folder, work_folder
-from .options import DEVICE, Sampling, UsesPipeline
+from .options import DEVICE, UsesPipeline
 from .processes.launch import join_group
 
 SHEET = "metadata.jsonl"
 """One line per image with its file and class name, in the format of `datasets`."""
-MAX_IMAGES = 10_000_000
+MAX_IMAGES, IMAGES = 10_000_000, 64  # at most, and by default
 WRITERS = 16
 
 
-class GenerateConfig(Sampling, UsesPipeline, OutputConfig):
+class GenerateConfig(SamplesWithCondition, UsesPipeline, OutputConfig):
     """Settings of `smalti generate`."""
 
     examples = (
         "pipeline=digits",
         "pipeline=runs/gpt_digits/pipeline labels=3,8 num_images=16 temperature=0.9 out=threes.png",
+        "pipeline=runs/faces/pipeline condition.age=63 condition.tags=hat,smile condition.outline=outlines out=faces",
     )
     unavailable = {"prompt": NO_TEXT}
-    often = "pipeline out overwrite num_images labels seed temperature top_k top_p guidance_scale steps columns"
+    often = (
+        "pipeline out overwrite num_images labels condition.NAME conditions seed temperature top_k top_p "
+        "guidance_scale guidance_on"
+    )
 
     out: str = Field(
         "grid.png",
         description="a picture file for a grid of all images; NAME.npz for one archive in the format of ADM's "
-        "evaluator; or a folder for one PNG file per image, with their classes in metadata.jsonl",
+        "evaluator; or a folder for one PNG file per image, with their conditions in metadata.jsonl",
     )
-    num_images: int = Field(64, ge=1, le=MAX_IMAGES, description="number of images")
+    num_images: int | None = Field(
+        None, ge=1, le=MAX_IMAGES, description=f"number of images; default: one per condition, else {IMAGES}"
+    )
     labels: int | str | list[int | str] | None = Field(
         None,
         description="classes (ids or names), used in turn; default: every class in turn, or no class if the pipeline "
@@ -86,34 +95,38 @@ def run(config: GenerateConfig) -> Path:
     """
     out = Path(config.out)
     with join_group(config.device) as (group, device):
-        images = ImageFolder(config)
-        group.on_main(lambda: images.check(group.world))
+        group.on_main(lambda: ImageFolder(config, config.num_images or IMAGES).check(group.world))
         pipeline = group.main_first(lambda: ImagePipeline.from_pretrained(config.pipeline, device=device))
-        request = make_request(config, pipeline)
-        job = group.on_main(lambda: describe_job(config, request))
+        request = group.main_first(lambda: make_request(config, pipeline))
+        count = request.given.count
+        images = ImageFolder(config, count)
+        group.on_main(lambda: images.check(group.world))
+        job = group.on_main(lambda: describe_job(request))
         with lock_output(out, group):
             missing = group.on_main(lambda: images.begin(job))
-            there = config.num_images - len(missing)
+            there = count - len(missing)
             if group.is_main and there and (missing or images.is_work):
-                print(f"{out}: continuing, {there} of {config.num_images} images exist", flush=True)
+                print(f"{out}: continuing, {there} of {count} images exist", flush=True)
             began, mine = time.monotonic(), list(group.mine(missing))
             group.gather(lambda: make_images(images, mine, request, config.batch_size, show_progress=group.is_main))
             seconds = time.monotonic() - began
-            group.on_main(lambda: images.finish(job))
+            group.on_main(lambda: images.finish(job, format_values(pipeline, request.given, out)))
         if group.is_main:
             rate = f"{len(missing) / seconds:,.1f} images per second" if missing else "already finished"
             then = f"smalti evaluate{format_imports()} pipeline={quote(config.pipeline)}"
-            print(f"{count_of(config.num_images, 'image')}{images.place}, {rate}; next: {then}")
+            print(f"{count_of(count, 'image')}{images.place}, {rate}; next: {then}")
     return out
 
 
 @dataclass(frozen=True)
 class Request:
     """Images identified by number, independent of process and batch: image k has class `classes[k % len(classes)]` (no
-    class if `classes` is empty) and uses seed + k. settings: the sampling settings that were given."""
+    class if `classes` is empty), the condition of row k, and seed + k. settings: the sampling settings that were
+    given."""
 
     pipeline: ImagePipeline
     classes: Sequence[Label]
+    given: ConditionRows
     seed: int
     decoding: DecodingOptions
     settings: dict[str, Any]
@@ -121,16 +134,23 @@ class Request:
     def draw(self, numbers: Sequence[int], progress: bool = False) -> np.ndarray:
         """Draw the images with these numbers in one batch, uint8 (B, H, W, C). Raises `UserError` for a request that
         does not fit the prior."""
+        labels = [self.classes[k % len(self.classes)] for k in numbers] if self.classes else None
+        condition, settings = self.given.rows(numbers), self.settings
+        given = {LABEL} if any(label is not None for label in labels or ()) else set()
+        given.update(given_columns(self.pipeline.conditions, condition or {}))
+        if not given.intersection(settings.get("guidance_on", given)):  # these images have only nulls
+            settings = {name: value for name, value in settings.items() if not name.startswith("guidance_")}
         try:
             return self.pipeline(
                 len(numbers),
-                [self.classes[k % len(self.classes)] for k in numbers] if self.classes else None,
+                labels,
+                condition=condition,
                 generator=[torch.Generator().manual_seed(self.seed + k) for k in numbers],
                 batch_size=len(numbers),
                 output_type="np",
                 progress=progress,
                 **vars(self.decoding),
-                **self.settings,
+                **settings,
             ).images
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
@@ -141,11 +161,12 @@ class Request:
         pipeline, prior = self.pipeline, self.pipeline.prior
         try:
             ids = pipeline.label_ids(self.classes, len(self.classes)) if self.classes else None
-            sampler = pipeline.choose_sampler(self.settings, ids, self.decoding)
+            sampler = pipeline.choose_sampler(self.settings, ids, self.decoding, self.given.columns)
             prior.check_sampling_options(sampler)
             self.decoding.check()
             label = None if ids is None else ids[:1]
-            batch = make_batch(prior, 1, label, None, sampler, torch.Generator(), None, None)
+            condition = {name: raw[:1] for name, raw in self.given.columns.items()}
+            batch = make_batch(prior, 1, label, condition, sampler, torch.Generator(), None, None)
             choose_orders(prior, self.decoding, batch)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
@@ -156,6 +177,7 @@ class Request:
             "tokenizer": pipeline.tokenizer.fingerprint(),
             "prior": prior.fingerprint(),
             "labels": None if ids is None else ids.tolist(),
+            **({"condition": digest_condition(self.given.columns)} if self.given.columns else {}),
             "seed": self.seed,
             "order": self.decoding.order,
             "num_orders": self.decoding.num_orders,
@@ -166,15 +188,16 @@ class Request:
 
 def make_request(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
     """Return the request that `config` describes."""
+    given = config.read_condition(pipeline, config.num_images, default=IMAGES)
     chosen = config.labels if config.labels is None or isinstance(config.labels, list) else [config.labels]
     decoding = DecodingOptions(config.order, config.num_orders, parallel=config.parallel)
-    classes = chosen or range(pipeline.prior.num_classes)
-    return Request(pipeline, classes, config.seed, decoding, config.sampling_settings())
+    classes = given.choose_labels(chosen) if chosen else given.labels or range(pipeline.prior.num_classes)
+    return Request(pipeline, classes, given, config.seed, decoding, config.sampling_settings())
 
 
-def describe_job(config: GenerateConfig, request: Request) -> dict[str, Any]:
+def describe_job(request: Request) -> dict[str, Any]:
     """Return everything that the files depend on."""
-    return {"verb": "generate", "num_images": config.num_images, **request.describe()}
+    return {"verb": "generate", "num_images": request.given.count, **request.describe()}
 
 
 def make_images(
@@ -220,13 +243,13 @@ class ImageFolder:
     If `out` is a single file (a grid or an archive), this is a work folder beside it, from which the file is made.
     """
 
-    def __init__(self, config: GenerateConfig) -> None:
+    def __init__(self, config: GenerateConfig, count: int) -> None:
         self.config, self.output = config, Output(config.out, [config.pipeline], config.overwrite)
         out, self.suffix = self.output.path, self.output.path.suffix.lower()
         self.is_work = bool(self.suffix)
         self.folder = work_folder(out, "generate") if self.is_work else out
         self.result = self.folder / f"result{out.suffix}"
-        self.names = name_files(config.num_images)
+        self.names = name_files(count)
         self.place = f" in {out}" if self.is_work else f": {out}/{self.names[0]} ..."
 
     def check(self, processes: int) -> None:
@@ -283,9 +306,9 @@ class ImageFolder:
         with self.output.errors(), ThreadPoolExecutor(WRITERS) as pool:
             list(pool.map(write_one, numbers, images))
 
-    def finish(self, job: dict[str, Any]) -> None:
-        """Write `metadata.jsonl` if there are classes, or the single file. Raises `UserError` if an image is
-        missing."""
+    def finish(self, job: dict[str, Any], values: dict[str, list[Any]]) -> None:
+        """Write `metadata.jsonl` if there are classes or `values` of columns, or the single file. Raises `UserError` if
+        an image is missing."""
         if absent := [name for name in self.names if not (self.folder / name).is_file()]:
             raise UserError(f"out: {self.folder / absent[0]} is missing; all processes must share the same disk")
         labels, known = assign_labels(job), [*(job["class_names"] or []), ""]  # the null class has no name
@@ -293,10 +316,12 @@ class ImageFolder:
         with self.output.errors():
             if self.is_work:
                 self.write_file(job["image_shape"], labels, classes)
-            elif classes is not None and not (self.folder / SHEET).exists():
+            elif (classes is not None or values) and not (self.folder / SHEET).exists():
+                every = values if classes is None else {"label": [label or None for label in classes], **values}
                 rows = [
-                    {"file_name": name, **({"label": label} if label else {})}
-                    for name, label in zip(self.names, classes, strict=True)
+                    {"file_name": name}
+                    | {key: each[k % len(each)] for key, each in every.items() if each[k % len(each)] is not None}
+                    for k, name in enumerate(self.names)
                 ]
                 sheet = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
                 replace_file(self.folder / SHEET, sheet.encode())

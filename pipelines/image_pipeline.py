@@ -6,7 +6,7 @@ import copy
 import inspect
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
@@ -19,7 +19,7 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from prior import Prior
-from prior.conditions import LABEL
+from prior.conditions import LABEL, Column, Condition, Given, select_rows
 from prior.sampling import (
     GUIDANCE,
     DecodingOptions,
@@ -37,12 +37,13 @@ from prior.sampling import (
 from tokenizer import Tokenizer
 from tokenizer.base import LikelihoodError
 from tokenizer.files import ConfigError
-from tokenizer.model import Dtype, choose_dtype
+from tokenizer.model import Dtype, PretrainedModel, choose_dtype
 
-from . import completion, representation, saving
+from . import completion, conditioning, representation, saving
 from .anomaly import calibrating, healing, scores
 from .anomaly.calibration import Calibration
 from .compression.coding import compress, decompress, exact_pixels
+from .conditioning import GivenCondition
 from .images.grids import class_grid
 from .images.origin import shareable
 from .images.pictures import LATENT, check_output_type, convert_images, to_images, to_uint8
@@ -126,8 +127,9 @@ class ImagePipeline:
     """A tokenizer and a prior over its tokens, saved and loaded as one folder.
 
     labels: class names in the order of their ids. sampler: default sampling settings, as declared by the prior's
-    `Sampling`. Raises `IntegrityError` if the prior was trained with another tokenizer, `ConfigError` for labels or
-    settings that do not fit the prior.
+    `Sampling`. condition_tokenizers: the tokenizers of the prior's grid columns by name, by default the pipeline's own
+    for columns that were encoded with it. Raises `IntegrityError` if the prior was trained with other tokenizers,
+    `ConfigError` for labels or settings that do not fit the prior.
 
     `calibration`, `provenance` and `sample_grid` describe the current models and are reset when a model is replaced, as
     in `pipe.prior = other`.
@@ -143,14 +145,18 @@ class ImagePipeline:
         *,
         labels: Sequence[str] = (),
         sampler: dict[str, Any] | None = None,
+        condition_tokenizers: Mapping[str, Tokenizer] | None = None,
     ) -> None:
-        saving.check_fit(tokenizer, prior, background)
+        saving.check_fit(tokenizer, prior, background, condition_tokenizers)
         if labels and len(labels) != prior.num_classes:
             raise ConfigError(f"{saving.INDEX}: labels: {len(labels)} names for {prior.num_classes} classes")
-        saving.check_labels(labels)
+        saving.check_names(labels, prior.conditions)
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
         self.background = None if background is None else background.eval()
         """A prior trained on perturbed tokens, for `anomaly_score(method="ratio")`."""
+        tokenizers = saving.complete_tokenizers(tokenizer, prior, condition_tokenizers)
+        self.condition_tokenizers = {name: one.eval() for name, one in tokenizers.items()}
+        """The tokenizers of grid columns by name."""
         self.labels = list(labels)
         self.sampler = saving.make_sampler(prior, sampler or {})
         self.provenance: dict[str, Any] = {}
@@ -177,7 +183,8 @@ class ImagePipeline:
         grid, shape = self.prior.grid, "x".join(map(str, self.tokenizer.image_shape))
         return (
             f"{type(self).__name__}({self.tokenizer.name} + {self.prior.name}, images {shape}, tokens "
-            f"{'x'.join(map(str, grid.shape))} of {grid.vocab_size}, {self.prior.num_classes} classes)"
+            f"{'x'.join(map(str, grid.shape))} of {grid.vocab_size}, {self.prior.num_classes} classes"
+            f"{''.join(f', {name}' for name in self.conditions)})"
         )
 
     # Sampling
@@ -188,6 +195,7 @@ class ImagePipeline:
         num_images: int | None = None,
         labels: Label | Sequence[Label] = None,
         *,
+        condition: GivenCondition = None,
         num_images_per_label: int | None = None,
         seed: int | None = None,
         generator: Generators = None,
@@ -205,11 +213,13 @@ class ImagePipeline:
     ) -> PipelineOutput:
         """Sample images.
 
-        labels: one class (id or name) for all, or one per image; None is unconditional. num_images_per_label: instead
-        of `num_images`, the number of images of each label in turn. seed: image k uses seed + k, for any `batch_size`.
-        tokens, known, order, num_orders, cache, parallel: as in `Prior.sample`. output_type: "pil", "np" (uint8), "pt"
-        (float in [-1, 1]), or "latent" (the tokens, not decoded). progress: False hides the bar and overrides
-        `set_progress_bar_config`.
+        labels: one class (id or name) for all, or one per image; None is unconditional. condition: values of the
+        columns in `conditions` by name, one for all images or one per image, such as `{"age": 63}`; see
+        `read_condition`. num_images: by default, as many as labels or values are given, else 1. num_images_per_label:
+        instead of `num_images`, the number of images of each label in turn. seed: image k uses seed + k, for any
+        `batch_size`. tokens, known, order, num_orders, cache, parallel: as in `Prior.sample`. output_type: "pil", "np"
+        (uint8), "pt" (float in [-1, 1]), or "latent" (the tokens, not decoded). progress: False hides the bar and
+        overrides `set_progress_bar_config`.
 
         callback_on_step_end: called as `f(pipe, step, rank, {"tokens": ..., "known": ...})` after each step: step
         counts from 0 over all batches; rank is the position that the current images have reached in their order; tokens
@@ -217,21 +227,23 @@ class ImagePipeline:
         Both are copies. Its return value is ignored; an exception ends the call.
 
         settings: those that the prior's `Sampling` declares (`temperature`, `top_k`, `top_p`, `guidance_scale`,
-        `guidance_end`, `guidance_power`; also `steps`, `confidence_temperature` and `schedule` for a masked-token
-        prior). They default to the pipeline's own (`pipeline.sampler`), except that `steps` is ignored if `order`,
-        `num_orders`, `cache` or `parallel` is given, since it cannot be combined with them. The guidance schedule is
-        replaced as a whole: a given `guidance_scale` is constant unless `guidance_end` is also given, and a given
-        `guidance_end` is linear unless `guidance_power` is also given. Raises `ValueError` for arguments out of range,
-        `TypeError` for a setting that the prior does not have.
+        `guidance_end`, `guidance_power`, `guidance_on`; also `steps`, `confidence_temperature` and `schedule` for a
+        masked-token prior). They default to the pipeline's own (`pipeline.sampler`), except that `steps` is ignored if
+        `order`, `num_orders`, `cache` or `parallel` is given, since it cannot be combined with them. The guidance
+        schedule is replaced as a whole: a given `guidance_scale` is constant unless `guidance_end` is also given, and a
+        given `guidance_end` is linear unless `guidance_power` is also given. Raises `ValueError` for arguments out of
+        range, `TypeError` for a setting that the prior does not have.
         """
-        num_images, labels = count_images(num_images, labels, num_images_per_label)
+        labels = conditioning.choose_labels(labels, condition)
+        default = None if condition is None else self.count_condition(condition)
+        num_images, labels = count_images(num_images, labels, num_images_per_label, default)
         check_count(batch_size, "batch_size")
         check_output_type(output_type, LATENT)
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise TypeError(f"callback_on_step_end should be a function (got {callback_on_step_end!r})")
-        ids = self.label_ids(labels, num_images)
+        ids, columns = self.label_ids(labels, num_images), self.read_condition(condition, num_images)
         decoding = DecodingOptions(order, num_orders, cache, parallel)
-        sampler = self.choose_sampler(settings, ids, decoding)
+        sampler = self.choose_sampler(settings, ids, decoding, columns)
         generator = make_generators(seed, generator, num_images)
         shape = (num_images, *self.prior.grid.shape)
         tokens, known = (each.reshape(shape) for each in check_known(self.prior, tokens, known, num_images))
@@ -251,6 +263,7 @@ class ImagePipeline:
             drawn[rows] = self.prior.sample(
                 rows.stop - rows.start,
                 None if ids is None else ids[rows],
+                condition=select_rows(columns, rows),
                 generator=generator[rows] if isinstance(generator, Sequence) else generator,
                 tokens=tokens[rows],
                 known=known[rows],
@@ -268,20 +281,25 @@ class ImagePipeline:
         return PipelineOutput(images, drawn, names if any(names) else None)
 
     def choose_sampler(
-        self, settings: dict[str, Any], ids: Tensor | None, decoding: DecodingOptions
+        self,
+        settings: dict[str, Any],
+        ids: Tensor | None,
+        decoding: DecodingOptions,
+        condition: Condition | None = None,
     ) -> SamplingOptions:
         """Complete the given sampling settings with the pipeline's own, which also replace None for a setting shared by
-        all priors. Raises `TypeError` for a setting that the prior does not have, `ValueError` for values out of
-        range."""
+        all priors. ids, condition: the classes and raw columns of the images. Raises `TypeError` for a setting that the
+        prior does not have, `ValueError` for values out of range."""
         known = self.prior.Sampling.names()
         if unknown := [name for name in settings if name not in known]:
             near = get_close_matches(unknown[0], [*known, *inspect.signature(self.__call__).parameters], 1)
             hint = f"did you mean {near[0]!r}?" if near else f"a {self.prior.name!r} prior takes {', '.join(known)}"
             raise TypeError(f"unexpected argument {unknown[0]!r}; {NO_TEXT if 'prompt' in unknown[0] else hint}")
         own = self.sampler if decoding.is_default else self.sampler.for_given_order()
-        labelled = ids is not None and bool((ids != self.prior.num_classes).any())
-        if not labelled:
-            own = own.unguided()  # there is no class to guide towards
+        given = conditioning.given_columns(self.conditions, condition or {})
+        given += [LABEL] * (ids is not None and bool((ids != self.prior.num_classes).any()))
+        if not (given if own.guidance_on is None else set(own.guidance_on).intersection(given)):
+            own = own.unguided()  # there is nothing to guide towards
         shared = SamplingOptions.names()
         chosen = {name: value for name, value in settings.items() if value is not None or name not in shared}
         defaults = dict(vars(own))
@@ -289,7 +307,8 @@ class ImagePipeline:
             if name in chosen:  # the rest of the pipeline's guidance schedule does not apply
                 defaults.update(dict.fromkeys(GUIDANCE[number:]))
         sampler = self.prior.make_sampling_options(**{**defaults, **chosen})
-        sampler.check_guidance([LABEL] if labelled else [])
+        self.prior.check_sampling_options(sampler)
+        sampler.check_guidance(given)
         return sampler
 
     complete = serialized(completion.complete)
@@ -332,15 +351,16 @@ class ImagePipeline:
         return to_images(images, self.tokenizer.image_shape).to(self.device)
 
     def batches(
-        self, rows: Tensor, labels: Label | Sequence[Label], batch_size: int
-    ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Yield batches of images or tokens: their slice, the rows, and their class ids or None. Without rows, yield
-        one empty batch."""
+        self, rows: Tensor, labels: Label | Sequence[Label], batch_size: int, condition: GivenCondition = None
+    ) -> Iterator[tuple[slice, Tensor, Given | None]]:
+        """Yield batches of images or tokens: their slice, the rows, and what the prior receives as labels: class ids or
+        None, or with columns, ids and encoded columns. Without rows, yield one empty batch."""
         check_count(batch_size, "batch_size")
-        ids = self.label_ids(labels, len(rows))
+        ids, columns = self.label_ids(labels, len(rows), condition), self.read_condition(condition, len(rows))
         for start in self._with_bar(range(0, max(1, len(rows)), batch_size), "scoring"):
             place = slice(start, start + batch_size)
-            yield place, rows[place], None if ids is None else ids[place]
+            part, own = rows[place], None if ids is None else ids[place]
+            yield place, part, self.prior.check_condition(own, select_rows(columns, place), len(part))
 
     def _with_bar(self, parts: Sequence[T], what: str) -> Iterable[T]:
         """Iterate over `parts`, with a bar after two seconds unless another bar is active."""
@@ -350,10 +370,20 @@ class ImagePipeline:
             return parts
         return progress_bar(parts, {"desc": what, "delay": 2.0, **self.progress_bar_config}, unit="batch")
 
-    # Classes
+    # Classes and other conditions
 
-    def label_ids(self, labels: Label | Sequence[Label], count: int) -> Tensor | None:
-        """Convert labels (ids or names) to class ids `(count,)`, or None. Raises `ValueError` listing the classes."""
+    @property
+    def conditions(self) -> dict[str, Column]:
+        """The columns that `condition` may give values for, by name."""
+        return self.prior.conditions
+
+    read_condition = conditioning.read_condition
+    count_condition = conditioning.count_condition
+
+    def label_ids(self, labels: Label | Sequence[Label], count: int, condition: GivenCondition = None) -> Tensor | None:
+        """Convert labels (ids or names), or those in `condition`, to class ids `(count,)`, or None. Raises `ValueError`
+        listing the classes."""
+        labels = conditioning.choose_labels(labels, condition)
         if labels is None:
             return None
         values = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels
@@ -387,21 +417,22 @@ class ImagePipeline:
         images: Images,
         labels: Label | Sequence[Label] = None,
         *,
+        condition: GivenCondition = None,
         order: Order = None,
         num_orders: int = 1,
         num_masks: int = 1,
         batch_size: int = 256,
     ) -> Tensor:
-        """Return log p of each image's tokens under the prior given its label, `(B,)` nats; unconditional without
-        labels.
+        """Return log p of each image's tokens under the prior given its label and condition, `(B,)` nats; unconditional
+        without them.
 
-        order, num_orders, num_masks: as in `Prior.log_prob`. If `prior.exact` is False, each value is an unbiased
-        estimate of a lower bound, and the mean over images estimates a lower bound.
+        condition: see `read_condition`. order, num_orders, num_masks: as in `Prior.log_prob`. If `prior.exact` is
+        False, each value is an unbiased estimate of a lower bound, and the mean over images estimates a lower bound.
         """
         batch, parts = self.to_images(images), []
-        for rows, part, ids in self.batches(batch, labels, batch_size):
+        for rows, part, given in self.batches(batch, labels, batch_size, condition):
             own = select_order(order, rows, len(batch))
-            parts.append(self.prior.log_prob(self.encode_batch(part), ids, own, num_orders, num_masks))
+            parts.append(self.prior.log_prob(self.encode_batch(part), given, own, num_orders, num_masks))
         return torch.cat(parts)
 
     @serialized
@@ -411,15 +442,17 @@ class ImagePipeline:
         images: Images,
         labels: Label | Sequence[Label] = None,
         *,
+        condition: GivenCondition = None,
         order: Order = None,
         num_orders: int = 1,
         batch_size: int = 256,
     ) -> Tensor:
         """Return bits per dimension (pixel and channel) of each image, `(B,)`: bits of its tokens under the prior plus
         bits of its pixels given the tokens. If `prior.exact` is False, their mean over images is an upper bound.
-        order, num_orders: as in `Prior.log_prob`. Raises `LikelihoodError` if the decoder has no likelihood."""
+        condition: see `read_condition`. order, num_orders: as in `Prior.log_prob`. Raises `LikelihoodError` if the
+        decoder has no likelihood."""
         batch, parts = self.to_images(images), []
-        for rows, part, ids in self.batches(batch, labels, batch_size):
+        for rows, part, given in self.batches(batch, labels, batch_size, condition):
             tokens, own = self.encode_batch(part), select_order(order, rows, len(batch))
             pixels = self.tokenizer.pixel_log_prob(part, tokens)
             if pixels is None:
@@ -427,7 +460,7 @@ class ImagePipeline:
                     f"bits_per_dim needs a decoder with a likelihood, which this {self.tokenizer.name!r} lacks; "
                     "log_prob returns the prior's part"
                 )
-            parts.append(self.prior.log_prob(tokens, ids, own, num_orders) + pixels)
+            parts.append(self.prior.log_prob(tokens, given, own, num_orders) + pixels)
         return -torch.cat(parts) / (batch.shape[1:].numel() * np.log(2))
 
     conditional_log_prob = serialized(completion.conditional_log_prob)
@@ -447,25 +480,29 @@ class ImagePipeline:
     # Storing images
 
     @serialized
-    def compress(self, images: Any, *, lossless: bool = False, progress: bool = True) -> bytes:
+    def compress(
+        self, images: Any, *, condition: GivenCondition = None, lossless: bool = False, progress: bool = True
+    ) -> bytes:
         """Compress images to a stream that only this pipeline can decode, to the same tokens on any machine.
 
-        images: PIL images of exactly the pipeline's size, uint8 or float `(B, C, H, W)`. lossless: store every pixel;
-        needs a decoder with a likelihood or a `pixels` tokenizer. Otherwise only tokens are stored; the images that two
-        machines decode from them may differ by one grey level in some pixels, because the decoder's float32 rounds
-        differently. Raises `ValueError` for images of another size (lossless: or of more than 8 bits),
+        images: PIL images of exactly the pipeline's size, uint8 or float `(B, C, H, W)`. condition: values of columns
+        and `label`, as in `read_condition`; they shorten the stream, and `decompress` needs them again. lossless: store
+        every pixel; needs a decoder with a likelihood or a `pixels` tokenizer. Otherwise only tokens are stored; the
+        images that two machines decode from them may differ by one grey level in some pixels, because the decoder's
+        float32 rounds differently. Raises `ValueError` for images of another size (lossless: or of more than 8 bits),
         `LikelihoodError` if lossless is not possible, and `StreamError` without the package constriction.
         """
         several, shape = [images] if isinstance(images, PILImage) else images, self.tokenizer.image_shape
         if isinstance(several, (list, tuple)):
             several = [exact_pixels(one, shape, lossless) if isinstance(one, PILImage) else one for one in several]
-        return compress(self, self.to_images(several), lossless=lossless, progress=progress)
+        return compress(self, self.to_images(several), condition=condition, lossless=lossless, progress=progress)
 
     @serialized
     def decompress(
         self,
         data: bytes,
         *,
+        condition: GivenCondition = None,
         output_type: str = "pil",
         batch_size: int | None = None,
         max_images: int | None = None,
@@ -473,14 +510,16 @@ class ImagePipeline:
     ) -> Any:
         """Decompress all images of a stream, or raise an error. The tokens equal the compressed ones, and so do the
         pixels if the stream is lossless; otherwise pixels agree to within one grey level (for float32 weights).
-        batch_size: images evaluated at a time, None for a whole chunk; it does not affect the tokens. max_images:
-        refuse streams with more images.
+        condition: the one given to `compress`; of images for a grid, only the tokens must be the same. batch_size:
+        images evaluated at a time, None for a whole chunk; it does not affect the tokens. max_images: refuse streams
+        with more images.
 
-        Raises `StreamError`: `DamagedStream` if it is damaged, `ModelMismatch` if it was made by another pipeline or on
-        a machine that computes other probabilities.
+        Raises `StreamError`, also for another condition: `DamagedStream` if it is damaged, `ModelMismatch` if it was
+        made by another pipeline or on a machine that computes other probabilities.
         """
         check_output_type(output_type)
-        images = decompress(self, data, batch_size=batch_size, max_images=max_images, progress=progress)
+        options: dict[str, Any] = {"batch_size": batch_size, "max_images": max_images, "progress": progress}
+        images = decompress(self, data, condition=condition, **options)
         return convert_images(images, output_type)
 
     # Saving and loading
@@ -584,13 +623,26 @@ class ImagePipeline:
     def components(self) -> dict[str, Any]:
         """The models by argument name: `ImagePipeline(**pipe.components, labels=pipe.labels)` makes another pipeline
         from them."""
-        models = {"tokenizer": self.tokenizer, "prior": self.prior, saving.BACKGROUND: self.background}
+        models = {
+            "tokenizer": self.tokenizer,
+            "prior": self.prior,
+            saving.BACKGROUND: self.background,
+            "condition_tokenizers": self.condition_tokenizers or None,
+        }
         return {name: model for name, model in models.items() if model is not None}
+
+    @property
+    def models(self) -> dict[str, PretrainedModel]:
+        """All models by their subfolder in the pipeline's folder."""
+        models = self.components
+        others = models.pop("condition_tokenizers", {})
+        own = {name: model for name, model in others.items() if model is not self.tokenizer}
+        return {**models, **{f"{saving.CONDITIONS}/{name}": model for name, model in own.items()}}
 
     def set_background(self, prior: Prior) -> None:
         """Set the background prior, trained on perturbed tokens, for `anomaly_score(method="ratio")`. Raises
         `IntegrityError` for a prior over other tokens or classes."""
-        saving.check_fit(self.tokenizer, self.prior, prior)
+        saving.check_fit(self.tokenizer, self.prior, prior, self.condition_tokenizers)
         self.background = prior.eval()
 
     @property
@@ -613,7 +665,7 @@ class ImagePipeline:
             if dtype is not None:
                 raise TypeError(f"to() takes a device, a dtype, or a device and then a dtype (got {device}, {dtype})")
             device, dtype = None, device
-        for model in self.components.values():
+        for model in self.models.values():
             model.to(device=device)
         saving.change_dtype(self, lambda model: dtype)
         return self
@@ -639,9 +691,12 @@ def make_generators(seed: int | None, generator: Generators, count: int) -> Gene
     return [torch.Generator().manual_seed(first + k) for k in range(count)]
 
 
-def count_images(num_images: int | None, labels: Any, per_label: int | None = None) -> tuple[int, Any]:
-    """Return the number of images (`num_images`, or one per label, or `per_label` per label), and one label for all or
-    one per image. Raises `ValueError` for less than 1 or if both counts are given, `TypeError` for a text prompt."""
+def count_images(
+    num_images: int | None, labels: Any, per_label: int | None = None, default: int | None = None
+) -> tuple[int, Any]:
+    """Return the number of images (`num_images`, or one per label, or `per_label` per label, or `default`, or 1), and
+    one label for all or one per image. Raises `ValueError` for less than 1 or if both counts are given, `TypeError` for
+    a text prompt."""
     if isinstance(num_images, str):
         raise TypeError(f"num_images should be a number (got {num_images!r}); {NO_TEXT}")
     if isinstance(labels, (Tensor, np.ndarray)):
@@ -655,5 +710,5 @@ def count_images(num_images: int | None, labels: Any, per_label: int | None = No
         labels = [label for label in labels for _ in range(per_label)] if several else labels
         num_images = len(labels) if several else per_label
     if num_images is None:
-        num_images = len(labels) if several else 1
+        num_images = len(labels) if several else 1 if default is None else default
     return check_count(num_images), labels

@@ -35,9 +35,16 @@ def prefetch(make: Callable[[T], Made], items: Iterable[T], ahead: int = AHEAD) 
 
 def pin_memory(batch: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the batch with its tensors in pinned memory, which allows asynchronous copies to a GPU."""
-    return tuple(part.pin_memory() if isinstance(part, Tensor) else part for part in batch)
+    return tuple(map_tensors(Tensor.pin_memory, part) for part in batch)
 
 
 def to_device_async(batch: tuple[Any, ...], device: torch.device) -> tuple[Any, ...]:
     """Start asynchronous copies of the batch to the device; work queued there later waits for them."""
-    return tuple(part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in batch)
+    return tuple(map_tensors(lambda tensor: tensor.to(device, non_blocking=True), part) for part in batch)
+
+
+def map_tensors(act: Callable[[Tensor], Tensor], part: Any) -> Any:
+    """Apply `act` to a tensor, or to the values of a dict of tensors; return anything else unchanged."""
+    if isinstance(part, dict):
+        return {name: map_tensors(act, value) for name, value in part.items()}
+    return act(part) if isinstance(part, Tensor) else part

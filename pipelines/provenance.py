@@ -15,6 +15,7 @@ from .config import Within
 from .images import DataConfig
 from .images.hub import fetch_file
 from .saving import INDEX, resolve_shipped
+from .tokens.meta import META, read_meta
 
 IN_RUN = Within("tokenizer", CONFIG)
 TokenizerFolder = Annotated[str, IN_RUN]
@@ -35,6 +36,8 @@ def read_training_data(tokenizer: str) -> dict[str, Any]:
     """Return the settings of the images that a tokenizer was trained on, if recorded. Raises `FormatError`."""
     source = tokenizer_folder(tokenizer)
     pipeline = Path(source).parent
+    if (pipeline / META).is_file():  # a token dataset
+        return dict(read_meta(pipeline).source.get("data", {}))
     in_pipeline = (pipeline / INDEX).is_file()  # a pipeline records them once for both models
     return read_data_settings(find_file(str(pipeline) if in_pipeline else source, PROVENANCE))
 
@@ -54,7 +57,7 @@ def read_data_settings(path: Path | None) -> dict[str, Any]:
     found = {} if path is None else read_json(path).get("data", {})
     if not isinstance(found, dict):
         raise FormatError(f"{path}: data: expected an object of settings, found {quote(found)}")
-    return found
+    return found and {"clips": False, **found}  # written only if set
 
 
 def trained_data(provenance: dict[str, Any]) -> DataConfig | None:
@@ -77,8 +80,8 @@ def tokenizer_folder(source: str) -> str:
 def find_protected_folder(tokenizer: str) -> str:
     """Return the folder that an output must not be in: the tokenizer's own, or the pipeline that contains it, whose
     manifest must list every file."""
-    pipeline = Path(tokenizer_folder(tokenizer)).parent
-    return str(pipeline) if (pipeline / INDEX).is_file() else tokenizer
+    around = Path(tokenizer_folder(tokenizer)).parents[:2]  # two folders up from the tokenizer of a grid
+    return next((str(folder) for folder in around if (folder / INDEX).is_file()), tokenizer)
 
 
 def save_tokenizer(model: Any, folder: Path, provenance: dict[str, Any]) -> None:

@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prior.conditions import Given
+
 from .images.pictures import as_batch, to_float
 
 if TYPE_CHECKING:
+    from .conditioning import GivenCondition
     from .image_pipeline import ImagePipeline, Images
 
 POOLS = {
@@ -35,6 +38,7 @@ def embed(
     layer: Layer = None,
     pool: str | None = None,
     labels: Any = None,
+    condition: GivenCondition = None,
     batch_size: int = 64,
 ) -> Tensor:
     """Return vectors `(B, dim)` float32 of images (PIL, uint8 or float in [-1, 1]), on the pipeline's device.
@@ -43,11 +47,12 @@ def embed(
     1; None is the middle layer. `"codes"` is the share of each id among the tokens, `"embeddings"` the tokens' vectors
     (their decoded colours if the tokenizer has no quantizer), `"pixels"` the images. pool: `"mean"` over positions,
     `"flatten"`, or `"last"`: the last position in the prior's order, which sees nearly all tokens; None is `"mean"` for
-    the prior and codes, `"flatten"` for embeddings and pixels. labels: classes given to the prior; None is the null
-    class. The result does not depend on `batch_size`, up to rounding. Raises `ValueError` for an unknown layer or pool,
-    listing those available.
+    the prior and codes, `"flatten"` for embeddings and pixels. labels, condition: classes and columns given to the
+    prior; None is null. The result does not depend on `batch_size`, up to rounding. Raises `ValueError` for an unknown
+    layer or pool, listing those available.
     """
-    return embed_layers(pipeline, images, [layer], pool=pool, labels=labels, batch_size=batch_size)[0]
+    how: Any = {"pool": pool, "labels": labels, "condition": condition, "batch_size": batch_size}
+    return embed_layers(pipeline, images, [layer], **how)[0]
 
 
 @torch.no_grad()
@@ -58,6 +63,7 @@ def embed_layers(
     *,
     pool: str | None = None,
     labels: Any = None,
+    condition: GivenCondition = None,
     batch_size: int = 64,
 ) -> list[Tensor]:
     """Return `embed` for each of `layers`, computed in one pass."""
@@ -69,7 +75,7 @@ def embed_layers(
     if given.dtype != torch.uint8:
         given = pipeline.to_images(given)
     parts = []
-    for _, part, ids in pipeline.batches(given, labels, batch_size):
+    for _, part, ids in pipeline.batches(given, labels, batch_size, condition):
         floats = (
             to_float(part) if part.dtype == torch.uint8 else part
         )  # per batch, because all images might not fit into memory
@@ -87,12 +93,14 @@ def nearest(
     layer: Layer = None,
     pool: str | None = None,
     labels: Any = None,
+    condition: GivenCondition = None,
     batch_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Find the `k` rows of `vectors` (n, dim) nearest to each image: indices `(B, k)`, nearest first, and cosine
     distances `(B, k)` from 0 (the same direction) to 2. vectors: the result of `embed` with the same arguments. Raises
     `ValueError` as `embed` does, for vectors of another width, and unless 1 <= k <= n."""
-    queries = embed(pipeline, images, layer=layer, pool=pool, labels=labels, batch_size=batch_size)
+    how: Any = {"pool": pool, "labels": labels, "condition": condition, "batch_size": batch_size}
+    queries = embed(pipeline, images, layer=layer, **how)
     if vectors.ndim != 2 or vectors.shape[1] != queries.shape[1]:
         shape = tuple(vectors.shape)
         raise ValueError(f"vectors should be of shape (n, {queries.shape[1]}), as returned by embed (got {shape})")
@@ -127,7 +135,7 @@ def choose_pool(source: str, pool: str | None) -> str:
 
 
 def compute_position_vectors(
-    pipeline: ImagePipeline, images: Tensor, labels: Tensor | None, chosen: Sequence[tuple[str, int]]
+    pipeline: ImagePipeline, images: Tensor, labels: Given | None, chosen: Sequence[tuple[str, int]]
 ) -> list[Tensor]:
     """Return `(B, positions, dim)` float32 for each of `chosen`; for codes their shares, `(B, 1, vocab_size)`."""
     tokens = pipeline.encode_batch(images)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from prior import Prior
+from prior.conditions import MAX_COLUMNS, NAME, GridColumn
 from prior.sampling import SamplingOptions
 from tokenizer import Tokenizer
 from tokenizer.files import (
@@ -51,13 +52,14 @@ if TYPE_CHECKING:
     from .image_pipeline import ImagePipeline
 
 INDEX, CARD, GRID = "model_index.json", "README.md", "samples.png"
-BACKGROUND, CALIBRATION = "background", "calibration.json"
+BACKGROUND, CALIBRATION, CONDITIONS = "background", "calibration.json", "conditions"
 FORMAT_VERSION = 1
 MAX_PICTURE_BYTES, MAX_GRID_PIXELS = 64 << 20, 32 << 20
 PARTS = ("tokenizer", "prior", BACKGROUND)
 FILES = [INDEX, PROVENANCE, CARD, GRID, CALIBRATION, MANIFEST] + [
-    f"{part}/{name}" for part in PARTS for name in (CONFIG, *weights_names(), PROVENANCE)
+    f"{part}/{name}" for part in (*PARTS, f"{CONDITIONS}/*") for name in (CONFIG, *weights_names(), PROVENANCE)
 ]
+"""Patterns of the names of all files."""
 
 
 WITHIN_RUN = Within("pipeline", INDEX)
@@ -76,6 +78,7 @@ class IndexFile(BaseModel):
     tokenizer: Text
     prior: Text
     background: Text = ""
+    conditions: dict[Annotated[Text, Field(pattern=f"^{NAME.pattern}$")], Text] = Field({}, max_length=MAX_COLUMNS)
     variant: Literal["fp16", "bf16"] | None = None
     labels: list[Text]
     sampler: dict[str, Any]
@@ -97,6 +100,9 @@ def read_index(folder: Path) -> dict[str, Any]:
     for part, family in families + [(BACKGROUND, Prior)] * (BACKGROUND in index):
         if not family.has(index[part]):
             raise ConfigError(f"{path}: {part}: {family.describe_unknown(index[part])}")
+    for name, kind in index.get(CONDITIONS, {}).items():
+        if not Tokenizer.has(kind):
+            raise ConfigError(f"{path}: {CONDITIONS}.{name}: {Tokenizer.describe_unknown(kind)}")
     return index
 
 
@@ -113,16 +119,21 @@ def make_sampler(prior: Prior, settings: dict[str, Any]) -> SamplingOptions:
 
 def check_listed(folder: Path, manifest: dict[str, Any]) -> None:
     """Raise `IntegrityError` if the manifest does not list a file of the pipeline."""
-    unlisted = [name for name in FILES if name not in {MANIFEST, *manifest["files"]} and (folder / name).exists()]
-    if unlisted:
+    found = [path.relative_to(folder).as_posix() for pattern in FILES for path in sorted(folder.glob(pattern))]
+    if unlisted := [name for name in found if name not in {MANIFEST, *manifest["files"]}]:
         raise IntegrityError(f"{folder / MANIFEST}: files: does not list {', '.join(unlisted)}")
 
 
-def check_labels(labels: Sequence[str]) -> None:
+def check_names(labels: Sequence[str], conditions: Mapping[str, Any]) -> None:
     """Raise `ConfigError` for a name with unprintable characters, such as terminal escape sequences."""
-    for label in labels:
-        if not is_class_name(label):
-            raise ConfigError(f"{INDEX}: labels: {quote(label)} should be at most {LONGEST} printable characters")
+    places = {f"{INDEX}: labels": labels}
+    for name, column in conditions.items():
+        texts = [*getattr(column, "names", []), getattr(column, "encoder", "")]
+        places[f"prior/{CONFIG}: conditions.{name}"] = texts
+    for place, names in places.items():
+        for name in names:
+            if not is_class_name(name):
+                raise ConfigError(f"{place}: {quote(name)} should be at most {LONGEST} printable characters")
 
 
 class DataFacts(BaseModel):
@@ -197,11 +208,18 @@ def find_pipeline(source: str | Path, **options: Any) -> Path:
 # Compatibility of models
 
 
-def check_fit(tokenizer: Tokenizer, prior: Prior, background: Prior | None = None) -> None:
-    """Raise `IntegrityError` unless the priors model the tokens of this tokenizer, `TypeError` for arguments that are
-    not models."""
+def check_fit(
+    tokenizer: Tokenizer,
+    prior: Prior,
+    background: Prior | None = None,
+    condition_tokenizers: Mapping[str, Tokenizer] | None = None,
+) -> None:
+    """Raise `IntegrityError` unless the priors model the tokens of this tokenizer and the grids are those of
+    `condition_tokenizers`, `TypeError` for arguments that are not models."""
     families: dict[str, tuple[Any, type]] = {"tokenizer": (tokenizer, Tokenizer), "prior": (prior, Prior)}
     families |= {} if background is None else {BACKGROUND: (background, Prior)}
+    others = condition_tokenizers or {}
+    families |= {f"condition_tokenizers.{name}": (other, Tokenizer) for name, other in others.items()}
     for name, (model, family) in families.items():
         if not isinstance(model, family):
             found = f"(got {type(model).__name__}); to compile it, call pipe.{name}.compile()"
@@ -217,25 +235,68 @@ def check_fit(tokenizer: Tokenizer, prior: Prior, background: Prior | None = Non
         ours, theirs = ((one.grid, one.num_classes, one.config.tokenizer) for one in (prior, background))
         if ours != theirs:
             raise IntegrityError(f"{BACKGROUND}/{CONFIG}: not a prior over the same tokens and classes as prior/")
+        if background.conditions not in ({}, prior.conditions):
+            raise IntegrityError(f"{BACKGROUND}/{CONFIG}: conditions: neither those of prior/ nor none")
+    check_condition_tokenizers(prior, complete_tokenizers(tokenizer, prior, others))
 
 
-def set_fingerprint(tokenizer: Tokenizer, *priors: Prior) -> None:
-    """Record the tokenizer's fingerprint, which changes when its weights are rounded, in priors that fit it."""
+def complete_tokenizers(
+    tokenizer: Tokenizer, prior: Prior, others: Mapping[str, Tokenizer] | None
+) -> dict[str, Tokenizer]:
+    """Return the tokenizer of each grid column by name: the given one, or the pipeline's own if it made the tokens."""
+    made = {name: column.tokenizer for name, column in prior.conditions.items() if isinstance(column, GridColumn)}
+    fingerprint = tokenizer.fingerprint() if any(made.values()) else None
+    return {**(others or {}), **{name: tokenizer for name, one in made.items() if one == fingerprint}}
+
+
+def check_condition_tokenizers(prior: Prior, tokenizers: Mapping[str, Tokenizer]) -> None:
+    """Raise `IntegrityError` unless each grid column has the tokenizer that made its tokens, if one did."""
+    grids = {name: column for name, column in prior.conditions.items() if isinstance(column, GridColumn)}
+    for name in [*grids, *tokenizers]:
+        where = f"{CONDITIONS}/{name}"
+        if name not in grids:
+            raise IntegrityError(f"{where}: the prior has no such grid; its grids are {', '.join(grids) or 'none'}")
+        column, tokenizer = grids[name], tokenizers.get(name)
+        if tokenizer is None and column.tokenizer:
+            raise IntegrityError(f"{where}: missing: the tokenizer ({column.tokenizer[:12]}...) of this grid's tokens")
+        if tokenizer is None:
+            continue
+        if tokenizer.grid != column.grid:
+            raise IntegrityError(f"{where}: grid: {tokenizer.grid} is not the column's, {column.grid}")
+        if column.tokenizer and column.tokenizer != (found := tokenizer.fingerprint()):
+            raise IntegrityError(
+                f"{where}: the grid holds tokens of another tokenizer ({column.tokenizer[:12]}..., this one is "
+                f"{found[:12]}...)"
+            )
+
+
+def set_fingerprints(models: Mapping[str, PretrainedModel], grids: Collection[str]) -> None:
+    """Record the fingerprints of tokenizers, which change when weights are rounded, in priors that fit them. models:
+    `ImagePipeline.models`; grids: the columns whose tokens a tokenizer made."""
+    tokenizer = models["tokenizer"]
     fingerprint = tokenizer.fingerprint()
-    for prior in priors:
-        if prior.config.tokenizer != fingerprint:
-            prior.config = prior.config.model_copy(update={"tokenizer": fingerprint})
+    made = {name: models.get(f"{CONDITIONS}/{name}", tokenizer).fingerprint() for name in grids}
+    for prior in models.values():
+        if not isinstance(prior, Prior):
+            continue
+        columns = {
+            name: column.model_copy(update={"tokenizer": made[name]}) if name in made else column
+            for name, column in prior.conditions.items()
+        }
+        if (prior.config.tokenizer, prior.conditions) != (fingerprint, columns):
+            prior.config = prior.config.model_copy(update={"tokenizer": fingerprint, "conditions": columns})
+            prior.conditions = columns
 
 
 def change_dtype(pipeline: ImagePipeline, choose: Callable[[PretrainedModel], torch.dtype | None]) -> None:
     """Convert each model's weights to the dtype that `choose` returns for it; None leaves them unchanged."""
-    chosen = [(model, choose(model)) for model in pipeline.components.values()]
+    chosen = [(model, choose(model)) for model in pipeline.models.values()]
     if all(dtype in (None, model.dtype) for model, dtype in chosen):
         return
     check_fit(**pipeline.components)
     for model, dtype in chosen:
         model.to(dtype=dtype)
-    set_fingerprint(*pipeline.components.values())
+    set_fingerprints(pipeline.models, pipeline.condition_tokenizers)
 
 
 # Writing
@@ -243,13 +304,15 @@ def change_dtype(pipeline: ImagePipeline, choose: Callable[[PretrainedModel], to
 
 def save(pipeline: ImagePipeline, folder: str | Path, variant: str | None) -> None:
     """Implement `ImagePipeline.save_pretrained`."""
-    models, grid = pipeline.components, pipeline.sample_grid
-    check_fit(**models)
+    grid = pipeline.sample_grid
+    check_fit(**pipeline.components)
+    models = pipeline.models
     if variant is not None:
         models = {name: round_weights(model, variant) for name, model in models.items()}
     if grid is not None and grid[..., 0].size > MAX_GRID_PIXELS:
         raise LimitError(f"sample_grid: {grid.shape} is more than {MAX_GRID_PIXELS} pixels")
-    set_fingerprint(*models.values())
+    set_fingerprints(models, pipeline.condition_tokenizers)
+    tokenizers = {Path(name).name: model.name for name, model in models.items() if name.startswith(CONDITIONS)}
     with atomic_folder(folder, kind=PIPELINE) as target:
         for name, model in models.items():
             model.save_pretrained(target / name, **({} if variant is None else {"variant": variant}))
@@ -263,6 +326,7 @@ def save(pipeline: ImagePipeline, folder: str | Path, variant: str | None) -> No
             "labels": pipeline.labels,
             "sampler": pipeline.sampler.to_dict(),
             **({} if pipeline.background is None else {"background": pipeline.background.name}),
+            **({CONDITIONS: tokenizers} if tokenizers else {}),
             **({} if variant is None else {"variant": variant}),
         }
         write_json(target / INDEX, index)
@@ -270,7 +334,14 @@ def save(pipeline: ImagePipeline, folder: str | Path, variant: str | None) -> No
             write_json(target / PROVENANCE, pipeline.provenance)
         if grid is not None:
             write_picture(grid, target / GRID)
-        card = model_card(pipeline.tokenizer, pipeline.prior, pipeline.labels, pipeline.provenance, grid is not None)
+        card = model_card(
+            pipeline.tokenizer,
+            pipeline.prior,
+            pipeline.labels,
+            pipeline.provenance,
+            grid is not None,
+            pipeline.condition_tokenizers,
+        )
         (target / CARD).write_text(card, encoding="utf-8")
         write_manifest(target)
 
@@ -307,11 +378,17 @@ def _load(cls: type[Any], folder: Path, variant: str | None, verify: bool) -> An
     if verify:
         check_listed(folder, verify_manifest(folder))
     index = read_index(folder)
-    models = {
-        name: family.find(index[name]).load_folder(folder / name, variant=variant or index.get("variant"))
+    stored = variant or index.get("variant")
+    models: dict[str, Any] = {
+        name: family.find(index[name]).load_folder(folder / name, variant=stored)
         for name, family in (("tokenizer", Tokenizer), ("prior", Prior), (BACKGROUND, Prior))
         if name in index
     }
+    if CONDITIONS in index:
+        models["condition_tokenizers"] = {
+            name: Tokenizer.find(kind).load_folder(folder / CONDITIONS / name, variant=stored)
+            for name, kind in index[CONDITIONS].items()
+        }
     try:
         pipeline = cls(**models, labels=index["labels"], sampler=index["sampler"])
     except (ConfigError, IntegrityError) as error:  # the message begins with the file name

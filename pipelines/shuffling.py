@@ -9,8 +9,9 @@ turn is shifted by a hash of the other, and results beyond the last row are enci
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -181,6 +182,19 @@ def draw_by_row(indices: np.ndarray, epochs: np.ndarray, seed: int, column: int)
     for epoch in np.unique(epochs):
         draws[epochs == epoch] = uniforms(seed, int(epoch), indices[epochs == epoch], columns=(column,))[:, 0]
     return draws
+
+
+def draw_nulls(
+    names: Iterable[str], indices: np.ndarray, epochs: np.ndarray, seed: int, together: float, alone: float
+) -> dict[str, Tensor]:
+    """Return for each named column of conditions which of the rows are null, bool `(B,)`: all columns in a share
+    `together` of the rows, and each column alone in a share `alone` of the others."""
+    every = draw_by_row(indices, epochs, seed, DROPOUT) < together
+    found = {}
+    for name in names:
+        column = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+        found[name] = torch.from_numpy(every | (draw_by_row(indices, epochs, seed, column) < alone))
+    return found
 
 
 def other_labels(labels: Tensor, counts: Tensor, draws: np.ndarray) -> Tensor:

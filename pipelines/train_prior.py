@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from prior import Prior
 from prior.checks import NotCausalError, is_built_in, require_causal, with_random_weights
+from prior.conditions import LABEL, Column, find_column
 from prior.objectives import Alignment, Likelihood, alignment_problem
 from prior.sampling import GUIDANCE, SamplingOptions
 from tokenizer.config import Node
@@ -26,11 +29,12 @@ from .config.importing import format_imports
 from .image_pipeline import ImagePipeline
 from .images.origin import TOKENS, resolve_source
 from .metrics.likelihood import bits_per_token, rows_evaluated
+from .metrics.pairs import condition_picture
 from .options import GUIDANCE_SCALE, TEMPERATURE, Sampling
 from .processes.group import ALONE, ProcessGroup
 from .provenance import find_file
 from .saving import INDEX, PIPELINE, resolve_shipped
-from .shuffling import DROPOUT, OTHER, draw_by_row, other_labels, perturb_tokens, samples_of
+from .shuffling import OTHER, draw_by_row, draw_nulls, other_labels, perturb_tokens, samples_of
 from .tokens import TokenDataset, TokenSplit, load_tokens
 from .training.schedule import TrainConfig
 from .training.sharding import is_sharding
@@ -38,6 +42,7 @@ from .training.stopping import describe_saved
 from .training.task import Split, Task
 from .training.tracking import TrackConfig
 from .training.trainer import train
+from .training.transfer import transfer_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -75,7 +80,7 @@ class TrainPriorConfig(Config):
         "tokens=runs/photos_tokens out=runs/photos_gpt model.kind=gpt model.depth=6 train.steps=5000",
     )
     often = (
-        "out tokens model.kind init label_dropout sampler.temperature sampler.guidance_scale "
+        "out tokens model.kind init label_dropout conditions sampler.temperature sampler.guidance_scale "
         "train.minutes train.steps train.batch_size train.lr track.wandb"
     )
 
@@ -105,8 +110,18 @@ class TrainPriorConfig(Config):
         0.1,
         ge=0,
         le=1,
-        description="share of images trained without their label, for unconditional sampling and guidance; 1: a prior "
-        "without classes",
+        description="share of images trained without their label and columns, for unconditional sampling and guidance; "
+        "1: a prior without classes and columns",
+    )
+    conditions: list[str] | None = Field(
+        None, description="columns of the token dataset to condition on, besides the class; null: all; []: none"
+    )
+    condition_dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="with columns, share of the other images trained without their label, and likewise without each "
+        "column, so that each condition may be left out",
     )
     perturb: float = Field(
         0.0,
@@ -120,11 +135,13 @@ class TrainPriorConfig(Config):
     track: TrackConfig = Field(TrackConfig(), description="trackers of metrics and previews")
 
     @model_validator(mode="after")
-    def _check_alignment(self) -> TrainPriorConfig:
+    def _check_conditions(self) -> TrainPriorConfig:
         if self.cca is not None and self.objective != "cca":
             raise ValueError("cca: needs objective=cca")
         if self.objective == "cca" and self.label_dropout == 1:
             raise ValueError("label_dropout: must be below 1 with objective=cca, which contrasts classes")
+        if self.conditions and self.label_dropout == 1:
+            raise ValueError("label_dropout: must be below 1 with conditions, which would never be trained")
         return self
 
 
@@ -137,29 +154,33 @@ class PriorTask(Task):
 
     def __init__(self, config: TrainPriorConfig, device: torch.device | str = "cpu") -> None:
         self.config, self.data = config, load_tokens(config.tokens, revision=config.revision)
-        if config.label_dropout == 1:  # no class would ever be trained
-            self.data = remove_labels(self.data)
+        self.data = select_columns(self.data, config.conditions)
+        if config.label_dropout == 1:  # no class and no column would ever be trained
+            self.data = remove_conditions(self.data)
         self.train_split, self.eval_splits = select_splits(self.data)
         self.model: Prior = build_prior(config.model, self.data)
         self.is_checked = not is_built_in(self.model)  # before sharding, which changes the class
         if self.is_checked:
             self.require_causal(with_random_weights(self.model))
-        start = start_from(self.model, self.data.class_names, config.init) if config.init else None
-        if start is None:
+        if config.init:
+            fingerprint, self.notes = start_from(self.model, self.data.class_names, config.init)
+            self.init = {"source": config.init, "fingerprint": fingerprint}
+        else:
             self.model.initialize(cast(Tensor, self.train_split.tokens), self.train_split.labels)
-        self.init = None if start is None else {"source": config.init, "fingerprint": start.fingerprint()}
-        self.nets: dict[str, nn.Module] = {"model": self.make_objective(start, device)}
+        if self.data.conditions:
+            self.facts = {"columns": {name: column.kind for name, column in self.data.conditions.items()}}
+        self.nets: dict[str, nn.Module] = {"model": self.make_objective(device)}
         self.players = {"model": list(self.model.parameters())}
         self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)
         self.evaluated = {split: rows_evaluated(self.model, len(rows)) for split, rows in self.eval_splits.items()}
         self.pipeline(self.model)  # raise its errors before training, not after
 
-    def make_objective(self, reference: Prior | None, device: torch.device | str) -> nn.Module:
-        """Build the module that maps a batch to a loss, with the reference moved to the device. Raises `UserError` for
-        a prior or data that does not suit the objective."""
+    def make_objective(self, device: torch.device | str) -> nn.Module:
+        """Build the module that maps a batch to a loss, with a frozen copy of the prior on the device. Raises
+        `UserError` for a prior or data that does not suit the objective."""
         if self.config.objective != "cca":
             return Likelihood(self.model)
-        if reference is None:
+        if self.init is None:
             raise UserError("init: missing; objective=cca fine-tunes the prior of a trained pipeline (init=PIPELINE)")
         if problem := alignment_problem(self.model):
             raise UserError(f"objective: cca {problem}")
@@ -168,23 +189,28 @@ class PriorTask(Task):
             raise UserError("objective: cca needs training rows of two classes or more")
         settings = self.config.cca or AlignmentConfig()
         weight = self.data.num_classes if settings.negatives is None else settings.negatives
-        return Alignment(self.model, reference.to(device), settings.beta, weight)
+        return Alignment(self.model, copy.deepcopy(self.model).to(device), settings.beta, weight)
 
-    def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Tensor, ...]:
+    def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Any, ...]:
         """Return tokens `(B, *grid.shape)` and labels `(B,)`, the null class if dropped or missing; for `cca` also
-        wrong labels `(B,)`."""
-        rows, labels = torch.from_numpy(indices), self.train_split.labels
+        wrong labels `(B,)`; and with columns a `Condition`."""
+        rows, labels, columns = torch.from_numpy(indices), self.train_split.labels, self.data.conditions
         tokens = self.train_split.rows(indices)
         if self.config.perturb:
             tokens = perturb_tokens(tokens, indices, epochs, seed, self.config.perturb, self.data.grid.vocab_size)
-        null = torch.full((len(rows),), self.data.num_classes)
-        if labels is None:
-            return tokens, null
-        own, dropped = labels[rows].long(), draw_by_row(indices, epochs, seed, DROPOUT) < self.config.label_dropout
-        given = torch.where(torch.from_numpy(dropped), null, own)
-        if self.config.objective != "cca":
-            return tokens, given
-        return tokens, given, other_labels(own, self.counts, draw_by_row(indices, epochs, seed, OTHER))
+        shares = self.config.label_dropout, self.config.condition_dropout if columns else 0.0
+        dropped = draw_nulls([LABEL, *columns], indices, epochs, seed, *shares)
+        found: list[Any] = [tokens, torch.full((len(rows),), self.data.num_classes)]
+        if labels is not None:
+            own = labels[rows].long()
+            found[1] = torch.where(dropped[LABEL], found[1], own)
+            if self.config.objective == "cca":
+                found.append(other_labels(own, self.counts, draw_by_row(indices, epochs, seed, OTHER)))
+        if columns:
+            found.append(self.train_split.condition(indices))
+            for name, values in found[-1].items():
+                values[dropped[name]] = columns[name].null(int(dropped[name].sum()))
+        return tuple(found)
 
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return all rows in random order, or in blocks if `blocks` is set."""
@@ -192,12 +218,18 @@ class PriorTask(Task):
 
     def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the objective, under the orders or masks that the prior draws for this step."""
-        loss, terms = self.nets["model"](*batch, self.model.training_inputs(batch[0], self.progress))
+        *tensors, condition = batch if self.model.conditions else (*batch, None)
+        inputs = self.model.training_inputs(tensors[0], self.progress)
+        loss, terms = self.nets["model"](*tensors, inputs, condition)
         return loss, terms
 
     def preview(self, model: nn.Module, group: ProcessGroup = ALONE) -> dict[str, np.ndarray]:
-        """Return samples, one class per column, with the same seeds at every step."""
-        return {"samples": self.pipeline(model).sample_picture(group=group)}
+        """Return samples with the same seeds at every step: one class per column, or with columns those of held-out
+        rows."""
+        pipeline = self.pipeline(model)
+        if self.data.conditions:
+            return {"samples": condition_picture(pipeline, self.eval_splits["held_out"], group=group)}
+        return {"samples": pipeline.sample_picture(group=group)}
 
     def require_causal(self, model: Prior) -> None:
         """Raise `UserError` for a prior whose logits depend on tokens that it has yet to predict."""
@@ -231,10 +263,12 @@ class PriorTask(Task):
     def pipeline(self, model: nn.Module) -> ImagePipeline:
         """Return a pipeline of both stages that shares `model`'s weights."""
         sampler = self.config.sampler.sampling_settings()
-        if not self.data.num_classes:  # no class to guide towards
+        if not self.data.num_classes and not self.data.conditions:  # nothing to guide towards
             sampler = {name: value for name, value in sampler.items() if name not in GUIDANCE}
         tokenizer = self.data.tokenizer.to(self.model.device)
-        return ImagePipeline(tokenizer, cast(Prior, model), labels=self.data.class_names, sampler=sampler)
+        others = {name: one.to(self.model.device) for name, one in self.data.condition_tokenizers.items()}
+        more: dict[str, Any] = {"sampler": sampler, "condition_tokenizers": others}
+        return ImagePipeline(tokenizer, cast(Prior, model), labels=self.data.class_names, **more)
 
     def save(self, model: nn.Module, run: Path, facts: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
         """Save the pipeline's folder, with its provenance and a grid of samples on its card."""
@@ -257,29 +291,52 @@ def select_splits(data: TokenDataset) -> tuple[TokenSplit, dict[Split, TokenSpli
     return data.splits["train"], splits
 
 
-def remove_labels(data: TokenDataset) -> TokenDataset:
-    """Return the same dataset without classes."""
-    splits = {name: TokenSplit(split.tokens, None) for name, split in data.splits.items()}
+def choose_columns(columns: Mapping[str, Column], names: list[str] | None) -> dict[str, Column]:
+    """Return the named columns; None: all. Raises `UserError` for an unknown name."""
+    if names and not columns:
+        raise UserError(f"conditions: the token dataset has no columns (got {', '.join(names)})")
+    try:
+        return {name: find_column(columns, name, "conditions") for name in (columns if names is None else names)}
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def select_columns(data: TokenDataset, names: list[str] | None) -> TokenDataset:
+    """Return the same dataset with only the named columns; None: all. Raises `UserError` for an unknown name."""
+    columns = choose_columns(data.conditions, names)
+    splits = {
+        split: replace(rows, conditions={name: rows.conditions[name] for name in columns})
+        for split, rows in data.splits.items()
+    }
+    tokenizers = {name: one for name, one in data.condition_tokenizers.items() if name in columns}
+    return replace(data, conditions=columns, splits=splits, condition_tokenizers=tokenizers)
+
+
+def remove_conditions(data: TokenDataset) -> TokenDataset:
+    """Return the same dataset without classes and columns."""
+    data = select_columns(data, [])
+    splits = {name: replace(split, labels=None) for name, split in data.splits.items()}
     return replace(data, class_names=[], splits=splits)
 
 
 def build_prior(node: dict[str, Any], data: TokenDataset) -> Prior:
-    """Build the prior of a validated `{kind: ...}` node for a dataset's grid and classes. Raises `ConfigError`."""
+    """Build the prior of a validated `{kind: ...}` node for a dataset's grid, classes and columns. Raises
+    `ConfigError`."""
     choices = {key: value for key, value in node.items() if key != "kind"}
-    return Prior.create(
-        node["kind"], grid=data.grid, num_classes=data.num_classes, tokenizer=data.tokenizer.fingerprint(), **choices
-    )
+    facts: dict[str, Any] = {"grid": data.grid, "num_classes": data.num_classes, "conditions": dict(data.conditions)}
+    return Prior.create(node["kind"], **facts, tokenizer=data.tokenizer.fingerprint(), **choices)
 
 
 FREE = ("dropout", "attention_dropout", "label_smoothing", "anneal", "random_share")
 """Settings of priors that affect training only."""
 
 
-def start_from(prior: Prior, class_names: list[str], source: str) -> Prior:
-    """Copy the weights of the prior in the pipeline `source` into `prior`. Return the copied prior, as a reference.
+def start_from(prior: Prior, class_names: list[str], source: str) -> tuple[str, tuple[str, ...]]:
+    """Copy the weights of the prior in the pipeline `source` that fit into `prior`. Return the fingerprint of the
+    copied prior, and lines about the classes and columns that start anew or were left out.
 
-    Raises `UserError` if the tokenizers, classes or settings differ (except settings that affect training only), and
-    `PipelineLoadError` for an invalid pipeline.
+    Raises `UserError` if the tokenizers or settings differ (except settings that affect training only) or its classes
+    have no names to match, and `PipelineLoadError` for an invalid pipeline.
     """
     try:
         pipeline = ImagePipeline.from_pretrained(source)
@@ -289,19 +346,18 @@ def start_from(prior: Prior, class_names: list[str], source: str) -> Prior:
     other = theirs.config.to_dict()
     if theirs.config.tokenizer != prior.config.tokenizer or theirs.grid != prior.grid:
         raise UserError(f"init: {source}: its prior was trained with another tokenizer than tokens=")
-    if (theirs.num_classes, pipeline.labels) != (prior.num_classes, class_names):
-        there, here = (
-            f"has {count} classes" + (f" ({', '.join(names)})" if names else "")
-            for count, names in ((theirs.num_classes, pipeline.labels), (prior.num_classes, class_names))
+    if theirs.num_classes != len(pipeline.labels):
+        raise UserError(
+            f"init: {source}: its {theirs.num_classes} classes have no names to match with those of tokens="
         )
-        raise UserError(f"init: {source}: {there}, but tokens= {here}")
     if theirs.name != prior.name:
         raise UserError(f"init: {source}: its prior has model.kind={theirs.name}, not {prior.name}; remove model.kind")
-    if differing := [key for key in {**mine, **other} if key not in FREE and mine.get(key) != other.get(key)]:
+    ignored = {*FREE, "num_classes", "conditions"}
+    ignored |= set() if prior.conditions and theirs.conditions else {"condition_width"}
+    if differing := [key for key in {**mine, **other} if key not in ignored and mine.get(key) != other.get(key)]:
         pairs = ", ".join(f"model.{key}: {other.get(key)!r} there, {mine.get(key)!r} here" for key in differing)
         raise UserError(f"init: {source}: its prior has other settings ({pairs})")
-    prior.load_state_dict(theirs.state_dict())
-    return theirs
+    return theirs.fingerprint(), transfer_weights(prior, class_names, theirs, pipeline.labels)
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:

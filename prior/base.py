@@ -24,11 +24,11 @@ from tokenizer.config import Fact, ModelConfig, Node
 from tokenizer.model import PretrainedModel
 from tokenizer.precision import full_float32, in_finest
 
+from .condition_encoder import ConditionEncoder
 from .conditions import (
     LABEL,
     AnyColumn,
     Condition,
-    ConditionEncoder,
     Encoded,
     Given,
     conditions_problem,
@@ -229,6 +229,8 @@ class Prior(PretrainedModel, family="prior"):
         encoded columns; columns that are missing are null. What is already encoded is returned as it is."""
         if isinstance(labels, Encoded):
             return labels
+        for name in condition or ():
+            find_column(self.conditions, name)
         if labels is None:
             labels = torch.full((count,), self.num_classes, device=self.device)
         if self.condition_encoder is None:
@@ -237,6 +239,7 @@ class Prior(PretrainedModel, family="prior"):
         encoded: Encoded = self.condition_encoder(labels, {**nulls, **(condition or {})})
         return encoded
 
+    @full_float32()
     def check_condition(self, labels: Given | None, condition: Mapping[str, Any] | None, count: int) -> Given | None:
         """Check `labels` and values of columns for `count` images; return labels, or with columns, labels and the
         encoded columns. Raises `ValueError`."""
@@ -620,9 +623,9 @@ class Prior(PretrainedModel, family="prior"):
         """Draw tokens `(num_images, *grid.shape)`, one block of the order at a time.
 
         labels, condition: see `log_prob`. temperature, top_k, top_p, guidance_scale, settings: fields of this prior's
-        `Sampling`. generator: one
-        generator, or a list with one per image; image k depends on the key drawn from its generator, not on its batch.
-        tokens, known: `tokens` are kept where bool `known` (`grid.shape` or `(B, *grid.shape)`) is True. A model with
+        `Sampling`. generator: one generator, or a list with one per image; image k depends on the key drawn from its
+        generator, not on its batch. tokens, known: `tokens` are kept where bool `known` (`grid.shape` or `(B,
+        *grid.shape)`) is True. A model with
         `any_order` decodes known tokens first, so all other tokens are conditioned on them, and keeps the remaining
         block boundaries; other models condition a token only on known tokens of earlier blocks. order, num_orders: as
         for `log_prob`; each image is drawn in one random order, all equally likely. If tokens are known and blocks hold

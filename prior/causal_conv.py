@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Prior, PriorConfig
-from .conditions import Given
+from .conditions import ConditionEmbedding, Given
 from .heads import IdEmbedding
 from .layers import ClosingLayers, pack
 from .orders import Partition
@@ -26,7 +26,7 @@ from .transformer import coordinates
 class CausalConvConfig(PriorConfig):
     """Sizes of the network."""
 
-    takes_heads = takes_positions = True
+    takes_heads = takes_positions = takes_conditions = True
 
     dim: int = Field(64, ge=1, le=16384, description="channels of the residual stream and of a block's gated output")
     depth: int = Field(8, ge=1, le=256, description="number of gated residual blocks")
@@ -60,7 +60,7 @@ class Block(nn.Module):
         self.out = nn.Conv1d(config.dim, sum(self.sizes), 1, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, label: Tensor) -> tuple[Tensor, ...]:  # (B, dim, N), (B, 2 dim, 1)
+    def forward(self, x: Tensor, label: Tensor) -> tuple[Tensor, ...]:  # (B, dim, N), (B, 2 dim, 1 or N)
         content, gate = (self.gated(F.pad(x, (self.past, 0))) + label).chunk(2, 1)
         return self.out(self.dropout(content.tanh() * gate.sigmoid())).split(self.sizes, 1)
 
@@ -79,7 +79,7 @@ class CausalConv(Prior, name="causal_conv"):
         self.token_embedding = IdEmbedding(config.grid, self.output_head.ids_per_position, dim)
         self.start_embedding = nn.Parameter(torch.empty(1, dim))
         self.axis_embeddings = nn.ParameterList(nn.Parameter(torch.empty(size, dim)) for size in config.positions.shape)
-        self.class_embedding = nn.Embedding(config.num_classes + 1, depth * 2 * dim)  # the last is the null class
+        self.class_embedding = ConditionEmbedding(config, depth * 2 * dim)
         blocks = [Block(config, dilation, at == depth - 1) for at, dilation in enumerate(config.dilations)]
         self.layers: Any = nn.ModuleList(blocks)
         self.reach = 1 + sum(block.past for block in blocks)
@@ -112,7 +112,7 @@ class CausalConv(Prior, name="causal_conv"):
         previous = self.position_ids(tokens)[:, self.position_order[:-1]]
         start = self.start_embedding.expand(len(tokens), 1, -1)
         x = (torch.cat([start, self.token_embedding(previous)], 1) + self.positions()).transpose(1, 2)  # (B, dim, N)
-        label_terms = self.class_embedding(labels).unflatten(1, (len(self.layers), -1, 1)).unbind(1)
+        label_terms = self.class_embedding.at_positions(labels, self.position_order).mT.chunk(len(self.layers), 1)
         skips = self.skip_bias[:, None]
         for block, label_term in zip(self.layers[:-1], label_terms[:-1], strict=True):
             residual, skip = block(x, label_term)
@@ -141,7 +141,7 @@ class Layer(NamedTuple):
     inputs: Tensor  # (1 + N, B, dim), time first
     earlier: tuple[int, ...]  # offsets of earlier taps, farthest first
     taps: Tensor  # (kernel * dim, 2 dim)
-    bias: Tensor  # (B, 2 dim)
+    biases: tuple[Tensor, ...]  # (B, 2 dim) at each rank
     gates: Tensor  # (B, dim)
     residual: Tensor | None  # (dim, dim), None in the last block
     outputs: Tensor | None  # the next block's inputs
@@ -166,7 +166,8 @@ class Buffers:
         self.content, self.gate = self.pre.chunk(2, 1)
         self.gates = weight.new_empty(rows, config.depth * config.dim)
         inputs = weight.new_zeros(config.depth, 1 + len(model.ranks), rows, config.dim)
-        self.layers = self._layers(model, inputs, model.class_embedding(labels).detach())
+        label_terms = model.class_embedding.at_positions(labels, model.position_order).detach()
+        self.layers = self._layers(model, inputs, label_terms)
         self.inputs = inputs[0]
         skips = torch.cat([block.out.weight[-config.skip :, :, 0] / 2 for block in model.layers], 1)
         self.skips, self.skip_bias = pack(skips, rows), model.skip_bias.detach()
@@ -175,15 +176,15 @@ class Buffers:
     def _layers(self, model: CausalConv, inputs: Tensor, label_terms: Tensor) -> list[Layer]:
         dim, rows, layers = model.config.dim, len(label_terms), []
         halved = torch.cat([torch.ones_like(self.content[0]), torch.full_like(self.content[0], 0.5)])
-        gates, label_terms = self.gates.split(dim, 1), label_terms.split(2 * dim, 1)
+        gates, terms = self.gates.split(dim, 1), label_terms.split(2 * dim, 2)
         for at, (block, dilation) in enumerate(zip(model.layers, model.config.dilations, strict=True)):
             taps = block.gated.weight.transpose(1, 2).flatten(1) * halved[:, None]  # tap by tap
-            bias = (block.gated.bias.detach() + label_terms[at]) * halved
+            biases = ((block.gated.bias.detach() + terms[at]) * halved).expand(-1, len(model.ranks), -1).unbind(1)
             last = at == len(model.layers) - 1
             residual = None if last else pack(block.out.weight[:dim, :, 0] / 2, rows)
             outputs = None if last else inputs[at + 1]
             earlier = tuple(range(block.past, 0, -dilation))
-            layers.append(Layer(inputs[at], earlier, pack(taps, rows), bias, gates[at], residual, outputs))
+            layers.append(Layer(inputs[at], earlier, pack(taps, rows), biases, gates[at], residual, outputs))
         return layers
 
     def step(self, token: Tensor | None) -> Tensor:
@@ -192,9 +193,9 @@ class Buffers:
         at = 1 + self.rank
         x = self.start if token is None else self.token_embedding.embed_rows(token)
         x = torch.add(x, self.positions[self.rank], out=self.inputs[at])
-        for inputs, earlier, taps, bias, gates, residual, outputs in self.layers:
+        for inputs, earlier, taps, biases, gates, residual, outputs in self.layers:
             window = torch.cat([*(inputs[max(0, at - back)] for back in earlier), x], 1)
-            torch.addmm(bias, window, taps, out=self.pre).tanh_()
+            torch.addmm(biases[self.rank], window, taps, out=self.pre).tanh_()
             torch.addcmul(self.content, self.content, self.gate, out=gates)
             if residual is not None and outputs is not None:
                 x = torch.addmm(x, gates, residual, out=outputs[at])

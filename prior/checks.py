@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenizer.base import TokenGrid
 from tokenizer.checks import NOT_HIDDEN, describe_hidden_methods, expect, problem_of
 
 from .base import Prior
+from .conditions import Column, Condition, FlagsColumn, GridColumn, IdColumn, NumberColumn, VectorColumn, select_rows
 
 MOST_CHANGED = 16
 """Maximum number of tokens that `require_causal` changes, one at a time."""
@@ -53,12 +55,37 @@ def with_random_weights(prior: Prior, seed: int = 0) -> Prior:
     return model
 
 
+def example_columns(grid: TokenGrid) -> dict[str, Column]:
+    """Return columns to check a prior with: a number, and a grid of twice the size."""
+    number = NumberColumn(mean=[3.0], std=[2.0], low=[-3.0], high=[9.0])
+    return {"number": number, "grid": GridColumn(grid=TokenGrid(tuple(2 * side for side in grid.shape), 3))}
+
+
+def draw_condition(prior: Prior, count: int) -> Condition:
+    """Draw random raw columns."""
+    found = {}
+    for name, column in prior.conditions.items():
+        shape = (count, *column.shape)
+        if isinstance(column, IdColumn):
+            found[name] = torch.randint(column.count, shape)
+        elif isinstance(column, FlagsColumn):
+            found[name] = torch.randint(2, shape).float()
+        elif isinstance(column, NumberColumn):
+            found[name] = torch.tensor(column.mean) + torch.tensor(column.std) * torch.randn(shape)
+        elif isinstance(column, VectorColumn):
+            found[name] = column.scale * torch.randn(shape)
+    return found
+
+
 @torch.no_grad()
-def require_causal(prior: Prior, tokens: Tensor, labels: Tensor | None = None) -> None:
+def require_causal(
+    prior: Prior, tokens: Tensor, labels: Tensor | None = None, condition: Condition | None = None
+) -> None:
     """Raise `NotCausalError` if changing one token changes logits of its own block or an earlier one.
 
-    tokens: one grid, `grid.shape` or `(1, *grid.shape)`; labels: its class, `()`. Up to 16 of its tokens are changed
-    one at a time, including the first and the last in the order. The prior runs in eval mode with its own weights.
+    tokens: one grid, `grid.shape` or `(1, *grid.shape)`; labels: its class, `()`; condition: its raw columns, one row.
+    Up to 16 of its tokens are changed one at a time, including the first and the last in the order. The prior runs in
+    eval mode with its own weights.
     """
     size, vocab_size, order = len(prior.grid), prior.grid.vocab_size, prior.order.tolist()
     if vocab_size == 1:
@@ -68,10 +95,13 @@ def require_causal(prior: Prior, tokens: Tensor, labels: Tensor | None = None) -
     for row, rank in enumerate(ranks, start=1):
         rows[row, order[rank]] = (rows[row, order[rank]] + 1 + rank % (vocab_size - 1)) % vocab_size
     given = None if labels is None else labels.to(prior.device).expand(len(rows))
+    columns = {name: one.to(prior.device).expand(len(rows), *one.shape[1:]) for name, one in (condition or {}).items()}
     was_training = prior.training
     prior.eval()
     try:
-        logits = prior(rows.reshape(-1, *prior.grid.shape), given).float()
+        logits = prior(
+            rows.reshape(-1, *prior.grid.shape), given, **({"condition": columns} if columns else {})
+        ).float()
     finally:
         prior.train(was_training)
     if logits.shape != (len(rows), size, vocab_size):
@@ -107,11 +137,23 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
     model = with_random_weights(prior)
     grid, classes = model.grid, model.num_classes
     tokens = torch.randint(grid.vocab_size, (8, *grid.shape))
-    labels = torch.arange(8) % (classes + 1)
+    labels, drawn_columns = torch.arange(8) % (classes + 1), draw_condition(model, 8)
+
+    def condition(at: Any = slice(None)) -> dict[str, Any]:
+        """Return the columns of some rows as an argument, if the prior has columns."""
+        return {"condition": select_rows(drawn_columns, at)} if drawn_columns else {}
 
     def causality() -> None:
         for k in range(len(tokens)):
-            require_causal(model, tokens[k], labels[k])
+            require_causal(model, tokens[k], labels[k], **condition([k]))
+
+    def columns() -> None:
+        whole, null = model(tokens, labels, **condition()), model(tokens, labels)
+        nulls = {name: column.null(8) for name, column in model.conditions.items()}
+        expect_close(model(tokens, labels, condition=nulls), null, "logits without columns and of null columns")
+        for name in drawn_columns:
+            less = model(tokens, labels, condition={**drawn_columns, name: nulls[name]})
+            expect(not torch.equal(less, whole), f"logits do not depend on the column {name!r}")
 
     def null_class() -> None:
         expect_close(
@@ -119,7 +161,8 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
         )
 
     def steps() -> None:
-        whole, state, last, begin = model(tokens, labels), model.start(8, labels), None, 0
+        given = model.encode_condition(labels, 8, drawn_columns)
+        whole, state, last, begin = model(tokens, given), model.start(8, given), None, 0
         for block in model.blocks:
             at = model.order[begin : begin + block]
             expect_close(model.next_logits(state, last), whole[:, at], f"cached and whole logits at rank {begin}")
@@ -127,21 +170,27 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
 
     def batches() -> None:
         expect_close(
-            model(tokens[:1], labels[:1]), model(tokens, labels)[:1], "logits of an image alone and in a batch"
+            model(tokens[:1], labels[:1], **condition([0])),
+            model(tokens, labels, **condition())[:1],
+            "logits of an image alone and in a batch",
         )
-        together = model.sample(4, generator=generators(range(4)))
-        alone = model.sample(1, generator=generators([2]))
+        together = model.sample(4, generator=generators(range(4)), **condition(slice(4)))
+        alone = model.sample(1, generator=generators([2]), **condition([2]))
         expect(torch.equal(together[2:3], alone), "an image differs when drawn alone")
 
     def saved() -> None:
         weights = {key: value.clone() for key, value in model.state_dict().items()}
         again = type(model)(model.config)
         again.load_state_dict(weights)
-        expect_close(again.eval()(tokens, labels), model(tokens, labels), "logits of a model rebuilt from its weights")
+        expect_close(
+            again.eval()(tokens, labels, **condition()),
+            model(tokens, labels, **condition()),
+            "logits of a model rebuilt from its weights",
+        )
 
     def known_tokens() -> None:
         known = torch.rand(8, *grid.shape) < 0.5
-        drawn = model.sample(8, labels, tokens=tokens, known=known, generator=generators(range(8)))
+        drawn = model.sample(8, labels, tokens=tokens, known=known, generator=generators(range(8)), **condition())
         expect(torch.equal(drawn[known], tokens[known]), "a known token was replaced")
 
     promises: dict[str, Callable[[], None]] = {
@@ -152,6 +201,8 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
         "known tokens are kept": known_tokens,
         "configuration and weights are the whole model": saved,
     }
+    if drawn_columns:
+        promises["columns matter, and missing ones are null"] = columns
     if grid.vocab_size ** len(grid) <= MOST_GRIDS:
         every = torch.tensor(list(itertools.product(range(grid.vocab_size), repeat=len(grid))))
         every = every.reshape(-1, *grid.shape)
@@ -159,14 +210,16 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
         @cache
         @torch.no_grad()
         def density() -> Tensor:
-            return torch.cat([model.log_prob(part) for part in every.split(256)]).double().exp()
+            parts = [model.log_prob(part, **condition([0] * len(part))) for part in every.split(256)]
+            return torch.cat(parts).double().exp()
 
         def sums_to_one() -> None:
             total = float(density().sum())
             expect(not model.exact or abs(total - 1) < 1e-3, f"the probabilities of all grids sum to {total:.4g}")
 
         def frequencies() -> None:
-            drawn = model.sample(4000, generator=torch.Generator().manual_seed(1)).flatten(1)
+            generator = torch.Generator().manual_seed(1)
+            drawn = model.sample(4000, generator=generator, **condition([0] * 4000)).flatten(1)
             place = torch.tensor([grid.vocab_size**k for k in reversed(range(len(grid)))])
             found = torch.bincount((drawn * place).sum(1), minlength=len(every)).double()
             expect(not model.exact or fits(found, density() * 4000), "samples do not have the frequencies of log_prob")

@@ -20,9 +20,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Prior
-from .conditions import Given
+from .conditions import ConditionEmbedding, Given
 from .heads import IdEmbedding
-from .layers import CausalConv2d, ClosingLayers, MapRows, RowBias, RowsConfig, odd_kernels, pack, see
+from .layers import CausalConv2d, ClosingLayers, MapRows, RowBias, RowsConfig, bias_by_row, odd_kernels, pack, see
 from .orders import Partition
 
 
@@ -58,16 +58,17 @@ class Layer(nn.Module):
         self.horizontal = CausalConv2d(inputs, 2 * dim, (0, 0), (-reach, -1 if first else 0))
         self.across = nn.Linear(2 * dim, 2 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
-        self.vertical_label = nn.Embedding(config.num_classes + 1, 2 * dim)  # the last is the null class
-        self.horizontal_label = nn.Embedding(config.num_classes + 1, 2 * dim)
+        self.vertical_label = ConditionEmbedding(config, 2 * dim)
+        self.horizontal_label = ConditionEmbedding(config, 2 * dim)
         self.vertical_row, self.horizontal_row = RowBias(config, 2 * dim), RowBias(config, 2 * dim)
         nn.init.zeros_(self.vertical_label.weight)
         nn.init.zeros_(self.horizontal_label.weight)
 
     def forward(self, vertical: Tensor, horizontal: Tensor, labels: Given) -> tuple[Tensor, Tensor]:
         """Map both stacks to the vertical map before its gate and the horizontal map."""
-        above = self.vertical(vertical) + self.vertical_row(self.vertical_label(labels))
-        left = self.horizontal(horizontal) + self.horizontal_row(self.horizontal_label(labels))
+        width = horizontal.shape[2]
+        above = self.vertical(vertical) + self.vertical_row(self.vertical_label.on_map(labels, width))
+        left = self.horizontal(horizontal) + self.horizontal_row(self.horizontal_label.on_map(labels, width))
         out = self.out(gate(left + self.across(above)))
         return above, out if self.first else horizontal + out
 
@@ -141,9 +142,9 @@ class LayerCache:
         count = vertical.rows[1] - vertical.rows[0] + 1
         self.vertical = MapRows(like, count, width, vertical.columns, taps)
         self.horizontal = self.vertical if layer.first else MapRows(like, 1, width, horizontal.columns, taps)
-        self.vertical_bias = vertical.bias + layer.vertical_label(labels)
-        self.bias = horizontal.bias + layer.horizontal_label(labels)
-        self.row_biases = zip(layer.vertical_row.weight.detach(), layer.horizontal_row.weight.detach(), strict=True)
+        above, left = layer.vertical_label.on_map(labels, width), layer.horizontal_label.on_map(labels, width)
+        self.vertical_biases = bias_by_row(above, vertical.bias, layer.vertical_row.weight)
+        self.biases = bias_by_row(left, horizontal.bias, layer.horizontal_row.weight)
         self.vertical_weight = pack(vertical.weight, width * batch)
         self.across = pack(layer.across.weight, width * batch)
         self.weight = pack(horizontal.weight, batch)
@@ -158,11 +159,10 @@ class LayerCache:
             self.vertical.next_row()
             before[..., : before.shape[-1] // 2].tanh_()
             self.vertical.row.copy_(F.glu(before))  # glu: the first half times sigmoid of the second
-        vertical_row_bias, row_bias = next(self.row_biases)
         vertical = torch.mm(self.vertical.patches(), self.vertical_weight).view_as(self.sums_above)
-        vertical += self.vertical_bias + vertical_row_bias
+        vertical += next(self.vertical_biases)
         torch.mm(vertical.flatten(0, 1), self.across, out=self.sums_above.flatten(0, 1))
-        self.sums_above += self.bias + row_bias
+        self.sums_above += next(self.biases)
         if before is None:
             self.vertical.next_row()
         return vertical

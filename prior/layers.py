@@ -19,6 +19,7 @@ row into the current row, which is then overwritten from left to right.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import cycle
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ Pair = tuple[int, int]
 class RasterConfig(PriorConfig):
     """Requirements of causal convolutions on the grid."""
 
-    takes_heads = takes_positions = True
+    takes_heads = takes_positions = takes_conditions = True
 
     def check(self) -> Iterator[str]:
         """Check that the grid has two axes and raster order."""
@@ -70,8 +71,8 @@ class RowBias(nn.Module):
             self.register_buffer("weight", rows, persistent=False)
 
     def forward(self, bias: Tensor) -> Tensor:
-        """Add the row biases to per-image biases `(B, channels)`: `(B, H, 1, channels)`."""
-        return bias[:, None, None] + self.weight[:, None]
+        """Add the row biases to per-image biases `(B, 1 or H, 1 or W, channels)`: `(B, H, 1 or W, channels)`."""
+        return bias + self.weight[:, None]
 
 
 def odd_kernels(config: PriorConfig, *names: str) -> Iterator[str]:
@@ -182,6 +183,14 @@ class MapRows:
         return self.patch.view(-1, self.patch[0, 0].numel())
 
 
+def bias_by_row(bias: Tensor, own: Tensor, row_bias: Tensor | None = None) -> Iterator[Tensor]:
+    """Iterate over the rows of a bias, each `(1 or W, B, C)`: the sum of per-image biases, `(B, C)` or
+    `(B, 1 or H, 1 or W, C)`, a convolution's `own`, `(C,)`, and `row_bias`, `(H, C)`."""
+    bias = bias[:, None, None] if bias.ndim == 2 else bias
+    rows = (bias + own).detach().permute(1, 2, 0, 3)
+    return cycle(rows if row_bias is None else rows + row_bias.detach()[:, None, None])
+
+
 class RowCache:
     """Evaluates a `MaskedConv` one position at a time, in raster order, with as many multiplications as one `forward`.
 
@@ -197,12 +206,11 @@ class RowCache:
     """
 
     def __init__(self, conv: CausalConv2d, width: int, bias: Tensor, row_bias: Tensor | None = None) -> None:
-        """bias: `(B, outputs)`, added to the convolution's own; row_bias: `(H, outputs)`, added in each row."""
+        """bias, row_bias: added to the convolution's own; see `bias_by_row`."""
         batch, inputs, outputs = len(bias), conv.weight.shape[1], len(conv.weight)
         above = sum(row < 0 for row, _ in conv.taps)
         taps = len(conv.taps) - above
-        self.bias = (bias + conv.bias).detach()
-        self.row_bias = None if row_bias is None else iter(row_bias.detach())
+        self.biases = bias_by_row(bias, conv.bias, row_bias)
         self.weight_above = pack(conv.weight[:, :, :-1], width * batch)
         self.weight = pack(conv.weight[:, :, -1:, :taps], batch)
         self.map = MapRows(bias.new_zeros(batch, inputs), -conv.rows[0], width, conv.columns, taps, conv.stride)
@@ -212,7 +220,7 @@ class RowCache:
     def start_row(self) -> None:
         """Begin the next row."""
         torch.mm(self.map.patches(), self.weight_above, out=self.sums_above.flatten(0, 1))
-        self.sums_above += self.bias if self.row_bias is None else self.bias + next(self.row_bias)
+        self.sums_above += next(self.biases)
         self.map.next_row()
         self.cells = self.map.cells
 
@@ -225,8 +233,8 @@ class WholeRows:
     """Evaluates a `CausalConv2d` with two kernel rows, one row at a time."""
 
     def __init__(self, conv: CausalConv2d, width: int, bias: Tensor) -> None:
-        """bias: `(B, outputs)`, added to the convolution's own."""
-        self.bias = (bias + conv.bias).detach()
+        """bias: added to the convolution's own; see `bias_by_row`."""
+        self.biases = bias_by_row(bias, conv.bias)
         like = bias.new_zeros(len(bias), conv.weight.shape[1])
         self.map = MapRows(like, 2, width, conv.columns, 1, conv.stride)
         self.weight = pack(conv.weight, width * len(bias))
@@ -238,7 +246,8 @@ class WholeRows:
 
     def read(self) -> Tensor:
         """Return the output row, `(W, B, outputs)`, for this row and the last one."""
-        return torch.mm(self.map.patches(), self.weight).view(-1, *self.bias.shape).add_(self.bias)
+        bias = next(self.biases)
+        return torch.mm(self.map.patches(), self.weight).view(-1, *bias.shape[1:]).add_(bias)
 
 
 def see(field: Tensor, taps: Iterable[Pair]) -> Tensor:

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Prior, PriorConfig, to_device_async
-from .conditions import Given
+from .conditions import ColumnProjection, Encoded, Given
 from .orders import Partition, make_order
 from .sampling import MASKS, DecodingOptions, Monitor, SampleBatch, SamplingOptions, draw_numbers
 
@@ -29,7 +29,7 @@ MAX_DIRECT = 1 << 28  # weights of the direct connections
 class MADEConfig(PriorConfig):
     """Sizes and connections of the perceptron."""
 
-    takes_heads = True
+    takes_heads = takes_conditions = True
 
     hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field(
         (512,), min_length=1, description="units of each hidden layer"
@@ -77,17 +77,26 @@ class MADEOptions(SamplingOptions):
 
 
 class ClassBias(nn.Module):
-    """A bias for each class (the last is the null class): labels `(B,)` to `(B, size)`, or `(size,)` without
-    classes."""
+    """A bias for each class (the last is the null class), plus a projection of encoded columns: `(B, size)`, or
+    `(size,)` without classes and columns. With `positions`, the bias belongs to as many positions, each of which has
+    the same projection of its own vector; otherwise the image's vector is projected."""
 
-    def __init__(self, num_classes: int, size: int) -> None:
+    def __init__(self, config: PriorConfig, size: int, positions: int | None = None) -> None:
         super().__init__()
-        self.shared = nn.Parameter(torch.zeros(size))
-        self.own = nn.Parameter(torch.zeros(num_classes + 1, size)) if num_classes else None
+        self.shared, self.positions = nn.Parameter(torch.zeros(size)), positions
+        self.own = nn.Parameter(torch.zeros(config.num_classes + 1, size)) if config.num_classes else None
+        self.columns = ColumnProjection(config, size // (positions or 1)) if config.conditions else None
 
-    def forward(self, labels: Any) -> Tensor:
+    def forward(self, given: Any) -> Tensor:
+        """given: labels `(B,)`, or labels and encoded columns."""
+        labels = given.labels if isinstance(given, Encoded) else given
         # A copy, because torch's FLOP counter fails for modules that return a parameter.
-        return self.shared.clone() if self.own is None else self.shared + F.embedding(labels, self.own)
+        bias = self.shared.clone() if self.own is None else self.shared + F.embedding(labels, self.own)
+        if self.columns is None:
+            return bias
+        if self.positions is None:
+            return bias + self.columns(given.vector)
+        return bias + self.columns(given.positions).expand(-1, self.positions, -1).flatten(1)
 
 
 class MADE(Prior, name="made"):
@@ -115,8 +124,8 @@ class MADE(Prior, name="made"):
         self.input = nn.Parameter(torch.empty(size, self.width, hidden[0]))
         self.hidden = nn.ParameterList(torch.empty(*sizes) for sizes in zip(hidden[1:], hidden, strict=False))
         self.output = nn.Parameter(torch.empty(size, self.width_out, hidden[-1]))
-        sizes = [*hidden, size * self.width_out]
-        self.biases: Any = nn.ModuleList(ClassBias(config.num_classes, units) for units in sizes)
+        outputs = ClassBias(config, size * self.width_out, positions=size)
+        self.biases: Any = nn.ModuleList([*(ClassBias(config, units) for units in hidden), outputs])
         self.direct = nn.Parameter(torch.empty(size, self.width, size * self.width_out)) if config.direct else None
         if config.binary:  # inputs are -1 and 1, and z maps to the logits -z/2 and z/2
             self.register_buffer("embedding", torch.tensor([[-1.0], [1.0]]), persistent=False)

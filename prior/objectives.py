@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .conditions import Condition
+
 LARGE = 1 << 25
 """Number of logits from which `SomeAtATime` is used, to avoid copies."""
 AT_ONCE = 1 << 24
@@ -25,10 +27,14 @@ class Likelihood(nn.Module):
         super().__init__()
         self.prior = prior
 
-    def forward(self, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, tokens: Tensor, labels: Tensor, inputs: dict[str, Any], condition: Condition | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of `tokens` `(B, *grid.shape)`, a scalar in nats per token, and scalars to log:
-        `bits_per_token`, if the loss is a likelihood (`Prior.loss_is_likelihood`). inputs: `Prior.training_inputs`."""
-        loss = self.prior.loss_from_outputs(self.prior.forward_outputs(tokens, labels, **inputs), tokens, **inputs)
+        `bits_per_token`, if the loss is a likelihood (`Prior.loss_is_likelihood`). inputs: `Prior.training_inputs`;
+        condition: raw columns."""
+        outputs = self.prior.forward_outputs(tokens, labels, condition=condition, **inputs)
+        loss = self.prior.loss_from_outputs(outputs, tokens, **inputs)
         return loss, {"bits_per_token": loss.detach() / math.log(2)} if self.prior.loss_is_likelihood else {}
 
 
@@ -111,16 +117,22 @@ class Alignment(nn.Module):
         self.frozen = (reference.eval().requires_grad_(False),)  # a tuple hides it from torch
 
     def forward(
-        self, tokens: Tensor, labels: Tensor, others: Tensor, inputs: dict[str, Any]
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        others: Tensor,
+        inputs: dict[str, Any],
+        condition: Condition | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of `tokens` `(B, *grid.shape)`, a scalar, and scalars to log.
 
         labels: `(B,)`, the null class where dropped; others: `(B,)`, a wrong label for each image. inputs:
-        `Prior.training_inputs`, the same for the prior and its reference. Logged: `cca`, the loss of the paper;
-        `margin`, the log-likelihood gain of the image's own label over that of the wrong label, in nats; `above`, the
-        share of images with a positive margin; `bits_per_token`. `margin` and `above` are averaged over labelled
-        images, the others over all images."""
+        `Prior.training_inputs`, and condition: raw columns, the same for all terms. Logged: `cca`, the loss of the
+        paper; `margin`, the log-likelihood gain of the image's own label over that of the wrong label, in nats;
+        `above`, the share of images with a positive margin; `bits_per_token`. `margin` and `above` are averaged over
+        labelled images, the others over all images."""
         labelled = (labels != self.prior.num_classes).float()
+        inputs = {**inputs, "condition": condition}
         nats = image_nats(self.prior, tokens, labels, inputs)
         own = self.reference_nats(tokens, labels, inputs) - nats
         other = self.reference_nats(tokens, others, inputs) - image_nats(self.prior, tokens, others, inputs)
@@ -154,7 +166,8 @@ def without_dropout(prior: Any) -> Any:
 
 
 def image_nats(prior: Any, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """Return -log p(tokens | labels) of an exact prior, float32 `(B,)`, in the orders that `inputs` hold."""
+    """Return -log p(tokens | labels) of an exact prior, float32 `(B,)`, in the orders and with the condition that
+    `inputs` hold."""
     outputs = prior.forward_outputs(tokens, labels, **inputs)
     return prior.output_head.nats(outputs, prior.position_ids(tokens)).flatten(1).sum(1)
 

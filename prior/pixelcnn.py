@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Prior
-from .conditions import Given
+from .conditions import ConditionEmbedding, Given
 from .heads import IdEmbedding
 from .layers import ClosingLayers, MaskedConv, RowBias, RowCache, RowsConfig, odd_kernels, pack, see
 from .orders import Partition
@@ -51,14 +51,15 @@ class Block(nn.Module):
         super().__init__()
         self.narrow = nn.Linear(2 * config.dim, config.dim)
         self.conv = MaskedConv(config.dim, config.dim, config.kernel, sees_itself=True)
-        self.label = nn.Embedding(config.num_classes + 1, config.dim)  # the last is the null class
+        self.label = ConditionEmbedding(config, config.dim)
         self.row = RowBias(config, config.dim)
         self.widen = nn.Linear(config.dim, 2 * config.dim, bias=False)
         nn.init.zeros_(self.label.weight)
 
     def forward(self, x: Tensor, labels: Given) -> Tensor:
         narrow = F.relu(self.narrow(F.relu(x)))
-        return x + self.widen(F.relu(self.conv(narrow) + self.row(self.label(labels))))
+        bias = self.row(self.label.on_map(labels, x.shape[2]))
+        return x + self.widen(F.relu(self.conv(narrow) + bias))
 
 
 class PixelCNN(Prior, name="pixelcnn"):
@@ -72,7 +73,7 @@ class PixelCNN(Prior, name="pixelcnn"):
         channels = min(2 * dim, vocab_size)  # more channels than ids are redundant
         self.embedding = IdEmbedding(config.grid, self.output_head.ids_per_position, channels)
         self.first = MaskedConv(channels, 2 * dim, config.first_kernel, sees_itself=False)
-        self.label = nn.Embedding(config.num_classes + 1, 2 * dim)
+        self.label = ConditionEmbedding(config, 2 * dim)
         self.row = RowBias(config, 2 * dim)
         self.layers: Any = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.hidden = nn.Linear(2 * dim, config.hidden)
@@ -92,7 +93,8 @@ class PixelCNN(Prior, name="pixelcnn"):
     def outputs(self, tokens: Tensor, labels: Given | None = None) -> Tensor:
         """Return the outputs; see `Prior.outputs`."""
         labels = self.encode_condition(labels, len(tokens))
-        x = self.first(self.embedding(self.position_id_map(tokens))) + self.row(self.label(labels))
+        x = self.first(self.embedding(self.position_id_map(tokens)))
+        x = x + self.row(self.label.on_map(labels, x.shape[2]))
         for block in self.layers:
             x = block(x, labels)
         return self.head(F.relu(self.hidden(F.relu(x)))).flatten(1, 2)
@@ -117,12 +119,12 @@ class Cache:
         self.width = model.config.positions.shape[1]
         self.rank = 0
         self.embedding = model.embedding
-        self.first = RowCache(model.first, self.width, model.label(labels), model.row.weight)
+        self.first = RowCache(model.first, self.width, model.label.on_map(labels, self.width), model.row.weight)
         self.layers = [self._block(block, labels) for block in model.layers]
         self.head = ClosingLayers(model.hidden, model.head, len(labels), torch.relu_)
 
     def _block(self, block: Block, labels: Given) -> tuple[Tensor, Tensor, RowCache, Tensor]:
-        cache = RowCache(block.conv, self.width, block.label(labels), block.row.weight)
+        cache = RowCache(block.conv, self.width, block.label.on_map(labels, self.width), block.row.weight)
         narrow, widen = (pack(layer.weight, len(labels)) for layer in (block.narrow, block.widen))
         return block.narrow.bias.detach(), narrow, cache, widen
 

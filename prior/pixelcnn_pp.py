@@ -23,6 +23,7 @@ on."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Prior
-from .conditions import Given
+from .conditions import ConditionEmbedding, Encoded, Given
 from .heads import IdEmbedding
 from .layers import CausalConv2d, MapRows, Pair, RowBias, RowCache, RowsConfig, WholeRows, pack, see
 from .orders import Partition
@@ -56,6 +57,13 @@ def concat_elu(x: Tensor) -> Tensor:
     return F.elu_(torch.cat([x, -x], -1))
 
 
+def halve(given: Given, width: int) -> Given:
+    """Return the condition of a map at half the resolution: that of every other row and column."""
+    if not isinstance(given, Encoded) or given.map is None:
+        return given
+    return replace(given, map=given.map.unflatten(1, (-1, width))[:, ::2, ::2].flatten(1, 2))
+
+
 class Gated(nn.Module):
     """A residual block of one stream on maps `(B, H, W, dim)`: two convolutions, a gate with a class bias, and 1x1
     layers that read `count` other maps."""
@@ -66,7 +74,7 @@ class Gated(nn.Module):
         self.first = CausalConv2d(2 * dim, dim, (-1, 0), columns)
         self.second = CausalConv2d(2 * dim, 2 * dim, (-1, 0), columns)
         self.beside: Any = nn.ModuleList(nn.Linear(2 * dim, dim, bias=False) for _ in range(count))
-        self.label = nn.Embedding(config.num_classes + 1, 2 * dim)  # the last is the null class
+        self.label = ConditionEmbedding(config, 2 * dim)
         self.dropout = nn.Dropout(config.dropout)
         nn.init.zeros_(self.label.weight)
 
@@ -75,7 +83,7 @@ class Gated(nn.Module):
         for layer, other in zip(self.beside, beside, strict=True):
             inner = inner + layer(concat_elu(other))
         inner = self.dropout(concat_elu(inner))
-        return x + F.glu(self.second(inner) + self.label(labels)[:, None, None])
+        return x + F.glu(self.second(inner) + self.label.on_map(labels, x.shape[2]))
 
     def see(self, x: Tensor, *beside: Tensor) -> Tensor:
         """Propagate receptive fields, bool `(H, W, N)`, from the inputs to the output."""
@@ -139,7 +147,7 @@ class Coarser(nn.Module):
 
     def forward(self, above: Tensor, left: Tensor, labels: Given) -> tuple[Tensor, Tensor]:
         height, width = left.shape[1:3]
-        above, left = self.stage(self.shrink_above(above), self.shrink_left(left), labels)
+        above, left = self.stage(self.shrink_above(above), self.shrink_left(left), halve(labels, width))
         return self.grow_above(above, height, width), self.grow_left(left, height, width)
 
     def see(self, above: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,8 +256,8 @@ class BlockCache:
     def __init__(self, block: Block, width: int, labels: Given) -> None:
         vertical, horizontal = block.vertical, block.horizontal
         across, *skip = horizontal.beside
-        above, left = vertical.label(labels), horizontal.label(labels)
-        batch, nothing = len(labels), torch.zeros_like(left.chunk(2, 1)[0])
+        above, left = vertical.label.on_map(labels, width), horizontal.label.on_map(labels, width)
+        batch, nothing = len(labels), left.new_zeros(len(left), left.shape[-1] // 2)
         self.above = WholeRows(vertical.first, width, nothing), WholeRows(vertical.second, width, above)
         self.left = RowCache(horizontal.first, width, nothing), RowCache(horizontal.second, width, left)
         self.across = pack(across.weight, width * batch)
@@ -257,7 +265,7 @@ class BlockCache:
         self.skip_left = [pack(layer.weight, batch) for layer in skip]
         self.inputs, inner = (cache.map.cells for cache in self.left)  # concat_elu of the input, and of the inner map
         self.halves = [[cell.unflatten(1, (2, -1)) for cell in cells] for cells in (self.inputs, inner)]
-        self.inner, self.signs = inner, torch.cat([torch.ones_like(left[:1, :1]), -torch.ones_like(left[:1, :1])])
+        self.inner, self.signs = inner, left.new_tensor([[1.0], [-1.0]])
 
     def start_row(self, x: Tensor, *skip: Tensor) -> Tensor:
         """Return the next row of the vertical map, `(W, B, dim)`, given the input's row and concat_elu of the skip's
@@ -296,7 +304,7 @@ class CoarserCache:
         nothing = weight.new_zeros(batch, dim)
         self.shrink_above = WholeRows(coarser.shrink_above, width, nothing)
         self.shrink_left = RowCache(coarser.shrink_left, width, nothing)
-        self.stage = StageCache(coarser.stage, half, labels)
+        self.stage = StageCache(coarser.stage, half, halve(labels, width))
         self.grow_above, self.above = coarser.grow_above, weight.new_zeros(2, width, batch, dim)
         self.bias = coarser.grow_left.conv.bias.detach().repeat(4)
         self.grow_left = pack(weight.permute(2, 3, 1, 0).flatten(0, 2), batch)

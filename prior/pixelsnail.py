@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import FEW_ROWS, Prior
-from .conditions import Given
+from .conditions import ConditionEmbedding, Given
 from .heads import IdEmbedding
 from .layers import ClosingLayers, MaskedConv, RasterConfig, RowCache, odd_kernels, pack
 from .orders import Partition
@@ -61,13 +61,13 @@ class Residual(nn.Module):
         super().__init__()
         self.first = MaskedConv(config.dim, config.dim, config.kernel, sees_itself=True)
         self.second = MaskedConv(config.dim, 2 * config.dim, config.kernel, sees_itself=True)
-        self.label = nn.Embedding(config.num_classes + 1, 2 * config.dim)  # the last is the null class
+        self.label = ConditionEmbedding(config, 2 * config.dim)
         self.dropout = nn.Dropout(config.dropout)
         nn.init.zeros_(self.label.weight)
 
     def forward(self, x: Tensor, labels: Given) -> Tensor:
         inner = self.dropout(F.elu(self.first(F.elu(x))))
-        return x + F.glu(self.second(inner) + self.label(labels)[:, None, None])
+        return x + F.glu(self.second(inner) + self.label.on_map(labels, x.shape[2]))
 
 
 class Attention(nn.Module):
@@ -107,7 +107,7 @@ class Block(nn.Module):
         self.attention = Attention(config, embedded)
         self.join = nn.Linear(config.dim + config.heads * config.value, config.dim)
         self.gate = nn.Linear(config.dim, 2 * config.dim)
-        self.label = nn.Embedding(config.num_classes + 1, 2 * config.dim)
+        self.label = ConditionEmbedding(config, 2 * config.dim)
         self.dropout = nn.Dropout(config.dropout)
         nn.init.zeros_(self.label.weight)
 
@@ -116,7 +116,7 @@ class Block(nn.Module):
             x = residual(x, labels)
         attended = self.attention(embedded.flatten(1, 2), x.flatten(1, 2), background).unflatten(1, x.shape[1:3])
         joined = self.dropout(F.elu(self.join(F.elu(torch.cat([x, attended], -1)))))
-        return x + F.glu(self.gate(joined) + self.label(labels)[:, None, None])
+        return x + F.glu(self.gate(joined) + self.label.on_map(labels, x.shape[2]))
 
 
 class PixelSNAIL(Prior, name="pixelsnail"):
@@ -160,8 +160,8 @@ class ResidualCache:
     """Evaluates a `Residual` one position at a time."""
 
     def __init__(self, residual: Residual, width: int, labels: Given) -> None:
-        label = residual.label(labels)
-        self.first = RowCache(residual.first, width, torch.zeros_like(label[:, : label.shape[1] // 2]))
+        label = residual.label.on_map(labels, width)
+        self.first = RowCache(residual.first, width, label.new_zeros(len(label), len(residual.first.bias)))
         self.second = RowCache(residual.second, width, label)
 
     def step(self, x: Tensor, column: int, out: Tensor | None) -> Tensor:
@@ -185,7 +185,8 @@ class BlockCache:
         self.query_at = attention.query_at(model.background) * attention.scale  # (N, heads * key)
         self.query = pack(attention.query.weight * attention.scale, rows)
         self.join = block.join.bias.detach(), pack(block.join.weight, rows)
-        self.gate = block.gate.bias + block.label(labels), pack(block.gate.weight, rows)
+        biases = (block.gate.bias + block.label.at_positions(labels)).expand(-1, len(self.query_at), -1)
+        self.gate = biases.unbind(1), pack(block.gate.weight, rows)
 
     def step(self, x: Tensor, rank: int, column: int, keys: Tensor, values: Tensor) -> Tensor:
         """Map `(B, dim)` to the same; keys, values: `(B, heads, rank + 1, value)`."""
@@ -195,8 +196,8 @@ class BlockCache:
         attended = F.scaled_dot_product_attention(self.padded, keys, values).flatten(1)
         bias, join = self.join
         joined = F.elu_(torch.addmm(bias, F.elu_(torch.cat([x, attended], 1)), join))
-        bias, gate = self.gate
-        return x + F.glu(torch.addmm(bias, joined, gate))
+        biases, gate = self.gate
+        return x + F.glu(torch.addmm(biases[rank], joined, gate))
 
 
 class Cache:

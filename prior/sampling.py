@@ -455,8 +455,8 @@ def make_batch(
     """Check a request and return its images in raster order. Raises `ValueError` for arguments out of range."""
     num_images = check_count(num_images)
     labels = check_labels(prior, labels, num_images)
-    options.check_guidance([*([] if labels is None else [LABEL]), *(condition or {})])
     columns = make_condition(prior.conditions, condition, num_images, prior.device)
+    options.check_guidance([*([] if labels is None else [LABEL]), *(condition or {})])
     tokens, known = check_known(prior, tokens, known, num_images)
     raster, rows = torch.arange(len(prior.grid), device=prior.device), torch.arange(num_images, device=prior.device)
     keys = draw_keys(generator, num_images).to(prior.device)

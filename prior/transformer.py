@@ -18,7 +18,8 @@ from tokenizer.layers import FusedLinear
 from tokenizer.precision import at_least_float32
 
 from .base import PriorConfig
-from .conditions import ColumnProjection, ConditionEncoder
+from .condition_encoder import ConditionEncoder
+from .conditions import ColumnProjection
 from .masks import Window, window_problem
 
 EPS = 1e-12  # avoids 0 / 0

@@ -185,6 +185,12 @@ def nested_models(field: FieldInfo) -> dict[str, type[Settings]]:
     return {"": models[-1]} if models else {}
 
 
+def mapped_model(field: FieldInfo) -> type[Settings] | None:
+    """Return the configuration class of the values of a field `dict[str, Settings]`, or None."""
+    values = [get_args(hint)[1] for hint in type_options(field.annotation) if get_origin(hint) is dict]
+    return next((hint for hint in values if isinstance(hint, type) and issubclass(hint, Settings)), None)
+
+
 # Models -------------------------------------------------------------------------------------------
 
 
@@ -337,11 +343,17 @@ def locate(cls: type[Any], data: Any, location: tuple[int | str, ...]) -> tuple[
     keys: list[str] = []
     owner: type[Any] = cls
     model: type[Any] | None = cls
+    values: type[Any] | None = None
     for position, part in enumerate(location):
-        if model is not None and part in model.model_fields:
+        if values is not None:  # a name chosen by the user
             keys.append(str(part))
             data = data.get(part) if isinstance(data, dict) else None
-            owner, model = model, model.nested(str(part), data) if isinstance(data, dict) else None
+            owner, model, values = values, values, None
+        elif model is not None and part in model.model_fields:
+            keys.append(str(part))
+            data = data.get(part) if isinstance(data, dict) else None
+            owner, values = model, mapped_model(model.model_fields[str(part)])
+            model = model.nested(str(part), data) if isinstance(data, dict) else None
         elif position == len(location) - 1 and (model is not None or part == "kind"):
             keys.append(str(part))
             owner = model or owner

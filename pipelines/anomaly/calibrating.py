@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..conditioning import GivenCondition, choose_labels
 from ..images.pictures import convert_images
 from .calibration import LEVELS, MAX_IMAGES, Calibration, Fitted, NormalScores, digest_of
 from .conformal import Floats, least_scores, round_scores, threshold
@@ -29,11 +30,14 @@ def calibrate(
     labels: Label | Sequence[Label] = None,
     *,
     false_alarms: float = 0.05,
+    condition: GivenCondition = None,
     confidence: float | None = None,
     seed: int = 0,
     batch_size: int = 256,
 ) -> Calibration:
     """Calibrate on normal images that were not used in training; set and return `pipeline.calibration`.
+
+    condition: values of columns, one for all images or one per image; the same columns must then be given for scores.
 
     One half, chosen by `seed`, is used for fitting; the other half gives the scores for p-values and thresholds. On
     average over calibrations, at most a share `false_alarms` of new normal images exceeds a threshold; for about half
@@ -43,7 +47,7 @@ def calibrate(
     batch = pipeline.to_images(images)
     count = len(batch)
     check_promise(count, false_alarms, confidence)
-    found, surprise, error = measure(pipeline, batch, labels, batch_size)
+    found, surprise, error, columns = measure(pipeline, batch, labels, batch_size, condition=condition)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
     fitted = fit_reference({name: values[order[: count // 2]] for name, values in found.items()})
     held = {name: values[order[count // 2 :]] for name, values in found.items()}
@@ -55,7 +59,8 @@ def calibrate(
         scores[method] = NormalScores(values=values, tie=tie, threshold=limit)
     pipeline.calibration = Calibration(
         count=count,
-        labels=labels is not None,
+        labels=choose_labels(labels, condition) is not None,
+        columns=sorted(columns),
         false_alarms=float(false_alarms),
         confidence=None if confidence is None else float(confidence),
         fitted=fitted,

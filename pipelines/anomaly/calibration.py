@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from prior.conditions import LABEL, MAX_COLUMNS, NAME
 
 from ..files import FieldError, validate
 from .distances import CalibrationError, Distance, Part, Row, Table
@@ -47,6 +50,8 @@ class Calibration(Part):
     """Number of images in both halves."""
     labels: bool
     """Whether token bits were conditioned on the images' classes."""
+    columns: list[Annotated[str, Field(pattern=f"^{NAME.pattern}$")]] = Field([], max_length=MAX_COLUMNS)
+    """The columns that token bits were conditioned on; not in the file if there are none."""
     false_alarms: float = Field(gt=0, lt=1)
     """Share of normal images above a method's threshold."""
     confidence: float | None = Field(gt=0, lt=1)
@@ -69,8 +74,21 @@ class Calibration(Part):
             raise FieldError("error", "should not be negative")
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_empty_columns(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if name != "columns" or value}
+
     def __repr__(self) -> str:
         return f"Calibration({self.count} images, {', '.join(self.scores)}; {self.promise})"
+
+    def check_given(self, labelled: bool, columns: Collection[str]) -> None:
+        """Raise `CalibrationError` unless labels and these columns were given in the calibration, and no others."""
+        then, now = name_given(self.labels, self.columns), name_given(labelled, columns)
+        if then != now:
+            key = "condition" if self.columns or columns else "labels"
+            raise CalibrationError(
+                f"{key}: calibrated with {then} given, but now {now} is given, so scores are not comparable"
+            )
 
     @property
     def promise(self) -> str:
@@ -92,6 +110,11 @@ class Calibration(Part):
     def from_dict(cls, data: dict[str, Any], path: Path) -> Calibration:
         """Validate the content of `path`. Raises `FormatError`, which names the file and the field."""
         return validate(cls, data, path)
+
+
+def name_given(labelled: bool, columns: Collection[str]) -> str:
+    """Name what is given, in a fixed order."""
+    return ", ".join([*([LABEL] if labelled else []), *sorted(columns)]) or "nothing"
 
 
 def digest_of(image: NDArray[np.uint8]) -> str:

@@ -18,6 +18,7 @@ from prior.sampling import check_count, whole_number
 from tokenizer import Tokenizer
 from tokenizer.precision import in_finest
 
+from ..conditioning import GivenCondition, given_columns
 from .calibration import LEVELS, Calibration, require_calibration
 from .distances import CalibrationError
 
@@ -44,15 +45,18 @@ def anomaly_map(
     images: Any,
     labels: Label | Sequence[Label] = None,
     *,
+    condition: GivenCondition = None,
     batch_size: int = 256,
 ) -> Tensor:
     """Return the bits of each pixel, `(B, H, W)`: the bits of a token are spread evenly over its patch, plus the bits
-    of the pixel given the tokens if the tokenizer has a likelihood. They sum to the bits of the image. Raises
-    `ValueError` for tokens without a position in the image: those of scales and of `titok`."""
+    of the pixel given the tokens if the tokenizer has a likelihood. They sum to the bits of the image. labels,
+    condition: what the bits are conditioned on; a `condition` that is computed from the image, such as its outline,
+    hides what it shows. Raises `ValueError` for tokens without a position in the image: those of scales and of
+    `titok`."""
     batch = pipeline.to_images(images)
     rows, columns = (side.to(pipeline.device) for side in find_patches(pipeline.tokenizer))
     maps = []
-    for _, part, given in pipeline.batches(batch, labels, batch_size):
+    for _, part, given in pipeline.batches(batch, labels, batch_size, condition):
         tokens = pipeline.encode_batch(part)
         bits = -pipeline.prior.token_log_probs(tokens, given).flatten(1) / math.log(2)
         spread = (bits[:, None] * rows.to(bits)) @ columns.to(bits).T  # (B, H, N) @ (N, W)
@@ -79,6 +83,7 @@ def heal(
     images: Images,
     labels: Label | Sequence[Label] = None,
     *,
+    condition: GivenCondition = None,
     quantile: float = 0.98,
     draws: int = 8,
     seed: int = 0,
@@ -88,8 +93,9 @@ def heal(
     The likeliest of `draws` restorations is decoded to `images`. `difference` is the mean of |x - decoded| over all
     restorations, weighted by likelihood, minus the tokenizer's mean error on normal images. An any-order prior
     conditions on all other tokens, and any other prior on those that come earlier in its order. Image k uses the seeds
-    (seed + k) * draws to (seed + k) * draws + draws - 1. Raises `CalibrationError` without a calibration, and
-    `ValueError` for a quantile that is not calibrated.
+    (seed + k) * draws to (seed + k) * draws + draws - 1. condition: values of the columns that were given in the
+    calibration. Raises `CalibrationError` without a calibration or with other columns, and `ValueError` for a quantile
+    that is not calibrated.
 
     Marimont and Tarroni measure a token's surprise given the tokens healed so far; here it is measured once, given the
     original tokens. They weight restorations by softmax(3 / mean |x - decoded|), favouring those near the image; here
@@ -100,8 +106,10 @@ def heal(
     if quantile not in LEVELS:
         raise ValueError(f"quantile should be one of {', '.join(map(str, LEVELS))} (got {quantile})")
     batch = pipeline.to_images(images)
-    ids, tokens = pipeline.label_ids(labels, len(batch)), pipeline.encode_batch(batch)
-    bits = -pipeline.prior.token_log_probs(tokens, ids) / math.log(2)
+    ids, tokens = pipeline.label_ids(labels, len(batch), condition), pipeline.encode_batch(batch)
+    given = pipeline.read_condition(condition, len(batch))
+    calibration.check_given(calibration.labels, given_columns(pipeline.conditions, given))
+    bits = -pipeline.prior.token_log_probs(tokens, ids, condition=given) / math.log(2)
     limit = torch.from_numpy(calibration.surprise[LEVELS.index(quantile)]).to(bits)
     if len(limit) not in (1, len(pipeline.prior.grid)):
         raise CalibrationError(
@@ -113,8 +121,9 @@ def heal(
     for draw in range(draws):
         seeds = [((seed + k) * draws + draw) % (1 << 64) for k in range(len(batch))]
         generators = [torch.Generator().manual_seed(one) for one in seeds]
-        found.append(pipeline.prior.sample(len(batch), ids, generator=generators, tokens=tokens, known=~resampled))
-        nats.append(-pipeline.prior.log_prob(found[-1], ids))
+        options: dict[str, Any] = {"generator": generators, "tokens": tokens, "known": ~resampled}
+        found.append(pipeline.prior.sample(len(batch), ids, condition=given, **options))
+        nats.append(-pipeline.prior.log_prob(found[-1], ids, condition=given))
     weights = (-SHARPNESS * in_finest(torch.stack(nats))).softmax(0).float()
     pixels = [pipeline.decode(restored, output_type="pt") for restored in found]
     difference = torch.stack([(x - batch).abs().mean(1) for x in pixels])

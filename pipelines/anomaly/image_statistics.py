@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prior.conditions import Encoded, select_rows
+
+from ..conditioning import GivenCondition, choose_labels, given_columns
+
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline, Label
 
@@ -17,36 +21,49 @@ MAX_FEATURES = 128
 
 class Measured(NamedTuple):
     """Measurements of n images: `statistics`, each `(n,)` or `(n, d)`; `surprise`, the bits of each token, float32
-    `(n, N)`; `error`, the mean of |x - decode(encode(x))| over images and channels, `(H, W)`."""
+    `(n, N)`; `error`, the mean of |x - decode(encode(x))| over images and channels, `(H, W)`; `columns`, the names of
+    the columns that were given."""
 
     statistics: dict[str, Tensor]
     surprise: Tensor
     error: Tensor
+    columns: list[str]
 
 
 def statistics(
-    pipeline: ImagePipeline, images: Any, labels: Label | Sequence[Label] = None, batch_size: int = 256
+    pipeline: ImagePipeline,
+    images: Any,
+    labels: Label | Sequence[Label] = None,
+    batch_size: int = 256,
+    *,
+    condition: GivenCondition = None,
 ) -> dict[str, Tensor]:
     """Return the statistics of images, each float64 `(n,)` except `features`:
 
-    `token_bits` under the prior, given the labels if any; `pixel_bits` given the tokens, if the tokenizer has a
+    `token_bits` under the prior, given labels and columns if any; `pixel_bits` given the tokens, if the tokenizer has a
     likelihood; `error`, the mean over pixels of |x - decode(encode(x))|, from 0 to 2; `background_bits`, token bits
     under the background prior, if any; `features` `(n, d)`, the prior's middle layer averaged over positions (at most
     128 evenly spaced channels), if the prior has layers.
     """
-    return measure(pipeline, images, labels, batch_size).statistics
+    return measure(pipeline, images, labels, batch_size, condition=condition).statistics
 
 
 @torch.no_grad()
 def measure(
-    pipeline: ImagePipeline, images: Any, labels: Label | Sequence[Label] = None, batch_size: int = 256
+    pipeline: ImagePipeline,
+    images: Any,
+    labels: Label | Sequence[Label] = None,
+    batch_size: int = 256,
+    *,
+    condition: GivenCondition = None,
 ) -> Measured:
     """Measure all images; the result is on the CPU. Raises `ValueError` for an empty batch or invalid images."""
     batch = pipeline.to_images(images)
     if not len(batch):
         raise ValueError("expected at least one image")
+    labels, rows = choose_labels(labels, condition), pipeline.read_condition(condition, len(batch))
     parts, surprise, total_error = [], [], torch.zeros(batch.shape[2:], dtype=torch.float64)
-    for _, part, given in pipeline.batches(batch, labels, batch_size):
+    for place, part, given in pipeline.batches(batch, labels, batch_size, rows):
         tokens = pipeline.encode_batch(part)
         token_bits = bits(pipeline.prior.token_log_probs(tokens, given).flatten(1))
         error = (pipeline.decode(tokens, output_type="pt") - part).abs().mean(1).cpu().double()
@@ -54,7 +71,10 @@ def measure(
         if (pixels := pipeline.tokenizer.pixel_log_prob(part, tokens)) is not None:
             found["pixel_bits"] = bits(pixels)
         if pipeline.background is not None:
-            found["background_bits"] = bits(pipeline.background.token_log_probs(tokens, given).flatten(1)).sum(1)
+            ids = given.labels if isinstance(given, Encoded) else given
+            columns = select_rows(rows, place) if pipeline.background.conditions else {}
+            own = pipeline.background.encode_condition(ids, len(part), columns)
+            found["background_bits"] = bits(pipeline.background.token_log_probs(tokens, own).flatten(1)).sum(1)
         if pipeline.prior.feature_layers:
             features = pipeline.prior.features(tokens, given).mean(1).cpu().double()
             found["features"] = features[:, :: -(-features.shape[1] // MAX_FEATURES)]
@@ -62,7 +82,8 @@ def measure(
         surprise.append(token_bits.float())
         total_error += error.sum(0)
     together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return Measured(together, torch.cat(surprise), total_error / len(batch))
+    names = given_columns(pipeline.conditions, rows)
+    return Measured(together, torch.cat(surprise), total_error / len(batch), names)
 
 
 def bits(nats: Tensor) -> Tensor:

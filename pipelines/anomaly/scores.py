@@ -5,23 +5,27 @@ al. 2019). The default score therefore combines two tests. The distance of the p
 images (nearest neighbours, Sun et al. 2022) separates kinds of objects. Whether several statistics of the image are
 jointly outside their normal range (DoSE, Morningstar et al. 2021) detects images without any such object. Larger scores
 and smaller p-values are always more anomalous.
+
+A condition that is computed from the tested image, such as its outline, hides what it shows. An anomaly that is in the
+condition, too, is likely given the condition, so that only what the condition leaves open can be found.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..conditioning import GivenCondition, choose_labels
 from ..images.pictures import convert_images, find_user_stacklevel
 from .calibration import Calibration, Fitted, require_calibration
 from .conformal import Floats, p_values_of
 from .distances import CalibrationError
-from .image_statistics import statistics
+from .image_statistics import measure
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline, Label
@@ -54,22 +58,29 @@ def anomaly_score(
     method: str = "joint",
     labels: Label | Sequence[Label] = None,
     *,
+    condition: GivenCondition = None,
     p_values: bool = False,
     batch_size: int = 256,
 ) -> Tensor:
     """Score each image by one of `METHODS`, `(B,)` float64; larger is more anomalous.
 
+    condition: values of columns, one for all images or one per image. A condition that is computed from the tested
+    image, such as its outline, hides what it shows: given an outline with a crack, the crack is likely.
+
     p_values: return p-values instead, the share of normal images that are at least as anomalous, (1 + #{s_i >= s}) / (n
     + 1); on average over calibrations, at most a share a of new normal images has p <= a. P-values and the fitted
-    methods need a calibration, and are invalid for the images of the calibration itself, which triggers a warning.
-    Raises `CalibrationError` (a `ValueError`) without a calibration for the method.
+    methods need a calibration for which the same labels and columns were given, and are invalid for the images of the
+    calibration itself, which triggers a warning. Raises `CalibrationError` (a `ValueError`) without a calibration for
+    the method.
     """
     batch, calibration = pipeline.to_images(images), pipeline.calibration
-    found = statistics(pipeline, batch, labels, batch_size)
-    scores = score_of(method, found, calibration, labelled=labels is not None)
+    measured = measure(pipeline, batch, labels, batch_size, condition=condition)
+    labelled = choose_labels(labels, condition) is not None
+    given: dict[str, Any] = {"labelled": labelled, "columns": measured.columns}
+    scores = score_of(method, measured.statistics, calibration, **given)
     if calibration is not None and (p_values or method in FITTED):
         warn_if_calibrated(calibration, batch)
-    return p_value_of(method, scores, calibration, labelled=labels is not None) if p_values else scores
+    return p_value_of(method, scores, calibration, **given) if p_values else scores
 
 
 def warn_if_calibrated(calibration: Calibration, batch: Tensor) -> None:
@@ -82,20 +93,34 @@ def warn_if_calibrated(calibration: Calibration, batch: Tensor) -> None:
         )
 
 
-def score_of(method: str, found: dict[str, Tensor], calibration: Calibration | None, *, labelled: bool) -> Tensor:
-    """Compute `anomaly_score` from `statistics`."""
+def score_of(
+    method: str,
+    found: dict[str, Tensor],
+    calibration: Calibration | None,
+    *,
+    labelled: bool,
+    columns: Collection[str] = (),
+) -> Tensor:
+    """Compute `anomaly_score` from `statistics`. labelled, columns: whether labels, and which columns were given."""
     if method not in METHODS:
         raise ValueError(f"method: unknown score {method!r}; choose one of {', '.join(METHODS)}")
     if method not in list_methods(found):
         raise CalibrationError(f"method: {method} needs {NEEDS[method]}")
     if method not in FITTED:
         return plain_score(method, found)
-    return fitted_score(method, found, require_scores(calibration, method, labelled).fitted)
+    return fitted_score(method, found, require_scores(calibration, method, labelled, columns).fitted)
 
 
-def p_value_of(method: str, scores: Tensor, calibration: Calibration | None, *, labelled: bool) -> Tensor:
+def p_value_of(
+    method: str,
+    scores: Tensor,
+    calibration: Calibration | None,
+    *,
+    labelled: bool,
+    columns: Collection[str] = (),
+) -> Tensor:
     """Return conformal p-values of scores; ties count as normal. Raises `CalibrationError`."""
-    normal = require_scores(calibration, method, labelled).scores[method]
+    normal = require_scores(calibration, method, labelled, columns).scores[method]
     return torch.from_numpy(p_values_of(scores.numpy(), normal.values, normal.tie))
 
 
@@ -134,12 +159,12 @@ def log_statistics(found: dict[str, Tensor]) -> Floats:
     return np.stack([np.log(found[name].numpy() + add) for name, add in TOGETHER.items() if name in found], axis=1)
 
 
-def require_scores(calibration: Calibration | None, method: str, labelled: bool) -> Calibration:
-    """Return the calibration if it covers this method and these labels, else raise `CalibrationError`."""
+def require_scores(
+    calibration: Calibration | None, method: str, labelled: bool, columns: Collection[str]
+) -> Calibration:
+    """Return the calibration if it covers this method and what is given, else raise `CalibrationError`."""
     calibration = require_calibration(calibration)
     if method not in calibration.scores:
         raise CalibrationError(f"method: the pipeline was calibrated without {method}: run `smalti calibrate` again")
-    if calibration.labels != labelled:
-        how = "with" if calibration.labels else "without"
-        raise CalibrationError(f"labels: the pipeline was calibrated {how} labels, so scores are not comparable")
+    calibration.check_given(labelled, columns)
     return calibration

@@ -13,6 +13,7 @@ from prior.orders import CURVES, order_problem
 
 from ..image_pipeline import ImagePipeline
 from ..options import Sampling
+from .conditions import format_condition, make_guidance_menu, read_fields
 
 UNCONDITIONAL = -1
 """The class id that means "no class"."""
@@ -20,15 +21,16 @@ MAX_SEED = 2**32 - 1
 
 
 def get_slider_values(pipeline: ImagePipeline) -> dict[str, float]:
-    """Return the slider value of each sampling setting of the pipeline; guidance only if there are classes."""
+    """Return the slider value of each sampling setting of the pipeline; guidance only if there is a condition."""
     off = {"top_k": pipeline.prior.grid.vocab_size, "top_p": 1.0, "steps": 0}
-    names = ["temperature", "top_k", "top_p", *["guidance_scale"] * bool(pipeline.prior.num_classes), "steps"]
+    guides = bool(pipeline.prior.num_classes or pipeline.conditions)
+    names = ["temperature", "top_k", "top_p", *["guidance_scale"] * guides, "steps"]
     own = vars(pipeline.sampler)
     return {name: off[name] if own[name] is None else own[name] for name in names if name in own}
 
 
-def make_sliders(pipeline: ImagePipeline) -> list[gr.Slider]:
-    """Make a slider for each of `get_slider_values`, in a closed accordion."""
+def make_sliders(pipeline: ImagePipeline) -> list[Any]:
+    """Make a slider for each of `get_slider_values`, in a closed accordion; and with columns, `make_guidance_menu`."""
     ranges = {
         "temperature": (0, 2, 0.05),
         "top_k": (1, pipeline.prior.grid.vocab_size, 1),
@@ -36,29 +38,37 @@ def make_sliders(pipeline: ImagePipeline) -> list[gr.Slider]:
         "guidance_scale": (0, 8, 0.1),
         "steps": (0, len(pipeline.prior.grid), 1),
     }
-    sliders = []
+    sliders: list[Any] = []
     with gr.Accordion("Settings", open=False):
         for name, value in get_slider_values(pipeline).items():
             low, high, step = ranges[name]
             about = "number of passes; 0: one per token" if name == "steps" else Sampling.model_fields[name].description
+            if name == "guidance_scale" and pipeline.conditions:
+                about = "above 1 follows the class and the conditions more closely"
             title = name.replace("_", " ").capitalize()
             sliders.append(gr.Slider(low, max(high, value), step=step, value=value, label=title, info=about))
-    return sliders
+        return [*sliders, *make_guidance_menu(pipeline)]
 
 
 def sampling_arguments(
-    pipeline: ImagePipeline, classes: Any, count: int, seed: float | None, values: Sequence[float]
+    pipeline: ImagePipeline, classes: Any, count: int, seed: float | None, values: Sequence[Any]
 ) -> dict[str, Any]:
-    """Return the arguments to sample `count` images: seed, classes, and settings that differ from the pipeline's own.
-    Raises `ValueError` for an invalid seed."""
+    """Return the arguments to sample `count` images: seed, classes, condition, and settings that differ from the
+    pipeline's own. values: of `make_sliders`, then of `make_condition_fields`. Raises `ValueError` for an invalid seed
+    and for a missing picture."""
     # Checked here rather than by gr.Number, whose error does not name the field and prints a traceback on the server.
     seed = seed or 0
     if not 0 <= seed <= MAX_SEED or seed != int(seed):
         raise ValueError(f"seed: expected a whole number from 0 to {MAX_SEED} (got {seed:g})")
     own = get_slider_values(pipeline)
-    chosen: dict[str, Any] = {name: value for name, value in zip(own, values, strict=True) if value != own[name]}
+    sliders, others = values[: len(own)], values[len(own) :]
+    chosen: dict[str, Any] = {name: value for name, value in zip(own, sliders, strict=True) if value != own[name]}
     for name in {"top_k", "steps"} & set(chosen):
         chosen[name] = int(chosen[name]) or None
+    if others and (guided := others[0]) != list(pipeline.sampler.guidance_on or ()):
+        chosen["guidance_on"] = guided or None
+    if condition := read_fields(pipeline, others[1:]):
+        chosen = {"condition": condition, **chosen}
     return {"seed": int(seed), "labels": cycle_labels(pipeline, classes, count), **chosen}
 
 
@@ -69,7 +79,7 @@ def format_arguments(arguments: Mapping[str, Any]) -> str:
         if name == "labels" and value is not None and len(set(value)) == 1:
             value = value[0]
         if name != "labels" or value is not None:
-            text += f", {name}={value!r}"
+            text += f", {name}={format_condition(value) if name == 'condition' else repr(value)}"
     return text
 
 

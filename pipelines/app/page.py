@@ -46,10 +46,12 @@ def describe_pipeline(pipeline: ImagePipeline) -> str:
     """Describe a pipeline in two sentences."""
     channels, height, width = pipeline.tokenizer.image_shape
     grid, classes = pipeline.prior.grid, pipeline.prior.num_classes
+    names = ", ".join(pipeline.conditions)
     kind = {1: "grey", 3: "colour"}.get(channels, f"{channels}-channel")
     return (
         f"This pipeline generates {kind} images of {width} × {height} "
-        f"pixels{f' in {classes} classes' * bool(classes)}. "
+        f"pixels{f' in {classes} classes' * bool(classes)}"
+        f"{f', given {names}' * bool(names)}. "
         f"Its tokenizer ({pipeline.tokenizer.name}) turns an image into {' × '.join(map(str, grid.shape))} tokens of "
         f"a vocabulary of {grid.vocab_size:,}; its prior ({pipeline.prior.name}) generates the tokens."
     )

@@ -39,7 +39,7 @@ def make_gallery(name: str, side: str = "small") -> gr.Gallery:
     )
 
 
-def make_picker(served: Served, name: str, label: str, height: int = 140) -> gr.Gallery:
+def make_picker(served: Served, name: str, label: str, height: int = 140, visible: bool = True) -> gr.Gallery:
     """Make a field for uploading images. Unlike `gr.Image`, it leaves decoding to us."""
     return gr.Gallery(
         elem_id=name,
@@ -52,6 +52,7 @@ def make_picker(served: Served, name: str, label: str, height: int = 140) -> gr.
         interactive=True,
         allow_preview=False,
         height=height,
+        visible=visible,
         buttons=[],
     )
 

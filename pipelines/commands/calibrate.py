@@ -14,6 +14,7 @@ from tokenizer.files import require_replaceable
 from ..anomaly.calibrating import MAX_IMAGES, calibrate, check_promise
 from ..anomaly.calibration import Calibration
 from ..anomaly.scores import METHODS, NEEDS
+from ..condition_keys import UsesCondition
 from ..config import UserError, Within, run_command
 from ..config.table import count_of, table
 from ..files import lock_output
@@ -23,7 +24,7 @@ from ..provenance import defaults
 from ..saving import INDEX, PIPELINE, save_again
 
 
-class CalibrateConfig(UsesImages):
+class CalibrateConfig(UsesCondition, UsesImages):
     """Which normal images, and the rate of false alarms."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline",)
@@ -80,9 +81,11 @@ def run(config: CalibrateConfig) -> Calibration:
             else:
                 hint = "false_alarms=0.2 needs fewer, and data.source=FOLDER uses other images"
             raise UserError(f"data: {error}; {hint}") from error
+        given = config.read_condition(pipeline, len(chosen), images.names(chosen))
         calibration = calibrate(
             pipeline,
             images.pixels(chosen),
+            condition=given.values(),
             false_alarms=config.false_alarms,
             confidence=config.confidence,
             seed=config.seed,

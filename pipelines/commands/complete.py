@@ -13,6 +13,7 @@ from torch import Tensor
 from prior import Prior
 
 from ..completion import ConditionError, complete, conditional_log_prob, find_white, make_mask, sees_all_known
+from ..condition_keys import SamplesWithCondition
 from ..config import OutputConfig, UserError, run_command
 from ..config.table import table
 from ..files import Output, lock_output
@@ -20,20 +21,23 @@ from ..image_pipeline import ImagePipeline
 from ..images import to_float
 from ..images.decoding import open_image
 from ..images.pictures import SUFFIXES, grid_picture, write_picture
-from ..options import Named, Sampling, UsesImages, choose_images, split_named_images
+from ..options import Named, UsesImages, choose_images, split_named_images
 from ..provenance import defaults
 
 TINTS = ((0.15, 0.35, 0.65), (-0.2, 0.0, 0.35))  # of the hatching, RGB in [-1, 1]; absent from grey images
 
 
-class CompleteConfig(Sampling, UsesImages, OutputConfig):
+class CompleteConfig(SamplesWithCondition, UsesImages, OutputConfig):
     """Which images, which mask, and how to sample."""
 
     examples = (
         "pipeline=runs/gpt_digits/pipeline mask=bottom draws=4 out=completions.png",
         "pipeline=runs/gpt_digits/pipeline mask=my-mask.png images=my-images",
     )
-    often = "pipeline mask images num_images draws labels out overwrite temperature guidance_scale seed data.source"
+    often = (
+        "pipeline mask images num_images draws labels condition.NAME conditions out overwrite temperature "
+        "guidance_scale seed data.source"
+    )
 
     mask: str = Field(
         "bottom",
@@ -66,16 +70,19 @@ def run(config: CompleteConfig) -> dict[str, float]:
         pipeline = config.load_pipeline()
         known = read_mask(config.mask, pipeline)
         shape = pipeline.tokenizer.image_shape
-        images, _ = choose_images(
+        images, names = choose_images(
             config.images, config.num_images, shape, lambda: config.load_images(pipeline).held_out
         )
         truth = to_float(images)
+        given = config.read_condition(pipeline, len(truth), names)
+        labels, condition = given.choose_labels(config.labels), given.rows()
         try:
             drawn = complete(
                 pipeline,
                 truth,
                 known,
-                config.labels,
+                labels,
+                condition=condition,
                 draws=config.draws,
                 seed=config.seed,
                 output_type="pt",
@@ -87,7 +94,7 @@ def run(config: CompleteConfig) -> dict[str, float]:
         drawn = drawn.reshape(len(truth), config.draws, *truth.shape[1:])
         figures, refusal = pixel_errors(pipeline, truth, drawn, known), ""
         try:
-            log_probs = conditional_log_prob(pipeline, truth, known, config.labels)
+            log_probs = conditional_log_prob(pipeline, truth, known, labels, condition=condition)
             figures["conditional_log_prob"] = float(log_probs.cpu().double().mean())
         except ConditionError as error:
             refusal = str(error)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from tokenizer.base import LikelihoodError
 
 from ..compression.coding import chunk_images, exact_pixels, write_images
 from ..compression.container import StreamError
+from ..condition_keys import UsesCondition
 from ..config import OutputConfig, UserError, run_command
 from ..config.table import count_of
 from ..files import Output, lock_output
@@ -28,14 +30,16 @@ from ..images.decoding import open_image
 from ..options import REMOVE, UsesPipeline, find_image_files, read_images
 
 
-class CompressConfig(UsesPipeline, OutputConfig):
+class CompressConfig(UsesCondition, UsesPipeline, OutputConfig):
     """Which images, which pipeline, and the output file."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=my-images.smalti",)
-    often = "pipeline images out overwrite lossless resize device"
+    often = "pipeline images out overwrite condition.NAME conditions lossless resize device"
 
     images: str = Field(description="folder of images of the pipeline's size, or one image; file names are kept")
-    out: str = Field("images.smalti", description="file to write; decompressing it requires the same pipeline")
+    out: str = Field(
+        "images.smalti", description="file to write; decompressing requires the same pipeline and condition"
+    )
     lossless: bool = Field(
         False,
         description="keep every pixel; requires a decoder with a likelihood, or a pixels tokenizer. "
@@ -52,6 +56,7 @@ def run(config: CompressConfig) -> Path:
     out = Output(config.out, [config.pipeline, root], config.overwrite)
     out.check_file()
     pipeline = config.load_pipeline()
+    given = config.read_condition(pipeline, len(paths), [str(path) for path in paths])
     size, shape = chunk_images(pipeline), pipeline.tokenizer.image_shape
 
     def parts() -> Iterator[Tensor]:
@@ -62,7 +67,8 @@ def run(config: CompressConfig) -> Path:
     began = time.monotonic()
     try:
         with lock_output(config.out), out.file() as temporary, open(temporary, "wb") as file:
-            written = write_images(pipeline, file, parts(), len(paths), lossless=config.lossless, names=names)
+            options: dict[str, Any] = {"lossless": config.lossless, "names": names, "condition": given.values()}
+            written = write_images(pipeline, file, parts(), len(paths), **options)
     except (StreamError, LikelihoodError) as error:
         raise UserError(str(error)) from error
     before, seconds = sum(path.stat().st_size for path in paths), time.monotonic() - began

@@ -8,22 +8,25 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
 from tokenizer.files import atomic_folder
 
 from ..compression.coding import read_images
-from ..compression.container import StreamError
+from ..compression.container import StreamError, read_stream
+from ..condition_keys import UsesCondition
 from ..config import UserError, run_command
 from ..config.table import count_of
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
+from ..images.folder import is_image_name
 from ..images.pictures import convert_images
 from ..options import UsesPipeline
 
 
-class DecompressConfig(UsesPipeline):
+class DecompressConfig(UsesCondition, UsesPipeline):
     """Which file, which pipeline, and the output folder."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline stream=my-images.smalti out=my-images-again",)
@@ -47,16 +50,21 @@ def run(config: DecompressConfig) -> Path:
     pipeline = config.load_pipeline()
     try:
         with lock_output(config.out), out.errors(), atomic_folder(config.out, kind=None) as folder:
-            count = write_folder(pipeline, data, folder, config.batch_size)
+            header, _ = read_stream(data)
+            names = [short if is_image_name(short := name.removesuffix(".png")) else name for name in header.names]
+            given = config.read_condition(pipeline, header.images, names or None)
+            count = write_folder(pipeline, data, folder, given.values(), config.batch_size)
     except StreamError as error:
         raise UserError(f"stream: {path}: {error}") from error
     print(f"{config.out}: {count_of(count, 'image')}")
     return out.path
 
 
-def write_folder(pipeline: ImagePipeline, data: bytes, folder: Path, batch_size: int | None) -> int:
+def write_folder(
+    pipeline: ImagePipeline, data: bytes, folder: Path, condition: dict[str, Any] | None, batch_size: int | None
+) -> int:
     """Write the images of a stream as PNG files, named as stored or numbered; return the number of images."""
-    header, parts = read_images(pipeline, data, batch_size=batch_size)
+    header, parts = read_images(pipeline, data, condition=condition, batch_size=batch_size)
     names = iter(header.names or map("{:08d}.png".format, range(header.images)))
     for images in parts:
         for image in convert_images(images, "pil"):

@@ -19,9 +19,10 @@ from ..anomaly.calibration import Calibration
 from ..anomaly.conformal import benjamini_hochberg
 from ..anomaly.distances import CalibrationError
 from ..anomaly.healing import anomaly_map, heal
-from ..anomaly.image_statistics import statistics
+from ..anomaly.image_statistics import measure
 from ..anomaly.scores import p_value_of, score_of
 from ..anomaly.separation import separation
+from ..condition_keys import ConditionRows, UsesCondition
 from ..config import OutputConfig, UserError, run_command
 from ..config.table import table
 from ..files import Output, lock_output
@@ -34,11 +35,11 @@ from ..options import UsesImages, find_image_files, read_images
 from ..provenance import defaults, trained_data
 
 
-class DetectConfig(OutputConfig, UsesImages):
+class DetectConfig(UsesCondition, OutputConfig, UsesImages):
     """Which images, and which calibrated pipeline."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=runs/detected",)
-    often = "pipeline images out overwrite normal_labels method fdr device"
+    often = "pipeline images out overwrite normal_labels condition.NAME conditions method fdr device"
 
     images: str | list[str] | None = Field(
         None,
@@ -74,12 +75,14 @@ class DetectConfig(OutputConfig, UsesImages):
 
 
 class Found(NamedTuple):
-    """Images to score: names, pixels uint8 `(n, C, H, W)`, class names or None, and a description of their origin."""
+    """Images to score: names, pixels uint8 `(n, C, H, W)`, class names or None, a description of their origin, and
+    their condition."""
 
     names: list[str]
     pixels: Tensor
     classes: list[str] | None
     origin: str
+    given: ConditionRows
 
 
 def run(config: DetectConfig) -> dict[str, Any]:
@@ -93,12 +96,14 @@ def run(config: DetectConfig) -> dict[str, Any]:
         raise UserError(f"out: {config.out!r} should be a folder, for scores.csv and sheet.png")
     out.check_files(["scores.csv", "sheet.png", "figures.json"])
     with lock_output(config.out):
-        names, pixels, classes, _ = skip_calibrated(find_images(config, pipeline), calibration)
+        names, pixels, classes, _, given = skip_calibrated(find_images(config, pipeline), calibration)
         anomalous = None if config.normal_labels is None else find_anomalous(classes, config.normal_labels)
         try:
-            found = statistics(pipeline, pixels)
-            scores = score_of(config.method, found, calibration, labelled=False)
-            p = p_value_of(config.method, scores, calibration, labelled=False)
+            measured = measure(pipeline, pixels, condition=given.values())
+            found = measured.statistics
+            known: dict[str, Any] = {"labelled": bool(given.labels), "columns": measured.columns}
+            scores = score_of(config.method, found, calibration, **known)
+            p = p_value_of(config.method, scores, calibration, **known)
         except CalibrationError as error:
             raise UserError(str(error)) from error
         above = ~(scores.numpy() <= calibration.scores[config.method].threshold)  # also flags NaN
@@ -109,7 +114,8 @@ def run(config: DetectConfig) -> dict[str, Any]:
         columns |= {name: values.numpy() for name, values in found.items() if values.ndim == 1}
         with out.files() as folder:
             write_table(folder / "scores.csv", columns)
-            write_picture(draw_sheet(pipeline, pixels, scores, config.num_shown, config.seed), folder / "sheet.png")
+            sheet = draw_sheet(pipeline, pixels, given, scores, config.num_shown, config.seed)
+            write_picture(sheet, folder / "sheet.png")
             if figures:
                 write_json(folder / "figures.json", figures)
     print(format_report(config, calibration, flagged, anomalous, figures))
@@ -130,11 +136,15 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
         files = find_image_files(config.paths)
         pixels = read_images(files, pipeline.tokenizer.image_shape)
         folders = [file.absolute().parent.name for file in files]
-        return Found([str(file) for file in files], pixels, folders, f"images in {', '.join(config.paths)}")
+        names = [str(file) for file in files]
+        given = config.read_condition(pipeline, len(names), names)
+        return Found(names, pixels, folders, f"images in {', '.join(config.paths)}", given)
     images = config.load_images(pipeline).held_out
     every = np.arange(len(images))
     classes = None if images.labels is None else [images.class_names[label] for label in images.labels.tolist()]
-    return Found(images.names(every), images.pixels(every), classes, f"held-out images of {config.data.source}")
+    names = images.names(every)
+    given = config.read_condition(pipeline, len(names), names)
+    return Found(names, images.pixels(every), classes, f"held-out images of {config.data.source}", given)
 
 
 def skip_calibrated(found: Found, calibration: Calibration) -> Found:
@@ -148,7 +158,8 @@ def skip_calibrated(found: Found, calibration: Calibration) -> Found:
     skipped = len(found.names) - len(new)
     print(f"scoring {len(new):,} of {len(found.names):,} {found.origin}; {skipped:,} were used for calibration")
     classes = None if found.classes is None else [found.classes[row] for row in new]
-    return Found([found.names[row] for row in new], found.pixels[new], classes, found.origin)
+    names = [found.names[row] for row in new]
+    return Found(names, found.pixels[new], classes, found.origin, found.given.select(new))
 
 
 def find_anomalous(classes: list[str] | None, normal: list[int | str]) -> NDArray[np.bool_]:
@@ -179,16 +190,19 @@ def write_table(path: Path, columns: dict[str, Any]) -> None:
             writer.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row])
 
 
-def draw_sheet(pipeline: ImagePipeline, pixels: Tensor, scores: Tensor, count: int, seed: int) -> np.ndarray:
+def draw_sheet(
+    pipeline: ImagePipeline, pixels: Tensor, given: ConditionRows, scores: Tensor, count: int, seed: int
+) -> np.ndarray:
     """Draw a row for each of the `count` most and, below, least anomalous images: the image, its bits per pixel (if
     tokens have positions), the healed image, and the difference, each below its score or name."""
     ranked = torch.argsort(scores, descending=True)
     chosen = ranked if len(ranked) <= 2 * count else torch.cat([ranked[:count], ranked[-count:]])
     images = to_float(pixels[chosen])
-    healed = heal(pipeline, images, seed=seed)
+    condition = given.select(chosen.tolist()).values()
+    healed = heal(pipeline, images, condition=condition, seed=seed)
     panels = {"healed": healed.images.cpu(), "difference": apply_colormap(healed.difference.cpu())}
     if pipeline.tokenizer.placed:
-        heat = anomaly_map(pipeline, images).cpu()
+        heat = anomaly_map(pipeline, images, condition=condition).cpu()
         panels = {"bits per pixel": apply_colormap(heat / heat.amax().clamp(min=1e-6)), **panels}
     columns = [panel.expand(-1, 3, -1, -1) for panel in (images, *panels.values())]
     names = [name for score in scores[chosen].tolist() for name in (f"score {score:.3g}", *panels)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from prior import Prior
+from prior.conditions import Column
 from prior.objectives import Alignment, Likelihood, alignment_problem
 from tokenizer import TokenGrid, Tokenizer
 
@@ -34,7 +35,7 @@ from ..config.importing import import_all
 from ..config.table import count_of, table
 from ..metrics.perceptual import Perceptual
 from ..tokens.meta import META, read_meta
-from ..train_prior import PriorTask, TrainPriorConfig
+from ..train_prior import PriorTask, TrainPriorConfig, choose_columns
 from ..train_prior import defaults as prior_defaults
 from ..train_tokenizer import TokenizerTask, TrainTokenizerConfig, build_tokenizer
 from ..train_tokenizer import defaults as tokenizer_defaults
@@ -118,10 +119,11 @@ class PlannedPrior(PriorTask):
     config: PlanPriorConfig
     progress = 0.5
 
-    def __init__(self, config: PlanPriorConfig, grid: TokenGrid, classes: int) -> None:
+    def __init__(self, config: PlanPriorConfig, grid: TokenGrid, classes: int, columns: Mapping[str, Column]) -> None:
         self.config, self.grid = config, grid
         choices = {key: value for key, value in config.model.items() if key != "kind"}
-        create = partial(Prior.create, config.model["kind"], grid=grid, num_classes=classes, **choices)
+        facts: dict[str, Any] = {"grid": grid, "num_classes": classes, "conditions": dict(columns)}
+        create = partial(Prior.create, config.model["kind"], **facts, **choices)
         self.model, self.frozen = create(), list[nn.Module]()
         objective: nn.Module = Likelihood(self.model)
         if config.objective == "cca":
@@ -132,10 +134,12 @@ class PlannedPrior(PriorTask):
         self.nets = {"model": objective}
         self.players = {"model": list(self.model.parameters())}
 
-    def random_batch(self, count: int) -> tuple[Tensor, ...]:
-        """Return tokens and labels of `count` images; with cca also contrasting labels."""
-        tokens = torch.randint(self.grid.vocab_size, (count, *self.grid.shape), device=self.model.device)
-        return tokens, *[tokens.new_zeros(count)] * (1 + len(self.frozen))
+    def random_batch(self, count: int) -> tuple[Any, ...]:
+        """Return tokens and labels of `count` images; with cca also contrasting labels; null values of columns."""
+        columns, device = self.model.conditions, self.model.device
+        tokens = torch.randint(self.grid.vocab_size, (count, *self.grid.shape), device=device)
+        condition = {name: column.null(count, device) for name, column in columns.items()}
+        return tokens, *[tokens.new_zeros(count)] * (1 + len(self.frozen)), *([condition] if columns else [])
 
 
 class PlannedTokenizer(TokenizerTask):
@@ -210,8 +214,8 @@ def run(config: PlanPriorConfig | PlanTokenizerConfig) -> Plan:
     build: Callable[[], PlannedPrior | PlannedTokenizer]
     rows = config.rows
     if isinstance(config, PlanPriorConfig):
-        grid, classes, rows = find_facts(config)
-        build = partial(PlannedPrior, config, grid, classes)
+        grid, classes, columns, rows = find_facts(config)
+        build = partial(PlannedPrior, config, grid, classes, columns)
     else:
         build = partial(PlannedTokenizer, config)
     with torch.device("meta"):
@@ -249,21 +253,23 @@ def check_settings(config: PlanPriorConfig | PlanTokenizerConfig) -> torch.devic
     return device
 
 
-def find_facts(config: PlanPriorConfig) -> tuple[TokenGrid, int, int | None]:
-    """Return the grid and the numbers of classes and training rows, from the keys or the token dataset. Raises
-    `UserError`."""
+def find_facts(config: PlanPriorConfig) -> tuple[TokenGrid, int, Mapping[str, Column], int | None]:
+    """Return the grid, the number of classes, the columns and the number of training rows, from the keys or the token
+    dataset. Raises `UserError`."""
     values = {"grid": config.grid, "vocab_size": config.vocab_size, "classes": config.classes}
     missing = [name for name, value in values.items() if value is None]
     if len(missing) == 3 and (Path(config.tokens) / META).is_file():
         meta = read_meta(Path(config.tokens))
-        return meta.grid, len(meta.class_names), config.rows or sum(meta.shards.get("train", [])) or None
+        rows = config.rows or sum(meta.shards.get("train", [])) or None
+        return meta.grid, len(meta.class_names), choose_columns(meta.conditions, config.conditions), rows
     if missing:
         raise UserError(
             f"{', '.join(missing)}: missing; give tokens=FOLDER, or for example grid=16,16 vocab_size=16384 "
             "classes=1000 (0: unconditional)"
         )
     try:
-        return TokenGrid(config.grid or (), config.vocab_size or 0), config.classes or 0, config.rows
+        grid = TokenGrid(config.grid or (), config.vocab_size or 0)
+        return grid, config.classes or 0, choose_columns({}, config.conditions), config.rows
     except ValueError as error:
         raise UserError(f"grid: {error}") from error
 

@@ -101,11 +101,13 @@ def randomize_prior(pipeline: ImagePipeline, seed: int) -> ImagePipeline:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # only the CPU's generator, which draws the weights
         prior = type(pipeline.prior)(pipeline.prior.config)
-    return ImagePipeline(pipeline.tokenizer, prior.to(pipeline.device))
+    others = pipeline.condition_tokenizers
+    return ImagePipeline(pipeline.tokenizer, prior.to(pipeline.device), condition_tokenizers=others)
 
 
 def probe(pipeline: ImagePipeline, layers: list[str], train: Labelled, test: Labelled) -> dict[str, float]:
-    """Return the accuracy of a probe for each layer that is not too wide. The prior gets no classes."""
+    """Return the accuracy of a probe for each layer that is not too wide. The prior gets no classes and no
+    columns."""
     first = embed_layers(pipeline, train[0][:1], layers)
     layers = [layer for layer, features in zip(layers, first, strict=True) if features.shape[1] <= WIDEST]
     features, unseen = (embed_layers(pipeline, images, layers) for images, _ in (train, test))

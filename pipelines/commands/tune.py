@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from prior.conditions import Condition
 from prior.sampling import SamplingOptions
 from tokenizer.files import require_replaceable, write_json
 
 from ..config import OutputConfig, UserError, run_command
-from ..evaluate import check_classes, choose_labels, draw_samples
+from ..evaluate import check_classes, choose_condition, choose_labels, draw_samples, load_training_tokens
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import ImageDataset
@@ -59,6 +60,9 @@ class TuneConfig(UsesImages, OutputConfig):
         ge=0,
         description="training steps of the classifier that provides the features, as in `evaluate`",
     )
+    tokens: str | None = Field(
+        None, description="token dataset for the columns of a prior that has any; default: the prior's training tokens"
+    )
     seed: int = Field(0, ge=0, lt=1 << 63, description="sample k uses seed + k, for every setting")
     store: bool = Field(True, description="store the best settings in the pipeline folder; false: only report them")
 
@@ -88,9 +92,11 @@ def run(config: TuneConfig) -> dict[str, Any]:
     with lock_output(out), lock_output(folder if config.store else None, key="pipeline"):
         pipeline = config.load_pipeline()
         train, validation = load_validation_images(config, pipeline)
+        tokens = load_training_tokens(config.tokens, pipeline) if pipeline.conditions else {}
+        condition = choose_condition(pipeline, tokens, train, config.num_samples)
         source = describe_source(config.data.source)
         space = feature_space(train, validation, config.feature_steps, source)
-        measure = make_measure(pipeline, space, train, validation, config)
+        measure = make_measure(pipeline, space, train, validation, config, condition)
         trials = search(measure, pipeline.sampler, list_settings(pipeline))
         before, best = trials[0], find_best(trials)
         facts = {
@@ -135,15 +141,21 @@ def load_validation_images(config: TuneConfig, pipeline: ImagePipeline) -> tuple
 
 
 def make_measure(
-    pipeline: ImagePipeline, space: FeatureSpace, train: ImageDataset, validation: ImageDataset, config: TuneConfig
+    pipeline: ImagePipeline,
+    space: FeatureSpace,
+    train: ImageDataset,
+    validation: ImageDataset,
+    config: TuneConfig,
+    condition: Condition,
 ) -> Measure:
-    """Return the measure of options. All options share seeds and classes, so that their differences are less noisy."""
+    """Return the measure of options. All options share seeds and conditions, so that their differences are less
+    noisy."""
     real = moments(space.of(validation, shuffled(len(validation))))
     labels = choose_labels(pipeline, train, config.num_samples)
 
     def measure(options: SamplingOptions) -> float:
         pipeline.sampler = options
-        samples = draw_samples(pipeline, labels, config.num_samples, config.seed)
+        samples = draw_samples(pipeline, labels, config.num_samples, config.seed, condition=condition)
         return distance(moments(samples.rows(space, config.num_samples)), real)
 
     return measure
@@ -152,7 +164,7 @@ def make_measure(
 def list_settings(pipeline: ImagePipeline) -> Settings:
     """Return the settings to try for this pipeline, in search order."""
     settings: Settings = {}
-    if pipeline.prior.num_classes:
+    if pipeline.prior.num_classes or pipeline.conditions:
         scales = {f"{scale:g}": (scale, None) for scale in GUIDANCE} | {f"1 to {end:g}": (1, end) for end in RISING}
         settings["guidance"] = {
             value: {"guidance_scale": scale, "guidance_end": end, "guidance_power": None}

@@ -58,13 +58,13 @@ def run(config: VerifyConfig) -> Path | None:
 
 
 def verify_folder(folder: Path) -> Path:
-    """Hash every file in the manifest, and check every id of a token dataset; return the folder."""
+    """Hash every file in the manifest, and check every id and column of a token dataset; return the folder."""
     files = verify_manifest(folder)["files"]
     if (folder / META).is_file():
         data = load_tokens(folder, verify=False, mapped=True)
         for split in data.splits.values():
             for rows in chunks(len(split)):
-                split.tokens[rows]  # reading checks the ids against the vocabulary
+                split.tokens[rows], split.condition(rows)  # reading checks the ids and the columns
     size = sum(entry["size"] for entry in files.values())
     print(f"{folder}: {len(files)} files ({size:,} bytes) match {MANIFEST}")
     return folder
@@ -74,7 +74,7 @@ def check_imported(config: VerifyConfig) -> Iterator[tuple[str, str, str | None]
     """Check each imported model, built with its default configuration. Yield its name, the promise, and the problem or
     None."""
     from prior import Prior
-    from prior.checks import check_prior
+    from prior.checks import check_prior, example_columns
     from tokenizer import TokenGrid, Tokenizer
     from tokenizer.checks import check_quantizer, check_tokenizer
     from tokenizer.quantizers import Quantizer
@@ -90,8 +90,10 @@ def check_imported(config: VerifyConfig) -> Iterator[tuple[str, str, str | None]
             if family.find(name).__module__.startswith(("prior.", "tokenizer.")):
                 continue
             title = f"{family.__name__} {name}"
+            takes_conditions = getattr(family.find(name).Config, "takes_conditions", False)
+            columns = {"conditions": example_columns(grid)} if takes_conditions else {}
             try:
-                for promise, problem in check(family.create(name, **facts)):
+                for promise, problem in check(family.create(name, **facts, **columns)):
                     yield title, promise, problem
             except Exception as error:  # a model may raise anything; report it as the problem
                 problem = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])

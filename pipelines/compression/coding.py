@@ -20,11 +20,13 @@ from PIL import ImageOps
 from PIL.Image import Image as PILImage
 from torch import Tensor
 
+from prior.conditions import LABEL, Condition, describe_columns, digest_condition, select_rows
 from prior.sampling import check_count, progress_bar
 from tokenizer.base import LikelihoodError
 from tokenizer.likelihoods import to_values
 from tokenizer.precision import finest, in_finest
 
+from ..conditioning import GivenCondition, given_columns
 from ..images.decoding import pixels_of
 from .codec import Decoder, Encoder, SymbolCoder, constriction
 from .container import Chunk, DamagedStream, Header, ModelMismatch, StreamError, read_stream, write_stream
@@ -97,11 +99,21 @@ def identify(pipeline: ImagePipeline) -> bytes:
     return hashlib.sha256(" ".join(parts).encode()).digest()[:16]
 
 
+def read_condition(pipeline: ImagePipeline, condition: GivenCondition, count: int) -> tuple[Condition, bytes]:
+    """Return raw columns and labels for the `count` images of a stream, and the bytes that identify them, which are
+    empty if all are null."""
+    rows, labels = pipeline.read_condition(condition, count), pipeline.label_ids(None, count, condition)
+    labelled = labels is not None and bool((labels != pipeline.prior.num_classes).any())
+    given = labelled or bool(given_columns(pipeline.conditions, rows))
+    if labels is not None and labelled:
+        rows[LABEL] = labels
+    return rows, bytes.fromhex(digest_condition(rows))[:8] if given else b""
+
+
 class Models:
     """A pipeline's models in float64 (which autocast does not change), which code symbols while they are evaluated.
 
-    The prior is unconditional. residual: whether pixels are coded in addition to tokens. Devices without float64 are
-    replaced by the CPU.
+    residual: whether pixels are coded in addition to tokens. Devices without float64 are replaced by the CPU.
     """
 
     def __init__(self, pipeline: ImagePipeline, *, residual: bool) -> None:
@@ -110,12 +122,17 @@ class Models:
         self.tokenizer = to_double(pipeline.tokenizer, self.device) if residual else pipeline.tokenizer
         self.residual = residual
 
-    def code_tokens(self, tokens: Tensor, coder: SymbolCoder, batch_size: int) -> None:
-        """Code `tokens` (n, *grid.shape) in the prior's order, rank by rank for all images; a decoder fills them in.
-        batch_size: images evaluated at a time."""
+    def code_tokens(self, tokens: Tensor, condition: Condition, coder: SymbolCoder, batch_size: int) -> None:
+        """Code `tokens` (n, *grid.shape) in the prior's order, rank by rank for all images, given their raw columns and
+        labels; a decoder fills them in. batch_size: images evaluated at a time. Conditions are encoded in float64, too,
+        so that their batch does not matter."""
         order = self.prior.order.tolist()
         flat, rank = tokens.view(len(tokens), -1), 0
-        states = [self.prior.start(len(part), None) for part in flat.split(batch_size)]
+        states = []
+        for part in torch.arange(len(flat), device=self.device).split(batch_size):
+            rows = select_rows(condition, part)
+            given = self.prior.encode_condition(rows.pop(LABEL, None), len(part), rows)
+            states.append(self.prior.start(len(part), given))
         last: Sequence[Tensor | None] = [None] * len(states)
         for size in self.prior.blocks:
             block = order[rank : rank + size]
@@ -123,6 +140,12 @@ class Models:
             for cell, logits in zip(block, torch.cat(parts).unbind(1), strict=True):
                 flat[:, cell] = coder.code(logits, flat[:, cell])
             last, rank = flat[:, block].split(batch_size), rank + size
+
+    def rows_of(self, condition: Condition, header: Header, index: int) -> Condition:
+        """Return the raw columns of a chunk's images."""
+        first = index * header.chunk_images
+        rows = select_rows(condition, slice(first, first + header.chunk_images))
+        return {name: values.to(self.device) for name, values in rows.items()}
 
     def code_pixels(self, pixels: Tensor, tokens: Tensor, coder: SymbolCoder) -> None:
         """Code `pixels` (n, C, H, W) in 0 to 255 channel by channel, given the tokens; a decoder fills them in."""
@@ -133,10 +156,10 @@ class Models:
                 values[:, channel] = found.view_as(values[:, channel])
 
     @torch.inference_mode()
-    def encode(self, tokens: Tensor, pixels: Tensor | None) -> Chunk:
-        """Encode tokens `(n, *grid.shape)` and pixels `(n, C, H, W)` in 0 to 255 into a chunk."""
+    def encode(self, tokens: Tensor, condition: Condition, pixels: Tensor | None) -> Chunk:
+        """Encode tokens `(n, *grid.shape)` and pixels `(n, C, H, W)` in 0 to 255 into a chunk, given raw columns."""
         tokens, of_tokens, of_pixels = tokens.to(self.device).contiguous(), Encoder(), Encoder()
-        self.code_tokens(tokens, of_tokens, len(tokens))
+        self.code_tokens(tokens, condition, of_tokens, len(tokens))
         if pixels is not None:
             self.code_pixels(pixels.to(self.device), tokens, of_pixels)
         unsure = torch.cat(of_tokens.unsure + of_pixels.unsure)
@@ -144,9 +167,11 @@ class Models:
         return Chunk(exceptions, of_tokens.bytes(), of_pixels.bytes(), digest_of(tokens, pixels))
 
     @torch.inference_mode()
-    def decode(self, chunk: Chunk, count: int, batch_size: int | None) -> tuple[Tensor, Tensor | None]:
-        """Decode the tokens and pixels of a chunk of `count` images. Raises `ModelMismatch` if this machine computes
-        different probabilities."""
+    def decode(
+        self, chunk: Chunk, count: int, condition: Condition, batch_size: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Decode the tokens and pixels of a chunk of `count` images, given their raw columns and labels. Raises
+        `ModelMismatch` if this machine computes different probabilities."""
         tokens = torch.zeros(count, *self.prior.grid.shape, dtype=torch.long, device=self.device)
         shape = (count, *self.tokenizer.image_shape)
         pixels = torch.zeros(shape, dtype=torch.long, device=self.device) if self.residual else None
@@ -157,7 +182,7 @@ class Models:
         unsure[torch.from_numpy(chunk.exceptions.astype(np.int64))] = True
         unsure = unsure.to(self.device)
         decoder = Decoder(chunk.tokens, unsure[: tokens.numel()])
-        self.code_tokens(tokens, decoder, batch_size or count)
+        self.code_tokens(tokens, condition, decoder, batch_size or count)
         decoder.finish()
         if pixels is not None:
             decoder = Decoder(chunk.pixels, unsure[tokens.numel() :])
@@ -188,13 +213,15 @@ def compress(
     pipeline: ImagePipeline,
     images: Tensor,
     *,
+    condition: GivenCondition = None,
     lossless: bool = False,
     names: Sequence[str] = (),
     progress: bool = True,
 ) -> bytes:
     """Compress `images`, float `(B, C, H, W)` in [-1, 1], to a stream; see `write_images`."""
     file, parts = io.BytesIO(), images.split(chunk_images(pipeline))
-    write_images(pipeline, file, parts, len(images), lossless=lossless, names=names, progress=progress)
+    options: dict[str, Any] = {"condition": condition, "lossless": lossless, "names": names, "progress": progress}
+    write_images(pipeline, file, parts, len(images), **options)
     return file.getvalue()
 
 
@@ -204,35 +231,45 @@ def write_images(
     parts: Iterable[Tensor],
     count: int,
     *,
+    condition: GivenCondition = None,
     lossless: bool = False,
     names: Sequence[str] = (),
     progress: bool = True,
 ) -> int:
     """Write a stream of `count` images, given in `parts` of `chunk_images`; return its size in bytes.
 
+    condition: values of columns, one for all images or one per image, without which the stream cannot be decoded.
     lossless: decoding returns the exact 8-bit images instead of reconstructions. Raises `LikelihoodError` if lossless
     is impossible, and `StreamError` if the coder is not installed or a name is not a valid file name.
     """
     constriction()
     models = Models(pipeline, residual=has_residual(pipeline, lossless))
     shape = pipeline.tokenizer.image_shape
-    header = Header(identify(pipeline), shape, count, chunk_images(pipeline), models.residual, tuple(names))
+    rows, digest = read_condition(pipeline, condition, count)
+    header = Header(identify(pipeline), shape, count, chunk_images(pipeline), models.residual, tuple(names), digest)
 
     def chunks() -> Iterator[Chunk]:
-        for _, part in zip(iterate_chunks(header, progress), parts, strict=False):
+        for index, part in zip(iterate_chunks(header, progress), parts, strict=False):
             if lossless:
                 check_exact(part)
-            yield models.encode(pipeline.encode_batch(part), to_values(part) if models.residual else None)
+            pixels = to_values(part) if models.residual else None
+            yield models.encode(pipeline.encode_batch(part), models.rows_of(rows, header, index), pixels)
 
     return write_stream(file, header, chunks())
 
 
 def read_images(
-    pipeline: ImagePipeline, data: bytes, *, batch_size: int | None = None, progress: bool = True
+    pipeline: ImagePipeline,
+    data: bytes,
+    *,
+    condition: GivenCondition = None,
+    batch_size: int | None = None,
+    max_images: int | None = None,
+    progress: bool = True,
 ) -> tuple[Header, Iterator[Tensor]]:
     """Return the header of a stream, and an iterator over the images of each chunk, float `(n, C, H, W)` in [-1, 1].
-    Raises `StreamError` if the stream is damaged or from another pipeline, or, while iterating, if this machine
-    computes different probabilities."""
+    Raises `StreamError` if the stream is damaged, from another pipeline, made with another `condition` or has more than
+    `max_images`, or, while iterating, if this machine computes different probabilities."""
     header, chunks = read_stream(data)
     if header.pipeline != identify(pipeline):
         theirs = "x".join(map(str, header.image))
@@ -242,13 +279,17 @@ def read_images(
         raise StreamError(f"the stream has {header.chunk_images} images per chunk; this pipeline allows {most}")
     if header.lossless and not pipeline.tokenizer.has_likelihood:
         raise DamagedStream("the stream is damaged: this pipeline has no likelihood of pixels")
+    if max_images is not None and header.images > max_images:
+        raise StreamError(f"the stream has {header.images} images, the limit is {max_images}")
+    rows, digest = read_condition(pipeline, condition, header.images)
+    check_condition(pipeline, header, digest)
     constriction()
     models = Models(pipeline, residual=header.lossless)
 
     def images() -> Iterator[Tensor]:
         for index in iterate_chunks(header, progress):
             count = min(header.chunk_images, header.images - index * header.chunk_images)
-            tokens, pixels = models.decode(chunks[index], count, batch_size)
+            tokens, pixels = models.decode(chunks[index], count, models.rows_of(rows, header, index), batch_size)
             if pixels is None:
                 yield pipeline.decode(tokens, output_type="pt")
             else:
@@ -257,10 +298,24 @@ def read_images(
     return header, images()
 
 
+def check_condition(pipeline: ImagePipeline, header: Header, digest: bytes) -> None:
+    """Raise `StreamError` unless `digest` identifies the condition of the stream."""
+    if digest and not header.condition:
+        raise StreamError("the stream was made without a condition: decompress it without one")
+    if digest != header.condition:
+        given = "another condition" if digest else "a condition"
+        columns = dict.fromkeys([*([LABEL] if pipeline.prior.num_classes else []), *pipeline.conditions])
+        raise StreamError(
+            f"the stream was made with {given}: give condition=, the values with which its {header.images} images were "
+            f"compressed, in their order ({describe_columns(columns)})"
+        )
+
+
 def decompress(
     pipeline: ImagePipeline,
     data: bytes,
     *,
+    condition: GivenCondition = None,
     batch_size: int | None = None,
     max_images: int | None = None,
     progress: bool = True,
@@ -269,9 +324,8 @@ def decompress(
     `max_images`, and `ValueError` for a batch size below 1."""
     if batch_size is not None:
         check_count(batch_size, "batch_size")
-    header, parts = read_images(pipeline, data, batch_size=batch_size, progress=progress)
-    if max_images is not None and header.images > max_images:
-        raise StreamError(f"the stream has {header.images} images, the limit is {max_images}")
+    options: dict[str, Any] = {"batch_size": batch_size, "max_images": max_images, "progress": progress}
+    _, parts = read_images(pipeline, data, condition=condition, **options)
     return torch.cat([torch.empty(0, *pipeline.tokenizer.image_shape, device=pipeline.device), *parts])
 
 

@@ -2,12 +2,14 @@
 
 stream   "smalti\\0" | version u8 | section of the header | section of the names | section of a chunk ...
 section  length u32 | content | CRC-32 of the content u32
-header   pipeline 16 B | image c, h, w u16 | images u32 | images of a chunk u16 | lossless u8
+header   pipeline 16 B | image c, h, w u16 | images u32 | images of a chunk u16 | lossless u8 [| condition 8 B]
 names    UTF-8, separated by zero bytes; empty without names
 chunk    CRC-32 of the decoded data u32 | exceptions u32 | bytes of tokens u32 | exceptions u32 ... | tokens | pixels
 
-Numbers are little-endian. Every length is checked against the rest of the stream, and every checksum before anything is
-decoded. Checksums detect damage, not malice.
+Only a stream of version 2 has `condition`, the first bytes of the sha256 of the columns that images are conditioned on
+(`digest_condition`), with the rows of all images in order; the reader must have these columns. Numbers are
+little-endian. Every length is checked against the rest of the stream, and every checksum before anything is decoded.
+Checksums detect damage, not malice.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-MAGIC, VERSION = b"smalti\0", 1
+MAGIC, VERSION, VERSION_WITH_CONDITION = b"smalti\0", 1, 2
 MAX_PART = 255  # maximum length of a file or folder name, in bytes
-NUMBER, HEADER, CHUNK = struct.Struct("<I"), struct.Struct("<16s3HIH?"), struct.Struct("<III")
+NUMBER, CHUNK = struct.Struct("<I"), struct.Struct("<III")
+HEADERS = {VERSION: struct.Struct("<16s3HIH?"), VERSION_WITH_CONDITION: struct.Struct("<16s3HIH?8s")}
 
 
 class StreamError(ValueError):
@@ -42,7 +45,8 @@ class ModelMismatch(StreamError):
 
 class Header(NamedTuple):
     """The header of a stream. pipeline: 16 bytes that identify it; image: (C, H, W); lossless: whether chunks contain
-    pixels in addition to tokens; names: of all images, or empty."""
+    pixels in addition to tokens; names: of all images, or empty; condition: 8 bytes that identify the condition of the
+    images, without which they cannot be decoded, or empty."""
 
     pipeline: bytes
     image: tuple[int, int, int]
@@ -50,6 +54,7 @@ class Header(NamedTuple):
     chunk_images: int
     lossless: bool
     names: tuple[str, ...]
+    condition: bytes = b""
 
     @property
     def num_chunks(self) -> int:
@@ -71,9 +76,11 @@ def write_stream(file: BinaryIO, header: Header, chunks: Iterable[Chunk]) -> int
     """Write a stream, one chunk at a time, and return its size in bytes. Raises `StreamError` for invalid names before
     anything is written."""
     check_names(header)
-    size = file.write(MAGIC + bytes([VERSION]))
-    fields = HEADER.pack(header.pipeline, *header.image, header.images, header.chunk_images, header.lossless)
-    size += file.write(pack_section(fields)) + file.write(pack_section("\0".join(header.names).encode()))
+    pipeline, image, images, chunk_images, lossless, names, condition = header
+    version, last = (VERSION_WITH_CONDITION, [condition]) if condition else (VERSION, [])
+    size = file.write(MAGIC + bytes([version]))
+    fields = HEADERS[version].pack(pipeline, *image, images, chunk_images, lossless, *last)
+    size += file.write(pack_section(fields)) + file.write(pack_section("\0".join(names).encode()))
     for exceptions, tokens, pixels, digest in chunks:
         sizes = CHUNK.pack(digest, len(exceptions), len(tokens))
         size += file.write(pack_section(b"".join((sizes, exceptions.astype("<u4").tobytes(), tokens, pixels))))
@@ -90,9 +97,10 @@ def read_stream(data: bytes) -> tuple[Header, list[Chunk]]:
     if not data.startswith(MAGIC):
         raise StreamError("not a file written by smalti compress" if data else "the file is empty")
     reader = Reader(memoryview(data)[len(MAGIC) :])
-    if (version := reader.take(1)[0]) != VERSION:
-        raise StreamError(f"the stream has format version {version}; this version of smalti reads version {VERSION}")
-    header = read_header(reader.section(), reader.section())
+    if (version := reader.take(1)[0]) not in HEADERS:
+        read = " and ".join(map(str, HEADERS))
+        raise StreamError(f"the stream has format version {version}; this version of smalti reads versions {read}")
+    header = read_header(HEADERS[version], reader.section(), reader.section())
     chunks = [read_chunk(reader.section()) for _ in range(header.num_chunks)]
     if len(reader.left):
         raise DamagedStream(f"{len(reader.left)} bytes follow the end of the stream")
@@ -121,16 +129,16 @@ class Reader:
         return content
 
 
-def read_header(fields: memoryview, names: memoryview) -> Header:
-    """Parse and check the header from its two sections."""
+def read_header(form: struct.Struct, fields: memoryview, names: memoryview) -> Header:
+    """Parse and check the header from its two sections. form: the fields of its version."""
     try:
-        pipeline, channels, height, width, images, chunk_images, lossless = HEADER.unpack(fields)
+        pipeline, channels, height, width, images, chunk_images, lossless, *condition = form.unpack(fields)
         called = tuple(bytes(names).decode().split("\0")) if len(names) else ()
     except (struct.error, UnicodeDecodeError) as error:
         raise DamagedStream(f"the stream is damaged: {error}") from error
     if not chunk_images:
         raise DamagedStream("the stream is damaged: its chunks contain no images")
-    header = Header(pipeline, (channels, height, width), images, chunk_images, lossless, called)
+    header = Header(pipeline, (channels, height, width), images, chunk_images, lossless, called, *condition)
     check_names(header)
     return header
 

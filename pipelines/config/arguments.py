@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, get_origin
 
 from pydantic.fields import FieldInfo
 
-from tokenizer.config import Data, Settings, show_value, type_options
+from tokenizer.config import Data, Settings, mapped_model, show_value, type_options
 
 from .errors import UserError, did_you_mean
 from .yaml_text import read_yaml
@@ -143,7 +143,11 @@ def split_lists(cls: type[Settings] | None, data: Data) -> Data:
     found: Data = {}
     for name, value in data.items():
         field = cls.model_fields.get(name) if cls else None
-        if isinstance(value, dict):
+        if isinstance(value, dict) and field and (inner := mapped_model(field)):
+            found[name] = {
+                key: split_lists(inner, each) if isinstance(each, dict) else each for key, each in value.items()
+            }
+        elif isinstance(value, dict):
             found[name] = split_lists(cls.nested(name, value) if cls and field else None, value)
         elif isinstance(value, str):
             found[name] = list_or_text(field, value)

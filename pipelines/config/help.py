@@ -17,6 +17,7 @@ from tokenizer.config import (
     Node,
     Settings,
     find_mark,
+    mapped_model,
     nested_models,
     show_number,
     show_value,
@@ -28,6 +29,8 @@ from .schema import Config, Of
 from .table import width, wrap, wrap_rows
 
 ALL = "all"
+NAME = "NAME"
+"""Stands for a name that the user chooses, in a key."""
 OPTIONS = {
     "--config FILE": "a YAML file or a preset's name (`smalti presets`); several merge left to right",
     "key=value": "set one key, overriding the files; the value is YAML, as in train.lr=1e-3 or sizes=1,2; a new "
@@ -179,11 +182,17 @@ def list_sections(
                     inner, first_line = below if member == chosen else {}, (model.__doc__ or "").strip().split("\n")[0]
                     around = (*families, family.family)
                     nested += list_sections(model, inner, key, member, first_line, owner=whose, families=around)
+        elif mapped := mapped_model(field):
+            rows.append(Row(f"{key}.{NAME}", "text", "none", about))
+            first_line = (mapped.__doc__ or "").strip().split("\n")[0]
+            nested += list_sections(mapped, {}, f"{key}.{NAME}", "", first_line)
         elif models:
             inner = values.get(name, {}) if whose else below
             nested += list_sections(models[""], inner, key, "", about, owner=whose, families=families)
         else:
             default_text = whose if whose and name not in values else describe_default(value)
+            if get_origin(field.annotation) is dict:
+                key, default_text = f"{key}.NAME", "null" if value == {} else default_text
             rows.append(Row(key, describe_type(field), default_text, about))
     if rows:
         yield Section(node, kind, sentence, tuple(rows))
@@ -214,6 +223,8 @@ def format_type(hint: Any, limits: str = "") -> str:
     if origin in (Union, types.UnionType):
         texts = [format_type(part, limits) for part in parts if part is not type(None)]
         return " or ".join(texts + ["null"] * (type(None) in parts))
+    if origin is dict:
+        return "value"
     if origin is Literal:
         return " | ".join(map(str, parts))
     if origin in (tuple, list):

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from torch import Tensor
 
 from tokenizer.files import PathError, one_line, quote
@@ -93,6 +93,10 @@ class DataConfig(Config):
         description="share of `split` to set aside for choosing the best weights; null: 5%, at most 2,000 images, but "
         "no images if that is fewer than 10; 0: use the held-out images instead",
     )
+    clips: bool = Field(
+        default=False,
+        description="each folder of images is a clip, whose images go into the same split, and whose name is no class",
+    )
     image_size: Side | tuple[Side, Side] = Field(
         default=28, description="one number, or [height, width]; images of other sizes are resized and cropped"
     )
@@ -122,6 +126,12 @@ class DataConfig(Config):
             raise ValueError(f"split and held_out are both {self.split!r}: evaluation needs images not trained on")
         return self
 
+    @model_serializer(mode="wrap")
+    def _omit_clips(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `clips` where there are none, as files written before it was a setting do."""
+        found: dict[str, Any] = handler(self)
+        return found if self.clips else {key: value for key, value in found.items() if key != "clips"}
+
     @property
     def path(self) -> Path | None:
         """The local path of the source; None for the digits, a Hub id, a pattern or a URL."""
@@ -149,6 +159,7 @@ def load_images(config: DataConfig, *, together: bool = False, stream: bool = Fa
     """
     streamed: ImageDataset | None = None
     if is_stream(config):
+        number_clips(None, config)
         from .streaming import open_stream
 
         some, streamed = open_stream(config, stream)
@@ -234,6 +245,11 @@ class ImageDataset:
     def examples(self, count: int, seed: int) -> Tensor:
         """Return a batch of up to `count` images, the same on all processes."""
         return self.batch(self.samples(min(count, len(self)), seed, 0)[0])
+
+    @property
+    def origin(self) -> tuple[Rows, NDArray[np.int64]]:
+        """The rows of the source, and the positions of the images among them."""
+        return self._rows, self._positions
 
     def names(self, indices: Indices) -> list[str]:
         """Return the name of each image: its path within the source, or its table row."""
@@ -375,9 +391,12 @@ def choose_splits(
     if not quiet:
         report_splits(splits, config, found, f"{100 * config.held_out_fraction:.3g}% of {config.split!r}", "held out")
     rows = splits[config.split]()
-    count = 0 if found is not None else min(max(1, round(rows.size * config.held_out_fraction)), rows.size)
-    positions = carve(rows.size, count, validation_count(rows.size, config.validation_fraction))
-    parts = {name: (rows, part) for name, part in positions.items()}
+    clips = number_clips(rows.paths, config) if config.clips else np.arange(rows.size)  # an image alone is a clip
+    total = len(np.unique(clips))
+    count = 0 if found is not None else min(max(1, round(total * config.held_out_fraction)), total)
+    validation = -(-validation_count(rows.size, config.validation_fraction) * total // max(1, rows.size))
+    chosen = carve(total, count, validation)
+    parts = {name: (rows, np.flatnonzero(np.isin(clips, part))) for name, part in chosen.items()}
     if found is not None:
         other = splits[found]()
         parts["held_out"] = other, np.arange(other.size)
@@ -436,6 +455,13 @@ def report_splits(names: Collection[str], config: DataConfig, found: str | None,
     remedy = " (data.held_out=NAME chooses another)" if left else ""
     taken = part if found is None else repr(found)
     tell(one_line(f"data.held_out: {config.source}: {why}{taken} is {use}{rest}{remedy}"))
+
+
+def number_clips(paths: list[str] | None, config: DataConfig) -> NDArray[np.int64]:
+    """Return the number of each image's folder. Raises `UserError` if `data.clips` is set and images are not files."""
+    if paths is None and config.clips:
+        raise UserError("data.clips: needs a folder of images, with a folder for each clip")
+    return np.unique([os.path.dirname(path) for path in paths or []], return_inverse=True)[1]
 
 
 def validation_count(size: int, fraction: float | None) -> int:

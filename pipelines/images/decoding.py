@@ -51,13 +51,16 @@ Pixels = NDArray[np.uint8]
 @dataclass(frozen=True)
 class Rows:
     """One split of a source, still encoded. `read` returns the payloads of rows, `name` the name of a row for messages.
-    `labels` are the source's own: indices into `class_names`, if it has class names."""
+    `labels` are the source's own: indices into `class_names`, if it has class names. `paths` are those of image files,
+    `table` is the data set of `datasets` with all columns."""
 
     size: int
     read: Callable[[Sequence[int]], list[Payload]]
     name: Callable[[int], str]
     labels: list[Any] | None
     class_names: list[str] | None = None
+    paths: list[str] | None = None
+    table: Any = None
 
 
 SplitRows = dict[str, Callable[[], Rows]]

@@ -168,7 +168,7 @@ def folder_rows(folder: Path, config: DataConfig) -> Rows:
         return file_rows(paths, None)
     start = len(os.path.join(folder, ""))
     inner = [path[start:].split(os.sep) for path in paths]
-    labels = [parts[0] if len(parts) > 1 else None for parts in inner]
+    labels = [parts[0] if len(parts) > 1 + config.clips else None for parts in inner]
     if all(label is None for label in labels):
         return file_rows(paths, None)
     report_merged_classes(folder, inner)
@@ -181,7 +181,7 @@ def file_rows(paths: list[str], labels: list[Any] | None) -> Rows:
     def read(rows: Sequence[int]) -> list[Payload]:
         return [Path(paths[row]) for row in rows]
 
-    return Rows(len(paths), read, paths.__getitem__, labels)
+    return Rows(len(paths), read, paths.__getitem__, labels, paths=paths)
 
 
 def report_merged_classes(folder: Path, inner: list[list[str]]) -> None:
@@ -247,12 +247,12 @@ def report_missing_classes(sheet: Path, columns: list[str], column: str | None) 
         )
 
 
-def read_sheet(sheet: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a sheet. Raises `UserError`."""
+def read_sheet(sheet: Path, key: str = "data.source") -> Iterator[dict[str, Any]]:
+    """Yield the rows of a sheet. key: the setting that names it. Raises `UserError`."""
     try:
-        if sheet.suffix == ".csv":
+        if sheet.suffix in (".csv", ".tsv"):
             with sheet.open(newline="", encoding="utf-8-sig") as file:
-                yield from csv.DictReader(file)
+                yield from csv.DictReader(file, delimiter="\t" if sheet.suffix == ".tsv" else ",")
         elif sheet.suffix == ".jsonl":
             with sheet.open(encoding="utf-8") as file:
                 rows = [json.loads(line) for line in file if line.strip()]
@@ -264,7 +264,7 @@ def read_sheet(sheet: Path) -> Iterator[dict[str, Any]]:
 
             yield from pq.read_table(sheet).to_pylist()
     except (OSError, ValueError, csv.Error, RecursionError) as error:  # most errors of pyarrow are ValueErrors
-        raise UserError(one_line(f"data.source: {sheet} cannot be read: {error}")) from error
+        raise UserError(one_line(f"{key}: {sheet} cannot be read: {error}")) from error
 
 
 def files_in_row(sheet: Path, row: dict[str, Any], image_column: str) -> tuple[str, set[str]]:

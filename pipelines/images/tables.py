@@ -267,7 +267,7 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
         path = (images[row][image] or {}).get("path")
         return str(path) if is_tar else f"row {row} of {split}" + (f" ({path})" if path else "")
 
-    return Rows(len(table), read, name, labels, names)
+    return Rows(len(table), read, name, labels, names, table=None if is_tar else table)
 
 
 def read_payload(value: dict[str, Any] | None, source: str) -> Payload:

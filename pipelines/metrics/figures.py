@@ -4,8 +4,8 @@ metadata. This module does not import torch."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..config.table import table
@@ -73,6 +73,9 @@ TABLE = (
     Figure("recall", "recall [{feature_space}] (k = 3)", "{:.3f}", "higher", "samples", _RECALL),
     Figure("nearest_distance", "nearest training image", "{:.3f}", "", "samples", _NEAREST),
 )
+WITHOUT = "bits_per_token_without_"
+"""Prefix of the figures of a prior with columns that is not given one of its conditions."""
+_SHUFFLED = Figure("shuffled_bits_per_token", "bits per token, conditions of other images", "{:.3f}", "", "likelihood")
 OF_SAMPLES = {
     key
     for figure in TABLE
@@ -98,13 +101,26 @@ def format_rows(figures: Mapping[str, Any], *, exact: bool) -> list[Row]:
     not a bound."""
     known = {key: value for key, value in figures.items() if isinstance(value, int | float | str)}
     rows = []
-    for figure in TABLE:
+    for figure in list_figures(known):
         if figure.key in known:
             raw, bound = known[figure.key], "at most " if figure.is_bits and not exact else ""
             value, title = _fill(figure.value, known, raw) or str(raw), _fill(figure.title, known) or figure.key
             beside = filter(None, (_fill(text, known) for text in figure.beside.split("; ")))
             rows.append(Row(figure, title, bound + value, "; ".join(beside), raw))
     return rows
+
+
+def list_figures(known: Mapping[str, Any]) -> Iterator[Figure]:
+    """Yield the table and, after the bits per token without conditions, those of a prior with columns."""
+    names = [found[1] for key in known if (found := re.fullmatch(rf"{WITHOUT}(\w{{1,64}})", key))]
+    for figure in TABLE:
+        if figure.key == "unconditional_bits_per_token" and names:
+            yield replace(figure, title="bits per token, no conditions")
+            for name in names:
+                yield Figure(f"{WITHOUT}{name}", f"bits per token, no {name}", "{:.3f}", "", "likelihood")
+            yield _SHUFFLED
+        else:
+            yield figure
 
 
 def _fill(text: str, known: Mapping[str, Any], *value: Any) -> str:

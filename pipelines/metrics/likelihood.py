@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -10,12 +12,14 @@ import torch
 from torch import Tensor
 
 from prior import Prior
+from prior.conditions import LABEL
 from tokenizer import TokenGrid, Tokenizer
 
 from ..images import ImageDataset
 from ..processes.group import ALONE, ProcessGroup
-from ..shuffling import spread
+from ..shuffling import random_rows, spread
 from ..tokens import TokenSplit
+from .figures import WITHOUT
 from .reconstruction import images_at_a_time
 
 EVALUATED_ROWS = 2000  # limit during training; `smalti evaluate` uses all held-out rows
@@ -57,7 +61,8 @@ def log_probs(
         batch = np.resize(some, size) if group.lockstep else some
         tokens = split.rows(batch).to(model.device)
         labels = None if split.labels is None else split.labels[torch.from_numpy(batch)].to(model.device)
-        return model.log_prob(tokens, labels, num_orders=num_orders)[: len(some)].cpu().double()
+        given = {"condition": split.condition(batch)} if split.conditions else {}
+        return model.log_prob(tokens, labels, num_orders=num_orders, **given)[: len(some)].cpu().double()
 
     return torch.cat(group.map(score, range(0, len(rows), size)))
 
@@ -72,19 +77,37 @@ def evaluate_likelihood(
     group: ProcessGroup = ALONE,
 ) -> dict[str, Any]:
     """Return bits per token of the prior on the held-out images, whose tokens are `test`; those of a `Marginal` fitted
-    to training tokens; and bits per dim if the decoder has a likelihood. A prior with classes is given the class of
-    each image, except for `unconditional_bits_per_token`."""
+    to training tokens; and bits per dim if the decoder has a likelihood. A prior with classes or columns is given those
+    of each image, except for `unconditional_bits_per_token` and, with columns, the figures of `vary_conditions`."""
     grid = prior.grid
     unlabelled = TokenSplit(test.tokens, None)
-    known = test if prior.num_classes else unlabelled
+    known = test if prior.num_classes else replace(test, labels=None)
     nats = log_probs(prior, known, np.arange(len(known)), num_orders, group)
     return {
         "bits_per_token": float(-nats.mean()) / (math.log(2) * len(grid)),
         "unconditional_bits_per_token": bits_per_token(prior, unlabelled, num_orders=num_orders, group=group),
+        **{
+            key: bits_per_token(prior, part, num_orders=num_orders, group=group) for key, part in vary_conditions(known)
+        },
         **evaluate_marginal(prior, train, known, group),
         "uniform_bits_per_token": math.log2(grid.vocab_size),
         **evaluate_bits(tokenizer, held_out, test, nats, group),
     }
+
+
+def vary_conditions(split: TokenSplit) -> Iterator[tuple[str, TokenSplit]]:
+    """With columns, yield names of figures and the split without each condition, and with the conditions of other
+    images, which a prior that listens finds less likely."""
+    if not split.conditions:
+        return
+    if split.labels is not None:
+        yield f"{WITHOUT}{LABEL}", replace(split, labels=None)
+    for name in split.conditions:
+        yield f"{WITHOUT}{name}", replace(split, conditions={k: v for k, v in split.conditions.items() if k != name})
+    cycle, other = random_rows(len(split), len(split), seed=0), torch.empty(len(split), dtype=torch.long)
+    other[cycle] = cycle.roll(1)  # no image keeps its own
+    labels = None if split.labels is None else split.labels[other]
+    yield "shuffled_bits_per_token", replace(split, labels=labels, conditions=split.condition(other))
 
 
 def count_table_classes(grid: TokenGrid, classes: int) -> int | None:
@@ -108,7 +131,7 @@ def evaluate_marginal(prior: Prior, train: TokenSplit, test: TokenSplit, group: 
         marginal.initialize(cast(Tensor, train.tokens), train.labels if classes else None)
         return marginal
 
-    test = test if classes else TokenSplit(test.tokens, None)
+    test = TokenSplit(test.tokens, test.labels if classes else None)
     bits = bits_per_token(group.on_main(fit), test, group=group)
     note = {"marginal_note": "all classes together"} if classes < wanted else {}
     return {"marginal_bits_per_token": bits, "marginal_rows": len(train), **note}

@@ -4,6 +4,7 @@ meta.json              grid, vocabulary, classes, rows of each file, source, aug
 train.safetensors      tokens (n, *grid.shape) in the smallest unsigned type, labels (n,); a large split has many files:
 test.safetensors       train-00000-of-00016.safetensors and so on
 tokenizer/             the tokenizer, which decodes the ids
+conditions/NAME/       the tokenizer of the grid column NAME, if it is another one; columns lie in the files of splits
 job.json               the settings of `pipelines.encode`; missing if `TokenDataset.save` wrote the folder
 manifest.json          sha256 and size of every file, written last
 
@@ -35,14 +36,28 @@ from tokenizer.files import (
 
 from ..hub import is_reachable, push_folder, require_reachable
 from ..images.origin import shareable
-from .meta import META, TOKENS, Meta, check_labels, check_meta, manifest_hash, read_meta, verify_files, write_meta
-from .shards import MappedRows, TokenSplit, bytes_per_row, cut_shards, map_shard, shard_names, write_shard
+from .columns import column_bytes, map_columns, open_columns, pack_columns
+from .meta import (
+    CONDITIONS,
+    META,
+    TOKENS,
+    Meta,
+    check_labels,
+    check_meta,
+    check_tokenizers,
+    manifest_hash,
+    read_meta,
+    verify_files,
+    write_meta,
+)
+from .shards import MappedTokens, TokenSplit, bytes_per_row, cut_shards, map_shard, shard_names, write_shard
 from .tables import from_tables, to_tables
 
 if TYPE_CHECKING:
     import datasets
 
 IN_MEMORY = 256 << 20  # largest dataset that is read into memory, in bytes of tokens
+FILES = ["*.json", "*.safetensors", "tokenizer/*", f"{CONDITIONS}/*/*"]
 HASHED = 2 << 30  # largest dataset that is hashed on loading (about two seconds), in bytes of tokens
 
 
@@ -52,7 +67,8 @@ class TokenDataset:
 
     `source`: facts about the images. `augmentations`: extra variants of each training image; their rows follow those of
     the unchanged images. `conditions`: the columns of all splits by name; `condition_tokenizers`: the tokenizers of
-    grids among them. `digest`: sha256 of the manifest, and so of every file; empty unless loaded from a folder.
+    grids among them; `condition_sources`: facts about the origin of each. `digest`: sha256 of the manifest, and so of
+    every file; empty unless loaded from a folder.
     """
 
     grid: TokenGrid
@@ -64,6 +80,7 @@ class TokenDataset:
     digest: str = ""
     conditions: Mapping[str, Column] = field(default_factory=dict)
     condition_tokenizers: Mapping[str, Tokenizer] = field(default_factory=dict)
+    condition_sources: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:
@@ -75,12 +92,14 @@ class TokenDataset:
 
         rows_per_shard: rows per file; None: chosen by the size of the split, see `cut_shards`. Raises `PathError` if
         the folder holds something else, `ValueError` for ids out of range, and a `PipelineLoadError` for anything that
-        could not be loaded again: invalid names of splits or classes, and labels out of range.
+        could not be loaded again: invalid names of splits, classes or columns, labels out of range, missing columns.
         """
         shards = cut_shards({name: len(split) for name, split in self.splits.items()}, rows_per_shard)
         fingerprint = self.tokenizer.fingerprint()
-        meta = Meta(self.grid, self.class_names, shards, self.source, self.augmentations, fingerprint)
+        columns = dict(self.conditions), dict(self.condition_sources)
+        meta = Meta(self.grid, self.class_names, shards, self.source, self.augmentations, fingerprint, *columns)
         check_meta(meta, Path(META))
+        check_tokenizers(meta, self.condition_tokenizers, CONDITIONS)
         for name, split in self.splits.items():
             check_labels(Path(name), split.labels, self.num_classes)
         with atomic_folder(folder, kind=TOKENS) as target:
@@ -89,13 +108,18 @@ class TokenDataset:
                 for file, size, stop in zip(shard_names(name, len(sizes)), sizes, accumulate(sizes), strict=True):
                     rows = slice(stop - size, stop)
                     labels = None if split.labels is None else split.labels[rows]
-                    write_shard(target / file, split.tokens[rows], labels, self.grid)
-            write_meta(target, meta, self.tokenizer)
+                    try:
+                        packed = pack_columns(self.conditions, split.conditions, rows, len(split))
+                    except ValueError as error:
+                        raise FormatError(f"{name}: {error}") from error
+                    write_shard(target / file, split.tokens[rows], labels, self.grid, packed)
+            write_meta(target, meta, self.tokenizer, self.condition_tokenizers)
 
     def to_datasets(self) -> datasets.DatasetDict:
         """Return one in-memory table of `datasets` for each split: `tokens` of the grid's shape in the smallest
-        unsigned type and, with classes, `label`, a `ClassLabel`."""
-        return to_tables(self.splits, self.grid, self.class_names)
+        unsigned type, with classes `label`, a `ClassLabel`, and each column of a condition by its name: a `ClassLabel`,
+        a list of flags, numbers, or ids in which -1 is null; None is null."""
+        return to_tables(self.splits, self.grid, self.class_names, self.conditions)
 
     @classmethod
     def from_datasets(
@@ -106,16 +130,21 @@ class TokenDataset:
         tokens: str = "tokens",
         label: str | None = "label",
         source: dict[str, Any] | None = None,
+        conditions: Mapping[str, Column] | None = None,
+        condition_tokenizers: Mapping[str, Tokenizer] | None = None,
     ) -> TokenDataset:
         """Convert tables of `datasets` by split (training needs `train` and `test`), made by `to_datasets` or by a
         `map` of `pipe.encode`, to a dataset for `save` and `train_prior`.
 
         tokens, label: names of the columns; the label is a `ClassLabel`, and None, or a missing column, means no
-        classes. source: facts about the images. Raises `UserError` for ids that do not fit `tokenizer`, and for labels
-        without class names.
+        classes. source: facts about the images. conditions: the columns to read, by the names of the table's columns;
+        condition_tokenizers: those of its grids. Raises `UserError` for ids that do not fit `tokenizer`, for labels
+        without class names, and for values that a column does not allow.
         """
-        splits, class_names = from_tables(tables, tokenizer, tokens, label)
-        return cls(tokenizer.grid, class_names, splits, tokenizer, source or {})
+        columns = dict(conditions or {})
+        splits, class_names = from_tables(tables, tokenizer, tokens, label, columns)
+        grid, kept = tokenizer.grid, dict(condition_tokenizers or {})
+        return cls(grid, class_names, splits, tokenizer, source or {}, conditions=columns, condition_tokenizers=kept)
 
     def push_to_hub(
         self,
@@ -135,7 +164,8 @@ class TokenDataset:
         require_reachable(repo_id)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "dataset"
-            replace(self, source=shareable(self.source)).save(folder)
+            sources = {name: shareable(facts) for name, facts in self.condition_sources.items()}
+            replace(self, source=shareable(self.source), condition_sources=sources).save(folder)
             return push_folder(
                 folder,
                 repo_id,
@@ -170,7 +200,7 @@ def load_tokens(
         local_files_only = local_files_only or not is_reachable()  # fail fast on a mistyped folder
         options = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         try:
-            folder = find_folder(source, ["*.json", "*.safetensors", "tokenizer/*"], repo_type="dataset", **options)
+            folder = find_folder(source, FILES, repo_type="dataset", **options)
         except PathError as error:
             raise PathError(f"{error}; make a token dataset with `smalti encode`") from error
     return read_folder(folder, lambda: _read_dataset(folder, verify, mapped))
@@ -178,22 +208,36 @@ def load_tokens(
 
 def _read_dataset(folder: Path, verify: bool | None, mapped: bool | None) -> TokenDataset:
     meta = read_meta(folder)
-    size = sum(sum(counts) for counts in meta.shards.values()) * bytes_per_row(meta.grid)
+    row = bytes_per_row(meta.grid) + column_bytes(meta.conditions)
+    size = sum(sum(counts) for counts in meta.shards.values()) * row
     verify_files(folder, meta, whole=size <= HASHED if verify is None else verify)
     tokenizer: Tokenizer = Tokenizer.load_folder(folder / "tokenizer")
     if tokenizer.fingerprint() != meta.tokenizer:
         raise IntegrityError(f"{folder / 'tokenizer'}: not the tokenizer that made these tokens (fingerprints differ)")
     if tokenizer.grid != meta.grid:
         raise IntegrityError(f"{folder / META}: grid {meta.grid} differs from the tokenizer's, {tokenizer.grid}")
+    own = {name: Tokenizer.load_folder(folder / CONDITIONS / name) for name in meta.own_tokenizers()}
+    grids = [name for name, column in meta.conditions.items() if getattr(column, "tokenizer", "")]
+    tokenizers = {name: own.get(name, tokenizer) for name in grids}
+    check_tokenizers(meta, tokenizers, folder / CONDITIONS)
     mapped = size > IN_MEMORY if mapped is None else mapped
     splits = {name: _load_split(folder, name, meta, mapped) for name in meta.shards}
     facts = meta.source, meta.augmentations, manifest_hash(folder)
-    return TokenDataset(tokenizer.grid, meta.class_names, splits, tokenizer, *facts)
+    return TokenDataset(
+        tokenizer.grid,
+        meta.class_names,
+        splits,
+        tokenizer,
+        *facts,
+        conditions=meta.conditions,
+        condition_tokenizers=tokenizers,
+        condition_sources=meta.condition_sources,
+    )
 
 
 def _load_split(folder: Path, split: str, meta: Meta, mapped: bool) -> TokenSplit:
     paths = [folder / name for name in shard_names(split, len(meta.shards[split]))]
-    shards, labels = [], []
+    shards, labels, columns = [], [], []
     for path, rows in zip(paths, meta.shards[split], strict=True):
         tokens, some = map_shard(path, rows, meta.grid)
         check_labels(path, some, len(meta.class_names))
@@ -204,8 +248,9 @@ def _load_split(folder: Path, split: str, meta: Meta, mapped: bool) -> TokenSpli
                 raise IntegrityError(f"{path}: {error}") from error
         shards.append(tokens)
         labels.append(some)
+        columns.append(map_columns(path, rows, meta.conditions) if meta.conditions else {})
     known = [some for some in labels if some is not None]
     if 0 < len(known) < len(labels):
         raise FormatError(f"{folder}: labels: missing in some files of {split!r}")
-    found = MappedRows(shards, meta.grid, folder) if mapped else torch.cat(shards)
-    return TokenSplit(found, torch.cat(known) if known else None)
+    found = MappedTokens(shards, meta.grid, folder) if mapped else torch.cat(shards)
+    return TokenSplit(found, torch.cat(known) if known else None, open_columns(columns, meta.conditions, paths, mapped))

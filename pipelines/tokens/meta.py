@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, PlainValidator, model_validator
 from torch import Tensor
 
+from prior.conditions import MAX_COLUMNS, Column, GridColumn, conditions_problem, read_column
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.base import grid_to_dict, read_grid
 from tokenizer.files import (
@@ -27,11 +30,15 @@ from tokenizer.files import (
     write_manifest,
 )
 
-from ..files import Text, Whole, validate
+from ..files import FieldError, Text, Whole, validate
 from ..images.dataset import is_printable
 from .shards import shard_names
 
 META, FORMAT_VERSION = "meta.json", 1
+CONDITIONS = "conditions"
+"""Folder of the tokenizers of grid columns."""
+SOURCE = "source"
+"""Key of a column's origin in `meta.json`."""
 TOKENS = FolderKind("a token dataset", META, lambda meta: {"format_version", "grid", "splits", "classes"} <= set(meta))
 
 
@@ -45,6 +52,8 @@ class Meta:
     source: dict[str, Any]
     augmentations: int
     tokenizer: str
+    conditions: Mapping[str, Column] = field(default_factory=dict)
+    condition_sources: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
     def files(self) -> list[str]:
         """Return the names of all shards."""
@@ -52,6 +61,10 @@ class Meta:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object."""
+        columns = {
+            name: {**column.to_dict(), SOURCE: self.condition_sources.get(name, {})}
+            for name, column in self.conditions.items()
+        }
         return {
             "format_version": FORMAT_VERSION,
             "grid": grid_to_dict(self.grid),
@@ -60,12 +73,22 @@ class Meta:
             "source": self.source,
             "augmentations": self.augmentations,
             "tokenizer": self.tokenizer,
+            **({"conditions": columns} if columns else {}),
         }
 
+    def own_tokenizers(self) -> list[str]:
+        """Return the names of the grid columns whose tokenizer is not that of the images."""
+        grids = {name: column.tokenizer for name, column in self.conditions.items() if isinstance(column, GridColumn)}
+        return [name for name, fingerprint in grids.items() if fingerprint not in ("", self.tokenizer)]
 
-def write_meta(folder: Path, meta: Meta, tokenizer: Tokenizer) -> None:
-    """Write the tokenizer, `meta.json` and finally `manifest.json` beside the shards."""
+
+def write_meta(
+    folder: Path, meta: Meta, tokenizer: Tokenizer, condition_tokenizers: Mapping[str, Tokenizer] | None = None
+) -> None:
+    """Write the tokenizers, `meta.json` and finally `manifest.json` beside the shards."""
     tokenizer.save_pretrained(folder / "tokenizer")
+    for name in meta.own_tokenizers():
+        (condition_tokenizers or {})[name].save_pretrained(folder / CONDITIONS / name)
     write_json(folder / META, meta.to_dict())
     write_manifest(folder)
 
@@ -94,6 +117,29 @@ def check_names(splits: dict[str, list[int]]) -> dict[str, list[int]]:
     if strange := [name for name in splits if not re.fullmatch(r"\w[\w-]*", name)]:
         raise ValueError(f"invalid name {quote(strange[0])} (letters, digits, _ and -)")
     return splits
+
+
+def read_conditions(found: Any) -> dict[str, tuple[Column, dict[str, Any]]]:
+    """Parse columns by name, each with facts about its source. Raises `ValueError`, which names the column."""
+    if not isinstance(found, dict):
+        raise ValueError(f"should be a mapping (found {quote(found)})")
+    if len(found) > MAX_COLUMNS:
+        raise ValueError(f"at most {MAX_COLUMNS} columns are possible (found {len(found)})")
+    columns = {}
+    for name, fields in found.items():
+        try:
+            source = fields.pop(SOURCE, {}) if isinstance(fields := copy(fields), dict) else {}
+            column = read_column(fields)
+            if not isinstance(source, dict):
+                raise ValueError(f"{SOURCE}: should be a mapping (found {quote(source)})")
+            for each in getattr(column, "names", []):
+                check_printable(each)
+        except ValueError as error:
+            raise FieldError(name, str(error)) from error
+        columns[name] = column, source
+    for problem in conditions_problem({name: column for name, (column, _) in columns.items()}):
+        raise ValueError(problem)
+    return columns
 
 
 class GridFields(BaseModel):
@@ -125,6 +171,7 @@ class MetaFile(BaseModel):
     source: dict[str, Any]
     augmentations: Whole
     tokenizer: Text
+    conditions: Annotated[dict[str, tuple[Column, dict[str, Any]]], PlainValidator(read_conditions)] = {}
 
 
 def read_meta(folder: Path) -> Meta:
@@ -146,6 +193,8 @@ def read_meta(folder: Path) -> Meta:
         source=found.source,
         augmentations=found.augmentations,
         tokenizer=found.tokenizer,
+        conditions={name: column for name, (column, _) in found.conditions.items()},
+        condition_sources={name: source for name, (_, source) in found.conditions.items()},
     )
 
 
@@ -170,3 +219,15 @@ def check_labels(path: Path, labels: Tensor | None, num_classes: int) -> None:
         raise IntegrityError(
             f"{path}: labels must lie in [0, {num_classes}), got {int(labels.min())} to {int(labels.max())}"
         )
+
+
+def check_tokenizers(meta: Meta, tokenizers: Mapping[str, Tokenizer], place: Path | str) -> None:
+    """Raise `IntegrityError` unless each grid column has the tokenizer that made its ids. place: for messages."""
+    for name, column in meta.conditions.items():
+        if not isinstance(column, GridColumn):
+            continue
+        title, found = f"{place}/{name}", tokenizers.get(name)
+        if (found.fingerprint() if found else "") != column.tokenizer:
+            raise IntegrityError(f"{title}: not the tokenizer of the column {name!r} (fingerprints differ)")
+        if found and found.grid != column.grid:
+            raise IntegrityError(f"{title}: grid {found.grid} differs from that of the column {name!r}, {column.grid}")

@@ -6,7 +6,7 @@ with consecutive rows. Reading a row touches only the pages of that row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,17 +77,30 @@ def cut_shards(rows: Mapping[str, int], rows_per_shard: int | None) -> dict[str,
     }
 
 
-def write_shard(path: Path, tokens: Tensor, labels: Tensor | None, grid: TokenGrid) -> None:
+def write_shard(
+    path: Path, tokens: Tensor, labels: Tensor | None, grid: TokenGrid, columns: Mapping[str, Tensor] | None = None
+) -> None:
     """Write a file atomically.
 
-    tokens: `(n, *grid.shape)` of any integer type. Raises `ValueError` for ids that do not fit the grid.
+    tokens: `(n, *grid.shape)` of any integer type. columns: from `columns.pack_columns`. Raises `ValueError` for ids
+    that do not fit the grid.
     """
     grid.check(tokens.to(torch.int64))
-    tensors = {"tokens": tokens.to(smallest_type(grid.vocab_size)).contiguous()}
+    tensors = {"tokens": tokens.to(smallest_type(grid.vocab_size)).contiguous(), **(columns or {})}
     if labels is not None:
         tensors["labels"] = labels.long().contiguous()
     with atomic_file(path, overwrite=True) as temporary:
         temporary.write_bytes(save(tensors))
+
+
+def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return those of the named tensors that a file has, memory-mapped. Raises `FormatError` for an invalid file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            there = set(file.keys())
+            return {name: file.get_tensor(name) for name in names if name in there}
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise FormatError(f"{path}: missing or not a valid safetensors file ({error})") from error
 
 
 def map_shard(path: Path, rows: int, grid: TokenGrid) -> tuple[Tensor, Tensor | None]:
@@ -95,11 +108,7 @@ def map_shard(path: Path, rows: int, grid: TokenGrid) -> tuple[Tensor, Tensor | 
 
     safetensors checks that the header accounts for every byte before it maps a file, so a truncated file raises an
     error instead of a SIGBUS. Raises `FormatError` for an invalid file, `IntegrityError` for another grid."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in ("tokens", "labels") if name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise FormatError(f"{path}: missing or not a valid safetensors file ({error})") from error
+    tensors = read_tensors(path, ["tokens", "labels"])
     tokens, labels = tensors.get("tokens"), tensors.get("labels")
     if tokens is None or tokens.shape[:1] != (rows,) or tokens.dtype != smallest_type(grid.vocab_size):
         raise FormatError(f"{path}: tokens: must hold {rows} rows of {smallest_type(grid.vocab_size)}")
@@ -111,34 +120,32 @@ def map_shard(path: Path, rows: int, grid: TokenGrid) -> tuple[Tensor, Tensor | 
 
 
 class MappedRows:
-    """The tokens of a split on the disk, indexed like a tensor `(n, *grid.shape)` and read on access.
+    """Rows of a split on the disk, indexed like a tensor `(n, *shape)` and read on access."""
 
-    Ids are checked against the vocabulary when they are read, because large datasets are not hashed on loading.
-    """
-
-    def __init__(self, shards: list[Tensor], grid: TokenGrid, folder: Path) -> None:
-        self.shape, self.dtype = (sum(map(len, shards)), *grid.shape), shards[0].dtype
+    def __init__(self, shards: list[Tensor], place: Path | str) -> None:
+        self.shape, self.dtype = (sum(map(len, shards)), *shards[0].shape[1:]), shards[0].dtype
         self._shards = [shard.numpy() for shard in shards]  # numpy gathers 16-bit ids ten times as fast as torch
         self._starts = np.cumsum([0, *map(len, shards)])
-        self._vocab_size, self._folder = grid.vocab_size, folder
+        self._place = place
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: Indices) -> Tensor:
-        """Return tokens `(B, *grid.shape)` of the stored type. Raises `IndexError`, or `IntegrityError` for an id out
-        of range."""
+        """Return rows `(B, *shape)`. Raises `IndexError`, or `IntegrityError` for values that are not allowed."""
         if isinstance(rows, slice):
             start, stop, step = rows.indices(len(self))
             found = self._read_slice(start, stop) if step == 1 else self._read_rows(positions_of(rows, len(self)))
         else:
             found = self._read_rows(positions_of(rows, len(self)))
-        if found.size and int(found.max()) >= self._vocab_size:
-            raise IntegrityError(
-                f"{self._folder}: found id {int(found.max())}, ids must lie in [0, {self._vocab_size}); a file was "
-                "changed after writing"
-            )
-        return torch.from_numpy(found)
+        try:
+            return self.convert(torch.from_numpy(found))
+        except ValueError as error:
+            raise IntegrityError(f"{self._place}: {error}; a file was changed after writing") from error
+
+    def convert(self, found: Tensor) -> Tensor:
+        """Check and convert rows as they are stored. Raises `ValueError`."""
+        raise NotImplementedError
 
     def _read_slice(self, start: int, stop: int) -> NDArray[Any]:
         pairs = zip(self._shards, self._starts, strict=False)
@@ -157,6 +164,24 @@ class MappedRows:
         for start, stop in zip([0, *ends[:-1]], ends, strict=True):
             here = order[start:stop]
             found[here] = self._shards[which[here[0]]][local[here]]
+        return found
+
+
+class MappedTokens(MappedRows):
+    """The tokens of a split on the disk, `(n, *grid.shape)` of the stored type.
+
+    Ids are checked against the vocabulary when they are read, because large datasets are not hashed on loading.
+    """
+
+    def __init__(self, shards: list[Tensor], grid: TokenGrid, folder: Path) -> None:
+        super().__init__(shards, folder)
+        self._vocab_size = grid.vocab_size
+
+    def convert(self, found: Tensor) -> Tensor:
+        """Check that ids lie in the vocabulary."""
+        most = int(found.numpy().max(initial=0))
+        if most >= self._vocab_size:
+            raise ValueError(f"found id {most}, ids must lie in [0, {self._vocab_size})")
         return found
 
 

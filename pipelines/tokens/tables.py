@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prior.conditions import ClassColumn, Column, FlagsColumn, GridColumn
 from tokenizer import TokenGrid, Tokenizer
 
 from ..config import UserError
@@ -20,23 +21,46 @@ if TYPE_CHECKING:
 TOKENS, LABEL = "tokens", "label"
 
 
-def table_features(grid: TokenGrid, class_names: list[str]) -> datasets.Features:
-    """Return the columns: `tokens` of the grid's shape in the smallest unsigned type and, with classes, `label`."""
+def table_features(grid: TokenGrid, class_names: list[str], columns: Mapping[str, Column]) -> datasets.Features:
+    """Return the columns: `tokens` of the grid's shape in the smallest unsigned type, with classes `label`, and those
+    of a condition."""
     import datasets
 
     kind = str(smallest_type(grid.vocab_size)).removeprefix("torch.")
+    labels = {LABEL: datasets.ClassLabel(names=class_names)} if class_names else {}
+    others = {name: column_feature(column) for name, column in columns.items()}
+    return datasets.Features({TOKENS: ids_feature(grid, kind), **labels, **others})
+
+
+def ids_feature(grid: TokenGrid, kind: str) -> Any:
+    """Return the type of a column of ids."""
+    import datasets
+
     row = datasets.List(datasets.Value(kind), length=grid.shape[0])
-    tokens = datasets.Array2D(shape=grid.shape, dtype=kind) if len(grid.shape) == 2 else row
-    return datasets.Features(
-        {TOKENS: tokens, **({LABEL: datasets.ClassLabel(names=class_names)} if class_names else {})}
-    )
+    return datasets.Array2D(shape=grid.shape, dtype=kind) if len(grid.shape) == 2 else row
 
 
-def to_tables(splits: Mapping[str, TokenSplit], grid: TokenGrid, class_names: list[str]) -> datasets.DatasetDict:
+def column_feature(column: Column) -> Any:
+    """Return the type of a condition's column."""
+    import datasets
+
+    if isinstance(column, ClassColumn):
+        return datasets.ClassLabel(names=column.names)
+    if isinstance(column, FlagsColumn):
+        return datasets.List(datasets.Value("string"))
+    if isinstance(column, GridColumn):
+        return ids_feature(column.grid, "int32")
+    number = datasets.Value("float32")
+    return number if column.shape == (1,) else datasets.List(number, length=column.shape[0])
+
+
+def to_tables(
+    splits: Mapping[str, TokenSplit], grid: TokenGrid, class_names: list[str], conditions: Mapping[str, Column]
+) -> datasets.DatasetDict:
     """Convert every split to an in-memory `datasets.Dataset`; splits on the disk are read in chunks."""
     import datasets
 
-    features = table_features(grid, class_names)
+    features = table_features(grid, class_names, conditions)
 
     def table(split: TokenSplit) -> datasets.Dataset:
         parts = [datasets.Dataset.from_dict({name: [] for name in features}, features)]
@@ -44,14 +68,28 @@ def to_tables(splits: Mapping[str, TokenSplit], grid: TokenGrid, class_names: li
             columns: dict[str, Any] = {TOKENS: split.tokens[rows].to(smallest_type(grid.vocab_size)).numpy()}
             if class_names and split.labels is not None:
                 columns[LABEL] = split.labels[rows].numpy()
+            for name, column in conditions.items():
+                columns[name] = to_values(column, split.conditions[name][rows])
             parts.append(datasets.Dataset.from_dict(columns, features))
         return datasets.concatenate_datasets(parts)
 
     return datasets.DatasetDict({name: table(split) for name, split in splits.items()})
 
 
+def to_values(column: Column, raw: Tensor) -> Any:
+    """Convert raw values to those of a table, in which None is null."""
+    if isinstance(column, GridColumn):
+        return raw.int().numpy()
+    rows: list[Any] = raw.tolist()
+    if isinstance(column, FlagsColumn):
+        rows = [[name for name, flag in zip(column.names, row, strict=True) if flag] for row in rows]
+    elif column.shape == (1,):
+        rows = [row[0] for row in rows]
+    return [None if null else row for row, null in zip(rows, column.is_null(raw).tolist(), strict=True)]
+
+
 def from_tables(
-    tables: Mapping[str, Any], tokenizer: Tokenizer, tokens: str, label: str | None
+    tables: Mapping[str, Any], tokenizer: Tokenizer, tokens: str, label: str | None, conditions: Mapping[str, Column]
 ) -> tuple[dict[str, TokenSplit], list[str]]:
     """Convert tables to splits and class names. Raises `UserError` for missing columns, ids out of range, another
     shape, and labels that are not a `ClassLabel` or differ between tables."""
@@ -65,10 +103,11 @@ def from_tables(
         raise UserError(f"{label}: splits have different classes ({found})")
     splits = {}
     for split, table in tables.items():
-        if tokens not in table.column_names:
-            raise UserError(f"{split}: no column {tokens!r}; columns: {', '.join(table.column_names)}")
+        if absent := [name for name in (tokens, *conditions) if name not in table.column_names]:
+            raise UserError(f"{split}: no column {absent[0]!r}; columns: {', '.join(table.column_names)}")
         labels = labels_of(split, table, label) if label and names[split] else None
-        splits[split] = TokenSplit(tokens_of(split, table, tokens, tokenizer.grid), labels)
+        values = {name: values_of(split, table, name, column) for name, column in conditions.items()}
+        splits[split] = TokenSplit(tokens_of(split, table, tokens, tokenizer.grid), labels, values)
     return splits, next(iter(names.values()), [])
 
 
@@ -113,3 +152,18 @@ def tokens_of(split: str, table: Any, column: str, grid: TokenGrid) -> Tensor:
             raise UserError(f"{split}: {column}: {error}") from error
         parts.append(ids.to(smallest_type(grid.vocab_size)))
     return torch.cat(parts)
+
+
+def values_of(split: str, table: Any, name: str, column: Column) -> Tensor:
+    """Return the raw values of a condition's column. The classes of a `ClassLabel` are matched by name."""
+    import datasets
+
+    feature, found = table.features[name], [column.null(0)]
+    for row, value in enumerate(table.with_format(None)[name]):
+        if isinstance(feature, datasets.ClassLabel):
+            value = None if value is None or value < 0 else feature.int2str(value)
+        try:
+            found.append(column.parse_one(value)[None])
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{split}: {name}: row {row}: {error}") from error
+    return torch.cat(found)

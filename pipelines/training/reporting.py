@@ -34,6 +34,8 @@ def announce_start(trainer: Trainer, changes: list[str], reason: str = "") -> No
         f"{precision} mixed precision{reason and f' ({reason})'}{', weights sharded' if trainer.sharded else ''}"
     )
     print(line, flush=True)
+    for note in task.notes if not trainer.step else ():
+        print(f"{trainer.run}: {note}", flush=True)
     has_bf16 = trainer.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if not reason and (line := recommend_bf16(precision, has_bf16)):
         print(f"{trainer.run}: {line}", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,10 @@ class Task:
     """AdamW's betas of players; default `train.betas`."""
     init: dict[str, Any] | None = None
     """`source` and `fingerprint` of the model that training starts from, if any; they must not change on resume."""
+    notes: tuple[str, ...] = ()
+    """Lines to print when training starts."""
+    facts: Mapping[str, Any] = {}
+    """Facts about the data that trackers show beside the configuration."""
     rows: int
     """Size of the training set; 0 if unknown."""
     evaluated: dict[Split, int]

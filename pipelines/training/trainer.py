@@ -218,7 +218,11 @@ class Trainer:
         undone = not {"log", "evaluate"}.isdisjoint(self.pending)
         resume_step = self.step + (-0.5 if undone else 0.5) if record else 0
         self.tracker = Tracker(
-            self.run, config.track, config.model_dump(mode="json"), active=self.main, resume_step=resume_step
+            self.run,
+            config.track,
+            {**config.model_dump(mode="json"), **task.facts},
+            active=self.main,
+            resume_step=resume_step,
         )
 
     def load(self) -> dict[str, Any]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from givens.stripes import write_set
+from givens.token_datasets import COLUMNS, make_conditioned
 from optional import needs_torch_fidelity
 from PIL import Image
 from ranks import Several
+from small import make_prior
 from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline
@@ -257,3 +261,123 @@ def test_several_processes_share_the_images_and_find_the_same_figures(tmp_path, 
         assert one == other
     held_out = [[path for path in paths if "/test/" in path] for paths in decoded]
     assert sum(map(len, held_out)) == len(set().union(*held_out)) == 48 and min(map(len, held_out)) >= 8
+
+
+# Columns of conditions
+
+
+def save_with_columns(root, config, rows_of=len):
+    """Save a pipeline with a column of each kind, and the token dataset of its images with these columns."""
+    pipe = make_pipeline("vqvae", "gpt", config.image_shape[0], size=config.image_shape[1:], labels=[], num_classes=2)
+    images, given = load_images(config), make_conditioned(rows=500)
+    columns, grids = dict(given.conditions), given.condition_tokenizers
+    prior = make_prior("gpt", grid=pipe.prior.grid, num_classes=2, conditions=columns, condition_width=16)
+    prior = type(prior)(prior.config.model_copy(update={"tokenizer": pipe.tokenizer.fingerprint()}))
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    pipe = ImagePipeline(pipe.tokenizer, prior, condition_tokenizers=grids)
+    splits = {}
+    for name, part in (("train", images.train), ("test", images.held_out)):
+        rows = given.splits["train"].condition(range(rows_of(part)))
+        tokens = split_of(pipe, part)
+        splits[name] = TokenSplit(tokens.tokens[: rows_of(part)], tokens.labels[: rows_of(part)], rows)
+    names = images.train.class_names
+    data = TokenDataset(
+        pipe.prior.grid, names, splits, pipe.tokenizer, {}, conditions=columns, condition_tokenizers=grids
+    )
+    data.save(root / "tokens")
+    pipe.provenance = {"data": config.model_dump(mode="json"), "tokens": str(root / "tokens")}
+    pipe.save_pretrained(root / "pipeline")
+    return pipe, data
+
+
+def test_a_prior_with_columns_is_evaluated_with_and_without_each(tmp_path, capsys):
+    pipe, data = save_with_columns(tmp_path, write_set(tmp_path / "images"))
+    figures, text, card = evaluate(tmp_path, "num_images=30")
+    test, size = data.splits["test"], len(pipe.prior.grid)
+
+    def bits(labels, condition):
+        nats = pipe.prior.log_prob(test.tokens.long(), labels, condition=condition).detach().double()
+        return pytest.approx(-float(nats.mean()) / (np.log(2) * size), rel=1e-5)
+
+    condition = test.condition(slice(None))
+    assert figures["bits_per_token"] == bits(test.labels, condition)
+    assert figures["unconditional_bits_per_token"] == bits(None, None)
+    assert figures["bits_per_token_without_label"] == bits(None, condition)
+    for name in COLUMNS:
+        fewer = {other: values for other, values in condition.items() if other != name}
+        assert figures[f"bits_per_token_without_{name}"] == bits(test.labels, fewer)
+        assert f"bits per token, no {name}" in text and f"bits per token, no {name}" in card
+    assert len({figures[key] for key in figures if "bits_per_token" in key and "marginal" not in key}) == 10
+    for title in ("no conditions", "conditions of other images"):
+        assert f"bits per token, {title}" in text and f"bits per token, {title}" in card
+    assert "no labels" not in text
+    with Image.open(tmp_path / "evaluation" / "samples.png") as picture:  # rows of outlines, real images and samples
+        assert picture.height / picture.width > 3 * 8 / (16 * 12) * 0.9
+
+
+def test_conditions_of_other_images_are_those_of_a_permutation_without_fixed_points():
+    split = make_conditioned(rows=50).splits["train"]
+    numbered = TokenSplit(split.tokens, torch.arange(50), {"age": torch.arange(50.0)[:, None]})
+    shuffled = dict(likelihood.vary_conditions(numbered))["shuffled_bits_per_token"]
+    assert sorted(shuffled.labels.tolist()) == list(range(50)) and not (shuffled.labels == torch.arange(50)).any()
+    assert torch.equal(shuffled.conditions["age"][:, 0].long(), shuffled.labels)
+
+
+def test_samples_have_the_columns_of_the_training_images(tmp_path, monkeypatch):
+    _, data = save_with_columns(tmp_path, write_set(tmp_path / "images"))
+    asked, call = [], ImagePipeline.__call__
+
+    def watched(self, num_images=None, labels=None, *, condition=None, **kwargs):
+        asked.append((torch.tensor(labels), condition))
+        return call(self, num_images, labels, condition=condition, **kwargs)
+
+    monkeypatch.setattr(ImagePipeline, "__call__", watched)
+    evaluate(tmp_path, "num_images=70", "update_card=false")
+    train = data.splits["train"]
+    labels = torch.cat([labels for labels, _ in asked[-2:]])
+    age = torch.cat([condition["age"] for _, condition in asked[-2:]])[:, 0]
+    pairs = set(zip(train.labels.tolist(), train.conditions["age"][:, 0].nan_to_num(-1).tolist(), strict=True))
+    assert len(labels) == 70 and set(zip(labels.tolist(), age.nan_to_num(-1).tolist(), strict=True)) <= pairs
+
+
+@pytest.mark.parametrize("columns", [True, False])
+def test_tune_and_probe_take_priors_with_columns(tmp_path, columns):
+    """`tune` draws samples with the columns of the training tokens; `probe` gives the prior none."""
+    images = write_set(tmp_path / "images", per_class=80).model_copy(update={"validation_fraction": 0.3})
+    save_with_columns(tmp_path, images)
+    options = ["num_samples=50", "feature_steps=1", "store=false"]
+    if columns:
+        main(["tune", f"pipeline={tmp_path}/pipeline", *options])
+        assert "guidance" in (tmp_path / "tuning" / "tuning.json").read_text()
+    else:
+        (tmp_path / "tokens").rename(tmp_path / "elsewhere")
+        with pytest.raises(SystemExit):
+            main(["tune", f"pipeline={tmp_path}/pipeline", *options])
+    pytest.importorskip("sklearn")
+    main(["probe", f"pipeline={tmp_path}/pipeline", "num_train=40", "num_test=20"])
+    assert "prior.0" in (tmp_path / "probe" / "probe.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("rows_of", "tokens", "message"),
+    [
+        (len, "mixed", "tokens: the rows of its test split are not those of the held-out images"),
+        (len, None, "tokens: give the token dataset with the columns view, tags, age, text, outline"),
+        (lambda part: len(part) - 1, "tokens", "tokens: has columns of .* test images, but there are"),
+        (len, "plain", "tokens: .* has no class column 'view' of the prior's size"),
+    ],
+)
+def test_missing_columns_are_one_line_of_error(tmp_path, capsys, rows_of, tokens, message):
+    _, data = save_with_columns(tmp_path, write_set(tmp_path / "images"), rows_of)
+    plain = {name: TokenSplit(split.tokens, split.labels) for name, split in data.splits.items()}
+    TokenDataset(data.grid, data.class_names, plain, data.tokenizer, {}).save(tmp_path / "plain")
+    test = data.splits["test"]
+    splits = {**data.splits, "test": replace(test, tokens=test.tokens.flip(0))}
+    replace(data, splits=splits).save(tmp_path / "mixed")
+    if tokens is None:
+        (tmp_path / "tokens").rename(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit):
+        evaluate(tmp_path, "num_images=0", *([f"tokens={tmp_path / tokens}"] if tokens else []))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert re.search(message, line)

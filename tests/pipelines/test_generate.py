@@ -21,9 +21,10 @@ from folders import contents, written
 from launch import output_of, start, two_processes
 from PIL import Image
 from ranks import Several
-from small_pipelines import make_pipeline
+from small_pipelines import COLUMNS, make_conditioned, make_pipeline
 
 from pipelines import ImagePipeline, generate
+from pipelines.__main__ import main
 from pipelines.config import UserError
 from pipelines.generate import GenerateConfig, run
 from pipelines.images import DataConfig, load_images
@@ -294,3 +295,114 @@ def test_a_full_disk_is_one_line_and_the_images_stay(pipeline, tmp_path, capsys)
     assert "File too large" in line
     run(config(pipeline, tmp_path / "set.npz", num_images=400, batch_size=64))
     assert "400 of 400" in capsys.readouterr().out
+
+
+# Conditions
+
+
+@pytest.fixture(scope="module")
+def conditioned(tmp_path_factory) -> Path:
+    """A pipeline with columns, and a table of seven conditions with nulls and pictures beside it."""
+    root = tmp_path_factory.mktemp("conditioned")
+    torch.manual_seed(0)
+    pipe = make_conditioned(columns={name: each for name, each in COLUMNS.items() if name != "text"})
+    pipe.save_pretrained(root / "pipeline")
+    (root / "outlines").mkdir()
+    rows = []
+    for number in range(7):
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 24), np.uint8)
+        Image.fromarray(pixels).save(root / "outlines" / f"{number}.png")
+        row = {"age": 20.0 + number, "findings": ["bone", "metal"][: number % 3], "outline": f"outlines/{number}.png"}
+        row |= {"motion": [number / 2, 0.5], "view": ["frontal", "lateral"][number % 2], "label": "eel"}
+        nulls = {2: ["age", "outline"], 5: list(row)}.get(number, [])
+        rows.append({name: None if name in nulls else value for name, value in row.items()})
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def given(root) -> dict:
+    """The table as a condition in Python."""
+    rows = [json.loads(line) for line in (root / "rows.jsonl").read_text().splitlines()]
+    values = {name: [row[name] for row in rows] for name in rows[0]}
+    values["outline"] = [path and Image.open(root / path) for path in values["outline"]]
+    return values
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_image_for_each_row_however_they_are_made(conditioned, tmp_path, monkeypatch, form):
+    """In several processes, interrupted, guided, with a batch in which nothing is given."""
+    options = {"conditions": str(conditioned / "rows.jsonl"), "num_images": None, "guidance_scale": 2.0}
+    where = conditioned / "pipeline"
+    run(config(where, tmp_path / "whole" / form, batch_size=1, **options))
+    together(monkeypatch, 3, config(where, tmp_path / "several" / form, batch_size=2, **options))
+    settings = config(where, tmp_path / "parts" / form, **options)
+    interrupt(monkeypatch, settings, after=1)
+    run(settings)
+    assert written(tmp_path / "whole" / form) == written(tmp_path / "several" / form) == written(Path(settings.out))
+    if form == "set.npz":
+        pipe = ImagePipeline.from_pretrained(where)
+        expected = pipe(7, seed=0, condition=given(conditioned), guidance_scale=2.0, output_type="np").images
+        with np.load(settings.out) as found:
+            assert np.array_equal(found["arr_0"], expected.repeat(3, -1))
+        with np.load(tmp_path / "whole" / form) as found:
+            assert found["arr_1"].tolist() == [2, 2, 2, 2, 2, 3, 2]
+
+
+def test_a_generated_folder_is_a_table_of_the_same_conditions(conditioned, tmp_path):
+    where, first, again = conditioned / "pipeline", tmp_path / "first", tmp_path / "again"
+    run(config(where, first, conditions=str(conditioned / "rows.jsonl"), num_images=None))
+    rows = [json.loads(line) for line in (first / "metadata.jsonl").read_text().splitlines()]
+    assert rows[3]["findings"] == [] and rows[1]["view"] == "lateral" and rows[1]["age"] == 21.0
+    assert set(rows[5]) == {"file_name"} and "outline" not in rows[2]
+    run(config(where, again, conditions=str(first / "metadata.jsonl"), num_images=None))
+    assert written(first) == written(again)
+
+
+def test_keys_mean_what_they_mean_in_python(conditioned, tmp_path, capsys):
+    argv = ["generate", f"pipeline={conditioned / 'pipeline'}", "condition.age=63", "condition.findings=bone,water"]
+    argv += [f"condition.outline={conditioned / 'outlines'}", "guidance_scale=3", "guidance_on=age", "labels=cat,dog"]
+    main([*argv, f"out={tmp_path}/set.npz", "device=cpu"])
+    files = [Image.open(conditioned / "outlines" / f"{number}.png") for number in range(7)]
+    values = {"age": 63, "findings": ["bone", "water"], "outline": files}
+    options = {"guidance_scale": 3.0, "guidance_on": ["age"], "seed": 0, "output_type": "np"}
+    pipe = ImagePipeline.from_pretrained(conditioned / "pipeline")
+    expected = pipe(7, ([0, 1] * 4)[:7], condition=values, **options).images
+    with np.load(tmp_path / "set.npz") as found:
+        assert np.array_equal(found["arr_0"], expected.repeat(3, -1)) and found["arr_1"].tolist() == [
+            0,
+            1,
+            0,
+            1,
+            0,
+            1,
+            0,
+        ]
+
+
+def test_another_condition_is_another_request(conditioned, tmp_path):
+    where = conditioned / "pipeline"
+    run(config(where, tmp_path / "images", condition={"age": 30}, num_images=2))
+    with pytest.raises(UserError, match="condition: "):
+        run(config(where, tmp_path / "images", condition={"age": 31}, num_images=2))
+
+
+def test_mistakes_in_a_condition_are_one_line(conditioned, pipeline, tmp_path, capsys):
+    table = f"conditions={conditioned / 'rows.jsonl'}"
+    for key, *argv in (
+        ("conditions: 7 rows for 8 images", table, "num_images=8"),
+        ("condition.label: ", table, "labels=[cat]"),
+        ("guidance_on", "guidance_on=[agee]", "guidance_scale=2", "condition.age=3"),
+        ("a value of age", "guidance_on=[age]", "guidance_scale=2", "condition.view=lateral"),
+        ("condition.age", table, "condition.age=30"),
+        ("num_images: 7 for 8 processes", table),
+    ):
+        where = [f"pipeline={conditioned / 'pipeline'}", f"out={tmp_path}/set.npz"]
+        if "processes" in key:
+            with pytest.raises(UserError, match=key):
+                generate.ImageFolder(config(conditioned / "pipeline", tmp_path / "set.npz"), 7).check(8)
+        else:
+            assert key in fails(capsys, "generate", *where, *argv), key
+        assert list(tmp_path.iterdir()) == []
+    assert "unknown column 'age'" in fails(
+        capsys, "generate", f"pipeline={pipeline}", "condition.age=3", f"out={tmp_path}/a.png"
+    )

@@ -15,10 +15,12 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import numpy as np
 import pytest
 import torch
 from servers.fake_hub import commit, run_client, serve
 from small import make_prior, make_tokenizer
+from small_pipelines import GIVEN, make_conditioned
 
 from pipelines import ImagePipeline
 from prior import Prior
@@ -30,6 +32,10 @@ TOKEN, MARK = "hf_open_sesame", "/mark"
 
 def save_small(folder, seed):
     torch.manual_seed(seed)
+    if seed:
+        pipe = make_conditioned()
+        pipe.save_pretrained(folder)
+        return pipe
     tokenizer = make_tokenizer("vqvae", (8, 8), 1).eval()
     grid = tokenizer.grid
     prior = make_prior("gpt", grid.shape, grid.vocab_size, num_classes=2, tokenizer=tokenizer.fingerprint())
@@ -66,6 +72,7 @@ def test_a_pipeline_by_hub_id_equals_the_saved_one(report):
 
 
 def test_revision_is_a_branch_or_a_commit(report):
+    """The pipeline of this branch has conditions."""
     assert report["v2"] == report["commit"] == report["here"]["v2"] != report["main"]
 
 
@@ -118,8 +125,11 @@ def test_repository_without_a_pipeline_says_what_is_missing(report):
 
 
 def sample(pipe):
-    """Return sampled tokens as lists."""
-    return pipe(3, 1, seed=0).tokens.tolist()
+    """Return sampled tokens as lists, given a value of every column."""
+    height, width = pipe.condition_tokenizers["outline"].image_shape[1:] if pipe.conditions else (1, 1)
+    outline = np.arange(height * width, dtype=np.uint8).reshape(height, width)
+    condition = {**GIVEN, "outline": outline} if pipe.conditions else None
+    return pipe(3, 1, condition=condition, seed=0).tokens.tolist()
 
 
 def failure(load, *arguments, **options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from prior import Prior
 from prior.base import PriorConfig
-from prior.checks import NotCausalError, check_prior, is_built_in, require_causal, with_random_weights
+from prior.checks import NotCausalError, check_prior, example_columns, is_built_in, require_causal, with_random_weights
+from prior.conditions import ConditionEmbedding, Given
 from tokenizer import TokenGrid
 
 
@@ -119,3 +121,51 @@ def test_random_weights_are_a_copy() -> None:
     assert all(torch.equal(value, before[key]) for key, value in prior.state_dict().items())
     require_causal(prior, torch.zeros(2, 3, dtype=torch.long))
     assert prior.training
+
+
+class Conditioned(PriorConfig):
+    """Settings of a prior from outside that takes columns."""
+
+    takes_conditions = True
+
+
+def make_conditioned_outsider(fault: str) -> Prior:
+    """A prior from outside, conditioned on a number and a grid, with one fault; it registers no name."""
+
+    class Outsider(Prior):
+        Config = Conditioned
+        name = "outsider"
+
+        def __init__(self, config: Conditioned) -> None:
+            super().__init__(config)
+            self.embedding = ConditionEmbedding(config, len(config.grid) * config.grid.vocab_size)
+
+        def outputs(self, tokens: Tensor, labels: Given | None = None) -> Tensor:
+            labels = self.encode_condition(labels, len(tokens))
+            if fault == "ignores":
+                labels = replace(labels, vector=torch.zeros_like(labels.vector))
+            if fault == "batch":
+                labels = replace(labels, vector=labels.vector.mean(0, keepdim=True).expand_as(labels.vector))
+            return self.embedding(labels).unflatten(1, (len(self.grid), -1))
+
+        def make_cache(self, labels: Given, partition: Any) -> Any:
+            if fault == "cache":
+                labels = labels[torch.zeros(len(labels), dtype=torch.long)]
+            return super().make_cache(labels, partition)
+
+    grid = TokenGrid((2, 3), 2)
+    return Outsider(Conditioned(grid=grid, num_classes=2, conditions=example_columns(grid)))
+
+
+@pytest.mark.parametrize(
+    ("fault", "promise"),
+    [
+        ("ignores", "columns matter, and missing ones are null"),
+        ("batch", "an image does not depend on its batch"),
+        ("cache", "cached steps equal forward"),
+    ],
+)
+def test_a_broken_promise_about_conditions_is_found(fault: str, promise: str) -> None:
+    assert dict(check_prior(make_conditioned_outsider(fault)))[promise]
+    found = dict(check_prior(make_conditioned_outsider("none")))
+    assert len(found) == 9 and not any(found.values()), found

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from emulated_graphs import Emulated
+from givens.columns import draw_condition, make_conditioned
 from small import PRIORS, draw_known, draw_tokens, generators, make_prior
 
 from prior import cuda_graph, sampling
@@ -40,6 +41,21 @@ def test_a_graph_draws_the_same_tokens(name: str, settings: dict[str, float]) ->
         with torch.no_grad():
             next(iter(model.parameters())).mul_(1.1)
     assert (Emulated.captured, Emulated.replayed) == (1, 3)  # the first call warms up
+
+
+@pytest.mark.parametrize("name", [name for name in PRIORS if make_prior(name).supports_cuda_graphs])
+def test_conditions_are_inputs_of_a_graph(name: str) -> None:
+    """All columns are, whether they are null, given once or per image."""
+    if name == "marginal":
+        return
+    model = make_conditioned(name, "all").float()
+    for call in range(4):
+        condition = draw_condition(model, 5, "some null") if call % 2 else {"age": 10.0 * call}
+        request = {"condition": condition, "guidance_scale": 2.0, "guidance_on": ["age", "outline"]}
+        drawn = model.sample(5, generator=generators(5, call), **request)
+        eager = model.sample(5, generator=generators(5, call), on_step=lambda step: None, **request)
+        assert torch.equal(drawn, eager)
+    assert (Emulated.captured, Emulated.replayed) == (1, 3)
 
 
 def test_orders_of_images_are_inputs_of_a_graph() -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from givens.token_datasets import make_dataset
+from givens.token_datasets import add_columns, make_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -69,7 +69,7 @@ def good(tmp_path_factory) -> Path:
     (root / "stream" / STREAM).write_bytes(pipe.compress(pixels_for(pipe, 3)))
     pipe.tokenizer.save_pretrained(root / "tokenizer")
     pipe.prior.save_pretrained(root / "prior")
-    make_dataset().save(root / "tokens", rows_per_shard=4)
+    add_columns(make_dataset(), only=["outline"]).save(root / "tokens", rows_per_shard=4)
     return root
 
 
@@ -255,6 +255,7 @@ FIELDS: list[tuple[str, str, str, list[Any], Any]] = [
     ("tokens", META, "grid", [None, {"shape": [2, 4], "vocab_size": 32}], BOTH),
     ("tokens", META, "classes", [None, [1, 2, 3]], BOTH),
     ("tokens", META, "tokenizer", [None, "0" * 64], BOTH),
+    ("tokens", META, "conditions", [3, [], {"outline": 3}, {"outline": {"kind": "number"}}], BOTH),
     ("tokens", META, "splits", [None, {"train": []}, {"train": [7, -1]}, {"train": [7.0]}], BOTH),
 ]
 
@@ -299,10 +300,10 @@ def test_a_manifest_cannot_lead_out_of_the_folder(folder, name):
 
 @pytest.mark.parametrize("kind", ["pipeline", "tokens"])
 def test_a_manifest_must_list_every_file(folder, kind):
-    """In a token dataset, the fingerprint covers the tokenizer's files."""
+    """In a token dataset, fingerprints cover the files of tokenizers."""
     files = json.loads((folder / MANIFEST).read_text())["files"]
     for name in files:
-        if kind == "pipeline" or not name.startswith("tokenizer/"):
+        if kind == "pipeline" or not name.startswith(("tokenizer/", "conditions/")):
             edit_json(folder / MANIFEST, files={key: value for key, value in files.items() if key != name})
             assert_refused(folder, (IntegrityError, FormatError), MANIFEST, kind=kind)
 
@@ -318,14 +319,16 @@ def test_a_prior_of_another_tokenizer_is_refused(folder, seed, size, named):
     assert_refused(folder, IntegrityError, MODEL, named)
 
 
-@pytest.mark.parametrize("kind", ["pipeline", "tokens"])
-def test_a_tokenizer_that_was_trained_further_is_refused(folder, kind):
-    path = folder / "tokenizer/model.safetensors"
+@pytest.mark.parametrize(
+    ("kind", "part"), [("pipeline", "tokenizer"), ("tokens", "tokenizer"), ("tokens", "conditions/outline")]
+)
+def test_a_tokenizer_that_was_trained_further_is_refused(folder, kind, part):
+    path = folder / part / "model.safetensors"
     tensors = load_file(path)
     next(value for value in tensors.values() if value.is_floating_point()).add_(1)
     save_file(tensors, path)
     update_manifest(folder)
-    assert_refused(folder, IntegrityError, "tokenizer", kind=kind)
+    assert_refused(folder, IntegrityError, part, kind=kind)
 
 
 def test_a_wrong_folder_is_refused(folder):

@@ -8,6 +8,7 @@ from PIL import Image
 from small import PLACED, PRIORS, TOKENIZERS, make_prior, make_tokenizer, quantizer_of
 
 from pipelines import ImagePipeline
+from prior.conditions import GridColumn
 
 LABELS = ["cat", "dog", "eel"]
 # Every tokenizer with `gpt`, and every prior with `vqvae`: the two only share a grid of ids.
@@ -49,3 +50,36 @@ PROVENANCE = {
     "tokenizer": {"steps": 1234, "minutes": 1.5, "evaluation": {"psnr": 21.75, "codebook_usage": 0.875}},
     "prior": {"steps": 5678, "minutes": 2.5, "evaluation": {"bits_per_token": 3.125}},
 }
+
+
+# Conditions
+
+COLUMNS = {
+    "view": {"kind": "class", "names": ["frontal", "lateral", "none of both"]},
+    "findings": {"kind": "flags", "names": ["bone", "metal", "water"]},
+    "age": {"kind": "number", "mean": [50.0], "std": [20.0], "low": [18.0], "high": [90.0]},
+    "motion": {"kind": "number", "mean": [0.0, 0.0], "std": [2.0, 1.0], "low": [-4.0, -2.0], "high": [4.0, 2.0]},
+    "text": {"kind": "vector", "size": 16, "scale": 0.25, "encoder": "ngrams:16"},
+}
+GIVEN = {
+    "view": "lateral",
+    "findings": ["bone", "water"],
+    "age": 63,
+    "motion": [1.5, -1.0],
+    "text": torch.linspace(-0.5, 0.5, 16).tolist(),
+}
+"""A value of each column in `COLUMNS`."""
+
+
+def make_conditioned(prior="gpt", columns=COLUMNS, *, outline=True, before=False, **config):
+    """An untrained pipeline of grey images with every kind of column: `outline` is a grid of another tokenizer,
+    `before` a grid of the pipeline's own."""
+    own, other = (make_tokenizer("vqvae", size, 1).eval() for size in ((8, 12), (16, 24)))
+    if prior == "next_scale":
+        own = make_tokenizer("vqvae", (8, 12), 1, quantizer=quantizer_of("multiscale", 2, 3)).eval()
+    grids = {"outline": other} if outline else {}
+    sources = [*grids.items(), *[("before", own)] * before]
+    made = {name: GridColumn(grid=one.grid, tokenizer=one.fingerprint()) for name, one in sources}
+    facts = {"grid": own.grid, "num_classes": len(LABELS), "tokenizer": own.fingerprint()}
+    second = make_prior(prior, **{**facts, "conditions": {**columns, **made}, "condition_width": 16, **config})
+    return ImagePipeline(own, second, labels=LABELS, condition_tokenizers=grids)

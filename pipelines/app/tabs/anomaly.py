@@ -45,7 +45,7 @@ def score(served: Served, step: Step, picked: Picked, method: str) -> Any:
         warnings.simplefilter("always")
         found = float(pipeline.anomaly_score(batch, method))
         p_value = float(pipeline.anomaly_score(batch, method, p_values=True))
-    images = [(as_picture(batch[0]), "image"), *draw_surprise(served, batch, None)]
+    images = [(as_picture(batch[0]), "image"), *draw_surprise(served, batch)]
     lines = [
         "from PIL import Image",
         'image = Image.open("image.png")',

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from ...commands.detect import apply_colormap
 from ...images import to_uint8
+from ..conditions import make_condition_fields, read_fields
 from ..controls import cycle_labels, format_arguments, make_class_menu
 from ..parts import Samples, make_code_field, make_gallery, make_image_picker, on_click
 from ..served import Picked, Served, Step, as_picture, picked_image
@@ -25,19 +26,22 @@ def build(served: Served, samples: Samples) -> None:
         with gr.Column(scale=1, min_width=280):
             image, _ = make_image_picker(served, "compare-image", samples)
             label = make_class_menu(served.pipeline, several=False)
+            fields = make_condition_fields(served, "compare")
             button = gr.Button("Compare", variant="primary")
         with gr.Column(scale=2, min_width=300):
             compared = make_gallery("compared", "medium")
             facts = gr.Markdown(elem_id="compare-facts")
             line = make_code_field(served)
 
-    on_click(served, [button], compare, [image, label], [compared, facts, line])
+    on_click(served, [button], compare, [image, label, *fields], [compared, facts, line])
 
 
-def compare(served: Served, step: Step, picked: Picked, label: Any) -> Any:
+def compare(served: Served, step: Step, picked: Picked, label: Any, *fields: Any) -> Any:
     """Return pictures with captions, figures in Markdown, and Python code."""
     pipeline, batch = served.pipeline, picked_image(picked, served.shape)
-    labels = cycle_labels(pipeline, label, 1)
+    given: dict[str, Any] = {"labels": cycle_labels(pipeline, label, 1)}
+    if condition := read_fields(pipeline, fields):
+        given["condition"] = condition
     tokens = pipeline.encode(batch)
     (again,) = pipeline.decode(tokens)
     colors = color_tokens(tokens[0], pipeline.prior.grid.vocab_size)
@@ -45,16 +49,16 @@ def compare(served: Served, step: Step, picked: Picked, label: Any) -> Any:
         (as_picture(batch[0]), "image"),
         (again, "reconstruction"),
         (as_picture(colors), f"its {tokens[0].numel()} tokens, one colour per id"),
-        *draw_surprise(served, batch, labels),
+        *draw_surprise(served, batch, **given),
     ]
-    others = format_arguments({"labels": labels})
+    others = format_arguments(given)
     lines = [
         "from PIL import Image",
         'image = Image.open("image.png")',
         "pipe.reconstruct(image)",
         f"pipe.log_prob(image{others})  # nats",
     ]
-    return images, figures(served, batch, again, labels), served.code(*lines)
+    return images, figures(served, batch, again, given), served.code(*lines)
 
 
 def color_tokens(tokens: Tensor, vocab_size: int) -> Tensor:
@@ -69,22 +73,22 @@ def color_tokens(tokens: Tensor, vocab_size: int) -> Tensor:
     return functional.pad(palette[:, tokens], (0, rest)).view(3, -1, width)
 
 
-def draw_surprise(served: Served, batch: Tensor, labels: Any) -> list[tuple[Image.Image, str]]:
+def draw_surprise(served: Served, batch: Tensor, **given: Any) -> list[tuple[Image.Image, str]]:
     """Draw the bits per pixel, with a caption; empty if tokens have no position in the image."""
     tokenizer = served.pipeline.tokenizer
     if not tokenizer.placed or tokenizer.grid.scales:
         return []
-    bits = served.pipeline.anomaly_map(batch, labels).cpu()
+    bits = served.pipeline.anomaly_map(batch, **given).cpu()
     low, high = min(0.0, float(bits.min())), float(bits.max())
     (picture,) = to_uint8(apply_colormap((bits - low) / max(high - low, 1e-6)))
     return [(as_picture(picture), f"surprise: {low:.2g} (black) to {high:.2g} (white) bits per pixel")]
 
 
-def figures(served: Served, batch: Tensor, again: Image.Image, labels: Any) -> str:
-    """Format the figures of an image in Markdown."""
+def figures(served: Served, batch: Tensor, again: Image.Image, given: dict[str, Any]) -> str:
+    """Format the figures of an image, given labels and a condition, in Markdown."""
     pipeline = served.pipeline
     count = len(pipeline.prior.grid)
-    bits = -float(pipeline.log_prob(batch, labels)) / math.log(2)
+    bits = -float(pipeline.log_prob(batch, **given)) / math.log(2)
     about = "" if pipeline.prior.exact else " (estimated bound)"
     error = np.asarray(as_picture(batch[0]), np.float64) - np.asarray(again, np.float64)
     psnr = 10 * math.log10(255**2 / np.square(error).mean()) if error.any() else math.inf
@@ -93,5 +97,5 @@ def figures(served: Served, batch: Tensor, again: Image.Image, labels: Any) -> s
         f"- reconstruction: **PSNR {psnr:.1f} dB**",
     ]
     if pipeline.tokenizer.has_likelihood:
-        lines.append(f"- bits per dim, including pixels: **{float(pipeline.bits_per_dim(batch, labels)):.3f}**")
+        lines.append(f"- bits per dim, including pixels: **{float(pipeline.bits_per_dim(batch, **given)):.3f}**")
     return "\n".join(lines)

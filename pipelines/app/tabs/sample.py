@@ -9,6 +9,7 @@ import gradio as gr
 
 from ...config.table import count_of
 from .. import controls
+from ..conditions import import_pictures, make_condition_fields
 from ..parts import Samples, make_code_field, make_gallery, make_run_buttons, on_click
 from ..served import Served, Step, report_tokens
 
@@ -21,11 +22,12 @@ def build(served: Served, page: gr.Blocks) -> Samples:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             classes = controls.make_class_menu(pipeline, several=True)
+            fields = make_condition_fields(served, "sample")
             number = gr.Slider(1, most, value=min(16, most), step=1, label="Images")
             seed = controls.make_seed_field()
             order = controls.make_order_menu(pipeline.prior)
             buttons = make_run_buttons("Sample")
-            settings = controls.make_sliders(pipeline)
+            settings = [*controls.make_sliders(pipeline), *fields]
         with gr.Column(scale=2, min_width=300):
             gallery, selected = make_gallery("samples"), gr.State(0)
             facts = gr.Markdown(HINT, elem_id="sample-facts")
@@ -59,4 +61,5 @@ def draw(served: Served, step: Step, classes: Any, number: Any, seed: Any, order
     labels = arguments["labels"] or [None] * count
     names = ["" if label is None else f"{label} · " for label in labels]
     images = [(image, f"{names[k]}seed {arguments['seed'] + k}") for k, image in enumerate(out.images)]
-    return images, facts, served.code(f"out = pipe({count}{controls.format_arguments(arguments)})", "out.images")
+    lines = [f"out = pipe({count}{controls.format_arguments(arguments)})", "out.images"]
+    return images, facts, served.code(*import_pictures(arguments), *lines)

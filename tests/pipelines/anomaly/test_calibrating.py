@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from givens.stripes import SIZE, constant, stripes, uniform
-from small_pipelines import make_pipeline
+from small_pipelines import make_conditioned, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate
@@ -126,6 +126,30 @@ def test_a_calibration_with_labels_scores_with_labels_only():
     assert anomaly_score(pipe, stripes(4), labels=[0, 1, 2, 0]).shape == (4,)
     with pytest.raises(CalibrationError, match="^labels: "):
         anomaly_score(pipe, stripes(4))
+
+
+def test_a_calibration_with_columns_scores_with_these_columns_only(tmp_path):
+    pipe = make_conditioned()
+    images, new = pixels_for(pipe, 60), pixels_for(pipe, 4)
+    calibrate(pipe, images, condition={"age": list(range(20, 80)), "view": "lateral", "label": "dog", "text": None})
+    pipe.save_pretrained(tmp_path / "pipe")
+    pipe = ImagePipeline.from_pretrained(tmp_path / "pipe")
+    assert pipe.calibration.columns == ["age", "view"] and pipe.calibration.labels
+    good = {"age": [30, None, 50, 60], "view": "frontal", "label": [0, 1, 2, 0]}
+    assert anomaly_score(pipe, new, condition=good, p_values=True).shape == (4,)
+    for more in ({"view": None}, {"label": None}, {"motion": [1, 1]}):
+        wrong = {**good, **more}
+        names = sorted(name for name, value in wrong.items() if value is not None and name != "label")
+        now = ", ".join((["label"] if wrong["label"] is not None else []) + names)
+        pattern = rf"^condition: [^\n]*\blabel, age, view given[^\n]*\b{now} is given[^\n]*$"
+        with pytest.raises(CalibrationError, match=pattern):
+            anomaly_score(pipe, new, condition=wrong)
+        with pytest.raises(CalibrationError, match=pattern):
+            anomaly_score(pipe, new, "nll", condition=wrong, p_values=True)
+    with pytest.raises(CalibrationError, match="^condition: .* nothing is given"):
+        anomaly_score(pipe, new)
+    with pytest.raises(CalibrationError, match="^condition: "):
+        heal(pipe, new, draws=1)
 
 
 def test_a_calibration_of_other_models_is_one_error(trained):

@@ -27,6 +27,7 @@ def test_a_saved_pipeline_gives_the_same_scores(trained, tmp_path):
             a, b = (anomaly_score(pipe, images, method, p_values=p_values) for pipe in (trained, loaded))
             assert torch.equal(a, b)
     assert loaded.calibration.to_json() == trained.calibration.to_json()
+    assert "columns" not in json.loads(trained.calibration.to_json())
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,8 @@ def test_a_saved_pipeline_gives_the_same_scores(trained, tmp_path):
         ("more", 1, "more"),
         ("count", 3.5, "count"),
         ("labels", 1, "labels"),
+        ("columns", ["a\nb"], "columns.0"),
+        ("columns", ["a"] * 65, "columns"),
         ("false_alarms", 1.0, "false_alarms"),
         ("digests", ["0" * 17], "digests.0"),
         ("digests", ["0" * 16] * 50_001, "digests"),

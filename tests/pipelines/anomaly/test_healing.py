@@ -6,7 +6,7 @@ import pytest
 import torch
 from givens.stripes import SIZE, constant, planted, stripes
 from small import PLACED, PRIORS, make_tokenizer
-from small_pipelines import make_pipeline
+from small_pipelines import make_conditioned, make_pipeline, pixels_for
 
 from pipelines.anomaly.calibrating import calibrate
 from pipelines.anomaly.distances import CalibrationError
@@ -90,6 +90,39 @@ def test_healing_depends_on_the_seed_of_the_image_only(trained):
     for wrong in ({"draws": 0}, {"draws": 2.0}, {"seed": 1.5}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             heal(trained, images[:2], **wrong)
+
+
+def test_maps_and_healing_use_the_condition_of_each_image():
+    torch.manual_seed(0)
+    pipe = make_conditioned()
+    with torch.no_grad():
+        pipe.prior.class_embedding.columns.weight.mul_(200)
+    images, ages = pixels_for(pipe, 43), [20 + number for number in range(43)]
+    calibrate(pipe, images, condition={"age": ages})
+    new, condition = pixels_for(pipe, 8), {"age": [20, 25, 30, 40, 50, 60, 70, 80]}
+    options, once = {"quantile": 0.9, "draws": 4}, {"quantile": 0.9, "draws": 1}
+    maps, healed = (
+        anomaly_map(pipe, new, condition=condition, batch_size=3),
+        heal(pipe, new, condition=condition, **options),
+    )
+    nll = anomaly_score(pipe, new, "nll", condition=condition).float()
+    torch.testing.assert_close(maps.sum((1, 2)), nll, rtol=1e-5, atol=1e-4)
+    for row, age in enumerate(condition["age"]):
+        alone = heal(pipe, new[row : row + 1], condition={"age": age}, seed=row, **options)
+        assert torch.equal(alone.tokens[0], healed.tokens[row]) and torch.equal(
+            alone.resampled[0], healed.resampled[row]
+        )
+        torch.testing.assert_close(anomaly_map(pipe, new[row : row + 1], condition={"age": age})[0], maps[row])
+        each = [
+            heal(pipe, new[row : row + 1], condition={"age": age}, **once, seed=4 * row + k).tokens for k in range(4)
+        ]
+        nats = -pipe.prior.log_prob(torch.cat(each), condition={"age": age})
+        assert torch.equal(each[int(nats.argmin())][0], healed.tokens[row]), "the likeliest given the condition"
+    assert (anomaly_map(pipe, new) - maps).abs().max() > 0.01
+    turned = heal(pipe, new, condition={"age": condition["age"][::-1]}, **options)
+    assert not torch.equal(turned.resampled, healed.resampled)
+    both = turned.resampled & healed.resampled
+    assert not torch.equal(turned.tokens[both], healed.tokens[both])
 
 
 def test_a_calibration_of_another_grid_is_noticed(trained):

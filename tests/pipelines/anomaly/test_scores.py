@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from givens.stripes import constant, planted, stripes, uniform
-from small import TOKENIZERS
-from small_pipelines import make_pipeline
+from small import TOKENIZERS, make_prior
+from small_pipelines import make_conditioned, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate
@@ -75,6 +75,33 @@ def test_a_background_prior_cancels_itself(trained):
     with pytest.raises(CalibrationError, match="ratio"):
         anomaly_score(pipe, stripes(5), "ratio", p_values=True)
     assert torch.equal(anomaly_score(pipe, stripes(5)), anomaly_score(trained, stripes(5)))
+
+
+@pytest.mark.parametrize("prior", ["gpt", "blocks"])
+def test_statistics_are_given_the_condition_of_each_image(prior):
+    """Also those of a background prior, which has the same columns or none."""
+    torch.manual_seed(0)
+    pipe = make_conditioned(prior, before=True)
+    with torch.no_grad():
+        pipe.prior.class_embedding.columns.weight.mul_(30)
+    images = pixels_for(pipe, 5)
+    condition = {"age": [20, 30, None, 50, 60], "before": pixels_for(pipe, 5), "label": [0, 1, 2, 0, 1]}
+    for background in (
+        pipe.prior,
+        make_prior("gpt", grid=pipe.prior.grid, num_classes=3, tokenizer=pipe.tokenizer.fingerprint()),
+    ):
+        pipe.set_background(background)
+        together, apart = (statistics(pipe, images, batch_size=size, condition=condition) for size in (256, 2))
+        for name, values in together.items():
+            torch.testing.assert_close(values, apart[name], rtol=1e-4, atol=1e-4)
+        bits = -pipe.log_prob(images, condition=condition).double() / math.log(2)
+        torch.testing.assert_close(together["token_bits"], bits, rtol=1e-5, atol=1e-5)
+        assert (together["token_bits"] - statistics(pipe, images, [0, 1, 2, 0, 1])["token_bits"]).abs().min() > 1e-4
+        rows = pipe.read_condition(condition, 5) if background.conditions else None
+        behind = -background.log_prob(pipe.encode(images), torch.tensor([0, 1, 2, 0, 1]), condition=rows) / math.log(2)
+        torch.testing.assert_close(together["background_bits"], behind.double(), rtol=1e-5, atol=1e-5)
+        ratio = anomaly_score(pipe, images, "ratio", condition=condition)
+        torch.testing.assert_close(ratio, together["token_bits"] - together["background_bits"])
 
 
 def test_methods_fit_their_formulas(likely):

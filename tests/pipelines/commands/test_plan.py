@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 from command import fails
+from givens.token_datasets import make_conditioned
 from launch import prior_arguments, states, tokenizer_arguments, train_prior, train_tokenizer
 from small import make_prior
 from tiny_task import read_checkpoint
 
 from pipelines.commands import plan
+from pipelines.train_prior import build_prior
 from prior import Prior
 from tokenizer import TokenGrid
 
@@ -63,6 +65,18 @@ def test_checkpoints_have_the_size_of_a_real_run(stage, tokens, tmp_path):
         train_tokenizer(tmp_path / "run", **more)
     tensors = read_checkpoint(states(tmp_path / "run")[-1])
     assert found.checkpoint == sum(value.nbytes for name, value in tensors.items() if not name.endswith("/step"))
+
+
+def test_columns_of_the_token_dataset_are_planned_for(tmp_path, capsys):
+    """The FLOPs of encoding a condition are counted; `conditions` chooses the columns."""
+    data = make_conditioned(8)
+    data.save(tmp_path / "tokens")
+    argv = prior_arguments(tmp_path / "run", tmp_path / "tokens")
+    bare, age, every = (planned(*argv, *more) for more in (["conditions=[]"], ["conditions=[age]"], []))
+    model = build_prior({"kind": "gpt", "dim": 32, "depth": 2, "heads": 2}, data)
+    assert bare.parameters < age.parameters < every.parameters == sum(p.numel() for p in model.parameters())
+    assert bare.flops < age.flops < every.flops
+    assert "conditions: " in fails(capsys, "plan", *argv, "conditions=[aeg]")
 
 
 def test_time_is_flops_over_the_achieved_peak():

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from givens.token_datasets import make_dataset
+from givens.token_datasets import add_columns, make_dataset, same_condition
 from servers.fake_hub import run_client, serve
 from small import make_prior, make_tokenizer
 from small_pipelines import PARTS
@@ -76,9 +77,11 @@ def test_each_push_replaces_the_token_dataset(report):
     common = {".gitattributes", "meta.json", "manifest.json", "test.safetensors"}
     common |= {"tokenizer/config.json", "tokenizer/model.safetensors"}
     many = common | {f"train-{k:05d}-of-00003.safetensors" for k in range(3)}
+    many |= {"conditions/outline/config.json", "conditions/outline/model.safetensors"}
     one = common | {"train.safetensors"}
     assert [set(files) for files in report["token files"]] == [many, one | MY_DATA]
     assert report["token rows"] == [60, 8]
+    assert report["token columns"] == [["view", "tags", "age", "place", "text", "outline"], []]
     assert len([commit for commit in report["commits"] if commit["repository"] == "datasets/me/tokens"]) == 2
 
 
@@ -217,7 +220,7 @@ def add(folder: Path, names: set[str]) -> None:
 
 def client(cache: str, root: str) -> None:
     """Push and load in turn, and print the results."""
-    found: dict[str, Any] = {"files": [], "loaded": [], "token files": [], "token rows": []}
+    found: dict[str, Any] = {"files": [], "loaded": [], "token files": [], "token rows": [], "token columns": []}
     main_branch, grid = Path(root) / "me" / "mosaic" / "main", pipeline_to_push(rich=False).sample_picture(2)
     ImagePipeline.sample_picture = lambda *_: grid
 
@@ -266,10 +269,18 @@ def tokens(found: dict[str, Any], cache: Path, root: Path) -> None:
         data = make_dataset(rows=rows)
         facts = {"data": {"source": HOME}}
         data = TokenDataset(data.grid, data.class_names, data.splits, data.tokenizer, facts)
+        if rows == 60:
+            data = replace(add_columns(data), condition_sources={"age": {"source": HOME}})
         data.push_to_hub("me/tokens")
         found["token files"].append(files_of(folder))
         loaded = load_tokens("me/tokens", cache_dir=cache / "ours")
         found["token rows"].append(len(loaded.splits["train"]))
+        given, loaded_rows = (
+            data.splits["train"].condition([0, rows - 1]),
+            loaded.splits["train"].condition([0, rows - 1]),
+        )
+        assert same_condition(given, loaded_rows)
+        found["token columns"].append(list(loaded.conditions))
         found["token source"] = loaded.source
         add(folder, MY_DATA)
 

@@ -3,6 +3,7 @@
 Covers: pipelines/compression/codec.py.
 """
 
+import copy
 import hashlib
 import io
 import os
@@ -15,17 +16,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from givens.coded import KINDS, images_of, pipeline_of
+from givens.coded import KINDS, LOGISTIC, images_of, pipeline_of
 from givens.images import encoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small import PRIORS
+from small import PRIORS, make_prior, make_tokenizer
+from small_pipelines import COLUMNS, make_conditioned, make_pipeline
 
+from pipelines import ImagePipeline
 from pipelines.compression import codec, coding
 from pipelines.compression.codec import Decoder, Encoder, exponentials, grid_steps
 from pipelines.compression.coding import exact_pixels
 from pipelines.compression.container import ModelMismatch, StreamError, read_stream, write_stream
+from prior import Prior
+from prior.conditions import GridColumn
+from tokenizer import TokenGrid
 from tokenizer.base import LikelihoodError
 
 pytest.importorskip("constriction")
@@ -289,6 +295,191 @@ def test_the_coder_still_makes_the_same_bytes():
     assert hashlib.sha256(data).hexdigest()[:16] == "e910d83e0700f62c"
 
 
+# Conditions
+
+
+def conditioned(prior="gpt", **config):
+    """An untrained pipeline with columns."""
+    torch.manual_seed(0)
+    return make_conditioned(prior, **config)
+
+
+def rows_of(pipe, count, seed=0):
+    """Random raw columns and labels of `count` images, of which some are null."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(column):
+        if column.kind in ("class", "grid"):
+            size = len(column.names) if column.kind == "class" else column.grid.vocab_size
+            return torch.randint(-1, size, (count, *column.shape), generator=generator)
+        values = torch.randn(count, *column.shape, generator=generator)
+        values = (values > 0).float() if column.kind == "flags" else 10 * values
+        values[torch.rand(count, generator=generator) < 0.2] = torch.nan
+        return values
+
+    labels = torch.randint(3, (count,), generator=generator)
+    return {**{name: draw(column) for name, column in pipe.conditions.items()}, "label": labels}
+
+
+TAKE_CONDITIONS = [name for name in PRIORS if Prior.find(name).Config.takes_conditions]
+
+
+@pytest.mark.filterwarnings("ignore:condition")
+@pytest.mark.parametrize("prior", TAKE_CONDITIONS)
+def test_every_prior_codes_given_a_condition(prior, monkeypatch):
+    """With the probabilities of `forward`, in any batches."""
+    pipe, seen = conditioned(prior), []
+    images, condition = images_of(pipe, 8), rows_of(pipe, 8)
+    code = Encoder.code
+    monkeypatch.setattr(Encoder, "code", lambda coder, logits, ids: code(coder, seen.append(logits) or logits, ids))
+    data = compressed(pipe, images, condition=condition)
+    for batch_size in (1, 3, None):
+        found = decompressed(pipe, data, condition=condition, batch_size=batch_size)
+        assert torch.equal(found, expected(pipe, images, False))
+    model, tokens = coding.to_double(pipe.prior, pipe.device), pipe.encode(images)
+    labels = condition.pop("label")
+    used = torch.stack(seen, 1).log_softmax(-1)
+    for ids, columns, is_used in ((labels, condition, True), (None, condition, False), (labels, None, False)):
+        with torch.no_grad():
+            logits = model(tokens, ids, condition=columns)[:, model.order].log_softmax(-1)
+        close = (logits - used).abs().amax((1, 2)) < 1e-9
+        assert bool(close.all() if is_used else (~close).any())
+
+
+@pytest.mark.filterwarnings("ignore:condition")
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@given(
+    st.integers(0, 9),
+    st.integers(0, 1000),
+    st.sets(st.sampled_from([*COLUMNS, "outline", "before", "label"])),
+    st.integers(1, 4),
+    st.integers(1, 4),
+)
+def test_streams_with_any_columns_come_back(count, seed, null, chunk, batch_size):
+    """In chunks; one changed value of one image, or another order, is another condition."""
+    pipe = CONDITIONED
+    images, condition = images_of(pipe, count), rows_of(pipe, count, seed)
+    condition = {name: None if name in null else values for name, values in condition.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coding, "CHUNK_IMAGES", chunk)
+        data = compressed(pipe, images, condition=condition)
+        found = decompressed(pipe, data, condition=condition, batch_size=batch_size)
+    assert len(found) == count
+    if count:  # the decoder's float32 rounds differently in other chunks
+        torch.testing.assert_close(found, expected(pipe, images, False), rtol=0, atol=1e-5)
+    if count and "label" not in null:
+        others = {**condition, "label": (condition["label"] + 1) % 3}, {**condition, "label": None}
+        for other in (*others, {name: None if v is None else v.flip(0) for name, v in condition.items()}):
+            if other["label"] is None or not torch.equal(other["label"], condition["label"]):
+                with pytest.raises(StreamError, match="condition"):
+                    decompressed(pipe, data, condition=other)
+
+
+CONDITIONED = conditioned(before=True)
+
+
+@pytest.mark.filterwarnings("ignore:condition")
+def test_a_chunk_is_coded_given_the_rows_of_its_images(monkeypatch):
+    pipe, images, condition = CONDITIONED, images_of(CONDITIONED, 7), rows_of(CONDITIONED, 7)
+    monkeypatch.setattr(coding, "CHUNK_IMAGES", 3)
+    _, chunks = read_stream(compressed(pipe, images, condition=condition))
+    for start, chunk in zip((0, 3, 6), chunks, strict=True):
+        rows = slice(start, start + 3)
+        own = {name: values[rows] for name, values in condition.items()}
+        (alone,) = read_stream(compressed(pipe, images[rows], condition=own))[1]
+        assert (bytes(alone.tokens), alone.digest) == (bytes(chunk.tokens), chunk.digest)
+
+
+@pytest.mark.filterwarnings("ignore:condition")
+def test_a_stream_needs_its_condition_and_says_so():
+    pipe, images = CONDITIONED, images_of(CONDITIONED, 3)
+    condition = {"age": [20, 30, None], "view": "lateral"}
+    data, plain = compressed(pipe, images, condition=condition), compressed(pipe, images)
+    assert len(read_stream(data)[0].condition) == 8 and not read_stream(plain)[0].condition
+    for wrong in (None, {}, {"age": [20, 30, 40], "view": "lateral"}, {"age": [30, 20, None], "view": "lateral"}):
+        with pytest.raises(
+            StreamError, match=r"^[^\n]*give condition=[^\n]*3 images[^\n]*label, view, findings, age[^\n]*$"
+        ):
+            decompressed(pipe, data, condition=wrong)
+    with pytest.raises(StreamError, match="without a condition"):
+        decompressed(pipe, plain, condition=condition)
+    with pytest.raises(ValueError, match="age"):
+        decompressed(pipe, data, condition={"age": [1, 2]})
+    with pytest.raises(StreamError, match="limit"):  # before a value for each of very many images is made
+        decompressed(pipe, data, condition={"age": [1, 2]}, max_images=2)
+    for null in ({}, {"age": None}, {"age": [None] * 3, "label": [None] * 3}):
+        assert compressed(pipe, images, condition=null) == plain and plain[7] == 1
+        assert torch.equal(decompressed(pipe, plain, condition=null), decompressed(pipe, plain))
+    classes = make_pipeline(size=(8, 8))
+    data = compressed(classes, images_of(classes, 2), condition={"label": "dog"})
+    assert len(decompressed(classes, data, condition={"label": ["dog", "dog"]})) == 2
+    with pytest.raises(StreamError, match="columns are label"):
+        decompressed(classes, data)
+
+
+def test_of_images_for_a_grid_the_tokens_count():
+    pipe, images = CONDITIONED, images_of(CONDITIONED, 2)
+    outlines = torch.rand(2, 1, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    data = compressed(pipe, images, condition={"outline": outlines})
+    tokens = pipe.condition_tokenizers["outline"].encode(outlines)
+    for same in (outlines + 1e-7, tokens, list(tokens)):
+        assert len(decompressed(pipe, data, condition={"outline": same})) == 2
+    with pytest.raises(StreamError, match="another condition"):
+        decompressed(pipe, data, condition={"outline": -outlines})
+
+
+def test_lossless_streams_take_conditions():
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer("vqvae", (8, 12), 1, **LOGISTIC).eval()
+    pipe = ImagePipeline(tokenizer, make_prior("gpt", grid=tokenizer.grid, conditions={"age": COLUMNS["age"]}))
+    images, condition = images_of(pipe, 5), {"age": [20, 30, 40, None, 60]}
+    data = compressed(pipe, images, condition=condition, lossless=True)
+    assert torch.equal(as_bytes(decompressed(pipe, data, condition=condition, batch_size=2)), images)
+
+
+@pytest.mark.filterwarnings("ignore:condition")
+def test_an_earlier_type_of_the_weights_does_not_matter():
+    """Means of numbers, and matrices that average the cells of a grid, are not rounded with the weights."""
+    age, sketch = {**COLUMNS["age"], "mean": [50.123]}, GridColumn(grid=TokenGrid((5, 4), 4))
+    pipe = conditioned(columns={"age": age, "sketch": sketch}, outline=False)
+    stored = pipe.to(dtype=torch.bfloat16).prior.state_dict()
+    pipe.to(dtype=torch.float32)
+    fresh = copy.deepcopy(pipe)
+    fresh.prior = type(pipe.prior)(pipe.prior.config)
+    fresh.prior.load_state_dict(stored)
+    fresh.prior.eval()
+    images, condition = images_of(pipe), rows_of(pipe, 9)
+    data = compressed(pipe, images, condition=condition)
+    labels = condition.pop("label")
+    encoded = coding.Models(pipe, residual=False).prior.encode_condition(None, 9, condition)
+    for other in (fresh, copy.deepcopy(pipe).to(dtype=torch.float64)):
+        assert compressed(other, images, condition={**condition, "label": labels}) == data
+        again = coding.Models(other, residual=False).prior.encode_condition(None, 9, condition)
+        assert torch.equal(again.vector, encoded.vector) and torch.equal(again.map, encoded.map)
+
+
+@pytest.mark.filterwarnings("ignore:condition")
+def test_conditions_are_encoded_as_precisely_as_models_are_evaluated(monkeypatch):
+    """So that the batch does not matter."""
+    pipe, seen = CONDITIONED, []
+    encode = type(pipe.prior).encode_condition
+
+    def watched(prior, *arguments):
+        seen.append(encode(prior, *arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(type(pipe.prior), "encode_condition", watched)
+    images, condition = images_of(pipe, 6), rows_of(pipe, 6)
+    data = compressed(pipe, images, condition=condition)
+    (together, *_), seen[:] = list(seen), []
+    decompressed(pipe, data, condition=condition, batch_size=1)
+    alone = list({id(one): one for one in seen}.values())
+    assert len(alone) == 6 and {together.vector.dtype, together.map.dtype} == {torch.float64}
+    for name in ("vector", "map"):
+        apart = torch.cat([getattr(one, name) for one in alone])
+        torch.testing.assert_close(apart, getattr(together, name), rtol=0, atol=1e-11)
+
+
 # Refusals
 
 
@@ -323,6 +514,7 @@ OTHER_HEADERS = [
     {"chunk_images": 1},
     {"chunk_images": 65535, "images": 65535},  # whose states would not fit into memory
     {"lossless": False},
+    {"condition": b"12345678"},
 ]
 OTHER_CHUNKS = {
     "exceptions": st.lists(st.sampled_from([0, 135, 136, 2**32 - 1]), max_size=5).map(lambda k: np.array(k, np.uint32)),

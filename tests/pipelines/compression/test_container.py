@@ -22,8 +22,8 @@ quick = settings(max_examples=100, deadline=None, derandomize=True, database=Non
 PARTS = ["a", "b.png", "größe", "日本", "...", "..a", "12:30", "x" * 255]
 
 
-def make_header(images=8, chunk_images=3, lossless=False, names=()):
-    return Header(bytes(range(16)), (1, 6, 8), images, chunk_images, lossless, tuple(names))
+def make_header(images=8, chunk_images=3, lossless=False, names=(), condition=b""):
+    return Header(bytes(range(16)), (1, 6, 8), images, chunk_images, lossless, tuple(names), condition)
 
 
 def make_chunks(header, seed=0):
@@ -75,6 +75,7 @@ names = st.lists(st.lists(st.sampled_from(PARTS), min_size=1, max_size=3).map("/
         st.integers(1, 5) | st.just(65535),
         st.booleans(),
         st.just(()),
+        st.just(b"") | st.binary(min_size=8, max_size=8),
     ),
     names,
     st.integers(0, 1000),
@@ -101,8 +102,19 @@ def test_the_bytes_of_a_stream_are_these():
     assert data == b"".join([parts[0], *sections])
 
 
+def test_the_bytes_of_a_condition_are_these():
+    """A header without a condition has version 1, and is read only as version 1."""
+    without, given = (make_stream(condition=condition) for condition in (b"", b"12345678"))
+    assert without[7:12] == b"\1\x1d\0\0\0" and given[7:12] == b"\2\x25\0\0\0"
+    assert given[12:49] == without[12:41] + b"12345678" and given[53:] == without[45:]
+    for wrong in (without[:7] + b"\2" + without[8:], given[:7] + b"\1" + given[8:]):
+        with pytest.raises(DamagedStream):
+            read_stream(wrong)
+
+
 def test_every_prefix_and_every_bit_matters():
-    for fields in ({}, {"lossless": True, "names": [f"a/{k}.png" for k in range(8)]}, {"images": 0}):
+    usual, empty = {"lossless": True, "names": [f"a/{k}.png" for k in range(8)]}, {"images": 0}
+    for fields in ({}, usual, empty, {"condition": b"12345678"}):
         data = make_stream(**fields)
         for size in range(len(data)):
             with pytest.raises(StreamError):
@@ -118,11 +130,11 @@ def test_every_prefix_and_every_bit_matters():
 
 
 @quick
-@given(st.integers(0, 4), st.binary(max_size=60))
-def test_garbage_is_one_error(number, garbage):
+@given(st.integers(0, 4), st.binary(max_size=60), st.sampled_from([b"", b"12345678"]))
+def test_garbage_is_one_error(number, garbage, condition):
     """With a valid checksum it may be accepted, but then it can be read throughout."""
-    data = make_stream(names=[f"{k}" for k in range(8)])
-    for wrong in (garbage, b"smalti\0\1" + garbage):
+    data = make_stream(names=[f"{k}" for k in range(8)], condition=condition)
+    for wrong in (garbage, b"smalti\0\1" + garbage, b"smalti\0\2" + garbage):
         with pytest.raises(StreamError):
             read_stream(wrong)
     try:
@@ -144,7 +156,7 @@ def test_impossible_counts_in_a_header_are_refused_without_allocating():
 def test_another_version_is_not_damage():
     data = make_stream()
     with pytest.raises(StreamError) as caught:
-        read_stream(data[:7] + b"\2" + data[8:])
+        read_stream(data[:7] + b"\3" + data[8:])
     assert type(caught.value) is StreamError
 
 

@@ -364,6 +364,50 @@ def test_an_unknown_verb_suggests_the_nearest(capsys: Any) -> None:
     assert all(verb in fails(capsys, "xyzzy") for verb in verbs())
 
 
+class Part(Config):
+    kind: Literal["square", "round"] | None = Field(None, description="form")
+    sizes: tuple[int, ...] = Field((), description="sizes")
+
+
+class Parts(Config):
+    parts: dict[str, Part] = Field({}, description="a part of this name")
+
+
+def read_parts(*argv: str) -> Parts:
+    return parse(Parts, [*argv], verb="run", description=None)
+
+
+def test_names_of_a_mapping_are_chosen_by_the_user(tmp_path: Path) -> None:
+    """A mapping of settings: inline, by dotted keys, in a file, and together."""
+    expected = Parts(parts={"lid": Part(kind="round"), "box": Part(sizes=(3, 8))})
+    file = write(tmp_path / "a.yaml", "parts: {box: {sizes: [5]}, lid: {kind: round}}")
+    for words in (
+        ["parts.lid={kind: round}", "parts.box.sizes=3,8"],
+        ["parts.lid.kind=round", "parts.box={sizes: [3, 8]}"],
+        ["parts={lid: {kind: round}, box: {sizes: [3, 8]}}"],
+        ["--config", file, "parts.box.sizes=3,8"],
+    ):
+        assert read_parts(*words) == expected
+    assert read_parts("parts.box.sizes=3").parts["box"].sizes == (3,)
+    assert read_parts("--config", write(tmp_path / "b.yaml", to_yaml(expected))) == expected
+
+
+def test_a_mistake_in_a_mapping_names_the_key() -> None:
+    argv = ["parts.a.size=3", "parts.b.kind=flat", "parts.c=3", "parts.d.sizes=x", "part.e=3"]
+    with pytest.raises(UserError) as caught:
+        read_parts(*argv)
+    lines = str(caught.value).splitlines()
+    for start in (
+        "parts.a.size: unknown key",
+        "parts.b.kind: must be one of",
+        "parts.c: ",
+        "parts.d.sizes: ",
+        "part.e: ",
+    ):
+        assert sum(line.startswith(start) for line in lines) == 1, start
+    assert len(lines) == 5 and "did you mean 'parts.NAME.sizes'" in str(caught.value)
+
+
 def test_difference_names_dotted_keys() -> None:
     old = {"a": 1, "t": {"lr": 0.1, "b": [1, 2]}, "gone": None}
     lines = difference(old, {"a": 1.0, "t": {"lr": 0.2, "b": (1, 2)}, "new": {"x": 1}})

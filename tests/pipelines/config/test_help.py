@@ -35,7 +35,7 @@ def printed(capsys: Captured, *argv: str, code: int = 0) -> tuple[str, str]:
 def keys_of(page: str) -> list[str]:
     """The keys that have a row."""
     table = re.split(r"\nmore\n", page.partition("  key ")[2])[0]
-    return re.findall(r"^  ([a-z_0-9]+(?:\.[a-z_0-9]+)*) +\S", table, re.M)
+    return re.findall(r"^  ([a-z_0-9]+(?:\.(?:[a-z_0-9]+|NAME))*) +\S", table, re.M)
 
 
 def configs_of(verb: str) -> list[type[Config]]:

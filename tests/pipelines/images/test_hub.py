@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
-from pathlib import Path
-from urllib.parse import parse_qs
 
 import pytest
 from givens.images import load, rows_of, write_shards
 from processes import run_file
-from servers.fake_hub import Handler, commit, places_of, serve
+from servers.fake_hub import DatasetHandler, commit, places_of, serve
 
 from pipelines.config import UserError
 
@@ -31,37 +28,6 @@ def test_an_unknown_id_fails_at_once_where_there_is_no_hub(monkeypatch, offline,
     assert time.monotonic() - began < 3
     why = "HF_HUB_OFFLINE forbids asking the Hub" if offline else "http://127.0.0.1:9 cannot be reached"
     assert str(caught.value).startswith("data.source=nobody/nothing: ") and str(caught.value).endswith(why)
-
-
-class DatasetHandler(Handler):
-    """Serves data sets instead of models, and parts of files."""
-
-    def do_GET(self) -> None:
-        self.path = self.path.replace("/api/datasets/", "/api/models/").replace("/datasets/", "/")
-        if re.search(r"/tree/[^/?]+/", self.path):
-            return self.answer(404, {"X-Error-Code": "EntryNotFound"})  # there are no folders
-        super().do_GET()
-
-    do_HEAD = do_GET  # type: ignore[assignment]
-
-    def do_POST(self) -> None:
-        """Answer with the sizes of some paths."""
-        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
-        folder = self.server.root / "me" / "shards" / "main"
-        found = [
-            {"type": "file", "path": p, "oid": "0", "size": (folder / p).stat().st_size}
-            for p in asked
-            if (folder / p).is_file()
-        ]
-        self.answer(200, {"Content-Type": "application/json"}, json.dumps(found).encode())
-
-    def send_file(self, folder: Path, name: str) -> None:
-        asked = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if not asked or not (folder / name).is_file():
-            return super().send_file(folder, name)
-        part = (folder / name).read_bytes()[int(asked[1]) : int(asked[2]) + 1]
-        self.server.requests.append((f"{name} {len(part)}", None))
-        self.answer(206, {"X-Repo-Commit": commit(folder), "ETag": '"1"'}, part)
 
 
 def client() -> None:

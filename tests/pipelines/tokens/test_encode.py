@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,13 +19,15 @@ from givens.images import write_classes, write_pictures
 from launch import DIGITS as DIGITS_ONCE
 from launch import output_of, start, two_processes
 from optional import needs_digits
+from PIL import Image, ImageOps
 from ranks import Several
-from small import make_tokenizer
+from small import make_prior, make_tokenizer
 
 from pipelines import encode
 from pipelines.config import UserError
 from pipelines.encode import EncodeConfig, run
 from pipelines.images import load_images, tables
+from pipelines.images.conditions import load_conditions
 from pipelines.job import work_folder
 from pipelines.provenance import read_data_settings
 from pipelines.tokens import load_tokens
@@ -62,6 +66,25 @@ def digits_parsed_once(monkeypatch):
 
 def encoded(tokenizer, out, data, **options):
     return load_tokens(run(config(tokenizer, out, data, **options)))
+
+
+@pytest.fixture(scope="module")
+def columns(images, tmp_path_factory):
+    """Settings of columns of the images: of a table, and inverted images in another folder as a grid of 3 x 3 ids, of
+    12 x 12 pixels."""
+    root, folder = tmp_path_factory.mktemp("columns"), Path(images["source"])
+    torch.manual_seed(1)
+    make_tokenizer("vqvae", (12, 12), 1).eval().save_pretrained(root / "tokenizer")
+    lines = ["file_name,age,tags,view"]
+    for number, path in enumerate(sorted(folder.rglob("*.png"))):
+        name = path.relative_to(folder)
+        lines.append(f"{name},{number if number % 7 else ''},a;b,{'left' if number % 2 else 'right'}")
+        (root / "inverted" / name).parent.mkdir(parents=True, exist_ok=True)
+        ImageOps.invert(Image.open(path)).save(root / "inverted" / name)
+    (root / "table.csv").write_text("\n".join(lines) + "\n")
+    grid = {"images": str(root / "inverted"), "tokenizer": str(root / "tokenizer")}
+    conditions = {"age": "age", "tags": {"kind": "flags"}, "side": "view", "inverse": grid}
+    return {"conditions": conditions, "table": str(root / "table.csv")}
 
 
 # Rows
@@ -114,6 +137,56 @@ def test_data_defaults_to_what_the_tokenizer_was_trained_on(tmp_path):
             read_data_settings(provenance)
 
 
+def test_columns_are_those_of_the_images(tokenizer, images, columns, tmp_path, capsys):
+    """Values repeat in each variant; the grid is encoded from images that are moved as theirs are."""
+    given = {**columns, "augmentations": 1, "rows_per_shard": 7}
+    data = encoded(tokenizer, tmp_path / "tokens", {**images, **SHIFT}, **given)
+    assert "30 test rows of" in (said := capsys.readouterr().out) and "with age, tags, side, inverse" in said
+    assert list(data.conditions) == ["age", "tags", "side", "inverse"] and data.conditions["side"].names == [
+        "left",
+        "right",
+    ]
+    assert data.condition_sources["side"] == {"column": "view"}
+    assert data.condition_sources["inverse"] == {"images": "inverted"}
+    settings = config(tokenizer, "", {**images, **SHIFT}, **columns)
+    splits = encode.name_splits(load_images(settings.data))
+    paths = sorted(Path(images["source"]).rglob("*.png"))
+    model = data.condition_tokenizers["inverse"]
+    loaded = load_conditions(settings.data, settings.conditions, splits, table=settings.table)["inverse"].images
+    for name, part in splits.items():
+        found, rows = data.splits[name].condition(slice(None)), len(part)
+        numbers = [paths.index(Path(images["source"]) / each) for each in part.names(np.arange(rows))]
+        assert len(found["side"]) == rows * (1 + (name == "train"))
+        for row, number in enumerate(2 * numbers if name == "train" else numbers):
+            assert found["side"][row] == (number % 2 == 0) and found["tags"][row].tolist() == [1, 1]
+            assert found["age"][row, 0] == number if number % 7 else found["age"][row].isnan()
+        expected = [model.encode(loaded[name].batch(np.arange(rows)))]
+        if name == "train":
+            expected.append(model.encode(loaded[name].batch(np.arange(rows), epoch=1, augment=True)))
+            assert not torch.equal(*expected)
+        assert torch.equal(found["inverse"], torch.cat(expected))
+    ages = data.splits["train"].conditions["age"].double()
+    assert np.allclose(data.conditions["age"].mean, ages.nanmean())
+    prior = make_prior("gpt", data.grid.shape, data.grid.vocab_size, conditions=data.conditions).eval()
+    split = data.splits["train"]
+    assert prior.log_prob(split.rows([0, 5]), condition=split.condition([0, 5])).isfinite().all()
+
+
+def test_a_grid_without_an_image_is_null(tokenizer, tmp_path):
+    """The first image of each clip has none before it."""
+    for split in ("train", "test"):
+        for clip in ("a", "b"):
+            write_pictures(tmp_path / "images" / split / clip, 3)
+    settings = {"source": str(tmp_path / "images")}
+    conditions = {"before": {"frame": -1, "tokenizer": str(tokenizer)}}
+    data = encoded(tokenizer, tmp_path / "tokens", settings, conditions=conditions)
+    split = data.splits["train"]
+    before = split.condition(slice(None))["before"]
+    assert data.source["data"]["clips"] and not (tmp_path / "tokens" / "conditions").exists()
+    assert torch.equal(data.conditions["before"].is_null(before), torch.tensor([True, False, False] * 2))
+    assert torch.equal(before[1:3], split.rows([0, 1])) and torch.equal(before[4:], split.rows([3, 4]))
+
+
 @pytest.mark.parametrize("labelled", ["train", "test", None])
 def test_either_all_splits_have_labels_or_none(tokenizer, tmp_path, labelled):
     for name in ("train", "test"):
@@ -131,10 +204,11 @@ def test_either_all_splits_have_labels_or_none(tokenizer, tmp_path, labelled):
 # Resuming
 
 
+@pytest.mark.parametrize("conditioned", [False, True])
 def test_an_encode_that_is_interrupted_again_and_again_ends_with_the_same_files(
-    tokenizer, images, tmp_path, monkeypatch
+    tokenizer, images, columns, tmp_path, monkeypatch, conditioned
 ):
-    options = {"augmentations": 2, "rows_per_shard": 7}
+    options = {"augmentations": 2, "rows_per_shard": 7, **(columns if conditioned else {})}
     run(config(tokenizer, tmp_path / "whole", {**images, **SHIFT}, **options))
     calls, real = [], encode.variants_of
 
@@ -155,16 +229,16 @@ def test_an_encode_that_is_interrupted_again_and_again_ends_with_the_same_files(
 
 
 @pytest.mark.parametrize("place", ["encode.variants_of", "encode.write_meta", "encode.publish_folder"])
-def test_an_interrupted_encode_leaves_the_older_dataset(tokenizer, images, tmp_path, monkeypatch, place):
+def test_an_interrupted_encode_leaves_the_older_dataset(tokenizer, images, columns, tmp_path, monkeypatch, place):
     out = tmp_path / "tokens"
     run(config(tokenizer, out, images, rows_per_shard=4))
     before = contents(out)
     with monkeypatch.context() as patch:
         patch.setattr(f"pipelines.{place}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            run(config(tokenizer, out, images))
+            run(config(tokenizer, out, images, **columns))
     assert contents(out) == before
-    run(config(tokenizer, out, images))
+    run(config(tokenizer, out, images, **columns))
     assert len(load_tokens(out).splits["train"]) == 30 and "train.safetensors" in files_in(out)
     assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
 
@@ -198,6 +272,41 @@ def test_a_finished_one_says_so_until_its_images_change(tokenizer, tmp_path, cap
     assert contents(tmp_path / "tokens") != before
 
 
+def test_changed_columns_are_noticed(tokenizer, images, columns, tmp_path, capsys, monkeypatch):
+    root = Path(columns["table"]).parent
+    copy = Path(shutil.copytree(root, tmp_path / "columns"))
+    options = json.loads(json.dumps(columns).replace(str(root), str(copy)))
+    out, table = tmp_path / "tokens", copy / "table.csv"
+
+    def finished(**changes):
+        capsys.readouterr()
+        run(config(tokenizer, out, images, **{**options, **changes}))
+        return "already finished" in capsys.readouterr().out
+
+    def date(path, by):
+        began = os.stat(out / "job.json").st_mtime
+        os.utime(path, (began + by, began + by))
+
+    for path in (table, *copy.rglob("*")):
+        os.utime(path, (1, 1))
+    assert not finished() and finished()
+    table.write_text(table.read_text().replace("left", "leftmost"))
+    date(table, -9)  # its values are compared, too
+    assert not finished() and finished()
+    assert load_tokens(out).conditions["side"].names == ["leftmost", "right"]
+    date(table, 9)
+    assert not finished()
+    date(table, -9)
+    date(next((copy / "inverted").rglob("*.png")), 9)
+    assert not finished()
+    without = {name: each for name, each in options["conditions"].items() if name != "age"}
+    assert not finished(conditions=without) and list(load_tokens(out).conditions) == ["tags", "side", "inverse"]
+    interrupt(monkeypatch, tokenizer, tmp_path / "parts", images, after=16, rows_per_shard=7, **options)
+    table.write_text(table.read_text().replace(",1,", ",3,"))
+    with pytest.raises(UserError, match=r"^out: .*columns\.age"):
+        run(config(tokenizer, tmp_path / "parts", images, rows_per_shard=7, **options))
+
+
 # Several processes
 
 
@@ -218,17 +327,20 @@ def run_together(monkeypatch, count, settings):
     return rows
 
 
-def test_any_number_of_processes_writes_the_same_files_and_continues_them(tokenizer, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_any_number_of_processes_writes_the_same_files_and_continues_them(
+    tokenizer, images, columns, tmp_path, monkeypatch, conditioned
+):
+    data, options = {**images, **SHIFT}, {"augmentations": 2, "rows_per_shard": 7, **(columns if conditioned else {})}
+    reads = 1 + conditioned  # of each row: its image, and that of the grid
     for count in (1, 2, 3):
-        settings = config(tokenizer, tmp_path / str(count), {**images, **SHIFT}, augmentations=2, rows_per_shard=7)
-        rows = run_together(monkeypatch, count, settings)
-        assert sum(map(len, rows)) == 120 and max(map(len, rows)) - min(map(len, rows)) <= 16
+        rows = run_together(monkeypatch, count, config(tokenizer, tmp_path / str(count), data, **options))
+        assert sum(map(len, rows)) == 120 * reads and max(map(len, rows)) - min(map(len, rows)) <= 16 * reads
         assert contents(tmp_path / str(count)) == contents(tmp_path / "1")
-    data, options = {**images, **SHIFT}, {"augmentations": 2, "rows_per_shard": 7}
-    interrupt(monkeypatch, tokenizer, tmp_path / "parts", data, after=8, **options)
+    interrupt(monkeypatch, tokenizer, tmp_path / "parts", data, after=8 * reads, **options)
     done = len(list(work_folder(tmp_path / "parts", "encode").glob("*.safetensors")))
     rows = run_together(monkeypatch, 3, config(tokenizer, tmp_path / "parts", data, **options))
-    assert done > 2 and sum(map(len, rows)) == 120 - 7 * done and all(rows)
+    assert done > 2 and sum(map(len, rows)) == (120 - 7 * done) * reads and all(rows)
     assert contents(tmp_path / "parts") == contents(tmp_path / "1")
 
 
@@ -315,6 +427,10 @@ def test_foreign_files_in_the_work_folder_are_refused(tokenizer, images, tmp_pat
         ({"data": {"channels": 3}}, r"data.channels.*\(3, 28, 28\)"),
         ({"data": {"source": "digits"}, "augmentations": 2}, "augmentations.*data.augment"),
         ({"rows_per_shard": 7}, "rows_per_shard"),
+        ({"table": "rows.csv"}, "^table: .*conditions.age=age"),
+        ({"table": "rows.csv", "conditions": {"age": "age"}}, "^table: .*rows.csv"),
+        ({"conditions": {"label": "age"}}, "^conditions: 'label'"),
+        ({"conditions": {"outline": {"images": "outlines"}}}, "^conditions.outline"),
     ],
 )
 def test_invalid_settings_are_refused_before_the_work(tokenizer, images, tmp_path, monkeypatch, options, named):

@@ -86,7 +86,7 @@ def test_a_mapped_row_costs_only_its_own_pages(tmp_path):
         pytest.skip("memory is measured on Linux")
     before = resident()
     mapped, _ = shards.map_shard(path, 1 << 24, grid)
-    rows = shards.MappedRows([mapped], grid, tmp_path)
+    rows = shards.MappedTokens([mapped], grid, tmp_path)
     assert rows[[5, 1 << 23, -1]].sum() == 0
     assert resident() - before < 16 << 20
 

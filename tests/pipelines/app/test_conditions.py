@@ -1,0 +1,168 @@
+"""Fields of columns: they give what the Python code says, and mistakes are one line.
+
+Covers: pipelines/app/conditions.py.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from optional import Late, needs_gradio
+from PIL import Image
+from servers.app_server import Driver, app
+from servers.chromium import browser
+from small_pipelines import COLUMNS, as_pil, make_conditioned, make_pipeline, pixels_for
+
+from pipelines import ImagePipeline
+
+gr, served_ = Late("gradio"), Late("pipelines.app.served")
+conditions, controls = Late("pipelines.app.conditions"), Late("pipelines.app.controls")
+sample, complete, compare = (Late(f"pipelines.app.tabs.{name}") for name in ("sample", "complete", "compare"))
+pytestmark = needs_gradio
+EMBEDDING = {"kind": "vector", "size": 4, "encoder": "other:function"}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.manual_seed(0)
+    return make_conditioned("blocks", {**COLUMNS, "embedding": EMBEDDING}, any_order=True)
+
+
+@pytest.fixture
+def served(pipe):
+    return served_.Served(pipe, "conditioned", max_images=8)
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "outline.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60), np.uint8)).save(path)
+    return path
+
+
+def quiet(done, total, unit):
+    """A step without a display."""
+
+
+def fields(served, given=(), **changed):
+    """The values of all fields after a visitor has chosen columns and changed some."""
+    with gr.Blocks():
+        chosen, *made = conditions.make_condition_fields(served, "tab")
+    labels = [field.label.partition(",")[0] for field in made]
+    assert labels == ["view", "findings", "age", "motion 1", "motion 2", "text", "outline"]
+    assert chosen.value == [] and not any(field.visible for field in made)
+    return [
+        list(given),
+        *(changed.get(label.replace(" ", "_"), field.value) for label, field in zip(labels, made, strict=True)),
+    ]
+
+
+def settings(pipe, guidance_scale=1.0, guidance_on=()):
+    return [*{**controls.get_slider_values(pipe), "guidance_scale": guidance_scale}.values(), list(guidance_on)]
+
+
+CHANGED = {"view": 1, "findings": ["bone", "water"], "age": 63, "motion_1": 1.5, "motion_2": -1, "text": "a hand"}
+VALUES = {"view": "lateral", "findings": ["bone", "water"], "age": 63, "motion": [1.5, -1], "text": "a hand"}
+
+
+def run_code(code, pipe, monkeypatch, **files):
+    """Run the Python code, whose files are these, and return its names."""
+    monkeypatch.setattr(ImagePipeline, "from_pretrained", lambda name: pipe)
+    names = {f"{name}_file": Image.open(path) for name, path in files.items()}
+    exec(re.sub(r"Image.open\(.(\w+).png.\)", r"\1_file", code), names)
+    return names
+
+
+def arrays(images):
+    return np.stack([np.asarray(image[0] if isinstance(image, tuple) else image) for image in images])
+
+
+@pytest.mark.parametrize("given", [[], ["age"], [*VALUES], [*VALUES, "outline"]])
+def test_only_columns_that_are_chosen_are_given(served, pipe, picture, monkeypatch, given):
+    values = fields(served, given, **CHANGED, outline=[(str(picture), None)])
+    found = conditions.read_fields(pipe, values)
+    picked = found.pop("outline", None)
+    assert found == {name: VALUES[name] for name in given if name in VALUES}
+    assert (picked is not None) == ("outline" in given)
+    images, _, code = sample.draw(served, quiet, [1], 3, 5, "", *settings(pipe), *values)
+    out = run_code(code, pipe, monkeypatch, outline=picture)["out"]
+    assert np.array_equal(arrays(images), arrays(out.images))
+    expected = {name: VALUES.get(name, Image.open(picture)) for name in given}
+    again = pipe(3, "dog", condition=expected or None, seed=5)
+    assert torch.equal(out.tokens, again.tokens)
+
+
+def test_guidance_applies_to_the_chosen_columns(served, pipe, monkeypatch):
+    values = fields(served, ["age", "view"], age=80, view=1)
+    images, _, code = sample.draw(served, quiet, [1], 4, 0, "", *settings(pipe, 4.0, ["age"]), *values)
+    condition = {"age": 80, "view": "lateral"}
+    drawn = [pipe(4, "dog", condition=condition, seed=0, guidance_scale=4.0, guidance_on=on) for on in (["age"], None)]
+    assert np.array_equal(arrays(images), arrays(drawn[0].images)) and not torch.equal(drawn[0].tokens, drawn[1].tokens)
+    assert torch.equal(run_code(code, pipe, monkeypatch)["out"].tokens, drawn[0].tokens)
+
+
+def test_an_image_is_completed_and_scored_given_its_condition(served, pipe, picture, tmp_path, monkeypatch):
+    (image,) = as_pil(pixels_for(pipe, 1))
+    image.save(tmp_path / "image.png")
+    picked = [(str(tmp_path / "image.png"), None)]
+    values = fields(served, ["age", "outline"], age=63, outline=[(str(picture), None)])
+    alpha = np.kron(np.arange(8)[:, None] >= np.full(12, 4), np.full((28, 28), 216)).astype(np.uint8)
+    editor = {"layers": [np.dstack([np.zeros((*alpha.shape, 3), np.uint8), alpha])]}
+    (mask, *found), code = complete.complete(served, quiet, picked, editor, False, 1, 2, 3, *settings(pipe), *values)
+    mask[0].save(tmp_path / "mask.png")
+    files = {"image": tmp_path / "image.png", "mask": tmp_path / "mask.png", "outline": picture}
+    assert np.array_equal(arrays(found), arrays(run_code(code, pipe, monkeypatch, **files)["out"].images[0]))
+    _, facts, code = compare.compare(served, quiet, picked, 1, *values)
+    bits = -float(pipe.log_prob(image, "dog", condition={"age": 63, "outline": Image.open(picture)})) / np.log(2)
+    assert (
+        f"**{bits:.1f} bits" in facts and f"**{-float(pipe.log_prob(image, 'dog')) / np.log(2):.1f} bits" not in facts
+    )
+    assert "condition={'age': 63, 'outline': Image.open(\"outline.png\")}" in code
+
+
+def test_a_missing_or_broken_picture_is_one_line(served, pipe, tmp_path):
+    (tmp_path / "bad.png").write_text("no picture")
+    for picked, line in (
+        (None, "outline: choose an image"),
+        ([(str(tmp_path / "bad.png"), None)], "outline: the image"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            sample.draw(served, quiet, [1], 3, 5, "", *settings(pipe), *fields(served, ["outline"], outline=picked))
+
+
+def test_numbers_start_at_the_mean_within_their_range(served):
+    column = COLUMNS["age"] | {"mean": [41.2371], "low": [0.0], "high": [99.5]}
+    torch.manual_seed(0)
+    other = served_.Served(make_conditioned(columns={"age": column}, outline=False), "other")
+    with gr.Blocks():
+        _, slider = conditions.make_condition_fields(other, "tab")
+    assert (slider.minimum, slider.maximum, slider.value) == (0.0, 99.5, 41.2)
+
+
+def test_pipelines_without_columns_have_no_fields():
+    torch.manual_seed(0)
+    plain = served_.Served(make_pipeline("pixels", size=(4, 6)), "plain")
+    with gr.Blocks() as page:
+        assert conditions.make_condition_fields(plain, "tab") == []
+        assert len(controls.make_sliders(plain.pipeline)) == len(controls.get_slider_values(plain.pipeline))
+    assert not any(isinstance(block, gr.Markdown | gr.CheckboxGroup) for block in page.blocks.values())
+
+
+def test_fields_appear_when_their_column_is_chosen(pipe, picture, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipeline")
+    with app(tmp_path / "pipeline", tmp_path, "max_images=2", "search=false") as server, browser() as chromium:
+        driver = Driver(chromium.new_page(), server.url)
+        driver.wait("#samples .thumbnail-item >> nth=1")
+        assert not driver.page.locator("#sample-outline").is_visible()
+        for name in ("age", "outline"):
+            driver.page.get_by_label(name, exact=True).locator("visible=true").first.check()
+        driver.wait("#sample-outline >> visible=true")
+        driver.pick("sample-outline", picture)
+        driver.wait("#sample-outline .thumbnail-item")
+        driver.number("number input for age", 33)
+        driver.click("Sample")
+        driver.page.wait_for_function("document.body.innerText.includes(\"'age': 33\")")
+        assert "no field for embedding" in driver.page.inner_text("body") and not driver.problems

@@ -1,0 +1,545 @@
+"""Columns of image data sets: the same from any origin, statistics of training alone, pictures moved alike, clips."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import math
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from givens.images import ALL, encoded, noise, write_image
+from processes import run_file
+from servers.fake_hub import DatasetHandler, places_of, serve
+
+from pipelines.config import UserError
+from pipelines.images import DataConfig, load_images
+from pipelines.images.augment import AugmentConfig
+from pipelines.images.conditions import ConditionSource, check_sources, choose_data, load_conditions
+from pipelines.images.unseen import count_seen
+from pipelines.text import encode_text, run_encoder
+from prior.conditions import read_column
+from tokenizer import Tokenizer
+
+COUNT = 20
+ROWS = {
+    "view": ["front", None, "side", "front", "rear"] * 4,
+    "tags": [["a", "b"], [], None, ["c"], ["b"]] * 4,
+    "age": [float(k) if k % 6 else None for k in range(COUNT)],
+    "sick": [k % 3 == 0 for k in range(COUNT)],
+    "size": [[k, 2.5 * k] for k in range(COUNT)],
+    "face": [[k / 7, 1.0, -k, 0.5, 2] if k != 4 else None for k in range(COUNT)],
+    "text": [f"a {word}" if word else None for word in ["cat", "dog", "", "eel", "Ünïcode"]] * 4,
+}
+KINDS = dict(view="class", tags="flags", age="number", sick="number", size="number", face="vector", text="vector")
+
+
+def picture(k: int, side: int = 12) -> np.ndarray:
+    return noise(side, side, seed=k)
+
+
+def outline(k: int) -> np.ndarray:
+    """The picture that belongs to image k, of another size."""
+    return noise(24, 24, seed=1000 + k)
+
+
+def write_table(path, columns=ROWS, images=True):
+    """Write a parquet file with images and columns."""
+    import datasets
+
+    def cell(data):
+        return {"bytes": encoded(data), "path": None}
+
+    pictures = {"image": [cell(picture(k)) for k in range(COUNT)], "outline": [cell(outline(k)) for k in range(COUNT)]}
+    features = {key: datasets.Image() for key in pictures}
+    values = {key: pa.array(part) for key, part in columns.items()}
+    first = datasets.Dataset.from_dict(pictures, features=datasets.Features(features))
+    for key, part in values.items():
+        first = first.add_column(key, part)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first.to_parquet(str(path))
+    return path
+
+
+def write_files(folder, pairs=None):
+    """Write the images as files and, in another folder, their pictures."""
+    for k in range(COUNT):
+        write_image(folder / f"{k:03}.png", picture(k))
+        if pairs is not None:
+            write_image(pairs / f"{k:03}.png", outline(k))
+    return folder
+
+
+def rows_of(columns=ROWS, prefix=""):
+    return [
+        {"file_name": f"{prefix}{k:03}.png", **{key: part[k] for key, part in columns.items()}} for k in range(COUNT)
+    ]
+
+
+def write_rows(path, rows):
+    """Write rows as CSV, TSV, JSON lines or parquet. CSV holds lists as JSON, and nothing for null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writerow(rows[0])
+            for row in rows:
+                cells = row.values()
+                writer.writerow(["" if c is None else json.dumps(c) if isinstance(c, list) else c for c in cells])
+    return path
+
+
+def pixels(path, side: int = 12, channels: int = 1) -> str:
+    """Save a tokenizer whose ids are bytes."""
+    Tokenizer.create("pixels", image_size=(side, side), channels=channels).save_pretrained(path)
+    return str(path)
+
+
+def load(source, sources, table=None, **options):
+    """Load images and columns of a source."""
+    config = choose_data(DataConfig(**{"source": str(source), "image_size": 12, **options}), sources)
+    splits = load_images(config)
+    parts = {"train": splits.train, "validation": splits.validation, "test": splits.held_out}
+    parts = {name: part for name, part in parts.items() if part is not None}
+    return parts, load_conditions(config, sources, parts, table=None if table is None else str(table))
+
+
+def numbers_of(images) -> list[int]:
+    """Which picture each image is."""
+    known = {picture(k).tobytes(): k for k in range(200)}
+    return [known[image.numpy().tobytes()] for image in images.pixels(range(len(images)))]
+
+
+def sources_of(tokenizer=None):
+    """Columns of all kinds: guessed, except for text and the picture."""
+    text = {"text": ConditionSource(encoder="ngrams:32")}
+    grid = {"outline": ConditionSource(kind="grid", tokenizer=tokenizer)} if tokenizer else {}
+    return {name: name for name in ROWS if name != "text"} | text | grid
+
+
+# The same rows from any origin
+
+
+def check_columns(parts, columns, outlines=True) -> None:
+    """Compare columns with `ROWS`."""
+    for split, images in parts.items():
+        for row, k in enumerate(numbers_of(images)):
+            for name, loaded in columns.items():
+                if name == "outline":
+                    raw = loaded.images[split].batch([row])
+                    ids = loaded.tokenizer.encode(raw)[0]
+                    expected = Tokenizer.create("pixels", image_size=(24, 24), channels=1).encode(
+                        torch.from_numpy(outline(k))[None, None] / 127.5 - 1
+                    )[0]
+                    assert torch.equal(ids, expected) and not loaded.missing[split][row]
+                    continue
+                value, column = ROWS[name][k], loaded.column
+                value = encode_text("ngrams:32", [value])[0] if name == "text" and value is not None else value
+                assert loaded.values[split].dtype == column.null(1).dtype
+                assert torch.equal(loaded.values[split][row].nan_to_num(99), column.parse(value).nan_to_num(99))
+    for name, kind in KINDS.items():
+        assert columns[name].column.kind == kind
+        assert read_column(columns[name].column.to_dict()) == columns[name].column
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["parquet", "metadata.csv", "metadata.jsonl", "metadata.parquet", "t.csv", "t.tsv", "t.jsonl", "t.parquet"],
+)
+def test_the_same_rows_from_any_origin_are_the_same_columns(tmp_path, capsys, origin):
+    sources, table = sources_of(pixels(tmp_path / "tokenizer", 24)), None
+    if origin == "parquet":
+        source = write_table(tmp_path / "data" / "a.parquet")
+    else:
+        source, pairs = tmp_path / "images", tmp_path / "conditions" / "outline"
+        write_files(source, pairs)
+        sources["outline"] = ConditionSource(images=str(pairs), tokenizer=sources["outline"].tokenizer)
+        file = write_rows((tmp_path if origin.startswith("t.") else source) / origin, rows_of())
+        table = file if origin.startswith("t.") else None
+    capsys.readouterr()
+    parts, columns = load(source, sources, table, label_column=None, validation_fraction=0.2)
+    assert list(parts) == ["train", "validation", "test"] and list(columns) == list(sources)
+    check_columns(parts, columns)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [f"conditions.{name}" for name in ROWS if name != "text"]
+    assert all(f" {KINDS[line.split(': ')[0].split('.')[1]]}," in line for line in lines)
+    assert columns["view"].column.names == ["front", "rear", "side"] and columns["tags"].column.names == ["a", "b", "c"]
+    assert columns["text"].column.encoder == "ngrams:32" and str(tmp_path) not in str(
+        [c.source for c in columns.values()]
+    )
+
+
+def client() -> None:
+    """Read a data set of the Hub."""
+    parts, columns = load("me/shards", sources_of(sys.argv[1]), label_column=None, validation_fraction=0.2)
+    check_columns(parts, columns)
+    print("equal")
+
+
+def test_a_data_set_of_the_hub_has_the_same_columns(tmp_path):
+    """In another process, because huggingface_hub reads its endpoint on import."""
+    write_table(tmp_path / "hub" / "me" / "shards" / "main" / "train-00000-of-00001.parquet")
+    with serve(tmp_path / "hub") as hub:
+        hub.RequestHandlerClass = DatasetHandler
+        assert "equal" in run_file(__file__, pixels(tmp_path / "t", 24), **places_of(hub, tmp_path / "home"))
+
+
+def test_names_come_from_the_features_and_kinds_can_be_chosen(tmp_path):
+    import datasets
+
+    names = ["z", "y", "x"]
+    label = datasets.ClassLabel(names=names)
+    columns = {"view": [0, -1, 1, 0, 0] * 4, "tags": [[0, 2], [], [1], None, [2]] * 4, "year": [2001, 1999] * 10}
+    pictures = [{"bytes": encoded(picture(k)), "path": None} for k in range(COUNT)]
+    features = {"image": datasets.Image(), "view": label, "tags": datasets.List(label), "year": datasets.Value("int32")}
+    table = datasets.Dataset.from_dict({"image": pictures, **columns}, features=datasets.Features(features))
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    sources = {"view": "view", "tags": "tags", "era": ConditionSource(kind="class", column="year")}
+    parts, found = load(tmp_path / "a.parquet", sources)
+    assert found["view"].column.names == found["tags"].column.names == names
+    assert found["era"].column.names == ["1999", "2001"] and found["era"].source == {"column": "year"}
+    for split, images in parts.items():
+        at = numbers_of(images)
+        assert found["view"].values[split].tolist() == [columns["view"][k] for k in at]
+        assert [names[i] for i in found["tags"].values[split][0].nonzero()] == [
+            names[i] for i in columns["tags"][at[0]]
+        ]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "cells", "kind", "names"),
+    [
+        (".csv", ["07", "10", "9", ""], "class", ["7", "9", "10"]),
+        (".csv", ["True", "false", "", "True"], "class", ["no", "yes"]),
+        (".jsonl", [True, False, None, True], "class", ["no", "yes"]),
+        (".jsonl", [1.0, math.nan, 3.0, 1.0], "class", ["1", "3"]),
+        (".csv", ["a;b", "b", "", "c; a"], "flags", ["a", "b", "c"]),
+        (".csv", ["1.5", "10", "", "2.0"], "class", ["1.5", "2", "10"]),
+    ],
+)
+def test_text_of_tables_is_read_by_the_kind_that_is_chosen(tmp_path, suffix, cells, kind, names):
+    source = write_files(tmp_path / "images")
+    table = write_rows(tmp_path / f"t{suffix}", rows_of({"x": cells * 5}))
+    parts, found = load(source, {"x": ConditionSource(kind=kind)}, table)
+    assert found["x"].column.names == names
+    for split, images in parts.items():
+        null = [cells[k % 4] in ("", None) or cells[k % 4] != cells[k % 4] for k in numbers_of(images)]
+        assert found["x"].column.is_null(found["x"].values[split]).tolist() == null
+
+
+def test_statistics_are_those_of_the_training_split(tmp_path):
+    source = write_files(tmp_path / "images")
+    values = {
+        "x": [10.0**k for k in range(COUNT)],
+        "one": [3] * COUNT,
+        "v": [[k, 2 * k, 0, 1, -k] for k in range(COUNT)],
+    }
+    table = write_rows(tmp_path / "t.jsonl", rows_of(values))
+    parts, found = load(source, {"x": "x", "one": "one", "v": "v"}, table, validation_fraction=0.2)
+    train = np.array([values["x"][k] for k in numbers_of(parts["train"])])
+    assert len(train) < COUNT
+    column = found["x"].column
+    assert np.allclose([*column.mean, *column.std], [train.mean(), train.std()])
+    assert (column.low, column.high) == ([train.min()], [train.max()])
+    assert (found["one"].column.mean, found["one"].column.std) == ([3.0], [1.0])
+    vectors = np.array([values["v"][k] for k in numbers_of(parts["train"])])
+    assert found["v"].column.scale == pytest.approx(np.sqrt((vectors**2).mean()))
+
+
+# Images as columns
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_an_image_and_its_picture_are_moved_alike(tmp_path, flip):
+    """Each has a mark at the same place; the picture is twice as large."""
+    rng = np.random.default_rng(0)
+    for k in range(COUNT):
+        y, x = rng.integers(3, 9, 2)
+        small, large = np.zeros((12, 12), np.uint8), np.zeros((24, 24, 3), np.uint8)
+        small[y : y + 2, x : x + 2] = 255
+        large[2 * y : 2 * y + 4, 2 * x : 2 * x + 4] = 255
+        write_image(tmp_path / "images" / f"{k}.png", small)
+        write_image(tmp_path / "pairs" / f"{k}.jpg", encoded(large, "JPEG", quality=100))
+    source = ConditionSource(images=str(tmp_path / "pairs"), tokenizer=pixels(tmp_path / "t", 24, 3))
+    augment = ALL if flip else AugmentConfig(shift=3)
+    parts, found = load(tmp_path / "images", {"twin": source}, augment=augment)
+    images, twins = parts["train"], found["twin"].images["train"]
+    rows, variants = np.arange(len(images)), np.arange(len(images)) % 3 + 1
+
+    def centres(some):
+        moved = some.prepare(*some.raw_batch(rows, variants, 5, augment=True)).mean(1) / 2 + 0.5
+        places = (torch.arange(moved.shape[-1]) + 0.5) / moved.shape[-1]
+        mass = moved.sum((1, 2))
+        return torch.stack([(moved.sum(2) * places).sum(1) / mass, (moved.sum(1) * places).sum(1) / mass], 1)
+
+    assert twins.prepare(*twins.raw_batch(rows, variants, 5)).shape[1:] == (3, 24, 24)
+    inside = ((centres(images) > 0.25) & (centres(images) < 0.75)).all(1)  # marks are not cut at the edge
+    assert inside.sum() > 5 and torch.allclose(centres(images)[inside], centres(twins)[inside], atol=0.02)
+    still = images.batch(rows) - images.batch(rows, seed=5, epoch=1, augment=True)
+    assert still.abs().max() > 1
+
+
+def test_a_picture_is_resized_and_cropped_as_images_are(tmp_path):
+    """The same file as image and as picture gives the same pixels."""
+    for k in range(COUNT):
+        for place in ("images", "pairs"):
+            write_image(tmp_path / place / f"{k}.png", noise(20, 31, 3, seed=k))
+    source = ConditionSource(images=str(tmp_path / "pairs"), tokenizer=pixels(tmp_path / "t"))
+    parts, found = load(tmp_path / "images", {"twin": source})
+    for split, images in parts.items():
+        rows = range(len(images))
+        assert torch.equal(images.pixels(rows), found["twin"].images[split].pixels(rows))
+
+
+def test_missing_pictures_are_marked_and_bad_ones_skipped_as_images_are(tmp_path):
+    source = write_files(tmp_path / "images", tmp_path / "pairs")
+    write_image(tmp_path / "pairs" / "005.png", b"no image")
+    names = [None if k == 3 else f"../pairs/{k:03}.png" for k in range(COUNT)]
+    table = write_rows(tmp_path / "t.jsonl", rows_of({"mask_file_name": names}))
+    sources = {"mask": ConditionSource(tokenizer=pixels(tmp_path / "t", 24))}
+    with pytest.raises(UserError, match=r"005.png: not an image"):
+        load(source, sources, table)
+    parts, found = load(source, sources, table, on_error="skip", max_bad_fraction=0.2)
+    for split, images in parts.items():
+        numbers = numbers_of(images)
+        assert found["mask"].missing[split].tolist() == [k in (3, 5) for k in numbers]
+        for row, k in enumerate(numbers):
+            pixels_of = found["mask"].images[split].pixels([row])[0, 0].numpy()
+            assert np.array_equal(pixels_of, outline(k) if k not in (3, 5) else 0 * outline(k))
+
+
+# Clips
+
+
+def write_clips(root, clips=10, frames=11):
+    """Write clips whose frames are numbered without leading zeros."""
+    for clip in range(clips):
+        for frame in range(frames):
+            write_image(root / f"clip{clip}" / f"f{frame}.png", picture(clip * frames + frame))
+    return root
+
+
+def test_clips_are_held_out_whole_and_a_frame_is_given_the_one_before(tmp_path):
+    root = write_clips(tmp_path / "clips")
+    sources = {"past": ConditionSource(frame=-1, tokenizer=pixels(tmp_path / "t"))}
+    options = {"held_out_fraction": 0.2, "validation_fraction": 0.3}
+    parts, found = load(root, sources, **options)
+    clips = {name: {number // 11 for number in numbers_of(images)} for name, images in parts.items()}
+    assert {name: len(some) for name, some in clips.items()} == {"train": 5, "validation": 3, "test": 2}
+    assert sum(map(len, parts.values())) == 110 and len(set().union(*clips.values())) == 10
+    assert all(images.labels is None for images in parts.values())  # a clip is no class
+    images = load_images(DataConfig(source=str(root), image_size=12, label_column=None))
+    with pytest.raises(UserError, match=r"conditions.past: .*clip.*two splits.*data\.clips"):
+        load_conditions(DataConfig(source=str(root)), sources, {"train": images.train, "test": images.held_out})
+    for split, images in parts.items():
+        past = found["past"].images[split].pixels(range(len(images)))
+        for row, number in enumerate(numbers_of(images)):
+            assert bool(found["past"].missing[split][row]) == (number % 11 == 0)
+            assert np.array_equal(past[row, 0], picture(number - 1) if number % 11 else 0 * picture(0))
+    config = DataConfig(source=str(root), image_size=12, **options)
+    assert count_seen(config, choose_data(config, sources), "held_out")[0] > 0  # other images than without clips
+    assert "clips" not in config.model_dump() and "clips" not in config.model_dump(mode="json")
+    assert DataConfig(**choose_data(config, sources).model_dump()).clips
+
+
+def test_folders_around_clips_are_classes(tmp_path):
+    for name in ("run", "walk"):
+        write_clips(tmp_path / name, 4, 3)
+    splits = load_images(DataConfig(source=str(tmp_path), image_size=12, clips=True))
+    assert splits.train.class_names == ["run", "walk"]
+
+
+@pytest.mark.parametrize("options", [{}, {"streaming": True}])
+def test_clips_need_a_folder(tmp_path, options):
+    with pytest.raises(UserError, match=r"^data\.clips"):
+        load_images(DataConfig(source=str(write_table(tmp_path / "a.parquet")), clips=True, **options))
+
+
+# Text
+
+
+TEXTS = ["a cat", "A Cat ", "a cab", "Ünïcode 宇宙", ""]
+
+
+def test_ngrams_are_equal_in_all_processes():
+    vectors = encode_text("ngrams:64", TEXTS)
+    for seed in "12":
+        assert run_file(__file__, "ngrams", PYTHONHASHSEED=seed).strip() == str(vectors.tolist())
+    assert torch.equal(vectors[0], vectors[1]) and torch.allclose(vectors[:4].norm(dim=1), torch.ones(4))
+    assert 0.2 < vectors[0] @ vectors[2] < 0.9 and abs(vectors[0] @ vectors[3]) < 0.3
+
+
+def test_an_encoder_of_the_users_runs_only_if_its_module_was_imported(tmp_path, monkeypatch):
+    (tmp_path / "my_encoder.py").write_text(
+        "import numpy as np\n"
+        "def lengths(texts): return np.array([[len(t), t.count('a'), 1, 2, 3] for t in texts])\n"
+        "def ragged(texts): return np.zeros(len(texts))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    source = write_files(tmp_path / "images")
+    table = write_rows(tmp_path / "t.csv", rows_of({"text": ["banana", "a", "", "cat"] * 5}))
+    sources = {"text": ConditionSource(encoder="my_encoder:lengths")}
+    with pytest.raises(UserError, match="--import my_encoder"):
+        load(source, sources, table)
+    assert "my_encoder" not in sys.modules
+    importlib.import_module("my_encoder")
+    monkeypatch.setattr("pipelines.text.IMPORTED", ["my_encoder"])
+    parts, found = load(source, sources, table)
+    assert found["text"].column.encoder == "my_encoder:lengths" and found["text"].column.size == 5
+    rows = [[6, 3, 1, 2, 3], [1, 1, 1, 2, 3], [math.nan] * 5, [3, 1, 1, 2, 3]]
+    expected = torch.tensor([rows[k % 4] for k in numbers_of(parts["train"])])
+    assert torch.equal(found["text"].values["train"].nan_to_num(-1), expected.nan_to_num(-1))
+    for name, words in (("ragged", "must return"), ("none", "no function 'none'")):
+        with pytest.raises(ValueError, match=words):
+            run_encoder(f"my_encoder:{name}", ["a"])
+    with pytest.raises(ValueError, match="not a built-in"):  # names from files never run code
+        encode_text("my_encoder:lengths", ["a"])
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "settings", "words"),
+    [
+        ("ages", [1.0] * 20, {}, "'ages'.*did you mean 'age'.*file_name, age"),
+        ("age", ["x" if k == 7 else k for k in range(20)], {"kind": "number"}, "007.png.*expected numbers.*'x'"),
+        ("age", ["x" if k == 7 else 1.5 for k in range(20)], {}, "007.png.*expected numbers.*'x'"),
+        ("age", [[1.5] * (6 + (k == 7)) for k in range(20)], {}, "png.*numbers, unlike other images"),
+        ("age", [math.inf if k == 7 else k for k in range(20)], {}, "007.png.*finite"),
+        ("age", [1e300 if k == 7 else k for k in range(20)], {}, "007.png.*finite"),
+        ("age", [[[1]]] * 20, {"kind": "vector"}, "png.*expected numbers"),
+        ("age", [{"a": 1}] * 20, {"kind": "class"}, "png.*a number or a short text"),
+        ("age", [[1, None]] * 20, {"kind": "class"}, "png.*a number or a short text"),
+        ("age", ["\x1b[31m"] * 20, {}, "png.*a number or a short text"),
+        ("age", [None] * 20, {}, "no values|training split"),
+        ("age", [None] * 20, {"kind": "number"}, "training split"),
+        ("age", [5] * 20, {"encoder": "ngrams:8"}, "png.*expected text"),
+        ("age", ["a"] * 20, {"encoder": "ngrams:0"}, "ngrams:SIZE"),
+        ("age", ["a.png"] * 20, {"kind": "grid"}, "tokenizer: missing"),
+        ("age", [5] * 20, {"tokenizer": "t"}, "tokenizer is for"),
+    ],
+)
+def test_bad_values_are_refused_by_row_and_column(tmp_path, column, values, settings, words):
+    source = write_files(tmp_path / "images")
+    table = write_rows(tmp_path / "t.jsonl", rows_of({"age": values}))
+    with pytest.raises(UserError, match=f"^conditions.c: .*({words})") as caught:
+        load(source, {"c": ConditionSource(column=column, **settings)}, table)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda rows: rows[1:], "no row for .*000.png"),
+        (lambda rows: [*rows, {"file_name": "other.png", "x": 1}], "lists .*other.png"),
+        (lambda rows: [*rows, rows[5]], "two rows .*005.png"),
+        (lambda rows: [*rows, {"file_name": None, "x": 1}], "no file_name"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_a_table_has_one_row_for_each_image(tmp_path, change, words, suffix):
+    source = write_files(tmp_path / "images")
+    table = write_rows(tmp_path / f"t{suffix}", change(rows_of({"x": [1] * 20})))
+    with pytest.raises(UserError, match=f"{table}: .*{words}|{table}: {words}"):
+        load(source, {"x": "x"}, table)
+
+
+@pytest.mark.parametrize(
+    ("images", "pair", "words"),
+    [(None, "003.png", "no image with the stem '003'"), ("003.png", None, "images: no image with the stem '003'")],
+)
+def test_an_image_without_its_pair_is_named(tmp_path, images, pair, words):
+    source = write_files(tmp_path / "images", tmp_path / "pairs")
+    if pair:
+        (tmp_path / "pairs" / pair).unlink()
+    else:
+        (source / images).unlink()
+    sources = {"c": ConditionSource(images=str(tmp_path / "pairs"), tokenizer=pixels(tmp_path / "t"))}
+    with pytest.raises(UserError, match=f"^conditions.c: .*{words}"):
+        load(source, sources)
+
+
+def test_two_pictures_of_one_stem_are_refused(tmp_path):
+    source = write_files(tmp_path / "images", tmp_path / "pairs")
+    write_image(tmp_path / "pairs" / "003.jpg", picture(3))
+    sources = {"c": ConditionSource(images=str(tmp_path / "pairs"), tokenizer=pixels(tmp_path / "t"))}
+    with pytest.raises(UserError, match=r"^conditions.c: .*003.jpg.*003.png"):
+        load(source, sources)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "options", "words"),
+    [
+        ("label", {}, {}, "'label' cannot name a column"),
+        ("a-b", {}, {}, "'a-b' cannot name a column"),
+        ("c", {"images": "nowhere", "tokenizer": "t"}, {}, "images: there is no folder nowhere"),
+        ("c", {"images": "{}/images", "tokenizer": "t"}, {}, "outside data.source"),
+        ("c", {"images": "{}"}, {}, "c.tokenizer"),
+        ("c", {"frame": -1}, {}, "c.tokenizer"),
+        ("c", {"frame": -1, "tokenizer": "t"}, {"source": "digits"}, "folder of images"),
+        ("c", {}, {"table": "nowhere.csv"}, "table: there is no file nowhere.csv"),
+        ("c", {}, {"table": "{}/images/000.png"}, "000.png with one of the suffixes .csv, .tsv"),
+        ("c", {}, {"table": "{}/t.csv", "source": "digits"}, "table: .*folder of images"),
+        ("c", {"changed_by": ("flip", "zoom")}, {"augmentations": 2}, "data.augment.flip"),
+    ],
+)
+def test_mistakes_are_found_before_images_are_read(tmp_path, name, settings, options, words):
+    source = str(write_files(tmp_path / "images"))
+    (tmp_path / "t.csv").write_text("file_name\n")
+    place = {key: one.format(tmp_path) if isinstance(one, str) else one for key, one in settings.items()}
+    others = {key: one.format(tmp_path) if isinstance(one, str) else one for key, one in options.items()}
+    config = DataConfig(source=others.get("source", source), augment=AugmentConfig(flip=True))
+    with pytest.raises(UserError, match=words):
+        check_sources(config, {name: ConditionSource(**place)}, others.get("table"), others.get("augmentations", 0))
+
+
+def test_a_change_that_is_off_falsifies_nothing(tmp_path):
+    config, source = DataConfig(augment=AugmentConfig(shift=2)), {"c": ConditionSource(changed_by=("flip",))}
+    check_sources(config, source, augmentations=3)
+    check_sources(DataConfig(augment=AugmentConfig(flip=True)), source)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"column": "a", "frame": -1},
+        {"column": "a", "images": "b"},
+        {"frame": 0},
+        {"frame": 1},
+        {"kind": "number", "tokenizer": "t"},
+        {"kind": "class", "encoder": "ngrams:8"},
+        {"kind": "colour"},
+        {"changed_by": ("blur",)},
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings)) + "|exclude"):
+        ConditionSource(**settings)
+
+
+@pytest.mark.parametrize("source", ["digits", "tar", "folder"])
+def test_a_source_without_columns_says_where_they_come_from(tmp_path, source):
+    from givens.images import rows_of as tar_rows
+    from givens.images import write_tar
+
+    place = {
+        "digits": lambda: "digits",
+        "tar": lambda: write_tar(tmp_path / "a.tar", tar_rows(20)),
+        "folder": lambda: write_files(tmp_path / "images"),
+    }[source]()
+    with pytest.raises(UserError, match=r"^conditions.c: .*(parquet|table=FILE)"):
+        load(place, {"c": "c"})
+
+
+if __name__ == "__main__":
+    print(encode_text("ngrams:64", TEXTS).tolist()) if sys.argv[1] == "ngrams" else client()

@@ -1,0 +1,212 @@
+"""Conditions on the command line: keys, tables, pictures and folders mean what they mean in Python.
+
+Covers: pipelines/condition_keys.py.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from small_pipelines import COLUMNS, make_conditioned
+
+from pipelines.condition_keys import SamplesWithCondition
+from pipelines.config import UserError
+from pipelines.config.command import parse
+
+VALUES = {
+    "view": ["lateral", "none of both", None, "frontal"],
+    "findings": [["bone"], [], ["metal", "water"], None],
+    "age": [63.0, None, 20.5, 88.0],
+    "motion": [[1.5, -1.0], [0.0, 2.0], None, [-4.0, 0.25]],
+    "label": ["eel", None, "cat", "cat"],
+}
+"""Values of four images."""
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.manual_seed(0)
+    return make_conditioned(columns={name: COLUMNS[name] for name in VALUES if name != "label"})
+
+
+@pytest.fixture(scope="module")
+def pictures(pipe, tmp_path_factory):
+    """A folder of four pictures, larger than the tokenizer's images."""
+    folder = tmp_path_factory.mktemp("outlines")
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 48), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def read(pipe, *argv, count=None, names=None):
+    """The rows that a command line gives."""
+    config = parse(SamplesWithCondition, list(argv), verb="generate", description="")
+    return config.read_condition(pipe, count, names)
+
+
+def same(found, expected):
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name].nan_to_num(-9.0), expected[name].nan_to_num(-9.0)) for name in expected
+    )
+
+
+def only(condition, values):
+    return {name: condition[name] for name in values}
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        (["condition.age=63"], {"age": 63}),
+        (["condition.age="], {"age": None}),
+        (["condition.age=63,null,1e1"], {"age": [63, None, 10]}),
+        (
+            ["condition.view=lateral", "condition.findings=bone,water"],
+            {"view": "lateral", "findings": ["bone", "water"]},
+        ),
+        (["condition.view='none of both'", "condition.findings=[]"], {"view": "none of both", "findings": []}),
+        (["condition.view=1", "condition.findings=bone"], {"view": 1, "findings": ["bone"]}),
+        (["condition.view=[lateral, 0]"], {"view": ["lateral", 0]}),
+        (["condition.findings=[[bone], [], [metal, water]]"], {"findings": [["bone"], [], ["metal", "water"]]}),
+        (["condition.motion=1.5,-1"], {"motion": [1.5, -1]}),
+        (["condition.motion=[[1.5, -1], [0, 0]]"], {"motion": [[1.5, -1], [0, 0]]}),
+        (["condition={age: 63, view: frontal}"], {"age": 63, "view": "frontal"}),
+    ],
+)
+def test_words_are_values_of_their_columns(pipe, words, values):
+    found = read(pipe, *words)
+    assert found.count == (pipe.count_condition(values) or 1)
+    assert same(found.rows(), only(pipe.read_condition(values, found.count), values))
+    assert found.labels == [] and found.choose_labels([1]) == [1]
+
+
+def write_table(path, values):
+    """Write a row per image, as people write each kind of file."""
+    rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+
+        def text(value):
+            return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else value
+
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(values), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows([{name: text(value) for name, value in row.items()} for row in rows])
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_a_table_has_a_row_per_image(pipe, pictures, tmp_path, suffix):
+    """Also with labels, nulls, and pictures as paths relative to it."""
+    images = [Image.open(pictures / f"{number}.png") for number in (2, 0, 1)]
+    cells = [f"../{pictures.name}/{number}.png" for number in (2, 0, 1)]
+    folder = pictures.parent / f"tables{suffix}"
+    folder.mkdir()
+    values = {**VALUES, "outline": [cells[0], None, *cells[1:]]}
+    found = read(pipe, f"conditions={write_table(folder / f'rows{suffix}', values)}")
+    expected = pipe.read_condition({**VALUES, "outline": [images[0], None, *images[1:]]}, 4)
+    assert found.count == 4 and same(found.rows(), expected)
+    assert found.labels == [2, None, 0, 0]
+    assert same(found.rows([3, 1]), {name: raw[[3, 1]] for name, raw in expected.items()})
+
+
+def test_a_table_and_keys_go_together(pipe, tmp_path):
+    table = write_table(tmp_path / "rows.csv", {"age": VALUES["age"]})
+    found = read(pipe, f"conditions={table}", "condition.view=lateral")
+    values = {"age": VALUES["age"], "view": "lateral"}
+    assert found.count == 4 and same(found.rows(), only(pipe.read_condition(values, 4), values))
+
+
+def test_a_folder_has_a_picture_per_image(pipe, pictures):
+    files = [Image.open(pictures / f"{number}.png") for number in range(4)]
+    assert same(
+        read(pipe, f"condition.outline={pictures}").rows(),
+        only(pipe.read_condition({"outline": files}, 4), ["outline"]),
+    )
+    one = read(pipe, f"condition.outline={pictures / '3.png'}", count=3)
+    assert one.count == 3 and same(one.rows(), only(pipe.read_condition({"outline": files[3]}, 3), ["outline"]))
+    some = read(pipe, f"condition.outline=[{pictures / '3.png'}, null]")
+    assert same(some.rows(), only(pipe.read_condition({"outline": [files[3], None]}, 2), ["outline"]))
+    tokens = pipe.read_condition({"outline": files[1]}, 1)["outline"]
+    assert same(read(pipe, f"condition.outline={tokens[0].tolist()}").rows(), {"outline": tokens})
+
+
+def test_rows_and_pictures_are_found_by_the_names_of_images(pipe, pictures, tmp_path):
+    """Whatever their order, and however long the path of the image is."""
+    table = write_table(
+        tmp_path / "rows.jsonl", {"file_name": ["a/0.jpg", "1.jpg", "2.jpg", "b/0.jpg"], "age": VALUES["age"]}
+    )
+    names = ["/data/images/2.jpg", "images/b/0.jpg", "a/0.jpg"]
+    found = read(pipe, f"conditions={table}", count=3, names=names).rows()
+    assert same(found, only(pipe.read_condition({"age": [20.5, 88.0, 63.0]}, 3), ["age"]))
+    found = read(pipe, f"condition.outline={pictures}", count=2, names=["x/3.jpg", "y/1.tif"]).rows()
+    files = [Image.open(pictures / f"{number}.png") for number in (3, 1)]
+    assert same(found, only(pipe.read_condition({"outline": files}, 2), ["outline"]))
+
+
+def test_without_a_condition_nothing_is_given(pipe):
+    found = read(pipe, count=7)
+    assert found.rows() is None and found.values() is None and found.choose_labels() is None
+
+
+def refusal(pipe, *argv, **options):
+    with pytest.raises(UserError) as caught:
+        read(pipe, *argv, **options)
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+def test_mistakes_are_one_line(pipe, pictures, tmp_path):
+    def table(name, **values):
+        return f"conditions={write_table(tmp_path / name, values)}"
+
+    (tmp_path / "broken.png").write_text("no picture")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.jsonl").write_text("[1]\n")
+    cases = {
+        "unknown column 'agee'; did you mean 'age'?": ["condition.agee=3"],
+        "age: expected a number": ["condition.age=old"],
+        "age: expected a number per": ["condition.age=[1, old]"],
+        "'top' is not a class": ["condition.view=top"],
+        "'bones' is not a flag": ["condition.findings=bones"],
+        "motion: expected 2 numbers": ["condition.motion=1"],
+        "label: 7 is not a class": ["condition.label=7"],
+        "condition.outline: no such file": ["condition.outline=nowhere"],
+        "broken.png": [f"condition.outline={tmp_path / 'broken.png'}"],
+        "condition.outline: no images in": [f"condition.outline={tmp_path / 'empty'}"],
+        "condition.age: 2 values for 4 images": ["condition.age=1,2", table("a.csv", view=VALUES["view"])],
+        "condition.age: ": ["condition.age=1", table("b.csv", age=VALUES["age"])],
+        "conditions: 2 rows for 3 images": [table("c.csv", age=[1, 2])],
+        "g.csv: unknown column 'hight'": [table("g.csv", hight=[1, 2])],
+        "d.csv: row 2: age: expected a number": [table("d.csv", age=[1, "old"])],
+        "e.csv: row 2: outline: ": [table("e.csv", outline=[str(pictures / "0.png"), "nowhere.png"])],
+        "should end in .csv, .tsv": ["conditions=rows.xlsx"],
+        "conditions: nowhere.csv": ["conditions=nowhere.csv"],
+        "conditions: ": [f"conditions={tmp_path / 'bad.jsonl'}"],
+    }
+    for message, argv in cases.items():
+        assert message in refusal(pipe, *argv, count=3 if "for 3" in message else None), message
+    names = ["a/1.png", "a/9.png"]
+    assert "has no picture for a/9.png" in refusal(pipe, f"condition.outline={pictures}", count=2, names=names)
+    rows = table("f.csv", file_name=["1.png"], age=[3])
+    assert "no row with the file_name of a/9.png" in refusal(pipe, rows, count=2, names=names)
+    assert "labels, too" in str(pytest.raises(UserError, read(pipe, "condition.label=eel").choose_labels, [1]).value)
+
+
+def test_a_pipeline_without_columns_says_so():
+    torch.manual_seed(0)
+    plain = make_conditioned(columns={}, outline=False)
+    assert "unknown column 'age'" in refusal(plain, "condition.age=3")
+    assert read(plain, "condition.label=eel").choose_labels() == [2]

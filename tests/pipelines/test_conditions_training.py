@@ -1,0 +1,272 @@
+"""Training with columns of conditions: batches, dropout, what the prior learns, and starting from other columns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from givens.token_datasets import COLUMNS, make_conditioned
+from launch import (
+    COMMON,
+    arguments,
+    dotted,
+    losses,
+    metrics,
+    output_of,
+    prior_arguments,
+    start,
+    train_prior,
+    two_processes,
+)
+from one_process import one_process
+from ranks import Several
+from tiny_task import assert_same_run, killed_at, stopped_at
+
+from pipelines import ImagePipeline
+from pipelines import train_prior as verb
+from pipelines.config import UserError
+from pipelines.config.command import parse
+from pipelines.images import to_uint8
+from pipelines.metrics.likelihood import bits_per_token
+from pipelines.metrics.pairs import condition_picture
+from pipelines.tokens import load_tokens
+from pipelines.train_prior import PriorTask, TrainPriorConfig
+from pipelines.training import trainer
+from pipelines.training.optimizers import make_optimizer
+from prior.objectives import alignment_loss
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+GPT = {"kind": "gpt", "dim": 32, "depth": 2, "heads": 2, "condition_width": 32}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return make_conditioned(rows=4096)
+
+
+def config_of(**more):
+    argv = arguments({"out": "run", "tokens": "tokens", "model": GPT, **COMMON, **dotted(more)})
+    return parse(TrainPriorConfig, argv, verb="train_prior", description=None)
+
+
+def task_of(data, monkeypatch, **more):
+    monkeypatch.setattr(verb, "load_tokens", lambda *_, **__: data)
+    return PriorTask(config_of(**more))
+
+
+def nulls_of(task, rows, epochs, seed=0):
+    """bool (B, 1 + columns): where the label and each column is null, among rows that have them all."""
+    split, batch = task.train_split, task.batch(rows, epochs, seed)
+    labels, condition = batch[1], batch[-1]
+    columns = task.data.conditions
+    found = [labels == task.data.num_classes]
+    had = torch.ones(len(rows), dtype=torch.bool)
+    raw = split.condition(rows)
+    for name, column in columns.items():
+        found.append(column.is_null(condition[name]))
+        had &= ~column.is_null(raw[name])
+        rest = ~found[-1]
+        assert torch.equal(condition[name][rest], raw[name][rest])
+    assert torch.equal(labels[~found[0]], split.labels[torch.from_numpy(rows)][~found[0]])
+    return torch.stack(found, 1), had
+
+
+def test_all_are_dropped_together_and_each_alone(data, monkeypatch):
+    task = task_of(data, monkeypatch, label_dropout=0.2, condition_dropout=0.3)
+    rows = np.arange(4096)
+    null, had = nulls_of(task, rows, rows * 0)
+    null = null[had].double()
+    together = null.all(1)
+    assert float(together.double().mean()) == pytest.approx(0.2, abs=0.03)  # 0.8 * 0.3^6 is nothing
+    alone = null[~together]
+    assert alone.mean(0).tolist() == pytest.approx([0.3] * 6, abs=0.03)
+    pairs = np.cov(alone.T.numpy())
+    assert np.abs(pairs - np.diag(np.diag(pairs))).max() < 0.02  # each independently of the others
+    plain = task_of(replace_columns(data), monkeypatch, label_dropout=0.2).batch(rows, rows * 0, 0)
+    assert len(plain) == 2 and bool(together[(plain[1] == 3)[had]].all())  # the same rows as without columns
+    assert float((plain[1] == 3).double().mean()) == pytest.approx(0.2, abs=0.03)
+
+
+def replace_columns(data):
+    splits = {name: replace(split, conditions={}) for name, split in data.splits.items()}
+    return replace(data, splits=splits, conditions={}, condition_tokenizers={})
+
+
+def test_dropout_depends_on_seed_epoch_row_and_name_only(data, monkeypatch):
+    task = task_of(data, monkeypatch, condition_dropout=0.5)
+    rows, epochs = np.arange(300), np.arange(300) % 3
+    whole, _ = nulls_of(task, rows, epochs)
+    some = np.array([200, 3, 77])
+    assert torch.equal(nulls_of(task, some, epochs[some])[0], whole[some])
+    fewer = task_of(data, monkeypatch, condition_dropout=0.5, conditions=["outline", "age"])
+    assert list(fewer.model.conditions) == ["outline", "age"]
+    expected = whole[:, [0, 1 + COLUMNS.index("outline"), 1 + COLUMNS.index("age")]]
+    assert torch.equal(nulls_of(fewer, rows, epochs)[0], expected)
+    for other in (nulls_of(task, rows, epochs + 1), nulls_of(task, rows, epochs, seed=1)):
+        assert 0.3 < float((other[0] != whole).double().mean()) < 0.6
+
+
+def test_columns_are_chosen_by_name(data, monkeypatch):
+    assert task_of(data, monkeypatch, conditions=[]).batch(np.arange(4), np.zeros(4, np.int64), 0)[2:] == ()
+    bare = task_of(data, monkeypatch, label_dropout=1.0).model
+    assert (bare.num_classes, bare.conditions) == (0, {})
+    cases = {
+        "conditions: unknown column 'aeg'; did you mean 'age'.*outline": (data, {"conditions": ["aeg"]}),
+        "conditions: the token dataset has no columns .got age": (replace_columns(data), {"conditions": ["age"]}),
+    }
+    for message, (some, more) in cases.items():
+        with pytest.raises(UserError, match=message) as caught:
+            task_of(some, monkeypatch, **more)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="^label_dropout: must be below 1 with conditions"):
+        config_of(conditions=["age"], label_dropout=1.0)
+
+
+def test_a_background_prior_perturbs_tokens_and_no_columns(data, monkeypatch):
+    rows, zeros = np.arange(200), np.zeros(200, np.int64)
+    clean, perturbed = (task_of(data, monkeypatch, perturb=share).batch(rows, zeros, 0) for share in (0.0, 0.5))
+    assert not torch.equal(clean[0], perturbed[0]) and torch.equal(clean[1], perturbed[1])
+    assert all(torch.equal(clean[2][name].nan_to_num(9), perturbed[2][name].nan_to_num(9)) for name in COLUMNS)
+
+
+def fit(task, steps, batch=128, lr=5e-3):
+    """Train without the loop; return the task."""
+    task.model.train()
+    settings = config_of(train__weight_decay=0.0).train
+    optimizer = make_optimizer(list(task.model.parameters()), {}, set(), settings, settings.betas, False)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    for step in range(steps):
+        indices, epochs = task.samples(batch, 0, step)
+        loss, _ = task.loss("model", task.batch(indices, epochs, 0), step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    task.model.eval()
+    return task
+
+
+def test_training_listens_to_every_column(data, monkeypatch):
+    """Bits per token with all conditions are clearly fewer than without any; each column is worth some."""
+    torch.manual_seed(0)
+    task = fit(task_of(data, monkeypatch), 250)
+    test = task.eval_splits["held_out"]
+    with_all = task.evaluate(task.model, "held_out")["bits_per_token"]
+    assert with_all == bits_per_token(task.model, test)
+    without = bits_per_token(task.model, replace(test, labels=None, conditions={}))
+    assert with_all < 0.6 * without, (with_all, without)
+    for name in COLUMNS:
+        fewer = {other: values for other, values in test.conditions.items() if other != name}
+        assert bits_per_token(task.model, replace(test, conditions=fewer)) > with_all + 0.05, name
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    with one_process():
+        folder = tmp_path_factory.mktemp("columns") / "tokens"
+        make_conditioned(rows=96).save(folder)
+        return folder
+
+
+RUN = {"model": GPT, "train__save_every": 4, "train__steps": 8}
+
+
+def test_a_run_with_columns_is_resumed_saved_and_loaded(tokens, tmp_path, monkeypatch):
+    tracked, tracker = [], trainer.Tracker
+    monkeypatch.setattr(trainer, "Tracker", lambda *given, **more: tracked.append(given) or tracker(*given, **more))
+    whole = train_prior(tmp_path / "whole", tokens, **RUN)
+    with stopped_at(3):
+        train_prior(tmp_path / "run", tokens, **RUN)
+    with killed_at(6):
+        train_prior(tmp_path / "run", tokens, **RUN)
+    run = train_prior(tmp_path / "run", tokens, **RUN)
+    assert_same_run(run, whole)
+    assert all(given[2]["columns"]["outline"] == "grid" and len(given[2]["columns"]) == 5 for given in tracked)
+    pipe = ImagePipeline.from_pretrained(run / "pipeline")
+    assert tuple(pipe.conditions) == COLUMNS and list(pipe.condition_tokenizers) == ["outline"]
+    test = load_tokens(tokens).splits["test"]
+    assert pipe.provenance["prior"]["evaluation"]["bits_per_token"] == pytest.approx(
+        bits_per_token(pipe.prior, test), abs=1e-6
+    )
+    assert "held-out conditions" in (run / "pipeline" / "README.md").read_text()
+
+
+def test_a_picture_shows_samples_below_the_grids_that_they_follow(data, monkeypatch):
+    """The first half of its rows are decoded grids; samples differ with the condition, and only if it does."""
+    task = task_of(data, monkeypatch)
+    picture = task.preview(task.model)["samples"]
+    split, tokenizer = data.splits["test"], data.condition_tokenizers["outline"]
+    rows = np.linspace(0, len(split) - 1, 48).astype(int)
+    grids = tokenizer.decode(split.condition(rows)["outline"].clamp(min=0))
+    cell = picture.shape[0] // 6
+    first = to_uint8(grids[:1])[0, 0].repeat_interleave(7, 0).repeat_interleave(7, 1)
+    assert np.array_equal(picture[2 : cell - 1, 2 : cell - 1, 0][:50, :50], first[:50, :50].numpy())
+    several = Several(3)
+    for shared in several.run(lambda: task.preview(task.model, several.side)["samples"]):
+        assert np.array_equal(picture, shared)
+    split = data.splits["test"]
+    other = replace(split, conditions={**split.conditions, "age": split.conditions["age"].flip(0)})
+    changed = condition_picture(task.pipeline(task.model), other)
+    assert np.array_equal(picture[:cell], changed[:cell]) and not np.array_equal(picture, changed)
+
+
+def test_a_class_prior_continues_with_columns_and_says_what_is_new(tokens, tmp_path, capsys):
+    first = train_prior(tmp_path / "first", tokens, **RUN, conditions=[]) / "pipeline"
+    capsys.readouterr()
+    run = train_prior(tmp_path / "second", tokens, **{**RUN, "train__steps": 1, "train__lr": 1e-12}, init=str(first))
+    assert "init: new columns, which start without effect: view, tags, age, text, outline" in capsys.readouterr().out
+    before, after = (ImagePipeline.from_pretrained(folder).prior for folder in (first, run / "pipeline"))
+    test = load_tokens(tokens).splits["test"]
+    bare = replace(test, conditions={})
+    assert bits_per_token(after, test) == pytest.approx(bits_per_token(before, bare), abs=1e-5)
+
+
+def test_cca_contrasts_labels_and_leaves_columns_as_they_are(tokens, tmp_path):
+    first = train_prior(tmp_path / "first", tokens, **RUN) / "pipeline"
+    more = {**RUN, "init": str(first), "objective": "cca", "train__steps": 2}
+    lines = [line for line in metrics(train_prior(tmp_path / "second", tokens, **more)) if "margin" in line]
+    assert lines[0]["margin"] == 0  # both priors are equal
+    rows, zeros = np.arange(20), np.zeros(20, np.int64)
+    argv = [prior_arguments(tmp_path / "third", tokens, **each) for each in (more, RUN)]
+    task, plain = (PriorTask(parse(TrainPriorConfig, each, verb="", description=None)) for each in argv)
+    batch, expected = task.batch(rows, zeros, 0), plain.batch(rows, zeros, 0)
+    ids, labels, others, condition = batch
+    assert torch.equal(labels, expected[1])
+    assert all(torch.equal(condition[name].nan_to_num(9), expected[2][name].nan_to_num(9)) for name in COLUMNS)
+    torch.nn.init.normal_(task.model.class_embedding.weight)  # now they differ
+    with torch.no_grad():
+        loss, _ = task.loss("model", batch, 0)
+    plain.model.load_state_dict(ImagePipeline.from_pretrained(first).prior.state_dict())
+    gains = [
+        task.model.log_prob(ids, given, condition=condition) - plain.model.log_prob(ids, given, condition=condition)
+        for given in (labels, others)
+    ]
+    weight = task.data.num_classes
+    wanted = alignment_loss(*gains, (labels != weight).float(), 0.5, weight) / weight
+    assert float(loss) == pytest.approx(float(wanted.detach()), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_train_as_one_does(tokens, tmp_path, sharded):
+    one = train_prior(tmp_path / "one", tokens, **RUN)
+    argv = prior_arguments(tmp_path / "two", tokens, **RUN)
+    more = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if sharded else {}
+    output_of(start(two_processes("train_prior", argv), **more))
+    for name in ("loss", "held_out/bits_per_token"):
+        assert losses(tmp_path / "two", name) == pytest.approx(losses(one, name), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_compiled_and_checkpointed_blocks_train_alike(tokens, tmp_path):
+    plain = losses(train_prior(tmp_path / "plain", tokens, **RUN))
+    assert losses(train_prior(tmp_path / "parts", tokens, **RUN, train__checkpointing=True)) == plain
+    assert losses(train_prior(tmp_path / "fast", tokens, **RUN, train__compile=True)) == pytest.approx(plain, rel=1e-3)

@@ -1,0 +1,483 @@
+"""Pipelines whose images are conditioned on columns: forms of values, calls, files, and refusals."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
+from small import draw_tokens, make_prior, make_tokenizer
+from small_pipelines import COLUMNS, GIVEN, make_conditioned, make_pipeline, pixels_for
+
+from pipelines import ConfigError, ImagePipeline, IntegrityError
+from pipelines.saving import FILES
+from prior.conditions import GridColumn, select_rows
+from tokenizer.files import PipelineLoadError, write_json, write_manifest
+
+COUNT = 5
+EACH = {
+    "view": ["frontal", None, 1, "lateral", "none of both"],
+    "findings": [["bone"], [], None, ["water", "metal"], "bone"],
+    "age": [20, 30.5, None, 60, 90],
+    "motion": [[1, 2], [0, 0], [-4, -2], None, [2, 1]],
+    "text": ["a fish", "two fishes", None, "a cat", "A Fish"],
+}
+"""A value of each column for each image."""
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.manual_seed(0)
+    return make_conditioned(before=True)
+
+
+@pytest.fixture(scope="module")
+def only():
+    """A pipeline with a grid, and no other column."""
+    torch.manual_seed(1)
+    return make_conditioned(columns={})
+
+
+def pictures(count=COUNT, size=(24, 16)):
+    chance = np.random.default_rng(0)
+    return [Image.fromarray(chance.integers(0, 256, size[::-1], dtype=np.uint8)) for _ in range(count)]
+
+
+def every_column(pipe):
+    """A different value of each column for each image."""
+    outlines = [*pictures(3), None, draw_tokens(pipe.condition_tokenizers["outline"], 1)[0]]
+    befores = draw_tokens(pipe.prior, COUNT)
+    return {**EACH, "outline": outlines, **({"before": befores} if "before" in pipe.conditions else {})}
+
+
+def tokens_of(pipe, count=None, **options):
+    return pipe(count, seed=3, output_type="latent", progress=False, **options).tokens
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("prior", ["gpt", "blocks", "masked", "next_scale", "made", "gated_pixelcnn"])
+def test_image_k_depends_on_its_own_condition_alone(prior):
+    torch.manual_seed(2)
+    pipe = make_conditioned(prior)
+    every = every_column(pipe)
+    guided = {"guidance_scale": 8.0, "guidance_on": ["age", "outline"]}
+    whole = tokens_of(pipe, condition=every, labels=[0, 1, None, 2, 0], **guided)
+    assert len(whole) == COUNT
+    assert torch.equal(tokens_of(pipe, condition=every, labels=[0, 1, None, 2, 0], batch_size=2, **guided), whole)
+    raw = pipe.read_condition(every, COUNT)
+    for k, label in enumerate([0, 1, None, 2, 0]):
+        alone = pipe(labels=label, condition=select_rows(raw, slice(k, k + 1)), seed=3 + k, progress=False, **guided)
+        assert torch.equal(alone.tokens[0], whole[k])
+    assert not torch.equal(tokens_of(pipe, condition=every, labels=[0, 1, None, 2, 0]), whole), "guidance did nothing"
+
+
+def test_each_column_matters_and_is_null_if_missing(pipe):
+    images = pixels_for(pipe, 3)
+    null = pipe.log_prob(images)
+    torch.testing.assert_close(null, pipe.log_prob(images, condition={name: None for name in pipe.conditions}))
+    given = {**GIVEN, "outline": pictures(1)[0], "before": draw_tokens(pipe.prior, 1)[0]}
+    assert set(given) == set(pipe.conditions)
+    for name, value in given.items():
+        found = pipe.log_prob(images, condition={name: value})
+        assert found.isfinite().all() and (found - null).abs().min() > 1e-4, name
+        torch.testing.assert_close(pipe.log_prob(images, condition={name: [value, None, value]})[[0, 2]], found[[0, 2]])
+
+
+def test_images_are_counted_by_what_has_several_values(pipe):
+    assert pipe.count_condition(None) is pipe.count_condition(GIVEN) is None
+    for name, values in every_column(pipe).items():
+        assert pipe.count_condition({"age": 63, name: values}) == COUNT, name
+    for labels in (["cat", "dog"], torch.tensor([0, 1])):
+        assert pipe.count_condition({"label": labels, "age": 1}) == 2
+    with pytest.raises(ValueError, match="2 of age, 3 of view"):
+        pipe(condition={"age": [1, 2], "view": [0, 1, 2]})
+    assert len(tokens_of(pipe, condition={"age": [20, 30]})) == len(tokens_of(pipe, 2, condition={"age": 20})) == 2
+    assert len(tokens_of(pipe, condition={"age": 20})) == 1
+    assert len(tokens_of(pipe, condition={"age": 20}, labels=["cat", "eel", None])) == 3
+
+
+def test_a_label_may_be_part_of_the_condition(pipe):
+    images = pixels_for(pipe, 2)
+    expected = pipe.log_prob(images, ["dog", None], condition={"age": 20})
+    assert torch.equal(pipe.log_prob(images, condition={"age": 20, "label": ["dog", None]}), expected)
+    assert not torch.allclose(pipe.log_prob(images, condition={"age": 20}), expected)
+    out = pipe(condition={"label": ["dog", "cat"]}, seed=3, progress=False)
+    assert out.class_names == ["dog", "cat"]
+    assert torch.equal(out.tokens, tokens_of(pipe, labels=["dog", "cat"]))
+    for ask in (tokens_of, lambda pipe, **both: pipe.log_prob(images, **both)):
+        with pytest.raises(ValueError, match="labels"):
+            ask(pipe, labels=1, condition={"label": 1})
+
+
+def test_the_pipelines_guidance_applies_if_there_is_something_to_remove():
+    torch.manual_seed(3)
+    made = make_conditioned(columns=COLUMNS).components
+    guided = ImagePipeline(**made, sampler={"guidance_scale": 4.0})
+    on_age = ImagePipeline(**made, sampler={"guidance_scale": 4.0, "guidance_on": ["age"]})
+    assert on_age.sampler.guidance_on == ("age",)
+    plain = ImagePipeline(**made)
+    ages, views = ({"condition": {name: EACH[name]}} for name in ("age", "view"))
+    assert torch.equal(tokens_of(guided, **ages), tokens_of(plain, **ages, guidance_scale=4.0))
+    assert not torch.equal(tokens_of(guided, **ages), tokens_of(plain, **ages))
+    assert torch.equal(tokens_of(guided, 3), tokens_of(plain, 3))
+    assert torch.equal(tokens_of(on_age, **ages), tokens_of(guided, **ages))
+    assert torch.equal(tokens_of(on_age, **views), tokens_of(plain, **views)), "the age is not given"
+    assert torch.equal(tokens_of(on_age, **views, guidance_scale=4.0), tokens_of(guided, **views))
+
+
+# Forms of values
+
+
+def test_pictures_in_every_form_equal_their_tokens(only):
+    tokenizer = only.condition_tokenizers["outline"]
+    images = pictures(3)
+    arrays = np.stack(images)
+    floats = torch.from_numpy(arrays)[:, None].float() / 127.5 - 1
+    expected = tokenizer.encode(floats)
+    forms = {
+        "PIL": images,
+        "arrays": list(arrays),
+        "channels": list(arrays[..., None]),
+        "one array": arrays,
+        "bytes": torch.from_numpy(arrays)[:, None],
+        "floats": floats,
+        "list of floats": list(floats),
+        "tokens": expected,
+        "lists of tokens": expected.tolist(),
+        "bytes of tokens": expected.to(torch.uint8),
+        "mixed": [images[0], expected[1], arrays[2]],
+    }
+    for name, form in forms.items():
+        assert torch.equal(only.read_condition({"outline": form}, 3)["outline"], expected), name
+        assert torch.equal(only.read_condition(form, 3)["outline"], expected), name
+        assert only.count_condition(form) == 3, name
+        one = form[0]
+        if name != "lists of tokens":
+            assert torch.equal(only.read_condition(one, 2)["outline"], expected[[0, 0]]), name
+            assert only.count_condition(one) is None, name
+    for call in (tokens_of, lambda pipe, condition: pipe.log_prob(pixels_for(pipe, 3) * 0, condition=condition)):
+        assert torch.equal(call(only, condition=images), call(only, condition=expected))
+        assert not torch.equal(call(only, condition=images), call(only, condition=expected.roll(1, 0)))
+
+
+def test_a_picture_of_another_size_is_resized_as_images_are(only):
+    large = pictures(1, size=(90, 50))[0]
+    tokenizer = only.condition_tokenizers["outline"]
+    expected = ImagePipeline(tokenizer, make_prior("gpt", grid=tokenizer.grid)).encode(large)
+    assert torch.equal(only.read_condition(large, 1)["outline"], expected)
+
+
+def test_a_pixel_column_tells_bytes_of_an_image_from_ids():
+    """Its tokens have the shape of its images."""
+    other = make_tokenizer("pixels", (8, 12), 1)
+    own = make_tokenizer("vqvae", (8, 12), 1).eval()
+    column = GridColumn(grid=other.grid, tokenizer=other.fingerprint())
+    prior = make_prior("gpt", grid=own.grid, conditions={"outline": column}, condition_width=16)
+    pipe = ImagePipeline(own, prior, condition_tokenizers={"outline": other})
+    pixels = np.stack(pictures(2, size=(12, 8)))
+    expected = other.encode(torch.from_numpy(pixels)[:, None].float() / 127.5 - 1)
+    for form in (pixels, pixels[..., None], expected, expected.numpy()):
+        assert torch.equal(pipe.read_condition(form, 2)["outline"], expected)
+
+
+def test_text_is_encoded_for_a_column_of_n_grams(pipe):
+    raw = pipe.read_condition({"text": EACH["text"]}, COUNT)["text"]
+    assert torch.equal(raw[0], raw[4]) and not torch.equal(raw[0], raw[1]) and raw[2].isnan().all()
+    assert torch.equal(pipe.read_condition({"text": "a fish"}, 2)["text"], raw[[0, 0]])
+    assert pipe.count_condition({"text": "a fish"}) is None
+
+
+def test_numbers_outside_the_training_data_warn_in_one_line(pipe):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.read_condition({**GIVEN, "age": [18, 90, None]}, 3)
+    with pytest.warns(UserWarning, match="^condition: motion: .* -4 to 4, -2 to 2") as found:
+        pipe(condition={"motion": [0, 2.5]}, progress=False)
+    assert len(found) == 1 and found[0].filename == __file__ and "\n" not in str(found[0].message)
+
+
+# Completion, scores and vectors
+
+
+@pytest.mark.parametrize("prior", ["gpt", "masked"])
+def test_completions_repeat_the_condition_of_each_image(prior):
+    torch.manual_seed(4)
+    pipe = make_conditioned(prior)
+    images, known = pixels_for(pipe, COUNT), torch.ones(8, 12, dtype=torch.bool)
+    known[:, 4:] = False
+    every = {"condition": every_column(pipe), "labels": [0, 1, None, 2, 0]}
+    guided = {"guidance_scale": 2.0, "guidance_on": ["age", "outline"], "progress": False, "output_type": "latent"}
+    made = pipe.complete(images, known, **every, draws=2, seed=5, **guided).tokens
+    raw = pipe.read_condition(every["condition"], COUNT)
+    for k, label in enumerate(every["labels"]):
+        own = {"labels": label, "condition": select_rows(raw, slice(k, k + 1)), "seed": 5 + 2 * k}
+        assert torch.equal(pipe.complete(images[k : k + 1], known, **own, draws=2, **guided).tokens[0], made[k])
+    keep = pipe.tokenizer.known_tokens(known[None])[0]
+    assert keep.any() and not keep.all() and torch.equal(made[:, 0][:, keep], made[:, 1][:, keep])
+    changed = pipe.complete(
+        images, known, **{**every, "condition": {"age": 20}}, draws=2, seed=5, **guided | {"guidance_scale": 1}
+    )
+    assert not torch.equal(changed.tokens, made)
+
+
+def test_the_probability_of_the_hidden_part_is_conditional(pipe):
+    images, none = pixels_for(pipe, COUNT), torch.zeros(8, 12, dtype=torch.bool)
+    every = every_column(pipe)
+    whole = pipe.log_prob(images, 1, condition=every)
+    torch.testing.assert_close(pipe.conditional_log_prob(images, none, 1, condition=every), whole)
+    torch.testing.assert_close(pipe.conditional_log_prob(images, none, 1, condition=every, batch_size=2), whole)
+    torch.testing.assert_close(pipe.log_prob(images, 1, condition=every, batch_size=2), whole)
+    assert not torch.allclose(pipe.conditional_log_prob(images, none, 1), whole)
+
+
+def test_conditions_are_encoded_in_full_precision(pipe):
+    """Probabilities and samples should not depend on torch's settings, such as TF32."""
+    seen = set()
+    hook = pipe.prior.condition_encoder.register_forward_hook(
+        lambda *_: seen.add(torch.backends.cuda.matmul.fp32_precision)
+    )
+    torch.set_float32_matmul_precision("medium")
+    try:
+        images = pixels_for(pipe, 1)
+        for call in (pipe.log_prob, pipe.embed, lambda images, condition: pipe(condition=condition, progress=False)):
+            call(images, condition=GIVEN)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        hook.remove()
+    assert seen == {"ieee"}
+
+
+def test_bits_per_dim_are_those_of_tokens_and_pixels():
+    own = make_tokenizer("pixels", (8, 12), 1)
+    prior = make_prior("gpt", grid=own.grid, conditions=COLUMNS, condition_width=16)
+    pipe = ImagePipeline(own, prior)
+    images = pixels_for(pipe, 2)
+    moved = [pipe.bits_per_dim(images, condition=one) for one in (None, GIVEN)]
+    nats = [pipe.log_prob(images, condition=one) for one in (None, GIVEN)]
+    torch.testing.assert_close(moved[1] - moved[0], (nats[0] - nats[1]) / (96 * np.log(2)), atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(*moved)
+
+
+def test_vectors_of_images_depend_on_the_condition(pipe):
+    images, every = pixels_for(pipe, COUNT), every_column(pipe)
+    found = pipe.embed(images, condition=every)
+    torch.testing.assert_close(pipe.embed(images, condition=every, batch_size=2), found)
+    assert not torch.allclose(pipe.embed(images), found)
+    at, distances = pipe.nearest(images, found, condition=every)
+    assert at[:, 0].tolist() == list(range(COUNT)) and distances.max() < 1e-5
+
+
+# Files
+
+
+def names_in(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("variant", [None, "fp16", "bf16"])
+def test_what_is_saved_is_what_is_loaded(pipe, variant, tmp_path):
+    every = {"condition": every_column(pipe), "labels": 1}
+    before = tokens_of(pipe, **every)
+    pipe.save_pretrained(tmp_path / "a", variant=variant)
+    weights = "model.safetensors" if variant is None else f"model.{variant}.safetensors"
+    names = names_in(tmp_path / "a")
+    parts = {name for name in names if "/" in name}
+    assert parts == {
+        f"{part}/{name}" for part in ("tokenizer", "prior", "conditions/outline") for name in (weights, "config.json")
+    }
+    assert set(filter_repo_objects(names, allow_patterns=FILES)) == names, "the Hub fetches other files"
+    assert set(json.loads((tmp_path / "a" / "manifest.json").read_text())["files"]) == names - {"manifest.json"}
+    found = ImagePipeline.from_pretrained(tmp_path / "a")
+    assert found.condition_tokenizers["before"] is found.tokenizer and found.labels == pipe.labels
+    for name, tokenizer in found.condition_tokenizers.items():
+        assert found.conditions[name].tokenizer == tokenizer.fingerprint() and not tokenizer.training
+        assert found.prior.config.conditions[name] == found.conditions[name]
+    if variant is None:
+        assert torch.equal(tokens_of(found, **every), before) and found.conditions == pipe.conditions
+    found.save_pretrained(tmp_path / "b", variant=variant)
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    assert torch.equal(tokens_of(ImagePipeline.from_pretrained(tmp_path / "b"), **every), tokens_of(found, **every))
+    assert torch.equal(tokens_of(pipe, **every), before), "saving changed the pipeline"
+
+
+def test_conversions_keep_tokenizers_that_fit(tmp_path):
+    torch.manual_seed(5)
+    pipe = make_conditioned(before=True)
+    every = {"condition": every_column(pipe), "labels": 1}
+    before = tokens_of(pipe, **every)
+    for other in (
+        ImagePipeline(**pipe.components, labels=pipe.labels),
+        copy.copy(pipe),
+        copy.deepcopy(pipe),
+        pickle.loads(pickle.dumps(pipe)),
+    ):
+        assert list(other.condition_tokenizers) == ["outline", "before"]
+        assert other.condition_tokenizers["before"] is other.tokenizer
+        assert torch.equal(tokens_of(other, **every), before)
+    half = copy.deepcopy(pipe).to(torch.bfloat16)
+    assert {model.dtype for model in half.models.values()} == {torch.bfloat16}
+    assert len(tokens_of(half, **every)) == COUNT and half.log_prob(pixels_for(pipe, 1), condition=GIVEN).isfinite()
+    half.save_pretrained(tmp_path / "half")
+    again = ImagePipeline.from_pretrained(tmp_path / "half", dtype="auto")
+    assert again.condition_tokenizers["outline"].fingerprint() == again.conditions["outline"].tokenizer
+    assert torch.equal(tokens_of(again, **every), tokens_of(half, **every))
+    assert {model.device.type for model in again.to("meta").models.values()} == {"meta"}
+
+
+def test_the_card_lists_columns_and_its_example_can_be_called(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe")
+    card = (tmp_path / "pipe" / "README.md").read_text()
+    rows = dict(re.findall(r"^\| (\w+) \| (class|flags|number|vector|grid) \|", card, re.M))
+    assert rows == {name: column.kind for name, column in pipe.conditions.items()}
+    assert "| age | number | 18 to 90 |" in card and "frontal, lateral" in card and "ngrams:16" in card
+    example = re.search(r"condition=({.*}), seed", card)[1]
+    image = type("Image", (), {"open": staticmethod(lambda name: pictures(1)[0])})
+    given = eval(example, {"Image": image})
+    assert set(given) == set(pipe.conditions) and pipe.read_condition(given, 2) and "from PIL import Image" in card
+    make_pipeline().save_pretrained(tmp_path / "plain")
+    plain = (tmp_path / "plain" / "README.md").read_text()
+    assert "Conditions" not in plain and "condition=" not in plain
+    assert "conditions" not in (tmp_path / "plain" / "model_index.json").read_text()
+
+
+# Bad input
+
+
+def bad(pipe):
+    outline = pictures(1)[0]
+    return {
+        "unknown column": ({"agee": 1}, ["agee", "'age'"]),
+        "type": ({"age": "old"}, ["age", "a number", "'old'"]),
+        "size": ({"motion": [1, 2, 3]}, ["motion"]),
+        "NaN": ({"age": float("nan")}, ["age", "finite"]),
+        "class": ({"view": "up"}, ["view", "'up'", "frontal"]),
+        "flag": ({"findings": ["bones"]}, ["findings", "'bones'", "bone, metal, water"]),
+        "number of values": ({"age": [1, 2]}, ["age", "2", "3"]),
+        "numbers of values": ({"age": [1, 2], "view": [0, 1, 2]}, ["age", "2"]),
+        "no mapping": (63, ["63", "view"]),
+        "several grids": (outline, ["outline, before"]),
+        "size of an array": ({"outline": np.zeros((5, 5))}, ["outline", "(16, 24)"]),
+        "shape of tokens": ({"outline": torch.zeros(5, 5).long()}, ["outline", "(4, 6)"]),
+        "range of tokens": ({"outline": torch.full((4, 6), 32)}, ["outline", "32"]),
+        "among pictures": ({"outline": [outline, 3, outline]}, ["outline"]),
+        "text": ({"clip": "a fish"}, ["clip", "open_clip:encode", "8 numbers"]),
+        "label": ({"label": "cow"}, ["'cow'", "cat"]),
+        "a grid of ids": ({"map": outline}, ["map", "(2, 2)"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def strict():
+    """A pipeline with columns that hold less than others: a vector of an unknown encoder, a grid without tokenizer."""
+    ids = {"kind": "grid", "grid": {"shape": [2, 2], "vocab_size": 4}}
+    vector = {"kind": "vector", "size": 8, "encoder": "open_clip:encode"}
+    return make_conditioned(columns={**COLUMNS, "clip": vector, "map": ids})
+
+
+@pytest.mark.parametrize("case", bad(None))
+def test_a_bad_condition_is_one_line(strict, pipe, case):
+    condition, words = bad(strict)[case]
+    used = pipe if case == "several grids" else strict
+    images, known = pixels_for(used, 3), torch.zeros(8, 12, dtype=torch.bool)
+    for call in (
+        lambda: used(3, condition=condition),
+        lambda: used.log_prob(images, condition=condition),
+        lambda: used.complete(images, known, condition=condition),
+        lambda: used.embed(images, condition=condition),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
+            call()
+        assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words[1:])
+
+
+def test_a_grid_of_ids_needs_no_tokenizer(strict):
+    ids = torch.tensor([[0, 3], [-1, 2]])
+    assert torch.equal(strict.read_condition({"map": ids}, 2)["map"], torch.stack([ids, ids]))
+
+
+def test_guidance_on_names_given_columns(pipe):
+    for on, word in (("agee", "unknown column"), ("view", "view"), ("label", "label")):
+        with pytest.raises(ValueError, match=word):
+            pipe(condition={"age": 20}, guidance_scale=2.0, guidance_on=on)
+    with pytest.raises(ConfigError, match="agee"):
+        ImagePipeline(**pipe.components, sampler={"guidance_on": ["agee"]})
+    with pytest.raises(ValueError, match="condition"):
+        pipe(2, condition={"age": None}, guidance_scale=2.0)
+
+
+def test_a_pipeline_without_columns_refuses_conditions():
+    plain = make_pipeline()
+    images = pixels_for(plain, 1)
+    for condition in ({"age": 3}, pictures(1)[0], "a fish"):
+        for call in (plain, lambda condition: plain.log_prob(images, condition=condition)):
+            with pytest.raises(ValueError, match="^condition: .*no columns$"):
+                call(condition=condition)
+    assert plain.read_condition(None, 3) == {} and plain.conditions == {} == plain.condition_tokenizers
+    assert torch.equal(tokens_of(plain, condition={"label": "dog"}), tokens_of(plain, labels="dog"))
+
+
+def test_models_that_do_not_fit_are_refused(pipe):
+    parts = {**pipe.components, "labels": pipe.labels}
+    outline, own = pipe.condition_tokenizers["outline"], pipe.tokenizer
+    for tokenizers, word in (
+        ({}, "conditions/outline: missing"),
+        ({"outline": make_tokenizer("vqvae", (16, 24), 1)}, "conditions/outline: .* another tokenizer"),
+        ({"outline": own}, "conditions/outline: grid"),
+        ({"outline": outline, "age": outline}, "conditions/age"),
+    ):
+        with pytest.raises(IntegrityError, match=word):
+            ImagePipeline(**{**parts, "condition_tokenizers": tokenizers})
+    with pytest.raises(TypeError, match=r"condition_tokenizers\.outline"):
+        ImagePipeline(**{**parts, "condition_tokenizers": {"outline": torch.nn.Linear(1, 1)}})
+    config = {name: value for name, value in pipe.prior.config.to_dict().items() if name != "kind"}
+    for conditions, fits in ((pipe.conditions, True), ({}, True), (COLUMNS, False)):
+        background = make_prior("gpt", **{**config, "conditions": conditions})
+        if fits:
+            assert ImagePipeline(**parts, background=background).background is background
+            continue
+        with pytest.raises(IntegrityError, match="background/config.json: conditions"):
+            ImagePipeline(**parts, background=background)
+    rude = {"view": {"kind": "class", "names": ["a", "\x1b[31m"]}}
+    with pytest.raises(ConfigError, match="conditions.view"):
+        make_conditioned(columns=rude)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "word"),
+    [
+        ({"../../outline": "vqvae"}, "model_index.json: conditions"),
+        ({"outline": "nothing"}, "conditions.outline"),
+        ({"outline": 3}, "conditions"),
+        (["outline"], "conditions"),
+        ({f"c{number}": "vqvae" for number in range(65)}, "model_index.json: conditions"),
+        ({}, "conditions/outline: missing"),
+        ({"outline": "vqvae", "other": "vqvae"}, "conditions/other"),
+    ],
+)
+def test_a_changed_index_is_refused(pipe, conditions, word, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe")
+    path = tmp_path / "pipe" / "model_index.json"
+    write_json(path, {**json.loads(path.read_text()), "conditions": conditions})
+    write_manifest(path.parent)
+    with pytest.raises(PipelineLoadError, match=word) as caught:
+        ImagePipeline.from_pretrained(tmp_path / "pipe")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_outside_the_manifest_is_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipe")
+    folder = tmp_path / "pipe" / "conditions"
+    (folder / "more").mkdir()
+    (folder / "more" / "config.json").write_text("{}")
+    with pytest.raises(IntegrityError, match="conditions/more/config.json"):
+        ImagePipeline.from_pretrained(tmp_path / "pipe")

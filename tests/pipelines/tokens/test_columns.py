@@ -1,0 +1,255 @@
+"""Columns of token datasets: round trips through files and tables, damage, and hostile descriptions.
+
+Covers: pipelines/tokens/columns.py, pipelines/tokens/meta.py.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from folders import files_in
+from givens.token_datasets import add_columns, edit_split, make_columns, make_dataset, refused, same_condition
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from small import make_prior, make_tokenizer
+
+from pipelines.commands.verify import VerifyConfig
+from pipelines.commands.verify import run as verify
+from pipelines.config import UserError
+from pipelines.tokens import TokenDataset, load_tokens
+from pipelines.tokens.columns import MappedColumn, pack_column, unpack_column
+from pipelines.tokens.meta import META
+from prior.conditions import GridColumn, VectorColumn
+from tokenizer.files import FormatError, IntegrityError, LimitError, PathError, PipelineLoadError, write_manifest
+
+# Round trips
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.integers(0, 30), st.one_of(st.none(), st.integers(1, 20)), st.booleans(), st.booleans())
+def test_columns_survive_files_and_tables(tmp_path_factory, rows, rows_per_shard, labelled, mapped):
+    data = add_columns(make_dataset(labelled=labelled, rows=rows), seed=rows)
+    folder = tmp_path_factory.mktemp("round") / "tokens"
+    data.save(folder, rows_per_shard)
+    loaded = load_tokens(folder, mapped=mapped)
+    assert dict(loaded.conditions) == data.conditions and loaded.condition_sources["age"] == {"column": "years"}
+    (name, model), *others = loaded.condition_tokenizers.items()
+    assert (name, model.fingerprint(), others) == ("outline", data.conditions["outline"].tokenizer, [])
+    options = {"conditions": loaded.conditions, "condition_tokenizers": loaded.condition_tokenizers}
+    for found in (loaded, TokenDataset.from_datasets(loaded.to_datasets(), loaded.tokenizer, **options)):
+        assert dict(found.conditions) == data.conditions
+        for split, whole in data.splits.items():
+            every = np.arange(len(whole))
+            assert same_condition(found.splits[split].condition(every), whole.condition(every))
+            some = [-1, 0, 0] if len(whole) else []
+            assert same_condition(found.splits[split].condition(some), whole.condition(some))
+    assert all(isinstance(values, MappedColumn) == mapped for values in loaded.splits["train"].conditions.values())
+
+
+def test_columns_are_stored_in_small_types(tmp_path):
+    add_columns(make_dataset()).save(tmp_path / "tokens")
+    found = load_file(tmp_path / "tokens" / "train.safetensors")
+    types = {name.removeprefix("condition."): str(values.dtype)[6:] for name, values in found.items()}
+    assert types == {
+        "tokens": "uint8",
+        "labels": "int64",
+        "view": "int32",
+        "tags": "uint8",
+        "age": "float32",
+        "place": "float32",
+        "text": "float16",
+        "outline": "uint16",  # 256 ids and null
+    }
+
+
+def test_natural_types_of_tables(tmp_path):
+    data = add_columns(make_dataset(rows=20))
+    table = data.to_datasets()["train"]
+    condition, rows = data.splits["train"].condition(np.arange(20)), table[:]
+    assert table.features["view"].names == ["front", "side"]
+    for row in range(20):
+        tags, age = condition["tags"][row], condition["age"][row, 0]
+        names = [name for name, flag in zip(data.conditions["tags"].names, tags, strict=True) if flag == 1]
+        assert rows["tags"][row] == (None if tags.isnan().any() else names)
+        assert rows["age"][row] == (None if age.isnan() else float(age))
+        assert rows["view"][row] == (None if condition["view"][row] < 0 else condition["view"][row])
+    assert None in rows["tags"] and None in rows["age"] and None in rows["view"] and rows["outline"] is not None
+    other = table.cast_column("view", table.features["view"].__class__(names=["back", "front", "side"]))
+    with pytest.raises(UserError, match=r"^train: view: row \d+: 'back' is not a class.*front, side"):
+        TokenDataset.from_datasets({"train": other}, data.tokenizer, conditions={"view": data.conditions["view"]})
+    with pytest.raises(UserError, match=r"^train: no column 'size'"):
+        TokenDataset.from_datasets({"train": table}, data.tokenizer, conditions={"size": data.conditions["age"]})
+
+
+def test_a_tokenizer_that_is_the_images_own_is_not_saved_twice(tmp_path):
+    data = make_dataset()
+    own = GridColumn(grid=data.grid, tokenizer=data.tokenizer.fingerprint())
+    other, tokenizer = make_columns()
+    columns = {"before": own, "outline": other["outline"]}
+    splits = {
+        name: replace(split, conditions={name: column.null(len(split)) for name, column in columns.items()})
+        for name, split in data.splits.items()
+    }
+    tokenizers = {"before": data.tokenizer, "outline": tokenizer}
+    replace(data, splits=splits, conditions=columns, condition_tokenizers=tokenizers).save(tmp_path / "tokens")
+    inside = [name for name in files_in(tmp_path / "tokens") if name.startswith("conditions/")]
+    assert inside == ["conditions/outline/config.json", "conditions/outline/model.safetensors"]
+    loaded = load_tokens(tmp_path / "tokens")
+    assert loaded.condition_tokenizers["before"] is loaded.tokenizer and list(loaded.condition_tokenizers) == [*columns]
+
+
+def test_a_prior_reads_the_columns_of_a_split(tmp_path):
+    data = add_columns(make_dataset(rows=12))
+    data.save(tmp_path / "tokens", rows_per_shard=5)
+    model = make_prior("gpt", data.grid.shape, data.grid.vocab_size, conditions=data.conditions).eval()
+    for mapped in (False, True):
+        split = load_tokens(tmp_path / "tokens", mapped=mapped).splits["train"]
+        given = split.condition([1, 7, 11])
+        found = model.log_prob(split.rows([1, 7, 11]), condition=given)
+        whole = data.splits["train"]
+        expected = model.log_prob(whole.rows([1, 7, 11]), condition=whole.condition([1, 7, 11]))
+        assert torch.equal(found, expected) and found.isfinite().all()
+
+
+def test_numbers_that_float16_cannot_hold_are_refused():
+    column = VectorColumn(size=2)
+    with pytest.raises(ValueError, match="65504"):
+        pack_column(column, torch.tensor([[1.0, 1e6]]))
+    assert torch.equal(
+        unpack_column(column, pack_column(column, torch.tensor([[1.0, -65504.0]])))[0, 1:], torch.tensor([-65504.0])
+    )
+
+
+# Refusals
+
+
+def test_a_dataset_that_could_not_be_loaded_is_not_saved(tmp_path):
+    data = add_columns(make_dataset())
+    train, (columns, tokenizer) = data.splits["train"], make_columns(seed=5)
+    wrong = {
+        "train: conditions: age: missing": {"age": None},
+        "train: conditions: age: 5 rows for 6": {"age": train.conditions["age"][1:]},
+        "train: conditions: view: .*2": {"view": torch.full((6,), 2)},
+        "train: conditions: outline: .*256": {"outline": torch.full((6, 2, 2), 256)},
+        "train: conditions: tags: .*0 or 1": {"tags": torch.full((6, 3), 0.5)},
+        "train: conditions: text: .*65504": {"text": torch.full((6, 5), 1e5)},
+    }
+    for message, changes in wrong.items():
+        values = {name: each for name, each in {**train.conditions, **changes}.items() if each is not None}
+        with pytest.raises(FormatError, match=message):
+            replace(data, splits={"train": replace(train, conditions=values)}).save(tmp_path / "tokens")
+    with pytest.raises(IntegrityError, match="conditions/outline.*fingerprints"):
+        replace(data, condition_tokenizers={"outline": tokenizer}).save(tmp_path / "tokens")
+    with pytest.raises(IntegrityError, match="conditions/outline.*fingerprints"):
+        replace(data, condition_tokenizers={}).save(tmp_path / "tokens")
+    with pytest.raises(FormatError, match="conditions.*label"):
+        replace(data, conditions={"label": columns["age"]}).save(tmp_path / "tokens")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    add_columns(make_dataset()).save(tmp_path / "tokens")
+    return tmp_path / "tokens"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("view", None),
+        ("view", torch.zeros(6, dtype=torch.int64)),
+        ("view", torch.zeros(5, dtype=torch.int32)),
+        ("view", torch.full((6,), 2, dtype=torch.int32)),
+        ("view", torch.full((6,), -2, dtype=torch.int32)),
+        ("tags", torch.full((6, 3), 2, dtype=torch.uint8)),
+        ("tags", torch.zeros(6, 4, dtype=torch.uint8)),
+        ("age", torch.full((6, 1), torch.inf)),
+        ("age", torch.zeros(6)),
+        ("text", torch.zeros(6, 5)),
+        ("text", torch.full((6, 5), torch.inf, dtype=torch.float16)),
+        ("outline", torch.full((6, 2, 2), 257, dtype=torch.uint16)),
+        ("outline", torch.zeros(6, 2, 2, dtype=torch.uint8)),
+        ("outline", torch.tensor(1, dtype=torch.uint16)),
+    ],
+)
+def test_columns_of_another_form_are_refused(folder, name, values):
+    """In memory on loading; on the disk the form on loading and the values when they are read."""
+    edit_split(folder, **{f"condition.{name}": values})
+    assert refused(folder, PipelineLoadError, folder / "train.safetensors", f"condition.{name}")
+    with pytest.raises(PipelineLoadError, match=f"condition.{name}"):
+        load_tokens(folder, mapped=True).splits["train"].condition(slice(None))
+    with pytest.raises(PipelineLoadError, match=f"condition.{name}"):
+        verify(VerifyConfig(folder=str(folder)))
+
+
+NUMBER = {"kind": "number", "mean": [0.0], "std": [1.0], "low": [0.0], "high": [1.0]}
+HOSTILE = {
+    "a list": [],
+    "many": {f"c{k}": NUMBER for k in range(1000)},
+    "label": {"label": NUMBER},
+    "a path": {"../age": NUMBER},
+    "no kind": {"age": {**NUMBER, "kind": None}},
+    "no such kind": {"age": {**NUMBER, "kind": "os.system"}},
+    "no mapping": {"age": 3},
+    "another field": {"age": {**NUMBER, "unit": "years"}},
+    "std 0": {"age": {**NUMBER, "std": [0.0]}},
+    "std of another size": {"age": {**NUMBER, "std": [1.0, 1.0]}},
+    "a huge grid": {"age": {"kind": "grid", "grid": {"shape": [1 << 40, 4], "vocab_size": 8}}},
+    "a huge vocabulary": {"age": {"kind": "grid", "grid": {"shape": [4, 4], "vocab_size": 1 << 60}}},
+    "a huge vector": {"age": {"kind": "vector", "size": 1 << 40}},
+    "a name that moves the cursor": {"age": {"kind": "class", "names": ["a", "\x1b[2J"]}},
+    "no names": {"age": {"kind": "flags", "names": []}},
+    "source": {"age": {**NUMBER, "source": "years"}},
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_columns_are_refused(folder, what):
+    edit_meta(folder, conditions=HOSTILE[what])
+    assert refused(folder, FormatError, folder / META, "conditions", "age" if "age" in HOSTILE[what] else "")
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e999", "-Infinity", "9" * 5000])
+def test_numbers_that_are_not_finite_are_refused(folder, number):
+    text = (folder / META).read_text().replace("9.0", number, 1)
+    (folder / META).write_text(text)
+    assert refused(folder, FormatError, META)
+
+
+def test_a_million_columns_are_refused_at_once(folder):
+    edit_meta(folder, conditions={f"c{k}": {} for k in range(10**6)})
+    assert refused(folder, LimitError, META)
+
+
+def edit_meta(folder, **changes):
+    (folder / META).write_text(json.dumps({**json.loads((folder / META).read_text()), **changes}))
+
+
+def test_a_grid_of_another_tokenizer_is_refused(folder):
+    torch.manual_seed(9)
+    place, column = folder / "conditions" / "outline", json.loads((folder / META).read_text())["conditions"]["outline"]
+    for size, levels in ((8, (16, 16)), (16, (16, 16))):
+        model = make_tokenizer("vqvae", (size, size), 1, quantizer={"kind": "fsq", "levels": levels}).eval()
+        model.save_pretrained(place)
+        assert refused(folder, IntegrityError, place, "fingerprint")
+        conditions = {"outline": {**column, "tokenizer": model.fingerprint()}}
+        edit_meta(folder, conditions=conditions)
+        if size == 8:
+            write_manifest(folder)
+            load_tokens(folder)
+        else:
+            assert refused(folder, IntegrityError, place, "grid", "outline")
+    for name in ("config.json", "model.safetensors"):
+        (place / name).unlink()
+    assert refused(folder, PathError, place)
+
+
+def test_a_changed_tokenizer_of_a_grid_is_noticed(folder):
+    path = folder / "conditions" / "outline" / "config.json"
+    path.write_text(path.read_text() + " ")
+    assert refused(folder, IntegrityError, path, seal=False)
