@@ -80,7 +80,7 @@ class TrainPriorConfig(Config):
         "tokens=runs/photos_tokens out=runs/photos_gpt model.kind=gpt model.depth=6 train.steps=5000",
     )
     often = (
-        "out tokens model.kind init label_dropout conditions sampler.temperature sampler.guidance_scale "
+        "out tokens model.kind init label_dropout conditions sampler.guidance_scale "
         "train.minutes train.steps train.batch_size train.lr track.wandb"
     )
 
@@ -110,12 +110,9 @@ class TrainPriorConfig(Config):
         0.1,
         ge=0,
         le=1,
-        description="share of images trained without their label and columns, for unconditional sampling and guidance; "
-        "1: a prior without classes and columns",
+        description="share of images trained without label and columns, for guidance; 1: a prior without them",
     )
-    conditions: list[str] | None = Field(
-        None, description="columns of the token dataset to condition on, besides the class; null: all; []: none"
-    )
+    conditions: list[str] | None = Field(None, description="columns to condition on; null: all")
     condition_dropout: float = Field(
         0.1,
         ge=0,

@@ -220,9 +220,13 @@ class Prior(PretrainedModel, family="prior"):
         outputs = self.outputs(tokens, self.encode_condition(labels, len(tokens), condition), *order, **inputs)
         return outputs if raw else self.to_raster(self.output_head.logits(outputs, self.position_ids(tokens)))
 
-    def forward_outputs(self, tokens: Tensor, labels: Given | None = None, **inputs: Any) -> Tensor:
+    def forward_outputs(
+        self, tokens: Tensor, labels: Given | None = None, *, condition: Condition | None = None, **inputs: Any
+    ) -> Tensor:
         """Compute the input of `loss_from_outputs`: the raw outputs, or the logits if the head is `Softmax`."""
-        return self(tokens, labels, **inputs, **({} if isinstance(self.output_head, Softmax) else {"raw": True}))
+        columns = {"condition": condition} if condition else {}  # a user's model may not have this argument
+        raw = {} if isinstance(self.output_head, Softmax) else {"raw": True}
+        return self(tokens, labels, **columns, **inputs, **raw)
 
     def encode_condition(self, labels: Given | None, count: int, condition: Condition | None = None) -> Given:
         """Return `labels` `(count,)`, by default the null class for all, or for a prior with columns, labels and the
@@ -340,7 +344,7 @@ class Prior(PretrainedModel, family="prior"):
         if known is not None and self.any_order:
             partition = partition or Partition(self.order, self.blocks)
             partition = Partition(known_first(partition.order, known), partition.blocks)
-        inputs = {} if partition is None else self.order_inputs(partition, known)
+        inputs: dict[str, Any] = {} if partition is None else self.order_inputs(partition, known)
         outputs = self.forward_outputs(tokens, given, **inputs)
         return self.to_raster(self.output_head.log_probs(outputs, self.position_ids(tokens))).reshape(tokens.shape)
 

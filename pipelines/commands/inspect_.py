@@ -1,5 +1,6 @@
-"""Inspect a tokenizer: write a one-page report of codebook usage, patches of codes, and reconstructions. For a
-pipeline or a token dataset, also list what its images are conditioned on."""
+"""Inspect a tokenizer: write a one-page report of codebook usage, patches of codes, and reconstructions.
+
+For a pipeline or a token dataset, it also lists what images are conditioned on."""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 Covers: prior/conditions.py, prior/base.py, prior/sampling.py, prior/parallel.py.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from costs import all_steps
@@ -164,6 +166,26 @@ def test_logits_see_earlier_blocks_and_the_whole_condition(name, kind):
             less = model(tokens, LABELS.repeat(2), condition=without(model, condition, column))
             heard = (less - before).abs().amax((0, 2)) > 1e-9
             assert heard.all(), f"{column} does not reach {torch.nonzero(~heard).flatten().tolist()}"
+
+
+@every_model
+def test_the_map_is_added_at_the_position_that_is_predicted(name):
+    """A position's vector moves its own logits, and none of earlier blocks unless streams see to the right."""
+    model = make_conditioned(name, "grid same")
+    tokens, blocks, several = draw_tokens(model, 3), model.position_block_of, model.output_head.ids_per_position > 1
+    with torch.no_grad():
+        given = model.encode_condition(LABELS[:3], 3, draw_condition(model, 3, "all"))
+        before = model(tokens, given)
+        for at in range(len(blocks)):
+            changed = given.map.clone()
+            changed[:, at] += torch.randn(3, given.map.shape[-1])
+            moved = (model(tokens, replace(given, map=changed)) - before).abs().amax((0, 2)) > 1e-12
+            moved = moved[model.position_cells].any(1) if several else moved
+            assert moved[at]
+            if name.partition(",")[0] not in ("masked", "gated_pixelcnn", "pixelcnn_pp"):
+                assert not moved[blocks < blocks[at]].any()
+            if "made" in name:
+                assert int(moved.sum()) == 1
 
 
 @pytest.mark.sparse
