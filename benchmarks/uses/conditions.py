@@ -49,7 +49,7 @@ OPTIONS = {
     "only": None,
     "limit": 10_000,
     "tokenizer_steps": 1000,
-    "steps": 2000,
+    "steps": 3000,
     "out": "runs/conditions",
     "threads": 0,
 }
