@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CLAMP = 6.0  # standard deviations of a number
 OCTAVES = 4
 STD = 0.02  # of the encoding of a vector column at the start of training, as of a class embedding
-MAP = 0.25  # of the features of a grid at the start: at 1, they hide the tokens before them for hundreds of steps
+MAP = 0.25  # of the features of a grid at the start of training; 1 costs 0.03 to 0.3 bits after 300 steps
 
 
 class ConditionEncoder(nn.Module):
