@@ -22,6 +22,7 @@ from prior.conditions import LABEL, ClassColumn, Column, Condition, FlagsColumn,
 from .condition_values import convert_value, describe_outside, encode_images, takes_text
 from .config import Config, UserError, is_first_process, tell
 from .config.table import count_of
+from .images.conditions import TABLES
 from .images.decoding import decode_in_threads
 from .images.folder import find_images, read_sheet
 from .options import Sampling
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
     from .image_pipeline import ImagePipeline
 
 FILE_NAME = "file_name"
-"""The column of a table that names images."""
-TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+"""The column of a table that names images; `NAME_file_name` names the pictures of a column NAME."""
 YES_NO = {"true": "yes", "false": "no"}
 """The classes that data sets call true and false."""
 AT_A_TIME = 256  # pictures in memory
@@ -111,11 +111,12 @@ class UsesCondition(Config):
             path = Path(self.conditions)
             rows = read_rows(path, names)
             counts["conditions"] = len(rows)
-            for name in dict.fromkeys(key for row in rows for key in row if key != FILE_NAME):
+            for key in dict.fromkeys(key for row in rows for key in row if key != FILE_NAME):
+                name = key if key in columns else key.removesuffix(f"_{FILE_NAME}")
                 if name in self.condition:
                     raise ValueError(f"condition.{name}: {path} has this column, too; give it once")
                 column = find_column(columns, name, f"conditions: {path}")
-                written[name] = [read_cell(column, row.get(name), path.parent) for row in rows]
+                written[name] = [read_cell(column, row.get(key), path.parent) for row in rows]
         for name, value in self.condition.items():
             written[name], several = list_values(name, find_column(columns, name), value, names)
             if several:

@@ -121,7 +121,7 @@ def test_a_table_has_a_row_per_image(pipe, pictures, tmp_path, suffix):
     cells = [f"../{pictures.name}/{number}.png" for number in (2, 0, 1)]
     folder = pictures.parent / f"tables{suffix}"
     folder.mkdir()
-    values = {**VALUES, "outline": [cells[0], None, *cells[1:]]}
+    values = {**VALUES, "outline" if suffix == ".jsonl" else "outline_file_name": [cells[0], None, *cells[1:]]}
     found = read(pipe, f"conditions={write_table(folder / f'rows{suffix}', values)}")
     expected = pipe.read_condition({**VALUES, "outline": [images[0], None, *images[1:]]}, 4)
     assert found.count == 4 and same(found.columns, expected)
