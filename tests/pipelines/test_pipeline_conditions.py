@@ -258,17 +258,6 @@ def test_conditions_are_encoded_in_full_precision(pipe):
     assert seen == {"ieee"}
 
 
-def test_bits_per_dim_are_those_of_tokens_and_pixels():
-    own = make_tokenizer("pixels", (8, 12), 1)
-    prior = make_prior("gpt", grid=own.grid, conditions=COLUMNS, condition_width=16)
-    pipe = ImagePipeline(own, prior)
-    images = pixels_for(pipe, 2)
-    moved = [pipe.bits_per_dim(images, condition=one) for one in (None, GIVEN)]
-    nats = [pipe.log_prob(images, condition=one) for one in (None, GIVEN)]
-    torch.testing.assert_close(moved[1] - moved[0], (nats[0] - nats[1]) / (96 * np.log(2)), atol=1e-4, rtol=1e-3)
-    assert not torch.allclose(*moved)
-
-
 def test_vectors_of_images_depend_on_the_condition(pipe):
     images, every = pixels_for(pipe, COUNT), every_column(pipe)
     found = pipe.embed(images, condition=every)
@@ -361,7 +350,6 @@ def bad(pipe):
         "unknown column": ({"agee": 1}, ["agee", "'age'"]),
         "size": ({"motion": [1, 2, 3]}, ["motion"]),
         "class": ({"view": "up"}, ["view", "'up'", "frontal"]),
-        "flag": ({"findings": ["bones"]}, ["findings", "'bones'", "bone, metal, water"]),
         "no mapping": (63, ["63", "view"]),
         "several grids": (outline, ["outline, before"]),
         "shape of tokens": ({"outline": torch.zeros(5, 5).long()}, ["outline", "(4, 6)"]),
@@ -457,9 +445,6 @@ def test_models_that_do_not_fit_are_refused(pipe):
     [
         ({"../../outline": "vqvae"}, "model_index.json: conditions"),
         ({"outline": "nothing"}, "conditions.outline"),
-        ({"outline": 3}, "conditions"),
-        (["outline"], "conditions"),
-        ({f"c{number}": "vqvae" for number in range(65)}, "model_index.json: conditions"),
         ({}, "conditions/outline: missing"),
         ({"outline": "vqvae", "other": "vqvae"}, "conditions/other"),
     ],

@@ -149,15 +149,6 @@ def test_a_missing_or_broken_picture_is_one_line(served, pipe, tmp_path):
             sample.draw(served, quiet, [1], 3, 5, "", *settings(pipe), *fields(served, ["outline"], outline=picked))
 
 
-def test_numbers_start_at_the_mean_within_their_range(served):
-    column = COLUMNS["age"] | {"mean": [41.2371], "low": [0.0], "high": [99.5]}
-    torch.manual_seed(0)
-    other = served_.Served(make_conditioned(columns={"age": column}, outline=False), "other")
-    with gr.Blocks():
-        _, slider = conditions.make_condition_fields(other, "tab")
-    assert (slider.minimum, slider.maximum, slider.value) == (0.0, 99.5, 41.2)
-
-
 def test_pipelines_without_columns_have_no_fields():
     torch.manual_seed(0)
     plain = served_.Served(make_pipeline("pixels", size=(4, 6)), "plain")

@@ -134,7 +134,6 @@ def test_mistakes_are_one_line(world, tmp_path, capsys):
         ("has no picture", "complete", f"condition.outline={tmp_path / 'some'}"),
         ("1 row for 8 images", "complete", f"conditions={tmp_path / 'rows.jsonl'}"),
         ("unknown column 'agee'", "complete", "condition.agee=3"),
-        ("guidance_on", "complete", "guidance_scale=2", "guidance_on=agee"),
         ("give labels, or 'label'", "complete", "labels=cat", "condition.label=cat"),
         ("unknown column 'agee'", "compress", "condition.agee=3"),
     ):
