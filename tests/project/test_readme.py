@@ -151,7 +151,7 @@ def test_the_example_tokenizer_decodes_what_it_encodes(registered):
 
 def commands(page: str) -> list[str]:
     """The lines of the page's shell blocks, without comments."""
-    lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
+    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", "").splitlines()]
     return [line.partition(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
