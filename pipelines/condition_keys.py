@@ -185,8 +185,6 @@ def read_text(column: Column, value: Any) -> Any:
     if value in names:
         return [value] if isinstance(column, FlagsColumn) else value
     inner = value.strip().removeprefix("[").removesuffix("]")
-    if isinstance(column, FlagsColumn):
-        inner = inner.replace(";", ",")  # the sign between flags in the sheets of data sets
     parts: list[Any] = [part.strip().strip("'\"") for part in inner.split(",")]
     if isinstance(column, FlagsColumn):
         return [part for part in parts if part]

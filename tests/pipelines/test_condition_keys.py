@@ -73,7 +73,6 @@ def only(condition, values):
             {"view": "lateral", "findings": ["bone", "water"]},
         ),
         (["condition.view='none of both'", "condition.findings=[]"], {"view": "none of both", "findings": []}),
-        (["condition.findings=bone;water"], {"findings": ["bone", "water"]}),
         (["condition.view=1", "condition.findings=bone"], {"view": 1, "findings": ["bone"]}),
         (["condition.view=[lateral, 0]"], {"view": ["lateral", 0]}),
         (["condition.findings=[[bone], [], [metal, water]]"], {"findings": [["bone"], [], ["metal", "water"]]}),
