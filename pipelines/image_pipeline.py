@@ -55,7 +55,7 @@ Callback = Callable[[Any, int, int, dict[str, Tensor]], Any]
 """`callback_on_step_end`; see `ImagePipeline.__call__`."""
 
 SAMPLED = 80  # images in a sample picture
-NO_TEXT = "there are no prompts; choose classes with labels=..., or give condition={...}"
+NO_TEXT = "text conditioning is not available; choose classes with labels=..."
 LAST_SEED = (1 << 64) - 1  # torch's limit
 
 T = TypeVar("T")
