@@ -14,7 +14,7 @@ from givens.headed import MODELS, MODELS_IN_ORDERS, all_grids, numbers_of
 from small import ANY_ORDER, PRIORS, draw_known, draw_tokens, generators
 
 from prior import Prior
-from prior.conditions import Encoded
+from prior.conditions import Encoded, select_rows
 from prior.orders import Partition
 from prior.pixelcnn_pp import halve
 from prior.sampling import choose_by_known, make_batch
@@ -119,11 +119,6 @@ def test_guidance_is_the_formula_on_two_passes_and_removes_what_it_names(name, k
         guided = less + 3.0 * (given - less)
         assert guided.isfinite().all() and (guided - given).abs().max() > 1e-4
         assert torch.equal(guided.argmax(-1).view_as(drawn), drawn), removed
-    once = repeat_row(draw_condition(model, 1, "all"), 0, 20)
-    plain, guided = (
-        model.sample(20, condition=once, generator=generators(20), guidance_scale=scale) for scale in (1.0, 4.0)
-    )
-    assert not torch.equal(plain, guided)
 
 
 @pytest.mark.sparse
@@ -133,7 +128,9 @@ def test_missing_columns_are_null_and_each_column_matters(name, kind):
     tokens, condition = draw_tokens(model, 6), draw_condition(model, 6, "all")
     with torch.no_grad():
         missing = model.log_prob(tokens, LABELS)
-        for absent in ({}, without(model, condition, *condition), dict.fromkeys(condition)):
+        nulls = without(model, condition, *condition)
+        assert torch.equal(model(tokens, LABELS), model(tokens, LABELS, condition=nulls))
+        for absent in ({}, nulls, dict.fromkeys(condition)):
             assert torch.equal(model.log_prob(tokens, LABELS, condition=absent), missing)
         every, others = model.log_prob(tokens, LABELS, condition=condition), draw_condition(model, 6, "all")
         for column in condition:
@@ -143,11 +140,6 @@ def test_missing_columns_are_null_and_each_column_matters(name, kind):
             rest = {other: values for other, values in condition.items() if other != column}
             less = model.log_prob(tokens, LABELS, condition=without(model, condition, column))
             assert torch.equal(model.log_prob(tokens, LABELS, condition=rest), less)
-    drawn = [
-        model.sample(6, LABELS, condition=absent, generator=generators(6))
-        for absent in (None, {}, without(model, condition, *condition))
-    ]
-    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
 
 
 @pytest.mark.sparse
@@ -269,7 +261,7 @@ def test_orders_are_chosen_in_proportion_to_known_tokens_given_the_condition():
     assert not torch.equal(*chosen)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["numbers", "grid multiple", "some null"])
 def test_masks_of_made(kind):
     model = make_conditioned("made", kind, tiny=True, connectivity_agnostic=True, hidden=(24, 20))
     grids, condition = all_grids(model.grid), draw_condition(model, 4, kind)
@@ -281,6 +273,10 @@ def test_masks_of_made(kind):
         for path in ({}, {"cache": False}, {"parallel": True})
     ]
     assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+    alone = model.sample(
+        1, condition=select_rows(condition, [2]), generator=generators(4)[2], num_masks=3, guidance_scale=2.0
+    )
+    assert torch.equal(drawn[0][2:3], alone)
 
 
 @pytest.mark.parametrize("settings", [{"steps": 3}, {"steps": 4, "confidence_temperature": 0.0}, {"exact": False}])
@@ -317,16 +313,9 @@ def test_every_weight_of_the_encoder_learns(name, bf16):
 
 
 @every_model
-def test_precision_of_weights(name):
-    """Of the paths themselves; bfloat16 keeps years apart, because numbers are standardised in full precision."""
-    model = make_conditioned(name, "all")
-    tokens, condition = draw_tokens(model, 4), draw_condition(model, 4, "some null")
-    with torch.no_grad():
-        double = model.log_prob(tokens, LABELS[:4], condition=condition)
-        single = model.float().log_prob(tokens, LABELS[:4], condition=condition)
-    assert double.dtype == torch.float64 and single.dtype == torch.float32
-    assert (double - single).abs().max() < 1e-3 * double.abs().max()
-    model.bfloat16()
+def test_weights_may_be_bfloat16(name):
+    model = make_conditioned(name, "all").bfloat16()
+    condition = draw_condition(model, 4, "some null")
     for path in ({}, {"cache": False}, {"parallel": True}):
         drawn = model.sample(4, condition=condition, guidance_scale=2.0, generator=generators(4), **path)
         assert drawn.min() >= 0 and drawn.max() < model.grid.vocab_size
