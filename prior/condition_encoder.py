@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.base import TokenGrid
-from tokenizer.precision import at_least_float32
+from tokenizer.precision import Constants, at_least_float32
 from tokenizer.scales import area_matrix
 
 from .conditions import ClassColumn, Column, Condition, Encoded, GridColumn
@@ -82,18 +82,6 @@ class ClassEmbedding(nn.Embedding):
         return super().forward(ids % self.num_embeddings)  # -1 is the last
 
 
-class Constants(nn.Module):
-    """A module whose buffers never have less than 32 bits: years, for example, need more than bfloat16."""
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, buffer in self.named_buffers(recurse=False):
-            if buffer.dtype in (torch.bfloat16, torch.float16):
-                setattr(self, name, before[name].to(buffer.device))
-        return self
-
-
 class FloatEmbedding(Constants):
     """Two layers over the numbers of a column and whether each is given. Numbers are standardised, limited to six
     standard deviations, and accompanied by four octaves of sine and cosine."""
@@ -151,7 +139,7 @@ class GridEncoder(nn.Module):
     offsets: Tensor
 
     def __init__(self, grid: TokenGrid, target: TokenGrid, width: int) -> None:
-        from .transformer import Block, Rotations, coordinates
+        from .transformer import EPS, Block, Rotations, coordinates
 
         super().__init__()
         self.vocab_size = grid.vocab_size
@@ -180,7 +168,7 @@ class GridEncoder(nn.Module):
         )
         self.block = Block(sizes, causal=False)
         self.rotations = Rotations(sizes, coordinates(shape))
-        self.norm = nn.RMSNorm(width)
+        self.norm = nn.RMSNorm(width, eps=EPS)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -197,7 +185,7 @@ class GridEncoder(nn.Module):
         parts = embedded.split([math.prod(sides) for sides in self.sources], 1)
         layers = zip(parts, self.sources, self.folds, self.joins, self.resizes, strict=True)
         x = sum(resize(join(fold(part.unflatten(1, sides), by))) for part, sides, by, join, resize in layers)
-        x = x.flatten(1, -2) + self.hear(vector)[:, None]
+        x = (x.flatten(1, -2) + self.hear(vector)[:, None]).to(embedded.dtype)  # not autocast's, as norms expect
         x = self.norm(self.block(x, self.rotations.table[:, None].expand(-1, 2, -1, -1)))
         if not len(self.scales):
             return x

@@ -22,7 +22,7 @@ from torch import Tensor
 from tokenizer.base import TokenGrid
 from tokenizer.precision import at_least_float32, finest, in_finest
 
-from .conditions import LABEL, Condition, Given, append_nulls, make_condition, select_rows
+from .conditions import LABEL, Condition, Given, join_rows, make_condition, select_rows
 from .cuda_graph import Graph, compute_by_graph
 from .orders import Partition, blocks_after_known, known_first
 
@@ -472,12 +472,15 @@ def make_batch(
 
 def encode_rows(prior: Prior, batch: SampleBatch, options: SamplingOptions) -> Given:
     """Encode the condition of each image and, with guidance, of as many rows without what guidance removes."""
-    labels, condition = batch.labels, batch.condition
-    if options.guides:
-        removed = options.guidance_on
-        null = torch.full_like(labels, prior.num_classes) if removed is None or LABEL in removed else labels
-        labels, condition = torch.cat([labels, null]), append_nulls(prior.conditions, condition, removed)
-    return prior.encode_condition(labels, len(labels), condition)
+    labels, removed = batch.labels, options.guidance_on
+    given = prior.encode_condition(labels, len(batch), batch.condition)
+    if not options.guides:
+        return given
+    if removed is None:  # all unconditional rows are equal, so one is encoded
+        return join_rows(given, prior.encode_condition(None, 1)[torch.zeros_like(labels)])
+    labels = torch.full_like(labels, prior.num_classes) if LABEL in removed else labels
+    rest = {name: values for name, values in batch.condition.items() if name not in removed}
+    return join_rows(given, prior.encode_condition(labels, len(batch), rest))
 
 
 def check_labels(prior: Prior, labels: Tensor | None, count: int) -> Tensor | None:
