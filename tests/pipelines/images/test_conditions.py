@@ -106,6 +106,7 @@ def pixels(path, side: int = 12, channels: int = 1) -> str:
 
 def load(source, sources, table=None, **options):
     """Load images and columns of a source."""
+    sources = {name: ConditionSource.model_validate(one) for name, one in sources.items()}
     config = choose_data(DataConfig(**{"source": str(source), "image_size": 12, **options}), sources)
     splits = load_images(config)
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.held_out}
@@ -140,7 +141,7 @@ def check_columns(parts, columns, outlines=True) -> None:
                     expected = Tokenizer.create("pixels", image_size=(24, 24), channels=1).encode(
                         torch.from_numpy(outline(k))[None, None] / 127.5 - 1
                     )[0]
-                    assert torch.equal(ids, expected) and not loaded.missing[split][row]
+                    assert torch.equal(ids, expected) and not loaded.images[split].missing[row]
                     continue
                 value, column = ROWS[name][k], loaded.column
                 value = encode_text("ngrams:32", [value])[0] if name == "text" and value is not None else value
@@ -311,7 +312,7 @@ def test_missing_pictures_are_marked_and_bad_ones_skipped_as_images_are(tmp_path
     parts, found = load(source, sources, table, on_error="skip", max_bad_fraction=0.2)
     for split, images in parts.items():
         numbers = numbers_of(images)
-        assert found["mask"].missing[split].tolist() == [k in (3, 5) for k in numbers]
+        assert found["mask"].images[split].missing.tolist() == [k in (3, 5) for k in numbers]
         for row, k in enumerate(numbers):
             pixels_of = found["mask"].images[split].pixels([row])[0, 0].numpy()
             assert np.array_equal(pixels_of, outline(k) if k not in (3, 5) else 0 * outline(k))
@@ -343,7 +344,7 @@ def test_clips_are_held_out_whole_and_a_frame_is_given_the_one_before(tmp_path):
     for split, images in parts.items():
         past = found["past"].images[split].pixels(range(len(images)))
         for row, number in enumerate(numbers_of(images)):
-            assert bool(found["past"].missing[split][row]) == (number % 11 == 0)
+            assert bool(found["past"].images[split].missing[row]) == (number % 11 == 0)
             assert np.array_equal(past[row, 0], picture(number - 1) if number % 11 else 0 * picture(0))
     config = DataConfig(source=str(root), image_size=12, **options)
     assert count_seen(config, choose_data(config, sources), "held_out")[0] > 0  # other images than without clips
