@@ -197,8 +197,8 @@ def describe_job(
     without: Any = {"out": True, "tokenizer": True, "data": {"cache_mb", "shuffle_window"}}
     without |= {"conditions": {"__all__": {"tokenizer"}}} if columns else {"conditions": True, "table": True}
     facts = {"tokenizer": tokenizer.fingerprint(), "classes": class_names(images), "rows": rows, "device": device}
-    if columns:
-        facts["columns"] = {name: {**each.column.to_dict(), "values": digest(each)} for name, each in columns.items()}
+    found = {name: {**each.column.to_dict(), "values": digest(each)} for name, each in columns.items()}
+    facts |= {"columns": found} if columns else {}
     return {"verb": "encode", **config.model_dump(mode="json", exclude=without), **facts}
 
 

@@ -31,20 +31,19 @@ from prior.conditions import (
     NumberColumn,
     VectorColumn,
     conditions_problem,
-    describe_names,
+    find_column,
     shorten,
 )
 from tokenizer import Tokenizer
 from tokenizer.files import one_line
 
 from ..config import Config, UserError, is_first_process, tell
-from ..config.errors import did_you_mean
 from ..provenance import TokenizerFolder, tokenizer_folder
 from ..text import run_encoder
 from .dataset import DataConfig, ImageDataset, Indices, check_bad, is_class_name
 from .decoding import NO_IMAGE, Decoded, Payload, Pixels, Rows, decode_all
 from .folder import SHEETS, are_disjoint, files_below, holds_files, image_paths, normalize_path, read_sheet
-from .tables import classes_in_parquet, read_payload
+from .tables import read_payload
 
 FEW = 4  # a list of more numbers is taken for a vector
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -83,6 +82,8 @@ class ConditionSource(Config):
             raise ValueError(f"{' and '.join(given)} exclude each other")
         if self.kind not in (None, "grid") and (self.is_picture or self.tokenizer):
             raise ValueError(f"images, frame and tokenizer are for columns of kind grid (got {self.kind})")
+        if self.tokenizer is None and (self.is_picture or self.kind == "grid"):
+            raise ValueError("tokenizer: missing; a grid needs the tokenizer of its images")
         if self.encoder and (self.kind not in (None, "vector") or self.is_picture or self.tokenizer):
             raise ValueError("encoder is for columns of text, which become vectors")
         return self
@@ -104,10 +105,10 @@ class LoadedColumn:
     """A column of all splits, by name (`train`, `validation`, `test`), parallel to the split's images."""
 
     column: Column
-    values: dict[str, Tensor]
-    """Raw values `(n, *column.shape)`; empty for grids."""
     source: dict[str, Any]
     """Where it came from, without local paths."""
+    values: dict[str, Tensor] = field(default_factory=dict)
+    """Raw values `(n, *column.shape)`; empty for grids."""
     images: dict[str, ConditionImages] = field(default_factory=dict)
     """For grids: the images to encode."""
     tokenizer: Tokenizer | None = None
@@ -134,8 +135,6 @@ def check_sources(
             raise UserError(f"conditions.{name}: data.augment.{false[0]} would falsify it, as changed_by says")
         if source.is_picture and not of_files:
             raise UserError(f"conditions.{name}: {no_files}")
-        if source.is_picture and source.tokenizer is None:
-            raise UserError(f"conditions.{name}.tokenizer: missing; a grid needs the tokenizer of its images")
         if source.images is not None and not (folder := Path(source.images).expanduser()).is_dir():
             raise UserError(f"conditions.{name}.images: there is no folder {folder}")
         if source.images is not None and not are_disjoint(folder, config.path or folder):
@@ -154,35 +153,43 @@ def load_conditions(
     table: str | None = None,
     together: bool = False,
 ) -> dict[str, LoadedColumn]:
-    """Read the columns of `splits` (by the names of `encode.name_splits`), whose images were loaded with
-    `choose_data(config, sources)`. Kinds that are guessed are printed.
+    """Read the columns of `splits` (by the names of `encode.name_splits`, `train` first), whose images were loaded
+    with `choose_data(config, sources)`. Kinds that are guessed are printed.
 
     table: a CSV, TSV, JSON lines or parquet file with a column `file_name`, relative to the folder of the images.
     together: all launched processes call this. Raises `UserError`."""
-    of_files = all(images.origin[0].paths is not None for images in splits.values())
+    images = list(splits.values())
+    paths = paths_of(images) if all(each.origin[0].paths is not None for each in images) else None
     wanted, sheets = {source.column or name for name, source in sources.items()}, None
-    found = dict[str, LoadedColumn]()
+    sizes, found = [len(each) for each in images], dict[str, LoadedColumn]()
     for name, source in sources.items():
         column = source.column or name
         try:
             if source.images is not None:
-                cells = pair_images(Path(source.images).expanduser(), config, splits)
+                cells = pair_images(Path(source.images).expanduser(), config, paths or [])
             elif source.frame is not None:
                 cells = earlier_frames(source.frame, splits)
-            elif of_files:
-                sheets = sheets or Sheets(config, splits, table, wanted)
+            elif paths is not None:
+                sheets = sheets or Sheets(config, paths, table, wanted)
                 cells = sheets.read(column, source.kind == "grid")
             else:
-                cells = read_table(config.source, splits, column, source.kind == "grid")
+                cells = read_table(config.source, images, column, source.kind == "grid")
             kind = source.kind or ("vector" if source.encoder else guess_kind(cells))
             if not (source.kind or source.encoder or source.is_picture) and is_first_process():
                 tell(f"conditions.{name}: of kind {kind}, guessed from its values (kind: ... chooses another)")
             if kind == "grid":
-                found[name] = load_grid(cells, source, name, config, together)
-            elif source.tokenizer is not None:
+                found[name] = load_grid(cells, source, name, config, splits, together)
+                continue
+            if source.tokenizer is not None:
                 raise ValueError(f"tokenizer is for columns of kind grid, and this is of kind {kind}")
+            if kind in ("class", "flags"):
+                loaded, values = read_names(cells, kind)
             else:
-                found[name] = LoadedColumn(*convert_cells(cells, kind, source.encoder), source.describe(name))
+                cells = encode_cells(cells, source.encoder) if source.encoder else cells
+                loaded, values = read_numbers(cells, kind, source.encoder or "", sizes[0])
+            found[name] = LoadedColumn(
+                loaded, source.describe(name), dict(zip(splits, values.split(sizes), strict=True))
+            )
         except ValueError as error:
             raise UserError(one_line(f"conditions.{name}: {error}")) from error
     return found
@@ -193,7 +200,7 @@ def load_conditions(
 
 @dataclass(frozen=True)
 class Cells:
-    """A column of a split, parallel to its images. Cells are read on access; None is null."""
+    """A column, parallel to the images of all splits. Cells are read on access; None is null."""
 
     size: int
     read: Callable[[Sequence[int]], list[Any]]
@@ -221,97 +228,95 @@ class Cells:
         return found
 
 
-Parts = dict[str, Cells]
-"""A column by split."""
-
-
 class Sheets:
     """Columns of the sheets in a folder of images, or of a table beside it. A row belongs to the image `file_name`;
     `NAME_file_name` is a column NAME of pictures. Only the columns `wanted` are held in memory."""
 
-    def __init__(
-        self, config: DataConfig, splits: Mapping[str, ImageDataset], table: str | None, wanted: set[str]
-    ) -> None:
+    def __init__(self, config: DataConfig, paths: list[str], table: str | None, wanted: set[str]) -> None:
         root = config.path or Path()
-        sheets = sorted(path for path in files_below(root) if path.name in SHEETS)
-        self.sheets = [Path(table).expanduser()] if table else sheets
-        if not self.sheets:
+        self.files = sorted(path for path in files_below(root) if path.name in SHEETS)
+        self.files = [Path(table).expanduser()] if table else self.files
+        if not self.files:
             raise ValueError(f"{root} has no {', '.join(SHEETS)}; add one, or give table=FILE")
-        self.names, self.rows = dict[str, None](), dict[str, tuple[Path, dict[str, Any]]]()
-        self.paths = {split: [full_path(path) for path in part] for split, part in paths_of(splits).items()}
+        found, self.names = dict[str, tuple[Path, dict[str, Any]]](), dict[str, None]()
         known = {full_path(path) for path in image_paths(root)} if table else set()
         wanted = wanted | {f"{name}_file_name" for name in wanted}
-        for sheet in self.sheets:
+        for sheet in self.files:
             folder = root if table else sheet.parent
             for row in read_sheet(sheet, "table" if table else "data.source"):
                 name = row.get(f"{config.image_column}_file_name", row.get("file_name"))
                 if not isinstance(name, str) or not name or None in row:
                     problem = "more cells than columns" if None in row else "no file_name"
                     raise ValueError(f"{sheet}: a row has {problem}: {row}")
-                if (path := full_path(folder / name)) in self.rows:
+                if (path := full_path(folder / name)) in found:
                     raise ValueError(f"{sheet}: two rows have the file_name {name}")
                 if table and path not in known:
                     raise ValueError(f"{sheet}: lists {path}, which is no image in {root}")
                 self.names |= dict.fromkeys(row)
-                self.rows[path] = folder, {key: row[key] for key in row.keys() & wanted}
-        if missing := [path for part in self.paths.values() for path in part if path not in self.rows]:
-            raise ValueError(f"{self.sheets[0]}: no row for the image {missing[0]}")
+                found[path] = folder, {key: row[key] for key in row.keys() & wanted}
+        self.paths = [full_path(path) for path in paths]
+        if missing := [path for path in self.paths if path not in found]:
+            raise ValueError(f"{self.files[0]}: no row for the image {missing[0]}")
+        self.rows = [found[path] for path in self.paths]
 
-    def read(self, column: str, is_picture: bool) -> Parts:
-        """Return the values of a column; those of CSV files as numbers or lists, if all are. is_picture: values are
-        paths relative to the sheet, as those of `NAME_file_name` are."""
+    def read(self, column: str, is_picture: bool) -> Cells:
+        """Return a column. Text of CSV files becomes numbers or lists, if all of it can. is_picture: cells are paths
+        relative to the sheet, as those of `NAME_file_name` are."""
         files = f"{column}_file_name"
-        key = files if column not in self.names and files in self.names else find_name(column, list(self.names))
-        rows = {split: [self.rows[path] for path in part] for split, part in self.paths.items()}
+        key = files if column not in self.names and files in self.names else column
+        find_column(self.names, key, str(self.files[0]))
         if is_picture or key == files:
-            return {
-                split: file_cells([values.get(key) and str(folder / str(values[key])) for folder, values in part])
-                for split, part in rows.items()
-            }
-        values = {split: [values.get(key) for _, values in part] for split, part in rows.items()}
-        if any(sheet.suffix in (".csv", ".tsv") for sheet in self.sheets):
-            values = parse_cells(values)
-        named = {
-            tuple(classes_in_parquet(str(sheet), key) or ()) for sheet in self.sheets if sheet.suffix == ".parquet"
-        }
-        if len(named) > 1:
-            raise ValueError(f"the sheets have different classes: {', '.join(map(str, self.sheets))}")
-        names = list(next(iter(named), ())) or None
-        return {split: list_cells(part, partial(self.locate, split), names) for split, part in values.items()}
-
-    def locate(self, split: str, row: int) -> str:
-        """Name a row for messages."""
-        return f"{self.sheets[0]}: {self.paths[split][row]}"
+            return file_cells([cells.get(key) and str(folder / str(cells[key])) for folder, cells in self.rows])
+        values = [cells.get(key) for _, cells in self.rows]
+        if any(sheet.suffix in (".csv", ".tsv") for sheet in self.files):
+            parsed = [parse_cell(value) for value in values]
+            values = values if any(isinstance(value, str) and value for value in parsed) else parsed
+        return list_cells(values, lambda row: f"{self.files[0]}: {self.paths[row]}")
 
 
-def read_table(source: str, splits: Mapping[str, ImageDataset], column: str, is_picture: bool) -> Parts:
-    """Return the values of a column of parquet files or of a data set of the Hub."""
+def parse_cell(text: Any) -> Any:
+    """Parse the text of a number, a boolean or a list, as JSON or Python write them."""
+    for parse in (json.loads, float) if isinstance(text, str) and "_" not in text else ():  # 1_2 is a name
+        try:
+            return parse(text.lower() if text in ("True", "False") else text)
+        except (ValueError, RecursionError):
+            continue
+    return text
+
+
+def read_table(source: str, images: list[ImageDataset], column: str, is_picture: bool) -> Cells:
+    """Return a column of parquet files or of a data set of the Hub."""
     import datasets
 
-    def open_split(images: ImageDataset) -> Cells:
-        rows, positions = images.origin
+    parts, starts = [], np.cumsum([0, *map(len, images)])
+    for rows, positions in (each.origin for each in images):
         if rows.table is None:
             raise ValueError(f"{source} has no columns; parquet files, Hub data sets and folders of images may")
-        table = rows.table.select_columns([find_name(column, rows.table.column_names)])
-        feature, open_cell = table.features[column], None
-        if is_picture or isinstance(feature, datasets.Image) or isinstance(feature, dict) and "bytes" in feature:
-            open_cell = partial(read_payload, source=source)
-            try:
-                table = table.cast_column(column, datasets.Image(decode=False))
-            except Exception as error:  # pyarrow raises several types for a column that cannot be cast
-                raise ValueError(f"the column {column!r} does not hold images: {error}") from error
+        find_column(rows.table.features, column, source)
+        parts.append(rows.table.select_columns([column]).select(positions))
+    table = datasets.concatenate_datasets(parts)
+    feature, open_cell = table.features[column], None
+    if is_picture or isinstance(feature, datasets.Image) or isinstance(feature, dict) and "bytes" in feature:
+        open_cell = partial(read_payload, source=source)
+        try:
+            table = table.cast_column(column, datasets.Image(decode=False))
+        except Exception as error:  # pyarrow raises several types for a column that cannot be cast
+            raise ValueError(f"the column {column!r} does not hold images: {error}") from error
 
-        def read(numbers: Sequence[int]) -> list[Any]:
-            found: list[Any] = table[positions[list(numbers)]][column]
-            return found
+    def read(numbers: Sequence[int]) -> list[Any]:
+        found: list[Any] = table[list(numbers)][column]
+        return found
 
-        names = getattr(getattr(feature, "feature", feature), "names", None)  # of a list, or of a class
-        return Cells(len(positions), read, lambda row: f"{source}: {rows.name(int(positions[row]))}", names, open_cell)
+    def name(row: int) -> str:
+        part = int(np.searchsorted(starts, row, "right")) - 1
+        rows, positions = images[part].origin
+        return f"{source}: {rows.name(int(positions[row - starts[part]]))}"
 
-    return {split: open_split(images) for split, images in splits.items()}
+    names = getattr(getattr(feature, "feature", feature), "names", None)  # of a list, or of a class
+    return Cells(len(table), read, name, names, open_cell)
 
 
-def pair_images(folder: Path, config: DataConfig, splits: Mapping[str, ImageDataset]) -> Parts:
+def pair_images(folder: Path, config: DataConfig, paths: list[str]) -> Cells:
     """Return the images in `folder` with the stems (paths without suffix) of the images in the source."""
     root, partners = config.path or Path(), dict[str, str]()
 
@@ -324,24 +329,23 @@ def pair_images(folder: Path, config: DataConfig, splits: Mapping[str, ImageData
     stems = {stem(path, root) for path in image_paths(root)}
     if absent := sorted(stems - partners.keys()) or sorted(partners.keys() - stems):
         raise ValueError(f"{folder if absent[0] in stems else root}: no image with the stem {absent[0]!r}")
-    paths = paths_of(splits).items()
-    return {split: file_cells([partners[stem(path, root)] for path in part]) for split, part in paths}
+    return file_cells([partners[stem(path, root)] for path in paths])
 
 
-def earlier_frames(frame: int, splits: Mapping[str, ImageDataset]) -> Parts:
+def earlier_frames(frame: int, splits: Mapping[str, ImageDataset]) -> Cells:
     """Return the image at the offset `frame` from each in its folder, in natural order; none before the first. Raises
     `ValueError` for a folder whose images are in two splits."""
     before, owners = dict[str, str | None](), dict[str, str]()
-    for split, part in paths_of(splits).items():
+    for split, images in splits.items():
         clips = dict[str, list[str]]()
-        for path in splits[split].origin[0].paths or []:
+        for path in images.origin[0].paths or []:
             clips.setdefault(os.path.dirname(path), []).append(path)
-        for folder in {os.path.dirname(path) for path in part}:
+        for folder in {os.path.dirname(path) for path in paths_of([images])}:
             if owners.setdefault(folder, split) != split:
                 raise ValueError(f"the clip {folder} is in two splits; data.clips=true holds out whole clips")
             clip = sorted(clips[folder], key=natural_key)
             before |= {path: clip[at + frame] if at + frame >= 0 else None for at, path in enumerate(clip)}
-    return {split: file_cells([before[path] for path in part]) for split, part in paths_of(splits).items()}
+    return file_cells([before[path] for path in paths_of(splits.values())])
 
 
 def natural_key(path: str) -> list[int | str]:
@@ -350,9 +354,9 @@ def natural_key(path: str) -> list[int | str]:
     return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
-def list_cells(values: list[Any], name: Callable[[int], str], names: list[str] | None = None) -> Cells:
+def list_cells(values: list[Any], name: Callable[[int], str]) -> Cells:
     """Return cells in memory."""
-    return Cells(len(values), lambda rows: [values[row] for row in rows], name, names)
+    return Cells(len(values), lambda rows: [values[row] for row in rows], name)
 
 
 def file_cells(paths: list[str | None]) -> Cells:
@@ -360,18 +364,9 @@ def file_cells(paths: list[str | None]) -> Cells:
     return replace(list_cells(paths, lambda row: str(paths[row])), open=Path)
 
 
-def find_name(column: str, names: list[str]) -> str:
-    """Return the name of a column. Raises `ValueError`, which suggests the nearest one."""
-    if column not in names:
-        hint = did_you_mean(column, names, "choose another:")
-        raise ValueError(f"there is no column {column!r}; {hint} the columns are {describe_names(names)}")
-    return column
-
-
-def paths_of(splits: Mapping[str, ImageDataset]) -> dict[str, list[str]]:
-    """Return the paths of the image files of each split."""
-    origins = {split: images.origin for split, images in splits.items()}
-    return {split: [(rows.paths or [])[at] for at in positions] for split, (rows, positions) in origins.items()}
+def paths_of(images: Iterable[ImageDataset]) -> list[str]:
+    """Return the paths of image files."""
+    return [(rows.paths or [])[at] for rows, positions in (each.origin for each in images) for at in positions]
 
 
 def full_path(path: Path | str) -> str:
@@ -379,53 +374,24 @@ def full_path(path: Path | str) -> str:
     return normalize_path(os.path.abspath(path))
 
 
-def parse_cells(values: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Return text as numbers, booleans or lists (written as JSON), if all of it is; otherwise unchanged."""
-    parsed = {split: [parse_cell(text) for text in part] for split, part in values.items()}
-    every = all(not one or isinstance(one, (int, float, list)) for part in parsed.values() for one in part)
-    return parsed if every else values
-
-
-def parse_cell(text: Any) -> Any:
-    """Parse the text of a number, a boolean or a list."""
-    for parse in (json.loads, float) if isinstance(text, str) and "_" not in text else ():  # 1_2 is a name
-        try:
-            return parse(text.lower() if text in ("True", "False") else text)
-        except (ValueError, RecursionError):
-            continue
-    return text
-
-
 # Values -------------------------------------------------------------------------------------------
 
 
-def guess_kind(cells: Parts) -> str:
+def guess_kind(cells: Cells) -> str:
     """Return the kind of column that the first value suggests."""
-    if cells["train"].open:
+    if cells.open:
         return "grid"
-    first = next((value for part in cells.values() for value in part if value is not None and value != []), None)
-    names = cells["train"].names
+    first = next((value for value in cells if value is not None and value != []), None)
     if isinstance(first, list):
-        return "flags" if names or isinstance(first[0], str) else "number" if len(first) <= FEW else "vector"
-    return "class" if names or isinstance(first, str) else "number"
+        return "flags" if cells.names or isinstance(first[0], str) else "number" if len(first) <= FEW else "vector"
+    return "class" if cells.names or isinstance(first, str) else "number"
 
 
-def convert_cells(cells: Parts, kind: str, encoder: str | None) -> tuple[Column, dict[str, Tensor]]:
-    """Return the column, with statistics of the training split, and raw values. Raises `ValueError`."""
-    if kind in ("class", "flags"):
-        return read_names(cells, kind)
-    return read_numbers(encode_cells(cells, encoder) if encoder else cells, kind, encoder or "")
-
-
-def encode_cells(cells: Parts, encoder: str) -> Parts:
+def encode_cells(cells: Cells, encoder: str) -> Cells:
     """Return the vectors of texts."""
-    texts = dict.fromkeys(text for part in cells.values() for text in part.convert(require_text) if text is not None)
-    vectors = dict(zip(texts, run_encoder(encoder, list(texts)).numpy(), strict=True))
-
-    def encode(part: Cells) -> Cells:
-        return replace(part, read=lambda rows: [vectors.get(text) for text in part.read(rows)])
-
-    return {split: encode(part) for split, part in cells.items()}
+    texts = list(dict.fromkeys(text for text in cells.convert(require_text) if text is not None))
+    vectors = dict(zip(texts, run_encoder(encoder, texts).numpy(), strict=True))
+    return replace(cells, read=lambda rows: [vectors.get(text) for text in cells.read(rows)])
 
 
 def require_text(value: Any) -> str:
@@ -435,34 +401,34 @@ def require_text(value: Any) -> str:
     return value
 
 
-def read_names(cells: Parts, kind: str) -> tuple[Column, dict[str, Tensor]]:
-    """Read classes, or flags: lists of names, which a text joins by `;`. They are numbered in the order of the data
-    set's names or, without these, of the sorted values."""
-    known = cells["train"].names
+def read_names(cells: Cells, kind: str) -> tuple[Column, Tensor]:
+    """Return classes, or flags: lists of names, which a text joins by `;`. They are numbered in the order of the data
+    set's names or, without these, of the sorted values. Raises `ValueError`."""
 
     def read(value: Any) -> list[Any]:
         several = [value]
         if kind == "flags":
             several = [part.strip() for part in value.split(";")] if isinstance(value, str) else value
-        found = [read_name(one, known) for one in (several if isinstance(several, list) else [several])]
+        found = [read_name(one, cells.names) for one in (several if isinstance(several, list) else [several])]
         return [name for name in found if name not in (None, "")]
 
-    found = {split: part.convert(read) for split, part in cells.items()}
-    names = known or sort_names(one for part in found.values() for several in part for one in several or ())
+    found = cells.convert(read)
+    known = sorted({one for several in found for one in several or ()}, key=lambda one: (isinstance(one, str), one))
+    names = cells.names or list(dict.fromkeys(map(str, known)))  # numbers first
+    if not names:
+        raise ValueError("the column has no values")
     if invalid := [name for name in names if not is_class_name(name)]:
-        raise ValueError(f"{invalid[0]!r} is not a short text without control characters")
-    ids, values = {name: place for place, name in enumerate(names)}, dict[str, Tensor]()
-    for split, part in found.items():
-        if kind == "class":
-            values[split] = torch.tensor([ids[str(several[0])] if several else -1 for several in part])
-            continue
-        flags = values[split] = torch.zeros(len(part), len(names))
-        for row, several in enumerate(part):
-            if several is None:
-                flags[row] = math.nan
-            else:
-                flags[row, [ids[str(name)] for name in several]] = 1
-    return (ClassColumn(names=names) if kind == "class" else FlagsColumn(names=names)), values
+        raise ValueError(f"{shorten(invalid[0])} is not a short text without control characters")
+    ids = {name: place for place, name in enumerate(names)}
+    if kind == "class":
+        return ClassColumn(names=names), torch.tensor([ids[str(one[0])] if one else -1 for one in found])
+    flags = torch.zeros(len(found), len(names))
+    for row, several in enumerate(found):
+        if several is None:
+            flags[row] = math.nan
+        else:
+            flags[row, [ids[str(name)] for name in several]] = 1
+    return FlagsColumn(names=names), flags
 
 
 def read_name(value: Any, names: list[str] | None) -> float | str | None:
@@ -480,18 +446,11 @@ def read_name(value: Any, names: list[str] | None) -> float | str | None:
     return value
 
 
-def sort_names(labels: Iterable[Any]) -> list[str]:
-    """Return distinct names, numbers first. Raises `ValueError` if there are none."""
-    known = sorted(set(labels), key=lambda label: (isinstance(label, str), label))
-    if not known:
-        raise ValueError("the column has no values")
-    return list(dict.fromkeys(map(str, known)))
-
-
-def read_numbers(cells: Parts, kind: str, encoder: str) -> tuple[Column, dict[str, Tensor]]:
-    """Read numbers, or lists of equally many numbers."""
-    sizes, is_vector = list[int](), kind == "vector"
-    limit = torch.finfo(torch.float16 if is_vector else torch.float32).max  # as they are stored
+def read_numbers(cells: Cells, kind: str, encoder: str, train: int) -> tuple[Column, Tensor]:
+    """Return numbers, or lists of equally many numbers, with statistics of the first `train` rows. Raises
+    `ValueError`."""
+    sizes, dtype = list[int](), np.float32 if kind == "vector" else np.float64
+    limit = torch.finfo(torch.float16 if kind == "vector" else torch.float32).max  # as they are stored
 
     def read(value: Any) -> NDArray[Any]:
         several = [math.nan if one is None else one for one in value] if isinstance(value, list) else value
@@ -499,25 +458,25 @@ def read_numbers(cells: Parts, kind: str, encoder: str) -> tuple[Column, dict[st
         if numbers.dtype.kind not in "biuf" or numbers.ndim != 1 or not len(numbers):
             raise ValueError(f"expected numbers (got {shorten(value)})")
         if (np.abs(numbers) > limit).any():
-            raise ValueError(f"numbers must lie within +-{limit:.5g} (got {shorten(value)})")
+            raise ValueError(f"numbers must be finite and at most {limit:.5g} (got {shorten(value)})")
         sizes.append(len(numbers))
         if len(numbers) != sizes[0]:
             raise ValueError(f"{len(numbers)} numbers, unlike other images, which have {sizes[0]}")
-        return numbers.astype(np.float32 if is_vector else np.float64)
+        return numbers.astype(dtype)
 
-    found = {split: part.convert(read) for split, part in cells.items()}
-    null = np.full(sizes[0] if sizes else 1, math.nan)
-    parts = {split: np.stack([null if one is None else one for one in part]) for split, part in found.items()}
-    train, raw = parts["train"], {split: torch.from_numpy(part).float() for split, part in parts.items()}
-    if np.isnan(train).all(0).any():
+    found = cells.convert(read)
+    null = np.full(sizes[0] if sizes else 1, math.nan, dtype)
+    values = np.stack([null if one is None else one for one in found])
+    known = values[:train]
+    if np.isnan(known).all(0).any():
         raise ValueError("no image of the training split has a value")
-    if is_vector:
-        for part in raw.values():
-            part[part.isnan().any(1)] = math.nan
-        scale = float(np.nanmean(train**2, dtype=np.float64)) ** 0.5
-        return VectorColumn(size=len(null), scale=scale or 1.0, encoder=encoder), raw
-    mean, std = np.nanmean(train, 0).tolist(), [each or 1.0 for each in np.nanstd(train, 0).tolist()]
-    return NumberColumn(mean=mean, std=std, low=np.nanmin(train, 0).tolist(), high=np.nanmax(train, 0).tolist()), raw
+    if kind == "vector":
+        values[np.isnan(values).any(1)] = math.nan
+        scale = float(np.nanmean(known**2, dtype=np.float64)) ** 0.5
+        return VectorColumn(size=len(null), scale=scale or 1.0, encoder=encoder), torch.from_numpy(values)
+    mean, std = np.nanmean(known, 0).tolist(), [each or 1.0 for each in np.nanstd(known, 0).tolist()]
+    low, high = np.nanmin(known, 0).tolist(), np.nanmax(known, 0).tolist()
+    return NumberColumn(mean=mean, std=std, low=low, high=high), torch.from_numpy(values).float()
 
 
 # Images -------------------------------------------------------------------------------------------
@@ -527,17 +486,23 @@ class ConditionImages(ImageDataset):
     """Images in the shape of their tokenizer, moved as those they belong to: shifts are in pixels of the others. Those
     `missing`, bool (n,), are black; their ids must become -1."""
 
-    def __init__(self, config: DataConfig, shape: tuple[int, int, int], rows: Rows, missing: Tensor) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        shape: tuple[int, int, int],
+        rows: Rows,
+        positions: NDArray[np.int64],
+        missing: NDArray[np.bool_],
+    ) -> None:
         own = config.model_copy(update={"channels": shape[0], "image_size": shape[1:]})
-        super().__init__(own, rows, Decoded(np.arange(rows.size), None, []), None, [])
+        super().__init__(own, rows, Decoded(positions, None, []), None, [])
         down, right = (side / other for side, other in zip(shape[1:], config.image_shape[1:], strict=True))
-        self._scale, self.missing = torch.tensor([1, 1, 1, down, right]), missing
+        self._scale, self.missing = torch.tensor([1, 1, 1, down, right]), torch.from_numpy(missing)
 
     def decode(self, indices: list[int], shape: tuple[int, int, int]) -> list[Pixels | str]:
         """Read the images from the source in `shape` (C, H, W)."""
-        black = np.zeros(shape, np.uint8)
         images = zip(indices, super().decode(indices, shape), strict=True)
-        return [black if self.missing[index] else image for index, image in images]
+        return [np.zeros(shape, np.uint8) if self.missing[index] else image for index, image in images]
 
     def raw_batch(
         self, indices: Indices, epochs: NDArray[np.int64] | int, seed: int, *, augment: bool = True
@@ -547,23 +512,31 @@ class ConditionImages(ImageDataset):
         return pixels, *(each * self._scale for each in changes)
 
 
-def load_grid(cells: Parts, source: ConditionSource, name: str, config: DataConfig, together: bool) -> LoadedColumn:
+def load_grid(
+    cells: Cells,
+    source: ConditionSource,
+    name: str,
+    config: DataConfig,
+    splits: Mapping[str, ImageDataset],
+    together: bool,
+) -> LoadedColumn:
     """Check that all images can be decoded, and return them as a column. Those skipped are null. Raises `ValueError`
-    without a tokenizer."""
-    if source.tokenizer is None:
+    without a tokenizer, and for cells that are no images."""
+    if source.tokenizer is None or (open_cell := cells.open) is None:
         raise ValueError("tokenizer: missing; a grid needs the tokenizer of its images")
-    tokenizer, images = Tokenizer.from_pretrained(tokenizer_folder(source.tokenizer)), dict[str, ConditionImages]()
-    for split, part in cells.items():
-        rows = Rows(part.size, partial(open_cells, part), part.name, None)
-        bad = decode_all(rows, np.arange(rows.size), tokenizer.image_shape, 0, together).bad
-        check_bad([([image for image in bad if image.reason != NO_IMAGE], rows.size)], config)
-        missing = torch.zeros(rows.size, dtype=torch.bool)
-        missing[[image.row for image in bad]] = True
-        images[split] = ConditionImages(config, tokenizer.image_shape, rows, missing)
+
+    def read(rows: Sequence[int]) -> list[Payload]:
+        return [open_cell(cell) if cell else None for cell in cells.read(rows)]
+
+    tokenizer = Tokenizer.from_pretrained(tokenizer_folder(source.tokenizer))
+    rows, every = Rows(cells.size, read, cells.name, None), np.arange(cells.size)
+    bad = decode_all(rows, every, tokenizer.image_shape, 0, together).bad
+    check_bad([([image for image in bad if image.reason != NO_IMAGE], rows.size)], config)
+    missing = np.isin(every, [image.row for image in bad])
+    parts = np.split(every, np.cumsum([len(images) for images in splits.values()])[:-1])
+    images = {
+        split: ConditionImages(config, tokenizer.image_shape, rows, part, missing[part])
+        for split, part in zip(splits, parts, strict=True)
+    }
     column = GridColumn(grid=tokenizer.grid, tokenizer=tokenizer.fingerprint())
-    return LoadedColumn(column, {}, source.describe(name), images, tokenizer)
-
-
-def open_cells(cells: Cells, rows: Sequence[int]) -> list[Payload]:
-    """Return the encoded images of cells."""
-    return [cells.open(cell) if cells.open and cell else None for cell in cells.read(rows)]
+    return LoadedColumn(column, source.describe(name), images=images, tokenizer=tokenizer)

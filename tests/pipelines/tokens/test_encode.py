@@ -430,7 +430,6 @@ def test_foreign_files_in_the_work_folder_are_refused(tokenizer, images, tmp_pat
         ({"table": "rows.csv"}, "^table: .*conditions.age=age"),
         ({"table": "rows.csv", "conditions": {"age": "age"}}, "^table: .*rows.csv"),
         ({"conditions": {"label": "age"}}, "^conditions: 'label'"),
-        ({"conditions": {"outline": {"images": "outlines"}}}, "^conditions.outline"),
     ],
 )
 def test_invalid_settings_are_refused_before_the_work(tokenizer, images, tmp_path, monkeypatch, options, named):
