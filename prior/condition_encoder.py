@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 CLAMP = 6.0  # standard deviations of a number
 OCTAVES = 4
 STD = 0.02  # of the encoding of a vector column at the start of training, as of a class embedding
+MAP = 0.25  # of the features of a grid at the start of training; 1 costs 0.03 to 0.3 bits after 300 steps
 
 
 class ConditionEncoder(nn.Module):
@@ -183,8 +184,9 @@ class GridEncoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start with features of size 1, which are worth more than the class."""
+        """Start with features of size `MAP`, whatever the size of the embeddings."""
         nn.init.normal_(self.embedding.weight)
+        nn.init.constant_(self.norm.weight, MAP)
         for layer in (*self.joins, self.hear, self.block.qkv, self.block.project, self.block.gate_up, self.block.down):
             nn.init.normal_(layer.weight, std=layer.weight.shape[1] ** -0.5)
 

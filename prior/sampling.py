@@ -194,10 +194,14 @@ class SamplingOptions:
     def check_guidance(self, given: Collection[str]) -> None:
         """Raise `ValueError` for guidance without a condition to remove. given: the names of given columns, and
         `label` for labels."""
-        if self.guides and not (given if self.guidance_on is None else set(self.guidance_on).intersection(given)):
+        if self.guides and not self.can_guide(given):
             name = "guidance_scale" if self.guidance_scale != 1 else "guidance_end"
             needs = "labels or a condition" if self.guidance_on is None else f"a value of {', '.join(self.guidance_on)}"
             raise ValueError(f"{name} other than 1 needs {needs}")
+
+    def can_guide(self, given: Collection[str]) -> bool:
+        """Return whether guidance removes one of the `given` columns."""
+        return bool(given if self.guidance_on is None else set(self.guidance_on).intersection(given))
 
     def for_given_order(self: S) -> S:
         """Return these settings without those that choose an order, for a caller that passes its own."""
@@ -456,7 +460,8 @@ def make_batch(
     num_images = check_count(num_images)
     labels = check_labels(prior, labels, num_images)
     columns = make_condition(prior.conditions, condition, num_images, prior.device)
-    options.check_guidance([*([] if labels is None else [LABEL]), *(condition or {})])
+    given = [name for name, value in (condition or {}).items() if value is not None]
+    options.check_guidance(given if labels is None else [LABEL, *given])
     tokens, known = check_known(prior, tokens, known, num_images)
     raster, rows = torch.arange(len(prior.grid), device=prior.device), torch.arange(num_images, device=prior.device)
     keys = draw_keys(generator, num_images).to(prior.device)
