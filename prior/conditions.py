@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 LABEL = "label"
 """The name of the class column that `labels` fills, in `guidance_on` and in a pipeline's `condition`."""
+RESERVED = (LABEL, "labels", "tokens")
+"""Names of other columns in token datasets and their tables."""
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 MAX_COLUMNS = 64
 FEW = 24  # names listed in an error
@@ -291,13 +293,13 @@ AnyColumn = Annotated[Column, PlainValidator(read_column), PlainSerializer(lambd
 """Field type for a column in a configuration."""
 
 
-def conditions_problem(conditions: Mapping[str, Column]) -> Iterator[str]:
-    """Yield what is wrong with named columns."""
+def conditions_problem(conditions: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with named columns, or with the names of columns that are not known yet."""
     if len(conditions) > MAX_COLUMNS:
         yield f"at most {MAX_COLUMNS} columns are possible (got {len(conditions)})"
     for name, column in conditions.items():
-        if not NAME.fullmatch(name) or name in (LABEL, "labels"):
-            yield f"{name!r} cannot name a column; use letters, digits and _, and not {LABEL!r} or 'labels'"
+        if not NAME.fullmatch(name) or name in RESERVED:
+            yield f"{name!r} cannot name a column; use letters, digits and _, and not {', '.join(RESERVED)}"
         facts = (column.std, column.low, column.high) if isinstance(column, NumberColumn) else ()
         if any(len(each) != column.shape[0] for each in facts):
             yield f"{name}: mean, std, low and high must have equally many numbers"
