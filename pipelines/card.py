@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prior import Prior
+from prior.conditions import ClassColumn, Column, FlagsColumn, GridColumn, NumberColumn, VectorColumn, describe_names
 from tokenizer import Tokenizer
 
-from .conditioning import describe_conditions, example_condition
+from .condition_values import describe_range, takes_text
 from .images.origin import describe_for_card, shareable
 from .metrics.figures import Row, format_rows
 
@@ -83,7 +84,8 @@ def model_card(
     channels, height, width = tokenizer.image_shape
     facts = shareable(provenance)
     rows = collect_figures(facts, exact=prior.exact)
-    example = example_condition(prior.conditions, condition_tokenizers)
+    columns = [describe_column(*item, condition_tokenizers.get(item[0])) for item in prior.conditions.items()]
+    examples = [f'"{column.name}": {column.example}' for column in columns if column.example]
     card = ModelCard.from_template(
         make_metadata(tokenizer, prior, facts, has_grid),
         template_str=TEMPLATE,
@@ -96,12 +98,12 @@ def model_card(
         shape=" x ".join(map(str, prior.grid.shape)),
         classes=f"{prior.num_classes} classes ({', '.join(labels)})" if prior.num_classes else "no classes",
         given=f", given {', '.join(prior.conditions)}" if prior.conditions else "",
-        imports="from PIL import Image\n" if "Image.open" in example else "",
-        example=f", condition={example}" if prior.conditions else "",
+        imports="from PIL import Image\n" if any("Image.open" in one for one in examples) else "",
+        example=f", condition={{{', '.join(examples)}}}" if examples else "",
         source=describe_for_card(facts),
         has_grid=has_grid,
         lines=[
-            *format_conditions(prior, condition_tokenizers),
+            *format_conditions(columns),
             *format_tuning(facts.get("tuning", {})),
             *format_measurements(facts, rows),
             *format_run_links(facts),
@@ -110,12 +112,42 @@ def model_card(
     return str(card)
 
 
-def format_conditions(prior: Prior, tokenizers: Mapping[str, Tokenizer]) -> list[str]:
+class Described(NamedTuple):
+    """A column in words; the example is Python code of a value."""
+
+    name: str
+    kind: str
+    values: str
+    encoder: str = ""
+    example: str = ""
+
+
+def describe_column(name: str, column: Column, tokenizer: Tokenizer | None) -> Described:
+    """Describe a column. tokenizer: of a grid."""
+    found = Described(name, column.kind, "")
+    if isinstance(column, ClassColumn):
+        return found._replace(values=describe_names(column.names), example=repr(column.names[0]))
+    if isinstance(column, FlagsColumn):
+        return found._replace(values=describe_names(column.names), example=repr(column.names[:2]))
+    if isinstance(column, NumberColumn):
+        means = [float(f"{mean:.4g}") for mean in column.mean]
+        return found._replace(values=describe_range(column), example=repr(means if len(means) > 1 else means[0]))
+    if isinstance(column, VectorColumn):
+        text, example = ("text, or ", "'some words'") if takes_text(column) else ("", "")
+        return found._replace(values=f"{text}{column.size} numbers", encoder=column.encoder, example=example)
+    assert isinstance(column, GridColumn)
+    values = f"{' x '.join(map(str, column.shape))} ids of {column.grid.vocab_size}"
+    if tokenizer is None:
+        return found._replace(values=values)
+    values = f"image of {' x '.join(map(str, tokenizer.image_shape[1:]))}, or {values}"
+    return found._replace(values=values, encoder=tokenizer.name, example=f'Image.open("{name}.png")')
+
+
+def format_conditions(columns: Sequence[Described]) -> list[str]:
     """Return a markdown table of the columns that images may be conditioned on, if there are any."""
-    if not prior.conditions:
+    if not columns:
         return []
-    rows = describe_conditions(prior.conditions, tokenizers)
-    lines = [f"| {' | '.join(map(to_cell, row))} |" for row in rows]
+    lines = [f"| {' | '.join(map(to_cell, column[:-1]))} |" for column in columns]
     about = "Values of `condition=`; each may be left out. Numbers are in the unit of the training data."
     head = ["| name | kind | values | encoder |", "|---|---|---|---|"]
     return ["## Conditions", "", about, "", *head, *lines, ""]

@@ -28,7 +28,7 @@ from .images.decoding import pixels_of
 from .images.pictures import LATENT, check_output_type, convert_images
 
 if TYPE_CHECKING:
-    from .conditioning import GivenCondition
+    from .condition_values import GivenCondition
     from .image_pipeline import ImagePipeline, Images, Label, PipelineOutput
 
 Known = Tensor | np.ndarray | None

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from prior.conditions import digest_condition
@@ -96,13 +96,6 @@ class EncodeConfig(Config):
     batch_size: int = Field(256, ge=1, description="images per batch on each process")
     seed: int = Field(0, ge=0, description="seed of the augmentations")
 
-    @field_validator("conditions", mode="before")
-    @classmethod
-    def _conditions_by_column(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {name: {"column": each} if isinstance(each, str) else each for name, each in value.items()}
-
 
 def run(config: EncodeConfig) -> Path:
     """Encode all splits, dividing the shards among the processes; rename the dataset to `out` at the end. Return its
@@ -120,9 +113,8 @@ def run(config: EncodeConfig) -> Path:
     config = config.model_copy(update={"data": choose_data(config.data, config.conditions)})
     with leave_group_on_error(accelerator), lock_output(out, group):
         images = load_images(config.data, together=True)
-        splits, columns = name_splits(images), dict[str, LoadedColumn]()
-        if config.conditions:
-            columns = load_conditions(config.data, config.conditions, splits, table=config.table, together=True)
+        splits = name_splits(images)
+        columns = load_conditions(config.data, config.conditions, splits, table=config.table, together=True)
         rows = {name: len(part) * (1 + config.augmentations * (name == "train")) for name, part in splits.items()}
         shards = plan_shards(rows, config.rows_per_shard)
         job = describe_job(config, tokenizer, images, rows, accelerator.device.type, columns)
@@ -167,8 +159,7 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -
         raise UserError("augmentations: needs a setting of data.augment, for example data.augment.shift=2")
     if config.table and not config.conditions:
         raise UserError("table: needs a column to read from it, for example conditions.age=age")
-    if config.conditions:
-        check_sources(config.data, config.conditions, config.table, config.augmentations)
+    check_sources(config.data, config.conditions, config.table, config.augmentations)
     output.check_folder(TOKENS)
 
 
@@ -206,16 +197,16 @@ def describe_job(
     without: Any = {"out": True, "tokenizer": True, "data": {"cache_mb", "shuffle_window"}}
     without |= {"conditions": {"__all__": {"tokenizer"}}} if columns else {"conditions": True, "table": True}
     facts = {"tokenizer": tokenizer.fingerprint(), "classes": class_names(images), "rows": rows, "device": device}
-    if columns:
-        facts["columns"] = {name: {**each.column.to_dict(), "values": digest(each)} for name, each in columns.items()}
+    found = {name: {**each.column.to_dict(), "values": digest(each)} for name, each in columns.items()}
+    facts |= {"columns": found} if columns else {}
     return {"verb": "encode", **config.model_dump(mode="json", exclude=without), **facts}
 
 
 def digest(column: LoadedColumn) -> str:
     """Return a hash of a column's values in all splits; for grids, of the names of their images."""
     names = {split: images.names(np.arange(len(images))) for split, images in column.images.items()}
-    values = {**column.values, **{f"{split} missing": rows for split, rows in column.missing.items()}}
-    return hashlib.sha256(json.dumps([names, digest_condition(values)]).encode()).hexdigest()
+    missing = {f"{split} missing": images.missing for split, images in column.images.items()}
+    return hashlib.sha256(json.dumps([names, digest_condition({**column.values, **missing})]).encode()).hexdigest()
 
 
 def class_names(images: Splits) -> list[str]:
@@ -323,7 +314,7 @@ def pack_shard(
     """Return the stored columns of a shard's rows. grids: encoded ids by column. Raises `UserError`."""
     values = {name: column.values[split][rows] for name, column in columns.items() if name not in grids}
     for name, tokens in grids.items():
-        missing = columns[name].missing[split][rows].view(-1, *[1] * (tokens.ndim - 1))
+        missing = columns[name].images[split].missing[rows].view(-1, *[1] * (tokens.ndim - 1))
         values[name] = torch.where(missing, -1, tokens)
     try:
         return pack_columns({name: each.column for name, each in columns.items()}, values, slice(None), len(rows))

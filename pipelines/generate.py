@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -23,11 +23,11 @@ from PIL import Image
 from pydantic import Field
 
 from prior.conditions import LABEL, digest_condition
-from prior.sampling import DecodingOptions, choose_orders, make_batch
+from prior.sampling import DecodingOptions, SamplingOptions, choose_orders, make_batch
 from tokenizer.files import fsync
 
 from .condition_keys import ConditionRows, SamplesWithCondition, format_values
-from .conditioning import given_columns
+from .condition_values import name_given
 from .config import OutputConfig, UserError, run_command
 from .config.importing import format_imports
 from .config.table import count_of
@@ -95,7 +95,7 @@ def run(config: GenerateConfig) -> Path:
     """
     out = Path(config.out)
     with join_group(config.device) as (group, device):
-        group.on_main(lambda: ImageFolder(config, config.num_images or IMAGES).check(group.world))
+        group.on_main(lambda: ImageFolder(config, config.num_images or group.world).check(group.world))
         pipeline = group.main_first(lambda: ImagePipeline.from_pretrained(config.pipeline, device=device))
         request = group.main_first(lambda: make_request(config, pipeline))
         count = request.given.count
@@ -135,12 +135,10 @@ class Request:
         """Draw the images with these numbers in one batch, uint8 (B, H, W, C). Raises `UserError` for a request that
         does not fit the prior."""
         labels = [self.classes[k % len(self.classes)] for k in numbers] if self.classes else None
-        condition, settings = self.given.rows(numbers), self.settings
-        given = {LABEL} if any(label is not None for label in labels or ()) else set()
-        given.update(given_columns(self.pipeline.conditions, condition or {}))
-        if not given.intersection(settings.get("guidance_on", given)):  # these images have only nulls
-            settings = {name: value for name, value in settings.items() if not name.startswith("guidance_")}
+        condition = self.given.select(numbers).columns
         try:
+            given = name_given(self.pipeline.prior, self.pipeline.label_ids(labels, len(numbers)), condition)
+            sampler = self.sampler if self.sampler.can_guide(given) else self.sampler.unguided()
             return self.pipeline(
                 len(numbers),
                 labels,
@@ -150,10 +148,16 @@ class Request:
                 output_type="np",
                 progress=progress,
                 **vars(self.decoding),
-                **settings,
+                **vars(sampler),
             ).images
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
+
+    @cached_property
+    def sampler(self) -> SamplingOptions:
+        """The sampling settings of all images. Raises `ValueError` or `TypeError`."""
+        ids = self.pipeline.label_ids(self.classes, len(self.classes)) if self.classes else None
+        return self.pipeline.choose_sampler(self.settings, ids, self.decoding, self.given.columns)
 
     def describe(self) -> dict[str, Any]:
         """Return everything that the pixels depend on, except the number of images. Raises `UserError` for a request
@@ -161,12 +165,10 @@ class Request:
         pipeline, prior = self.pipeline, self.pipeline.prior
         try:
             ids = pipeline.label_ids(self.classes, len(self.classes)) if self.classes else None
-            sampler = pipeline.choose_sampler(self.settings, ids, self.decoding, self.given.columns)
-            prior.check_sampling_options(sampler)
             self.decoding.check()
             label = None if ids is None else ids[:1]
             condition = {name: raw[:1] for name, raw in self.given.columns.items()}
-            batch = make_batch(prior, 1, label, condition, sampler, torch.Generator(), None, None)
+            batch = make_batch(prior, 1, label, condition, self.sampler, torch.Generator(), None, None)
             choose_orders(prior, self.decoding, batch)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
@@ -181,7 +183,7 @@ class Request:
             "seed": self.seed,
             "order": self.decoding.order,
             "num_orders": self.decoding.num_orders,
-            "sampler": sampler.to_dict(),
+            "sampler": self.sampler.to_dict(),
             "device": pipeline.device.type,
         }
 
@@ -191,7 +193,9 @@ def make_request(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
     given = config.read_condition(pipeline, config.num_images, default=IMAGES)
     chosen = config.labels if config.labels is None or isinstance(config.labels, list) else [config.labels]
     decoding = DecodingOptions(config.order, config.num_orders, parallel=config.parallel)
-    classes = given.choose_labels(chosen) if chosen else given.labels or range(pipeline.prior.num_classes)
+    if chosen and given.labels:
+        raise UserError(f"condition.{LABEL}: classes are given by labels, too; give them once")
+    classes = chosen or given.labels or range(pipeline.prior.num_classes)
     return Request(pipeline, classes, given, config.seed, decoding, config.sampling_settings())
 
 

@@ -19,7 +19,7 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from prior import Prior
-from prior.conditions import LABEL, Column, Condition, Given, select_rows
+from prior.conditions import Column, Condition, Given, select_rows
 from prior.sampling import (
     GUIDANCE,
     DecodingOptions,
@@ -39,11 +39,18 @@ from tokenizer.base import LikelihoodError
 from tokenizer.files import ConfigError
 from tokenizer.model import Dtype, PretrainedModel, choose_dtype
 
-from . import completion, conditioning, representation, saving
+from . import completion, representation, saving
 from .anomaly import calibrating, healing, scores
 from .anomaly.calibration import Calibration
 from .compression.coding import compress, decompress, exact_pixels
-from .conditioning import GivenCondition
+from .condition_values import (
+    GivenCondition,
+    choose_labels,
+    count_rows,
+    name_given,
+    parse_condition,
+    read_condition,
+)
 from .images.grids import class_grid
 from .images.origin import shareable
 from .images.pictures import LATENT, check_output_type, convert_images, to_images, to_uint8
@@ -55,7 +62,7 @@ Callback = Callable[[Any, int, int, dict[str, Tensor]], Any]
 """`callback_on_step_end`; see `ImagePipeline.__call__`."""
 
 SAMPLED = 80  # images in a sample picture
-NO_TEXT = "text conditioning is not available; choose classes with labels=..."
+NO_TEXT = "there are no prompts; choose classes with labels=..., and give text with condition=... to a column of text"
 LAST_SEED = (1 << 64) - 1  # torch's limit
 
 T = TypeVar("T")
@@ -147,14 +154,13 @@ class ImagePipeline:
         sampler: dict[str, Any] | None = None,
         condition_tokenizers: Mapping[str, Tokenizer] | None = None,
     ) -> None:
-        saving.check_fit(tokenizer, prior, background, condition_tokenizers)
+        tokenizers = saving.check_fit(tokenizer, prior, background, condition_tokenizers)
         if labels and len(labels) != prior.num_classes:
             raise ConfigError(f"{saving.INDEX}: labels: {len(labels)} names for {prior.num_classes} classes")
         saving.check_names(labels, prior.conditions)
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
         self.background = None if background is None else background.eval()
         """A prior trained on perturbed tokens, for `anomaly_score(method="ratio")`."""
-        tokenizers = saving.complete_tokenizers(tokenizer, prior, condition_tokenizers)
         self.condition_tokenizers = {name: one.eval() for name, one in tokenizers.items()}
         """The tokenizers of grid columns by name."""
         self.labels = list(labels)
@@ -234,14 +240,14 @@ class ImagePipeline:
         given `guidance_end` is linear unless `guidance_power` is also given. Raises `ValueError` for arguments out of
         range, `TypeError` for a setting that the prior does not have.
         """
-        labels = conditioning.choose_labels(labels, condition)
-        default = None if condition is None else self.count_condition(condition)
+        labels, raw = choose_labels(labels, condition), parse_condition(self, condition)
+        default = count_rows(self.conditions, raw)
         num_images, labels = count_images(num_images, labels, num_images_per_label, default)
         check_count(batch_size, "batch_size")
         check_output_type(output_type, LATENT)
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise TypeError(f"callback_on_step_end should be a function (got {callback_on_step_end!r})")
-        ids, columns = self.label_ids(labels, num_images), self.read_condition(condition, num_images)
+        ids, columns = self.label_ids(labels, num_images), self.read_condition(raw, num_images)
         decoding = DecodingOptions(order, num_orders, cache, parallel)
         sampler = self.choose_sampler(settings, ids, decoding, columns)
         generator = make_generators(seed, generator, num_images)
@@ -296,9 +302,8 @@ class ImagePipeline:
             hint = f"did you mean {near[0]!r}?" if near else f"a {self.prior.name!r} prior takes {', '.join(known)}"
             raise TypeError(f"unexpected argument {unknown[0]!r}; {NO_TEXT if 'prompt' in unknown[0] else hint}")
         own = self.sampler if decoding.is_default else self.sampler.for_given_order()
-        given = conditioning.given_columns(self.conditions, condition or {})
-        given += [LABEL] * (ids is not None and bool((ids != self.prior.num_classes).any()))
-        if not (given if own.guidance_on is None else set(own.guidance_on).intersection(given)):
+        given = name_given(self.prior, ids, condition or {})
+        if not own.can_guide(given):
             own = own.unguided()  # there is nothing to guide towards
         shared = SamplingOptions.names()
         chosen = {name: value for name, value in settings.items() if value is not None or name not in shared}
@@ -377,13 +382,12 @@ class ImagePipeline:
         """The columns that `condition` may give values for, by name."""
         return self.prior.conditions
 
-    read_condition = conditioning.read_condition
-    count_condition = conditioning.count_condition
+    read_condition = read_condition
 
     def label_ids(self, labels: Label | Sequence[Label], count: int, condition: GivenCondition = None) -> Tensor | None:
         """Convert labels (ids or names), or those in `condition`, to class ids `(count,)`, or None. Raises `ValueError`
         listing the classes."""
-        labels = conditioning.choose_labels(labels, condition)
+        labels = choose_labels(labels, condition)
         if labels is None:
             return None
         values = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels

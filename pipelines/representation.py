@@ -18,7 +18,7 @@ from prior.conditions import Given
 from .images.pictures import as_batch, to_float
 
 if TYPE_CHECKING:
-    from .conditioning import GivenCondition
+    from .condition_values import GivenCondition
     from .image_pipeline import ImagePipeline, Images
 
 POOLS = {

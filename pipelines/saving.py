@@ -213,9 +213,9 @@ def check_fit(
     prior: Prior,
     background: Prior | None = None,
     condition_tokenizers: Mapping[str, Tokenizer] | None = None,
-) -> None:
-    """Raise `IntegrityError` unless the priors model the tokens of this tokenizer and the grids are those of
-    `condition_tokenizers`, `TypeError` for arguments that are not models."""
+) -> dict[str, Tokenizer]:
+    """Return the tokenizers of grids, as `match_tokenizers` does. Raises `IntegrityError` unless the priors model the
+    tokens of this tokenizer, `TypeError` for arguments that are not models."""
     families: dict[str, tuple[Any, type]] = {"tokenizer": (tokenizer, Tokenizer), "prior": (prior, Prior)}
     families |= {} if background is None else {BACKGROUND: (background, Prior)}
     others = condition_tokenizers or {}
@@ -237,37 +237,32 @@ def check_fit(
             raise IntegrityError(f"{BACKGROUND}/{CONFIG}: not a prior over the same tokens and classes as prior/")
         if background.conditions not in ({}, prior.conditions):
             raise IntegrityError(f"{BACKGROUND}/{CONFIG}: conditions: neither those of prior/ nor none")
-    check_condition_tokenizers(prior, complete_tokenizers(tokenizer, prior, others))
+    return match_tokenizers(tokenizer, prior, others)
 
 
-def complete_tokenizers(
-    tokenizer: Tokenizer, prior: Prior, others: Mapping[str, Tokenizer] | None
-) -> dict[str, Tokenizer]:
-    """Return the tokenizer of each grid column by name: the given one, or the pipeline's own if it made the tokens."""
-    made = {name: column.tokenizer for name, column in prior.conditions.items() if isinstance(column, GridColumn)}
-    fingerprint = tokenizer.fingerprint() if any(made.values()) else None
-    return {**(others or {}), **{name: tokenizer for name, one in made.items() if one == fingerprint}}
-
-
-def check_condition_tokenizers(prior: Prior, tokenizers: Mapping[str, Tokenizer]) -> None:
-    """Raise `IntegrityError` unless each grid column has the tokenizer that made its tokens, if one did."""
+def match_tokenizers(tokenizer: Tokenizer, prior: Prior, others: Mapping[str, Tokenizer]) -> dict[str, Tokenizer]:
+    """Return the tokenizer of each grid column by name: the pipeline's own if it made the tokens, or one of `others`.
+    Raises `IntegrityError` if another tokenizer made the tokens."""
     grids = {name: column for name, column in prior.conditions.items() if isinstance(column, GridColumn)}
-    for name in [*grids, *tokenizers]:
-        where = f"{CONDITIONS}/{name}"
-        if name not in grids:
-            raise IntegrityError(f"{where}: the prior has no such grid; its grids: {', '.join(grids) or 'none'}")
-        column, tokenizer = grids[name], tokenizers.get(name)
-        if tokenizer is None and column.tokenizer:
-            raise IntegrityError(f"{where}: missing tokenizer ({column.tokenizer[:12]}...) of this grid's tokens")
-        if tokenizer is None:
+    if unknown := [name for name in others if name not in grids]:
+        hint = f"its grids are {', '.join(grids) or 'none'}"
+        raise IntegrityError(f"{CONDITIONS}/{unknown[0]}: the prior has no such grid; {hint}")
+    own = tokenizer.fingerprint() if any(column.tokenizer for column in grids.values()) else None
+    found = {}
+    for name, column in grids.items():
+        where, made = f"{CONDITIONS}/{name}", f"{column.tokenizer[:12]}..."
+        one = tokenizer if column.tokenizer == own else others.get(name)
+        if one is None and column.tokenizer:
+            raise IntegrityError(f"{where}: missing: the tokenizer ({made}) of this grid's tokens")
+        if one is None:
             continue
-        if tokenizer.grid != column.grid:
-            raise IntegrityError(f"{where}: grid: {tokenizer.grid} is not the column's, {column.grid}")
-        if column.tokenizer and column.tokenizer != (found := tokenizer.fingerprint()):
-            raise IntegrityError(
-                f"{where}: the grid holds tokens of another tokenizer ({column.tokenizer[:12]}..., this one is "
-                f"{found[:12]}...)"
-            )
+        if one.grid != column.grid:
+            raise IntegrityError(f"{where}: grid: {one.grid} is not the column's, {column.grid}")
+        if one is not tokenizer and column.tokenizer not in ("", fingerprint := one.fingerprint()):
+            this = f"this one is {fingerprint[:12]}..."
+            raise IntegrityError(f"{where}: the grid holds tokens of another tokenizer ({made}, {this})")
+        found[name] = one
+    return found
 
 
 def set_fingerprints(models: Mapping[str, PretrainedModel], grids: Collection[str]) -> None:

@@ -31,9 +31,10 @@ def encode_text(encoder: str, texts: Sequence[str]) -> Tensor:
         raise ValueError(
             f"{encoder!r} is not a built-in text encoder; allowed is ngrams:SIZE, with SIZE up to {MAX_SIZE}"
         )
-    return torch.tensor(
-        np.array([hash_ngrams(text, int(found[1])) for text in texts]).reshape(-1, int(found[1]))
-    ).float()
+    vectors = np.zeros((len(texts), int(found[1])), np.float32)
+    for row, text in enumerate(texts):
+        vectors[row] = hash_ngrams(text, int(found[1]))
+    return torch.from_numpy(vectors)
 
 
 def hash_ngrams(text: str, size: int) -> np.ndarray:
@@ -66,11 +67,14 @@ def run_encoder(encoder: str, texts: Sequence[str]) -> Tensor:
     encode: Any = getattr(sys.modules[module], function, None)
     if not callable(encode):
         raise ValueError(f"{module} has no function {function!r}")
-    parts = [np.asarray(encode(list(texts[start : start + BATCH]))) for start in range(0, len(texts), BATCH)]
-    for part, start in zip(parts, range(0, len(texts), BATCH), strict=True):
-        count = len(texts[start : start + BATCH])
-        if part.ndim != 2 or len(part) != count or part.dtype.kind not in "iuf" or part.shape[1] != parts[0].shape[1]:
+    parts = list[np.ndarray]()
+    for start in range(0, len(texts), BATCH):
+        some = list(texts[start : start + BATCH])
+        part = np.asarray(encode(some))
+        size = parts[0].shape[1] if parts else part.shape[-1] if part.ndim else 0
+        if part.shape != (len(some), size) or part.dtype.kind not in "iuf":
             raise ValueError(
-                f"{encoder} must return ({count}, d) numbers for {count} texts (got {part.shape} {part.dtype})"
+                f"{encoder} must return ({len(some)}, d) numbers for {len(some)} texts (got {part.shape} {part.dtype})"
             )
-    return torch.from_numpy(np.concatenate(parts).astype(np.float32)) if parts else torch.empty(0, 1)
+        parts.append(part.astype(np.float32))
+    return torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, 1)

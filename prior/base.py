@@ -239,8 +239,10 @@ class Prior(PretrainedModel, family="prior"):
             labels = torch.full((count,), self.num_classes, device=self.device)
         if self.condition_encoder is None:
             return labels
-        nulls = {name: column.null(count, labels.device) for name, column in self.conditions.items()}
-        encoded: Encoded = self.condition_encoder(labels, {**nulls, **(condition or {})})
+        raw = dict(condition or {})
+        for name in self.conditions.keys() - raw.keys():
+            raw[name] = self.conditions[name].null(count, labels.device)
+        encoded: Encoded = self.condition_encoder(labels, raw)
         return encoded
 
     @full_float32()

@@ -20,7 +20,7 @@ from tokenizer.base import TokenGrid
 from tokenizer.checks import NOT_HIDDEN, describe_hidden_methods, expect, problem_of
 
 from .base import Prior
-from .conditions import Column, Condition, FlagsColumn, GridColumn, IdColumn, NumberColumn, VectorColumn, select_rows
+from .conditions import Column, Condition, GridColumn, IdColumn, NumberColumn, select_rows
 
 MOST_CHANGED = 16
 """Maximum number of tokens that `require_causal` changes, one at a time."""
@@ -63,18 +63,12 @@ def example_columns(grid: TokenGrid) -> dict[str, Column]:
 
 def draw_condition(prior: Prior, count: int) -> Condition:
     """Draw random raw columns."""
-    found = {}
-    for name, column in prior.conditions.items():
-        shape = (count, *column.shape)
-        if isinstance(column, IdColumn):
-            found[name] = torch.randint(column.count, shape)
-        elif isinstance(column, FlagsColumn):
-            found[name] = torch.randint(2, shape).float()
-        elif isinstance(column, NumberColumn):
-            found[name] = torch.tensor(column.mean) + torch.tensor(column.std) * torch.randn(shape)
-        elif isinstance(column, VectorColumn):
-            found[name] = column.scale * torch.randn(shape)
-    return found
+    return {
+        name: torch.randint(column.count, (count, *column.shape))
+        if isinstance(column, IdColumn)
+        else torch.randint(2, (count, *column.shape)).float()
+        for name, column in prior.conditions.items()
+    }
 
 
 @torch.no_grad()

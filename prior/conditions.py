@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 LABEL = "label"
 """The name of the class column that `labels` fills, in `guidance_on` and in a pipeline's `condition`."""
+RESERVED = (LABEL, "labels", "tokens")
+"""Names of other columns in token datasets and their tables."""
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 MAX_COLUMNS = 64
 FEW = 24  # names listed in an error
@@ -62,15 +64,21 @@ class Column(ModelConfig):
         holds raw values, in which null values are allowed. Raises `ValueError`, which says what is allowed."""
         if isinstance(value, Tensor):
             return self.check_raw(value.cpu())
-        value = value.tolist() if isinstance(value, np.ndarray) else value
+        value = value.tolist() if hasattr(value, "tolist") else value  # numpy, pandas
         if self.is_one_value(value):
             return self.parse_one(value)
-        parts = [self.parse_one(one.tolist() if isinstance(one, (Tensor, np.ndarray)) else one) for one in value]
+        parts = [self.parse_one(one.tolist() if hasattr(one, "tolist") else one) for one in value]
         return torch.stack(parts) if parts else self.null(0)
 
     def is_one_value(self, value: Any) -> bool:
-        """Return whether `value` is the value of one image, rather than a list with a value per image."""
-        return isinstance(value, (str, Mapping)) or not isinstance(value, Iterable)
+        """Return whether `value` is the value of one image, rather than a list with a value per image: a list is one
+        value if it is nested as deeply as `shape` has axes and no part is None. A single number has no list."""
+        depth, inner = 0, value
+        while isinstance(inner, (list, tuple)):
+            depth, inner = depth + 1, next((one for one in inner if one is not None), None)
+        depth += getattr(inner, "ndim", 0)
+        axes = 0 if self.kind == "number" and self.shape == (1,) else len(self.shape)
+        return not depth or (depth == axes and not any(one is None for one in value))
 
     def parse_one(self, value: Any) -> Tensor:
         """Convert the value of one image."""
@@ -146,10 +154,6 @@ class ClassColumn(IdColumn):
 class FloatColumn(Column):
     """Numbers, of which NaN is null."""
 
-    def is_one_value(self, value: Any) -> bool:
-        """A list of numbers is one value, unless a value is a single number."""
-        return super().is_one_value(value) or (self.shape != (1,) and all(isinstance(one, NUMBERS) for one in value))
-
     def parse_one(self, value: Any) -> Tensor:
         """Convert a list of numbers."""
         if value is None:
@@ -188,10 +192,6 @@ class FlagsColumn(FloatColumn):
     def shape(self) -> tuple[int, ...]:
         """A number for each flag."""
         return (len(self.names),)
-
-    def is_one_value(self, value: Any) -> bool:
-        """A list of names is one value, and so is a list of 0 and 1."""
-        return super(FloatColumn, self).is_one_value(value) or all(isinstance(one, (str, *NUMBERS)) for one in value)
 
     def parse_one(self, value: Any) -> Tensor:
         """Convert the names of the flags that are set, or a number 0 or 1 for each flag."""
@@ -261,14 +261,6 @@ class GridColumn(IdColumn):
         """Number of ids."""
         return self.grid.vocab_size
 
-    def is_one_value(self, value: Any) -> bool:
-        """Numbers nested as deeply as the grid has axes are one value."""
-        depth, inner = 0, value
-        while isinstance(inner, (list, tuple)):
-            depth, inner = depth + 1, next((one for one in inner if one is not None), None)
-        axes = depth + getattr(inner, "ndim", 0)
-        return not depth or (inner is not None and axes == len(self.shape))
-
     def parse_one(self, value: Any) -> Tensor:
         """Convert tokens of the grid's shape."""
         if value is None:
@@ -302,13 +294,13 @@ AnyColumn = Annotated[Column, PlainValidator(read_column), PlainSerializer(lambd
 """Field type for a column in a configuration."""
 
 
-def conditions_problem(conditions: Mapping[str, Column]) -> Iterator[str]:
-    """Yield what is wrong with named columns."""
+def conditions_problem(conditions: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with named columns, or with the names of columns that are not known yet."""
     if len(conditions) > MAX_COLUMNS:
         yield f"at most {MAX_COLUMNS} columns are possible (got {len(conditions)})"
     for name, column in conditions.items():
-        if not NAME.fullmatch(name) or name in (LABEL, "labels"):
-            yield f"{name!r} cannot name a column; use letters, digits and _, and not {LABEL!r} or 'labels'"
+        if not NAME.fullmatch(name) or name in RESERVED:
+            yield f"{name!r} cannot name a column; use letters, digits and _, and not {', '.join(RESERVED)}"
         facts = (column.std, column.low, column.high) if isinstance(column, NumberColumn) else ()
         if any(len(each) != column.shape[0] for each in facts):
             yield f"{name}: mean, std, low and high must have equally many numbers"
@@ -355,7 +347,7 @@ def parse_values(columns: Mapping[str, Column], condition: Mapping[str, Any]) ->
 
 def describe_columns(columns: Mapping[str, Any]) -> str:
     """Describe the columns in a few words."""
-    return f"the columns are {', '.join(columns)}" if columns else "this prior has no columns"
+    return f"the columns are {', '.join(columns)}" if columns else "there are no columns"
 
 
 def make_condition(
@@ -385,16 +377,6 @@ def make_condition(
 def select_rows(condition: Condition, at: Any) -> Condition:
     """Return rows of all columns."""
     return {name: values[at] for name, values in condition.items()}
-
-
-def append_nulls(columns: Mapping[str, Column], condition: Condition, removed: Iterable[str] | None) -> Condition:
-    """Append a copy of all rows, in which the `removed` columns (None: all) are null."""
-    found = {}
-    for name, values in condition.items():
-        null = removed is None or name in removed
-        copy = columns[name].null(len(values), values.device) if null else values
-        found[name] = torch.cat([values, copy])
-    return found
 
 
 def digest_condition(condition: Condition) -> str:
@@ -429,11 +411,6 @@ class Encoded:
     def __getitem__(self, at: Any) -> Encoded:
         return Encoded(self.labels[at], self.vector[at], None if self.map is None else self.map[at])
 
-    def repeat(self, copies: int) -> Encoded:
-        """Repeat all rows, as `Tensor.repeat` does for labels."""
-        every = None if self.map is None else self.map.repeat(copies, 1, 1)
-        return Encoded(self.labels.repeat(copies), self.vector.repeat(copies, 1), every)
-
     @property
     def device(self) -> torch.device:
         """The device of all tensors."""
@@ -447,6 +424,14 @@ class Encoded:
 
 Given = Tensor | Encoded
 """What a model receives: labels `(B,)`, or with columns `Encoded`."""
+
+
+def join_rows(first: Any, second: Any) -> Given:
+    """Concatenate two `Given` of the same prior."""
+    if isinstance(first, Tensor):
+        return torch.cat([first, second])
+    every = None if first.map is None else torch.cat([first.map, second.map])
+    return Encoded(torch.cat([first.labels, second.labels]), torch.cat([first.vector, second.vector]), every)
 
 
 class ColumnProjection(nn.Linear):

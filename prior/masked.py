@@ -210,11 +210,11 @@ class Masked(Prior, name="masked"):
         if block_of is None:
             block_of = self.block_of if order is None else block_numbers(order, self.blocks)
         block_of = block_of.expand(count, size)
-        numbers, found, parts = torch.unique(block_of), [], []
+        numbers, images, found, parts = torch.unique(block_of), torch.arange(count, device=tokens.device), [], []
         for part in numbers.split(max(1, self.rows_per_pass() // max(1, count))):
             ids = torch.where(block_of < part[:, None, None], tokens, self.mask).flatten(0, 1)  # per pass and image
             rows, cells = torch.nonzero((block_of == part[:, None, None]).flatten(0, 1), as_tuple=True)
-            parts.append(self.outputs_of_pass(ids, labels.repeat(len(part)), (rows, cells)))
+            parts.append(self.outputs_of_pass(ids, labels[images.repeat(len(part))], (rows, cells)))
             found.append(rows % count * size + cells)
         return torch.cat(parts)[torch.cat(found).argsort()].unflatten(0, (count, size))
 

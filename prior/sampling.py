@@ -22,7 +22,7 @@ from torch import Tensor
 from tokenizer.base import TokenGrid
 from tokenizer.precision import at_least_float32, finest, in_finest
 
-from .conditions import LABEL, Condition, Given, append_nulls, make_condition, select_rows
+from .conditions import LABEL, Condition, Given, join_rows, make_condition, select_rows
 from .cuda_graph import Graph, compute_by_graph
 from .orders import Partition, blocks_after_known, known_first
 
@@ -194,10 +194,14 @@ class SamplingOptions:
     def check_guidance(self, given: Collection[str]) -> None:
         """Raise `ValueError` for guidance without a condition to remove. given: the names of given columns, and
         `label` for labels."""
-        if self.guides and not (given if self.guidance_on is None else set(self.guidance_on).intersection(given)):
+        if self.guides and not self.can_guide(given):
             name = "guidance_scale" if self.guidance_scale != 1 else "guidance_end"
             needs = "labels or a condition" if self.guidance_on is None else f"a value of {', '.join(self.guidance_on)}"
             raise ValueError(f"{name} other than 1 needs {needs}")
+
+    def can_guide(self, given: Collection[str]) -> bool:
+        """Return whether guidance removes one of the `given` columns."""
+        return bool(given if self.guidance_on is None else set(self.guidance_on).intersection(given))
 
     def for_given_order(self: S) -> S:
         """Return these settings without those that choose an order, for a caller that passes its own."""
@@ -456,7 +460,8 @@ def make_batch(
     num_images = check_count(num_images)
     labels = check_labels(prior, labels, num_images)
     columns = make_condition(prior.conditions, condition, num_images, prior.device)
-    options.check_guidance([*([] if labels is None else [LABEL]), *(condition or {})])
+    given = [name for name, value in (condition or {}).items() if value is not None]
+    options.check_guidance(given if labels is None else [LABEL, *given])
     tokens, known = check_known(prior, tokens, known, num_images)
     raster, rows = torch.arange(len(prior.grid), device=prior.device), torch.arange(num_images, device=prior.device)
     keys = draw_keys(generator, num_images).to(prior.device)
@@ -467,12 +472,15 @@ def make_batch(
 
 def encode_rows(prior: Prior, batch: SampleBatch, options: SamplingOptions) -> Given:
     """Encode the condition of each image and, with guidance, of as many rows without what guidance removes."""
-    labels, condition = batch.labels, batch.condition
-    if options.guides:
-        removed = options.guidance_on
-        null = torch.full_like(labels, prior.num_classes) if removed is None or LABEL in removed else labels
-        labels, condition = torch.cat([labels, null]), append_nulls(prior.conditions, condition, removed)
-    return prior.encode_condition(labels, len(labels), condition)
+    labels, removed = batch.labels, options.guidance_on
+    given = prior.encode_condition(labels, len(batch), batch.condition)
+    if not options.guides:
+        return given
+    if removed is None:  # all unconditional rows are equal, so one is encoded
+        return join_rows(given, prior.encode_condition(None, 1)[torch.zeros_like(labels)])
+    labels = torch.full_like(labels, prior.num_classes) if LABEL in removed else labels
+    rest = {name: values for name, values in batch.condition.items() if name not in removed}
+    return join_rows(given, prior.encode_condition(labels, len(batch), rest))
 
 
 def check_labels(prior: Prior, labels: Tensor | None, count: int) -> Tensor | None:

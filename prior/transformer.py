@@ -6,7 +6,7 @@ and keys normalised per head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import torch
@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tokenizer.layers import FusedLinear
-from tokenizer.precision import at_least_float32
+from tokenizer.precision import Constants, at_least_float32
 
 from .base import PriorConfig
 from .condition_encoder import ConditionEncoder
@@ -166,7 +166,7 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
-class Rotations(nn.Module):
+class Rotations(Constants):
     """Rotary positions (2-D RoPE): cos and sin of each cell's angles, `(cells, width / 2, 2)`. The pairs of a head are
     divided among the axes. The table stays float32 or float64, whatever the type of the weights."""
 
@@ -179,13 +179,6 @@ class Rotations(nn.Module):
         at = torch.arange(pairs, device="cpu")
         angles = cells.float()[:, at % axes] * config.rope_base ** (-(at // axes) / max(1, -(-pairs // axes)))
         self.register_buffer("table", torch.stack([angles.cos(), angles.sin()], -1), persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotations:
-        before = self.table
-        super()._apply(fn, recurse)
-        if self.table.dtype in (torch.bfloat16, torch.float16):
-            self.table = before.to(self.table.device)
-        return self
 
 
 def coordinates(shape: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Full float32 precision outside training: TF32 and bfloat16 are for training only."""
+"""Full float32 precision outside training (TF32 and bfloat16 are for training only), and of constants."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 backends: Any = torch.backends
 cudnn, mkldnn, cublas = backends.cudnn, backends.mkldnn, backends.cuda.matmul
@@ -51,3 +51,16 @@ def finest(device: torch.device) -> torch.dtype:
 def in_finest(x: Tensor) -> Tensor:
     """Convert `x` to the most precise type of its device, for long sums."""
     return x.to(finest(x.device))
+
+
+class Constants(nn.Module):
+    """A module whose buffers keep 32 bits or more, whatever the type of the weights: years, for example, need more than
+    bfloat16."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers(recurse=False):
+            if buffer.dtype in (torch.bfloat16, torch.float16):
+                setattr(self, name, before[name].to(buffer.device))
+        return self

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..conditioning import GivenCondition, choose_labels
+from prior.conditions import LABEL
+
+from ..condition_values import GivenCondition
 from ..images.pictures import convert_images
 from .calibration import LEVELS, MAX_IMAGES, Calibration, Fitted, NormalScores, digest_of
 from .conformal import Floats, least_scores, round_scores, threshold
@@ -47,7 +49,7 @@ def calibrate(
     batch = pipeline.to_images(images)
     count = len(batch)
     check_promise(count, false_alarms, confidence)
-    found, surprise, error, columns = measure(pipeline, batch, labels, batch_size, condition=condition)
+    found, surprise, error, given = measure(pipeline, batch, labels, batch_size, condition=condition)
     order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
     fitted = fit_reference({name: values[order[: count // 2]] for name, values in found.items()})
     held = {name: values[order[count // 2 :]] for name, values in found.items()}
@@ -59,8 +61,8 @@ def calibrate(
         scores[method] = NormalScores(values=values, tie=tie, threshold=limit)
     pipeline.calibration = Calibration(
         count=count,
-        labels=choose_labels(labels, condition) is not None,
-        columns=sorted(columns),
+        labels=LABEL in given,
+        columns=sorted({*given} - {LABEL}),
         false_alarms=float(false_alarms),
         confidence=None if confidence is None else float(confidence),
         fitted=fitted,

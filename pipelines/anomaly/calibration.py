@@ -81,12 +81,16 @@ class Calibration(Part):
     def __repr__(self) -> str:
         return f"Calibration({self.count} images, {', '.join(self.scores)}; {self.promise})"
 
-    def check_given(self, labelled: bool, columns: Collection[str]) -> None:
-        """Raise `CalibrationError` unless labels and these columns were given in the calibration, and no others."""
-        then, now = name_given(self.labels, self.columns), name_given(labelled, columns)
-        if then != now:
-            key = "condition" if self.columns or columns else "labels"
-            raise CalibrationError(f"{key}: calibrated given {then}, but now given {now}, so scores are not comparable")
+    def check_given(self, given: Collection[str]) -> None:
+        """Raise `CalibrationError` unless these columns, and `label` for labels, were given in the calibration, and no
+        others."""
+        then = {*self.columns, *([LABEL] if self.labels else [])}
+        if then != set(given):
+            key = "condition" if {*then, *given} - {LABEL} else "labels"
+            before, now = (", ".join(sorted(names)) or "nothing" for names in (then, given))
+            raise CalibrationError(
+                f"{key}: calibrated given {before}, but now given {now}, so scores are not comparable"
+            )
 
     @property
     def promise(self) -> str:
@@ -108,11 +112,6 @@ class Calibration(Part):
     def from_dict(cls, data: dict[str, Any], path: Path) -> Calibration:
         """Validate the content of `path`. Raises `FormatError`, which names the file and the field."""
         return validate(cls, data, path)
-
-
-def name_given(labelled: bool, columns: Collection[str]) -> str:
-    """Name what is given, in a fixed order."""
-    return ", ".join([*([LABEL] if labelled else []), *sorted(columns)]) or "nothing"
 
 
 def digest_of(image: NDArray[np.uint8]) -> str:

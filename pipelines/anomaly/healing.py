@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prior.conditions import LABEL
 from prior.sampling import check_count, whole_number
 from tokenizer import Tokenizer
 from tokenizer.precision import in_finest
 
-from ..conditioning import GivenCondition, given_columns
+from ..condition_values import GivenCondition, name_given
 from .calibration import LEVELS, Calibration, require_calibration
 from .distances import CalibrationError
 
@@ -108,7 +109,7 @@ def heal(
     batch = pipeline.to_images(images)
     ids, tokens = pipeline.label_ids(labels, len(batch), condition), pipeline.encode_batch(batch)
     given = pipeline.read_condition(condition, len(batch))
-    calibration.check_given(calibration.labels, given_columns(pipeline.conditions, given))
+    calibration.check_given([*name_given(pipeline.prior, None, given), *([LABEL] if calibration.labels else [])])
     bits = -pipeline.prior.token_log_probs(tokens, ids, condition=given) / math.log(2)
     limit = torch.from_numpy(calibration.surprise[LEVELS.index(quantile)]).to(bits)
     if len(limit) not in (1, len(pipeline.prior.grid)):

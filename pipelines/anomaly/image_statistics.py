@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prior.conditions import Encoded, select_rows
 
-from ..conditioning import GivenCondition, choose_labels, given_columns
+from ..condition_values import GivenCondition, choose_labels, name_given
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline, Label
@@ -21,13 +21,13 @@ MAX_FEATURES = 128
 
 class Measured(NamedTuple):
     """Measurements of n images: `statistics`, each `(n,)` or `(n, d)`; `surprise`, the bits of each token, float32
-    `(n, N)`; `error`, the mean of |x - decode(encode(x))| over images and channels, `(H, W)`; `columns`, the names of
-    the columns that were given."""
+    `(n, N)`; `error`, the mean of |x - decode(encode(x))| over images and channels, `(H, W)`; `given`, the names of
+    the columns that were given, and `label` for labels."""
 
     statistics: dict[str, Tensor]
     surprise: Tensor
     error: Tensor
-    columns: list[str]
+    given: list[str]
 
 
 def statistics(
@@ -82,7 +82,7 @@ def measure(
         surprise.append(token_bits.float())
         total_error += error.sum(0)
     together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    names = given_columns(pipeline.conditions, rows)
+    names = name_given(pipeline.prior, pipeline.label_ids(labels, len(batch)), rows)
     return Measured(together, torch.cat(surprise), total_error / len(batch), names)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..conditioning import GivenCondition, choose_labels
+from ..condition_values import GivenCondition
 from ..images.pictures import convert_images, find_user_stacklevel
 from .calibration import Calibration, Fitted, require_calibration
 from .conformal import Floats, p_values_of
@@ -75,12 +75,10 @@ def anomaly_score(
     """
     batch, calibration = pipeline.to_images(images), pipeline.calibration
     measured = measure(pipeline, batch, labels, batch_size, condition=condition)
-    labelled = choose_labels(labels, condition) is not None
-    given: dict[str, Any] = {"labelled": labelled, "columns": measured.columns}
-    scores = score_of(method, measured.statistics, calibration, **given)
+    scores = score_of(method, measured.statistics, calibration, measured.given)
     if calibration is not None and (p_values or method in FITTED):
         warn_if_calibrated(calibration, batch)
-    return p_value_of(method, scores, calibration, **given) if p_values else scores
+    return p_value_of(method, scores, calibration, measured.given) if p_values else scores
 
 
 def warn_if_calibrated(calibration: Calibration, batch: Tensor) -> None:
@@ -94,33 +92,21 @@ def warn_if_calibrated(calibration: Calibration, batch: Tensor) -> None:
 
 
 def score_of(
-    method: str,
-    found: dict[str, Tensor],
-    calibration: Calibration | None,
-    *,
-    labelled: bool,
-    columns: Collection[str] = (),
+    method: str, found: dict[str, Tensor], calibration: Calibration | None, given: Collection[str] = ()
 ) -> Tensor:
-    """Compute `anomaly_score` from `statistics`. labelled, columns: whether labels, and which columns were given."""
+    """Compute `anomaly_score` from `statistics`. given: the names of given columns, and `label` for labels."""
     if method not in METHODS:
         raise ValueError(f"method: unknown score {method!r}; choose one of {', '.join(METHODS)}")
     if method not in list_methods(found):
         raise CalibrationError(f"method: {method} needs {NEEDS[method]}")
     if method not in FITTED:
         return plain_score(method, found)
-    return fitted_score(method, found, require_scores(calibration, method, labelled, columns).fitted)
+    return fitted_score(method, found, require_scores(calibration, method, given).fitted)
 
 
-def p_value_of(
-    method: str,
-    scores: Tensor,
-    calibration: Calibration | None,
-    *,
-    labelled: bool,
-    columns: Collection[str] = (),
-) -> Tensor:
+def p_value_of(method: str, scores: Tensor, calibration: Calibration | None, given: Collection[str] = ()) -> Tensor:
     """Return conformal p-values of scores; ties count as normal. Raises `CalibrationError`."""
-    normal = require_scores(calibration, method, labelled, columns).scores[method]
+    normal = require_scores(calibration, method, given).scores[method]
     return torch.from_numpy(p_values_of(scores.numpy(), normal.values, normal.tie))
 
 
@@ -159,12 +145,10 @@ def log_statistics(found: dict[str, Tensor]) -> Floats:
     return np.stack([np.log(found[name].numpy() + add) for name, add in TOGETHER.items() if name in found], axis=1)
 
 
-def require_scores(
-    calibration: Calibration | None, method: str, labelled: bool, columns: Collection[str]
-) -> Calibration:
+def require_scores(calibration: Calibration | None, method: str, given: Collection[str]) -> Calibration:
     """Return the calibration if it covers this method and what is given, else raise `CalibrationError`."""
     calibration = require_calibration(calibration)
     if method not in calibration.scores:
         raise CalibrationError(f"method: the pipeline was calibrated without {method}: run `smalti calibrate` again")
-    calibration.check_given(labelled, columns)
+    calibration.check_given(given)
     return calibration

@@ -10,7 +10,7 @@ from PIL import Image
 
 from prior.conditions import LABEL, ClassColumn, Column, FlagsColumn, GridColumn, NumberColumn, VectorColumn
 
-from ..condition_keys import takes_text
+from ..condition_values import takes_text
 from ..image_pipeline import ImagePipeline
 from .parts import make_picker, pick_last
 from .served import Served, as_picture, picked_image

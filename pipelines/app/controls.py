@@ -72,6 +72,12 @@ def sampling_arguments(
     return {"seed": int(seed), "labels": cycle_labels(pipeline, classes, count), **chosen}
 
 
+def read_given(pipeline: ImagePipeline, label: Any, fields: Sequence[Any]) -> dict[str, Any]:
+    """Return the labels and the condition of one image, as arguments. fields: values of `make_condition_fields`."""
+    condition = read_fields(pipeline, fields)
+    return {"labels": cycle_labels(pipeline, label, 1), **({"condition": condition} if condition else {})}
+
+
 def format_arguments(arguments: Mapping[str, Any]) -> str:
     """Format arguments as Python source, each after a comma."""
     text = ""

@@ -74,14 +74,13 @@ def run(config: CompleteConfig) -> dict[str, float]:
             config.images, config.num_images, shape, lambda: config.load_images(pipeline).held_out
         )
         truth = to_float(images)
-        given = config.read_condition(pipeline, len(truth), names)
-        labels, condition = given.choose_labels(config.labels), given.rows()
+        condition = config.read_condition(pipeline, len(truth), names).values()
         try:
             drawn = complete(
                 pipeline,
                 truth,
                 known,
-                labels,
+                config.labels,
                 condition=condition,
                 draws=config.draws,
                 seed=config.seed,
@@ -94,7 +93,7 @@ def run(config: CompleteConfig) -> dict[str, float]:
         drawn = drawn.reshape(len(truth), config.draws, *truth.shape[1:])
         figures, refusal = pixel_errors(pipeline, truth, drawn, known), ""
         try:
-            log_probs = conditional_log_prob(pipeline, truth, known, labels, condition=condition)
+            log_probs = conditional_log_prob(pipeline, truth, known, config.labels, condition=condition)
             figures["conditional_log_prob"] = float(log_probs.cpu().double().mean())
         except ConditionError as error:
             refusal = str(error)

@@ -101,9 +101,8 @@ def run(config: DetectConfig) -> dict[str, Any]:
         try:
             measured = measure(pipeline, pixels, condition=given.values())
             found = measured.statistics
-            known: dict[str, Any] = {"labelled": bool(given.labels), "columns": measured.columns}
-            scores = score_of(config.method, found, calibration, **known)
-            p = p_value_of(config.method, scores, calibration, **known)
+            scores = score_of(config.method, found, calibration, measured.given)
+            p = p_value_of(config.method, scores, calibration, measured.given)
         except CalibrationError as error:
             raise UserError(str(error)) from error
         above = ~(scores.numpy() <= calibration.scores[config.method].threshold)  # also flags NaN

@@ -1,11 +1,8 @@
-"""Inspect a tokenizer: write a one-page report of codebook usage, patches of codes, and reconstructions.
-
-For a pipeline or a token dataset, it also lists what images are conditioned on."""
+"""Inspect a tokenizer: write a one-page report of codebook usage, patches of codes, and reconstructions."""
 
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +10,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from prior.conditions import Column, read_column
 from tokenizer.base import codebook_usage
-from tokenizer.files import FormatError, quote, read_json
 from tokenizer.losses import psnr
-from tokenizer.model import CONFIG
 
-from ..conditioning import describe_conditions
 from ..config import OutputConfig, run_command
 from ..files import Output
 from ..images import ImageDataset, to_uint8
@@ -29,9 +22,8 @@ from ..metrics.charts import Chart, Pixels, draw_histogram, draw_usage, page
 from ..metrics.codebook import count_tokens, part_names
 from ..metrics.reconstruction import images_at_a_time, list_prefix_decoders, reconstruction_picture
 from ..options import UsesTokenizer
-from ..provenance import find_protected_folder, tokenizer_defaults, tokenizer_folder
+from ..provenance import find_protected_folder, tokenizer_defaults
 from ..shuffling import spread
-from ..tokens.meta import META, read_meta
 
 WIDTH = 1200  # maximum width of a row of pictures, in pixels, unless a single one is wider
 
@@ -59,39 +51,12 @@ def run(config: InspectConfig) -> dict[str, Any]:
     lines = [
         *describe_figures(tokenizer, figures),
         f"measured on {len(images):,} held-out images of {config.data.source}",
-        *describe_columns(config.tokenizer),
     ]
     picture = draw_page(tokenizer, images, uses, errors, lines, config)
     with out.file() as path:
         write_picture(picture, path)
     print(config.out, *lines, sep="\n  ")
     return figures
-
-
-def describe_columns(tokenizer: str) -> list[str]:
-    """Describe the columns of the token dataset or pipeline that contains a tokenizer, in a line each. Raises
-    `FormatError`."""
-    places = Path(tokenizer), Path(tokenizer).parent
-    if dataset := next((place for place in places if (place / META).is_file()), None):
-        meta = read_meta(dataset)
-        columns, sources = dict(meta.conditions), meta.condition_sources
-    else:
-        columns, sources = read_prior_columns(Path(tokenizer_folder(tokenizer)).parent / "prior" / CONFIG), {}
-    lines = []
-    for name, kind, values, encoder in describe_conditions(columns, {}):
-        facts = [f"{key} {value}" for key, value in sources.get(name, {}).items() if value]
-        by = f" of {encoder}" if encoder else ""
-        lines.append(f"condition {name}: {kind}, {values}{by}" + (f" ({', '.join(facts)})" if facts else ""))
-    return lines
-
-
-def read_prior_columns(path: Path) -> dict[str, Column]:
-    """Read the columns of the prior with the configuration `path`, which may be missing. Raises `FormatError`."""
-    found = read_json(path).get("conditions", {}) if path.is_file() else {}
-    try:
-        return {name: read_column(value) for name, value in dict(found).items()}
-    except (ValueError, TypeError) as error:
-        raise FormatError(f"{path}: conditions: {quote(found)} are not columns ({error})") from error
 
 
 @torch.inference_mode()

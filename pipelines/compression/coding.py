@@ -26,7 +26,7 @@ from tokenizer.base import LikelihoodError
 from tokenizer.likelihoods import to_values
 from tokenizer.precision import finest, in_finest
 
-from ..conditioning import GivenCondition, given_columns
+from ..condition_values import GivenCondition, name_given
 from ..images.decoding import pixels_of
 from .codec import Decoder, Encoder, SymbolCoder, constriction
 from .container import Chunk, DamagedStream, Header, ModelMismatch, StreamError, read_stream, write_stream
@@ -103,9 +103,8 @@ def read_condition(pipeline: ImagePipeline, condition: GivenCondition, count: in
     """Return raw columns and labels for the `count` images of a stream, and the bytes that identify them, which are
     empty if all are null."""
     rows, labels = pipeline.read_condition(condition, count), pipeline.label_ids(None, count, condition)
-    labelled = labels is not None and bool((labels != pipeline.prior.num_classes).any())
-    given = labelled or bool(given_columns(pipeline.conditions, rows))
-    if labels is not None and labelled:
+    given = name_given(pipeline.prior, labels, rows)
+    if labels is not None and LABEL in given:
         rows[LABEL] = labels
     return rows, bytes.fromhex(digest_condition(rows))[:8] if given else b""
 

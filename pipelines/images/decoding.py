@@ -41,6 +41,8 @@ CHUNK = 64  # images that a thread reads and decodes at a time
 WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 """Threads that read and decode, mostly without holding the GIL."""
 IMAGE, LABEL = "image", "label"  # default columns
+NO_IMAGE = "no image"
+"""Why a row without an image cannot be decoded."""
 
 Shape = tuple[int, int, int]
 Payload = bytes | Path | NDArray[np.uint8] | str | None
@@ -177,7 +179,7 @@ def open_image(payload: bytes | Path | str | None, formats: tuple[str, ...] = FO
     if isinstance(data, str):
         raise ValueError(data)
     if not data:
-        raise ValueError("no image" if data is None else "the file is empty")
+        raise ValueError(NO_IMAGE if data is None else "the file is empty")
     if len(data) > MAX_FILE:
         raise ValueError(f"larger than {MAX_FILE} bytes")
     try:

@@ -255,14 +255,15 @@ def read_sheet(sheet: Path, key: str = "data.source") -> Iterator[dict[str, Any]
                 yield from csv.DictReader(file, delimiter="\t" if sheet.suffix == ".tsv" else ",")
         elif sheet.suffix == ".jsonl":
             with sheet.open(encoding="utf-8") as file:
-                rows = [json.loads(line) for line in file if line.strip()]
-            if not all(isinstance(row, dict) for row in rows):
-                raise ValueError("a line is not a JSON object")
-            yield from rows
+                for line in filter(str.strip, file):
+                    if not isinstance(row := json.loads(line), dict):
+                        raise ValueError("a line is not a JSON object")
+                    yield row
         else:
             import pyarrow.parquet as pq
 
-            yield from pq.read_table(sheet).to_pylist()
+            for batch in pq.ParquetFile(sheet).iter_batches(1024):
+                yield from batch.to_pylist()
     except (OSError, ValueError, csv.Error, RecursionError) as error:  # most errors of pyarrow are ValueErrors
         raise UserError(one_line(f"{key}: {sheet} cannot be read: {error}")) from error
 

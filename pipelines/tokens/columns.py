@@ -10,20 +10,17 @@ grid      the smallest unsigned type that holds `vocab_size`, (n, *grid.shape); 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prior.conditions import (
-    Column,
-    FlagsColumn,
-    GridColumn,
-)
+from prior.conditions import Column, FlagsColumn, GridColumn
 from tokenizer.files import FormatError
 
-from .shards import MappedRows, read_tensors, smallest_type
+from .shards import MappedRows, chunks, read_tensors, smallest_type
 
 PREFIX = "condition."
 NULL_FLAG = 255
@@ -93,31 +90,15 @@ def map_columns(path: Path, rows: int, columns: Mapping[str, Column]) -> dict[st
 
 
 def open_columns(
-    parts: list[dict[str, Tensor]], columns: Mapping[str, Column], paths: list[Path], mapped: bool
-) -> dict[str, Tensor | MappedRows]:
-    """Return the raw columns of mapped files, `mapped` or in memory. Raises `IntegrityError` for values in memory that
-    are not allowed."""
-    found: dict[str, Tensor | MappedRows] = {}
+    parts: list[dict[str, Tensor]], columns: Mapping[str, Column], folder: Path, mapped: bool
+) -> dict[str, MappedRows]:
+    """Return the raw columns of mapped files, `mapped` or, as they are stored, in memory. Raises `IntegrityError` for
+    values in memory that are not allowed."""
+    found = dict[str, MappedRows]()
     for name, column in columns.items():
-        title = PREFIX + name
-        if mapped:
-            found[name] = MappedColumn([part[name] for part in parts], column, f"{paths[0].parent}: {title}")
-            continue
-        read = [
-            MappedColumn([part[name]], column, f"{path}: {title}")[:] for part, path in zip(parts, paths, strict=True)
-        ]
-        found[name] = torch.cat([values.int() if isinstance(column, GridColumn) else values for values in read])
+        shards = [part[name] for part in parts]
+        place = f"{folder}: {PREFIX}{name}"
+        found[name] = MappedRows(shards if mapped else [torch.cat(shards)], partial(unpack_column, column), place)
+        for rows in () if mapped else chunks(len(found[name])):
+            found[name][rows]
     return found
-
-
-class MappedColumn(MappedRows):
-    """A column of a split on the disk, indexed like a tensor of raw values `(n, *shape)`, which are checked when they
-    are read."""
-
-    def __init__(self, shards: list[Tensor], column: Column, place: Path | str) -> None:
-        super().__init__(shards, place)
-        self.dtype, self._column = column.null(0).dtype, column
-
-    def convert(self, found: Tensor) -> Tensor:
-        """Convert stored values to raw ones. Raises `ValueError`."""
-        return unpack_column(self._column, found)

@@ -17,6 +17,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ from .meta import (
     verify_files,
     write_meta,
 )
-from .shards import MappedTokens, TokenSplit, bytes_per_row, cut_shards, map_shard, shard_names, write_shard
+from .shards import MappedRows, TokenSplit, bytes_per_row, check_ids, cut_shards, map_shard, shard_names, write_shard
 from .tables import from_tables, to_tables
 
 if TYPE_CHECKING:
@@ -252,5 +253,7 @@ def _load_split(folder: Path, split: str, meta: Meta, mapped: bool) -> TokenSpli
     known = [some for some in labels if some is not None]
     if 0 < len(known) < len(labels):
         raise FormatError(f"{folder}: labels: missing in some files of {split!r}")
-    found = MappedTokens(shards, meta.grid, folder) if mapped else torch.cat(shards)
-    return TokenSplit(found, torch.cat(known) if known else None, open_columns(columns, meta.conditions, paths, mapped))
+    found = MappedRows(shards, partial(check_ids, meta.grid.vocab_size), folder) if mapped else torch.cat(shards)
+    return TokenSplit(
+        found, torch.cat(known) if known else None, open_columns(columns, meta.conditions, folder, mapped)
+    )

@@ -6,7 +6,7 @@ with consecutive rows. Reading a row touches only the pages of that row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,13 +120,17 @@ def map_shard(path: Path, rows: int, grid: TokenGrid) -> tuple[Tensor, Tensor | 
 
 
 class MappedRows:
-    """Rows of a split on the disk, indexed like a tensor `(n, *shape)` and read on access."""
+    """Rows of a split as they are stored, usually on the disk. They are indexed like a tensor `(n, *shape)`, and read
+    and checked on access, because large datasets are not hashed on loading.
 
-    def __init__(self, shards: list[Tensor], place: Path | str) -> None:
-        self.shape, self.dtype = (sum(map(len, shards)), *shards[0].shape[1:]), shards[0].dtype
+    convert: what returns rows for stored ones; it raises `ValueError` for values that are not allowed. place: for
+    messages."""
+
+    def __init__(self, shards: list[Tensor], convert: Callable[[Tensor], Tensor], place: Path | str) -> None:
+        self.shape, self.dtype = (sum(map(len, shards)), *shards[0].shape[1:]), convert(shards[0][:0]).dtype
         self._shards = [shard.numpy() for shard in shards]  # numpy gathers 16-bit ids ten times as fast as torch
         self._starts = np.cumsum([0, *map(len, shards)])
-        self._place = place
+        self._convert, self._place = convert, place
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -139,13 +143,9 @@ class MappedRows:
         else:
             found = self._read_rows(positions_of(rows, len(self)))
         try:
-            return self.convert(torch.from_numpy(found))
+            return self._convert(torch.from_numpy(found))
         except ValueError as error:
             raise IntegrityError(f"{self._place}: {error}; a file was changed after writing") from error
-
-    def convert(self, found: Tensor) -> Tensor:
-        """Check and convert rows as they are stored. Raises `ValueError`."""
-        raise NotImplementedError
 
     def _read_slice(self, start: int, stop: int) -> NDArray[Any]:
         pairs = zip(self._shards, self._starts, strict=False)
@@ -167,28 +167,18 @@ class MappedRows:
         return found
 
 
-class MappedTokens(MappedRows):
-    """The tokens of a split on the disk, `(n, *grid.shape)` of the stored type.
-
-    Ids are checked against the vocabulary when they are read, because large datasets are not hashed on loading.
-    """
-
-    def __init__(self, shards: list[Tensor], grid: TokenGrid, folder: Path) -> None:
-        super().__init__(shards, folder)
-        self._vocab_size = grid.vocab_size
-
-    def convert(self, found: Tensor) -> Tensor:
-        """Check that ids lie in the vocabulary."""
-        most = int(found.numpy().max(initial=0))
-        if most >= self._vocab_size:
-            raise ValueError(f"found id {most}, ids must lie in [0, {self._vocab_size})")
-        return found
+def check_ids(vocab_size: int, ids: Tensor) -> Tensor:
+    """Return ids as they are. Raises `ValueError` for an id out of range."""
+    most = int(ids.numpy().max(initial=0))
+    if most >= vocab_size:
+        raise ValueError(f"found id {most}, ids must lie in [0, {vocab_size})")
+    return ids
 
 
 @dataclass(frozen=True)
 class TokenSplit:
     """The rows of a split: `tokens` (n, *grid.shape) in a small unsigned type, in memory or on the disk; `labels` (n,)
-    int64, or None; `conditions`: raw columns by name, in memory or on the disk (see `prior.conditions`)."""
+    int64, or None; `conditions`: raw columns by name (see `prior.conditions`)."""
 
     tokens: Tensor | MappedRows
     labels: Tensor | None

@@ -4,6 +4,7 @@ columns of conditions."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +42,13 @@ def transfer_weights(prior: Prior, names: Sequence[str], other: Prior, other_nam
         "new classes, which start as the null class": [name for name in names if name not in other_names],
         "classes left out": [name for name in other_names if name not in names],
         "new columns, which start without effect": [name for name in new if name not in old],
-        "changed columns, which start anew": [name for name in new if name in old and name not in fitting],
-        "columns left out": [name for name in old if name not in new],
+        "changed columns, which start anew, so that log p changes": [
+            name for name in new if name in old and name not in fitting
+        ],
+        "columns left out, so that log p changes": [name for name in old if name not in new],
+        "columns of another mean and scale, so that their values mean others": [
+            name for name in new if name in fitting and scale_of(new[name]) != scale_of(old[name])
+        ],
     }
     return tuple(f"init: {text}: {describe_names(found)}" for text, found in lines.items() if found)
 
@@ -68,6 +74,11 @@ def fits(column: Column, other: Column) -> bool:
         return type(column) is type(other)
     meaning = {"flags": ["names"], "vector": ["encoder"], "grid": ["grid", "tokenizer"]}.get(column.kind, [])
     return column.shape == other.shape and all(getattr(column, key) == getattr(other, key) for key in meaning)
+
+
+def scale_of(column: Column) -> Any:
+    """Return the constants by which a column's numbers are standardised."""
+    return [getattr(column, name, None) for name in ("mean", "std", "scale")]
 
 
 def column_modules(prior: Prior) -> Mapping[str, nn.Module]:

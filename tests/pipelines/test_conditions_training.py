@@ -115,7 +115,7 @@ def test_columns_are_chosen_by_name(data, monkeypatch):
     assert (bare.num_classes, bare.conditions) == (0, {})
     cases = {
         "conditions: unknown column 'aeg'; did you mean 'age'.*outline": (data, {"conditions": ["aeg"]}),
-        "conditions: the token dataset has no columns .got age": (replace_columns(data), {"conditions": ["age"]}),
+        "conditions: unknown column 'age'; there are no columns": (replace_columns(data), {"conditions": ["age"]}),
     }
     for message, (some, more) in cases.items():
         with pytest.raises(UserError, match=message) as caught:
@@ -123,13 +123,6 @@ def test_columns_are_chosen_by_name(data, monkeypatch):
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="^label_dropout: must be below 1 with conditions"):
         config_of(conditions=["age"], label_dropout=1.0)
-
-
-def test_a_background_prior_perturbs_tokens_and_no_columns(data, monkeypatch):
-    rows, zeros = np.arange(200), np.zeros(200, np.int64)
-    clean, perturbed = (task_of(data, monkeypatch, perturb=share).batch(rows, zeros, 0) for share in (0.0, 0.5))
-    assert not torch.equal(clean[0], perturbed[0]) and torch.equal(clean[1], perturbed[1])
-    assert all(torch.equal(clean[2][name].nan_to_num(9), perturbed[2][name].nan_to_num(9)) for name in COLUMNS)
 
 
 def fit(task, steps, batch=128, lr=5e-3):
@@ -256,10 +249,11 @@ def test_cca_contrasts_labels_and_leaves_columns_as_they_are(tokens, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_train_as_one_does(tokens, tmp_path, sharded):
-    one = train_prior(tmp_path / "one", tokens, **RUN)
-    argv = prior_arguments(tmp_path / "two", tokens, **RUN)
+@pytest.mark.parametrize(("sharded", "columns"), [(False, None), (True, None), (True, ["outline"])])
+def test_two_processes_train_as_one_does(tokens, tmp_path, sharded, columns):
+    settings = {**RUN, "conditions": columns}
+    one = train_prior(tmp_path / "one", tokens, **settings)
+    argv = prior_arguments(tmp_path / "two", tokens, **settings)
     more = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if sharded else {}
     output_of(start(two_processes("train_prior", argv), **more))
     for name in ("loss", "held_out/bits_per_token"):

@@ -5,7 +5,6 @@ Covers: prior/conditions.py, prior/condition_encoder.py.
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from givens.columns import AGE, GRIDS, KINDS, SPEED, TAGS, TEXT, VIEW, columns_of, draw_values, make_conditioned
@@ -18,7 +17,6 @@ from prior.conditions import (
     ConditionEmbedding,
     GridColumn,
     NumberColumn,
-    append_nulls,
     conditions_problem,
     digest_condition,
     make_condition,
@@ -84,36 +82,21 @@ WRONG = [
     ("view", "latral", "'latral' is not a class; allowed are frontal, lateral, oblique"),
     ("view", 3, "3 is not a class"),
     ("view", True, "True is not a class"),
-    ("view", 1.0, "1.0 is not a class"),
     ("view", torch.tensor([0.5, 1.0]), "whole numbers"),
     ("view", torch.tensor([0, 3]), r"lie in \[0, 3\)"),
-    ("view", torch.zeros(2, 3).long(), "expected a number for one image"),
     ("tags", "blue", "'blue' is not a flag; allowed are red, old, wet, loud"),
-    ("tags", 3, "expected names of flags, or a number 0 or 1 for each of 4"),
-    ("tags", ["red", 1], "expected names of flags"),
-    ("tags", [0, 1], "expected names of flags"),
+    ("tags", ["red", 1], "expected names of flags, or a number 0 or 1 for each of 4"),
     ("tags", [0, 1, 2, 0], r"flags must be 0 or 1 \(got 2\)"),
-    ("tags", torch.full((4,), 0.5), "flags must be 0 or 1"),
-    ("age", "old", "expected a number per image"),
-    ("age", [[1, 2]], "expected a number per image"),
-    ("age", math.nan, "finite"),
-    ("age", -math.inf, "finite"),
     ("age", 10**400, "too large"),
+    ("age", "old", "expected a number per image"),
+    ("age", [1, math.nan], "finite"),
     ("age", torch.tensor([math.inf, 1.0]), "finite"),
-    ("age", np.array([math.nan]), "finite"),
-    ("age", {"a": 1}, "expected a number per image"),
-    ("age", torch.zeros(2, 1, dtype=torch.complex64), "expected numbers"),
     ("age", [1, 2, 3], "got a list of 3 for 2 images; give one value, or one per image"),
     ("speed", 3, "expected 2 numbers per image"),
-    ("speed", [1, 2, 3], "expected 2 numbers per image"),
-    ("text", [0.0] * 5, "expected 6 numbers per image"),
     ("text", torch.zeros(2, 5), r"expected the shape \(6,\) for one image, or \(n, 6\) for n images \(got \(2, 5\)\)"),
-    ("outline", [[0, 1, 2]], r"expected the shape \(2, 3\)"),
     ("outline", [[0, 1, 2], [0, 1]], r"expected token ids of shape \(2, 3\)"),
     ("outline", "file.png", r"expected token ids of shape \(2, 3\)"),
-    ("outline", [[0.5] * 3] * 2, "whole numbers"),
     ("outline", torch.full((2, 3), 4), r"lie in \[0, 4\)"),
-    ("outline", torch.full((2, 3), -2), r"lie in \[0, 4\)"),
 ]
 
 
@@ -125,23 +108,17 @@ def test_bad_values_are_refused_in_one_line_that_names_the_column(name, value, a
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("condition", [5, [63], "age", torch.zeros(2, 2)])
-def test_what_is_no_mapping_is_refused_wherever_conditions_go(condition):
-    model = make_conditioned("gpt", "number")
-    tokens = draw_tokens(model, 2)
-    for call in (model.log_prob, model.loss, model.features):
-        with pytest.raises(ValueError, match="expected values by column .* the columns are given"):
-            call(tokens, condition=condition)
-    with pytest.raises(ValueError, match="expected values by column"):
-        model.sample(2, condition=condition, guidance_scale=2.0)
-
-
 def test_unknown_columns_are_refused_wherever_conditions_go():
-    for model, there in ((make_conditioned("gpt", "number"), "'given'"), (make_prior("gpt"), "has no columns")):
+    for model, there in (
+        (make_conditioned("gpt", "number"), "the columns are given"),
+        (make_prior("gpt"), "no columns"),
+    ):
         tokens = draw_tokens(model, 2)
         for call in (model, model.log_prob, model.loss, model.features):
             with pytest.raises(ValueError, match=f"unknown column 'givn'.*{there}"):
                 call(tokens, condition={"givn": torch.zeros(2, 1)})
+        with pytest.raises(ValueError, match=f"expected values by column .got .63.*{there}"):
+            model.log_prob(tokens, condition=[63])
         with pytest.raises(ValueError, match=f"unknown column 'givn'.*{there}"):
             model.sample(2, condition={"givn": 1})
         with pytest.raises(ValueError, match="guidance_on: unknown column 'givn'"):
@@ -161,16 +138,11 @@ NUMBER = {"kind": "number", "mean": [1.0], "std": [2.0], "low": [0.0], "high": [
     [
         ({"kind": "words"}, "kind"),
         ({"kind": ["class"]}, "kind"),
-        (3, "kind"),
         ({"kind": "class", "names": []}, "names"),
-        ({"kind": "class", "names": [3]}, "names"),
-        ({"kind": "flags"}, "names"),
         ({**NUMBER, "std": [0.0]}, "std"),
         ({**NUMBER, "std": [math.nan]}, "std"),
-        ({**NUMBER, "mean": [math.inf]}, "mean"),
         ({**NUMBER, "extra": 1}, "extra"),
         ({"kind": "vector", "size": 1 << 20}, "size"),
-        ({"kind": "vector", "size": 4, "scale": 0.0}, "scale"),
         ({"kind": "grid", "grid": {"shape": [0, 3], "vocab_size": 4}}, "grid"),
     ],
 )
@@ -188,16 +160,6 @@ def test_names_and_sizes_of_columns_are_checked():
     for kind in KINDS:
         for column in columns_of(kind, (2, 3)).values():
             assert read_column(column.to_dict()) == column == read_column(column)
-
-
-def test_rows_and_nulls():
-    condition = {name: draw_values(column, 3) for name, column in COLUMNS.items()}
-    both = append_nulls(COLUMNS, condition, ["age"])
-    assert all(equal(both[name][:3], values) for name, values in condition.items())
-    assert [name for name, values in both.items() if not equal(values[3:], condition[name])] == ["age"]
-    every = append_nulls(COLUMNS, condition, None)
-    assert all(COLUMNS[name].is_null(values).tolist() == [False] * 3 + [True] * 3 for name, values in every.items())
-    assert all(equal(select_rows(condition, [2, 0])[name], values[[2, 0]]) for name, values in condition.items())
 
 
 def test_digest_depends_on_values_names_and_shapes_alone():

@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from small import make_prior, make_tokenizer
+from small_pipelines import make_conditioned
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import OTHER, main, verbs
@@ -39,6 +41,14 @@ RECORD = "docs/lab.md"
 """A page about earlier versions, whose commands need not exist."""
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 every_page = pytest.mark.parametrize("page", PAGES)
+
+# The columns of docs/conditions.md.
+FACES: dict[str, Any] = {
+    "age": {"kind": "number", "mean": [45.0], "std": [20.0], "low": [18.0], "high": [90.0]},
+    "view": {"kind": "class", "names": ["frontal", "profile"]},
+    "tags": {"kind": "flags", "names": ["beard", "glasses"]},
+    "caption": {"kind": "vector", "size": 256, "encoder": "ngrams:256"},
+}
 
 # The examples of docs/extending.md: file and family.
 EXAMPLES: dict[str, Any] = {
@@ -89,6 +99,9 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     split = TokenSplit(torch.zeros(4, 7, 7, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
     dataset = TokenDataset(tokenizer.grid, ["zero"], {"train": split}, tokenizer, {})
     dataset.save(tmp_path / "runs/digits_tokens")
+    make_conditioned(columns=FACES).save_pretrained(tmp_path / "runs/faces_gpt/pipeline")
+    (tmp_path / "outlines").mkdir()
+    Image.new("L", (32, 32)).save(tmp_path / "outlines/0001.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -138,7 +151,7 @@ def test_the_example_tokenizer_decodes_what_it_encodes(registered):
 
 def commands(page: str) -> list[str]:
     """The lines of the page's shell blocks, without comments."""
-    lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
+    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", "").splitlines()]
     return [line.partition(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -182,22 +195,23 @@ def verb_of(words: list[str]) -> tuple[str, list[str]]:
 
 
 @pytest.fixture
-def prior_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The file that docs/extending.md loads with `--import`; its registration is undone afterwards."""
-    path = tmp_path / "my_prior.py"
-    path.write_text(blocks("docs/extending.md", "python")[0])
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of the files that pages load with `--import`; what they register is undone afterwards."""
+    (tmp_path / "my_prior.py").write_text(blocks("docs/extending.md", "python")[0])
+    (tmp_path / "my_text.py").write_text("def embed(texts): ...")
     monkeypatch.setattr(Prior, "_members", dict(Prior._members))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr("pipelines.config.importing.IMPORTED", [])
-    yield path
-    sys.modules.pop("my_prior", None)
+    yield tmp_path
+    for name in ("my_prior", "my_text"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_valid(command, monkeypatch, capsys, prior_outside):
+def test_every_command_is_valid(command, monkeypatch, capsys, outside):
     """Verbs, keys, values, files and launch options exist."""
     monkeypatch.chdir(ROOT)
-    command = command.replace("--import my_prior.py", f"--import {prior_outside}")
+    command = command.replace("--import my_", f"--import {outside}/my_")
     words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=\S+", word)]
     if words[0] not in ("smalti", "accelerate"):
         check_words(words)

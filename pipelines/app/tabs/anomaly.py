@@ -9,6 +9,8 @@ import gradio as gr
 
 from ...anomaly.calibration import Calibration
 from ...anomaly.scores import METHODS
+from ..conditions import make_condition_fields
+from ..controls import UNCONDITIONAL, format_arguments, make_class_menu, read_given
 from ..parts import Samples, make_code_field, make_gallery, make_image_picker, on_click
 from ..served import Picked, Served, Step, as_picture, picked_image
 from .compare import draw_surprise
@@ -29,31 +31,36 @@ def build(served: Served, samples: Samples) -> None:
             methods = list(calibration.scores)
             method = gr.Dropdown(methods, value=methods[0], label="Score", info=METHODS.get(methods[0]))
             method.change(lambda name: gr.Dropdown(info=METHODS.get(name)), method, method, queue=False)
+            label = make_class_menu(served.pipeline, several=False) if calibration.labels else gr.State(UNCONDITIONAL)
+            fields = make_condition_fields(served, "anomaly")
             button = gr.Button("Score", variant="primary")
         with gr.Column(scale=2, min_width=300):
             facts = gr.Markdown(elem_id="anomaly-facts", min_height=120)
             scored = make_gallery("scored", "medium")
             line = make_code_field(served)
 
-    on_click(served, [button], score, [image, method], [facts, scored, line])
+    on_click(served, [button], score, [image, method, label, *fields], [facts, scored, line])
 
 
-def score(served: Served, step: Step, picked: Picked, method: str) -> Any:
+def score(served: Served, step: Step, picked: Picked, method: str, label: Any = UNCONDITIONAL, *fields: Any) -> Any:
     """Return the verdict in Markdown, pictures with captions, and Python code."""
     pipeline, batch = served.pipeline, picked_image(picked, served.shape)
+    given = read_given(pipeline, label, fields)
     with warnings.catch_warnings(record=True) as known:
         warnings.simplefilter("always")
-        found = float(pipeline.anomaly_score(batch, method))
-        p_value = float(pipeline.anomaly_score(batch, method, p_values=True))
-    images = [(as_picture(batch[0]), "image"), *draw_surprise(served, batch)]
+        found = float(pipeline.anomaly_score(batch, method, **given))
+        p_value = float(pipeline.anomaly_score(batch, method, p_values=True, **given))
+    images = [(as_picture(batch[0]), "image"), *draw_surprise(served, batch, **given)]
+    others = format_arguments(given)
     lines = [
         "from PIL import Image",
         'image = Image.open("image.png")',
-        f"pipe.anomaly_score(image, {method!r})",
-        f"pipe.anomaly_score(image, {method!r}, p_values=True)",
+        f"pipe.anomaly_score(image, {method!r}{others})",
+        f"pipe.anomaly_score(image, {method!r}{others}, p_values=True)",
     ]
     assert pipeline.calibration is not None  # otherwise there is no button
-    return verdict(pipeline.calibration, method, found, p_value, bool(known)), images, served.code(*lines)
+    is_known = any("calibrat" in str(warning.message) for warning in known)
+    return verdict(pipeline.calibration, method, found, p_value, is_known), images, served.code(*lines)
 
 
 def verdict(calibration: Calibration, method: str, score: float, p_value: float, known: bool) -> str:

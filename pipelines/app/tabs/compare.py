@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from ...commands.detect import apply_colormap
 from ...images import to_uint8
-from ..conditions import make_condition_fields, read_fields
-from ..controls import cycle_labels, format_arguments, make_class_menu
+from ..conditions import make_condition_fields
+from ..controls import format_arguments, make_class_menu, read_given
 from ..parts import Samples, make_code_field, make_gallery, make_image_picker, on_click
 from ..served import Picked, Served, Step, as_picture, picked_image
 
@@ -39,9 +39,7 @@ def build(served: Served, samples: Samples) -> None:
 def compare(served: Served, step: Step, picked: Picked, label: Any, *fields: Any) -> Any:
     """Return pictures with captions, figures in Markdown, and Python code."""
     pipeline, batch = served.pipeline, picked_image(picked, served.shape)
-    given: dict[str, Any] = {"labels": cycle_labels(pipeline, label, 1)}
-    if condition := read_fields(pipeline, fields):
-        given["condition"] = condition
+    given = read_given(pipeline, label, fields)
     tokens = pipeline.encode(batch)
     (again,) = pipeline.decode(tokens)
     colors = color_tokens(tokens[0], pipeline.prior.grid.vocab_size)

@@ -106,9 +106,7 @@ def test_statistics_are_given_the_condition_of_each_image(prior):
 
 def test_methods_fit_their_formulas(likely):
     found, fitted = statistics(likely, torch.cat([stripes(40, seed=3), constant()])), likely.calibration.fitted
-    score = {
-        method: score_of(method, found, likely.calibration, labelled=False) for method in METHODS if method != "ratio"
-    }
+    score = {method: score_of(method, found, likely.calibration) for method in METHODS if method != "ratio"}
     assert torch.equal(score["nll"], found["token_bits"] + found["pixel_bits"]) and found["pixel_bits"].min() > 100
     assert torch.equal(score["reconstruction"], found["error"])
     assert torch.equal(score["typicality"], (score["nll"] - fitted.typical_bits).abs())

@@ -17,10 +17,13 @@ from servers.chromium import browser
 from small_pipelines import COLUMNS, as_pil, make_conditioned, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
+from pipelines.anomaly.calibrating import calibrate
 
 gr, served_ = Late("gradio"), Late("pipelines.app.served")
 conditions, controls = Late("pipelines.app.conditions"), Late("pipelines.app.controls")
-sample, complete, compare = (Late(f"pipelines.app.tabs.{name}") for name in ("sample", "complete", "compare"))
+sample, complete, compare, anomaly = (
+    Late(f"pipelines.app.tabs.{name}") for name in ("sample", "complete", "compare", "anomaly")
+)
 pytestmark = needs_gradio
 EMBEDDING = {"kind": "vector", "size": 4, "encoder": "other:function"}
 
@@ -123,6 +126,19 @@ def test_an_image_is_completed_and_scored_given_its_condition(served, pipe, pict
     assert "condition={'age': 63, 'outline': Image.open(\"outline.png\")}" in code
 
 
+def test_an_image_is_scored_given_what_the_calibration_was_given(served, pipe, tmp_path, monkeypatch):
+    calibrate(pipe, pixels_for(pipe, 43), condition={"age": [20 + number for number in range(43)], "label": "dog"})
+    (image,) = as_pil(pixels_for(pipe, 1))
+    image.save(tmp_path / "image.png")
+    picked = [(str(tmp_path / "image.png"), None)]
+    facts, _, code = anomaly.score(served, quiet, picked, "nll", 1, *fields(served, ["age"], age=63))
+    score = float(pipe.anomaly_score(image, "nll", "dog", condition={"age": 63}))
+    assert f"score: **{score:.4g}**" in facts and "calibrated with" not in facts
+    assert "'nll', labels='dog', condition={'age': 63})" in code
+    with pytest.raises(ValueError, match="calibrated given age, label, but now given label"):
+        anomaly.score(served, quiet, picked, "nll", 1, *fields(served))
+
+
 def test_a_missing_or_broken_picture_is_one_line(served, pipe, tmp_path):
     (tmp_path / "bad.png").write_text("no picture")
     for picked, line in (
@@ -131,15 +147,6 @@ def test_a_missing_or_broken_picture_is_one_line(served, pipe, tmp_path):
     ):
         with pytest.raises(ValueError, match=line):
             sample.draw(served, quiet, [1], 3, 5, "", *settings(pipe), *fields(served, ["outline"], outline=picked))
-
-
-def test_numbers_start_at_the_mean_within_their_range(served):
-    column = COLUMNS["age"] | {"mean": [41.2371], "low": [0.0], "high": [99.5]}
-    torch.manual_seed(0)
-    other = served_.Served(make_conditioned(columns={"age": column}, outline=False), "other")
-    with gr.Blocks():
-        _, slider = conditions.make_condition_fields(other, "tab")
-    assert (slider.minimum, slider.maximum, slider.value) == (0.0, 99.5, 41.2)
 
 
 def test_pipelines_without_columns_have_no_fields():

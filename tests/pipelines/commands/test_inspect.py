@@ -1,19 +1,14 @@
 """`smalti inspect`: figures and pictures of every kind of tokenizer, and refusals."""
 
-import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from command import fails
-from givens.token_datasets import add_columns, make_dataset
 from PIL import Image
-from small import TOKENIZERS, make_prior, make_tokenizer, quantizer_of
-from small_pipelines import COLUMNS
+from small import TOKENIZERS, make_tokenizer, quantizer_of
 
-from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.commands import inspect_ as inspect
 from pipelines.commands.inspect_ import (
@@ -27,8 +22,6 @@ from pipelines.commands.inspect_ import (
 from pipelines.images import DataConfig, load_images
 from pipelines.metrics.reconstruction import evaluate_reconstruction
 from pipelines.saving import INDEX
-from prior.conditions import GridColumn
-from tokenizer import Tokenizer
 from tokenizer.files import write_json
 from tokenizer.model import PROVENANCE
 
@@ -117,24 +110,7 @@ def test_a_report_is_written(world, what, tmp_path, capsys):
     printed = capsys.readouterr().out
     with Image.open(tmp_path / "new" / "page.png") as picture:
         assert picture.width > 800 and picture.height > 800
-    assert f"{COUNT} held-out images" in printed and "PSNR" in printed and "condition " not in printed
-
-
-def test_the_columns_of_a_pipeline_are_listed(world, data, tmp_path, capsys):
-    model = Tokenizer.from_pretrained(world / "tokenizer")
-    columns = {**COLUMNS, "before": GridColumn(grid=model.grid, tokenizer=model.fingerprint())}
-    pipe = ImagePipeline(model, make_prior("gpt", grid=model.grid, conditions=columns, condition_width=16))
-    pipe.provenance = {"data": data}
-    pipe.save_pretrained(tmp_path / "pipe")
-    main(["inspect", f"tokenizer={tmp_path / 'pipe'}", f"out={tmp_path / 'page.png'}", "num_images=3"])
-    lines = capsys.readouterr().out.splitlines()
-    assert {line.split()[1].rstrip(":") for line in lines if "condition " in line} == set(columns)
-    assert "  condition age: number, 18 to 90" in lines and "  condition text: vector, 16 numbers of ngrams:16" in lines
-    assert "  condition before: grid, 3 x 2 ids of 32" in lines
-    path = tmp_path / "pipe" / "prior" / "config.json"
-    write_json(path, {**json.loads(path.read_text()), "conditions": {"age": {"kind": "shoe"}}})
-    line = fails(capsys, "inspect", f"tokenizer={tmp_path / 'pipe'}", f"out={tmp_path / 'other.png'}")
-    assert "prior/config.json: conditions" in line and "shoe" in line
+    assert f"{COUNT} held-out images" in printed and "PSNR" in printed
 
 
 def test_a_report_is_not_written_into_the_pipeline_of_a_grid(world, tmp_path, capsys):
@@ -143,18 +119,6 @@ def test_a_report_is_not_written_into_the_pipeline_of_a_grid(world, tmp_path, ca
     write_json(tmp_path / "pipe" / INDEX, {})
     assert "out: " in fails(capsys, "inspect", f"tokenizer={inner}", f"out={tmp_path / 'pipe' / 'page.png'}")
     assert not (tmp_path / "pipe" / "page.png").exists()
-
-
-def test_the_columns_of_a_token_dataset_are_listed(data, tmp_path, capsys):
-    torch.manual_seed(0)
-    tokens = replace(make_dataset(), tokenizer=make_tokenizer("vqvae").eval(), source={"data": data})
-    tokens = add_columns(replace(tokens, grid=tokens.tokenizer.grid, splits={}))
-    tokens.save(tmp_path / "tokens")
-    main(["inspect", f"tokenizer={tmp_path / 'tokens'}", f"out={tmp_path / 'page.png'}", "num_images=3"])
-    printed = capsys.readouterr().out
-    assert "  condition view: class, front, side\n" in printed and "grid, 2 x 2 ids of 256" in printed
-    assert "  condition age: number, 20.5 to 80 (column years)\n" in printed and "flags, hat, glasses, beard" in printed
-    assert "  condition text: vector, 5 numbers of ngrams:5\n" in printed
 
 
 BAD = [

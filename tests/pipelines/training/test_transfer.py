@@ -119,7 +119,7 @@ def test_new_columns_start_without_effect_and_can_learn(kind):
 def test_columns_that_changed_start_anew_and_others_are_left_out(kind):
     torch.manual_seed(0)
     old = {
-        "age": AGE,
+        "age": AGE.model_copy(update={"mean": [4.0]}),
         "tags": FlagsColumn(names=["old", "dry"]),
         "view": ClassColumn(names=["side", "top", "front"]),
         "outline": COLUMNS["outline"],
@@ -128,8 +128,9 @@ def test_columns_that_changed_start_anew_and_others_are_left_out(kind):
     other, model = prior_of(kind, OLD, old), fresh(kind, OLD, COLUMNS)
     assert transfer_weights(model, OLD, other, OLD) == (
         "init: new columns, which start without effect: text",
-        "init: changed columns, which start anew: tags",
-        "init: columns left out: extra",
+        "init: changed columns, which start anew, so that log p changes: tags",
+        "init: columns left out, so that log p changes: extra",
+        "init: columns of another mean and scale, so that their values mean others: age",
     )
     mine, theirs = (dict(part.condition_encoder.vectors.items()) for part in (model, other))
     rows = theirs["column_view"].weight[[2, 0, 3]]

@@ -1,0 +1,173 @@
+"""Values of a condition as users write them (by column, with pictures and text), and the raw columns of a prior."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL.Image import Image as Picture
+from torch import Tensor
+
+from prior import Prior
+from prior.conditions import (
+    LABEL,
+    Column,
+    Condition,
+    GridColumn,
+    NumberColumn,
+    VectorColumn,
+    describe_columns,
+    find_column,
+    make_condition,
+    shorten,
+)
+from tokenizer import Tokenizer
+
+from .images.pictures import find_user_stacklevel, single_shapes, to_images
+from .text import NGRAMS, encode_text
+
+if TYPE_CHECKING:
+    from .image_pipeline import ImagePipeline
+
+GivenCondition = Mapping[str, Any] | Picture | Tensor | np.ndarray | list[Any] | tuple[Any, ...] | None
+"""Values by column, one for all images or one per image; or images or tokens for the only grid."""
+AT_ONCE = 256  # pictures encoded together
+
+
+def choose_labels(labels: Any, condition: GivenCondition) -> Any:
+    """Return `labels`, or those in `condition`. Raises `ValueError` if both are given."""
+    within = condition.get(LABEL) if isinstance(condition, Mapping) else None
+    if labels is not None and within is not None:
+        raise ValueError(f"give labels, or {LABEL!r} in condition, not both")
+    return within if labels is None else labels
+
+
+def read_condition(pipeline: ImagePipeline, condition: GivenCondition, count: int) -> Condition:
+    """Return raw columns for `count` images, null where `condition` has no value; {} for a prior without columns.
+
+    condition: values by column, one for all images or one per image, as in `Column.parse`. A grid also takes images, in
+    any form that `ImagePipeline.encode` accepts, and a vector of n-grams takes text. Images or tokens alone stand for
+    the only grid. `label` is left to `ImagePipeline.label_ids`. Warns about numbers outside those of the training data,
+    except for tensors, which hold raw values. Raises `ValueError`, which names the column and what is allowed.
+    """
+    return make_condition(pipeline.conditions, parse_condition(pipeline, condition), count, pipeline.device)
+
+
+def parse_condition(pipeline: ImagePipeline, condition: GivenCondition) -> Condition:
+    """Like `read_condition`, but return only the given columns, each with one value or one per image."""
+    columns = pipeline.conditions
+    if isinstance(condition, (Picture, Tensor, np.ndarray, list, tuple)):
+        grids = [name for name, column in columns.items() if isinstance(column, GridColumn)]
+        if len(grids) != 1:
+            found = f"the grids are {', '.join(grids)}" if grids else f"there is no grid; {describe_columns(columns)}"
+            raise ValueError(f"condition: images alone stand for the only grid, but {found}")
+        condition = {grids[0]: condition}
+    if not isinstance(condition, (Mapping, type(None))):
+        found = f"expected values by column (got {shorten(condition)})"
+        raise ValueError(f"condition: {found}; {describe_columns(columns)}")
+    raw: Condition = {}
+    for name, value in (condition or {}).items():
+        if name != LABEL:
+            column = find_column(columns, name)
+            try:
+                raw[name] = column.parse(convert_value(column, value, pipeline.condition_tokenizers.get(name)))
+            except (ValueError, TypeError, OverflowError) as error:
+                raise ValueError(f"condition: {name}: {error}") from error
+            if not isinstance(value, Tensor) and (line := describe_outside(name, column, raw[name])):
+                warnings.warn(line, stacklevel=find_user_stacklevel())
+    return raw
+
+
+def count_rows(columns: Mapping[str, Column], raw: Condition) -> int | None:
+    """Return the number of images of the first column with a value per image; None without one."""
+    counts = (len(values) for name, values in raw.items() if values.ndim > len(columns[name].shape))
+    return next(counts, None)
+
+
+def name_given(prior: Prior, ids: Tensor | None, condition: Condition) -> list[str]:
+    """Return the names of columns that are not null in every row, and `label` if this holds for class ids."""
+    labelled = ids is not None and bool((ids != prior.num_classes).any())
+    names = [name for name, raw in condition.items() if not bool(prior.conditions[name].is_null(raw).all())]
+    return [*([LABEL] if labelled else []), *names]
+
+
+def describe_outside(name: str, column: Column, raw: Tensor) -> str:
+    """Return a warning if there are numbers outside those of the training data, else nothing."""
+    if not isinstance(column, NumberColumn):
+        return ""
+    low, high = torch.tensor([column.low, column.high]).to(raw).unbind()
+    if not bool(((raw < low) | (raw > high)).any()):
+        return ""
+    about = f"numbers outside those of the training data, {describe_range(column)}"
+    return f"condition: {name}: {about}, act like numbers near the edge of these data"
+
+
+def describe_range(column: NumberColumn) -> str:
+    """Return the range of each number in the training data."""
+    return ", ".join(f"{low:g} to {high:g}" for low, high in zip(column.low, column.high, strict=True))
+
+
+# Pictures and text
+
+
+def convert_value(column: Column, value: Any, tokenizer: Tokenizer | None) -> Any:
+    """Replace images in the value of a grid by tokens, and text in the value of a vector by numbers. Raises
+    `ValueError`."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "OU":
+        value = value.tolist()
+    several = isinstance(value, (list, tuple))
+    if isinstance(column, VectorColumn):
+        if several:
+            return [encode_one(column, one) if isinstance(one, str) else one for one in value]
+        return encode_one(column, value) if isinstance(value, str) else value
+    if not isinstance(column, GridColumn):
+        return value
+    if any(isinstance(one, (str, Path)) for one in (value if several else [value])):
+        raise ValueError("expected images or token ids, not paths; open pictures with PIL.Image.open")
+    if several:
+        pictures = [one for one in value if is_picture(one)]
+        tokens = iter(encode_pictures(column, pictures, tokenizer) if pictures else ())
+        return [next(tokens) if is_picture(one) else one for one in value]
+    return encode_pictures(column, value, tokenizer) if is_picture(value) else value
+
+
+def is_picture(value: Any) -> bool:
+    """Return whether `value` is an image or a batch of images, which are bytes or floats, rather than ids or None."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return any(kind in str(value.dtype) for kind in ("uint8", "float"))
+    return isinstance(value, Picture)
+
+
+def encode_pictures(column: GridColumn, images: Any, tokenizer: Tokenizer | None) -> Tensor:
+    """Encode one image to tokens of the column's shape, or several to a batch, on the CPU. Raises `ValueError`."""
+    if tokenizer is None:
+        raise ValueError(f"this grid has no tokenizer for images; give token ids (int64) of shape {column.shape}")
+    shape = tokenizer.image_shape
+    singles = [shape] if isinstance(images, Tensor) else single_shapes(shape)
+    is_one = isinstance(images, Picture) or (not isinstance(images, list) and tuple(images.shape) in singles)
+    tokens = encode_images(tokenizer, [images] if is_one else images)
+    return tokens[0] if is_one else tokens
+
+
+@torch.no_grad()
+def encode_images(tokenizer: Tokenizer, images: Any) -> Tensor:
+    """Encode images in any form that `to_images` accepts, in batches; return tokens on the CPU."""
+    parts = to_images(images, tokenizer.image_shape).split(AT_ONCE)
+    return torch.cat([tokenizer.encode(part.to(tokenizer.device, tokenizer.dtype)).cpu() for part in parts])
+
+
+def takes_text(column: Column) -> bool:
+    """Return whether a value of this column may be text that is encoded here."""
+    return isinstance(column, VectorColumn) and NGRAMS.fullmatch(column.encoder) is not None
+
+
+def encode_one(column: VectorColumn, text: str) -> Tensor:
+    """Encode a text. Raises `ValueError` if another encoder made the column."""
+    if not takes_text(column):
+        by = f"encoded by {column.encoder!r}, which is not built in" if column.encoder else "not encoded"
+        raise ValueError(f"text is {by}; give a vector of {column.size} numbers")
+    return encode_text(column.encoder, [text])[0]
