@@ -75,7 +75,7 @@ def parse_condition(pipeline: ImagePipeline, condition: GivenCondition) -> Condi
             column = find_column(columns, name)
             try:
                 raw[name] = column.parse(convert_value(column, value, pipeline.condition_tokenizers.get(name)))
-            except (ValueError, TypeError, OverflowError) as error:
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"condition: {name}: {error}") from error
             if not isinstance(value, Tensor) and (line := describe_outside(name, column, raw[name])):
                 warnings.warn(line, stacklevel=find_user_stacklevel())

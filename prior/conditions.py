@@ -161,7 +161,10 @@ class FloatColumn(Column):
         several = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)) else [value]
         if not all(isinstance(one, NUMBERS) for one in several) or len(several) != self.shape[0]:
             raise ValueError(f"expected {self.describe_value()} (got {shorten(value)})")
-        found = torch.tensor([float(one) for one in several])
+        try:
+            found = torch.tensor([float(one) for one in several])
+        except OverflowError:
+            raise ValueError(f"numbers must be finite (got {shorten(value)})") from None
         if not bool(found.isfinite().all()):
             raise ValueError(f"numbers must be finite (got {shorten(value)})")
         return found
@@ -340,7 +343,7 @@ def parse_values(columns: Mapping[str, Column], condition: Mapping[str, Any]) ->
         column = find_column(columns, name)
         try:
             parsed[name] = column.parse(value)
-        except (ValueError, TypeError, OverflowError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"condition: {name}: {error}") from error
     return parsed
 

@@ -89,7 +89,7 @@ class Calibration(Part):
             key = "condition" if {*then, *given} - {LABEL} else "labels"
             before, now = (", ".join(sorted(names)) or "nothing" for names in (then, given))
             raise CalibrationError(
-                f"{key}: calibrated given {before}, but now given {now}, so scores are not comparable"
+                f"{key}: calibrated with {before} given, but now with {now}, so scores are not comparable"
             )
 
     @property

@@ -200,6 +200,8 @@ def test_a_picture_shows_samples_below_the_grids_that_they_follow(data, monkeypa
     cell = picture.shape[0] // 6
     first = to_uint8(grids[:1])[0, 0].repeat_interleave(7, 0).repeat_interleave(7, 1)
     assert np.array_equal(picture[2 : cell - 1, 2 : cell - 1, 0][:50, :50], first[:50, :50].numpy())
+    few, full = (condition_picture(task.pipeline(task.model), split, count=count) for count in (5, 17))
+    assert few.shape[0] == full.shape[0] == 2 * cell + 2 and few.shape[1] < full.shape[1]  # no row is cut
     several = Several(3)
     for shared in several.run(lambda: task.preview(task.model, several.side)["samples"]):
         assert np.array_equal(picture, shared)
@@ -207,8 +209,6 @@ def test_a_picture_shows_samples_below_the_grids_that_they_follow(data, monkeypa
     other = replace(split, conditions={**split.conditions, "age": split.conditions["age"].flip(0)})
     changed = condition_picture(task.pipeline(task.model), other)
     assert np.array_equal(picture[:cell], changed[:cell]) and not np.array_equal(picture, changed)
-    few, full = (condition_picture(task.pipeline(task.model), split, count=count) for count in (5, 17))
-    assert few.shape[0] == full.shape[0] == 2 * cell + 2 and few.shape[1] < full.shape[1]  # no row is cut
 
 
 def test_a_class_prior_continues_with_columns_and_says_what_is_new(tokens, tmp_path, capsys):

@@ -135,7 +135,7 @@ def test_an_image_is_scored_given_what_the_calibration_was_given(served, pipe, t
     score = float(pipe.anomaly_score(image, "nll", "dog", condition={"age": 63}))
     assert f"score: **{score:.4g}**" in facts and "calibrated with" not in facts
     assert "'nll', labels='dog', condition={'age': 63})" in code
-    with pytest.raises(ValueError, match="calibrated given age, label, but now given label"):
+    with pytest.raises(ValueError, match="calibrated with age, label given, but now with label"):
         anomaly.score(served, quiet, picked, "nll", 1, *fields(served))
 
 

@@ -106,7 +106,7 @@ def test_anomalies_are_scored_given_the_condition_of_each_image(world, calibrate
 
 def test_scores_need_the_columns_of_the_calibration(world, calibrated, tmp_path, capsys):
     line = fails(capsys, "detect", f"pipeline={calibrated}", f"out={tmp_path}/found", "condition.age=30")
-    assert "calibrated given age, label, outline, but now given age" in line
+    assert "calibrated with age, label, outline given, but now with age" in line
     assert not (tmp_path / "found").exists()
 
 
