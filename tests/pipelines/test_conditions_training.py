@@ -193,6 +193,9 @@ def test_a_run_with_columns_is_resumed_saved_and_loaded(tokens, tmp_path, monkey
 def test_a_picture_shows_samples_below_the_grids_that_they_follow(data, monkeypatch):
     """The first half of its rows are decoded grids; samples differ with the condition, and only if it does."""
     task = task_of(data, monkeypatch)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(task.model.condition_encoder.vectors["column_age"].second.weight)
+    torch.nn.init.normal_(task.model.head.weight)  # so that an untrained prior listens
     picture = task.preview(task.model)["samples"]
     split, tokenizer = data.splits["test"], data.condition_tokenizers["outline"]
     rows = np.linspace(0, len(split) - 1, 48).astype(int)
