@@ -17,7 +17,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from prior.conditions import LABEL, ClassColumn, Column, Condition, FlagsColumn, GridColumn, NumberColumn, find_column
+from prior.conditions import (
+    LABEL,
+    ClassColumn,
+    Column,
+    Condition,
+    FlagsColumn,
+    GridColumn,
+    NumberColumn,
+    describe_columns,
+    find_column,
+)
 
 from .condition_values import convert_value, describe_outside, encode_images, takes_text
 from .config import Config, UserError, is_first_process, tell
@@ -110,13 +120,19 @@ class UsesCondition(Config):
         if self.conditions is not None:
             path = Path(self.conditions)
             rows = read_rows(path, names)
-            counts["conditions"] = len(rows)
+            counts["conditions"], ignored = len(rows), list[str]()
             for key in dict.fromkeys(key for row in rows for key in row if key != FILE_NAME):
                 name = key if key in columns else key.removesuffix(f"_{FILE_NAME}")
-                if name in self.condition:
+                if name not in columns:
+                    ignored.append(key)
+                elif name in self.condition:
                     raise ValueError(f"condition.{name}: {path} has this column, too; give it once")
-                column = find_column(columns, name, f"conditions: {path}")
-                written[name] = [read_cell(column, row.get(key), path.parent) for row in rows]
+                else:
+                    written[name] = [read_cell(columns[name], row.get(key), path.parent) for row in rows]
+            if ignored and not written:
+                find_column(columns, ignored[0], f"conditions: {path}")
+            elif ignored and is_first_process():
+                tell(f"conditions: {path}: ignored {', '.join(ignored)}; {describe_columns(columns)}")
         for name, value in self.condition.items():
             written[name], several = list_values(name, find_column(columns, name), value, names)
             if several:

@@ -27,7 +27,7 @@ from tokenizer import Tokenizer
 from tokenizer.files import MANIFEST, PipelineLoadError, folders_aside, publish_folder, read_json
 from tokenizer.model import PROVENANCE
 
-from .config import Config, Of, UserError, run_command
+from .config import Config, Of, UserError, run_command, tell
 from .config.importing import format_imports
 from .files import Output, lock_output
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
@@ -37,7 +37,13 @@ from .images.origin import is_local
 from .job import JOB, OtherJobError, begin_job, read_job, require_work_folder, work_folder
 from .prefetch import pin_memory, prefetch, to_device_async
 from .processes.launch import build_accelerator, group_of, leave_group_on_error
-from .provenance import TokenizerFolder, find_protected_folder, tokenizer_defaults, tokenizer_folder
+from .provenance import (
+    TokenizerFolder,
+    find_protected_folder,
+    read_training_data,
+    tokenizer_defaults,
+    tokenizer_folder,
+)
 from .tokens import Meta
 from .tokens.columns import pack_columns
 from .tokens.meta import CONDITIONS, META, TOKENS, read_meta, verify_files, write_meta
@@ -111,6 +117,11 @@ def run(config: EncodeConfig) -> Path:
     output = Output(out, [*map(find_protected_folder, tokenizers), config.data.path, *list_pairs(config)])
     check_settings(config, tokenizer, output)
     config = config.model_copy(update={"data": choose_data(config.data, config.conditions)})
+    if group.is_main and saw_frames(config):
+        tell(
+            "warning: the tokenizer was trained without data.clips=true; unless its images had folders train and test, "
+            "it was trained on frames of clips that are held out now"
+        )
     with leave_group_on_error(accelerator), lock_output(out, group):
         images = load_images(config.data, together=True)
         splits = name_splits(images)
@@ -161,6 +172,12 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -
         raise UserError("table: needs a column to read from it, for example conditions.age=age")
     check_sources(config.data, config.conditions, config.table, config.augmentations)
     output.check_folder(TOKENS)
+
+
+def saw_frames(config: EncodeConfig) -> bool:
+    """Return whether the tokenizer was trained on these images without holding out clips, as is done here."""
+    data = read_training_data(config.tokenizer)
+    return config.data.clips and data.get("source") == config.data.source and not data.get("clips")
 
 
 def name_splits(images: Splits) -> dict[str, ImageDataset]:

@@ -35,7 +35,7 @@ NEVER = ("evaluate", "preview", "save")
 SAMPLES = 200
 PRESETS = {"garments": "fashion_mnist", "emoji": "openmoji", "digits": "digits", "motion": "digits"}
 SIZES = {"emoji": 64, "motion": 32}
-PAIRS = {"garments": ("small", 14, 8), "emoji": ("outline", 32, 4)}
+PAIRS = {"garments": ("small", 14, 32), "emoji": ("outline", 32, 4)}
 """The name of a pair's images, and the size and intensities of their pixels as tokens."""
 PRIORS = {
     "garments": {"class": [], "pairs": ["small"]},

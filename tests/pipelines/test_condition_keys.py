@@ -114,6 +114,14 @@ def write_table(path, values):
     return path
 
 
+def test_columns_of_a_table_that_are_not_those_of_the_pipeline_are_named_and_ignored(pipe, tmp_path, capsys):
+    path = write_table(tmp_path / "rows.csv", {"patient": ["a", "b"], "age": [20, 30]})
+    found = read(pipe, f"conditions={path}")
+    assert found.count == 2 and list(found.columns) == ["age"]
+    printed = capsys.readouterr()
+    assert "ignored patient;" in printed.out + printed.err
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
 def test_a_table_has_a_row_per_image(pipe, pictures, tmp_path, suffix):
     """Also with labels, nulls, and pictures as paths relative to it."""

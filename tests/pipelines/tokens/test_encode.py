@@ -33,7 +33,8 @@ from pipelines.provenance import read_data_settings
 from pipelines.tokens import load_tokens
 from pipelines.tokens.meta import META
 from tokenizer import Tokenizer
-from tokenizer.files import FormatError, PathError
+from tokenizer.files import FormatError, PathError, write_json
+from tokenizer.model import PROVENANCE
 
 SHIFT = {"augment": {"shift": 3}}
 
@@ -185,6 +186,20 @@ def test_a_grid_without_an_image_is_null(tokenizer, tmp_path):
     assert data.source["data"]["clips"] and not (tmp_path / "tokens" / "conditions").exists()
     assert torch.equal(data.conditions["before"].is_null(before), torch.tensor([True, False, False] * 2))
     assert torch.equal(before[1:3], split.rows([0, 1])) and torch.equal(before[4:], split.rows([3, 4]))
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_a_tokenizer_that_was_trained_on_frames_of_all_clips_is_named(tokenizer, tmp_path, capsys, clips):
+    for clip in "abcd":
+        write_pictures(tmp_path / "images" / clip, 3)
+    settings = {"source": str(tmp_path / "images")}
+    shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    data = {**settings, **({"clips": True} if clips else {})}
+    write_json(tmp_path / "tokenizer" / PROVENANCE, {"data": data})
+    conditions = {"before": {"frame": -1, "tokenizer": str(tokenizer)}}
+    encoded(tmp_path / "tokenizer", tmp_path / "tokens", settings, conditions=conditions)
+    printed = capsys.readouterr()
+    assert ("without data.clips=true" in printed.out + printed.err) != clips
 
 
 @pytest.mark.parametrize("labelled", ["train", "test", None])
