@@ -159,6 +159,7 @@ class Case:
         renames may leave a folder `.del-*`.)"""
         found = self.contents(out) if out.exists() else {}
         wrong = [name for name in sorted(self.expected | found) if found.get(name) != self.expected.get(name)]
+        wrong = [f"{name} ({found[name]})" if name == "files" and name in found else name for name in wrong]
         beside = [path.name for path in out.parent.iterdir() if not path.name.startswith((out.name, ".del-"))]
         return [f"{out}: {name} differs" for name in [*wrong, *(name for name in beside if ".lock" not in name)]]
 
