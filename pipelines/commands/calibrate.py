@@ -33,8 +33,8 @@ class CalibrateConfig(UsesCondition, UsesImages):
     every: int = Field(
         2,
         ge=1,
-        description="use every n-th held-out image (with data.group: object), starting with the first, and leave the others to "
-        "`smalti detect`; 1: use all of them",
+        description="use every n-th held-out image (with data.group: object), starting with the first, and leave "
+        "the others to `smalti detect`; 1: use all of them",
     )
     background: Annotated[str | None, Within("pipeline", INDEX)] = Field(
         None, description="folder of another pipeline over the same tokens, whose prior becomes the background prior"

@@ -151,7 +151,9 @@ class DataConfig(Config):
     def _omit_groups(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out `clips` and `group` where they are not set, as files written before they were settings do."""
         found: dict[str, Any] = handler(self)
-        return {key: value for key, value in found.items() if key not in ("clips", "group") or value not in (None, False)}
+        return {
+            key: value for key, value in found.items() if key not in ("clips", "group") or value not in (None, False)
+        }
 
     @property
     def path(self) -> Path | None:
@@ -507,7 +509,9 @@ def find_objects(names: list[str], pattern: str) -> list[str]:
         match = search.search(name)
         text = match[min(1, search.groups)] if match else None
         if not text:
-            raise UserError(one_line(f"data.group: {quote(pattern)} finds no object in {name}"))
+            raise UserError(
+                one_line(f"data.group: {quote(pattern)} finds no object in {name} (null: each image is an object)")
+            )
         found.append(text)
     return found
 
