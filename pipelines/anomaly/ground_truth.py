@@ -74,13 +74,14 @@ def measure_defects(
     scores, defects, anomalous, objects: `(n,)`; maps, masks: `(n, H, W)`. Each row has the number of `images` with the
     `defect`, of their `objects` and of the `regions` in their masks; `image_auroc` with its 95 % interval, `low` to
     `high`, over objects; `pixel_auroc`, and `pro`, the per-region overlap up to a false positive rate of 0.3. These two
-    are None without a region.
+    leave out defective images whose mask is empty, and are None without a region.
     """
     names, owners = np.array(defects), np.array(objects)
     rows = []
     kinds = {defect: anomalous & (names == defect) for defect in sorted(set(names[anomalous].tolist()))}
     for defect, of in [*kinds.items(), (ALL, anomalous)]:
         used = of | ~anomalous
+        placed = used & (~anomalous | masks.any((1, 2)))
         regions = int(label_regions(masks[of]).max())
         low, high = auroc_by_object(scores[used], anomalous[used], owners[used].tolist())
         rows.append(
@@ -92,8 +93,8 @@ def measure_defects(
                 "image_auroc": auroc(scores[used], anomalous[used]),
                 "low": low,
                 "high": high,
-                "pixel_auroc": auroc(maps[used], masks[used]) if regions else None,
-                "pro": per_region_overlap(maps[used], masks[used]) if regions else None,
+                "pixel_auroc": auroc(maps[placed], masks[placed]) if regions else None,
+                "pro": per_region_overlap(maps[placed], masks[placed]) if regions else None,
             }
         )
     return rows

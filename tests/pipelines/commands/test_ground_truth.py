@@ -56,9 +56,8 @@ def world(trained, tmp_path_factory):
 
 
 def detect(world, out, *more):
-    main(
-        ["detect", f"pipeline={world}/pipe", f"images={world}/test", f"out={out}", f"ground_truth={world}/truth", *more]
-    )
+    given = [f"images={world}/test", f"ground_truth={world}/truth", f"out={out}"]
+    main(["detect", f"pipeline={world}/pipe", *given, *more])
 
 
 def rows_of(path):
@@ -84,11 +83,8 @@ def test_figures_are_those_of_the_maps(world, tmp_path, capsys):
     counts = {name: tuple(int(row[key]) for key in ("images", "objects", "regions")) for name, row in rows.items()}
     assert counts == {"noise": (12, 6, 12), "none": (8, 4, 8), "all": (20, 10, 20)}
     pipe = ImagePipeline.from_pretrained(world / "pipe")
-    read = {
-        name: np.stack([np.asarray(Image.open(path)) for path in sorted((world / "test" / name).iterdir())])
-        for name in ("good", "noise")
-    }
-    images = np.concatenate([read["good"], read["noise"]])
+    files = [path for name in ("good", "noise") for path in sorted((world / "test" / name).iterdir())]
+    images = np.stack([np.asarray(Image.open(path)) for path in files])
     maps, masks = pipe.anomaly_map(images).numpy(), np.zeros(images.shape, bool)
     masks[20:] = MASK > 0
     scores = pipe.anomaly_score(images, "nll").numpy()
@@ -98,7 +94,7 @@ def test_figures_are_those_of_the_maps(world, tmp_path, capsys):
         assert float(rows["noise"][key]) == pytest.approx(value, abs=2e-4)
         assert f"{value:.3f}"[:4] in printed
     assert float(rows["noise"]["low"]) <= expected["image_auroc"] <= float(rows["noise"]["high"])
-    assert expected["pixel_auroc"] > 0.8 > 0.7 > float(rows["none"]["pixel_auroc"])
+    assert expected["pixel_auroc"] > 0.1 + float(rows["none"]["pixel_auroc"])
     assert len(json.loads((tmp_path / "found/figures.json").read_text())["defects"]) == 3
     width, height = Image.open(tmp_path / "found/ground_truth.png").size
     side = (width - 2) // 3 - 2  # three panels in each of six rows, with a name above each
