@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
-from pipelines.anomaly.ground_truth import read_mask
+from pipelines.anomaly.ground_truth import measure_defects, read_mask
 from pipelines.images.grids import BAND
 from pipelines.metrics.localization import auroc, per_region_overlap
 
@@ -111,6 +111,25 @@ def test_masks_are_cropped_as_images_are(tmp_path, seed):
     found = read_mask(tmp_path / "mask.png", tmp_path / "image.png", (8, 8))
     area = marked[:, 8:24].reshape(8, 2, 8, 2).mean((1, 3))
     assert np.array_equal(found, area > 0.5) and (area == 0.5).any()
+
+
+def test_an_image_whose_mask_vanished_counts_as_an_image_only():
+    chance = np.random.default_rng(0)
+    maps, masks = chance.random((12, 8, 8), np.float32), chance.random((12, 8, 8)) < 0.1
+    anomalous = np.arange(12) >= 5
+    masks[~anomalous], masks[-1], maps[-1] = False, False, 9
+    given = (
+        chance.random(12),
+        maps,
+        masks,
+        ["good"] * 5 + ["odd"] * 7,
+        anomalous,
+        [str(number) for number in range(12)],
+    )
+    (odd, both), (fewer, _) = (measure_defects(*(part[:count] for part in given)) for count in (12, 11))
+    assert (odd["images"], fewer["images"]) == (7, 6) and {**both, "defect": "odd"} == odd
+    assert (odd["pixel_auroc"], odd["pro"]) == (fewer["pixel_auroc"], fewer["pro"])
+    assert odd["image_auroc"] != fewer["image_auroc"]
 
 
 @pytest.mark.parametrize("break_it", ["size", "missing", "damaged", "loose", "no folder", "no good", "several", "none"])
