@@ -117,10 +117,11 @@ def run(config: EncodeConfig) -> Path:
     output = Output(out, [*map(find_protected_folder, tokenizers), config.data.path, *list_pairs(config)])
     check_settings(config, tokenizer, output)
     config = config.model_copy(update={"data": choose_data(config.data, config.conditions)})
-    if group.is_main and saw_frames(config):
+    if group.is_main and saw_groups(config):
+        key, what = ("clips=true", "frames of clips") if config.data.clips else ("group", "images of objects")
         tell(
-            "warning: the tokenizer was trained without data.clips=true; unless its images had folders train and test, "
-            "it was trained on frames of clips that are held out now"
+            f"warning: the tokenizer was trained without data.{key}; unless its images had folders train and test, "
+            f"it was trained on {what} that are held out now"
         )
     with leave_group_on_error(accelerator), lock_output(out, group):
         images = load_images(config.data, together=True)
@@ -174,10 +175,13 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -
     output.check_folder(TOKENS)
 
 
-def saw_frames(config: EncodeConfig) -> bool:
-    """Return whether the tokenizer was trained on these images without holding out clips, as is done here."""
+def saw_groups(config: EncodeConfig) -> bool:
+    """Return whether the tokenizer was trained on these images without holding out whole clips or objects, as is done
+    here."""
     data = read_training_data(config.tokenizer)
-    return config.data.clips and data.get("source") == config.data.source and not data.get("clips")
+    key = "clips" if config.data.clips else "group"
+    wanted = getattr(config.data, key)
+    return bool(wanted) and data.get("source") == config.data.source and not data.get(key)
 
 
 def name_splits(images: Splits) -> dict[str, ImageDataset]:

@@ -33,6 +33,7 @@ def calibrate(
     *,
     false_alarms: float = 0.05,
     condition: GivenCondition = None,
+    groups: Sequence[str] | None = None,
     confidence: float | None = None,
     seed: int = 0,
     batch_size: int = 256,
@@ -40,6 +41,8 @@ def calibrate(
     """Calibrate on normal images that were not used in training; set and return `pipeline.calibration`.
 
     condition: values of columns, one for all images or one per image; the same columns must then be given for scores.
+    groups: the object that each image shows, `(B,)`. Images of one object are not independent: they stay in the same
+    half, and only the highest score of each object counts, so that p-values and thresholds hold for objects.
 
     One half, chosen by `seed`, is used for fitting; the other half gives the scores for p-values and thresholds. On
     average over calibrations, at most a share `false_alarms` of new normal images exceeds a threshold; for about half
@@ -48,19 +51,27 @@ def calibrate(
     """
     batch = pipeline.to_images(images)
     count = len(batch)
-    check_promise(count, false_alarms, confidence)
+    if groups is not None and len(groups) != count:
+        raise ValueError(f"groups: expected one for each of {count} images (got {len(groups)})")
+    numbers = np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
+    objects = len(np.unique(numbers))
+    check_promise(count, false_alarms, confidence, None if groups is None else objects)
     found, surprise, error, given = measure(pipeline, batch, labels, batch_size, condition=condition)
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
-    fitted = fit_reference({name: values[order[: count // 2]] for name, values in found.items()})
-    held = {name: values[order[count // 2 :]] for name, values in found.items()}
+    rank = np.argsort(np.random.default_rng(seed).permutation(objects))[numbers]  # of each image's object
+    order = torch.from_numpy(np.argsort(rank, kind="stable"))
+    half = int((rank < objects // 2).sum())
+    fitted = fit_reference({name: values[order[:half]] for name, values in found.items()})
+    held = {name: values[order[half:]] for name, values in found.items()}
+    first = np.flatnonzero(np.diff(rank[order[half:].numpy()], prepend=-1))  # of each object's images
     scores = {}
     for method in list_methods(found):
         score = fitted_score(method, held, fitted) if method in FITTED else plain_score(method, held)
-        values, tie = round_scores(score[:MAX_SCORES].numpy())
+        values, tie = round_scores(np.maximum.reduceat(score.numpy(), first)[:MAX_SCORES])
         limit = threshold(values, tie, false_alarms, confidence)
         scores[method] = NormalScores(values=values, tie=tie, threshold=limit)
     pipeline.calibration = Calibration(
         count=count,
+        objects=None if groups is None else objects,
         labels=LABEL in given,
         columns=sorted({*given} - {LABEL}),
         false_alarms=float(false_alarms),
@@ -74,15 +85,17 @@ def calibrate(
     return pipeline.calibration
 
 
-def check_promise(count: int, false_alarms: float, confidence: float | None) -> None:
-    """Raise `ValueError` if `count` images are too few for the guarantee, or too many to store."""
+def check_promise(count: int, false_alarms: float, confidence: float | None, objects: int | None = None) -> None:
+    """Raise `ValueError` if `count` images, of so many `objects` if these count, are too few for the guarantee, or too
+    many to store."""
     for name, share in (("false_alarms", false_alarms), ("confidence", confidence)):
         if share is not None and not 0 < share < 1:
             raise ValueError(f"{name} should be between 0 and 1 (got {share})")
-    if count < (least := max(10, 2 * least_scores(false_alarms, confidence))):
+    units, noun = (count, "images") if objects is None else (objects, "objects")
+    if units < (least := max(10, 2 * least_scores(false_alarms, confidence))):
         promise = f"a false alarm rate of {false_alarms:g}"
         promise += "" if confidence is None else f" with a confidence of {confidence:g}"
-        raise ValueError(f"a calibration for {promise} needs at least {least} images (got {count})")
+        raise ValueError(f"a calibration for {promise} needs at least {least} {noun} (got {units})")
     if count > MAX_IMAGES:
         raise ValueError(f"a calibration can use at most {MAX_IMAGES:,} images (got {count:,})")
 

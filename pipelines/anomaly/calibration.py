@@ -48,6 +48,9 @@ class Calibration(Part):
 
     count: int = Field(ge=2)
     """Number of images in both halves."""
+    objects: int | None = Field(None, ge=2)
+    """Number of objects that the images show, if each object has a single score, that of its most anomalous image; not
+    in the file otherwise."""
     labels: bool
     """Whether token bits were conditioned on the images' classes."""
     columns: list[Annotated[str, Field(pattern=f"^{NAME.pattern}$")]] = Field([], max_length=MAX_COLUMNS)
@@ -75,11 +78,12 @@ class Calibration(Part):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_empty_columns(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if name != "columns" or value}
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if name not in ("columns", "objects") or value}
 
     def __repr__(self) -> str:
-        return f"Calibration({self.count} images, {', '.join(self.scores)}; {self.promise})"
+        of = "" if self.objects is None else f" of {self.objects} objects"
+        return f"Calibration({self.count} images{of}, {', '.join(self.scores)}; {self.promise})"
 
     def check_given(self, given: Collection[str]) -> None:
         """Raise `CalibrationError` unless these columns, and `label` for labels, were given in the calibration, and no
@@ -97,6 +101,8 @@ class Calibration(Part):
         """The guarantee of a threshold, in words."""
         how = "on average over calibrations"
         how = how if self.confidence is None else f"in {100 * self.confidence:.6g} % of calibrations"
+        if self.objects is not None:
+            return f"at most {100 * self.false_alarms:g} % of new normal objects have an image that exceeds it, {how}"
         return f"at most {100 * self.false_alarms:g} % of new normal images exceed it, {how}"
 
     def includes(self, pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:

@@ -19,6 +19,7 @@ from ..config import UserError, Within, run_command
 from ..config.table import count_of, table
 from ..files import lock_output
 from ..image_pipeline import ImagePipeline
+from ..images.dataset import find_objects
 from ..options import UsesImages
 from ..provenance import defaults
 from ..saving import INDEX, PIPELINE, save_again
@@ -32,8 +33,8 @@ class CalibrateConfig(UsesCondition, UsesImages):
     every: int = Field(
         2,
         ge=1,
-        description="use every n-th held-out image, starting with the first, and leave the others to `smalti detect`; "
-        "1: use all of them",
+        description="use every n-th held-out image (with data.group: object), starting with the first, and leave "
+        "the others to `smalti detect`; 1: use all of them",
     )
     background: Annotated[str | None, Within("pipeline", INDEX)] = Field(
         None, description="folder of another pipeline over the same tokens, whose prior becomes the background prior"
@@ -70,14 +71,21 @@ def run(config: CalibrateConfig) -> Calibration:
         if config.background is not None:
             pipeline.set_background(ImagePipeline.from_pretrained(config.background, device=pipeline.device).prior)
         images = config.load_images(pipeline).held_out
+        names = images.names(np.arange(len(images)))
+        groups = None if config.data.group is None else np.array(find_objects(names, config.data.group))
         chosen = np.arange(0, len(images), config.every)
+        if groups is not None:
+            chosen = np.flatnonzero(np.isin(groups, np.unique(groups)[:: config.every]))
+            groups = groups[chosen]
+        objects = None if groups is None else len(np.unique(groups))
         try:
-            check_promise(len(chosen), config.false_alarms, config.confidence)
+            check_promise(len(chosen), config.false_alarms, config.confidence, objects)
         except ValueError as error:
             if len(chosen) > MAX_IMAGES:
                 hint = f"every={1 + (len(images) - 1) // MAX_IMAGES} selects fewer"
             elif config.every > 1:
-                hint = f"every={config.every} selects {len(chosen):,} of {len(images):,}; every=1 uses all"
+                some = f"{len(chosen):,} of {len(images):,}" + (" images" if groups is not None else "")
+                hint = f"every={config.every} selects {some}; every=1 uses all"
             else:
                 hint = "false_alarms=0.2 needs fewer, and data.source=FOLDER uses other images"
             raise UserError(f"data: {error}; {hint}") from error
@@ -86,6 +94,7 @@ def run(config: CalibrateConfig) -> Calibration:
             pipeline,
             images.pixels(chosen),
             condition=given.values(),
+            groups=None if groups is None else groups.tolist(),
             false_alarms=config.false_alarms,
             confidence=config.confidence,
             seed=config.seed,
@@ -93,7 +102,8 @@ def run(config: CalibrateConfig) -> Calibration:
         save_again(pipeline, folder)
     print(format_report(calibration))
     used = f"{len(chosen):,} of {count_of(len(images), 'image')}"
-    print(f"\n{config.pipeline}: calibrated with {used} of {config.data.source}")
+    of = "" if objects is None else f", which show {count_of(objects, 'object')}: one score an object, the highest"
+    print(f"\n{config.pipeline}: calibrated with {used} of {config.data.source}{of}")
     return calibration
 
 

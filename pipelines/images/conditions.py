@@ -119,7 +119,7 @@ class LoadedColumn:
 def choose_data(config: DataConfig, sources: Mapping[str, ConditionSource]) -> DataConfig:
     """Return the settings with which to load the images: with `clips`, if a column consists of other frames."""
     frames = any(source.frame is not None for source in sources.values())
-    return config.model_copy(update={"clips": True}) if frames else config
+    return config.model_copy(update={"clips": True}) if frames and config.group is None else config
 
 
 def check_sources(

@@ -12,6 +12,7 @@ import copy
 import difflib
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,11 @@ class DataConfig(Config):
         default=False,
         description="each folder of images is a clip, whose images go into the same split, and whose name is no class",
     )
+    group: str | None = Field(
+        default=None,
+        description="regular expression that finds the object in an image's path within the source, as its first group "
+        "or else the whole match; all images of an object go into the same split",
+    )
     image_size: Side | tuple[Side, Side] = Field(
         default=28, description="one number, or [height, width]; images of other sizes are resized and cropped"
     )
@@ -120,6 +126,21 @@ class DataConfig(Config):
             raise ValueError(f"expected one number, or height and width such as 64,64 (got {value[:100]!r})")
         return value
 
+    @field_validator("group")
+    @classmethod
+    def _group_is_a_pattern(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"invalid regular expression {quote(value or '')}: {error}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _one_kind_of_group(self) -> DataConfig:
+        if self.clips and self.group is not None:
+            raise ValueError("clips and group both say which images belong together: set only one")
+        return self
+
     @model_validator(mode="after")
     def _splits_differ(self) -> DataConfig:
         if self.split == self.held_out:
@@ -127,10 +148,12 @@ class DataConfig(Config):
         return self
 
     @model_serializer(mode="wrap")
-    def _omit_clips(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `clips` where there are none, as files written before it was a setting do."""
+    def _omit_groups(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `clips` and `group` where they are not set, as files written before they were settings do."""
         found: dict[str, Any] = handler(self)
-        return found if self.clips else {key: value for key, value in found.items() if key != "clips"}
+        return {
+            key: value for key, value in found.items() if key not in ("clips", "group") or value not in (None, False)
+        }
 
     @property
     def path(self) -> Path | None:
@@ -159,7 +182,7 @@ def load_images(config: DataConfig, *, together: bool = False, stream: bool = Fa
     """
     streamed: ImageDataset | None = None
     if is_stream(config):
-        number_clips(None, config)
+        number_groups(None, config)
         from .streaming import open_stream
 
         some, streamed = open_stream(config, stream)
@@ -391,19 +414,23 @@ def choose_splits(
     if not quiet:
         report_splits(splits, config, found, f"{100 * config.held_out_fraction:.3g}% of {config.split!r}", "held out")
     rows = splits[config.split]()
-    clips = number_clips(rows.paths, config) if config.clips else np.arange(rows.size)  # an image alone is a clip
-    total = len(np.unique(clips))
+    groups = number_groups(rows.paths, config)
+    groups = np.arange(rows.size) if groups is None else groups  # each image is a group
+    total = len(np.unique(groups))
     count = 0 if found is not None else min(max(1, round(total * config.held_out_fraction)), total)
     validation = -(-validation_count(rows.size, config.validation_fraction) * total // max(1, rows.size))
     chosen = carve(total, count, validation)
-    parts = {name: (rows, np.flatnonzero(np.isin(clips, part))) for name, part in chosen.items()}
+    parts = {name: (rows, np.flatnonzero(np.isin(groups, part))) for name, part in chosen.items()}
     if found is not None:
         other = splits[found]()
         parts["held_out"] = other, np.arange(other.size)
+        if config.group is not None and not quiet:
+            warn_about_shared_objects(rows, other, found, config)
     for part, name in (("train", config.split), ("held_out", found or "held_out")):
         if not len(parts[part][1]):
-            of_clips = f"; whole folders are held out, and it has {total}" if config.clips else ""
-            raise UserError(f"data: no images left for {name!r} (the split {config.split!r} has {rows.size}{of_clips})")
+            kind = "folders" if config.clips else "objects"
+            whole = f"; whole {kind} are held out, and it has {total}" if config.clips or config.group else ""
+            raise UserError(f"data: no images left for {name!r} (the split {config.split!r} has {rows.size}{whole})")
     return {name: (source, part[: config.limit]) for name, (source, part) in parts.items() if len(part)}
 
 
@@ -458,11 +485,44 @@ def report_splits(names: Collection[str], config: DataConfig, found: str | None,
     tell(one_line(f"data.held_out: {config.source}: {why}{taken} is {use}{rest}{remedy}"))
 
 
-def number_clips(paths: list[str] | None, config: DataConfig) -> NDArray[np.int64]:
-    """Return the number of each image's folder. Raises `UserError` if `data.clips` is set and images are not files."""
-    if paths is None and config.clips:
-        raise UserError("data.clips: needs a folder of images, with a folder for each clip")
-    return np.unique([os.path.dirname(path) for path in paths or []], return_inverse=True)[1]
+def number_groups(paths: list[str] | None, config: DataConfig) -> NDArray[np.int64] | None:
+    """Return the number of each image's group, which is never divided: its folder with `data.clips`, its object with
+    `data.group`; None without either. Raises `UserError` if one is set and images are not files."""
+    if not config.clips and config.group is None:
+        return None
+    if paths is None:
+        also = ", with a folder for each clip" if config.clips else ""
+        raise UserError(f"data.{'clips' if config.clips else 'group'}: needs a folder of images{also}")
+    if config.group is None:
+        names = [os.path.dirname(path) for path in paths]
+    else:
+        root = "" if config.path is None else os.path.join(config.path, "")
+        names = find_objects([path.removeprefix(root) for path in paths], config.group)
+    return np.unique(names, return_inverse=True)[1]
+
+
+def find_objects(names: list[str], pattern: str) -> list[str]:
+    """Return the object in each image's path: the first group of the `pattern`, or the whole match without groups.
+    Raises `UserError` for a path in which there is none."""
+    search, found = re.compile(pattern), []
+    for name in names:
+        match = search.search(name)
+        text = match[min(1, search.groups)] if match else None
+        if not text:
+            raise UserError(
+                one_line(f"data.group: {quote(pattern)} finds no object in {name} (null: each image is an object)")
+            )
+        found.append(text)
+    return found
+
+
+def warn_about_shared_objects(rows: Rows, other: Rows, name: str, config: DataConfig) -> None:
+    """Print one line if the split `name` has objects that are trained on."""
+    root = "" if config.path is None else os.path.join(config.path, "")
+    paths = [[path.removeprefix(root) for path in part.paths or []] for part in (rows, other)]
+    ours, theirs = (set(find_objects(part, str(config.group))) for part in paths)
+    if (both := len(ours & theirs)) and is_first_process():
+        tell(f"warning: data.group: {both:,} of {len(theirs):,} objects of {name!r} are also in {config.split!r}")
 
 
 def validation_count(size: int, fraction: float | None) -> int:

@@ -10,7 +10,16 @@ from ..config import UserError
 from .dataset import DataConfig, choose_held_out, choose_splits, is_stream, open_source
 from .origin import resolve_source
 
-SPLIT_SETTINGS = ("split", "held_out", "held_out_fraction", "validation_fraction", "clips", "limit", "streaming")
+SPLIT_SETTINGS = (
+    "split",
+    "held_out",
+    "held_out_fraction",
+    "validation_fraction",
+    "clips",
+    "group",
+    "limit",
+    "streaming",
+)
 """The settings that decide which images of a source are trained on."""
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from small_pipelines import make_conditioned, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate
+from pipelines.anomaly.conformal import p_values_of
 from pipelines.anomaly.distances import CalibrationError
 from pipelines.anomaly.healing import heal
 from pipelines.anomaly.scores import FITTED, anomaly_score, p_value_of, score_of
@@ -161,3 +164,68 @@ def test_a_calibration_of_other_models_is_one_error(trained):
         other.calibration = trained.calibration
         with pytest.raises(CalibrationError, match=r"^[^\n]*smalti calibrate[^\n]*$"):
             anomaly_score(other, stripes(4))
+
+
+# Objects
+
+
+def photographed(count, views, seed):
+    """Stripes, each photographed `views` times with a brightness of the object and a little noise; and their names."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randint(-9, 10, (count * views, 1, SIZE, SIZE), generator=generator)
+    images = (stripes(count, seed).repeat_interleave(views, 0) + noise).clamp(0, 255).to(torch.uint8)
+    order = torch.randperm(len(images), generator=generator)
+    return images[order], [f"tile{number}" for number in (order // views).tolist()]
+
+
+def test_an_object_has_one_score_that_of_its_worst_image(trained):
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    images, names = photographed(60, 4, seed=3)
+    found = calibrate(pipe, images, groups=names)
+    assert (found.count, found.objects) == (240, 60) and all(len(each.values) == 30 for each in found.scores.values())
+    bits = anomaly_score(trained, images, "nll").numpy()
+    worst = {name: max(bits[row] for row, other in enumerate(names) if other == name) for name in names}
+    nearest = [min(abs(score - value) for score in worst.values()) for value in found.scores["nll"].values]
+    assert max(nearest) <= found.scores["nll"].tie
+    assert "objects have an image that exceeds it" in found.promise and "60 objects" in repr(found)
+
+
+def test_images_of_an_object_are_in_one_half(trained):
+    """Copies of an image have the same score, so that a divided object would show in the number of scores."""
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    images = stripes(60, seed=3)
+    alone = calibrate(pipe, images)
+    copied = calibrate(pipe, images.repeat(5, 1, 1, 1), groups=[f"{number:02}" for number in range(60)] * 5)
+    for name in ("nll", "reconstruction"):
+        np.testing.assert_allclose(alone.scores[name].values, copied.scores[name].values, rtol=1e-3)
+    assert copied.fitted.typical_bits == pytest.approx(alone.fitted.typical_bits, rel=1e-5)
+    assert copied.count == 300 and alone.objects is None and "objects" not in alone.to_json()
+
+
+def test_groups_of_one_image_change_nothing_but_the_count(trained):
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    images = stripes(80, seed=3)
+    alone = calibrate(pipe, images)
+    single = calibrate(pipe, images, groups=[f"{number:02}" for number in range(80)])
+    assert single.model_copy(update={"objects": None}).to_json() == alone.to_json()
+    assert type(single).from_dict(json.loads(single.to_json()), Path("calibration.json")).objects == 80
+
+
+def test_normal_objects_are_flagged_as_promised(trained):
+    """Over many calibrations, at most 5 % of new objects; if images were counted, several times as many."""
+    chance = np.random.default_rng(0)
+    rates = {"objects": [], "images": []}
+    for _ in range(400):
+        scores = chance.normal(size=(78, 1)) + 0.5 * chance.normal(size=(78, 6))
+        for kind, normal in (("objects", scores[:39].max(1)), ("images", scores[:39].ravel())):
+            p = p_values_of(scores[39:].max(1), normal, 0.0)
+            rates[kind].append((p <= 0.05).mean())
+    assert np.mean(rates["objects"]) < 0.06 and np.mean(rates["images"]) > 0.1
+
+
+def test_bad_groups_are_refused(trained):
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    with pytest.raises(ValueError, match="groups: expected one for each of 80 images"):
+        calibrate(pipe, stripes(80), groups=["a"])
+    with pytest.raises(ValueError, match=r"needs at least 38 objects \(got 20\)"):
+        calibrate(pipe, stripes(80), groups=[str(number // 4) for number in range(80)])

@@ -4,6 +4,7 @@ Covers: pipelines/images/unseen.py.
 """
 
 import os
+import re
 from itertools import product
 
 import numpy as np
@@ -256,3 +257,77 @@ def test_a_stream_and_its_copy_are_divided_differently(tmp_path):
     write_shards(tmp_path, "parquet", rows_of(4), 1, split="test")
     for now, then in ((stream, copied), (copied, stream)):
         require_unseen(now, then, "held_out")
+
+
+# Objects
+
+
+def write_objects(folder, objects=range(20), views=6):
+    """Write photographs of objects; the names put the views of an object far apart."""
+    for view, number in product(range(views), objects):
+        write_image(folder / f"view{view}_tile{number:03}.png", noise(12, 12, seed=100 * view + number))
+
+
+def objects_by_split(splits):
+    return {
+        name: [re.search(r"tile(\d+)", path)[1] for path in part.names(range(len(part)))]
+        for name, part in splits.by_name().items()
+    }
+
+
+@pytest.mark.parametrize("pattern", [r"tile(\d+)", r"tile\d+", r"(?<=tile)(\d+)"])
+def test_objects_are_held_out_whole(tmp_path, pattern):
+    write_objects(tmp_path / "all")
+    options = {"held_out_fraction": 0.2, "validation_fraction": 0.1}
+    found = objects_by_split(load_images(config(tmp_path / "all", group=pattern, **options)))
+    assert {name: len(set(part)) for name, part in found.items()} == {"train": 14, "validation": 2, "held_out": 4}
+    assert all(part.count(number) == 6 for part in found.values() for number in part)
+    assert len(set().union(*found.values())) == 20
+    divided = objects_by_split(load_images(config(tmp_path / "all", **options)))
+    assert set(divided["train"]) & set(divided["held_out"])
+    with pytest.raises(UserError, match="^data.group: "):
+        require_unseen(
+            config(tmp_path / "all", **options), config(tmp_path / "all", group=pattern, **options), "held_out"
+        )
+
+
+def test_an_object_may_be_a_folder_within_the_source(tmp_path):
+    """The path begins at the source, whatever is above it."""
+    for number in range(10):
+        write_objects(tmp_path / "tile999" / f"tile{number:03}", range(3), 2)
+    splits = load_images(config(tmp_path / "tile999", group=r"^tile(\d+)/", held_out_fraction=0.3))
+    names = {
+        part: {path.split("/")[0] for path in images.names(range(len(images)))}
+        for part, images in splits.by_name().items()
+    }
+    assert len(names["held_out"]) == 3 and len(names["train"]) == 7 and not names["train"] & names["held_out"]
+
+
+def test_settings_without_groups_are_written_as_before():
+    assert not {"group", "clips"} & set(DataConfig().model_dump())
+    assert DataConfig(group="a").model_dump()["group"] == "a" and "clips" not in DataConfig(group="a").model_dump()
+    assert "held_out" in DataConfig().model_dump()  # other settings are written even when they are null
+
+
+def test_bad_groups_are_one_line(tmp_path):
+    write_objects(tmp_path / "all")
+    with pytest.raises(ValueError, match="invalid regular expression"):
+        config(tmp_path, group="tile(")
+    with pytest.raises(ValueError, match="clips and group"):
+        config(tmp_path, group="tile", clips=True)
+    for pattern in (r"part(\d+)", r"x*", r"tile(x)?"):
+        with pytest.raises(UserError, match=r"^data\.group: .* finds no object in view0_tile000.png[^\n]*$"):
+            load_images(config(tmp_path / "all", group=pattern))
+    with pytest.raises(UserError, match=r"whole objects are held out, and it has 1\)$"):
+        load_images(config(tmp_path / "all", group="tile"))
+    write_shards(tmp_path / "table", "parquet", rows_of(40), 4)
+    for streaming in (False, True):
+        with pytest.raises(UserError, match="^data.group: needs a folder of images$"):
+            load_images(config(tmp_path / "table", group="tile", streaming=streaming))
+
+
+def test_objects_in_two_given_splits_are_reported(tmp_path, capsys):
+    write_objects(tmp_path / "train", range(8))
+    write_objects(tmp_path / "test", range(6, 12), 1)
+    load_images(config(tmp_path, group=r"tile(\d+)"))
+    assert "2 of 6 objects of 'test' are also in 'train'" in capsys.readouterr().err

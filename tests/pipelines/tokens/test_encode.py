@@ -202,6 +202,19 @@ def test_a_tokenizer_that_was_trained_on_frames_of_all_clips_is_named(tokenizer,
     assert ("without data.clips=true" in printed.out + printed.err) != clips
 
 
+@pytest.mark.parametrize("group", [None, r"^(\w)/"])
+def test_a_tokenizer_that_was_trained_on_images_of_all_objects_is_named(tokenizer, tmp_path, capsys, group):
+    for name in "abcd":
+        write_pictures(tmp_path / "images" / name, 3)
+    settings = {"source": str(tmp_path / "images"), "label_column": None}
+    shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    write_json(tmp_path / "tokenizer" / PROVENANCE, {"data": {**settings, **({"group": group} if group else {})}})
+    data = encoded(tmp_path / "tokenizer", tmp_path / "tokens", {**settings, "group": r"^(\w)/"})
+    assert data.source["data"]["group"] == r"^(\w)/"
+    printed = capsys.readouterr()
+    assert ("without data.group" in printed.out + printed.err) != bool(group)
+
+
 @pytest.mark.parametrize("labelled", ["train", "test", None])
 def test_either_all_splits_have_labels_or_none(tokenizer, tmp_path, labelled):
     for name in ("train", "test"):

@@ -1,0 +1,106 @@
+"""Compare scores and maps with masks of defects, in the layout of MVTec AD: `test/DEFECT/NAME.png` has the mask
+`ground_truth/DEFECT/NAME_mask.png` (or `NAME.png`), and images in `test/good` have none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from tokenizer.files import one_line
+
+from ..config import UserError
+from ..images.decoding import open_image
+from ..metrics.localization import auroc, auroc_by_object, label_regions, per_region_overlap
+
+ALL = "all"
+"""The row of all defects."""
+
+
+def find_masks(files: Sequence[Path], root: Path, folder: Path, anomalous: NDArray[np.bool_]) -> list[Path | None]:
+    """Return the mask of each image `root`/DEFECT/NAME.*, None for normal images. Raises `UserError` for an anomalous
+    image without a mask."""
+    if not folder.is_dir():
+        raise UserError(f"ground_truth: no such folder: {folder}")
+    found = list[Path | None]()
+    for file, defective in zip(files, anomalous, strict=True):
+        stem = folder / file.relative_to(root).with_suffix("")
+        masks = [stem.with_name(f"{stem.name}{end}") for end in ("_mask.png", ".png")]
+        mask = next((path for path in masks if path.is_file()), None) if defective else None
+        if defective and mask is None:
+            raise UserError(one_line(f"ground_truth: {file} has no mask: neither {masks[0]} nor {masks[1].name}"))
+        found.append(mask)
+    return found
+
+
+def read_masks(masks: Sequence[Path | None], files: Sequence[Path], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Read masks as bool `(n, H, W)` of `size` (H, W); empty without a mask. Raises `UserError` in one line."""
+    found = np.zeros((len(masks), *size), bool)
+    for row, (mask, file) in enumerate(zip(masks, files, strict=True)):
+        if mask is not None:
+            try:
+                found[row] = read_mask(mask, file, size)
+            except Exception as error:  # Pillow raises almost anything for damaged files
+                raise UserError(one_line(f"ground_truth: {mask}: {error}")) from error
+    return found
+
+
+def read_mask(mask: Path, file: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return which pixels are defective, bool `size` (H, W): those of which more than half the area is not black, after
+    the mask is cropped as its image is. Raises `ValueError` for a mask and an image of different sizes."""
+    image, marked = ImageOps.exif_transpose(open_image(file)), ImageOps.exif_transpose(open_image(mask))
+    if marked.size != image.size:
+        (width, height), other = marked.size, "{} x {}".format(*image.size)
+        raise ValueError(f"the mask has {width} x {height} pixels, its image {other}")
+    values = np.asarray(marked if marked.mode.startswith("I") else marked.convert("L")) > 0
+    area = ImageOps.fit(Image.fromarray(values.astype(np.float32)), (size[1], size[0]), Image.Resampling.BOX)
+    return np.asarray(area) > 0.5 + 1e-6
+
+
+def measure_defects(
+    scores: NDArray[np.float64],
+    maps: NDArray[np.float32],
+    masks: NDArray[np.bool_],
+    defects: Sequence[str],
+    anomalous: NDArray[np.bool_],
+    objects: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Compare each defect with the normal images, and then all defects.
+
+    scores, defects, anomalous, objects: `(n,)`; maps, masks: `(n, H, W)`. Each row has the number of `images` with the
+    `defect`, of their `objects` and of the `regions` in their masks; `image_auroc` with its 95 % interval, `low` to
+    `high`, over objects; `pixel_auroc`, and `pro`, the per-region overlap up to a false positive rate of 0.3. These two
+    leave out defective images whose mask is empty, and are None without a region.
+    """
+    names, owners = np.array(defects), np.array(objects)
+    rows = []
+    kinds = {defect: anomalous & (names == defect) for defect in sorted(set(names[anomalous].tolist()))}
+    for defect, of in [*kinds.items(), (ALL, anomalous)]:
+        used = of | ~anomalous
+        placed = used & (~anomalous | masks.any((1, 2)))
+        regions = int(label_regions(masks[of]).max())
+        low, high = auroc_by_object(scores[used], anomalous[used], owners[used].tolist())
+        rows.append(
+            {
+                "defect": defect,
+                "images": int(of.sum()),
+                "objects": len(set(owners[of].tolist())),
+                "regions": regions,
+                "image_auroc": auroc(scores[used], anomalous[used]),
+                "low": low,
+                "high": high,
+                "pixel_auroc": auroc(maps[placed], masks[placed]) if regions else None,
+                "pro": per_region_overlap(maps[placed], masks[placed]) if regions else None,
+            }
+        )
+    return rows
+
+
+def rank_maps(maps: NDArray[np.float32], masks: NDArray[np.bool_]) -> list[int]:
+    """Return the images whose masks have a region, from the one whose own pixels the map separates worst."""
+    found = {row: auroc(maps[row], masks[row]) for row in range(len(maps)) if masks[row].any() and not masks[row].all()}
+    return sorted(found, key=lambda row: found[row])

@@ -1,0 +1,80 @@
+"""How well scores and maps find defects whose place is known: AUROC of images and pixels, and per-region overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+Bools = NDArray[np.bool_]
+
+
+def auroc(scores: Floats, positive: Bools) -> float:
+    """Return the probability that a positive scores above a negative; ties count one half. scores, positive: of any
+    one shape. NaN without positives, or without negatives."""
+    negatives, positives = np.sort(scores[~positive]), scores[positive]
+    if not len(negatives) or not len(positives):
+        return float("nan")
+    below = np.searchsorted(negatives, positives, "left").sum() + np.searchsorted(negatives, positives, "right").sum()
+    return float(below / 2 / len(negatives) / len(positives))
+
+
+def auroc_by_object(
+    scores: Floats, positive: Bools, objects: Sequence[str], draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95 % interval of `auroc` over `draws` of objects with replacement (percentile bootstrap). scores,
+    positive, objects: `(n,)`. Draws without positives or without negatives are left out. A bootstrap sees no
+    uncertainty where classes are separated perfectly: the width is then 0."""
+    place = np.unique(scores, return_inverse=True)[1]
+    numbers = np.unique(objects, return_inverse=True)[1]
+    generator, count, size, found = np.random.default_rng(seed), int(numbers.max()) + 1, int(place.max()) + 1, []
+    for _ in range(draws):
+        weights = np.bincount(generator.integers(count, size=count), minlength=count)[numbers]
+        normal, other = (np.bincount(place[kind], weights[kind], size) for kind in (~positive, positive))
+        if normal.any() and other.any():
+            found.append((other * (np.cumsum(normal) - normal / 2)).sum() / normal.sum() / other.sum())
+    low, high = np.quantile(found, [0.025, 0.975]) if found else (np.nan, np.nan)
+    return float(low), float(high)
+
+
+def per_region_overlap(maps: Floats, masks: Bools, limit: float = 0.3) -> float:
+    """Return the area under the curve of mean overlap against false positive rate, up to the rate `limit` and divided
+    by it (PRO, Bergmann et al. 2020). maps, masks: `(n, H, W)`, with normal images, whose masks are empty.
+
+    The overlap of a region is the share of its pixels with at least a threshold's score, so that each region counts the
+    same, whatever its size; the rate is the share of such pixels among those of no region. NaN without regions or
+    without pixels outside.
+    """
+    regions = label_regions(masks)
+    sizes = np.bincount(regions.ravel())
+    if len(sizes) == 1 or not sizes[0]:
+        return float("nan")
+    order = np.argsort(-maps, axis=None, kind="stable")
+    levels, of = maps.ravel()[order], regions.ravel()[order]
+    last = np.append(np.flatnonzero(np.diff(levels)), len(levels) - 1)  # of each score: ties change sides together
+    rate = np.cumsum(of == 0)[last] / sizes[0]
+    overlap = np.cumsum(np.where(of == 0, 0, 1 / sizes[of]))[last] / (len(sizes) - 1)
+    rate, overlap = np.append(0, rate), np.append(0, overlap)
+    x = np.append(rate[rate < limit], limit)
+    y = np.append(overlap[rate < limit], np.interp(limit, rate, overlap))
+    if (at := np.flatnonzero(rate == limit)).size:
+        y[-1] = overlap[at[0]]
+    return float(((x[1:] - x[:-1]) * (y[1:] + y[:-1])).sum() / 2 / limit)
+
+
+def label_regions(masks: Bools) -> NDArray[np.int64]:
+    """Number the connected regions of masks `(n, H, W)` from 1, over all masks; 0 outside. Pixels that share a corner
+    are connected."""
+    count, height, width = masks.shape
+    ids = np.where(masks, np.arange(1, masks.size + 1).reshape(masks.shape), 0)
+    while True:
+        padded = np.pad(ids, ((0, 0), (1, 1), (1, 1)))
+        near = [padded[:, y : y + height, x : x + width] for y in range(3) for x in range(3)]
+        spread = np.where(masks, np.maximum.reduce(near), 0)
+        spread = np.append(0, spread)[spread]  # the pixel with that number may know a higher one
+        if (spread == ids).all():
+            return np.unique(np.append(0, ids), return_inverse=True)[1][1:].reshape(masks.shape)
+        ids = spread

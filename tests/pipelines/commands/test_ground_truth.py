@@ -1,0 +1,182 @@
+"""`smalti detect ground_truth=`: figures, pictures and refusals; calibration and p-values by object.
+
+Covers: pipelines/anomaly/ground_truth.py.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import fails
+from givens.stripes import SIZE, planted, stripes
+from PIL import Image
+
+from pipelines import ImagePipeline
+from pipelines.__main__ import main
+from pipelines.anomaly.ground_truth import measure_defects, read_mask
+from pipelines.images.grids import BAND
+from pipelines.metrics.localization import auroc, per_region_overlap
+
+
+def write(folder, images, names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, image in zip(names, images, strict=True):
+        Image.fromarray(image).save(folder / f"{name}.png")
+
+
+def views(first, count, each=2):
+    return [f"tile{first + number:03}_view{view}" for number in range(count) for view in range(each)]
+
+
+MASK = np.zeros((SIZE, SIZE), np.uint8)
+MASK[4:10, 4:10] = 255
+
+
+@pytest.fixture(scope="module")
+def world(trained, tmp_path_factory):
+    """A pipeline that is calibrated by object, and a test set with masks: 36 pixels of noise, or nothing odd at all."""
+    root = tmp_path_factory.mktemp("world")
+    write(root / "normal", stripes(440, seed=20)[:, 0].numpy(), views(0, 220))
+    write(root / "test/good", stripes(20, seed=21)[:, 0].numpy(), views(300, 10))
+    write(root / "test/noise", planted(stripes(12, seed=22))[:, 0].numpy(), views(310, 6))
+    write(root / "test/none", stripes(8, seed=23)[:, 0].numpy(), views(316, 4))
+    write(root / "truth/noise", [MASK] * 12, [f"{name}_mask" for name in views(310, 6)])
+    write(root / "truth/none", [MASK] * 8, views(316, 4))
+    pipe = ImagePipeline(trained.tokenizer, trained.prior)
+    source = {"source": str(root / "normal"), "image_size": SIZE, "held_out_fraction": 0.4, "group": r"tile(\d+)"}
+    pipe.provenance = {"data": source}
+    pipe.save_pretrained(root / "pipe")
+    main(["calibrate", f"pipeline={root}/pipe"])
+    return root
+
+
+def detect(world, out, *more):
+    given = [f"images={world}/test", f"ground_truth={world}/truth", f"out={out}"]
+    main(["detect", f"pipeline={world}/pipe", *given, *more])
+
+
+def rows_of(path):
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_calibration_takes_whole_objects(world, tmp_path, capsys):
+    found = ImagePipeline.from_pretrained(world / "pipe").calibration
+    assert (found.objects, found.count, len(found.scores["nll"].values)) == (44, 88, 22)
+    main(["detect", f"pipeline={world}/pipe", f"out={tmp_path}/found", "method=nll"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("scoring 88 of 176 ") and "compared with 22 normal objects" in printed
+    objects = [row["object"] for row in rows_of(tmp_path / "found/scores.csv")]
+    assert len(set(objects)) == 44 and all(objects.count(name) == 2 for name in objects)
+
+
+def test_figures_are_those_of_the_maps(world, tmp_path, capsys):
+    detect(world, tmp_path / "found", "method=nll", "num_shown=3")
+    printed = capsys.readouterr().out
+    rows = {row["defect"]: row for row in rows_of(tmp_path / "found/ground_truth.csv")}
+    assert list(rows) == ["noise", "none", "all"]
+    counts = {name: tuple(int(row[key]) for key in ("images", "objects", "regions")) for name, row in rows.items()}
+    assert counts == {"noise": (12, 6, 12), "none": (8, 4, 8), "all": (20, 10, 20)}
+    pipe = ImagePipeline.from_pretrained(world / "pipe")
+    files = [path for name in ("good", "noise") for path in sorted((world / "test" / name).iterdir())]
+    images = np.stack([np.asarray(Image.open(path)) for path in files])
+    maps, masks = pipe.anomaly_map(images).numpy(), np.zeros(images.shape, bool)
+    masks[20:] = MASK > 0
+    scores = pipe.anomaly_score(images, "nll").numpy()
+    expected = {"pixel_auroc": auroc(maps, masks), "pro": per_region_overlap(maps, masks)}
+    expected["image_auroc"] = auroc(scores, masks.any((1, 2)))
+    for key, value in expected.items():
+        assert float(rows["noise"][key]) == pytest.approx(value, abs=2e-4)
+        assert f"{value:.3f}"[:4] in printed
+    assert float(rows["noise"]["low"]) <= expected["image_auroc"] <= float(rows["noise"]["high"])
+    assert expected["pixel_auroc"] > 0.1 + float(rows["none"]["pixel_auroc"])
+    assert len(json.loads((tmp_path / "found/figures.json").read_text())["defects"]) == 3
+    width, height = Image.open(tmp_path / "found/ground_truth.png").size
+    side = (width - 2) // 3 - 2  # three panels in each of six rows, with a name above each
+    assert side % SIZE == 0 and (width, height) == (3 * (side + 2) + 2, 6 * (side + BAND + 2) + 2)
+    assert "of normal objects" in printed
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_masks_are_cropped_as_images_are(tmp_path, seed):
+    """A pixel is defective if more than half of its area is; black is 0, whatever white is."""
+    marked = np.random.default_rng(seed).integers(2, size=(16, 32), dtype=np.uint8)  # the middle 16 x 16 are seen
+    Image.fromarray(marked).save(tmp_path / "mask.png")
+    Image.fromarray(255 * marked).save(tmp_path / "image.png")
+    found = read_mask(tmp_path / "mask.png", tmp_path / "image.png", (8, 8))
+    area = marked[:, 8:24].reshape(8, 2, 8, 2).mean((1, 3))
+    assert np.array_equal(found, area > 0.5) and (area == 0.5).any()
+
+
+def test_an_image_whose_mask_vanished_counts_as_an_image_only():
+    chance = np.random.default_rng(0)
+    maps, masks = chance.random((12, 8, 8), np.float32), chance.random((12, 8, 8)) < 0.1
+    anomalous = np.arange(12) >= 5
+    masks[~anomalous], masks[-1], maps[-1] = False, False, 9
+    given = (
+        chance.random(12),
+        maps,
+        masks,
+        ["good"] * 5 + ["odd"] * 7,
+        anomalous,
+        [str(number) for number in range(12)],
+    )
+    (odd, both), (fewer, _) = (measure_defects(*(part[:count] for part in given)) for count in (12, 11))
+    assert (odd["images"], fewer["images"]) == (7, 6) and {**both, "defect": "odd"} == odd
+    assert (odd["pixel_auroc"], odd["pro"]) == (fewer["pixel_auroc"], fewer["pro"])
+    assert odd["image_auroc"] != fewer["image_auroc"]
+
+
+@pytest.mark.parametrize("break_it", ["size", "missing", "damaged", "loose", "no folder", "no good", "several", "none"])
+def test_mistakes_are_one_line(world, tmp_path, capsys, break_it):
+    shutil.copytree(world / "test", tmp_path / "test")
+    shutil.copytree(world / "truth", tmp_path / "truth")
+    mask, images = tmp_path / "truth/noise/tile312_view1_mask.png", f"images={tmp_path}/test"
+    said = "tile312_view1"
+    if break_it == "size":
+        Image.fromarray(MASK[:, :10]).save(mask)
+        said = "the mask has 10 x 16 pixels, its image 16 x 16"
+    elif break_it == "missing":
+        mask.unlink()
+        said = "tile312_view1.png has no mask"
+    elif break_it == "damaged":
+        mask.write_bytes(b"no image")
+    elif break_it == "loose":
+        shutil.copy(tmp_path / "test/noise/tile312_view1.png", tmp_path / "test")
+        said = "is in no folder"
+    elif break_it == "no folder":
+        shutil.rmtree(tmp_path / "truth")
+        said = "no such folder"
+    elif break_it == "no good":
+        shutil.rmtree(tmp_path / "test/good")
+        said = "'good'"
+    else:
+        images = f"images=[{tmp_path}/test/good,{tmp_path}/test/noise]" if break_it == "several" else "seed=0"
+        said = "needs images=FOLDER"
+    given = [f"pipeline={world}/pipe", images, f"ground_truth={tmp_path}/truth", f"out={tmp_path}/out"]
+    line = fails(capsys, "detect", *given)
+    assert said in line and ("ground_truth: " in line or break_it == "no good") and not Path(tmp_path / "out").exists()
+
+
+def test_other_names_of_good_images_and_masks_that_vanish(world, tmp_path, capsys):
+    shutil.copytree(world / "test", tmp_path / "test")
+    shutil.copytree(world / "truth", tmp_path / "truth")
+    (tmp_path / "test/good").rename(tmp_path / "test/free")
+    for path in (tmp_path / "truth/none").iterdir():
+        Image.fromarray(0 * MASK).save(path)
+    given = [f"images={tmp_path}/test", f"ground_truth={tmp_path}/truth", "normal_labels=[free]", "data.group=null"]
+    main(["detect", f"pipeline={world}/pipe", f"out={tmp_path}/out", *given])
+    printed = capsys.readouterr().out
+    rows = rows_of(tmp_path / "out/ground_truth.csv")
+    assert [row["pro"] == "" for row in rows] == [False, True, False] and "8 masks of defects have no pixel" in printed
+
+
+def test_an_image_whose_name_shows_no_object_is_one_line(world, tmp_path, capsys):
+    write(tmp_path / "other", stripes(3)[:, 0].numpy(), "abc")
+    line = fails(capsys, "detect", f"pipeline={world}/pipe", f"images={tmp_path}/other", f"out={tmp_path}/out")
+    assert line.startswith("error: data.group: ") and "a.png" in line and "null" in line
