@@ -107,7 +107,7 @@ def complete(
     if output_type == LATENT:
         return made._replace(images=drawn, tokens=drawn)
     there, given = known[:, None].repeat_interleave(draws, 0), batch.repeat_interleave(draws, 0)
-    filled = convert_images(torch.where(there, given, made.images), output_type)
+    filled = pipeline.convert_images(torch.where(there, given, made.images), output_type)
     return made._replace(images=split_draws(filled, draws), tokens=drawn)
 
 

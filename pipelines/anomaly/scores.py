@@ -83,7 +83,7 @@ def anomaly_score(
 
 def warn_if_calibrated(calibration: Calibration, batch: Tensor) -> None:
     """Warn if some of the images `(B, C, H, W)` were used for the calibration."""
-    if known := int(calibration.includes(convert_images(batch, "np")).sum()):
+    if known := int(calibration.includes(pipeline.convert_images(batch, "np")).sum()):
         warnings.warn(
             f"{known} of {len(batch)} images were used to calibrate the pipeline: they look more normal than new "
             "images, and their p-values are not valid",
