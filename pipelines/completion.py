@@ -25,7 +25,7 @@ from prior.sampling import Order, as_tensor, check_count, check_known, select_or
 from tokenizer.precision import in_finest
 
 from .images.decoding import pixels_of
-from .images.pictures import LATENT, check_output_type, convert_images
+from .images.pictures import LATENT, check_output_type
 
 if TYPE_CHECKING:
     from .condition_values import GivenCondition

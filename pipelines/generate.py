@@ -64,7 +64,7 @@ class GenerateConfig(SamplesWithCondition, UsesPipeline, OutputConfig):
     out: str = Field(
         "grid.png",
         description="a picture file for a grid of all images; NAME.npz for one archive in the format of ADM's "
-        "evaluator; or a folder for one PNG file per image (.npy if images have other than 8 bits with 1 or 3 channels), "
+        "evaluator; or a folder for one PNG file per image (.npy unless they have 8 bits and 1 or 3 channels), "
         "with their conditions in metadata.jsonl",
     )
     num_images: int | None = Field(
@@ -383,9 +383,9 @@ def write_npz(
     labels: list[int] | None,
     dtype: str = "uint8",
 ) -> None:
-    """Write images (H, W, C) as one array of `shape` (N, H, W, C) and type `dtype`, and their classes, in the format of ADM's
-    evaluator (Dhariwal & Nichol 2021, github.com/openai/guided-diffusion). Images are written one at a time and not
-    compressed, like `numpy.savez`."""
+    """Write images (H, W, C) as one array of `shape` (N, H, W, C) and type `dtype`, and their classes, in the format of
+    ADM's evaluator (Dhariwal & Nichol 2021, github.com/openai/guided-diffusion). Images are written one at a time and
+    not compressed, like `numpy.savez`."""
     arrays: list[tuple[str, Sequence[int], np.dtype, Iterable[np.ndarray]]] = [
         ("arr_0", shape, np.dtype(dtype), images)
     ]

@@ -239,8 +239,8 @@ class ImagePipeline:
         `read_condition`. num_images: by default, as many as labels or values are given, else 1. num_images_per_label:
         instead of `num_images`, the number of images of each label in turn. seed: image k uses seed + k, for any
         `batch_size`. tokens, known, order, num_orders, cache, parallel: as in `Prior.sample`. output_type: "pil", "np"
-        (uint8, or the type and range of the training images), "pt" (float in [-1, 1]), or "latent" (the tokens, not decoded). progress: False hides the bar and
-        overrides `set_progress_bar_config`.
+        (uint8, or the type and range of the training images), "pt" (float in [-1, 1]), or "latent" (the tokens, not
+        decoded). progress: False hides the bar and overrides `set_progress_bar_config`.
 
         callback_on_step_end: called as `f(pipe, step, rank, {"tokens": ..., "known": ...})` after each step: step
         counts from 0 over all batches; rank is the position that the current images have reached in their order; tokens
@@ -640,7 +640,7 @@ class ImagePipeline:
             rows = range(start, min(start + size, count))
             labels = [index % columns for index in rows] if self.prior.num_classes else None
             out = self(num_images=len(rows), labels=labels, seed=seed + start, output_type="pt", progress=False)
-            return out.images.cpu()  # type: ignore[no-any-return]
+            return out.images.cpu()
 
         images = picture_pixels(torch.cat(group.map(draw, range(0, count, size))), self.tokenizer)
         names = self.class_names(torch.arange(count) % columns) if self.prior.num_classes else None

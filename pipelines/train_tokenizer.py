@@ -96,7 +96,6 @@ class TokenizerTask(Task):
     def __init__(self, config: TrainTokenizerConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         channels, height, width = config.data.image_shape
-        require_networks(config.loss, channels)
         model_config(config.model, (height, width), channels, config.data)  # raise its errors before decoding images
         self.images = load_images(config.data, together=True, stream=True)
         self.rows = 0 if is_stream(config.data) else len(self.images.train)
@@ -264,6 +263,7 @@ def build_tokenizer(
 
 def run(config: TrainTokenizerConfig) -> Path:
     """Train and return the run folder, whose `tokenizer/` the next stage uses."""
+    require_networks(config.loss, config.data.channels)
 
     def build(accelerator: Accelerator) -> Task:
         if accelerator.device.type == "cuda":  # batches have one shape, so benchmarking kernels pays off

@@ -309,7 +309,8 @@ def check_shape(config: DataConfig, tokenizer: Any, whose: str = "pipeline") -> 
 class ImageDataset:
     """Images of one shape with optional labels, addressed by index.
 
-    Attributes: `config` (with the range of the values, if it was measured), `values` (type and range; None for 8 bits), `labels` (n,) int64 or None, `class_names`, `image_shape` (C, H, W), `bad` (the skipped images).
+    Attributes: `labels` (n,) int64 or None, `class_names`, `image_shape` (C, H, W), `bad` (the skipped images), `values`
+    (type and range; None for 8 bits) and `config`, with the range if it was measured.
     """
 
     def __init__(
@@ -348,7 +349,8 @@ class ImageDataset:
         return [self._rows.name(row).removeprefix(root) for row in rows]
 
     def pixels(self, indices: Indices) -> Tensor:
-        """Return the images (B, C, H, W) as uint8, or as float32 in [-1, 1] if they have `values`. Raises `IndexError`, and `UserError` for a bad image."""
+        """Return the images (B, C, H, W) as uint8, or as float32 in [-1, 1] if they have `values`. Raises
+        `IndexError`, and `UserError` for a bad image."""
         wanted = positions_of(indices, len(self))
         if self._pixels is not None:
             return self._pixels[torch.from_numpy(wanted)]
@@ -391,8 +393,8 @@ class ImageDataset:
 
 
 def prepare_images(pixels: Tensor, changes: Tensor | None, config: AugmentConfig) -> Tensor:
-    """Convert `pixels` (B, C, H, W), uint8 or float in [-1, 1], to floats in [-1, 1], augmented by `changes`, from `draw_changes`, on their
-    device. The result for an image is the same to the bit in any batch."""
+    """Convert `pixels` (B, C, H, W), uint8 or float in [-1, 1], to floats in [-1, 1], augmented by `changes`, from
+    `draw_changes`, on their device. The result for an image is the same to the bit in any batch."""
     if changes is not None and config.flip:  # flip the bytes, a quarter of the size of the floats
         pixels = mirror_images(pixels, changes)
     images = to_float(pixels)

@@ -53,8 +53,8 @@ def condition_picture(
     parts = [decode_grid(pipeline, name, split.condition(rows)[name]) for name in grids]
     parts += [*([] if images is None else [images.batch(rows)]), samples]
     lines = zip(*(part.split(width) for part in parts), strict=True)
-    images = torch.cat([line for lines_of_images in lines for line in lines_of_images])
-    return grid_picture(images, width, show=show_of(pipeline.tokenizer))
+    shown = torch.cat([line for lines_of_images in lines for line in lines_of_images])
+    return grid_picture(shown, width, show=show_of(pipeline.tokenizer))
 
 
 def decode_grid(pipeline: ImagePipeline, name: str, tokens: Tensor) -> Tensor:
