@@ -194,13 +194,14 @@ def load_images(config: DataConfig, *, together: bool = False, stream: bool = Fa
     streamed: ImageDataset | None = None
     if is_stream(config):
         number_clips(None, config)
+        require_files(config)
         from .streaming import open_stream
 
         some, streamed = open_stream(config, stream)
         parts = {name: (rows, np.arange(rows.size)) for name, rows in some.items()}
     else:
         parts = choose_splits(open_source(config), config)
-    config = settle_values(config, *parts["train"])
+        config = settle_values(config, *parts["train"])
     opened = {id(rows): rows for rows, _ in parts.values()}
     numbered, class_names = number_labels(list(opened.values()))
     labels = dict(zip(opened, numbered, strict=True))
@@ -245,13 +246,8 @@ def settle_values(config: DataConfig, rows: Rows, positions: NDArray[np.int64]) 
     """Return the settings with the type and range of the images: those of the training images at `positions` if they
     are not declared, and neither for 8 bits. Raises `UserError` for other sources than folders of files, and if all
     values are equal; warns about a range that clips more than 1 % of a sample."""
-    plain = config.channels in (1, 3) and config.dtype in (None, "uint8") and config.range is None
     if rows.paths is None:
-        if not plain:
-            raise UserError(
-                "data.channels, data.dtype, data.range: other than 8-bit images with 1 or 3 channels are read from a "
-                f"folder of files (got {config.source})"
-            )
+        require_files(config)
         return config
     every = rows.read(positions.tolist())
     dtype = config.dtype or guess_type(every[0], config.channels)
@@ -270,6 +266,15 @@ def settle_values(config: DataConfig, rows: Rows, positions: NDArray[np.int64]) 
         if is_first_process():
             tell(f"data.range: {dtype} from {limits[0]:g} to {limits[1]:g}, measured on the training images")
     return config
+
+
+def require_files(config: DataConfig) -> None:
+    """Raise `UserError` for images of another depth or with other channels than those of tables and streams."""
+    if config.channels not in (1, 3) or config.dtype not in (None, "uint8") or config.range is not None:
+        raise UserError(
+            "data.channels, data.dtype, data.range: other than 8-bit images with 1 or 3 channels are read from a "
+            f"folder of files (got {config.source})"
+        )
 
 
 def warn_about_range(config: DataConfig, rows: Rows, positions: NDArray[np.int64]) -> None:

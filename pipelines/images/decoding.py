@@ -114,7 +114,9 @@ def decode_all(
     hidden = not sys.stderr.isatty() or not is_first_process()
     bar = tqdm(total=sum(map(len, chunks)), desc="checking images", unit="image", leave=False, disable=hidden)
     with bar, ThreadPoolExecutor(WORKERS) as pool:
-        for start, images in zip(starts, pool.map(partial(decode_rows, rows, shape, values), chunks), strict=True):
+        for start, images in zip(
+            starts, pool.map(lambda chunk: decode_rows(rows, shape, chunk, values), chunks), strict=True
+        ):
             for k, image in enumerate(images, start=start):
                 if isinstance(image, str):
                     row = int(positions[k])
@@ -133,7 +135,7 @@ def decode_all(
     return Decoded(positions[good], torch.from_numpy(store) if keep else None, [bad for _, bad in found])
 
 
-def decode_rows(rows: Rows, shape: Shape, values: Values | None, indices: list[int]) -> list[Pixels | str]:
+def decode_rows(rows: Rows, shape: Shape, indices: list[int], values: Values | None = None) -> list[Pixels | str]:
     """Return the pixels (C, H, W) of each row, or the reason why it cannot be decoded."""
     return [try_decode(payload, shape, values=values) for payload in rows.read(indices)]
 

@@ -254,7 +254,7 @@ def run(tmp_path_factory):
 
 
 def test_all_stages_use_the_measured_range(run):
-    pipe, arrays = ImagePipeline.from_pretrained(run / "prior"), blobs(80)
+    pipe, arrays = ImagePipeline.from_pretrained(run / "prior"), blobs(240)
     assert pipe.values.dtype == "uint16" and pipe.tokenizer.image_shape == (6, 16, 16)
     assert arrays.min() <= pipe.values.low < pipe.values.high <= arrays.max()
     found = pipe.reconstruct(arrays, output_type="np")
@@ -264,7 +264,7 @@ def test_all_stages_use_the_measured_range(run):
     tokens = pipe.encode(arrays)
     assert torch.equal(pipe.encode(pipe.to_images(arrays)), tokens)
     assert np.array_equal(pipe.decode(tokens, output_type="np"), found)
-    assert pipe.log_prob(arrays).shape == pipe.anomaly_score(arrays).shape == (80,)
+    assert pipe.log_prob(arrays).shape == pipe.anomaly_score(arrays).shape == (240,)
     assert pipe.embed(arrays[:4]).shape[0] == 4
 
 
@@ -295,7 +295,7 @@ def test_evaluation_and_detection_run(run):
     assert (run / "evaluation" / "reconstructions.png").exists()
     main(["calibrate", f"{pipeline}/pipeline", "false_alarms=0.3"])
     write_arrays(run / "other", blobs(4, seed=9))
-    main(["detect", pipeline, f"images={run / 'other'}", f"out={run / 'found'}", "method=token_bits"])
+    main(["detect", pipeline, f"images={run / 'other'}", f"out={run / 'found'}", "method=nll"])
     assert len((run / "found" / "scores.csv").read_text().splitlines()) == 5
 
 
