@@ -314,8 +314,8 @@ def check_shape(config: DataConfig, tokenizer: Any, whose: str = "pipeline") -> 
 class ImageDataset:
     """Images of one shape with optional labels, addressed by index.
 
-    Attributes: `labels` (n,) int64 or None, `class_names`, `image_shape` (C, H, W), `bad` (the skipped images), `values`
-    (type and range; None for 8 bits) and `config`, with the range if it was measured.
+    Attributes: `labels` (n,) int64 or None, `class_names`, `image_shape` (C, H, W), `bad` (the skipped images),
+    `values` (type and range; None for 8 bits), and `config`, with the range if it was measured.
     """
 
     def __init__(
