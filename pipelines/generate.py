@@ -341,7 +341,7 @@ class ImageFolder:
         """Write the single file, unless an interrupted run did, and remove the work folder. shape: image shape."""
         images: Iterable[np.ndarray]
         if self.tokenizer:
-            images = (np.load(self.folder / name, allow_pickle=False) for name in self.names)
+            images = (np.load(self.folder / name) for name in self.names)
         else:
             images = (np.asarray(Image.open(self.folder / name).convert("RGB")) for name in self.names)
         if self.suffix != ".npz":
@@ -372,7 +372,7 @@ class ImageFolder:
 def npy_bytes(image: np.ndarray) -> bytes:
     """Encode an array (H, W, C) as `.npy`."""
     file = io.BytesIO()
-    np.save(file, image, allow_pickle=False)
+    np.save(file, image)
     return file.getvalue()
 
 
