@@ -25,7 +25,7 @@ from prior.sampling import Order, as_tensor, check_count, check_known, select_or
 from tokenizer.precision import in_finest
 
 from .images.decoding import pixels_of
-from .images.pictures import LATENT, check_output_type, convert_images
+from .images.pictures import LATENT, check_output_type
 
 if TYPE_CHECKING:
     from .condition_values import GivenCondition
@@ -107,7 +107,7 @@ def complete(
     if output_type == LATENT:
         return made._replace(images=drawn, tokens=drawn)
     there, given = known[:, None].repeat_interleave(draws, 0), batch.repeat_interleave(draws, 0)
-    filled = convert_images(torch.where(there, given, made.images), output_type)
+    filled = pipeline.convert_images(torch.where(there, given, made.images), output_type)
     return made._replace(images=split_draws(filled, draws), tokens=drawn)
 
 

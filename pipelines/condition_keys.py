@@ -32,6 +32,7 @@ from prior.conditions import (
 from .condition_values import convert_value, describe_outside, encode_images, takes_text
 from .config import Config, UserError, is_first_process, tell
 from .config.table import count_of
+from .images.arrays import values_of
 from .images.conditions import TABLES
 from .images.decoding import decode_in_threads
 from .images.folder import find_images, read_sheet
@@ -284,7 +285,9 @@ def encode_files(pipeline: ImagePipeline, name: str, files: list[Path]) -> list[
         if tokenizer is None:
             raise ValueError(f"condition: {name}: this grid has no tokenizer for pictures; give token ids")
         some, images = files[start : start + AT_A_TIME], list[Tensor]()
-        for file, pixels in zip(some, decode_in_threads(some, tokenizer.image_shape), strict=True):
+        for file, pixels in zip(
+            some, decode_in_threads(some, tokenizer.image_shape, values_of(tokenizer)), strict=True
+        ):
             if isinstance(pixels, str):
                 raise ValueError(f"condition: {name}: {file}: {pixels}")
             images.append(torch.from_numpy(pixels.copy()))

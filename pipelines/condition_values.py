@@ -27,6 +27,7 @@ from prior.conditions import (
 )
 from tokenizer import Tokenizer
 
+from .images.arrays import values_of
 from .images.pictures import find_user_stacklevel, single_shapes, to_images
 from .text import NGRAMS, encode_text
 
@@ -156,7 +157,7 @@ def encode_pictures(column: GridColumn, images: Any, tokenizer: Tokenizer | None
 @torch.no_grad()
 def encode_images(tokenizer: Tokenizer, images: Any) -> Tensor:
     """Encode images in any form that `to_images` accepts, in batches; return tokens on the CPU."""
-    parts = to_images(images, tokenizer.image_shape).split(AT_ONCE)
+    parts = to_images(images, tokenizer.image_shape, values_of(tokenizer)).split(AT_ONCE)
     return torch.cat([tokenizer.encode(part.to(tokenizer.device, tokenizer.dtype)).cpu() for part in parts])
 
 

@@ -162,7 +162,7 @@ def run(config: EncodeConfig) -> Path:
 
 def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -> None:
     """Raise `UserError` for mistakes that can be detected before images are read."""
-    check_shape(config.data, tokenizer.image_shape, "tokenizer")
+    check_shape(config.data, tokenizer, "tokenizer")
     if is_stream(config.data):
         raise UserError(
             "data.streaming: encode needs random access; data.streaming=false copies the images to the disk"

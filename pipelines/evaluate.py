@@ -28,7 +28,7 @@ from .image_pipeline import ImagePipeline
 from .images import ImageDataset, check_shape, load_images, to_float, to_uint8
 from .images.grids import class_grid
 from .images.origin import TOKENS, describe_source
-from .images.pictures import write_picture
+from .images.pictures import picture_pixels, write_picture
 from .images.unseen import require_unseen
 from .metrics.agreement import agreement
 from .metrics.fid import Inception, load_inception
@@ -124,9 +124,12 @@ def prepare(
     """Load the pipeline, the Inception network and the splits of the token dataset. Raises `UserError` for mistakes
     that can be found before the evaluation starts."""
     pipeline = ImagePipeline.from_pretrained(config.pipeline, device=device)
-    check_shape(config.data, pipeline.tokenizer.image_shape)
+    check_shape(config.data, pipeline.tokenizer)
     if config.num_orders > 1 and not (pipeline.prior.any_order and pipeline.prior.exact):
         raise UserError(f"num_orders: this {pipeline.prior.name} prior does not have one density per order")
+    channels = pipeline.tokenizer.image_shape[0]
+    if config.inception_weights and channels not in (1, 3):
+        raise UserError(f"inception_weights: Inception takes images with 1 or 3 channels (these have {channels})")
     require_unseen(config.data, trained_data(pipeline.provenance), "held_out")
     inception = load_inception(config.inception_weights, config.reference, device)
     make_output(config, out).check_files(RESULTS)
@@ -276,7 +279,8 @@ class Evaluation:
         rows = zip(shown.split(columns), self.train.batch(nearest[:16]).split(columns), strict=True)
         parts = [(part, name) for pair in rows for part, name in zip(pair, ("sample", "nearest"), strict=True)]
         names = [name for part, name in parts for _ in part]
-        picture = class_grid(to_uint8(torch.cat([part for part, _ in parts])).movedim(1, -1).numpy(), names, columns)
+        pixels = picture_pixels(torch.cat([part for part, _ in parts]), self.pipeline.tokenizer)
+        picture = class_grid(pixels, names, columns)
         return {"feature_space": space.name, "feature_origin": space.origin, **figures}, {"nearest": picture}
 
 
@@ -332,10 +336,11 @@ def encode_all(pipeline: ImagePipeline, images: ImageDataset, group: ProcessGrou
 
 
 def reconstruct(pipeline: ImagePipeline, images: Tensor) -> Tensor:
-    """Return reconstructions `(B, C, H, W)`, rounded to 8 bits."""
+    """Return reconstructions `(B, C, H, W)`, rounded to 8 bits if the images have 8."""
     size = images_at_a_time(pipeline.tokenizer.image_shape)
     tokens = pipeline.encode(images, batch_size=size)
-    return round_to_8_bits(pipeline.decode(tokens, output_type="pt", batch_size=size))
+    decoded = pipeline.decode(tokens, output_type="pt", batch_size=size)
+    return round_to_8_bits(decoded) if pipeline.values is None else decoded.cpu()
 
 
 def round_to_8_bits(images: Tensor) -> Tensor:

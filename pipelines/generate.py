@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import io
 import json
 import os
 import time
@@ -33,8 +34,9 @@ from .config.importing import format_imports
 from .config.table import count_of
 from .files import Output, atomic_file, lock_output, replace_file, require_apart, require_writable
 from .image_pipeline import NO_TEXT, ImagePipeline, Label
+from .images.arrays import is_plain, type_name, values_of
 from .images.grids import class_grid
-from .images.pictures import SUFFIXES, png_bytes, write_picture
+from .images.pictures import SUFFIXES, picture_pixels, png_bytes, to_images, write_picture
 from .job import JOB, OtherJobError, begin_job, read_job, require_work_folder, work_folder
 from .options import DEVICE, UsesPipeline
 from .processes.launch import join_group
@@ -62,7 +64,8 @@ class GenerateConfig(SamplesWithCondition, UsesPipeline, OutputConfig):
     out: str = Field(
         "grid.png",
         description="a picture file for a grid of all images; NAME.npz for one archive in the format of ADM's "
-        "evaluator; or a folder for one PNG file per image, with their conditions in metadata.jsonl",
+        "evaluator; or a folder for one PNG file per image (.npy unless they have 8 bits and 1 or 3 channels), "
+        "with their conditions in metadata.jsonl",
     )
     num_images: int | None = Field(
         None, ge=1, le=MAX_IMAGES, description=f"number of images; default: one per condition, else {IMAGES}"
@@ -99,7 +102,7 @@ def run(config: GenerateConfig) -> Path:
         pipeline = group.main_first(lambda: ImagePipeline.from_pretrained(config.pipeline, device=device))
         request = group.main_first(lambda: make_request(config, pipeline))
         count = request.given.count
-        images = ImageFolder(config, count)
+        images = ImageFolder(config, count, pipeline.tokenizer)
         group.on_main(lambda: images.check(group.world))
         job = group.on_main(lambda: describe_job(request))
         with lock_output(out, group):
@@ -132,7 +135,7 @@ class Request:
     settings: dict[str, Any]
 
     def draw(self, numbers: Sequence[int], progress: bool = False) -> np.ndarray:
-        """Draw the images with these numbers in one batch, uint8 (B, H, W, C). Raises `UserError` for a request that
+        """Draw the images with these numbers in one batch, an array (B, H, W, C). Raises `UserError` for a request that
         does not fit the prior."""
         labels = [self.classes[k % len(self.classes)] for k in numbers] if self.classes else None
         condition = self.given.select(numbers).columns
@@ -201,7 +204,8 @@ def make_request(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
 
 def describe_job(request: Request) -> dict[str, Any]:
     """Return everything that the files depend on."""
-    return {"verb": "generate", "num_images": request.given.count, **request.describe()}
+    arrays = {} if is_plain(request.pipeline.tokenizer) else {"suffix": ".npy"}
+    return {"verb": "generate", "num_images": request.given.count, **arrays, **request.describe()}
 
 
 def make_images(
@@ -235,25 +239,27 @@ def assign_labels(job: dict[str, Any]) -> list[int] | None:
     return [job["labels"][k % len(job["labels"])] for k in range(job["num_images"])] if job["labels"] else None
 
 
-def name_files(count: int) -> list[str]:
+def name_files(count: int, suffix: str = ".png") -> list[str]:
     """Return the file names of `count` images: their numbers with at least five digits."""
     digits = max(5, len(str(count - 1)))
-    return [f"{number:0{digits}d}.png" for number in range(count)]
+    return [f"{number:0{digits}d}{suffix}" for number in range(count)]
 
 
 class ImageFolder:
-    """A folder with one PNG file per image, `metadata.jsonl`, and `job.json`, which marks it as ours.
+    """A folder with one PNG file per image, `metadata.jsonl`, and `job.json`, which marks it as ours. With a tokenizer
+    of other images than 8-bit grey and RGB, files are `.npy`.
 
     If `out` is a single file (a grid or an archive), this is a work folder beside it, from which the file is made.
     """
 
-    def __init__(self, config: GenerateConfig, count: int) -> None:
+    def __init__(self, config: GenerateConfig, count: int, tokenizer: Any = None) -> None:
+        self.tokenizer = None if tokenizer is None or is_plain(tokenizer) else tokenizer
         self.config, self.output = config, Output(config.out, [config.pipeline], config.overwrite)
         out, self.suffix = self.output.path, self.output.path.suffix.lower()
         self.is_work = bool(self.suffix)
         self.folder = work_folder(out, "generate") if self.is_work else out
         self.result = self.folder / f"result{out.suffix}"
-        self.names = name_files(count)
+        self.names = name_files(count, ".npy" if self.tokenizer else ".png")
         self.place = f" in {out}" if self.is_work else f": {out}/{self.names[0]} ..."
 
     def check(self, processes: int) -> None:
@@ -297,15 +303,16 @@ class ImageFolder:
     def made(self, job: dict[str, Any]) -> list[str]:
         """Return the names of the files that a job has written here, newest first."""
         there, count = set(os.listdir(self.folder)), job.get("num_images")
-        names = [SHEET, *reversed(name_files(min(count, MAX_IMAGES) if isinstance(count, int) else 0))]
+        suffix = ".npy" if job.get("suffix") == ".npy" else ".png"
+        names = [SHEET, *reversed(name_files(min(count, MAX_IMAGES) if isinstance(count, int) else 0, suffix))]
         return [name for name in names if name in there and not (self.folder / name).is_symlink()]
 
     def write(self, numbers: Sequence[int], images: np.ndarray) -> None:
-        """Write uint8 images (B, H, W, C), each atomically; threads overlap the waits for the disk."""
+        """Write images (B, H, W, C), each atomically; threads overlap the waits for the disk."""
 
         def write_one(number: int, image: np.ndarray) -> None:
             with atomic_file(self.folder / self.names[number]) as temporary:
-                temporary.write_bytes(png_bytes(image))
+                temporary.write_bytes(npy_bytes(image) if self.tokenizer else png_bytes(image))
 
         with self.output.errors(), ThreadPoolExecutor(WRITERS) as pool:
             list(pool.map(write_one, numbers, images))
@@ -332,12 +339,20 @@ class ImageFolder:
 
     def write_file(self, shape: Sequence[int], labels: list[int] | None, classes: list[str] | None) -> None:
         """Write the single file, unless an interrupted run did, and remove the work folder. shape: image shape."""
-        images = (np.asarray(Image.open(self.folder / name).convert("RGB")) for name in self.names)
+        images: Iterable[np.ndarray]
+        if self.tokenizer:
+            images = (np.load(self.folder / name) for name in self.names)
+        else:
+            images = (np.asarray(Image.open(self.folder / name).convert("RGB")) for name in self.names)
         if self.suffix != ".npz":
+            if self.tokenizer:
+                floats = to_images(np.stack(list(images)), self.tokenizer.image_shape, values_of(self.tokenizer))
+                images = picture_pixels(floats, self.tokenizer)
             picture = class_grid(np.stack(list(images)), classes, self.config.columns, captions=self.config.captions)
             write_picture(picture, self.result)
         else:
-            write_npz(self.result, images, (len(self.names), *shape[1:], 3), labels)
+            channels, dtype = (shape[0], type_name(self.tokenizer)) if self.tokenizer else (3, "uint8")
+            write_npz(self.result, images, (len(self.names), *shape[1:], channels), labels, dtype)
         out = self.output.path
         if not (out.is_file() and filecmp.cmp(self.result, out, shallow=False)):
             fsync(self.result)
@@ -354,12 +369,25 @@ class ImageFolder:
             self.folder.rmdir()
 
 
-def write_npz(path: Path, images: Iterable[np.ndarray], shape: Sequence[int], labels: list[int] | None) -> None:
-    """Write uint8 images (H, W, 3) as one array of `shape` (N, H, W, 3), and their classes, in the format of ADM's
-    evaluator (Dhariwal & Nichol 2021, github.com/openai/guided-diffusion). Images are written one at a time and not
-    compressed, like `numpy.savez`."""
+def npy_bytes(image: np.ndarray) -> bytes:
+    """Encode an array (H, W, C) as `.npy`."""
+    file = io.BytesIO()
+    np.save(file, image)
+    return file.getvalue()
+
+
+def write_npz(
+    path: Path,
+    images: Iterable[np.ndarray],
+    shape: Sequence[int],
+    labels: list[int] | None,
+    dtype: str = "uint8",
+) -> None:
+    """Write images (H, W, C) as one array of `shape` (N, H, W, C) and type `dtype`, and their classes, in the format of
+    ADM's evaluator (Dhariwal & Nichol 2021, github.com/openai/guided-diffusion). Images are written one at a time and
+    not compressed, like `numpy.savez`."""
     arrays: list[tuple[str, Sequence[int], np.dtype, Iterable[np.ndarray]]] = [
-        ("arr_0", shape, np.dtype(np.uint8), images)
+        ("arr_0", shape, np.dtype(dtype), images)
     ]
     if labels is not None:
         arrays.append(("arr_1", [len(labels)], np.dtype(np.int64), [np.array(labels, np.int64)]))

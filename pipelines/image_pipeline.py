@@ -51,9 +51,19 @@ from .condition_values import (
     parse_condition,
     read_condition,
 )
+from .images.arrays import Values, values_of
 from .images.grids import class_grid
 from .images.origin import shareable
-from .images.pictures import LATENT, check_output_type, convert_images, to_images, to_uint8
+from .images.pictures import (
+    LATENT,
+    check_output_type,
+    convert_images,
+    picture_pixels,
+    show_of,
+    shown_channels,
+    to_images,
+    to_uint8,
+)
 from .processes.group import ALONE, ProcessGroup
 
 Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray]
@@ -114,7 +124,12 @@ class PipelineOutput(NamedTuple):
         else:
             if images.ndim == 5:
                 draws, images = images.shape[1], images.reshape(-1, *images.shape[2:])
-            pixels = to_uint8(images.cpu()).movedim(1, -1).numpy() if isinstance(images, Tensor) else images
+            if isinstance(images, Tensor):
+                pixels = to_uint8(shown_channels(images.cpu())).movedim(1, -1).numpy()
+            elif images.dtype == np.uint8 and images.shape[-1] in (1, 3):
+                pixels = images
+            else:
+                raise ValueError(f'grid: shows images of output_type="pil" or "pt" (got arrays of {images.dtype})')
         names = self.class_names if draws is None else None
         return Image.fromarray(class_grid(pixels, names, columns or draws, captions=labels))
 
@@ -224,8 +239,8 @@ class ImagePipeline:
         `read_condition`. num_images: by default, as many as labels or values are given, else 1. num_images_per_label:
         instead of `num_images`, the number of images of each label in turn. seed: image k uses seed + k, for any
         `batch_size`. tokens, known, order, num_orders, cache, parallel: as in `Prior.sample`. output_type: "pil", "np"
-        (uint8), "pt" (float in [-1, 1]), or "latent" (the tokens, not decoded). progress: False hides the bar and
-        overrides `set_progress_bar_config`.
+        (uint8, or the type and range of the training images), "pt" (float in [-1, 1]), or "latent" (the tokens, not
+        decoded). progress: False hides the bar and overrides `set_progress_bar_config`.
 
         callback_on_step_end: called as `f(pipe, step, rank, {"tokens": ..., "known": ...})` after each step: step
         counts from 0 over all batches; rank is the position that the current images have reached in their order; tokens
@@ -342,7 +357,7 @@ class ImagePipeline:
         range."""
         parts = as_tensor(tokens, self.device).split(check_count(batch_size, "batch_size"))
         images = [self.tokenizer.decode(part) for part in (self._with_bar(parts, "decoding") if progress else parts)]
-        return convert_images(torch.cat(images), output_type)
+        return self.convert_images(torch.cat(images), output_type)
 
     @serialized
     def reconstruct(self, images: Images, *, output_type: str = "pil", batch_size: int = 256) -> Any:
@@ -353,7 +368,16 @@ class ImagePipeline:
     def to_images(self, images: Images) -> Tensor:
         """Convert images in any form that `pictures.as_batch` accepts to float `(B, C, H, W)` in [-1, 1] on the
         pipeline's device. Warns once about floats that look like [0, 1]."""
-        return to_images(images, self.tokenizer.image_shape).to(self.device)
+        return to_images(images, self.tokenizer.image_shape, self.values).to(self.device)
+
+    def convert_images(self, images: Tensor, output_type: str) -> Any:
+        """Convert float images `(B, C, H, W)` in [-1, 1] to `output_type`; see `__call__`."""
+        return convert_images(images, output_type, self.values, show_of(self.tokenizer))
+
+    @property
+    def values(self) -> Values | None:
+        """Type and range of the images, as arrays; None for 8 bits from 0 to 255."""
+        return values_of(self.tokenizer)
 
     def batches(
         self, rows: Tensor, labels: Label | Sequence[Label], batch_size: int, condition: GivenCondition = None
@@ -524,7 +548,7 @@ class ImagePipeline:
         check_output_type(output_type)
         options: dict[str, Any] = {"batch_size": batch_size, "max_images": max_images, "progress": progress}
         images = decompress(self, data, condition=condition, **options)
-        return convert_images(images, output_type)
+        return self.convert_images(images, output_type)
 
     # Saving and loading
 
@@ -612,12 +636,13 @@ class ImagePipeline:
         columns = min(10, self.prior.num_classes) or 10
         size = -(-count // group.world)
 
-        def draw(start: int) -> np.ndarray:
+        def draw(start: int) -> Tensor:
             rows = range(start, min(start + size, count))
             labels = [index % columns for index in rows] if self.prior.num_classes else None
-            return self(num_images=len(rows), labels=labels, seed=seed + start, output_type="np", progress=False).images
+            out = self(num_images=len(rows), labels=labels, seed=seed + start, output_type="pt", progress=False)
+            return out.images.cpu()
 
-        images = np.concatenate(group.map(draw, range(0, count, size)))
+        images = picture_pixels(torch.cat(group.map(draw, range(0, count, size))), self.tokenizer)
         names = self.class_names(torch.arange(count) % columns) if self.prior.num_classes else None
         return class_grid(images, names, columns)
 

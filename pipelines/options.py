@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .config import Config, Of, UserError, choose_device
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
+from .images.arrays import Values
 from .images.decoding import try_decode
 from .images.folder import find_images
 from .images.unseen import require_unseen
@@ -56,7 +57,7 @@ class UsesImages(UsesPipeline):
     def load_images(self, pipeline: ImagePipeline, part: str = "held_out") -> Splits:
         """Load the images in the pipeline's shape. Raises `UserError` for another shape, and if images of this `part`
         ("validation" or "held_out") were used in training."""
-        check_shape(self.data, pipeline.tokenizer.image_shape)
+        check_shape(self.data, pipeline.tokenizer)
         require_unseen(self.data, trained_data(pipeline.provenance), part)
         return load_images(self.data)
 
@@ -79,7 +80,7 @@ class UsesTokenizer(Config):
 
         folder = tokenizer_folder(self.tokenizer)
         tokenizer = Tokenizer.from_pretrained(folder, device=choose_device(self.device))
-        check_shape(self.data, tokenizer.image_shape, "tokenizer")
+        check_shape(self.data, tokenizer, "tokenizer")
         require_unseen(self.data, trained_data({"data": read_training_data(self.tokenizer)}), "held_out")
         return tokenizer, load_images(self.data).held_out
 
@@ -144,10 +145,11 @@ def find_image_files(paths: list[str]) -> list[Path]:
     return files
 
 
-def read_images(files: list[Path], shape: tuple[int, int, int]) -> Tensor:
-    """Read image files, resized and cropped to `shape` (C, H, W), as uint8 `(B, C, H, W)`. Raises `UserError` with one
+def read_images(files: list[Path], shape: tuple[int, int, int], values: Values | None = None) -> Tensor:
+    """Read image files, resized and cropped to `shape` (C, H, W), as uint8 `(B, C, H, W)`, or as float32 in [-1, 1] if
+    they have `values`. Raises `UserError` with one
     line per file that cannot be decoded."""
-    decoded = [try_decode(file, shape) for file in files]
+    decoded = [try_decode(file, shape, values=values) for file in files]
     problems = [
         f"images: {file}: {pixels}{REMOVE}"
         for file, pixels in zip(files, decoded, strict=True)

@@ -13,6 +13,7 @@ from tokenizer.model import CONFIG, PROVENANCE
 
 from .config import Within
 from .images import DataConfig
+from .images.dataset import OPTIONAL
 from .images.hub import fetch_file
 from .saving import INDEX, resolve_shipped
 from .tokens.meta import META, read_meta
@@ -57,7 +58,7 @@ def read_data_settings(path: Path | None) -> dict[str, Any]:
     found = {} if path is None else read_json(path).get("data", {})
     if not isinstance(found, dict):
         raise FormatError(f"{path}: data: expected an object of settings, found {quote(found)}")
-    return found and {"clips": False, "group": None, **found}  # written only if set
+    return found and {**OPTIONAL, **found}  # written only if set
 
 
 def trained_data(provenance: dict[str, Any]) -> DataConfig | None:

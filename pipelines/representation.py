@@ -69,7 +69,7 @@ def embed_layers(
     """Return `embed` for each of `layers`, computed in one pass."""
     chosen = [choose_layer(pipeline, layer) for layer in layers]
     pools = [choose_pool(source, pool) for source, _ in chosen]
-    given = as_batch(images, pipeline.tokenizer.image_shape)
+    given = as_batch(images, pipeline.tokenizer.image_shape) if pipeline.values is None else pipeline.to_images(images)
     if not len(given):
         raise ValueError("no images given")
     if given.dtype != torch.uint8:

@@ -21,7 +21,7 @@ from tokenizer.files import read_json
 from tokenizer.losses import total_loss
 from tokenizer.model import CONFIG
 
-from .config import Config, Within, run_command
+from .config import Config, UserError, Within, run_command
 from .config.importing import format_imports
 from .images import DataConfig, ImageDataset, load_images
 from .images.dataset import is_stream, warn_about_colour
@@ -96,7 +96,7 @@ class TokenizerTask(Task):
     def __init__(self, config: TrainTokenizerConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         channels, height, width = config.data.image_shape
-        model_config(config.model, (height, width), channels)  # raise its errors before decoding images
+        model_config(config.model, (height, width), channels, config.data)  # raise its errors before decoding images
         self.images = load_images(config.data, together=True, stream=True)
         self.rows = 0 if is_stream(config.data) else len(self.images.train)
         if not is_stream(config.data):
@@ -128,7 +128,7 @@ class TokenizerTask(Task):
     def new_tokenizer(self) -> Tokenizer:
         """Build the tokenizer, with weights from `init`, and initialize it from training images."""
         channels, height, width = self.images.train.image_shape
-        tokenizer = build_tokenizer(self.config.model, (height, width), channels)
+        tokenizer = build_tokenizer(self.config.model, (height, width), channels, self.images.train.config)
         if self.config.init:
             tokenizer.start_from(Tokenizer.from_pretrained(tokenizer_folder(self.config.init)))
         count = max(INITIAL_IMAGES, INITIAL_PIXELS // (height * width))
@@ -214,7 +214,7 @@ class TokenizerTask(Task):
     def save(self, model: Any, run: Path, facts: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
         """Save the tokenizer's folder, with its provenance."""
         self.images.write_bad_images(run)
-        data = self.config.data
+        data = self.images.train.config  # with the range of the values, if it was measured
         known = {"data": data.model_dump(mode="json"), "local": is_local(data.source), "tokenizer": facts}
         save_tokenizer(model.tokenizer, run / "tokenizer", known)
 
@@ -234,21 +234,36 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
     return {"model": model, "data": read_training_data(source)}
 
 
-def model_config(node: dict[str, Any], image_size: tuple[int, int], channels: int) -> ModelConfig:
-    """Build the configuration of a validated `{kind: ...}` node for images of this size. Raises `ConfigError`."""
+def require_networks(loss: LossConfig, channels: int) -> None:
+    """Raise `UserError` for losses by networks that were trained on pictures, if images have other channels."""
+    if loss.perceptual and channels not in (1, 3):
+        raise UserError(f"loss.perceptual: LPIPS takes images with 1 or 3 channels (data.channels={channels})")
+
+
+def model_config(
+    node: dict[str, Any], image_size: tuple[int, int], channels: int, data: DataConfig | None = None
+) -> ModelConfig:
+    """Build the configuration of a validated `{kind: ...}` node for images of this size, and of the type and range of
+    `data`; a range that is still to be measured is any. Raises `ConfigError`."""
     choices = {key: value for key, value in node.items() if key != "kind"}
-    return Tokenizer.find(node["kind"]).Config(image_size=image_size, channels=channels, **choices)
+    facts = {} if data is None else data.facts
+    if "dtype" in facts:
+        facts.setdefault("range", (0.0, 1.0))
+    return Tokenizer.find(node["kind"]).Config(image_size=image_size, channels=channels, **facts, **choices)
 
 
-def build_tokenizer(node: dict[str, Any], image_size: tuple[int, int], channels: int) -> Tokenizer:
+def build_tokenizer(
+    node: dict[str, Any], image_size: tuple[int, int], channels: int, data: DataConfig | None = None
+) -> Tokenizer:
     """Build the tokenizer of a validated `{kind: ...}` node. Raises `ConfigError`."""
     member: Any = Tokenizer.find(node["kind"])
-    made: Tokenizer = member(model_config(node, image_size, channels))
+    made: Tokenizer = member(model_config(node, image_size, channels, data))
     return made
 
 
 def run(config: TrainTokenizerConfig) -> Path:
     """Train and return the run folder, whose `tokenizer/` the next stage uses."""
+    require_networks(config.loss, config.data.channels)
 
     def build(accelerator: Accelerator) -> Task:
         if accelerator.device.type == "cuda":  # batches have one shape, so benchmarking kernels pays off

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import torch
@@ -24,6 +25,11 @@ class DecoderConfig(TokenizerConfig):
         description="distribution over a pixel's 256 values, required for bits per dim and lossless compression; null: "
         "the decoder predicts a single value",
     )
+
+    def check(self) -> Iterator[str]:
+        yield from super().check()
+        if self.likelihood is not None:
+            yield from self.check_plain(f"the likelihood {self.likelihood.kind}")
 
 
 class AutoencoderConfig(DecoderConfig):

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field, PlainSerializer, PlainValidator, field_validator
+from pydantic import (
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 from torch import Tensor, nn
 
 from .config import MAX_ITEMS, Fact, ModelConfig
@@ -142,13 +149,43 @@ class Reconstruction(NamedTuple):
     losses: dict[str, Tensor]
 
 
+PLAIN = {"dtype": "uint8", "range": None, "show": None}
+"""Defaults of the settings that files of 8-bit images do not have."""
+
+
 class TokenizerConfig(ModelConfig):
     """Settings shared by all tokenizers."""
 
     image_size: Fact[tuple[Annotated[int, Field(ge=1, le=4096)], ...]] = Field(
         description="height and width of the images; a single number sets both"
     )
-    channels: Fact[Literal[1, 3]] = Field(description="1 for grey, 3 for RGB")
+    channels: Fact[Annotated[int, Field(ge=1, le=16)]] = Field(description="1 for grey, 3 for RGB, or up to 16 others")
+    dtype: Fact[Literal["uint8", "uint16", "float32"]] = Field("uint8", description="type of the images' values")
+    range: Fact[tuple[float, float] | None] = Field(
+        None, description="the values that become -1 and 1 inside; null: 0 and 255, of 8 bits"
+    )
+    show: Fact[tuple[int, int, int] | None] = Field(
+        None, description="channels that pictures show as red, green and blue; null: the first three"
+    )
+
+    @model_serializer(mode="wrap")
+    def _omit_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out type, range and shown channels where they are the defaults."""
+        found: dict[str, Any] = handler(self)
+        return {key: value for key, value in found.items() if (key, value) not in PLAIN.items()}
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the images have 8 bits, and 1 or 3 channels."""
+        return self.channels in (1, 3) and self.dtype == "uint8" and self.range is None
+
+    def check_plain(self, what: str) -> Iterator[str]:
+        """Yield a problem unless the images have 8 bits, and 1 or 3 channels."""
+        if not self.is_plain:
+            yield (
+                f"channels: {what} takes 8-bit images with 1 or 3 channels (got {self.channels} of "
+                f"{self.dtype}{'' if self.range is None else f' from {self.range[0]:g} to {self.range[1]:g}'})"
+            )
 
     @field_validator("image_size", mode="before")
     @classmethod
@@ -164,6 +201,24 @@ class TokenizerConfig(ModelConfig):
         """Check that the image size has two sides."""
         if len(self.image_size) != 2:
             yield f"image_size: expected [height, width] (got {list(self.image_size)})"
+        yield from values_problems(self.channels, self.dtype, self.range, self.show)
+
+
+def values_problems(
+    channels: int,
+    dtype: str | None,
+    limits: tuple[float, float] | None,
+    show: tuple[int, int, int] | None,
+    measured: bool = False,
+) -> Iterator[str]:
+    """Yield what is wrong with the type and range of images, or with the channels that pictures show, each as 'FIELD:
+    problem'. measured: a range may be missing."""
+    if limits is not None and not limits[0] < limits[1]:
+        yield f"range: expected a smaller and a larger number (got {limits[0]:g}, {limits[1]:g})"
+    if limits is None and dtype not in ("uint8", None) and not measured:
+        yield f"range: missing; {dtype} images need it"
+    if show is not None and (channels <= 3 or not all(0 <= channel < channels for channel in show)):
+        yield f"show: three channels of images with more than 3, from 0 to {channels - 1} (got {list(show)})"
 
 
 class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):

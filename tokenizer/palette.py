@@ -3,6 +3,8 @@ training images."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -20,6 +22,10 @@ class PaletteConfig(TokenizerConfig):
     colors: int = Field(512, ge=2, le=1 << 16, description="size of the palette")
     iterations: int = Field(50, ge=0, description="maximum number of k-means steps; stops early when no colour moves")
     seed: int = Field(0, ge=0, description="seed of the initial colours")
+
+    def check(self) -> Iterator[str]:
+        yield from super().check()
+        yield from self.check_plain("palette")
 
 
 class Palette(Tokenizer, name="palette"):

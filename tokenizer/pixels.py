@@ -4,6 +4,8 @@ image."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -22,6 +24,10 @@ class PixelsConfig(TokenizerConfig):
         description="number of intensities per channel; 256 represents 8-bit images exactly, 2 thresholds them at mid "
         "grey",
     )
+
+    def check(self) -> Iterator[str]:
+        yield from super().check()
+        yield from self.check_plain("pixels")
 
 
 class Pixels(Tokenizer, name="pixels"):

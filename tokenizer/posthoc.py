@@ -23,7 +23,7 @@ from .klvae import KLVAE, KLVAEConfig, sample
 from .quantizers.codebook import rows_of
 
 IMAGES_AT_A_TIME = 64
-FACTS = ("image_size", "channels")
+FACTS = ("image_size", "channels", "dtype", "range", "show")
 SIZES = (*FACTS, "factor", "widths", "blocks", "attention", "upsampling", "tail", "latent", "likelihood")
 
 
@@ -58,8 +58,8 @@ class PosthocConfig(TokenizerConfig):
         ours = super().to_dict()
         theirs = ours["vae"]
         for name in FACTS:
-            if ours[name] != theirs[name]:
-                yield f"vae.{name}: is {theirs[name]}, but the tokenizer's is {ours[name]}"
+            if ours.get(name) != theirs.get(name):
+                yield f"vae.{name}: is {theirs.get(name)}, but the tokenizer's is {ours.get(name)}"
 
 
 class Posthoc(Tokenizer, name="posthoc"):
@@ -86,7 +86,9 @@ class Posthoc(Tokenizer, name="posthoc"):
             raise ConfigError(f"posthoc: needs a trained {KLVAE.name} to start from, got a {other.name!r} tokenizer")
         theirs, ours = vae.config.to_dict(), self.vae.config.to_dict()
         differing = [
-            f"vae.{name} is {theirs[name]} there, {ours[name]} here" for name in SIZES if theirs[name] != ours[name]
+            f"vae.{name} is {theirs.get(name)} there, {ours.get(name)} here"
+            for name in SIZES
+            if theirs.get(name) != ours.get(name)
         ]
         if differing:
             raise ConfigError(f"posthoc: the {KLVAE.name} to start from has other sizes: {', '.join(differing)}")

@@ -13,7 +13,6 @@ from torch import Tensor
 from prior.conditions import LABEL
 
 from ..condition_values import GivenCondition
-from ..images.pictures import convert_images
 from .calibration import LEVELS, MAX_IMAGES, Calibration, Fitted, NormalScores, digest_of
 from .conformal import Floats, least_scores, round_scores, threshold
 from .distances import Distance, round_digits
@@ -80,7 +79,7 @@ def calibrate(
         scores=scores,
         surprise=surprise_quantiles(surprise),
         error=downsample_error(error),
-        digests=sorted({digest_of(image) for image in convert_images(batch, "np")}),
+        digests=sorted({digest_of(image) for image in pipeline.convert_images(batch, "np")}),
     )
     return pipeline.calibration
 

@@ -105,7 +105,7 @@ class Calibration(Part):
             return f"at most {100 * self.false_alarms:g} % of new normal objects have an image that exceeds it, {how}"
         return f"at most {100 * self.false_alarms:g} % of new normal images exceed it, {how}"
 
-    def includes(self, pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    def includes(self, pixels: NDArray[Any]) -> NDArray[np.bool_]:
         """Return which of the images `(n, H, W, C)` were used for the calibration, `(n,)`."""
         digests = set(self.digests)
         return np.array([digest_of(image) in digests for image in pixels], bool)
@@ -120,7 +120,7 @@ class Calibration(Part):
         return validate(cls, data, path)
 
 
-def digest_of(image: NDArray[np.uint8]) -> str:
+def digest_of(image: NDArray[Any]) -> str:
     """Identify an image `(H, W, C)` by the first 16 digits of the sha256 of its bytes."""
     return hashlib.sha256(image.tobytes()).hexdigest()[:16]
 

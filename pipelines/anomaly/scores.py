@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..condition_values import GivenCondition
-from ..images.pictures import convert_images, find_user_stacklevel
+from ..images.pictures import find_user_stacklevel
 from .calibration import Calibration, Fitted, require_calibration
 from .conformal import Floats, p_values_of
 from .distances import CalibrationError
@@ -77,13 +77,13 @@ def anomaly_score(
     measured = measure(pipeline, batch, labels, batch_size, condition=condition)
     scores = score_of(method, measured.statistics, calibration, measured.given)
     if calibration is not None and (p_values or method in FITTED):
-        warn_if_calibrated(calibration, batch)
+        warn_if_calibrated(pipeline, calibration, batch)
     return p_value_of(method, scores, calibration, measured.given) if p_values else scores
 
 
-def warn_if_calibrated(calibration: Calibration, batch: Tensor) -> None:
+def warn_if_calibrated(pipeline: ImagePipeline, calibration: Calibration, batch: Tensor) -> None:
     """Warn if some of the images `(B, C, H, W)` were used for the calibration."""
-    if known := int(calibration.includes(convert_images(batch, "np")).sum()):
+    if known := int(calibration.includes(pipeline.convert_images(batch, "np")).sum()):
         warnings.warn(
             f"{known} of {len(batch)} images were used to calibrate the pipeline: they look more normal than new "
             "images, and their p-values are not valid",

@@ -15,6 +15,7 @@ from pydantic import Field
 from ..config import UserError, run_command
 from ..files import Output
 from ..images import check_shape, load_images
+from ..images.arrays import require_plain
 from ..options import UsesImages
 from ..provenance import defaults
 
@@ -60,6 +61,7 @@ def run(config: AppConfig) -> None:
     from ..app.serving import serve
 
     pipeline = config.load_pipeline()
+    require_plain(pipeline.tokenizer, "app")
     served = Served(pipeline, config.pipeline, config.max_images, config.max_upload_mb)
     served.train, served.num_index = load_searchable_images(config, pipeline), config.num_index
     serve(served, config.host, config.port, config.queue)
@@ -83,7 +85,7 @@ def load_searchable_images(config: AppConfig, pipeline: ImagePipeline) -> ImageD
     if config.search is False or not (config.search or here):
         return None
     try:
-        check_shape(config.data, pipeline.tokenizer.image_shape)
+        check_shape(config.data, pipeline.tokenizer)
         return load_images(config.data).train
     except UserError as error:
         if config.search:

@@ -19,6 +19,7 @@ from ..config.table import table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import to_float
+from ..images.arrays import require_plain
 from ..images.decoding import open_image
 from ..images.pictures import SUFFIXES, grid_picture, write_picture
 from ..options import Named, UsesImages, choose_images, split_named_images
@@ -68,6 +69,7 @@ def run(config: CompleteConfig) -> dict[str, float]:
     out.check_file(SUFFIXES)
     with lock_output(config.out):
         pipeline = config.load_pipeline()
+        require_plain(pipeline.tokenizer, "complete")
         known = read_mask(config.mask, pipeline)
         shape = pipeline.tokenizer.image_shape
         images, names = choose_images(

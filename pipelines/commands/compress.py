@@ -26,6 +26,7 @@ from ..config import OutputConfig, UserError, run_command
 from ..config.table import count_of
 from ..files import Output, lock_output
 from ..images import to_float
+from ..images.arrays import require_plain
 from ..images.decoding import open_image
 from ..options import REMOVE, UsesPipeline, find_image_files, read_images
 
@@ -56,6 +57,7 @@ def run(config: CompressConfig) -> Path:
     out = Output(config.out, [config.pipeline, root], config.overwrite)
     out.check_file()
     pipeline = config.load_pipeline()
+    require_plain(pipeline.tokenizer, "compress")
     given = config.read_condition(pipeline, len(paths), [str(path) for path in paths])
     size, shape = chunk_images(pipeline), pipeline.tokenizer.image_shape
 

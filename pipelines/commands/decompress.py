@@ -21,6 +21,7 @@ from ..config import UserError, run_command
 from ..config.table import count_of
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
+from ..images.arrays import require_plain
 from ..images.folder import is_image_name
 from ..images.pictures import convert_images
 from ..options import UsesPipeline
@@ -48,6 +49,7 @@ def run(config: DecompressConfig) -> Path:
     except OSError as error:
         raise UserError(f"stream: {path}: {error.strerror}") from error
     pipeline = config.load_pipeline()
+    require_plain(pipeline.tokenizer, "decompress")
     try:
         with lock_output(config.out), out.errors(), atomic_folder(config.out, kind=None) as folder:
             header, _ = read_stream(data)

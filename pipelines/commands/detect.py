@@ -32,7 +32,7 @@ from ..images import to_float, to_uint8
 from ..images.dataset import find_objects
 from ..images.grids import class_grid
 from ..images.origin import resolve_source
-from ..images.pictures import SUFFIXES, write_picture
+from ..images.pictures import SUFFIXES, show_of, shown_channels, write_picture
 from ..options import UsesImages, find_image_files, read_images
 from ..provenance import defaults, trained_data
 
@@ -116,7 +116,7 @@ def run(config: DetectConfig) -> dict[str, Any]:
         raise UserError(f"out: {config.out!r} should be a folder, for scores.csv and sheet.png")
     out.check_files(["scores.csv", "sheet.png", "figures.json", *(TRUTH_FILES if truth else [])])
     with lock_output(config.out):
-        images = skip_calibrated(find_images(config, pipeline), calibration)
+        images = skip_calibrated(pipeline, find_images(config, pipeline), calibration)
         names, pixels, classes, _, given, objects = images
         anomalous = None if config.normal is None else find_anomalous(classes, config.normal)
         masks = None if anomalous is None or not truth else load_masks(config, images, anomalous)
@@ -189,7 +189,7 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
                 "images: the pipeline was trained on this folder; omit images= to score its held-out images"
             )
         files = find_image_files(config.paths)
-        pixels = read_images(files, pipeline.tokenizer.image_shape)
+        pixels = read_images(files, pipeline.tokenizer.image_shape, pipeline.values)
         if config.ground_truth is None:
             folders = [file.absolute().parent.name for file in files]
         else:
@@ -217,9 +217,9 @@ def paths_within(files: list[Path], config: DetectConfig) -> list[str]:
     return [str(file.relative_to(root)) for file, root in zip(files, within, strict=True)]
 
 
-def skip_calibrated(found: Found, calibration: Calibration) -> Found:
+def skip_calibrated(pipeline: ImagePipeline, found: Found, calibration: Calibration) -> Found:
     """Drop the images that the pipeline was calibrated with. Raises `UserError` if none are left."""
-    new = np.flatnonzero(~calibration.includes(found.pixels.movedim(1, -1).numpy())).tolist()
+    new = np.flatnonzero(~calibration.includes(pipeline.convert_images(to_float(found.pixels), "np"))).tolist()
     if not new:
         raise UserError(
             f"images: the pipeline was calibrated with all {len(found.names):,}; give other images, or calibrate with "
@@ -290,7 +290,10 @@ def draw_sheet(
     if pipeline.tokenizer.placed:
         heat = anomaly_map(pipeline, images, condition=condition).cpu()
         panels = {"bits per pixel": apply_colormap(heat / heat.amax().clamp(min=1e-6)), **panels}
-    columns = [panel.expand(-1, 3, -1, -1) for panel in (images, *panels.values())]
+    chosen_channels = show_of(pipeline.tokenizer)
+    panels["healed"] = shown_channels(panels["healed"], chosen_channels)
+    shown = shown_channels(images, chosen_channels)
+    columns = [panel.expand(-1, 3, -1, -1) for panel in (shown, *panels.values())]
     names = [name for score in scores[chosen].tolist() for name in (f"score {score:.3g}", *panels)]
     panel_pixels = to_uint8(torch.stack(columns, 1).flatten(0, 1))
     return class_grid(panel_pixels.movedim(1, -1).numpy(), names, len(columns))

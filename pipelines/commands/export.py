@@ -13,6 +13,7 @@ from ..config import Config, UserError, run_command
 from ..exports import EXPORT, SUFFIXES, ExportError, Format, export_tokenizer
 from ..files import Output, lock_output
 from ..images import to_float
+from ..images.arrays import require_plain
 from ..options import find_image_files, read_images
 from ..provenance import TokenizerFolder, find_protected_folder, tokenizer_folder
 
@@ -45,6 +46,8 @@ def run(config: ExportConfig) -> Path:
     out.check_folder(EXPORT)
     files = find_image_files([config.images])[:MOST] if config.images else []
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer))
+    if files:
+        require_plain(tokenizer, "images")
     images = to_float(read_images(files, tokenizer.image_shape)) if files else None
     try:
         with lock_output(config.out), out.errors():

@@ -144,6 +144,8 @@ def describe(sizes: dict[str, Any], beside: dict[str, Any], layout: Layout, path
     size: Any = given.image_size or beside.get("image_size", IMAGE_SIZE)
     size = tuple(size) if isinstance(size, (list, tuple)) else (size,) * 2
     groups = given.groups or beside.get("groups", GROUPS)
+    if sizes["channels"] not in (1, 3):
+        raise ConfigError(f"{path}: channels: published tokenizers take 1 or 3 (the weights have {sizes['channels']})")
     try:
         return layout.kind.Config(**{**sizes, "image_size": size, "groups": groups, "quantizer": quantizer})
     except ConfigError as error:

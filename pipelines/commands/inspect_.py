@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..config import OutputConfig, run_command
 from ..files import Output
 from ..images import ImageDataset, to_uint8
 from ..images.grids import class_grid
-from ..images.pictures import SUFFIXES, write_picture
+from ..images.pictures import SUFFIXES, show_of, shown_channels, write_picture
 from ..metrics.charts import Chart, Pixels, draw_histogram, draw_usage, page
 from ..metrics.codebook import count_tokens, part_names
 from ..metrics.reconstruction import images_at_a_time, list_prefix_decoders, reconstruction_picture
@@ -116,7 +117,7 @@ def draw_page(
         some = images.batch(spread(len(images), images_at_a_time(tokenizer.image_shape))).to(tokenizer.device)
         codes, patches = mean_patches(tokenizer, some, config.num_codes)
         title = f"The {len(codes):,} most used codes: mean reconstruction around them"
-        pictures[title] = arrange_tiles(patches, [str(code) for code in codes], 20)
+        pictures[title] = arrange_tiles(patches, [str(code) for code in codes], 20, show_of(tokenizer))
     if not tokenizer.reversible:
         charts.append(partial(draw_histogram, values=errors.double().numpy(), title="Images", label="PSNR in dB"))
         if list_prefix_decoders(tokenizer):
@@ -127,7 +128,9 @@ def draw_page(
         decoded = tokenizer.decode(tokenizer.encode(originals))
         pairs = torch.cat([originals, F.pad(decoded, (0, 0, 1, 0), value=1.0)], dim=2).cpu()
         captions = [f"{error:.1f} dB" for error in errors[chosen].tolist()]
-        pictures["Reconstructions below their originals, from best to worst"] = arrange_tiles(pairs, captions, 8)
+        pictures["Reconstructions below their originals, from best to worst"] = arrange_tiles(
+            pairs, captions, 8, show_of(tokenizer)
+        )
     return page(lines, charts, pictures)
 
 
@@ -146,9 +149,9 @@ def mean_patches(tokenizer: Any, images: Tensor, count: int) -> tuple[list[int],
     return codes, means.view(len(codes), -1, 3 * h, 3 * w)
 
 
-def arrange_tiles(images: Tensor, captions: list[str], columns: int) -> Pixels:
+def arrange_tiles(images: Tensor, captions: list[str], columns: int, show: Sequence[int] | None = None) -> Pixels:
     """Arrange images `(n, C, H, W)` in [-1, 1] in rows with captions; small images are enlarged."""
-    scale, pixels = max(1, WIDTH // columns // images.shape[3]), to_uint8(images)
+    scale, pixels = max(1, WIDTH // columns // images.shape[3]), to_uint8(shown_channels(images, show))
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     return class_grid(pixels.movedim(1, -1).numpy(), captions, max(1, min(columns, WIDTH // pixels.shape[3])))
 

@@ -37,7 +37,7 @@ from ..metrics.perceptual import Perceptual
 from ..tokens.meta import META, read_meta
 from ..train_prior import PriorTask, TrainPriorConfig, choose_columns
 from ..train_prior import defaults as prior_defaults
-from ..train_tokenizer import TokenizerTask, TrainTokenizerConfig, build_tokenizer
+from ..train_tokenizer import TokenizerTask, TrainTokenizerConfig, build_tokenizer, require_networks
 from ..train_tokenizer import defaults as tokenizer_defaults
 from ..training.blocks import checkpoint_blocks, repeated_blocks
 
@@ -150,7 +150,8 @@ class PlannedTokenizer(TokenizerTask):
     def __init__(self, config: PlanTokenizerConfig) -> None:
         channels, height, width = config.data.image_shape
         self.config = config
-        self.set_up(build_tokenizer(config.model, (height, width), channels))
+        require_networks(config.loss, channels)
+        self.set_up(build_tokenizer(config.model, (height, width), channels, config.data))
         self.grid, self.perceptual, self.frozen = self.tokenizer.grid, None, list[nn.Module]()
         if not self.players:
             raise UserError(f"model.kind: a {self.tokenizer.name} tokenizer has no weights to train")

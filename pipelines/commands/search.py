@@ -15,6 +15,7 @@ from ..config import OutputConfig, UserError, run_command
 from ..config.table import count_of
 from ..files import Output
 from ..images import ImageDataset
+from ..images.arrays import require_plain
 from ..images.grids import class_grid
 from ..images.pictures import SUFFIXES, write_picture
 from ..options import Named, UsesImages, choose_images, split_named_images
@@ -63,6 +64,7 @@ def run(config: SearchConfig) -> Tensor:
     )
     out.check_file(SUFFIXES)
     pipeline = config.load_pipeline()
+    require_plain(pipeline.tokenizer, "search")
     try:
         choose_pool(choose_layer(pipeline, config.layer)[0], config.pool)
     except ValueError as error:

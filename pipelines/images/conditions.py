@@ -41,6 +41,7 @@ from ..card import describe_column
 from ..config import Config, UserError, is_first_process, tell
 from ..provenance import TokenizerFolder, tokenizer_folder
 from ..text import run_encoder
+from .arrays import Values, values_of
 from .dataset import DataConfig, ImageDataset, Indices, check_bad, is_class_name
 from .decoding import NO_IMAGE, Decoded, Payload, Pixels, Rows, decode_all
 from .folder import SHEETS, are_disjoint, files_below, holds_files, image_paths, normalize_path, read_sheet
@@ -499,8 +500,10 @@ class ConditionImages(ImageDataset):
         rows: Rows,
         positions: NDArray[np.int64],
         missing: NDArray[np.bool_],
+        values: Values | None = None,
     ) -> None:
-        own = config.model_copy(update={"channels": shape[0], "image_size": shape[1:]})
+        limits = {"dtype": None, "range": None} if values is None else {"dtype": values[0], "range": values[1:]}
+        own = config.model_copy(update={"channels": shape[0], "image_size": shape[1:], **limits})
         super().__init__(own, rows, Decoded(positions, None, []), None, [])
         down, right = (side / other for side, other in zip(shape[1:], config.image_shape[1:], strict=True))
         self._scale, self.missing = torch.tensor([1, 1, 1, down, right]), torch.from_numpy(missing)
@@ -536,12 +539,12 @@ def load_grid(
 
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder(source.tokenizer))
     rows, every = Rows(cells.size, read, cells.name, None), np.arange(cells.size)
-    bad = decode_all(rows, every, tokenizer.image_shape, 0, together).bad
+    bad = decode_all(rows, every, tokenizer.image_shape, 0, together, values_of(tokenizer)).bad
     check_bad([([image for image in bad if image.reason != NO_IMAGE], rows.size)], config)
     missing = np.isin(every, [image.row for image in bad])
     parts = np.split(every, np.cumsum([len(images) for images in splits.values()])[:-1])
     images = {
-        split: ConditionImages(config, tokenizer.image_shape, rows, part, missing[part])
+        split: ConditionImages(config, tokenizer.image_shape, rows, part, missing[part], values_of(tokenizer))
         for split, part in zip(splits, parts, strict=True)
     }
     column = GridColumn(grid=tokenizer.grid, tokenizer=tokenizer.fingerprint())

@@ -25,12 +25,14 @@ from numpy.typing import NDArray
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from torch import Tensor
 
+from tokenizer.base import PLAIN, values_problems
 from tokenizer.files import PathError, one_line, quote
 
 from ..config import Config, UserError, is_first_process, tell
 from ..files import replace_file
 from ..shuffling import positions_of, samples_of, splitmix64, spread
 from . import tables
+from .arrays import Values, ValueType, clipped_share, guess_type, measure_range, values_of
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
 from .decoding import CHUNK, IMAGE, LABEL, BadImage, Decoded, Pixels, Rows, SplitRows, decode_all, decode_in_threads
 from .folder import holds_files, open_folder
@@ -51,8 +53,14 @@ COLOUR_SAMPLE, GREY_SPREAD = 32, 16
 """Number of images in which colour is looked for, and the largest difference between the channels of a grey pixel."""
 LONGEST, JOINER = 200, "\u200d"  # zero-width joiner of composed emoji, not printable by itself
 WITHOUT = "data.label_column=null uses all images without labels"
+RANGE_SAMPLE, MOST_CLIPPED = 64, 0.01
+"""Number of training images whose values are compared with `data.range`, and the share beyond it that is silent."""
 BAD_IMAGES = "bad_images.jsonl"
 UNCHANGED = AugmentConfig()
+
+
+OPTIONAL = {"clips": False, "group": None, "dtype": None, "range": None, "show": None}
+"""Settings that files hold only if they are set."""
 
 
 class DataConfig(Config):
@@ -106,7 +114,20 @@ class DataConfig(Config):
     image_size: Side | tuple[Side, Side] = Field(
         default=28, description="one number, or [height, width]; images of other sizes are resized and cropped"
     )
-    channels: Literal[1, 3] = Field(default=1, description="1 for grey, 3 for RGB")
+    channels: int = Field(
+        default=1, ge=1, le=16, description="1 for grey, 3 for RGB; any number up to 16 for arrays and pages of a TIFF"
+    )
+    dtype: ValueType | None = Field(
+        default=None, description="type of the values in a folder of images; null: that of the first training image"
+    )
+    range: tuple[float, float] | None = Field(
+        default=None,
+        description="smallest and largest value, which become -1 and 1 inside; null: 0 to 255 for uint8, else measured "
+        "on the training images",
+    )
+    show: tuple[int, int, int] | None = Field(
+        default=None, description="of more than 3 channels, those that pictures show in red, green and blue"
+    )
     image_column: str = Field(default=IMAGE, description="column of the images; in a .tar, their suffix")
     label_column: str | None = Field(default=LABEL, description="column of the classes; null ignores classes")
     augment: AugmentConfig = Field(default=AugmentConfig(), description="random augmentation of the training images")
@@ -145,21 +166,32 @@ class DataConfig(Config):
     def _splits_differ(self) -> DataConfig:
         if self.split == self.held_out:
             raise ValueError(f"split and held_out are both {self.split!r}: evaluation needs images not trained on")
+        for problem in values_problems(self.channels, self.dtype, self.range, self.show, measured=True):
+            raise ValueError(problem)
         return self
 
     @model_serializer(mode="wrap")
-    def _omit_groups(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `clips` and `group` where they are not set, as files written before they were settings do."""
+    def _omit_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the settings in `OPTIONAL` where they are not set, as files written before they existed do."""
         found: dict[str, Any] = handler(self)
-        return {
-            key: value for key, value in found.items() if key not in ("clips", "group") or value not in (None, False)
-        }
+        return {key: value for key, value in found.items() if (key, value) not in OPTIONAL.items()}
 
     @property
     def path(self) -> Path | None:
         """The local path of the source; None for the digits, a Hub id, a pattern or a URL."""
         path = Path(os.path.expanduser(self.source))
         return path if self.source != "digits" and path.exists() else None
+
+    @property
+    def values(self) -> Values | None:
+        """Type and range of the images; None for 8 bits from 0 to 255."""
+        return None if self.range is None else Values(self.dtype or "uint8", *self.range)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The facts about images that a tokenizer keeps beside their shape."""
+        given = {"dtype": self.dtype or "uint8", "range": self.range, "show": self.show}
+        return {key: value for key, value in given.items() if (key, value) not in PLAIN.items()}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -183,12 +215,14 @@ def load_images(config: DataConfig, *, together: bool = False, stream: bool = Fa
     streamed: ImageDataset | None = None
     if is_stream(config):
         number_groups(None, config)
+        require_files(config)
         from .streaming import open_stream
 
         some, streamed = open_stream(config, stream)
         parts = {name: (rows, np.arange(rows.size)) for name, rows in some.items()}
     else:
         parts = choose_splits(open_source(config), config)
+        config = settle_values(config, *parts["train"])
     opened = {id(rows): rows for rows, _ in parts.values()}
     numbered, class_names = number_labels(list(opened.values()))
     labels = dict(zip(opened, numbered, strict=True))
@@ -197,7 +231,9 @@ def load_images(config: DataConfig, *, together: bool = False, stream: bool = Fa
         if streamed is None and (config.streaming or not check) and config.on_error == "fail":
             decoded[name] = Decoded(positions, None, [])
         else:
-            decoded[name] = decode_all(rows, positions, config.image_shape, room if check else 0, together)
+            decoded[name] = decode_all(
+                rows, positions, config.image_shape, room if check else 0, together, config.values
+            )
         room -= part.nbytes if (part := decoded[name].pixels) is not None else 0
     check_bad([(part.bad, len(parts[name][1])) for name, part in decoded.items()], config)
     datasets = dict[str, ImageDataset]()
@@ -227,8 +263,65 @@ def open_source(config: DataConfig) -> SplitRows:
     return tables.open_tables(config)
 
 
-def check_shape(config: DataConfig, shape: tuple[int, int, int], whose: str = "pipeline") -> None:
-    """Raise `UserError` unless the images have the `shape` (C, H, W) of the tokenizer or pipeline."""
+def settle_values(config: DataConfig, rows: Rows, positions: NDArray[np.int64]) -> DataConfig:
+    """Return the settings with the type and range of the images: those of the training images at `positions` if they
+    are not declared, and neither for 8 bits. Raises `UserError` for other sources than folders of files, and if all
+    values are equal; warns about a range that clips more than 1 % of a sample."""
+    if rows.paths is None:
+        require_files(config)
+        return config
+    every = rows.read(positions.tolist())
+    dtype = config.dtype or guess_type(every[0], config.channels)
+    if config.range is not None:
+        config = config.model_copy(update={"dtype": dtype or "uint8"})
+        warn_about_range(config, rows, positions)
+    elif dtype in ("uint16", "float32"):
+        limits = measure_range(every, config.channels)
+        if limits is None or limits[0] >= limits[1]:
+            found = "cannot be measured" if limits is None else f"all are {limits[0]:g}"
+            raise UserError(
+                f"data.range: the values of the {len(every)} training images: {found}; the first is "
+                f"{rows.name(int(positions[0]))}; check data.channels={config.channels}, or give data.range=LOW,HIGH"
+            )
+        config = config.model_copy(update={"dtype": dtype, "range": limits})
+        if is_first_process():
+            tell(f"data.range: {dtype} from {limits[0]:g} to {limits[1]:g}, measured on the training images")
+    return config
+
+
+def require_files(config: DataConfig) -> None:
+    """Raise `UserError` for images of another depth or with other channels than those of tables and streams."""
+    if config.channels not in (1, 3) or config.dtype not in (None, "uint8") or config.range is not None:
+        raise UserError(
+            "data.channels, data.dtype, data.range: other than 8-bit images with 1 or 3 channels are read from a "
+            f"folder of files (got {config.source})"
+        )
+
+
+def warn_about_range(config: DataConfig, rows: Rows, positions: NDArray[np.int64]) -> None:
+    """Print one line if the declared range clips more than 1 % of the values of a sample."""
+    if config.values is None or not is_first_process():
+        return
+    some = positions[spread(len(positions), RANGE_SAMPLE)].tolist()
+    shares = [clipped_share(payload, config.channels, config.values) for payload in rows.read(some)]
+    if (mean := float(np.mean(shares))) > MOST_CLIPPED:
+        worst = rows.name(some[int(np.argmax(shares))])
+        tell(
+            one_line(
+                f"warning: data.range={config.values.low:g},{config.values.high:g} clips {mean:.1%} of the values of "
+                f"{len(some)} training images, most in {worst}; data.range=null measures it"
+            )
+        )
+
+
+def check_shape(config: DataConfig, tokenizer: Any, whose: str = "pipeline") -> None:
+    """Raise `UserError` unless the images have the shape, type and range of the tokenizer's, or the pipeline's."""
+    shape, values = tokenizer.image_shape, values_of(tokenizer)
+    if config.image_shape == shape and config.values != values:
+        wanted = "8-bit" if values is None else f"{values.dtype} from {values.low:g} to {values.high:g}"
+        needed = "null" if values is None else f"{values.low!r},{values.high!r}"
+        dtype = "uint8" if values is None else values.dtype
+        raise UserError(f"data.range: the {whose}'s images are {wanted}; set data.dtype={dtype} data.range={needed}")
     if config.image_shape != shape:
         raise UserError(
             f"data.image_size, data.channels: the {whose}'s images are {shape} (channels, height, width), these are "
@@ -242,13 +335,14 @@ def check_shape(config: DataConfig, shape: tuple[int, int, int], whose: str = "p
 class ImageDataset:
     """Images of one shape with optional labels, addressed by index.
 
-    Attributes: `labels` (n,) int64 or None, `class_names`, `image_shape` (C, H, W), `bad` (the skipped images).
+    Attributes: `labels` (n,) int64 or None, `class_names`, `image_shape` (C, H, W), `bad` (the skipped images),
+    `values` (type and range; None for 8 bits), and `config`, with the range if it was measured.
     """
 
     def __init__(
         self, config: DataConfig, rows: Rows, decoded: Decoded, labels: NDArray[np.int64] | None, class_names: list[str]
     ) -> None:
-        self.image_shape = config.image_shape
+        self.config, self.image_shape, self.values = config, config.image_shape, config.values
         self.labels = torch.from_numpy(labels) if labels is not None else None
         self.class_names = class_names
         self.bad = decoded.bad
@@ -281,7 +375,8 @@ class ImageDataset:
         return [self._rows.name(row).removeprefix(root) for row in rows]
 
     def pixels(self, indices: Indices) -> Tensor:
-        """Return the images as uint8 (B, C, H, W). Raises `IndexError`, and `UserError` for a bad image."""
+        """Return the images (B, C, H, W) as uint8, or as float32 in [-1, 1] if they have `values`. Raises
+        `IndexError`, and `UserError` for a bad image."""
         wanted = positions_of(indices, len(self))
         if self._pixels is not None:
             return self._pixels[torch.from_numpy(wanted)]
@@ -295,7 +390,7 @@ class ImageDataset:
     def decode(self, indices: list[int], shape: tuple[int, int, int]) -> list[Pixels | str]:
         """Read the images from the source in `shape` (C, H, W). Each becomes pixels uint8 (C, H, W), or the reason why
         it cannot be decoded."""
-        return decode_in_threads(self._rows.read(self._positions[indices].tolist()), shape)
+        return decode_in_threads(self._rows.read(self._positions[indices].tolist()), shape, self.values)
 
     def preload(self, rows: Tensor, group: ProcessGroup) -> ImageDataset:
         """Load the images at `rows` `(n,)` into memory as a data set. Each image is decoded by one process."""
@@ -324,8 +419,8 @@ class ImageDataset:
 
 
 def prepare_images(pixels: Tensor, changes: Tensor | None, config: AugmentConfig) -> Tensor:
-    """Convert uint8 `pixels` (B, C, H, W) to floats in [-1, 1], augmented by `changes`, from `draw_changes`, on their
-    device. The result for an image is the same to the bit in any batch."""
+    """Convert `pixels` (B, C, H, W), uint8 or float in [-1, 1], to floats in [-1, 1], augmented by `changes`, from
+    `draw_changes`, on their device. The result for an image is the same to the bit in any batch."""
     if changes is not None and config.flip:  # flip the bytes, a quarter of the size of the floats
         pixels = mirror_images(pixels, changes)
     images = to_float(pixels)
@@ -392,7 +487,7 @@ def list_bad(bad: list[BadImage]) -> str:
 def warn_about_colour(images: ImageDataset) -> None:
     """Print one line if most of a sample of the images are coloured but are converted to grey."""
     channels, height, width = images.image_shape
-    if channels != 1 or not is_first_process():
+    if channels != 1 or images.values is not None or not is_first_process():
         return
     decoded = images.decode(spread(len(images), COLOUR_SAMPLE).tolist(), (3, height, width))
     coloured = [int(np.ptp(image, axis=0).max()) > GREY_SPREAD for image in decoded if not isinstance(image, str)]

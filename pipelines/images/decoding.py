@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from tqdm import tqdm
 
 from ..config import is_first_process
 
+if TYPE_CHECKING:
+    from .arrays import Values
+
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 """Formats that browsers show; uploads must have one of them."""
 FORMATS = (*WEB_FORMATS, "TIFF")
@@ -45,9 +48,10 @@ NO_IMAGE = "no image"
 """Why a row without an image cannot be decoded."""
 
 Shape = tuple[int, int, int]
-Payload = bytes | Path | NDArray[np.uint8] | str | None
+Payload = bytes | Path | NDArray[Any] | str | None
 """An encoded image, its file, its pixels, or (a string) the reason why there is no image."""
-Pixels = NDArray[np.uint8]
+Pixels = NDArray[Any]
+"""uint8, or float32 in [-1, 1] for images with a declared or measured range of values."""
 
 
 @dataclass(frozen=True)
@@ -86,22 +90,33 @@ class Decoded:
     bad: list[BadImage]
 
 
-def decode_all(rows: Rows, positions: NDArray[np.int64], shape: Shape, room: int, together: bool = False) -> Decoded:
-    """Decode the images at `positions`; keep the pixels if they fit in `room` bytes, and list bad images.
+def decode_all(
+    rows: Rows,
+    positions: NDArray[np.int64],
+    shape: Shape,
+    room: int,
+    together: bool = False,
+    values: Values | None = None,
+) -> Decoded:
+    """Decode the images at `positions`; keep the pixels if they fit in `room` bytes, and list bad images. values: type
+    and range of the images; None for 8 bits.
 
     together: all processes call this with the same arguments. If pixels are not kept, each process checks a share.
     """
-    keep = len(positions) * int(np.prod(shape)) <= room
+    kind = np.dtype(np.uint8 if values is None else np.float32)
+    keep = len(positions) * int(np.prod(shape)) * kind.itemsize <= room
     share = together and not keep and dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if share else (0, 1)
-    store = np.empty((len(positions) if keep else 0, *shape), dtype=np.uint8)
+    store = np.empty((len(positions) if keep else 0, *shape), dtype=kind)
     starts = range(rank * CHUNK, len(positions), world * CHUNK)
     chunks = [positions[start : start + CHUNK].tolist() for start in starts]
     found: list[tuple[int, BadImage]] = []
     hidden = not sys.stderr.isatty() or not is_first_process()
     bar = tqdm(total=sum(map(len, chunks)), desc="checking images", unit="image", leave=False, disable=hidden)
     with bar, ThreadPoolExecutor(WORKERS) as pool:
-        for start, images in zip(starts, pool.map(partial(decode_rows, rows, shape), chunks), strict=True):
+        for start, images in zip(
+            starts, pool.map(lambda chunk: decode_rows(rows, shape, chunk, values), chunks), strict=True
+        ):
             for k, image in enumerate(images, start=start):
                 if isinstance(image, str):
                     row = int(positions[k])
@@ -120,27 +135,33 @@ def decode_all(rows: Rows, positions: NDArray[np.int64], shape: Shape, room: int
     return Decoded(positions[good], torch.from_numpy(store) if keep else None, [bad for _, bad in found])
 
 
-def decode_rows(rows: Rows, shape: Shape, indices: list[int]) -> list[Pixels | str]:
+def decode_rows(rows: Rows, shape: Shape, indices: list[int], values: Values | None = None) -> list[Pixels | str]:
     """Return the pixels (C, H, W) of each row, or the reason why it cannot be decoded."""
-    return [try_decode(payload, shape) for payload in rows.read(indices)]
+    return [try_decode(payload, shape, values=values) for payload in rows.read(indices)]
 
 
-def decode_in_threads(payloads: Sequence[Payload], shape: Shape) -> list[Pixels | str]:
+def decode_in_threads(payloads: Sequence[Payload], shape: Shape, values: Values | None = None) -> list[Pixels | str]:
     """Return the pixels (C, H, W) of each encoded image, or the reason why it cannot be decoded."""
     with ThreadPoolExecutor(WORKERS) as pool:
-        return list(pool.map(partial(try_decode, shape=shape), payloads))
+        return list(pool.map(partial(try_decode, shape=shape, values=values), payloads))
 
 
-def try_decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS) -> Pixels | str:
+def try_decode(
+    payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS, values: Values | None = None
+) -> Pixels | str:
     """Return the pixels (C, H, W), or the reason why the image cannot be decoded."""
     try:
-        return decode(payload, shape, formats)
+        return decode(payload, shape, formats, values)
     except Exception as error:  # Pillow raises almost anything for damaged files
         return str(error) or type(error).__name__
 
 
-def decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS) -> Pixels:
+def decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS, values: Values | None = None) -> Pixels:
     """Return the pixels (C, H, W) of an image."""
+    from .arrays import decode_array, is_array
+
+    if formats == FORMATS and (values is not None or shape[0] not in (1, 3) or is_array(payload)):
+        return decode_array(payload, shape, values)
     image = Image.fromarray(payload) if isinstance(payload, np.ndarray) else open_image(payload, formats)
     return pixels_of(image, shape)
 
@@ -173,8 +194,11 @@ def read_file(path: Path) -> bytes:
     raise ValueError("missing, or not a regular file")
 
 
-def open_image(payload: bytes | Path | str | None, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """Open an image of a known format and limited size. Raises `ValueError`, and whatever Pillow raises."""
+def open_image(
+    payload: bytes | Path | str | None, formats: tuple[str, ...] = FORMATS, *, deep: bool = False
+) -> Image.Image:
+    """Open an image of a known format and limited size. deep: also a TIFF with several pages or of another depth.
+    Raises `ValueError`, and whatever Pillow raises."""
     data = read_file(payload) if isinstance(payload, Path) else payload
     if isinstance(data, str):
         raise ValueError(data)
@@ -190,7 +214,9 @@ def open_image(payload: bytes | Path | str | None, formats: tuple[str, ...] = FO
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise ValueError(f"{width} x {height} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} per side")
     if isinstance(image, TiffImageFile):
-        require_plain_tiff(image)
+        require_small_tiles(image)
+        if not deep:
+            require_plain_tiff(image)
     return image
 
 
@@ -203,6 +229,10 @@ def require_plain_tiff(image: TiffImageFile) -> None:
     inverted = image.mode.startswith("I;16") and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
     if image.mode in ("I", "F") or not bits <= {1, 2, 4, 8, 16} or inverted:
         raise ValueError("a TIFF whose values are not 8 or 16 bits from black to white; convert it to PNG")
+
+
+def require_small_tiles(image: TiffImageFile) -> None:
+    """Raise `ValueError` for a TIFF with tiles too large to decode."""
     width, height = (int(image.tag_v2.get(side, 0)) for side in (TILEWIDTH, TILELENGTH))
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise ValueError(

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 100  # nested folders
 READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+ARRAY_SUFFIXES = {".npy", ".npz"}
+"""Of files that are images where there are no others."""
 SUFFIXES = READ_SUFFIXES | {".heic", ".avif", ".jp2", ".ppm"}
 """Includes formats that cannot be decoded, so that such images are reported, not overlooked."""
 SPLIT_FOLDERS = ("train", "training", "test", "testing", "held_out", "validation", "val", "valid", "dev")
@@ -60,9 +62,10 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def image_paths(folder: Path) -> list[str]:
-    """Return the paths of `find_images`, in the same order on every file system. Raises `UserError` for a link to a
+    """Return the paths of `find_images`, in the same order on every file system: image files or, in a folder without
+    any, arrays. Raises `UserError` for a link to a
     folder, which could form a cycle, and like `walk`."""
-    found = []
+    found, arrays = list[str](), list[str]()
     for parent, folders, files in walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in folders:
@@ -70,13 +73,20 @@ def image_paths(folder: Path) -> list[str]:
                 raise UserError(
                     f"{os.path.join(parent, name)}: links to folders are not followed; use the folder itself"
                 )
-        found += [os.path.join(parent, name) for name in files if not name.startswith(".") and is_image_name(name)]
-    return sorted(found, key=os.fsencode)
+        files = [name for name in files if not name.startswith(".")]
+        found += [os.path.join(parent, name) for name in files if is_image_name(name)]
+        arrays += [os.path.join(parent, name) for name in files if suffix_of(name) in ARRAY_SUFFIXES]
+    return sorted(found or arrays, key=os.fsencode)
 
 
 def is_image_name(name: str) -> bool:
     """Whether a file has the suffix of an image."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES
+    return suffix_of(name) in SUFFIXES
+
+
+def suffix_of(name: str) -> str:
+    """Return the suffix of a file in lower case."""
+    return os.path.splitext(name)[1].lower()
 
 
 def kinds_below(folder: Path) -> set[str]:
@@ -163,7 +173,7 @@ def folder_rows(folder: Path, config: DataConfig) -> Rows:
     """Return a split whose top-level folders are classes. Raises `UserError` if it has no images."""
     paths = image_paths(folder)
     if not paths:
-        raise UserError(f"{folder}: no images here (suffixes: {', '.join(sorted(READ_SUFFIXES))})")
+        raise UserError(f"{folder}: no images here (suffixes: {', '.join(sorted(READ_SUFFIXES | ARRAY_SUFFIXES))})")
     if config.label_column is None:
         return file_rows(paths, None)
     start = len(os.path.join(folder, ""))

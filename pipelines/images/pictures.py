@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import sys
 import warnings
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..files import atomic_file
+from .arrays import Values, decode_array, require_finite, type_of
 from .decoding import pixels_of
 
 Shape = tuple[int, int, int]
@@ -26,11 +29,30 @@ LATENT = "latent"  # return tokens instead of images
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def grid_picture(images: Tensor, columns: int, *, min_side: int = 56) -> np.ndarray:
-    """Arrange images `(B, C, H, W)` in [-1, 1] in one uint8 (H, W, 3) array; enlarge them to a width of `min_side`."""
+def shown_channels(images: Tensor, show: Sequence[int] | None = None) -> Tensor:
+    """Return the channels of `(B, C, H, W)` that pictures show: all of 1 or 3, the first of 2, and otherwise `show`, by
+    default the first three."""
+    if images.shape[1] in (1, 3):
+        return images
+    return images[:, :1] if images.shape[1] == 2 else images[:, list(show or (0, 1, 2))]
+
+
+def show_of(tokenizer: Any) -> Sequence[int] | None:
+    """Return the channels that pictures of a tokenizer's images show, if chosen."""
+    return getattr(tokenizer.config, "show", None)
+
+
+def picture_pixels(images: Tensor, tokenizer: Any) -> np.ndarray:
+    """Return what pictures show of a tokenizer's images `(B, C, H, W)` in [-1, 1], as uint8 (B, H, W, 1 or 3)."""
+    return to_uint8(shown_channels(images.cpu(), show_of(tokenizer))).movedim(1, -1).numpy()
+
+
+def grid_picture(images: Tensor, columns: int, *, min_side: int = 56, show: Sequence[int] | None = None) -> np.ndarray:
+    """Arrange images `(B, C, H, W)` in [-1, 1] in one uint8 (H, W, 3) array; enlarge them to a width of `min_side`.
+    show: see `shown_channels`."""
     from torchvision.utils import make_grid  # imported here, because it takes a second
 
-    images = to_uint8(images.cpu())
+    images = to_uint8(shown_channels(images.cpu(), show))
     scale = max(1, -(-min_side // images.shape[-1]))
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     return make_grid(images, nrow=columns, padding=2, pad_value=128).movedim(0, -1).numpy()
@@ -55,9 +77,14 @@ def png_bytes(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def to_images(images: Any, shape: Shape) -> Tensor:
+def to_images(images: Any, shape: Shape, values: Values | None = None) -> Tensor:
     """Convert anything that `as_batch` accepts to float images `(B, C, H, W)` in [-1, 1] of `shape` (C, H, W). Warns
-    once about floats that look like [0, 1]; raises `ValueError` for another size, type or range."""
+    once about floats that look like [0, 1]; raises `ValueError` for another size, type or range.
+
+    values: type and range of the images; None for 8 bits. Arrays and integer tensors then hold such values. Float
+    tensors, and float arrays if the type is an integer, are in [-1, 1] as always."""
+    if values is not None:
+        return as_batch(from_values(images, shape, values), shape).float()
     batch = as_batch(images, shape)
     warn_if_unit(batch)
     if batch.dtype == torch.uint8:
@@ -68,6 +95,33 @@ def to_images(images: Any, shape: Shape) -> Tensor:
         found = f"{float(batch.min())} to {float(batch.max())}"
         raise ValueError(f"float images must lie in [-1, 1]; got {batch.dtype} from {found}")
     return batch.float().clamp(-1, 1)
+
+
+def from_values(images: Any, shape: Shape, values: Values) -> Any:
+    """Map images of this type and range to floats in [-1, 1], in the form in which they are given. Raises `ValueError`
+    for another type, NaN, and floats beyond [-1, 1]."""
+    if isinstance(images, (list, tuple)):
+        return [from_values(image, shape, values) for image in images]
+    if isinstance(images, Image.Image):
+        return torch.from_numpy(decode_array(images, shape, values))
+    if not isinstance(images, (np.ndarray, Tensor)):
+        refuse(images, shape)
+    array = images.detach().cpu() if isinstance(images, Tensor) else images
+    array = array.float().numpy() if isinstance(array, Tensor) and array.is_floating_point() else np.asarray(array)
+    found = type_of(array.dtype)
+    require_finite(array)
+    if found == "float32" and (isinstance(images, Tensor) or values.dtype != found):
+        if array.size and np.abs(array).max() > 1 + 1e-3:
+            raise ValueError(
+                f"float images must lie in [-1, 1] (got {array.min():g} to {array.max():g}); those in the range of the "
+                f"data are {values.dtype} arrays"
+            )
+        array = array.astype(np.float32).clip(-1, 1)
+    elif found == values.dtype:
+        array = values.to_unit(array)
+    else:
+        raise ValueError(f"images must be {values.dtype}, or float tensors in [-1, 1] (got {found})")
+    return torch.from_numpy(array) if isinstance(images, Tensor) else array
 
 
 def as_batch(images: Any, shape: Shape) -> Tensor:
@@ -94,7 +148,8 @@ def as_batch(images: Any, shape: Shape) -> Tensor:
 def convert_image(image: Any, shape: Shape) -> Tensor:
     """Convert a PIL image, a tensor `(C, H, W)` or an array `(H, W, C)` or `(H, W)` to a tensor `(C, H, W)`."""
     if isinstance(image, Image.Image):
-        return torch.from_numpy(pixels_of(image, shape).copy())
+        read = pixels_of if shape[0] in (1, 3) else partial(decode_array, values=None)
+        return torch.from_numpy(read(image, shape).copy())
     if isinstance(image, np.ndarray) and image.shape in single_shapes(shape):
         return convert_array(image, shape)[0]
     if not isinstance(image, Tensor) or tuple(image.shape) != shape:
@@ -184,7 +239,9 @@ def check_output_type(output_type: str, *others: str) -> None:
 
 
 def to_float(pixels: Tensor) -> Tensor:
-    """Convert uint8 pixels of any shape to float32 in [-1, 1]."""
+    """Convert uint8 pixels of any shape to float32 in [-1, 1]; images of another depth are there already."""
+    if pixels.is_floating_point():
+        return pixels
     return pixels.float().div_(127.5).sub_(1)  # in place takes less than half the time
 
 
@@ -193,12 +250,18 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def convert_images(images: Tensor, output_type: str) -> Any:
-    """Convert float images `(B, C, H, W)` in [-1, 1] to a list of PIL images (`pil`) or uint8 (B, H, W, C) (`np`); `pt`
-    returns them unchanged."""
+def convert_images(
+    images: Tensor, output_type: str, values: Values | None = None, show: Sequence[int] | None = None
+) -> Any:
+    """Convert float images `(B, C, H, W)` in [-1, 1] to a list of PIL images (`pil`) or an array (B, H, W, C) (`np`) of
+    the type and range `values`, by default uint8; `pt` returns them unchanged. show: see `shown_channels`."""
     check_output_type(output_type)
     if output_type == "pt":
         return images
+    if output_type == "np" and values is not None:
+        return values.from_unit(images.float().cpu().movedim(1, -1).numpy())
+    if output_type == "pil":
+        images = shown_channels(images, show)
     pixels = to_uint8(images.cpu()).movedim(1, -1).numpy()
     if output_type == "np":
         return pixels

@@ -12,7 +12,7 @@ from torch import Tensor
 from prior.conditions import GridColumn
 
 from ..images import ImageDataset
-from ..images.pictures import grid_picture
+from ..images.pictures import grid_picture, show_of
 from ..processes.group import ALONE, ProcessGroup
 from ..shuffling import spread
 from ..tokens import TokenSplit
@@ -53,7 +53,8 @@ def condition_picture(
     parts = [decode_grid(pipeline, name, split.condition(rows)[name]) for name in grids]
     parts += [*([] if images is None else [images.batch(rows)]), samples]
     lines = zip(*(part.split(width) for part in parts), strict=True)
-    return grid_picture(torch.cat([line for lines_of_images in lines for line in lines_of_images]), width)
+    shown = torch.cat([line for lines_of_images in lines for line in lines_of_images])
+    return grid_picture(shown, width, show=show_of(pipeline.tokenizer))
 
 
 def decode_grid(pipeline: ImagePipeline, name: str, tokens: Tensor) -> Tensor:
@@ -61,5 +62,5 @@ def decode_grid(pipeline: ImagePipeline, name: str, tokens: Tensor) -> Tensor:
     tokenizer, (channels, height, width) = pipeline.condition_tokenizers[name], pipeline.tokenizer.image_shape
     images = tokenizer.decode(tokens.clamp(min=0).to(pipeline.device)).float().cpu()
     images[pipeline.conditions[name].is_null(tokens)] = 0.0
-    images = images if len(images[0]) == channels else images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    images = images if images.shape[1] == channels else images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
     return F.interpolate(images, (height, width), mode="nearest-exact")

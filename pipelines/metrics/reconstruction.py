@@ -14,7 +14,7 @@ from tokenizer.base import codebook_usage
 from tokenizer.losses import pixel_losses, psnr
 
 from ..images import ImageDataset, to_float, to_uint8
-from ..images.pictures import grid_picture
+from ..images.pictures import grid_picture, show_of
 from ..processes.group import ALONE, ProcessGroup
 from ..shuffling import spread
 from .quality import ssim
@@ -46,7 +46,9 @@ def evaluate_reconstruction(
         ids.add_(torch.bincount(tokens.flatten(), minlength=model.grid.vocab_size))
         found = {"psnr": psnr(decoded, batch).mean(), **pixel_losses(decoded, batch)}
         here = chosen[(chosen >= start) & (chosen < start + len(batch))] - start
-        return {name: float(value) * len(batch) for name, value in found.items()}, ssim_in_bytes(decoded, batch, here)
+        return {name: float(value) * len(batch) for name, value in found.items()}, some_ssim(
+            decoded, batch, here, images.values is None
+        )
 
     parts = group.map(measure, range(0, len(rows), size))
     figures: dict[str, Any] = {name: sum(sums[name] for sums, _ in parts) / len(rows) for name in parts[0][0]}
@@ -56,11 +58,13 @@ def evaluate_reconstruction(
     return figures
 
 
-def ssim_in_bytes(decoded: Tensor, images: Tensor, rows: np.ndarray) -> Tensor:
-    """Return the SSIM `(n,)`, on the CPU, of these rows of a batch and their reconstructions, rounded to 8 bits."""
+def some_ssim(decoded: Tensor, images: Tensor, rows: np.ndarray, in_bytes: bool) -> Tensor:
+    """Return the SSIM `(n,)`, on the CPU, of these rows of a batch and their reconstructions, which are rounded to 8
+    bits if the images have 8."""
     if not len(rows):
         return torch.empty(0)
-    return ssim(images.cpu()[rows], to_float(to_uint8(decoded.float().cpu()[rows])))
+    found = decoded.float().cpu()[rows]
+    return ssim(images.cpu()[rows], to_float(to_uint8(found)) if in_bytes else found)
 
 
 def list_prefix_decoders(model: Any) -> list[Callable[[Tensor], Tensor]]:
@@ -88,4 +92,4 @@ def reconstruction_picture(model: Any, images: ImageDataset, count: int = 32) ->
     decoded = torch.cat([model.decode(part).cpu() for part in tokens])
     columns = min(16, len(chosen))
     rows = zip(*(version.split(columns) for version in (originals, *some, decoded)), strict=True)
-    return grid_picture(torch.cat([row for group in rows for row in group]), columns)
+    return grid_picture(torch.cat([row for group in rows for row in group]), columns, show=show_of(model))

@@ -70,7 +70,7 @@ def test_colour_images_that_become_grey_are_reported(tmp_path, capsys, shape, wa
         {"image_size": -28},
         {"image_size": [28]},
         {"image_size": [28, 100_000]},
-        {"channels": 2},
+        {"channels": 17},
         {"held_out_fraction": 1.0},
         {"on_error": "ignore"},
         {"limit": 0},

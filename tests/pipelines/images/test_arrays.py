@@ -1,0 +1,313 @@
+"""Images of many channels and more than 8 bits: reading, range, pictures, and a run of all stages."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from command import fails
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipelines import ImagePipeline, evaluate, generate, train_prior, train_tokenizer
+from pipelines.__main__ import main
+from pipelines.config import UserError
+from pipelines.images import DataConfig, load_images, to_uint8
+from pipelines.images.arrays import Values, decode_array, values_of
+from pipelines.images.decoding import try_decode
+from pipelines.images.pictures import convert_images, to_images
+from tokenizer import Tokenizer
+from tokenizer.files import ConfigError
+
+FULL = Values("uint16", 0.0, 65535.0)
+
+
+def blobs(count, seed=0, channels=6, side=16):
+    """Smooth uint16 images (count, side, side, channels) between 100 and 5,000."""
+    noise = torch.randn(count, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+    smooth = torch.nn.functional.interpolate(noise, (side, side), mode="bicubic").sigmoid()
+    smooth = smooth * torch.linspace(1, 0.3, channels)[:, None, None]
+    return (100 + 4900 * smooth).round().movedim(1, -1).numpy().astype(np.uint16)
+
+
+def write_arrays(folder, arrays):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, array in enumerate(arrays):
+        np.save(folder / f"{number:03d}.npy", array)
+    return folder
+
+
+def tiff(pages):
+    file = io.BytesIO()
+    first, *rest = map(Image.fromarray, pages)
+    first.save(file, "TIFF", save_all=True, append_images=rest)
+    return file.getvalue()
+
+
+def npz(**arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
+
+
+def png(array):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+# Range
+
+
+@given(
+    st.sampled_from(["uint8", "uint16"]),
+    st.integers(0, 2**16 - 2),
+    st.integers(1, 2**16),
+    st.integers(0, 2**32),
+)
+def test_whole_numbers_come_back_exactly(dtype, low, width, seed):
+    most = int(np.iinfo(dtype).max)
+    low %= most
+    values = Values(dtype, low, min(low + width, most))
+    array = np.random.default_rng(seed).integers(low, values.high + 1, (3, 5, 2)).astype(dtype)
+    unit = values.to_unit(array)
+    assert unit.dtype == np.float32 and np.abs(unit).max() <= 1
+    found = values.from_unit(unit)
+    assert found.dtype == array.dtype and np.array_equal(found, array)
+
+
+@pytest.mark.parametrize("values", [FULL, Values("float32", -3.0, 5.0), Values("uint8", 10.0, 200.0)])
+def test_arrays_come_back_through_to_images(values):
+    rng = np.random.default_rng(0)
+    array = rng.uniform(values.low, values.high, (4, 7, 5, 6)).astype(values.dtype)
+    images = to_images(array, (6, 7, 5), values)
+    assert images.shape == (4, 6, 7, 5) and images.dtype == torch.float32 and float(images.abs().max()) <= 1
+    found = convert_images(images, "np", values)
+    assert found.dtype == array.dtype and np.allclose(found, array, rtol=0, atol=1e-6 if values.dtype[0] == "f" else 0)
+    assert torch.equal(to_images(list(array), (6, 7, 5), values), images)
+    assert torch.equal(to_images(images, (6, 7, 5), values), images)
+
+
+def test_other_types_are_refused_in_one_line():
+    for array, reason in [
+        (np.zeros((4, 4, 6), np.uint8), "must be uint16"),
+        (np.full((4, 4, 6), 7.0), "must lie in"),
+        (np.full((4, 4, 6), np.nan), "NaN"),
+        (np.zeros((4, 4, 5), np.uint16), "shape"),
+    ]:
+        with pytest.raises(ValueError, match=reason) as caught:
+            to_images(array, (6, 4, 4), FULL)
+        assert "\n" not in str(caught.value)
+
+
+# Files
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "first", "tiff"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_every_format_gives_the_same_values(kind, dtype):
+    array = (blobs(1)[0] / 25).astype(dtype)
+    values = None if dtype == "uint8" else Values(dtype, 0.0, 250.0)
+    first = np.ascontiguousarray(array.transpose(2, 0, 1))
+    data = {"npy": npy(array), "npz": npz(a=array, b=array[:2]), "first": npy(first), "tiff": tiff(first)}[kind]
+    found = try_decode(data, (6, 16, 16), values=values)
+    assert not isinstance(found, str), found
+    expected = first if values is None else values.to_unit(first)
+    assert found.dtype == expected.dtype and np.array_equal(found, expected)
+
+
+def test_grey_of_16_bits_keeps_them():
+    array = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    for data in (png(array), tiff([array])):
+        assert np.array_equal(FULL.from_unit(decode_array(data, (1, 64, 64), FULL))[0], array)
+
+
+def test_channels_are_resized_alike():
+    image = np.random.default_rng(0).integers(0, 256, (40, 30, 3)).astype(np.uint8)
+    six = npy(np.concatenate([image, image[..., ::-1]], axis=2))
+    found, expected = try_decode(six, (6, 12, 12)), try_decode(png(image), (3, 12, 12))
+    assert np.array_equal(found[:3], expected) and np.array_equal(found[3:], expected[::-1])
+    deep = decode_array(npy(image.astype(np.uint16)), (3, 12, 12), Values("uint16", 0.0, 255.0))
+    assert np.abs((deep + 1) * 127.5 - expected).max() <= 1.5  # without rounding between the two passes
+
+
+BAD = {
+    "NaN": (npy(np.full((8, 8, 6), np.nan, np.float32)), Values("float32", 0.0, 1.0), "NaN"),
+    "channels": (npy(np.zeros((8, 8, 5), np.uint16)), FULL, "data.channels=6 needs"),
+    "axes": (npy(np.zeros((2, 8, 8, 6), np.uint16)), FULL, "shape (2, 8, 8, 6)"),
+    "type": (npy(np.zeros((8, 8, 6), np.int32)), FULL, "int32, not uint16"),
+    "8 bits": (npy(np.zeros((8, 8, 6), np.uint8)), FULL, "uint8, not uint16"),
+    "objects": (npy(np.array([{}], dtype=object)), FULL, "Python objects"),
+    "short": (npy(np.zeros((8, 8, 6), np.uint16))[:200], FULL, "too short"),
+    "zip": (b"PK\x03\x04 nothing", FULL, "damaged .npz"),
+    "empty": (npz(), FULL, "npz"),
+    "picture": (png(np.zeros((8, 8, 3), np.uint8)), FULL, "data.channels=6 needs"),
+    "pages": (tiff([np.zeros((8, 8), np.uint16), np.zeros((4, 4), np.uint16)]), FULL, "pages differ"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_give_one_line(name):
+    data, values, reason = BAD[name]
+    found = try_decode(data, (6, 8, 8), values=values)
+    assert isinstance(found, str) and reason in found and "\n" not in found
+
+
+# Data sets
+
+
+def data_of(folder, **more):
+    return DataConfig(**{"source": str(folder), "channels": 6, "image_size": 16, **more})
+
+
+def test_range_is_measured_on_training_images(tmp_path, capsys):
+    arrays = blobs(40)
+    images = load_images(data_of(write_arrays(tmp_path / "a", arrays)))
+    rows = images.train.origin[1]
+    low, high = int(arrays[rows].min()), int(arrays[rows].max())
+    assert images.train.values == images.held_out.values == ("uint16", low, high)
+    assert f"uint16 from {low} to {high}" in capsys.readouterr().err
+    batch = images.train.batch([0, 1])
+    expected = images.train.values.to_unit(arrays[rows[:2]])
+    assert torch.equal(batch, torch.from_numpy(expected).movedim(-1, 1))
+    lazy = load_images(data_of(tmp_path / "a", cache_mb=0))
+    assert torch.equal(lazy.train.batch([0, 1]), batch)
+
+
+def test_a_range_that_clips_is_reported(tmp_path, capsys):
+    folder = write_arrays(tmp_path / "a", blobs(20))
+    load_images(data_of(folder, range=(0, 10_000)))
+    assert "warning" not in capsys.readouterr().err
+    load_images(data_of(folder, range=(0, 2000)))
+    assert "data.range=0,2000 clips" in (told := capsys.readouterr().err) and ".npy" in told
+
+
+def test_bad_arrays_are_named(tmp_path):
+    arrays = list(blobs(20).astype(np.float32))
+    arrays[3][0, 0, 0] = np.inf
+    with pytest.raises(UserError, match="003.npy: 1 of 1,536 values are NaN or infinite"):
+        load_images(data_of(write_arrays(tmp_path / "a", arrays)))
+    with pytest.raises(UserError, match="data.range: the values of the .* cannot be measured.*npy"):
+        load_images(data_of(tmp_path / "a", channels=5))
+    with pytest.raises(UserError, match="all are 0"):
+        load_images(data_of(write_arrays(tmp_path / "b", np.zeros((20, 16, 16, 6), np.uint16))))
+    with pytest.raises(UserError, match="folder of files"):
+        load_images(DataConfig(channels=6))
+
+
+def test_arrays_beside_pictures_are_no_images(tmp_path):
+    write_arrays(tmp_path, np.zeros((4, 8, 8), np.uint8))
+    for number in range(12):
+        Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
+    images = load_images(DataConfig(source=str(tmp_path), image_size=8))
+    assert sum(map(len, images.by_name().values())) == 12 and images.train.values is None
+
+
+def test_settings_of_8_bits_are_not_written():
+    assert not {"dtype", "range", "show", "clips"} & set(DataConfig().model_dump())
+    config = Tokenizer.find("vqvae").Config(image_size=16, channels=3)
+    assert not {"dtype", "range", "show"} & set(config.to_dict())
+    saved = data_of("x", dtype="uint16", range=(1, 2), show=(5, 1, 0)).model_dump(mode="json")
+    assert DataConfig.model_validate(saved).show == (5, 1, 0)
+
+
+@pytest.mark.parametrize("kind", ["pixels", "palette", "maskgit", "magvit2", "cosmos"])
+def test_tokenizers_that_take_8_bits_say_so(kind):
+    make = Tokenizer.find(kind).Config
+    for facts in ({"channels": 6}, {"channels": 1, "dtype": "uint16", "range": (0.0, 9.0)}):
+        with pytest.raises(ConfigError, match="takes 8-bit images with 1 or 3 channels"):
+            make(image_size=32, **facts)
+    with pytest.raises(ConfigError, match="likelihood discretized_logistic takes 8-bit"):
+        Tokenizer.find("vqvae").Config(image_size=32, channels=6, likelihood="discretized_logistic")
+
+
+@pytest.mark.parametrize("settings", [{"range": (2, 1)}, {"show": (0, 1, 6)}, {"channels": 3, "show": (0, 1, 2)}])
+def test_impossible_settings_are_refused(settings):
+    with pytest.raises(ValueError, match="range|show"):
+        data_of("x", **settings)
+
+
+# All stages
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder of 6-channel uint16 arrays, and the runs of all stages on it."""
+    root = tmp_path_factory.mktemp("arrays")
+    write_arrays(root / "images", blobs(240))
+    common = ["train.batch_size=16", "train.mixed_precision=no"]
+    data = [f"data.source={root / 'images'}", "data.channels=6", "data.image_size=16", "data.show=5,2,0"]
+    sizes = ["model.kind=vqvae", "model.widths=[16]", "model.blocks=[1]", "model.quantizer.codes=32"]
+    train_tokenizer.main([f"out={root / 'tok'}", *data, *sizes, *common, "train.steps=150", "data.augment.flip=true"])
+    main(["encode", f"tokenizer={root / 'tok'}", f"out={root / 'tokens'}"])
+    gpt = ["model.kind=gpt", "model.dim=32", "model.depth=1", "model.heads=2"]
+    train_prior.main([f"out={root / 'prior'}", f"tokens={root / 'tokens'}", *gpt, *common, "train.steps=20"])
+    return root
+
+
+def test_all_stages_use_the_measured_range(run):
+    pipe, arrays = ImagePipeline.from_pretrained(run / "prior"), blobs(240)
+    assert pipe.values.dtype == "uint16" and pipe.tokenizer.image_shape == (6, 16, 16)
+    assert arrays.min() <= pipe.values.low < pipe.values.high <= arrays.max()
+    found = pipe.reconstruct(arrays, output_type="np")
+    assert found.dtype == np.uint16 and found.shape == arrays.shape
+    error = np.abs(found.astype(float) - arrays).mean()
+    assert error < 0.8 * np.abs(arrays - arrays.mean((0, 1, 2))).mean()  # better than the mean colour
+    tokens = pipe.encode(arrays)
+    assert torch.equal(pipe.encode(pipe.to_images(arrays)), tokens)
+    assert np.array_equal(pipe.decode(tokens, output_type="np"), found)
+    assert pipe.log_prob(arrays).shape == pipe.anomaly_score(arrays, method="nll").shape == (240,)
+    assert pipe.embed(arrays[:4]).shape[0] == 4
+
+
+def test_pictures_show_the_chosen_channels(run):
+    pipe = ImagePipeline.from_pretrained(run / "prior")
+    images = pipe(2, seed=0, output_type="pt").images
+    pictures = pipe(2, seed=0).images
+    expected = to_uint8(images[:, [5, 2, 0]]).movedim(1, -1).numpy()
+    assert np.array_equal(np.stack([np.asarray(picture) for picture in pictures]), expected)
+    preview = next((run / "tok" / "previews").glob("reconstructions-*.png"))
+    assert Image.open(preview).mode == "RGB"
+
+
+def test_generate_writes_the_declared_type(run):
+    out = generate.main([f"pipeline={run / 'prior'}", "num_images=3", f"out={run / 'samples.npz'}"])
+    found = np.load(run / "samples.npz")["arr_0"]
+    expected = ImagePipeline.from_pretrained(run / "prior")(3, seed=0, output_type="np").images
+    assert found.dtype == np.uint16 and np.array_equal(found, expected), out
+    generate.main([f"pipeline={run / 'prior'}", "num_images=3", f"out={run / 'samples'}"])
+    assert np.array_equal(np.load(run / "samples" / "00002.npy"), expected[2])
+    generate.main([f"pipeline={run / 'prior'}", "num_images=3", f"out={run / 'grid.png'}"])
+    assert Image.open(run / "grid.png").mode == "RGB"
+
+
+def test_evaluation_and_detection_run(run):
+    pipeline = f"pipeline={run / 'prior'}"
+    evaluate.main([pipeline, "num_images=16", "feature_steps=0", f"out={run / 'evaluation'}"])
+    assert (run / "evaluation" / "reconstructions.png").exists()
+    main(["calibrate", f"{pipeline}/pipeline", "false_alarms=0.3"])
+    write_arrays(run / "other", blobs(4, seed=9))
+    main(["detect", pipeline, f"images={run / 'other'}", f"out={run / 'found'}", "method=nll"])
+    assert len((run / "found" / "scores.csv").read_text().splitlines()) == 5
+
+
+def test_verbs_for_pictures_say_so(run, capsys):
+    pipeline = f"pipeline={run / 'prior'}"
+    line = fails(capsys, "compress", pipeline, f"images={run / 'images'}", f"out={run / 'x.smalti'}")
+    assert "takes 8-bit images" in line
+    line = fails(capsys, "evaluate", pipeline, "data.range=0,70000", f"out={run / 'y'}")
+    assert "data.range" in line and "set data.dtype=uint16 data.range=" in line
+    line = fails(capsys, "train_tokenizer", f"out={run / 'z'}", "data.channels=6", "loss.perceptual=1")
+    assert "LPIPS takes images with 1 or 3 channels" in line
+    with pytest.raises(ValueError, match="lossless compression needs"):
+        ImagePipeline.from_pretrained(run / "prior").compress(blobs(2), lossless=True)
+    assert values_of(Tokenizer.from_pretrained(run / "tok" / "tokenizer")).dtype == "uint16"
