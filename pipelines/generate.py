@@ -64,8 +64,7 @@ class GenerateConfig(SamplesWithCondition, UsesPipeline, OutputConfig):
     out: str = Field(
         "grid.png",
         description="a picture file for a grid of all images; NAME.npz for one archive in the format of ADM's "
-        "evaluator; or a folder for one PNG file per image (.npy unless they have 8 bits and 1 or 3 channels), "
-        "with their conditions in metadata.jsonl",
+        "evaluator; or a folder for one file per image, PNG or .npy, with their conditions in metadata.jsonl",
     )
     num_images: int | None = Field(
         None, ge=1, le=MAX_IMAGES, description=f"number of images; default: one per condition, else {IMAGES}"

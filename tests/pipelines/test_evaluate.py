@@ -241,10 +241,10 @@ def test_several_processes_share_the_images_and_find_the_same_figures(tmp_path, 
     run("alone")
     decode = dataset.decode_in_threads
 
-    def noted(payloads, shape):
+    def noted(payloads, *options):
         payloads = list(payloads)
         decoded[several.own.rank] += map(str, payloads)
-        return decode(payloads, shape)
+        return decode(payloads, *options)
 
     monkeypatch.setattr(dataset, "decode_in_threads", noted)
     monkeypatch.setattr(evaluation, "join_group", several.joined)

@@ -76,7 +76,7 @@ def test_a_row_has_type_range_default_and_sentence(capsys: Captured) -> None:
         r"out +text +required +\w",
         r"init +text +null +\w",  # that null is allowed goes without saying
         r"data.label_column +text or null +label +\w",
-        r"data.channels +1 \| 3 +1 +\w",
+        r"data.channels +int 1..16 +1 +\w",
         r"model.kind +kind +vqvae +\w.*cosmos, ",
         r"model.heads +int 1..256 +4 +\w",
         r"train.lr +float > 0 +0.001 +\w",

@@ -20,7 +20,7 @@ from tokenizer import TokenGrid
 class Images(list):
     """Images `(n, C, H, W)` as a data set."""
 
-    image_shape = (3, 16, 8)
+    image_shape, values = (3, 16, 8), None
 
     def batch(self, rows) -> torch.Tensor:
         return torch.stack([self[int(row)] for row in rows])
