@@ -85,8 +85,8 @@ def calibrate(
 
 
 def check_promise(count: int, false_alarms: float, confidence: float | None, objects: int | None = None) -> None:
-    """Raise `ValueError` if `count` images, of so many `objects` if these count, are too few for the guarantee, or too
-    many to store."""
+    """Raise `ValueError` if there are too few images for the guarantee, or too many to store. objects: the number of
+    objects, if each has one score."""
     for name, share in (("false_alarms", false_alarms), ("confidence", confidence)):
         if share is not None and not 0 < share < 1:
             raise ValueError(f"{name} should be between 0 and 1 (got {share})")

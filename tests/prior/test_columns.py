@@ -49,7 +49,7 @@ def equal(one, other):
 @pytest.mark.parametrize("name", COLUMNS)
 @given(data=st.data())
 def test_one_value_and_one_per_image_differ_in_every_form(name, data):
-    """Values are read alike alone, in a list, as arrays and as tensors; None is null."""
+    """Values are the same alone, in a list, as arrays and as tensors; None is null."""
     column = COLUMNS[name]
     values = data.draw(st.lists(st.none() | lists(column), min_size=1, max_size=4))
     each = [column.parse(value) for value in values]

@@ -188,7 +188,7 @@ def test_a_range_that_clips_is_reported(tmp_path, capsys):
     load_images(data_of(folder, range=(0, 10_000)))
     assert "warning" not in capsys.readouterr().err
     load_images(data_of(folder, range=(0, 2000)))
-    assert "data.range=0,2000 clips" in (told := capsys.readouterr().err) and ".npy" in told
+    assert "data.range=0,2000 clips" in (printed := capsys.readouterr().err) and ".npy" in printed
 
 
 def test_bad_arrays_are_named(tmp_path):

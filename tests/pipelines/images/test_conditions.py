@@ -1,4 +1,4 @@
-"""Columns of image data sets: the same from any origin, statistics of training alone, pictures moved alike, clips."""
+"""Columns of image data sets: the same from any origin, statistics of training alone, pictures that move together."""
 
 from __future__ import annotations
 
@@ -530,9 +530,12 @@ def test_mistakes_are_found_before_images_are_read(tmp_path, name, settings, opt
 
 
 def test_a_change_that_is_off_falsifies_nothing(tmp_path):
-    config, source = DataConfig(augment=AugmentConfig(shift=2)), {"c": ConditionSource(changed_by=("flip",))}
-    check_sources(config, source, augmentations=3)
-    check_sources(DataConfig(augment=AugmentConfig(flip=True)), source)
+    source = {"c": ConditionSource(changed_by=("flip",))}
+    flips = DataConfig(augment=AugmentConfig(flip=True))
+    check_sources(DataConfig(augment=AugmentConfig(shift=2)), source, augmentations=3)
+    check_sources(flips, source)
+    with pytest.raises(UserError, match="flip"):
+        check_sources(flips, source, augmentations=3)
 
 
 @pytest.mark.parametrize(
