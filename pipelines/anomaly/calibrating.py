@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,13 +18,16 @@ from ..images.pictures import convert_images
 from .calibration import LEVELS, MAX_IMAGES, Calibration, Fitted, NormalScores, digest_of
 from .conformal import Floats, least_scores, round_scores, threshold
 from .distances import Distance, round_digits
-from .image_statistics import measure
+from .image_statistics import Measured, measure, measure_batch
 from .scores import FITTED, fitted_score, list_methods, log_statistics, plain_score, total_bits
+from .tiling import LazyImages, Select, cut_tiles, digest_of_pixels, list_images, load_image, read_given
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline, Label
 
 MAX_SCORES, MAX_POINTS, MAX_POSITIONS, MAX_SIDE = 2000, 1000, 4096, 64  # bounds on the size of the file
+MAX_TILES = 10_000
+"""Tiles that are used for fitting, which bounds memory."""
 
 
 def calibrate(
@@ -35,6 +39,7 @@ def calibrate(
     condition: GivenCondition = None,
     confidence: float | None = None,
     seed: int = 0,
+    stride: int | None = None,
     batch_size: int = 256,
 ) -> Calibration:
     """Calibrate on normal images that were not used in training; set and return `pipeline.calibration`.
@@ -45,7 +50,17 @@ def calibrate(
     average over calibrations, at most a share `false_alarms` of new normal images exceeds a threshold; for about half
     of the calibrations the share is slightly larger. `confidence=0.9` raises the thresholds so that the bound holds for
     90 % of calibrations; p-values do not change. Raises `ValueError` for too few images, and for more than 50,000.
+
+    stride: take images of any size, as `anomaly_map` does. Tiles of one half are used for fitting (at most 10,000,
+    evenly spaced), and the score of an image of the other half is the maximum of those of its tiles, so that p-values
+    and thresholds are of images.
     """
+    promise = {"false_alarms": float(false_alarms), "confidence": None if confidence is None else float(confidence)}
+    if stride is not None:
+        several = list_images(images, pipeline.tokenizer.image_shape)
+        select = read_given(pipeline, labels, condition, len(several))
+        pipeline.calibration = calibrate_tiles(pipeline, several, select, promise, seed, stride, batch_size)
+        return pipeline.calibration
     batch = pipeline.to_images(images)
     count = len(batch)
     check_promise(count, false_alarms, confidence)
@@ -53,25 +68,86 @@ def calibrate(
     order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
     fitted = fit_reference({name: values[order[: count // 2]] for name, values in found.items()})
     held = {name: values[order[count // 2 :]] for name, values in found.items()}
-    scores = {}
-    for method in list_methods(found):
-        score = fitted_score(method, held, fitted) if method in FITTED else plain_score(method, held)
-        values, tie = round_scores(score[:MAX_SCORES].numpy())
-        limit = threshold(values, tie, false_alarms, confidence)
-        scores[method] = NormalScores(values=values, tie=tie, threshold=limit)
+    scores = {method: score_with(method, held, fitted) for method in list_methods(found)}
     pipeline.calibration = Calibration(
         count=count,
         labels=LABEL in given,
         columns=sorted({*given} - {LABEL}),
-        false_alarms=float(false_alarms),
-        confidence=None if confidence is None else float(confidence),
+        **promise,
         fitted=fitted,
-        scores=scores,
+        scores={method: normal_scores(score[:MAX_SCORES], **promise) for method, score in scores.items()},
         surprise=surprise_quantiles(surprise),
         error=downsample_error(error),
         digests=sorted({digest_of(image) for image in convert_images(batch, "np")}),
     )
     return pipeline.calibration
+
+
+def calibrate_tiles(
+    pipeline: ImagePipeline,
+    images: LazyImages,
+    select: Select,
+    promise: dict[str, Any],
+    seed: int,
+    stride: int,
+    batch_size: int,
+) -> Calibration:
+    """Return the calibration on tiles of images; see `calibrate`. Each image is loaded once."""
+    count, shape, digests = len(images), pipeline.tokenizer.image_shape, set[str]()
+    check_promise(count, **promise)
+    order = np.random.default_rng(seed).permutation(count).tolist()
+    fitting, scoring = sorted(order[: count // 2]), order[count // 2 :]
+
+    def load(numbers: list[int]) -> Iterator[tuple[int, Tensor]]:
+        for number in numbers:
+            image = load_image(images, number, shape)
+            digests.add(digest_of_pixels(image))
+            yield number, image
+
+    def measure_tiles(numbers: list[int], most: int | None = None) -> Iterator[tuple[Measured, list[int]]]:
+        for tiles, places in cut_tiles(load(numbers), shape, stride, batch_size, most):
+            own = [place.image for place in places]
+            labels, condition = select(own)
+            yield measure_batch(pipeline, tiles.to(pipeline.device), labels, condition=condition), own
+
+    parts = [measured for measured, _ in measure_tiles(fitting, max(1, MAX_TILES // len(fitting)))]
+    found = {name: torch.cat([part.statistics[name] for part in parts]) for name in parts[0].statistics}
+    mixed = torch.from_numpy(np.random.default_rng(seed).permutation(len(found["error"])))  # neighbours of all images
+    fitted = fit_reference({name: values[mixed] for name, values in found.items()})
+    weights = [len(part.surprise) / len(mixed) for part in parts]
+    error = sum((weight * part.error for weight, part in zip(weights, parts, strict=True)), torch.zeros(shape[1:]))
+    chosen = scoring[:MAX_SCORES]
+    scores = {method: torch.full((count,), -math.inf, dtype=torch.float64) for method in list_methods(found)}
+    for measured, own in measure_tiles(chosen):
+        for method, best in scores.items():
+            best.scatter_reduce_(0, torch.tensor(own), score_with(method, measured.statistics, fitted), "amax")
+    for _ in load(scoring[MAX_SCORES:]):  # for their digests
+        pass
+    given = parts[0].given
+    return Calibration(
+        count=count,
+        labels=LABEL in given,
+        columns=sorted({*given} - {LABEL}),
+        tile=list(shape[1:]),
+        stride=stride,
+        **promise,
+        fitted=fitted,
+        scores={method: normal_scores(best[chosen], **promise) for method, best in scores.items()},
+        surprise=surprise_quantiles(torch.cat([part.surprise for part in parts])),
+        error=downsample_error(error),
+        digests=sorted(digests),
+    )
+
+
+def score_with(method: str, found: dict[str, Tensor], fitted: Fitted) -> Tensor:
+    """Compute one of the scores."""
+    return fitted_score(method, found, fitted) if method in FITTED else plain_score(method, found)
+
+
+def normal_scores(score: Tensor, false_alarms: float, confidence: float | None) -> NormalScores:
+    """Return the scores of normal images, and the threshold."""
+    values, tie = round_scores(score.numpy())
+    return NormalScores(values=values, tie=tie, threshold=threshold(values, tie, false_alarms, confidence))
 
 
 def check_promise(count: int, false_alarms: float, confidence: float | None) -> None:

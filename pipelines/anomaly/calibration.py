@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +52,10 @@ class Calibration(Part):
     """Whether token bits were conditioned on the images' classes."""
     columns: list[Annotated[str, Field(pattern=f"^{NAME.pattern}$")]] = Field([], max_length=MAX_COLUMNS)
     """The columns that token bits were conditioned on; not in the file if there are none."""
+    tile: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=2, max_length=2)
+    """Height and width of the tiles of which each score is the maximum; None, and not in the file, for whole images."""
+    stride: int | None = Field(None, ge=1)
+    """Distance of the tiles in pixels; None, and not in the file, for whole images."""
     false_alarms: float = Field(gt=0, lt=1)
     """Share of normal images above a method's threshold."""
     confidence: float | None = Field(gt=0, lt=1)
@@ -72,11 +76,14 @@ class Calibration(Part):
             raise FieldError("surprise", f"should have {len(LEVELS)} rows")
         if (self.error < 0).any():
             raise FieldError("error", "should not be negative")
+        if (self.tile is None) != (self.stride is None):
+            raise FieldError("stride", "should be given with tile, and only with it")
         return self
 
     @model_serializer(mode="wrap")
-    def _without_empty_columns(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if name != "columns" or value}
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        optional = ("columns", "tile", "stride")
+        return {name: value for name, value in handler(self).items() if name not in optional or value}
 
     def __repr__(self) -> str:
         return f"Calibration({self.count} images, {', '.join(self.scores)}; {self.promise})"
@@ -90,6 +97,20 @@ class Calibration(Part):
             before, now = (", ".join(sorted(names)) or "nothing" for names in (then, given))
             raise CalibrationError(
                 f"{key}: calibrated with {before} given, but now with {now}, so scores are not comparable"
+            )
+
+    def check_tiles(self, tile: Sequence[int], stride: int | None) -> None:
+        """Raise `CalibrationError` unless the scores are of such tiles, as in the calibration; stride: None for whole
+        images."""
+        now = None if stride is None else (list(tile), stride)
+        then = None if self.tile is None else (self.tile, self.stride)
+        if now != then:
+            before, after = (
+                "whole images" if each is None else f"tiles of {' x '.join(map(str, each[0]))} and stride={each[1]}"
+                for each in (then, now)
+            )
+            raise CalibrationError(
+                f"stride: calibrated with {before}, but now with {after}, so scores are not comparable"
             )
 
     @property

@@ -139,6 +139,15 @@ def try_decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMAT
         return str(error) or type(error).__name__
 
 
+def try_decode_whole(payload: Payload, channels: int, least: tuple[int, int] = (1, 1)) -> Pixels | str:
+    """Return `whole_pixels`, or the reason why the image cannot be decoded."""
+    try:
+        image = Image.fromarray(payload) if isinstance(payload, np.ndarray) else open_image(payload)
+        return whole_pixels(image, channels, least)
+    except Exception as error:  # as in `try_decode`
+        return str(error) or type(error).__name__
+
+
 def decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS) -> Pixels:
     """Return the pixels (C, H, W) of an image."""
     image = Image.fromarray(payload) if isinstance(payload, np.ndarray) else open_image(payload, formats)
@@ -148,13 +157,34 @@ def decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS) -
 def pixels_of(image: Image.Image, shape: Shape) -> Pixels:
     """Return pixels (C, H, W): the first frame, upright, on white, resized and cropped at the centre to the shape."""
     channels, height, width = shape
-    if not (image.width and image.height):
-        raise ValueError(f"{image.width} x {image.height} pixels: the image is empty")
-    image = flatten(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
+    image = to_mode(image, channels)
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return channels_first(image)
+
+
+def whole_pixels(image: Image.Image, channels: int, least: tuple[int, int] = (1, 1)) -> Pixels:
+    """Return pixels (C, H, W) of the whole image at its own size: the first frame, upright, on white. An image with a
+    side below `least` (height, width) is enlarged until it has both."""
+    image = to_mode(image, channels)
+    scale = max(least[0] / image.height, least[1] / image.width)
+    if scale > 1:
+        width, height = max(least[1], round(image.width * scale)), max(least[0], round(image.height * scale))
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return channels_first(image)
+
+
+def to_mode(image: Image.Image, channels: int) -> Image.Image:
+    """Return the first frame of an image, upright, on white, in grey or RGB. Raises `ValueError` for an empty image."""
+    if not (image.width and image.height):
+        raise ValueError(f"{image.width} x {image.height} pixels: the image is empty")
+    return flatten(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
+
+
+def channels_first(image: Image.Image) -> Pixels:
+    """Return the pixels (C, H, W) of a grey or RGB image."""
     pixels = np.asarray(image)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def read_file(path: Path) -> bytes:
