@@ -20,7 +20,7 @@ from .conformal import Floats, least_scores, round_scores, threshold
 from .distances import Distance, round_digits
 from .image_statistics import Measured, measure, measure_batch
 from .scores import FITTED, fitted_score, list_methods, log_statistics, plain_score, total_bits
-from .tiling import LazyImages, Select, cut_tiles, digest_of_pixels, list_images, load_image, read_given
+from .tiling import GivenRows, LazyImages, cut_tiles, digest_of_pixels, list_images, load_image, read_given
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline, Label
@@ -55,11 +55,11 @@ def calibrate(
     evenly spaced), and the score of an image of the other half is the maximum of those of its tiles, so that p-values
     and thresholds are of images.
     """
-    promise = {"false_alarms": float(false_alarms), "confidence": None if confidence is None else float(confidence)}
     if stride is not None:
         several = list_images(images, pipeline.tokenizer.image_shape)
-        select = read_given(pipeline, labels, condition, len(several))
-        pipeline.calibration = calibrate_tiles(pipeline, several, select, promise, seed, stride, batch_size)
+        rows = read_given(pipeline, labels, condition, len(several))
+        promise = false_alarms, confidence
+        pipeline.calibration = calibrate_tiles(pipeline, several, rows, promise, seed, stride, batch_size)
         return pipeline.calibration
     batch = pipeline.to_images(images)
     count = len(batch)
@@ -73,9 +73,12 @@ def calibrate(
         count=count,
         labels=LABEL in given,
         columns=sorted({*given} - {LABEL}),
-        **promise,
+        false_alarms=float(false_alarms),
+        confidence=None if confidence is None else float(confidence),
         fitted=fitted,
-        scores={method: normal_scores(score[:MAX_SCORES], **promise) for method, score in scores.items()},
+        scores={
+            method: normal_scores(score[:MAX_SCORES], false_alarms, confidence) for method, score in scores.items()
+        },
         surprise=surprise_quantiles(surprise),
         error=downsample_error(error),
         digests=sorted({digest_of(image) for image in convert_images(batch, "np")}),
@@ -86,15 +89,17 @@ def calibrate(
 def calibrate_tiles(
     pipeline: ImagePipeline,
     images: LazyImages,
-    select: Select,
-    promise: dict[str, Any],
+    rows: GivenRows,
+    promise: tuple[float, float | None],
     seed: int,
     stride: int,
     batch_size: int,
 ) -> Calibration:
-    """Return the calibration on tiles of images; see `calibrate`. Each image is loaded once."""
+    """Return the calibration on tiles of images; see `calibrate`. promise: `false_alarms` and
+    `confidence`. Each image is loaded once."""
+    false_alarms, confidence = promise
     count, shape, digests = len(images), pipeline.tokenizer.image_shape, set[str]()
-    check_promise(count, **promise)
+    check_promise(count, false_alarms, confidence)
     order = np.random.default_rng(seed).permutation(count).tolist()
     fitting, scoring = sorted(order[: count // 2]), order[count // 2 :]
 
@@ -107,7 +112,7 @@ def calibrate_tiles(
     def measure_tiles(numbers: list[int], most: int | None = None) -> Iterator[tuple[Measured, list[int]]]:
         for tiles, places in cut_tiles(load(numbers), shape, stride, batch_size, most):
             own = [place.image for place in places]
-            labels, condition = select(own)
+            labels, condition = rows.select(own)
             yield measure_batch(pipeline, tiles.to(pipeline.device), labels, condition=condition), own
 
     parts = [measured for measured, _ in measure_tiles(fitting, max(1, MAX_TILES // len(fitting)))]
@@ -123,16 +128,16 @@ def calibrate_tiles(
             best.scatter_reduce_(0, torch.tensor(own), score_with(method, measured.statistics, fitted), "amax")
     for _ in load(scoring[MAX_SCORES:]):  # for their digests
         pass
-    given = parts[0].given
     return Calibration(
         count=count,
-        labels=LABEL in given,
-        columns=sorted({*given} - {LABEL}),
+        labels=LABEL in rows.names,
+        columns=sorted({*rows.names} - {LABEL}),
         tile=list(shape[1:]),
         stride=stride,
-        **promise,
+        false_alarms=float(false_alarms),
+        confidence=None if confidence is None else float(confidence),
         fitted=fitted,
-        scores={method: normal_scores(best[chosen], **promise) for method, best in scores.items()},
+        scores={method: normal_scores(best[chosen], false_alarms, confidence) for method, best in scores.items()},
         surprise=surprise_quantiles(torch.cat([part.surprise for part in parts])),
         error=downsample_error(error),
         digests=sorted(digests),

@@ -64,10 +64,10 @@ def anomaly_map(
     rows, columns = (side.to(pipeline.device) for side in find_patches(pipeline.tokenizer))
     if stride is not None:
         several = list_images(images, pipeline.tokenizer.image_shape)
-        select = read_given(pipeline, labels, condition, len(several))
+        rows_given = read_given(pipeline, labels, condition, len(several))
 
         def map_tiles(tiles: Tensor, numbers: list[int]) -> Tensor:
-            part_labels, part_condition = select(numbers)
+            part_labels, part_condition = rows_given.select(numbers)
             batches = pipeline.batches(tiles, part_labels, len(tiles), part_condition)
             return torch.cat([spread_bits(pipeline, part, given, rows, columns) for _, part, given in batches])
 

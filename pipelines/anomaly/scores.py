@@ -27,7 +27,7 @@ from .calibration import Calibration, Fitted, require_calibration
 from .conformal import Floats, p_values_of
 from .distances import CalibrationError
 from .image_statistics import measure, measure_batch
-from .tiling import LazyImages, Place, Select, cut_tiles, digest_of_pixels, list_images, load_image, read_given
+from .tiling import GivenRows, LazyImages, Place, cut_tiles, digest_of_pixels, list_images, load_image, read_given
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline, Label
@@ -82,13 +82,13 @@ def anomaly_score(
     calibration = pipeline.calibration
     if stride is not None:
         several = list_images(images, pipeline.tokenizer.image_shape)
-        select = read_given(pipeline, labels, condition, len(several))
-        tiled = score_tiles(pipeline, several, method, select, stride, batch_size)
+        given = read_given(pipeline, labels, condition, len(several))
+        tiled = score_tiles(pipeline, several, method, given, stride, batch_size)
         if calibration is not None and (p_values or method in FITTED):
             known = set(calibration.digests)
             warn_of_known(sum(digest in known for digest in tiled.digests), len(several))
         options = pipeline.tokenizer.image_shape[1:], stride
-        return p_value_of(method, tiled.scores, calibration, tiled.given, options) if p_values else tiled.scores
+        return p_value_of(method, tiled.scores, calibration, given.names, options) if p_values else tiled.scores
     batch = pipeline.to_images(images)
     measured = measure(pipeline, batch, labels, batch_size, condition=condition)
     scores = score_of(method, measured.statistics, calibration, measured.given)
@@ -114,22 +114,20 @@ def warn_of_known(known: int, count: int) -> None:
 
 class TileScores(NamedTuple):
     """Scores of images by their tiles: `scores` float64 `(n,)`, the maxima; `places`, the tile of each; `counts`, the
-    number of its tiles; `digests` of the images; `given`, as in `Measured`."""
+    number of its tiles; `digests` of the images."""
 
     scores: Tensor
     places: list[Place]
     counts: list[int]
     digests: list[str]
-    given: list[str]
 
 
 def score_tiles(
-    pipeline: ImagePipeline, images: LazyImages, method: str, select: Select, stride: int, batch_size: int = 256
+    pipeline: ImagePipeline, images: LazyImages, method: str, given: GivenRows, stride: int, batch_size: int = 256
 ) -> TileScores:
-    """Score images of any size by the maximum of the scores of their tiles. select: from `read_given`."""
+    """Score images of any size by the maximum of the scores of their tiles."""
     shape, digests = pipeline.tokenizer.image_shape, list[str]()
     best, places, counts = [-math.inf] * len(images), [Place(0, 0, 0)] * len(images), [0] * len(images)
-    given = list[str]()
 
     def load() -> Iterator[tuple[int, Tensor]]:
         for number in range(len(images)):
@@ -138,15 +136,14 @@ def score_tiles(
             yield number, image
 
     for tiles, where in cut_tiles(load(), shape, stride, batch_size):
-        labels, condition = select([place.image for place in where])
+        labels, condition = given.select([place.image for place in where])
         measured = measure_batch(pipeline, tiles.to(pipeline.device), labels, condition=condition)
-        given = measured.given
-        scores = score_of(method, measured.statistics, pipeline.calibration, given, (shape[1:], stride))
+        scores = score_of(method, measured.statistics, pipeline.calibration, given.names, (shape[1:], stride))
         for score, place in zip(scores.tolist(), where, strict=True):
             counts[place.image] += 1
             if not math.isnan(best[place.image]) and not score <= best[place.image]:
                 best[place.image], places[place.image] = score, place
-    return TileScores(torch.tensor(best, dtype=torch.float64), places, counts, digests, given)
+    return TileScores(torch.tensor(best, dtype=torch.float64), places, counts, digests)
 
 
 Tiling = tuple[Sequence[int], int | None]

@@ -19,7 +19,7 @@ from torch import Tensor
 from prior.conditions import Condition, select_rows
 from prior.sampling import check_count, whole_number
 
-from ..condition_values import GivenCondition
+from ..condition_values import GivenCondition, name_given
 from ..images.decoding import whole_pixels
 from ..images.pictures import convert_image, refuse, to_float, to_images, to_uint8
 from ..shuffling import spread
@@ -98,9 +98,9 @@ def load_image(images: LazyImages, number: int, shape: Shape) -> Tensor:
     else:
         found = tuple(getattr(image, "shape", ()))
         size = found[-2:] if isinstance(image, Tensor) else found[:2]
-        own = (channels, *size) if len(size) == 2 else shape
-        pixels = convert_image(image, own)  # type: ignore[arg-type]
-        pixels = pixels if pixels.dtype == torch.uint8 else to_images(pixels[None], own)[0]  # type: ignore[arg-type]
+        own = (channels, size[0], size[1]) if len(size) == 2 else shape
+        pixels = convert_image(image, own)
+        pixels = pixels if pixels.dtype == torch.uint8 else to_images(pixels[None], own)[0]
     height, width = pixels.shape[1:]
     if height < tile[0] or width < tile[1]:
         raise ValueError(
@@ -193,19 +193,27 @@ def stitch_maps(
 
 # Conditions ---------------------------------------------------------------------------------------
 
-Select = Callable[[Sequence[int]], tuple[Any, Condition]]
+
+@dataclass(frozen=True)
+class GivenRows:
+    """The labels (None if there are none) and raw columns of images, which apply to each of their tiles, and the names
+    of what was given, as in `Measured`."""
+
+    labels: list[int | None] | None
+    columns: Condition
+    names: list[str]
+
+    def select(self, numbers: Sequence[int]) -> tuple[Any, Condition]:
+        """Return the labels and columns of the images `numbers`, in which images may recur."""
+        labels = None if self.labels is None else [self.labels[k] for k in numbers]
+        return labels, select_rows(self.columns, list(numbers))
 
 
 def read_given(
     pipeline: ImagePipeline, labels: Label | Sequence[Label], condition: GivenCondition, count: int
-) -> Select:
-    """Return a function from numbers of images to the labels and raw columns of these images, which apply to each of
-    their tiles. Raises `ValueError`."""
+) -> GivenRows:
+    """Read what is given for `count` images. Raises `ValueError`."""
     ids, columns = pipeline.label_ids(labels, count, condition), pipeline.read_condition(condition, count)
     null = pipeline.prior.num_classes
-    names = None if ids is None else [None if number == null else number for number in ids.tolist()]
-
-    def select(numbers: Sequence[int]) -> tuple[Any, Condition]:
-        return None if names is None else [names[k] for k in numbers], select_rows(columns, list(numbers))
-
-    return select
+    rows = None if ids is None else [None if number == null else number for number in ids.tolist()]
+    return GivenRows(rows, columns, name_given(pipeline.prior, ids, columns))
