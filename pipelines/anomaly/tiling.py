@@ -48,6 +48,10 @@ class LazyImages(Sequence[Any]):
     load: Callable[[int], Any]
     name: Callable[[int], str] = "image {}".format
 
+    def select(self, numbers: Sequence[int]) -> LazyImages:
+        """Return the images `numbers`."""
+        return LazyImages(len(numbers), lambda k: self.load(numbers[k]), lambda k: self.name(numbers[k]))
+
     def __len__(self) -> int:
         return self.size
 

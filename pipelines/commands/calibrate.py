@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -14,17 +14,18 @@ from tokenizer.files import require_replaceable
 from ..anomaly.calibrating import MAX_IMAGES, calibrate, check_promise
 from ..anomaly.calibration import Calibration
 from ..anomaly.scores import METHODS, NEEDS
+from ..anomaly.tiling import LazyImages
 from ..condition_keys import UsesCondition
 from ..config import UserError, Within, run_command
 from ..config.table import count_of, table
 from ..files import lock_output
 from ..image_pipeline import ImagePipeline
-from ..options import UsesImages
+from ..options import UsesTiles
 from ..provenance import defaults
 from ..saving import INDEX, PIPELINE, save_again
 
 
-class CalibrateConfig(UsesCondition, UsesImages):
+class CalibrateConfig(UsesCondition, UsesTiles):
     """Which normal images, and the rate of false alarms."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline",)
@@ -69,7 +70,10 @@ def run(config: CalibrateConfig) -> Calibration:
         pipeline = config.load_pipeline()
         if config.background is not None:
             pipeline.set_background(ImagePipeline.from_pretrained(config.background, device=pipeline.device).prior)
-        images = config.load_images(pipeline).held_out
+        if config.data.crop is not None and not config.tile:
+            raise UserError("tile: the pipeline was trained on crops; tile=true scores whole images by their tiles")
+        stride = config.choose_stride(pipeline.tokenizer.image_shape)
+        images = config.load_images(pipeline, whole=config.tile).held_out
         chosen = np.arange(0, len(images), config.every)
         try:
             check_promise(len(chosen), config.false_alarms, config.confidence)
@@ -82,14 +86,17 @@ def run(config: CalibrateConfig) -> Calibration:
                 hint = "false_alarms=0.2 needs fewer, and data.source=FOLDER uses other images"
             raise UserError(f"data: {error}; {hint}") from error
         given = config.read_condition(pipeline, len(chosen), images.names(chosen))
-        calibration = calibrate(
-            pipeline,
-            images.pixels(chosen),
-            condition=given.values(),
-            false_alarms=config.false_alarms,
-            confidence=config.confidence,
-            seed=config.seed,
-        )
+        options: dict[str, Any] = {"condition": given.values(), "stride": stride}
+        options |= config.model_dump(include={"false_alarms", "confidence", "seed"})
+        if stride is None:
+            calibration = calibrate(pipeline, images.pixels(chosen), **options)
+        else:
+            names = images.names(chosen)
+            whole = LazyImages(len(chosen), lambda k: images.whole(int(chosen[k])), names.__getitem__)
+            try:
+                calibration = calibrate(pipeline, whole, **options)
+            except ValueError as error:
+                raise UserError(f"data: {error}") from error
         save_again(pipeline, folder)
     print(format_report(calibration))
     used = f"{len(chosen):,} of {count_of(len(images), 'image')}"
@@ -104,6 +111,9 @@ def format_report(calibration: Calibration) -> str:
         median = float(np.median(normal.values))
         rows.append((method, f"{median:.4g}", f"{normal.threshold:.4g}", METHODS.get(method, "")))
     lines = [table(rows, right=[1, 2]), "", f"thresholds: {calibration.promise}"]
+    if calibration.tile is not None:
+        tiles = " x ".join(map(str, calibration.tile))
+        lines.append(f"an image's score is the maximum over its tiles of {tiles}, every {calibration.stride} pixels")
     lines += [f"left out: {name} (needs {what})" for name, what in NEEDS.items() if name not in calibration.scores]
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
@@ -20,26 +21,34 @@ from ..anomaly.conformal import benjamini_hochberg
 from ..anomaly.distances import CalibrationError
 from ..anomaly.healing import anomaly_map, heal
 from ..anomaly.image_statistics import measure
-from ..anomaly.scores import p_value_of, score_of
+from ..anomaly.scores import p_value_of, score_of, score_tiles
 from ..anomaly.separation import separation
+from ..anomaly.tiling import LazyImages, digest_of_pixels, load_image, read_given
 from ..condition_keys import ConditionRows, UsesCondition
 from ..config import OutputConfig, UserError, run_command
 from ..config.table import table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import to_float, to_uint8
+from ..images.decoding import try_decode_whole
 from ..images.grids import class_grid
 from ..images.origin import resolve_source
 from ..images.pictures import SUFFIXES, write_picture
-from ..options import UsesImages, find_image_files, read_images
+from ..options import REMOVE, UsesTiles, find_image_files, read_images
 from ..provenance import defaults, trained_data
 
+MAX_SHOWN = 512
+"""Side of a large image on a sheet."""
 
-class DetectConfig(UsesCondition, OutputConfig, UsesImages):
+
+class DetectConfig(UsesCondition, OutputConfig, UsesTiles):
     """Which images, and which calibrated pipeline."""
 
-    examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=runs/detected",)
-    often = "pipeline images out overwrite normal_labels condition.NAME conditions method fdr device"
+    examples = (
+        "pipeline=runs/gpt_digits/pipeline images=my-images out=runs/detected",
+        "pipeline=runs/parts/pipeline images=photos tile=true stride=32 out=runs/detected",
+    )
+    often = "pipeline images out overwrite normal_labels condition.NAME conditions method fdr tile stride device"
 
     images: str | list[str] | None = Field(
         None,
@@ -75,11 +84,11 @@ class DetectConfig(UsesCondition, OutputConfig, UsesImages):
 
 
 class Found(NamedTuple):
-    """Images to score: names, pixels uint8 `(n, C, H, W)`, class names or None, a description of their origin, and
-    their condition."""
+    """Images to score: names, pixels uint8 `(n, C, H, W)` (with tiles: images at their own size, loaded on access),
+    class names or None, a description of their origin, and their condition."""
 
     names: list[str]
-    pixels: Tensor
+    pixels: Any
     classes: list[str] | None
     origin: str
     given: ConditionRows
@@ -96,13 +105,17 @@ def run(config: DetectConfig) -> dict[str, Any]:
         raise UserError(f"out: {config.out!r} should be a folder, for scores.csv and sheet.png")
     out.check_files(["scores.csv", "sheet.png", "figures.json"])
     with lock_output(config.out):
-        names, pixels, classes, _, given = skip_calibrated(find_images(config, pipeline), calibration)
+        stride = config.choose_stride(pipeline.tokenizer.image_shape)
+        try:
+            calibration.check_tiles(pipeline.tokenizer.image_shape[1:], stride)
+        except CalibrationError as error:
+            hint = f"tile=true stride={calibration.stride}" if calibration.tile else "tile=false, or calibrate again"
+            raise UserError(f"{error}; give {hint}") from error
+        found = skip_calibrated(find_images(config, pipeline), calibration, pipeline.tokenizer.image_shape)
+        names, pixels, classes, _, given = found
         anomalous = None if config.normal_labels is None else find_anomalous(classes, config.normal_labels)
         try:
-            measured = measure(pipeline, pixels, condition=given.values())
-            found = measured.statistics
-            scores = score_of(config.method, found, calibration, measured.given)
-            p = p_value_of(config.method, scores, calibration, measured.given)
+            scores, p, details = score_images(config, pipeline, found, stride)
         except CalibrationError as error:
             raise UserError(str(error)) from error
         above = ~(scores.numpy() <= calibration.scores[config.method].threshold)  # also flags NaN
@@ -110,15 +123,37 @@ def run(config: DetectConfig) -> dict[str, Any]:
         figures = {} if anomalous is None else separation(scores.numpy(), anomalous)
         columns = {"file": names, "class": classes, "anomalous": None if anomalous is None else anomalous.astype(int)}
         columns |= {"score": scores.numpy(), "p_value": p.numpy(), "flagged": flagged.astype(int)}
-        columns |= {name: values.numpy() for name, values in found.items() if values.ndim == 1}
+        columns |= details
         with out.files() as folder:
             write_table(folder / "scores.csv", columns)
-            sheet = draw_sheet(pipeline, pixels, given, scores, config.num_shown, config.seed)
+            if stride is None:
+                sheet = draw_sheet(pipeline, pixels, given, scores, config.num_shown, config.seed)
+            else:
+                sheet = draw_whole(pipeline, pixels, given, scores, config.num_shown, stride)
             write_picture(sheet, folder / "sheet.png")
             if figures:
                 write_json(folder / "figures.json", figures)
     print(format_report(config, calibration, flagged, anomalous, figures))
     return figures
+
+
+def score_images(
+    config: DetectConfig, pipeline: ImagePipeline, found: Found, stride: int | None
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Return scores and p-values `(n,)`, and further columns of `scores.csv`: the statistics of the images, or with
+    tiles, their number and the most anomalous one. Raises `CalibrationError`."""
+    calibration, given = pipeline.calibration, found.given.values()
+    if stride is None:
+        measured = measure(pipeline, found.pixels, condition=given)
+        scores = score_of(config.method, measured.statistics, calibration, measured.given)
+        p = p_value_of(config.method, scores, calibration, measured.given)
+        return scores, p, {name: each.numpy() for name, each in measured.statistics.items() if each.ndim == 1}
+    rows = read_given(pipeline, None, given, len(found.names))
+    tiled = score_tiles(pipeline, found.pixels, config.method, rows, stride)
+    tiling = pipeline.tokenizer.image_shape[1:], stride
+    p = p_value_of(config.method, tiled.scores, calibration, rows.names, tiling)
+    places = {"top": [place.top for place in tiled.places], "left": [place.left for place in tiled.places]}
+    return tiled.scores, p, {"tiles": tiled.counts, **places}
 
 
 # Images
@@ -133,22 +168,47 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
                 "images: the pipeline was trained on this folder; omit images= to score its held-out images"
             )
         files = find_image_files(config.paths)
-        pixels = read_images(files, pipeline.tokenizer.image_shape)
+        shape = pipeline.tokenizer.image_shape
+        pixels = whole_files(files, shape[0]) if config.tile else read_images(files, shape)
         folders = [file.absolute().parent.name for file in files]
         names = [str(file) for file in files]
         given = config.read_condition(pipeline, len(names), names)
         return Found(names, pixels, folders, f"images in {', '.join(config.paths)}", given)
-    images = config.load_images(pipeline).held_out
+    images = config.load_images(pipeline, whole=config.tile).held_out
     every = np.arange(len(images))
     classes = None if images.labels is None else [images.class_names[label] for label in images.labels.tolist()]
     names = images.names(every)
     given = config.read_condition(pipeline, len(names), names)
-    return Found(names, images.pixels(every), classes, f"held-out images of {config.data.source}", given)
+    pixels = LazyImages(len(every), images.whole, names.__getitem__) if config.tile else images.pixels(every)
+    return Found(names, pixels, classes, f"held-out images of {config.data.source}", given)
 
 
-def skip_calibrated(found: Found, calibration: Calibration) -> Found:
-    """Drop the images that the pipeline was calibrated with. Raises `UserError` if none are left."""
-    new = np.flatnonzero(~calibration.includes(found.pixels.movedim(1, -1).numpy())).tolist()
+def whole_files(files: list[Path], channels: int) -> LazyImages:
+    """Return image files at their own size, which are read on access."""
+
+    def load(number: int) -> Tensor:
+        pixels = try_decode_whole(files[number], channels)
+        if isinstance(pixels, str):
+            raise UserError(f"images: {files[number]}: {pixels}{REMOVE}")
+        return torch.from_numpy(np.ascontiguousarray(pixels))
+
+    return LazyImages(len(files), load, lambda number: str(files[number]))
+
+
+def skip_calibrated(found: Found, calibration: Calibration, shape: tuple[int, int, int]) -> Found:
+    """Drop the images that the pipeline was calibrated with. shape: of the pipeline's images. Raises `UserError` if
+    none are left, and for an image that is smaller than a tile."""
+    if isinstance(found.pixels, LazyImages):
+        known = set(calibration.digests)
+        try:
+            digests = [digest_of_pixels(load_image(found.pixels, k, shape)) for k in range(len(found.names))]
+        except ValueError as error:
+            raise UserError(f"images: {error}") from error
+        new = [k for k, digest in enumerate(digests) if digest not in known]
+        chosen = found.pixels.select(new)
+    else:
+        new = np.flatnonzero(~calibration.includes(found.pixels.movedim(1, -1).numpy())).tolist()
+        chosen = found.pixels[new]
     if not new:
         raise UserError(
             f"images: the pipeline was calibrated with all {len(found.names):,}; give other images, or calibrate with "
@@ -158,7 +218,7 @@ def skip_calibrated(found: Found, calibration: Calibration) -> Found:
     print(f"scoring {len(new):,} of {len(found.names):,} {found.origin}; {skipped:,} were used for calibration")
     classes = None if found.classes is None else [found.classes[row] for row in new]
     names = [found.names[row] for row in new]
-    return Found(names, found.pixels[new], classes, found.origin, found.given.select(new))
+    return Found(names, chosen, classes, found.origin, found.given.select(new))
 
 
 def find_anomalous(classes: list[str] | None, normal: list[int | str]) -> NDArray[np.bool_]:
@@ -209,6 +269,39 @@ def draw_sheet(
     return class_grid(panel_pixels.movedim(1, -1).numpy(), names, len(columns))
 
 
+def draw_whole(
+    pipeline: ImagePipeline, images: LazyImages, given: ConditionRows, scores: Tensor, count: int, stride: int
+) -> np.ndarray:
+    """Draw a row for each of the `count` most and, below, least anomalous images of any size: the whole image and (if
+    tokens have positions) its map of bits per pixel, shrunk to at most 512 pixels."""
+    ranked = torch.argsort(scores, descending=True)
+    chosen = ranked if len(ranked) <= 2 * count else torch.cat([ranked[:count], ranked[-count:]])
+    panels, highest = list[tuple[Tensor, Tensor | None]](), 1e-6
+    for number in chosen.tolist():
+        image, condition = images.select([number]), given.select([number]).values()
+        heat = None
+        if pipeline.tokenizer.placed:
+            (full,) = anomaly_map(pipeline, image, condition=condition, stride=stride)
+            heat = shrink(full.cpu()[None])[0]
+            highest = max(highest, float(heat.max()))
+        pixels = load_image(image, 0, pipeline.tokenizer.image_shape)
+        panels.append((shrink(to_float(pixels) if pixels.dtype == torch.uint8 else pixels), heat))
+    height, width = (max(image.shape[axis] for image, _ in panels) for axis in (1, 2))
+    drawn, names = [], []
+    for (shown, heat), score in zip(panels, scores[chosen].tolist(), strict=True):
+        row = [shown.expand(3, -1, -1), *([] if heat is None else apply_colormap(heat[None] / highest))]
+        drawn += [F.pad(part, (0, width - part.shape[2], 0, height - part.shape[1]), value=1.0) for part in row]
+        names += [f"score {score:.3g}", "bits per pixel"][: len(row)]
+    return class_grid(to_uint8(torch.stack(drawn)).movedim(1, -1).numpy(), names, len(drawn) // len(panels))
+
+
+def shrink(image: Tensor) -> Tensor:
+    """Reduce an image `(C, H, W)` to at most 512 pixels per side."""
+    scale = MAX_SHOWN / max(image.shape[1:])
+    size = [max(1, round(side * scale)) for side in image.shape[1:]]
+    return image if scale >= 1 else F.interpolate(image[None], size=size, mode="area")[0]
+
+
 def apply_colormap(values: Tensor) -> Tensor:
     """Map `(B, H, W)` in [0, 1] to colour images `(B, 3, H, W)`: black, red, yellow, white."""
     return torch.stack([(3 * values - channel).clamp(0, 1) for channel in range(3)], 1) * 2 - 1
@@ -234,10 +327,8 @@ def format_report(
             ("AUPRC", f"{figures['auprc']:.4f} (by chance {figures['prevalence']:.4f})"),
             ("FPR95", f"{figures['fpr95']:.4f}"),
         ]
-    panels = (
-        "rows from most to least anomalous; columns: image, bits per pixel (grid tokenizers only), healed image, "
-        "difference"
-    )
+    panels = "rows from most to least anomalous; columns: image, bits per pixel (grid tokenizers only)"
+    panels += "" if config.tile else ", healed image, difference"
     rows += [(), ("scores", f"{config.out}/scores.csv"), ("sheet", f"{config.out}/sheet.png: {panels}")]
     return table(rows)
 

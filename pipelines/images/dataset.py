@@ -31,7 +31,19 @@ from ..files import replace_file
 from ..shuffling import positions_of, samples_of, splitmix64, spread
 from . import tables
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
-from .decoding import CHUNK, IMAGE, LABEL, BadImage, Decoded, Pixels, Rows, SplitRows, decode_all, decode_in_threads
+from .decoding import (
+    CHUNK,
+    IMAGE,
+    LABEL,
+    BadImage,
+    Decoded,
+    Pixels,
+    Rows,
+    SplitRows,
+    decode_all,
+    decode_in_threads,
+    try_decode_whole,
+)
 from .folder import holds_files, open_folder
 from .pictures import to_float
 
@@ -104,6 +116,17 @@ class DataConfig(Config):
     image_column: str = Field(default=IMAGE, description="column of the images; in a .tar, their suffix")
     label_column: str | None = Field(default=LABEL, description="column of the classes; null ignores classes")
     augment: AugmentConfig = Field(default=AugmentConfig(), description="random augmentation of the training images")
+    crop: Literal["random"] | None = Field(
+        default=None,
+        description="`random`: train on random crops of `image_size` from images at their own size, which are only "
+        "enlarged if they are smaller; other splits use a centred grid of crops; null: resize images",
+    )
+    crops_per_image: int = Field(
+        default=1,
+        ge=1,
+        le=100_000,
+        description="with crop, the crops of each training image in an epoch, and in a token dataset",
+    )
     on_error: Literal["skip", "fail"] = Field(
         default="fail", description="what to do with images that cannot be decoded: skip them, or end the run"
     )
@@ -126,11 +149,23 @@ class DataConfig(Config):
             raise ValueError(f"split and held_out are both {self.split!r}: evaluation needs images not trained on")
         return self
 
+    @model_validator(mode="after")
+    def _crops_are_cropped(self) -> DataConfig:
+        if self.crops_per_image > 1 and self.crop is None:
+            raise ValueError("crops_per_image needs crop=random")
+        return self
+
     @model_serializer(mode="wrap")
-    def _omit_clips(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `clips` where there are none, as files written before it was a setting do."""
+    def _omit_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `clips` and crops where there are none, as files written before these were settings do."""
         found: dict[str, Any] = handler(self)
-        return found if self.clips else {key: value for key, value in found.items() if key != "clips"}
+        unused = set[str]() if self.clips else {"clips"}
+        unused |= {"crop", "crops_per_image"} if self.crop is None else set()
+        return {key: value for key, value in found.items() if key not in unused}
+
+    def without_crop(self) -> DataConfig:
+        """Return the settings for the same images without `crop`."""
+        return self.model_copy(update={"crop": None, "crops_per_image": 1})
 
     @property
     def path(self) -> Path | None:
@@ -158,6 +193,12 @@ def load_images(config: DataConfig, *, together: bool = False, stream: bool = Fa
     `on_error=skip`, only if they exceed `max_bad_fraction`).
     """
     streamed: ImageDataset | None = None
+    if config.crop is not None:
+        if is_stream(config):
+            raise UserError("data.crop: needs random access; data.streaming=false copies the images to the disk")
+        from .crops import load_crops
+
+        return load_crops(config, check=check)
     if is_stream(config):
         number_clips(None, config)
         from .streaming import open_stream
@@ -273,6 +314,14 @@ class ImageDataset:
         """Read the images from the source in `shape` (C, H, W). Each becomes pixels uint8 (C, H, W), or the reason why
         it cannot be decoded."""
         return decode_in_threads(self._rows.read(self._positions[indices].tolist()), shape)
+
+    def whole(self, index: int) -> Tensor:
+        """Return an image at its own size, uint8 (C, H, W). Raises `UserError` for a bad image."""
+        row = int(self._positions[index])
+        pixels = try_decode_whole(self._rows.read([row])[0], self.image_shape[0])
+        if isinstance(pixels, str):
+            raise UserError(one_line(f"{self._rows.name(row)}: {pixels} (data.on_error=skip skips such images)"))
+        return torch.from_numpy(np.ascontiguousarray(pixels))
 
     def preload(self, rows: Tensor, group: ProcessGroup) -> ImageDataset:
         """Load the images at `rows` `(n,)` into memory as a data set. Each image is decoded by one process."""

