@@ -190,7 +190,7 @@ def whole_files(files: list[Path], channels: int) -> LazyImages:
         pixels = try_decode_whole(files[number], channels)
         if isinstance(pixels, str):
             raise UserError(f"images: {files[number]}: {pixels}{REMOVE}")
-        return torch.from_numpy(np.ascontiguousarray(pixels))
+        return torch.from_numpy(np.array(pixels))  # Pillow's pixels are read-only
 
     return LazyImages(len(files), load, lambda number: str(files[number]))
 

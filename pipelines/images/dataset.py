@@ -321,7 +321,7 @@ class ImageDataset:
         pixels = try_decode_whole(self._rows.read([row])[0], self.image_shape[0])
         if isinstance(pixels, str):
             raise UserError(one_line(f"{self._rows.name(row)}: {pixels} (data.on_error=skip skips such images)"))
-        return torch.from_numpy(np.ascontiguousarray(pixels))
+        return torch.from_numpy(pixels.copy())
 
     def preload(self, rows: Tensor, group: ProcessGroup) -> ImageDataset:
         """Load the images at `rows` `(n,)` into memory as a data set. Each image is decoded by one process."""
