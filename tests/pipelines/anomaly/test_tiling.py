@@ -16,7 +16,8 @@ from pipelines.anomaly.calibrating import calibrate
 from pipelines.anomaly.calibration import Calibration
 from pipelines.anomaly.distances import CalibrationError
 from pipelines.anomaly.healing import anomaly_map
-from pipelines.anomaly.scores import anomaly_score
+from pipelines.anomaly.image_statistics import measure
+from pipelines.anomaly.scores import anomaly_score, score_of
 from pipelines.anomaly.tiling import LazyImages, tile_places, tile_starts
 
 
@@ -129,7 +130,8 @@ def test_a_score_is_the_maximum_of_those_of_the_tiles(tiled, method):
     scores = anomaly_score(tiled, images, method, stride=8, batch_size=7)
     for image, score in zip(images, scores, strict=True):
         tiles = [image[top : top + 16, left : left + 16] for top, left in tile_places(image.shape, (1, 16, 16), 8)]
-        each = anomaly_score(tiled, tiles, method, stride=8)
+        measured = measure(tiled, torch.from_numpy(np.stack(tiles))[:, None])
+        each = score_of(method, measured.statistics, tiled.calibration, tiling=((16, 16), 8))
         torch.testing.assert_close(score, each.max(), rtol=1e-4, atol=1e-4)
 
 
