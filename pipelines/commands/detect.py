@@ -44,11 +44,8 @@ MAX_SHOWN = 512
 class DetectConfig(UsesCondition, OutputConfig, UsesTiles):
     """Which images, and which calibrated pipeline."""
 
-    examples = (
-        "pipeline=runs/gpt_digits/pipeline images=my-images out=runs/detected",
-        "pipeline=runs/parts/pipeline images=photos tile=true stride=32 out=runs/detected",
-    )
-    often = "pipeline images out overwrite normal_labels condition.NAME conditions method fdr tile stride device"
+    examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=runs/detected",)
+    often = "pipeline images out overwrite normal_labels condition.NAME conditions method fdr tile device"
 
     images: str | list[str] | None = Field(
         None,
