@@ -57,7 +57,7 @@ def read_data_settings(path: Path | None) -> dict[str, Any]:
     found = {} if path is None else read_json(path).get("data", {})
     if not isinstance(found, dict):
         raise FormatError(f"{path}: data: expected an object of settings, found {quote(found)}")
-    return found and {"clips": False, **found}  # written only if set
+    return found and {"clips": False, "crop": None, "crops_per_image": 1, **found}  # written only if set
 
 
 def trained_data(provenance: dict[str, Any]) -> DataConfig | None:
