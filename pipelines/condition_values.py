@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from prior.conditions import (
     describe_columns,
     find_column,
     make_condition,
+    select_rows,
     shorten,
 )
 from tokenizer import Tokenizer
@@ -32,7 +34,7 @@ from .images.pictures import find_user_stacklevel, single_shapes, to_images
 from .text import NGRAMS, encode_text
 
 if TYPE_CHECKING:
-    from .image_pipeline import ImagePipeline
+    from .image_pipeline import ImagePipeline, Label
 
 GivenCondition = Mapping[str, Any] | Picture | Tensor | np.ndarray | list[Any] | tuple[Any, ...] | None
 """Values by column, one for all images or one per image; or images or tokens for the only grid."""
@@ -172,3 +174,28 @@ def encode_one(column: VectorColumn, text: str) -> Tensor:
         by = f"encoded by {column.encoder!r}, which is not built in" if column.encoder else "not encoded"
         raise ValueError(f"text is {by}; give a vector of {column.size} numbers")
     return encode_text(column.encoder, [text])[0]
+
+
+@dataclass(frozen=True)
+class GivenRows:
+    """The labels (None if there are none) and raw columns of images, which apply to each of their tiles, and the names
+    of what was given, as in `Measured`."""
+
+    labels: list[int | None] | None
+    columns: Condition
+    names: list[str]
+
+    def select(self, numbers: Sequence[int]) -> tuple[Any, Condition]:
+        """Return the labels and columns of the images `numbers`, in which images may recur."""
+        labels = None if self.labels is None else [self.labels[k] for k in numbers]
+        return labels, select_rows(self.columns, list(numbers))
+
+
+def read_given(
+    pipeline: ImagePipeline, labels: Label | Sequence[Label], condition: GivenCondition, count: int
+) -> GivenRows:
+    """Read what is given for `count` images. Raises `ValueError`."""
+    ids, columns = pipeline.label_ids(labels, count, condition), pipeline.read_condition(condition, count)
+    null = pipeline.prior.num_classes
+    rows = None if ids is None else [None if number == null else number for number in ids.tolist()]
+    return GivenRows(rows, columns, name_given(pipeline.prior, ids, columns))

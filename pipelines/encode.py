@@ -100,7 +100,7 @@ class EncodeConfig(Config):
         None, ge=1, description="rows per file; null: 1,024 to 4,096, and at most 16 files for a small split"
     )
     batch_size: int = Field(256, ge=1, description="images per batch on each process")
-    seed: int = Field(0, ge=0, description="seed of the augmentations")
+    seed: int = Field(0, ge=0, description="seed of the augmentations, and of random crops")
 
 
 def run(config: EncodeConfig) -> Path:

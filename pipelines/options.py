@@ -54,12 +54,37 @@ class UsesImages(UsesPipeline):
         DataConfig(), description="the images; defaults to those the pipeline was trained on"
     )
 
-    def load_images(self, pipeline: ImagePipeline, part: str = "held_out") -> Splits:
-        """Load the images in the pipeline's shape. Raises `UserError` for another shape, and if images of this `part`
-        ("validation" or "held_out") were used in training."""
+    def load_images(self, pipeline: ImagePipeline, part: str = "held_out", *, whole: bool = False) -> Splits:
+        """Load the images in the pipeline's shape. whole: for access to images at their own size, which are not decoded
+        first. Raises `UserError` for another shape, and if images of this `part` ("validation" or "held_out") were used
+        in training."""
         check_shape(self.data, pipeline.tokenizer)
         require_unseen(self.data, trained_data(pipeline.provenance), part)
-        return load_images(self.data)
+        return load_images(self.data.without_crop() if whole else self.data, check=not whole)
+
+
+class UsesTiles(UsesImages):
+    """Base class for verbs that take images larger than the model."""
+
+    tile: bool = Field(
+        False, description="keep images at their own size, and cover them with overlapping tiles of the model's size"
+    )
+    stride: int | None = Field(
+        None, ge=1, description="with tile, the distance of the tiles in pixels; null: half of a tile's shorter side"
+    )
+
+    def choose_stride(self, shape: tuple[int, int, int]) -> int | None:
+        """Return the stride for tiles of `shape` (C, H, W), or None without `tile`. Raises `UserError`."""
+        from .images.tiles import check_stride
+
+        if not self.tile:
+            if self.stride is not None:
+                raise UserError("stride: needs tile=true")
+            return None
+        try:
+            return check_stride(max(1, min(shape[1:]) // 2) if self.stride is None else self.stride, shape)
+        except ValueError as error:
+            raise UserError(f"stride: {error}") from error
 
 
 class UsesTokenizer(Config):

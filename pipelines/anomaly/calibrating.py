@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from prior.conditions import LABEL
 
-from ..condition_values import GivenCondition
-from .calibration import LEVELS, MAX_IMAGES, Calibration, Fitted, NormalScores, digest_of
+from ..condition_values import GivenCondition, GivenRows, read_given
+from ..images.tiles import LazyImages, cut_tiles, list_images, load_image
+from .calibration import LEVELS, MAX_IMAGES, Calibration, Fitted, NormalScores, digest_of, digest_of_pixels
 from .conformal import Floats, least_scores, round_scores, threshold
 from .distances import Distance, round_digits
-from .image_statistics import measure
+from .image_statistics import Measured, measure, measure_batch
 from .scores import FITTED, fitted_score, list_methods, log_statistics, plain_score, total_bits
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline, Label
 
 MAX_SCORES, MAX_POINTS, MAX_POSITIONS, MAX_SIDE = 2000, 1000, 4096, 64  # bounds on the size of the file
+MAX_TILES = 10_000
+"""Tiles that are used for fitting, which bounds memory."""
 
 
 def calibrate(
@@ -35,6 +40,7 @@ def calibrate(
     groups: Sequence[str] | None = None,
     confidence: float | None = None,
     seed: int = 0,
+    stride: int | None = None,
     batch_size: int = 256,
 ) -> Calibration:
     """Calibrate on normal images that were not used in training; set and return `pipeline.calibration`.
@@ -47,39 +53,45 @@ def calibrate(
     average over calibrations, at most a share `false_alarms` of new normal images exceeds a threshold; for about half
     of the calibrations the share is slightly larger. `confidence=0.9` raises the thresholds so that the bound holds for
     90 % of calibrations; p-values do not change. Raises `ValueError` for too few images, and for more than 50,000.
+
+    stride: take images of any size, as `anomaly_map` does. Tiles of one half are used for fitting (at most 10,000,
+    evenly spaced), and the score of an image of the other half is the maximum of those of its tiles.
     """
-    batch = pipeline.to_images(images)
-    count = len(batch)
+    if stride is None:
+        images = pipeline.to_images(images)
+    else:
+        images = list_images(images, pipeline.tokenizer.image_shape, pipeline.values)
+    count = len(images)
     if groups is not None and len(groups) != count:
         raise ValueError(f"groups: expected one for each of {count} images (got {len(groups)})")
     numbers = np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
     objects = len(np.unique(numbers))
     check_promise(count, false_alarms, confidence, None if groups is None else objects)
-    found, surprise, error, given = measure(pipeline, batch, labels, batch_size, condition=condition)
-    rank = np.argsort(np.random.default_rng(seed).permutation(objects))[numbers]  # of each image's object
-    order = torch.from_numpy(np.argsort(rank, kind="stable"))
-    half = int((rank < objects // 2).sum())
-    fitted = fit_reference({name: values[order[:half]] for name, values in found.items()})
-    held = {name: values[order[half:]] for name, values in found.items()}
-    first = np.flatnonzero(np.diff(rank[order[half:].numpy()], prepend=-1))  # of each object's images
+    halves = halve(numbers, objects, seed)
+    if stride is None:
+        reference = measure_images(pipeline, images, labels, condition, halves, batch_size)
+    else:
+        rows = read_given(pipeline, labels, condition, count)
+        reference = measure_tiles(pipeline, images, rows, halves, stride, seed, batch_size)
     scores = {}
-    for method in list_methods(found):
-        score = fitted_score(method, held, fitted) if method in FITTED else plain_score(method, held)
-        values, tie = round_scores(np.maximum.reduceat(score.numpy(), first)[:MAX_SCORES])
+    for method, found in reference.scores.items():
+        values, tie = round_scores(worst_of_objects(found, halves.owners))
         limit = threshold(values, tie, false_alarms, confidence)
         scores[method] = NormalScores(values=values, tie=tie, threshold=limit)
     pipeline.calibration = Calibration(
         count=count,
         objects=None if groups is None else objects,
-        labels=LABEL in given,
-        columns=sorted({*given} - {LABEL}),
+        labels=LABEL in reference.given,
+        columns=sorted({*reference.given} - {LABEL}),
+        tile=None if stride is None else list(pipeline.tokenizer.image_shape[1:]),
+        stride=stride,
         false_alarms=float(false_alarms),
         confidence=None if confidence is None else float(confidence),
-        fitted=fitted,
+        fitted=reference.fitted,
         scores=scores,
-        surprise=surprise_quantiles(surprise),
-        error=downsample_error(error),
-        digests=sorted({digest_of(image) for image in pipeline.convert_images(batch, "np")}),
+        surprise=surprise_quantiles(reference.surprise),
+        error=downsample_error(reference.error),
+        digests=sorted(reference.digests),
     )
     return pipeline.calibration
 
@@ -97,6 +109,107 @@ def check_promise(count: int, false_alarms: float, confidence: float | None, obj
         raise ValueError(f"a calibration for {promise} needs at least {least} {noun} (got {units})")
     if count > MAX_IMAGES:
         raise ValueError(f"a calibration can use at most {MAX_IMAGES:,} images (got {count:,})")
+
+
+class Halves(NamedTuple):
+    """Images to fit to, images to score, in the random order of their objects, and the number of each scored image's
+    object, from 0 and ascending."""
+
+    fitting: Tensor
+    scoring: Tensor
+    owners: NDArray[np.int64]
+
+
+def halve(numbers: NDArray[np.int64], objects: int, seed: int) -> Halves:
+    """Divide the objects at random; at most 2,000 are scored. numbers: the object of each image, `(n,)`."""
+    rank = np.argsort(np.random.default_rng(seed).permutation(objects))[numbers]
+    order = torch.from_numpy(np.argsort(rank, kind="stable"))
+    fitting = int((rank < objects // 2).sum())
+    owners = rank[order[fitting:].numpy()] - objects // 2
+    scored = int((owners < MAX_SCORES).sum())
+    return Halves(order[:fitting], order[fitting:][:scored], owners[:scored])
+
+
+def worst_of_objects(scores: Tensor, owners: NDArray[np.int64]) -> Floats:
+    """Return the highest of the scores `(n,)` of each object's images."""
+    first = np.flatnonzero(np.diff(owners, prepend=-1))
+    highest: Floats = np.maximum.reduceat(scores.numpy(), first)
+    return highest
+
+
+class Reference(NamedTuple):
+    """What normal images, or their tiles, are like: what was fitted, scores of the images in `Halves.scoring` by
+    method, bits of tokens, the mean error map, the names of given columns, and digests of all images."""
+
+    fitted: Fitted
+    scores: dict[str, Tensor]
+    surprise: Tensor
+    error: Tensor
+    given: Collection[str]
+    digests: set[str]
+
+
+def measure_images(
+    pipeline: ImagePipeline,
+    batch: Tensor,
+    labels: Label | Sequence[Label],
+    condition: GivenCondition,
+    halves: Halves,
+    batch_size: int,
+) -> Reference:
+    """Fit to one half of the images `(B, C, H, W)` and score the other."""
+    found, surprise, error, given = measure(pipeline, batch, labels, batch_size, condition=condition)
+    fitted = fit_reference({name: values[halves.fitting] for name, values in found.items()})
+    held = {name: values[halves.scoring] for name, values in found.items()}
+    scores = {method: score_with(method, held, fitted) for method in list_methods(found)}
+    digests = {digest_of(image) for image in pipeline.convert_images(batch, "np")}
+    return Reference(fitted, scores, surprise, error, given, digests)
+
+
+def measure_tiles(
+    pipeline: ImagePipeline,
+    images: LazyImages,
+    rows: GivenRows,
+    halves: Halves,
+    stride: int,
+    seed: int,
+    batch_size: int,
+) -> Reference:
+    """Fit to the tiles of one half of the images and score the images of the other. Each image is loaded once."""
+    shape, digests = pipeline.tokenizer.image_shape, set[str]()
+
+    def load(numbers: list[int]) -> Iterator[tuple[int, Tensor]]:
+        for number in numbers:
+            image = load_image(images, number, shape)
+            digests.add(digest_of_pixels(image))
+            yield number, image
+
+    def measure_some(numbers: list[int], most: int | None = None) -> Iterator[tuple[Measured, list[int]]]:
+        for tiles, places in cut_tiles(load(numbers), shape, stride, batch_size, most):
+            own = [place.image for place in places]
+            labels, condition = rows.select(own)
+            yield measure_batch(pipeline, tiles.to(pipeline.device), labels, condition=condition), own
+
+    fitting, scoring = sorted(halves.fitting.tolist()), halves.scoring.tolist()
+    parts = [measured for measured, _ in measure_some(fitting, max(1, MAX_TILES // len(fitting)))]
+    found = {name: torch.cat([part.statistics[name] for part in parts]) for name in parts[0].statistics}
+    mixed = torch.from_numpy(np.random.default_rng(seed).permutation(len(found["error"])))  # neighbours of all images
+    fitted = fit_reference({name: values[mixed] for name, values in found.items()})
+    weights = [len(part.surprise) / len(mixed) for part in parts]
+    error = sum((weight * part.error for weight, part in zip(weights, parts, strict=True)), torch.zeros(shape[1:]))
+    scores = {method: torch.full((len(images),), -math.inf, dtype=torch.float64) for method in list_methods(found)}
+    for measured, own in measure_some(scoring):
+        for method, best in scores.items():
+            best.scatter_reduce_(0, torch.tensor(own), score_with(method, measured.statistics, fitted), "amax")
+    for _ in load(sorted({*range(len(images))} - {*fitting, *scoring})):  # for their digests
+        pass
+    scores = {method: best[scoring] for method, best in scores.items()}
+    return Reference(fitted, scores, torch.cat([part.surprise for part in parts]), error, rows.names, digests)
+
+
+def score_with(method: str, found: dict[str, Tensor], fitted: Fitted) -> Tensor:
+    """Compute one of the scores."""
+    return fitted_score(method, found, fitted) if method in FITTED else plain_score(method, found)
 
 
 def fit_reference(found: dict[str, Tensor]) -> Fitted:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from torch import Tensor
 
 from prior.conditions import LABEL, MAX_COLUMNS, NAME
 
 from ..files import FieldError, validate
+from ..images.pictures import to_uint8
 from .distances import CalibrationError, Distance, Part, Row, Table
 
 MAX_CALIBRATION_BYTES = 4 << 20
@@ -55,6 +58,10 @@ class Calibration(Part):
     """Whether token bits were conditioned on the images' classes."""
     columns: list[Annotated[str, Field(pattern=f"^{NAME.pattern}$")]] = Field([], max_length=MAX_COLUMNS)
     """The columns that token bits were conditioned on; not in the file if there are none."""
+    tile: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=2, max_length=2)
+    """Height and width of the tiles of which each score is the maximum; None, and not in the file, for whole images."""
+    stride: int | None = Field(None, ge=1)
+    """Distance of the tiles in pixels; None, and not in the file, for whole images."""
     false_alarms: float = Field(gt=0, lt=1)
     """Share of normal images above a method's threshold."""
     confidence: float | None = Field(gt=0, lt=1)
@@ -75,11 +82,14 @@ class Calibration(Part):
             raise FieldError("surprise", f"should have {len(LEVELS)} rows")
         if (self.error < 0).any():
             raise FieldError("error", "should not be negative")
+        if (self.tile is None) != (self.stride is None):
+            raise FieldError("stride", "should be given with tile, and only with it")
         return self
 
     @model_serializer(mode="wrap")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in handler(self).items() if name not in ("columns", "objects") or value}
+        optional = ("columns", "objects", "tile", "stride")
+        return {name: value for name, value in handler(self).items() if name not in optional or value}
 
     def __repr__(self) -> str:
         of = "" if self.objects is None else f" of {self.objects} objects"
@@ -94,6 +104,20 @@ class Calibration(Part):
             before, now = (", ".join(sorted(names)) or "nothing" for names in (then, given))
             raise CalibrationError(
                 f"{key}: calibrated with {before} given, but now with {now}, so scores are not comparable"
+            )
+
+    def check_tiles(self, tile: Sequence[int], stride: int | None) -> None:
+        """Raise `CalibrationError` unless the scores are of such tiles, as in the calibration; stride: None for whole
+        images."""
+        now = None if stride is None else (list(tile), stride)
+        then = None if self.tile is None else (self.tile, self.stride)
+        if now != then:
+            before, after = (
+                "whole images" if each is None else f"tiles of {' x '.join(map(str, each[0]))} and stride={each[1]}"
+                for each in (then, now)
+            )
+            raise CalibrationError(
+                f"stride: calibrated with {before}, but now with {after}, so scores are not comparable"
             )
 
     @property
@@ -132,3 +156,9 @@ def require_calibration(calibration: Calibration | None) -> Calibration:
             "the pipeline is not calibrated: run `smalti calibrate` or `pipe.calibrate(images)` with normal images"
         )
     return calibration
+
+
+def digest_of_pixels(image: Tensor) -> str:
+    """Identify an image `(C, H, W)`, uint8 or float, as calibrations do."""
+    pixels = image if image.dtype == torch.uint8 else to_uint8(image.cpu())
+    return digest_of(np.ascontiguousarray(pixels.movedim(0, -1).cpu().numpy()))

@@ -15,7 +15,7 @@ from tokenizer.files import one_line
 
 from ..config import UserError
 from ..images.decoding import open_image
-from ..metrics.localization import auroc, auroc_by_object, label_regions, per_region_overlap
+from ..metrics.localization import auroc, auroc_by_object, join, label_regions, per_region_overlap
 
 ALL = "all"
 """The row of all defects."""
@@ -37,19 +37,18 @@ def find_masks(files: Sequence[Path], root: Path, folder: Path, anomalous: NDArr
     return found
 
 
-def read_masks(masks: Sequence[Path | None], files: Sequence[Path], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Read masks as bool `(n, H, W)` of `size` (H, W); empty without a mask. Raises `UserError` in one line."""
-    found = np.zeros((len(masks), *size), bool)
-    for row, (mask, file) in enumerate(zip(masks, files, strict=True)):
-        if mask is not None:
-            try:
-                found[row] = read_mask(mask, file, size)
-            except Exception as error:  # Pillow raises almost anything for damaged files
-                raise UserError(one_line(f"ground_truth: {mask}: {error}")) from error
-    return found
+def read_mask(mask: Path | None, file: Path, size: Sequence[int]) -> NDArray[np.bool_]:
+    """Read the mask of the image `file` as bool `size` (H, W); empty without a mask. Raises `UserError` in one
+    line."""
+    if mask is None:
+        return np.zeros(size, bool)
+    try:
+        return load_mask(mask, file, size)
+    except Exception as error:  # Pillow raises almost anything for damaged files
+        raise UserError(one_line(f"ground_truth: {mask}: {error}")) from error
 
 
-def read_mask(mask: Path, file: Path, size: tuple[int, int]) -> NDArray[np.bool_]:
+def load_mask(mask: Path, file: Path, size: Sequence[int]) -> NDArray[np.bool_]:
     """Return which pixels are defective, bool `size` (H, W): those of which more than half the area is not black, after
     the mask is cropped as its image is. Raises `ValueError` for a mask and an image of different sizes."""
     image, marked = ImageOps.exif_transpose(open_image(file)), ImageOps.exif_transpose(open_image(mask))
@@ -63,26 +62,28 @@ def read_mask(mask: Path, file: Path, size: tuple[int, int]) -> NDArray[np.bool_
 
 def measure_defects(
     scores: NDArray[np.float64],
-    maps: NDArray[np.float32],
-    masks: NDArray[np.bool_],
+    maps: Sequence[NDArray[np.float32]],
+    masks: Sequence[NDArray[np.bool_]],
     defects: Sequence[str],
     anomalous: NDArray[np.bool_],
     objects: Sequence[str],
 ) -> list[dict[str, Any]]:
     """Compare each defect with the normal images, and then all defects.
 
-    scores, defects, anomalous, objects: `(n,)`; maps, masks: `(n, H, W)`. Each row has the number of `images` with the
-    `defect`, of their `objects` and of the `regions` in their masks; `image_auroc` with its 95 % interval, `low` to
-    `high`, over objects; `pixel_auroc`, and `pro`, the per-region overlap up to a false positive rate of 0.3. These two
-    leave out defective images whose mask is empty, and are None without a region.
+    scores, defects, anomalous, objects: `(n,)`; maps, masks: `(H, W)` of each image. Each row has the number of
+    `images` with the `defect`, of their `objects` and of the `regions` in their masks; `image_auroc` with its 95 %
+    interval, `low` to `high`, over objects; `pixel_auroc`, and `pro`, the per-region overlap up to a false positive
+    rate of 0.3. These two leave out defective images whose mask is empty, and are None without a region.
     """
-    names, owners = np.array(defects), np.array(objects)
+    names, owners, marked = np.array(defects), np.array(objects), np.array([mask.any() for mask in masks])
     rows = []
     kinds = {defect: anomalous & (names == defect) for defect in sorted(set(names[anomalous].tolist()))}
     for defect, of in [*kinds.items(), (ALL, anomalous)]:
         used = of | ~anomalous
-        placed = used & (~anomalous | masks.any((1, 2)))
-        regions = int(label_regions(masks[of]).max())
+        placed = np.flatnonzero(used & (~anomalous | marked)).tolist()
+        own_maps, own_masks = [maps[row] for row in placed], [masks[row] for row in placed]
+        labels = label_regions([masks[row] for row in np.flatnonzero(of).tolist()])
+        regions = max(int(each.max()) for each in labels)
         low, high = auroc_by_object(scores[used], anomalous[used], owners[used].tolist())
         rows.append(
             {
@@ -93,14 +94,14 @@ def measure_defects(
                 "image_auroc": auroc(scores[used], anomalous[used]),
                 "low": low,
                 "high": high,
-                "pixel_auroc": auroc(maps[placed], masks[placed]) if regions else None,
-                "pro": per_region_overlap(maps[placed], masks[placed]) if regions else None,
+                "pixel_auroc": auroc(join(own_maps), join(own_masks)) if regions else None,
+                "pro": per_region_overlap(own_maps, own_masks) if regions else None,
             }
         )
     return rows
 
 
-def rank_maps(maps: NDArray[np.float32], masks: NDArray[np.bool_]) -> list[int]:
+def rank_maps(maps: Sequence[NDArray[np.float32]], masks: Sequence[NDArray[np.bool_]]) -> list[int]:
     """Return the images whose masks have a region, from the one whose own pixels the map separates worst."""
     found = {row: auroc(maps[row], masks[row]) for row in range(len(maps)) if masks[row].any() and not masks[row].all()}
     return sorted(found, key=lambda row: found[row])

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prior.conditions import LABEL
+from prior.conditions import LABEL, Given
 from prior.sampling import check_count, whole_number
 from tokenizer import Tokenizer
 from tokenizer.precision import in_finest
 
-from ..condition_values import GivenCondition, name_given
+from ..condition_values import GivenCondition, name_given, read_given
+from ..images.tiles import list_images, stitch_maps
 from .calibration import LEVELS, Calibration, require_calibration
 from .distances import CalibrationError
 
@@ -47,24 +48,43 @@ def anomaly_map(
     labels: Label | Sequence[Label] = None,
     *,
     condition: GivenCondition = None,
+    stride: int | None = None,
     batch_size: int = 256,
-) -> Tensor:
+) -> Any:
     """Return the bits of each pixel, `(B, H, W)`: the bits of a token are spread evenly over its patch, plus the bits
     of the pixel given the tokens if the tokenizer has a likelihood. They sum to the bits of the image. labels,
     condition: what the bits are conditioned on; a `condition` that is computed from the image, such as its outline,
     hides what it shows. Raises `ValueError` for tokens without a position in the image: those of scales and of
-    `titok`."""
-    batch = pipeline.to_images(images)
+    `titok`.
+
+    stride: take images of any size from the model's size on, also of different sizes in one list, and return a list of
+    maps, each `(H, W)` at the size of its image: the average over tiles of the model's size at every `stride` pixels
+    and at the borders. An image of the model's size is one tile. Raises `ValueError` for a stride that is larger than a
+    tile, and for an image that is smaller."""
     rows, columns = (side.to(pipeline.device) for side in find_patches(pipeline.tokenizer))
-    maps = []
-    for _, part, given in pipeline.batches(batch, labels, batch_size, condition):
-        tokens = pipeline.encode_batch(part)
-        bits = -pipeline.prior.token_log_probs(tokens, given).flatten(1) / math.log(2)
-        spread = (bits[:, None] * rows.to(bits)) @ columns.to(bits).T  # (B, H, N) @ (N, W)
-        if pipeline.tokenizer.has_likelihood:
-            spread = spread - pipeline.tokenizer.pixel_log_probs(part, tokens).sum(1) / math.log(2)
-        maps.append(spread)
-    return torch.cat(maps)
+    if stride is not None:
+        several = list_images(images, pipeline.tokenizer.image_shape, pipeline.values)
+        rows_given = read_given(pipeline, labels, condition, len(several))
+
+        def map_tiles(tiles: Tensor, numbers: list[int]) -> Tensor:
+            part_labels, part_condition = rows_given.select(numbers)
+            batches = pipeline.batches(tiles, part_labels, len(tiles), part_condition)
+            return torch.cat([spread_bits(pipeline, part, given, rows, columns) for _, part, given in batches])
+
+        return stitch_maps(several, map_tiles, pipeline.tokenizer.image_shape, stride, batch_size, pipeline.device)
+    batch = pipeline.to_images(images)
+    batches = pipeline.batches(batch, labels, batch_size, condition)
+    return torch.cat([spread_bits(pipeline, part, given, rows, columns) for _, part, given in batches])
+
+
+def spread_bits(pipeline: ImagePipeline, part: Tensor, given: Given | None, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the bits of each pixel `(B, H, W)` of float images. rows, columns: from `find_patches`."""
+    tokens = pipeline.encode_batch(part)
+    bits = -pipeline.prior.token_log_probs(tokens, given).flatten(1) / math.log(2)
+    spread = (bits[:, None] * rows.to(bits)) @ columns.to(bits).T  # (B, H, N) @ (N, W)
+    if pipeline.tokenizer.has_likelihood:
+        spread = spread - pipeline.tokenizer.pixel_log_probs(part, tokens).sum(1) / math.log(2)
+    return spread
 
 
 def find_patches(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,6 @@ def statistics(
     return measure(pipeline, images, labels, batch_size, condition=condition).statistics
 
 
-@torch.no_grad()
 def measure(
     pipeline: ImagePipeline,
     images: Any,
@@ -58,7 +57,19 @@ def measure(
     condition: GivenCondition = None,
 ) -> Measured:
     """Measure all images; the result is on the CPU. Raises `ValueError` for an empty batch or invalid images."""
-    batch = pipeline.to_images(images)
+    return measure_batch(pipeline, pipeline.to_images(images), labels, batch_size, condition=condition)
+
+
+@torch.no_grad()
+def measure_batch(
+    pipeline: ImagePipeline,
+    batch: Tensor,
+    labels: Label | Sequence[Label] = None,
+    batch_size: int = 256,
+    *,
+    condition: GivenCondition = None,
+) -> Measured:
+    """Like `measure`, for float images `(B, C, H, W)` in [-1, 1], as returned by `to_images`."""
     if not len(batch):
         raise ValueError("expected at least one image")
     labels, rows = choose_labels(labels, condition), pipeline.read_condition(condition, len(batch))

@@ -12,20 +12,22 @@ condition, too, is likely given the condition, so that only what the condition l
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..condition_values import GivenCondition
+from ..condition_values import GivenCondition, GivenRows, read_given
 from ..images.pictures import find_user_stacklevel
-from .calibration import Calibration, Fitted, require_calibration
+from ..images.tiles import LazyImages, Place, cut_tiles, list_images, load_image
+from .calibration import Calibration, Fitted, digest_of_pixels, require_calibration
 from .conformal import Floats, p_values_of
 from .distances import CalibrationError
-from .image_statistics import measure
+from .image_statistics import measure, measure_batch
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline, Label
@@ -60,6 +62,7 @@ def anomaly_score(
     *,
     condition: GivenCondition = None,
     p_values: bool = False,
+    stride: int | None = None,
     batch_size: int = 256,
 ) -> Tensor:
     """Score each image by one of `METHODS`, `(B,)` float64; larger is more anomalous.
@@ -72,8 +75,21 @@ def anomaly_score(
     methods need a calibration for which the same labels and columns were given, and are invalid for the images of the
     calibration itself, which triggers a warning. Raises `CalibrationError` (a `ValueError`) without a calibration for
     the method.
+
+    stride: take images of any size, as `anomaly_map` does; the score of an image is the maximum of the scores of its
+    tiles. P-values and the fitted methods need a calibration with the same stride.
     """
-    batch, calibration = pipeline.to_images(images), pipeline.calibration
+    calibration = pipeline.calibration
+    if stride is not None:
+        several = list_images(images, pipeline.tokenizer.image_shape, pipeline.values)
+        given = read_given(pipeline, labels, condition, len(several))
+        tiled = score_tiles(pipeline, several, method, given, stride, batch_size)
+        if calibration is not None and (p_values or method in FITTED):
+            known = set(calibration.digests)
+            warn_of_known(sum(digest in known for digest in tiled.digests), len(several))
+        options = pipeline.tokenizer.image_shape[1:], stride
+        return p_value_of(method, tiled.scores, calibration, given.names, options) if p_values else tiled.scores
+    batch = pipeline.to_images(images)
     measured = measure(pipeline, batch, labels, batch_size, condition=condition)
     scores = score_of(method, measured.statistics, calibration, measured.given)
     if calibration is not None and (p_values or method in FITTED):
@@ -83,30 +99,85 @@ def anomaly_score(
 
 def warn_if_calibrated(pipeline: ImagePipeline, calibration: Calibration, batch: Tensor) -> None:
     """Warn if some of the images `(B, C, H, W)` were used for the calibration."""
-    if known := int(calibration.includes(pipeline.convert_images(batch, "np")).sum()):
+    warn_of_known(int(calibration.includes(pipeline.convert_images(batch, "np")).sum()), len(batch))
+
+
+def warn_of_known(known: int, count: int) -> None:
+    """Warn if some of `count` images were used for the calibration."""
+    if known:
         warnings.warn(
-            f"{known} of {len(batch)} images were used to calibrate the pipeline: they look more normal than new "
+            f"{known} of {count} images were used to calibrate the pipeline: they look more normal than new "
             "images, and their p-values are not valid",
             stacklevel=find_user_stacklevel(),
         )
 
 
+class TileScores(NamedTuple):
+    """Scores of images by their tiles: `scores` float64 `(n,)`, the maxima; `places`, the tile of each; `counts`, the
+    number of its tiles; `digests` of the images."""
+
+    scores: Tensor
+    places: list[Place]
+    counts: list[int]
+    digests: list[str]
+
+
+def score_tiles(
+    pipeline: ImagePipeline, images: LazyImages, method: str, given: GivenRows, stride: int, batch_size: int = 256
+) -> TileScores:
+    """Score images of any size by the maximum of the scores of their tiles."""
+    shape, digests = pipeline.tokenizer.image_shape, list[str]()
+    best, places, counts = [-math.inf] * len(images), [Place(0, 0, 0)] * len(images), [0] * len(images)
+
+    def load() -> Iterator[tuple[int, Tensor]]:
+        for number in range(len(images)):
+            image = load_image(images, number, shape)
+            digests.append(digest_of_pixels(image))
+            yield number, image
+
+    for tiles, where in cut_tiles(load(), shape, stride, batch_size):
+        labels, condition = given.select([place.image for place in where])
+        measured = measure_batch(pipeline, tiles.to(pipeline.device), labels, condition=condition)
+        scores = score_of(method, measured.statistics, pipeline.calibration, given.names, (shape[1:], stride))
+        for score, place in zip(scores.tolist(), where, strict=True):
+            counts[place.image] += 1
+            if not math.isnan(best[place.image]) and not score <= best[place.image]:
+                best[place.image], places[place.image] = score, place
+    return TileScores(torch.tensor(best, dtype=torch.float64), places, counts, digests)
+
+
+Tiling = tuple[Sequence[int], int | None]
+"""Height and width of the tiles, and their stride; `WHOLE` for whole images."""
+WHOLE: Tiling = ((), None)
+
+
 def score_of(
-    method: str, found: dict[str, Tensor], calibration: Calibration | None, given: Collection[str] = ()
+    method: str,
+    found: dict[str, Tensor],
+    calibration: Calibration | None,
+    given: Collection[str] = (),
+    tiling: Tiling = WHOLE,
 ) -> Tensor:
-    """Compute `anomaly_score` from `statistics`. given: the names of given columns, and `label` for labels."""
+    """Compute `anomaly_score` from `statistics`. given: the names of given columns, and `label` for labels. tiling: of
+    what the statistics are."""
     if method not in METHODS:
         raise ValueError(f"method: unknown score {method!r}; choose one of {', '.join(METHODS)}")
     if method not in list_methods(found):
         raise CalibrationError(f"method: {method} needs {NEEDS[method]}")
     if method not in FITTED:
         return plain_score(method, found)
-    return fitted_score(method, found, require_scores(calibration, method, given).fitted)
+    return fitted_score(method, found, require_scores(calibration, method, given, tiling).fitted)
 
 
-def p_value_of(method: str, scores: Tensor, calibration: Calibration | None, given: Collection[str] = ()) -> Tensor:
+def p_value_of(
+    method: str,
+    scores: Tensor,
+    calibration: Calibration | None,
+    given: Collection[str] = (),
+    tiling: Tiling = WHOLE,
+) -> Tensor:
     """Return conformal p-values of scores; ties count as normal. Raises `CalibrationError`."""
-    normal = require_scores(calibration, method, given).scores[method]
+    normal = require_scores(calibration, method, given, tiling).scores[method]
     return torch.from_numpy(p_values_of(scores.numpy(), normal.values, normal.tie))
 
 
@@ -145,9 +216,12 @@ def log_statistics(found: dict[str, Tensor]) -> Floats:
     return np.stack([np.log(found[name].numpy() + add) for name, add in TOGETHER.items() if name in found], axis=1)
 
 
-def require_scores(calibration: Calibration | None, method: str, given: Collection[str]) -> Calibration:
-    """Return the calibration if it covers this method and what is given, else raise `CalibrationError`."""
+def require_scores(
+    calibration: Calibration | None, method: str, given: Collection[str], tiling: Tiling = WHOLE
+) -> Calibration:
+    """Return the calibration if it covers this method, what is given and these tiles, else raise `CalibrationError`."""
     calibration = require_calibration(calibration)
+    calibration.check_tiles(*tiling)
     if method not in calibration.scores:
         raise CalibrationError(f"method: the pipeline was calibrated without {method}: run `smalti calibrate` again")
     calibration.check_given(given)

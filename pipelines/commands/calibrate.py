@@ -20,12 +20,12 @@ from ..config.table import count_of, table
 from ..files import lock_output
 from ..image_pipeline import ImagePipeline
 from ..images.dataset import find_objects
-from ..options import UsesImages
+from ..options import UsesTiles
 from ..provenance import defaults
 from ..saving import INDEX, PIPELINE, save_again
 
 
-class CalibrateConfig(UsesCondition, UsesImages):
+class CalibrateConfig(UsesCondition, UsesTiles):
     """Which normal images, and the rate of false alarms."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline",)
@@ -70,7 +70,10 @@ def run(config: CalibrateConfig) -> Calibration:
         pipeline = config.load_pipeline()
         if config.background is not None:
             pipeline.set_background(ImagePipeline.from_pretrained(config.background, device=pipeline.device).prior)
-        images = config.load_images(pipeline).held_out
+        if config.data.crop is not None and not config.tile:
+            raise UserError("tile: the pipeline was trained on crops; tile=true scores whole images by their tiles")
+        stride = config.choose_stride(pipeline.tokenizer.image_shape)
+        images = config.load_images(pipeline, whole=config.tile).held_out
         names = images.names(np.arange(len(images)))
         groups = None if config.data.group is None else np.array(find_objects(names, config.data.group))
         chosen = np.arange(0, len(images), config.every)
@@ -90,15 +93,19 @@ def run(config: CalibrateConfig) -> Calibration:
                 hint = "false_alarms=0.2 needs fewer, and data.source=FOLDER uses other images"
             raise UserError(f"data: {error}; {hint}") from error
         given = config.read_condition(pipeline, len(chosen), images.names(chosen))
-        calibration = calibrate(
-            pipeline,
-            images.pixels(chosen),
-            condition=given.values(),
-            groups=None if groups is None else groups.tolist(),
-            false_alarms=config.false_alarms,
-            confidence=config.confidence,
-            seed=config.seed,
-        )
+        try:
+            calibration = calibrate(
+                pipeline,
+                images.whole_images(chosen) if config.tile else images.pixels(chosen),
+                condition=given.values(),
+                groups=None if groups is None else groups.tolist(),
+                stride=stride,
+                false_alarms=config.false_alarms,
+                confidence=config.confidence,
+                seed=config.seed,
+            )
+        except ValueError as error:
+            raise UserError(f"data: {error}") from error
         save_again(pipeline, folder)
     print(format_report(calibration))
     used = f"{len(chosen):,} of {count_of(len(images), 'image')}"
@@ -114,6 +121,9 @@ def format_report(calibration: Calibration) -> str:
         median = float(np.median(normal.values))
         rows.append((method, f"{median:.4g}", f"{normal.threshold:.4g}", METHODS.get(method, "")))
     lines = [table(rows, right=[1, 2]), "", f"thresholds: {calibration.promise}"]
+    if calibration.tile is not None:
+        tiles = " x ".join(map(str, calibration.tile))
+        lines.append(f"an image's score is the maximum over its tiles of {tiles}, every {calibration.stride} pixels")
     lines += [f"left out: {name} (needs {what})" for name, what in NEEDS.items() if name not in calibration.scores]
     return "\n".join(lines)
 

@@ -8,42 +8,43 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
 from tokenizer.files import write_json
 
-from ..anomaly.calibration import Calibration
+from ..anomaly.calibration import Calibration, digest_of_pixels
 from ..anomaly.conformal import benjamini_hochberg
 from ..anomaly.distances import CalibrationError
-from ..anomaly.ground_truth import find_masks, measure_defects, rank_maps, read_masks
-from ..anomaly.healing import anomaly_map, heal
+from ..anomaly.ground_truth import find_masks, measure_defects, read_mask
+from ..anomaly.healing import anomaly_map
 from ..anomaly.image_statistics import measure
-from ..anomaly.scores import p_value_of, score_of
+from ..anomaly.scores import p_value_of, score_of, score_tiles
 from ..anomaly.separation import separation
+from ..anomaly.sheets import draw_sheet, draw_truth, draw_whole, reduce_map, reduce_mask
 from ..condition_keys import ConditionRows, UsesCondition
+from ..condition_values import read_given
 from ..config import OutputConfig, UserError, run_command
 from ..config.table import table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
-from ..images import to_float, to_uint8
+from ..images import to_float
 from ..images.dataset import find_objects
-from ..images.grids import class_grid
 from ..images.origin import resolve_source
-from ..images.pictures import SUFFIXES, show_of, shown_channels, write_picture
-from ..options import UsesImages, find_image_files, read_images
+from ..images.pictures import SUFFIXES, write_picture
+from ..images.tiles import LazyImages, load_image, whole_files
+from ..options import REMOVE, UsesTiles, find_image_files, read_images
 from ..provenance import defaults, trained_data
 
 TRUTH_FILES = ("ground_truth.csv", "ground_truth.png")
 
 
-class DetectConfig(UsesCondition, OutputConfig, UsesImages):
+class DetectConfig(UsesCondition, OutputConfig, UsesTiles):
     """Which images, and which calibrated pipeline."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=runs/detected",)
-    often = "pipeline images ground_truth out overwrite normal_labels condition.NAME conditions method fdr device"
+    often = "pipeline images ground_truth out overwrite normal_labels condition.NAME conditions method fdr tile device"
 
     images: str | list[str] | None = Field(
         None,
@@ -92,11 +93,11 @@ class DetectConfig(UsesCondition, OutputConfig, UsesImages):
 
 
 class Found(NamedTuple):
-    """Images to score: names, pixels uint8 `(n, C, H, W)`, class names or None, a description of their origin, their
-    condition, and the objects that they show or None."""
+    """Images to score: names, pixels `(n, C, H, W)` (with tiles: images at their own size), class names or None, a
+    description of their origin, their condition, and the objects that they show or None."""
 
     names: list[str]
-    pixels: Tensor
+    pixels: Any
     classes: list[str] | None
     origin: str
     given: ConditionRows
@@ -116,15 +117,18 @@ def run(config: DetectConfig) -> dict[str, Any]:
         raise UserError(f"out: {config.out!r} should be a folder, for scores.csv and sheet.png")
     out.check_files(["scores.csv", "sheet.png", "figures.json", *(TRUTH_FILES if truth else [])])
     with lock_output(config.out):
-        images = skip_calibrated(pipeline, find_images(config, pipeline), calibration)
-        names, pixels, classes, _, given, objects = images
-        anomalous = None if config.normal is None else find_anomalous(classes, config.normal)
-        masks = None if anomalous is None or not truth else load_masks(config, images, anomalous)
+        stride = config.choose_stride(pipeline.tokenizer.image_shape)
         try:
-            measured = measure(pipeline, pixels, condition=given.values())
-            found = measured.statistics
-            scores = score_of(config.method, found, calibration, measured.given)
-            p = p_value_of(config.method, scores, calibration, measured.given)
+            calibration.check_tiles(pipeline.tokenizer.image_shape[1:], stride)
+        except CalibrationError as error:
+            hint = f"tile=true stride={calibration.stride}" if calibration.tile else "tile=false, or calibrate again"
+            raise UserError(f"{error}; give {hint}") from error
+        images = skip_calibrated(pipeline, find_images(config, pipeline), calibration)
+        names, _, classes, _, given, objects = images
+        anomalous = None if config.normal is None else find_anomalous(classes, config.normal)
+        masks = None if anomalous is None or not truth else find_all_masks(config, images, anomalous)
+        try:
+            scores, p, details = score_images(config, pipeline, images, stride)
         except CalibrationError as error:
             raise UserError(str(error)) from error
         above = ~(scores.numpy() <= calibration.scores[config.method].threshold)  # also flags NaN
@@ -136,25 +140,70 @@ def run(config: DetectConfig) -> dict[str, Any]:
             "class": classes,
             "anomalous": None if anomalous is None else anomalous.astype(int),
         }
-        columns |= {"score": scores.numpy(), "p_value": p.numpy(), "flagged": flagged.astype(int)}
-        columns |= {name: values.numpy() for name, values in found.items() if values.ndim == 1}
+        columns |= {"score": scores.numpy(), "p_value": p.numpy(), "flagged": flagged.astype(int), **details}
         with out.files() as folder:
             write_table(folder / "scores.csv", columns)
-            sheet = draw_sheet(pipeline, pixels, given, scores, config.num_shown, config.seed)
-            write_picture(sheet, folder / "sheet.png")
+            write_picture(draw_images(config, pipeline, images, scores, stride), folder / "sheet.png")
             if masks is not None and anomalous is not None:
-                maps = anomaly_map(pipeline, to_float(pixels), condition=given.values()).cpu().float().numpy()
-                owners = objects or names
-                rows = measure_defects(scores.numpy(), maps, masks, classes or [], anomalous, owners)
+                maps, truth_masks = compare_truth(pipeline, images, stride, masks)
+                rows = measure_defects(scores.numpy(), maps, truth_masks, classes or [], anomalous, objects or names)
                 write_table(folder / TRUTH_FILES[0], {key: [row[key] for row in rows] for key in rows[0]})
-                write_picture(draw_truth(pixels, maps, masks, names, config.num_shown), folder / TRUTH_FILES[1])
+                sheet = draw_truth(pipeline, images.pixels, maps, truth_masks, names, config.num_shown)
+                write_picture(sheet, folder / TRUTH_FILES[1])
                 figures["defects"] = rows
+                figures["vanished"] = sum(not truth_masks[row].any() for row in np.flatnonzero(anomalous))
             if figures:
                 write_json(folder / "figures.json", figures)
     print(format_report(config, calibration, flagged, anomalous, figures, objects))
     if masks is not None and anomalous is not None:
-        print(format_truth(config, figures["defects"], int((~masks[anomalous].any((1, 2))).sum())))
+        print(format_truth(config, figures))
     return figures
+
+
+def score_images(
+    config: DetectConfig, pipeline: ImagePipeline, images: Found, stride: int | None
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Return scores and p-values `(n,)`, and further columns of `scores.csv`: the statistics of the images, or with
+    tiles, their number and the most anomalous one. Raises `CalibrationError`."""
+    calibration, condition = pipeline.calibration, images.given.values()
+    if stride is None:
+        measured = measure(pipeline, images.pixels, condition=condition)
+        scores = score_of(config.method, measured.statistics, calibration, measured.given)
+        p = p_value_of(config.method, scores, calibration, measured.given)
+        return scores, p, {name: each.numpy() for name, each in measured.statistics.items() if each.ndim == 1}
+    rows = read_given(pipeline, None, condition, len(images.names))
+    tiled = score_tiles(pipeline, images.pixels, config.method, rows, stride)
+    tiling = pipeline.tokenizer.image_shape[1:], stride
+    p = p_value_of(config.method, tiled.scores, calibration, rows.names, tiling)
+    places = {"top": [place.top for place in tiled.places], "left": [place.left for place in tiled.places]}
+    return tiled.scores, p, {"tiles": tiled.counts, **places}
+
+
+def draw_images(
+    config: DetectConfig, pipeline: ImagePipeline, images: Found, scores: Tensor, stride: int | None
+) -> np.ndarray:
+    """Draw the most and the least anomalous images."""
+    if stride is None:
+        return draw_sheet(pipeline, images.pixels, images.given, scores, config.num_shown, config.seed)
+    return draw_whole(pipeline, images.pixels, images.given, scores, config.num_shown, stride)
+
+
+def compare_truth(
+    pipeline: ImagePipeline, images: Found, stride: int | None, masks: list[Path | None]
+) -> tuple[list[NDArray[np.float32]], list[NDArray[np.bool_]]]:
+    """Return the maps and the masks of the images, each `(H, W)`: with tiles, at the size of the image, reduced to at
+    most 512 pixels a side. Raises `UserError`."""
+    files, condition = [Path(name) for name in images.names], images.given.values()
+    if stride is None:
+        found = anomaly_map(pipeline, to_float(images.pixels), condition=condition).cpu().float().numpy()
+        return list(found), [read_mask(*pair, found.shape[1:]) for pair in zip(masks, files, strict=True)]
+    maps, truth = [], []
+    for number, (mask, file) in enumerate(zip(masks, files, strict=True)):
+        some, own = images.pixels.select([number]), images.given.select([number]).values()
+        (found,) = anomaly_map(pipeline, some, condition=own, stride=stride)
+        maps.append(reduce_map(found.cpu()).numpy())
+        truth.append(reduce_mask(read_mask(mask, file, found.shape)))
+    return maps, truth
 
 
 # Images
@@ -172,12 +221,10 @@ def check_ground_truth(config: DetectConfig, pipeline: ImagePipeline) -> None:
         raise UserError("ground_truth: the tokens of this pipeline have no place in the image, so there are no maps")
 
 
-def load_masks(config: DetectConfig, images: Found, anomalous: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Read the masks of the images, bool `(n, H, W)`. Raises `UserError`."""
+def find_all_masks(config: DetectConfig, images: Found, anomalous: NDArray[np.bool_]) -> list[Path | None]:
+    """Return the mask file of each image, None for normal ones. Raises `UserError`."""
     files = [Path(name) for name in images.names]
-    masks = find_masks(files, Path(config.paths[0]), Path(str(config.ground_truth)), anomalous)
-    height, width = images.pixels.shape[2:]
-    return read_masks(masks, files, (height, width))
+    return find_masks(files, Path(config.paths[0]), Path(str(config.ground_truth)), anomalous)
 
 
 def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
@@ -189,7 +236,11 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
                 "images: the pipeline was trained on this folder; omit images= to score its held-out images"
             )
         files = find_image_files(config.paths)
-        pixels = read_images(files, pipeline.tokenizer.image_shape, pipeline.values)
+        names, shape = [str(file) for file in files], pipeline.tokenizer.image_shape
+        if config.tile:
+            pixels: Any = whole_files(files.__getitem__, names, shape[0], pipeline.values, REMOVE)
+        else:
+            pixels = read_images(files, shape, pipeline.values)
         if config.ground_truth is None:
             folders = [file.absolute().parent.name for file in files]
         else:
@@ -197,17 +248,17 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
             folders = ["" if len(part) == 1 else part[0] for part in parts]
             if "" in folders:
                 raise UserError(f"ground_truth: {files[folders.index('')]} is in no folder of good images or a defect")
-        names = [str(file) for file in files]
         given = config.read_condition(pipeline, len(names), names)
         objects = None if config.data.group is None else find_objects(paths_within(files, config), config.data.group)
         return Found(names, pixels, folders, f"images in {', '.join(config.paths)}", given, objects)
-    images = config.load_images(pipeline).held_out
+    images = config.load_images(pipeline, whole=config.tile).held_out
     every = np.arange(len(images))
     classes = None if images.labels is None else [images.class_names[label] for label in images.labels.tolist()]
     names = images.names(every)
     given = config.read_condition(pipeline, len(names), names)
     objects = None if config.data.group is None else find_objects(names, config.data.group)
-    return Found(names, images.pixels(every), classes, f"held-out images of {config.data.source}", given, objects)
+    pixels = images.whole_images(every) if config.tile else images.pixels(every)
+    return Found(names, pixels, classes, f"held-out images of {config.data.source}", given, objects)
 
 
 def paths_within(files: list[Path], config: DetectConfig) -> list[str]:
@@ -218,8 +269,20 @@ def paths_within(files: list[Path], config: DetectConfig) -> list[str]:
 
 
 def skip_calibrated(pipeline: ImagePipeline, found: Found, calibration: Calibration) -> Found:
-    """Drop the images that the pipeline was calibrated with. Raises `UserError` if none are left."""
-    new = np.flatnonzero(~calibration.includes(pipeline.convert_images(to_float(found.pixels), "np"))).tolist()
+    """Drop the images that the pipeline was calibrated with. Raises `UserError` if none are left, and for an image that
+    is smaller than a tile."""
+    if isinstance(found.pixels, LazyImages):
+        known, shape = set(calibration.digests), pipeline.tokenizer.image_shape
+        try:
+            digests = [digest_of_pixels(load_image(found.pixels, k, shape)) for k in range(len(found.names))]
+        except ValueError as error:
+            raise UserError(f"images: {error}") from error
+        new = [k for k, digest in enumerate(digests) if digest not in known]
+        chosen: Tensor | LazyImages = found.pixels.select(new)
+    else:
+        seen = calibration.includes(pipeline.convert_images(to_float(found.pixels), "np"))
+        new = np.flatnonzero(~seen).tolist()
+        chosen = found.pixels[new]
     if not new:
         raise UserError(
             f"images: the pipeline was calibrated with all {len(found.names):,}; give other images, or calibrate with "
@@ -230,7 +293,7 @@ def skip_calibrated(pipeline: ImagePipeline, found: Found, calibration: Calibrat
     classes = None if found.classes is None else [found.classes[row] for row in new]
     names = [found.names[row] for row in new]
     objects = None if found.objects is None else [found.objects[row] for row in new]
-    return Found(names, found.pixels[new], classes, found.origin, found.given.select(new), objects)
+    return Found(names, chosen, classes, found.origin, found.given.select(new), objects)
 
 
 def find_anomalous(classes: list[str] | None, normal: list[int | str]) -> NDArray[np.bool_]:
@@ -261,49 +324,6 @@ def write_table(path: Path, columns: dict[str, Any]) -> None:
             writer.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row])
 
 
-def draw_truth(
-    pixels: Tensor, maps: NDArray[np.float32], masks: NDArray[np.bool_], names: list[str], count: int
-) -> np.ndarray:
-    """Draw the image, its map and its mask for the `count` defective images whose maps fit worst and, below, best."""
-    ranked = rank_maps(maps, masks) or list(range(len(maps)))
-    chosen = ranked if len(ranked) <= 2 * count else ranked[:count] + ranked[-count:]
-    heat = torch.from_numpy(maps[chosen])
-    low, high = heat.amin((1, 2), keepdim=True), heat.amax((1, 2), keepdim=True)
-    marked = torch.from_numpy(masks[chosen]).float()[:, None] * 2 - 1
-    panels = (to_float(pixels[chosen]), apply_colormap((heat - low) / (high - low).clamp(min=1e-6)), marked)
-    shown = to_uint8(torch.stack([panel.expand(-1, 3, -1, -1) for panel in panels], 1).flatten(0, 1))
-    captions = [text for row in chosen for text in (Path(names[row]).name, "bits per pixel", "mask")]
-    return class_grid(shown.movedim(1, -1).numpy(), captions, len(panels))
-
-
-def draw_sheet(
-    pipeline: ImagePipeline, pixels: Tensor, given: ConditionRows, scores: Tensor, count: int, seed: int
-) -> np.ndarray:
-    """Draw a row for each of the `count` most and, below, least anomalous images: the image, its bits per pixel (if
-    tokens have positions), the healed image, and the difference, each below its score or name."""
-    ranked = torch.argsort(scores, descending=True)
-    chosen = ranked if len(ranked) <= 2 * count else torch.cat([ranked[:count], ranked[-count:]])
-    images = to_float(pixels[chosen])
-    condition = given.select(chosen.tolist()).values()
-    healed = heal(pipeline, images, condition=condition, seed=seed)
-    panels = {"healed": healed.images.cpu(), "difference": apply_colormap(healed.difference.cpu())}
-    if pipeline.tokenizer.placed:
-        heat = anomaly_map(pipeline, images, condition=condition).cpu()
-        panels = {"bits per pixel": apply_colormap(heat / heat.amax().clamp(min=1e-6)), **panels}
-    chosen_channels = show_of(pipeline.tokenizer)
-    panels["healed"] = shown_channels(panels["healed"], chosen_channels)
-    shown = shown_channels(images, chosen_channels)
-    columns = [panel.expand(-1, 3, -1, -1) for panel in (shown, *panels.values())]
-    names = [name for score in scores[chosen].tolist() for name in (f"score {score:.3g}", *panels)]
-    panel_pixels = to_uint8(torch.stack(columns, 1).flatten(0, 1))
-    return class_grid(panel_pixels.movedim(1, -1).numpy(), names, len(columns))
-
-
-def apply_colormap(values: Tensor) -> Tensor:
-    """Map `(B, H, W)` in [0, 1] to colour images `(B, 3, H, W)`: black, red, yellow, white."""
-    return torch.stack([(3 * values - channel).clamp(0, 1) for channel in range(3)], 1) * 2 - 1
-
-
 def format_report(
     config: DetectConfig,
     calibration: Calibration,
@@ -330,10 +350,8 @@ def format_report(
             ("AUPRC", f"{figures['auprc']:.4f} (by chance {figures['prevalence']:.4f})"),
             ("FPR95", f"{figures['fpr95']:.4f}"),
         ]
-    panels = (
-        "rows from most to least anomalous; columns: image, bits per pixel (grid tokenizers only), healed image, "
-        "difference"
-    )
+    panels = "rows from most to least anomalous; columns: image, bits per pixel (grid tokenizers only)"
+    panels += "" if config.tile else ", healed image, difference"
     rows += [(), ("scores", f"{config.out}/scores.csv"), ("sheet", f"{config.out}/sheet.png: {panels}")]
     return table(rows)
 
@@ -353,16 +371,16 @@ def count_objects(
     return rows
 
 
-def format_truth(config: DetectConfig, defects: list[dict[str, Any]], vanished: int) -> str:
-    """Format the figures of each defect, and how many masks have no pixel left. defects: from `measure_defects`."""
+def format_truth(config: DetectConfig, figures: dict[str, Any]) -> str:
+    """Format the figures of each defect, and how many masks have no pixel left."""
     rows = [("", "images", "objects", "image AUROC", "95 %", "pixel AUROC", "PRO to 0.3")]
-    for row in defects:
+    for row in figures["defects"]:
         pixels = ["-" if row[key] is None else f"{row[key]:.3f}" for key in ("pixel_auroc", "pro")]
         counts = (f"{row['images']:,}", f"{row['objects']:,}")
         interval = f"{row['low']:.3f} to {row['high']:.3f}"
         rows.append((row["defect"], *counts, f"{row['image_auroc']:.3f}", interval, *pixels))
     lines = ["", table(rows, right=range(1, 7)), ""]
-    if vanished:
+    if vanished := figures["vanished"]:
         lines.append(
             f"{vanished:,} masks of defects have no pixel at this image size (a pixel needs half its area) and count "
             "only for image AUROC"

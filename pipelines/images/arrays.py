@@ -19,7 +19,18 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from ..config import UserError
-from .decoding import MAX_FILE, MAX_PIXELS, MAX_SIDE, NO_IMAGE, WHITE_IS_ZERO, WORKERS, Payload, open_image, read_file
+from .decoding import (
+    MAX_FILE,
+    MAX_PIXELS,
+    MAX_SIDE,
+    NO_IMAGE,
+    WHITE_IS_ZERO,
+    WORKERS,
+    Payload,
+    enlarged_size,
+    open_image,
+    read_file,
+)
 
 Array = NDArray[Any]
 ValueType = Literal["uint8", "uint16", "float32"]
@@ -89,6 +100,22 @@ def decode_array(payload: Payload | Image.Image, shape: tuple[int, int, int], va
     """Return an image of `shape` (C, H, W), resized and cropped at the centre: float32 in [-1, 1], or uint8 without
     `values`. Raises `ValueError` for another type or number of channels, and for values that are not finite."""
     channels, height, width = shape
+    array = fit_array(read_values(payload, channels, values), height, width)
+    return array if values is None else values.to_unit(array)
+
+
+def decode_whole_array(
+    payload: Payload | Image.Image, channels: int, values: Values | None, least: tuple[int, int] = (1, 1)
+) -> Array:
+    """Like `decode_array`, but at the image's own size; an image with a side below `least` (height, width) is enlarged
+    until it has both."""
+    array = read_values(payload, channels, values)
+    array = fit_array(array, *enlarged_size((array.shape[1], array.shape[2]), least))
+    return array if values is None else values.to_unit(array)
+
+
+def read_values(payload: Payload | Image.Image, channels: int, values: Values | None) -> Array:
+    """Return the values (C, H, W) of an image as stored. Raises `ValueError` as `decode_array` does."""
     array = channels_first(read_array(payload, channels), channels)
     wanted, found = "uint8" if values is None else values.dtype, type_of(array.dtype)
     if found != wanted:
@@ -96,8 +123,7 @@ def decode_array(payload: Payload | Image.Image, shape: tuple[int, int, int], va
     if max(array.shape[1:]) > MAX_SIDE or array[0].size > MAX_PIXELS:
         raise ValueError(f"{array.shape[2]} x {array.shape[1]} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} a side")
     require_finite(array)
-    array = fit_array(array, height, width)
-    return array if values is None else values.to_unit(array)
+    return array
 
 
 def read_array(payload: Payload | Image.Image, channels: int) -> Array:

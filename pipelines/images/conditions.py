@@ -178,6 +178,8 @@ def load_conditions(
                 cells = read_table(config.source, images, column, source.kind == "grid")
             kind = source.kind or ("vector" if source.encoder else guess_kind(cells))
             if kind == "grid":
+                if config.crop is not None:
+                    raise ValueError("a grid cannot follow the random crops of its images; data.crop=null")
                 found[name] = load_grid(cells, source, name, config, splits, together)
                 continue
             if source.tokenizer is not None:

@@ -34,12 +34,24 @@ from ..shuffling import positions_of, samples_of, splitmix64, spread
 from . import tables
 from .arrays import Values, ValueType, clipped_share, guess_type, measure_range, values_of
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
-from .decoding import CHUNK, IMAGE, LABEL, BadImage, Decoded, Pixels, Rows, SplitRows, decode_all, decode_in_threads
+from .decoding import (
+    CHUNK,
+    IMAGE,
+    LABEL,
+    BadImage,
+    Decoded,
+    Pixels,
+    Rows,
+    SplitRows,
+    decode_all,
+    decode_in_threads,
+)
 from .folder import holds_files, open_folder
 from .pictures import to_float
 
 if TYPE_CHECKING:
     from ..processes.group import ProcessGroup
+    from .tiles import LazyImages
 
 Side = Annotated[int, Field(ge=4, le=4096)]
 Indices = Sequence[int] | NDArray[np.int64] | Tensor
@@ -59,7 +71,15 @@ BAD_IMAGES = "bad_images.jsonl"
 UNCHANGED = AugmentConfig()
 
 
-OPTIONAL = {"clips": False, "group": None, "dtype": None, "range": None, "show": None}
+OPTIONAL = {
+    "clips": False,
+    "group": None,
+    "dtype": None,
+    "range": None,
+    "show": None,
+    "crop": None,
+    "crops_per_image": 1,
+}
 """Settings that files hold only if they are set."""
 
 
@@ -131,6 +151,17 @@ class DataConfig(Config):
     image_column: str = Field(default=IMAGE, description="column of the images; in a .tar, their suffix")
     label_column: str | None = Field(default=LABEL, description="column of the classes; null ignores classes")
     augment: AugmentConfig = Field(default=AugmentConfig(), description="random augmentation of the training images")
+    crop: Literal["random"] | None = Field(
+        default=None,
+        description="`random`: train on random crops of `image_size` from images at their own size, which are only "
+        "enlarged if they are smaller; other splits use a centred grid of crops; null: resize images",
+    )
+    crops_per_image: int = Field(
+        default=1,
+        ge=1,
+        le=100_000,
+        description="with crop, the crops of each training image in an epoch, and in a token dataset",
+    )
     on_error: Literal["skip", "fail"] = Field(
         default="fail", description="what to do with images that cannot be decoded: skip them, or end the run"
     )
@@ -170,11 +201,21 @@ class DataConfig(Config):
             raise ValueError(problem)
         return self
 
+    @model_validator(mode="after")
+    def _crops_are_cropped(self) -> DataConfig:
+        if self.crops_per_image > 1 and self.crop is None:
+            raise ValueError("crops_per_image needs crop=random")
+        return self
+
     @model_serializer(mode="wrap")
     def _omit_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out the settings in `OPTIONAL` where they are not set, as files written before they existed do."""
         found: dict[str, Any] = handler(self)
         return {key: value for key, value in found.items() if (key, value) not in OPTIONAL.items()}
+
+    def without_crop(self) -> DataConfig:
+        """Return the settings for the same images without `crop`."""
+        return self.model_copy(update={"crop": None, "crops_per_image": 1})
 
     @property
     def path(self) -> Path | None:
@@ -213,6 +254,12 @@ def load_images(config: DataConfig, *, together: bool = False, stream: bool = Fa
     `on_error=skip`, only if they exceed `max_bad_fraction`).
     """
     streamed: ImageDataset | None = None
+    if config.crop is not None:
+        if is_stream(config):
+            raise UserError("data.crop: needs random access; data.streaming=false copies the images to the disk")
+        from .crops import load_crops
+
+        return load_crops(config, check=check)
     if is_stream(config):
         number_groups(None, config)
         require_files(config)
@@ -391,6 +438,15 @@ class ImageDataset:
         """Read the images from the source in `shape` (C, H, W). Each becomes pixels uint8 (C, H, W), or the reason why
         it cannot be decoded."""
         return decode_in_threads(self._rows.read(self._positions[indices].tolist()), shape, self.values)
+
+    def whole_images(self, indices: Indices) -> LazyImages:
+        """Return images at their own size, read on access."""
+        from .tiles import whole_files
+
+        rows = self._positions[positions_of(indices, len(self))].tolist()
+        hint = " (data.on_error=skip skips such images)"
+        read = lambda k: self._rows.read([rows[k]])[0]  # noqa: E731
+        return whole_files(read, self.names(indices), self.image_shape[0], self.values, hint)
 
     def preload(self, rows: Tensor, group: ProcessGroup) -> ImageDataset:
         """Load the images at `rows` `(n,)` into memory as a data set. Each image is decoded by one process."""

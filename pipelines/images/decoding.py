@@ -156,6 +156,22 @@ def try_decode(
         return str(error) or type(error).__name__
 
 
+def try_decode_whole(
+    payload: Payload, channels: int, values: Values | None = None, least: tuple[int, int] = (1, 1)
+) -> Pixels | str:
+    """Return the pixels (C, H, W) of an image at its own size, or the reason why it cannot be decoded. An image with a
+    side below `least` (height, width) is enlarged until it has both."""
+    from .arrays import decode_whole_array, is_array
+
+    try:
+        if values is not None or channels not in (1, 3) or is_array(payload):
+            return decode_whole_array(payload, channels, values, least)
+        image = Image.fromarray(payload) if isinstance(payload, np.ndarray) else open_image(payload)
+        return whole_pixels(image, channels, least)
+    except Exception as error:  # as in `try_decode`
+        return str(error) or type(error).__name__
+
+
 def decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS, values: Values | None = None) -> Pixels:
     """Return the pixels (C, H, W) of an image."""
     from .arrays import decode_array, is_array
@@ -169,13 +185,39 @@ def decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS, v
 def pixels_of(image: Image.Image, shape: Shape) -> Pixels:
     """Return pixels (C, H, W): the first frame, upright, on white, resized and cropped at the centre to the shape."""
     channels, height, width = shape
-    if not (image.width and image.height):
-        raise ValueError(f"{image.width} x {image.height} pixels: the image is empty")
-    image = flatten(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
+    image = to_mode(image, channels)
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return channels_first(image)
+
+
+def whole_pixels(image: Image.Image, channels: int, least: tuple[int, int] = (1, 1)) -> Pixels:
+    """Return pixels (C, H, W) of the whole image at its own size: the first frame, upright, on white. An image with a
+    side below `least` (height, width) is enlarged until it has both."""
+    image = to_mode(image, channels)
+    height, width = enlarged_size((image.height, image.width), least)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return channels_first(image)
+
+
+def enlarged_size(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:
+    """Return the smallest (height, width) of these proportions that is at least `least` and at least `size`."""
+    scale = max(least[0] / size[0], least[1] / size[1])
+    return size if scale <= 1 else (max(least[0], round(size[0] * scale)), max(least[1], round(size[1] * scale)))
+
+
+def to_mode(image: Image.Image, channels: int) -> Image.Image:
+    """Return the first frame of an image, upright, on white, in grey or RGB. Raises `ValueError` for an empty image."""
+    if not (image.width and image.height):
+        raise ValueError(f"{image.width} x {image.height} pixels: the image is empty")
+    return flatten(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
+
+
+def channels_first(image: Image.Image) -> Pixels:
+    """Return the pixels (C, H, W) of a grey or RGB image."""
     pixels = np.asarray(image)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def read_file(path: Path) -> bytes:

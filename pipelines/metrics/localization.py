@@ -40,20 +40,20 @@ def auroc_by_object(
     return float(low), float(high)
 
 
-def per_region_overlap(maps: Floats, masks: Bools, limit: float = 0.3) -> float:
+def per_region_overlap(maps: Sequence[Floats], masks: Sequence[Bools], limit: float = 0.3) -> float:
     """Return the area under the curve of mean overlap against false positive rate, up to the rate `limit` and divided
-    by it (PRO, Bergmann et al. 2020). maps, masks: `(n, H, W)`, with normal images, whose masks are empty.
+    by it (PRO, Bergmann et al. 2020). maps, masks: `(H, W)` of each image, with normal images, whose masks are empty.
 
     The overlap of a region is the share of its pixels with at least a threshold's score, so that each region counts the
     same, whatever its size; the rate is the share of such pixels among those of no region. NaN without regions or
     without pixels outside.
     """
-    regions = label_regions(masks)
-    sizes = np.bincount(regions.ravel())
+    regions, levels = join(label_regions(masks)), join(maps)
+    sizes = np.bincount(regions)
     if len(sizes) == 1 or not sizes[0]:
         return float("nan")
-    order = np.argsort(-maps, axis=None, kind="stable")
-    levels, of = maps.ravel()[order], regions.ravel()[order]
+    order = np.argsort(-levels, kind="stable")
+    levels, of = levels[order], regions[order]
     last = np.append(np.flatnonzero(np.diff(levels)), len(levels) - 1)  # of each score: ties change sides together
     rate = np.cumsum(of == 0)[last] / sizes[0]
     overlap = np.cumsum(np.where(of == 0, 0, 1 / sizes[of]))[last] / (len(sizes) - 1)
@@ -65,16 +65,31 @@ def per_region_overlap(maps: Floats, masks: Bools, limit: float = 0.3) -> float:
     return float(((x[1:] - x[:-1]) * (y[1:] + y[:-1])).sum() / 2 / limit)
 
 
-def label_regions(masks: Bools) -> NDArray[np.int64]:
-    """Number the connected regions of masks `(n, H, W)` from 1, over all masks; 0 outside. Pixels that share a corner
-    are connected."""
-    count, height, width = masks.shape
-    ids = np.where(masks, np.arange(1, masks.size + 1).reshape(masks.shape), 0)
+def join(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Return the values of arrays of any shapes in one row."""
+    return np.concatenate([part.ravel() for part in parts])
+
+
+def label_regions(masks: Sequence[Bools]) -> list[NDArray[np.int64]]:
+    """Number the connected regions of masks `(H, W)` from 1, over all masks; 0 outside. Pixels that share a corner are
+    connected."""
+    labels, count = [], 0
+    for mask in masks:
+        own = label_mask(mask)
+        labels.append(np.where(own, own + count, 0))
+        count += int(own.max())
+    return labels
+
+
+def label_mask(mask: Bools) -> NDArray[np.int64]:
+    """Number the connected regions of a mask `(H, W)` from 1."""
+    height, width = mask.shape
+    ids = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
-        padded = np.pad(ids, ((0, 0), (1, 1), (1, 1)))
-        near = [padded[:, y : y + height, x : x + width] for y in range(3) for x in range(3)]
-        spread = np.where(masks, np.maximum.reduce(near), 0)
+        padded = np.pad(ids, 1)
+        near = [padded[y : y + height, x : x + width] for y in range(3) for x in range(3)]
+        spread = np.where(mask, np.maximum.reduce(near), 0)
         spread = np.append(0, spread)[spread]  # the pixel with that number may know a higher one
         if (spread == ids).all():
-            return np.unique(np.append(0, ids), return_inverse=True)[1][1:].reshape(masks.shape)
+            return np.unique(np.append(0, ids), return_inverse=True)[1][1:].reshape(mask.shape)
         ids = spread

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from ...commands.detect import apply_colormap
+from ...anomaly.sheets import apply_colormap
 from ...images import to_uint8
 from ..conditions import make_condition_fields
 from ..controls import format_arguments, make_class_menu, read_given

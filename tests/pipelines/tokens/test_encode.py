@@ -122,6 +122,36 @@ def test_augmentations_are_further_rows_determined_by_the_seed(tokenizer, images
     assert not torch.equal(other.splits["train"].tokens, data.splits["train"].tokens)
 
 
+def test_crops_are_rows_of_their_image(tokenizer, images, columns, tmp_path):
+    """Images of 40 x 40 pixels, of which the tokenizer sees 28 x 28."""
+    for path in Path(images["source"]).rglob("*.png"):
+        target = tmp_path / "large" / path.relative_to(images["source"])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).resize((40, 40)).save(target)
+    data = {"source": str(tmp_path / "large"), "crop": "random", "crops_per_image": 5}
+    found = encoded(tokenizer, tmp_path / "tokens", data, batch_size=7, seed=3)
+    splits, model = load_images(config(tokenizer, "", data).data), Tokenizer.from_pretrained(tokenizer)
+    assert {name: len(part) for name, part in found.splits.items()} == {"train": 150, "test": 120}
+    (train,) = splits.train.raw_batch(np.arange(150), 0, 3)
+    assert torch.equal(found.splits["train"].tokens.long(), model.encode(splits.train.prepare(train)))
+    assert torch.equal(found.splits["test"].tokens.long(), model.encode(splits.held_out.batch(np.arange(120))))
+    rows = found.splits["train"].tokens.long().flatten(1).split(5)
+    assert all(len(each.unique(dim=0)) > 2 for each in rows)
+    assert torch.equal(found.splits["train"].labels, splits.train.labels)
+    assert found.source["data"]["crop"] == "random" and found.source["data"]["crops_per_image"] == 5
+    again = encoded(tokenizer, tmp_path / "again", data, batch_size=64, seed=3)
+    assert torch.equal(again.splits["train"].tokens, found.splits["train"].tokens)
+    table = tmp_path / "ages.csv"
+    names = sorted(str(path.relative_to(tmp_path / "large")) for path in (tmp_path / "large").rglob("*.png"))
+    table.write_text("file_name,age\n" + "".join(f"{name},{number}\n" for number, name in enumerate(names)))
+    ages = {"conditions": {"age": "age"}, "table": str(table)}
+    given = encoded(tokenizer, tmp_path / "given", data, **ages).splits["train"].condition(range(150))["age"].flatten()
+    assert torch.equal(given, given[::5].repeat_interleave(5)) and len(given.unique()) == 30
+    grid = {"conditions": {"inverse": columns["conditions"]["inverse"]}}
+    with pytest.raises(UserError, match=r"^conditions.inverse: [^\n]*data.crop=null$"):
+        encoded(tokenizer, tmp_path / "grid", {**data, "source": images["source"]}, **grid)
+
+
 @needs_digits
 def test_data_defaults_to_what_the_tokenizer_was_trained_on(tmp_path):
     """So that validation and test images are those of the tokenizer."""

@@ -1,0 +1,142 @@
+"""Pictures of anomalous images: the image, its map, what was healed, and the mask of its defect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..images.grids import class_grid
+from ..images.pictures import show_of, shown_channels, to_float, to_uint8
+from ..images.tiles import LazyImages
+from .ground_truth import rank_maps
+from .healing import anomaly_map, heal
+
+if TYPE_CHECKING:
+    from ..condition_keys import ConditionRows
+    from ..image_pipeline import ImagePipeline
+
+MOST = 512
+"""Pixels per side of a large image, beyond which it is reduced."""
+
+
+def draw_sheet(
+    pipeline: ImagePipeline, pixels: Tensor, given: ConditionRows, scores: Tensor, count: int, seed: int
+) -> np.ndarray:
+    """Draw a row for each of the `count` most and, below, least anomalous images: the image, its bits per pixel (if
+    tokens have positions), the healed image, and the difference, each below its score or name."""
+    chosen = rank_scores(scores, count)
+    images = to_float(pixels[chosen])
+    condition = given.select(chosen.tolist()).values()
+    healed = heal(pipeline, images, condition=condition, seed=seed)
+    panels = {"healed": healed.images.cpu(), "difference": apply_colormap(healed.difference.cpu())}
+    if pipeline.tokenizer.placed:
+        heat = anomaly_map(pipeline, images, condition=condition).cpu()
+        panels = {"bits per pixel": apply_colormap(heat / heat.amax().clamp(min=1e-6)), **panels}
+    chosen_channels = show_of(pipeline.tokenizer)
+    panels["healed"] = shown_channels(panels["healed"], chosen_channels)
+    shown = shown_channels(images, chosen_channels)
+    columns = [panel.expand(-1, 3, -1, -1) for panel in (shown, *panels.values())]
+    names = [name for score in scores[chosen].tolist() for name in (f"score {score:.3g}", *panels)]
+    panel_pixels = to_uint8(torch.stack(columns, 1).flatten(0, 1))
+    return class_grid(panel_pixels.movedim(1, -1).numpy(), names, len(columns))
+
+
+def draw_whole(
+    pipeline: ImagePipeline, images: LazyImages, given: ConditionRows, scores: Tensor, count: int, stride: int
+) -> np.ndarray:
+    """Draw a row for each of the `count` most and, below, least anomalous images of any size: the image and (if tokens
+    have positions) its map of bits per pixel, reduced to at most 512 pixels a side."""
+    chosen, panels, heats = rank_scores(scores, count), list[Tensor](), list[Tensor]()
+    for number in chosen.tolist():
+        image, condition = images.select([number]), given.select([number]).values()
+        panels.append(reduce_image(as_float(image.load(0)), pipeline))
+        if pipeline.tokenizer.placed:
+            (heat,) = anomaly_map(pipeline, image, condition=condition, stride=stride)
+            heats.append(reduce_map(heat.cpu()))
+    highest = max([1e-6, *(float(heat.max()) for heat in heats)])
+    rows = [[panel] for panel in panels]
+    for row, heat in zip(rows, heats, strict=False):
+        row += list(apply_colormap(heat[None] / highest))
+    names = [[f"score {score:.3g}", "bits per pixel"][: len(rows[0])] for score in scores[chosen].tolist()]
+    return draw_rows(rows, names)
+
+
+def draw_truth(
+    pipeline: ImagePipeline,
+    pixels: Tensor | LazyImages,
+    maps: Sequence[NDArray[np.float32]],
+    masks: Sequence[NDArray[np.bool_]],
+    names: list[str],
+    count: int,
+) -> np.ndarray:
+    """Draw the image, its map and its mask for the `count` defective images whose maps fit worst and, below, best."""
+    ranked = rank_maps(maps, masks) or list(range(len(maps)))
+    chosen = ranked if len(ranked) <= 2 * count else ranked[:count] + ranked[-count:]
+    rows = []
+    for number in chosen:
+        image = as_float(pixels.load(number) if isinstance(pixels, LazyImages) else pixels[number])
+        heat = torch.from_numpy(maps[number])[None]
+        low, high = heat.min(), heat.max()
+        marked = torch.from_numpy(masks[number]).float()[None] * 2 - 1
+        rows.append(
+            [reduce_image(image, pipeline), apply_colormap((heat - low) / (high - low).clamp(min=1e-6))[0], marked]
+        )
+    return draw_rows(rows, [[Path(names[number]).name, "bits per pixel", "mask"] for number in chosen])
+
+
+def rank_scores(scores: Tensor, count: int) -> Tensor:
+    """Return the numbers of the `count` highest and the `count` lowest scores, from the highest."""
+    ranked = torch.argsort(scores, descending=True)
+    return ranked if len(ranked) <= 2 * count else torch.cat([ranked[:count], ranked[-count:]])
+
+
+def draw_rows(rows: list[list[Tensor]], names: list[list[str]]) -> np.ndarray:
+    """Draw rows of images `(C, H, W)` in [-1, 1] of different sizes, each on white below its name."""
+    height, width = (max(panel.shape[axis] for row in rows for panel in row) for axis in (1, 2))
+    panels = [
+        F.pad(panel.expand(3, -1, -1), (0, width - panel.shape[2], 0, height - panel.shape[1]), value=1.0)
+        for row in rows
+        for panel in row
+    ]
+    shown = to_uint8(torch.stack(panels)).movedim(1, -1).numpy()
+    return class_grid(shown, [name for row in names for name in row], len(rows[0]))
+
+
+def apply_colormap(values: Tensor) -> Tensor:
+    """Map `(B, H, W)` in [0, 1] to colour images `(B, 3, H, W)`: black, red, yellow, white."""
+    return torch.stack([(3 * values - channel).clamp(0, 1) for channel in range(3)], 1) * 2 - 1
+
+
+def as_float(image: Tensor) -> Tensor:
+    """Convert uint8 to float in [-1, 1]."""
+    return to_float(image) if image.dtype == torch.uint8 else image
+
+
+def reduce_image(image: Tensor, pipeline: ImagePipeline) -> Tensor:
+    """Return the shown channels of an image `(C, H, W)`, reduced by the factor of its map."""
+    shown = shown_channels(image[None], show_of(pipeline.tokenizer))
+    return F.avg_pool2d(shown, factor_of(image.shape[1:]), ceil_mode=True)[0]
+
+
+def reduce_map(heat: Tensor) -> Tensor:
+    """Average a map `(H, W)` over squares of pixels, so that it has at most 512 a side."""
+    return F.avg_pool2d(heat.float()[None], factor_of(heat.shape), ceil_mode=True)[0]
+
+
+def reduce_mask(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Reduce a mask `(H, W)` as `reduce_map` does; a square is marked if one of its pixels is."""
+    marked = F.max_pool2d(torch.from_numpy(mask).float()[None], factor_of(mask.shape), ceil_mode=True)
+    found: NDArray[np.bool_] = marked[0].numpy() > 0
+    return found
+
+
+def factor_of(size: Sequence[int]) -> int:
+    """Return the side of the squares of pixels that are averaged in an image of this size (H, W)."""
+    return -(-max(size) // MOST)

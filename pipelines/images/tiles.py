@@ -1,0 +1,198 @@
+"""Images larger than the model, as overlapping tiles of the model's size.
+
+Tiles lie at every `stride` pixels; the last ones of a row and of a column are flush with the border, so that every
+pixel is covered. Images are loaded one after another, and a batch of tiles may span several of them, so memory is
+bounded by one image, its map and one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from prior.sampling import check_count, whole_number
+from tokenizer.files import one_line
+
+from ..config import UserError
+from ..shuffling import spread
+from .arrays import Values, decode_whole_array
+from .decoding import Payload, try_decode_whole, whole_pixels
+from .pictures import convert_image, refuse, to_float, to_images
+
+Shape = tuple[int, int, int]
+
+
+class Place(NamedTuple):
+    """A tile: the number of its image, and its upper left pixel."""
+
+    image: int
+    top: int
+    left: int
+
+
+@dataclass(frozen=True)
+class LazyImages:
+    """Images of any size that are loaded on access, so that not all of them are in memory. `load` returns image k,
+    `(C, H, W)`, uint8 or float in [-1, 1]; `name` returns its name for errors."""
+
+    count: int
+    load: Callable[[int], Tensor]
+    name: Callable[[int], str] = "image {}".format
+
+    def __len__(self) -> int:
+        return self.count
+
+    def select(self, numbers: Sequence[int]) -> LazyImages:
+        """Return the images `numbers`."""
+        return LazyImages(len(numbers), lambda k: self.load(numbers[k]), lambda k: self.name(numbers[k]))
+
+
+# Images of any size -------------------------------------------------------------------------------
+
+
+def whole_files(
+    payloads: Callable[[int], Payload], names: Sequence[str], channels: int, values: Values | None, hint: str
+) -> LazyImages:
+    """Return encoded images at their own size, which are read on access. payloads: returns image k. Access raises
+    `UserError` for a bad one, with the `hint`."""
+
+    def load(number: int) -> Tensor:
+        pixels = try_decode_whole(payloads(number), channels, values)
+        if isinstance(pixels, str):
+            raise UserError(one_line(f"{names[number]}: {pixels}{hint}"))
+        return torch.from_numpy(np.array(pixels))  # Pillow's pixels are read-only
+
+    return LazyImages(len(names), load, names.__getitem__)
+
+
+def list_images(images: Any, shape: Shape, values: Values | None) -> LazyImages:
+    """Return images of any size: a PIL image, a tensor `(B, C, H, W)`, an array `(B, H, W, C)` or `(H, W, C)`, for grey
+    images also `(B, H, W)` or `(H, W)`, or a sequence of single images. shape: (C, H, W) of the model. values: as in
+    `to_images`. Raises `ValueError` for anything else, and for no images."""
+    if isinstance(images, LazyImages):
+        return images
+    channels = shape[0]
+    if isinstance(images, Image.Image):
+        images = [images]
+    elif isinstance(images, np.ndarray):
+        single = images.ndim == 2 or (images.ndim == 3 and images.shape[-1] == channels)
+        images = images[None] if single else images
+        if images.ndim != 4 and not (images.ndim == 3 and channels == 1):
+            refuse(images[0] if single else images, shape)
+    elif isinstance(images, Tensor):
+        if images.ndim != 4:
+            refuse(images, shape)
+    elif not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
+        refuse(images, shape)
+    if not len(images):
+        raise ValueError("expected at least one image")
+    return LazyImages(len(images), lambda k: convert_whole(images[k], shape, values))
+
+
+def convert_whole(image: Any, shape: Shape, values: Values | None) -> Tensor:
+    """Convert a single image at its own size to `(C, H, W)`, uint8 or float in [-1, 1]; see `list_images`."""
+    channels = shape[0]
+    if isinstance(image, Image.Image):
+        plain = values is None and channels in (1, 3)
+        found = whole_pixels(image, channels) if plain else decode_whole_array(image, channels, values)
+        return torch.from_numpy(found.copy())
+    sides = tuple(getattr(image, "shape", ()))
+    size = sides[-2:] if isinstance(image, Tensor) else sides[:2]
+    own = (channels, size[0], size[1]) if len(size) == 2 else shape
+    if values is None and (pixels := convert_image(image, own)).dtype == torch.uint8:
+        return pixels
+    return to_images([image], own, values)[0]
+
+
+def load_image(images: LazyImages, number: int, shape: Shape) -> Tensor:
+    """Return an image `(C, H, W)`, uint8 or float in [-1, 1]. Raises `ValueError` for an image that is smaller than a
+    tile of `shape` (C, H, W)."""
+    pixels = images.load(number)
+    height, width = pixels.shape[1:]
+    if height < shape[1] or width < shape[2]:
+        raise ValueError(
+            f"{images.name(number)}: {height} x {width} pixels (height x width), smaller than a tile of "
+            f"{shape[1]} x {shape[2]}"
+        )
+    return pixels
+
+
+# Tiles --------------------------------------------------------------------------------------------
+
+
+def check_stride(stride: int, shape: Shape) -> int:
+    """Return the stride. Raises `ValueError` unless tiles of `shape` (C, H, W) then cover the image."""
+    stride, most = whole_number("stride", stride), min(shape[1:])
+    if not 1 <= stride <= most:
+        raise ValueError(
+            f"stride must be from 1 to {most}, so that tiles of {shape[1]} x {shape[2]} leave no gaps (got {stride})"
+        )
+    return stride
+
+
+def tile_starts(side: int, tile: int, stride: int) -> list[int]:
+    """Return where tiles begin along a side: every `stride` pixels, and flush with its end."""
+    return [*range(0, side - tile, stride), side - tile]
+
+
+def tile_places(size: Sequence[int], shape: Shape, stride: int) -> list[tuple[int, int]]:
+    """Return the upper left pixels of the tiles of an image of `size` (H, W)."""
+    tops, lefts = (tile_starts(*sides, stride) for sides in zip(size, shape[1:], strict=True))
+    return [(top, left) for top in tops for left in lefts]
+
+
+def cut_tiles(
+    images: Iterable[tuple[int, Tensor]], shape: Shape, stride: int, batch_size: int, most: int | None = None
+) -> Iterator[tuple[Tensor, list[Place]]]:
+    """Yield batches of tiles `(B, C, H, W)`, float in [-1, 1], and their places, in the order of the images (number,
+    pixels). most: cut at most this many tiles of each image, evenly spaced."""
+    stride, batch_size = check_stride(stride, shape), check_count(batch_size, "batch_size")
+    tiles, places = list[Tensor](), list[Place]()
+    for number, image in images:
+        every = tile_places(image.shape[1:], shape, stride)
+        for top, left in (every[k] for k in spread(len(every), most).tolist()):
+            tile = image[:, top : top + shape[1], left : left + shape[2]]
+            tiles.append(to_float(tile) if tile.dtype == torch.uint8 else tile)
+            places.append(Place(number, top, left))
+            if len(tiles) == batch_size:
+                yield torch.stack(tiles), places
+                tiles, places = [], []
+    if tiles:
+        yield torch.stack(tiles), places
+
+
+def stitch_maps(
+    images: LazyImages,
+    map_tiles: Callable[[Tensor, list[int]], Tensor],
+    shape: Shape,
+    stride: int,
+    batch_size: int,
+    device: torch.device,
+) -> list[Tensor]:
+    """Return the map `(H, W)` of each image: the average over its tiles of what `map_tiles` returns, `(B, H, W)`, for a
+    batch of tiles and the numbers of their images."""
+    maps = list[Tensor]()
+
+    def load() -> Iterator[tuple[int, Tensor]]:
+        for number in range(len(images)):
+            image = load_image(images, number, shape)
+            maps.append(torch.zeros(image.shape[1:], device=device))
+            yield number, image
+
+    for tiles, places in cut_tiles(load(), shape, stride, batch_size):
+        found = map_tiles(tiles.to(device), [place.image for place in places])
+        for part, (number, top, left) in zip(found, places, strict=True):
+            maps[number][top : top + shape[1], left : left + shape[2]] += part
+    for each in maps:
+        for axis, (side, tile) in enumerate(zip(each.shape, shape[1:], strict=True)):
+            covered = torch.zeros(side, device=device)
+            for start in tile_starts(side, tile, stride):
+                covered[start : start + tile] += 1
+            each /= covered[:, None] if axis == 0 else covered
+    return maps
