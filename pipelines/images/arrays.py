@@ -1,4 +1,4 @@
-"""Images of more than 8 bits or with other than 1 or 3 channels: NumPy arrays, 16-bit PNG, and TIFF with several pages.
+"""Images of more than 8 bits or with other than 1 or 3 channels: NumPy arrays, 16-bit PNG, and TIFF.
 
 Their values keep their type while they are read, resized and cropped; then `Values` maps their range to [-1, 1].
 """
@@ -6,9 +6,11 @@ Their values keep their type while they are read, resized and cropped; then `Val
 from __future__ import annotations
 
 import io
+import logging
+import math
 import zipfile
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,16 +18,33 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLESPERPIXEL, TiffImageFile
 
 from ..config import UserError
-from .decoding import MAX_FILE, MAX_PIXELS, MAX_SIDE, NO_IMAGE, WHITE_IS_ZERO, WORKERS, Payload, open_image, read_file
+from .decoding import (
+    CHUNK,
+    MAX_FILE,
+    MAX_PIXELS,
+    MAX_SIDE,
+    NO_IMAGE,
+    WHITE_IS_ZERO,
+    WORKERS,
+    Payload,
+    Rows,
+    Unsupported,
+    open_image,
+    read_file,
+)
 
 Array = NDArray[Any]
 ValueType = Literal["uint8", "uint16", "float32"]
 NUMPY, ZIP = b"\x93NUMPY", b"PK"
 """The first bytes of `.npy` and `.npz` files."""
+PNG, TIFF = b"\x89PNG", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+COLOURS = (1, 2, 5)
+"""Values of PHOTOMETRIC_INTERPRETATION that are read as they are: grey, RGB, and inks."""
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # it prints lines about damaged files
 
 
 class Values(NamedTuple):
@@ -79,7 +98,9 @@ def type_name(tokenizer: Any) -> str:
 
 
 def is_array(payload: Payload) -> bool:
-    """Whether an encoded image is a `.npy` or `.npz` file."""
+    """Whether an encoded image is a `.npy` or `.npz` file, or an array other than 8-bit grey."""
+    if isinstance(payload, np.ndarray):
+        return payload.ndim != 2 or payload.dtype != np.uint8
     if isinstance(payload, Path):
         return payload.suffix.lower() in (".npy", ".npz")
     return isinstance(payload, bytes) and payload.startswith((NUMPY, ZIP))
@@ -115,7 +136,14 @@ def read_array(payload: Payload | Image.Image, channels: int) -> Array:
         raise ValueError("not a file of NumPy's format")
     if data is None:
         raise ValueError(NO_IMAGE)
-    return read_pages(open_image(data, deep=True), channels)
+    try:
+        return read_pages(open_image(data, deep=True), channels)
+    except Unsupported:
+        if isinstance(data, bytes) and data.startswith(PNG):
+            return read_png(data)
+        if isinstance(data, bytes) and data.startswith(TIFF):
+            return read_tiff(data, channels)
+        raise
 
 
 def read_npy(data: bytes) -> Array:
@@ -158,25 +186,73 @@ def read_pages(image: Image.Image, channels: int) -> Array:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"a page of {image.width} x {image.height} pixels; the limit is {MAX_PIXELS}")
         pages.append(read_page(image))
+    return join_pages(pages)
+
+
+def join_pages(pages: list[Array]) -> Array:
+    """Return the pages of a TIFF as channels of one array. Raises `ValueError` if they differ."""
     if len({(page.shape, page.dtype) for page in pages}) > 1:
         raise ValueError("a TIFF whose pages differ in size or type")
     return pages[0] if len(pages) == 1 else np.concatenate([np.atleast_3d(page) for page in pages], axis=2)
 
 
+def read_png(data: bytes) -> Array:
+    """Return the values (H, W, C) of a PNG of 16-bit colours."""
+    import torch
+    from torchvision.io import decode_png
+
+    found = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), apply_exif_orientation=True)
+    return np.moveaxis(found.numpy(), 0, -1)
+
+
+def read_tiff(data: bytes, channels: int) -> Array:
+    """Return the values of a TIFF, (H, W) or (H, W, C), as `read_pages` does, with the package tifffile. Raises
+    `UserError` without it, and `ValueError` for more than `channels` of them or a limit exceeded."""
+    if find_spec("tifffile") is None:
+        raise UserError('a TIFF that Pillow cannot read; the package tifffile may: pip install "smalti[tiff]"')
+    import tifffile
+
+    pages, count = list[Array](), 0
+    with tifffile.TiffFile(io.BytesIO(data), _multifile=False) as file:
+        every: Any = file.pages  # TiffPage, as keyframes are not used
+        for page in every:
+            count += page.samplesperpixel * page.imagedepth
+            if count > channels:
+                raise ValueError(f"a TIFF of {count} or more channels, not {channels} (data.channels)")
+            width, height = max(page.imagewidth, page.tilewidth), max(page.imagelength, page.tilelength)
+            if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+                raise ValueError(f"{width} x {height} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} a side")
+            if page.photometric not in COLOURS or page.tags.valueof("Orientation", default=1) != 1:
+                raise ValueError("a TIFF that is rotated, or whose values are not grey, RGB or inks; convert it")
+            sizes = page.databytecounts
+            if len(sizes) < math.prod(page.chunked) or 0 in sizes:  # tifffile would fill in zeros
+                raise ValueError("a TIFF of which a part is missing")
+            array = page.asarray()
+            pages.append(np.moveaxis(array, 0, -1) if page.axes == "SYX" else array)
+    return join_pages(pages)
+
+
 def read_page(image: Image.Image) -> Array:
-    """Return the values of an image's current page, upright, without conversion to 8 bits."""
+    """Return the values of an image's current page, upright, without conversion to 8 bits. Raises `Unsupported` if
+    Pillow does not read them all."""
     if image.mode.startswith("I") and getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
         raise ValueError("a TIFF whose values go from white to black; convert it")
-    halved = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-    if halved and image.mode not in DEEP_MODES:
-        raise ValueError(
-            "colours of 16 bits, which Pillow reads as 8; save them as .npy, or as a TIFF page per channel"
-        )
+    if image.mode not in DEEP_MODES and is_reduced(image):
+        image.load()  # which reports damage
+        raise Unsupported("colours of 16 bits, or more channels than Pillow reads; save them as .npy")
     upright = ImageOps.exif_transpose(image)
     if image.mode in ("1", "P", "PA"):
         upright = upright.convert({"1": "L", "P": "RGB", "PA": "RGBA"}[image.mode])
     array = np.asarray(upright)
     return array.astype(np.uint16) if image.mode == "I" and image.format == "PNG" else array
+
+
+def is_reduced(image: Image.Image) -> bool:
+    """Whether Pillow reads the colours of an opened image as 8 bits although they have more, or only some of them."""
+    if isinstance(image, TiffImageFile):
+        bits, samples = image.tag_v2.get(BITSPERSAMPLE, (1,)), image.tag_v2.get(SAMPLESPERPIXEL, 1)
+        return max(bits) > 8 or samples > len(image.getbands())
+    return any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
 def channels_first(array: Array, channels: int) -> Array:
@@ -218,35 +294,34 @@ def fit_array(array: Array, height: int, width: int) -> Array:
 
 def guess_type(payload: Payload, channels: int) -> ValueType | None:
     """Return the type of an image if it is more than 8 bits and not converted to 8, as grey PNG of 16 bits is if RGB is
-    wanted; None for 8 bits, and for what cannot be read."""
+    wanted; None for 8 bits, and for what cannot be read. Raises `UserError` if that takes another package."""
     try:
-        if is_array(payload):
-            found = type_of(read_array(payload, channels).dtype)
-        elif isinstance(payload, Path) and payload.suffix.lower() in (".png", ".tif", ".tiff"):
-            image = open_image(payload, deep=True)
-            if image.mode not in DEEP_MODES or (channels == 3 and not getattr(image, "is_animated", False)):
-                return None
-            found = "float32" if image.mode == "F" else "uint16"
-        else:
-            return None
+        array = read_array(payload, channels)
+        found = type_of((array if is_array(payload) else channels_first(array, channels)).dtype)
+    except UserError as error:
+        raise UserError(f"data.dtype: the first training image: {error}; data.dtype=uint8 reads 8 bits") from error
     except Exception:  # decoding reports it
         return None
     return {"uint16": "uint16", "float32": "float32"}.get(found)  # type: ignore[return-value]
 
 
-def measure_range(payloads: Iterable[Payload], channels: int) -> tuple[float, float] | None:
-    """Return the smallest and the largest finite value of the images; None without any."""
+def measure_range(rows: Rows, positions: NDArray[np.int64], channels: int) -> tuple[float, float] | None:
+    """Return the smallest and the largest finite value of the images at `positions`; None without any."""
 
-    def bounds(payload: Payload) -> tuple[float, float] | None:
-        try:
-            array = channels_first(read_array(payload, channels), channels)
-            require_finite(array)
-            return float(array.min()), float(array.max())
-        except Exception:  # decoding reports it
-            return None
+    def bounds(chunk: list[int]) -> list[tuple[float, float]]:
+        found = []
+        for payload in rows.read(chunk):
+            try:
+                array = channels_first(read_array(payload, channels), channels)
+                require_finite(array)
+                found.append((float(array.min()), float(array.max())))
+            except Exception:  # decoding reports it
+                pass
+        return found
 
+    chunks = [positions[start : start + CHUNK].tolist() for start in range(0, len(positions), CHUNK)]
     with ThreadPoolExecutor(WORKERS) as pool:
-        found = [pair for pair in pool.map(bounds, payloads) if pair is not None]
+        found = [pair for pairs in pool.map(bounds, chunks) for pair in pairs]
     return (min(low for low, _ in found), max(high for _, high in found)) if found else None
 
 

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
     PHOTOMETRIC_INTERPRETATION,
+    PLANAR_CONFIGURATION,
     TILELENGTH,
     TILEWIDTH,
     TiffImageFile,
@@ -38,7 +39,7 @@ WEB_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 """Formats that browsers show; uploads must have one of them."""
 FORMATS = (*WEB_FORMATS, "TIFF")
 MAX_PIXELS, MAX_SIDE = 64 * 2**20, 16_384
-WHITE_IS_ZERO = 0  # a value of PHOTOMETRIC_INTERPRETATION
+WHITE_IS_ZERO, SEPARATE = 0, 2  # values of PHOTOMETRIC_INTERPRETATION and PLANAR_CONFIGURATION
 MAX_FILE = 256 << 20  # bytes of an encoded image
 CHUNK = 64  # images that a thread reads and decodes at a time
 WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -71,6 +72,10 @@ class Rows:
 
 SplitRows = dict[str, Callable[[], Rows]]
 """The splits of a source by name; a call opens the split."""
+
+
+class Unsupported(ValueError):
+    """Pillow cannot read the values of an image, or not all of them."""
 
 
 class BadImage(NamedTuple):
@@ -162,7 +167,18 @@ def decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS, v
 
     if formats == FORMATS and (values is not None or shape[0] not in (1, 3) or is_array(payload)):
         return decode_array(payload, shape, values)
-    image = Image.fromarray(payload) if isinstance(payload, np.ndarray) else open_image(payload, formats)
+    if isinstance(payload, np.ndarray):
+        return pixels_of(Image.fromarray(payload), shape)
+    try:
+        image = open_image(payload, formats, deep=True)
+    except Unsupported:
+        if formats == FORMATS:
+            return decode_array(payload, shape, values)
+        raise
+    if isinstance(image, TiffImageFile):
+        if shape[0] > 1 and getattr(image, "n_frames", 1) == shape[0]:
+            return decode_array(image, shape, values)
+        require_plain_tiff(image)
     return pixels_of(image, shape)
 
 
@@ -208,8 +224,8 @@ def open_image(
         raise ValueError(f"larger than {MAX_FILE} bytes")
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
-    except Image.UnidentifiedImageError:  # Pillow's message contains a memory address
-        raise ValueError(f"not an image in one of the formats {', '.join(formats)}") from None
+    except (Image.UnidentifiedImageError, KeyError):  # the message contains a memory address, or a number
+        raise Unsupported(f"not an image in one of the formats {', '.join(formats)}") from None
     width, height = image.size  # from the header: a file of 20 kB can claim 1 GB of pixels
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise ValueError(f"{width} x {height} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} per side")
@@ -222,12 +238,13 @@ def open_image(
 
 def require_plain_tiff(image: TiffImageFile) -> None:
     """Raise `ValueError` for a TIFF with several pages, or whose values have no fixed black and white: 12 or 32 bits,
-    signed values, floats."""
+    signed values, floats; and for planes of 16 bits, which Pillow reads as noise."""
     if getattr(image, "is_animated", False):
-        raise ValueError("a TIFF with several pages; save each page as a separate file")
+        raise ValueError("a TIFF with several pages; save each page as a separate file, or set data.channels")
     bits = {int(depth) for depth in image.tag_v2.get(BITSPERSAMPLE, (1,))}
     inverted = image.mode.startswith("I;16") and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
-    if image.mode in ("I", "F") or not bits <= {1, 2, 4, 8, 16} or inverted:
+    planes = len(image.getbands()) > 1 and image.tag_v2.get(PLANAR_CONFIGURATION) == SEPARATE and 16 in bits
+    if image.mode in ("I", "F") or not bits <= {1, 2, 4, 8, 16} or inverted or planes:
         raise ValueError("a TIFF whose values are not 8 or 16 bits from black to white; convert it to PNG")
 
 
