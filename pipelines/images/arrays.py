@@ -229,6 +229,8 @@ def read_tiff(data: bytes, channels: int) -> Array:
                 raise ValueError("a TIFF of which a part is missing")
             array = page.asarray()
             pages.append(np.moveaxis(array, 0, -1) if page.axes == "SYX" else array)
+    if not pages:
+        raise ValueError("a TIFF without pages")
     return join_pages(pages)
 
 
@@ -237,8 +239,9 @@ def read_page(image: Image.Image) -> Array:
     Pillow does not read them all."""
     if image.mode.startswith("I") and getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
         raise ValueError("a TIFF whose values go from white to black; convert it")
-    if image.mode not in DEEP_MODES and is_reduced(image):
-        image.load()  # which reports damage
+    if is_reduced(image):
+        if image.format == "PNG":
+            image.load()  # which reports damage in plainer words than torchvision
         raise Unsupported("colours of 16 bits, or more channels than Pillow reads; save them as .npy")
     upright = ImageOps.exif_transpose(image)
     if image.mode in ("1", "P", "PA"):
@@ -248,11 +251,12 @@ def read_page(image: Image.Image) -> Array:
 
 
 def is_reduced(image: Image.Image) -> bool:
-    """Whether Pillow reads the colours of an opened image as 8 bits although they have more, or only some of them."""
+    """Whether Pillow reads the values of an opened image as 8 bits although they have more, or only some channels."""
+    deep = image.mode in DEEP_MODES
     if isinstance(image, TiffImageFile):
-        bits, samples = image.tag_v2.get(BITSPERSAMPLE, (1,)), image.tag_v2.get(SAMPLESPERPIXEL, 1)
-        return max(bits) > 8 or samples > len(image.getbands())
-    return any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+        samples, bits = image.tag_v2.get(SAMPLESPERPIXEL, 1), max(image.tag_v2.get(BITSPERSAMPLE, (1,)))
+        return samples > len(image.getbands()) or (bits > 8 and not deep)
+    return not deep and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
 def channels_first(array: Array, channels: int) -> Array:

@@ -259,7 +259,7 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
         arrays = table.select_columns([image]).with_format("numpy", dtype=np.dtype(dtype))
         return Rows(
             len(table),
-            lambda rows: [np.asarray(array) for array in arrays[list(rows)][image]],
+            lambda rows: [array if np.ndim(array) else None for array in arrays[list(rows)][image]],
             lambda row: f"row {row} of {split}",
             labels,
             names,
