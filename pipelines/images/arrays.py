@@ -12,7 +12,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.lib import format as npy
@@ -112,6 +112,8 @@ def decode_array(payload: Payload | Image.Image, shape: tuple[int, int, int], va
     channels, height, width = shape
     array = channels_first(read_array(payload, channels), channels)
     wanted, found = "uint8" if values is None else values.dtype, type_of(array.dtype)
+    if found not in get_args(ValueType):
+        raise ValueError(f"its values are {found}; convert them to uint8, uint16 or floats")
     if found != wanted:
         raise ValueError(f"its values are {found}, not {wanted} (data.dtype)")
     if max(array.shape[1:]) > MAX_SIDE or array[0].size > MAX_PIXELS:
@@ -306,22 +308,17 @@ def guess_type(payload: Payload, channels: int) -> ValueType | None:
         raise UserError(f"data.dtype: the first training image: {error}; data.dtype=uint8 reads 8 bits") from error
     except Exception:  # decoding reports it
         return None
-    return {"uint16": "uint16", "float32": "float32"}.get(found)  # type: ignore[return-value]
+    return found if found in ("uint16", "float32") else None  # type: ignore[return-value]
 
 
-def measure_range(rows: Rows, positions: NDArray[np.int64], channels: int) -> tuple[float, float] | None:
-    """Return the smallest and the largest finite value of the images at `positions`; None without any."""
+def measure_range(
+    rows: Rows, positions: NDArray[np.int64], channels: int, dtype: ValueType
+) -> tuple[float, float] | None:
+    """Return the smallest and the largest value of the images at `positions` that have this type; None without any."""
 
     def bounds(chunk: list[int]) -> list[tuple[float, float]]:
-        found = []
-        for payload in rows.read(chunk):
-            try:
-                array = channels_first(read_array(payload, channels), channels)
-                require_finite(array)
-                found.append((float(array.min()), float(array.max())))
-            except Exception:  # decoding reports it
-                pass
-        return found
+        arrays = (good_values(payload, channels, dtype) for payload in rows.read(chunk))
+        return [(float(array.min()), float(array.max())) for array in arrays if array is not None]
 
     chunks = [positions[start : start + CHUNK].tolist() for start in range(0, len(positions), CHUNK)]
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -331,8 +328,15 @@ def measure_range(rows: Rows, positions: NDArray[np.int64], channels: int) -> tu
 
 def clipped_share(payload: Payload, channels: int, values: Values) -> float:
     """Return the share of an image's values that lie beyond the range; 0 if it cannot be read."""
+    array = good_values(payload, channels, values.dtype)
+    return 0.0 if array is None else float(((array < values.low) | (array > values.high)).mean())
+
+
+def good_values(payload: Payload, channels: int, dtype: ValueType) -> Array | None:
+    """Return an image's values (C, H, W); None for another type, NaN, and what cannot be read."""
     try:
         array = channels_first(read_array(payload, channels), channels)
+        require_finite(array)
     except Exception:  # decoding reports it
-        return 0.0
-    return float(((array < values.low) | (array > values.high)).mean())
+        return None
+    return array if type_of(array.dtype) == dtype else None

@@ -34,7 +34,19 @@ from ..shuffling import positions_of, samples_of, splitmix64, spread
 from . import tables
 from .arrays import Values, ValueType, clipped_share, guess_type, measure_range, values_of
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
-from .decoding import CHUNK, IMAGE, LABEL, BadImage, Decoded, Pixels, Rows, SplitRows, decode_all, decode_in_threads
+from .decoding import (
+    CHUNK,
+    IMAGE,
+    LABEL,
+    BadImage,
+    Decoded,
+    Pixels,
+    Rows,
+    SplitRows,
+    decode_all,
+    decode_in_threads,
+    decode_rows,
+)
 from .folder import holds_files, open_folder
 from .pictures import to_float
 
@@ -275,12 +287,16 @@ def settle_values(config: DataConfig, rows: Rows, positions: NDArray[np.int64]) 
         config = config.model_copy(update={"dtype": dtype or "uint8"})
         warn_about_range(config, rows, positions)
     elif dtype in ("uint16", "float32"):
-        limits = measure_range(rows, positions, config.channels)
+        limits = measure_range(rows, positions, config.channels, dtype)
         if limits is None or limits[0] >= limits[1]:
-            found = "cannot be measured" if limits is None else f"all are {limits[0]:g}"
+            first = int(positions[0])
+            reasons = decode_rows(rows, config.image_shape, [first], Values(dtype, 0.0, 1.0))
+            found = reasons[0] if limits is None else f"all are {limits[0]:g}; give data.range=LOW,HIGH"
             raise UserError(
-                f"data.range: the values of the {len(positions)} training images: {found}; the first is "
-                f"{rows.name(int(positions[0]))}; check data.channels={config.channels}, or give data.range=LOW,HIGH"
+                one_line(
+                    f"data.range: the values of {len(positions)} training images cannot be measured; the first is "
+                    f"{rows.name(first)}: {found}"
+                )
             )
         config = config.model_copy(update={"dtype": dtype, "range": limits})
         if is_first_process():

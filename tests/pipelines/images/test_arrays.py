@@ -259,7 +259,7 @@ BAD = {
     "NaN": (npy(np.full((8, 8, 6), np.nan, np.float32)), Values("float32", 0.0, 1.0), "NaN"),
     "channels": (npy(np.zeros((8, 8, 5), np.uint16)), FULL, "data.channels=6 needs"),
     "axes": (npy(np.zeros((2, 8, 8, 6), np.uint16)), FULL, "shape (2, 8, 8, 6)"),
-    "type": (npy(np.zeros((8, 8, 6), np.int32)), FULL, "int32, not uint16"),
+    "type": (npy(np.zeros((8, 8, 6), np.int32)), FULL, "int32; convert them"),
     "8 bits": (npy(np.zeros((8, 8, 6), np.uint8)), FULL, "uint8, not uint16"),
     "objects": (npy(np.array([{}], dtype=object)), FULL, "Python objects"),
     "short": (npy(np.zeros((8, 8, 6), np.uint16))[:200], FULL, "too short"),
@@ -311,7 +311,7 @@ def test_bad_arrays_are_named(tmp_path):
     arrays[3][0, 0, 0] = np.inf
     with pytest.raises(UserError, match="003.npy: 1 of 1,536 values are NaN or infinite"):
         load_images(data_of(write_arrays(tmp_path / "a", arrays)))
-    with pytest.raises(UserError, match="data.range: the values of the .* cannot be measured.*npy"):
+    with pytest.raises(UserError, match="data.range: .* cannot be measured.*npy: shape .16, 16, 6.; data.channels=5"):
         load_images(data_of(tmp_path / "a", channels=5))
     with pytest.raises(UserError, match="all are 0"):
         load_images(data_of(write_arrays(tmp_path / "b", np.zeros((20, 16, 16, 6), np.uint16))))
@@ -347,6 +347,16 @@ def test_tables_hold_arrays(kind, tmp_path):
         load_images(data_of(tmp_path, channels=5, **more))
     with pytest.raises(UserError, match="data.streaming"):
         load_images(data_of(tmp_path, streaming=True, **more))
+
+
+def test_images_of_another_type_do_not_change_the_range(tmp_path):
+    folder = write_arrays(tmp_path, blobs(240))
+    np.save(folder / "100.npy", np.zeros((16, 16, 6), np.float32))
+    np.save(folder / "101.npy", np.full((16, 16, 6), 70_000, np.int64))
+    images = load_images(data_of(folder, on_error="skip", validation_fraction=0))
+    rows = images.train.origin[1]
+    assert len(images.train.bad) + len(images.held_out.bad) == 2 and images.train.bad
+    assert images.train.values == ("uint16", blobs(240)[rows].min(), blobs(240)[rows].max())
 
 
 def test_arrays_beside_pictures_are_no_images(tmp_path):
@@ -442,7 +452,17 @@ def test_generate_writes_the_declared_type(run):
 
 def test_evaluation_and_detection_run(run):
     pipeline = f"pipeline={run / 'prior'}"
-    evaluate.main([pipeline, "num_images=16", "feature_steps=0", f"out={run / 'evaluation'}"])
+    figures = evaluate.main([pipeline, "num_images=16", "feature_steps=0", f"out={run / 'evaluation'}"])
+    pipe, arrays = ImagePipeline.from_pretrained(run / "prior"), blobs(240)
+    data = load_images(data_of(run / "images", range=(pipe.values.low, pipe.values.high)))
+    arrays = arrays[data.held_out.origin[1]]
+    error = pipe.reconstruct(arrays, output_type="np").astype(float) - arrays
+    span = pipe.values.high - pipe.values.low
+    clipped = arrays.clip(pipe.values.low, pipe.values.high) - arrays
+    assert np.abs(clipped).max() <= 0.02 * span  # held-out values may lie beyond the measured range
+    by_hand = 10 * np.log10(span**2 / np.square(error - clipped).mean((1, 2, 3)))
+    assert figures["psnr"] == pytest.approx(by_hand.mean(), abs=0.02)
+    assert figures["l1"] * span / 2 == pytest.approx(np.abs(error - clipped).mean(), rel=0.01)
     assert (run / "evaluation" / "reconstructions.png").exists()
     main(["calibrate", f"{pipeline}/pipeline", "false_alarms=0.3"])
     write_arrays(run / "other", blobs(4, seed=9))
@@ -458,6 +478,8 @@ def test_verbs_for_pictures_say_so(run, capsys):
     assert "data.range" in line and "set data.dtype=uint16 data.range=" in line
     line = fails(capsys, "train_tokenizer", f"out={run / 'z'}", "data.channels=6", "loss.perceptual=1")
     assert "LPIPS takes images with 1 or 3 channels" in line
+    line = fails(capsys, "evaluate", pipeline, "inception_weights=x", f"out={run / 'y'}")
+    assert "Inception takes images with 1 or 3 channels (these have 6)" in line
     with pytest.raises(ValueError, match="lossless compression needs"):
         ImagePipeline.from_pretrained(run / "prior").compress(blobs(2), lossless=True)
     assert values_of(Tokenizer.from_pretrained(run / "tok" / "tokenizer")).dtype == "uint16"
