@@ -80,8 +80,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 P = TypeVar("P", bound="ImagePipeline")
 
 
-class PipelineOutput(NamedTuple):
-    """The result of a call; `images, tokens, class_names = pipe(4)` unpacks it."""
+class Output(NamedTuple):
+    """The fields of `PipelineOutput`."""
 
     images: Any
     """A list of PIL images, uint8 (B, H, W, C), or float (B, C, H, W)."""
@@ -89,6 +89,20 @@ class PipelineOutput(NamedTuple):
     """`(B, *grid.shape)`."""
     class_names: list[str] | None = None
     """The class of each image, "" for the null class; None if no image has a class."""
+
+
+class PipelineOutput(Output):
+    """The result of a call; `images, tokens, class_names = pipe(4)` unpacks it.
+
+    `show` are the channels of tensors that `grid` shows, as in `data.show`.
+    """
+
+    show: Sequence[int] | None = None
+
+    def _replace(self, **fields: Any) -> PipelineOutput:
+        found = type(self)(**{**self._asdict(), **fields})
+        found.show = self.show
+        return found
 
     def __repr__(self) -> str:
         images = self.images
@@ -125,7 +139,7 @@ class PipelineOutput(NamedTuple):
             if images.ndim == 5:
                 draws, images = images.shape[1], images.reshape(-1, *images.shape[2:])
             if isinstance(images, Tensor):
-                pixels = to_uint8(shown_channels(images.cpu())).movedim(1, -1).numpy()
+                pixels = to_uint8(shown_channels(images.cpu(), self.show)).movedim(1, -1).numpy()
             elif images.dtype == np.uint8 and images.shape[-1] in (1, 3):
                 pixels = images
             else:
@@ -299,7 +313,9 @@ class ImagePipeline:
         else:
             images = self.decode(drawn, output_type=output_type, batch_size=batch_size, progress=progress)
         names = [] if ids is None else self.class_names(ids)
-        return PipelineOutput(images, drawn, names if any(names) else None)
+        out = PipelineOutput(images, drawn, names if any(names) else None)
+        out.show = show_of(self.tokenizer)
+        return out
 
     def choose_sampler(
         self,

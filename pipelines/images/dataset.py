@@ -45,6 +45,7 @@ from .decoding import (
     SplitRows,
     decode_all,
     decode_in_threads,
+    decode_rows,
 )
 from .folder import holds_files, open_folder
 from .pictures import to_float
@@ -262,7 +263,7 @@ def load_images(config: DataConfig, *, together: bool = False, stream: bool = Fa
         return load_crops(config, check=check)
     if is_stream(config):
         number_groups(None, config)
-        require_files(config)
+        require_plain_data(config)
         from .streaming import open_stream
 
         some, streamed = open_stream(config, stream)
@@ -312,23 +313,26 @@ def open_source(config: DataConfig) -> SplitRows:
 
 def settle_values(config: DataConfig, rows: Rows, positions: NDArray[np.int64]) -> DataConfig:
     """Return the settings with the type and range of the images: those of the training images at `positions` if they
-    are not declared, and neither for 8 bits. Raises `UserError` for other sources than folders of files, and if all
-    values are equal; warns about a range that clips more than 1 % of a sample."""
-    if rows.paths is None:
-        require_files(config)
+    are not declared, and neither for 8 bits. Raises `UserError` for the digits, and if all values are equal; warns
+    about a range that clips more than 1 % of a sample."""
+    if config.source == "digits":
+        require_plain_data(config)
         return config
-    every = rows.read(positions.tolist())
-    dtype = config.dtype or guess_type(every[0], config.channels)
+    dtype = config.dtype or guess_type(rows.read(positions[:1].tolist())[0], config.channels)
     if config.range is not None:
         config = config.model_copy(update={"dtype": dtype or "uint8"})
         warn_about_range(config, rows, positions)
     elif dtype in ("uint16", "float32"):
-        limits = measure_range(every, config.channels)
+        limits = measure_range(rows, positions, config.channels, dtype)
         if limits is None or limits[0] >= limits[1]:
-            found = "cannot be measured" if limits is None else f"all are {limits[0]:g}"
+            first = int(positions[0])
+            reasons = decode_rows(rows, config.image_shape, [first], Values(dtype, 0.0, 1.0))
+            found = reasons[0] if limits is None else f"all are {limits[0]:g}; give data.range=LOW,HIGH"
             raise UserError(
-                f"data.range: the values of the {len(every)} training images: {found}; the first is "
-                f"{rows.name(int(positions[0]))}; check data.channels={config.channels}, or give data.range=LOW,HIGH"
+                one_line(
+                    f"data.range: the values of {len(positions)} training images cannot be measured; the first is "
+                    f"{rows.name(first)}: {found}"
+                )
             )
         config = config.model_copy(update={"dtype": dtype, "range": limits})
         if is_first_process():
@@ -336,12 +340,12 @@ def settle_values(config: DataConfig, rows: Rows, positions: NDArray[np.int64]) 
     return config
 
 
-def require_files(config: DataConfig) -> None:
-    """Raise `UserError` for images of another depth or with other channels than those of tables and streams."""
+def require_plain_data(config: DataConfig) -> None:
+    """Raise `UserError` for images of another depth or with other channels than those of digits and streams."""
     if config.channels not in (1, 3) or config.dtype not in (None, "uint8") or config.range is not None:
         raise UserError(
-            "data.channels, data.dtype, data.range: other than 8-bit images with 1 or 3 channels are read from a "
-            f"folder of files (got {config.source})"
+            "data.channels, data.dtype, data.range: data.source=digits and data.streaming have 8-bit images with 1 or "
+            f"3 channels (got data.source={config.source} data.streaming={str(config.streaming).lower()})"
         )
 
 
