@@ -45,6 +45,16 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "maskgit": {"widths": (8, 16), "blocks": 1, "groups": 4, "quantizer": {"kind": "vq", "codes": 32, "dim": 8}},
     "magvit2": {"widths": (8, 16), "blocks": 1, "groups": 4, "quantizer": {"kind": "lfq", "bits": 8}},
+    "frame_by_frame": {
+        "frames": 2,
+        "tokenizer": {
+            "kind": "vqvae",
+            "factor": 2,
+            "widths": (16,),
+            "blocks": (1,),
+            "quantizer": {"kind": "ema", "codes": 32, "dim": 8},
+        },
+    },
     "ema": {"codes": 32, "dim": 8},
     "vq": {"codes": 32, "dim": 8},
     "ibq": {"codes": 32, "dim": 8},
