@@ -169,8 +169,8 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
 
 
 class Rotations(Constants):
-    """Rotary positions (RoPE along each axis): cos and sin of each cell's angles, `(cells, width / 2, 2)`. The pairs of a head are
-    divided among the axes. The table stays float32 or float64, whatever the type of the weights."""
+    """Rotary positions (RoPE along each axis): cos and sin of each cell's angles, `(cells, width / 2, 2)`. The pairs of
+    a head are divided among the axes. The table stays float32 or float64, whatever the type of the weights."""
 
     table: Tensor
 

@@ -33,7 +33,11 @@ class Case:
 
 CASES = [Case((2, 1)), Case((1, 2), (2, 1)), Case((1, 1), (1, 3)), Case((4, 1)), Case((1, 5))]
 CASES += [Case((1, 2), (1, 2) if number % 2 else None, order) for number, order in enumerate(ORDERS[1:])]
-CASES += [Case((1, 1, 2), (1, 2), shape=CLIP), Case((1, 2, 1), (2, 1), shape=CLIP), Case((2, 1, 1), None, "random:3", CLIP)]
+CASES += [
+    Case((1, 1, 2), (1, 2), shape=CLIP),
+    Case((1, 2, 1), (2, 1), shape=CLIP),
+    Case((2, 1, 1), None, "random:3", CLIP),
+]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
