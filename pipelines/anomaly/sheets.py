@@ -16,7 +16,7 @@ from ..images.grids import class_grid
 from ..images.pictures import show_of, shown_channels, to_float, to_uint8
 from ..images.tiles import LazyImages
 from .ground_truth import rank_maps
-from .healing import anomaly_map, heal
+from .healing import heal_images, map_bits, map_large
 
 if TYPE_CHECKING:
     from ..condition_keys import ConditionRows
@@ -34,10 +34,10 @@ def draw_sheet(
     chosen = rank_scores(scores, count)
     images = to_float(pixels[chosen])
     condition = given.select(chosen.tolist()).values()
-    healed = heal(pipeline, images, condition=condition, seed=seed)
+    healed = heal_images(pipeline, images, condition=condition, seed=seed)
     panels = {"healed": healed.images.cpu(), "difference": apply_colormap(healed.difference.cpu())}
     if pipeline.tokenizer.placed:
-        heat = anomaly_map(pipeline, images, condition=condition).cpu()
+        heat = map_bits(pipeline, images, condition=condition).cpu()
         panels = {"bits per pixel": apply_colormap(heat / heat.amax().clamp(min=1e-6)), **panels}
     chosen_channels = show_of(pipeline.tokenizer)
     panels["healed"] = shown_channels(panels["healed"], chosen_channels)
@@ -58,7 +58,7 @@ def draw_whole(
         image, condition = images.select([number]), given.select([number]).values()
         panels.append(reduce_image(as_float(image.load(0)), pipeline))
         if pipeline.tokenizer.placed:
-            (heat,) = anomaly_map(pipeline, image, condition=condition, stride=stride)
+            (heat,) = map_large(pipeline, image, condition=condition, stride=stride)
             heats.append(reduce_map(heat.cpu()))
     highest = max([1e-6, *(float(heat.max()) for heat in heats)])
     rows = [[panel] for panel in panels]

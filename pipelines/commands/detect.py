@@ -18,7 +18,7 @@ from ..anomaly.calibration import Calibration, digest_of_pixels
 from ..anomaly.conformal import benjamini_hochberg
 from ..anomaly.distances import CalibrationError
 from ..anomaly.ground_truth import find_masks, measure_defects, read_mask
-from ..anomaly.healing import anomaly_map
+from ..anomaly.healing import map_bits, map_large
 from ..anomaly.image_statistics import measure
 from ..anomaly.scores import p_value_of, score_of, score_tiles
 from ..anomaly.separation import separation
@@ -195,12 +195,12 @@ def compare_truth(
     most 512 pixels a side. Raises `UserError`."""
     files, condition = [Path(name) for name in images.names], images.given.values()
     if stride is None:
-        found = anomaly_map(pipeline, to_float(images.pixels), condition=condition).cpu().float().numpy()
-        return list(found), [read_mask(*pair, found.shape[1:]) for pair in zip(masks, files, strict=True)]
+        heat = map_bits(pipeline, to_float(images.pixels), condition=condition).cpu().float().numpy()
+        return list(heat), [read_mask(*pair, heat.shape[1:]) for pair in zip(masks, files, strict=True)]
     maps, truth = [], []
     for number, (mask, file) in enumerate(zip(masks, files, strict=True)):
         some, own = images.pixels.select([number]), images.given.select([number]).values()
-        (found,) = anomaly_map(pipeline, some, condition=own, stride=stride)
+        (found,) = map_large(pipeline, some, condition=own, stride=stride)
         maps.append(reduce_map(found.cpu()).numpy())
         truth.append(reduce_mask(read_mask(mask, file, found.shape)))
     return maps, truth
