@@ -82,7 +82,7 @@ def map_bits(
     batch_size: int = 256,
 ) -> Tensor:
     """Like `anomaly_map`, but clips are strips, `(B, T * H, W)`."""
-    batch, patches = pipeline.to_images(images), find_patches(pipeline.tokenizer, pipeline.device)
+    batch, patches = pipeline.to_images(images), find_patches(pipeline.tokenizer)
     batches = pipeline.batches(batch, labels, batch_size, condition)
     return torch.cat([spread_bits(pipeline, part, given, *patches) for _, part, given in batches])
 
@@ -98,7 +98,7 @@ def map_large(
     batch_size: int = 256,
 ) -> list[Tensor]:
     """Return the maps of images of any size; see `anomaly_map`."""
-    shape, patches = pipeline.tokenizer.image_shape, find_patches(pipeline.tokenizer, pipeline.device)
+    shape, patches = pipeline.tokenizer.image_shape, find_patches(pipeline.tokenizer)
     several = list_images(images, shape, pipeline.values)
     rows = read_given(pipeline, labels, condition, len(several))
 
@@ -120,7 +120,7 @@ def spread_bits(pipeline: ImagePipeline, part: Tensor, given: Given | None, rows
     return spread
 
 
-def find_patches(tokenizer: Tokenizer, device: torch.device) -> tuple[Tensor, Tensor]:
+def find_patches(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     """Return the weights that spread a token's bits over the rows `(H, N)` and columns `(W, N)` of the image, each
     summing to one per token. The pixels of a token are those that `known_tokens` requires for it. Raises `ValueError`
     unless tokens are `placed`."""
@@ -128,7 +128,7 @@ def find_patches(tokenizer: Tokenizer, device: torch.device) -> tuple[Tensor, Te
     along_rows = ~torch.eye(height, dtype=torch.bool)[:, :, None].expand(-1, -1, width)
     along_columns = ~torch.eye(width, dtype=torch.bool)[:, None, :].expand(-1, height, -1)
     rows, columns = ((~tokenizer.known_tokens(known)).flatten(1).float() for known in (along_rows, along_columns))
-    return (rows / rows.sum(0)).to(device), (columns / columns.sum(0)).to(device)
+    return (rows / rows.sum(0)).to(tokenizer.device), (columns / columns.sum(0)).to(tokenizer.device)
 
 
 @torch.no_grad()
