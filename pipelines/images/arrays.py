@@ -19,7 +19,19 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from ..config import UserError
-from .decoding import MAX_FILE, MAX_PIXELS, MAX_SIDE, NO_IMAGE, WHITE_IS_ZERO, WORKERS, Payload, open_image, read_file
+from .decoding import (
+    MAX_FILE,
+    MAX_PIXELS,
+    MAX_SIDE,
+    NO_IMAGE,
+    WHITE_IS_ZERO,
+    WORKERS,
+    Payload,
+    Single,
+    Window,
+    open_image,
+    read_file,
+)
 
 Array = NDArray[Any]
 ValueType = Literal["uint8", "uint16", "float32"]
@@ -85,7 +97,7 @@ def is_array(payload: Payload) -> bool:
     return isinstance(payload, bytes) and payload.startswith((NUMPY, ZIP))
 
 
-def decode_array(payload: Payload | Image.Image, shape: tuple[int, int, int], values: Values | None) -> Array:
+def decode_array(payload: Single | Image.Image, shape: tuple[int, int, int], values: Values | None) -> Array:
     """Return an image of `shape` (C, H, W), resized and cropped at the centre: float32 in [-1, 1], or uint8 without
     `values`. Raises `ValueError` for another type or number of channels, and for values that are not finite."""
     channels, height, width = shape
@@ -100,7 +112,7 @@ def decode_array(payload: Payload | Image.Image, shape: tuple[int, int, int], va
     return array if values is None else values.to_unit(array)
 
 
-def read_array(payload: Payload | Image.Image, channels: int) -> Array:
+def read_array(payload: Single | Image.Image, channels: int) -> Array:
     """Return the values of an encoded image as stored: (H, W), (H, W, C) or (C, H, W)."""
     if isinstance(payload, np.ndarray):
         return payload
@@ -217,10 +229,13 @@ def fit_array(array: Array, height: int, width: int) -> Array:
 
 
 def guess_type(payload: Payload, channels: int) -> ValueType | None:
-    """Return the type of an image if it is more than 8 bits and not converted to 8, as grey PNG of 16 bits is if RGB is
-    wanted; None for 8 bits, and for what cannot be read."""
+    """Return the type of an image, or of a clip, if it is more than 8 bits and not converted to 8, as grey PNG of 16
+    bits is if RGB is wanted; None for 8 bits, and for what cannot be read."""
     try:
-        if is_array(payload):
+        if isinstance(payload, Window):
+            array = np.asarray(payload.read(payload.start, True))
+            found = "uint8" if channels == 3 and array.ndim == 2 else type_of(array.dtype)
+        elif is_array(payload):
             found = type_of(read_array(payload, channels).dtype)
         elif isinstance(payload, Path) and payload.suffix.lower() in (".png", ".tif", ".tiff"):
             image = open_image(payload, deep=True)
@@ -235,11 +250,11 @@ def guess_type(payload: Payload, channels: int) -> ValueType | None:
 
 
 def measure_range(payloads: Iterable[Payload], channels: int) -> tuple[float, float] | None:
-    """Return the smallest and the largest finite value of the images; None without any."""
+    """Return the smallest and the largest finite value of the images or clips; None without any."""
 
     def bounds(payload: Payload) -> tuple[float, float] | None:
         try:
-            array = channels_first(read_array(payload, channels), channels)
+            array = read_values(payload, channels)
             require_finite(array)
             return float(array.min()), float(array.max())
         except Exception:  # decoding reports it
@@ -250,10 +265,18 @@ def measure_range(payloads: Iterable[Payload], channels: int) -> tuple[float, fl
     return (min(low for low, _ in found), max(high for _, high in found)) if found else None
 
 
+def read_values(payload: Payload, channels: int) -> Array:
+    """Return the values of an image (C, H, W), or of a clip's window (T, C, H, W)."""
+    if not isinstance(payload, Window):
+        return channels_first(read_array(payload, channels), channels)
+    frames = range(payload.start, payload.start + payload.frames)
+    return np.stack([channels_first(np.asarray(payload.read(frame, True)), channels) for frame in frames])
+
+
 def clipped_share(payload: Payload, channels: int, values: Values) -> float:
     """Return the share of an image's values that lie beyond the range; 0 if it cannot be read."""
     try:
-        array = channels_first(read_array(payload, channels), channels)
+        array = read_values(payload, channels)
     except Exception:  # decoding reports it
         return 0.0
     return float(((array < values.low) | (array > values.high)).mean())

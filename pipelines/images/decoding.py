@@ -48,8 +48,25 @@ NO_IMAGE = "no image"
 """Why a row without an image cannot be decoded."""
 
 Shape = tuple[int, int, int]
-Payload = bytes | Path | NDArray[Any] | str | None
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive frames of a clip. `read(index, deep)` returns a frame of the clip: its values as stored if `deep`, or
+    a picture, unless the clip is an array."""
+
+    read: Callable[[int, bool], NDArray[Any] | Image.Image]
+    start: int
+    frames: int
+
+    def frame(self, k: int) -> Window:
+        """Return frame k of the window."""
+        return Window(self.read, self.start + k, 1)
+
+
+Single = bytes | Path | NDArray[Any] | str | None
 """An encoded image, its file, its pixels, or (a string) the reason why there is no image."""
+Payload = Single | Window
 Pixels = NDArray[Any]
 """uint8, or float32 in [-1, 1] for images with a declared or measured range of values."""
 
@@ -159,7 +176,10 @@ def try_decode(
 def decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS, values: Values | None = None) -> Pixels:
     """Return the pixels (C, H, W) of an image."""
     from .arrays import decode_array, is_array
+    from .clips import decode_window
 
+    if isinstance(payload, Window):
+        return decode_window(payload, shape, values)
     if formats == FORMATS and (values is not None or shape[0] not in (1, 3) or is_array(payload)):
         return decode_array(payload, shape, values)
     image = Image.fromarray(payload) if isinstance(payload, np.ndarray) else open_image(payload, formats)
@@ -221,10 +241,15 @@ def open_image(
 
 
 def require_plain_tiff(image: TiffImageFile) -> None:
-    """Raise `ValueError` for a TIFF with several pages, or whose values have no fixed black and white: 12 or 32 bits,
-    signed values, floats."""
+    """Raise `ValueError` for a TIFF with several pages, and like `require_plain_page`."""
     if getattr(image, "is_animated", False):
         raise ValueError("a TIFF with several pages; save each page as a separate file")
+    require_plain_page(image)
+
+
+def require_plain_page(image: TiffImageFile) -> None:
+    """Raise `ValueError` for a TIFF whose values have no fixed black and white: 12 or 32 bits, signed values,
+    floats."""
     bits = {int(depth) for depth in image.tag_v2.get(BITSPERSAMPLE, (1,))}
     inverted = image.mode.startswith("I;16") and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
     if image.mode in ("I", "F") or not bits <= {1, 2, 4, 8, 16} or inverted:
