@@ -14,7 +14,7 @@ from torch import Tensor
 from .config import Config, Of, UserError, choose_device
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.arrays import Values
-from .images.clips import cut_windows
+from .images.clip_files import cut_windows
 from .images.decoding import decode_in_threads, try_decode
 from .images.folder import find_images
 from .images.unseen import require_unseen

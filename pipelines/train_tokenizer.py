@@ -98,6 +98,10 @@ class TokenizerTask(Task):
     def __init__(self, config: TrainTokenizerConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         channels, height, width = config.data.frame_shape
+        if config.model["kind"] == FrameByFrame.name:
+            raise UserError(
+                "model.kind: choose the tokenizer of a frame; data.frames=N makes it one of clips in encode"
+            )
         model = model_config(config.model, (height, width), channels, config.data)  # raises before images are decoded
         if config.data.frames is not None:
             FrameByFrame.wrap(Tokenizer.find(config.model["kind"])(model), config.data.frames)  # as `encode` will

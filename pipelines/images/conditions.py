@@ -41,7 +41,7 @@ from ..config import Config, UserError, is_first_process, tell
 from ..provenance import TokenizerFolder, tokenizer_folder
 from ..text import run_encoder
 from .arrays import Values, values_of
-from .clips import find_clips
+from .clip_files import find_clips
 from .dataset import DataConfig, ImageDataset, Indices, check_bad, is_class_name
 from .decoding import NO_IMAGE, Decoded, Payload, Pixels, Rows, decode_all
 from .folder import SHEETS, are_disjoint, files_below, holds_files, image_paths, natural_key, normalize_path, read_sheet

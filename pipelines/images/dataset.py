@@ -35,7 +35,7 @@ from ..shuffling import positions_of, samples_of, splitmix64, spread
 from . import tables
 from .arrays import Values, ValueType, clipped_share, guess_type, measure_range, values_of
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
-from .clips import move_frames, open_clips, report_windows, split_windows
+from .clip_files import move_frames, open_clips, report_windows, split_windows
 from .decoding import CHUNK, IMAGE, LABEL, BadImage, Decoded, Pixels, Rows, SplitRows, decode_all, decode_in_threads
 from .folder import holds_files, open_folder
 from .pictures import to_float

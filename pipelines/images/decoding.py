@@ -176,7 +176,7 @@ def try_decode(
 def decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS, values: Values | None = None) -> Pixels:
     """Return the pixels (C, H, W) of an image."""
     from .arrays import decode_array, is_array
-    from .clips import decode_window
+    from .clip_files import decode_window
 
     if isinstance(payload, Window):
         return decode_window(payload, shape, values)

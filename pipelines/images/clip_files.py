@@ -160,7 +160,7 @@ def count_frames(path: str) -> int | str:
 def report_windows(splits: Sequence[Rows], frames: int) -> None:
     """Print one line about the clips of all splits."""
     counts = [count for rows in splits if isinstance(rows, WindowRows) for count in rows.counts]
-    windows, rest = sum(count // frames for count in counts), sum(count % frames for count in counts)
+    windows, rest = sum(count // frames for count in counts), sum(count % frames for count in counts if count >= frames)
     unused = f"; {rest:,} frames at the ends of clips are not used" if rest else ""
     if is_first_process():
         tell(f"data.frames: {len(counts):,} clips, {windows:,} windows of {frames} frames{unused}")

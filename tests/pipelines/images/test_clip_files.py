@@ -1,6 +1,6 @@
 """Clips and volumes: reading them, windows of frames, splits, bad clips, and a run of all stages.
 
-Covers: pipelines/images/clips.py.
+Covers: pipelines/images/clip_files.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from PIL import Image
 from pipelines import ImagePipeline, evaluate, train_prior, train_tokenizer
 from pipelines.__main__ import main
 from pipelines.config import UserError
-from pipelines.images import DataConfig, load_images, to_float
-from pipelines.images import clips as clips_module
+from pipelines.images import DataConfig, clip_files, load_images, to_float
 from pipelines.images.augment import AugmentConfig, draw_changes
 from pipelines.images.dataset import prepare_images
 from pipelines.images.decoding import try_decode
@@ -37,9 +36,7 @@ def blob(frames, seed, side=SIDE):
     rng = np.random.default_rng(seed)
     (y, x), (down, right) = rng.uniform(3, side - 4, 2), rng.uniform(-1, 1, 2)
     grid, t = np.arange(side), np.arange(frames)[:, None, None]
-    away = [
-        np.abs(axis - (start + speed * t) % side) for axis, start, speed in ((grid[:, None], y, down), (grid, x, right))
-    ]
+    away = [np.abs(grid[:, None] - (y + down * t) % side), np.abs(grid - (x + right * t) % side)]
     squares = sum(np.minimum(part, side - part) ** 2 for part in away)
     return (250 * np.exp(-squares / 6) + seed % 5).round().astype(np.uint8)
 
@@ -192,15 +189,10 @@ def test_frames_are_resized_like_images_one_by_one(tmp_path, kind):
 
 def test_a_clip_is_opened_once_for_all_its_windows(tmp_path, monkeypatch):
     write_clips(tmp_path, [40] * 6, "gif")
-    opened = []
-    monkeypatch.setattr(
-        clips_module, "open_image", lambda path, **options: opened.append(path) or original(path, **options)
-    )
+    opened, original = [], clip_files.open_image
+    monkeypatch.setattr(clip_files, "open_image", lambda path, **deep: opened.append(path) or original(path, **deep))
     load(tmp_path, 2)
     assert len(opened) <= 2 * 6 + 3  # once to count the frames, once to read them; chunks of windows may share a clip
-
-
-original = clips_module.open_image
 
 
 # More than 8 bits
@@ -228,11 +220,10 @@ def test_deep_clips_keep_their_type_and_the_measured_range(tmp_path, kind, dtype
 @pytest.mark.parametrize("last", [True, False])
 def test_arrays_have_channels_first_or_last(tmp_path, channels, last):
     def make(length, seed):
-        return np.random.default_rng(seed).integers(0, 999, (length, channels, SIDE, SIDE)).astype(np.uint16)
+        frames = np.random.default_rng(seed).integers(0, 999, (length, channels, SIDE, SIDE)).astype(np.uint16)
+        return np.moveaxis(frames, 1, -1) if last else frames
 
-    known = write_clips(
-        tmp_path, [4] * 5, "npy", lambda *args: np.moveaxis(make(*args), 1, -1) if last else make(*args)
-    )
+    known = write_clips(tmp_path, [4] * 5, "npy", make)
     splits = load(tmp_path, channels=channels)
     for name, strip in by_name(splits).items():
         frames = known[clip_and_start(name)[0]]
@@ -263,12 +254,10 @@ def test_augmentation_moves_each_frame_and_all_alike():
 
 
 def test_variants_of_clips_are_made_with_the_number_of_frames(tmp_path):
-    write_clips(
-        tmp_path,
-        [4] * 6,
-        "npy",
-        lambda length, seed: np.repeat(np.arange(length, dtype=np.uint8) * 80, 256).reshape(-1, 16, 16),
-    )
+    def make(length, seed):
+        return np.repeat(np.arange(length, dtype=np.uint8) * 80, SIDE * SIDE).reshape(length, SIDE, SIDE)
+
+    write_clips(tmp_path, [4] * 6, "npy", make)
     train = load(tmp_path, augment=AugmentConfig(shift=6)).train
     assert torch.allclose(train.batch(range(3), augment=True), train.batch(range(3)), atol=1e-6)
 
@@ -311,13 +300,10 @@ def test_bad_clips_are_listed_with_the_reason(tmp_path, write, message):
 def test_frames_of_unequal_size_are_bad(tmp_path):
     write_clips(tmp_path, [8] * 6, "folder")
     Image.new("L", (20, 16)).save(tmp_path / "clip01" / "6.png")
-    with pytest.raises(
-        UserError, match=r"clip01\[4:8\]: frame 6: 20 x 16 pixels, unlike the first of its clip, 16 x 16"
-    ):
+    with pytest.raises(UserError, match=r"clip01\[4:8\]: frame 6: 20 x 16 pixels, unlike the first of its clip, 16 x"):
         load(tmp_path)
-    Image.fromarray(blob(1, 0)[0]).save(
-        tmp_path / "clip01" / "6.png", save_all=True, append_images=[Image.new("L", (16, 16))]
-    )
+    picture = Image.fromarray(blob(1, 0)[0])
+    picture.save(tmp_path / "clip01" / "6.png", save_all=True, append_images=[Image.new("L", (16, 16))])
     with pytest.raises(UserError, match="frame 6: a file of several frames among single ones"):
         load(tmp_path)
 
@@ -458,9 +444,9 @@ def test_another_size_or_number_of_frames_is_refused(run, tmp_path, capsys):
 
 def test_tokenizers_without_a_grid_are_refused_before_training(run, tmp_path, capsys):
     data = [f"data.source={run / 'clips'}", "data.frames=4", f"data.image_size={SIDE}", f"out={tmp_path / 'x'}"]
-    line = fails(capsys, "train_tokenizer", *data, "model.kind=titok", "model.patch_size=4")
+    line = fails(capsys, "train_tokenizer", *data, "model.kind=titok", "model.factor=4")
     assert "does not give a grid of two axes" in line
-    assert "frame_by_frame" in fails(capsys, "train_tokenizer", *data, "model.kind=frame_by_frame")
+    assert "choose the tokenizer of a frame" in fails(capsys, "train_tokenizer", *data, "model.kind=frame_by_frame")
 
 
 def test_other_lengths_continue_from_the_same_tokenizer(run, tmp_path):
@@ -469,13 +455,7 @@ def test_other_lengths_continue_from_the_same_tokenizer(run, tmp_path):
     assert eight.grid.shape == (8, 4, 4)
     mine = torch.as_tensor(eight.splits["train"].tokens).reshape(-1, 4, 4, 4)
     assert torch.equal(mine, torch.as_tensor(four.splits["train"].tokens))
-    init = [
-        f"init={tmp_path / 'eight' / 'tokenizer'}",
-        f"data.source={run / 'clips'}",
-        "data.frames=4",
-        "train.steps=1",
-    ]
-    train_tokenizer.main([f"out={tmp_path / 'again'}", *init, f"data.image_size={SIDE}", *SMALL])
+    train_tokenizer.main([f"out={tmp_path / 'again'}", f"init={tmp_path / 'eight'}", "train.steps=1", *SMALL])
     assert Tokenizer.from_pretrained(tmp_path / "again" / "tokenizer").name == "vqvae"
 
 
