@@ -27,8 +27,8 @@ from prior.conditions import (
 )
 from tokenizer import Tokenizer
 
-from .images.arrays import values_of
-from .images.pictures import find_user_stacklevel, single_shapes, to_images
+from .images.clips import clip_shapes, frame_shape, read_images
+from .images.pictures import find_user_stacklevel, single_shapes
 from .text import NGRAMS, encode_text
 
 if TYPE_CHECKING:
@@ -149,6 +149,8 @@ def encode_pictures(column: GridColumn, images: Any, tokenizer: Tokenizer | None
         raise ValueError(f"this grid has no tokenizer for images; give token ids (int64) of shape {column.shape}")
     shape = tokenizer.image_shape
     singles = [shape] if isinstance(images, Tensor) else single_shapes(shape)
+    if not isinstance(images, (list, Picture)) and tokenizer.frames > 1:
+        singles += clip_shapes(images, frame_shape(tokenizer), tokenizer.frames)
     is_one = isinstance(images, Picture) or (not isinstance(images, list) and tuple(images.shape) in singles)
     tokens = encode_images(tokenizer, [images] if is_one else images)
     return tokens[0] if is_one else tokens
@@ -156,8 +158,8 @@ def encode_pictures(column: GridColumn, images: Any, tokenizer: Tokenizer | None
 
 @torch.no_grad()
 def encode_images(tokenizer: Tokenizer, images: Any) -> Tensor:
-    """Encode images in any form that `to_images` accepts, in batches; return tokens on the CPU."""
-    parts = to_images(images, tokenizer.image_shape, values_of(tokenizer)).split(AT_ONCE)
+    """Encode images or clips in any form that `read_images` accepts, in batches; return tokens on the CPU."""
+    parts = read_images(images, tokenizer).split(AT_ONCE)
     return torch.cat([tokenizer.encode(part.to(tokenizer.device, tokenizer.dtype)).cpu() for part in parts])
 
 

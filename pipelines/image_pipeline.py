@@ -52,21 +52,19 @@ from .condition_values import (
     read_condition,
 )
 from .images.arrays import Values, values_of
+from .images.clips import frame_shape, read_images, to_strips, write_images
 from .images.grids import class_grid
 from .images.origin import shareable
 from .images.pictures import (
     LATENT,
     check_output_type,
-    convert_images,
     picture_pixels,
-    show_of,
     shown_channels,
-    to_images,
     to_uint8,
 )
 from .processes.group import ALONE, ProcessGroup
 
-Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray]
+Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray | Sequence[PILImage]]
 Label = int | str | None
 Callback = Callable[[Any, int, int, dict[str, Tensor]], Any]
 """`callback_on_step_end`; see `ImagePipeline.__call__`."""
@@ -132,6 +130,43 @@ class PipelineOutput(NamedTuple):
                 raise ValueError(f'grid: shows images of output_type="pil" or "pt" (got arrays of {images.dtype})')
         names = self.class_names if draws is None else None
         return Image.fromarray(class_grid(pixels, names, columns or draws, captions=labels))
+
+
+class ClipOutput(PipelineOutput):
+    """The result of a call of a pipeline of clips, whose `images` have one more axis: the frames. They are lists of
+    lists of PIL images, uint8 (B, T, H, W, C), or float (B, T, C, H, W)."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        shown, images = super().__repr__(), self.images
+        if images is self.tokens or not isinstance(images, list):
+            return shown
+        draws = "" if isinstance(images[0][0], PILImage) else f"x {len(images[0])} "
+        clip = images[0][0] if draws else images[0]
+        found = f"{len(images)} {draws}clips of {len(clip)} PIL of {clip[0].width} x {clip[0].height}"
+        names = "None" if self.class_names is None else f"{len(self.class_names)} names"
+        return f"{type(self).__name__}(images: {found}, tokens: {tuple(self.tokens.shape)}, class_names: {names})"
+
+    def grid(self, columns: int | None = None, *, labels: bool = True) -> PILImage:
+        """Return all clips in one picture; see `PipelineOutput.grid`. A clip is a strip, its frames below one
+        another."""
+        images = self.images
+        if images is not self.tokens and isinstance(images, list):
+            images = [join_frames(clip) for clip in images]
+        elif images is not self.tokens and isinstance(images, Tensor):
+            images = to_strips(images.flatten(0, -5)).unflatten(0, images.shape[:-4])
+        elif images is not self.tokens:
+            images = images.reshape(*images.shape[:-4], -1, *images.shape[-2:])
+        tokens = images if self.images is self.tokens else self.tokens
+        return PipelineOutput(images, tokens, self.class_names).grid(columns, labels=labels)
+
+
+def join_frames(clip: Sequence[Any]) -> Any:
+    """Return a strip of a list of PIL frames, or a list of strips of a list of clips."""
+    if not isinstance(clip[0], PILImage):
+        return [join_frames(each) for each in clip]
+    return Image.fromarray(np.concatenate([np.asarray(frame) for frame in clip]))
 
 
 def serialized(method: F) -> F:
@@ -240,7 +275,8 @@ class ImagePipeline:
         instead of `num_images`, the number of images of each label in turn. seed: image k uses seed + k, for any
         `batch_size`. tokens, known, order, num_orders, cache, parallel: as in `Prior.sample`. output_type: "pil", "np"
         (uint8, or the type and range of the training images), "pt" (float in [-1, 1]), or "latent" (the tokens, not
-        decoded). progress: False hides the bar and overrides `set_progress_bar_config`.
+        decoded). Clips (`frames` > 1) are lists of lists of PIL images, arrays (B, T, H, W, C) or tensors
+        `(B, T, C, H, W)`. progress: False hides the bar and overrides `set_progress_bar_config`.
 
         callback_on_step_end: called as `f(pipe, step, rank, {"tokens": ..., "known": ...})` after each step: step
         counts from 0 over all batches; rank is the position that the current images have reached in their order; tokens
@@ -299,7 +335,7 @@ class ImagePipeline:
         else:
             images = self.decode(drawn, output_type=output_type, batch_size=batch_size, progress=progress)
         names = [] if ids is None else self.class_names(ids)
-        return PipelineOutput(images, drawn, names if any(names) else None)
+        return (ClipOutput if self.frames > 1 else PipelineOutput)(images, drawn, names if any(names) else None)
 
     def choose_sampler(
         self,
@@ -339,7 +375,9 @@ class ImagePipeline:
     @torch.no_grad()
     def encode(self, images: Images, *, batch_size: int = 256) -> Tensor:
         """Encode images to tokens `(B, *grid.shape)`. images: PIL images, or uint8 or float in [-1, 1] as tensors
-        `(B, C, H, W)`, arrays `(B, H, W, C)` or `(H, W, C)`, or a list of single images."""
+        `(B, C, H, W)`, arrays `(B, H, W, C)` or `(H, W, C)`, or a list of single images. If the pipeline's images are
+        clips (`frames` > 1): tensors `(B, T, C, H, W)` or `(T, C, H, W)`, arrays `(B, T, H, W, C)` or `(T, H, W, C)`,
+        lists of lists of T PIL images, or a list of single clips."""
         return self.encode_batch(self.to_images(images), batch_size=batch_size)
 
     @serialized
@@ -355,9 +393,17 @@ class ImagePipeline:
         """Decode `tokens` `(B, *grid.shape)`, a tensor, an array or lists, to images; or only the first k tokens,
         `(B, k)`, if the tokenizer can decode prefixes (`titok` with `keep`). Raises `ValueError` for ids out of
         range."""
-        parts = as_tensor(tokens, self.device).split(check_count(batch_size, "batch_size"))
-        images = [self.tokenizer.decode(part) for part in (self._with_bar(parts, "decoding") if progress else parts)]
-        return self.convert_images(torch.cat(images), output_type)
+        images = self.decode_batch(as_tensor(tokens, self.device), batch_size=batch_size, progress=progress)
+        return self.convert_images(images, output_type)
+
+    @serialized
+    @torch.no_grad()
+    def decode_batch(self, tokens: Tensor, *, batch_size: int = 256, progress: bool = True) -> Tensor:
+        """Like `decode`, but return float images `(B, C, H, W)` in [-1, 1]; clips are strips `(B, C, T * H, W)`."""
+        parts = tokens.split(check_count(batch_size, "batch_size"))
+        return torch.cat(
+            [self.tokenizer.decode(part) for part in (self._with_bar(parts, "decoding") if progress else parts)]
+        )
 
     @serialized
     def reconstruct(self, images: Images, *, output_type: str = "pil", batch_size: int = 256) -> Any:
@@ -366,13 +412,19 @@ class ImagePipeline:
         return self.decode(tokens, output_type=output_type, batch_size=batch_size)
 
     def to_images(self, images: Images) -> Tensor:
-        """Convert images in any form that `pictures.as_batch` accepts to float `(B, C, H, W)` in [-1, 1] on the
-        pipeline's device. Warns once about floats that look like [0, 1]."""
-        return to_images(images, self.tokenizer.image_shape, self.values).to(self.device)
+        """Convert images in any form that `encode` accepts to float `(B, C, H, W)` in [-1, 1] on the pipeline's
+        device; clips become strips `(B, C, T * H, W)`, their frames below one another. Warns once about floats that
+        look like [0, 1]."""
+        return read_images(images, self.tokenizer).to(self.device)
 
     def convert_images(self, images: Tensor, output_type: str) -> Any:
-        """Convert float images `(B, C, H, W)` in [-1, 1] to `output_type`; see `__call__`."""
-        return convert_images(images, output_type, self.values, show_of(self.tokenizer))
+        """Convert float images `(B, C, H, W)` in [-1, 1], or strips of clips, to `output_type`; see `__call__`."""
+        return write_images(images, output_type, self.tokenizer)
+
+    @property
+    def frames(self) -> int:
+        """Number of frames of a clip; 1 if the pipeline's images are no clips."""
+        return self.tokenizer.frames
 
     @property
     def values(self) -> Values | None:
@@ -513,17 +565,22 @@ class ImagePipeline:
     ) -> bytes:
         """Compress images to a stream that only this pipeline can decode, to the same tokens on any machine.
 
-        images: PIL images of exactly the pipeline's size, uint8 or float `(B, C, H, W)`. condition: values of columns
-        and `label`, as in `read_condition`; they shorten the stream, and `decompress` needs them again. lossless: store
-        every pixel; needs a decoder with a likelihood or a `pixels` tokenizer. Otherwise only tokens are stored; the
-        images that two machines decode from them may differ by one grey level in some pixels, because the decoder's
-        float32 rounds differently. Raises `ValueError` for images of another size (lossless: or of more than 8 bits),
-        `LikelihoodError` if lossless is not possible, and `StreamError` without the package constriction.
+        images: PIL images of exactly the pipeline's size, uint8 or float `(B, C, H, W)`, or clips (see `encode`).
+        condition: values of columns and `label`, as in `read_condition`; they shorten the stream, and `decompress`
+        needs them again. lossless: store every pixel; needs a decoder with a likelihood or a `pixels` tokenizer.
+        Otherwise only tokens are stored; the images that two machines decode from them may differ by one grey level in
+        some pixels, because the decoder's float32 rounds differently. Raises `ValueError` for images of another size
+        (lossless: or of more than 8 bits), `LikelihoodError` if lossless is not possible, and `StreamError` without the
+        package constriction.
         """
-        several, shape = [images] if isinstance(images, PILImage) else images, self.tokenizer.image_shape
-        if isinstance(several, (list, tuple)):
-            several = [exact_pixels(one, shape, lossless) if isinstance(one, PILImage) else one for one in several]
-        return compress(self, self.to_images(several), condition=condition, lossless=lossless, progress=progress)
+        several, shape = [images] if isinstance(images, PILImage) else images, frame_shape(self.tokenizer)
+
+        def exact(one: Any) -> Any:
+            if isinstance(one, (list, tuple)):
+                return [exact(each) for each in one]
+            return exact_pixels(one, shape, lossless) if isinstance(one, PILImage) else one
+
+        return compress(self, self.to_images(exact(several)), condition=condition, lossless=lossless, progress=progress)
 
     @serialized
     def decompress(
@@ -641,8 +698,8 @@ class ImagePipeline:
         def draw(start: int) -> Tensor:
             rows = range(start, min(start + size, count))
             labels = [index % columns for index in rows] if self.prior.num_classes else None
-            out = self(num_images=len(rows), labels=labels, seed=seed + start, output_type="pt", progress=False)
-            return out.images.cpu()
+            out = self(num_images=len(rows), labels=labels, seed=seed + start, output_type=LATENT, progress=False)
+            return self.decode_batch(out.tokens, batch_size=64, progress=False).cpu()
 
         images = picture_pixels(torch.cat(group.map(draw, range(0, count, size))), self.tokenizer)
         names = self.class_names(torch.arange(count) % columns) if self.prior.num_classes else None

@@ -53,7 +53,26 @@ def anomaly_map(
     of the pixel given the tokens if the tokenizer has a likelihood. They sum to the bits of the image. labels,
     condition: what the bits are conditioned on; a `condition` that is computed from the image, such as its outline,
     hides what it shows. Raises `ValueError` for tokens without a position in the image: those of scales and of
-    `titok`."""
+    `titok`. Of clips, the maps are `(B, T, H, W)`."""
+    how: Any = {"condition": condition, "batch_size": batch_size}
+    return split_frames(map_bits(pipeline, images, labels, **how), pipeline.frames)
+
+
+def split_frames(maps: Tensor, frames: int) -> Tensor:
+    """Return maps `(B, T, H, W)` of strips `(B, T * H, W)`; those of images do not change."""
+    return maps if frames == 1 else maps.unflatten(1, (frames, -1))
+
+
+@torch.no_grad()
+def map_bits(
+    pipeline: ImagePipeline,
+    images: Any,
+    labels: Label | Sequence[Label] = None,
+    *,
+    condition: GivenCondition = None,
+    batch_size: int = 256,
+) -> Tensor:
+    """Like `anomaly_map`, but clips are strips, `(B, T * H, W)`."""
     batch = pipeline.to_images(images)
     rows, columns = (side.to(pipeline.device) for side in find_patches(pipeline.tokenizer))
     maps = []
@@ -101,7 +120,27 @@ def heal(
     Marimont and Tarroni measure a token's surprise given the tokens healed so far; here it is measured once, given the
     original tokens. They weight restorations by softmax(3 / mean |x - decoded|), favouring those near the image; here
     the weight is exp(-0.1 nats), favouring likely ones.
+
+    Of clips, images are `(B, T, C, H, W)` and differences `(B, T, H, W)`.
     """
+    how: Any = {"condition": condition, "quantile": quantile, "draws": draws, "seed": seed}
+    healed = heal_images(pipeline, images, labels, **how)
+    difference = split_frames(healed.difference, pipeline.frames)
+    return healed._replace(images=pipeline.convert_images(healed.images, "pt"), difference=difference)
+
+
+@torch.no_grad()
+def heal_images(
+    pipeline: ImagePipeline,
+    images: Images,
+    labels: Label | Sequence[Label] = None,
+    *,
+    condition: GivenCondition = None,
+    quantile: float = 0.98,
+    draws: int = 8,
+    seed: int = 0,
+) -> Healed:
+    """Like `heal`, but clips are strips."""
     calibration = require_calibration(pipeline.calibration)
     draws, seed = check_count(draws, "draws"), whole_number("seed", seed)
     if quantile not in LEVELS:
@@ -126,7 +165,7 @@ def heal(
         found.append(pipeline.prior.sample(len(batch), ids, condition=given, **options))
         nats.append(-pipeline.prior.log_prob(found[-1], ids, condition=given))
     weights = (-SHARPNESS * in_finest(torch.stack(nats))).softmax(0).float()
-    pixels = [pipeline.decode(restored, output_type="pt") for restored in found]
+    pixels = [pipeline.decode_batch(restored) for restored in found]
     difference = torch.stack([(x - batch).abs().mean(1) for x in pixels])
     difference = (difference * weights[:, :, None, None]).sum(0) - error_map(calibration, batch)
     best = weights.argmax(0), torch.arange(len(batch), device=batch.device)

@@ -19,7 +19,7 @@ from ..anomaly.calibration import Calibration
 from ..anomaly.conformal import benjamini_hochberg
 from ..anomaly.distances import CalibrationError
 from ..anomaly.ground_truth import find_masks, measure_defects, rank_maps, read_masks
-from ..anomaly.healing import anomaly_map, heal
+from ..anomaly.healing import heal_images, map_bits
 from ..anomaly.image_statistics import measure
 from ..anomaly.scores import p_value_of, score_of
 from ..anomaly.separation import separation
@@ -143,7 +143,7 @@ def run(config: DetectConfig) -> dict[str, Any]:
             sheet = draw_sheet(pipeline, pixels, given, scores, config.num_shown, config.seed)
             write_picture(sheet, folder / "sheet.png")
             if masks is not None and anomalous is not None:
-                maps = anomaly_map(pipeline, to_float(pixels), condition=given.values()).cpu().float().numpy()
+                maps = map_bits(pipeline, to_float(pixels), condition=given.values()).cpu().float().numpy()
                 owners = objects or names
                 rows = measure_defects(scores.numpy(), maps, masks, classes or [], anomalous, owners)
                 write_table(folder / TRUTH_FILES[0], {key: [row[key] for row in rows] for key in rows[0]})
@@ -285,10 +285,10 @@ def draw_sheet(
     chosen = ranked if len(ranked) <= 2 * count else torch.cat([ranked[:count], ranked[-count:]])
     images = to_float(pixels[chosen])
     condition = given.select(chosen.tolist()).values()
-    healed = heal(pipeline, images, condition=condition, seed=seed)
+    healed = heal_images(pipeline, images, condition=condition, seed=seed)
     panels = {"healed": healed.images.cpu(), "difference": apply_colormap(healed.difference.cpu())}
     if pipeline.tokenizer.placed:
-        heat = anomaly_map(pipeline, images, condition=condition).cpu()
+        heat = map_bits(pipeline, images, condition=condition).cpu()
         panels = {"bits per pixel": apply_colormap(heat / heat.amax().clamp(min=1e-6)), **panels}
     chosen_channels = show_of(pipeline.tokenizer)
     panels["healed"] = shown_channels(panels["healed"], chosen_channels)

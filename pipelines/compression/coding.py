@@ -290,7 +290,7 @@ def read_images(
             count = min(header.chunk_images, header.images - index * header.chunk_images)
             tokens, pixels = models.decode(chunks[index], count, models.rows_of(rows, header, index), batch_size)
             if pixels is None:
-                yield pipeline.decode(tokens, output_type="pt")
+                yield pipeline.decode_batch(tokens)
             else:
                 yield pixels.to(pipeline.device).float() / 127.5 - 1
 
