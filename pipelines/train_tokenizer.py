@@ -99,9 +99,7 @@ class TokenizerTask(Task):
         self.config = config
         channels, height, width = config.data.frame_shape
         if config.model["kind"] == FrameByFrame.name:
-            raise UserError(
-                "model.kind: choose the tokenizer of a frame; data.frames=N makes it one of clips in encode"
-            )
+            raise UserError("model.kind: choose the tokenizer of a frame; encode makes it one of clips (data.frames)")
         model = model_config(config.model, (height, width), channels, config.data)  # raises before images are decoded
         if config.data.frames is not None:
             FrameByFrame.wrap(Tokenizer.find(config.model["kind"])(model), config.data.frames)  # as `encode` will

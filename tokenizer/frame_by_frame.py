@@ -37,7 +37,9 @@ class FrameByFrameConfig(TokenizerConfig):
         size: Any = values.get("image_size")
         frames = values.get("frames")
         size = [size, size] if isinstance(size, int) else size
-        if not isinstance(node, dict) or not _is_strip(size, frames):
+        if not isinstance(node, dict):
+            return {**values, "tokenizer": node}
+        if not _is_strip(size, frames):
             return {**values, "tokenizer": None}  # refused by `check`
         facts = {name: values[name] for name in FACTS if name in values}
         return {**values, "tokenizer": {"image_size": (size[0] // frames, size[1]), **facts, **node}}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..config import UserError, is_first_process, tell
 from .arrays import Array, Values, decode_array, read_npz, read_page
+from .clips import to_clips, to_strips
 from .decoding import (
     WORKERS,
     Payload,
@@ -273,5 +274,5 @@ def decode_window(window: Window, shape: Shape, values: Values | None) -> Pixels
 
 def move_frames(strips: Tensor, frames: int, move: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply `move` to the frames (B * frames, C, H, W) of strips (B, C, frames * H, W)."""
-    moved = move(strips.unflatten(2, (frames, -1)).transpose(1, 2).flatten(0, 1))
-    return moved.unflatten(0, (-1, frames)).transpose(1, 2).flatten(2, 3)
+    moved = move(to_clips(strips, frames).flatten(0, 1))
+    return to_strips(moved.unflatten(0, (-1, frames)))

@@ -36,6 +36,7 @@ from . import tables
 from .arrays import Values, ValueType, clipped_share, guess_type, measure_range, values_of
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
 from .clip_files import move_frames, open_clips, report_windows, split_windows
+from .clips import frame_shape, to_clips
 from .decoding import CHUNK, IMAGE, LABEL, BadImage, Decoded, Pixels, Rows, SplitRows, decode_all, decode_in_threads
 from .folder import holds_files, open_folder
 from .pictures import to_float
@@ -346,8 +347,7 @@ def warn_about_range(config: DataConfig, rows: Rows, positions: NDArray[np.int64
 def check_shape(config: DataConfig, tokenizer: Any, whose: str = "pipeline", *, single_frames: bool = False) -> None:
     """Raise `UserError` unless the images have the shape, type and range of the tokenizer's, or the pipeline's.
     single_frames: clips are read as the images of their frames."""
-    values, frames = values_of(tokenizer), getattr(tokenizer, "frames", 1)
-    shape = (tokenizer.image_shape[0], tokenizer.image_shape[1] // frames, tokenizer.image_shape[2])
+    values, frames, shape = values_of(tokenizer), tokenizer.frames, frame_shape(tokenizer)
     if frames != (1 if single_frames else config.frames or 1):
         theirs = f"clips of {frames} frames" if frames > 1 else "single images"
         needed = "null" if frames == 1 else frames
@@ -446,7 +446,7 @@ class ImageDataset:
         found._positions = (self._positions[:, None] * frames + np.arange(frames)).ravel()
         if self._pixels is not None:
             for part in self._pixels.split(CHUNK):
-                part.copy_(part.unflatten(2, (frames, -1)).transpose(1, 2).reshape(part.shape))
+                part.copy_(to_clips(part, frames).reshape(part.shape))
             found._pixels = self._pixels.view(-1, *shape)
         return found
 

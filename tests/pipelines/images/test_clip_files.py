@@ -419,7 +419,11 @@ def test_encode_wraps_the_tokenizer_and_keeps_the_splits(run, capsys):
 def test_the_pipeline_draws_clips(run):
     pipe = ImagePipeline.from_pretrained(run / "prior")
     assert pipe.prior.grid.shape == (4, 4, 4) and pipe.tokenizer.image_shape == (1, 4 * SIDE, SIDE)
-    assert pipe(2, output_type="latent", seed=0).tokens.shape == (2, 4, 4, 4)
+    out = pipe(2, seed=0, output_type="pt")
+    assert out.images.shape == (2, 4, 1, SIDE, SIDE) and out.tokens.shape == (2, 4, 4, 4)
+    values = pipe(2, seed=0, output_type="np").images
+    assert values.shape == (2, 4, SIDE, SIDE, 1)
+    assert values.dtype == (np.uint8 if pipe.values is None else np.float32)
 
 
 def test_evaluation_and_inspection_run(run, capsys):
