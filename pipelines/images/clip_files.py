@@ -251,7 +251,7 @@ def read_volume(path: Path) -> Array:
     elif not path.is_file():  # mapping a pipe may never end
         raise ValueError("missing, or not a regular file")
     else:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r")  # objects are refused by default
     if array.ndim not in (3, 4) or not array.size:
         raise ValueError(f"shape {array.shape}; a clip needs (T, H, W), (T, H, W, C) or (T, C, H, W)")
     return array

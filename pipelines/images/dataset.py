@@ -173,7 +173,7 @@ class DataConfig(Config):
         if self.frames is not None and self.clips:
             raise ValueError("clips=true is for images; with frames, whole clips are held out anyway")
         if self.frames is not None and self.streaming:
-            raise ValueError("frames: clips are not streamed (streaming=false)")
+            raise ValueError("frames: clips are not streamed; set streaming=false")
         return self
 
     @model_validator(mode="after")
