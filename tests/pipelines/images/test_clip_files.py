@@ -20,6 +20,7 @@ from pipelines.__main__ import main
 from pipelines.config import UserError
 from pipelines.images import DataConfig, clip_files, load_images, to_float
 from pipelines.images.augment import AugmentConfig, draw_changes
+from pipelines.images.conditions import ConditionSource, load_conditions
 from pipelines.images.dataset import prepare_images
 from pipelines.images.decoding import try_decode
 from pipelines.options import read_clips
@@ -351,6 +352,18 @@ def test_settings_that_are_for_images_are_refused():
         with pytest.raises(ValueError, match=message):
             DataConfig(frames=4, **options)
     assert "frames" not in DataConfig().model_dump() and DataConfig(frames=4).model_dump()["frames"] == 4
+
+
+def test_a_table_lists_folders_of_frames(tmp_path):
+    write_clips(tmp_path / "clips", [8] * 8, "folder")
+    rows = [f"clip{number:02d},{number}" for number in range(8)]
+    (tmp_path / "speed.csv").write_text("\n".join(["file_name,speed", *rows]))
+    config = DataConfig(source=str(tmp_path / "clips"), frames=4, image_size=SIDE)
+    parts = load_images(config).by_name()
+    columns = load_conditions(config, {"speed": ConditionSource()}, parts, table=str(tmp_path / "speed.csv"))
+    for split, part in parts.items():
+        numbers = [int(clip_and_start(name)[0][4:]) for name in part.names(range(len(part)))]
+        assert columns["speed"].values[split].flatten().tolist() == numbers
 
 
 # Files that a verb takes
