@@ -174,6 +174,8 @@ class DataConfig(Config):
             raise ValueError("clips=true is for images; with frames, whole clips are held out anyway")
         if self.frames is not None and self.streaming:
             raise ValueError("frames: clips are not streamed; set streaming=false")
+        if self.frames is not None and getattr(self, "crop", None) is not None:
+            raise ValueError("frames: clips are not cropped at random; set crop=null")
         return self
 
     @model_validator(mode="after")

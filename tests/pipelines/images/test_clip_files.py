@@ -207,8 +207,8 @@ def test_deep_clips_keep_their_type_and_the_measured_range(tmp_path, kind, dtype
 
     if kind == "folder" and dtype == "float32":
         pytest.skip("PNG holds no floats")
-    known = write_clips(tmp_path, [6, 6, 5, 9, 2], kind, make)
-    splits = load(tmp_path, on_error="skip", max_bad_fraction=0.5, validation_fraction=0)  # one is too short
+    known = write_clips(tmp_path, [2, 2, 2, 6, 6, 5, 9], kind, make)
+    splits = load(tmp_path, on_error="skip", max_bad_fraction=0.5, validation_fraction=0)  # three are too short
     values = splits.train.values
     used = [known[clip][at : at + 4] for clip, at in map(clip_and_start, splits.train.names(range(len(splits.train))))]
     assert values == (dtype, np.min(used), np.max(used))
@@ -351,6 +351,9 @@ def test_settings_that_are_for_images_are_refused():
     for options, message in [({"streaming": True}, "not streamed"), ({"clips": True}, "whole clips are held out")]:
         with pytest.raises(ValueError, match=message):
             DataConfig(frames=4, **options)
+    if "crop" in DataConfig.model_fields:
+        with pytest.raises(ValueError, match="not cropped"):
+            DataConfig(frames=4, **{"crop": "random"})
     assert "frames" not in DataConfig().model_dump() and DataConfig(frames=4).model_dump()["frames"] == 4
 
 
