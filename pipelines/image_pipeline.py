@@ -89,17 +89,20 @@ class PipelineOutput(NamedTuple):
     """The class of each image, "" for the null class; None if no image has a class."""
 
     def __repr__(self) -> str:
+        names = "None" if self.class_names is None else f"{len(self.class_names)} names"
+        tokens = tuple(self.tokens.shape)
+        return f"{type(self).__name__}(images: {self.describe_images()}, tokens: {tokens}, class_names: {names})"
+
+    def describe_images(self) -> str:
+        """Return the form of the images."""
         images = self.images
         if images is self.tokens:
-            shown = "not decoded"
-        elif isinstance(images, list):
-            draws = f"x {len(images[0])} " if isinstance(images[0], list) else ""
-            first = images[0][0] if draws else images[0]
-            shown = f"{len(images)} {draws}PIL of {first.width} x {first.height}"
-        else:
-            shown = f"{tuple(images.shape)} {images.dtype}"
-        names = "None" if self.class_names is None else f"{len(self.class_names)} names"
-        return f"{type(self).__name__}(images: {shown}, tokens: {tuple(self.tokens.shape)}, class_names: {names})"
+            return "not decoded"
+        if not isinstance(images, list):
+            return f"{tuple(images.shape)} {images.dtype}"
+        draws = f"x {len(images[0])} " if isinstance(images[0], list) else ""
+        first = images[0][0] if draws else images[0]
+        return f"{len(images)} {draws}PIL of {first.width} x {first.height}"
 
     def grid(self, columns: int | None = None, *, labels: bool = True) -> PILImage:
         """Return all images in one picture, one column per class with its name on top. With `columns`, images keep
@@ -138,28 +141,28 @@ class ClipOutput(PipelineOutput):
 
     __slots__ = ()
 
-    def __repr__(self) -> str:
-        shown, images = super().__repr__(), self.images
-        if images is self.tokens or not isinstance(images, list):
-            return shown
+    def describe_images(self) -> str:
+        """Return the form of the clips."""
+        images = self.images
+        if not isinstance(images, list):
+            return super().describe_images()
         draws = "" if isinstance(images[0][0], PILImage) else f"x {len(images[0])} "
         clip = images[0][0] if draws else images[0]
-        found = f"{len(images)} {draws}clips of {len(clip)} PIL of {clip[0].width} x {clip[0].height}"
-        names = "None" if self.class_names is None else f"{len(self.class_names)} names"
-        return f"{type(self).__name__}(images: {found}, tokens: {tuple(self.tokens.shape)}, class_names: {names})"
+        return f"{len(images)} {draws}clips of {len(clip)} PIL of {clip[0].width} x {clip[0].height}"
 
     def grid(self, columns: int | None = None, *, labels: bool = True) -> PILImage:
         """Return all clips in one picture; see `PipelineOutput.grid`. A clip is a strip, its frames below one
         another."""
         images = self.images
-        if images is not self.tokens and isinstance(images, list):
-            images = [join_frames(clip) for clip in images]
-        elif images is not self.tokens and isinstance(images, Tensor):
-            images = to_strips(images.flatten(0, -5)).unflatten(0, images.shape[:-4])
-        elif images is not self.tokens:
-            images = images.reshape(*images.shape[:-4], -1, *images.shape[-2:])
-        tokens = images if self.images is self.tokens else self.tokens
-        return PipelineOutput(images, tokens, self.class_names).grid(columns, labels=labels)
+        if images is self.tokens:
+            return super().grid(columns, labels=labels)
+        if isinstance(images, list):
+            strips: Any = [join_frames(clip) for clip in images]
+        elif isinstance(images, Tensor):
+            strips = to_strips(images.flatten(0, -5)).unflatten(0, images.shape[:-4])
+        else:
+            strips = images.reshape(*images.shape[:-4], -1, *images.shape[-2:])
+        return PipelineOutput(strips, self.tokens, self.class_names).grid(columns, labels=labels)
 
 
 def join_frames(clip: Sequence[Any]) -> Any:
@@ -236,9 +239,10 @@ class ImagePipeline:
         vars(self).update(state, _lock=threading.RLock())
 
     def __repr__(self) -> str:
-        grid, shape = self.prior.grid, "x".join(map(str, self.tokenizer.image_shape))
+        grid, shape = self.prior.grid, "x".join(map(str, frame_shape(self.tokenizer)))
+        shape = f"images {shape}" if self.frames == 1 else f"clips {self.frames}x{shape}"
         return (
-            f"{type(self).__name__}({self.tokenizer.name} + {self.prior.name}, images {shape}, tokens "
+            f"{type(self).__name__}({self.tokenizer.name} + {self.prior.name}, {shape}, tokens "
             f"{'x'.join(map(str, grid.shape))} of {grid.vocab_size}, {self.prior.num_classes} classes"
             f"{', columns ' * bool(self.conditions)}{', '.join(self.conditions)})"
         )

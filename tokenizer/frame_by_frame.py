@@ -129,12 +129,12 @@ class FrameByFrame(Tokenizer, name="frame_by_frame"):
 
     def join(self, frames: Tensor) -> Tensor:
         """Return strips `(B, C, T * H, W)` of frames `(B * T, C, H, W)`."""
-        clips = frames.reshape(len(frames) // self.frames, self.frames, *frames.shape[1:])
+        clips = frames.reshape(frames.shape[0] // self.frames, self.frames, *frames.shape[1:])
         return clips.transpose(1, 2).flatten(2, 3)
 
     def _join_tokens(self, tokens: Tensor) -> Tensor:
         """Return tokens `(B, T, h, w)` of tokens of frames `(B * T, h, w)`."""
-        return tokens.reshape(len(tokens) // self.frames, *self.grid.shape)
+        return tokens.reshape(tokens.shape[0] // self.frames, *self.grid.shape)
 
     @property
     def has_likelihood(self) -> bool:

@@ -74,6 +74,8 @@ def is_plain(tokenizer: Any) -> bool:
 
 def require_plain(tokenizer: Any, verb: str) -> None:
     """Raise `UserError` for a verb that reads and writes pictures only."""
+    if tokenizer.frames > 1:
+        raise UserError(f"{verb}: takes images, not clips of {tokenizer.frames} frames (the Python methods take clips)")
     if not is_plain(tokenizer):
         raise UserError(
             f"{verb}: takes 8-bit images with 1 or 3 channels; those of this tokenizer have {tokenizer.image_shape[0]} "

@@ -8,13 +8,11 @@ import torch
 from costs import all_steps
 from frequencies import as_frequent
 from givens.headed import all_grids, numbers_of
-from small import PRIORS, draw_known, draw_tokens, generators, make_prior, moved_by
+from small import FLAT, PRIORS, draw_known, draw_tokens, generators, make_prior, moved_by
 
 from prior.masks import make_windows
 
 CLIP = (3, 2, 3)
-FLAT = {"next_scale", "pixelcnn", "gated_pixelcnn", "pixelcnn_pp", "pixelsnail"}
-"""Priors that need two axes, or a grid of several scales."""
 MODELS = {name: (name, {}) for name in PRIORS if name not in FLAT}
 MODELS |= {f"windowed {name}": (name, {"window": (1, 1, 1), "dilation": (2, 1)}) for name in ("gpt", "blocks")}
 MODELS |= {"gpt, any order": ("gpt", {"any_order": True}), "blocks of 4": ("blocks", {"order": "raster/4"})}

@@ -82,6 +82,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "windowed_gpt": ("gpt", {"window": (1, 2), "dilation": (2, 1)}),
     "windowed_blocks": ("blocks", {"window": (1, 2), "dilation": (1, 2)}),
 }
+FLAT = {"next_scale", "pixelcnn", "gated_pixelcnn", "pixelcnn_pp", "pixelsnail"}
+"""Priors that need two axes, or a grid of several scales."""
 QUANTIZERS, TOKENIZERS, PRIORS = Quantizer.available(), Tokenizer.available(), Prior.available()
 ORDERS = ["raster", "column", "snake", "spiral_in", "spiral_out", "z_curve", "hilbert", "subsample", "random:3"]
 PARTITIONS = ["diagonal", "wave:2", "rows", "dyadic", "regions:4", "halton:4", "spread:5", "random:3:4", "snake/5"]
