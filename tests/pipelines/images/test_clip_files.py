@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipelines import ImagePipeline, evaluate, train_prior, train_tokenizer
 from pipelines.__main__ import main
+from pipelines.commands.detect import DetectConfig, find_images
 from pipelines.config import UserError
 from pipelines.images import DataConfig, clip_files, load_images, to_float
 from pipelines.images.augment import AugmentConfig, draw_changes
@@ -460,6 +461,12 @@ def test_another_size_or_number_of_frames_is_refused(run, tmp_path, capsys):
     assert "takes clips of 4 frames" in line
     line = fails(capsys, "encode", f"tokenizer={run / 'tokens'}", "data.frames=8", f"out={tmp_path / 'x'}")
     assert "the tokenizer takes clips of 4 frames" in line
+
+
+def test_detection_does_not_take_stills_for_strips(run):
+    config = DetectConfig(pipeline=str(run / "prior"), images=str(run / "clips"))
+    with pytest.raises(UserError, match="files of clips are not scored"):
+        find_images(config, ImagePipeline.from_pretrained(run / "prior"))
 
 
 def test_tokenizers_without_a_grid_are_refused_before_training(run, tmp_path, capsys):
