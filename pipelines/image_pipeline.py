@@ -694,8 +694,10 @@ class ImagePipeline:
 
     def sample_picture(self, count: int = SAMPLED, seed: int = 0, group: ProcessGroup = ALONE) -> np.ndarray:
         """Return a grid of samples with the pipeline's settings, uint8 (H, W, 3), one class per column (at most ten)
-        with its name on top. The processes of the group share the sampling."""
+        with its name on top; fewer samples of clips, which are taller. The processes of the group share the
+        sampling."""
         columns = min(10, self.prior.num_classes) or 10
+        count = max(columns, count // self.tokenizer.frames)
         size = -(-count // group.world)
 
         def draw(start: int) -> Tensor:

@@ -229,6 +229,8 @@ def find_all_masks(config: DetectConfig, images: Found, anomalous: NDArray[np.bo
 
 def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
     """Read the given images, or the held-out ones. Raises `UserError`."""
+    if config.paths and pipeline.frames > 1:
+        raise UserError("images: files of clips are not scored; omit images= for the held-out clips of data.source")
     if config.paths:
         trained = trained_data(pipeline.provenance)
         if trained is not None and any(resolve_source(path) == resolve_source(trained.source) for path in config.paths):

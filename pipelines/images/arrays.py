@@ -31,7 +31,9 @@ from .decoding import (
     WORKERS,
     Payload,
     Rows,
+    Single,
     Unsupported,
+    Window,
     enlarged_size,
     open_image,
     read_file,
@@ -109,7 +111,7 @@ def is_array(payload: Payload) -> bool:
     return isinstance(payload, bytes) and payload.startswith((NUMPY, ZIP))
 
 
-def decode_array(payload: Payload | Image.Image, shape: tuple[int, int, int], values: Values | None) -> Array:
+def decode_array(payload: Single | Image.Image, shape: tuple[int, int, int], values: Values | None) -> Array:
     """Return an image of `shape` (C, H, W), resized and cropped at the centre: float32 in [-1, 1], or uint8 without
     `values`. Raises `ValueError` for another type or number of channels, and for values that are not finite."""
     channels, height, width = shape
@@ -118,7 +120,7 @@ def decode_array(payload: Payload | Image.Image, shape: tuple[int, int, int], va
 
 
 def decode_whole_array(
-    payload: Payload | Image.Image, channels: int, values: Values | None, least: tuple[int, int] = (1, 1)
+    payload: Single | Image.Image, channels: int, values: Values | None, least: tuple[int, int] = (1, 1)
 ) -> Array:
     """Like `decode_array`, but at the image's own size; an image with a side below `least` (height, width) is enlarged
     until it has both."""
@@ -127,7 +129,7 @@ def decode_whole_array(
     return array if values is None else values.to_unit(array)
 
 
-def read_values(payload: Payload | Image.Image, channels: int, values: Values | None) -> Array:
+def read_values(payload: Single | Image.Image, channels: int, values: Values | None) -> Array:
     """Return the values (C, H, W) of an image as stored. Raises `ValueError` as `decode_array` does."""
     array = channels_first(read_array(payload, channels), channels)
     wanted, found = "uint8" if values is None else values.dtype, type_of(array.dtype)
@@ -141,7 +143,7 @@ def read_values(payload: Payload | Image.Image, channels: int, values: Values | 
     return array
 
 
-def read_array(payload: Payload | Image.Image, channels: int) -> Array:
+def read_array(payload: Single | Image.Image, channels: int) -> Array:
     """Return the values of an encoded image as stored: (H, W), (H, W, C) or (C, H, W)."""
     if isinstance(payload, np.ndarray):
         return payload
@@ -317,11 +319,16 @@ def fit_array(array: Array, height: int, width: int) -> Array:
 
 
 def guess_type(payload: Payload, channels: int) -> ValueType | None:
-    """Return the type of an image if it is more than 8 bits and not converted to 8, as grey PNG of 16 bits is if RGB is
-    wanted; None for 8 bits, and for what cannot be read. Raises `UserError` if that takes another package."""
+    """Return the type of an image, or of a clip, if it is more than 8 bits and not converted to 8, as grey PNG of 16
+    bits is if RGB is wanted; None for 8 bits, and for what cannot be read. Raises `UserError` if that takes another
+    package."""
     try:
-        array = read_array(payload, channels)
-        found = type_of((array if is_array(payload) else channels_first(array, channels)).dtype)
+        if isinstance(payload, Window):
+            array = np.asarray(payload.read(payload.start, True))
+            found = "uint8" if channels == 3 and array.ndim == 2 else type_of(array.dtype)
+        else:
+            array = read_array(payload, channels)
+            found = type_of((array if is_array(payload) else channels_first(array, channels)).dtype)
     except UserError as error:
         raise UserError(f"data.dtype: the first training image: {error}; data.dtype=uint8 reads 8 bits") from error
     except Exception:  # decoding reports it
@@ -332,7 +339,8 @@ def guess_type(payload: Payload, channels: int) -> ValueType | None:
 def measure_range(
     rows: Rows, positions: NDArray[np.int64], channels: int, dtype: ValueType
 ) -> tuple[float, float] | None:
-    """Return the smallest and the largest value of the images at `positions` that have this type; None without any."""
+    """Return the smallest and the largest value of the images or clips at `positions` that have this type; None without
+    any."""
 
     def bounds(chunk: list[int]) -> list[tuple[float, float]]:
         arrays = (good_values(payload, channels, dtype) for payload in rows.read(chunk))
@@ -344,6 +352,14 @@ def measure_range(
     return (min(low for low, _ in found), max(high for _, high in found)) if found else None
 
 
+def stored_values(payload: Payload, channels: int) -> Array:
+    """Return the values of an image (C, H, W), or of a clip's window (T, C, H, W)."""
+    if not isinstance(payload, Window):
+        return channels_first(read_array(payload, channels), channels)
+    frames = range(payload.start, payload.start + payload.frames)
+    return np.stack([channels_first(np.asarray(payload.read(frame, True)), channels) for frame in frames])
+
+
 def clipped_share(payload: Payload, channels: int, values: Values) -> float:
     """Return the share of an image's values that lie beyond the range; 0 if it cannot be read."""
     array = good_values(payload, channels, values.dtype)
@@ -353,7 +369,7 @@ def clipped_share(payload: Payload, channels: int, values: Values) -> float:
 def good_values(payload: Payload, channels: int, dtype: ValueType) -> Array | None:
     """Return an image's values (C, H, W); None for another type, NaN, and what cannot be read."""
     try:
-        array = channels_first(read_array(payload, channels), channels)
+        array = stored_values(payload, channels)
         require_finite(array)
     except Exception:  # decoding reports it
         return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -42,9 +41,10 @@ from ..config import Config, UserError, is_first_process, tell
 from ..provenance import TokenizerFolder, tokenizer_folder
 from ..text import run_encoder
 from .arrays import Values, values_of
+from .clip_files import find_clips
 from .dataset import DataConfig, ImageDataset, Indices, check_bad, is_class_name
 from .decoding import NO_IMAGE, Decoded, Payload, Pixels, Rows, decode_all
-from .folder import SHEETS, are_disjoint, files_below, holds_files, image_paths, normalize_path, read_sheet
+from .folder import SHEETS, are_disjoint, files_below, holds_files, image_paths, natural_key, normalize_path, read_sheet
 from .tables import read_payload
 
 FEW = 4  # a list of more numbers is taken for a vector
@@ -135,6 +135,8 @@ def check_sources(
     for name, source in sources.items():
         if false := [change for change in source.changed_by if change in changes]:
             raise UserError(f"conditions.{name}: data.augment.{false[0]} would falsify it, as changed_by says")
+        if source.is_picture and config.frames is not None:
+            raise UserError(f"conditions.{name}: images and frame are for single images (data.frames={config.frames})")
         if source.is_picture and not of_files:
             raise UserError(f"conditions.{name}: {no_files}")
         if source.images is not None and not (folder := Path(source.images).expanduser()).is_dir():
@@ -244,7 +246,8 @@ class Sheets:
         if not self.files:
             raise ValueError(f"{root} has no {', '.join(SHEETS)}; add one, or give table=FILE")
         found, self.names = dict[str, tuple[Path, dict[str, Any]]](), dict[str, None]()
-        known = {full_path(path) for path in image_paths(root)} if table else set()
+        find = image_paths if config.frames is None else find_clips
+        known = {full_path(path) for path in find(root)} if table else set()
         wanted = wanted | {f"{name}_file_name" for name in wanted}
         for sheet in self.files:
             folder = root if table else sheet.parent
@@ -352,12 +355,6 @@ def earlier_frames(frame: int, splits: Mapping[str, ImageDataset]) -> Cells:
             clip = sorted(clips[folder], key=natural_key)
             before |= {path: clip[at + frame] if at + frame >= 0 else None for at, path in enumerate(clip)}
     return file_cells([before[path] for path in paths_of(splits.values())])
-
-
-def natural_key(path: str) -> list[int | str]:
-    """Return a sort key that puts `2.png` before `10.png`."""
-    parts = re.split(r"(\d+)", path)
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
 def list_cells(values: list[Any], name: Callable[[int], str]) -> Cells:
@@ -505,9 +502,9 @@ class ConditionImages(ImageDataset):
         values: Values | None = None,
     ) -> None:
         limits = {"dtype": None, "range": None} if values is None else {"dtype": values[0], "range": values[1:]}
-        own = config.model_copy(update={"channels": shape[0], "image_size": shape[1:], **limits})
+        own = config.model_copy(update={"channels": shape[0], "image_size": shape[1:], "frames": None, **limits})
         super().__init__(own, rows, Decoded(positions, None, []), None, [])
-        down, right = (side / other for side, other in zip(shape[1:], config.image_shape[1:], strict=True))
+        down, right = (side / other for side, other in zip(shape[1:], config.frame_shape[1:], strict=True))
         self._scale, self.missing = torch.tensor([1, 1, 1, down, right]), torch.from_numpy(missing)
 
     def decode(self, indices: list[int], shape: tuple[int, int, int]) -> list[Pixels | str]:

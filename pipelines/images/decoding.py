@@ -49,8 +49,25 @@ NO_IMAGE = "no image"
 """Why a row without an image cannot be decoded."""
 
 Shape = tuple[int, int, int]
-Payload = bytes | Path | NDArray[Any] | str | None
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive frames of a clip. `read(index, deep)` returns a frame of the clip: its values as stored if `deep`, or
+    a picture, unless the clip is an array."""
+
+    read: Callable[[int, bool], NDArray[Any] | Image.Image]
+    start: int
+    frames: int
+
+    def frame(self, k: int) -> Window:
+        """Return frame k of the window."""
+        return Window(self.read, self.start + k, 1)
+
+
+Single = bytes | Path | NDArray[Any] | str | None
 """An encoded image, its file, its pixels, or (a string) the reason why there is no image."""
+Payload = Single | Window
 Pixels = NDArray[Any]
 """uint8, or float32 in [-1, 1] for images with a declared or measured range of values."""
 
@@ -169,6 +186,8 @@ def try_decode_whole(
     from .arrays import decode_whole_array
 
     try:
+        if isinstance(payload, Window):
+            raise ValueError("a clip, which is not cut into tiles")
         image = open_plain(payload, channels, FORMATS, values)
         if image is None:
             return decode_whole_array(payload, channels, values, least)
@@ -180,12 +199,15 @@ def try_decode_whole(
 def decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS, values: Values | None = None) -> Pixels:
     """Return the pixels (C, H, W) of an image."""
     from .arrays import decode_array
+    from .clip_files import decode_window
 
+    if isinstance(payload, Window):
+        return decode_window(payload, shape, values)
     image = open_plain(payload, shape[0], formats, values)
     return decode_array(payload, shape, values) if image is None else pixels_of(image, shape)
 
 
-def open_plain(payload: Payload, channels: int, formats: tuple[str, ...], values: Values | None) -> Image.Image | None:
+def open_plain(payload: Single, channels: int, formats: tuple[str, ...], values: Values | None) -> Image.Image | None:
     """Open an image that becomes 8-bit grey or RGB; return None for what is read as an array, in all `FORMATS`."""
     from .arrays import is_array
 
@@ -287,10 +309,15 @@ def open_image(
 
 
 def require_plain_tiff(image: TiffImageFile) -> None:
-    """Raise `ValueError` for a TIFF with several pages, or whose values have no fixed black and white: 12 or 32 bits,
-    signed values, floats; and for planes of 16 bits, which Pillow reads as noise."""
+    """Raise `ValueError` for a TIFF with several pages, and like `require_plain_page`."""
     if getattr(image, "is_animated", False):
         raise ValueError("a TIFF with several pages; save each page as a separate file, or set data.channels")
+    require_plain_page(image)
+
+
+def require_plain_page(image: TiffImageFile) -> None:
+    """Raise `ValueError` for a TIFF whose values have no fixed black and white: 12 or 32 bits, signed values, floats;
+    and for planes of 16 bits, which Pillow reads as noise."""
     bits = {int(depth) for depth in image.tag_v2.get(BITSPERSAMPLE, (1,))}
     inverted = image.mode.startswith("I;16") and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
     planes = len(image.getbands()) > 1 and image.tag_v2.get(PLANAR_CONFIGURATION) == SEPARATE and 16 in bits
