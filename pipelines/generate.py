@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from .config.importing import format_imports
 from .config.table import count_of
 from .files import Output, atomic_file, lock_output, replace_file, require_apart, require_writable
 from .image_pipeline import NO_TEXT, ImagePipeline, Label
+from .images.animations import ANIMATIONS, require_video, write_animation
 from .images.arrays import is_plain, type_name, values_of
 from .images.grids import class_grid
 from .images.pictures import SUFFIXES, picture_pixels, png_bytes, to_images, write_picture
@@ -45,6 +46,8 @@ SHEET = "metadata.jsonl"
 """One line per image with its file and class name, in the format of `datasets`."""
 MAX_IMAGES, IMAGES = 10_000_000, 64  # at most, and by default
 WRITERS = 16
+FILES = (".png", ".npy", *ANIMATIONS)
+"""The suffixes of one file per image."""
 
 
 class GenerateConfig(SamplesWithCondition, UsesPipeline, OutputConfig):
@@ -63,8 +66,14 @@ class GenerateConfig(SamplesWithCondition, UsesPipeline, OutputConfig):
 
     out: str = Field(
         "grid.png",
-        description="a picture file for a grid of all images; NAME.npz for one archive in the format of ADM's "
-        "evaluator; or a folder for one file per image, PNG or .npy, with their conditions in metadata.jsonl",
+        description="a picture file for a grid of all images; NAME.gif or NAME.mp4 for a grid of clips that moves; "
+        "NAME.npz for one archive in the format of ADM's evaluator; or a folder for one file per image, PNG or .npy, "
+        "with their conditions in metadata.jsonl",
+    )
+    format: Literal["gif", "mp4", "npy", "png"] | None = Field(
+        None,
+        description="files of clips in a folder; png: frames below one another; default: gif, and npy for values "
+        "other than 8 bits",
     )
     num_images: int | None = Field(
         None, ge=1, le=MAX_IMAGES, description=f"number of images; default: one per condition, else {IMAGES}"
@@ -103,7 +112,7 @@ def run(config: GenerateConfig) -> Path:
         count = request.given.count
         images = ImageFolder(config, count, pipeline.tokenizer)
         group.on_main(lambda: images.check(group.world))
-        job = group.on_main(lambda: describe_job(request))
+        job = group.on_main(lambda: describe_job(request, images.file_suffix))
         with lock_output(out, group):
             missing = group.on_main(lambda: images.begin(job))
             there = count - len(missing)
@@ -202,10 +211,20 @@ def make_request(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
     return Request(pipeline, classes, given, config.seed, decoding, config.sampling_settings())
 
 
-def describe_job(request: Request) -> dict[str, Any]:
-    """Return everything that the files depend on."""
-    arrays = {} if is_plain(request.pipeline.tokenizer) else {"suffix": ".npy"}
-    return {"verb": "generate", "num_images": request.given.count, **arrays, **request.describe()}
+def describe_job(request: Request, suffix: str) -> dict[str, Any]:
+    """Return everything that the files depend on. suffix: theirs."""
+    other = {} if suffix == FILES[0] else {"suffix": suffix}
+    return {"verb": "generate", "num_images": request.given.count, **other, **request.describe()}
+
+
+def choose_suffix(config: GenerateConfig, tokenizer: Any) -> str:
+    """Return the suffix of one file per image; in a work folder, of one that keeps every value. tokenizer: None if it
+    is not loaded yet."""
+    if tokenizer is None or (tokenizer.frames == 1 and is_plain(tokenizer)):
+        return FILES[0]
+    if tokenizer.frames == 1 or Path(config.out).suffix:
+        return ".npy"
+    return f".{config.format or ('gif' if is_plain(tokenizer) else 'npy')}"
 
 
 def make_images(
@@ -247,28 +266,37 @@ def name_files(count: int, suffix: str = ".png") -> list[str]:
 
 class ImageFolder:
     """A folder with one PNG file per image, `metadata.jsonl`, and `job.json`, which marks it as ours. With a tokenizer
-    of other images than 8-bit grey and RGB, files are `.npy`.
+    of clips, or of other images than 8-bit grey and RGB, files are others (see `choose_suffix`).
 
     If `out` is a single file (a grid or an archive), this is a work folder beside it, from which the file is made.
     """
 
     def __init__(self, config: GenerateConfig, count: int, tokenizer: Any = None) -> None:
-        self.tokenizer = None if tokenizer is None or is_plain(tokenizer) else tokenizer
+        self.tokenizer, self.file_suffix = tokenizer, choose_suffix(config, tokenizer)
         self.config, self.output = config, Output(config.out, [config.pipeline], config.overwrite)
         out, self.suffix = self.output.path, self.output.path.suffix.lower()
         self.is_work = bool(self.suffix)
         self.folder = work_folder(out, "generate") if self.is_work else out
         self.result = self.folder / f"result{out.suffix}"
-        self.names = name_files(count, ".npy" if self.tokenizer else ".png")
+        self.names = name_files(count, self.file_suffix)
         self.place = f" in {out}" if self.is_work else f": {out}/{self.names[0]} ..."
 
     def check(self, processes: int) -> None:
         """Raise `UserError` for mistakes that can be found before the pipeline is loaded."""
-        if self.suffix and self.suffix not in (*SUFFIXES, ".npz"):
+        if self.suffix and self.suffix not in (*SUFFIXES, *ANIMATIONS, ".npz"):
             raise UserError(
-                f"out: {str(self.output.path)!r} should end in {', '.join(SUFFIXES)} for a grid, in .npz for an "
-                "archive, or be a folder"
+                f"out: {str(self.output.path)!r} should end in {', '.join(SUFFIXES)} for a grid, in "
+                f"{' or '.join(ANIMATIONS)} for a grid of clips, in .npz for an archive, or be a folder"
             )
+        if self.config.format and self.suffix:
+            raise UserError(f"format: is that of files in a folder, and out={self.output.path} is a file")
+        if self.tokenizer is not None and self.tokenizer.frames == 1:
+            if self.config.format:
+                raise UserError("format: is that of clips, and this pipeline makes images")
+            if self.suffix in ANIMATIONS:
+                raise UserError(f"out: {self.suffix} shows clips, and this pipeline makes images; use .png")
+        if ".mp4" in (self.suffix, f".{self.config.format}"):
+            require_video("format" if self.config.format else "out")
         if processes > len(self.names):
             raise UserError(f"num_images: {len(self.names)} for {processes} processes; each needs at least one image")
         if self.is_work and not (self.folder / JOB).is_file():  # else an interrupted process may have written the file
@@ -303,7 +331,7 @@ class ImageFolder:
     def made(self, job: dict[str, Any]) -> list[str]:
         """Return the names of the files that a job has written here, newest first."""
         there, count = set(os.listdir(self.folder)), job.get("num_images")
-        suffix = ".npy" if job.get("suffix") == ".npy" else ".png"
+        suffix = next((each for each in FILES if each == job.get("suffix")), FILES[0])
         names = [SHEET, *reversed(name_files(min(count, MAX_IMAGES) if isinstance(count, int) else 0, suffix))]
         return [name for name in names if name in there and not (self.folder / name).is_symlink()]
 
@@ -311,11 +339,28 @@ class ImageFolder:
         """Write images (B, H, W, C), each atomically; threads overlap the waits for the disk."""
 
         def write_one(number: int, image: np.ndarray) -> None:
+            frames = self.split(image)
             with atomic_file(self.folder / self.names[number]) as temporary:
-                temporary.write_bytes(npy_bytes(image) if self.tokenizer else png_bytes(image))
+                if self.file_suffix in ANIMATIONS:
+                    write_animation(self.show(frames), temporary)
+                else:
+                    plain = npy_bytes(frames) if self.file_suffix == ".npy" else png_bytes(self.show(image[None])[0])
+                    temporary.write_bytes(plain)
 
         with self.output.errors(), ThreadPoolExecutor(WRITERS) as pool:
             list(pool.map(write_one, numbers, images))
+
+    def split(self, image: np.ndarray) -> np.ndarray:
+        """Return the frames (T, H, W, C) of a strip; an image is left as it is."""
+        frames = 1 if self.tokenizer is None else self.tokenizer.frames
+        return image if frames == 1 else image.reshape(frames, -1, *image.shape[1:])
+
+    def show(self, images: np.ndarray) -> np.ndarray:
+        """Return what pictures show of images, or of frames, (B, H, W, C): uint8 (B, H, W, 1 or 3)."""
+        if self.tokenizer is None or is_plain(self.tokenizer):
+            return images
+        shape = (images.shape[3], *images.shape[1:3])
+        return picture_pixels(to_images(images, shape, values_of(self.tokenizer)), self.tokenizer)
 
     def finish(self, job: dict[str, Any], values: dict[str, list[Any]]) -> None:
         """Write `metadata.jsonl` if there are classes or `values` of columns, or the single file. Raises `UserError` if
@@ -339,20 +384,25 @@ class ImageFolder:
 
     def write_file(self, shape: Sequence[int], labels: list[int] | None, classes: list[str] | None) -> None:
         """Write the single file, unless an interrupted run did, and remove the work folder. shape: image shape."""
-        images: Iterable[np.ndarray]
-        if self.tokenizer:
-            images = (np.load(self.folder / name) for name in self.names)
+        tokenizer, arrays = self.tokenizer, self.file_suffix == ".npy"
+        images: Iterable[np.ndarray] = (
+            np.load(self.folder / name) if arrays else np.asarray(Image.open(self.folder / name).convert("RGB"))
+            for name in self.names
+        )
+        if self.suffix == ".npz":
+            channels, dtype = (shape[0], type_name(tokenizer)) if arrays else (3, "uint8")
+            frames = () if tokenizer.frames == 1 else (tokenizer.frames,)
+            size = (*frames, shape[1] // tokenizer.frames, shape[2], channels)
+            write_npz(self.result, images, (len(self.names), *size), labels, dtype)
         else:
-            images = (np.asarray(Image.open(self.folder / name).convert("RGB")) for name in self.names)
-        if self.suffix != ".npz":
-            if self.tokenizer:
-                floats = to_images(np.stack(list(images)), self.tokenizer.image_shape, values_of(self.tokenizer))
-                images = picture_pixels(floats, self.tokenizer)
-            picture = class_grid(np.stack(list(images)), classes, self.config.columns, captions=self.config.captions)
-            write_picture(picture, self.result)
-        else:
-            channels, dtype = (shape[0], type_name(self.tokenizer)) if self.tokenizer else (3, "uint8")
-            write_npz(self.result, images, (len(self.names), *shape[1:], channels), labels, dtype)
+            every = np.stack(list(images))
+            options: dict[str, Any] = {"columns": self.config.columns, "captions": self.config.captions}
+            if self.suffix in ANIMATIONS:
+                sheets = [class_grid(self.show(every[:, t]), classes, **options) for t in range(tokenizer.frames)]
+                write_animation(np.stack(sheets), self.result)
+            else:
+                strips = every.reshape(len(every), *shape[1:], -1)
+                write_picture(class_grid(self.show(strips), classes, **options), self.result)
         out = self.output.path
         if not (out.is_file() and filecmp.cmp(self.result, out, shallow=False)):
             fsync(self.result)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .config import Config, Of, UserError, choose_device
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.arrays import Values
-from .images.clip_files import cut_windows
+from .images.clip_files import cut_windows, find_clips
 from .images.decoding import decode_in_threads, try_decode
 from .images.folder import find_images
 from .images.unseen import require_unseen
@@ -143,12 +143,16 @@ class Sampling(Config):
 
 
 def choose_images(
-    named: Named, most: int, shape: tuple[int, int, int], held_out: Callable[[], ImageDataset]
+    named: Named, most: int, shape: tuple[int, int, int], held_out: Callable[[], ImageDataset], frames: int = 1
 ) -> tuple[Tensor, list[str]]:
     """Load the images that a user named, uint8 `(B, C, H, W)` of this `shape`, and return them with their names: files,
-    up to `most` evenly spread files of folders, or indices of held-out images; by default `most` held-out images.
-    Raises `UserError`."""
+    up to `most` evenly spread files of folders, or indices of held-out images; by default `most` held-out images. With
+    `frames`, clips, as strips: files or folders of frames, cut into windows. Raises `UserError`."""
     paths, indices = split_named_images(named)
+    if paths and frames > 1:
+        strips, names = read_clips(find_clip_files(paths), shape, frames)
+        chosen = spread(len(names), most).tolist()
+        return strips[chosen], [names[row] for row in chosen]
     if paths:
         files = find_image_files(paths)
         if any(Path(path).is_dir() for path in paths):
@@ -171,6 +175,19 @@ def find_image_files(paths: list[str]) -> list[Path]:
         files += sorted(find_images(path)) if path.is_dir() else [path]
     if not files:
         raise UserError(f"images: no images in {', '.join(paths)}")
+    return files
+
+
+def find_clip_files(paths: list[str]) -> list[Path]:
+    """Return the clips among `paths` and in the folders among them: files, and folders of frames. Raises `UserError`
+    for a path that does not exist, and if there are no clips."""
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"images: no such file or folder: {path}")
+        files += map(Path, find_clips(path)) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"images: no clips in {', '.join(paths)}")
     return files
 
 

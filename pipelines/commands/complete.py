@@ -1,4 +1,5 @@
-"""Mask part of some images, let a pipeline fill it in, and compare the completions with the originals."""
+"""Mask part of some images, or the last frames of clips, let a pipeline fill it in, and compare the completions with
+the originals."""
 
 from __future__ import annotations
 
@@ -12,20 +13,33 @@ from torch import Tensor
 
 from prior import Prior
 
-from ..completion import ConditionError, complete, conditional_log_prob, find_white, make_mask, sees_all_known
+from ..completion import (
+    ConditionError,
+    complete,
+    conditional_log_prob,
+    find_first_frames,
+    find_white,
+    make_mask,
+    sees_all_known,
+)
 from ..condition_keys import SamplesWithCondition
 from ..config import OutputConfig, UserError, run_command
 from ..config.table import table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
-from ..images import to_float
+from ..images import to_float, to_uint8
+from ..images.animations import ANIMATIONS, require_video, write_animation
 from ..images.arrays import require_plain
+from ..images.clips import to_strips
 from ..images.decoding import open_image
+from ..images.grids import GREY, MIN_WIDTH
 from ..images.pictures import SUFFIXES, grid_picture, write_picture
 from ..options import Named, UsesImages, choose_images, split_named_images
 from ..provenance import defaults
 
+SHEET = "sheet.png"
 TINTS = ((0.15, 0.35, 0.65), (-0.2, 0.0, 0.35))  # of the hatching, RGB in [-1, 1]; absent from grey images
+ORANGE = (235, 130, 30)  # around the frames that are drawn
 
 
 class CompleteConfig(SamplesWithCondition, UsesImages, OutputConfig):
@@ -34,9 +48,10 @@ class CompleteConfig(SamplesWithCondition, UsesImages, OutputConfig):
     examples = (
         "pipeline=runs/gpt_digits/pipeline mask=bottom draws=4 out=completions.png",
         "pipeline=runs/gpt_digits/pipeline mask=my-mask.png images=my-images",
+        "pipeline=runs/clips/pipeline frames=2 images=my-clips out=continued",
     )
     often = (
-        "pipeline mask images num_images draws labels condition.NAME conditions out overwrite temperature "
+        "pipeline mask frames images num_images draws labels condition.NAME conditions out overwrite temperature "
         "guidance_scale seed data.source"
     )
 
@@ -44,6 +59,9 @@ class CompleteConfig(SamplesWithCondition, UsesImages, OutputConfig):
         "bottom",
         description="area to fill in: top, bottom, left, right, box (the middle), scatter:SHARE (a random share of the "
         "patches), or a picture of the images' size, white where to fill in",
+    )
+    frames: int | None = Field(
+        None, description="of clips: the number of frames to keep from the start; the rest is drawn again"
     )
     images: Named = Field(
         None, description="image files, folders, or indices of held-out images; default: held-out images"
@@ -56,7 +74,11 @@ class CompleteConfig(SamplesWithCondition, UsesImages, OutputConfig):
         None, description="classes (ids or names), one for all or one per image; default: no class"
     )
     seed: int = Field(0, ge=0, lt=1 << 63, description="draw d of image k uses seed + k * draws + d")
-    out: str = Field("completions.png", description="the picture to write")
+    out: str = Field(
+        "completions.png",
+        description="the picture to write; of clips also NAME.gif or NAME.mp4, a picture that moves, or a folder for "
+        f"{SHEET} and a GIF of each completion",
+    )
     batch_size: int = Field(64, ge=1, description="completions at a time; does not affect the result")
 
 
@@ -66,14 +88,15 @@ def run(config: CompleteConfig) -> dict[str, float]:
     out = Output(
         config.out, [config.pipeline, config.mask, None if files else config.data.path, *files], config.overwrite
     )
-    out.check_file(SUFFIXES)
+    if config.frames is None:
+        out.check_file(SUFFIXES)
     with lock_output(config.out):
         pipeline = config.load_pipeline()
-        require_plain(pipeline.tokenizer, "complete")
-        known = read_mask(config.mask, pipeline)
-        shape = pipeline.tokenizer.image_shape
+        require_plain(pipeline.tokenizer, "complete", clips=True)
+        known = read_mask(config.mask, pipeline) if config.frames is None else keep_frames(config, out, pipeline)
+        shape, frames = pipeline.tokenizer.image_shape, pipeline.frames
         images, names = choose_images(
-            config.images, config.num_images, shape, lambda: config.load_images(pipeline).held_out
+            config.images, config.num_images, shape, lambda: config.load_images(pipeline).held_out, frames
         )
         truth = to_float(images)
         condition = config.read_condition(pipeline, len(truth), names).values()
@@ -92,6 +115,7 @@ def run(config: CompleteConfig) -> dict[str, float]:
             ).images.cpu()
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
+        drawn = drawn if frames == 1 else to_strips(drawn.reshape(-1, *drawn.shape[-4:]))
         drawn = drawn.reshape(len(truth), config.draws, *truth.shape[1:])
         figures, refusal = pixel_errors(pipeline, truth, drawn, known), ""
         try:
@@ -99,15 +123,39 @@ def run(config: CompleteConfig) -> dict[str, float]:
             figures["conditional_log_prob"] = float(log_probs.cpu().double().mean())
         except ConditionError as error:
             refusal = str(error)
-        with out.file() as path:
-            write_picture(draw_sheet(truth, drawn, known), path)
+        if frames > 1:
+            write_clips(config, out, torch.cat([truth[:, None], drawn], 1).unflatten(3, (frames, -1)).movedim(3, 2))
+        else:
+            with out.file() as path:
+                write_picture(draw_sheet(truth, drawn, known), path)
     print(format_report(config, pipeline, known, figures, refusal))
     return figures
 
 
+def keep_frames(config: CompleteConfig, out: Output, pipeline: ImagePipeline) -> Tensor:
+    """Return the known pixels of a strip whose first `config.frames` frames are kept, bool `(H, W)`. Raises `UserError`
+    for another number, a mask, or images that are no clips, and for an output of another kind."""
+    if "mask" in config.model_fields_set:
+        raise UserError("mask: is that of images; of clips, frames gives the part to keep")
+    _, height, width = pipeline.tokenizer.image_shape
+    try:
+        known = find_first_frames(config.frames, pipeline.frames, torch.empty(1, 1, height, width))[0]
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+    if not out.path.suffix:
+        out.check_files([SHEET])
+    else:
+        out.check_file((*SUFFIXES, *ANIMATIONS))
+    if out.path.suffix.lower() == ".mp4":
+        require_video("out")
+    return known
+
+
 def read_mask(name: str, pipeline: ImagePipeline) -> Tensor:
     """Make or read a mask, and return the known pixels, bool `(H, W)`. Raises `UserError`."""
-    shape, path = pipeline.tokenizer.image_shape, Path(name)
+    shape, path, frames = pipeline.tokenizer.image_shape, Path(name), pipeline.frames
+    if frames > 1:
+        raise UserError(f"frames: give the number of frames to keep, from 1 to {frames - 1}; these are clips")
     try:
         if path.suffix.lower() not in SUFFIXES:
             return make_mask(name, shape, pipeline.prior.grid.shape)
@@ -123,6 +171,7 @@ def pixel_errors(pipeline: ImagePipeline, truth: Tensor, drawn: Tensor, known: T
     """Return the mean absolute error of the hidden pixels against `truth` `(B, C, H, W)`, on a scale of 255: of all
     completions `drawn` `(B, draws, C, H, W)`, of the best completion per image, and of the reconstructions."""
     decoded = pipeline.reconstruct(truth, output_type="pt").cpu()
+    decoded = decoded if pipeline.frames == 1 else to_strips(decoded)
 
     def error(images: Tensor) -> Tensor:
         return (images - truth[:, None]).abs()[..., ~known].double().mean((-2, -1)) * 127.5
@@ -145,6 +194,41 @@ def draw_sheet(truth: Tensor, drawn: Tensor, known: Tensor) -> np.ndarray:
     return grid_picture(rows.reshape(count * (draws + 2), 3, height, width), draws + 2)
 
 
+def write_clips(config: CompleteConfig, out: Output, clips: Tensor) -> None:
+    """Write the output of clips `(B, 1 + draws, T, C, H, W)`, each the original and its completions: a still sheet with
+    a row for each, a moving one, or a folder."""
+    count, each, frames, _, height, width = clips.shape
+    pixels = to_uint8(clips.movedim(3, -1)).numpy()
+    redrawn = (np.arange(each)[:, None] > 0) & (np.arange(frames) >= (config.frames or 0))
+    redrawn = np.broadcast_to(redrawn, (count, each, frames))
+    sheet = frame_cells(pixels.reshape(count * each, frames, height, width, -1), redrawn.reshape(-1, frames))
+    if not out.path.suffix:
+        with out.files() as folder:
+            write_picture(sheet, folder / SHEET)
+            for clip in range(count):
+                for draw in range(1, each):
+                    write_animation(pixels[clip, draw], folder / f"{clip:05d}_{draw - 1}.gif")
+        return
+    with out.file() as path:
+        if path.suffix.lower() in ANIMATIONS:
+            moving = [frame_cells(pixels[:, :, t], redrawn[:, :, t]) for t in range(frames)]
+            write_animation(np.stack(moving), path)
+        else:
+            write_picture(sheet, path)
+
+
+def frame_cells(cells: np.ndarray, redrawn: np.ndarray) -> np.ndarray:
+    """Draw uint8 `cells` (rows, columns, H, W, C) in one picture (H, W, 3), with a frame around each: orange for those
+    that are `redrawn` (rows, columns), grey for the others. Small ones are enlarged."""
+    scale = max(1, -(-MIN_WIDTH // cells.shape[3]))
+    cells = cells.repeat(scale, 2).repeat(scale, 3)
+    rows, columns, height, width, _ = cells.shape
+    framed = np.empty((rows, columns, height + 4, width + 4, 3), np.uint8)
+    framed[:] = np.where(redrawn[..., None], ORANGE, (GREY,) * 3)[:, :, None, None]
+    framed[:, :, 2:-2, 2:-2] = cells
+    return framed.swapaxes(1, 2).reshape(rows * (height + 4), columns * (width + 4), 3)
+
+
 def format_report(
     config: CompleteConfig, pipeline: ImagePipeline, known: Tensor, figures: dict[str, float], refusal: str
 ) -> str:
@@ -156,13 +240,16 @@ def format_report(
         nats = figures["conditional_log_prob"]
         score = f"{nats:.2f} nats, {-nats / hidden / np.log(2):.3f} bits per hidden token (mean over images)"
     share, best = float((~known).double().mean()), figures["best_pixel_error"]
+    what, shown = config.mask, "original, masked"
+    if config.frames is not None:
+        what, shown = f"after {config.frames} of {pipeline.frames} frames", "original, then in orange what is drawn of"
     rows = [
-        ("masked", f"{config.mask}: {share:.1%} of the pixels, {hidden} of {keep.numel()} tokens"),
+        ("masked", f"{what}: {share:.1%} of the pixels, {hidden} of {keep.numel()} tokens"),
         ("conditioned on", describe_context(pipeline.prior, keep)),
         ("log p of the original", score),
         ("pixel error", f"{figures['pixel_error']:.1f} of 255 in the masked area, best of {config.draws}: {best:.1f}"),
         ("  reconstruction", f"{figures['tokenizer_pixel_error']:.1f}"),
-        ("sheet", f"{config.out}: original, masked, {config.draws} completions"),
+        ("sheet", f"{config.out}: {shown}, {config.draws} completions"),
     ]
     return table(rows)
 

@@ -34,7 +34,7 @@ from ..images.dataset import find_objects
 from ..images.origin import resolve_source
 from ..images.pictures import SUFFIXES, write_picture
 from ..images.tiles import LazyImages, load_image, whole_files
-from ..options import REMOVE, UsesTiles, find_image_files, read_images
+from ..options import REMOVE, UsesTiles, find_clip_files, find_image_files, read_clips, read_images
 from ..provenance import defaults, trained_data
 
 TRUTH_FILES = ("ground_truth.csv", "ground_truth.png")
@@ -211,8 +211,12 @@ def compare_truth(
 
 def check_ground_truth(config: DetectConfig, pipeline: ImagePipeline) -> None:
     """Raise `UserError` for mistakes that can be detected before images are read."""
+    if config.paths and pipeline.frames > 1 and config.tile:
+        raise UserError("tile: clips are not cut into tiles")
     if config.ground_truth is None:
         return
+    if pipeline.frames > 1:
+        raise UserError("ground_truth: is for images, not for clips")
     if len(config.paths) != 1 or not Path(config.paths[0]).is_dir():
         raise UserError("ground_truth: needs images=FOLDER, with a folder of good images and one for each defect")
     if not Path(config.ground_truth).is_dir():
@@ -229,18 +233,21 @@ def find_all_masks(config: DetectConfig, images: Found, anomalous: NDArray[np.bo
 
 def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
     """Read the given images, or the held-out ones. Raises `UserError`."""
-    if config.paths and pipeline.frames > 1:
-        raise UserError("images: files of clips are not scored; omit images= for the held-out clips of data.source")
     if config.paths:
         trained = trained_data(pipeline.provenance)
         if trained is not None and any(resolve_source(path) == resolve_source(trained.source) for path in config.paths):
             raise UserError(
                 "images: the pipeline was trained on this folder; omit images= to score its held-out images"
             )
-        files = find_image_files(config.paths)
-        names, shape = [str(file) for file in files], pipeline.tokenizer.image_shape
-        if config.tile:
-            pixels: Any = whole_files(files.__getitem__, names, shape[0], pipeline.values, REMOVE)
+        shape, frames = pipeline.tokenizer.image_shape, pipeline.frames
+        files = find_clip_files(config.paths) if frames > 1 else find_image_files(config.paths)
+        names = [str(file) for file in files]
+        pixels: Any
+        if frames > 1:
+            pixels, names = read_clips(files, shape, frames, pipeline.values)
+            files = [Path(name.rpartition("[")[0]) for name in names]  # that of each window
+        elif config.tile:
+            pixels = whole_files(files.__getitem__, names, shape[0], pipeline.values, REMOVE)
         else:
             pixels = read_images(files, shape, pipeline.values)
         if config.ground_truth is None:

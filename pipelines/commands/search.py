@@ -64,14 +64,14 @@ def run(config: SearchConfig) -> Tensor:
     )
     out.check_file(SUFFIXES)
     pipeline = config.load_pipeline()
-    require_plain(pipeline.tokenizer, "search")
+    require_plain(pipeline.tokenizer, "search", clips=True)
     try:
         choose_pool(choose_layer(pipeline, config.layer)[0], config.pool)
     except ValueError as error:
         raise UserError(str(error)) from error
     splits = config.load_images(pipeline)
     queries, query_names = choose_images(
-        config.images, config.num_images, config.data.image_shape, lambda: splits.held_out
+        config.images, config.num_images, config.data.image_shape, lambda: splits.held_out, pipeline.frames
     )
     chosen = random_rows(len(splits.train), config.num_index or len(splits.train), config.seed)
     if config.k > len(chosen):

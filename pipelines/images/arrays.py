@@ -82,9 +82,9 @@ def is_plain(tokenizer: Any) -> bool:
     return values_of(tokenizer) is None and tokenizer.image_shape[0] in (1, 3)
 
 
-def require_plain(tokenizer: Any, verb: str) -> None:
-    """Raise `UserError` for a verb that reads and writes pictures only."""
-    if tokenizer.frames > 1:
+def require_plain(tokenizer: Any, verb: str, *, clips: bool = False) -> None:
+    """Raise `UserError` for a verb that reads and writes pictures only. clips: whether it takes clips of them, too."""
+    if tokenizer.frames > 1 and not clips:
         raise UserError(f"{verb}: takes images, not clips of {tokenizer.frames} frames (the Python methods take clips)")
     if not is_plain(tokenizer):
         raise UserError(

@@ -1,0 +1,76 @@
+"""Write clips as files: GIF, MP4 and `.npy`."""
+
+from __future__ import annotations
+
+import io
+import struct
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.GifImagePlugin import getdata
+
+from ..config import UserError
+
+ANIMATIONS = (".gif", ".mp4")
+MILLISECONDS = 150  # that a frame is shown
+MIN_SIDE = 128  # of an MP4: players show smaller ones badly, or not at all
+COLOURS = 256  # of a GIF
+
+
+def require_video(key: str) -> None:
+    """Raise a `UserError` that names the `key` if MP4 cannot be written."""
+    if find_spec("imageio") is None or find_spec("imageio_ffmpeg") is None:
+        raise UserError(f'{key}: MP4 needs the packages imageio and imageio-ffmpeg: pip install "smalti[video]"')
+
+
+def write_animation(frames: np.ndarray, path: Path) -> None:
+    """Write uint8 frames (T, H, W, 1 or 3) as GIF or MP4, in place; for use under temporary names."""
+    if path.suffix.lower() == ".mp4":
+        write_mp4(frames, path)
+    else:
+        path.write_bytes(gif_bytes(frames))
+
+
+def gif_bytes(frames: np.ndarray) -> bytes:
+    """Encode uint8 frames (T, H, W, 1 or 3) as a GIF that repeats. All frames have one palette, so that still areas do
+    not flicker: all greys, or the 256 colours that suit the clip best.
+
+    Pillow encodes the frames, but not the file: it merges a frame with an equal one before, so that a clip read again
+    would be shorter."""
+    count, height, width = frames.shape[:3]
+    pixels = frames.reshape(count * height, width, -1)
+    strip = Image.fromarray(pixels[..., 0]) if pixels.shape[-1] == 1 else find_colours(pixels)
+    file = io.BytesIO()
+    file.write(b"GIF89a" + struct.pack("<HHBBB", width, height, 0, 0, 0))
+    file.write(b"\x21\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00")  # repeat for ever
+    for frame in range(count):
+        image = strip.crop((0, frame * height, width, (frame + 1) * height))
+        file.writelines(getdata(image, duration=MILLISECONDS, include_color_table=True))
+    file.write(b";")
+    return file.getvalue()
+
+
+def find_colours(pixels: np.ndarray) -> Image.Image:
+    """Reduce a picture (H, W, 3) to a palette: its own colours if there are few enough, else those of a median cut."""
+    colours, index = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
+    if len(colours) > COLOURS:
+        return Image.fromarray(pixels).quantize(COLOURS, Image.Quantize.MEDIANCUT, kmeans=1)
+    made = Image.fromarray(index.reshape(pixels.shape[:2]).astype(np.uint8))
+    made.putpalette(colours.astype(np.uint8).tobytes())
+    return made
+
+
+def write_mp4(frames: np.ndarray, path: Path) -> None:
+    """Write an MP4 that every player shows (H.264, yuv420p), which needs even sides: small frames are enlarged by
+    repeating their pixels, and an odd side gets one more pixel."""
+    import imageio.v2 as imageio
+
+    scale = max(1, -(-MIN_SIDE // min(frames.shape[1:3])))
+    frames = frames.repeat(scale, 1).repeat(scale, 2)
+    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), "edge")
+    frames = frames.repeat(3, 3) if frames.shape[3] == 1 else frames
+    options: dict[str, Any] = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 2, "quality": 9}
+    imageio.mimwrite(path, list(frames), format="FFMPEG", fps=1000 / MILLISECONDS, **options)
