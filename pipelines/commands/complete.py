@@ -37,7 +37,7 @@ from ..images.pictures import SUFFIXES, grid_picture, write_picture
 from ..options import Named, UsesImages, choose_images, split_named_images
 from ..provenance import defaults
 
-SHEET = "sheet.png"
+MASK, SHEET = "bottom", "sheet.png"
 TINTS = ((0.15, 0.35, 0.65), (-0.2, 0.0, 0.35))  # of the hatching, RGB in [-1, 1]; absent from grey images
 ORANGE = (235, 130, 30)  # around the frames that are drawn
 
@@ -55,10 +55,10 @@ class CompleteConfig(SamplesWithCondition, UsesImages, OutputConfig):
         "guidance_scale seed data.source"
     )
 
-    mask: str = Field(
-        "bottom",
-        description="area to fill in: top, bottom, left, right, box (the middle), scatter:SHARE (a random share of the "
-        "patches), or a picture of the images' size, white where to fill in",
+    mask: str | None = Field(
+        None,
+        description="area to fill in: top, bottom (the default), left, right, box (the middle), scatter:SHARE (a random "
+        "share of the patches), or a picture of the images' size, white where to fill in",
     )
     frames: int | None = Field(
         None, description="of clips: the number of frames to keep from the start; the rest is drawn again"
@@ -93,7 +93,9 @@ def run(config: CompleteConfig) -> dict[str, float]:
     with lock_output(config.out):
         pipeline = config.load_pipeline()
         require_plain(pipeline.tokenizer, "complete", clips=True)
-        known = read_mask(config.mask, pipeline) if config.frames is None else keep_frames(config, out, pipeline)
+        known = (
+            read_mask(config.mask or MASK, pipeline) if config.frames is None else keep_frames(config, out, pipeline)
+        )
         shape, frames = pipeline.tokenizer.image_shape, pipeline.frames
         images, names = choose_images(
             config.images, config.num_images, shape, lambda: config.load_images(pipeline).held_out, frames
@@ -135,7 +137,7 @@ def run(config: CompleteConfig) -> dict[str, float]:
 def keep_frames(config: CompleteConfig, out: Output, pipeline: ImagePipeline) -> Tensor:
     """Return the known pixels of a strip whose first `config.frames` frames are kept, bool `(H, W)`. Raises `UserError`
     for another number, a mask, or images that are no clips, and for an output of another kind."""
-    if "mask" in config.model_fields_set:
+    if config.mask is not None:
         raise UserError("mask: is that of images; of clips, frames gives the part to keep")
     _, height, width = pipeline.tokenizer.image_shape
     try:
@@ -240,7 +242,7 @@ def format_report(
         nats = figures["conditional_log_prob"]
         score = f"{nats:.2f} nats, {-nats / hidden / np.log(2):.3f} bits per hidden token (mean over images)"
     share, best = float((~known).double().mean()), figures["best_pixel_error"]
-    what, shown = config.mask, "original, masked"
+    what, shown = config.mask or MASK, "original, masked"
     if config.frames is not None:
         what, shown = f"after {config.frames} of {pipeline.frames} frames", "original, then in orange what is drawn of"
     rows = [

@@ -39,6 +39,7 @@ _BITS_PER_TOKEN = (
     "position frequencies {marginal_bits_per_token:.3f}; from {marginal_rows:,} training rows; {marginal_note}; "
     "uniform {uniform_bits_per_token:.3f}"
 )
+_FRAMES = "from the first: {frame_bits}"
 _BITS_PER_DIM = (
     "+- {bits_per_dim_error:.3f}; tokens {prior_bits_per_dim:.3f}; pixels given the tokens {pixel_bits_per_dim:.3f}"
 )
@@ -62,6 +63,7 @@ TABLE = (
     Figure("codebook_usage", "codebook use", "{:.1%}", "", "reconstruction", "perplexity {codebook_perplexity:.0f}"),
     Figure("bits_per_token", "bits per token", "{:.3f}", "lower", "likelihood", _BITS_PER_TOKEN),
     Figure("unconditional_bits_per_token", "bits per token, no labels", "{:.3f}", "", "likelihood"),
+    Figure("bits_per_frame", "bits per frame given its past", "{:.1f}", "lower", "likelihood", _FRAMES),
     Figure("bits_per_dim", "bits per dim", "{:.3f}", "lower", "likelihood", _BITS_PER_DIM),
     Figure("class_agreement", "class agreement (nearest image)", "{:.1%}", "higher", "samples", _AGREEMENT),
     Figure("samples_per_second", "samples per second", "{:.0f}", "", "samples", "on {device}"),
@@ -100,6 +102,8 @@ def format_rows(figures: Mapping[str, Any], *, exact: bool) -> list[Row]:
     """Return the figures of the table that are present, in its order. exact: whether the prior's likelihood is exact,
     not a bound."""
     known = {key: value for key, value in figures.items() if isinstance(value, int | float | str)}
+    if isinstance(each := figures.get("frame_bits"), list):
+        known["frame_bits"] = ", ".join(f"{bits:.0f}" for bits in each if isinstance(bits, int | float))
     rows = []
     for figure in list_figures(known):
         if figure.key in known:

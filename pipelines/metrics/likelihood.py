@@ -89,10 +89,31 @@ def evaluate_likelihood(
         **{
             key: bits_per_token(prior, part, num_orders=num_orders, group=group) for key, part in vary_conditions(known)
         },
+        **evaluate_frames(prior, tokenizer.frames, known, group),
         **evaluate_marginal(prior, train, known, group),
         "uniform_bits_per_token": math.log2(grid.vocab_size),
         **evaluate_bits(tokenizer, held_out, test, nats, group),
     }
+
+
+@torch.inference_mode()
+def evaluate_frames(prior: Prior, frames: int, split: TokenSplit, group: ProcessGroup = ALONE) -> dict[str, Any]:
+    """Return the mean bits of each frame of clips given the frames before it, `frame_bits`, and of a frame on average.
+    Empty for images, for a prior that decodes the frames in another order, and for one whose likelihood is a bound."""
+    decoded = prior.position_order.div(len(prior.grid) // frames, rounding_mode="floor")  # the frame of each token
+    if frames == 1 or not prior.exact or bool((decoded.diff() < 0).any()):
+        return {}
+    size = rows_at_a_time(prior.grid)
+
+    def score(start: int) -> Tensor:
+        rows = np.arange(start, min(start + size, len(split)))
+        labels = None if split.labels is None else split.labels[rows].to(prior.device)
+        given = {"condition": split.condition(rows)} if split.conditions else {}
+        nats = prior.token_log_probs(split.rows(rows).to(prior.device), labels, **given)
+        return nats.reshape(len(rows), frames, -1).cpu().double().sum(2)
+
+    bits = -torch.cat(group.map(score, range(0, len(split), size))).mean(0) / math.log(2)
+    return {"bits_per_frame": float(bits.mean()), "frame_bits": bits.tolist()}
 
 
 def vary_conditions(split: TokenSplit) -> Iterator[tuple[str, TokenSplit]]:

@@ -10,8 +10,7 @@ from PIL import Image
 from small import make_prior, make_tokenizer
 from small_pipelines import LABELS, make_conditioned
 
-from pipelines import ImagePipeline, generate
-from pipelines.commands import app
+from pipelines import ImagePipeline
 from pipelines.completion import conditional_log_prob, encode_visible
 from prior.conditions import GridColumn
 from tokenizer.base import LikelihoodError
@@ -318,19 +317,6 @@ def test_a_pipeline_of_clips_is_saved_and_loaded(tmp_path):
     loaded = ImagePipeline.from_pretrained(tmp_path / "it")
     out, again = (each(2, 1, seed=1, output_type="np") for each in (pipe, loaded))
     assert loaded.frames == T and np.array_equal(out.images, again.images)
-
-
-def test_verbs_write_strips_or_refuse_clips(tmp_path, capsys):
-    pipe = make_clips()
-    pipe.save_pretrained(tmp_path / "it")
-    generate.main([f"pipeline={tmp_path / 'it'}", "num_images=2", "labels=cat", f"out={tmp_path / 'out'}"])
-    pictures = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "out").rglob("*.png"))]
-    strips = pipe(2, "cat", seed=0, output_type="np").images.reshape(2, T * H, W, 3)
-    assert np.array_equal([picture for picture in pictures if picture.shape == (T * H, W, 3)], strips)
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        app.main([f"pipeline={tmp_path / 'it'}"])
-    assert capsys.readouterr().err.startswith("error: app: takes images, not clips of 3 frames")
 
 
 def test_a_clip_may_be_the_condition_of_a_clip():

@@ -1,0 +1,71 @@
+"""Clips as files that are read again as they were.
+
+Covers: pipelines/images/animations.py.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.config import UserError
+from pipelines.images.animations import MILLISECONDS, MIN_SIDE, gif_bytes, require_video, write_animation
+from pipelines.images.clip_files import Clip
+
+
+def read_clip(path, mode="RGB"):
+    """The frames of a file as the data set reads them."""
+    clip = Clip(str(path))
+    return np.stack([np.asarray(clip.read(k, deep=False).convert(mode)) for k in range(len(clip))])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_gif_holds_every_frame_also_equal_ones(tmp_path, channels):
+    rng = np.random.default_rng(0)
+    clip = rng.integers(0, 6, (6, 7, 9, channels), dtype=np.uint8) * 40  # at most 216 colours
+    clip[2] = clip[1]
+    clip[4] = clip[5] = 0
+    write_animation(clip, tmp_path / "it.gif")
+    assert np.array_equal(read_clip(tmp_path / "it.gif"), np.broadcast_to(clip, (6, 7, 9, 3)))
+    with Image.open(tmp_path / "it.gif") as image:
+        assert image.n_frames == 6 and image.info["duration"] == MILLISECONDS and image.info["loop"] == 0
+
+
+def test_all_greys_are_kept():
+    clip = np.arange(512, dtype=np.uint16).reshape(2, 16, 16, 1).astype(np.uint8)
+    with Image.open(io.BytesIO(gif_bytes(clip))) as image:
+        for frame in clip:
+            assert np.array_equal(np.asarray(image.convert("L")), frame[..., 0])
+            image.seek(min(image.tell() + 1, 1))
+
+
+def test_a_gif_of_many_colours_has_near_ones_and_does_not_flicker(tmp_path):
+    y, x = np.mgrid[:40, :40]
+    clip = np.stack([np.stack([x * 6, y * 6, (x + y) * 3], -1)] * 4).astype(np.uint8)
+    clip[1:, :8] = np.random.default_rng(0).integers(0, 256, (3, 8, 40, 3))
+    write_animation(clip, tmp_path / "it.gif")
+    found = read_clip(tmp_path / "it.gif").astype(int)
+    assert np.abs(found - clip)[:, 8:].mean() < 12
+    assert np.array_equal(found[0, 8:], found[1, 8:]) and np.array_equal(found[1, 8:], found[3, 8:])
+
+
+@pytest.mark.parametrize("size", [(5, 8), (3, 201), (150, 131)])
+def test_an_mp4_plays_at_any_size(tmp_path, size):
+    imageio = pytest.importorskip("imageio.v2")
+    pytest.importorskip("imageio_ffmpeg")
+    clip = np.full((3, *size, 1), 200, np.uint8)
+    clip[1] = 30
+    write_animation(clip, tmp_path / "it.mp4")
+    frames = imageio.mimread(tmp_path / "it.mp4", memtest=False)
+    assert len(frames) == 3 and min(frames[0].shape[:2]) >= MIN_SIDE
+    assert all(side % 2 == 0 for side in frames[0].shape[:2])
+    assert [round(float(np.mean(frame)), -1) for frame in frames] == [200, 30, 200]
+
+
+def test_mp4_needs_an_extra_which_the_error_names(monkeypatch):
+    monkeypatch.setattr("pipelines.images.animations.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^out: [^\n]*smalti\[video\][^\n]*$"):
+        require_video("out")
