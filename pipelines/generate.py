@@ -66,9 +66,8 @@ class GenerateConfig(SamplesWithCondition, UsesPipeline, OutputConfig):
 
     out: str = Field(
         "grid.png",
-        description="a picture file for a grid of all images; NAME.gif or NAME.mp4 for a grid of clips that moves; "
-        "NAME.npz for one archive in the format of ADM's evaluator; or a folder for one file per image, PNG or .npy, "
-        "with their conditions in metadata.jsonl",
+        description="a picture file for a grid of all images (.gif or .mp4: of clips); NAME.npz for one archive in "
+        "the format of ADM's evaluator; or a folder for one file per image, with conditions in metadata.jsonl",
     )
     format: Literal["gif", "mp4", "npy", "png"] | None = Field(
         None,

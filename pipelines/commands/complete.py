@@ -1,5 +1,4 @@
-"""Mask part of some images, or the last frames of clips, let a pipeline fill it in, and compare the completions with
-the originals."""
+"""Let a pipeline fill in a part of images, or continue clips, and compare with the originals."""
 
 from __future__ import annotations
 
@@ -52,17 +51,15 @@ class CompleteConfig(SamplesWithCondition, UsesImages, OutputConfig):
     )
     often = (
         "pipeline mask frames images num_images draws labels condition.NAME conditions out overwrite temperature "
-        "guidance_scale seed data.source"
+        "guidance_scale seed"
     )
 
     mask: str | None = Field(
         None,
-        description="area to fill in: top, bottom (the default), left, right, box (the middle), scatter:SHARE (a random "
-        "share of the patches), or a picture of the images' size, white where to fill in",
+        description="area to fill in: top, bottom (default), left, right, box, scatter:SHARE (of the patches), or a "
+        "picture of the images' size, white where to fill in",
     )
-    frames: int | None = Field(
-        None, description="of clips: the number of frames to keep from the start; the rest is drawn again"
-    )
+    frames: int | None = Field(None, description="of clips: frames to keep from the start")
     images: Named = Field(
         None, description="image files, folders, or indices of held-out images; default: held-out images"
     )
@@ -76,8 +73,7 @@ class CompleteConfig(SamplesWithCondition, UsesImages, OutputConfig):
     seed: int = Field(0, ge=0, lt=1 << 63, description="draw d of image k uses seed + k * draws + d")
     out: str = Field(
         "completions.png",
-        description="the picture to write; of clips also NAME.gif or NAME.mp4, a picture that moves, or a folder for "
-        f"{SHEET} and a GIF of each completion",
+        description="the picture to write; of clips also NAME.gif or NAME.mp4, or a folder for GIF files",
     )
     batch_size: int = Field(64, ge=1, description="completions at a time; does not affect the result")
 

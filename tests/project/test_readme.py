@@ -25,6 +25,7 @@ from pipelines.__main__ import OTHER, main, verbs
 from pipelines.tokens import TokenDataset, TokenSplit
 from prior import Prior
 from tokenizer import TokenGrid, Tokenizer
+from tokenizer.frame_by_frame import FrameByFrame
 from tokenizer.quantizers import Quantizer
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +100,9 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     split = TokenSplit(torch.zeros(4, 7, 7, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
     dataset = TokenDataset(tokenizer.grid, ["zero"], {"train": split}, tokenizer, {})
     dataset.save(tmp_path / "runs/digits_tokens")
+    clips = FrameByFrame.wrap(make_tokenizer("vqvae", (8, 8), 1).eval(), 4)
+    prior = make_prior("gpt", grid=clips.grid, num_classes=0, tokenizer=clips.fingerprint())
+    ImagePipeline(clips, prior).save_pretrained(tmp_path / "runs/clips/pipeline")
     make_conditioned(columns=FACES).save_pretrained(tmp_path / "runs/faces_gpt/pipeline")
     (tmp_path / "outlines").mkdir()
     Image.new("L", (32, 32)).save(tmp_path / "outlines/0001.png")

@@ -165,7 +165,7 @@ def test_windows_of_files_are_scored(folder, tmp_path, capsys):
         save_clips(tmp_path / "data" / split, 40, seed=len(split))
     main(["calibrate", f"pipeline={tmp_path / 'pipeline'}", *describe_data(tmp_path / "data"), "false_alarms=0.2"])
     pipe = ImagePipeline.from_pretrained(tmp_path / "pipeline")
-    assert pipe.calibration.scores["nll"].values.shape == (40,)
+    assert len(pipe.calibration.digests) == 20, "each second of the 40 held-out windows"
     clips = save_clips(tmp_path / "in", 4, frames=2 * T + 1)
     out = tmp_path / "out"
     main(
