@@ -42,7 +42,9 @@ def gif_bytes(frames: np.ndarray) -> bytes:
     would be shorter."""
     count, height, width = frames.shape[:3]
     pixels = frames.reshape(count * height, width, -1)
-    strip = Image.fromarray(pixels[..., 0]) if pixels.shape[-1] == 1 else find_colours(pixels)
+    strip = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    if strip.mode == "RGB":
+        strip = strip.quantize(COLOURS, Image.Quantize.MEDIANCUT, kmeans=1)  # exact for at most 256 colours
     file = io.BytesIO()
     file.write(b"GIF89a" + struct.pack("<HHBBB", width, height, 0, 0, 0))
     file.write(b"\x21\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00")  # repeat for ever
@@ -51,16 +53,6 @@ def gif_bytes(frames: np.ndarray) -> bytes:
         file.writelines(getdata(image, duration=MILLISECONDS, include_color_table=True))
     file.write(b";")
     return file.getvalue()
-
-
-def find_colours(pixels: np.ndarray) -> Image.Image:
-    """Reduce a picture (H, W, 3) to a palette: its own colours if there are few enough, else those of a median cut."""
-    colours, index = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
-    if len(colours) > COLOURS:
-        return Image.fromarray(pixels).quantize(COLOURS, Image.Quantize.MEDIANCUT, kmeans=1)
-    made = Image.fromarray(index.reshape(pixels.shape[:2]).astype(np.uint8))
-    made.putpalette(colours.astype(np.uint8).tobytes())
-    return made
 
 
 def write_mp4(frames: np.ndarray, path: Path) -> None:
@@ -72,5 +64,5 @@ def write_mp4(frames: np.ndarray, path: Path) -> None:
     frames = frames.repeat(scale, 1).repeat(scale, 2)
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), "edge")
     frames = frames.repeat(3, 3) if frames.shape[3] == 1 else frames
-    options: dict[str, Any] = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 2, "quality": 9}
+    options: dict[str, Any] = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 1, "quality": 9}
     imageio.mimwrite(path, list(frames), format="FFMPEG", fps=1000 / MILLISECONDS, **options)

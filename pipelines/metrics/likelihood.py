@@ -108,7 +108,7 @@ def evaluate_frames(prior: Prior, frames: int, split: TokenSplit, group: Process
     def score(start: int) -> Tensor:
         rows = np.arange(start, min(start + size, len(split)))
         labels = None if split.labels is None else split.labels[rows].to(prior.device)
-        given = {"condition": split.condition(rows)} if split.conditions else {}
+        given: dict[str, Any] = {"condition": split.condition(rows)} if split.conditions else {}
         nats = prior.token_log_probs(split.rows(rows).to(prior.device), labels, **given)
         return nats.reshape(len(rows), frames, -1).cpu().double().sum(2)
 
