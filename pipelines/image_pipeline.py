@@ -52,6 +52,7 @@ from .condition_values import (
     read_condition,
 )
 from .images.arrays import Values, values_of
+from .images.blending import decode_tiles, encode_tiles, reconstruct_tiles
 from .images.grids import class_grid
 from .images.origin import shareable
 from .images.pictures import (
@@ -337,9 +338,15 @@ class ImagePipeline:
 
     @serialized
     @torch.no_grad()
-    def encode(self, images: Images, *, batch_size: int = 256) -> Tensor:
+    def encode(self, images: Images, *, stride: int | None = None, batch_size: int = 256) -> Any:
         """Encode images to tokens `(B, *grid.shape)`. images: PIL images, or uint8 or float in [-1, 1] as tensors
-        `(B, C, H, W)`, arrays `(B, H, W, C)` or `(H, W, C)`, or a list of single images."""
+        `(B, C, H, W)`, arrays `(B, H, W, C)` or `(H, W, C)`, or a list of single images.
+
+        stride: take images of any size from the model's size on, also of different sizes in one list, and return a list
+        of the tokens of each image's tiles, `(rows, columns, *grid.shape)`. Tiles of the model's size lie at every
+        `stride` pixels and at the borders; `decode_tiles` inverts this."""
+        if stride is not None:
+            return encode_tiles(self, images, stride, batch_size)
         return self.encode_batch(self.to_images(images), batch_size=batch_size)
 
     @serialized
@@ -359,9 +366,19 @@ class ImagePipeline:
         images = [self.tokenizer.decode(part) for part in (self._with_bar(parts, "decoding") if progress else parts)]
         return self.convert_images(torch.cat(images), output_type)
 
+    decode_tiles = serialized(decode_tiles)
+
     @serialized
-    def reconstruct(self, images: Images, *, output_type: str = "pil", batch_size: int = 256) -> Any:
-        """Return `decode(encode(images))`."""
+    def reconstruct(
+        self, images: Images, *, stride: int | None = None, output_type: str = "pil", batch_size: int = 256
+    ) -> Any:
+        """Return `decode(encode(images))`.
+
+        stride: take images of any size, as `encode` does, and return a list of reconstructions at their own sizes.
+        Overlapping tiles are blended linearly, so that there are no seams; with a stride of a whole tile, only the last
+        ones of a row and of a column overlap, and there are seams."""
+        if stride is not None:
+            return reconstruct_tiles(self, images, stride, output_type, batch_size)
         tokens = self.encode(images, batch_size=batch_size)
         return self.decode(tokens, output_type=output_type, batch_size=batch_size)
 

@@ -186,9 +186,9 @@ def measure_tiles(
 
     def measure_some(numbers: list[int], most: int | None = None) -> Iterator[tuple[Measured, list[int]]]:
         for tiles, places in cut_tiles(load(numbers), shape, stride, batch_size, most):
-            own = [place.image for place in places]
-            labels, condition = rows.select(own)
-            yield measure_batch(pipeline, tiles.to(pipeline.device), labels, condition=condition), own
+            labels, condition = rows.select(places)
+            measured = measure_batch(pipeline, tiles.to(pipeline.device), labels, condition=condition)
+            yield measured, [place.image for place in places]
 
     fitting, scoring = sorted(halves.fitting.tolist()), halves.scoring.tolist()
     parts = [measured for measured, _ in measure_some(fitting, max(1, MAX_TILES // len(fitting)))]

@@ -20,7 +20,7 @@ from tokenizer import Tokenizer
 from tokenizer.precision import in_finest
 
 from ..condition_values import GivenCondition, name_given, read_given
-from ..images.tiles import list_images, stitch_maps
+from ..images.tiles import Place, list_images, stitch_maps
 from .calibration import LEVELS, Calibration, require_calibration
 from .distances import CalibrationError
 
@@ -66,8 +66,8 @@ def anomaly_map(
         several = list_images(images, pipeline.tokenizer.image_shape, pipeline.values)
         rows_given = read_given(pipeline, labels, condition, len(several))
 
-        def map_tiles(tiles: Tensor, numbers: list[int]) -> Tensor:
-            part_labels, part_condition = rows_given.select(numbers)
+        def map_tiles(tiles: Tensor, places: list[Place]) -> Tensor:
+            part_labels, part_condition = rows_given.select(places)
             batches = pipeline.batches(tiles, part_labels, len(tiles), part_condition)
             return torch.cat([spread_bits(pipeline, part, given, rows, columns) for _, part, given in batches])
 
