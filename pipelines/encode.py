@@ -127,9 +127,7 @@ def run(config: EncodeConfig) -> Path:
         images = load_images(config.data, together=True)
         splits = name_splits(images)
         variants = {"augmentations": config.augmentations, "seed": config.seed}
-        columns = load_conditions(
-            config.data, config.conditions, splits, table=config.table, together=True, **variants
-        )
+        columns = load_conditions(config.data, config.conditions, splits, table=config.table, together=True, **variants)
         rows = {name: len(part) * (1 + config.augmentations * (name == "train")) for name, part in splits.items()}
         shards = plan_shards(rows, config.rows_per_shard)
         job = describe_job(config, tokenizer, images, rows, accelerator.device.type, columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,7 +43,7 @@ from tokenizer.model import Dtype, PretrainedModel, choose_dtype
 from . import completion, representation, saving
 from .anomaly import calibrating, healing, scores
 from .anomaly.calibration import Calibration
-from .compression.coding import compress, decompress, exact_pixels
+from .compression.coding import compress, decompress, exact_pixels, sizes_of, whole_image, write_tiles
 from .condition_values import (
     GivenCondition,
     choose_labels,
@@ -65,6 +66,7 @@ from .images.pictures import (
     to_images,
     to_uint8,
 )
+from .images.tiles import list_images
 from .processes.group import ALONE, ProcessGroup
 
 Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray]
@@ -526,7 +528,13 @@ class ImagePipeline:
 
     @serialized
     def compress(
-        self, images: Any, *, condition: GivenCondition = None, lossless: bool = False, progress: bool = True
+        self,
+        images: Any,
+        *,
+        condition: GivenCondition = None,
+        lossless: bool = False,
+        tile: bool = False,
+        progress: bool = True,
     ) -> bytes:
         """Compress images to a stream that only this pipeline can decode, to the same tokens on any machine.
 
@@ -534,13 +542,22 @@ class ImagePipeline:
         and `label`, as in `read_condition`; they shorten the stream, and `decompress` needs them again. lossless: store
         every pixel; needs a decoder with a likelihood or a `pixels` tokenizer. Otherwise only tokens are stored; the
         images that two machines decode from them may differ by one grey level in some pixels, because the decoder's
-        float32 rounds differently. Raises `ValueError` for images of another size (lossless: or of more than 8 bits),
-        `LikelihoodError` if lossless is not possible, and `StreamError` without the package constriction.
+        float32 rounds differently. tile: take images of any size from the model's size on, which are cut into tiles
+        side by side (the last ones of a row and of a column are flush with the border), so that decompressed images may
+        show seams unless the stream is lossless. Raises `ValueError` for images of another size (lossless: or of more
+        than 8 bits), `LikelihoodError` if lossless is not possible, and `StreamError` without the package constriction.
         """
         several, shape = [images] if isinstance(images, PILImage) else images, self.tokenizer.image_shape
+        options: dict[str, Any] = {"condition": condition, "lossless": lossless, "progress": progress}
+        if tile:
+            if isinstance(several, (list, tuple)) and lossless:
+                several = [whole_image(one, shape[0], True) if isinstance(one, PILImage) else one for one in several]
+            whole = list_images(several, shape, self.values)
+            write_tiles(self, file := io.BytesIO(), whole, sizes_of(whole, shape), **options)
+            return file.getvalue()
         if isinstance(several, (list, tuple)):
             several = [exact_pixels(one, shape, lossless) if isinstance(one, PILImage) else one for one in several]
-        return compress(self, self.to_images(several), condition=condition, lossless=lossless, progress=progress)
+        return compress(self, self.to_images(several), **options)
 
     @serialized
     def decompress(
@@ -557,7 +574,7 @@ class ImagePipeline:
         pixels if the stream is lossless; otherwise pixels agree to within one grey level (for float32 weights).
         condition: the one given to `compress`; of images for a grid, only the tokens must be the same. batch_size:
         images evaluated at a time, None for a whole chunk; it does not affect the tokens. max_images: refuse streams
-        with more images.
+        with more images. Of images that were compressed with `tile=True`, return a list at their own sizes.
 
         Raises `StreamError`, also for another condition: `DamagedStream` if it is damaged, `ModelMismatch` if it was
         made by another pipeline or on a machine that computes other probabilities.
@@ -565,6 +582,8 @@ class ImagePipeline:
         check_output_type(output_type)
         options: dict[str, Any] = {"batch_size": batch_size, "max_images": max_images, "progress": progress}
         images = decompress(self, data, condition=condition, **options)
+        if isinstance(images, list):
+            return [self.convert_images(image, output_type)[0] for image in images]
         return self.convert_images(images, output_type)
 
     # Saving and loading
