@@ -31,6 +31,7 @@ from tokenizer import Tokenizer
 
 from .images.clips import clip_shapes, frame_shape, read_images
 from .images.pictures import find_user_stacklevel, single_shapes
+from .images.tiles import PLACE, Place
 from .text import NGRAMS, encode_text
 
 if TYPE_CHECKING:
@@ -178,19 +179,44 @@ def encode_one(column: VectorColumn, text: str) -> Tensor:
     return encode_text(column.encoder, [text])[0]
 
 
+# Tiles
+
+
+def list_place_columns(columns: Mapping[str, Column]) -> list[str]:
+    """Return the names of the columns that hold the place of a tile in its image."""
+    return [name for name, column in columns.items() if isinstance(column, VectorColumn) and column.encoder == PLACE]
+
+
+def rows_of_tiles(condition: Condition, places: Sequence[Place], place_columns: Sequence[str]) -> Condition:
+    """Return the raw columns of tiles: the rows of their images in `condition`, and their centres."""
+    rows = select_rows(condition, [place.image for place in places])
+    centres = torch.tensor([place.centre for place in places], dtype=torch.float32).view(-1, 2)
+    return {**rows, **{name: centres.to(rows[name].device) for name in place_columns}}
+
+
+def check_places(columns: Mapping[str, Column], condition: Condition) -> list[str]:
+    """Return the columns that tiles fill in. Raises `ValueError` if `condition` has values of them."""
+    found = list_place_columns(columns)
+    for name in found:
+        if not bool(columns[name].is_null(condition[name]).all()):
+            raise ValueError(f"condition: {name}: is the place of each tile and found from it; leave it out")
+    return found
+
+
 @dataclass(frozen=True)
 class GivenRows:
-    """The labels (None if there are none) and raw columns of images, which apply to each of their tiles, and the names
-    of what was given, as in `Measured`."""
+    """The labels (None if there are none) and raw columns of images, which apply to each of their tiles, the names of
+    what was given, as in `Measured`, and the columns that hold the place of a tile."""
 
     labels: list[int | None] | None
     columns: Condition
     names: list[str]
+    place_columns: list[str]
 
-    def select(self, numbers: Sequence[int]) -> tuple[Any, Condition]:
-        """Return the labels and columns of the images `numbers`, in which images may recur."""
-        labels = None if self.labels is None else [self.labels[k] for k in numbers]
-        return labels, select_rows(self.columns, list(numbers))
+    def select(self, places: Sequence[Place]) -> tuple[Any, Condition]:
+        """Return the labels and columns of tiles."""
+        labels = None if self.labels is None else [self.labels[place.image] for place in places]
+        return labels, rows_of_tiles(self.columns, places, self.place_columns)
 
 
 def read_given(
@@ -200,4 +226,5 @@ def read_given(
     ids, columns = pipeline.label_ids(labels, count, condition), pipeline.read_condition(condition, count)
     null = pipeline.prior.num_classes
     rows = None if ids is None else [None if number == null else number for number in ids.tolist()]
-    return GivenRows(rows, columns, name_given(pipeline.prior, ids, columns))
+    places = check_places(pipeline.conditions, columns)
+    return GivenRows(rows, columns, name_given(pipeline.prior, ids, columns), places)

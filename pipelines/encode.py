@@ -129,7 +129,8 @@ def run(config: EncodeConfig) -> Path:
     with leave_group_on_error(accelerator), lock_output(out, group):
         images = load_images(config.data, together=True)
         splits = name_splits(images)
-        columns = load_conditions(config.data, config.conditions, splits, table=config.table, together=True)
+        variants = {"augmentations": config.augmentations, "seed": config.seed}
+        columns = load_conditions(config.data, config.conditions, splits, table=config.table, together=True, **variants)
         rows = {name: len(part) * (1 + config.augmentations * (name == "train")) for name, part in splits.items()}
         shards = plan_shards(rows, config.rows_per_shard)
         job = describe_job(config, tokenizer, images, rows, accelerator.device.type, columns)
@@ -338,8 +339,9 @@ def encode_shards(
     ):
         for shard in shards:
             tokens, *others = encode_shard(models, images[shard.split], shard, stream, bar)
-            labels, rows = splits[shard.split].labels, np.arange(shard.start, shard.stop) % len(splits[shard.split])
-            packed = pack_shard(columns, shard.split, rows, dict(zip(grids, others, strict=True)))
+            labels, numbers = splits[shard.split].labels, np.arange(shard.start, shard.stop)
+            rows = numbers % len(splits[shard.split])
+            packed = pack_shard(columns, shard.split, numbers, dict(zip(grids, others, strict=True)))
             with Output(config.out).errors():
                 write_shard(work / shard.name, tokens, None if labels is None else labels[rows], models[0].grid, packed)
 
@@ -347,10 +349,13 @@ def encode_shards(
 def pack_shard(
     columns: Mapping[str, LoadedColumn], split: str, rows: np.ndarray, grids: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the stored columns of a shard's rows. grids: encoded ids by column. Raises `UserError`."""
-    values = {name: column.values[split][rows] for name, column in columns.items() if name not in grids}
+    """Return the stored columns of a shard's rows: row = variant * n + index. grids: encoded ids by column. Raises
+    `UserError`."""
+    stored = {name: column.values[split] for name, column in columns.items() if name not in grids}
+    values = {name: found[rows % len(found)] for name, found in stored.items()}
     for name, tokens in grids.items():
-        missing = columns[name].images[split].missing[rows].view(-1, *[1] * (tokens.ndim - 1))
+        missing = columns[name].images[split].missing
+        missing = missing[rows % len(missing)].view(-1, *[1] * (tokens.ndim - 1))
         values[name] = torch.where(missing, -1, tokens)
     try:
         return pack_columns({name: each.column for name, each in columns.items()}, values, slice(None), len(rows))

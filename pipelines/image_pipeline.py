@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,7 +43,7 @@ from tokenizer.model import Dtype, PretrainedModel, choose_dtype
 from . import completion, representation, saving
 from .anomaly import calibrating, healing, scores
 from .anomaly.calibration import Calibration
-from .compression.coding import compress, decompress, exact_pixels
+from .compression.coding import compress, decompress, exact_pixels, sizes_of, whole_image, write_tiles
 from .condition_values import (
     GivenCondition,
     choose_labels,
@@ -52,6 +53,7 @@ from .condition_values import (
     read_condition,
 )
 from .images.arrays import Values, values_of
+from .images.blending import decode_tiles, encode_tiles, reconstruct_tiles
 from .images.clips import frame_shape, read_images, to_strips, write_images
 from .images.grids import class_grid
 from .images.origin import shareable
@@ -62,6 +64,7 @@ from .images.pictures import (
     shown_channels,
     to_uint8,
 )
+from .images.tiles import list_images
 from .processes.group import ALONE, ProcessGroup
 
 Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray | Sequence[PILImage]]
@@ -378,11 +381,17 @@ class ImagePipeline:
 
     @serialized
     @torch.no_grad()
-    def encode(self, images: Images, *, batch_size: int = 256) -> Tensor:
+    def encode(self, images: Images, *, stride: int | None = None, batch_size: int = 256) -> Any:
         """Encode images to tokens `(B, *grid.shape)`. images: PIL images, or uint8 or float in [-1, 1] as tensors
-        `(B, C, H, W)`, arrays `(B, H, W, C)` or `(H, W, C)`, or a list of single images. If the pipeline's images are
-        clips (`frames` > 1): tensors `(B, T, C, H, W)` or `(T, C, H, W)`, arrays `(B, T, H, W, C)` or `(T, H, W, C)`,
-        lists of lists of T PIL images, or a list of single clips."""
+        `(B, C, H, W)`, arrays `(B, H, W, C)` or `(H, W, C)`, or a list of single images. If the pipeline takes clips
+        (`frames` > 1): tensors `(B, T, C, H, W)` or `(T, C, H, W)`, arrays `(B, T, H, W, C)` or `(T, H, W, C)`, lists
+        of lists of T PIL images, or a list of single clips.
+
+        stride: take images of any size from the model size on, also of different sizes in one list, and return a list
+        of the tokens of the tiles of each image, `(rows, columns, *grid.shape)`. Tiles lie at every `stride` pixels and
+        at the borders; `decode_tiles` inverts this."""
+        if stride is not None:
+            return encode_tiles(self, images, stride, batch_size)
         return self.encode_batch(self.to_images(images), batch_size=batch_size)
 
     @serialized
@@ -410,9 +419,19 @@ class ImagePipeline:
             [self.tokenizer.decode(part) for part in (self._with_bar(parts, "decoding") if progress else parts)]
         )
 
+    decode_tiles = serialized(decode_tiles)
+
     @serialized
-    def reconstruct(self, images: Images, *, output_type: str = "pil", batch_size: int = 256) -> Any:
-        """Return `decode(encode(images))`."""
+    def reconstruct(
+        self, images: Images, *, stride: int | None = None, output_type: str = "pil", batch_size: int = 256
+    ) -> Any:
+        """Return `decode(encode(images))`.
+
+        stride: take images of any size, as `encode` does, and return a list of reconstructions at their own sizes.
+        Overlapping tiles are blended linearly, so that there are no seams; with a stride of a whole tile, only the last
+        ones of a row and of a column overlap, and there are seams."""
+        if stride is not None:
+            return reconstruct_tiles(self, images, stride, output_type, batch_size)
         tokens = self.encode(images, batch_size=batch_size)
         return self.decode(tokens, output_type=output_type, batch_size=batch_size)
 
@@ -566,26 +585,41 @@ class ImagePipeline:
 
     @serialized
     def compress(
-        self, images: Any, *, condition: GivenCondition = None, lossless: bool = False, progress: bool = True
+        self,
+        images: Any,
+        *,
+        condition: GivenCondition = None,
+        lossless: bool = False,
+        tile: bool = False,
+        progress: bool = True,
     ) -> bytes:
         """Compress images to a stream that only this pipeline can decode, to the same tokens on any machine.
 
-        images: PIL images of exactly the pipeline's size, uint8 or float `(B, C, H, W)`, or clips (see `encode`).
+        images: PIL images of exactly the pipeline size, uint8 or float `(B, C, H, W)`, or clips (see `encode`).
         condition: values of columns and `label`, as in `read_condition`; they shorten the stream, and `decompress`
         needs them again. lossless: store every pixel; needs a decoder with a likelihood or a `pixels` tokenizer.
         Otherwise only tokens are stored; the images that two machines decode from them may differ by one grey level in
-        some pixels, because the decoder's float32 rounds differently. Raises `ValueError` for images of another size
-        (lossless: or of more than 8 bits), `LikelihoodError` if lossless is not possible, and `StreamError` without the
-        package constriction.
+        some pixels, because the decoder rounds its float32 differently. tile: take images of any size from the model
+        size on, which are cut into tiles side by side (the last ones of a row and of a column are flush with the
+        border), so that decompressed images may show seams unless the stream is lossless. Raises `ValueError` for
+        images of another size (lossless: or of more than 8 bits), `LikelihoodError` if lossless is not possible, and
+        `StreamError` without the package constriction.
         """
         several, shape = [images] if isinstance(images, PILImage) else images, frame_shape(self.tokenizer)
+        options: dict[str, Any] = {"condition": condition, "lossless": lossless, "progress": progress}
+        if tile:
+            if isinstance(several, (list, tuple)) and lossless:
+                several = [whole_image(one, shape[0], True) if isinstance(one, PILImage) else one for one in several]
+            whole = list_images(several, self.tokenizer)
+            write_tiles(self, file := io.BytesIO(), whole, sizes_of(whole, shape), **options)
+            return file.getvalue()
 
         def exact(one: Any) -> Any:
             if isinstance(one, (list, tuple)):
                 return [exact(each) for each in one]
             return exact_pixels(one, shape, lossless) if isinstance(one, PILImage) else one
 
-        return compress(self, self.to_images(exact(several)), condition=condition, lossless=lossless, progress=progress)
+        return compress(self, self.to_images(exact(several)), **options)
 
     @serialized
     def decompress(
@@ -602,7 +636,7 @@ class ImagePipeline:
         pixels if the stream is lossless; otherwise pixels agree to within one grey level (for float32 weights).
         condition: the one given to `compress`; of images for a grid, only the tokens must be the same. batch_size:
         images evaluated at a time, None for a whole chunk; it does not affect the tokens. max_images: refuse streams
-        with more images.
+        with more images. Of images that were compressed with `tile=True`, return a list at their own sizes.
 
         Raises `StreamError`, also for another condition: `DamagedStream` if it is damaged, `ModelMismatch` if it was
         made by another pipeline or on a machine that computes other probabilities.
@@ -610,6 +644,8 @@ class ImagePipeline:
         check_output_type(output_type)
         options: dict[str, Any] = {"batch_size": batch_size, "max_images": max_images, "progress": progress}
         images = decompress(self, data, condition=condition, **options)
+        if isinstance(images, list):
+            return [self.convert_images(image, output_type)[0] for image in images]
         return self.convert_images(images, output_type)
 
     # Saving and loading

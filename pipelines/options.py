@@ -66,7 +66,7 @@ class UsesImages(UsesPipeline):
         return load_images(self.data.without_crop() if whole else self.data, check=not whole)
 
 
-class UsesTiles(UsesImages):
+class TileSettings(Config):
     """Base class for verbs that take images larger than the model."""
 
     tile: bool = Field(
@@ -90,6 +90,10 @@ class UsesTiles(UsesImages):
             raise UserError(f"stride: {error}") from error
 
 
+class UsesTiles(UsesImages, TileSettings):
+    """Base class for verbs that load a pipeline, and a data set of images that may be larger than the model."""
+
+
 class UsesTokenizer(Config):
     """Base class for verbs that load a tokenizer and a data set."""
 
@@ -101,9 +105,10 @@ class UsesTokenizer(Config):
     )
     device: str = Field("auto", description=DEVICE)
 
-    def load_with_images(self) -> tuple[Tokenizer, ImageDataset]:
-        """Load the tokenizer onto its device, and the held-out images. Raises `UserError` for images of another shape,
-        and if some of them were used in training."""
+    def load_with_images(self, *, whole: bool = False) -> tuple[Tokenizer, ImageDataset]:
+        """Load the tokenizer onto its device, and the held-out images. whole: for access to images at their own size,
+        which are not decoded first. Raises `UserError` for images of another shape, and if some of them were used in
+        training."""
         from tokenizer import Tokenizer
 
         folder = tokenizer_folder(self.tokenizer)
@@ -111,7 +116,8 @@ class UsesTokenizer(Config):
         single = tokenizer.frames == 1  # trained on the frames of clips
         check_shape(self.data, tokenizer, "tokenizer", single_frames=single)
         require_unseen(self.data, trained_data({"data": read_training_data(self.tokenizer)}), "held_out")
-        return tokenizer, load_images(self.data, single_frames=single).held_out
+        data = self.data.without_crop() if whole else self.data
+        return tokenizer, load_images(data, single_frames=single, check=not whole).held_out
 
 
 class Sampling(Config):

@@ -20,7 +20,7 @@ from tokenizer import Tokenizer
 from tokenizer.precision import in_finest
 
 from ..condition_values import GivenCondition, name_given, read_given
-from ..images.tiles import list_images, stitch_maps
+from ..images.tiles import Place, list_images, stitch_maps
 from .calibration import LEVELS, Calibration, require_calibration
 from .distances import CalibrationError
 
@@ -99,11 +99,11 @@ def map_large(
 ) -> list[Tensor]:
     """Return the maps of images of any size; see `anomaly_map`."""
     shape, patches = pipeline.tokenizer.image_shape, find_patches(pipeline.tokenizer)
-    several = list_images(images, shape, pipeline.values)
+    several = list_images(images, pipeline.tokenizer)
     rows = read_given(pipeline, labels, condition, len(several))
 
-    def map_tiles(tiles: Tensor, numbers: list[int]) -> Tensor:
-        some_labels, some = rows.select(numbers)
+    def map_tiles(tiles: Tensor, places: list[Place]) -> Tensor:
+        some_labels, some = rows.select(places)
         batches = pipeline.batches(tiles, some_labels, len(tiles), some)
         return torch.cat([spread_bits(pipeline, part, given, *patches) for _, part, given in batches])
 

@@ -233,7 +233,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "word"), BAD, ids=str)
+@pytest.mark.parametrize(("arguments", "error", "word"), BAD, ids=range(len(BAD)))
 def test_other_numbers_of_frames_and_masks_are_refused_in_one_line(arguments, error, word):
     pipe = make_clips()
     for call in (pipe.complete, pipe.conditional_log_prob):
