@@ -233,6 +233,7 @@ BAD = {
     "another suffix": (["complete", "frames=1", "out=it.txt"], "should end in"),
     "a format of a file": (["generate", "format=gif", "out=it.npz"], "format: is that of files in a folder"),
     "another format": (["generate", "format=avi", "out=new"], "format"),
+    "the app": (["app"], "app: takes images, not clips of 3 frames"),
     "pictures": (["compress", "images=SHORT", "out=it.smalti"], "compress: takes images, not clips"),
 }
 

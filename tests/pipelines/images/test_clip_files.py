@@ -463,9 +463,10 @@ def test_another_size_or_number_of_frames_is_refused(run, tmp_path, capsys):
     assert "the tokenizer takes clips of 4 frames" in line
 
 
-def test_detection_does_not_take_stills_for_strips(run):
-    config = DetectConfig(pipeline=str(run / "prior"), images=str(run / "clips"))
-    with pytest.raises(UserError, match="files of clips are not scored"):
+def test_detection_does_not_take_stills_for_strips(run, tmp_path):
+    Image.new("L", (SIDE, 4 * SIDE)).save(tmp_path / "strip.png")
+    config = DetectConfig(pipeline=str(run / "prior"), images=str(tmp_path / "strip.png"))
+    with pytest.raises(UserError, match=r"^images: [^\n]*strip.png: 1 frame, fewer than data.frames=4$"):
         find_images(config, ImagePipeline.from_pretrained(run / "prior"))
 
 
