@@ -35,6 +35,8 @@ MAPS = {
     "hidden": "bits of each token while its block of the grid is hidden, less the mean of its id",
     "combined": "`hidden` and the distance from normal filter responses, both standardized",
 }
+TITLES = {"bits": "bits per pixel", "hidden": "hidden tokens", "combined": "combined map"}
+"""Titles of the maps in pictures."""
 NEEDED = "tokens with a place in the image and, without tiles, a prior of any order"
 MAX_TILES = 10_000
 """Tiles from which the mean bits of each id are computed."""
@@ -105,8 +107,9 @@ def map_images(
         pipeline, reference.codes, images, numbers, given, stride, batch_size
     ):
         both = torch.stack([surprisal, smooth(map_distance(reference, image), blur_of(pipeline))])
-        mean, deviation = (as_tensor(each, both)[:, None, None] for each in (reference.pixel_mean, reference.pixel_deviation))
-        yield ImageMaps(number, surprisal, ((both - mean) / deviation).mean(0))
+        mean, deviation = as_tensor(reference.pixel_mean, both), as_tensor(reference.pixel_deviation, both)
+        combined = (both - mean[:, None, None]) / deviation[:, None, None]
+        yield ImageMaps(number, surprisal, combined.mean(0))
 
 
 def map_surprisal(
