@@ -81,6 +81,7 @@ def find_defects(options: SimpleNamespace, data: Path, out: Path) -> None:
 def measure_baselines(data: Path, pipeline: Path, stride: int, scores: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of `measure_defects` of each baseline, for the images in `scores.csv`."""
     import torch
+    from PIL import Image
 
     from pipelines import ImagePipeline
     from pipelines.anomaly.filters import smooth
@@ -88,7 +89,6 @@ def measure_baselines(data: Path, pipeline: Path, stride: int, scores: Path) -> 
     from pipelines.anomaly.maps import ImageMaps
     from pipelines.images.pictures import to_float
     from pipelines.images.tiles import convert_whole, list_images, stitch_maps
-    from PIL import Image
 
     pipe = ImagePipeline.from_pretrained(pipeline)
     pipe.set_progress_bar_config(disable=True)
