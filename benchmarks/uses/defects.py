@@ -10,7 +10,7 @@ its 95 % interval over objects, pixel AUROC and PRO (to a false positive rate of
 
 Baselines: `deviation` is |x - its mean over a Gaussian of 12 pixels|, `reconstruction` the error of the tokenizer,
 `bits` the tokens' bits under the prior, and `joint` the score of `smalti detect method=joint`; but for the last, the
-image's score is that of `hidden`, the top 1 % of the map less its median.
+image's score is that of `hidden`, the highest values of the map less its median.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def measure_baselines(data: Path, pipeline: Path, stride: int, scores: Path) -> 
     from pipelines import ImagePipeline
     from pipelines.anomaly.filters import smooth
     from pipelines.anomaly.ground_truth import find_masks, measure_defects, read_mask
-    from pipelines.anomaly.maps import ImageMaps
+    from pipelines.anomaly.maps import peak_of
     from pipelines.images.pictures import to_float
     from pipelines.images.tiles import convert_whole, list_images, stitch_maps
 
@@ -115,7 +115,7 @@ def measure_baselines(data: Path, pipeline: Path, stride: int, scores: Path) -> 
     given = [row["class"] for row in table], anomalous, [row.get("object", row["file"]) for row in table]
     found = {}
     for name, some in maps.items():
-        peaks = np.array([ImageMaps(0, heat, heat).scores["hidden"] for heat in some])
+        peaks = np.array([peak_of(heat) for heat in some])
         found[name] = measure_defects(peaks, [heat.numpy() for heat in some], truth, *given)
     return found
 

@@ -20,8 +20,8 @@ from prior.conditions import Given
 from .conformal import Floats
 from .distances import round_digits
 
-BLOCK = 4
-"""Side of a hidden block in tokens."""
+BLOCK = 6
+"""Side of a hidden block in tokens, at most three quarters of the side of the grid."""
 SHRINK = 20.0
 """Number of tokens of the mean surprisal that are added to those of each id."""
 
@@ -33,8 +33,8 @@ def can_hide(prior: Prior) -> bool:
 
 def hidden_masks(rows: int, columns: int, size: int = BLOCK) -> Tensor:
     """Return which tokens each pass hides, bool `(4 or fewer, rows, columns)`: every second block along both axes, so
-    that each token is hidden once."""
-    row, column = (torch.arange(side, device="cpu") // size % 2 for side in (rows, columns))
+    that each token is hidden once. Blocks are smaller on small grids, so that some tokens stay visible."""
+    row, column = (torch.arange(side, device="cpu") // min(size, -(-3 * side // 4)) % 2 for side in (rows, columns))
     passes = [(row == a)[:, None] & (column == b) for a, b in itertools.product((0, 1), repeat=2)]
     return torch.stack([mask for mask in passes if mask.any()])
 

@@ -42,23 +42,24 @@ MAX_TILES = 10_000
 """Tiles from which the mean bits of each id are computed."""
 MAX_POINTS, MAX_MEMORY, MAX_SCALED = 4000, 96, 32
 """Cells that serve as neighbours, and images that give them; images that give mean and deviation of pixels."""
-TOP = 0.01
-"""Share of the pixels whose mean is the score of an image."""
+TOPS = (0.001, 0.003, 0.01, 0.03, 0.1)
+"""Shares of the pixels whose means make up the score of an image: a defect may be small or large."""
 
 
 class ImageMaps(NamedTuple):
-    """The maps of image `number`, each `(H, W)` at its size."""
+    """The maps of image `number`, each `(H, W)` at its size, and the scores of the image by method."""
 
     number: int
     hidden: Tensor
     combined: Tensor
+    scores: dict[str, float]
 
-    @property
-    def scores(self) -> dict[str, float]:
-        """The scores of the image by method: of `hidden`, the mean of the highest 1 % less the median."""
-        values = self.hidden.flatten().double()
-        peak = values.topk(max(1, round(TOP * len(values)))).values.mean() - values.median()
-        return {"hidden": float(peak), "map": float(self.combined.max())}
+
+def peak_of(heat: Tensor) -> float:
+    """Return the mean over `TOPS` of the mean of the highest values of a map, less its median."""
+    values = heat.flatten().double().sort(descending=True).values
+    tops = [values[: max(1, round(share * len(values)))].mean() for share in TOPS]
+    return float(torch.stack(tops).mean() - values.median())
 
 
 def has_maps(pipeline: ImagePipeline, stride: int | None) -> bool:
@@ -106,10 +107,10 @@ def map_images(
     for number, image, surprisal in map_surprisal(
         pipeline, reference.codes, images, numbers, given, stride, batch_size
     ):
-        both = torch.stack([surprisal, smooth(map_distance(reference, image), blur_of(pipeline))])
+        both = measure_pixels(pipeline, reference, image, surprisal)
         mean, deviation = as_tensor(reference.pixel_mean, both), as_tensor(reference.pixel_deviation, both)
-        combined = (both - mean[:, None, None]) / deviation[:, None, None]
-        yield ImageMaps(number, surprisal, combined.mean(0))
+        combined = ((both - mean[:, None, None]) / deviation[:, None, None]).mean(0)
+        yield ImageMaps(number, both[0], combined, {"hidden": peak_of(surprisal), "map": float(combined.max())})
 
 
 def map_surprisal(
@@ -122,7 +123,7 @@ def map_surprisal(
     batch_size: int,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield the number of each image, the image `(C, H, W)` in [-1, 1] and its surprisal, `(H, W)`: the bits of each
-    token while its block is hidden, less the mean of its id, spread over its pixels, stitched and blurred."""
+    token while its block is hidden, less the mean of its id, spread over its pixels and stitched."""
     shape, usual = pipeline.tokenizer.image_shape, torch.from_numpy(codes).to(pipeline.device)
     rows, columns = (side.to(pipeline.device) for side in find_patches(pipeline.tokenizer))
     at_once = 1 if stride is not None else batch_size
@@ -139,7 +140,7 @@ def map_surprisal(
         maps = stitch_maps(parts, map_tiles, shape, stride or min(shape[1:]), batch_size, pipeline.device)
         for number, image, heat in zip(some, loaded, maps, strict=True):
             pixels = to_float(image) if image.dtype == torch.uint8 else image
-            yield number, pixels.to(pipeline.device), smooth(heat, blur_of(pipeline))
+            yield number, pixels.to(pipeline.device), heat
 
 
 def measure_hidden(
@@ -202,7 +203,7 @@ def fit_maps(
     first = MapReference(**fitted, pixel_mean=np.zeros(2), pixel_deviation=np.ones(2))
     moments = []
     for _, image, surprisal in map_surprisal(pipeline, codes, images, scaled.tolist(), given, stride, batch_size):
-        both = torch.stack([surprisal, smooth(map_distance(first, image), blur_of(pipeline))]).flatten(1).double()
+        both = measure_pixels(pipeline, first, image, surprisal).flatten(1).double()
         moments.append(torch.stack([both.mean(1), both.square().mean(1)]).cpu().numpy())
     centre, squares = np.mean(moments, 0)
     spread_of = np.sqrt(np.maximum(squares - centre**2, 1e-12))
@@ -220,9 +221,11 @@ def find_patches(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     return rows / rows.sum(0), columns / columns.sum(0)
 
 
-def blur_of(pipeline: ImagePipeline) -> float:
-    """Return the standard deviation of the blur of maps in pixels: half the side of a token."""
-    return max(pipeline.tokenizer.image_shape[1:]) / max(pipeline.prior.grid.shape) / 2
+def measure_pixels(pipeline: ImagePipeline, reference: MapReference, image: Tensor, surprisal: Tensor) -> Tensor:
+    """Return the surprisal and the distance from normal filter responses of each pixel, `(2, H, W)`, both blurred by
+    half the side of a token."""
+    sigma = max(pipeline.tokenizer.image_shape[1:]) / max(pipeline.prior.grid.shape) / 2
+    return torch.stack([smooth(each, sigma) for each in (surprisal, map_distance(reference, image))])
 
 
 def as_tensor(values: NDArray[np.float64], like: Tensor) -> Tensor:

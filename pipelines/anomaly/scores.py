@@ -41,7 +41,7 @@ METHODS = {
     "typicality": "difference of the nll bits from their mean over normal images",
     "ratio": "bits of the tokens, minus their bits under the background prior",
     "reconstruction": "mean absolute reconstruction error",
-    "hidden": "bits of tokens while their block of the grid is hidden: the highest 1 % of their map, less its median",
+    "hidden": "bits of tokens while their block of the grid is hidden: the highest ones of their map, less its median",
     "map": "maximum of the map of these bits and of filter responses",
 }
 NEEDS = {
