@@ -95,6 +95,7 @@ def measure_baselines(data: Path, pipeline: Path, stride: int, scores: Path) -> 
     shape, table = pipe.tokenizer.image_shape, list(csv.DictReader(scores.open()))
     files, anomalous = [Path(row["file"]) for row in table], np.array([row["anomalous"] == "1" for row in table])
     maps: dict[str, list[Any]] = {"deviation": [], "reconstruction": [], "bits": []}
+    peaks: dict[str, list[float]] = {name: [] for name in maps}
 
     def error_of(tiles: Any, numbers: list[int]) -> Any:
         return (pipe.decode(pipe.encode_batch(tiles), output_type="pt") - tiles).abs().mean(1)
@@ -108,6 +109,7 @@ def measure_baselines(data: Path, pipeline: Path, stride: int, scores: Path) -> 
             (bits,) = pipe.anomaly_map([pixels], stride=stride)
             for name, heat in zip(maps, ((image - smooth(image, 12)).abs(), error, bits), strict=True):
                 maps[name].append(smooth(heat, 4))
+                peaks[name].append(peak_of(heat))
     masks = find_masks(files, data / "test", data / "ground_truth", anomalous)
     truth = [
         read_mask(mask, file, maps["bits"][k].shape) for k, (mask, file) in enumerate(zip(masks, files, strict=True))
@@ -115,8 +117,7 @@ def measure_baselines(data: Path, pipeline: Path, stride: int, scores: Path) -> 
     given = [row["class"] for row in table], anomalous, [row.get("object", row["file"]) for row in table]
     found = {}
     for name, some in maps.items():
-        peaks = np.array([peak_of(heat) for heat in some])
-        found[name] = measure_defects(peaks, [heat.numpy() for heat in some], truth, *given)
+        found[name] = measure_defects(np.array(peaks[name]), [heat.numpy() for heat in some], truth, *given)
     return found
 
 

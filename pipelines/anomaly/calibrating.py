@@ -80,9 +80,9 @@ def calibrate(
     if mapped:
         several, (fitting, scoring) = as_lazy(images), (half.tolist() for half in halves[:2])
         maps = fit_maps(pipeline, several, fitting, rows, stride, seed, batch_size)
-        found = [each.scores for each in map_images(pipeline, maps, several, scoring, rows, stride, batch_size)]
-        for method in found[0]:
-            reference.scores[method] = torch.tensor([scores[method] for scores in found], dtype=torch.float64)
+        each = [one.scores for one in map_images(pipeline, maps, several, scoring, rows, stride, batch_size)]
+        for method in each[0]:
+            reference.scores[method] = torch.tensor([own[method] for own in each], dtype=torch.float64)
     scores = {}
     for method, found in reference.scores.items():
         values, tie = round_scores(worst_of_objects(found, halves.owners))

@@ -45,7 +45,8 @@ def hidden_bits(prior: Prior, tokens: Tensor, given: Given | None = None, size: 
     if not can_hide(prior):
         return -prior.token_log_probs(tokens, given) / math.log(2)
     found = torch.zeros(tokens.shape, device=tokens.device)
-    for mask in hidden_masks(*prior.grid.shape, size).to(tokens.device):
+    rows, columns = prior.grid.shape
+    for mask in hidden_masks(rows, columns, size).to(tokens.device):
         nats = prior.hidden_log_probs(tokens, (~mask).flatten().expand(len(tokens), -1), given)
         found = torch.where(mask, -nats.to(found) / math.log(2), found)
     return found

@@ -149,12 +149,9 @@ def measure_hidden(
     """Return the bits of the tokens of tiles `(B, C, H, W)` while they are hidden, and the tokens, each `(B,
     *grid.shape)`. numbers: the images of the tiles."""
     labels, condition = given.select(numbers)
-    found = []
-    for _, part, ids in pipeline.batches(tiles, labels, len(tiles), condition):
-        tokens = pipeline.encode_batch(part)
-        found.append((hidden_bits(pipeline.prior, tokens, ids), tokens))
-    bits, tokens = zip(*found, strict=True)
-    return torch.cat(bits), torch.cat(tokens)
+    _, part, ids = next(iter(pipeline.batches(tiles, labels, len(tiles), condition)))  # a single batch
+    tokens = pipeline.encode_batch(part)
+    return hidden_bits(pipeline.prior, tokens, ids), tokens
 
 
 def map_distance(reference: MapReference, image: Tensor) -> Tensor:

@@ -55,8 +55,7 @@ class DetectConfig(UsesCondition, OutputConfig, UsesTiles):
     )
     normal_labels: list[int | str] | None = Field(
         None,
-        description="the normal classes (for `images`: names of folders); the report then measures how well images of "
-        "other classes are detected",
+        description="the normal classes (for `images`: names of folders), to measure how well others are detected",
     )
     ground_truth: str | None = Field(
         None,
@@ -76,8 +75,8 @@ class DetectConfig(UsesCondition, OutputConfig, UsesTiles):
         None,
         gt=0,
         lt=1,
-        description="false discovery rate: on average at most this share of the flagged images is normal "
-        "(Benjamini and Hochberg); null: flag scores above the calibrated threshold",
+        description="false discovery rate: mean share of normal images among those flagged (Benjamini and Hochberg); "
+        "null: flag scores above the threshold",
     )
     out: str = Field(
         "anomalies",
