@@ -176,7 +176,7 @@ def test_exposure_does_not_matter_and_a_spot_does():
     torch.manual_seed(0)
     levels = 0.3 + 0.2 * torch.rand(1, 64, 48)
     first, brighter = (filter_responses(2 * levels * gain - 1) for gain in (1.0, 1.6))
-    assert float((first - brighter).abs().max()) < 0.1
+    assert float((first - brighter).abs().max()) < 0.2 * float(first.abs().max())
     spotted = levels.clone()
     spotted[:, 20:26, 30:36] *= 0.3
     change = (filter_responses(2 * spotted - 1) - first).abs().amax(-1)
