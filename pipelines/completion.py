@@ -21,9 +21,10 @@ from torch import Tensor
 
 from prior import Prior
 from prior.conditions import Given
-from prior.sampling import Order, as_tensor, check_count, check_known, select_order
+from prior.sampling import Order, as_tensor, check_count, check_known, select_order, whole_number
 from tokenizer.precision import in_finest
 
+from .images.clips import to_clips, to_strips
 from .images.decoding import pixels_of
 from .images.pictures import LATENT, check_output_type
 
@@ -57,18 +58,21 @@ def complete(
     *,
     condition: GivenCondition = None,
     mask: Mask = None,
+    frames: int | None = None,
     draws: int = 1,
     order: Order = None,
     batch_size: int = 64,
     output_type: str = "pil",
     **settings: Any,
 ) -> PipelineOutput:
-    """Sample the hidden part of images given the known part.
+    """Sample the hidden part of images given the known part, or continue clips.
 
-    Give either `known` or `mask`. known: bool `(H, W)` or `(B, H, W)`, a tensor or array, True = keep this pixel. mask:
-    the opposite, white = redraw this pixel, as in diffusers and `smalti complete`. It is a PIL image, or one per image,
-    of the pipeline's size or of its image's size (then it is resized and cropped like the image); or an array or tensor
-    of the same shapes as `known`, bool, 0 to 255 (128 and above is white) or floats in [0, 1].
+    Give one of `known`, `mask` and `frames`. known: bool `(H, W)` or `(B, H, W)`, a tensor or array, True = keep this
+    pixel. mask: the opposite, white = redraw this pixel, as in diffusers and `smalti complete`. It is a PIL image, or
+    one per image, of the pipeline's size or of its image's size (then it is resized and cropped like the image); or an
+    array or tensor of the same shapes as `known`, bool, 0 to 255 (128 and above is white) or floats in [0, 1]. frames:
+    of clips, keep this number of frames from the start and redraw the rest. For clips, `known` and `mask` are arrays or
+    tensors `(T, H, W)` or `(B, T, H, W)`.
 
     Hidden pixels are painted over before encoding, so they cannot leak. A token is known if every pixel of its patch is
     known, and only known tokens are used. If the tokenizer's receptive field is wider than a patch, paint affects known
@@ -82,12 +86,12 @@ def complete(
     labels, condition: one for all images, or one per image. order: as in `Prior.sample`, or one per image. A list of
     generators needs one per completion. settings: as for `ImagePipeline.__call__`; `callback_on_step_end` receives the
     tokens of all completions, `(B * draws, *grid.shape)`. Raises `ValueError` for a mask of another shape or arguments
-    out of range, `TypeError` unless exactly one of `known` and `mask` is given.
+    out of range, `TypeError` unless exactly one of `known`, `mask` and `frames` is given.
     """
     draws = check_count(draws, "draws")
     check_output_type(output_type, LATENT)
     batch = pipeline.to_images(images)
-    count, known = len(batch), find_known_pixels(known, mask, images, batch)
+    count, known = len(batch), find_known_pixels(known, mask, images, batch, frames, pipeline.frames)
     ids, null = pipeline.label_ids(labels, count, condition), pipeline.prior.num_classes
     each = None if ids is None else [None if one == null else one for one in ids.tolist() for _ in range(draws)]
     columns = pipeline.read_condition(condition, count)
@@ -98,7 +102,7 @@ def complete(
         condition={name: values.repeat_interleave(draws, 0) for name, values in columns.items()} or None,
         order=select_order(order, [row for row in range(count) for _ in range(draws)], count),
         batch_size=batch_size,
-        output_type=LATENT if output_type == LATENT else "pt",
+        output_type=LATENT,
         tokens=tokens.repeat_interleave(draws, 0),
         known=keep.repeat_interleave(draws, 0),
         **settings,
@@ -107,7 +111,8 @@ def complete(
     if output_type == LATENT:
         return made._replace(images=drawn, tokens=drawn)
     there, given = known[:, None].repeat_interleave(draws, 0), batch.repeat_interleave(draws, 0)
-    filled = pipeline.convert_images(torch.where(there, given, made.images), output_type)
+    decoded = pipeline.decode_batch(made.tokens, batch_size=batch_size, progress=settings.get("progress", True))
+    filled = pipeline.convert_images(torch.where(there, given, decoded), output_type)
     return made._replace(images=split_draws(filled, draws), tokens=drawn)
 
 
@@ -124,8 +129,14 @@ def encode_visible(
     pipeline: ImagePipeline, images: Tensor, known: Tensor, batch_size: int = 256
 ) -> tuple[Tensor, Tensor]:
     """Return the tokens of `images` and which of them are known, both `(B, *grid.shape)`. Pixels that are not `known`
-    `(B, H, W)` are painted over, since they would leak through the encoder's receptive field."""
-    tokens = pipeline.encode_batch(paint_hidden(images, known[:, None]), batch_size=batch_size)
+    `(B, H, W)` are painted over, since they would leak through the encoder's receptive field; those of a clip frame by
+    frame."""
+    if pipeline.frames == 1:
+        painted = paint_hidden(images, known[:, None])
+    else:
+        parts = (to_clips(each, pipeline.frames).flatten(0, 1) for each in (images, known[:, None]))
+        painted = to_strips(paint_hidden(*parts).unflatten(0, (len(images), pipeline.frames)))
+    tokens = pipeline.encode_batch(painted, batch_size=batch_size)
     return tokens, pipeline.tokenizer.known_tokens(known)
 
 
@@ -159,10 +170,11 @@ def conditional_log_prob(
     *,
     condition: GivenCondition = None,
     mask: Mask = None,
+    frames: int | None = None,
     batch_size: int = 256,
 ) -> Tensor:
-    """Return log p of each image's hidden tokens given the known ones, `(B,)` nats. known, mask, labels, condition: as
-    for `complete`.
+    """Return log p of each image's hidden tokens given the known ones, `(B,)` nats. known, mask, frames, labels,
+    condition: as for `complete`.
 
     This is the log-probability that `complete`, at temperature 1 without guidance, draws exactly the image's own
     tokens. For a prior with one order it equals log_prob(all) - log p(known). For an any-order prior it uses the order
@@ -175,7 +187,7 @@ def conditional_log_prob(
     `ValueError` for a mask of another shape.
     """
     batch = pipeline.to_images(images)
-    known = find_known_pixels(known, mask, images, batch)
+    known = find_known_pixels(known, mask, images, batch, frames, pipeline.frames)
     parts = []
     for rows, part, given in pipeline.batches(batch, labels, batch_size, condition):
         visible, keep = encode_visible(pipeline, part, known[rows])
@@ -219,12 +231,47 @@ def sees_all_known(prior: Prior, keep: Tensor) -> Tensor:
 # Which pixels are known
 
 
-def find_known_pixels(known: Any, mask: Any, images: Any, batch: Tensor) -> Tensor:
-    """Return the known pixels, bool `(B, H, W)`. batch: `images` as a tensor `(B, C, H, W)`. Raises `TypeError` unless
-    exactly one of `known` and `mask` is given, `ValueError` for another shape or type."""
-    if (known is None) == (mask is None):
-        raise TypeError("give either known (True = keep this pixel) or mask (white = redraw it)")
+def find_known_pixels(
+    known: Any, mask: Any, images: Any, batch: Tensor, frames: int | None = None, total: int = 1
+) -> Tensor:
+    """Return the known pixels, bool `(B, H, W)`. batch: `images` as a tensor `(B, C, H, W)`. frames: see `complete`;
+    total: the number of frames. Raises `TypeError` unless exactly one of `known`, `mask` and `frames` is given,
+    `ValueError` for another shape, type or number of frames."""
+    if [known is None, mask is None, frames is None].count(False) != 1:
+        others = ", or frames (keep these from the start)" if total > 1 or frames is not None else ""
+        raise TypeError(f"give either known (True = keep this pixel) or mask (white = redraw it){others}")
+    if frames is not None:
+        return find_first_frames(frames, total, batch)
+    if total > 1:
+        known, mask = (None if one is None else join_masks(one, total, batch) for one in (known, mask))
     return check_known_pixels(known, batch) if mask is None else ~find_hidden_pixels(mask, images, batch)
+
+
+def find_first_frames(frames: Any, total: int, batch: Tensor) -> Tensor:
+    """Return where strips `batch` hold one of the first `frames` of `total` frames, bool `(B, T * H, W)`."""
+    if total == 1:
+        raise ValueError("frames: the images of this pipeline are no clips; use known or mask")
+    if not 1 <= (kept := whole_number("frames", frames)) < total:
+        raise ValueError(f"frames: keep from 1 to {total - 1} of the {total} frames (got {frames})")
+    count, _, height, width = batch.shape
+    known = torch.zeros(count, height, width, dtype=torch.bool, device=batch.device)
+    known[:, : kept * (height // total)] = True
+    return known
+
+
+def join_masks(mask: Any, frames: int, batch: Tensor) -> Tensor:
+    """Return a mask of clips, `(T, H, W)` or `(B, T, H, W)`, as one of their strips `batch`. Raises `ValueError` for
+    another shape, and for pictures."""
+    count, _, height, width = batch.shape
+    clip = (frames, height // frames, width)
+    if not any(isinstance(one, Picture) for one in (mask if isinstance(mask, (list, tuple)) else [mask])):
+        mask = as_tensor(mask, batch.device)
+        if tuple(mask.shape) in (clip, (count, *clip)):
+            return mask.flatten(-3, -2)
+        if tuple(mask.shape) in ((height, width), (count, height, width)):  # of strips
+            return mask
+    found = tuple(mask.shape) if isinstance(mask, Tensor) else "pictures"
+    raise ValueError(f"known and mask of clips should have shape {clip} or {(count, *clip)}, got {found}")
 
 
 def check_known_pixels(known: Any, batch: Tensor) -> Tensor:

@@ -29,8 +29,9 @@ from prior.conditions import (
 )
 from tokenizer import Tokenizer
 
-from .images.arrays import values_of
-from .images.pictures import find_user_stacklevel, single_shapes, to_images
+from .images.clips import clip_shapes, frame_shape, read_images
+from .images.pictures import find_user_stacklevel, single_shapes
+from .images.tiles import PLACE, Place
 from .text import NGRAMS, encode_text
 
 if TYPE_CHECKING:
@@ -151,6 +152,8 @@ def encode_pictures(column: GridColumn, images: Any, tokenizer: Tokenizer | None
         raise ValueError(f"this grid has no tokenizer for images; give token ids (int64) of shape {column.shape}")
     shape = tokenizer.image_shape
     singles = [shape] if isinstance(images, Tensor) else single_shapes(shape)
+    if not isinstance(images, (list, Picture)) and tokenizer.frames > 1:
+        singles += clip_shapes(images, frame_shape(tokenizer), tokenizer.frames)
     is_one = isinstance(images, Picture) or (not isinstance(images, list) and tuple(images.shape) in singles)
     tokens = encode_images(tokenizer, [images] if is_one else images)
     return tokens[0] if is_one else tokens
@@ -158,8 +161,8 @@ def encode_pictures(column: GridColumn, images: Any, tokenizer: Tokenizer | None
 
 @torch.no_grad()
 def encode_images(tokenizer: Tokenizer, images: Any) -> Tensor:
-    """Encode images in any form that `to_images` accepts, in batches; return tokens on the CPU."""
-    parts = to_images(images, tokenizer.image_shape, values_of(tokenizer)).split(AT_ONCE)
+    """Encode images or clips in any form that `read_images` accepts, in batches; return tokens on the CPU."""
+    parts = read_images(images, tokenizer).split(AT_ONCE)
     return torch.cat([tokenizer.encode(part.to(tokenizer.device, tokenizer.dtype)).cpu() for part in parts])
 
 
@@ -176,19 +179,44 @@ def encode_one(column: VectorColumn, text: str) -> Tensor:
     return encode_text(column.encoder, [text])[0]
 
 
+# Tiles
+
+
+def list_place_columns(columns: Mapping[str, Column]) -> list[str]:
+    """Return the names of the columns that hold the place of a tile in its image."""
+    return [name for name, column in columns.items() if isinstance(column, VectorColumn) and column.encoder == PLACE]
+
+
+def rows_of_tiles(condition: Condition, places: Sequence[Place], place_columns: Sequence[str]) -> Condition:
+    """Return the raw columns of tiles: the rows of their images in `condition`, and their centres."""
+    rows = select_rows(condition, [place.image for place in places])
+    centres = torch.tensor([place.centre for place in places], dtype=torch.float32).view(-1, 2)
+    return {**rows, **{name: centres.to(rows[name].device) for name in place_columns}}
+
+
+def check_places(columns: Mapping[str, Column], condition: Condition) -> list[str]:
+    """Return the columns that tiles fill in. Raises `ValueError` if `condition` has values of them."""
+    found = list_place_columns(columns)
+    for name in found:
+        if not bool(columns[name].is_null(condition[name]).all()):
+            raise ValueError(f"condition: {name}: is the place of each tile and found from it; leave it out")
+    return found
+
+
 @dataclass(frozen=True)
 class GivenRows:
-    """The labels (None if there are none) and raw columns of images, which apply to each of their tiles, and the names
-    of what was given, as in `Measured`."""
+    """The labels (None if there are none) and raw columns of images, which apply to each of their tiles, the names of
+    what was given, as in `Measured`, and the columns that hold the place of a tile."""
 
     labels: list[int | None] | None
     columns: Condition
     names: list[str]
+    place_columns: list[str]
 
-    def select(self, numbers: Sequence[int]) -> tuple[Any, Condition]:
-        """Return the labels and columns of the images `numbers`, in which images may recur."""
-        labels = None if self.labels is None else [self.labels[k] for k in numbers]
-        return labels, select_rows(self.columns, list(numbers))
+    def select(self, places: Sequence[Place]) -> tuple[Any, Condition]:
+        """Return the labels and columns of tiles."""
+        labels = None if self.labels is None else [self.labels[place.image] for place in places]
+        return labels, rows_of_tiles(self.columns, places, self.place_columns)
 
 
 def read_given(
@@ -198,4 +226,5 @@ def read_given(
     ids, columns = pipeline.label_ids(labels, count, condition), pipeline.read_condition(condition, count)
     null = pipeline.prior.num_classes
     rows = None if ids is None else [None if number == null else number for number in ids.tolist()]
-    return GivenRows(rows, columns, name_given(pipeline.prior, ids, columns))
+    places = check_places(pipeline.conditions, columns)
+    return GivenRows(rows, columns, name_given(pipeline.prior, ids, columns), places)

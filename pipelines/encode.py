@@ -25,6 +25,7 @@ from torch import Tensor
 from prior.conditions import digest_condition
 from tokenizer import Tokenizer
 from tokenizer.files import MANIFEST, PipelineLoadError, folders_aside, publish_folder, read_json
+from tokenizer.frame_by_frame import FrameByFrame
 from tokenizer.model import PROVENANCE
 
 from .config import Config, Of, UserError, run_command, tell
@@ -112,13 +113,15 @@ def run(config: EncodeConfig) -> Path:
     without data.augment, the folder holds something else, or an unfinished encode has other settings."""
     accelerator = build_accelerator()
     group = group_of(accelerator)
-    tokenizer, out = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer)), Path(config.out)
+    tokenizer, out = load_tokenizer(config), Path(config.out)
     tokenizers = [config.tokenizer, *(each.tokenizer for each in config.conditions.values() if each.tokenizer)]
     output = Output(out, [*map(find_protected_folder, tokenizers), config.data.path, *list_pairs(config)])
     check_settings(config, tokenizer, output)
     config = config.model_copy(update={"data": choose_data(config.data, config.conditions)})
     if group.is_main and saw_groups(config):
-        key, what = ("clips=true", "frames of clips") if config.data.clips else ("group", "images of objects")
+        key = find_group_key(config.data)
+        what = "images of objects" if key == "group" else "frames of clips"
+        key = "clips=true" if key == "clips" else key
         tell(
             f"warning: the tokenizer was trained without data.{key}; unless its images had folders train and test, "
             f"it was trained on {what} that are held out now"
@@ -126,7 +129,8 @@ def run(config: EncodeConfig) -> Path:
     with leave_group_on_error(accelerator), lock_output(out, group):
         images = load_images(config.data, together=True)
         splits = name_splits(images)
-        columns = load_conditions(config.data, config.conditions, splits, table=config.table, together=True)
+        variants = {"augmentations": config.augmentations, "seed": config.seed}
+        columns = load_conditions(config.data, config.conditions, splits, table=config.table, together=True, **variants)
         rows = {name: len(part) * (1 + config.augmentations * (name == "train")) for name, part in splits.items()}
         shards = plan_shards(rows, config.rows_per_shard)
         job = describe_job(config, tokenizer, images, rows, accelerator.device.type, columns)
@@ -160,6 +164,15 @@ def run(config: EncodeConfig) -> Path:
         return finish_run(accelerator, config, f"done: {describe(meta)} in {minutes:.1f} min", group.is_main)
 
 
+def load_tokenizer(config: EncodeConfig) -> Tokenizer:
+    """Load the tokenizer; with `data.frames`, one of images is wrapped so that it encodes clips frame by frame. Raises
+    `ConfigError` for one that cannot."""
+    tokenizer: Tokenizer = Tokenizer.from_pretrained(tokenizer_folder(config.tokenizer))
+    if config.data.frames is None or tokenizer.frames > 1:
+        return tokenizer
+    return FrameByFrame.wrap(tokenizer, config.data.frames)
+
+
 def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -> None:
     """Raise `UserError` for mistakes that can be detected before images are read."""
     check_shape(config.data, tokenizer, "tokenizer")
@@ -178,10 +191,13 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -
 def saw_groups(config: EncodeConfig) -> bool:
     """Return whether the tokenizer was trained on these images without holding out whole clips or objects, as is done
     here."""
-    data = read_training_data(config.tokenizer)
-    key = "clips" if config.data.clips else "group"
-    wanted = getattr(config.data, key)
-    return bool(wanted) and data.get("source") == config.data.source and not data.get(key)
+    data, key = read_training_data(config.tokenizer), find_group_key(config.data)
+    return key is not None and data.get("source") == config.data.source and not data.get(key)
+
+
+def find_group_key(data: DataConfig) -> str | None:
+    """Return the setting that says which images are held out together, if any."""
+    return next((key for key in ("group", "clips", "frames") if getattr(data, key)), None)
 
 
 def name_splits(images: Splits) -> dict[str, ImageDataset]:
@@ -323,8 +339,9 @@ def encode_shards(
     ):
         for shard in shards:
             tokens, *others = encode_shard(models, images[shard.split], shard, stream, bar)
-            labels, rows = splits[shard.split].labels, np.arange(shard.start, shard.stop) % len(splits[shard.split])
-            packed = pack_shard(columns, shard.split, rows, dict(zip(grids, others, strict=True)))
+            labels, numbers = splits[shard.split].labels, np.arange(shard.start, shard.stop)
+            rows = numbers % len(splits[shard.split])
+            packed = pack_shard(columns, shard.split, numbers, dict(zip(grids, others, strict=True)))
             with Output(config.out).errors():
                 write_shard(work / shard.name, tokens, None if labels is None else labels[rows], models[0].grid, packed)
 
@@ -332,10 +349,13 @@ def encode_shards(
 def pack_shard(
     columns: Mapping[str, LoadedColumn], split: str, rows: np.ndarray, grids: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the stored columns of a shard's rows. grids: encoded ids by column. Raises `UserError`."""
-    values = {name: column.values[split][rows] for name, column in columns.items() if name not in grids}
+    """Return the stored columns of a shard's rows: row = variant * n + index. grids: encoded ids by column. Raises
+    `UserError`."""
+    stored = {name: column.values[split] for name, column in columns.items() if name not in grids}
+    values = {name: found[rows % len(found)] for name, found in stored.items()}
     for name, tokens in grids.items():
-        missing = columns[name].images[split].missing[rows].view(-1, *[1] * (tokens.ndim - 1))
+        missing = columns[name].images[split].missing
+        missing = missing[rows % len(missing)].view(-1, *[1] * (tokens.ndim - 1))
         values[name] = torch.where(missing, -1, tokens)
     try:
         return pack_columns({name: each.column for name, each in columns.items()}, values, slice(None), len(rows))

@@ -28,7 +28,7 @@ from .image_pipeline import ImagePipeline
 from .images import ImageDataset, check_shape, load_images, to_float, to_uint8
 from .images.grids import class_grid
 from .images.origin import TOKENS, describe_source
-from .images.pictures import picture_pixels, write_picture
+from .images.pictures import LATENT, picture_pixels, write_picture
 from .images.unseen import require_unseen
 from .metrics.agreement import agreement
 from .metrics.fid import Inception, load_inception
@@ -339,7 +339,7 @@ def reconstruct(pipeline: ImagePipeline, images: Tensor) -> Tensor:
     """Return reconstructions `(B, C, H, W)`, rounded to 8 bits if the images have 8."""
     size = images_at_a_time(pipeline.tokenizer.image_shape)
     tokens = pipeline.encode(images, batch_size=size)
-    decoded = pipeline.decode(tokens, output_type="pt", batch_size=size)
+    decoded = pipeline.decode_batch(tokens, batch_size=size)
     return round_to_8_bits(decoded) if pipeline.values is None else decoded.cpu()
 
 
@@ -362,8 +362,9 @@ def draw_samples(
     def draw(start: int, end: int) -> Tensor:
         given = None if labels is None else labels[start:end].tolist()
         columns = select_rows(condition or {}, slice(start, end))
-        options: dict[str, Any] = {"seed": seed + start, "output_type": "pt", "progress": False}
-        return pipeline(end - start, given, condition=columns, **options).images
+        options: dict[str, Any] = {"seed": seed + start, "output_type": LATENT, "progress": False}
+        tokens = pipeline(end - start, given, condition=columns, **options).tokens
+        return pipeline.decode_batch(tokens, batch_size=64, progress=False)
 
     return Samples(draw, count, group)
 

@@ -67,6 +67,8 @@ def export_tokenizer(tokenizer: Tokenizer, folder: str | Path, format: Format, i
     else; `ValueError` for images of another size or type.
     """
     require_installed(format)
+    if tokenizer.frames > 1:
+        raise ExportError("a tokenizer of clips cannot be exported; export that of its frames, `tokenizer.tokenizer`")
     tokenizer = copy.deepcopy(tokenizer).cpu().eval()  # do not move the caller's model
     example = make_noise(tokenizer.image_shape)  # not the user's images: a .pt2 file contains its example inputs
     with torch.no_grad():

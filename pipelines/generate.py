@@ -134,14 +134,14 @@ class Request:
     settings: dict[str, Any]
 
     def draw(self, numbers: Sequence[int], progress: bool = False) -> np.ndarray:
-        """Draw the images with these numbers in one batch, an array (B, H, W, C). Raises `UserError` for a request that
-        does not fit the prior."""
+        """Draw the images with these numbers in one batch, an array (B, H, W, C), in which clips are strips. Raises
+        `UserError` for a request that does not fit the prior."""
         labels = [self.classes[k % len(self.classes)] for k in numbers] if self.classes else None
         condition = self.given.select(numbers).columns
         try:
             given = name_given(self.pipeline.prior, self.pipeline.label_ids(labels, len(numbers)), condition)
             sampler = self.sampler if self.sampler.can_guide(given) else self.sampler.unguided()
-            return self.pipeline(
+            images: np.ndarray = self.pipeline(
                 len(numbers),
                 labels,
                 condition=condition,
@@ -154,6 +154,7 @@ class Request:
             ).images
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
+        return images if images.ndim == 4 else images.reshape(len(images), -1, *images.shape[3:])
 
     @cached_property
     def sampler(self) -> SamplingOptions:

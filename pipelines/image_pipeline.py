@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,7 +43,7 @@ from tokenizer.model import Dtype, PretrainedModel, choose_dtype
 from . import completion, representation, saving
 from .anomaly import calibrating, healing, scores
 from .anomaly.calibration import Calibration
-from .compression.coding import compress, decompress, exact_pixels
+from .compression.coding import compress, decompress, exact_pixels, sizes_of, whole_image, write_tiles
 from .condition_values import (
     GivenCondition,
     choose_labels,
@@ -52,21 +53,21 @@ from .condition_values import (
     read_condition,
 )
 from .images.arrays import Values, values_of
+from .images.blending import decode_tiles, encode_tiles, reconstruct_tiles
+from .images.clips import frame_shape, read_images, to_strips, write_images
 from .images.grids import class_grid
 from .images.origin import shareable
 from .images.pictures import (
     LATENT,
     check_output_type,
-    convert_images,
     picture_pixels,
-    show_of,
     shown_channels,
-    to_images,
     to_uint8,
 )
+from .images.tiles import list_images
 from .processes.group import ALONE, ProcessGroup
 
-Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray]
+Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray | Sequence[PILImage]]
 Label = int | str | None
 Callback = Callable[[Any, int, int, dict[str, Tensor]], Any]
 """`callback_on_step_end`; see `ImagePipeline.__call__`."""
@@ -91,22 +92,25 @@ class PipelineOutput(NamedTuple):
     """The class of each image, "" for the null class; None if no image has a class."""
 
     def __repr__(self) -> str:
+        names = "None" if self.class_names is None else f"{len(self.class_names)} names"
+        tokens = tuple(self.tokens.shape)
+        return f"{type(self).__name__}(images: {self.describe_images()}, tokens: {tokens}, class_names: {names})"
+
+    def describe_images(self) -> str:
+        """Return the form of the images."""
         images = self.images
         if images is self.tokens:
-            shown = "not decoded"
-        elif isinstance(images, list):
-            draws = f"x {len(images[0])} " if isinstance(images[0], list) else ""
-            first = images[0][0] if draws else images[0]
-            shown = f"{len(images)} {draws}PIL of {first.width} x {first.height}"
-        else:
-            shown = f"{tuple(images.shape)} {images.dtype}"
-        names = "None" if self.class_names is None else f"{len(self.class_names)} names"
-        return f"{type(self).__name__}(images: {shown}, tokens: {tuple(self.tokens.shape)}, class_names: {names})"
+            return "not decoded"
+        if not isinstance(images, list):
+            return f"{tuple(images.shape)} {images.dtype}"
+        draws = f"x {len(images[0])} " if isinstance(images[0], list) else ""
+        first = images[0][0] if draws else images[0]
+        return f"{len(images)} {draws}PIL of {first.width} x {first.height}"
 
-    def grid(self, columns: int | None = None, *, labels: bool = True) -> PILImage:
+    def grid(self, columns: int | None = None, *, labels: bool = True, show: Sequence[int] | None = None) -> PILImage:
         """Return all images in one picture, one column per class with its name on top. With `columns`, images keep
-        their order, each below its class name. labels: False omits the names. The completions (`draws`) of an image
-        form a row.
+        their order, each below its class name. labels: False omits the names. show: three channels of "pt" images to
+        show, by default the first three. The completions (`draws`) of an image form a row.
 
         Small images are enlarged by an integer factor until a name fits above them. Raises `ValueError` for the output
         of `output_type="latent"`, which has no images, and for fewer than 1 column.
@@ -125,13 +129,50 @@ class PipelineOutput(NamedTuple):
             if images.ndim == 5:
                 draws, images = images.shape[1], images.reshape(-1, *images.shape[2:])
             if isinstance(images, Tensor):
-                pixels = to_uint8(shown_channels(images.cpu())).movedim(1, -1).numpy()
+                pixels = to_uint8(shown_channels(images.cpu(), show)).movedim(1, -1).numpy()
             elif images.dtype == np.uint8 and images.shape[-1] in (1, 3):
                 pixels = images
             else:
                 raise ValueError(f'grid: shows images of output_type="pil" or "pt" (got arrays of {images.dtype})')
         names = self.class_names if draws is None else None
         return Image.fromarray(class_grid(pixels, names, columns or draws, captions=labels))
+
+
+class ClipOutput(PipelineOutput):
+    """The result of a call of a pipeline of clips, whose `images` have one more axis: the frames. They are lists of
+    lists of PIL images, uint8 (B, T, H, W, C), or float (B, T, C, H, W)."""
+
+    __slots__ = ()
+
+    def describe_images(self) -> str:
+        """Return the form of the clips."""
+        images = self.images
+        if not isinstance(images, list):
+            return super().describe_images()
+        draws = "" if isinstance(images[0][0], PILImage) else f"x {len(images[0])} "
+        clip = images[0][0] if draws else images[0]
+        return f"{len(images)} {draws}clips of {len(clip)} PIL of {clip[0].width} x {clip[0].height}"
+
+    def grid(self, columns: int | None = None, *, labels: bool = True, show: Sequence[int] | None = None) -> PILImage:
+        """Return all clips in one picture; see `PipelineOutput.grid`. A clip is a strip, its frames below one
+        another."""
+        images = self.images
+        if images is self.tokens:
+            return super().grid(columns, labels=labels, show=show)
+        if isinstance(images, list):
+            strips: Any = [join_frames(clip) for clip in images]
+        elif isinstance(images, Tensor):
+            strips = to_strips(images.flatten(0, -5)).unflatten(0, images.shape[:-4])
+        else:
+            strips = images.reshape(*images.shape[:-4], -1, *images.shape[-2:])
+        return PipelineOutput(strips, self.tokens, self.class_names).grid(columns, labels=labels, show=show)
+
+
+def join_frames(clip: Sequence[Any]) -> Any:
+    """Return a strip of a list of PIL frames, or a list of strips of a list of clips."""
+    if not isinstance(clip[0], PILImage):
+        return [join_frames(each) for each in clip]
+    return Image.fromarray(np.concatenate([np.asarray(frame) for frame in clip]))
 
 
 def serialized(method: F) -> F:
@@ -201,9 +242,10 @@ class ImagePipeline:
         vars(self).update(state, _lock=threading.RLock())
 
     def __repr__(self) -> str:
-        grid, shape = self.prior.grid, "x".join(map(str, self.tokenizer.image_shape))
+        grid, shape = self.prior.grid, "x".join(map(str, frame_shape(self.tokenizer)))
+        shape = f"images {shape}" if self.frames == 1 else f"clips {self.frames}x{shape}"
         return (
-            f"{type(self).__name__}({self.tokenizer.name} + {self.prior.name}, images {shape}, tokens "
+            f"{type(self).__name__}({self.tokenizer.name} + {self.prior.name}, {shape}, tokens "
             f"{'x'.join(map(str, grid.shape))} of {grid.vocab_size}, {self.prior.num_classes} classes"
             f"{', columns ' * bool(self.conditions)}{', '.join(self.conditions)})"
         )
@@ -240,7 +282,8 @@ class ImagePipeline:
         instead of `num_images`, the number of images of each label in turn. seed: image k uses seed + k, for any
         `batch_size`. tokens, known, order, num_orders, cache, parallel: as in `Prior.sample`. output_type: "pil", "np"
         (uint8, or the type and range of the training images), "pt" (float in [-1, 1]), or "latent" (the tokens, not
-        decoded). progress: False hides the bar and overrides `set_progress_bar_config`.
+        decoded). Clips (`frames` > 1) are lists of lists of PIL images, arrays (B, T, H, W, C) or tensors
+        `(B, T, C, H, W)`. progress: False hides the bar and overrides `set_progress_bar_config`.
 
         callback_on_step_end: called as `f(pipe, step, rank, {"tokens": ..., "known": ...})` after each step: step
         counts from 0 over all batches; rank is the position that the current images have reached in their order; tokens
@@ -299,7 +342,8 @@ class ImagePipeline:
         else:
             images = self.decode(drawn, output_type=output_type, batch_size=batch_size, progress=progress)
         names = [] if ids is None else self.class_names(ids)
-        return PipelineOutput(images, drawn, names if any(names) else None)
+        kind = ClipOutput if self.frames > 1 else PipelineOutput
+        return kind(images, drawn, names if any(names) else None)
 
     def choose_sampler(
         self,
@@ -337,9 +381,17 @@ class ImagePipeline:
 
     @serialized
     @torch.no_grad()
-    def encode(self, images: Images, *, batch_size: int = 256) -> Tensor:
+    def encode(self, images: Images, *, stride: int | None = None, batch_size: int = 256) -> Any:
         """Encode images to tokens `(B, *grid.shape)`. images: PIL images, or uint8 or float in [-1, 1] as tensors
-        `(B, C, H, W)`, arrays `(B, H, W, C)` or `(H, W, C)`, or a list of single images."""
+        `(B, C, H, W)`, arrays `(B, H, W, C)` or `(H, W, C)`, or a list of single images. If the pipeline takes clips
+        (`frames` > 1): tensors `(B, T, C, H, W)` or `(T, C, H, W)`, arrays `(B, T, H, W, C)` or `(T, H, W, C)`, lists
+        of lists of T PIL images, or a list of single clips.
+
+        stride: take images of any size from the model size on, also of different sizes in one list, and return a list
+        of the tokens of the tiles of each image, `(rows, columns, *grid.shape)`. Tiles lie at every `stride` pixels and
+        at the borders; `decode_tiles` inverts this."""
+        if stride is not None:
+            return encode_tiles(self, images, stride, batch_size)
         return self.encode_batch(self.to_images(images), batch_size=batch_size)
 
     @serialized
@@ -355,24 +407,48 @@ class ImagePipeline:
         """Decode `tokens` `(B, *grid.shape)`, a tensor, an array or lists, to images; or only the first k tokens,
         `(B, k)`, if the tokenizer can decode prefixes (`titok` with `keep`). Raises `ValueError` for ids out of
         range."""
-        parts = as_tensor(tokens, self.device).split(check_count(batch_size, "batch_size"))
-        images = [self.tokenizer.decode(part) for part in (self._with_bar(parts, "decoding") if progress else parts)]
-        return self.convert_images(torch.cat(images), output_type)
+        images = self.decode_batch(as_tensor(tokens, self.device), batch_size=batch_size, progress=progress)
+        return self.convert_images(images, output_type)
 
     @serialized
-    def reconstruct(self, images: Images, *, output_type: str = "pil", batch_size: int = 256) -> Any:
-        """Return `decode(encode(images))`."""
+    @torch.no_grad()
+    def decode_batch(self, tokens: Tensor, *, batch_size: int = 256, progress: bool = True) -> Tensor:
+        """Like `decode`, but return float images `(B, C, H, W)` in [-1, 1]; clips are strips `(B, C, T * H, W)`."""
+        parts = tokens.split(check_count(batch_size, "batch_size"))
+        return torch.cat(
+            [self.tokenizer.decode(part) for part in (self._with_bar(parts, "decoding") if progress else parts)]
+        )
+
+    decode_tiles = serialized(decode_tiles)
+
+    @serialized
+    def reconstruct(
+        self, images: Images, *, stride: int | None = None, output_type: str = "pil", batch_size: int = 256
+    ) -> Any:
+        """Return `decode(encode(images))`.
+
+        stride: take images of any size, as `encode` does, and return a list of reconstructions at their own sizes.
+        Overlapping tiles are blended linearly, so that there are no seams; with a stride of a whole tile, only the last
+        ones of a row and of a column overlap, and there are seams."""
+        if stride is not None:
+            return reconstruct_tiles(self, images, stride, output_type, batch_size)
         tokens = self.encode(images, batch_size=batch_size)
         return self.decode(tokens, output_type=output_type, batch_size=batch_size)
 
     def to_images(self, images: Images) -> Tensor:
-        """Convert images in any form that `pictures.as_batch` accepts to float `(B, C, H, W)` in [-1, 1] on the
-        pipeline's device. Warns once about floats that look like [0, 1]."""
-        return to_images(images, self.tokenizer.image_shape, self.values).to(self.device)
+        """Convert images in any form that `encode` accepts to float `(B, C, H, W)` in [-1, 1] on the pipeline's
+        device; clips become strips `(B, C, T * H, W)`, their frames below one another. Warns once about floats that
+        look like [0, 1]."""
+        return read_images(images, self.tokenizer).to(self.device)
 
     def convert_images(self, images: Tensor, output_type: str) -> Any:
-        """Convert float images `(B, C, H, W)` in [-1, 1] to `output_type`; see `__call__`."""
-        return convert_images(images, output_type, self.values, show_of(self.tokenizer))
+        """Convert float images `(B, C, H, W)` in [-1, 1], or strips of clips, to `output_type`; see `__call__`."""
+        return write_images(images, output_type, self.tokenizer)
+
+    @property
+    def frames(self) -> int:
+        """Number of frames of a clip; 1 if the pipeline's images are no clips."""
+        return self.tokenizer.frames
 
     @property
     def values(self) -> Values | None:
@@ -509,21 +585,41 @@ class ImagePipeline:
 
     @serialized
     def compress(
-        self, images: Any, *, condition: GivenCondition = None, lossless: bool = False, progress: bool = True
+        self,
+        images: Any,
+        *,
+        condition: GivenCondition = None,
+        lossless: bool = False,
+        tile: bool = False,
+        progress: bool = True,
     ) -> bytes:
         """Compress images to a stream that only this pipeline can decode, to the same tokens on any machine.
 
-        images: PIL images of exactly the pipeline's size, uint8 or float `(B, C, H, W)`. condition: values of columns
-        and `label`, as in `read_condition`; they shorten the stream, and `decompress` needs them again. lossless: store
-        every pixel; needs a decoder with a likelihood or a `pixels` tokenizer. Otherwise only tokens are stored; the
-        images that two machines decode from them may differ by one grey level in some pixels, because the decoder's
-        float32 rounds differently. Raises `ValueError` for images of another size (lossless: or of more than 8 bits),
-        `LikelihoodError` if lossless is not possible, and `StreamError` without the package constriction.
+        images: PIL images of exactly the pipeline size, uint8 or float `(B, C, H, W)`, or clips (see `encode`).
+        condition: values of columns and `label`, as in `read_condition`; they shorten the stream, and `decompress`
+        needs them again. lossless: store every pixel; needs a decoder with a likelihood or a `pixels` tokenizer.
+        Otherwise only tokens are stored; the images that two machines decode from them may differ by one grey level in
+        some pixels, because the decoder rounds its float32 differently. tile: take images of any size from the model
+        size on, which are cut into tiles side by side (the last ones of a row and of a column are flush with the
+        border), so that decompressed images may show seams unless the stream is lossless. Raises `ValueError` for
+        images of another size (lossless: or of more than 8 bits), `LikelihoodError` if lossless is not possible, and
+        `StreamError` without the package constriction.
         """
-        several, shape = [images] if isinstance(images, PILImage) else images, self.tokenizer.image_shape
-        if isinstance(several, (list, tuple)):
-            several = [exact_pixels(one, shape, lossless) if isinstance(one, PILImage) else one for one in several]
-        return compress(self, self.to_images(several), condition=condition, lossless=lossless, progress=progress)
+        several, shape = [images] if isinstance(images, PILImage) else images, frame_shape(self.tokenizer)
+        options: dict[str, Any] = {"condition": condition, "lossless": lossless, "progress": progress}
+        if tile:
+            if isinstance(several, (list, tuple)) and lossless:
+                several = [whole_image(one, shape[0], True) if isinstance(one, PILImage) else one for one in several]
+            whole = list_images(several, self.tokenizer)
+            write_tiles(self, file := io.BytesIO(), whole, sizes_of(whole, shape), **options)
+            return file.getvalue()
+
+        def exact(one: Any) -> Any:
+            if isinstance(one, (list, tuple)):
+                return [exact(each) for each in one]
+            return exact_pixels(one, shape, lossless) if isinstance(one, PILImage) else one
+
+        return compress(self, self.to_images(exact(several)), **options)
 
     @serialized
     def decompress(
@@ -540,7 +636,7 @@ class ImagePipeline:
         pixels if the stream is lossless; otherwise pixels agree to within one grey level (for float32 weights).
         condition: the one given to `compress`; of images for a grid, only the tokens must be the same. batch_size:
         images evaluated at a time, None for a whole chunk; it does not affect the tokens. max_images: refuse streams
-        with more images.
+        with more images. Of images that were compressed with `tile=True`, return a list at their own sizes.
 
         Raises `StreamError`, also for another condition: `DamagedStream` if it is damaged, `ModelMismatch` if it was
         made by another pipeline or on a machine that computes other probabilities.
@@ -548,6 +644,8 @@ class ImagePipeline:
         check_output_type(output_type)
         options: dict[str, Any] = {"batch_size": batch_size, "max_images": max_images, "progress": progress}
         images = decompress(self, data, condition=condition, **options)
+        if isinstance(images, list):
+            return [self.convert_images(image, output_type)[0] for image in images]
         return self.convert_images(images, output_type)
 
     # Saving and loading
@@ -632,15 +730,17 @@ class ImagePipeline:
 
     def sample_picture(self, count: int = SAMPLED, seed: int = 0, group: ProcessGroup = ALONE) -> np.ndarray:
         """Return a grid of samples with the pipeline's settings, uint8 (H, W, 3), one class per column (at most ten)
-        with its name on top. The processes of the group share the sampling."""
+        with its name on top; fewer samples of clips, which are taller. The processes of the group share the
+        sampling."""
         columns = min(10, self.prior.num_classes) or 10
+        count = max(columns, count // self.tokenizer.frames)
         size = -(-count // group.world)
 
         def draw(start: int) -> Tensor:
             rows = range(start, min(start + size, count))
             labels = [index % columns for index in rows] if self.prior.num_classes else None
-            out = self(num_images=len(rows), labels=labels, seed=seed + start, output_type="pt", progress=False)
-            return out.images.cpu()
+            out = self(num_images=len(rows), labels=labels, seed=seed + start, output_type=LATENT, progress=False)
+            return self.decode_batch(out.tokens, batch_size=64, progress=False).cpu()
 
         images = picture_pixels(torch.cat(group.map(draw, range(0, count, size))), self.tokenizer)
         names = self.class_names(torch.arange(count) % columns) if self.prior.num_classes else None

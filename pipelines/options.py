@@ -14,7 +14,8 @@ from torch import Tensor
 from .config import Config, Of, UserError, choose_device
 from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
 from .images.arrays import Values
-from .images.decoding import try_decode
+from .images.clip_files import cut_windows
+from .images.decoding import decode_in_threads, try_decode
 from .images.folder import find_images
 from .images.unseen import require_unseen
 from .provenance import TokenizerFolder, read_training_data, tokenizer_folder, trained_data
@@ -59,11 +60,13 @@ class UsesImages(UsesPipeline):
         first. Raises `UserError` for another shape, and if images of this `part` ("validation" or "held_out") were used
         in training."""
         check_shape(self.data, pipeline.tokenizer)
+        if whole and self.data.frames is not None:
+            raise UserError("tile: clips are not cut into tiles")
         require_unseen(self.data, trained_data(pipeline.provenance), part)
         return load_images(self.data.without_crop() if whole else self.data, check=not whole)
 
 
-class UsesTiles(UsesImages):
+class TileSettings(Config):
     """Base class for verbs that take images larger than the model."""
 
     tile: bool = Field(
@@ -87,6 +90,10 @@ class UsesTiles(UsesImages):
             raise UserError(f"stride: {error}") from error
 
 
+class UsesTiles(UsesImages, TileSettings):
+    """Base class for verbs that load a pipeline, and a data set of images that may be larger than the model."""
+
+
 class UsesTokenizer(Config):
     """Base class for verbs that load a tokenizer and a data set."""
 
@@ -98,16 +105,19 @@ class UsesTokenizer(Config):
     )
     device: str = Field("auto", description=DEVICE)
 
-    def load_with_images(self) -> tuple[Tokenizer, ImageDataset]:
-        """Load the tokenizer onto its device, and the held-out images. Raises `UserError` for images of another shape,
-        and if some of them were used in training."""
+    def load_with_images(self, *, whole: bool = False) -> tuple[Tokenizer, ImageDataset]:
+        """Load the tokenizer onto its device, and the held-out images. whole: for access to images at their own size,
+        which are not decoded first. Raises `UserError` for images of another shape, and if some of them were used in
+        training."""
         from tokenizer import Tokenizer
 
         folder = tokenizer_folder(self.tokenizer)
         tokenizer = Tokenizer.from_pretrained(folder, device=choose_device(self.device))
-        check_shape(self.data, tokenizer, "tokenizer")
+        single = tokenizer.frames == 1  # trained on the frames of clips
+        check_shape(self.data, tokenizer, "tokenizer", single_frames=single)
         require_unseen(self.data, trained_data({"data": read_training_data(self.tokenizer)}), "held_out")
-        return tokenizer, load_images(self.data).held_out
+        data = self.data.without_crop() if whole else self.data
+        return tokenizer, load_images(data, single_frames=single, check=not whole).held_out
 
 
 class Sampling(Config):
@@ -183,6 +193,21 @@ def read_images(files: list[Path], shape: tuple[int, int, int], values: Values |
     if problems:
         raise UserError("\n".join(problems))
     return torch.from_numpy(np.stack([pixels for pixels in decoded if not isinstance(pixels, str)]))
+
+
+def read_clips(
+    files: list[Path], shape: tuple[int, int, int], frames: int, values: Values | None = None
+) -> tuple[Tensor, list[str]]:
+    """Read clips, files or folders of frames, cut into windows: strips of `shape` (C, frames * H, W), uint8 or, if they
+    have `values`, float32 in [-1, 1]; and the name of each. Raises `UserError` with one line for each clip or window
+    that cannot be read."""
+    rows = cut_windows([str(file) for file in files], frames)
+    every = range(rows.size)
+    decoded, names = decode_in_threads(rows.read(every), shape, values), [rows.name(row) for row in every]
+    bad = [f"images: {name}: {found}" for name, found in zip(names, decoded, strict=True) if isinstance(found, str)]
+    if bad:
+        raise UserError("\n".join(bad))
+    return torch.from_numpy(np.stack([strip for strip in decoded if not isinstance(strip, str)])), names
 
 
 def split_named_images(images: Named) -> tuple[list[str], list[int]]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prior.conditions import Given
+from tokenizer.frame_by_frame import FrameByFrame
 
 from .images.pictures import as_batch, to_float
 
@@ -69,7 +70,8 @@ def embed_layers(
     """Return `embed` for each of `layers`, computed in one pass."""
     chosen = [choose_layer(pipeline, layer) for layer in layers]
     pools = [choose_pool(source, pool) for source, _ in chosen]
-    given = as_batch(images, pipeline.tokenizer.image_shape) if pipeline.values is None else pipeline.to_images(images)
+    plain = pipeline.values is None and pipeline.frames == 1
+    given = as_batch(images, pipeline.tokenizer.image_shape) if plain else pipeline.to_images(images)
     if not len(given):
         raise ValueError("no images given")
     if given.dtype != torch.uint8:
@@ -163,6 +165,10 @@ def code_shares(tokens: Tensor, vocab_size: int) -> Tensor:
 
 def look_up_vectors(pipeline: ImagePipeline, tokens: Tensor) -> Tensor:
     """Return the quantizer's vectors of tokens, `(B, dim, *spatial)`; without a quantizer, their decoded colours."""
+    if isinstance(pipeline.tokenizer, FrameByFrame):
+        quantizer = getattr(pipeline.tokenizer.tokenizer, "quantizer", None)
+        if quantizer is not None:
+            return pipeline.tokenizer.join(quantizer.lookup(tokens.flatten(0, 1)))
     quantizer = getattr(pipeline.tokenizer, "quantizer", None)
     return pipeline.tokenizer.decode(tokens) if quantizer is None else quantizer.lookup(tokens)
 

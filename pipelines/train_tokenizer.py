@@ -18,6 +18,7 @@ from tokenizer.base import codebook_usage
 from tokenizer.config import ModelConfig, Node
 from tokenizer.critic import PatchCritic
 from tokenizer.files import read_json
+from tokenizer.frame_by_frame import FrameByFrame
 from tokenizer.losses import total_loss
 from tokenizer.model import CONFIG
 
@@ -88,16 +89,21 @@ class Stage(nn.Module):
 
 
 class TokenizerTask(Task):
-    """Train a tokenizer, if it has trainable parameters after `initialize`, and its critic, if any."""
+    """Train a tokenizer, if it has trainable parameters after `initialize`, and its critic, if any. Of clips, it is
+    trained on single frames."""
 
     model: Stage
     snapshots = {"tokenizer": Tokenizer.folder_kind()}
 
     def __init__(self, config: TrainTokenizerConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
-        channels, height, width = config.data.image_shape
-        model_config(config.model, (height, width), channels, config.data)  # raise its errors before decoding images
-        self.images = load_images(config.data, together=True, stream=True)
+        channels, height, width = config.data.frame_shape
+        if config.model["kind"] == FrameByFrame.name:
+            raise UserError("model.kind: choose the tokenizer of a frame; encode makes it one of clips (data.frames)")
+        model = model_config(config.model, (height, width), channels, config.data)  # raises before images are decoded
+        if config.data.frames is not None:
+            FrameByFrame.wrap(Tokenizer.find(config.model["kind"])(model), config.data.frames)  # as `encode` will
+        self.images = load_images(config.data, together=True, stream=True, single_frames=True)
         self.rows = 0 if is_stream(config.data) else len(self.images.train)
         if not is_stream(config.data):
             warn_about_colour(self.images.train)
@@ -130,7 +136,8 @@ class TokenizerTask(Task):
         channels, height, width = self.images.train.image_shape
         tokenizer = build_tokenizer(self.config.model, (height, width), channels, self.images.train.config)
         if self.config.init:
-            tokenizer.start_from(Tokenizer.from_pretrained(tokenizer_folder(self.config.init)))
+            other = Tokenizer.from_pretrained(tokenizer_folder(self.config.init))
+            tokenizer.start_from(other.tokenizer if isinstance(other, FrameByFrame) else other)
         count = max(INITIAL_IMAGES, INITIAL_PIXELS // (height * width))
         tokenizer.initialize(self.images.train.examples(count, self.config.train.seed))
         return tokenizer
@@ -224,6 +231,8 @@ def defaults(given: dict[str, Any]) -> dict[str, Any]:
     source = str(given.get("init") or "")
     path = find_file(tokenizer_folder(source), CONFIG) if source else None
     saved = read_json(path) if path else {}
+    if saved.get("kind") == FrameByFrame.name and isinstance(saved.get("tokenizer"), dict):
+        saved = saved["tokenizer"]  # frames are trained on one by one
     if not Tokenizer.has(saved.get("kind")):
         return {}  # loading it will report the error
     choices = Tokenizer.find(saved["kind"]).choices()

@@ -7,6 +7,7 @@ hide the cells above and to the right.)"""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -19,33 +20,42 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 TILE = (4, 16)
-"""Rows and columns of a tile of queries: best or nearly best in CPU tests at 28x28 and 64x64 positions."""
+"""Rows and columns of a tile of queries, which lies in one frame: best or nearly best in CPU tests at 28x28 and 64x64
+positions."""
 MAX_MASKS = 1 << 27  # elements of all tile masks; limited because masks are built before weights are read
 FLEX_TYPES, MIN_FLEX_WIDTH = (torch.float32, torch.bfloat16, torch.float16), 16
 
-Pair = tuple[int, int]
+Sides = tuple[int, ...]
+AXES = {2: "[rows, columns]", 3: "[frames, rows, columns]"}
 
 
-def window_problem(window: Pair, dilations: Sequence[int], shape: tuple[int, ...]) -> str | None:
-    """Return the problem with a window of these rows and columns on this grid, or None."""
-    if len(shape) != 2:
-        return f"needs a grid of two axes (got {shape})"
+def window_problem(window: Sides, dilations: Sequence[int], shape: Sides) -> str | None:
+    """Return the problem with a window of this reach along the axes of this grid, or None."""
+    if len(shape) not in AXES:
+        return f"needs a grid of two or three axes (got {shape})"
+    if len(window) != len(shape):
+        return f"expected {AXES[len(shape)]} for a grid of {len(shape)} axes (got {list(window)})"
     if min(window) < 1:
-        return f"rows and columns must be at least 1 (got {list(window)})"
-    size = shape[0] * shape[1]
-    seen = min(size, (2 * window[0] + TILE[0]) * (2 * window[1] + TILE[1]))
+        return f"{AXES[len(shape)]} must be at least 1 each (got {list(window)})"
+    size = math.prod(shape)
+    seen = min(size, math.prod(2 * reach + side for reach, side in zip(window, tile_sides(len(shape)), strict=True)))
     if size * seen * sum(not covers(window, dilation, shape) for dilation in set(dilations)) > MAX_MASKS:
         return f"{list(window)} is too large for a grid of {size} tokens; null sees all earlier ones"
     return None
 
 
-def covers(window: Pair, dilation: int, shape: tuple[int, ...]) -> bool:
+def tile_sides(axes: int) -> Sides:
+    """Return the sides of a tile on a grid of two or three axes."""
+    return (1,) * (axes - len(TILE)) + TILE
+
+
+def covers(window: Sides, dilation: int, shape: Sides) -> bool:
     """Return whether every window covers the whole grid."""
     return dilation == 1 and all(reach >= size - 1 for reach, size in zip(window, shape, strict=True))
 
 
 def make_windows(
-    targets: Tensor, sources: Tensor, window: Pair, dilations: Sequence[int], shape: tuple[int, ...]
+    targets: Tensor, sources: Tensor, window: Sides, dilations: Sequence[int], shape: Sides
 ) -> list[Window | None]:
     """Make each layer's window, given its dilation; layers with equal dilations share it. A window that covers the grid
     is None. Arguments: see `Window`."""
@@ -64,9 +74,10 @@ class Memory(NamedTuple):
 
 
 class Window(nn.Module):
-    """The keys that each query sees: earlier keys at most `window` rows and columns away.
+    """The keys that each query sees: earlier keys at most `window` cells away along each axis: rows and columns, or
+    frames, rows and columns.
 
-    With a dilation d, row and column offsets are multiples of d, up to d times as far. All queries see keys with a
+    With a dilation d, the offsets along all axes are multiples of d, up to d times as far. All queries see keys with a
     negative time, such as a start token.
     """
 
@@ -81,9 +92,9 @@ class Window(nn.Module):
     at: Tensor
     """int64 `(N,)`: the index of each query among the queries of all tiles."""
 
-    def __init__(self, targets: Tensor, sources: Tensor, window: Pair, dilation: int = 1) -> None:
-        """targets: `(N, 3)`, the time of each query, and the row and column of the cell that it predicts; sources: `(M,
-        3)`, the time (negative: before all queries), row and column of each key's token."""
+    def __init__(self, targets: Tensor, sources: Tensor, window: Sides, dilation: int = 1) -> None:
+        """targets: `(N, 1 + axes)`, the time of each query, and the coordinates of the cell that it predicts; sources:
+        `(M, 1 + axes)`, the time (negative: before all queries) and the coordinates of each key's token."""
         super().__init__()
         self.window, self.dilation = window, dilation
         # Created on first use, once for each device.
@@ -113,37 +124,39 @@ class Window(nn.Module):
 
     def rule(self) -> Callable[[Any, Any], Tensor]:
         """Return a function that tells whether a query sees a key, given broadcastable indices of both."""
-        (time, row, column), (since, from_row, from_column) = self.targets.unbind(1), self.sources.unbind(1)
-        (rows, columns), d = self.window, self.dilation
+        (time, *cells), (since, *from_cells) = self.targets.unbind(1), self.sources.unbind(1)
+        axes, d = list(zip(cells, from_cells, self.window, strict=True)), self.dilation
 
         def sees(query: Any, key: Any) -> Tensor:
-            down, right = row[query] - from_row[key], column[query] - from_column[key]
-            near = (down.abs() <= d * rows) & (right.abs() <= d * columns)
-            if d > 1:
-                near = near & (down % d == 0) & (right % d == 0)
-            return (near & (since[key] < time[query])) | (since[key] < 0)
+            near = since[key] < time[query]
+            for cell, from_cell, reach in axes:
+                offset = cell[query] - from_cell[key]
+                near = near & (offset.abs() <= d * reach)
+                if d > 1:
+                    near = near & (offset % d == 0)
+            return near | (since[key] < 0)
 
         return sees
 
     def tiles(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield for each tile its queries, the keys that any of them sees, and which query sees which key. With a
-        dilation d, a tile consists of every d-th cell of every d-th row, whose windows overlap."""
+        dilation d, a tile consists of every d-th cell along each axis, whose windows overlap."""
         d, sees, cells = self.dilation, self.rule(), self.targets[:, 1:]
         placed = (self.sources[:, 0] >= 0).nonzero()[:, 0]
         extent = torch.cat([cells, self.sources[placed, 1:]]).amax(0) + 1
         key_at = torch.full(extent.tolist(), -1, dtype=torch.long, device="cpu")
         key_at[tuple(self.sources[placed, 1:].t())] = placed
         always = (self.sources[:, 0] < 0).nonzero()[:, 0]
-        tile = torch.cat([cells % d, cells // d // torch.tensor(TILE, device="cpu")], 1)
+        sides = torch.tensor(tile_sides(cells.shape[1]), device="cpu")
+        tile = torch.cat([cells % d, cells // d // sides], 1)
         _, number, counts = tile.unique(dim=0, return_inverse=True, return_counts=True)
         for queries in number.argsort(stable=True).split(counts.tolist()):
-            (top, left), (bottom, right) = cells[queries].amin(0).tolist(), cells[queries].amax(0).tolist()
-            ends = ((top, bottom, self.window[0]), (left, right, self.window[1]))
-            rows, columns = (
+            firsts, lasts = cells[queries].amin(0).tolist(), cells[queries].amax(0).tolist()
+            around = [
                 torch.arange(max(first - d * reach, first % d), min(last + d * reach + 1, size), d, device="cpu")
-                for (first, last, reach), size in zip(ends, key_at.shape, strict=True)
-            )
-            near = key_at[rows][:, columns].flatten()
+                for first, last, reach, size in zip(firsts, lasts, self.window, key_at.shape, strict=True)
+            ]
+            near = key_at[torch.meshgrid(*around, indexing="ij")].flatten()
             keys = torch.cat([always, near[near >= 0].sort().values])
             mask = sees(queries[:, None], keys)
             yield queries, keys[mask.any(0)], mask[:, mask.any(0)]

@@ -71,15 +71,17 @@ class OrderedConfig(TransformerConfig):
     random_share: float = Field(
         0.5, ge=0, le=1, description="with any_order: share of images in random orders after annealing"
     )
-    window: tuple[Reach, Reach] | None = Field(
+    window: tuple[Reach, ...] | None = Field(
         None,
-        description="[rows, columns]: in each layer, attention sees only earlier tokens within this distance of the "
-        "predicted cell; null: all earlier tokens",
+        min_length=2,
+        max_length=3,
+        description="[rows, columns], of clips [frames, rows, columns]: in each layer, attention sees only earlier "
+        "tokens within this distance of the predicted cell; null: all earlier tokens",
     )
     dilation: tuple[Annotated[Reach, Field(ge=1)], ...] | None = Field(
         None,
-        description="dilation d of each layer's window: every d-th row and column, d times as far; null: 1 for all "
-        "layers",
+        description="dilation d of each layer's window: every d-th cell along each axis, d times as far; null: 1 for "
+        "all layers",
     )
 
     def check(self) -> Iterator[str]:
@@ -167,8 +169,8 @@ def rotate(x: Tensor, rotations: Tensor) -> Tensor:
 
 
 class Rotations(Constants):
-    """Rotary positions (2-D RoPE): cos and sin of each cell's angles, `(cells, width / 2, 2)`. The pairs of a head are
-    divided among the axes. The table stays float32 or float64, whatever the type of the weights."""
+    """Rotary positions (RoPE along each axis): cos and sin of each cell's angles, `(cells, width / 2, 2)`. The pairs of
+    a head are divided among the axes. The table stays float32 or float64, whatever the type of the weights."""
 
     table: Tensor
 

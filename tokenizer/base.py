@@ -234,6 +234,8 @@ class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):
     grid: TokenGrid
     image_shape: tuple[int, int, int]
     """(C, H, W), from the configuration."""
+    frames: int = 1
+    """Number of frames; clips of several frames are strips `(C, frames * H, W)`, with the frames below one another."""
     levels: int = 1
     """Number of ids per position; each row of positions takes this many rows of the grid."""
     prefixes: tuple[int, ...] = ()

@@ -97,14 +97,14 @@ def measure_baselines(data: Path, pipeline: Path, stride: int, scores: Path) -> 
     maps: dict[str, list[Any]] = {"deviation": [], "reconstruction": [], "bits": []}
     peaks: dict[str, list[float]] = {name: [] for name in maps}
 
-    def error_of(tiles: Any, numbers: list[int]) -> Any:
-        return (pipe.decode(pipe.encode_batch(tiles), output_type="pt") - tiles).abs().mean(1)
+    def error_of(tiles: Any, places: list[Any]) -> Any:
+        return (pipe.decode_batch(pipe.encode_batch(tiles)) - tiles).abs().mean(1)
 
     with torch.inference_mode():
         for file in files:
             pixels = convert_whole(Image.open(file), shape, pipe.values)
             image = to_float(pixels)[0]
-            several = list_images([pixels], shape, pipe.values)
+            several = list_images([pixels], pipe.tokenizer)
             (error,) = stitch_maps(several, error_of, shape, stride, 256, pipe.device)
             (bits,) = pipe.anomaly_map([pixels], stride=stride)
             for name, heat in zip(maps, ((image - smooth(image, 12)).abs(), error, bits), strict=True):

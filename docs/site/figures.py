@@ -37,6 +37,7 @@ SMALL: dict[str, Any] = {
     "widths": (16, 16),
     "blocks": 1,
     "groups": 4,
+    "frames": 4,
 }
 # Settings for a quantizer of two channels; the first that a kind accepts is used.
 PLANES: list[dict[str, Any]] = [
@@ -188,7 +189,7 @@ def tokenizer(member: Any) -> str:
     model.initialize(images)
     tokens = model.encode(images)
     flat, grid = tokens.flatten(), model.grid
-    rows, columns = grid.shape[0] // model.levels, grid.shape[-1]
+    rows, columns = math.prod(grid.shape[:-1]) // model.levels, grid.shape[-1]
     target = rows // 2 * columns + columns // 2 if len(grid.shape) > 1 else len(grid) // 2
     other = flat.clone()
     other[target] = (other[target] + grid.vocab_size // 2) % grid.vocab_size

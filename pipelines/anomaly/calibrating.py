@@ -61,7 +61,7 @@ def calibrate(
     if stride is None:
         images = pipeline.to_images(images)
     else:
-        images = list_images(images, pipeline.tokenizer.image_shape, pipeline.values)
+        images = list_images(images, pipeline.tokenizer)
     count = len(images)
     if groups is not None and len(groups) != count:
         raise ValueError(f"groups: expected one for each of {count} images (got {len(groups)})")
@@ -197,9 +197,9 @@ def measure_tiles(
 
     def measure_some(numbers: list[int], most: int | None = None) -> Iterator[tuple[Measured, list[int]]]:
         for tiles, places in cut_tiles(load(numbers), shape, stride, batch_size, most):
-            own = [place.image for place in places]
-            labels, condition = rows.select(own)
-            yield measure_batch(pipeline, tiles.to(pipeline.device), labels, condition=condition), own
+            labels, condition = rows.select(places)
+            measured = measure_batch(pipeline, tiles.to(pipeline.device), labels, condition=condition)
+            yield measured, [place.image for place in places]
 
     fitting, scoring = sorted(halves.fitting.tolist()), halves.scoring.tolist()
     parts = [measured for measured, _ in measure_some(fitting, max(1, MAX_TILES // len(fitting)))]

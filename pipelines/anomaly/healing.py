@@ -19,7 +19,7 @@ from prior.sampling import check_count, whole_number
 from tokenizer.precision import in_finest
 
 from ..condition_values import GivenCondition, name_given, read_given
-from ..images.tiles import list_images, stitch_maps
+from ..images.tiles import Place, list_images, stitch_maps
 from .calibration import LEVELS, Calibration, require_calibration
 from .distances import CalibrationError
 from .maps import MAPS, find_patches, map_calibrated, read_images
@@ -56,7 +56,7 @@ def anomaly_map(
     of the pixel given the tokens if the tokenizer has a likelihood. They sum to the bits of the image. labels,
     condition: what the bits are conditioned on; a `condition` that is computed from the image, such as its outline,
     hides what it shows. Raises `ValueError` for tokens without a position in the image: those of scales and of
-    `titok`.
+    `titok`. Of clips, the maps are `(B, T, H, W)`.
 
     stride: take images of any size from the model's size on, also of different sizes in one list, and return a list of
     maps, each `(H, W)` at the size of its image: the average over tiles of the model's size at every `stride` pixels
@@ -73,20 +73,53 @@ def anomaly_map(
         given = read_given(pipeline, labels, condition, len(several))
         maps = [getattr(each, method) for each in map_calibrated(pipeline, several, given, stride, batch_size)]
         return maps if stride is not None else torch.stack(maps)
-    rows, columns = (side.to(pipeline.device) for side in find_patches(pipeline.tokenizer))
+    how: Any = {"condition": condition, "batch_size": batch_size}
     if stride is not None:
-        several = list_images(images, pipeline.tokenizer.image_shape, pipeline.values)
-        rows_given = read_given(pipeline, labels, condition, len(several))
+        return map_large(pipeline, images, labels, stride=stride, **how)
+    return split_frames(map_bits(pipeline, images, labels, **how), pipeline.frames)
 
-        def map_tiles(tiles: Tensor, numbers: list[int]) -> Tensor:
-            part_labels, part_condition = rows_given.select(numbers)
-            batches = pipeline.batches(tiles, part_labels, len(tiles), part_condition)
-            return torch.cat([spread_bits(pipeline, part, given, rows, columns) for _, part, given in batches])
 
-        return stitch_maps(several, map_tiles, pipeline.tokenizer.image_shape, stride, batch_size, pipeline.device)
-    batch = pipeline.to_images(images)
+def split_frames(maps: Tensor, frames: int) -> Tensor:
+    """Return maps `(B, T, H, W)` of strips `(B, T * H, W)`; those of images do not change."""
+    return maps if frames == 1 else maps.unflatten(1, (frames, -1))
+
+
+@torch.no_grad()
+def map_bits(
+    pipeline: ImagePipeline,
+    images: Any,
+    labels: Label | Sequence[Label] = None,
+    *,
+    condition: GivenCondition = None,
+    batch_size: int = 256,
+) -> Tensor:
+    """Like `anomaly_map`, but clips are strips, `(B, T * H, W)`."""
+    batch, patches = pipeline.to_images(images), find_patches(pipeline.tokenizer)
     batches = pipeline.batches(batch, labels, batch_size, condition)
-    return torch.cat([spread_bits(pipeline, part, given, rows, columns) for _, part, given in batches])
+    return torch.cat([spread_bits(pipeline, part, given, *patches) for _, part, given in batches])
+
+
+@torch.no_grad()
+def map_large(
+    pipeline: ImagePipeline,
+    images: Any,
+    labels: Label | Sequence[Label] = None,
+    *,
+    stride: int,
+    condition: GivenCondition = None,
+    batch_size: int = 256,
+) -> list[Tensor]:
+    """Return the maps of images of any size; see `anomaly_map`."""
+    shape, patches = pipeline.tokenizer.image_shape, find_patches(pipeline.tokenizer)
+    several = list_images(images, pipeline.tokenizer)
+    rows = read_given(pipeline, labels, condition, len(several))
+
+    def map_tiles(tiles: Tensor, places: list[Place]) -> Tensor:
+        some_labels, some = rows.select(places)
+        batches = pipeline.batches(tiles, some_labels, len(tiles), some)
+        return torch.cat([spread_bits(pipeline, part, given, *patches) for _, part, given in batches])
+
+    return stitch_maps(several, map_tiles, shape, stride, batch_size, pipeline.device)
 
 
 def spread_bits(pipeline: ImagePipeline, part: Tensor, given: Given | None, rows: Tensor, columns: Tensor) -> Tensor:
@@ -122,7 +155,27 @@ def heal(
     Marimont and Tarroni measure a token's surprise given the tokens healed so far; here it is measured once, given the
     original tokens. They weight restorations by softmax(3 / mean |x - decoded|), favouring those near the image; here
     the weight is exp(-0.1 nats), favouring likely ones.
+
+    Of clips, images are `(B, T, C, H, W)` and differences `(B, T, H, W)`.
     """
+    how: Any = {"condition": condition, "quantile": quantile, "draws": draws, "seed": seed}
+    healed = heal_images(pipeline, images, labels, **how)
+    difference = split_frames(healed.difference, pipeline.frames)
+    return healed._replace(images=pipeline.convert_images(healed.images, "pt"), difference=difference)
+
+
+@torch.no_grad()
+def heal_images(
+    pipeline: ImagePipeline,
+    images: Images,
+    labels: Label | Sequence[Label] = None,
+    *,
+    condition: GivenCondition = None,
+    quantile: float = 0.98,
+    draws: int = 8,
+    seed: int = 0,
+) -> Healed:
+    """Like `heal`, but clips are strips."""
     calibration = require_calibration(pipeline.calibration)
     draws, seed = check_count(draws, "draws"), whole_number("seed", seed)
     if quantile not in LEVELS:
@@ -147,7 +200,7 @@ def heal(
         found.append(pipeline.prior.sample(len(batch), ids, condition=given, **options))
         nats.append(-pipeline.prior.log_prob(found[-1], ids, condition=given))
     weights = (-SHARPNESS * in_finest(torch.stack(nats))).softmax(0).float()
-    pixels = [pipeline.decode(restored, output_type="pt") for restored in found]
+    pixels = [pipeline.decode_batch(restored) for restored in found]
     difference = torch.stack([(x - batch).abs().mean(1) for x in pixels])
     difference = (difference * weights[:, :, None, None]).sum(0) - error_map(calibration, batch)
     best = weights.argmax(0), torch.arange(len(batch), device=batch.device)

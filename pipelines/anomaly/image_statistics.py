@@ -77,7 +77,7 @@ def measure_batch(
     for place, part, given in pipeline.batches(batch, labels, batch_size, rows):
         tokens = pipeline.encode_batch(part)
         token_bits = bits(pipeline.prior.token_log_probs(tokens, given).flatten(1))
-        error = (pipeline.decode(tokens, output_type="pt") - part).abs().mean(1).cpu().double()
+        error = (pipeline.decode_batch(tokens) - part).abs().mean(1).cpu().double()
         found = {"token_bits": token_bits.sum(1), "error": error.flatten(1).mean(1)}
         if (pixels := pipeline.tokenizer.pixel_log_prob(part, tokens)) is not None:
             found["pixel_bits"] = bits(pixels)

@@ -19,7 +19,7 @@ from tokenizer import Tokenizer
 
 from ..condition_values import GivenRows
 from ..images.pictures import to_float
-from ..images.tiles import LazyImages, as_lazy, cut_tiles, list_images, load_image, stitch_maps
+from ..images.tiles import LazyImages, Place, as_lazy, cut_tiles, list_images, load_image, stitch_maps
 from ..shuffling import spread
 from .calibration import MapReference, require_calibration
 from .conformal import Floats
@@ -71,7 +71,7 @@ def read_images(pipeline: ImagePipeline, images: Any, stride: int | None) -> Laz
     """Read images for tiles or, without a stride, of the model's size. Raises `ValueError`."""
     if stride is None:
         return as_lazy(pipeline.to_images(images))
-    return list_images(images, pipeline.tokenizer.image_shape, pipeline.values)
+    return list_images(images, pipeline.tokenizer)
 
 
 def map_calibrated(
@@ -125,14 +125,16 @@ def map_surprisal(
     """Yield the number of each image, the image `(C, H, W)` in [-1, 1] and its surprisal, `(H, W)`: the bits of each
     token while its block is hidden, less the mean of its id, spread over its pixels and stitched."""
     shape, usual = pipeline.tokenizer.image_shape, torch.from_numpy(codes).to(pipeline.device)
-    rows, columns = (side.to(pipeline.device) for side in find_patches(pipeline.tokenizer))
+    rows, columns = find_patches(pipeline.tokenizer)
     at_once = 1 if stride is not None else batch_size
     for start in range(0, len(numbers), at_once):
         some = list(numbers[start : start + at_once])
         loaded = [load_image(images, number, shape) for number in some]
 
-        def map_tiles(tiles: Tensor, own: list[int], some: list[int] = some) -> Tensor:
-            bits, tokens = measure_hidden(pipeline, tiles, given, [some[k] for k in own])
+        def map_tiles(tiles: Tensor, places: list[Place], some: list[int] = some) -> Tensor:
+            bits, tokens = measure_hidden(
+                pipeline, tiles, given, [place._replace(image=some[place.image]) for place in places]
+            )
             above = (bits - usual[tokens].to(bits)).flatten(1)
             return (above[:, None] * rows.to(above)) @ columns.to(above).T  # (B, H, N) @ (N, W)
 
@@ -144,11 +146,11 @@ def map_surprisal(
 
 
 def measure_hidden(
-    pipeline: ImagePipeline, tiles: Tensor, given: GivenRows, numbers: list[int]
+    pipeline: ImagePipeline, tiles: Tensor, given: GivenRows, places: list[Place]
 ) -> tuple[Tensor, Tensor]:
     """Return the bits of the tokens of tiles `(B, C, H, W)` while they are hidden, and the tokens, each `(B,
-    *grid.shape)`. numbers: the images of the tiles."""
-    labels, condition = given.select(numbers)
+    *grid.shape)`."""
+    labels, condition = given.select(places)
     _, part, ids = next(iter(pipeline.batches(tiles, labels, len(tiles), condition)))  # a single batch
     tokens = pipeline.encode_batch(part)
     return hidden_bits(pipeline.prior, tokens, ids), tokens
@@ -181,10 +183,7 @@ def fit_maps(
 
     most, step = max(1, MAX_TILES // len(numbers)), stride or min(shape[1:])
     cut = cut_tiles(load(numbers), shape, step, batch_size, most)
-    found = [
-        measure_hidden(pipeline, tiles.to(pipeline.device), given, [place.image for place in places])
-        for tiles, places in cut
-    ]
+    found = [measure_hidden(pipeline, tiles.to(pipeline.device), given, places) for tiles, places in cut]
     bits, tokens = (torch.cat(each) for each in zip(*found, strict=True))
     codes = mean_of_codes(bits, tokens, pipeline.prior.grid.vocab_size)
     memory, scaled = np.split(np.array(numbers), [max(1, 3 * len(numbers) // 4)])
@@ -215,7 +214,7 @@ def find_patches(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     along_rows = ~torch.eye(height, dtype=torch.bool)[:, :, None].expand(-1, -1, width)
     along_columns = ~torch.eye(width, dtype=torch.bool)[:, None, :].expand(-1, height, -1)
     rows, columns = ((~tokenizer.known_tokens(known)).flatten(1).float() for known in (along_rows, along_columns))
-    return rows / rows.sum(0), columns / columns.sum(0)
+    return (rows / rows.sum(0)).to(tokenizer.device), (columns / columns.sum(0)).to(tokenizer.device)
 
 
 def measure_pixels(pipeline: ImagePipeline, reference: MapReference, image: Tensor, surprisal: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def anomaly_score(
     if method in MAPPED:
         return score_by_maps(pipeline, images, method, labels, condition, p_values, stride, batch_size)
     if stride is not None:
-        several = list_images(images, pipeline.tokenizer.image_shape, pipeline.values)
+        several = list_images(images, pipeline.tokenizer)
         given = read_given(pipeline, labels, condition, len(several))
         tiled = score_tiles(pipeline, several, method, given, stride, batch_size)
         if calibration is not None and (p_values or method in FITTED):
@@ -166,7 +166,7 @@ def score_tiles(
             yield number, image
 
     for tiles, where in cut_tiles(load(), shape, stride, batch_size):
-        labels, condition = given.select([place.image for place in where])
+        labels, condition = given.select(where)
         measured = measure_batch(pipeline, tiles.to(pipeline.device), labels, condition=condition)
         scores = score_of(method, measured.statistics, pipeline.calibration, given.names, (shape[1:], stride))
         for score, place in zip(scores.tolist(), where, strict=True):

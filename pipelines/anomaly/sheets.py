@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from ..images.grids import class_grid
 from ..images.pictures import show_of, shown_channels, to_float, to_uint8
 from ..images.tiles import LazyImages
 from .ground_truth import rank_maps
-from .healing import anomaly_map, heal
+from .healing import anomaly_map, heal_images, map_bits
 from .maps import TITLES
 
 if TYPE_CHECKING:
@@ -41,11 +41,14 @@ def draw_sheet(
     chosen = rank_scores(scores, count)
     images = to_float(pixels[chosen])
     condition = given.select(chosen.tolist()).values()
-    healed = heal(pipeline, images, condition=condition, seed=seed)
+    healed = heal_images(pipeline, images, condition=condition, seed=seed)
     panels = {"healed": healed.images.cpu(), "difference": apply_colormap(healed.difference.cpu())}
     if pipeline.tokenizer.placed:
-        heat = anomaly_map(pipeline, images, condition=condition, method=kind).cpu()
-        panels = {TITLES[kind]: apply_colormap(heat / heat.amax().clamp(min=1e-6)), **panels}
+        how: Any = {"condition": condition}
+        heat = (
+            map_bits(pipeline, images, **how) if kind == "bits" else anomaly_map(pipeline, images, method=kind, **how)
+        )
+        panels = {TITLES[kind]: apply_colormap(heat.cpu() / heat.amax().cpu().clamp(min=1e-6)), **panels}
     chosen_channels = show_of(pipeline.tokenizer)
     panels["healed"] = shown_channels(panels["healed"], chosen_channels)
     shown = shown_channels(images, chosen_channels)

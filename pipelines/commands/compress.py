@@ -12,22 +12,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from tokenizer.base import LikelihoodError
 
-from ..compression.coding import chunk_images, exact_pixels, write_images
+from ..compression.coding import chunk_images, exact_pixels, sizes_of, whole_image, write_images, write_tiles
 from ..compression.container import StreamError
 from ..condition_keys import UsesCondition
-from ..config import OutputConfig, UserError, run_command
+from ..config import OutputConfig, UserError, run_command, tell
 from ..config.table import count_of
 from ..files import Output, lock_output
 from ..images import to_float
 from ..images.arrays import require_plain
 from ..images.decoding import open_image
+from ..images.tiles import LazyImages
 from ..options import REMOVE, UsesPipeline, find_image_files, read_images
 
 
@@ -35,7 +35,7 @@ class CompressConfig(UsesCondition, UsesPipeline, OutputConfig):
     """Which images, which pipeline, and the output file."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=my-images.smalti",)
-    often = "pipeline images out overwrite condition.NAME conditions lossless resize device"
+    often = "pipeline images out overwrite condition.NAME conditions lossless resize tile device"
 
     images: str = Field(description="folder of images of the pipeline's size, or one image; file names are kept")
     out: str = Field(
@@ -47,10 +47,16 @@ class CompressConfig(UsesCondition, UsesPipeline, OutputConfig):
         "false: keep only the tokens",
     )
     resize: bool = Field(False, description="resize and crop images of another size; false: refuse them")
+    tile: bool = Field(
+        False,
+        description="take images of any size from the pipeline's on, as tiles side by side; lossy ones may show seams",
+    )
 
 
 def run(config: CompressConfig) -> Path:
     """Compress the images and return the file."""
+    if config.tile and config.resize:
+        raise UserError("tile: keeps the size of images, which resize=true changes; give one of them")
     root = Path(config.images)
     paths = find_image_files([config.images])
     names = [name_restored(path.relative_to(root if root.is_dir() else root.parent)) for path in paths]
@@ -66,15 +72,32 @@ def run(config: CompressConfig) -> Path:
             images = [read_image(path, shape, config) for path in paths[first : first + size]]
             yield torch.stack(images).to(pipeline.device)
 
+    def read_whole(number: int) -> Tensor:
+        try:
+            return whole_image(open_image(paths[number]), shape[0], config.lossless)
+        except Exception as error:  # as in `read_image`
+            raise UserError(f"images: {paths[number]}: {error}{REMOVE}") from error
+
+    whole, sizes = LazyImages(len(paths), read_whole, lambda k: f"images: {paths[k]}"), [shape[1:]] * len(paths)
+    if config.tile:
+        try:
+            sizes = sizes_of(whole, shape)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if {*sizes} == {shape[1:]}:
+            tell("tile: not needed, because all images have the size of the pipeline")
     began = time.monotonic()
     try:
         with lock_output(config.out), out.file() as temporary, open(temporary, "wb") as file:
             options: dict[str, Any] = {"lossless": config.lossless, "names": names, "condition": given.values()}
-            written = write_images(pipeline, file, parts(), len(paths), **options)
+            if config.tile:
+                written = write_tiles(pipeline, file, whole, sizes, **options)
+            else:
+                written = write_images(pipeline, file, parts(), len(paths), **options)
     except (StreamError, LikelihoodError) as error:
         raise UserError(str(error)) from error
     before, seconds = sum(path.stat().st_size for path in paths), time.monotonic() - began
-    bits = 8 * written / (len(paths) * int(np.prod(shape)))
+    bits = 8 * written / (shape[0] * sum(height * width for height, width in sizes))
     what = "every pixel" if config.lossless else "tokens, which decompress to reconstructions"
     print(
         f"{config.out}: {count_of(len(paths), 'image')}, {written:,} bytes (before: {before:,}), "
@@ -98,7 +121,8 @@ def read_image(path: Path, shape: tuple[int, int, int], config: CompressConfig) 
     try:
         return to_float(exact_pixels(open_image(path), shape, config.lossless))
     except Exception as error:  # damaged files make Pillow raise almost anything
-        hint = "; resize=true resizes and crops images" if "pixels" in str(error) else REMOVE
+        hint = "; resize=true resizes and crops images, tile=true cuts them into tiles"
+        hint = hint if "pixels" in str(error) else REMOVE
         raise UserError(f"images: {path}: {error}{hint}") from error
 
 

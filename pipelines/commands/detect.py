@@ -19,7 +19,7 @@ from ..anomaly.calibration import Calibration, digest_of_pixels, require_calibra
 from ..anomaly.conformal import benjamini_hochberg
 from ..anomaly.distances import CalibrationError
 from ..anomaly.ground_truth import find_masks, measure_defects, read_mask
-from ..anomaly.healing import anomaly_map
+from ..anomaly.healing import map_bits, map_large
 from ..anomaly.image_statistics import measure
 from ..anomaly.maps import map_calibrated
 from ..anomaly.scores import MAPPED, WHOLE, p_value_of, require_scores, score_of, score_tiles
@@ -229,13 +229,13 @@ def compare_truth(
     files, condition = [Path(name) for name in images.names], images.given.values()
     if stride is None:
         if not maps:
-            maps = list(anomaly_map(pipeline, to_float(images.pixels), condition=condition).cpu().float().numpy())
+            maps = list(map_bits(pipeline, to_float(images.pixels), condition=condition).cpu().float().numpy())
         return maps, [read_mask(*pair, maps[0].shape) for pair in zip(masks, files, strict=True)]
     bits, truth = list[NDArray[np.float32]](), list[NDArray[np.bool_]]()
     for number, (mask, file) in enumerate(zip(masks, files, strict=True)):
         some, own = images.pixels.select([number]), images.given.select([number]).values()
         if not maps:
-            (found,) = anomaly_map(pipeline, some, condition=own, stride=stride)
+            (found,) = map_large(pipeline, some, condition=own, stride=stride)
             bits.append(reduce_map(found.cpu()).numpy())
         truth.append(reduce_mask(read_mask(mask, file, some.load(0).shape[1:])))
     return maps or bits, truth
@@ -264,6 +264,8 @@ def find_all_masks(config: DetectConfig, images: Found, anomalous: NDArray[np.bo
 
 def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
     """Read the given images, or the held-out ones. Raises `UserError`."""
+    if config.paths and pipeline.frames > 1:
+        raise UserError("images: files of clips are not scored; omit images= for the held-out clips of data.source")
     if config.paths:
         trained = trained_data(pipeline.provenance)
         if trained is not None and any(resolve_source(path) == resolve_source(trained.source) for path in config.paths):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -140,7 +141,7 @@ def mean_patches(tokenizer: Any, images: Tensor, count: int) -> tuple[list[int],
     shape, part = (tokenizer.grid.scales or [tokenizer.grid.shape])[-1], -1 if tokenizer.grid.scales else 0
     tokens = tokenizer.encode(images)
     decoded = tokenizer.decode(tokens).cpu()
-    h, w = images.shape[2] * tokenizer.levels // shape[0], images.shape[3] // shape[1]
+    h, w = images.shape[2] * tokenizer.levels // math.prod(shape[:-1]), images.shape[3] // shape[-1]
     around = F.unfold(F.pad(decoded, (w, w, h, h), mode="replicate"), (3 * h, 3 * w), stride=(h, w)).mT.flatten(0, 1)
     ids = tokens.flatten(1).split(tokenizer.parts, 1)[part].flatten().cpu()
     used, counts = ids.unique(return_counts=True)

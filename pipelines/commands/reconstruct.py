@@ -1,28 +1,48 @@
-"""Reconstruct held-out images with a tokenizer; draw them beside the originals, and measure quality."""
+"""Reconstruct held-out images with a tokenizer; draw them beside the originals, and measure quality.
+
+With tile=true, images keep their size, and overlapping tiles are blended. A stride of a whole tile leaves seams.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from pydantic import Field
+from torch import Tensor
 
-from ..config import OutputConfig, run_command
+from tokenizer import Tokenizer
+from tokenizer.base import codebook_usage
+from tokenizer.losses import pixel_losses, psnr
+
+from ..anomaly.sheets import draw_rows, factor_of
+from ..config import OutputConfig, UserError, run_command
 from ..files import Output
-from ..images.pictures import SUFFIXES, write_picture
+from ..images import ImageDataset, to_float
+from ..images.blending import decode_image, encode_image
+from ..images.pictures import SUFFIXES, show_of, shown_channels, write_picture
+from ..images.tiles import load_image
 from ..metrics.reconstruction import SOME, evaluate_reconstruction, reconstruction_picture
-from ..options import UsesTokenizer
+from ..options import TileSettings, UsesTokenizer
 from ..provenance import find_protected_folder, tokenizer_defaults
+from ..shuffling import spread
+
+BATCH = 256  # tiles that are reconstructed at a time
 
 
-class ReconstructConfig(UsesTokenizer, OutputConfig):
+class ReconstructConfig(UsesTokenizer, TileSettings, OutputConfig):
     """Which tokenizer, and which images."""
 
     examples = (
         "tokenizer=runs/vqvae_digits/tokenizer",
         "tokenizer=runs/vqvae_digits/tokenizer data.source=my-images num_images=8",
     )
-    often = "tokenizer out overwrite data.source num_images device"
+    often = "tokenizer out overwrite data.source num_images tile stride device"
 
     out: str = Field("reconstructions.png", description="picture to write")
     num_images: int = Field(32, ge=1, le=1024, description="number of images in the picture")
@@ -30,19 +50,53 @@ class ReconstructConfig(UsesTokenizer, OutputConfig):
 
 def run(config: ReconstructConfig) -> dict[str, Any]:
     """Write the picture; print figures; return PSNR (dB), losses, codebook usage and perplexity of all held-out images,
-    and SSIM of some."""
+    and SSIM of some images unless they are cut into tiles."""
     out = Output(config.out, [find_protected_folder(config.tokenizer), config.data.path], config.overwrite)
     out.check_file(SUFFIXES)
-    tokenizer, images = config.load_with_images()
-    figures = evaluate_reconstruction(tokenizer, images, ssim_images=SOME)
-    picture = reconstruction_picture(tokenizer, images, config.num_images)
+    tokenizer, images = config.load_with_images(whole=config.tile)
+    stride = config.choose_stride(tokenizer.image_shape)
+    if stride is None:
+        figures = evaluate_reconstruction(tokenizer, images, ssim_images=SOME)
+        picture = reconstruction_picture(tokenizer, images, config.num_images)
+    else:
+        figures, picture = reconstruct_tiles(tokenizer, images, stride, config.num_images)
     with out.file() as path:
         write_picture(picture, path)
+    similarity = f"SSIM {figures['ssim']:.3f}, " if "ssim" in figures else ""
     print(
         f"{config.out}: PSNR {figures['psnr']:.2f} dB over {len(images):,} held-out images, "
-        f"SSIM {figures['ssim']:.3f}, {figures['codebook_usage']:.1%} of {tokenizer.grid.vocab_size} codes used"
+        f"{similarity}{figures['codebook_usage']:.1%} of {tokenizer.grid.vocab_size} codes used"
     )
     return figures
+
+
+@torch.inference_mode()
+def reconstruct_tiles(
+    tokenizer: Tokenizer, images: ImageDataset, stride: int, count: int
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Reconstruct images by their tiles, one after another. Return figures, and a picture of `count` evenly spread
+    images beside their reconstructions, reduced to at most 512 pixels a side. Raises `UserError` for an image that is
+    smaller than a tile."""
+    several, chosen = images.whole_images(np.arange(len(images))), set(spread(len(images), count).tolist())
+    ids, sums = torch.zeros(tokenizer.grid.vocab_size, dtype=torch.long), Counter[str]()
+    rows, names = list[list[Tensor]](), list[list[str]]()
+    for number in range(len(several)):
+        try:
+            image = to_float(load_image(several, number, tokenizer.image_shape))
+        except ValueError as error:
+            raise UserError(f"data: {error}") from error
+        tokens = encode_image(tokenizer, image, stride, BATCH)
+        ids += torch.bincount(tokens.flatten().cpu(), minlength=len(ids))
+        decoded = decode_image(tokenizer, tokens, image.shape[1:], stride, BATCH).cpu()
+        found = {"psnr": psnr(decoded[None], image[None]).mean(), **pixel_losses(decoded, image)}
+        sums.update({name: float(value) for name, value in found.items()})
+        if number in chosen:
+            pair = shown_channels(torch.stack([image, decoded]), show_of(tokenizer))
+            rows.append(list(F.avg_pool2d(pair, factor_of(image.shape[1:]), ceil_mode=True)))
+            names.append([Path(several.name(number)).name, "reconstruction"])
+    figures: dict[str, Any] = {name: total / len(several) for name, total in sums.items()}
+    figures |= {f"codebook_{name}": float(value) for name, value in codebook_usage(ids).items()}
+    return figures, draw_rows(rows, names)
 
 
 main = partial(

@@ -26,8 +26,9 @@ from tokenizer.base import LikelihoodError
 from tokenizer.likelihoods import to_values
 from tokenizer.precision import finest, in_finest
 
-from ..condition_values import GivenCondition, name_given
-from ..images.decoding import pixels_of
+from ..condition_values import GivenCondition, check_places, name_given, rows_of_tiles
+from ..images.decoding import pixels_of, whole_pixels
+from ..images.tiles import LazyImages, Place, cut_tiles, load_image, place_of, tile_places
 from .codec import Decoder, Encoder, SymbolCoder, constriction
 from .container import Chunk, DamagedStream, Header, ModelMismatch, StreamError, read_stream, write_stream
 
@@ -51,18 +52,33 @@ def exact_pixels(image: PILImage, shape: tuple[int, int, int], lossless: bool) -
     if lossless, for content that 8 bits per channel cannot represent: another mode, a transparent colour, or 16 bits
     per channel, which Pillow silently reduces to 8."""
     channels, height, width = shape
-    modes = ("L", "1") if channels == 1 else ("RGB",)
-    halved = any(str(tile[3]).endswith(";16B") for tile in getattr(image, "tile", ()))
+    problem = find_inexact(image, channels) if lossless else None
     upright = ImageOps.exif_transpose(image)
     if upright.size != (width, height):
         found = f"{upright.width} x {upright.height}"
         raise ValueError(f"the pipeline's images are {width} x {height} pixels, this one is {found}")
-    if lossless and image.mode not in modes:
-        raise ValueError(f"lossless compression needs images of mode {modes[0]} here, this one is {image.mode}")
-    if lossless and (halved or "transparency" in image.info):
-        what = "16 bits per channel" if halved else "a transparent colour"
-        raise ValueError(f"lossless compression needs 8 bits per channel, this image has {what}")
+    if problem:
+        raise ValueError(problem)
     return torch.from_numpy(pixels_of(upright, shape).copy())
+
+
+def find_inexact(image: PILImage, channels: int) -> str | None:
+    """Return what 8 bits per channel cannot represent, or None; see `exact_pixels`."""
+    modes = ("L", "1") if channels == 1 else ("RGB",)
+    halved = any(str(tile[3]).endswith(";16B") for tile in getattr(image, "tile", ()))
+    if image.mode not in modes:
+        return f"lossless compression needs images of mode {modes[0]} here, this one is {image.mode}"
+    if halved or "transparency" in image.info:
+        what = "16 bits per channel" if halved else "a transparent colour"
+        return f"lossless compression needs 8 bits per channel, this image has {what}"
+    return None
+
+
+def whole_image(image: PILImage, channels: int, lossless: bool) -> Tensor:
+    """Convert an image of any size to uint8 `(C, H, W)`; see `exact_pixels`."""
+    if lossless and (problem := find_inexact(image, channels)):
+        raise ValueError(problem)
+    return torch.from_numpy(whole_pixels(image, channels).copy())
 
 
 def check_exact(images: Tensor) -> None:
@@ -109,6 +125,16 @@ def read_condition(pipeline: ImagePipeline, condition: GivenCondition, count: in
     return rows, bytes.fromhex(digest_condition(rows))[:8] if given else b""
 
 
+def rows_of_stream(pipeline: ImagePipeline, rows: Condition, header: Header) -> Condition:
+    """Return the raw columns and labels of what is coded: of images, or of their tiles, which know their places."""
+    if header.sizes is None:
+        return rows
+    tile, places = header.image, list[Place]()
+    for number, size in enumerate(header.sizes):
+        places += [place_of(number, *corner, size, tile) for corner in tile_places(size, tile, tile[1:])]
+    return rows_of_tiles(rows, places, check_places(pipeline.conditions, rows))
+
+
 class Models:
     """A pipeline's models in float64 (which autocast does not change), which code symbols while they are evaluated.
 
@@ -151,7 +177,7 @@ class Models:
         for channel in range(pixels.shape[1]):
             for some, values in zip(tokens.split(PIXEL_IMAGES), pixels.split(PIXEL_IMAGES), strict=True):
                 logs = self.tokenizer.value_log_probs(some, values, channel).double()
-                found = coder.code(logs.movedim(1, -1).flatten(0, 2), values[:, channel].flatten())
+                found = coder.code(logs.movedim(1, -1).flatten(0, 2), values[:, channel].clone().flatten())
                 values[:, channel] = found.view_as(values[:, channel])
 
     @torch.inference_mode()
@@ -233,19 +259,23 @@ def write_images(
     condition: GivenCondition = None,
     lossless: bool = False,
     names: Sequence[str] = (),
+    sizes: Sequence[tuple[int, int]] | None = None,
     progress: bool = True,
 ) -> int:
     """Write a stream of `count` images, given in `parts` of `chunk_images`; return its size in bytes.
 
-    condition: values of columns, one for all images or one per image, without which the stream cannot be decoded.
-    lossless: decoding returns the exact 8-bit images instead of reconstructions. Raises `LikelihoodError` if lossless
-    is impossible, and `StreamError` if the coder is not installed or a name is not a valid file name.
+    sizes: (height, width) of each image; `parts` then contain the tiles of all images. condition: values of columns,
+    one for all images or one per image, without which the stream cannot be decoded. lossless: decoding returns the
+    exact 8-bit images instead of reconstructions. Raises `LikelihoodError` if lossless is impossible, and `StreamError`
+    if the coder is not installed or a name is not a valid file name.
     """
     constriction()
     models = Models(pipeline, residual=has_residual(pipeline, lossless))
     shape = pipeline.tokenizer.image_shape
     rows, digest = read_condition(pipeline, condition, count)
     header = Header(identify(pipeline), shape, count, chunk_images(pipeline), models.residual, tuple(names), digest)
+    header = header if sizes is None else header._replace(sizes=tuple(sizes))
+    rows = rows_of_stream(pipeline, rows, header)
 
     def chunks() -> Iterator[Chunk]:
         for index, part in zip(iterate_chunks(header, progress), parts, strict=False):
@@ -257,6 +287,33 @@ def write_images(
     return write_stream(file, header, chunks())
 
 
+def write_tiles(
+    pipeline: ImagePipeline, file: BinaryIO, images: LazyImages, sizes: Sequence[tuple[int, int]], **options: Any
+) -> int:
+    """Write a stream of images by tiles that lie side by side; return its size in bytes. sizes: from `sizes_of`.
+    options: as in `write_images`."""
+    shape, size = pipeline.tokenizer.image_shape, chunk_images(pipeline)
+    loaded = ((number, load_image(images, number, shape)) for number in range(len(images)))
+    parts = (tiles.to(pipeline.device) for tiles, _ in cut_tiles(loaded, shape, shape[1:], size))
+    return write_images(pipeline, file, parts, len(images), sizes=sizes, **options)
+
+
+def sizes_of(images: LazyImages, shape: tuple[int, int, int]) -> list[tuple[int, int]]:
+    """Return (height, width) of each image. Raises `ValueError` for one that is smaller than a tile of `shape`."""
+    found = [load_image(images, number, shape).shape for number in range(len(images))]
+    return [(height, width) for _, height, width in found]
+
+
+def join_tiles(parts: Iterable[Tensor], header: Header) -> Iterator[Tensor]:
+    """Yield each image, `(1, C, H, W)`, of the tiles `(n, C, h, w)` of all images."""
+    tiles, shape = (tile for part in parts for tile in part), header.image
+    for size in header.sizes or ():
+        image = torch.empty(1, shape[0], *size)
+        for top, left in tile_places(size, shape, shape[1:]):
+            image[0, :, top : top + shape[1], left : left + shape[2]] = next(tiles)
+        yield image
+
+
 def read_images(
     pipeline: ImagePipeline,
     data: bytes,
@@ -266,7 +323,8 @@ def read_images(
     max_images: int | None = None,
     progress: bool = True,
 ) -> tuple[Header, Iterator[Tensor]]:
-    """Return the header of a stream, and an iterator over the images of each chunk, float `(n, C, H, W)` in [-1, 1].
+    """Return the header of a stream, and an iterator over the images of each chunk, float `(n, C, H, W)` in [-1, 1], or
+    over single images of any size if they were cut into tiles.
     Raises `StreamError` if the stream is damaged, from another pipeline, made with another `condition` or has more than
     `max_images`, or, while iterating, if this machine computes different probabilities."""
     header, chunks = read_stream(data)
@@ -274,27 +332,30 @@ def read_images(
         theirs = "x".join(map(str, header.image))
         raise ModelMismatch(f"the stream was made by another pipeline, for images of {theirs}")
     most = chunk_images(pipeline)
-    if min(header.images, header.chunk_images) > most:  # the prior's state for a whole chunk is in memory at once
+    if min(header.num_coded, header.chunk_images) > most:  # the prior's state for a whole chunk is in memory at once
         raise StreamError(f"the stream has {header.chunk_images} images per chunk; this pipeline allows {most}")
+    if header.sizes is not None and header.image != pipeline.tokenizer.image_shape:
+        raise DamagedStream("the stream is damaged: its tiles have another size than the pipeline's images")
     if header.lossless and not pipeline.tokenizer.has_likelihood:
         raise DamagedStream("the stream is damaged: this pipeline has no likelihood of pixels")
     if max_images is not None and header.images > max_images:
         raise StreamError(f"the stream has {header.images} images, the limit is {max_images}")
     rows, digest = read_condition(pipeline, condition, header.images)
     check_condition(pipeline, header, digest)
+    rows = rows_of_stream(pipeline, rows, header)
     constriction()
     models = Models(pipeline, residual=header.lossless)
 
     def images() -> Iterator[Tensor]:
         for index in iterate_chunks(header, progress):
-            count = min(header.chunk_images, header.images - index * header.chunk_images)
+            count = min(header.chunk_images, header.num_coded - index * header.chunk_images)
             tokens, pixels = models.decode(chunks[index], count, models.rows_of(rows, header, index), batch_size)
             if pixels is None:
-                yield pipeline.decode(tokens, output_type="pt")
+                yield pipeline.decode_batch(tokens)
             else:
                 yield pixels.to(pipeline.device).float() / 127.5 - 1
 
-    return header, images()
+    return header, images() if header.sizes is None else join_tiles(images(), header)
 
 
 def check_condition(pipeline: ImagePipeline, header: Header, digest: bytes) -> None:
@@ -318,13 +379,16 @@ def decompress(
     batch_size: int | None = None,
     max_images: int | None = None,
     progress: bool = True,
-) -> Tensor:
-    """Decompress all images of a stream, float `(B, C, H, W)` in [-1, 1]. Raises `StreamError`, also for more than
+) -> Tensor | list[Tensor]:
+    """Decompress all images of a stream, float `(B, C, H, W)` in [-1, 1]; or, if it consists of tiles, a list of images
+    `(1, C, H, W)` of any size. Raises `StreamError`, also for more than
     `max_images`, and `ValueError` for a batch size below 1."""
     if batch_size is not None:
         check_count(batch_size, "batch_size")
     options: dict[str, Any] = {"batch_size": batch_size, "max_images": max_images, "progress": progress}
-    _, parts = read_images(pipeline, data, condition=condition, **options)
+    header, parts = read_images(pipeline, data, condition=condition, **options)
+    if header.sizes is not None:
+        return list(parts)
     return torch.cat([torch.empty(0, *pipeline.tokenizer.image_shape, device=pipeline.device), *parts])
 
 

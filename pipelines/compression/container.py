@@ -1,14 +1,19 @@
 """The container format of compressed images: a header, the names of the images, and chunks of coded tokens.
 
-stream   "smalti\\0" | version u8 | section of the header | section of the names | section of a chunk ...
+stream   "smalti\\0" | version u8 | section of the header | section of the names [| section of the sizes]
+         | section of a chunk ...
 section  length u32 | content | CRC-32 of the content u32
 header   pipeline 16 B | image c, h, w u16 | images u32 | images of a chunk u16 | lossless u8 [| condition 8 B]
 names    UTF-8, separated by zero bytes; empty without names
+sizes    height u16, width u16 of each image
 chunk    CRC-32 of the decoded data u32 | exceptions u32 | bytes of tokens u32 | exceptions u32 ... | tokens | pixels
 
-Only a stream of version 2 has `condition`, the first bytes of the sha256 of the columns that images are conditioned on
-(`digest_condition`), with the rows of all images in order; the reader must have these columns. Numbers are
-little-endian. Every length is checked against the rest of the stream, and every checksum before anything is decoded.
+Only streams of versions 2 and 3 have `condition`, the first bytes of the sha256 of the columns that images are
+conditioned on (`digest_condition`), with the rows of all images in order; the reader must have these columns. In
+version 3 they are zero without a condition. Only a stream of version 3 has `sizes`: its chunks contain, instead of
+images, the tiles of `image` that cover each of them side by side, from the upper left, the last ones flush with its
+border. Numbers are little-endian. Every length is checked against the rest of the stream, and every checksum before
+anything is decoded.
 Checksums detect damage, not malice.
 """
 
@@ -25,10 +30,14 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-MAGIC, VERSION, VERSION_WITH_CONDITION = b"smalti\0", 1, 2
+from ..images.decoding import MAX_PIXELS, MAX_SIDE
+
+MAGIC, VERSION, VERSION_WITH_CONDITION, VERSION_WITH_TILES = b"smalti\0", 1, 2, 3
+NO_CONDITION = bytes(8)
 MAX_PART = 255  # maximum length of a file or folder name, in bytes
 NUMBER, CHUNK = struct.Struct("<I"), struct.Struct("<III")
-HEADERS = {VERSION: struct.Struct("<16s3HIH?"), VERSION_WITH_CONDITION: struct.Struct("<16s3HIH?8s")}
+PLAIN, CONDITIONED = struct.Struct("<16s3HIH?"), struct.Struct("<16s3HIH?8s")
+HEADERS = {VERSION: PLAIN, VERSION_WITH_CONDITION: CONDITIONED, VERSION_WITH_TILES: CONDITIONED}
 
 
 class StreamError(ValueError):
@@ -46,7 +55,8 @@ class ModelMismatch(StreamError):
 class Header(NamedTuple):
     """The header of a stream. pipeline: 16 bytes that identify it; image: (C, H, W); lossless: whether chunks contain
     pixels in addition to tokens; names: of all images, or empty; condition: 8 bytes that identify the condition of the
-    images, without which they cannot be decoded, or empty."""
+    images, without which they cannot be decoded, or empty; sizes: (height, width) of each image if tiles of the shape
+    `image` cover it, or None."""
 
     pipeline: bytes
     image: tuple[int, int, int]
@@ -55,11 +65,20 @@ class Header(NamedTuple):
     lossless: bool
     names: tuple[str, ...]
     condition: bytes = b""
+    sizes: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def num_coded(self) -> int:
+        """Number of images in all chunks, or of tiles."""
+        if self.sizes is None:
+            return self.images
+        _, height, width = self.image
+        return sum(-(-down // height) * -(-right // width) for down, right in self.sizes)
 
     @property
     def num_chunks(self) -> int:
         """Number of chunks; all except the last are full."""
-        return -(-self.images // self.chunk_images)
+        return -(-self.num_coded // self.chunk_images)
 
 
 class Chunk(NamedTuple):
@@ -76,15 +95,21 @@ def write_stream(file: BinaryIO, header: Header, chunks: Iterable[Chunk]) -> int
     """Write a stream, one chunk at a time, and return its size in bytes. Raises `StreamError` for invalid names before
     anything is written."""
     check_names(header)
-    pipeline, image, images, chunk_images, lossless, names, condition = header
+    pipeline, image, images, chunk_images, lossless, names, condition, sizes = header
     version, last = (VERSION_WITH_CONDITION, [condition]) if condition else (VERSION, [])
-    size = file.write(MAGIC + bytes([version]))
+    if sizes is not None:
+        version, last = VERSION_WITH_TILES, [condition or NO_CONDITION]
+        if problem := find_size_problem(header):
+            raise StreamError(problem)
+    written = file.write(MAGIC + bytes([version]))
     fields = HEADERS[version].pack(pipeline, *image, images, chunk_images, lossless, *last)
-    size += file.write(pack_section(fields)) + file.write(pack_section("\0".join(names).encode()))
+    written += file.write(pack_section(fields)) + file.write(pack_section("\0".join(names).encode()))
+    if sizes is not None:
+        written += file.write(pack_section(np.array(sizes, "<u2").tobytes()))
     for exceptions, tokens, pixels, digest in chunks:
-        sizes = CHUNK.pack(digest, len(exceptions), len(tokens))
-        size += file.write(pack_section(b"".join((sizes, exceptions.astype("<u4").tobytes(), tokens, pixels))))
-    return size
+        lengths = CHUNK.pack(digest, len(exceptions), len(tokens))
+        written += file.write(pack_section(b"".join((lengths, exceptions.astype("<u4").tobytes(), tokens, pixels))))
+    return written
 
 
 def pack_section(content: bytes) -> bytes:
@@ -98,9 +123,11 @@ def read_stream(data: bytes) -> tuple[Header, list[Chunk]]:
         raise StreamError("not a file written by smalti compress" if data else "the file is empty")
     reader = Reader(memoryview(data)[len(MAGIC) :])
     if (version := reader.take(1)[0]) not in HEADERS:
-        read = " and ".join(map(str, HEADERS))
+        read = f"{min(HEADERS)} to {max(HEADERS)}"
         raise StreamError(f"the stream has format version {version}; this version of smalti reads versions {read}")
     header = read_header(HEADERS[version], reader.section(), reader.section())
+    if version == VERSION_WITH_TILES:
+        header = read_sizes(header, reader.section())
     chunks = [read_chunk(reader.section()) for _ in range(header.num_chunks)]
     if len(reader.left):
         raise DamagedStream(f"{len(reader.left)} bytes follow the end of the stream")
@@ -141,6 +168,33 @@ def read_header(form: struct.Struct, fields: memoryview, names: memoryview) -> H
     header = Header(pipeline, (channels, height, width), images, chunk_images, lossless, called, *condition)
     check_names(header)
     return header
+
+
+def read_sizes(header: Header, content: memoryview) -> Header:
+    """Parse and check the sizes of images that are covered by tiles."""
+    if len(content) != 4 * header.images:
+        raise DamagedStream(f"the stream is damaged: {len(content)} bytes for the sizes of {header.images} images")
+    sizes = tuple((int(down), int(right)) for down, right in np.frombuffer(content, "<u2").reshape(-1, 2))
+    condition = b"" if header.condition == NO_CONDITION else header.condition
+    header = header._replace(condition=condition, sizes=sizes)
+    if problem := find_size_problem(header):
+        raise DamagedStream(f"the stream is damaged: {problem}")
+    return header
+
+
+def find_size_problem(header: Header) -> str | None:
+    """Return why tiles cannot cover images of these sizes, or None."""
+    _, height, width = header.image
+    if not height or not width:
+        return "its tiles have no pixels"
+    if header.sizes is not None and len(header.sizes) != header.images:
+        return f"got {len(header.sizes)} sizes for {header.images} images"
+    for number, (down, right) in enumerate(header.sizes or ()):
+        if down < height or right < width:
+            return f"image {number}: {down} x {right} pixels, smaller than a tile of {height} x {width}"
+        if max(down, right) > MAX_SIDE or down * right > MAX_PIXELS:
+            return f"image {number}: {down} x {right} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} per side"
+    return None
 
 
 def read_chunk(content: memoryview) -> Chunk:

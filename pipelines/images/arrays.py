@@ -1,4 +1,4 @@
-"""Images of more than 8 bits or with other than 1 or 3 channels: NumPy arrays, 16-bit PNG, and TIFF with several pages.
+"""Images of more than 8 bits or with other than 1 or 3 channels: NumPy arrays, 16-bit PNG, and TIFF.
 
 Their values keep their type while they are read, resized and cropped; then `Values` maps their range to [-1, 1].
 """
@@ -6,20 +6,23 @@ Their values keep their type while they are read, resized and cropped; then `Val
 from __future__ import annotations
 
 import io
+import logging
+import math
 import zipfile
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLESPERPIXEL, TiffImageFile
 
 from ..config import UserError
 from .decoding import (
+    CHUNK,
     MAX_FILE,
     MAX_PIXELS,
     MAX_SIDE,
@@ -27,6 +30,10 @@ from .decoding import (
     WHITE_IS_ZERO,
     WORKERS,
     Payload,
+    Rows,
+    Single,
+    Unsupported,
+    Window,
     enlarged_size,
     open_image,
     read_file,
@@ -36,7 +43,11 @@ Array = NDArray[Any]
 ValueType = Literal["uint8", "uint16", "float32"]
 NUMPY, ZIP = b"\x93NUMPY", b"PK"
 """The first bytes of `.npy` and `.npz` files."""
+PNG, TIFF = b"\x89PNG", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+COLOURS = (1, 2, 5)
+"""Values of PHOTOMETRIC_INTERPRETATION that are read as they are: grey, RGB, and inks."""
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # it prints lines about damaged files
 
 
 class Values(NamedTuple):
@@ -73,6 +84,8 @@ def is_plain(tokenizer: Any) -> bool:
 
 def require_plain(tokenizer: Any, verb: str) -> None:
     """Raise `UserError` for a verb that reads and writes pictures only."""
+    if tokenizer.frames > 1:
+        raise UserError(f"{verb}: takes images, not clips of {tokenizer.frames} frames (the Python methods take clips)")
     if not is_plain(tokenizer):
         raise UserError(
             f"{verb}: takes 8-bit images with 1 or 3 channels; those of this tokenizer have {tokenizer.image_shape[0]} "
@@ -90,13 +103,15 @@ def type_name(tokenizer: Any) -> str:
 
 
 def is_array(payload: Payload) -> bool:
-    """Whether an encoded image is a `.npy` or `.npz` file."""
+    """Whether an encoded image is a `.npy` or `.npz` file, or an array other than 8-bit grey."""
+    if isinstance(payload, np.ndarray):
+        return payload.ndim != 2 or payload.dtype != np.uint8
     if isinstance(payload, Path):
         return payload.suffix.lower() in (".npy", ".npz")
     return isinstance(payload, bytes) and payload.startswith((NUMPY, ZIP))
 
 
-def decode_array(payload: Payload | Image.Image, shape: tuple[int, int, int], values: Values | None) -> Array:
+def decode_array(payload: Single | Image.Image, shape: tuple[int, int, int], values: Values | None) -> Array:
     """Return an image of `shape` (C, H, W), resized and cropped at the centre: float32 in [-1, 1], or uint8 without
     `values`. Raises `ValueError` for another type or number of channels, and for values that are not finite."""
     channels, height, width = shape
@@ -105,7 +120,7 @@ def decode_array(payload: Payload | Image.Image, shape: tuple[int, int, int], va
 
 
 def decode_whole_array(
-    payload: Payload | Image.Image, channels: int, values: Values | None, least: tuple[int, int] = (1, 1)
+    payload: Single | Image.Image, channels: int, values: Values | None, least: tuple[int, int] = (1, 1)
 ) -> Array:
     """Like `decode_array`, but at the image's own size; an image with a side below `least` (height, width) is enlarged
     until it has both."""
@@ -114,10 +129,12 @@ def decode_whole_array(
     return array if values is None else values.to_unit(array)
 
 
-def read_values(payload: Payload | Image.Image, channels: int, values: Values | None) -> Array:
+def read_values(payload: Single | Image.Image, channels: int, values: Values | None) -> Array:
     """Return the values (C, H, W) of an image as stored. Raises `ValueError` as `decode_array` does."""
     array = channels_first(read_array(payload, channels), channels)
     wanted, found = "uint8" if values is None else values.dtype, type_of(array.dtype)
+    if found not in get_args(ValueType):
+        raise ValueError(f"its values are {found}; convert them to uint8, uint16 or floats")
     if found != wanted:
         raise ValueError(f"its values are {found}, not {wanted} (data.dtype)")
     if max(array.shape[1:]) > MAX_SIDE or array[0].size > MAX_PIXELS:
@@ -126,7 +143,7 @@ def read_values(payload: Payload | Image.Image, channels: int, values: Values | 
     return array
 
 
-def read_array(payload: Payload | Image.Image, channels: int) -> Array:
+def read_array(payload: Single | Image.Image, channels: int) -> Array:
     """Return the values of an encoded image as stored: (H, W), (H, W, C) or (C, H, W)."""
     if isinstance(payload, np.ndarray):
         return payload
@@ -141,7 +158,14 @@ def read_array(payload: Payload | Image.Image, channels: int) -> Array:
         raise ValueError("not a file of NumPy's format")
     if data is None:
         raise ValueError(NO_IMAGE)
-    return read_pages(open_image(data, deep=True), channels)
+    try:
+        return read_pages(open_image(data, deep=True), channels)
+    except Unsupported:
+        if isinstance(data, bytes) and data.startswith(PNG):
+            return read_png(data)
+        if isinstance(data, bytes) and data.startswith(TIFF):
+            return read_tiff(data, channels)
+        raise
 
 
 def read_npy(data: bytes) -> Array:
@@ -184,25 +208,77 @@ def read_pages(image: Image.Image, channels: int) -> Array:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"a page of {image.width} x {image.height} pixels; the limit is {MAX_PIXELS}")
         pages.append(read_page(image))
+    return join_pages(pages)
+
+
+def join_pages(pages: list[Array]) -> Array:
+    """Return the pages of a TIFF as channels of one array. Raises `ValueError` if they differ."""
     if len({(page.shape, page.dtype) for page in pages}) > 1:
         raise ValueError("a TIFF whose pages differ in size or type")
     return pages[0] if len(pages) == 1 else np.concatenate([np.atleast_3d(page) for page in pages], axis=2)
 
 
+def read_png(data: bytes) -> Array:
+    """Return the values (H, W, C) of a PNG of 16-bit colours."""
+    import torch
+    from torchvision.io import decode_png
+
+    found = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), apply_exif_orientation=True)
+    return np.moveaxis(found.numpy(), 0, -1)
+
+
+def read_tiff(data: bytes, channels: int) -> Array:
+    """Return the values of a TIFF, (H, W) or (H, W, C), as `read_pages` does, with the package tifffile. Raises
+    `UserError` without it, and `ValueError` for more than `channels` of them or a limit exceeded."""
+    if find_spec("tifffile") is None:
+        raise UserError('a TIFF that Pillow cannot read; the package tifffile may: pip install "smalti[tiff]"')
+    import tifffile
+
+    pages, count = list[Array](), 0
+    with tifffile.TiffFile(io.BytesIO(data), _multifile=False) as file:
+        every: Any = file.pages  # TiffPage, as keyframes are not used
+        for page in every:
+            count += page.samplesperpixel * page.imagedepth
+            if count > channels:
+                raise ValueError(f"a TIFF of {count} or more channels, not {channels} (data.channels)")
+            width, height = max(page.imagewidth, page.tilewidth), max(page.imagelength, page.tilelength)
+            if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+                raise ValueError(f"{width} x {height} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} a side")
+            if page.photometric not in COLOURS or page.tags.valueof("Orientation", default=1) != 1:
+                raise ValueError("a TIFF that is rotated, or whose values are not grey, RGB or inks; convert it")
+            sizes = page.databytecounts
+            if len(sizes) < math.prod(page.chunked) or 0 in sizes:  # tifffile would fill in zeros
+                raise ValueError("a TIFF of which a part is missing")
+            array = page.asarray()
+            pages.append(np.moveaxis(array, 0, -1) if page.axes == "SYX" else array)
+    if not pages:
+        raise ValueError("a TIFF without pages")
+    return join_pages(pages)
+
+
 def read_page(image: Image.Image) -> Array:
-    """Return the values of an image's current page, upright, without conversion to 8 bits."""
+    """Return the values of an image's current page, upright, without conversion to 8 bits. Raises `Unsupported` if
+    Pillow does not read them all."""
     if image.mode.startswith("I") and getattr(image, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO:
         raise ValueError("a TIFF whose values go from white to black; convert it")
-    halved = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-    if halved and image.mode not in DEEP_MODES:
-        raise ValueError(
-            "colours of 16 bits, which Pillow reads as 8; save them as .npy, or as a TIFF page per channel"
-        )
+    if is_reduced(image):
+        if image.format == "PNG":
+            image.load()  # which reports damage in plainer words than torchvision
+        raise Unsupported("colours of 16 bits, or more channels than Pillow reads; save them as .npy")
     upright = ImageOps.exif_transpose(image)
     if image.mode in ("1", "P", "PA"):
         upright = upright.convert({"1": "L", "P": "RGB", "PA": "RGBA"}[image.mode])
     array = np.asarray(upright)
     return array.astype(np.uint16) if image.mode == "I" and image.format == "PNG" else array
+
+
+def is_reduced(image: Image.Image) -> bool:
+    """Whether Pillow reads the values of an opened image as 8 bits although they have more, or only some channels."""
+    deep = image.mode in DEEP_MODES
+    if isinstance(image, TiffImageFile):
+        samples, bits = image.tag_v2.get(SAMPLESPERPIXEL, 1), max(image.tag_v2.get(BITSPERSAMPLE, (1,)))
+        return samples > len(image.getbands()) or (bits > 8 and not deep)
+    return not deep and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
 def channels_first(array: Array, channels: int) -> Array:
@@ -243,43 +319,58 @@ def fit_array(array: Array, height: int, width: int) -> Array:
 
 
 def guess_type(payload: Payload, channels: int) -> ValueType | None:
-    """Return the type of an image if it is more than 8 bits and not converted to 8, as grey PNG of 16 bits is if RGB is
-    wanted; None for 8 bits, and for what cannot be read."""
+    """Return the type of an image, or of a clip, if it is more than 8 bits and not converted to 8, as grey PNG of 16
+    bits is if RGB is wanted; None for 8 bits, and for what cannot be read. Raises `UserError` if that takes another
+    package."""
     try:
-        if is_array(payload):
-            found = type_of(read_array(payload, channels).dtype)
-        elif isinstance(payload, Path) and payload.suffix.lower() in (".png", ".tif", ".tiff"):
-            image = open_image(payload, deep=True)
-            if image.mode not in DEEP_MODES or (channels == 3 and not getattr(image, "is_animated", False)):
-                return None
-            found = "float32" if image.mode == "F" else "uint16"
+        if isinstance(payload, Window):
+            array = np.asarray(payload.read(payload.start, True))
+            found = "uint8" if channels == 3 and array.ndim == 2 else type_of(array.dtype)
         else:
-            return None
+            array = read_array(payload, channels)
+            found = type_of((array if is_array(payload) else channels_first(array, channels)).dtype)
+    except UserError as error:
+        raise UserError(f"data.dtype: the first training image: {error}; data.dtype=uint8 reads 8 bits") from error
     except Exception:  # decoding reports it
         return None
-    return {"uint16": "uint16", "float32": "float32"}.get(found)  # type: ignore[return-value]
+    return found if found in ("uint16", "float32") else None  # type: ignore[return-value]
 
 
-def measure_range(payloads: Iterable[Payload], channels: int) -> tuple[float, float] | None:
-    """Return the smallest and the largest finite value of the images; None without any."""
+def measure_range(
+    rows: Rows, positions: NDArray[np.int64], channels: int, dtype: ValueType
+) -> tuple[float, float] | None:
+    """Return the smallest and the largest value of the images or clips at `positions` that have this type; None without
+    any."""
 
-    def bounds(payload: Payload) -> tuple[float, float] | None:
-        try:
-            array = channels_first(read_array(payload, channels), channels)
-            require_finite(array)
-            return float(array.min()), float(array.max())
-        except Exception:  # decoding reports it
-            return None
+    def bounds(chunk: list[int]) -> list[tuple[float, float]]:
+        arrays = (good_values(payload, channels, dtype) for payload in rows.read(chunk))
+        return [(float(array.min()), float(array.max())) for array in arrays if array is not None]
 
+    chunks = [positions[start : start + CHUNK].tolist() for start in range(0, len(positions), CHUNK)]
     with ThreadPoolExecutor(WORKERS) as pool:
-        found = [pair for pair in pool.map(bounds, payloads) if pair is not None]
+        found = [pair for pairs in pool.map(bounds, chunks) for pair in pairs]
     return (min(low for low, _ in found), max(high for _, high in found)) if found else None
+
+
+def stored_values(payload: Payload, channels: int) -> Array:
+    """Return the values of an image (C, H, W), or of a clip's window (T, C, H, W)."""
+    if not isinstance(payload, Window):
+        return channels_first(read_array(payload, channels), channels)
+    frames = range(payload.start, payload.start + payload.frames)
+    return np.stack([channels_first(np.asarray(payload.read(frame, True)), channels) for frame in frames])
 
 
 def clipped_share(payload: Payload, channels: int, values: Values) -> float:
     """Return the share of an image's values that lie beyond the range; 0 if it cannot be read."""
+    array = good_values(payload, channels, values.dtype)
+    return 0.0 if array is None else float(((array < values.low) | (array > values.high)).mean())
+
+
+def good_values(payload: Payload, channels: int, dtype: ValueType) -> Array | None:
+    """Return an image's values (C, H, W); None for another type, NaN, and what cannot be read."""
     try:
-        array = channels_first(read_array(payload, channels), channels)
+        array = stored_values(payload, channels)
+        require_finite(array)
     except Exception:  # decoding reports it
-        return 0.0
-    return float(((array < values.low) | (array > values.high)).mean())
+        return None
+    return array if type_of(array.dtype) == dtype else None

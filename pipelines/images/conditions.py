@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
 from prior.conditions import (
@@ -42,10 +41,13 @@ from ..config import Config, UserError, is_first_process, tell
 from ..provenance import TokenizerFolder, tokenizer_folder
 from ..text import run_encoder
 from .arrays import Values, values_of
+from .clip_files import find_clips
+from .crops import CropImages
 from .dataset import DataConfig, ImageDataset, Indices, check_bad, is_class_name
 from .decoding import NO_IMAGE, Decoded, Payload, Pixels, Rows, decode_all
-from .folder import SHEETS, are_disjoint, files_below, holds_files, image_paths, normalize_path, read_sheet
+from .folder import SHEETS, are_disjoint, files_below, holds_files, image_paths, natural_key, normalize_path, read_sheet
 from .tables import read_payload
+from .tiles import PLACE
 
 FEW = 4  # a list of more numbers is taken for a vector
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -67,6 +69,9 @@ class ConditionSource(Config):
     encoder: str | None = Field(
         None, description="what computes vectors from text: `ngrams:SIZE`, or MODULE:FUNCTION loaded by --import"
     )
+    place: bool = Field(
+        False, description="with data.crop, where the centre of each crop is in its image, from 0 to 1 down and right"
+    )
     changed_by: tuple[Literal["flip", "shift", "rotate", "zoom"], ...] = Field(
         (), description="augmentations (of data.augment) that would falsify the values"
     )
@@ -80,6 +85,8 @@ class ConditionSource(Config):
     @model_validator(mode="after")
     def _agree(self) -> ConditionSource:
         given = [name for name in ("column", "images", "frame") if getattr(self, name) is not None]
+        if self.place and (given or self.tokenizer or self.encoder or self.kind not in (None, "vector")):
+            raise ValueError("place is computed, and takes no other settings")
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other")
         if self.kind not in (None, "grid") and (self.is_picture or self.tokenizer):
@@ -90,6 +97,12 @@ class ConditionSource(Config):
             raise ValueError("encoder is for columns of text, which become vectors")
         return self
 
+    @model_serializer(mode="wrap")
+    def _omit_unset(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out `place` where it is not set, as files written before it existed do."""
+        found: dict[str, Any] = handler(self)
+        return {key: value for key, value in found.items() if key != "place" or value}
+
     @property
     def is_picture(self) -> bool:
         """Whether the column consists of image files without a table."""
@@ -97,9 +110,10 @@ class ConditionSource(Config):
 
     def describe(self, name: str) -> dict[str, Any]:
         """Return where the column comes from, without local paths."""
-        found: dict[str, Any] = self.model_dump(mode="json", include={"frame", "changed_by"}, exclude_defaults=True)
+        own = {"frame", "changed_by", "place"}
+        found: dict[str, Any] = self.model_dump(mode="json", include=own, exclude_defaults=True)
         folder = {"images": Path(self.images).name} if self.images else {}
-        return ({} if self.is_picture else {"column": self.column or name}) | folder | found
+        return ({} if self.is_picture or self.place else {"column": self.column or name}) | folder | found
 
 
 @dataclass(frozen=True)
@@ -110,7 +124,8 @@ class LoadedColumn:
     source: dict[str, Any]
     """Where it came from, without local paths."""
     values: dict[str, Tensor] = field(default_factory=dict)
-    """Raw values `(n, *column.shape)`; empty for grids."""
+    """Raw values `(n, *column.shape)`, or for crops, one after another, those of all variants of the images; empty for
+    grids."""
     images: dict[str, ConditionImages] = field(default_factory=dict)
     """For grids: the images to encode."""
     tokenizer: Tokenizer | None = None
@@ -135,6 +150,12 @@ def check_sources(
     for name, source in sources.items():
         if false := [change for change in source.changed_by if change in changes]:
             raise UserError(f"conditions.{name}: data.augment.{false[0]} would falsify it, as changed_by says")
+        if source.is_picture and config.frames is not None:
+            raise UserError(f"conditions.{name}: images and frame are for single images (data.frames={config.frames})")
+        if source.place and config.crop is None:
+            raise UserError(f"conditions.{name}.place: needs crops; data.crop=random")
+        if source.place and "flip" in changes:
+            raise UserError(f"conditions.{name}: data.augment.flip would falsify the place of a crop")
         if source.is_picture and not of_files:
             raise UserError(f"conditions.{name}: {no_files}")
         if source.images is not None and not (folder := Path(source.images).expanduser()).is_dir():
@@ -154,18 +175,24 @@ def load_conditions(
     *,
     table: str | None = None,
     together: bool = False,
+    augmentations: int = 0,
+    seed: int = 0,
 ) -> dict[str, LoadedColumn]:
     """Read the columns of `splits` (by the names of `encode.name_splits`, `train` first), whose images were loaded
     with `choose_data(config, sources)`. Kinds that are guessed are printed.
 
     table: a CSV, TSV, JSON lines or parquet file with a column `file_name`, relative to the folder of the images.
-    together: all launched processes call this. Raises `UserError`."""
+    together: all launched processes call this. augmentations, seed: those of `encode`, which move random crops. Raises
+    `UserError`."""
     images = list(splits.values())
     paths = paths_of(images) if all(each.origin[0].paths is not None for each in images) else None
     wanted, sheets = {source.column or name for name, source in sources.items()}, None
     sizes, found = [len(each) for each in images], dict[str, LoadedColumn]()
     for name, source in sources.items():
         column = source.column or name
+        if source.place:
+            found[name] = locate_crops(splits, source.describe(name), augmentations, seed)
+            continue
         try:
             if source.images is not None:
                 cells = pair_images(Path(source.images).expanduser(), config, paths or [])
@@ -198,6 +225,19 @@ def load_conditions(
         except ValueError as error:
             raise UserError(one_line(f"conditions.{name}: {error}")) from error
     return found
+
+
+def locate_crops(
+    splits: Mapping[str, ImageDataset], source: dict[str, Any], augmentations: int, seed: int
+) -> LoadedColumn:
+    """Return the places of all crops as a column."""
+    values = dict[str, Tensor]()
+    for name, images in splits.items():
+        if isinstance(images, CropImages):  # all are
+            every, variants = np.arange(len(images)), range(1 + augmentations * (name == "train"))
+            values[name] = torch.cat([images.centres(every, variant, seed) for variant in variants])
+    scale = float(values["train"].double().square().mean().sqrt())
+    return LoadedColumn(VectorColumn(size=2, scale=scale, encoder=PLACE), source, values)
 
 
 # Origins ------------------------------------------------------------------------------------------
@@ -244,7 +284,8 @@ class Sheets:
         if not self.files:
             raise ValueError(f"{root} has no {', '.join(SHEETS)}; add one, or give table=FILE")
         found, self.names = dict[str, tuple[Path, dict[str, Any]]](), dict[str, None]()
-        known = {full_path(path) for path in image_paths(root)} if table else set()
+        find = image_paths if config.frames is None else find_clips
+        known = {full_path(path) for path in find(root)} if table else set()
         wanted = wanted | {f"{name}_file_name" for name in wanted}
         for sheet in self.files:
             folder = root if table else sheet.parent
@@ -352,12 +393,6 @@ def earlier_frames(frame: int, splits: Mapping[str, ImageDataset]) -> Cells:
             clip = sorted(clips[folder], key=natural_key)
             before |= {path: clip[at + frame] if at + frame >= 0 else None for at, path in enumerate(clip)}
     return file_cells([before[path] for path in paths_of(splits.values())])
-
-
-def natural_key(path: str) -> list[int | str]:
-    """Return a sort key that puts `2.png` before `10.png`."""
-    parts = re.split(r"(\d+)", path)
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
 
 
 def list_cells(values: list[Any], name: Callable[[int], str]) -> Cells:
@@ -505,9 +540,9 @@ class ConditionImages(ImageDataset):
         values: Values | None = None,
     ) -> None:
         limits = {"dtype": None, "range": None} if values is None else {"dtype": values[0], "range": values[1:]}
-        own = config.model_copy(update={"channels": shape[0], "image_size": shape[1:], **limits})
+        own = config.model_copy(update={"channels": shape[0], "image_size": shape[1:], "frames": None, **limits})
         super().__init__(own, rows, Decoded(positions, None, []), None, [])
-        down, right = (side / other for side, other in zip(shape[1:], config.image_shape[1:], strict=True))
+        down, right = (side / other for side, other in zip(shape[1:], config.frame_shape[1:], strict=True))
         self._scale, self.missing = torch.tensor([1, 1, 1, down, right]), torch.from_numpy(missing)
 
     def decode(self, indices: list[int], shape: tuple[int, int, int]) -> list[Pixels | str]:

@@ -153,10 +153,29 @@ class CropImages(ImageDataset):
             draws[epochs == epoch] = uniforms(seed, int(epoch), rows[epochs == epoch], columns=(DOWN, RIGHT))
         return draws
 
+    def centres(self, rows: NDArray[np.int64], epoch: int, seed: int) -> Tensor:
+        """Return where the centres of crops are in their images, from 0 to 1 down and right, float32 (B, 2)."""
+        owners, first = np.unique(rows // self._per_image, return_index=True)
+
+        def size_of(row: int) -> tuple[int, ...]:
+            image = self._whole[row // self._per_image]
+            return (self._read(int(self._positions[row])) if image is None else image).shape[1:]
+
+        with ThreadPoolExecutor(WORKERS) as pool:
+            sizes = np.array(list(pool.map(size_of, rows[first].tolist())))
+        sizes = sizes[np.searchsorted(owners, rows // self._per_image)]
+        tile = np.array(self.image_shape[1:])
+        corners = self._corners(sizes, self.places(rows, epoch, seed))
+        return torch.from_numpy(((corners + tile / 2) / sizes).astype(np.float32))
+
+    def _corners(self, sizes: NDArray[np.int64], places: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return the upper left pixels (..., 2) of crops of images of these sizes (..., 2)."""
+        room = sizes - np.array(self.image_shape[1:]) + 1  # places along each side, all equally likely
+        return (places * room).astype(np.int64)
+
     def _cut(self, image: Pixels, place: NDArray[np.float64]) -> Pixels:
         _, height, width = self.image_shape
-        room = np.array(image.shape[1:]) - (height, width) + 1  # places along each side, all equally likely
-        top, left = (int(at) for at in place * room)
+        top, left = self._corners(np.array(image.shape[1:]), place)
         return image[:, top : top + height, left : left + width]
 
     def _read(self, row: int) -> Pixels:

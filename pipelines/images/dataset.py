@@ -16,6 +16,7 @@ import re
 import unicodedata
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -34,6 +35,8 @@ from ..shuffling import positions_of, samples_of, splitmix64, spread
 from . import tables
 from .arrays import Values, ValueType, clipped_share, guess_type, measure_range, values_of
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
+from .clip_files import move_frames, open_clips, report_windows, split_windows
+from .clips import frame_shape, to_clips
 from .decoding import (
     CHUNK,
     IMAGE,
@@ -45,6 +48,7 @@ from .decoding import (
     SplitRows,
     decode_all,
     decode_in_threads,
+    decode_rows,
 )
 from .folder import holds_files, open_folder
 from .pictures import to_float
@@ -73,6 +77,7 @@ UNCHANGED = AugmentConfig()
 
 OPTIONAL = {
     "clips": False,
+    "frames": None,
     "group": None,
     "dtype": None,
     "range": None,
@@ -125,6 +130,13 @@ class DataConfig(Config):
     clips: bool = Field(
         default=False,
         description="each folder of images is a clip, whose images go into the same split, and whose name is no class",
+    )
+    frames: int | None = Field(
+        default=None,
+        ge=2,
+        le=4096,
+        description="the source holds clips or volumes (folders of frames, arrays, GIF, TIFF), which are cut into "
+        "windows of this many frames; all windows of a clip go into the same split",
     )
     group: str | None = Field(
         default=None,
@@ -191,6 +203,12 @@ class DataConfig(Config):
     def _one_kind_of_group(self) -> DataConfig:
         if self.clips and self.group is not None:
             raise ValueError("clips and group both say which images belong together: set only one")
+        if self.frames is not None and self.clips:
+            raise ValueError("clips=true is for images; with frames, whole clips are held out anyway")
+        if self.frames is not None and self.streaming:
+            raise ValueError("frames: clips are not streamed; set streaming=false")
+        if self.frames is not None and self.crop is not None:
+            raise ValueError("frames: clips are not cropped at random; set crop=null")
         return self
 
     @model_validator(mode="after")
@@ -235,21 +253,30 @@ class DataConfig(Config):
         return {key: value for key, value in given.items() if (key, value) not in PLAIN.items()}
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+    def frame_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image, or of a frame of a clip."""
         size = self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
         return (self.channels, *size)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W); for clips (C, T * H, W), the frames below one another."""
+        channels, height, width = self.frame_shape
+        return channels, height * (self.frames or 1), width
 
 
 # Loading
 
 
-def load_images(config: DataConfig, *, together: bool = False, stream: bool = False, check: bool = True) -> Splits:
+def load_images(
+    config: DataConfig, *, together: bool = False, stream: bool = False, check: bool = True, single_frames: bool = False
+) -> Splits:
     """Open the source, decode every image once and return its splits.
 
     together: all launched processes call this; each checks a share of the images if these do not fit in memory. stream:
     with `data.streaming`, return the training images as `StreamedImages` instead of up to 2,000 of them with random
-    access. check: False decodes images only on access, unless `on_error=skip`. Raises `UserError` for a source that is
+    access. check: False decodes images only on access, unless `on_error=skip`. single_frames: with `data.frames`,
+    return the frames of the clips, each an image, in the splits of their clips. Raises `UserError` for a source that is
     missing, empty or lacks a split, for missing or negative labels, and for images that cannot be decoded (with
     `on_error=skip`, only if they exceed `max_bad_fraction`).
     """
@@ -262,7 +289,7 @@ def load_images(config: DataConfig, *, together: bool = False, stream: bool = Fa
         return load_crops(config, check=check)
     if is_stream(config):
         number_groups(None, config)
-        require_files(config)
+        require_plain_data(config)
         from .streaming import open_stream
 
         some, streamed = open_stream(config, stream)
@@ -271,6 +298,8 @@ def load_images(config: DataConfig, *, together: bool = False, stream: bool = Fa
         parts = choose_splits(open_source(config), config)
         config = settle_values(config, *parts["train"])
     opened = {id(rows): rows for rows, _ in parts.values()}
+    if config.frames is not None:
+        report_windows(list(opened.values()), config.frames)
     numbered, class_names = number_labels(list(opened.values()))
     labels = dict(zip(opened, numbered, strict=True))
     decoded, room = dict[str, Decoded](), config.cache_mb * 2**20
@@ -291,6 +320,8 @@ def load_images(config: DataConfig, *, together: bool = False, stream: bool = Fa
     if streamed is not None and stream:
         streamed.class_names = class_names
         datasets["train"] = streamed
+    if single_frames and config.frames is not None:
+        datasets = {name: images.split_into_frames() for name, images in datasets.items()}
     return Splits(**datasets)
 
 
@@ -303,32 +334,39 @@ def is_stream(config: DataConfig) -> bool:
 def open_source(config: DataConfig) -> SplitRows:
     """Return the splits of `config.source` by name. An existing path takes precedence over a Hub id."""
     path = Path(os.path.expanduser(config.source))
+    if config.frames is not None and not (path.is_dir() and holds_files(path)):
+        raise UserError(f"data.frames: clips are read from a folder of files (got {config.source})")
     if config.source == "digits":
         return tables.digits()
     if path.is_dir() and holds_files(path):
-        return open_folder(path, config)
+        return open_folder(path, config) if config.frames is None else open_clips(path, config)
     return tables.open_tables(config)
 
 
 def settle_values(config: DataConfig, rows: Rows, positions: NDArray[np.int64]) -> DataConfig:
     """Return the settings with the type and range of the images: those of the training images at `positions` if they
-    are not declared, and neither for 8 bits. Raises `UserError` for other sources than folders of files, and if all
-    values are equal; warns about a range that clips more than 1 % of a sample."""
-    if rows.paths is None:
-        require_files(config)
+    are not declared, and neither for 8 bits. Raises `UserError` for the digits, and if all values are equal; warns
+    about a range that clips more than 1 % of a sample."""
+    if config.source == "digits":
+        require_plain_data(config)
         return config
-    every = rows.read(positions.tolist())
-    dtype = config.dtype or guess_type(every[0], config.channels)
+    payloads = (payload for position in positions.tolist() for payload in rows.read([position]))
+    readable = next((payload for payload in payloads if not isinstance(payload, str)), None)  # of clips, no short one
+    dtype = config.dtype or guess_type(readable, config.channels)
     if config.range is not None:
         config = config.model_copy(update={"dtype": dtype or "uint8"})
         warn_about_range(config, rows, positions)
     elif dtype in ("uint16", "float32"):
-        limits = measure_range(every, config.channels)
+        limits = measure_range(rows, positions, config.channels, dtype)
         if limits is None or limits[0] >= limits[1]:
-            found = "cannot be measured" if limits is None else f"all are {limits[0]:g}"
+            first = int(positions[0])
+            reasons = decode_rows(rows, config.image_shape, [first], Values(dtype, 0.0, 1.0))
+            found = reasons[0] if limits is None else f"all are {limits[0]:g}; give data.range=LOW,HIGH"
             raise UserError(
-                f"data.range: the values of the {len(every)} training images: {found}; the first is "
-                f"{rows.name(int(positions[0]))}; check data.channels={config.channels}, or give data.range=LOW,HIGH"
+                one_line(
+                    f"data.range: the values of {len(positions)} training images cannot be measured; the first is "
+                    f"{rows.name(first)}: {found}"
+                )
             )
         config = config.model_copy(update={"dtype": dtype, "range": limits})
         if is_first_process():
@@ -336,12 +374,12 @@ def settle_values(config: DataConfig, rows: Rows, positions: NDArray[np.int64]) 
     return config
 
 
-def require_files(config: DataConfig) -> None:
-    """Raise `UserError` for images of another depth or with other channels than those of tables and streams."""
+def require_plain_data(config: DataConfig) -> None:
+    """Raise `UserError` for images of another depth or with other channels than those of digits and streams."""
     if config.channels not in (1, 3) or config.dtype not in (None, "uint8") or config.range is not None:
         raise UserError(
-            "data.channels, data.dtype, data.range: other than 8-bit images with 1 or 3 channels are read from a "
-            f"folder of files (got {config.source})"
+            "data.channels, data.dtype, data.range: data.source=digits and data.streaming have 8-bit images with 1 or "
+            f"3 channels (got data.source={config.source} data.streaming={str(config.streaming).lower()})"
         )
 
 
@@ -361,18 +399,23 @@ def warn_about_range(config: DataConfig, rows: Rows, positions: NDArray[np.int64
         )
 
 
-def check_shape(config: DataConfig, tokenizer: Any, whose: str = "pipeline") -> None:
-    """Raise `UserError` unless the images have the shape, type and range of the tokenizer's, or the pipeline's."""
-    shape, values = tokenizer.image_shape, values_of(tokenizer)
-    if config.image_shape == shape and config.values != values:
+def check_shape(config: DataConfig, tokenizer: Any, whose: str = "pipeline", *, single_frames: bool = False) -> None:
+    """Raise `UserError` unless the images have the shape, type and range of the tokenizer's, or the pipeline's.
+    single_frames: clips are read as the images of their frames."""
+    values, frames, shape = values_of(tokenizer), tokenizer.frames, frame_shape(tokenizer)
+    if frames != (1 if single_frames else config.frames or 1):
+        theirs = f"clips of {frames} frames" if frames > 1 else "single images"
+        needed = "null" if frames == 1 else frames
+        raise UserError(f"data.frames: the {whose} takes {theirs}; set data.frames={needed} (got {config.frames})")
+    if config.frame_shape == shape and config.values != values:
         wanted = "8-bit" if values is None else f"{values.dtype} from {values.low:g} to {values.high:g}"
         needed = "null" if values is None else f"{values.low!r},{values.high!r}"
         dtype = "uint8" if values is None else values.dtype
         raise UserError(f"data.range: the {whose}'s images are {wanted}; set data.dtype={dtype} data.range={needed}")
-    if config.image_shape != shape:
+    if config.frame_shape != shape:
         raise UserError(
-            f"data.image_size, data.channels: the {whose}'s images are {shape} (channels, height, width), these are "
-            f"{config.image_shape}"
+            f"data.image_size, data.channels: the {whose}'s {'frames' if frames > 1 else 'images'} are {shape} "
+            f"(channels, height, width), these are {config.frame_shape}"
         )
 
 
@@ -398,6 +441,7 @@ class ImageDataset:
         self._pixels = decoded.pixels
         self._augment = config.augment
         self._path = config.path
+        self._frames = config.frames or 1
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -456,6 +500,20 @@ class ImageDataset:
         found._positions, found._pixels = self._positions[rows.numpy()], torch.from_numpy(np.concatenate(parts))
         return found
 
+    def split_into_frames(self) -> ImageDataset:
+        """Return the frames of a data set of clips, each an image (C, H, W). Pixels in memory are rearranged in place,
+        so this data set must not be used any more."""
+        frames, shape = self._frames, self.config.frame_shape
+        found = copy.copy(self)
+        found.image_shape, found._frames, found._rows = shape, 1, split_windows(self._rows, frames)
+        found.labels = None if self.labels is None else self.labels.repeat_interleave(frames)
+        found._positions = (self._positions[:, None] * frames + np.arange(frames)).ravel()
+        if self._pixels is not None:
+            for part in self._pixels.split(CHUNK):
+                part.copy_(to_clips(part, frames).reshape(part.shape))
+            found._pixels = self._pixels.view(-1, *shape)
+        return found
+
     def batch(self, indices: Indices, *, seed: int = 0, epoch: int = 0, augment: bool = False) -> Tensor:
         """Return images as float32 (B, C, H, W) in [-1, 1]. Augmentation depends on (seed, epoch, index) alone."""
         return self.prepare(*self.raw_batch(indices, epoch, seed, augment=augment))
@@ -471,16 +529,21 @@ class ImageDataset:
 
     def prepare(self, pixels: Tensor, changes: Tensor | None = None) -> Tensor:
         """Convert a `raw_batch` to float32 (B, C, H, W) in [-1, 1], on its device."""
-        return prepare_images(pixels, changes, self._augment)
+        return prepare_images(pixels, changes, self._augment, self._frames)
 
 
-def prepare_images(pixels: Tensor, changes: Tensor | None, config: AugmentConfig) -> Tensor:
+def prepare_images(pixels: Tensor, changes: Tensor | None, config: AugmentConfig, frames: int = 1) -> Tensor:
     """Convert `pixels` (B, C, H, W), uint8 or float in [-1, 1], to floats in [-1, 1], augmented by `changes`, from
-    `draw_changes`, on their device. The result for an image is the same to the bit in any batch."""
+    `draw_changes`, on their device. The result for an image is the same to the bit in any batch. frames: number of
+    frames of each image, a strip, which all move alike."""
     if changes is not None and config.flip:  # flip the bytes, a quarter of the size of the floats
         pixels = mirror_images(pixels, changes)
     images = to_float(pixels)
-    return images if changes is None or not config.moves else move_images(images, changes)
+    if changes is None or not config.moves:
+        return images
+    if frames == 1:
+        return move_images(images, changes)
+    return move_frames(images, frames, partial(move_images, changes=changes.repeat_interleave(frames, 0)))
 
 
 @dataclass(frozen=True)
@@ -579,8 +642,8 @@ def choose_splits(
             warn_about_shared_objects(rows, other, found, config)
     for part, name in (("train", config.split), ("held_out", found or "held_out")):
         if not len(parts[part][1]):
-            kind = "folders" if config.clips else "objects"
-            whole = f"; whole {kind} are held out, and it has {total}" if config.clips or config.group else ""
+            kind = "objects" if config.group else "clips" if config.frames else "folders" if config.clips else None
+            whole = f"; whole {kind} are held out, and it has {total}" if kind else ""
             raise UserError(f"data: no images left for {name!r} (the split {config.split!r} has {rows.size}{whole})")
     return {name: (source, part[: config.limit]) for name, (source, part) in parts.items() if len(part)}
 
@@ -637,15 +700,16 @@ def report_splits(names: Collection[str], config: DataConfig, found: str | None,
 
 
 def number_groups(paths: list[str] | None, config: DataConfig) -> NDArray[np.int64] | None:
-    """Return the number of each image's group, which is never divided: its folder with `data.clips`, its object with
-    `data.group`; None without either. Raises `UserError` if one is set and images are not files."""
-    if not config.clips and config.group is None:
+    """Return the number of each image's group, which is never divided: its folder with `data.clips`, its clip with
+    `data.frames`, its object with `data.group`; None without any. Raises `UserError` if one is set and images are not
+    files."""
+    if not config.clips and config.frames is None and config.group is None:
         return None
     if paths is None:
         also = ", with a folder for each clip" if config.clips else ""
         raise UserError(f"data.{'clips' if config.clips else 'group'}: needs a folder of images{also}")
     if config.group is None:
-        names = [os.path.dirname(path) for path in paths]
+        names = paths if config.frames is not None else [os.path.dirname(path) for path in paths]
     else:
         root = "" if config.path is None else os.path.join(config.path, "")
         names = find_objects([path.removeprefix(root) for path in paths], config.group)

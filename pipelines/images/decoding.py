@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
     PHOTOMETRIC_INTERPRETATION,
+    PLANAR_CONFIGURATION,
     TILELENGTH,
     TILEWIDTH,
     TiffImageFile,
@@ -38,7 +39,7 @@ WEB_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 """Formats that browsers show; uploads must have one of them."""
 FORMATS = (*WEB_FORMATS, "TIFF")
 MAX_PIXELS, MAX_SIDE = 64 * 2**20, 16_384
-WHITE_IS_ZERO = 0  # a value of PHOTOMETRIC_INTERPRETATION
+WHITE_IS_ZERO, SEPARATE = 0, 2  # values of PHOTOMETRIC_INTERPRETATION and PLANAR_CONFIGURATION
 MAX_FILE = 256 << 20  # bytes of an encoded image
 CHUNK = 64  # images that a thread reads and decodes at a time
 WORKERS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -48,8 +49,25 @@ NO_IMAGE = "no image"
 """Why a row without an image cannot be decoded."""
 
 Shape = tuple[int, int, int]
-Payload = bytes | Path | NDArray[Any] | str | None
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive frames of a clip. `read(index, deep)` returns a frame of the clip: its values as stored if `deep`, or
+    a picture, unless the clip is an array."""
+
+    read: Callable[[int, bool], NDArray[Any] | Image.Image]
+    start: int
+    frames: int
+
+    def frame(self, k: int) -> Window:
+        """Return frame k of the window."""
+        return Window(self.read, self.start + k, 1)
+
+
+Single = bytes | Path | NDArray[Any] | str | None
 """An encoded image, its file, its pixels, or (a string) the reason why there is no image."""
+Payload = Single | Window
 Pixels = NDArray[Any]
 """uint8, or float32 in [-1, 1] for images with a declared or measured range of values."""
 
@@ -71,6 +89,10 @@ class Rows:
 
 SplitRows = dict[str, Callable[[], Rows]]
 """The splits of a source by name; a call opens the split."""
+
+
+class Unsupported(ValueError):
+    """Pillow cannot read the values of an image, or not all of them."""
 
 
 class BadImage(NamedTuple):
@@ -161,12 +183,14 @@ def try_decode_whole(
 ) -> Pixels | str:
     """Return the pixels (C, H, W) of an image at its own size, or the reason why it cannot be decoded. An image with a
     side below `least` (height, width) is enlarged until it has both."""
-    from .arrays import decode_whole_array, is_array
+    from .arrays import decode_whole_array
 
     try:
-        if values is not None or channels not in (1, 3) or is_array(payload):
+        if isinstance(payload, Window):
+            raise ValueError("a clip, which is not cut into tiles")
+        image = open_plain(payload, channels, FORMATS, values)
+        if image is None:
             return decode_whole_array(payload, channels, values, least)
-        image = Image.fromarray(payload) if isinstance(payload, np.ndarray) else open_image(payload)
         return whole_pixels(image, channels, least)
     except Exception as error:  # as in `try_decode`
         return str(error) or type(error).__name__
@@ -174,12 +198,34 @@ def try_decode_whole(
 
 def decode(payload: Payload, shape: Shape, formats: tuple[str, ...] = FORMATS, values: Values | None = None) -> Pixels:
     """Return the pixels (C, H, W) of an image."""
-    from .arrays import decode_array, is_array
+    from .arrays import decode_array
+    from .clip_files import decode_window
 
-    if formats == FORMATS and (values is not None or shape[0] not in (1, 3) or is_array(payload)):
-        return decode_array(payload, shape, values)
-    image = Image.fromarray(payload) if isinstance(payload, np.ndarray) else open_image(payload, formats)
-    return pixels_of(image, shape)
+    if isinstance(payload, Window):
+        return decode_window(payload, shape, values)
+    image = open_plain(payload, shape[0], formats, values)
+    return decode_array(payload, shape, values) if image is None else pixels_of(image, shape)
+
+
+def open_plain(payload: Single, channels: int, formats: tuple[str, ...], values: Values | None) -> Image.Image | None:
+    """Open an image that becomes 8-bit grey or RGB; return None for what is read as an array, in all `FORMATS`."""
+    from .arrays import is_array
+
+    if formats == FORMATS and (values is not None or channels not in (1, 3) or is_array(payload)):
+        return None
+    if isinstance(payload, np.ndarray):
+        return Image.fromarray(payload)
+    try:
+        image = open_image(payload, formats, deep=True)
+    except Unsupported:
+        if formats == FORMATS:
+            return None
+        raise
+    if isinstance(image, TiffImageFile):
+        if channels > 1 and getattr(image, "n_frames", 1) == channels:
+            return None
+        require_plain_tiff(image)
+    return image
 
 
 def pixels_of(image: Image.Image, shape: Shape) -> Pixels:
@@ -250,8 +296,8 @@ def open_image(
         raise ValueError(f"larger than {MAX_FILE} bytes")
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
-    except Image.UnidentifiedImageError:  # Pillow's message contains a memory address
-        raise ValueError(f"not an image in one of the formats {', '.join(formats)}") from None
+    except (Image.UnidentifiedImageError, KeyError):  # the message contains a memory address, or a number
+        raise Unsupported(f"not an image in one of the formats {', '.join(formats)}") from None
     width, height = image.size  # from the header: a file of 20 kB can claim 1 GB of pixels
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise ValueError(f"{width} x {height} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} per side")
@@ -263,13 +309,19 @@ def open_image(
 
 
 def require_plain_tiff(image: TiffImageFile) -> None:
-    """Raise `ValueError` for a TIFF with several pages, or whose values have no fixed black and white: 12 or 32 bits,
-    signed values, floats."""
+    """Raise `ValueError` for a TIFF with several pages, and like `require_plain_page`."""
     if getattr(image, "is_animated", False):
-        raise ValueError("a TIFF with several pages; save each page as a separate file")
+        raise ValueError("a TIFF with several pages; save each page as a separate file, or set data.channels")
+    require_plain_page(image)
+
+
+def require_plain_page(image: TiffImageFile) -> None:
+    """Raise `ValueError` for a TIFF whose values have no fixed black and white: 12 or 32 bits, signed values, floats;
+    and for planes of 16 bits, which Pillow reads as noise."""
     bits = {int(depth) for depth in image.tag_v2.get(BITSPERSAMPLE, (1,))}
     inverted = image.mode.startswith("I;16") and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
-    if image.mode in ("I", "F") or not bits <= {1, 2, 4, 8, 16} or inverted:
+    planes = len(image.getbands()) > 1 and image.tag_v2.get(PLANAR_CONFIGURATION) == SEPARATE and 16 in bits
+    if image.mode in ("I", "F") or not bits <= {1, 2, 4, 8, 16} or inverted or planes:
         raise ValueError("a TIFF whose values are not 8 or 16 bits from black to white; convert it to PNG")
 
 

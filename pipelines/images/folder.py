@@ -11,7 +11,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,8 @@ SUFFIXES = READ_SUFFIXES | {".heic", ".avif", ".jp2", ".ppm"}
 """Includes formats that cannot be decoded, so that such images are reported, not overlooked."""
 SPLIT_FOLDERS = ("train", "training", "test", "testing", "held_out", "validation", "val", "valid", "dev")
 SHEETS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+Find = Callable[[Path], list[str]]
+"""Returns the paths of a folder's images or clips."""
 
 
 # Walking
@@ -89,6 +91,12 @@ def suffix_of(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
+def natural_key(path: str) -> list[int | str]:
+    """Return a sort key that puts `2.png` before `10.png`."""
+    parts = re.split(r"(\d+)", path)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
+
+
 def kinds_below(folder: Path) -> set[str]:
     """Return which of `image`, `sheet`, `.parquet` and `.tar` occur below a folder."""
     found = set()
@@ -113,9 +121,10 @@ def holds_files(folder: Path) -> bool:
 # Splits and classes
 
 
-def open_folder(root: Path, config: DataConfig) -> SplitRows:
+def open_folder(root: Path, config: DataConfig, find: Find = image_paths) -> SplitRows:
     """Return the splits of a folder of images: its folders named after splits, if any. Classes come from sheets, if
-    there are any, and otherwise from folder names. Raises `UserError` for a sheet beside the splits."""
+    there are any, and otherwise from folder names. find: what finds the images of a split. Raises `UserError` for a
+    sheet beside the splits."""
     folders = split_folders(root, config)
     with_sheets = "sheet" in kinds_below(root)
     beside = [name for name in SHEETS if with_sheets and (root / name).exists() and root not in folders.values()]
@@ -125,7 +134,7 @@ def open_folder(root: Path, config: DataConfig) -> SplitRows:
             f"{', '.join(folders)}"
         )
     open_split = sheet_rows if with_sheets else folder_rows
-    return {name: partial(open_split, folder, config) for name, folder in folders.items()}
+    return {name: partial(open_split, folder, config, find) for name, folder in folders.items()}
 
 
 def split_folders(root: Path, config: DataConfig) -> dict[str, Path]:
@@ -169,9 +178,9 @@ def holds_classes(folder: Path) -> bool:
     return all(len(parts) > 1 for parts in inside) and len({parts[0] for parts in inside}) > 1
 
 
-def folder_rows(folder: Path, config: DataConfig) -> Rows:
+def folder_rows(folder: Path, config: DataConfig, find: Find) -> Rows:
     """Return a split whose top-level folders are classes. Raises `UserError` if it has no images."""
-    paths = image_paths(folder)
+    paths = find(folder)
     if not paths:
         raise UserError(f"{folder}: no images here (suffixes: {', '.join(sorted(READ_SUFFIXES | ARRAY_SUFFIXES))})")
     if config.label_column is None:
@@ -210,11 +219,11 @@ def report_merged_classes(folder: Path, inner: list[list[str]]) -> None:
 # Sheets
 
 
-def sheet_rows(folder: Path, config: DataConfig) -> Rows:
+def sheet_rows(folder: Path, config: DataConfig, find: Find) -> Rows:
     """Return the images listed in the sheets below `folder`, as one split. Raises `UserError` for images without a row,
     and for rows without an image in the folder."""
     sheets = sorted(path for path in files_below(folder) if path.name in SHEETS)
-    found = {normalize_path(path): path for path in image_paths(folder)}
+    found = {normalize_path(path): path for path in find(folder)}
     listed, others, columns = dict[str, Any](), set[str](), dict[str, None]()
     for sheet in sheets:
         for row in read_sheet(sheet):

@@ -176,18 +176,21 @@ def single_shapes(shape: Shape) -> list[tuple[int, ...]]:
 
 def refuse(images: Any, shape: Shape) -> NoReturn:
     """Raise a `ValueError` that lists the valid forms of images."""
-    found = type(images).__name__
-    if isinstance(images, (list, tuple)):
-        kinds = sorted({str(getattr(image, "dtype", type(image).__name__)) for image in images})
-        found = f"{found} of {' and '.join(kinds)}" if kinds else f"empty {found}"
-    elif hasattr(images, "shape"):
-        found += f" of shape {tuple(images.shape)}, {images.dtype}"
     arrays = [("B", *single) for single in single_shapes(shape)] + single_shapes(shape)
     forms = ", ".join(f"({', '.join(map(str, form))})" for form in arrays)
     raise ValueError(
         f"images must be PIL images, uint8 or float tensors of shape (B, {', '.join(map(str, shape))}), uint8 or float "
-        f"arrays of shape {forms}, or a list of single images; got {found}"
+        f"arrays of shape {forms}, or a list of single images; got {describe_type(images)}"
     )
+
+
+def describe_type(images: Any) -> str:
+    """Return the type of what was given as images, with its shape or the types of its items."""
+    found = type(images).__name__
+    if isinstance(images, (list, tuple)):
+        kinds = sorted({str(getattr(image, "dtype", type(image).__name__)) for image in images})
+        return f"{found} of {' and '.join(kinds)}" if kinds else f"empty {found}"
+    return f"{found} of shape {tuple(images.shape)}, {images.dtype}" if hasattr(images, "shape") else found
 
 
 def from_unit(images: Any) -> Any:

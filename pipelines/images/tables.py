@@ -255,6 +255,16 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
                 raise UserError(
                     f"data.label_column: no sample of {config.source} has .{config.label_column}, or that key in .json"
                 )
+    if dtype := array_type(table.features[image]):
+        arrays = table.select_columns([image]).with_format("numpy", dtype=np.dtype(dtype))
+        return Rows(
+            len(table),
+            lambda rows: [array if np.ndim(array) else None for array in arrays[list(rows)][image]],
+            lambda row: f"row {row} of {split}",
+            labels,
+            names,
+            table=table,
+        )
     try:
         images = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     except Exception as error:  # pyarrow raises several types for a column that cannot be cast
@@ -268,6 +278,19 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
         return str(path) if is_tar else f"row {row} of {split}" + (f" ({path})" if path else "")
 
     return Rows(len(table), read, name, labels, names, table=None if is_tar else table)
+
+
+def array_type(feature: Any) -> str | None:
+    """Return the type of the numbers in a column of arrays or nested lists; None for other columns."""
+    import datasets
+
+    lists = (datasets.List, datasets.LargeList)
+    if not isinstance(feature, (*lists, datasets.Array2D, datasets.Array3D)):
+        return None
+    while isinstance(feature, lists):
+        feature = feature.feature
+    dtype = getattr(feature, "dtype", "")
+    return dtype if re.fullmatch(r"u?int\d+|float\d+", dtype) else None
 
 
 def read_payload(value: dict[str, Any] | None, source: str) -> Payload:

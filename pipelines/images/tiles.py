@@ -17,23 +17,31 @@ from PIL import Image
 from torch import Tensor
 
 from prior.sampling import check_count, whole_number
+from tokenizer import Tokenizer
 from tokenizer.files import one_line
 
 from ..config import UserError
 from ..shuffling import spread
-from .arrays import Values, decode_whole_array
+from .arrays import Values, decode_whole_array, values_of
 from .decoding import Payload, try_decode_whole, whole_pixels
 from .pictures import convert_image, refuse, to_float, to_images
 
 Shape = tuple[int, int, int]
 
 
+PLACE = "place"
+"""The `encoder` of a vector column with the centre of a tile in its image, from 0 to 1 down and right."""
+Stride = int | tuple[int, int]
+"""The distance of tiles in pixels, or those down and right."""
+
+
 class Place(NamedTuple):
-    """A tile: the number of its image, and its upper left pixel."""
+    """A tile: the number of its image, its upper left pixel, and its centre, from 0 to 1 down and right."""
 
     image: int
     top: int
     left: int
+    centre: tuple[float, float] = (0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -71,12 +79,15 @@ def whole_files(
     return LazyImages(len(names), load, names.__getitem__)
 
 
-def list_images(images: Any, shape: Shape, values: Values | None) -> LazyImages:
+def list_images(images: Any, tokenizer: Tokenizer) -> LazyImages:
     """Return images of any size: a PIL image, a tensor `(B, C, H, W)`, an array `(B, H, W, C)` or `(H, W, C)`, for grey
-    images also `(B, H, W)` or `(H, W)`, or a sequence of single images. shape: (C, H, W) of the model. values: as in
-    `to_images`. Raises `ValueError` for anything else, and for no images."""
+    images also `(B, H, W)` or `(H, W)`, or a sequence of single images. Raises `ValueError` for anything else, for no
+    images, and for a tokenizer of clips."""
+    if tokenizer.frames > 1:
+        raise ValueError("clips are not cut into tiles")
     if isinstance(images, LazyImages):
         return images
+    shape, values = tokenizer.image_shape, values_of(tokenizer)
     channels = shape[0]
     if isinstance(images, Image.Image):
         images = [images]
@@ -146,25 +157,37 @@ def tile_starts(side: int, tile: int, stride: int) -> list[int]:
     return [*range(0, side - tile, stride), side - tile]
 
 
-def tile_places(size: Sequence[int], shape: Shape, stride: int) -> list[tuple[int, int]]:
+def tile_sides(size: Sequence[int], shape: Shape, stride: Stride) -> tuple[list[int], list[int]]:
+    """Return where the tiles of an image of `size` (H, W) begin down and right."""
+    down, right = stride if isinstance(stride, tuple) else (stride, stride)
+    return tile_starts(size[0], shape[1], down), tile_starts(size[1], shape[2], right)
+
+
+def tile_places(size: Sequence[int], shape: Shape, stride: Stride) -> list[tuple[int, int]]:
     """Return the upper left pixels of the tiles of an image of `size` (H, W)."""
-    tops, lefts = (tile_starts(*sides, stride) for sides in zip(size, shape[1:], strict=True))
+    tops, lefts = tile_sides(size, shape, stride)
     return [(top, left) for top in tops for left in lefts]
 
 
+def place_of(number: int, top: int, left: int, size: Sequence[int], shape: Shape) -> Place:
+    """Return the place of a tile of image `number`, which has this `size` (H, W)."""
+    return Place(number, top, left, ((top + shape[1] / 2) / size[0], (left + shape[2] / 2) / size[1]))
+
+
 def cut_tiles(
-    images: Iterable[tuple[int, Tensor]], shape: Shape, stride: int, batch_size: int, most: int | None = None
+    images: Iterable[tuple[int, Tensor]], shape: Shape, stride: Stride, batch_size: int, most: int | None = None
 ) -> Iterator[tuple[Tensor, list[Place]]]:
     """Yield batches of tiles `(B, C, H, W)`, float in [-1, 1], and their places, in the order of the images (number,
     pixels). most: cut at most this many tiles of each image, evenly spaced."""
-    stride, batch_size = check_stride(stride, shape), check_count(batch_size, "batch_size")
+    stride = stride if isinstance(stride, tuple) else check_stride(stride, shape)
+    check_count(batch_size, "batch_size")
     tiles, places = list[Tensor](), list[Place]()
     for number, image in images:
         every = tile_places(image.shape[1:], shape, stride)
         for top, left in (every[k] for k in spread(len(every), most).tolist()):
             tile = image[:, top : top + shape[1], left : left + shape[2]]
             tiles.append(to_float(tile) if tile.dtype == torch.uint8 else tile)
-            places.append(Place(number, top, left))
+            places.append(place_of(number, top, left, image.shape[1:], shape))
             if len(tiles) == batch_size:
                 yield torch.stack(tiles), places
                 tiles, places = [], []
@@ -174,14 +197,14 @@ def cut_tiles(
 
 def stitch_maps(
     images: LazyImages,
-    map_tiles: Callable[[Tensor, list[int]], Tensor],
+    map_tiles: Callable[[Tensor, list[Place]], Tensor],
     shape: Shape,
     stride: int,
     batch_size: int,
     device: torch.device,
 ) -> list[Tensor]:
     """Return the map `(H, W)` of each image: the average over its tiles of what `map_tiles` returns, `(B, H, W)`, for a
-    batch of tiles and the numbers of their images."""
+    batch of tiles and their places."""
     maps = list[Tensor]()
 
     def load() -> Iterator[tuple[int, Tensor]]:
@@ -191,8 +214,8 @@ def stitch_maps(
             yield number, image
 
     for tiles, places in cut_tiles(load(), shape, stride, batch_size):
-        found = map_tiles(tiles.to(device), [place.image for place in places])
-        for part, (number, top, left) in zip(found, places, strict=True):
+        found = map_tiles(tiles.to(device), places)
+        for part, (number, top, left, _) in zip(found, places, strict=True):
             maps[number][top : top + shape[1], left : left + shape[2]] += part
     for each in maps:
         for axis, (side, tile) in enumerate(zip(each.shape, shape[1:], strict=True)):

@@ -16,6 +16,7 @@ SPLIT_SETTINGS = (
     "held_out_fraction",
     "validation_fraction",
     "clips",
+    "frames",
     "group",
     "limit",
     "streaming",
@@ -41,14 +42,14 @@ def require_unseen(config: DataConfig, trained: DataConfig | None, part: str) ->
 def count_seen(config: DataConfig, trained: DataConfig | None, part: str) -> tuple[int, int]:
     """Return how many images of this `part` of `config` were in the training split of the settings `trained`, and the
     number of images in the part. (0, 0) if unknown or if the settings are equal (parts never overlap); (1, 0) if a
-    stream, which is divided by files, takes both from one split."""
+    stream, which is divided by files, takes both from one split, and if only one of the two reads clips."""
     same = trained is not None and all(getattr(config, key) == getattr(trained, key) for key in SPLIT_SETTINGS)
     if trained is None or same or resolve_source(config.source) != resolve_source(trained.source):
         return 0, 0
     before, splits = trained.model_copy(update={"source": config.source}), open_source(config)
     found = choose_held_out(splits, config)
     name = found if part == "held_out" and found is not None else config.split
-    if is_stream(config) or is_stream(before):
+    if is_stream(config) or is_stream(before) or (config.frames is None) != (before.frames is None):
         return int(name == before.split), 0
     try:
         learned = choose_splits(splits, before, quiet=True)["train"][1]

@@ -12,7 +12,7 @@ from torch import Tensor
 from prior.conditions import GridColumn
 
 from ..images import ImageDataset
-from ..images.pictures import grid_picture, show_of
+from ..images.pictures import LATENT, grid_picture, show_of
 from ..processes.group import ALONE, ProcessGroup
 from ..shuffling import spread
 from ..tokens import TokenSplit
@@ -44,9 +44,9 @@ def condition_picture(
         labels = None if split.labels is None else split.labels[torch.from_numpy(some)].tolist()
         condition = split.condition(some)
         drawn = pipeline(
-            len(some), labels, condition=condition, seed=seed + start, output_type="pt", progress=False
-        ).images
-        return drawn.float().cpu()
+            len(some), labels, condition=condition, seed=seed + start, output_type=LATENT, progress=False
+        ).tokens
+        return pipeline.decode_batch(drawn, batch_size=64, progress=False).float().cpu()
 
     samples = torch.cat(group.map(draw, range(0, len(rows), size)))
     grids = [name for name, column in pipeline.conditions.items() if isinstance(column, GridColumn)]

@@ -36,8 +36,10 @@ def ids_feature(grid: TokenGrid, kind: str) -> Any:
     """Return the type of a column of ids."""
     import datasets
 
-    row = datasets.List(datasets.Value(kind), length=grid.shape[0])
-    return datasets.Array2D(shape=grid.shape, dtype=kind) if len(grid.shape) == 2 else row
+    if len(grid.shape) == 1:
+        return datasets.List(datasets.Value(kind), length=grid.shape[0])
+    array = {2: datasets.Array2D, 3: datasets.Array3D}[len(grid.shape)]
+    return array(shape=grid.shape, dtype=kind)
 
 
 def column_feature(column: Column) -> Any:

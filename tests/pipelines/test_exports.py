@@ -38,7 +38,7 @@ from tokenizer.pixels import Pixels
 SIZE = (8, 8)
 LIKELIHOODS = ("categorical", "discretized_logistic")
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in TOKENIZERS if name != "vqvae"},
+    **{name: (name, {}) for name in TOKENIZERS if name not in ("vqvae", "frame_by_frame")},
     **{f"vqvae, {name}": ("vqvae", {"quantizer": quantizer_of(name, 2, 2)}) for name in QUANTIZERS},
     "vqvae, directions": ("vqvae", {"quantizer": {"kind": "ema", "codes": 32, "dim": 8, "normalize": True}}),
     **{f"vqvae, {name}": ("vqvae", {"likelihood": {"kind": name}}) for name in LIKELIHOODS},
@@ -118,6 +118,14 @@ def test_a_file_gives_the_tokens_and_pixels_of_the_tokenizer(format: Any, case: 
             tokens = tokenizer.encode(images)
             assert torch.equal(encode(images), tokens)
             assert (decode(tokens) - tokenizer.decode(tokens)).abs().max() < TOLERANCE
+
+
+def test_a_tokenizer_of_clips_is_refused_and_that_of_its_frames_is_not(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("frame_by_frame", SIZE, 3).eval()
+    with pytest.raises(ExportError, match="^a tokenizer of clips cannot be exported; export that of its frames"):
+        export_tokenizer(tokenizer, tmp_path / "out", "torch")
+    assert not (tmp_path / "out").exists()
+    assert export_tokenizer(tokenizer.tokenizer, tmp_path / "out", "torch").tokens > 0
 
 
 @every_format

@@ -134,8 +134,11 @@ def test_pools(tokenizer, source, pool):
         return
     features = pipe.prior.features(tokens, None, 1).detach()
     normal = (features - features.mean(2, keepdim=True)) / features.var(2, correction=0, keepdim=True).sqrt()
-    quantizer = getattr(pipe.tokenizer, "quantizer", None)
-    codes = pipe.tokenizer.decode(tokens) if quantizer is None else quantizer.lookup(tokens)
+    if tokenizer == "frame_by_frame":
+        codes = torch.cat([pipe.tokenizer.tokenizer.quantizer.lookup(frame) for frame in tokens.unbind(1)], 2)
+    else:
+        quantizer = getattr(pipe.tokenizer, "quantizer", None)
+        codes = pipe.tokenizer.decode(tokens) if quantizer is None else quantizer.lookup(tokens)
     cells = {"prior": normal, "pixels": scaled.flatten(2).mT, "embeddings": codes.flatten(2).mT}[source]
     want = {"mean": cells.mean(1), "flatten": cells.flatten(1), "last": cells[:, -1]}[pool]
     assert torch.allclose(found, want, atol=1e-3)

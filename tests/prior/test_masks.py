@@ -3,6 +3,7 @@
 import pickle
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,23 +15,29 @@ from prior import masks
 from prior.masks import Window
 from prior.orders import make_order
 
-SHAPE = (5, 6)
+SHAPE, CLIP = (5, 6), (3, 2, 5)  # 30 cells each
 
 
 @dataclass(frozen=True)
 class Case:
     """A window, the dilation of its two layers, and an order."""
 
-    window: tuple[int, int]
+    window: tuple[int, ...]
     dilation: tuple[int, int] | None = None
     order: str = "raster"
+    shape: tuple[int, ...] = SHAPE
 
-    def model(self, shape=SHAPE, **config):
-        return make_prior("gpt", shape, window=self.window, dilation=self.dilation, order=self.order, **config)
+    def model(self, **config):
+        return make_prior("gpt", self.shape, window=self.window, dilation=self.dilation, order=self.order, **config)
 
 
 CASES = [Case((2, 1)), Case((1, 2), (2, 1)), Case((1, 1), (1, 3)), Case((4, 1)), Case((1, 5))]
 CASES += [Case((1, 2), (1, 2) if number % 2 else None, order) for number, order in enumerate(ORDERS[1:])]
+CASES += [
+    Case((1, 1, 2), (1, 2), shape=CLIP),
+    Case((1, 2, 1), (2, 1), shape=CLIP),
+    Case((2, 1, 1), None, "random:3", CLIP),
+]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -50,14 +57,14 @@ def set_tile(tile, monkeypatch):
 
 def seen_by_definition(order, shape, window, dilation):
     """bool `(N, N)`, whether a query sees a key. Rank r predicts order[r], and holds the token of order[r - 1]."""
-    cells = [divmod(cell, shape[1]) for cell in order.tolist()]
+    cells = [np.unravel_index(cell, shape) for cell in order.tolist()]
     seen = torch.zeros(len(cells), len(cells), dtype=torch.bool)
     seen[:, 0] = True  # the start
-    for query, (row, column) in enumerate(cells):
+    for query, cell in enumerate(cells):
         for key in range(1, query + 1):
-            down, right = abs(row - cells[key - 1][0]), abs(column - cells[key - 1][1])
-            near = down <= dilation * window[0] and right <= dilation * window[1]
-            seen[query, key] = near and down % dilation == right % dilation == 0
+            offsets = [abs(int(one) - int(other)) for one, other in zip(cell, cells[key - 1], strict=True)]
+            near = all(offset <= dilation * reach for offset, reach in zip(offsets, window, strict=True))
+            seen[query, key] = near and all(offset % dilation == 0 for offset in offsets)
     return seen
 
 
@@ -67,7 +74,7 @@ def seen_by_definition(order, shape, window, dilation):
 def test_tiles_and_rule_are_the_definition(case):
     model = case.model()
     for layer, dilation in zip(model.layers, case.dilation or (1, 1), strict=True):
-        expected = seen_by_definition(make_order(case.order, SHAPE), SHAPE, case.window, dilation)
+        expected = seen_by_definition(make_order(case.order, case.shape), case.shape, case.window, dilation)
         ranks = torch.arange(30)
         assert layer.window.rule()(ranks[:, None], ranks).equal(expected)
         found, window = torch.zeros_like(expected), layer.window
@@ -121,15 +128,16 @@ def test_flex_attention_gets_the_same_window_after_inference_mode_and_pickling()
         torch.testing.assert_close(each.flex(q, k, v, flex_attention), expected)
 
 
-@pytest.mark.parametrize("window", [(4, 5), (9, 9)])
+@pytest.mark.parametrize("window", [(4, 5), (9, 9), (2, 1, 4)])
 def test_a_window_that_covers_the_grid_changes_nothing(window, monkeypatch):
     """To the last bit; and in tiles up to rounding."""
-    plain = make_prior("gpt", SHAPE)
+    shape = SHAPE if len(window) == 2 else CLIP
+    plain = make_prior("gpt", shape)
     tokens = draw_tokens(plain, 3)
     for tiled in (False, True):
         if tiled:
             monkeypatch.setattr(masks, "covers", lambda *_: False)
-        model = make_prior("gpt", SHAPE, window=window)
+        model = make_prior("gpt", shape, window=window)
         model.load_state_dict(plain.state_dict())
         assert (model.layers[0].window is not None) == tiled
         assert (model(tokens) - plain(tokens)).abs().max() <= (1e-5 if tiled else 0)

@@ -18,7 +18,7 @@ from prior.orders import Partition, make_partition
 from tokenizer import TokenGrid
 from tokenizer.model import ConfigError
 
-LONG, LEVELS = TokenGrid((12,), 5), TokenGrid((6, 3), 32, levels=3)
+LONG, LEVELS, CLIP = TokenGrid((12,), 5), TokenGrid((6, 3), 32, levels=3), TokenGrid((2, 2, 3), 5)
 GREY, SCALES = grid_with({"channels": 1}, (2, 2), 16), TokenGrid((5,), 5, ((1, 1), (2, 2)))
 CONVOLUTIONAL = ("pixelcnn", "gated_pixelcnn", "pixelcnn_pp", "pixelsnail")
 
@@ -42,7 +42,9 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     *(("gpt", {"dilation": dilation}, "dilation") for dilation in ((2, 1), (1, 0))),
     ("gpt", {"window": (1, 1), "dilation": (2,)}, "dilation"),
     ("gpt", {"window": (1, 1), "any_order": True}, "window"),
-    *(("gpt", {"window": window}, "window") for window in ((0, 3), (1, 2, 3), (1, 1 << 30))),
+    *(("gpt", {"window": window}, "window") for window in ((0, 3), (1, 2, 3), (1,), (1, 1 << 30))),
+    *(("gpt", {"window": window, "grid": CLIP}, "window") for window in ((1, 1), (0, 1, 1), (1, 1, 1, 1))),
+    *((kind, {"grid": CLIP}, "grid") for kind in CONVOLUTIONAL),
     ("gpt", {"window": (1, 1), "grid": LONG}, "window"),
     ("gpt", {"window": (200, 200), "grid": TokenGrid((256, 256), 4)}, "window"),
     ("gpt", {"order": "diagonal"}, "order"),

@@ -45,6 +45,16 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "maskgit": {"widths": (8, 16), "blocks": 1, "groups": 4, "quantizer": {"kind": "vq", "codes": 32, "dim": 8}},
     "magvit2": {"widths": (8, 16), "blocks": 1, "groups": 4, "quantizer": {"kind": "lfq", "bits": 8}},
+    "frame_by_frame": {
+        "frames": 2,
+        "tokenizer": {
+            "kind": "vqvae",
+            "factor": 2,
+            "widths": (16,),
+            "blocks": (1,),
+            "quantizer": {"kind": "ema", "codes": 32, "dim": 8},
+        },
+    },
     "ema": {"codes": 32, "dim": 8},
     "vq": {"codes": 32, "dim": 8},
     "ibq": {"codes": 32, "dim": 8},
@@ -72,6 +82,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "windowed_gpt": ("gpt", {"window": (1, 2), "dilation": (2, 1)}),
     "windowed_blocks": ("blocks", {"window": (1, 2), "dilation": (1, 2)}),
 }
+FLAT = {"next_scale", "pixelcnn", "gated_pixelcnn", "pixelcnn_pp", "pixelsnail"}
+"""Priors that need two axes, or a grid of several scales."""
 QUANTIZERS, TOKENIZERS, PRIORS = Quantizer.available(), Tokenizer.available(), Prior.available()
 ORDERS = ["raster", "column", "snake", "spiral_in", "spiral_out", "z_curve", "hilbert", "subsample", "random:3"]
 PARTITIONS = ["diagonal", "wave:2", "rows", "dyadic", "regions:4", "halton:4", "spread:5", "random:3:4", "snake/5"]

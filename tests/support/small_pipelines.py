@@ -40,7 +40,10 @@ def pixels_for(pipe, count=5):
     return torch.randint(0, 256, (count, *pipe.tokenizer.image_shape), dtype=torch.uint8)
 
 
-def as_pil(pixels):
+def as_pil(pixels, frames=1):
+    """PIL images of pixels `(B, C, H, W)`, or of strips, a list for each clip."""
+    if frames > 1:
+        return [as_pil(torch.stack(strip.chunk(frames, 1))) for strip in pixels]
     return [Image.fromarray(p[0] if len(p) == 1 else p.transpose(1, 2, 0)) for p in pixels.numpy()]
 
 

@@ -76,6 +76,7 @@ names = st.lists(st.lists(st.sampled_from(PARTS), min_size=1, max_size=3).map("/
         st.booleans(),
         st.just(()),
         st.just(b"") | st.binary(min_size=8, max_size=8),
+        st.none(),
     ),
     names,
     st.integers(0, 1000),
@@ -156,7 +157,7 @@ def test_impossible_counts_in_a_header_are_refused_without_allocating():
 def test_another_version_is_not_damage():
     data = make_stream()
     with pytest.raises(StreamError) as caught:
-        read_stream(data[:7] + b"\3" + data[8:])
+        read_stream(data[:7] + b"\4" + data[8:])
     assert type(caught.value) is StreamError
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+import struct
+import tarfile
+import zlib
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from command import fails
 from hypothesis import given
 from hypothesis import strategies as st
+from optional import Late, needs_tifffile
 from PIL import Image
 
 from pipelines import ImagePipeline, evaluate, generate, train_prior, train_tokenizer
@@ -23,6 +28,7 @@ from tokenizer import Tokenizer
 from tokenizer.files import ConfigError
 
 FULL = Values("uint16", 0.0, 65535.0)
+tifffile = Late("tifffile")
 
 
 def blobs(count, seed=0, channels=6, side=16):
@@ -85,6 +91,23 @@ def test_whole_numbers_come_back_exactly(dtype, low, width, seed):
     assert found.dtype == array.dtype and np.array_equal(found, array)
 
 
+def test_each_of_65536_values_comes_back_exactly():
+    for low, high in [(0, 65535), (0, 1), (65534, 65535), (7, 10_000), (1, 65535), (30_000, 31_000)]:
+        values, array = Values("uint16", low, high), np.arange(low, high + 1, dtype=np.uint16)
+        assert np.array_equal(values.from_unit(values.to_unit(array)), array)
+    every = np.arange(65536, dtype=np.uint16)
+    clipped = Values("uint16", 500, 900)
+    assert np.array_equal(clipped.from_unit(clipped.to_unit(every)), every.clip(500, 900))
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(0, 2**32))
+def test_floats_come_back_up_to_rounding(low, width, seed):
+    values = Values("float32", low, low + width)
+    array = np.random.default_rng(seed).uniform(low, low + width, (3, 5, 2)).astype(np.float32)
+    rounding = np.finfo(np.float32).eps * (width + abs(low))
+    assert np.abs(values.from_unit(values.to_unit(array)) - array.clip(low, low + width)).max() <= rounding
+
+
 @pytest.mark.parametrize("values", [FULL, Values("float32", -3.0, 5.0), Values("uint8", 10.0, 200.0)])
 def test_arrays_come_back_through_to_images(values):
     rng = np.random.default_rng(0)
@@ -131,6 +154,98 @@ def test_grey_of_16_bits_keeps_them():
         assert np.array_equal(FULL.from_unit(decode_array(data, (1, 64, 64), FULL))[0], array)
 
 
+def deep_png(array):
+    """A PNG of 16-bit values (H, W, C), which Pillow cannot write."""
+    height, width, channels = array.shape
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in array)
+    head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_colours_of_16_bits_keep_them(channels, tmp_path):
+    array = np.random.default_rng(channels).integers(0, 65536, (9, channels + 2, channels)).astype(np.uint16)
+    data = deep_png(array)
+    found = try_decode(data, (channels, 9, channels + 2), values=FULL)
+    assert np.array_equal(FULL.from_unit(found), np.moveaxis(array, -1, 0))
+    assert isinstance(try_decode(data[:70], (channels, 9, channels + 2), values=FULL), str)
+    for number in range(12):
+        (tmp_path / f"{number}.png").write_bytes(data)
+    shape = {"channels": channels, "image_size": 9}
+    assert load_images(data_of(tmp_path, **shape)).train.values == ("uint16", array.min(), array.max())
+    if channels in (1, 3):
+        assert load_images(data_of(tmp_path, dtype="uint8", **shape)).train.values is None
+
+
+def test_grey_pages_are_channels():
+    pages = np.random.default_rng(0).integers(0, 256, (3, 8, 9)).astype(np.uint8)
+    assert np.array_equal(try_decode(tiff(pages), (3, 8, 9)), pages)
+    for data, channels in [(tiff(pages), 1), (tiff(pages[:2]), 3), (tiff([*pages, pages[0]]), 3)]:
+        found = try_decode(data, (channels, 8, 9))
+        assert isinstance(found, str) and "several pages" in found
+
+
+LAYOUTS = {
+    "pixels": {"photometric": "minisblack", "planarconfig": "contig"},
+    "planes": {"photometric": "minisblack", "planarconfig": "separate"},
+    "RGB": {"photometric": "rgb", "planarconfig": "contig"},
+    "planes of RGB": {"photometric": "rgb", "planarconfig": "separate"},
+    "big": {"photometric": "minisblack", "planarconfig": "contig", "bigtiff": True},
+    "compressed": {"photometric": "minisblack", "planarconfig": "contig", "compression": "zlib"},
+    "tiles": {"photometric": "minisblack", "planarconfig": "contig", "tile": (16, 16)},
+    "big-endian": {"photometric": "minisblack", "planarconfig": "separate", "byteorder": ">"},
+    "pages": {"photometric": "minisblack", "ome": True, "metadata": {"axes": "CYX"}},
+}
+
+
+@needs_tifffile
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("channels", [3, 6])
+def test_every_layout_of_a_tiff_gives_the_same_values(layout, dtype, channels):
+    array = np.random.default_rng(0).integers(0, 250, (18, 19, channels)).astype(dtype)
+    planes, options = np.ascontiguousarray(np.moveaxis(array, -1, 0)), LAYOUTS[layout]
+    file = io.BytesIO()
+    first = options.get("planarconfig") != "contig"
+    tifffile.imwrite(file, planes if first else array, **options)
+    values = None if dtype == "uint8" else Values(dtype, 0.0, 250.0)
+    found = try_decode(file.getvalue(), (channels, 18, 19), values=values)
+    assert not isinstance(found, str), found
+    assert np.array_equal(found, planes if values is None else values.to_unit(planes))
+
+
+@needs_tifffile
+def test_bad_tiffs_give_one_line(monkeypatch, capsys):
+    array, file, turned = np.ones((8, 9, 6), np.uint16), io.BytesIO(), io.BytesIO()
+    tifffile.imwrite(file, array, photometric="minisblack", planarconfig="contig")
+    tags = [(274, "H", 1, 6, True)]
+    tifffile.imwrite(turned, array, photometric="minisblack", planarconfig="contig", extratags=tags, metadata=None)
+    data = file.getvalue()
+    for bad, channels, reason in [(data[:300], 6, ""), (turned.getvalue(), 6, "rotated"), (data, 5, "data.channels")]:
+        found = try_decode(bad, (channels, 8, 9), values=FULL)
+        assert isinstance(found, str) and reason in found and found and "\n" not in found
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("pipelines.images.arrays.find_spec", lambda name: None)
+    assert try_decode(data, (6, 8, 9), values=FULL).endswith('pip install "smalti[tiff]"')
+
+
+@needs_tifffile
+def test_colours_of_16_bits_in_a_tiff_need_tifffile(monkeypatch, tmp_path):
+    array = np.random.default_rng(0).integers(0, 65536, (8, 8, 3)).astype(np.uint16)
+    for number in range(12):
+        tifffile.imwrite(tmp_path / f"{number}.tif", array, photometric="rgb")
+    shape = {"channels": 3, "image_size": 8}
+    assert load_images(data_of(tmp_path, **shape)).train.values == ("uint16", array.min(), array.max())
+    monkeypatch.setattr("pipelines.images.arrays.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"data.dtype: .*smalti\[tiff\].*data.dtype=uint8 reads 8 bits"):
+        load_images(data_of(tmp_path, **shape))
+    assert load_images(data_of(tmp_path, dtype="uint8", **shape)).train.values is None
+
+
 def test_channels_are_resized_alike():
     image = np.random.default_rng(0).integers(0, 256, (40, 30, 3)).astype(np.uint8)
     six = npy(np.concatenate([image, image[..., ::-1]], axis=2))
@@ -144,7 +259,7 @@ BAD = {
     "NaN": (npy(np.full((8, 8, 6), np.nan, np.float32)), Values("float32", 0.0, 1.0), "NaN"),
     "channels": (npy(np.zeros((8, 8, 5), np.uint16)), FULL, "data.channels=6 needs"),
     "axes": (npy(np.zeros((2, 8, 8, 6), np.uint16)), FULL, "shape (2, 8, 8, 6)"),
-    "type": (npy(np.zeros((8, 8, 6), np.int32)), FULL, "int32, not uint16"),
+    "type": (npy(np.zeros((8, 8, 6), np.int32)), FULL, "int32; convert them"),
     "8 bits": (npy(np.zeros((8, 8, 6), np.uint8)), FULL, "uint8, not uint16"),
     "objects": (npy(np.array([{}], dtype=object)), FULL, "Python objects"),
     "short": (npy(np.zeros((8, 8, 6), np.uint16))[:200], FULL, "too short"),
@@ -196,12 +311,52 @@ def test_bad_arrays_are_named(tmp_path):
     arrays[3][0, 0, 0] = np.inf
     with pytest.raises(UserError, match="003.npy: 1 of 1,536 values are NaN or infinite"):
         load_images(data_of(write_arrays(tmp_path / "a", arrays)))
-    with pytest.raises(UserError, match="data.range: the values of the .* cannot be measured.*npy"):
+    with pytest.raises(UserError, match="data.range: .* cannot be measured.*npy: shape .16, 16, 6.; data.channels=5"):
         load_images(data_of(tmp_path / "a", channels=5))
     with pytest.raises(UserError, match="all are 0"):
         load_images(data_of(write_arrays(tmp_path / "b", np.zeros((20, 16, 16, 6), np.uint16))))
-    with pytest.raises(UserError, match="folder of files"):
+    with pytest.raises(UserError, match="data.source=digits and data.streaming have 8-bit images"):
         load_images(DataConfig(channels=6))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "array", "lists", "tar"])
+def test_tables_hold_arrays(kind, tmp_path):
+    arrays, more = blobs(20), {}
+    if kind == "tar":
+        more = {"image_column": "npy"}
+        with tarfile.open(tmp_path / "train.tar", "w") as file:
+            for number, array in enumerate(arrays):
+                member = tarfile.TarInfo(f"{number:03d}.npy")
+                member.size = len(npy(array))
+                file.addfile(member, io.BytesIO(npy(array)))
+    else:
+        column = {
+            "bytes": datasets.Value("binary"),
+            "array": datasets.Array3D((16, 16, 6), "uint16"),
+            "lists": datasets.List(datasets.List(datasets.List(datasets.Value("uint16")))),
+        }[kind]
+        cells = [npy(array) for array in arrays] if kind == "bytes" else list(arrays)
+        table = datasets.Dataset.from_dict({"image": cells}, features=datasets.Features({"image": column}))
+        table.to_parquet(tmp_path / "train.parquet")
+    images = load_images(data_of(tmp_path, **more))
+    rows = images.train.origin[1]
+    assert images.train.values == ("uint16", arrays[rows].min(), arrays[rows].max())
+    expected = np.moveaxis(images.train.values.to_unit(arrays[rows]), -1, 1)
+    assert np.array_equal(images.train.pixels(range(len(rows))).numpy(), expected)
+    with pytest.raises(UserError, match="data.channels=5"):
+        load_images(data_of(tmp_path, channels=5, **more))
+    with pytest.raises(UserError, match="data.streaming"):
+        load_images(data_of(tmp_path, streaming=True, **more))
+
+
+def test_images_of_another_type_do_not_change_the_range(tmp_path):
+    folder = write_arrays(tmp_path, blobs(240))
+    np.save(folder / "100.npy", np.zeros((16, 16, 6), np.float32))
+    np.save(folder / "101.npy", np.full((16, 16, 6), 70_000, np.int64))
+    images = load_images(data_of(folder, on_error="skip", validation_fraction=0))
+    rows = images.train.origin[1]
+    assert len(images.train.bad) + len(images.held_out.bad) == 2 and images.train.bad
+    assert images.train.values == ("uint16", blobs(240)[rows].min(), blobs(240)[rows].max())
 
 
 def test_arrays_beside_pictures_are_no_images(tmp_path):
@@ -275,6 +430,8 @@ def test_pictures_show_the_chosen_channels(run):
     pictures = pipe(2, seed=0).images
     expected = to_uint8(images[:, [5, 2, 0]]).movedim(1, -1).numpy()
     assert np.array_equal(np.stack([np.asarray(picture) for picture in pictures]), expected)
+    floats = pipe(2, seed=0, output_type="pt").grid(show=(5, 2, 0))
+    assert np.array_equal(np.asarray(pipe(2, seed=0).grid()), np.asarray(floats))
     preview = next((run / "tok" / "previews").glob("reconstructions-*.png"))
     assert Image.open(preview).mode == "RGB"
 
@@ -292,7 +449,17 @@ def test_generate_writes_the_declared_type(run):
 
 def test_evaluation_and_detection_run(run):
     pipeline = f"pipeline={run / 'prior'}"
-    evaluate.main([pipeline, "num_images=16", "feature_steps=0", f"out={run / 'evaluation'}"])
+    figures = evaluate.main([pipeline, "num_images=16", "feature_steps=0", f"out={run / 'evaluation'}"])
+    pipe, arrays = ImagePipeline.from_pretrained(run / "prior"), blobs(240)
+    data = load_images(data_of(run / "images", range=(pipe.values.low, pipe.values.high)))
+    arrays = arrays[data.held_out.origin[1]]
+    error = pipe.reconstruct(arrays, output_type="np").astype(float) - arrays
+    span = pipe.values.high - pipe.values.low
+    clipped = arrays.clip(pipe.values.low, pipe.values.high) - arrays
+    assert np.abs(clipped).max() <= 0.02 * span  # held-out values may lie beyond the measured range
+    by_hand = 10 * np.log10(span**2 / np.square(error - clipped).mean((1, 2, 3)))
+    assert figures["psnr"] == pytest.approx(by_hand.mean(), abs=0.02)
+    assert figures["l1"] * span / 2 == pytest.approx(np.abs(error - clipped).mean(), rel=0.01)
     assert (run / "evaluation" / "reconstructions.png").exists()
     main(["calibrate", f"{pipeline}/pipeline", "false_alarms=0.3"])
     write_arrays(run / "other", blobs(4, seed=9))
@@ -308,6 +475,8 @@ def test_verbs_for_pictures_say_so(run, capsys):
     assert "data.range" in line and "set data.dtype=uint16 data.range=" in line
     line = fails(capsys, "train_tokenizer", f"out={run / 'z'}", "data.channels=6", "loss.perceptual=1")
     assert "LPIPS takes images with 1 or 3 channels" in line
+    line = fails(capsys, "evaluate", pipeline, "inception_weights=x", f"out={run / 'y'}")
+    assert "Inception takes images with 1 or 3 channels (these have 6)" in line
     with pytest.raises(ValueError, match="lossless compression needs"):
         ImagePipeline.from_pretrained(run / "prior").compress(blobs(2), lossless=True)
     assert values_of(Tokenizer.from_pretrained(run / "tok" / "tokenizer")).dtype == "uint16"

@@ -24,14 +24,17 @@ def test_pil_images_uint8_and_floats_give_the_same_tokens(tokenizer, channels):
     pixels = pixels_for(pipe)
     tokens = pipe.encode(pixels)
     assert tokens.shape == (5, *pipe.tokenizer.grid.shape) and len(tokens.unique()) > 1
-    for images in (as_pil(pixels), pixels.float() / 127.5 - 1, pixels.double() / 127.5 - 1):
+    pil = as_pil(pixels, pipe.frames)
+    for images in (pil, pixels.float() / 127.5 - 1, pixels.double() / 127.5 - 1):
         assert torch.equal(pipe.encode(images), tokens)
         assert torch.equal(pipe.reconstruct(images, output_type="pt"), pipe.decode(tokens, output_type="pt"))
         assert torch.equal(pipe.log_prob(images), pipe.log_prob(pixels))
-    assert torch.equal(pipe.encode(as_pil(pixels)[0]), tokens[:1])
+    assert torch.equal(pipe.encode(pil[0] if pipe.frames == 1 else pil[:1]), tokens[:1])
     assert torch.equal(pipe.encode(pixels, batch_size=2), tokens)
     array = pipe.decode(tokens, output_type="np")[0]
-    assert np.array_equal(np.asarray(pipe.decode(tokens)[0]), array[..., 0] if channels == 1 else array)
+    shown = pipe.decode(tokens)[0]
+    shown = np.asarray(shown) if pipe.frames == 1 else np.stack([np.asarray(frame) for frame in shown])
+    assert np.array_equal(shown, array[..., 0] if channels == 1 else array)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

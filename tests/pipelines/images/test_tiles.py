@@ -20,6 +20,8 @@ from pipelines.anomaly.image_statistics import measure
 from pipelines.anomaly.scores import anomaly_score, score_of
 from pipelines.images.arrays import Values
 from pipelines.images.tiles import LazyImages, list_images, load_image, tile_places, tile_starts
+from tokenizer import Tokenizer
+from tokenizer.frame_by_frame import FrameByFrame
 
 
 def larger(count, height=40, width=27, seed=0):
@@ -188,10 +190,13 @@ def test_arrays_of_more_bits_and_channels_keep_their_size():
     values, rng = Values("uint16", 0, 4095), np.random.default_rng(0)
     array = rng.integers(0, 4096, (20, 31, 6), dtype=np.uint16)
     unit = torch.from_numpy(values.to_unit(array)).movedim(-1, 0)
+    facts = {"image_size": 8, "dtype": "uint16", "range": (0, 4095)}
+    several, grey = (Tokenizer.create("vqvae", channels=channels, **facts) for channels in (6, 1))
     for images in (array, array[None], [array], [unit], unit[None]):
-        found = load_image(list_images(images, (6, 8, 8), values), 0, (6, 8, 8))
-        torch.testing.assert_close(found, unit, rtol=0, atol=0)
-    grey = Image.fromarray(array[..., 0])
-    assert torch.equal(load_image(list_images(grey, (1, 8, 8), values), 0, (1, 8, 8)), unit[:1])
+        torch.testing.assert_close(load_image(list_images(images, several), 0, (6, 8, 8)), unit, rtol=0, atol=0)
+    picture = list_images(Image.fromarray(array[..., 0]), grey)
+    assert torch.equal(load_image(picture, 0, (1, 8, 8)), unit[:1])
     with pytest.raises(ValueError, match="uint16"):
-        load_image(list_images([array.astype(np.uint8)], (6, 8, 8), values), 0, (6, 8, 8))
+        load_image(list_images([array.astype(np.uint8)], several), 0, (6, 8, 8))
+    with pytest.raises(ValueError, match="clips are not cut into tiles"):
+        list_images(array[..., 0], FrameByFrame.wrap(grey, 2))

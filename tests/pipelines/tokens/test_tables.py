@@ -70,7 +70,9 @@ def test_mapped_tables_become_a_token_dataset_on_which_a_prior_trains(tmp_path: 
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-@pytest.mark.parametrize(("kind", "dtype"), [("vqvae", "uint8"), ("titok", "uint8"), ("fsq", "uint16")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("vqvae", "uint8"), ("titok", "uint8"), ("fsq", "uint16"), ("frame_by_frame", "uint8")]
+)
 def test_tables_have_typed_columns(labelled: bool, kind: str, dtype: str) -> None:
     """Round trips of rows are tested in test_dataset.py."""
     wide = {"quantizer": {"kind": "fsq", "levels": (48, 48)}}
@@ -78,8 +80,9 @@ def test_tables_have_typed_columns(labelled: bool, kind: str, dtype: str) -> Non
     tables = data.to_datasets()
     assert list(tables) == ["train", "test"] and tables["train"].num_rows == 6
     feature = tables["train"].features["tokens"]
-    if len(data.grid.shape) == 2:
-        assert isinstance(feature, datasets.Array2D) and (feature.shape, feature.dtype) == (data.grid.shape, dtype)
+    if len(data.grid.shape) > 1:
+        array = datasets.Array2D if len(data.grid.shape) == 2 else datasets.Array3D
+        assert isinstance(feature, array) and (feature.shape, feature.dtype) == (data.grid.shape, dtype)
     else:
         assert (feature.length, feature.feature.dtype) == (len(data.grid), dtype)
     assert tables["train"].column_names == (["tokens", "label"] if labelled else ["tokens"])

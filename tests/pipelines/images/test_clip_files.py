@@ -1,0 +1,509 @@
+"""Clips and volumes: reading them, windows of frames, splits, bad clips, and a run of all stages.
+
+Covers: pipelines/images/clip_files.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from command import fails
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipelines import ImagePipeline, evaluate, train_prior, train_tokenizer
+from pipelines.__main__ import main
+from pipelines.commands.detect import DetectConfig, find_images
+from pipelines.config import UserError
+from pipelines.images import DataConfig, clip_files, load_images, to_float
+from pipelines.images.augment import AugmentConfig, draw_changes
+from pipelines.images.conditions import ConditionSource, load_conditions
+from pipelines.images.dataset import prepare_images
+from pipelines.images.decoding import try_decode
+from pipelines.options import read_clips
+from pipelines.tokens import load_tokens
+from tokenizer import Tokenizer
+from tokenizer.frame_by_frame import FrameByFrame
+
+SIDE = 16
+KINDS = ["folder", "gif", "webp", "png", "tiff", "npy", "npz"]
+
+
+def blob(frames, seed, side=SIDE):
+    """A bright spot that moves, uint8 (frames, side, side)."""
+    rng = np.random.default_rng(seed)
+    (y, x), (down, right) = rng.uniform(3, side - 4, 2), rng.uniform(-1, 1, 2)
+    grid, t = np.arange(side), np.arange(frames)[:, None, None]
+    away = [np.abs(grid[:, None] - (y + down * t) % side), np.abs(grid - (x + right * t) % side)]
+    squares = sum(np.minimum(part, side - part) ** 2 for part in away)
+    return (250 * np.exp(-squares / 6) + seed % 5).round().astype(np.uint8)
+
+
+def write_clip(path, frames, kind):
+    """Write an array of frames as a folder of PNG (numbered without zeros), or as one file; the path has no suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind in ("npy", "npz"):
+        np.save(f"{path}.npy", frames) if kind == "npy" else np.savez_compressed(f"{path}.npz", frames)
+        return path.with_suffix(f".{kind}")
+    pictures = [Image.fromarray(frame) for frame in frames]
+    if kind == "folder":
+        path.mkdir()
+        for number, picture in enumerate(pictures):
+            picture.save(path / f"{number}.png")
+        return path
+    options = {"lossless": True} if kind == "webp" else {}
+    options |= {} if kind == "tiff" else {"duration": 100}
+    pictures[0].save(f"{path}.{kind}", save_all=True, append_images=pictures[1:], **options)
+    return path.with_suffix(f".{kind}")
+
+
+def write_clips(folder, lengths, kind, make=blob):
+    """Write a clip for each length; return their frames by name."""
+    found = {f"clip{number:02d}": make(length, number) for number, length in enumerate(lengths)}
+    for name, frames in found.items():
+        write_clip(folder / name, frames, kind)
+    return found
+
+
+def load(folder, frames=4, **options):
+    keys = {"source": str(folder), "frames": frames, "image_size": SIDE, **options}
+    single = keys.pop("single_frames", False)
+    return load_images(DataConfig(**keys), single_frames=single)
+
+
+def by_name(splits):
+    """The images of all splits by name."""
+    return {
+        name: pixels.numpy()
+        for part in splits.by_name().values()
+        for name, pixels in zip(part.names(range(len(part))), part.pixels(range(len(part))), strict=True)
+    }
+
+
+def clip_and_start(name):
+    path, _, frames = name.partition("[")
+    return path.partition(".")[0], int(frames.strip("]").partition(":")[0])
+
+
+# Windows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_are_the_consecutive_frames_of_each_clip(tmp_path, kind, capsys):
+    lengths = [12, 4, 9, 8, 11]
+    known = write_clips(tmp_path, lengths, kind)
+    found = by_name(load(tmp_path))
+    assert "data.frames: 5 clips, 10 windows of 4 frames; 4 frames at the ends of clips are not used" in (
+        capsys.readouterr().err
+    )
+    expected = {(name, start) for name, clip in known.items() for start in range(0, len(clip) - 3, 4)}
+    assert {clip_and_start(name) for name in found} == expected
+    for name, strip in found.items():
+        clip, start = clip_and_start(name)
+        assert np.array_equal(strip, known[clip][start : start + 4].reshape(1, 4 * SIDE, SIDE))
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.lists(st.integers(1, 20), min_size=6, max_size=9), st.integers(2, 6), st.booleans())
+def test_each_split_has_whole_clips_and_frames_divide_like_windows(tmp_path_factory, lengths, frames, cached):
+    folder = tmp_path_factory.mktemp("clips")
+    lengths = [max(length, frames) for length in lengths]
+    write_clips(folder, lengths, "npy")
+    options = {"validation_fraction": 0.3, "held_out_fraction": 0.3, "cache_mb": 2048 * cached}
+    windows, single = load(folder, frames, **options), load(folder, frames, single_frames=True, **options)
+    owners, count = {}, 0
+    for split, part in windows.by_name().items():
+        apart = single.by_name()[split]
+        assert apart.image_shape == (1, SIDE, SIDE) and len(apart) == frames * len(part)
+        strips, names = part.pixels(range(len(part))), part.names(range(len(part)))
+        expected = strips.unflatten(2, (frames, SIDE)).transpose(1, 2).flatten(0, 1)
+        assert torch.equal(apart.pixels(range(len(apart))), expected)
+        wanted = [(clip, start + k) for clip, start in map(clip_and_start, names) for k in range(frames)]
+        assert list(map(clip_and_start, apart.names(range(len(apart))))) == wanted
+        count += len(part)
+        for name in names:
+            assert owners.setdefault(clip_and_start(name)[0], split) == split
+    assert count == sum(length // frames for length in lengths)
+
+
+def test_the_frames_of_colour_clips_are_taken_apart_in_memory(tmp_path):
+    known = write_clips(
+        tmp_path,
+        [8] * 70,
+        "npy",
+        lambda length, seed: np.random.default_rng(seed).integers(0, 256, (length, 3, SIDE, SIDE), dtype=np.uint8),
+    )
+    for name, image in by_name(load(tmp_path, channels=3, single_frames=True)).items():
+        clip, at = clip_and_start(name)
+        assert np.array_equal(image, known[clip][at])
+
+
+def test_groups_keep_their_clips_together(tmp_path):
+    for number in range(24):
+        write_clip(tmp_path / f"person{number % 8}_{number}", blob(8, number), "npy")
+    parts = load(tmp_path, group=r"person(\d)", held_out_fraction=0.3, validation_fraction=0.2).by_name()
+    people = [{clip_and_start(name)[0][:7] for name in part.names(range(len(part)))} for part in parts.values()]
+    assert len(people) == 3 and sum(map(len, people)) == len(set().union(*people)) == 8
+
+
+@pytest.mark.parametrize("kind", ["folder", "gif"])
+def test_classes_come_from_the_folder_above_a_clip(tmp_path, kind):
+    for number in range(10):
+        write_clip(tmp_path / "ab"[number % 2] / f"{number}", blob(8, number), kind)
+    train = load(tmp_path).train
+    assert train.class_names == ["a", "b"]
+    assert [name[0] for name in train.names(range(len(train)))] == ["ab"[label] for label in train.labels]
+    single = load(tmp_path, single_frames=True).train
+    assert [name[0] for name in single.names(range(len(single)))] == ["ab"[label] for label in single.labels]
+    unnamed = tmp_path / "a"
+    assert load(unnamed).train.labels is None
+
+
+def test_a_sheet_lists_clips(tmp_path):
+    for number in range(10):
+        write_clip(tmp_path / f"{number}", blob(8, number), "folder")
+    rows = [f"{number},{'xy'[number % 2]}" for number in range(10)]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    train = load(tmp_path).train
+    names = train.names(range(len(train)))
+    assert ["xy"[int(clip_and_start(name)[0]) % 2] for name in names] == [train.class_names[k] for k in train.labels]
+
+
+def test_folders_of_splits(tmp_path):
+    for split, count in (("train", 6), ("test", 2)):
+        write_clips(tmp_path / split, [8] * count, "folder")
+    splits = load(tmp_path, validation_fraction=0)
+    assert (len(splits.train), len(splits.held_out)) == (12, 4)
+
+
+@pytest.mark.parametrize("kind", ["folder", "gif", "npy"])
+def test_frames_are_resized_like_images_one_by_one(tmp_path, kind):
+    known = write_clips(tmp_path, [4] * 4, kind, lambda length, seed: blob(length, seed, 24))
+    for name, strip in by_name(load(tmp_path, image_size=(10, 8), held_out_fraction=0.5)).items():
+        frames = known[clip_and_start(name)[0]]
+        expected = [try_decode(frame, (1, 10, 8)) for frame in frames]
+        assert np.array_equal(strip, np.concatenate(expected, axis=1))
+
+
+def test_a_clip_is_opened_once_for_all_its_windows(tmp_path, monkeypatch):
+    write_clips(tmp_path, [40] * 6, "gif")
+    opened, original = [], clip_files.open_image
+    monkeypatch.setattr(clip_files, "open_image", lambda path, **deep: opened.append(path) or original(path, **deep))
+    load(tmp_path, 2)
+    assert len(opened) <= 2 * 6 + 3  # once to count the frames, once to read them; chunks of windows may share a clip
+
+
+# More than 8 bits
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+@pytest.mark.parametrize("kind", ["folder", "tiff", "npy", "npz"])
+def test_deep_clips_keep_their_type_and_the_measured_range(tmp_path, kind, dtype):
+    def make(length, seed):
+        return blob(length, seed).astype(dtype) * np.array(200 if dtype == "uint16" else 0.5, dtype) + seed
+
+    if kind == "folder" and dtype == "float32":
+        pytest.skip("PNG holds no floats")
+    known = write_clips(tmp_path, [2, 2, 2, 6, 6, 5, 9], kind, make)
+    splits = load(tmp_path, on_error="skip", max_bad_fraction=0.5, validation_fraction=0)  # three are too short
+    values = splits.train.values
+    used = [known[clip][at : at + 4] for clip, at in map(clip_and_start, splits.train.names(range(len(splits.train))))]
+    assert values == (dtype, np.min(used), np.max(used))
+    for name, strip in by_name(splits).items():
+        clip, at = clip_and_start(name)
+        assert np.array_equal(strip, values.to_unit(known[clip][at : at + 4]).reshape(1, 4 * SIDE, SIDE))
+
+
+@pytest.mark.parametrize("channels", [3, 6])
+@pytest.mark.parametrize("last", [True, False])
+def test_arrays_have_channels_first_or_last(tmp_path, channels, last):
+    def make(length, seed):
+        frames = np.random.default_rng(seed).integers(0, 999, (length, channels, SIDE, SIDE)).astype(np.uint16)
+        return np.moveaxis(frames, 1, -1) if last else frames
+
+    known = write_clips(tmp_path, [4] * 5, "npy", make)
+    splits = load(tmp_path, channels=channels)
+    for name, strip in by_name(splits).items():
+        frames = known[clip_and_start(name)[0]]
+        frames = np.moveaxis(frames, -1, 1) if last else frames
+        assert np.array_equal(strip, splits.train.values.to_unit(np.concatenate(frames, axis=1)))
+
+
+def test_a_declared_range_that_clips_is_reported(tmp_path, capsys):
+    write_clips(tmp_path, [4] * 6, "npy", lambda length, seed: blob(length, seed).astype(np.float32))
+    load(tmp_path, range=(0, 50))
+    assert "warning: data.range=0,50 clips" in capsys.readouterr().err
+
+
+# Augmentation
+
+
+def test_augmentation_moves_each_frame_and_all_alike():
+    """Frames of one value each stay that: nothing of a neighbour moves in."""
+    config = AugmentConfig(flip=True, shift=5, rotate=30, zoom=0.3)
+    changes = draw_changes(np.arange(8), 0, config, 0)
+    flat = torch.tensor([0, 90, 180, 255], dtype=torch.uint8)[None, None, :, None, None].expand(8, 1, 4, SIDE, SIDE)
+    strips = flat.reshape(8, 1, 4 * SIDE, SIDE)
+    assert torch.allclose(prepare_images(strips, changes, config, 4), to_float(strips), atol=1e-6)
+    frames = torch.from_numpy(np.stack([blob(1, seed) for seed in range(8)]))
+    moved = prepare_images(frames.repeat(1, 4, 1, 1).reshape(8, 1, 4 * SIDE, SIDE), changes, config, 4)
+    alone = prepare_images(frames, changes, config)
+    assert torch.equal(moved, alone.repeat(1, 1, 4, 1))
+
+
+def test_variants_of_clips_are_made_with_the_number_of_frames(tmp_path):
+    def make(length, seed):
+        return np.repeat(np.arange(length, dtype=np.uint8) * 80, SIDE * SIDE).reshape(length, SIDE, SIDE)
+
+    write_clips(tmp_path, [4] * 6, "npy", make)
+    train = load(tmp_path, augment=AugmentConfig(shift=6)).train
+    assert torch.allclose(train.batch(range(3), augment=True), train.batch(range(3)), atol=1e-6)
+
+
+# Bad clips
+
+
+def with_nan(length, seed):
+    frames = blob(length, seed).astype(np.float32)
+    frames[5, 0, 0] = math.nan
+    return frames
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: write_clip(path, blob(3, 0), "gif"), "bad.gif: 3 frames, fewer than data.frames=4"),
+        (lambda path: write_clip(path, blob(1, 0), "folder"), "bad: 1 frame, fewer than data.frames=4"),
+        (lambda path: write_clip(path, blob(4, 0)[0], "npy"), r"bad.npy: shape \(16, 16\); a clip needs \(T, H, W\)"),
+        (lambda path: write_clip(path, np.zeros((4, 16, 16, 5), np.uint8), "npy"), "frame 0: shape .*data.channels=1"),
+        (lambda path: write_clip(path, with_nan(8, 0), "npy"), r"bad.npy\[4:8\]: frame 5: 1 of 256 values are NaN"),
+        (lambda path: write_clip(path, np.zeros((4, 9, 9), np.int32), "npy"), "its values are int32; convert them"),
+        (lambda path: np.save(f"{path}.npy", np.array([{}] * 4), allow_pickle=True), "bad.npy: .*object"),
+        (lambda path: path.with_suffix(".npy").write_bytes(b"no array"), "bad.npy: "),
+        (lambda path: path.with_suffix(".gif").write_bytes(b"GIF89a"), "bad.gif: "),
+    ],
+)
+def test_bad_clips_are_listed_with_the_reason(tmp_path, write, message):
+    arrays = "npy" in message or "shape" in message or "int32" in message
+    dtype = np.float32 if "NaN" in message else np.uint8
+    write_clips(tmp_path / "good", [8] * 6, "npy" if arrays else "gif", lambda *args: blob(*args).astype(dtype))
+    write(tmp_path / "good" / "bad")
+    with pytest.raises(UserError, match=message) as caught:
+        load(tmp_path / "good")
+    assert len(str(caught.value).splitlines()) <= 3
+    good = by_name(load(tmp_path / "good", on_error="skip", max_bad_fraction=0.5))
+    assert len(good) == 12 + ("NaN" in message)  # of a clip with a bad frame, the other windows are used
+
+
+def test_frames_of_unequal_size_are_bad(tmp_path):
+    write_clips(tmp_path, [8] * 6, "folder")
+    Image.new("L", (20, 16)).save(tmp_path / "clip01" / "6.png")
+    with pytest.raises(UserError, match=r"clip01\[4:8\]: frame 6: 20 x 16 pixels, unlike the first of its clip, 16 x"):
+        load(tmp_path)
+    picture = Image.fromarray(blob(1, 0)[0])
+    picture.save(tmp_path / "clip01" / "6.png", save_all=True, append_images=[Image.new("L", (16, 16))])
+    with pytest.raises(UserError, match="frame 6: a file of several frames among single ones"):
+        load(tmp_path)
+
+
+def test_pages_of_unequal_size_are_bad(tmp_path):
+    write_clips(tmp_path, [4] * 6, "tiff")
+    Image.new("L", (16, 16)).save(tmp_path / "x.tiff", save_all=True, append_images=[Image.new("L", (16, 12))] * 3)
+    with pytest.raises(UserError, match=r"x.tiff\[0:4\]: frame 1: 16 x 12 pixels, unlike"):
+        load(tmp_path)
+
+
+def test_a_damaged_animation_is_bad_from_there_on(tmp_path):
+    write_clips(tmp_path, [8] * 6, "png")
+    path = tmp_path / "clip03.png"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    with pytest.raises(UserError, match=r"1 of 12 images cannot be decoded.*\n.*clip03.png\[4:8\]: frame"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("frames", [0, 1, -3, "many"])
+def test_a_window_has_at_least_two_frames(tmp_path, frames, capsys):
+    assert "data.frames" in fails(capsys, "train_tokenizer", f"out={tmp_path / 'x'}", f"data.frames={frames}")
+
+
+def test_what_holds_no_clips_is_refused(tmp_path, capsys):
+    write_clip(tmp_path / "stills", blob(12, 0), "folder")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "x.parquet").write_bytes(b"")
+    clip = write_clip(tmp_path / "one", blob(8, 0), "gif")
+    (tmp_path / "empty").mkdir()
+    for source, message in [
+        (tmp_path / "stills", "holds single images, not clips"),
+        (tmp_path / "tables", "read from a folder of files"),
+        (clip, "read from a folder of files"),
+        ("digits", "read from a folder of files"),
+        ("owner/name", "read from a folder of files"),
+        (tmp_path / "empty", "no images here"),
+    ]:
+        line = fails(capsys, "train_tokenizer", f"out={tmp_path / 'x'}", f"data.source={source}", "data.frames=4")
+        assert message in line
+
+
+def test_settings_that_are_for_images_are_refused():
+    for options, message in [({"streaming": True}, "not streamed"), ({"clips": True}, "whole clips are held out")]:
+        with pytest.raises(ValueError, match=message):
+            DataConfig(frames=4, **options)
+    if "crop" in DataConfig.model_fields:
+        with pytest.raises(ValueError, match="not cropped"):
+            DataConfig(frames=4, **{"crop": "random"})
+    assert "frames" not in DataConfig().model_dump() and DataConfig(frames=4).model_dump()["frames"] == 4
+
+
+def test_a_table_lists_folders_of_frames(tmp_path):
+    write_clips(tmp_path / "clips", [8] * 8, "folder")
+    rows = [f"clip{number:02d},{number}" for number in range(8)]
+    (tmp_path / "speed.csv").write_text("\n".join(["file_name,speed", *rows]))
+    config = DataConfig(source=str(tmp_path / "clips"), frames=4, image_size=SIDE)
+    parts = load_images(config).by_name()
+    columns = load_conditions(config, {"speed": ConditionSource()}, parts, table=str(tmp_path / "speed.csv"))
+    for split, part in parts.items():
+        numbers = [int(clip_and_start(name)[0][4:]) for name in part.names(range(len(part)))]
+        assert columns["speed"].values[split].flatten().tolist() == numbers
+
+
+# Files that a verb takes
+
+
+def test_read_clips_returns_windows_of_files_and_folders(tmp_path):
+    known = write_clips(tmp_path, [9, 4], "gif")
+    write_clip(tmp_path / "more", blob(5, 7), "folder")
+    strips, names = read_clips(sorted(tmp_path.iterdir()), (1, 4 * SIDE, SIDE), 4)
+    assert [name.removeprefix(f"{tmp_path}/") for name in names] == [
+        "clip00.gif[0:4]", "clip00.gif[4:8]", "clip01.gif[0:4]", "more[0:4]"
+    ]  # fmt: skip
+    assert np.array_equal(strips[1, 0], known["clip00"][4:8].reshape(-1, SIDE))
+    with pytest.raises(UserError, match="images: .*more: 5 frames, fewer than"):
+        read_clips([tmp_path / "more"], (1, 8 * SIDE, SIDE), 8)
+
+
+# All stages
+
+SMALL = ["train.batch_size=16", "train.mixed_precision=no"]
+VQVAE = ["model.kind=vqvae", "model.widths=[16]", "model.blocks=[1]", "model.quantizer.codes=32", "train.steps=60"]
+GPT = ["model.kind=gpt", "model.dim=32", "model.depth=1", "model.heads=2", "train.steps=10"]
+
+
+@pytest.fixture(scope="module", params=["gif", "npy"])
+def run(request, tmp_path_factory):
+    """Clips (GIF of two classes, or float volumes), and the runs of all stages on windows of 4 frames."""
+    root = tmp_path_factory.mktemp(request.param)
+    for number in range(30):
+        frames = blob(8 + number % 3, number)
+        if request.param == "npy":
+            write_clip(root / "clips" / f"{number:02d}", frames.astype(np.float32) / 100 - 1, "npy")
+        else:
+            write_clip(root / "clips" / "ab"[number % 2] / f"{number:02d}", frames, "gif")
+    data = [f"data.source={root / 'clips'}", "data.frames=4", f"data.image_size={SIDE}"]
+    train_tokenizer.main([f"out={root / 'tok'}", *data, *VQVAE, *SMALL])
+    main(["encode", f"tokenizer={root / 'tok'}", f"out={root / 'tokens'}"])
+    train_prior.main([f"out={root / 'prior'}", f"tokens={root / 'tokens'}", *GPT, *SMALL])
+    return root
+
+
+def test_the_tokenizer_is_one_of_frames(run):
+    tokenizer = Tokenizer.from_pretrained(run / "tok" / "tokenizer")
+    assert (tokenizer.frames, tokenizer.image_shape, tokenizer.grid.shape) == (1, (1, SIDE, SIDE), (4, 4))
+    preview = Image.open(next((run / "tok" / "previews").glob("reconstructions-*60.png")))
+    assert preview.height < 6 * 64  # two rows of frames and two of reconstructions, not strips
+
+
+def test_encode_wraps_the_tokenizer_and_keeps_the_splits(run, capsys):
+    tokens = load_tokens(run / "tokens")
+    assert isinstance(tokens.tokenizer, FrameByFrame) and tokens.grid.shape == (4, 4, 4)
+    splits = load_images(DataConfig.model_validate(tokens.source["data"]))
+    for name, part in (("train", splits.train), ("test", splits.held_out)):
+        with torch.inference_mode():
+            expected = tokens.tokenizer.encode(part.batch(range(len(part))))
+        assert torch.equal(torch.as_tensor(tokens.splits[name].tokens).long(), expected)
+    frames = Tokenizer.from_pretrained(run / "tok" / "tokenizer")
+    single = load_images(DataConfig.model_validate(tokens.source["data"]), single_frames=True).train
+    with torch.inference_mode():
+        expected = frames.encode(single.batch(range(8)))
+    assert torch.equal(torch.as_tensor(tokens.splits["train"].tokens)[:2].long().flatten(0, 1), expected)
+    main(["encode", f"tokenizer={run / 'tok'}", f"out={run / 'tokens'}"])
+    assert "already finished" in capsys.readouterr().out
+
+
+def test_the_pipeline_draws_clips(run):
+    pipe = ImagePipeline.from_pretrained(run / "prior")
+    assert pipe.prior.grid.shape == (4, 4, 4) and pipe.tokenizer.image_shape == (1, 4 * SIDE, SIDE)
+    out = pipe(2, seed=0, output_type="pt")
+    assert out.images.shape == (2, 4, 1, SIDE, SIDE) and out.tokens.shape == (2, 4, 4, 4)
+    values = pipe(2, seed=0, output_type="np").images
+    assert values.shape == (2, 4, SIDE, SIDE, 1)
+    assert values.dtype == (np.uint8 if pipe.values is None else np.float32)
+
+
+def test_evaluation_and_inspection_run(run, capsys):
+    figures = evaluate.main([f"pipeline={run / 'prior'}", "num_images=12", "feature_steps=2", f"out={run / 'ev'}"])
+    picture = Image.open(run / "ev" / "samples.png")
+    assert picture.height < 3000, figures
+    main(["inspect", f"tokenizer={run / 'tok'}", f"out={run / 'page.png'}"])
+    assert "images of 1 x 16 x 16, 4 x 4 tokens" in capsys.readouterr().out
+
+
+def test_another_size_or_number_of_frames_is_refused(run, tmp_path, capsys):
+    tok, prior = f"tokenizer={run / 'tok'}", f"pipeline={run / 'prior'}"
+    line = fails(capsys, "encode", tok, "data.image_size=20", f"out={tmp_path / 'x'}")
+    assert "frames are (1, 16, 16) (channels, height, width), these are (1, 20, 20)" in line
+    line = fails(capsys, "evaluate", prior, "data.frames=5", f"out={tmp_path / 'x'}")
+    assert "data.frames: the pipeline takes clips of 4 frames; set data.frames=4 (got 5)" in line
+    line = fails(capsys, "evaluate", prior, "data.frames=null", f"out={tmp_path / 'x'}")
+    assert "takes clips of 4 frames" in line
+    line = fails(capsys, "encode", f"tokenizer={run / 'tokens'}", "data.frames=8", f"out={tmp_path / 'x'}")
+    assert "the tokenizer takes clips of 4 frames" in line
+
+
+def test_detection_does_not_take_stills_for_strips(run):
+    config = DetectConfig(pipeline=str(run / "prior"), images=str(run / "clips"))
+    with pytest.raises(UserError, match="files of clips are not scored"):
+        find_images(config, ImagePipeline.from_pretrained(run / "prior"))
+
+
+def test_tokenizers_without_a_grid_are_refused_before_training(run, tmp_path, capsys):
+    data = [f"data.source={run / 'clips'}", "data.frames=4", f"data.image_size={SIDE}", f"out={tmp_path / 'x'}"]
+    line = fails(capsys, "train_tokenizer", *data, "model.kind=titok", "model.factor=4")
+    assert "does not give a grid of two axes" in line
+    assert "choose the tokenizer of a frame" in fails(capsys, "train_tokenizer", *data, "model.kind=frame_by_frame")
+
+
+def test_other_lengths_continue_from_the_same_tokenizer(run, tmp_path):
+    main(["encode", f"tokenizer={run / 'tok'}", f"out={tmp_path / 'eight'}", "data.frames=8"])
+    eight, four = load_tokens(tmp_path / "eight"), load_tokens(run / "tokens")
+    assert eight.grid.shape == (8, 4, 4)
+    mine = torch.as_tensor(eight.splits["train"].tokens).reshape(-1, 4, 4, 4)
+    assert torch.equal(mine, torch.as_tensor(four.splits["train"].tokens))
+    train_tokenizer.main([f"out={tmp_path / 'again'}", f"init={tmp_path / 'eight'}", "train.steps=1", *SMALL])
+    assert Tokenizer.from_pretrained(tmp_path / "again" / "tokenizer").name == "vqvae"
+
+
+def test_a_table_has_a_row_for_each_clip(run, tmp_path, capsys):
+    clips = [path for path in sorted((run / "clips").rglob("*")) if path.is_file()]
+    rows = [f"{path.relative_to(run / 'clips')},{int(path.stem)}" for path in clips]
+    (tmp_path / "speed.csv").write_text("\n".join(["file_name,speed", *rows]))
+    command = ["encode", f"tokenizer={run / 'tok'}", f"out={tmp_path / 'x'}"]
+    main([*command, f"table={tmp_path / 'speed.csv'}", "conditions.speed=speed"])
+    tokens = load_tokens(tmp_path / "x")
+    train = load_images(DataConfig.model_validate(tokens.source["data"])).train
+    numbers = [float(clip_and_start(name)[0].rpartition("/")[2]) for name in train.names(range(len(train)))]
+    assert tokens.splits["train"].condition(range(len(train)))["speed"].flatten().tolist() == numbers
+    grid = ["conditions.before.frame=-1", f"conditions.before.tokenizer={run / 'tok'}"]
+    assert "images and frame are for single images" in fails(capsys, *command, *grid)
+
+
+def test_a_tokenizer_of_images_warns_about_held_out_clips(run, tmp_path, capsys):
+    if any((run / "clips").rglob("*.npy")):
+        pytest.skip("arrays of clips are no images")
+    data = [f"data.source={run / 'clips'}", f"data.image_size={SIDE}"]
+    train_tokenizer.main([f"out={tmp_path / 'tok'}", *data, *VQVAE, *SMALL, "train.steps=1"])
+    main(["encode", f"tokenizer={tmp_path / 'tok'}", f"out={tmp_path / 'x'}", "data.frames=4"])
+    assert "warning: the tokenizer was trained without data.frames" in capsys.readouterr().err

@@ -1,0 +1,168 @@
+"""Clips as tokens of their frames: an image tokenizer encodes each frame on its own, and a prior over the grid
+(frames, rows, columns) models how they follow each other. VideoGPT (Yan et al. 2021) has the same two stages, with a
+tokenizer that also compresses in time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from .base import Reconstruction, TokenGrid, Tokenizer, TokenizerConfig
+from .config import Fact, ModelConfig, Node
+from .files import ConfigError
+
+FACTS = ("channels", "dtype", "range", "show")
+DEFAULT = "vqvae"
+
+
+class FrameByFrameConfig(TokenizerConfig):
+    """The number of frames and the tokenizer of a single frame."""
+
+    image_size: Fact[tuple[Annotated[int, Field(ge=1, le=1 << 16)], ...]] = Field(
+        description="height and width of a strip, which is a clip's frames below one another"
+    )
+    frames: Fact[Annotated[int, Field(ge=2, le=4096)]] = Field(description="frames of a clip")
+    tokenizer: Annotated[ModelConfig | None, Node("tokenizer:Tokenizer")] = Field(
+        None, description=f"the tokenizer of a frame; null: {DEFAULT} with default sizes"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _copy_image_shape(cls, values: dict[str, Any]) -> dict[str, Any]:
+        node = DEFAULT if values.get("tokenizer") is None else values["tokenizer"]
+        node = {"kind": node} if isinstance(node, str) else node
+        size: Any = values.get("image_size")
+        frames = values.get("frames")
+        size = [size, size] if isinstance(size, int) else size
+        if not isinstance(node, dict):
+            return {**values, "tokenizer": node}
+        if not _is_strip(size, frames):
+            return {**values, "tokenizer": None}  # refused by `check`
+        facts = {name: values[name] for name in FACTS if name in values}
+        return {**values, "tokenizer": {"image_size": (size[0] // frames, size[1]), **facts, **node}}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as JSON values, without repeating the facts of the images for a frame."""
+        values = super().to_dict()
+        inner = {key: value for key, value in values["tokenizer"].items() if key not in ("image_size", *FACTS)}
+        return {**values, "tokenizer": inner}
+
+    def check(self) -> Iterator[str]:
+        yield from super().check()
+        if not _is_strip(self.image_size, self.frames):
+            yield f"image_size: {self.frames} frames below one another cannot be {self.image_size[0]} pixels high"
+            return
+        ours, theirs = super().to_dict(), super().to_dict()["tokenizer"]
+        ours["image_size"] = [self.image_size[0] // self.frames, self.image_size[1]]
+        for name in ("image_size", *FACTS):
+            if ours.get(name) != theirs.get(name):
+                yield f"tokenizer.{name}: is {theirs.get(name)}, but a frame's is {ours.get(name)}"
+
+
+def _is_strip(size: Any, frames: Any) -> bool:
+    """Return whether `size` is [height, width] and holds this number of equal frames; both may be anything."""
+    whole = isinstance(size, (list, tuple)) and all(isinstance(side, int) for side in size)
+    return whole and len(size) == 2 and isinstance(frames, int) and frames > 0 and not size[0] % frames
+
+
+class FrameByFrame(Tokenizer, name="frame_by_frame"):
+    """Encodes strips `(B, C, T * H, W)`, clips with their frames below one another, as tokens `(B, T, h, w)`.
+
+    The tokenizer of a frame needs a grid of two axes with one id for each position. It provides the likelihood, if any.
+    """
+
+    Config = FrameByFrameConfig
+
+    def __init__(self, config: FrameByFrameConfig, tokenizer: Tokenizer | None = None) -> None:
+        """tokenizer: that of a frame; None makes an untrained one."""
+        super().__init__(config)
+        assert config.tokenizer is not None
+        height, width = config.image_size
+        self.frames = config.frames
+        self.image_shape = (config.channels, height, width)
+        self.tokenizer = Tokenizer.find(config.tokenizer.kind)(config.tokenizer) if tokenizer is None else tokenizer
+        grid = self.tokenizer.grid
+        if len(grid.shape) != 2 or grid.scales or grid.ids_per_position > 1:
+            raise ConfigError(
+                f"frame_by_frame: tokenizer: a {self.tokenizer.name!r} tokenizer does not give a grid of two axes with "
+                f"one id for each position (its grid is {grid})"
+            )
+        self.grid = TokenGrid((self.frames, *grid.shape), grid.vocab_size, channels=grid.channels)
+
+    @classmethod
+    def wrap(cls, tokenizer: Tokenizer, frames: int) -> FrameByFrame:
+        """Return a tokenizer of clips with this number of frames, each of which `tokenizer` encodes; the two share
+        their weights. Raises `ConfigError` for a tokenizer with another kind of grid."""
+        channels, height, width = tokenizer.image_shape
+        facts = {name: getattr(tokenizer.config, name) for name in FACTS if hasattr(tokenizer.config, name)}
+        facts = {**facts, "image_size": (frames * height, width), "channels": channels}
+        made = cls(FrameByFrameConfig(**facts, frames=frames, tokenizer=tokenizer.config), tokenizer)
+        return made.train(tokenizer.training)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return tokens `(B, T, h, w)`. Raises `ValueError` for strips of another size."""
+        self.check_images(images)
+        return self._join_tokens(self.tokenizer.encode(self.split(images)))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Return strips `(B, C, T * H, W)` clamped to [-1, 1]. Raises `ValueError` for ids out of range."""
+        self.grid.check(tokens)
+        return self.join(self.tokenizer.decode(tokens.flatten(0, 1)))
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        """Reconstruct strips; the losses are those of all frames."""
+        self.check_images(images)
+        frames, tokens, losses = self.tokenizer(self.split(images))
+        return Reconstruction(self.join(frames), self._join_tokens(tokens), losses)
+
+    def initialize(self, images: Tensor) -> None:
+        """Initialize the tokenizer of a frame from the frames of `images` `(B, C, T * H, W)`."""
+        self.check_images(images)
+        self.tokenizer.initialize(self.split(images))
+
+    def split(self, strips: Tensor) -> Tensor:
+        """Return the frames `(B * T, C, H, W)` of strips `(B, C, T * H, W)`; the other way round, see `join`."""
+        return strips.unflatten(2, (self.frames, -1)).transpose(1, 2).flatten(0, 1)
+
+    def join(self, frames: Tensor) -> Tensor:
+        """Return strips `(B, C, T * H, W)` of frames `(B * T, C, H, W)`."""
+        clips = frames.reshape(frames.shape[0] // self.frames, self.frames, *frames.shape[1:])
+        return clips.transpose(1, 2).flatten(2, 3)
+
+    def _join_tokens(self, tokens: Tensor) -> Tensor:
+        """Return tokens `(B, T, h, w)` of tokens of frames `(B * T, h, w)`."""
+        return tokens.reshape(tokens.shape[0] // self.frames, *self.grid.shape)
+
+    @property
+    def has_likelihood(self) -> bool:
+        return self.tokenizer.has_likelihood
+
+    @property
+    def reversible(self) -> bool:
+        return self.tokenizer.reversible
+
+    def pixel_log_probs(self, images: Tensor, tokens: Tensor) -> Tensor:
+        return self.join(self.tokenizer.pixel_log_probs(self.split(images), tokens.flatten(0, 1)))
+
+    def value_log_probs(self, tokens: Tensor, values: Tensor, channel: int) -> Tensor:
+        return self.join(self.tokenizer.value_log_probs(tokens.flatten(0, 1), self.split(values), channel))
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.tokenizer.last_layer
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        return self.tokenizer.loss_weights
+
+    @property
+    def figures(self) -> dict[str, Tensor]:
+        return self.tokenizer.figures
+
+    def known_tokens(self, known: Tensor) -> Tensor:
+        """Map known pixels of strips, bool `(B, T * H, W)`, to known tokens `(B, T, h, w)`, frame by frame."""
+        frames = self.split(known.reshape(-1, 1, *self.image_shape[1:]))[:, 0]
+        return self._join_tokens(self.tokenizer.known_tokens(frames))
