@@ -387,7 +387,7 @@ def format_report(
             ("AUPRC", f"{figures['auprc']:.4f} (by chance {figures['prevalence']:.4f})"),
             ("FPR95", f"{figures['fpr95']:.4f}"),
         ]
-    panels = "rows from most to least anomalous; columns: image, bits per pixel (grid tokenizers only)"
+    panels = "rows from most to least anomalous; columns: image, map (grid tokenizers only)"
     panels += "" if config.tile else ", healed image, difference"
     rows += [(), ("scores", f"{config.out}/scores.csv"), ("sheet", f"{config.out}/sheet.png: {panels}")]
     return table(rows)
@@ -422,7 +422,7 @@ def format_truth(config: DetectConfig, figures: dict[str, Any]) -> str:
             f"{vanished:,} masks of defects have no pixel at this image size (a pixel needs half its area) and count "
             "only for image AUROC"
         )
-    panels = "rows from the worst to the best map; columns: image, bits per pixel, mask"
+    panels = "rows from the worst to the best map; columns: image, map, mask"
     files = [("table", f"{config.out}/{TRUTH_FILES[0]}"), ("pictures", f"{config.out}/{TRUTH_FILES[1]}: {panels}")]
     return "\n".join([*lines, table(files)])
 
