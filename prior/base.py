@@ -350,6 +350,19 @@ class Prior(PretrainedModel, family="prior"):
         outputs = self.forward_outputs(tokens, given, **inputs)
         return self.to_raster(self.output_head.log_probs(outputs, self.position_ids(tokens))).reshape(tokens.shape)
 
+    @full_float32()
+    def hidden_log_probs(self, tokens: Tensor, known: Tensor, labels: Given | None = None) -> Tensor:
+        """Return log p of each token that is not known given those that are, `(B, *grid.shape)` nats; the values of
+        known tokens have no meaning. known: bool `(B, N)`, as many in each row.
+
+        A model that draws blocks predicts all hidden tokens at once; any other with `any_order` conditions each on the
+        hidden tokens before it, too. Raises `ValueError` for a model with one order.
+        """
+        order, count = known_first(self.order, known), int(known[0].sum())
+        parts = [count, known.shape[1] - count]
+        partition = Partition(order, tuple(size for size in parts if size) if self.config.takes_blocks else self.blocks)
+        return self.chain_log_probs(tokens, labels, partition)
+
     def log_prob(
         self,
         tokens: Tensor,

@@ -296,6 +296,13 @@ class Masked(Prior, name="masked"):
             total += found * weights
         return total.reshape(tokens.shape)
 
+    @full_float32()
+    def hidden_log_probs(self, tokens: Tensor, known: Tensor, labels: Given | None = None) -> Tensor:
+        """See `Prior`; from a single pass."""
+        tokens = as_tensor(tokens, self.device)
+        outputs = self.forward_outputs(tokens, self.check_condition(labels, None, len(tokens)), known=known)
+        return self.output_head.log_probs(outputs, tokens.flatten(1).long()[..., None]).reshape(tokens.shape)
+
     @property
     def likelihood_passes(self) -> int:
         """One pass per block if `exact`, else `bound_passes`."""

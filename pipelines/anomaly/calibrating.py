@@ -15,11 +15,12 @@ from torch import Tensor
 from prior.conditions import LABEL
 
 from ..condition_values import GivenCondition, GivenRows, read_given
-from ..images.tiles import LazyImages, cut_tiles, list_images, load_image
+from ..images.tiles import LazyImages, as_lazy, cut_tiles, list_images, load_image
 from .calibration import LEVELS, MAX_IMAGES, Calibration, Fitted, NormalScores, digest_of, digest_of_pixels
 from .conformal import Floats, least_scores, round_scores, threshold
 from .distances import Distance, round_digits
 from .image_statistics import Measured, measure, measure_batch
+from .maps import fit_maps, has_maps, map_images
 from .scores import FITTED, fitted_score, list_methods, log_statistics, plain_score, total_bits
 
 if TYPE_CHECKING:
@@ -68,11 +69,20 @@ def calibrate(
     objects = len(np.unique(numbers))
     check_promise(count, false_alarms, confidence, None if groups is None else objects)
     halves = halve(numbers, objects, seed)
+    mapped = has_maps(pipeline, stride)
+    if stride is not None or mapped:
+        rows = read_given(pipeline, labels, condition, count)
     if stride is None:
         reference = measure_images(pipeline, images, labels, condition, halves, batch_size)
     else:
-        rows = read_given(pipeline, labels, condition, count)
         reference = measure_tiles(pipeline, images, rows, halves, stride, seed, batch_size)
+    maps = None
+    if mapped:
+        several, (fitting, scoring) = as_lazy(images), (half.tolist() for half in halves[:2])
+        maps = fit_maps(pipeline, several, fitting, rows, stride, seed, batch_size)
+        each = [one.scores for one in map_images(pipeline, maps, several, scoring, rows, stride, batch_size)]
+        for method in each[0]:
+            reference.scores[method] = torch.tensor([own[method] for own in each], dtype=torch.float64)
     scores = {}
     for method, found in reference.scores.items():
         values, tie = round_scores(worst_of_objects(found, halves.owners))
@@ -91,6 +101,7 @@ def calibrate(
         scores=scores,
         surprise=surprise_quantiles(reference.surprise),
         error=downsample_error(reference.error),
+        maps=maps,
         digests=sorted(reference.digests),
     )
     return pipeline.calibration

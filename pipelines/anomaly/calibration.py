@@ -46,6 +46,31 @@ class NormalScores(Part):
     threshold: float
 
 
+class MapReference(Part):
+    """Fitted reference for maps: `codes`, the mean bits of each id while it is hidden; mean and deviation of filter
+    responses, and normal ones as `points`, standardized; mean and deviation over pixels of the surprisal and of the
+    distance from the points."""
+
+    codes: Row
+    response_mean: Row
+    response_deviation: Row
+    points: Table
+    pixel_mean: Row
+    pixel_deviation: Row
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> MapReference:
+        size = self.points.shape[1]
+        sizes = {"response_mean": size, "response_deviation": size, "pixel_mean": 2, "pixel_deviation": 2}
+        for name, expected in sizes.items():
+            if len(getattr(self, name)) != expected:
+                raise FieldError(name, f"should have {expected} numbers")
+        for name in ("response_deviation", "pixel_deviation"):
+            if (getattr(self, name) <= 0).any():
+                raise FieldError(name, "should be positive")
+        return self
+
+
 class Calibration(Part):
     """Calibration on held-out normal images: one half was used for fitting, the other half gave the scores."""
 
@@ -73,6 +98,8 @@ class Calibration(Part):
     """`LEVELS` quantiles of the bits per token, `(5, N)`, or `(5, 1)` over all positions."""
     error: Table
     """Mean |x - decode(encode(x))| per pixel, from 0 to 2, `(h, w)`; downsampled for large images."""
+    maps: MapReference | None = None
+    """Reference for the methods `hidden` and `map`; None, and not in the file, without them."""
     digests: list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]] = Field(max_length=MAX_IMAGES)
     """Digests of the images in both halves; see `digest_of`."""
 
@@ -88,7 +115,7 @@ class Calibration(Part):
 
     @model_serializer(mode="wrap")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("columns", "objects", "tile", "stride")
+        optional = ("columns", "objects", "tile", "stride", "maps")
         return {name: value for name, value in handler(self).items() if name not in optional or value}
 
     def __repr__(self) -> str:

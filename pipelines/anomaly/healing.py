@@ -16,13 +16,13 @@ from torch import Tensor
 
 from prior.conditions import LABEL, Given
 from prior.sampling import check_count, whole_number
-from tokenizer import Tokenizer
 from tokenizer.precision import in_finest
 
 from ..condition_values import GivenCondition, name_given, read_given
 from ..images.tiles import Place, list_images, stitch_maps
 from .calibration import LEVELS, Calibration, require_calibration
 from .distances import CalibrationError
+from .maps import MAPS, find_patches, map_calibrated, read_images
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline, Images, Label
@@ -47,6 +47,7 @@ def anomaly_map(
     images: Any,
     labels: Label | Sequence[Label] = None,
     *,
+    method: str = "bits",
     condition: GivenCondition = None,
     stride: int | None = None,
     batch_size: int = 256,
@@ -60,7 +61,18 @@ def anomaly_map(
     stride: take images of any size from the model's size on, also of different sizes in one list, and return a list of
     maps, each `(H, W)` at the size of its image: the average over tiles of the model's size at every `stride` pixels
     and at the borders. An image of the model's size is one tile. Raises `ValueError` for a stride that is larger than a
-    tile, and for an image that is smaller."""
+    tile, and for an image that is smaller.
+
+    method: `bits`; `hidden`, the bits of tokens while their block is hidden, less the mean of their id (see `hidden`);
+    or `combined`, these and the distance from normal filter responses, which finds places best. The latter two are
+    blurred and need a calibration with the same stride and condition, else raise `CalibrationError`."""
+    if method not in MAPS:
+        raise ValueError(f"method: unknown map {method!r}; choose one of {', '.join(MAPS)}")
+    if method != "bits":
+        several = read_images(pipeline, images, stride)
+        given = read_given(pipeline, labels, condition, len(several))
+        maps = [getattr(each, method) for each in map_calibrated(pipeline, several, given, stride, batch_size)]
+        return maps if stride is not None else torch.stack(maps)
     how: Any = {"condition": condition, "batch_size": batch_size}
     if stride is not None:
         return map_large(pipeline, images, labels, stride=stride, **how)
@@ -118,17 +130,6 @@ def spread_bits(pipeline: ImagePipeline, part: Tensor, given: Given | None, rows
     if pipeline.tokenizer.has_likelihood:
         spread = spread - pipeline.tokenizer.pixel_log_probs(part, tokens).sum(1) / math.log(2)
     return spread
-
-
-def find_patches(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """Return the weights that spread a token's bits over the rows `(H, N)` and columns `(W, N)` of the image, each
-    summing to one per token. The pixels of a token are those that `known_tokens` requires for it. Raises `ValueError`
-    unless tokens are `placed`."""
-    _, height, width = tokenizer.image_shape
-    along_rows = ~torch.eye(height, dtype=torch.bool)[:, :, None].expand(-1, -1, width)
-    along_columns = ~torch.eye(width, dtype=torch.bool)[:, None, :].expand(-1, height, -1)
-    rows, columns = ((~tokenizer.known_tokens(known)).flatten(1).float() for known in (along_rows, along_columns))
-    return (rows / rows.sum(0)).to(tokenizer.device), (columns / columns.sum(0)).to(tokenizer.device)
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from .calibration import Calibration, Fitted, digest_of_pixels, require_calibrat
 from .conformal import Floats, p_values_of
 from .distances import CalibrationError
 from .image_statistics import measure, measure_batch
+from .maps import NEEDED, map_calibrated, read_images
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline, Label
@@ -40,13 +41,19 @@ METHODS = {
     "typicality": "difference of the nll bits from their mean over normal images",
     "ratio": "bits of the tokens, minus their bits under the background prior",
     "reconstruction": "mean absolute reconstruction error",
+    "hidden": "bits of tokens while their block of the grid is hidden: the highest ones of their map, less its median",
+    "map": "maximum of the map of these bits and of filter responses",
 }
 NEEDS = {
     "neighbours": "a prior with layers",
     "ratio": "a background prior (`smalti calibrate background=FOLDER`, or `set_background(prior)`)",
+    "hidden": NEEDED,
+    "map": NEEDED,
 }
 """Requirements of some methods."""
-FITTED = ("joint", "neighbours", "typicality")
+MAPPED = ("hidden", "map")
+"""The methods that are scores of a map of the whole image."""
+FITTED = ("joint", "neighbours", "typicality", *MAPPED)
 """The methods that need a calibration."""
 TOGETHER = {"token_bits": 1.0, "pixel_bits": 1.0, "error": 2 / 255}
 """The statistics that `joint` combines, and the offset added before the logarithm: one bit or one grey level, because
@@ -80,6 +87,8 @@ def anomaly_score(
     tiles. P-values and the fitted methods need a calibration with the same stride.
     """
     calibration = pipeline.calibration
+    if method in MAPPED:
+        return score_by_maps(pipeline, images, method, labels, condition, p_values, stride, batch_size)
     if stride is not None:
         several = list_images(images, pipeline.tokenizer)
         given = read_given(pipeline, labels, condition, len(several))
@@ -95,6 +104,27 @@ def anomaly_score(
     if calibration is not None and (p_values or method in FITTED):
         warn_if_calibrated(pipeline, calibration, batch)
     return p_value_of(method, scores, calibration, measured.given) if p_values else scores
+
+
+def score_by_maps(
+    pipeline: ImagePipeline,
+    images: Any,
+    method: str,
+    labels: Label | Sequence[Label],
+    condition: GivenCondition,
+    p_values: bool,
+    stride: int | None,
+    batch_size: int,
+) -> Tensor:
+    """Compute `anomaly_score` for one of the methods in `MAPPED`."""
+    several = read_images(pipeline, images, stride)
+    given = read_given(pipeline, labels, condition, len(several))
+    tiling = WHOLE if stride is None else (pipeline.tokenizer.image_shape[1:], stride)
+    known = set(require_scores(pipeline.calibration, method, given.names, tiling).digests)
+    found = [each.scores[method] for each in map_calibrated(pipeline, several, given, stride, batch_size)]
+    warn_of_known(sum(digest_of_pixels(several.load(k)) in known for k in range(len(several))), len(several))
+    scores = torch.tensor(found, dtype=torch.float64)
+    return p_value_of(method, scores, pipeline.calibration, given.names, tiling) if p_values else scores
 
 
 def warn_if_calibrated(pipeline: ImagePipeline, calibration: Calibration, batch: Tensor) -> None:
@@ -184,7 +214,7 @@ def p_value_of(
 def list_methods(found: dict[str, Tensor]) -> list[str]:
     """Return the methods that these statistics allow."""
     there = {"neighbours": "features", "ratio": "background_bits"}
-    return [method for method in METHODS if there.get(method, "token_bits") in found]
+    return [method for method in METHODS if there.get(method, "token_bits") in found and method not in MAPPED]
 
 
 def plain_score(method: str, found: dict[str, Tensor]) -> Tensor:

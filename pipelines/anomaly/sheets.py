@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from ..images.grids import class_grid
 from ..images.pictures import show_of, shown_channels, to_float, to_uint8
 from ..images.tiles import LazyImages
 from .ground_truth import rank_maps
-from .healing import heal_images, map_bits, map_large
+from .healing import anomaly_map, heal_images, map_bits
+from .maps import TITLES
 
 if TYPE_CHECKING:
     from ..condition_keys import ConditionRows
@@ -27,18 +28,27 @@ MOST = 512
 
 
 def draw_sheet(
-    pipeline: ImagePipeline, pixels: Tensor, given: ConditionRows, scores: Tensor, count: int, seed: int
+    pipeline: ImagePipeline,
+    pixels: Tensor,
+    given: ConditionRows,
+    scores: Tensor,
+    count: int,
+    seed: int,
+    kind: str = "bits",
 ) -> np.ndarray:
-    """Draw a row for each of the `count` most and, below, least anomalous images: the image, its bits per pixel (if
-    tokens have positions), the healed image, and the difference, each below its score or name."""
+    """Draw a row for each of the `count` most and, below, least anomalous images: the image, its map (if tokens have
+    positions), the healed image, and the difference, each below its score or name. kind: one of `MAPS`."""
     chosen = rank_scores(scores, count)
     images = to_float(pixels[chosen])
     condition = given.select(chosen.tolist()).values()
     healed = heal_images(pipeline, images, condition=condition, seed=seed)
     panels = {"healed": healed.images.cpu(), "difference": apply_colormap(healed.difference.cpu())}
     if pipeline.tokenizer.placed:
-        heat = map_bits(pipeline, images, condition=condition).cpu()
-        panels = {"bits per pixel": apply_colormap(heat / heat.amax().clamp(min=1e-6)), **panels}
+        how: Any = {"condition": condition}
+        heat = (
+            map_bits(pipeline, images, **how) if kind == "bits" else anomaly_map(pipeline, images, method=kind, **how)
+        )
+        panels = {TITLES[kind]: apply_colormap(heat.cpu() / heat.amax().cpu().clamp(min=1e-6)), **panels}
     chosen_channels = show_of(pipeline.tokenizer)
     panels["healed"] = shown_channels(panels["healed"], chosen_channels)
     shown = shown_channels(images, chosen_channels)
@@ -49,22 +59,36 @@ def draw_sheet(
 
 
 def draw_whole(
-    pipeline: ImagePipeline, images: LazyImages, given: ConditionRows, scores: Tensor, count: int, stride: int
+    pipeline: ImagePipeline,
+    images: LazyImages,
+    given: ConditionRows,
+    scores: Tensor,
+    count: int,
+    stride: int,
+    kind: str = "bits",
 ) -> np.ndarray:
-    """Draw a row for each of the `count` most and, below, least anomalous images of any size: the image and (if tokens
-    have positions) its map of bits per pixel, reduced to at most 512 pixels a side."""
-    chosen, panels, heats = rank_scores(scores, count), list[Tensor](), list[Tensor]()
+    """Draw a row for each of the `count` most and, below, least anomalous images of any size, reduced to at most 512
+    pixels a side: the image, its map (if tokens have positions) and, with a calibrated map, its flagged regions in
+    red. kind: one of `MAPS`."""
+    chosen, calibration = rank_scores(scores, count), pipeline.calibration
+    panels, heats, regions = list[Tensor](), list[Tensor](), list[Tensor]()
     for number in chosen.tolist():
         image, condition = images.select([number]), given.select([number]).values()
         panels.append(reduce_image(as_float(image.load(0)), pipeline))
         if pipeline.tokenizer.placed:
-            (heat,) = map_large(pipeline, image, condition=condition, stride=stride)
+            (heat,) = anomaly_map(pipeline, image, condition=condition, stride=stride, method=kind)
             heats.append(reduce_map(heat.cpu()))
+        if calibration is not None and calibration.maps is not None:
+            (heat,) = anomaly_map(pipeline, image, condition=condition, stride=stride, method="combined")
+            above = (heat > calibration.scores["map"].threshold).cpu()
+            regions.append(paint(panels[-1], reduce_map(above) > 0))
     highest = max([1e-6, *(float(heat.max()) for heat in heats)])
     rows = [[panel] for panel in panels]
     for row, heat in zip(rows, heats, strict=False):
         row += list(apply_colormap(heat[None] / highest))
-    names = [[f"score {score:.3g}", "bits per pixel"][: len(rows[0])] for score in scores[chosen].tolist()]
+    for row, region in zip(rows, regions, strict=False):
+        row.append(region)
+    names = [[f"score {score:.3g}", TITLES[kind], "flagged"][: len(rows[0])] for score in scores[chosen].tolist()]
     return draw_rows(rows, names)
 
 
@@ -75,8 +99,10 @@ def draw_truth(
     masks: Sequence[NDArray[np.bool_]],
     names: list[str],
     count: int,
+    kind: str = "bits",
 ) -> np.ndarray:
-    """Draw the image, its map and its mask for the `count` defective images whose maps fit worst and, below, best."""
+    """Draw the image, its map and its mask for the `count` defective images whose maps fit worst and, below, best.
+    kind: of the maps, one of `MAPS`."""
     ranked = rank_maps(maps, masks) or list(range(len(maps)))
     chosen = ranked if len(ranked) <= 2 * count else ranked[:count] + ranked[-count:]
     rows = []
@@ -88,7 +114,13 @@ def draw_truth(
         rows.append(
             [reduce_image(image, pipeline), apply_colormap((heat - low) / (high - low).clamp(min=1e-6))[0], marked]
         )
-    return draw_rows(rows, [[Path(names[number]).name, "bits per pixel", "mask"] for number in chosen])
+    return draw_rows(rows, [[Path(names[number]).name, TITLES[kind], "mask"] for number in chosen])
+
+
+def paint(image: Tensor, region: Tensor) -> Tensor:
+    """Return an image `(C, H, W)` in [-1, 1] as colours, with the pixels of `region` (H, W) in red."""
+    red = torch.tensor([1.0, -1.0, -1.0])[:, None, None]
+    return torch.where(region, 0.5 * image + 0.5 * red, image.expand(3, -1, -1))
 
 
 def rank_scores(scores: Tensor, count: int) -> Tensor:

@@ -123,7 +123,10 @@ def format_report(calibration: Calibration) -> str:
     lines = [table(rows, right=[1, 2]), "", f"thresholds: {calibration.promise}"]
     if calibration.tile is not None:
         tiles = " x ".join(map(str, calibration.tile))
-        lines.append(f"an image's score is the maximum over its tiles of {tiles}, every {calibration.stride} pixels")
+        whole = " (hidden, map: of the map of all tiles)" if calibration.maps is not None else ""
+        lines.append(
+            f"an image's score is the maximum over its tiles of {tiles}, every {calibration.stride} pixels{whole}"
+        )
     lines += [f"left out: {name} (needs {what})" for name, what in NEEDS.items() if name not in calibration.scores]
     return "\n".join(lines)
 

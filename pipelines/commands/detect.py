@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
 from tokenizer.files import write_json
 
-from ..anomaly.calibration import Calibration, digest_of_pixels
+from ..anomaly.calibration import Calibration, digest_of_pixels, require_calibration
 from ..anomaly.conformal import benjamini_hochberg
 from ..anomaly.distances import CalibrationError
 from ..anomaly.ground_truth import find_masks, measure_defects, read_mask
 from ..anomaly.healing import map_bits, map_large
 from ..anomaly.image_statistics import measure
-from ..anomaly.scores import p_value_of, score_of, score_tiles
+from ..anomaly.maps import map_calibrated
+from ..anomaly.scores import MAPPED, WHOLE, p_value_of, require_scores, score_of, score_tiles
 from ..anomaly.separation import separation
 from ..anomaly.sheets import draw_sheet, draw_truth, draw_whole, reduce_map, reduce_mask
 from ..condition_keys import ConditionRows, UsesCondition
@@ -33,7 +35,7 @@ from ..images import to_float
 from ..images.dataset import find_objects
 from ..images.origin import resolve_source
 from ..images.pictures import SUFFIXES, write_picture
-from ..images.tiles import LazyImages, load_image, whole_files
+from ..images.tiles import LazyImages, as_lazy, load_image, whole_files
 from ..options import REMOVE, UsesTiles, find_clip_files, find_image_files, read_clips, read_images
 from ..provenance import defaults, trained_data
 
@@ -53,24 +55,28 @@ class DetectConfig(UsesCondition, OutputConfig, UsesTiles):
     )
     normal_labels: list[int | str] | None = Field(
         None,
-        description="the normal classes (for `images`: names of folders); the report then measures how well images of "
-        "other classes are detected",
+        description="the normal classes (for `images`: names of folders), to measure how well others are detected",
     )
     ground_truth: str | None = Field(
         None,
         description="folder with the masks of defects: images=test has test/good and test/DEFECT/NAME.*, whose mask is "
         "DEFECT/NAME_mask.png or DEFECT/NAME.png here; writes ground_truth.csv and ground_truth.png, too",
     )
-    method: Literal["joint", "neighbours", "nll", "typicality", "ratio", "reconstruction"] = Field(
+    method: Literal["joint", "neighbours", "nll", "typicality", "ratio", "reconstruction", "hidden", "map"] = Field(
         "joint",
         description="anomaly score; `smalti calibrate` explains each method",
+    )
+    map: Literal["bits", "hidden", "combined"] | None = Field(
+        None,
+        description="the map in pictures and ground truth: bits of tokens, bits of tokens whose block is hidden, or "
+        "these combined with filter responses; null: combined if the calibration has it, else bits",
     )
     fdr: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="false discovery rate: on average at most this share of the flagged images is normal "
-        "(Benjamini and Hochberg); null: flag scores above the calibrated threshold",
+        description="false discovery rate: mean share of normal images among those flagged (Benjamini and Hochberg); "
+        "null: flag scores above the threshold",
     )
     out: str = Field(
         "anomalies",
@@ -85,6 +91,10 @@ class DetectConfig(UsesCondition, OutputConfig, UsesTiles):
     def paths(self) -> list[str]:
         """The given files and folders."""
         return [self.images] if isinstance(self.images, str) else self.images or []
+
+    def kind_of_map(self, calibration: Calibration) -> str:
+        """The map in pictures, one of `MAPS`."""
+        return self.map or ("bits" if calibration.maps is None else "combined")
 
     @property
     def normal(self) -> list[int | str] | None:
@@ -128,7 +138,7 @@ def run(config: DetectConfig) -> dict[str, Any]:
         anomalous = None if config.normal is None else find_anomalous(classes, config.normal)
         masks = None if anomalous is None or not truth else find_all_masks(config, images, anomalous)
         try:
-            scores, p, details = score_images(config, pipeline, images, stride)
+            scores, p, details, maps = score_images(config, pipeline, images, stride, keep=masks is not None)
         except CalibrationError as error:
             raise UserError(str(error)) from error
         above = ~(scores.numpy() <= calibration.scores[config.method].threshold)  # also flags NaN
@@ -145,10 +155,12 @@ def run(config: DetectConfig) -> dict[str, Any]:
             write_table(folder / "scores.csv", columns)
             write_picture(draw_images(config, pipeline, images, scores, stride), folder / "sheet.png")
             if masks is not None and anomalous is not None:
-                maps, truth_masks = compare_truth(pipeline, images, stride, masks)
+                maps, truth_masks = compare_truth(pipeline, images, stride, masks, maps)
                 rows = measure_defects(scores.numpy(), maps, truth_masks, classes or [], anomalous, objects or names)
                 write_table(folder / TRUTH_FILES[0], {key: [row[key] for row in rows] for key in rows[0]})
-                sheet = draw_truth(pipeline, images.pixels, maps, truth_masks, names, config.num_shown)
+                sheet = draw_truth(
+                    pipeline, images.pixels, maps, truth_masks, names, config.num_shown, config.kind_of_map(calibration)
+                )
                 write_picture(sheet, folder / TRUTH_FILES[1])
                 figures["defects"] = rows
                 figures["vanished"] = sum(not truth_masks[row].any() for row in np.flatnonzero(anomalous))
@@ -161,49 +173,72 @@ def run(config: DetectConfig) -> dict[str, Any]:
 
 
 def score_images(
-    config: DetectConfig, pipeline: ImagePipeline, images: Found, stride: int | None
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Return scores and p-values `(n,)`, and further columns of `scores.csv`: the statistics of the images, or with
-    tiles, their number and the most anomalous one. Raises `CalibrationError`."""
-    calibration, condition = pipeline.calibration, images.given.values()
+    config: DetectConfig, pipeline: ImagePipeline, images: Found, stride: int | None, keep: bool
+) -> tuple[Tensor, Tensor, dict[str, Any], list[NDArray[np.float32]]]:
+    """Return scores and p-values `(n,)`, further columns of `scores.csv`, and with `keep`, the maps that are not of
+    bits. Columns are the number of pixels above the threshold of the map, if there is one; the statistics of the
+    images, or with tiles, their number and the most anomalous one. Raises `CalibrationError`."""
+    calibration, condition = require_calibration(pipeline.calibration), images.given.values()
+    rows, details = read_given(pipeline, None, condition, len(images.names)), dict[str, Any]()
+    tiling = WHOLE if stride is None else (pipeline.tokenizer.image_shape[1:], stride)
+    kind, maps, found, areas = config.kind_of_map(calibration), list[NDArray[np.float32]](), list[float](), list[int]()
+    if kind != "bits" or config.method in MAPPED:
+        require_scores(calibration, "map", rows.names, tiling)
+    if calibration.maps is not None:
+        pixels = images.pixels if stride is not None else as_lazy(to_float(images.pixels))
+        for each in map_calibrated(pipeline, pixels, rows, stride):
+            found.append(each.scores.get(config.method, 0.0))
+            areas.append(int((each.combined > calibration.scores["map"].threshold).sum()))
+            if keep and kind != "bits":
+                maps.append(reduce_map(getattr(each, kind).cpu()).numpy())
+        details = {"area": areas}
+    if config.method in MAPPED:
+        scores = torch.tensor(found, dtype=torch.float64)
+        return scores, p_value_of(config.method, scores, calibration, rows.names, tiling), details, maps
     if stride is None:
         measured = measure(pipeline, images.pixels, condition=condition)
         scores = score_of(config.method, measured.statistics, calibration, measured.given)
         p = p_value_of(config.method, scores, calibration, measured.given)
-        return scores, p, {name: each.numpy() for name, each in measured.statistics.items() if each.ndim == 1}
-    rows = read_given(pipeline, None, condition, len(images.names))
+        details |= {name: each.numpy() for name, each in measured.statistics.items() if each.ndim == 1}
+        return scores, p, details, maps
     tiled = score_tiles(pipeline, images.pixels, config.method, rows, stride)
-    tiling = pipeline.tokenizer.image_shape[1:], stride
     p = p_value_of(config.method, tiled.scores, calibration, rows.names, tiling)
     places = {"top": [place.top for place in tiled.places], "left": [place.left for place in tiled.places]}
-    return tiled.scores, p, {"tiles": tiled.counts, **places}
+    return tiled.scores, p, {**details, "tiles": tiled.counts, **places}, maps
 
 
 def draw_images(
     config: DetectConfig, pipeline: ImagePipeline, images: Found, scores: Tensor, stride: int | None
 ) -> np.ndarray:
     """Draw the most and the least anomalous images."""
+    kind = config.kind_of_map(require_calibration(pipeline.calibration))
     if stride is None:
-        return draw_sheet(pipeline, images.pixels, images.given, scores, config.num_shown, config.seed)
-    return draw_whole(pipeline, images.pixels, images.given, scores, config.num_shown, stride)
+        return draw_sheet(pipeline, images.pixels, images.given, scores, config.num_shown, config.seed, kind)
+    return draw_whole(pipeline, images.pixels, images.given, scores, config.num_shown, stride, kind)
 
 
 def compare_truth(
-    pipeline: ImagePipeline, images: Found, stride: int | None, masks: list[Path | None]
+    pipeline: ImagePipeline,
+    images: Found,
+    stride: int | None,
+    masks: list[Path | None],
+    maps: list[NDArray[np.float32]],
 ) -> tuple[list[NDArray[np.float32]], list[NDArray[np.bool_]]]:
-    """Return the maps and the masks of the images, each `(H, W)`: with tiles, at the size of the image, reduced to at
-    most 512 pixels a side. Raises `UserError`."""
+    """Return the maps (those given, or else those of bits) and the masks of the images, each `(H, W)`: with tiles, at
+    the size of the image, reduced to at most 512 pixels a side. Raises `UserError`."""
     files, condition = [Path(name) for name in images.names], images.given.values()
     if stride is None:
-        heat = map_bits(pipeline, to_float(images.pixels), condition=condition).cpu().float().numpy()
-        return list(heat), [read_mask(*pair, heat.shape[1:]) for pair in zip(masks, files, strict=True)]
-    maps, truth = [], []
+        if not maps:
+            maps = list(map_bits(pipeline, to_float(images.pixels), condition=condition).cpu().float().numpy())
+        return maps, [read_mask(*pair, maps[0].shape) for pair in zip(masks, files, strict=True)]
+    bits, truth = list[NDArray[np.float32]](), list[NDArray[np.bool_]]()
     for number, (mask, file) in enumerate(zip(masks, files, strict=True)):
         some, own = images.pixels.select([number]), images.given.select([number]).values()
-        (found,) = map_large(pipeline, some, condition=own, stride=stride)
-        maps.append(reduce_map(found.cpu()).numpy())
-        truth.append(reduce_mask(read_mask(mask, file, found.shape)))
-    return maps, truth
+        if not maps:
+            (found,) = map_large(pipeline, some, condition=own, stride=stride)
+            bits.append(reduce_map(found.cpu()).numpy())
+        truth.append(reduce_mask(read_mask(mask, file, some.load(0).shape[1:])))
+    return maps or bits, truth
 
 
 # Images
@@ -359,7 +394,7 @@ def format_report(
             ("AUPRC", f"{figures['auprc']:.4f} (by chance {figures['prevalence']:.4f})"),
             ("FPR95", f"{figures['fpr95']:.4f}"),
         ]
-    panels = "rows from most to least anomalous; columns: image, bits per pixel (grid tokenizers only)"
+    panels = "rows from most to least anomalous; columns: image, map (grid tokenizers only)"
     panels += "" if config.tile else ", healed image, difference"
     rows += [(), ("scores", f"{config.out}/scores.csv"), ("sheet", f"{config.out}/sheet.png: {panels}")]
     return table(rows)
@@ -394,7 +429,7 @@ def format_truth(config: DetectConfig, figures: dict[str, Any]) -> str:
             f"{vanished:,} masks of defects have no pixel at this image size (a pixel needs half its area) and count "
             "only for image AUROC"
         )
-    panels = "rows from the worst to the best map; columns: image, bits per pixel, mask"
+    panels = "rows from the worst to the best map; columns: image, map, mask"
     files = [("table", f"{config.out}/{TRUTH_FILES[0]}"), ("pictures", f"{config.out}/{TRUTH_FILES[1]}: {panels}")]
     return "\n".join([*lines, table(files)])
 

@@ -106,6 +106,11 @@ def list_images(images: Any, tokenizer: Tokenizer) -> LazyImages:
     return LazyImages(len(images), lambda k: convert_whole(images[k], shape, values))
 
 
+def as_lazy(images: LazyImages | Tensor) -> LazyImages:
+    """Return `images` or, of a tensor `(B, C, H, W)`, its images."""
+    return images if isinstance(images, LazyImages) else LazyImages(len(images), images.__getitem__)
+
+
 def convert_whole(image: Any, shape: Shape, values: Values | None) -> Tensor:
     """Convert a single image at its own size to `(C, H, W)`, uint8 or float in [-1, 1]; see `list_images`."""
     channels = shape[0]

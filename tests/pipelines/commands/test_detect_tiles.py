@@ -83,8 +83,23 @@ def test_images_keep_their_size_and_have_the_scores_of_their_tiles(world, tmp_pa
     near = [row for row in rows if row["class"] == "bad"]
     assert np.mean([abs(int(row["top"]) - 9) < 12 and abs(int(row["left"]) - 6) < 12 for row in near]) > 0.8
     width, height = Image.open(tmp_path / "found/sheet.png").size
-    side = (width - 2) // 2 - 2  # two panels in each of six rows, of the largest width and height
+    side = (width - 2) // 3 - 2  # three panels in each of six rows, of the largest width and height
     assert side % 33 == 0 and height == 6 * (side // 33 * 40 + BAND + 2) + 2
+
+
+def test_regions_above_the_threshold_of_the_map_are_those_of_flagged_images(world, tmp_path):
+    pipe = ImagePipeline.from_pretrained(world / "pipe")
+    given = [f"images={world}/new", "tile=true", "normal_labels=[good]", "num_shown=3"]
+    for method in ("hidden", "map"):
+        main(["detect", f"pipeline={world}/pipe", f"out={tmp_path}/{method}", f"method={method}", *given])
+        rows = rows_of(tmp_path / method / "scores.csv")
+        images = [Image.open(row["file"]) for row in rows]
+        expected = anomaly_score(pipe, images, method, stride=8)
+        np.testing.assert_allclose([float(row["score"]) for row in rows], expected, rtol=1e-3)
+    heats = pipe.anomaly_map(images, method="combined", stride=8)
+    limit = pipe.calibration.scores["map"].threshold
+    assert [int(row["area"]) for row in rows] == [int((heat > limit).sum()) for heat in heats]
+    assert [row["flagged"] == "1" for row in rows] == [int(row["area"]) > 0 for row in rows]
 
 
 def test_the_default_is_held_out_images_at_their_own_size(world, tmp_path, capsys):
@@ -171,7 +186,14 @@ def test_tiles_are_calibrated_and_compared_with_masks_by_object(trained, tmp_pat
     worst = {scores[owners == owner].max().item() for owner in owners}
     held = pipe.calibration.scores["nll"].values
     assert len(held) == 28 and all(min(abs(value - score) for score in worst) < 1e-3 for value in held)
-    given = ["tile=true", "stride=16", "method=nll", f"ground_truth={tmp_path}/truth", f"images={tmp_path}/new"]
+    given = [
+        "tile=true",
+        "stride=16",
+        "method=nll",
+        "map=bits",
+        f"ground_truth={tmp_path}/truth",
+        f"images={tmp_path}/new",
+    ]
     main(["detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/found", *given])
     printed = capsys.readouterr().out
     assert "have no pixel" not in printed and "of normal objects" in printed

@@ -76,7 +76,7 @@ def test_a_calibration_takes_whole_objects(world, tmp_path, capsys):
 
 
 def test_figures_are_those_of_the_maps(world, tmp_path, capsys):
-    detect(world, tmp_path / "found", "method=nll", "num_shown=3")
+    detect(world, tmp_path / "found", "method=nll", "map=bits", "num_shown=3")
     printed = capsys.readouterr().out
     rows = {row["defect"]: row for row in rows_of(tmp_path / "found/ground_truth.csv")}
     assert list(rows) == ["noise", "none", "all"]

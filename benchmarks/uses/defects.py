@@ -1,0 +1,152 @@
+"""Find defects in images larger than the model, and compare with baselines.
+
+    python -m benchmarks.uses.defects
+    python -m benchmarks.uses.defects data=FOLDER group='part(\\d+)'
+
+FOLDER has the layout of MVTec AD: `train/good`, `test/good`, `test/DEFECT`, `ground_truth/DEFECT`. By default it is
+`magnetic_tile` below SMALTI_DATA; without it, nothing is measured. Trains on crops of good images, calibrates on good
+images of other objects, and scores all test images, each with the commands that users have. Rows are image AUROC with
+its 95 % interval over objects, pixel AUROC and PRO (to a false positive rate of 0.3) of each defect, and their means.
+
+Baselines: `deviation` is |x - its mean over a Gaussian of 12 pixels|, `reconstruction` the error of the tokenizer,
+`bits` the tokens' bits under the prior, and `joint` the score of `smalti detect method=joint`; but for the last, the
+image's score is that of `hidden`, the highest values of the map less its median.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import resource
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from benchmarks.support.options import ROOT, image_folder, read_options, use_threads
+from benchmarks.support.runs import smalti, train_once
+from benchmarks.support.tables import table_head, table_row
+
+OPTIONS: dict[str, Any] = {
+    "data": "",
+    "group": r"tile(\d+)",
+    "held_out": 0.4,
+    "stride": 32,
+    "tokenizer_steps": 500,
+    "steps": 2000,
+    "seed": 0,
+    "out": "runs/defects",
+    "threads": 0,
+}
+METHODS = ("hidden", "joint")
+NEVER = ("evaluate", "preview", "save")
+
+
+def find_defects(options: SimpleNamespace, data: Path, out: Path) -> None:
+    """Run the commands, and print the processor seconds of each."""
+    configs, seconds = ROOT / "configs", {}
+
+    def count(name: str) -> None:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds[name] = used.ru_utime + used.ru_stime - sum(seconds.values())
+
+    source = [f"data.source={data / 'train'}", f"data.held_out_fraction={options.held_out}"]
+    source += [f"data.group={options.group}"] if options.group else []
+    seed = f"seed={options.seed}"
+    tokenizer, tokens, prior = out / "tokenizer", out / "tokens", out / "prior"
+    preset = configs / "tokenizer/vqvae_tiles.yaml"
+    train_once("train_tokenizer", preset, options.tokenizer_steps, tokenizer, *source, seed, never=NEVER)
+    count("train_tokenizer")
+    if not (tokens / "manifest.json").is_file():
+        smalti("encode", f"tokenizer={tokenizer}", f"out={tokens}")
+    count("encode")
+    preset = configs / "prior/masked_tiles.yaml"
+    train_once("train_prior", preset, options.steps, prior, f"tokens={tokens}", seed, never=NEVER)
+    count("train_prior")
+    tiles = (f"pipeline={prior / 'pipeline'}", "tile=true", f"stride={options.stride}")
+    if not (prior / "pipeline" / "calibration.json").is_file():
+        smalti("calibrate", *tiles, "every=1")
+    count("calibrate")
+    test = (f"images={data / 'test'}", f"ground_truth={data / 'ground_truth'}", "overwrite=true")
+    for method in METHODS:
+        smalti("detect", *tiles, *test, f"method={method}", f"out={out / method}")
+        count(f"detect method={method}")
+    print(table_head("command", "processor seconds"))
+    for name, spent in seconds.items():
+        print(table_row([name, f"{spent:.0f}"]))
+    print(flush=True)
+
+
+def measure_baselines(data: Path, pipeline: Path, stride: int, scores: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the rows of `measure_defects` of each baseline, for the images in `scores.csv`."""
+    import torch
+    from PIL import Image
+
+    from pipelines import ImagePipeline
+    from pipelines.anomaly.filters import smooth
+    from pipelines.anomaly.ground_truth import find_masks, measure_defects, read_mask
+    from pipelines.anomaly.maps import peak_of
+    from pipelines.images.pictures import to_float
+    from pipelines.images.tiles import convert_whole, list_images, stitch_maps
+
+    pipe = ImagePipeline.from_pretrained(pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    shape, table = pipe.tokenizer.image_shape, list(csv.DictReader(scores.open()))
+    files, anomalous = [Path(row["file"]) for row in table], np.array([row["anomalous"] == "1" for row in table])
+    maps: dict[str, list[Any]] = {"deviation": [], "reconstruction": [], "bits": []}
+    peaks: dict[str, list[float]] = {name: [] for name in maps}
+
+    def error_of(tiles: Any, places: list[Any]) -> Any:
+        return (pipe.decode_batch(pipe.encode_batch(tiles)) - tiles).abs().mean(1)
+
+    with torch.inference_mode():
+        for file in files:
+            pixels = convert_whole(Image.open(file), shape, pipe.values)
+            image = to_float(pixels)[0]
+            several = list_images([pixels], pipe.tokenizer)
+            (error,) = stitch_maps(several, error_of, shape, stride, 256, pipe.device)
+            (bits,) = pipe.anomaly_map([pixels], stride=stride)
+            for name, heat in zip(maps, ((image - smooth(image, 12)).abs(), error, bits), strict=True):
+                maps[name].append(smooth(heat, 4))
+                peaks[name].append(peak_of(heat))
+    masks = find_masks(files, data / "test", data / "ground_truth", anomalous)
+    truth = [
+        read_mask(mask, file, maps["bits"][k].shape) for k, (mask, file) in enumerate(zip(masks, files, strict=True))
+    ]
+    given = [row["class"] for row in table], anomalous, [row.get("object", row["file"]) for row in table]
+    found = {}
+    for name, some in maps.items():
+        found[name] = measure_defects(np.array(peaks[name]), [heat.numpy() for heat in some], truth, *given)
+    return found
+
+
+def print_rows(name: str, rows: list[dict[str, Any]]) -> None:
+    """Print a line for each defect and the mean over defects."""
+    rows = [row for row in rows if row["defect"] != "all"]
+    keys = ("image_auroc", "pixel_auroc", "pro")
+    for row in rows:
+        interval = f"{row['image_auroc']:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+        print(table_row([name, row["defect"], interval, *(f"{row[key]:.3f}" for key in keys[1:])]))
+    print(table_row([name, "mean", *(f"{np.mean([row[key] for row in rows]):.3f}" for key in keys)]), flush=True)
+
+
+def main() -> None:
+    options = read_options(__doc__, OPTIONS)
+    use_threads(options.threads)
+    data = Path(options.data) if options.data else image_folder("magnetic_tile")
+    if not (data / "ground_truth").is_dir():
+        print(f"skipped: no images in {data}; data=FOLDER, or SMALTI_DATA")
+        return
+    out = Path(options.out).absolute()
+    find_defects(options, data, out)
+    print(table_head("score and map", "defect", "image AUROC", "pixel AUROC", "PRO"))
+    for method in METHODS:
+        print_rows(f"{method}, combined map", json.loads((out / method / "figures.json").read_text())["defects"])
+    found = measure_baselines(data, out / "prior" / "pipeline", options.stride, out / METHODS[0] / "scores.csv")
+    for name, rows in found.items():
+        print_rows(name, rows)
+
+
+if __name__ == "__main__":
+    main()

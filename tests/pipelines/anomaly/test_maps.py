@@ -1,0 +1,207 @@
+"""Hidden tokens: what their surprisal depends on, its means by id, its maps of any size, and scores of these."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from givens.stripes import stripes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_pipelines import make_pipeline
+
+from pipelines import ImagePipeline
+from pipelines.anomaly.calibration import Calibration
+from pipelines.anomaly.conformal import round_scores
+from pipelines.anomaly.distances import CalibrationError
+from pipelines.anomaly.filters import filter_responses, nearest_distances, smooth, spread_cells
+from pipelines.anomaly.hidden import SHRINK, can_hide, hidden_bits, hidden_masks, mean_of_codes
+from pipelines.anomaly.maps import peak_of
+from pipelines.completion import region_log_prob
+
+ANY_ORDER = [("masked", {}), ("blocks", {"any_order": True}), ("gpt", {"any_order": True})]
+IMAGES = torch.rand(60, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def make(prior="masked", size=(16, 16), **config):
+    torch.manual_seed(0)
+    pipe = make_pipeline(prior=prior, size=size, labels=[], **config)
+    for weight in pipe.prior.requires_grad_(False).parameters():  # an untrained head may be zero
+        torch.nn.init.normal_(weight, std=0.3)
+    return pipe
+
+
+def tokens_of(pipe, count=3):
+    return torch.randint(pipe.prior.grid.vocab_size, (count, *pipe.prior.grid.shape))
+
+
+@given(rows=st.integers(1, 20), columns=st.integers(1, 20), size=st.integers(1, 7))
+def test_each_token_is_hidden_once_with_its_block_and_without_the_blocks_beside_it(rows, columns, size):
+    masks = hidden_masks(rows, columns, size)
+    assert (masks.sum(0) == 1).all()
+    for mask in masks:
+        row, column = (torch.arange(side) // min(size, -(-3 * side // 4)) for side in (rows, columns))
+        own = torch.stack(torch.meshgrid(row, column, indexing="ij"), -1)[mask]
+        assert len({tuple(each) for each in (own % 2).tolist()}) == 1
+
+
+@pytest.mark.parametrize(("prior", "config"), ANY_ORDER)
+def test_a_single_hidden_token_has_its_conditional_probability_which_sums_to_one(prior, config):
+    pipe = make(prior, size=(8, 8), **config)
+    tokens, vocab = tokens_of(pipe, 1), pipe.prior.grid.vocab_size
+    bits = hidden_bits(pipe.prior, tokens, size=1)
+    for cell in range(4):
+        every = tokens.flatten(1).repeat(vocab, 1)
+        every[:, cell] = torch.arange(vocab)
+        every = every.unflatten(1, (2, 2))
+        total = torch.exp2(-hidden_bits(pipe.prior, every, size=1).flatten(1)[:, cell]).sum()
+        known = torch.arange(4) != cell
+        expected = region_log_prob(pipe.prior, tokens, known.reshape(2, 2))
+        assert float(total) == pytest.approx(1, abs=1e-4)
+        if prior != "blocks":  # its known tokens form a single block here, and blocks of one token there
+            assert float(bits.flatten()[cell]) == pytest.approx(-float(expected) / math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize(("prior", "config"), ANY_ORDER[:2])
+def test_the_tokens_of_its_block_do_not_explain_a_token_and_others_do(prior, config):
+    pipe = make(prior, **config)
+    tokens, other = tokens_of(pipe), tokens_of(pipe)
+    inside = hidden_masks(4, 4, 2)[0]  # the block of the upper left token; on 4 x 4, each pass hides one block
+    before = hidden_bits(pipe.prior, tokens, size=2)[:, 0, 0]
+    for changed, same in ((inside, True), (~inside, False)):
+        mixed = torch.where(changed, other, tokens)
+        mixed[:, 0, 0] = tokens[:, 0, 0]
+        assert torch.allclose(hidden_bits(pipe.prior, mixed, size=2)[:, 0, 0], before, atol=1e-5) is same
+
+
+def test_a_block_of_a_model_without_blocks_has_its_conditional_probability():
+    pipe = make("gpt", size=(8, 8), any_order=True)
+    tokens = tokens_of(pipe)
+    for mask in hidden_masks(2, 2, 1):
+        nats = pipe.prior.hidden_log_probs(tokens, (~mask).flatten().expand(3, -1))
+        torch.testing.assert_close((nats * mask).sum((1, 2)), region_log_prob(pipe.prior, tokens, ~mask))
+
+
+def test_a_prior_of_one_order_gives_the_bits_after_earlier_tokens():
+    pipe = make("gpt")
+    tokens = tokens_of(pipe)
+    assert not can_hide(pipe.prior)
+    torch.testing.assert_close(hidden_bits(pipe.prior, tokens), -pipe.prior.token_log_probs(tokens) / math.log(2))
+
+
+def test_means_are_of_each_id_and_those_of_rare_ids_near_the_mean_of_all():
+    tokens = torch.tensor([0] * 5000 + [1] * 5000 + [2])
+    bits = torch.cat([torch.full((5000,), 2.0), torch.full((5000,), 6.0), torch.tensor([30.0])])
+    means = mean_of_codes(bits, tokens, 4)
+    average = float(bits.mean())
+    assert means[:2] == pytest.approx([2, 6], abs=0.02)
+    assert means[2] == pytest.approx((30 + SHRINK * average) / (1 + SHRINK), rel=1e-4)
+    assert means[3] == pytest.approx(average, rel=1e-4)
+
+
+# Maps ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mapped():
+    pipe = make()
+    pipe.calibrate(IMAGES)
+    return pipe
+
+
+def test_the_map_of_one_tile_is_the_map_of_the_image(mapped):
+    tiled = ImagePipeline(mapped.tokenizer, mapped.prior)
+    tiled.calibration = mapped.calibration.model_copy(update={"tile": [16, 16], "stride": 5})
+    for method in ("hidden", "combined"):
+        whole = mapped.anomaly_map(IMAGES[:5], method=method)
+        for one, other in zip(whole, tiled.anomaly_map(IMAGES[:5], method=method, stride=5), strict=True):
+            torch.testing.assert_close(one, other)
+    for method in ("hidden", "map"):
+        with pytest.warns(UserWarning, match="used to calibrate"):
+            found = tiled.anomaly_score(IMAGES[:5], method, stride=5)
+        with pytest.warns(UserWarning, match="used to calibrate"):
+            torch.testing.assert_close(mapped.anomaly_score(IMAGES[:5], method), found)
+
+
+def test_a_calibration_keeps_its_maps_and_one_without_them_reads_as_before(mapped, tmp_path):
+    mapped.save_pretrained(tmp_path / "pipe")
+    loaded = ImagePipeline.from_pretrained(tmp_path / "pipe")
+    assert torch.equal(*(pipe.anomaly_map(IMAGES[:3], method="combined") for pipe in (mapped, loaded)))
+    data = json.loads(mapped.calibration.to_json())
+    assert data.pop("maps")
+    data["scores"] = {name: each for name, each in data["scores"].items() if name not in ("hidden", "map")}
+    old = Calibration.from_dict(data, tmp_path)
+    assert json.loads(old.to_json()) == data
+    loaded.calibration = old
+    with pytest.raises(CalibrationError, match="calibrated without hidden"):
+        loaded.anomaly_score(IMAGES, "hidden")
+    with pytest.raises(CalibrationError, match="calibrated without maps"):
+        loaded.anomaly_map(IMAGES, method="combined")
+
+
+def test_a_prior_of_one_order_has_maps_of_tiles_only():
+    pipe = make("gpt")
+    pipe.calibrate(IMAGES)
+    assert pipe.calibration.maps is None
+    pipe.calibrate(IMAGES, stride=8)
+    assert {"hidden", "map"} <= set(pipe.calibration.scores)
+
+
+def test_p_values_hold_for_whole_images_of_larger_size():
+    pipe = make()
+    images = [image[0, :24, :20].numpy() for image in stripes(700, 0, side=24)[:, None, 0]]
+    pipe.calibrate(images[:300], stride=8)
+    for method in ("hidden", "map"):
+        p = pipe.anomaly_score(images[300:], method, stride=8, p_values=True).numpy()
+        for share in (0.05, 0.2, 0.5):
+            assert abs((p <= share).mean() - share) < 4 * math.sqrt(share * (1 - share) * (1 / 400 + 1 / 150))
+    flagged = [bool((heat > pipe.calibration.scores["map"].threshold).any()) for heat in
+               pipe.anomaly_map(images[300:340], method="combined", stride=8)]  # fmt: skip
+    assert flagged == (p[:40] <= 0.05).tolist()
+
+
+def test_the_score_of_a_map_is_its_top_less_its_median():
+    values = torch.arange(1000.0)[torch.randperm(1000)].reshape(20, 50)
+    tops = [999, 998, 994.5, 984.5, 949.5]  # the mean of the highest 1, 3, 10, 30 and 100
+    assert peak_of(values) == pytest.approx(np.mean(tops) - 499)
+
+
+# Filters ------------------------------------------------------------------------------------------
+
+
+def test_exposure_does_not_matter_and_a_spot_does():
+    torch.manual_seed(0)
+    levels = 0.3 + 0.2 * torch.rand(1, 64, 48)
+    first, brighter = (filter_responses(2 * levels * gain - 1) for gain in (1.0, 1.6))
+    assert float((first - brighter).abs().max()) < 0.2 * float(first.abs().max())
+    spotted = levels.clone()
+    spotted[:, 20:26, 30:36] *= 0.3
+    change = (filter_responses(2 * spotted - 1) - first).abs().amax(-1)
+    assert divmod(int(change.argmax()), 6) == (2, 4) or change[2:4, 3:5].max() == change.max()
+
+
+@settings(max_examples=30, deadline=None)
+@given(height=st.integers(3, 70), width=st.integers(3, 70), channels=st.integers(1, 4))
+def test_every_pixel_has_a_distance_at_any_size(height, width, channels):
+    found = filter_responses(torch.rand(channels, height, width) * 2 - 1)
+    assert found.isfinite().all()
+    far = spread_cells(nearest_distances(found.flatten(0, 1), torch.zeros(2, found.shape[2])).reshape(found.shape[:2]),
+                       (height, width))  # fmt: skip
+    assert far.shape == (height, width) and (far >= 0).all()
+
+
+def test_a_blur_keeps_the_mean_of_flat_regions_and_spreads_a_point():
+    point = torch.zeros(41, 41)
+    point[20, 20] = 1
+    found = smooth(point, 2.0)
+    assert float(found.sum()) == pytest.approx(1, abs=1e-4)
+    assert float(found[20, 20] / found[20, 22]) == pytest.approx(math.exp(0.5), rel=1e-3)
+    torch.testing.assert_close(smooth(torch.full((5, 9), 3.0), 4.0), torch.full((5, 9), 3.0))
+
+
+def test_rounding_of_scores_covers_the_maps(mapped):
+    values = mapped.calibration.scores["hidden"].values
+    assert np.array_equal(round_scores(values)[0], values) and len(values) == 30
