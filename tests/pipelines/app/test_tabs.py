@@ -280,7 +280,7 @@ def test_a_page_of_every_kind_of_pipeline(kind, monkeypatch):
     torch.manual_seed(0)
     pipe = make_pipeline(*kind, size=(8, 12), labels=[] if kind[1] == "masked" else ["cat", "dog", "eel"])
     served = served_.Served(pipe, "a/b/c")
-    built = page.build_page(served)
-    assert built.title == "Smalti: b/c" and "--side: 108px" in page.make_css(served)
+    built = page.build_page([served])
+    assert built.title == "Smalti: b/c" and "--side: 108px" in page.make_css([served])
     opened = [event for event in built.fns.values() if any(name == "load" for _, name in event.targets)]
     assert [len(event.outputs) for event in opened] == [4], "it samples when it is opened"
