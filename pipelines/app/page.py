@@ -19,16 +19,15 @@ KEEP_SECONDS = 3600
 def build_page(served: Sequence[Served], queue: int = 8) -> gr.Blocks:
     """Build the page of each pipeline: the first at `/`, the others below their names. queue: maximum number of waiting
     requests."""
-    first, *others = served
+    first, *others = titles = [title_of(each) for each in served]
+    names = ", ".join(titles)
     with gr.Blocks(
-        title=f"Smalti: {title_of(first)}", analytics_enabled=False, delete_cache=(KEEP_SECONDS // 10, KEEP_SECONDS)
+        title=f"Smalti: {names}", analytics_enabled=False, delete_cache=(KEEP_SECONDS // 10, KEEP_SECONDS)
     ) as page:
-        if others:
-            gr.Navbar(main_page_name=title_of(first))
-        fill_page(page, first)
-    for other in others:
-        with page.route(title_of(other)):
-            fill_page(page, other)
+        fill_page(page, served[0], home=first if others else None)
+    for title, each in zip(others, served[1:], strict=True):
+        with page.route(title):
+            fill_page(page, each, home=first)
     return page.queue(max_size=queue, api_open=False, default_concurrency_limit=1)
 
 
@@ -37,9 +36,11 @@ def title_of(served: Served) -> str:
     return "/".join(served.name.rstrip("/").split("/")[-2:])
 
 
-def fill_page(page: gr.Blocks, served: Served) -> None:
-    """Add the description and the tabs of a pipeline."""
+def fill_page(page: gr.Blocks, served: Served, home: str | None) -> None:
+    """Add the description and the tabs of a pipeline. home: title of the first page, if there are several."""
     tokenizer = served.pipeline.tokenizer
+    if home is not None:
+        gr.Navbar(main_page_name=home)
     with gr.Column(elem_classes=f"smalti-of-{served.shape[-1]}"):
         gr.Markdown(f"## {title_of(served)}\n{describe_pipeline(served.pipeline)}")
         with gr.Tab("Sample"):
