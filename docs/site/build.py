@@ -98,8 +98,8 @@ def stage_notebooks(texts: dict[str, str], pages: Path, root: Path, executed: Pa
     for source in sorted((root / "docs/notebooks").glob("[1-9]_*.py")):
         ran = executed / f"{source.stem}.ipynb"
         notebook = nbformat.read(ran, as_version=4) if ran.is_file() else jupytext.read(source)
-        for cell in notebook.cells:
-            cell.outputs = [output for output in cell.get("outputs", ()) if output.get("name") != "stderr"]
+        for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         text, resources = MarkdownExporter().from_notebook_node(
             notebook, resources={"unique_key": source.stem, "output_files_dir": "outputs"}
         )
