@@ -131,9 +131,9 @@ class VQVAE(nn.Module):
 class Block(nn.Module):
     """A layer of the transformer: attention to earlier positions, then an MLP at each position."""
 
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+    def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
@@ -142,8 +142,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         # softmax(q k^T / sqrt(d)) v. `is_causal`: position i sees the positions up to i, and none after it.
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.dropout(self.out(attended.transpose(1, 2).flatten(2)))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
 
 
 class GPT(nn.Module):
@@ -152,11 +152,11 @@ class GPT(nn.Module):
     Each factor is a classifier of V ids; one network computes all of them at once. The p of all V^N grids add up to 1.
     """
 
-    def __init__(self, dim: int = 64, depth: int = 4, heads: int = 4, dropout: float = 0.1) -> None:
+    def __init__(self, dim: int = 64, depth: int = 4, heads: int = 4) -> None:
         super().__init__()
         self.classes, self.ids = nn.Embedding(CLASSES + 1, dim), nn.Embedding(V, dim)
         self.positions = nn.Parameter(0.3 * torch.randn(N, dim))
-        self.blocks = nn.Sequential(*(Block(dim, heads, dropout) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, V))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -254,28 +254,28 @@ def train_prior(tokenizer: VQVAE, images: torch.Tensor, labels: torch.Tensor, st
     test_tokens, start = tokenizer.encode(images[TRAIN:]), time.time()
     print(f"uniform: log2({V}) = {math.log2(V):.3f} bits per token, of a prior that has learnt nothing")
     for step in range(1, steps + 1):
-        rows = torch.randint(TRAIN, (64,))
+        rows = torch.randint(TRAIN, (32,))
         with torch.no_grad():
             tokens = tokenizer.encode(augment(images[rows]))
         # A tenth of the classes is hidden, so that the same network also learns p(x) of any digit, for guidance.
-        classes = labels[rows].masked_fill(torch.rand(64) < 0.1, NO_CLASS)
-        loss = model.train().nats(tokens, classes).mean()
+        classes = labels[rows].masked_fill(torch.rand(32) < 0.1, NO_CLASS)
+        loss = model.nats(tokens, classes).mean()
         optimizer.minimize(loss)
         if step % 100 == 0 or step == steps:
             bits, seconds = bits_per_token(model, test_tokens, labels[TRAIN:]), time.time() - start
             print(f"prior {step:5} loss {loss / math.log(2):.3f} held out {bits:.3f} bits per token, {seconds:.0f} s")
-    return model.eval()
+    return model
 
 
 @torch.no_grad()
 def bits_per_token(model: GPT, tokens: torch.Tensor, classes: torch.Tensor) -> float:
     """Return the mean of -log2 p: what an ideal code would spend on each token."""
-    return float(model.eval().nats(tokens, classes).mean()) / math.log(2)
+    return float(model.nats(tokens, classes).mean()) / math.log(2)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1200, help="training steps of each stage")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of each stage")
     parser.add_argument("--out", type=Path, default=Path("one_file"), help="folder of the pictures")
     arguments = parser.parse_args()
     if arguments.steps < 1:
