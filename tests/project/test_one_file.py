@@ -81,7 +81,8 @@ def test_the_tokenizer_decodes_what_it_encodes_and_its_losses_move_what_they_nam
     assert torch.equal(tokens, distances.argmin(-1))
     e = model.codebook(tokens).mT.unflatten(2, (7, 7))
     gap = F.mse_loss(e, model.encoder(images))
-    assert float(loss) == pytest.approx(float(F.mse_loss(model.decode(tokens), images) + 1.25 * gap), rel=1e-4)
+    expected = F.mse_loss(model.decode(tokens), images) + 1.25 * gap
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     loss.backward()
     used = torch.zeros(128, dtype=torch.bool).index_fill(0, tokens.flatten(), True)
     moved = model.codebook.weight.grad.abs().sum(1) > 0
