@@ -23,6 +23,9 @@
 #
 # All models in this notebook are such products. They differ in **how they prevent the network from seeing later
 # tokens.** We write the first one by hand, and take the others from `prior/`, where each is one file.
+#
+# **You will see** the masks of five architectures as pictures, digits sampled from each of them, how many bits each
+# needs per pixel, and probabilities of all images that add up to 1.
 
 # %%
 import math

@@ -19,8 +19,11 @@
 # 1. a **tokenizer** learns to encode an image as a small grid of ids, and to decode it;
 # 2. a **prior** learns the distribution of these grids, $p(\text{tokens} \mid \text{class})$.
 #
-# To sample an image, we sample a grid from the prior and decode it. We train both stages with the standard commands,
-# for about a minute each. [docs/results.md](../results.md) has results of longer training.
+# To sample an image, we sample a grid from the prior and decode it. We train both stages with the standard steps, for
+# about a minute each. [docs/results.md](../results.md) has results of longer training.
+#
+# **You will see** digits and their reconstructions from 49 ids, pictures of the codes, the bits per token that the
+# prior saves, and sampled digits of each class.
 
 # %%
 import json
@@ -31,8 +34,9 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from pipelines import ImagePipeline, encode, train_prior, train_tokenizer
+from pipelines import ImagePipeline
 from pipelines.images import DataConfig, load_images
+from pipelines.steps import encode, train_prior, train_tokenizer
 from pipelines.tokens import load_tokens
 from prior import Prior
 from tokenizer import Tokenizer
@@ -75,13 +79,16 @@ show(images, "held-out digits")
 # The decoder reconstructs the image from the chosen codes. `argmin` has no gradient, so the decoder's gradient is
 # copied to the encoder (the straight-through estimator), and a second loss pulls each $z$ towards its code.
 #
-# Each command is a function: `train_tokenizer.main([...])` is `smalti train_tokenizer ...`. The arguments after the
-# preset override its settings.
+# Each command is a function: `train_tokenizer("vqvae_digits", ...)` is `smalti train_tokenizer --config vqvae_digits
+# ...`. The arguments after the preset override its settings.
 
 # %%
-stage_one = train_tokenizer.main(
-    ["--config", "vqvae_digits", "out=runs/two_stages/vqvae", "train.steps=400", "train.minutes=3"]
-    + ["train.log_every=25", "track.wandb=disabled"]
+quiet = {"wandb": "disabled"}
+stage_one = train_tokenizer(
+    "vqvae_digits",
+    out="runs/two_stages/vqvae",
+    train={"steps": 400, "minutes": 3, "log_every": 25},
+    track=quiet,
 )
 
 # %% [markdown]
@@ -191,7 +198,7 @@ for (above, below), variant, token in zip(axes.T, variants, changed[:, 3, 3].tol
 # `augmentations=1` adds one slightly rotated and scaled variant of each training image.
 
 # %%
-dataset = encode.main([f"tokenizer={stage_one / 'tokenizer'}", "out=runs/two_stages/tokens", "augmentations=1"])
+dataset = encode(tokenizer=stage_one, out="runs/two_stages/tokens", augmentations=1)
 written = load_tokens(dataset)
 for name, split in written.splits.items():
     print(f"{name:10} {len(split):5} grids, {split.tokens.dtype}")
@@ -229,16 +236,19 @@ print({name: round(value, 3) for name, value in bits.items()})
 # without a class.
 
 # %%
-stage_two = train_prior.main(
-    ["--config", "gpt_digits", f"tokens={dataset}", "out=runs/two_stages/gpt", "train.steps=500"]
-    + ["train.minutes=3", "train.log_every=25", "train.warmup_steps=20", "track.wandb=disabled"]
+stage_two = train_prior(
+    "gpt_digits",
+    tokens=dataset,
+    out="runs/two_stages/gpt",
+    train={"steps": 500, "minutes": 3, "log_every": 25, "warmup_steps": 20},
+    track=quiet,
 )
 
 # %% [markdown]
-# The result of stage two is a **pipeline**: a folder with both stages, which `from_pretrained` loads.
+# The result of stage two is a **pipeline**: a folder with both stages, which `from_pretrained` loads from the run.
 
 # %%
-pipe = ImagePipeline.from_pretrained(stage_two / "pipeline")
+pipe = ImagePipeline.from_pretrained(stage_two)
 bits["gpt"] = bits_per_token(pipe.prior, test_labels)
 bits["gpt, no class"] = bits_per_token(pipe.prior, None)
 

@@ -24,6 +24,9 @@
 #
 # Training is short here, so differences of a few hundredths of a bit are noise.
 # [docs/orders.md](../orders.md#what-it-costs) has results of longer training.
+#
+# **You will see** orders as pictures, the bits of each position in each order, what fewer passes cost in bits, and
+# digits that grow in these orders.
 
 # %%
 import contextlib
@@ -35,8 +38,9 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from pipelines import ImagePipeline, encode, train_prior
+from pipelines import ImagePipeline
 from pipelines.images import DataConfig, load_images
+from pipelines.steps import encode, train_prior
 from pipelines.tokens import load_tokens
 from prior.orders import block_numbers, make_partition
 
@@ -86,7 +90,7 @@ for axis, name in zip(axes.flat, names, strict=True):
 # %%
 shipped = ImagePipeline.from_pretrained("digits")
 shipped.tokenizer.save_pretrained("runs/orders/tokenizer")
-dataset = encode.main(["tokenizer=runs/orders/tokenizer", "data.source=digits", "out=runs/orders/tokens"])
+dataset = encode(tokenizer="runs/orders/tokenizer", data={"source": "digits"}, out="runs/orders/tokens")
 test = load_tokens(dataset).splits["test"]
 tokens, labels = test.tokens.long(), test.labels.long()
 
@@ -99,16 +103,18 @@ tokens, labels = test.tokens.long(), test.labels.long()
 def trained(kind: str, order: str, steps: int = 250, **model: object) -> ImagePipeline:
     """Train a prior with this order, and return its pipeline."""
     name = "-".join([kind, order.replace(":", "-"), *model])
-    sizes = {"dim": 48, "depth": 3, "heads": 4, "order": order, **model}
-    arguments = ["--config", "gpt_digits", f"tokens={dataset}", f"out=runs/orders/{name}", f"model.kind={kind}"]
-    arguments += [f"model.{key}={str(value).lower()}" for key, value in sizes.items()]
-    arguments += [f"train.steps={steps}", "train.batch_size=32", "train.ema_decay=0.98"]
-    arguments += ["train.warmup_steps=20", "track.wandb=disabled"]
     start, log = time.perf_counter(), io.StringIO()
     with contextlib.redirect_stdout(log):  # one line per run is enough
-        run = train_prior.main(arguments)
+        run = train_prior(
+            "gpt_digits",
+            tokens=dataset,
+            out=f"runs/orders/{name}",
+            model={"kind": kind, "dim": 48, "depth": 3, "heads": 4, "order": order, **model},
+            train={"steps": steps, "batch_size": 32, "ema_decay": 0.98, "warmup_steps": 20},
+            track={"wandb": "disabled"},
+        )
     print(f"{kind}, {order}: trained in {time.perf_counter() - start:.0f} s")
-    return ImagePipeline.from_pretrained(run / "pipeline")
+    return ImagePipeline.from_pretrained(run)
 
 
 @torch.no_grad()

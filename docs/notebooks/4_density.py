@@ -16,7 +16,9 @@
 # A model that assigns probabilities to images can do more than sample. This notebook uses the trained pipeline of
 # digits in the package for four tasks: completion, anomaly detection, compression and classification.
 #
-# It trains no model. [docs/density.md](../density.md) has the theory.
+# **You will see** digits completed from a part, strange images and the scores that find them, digits as streams of a
+# few bytes, and the class of a digit by Bayes' rule. No model is trained. [docs/density.md](../density.md) has the
+# theory.
 
 # %%
 import io

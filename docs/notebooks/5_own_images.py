@@ -16,6 +16,9 @@
 # This notebook goes from a folder of photos to samples, measures them, and shares the pipeline. The photos are crops of
 # two pictures that come with scikit-learn, so that it runs anywhere in a few minutes. To use your own, set `FOLDER` and
 # skip the cell that makes the crops.
+#
+# **You will see** a damaged file found before training starts, photos beside their reconstructions, samples by class,
+# a table of measurements, photos completed from their upper half, and the files that you would share.
 
 # %%
 from collections import Counter
@@ -28,9 +31,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from pipelines import ImagePipeline, encode, evaluate, train_prior, train_tokenizer
+from pipelines import ImagePipeline
 from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
+from pipelines.steps import encode, evaluate, train_prior, train_tokenizer
 from tokenizer import Tokenizer
 
 FOLDER = "my-photos"
@@ -124,9 +128,13 @@ stack({name: of_class(data.train, label, 12) for label, name in enumerate(data.t
 # the method work. [docs/data.md](../data.md#how-good-in-how-many-minutes) lists results of longer training.
 
 # %%
-stage_one = train_tokenizer.main(
-    ["--config", "vqvae_digits", f"data.source={FOLDER}", "data.image_size=32", "data.channels=3", "out=runs/mine"]
-    + ["train.steps=300", "train.minutes=2", "train.log_every=50", "track.wandb=disabled"]
+quiet = {"wandb": "disabled"}
+stage_one = train_tokenizer(
+    "vqvae_digits",
+    data={"source": FOLDER, "image_size": 32, "channels": 3},
+    out="runs/mine",
+    train={"steps": 300, "minutes": 2, "log_every": 50},
+    track=quiet,
 )
 
 # %%
@@ -147,17 +155,21 @@ stack({"held out": held_out, "8x8 tokens": decoded})
 # `data.augment`. With few images this delays overfitting. The tokenizer remembers the source of the images.
 
 # %%
-dataset = encode.main([f"tokenizer={stage_one / 'tokenizer'}", "out=runs/mine_tokens", "augmentations=3"])
-stage_two = train_prior.main(
-    ["--config", "gpt_digits", f"tokens={dataset}", "out=runs/mine_gpt", "model.dim=48", "train.warmup_steps=20"]
-    + ["train.steps=400", "train.minutes=2", "train.log_every=50", "track.wandb=disabled"]
+dataset = encode(tokenizer=stage_one, out="runs/mine_tokens", augmentations=3)
+stage_two = train_prior(
+    "gpt_digits",
+    tokens=dataset,
+    out="runs/mine_gpt",
+    model={"dim": 48},
+    train={"steps": 400, "minutes": 2, "log_every": 50, "warmup_steps": 20},
+    track=quiet,
 )
 
 # %% [markdown]
 # Classes have the names of their folders.
 
 # %%
-pipe = ImagePipeline.from_pretrained(stage_two / "pipeline")
+pipe = ImagePipeline.from_pretrained(stage_two)
 print(pipe, pipe.labels)
 stack({name: pipe(12, labels=name, seed=0, output_type="pt").images for name in pipe.labels})
 
@@ -168,7 +180,7 @@ stack({name: pipe(12, labels=name, seed=0, output_type="pt").images for name in 
 # class agreement: the share of samples whose nearest training image, by pixels, has the requested class.
 
 # %%
-figures = evaluate.main([f"pipeline={stage_two / 'pipeline'}", "num_images=160", "feature_steps=150"])
+figures = evaluate(pipeline=stage_two, num_images=160, feature_steps=150)
 
 # %% [markdown]
 # ## Complete images

@@ -29,6 +29,7 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 LINK = re.compile(r"\]\(([^)#:\s]+)")
 NOTEBOOK = re.compile(r"(\]\((?:[\w./]*/)?[1-9]_\w+)\.py")
 README = re.compile(r"(\]\((?:\.\./)*)README\.md")
+DOWNLOAD = '[Download this notebook]({name}){{ .md-button download="{name}" }}'
 NOT_EXECUTED = '!!! note "No outputs"\n    Execute the notebooks with `make notebooks`, then build again.'
 
 
@@ -91,23 +92,27 @@ def copy_linked_files(text: str, folder: Path, pages: Path, root: Path) -> None:
 
 
 def stage_notebooks(texts: dict[str, str], pages: Path, root: Path, executed: Path) -> list[Any]:
-    """Convert the notebooks to pages, with their outputs if they have been executed. Returns their navigation."""
+    """Convert the notebooks to pages and `.ipynb` files, with their outputs if they have been executed. Returns their
+    navigation."""
     entries: list[Any] = []
     for source in sorted((root / "docs/notebooks").glob("[1-9]_*.py")):
         ran = executed / f"{source.stem}.ipynb"
         notebook = nbformat.read(ran, as_version=4) if ran.is_file() else jupytext.read(source)
-        for cell in notebook.cells:
-            cell.outputs = [output for output in cell.get("outputs", ()) if output.get("name") != "stderr"]
+        for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         text, resources = MarkdownExporter().from_notebook_node(
             notebook, resources={"unique_key": source.stem, "output_files_dir": "outputs"}
         )
+        (pages / "docs/notebooks").mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, pages / f"docs/notebooks/{source.stem}.ipynb")
         for name, data in resources["outputs"].items():
             file = pages / "docs/notebooks" / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(data)
         title = text.partition("# ")[2].partition("\n")[0]
         page = f"docs/notebooks/{source.stem}.md"
-        texts[page] = text if ran.is_file() else text.replace("\n", f"\n\n{NOT_EXECUTED}\n", 1)
+        head = [DOWNLOAD.format(name=f"{source.stem}.ipynb"), *([] if ran.is_file() else [NOT_EXECUTED])]
+        texts[page] = text.replace("\n", "\n".join(["", "", *head, ""]), 1)
         entries.append({title: page})
     return entries
 

@@ -1,7 +1,8 @@
-"""The page: a description of the pipeline, and its tabs."""
+"""The page of each pipeline: its description, and its tabs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
@@ -15,13 +16,33 @@ KEEP_SECONDS = 3600
 """Minimum time that uploads and pictures stay on disk."""
 
 
-def build_page(served: Served, queue: int = 8) -> gr.Blocks:
-    """Build the page of a pipeline. queue: maximum number of waiting requests."""
-    tokenizer, title = served.pipeline.tokenizer, "/".join(served.name.rstrip("/").split("/")[-2:])
+def build_page(served: Sequence[Served], queue: int = 8) -> gr.Blocks:
+    """Build the page of each pipeline: the first at `/`, the others below their names. queue: maximum number of waiting
+    requests."""
+    first, *others = titles = [title_of(each) for each in served]
+    names = ", ".join(titles)
     with gr.Blocks(
-        title=f"Smalti: {title}", analytics_enabled=False, delete_cache=(KEEP_SECONDS // 10, KEEP_SECONDS)
+        title=f"Smalti: {names}", analytics_enabled=False, delete_cache=(KEEP_SECONDS // 10, KEEP_SECONDS)
     ) as page:
-        gr.Markdown(f"## {title}\n{describe_pipeline(served.pipeline)}")
+        fill_page(page, served[0], home=first if others else None)
+    for title, each in zip(others, served[1:], strict=True):
+        with page.route(title):
+            fill_page(page, each, home=first)
+    return page.queue(max_size=queue, api_open=False, default_concurrency_limit=1)
+
+
+def title_of(served: Served) -> str:
+    """Return the last two parts of the pipeline's name."""
+    return "/".join(served.name.rstrip("/").split("/")[-2:])
+
+
+def fill_page(page: gr.Blocks, served: Served, home: str | None) -> None:
+    """Add the description and the tabs of a pipeline. home: title of the first page, if there are several."""
+    tokenizer = served.pipeline.tokenizer
+    if home is not None:
+        gr.Navbar(main_page_name=home)
+    with gr.Column(elem_classes=f"smalti-of-{served.shape[-1]}"):
+        gr.Markdown(f"## {title_of(served)}\n{describe_pipeline(served.pipeline)}")
         with gr.Tab("Sample"):
             samples = sample.build(served, page)
         with gr.Tab("Complete"):
@@ -38,8 +59,7 @@ def build_page(served: Served, queue: int = 8) -> gr.Blocks:
                 search.build(served, samples, served.train)
         with gr.Tab("Compress"):
             compress.build(served, samples)
-        page.unload(served.stop)
-    return page.queue(max_size=queue, api_open=False, default_concurrency_limit=1)
+    page.unload(served.stop)
 
 
 def describe_pipeline(pipeline: ImagePipeline) -> str:
@@ -57,10 +77,14 @@ def describe_pipeline(pipeline: ImagePipeline) -> str:
     )
 
 
-def make_css(served: Served) -> str:
+def make_css(served: Sequence[Served]) -> str:
     """Return the style sheet, which scales pictures by whole numbers and puts captions below them."""
-    width = served.shape[-1]
-    sides = [f".smalti-{side} {{ --side: {width * zoom(width, side)}px; }}" for side in SIDES]
+    widths = dict.fromkeys(each.shape[-1] for each in served)
+    sides = [
+        f".smalti-of-{width} .smalti-{side} {{ --side: {width * zoom(width, side)}px; }}"
+        for width in widths
+        for side in SIDES
+    ]
     return "\n".join([*sides, Path(__file__).with_name("page.css").read_text(encoding="utf-8")])
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -27,7 +28,7 @@ def allowed_hosts(host: str) -> list[str]:
     return ["*"] if host in EVERYWHERE else [f"[{host}]" if ":" in host else host, *LOCAL]
 
 
-def serve(served: Served, host: str, port: int, queue: int) -> None:
+def serve(served: Sequence[Served], host: str, port: int, queue: int) -> None:
     """Serve until Ctrl-C or SIGTERM, which end the process. Raises `UserError` if the port is in use."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -39,7 +40,7 @@ def serve(served: Served, host: str, port: int, queue: int) -> None:
         _, url, _ = page.launch(
             server_name=host,
             server_port=port,
-            max_file_size=int(served.max_upload_mb * MEGABYTE),
+            max_file_size=int(max(each.max_upload_mb for each in served) * MEGABYTE),
             app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts(host))]},
             theme=make_theme(),
             css=make_css(served),
@@ -55,7 +56,8 @@ def serve(served: Served, host: str, port: int, queue: int) -> None:
     except OSError as error:
         raise UserError(f"port: cannot listen on port {port} of {host}; choose another port") from error
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses images of twice this size, also when gradio decodes them
-    print(f"{served.name}: {url} (Ctrl-C to stop)", flush=True)
+    names = ", ".join(each.name for each in served)
+    print(f"{names}: {url} (Ctrl-C to stop)", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         threading.Event().wait()

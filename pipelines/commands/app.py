@@ -14,10 +14,11 @@ from pydantic import Field
 
 from ..config import UserError, run_command
 from ..files import Output
-from ..images import check_shape, load_images
+from ..images import DataConfig, check_shape, load_images
 from ..images.arrays import require_plain
-from ..options import UsesImages
+from ..options import PipelineFolder, UsesImages
 from ..provenance import defaults
+from ..saving import HERE, list_shipped
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline
@@ -28,12 +29,15 @@ class AppConfig(UsesImages):
     """What to serve, at which address, and the limits for visitors."""
 
     examples = (
-        "pipeline=digits",
+        "",
         "pipeline=runs/gpt_digits/pipeline port=8000 max_images=16",
         "pipeline=owner/gpt_digits space=digits_space",
     )
     often = "pipeline host port max_images max_upload_mb queue search space device"
 
+    pipeline: PipelineFolder = Field(
+        "", description="pipeline folder, run or Hub id; default: a page for each pipeline in the package"
+    )
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 accepts connections from other machines")
     port: int = Field(7860, ge=1, le=65535, description="port to listen on")
     max_images: int = Field(64, ge=1, le=4096, description="maximum number of images per request")
@@ -60,18 +64,30 @@ def run(config: AppConfig) -> None:
     from ..app.served import Served
     from ..app.serving import serve
 
-    pipeline = config.load_pipeline()
-    require_plain(pipeline.tokenizer, "app")
-    served = Served(pipeline, config.pipeline, config.max_images, config.max_upload_mb)
-    served.train, served.num_index = load_searchable_images(config, pipeline), config.num_index
+    if not config.pipeline and config.data != DataConfig():
+        raise UserError("data: the pipelines in the package have images of their own; add pipeline=NAME")
+    served = []
+    for each in [config] if config.pipeline else list_shipped_configs(config):
+        pipeline = each.load_pipeline()
+        require_plain(pipeline.tokenizer, "app")
+        train = load_searchable_images(each, pipeline)
+        name = config.pipeline or Path(each.pipeline).name
+        served.append(Served(pipeline, name, each.max_images, each.max_upload_mb, train, each.num_index))
     serve(served, config.host, config.port, config.queue)
+
+
+def list_shipped_configs(config: AppConfig) -> list[AppConfig]:
+    """Return the configuration for each pipeline in the package, with the images that it was trained on."""
+    folders = [str(HERE / name) for name in list_shipped()]  # even if a local folder has the same name
+    data = [DataConfig(**defaults({"pipeline": folder})["data"]) for folder in folders]
+    return [config.model_copy(update={"pipeline": path, "data": of}) for path, of in zip(folders, data, strict=True)]
 
 
 def make_space(config: AppConfig, out: Path) -> None:
     """Write the folder of a Space."""
     from ..app.space import write_space
 
-    if Path(config.pipeline).exists():
+    if not config.pipeline or Path(config.pipeline).exists():
         raise UserError("space: the pipeline must be on the Hub (upload it with `smalti push`) or be `digits`")
     keys = {name: getattr(config, name) for name in ("max_images", "max_upload_mb", "queue")}
     with Output(out, key="space").errors():

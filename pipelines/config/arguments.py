@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, get_origin
 
 from pydantic.fields import FieldInfo
 
-from tokenizer.config import Data, Settings, mapped_model, show_value, type_options
+from tokenizer.config import Data, Settings, mapped_model, show_value, to_plain, type_options
 
 from .errors import UserError, did_you_mean
 from .yaml_text import read_yaml
@@ -56,7 +56,7 @@ def read_arguments(words: CommandLine) -> tuple[list[Data], list[str]]:
     files, overrides, problems = [], [], []
     for path in words.files:
         try:
-            files.append(read_file(path if os.path.isfile(path) else str(find_preset(path))))
+            files.append(read_preset(path))
         except UserError as error:
             problems.append(str(error))
     for argument in sorted(words.overrides, key=lambda argument: rank_override(argument, words.overrides)):
@@ -89,9 +89,41 @@ def read_override(argument: str) -> Data:
     if isinstance(value, str):
         commas = "," in value and value == text.strip()  # YAML quotes make it plain text
         value = CommaText(value) if commas else os.path.expanduser(value)  # zsh does not expand `~` after `=`
+    return nest(key, value)
+
+
+def nest(key: str, value: Any) -> Any:
+    """Return `{"a": {"b": value}}` for the key `a.b`."""
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
+
+
+def nest_settings(settings: Data) -> Any:
+    """Return keyword arguments, whose names may have dots, as one nested mapping of plain values. Their order does not
+    matter."""
+    nested: Any = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            value = nest_settings(value)
+        elif isinstance(value, str | os.PathLike):
+            value = os.path.expanduser(value)
+        nested = combine(nested, nest(str(name), to_plain(value)))
+    return nested
+
+
+def combine(one: Any, other: Any) -> Any:
+    """Combine two settings of the same key; a string beside a mapping is the kind of a node."""
+    if isinstance(one, dict) != isinstance(other, dict):
+        one, other = ({"kind": each} if isinstance(each, str) else each for each in (one, other))
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return other
+    return {**one, **other, **{key: combine(one[key], other[key]) for key in one if key in other}}
+
+
+def read_preset(name: str) -> Data:
+    """Read a YAML file, or the preset of this name. Raises `UserError`."""
+    return read_file(name if os.path.isfile(name) else str(find_preset(name)))
 
 
 def read_file(path: str) -> Data:

@@ -7,10 +7,12 @@ Files are merged from left to right, then overrides. A node whose `kind` changes
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, reduce
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
@@ -18,7 +20,7 @@ from pydantic import ValidationError
 from tokenizer.config import Data, defaults_of, explain, find_mark, merge, with_defaults
 from tokenizer.files import PipelineLoadError, one_line
 
-from .arguments import read_arguments, sort_words, split_lists
+from .arguments import nest_settings, read_arguments, read_preset, sort_words, split_lists
 from .errors import UserError, at_a_shell, did_you_mean, exit_codes, is_first_process
 from .help import help_page, list_keys
 from .importing import import_all
@@ -71,9 +73,7 @@ def parse(
     import_all(words.imports)
     parts, problems = read_arguments(words)
     parts = [resolve_short_forms(cls, part) for part in parts]
-    given: Data = {}
-    for part in parts:
-        given = merge(given, part)
+    given = merge_all(parts)
     further: Data = {}
     try:
         further = defaults(given) if defaults else {}
@@ -100,6 +100,29 @@ def parse(
     if words.dry_run:
         print_and_exit(to_yaml(config))
     return config
+
+
+def build_config(
+    cls: type[C], files: Sequence[str | Path], settings: Data, defaults: Callable[[Data], Data] | None = None
+) -> C:
+    """Return the configuration for presets or files, then keyword arguments, whose names may have dots. Raises
+    `UserError`, with a line for each problem.
+
+    defaults: as in `parse`.
+    """
+    parts = [*(read_preset(os.fspath(file)) for file in files), nest_settings(settings)]
+    parts = [resolve_short_forms(cls, part) for part in parts]
+    data = merge_with_defaults(cls, [defaults(merge_all(parts)) if defaults else {}, *parts])
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        lines = explain(cls, data, error, partial(describe_unknown, cls))
+        raise UserError("\n".join(map(one_line, lines))) from None  # hide pydantic's multi-line message
+
+
+def merge_all(parts: Sequence[Data]) -> Data:
+    """Merge the parts from left to right."""
+    return reduce(merge, parts, {})
 
 
 def merge_with_defaults(cls: type[C], parts: list[Data]) -> Data:

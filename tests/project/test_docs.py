@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from optional import Late
 from servers.chromium import browser
 
 from pipelines.__main__ import verbs
@@ -24,6 +25,7 @@ from tokenizer.quantizers import Quantizer
 ROOT = Path(__file__).parents[2]
 WIDTHS = (1400, 390)
 
+jupytext, nbformat = Late("jupytext"), Late("nbformat")
 pytestmark = pytest.mark.timeout(900)  # a build takes 20 s of one core
 for name in ("zensical", "mkdocstrings", "latex2mathml", "nbconvert", "jupytext"):
     pytest.importorskip(name)
@@ -69,6 +71,22 @@ def test_every_command_has_its_page_with_an_example_and_its_keys(built: Path) ->
 def test_methods_defined_elsewhere_and_formulas_are_rendered(built: Path) -> None:
     assert "ImagePipeline.complete" in read_page(built, "api/pipeline.html")
     assert "<math" in read_page(built, "docs/notebooks/1_chain_rule.html")
+
+
+def test_every_notebook_says_what_one_will_see_and_can_be_downloaded(built: Path) -> None:
+    sources = sorted((ROOT / "docs/notebooks").glob("[1-9]_*.py"))
+    assert len(sources) == 5
+    for source in sources:
+        page = read_page(built, f"docs/notebooks/{source.stem}.html")
+        link = re.search(rf'<a[^>]*href="{source.stem}.ipynb"[^>]*>', page)
+        assert link is not None and f'download="{source.stem}.ipynb"' in link[0]
+        notebook = nbformat.read(built / f"site/docs/notebooks/{source.stem}.ipynb", as_version=4)
+        nbformat.validate(notebook)
+        assert [(cell.cell_type, cell.source) for cell in notebook.cells] == [
+            (cell.cell_type, cell.source) for cell in jupytext.read(source).cells
+        ]
+        assert "**You will see** " in notebook.cells[0].source and "You will see" in page
+        assert notebook.metadata.kernelspec.name == "python3"
 
 
 @pytest.mark.slow

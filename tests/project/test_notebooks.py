@@ -20,7 +20,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("[1-9]_*.py"))
 PICTURES = 5  # at least, in each
 SHORTER = {  # short trainings, still long enough for what the text claims
     "1_chain_rule": {"    optimizer = torch": "    steps //= 5\n    optimizer = torch"},
-    "2_two_stages": {"train.steps=400": "train.steps=60", "train.steps=500": "train.steps=75"},
+    "2_two_stages": {'"steps": 400': '"steps": 60', '"steps": 500': '"steps": 75'},
 }
 
 

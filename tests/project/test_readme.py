@@ -118,6 +118,20 @@ def test_the_code_of_a_page_runs(page, runs):
         exec(compiled(code, page), names)
 
 
+def test_thirty_lines_train_both_stages_without_the_pipelines():
+    """Samples are what the classes ask for: bars that lie or stand."""
+    (code, *_) = blocks("docs/loop.md", "python")
+    assert len([line for line in code.splitlines() if line]) <= 30
+    assert set(re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE)) == {"torch", "prior", "tokenizer"}
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(compiled(code, "docs/loop.md"), names)
+    assert float(names["terms"]["l2"].detach()) < 0.1 and float(names["loss"].detach()) < 0.3
+    lying, standing = names["samples"].detach()[:, 0].split(2)  # uniform along rows, and along columns
+    assert lying.std(2).mean() < 0.2 < 0.6 < lying.std(1).mean()
+    assert standing.std(1).mean() < 0.2 < 0.6 < standing.std(2).mean()
+
+
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register the models of docs/extending.md."""

@@ -57,6 +57,8 @@ def test_three_files_say_how_the_hub_runs_it(tmp_path, capsys):
         (["pipeline=digits", "port=70000"], "port"),
         (["pipeline={here}", "space={here}/space"], "space: the pipeline must be on the Hub"),
         (["pipeline=digits", "space={here}"], "space: "),
+        (["space={here}/space"], "space: the pipeline must be on the Hub"),
+        (["data.source={here}"], "data: the pipelines in the package"),
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path, capsys, keys, problem):

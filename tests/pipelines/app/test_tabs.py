@@ -16,12 +16,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from optional import Late, needs_gradio
+from optional import Late, needs_digits, needs_gradio
 from PIL import Image
 from small_pipelines import as_pil, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
+from pipelines.__main__ import main
 from pipelines.anomaly.calibrating import calibrate
+from pipelines.saving import list_shipped
 
 gr, page, parts, served_ = (
     Late(name) for name in ("gradio", *(f"pipelines.app.{x}" for x in ("page", "parts", "served")))
@@ -280,7 +282,42 @@ def test_a_page_of_every_kind_of_pipeline(kind, monkeypatch):
     torch.manual_seed(0)
     pipe = make_pipeline(*kind, size=(8, 12), labels=[] if kind[1] == "masked" else ["cat", "dog", "eel"])
     served = served_.Served(pipe, "a/b/c")
-    built = page.build_page(served)
-    assert built.title == "Smalti: b/c" and "--side: 108px" in page.make_css(served)
+    built = page.build_page([served])
+    assert built.title == "Smalti: b/c" and "--side: 108px" in page.make_css([served])
     opened = [event for event in built.fns.values() if any(name == "load" for _, name in event.targets)]
     assert [len(event.outputs) for event in opened] == [4], "it samples when it is opened"
+
+
+def test_several_pipelines_have_a_page_each(monkeypatch):
+    """Below their names, with their own samples at a whole multiple of their own width."""
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "True")
+    torch.manual_seed(0)
+    pipes = [make_pipeline(size=(8, 12)), make_pipeline(size=(20, 20))]
+    served = [served_.Served(pipe, name) for pipe, name in zip(pipes, ("digits", "garments"), strict=True)]
+    built = page.build_page(served)
+    assert built.title == "Smalti: digits, garments"
+    assert [(path, name) for path, name, _ in built.pages] == [("", "Home"), ("garments", "garments")]
+    texts = {block.page: block.value for block in built.blocks.values() if "pixels" in str(getattr(block, "value", ""))}
+    assert "12 × 8" in texts[""] and "20 × 20" in texts["garments"]
+    css = page.make_css(served)
+    assert ".smalti-of-12 .smalti-small { --side: 108px; }" in css
+    assert ".smalti-of-20 .smalti-small { --side: 120px; }" in css
+    opened = {event.page for event in built.fns.values() if any(name == "load" for _, name in event.targets)}
+    assert opened == {"", "garments"}, "each samples when it is opened"
+
+
+@needs_digits
+def test_without_a_pipeline_the_app_serves_those_of_the_package(monkeypatch, tmp_path, capsys):
+    """Even if a local folder has the name of one; with their training images, to search."""
+    calls = []
+    monkeypatch.setattr("pipelines.app.serving.serve", lambda *given: calls.append(given))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    main(["app", "max_images=3", "port=7999"])
+    ((served, host, port, _),) = calls
+    assert [each.name for each in served] == list_shipped() and (host, port) == ("127.0.0.1", 7999)
+    for each in served:
+        assert each.max_images == 3 and each.train is not None and each.train.image_shape == each.shape
+    with pytest.raises(SystemExit):
+        main(["app", "data.source=photos"])
+    assert "error: data: " in capsys.readouterr().err
