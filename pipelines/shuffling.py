@@ -211,8 +211,8 @@ FIXED = -1
 
 
 def draw_pixels(grey: Tensor, indices: np.ndarray, epochs: np.ndarray | int, seed: int) -> Tensor:
-    """Return black and white images, uint8 of 0 and 1 `(B, ...)`, in which each pixel is 1 with probability `grey` / 255
-    (Salakhutdinov and Murray 2008), drawn anew in each epoch. grey: uint8, those of the rows `indices`."""
+    """Return black and white images, uint8 of 0 and 1 `(B, ...)`: each pixel is 1 with probability `grey` / 255, drawn
+    anew in each epoch (Salakhutdinov and Murray 2008). grey: uint8, the rows `indices` of the data."""
     values = grey.flatten(1).numpy()
     found = (values == 255).astype(np.uint8)
     images, places = np.nonzero((values > 0) & (values < 255))

@@ -243,7 +243,9 @@ class DataConfig(Config):
         if self.dtype not in (None, "uint8") or self.range is not None:
             raise ValueError("binarize: needs 8-bit images; set dtype=null range=null")
         if self.streaming or self.frames is not None or self.crop is not None:
-            raise ValueError("binarize: images are not streamed, cropped or cut from clips; unset streaming, frames, crop")
+            raise ValueError(
+                "binarize: images are not streamed, cropped or cut from clips; unset streaming, frames, crop"
+            )
         return self
 
     @model_serializer(mode="wrap")
@@ -440,16 +442,17 @@ def check_shape(config: DataConfig, tokenizer: Any, whose: str = "pipeline", *, 
             f"data.image_size, data.channels: the {whose}'s {'frames' if frames > 1 else 'images'} are {shape} "
             f"(channels, height, width), these are {config.frame_shape}"
         )
-    if config.binarize is not None:
-        require_black_and_white(tokenizer, whose)
+    require_two_levels(config, tokenizer.name, tokenizer.grid.vocab_size)
 
 
-def require_black_and_white(tokenizer: Any, whose: str) -> None:
-    """Raise `UserError` unless the tokenizer is `pixels` with 2 levels, as `data.binarize` needs."""
-    if tokenizer.name != "pixels" or tokenizer.grid.vocab_size != 2:
-        levels = f" of {tokenizer.grid.vocab_size} levels" if tokenizer.name == "pixels" else ""
-        its = "the tokenizer" if whose == "tokenizer" else f"the {whose}'s tokenizer"
-        raise UserError(f"data.binarize: needs the tokenizer pixels of 2 levels; {its} is {tokenizer.name}{levels}")
+def require_two_levels(config: DataConfig, kind: str, levels: int) -> None:
+    """Raise `UserError` if images are binarised for a tokenizer other than `pixels` of 2 levels."""
+    if config.binarize is not None and (kind, levels) != ("pixels", 2):
+        its = f"{kind} of {levels} levels" if kind == "pixels" else kind
+        raise UserError(
+            f"data.binarize: needs the tokenizer pixels of 2 levels, this is {its}; set data.binarize=null or "
+            "model.kind=pixels model.levels=2"
+        )
 
 
 # The data set

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
@@ -81,7 +82,7 @@ def evaluate_likelihood(
     of each image, except for `unconditional_bits_per_token` and, with columns, the figures of `vary_conditions`."""
     grid = prior.grid
     unlabelled = TokenSplit(test.tokens, None)
-    known = test if prior.num_classes else replace(test, labels=None)
+    known = given_to(prior, test)
     nats = log_probs(prior, known, np.arange(len(known)), num_orders, group)
     return {
         "bits_per_token": float(-nats.mean()) / (math.log(2) * len(grid)),
@@ -93,6 +94,24 @@ def evaluate_likelihood(
         "uniform_bits_per_token": math.log2(grid.vocab_size),
         **evaluate_bits(tokenizer, held_out, test, nats, group),
     }
+
+
+def given_to(prior: Prior, split: TokenSplit) -> TokenSplit:
+    """Return the rows with what the prior is given beside tokens."""
+    return split if prior.num_classes else replace(split, labels=None)
+
+
+def evaluate_nats(
+    prior: Prior, draws: list[TokenSplit], num_orders: int = 1, group: ProcessGroup = ALONE
+) -> dict[str, Any]:
+    """Return the mean -log p of a black and white image. draws: the same images, binarised anew each time; with several
+    also return their number, and the standard deviation over draws of the mean over images."""
+    means = []
+    for split in draws:
+        known = given_to(prior, split)
+        means.append(-float(log_probs(prior, known, np.arange(len(known)), num_orders, group).mean()))
+    several = {"nats_per_image_deviation": statistics.stdev(means), "draws": len(means)} if len(means) > 1 else {}
+    return {"nats_per_image": statistics.fmean(means), **several}
 
 
 def vary_conditions(split: TokenSplit) -> Iterator[tuple[str, TokenSplit]]:
@@ -128,7 +147,7 @@ def evaluate_marginal(prior: Prior, train: TokenSplit, test: TokenSplit, group: 
 
     def fit() -> Prior:
         marginal = Prior.create("marginal", grid=prior.grid, num_classes=classes)
-        marginal.initialize(cast(Tensor, train.tokens), train.labels if classes else None)
+        marginal.initialize(cast(Tensor, train.ids()), train.labels if classes else None)
         return marginal
 
     test = TokenSplit(test.tokens, test.labels if classes else None)
@@ -142,12 +161,13 @@ def evaluate_bits(
     tokenizer: Tokenizer, held_out: ImageDataset, test: TokenSplit, nats: Tensor, group: ProcessGroup = ALONE
 ) -> dict[str, Any]:
     """Return bits per dim of the held-out images with its standard error over images, and its two parts: the tokens,
-    whose log p is `nats` `(n,)`, and the pixels given the tokens. Empty if the decoder has no likelihood.
+    whose log p is `nats` `(n,)`, and the pixels given the tokens. Empty if the decoder has no likelihood, and for
+    `data.binarize`, which leaves no 8-bit images.
 
     If `nats` are conditional on the class, so are the bits: a code would also have to send the class, up to
     log2(classes) bits per image.
     """
-    if not tokenizer.has_likelihood:
+    if not tokenizer.has_likelihood or held_out.config.binarize is not None:
         return {}
 
     def score(rows: np.ndarray) -> Tensor:

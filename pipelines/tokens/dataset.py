@@ -53,7 +53,17 @@ from .meta import (
     verify_files,
     write_meta,
 )
-from .shards import MappedRows, TokenSplit, bytes_per_row, check_ids, cut_shards, map_shard, shard_names, stored_grid, write_shard
+from .shards import (
+    MappedRows,
+    TokenSplit,
+    bytes_per_row,
+    check_ids,
+    cut_shards,
+    map_shard,
+    shard_names,
+    stored_grid,
+    write_shard,
+)
 from .tables import from_tables, to_tables
 
 if TYPE_CHECKING:
