@@ -12,7 +12,7 @@ seeds, and measured by `smalti evaluate`. A run that was interrupted continues; 
 test: the figure on all held-out images, mean over seeds +- half of the 95 % t-interval; on drawn pixels each seed's is
 the mean over five fixed draws. validation: the images by which weights are chosen. minutes: of training, by the clock;
 CPU: of all its threads, which is less if others used the machine. `curves.png` plots validation figures against hours,
-with published test figures as lines.
+with test figures as diamonds, and published ones, which are of test images, as lines.
 """
 
 from __future__ import annotations
@@ -151,23 +151,26 @@ def format_row(kind: str, reference: Reference, runs: list[dict[str, Any]], none
 
 
 def draw_curves(found: dict[str, list[dict[str, Any]]], reference: Reference, title: str, path: Path) -> Path:
-    """Plot validation figures against hours, with published figures as lines."""
+    """Plot validation figures against hours, the test figure as a diamond, and published figures as lines."""
     from pipelines.images.pictures import save_picture
     from pipelines.metrics.charts import GREY, INK, render
 
-    worst = max([*reference.published.values(), *(min(run["figures"]) for runs in found.values() for run in runs)])
-    best = min([*reference.published.values(), *(min(run["figures"]) for runs in found.values() for run in runs)])
+    figures = [*reference.published.values(), *(min(run["figures"]) for runs in found.values() for run in runs)]
+    worst, best = max(figures), min(figures)
     margin = max(0.4 * (worst - best), 0.05 * best)
 
     def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        for name, value in reference.published.items():
+        axes, place = figure.subplots(), math.inf
+        for name, value in sorted(reference.published.items(), key=lambda pair: -pair[1]):
             axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
-            axes.annotate(f"{name} {value:g}", (1, value), xycoords=("axes fraction", "data"), color=INK, fontsize=8)
+            place = min(value, place - 0.05 * (worst - best + 1.3 * margin))  # labels do not overlap
+            axes.annotate(f" {name} {value:g}", (1, place), xycoords=("axes fraction", "data"), color=INK, va="center")
         for index, (kind, runs) in enumerate(found.items()):
             for seed, run in enumerate(runs):
                 label = kind if seed == 0 else None
-                axes.plot(run["hours"], run["figures"], color=f"C{index}", marker=".", label=label)
+                axes.plot(run["hours"], run["figures"], color=f"C{index}", label=label)
+                if reference.figure in run:
+                    axes.plot(run["minutes"] / 60, run[reference.figure], color=f"C{index}", marker="D")
         axes.set(title=title, xlabel="hours of training", ylabel=f"{reference.unit}, validation images", xlim=0)
         axes.set_ylim(best - 0.3 * margin, worst + margin)
         if found:
