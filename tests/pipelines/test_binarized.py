@@ -83,13 +83,13 @@ def task_of(tokens, run, **more):
 
 
 def test_a_drawn_pixel_is_white_as_often_as_its_grey_value_says():
-    grey = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).repeat(1000, 1, 1)
-    found = draw_pixels(grey, np.arange(1000), 0, 0)
+    grey = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).repeat(6000, 1, 1)
+    found = draw_pixels(grey, np.arange(6000), 0, 0)
     assert found.dtype == torch.uint8 and int(found.max()) == 1
     share, wanted = found.double().mean(0).flatten(), torch.arange(256) / 255
     assert share[0] == 0 and share[-1] == 1  # black and white pixels stay
-    assert ((share - wanted).abs() <= 4.5 * (wanted * (1 - wanted) / 1000).sqrt() + 1e-12).all()
-    assert abs(float(share.mean()) - 0.5) < 4 * float((wanted * (1 - wanted)).sum() / 1000).__pow__(0.5) / 256
+    assert ((share - wanted).abs() <= 4.5 * (wanted * (1 - wanted) / 6000).sqrt() + 1e-12).all()
+    assert abs(float(share.mean()) - 0.5) < 4 * float((wanted * (1 - wanted)).sum() / 6000).__pow__(0.5) / 256
 
 
 def test_draws_are_independent_between_pixels_rows_epochs_and_seeds():
