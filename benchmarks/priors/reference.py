@@ -87,7 +87,8 @@ def train(preset: Path, tokens: Path, seed: int, run: Path, minutes: float) -> N
     spent = json.loads(path.read_text())["cpu_minutes"] if path.is_file() else 0.0
     length = [f"train.minutes={minutes}", "train.steps=null"] if minutes else []
     began = os.times()
-    smalti("train_prior", "--config", str(preset), f"tokens={tokens}", f"out={run}", f"train.seed={seed}", *length)
+    given = [f"tokens={tokens}", f"out={run}", f"train.seed={seed}", "track.wandb=disabled", *length]
+    smalti("train_prior", "--config", str(preset), *given)
     ended = os.times()
     spent += (ended.children_user + ended.children_system - began.children_user - began.children_system) / 60
     write_json({"machine": describe_machine(), "cpu_minutes": spent}, path)
