@@ -31,7 +31,7 @@ from tokenizer.model import PROVENANCE
 from .config import Config, Of, UserError, run_command, tell
 from .config.importing import format_imports
 from .files import Output, lock_output
-from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
+from .images import TEST_DRAWS, DataConfig, ImageDataset, Splits, check_shape, load_images, to_uint8
 from .images.conditions import ConditionSource, LoadedColumn, check_sources, choose_data, load_conditions
 from .images.dataset import is_stream
 from .images.origin import is_local
@@ -48,7 +48,7 @@ from .provenance import (
 from .tokens import Meta
 from .tokens.columns import pack_columns
 from .tokens.meta import CONDITIONS, META, TOKENS, read_meta, verify_files, write_meta
-from .tokens.shards import cut_shards, shard_names, write_shard
+from .tokens.shards import cut_shards, shard_names, stored_grid, write_shard
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -129,9 +129,11 @@ def run(config: EncodeConfig) -> Path:
     with leave_group_on_error(accelerator), lock_output(out, group):
         images = load_images(config.data, together=True)
         splits = name_splits(images)
+        if config.data.binarize == "drawn":
+            splits["train"] = splits["train"].grey()
         variants = {"augmentations": config.augmentations, "seed": config.seed}
         columns = load_conditions(config.data, config.conditions, splits, table=config.table, together=True, **variants)
-        rows = {name: len(part) * (1 + config.augmentations * (name == "train")) for name, part in splits.items()}
+        rows = {name: len(part) * count_variants(config, name) for name, part in splits.items()}
         shards = plan_shards(rows, config.rows_per_shard)
         job = describe_job(config, tokenizer, images, rows, accelerator.device.type, columns)
         if meta := group.on_main(lambda: find_finished(out, job, list_inputs(config))):
@@ -207,6 +209,14 @@ def name_splits(images: Splits) -> dict[str, ImageDataset]:
     if len({part.labels is None for part in splits.values()}) > 1:
         raise UserError("data.label_column: some splits have labels and others do not; null ignores labels")
     return splits
+
+
+def count_variants(config: EncodeConfig, split: str) -> int:
+    """Return how many rows of a split each image has: in training itself and its augmentations, and `TEST_DRAWS` test
+    rows if its pixels are drawn."""
+    if split == "train":
+        return 1 + config.augmentations
+    return TEST_DRAWS if split == "test" and config.data.binarize == "drawn" else 1
 
 
 def plan_shards(rows: dict[str, int], rows_per_shard: int | None) -> list[Shard]:
@@ -338,12 +348,14 @@ def encode_shards(
         closing(prefetch(read, batches)) as stream,
     ):
         for shard in shards:
-            tokens, *others = encode_shard(models, images[shard.split], shard, stream, bar)
+            drawn = shard.split in drawn_splits(config)
+            tokens, *others = encode_shard(models, images[shard.split], shard, stream, bar, drawn=drawn)
             labels, numbers = splits[shard.split].labels, np.arange(shard.start, shard.stop)
             rows = numbers % len(splits[shard.split])
             packed = pack_shard(columns, shard.split, numbers, dict(zip(grids, others, strict=True)))
             with Output(config.out).errors():
-                write_shard(work / shard.name, tokens, None if labels is None else labels[rows], models[0].grid, packed)
+                grid = stored_grid(models[0].grid, drawn)
+                write_shard(work / shard.name, tokens, None if labels is None else labels[rows], grid, packed)
 
 
 def pack_shard(
@@ -371,24 +383,39 @@ def split_batches(shard: Shard, batch_size: int) -> list[np.ndarray]:
 
 @torch.inference_mode()
 def encode_shard(
-    models: list[Tokenizer], images: list[ImageDataset], shard: Shard, stream: Iterator[list[Raw]], bar: Any
+    models: list[Tokenizer],
+    images: list[ImageDataset],
+    shard: Shard,
+    stream: Iterator[list[Raw]],
+    bar: Any,
+    *,
+    drawn: bool = False,
 ) -> list[Tensor]:
     """Return the tokens `(rows, *grid.shape)` int32 of a shard by each model, whose batches come from `stream`.
-    Synchronises with the GPU once, at the end."""
+    Synchronises with the GPU once, at the end. drawn: of the first model, grey values from 0 to 255 instead."""
     found = [[torch.empty(0, *model.grid.shape, dtype=torch.int32, device=model.device)] for model in models]
     count = 0
     while count < shard.stop - shard.start:
         for model, part, raw, tokens in zip(models, images, next(stream), found, strict=True):
             batch = [part.prepare(*to_device_async(piece, model.device)) for piece in raw]
-            tokens.append(model.encode(torch.cat(batch)).int())
+            grey = drawn and model is models[0]
+            tokens.append(to_uint8(torch.cat(batch))[:, 0].int() if grey else model.encode(torch.cat(batch)).int())
         bar.update(len(found[0][-1]))
         count += len(found[0][-1])
     return [torch.cat(tokens).cpu() for tokens in found]
 
 
+def drawn_splits(config: EncodeConfig) -> list[str]:
+    """Return the splits whose files keep grey values, from which each epoch of training draws ids."""
+    return ["train"] if config.data.binarize == "drawn" else []
+
+
 def variants_of(images: ImageDataset, rows: np.ndarray, seed: int) -> Raw:
-    """Return the images of dataset rows: row = variant * n + index, and variant 0 is the unchanged image."""
+    """Return the images of dataset rows: row = variant * n + index, and variant 0 is the unchanged image. Variants of
+    drawn images are other draws, those of others are augmented."""
     variants, indices = np.divmod(rows, len(images))
+    if images.is_drawn:
+        return [images.raw_batch(indices, variants, seed, augment=False)]
     first = int((variants == 0).sum())  # rows ascend, so variants do
     parts = [(slice(first), False), (slice(first, None), True)]
     return [images.raw_batch(indices[at], variants[at], seed, augment=new) for at, new in parts if len(indices[at])]
@@ -413,6 +440,7 @@ def describe_dataset(
         *facts,
         conditions={name: each.column for name, each in columns.items()},
         condition_sources={name: each.source for name, each in columns.items()},
+        drawn=drawn_splits(config),
     )
 
 
@@ -438,7 +466,8 @@ def describe(meta: Meta) -> str:
     """Describe the contents of a dataset."""
     counts = ", ".join(f"{sum(counts)} {name}" for name, counts in meta.shards.items())
     given = f", with {', '.join(meta.conditions)}" if meta.conditions else ""
-    return f"{counts} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}{given}"
+    drawn = f", of {', '.join(meta.drawn)} drawn anew in each epoch" if meta.drawn else ""
+    return f"{counts} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}{given}{drawn}"
 
 
 def finish_run(accelerator: Accelerator, config: EncodeConfig, text: str, is_main: bool) -> Path:

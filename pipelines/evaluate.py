@@ -25,7 +25,7 @@ from .config.importing import format_imports
 from .config.table import table
 from .files import Output, lock_output
 from .image_pipeline import ImagePipeline
-from .images import ImageDataset, check_shape, load_images, to_float, to_uint8
+from .images import TEST_DRAWS, ImageDataset, check_shape, load_images, to_float, to_uint8
 from .images.grids import class_grid
 from .images.origin import TOKENS, describe_source
 from .images.pictures import LATENT, picture_pixels, write_picture
@@ -33,7 +33,7 @@ from .images.unseen import require_unseen
 from .metrics.agreement import agreement
 from .metrics.fid import Inception, load_inception
 from .metrics.figures import format_report
-from .metrics.likelihood import evaluate_likelihood
+from .metrics.likelihood import evaluate_likelihood, evaluate_nats
 from .metrics.pairs import condition_picture
 from .metrics.quality import AT_A_TIME, LEAST, compare, feature_space, shuffled
 from .metrics.reconstruction import SOME, evaluate_reconstruction, images_at_a_time, reconstruction_picture
@@ -162,8 +162,10 @@ def load_training_tokens(tokens: str | None, pipeline: ImagePipeline) -> Mapping
         return {}
     labelled = data.num_classes == pipeline.prior.num_classes
     return {
-        name: TokenSplit(
-            rows.tokens, rows.labels if labelled else None, {each: rows.conditions[each] for each in columns}
+        name: replace(
+            rows,
+            labels=rows.labels if labelled else None,
+            conditions={each: rows.conditions[each] for each in columns},
         )
         for name, rows in data.splits.items()
     }
@@ -206,6 +208,8 @@ class Evaluation:
                 raise UserError("tokens: the rows of its test split are not those of the held-out images")
             test = replace(test, conditions=rows.condition(chosen))
         figures |= self.likelihood(tokens.get("train"), test)
+        if config.data.binarize is not None:
+            figures |= self.nats_per_image(test)
         pictures = {
             "samples": condition_picture(pipeline, test, self.held_out, seed=config.seed, group=group)
             if pipeline.conditions
@@ -240,6 +244,14 @@ class Evaluation:
         return evaluate_likelihood(
             pipeline.tokenizer, pipeline.prior, known, test, self.held_out, self.config.num_orders, group
         )
+
+    def nats_per_image(self, test: TokenSplit) -> Figures:
+        """Return the mean -log p of a held-out image, whose black and white pixels are `test`. If they are drawn, it is
+        the mean over `TEST_DRAWS` fixed draws, of which `test` is the first, with the standard deviation over draws."""
+        draws = [test]
+        for number in range(1, TEST_DRAWS if self.held_out.is_drawn else 1):
+            draws.append(replace(test, tokens=encode_all(self.pipeline, self.held_out, self.group, number).tokens))
+        return evaluate_nats(self.pipeline.prior, draws, self.config.num_orders, self.group)
 
     def class_agreement(self, samples: Samples, wanted: Tensor) -> Figures:
         """Return how often a 1-nearest-neighbour classifier on training pixels assigns a sample to the requested class,
@@ -323,12 +335,12 @@ def check_classes(pipeline: ImagePipeline, *splits: ImageDataset) -> None:
             )
 
 
-def encode_all(pipeline: ImagePipeline, images: ImageDataset, group: ProcessGroup = ALONE) -> TokenSplit:
-    """Encode a whole data set; return its tokens and labels."""
+def encode_all(pipeline: ImagePipeline, images: ImageDataset, group: ProcessGroup = ALONE, draw: int = 0) -> TokenSplit:
+    """Encode a whole data set; return its tokens and labels. draw: number of the draw with `data.binarize=drawn`."""
     size, kind = images_at_a_time(images.image_shape), smallest_type(pipeline.prior.grid.vocab_size)
 
     def encode(start: int) -> np.ndarray:
-        batch = images.batch(np.arange(start, min(start + size, len(images))))
+        batch = images.batch(np.arange(start, min(start + size, len(images))), epoch=draw)
         return pipeline.encode(batch).cpu().to(kind).numpy()
 
     parts = group.map(encode, range(0, len(images), size))

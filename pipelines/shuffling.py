@@ -171,9 +171,9 @@ def positions_of(rows: Any, size: int) -> NDArray[np.int64]:
 
 # Random choices per row ---------------------------------------------------------------------------
 
-DROPOUT, TOKEN, ID, OTHER = range(4)
+DROPOUT, TOKEN, ID, OTHER, PIXEL = range(5)
 """Columns of random numbers: for a row, label dropout and the choice of another label; for a token, whether to replace
-it and by which id."""
+it and by which id, and whether a drawn pixel is white."""
 
 
 def draw_by_row(indices: np.ndarray, epochs: np.ndarray, seed: int, column: int) -> np.ndarray:
@@ -204,6 +204,25 @@ def other_labels(labels: Tensor, counts: Tensor, draws: np.ndarray) -> Tensor:
     place = (torch.from_numpy(draws) * (ends[-1] - own)).long()  # among the rows of other classes, sorted
     place += own * (place >= ends[labels] - own)
     return torch.searchsorted(ends, place, right=True)
+
+
+FIXED = -1
+"""Seed of drawn pixels that stay the same; no run has it."""
+
+
+def draw_pixels(grey: Tensor, indices: np.ndarray, epochs: np.ndarray | int, seed: int) -> Tensor:
+    """Return black and white images, uint8 of 0 and 1 `(B, ...)`: each pixel is 1 with probability `grey` / 255, drawn
+    anew in each epoch (Salakhutdinov and Murray 2008). grey: uint8, the rows `indices` of the data."""
+    values = grey.flatten(1).numpy()
+    found = (values == 255).astype(np.uint8)
+    images, places = np.nonzero((values > 0) & (values < 255))
+    cells, when = indices[images] * values.shape[1] + places, np.broadcast_to(epochs, len(values))[images]
+    for epoch in np.unique(when):
+        here = np.flatnonzero(when == epoch)
+        for part in np.array_split(here, -(-len(here) // 16384)):  # cells that fit into the CPU cache
+            draws = uniforms(seed, int(epoch), cells[part], columns=(PIXEL,))[:, 0]
+            found[images[part], places[part]] = draws * 255 < values[images[part], places[part]]
+    return torch.from_numpy(found).reshape(grey.shape)
 
 
 def perturb_tokens(

@@ -163,7 +163,7 @@ class PriorTask(Task):
             fingerprint, self.notes = start_from(self.model, self.data.class_names, config.init)
             self.init = {"source": config.init, "fingerprint": fingerprint}
         else:
-            self.model.initialize(cast(Tensor, self.train_split.tokens), self.train_split.labels)
+            self.model.initialize(cast(Tensor, self.train_split.ids()), self.train_split.labels)
         if self.data.conditions:
             self.facts = {"columns": {name: column.kind for name, column in self.data.conditions.items()}}
         self.nets: dict[str, nn.Module] = {"model": self.make_objective(device)}
@@ -192,7 +192,7 @@ class PriorTask(Task):
         """Return tokens `(B, *grid.shape)` and labels `(B,)`, the null class if dropped or missing; for `cca` also
         wrong labels `(B,)`; and with columns a `Condition`."""
         rows, labels, columns = torch.from_numpy(indices), self.train_split.labels, self.data.conditions
-        tokens = self.train_split.rows(indices)
+        tokens = self.train_split.rows(indices, epochs, seed)
         if self.config.perturb:
             tokens = perturb_tokens(tokens, indices, epochs, seed, self.config.perturb, self.data.grid.vocab_size)
         shares = self.config.label_dropout, self.config.condition_dropout if columns else 0.0

@@ -25,7 +25,7 @@ from tokenizer.model import CONFIG
 from .config import Config, UserError, Within, run_command
 from .config.importing import format_imports
 from .images import DataConfig, ImageDataset, load_images
-from .images.dataset import is_stream, warn_about_colour
+from .images.dataset import is_stream, require_two_levels, warn_about_colour
 from .images.origin import is_local
 from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual
@@ -101,6 +101,7 @@ class TokenizerTask(Task):
         if config.model["kind"] == FrameByFrame.name:
             raise UserError("model.kind: choose the tokenizer of a frame; encode makes it one of clips (data.frames)")
         model = model_config(config.model, (height, width), channels, config.data)  # raises before images are decoded
+        require_two_levels(config.data, config.model["kind"], getattr(model, "levels", 0))
         if config.data.frames is not None:
             FrameByFrame.wrap(Tokenizer.find(config.model["kind"])(model), config.data.frames)  # as `encode` will
         self.images = load_images(config.data, together=True, stream=True, single_frames=True)

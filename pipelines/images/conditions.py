@@ -541,6 +541,7 @@ class ConditionImages(ImageDataset):
     ) -> None:
         limits = {"dtype": None, "range": None} if values is None else {"dtype": values[0], "range": values[1:]}
         own = config.model_copy(update={"channels": shape[0], "image_size": shape[1:], "frames": None, **limits})
+        own = own.model_copy(update={"binarize": None})
         super().__init__(own, rows, Decoded(positions, None, []), None, [])
         down, right = (side / other for side, other in zip(shape[1:], config.frame_shape[1:], strict=True))
         self._scale, self.missing = torch.tensor([1, 1, 1, down, right]), torch.from_numpy(missing)

@@ -31,7 +31,7 @@ from tokenizer.files import PathError, one_line, quote
 
 from ..config import Config, UserError, is_first_process, tell
 from ..files import replace_file
-from ..shuffling import positions_of, samples_of, splitmix64, spread
+from ..shuffling import FIXED, draw_pixels, positions_of, samples_of, splitmix64, spread
 from . import tables
 from .arrays import Values, ValueType, clipped_share, guess_type, measure_range, values_of
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
@@ -71,6 +71,8 @@ LONGEST, JOINER = 200, "\u200d"  # zero-width joiner of composed emoji, not prin
 WITHOUT = "data.label_column=null uses all images without labels"
 RANGE_SAMPLE, MOST_CLIPPED = 64, 0.01
 """Number of training images whose values are compared with `data.range`, and the share beyond it that is silent."""
+TEST_DRAWS = 5
+"""Number of draws of each test image with `data.binarize=drawn`, over which figures are averaged."""
 BAD_IMAGES = "bad_images.jsonl"
 UNCHANGED = AugmentConfig()
 
@@ -84,6 +86,7 @@ OPTIONAL = {
     "show": None,
     "crop": None,
     "crops_per_image": 1,
+    "binarize": None,
 }
 """Settings that files hold only if they are set."""
 
@@ -174,6 +177,12 @@ class DataConfig(Config):
         le=100_000,
         description="with crop, the crops of each training image in an epoch, and in a token dataset",
     )
+    binarize: Literal["drawn", "threshold"] | None = Field(
+        default=None,
+        description="make grey images black and white, for the tokenizer `pixels` of 2 levels. `threshold`: cut at mid "
+        "grey; `drawn`: each pixel is white with probability value / 255, anew in each epoch of training, and by fixed "
+        "seeds elsewhere",
+    )
     on_error: Literal["skip", "fail"] = Field(
         default="fail", description="what to do with images that cannot be decoded: skip them, or end the run"
     )
@@ -223,6 +232,20 @@ class DataConfig(Config):
     def _crops_are_cropped(self) -> DataConfig:
         if self.crops_per_image > 1 and self.crop is None:
             raise ValueError("crops_per_image needs crop=random")
+        return self
+
+    @model_validator(mode="after")
+    def _binarizes_grey_images(self) -> DataConfig:
+        if self.binarize is None:
+            return self
+        if self.channels != 1:
+            raise ValueError(f"binarize: needs grey images, channels=1 (got {self.channels})")
+        if self.dtype not in (None, "uint8") or self.range is not None:
+            raise ValueError("binarize: needs 8-bit images; set dtype=null range=null")
+        if self.streaming or self.frames is not None or self.crop is not None:
+            raise ValueError(
+                "binarize: images are not streamed, cropped or cut from clips; unset streaming, frames, crop"
+            )
         return self
 
     @model_serializer(mode="wrap")
@@ -353,6 +376,8 @@ def settle_values(config: DataConfig, rows: Rows, positions: NDArray[np.int64]) 
     payloads = (payload for position in positions.tolist() for payload in rows.read([position]))
     readable = next((payload for payload in payloads if not isinstance(payload, str)), None)  # of clips, no short one
     dtype = config.dtype or guess_type(readable, config.channels)
+    if config.binarize is not None and dtype not in (None, "uint8"):
+        raise UserError(f"data.binarize: needs 8-bit images; those of {config.source} are {dtype}")
     if config.range is not None:
         config = config.model_copy(update={"dtype": dtype or "uint8"})
         warn_about_range(config, rows, positions)
@@ -417,6 +442,17 @@ def check_shape(config: DataConfig, tokenizer: Any, whose: str = "pipeline", *, 
             f"data.image_size, data.channels: the {whose}'s {'frames' if frames > 1 else 'images'} are {shape} "
             f"(channels, height, width), these are {config.frame_shape}"
         )
+    require_two_levels(config, tokenizer.name, tokenizer.grid.vocab_size)
+
+
+def require_two_levels(config: DataConfig, kind: str, levels: int) -> None:
+    """Raise `UserError` if images are binarised for a tokenizer other than `pixels` of 2 levels."""
+    if config.binarize is not None and (kind, levels) != ("pixels", 2):
+        its = f"{kind} of {levels} levels" if kind == "pixels" else kind
+        raise UserError(
+            f"data.binarize: needs the tokenizer pixels of 2 levels, this is {its}; set data.binarize=null or "
+            "model.kind=pixels model.levels=2"
+        )
 
 
 # The data set
@@ -442,6 +478,7 @@ class ImageDataset:
         self._augment = config.augment
         self._path = config.path
         self._frames = config.frames or 1
+        self._binarize = config.binarize
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -468,7 +505,30 @@ class ImageDataset:
     def pixels(self, indices: Indices) -> Tensor:
         """Return the images (B, C, H, W) as uint8, or as float32 in [-1, 1] if they have `values`. Raises
         `IndexError`, and `UserError` for a bad image."""
-        wanted = positions_of(indices, len(self))
+        return self._draw(positions_of(indices, len(self)), 0)
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether black and white pixels are drawn; see `data.binarize`."""
+        return self._binarize == "drawn"
+
+    def grey(self) -> ImageDataset:
+        """Return the images as they are without `data.binarize`."""
+        found = copy.copy(self)
+        found._binarize = None
+        return found
+
+    def _draw(self, wanted: NDArray[np.int64], draws: NDArray[np.int64] | int) -> Tensor:
+        """Return the images as `pixels` does. draws: with `data.binarize=drawn`, the number of each image's draw, (B,),
+        or one for all."""
+        pixels = self._stored(wanted)
+        if self._binarize == "threshold":
+            return (pixels >= 128).to(torch.uint8) * 255
+        if self.is_drawn:
+            return draw_pixels(pixels, self._positions[wanted], draws, FIXED) * 255
+        return pixels
+
+    def _stored(self, wanted: NDArray[np.int64]) -> Tensor:
         if self._pixels is not None:
             return self._pixels[torch.from_numpy(wanted)]
         images = self.decode(wanted.tolist(), self.image_shape)
@@ -494,7 +554,7 @@ class ImageDataset:
 
     def preload(self, rows: Tensor, group: ProcessGroup) -> ImageDataset:
         """Load the images at `rows` `(n,)` into memory as a data set. Each image is decoded by one process."""
-        parts = group.map(lambda part: self.pixels(part).numpy(), rows.split(CHUNK))
+        parts = group.map(lambda part: self.grey().pixels(part).numpy(), rows.split(CHUNK))
         found = copy.copy(self)
         found.labels = None if self.labels is None else self.labels[rows]
         found._positions, found._pixels = self._positions[rows.numpy()], torch.from_numpy(np.concatenate(parts))
@@ -515,7 +575,8 @@ class ImageDataset:
         return found
 
     def batch(self, indices: Indices, *, seed: int = 0, epoch: int = 0, augment: bool = False) -> Tensor:
-        """Return images as float32 (B, C, H, W) in [-1, 1]. Augmentation depends on (seed, epoch, index) alone."""
+        """Return images as float32 (B, C, H, W) in [-1, 1]. Augmentation depends on (seed, epoch, index) alone, and
+        drawn pixels on (epoch, index)."""
         return self.prepare(*self.raw_batch(indices, epoch, seed, augment=augment))
 
     def raw_batch(
@@ -523,7 +584,8 @@ class ImageDataset:
     ) -> tuple[Tensor, ...]:
         """Return the arguments of `prepare`: images as uint8 (B, C, H, W) and, if augmented, the changes of each in its
         epoch. epochs: (B,), or one for all."""
-        pixels, wanted = self.pixels(indices), positions_of(indices, len(self))
+        wanted = positions_of(indices, len(self))
+        pixels = self._draw(wanted, epochs)
         changes = draw_changes(wanted, epochs, self._augment, seed) if augment and self._augment != UNCHANGED else None
         return (pixels,) if changes is None else (pixels, changes)
 

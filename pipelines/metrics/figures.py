@@ -31,7 +31,7 @@ class Figure:
     @property
     def is_bits(self) -> bool:
         """Whether the figure is an upper bound if the prior only bounds the likelihood."""
-        return "bits_per_" in self.key
+        return "bits_per_" in self.key or self.key == "nats_per_image"
 
 
 _BESIDE = "training images {{train_{0}:.3f}}; their reconstructions {{reconstruction_{0}:.3f}}"
@@ -43,6 +43,7 @@ _FRAMES = "from the first: {frame_bits}"
 _BITS_PER_DIM = (
     "+- {bits_per_dim_error:.3f}; tokens {prior_bits_per_dim:.3f}; pixels given the tokens {pixel_bits_per_dim:.3f}"
 )
+_NATS = "+- {nats_per_image_deviation:.3f} over {draws} draws of the pixels"
 _AGREEMENT = (
     "real held-out images {real_class_agreement:.1%}; their reconstructions {reconstruction_class_agreement:.1%}; "
     "{num_samples:,} samples; by {class_agreement_known:,} training images"
@@ -65,6 +66,7 @@ TABLE = (
     Figure("unconditional_bits_per_token", "bits per token, no labels", "{:.3f}", "", "likelihood"),
     Figure("bits_per_frame", "bits per frame given its past", "{:.1f}", "lower", "likelihood", _FRAMES),
     Figure("bits_per_dim", "bits per dim", "{:.3f}", "lower", "likelihood", _BITS_PER_DIM),
+    Figure("nats_per_image", "nats per image", "{:.2f}", "lower", "likelihood", _NATS),
     Figure("class_agreement", "class agreement (nearest image)", "{:.1%}", "higher", "samples", _AGREEMENT),
     Figure("samples_per_second", "samples per second", "{:.0f}", "", "samples", "on {device}"),
     Figure("fid", "FID", "{:.2f}", "lower", "samples", _FID),

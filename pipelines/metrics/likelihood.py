@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
@@ -81,7 +82,7 @@ def evaluate_likelihood(
     of each image, except for `unconditional_bits_per_token` and, with columns, the figures of `vary_conditions`."""
     grid = prior.grid
     unlabelled = TokenSplit(test.tokens, None)
-    known = test if prior.num_classes else replace(test, labels=None)
+    known = given_to(prior, test)
     nats = log_probs(prior, known, np.arange(len(known)), num_orders, group)
     return {
         "bits_per_token": float(-nats.mean()) / (math.log(2) * len(grid)),
@@ -103,17 +104,35 @@ def evaluate_frames(prior: Prior, frames: int, split: TokenSplit, group: Process
     decoded = prior.position_order.div(len(prior.grid) // frames, rounding_mode="floor")  # the frame of each token
     if frames == 1 or not prior.exact or bool((decoded.diff() < 0).any()):
         return {}
-    size = rows_at_a_time(prior.grid)
+    size, known = rows_at_a_time(prior.grid), given_to(prior, split)
 
     def score(start: int) -> Tensor:
-        rows = np.arange(start, min(start + size, len(split)))
-        labels = None if split.labels is None else split.labels[rows].to(prior.device)
-        given: dict[str, Any] = {"condition": split.condition(rows)} if split.conditions else {}
-        nats = prior.token_log_probs(split.rows(rows).to(prior.device), labels, **given)
+        rows = np.arange(start, min(start + size, len(known)))
+        labels = None if known.labels is None else known.labels[rows].to(prior.device)
+        given: dict[str, Any] = {"condition": known.condition(rows)} if known.conditions else {}
+        nats = prior.token_log_probs(known.rows(rows).to(prior.device), labels, **given)
         return nats.reshape(len(rows), frames, -1).cpu().double().sum(2)
 
-    bits = -torch.cat(group.map(score, range(0, len(split), size))).mean(0) / math.log(2)
+    bits = -torch.cat(group.map(score, range(0, len(known), size))).mean(0) / math.log(2)
     return {"bits_per_frame": float(bits.mean()), "frame_bits": bits.tolist()}
+
+
+def given_to(prior: Prior, split: TokenSplit) -> TokenSplit:
+    """Return the rows with what the prior is given beside tokens."""
+    return split if prior.num_classes else replace(split, labels=None)
+
+
+def evaluate_nats(
+    prior: Prior, draws: list[TokenSplit], num_orders: int = 1, group: ProcessGroup = ALONE
+) -> dict[str, Any]:
+    """Return the mean -log p of a black and white image. draws: the same images, binarised anew each time; with several
+    also return their number, and the standard deviation over draws of the mean over images."""
+    means = []
+    for split in draws:
+        known = given_to(prior, split)
+        means.append(-float(log_probs(prior, known, np.arange(len(known)), num_orders, group).mean()))
+    several = {"nats_per_image_deviation": statistics.stdev(means), "draws": len(means)} if len(means) > 1 else {}
+    return {"nats_per_image": statistics.fmean(means), **several}
 
 
 def vary_conditions(split: TokenSplit) -> Iterator[tuple[str, TokenSplit]]:
@@ -149,7 +168,7 @@ def evaluate_marginal(prior: Prior, train: TokenSplit, test: TokenSplit, group: 
 
     def fit() -> Prior:
         marginal = Prior.create("marginal", grid=prior.grid, num_classes=classes)
-        marginal.initialize(cast(Tensor, train.tokens), train.labels if classes else None)
+        marginal.initialize(cast(Tensor, train.ids()), train.labels if classes else None)
         return marginal
 
     test = TokenSplit(test.tokens, test.labels if classes else None)
@@ -163,12 +182,13 @@ def evaluate_bits(
     tokenizer: Tokenizer, held_out: ImageDataset, test: TokenSplit, nats: Tensor, group: ProcessGroup = ALONE
 ) -> dict[str, Any]:
     """Return bits per dim of the held-out images with its standard error over images, and its two parts: the tokens,
-    whose log p is `nats` `(n,)`, and the pixels given the tokens. Empty if the decoder has no likelihood.
+    whose log p is `nats` `(n,)`, and the pixels given the tokens. Empty if the decoder has no likelihood, and for
+    `data.binarize`, which leaves no 8-bit images.
 
     If `nats` are conditional on the class, so are the bits: a code would also have to send the class, up to
     log2(classes) bits per image.
     """
-    if not tokenizer.has_likelihood:
+    if not tokenizer.has_likelihood or held_out.config.binarize is not None:
         return {}
 
     def score(rows: np.ndarray) -> Tensor:

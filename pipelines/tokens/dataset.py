@@ -8,6 +8,8 @@ conditions/NAME/       the tokenizer of the grid column NAME, if it is another o
 job.json               the settings of `pipelines.encode`; missing if `TokenDataset.save` wrote the folder
 manifest.json          sha256 and size of every file, written last
 
+The tokens of a split that is `drawn` are grey values, uint8: the chances of id 1, which is drawn on access.
+
 A small dataset is read into memory. A large one is memory-mapped, and rows are read from the disk on access.
 """
 
@@ -51,7 +53,17 @@ from .meta import (
     verify_files,
     write_meta,
 )
-from .shards import MappedRows, TokenSplit, bytes_per_row, check_ids, cut_shards, map_shard, shard_names, write_shard
+from .shards import (
+    MappedRows,
+    TokenSplit,
+    bytes_per_row,
+    check_ids,
+    cut_shards,
+    map_shard,
+    shard_names,
+    stored_grid,
+    write_shard,
+)
 from .tables import from_tables, to_tables
 
 if TYPE_CHECKING:
@@ -97,7 +109,8 @@ class TokenDataset:
         """
         shards = cut_shards({name: len(split) for name, split in self.splits.items()}, rows_per_shard)
         fingerprint = self.tokenizer.fingerprint()
-        columns = dict(self.conditions), dict(self.condition_sources)
+        drawn = [name for name, split in self.splits.items() if split.drawn]
+        columns = dict(self.conditions), dict(self.condition_sources), drawn
         meta = Meta(self.grid, self.class_names, shards, self.source, self.augmentations, fingerprint, *columns)
         check_meta(meta, Path(META))
         check_tokenizers(meta, self.condition_tokenizers, CONDITIONS)
@@ -105,7 +118,7 @@ class TokenDataset:
             check_labels(Path(name), split.labels, self.num_classes)
         with atomic_folder(folder, kind=TOKENS) as target:
             for name, split in self.splits.items():
-                sizes = shards[name]
+                sizes, grid = shards[name], stored_grid(self.grid, split.drawn)
                 for file, size, stop in zip(shard_names(name, len(sizes)), sizes, accumulate(sizes), strict=True):
                     rows = slice(stop - size, stop)
                     labels = None if split.labels is None else split.labels[rows]
@@ -113,13 +126,13 @@ class TokenDataset:
                         packed = pack_columns(self.conditions, split.conditions, rows, len(split))
                     except ValueError as error:
                         raise FormatError(f"{name}: {error}") from error
-                    write_shard(target / file, split.tokens[rows], labels, self.grid, packed)
+                    write_shard(target / file, split.tokens[rows], labels, grid, packed)
             write_meta(target, meta, self.tokenizer, self.condition_tokenizers)
 
     def to_datasets(self) -> datasets.DatasetDict:
         """Return one in-memory table of `datasets` for each split: `tokens` of the grid's shape in the smallest
         unsigned type, with classes `label`, a `ClassLabel`, and each column of a condition by its name: a `ClassLabel`,
-        a list of flags, numbers, or ids in which -1 is null; None is null."""
+        a list of flags, numbers, or ids in which -1 is null; None is null. Drawn tokens become one fixed draw."""
         return to_tables(self.splits, self.grid, self.class_names, self.conditions)
 
     @classmethod
@@ -239,12 +252,14 @@ def _read_dataset(folder: Path, verify: bool | None, mapped: bool | None) -> Tok
 def _load_split(folder: Path, split: str, meta: Meta, mapped: bool) -> TokenSplit:
     paths = [folder / name for name in shard_names(split, len(meta.shards[split]))]
     shards, labels, columns = [], [], []
+    drawn = split in meta.drawn
+    grid = stored_grid(meta.grid, drawn)
     for path, rows in zip(paths, meta.shards[split], strict=True):
-        tokens, some = map_shard(path, rows, meta.grid)
+        tokens, some = map_shard(path, rows, grid)
         check_labels(path, some, len(meta.class_names))
         if not mapped:
             try:
-                meta.grid.check(tokens.to(torch.int32))
+                grid.check(tokens.to(torch.int32))
             except ValueError as error:
                 raise IntegrityError(f"{path}: {error}") from error
         shards.append(tokens)
@@ -253,7 +268,6 @@ def _load_split(folder: Path, split: str, meta: Meta, mapped: bool) -> TokenSpli
     known = [some for some in labels if some is not None]
     if 0 < len(known) < len(labels):
         raise FormatError(f"{folder}: labels: missing in some files of {split!r}")
-    found = MappedRows(shards, partial(check_ids, meta.grid.vocab_size), folder) if mapped else torch.cat(shards)
-    return TokenSplit(
-        found, torch.cat(known) if known else None, open_columns(columns, meta.conditions, folder, mapped)
-    )
+    found = MappedRows(shards, partial(check_ids, grid.vocab_size), folder) if mapped else torch.cat(shards)
+    conditions = open_columns(columns, meta.conditions, folder, mapped)
+    return TokenSplit(found, torch.cat(known) if known else None, conditions, drawn)

@@ -44,7 +44,8 @@ TOKENS = FolderKind("a token dataset", META, lambda meta: {"format_version", "gr
 
 @dataclass(frozen=True)
 class Meta:
-    """The contents of `meta.json`. `shards`: the number of rows of each file of each split, in order."""
+    """The contents of `meta.json`. `shards`: the number of rows of each file of each split, in order. `drawn`: the
+    splits whose files hold grey values, from which ids are drawn on access."""
 
     grid: TokenGrid
     class_names: list[str]
@@ -54,6 +55,7 @@ class Meta:
     tokenizer: str
     conditions: Mapping[str, Column] = field(default_factory=dict)
     condition_sources: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    drawn: list[str] = field(default_factory=list)
 
     def files(self) -> list[str]:
         """Return the names of all shards."""
@@ -74,6 +76,7 @@ class Meta:
             "augmentations": self.augmentations,
             "tokenizer": self.tokenizer,
             **({"conditions": columns} if columns else {}),
+            **({"drawn": self.drawn} if self.drawn else {}),
         }
 
     def own_tokenizers(self) -> list[str]:
@@ -172,6 +175,16 @@ class MetaFile(BaseModel):
     augmentations: Whole
     tokenizer: Text
     conditions: Annotated[dict[str, tuple[Column, dict[str, Any]]], PlainValidator(read_conditions)] = {}
+    drawn: list[Text] = []
+
+    @model_validator(mode="after")
+    def draws_two_ids(self) -> MetaFile:
+        """Raise `ValueError` for drawn splits that do not exist, or with ids other than 0 and 1."""
+        if strange := [name for name in self.drawn if name not in self.splits]:
+            raise ValueError(f"drawn: there is no split {quote(strange[0])}")
+        if self.drawn and self.grid.vocab_size != 2:
+            raise ValueError(f"drawn: needs a grid of 2 ids (found {self.grid.vocab_size})")
+        return self
 
 
 def read_meta(folder: Path) -> Meta:
@@ -195,6 +208,7 @@ def read_meta(folder: Path) -> Meta:
         tokenizer=found.tokenizer,
         conditions={name: column for name, (column, _) in found.conditions.items()},
         condition_sources={name: source for name, (_, source) in found.conditions.items()},
+        drawn=list(found.drawn),
     )
 
 

@@ -7,7 +7,7 @@ with consecutive rows. Reading a row touches only the pages of that row."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from tokenizer import TokenGrid
 from tokenizer.files import FormatError, IntegrityError
 
 from ..files import atomic_file
-from ..shuffling import positions_of
+from ..shuffling import FIXED, draw_pixels, positions_of
 
 BATCH = 256  # rows encoded at a time by default; shards hold whole batches
 BATCHES = 4  # minimum number of batches in a shard
 PROCESSES = 16  # processes that can share a small split evenly
 ROWS_PER_SHARD = 1 << 12
 MAX_SHARDS = 4096  # maximum files of a dataset; a manifest of 1 MiB cannot list more
+GREY_VALUES = 256  # what files hold of tokens that are drawn on access
 CHUNK = 1 << 14  # rows in memory at a time when a whole split is read
 
 Indices = NDArray[np.int64] | Tensor | slice | list[int]
@@ -38,6 +39,11 @@ Indices = NDArray[np.int64] | Tensor | slice | list[int]
 def smallest_type(vocab_size: int) -> torch.dtype:
     """Return the smallest unsigned integer type for ids below `vocab_size`."""
     return torch.uint8 if vocab_size <= 1 << 8 else torch.uint16 if vocab_size <= 1 << 16 else torch.uint32
+
+
+def stored_grid(grid: TokenGrid, drawn: bool) -> TokenGrid:
+    """Return the grid of a split's files: 256 grey values instead of ids if its tokens are drawn."""
+    return replace(grid, vocab_size=GREY_VALUES) if drawn else grid
 
 
 def bytes_per_row(grid: TokenGrid) -> int:
@@ -178,23 +184,37 @@ def check_ids(vocab_size: int, ids: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class TokenSplit:
     """The rows of a split: `tokens` (n, *grid.shape) in a small unsigned type, in memory or on the disk; `labels` (n,)
-    int64, or None; `conditions`: raw columns by name (see `prior.conditions`)."""
+    int64, or None; `conditions`: raw columns by name (see `prior.conditions`).
+
+    drawn: `tokens` are grey values from 0 to 255, the chances of id 1, and `rows` draws the ids."""
 
     tokens: Tensor | MappedRows
     labels: Tensor | None
     conditions: Mapping[str, Tensor | MappedRows] = field(default_factory=dict)
+    drawn: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def rows(self, indices: Indices) -> Tensor:
-        """Return the tokens of these rows, `(B, *grid.shape)` int64. Raises `IndexError`."""
+    def rows(self, indices: Indices, epochs: NDArray[np.int64] | int = 0, seed: int = FIXED) -> Tensor:
+        """Return the tokens of these rows, `(B, *grid.shape)` int64; if they are drawn, a function of (seed, epoch,
+        row). epochs: (B,), or one for all. Raises `IndexError`."""
+        if self.drawn:
+            wanted = positions_of(indices, len(self))
+            grey = self.tokens[torch.from_numpy(wanted)]
+            return draw_pixels(grey, wanted, epochs, seed).long()
         if isinstance(self.tokens, MappedRows):
             return self.tokens[indices].long()
         wanted = positions_of(indices, len(self))
         if self.tokens.device.type != "cpu":
             return self.tokens[torch.from_numpy(wanted)].long()
         return torch.from_numpy(self.tokens.numpy()[wanted].astype(np.int64))
+
+    def ids(self) -> Tensor | MappedRows:
+        """Return the tokens of all rows in a small unsigned type; if they are drawn, one fixed draw."""
+        if not self.drawn:
+            return self.tokens
+        return torch.cat([self.rows(rows).to(torch.uint8) for rows in chunks(len(self))])
 
     def condition(self, indices: Indices) -> Condition:
         """Return the raw columns of these rows, as int64 or float32. Raises `IndexError`."""

@@ -67,7 +67,7 @@ def to_tables(
     def table(split: TokenSplit) -> datasets.Dataset:
         parts = [datasets.Dataset.from_dict({name: [] for name in features}, features)]
         for rows in chunks(len(split)):
-            columns: dict[str, Any] = {TOKENS: split.tokens[rows].to(smallest_type(grid.vocab_size)).numpy()}
+            columns: dict[str, Any] = {TOKENS: split.rows(rows).to(smallest_type(grid.vocab_size)).numpy()}
             if class_names and split.labels is not None:
                 columns[LABEL] = split.labels[rows].numpy()
             for name, column in conditions.items():

@@ -76,6 +76,26 @@ def test_the_ladder_measures_every_preset_of_the_digits_once(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_pixel_models_are_set_beside_published_figures_once(tmp_path):
+    from givens.images import write_pictures
+
+    for split, count in (("train", 220), ("test", 12)):
+        write_pictures(tmp_path / "images" / split, count)
+    command = ["priors.reference", f"source={tmp_path / 'images'}", "only=pixelcnn", f"out={tmp_path / 'runs'}"]
+    printed = run(*command, "minutes=0.03", "seeds=2")
+    rows = rows_of(printed)
+    assert rows["made"][:2] == ["84.87", "not run"] and rows["pixelcnn"][0] == "81.45"
+    folder = tmp_path / "runs" / "mnist_drawn"
+    nats = [json.loads(path.read_text())["nats_per_image"] for path in folder.glob("pixelcnn/*/evaluation/*.json")]
+    assert len(nats) == 2 and rows["pixelcnn"][1].startswith(f"{sum(nats) / 2:.2f} +- ")
+    assert (folder / "curves.png").is_file()
+    assert run(*command, "train=false", "seeds=2").splitlines()[-8:] == printed.splitlines()[-8:]
+    with pytest.raises(AssertionError, match="data=digits: choose from mnist_drawn"):
+        run("priors.reference", "data=digits")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_blocks_are_measured_beside_raster_order_once(tmp_path):
     from givens.token_datasets import make_dataset
 

@@ -1,0 +1,377 @@
+"""Binarised grey images: `data.binarize` from the images to the figures of `smalti evaluate`.
+
+Covers: pipelines/shuffling.py, pipelines/images/dataset.py, pipelines/tokens/, pipelines/encode.py,
+pipelines/train_prior.py, pipelines/evaluate.py.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from command import fails
+from givens.images import write_pictures
+from launch import metrics, prior_arguments, train_prior
+from PIL import Image
+from tiny_task import assert_same_run, killed_at
+
+from pipelines import ImagePipeline
+from pipelines.__main__ import main
+from pipelines.config.command import parse
+from pipelines.encode import EncodeConfig
+from pipelines.encode import run as encode
+from pipelines.images import DataConfig, load_images, to_uint8
+from pipelines.metrics.likelihood import log_probs
+from pipelines.shuffling import draw_pixels
+from pipelines.tokens import TokenDataset, TokenSplit, load_tokens
+from pipelines.train_prior import PriorTask, TrainPriorConfig
+from prior import Prior
+from tokenizer import Tokenizer
+from tokenizer.files import FormatError, write_manifest
+
+pytestmark = pytest.mark.usefixtures("one_process")
+MADE = {"kind": "made", "hidden": [8]}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """40 training and 12 test images of random grey pixels, 8 x 8."""
+    folder = tmp_path_factory.mktemp("grey")
+    for split, count in (("train", 40), ("test", 12)):
+        write_pictures(folder / split, count, 8, 8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return save_tokenizer(tmp_path_factory.mktemp("pixels") / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def drawn(source, tokenizer, tmp_path_factory):
+    """The token dataset of `source`, with drawn pixels."""
+    return encode_images(source, tokenizer, tmp_path_factory.mktemp("drawn") / "tokens")
+
+
+def save_tokenizer(folder, kind="pixels", size=(8, 8), channels=1, **choices):
+    choices = choices or {"levels": 2}
+    Tokenizer.create(kind, image_size=size, channels=channels, **choices).save_pretrained(folder)
+    return folder
+
+
+def data_of(source, binarize="drawn", **more):
+    return {"source": str(source), "image_size": 8, "label_column": None, "binarize": binarize, **more}
+
+
+def encode_images(source, tokenizer, out, batch_size=5, **more):
+    augmentations = more.pop("augmentations", 0)
+    data, tokenizer = data_of(source, **more), str(tokenizer)
+    return encode(
+        EncodeConfig(tokenizer=tokenizer, out=str(out), data=data, batch_size=batch_size, augmentations=augmentations)
+    )
+
+
+def task_of(tokens, run, **more):
+    argv = prior_arguments(run, tokens, model=MADE, **more)
+    return PriorTask(parse(TrainPriorConfig, argv, verb="train_prior", description=None))
+
+
+# Draws
+
+
+def test_a_drawn_pixel_is_white_as_often_as_its_grey_value_says():
+    grey = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).repeat(6000, 1, 1)
+    found = draw_pixels(grey, np.arange(6000), 0, 0)
+    assert found.dtype == torch.uint8 and int(found.max()) == 1
+    share, wanted = found.double().mean(0).flatten(), torch.arange(256) / 255
+    assert share[0] == 0 and share[-1] == 1  # black and white pixels stay
+    assert ((share - wanted).abs() <= 4.5 * (wanted * (1 - wanted) / 6000).sqrt() + 1e-12).all()
+    assert abs(float(share.mean()) - 0.5) < 4 * float((wanted * (1 - wanted)).sum() / 6000).__pow__(0.5) / 256
+
+
+def test_draws_are_independent_between_pixels_rows_epochs_and_seeds():
+    grey = torch.full((400, 8, 8), 128, dtype=torch.uint8)
+    rows = np.arange(400)
+    one = draw_pixels(grey, rows, 0, 0).double()
+    others = {
+        "rows": one.roll(1, 0),
+        "pixels": one.roll(1, 2),
+        "epochs": draw_pixels(grey, rows, 1, 0).double(),
+        "seeds": draw_pixels(grey, rows, 0, 1).double(),
+    }
+    for name, other in others.items():
+        assert abs(float((one == other).double().mean()) - 0.5) < 4 * 0.5 / one.numel() ** 0.5 + 0.001, name
+
+
+def test_a_draw_does_not_depend_on_its_batch():
+    grey = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (50, 8, 8), dtype=np.uint8))
+    rows, epochs = np.arange(50), np.arange(50) % 3
+    whole = draw_pixels(grey, rows, epochs, 7)
+    some = np.array([40, 3, 3, 17])
+    assert torch.equal(draw_pixels(grey[some], some, epochs[some], 7), whole[some])
+    for epoch in range(3):
+        alone = draw_pixels(grey, rows, epoch, 7)
+        assert torch.equal(alone[epochs == epoch], whole[epochs == epoch]) and not torch.equal(alone, whole)
+
+
+# Images
+
+
+def test_images_are_cut_at_mid_grey_or_drawn_by_fixed_seeds(source):
+    grey, cut, random = (
+        load_images(DataConfig(**data_of(source, kind))).held_out for kind in (None, "threshold", "drawn")
+    )
+    pixels = grey.pixels(range(12))
+    assert torch.equal(cut.pixels(range(12)), torch.where(pixels >= 128, 255, 0))
+    first = random.pixels(range(12))
+    assert set(first.unique().tolist()) == {0, 255} and not torch.equal(first, cut.pixels(range(12)))
+    again = load_images(DataConfig(**data_of(source))).held_out
+    assert torch.equal(again.pixels(range(12)), first) and torch.equal(again.pixels([7, 2]), first[[7, 2]])
+    assert torch.equal(to_uint8(random.batch(range(12))), first)
+    assert not torch.equal(to_uint8(random.batch(range(12), epoch=1)), first)
+    assert torch.equal(random.grey().pixels(range(12)), pixels)
+
+
+def test_preloaded_images_are_drawn_like_the_others(source):
+    from pipelines.processes.group import ALONE
+
+    images = load_images(DataConfig(**data_of(source))).held_out
+    some = torch.tensor([9, 1, 4])
+    for epoch in (0, 3):
+        assert torch.equal(images.preload(some, ALONE).batch(range(3), epoch=epoch), images.batch(some, epoch=epoch))
+
+
+def test_settings_without_binarize_are_written_as_before():
+    assert (
+        "binarize" not in DataConfig().model_dump() and DataConfig(binarize="drawn").model_dump()["binarize"] == "drawn"
+    )
+
+
+# Tokens
+
+
+def test_training_tokens_are_grey_values_and_others_are_drawn_once(source, drawn):
+    data, images = load_tokens(drawn), load_images(DataConfig(**data_of(source)))
+    meta = json.loads((drawn / "meta.json").read_text())
+    assert meta["drawn"] == ["train"] and data.grid.vocab_size == 2
+    train, test, validation = (data.splits.get(name) for name in ("train", "test", "validation"))
+    grey = images.train.grey().pixels(range(len(images.train)))[:, 0]
+    assert train.drawn and torch.equal(train.tokens, grey)
+    assert not test.drawn and len(test) == 5 * 12 and (validation is None or not validation.drawn)
+    draws = test.tokens.view(5, 12, 8, 8)
+    for number in range(5):
+        wanted = to_uint8(images.held_out.batch(range(12), epoch=number))[:, 0] // 255
+        assert torch.equal(draws[number], wanted)
+    assert len({tuple(draw.flatten().tolist()) for draw in draws}) == 5
+    mean = draws.double().mean(0) - images.held_out.grey().pixels(range(12))[:, 0].double() / 255
+    assert abs(float(mean.mean())) < 0.03
+
+
+def test_encoding_again_gives_the_same_bytes_in_batches_of_any_size(source, tokenizer, drawn, tmp_path):
+    again = encode_images(source, tokenizer, tmp_path / "tokens", batch_size=64)
+    for name in ("train", "test"):
+        assert torch.equal(load_tokens(again).splits[name].tokens, load_tokens(drawn).splits[name].tokens)
+
+
+def test_augmented_training_images_stay_grey(source, tokenizer, tmp_path):
+    folder = encode_images(source, tokenizer, tmp_path / "tokens", augmentations=1, augment={"flip": True})
+    data = load_tokens(folder)
+    one, two = data.splits["train"].tokens.split(len(data.splits["train"]) // 2)
+    assert len(data.splits["test"]) == 60 and len(one.unique()) > 100
+    flipped = (two == one.flip(2)).flatten(1).all(1)
+    assert flipped.any() and ((two == one).flatten(1).all(1) | flipped).all()
+
+
+def test_a_thresholded_dataset_is_an_ordinary_one(source, tokenizer, tmp_path):
+    folder = encode_images(source, tokenizer, tmp_path / "tokens", binarize="threshold")
+    plain = encode_images(source, tokenizer, tmp_path / "plain", binarize=None)
+    assert "drawn" not in json.loads((folder / "meta.json").read_text())
+    for name, split in load_tokens(folder).splits.items():
+        assert not split.drawn and torch.equal(split.tokens, load_tokens(plain).splits[name].tokens)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_rows_of_a_drawn_split_are_a_function_of_seed_epoch_and_row(drawn, tmp_path, mapped):
+    split = load_tokens(drawn, mapped=mapped).splits["train"]
+    whole = split.rows(slice(None), 0, 1)
+    assert whole.dtype == torch.int64 and int(whole.max()) == 1
+    assert torch.equal(split.rows([30, 2], 0, 1), whole[[30, 2]])
+    assert not torch.equal(split.rows(slice(None), 1, 1), whole) and not torch.equal(
+        split.rows(slice(None), 0, 2), whole
+    )
+    assert torch.equal(split.ids(), split.rows(slice(None))) and split.ids().dtype == torch.uint8
+    load_tokens(drawn, mapped=mapped).save(tmp_path / "copy")
+    copied = load_tokens(tmp_path / "copy").splits["train"]
+    assert copied.drawn and torch.equal(copied.rows(slice(None), 0, 1), whole)
+
+
+def test_tables_hold_one_draw(drawn):
+    table = load_tokens(drawn).to_datasets()["train"].with_format("torch")
+    assert torch.equal(table["tokens"][:].long(), load_tokens(drawn).splits["train"].rows(slice(None)))
+
+
+@pytest.mark.parametrize(
+    ("drawn_splits", "vocab", "reason"),
+    [(["dev"], 2, "no split 'dev'"), (["train"], 4, "needs a grid of 2 ids"), (3, 2, "drawn")],
+)
+def test_an_impossible_draw_is_refused(drawn, tmp_path, drawn_splits, vocab, reason):
+    load_tokens(drawn).save(tmp_path / "copy")
+    path = tmp_path / "copy" / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({**meta, "drawn": drawn_splits, "grid": {**meta["grid"], "vocab_size": vocab}}))
+    write_manifest(tmp_path / "copy")
+    with pytest.raises(FormatError, match=reason) as caught:
+        load_tokens(tmp_path / "copy")
+    assert "\n" not in str(caught.value)
+
+
+# Training
+
+
+def test_each_epoch_trains_on_other_pixels(drawn, tmp_path):
+    task = task_of(drawn, tmp_path / "run")
+    rows = np.arange(task.rows)
+    batches = [task.batch(rows, np.full(task.rows, epoch), seed)[0] for epoch, seed in ((0, 0), (1, 0), (0, 1), (0, 0))]
+    assert torch.equal(batches[0], batches[3])
+    assert not torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
+    assert torch.equal(task.batch(rows[5:8], np.zeros(3, np.int64), 0)[0], batches[0][5:8])
+    many = torch.stack([task.batch(rows, np.full(task.rows, epoch), 0)[0] for epoch in range(200)]).double().mean(0)
+    chance = task.train_split.tokens.double() / 255
+    assert float((many - chance).abs().max()) < 5 * 0.5 / 200**0.5
+
+
+def test_a_resumed_run_on_drawn_pixels_equals_an_uninterrupted_one(drawn, tmp_path):
+    """Over several epochs, killed after a checkpoint within one."""
+    more = {"model": MADE, "train__steps": 9, "train__save_every": 4, "train__batch_size": 16}
+    whole, run = train_prior(tmp_path / "whole", drawn, **more), tmp_path / "run"
+    with killed_at(6):
+        train_prior(run, drawn, **more)
+    train_prior(run, drawn, **more)
+    assert_same_run(run, whole)
+    assert metrics(whole)
+    pipe = ImagePipeline.from_pretrained(whole / "pipeline")
+    assert pipe.prior.grid.vocab_size == 2 and pipe.tokenizer.config.levels == 2
+    assert set(to_uint8(pipe(4, seed=0, output_type="pt").images).unique().tolist()) <= {0, 255}
+
+
+# Figures
+
+
+def evaluate(root, *options):
+    main(["evaluate", f"pipeline={root}/pipeline", "num_images=0", "feature_steps=0", "overwrite=true", *options])
+    return json.loads((root / "evaluation" / "evaluation.json").read_text()), (
+        root / "evaluation" / "evaluation.txt"
+    ).read_text()
+
+
+def save_pipeline(root, source, binarize, prior="made", **settings):
+    tokenizer = Tokenizer.create("pixels", image_size=(8, 8), channels=1, levels=2)
+    torch.manual_seed(0)
+    settings = settings or {"hidden": [8]}
+    pipe = ImagePipeline(tokenizer, Prior.create(prior, grid=tokenizer.grid, num_classes=0, **settings))
+    pipe.provenance = {"data": DataConfig(**data_of(source, binarize)).model_dump(mode="json")}
+    pipe.save_pretrained(root / "pipeline")
+    return pipe
+
+
+def test_nats_per_image_are_the_mean_over_five_fixed_draws(source, drawn, tmp_path):
+    pipe = save_pipeline(tmp_path, source, "drawn")
+    test = load_tokens(drawn).splits["test"].tokens.long()
+    nats = [-float(pipe.prior.log_prob(draw).detach().double().mean()) for draw in test.split(12)]
+    assert len(nats) == 5 and len(set(nats)) == 5
+    figures, text = evaluate(tmp_path)
+    assert figures["nats_per_image"] == pytest.approx(statistics.fmean(nats), rel=1e-6)
+    assert figures["nats_per_image_deviation"] == pytest.approx(statistics.stdev(nats), rel=1e-4)
+    assert figures["draws"] == 5 and "bits_per_dim" not in figures
+    line = next(line for line in text.splitlines() if "nats per image" in line)
+    assert f"{figures['nats_per_image']:.2f}" in line and "over 5 draws of the pixels" in line
+    assert figures["bits_per_token"] * 64 * np.log(2) == pytest.approx(nats[0], rel=1e-6)
+    again, _ = evaluate(tmp_path)
+    assert again == figures
+
+
+def test_a_thresholded_image_has_one_figure_without_a_deviation(source, tmp_path):
+    pipe = save_pipeline(tmp_path, source, "threshold")
+    figures, text = evaluate(tmp_path)
+    images = load_images(DataConfig(**data_of(source, "threshold"))).held_out.batch(range(12))
+    nats = -float(pipe.prior.log_prob(pipe.encode(images)).detach().double().mean())
+    assert figures["nats_per_image"] == pytest.approx(nats, rel=1e-6)
+    assert "draws" not in figures and "nats_per_image_deviation" not in figures and "draws" not in text
+    plain, _ = evaluate(save_again(tmp_path, source), "update_card=false")
+    assert "nats_per_image" not in plain and "bits_per_dim" in plain
+
+
+def save_again(tmp_path, source):
+    save_pipeline(tmp_path / "plain", source, None)
+    return tmp_path / "plain"
+
+
+def test_a_drawn_training_split_gives_the_baseline_of_frequencies(source, drawn, tmp_path):
+    save_pipeline(tmp_path, source, "drawn")
+    figures, _ = evaluate(tmp_path, f"tokens={drawn}")
+    marginal = Prior.create("marginal", grid=load_tokens(drawn).grid, num_classes=0)
+    marginal.initialize(load_tokens(drawn).splits["train"].ids(), None)
+    first = TokenSplit(load_tokens(drawn).splits["test"].tokens[:12], None)
+    nats = -float(log_probs(marginal, first, np.arange(12)).mean())
+    assert figures["marginal_bits_per_token"] == pytest.approx(nats / 64 / np.log(2), rel=1e-6)
+
+
+def test_a_dataset_made_by_hand_is_drawn_too(tmp_path):
+    tokenizer = Tokenizer.create("pixels", image_size=(4, 4), channels=1, levels=2)
+    grey = torch.full((30, 4, 4), 200, dtype=torch.uint8)
+    splits = {"train": TokenSplit(grey, None, drawn=True), "test": TokenSplit(torch.ones(3, 4, 4).long(), None)}
+    TokenDataset(tokenizer.grid, [], splits, tokenizer, {}).save(tmp_path / "tokens")
+    found = load_tokens(tmp_path / "tokens")
+    assert found.splits["train"].drawn and not found.splits["test"].drawn
+    with pytest.raises(ValueError):  # grey values are no ids
+        TokenDataset(tokenizer.grid, [], {"train": TokenSplit(grey, None)}, tokenizer, {}).save(tmp_path / "bad")
+
+
+# Bad input
+
+PIXELS = ["model.kind=pixels", "model.levels=2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ([*PIXELS, "data.channels=3"], "binarize: needs grey images, channels=1 (got 3)"),
+        ([*PIXELS, "data.dtype=uint16", "data.range=0,65535"], "binarize: needs 8-bit images"),
+        ([*PIXELS, "data.frames=2"], "binarize: images are not streamed"),
+        ([*PIXELS, "data.crop=random"], "binarize: images are not streamed"),
+        (["model.kind=pixels"], "needs the tokenizer pixels of 2 levels, this is pixels of 256 levels"),
+        (["model.kind=vqvae"], "needs the tokenizer pixels of 2 levels, this is vqvae"),
+        (["data.binarize=random"], "data.binarize"),
+    ],
+)
+def test_images_that_cannot_be_binarized_are_refused_in_one_line(source, tmp_path, options, reason, capsys):
+    given = [f"out={tmp_path}/run", f"data.source={source}", "data.image_size=8", "data.binarize=drawn"]
+    assert reason in fails(capsys, "train_tokenizer", *given, *options)
+
+
+def test_sixteen_bit_images_are_not_binarized(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for number in range(30):
+        Image.fromarray(np.full((8, 8), number * 900, np.uint16)).save(tmp_path / "images" / f"{number}.png")
+    given = [f"out={tmp_path}/run", f"data.source={tmp_path}/images", "data.image_size=8", "data.binarize=threshold"]
+    assert "data.binarize: needs 8-bit images; those of" in fails(capsys, "train_tokenizer", *given, *PIXELS)
+
+
+@pytest.mark.parametrize("verb", ["encode", "evaluate"])
+def test_other_tokenizers_do_not_take_binarized_images(source, tmp_path, verb, capsys):
+    tokenizer = Tokenizer.create("pixels", image_size=(8, 8), channels=1, levels=4)
+    prior = Prior.create("made", grid=tokenizer.grid, num_classes=0, hidden=[8])
+    ImagePipeline(tokenizer, prior).save_pretrained(tmp_path / "pipeline")
+    folder = f"tokenizer={tmp_path}/pipeline/tokenizer" if verb == "encode" else f"pipeline={tmp_path}/pipeline"
+    given = [folder, f"out={tmp_path}/out", f"data.source={source}", "data.image_size=8", "data.binarize=drawn"]
+    assert "pixels of 2 levels, this is pixels of 4 levels" in fails(capsys, verb, *given)
+
+
+@pytest.mark.parametrize("preset", ["pixels_mnist_drawn", "pixels_mnist_8bit"])
+def test_a_preset_whose_data_is_not_there_is_one_line(preset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = fails(capsys, "train_tokenizer", "--config", preset, f"out={tmp_path}/run", "data.source=nowhere/mnist")
+    assert "nowhere/mnist" in line
