@@ -176,15 +176,14 @@ def score_images(
     config: DetectConfig, pipeline: ImagePipeline, images: Found, stride: int | None, keep: bool
 ) -> tuple[Tensor, Tensor, dict[str, Any], list[NDArray[np.float32]]]:
     """Return scores and p-values `(n,)`, further columns of `scores.csv`, and with `keep`, the maps that are not of
-    bits. Columns are the number of pixels above the threshold of the map, if there is one; the statistics of the
+    bits. Columns are the number of pixels above the threshold of the map, if maps are needed; the statistics of the
     images, or with tiles, their number and the most anomalous one. Raises `CalibrationError`."""
     calibration, condition = require_calibration(pipeline.calibration), images.given.values()
     rows, details = read_given(pipeline, None, condition, len(images.names)), dict[str, Any]()
     tiling = WHOLE if stride is None else (pipeline.tokenizer.image_shape[1:], stride)
     kind, maps, found, areas = config.kind_of_map(calibration), list[NDArray[np.float32]](), list[float](), list[int]()
-    if kind != "bits" or config.method in MAPPED:
+    if config.method in MAPPED or (kind != "bits" and (config.map is not None or keep)):
         require_scores(calibration, "map", rows.names, tiling)
-    if calibration.maps is not None:
         pixels = images.pixels if stride is not None else as_lazy(to_float(images.pixels))
         for each in map_calibrated(pipeline, pixels, rows, stride):
             found.append(each.scores.get(config.method, 0.0))
