@@ -49,7 +49,8 @@ class NormalScores(Part):
 class MapReference(Part):
     """Fitted reference for maps: `codes`, the mean bits of each id while it is hidden; mean and deviation of filter
     responses, and normal ones as `points`, standardized; mean and deviation over pixels of the surprisal and of the
-    distance from the points."""
+    distance from the points, and over images of the peak of the surprisal and of the logarithms of the largest changes
+    of responses down and across."""
 
     codes: Row
     response_mean: Row
@@ -57,15 +58,18 @@ class MapReference(Part):
     points: Table
     pixel_mean: Row
     pixel_deviation: Row
+    image_mean: Row
+    image_deviation: Row
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> MapReference:
         size = self.points.shape[1]
         sizes = {"response_mean": size, "response_deviation": size, "pixel_mean": 2, "pixel_deviation": 2}
+        sizes |= {"image_mean": 3, "image_deviation": 3}
         for name, expected in sizes.items():
             if len(getattr(self, name)) != expected:
                 raise FieldError(name, f"should have {expected} numbers")
-        for name in ("response_deviation", "pixel_deviation"):
+        for name in ("response_deviation", "pixel_deviation", "image_deviation"):
             if (getattr(self, name) <= 0).any():
                 raise FieldError(name, "should be positive")
         return self

@@ -41,7 +41,8 @@ METHODS = {
     "typicality": "difference of the nll bits from their mean over normal images",
     "ratio": "bits of the tokens, minus their bits under the background prior",
     "reconstruction": "mean absolute reconstruction error",
-    "hidden": "bits of tokens while their block of the grid is hidden: the highest ones of their map, less its median",
+    "hidden": "bits of tokens while their block of the grid is hidden: the highest ones of their map, less its median; "
+    "or the largest change of texture, if it is more unusual",
     "map": "maximum of the map of these bits and of filter responses",
 }
 NEEDS = {

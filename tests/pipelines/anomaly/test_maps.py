@@ -17,9 +17,9 @@ from pipelines import ImagePipeline
 from pipelines.anomaly.calibration import Calibration
 from pipelines.anomaly.conformal import round_scores
 from pipelines.anomaly.distances import CalibrationError
-from pipelines.anomaly.filters import filter_responses, nearest_distances, smooth, spread_cells
+from pipelines.anomaly.filters import filter_responses, largest_changes, nearest_distances, smooth, spread_cells
 from pipelines.anomaly.hidden import SHRINK, can_hide, hidden_bits, hidden_masks, mean_of_codes
-from pipelines.anomaly.maps import peak_of
+from pipelines.anomaly.maps import HANDICAP, measure_image, peak_of, score_image
 from pipelines.completion import region_log_prob
 
 ANY_ORDER = [("masked", {}), ("blocks", {"any_order": True}), ("gpt", {"any_order": True})]
@@ -169,6 +169,20 @@ def test_the_score_of_a_map_is_its_top_less_its_median():
     assert peak_of(values) == pytest.approx(np.mean(tops) - 499)
 
 
+def test_an_image_is_as_unusual_as_its_peak_or_its_change_along_the_calmer_axis(mapped):
+    heat, cells = torch.zeros(16, 16), torch.zeros(8, 6, 21)
+    heat[3, 4], cells[4:] = 3, 0.5
+    peak, down, across = measure_image(heat, cells)
+    assert down == pytest.approx(math.log(0.501)) and across == pytest.approx(math.log(1e-3))
+    for mean, expected in (
+        ([peak - 3, down - 1, across], 3),
+        ([peak + 1, down - 2, across + 9], 2 - HANDICAP),
+        ([peak + 1, down + 9, across - 9], 9 - HANDICAP),  # rows of normal images differ, columns do not
+    ):
+        update = {"image_mean": np.array(mean), "image_deviation": np.ones(3)}
+        assert score_image(mapped.calibration.maps.model_copy(update=update), heat, cells) == pytest.approx(expected)
+
+
 # Filters ------------------------------------------------------------------------------------------
 
 
@@ -191,6 +205,24 @@ def test_every_pixel_has_a_distance_at_any_size(height, width, channels):
     far = spread_cells(nearest_distances(found.flatten(0, 1), torch.zeros(2, found.shape[2])).reshape(found.shape[:2]),
                        (height, width))  # fmt: skip
     assert far.shape == (height, width) and (far >= 0).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(2, 40), columns=st.integers(1, 9), step=st.floats(0.1, 0.9), data=st.data())
+def test_the_largest_change_is_the_step_at_a_border(rows, columns, step, data):
+    border = data.draw(st.integers(1, rows - 1))
+    cells = torch.zeros(rows, columns, 3)
+    cells[border:] = step
+    reach = min(8, rows // 2)
+    nearest = min(max(border, reach), rows - reach)  # borders nearer to the rim are within one of its windows
+    expected = step * (1 - abs(border - nearest) / reach)
+    for turned in (cells, cells.transpose(0, 1)):
+        down, across = largest_changes(turned).tolist()
+        assert max(down, across) == pytest.approx(expected, abs=1e-6) and min(down, across) == pytest.approx(
+            0, abs=1e-6
+        )
+    cells[:, 0] *= 100  # a few large responses
+    assert float(largest_changes(cells).max()) <= 1
 
 
 def test_a_blur_keeps_the_mean_of_flat_regions_and_spreads_a_point():
