@@ -97,13 +97,13 @@ class Calibration(Part):
     """Probability over calibrations that the share is at most `false_alarms`; None: on average over calibrations."""
     fitted: Fitted
     scores: dict[str, NormalScores] = Field(min_length=1)
-    """Scores by method."""
+    """Scores by method; `map` is the highest value of the combined map."""
     surprise: Table
     """`LEVELS` quantiles of the bits per token, `(5, N)`, or `(5, 1)` over all positions."""
     error: Table
     """Mean |x - decode(encode(x))| per pixel, from 0 to 2, `(h, w)`; downsampled for large images."""
     maps: MapReference | None = None
-    """Reference for the methods `hidden` and `map`; None, and not in the file, without them."""
+    """Reference for the method `hidden` and for maps; None, and not in the file, without them."""
     digests: list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]] = Field(max_length=MAX_IMAGES)
     """Digests of the images in both halves; see `digest_of`."""
 
