@@ -46,7 +46,7 @@ NEVER = ("evaluate", "preview", "save")
 
 def find_defects(options: SimpleNamespace, data: Path, out: Path) -> None:
     """Run the commands, and print the processor seconds of each."""
-    configs, seconds = ROOT / "configs", {}
+    configs, seconds = ROOT / "configs", dict[str, float]()
 
     def count(name: str) -> None:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
