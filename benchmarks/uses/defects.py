@@ -1,16 +1,17 @@
 """Find defects in images larger than the model, and compare with baselines.
 
     python -m benchmarks.uses.defects
-    python -m benchmarks.uses.defects data=FOLDER group='part(\\d+)'
+    python -m benchmarks.uses.defects data=./parts group='part(\\d+)'
 
-FOLDER has the layout of MVTec AD: `train/good`, `test/good`, `test/DEFECT`, `ground_truth/DEFECT`. By default it is
+The folder has the layout of MVTec AD: `train/good`, `test/good`, `test/DEFECT`, `ground_truth/DEFECT`. By default it is
 `magnetic_tile` below SMALTI_DATA; without it, nothing is measured. Trains on crops of good images, calibrates on good
 images of other objects, and scores all test images, each with the commands that users have. Rows are image AUROC with
 its 95 % interval over objects, pixel AUROC and PRO (to a false positive rate of 0.3) of each defect, and their means.
 
 Baselines: `deviation` is |x - its mean over a Gaussian of 12 pixels|, `reconstruction` the error of the tokenizer,
-`bits` the tokens' bits under the prior, each scored by the highest values of the map less its median. Their pixels are
-those of every third row and column. `joint` is the score of `smalti detect method=joint`, with the map `bits`.
+`bits` the tokens' bits under the prior (their bound, estimated by one pass), each scored by the highest values of the
+map less its median. Their pixels are those of every third row and column. `joint` is the score of `smalti detect
+method=joint`, with the map `bits`.
 """
 
 from __future__ import annotations
