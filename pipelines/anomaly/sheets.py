@@ -79,7 +79,8 @@ def draw_whole(
             (heat,) = anomaly_map(pipeline, image, condition=condition, stride=stride, method=kind)
             heats.append(reduce_map(heat.cpu()))
         if calibration is not None and calibration.maps is not None:
-            (heat,) = anomaly_map(pipeline, image, condition=condition, stride=stride, method="combined")
+            if kind != "combined":
+                (heat,) = anomaly_map(pipeline, image, condition=condition, stride=stride, method="combined")
             above = (heat > calibration.scores["map"].threshold).cpu()
             regions.append(paint(panels[-1], reduce_map(above) > 0))
     highest = max([1e-6, *(float(heat.max()) for heat in heats)])
