@@ -1,7 +1,7 @@
 """Find defects in images larger than the model, and compare with baselines.
 
     python -m benchmarks.uses.defects
-    python -m benchmarks.uses.defects data=./parts group='part(\\d+)'
+    python -m benchmarks.uses.defects source=parts group='part(\\d+)'
 
 The folder has the layout of MVTec AD: `train/good`, `test/good`, `test/DEFECT`, `ground_truth/DEFECT`. By default it is
 `magnetic_tile` below SMALTI_DATA; without it, nothing is measured. Trains on crops of good images, calibrates on good
@@ -30,7 +30,7 @@ from benchmarks.support.runs import smalti, train_once
 from benchmarks.support.tables import table_head, table_row
 
 OPTIONS: dict[str, Any] = {
-    "data": "",
+    "source": "",
     "group": r"tile(\d+)",
     "held_out": 0.4,
     "stride": 32,
@@ -155,9 +155,9 @@ def print_rows(name: str, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     options = read_options(__doc__, OPTIONS)
     use_threads(options.threads)
-    data = Path(options.data) if options.data else image_folder("magnetic_tile")
+    data = Path(options.source) if options.source else image_folder("magnetic_tile")
     if not (data / "ground_truth").is_dir():
-        print(f"skipped: no images in {data}; data=FOLDER, or SMALTI_DATA")
+        print(f"skipped: no images in {data}; source=FOLDER, or SMALTI_DATA")
         return
     out = Path(options.out).absolute()
     find_defects(options, data, out)

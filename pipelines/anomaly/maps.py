@@ -161,7 +161,7 @@ def map_surprisal(
         parts = LazyImages(len(some), loaded.__getitem__)
         maps = stitch_maps(parts, map_tiles, shape, stride or min(shape[1:]), batch_size, pipeline.device)
         for number, image, heat in zip(some, loaded, maps, strict=True):
-            pixels = to_float(image) if image.dtype == torch.uint8 else image
+            pixels = to_float(image)
             yield number, pixels.to(pipeline.device), heat
 
 
@@ -208,7 +208,7 @@ def fit_maps(
     memory, scaled = (part[spread(len(part), most)] for part, most in ((memory, MAX_MEMORY), (scaled, MAX_SCALED)))
     cells = []
     for _, image in load(memory.tolist()):
-        rows = filter_responses(to_float(image) if image.dtype == torch.uint8 else image).flatten(0, 1).cpu().numpy()
+        rows = filter_responses(to_float(image)).flatten(0, 1).cpu().numpy()
         cells.append(rows[chance.permutation(len(rows))[: MAX_POINTS // len(memory)]])
     points = np.concatenate(cells).astype(np.float64)
     mean, deviation = points.mean(0), np.maximum(points.std(0), 1e-6)
