@@ -78,9 +78,7 @@ def embed_layers(
         given = pipeline.to_images(given)
     parts = []
     for _, part, ids in pipeline.batches(given, labels, batch_size, condition):
-        floats = (
-            to_float(part) if part.dtype == torch.uint8 else part
-        )  # per batch, because all images might not fit into memory
+        floats = to_float(part)  # per batch, because all images might not fit into memory
         maps = compute_position_vectors(pipeline, floats.to(pipeline.device), ids, chosen)
         parts.append([pool_positions(each, how, pipeline) for each, how in zip(maps, pools, strict=True)])
     return [torch.cat(each) for each in zip(*parts, strict=True)]

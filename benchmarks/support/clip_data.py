@@ -7,26 +7,40 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.support.condition_data import FRAMES, make_clips, read_source, write_split
+from benchmarks.support.condition_data import FRAMES, halve, read_source, write_split
 
 VOLUME = (8, 24, 24)
+SIDE, STEP = 32, 4  # of a frame, and of a move along an axis, in pixels
 SMALLEST, LARGEST, APART = 1.6, 2.2, 7.0  # width of a blob, and distance of two, in pixels
 BLOBS = (1, 2, 3)
 VISIBLE = 110  # the least intensity of a blob's middle
 
 
 def make_motion(folder: Path, limit: int) -> Path:
-    """Write clips of two digits that move at one velocity over a torus, once: a folder of frames for each."""
+    """Write clips of a digit of half size that moves over a torus, once: a folder of frames for each. In each step it
+    moves by one patch of the tokenizer, or stays, along each axis, the same in all steps of a clip."""
     work = begin(folder)
     for split, digits, _ in () if folder.is_dir() else read_source("motion", limit):
-        frames, columns = make_clips(digits, len(digits) // 5)
-        write_split(work / split, frames, columns)
+        clips, velocities = move_digits(digits, len(digits) // 2)
+        columns = {f"velocity_{axis}": velocities[:, k].repeat(FRAMES).tolist() for k, axis in enumerate("yx")}
+        write_split(work / split, clips.reshape(-1, SIDE, SIDE), columns)
         (work / split / "metadata.csv").unlink()  # clips have no column of earlier frames
-        every = [columns["velocity_y"][::FRAMES], columns["velocity_x"][::FRAMES]]
-        np.savetxt(work / f"{split}.csv", np.stack(every, 1), "%d", ",")
+        np.savetxt(work / f"{split}.csv", velocities, "%d", ",")
     if work.is_dir():
         work.rename(folder)
     return folder
+
+
+def move_digits(digits: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return clips uint8 (n, T, H, W), and their velocities (n, 2): pixels down and to the right."""
+    rng, small = np.random.default_rng(count), halve(digits)
+    clips, velocities = np.zeros((count, FRAMES, SIDE, SIDE), np.uint8), STEP * rng.integers(-1, 2, (count, 2))
+    for clip, velocity in zip(clips, velocities, strict=True):
+        digit = np.pad(small[rng.integers(len(small))], (0, SIDE - small.shape[1]))
+        first = np.roll(digit, rng.integers(SIDE, size=2), (0, 1))
+        for frame in range(FRAMES):
+            clip[frame] = np.roll(first, frame * velocity, (0, 1))
+    return clips, velocities
 
 
 def make_volumes(folder: Path, limit: int) -> Path:

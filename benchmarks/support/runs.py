@@ -12,7 +12,7 @@ NEVER = 1_000_000  # a period in steps: act only at the end of a run
 
 
 def smalti(verb: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", f"pipelines.{verb}", *arguments], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-m", "pipelines", verb, *arguments], check=True, cwd=ROOT)
 
 
 def train_once(verb: str, preset: Path, steps: int, run: Path, *more: str, never: tuple[str, ...]) -> None:

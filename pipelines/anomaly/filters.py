@@ -15,6 +15,8 @@ SCALES = (1.0, 2.0, 4.0, 8.0, 16.0)
 DARKEST = 0.05
 """Added to intensities from 0 to 1 before the logarithm."""
 NEAREST = 3
+WINDOW = 8
+"""Cells before and after a border that are compared, at most half of the image."""
 
 
 def smooth(values: Tensor, sigma: float) -> Tensor:
@@ -51,6 +53,22 @@ def nearest_distances(rows: Tensor, points: Tensor) -> Tensor:
     count = min(NEAREST, len(points))
     parts = [torch.cdist(part, points).topk(count, largest=False).values.mean(1) for part in rows.split(2048)]
     return torch.cat(parts)
+
+
+def largest_changes(cells: Tensor) -> Tensor:
+    """Return the largest changes of standardized cells `(rows, columns, d)` at borders down and across, `(2,)`: the
+    root mean square, along a border, of the difference between the means of the `WINDOW` cells before and after it.
+    Cells are cut off at one deviation, so that many small differences count more than a few large ones."""
+    found = []
+    for along in (cells, cells.transpose(0, 1)):
+        reach = min(WINDOW, len(along) // 2)
+        if reach:
+            sums = F.pad(along.double().clamp(-1, 1).cumsum(0), (0, 0, 0, 0, 1, 0))
+            means = (sums[reach:] - sums[:-reach]) / reach
+            found.append((means[reach:] - means[:-reach]).square().mean((1, 2)).sqrt().max())
+        else:
+            found.append(cells.new_zeros((), dtype=torch.float64))
+    return torch.stack(found)
 
 
 def spread_cells(values: Tensor, size: tuple[int, int]) -> Tensor:

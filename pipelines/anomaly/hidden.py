@@ -20,7 +20,7 @@ from prior.conditions import Given
 from .conformal import Floats
 from .distances import round_digits
 
-BLOCK = 6
+BLOCK = 4
 """Side of a hidden block in tokens, at most three quarters of the side of the grid."""
 SHRINK = 20.0
 """Number of tokens of the mean surprisal that are added to those of each id."""

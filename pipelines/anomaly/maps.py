@@ -3,6 +3,8 @@
 What tells whole images apart is the surprisal of hidden tokens (see `hidden`). It is blunt about places, for which the
 distance from normal filter responses (see `filters`) is better; the two together are the best map. Both are
 standardized by their mean and deviation over pixels of normal images.
+
+A defect that covers half of an image is not above its median, but filter responses change at its border.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ..shuffling import spread
 from .calibration import MapReference, require_calibration
 from .conformal import Floats
 from .distances import CalibrationError, round_digits
-from .filters import filter_responses, nearest_distances, smooth, spread_cells
+from .filters import filter_responses, largest_changes, nearest_distances, smooth, spread_cells
 from .hidden import can_hide, hidden_bits, mean_of_codes
 
 if TYPE_CHECKING:
@@ -42,6 +44,10 @@ MAX_TILES = 10_000
 """Tiles from which the mean bits of each id are computed."""
 MAX_POINTS, MAX_MEMORY, MAX_SCALED = 4000, 96, 32
 """Cells that serve as neighbours, and images that give them; images that give mean and deviation of pixels."""
+MAX_MEASURED = 48
+"""Images that give mean and deviation of what the score of an image is made of."""
+HANDICAP = 0.7
+"""Deviations that a change loses against a peak, because most images have some change: small defects stay visible."""
 TOPS = (0.001, 0.003, 0.01, 0.03, 0.1)
 """Shares of the pixels whose means make up the score of an image: a defect may be small or large."""
 
@@ -107,10 +113,24 @@ def map_images(
     for number, image, surprisal in map_surprisal(
         pipeline, reference.codes, images, numbers, given, stride, batch_size
     ):
-        both = measure_pixels(pipeline, reference, image, surprisal)
+        cells = standard_cells(reference, image)
+        both = measure_pixels(pipeline, reference, image, cells, surprisal)
         mean, deviation = as_tensor(reference.pixel_mean, both), as_tensor(reference.pixel_deviation, both)
         combined = ((both - mean[:, None, None]) / deviation[:, None, None]).mean(0)
-        yield ImageMaps(number, both[0], combined, {"hidden": peak_of(surprisal), "map": float(combined.max())})
+        scores = {"hidden": score_image(reference, surprisal, cells), "map": float(combined.max())}
+        yield ImageMaps(number, both[0], combined, scores)
+
+
+def score_image(reference: MapReference, surprisal: Tensor, cells: Tensor) -> float:
+    """Return the peak of the surprisal or the largest change of cells, whichever is more unusual, in deviations. Cells
+    are compared down or across, whichever changes less in normal images: a texture may have a direction."""
+    unusual = (measure_image(surprisal, cells) - reference.image_mean) / reference.image_deviation
+    return float(max(unusual[0], unusual[1 + int(reference.image_mean[1:].argmin())] - HANDICAP))
+
+
+def measure_image(surprisal: Tensor, cells: Tensor) -> Floats:
+    """Return the peak of the surprisal and the logarithms of the largest changes of cells down and across, `(3,)`."""
+    return np.array([peak_of(surprisal), *(largest_changes(cells) + 1e-3).log().tolist()])
 
 
 def map_surprisal(
@@ -141,7 +161,7 @@ def map_surprisal(
         parts = LazyImages(len(some), loaded.__getitem__)
         maps = stitch_maps(parts, map_tiles, shape, stride or min(shape[1:]), batch_size, pipeline.device)
         for number, image, heat in zip(some, loaded, maps, strict=True):
-            pixels = to_float(image) if image.dtype == torch.uint8 else image
+            pixels = to_float(image)
             yield number, pixels.to(pipeline.device), heat
 
 
@@ -156,12 +176,10 @@ def measure_hidden(
     return hidden_bits(pipeline.prior, tokens, ids), tokens
 
 
-def map_distance(reference: MapReference, image: Tensor) -> Tensor:
-    """Return how far each pixel `(H, W)` of an image `(C, H, W)` in [-1, 1] is from normal filter responses."""
+def standard_cells(reference: MapReference, image: Tensor) -> Tensor:
+    """Return the standardized filter responses `(rows, columns, d)` of an image `(C, H, W)` in [-1, 1]."""
     found = filter_responses(image)
-    standard = (found - as_tensor(reference.response_mean, found)) / as_tensor(reference.response_deviation, found)
-    far = nearest_distances(standard.flatten(0, 1), as_tensor(reference.points, found)).reshape(found.shape[:2])
-    return spread_cells(far, (image.shape[1], image.shape[2]))
+    return (found - as_tensor(reference.response_mean, found)) / as_tensor(reference.response_deviation, found)
 
 
 @torch.no_grad()
@@ -190,20 +208,27 @@ def fit_maps(
     memory, scaled = (part[spread(len(part), most)] for part, most in ((memory, MAX_MEMORY), (scaled, MAX_SCALED)))
     cells = []
     for _, image in load(memory.tolist()):
-        rows = filter_responses(to_float(image) if image.dtype == torch.uint8 else image).flatten(0, 1).cpu().numpy()
+        rows = filter_responses(to_float(image)).flatten(0, 1).cpu().numpy()
         cells.append(rows[chance.permutation(len(rows))[: MAX_POINTS // len(memory)]])
     points = np.concatenate(cells).astype(np.float64)
     mean, deviation = points.mean(0), np.maximum(points.std(0), 1e-6)
     fitted = {"codes": codes, "response_mean": round_digits(mean), "response_deviation": round_digits(deviation)}
     fitted["points"] = np.round((points - mean) / deviation, 3)
-    first = MapReference(**fitted, pixel_mean=np.zeros(2), pixel_deviation=np.ones(2))
+    first = MapReference(
+        **fitted, pixel_mean=np.zeros(2), pixel_deviation=np.ones(2), image_mean=np.zeros(3), image_deviation=np.ones(3)
+    )
+    measured, several = [], np.array(numbers)[spread(len(numbers), MAX_MEASURED)]
+    for _, image, surprisal in map_surprisal(pipeline, codes, images, several.tolist(), given, stride, batch_size):
+        measured.append(measure_image(surprisal, standard_cells(first, image)))
     moments = []
     for _, image, surprisal in map_surprisal(pipeline, codes, images, scaled.tolist(), given, stride, batch_size):
-        both = measure_pixels(pipeline, first, image, surprisal).flatten(1).double()
+        both = measure_pixels(pipeline, first, image, standard_cells(first, image), surprisal).flatten(1).double()
         moments.append(torch.stack([both.mean(1), both.square().mean(1)]).cpu().numpy())
     centre, squares = np.mean(moments, 0)
     spread_of = np.sqrt(np.maximum(squares - centre**2, 1e-12))
-    return first.model_copy(update={"pixel_mean": round_digits(centre), "pixel_deviation": round_digits(spread_of)})
+    fitted = {"pixel_mean": centre, "pixel_deviation": spread_of, "image_mean": np.mean(measured, 0)}
+    fitted["image_deviation"] = np.maximum(np.std(measured, 0), 1e-6)
+    return first.model_copy(update={name: round_digits(values) for name, values in fitted.items()})
 
 
 def find_patches(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
@@ -217,11 +242,15 @@ def find_patches(tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
     return (rows / rows.sum(0)).to(tokenizer.device), (columns / columns.sum(0)).to(tokenizer.device)
 
 
-def measure_pixels(pipeline: ImagePipeline, reference: MapReference, image: Tensor, surprisal: Tensor) -> Tensor:
+def measure_pixels(
+    pipeline: ImagePipeline, reference: MapReference, image: Tensor, cells: Tensor, surprisal: Tensor
+) -> Tensor:
     """Return the surprisal and the distance from normal filter responses of each pixel, `(2, H, W)`, both blurred by
-    half the side of a token."""
+    half the side of a token. cells: from `standard_cells`."""
     sigma = max(pipeline.tokenizer.image_shape[1:]) / max(pipeline.prior.grid.shape) / 2
-    return torch.stack([smooth(each, sigma) for each in (surprisal, map_distance(reference, image))])
+    far = nearest_distances(cells.flatten(0, 1), as_tensor(reference.points, cells)).reshape(cells.shape[:2])
+    both = surprisal, spread_cells(far, (image.shape[1], image.shape[2]))
+    return torch.stack([smooth(each, sigma) for each in both])
 
 
 def as_tensor(values: NDArray[np.float64], like: Tensor) -> Tensor:

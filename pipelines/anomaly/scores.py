@@ -41,19 +41,16 @@ METHODS = {
     "typicality": "difference of the nll bits from their mean over normal images",
     "ratio": "bits of the tokens, minus their bits under the background prior",
     "reconstruction": "mean absolute reconstruction error",
-    "hidden": "bits of tokens while their block of the grid is hidden: the highest ones of their map, less its median",
-    "map": "maximum of the map of these bits and of filter responses",
+    "hidden": "bits of tokens while their block of the grid is hidden: the highest ones of their map, less its median; "
+    "or the largest change of texture, if it is more unusual",
 }
 NEEDS = {
     "neighbours": "a prior with layers",
     "ratio": "a background prior (`smalti calibrate background=FOLDER`, or `set_background(prior)`)",
     "hidden": NEEDED,
-    "map": NEEDED,
 }
 """Requirements of some methods."""
-MAPPED = ("hidden", "map")
-"""The methods that are scores of a map of the whole image."""
-FITTED = ("joint", "neighbours", "typicality", *MAPPED)
+FITTED = ("joint", "neighbours", "typicality", "hidden")
 """The methods that need a calibration."""
 TOGETHER = {"token_bits": 1.0, "pixel_bits": 1.0, "error": 2 / 255}
 """The statistics that `joint` combines, and the offset added before the logarithm: one bit or one grey level, because
@@ -87,8 +84,8 @@ def anomaly_score(
     tiles. P-values and the fitted methods need a calibration with the same stride.
     """
     calibration = pipeline.calibration
-    if method in MAPPED:
-        return score_by_maps(pipeline, images, method, labels, condition, p_values, stride, batch_size)
+    if method == "hidden":
+        return score_hidden(pipeline, images, labels, condition, p_values, stride, batch_size)
     if stride is not None:
         several = list_images(images, pipeline.tokenizer)
         given = read_given(pipeline, labels, condition, len(several))
@@ -106,25 +103,24 @@ def anomaly_score(
     return p_value_of(method, scores, calibration, measured.given) if p_values else scores
 
 
-def score_by_maps(
+def score_hidden(
     pipeline: ImagePipeline,
     images: Any,
-    method: str,
     labels: Label | Sequence[Label],
     condition: GivenCondition,
     p_values: bool,
     stride: int | None,
     batch_size: int,
 ) -> Tensor:
-    """Compute `anomaly_score` for one of the methods in `MAPPED`."""
+    """Compute `anomaly_score` for `hidden`, which is a score of the map of the whole image."""
     several = read_images(pipeline, images, stride)
     given = read_given(pipeline, labels, condition, len(several))
     tiling = WHOLE if stride is None else (pipeline.tokenizer.image_shape[1:], stride)
-    known = set(require_scores(pipeline.calibration, method, given.names, tiling).digests)
-    found = [each.scores[method] for each in map_calibrated(pipeline, several, given, stride, batch_size)]
+    known = set(require_scores(pipeline.calibration, "hidden", given.names, tiling).digests)
+    found = [each.scores["hidden"] for each in map_calibrated(pipeline, several, given, stride, batch_size)]
     warn_of_known(sum(digest_of_pixels(several.load(k)) in known for k in range(len(several))), len(several))
     scores = torch.tensor(found, dtype=torch.float64)
-    return p_value_of(method, scores, pipeline.calibration, given.names, tiling) if p_values else scores
+    return p_value_of("hidden", scores, pipeline.calibration, given.names, tiling) if p_values else scores
 
 
 def warn_if_calibrated(pipeline: ImagePipeline, calibration: Calibration, batch: Tensor) -> None:
@@ -214,7 +210,7 @@ def p_value_of(
 def list_methods(found: dict[str, Tensor]) -> list[str]:
     """Return the methods that these statistics allow."""
     there = {"neighbours": "features", "ratio": "background_bits"}
-    return [method for method in METHODS if there.get(method, "token_bits") in found and method not in MAPPED]
+    return [method for method in METHODS if there.get(method, "token_bits") in found and method != "hidden"]
 
 
 def plain_score(method: str, found: dict[str, Tensor]) -> Tensor:

@@ -74,12 +74,13 @@ def draw_whole(
     panels, heats, regions = list[Tensor](), list[Tensor](), list[Tensor]()
     for number in chosen.tolist():
         image, condition = images.select([number]), given.select([number]).values()
-        panels.append(reduce_image(as_float(image.load(0)), pipeline))
+        panels.append(reduce_image(to_float(image.load(0)), pipeline))
         if pipeline.tokenizer.placed:
             (heat,) = anomaly_map(pipeline, image, condition=condition, stride=stride, method=kind)
             heats.append(reduce_map(heat.cpu()))
         if calibration is not None and calibration.maps is not None:
-            (heat,) = anomaly_map(pipeline, image, condition=condition, stride=stride, method="combined")
+            if kind != "combined":
+                (heat,) = anomaly_map(pipeline, image, condition=condition, stride=stride, method="combined")
             above = (heat > calibration.scores["map"].threshold).cpu()
             regions.append(paint(panels[-1], reduce_map(above) > 0))
     highest = max([1e-6, *(float(heat.max()) for heat in heats)])
@@ -107,7 +108,7 @@ def draw_truth(
     chosen = ranked if len(ranked) <= 2 * count else ranked[:count] + ranked[-count:]
     rows = []
     for number in chosen:
-        image = as_float(pixels.load(number) if isinstance(pixels, LazyImages) else pixels[number])
+        image = to_float(pixels.load(number) if isinstance(pixels, LazyImages) else pixels[number])
         heat = torch.from_numpy(maps[number])[None]
         low, high = heat.min(), heat.max()
         marked = torch.from_numpy(masks[number]).float()[None] * 2 - 1
@@ -144,11 +145,6 @@ def draw_rows(rows: list[list[Tensor]], names: list[list[str]]) -> np.ndarray:
 def apply_colormap(values: Tensor) -> Tensor:
     """Map `(B, H, W)` in [0, 1] to colour images `(B, 3, H, W)`: black, red, yellow, white."""
     return torch.stack([(3 * values - channel).clamp(0, 1) for channel in range(3)], 1) * 2 - 1
-
-
-def as_float(image: Tensor) -> Tensor:
-    """Convert uint8 to float in [-1, 1]."""
-    return to_float(image) if image.dtype == torch.uint8 else image
 
 
 def reduce_image(image: Tensor, pipeline: ImagePipeline) -> Tensor:

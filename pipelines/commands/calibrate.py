@@ -119,7 +119,14 @@ def format_report(calibration: Calibration) -> str:
     rows = [("score", "median", "threshold", "")]
     for method, normal in calibration.scores.items():
         median = float(np.median(normal.values))
-        rows.append((method, f"{median:.4g}", f"{normal.threshold:.4g}", METHODS.get(method, "")))
+        rows.append(
+            (
+                method,
+                f"{median:.4g}",
+                f"{normal.threshold:.4g}",
+                METHODS.get(method, "the highest value of the combined map, for regions"),
+            )
+        )
     lines = [table(rows, right=[1, 2]), "", f"thresholds: {calibration.promise}"]
     if calibration.tile is not None:
         tiles = " x ".join(map(str, calibration.tile))

@@ -22,7 +22,7 @@ from ..anomaly.ground_truth import find_masks, measure_defects, read_mask
 from ..anomaly.healing import map_bits, map_large
 from ..anomaly.image_statistics import measure
 from ..anomaly.maps import map_calibrated
-from ..anomaly.scores import MAPPED, WHOLE, p_value_of, require_scores, score_of, score_tiles
+from ..anomaly.scores import WHOLE, p_value_of, require_scores, score_of, score_tiles
 from ..anomaly.separation import separation
 from ..anomaly.sheets import draw_sheet, draw_truth, draw_whole, reduce_map, reduce_mask
 from ..condition_keys import ConditionRows, UsesCondition
@@ -62,7 +62,7 @@ class DetectConfig(UsesCondition, OutputConfig, UsesTiles):
         description="folder with the masks of defects: images=test has test/good and test/DEFECT/NAME.*, whose mask is "
         "DEFECT/NAME_mask.png or DEFECT/NAME.png here; writes ground_truth.csv and ground_truth.png, too",
     )
-    method: Literal["joint", "neighbours", "nll", "typicality", "ratio", "reconstruction", "hidden", "map"] = Field(
+    method: Literal["joint", "neighbours", "nll", "typicality", "ratio", "reconstruction", "hidden"] = Field(
         "joint",
         description="anomaly score; `smalti calibrate` explains each method",
     )
@@ -176,25 +176,24 @@ def score_images(
     config: DetectConfig, pipeline: ImagePipeline, images: Found, stride: int | None, keep: bool
 ) -> tuple[Tensor, Tensor, dict[str, Any], list[NDArray[np.float32]]]:
     """Return scores and p-values `(n,)`, further columns of `scores.csv`, and with `keep`, the maps that are not of
-    bits. Columns are the number of pixels above the threshold of the map, if there is one; the statistics of the
+    bits. Columns are the number of pixels above the threshold of the map, if maps are needed; the statistics of the
     images, or with tiles, their number and the most anomalous one. Raises `CalibrationError`."""
     calibration, condition = require_calibration(pipeline.calibration), images.given.values()
     rows, details = read_given(pipeline, None, condition, len(images.names)), dict[str, Any]()
     tiling = WHOLE if stride is None else (pipeline.tokenizer.image_shape[1:], stride)
     kind, maps, found, areas = config.kind_of_map(calibration), list[NDArray[np.float32]](), list[float](), list[int]()
-    if kind != "bits" or config.method in MAPPED:
+    if config.method == "hidden" or (kind != "bits" and (config.map is not None or keep)):
         require_scores(calibration, "map", rows.names, tiling)
-    if calibration.maps is not None:
         pixels = images.pixels if stride is not None else as_lazy(to_float(images.pixels))
         for each in map_calibrated(pipeline, pixels, rows, stride):
-            found.append(each.scores.get(config.method, 0.0))
+            found.append(each.scores["hidden"])
             areas.append(int((each.combined > calibration.scores["map"].threshold).sum()))
             if keep and kind != "bits":
                 maps.append(reduce_map(getattr(each, kind).cpu()).numpy())
         details = {"area": areas}
-    if config.method in MAPPED:
+    if config.method == "hidden":
         scores = torch.tensor(found, dtype=torch.float64)
-        return scores, p_value_of(config.method, scores, calibration, rows.names, tiling), details, maps
+        return scores, p_value_of("hidden", scores, calibration, rows.names, tiling), details, maps
     if stride is None:
         measured = measure(pipeline, images.pixels, condition=condition)
         scores = score_of(config.method, measured.statistics, calibration, measured.given)

@@ -186,7 +186,7 @@ def cut_tiles(
         every = tile_places(image.shape[1:], shape, stride)
         for top, left in (every[k] for k in spread(len(every), most).tolist()):
             tile = image[:, top : top + shape[1], left : left + shape[2]]
-            tiles.append(to_float(tile) if tile.dtype == torch.uint8 else tile)
+            tiles.append(to_float(tile))
             places.append(place_of(number, top, left, image.shape[1:], shape))
             if len(tiles) == batch_size:
                 yield torch.stack(tiles), places

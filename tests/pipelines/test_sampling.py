@@ -27,6 +27,8 @@ def make_like(pipe, sampler):
 @every_pair
 def test_every_output_type_shows_the_same_images(tokenizer, prior):
     pipe = make_pipeline(tokenizer, prior, channels=3)
+    if pipe.frames > 1:
+        pytest.skip("clips have one more axis: see test_clips.py")
     outputs = {kind: pipe(2, 1, seed=0, output_type=kind, progress=False) for kind in ("pil", "np", "pt", "latent")}
     images, tokens, names = outputs["pt"]
     assert all(torch.equal(out.tokens, tokens) for out in outputs.values()) and names == ["dog", "dog"]

@@ -22,7 +22,7 @@ def test_a_saved_pipeline_gives_the_same_scores(trained, tmp_path):
     trained.save_pretrained(tmp_path / "pipe")
     loaded = ImagePipeline.from_pretrained(tmp_path / "pipe")
     images = torch.cat([stripes(8), constant()[::8], uniform(3)])
-    for method in trained.calibration.scores:
+    for method in METHODS.keys() & trained.calibration.scores.keys():
         for p_values in (False, True):
             a, b = (anomaly_score(pipe, images, method, p_values=p_values) for pipe in (trained, loaded))
             assert torch.equal(a, b)

@@ -15,11 +15,11 @@ from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline
 from pipelines.anomaly.calibration import Calibration
-from pipelines.anomaly.conformal import round_scores
+from pipelines.anomaly.conformal import p_values_of, round_scores
 from pipelines.anomaly.distances import CalibrationError
-from pipelines.anomaly.filters import filter_responses, nearest_distances, smooth, spread_cells
+from pipelines.anomaly.filters import filter_responses, largest_changes, nearest_distances, smooth, spread_cells
 from pipelines.anomaly.hidden import SHRINK, can_hide, hidden_bits, hidden_masks, mean_of_codes
-from pipelines.anomaly.maps import peak_of
+from pipelines.anomaly.maps import HANDICAP, measure_image, peak_of, score_image
 from pipelines.completion import region_log_prob
 
 ANY_ORDER = [("masked", {}), ("blocks", {"any_order": True}), ("gpt", {"any_order": True})]
@@ -119,11 +119,10 @@ def test_the_map_of_one_tile_is_the_map_of_the_image(mapped):
         whole = mapped.anomaly_map(IMAGES[:5], method=method)
         for one, other in zip(whole, tiled.anomaly_map(IMAGES[:5], method=method, stride=5), strict=True):
             torch.testing.assert_close(one, other)
-    for method in ("hidden", "map"):
-        with pytest.warns(UserWarning, match="used to calibrate"):
-            found = tiled.anomaly_score(IMAGES[:5], method, stride=5)
-        with pytest.warns(UserWarning, match="used to calibrate"):
-            torch.testing.assert_close(mapped.anomaly_score(IMAGES[:5], method), found)
+    with pytest.warns(UserWarning, match="used to calibrate"):
+        found = tiled.anomaly_score(IMAGES[:5], "hidden", stride=5)
+    with pytest.warns(UserWarning, match="used to calibrate"):
+        torch.testing.assert_close(mapped.anomaly_score(IMAGES[:5], "hidden"), found)
 
 
 def test_a_calibration_keeps_its_maps_and_one_without_them_reads_as_before(mapped, tmp_path):
@@ -154,19 +153,36 @@ def test_p_values_hold_for_whole_images_of_larger_size():
     pipe = make()
     images = [image[0, :24, :20].numpy() for image in stripes(700, 0, side=24)[:, None, 0]]
     pipe.calibrate(images[:300], stride=8)
-    for method in ("hidden", "map"):
-        p = pipe.anomaly_score(images[300:], method, stride=8, p_values=True).numpy()
+    heats = pipe.anomaly_map(images[300:], method="combined", stride=8)
+    regions = pipe.calibration.scores["map"]
+    highest = np.array([float(heat.max()) for heat in heats])
+    for p in (
+        pipe.anomaly_score(images[300:], "hidden", stride=8, p_values=True).numpy(),
+        p_values_of(highest, regions.values, regions.tie),
+    ):
         for share in (0.05, 0.2, 0.5):
             assert abs((p <= share).mean() - share) < 4 * math.sqrt(share * (1 - share) * (1 / 400 + 1 / 150))
-    flagged = [bool((heat > pipe.calibration.scores["map"].threshold).any()) for heat in
-               pipe.anomaly_map(images[300:340], method="combined", stride=8)]  # fmt: skip
-    assert flagged == (p[:40] <= 0.05).tolist()
+    assert (highest > regions.threshold).tolist() == (p <= 0.05).tolist()
 
 
 def test_the_score_of_a_map_is_its_top_less_its_median():
     values = torch.arange(1000.0)[torch.randperm(1000)].reshape(20, 50)
     tops = [999, 998, 994.5, 984.5, 949.5]  # the mean of the highest 1, 3, 10, 30 and 100
     assert peak_of(values) == pytest.approx(np.mean(tops) - 499)
+
+
+def test_an_image_is_as_unusual_as_its_peak_or_its_change_along_the_calmer_axis(mapped):
+    heat, cells = torch.zeros(16, 16), torch.zeros(8, 6, 21)
+    heat[3, 4], cells[4:] = 3, 0.5
+    peak, down, across = measure_image(heat, cells)
+    assert down == pytest.approx(math.log(0.501)) and across == pytest.approx(math.log(1e-3))
+    for mean, expected in (
+        ([peak - 3, down - 1, across], 3),
+        ([peak + 1, down - 2, across + 9], 2 - HANDICAP),
+        ([peak + 1, down + 9, across - 9], 9 - HANDICAP),  # rows of normal images differ, columns do not
+    ):
+        update = {"image_mean": np.array(mean), "image_deviation": np.ones(3)}
+        assert score_image(mapped.calibration.maps.model_copy(update=update), heat, cells) == pytest.approx(expected)
 
 
 # Filters ------------------------------------------------------------------------------------------
@@ -191,6 +207,24 @@ def test_every_pixel_has_a_distance_at_any_size(height, width, channels):
     far = spread_cells(nearest_distances(found.flatten(0, 1), torch.zeros(2, found.shape[2])).reshape(found.shape[:2]),
                        (height, width))  # fmt: skip
     assert far.shape == (height, width) and (far >= 0).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(2, 40), columns=st.integers(1, 9), step=st.floats(0.1, 0.9), data=st.data())
+def test_the_largest_change_is_the_step_at_a_border(rows, columns, step, data):
+    border = data.draw(st.integers(1, rows - 1))
+    cells = torch.zeros(rows, columns, 3)
+    cells[border:] = step
+    reach = min(8, rows // 2)
+    nearest = min(max(border, reach), rows - reach)  # borders nearer to the rim are within one of its windows
+    expected = step * (1 - abs(border - nearest) / reach)
+    for turned in (cells, cells.transpose(0, 1)):
+        down, across = largest_changes(turned).tolist()
+        assert max(down, across) == pytest.approx(expected, abs=1e-6) and min(down, across) == pytest.approx(
+            0, abs=1e-6
+        )
+    cells[:, 0] *= 100  # a few large responses
+    assert float(largest_changes(cells).max()) <= 1
 
 
 def test_a_blur_keeps_the_mean_of_flat_regions_and_spreads_a_point():

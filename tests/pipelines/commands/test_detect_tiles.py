@@ -22,6 +22,7 @@ from pipelines.__main__ import main
 from pipelines.anomaly import scores
 from pipelines.anomaly.scores import anomaly_score
 from pipelines.anomaly.sheets import reduce_map, reduce_mask
+from pipelines.commands import detect
 from pipelines.images.grids import BAND
 from pipelines.metrics.localization import auroc, per_region_overlap
 
@@ -87,19 +88,27 @@ def test_images_keep_their_size_and_have_the_scores_of_their_tiles(world, tmp_pa
     assert side % 33 == 0 and height == 6 * (side // 33 * 40 + BAND + 2) + 2
 
 
-def test_regions_above_the_threshold_of_the_map_are_those_of_flagged_images(world, tmp_path):
+def test_the_area_is_that_above_the_threshold_of_the_map(world, tmp_path):
     pipe = ImagePipeline.from_pretrained(world / "pipe")
     given = [f"images={world}/new", "tile=true", "normal_labels=[good]", "num_shown=3"]
-    for method in ("hidden", "map"):
-        main(["detect", f"pipeline={world}/pipe", f"out={tmp_path}/{method}", f"method={method}", *given])
-        rows = rows_of(tmp_path / method / "scores.csv")
-        images = [Image.open(row["file"]) for row in rows]
-        expected = anomaly_score(pipe, images, method, stride=8)
-        np.testing.assert_allclose([float(row["score"]) for row in rows], expected, rtol=1e-3)
+    main(["detect", f"pipeline={world}/pipe", f"out={tmp_path}/found", "method=hidden", *given])
+    rows = rows_of(tmp_path / "found/scores.csv")
+    images = [Image.open(row["file"]) for row in rows]
+    expected = anomaly_score(pipe, images, "hidden", stride=8)
+    np.testing.assert_allclose([float(row["score"]) for row in rows], expected, rtol=1e-3)
     heats = pipe.anomaly_map(images, method="combined", stride=8)
     limit = pipe.calibration.scores["map"].threshold
     assert [int(row["area"]) for row in rows] == [int((heat > limit).sum()) for heat in heats]
-    assert [row["flagged"] == "1" for row in rows] == [int(row["area"]) > 0 for row in rows]
+
+
+def test_maps_are_computed_only_where_they_are_used(world, tmp_path, monkeypatch):
+    made, own = [], detect.map_calibrated
+    monkeypatch.setattr(detect, "map_calibrated", lambda *given: made.append(1) or own(*given))
+    given = [f"pipeline={world}/pipe", f"images={world}/new", "tile=true", "num_shown=1", f"out={tmp_path}/found"]
+    for more, expected in (("method=nll", 0), ("map=bits", 0), ("map=hidden", 1), ("method=hidden", 1)):
+        main(["detect", *given, more, "overwrite=true"])
+        assert len(made) == expected and ("area" in rows_of(tmp_path / "found/scores.csv")[0]) == bool(expected)
+        made.clear()
 
 
 def test_the_default_is_held_out_images_at_their_own_size(world, tmp_path, capsys):

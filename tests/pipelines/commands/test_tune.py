@@ -59,7 +59,7 @@ def test_settings_are_chosen_on_validation_images_alone_and_stored(world, tmp_pa
     """No held-out image is accessed, and the classifier sees training images only."""
     before, seen = copied(world, "gpt", tmp_path), []
     real, train = options.load_images, tune.feature_space
-    monkeypatch.setattr(options, "load_images", lambda config: replace(real(config), held_out=Sealed()))
+    monkeypatch.setattr(options, "load_images", lambda *given, **how: replace(real(*given, **how), held_out=Sealed()))
     monkeypatch.setattr(tune, "feature_space", lambda *given: seen.append(given) or train(*given))
     main(["tune", f"pipeline={tmp_path}/pipeline", *SETTINGS])
     printed, facts = capsys.readouterr().out, json.loads((tmp_path / "tuning" / "tuning.json").read_text())

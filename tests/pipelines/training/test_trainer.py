@@ -418,7 +418,9 @@ def test_every_prior_trains(tmp_path, tokens, name):
 
 
 def is_trained(name: str) -> bool:
-    return any(parameter.requires_grad for parameter in make_tokenizer(name, (28, 28), 1).parameters())
+    """Whether it has weights to train; those of clips are trained as tokenizers of single frames."""
+    tokenizer = make_tokenizer(name, (28, 28), 1)
+    return tokenizer.frames == 1 and any(parameter.requires_grad for parameter in tokenizer.parameters())
 
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if is_trained(name)])
@@ -428,7 +430,7 @@ def test_every_tokenizer_trains(tmp_path, name):
     assert Tokenizer.from_pretrained(run / "tokenizer").name == name
 
 
-@pytest.mark.parametrize("name", [name for name in TOKENIZERS if not is_trained(name)])
+@pytest.mark.parametrize("name", [name for name in TOKENIZERS if not is_trained(name) and name != "frame_by_frame"])
 def test_a_tokenizer_without_parameters_is_saved_without_a_step(tmp_path, monkeypatch, capsys, name):
     start = {}
     if name == "posthoc":
