@@ -252,7 +252,7 @@ def test_mistakes_are_one_line(folder, tmp_path, monkeypatch, capsys, case):
 def test_settings_of_clips_are_refused_for_images(folder, tmp_path, capsys):
     images = f"pipeline={folder.parent / 'images'}"
     for more, word in (
-        (["complete", images, "frames=1"], "frames: the images of this pipeline are no clips"),
+        (["complete", images, "frames=1"], "frames: this pipeline makes images, not clips"),
         (["generate", images, "format=gif", f"out={tmp_path / 'out'}"], "format: is that of clips"),
         (["generate", images, f"out={tmp_path / 'it.gif'}"], "out: .gif shows clips"),
     ):

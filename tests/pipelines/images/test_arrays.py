@@ -315,7 +315,7 @@ def test_bad_arrays_are_named(tmp_path):
         load_images(data_of(tmp_path / "a", channels=5))
     with pytest.raises(UserError, match="all are 0"):
         load_images(data_of(write_arrays(tmp_path / "b", np.zeros((20, 16, 16, 6), np.uint16))))
-    with pytest.raises(UserError, match="data.source=digits and data.streaming have 8-bit images"):
+    with pytest.raises(UserError, match="data.source=digits reads 8-bit images"):
         load_images(DataConfig(channels=6))
 
 
