@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .config import Config, Of, UserError, choose_device
-from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
+from .images import DataConfig, ImageDataset, Splits, check_shape, check_type, load_images
 from .images.arrays import Values
 from .images.clip_files import cut_windows, find_clips
 from .images.decoding import decode_in_threads, try_decode
@@ -63,7 +63,8 @@ class UsesImages(UsesPipeline):
         if whole and self.data.frames is not None:
             raise UserError("tile: clips are not cut into tiles")
         require_unseen(self.data, trained_data(pipeline.provenance), part)
-        return load_images(self.data.without_crop() if whole else self.data, check=not whole)
+        splits = load_images(self.data.without_crop() if whole else self.data, check=not whole)
+        return check_type(splits, pipeline.tokenizer)
 
 
 class TileSettings(Config):
@@ -117,7 +118,8 @@ class UsesTokenizer(Config):
         check_shape(self.data, tokenizer, "tokenizer", single_frames=single)
         require_unseen(self.data, trained_data({"data": read_training_data(self.tokenizer)}), "held_out")
         data = self.data.without_crop() if whole else self.data
-        return tokenizer, load_images(data, single_frames=single, check=not whole).held_out
+        splits = load_images(data, single_frames=single, check=not whole)
+        return tokenizer, check_type(splits, tokenizer, "tokenizer").held_out
 
 
 class Sampling(Config):

@@ -398,6 +398,16 @@ def warn_about_range(config: DataConfig, rows: Rows, positions: NDArray[np.int64
         )
 
 
+def check_type(splits: Splits, tokenizer: Any, whose: str = "pipeline") -> Splits:
+    """Return the splits. Raises `UserError` if their type was measured, and the tokenizer's images have 8 bits."""
+    if values_of(tokenizer) is None and (found := splits.held_out.values) is not None:
+        raise UserError(
+            f"data.dtype: the {whose}'s images are 8-bit, these are {found.dtype}; convert them, or scale pictures with "
+            "data.dtype=uint8"
+        )
+    return splits
+
+
 def check_shape(config: DataConfig, tokenizer: Any, whose: str = "pipeline", *, single_frames: bool = False) -> None:
     """Raise `UserError` unless the images have the shape, type and range of the tokenizer's, or the pipeline's.
     single_frames: clips are read as the images of their frames."""
