@@ -402,8 +402,8 @@ def check_type(splits: Splits, tokenizer: Any, whose: str = "pipeline") -> Split
     """Return the splits. Raises `UserError` if their type was measured, and the tokenizer's images have 8 bits."""
     if values_of(tokenizer) is None and (found := splits.held_out.values) is not None:
         raise UserError(
-            f"data.dtype: the {whose}'s images are 8-bit, these are {found.dtype}; convert them, or scale pictures with "
-            "data.dtype=uint8"
+            f"data.dtype: the {whose}'s images are 8-bit, these are {found.dtype}; convert them, or scale pictures "
+            "with data.dtype=uint8"
         )
     return splits
 
