@@ -147,13 +147,13 @@ def test_a_pipeline_that_was_trained_on_crops_is_calibrated_on_whole_images(worl
     ("argv", "message"),
     [
         (["detect", "stride=8"], "stride: needs tile=true"),
-        (["detect", "tile=true", "stride=17"], "stride must be from 1 to 16"),
+        (["detect", "tile=true", "stride=17"], "stride: must be from 1 to 16"),
         (["detect"], "calibrated with tiles of 16 x 16 and stride=8, but now with whole images"),
         (["detect", "tile=true", "stride=4"], "give tile=true stride=8"),
         (["detect", "pipeline={world}/whole", "tile=true"], "calibrated with whole images, but now with tiles"),
         (["detect", "tile=true", "images={world}/small"], "small/001.png: 40 x 15 pixels"),
         (["calibrate", "stride=8"], "stride: needs tile=true"),
-        (["calibrate", "tile=true", "stride=40"], "stride must be from 1 to 16"),
+        (["calibrate", "tile=true", "stride=40"], "stride: must be from 1 to 16"),
         (["calibrate", "tile=true", "data.source={world}/small", "every=1"], "data: "),
     ],
 )
