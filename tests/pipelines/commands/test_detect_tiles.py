@@ -205,7 +205,7 @@ def test_tiles_are_calibrated_and_compared_with_masks_by_object(trained, tmp_pat
     ]
     main(["detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/found", *given])
     printed = capsys.readouterr().out
-    assert "have no pixel" not in printed and "of normal objects" in printed
+    assert "without a pixel" not in printed and "of normal objects" in printed
     (row, _) = rows_of(tmp_path / "found/ground_truth.csv")
     assert (row["images"], row["objects"], row["regions"]) == ("8", "4", "8")
     files = [*sorted((tmp_path / "new/good").iterdir()), *sorted((tmp_path / "new/noise").iterdir())]
