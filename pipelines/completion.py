@@ -250,7 +250,7 @@ def find_known_pixels(
 def find_first_frames(frames: Any, total: int, batch: Tensor) -> Tensor:
     """Return where strips `batch` hold one of the first `frames` of `total` frames, bool `(B, T * H, W)`."""
     if total == 1:
-        raise ValueError("frames: the images of this pipeline are no clips; use known or mask")
+        raise ValueError("frames: this pipeline makes images, not clips; use mask or known")
     if not 1 <= (kept := whole_number("frames", frames)) < total:
         raise ValueError(f"frames: keep from 1 to {total - 1} of the {total} frames (got {frames})")
     count, _, height, width = batch.shape

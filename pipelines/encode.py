@@ -31,7 +31,7 @@ from tokenizer.model import PROVENANCE
 from .config import Config, Of, UserError, run_command, tell
 from .config.importing import format_imports
 from .files import Output, lock_output
-from .images import TEST_DRAWS, DataConfig, ImageDataset, Splits, check_shape, load_images, to_uint8
+from .images import TEST_DRAWS, DataConfig, ImageDataset, Splits, check_shape, check_type, load_images, to_uint8
 from .images.conditions import ConditionSource, LoadedColumn, check_sources, choose_data, load_conditions
 from .images.dataset import is_stream
 from .images.origin import is_local
@@ -127,7 +127,7 @@ def run(config: EncodeConfig) -> Path:
             f"it was trained on {what} that are held out now"
         )
     with leave_group_on_error(accelerator), lock_output(out, group):
-        images = load_images(config.data, together=True)
+        images = check_type(load_images(config.data, together=True), tokenizer, "tokenizer")
         splits = name_splits(images)
         if config.data.binarize == "drawn":
             splits["train"] = splits["train"].grey()

@@ -25,7 +25,7 @@ from .config.importing import format_imports
 from .config.table import table
 from .files import Output, lock_output
 from .image_pipeline import ImagePipeline
-from .images import TEST_DRAWS, ImageDataset, check_shape, load_images, to_float, to_uint8
+from .images import TEST_DRAWS, ImageDataset, check_shape, check_type, load_images, to_float, to_uint8
 from .images.grids import class_grid
 from .images.origin import TOKENS, describe_source
 from .images.pictures import LATENT, picture_pixels, write_picture
@@ -186,7 +186,7 @@ class Evaluation:
 
     def __init__(self, config: EvaluateConfig, pipeline: ImagePipeline, group: ProcessGroup) -> None:
         self.config, self.pipeline, self.group = config, pipeline, group
-        self.images = load_images(config.data, together=True, check=False)
+        self.images = check_type(load_images(config.data, together=True, check=False), pipeline.tokenizer)
         check_classes(pipeline, self.images.train, self.images.held_out)
         most = max(LEAST, IN_MEMORY // math.prod(self.images.train.image_shape))
         chosen = shuffled(len(self.images.train))[: min(most, MOST_TRAINING)].sort().values

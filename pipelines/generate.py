@@ -122,9 +122,10 @@ def run(config: GenerateConfig) -> Path:
             seconds = time.monotonic() - began
             group.on_main(lambda: images.finish(job, format_values(pipeline, request.given, out)))
         if group.is_main:
-            rate = f"{len(missing) / seconds:,.1f} images per second" if missing else "already finished"
+            what = "clip" if pipeline.frames > 1 else "image"
+            rate = f"{len(missing) / seconds:,.1f} {what}s per second" if missing else "already finished"
             then = f"smalti evaluate{format_imports()} pipeline={quote(config.pipeline)}"
-            print(f"{count_of(count, 'image')}{images.place}, {rate}; next: {then}")
+            print(f"{count_of(count, what)}{images.place}, {rate}; next: {then}")
     return out
 
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from .config import Config, Of, UserError, choose_device
-from .images import DataConfig, ImageDataset, Splits, check_shape, load_images
+from .images import DataConfig, ImageDataset, Splits, check_shape, check_type, load_images
 from .images.arrays import Values
 from .images.clip_files import cut_windows, find_clips
 from .images.decoding import decode_in_threads, try_decode
@@ -63,7 +63,8 @@ class UsesImages(UsesPipeline):
         if whole and self.data.frames is not None:
             raise UserError("tile: clips are not cut into tiles")
         require_unseen(self.data, trained_data(pipeline.provenance), part)
-        return load_images(self.data.without_crop() if whole else self.data, check=not whole)
+        splits = load_images(self.data.without_crop() if whole else self.data, check=not whole)
+        return check_type(splits, pipeline.tokenizer)
 
 
 class TileSettings(Config):
@@ -87,7 +88,7 @@ class TileSettings(Config):
         try:
             return check_stride(max(1, min(shape[1:]) // 2) if self.stride is None else self.stride, shape)
         except ValueError as error:
-            raise UserError(f"stride: {error}") from error
+            raise UserError(str(error)) from error
 
 
 class UsesTiles(UsesImages, TileSettings):
@@ -117,7 +118,8 @@ class UsesTokenizer(Config):
         check_shape(self.data, tokenizer, "tokenizer", single_frames=single)
         require_unseen(self.data, trained_data({"data": read_training_data(self.tokenizer)}), "held_out")
         data = self.data.without_crop() if whole else self.data
-        return tokenizer, load_images(data, single_frames=single, check=not whole).held_out
+        splits = load_images(data, single_frames=single, check=not whole)
+        return tokenizer, check_type(splits, tokenizer, "tokenizer").held_out
 
 
 class Sampling(Config):
@@ -199,16 +201,15 @@ def find_clip_files(paths: list[str]) -> list[Path]:
 
 def read_images(files: list[Path], shape: tuple[int, int, int], values: Values | None = None) -> Tensor:
     """Read image files, resized and cropped to `shape` (C, H, W), as uint8 `(B, C, H, W)`, or as float32 in [-1, 1] if
-    they have `values`. Raises `UserError` with one
-    line per file that cannot be decoded."""
+    they have `values`. Raises `UserError` with a line
+    for each of the first ten files that cannot be decoded."""
     decoded = [try_decode(file, shape, values=values) for file in files]
     problems = [
         f"images: {file}: {pixels}{REMOVE}"
         for file, pixels in zip(files, decoded, strict=True)
         if isinstance(pixels, str)
     ]
-    if problems:
-        raise UserError("\n".join(problems))
+    refuse_files(problems)
     return torch.from_numpy(np.stack([pixels for pixels in decoded if not isinstance(pixels, str)]))
 
 
@@ -216,15 +217,21 @@ def read_clips(
     files: list[Path], shape: tuple[int, int, int], frames: int, values: Values | None = None
 ) -> tuple[Tensor, list[str]]:
     """Read clips, files or folders of frames, cut into windows: strips of `shape` (C, frames * H, W), uint8 or, if they
-    have `values`, float32 in [-1, 1]; and the name of each. Raises `UserError` with one line for each clip or window
-    that cannot be read."""
+    have `values`, float32 in [-1, 1]; and the name of each. Raises `UserError` with a line for each of the first ten
+    clips or windows that cannot be read."""
     rows = cut_windows([str(file) for file in files], frames)
     every = range(rows.size)
     decoded, names = decode_in_threads(rows.read(every), shape, values), [rows.name(row) for row in every]
     bad = [f"images: {name}: {found}" for name, found in zip(names, decoded, strict=True) if isinstance(found, str)]
-    if bad:
-        raise UserError("\n".join(bad))
+    refuse_files(bad)
     return torch.from_numpy(np.stack([strip for strip in decoded if not isinstance(strip, str)])), names
+
+
+def refuse_files(problems: list[str]) -> None:
+    """Raise `UserError` with the first ten problems, a line each, and the number of the others, if there are any."""
+    if problems:
+        more = [f"images: and {len(problems) - 10:,} more"] if len(problems) > 10 else []
+        raise UserError("\n".join([*problems[:10], *more]))
 
 
 def split_named_images(images: Named) -> tuple[list[str], list[int]]:

@@ -182,10 +182,9 @@ class TokenizerConfig(ModelConfig):
     def check_plain(self, what: str) -> Iterator[str]:
         """Yield a problem unless the images have 8 bits, and 1 or 3 channels."""
         if not self.is_plain:
-            yield (
-                f"channels: {what} takes 8-bit images with 1 or 3 channels (got {self.channels} of "
-                f"{self.dtype}{'' if self.range is None else f' from {self.range[0]:g} to {self.range[1]:g}'})"
-            )
+            values = self.dtype if self.range is None else f"{self.dtype} from {self.range[0]:g} to {self.range[1]:g}"
+            got = values if self.channels in (1, 3) else f"{self.channels} channels"
+            yield f"channels: {what} takes 8-bit images with 1 or 3 channels (got {got})"
 
     @field_validator("image_size", mode="before")
     @classmethod
@@ -217,8 +216,10 @@ def values_problems(
         yield f"range: expected a smaller and a larger number (got {limits[0]:g}, {limits[1]:g})"
     if limits is None and dtype not in ("uint8", None) and not measured:
         yield f"range: missing; {dtype} images need it"
-    if show is not None and (channels <= 3 or not all(0 <= channel < channels for channel in show)):
-        yield f"show: three channels of images with more than 3, from 0 to {channels - 1} (got {list(show)})"
+    if show is not None and channels <= 3:
+        yield f"show: is for images with more than 3 channels (got {channels})"
+    elif show is not None and not all(0 <= channel < channels for channel in show):
+        yield f"show: channels go from 0 to {channels - 1} (got {', '.join(map(str, show))})"
 
 
 class Tokenizer(PretrainedModel, family="tokenizer tokenizer.published"):

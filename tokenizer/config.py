@@ -401,7 +401,8 @@ def describe_problem(detail: ErrorDetails) -> str:
     if kind == "too_long":
         return f"expected at most {context['max_length']} values{got}"
     if kind == "literal_error":
-        return f"must be one of {context['expected'].replace(' or ', ', ')}{got}"
+        one = "one of " if " or " in context["expected"] else ""
+        return f"must be {one}{context['expected'].replace(' or ', ', ')}{got}"
     if kind == "value_error":
         return str(context["error"])
     if kind == "problem":

@@ -88,7 +88,7 @@ class FrameByFrame(Tokenizer, name="frame_by_frame"):
         if len(grid.shape) != 2 or grid.scales or grid.ids_per_position > 1:
             raise ConfigError(
                 f"frame_by_frame: tokenizer: a {self.tokenizer.name!r} tokenizer does not give a grid of two axes with "
-                f"one id for each position (its grid is {grid})"
+                "one id for each position"
             )
         self.grid = TokenGrid((self.frames, *grid.shape), grid.vocab_size, channels=grid.channels)
 

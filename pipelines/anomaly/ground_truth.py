@@ -23,7 +23,7 @@ ALL = "all"
 
 def find_masks(files: Sequence[Path], root: Path, folder: Path, anomalous: NDArray[np.bool_]) -> list[Path | None]:
     """Return the mask of each image `root`/DEFECT/NAME.*, None for normal images. Raises `UserError` for an anomalous
-    image without a mask."""
+    image without a mask, and for a mask that cannot be opened or has another size."""
     if not folder.is_dir():
         raise UserError(f"ground_truth: no such folder: {folder}")
     found = list[Path | None]()
@@ -33,6 +33,11 @@ def find_masks(files: Sequence[Path], root: Path, folder: Path, anomalous: NDArr
         mask = next((path for path in masks if path.is_file()), None) if defective else None
         if defective and mask is None:
             raise UserError(one_line(f"ground_truth: {file} has no mask: neither {masks[0]} nor {masks[1].name}"))
+        if mask is not None:
+            try:
+                open_mask(mask, file)
+            except Exception as error:  # Pillow raises almost anything for damaged files
+                raise UserError(one_line(f"ground_truth: {mask}: {error}")) from error
         found.append(mask)
     return found
 
@@ -51,13 +56,19 @@ def read_mask(mask: Path | None, file: Path, size: Sequence[int]) -> NDArray[np.
 def load_mask(mask: Path, file: Path, size: Sequence[int]) -> NDArray[np.bool_]:
     """Return which pixels are defective, bool `size` (H, W): those of which more than half the area is not black, after
     the mask is cropped as its image is. Raises `ValueError` for a mask and an image of different sizes."""
+    marked = open_mask(mask, file)
+    values = np.asarray(marked if marked.mode.startswith("I") else marked.convert("L")) > 0
+    area = ImageOps.fit(Image.fromarray(values.astype(np.float32)), (size[1], size[0]), Image.Resampling.BOX)
+    return np.asarray(area) > 0.5 + 1e-6
+
+
+def open_mask(mask: Path, file: Path) -> Image.Image:
+    """Open the mask of an image, upright. Raises `ValueError` if their sizes differ."""
     image, marked = ImageOps.exif_transpose(open_image(file)), ImageOps.exif_transpose(open_image(mask))
     if marked.size != image.size:
         (width, height), other = marked.size, "{} x {}".format(*image.size)
         raise ValueError(f"the mask has {width} x {height} pixels, its image {other}")
-    values = np.asarray(marked if marked.mode.startswith("I") else marked.convert("L")) > 0
-    area = ImageOps.fit(Image.fromarray(values.astype(np.float32)), (size[1], size[0]), Image.Resampling.BOX)
-    return np.asarray(area) > 0.5 + 1e-6
+    return marked
 
 
 def measure_defects(

@@ -90,7 +90,8 @@ def run(config: CalibrateConfig) -> Calibration:
                 some = f"{len(chosen):,} of {len(images):,}" + (" images" if groups is not None else "")
                 hint = f"every={config.every} selects {some}; every=1 uses all"
             else:
-                hint = "false_alarms=0.2 needs fewer, and data.source=FOLDER uses other images"
+                fewer = "false_alarms=0.2 needs fewer, and " if config.false_alarms < 0.2 else ""
+                hint = f"{fewer}data.source=FOLDER uses other images"
             raise UserError(f"data: {error}; {hint}") from error
         given = config.read_condition(pipeline, len(chosen), images.names(chosen))
         try:

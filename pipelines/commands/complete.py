@@ -23,7 +23,7 @@ from ..completion import (
 )
 from ..condition_keys import SamplesWithCondition
 from ..config import OutputConfig, UserError, run_command
-from ..config.table import table
+from ..config.table import count_of, table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import to_float, to_uint8
@@ -238,16 +238,18 @@ def format_report(
         nats = figures["conditional_log_prob"]
         score = f"{nats:.2f} nats, {-nats / hidden / np.log(2):.3f} bits per hidden token (mean over images)"
     share, best = float((~known).double().mean()), figures["best_pixel_error"]
-    what, shown = config.mask or MASK, "original, masked"
+    what, sheet = config.mask or MASK, f"{config.out}: original, masked, {config.draws} completions"
     if config.frames is not None:
-        what, shown = f"after {config.frames} of {pipeline.frames} frames", "original, then in orange what is drawn of"
+        what = f"after {config.frames} of {pipeline.frames} frames"
+        place = config.out if Path(config.out).suffix else f"{config.out}/sheet.png"
+        sheet = f"{place}: original, {count_of(config.draws, 'completion')} with drawn frames in orange"
     rows = [
         ("masked", f"{what}: {share:.1%} of the pixels, {hidden} of {keep.numel()} tokens"),
         ("conditioned on", describe_context(pipeline.prior, keep)),
         ("log p of the original", score),
         ("pixel error", f"{figures['pixel_error']:.1f} of 255 in the masked area, best of {config.draws}: {best:.1f}"),
         ("  reconstruction", f"{figures['tokenizer_pixel_error']:.1f}"),
-        ("sheet", f"{config.out}: {shown}, {config.draws} completions"),
+        ("sheet", sheet),
     ]
     return table(rows)
 

@@ -102,7 +102,7 @@ def run(config: CompressConfig) -> Path:
     print(
         f"{config.out}: {count_of(len(paths), 'image')}, {written:,} bytes (before: {before:,}), "
         f"{written / len(paths):.1f} per image, {bits:.3f} bits per dim\n"
-        f"kept: {what}; {len(paths) / seconds:.0f} images per second"
+        f"kept: {what}; {len(paths) / seconds:,.1f} images per second"
     )
     return out.path
 

@@ -28,7 +28,7 @@ from ..anomaly.sheets import draw_sheet, draw_truth, draw_whole, reduce_map, red
 from ..condition_keys import ConditionRows, UsesCondition
 from ..condition_values import read_given
 from ..config import OutputConfig, UserError, run_command
-from ..config.table import table
+from ..config.table import count_of, table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import to_float
@@ -393,8 +393,8 @@ def format_report(
             ("AUPRC", f"{figures['auprc']:.4f} (by chance {figures['prevalence']:.4f})"),
             ("FPR95", f"{figures['fpr95']:.4f}"),
         ]
-    panels = "rows from most to least anomalous; columns: image, map (grid tokenizers only)"
-    panels += "" if config.tile else ", healed image, difference"
+    panels = "rows from most to least anomalous; columns: image, map (if tokens have places)"
+    panels += ", flagged regions (combined map)" if config.tile else ", healed image, difference"
     rows += [(), ("scores", f"{config.out}/scores.csv"), ("sheet", f"{config.out}/sheet.png: {panels}")]
     return table(rows)
 
@@ -425,8 +425,8 @@ def format_truth(config: DetectConfig, figures: dict[str, Any]) -> str:
     lines = ["", table(rows, right=range(1, 7)), ""]
     if vanished := figures["vanished"]:
         lines.append(
-            f"{vanished:,} masks of defects have no pixel at this image size (a pixel needs half its area) and count "
-            "only for image AUROC"
+            f"without a pixel in the mask at this size: {count_of(vanished, 'defective image')}, counted for image "
+            "AUROC only (a pixel needs half its area)"
         )
     panels = "rows from the worst to the best map; columns: image, map, mask"
     files = [("table", f"{config.out}/{TRUTH_FILES[0]}"), ("pictures", f"{config.out}/{TRUTH_FILES[1]}: {panels}")]

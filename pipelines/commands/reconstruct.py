@@ -54,6 +54,8 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
     out = Output(config.out, [find_protected_folder(config.tokenizer), config.data.path], config.overwrite)
     out.check_file(SUFFIXES)
     tokenizer, images = config.load_with_images(whole=config.tile)
+    if config.tile and tokenizer.frames > 1:
+        raise UserError("tile: clips are not cut into tiles")
     stride = config.choose_stride(tokenizer.image_shape)
     if stride is None:
         figures = evaluate_reconstruction(tokenizer, images, ssim_images=SOME)

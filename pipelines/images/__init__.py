@@ -1,6 +1,16 @@
 """Image data sets: find, decode, split and augment images."""
 
-from .dataset import TEST_DRAWS, DataConfig, ImageDataset, Splits, check_shape, load_images
+from .dataset import TEST_DRAWS, DataConfig, ImageDataset, Splits, check_shape, check_type, load_images
 from .pictures import to_float, to_uint8
 
-__all__ = ["TEST_DRAWS", "DataConfig", "ImageDataset", "Splits", "check_shape", "load_images", "to_float", "to_uint8"]
+__all__ = [
+    "TEST_DRAWS",
+    "DataConfig",
+    "ImageDataset",
+    "Splits",
+    "check_shape",
+    "check_type",
+    "load_images",
+    "to_float",
+    "to_uint8",
+]

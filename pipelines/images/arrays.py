@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLESPERPIXEL, TiffImageFile
 
 from ..config import UserError
+from ..config.table import count_of
 from .decoding import (
     CHUNK,
     MAX_FILE,
@@ -87,9 +88,10 @@ def require_plain(tokenizer: Any, verb: str, *, clips: bool = False) -> None:
     if tokenizer.frames > 1 and not clips:
         raise UserError(f"{verb}: takes images, not clips of {tokenizer.frames} frames (the Python methods take clips)")
     if not is_plain(tokenizer):
+        channels = count_of(tokenizer.image_shape[0], "channel")
         raise UserError(
-            f"{verb}: takes 8-bit images with 1 or 3 channels; those of this tokenizer have {tokenizer.image_shape[0]} "
-            f"channels of {type_name(tokenizer)} (the Python methods take arrays)"
+            f"{verb}: takes 8-bit images with 1 or 3 channels; those of this tokenizer have {channels} of "
+            f"{type_name(tokenizer)} (the Python methods take arrays)"
         )
 
 

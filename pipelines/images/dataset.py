@@ -231,7 +231,7 @@ class DataConfig(Config):
     @model_validator(mode="after")
     def _crops_are_cropped(self) -> DataConfig:
         if self.crops_per_image > 1 and self.crop is None:
-            raise ValueError("crops_per_image needs crop=random")
+            raise ValueError("crops_per_image needs crop=random; without crops, set crops_per_image=1")
         return self
 
     @model_validator(mode="after")
@@ -402,10 +402,9 @@ def settle_values(config: DataConfig, rows: Rows, positions: NDArray[np.int64]) 
 def require_plain_data(config: DataConfig) -> None:
     """Raise `UserError` for images of another depth or with other channels than those of digits and streams."""
     if config.channels not in (1, 3) or config.dtype not in (None, "uint8") or config.range is not None:
-        raise UserError(
-            "data.channels, data.dtype, data.range: data.source=digits and data.streaming have 8-bit images with 1 or "
-            f"3 channels (got data.source={config.source} data.streaming={str(config.streaming).lower()})"
-        )
+        key = "data.channels" if config.channels not in (1, 3) else "data.range" if config.range else "data.dtype"
+        what = "data.streaming=true" if config.streaming else f"data.source={config.source}"
+        raise UserError(f"{key}: {what} reads 8-bit images with 1 or 3 channels only")
 
 
 def warn_about_range(config: DataConfig, rows: Rows, positions: NDArray[np.int64]) -> None:
@@ -422,6 +421,16 @@ def warn_about_range(config: DataConfig, rows: Rows, positions: NDArray[np.int64
                 f"{len(some)} training images, most in {worst}; data.range=null measures it"
             )
         )
+
+
+def check_type(splits: Splits, tokenizer: Any, whose: str = "pipeline") -> Splits:
+    """Return the splits. Raises `UserError` if their type was measured, and the tokenizer's images have 8 bits."""
+    if values_of(tokenizer) is None and (found := splits.held_out.values) is not None:
+        raise UserError(
+            f"data.dtype: the {whose}'s images are 8-bit, these are {found.dtype}; convert them, or scale pictures "
+            "with data.dtype=uint8"
+        )
+    return splits
 
 
 def check_shape(config: DataConfig, tokenizer: Any, whose: str = "pipeline", *, single_frames: bool = False) -> None:
@@ -787,7 +796,7 @@ def find_objects(names: list[str], pattern: str) -> list[str]:
         text = match[min(1, search.groups)] if match else None
         if not text:
             raise UserError(
-                one_line(f"data.group: {quote(pattern)} finds no object in {name} (null: each image is an object)")
+                one_line(f"data.group: '{pattern}' finds no object in {name} (null: each image is an object)")
             )
         found.append(text)
     return found

@@ -147,7 +147,7 @@ def check_stride(stride: int, shape: Shape) -> int:
     stride, most = whole_number("stride", stride), min(shape[1:])
     if not 1 <= stride <= most:
         raise ValueError(
-            f"stride must be from 1 to {most}, so that tiles of {shape[1]} x {shape[2]} leave no gaps (got {stride})"
+            f"stride: must be from 1 to {most}, so that tiles of {shape[1]} x {shape[2]} leave no gaps (got {stride})"
         )
     return stride
 

@@ -160,7 +160,7 @@ def test_image_pipelines_refuse_clips():
     assert pipe.frames == 1
     with pytest.raises(ValueError, match="^images must be PIL"):
         pipe.encode(clips)
-    with pytest.raises(ValueError, match="^frames: the images of this pipeline are no clips[^\n]*$"):
+    with pytest.raises(ValueError, match="^frames: this pipeline makes images, not clips[^\n]*$"):
         pipe.complete(clips[0], frames=1)
 
 

@@ -249,10 +249,19 @@ def test_mistakes_are_one_line(folder, tmp_path, monkeypatch, capsys, case):
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["empty", "short"]
 
 
+def test_at_most_ten_bad_clips_are_listed(folder, tmp_path, capsys):
+    save_clips(tmp_path / "short", 24, frames=T - 1)
+    with pytest.raises(SystemExit) as stopped:
+        main(["complete", "frames=1", f"pipeline={folder}", f"images={tmp_path / 'short'}", f"out={tmp_path / 'out'}"])
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(lines) == 11
+    assert "2 frames, fewer than data.frames=3" in lines[0] and "and 14 more" in lines[-1]
+
+
 def test_settings_of_clips_are_refused_for_images(folder, tmp_path, capsys):
     images = f"pipeline={folder.parent / 'images'}"
     for more, word in (
-        (["complete", images, "frames=1"], "frames: the images of this pipeline are no clips"),
+        (["complete", images, "frames=1"], "frames: this pipeline makes images, not clips"),
         (["generate", images, "format=gif", f"out={tmp_path / 'out'}"], "format: is that of clips"),
         (["generate", images, f"out={tmp_path / 'it.gif'}"], "out: .gif shows clips"),
     ):

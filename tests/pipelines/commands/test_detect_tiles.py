@@ -147,13 +147,13 @@ def test_a_pipeline_that_was_trained_on_crops_is_calibrated_on_whole_images(worl
     ("argv", "message"),
     [
         (["detect", "stride=8"], "stride: needs tile=true"),
-        (["detect", "tile=true", "stride=17"], "stride must be from 1 to 16"),
+        (["detect", "tile=true", "stride=17"], "stride: must be from 1 to 16"),
         (["detect"], "calibrated with tiles of 16 x 16 and stride=8, but now with whole images"),
         (["detect", "tile=true", "stride=4"], "give tile=true stride=8"),
         (["detect", "pipeline={world}/whole", "tile=true"], "calibrated with whole images, but now with tiles"),
         (["detect", "tile=true", "images={world}/small"], "small/001.png: 40 x 15 pixels"),
         (["calibrate", "stride=8"], "stride: needs tile=true"),
-        (["calibrate", "tile=true", "stride=40"], "stride must be from 1 to 16"),
+        (["calibrate", "tile=true", "stride=40"], "stride: must be from 1 to 16"),
         (["calibrate", "tile=true", "data.source={world}/small", "every=1"], "data: "),
     ],
 )
@@ -205,7 +205,7 @@ def test_tiles_are_calibrated_and_compared_with_masks_by_object(trained, tmp_pat
     ]
     main(["detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/found", *given])
     printed = capsys.readouterr().out
-    assert "have no pixel" not in printed and "of normal objects" in printed
+    assert "without a pixel" not in printed and "of normal objects" in printed
     (row, _) = rows_of(tmp_path / "found/ground_truth.csv")
     assert (row["images"], row["objects"], row["regions"]) == ("8", "4", "8")
     files = [*sorted((tmp_path / "new/good").iterdir()), *sorted((tmp_path / "new/noise").iterdir())]

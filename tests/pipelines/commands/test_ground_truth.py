@@ -173,7 +173,11 @@ def test_other_names_of_good_images_and_masks_that_vanish(world, tmp_path, capsy
     main(["detect", f"pipeline={world}/pipe", f"out={tmp_path}/out", *given])
     printed = capsys.readouterr().out
     rows = rows_of(tmp_path / "out/ground_truth.csv")
-    assert [row["pro"] == "" for row in rows] == [False, True, False] and "8 masks of defects have no pixel" in printed
+    assert [row["pro"] == "" for row in rows] == [
+        False,
+        True,
+        False,
+    ] and "without a pixel in the mask at this size: 8 defective images" in printed
 
 
 def test_an_image_whose_name_shows_no_object_is_one_line(world, tmp_path, capsys):

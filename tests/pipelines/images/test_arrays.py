@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optional import Late, needs_tifffile
 from PIL import Image
+from small_pipelines import make_pipeline
 
 from pipelines import ImagePipeline, evaluate, generate, train_prior, train_tokenizer
 from pipelines.__main__ import main
@@ -315,7 +316,7 @@ def test_bad_arrays_are_named(tmp_path):
         load_images(data_of(tmp_path / "a", channels=5))
     with pytest.raises(UserError, match="all are 0"):
         load_images(data_of(write_arrays(tmp_path / "b", np.zeros((20, 16, 16, 6), np.uint16))))
-    with pytest.raises(UserError, match="data.source=digits and data.streaming have 8-bit images"):
+    with pytest.raises(UserError, match="data.source=digits reads 8-bit images"):
         load_images(DataConfig(channels=6))
 
 
@@ -465,6 +466,23 @@ def test_evaluation_and_detection_run(run):
     write_arrays(run / "other", blobs(4, seed=9))
     main(["detect", pipeline, f"images={run / 'other'}", f"out={run / 'found'}", "method=nll"])
     assert len((run / "found" / "scores.csv").read_text().splitlines()) == 5
+
+
+def test_verbs_of_8_bit_models_do_not_measure_a_range(tmp_path, capsys):
+    make_pipeline().save_pretrained(tmp_path / "pipeline")
+    write_arrays(tmp_path / "images", blobs(20)[..., :1])
+    data = [f"data.source={tmp_path / 'images'}", "data.image_size=8,12", "data.channels=1"]
+    for verb, key in (
+        ("evaluate", "pipeline"),
+        ("calibrate", "pipeline"),
+        ("encode", "tokenizer"),
+        ("reconstruct", "tokenizer"),
+    ):
+        more = [] if verb == "calibrate" else [f"out={tmp_path / verb}{'.png' if verb == 'reconstruct' else ''}"]
+        with pytest.raises(SystemExit) as stopped:
+            main([verb, f"{key}={tmp_path / 'pipeline'}", *data, *more])
+        assert stopped.value.code == 2
+        assert "images are 8-bit, these are uint16; convert them" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_verbs_for_pictures_say_so(run, capsys):

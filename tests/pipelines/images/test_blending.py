@@ -93,8 +93,8 @@ def test_a_stride_of_a_tile_puts_tiles_side_by_side():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda pipe, image: pipe.encode([image], stride=9), "stride must be from 1 to 8"),
-        (lambda pipe, image: pipe.reconstruct([image], stride=0), "stride must be from 1 to 8"),
+        (lambda pipe, image: pipe.encode([image], stride=9), "stride: must be from 1 to 8"),
+        (lambda pipe, image: pipe.reconstruct([image], stride=0), "stride: must be from 1 to 8"),
         (lambda pipe, image: pipe.reconstruct([image[:, :11]], stride=8), "image 0: 11 x 30 pixels"),
         (lambda pipe, image: pipe.reconstruct([image], stride=8, output_type="x"), "output_type"),
         (lambda pipe, image: pipe.decode_tiles(pipe.encode([image], stride=8), [], 8), "got 0 sizes"),
@@ -120,7 +120,10 @@ def test_the_verb_reconstructs_whole_images(pipe, tmp_path, capsys):
     figures = reconstruct_verb([*argv, "tile=true", "stride=4"])
     assert "3 held-out images" in capsys.readouterr().out and figures["psnr"] > 0
     assert min(Image.open(tmp_path / "a.png").size) > 40
-    for more, message in ((["stride=4"], "needs tile=true"), (["tile=true", "stride=9"], "stride must be from 1 to 8")):
+    for more, message in (
+        (["stride=4"], "needs tile=true"),
+        (["tile=true", "stride=9"], "stride: must be from 1 to 8"),
+    ):
         with pytest.raises(SystemExit):
             reconstruct_verb([*argv, "overwrite=true", *more])
         assert message in capsys.readouterr().err

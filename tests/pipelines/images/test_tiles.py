@@ -99,8 +99,8 @@ def test_each_tile_has_the_condition_of_its_image():
 @pytest.mark.parametrize(
     ("images", "stride", "message"),
     [
-        (np.zeros((40, 40), np.uint8), 17, "stride must be from 1 to 16"),
-        (np.zeros((40, 40), np.uint8), 0, "stride must be from 1 to 16"),
+        (np.zeros((40, 40), np.uint8), 17, "stride: must be from 1 to 16"),
+        (np.zeros((40, 40), np.uint8), 0, "stride: must be from 1 to 16"),
         (np.zeros((40, 40), np.uint8), 2.5, "stride"),
         ([np.zeros((40, 40), np.uint8), np.zeros((40, 15), np.uint8)], 8, "image 1: 40 x 15 pixels"),
         (np.zeros((40, 40, 3), np.uint8), 8, "image"),
