@@ -12,6 +12,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -45,6 +46,8 @@ ValueType = Literal["uint8", "uint16", "float32"]
 NUMPY, ZIP = b"\x93NUMPY", b"PK"
 """The first bytes of `.npy` and `.npz` files."""
 PNG, TIFF = b"\x89PNG", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+PARSING = Lock()
+"""Held while the header of an array is parsed, because Python 3.11 may fail if two threads parse at once."""
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 COLOURS = (1, 2, 5)
 """Values of PHOTOMETRIC_INTERPRETATION that are read as they are: grey, RGB, and inks."""
@@ -175,12 +178,14 @@ def read_npy(data: bytes) -> Array:
     file = io.BytesIO(data)
     version = npy.read_magic(file)
     read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, _, dtype = read_header(file)
+    with PARSING:
+        shape, by_column, dtype = read_header(file)
     if dtype.hasobject:
         raise ValueError("an array of Python objects, which may hold code and is not read")
-    if int(np.prod(shape, dtype=object)) * dtype.itemsize > len(data):
+    if (count := int(np.prod(shape, dtype=object))) * dtype.itemsize > len(data) - file.tell():
         raise ValueError(f"the file is too short for its array of shape {shape}")
-    return np.load(io.BytesIO(data))  # objects are refused by default, too
+    values = np.frombuffer(data, dtype, count, file.tell())
+    return values.reshape(shape, order="F" if by_column else "C").copy()
 
 
 def read_npz(data: bytes) -> Array:

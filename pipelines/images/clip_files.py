@@ -20,7 +20,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from ..config import UserError, is_first_process, tell
-from .arrays import Array, Values, decode_array, read_npz, read_page
+from .arrays import PARSING, Array, Values, decode_array, read_npz, read_page
 from .clips import to_clips, to_strips
 from .decoding import (
     WORKERS,
@@ -251,7 +251,8 @@ def read_volume(path: Path) -> Array:
     elif not path.is_file():  # mapping a pipe may never end
         raise ValueError("missing, or not a regular file")
     else:
-        array = np.load(path, mmap_mode="r")  # objects are refused by default
+        with PARSING:
+            array = np.load(path, mmap_mode="r")  # objects are refused by default
     if array.ndim not in (3, 4) or not array.size:
         raise ValueError(f"shape {array.shape}; a clip needs (T, H, W), (T, H, W, C) or (T, C, H, W)")
     return array

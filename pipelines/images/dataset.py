@@ -425,7 +425,7 @@ def warn_about_range(config: DataConfig, rows: Rows, positions: NDArray[np.int64
 
 def check_type(splits: Splits, tokenizer: Any, whose: str = "pipeline") -> Splits:
     """Return the splits. Raises `UserError` if their type was measured, and the tokenizer's images have 8 bits."""
-    if values_of(tokenizer) is None and (found := splits.held_out.values) is not None:
+    if values_of(tokenizer) is None and (found := splits.train.values) is not None:
         raise UserError(
             f"data.dtype: the {whose}'s images are 8-bit, these are {found.dtype}; convert them, or scale pictures "
             "with data.dtype=uint8"
