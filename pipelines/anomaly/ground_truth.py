@@ -1,5 +1,5 @@
 """Compare scores and maps with masks of defects, in the layout of MVTec AD: `test/DEFECT/NAME.png` has the mask
-`ground_truth/DEFECT/NAME_mask.png` (or `NAME.png`), and images in `test/good` have none."""
+`ground_truth/DEFECT/NAME_mask.png` (or `NAME.png`), and images in `test/good` have none; or from a table."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from tokenizer.files import one_line
 
+from ..condition_keys import FILE_NAME, read_rows
 from ..config import UserError
 from ..images.decoding import open_image
 from ..metrics.localization import auroc, auroc_by_object, join, label_regions, per_region_overlap
@@ -24,8 +25,6 @@ ALL = "all"
 def find_masks(files: Sequence[Path], root: Path, folder: Path, anomalous: NDArray[np.bool_]) -> list[Path | None]:
     """Return the mask of each image `root`/DEFECT/NAME.*, None for normal images. Raises `UserError` for an anomalous
     image without a mask, and for a mask that cannot be opened or has another size."""
-    if not folder.is_dir():
-        raise UserError(f"ground_truth: no such folder: {folder}")
     found = list[Path | None]()
     for file, defective in zip(files, anomalous, strict=True):
         stem = folder / file.relative_to(root).with_suffix("")
@@ -33,13 +32,37 @@ def find_masks(files: Sequence[Path], root: Path, folder: Path, anomalous: NDArr
         mask = next((path for path in masks if path.is_file()), None) if defective else None
         if defective and mask is None:
             raise UserError(one_line(f"ground_truth: {file} has no mask: neither {masks[0]} nor {masks[1].name}"))
+        found.append(mask)
+    check_masks(files, found)
+    return found
+
+
+def read_mask_table(table: Path, files: Sequence[Path]) -> tuple[list[Path | None], list[str]]:
+    """Return the mask of each image, None for good ones, and its class, from a table with the columns `file_name`,
+    `mask` (a path from the folder of the table; empty for good images) and perhaps `label`: else classes are `good` and
+    `defect`. Raises `UserError`."""
+    try:
+        rows = read_rows(table, [str(file) for file in files])
+    except ValueError as error:
+        raise UserError(one_line(f"ground_truth: {str(error).removeprefix('conditions: ')}")) from error
+    if absent := [name for name in (FILE_NAME, "mask") if name not in rows[0]]:
+        raise UserError(one_line(f"ground_truth: {table} has no column {absent[0]}; it has {', '.join(rows[0])}"))
+    masks = [table.parent / row["mask"] if row["mask"] else None for row in rows]
+    classes = [
+        row.get("label") or ("good" if mask is None else "defect") for row, mask in zip(rows, masks, strict=True)
+    ]
+    check_masks(files, masks)
+    return masks, [str(name) for name in classes]
+
+
+def check_masks(files: Sequence[Path], masks: Sequence[Path | None]) -> None:
+    """Raise `UserError` for a mask that cannot be opened, or has another size than its image."""
+    for file, mask in zip(files, masks, strict=True):
         if mask is not None:
             try:
                 open_mask(mask, file)
             except Exception as error:  # Pillow raises almost anything for damaged files
                 raise UserError(one_line(f"ground_truth: {mask}: {error}")) from error
-        found.append(mask)
-    return found
 
 
 def read_mask(mask: Path | None, file: Path, size: Sequence[int]) -> NDArray[np.bool_]:

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from tokenizer.files import write_json
+from tokenizer.files import one_line, write_json
 
 from ..anomaly.calibration import Calibration, digest_of_pixels, require_calibration
 from ..anomaly.conformal import benjamini_hochberg
 from ..anomaly.distances import CalibrationError
-from ..anomaly.ground_truth import find_masks, measure_defects, read_mask
+from ..anomaly.ground_truth import find_masks, measure_defects, read_mask, read_mask_table
 from ..anomaly.healing import map_bits, map_large
 from ..anomaly.image_statistics import measure
 from ..anomaly.maps import map_calibrated
@@ -60,7 +60,7 @@ class DetectConfig(UsesCondition, OutputConfig, UsesTiles):
     ground_truth: str | None = Field(
         None,
         description="folder with the masks of defects: images=test has test/good and test/DEFECT/NAME.*, whose mask is "
-        "DEFECT/NAME_mask.png or DEFECT/NAME.png here; writes ground_truth.csv and ground_truth.png, too",
+        "DEFECT/NAME_mask.png or DEFECT/NAME.png here; or a table of file_name, mask, label",
     )
     method: Literal["joint", "neighbours", "nll", "typicality", "ratio", "reconstruction", "hidden"] = Field(
         "joint",
@@ -253,16 +253,23 @@ def check_ground_truth(config: DetectConfig, pipeline: ImagePipeline) -> None:
         raise UserError("ground_truth: is for images, not for clips")
     if len(config.paths) != 1 or not Path(config.paths[0]).is_dir():
         raise UserError("ground_truth: needs images=FOLDER, with a folder of good images and one for each defect")
-    if not Path(config.ground_truth).is_dir():
-        raise UserError(f"ground_truth: no such folder: {config.ground_truth}")
+    if not Path(config.ground_truth).exists():
+        raise UserError(f"ground_truth: no such folder or table: {config.ground_truth}")
     if not pipeline.tokenizer.placed:
         raise UserError("ground_truth: the tokens of this pipeline have no place in the image, so there are no maps")
 
 
 def find_all_masks(config: DetectConfig, images: Found, anomalous: NDArray[np.bool_]) -> list[Path | None]:
     """Return the mask file of each image, None for normal ones. Raises `UserError`."""
-    files = [Path(name) for name in images.names]
-    return find_masks(files, Path(config.paths[0]), Path(str(config.ground_truth)), anomalous)
+    files, truth = [Path(name) for name in images.names], Path(str(config.ground_truth))
+    if truth.is_dir():
+        return find_masks(files, Path(config.paths[0]), truth, anomalous)
+    masks, _ = read_mask_table(truth, files)
+    for file, mask, defective in zip(files, masks, anomalous, strict=True):
+        if defective != (mask is not None):
+            found = "no mask" if defective else "a mask"
+            raise UserError(one_line(f"ground_truth: {file} has {found}; normal_labels says which labels are good"))
+    return masks
 
 
 def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
@@ -286,6 +293,8 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
             pixels = read_images(files, shape, pipeline.values)
         if config.ground_truth is None:
             folders = [file.absolute().parent.name for file in files]
+        elif Path(config.ground_truth).is_file():
+            _, folders = read_mask_table(Path(config.ground_truth), files)
         else:
             parts = [file.relative_to(config.paths[0]).parts for file in files]
             folders = ["" if len(part) == 1 else part[0] for part in parts]

@@ -92,8 +92,8 @@ def read_whole(rows: Rows, row: int, config: DataConfig) -> Pixels | str:
 
 
 class CropImages(ImageDataset):
-    """Crops of images: `crops_per_image` of each, at `random` places or, else, the largest square grid of so many or
-    fewer, evenly spread (one: the centre). `pixels` draws the places of seed 0 and epoch 0."""
+    """Crops of images: `crops_per_image` of each, at `random` places or, else, the largest square grid of at most that
+    many, evenly spread (one: the centre). `pixels` draws the places of seed 0 and epoch 0."""
 
     def __init__(
         self,

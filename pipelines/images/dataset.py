@@ -606,7 +606,7 @@ class ImageDataset:
 def prepare_images(pixels: Tensor, changes: Tensor | None, config: AugmentConfig, frames: int = 1) -> Tensor:
     """Convert `pixels` (B, C, H, W), uint8 or float in [-1, 1], to floats in [-1, 1], augmented by `changes`, from
     `draw_changes`, on their device. The result for an image is the same to the bit in any batch. frames: number of
-    frames of each image, a strip, which all move alike."""
+    frames of each image, a strip, which all move in the same way."""
     if changes is not None and config.flip:  # flip the bytes, a quarter of the size of the floats
         pixels = mirror_images(pixels, changes)
     images = to_float(pixels)

@@ -184,3 +184,44 @@ def test_an_image_whose_name_shows_no_object_is_one_line(world, tmp_path, capsys
     write(tmp_path / "other", stripes(3)[:, 0].numpy(), "abc")
     line = fails(capsys, "detect", f"pipeline={world}/pipe", f"images={tmp_path}/other", f"out={tmp_path}/out")
     assert line.startswith("error: data.group: ") and "a.png" in line and "null" in line
+
+
+def list_masks(world):
+    """Return the row of each image in a table of masks."""
+    for path in sorted((world / "test").rglob("*.png")):
+        kind = path.parent.name
+        mask = world / "truth" / kind / f"{path.stem}{'_mask' if kind == 'noise' else ''}.png"
+        yield str(path.relative_to(world)), "" if kind == "good" else str(mask), kind
+
+
+def write_table(path, rows):
+    path.write_text("file_name,mask,label\n" + "".join(f"{','.join(row)}\n" for row in rows))
+
+
+def test_a_table_names_masks_as_the_layout_does(world, tmp_path):
+    """With labels, or without: then each image with a mask is a defect."""
+    detect(world, tmp_path / "folders", "method=nll")
+    rows = list(list_masks(world))
+    write_table(world / "labelled.csv", rows)
+    write_table(world / "plain.csv", [(name, mask, "") for name, mask, _ in rows])
+    for table in ("labelled", "plain"):
+        detect(world, tmp_path / table, "method=nll", f"ground_truth={world}/{table}.csv")
+    assert rows_of(tmp_path / "labelled/ground_truth.csv") == rows_of(tmp_path / "folders/ground_truth.csv")
+    plain, expected = rows_of(tmp_path / "plain/ground_truth.csv"), rows_of(tmp_path / "folders/ground_truth.csv")[-1]
+    assert [row["defect"] for row in plain] == ["defect", "all"] and plain[-1] == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda rows: rows[1:], "no row with the file_name of"),
+        (lambda rows: [(name, "", kind) for name, _, kind in rows], "has no mask"),
+        (lambda rows: [(name, mask or rows[-1][1], kind) for name, mask, kind in rows], "has a mask"),
+        (lambda rows: [(name, mask and "gone.png", kind) for name, mask, kind in rows], "gone.png"),
+    ],
+)
+def test_mistakes_in_a_table_of_masks_are_one_line(world, tmp_path, capsys, change, said):
+    rows = list(list_masks(world))
+    write_table(tmp_path / "masks.csv", change(rows))
+    given = [f"images={world}/test", f"ground_truth={tmp_path}/masks.csv", f"out={tmp_path}/found"]
+    assert said in fails(capsys, "detect", f"pipeline={world}/pipe", *given)
