@@ -381,17 +381,11 @@ class ImagePipeline:
 
     @serialized
     @torch.no_grad()
-    def encode(self, images: Images, *, stride: int | None = None, batch_size: int = 256) -> Any:
+    def encode(self, images: Images, *, batch_size: int = 256) -> Tensor:
         """Encode images to tokens `(B, *grid.shape)`. images: PIL images, or uint8 or float in [-1, 1] as tensors
         `(B, C, H, W)`, arrays `(B, H, W, C)` or `(H, W, C)`, or a list of single images. If the pipeline takes clips
         (`frames` > 1): tensors `(B, T, C, H, W)` or `(T, C, H, W)`, arrays `(B, T, H, W, C)` or `(T, H, W, C)`, lists
-        of lists of T PIL images, or a list of single clips.
-
-        stride: take images of any size from the model size on, also of different sizes in one list, and return a list
-        of the tokens of the tiles of each image, `(rows, columns, *grid.shape)`. Tiles lie at every `stride` pixels and
-        at the borders; `decode_tiles` inverts this."""
-        if stride is not None:
-            return encode_tiles(self, images, stride, batch_size)
+        of lists of T PIL images, or a list of single clips."""
         return self.encode_batch(self.to_images(images), batch_size=batch_size)
 
     @serialized
@@ -419,6 +413,7 @@ class ImagePipeline:
             [self.tokenizer.decode(part) for part in (self._with_bar(parts, "decoding") if progress else parts)]
         )
 
+    encode_tiles = serialized(encode_tiles)
     decode_tiles = serialized(decode_tiles)
 
     @serialized
@@ -427,7 +422,7 @@ class ImagePipeline:
     ) -> Any:
         """Return `decode(encode(images))`.
 
-        stride: take images of any size, as `encode` does, and return a list of reconstructions at their own sizes.
+        stride: take images of any size, as `encode_tiles` does, and return a list of images at their own sizes.
         Overlapping tiles are blended linearly, so that there are no seams; with a stride of a whole tile, only the last
         ones of a row and of a column overlap, and there are seams."""
         if stride is not None:

@@ -61,8 +61,10 @@ def decode_image(tokenizer: Tokenizer, tokens: Tensor, size: Sequence[int], stri
 # What a pipeline does -----------------------------------------------------------------------------
 
 
-def encode_tiles(pipeline: ImagePipeline, images: Any, stride: int, batch_size: int) -> list[Tensor]:
-    """Return the tokens of each image's tiles, `(rows, columns, *grid.shape)`; see `ImagePipeline.encode`."""
+def encode_tiles(pipeline: ImagePipeline, images: Any, stride: int, *, batch_size: int = 256) -> list[Tensor]:
+    """Encode images of any size from the model's size on, also of different sizes in one list; return the tokens of
+    each image's tiles, `(rows, columns, *grid.shape)`. Tiles lie at every `stride` pixels and at the borders.
+    `decode_tiles` inverts this."""
     shape, several = check_images(pipeline, images, stride, batch_size)
     loaded = (load_image(several, number, shape) for number in range(len(several)))
     return [encode_image(pipeline.tokenizer, image, stride, batch_size) for image in loaded]
@@ -77,7 +79,7 @@ def decode_tiles(
     output_type: str = "pil",
     batch_size: int = 256,
 ) -> list[Any]:
-    """Decode what `encode(images, stride=stride)` returned: tokens `(rows, columns, *grid.shape)` for each image, whose
+    """Decode what `encode_tiles(images, stride)` returned: tokens `(rows, columns, *grid.shape)` for each image, whose
     `sizes` are (height, width). Return a list of images at these sizes, without seams; see `reconstruct`. Raises
     `ValueError` for tokens that do not fit a size."""
     shape = pipeline.tokenizer.image_shape

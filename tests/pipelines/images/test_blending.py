@@ -64,7 +64,7 @@ def test_an_image_of_one_tile_is_reconstructed_as_without_a_stride(pipe):
 def test_reconstruct_is_decode_of_encode_and_tokens_are_those_of_the_tiles(pipe):
     images = noise((33, 21), (12, 8), (12, 30))
     sizes = [tuple(image.shape[1:]) for image in images]
-    tokens = pipe.encode(images, stride=5, batch_size=7)
+    tokens = pipe.encode_tiles(images, 5, batch_size=7)
     assert [tuple(each.shape[:2]) for each in tokens] == [(6, 4), (1, 1), (1, 6)]
     torch.testing.assert_close(tokens[0][1, 2], pipe.encode(images[0][None, :, 5:17, 10:18])[0])
     assert torch.equal(tokens[0][5, 3], pipe.encode(images[0][None, :, 21:, 13:])[0])
@@ -93,14 +93,14 @@ def test_a_stride_of_a_tile_puts_tiles_side_by_side():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda pipe, image: pipe.encode([image], stride=9), "stride: must be from 1 to 8"),
+        (lambda pipe, image: pipe.encode_tiles([image], 9), "stride: must be from 1 to 8"),
         (lambda pipe, image: pipe.reconstruct([image], stride=0), "stride: must be from 1 to 8"),
         (lambda pipe, image: pipe.reconstruct([image[:, :11]], stride=8), "image 0: 11 x 30 pixels"),
         (lambda pipe, image: pipe.reconstruct([image], stride=8, output_type="x"), "output_type"),
-        (lambda pipe, image: pipe.decode_tiles(pipe.encode([image], stride=8), [], 8), "got 0 sizes"),
-        (lambda pipe, image: pipe.decode_tiles(pipe.encode([image], stride=8), [(20, 30)], 7), "tokens of shape"),
-        (lambda pipe, image: pipe.decode_tiles(pipe.encode([image], stride=8), [(2, 30)], 8), "at least"),
-        (lambda pipe, image: pipe.decode_tiles([pipe.encode([image], stride=8)[0] + 9999], [(20, 30)], 8), "9999|ids"),
+        (lambda pipe, image: pipe.decode_tiles(pipe.encode_tiles([image], 8), [], 8), "got 0 sizes"),
+        (lambda pipe, image: pipe.decode_tiles(pipe.encode_tiles([image], 8), [(20, 30)], 7), "tokens of shape"),
+        (lambda pipe, image: pipe.decode_tiles(pipe.encode_tiles([image], 8), [(2, 30)], 8), "at least"),
+        (lambda pipe, image: pipe.decode_tiles([pipe.encode_tiles([image], 8)[0] + 9999], [(20, 30)], 8), "9999|ids"),
     ],
 )
 def test_a_mistake_is_one_line(pipe, call, message):
