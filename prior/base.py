@@ -257,8 +257,13 @@ class Prior(PretrainedModel, family="prior"):
 
     # Training
 
-    def initialize(self, tokens: Tensor, labels: Tensor | None) -> None:  # noqa: B027 (optional)
-        """Initialize from the whole training set; called once before training."""
+    def initialize(self, tokens: Tensor, labels: Tensor | None) -> None:
+        """Initialize from the whole training set; called once before training. By default, set the output layer of a
+        softmax to zero, so that training begins with all ids equally likely."""
+        head = getattr(self, "head", None)
+        if isinstance(head, nn.Linear) and isinstance(self.output_head, Softmax):
+            for parameter in head.parameters():
+                nn.init.zeros_(parameter)
 
     def training_inputs(self, tokens: Tensor, progress: float) -> dict[str, Any]:
         """Draw further arguments of `forward` for a training step on `tokens`, such as orders or masks.

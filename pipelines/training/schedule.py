@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -36,8 +35,11 @@ class TrainConfig(Config):
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     muon_lr: float = Field(0.02, gt=0, description="peak learning rate of Muon, on the same schedule")
-    final_lr: float = Field(0.02, ge=0, le=1, description="learning rate at the end, as a share of the peak")
-    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up; a cosine follows")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up to the peak learning rate")
+    decay_from: float = Field(
+        0.6, ge=0, lt=1, description="share of training after which the learning rate falls linearly to `final_lr`"
+    )
+    final_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of the peak")
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's decay rates for its moments")
     weight_decay: float = Field(
         0.02,
@@ -80,9 +82,8 @@ class TrainConfig(Config):
 
 
 def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
-    """Return the learning rate: a linear warm-up over steps, then a cosine in `progress` (clamped to [0, 1]) down to
-    `final_lr` of the peak."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
+    """Return the learning rate: a linear warm-up over steps, the peak, and from `decay_from` on a linear fall in
+    `progress` (clamped to [0, 1]) to `final_lr` of the peak (Haegele et al. 2024, arXiv 2405.18392)."""
+    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    left = min(1.0, (1 - min(1.0, progress)) / (1 - config.decay_from))
+    return config.lr * warmup * (config.final_lr + (1 - config.final_lr) * left)

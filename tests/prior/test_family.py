@@ -365,6 +365,19 @@ def test_marginal_is_fitted_by_counting():
     assert torch.allclose(p, torch.tensor([[3 / 4, 1 / 4], [2 / 4, 2 / 4]]))
 
 
+@every_prior
+def test_training_begins_with_equally_likely_ids(name):
+    """`initialize` sets the output layer to zero; gradients still reach it."""
+    model = make_prior(name)
+    if name in ("made", "marginal"):  # without one output layer for all positions; a table of counts
+        pytest.skip("no output layer")
+    tokens, labels = draw_tokens(model, 8), torch.arange(8) % 4
+    model.initialize(tokens, labels)
+    assert model(tokens, labels).abs().max() == 0
+    model.loss(tokens, labels).backward()
+    assert model.head.weight.grad.abs().max() > 0
+
+
 class ManyRows:
     """Rows of one token, of which nine in ten are 0."""
 

@@ -166,13 +166,16 @@ def test_gradients_are_clipped_and_the_logged_norm_is_unclipped(tmp_path, monkey
 
 
 def test_a_run_follows_the_schedule(tmp_path):
-    """Linear warm-up, then a cosine down to `final_lr` that does not rise again."""
-    config = TrainConfig(steps=100, lr=2.0, final_lr=0.1, warmup_steps=10)
+    """Linear warm-up, the peak, and a linear fall to `final_lr`."""
+    config = TrainConfig(steps=100, lr=2.0, final_lr=0.1, warmup_steps=10, decay_from=0.6)
     rates = [learning_rate(config, step, step / 100) for step in range(130)]
     assert rates[:10] == pytest.approx([2.0 * (step + 1) / 10 for step in range(10)])
-    assert rates[50] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
-    assert all(a > b for a, b in zip(rates[10:100], rates[11:101], strict=True))
+    assert rates[10:61] == pytest.approx([2.0] * 51)
+    assert rates[80] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert all(a > b for a, b in zip(rates[60:100], rates[61:101], strict=True))
     assert rates[100:] == pytest.approx([0.2] * 30)
+    from_the_start = TrainConfig(decay_from=0, warmup_steps=0)
+    assert learning_rate(from_the_start, 25, 0.25) == pytest.approx(0.75e-3)
     used: list[float] = []
     with after_each_step(lambda trainer: used.append(trainer.optimizers["model"].param_groups[0]["lr"])):
         run = train_tiny(tmp_path / "run", warmup_steps=3)
@@ -298,7 +301,7 @@ def test_minutes_end_a_run_and_may_grow_or_be_replaced_by_steps(tmp_path):
     run = train(steps=None, minutes=0.003)
     done = metrics(run)[-1]
     assert 0.003 <= done["minutes"] < 0.1 and done["step"] > 2 and "held_out/error" in done
-    assert done["learning_rate"] == pytest.approx(1e-2 * 0.25)  # the end of the cosine
+    assert done["learning_rate"] == pytest.approx(1e-2 * 0.25)  # the end of the fall
     assert states(run)[-1].name == f"step-{done['step']:08d}"
     before = contents(run)
     assert contents(train(steps=None, minutes=0.003)) == before
