@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
 from tokenizer import TokenGrid, Tokenizer
@@ -182,6 +183,7 @@ def trace_part(tokenizer: Tokenizer, part: Part, example: Tensor) -> ExportedPro
                 Program(tokenizer, part).eval(), (example,), dynamic_shapes=({0: Dim.DYNAMIC},)
             )
             drop_unused(program)
+            drop_places(program)
             return program
     except Exception as error:  # the type depends on the model
         raise ExportError(f"the {part} of this {tokenizer.name} cannot be traced: {summarize_error(error)}") from error
@@ -199,6 +201,13 @@ def drop_unused(program: ExportedProgram) -> None:
             program.state_dict.pop(spec.target, None)
             program.constants.pop(spec.target, None)
     program.graph_module.recompile()
+
+
+def drop_places(program: ExportedProgram) -> None:
+    """Remove where each operation was traced, since the file names are paths on this machine."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            node.meta.pop("stack_trace", None)
 
 
 @contextmanager
