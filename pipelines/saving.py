@@ -28,6 +28,7 @@ from tokenizer.files import (
     PathError,
     UnreadableError,
     atomic_folder,
+    check_format_version,
     find_folder,
     is_file,
     parse_json,
@@ -87,12 +88,7 @@ class IndexFile(BaseModel):
 def read_index(folder: Path) -> dict[str, Any]:
     """Read and validate `model_index.json`. Raises `FormatError` or `ConfigError`."""
     path, index = folder / INDEX, read_json(folder / INDEX)
-    version = index.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise FormatError(
-            f"{path}: format_version: found {quote(version)}, this version of smalti reads {FORMAT_VERSION}; a newer "
-            "version may read it"
-        )
+    check_format_version(index, FORMAT_VERSION, path)
     if index.get("_class_name") != "ImagePipeline":
         raise FormatError(f"{path}: _class_name: found {quote(index.get('_class_name'))}, expected 'ImagePipeline'")
     validate(IndexFile, index, path)

@@ -160,6 +160,14 @@ def parse_json(data: bytes, path: Path | str) -> dict[str, Any]:
     return value
 
 
+def check_format_version(data: dict[str, Any], expected: int, path: Path) -> None:
+    """Raise `FormatError` unless `format_version` in `data`, the content of `path`, is `expected`."""
+    found = data.get("format_version")
+    if type(found) is not int or found != expected:
+        newer = "; a newer Smalti is needed" if type(found) is int and found > expected else ""
+        raise FormatError(f"{path}: format_version: found {quote(found)}, this Smalti reads {expected}{newer}")
+
+
 def check_name(name: str, path: Path | str) -> None:
     """Raise `PathError` unless `name`, found in the file `path`, is a relative path that stays inside its folder."""
     pure = PurePosixPath(name)

@@ -124,7 +124,8 @@ def read_stream(data: bytes) -> tuple[Header, list[Chunk]]:
     reader = Reader(memoryview(data)[len(MAGIC) :])
     if (version := reader.take(1)[0]) not in HEADERS:
         read = f"{min(HEADERS)} to {max(HEADERS)}"
-        raise StreamError(f"the stream has format version {version}; this version of smalti reads versions {read}")
+        newer = "; a newer Smalti is needed" if version > max(HEADERS) else ""
+        raise StreamError(f"the stream has format version {version}, this Smalti reads {read}{newer}")
     header = read_header(HEADERS[version], reader.section(), reader.section())
     if version == VERSION_WITH_TILES:
         header = read_sizes(header, reader.section())

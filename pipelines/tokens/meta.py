@@ -22,6 +22,7 @@ from tokenizer.files import (
     FormatError,
     IntegrityError,
     PathError,
+    check_format_version,
     is_file,
     quote,
     read_json,
@@ -194,10 +195,7 @@ def read_meta(folder: Path) -> Meta:
         hint = f"; did you mean {near}?" if near else "; make one with `smalti encode`"
         raise PathError(f"{folder}: not a token dataset (no {META}){hint}")
     meta = read_json(folder / META)
-    if (version := meta.get("format_version")) != FORMAT_VERSION:
-        raise FormatError(
-            f"{folder / META}: format_version: found {quote(version)}, this version reads {FORMAT_VERSION}"
-        )
+    check_format_version(meta, FORMAT_VERSION, folder / META)
     found = validate(MetaFile, meta, folder / META)
     return Meta(
         grid=found.grid.grid(),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from tokenizer.files import PipelineLoadError, fsync, read_json, temporary_name, write_json
+from tokenizer.files import PipelineLoadError, check_format_version, fsync, read_json, temporary_name, write_json
 
 from ..config import UserError, tell
 
@@ -176,8 +176,9 @@ def load_newest(
         error: BaseException | None = None
         try:
             record = read_json(checkpoint / RECORD)
-            if record.get("format_version") != FORMAT_VERSION or record.get("step") != step_of(checkpoint):
-                raise ValueError(f"{RECORD} has another version, or does not belong to step {step_of(checkpoint)}")
+            check_format_version(record, FORMAT_VERSION, checkpoint / RECORD)
+            if record.get("step") != step_of(checkpoint):
+                raise ValueError(f"{RECORD} does not belong to step {step_of(checkpoint)}")
             best = load_file(checkpoint / BEST) if record.get("best") else None
             if best is not None:
                 require_same_shapes(best, average)

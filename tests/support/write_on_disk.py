@@ -1,0 +1,190 @@
+"""Write `tests/fixtures/on_disk`, one small example of each format, which later versions must read.
+
+    PYTHONPATH=. python tests/support/write_on_disk.py                      # the parts that are missing
+    PYTHONPATH=. python tests/support/write_on_disk.py --overwrite streams  # a part once more
+
+Replace a fixture only if its format was never released. A new format, or a new version of one, gets a fixture beside
+the older ones. Parts: tokenizers, priors, pipelines, tokens, run, streams, sets, export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", OMP_NUM_THREADS="1")
+
+import torch  # noqa: E402
+from givens.coded import LOGISTIC  # noqa: E402
+from givens.token_datasets import add_columns, make_dataset  # noqa: E402
+from on_disk import FOLDER, READ, RUN, STREAMS, entries_of, images_for, in_folder, pattern  # noqa: E402
+from one_process import one_process  # noqa: E402
+from small import PRIORS, SMALL, TOKENIZERS, make_prior, make_tokenizer  # noqa: E402
+from small_pipelines import LABELS, PROVENANCE, make_conditioned, make_pipeline  # noqa: E402
+from tiny_task import stopped_at  # noqa: E402
+
+from pipelines import ImagePipeline  # noqa: E402
+from pipelines.exports import export_tokenizer  # noqa: E402
+from pipelines.generate import main as generate  # noqa: E402
+from pipelines.tokens import TokenDataset, TokenSplit  # noqa: E402
+from pipelines.train_prior import main as train_prior  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
+from tokenizer.files import write_manifest  # noqa: E402
+
+BOOK = {"codes": 8, "dim": 4}
+EMA = {"kind": "ema", **BOOK}
+CONV: dict[str, Any] = {"factor": 2, "widths": (8,), "blocks": (1,)}
+TRANSFORMER = {"dim": 8, "depth": 1, "heads": 2}
+PLAIN = {"widths": (4,), "blocks": 1, "groups": 2}
+# Settings that make models smaller still. Together, the tokenizers have every quantizer.
+TINY: dict[str, dict[str, Any]] = {
+    "vqvae": {**CONV, "quantizer": EMA},
+    "vit": {
+        **TRANSFORMER,
+        "quantizer": {"kind": "multiscale", "scales": ("1x1", "2x3"), "book": EMA},
+    },
+    "titok": {**TRANSFORMER, "quantizer": {"kind": "gumbel", **BOOK}},
+    "vqgan": {**PLAIN, "stem": 4, "z_channels": 4, "mid_attention": False, "quantizer": {"kind": "bsq", "bits": 4}},
+    "cosmos": {**PLAIN, "stem": 4, "z_channels": 4, "halvings": 1, "quantizer": {"kind": "fsq", "levels": (5, 4)}},
+    "maskgit": {**PLAIN, "quantizer": {"kind": "simvq", **BOOK}},
+    "magvit2": {**PLAIN, "quantizer": {"kind": "lfq", "bits": 4}},
+    "frame_by_frame": {"tokenizer": {"kind": "vit", **TRANSFORMER, "quantizer": {"kind": "ibq", **BOOK}}},
+    "klvae": CONV,
+    "posthoc": {"vae": {"kind": "klvae", **CONV, "latent": 3}},
+    **dict.fromkeys(("gpt", "masked", "blocks"), TRANSFORMER),
+    "next_scale": {**TRANSFORMER, "channels": 4},
+    "made": {"hidden": (8,)},
+    "causal_conv": {"dim": 4, "depth": 2, "skip": 4},
+    "pixelsnail": {"dim": 4, "depth": 1, "value": 4},
+    "pixelcnn_pp": {"dim": 2},
+    "gated_pixelcnn": {"dim": 4, "depth": 1},
+    "pixelcnn": {"dim": 4},
+}
+
+
+def make_smaller() -> None:
+    """Use `TINY` in all helpers that build small models."""
+    for name, settings in TINY.items():
+        SMALL[name] = {**SMALL.get(name, {}), **settings}
+
+
+def write_tokenizers(folder: Path) -> None:
+    for name in sorted({*TOKENIZERS} - {"vqvae", "frame_by_frame"}):  # those are in the pipelines
+        make_tokenizer(name, (8, 12), 1).save_pretrained(folder / name)
+
+
+def write_priors(folder: Path) -> None:
+    for name in sorted({*PRIORS} - {"gpt", "marginal"}):  # those are in the pipelines
+        make_prior(name, (2, 2), 8).save_pretrained(folder / name)
+    grey = make_tokenizer("pixels", (3, 4), 1, levels=16).grid
+    head = {"kind": "logistic", "components": 2}
+    make_prior("gated_pixelcnn", grid=grey, head=head).save_pretrained(folder / "logistic")
+
+
+def write_pipelines(folder: Path) -> None:
+    sizes = {**LOGISTIC, "quantizer": {"kind": "vq", **BOOK}}
+    pipe = make_pipeline("vit", "gpt", sizes=sizes, sampler={"temperature": 0.9, "top_k": 5})
+    pipe.set_background(make_prior("marginal", grid=pipe.prior.grid, tokenizer=pipe.prior.config.tokenizer))
+    pipe.calibrate(images_for(pipe.tokenizer, 12), false_alarms=0.2)
+    pipe.provenance = PROVENANCE
+    pipe.save_pretrained(folder / "plain", sample_grid=pattern(8, 12, 3).to(torch.uint8).numpy())
+    make_conditioned(before=True, condition_width=8).save_pretrained(folder / "conditions")
+    levels = {"kind": "rvq", "depth": 3, "book": EMA}
+    depth = {"kind": "depth", "dim": 8, "layers": 1}
+    make_pipeline("vqvae", "gpt", sizes={"quantizer": levels}, head=depth).save_pretrained(
+        folder / "depth", variant="bf16"
+    )
+    make_pipeline("frame_by_frame", "gpt").save_pretrained(folder / "clips")
+
+
+def write_tokens(folder: Path) -> None:
+    data = make_dataset("titok", registers=3)
+    data.splits["validation"] = data.splits["test"]
+    add_columns(data).save(folder / "labels", rows_per_shard=4)
+    tokenizer = make_tokenizer("pixels", (4, 4), 1, levels=2)
+    splits = {
+        "train": TokenSplit(pattern(3, 4, 4).to(torch.uint8), None, drawn=True),
+        "test": TokenSplit(pattern(10, 4, 4, values=2).to(torch.uint8), None),
+    }
+    TokenDataset(tokenizer.grid, [], splits, tokenizer, {}).save(folder / "drawn")
+
+
+def write_run(folder: Path) -> None:
+    with one_process(), in_folder(str(folder.parent)), stopped_at(3):
+        train_prior(RUN)
+    shutil.rmtree(folder / "previews")
+
+
+def write_streams(folder: Path) -> None:
+    for name, (made_by, options) in STREAMS.items():
+        pipe = ImagePipeline.from_pretrained(FOLDER / "pipelines" / made_by)
+        images: Any = images_for(pipe.tokenizer)
+        if options.get("tile"):
+            images = [pattern(1, 8, 20).to(torch.uint8), pattern(1, 11, 12, seed=1).to(torch.uint8)]
+        (folder / f"{name}.smalti").write_bytes(pipe.compress(images, progress=False, **options))
+
+
+def write_sets(folder: Path) -> None:
+    for name in ("folder", "archive.npz"):
+        labels, out = ",".join(LABELS), folder / name
+        generate([f"pipeline={FOLDER / 'pipelines/plain'}", f"labels={labels}", "num_images=3", f"out={out}"])
+
+
+def write_export(folder: Path) -> None:
+    export_tokenizer(Tokenizer.from_pretrained(FOLDER / "tokenizers/palette"), folder, "onnx")
+
+
+WRITE: dict[str, Callable[[Path], None]] = {
+    "tokenizers": write_tokenizers,
+    "priors": write_priors,
+    "pipelines": write_pipelines,
+    "tokens": write_tokens,
+    "run": write_run,
+    "streams": write_streams,
+    "sets": write_sets,
+    "export": write_export,
+}
+"""The parts in an order in which each needs only earlier ones."""
+
+
+def main() -> None:
+    """Write parts, then the facts and the manifest."""
+    parser = argparse.ArgumentParser(description="Write tests/fixtures/on_disk.")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"by default all missing ones of {', '.join(WRITE)}")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing fixtures of these parts")
+    given = parser.parse_args()
+    if unknown := [part for part in given.parts if part not in WRITE]:
+        sys.exit(f"error: {unknown[0]}: no such part; choose from {', '.join(WRITE)}")
+    if given.overwrite and not given.parts:
+        sys.exit("error: --overwrite needs the names of parts")
+    existing = [part for part in given.parts if (FOLDER / part).exists()]
+    if existing and not given.overwrite:
+        sys.exit(f"error: {existing[0]} exists; nothing was written. Fixtures of a release stay; see --help")
+    make_smaller()
+    parts = [part for part in WRITE if part in given.parts or not (given.parts or (FOLDER / part).exists())]
+    path = FOLDER / "facts.json"
+    facts = json.loads(path.read_text()) if path.exists() else {}
+    for part in parts:
+        target = FOLDER / part
+        if target.exists():
+            shutil.rmtree(target)
+        if part in ("streams", "sets"):
+            target.mkdir()
+        torch.manual_seed(0)
+        WRITE[part](target)
+        facts = {name: fact for name, fact in facts.items() if name.split("/")[0] != part}
+        facts |= {name: READ[part](FOLDER / name) for name in entries_of(part)}
+        print(f"wrote {part}")
+    lines = ",\n".join(f'"{name}": {json.dumps(fact, sort_keys=True)}' for name, fact in sorted(facts.items()))
+    path.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    write_manifest(FOLDER)
+
+
+if __name__ == "__main__":
+    main()
