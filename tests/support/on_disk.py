@@ -33,8 +33,11 @@ from prior import Prior
 from tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "on_disk"
-ALL_COLUMNS = {**GIVEN, "label": "dog", "outline": torch.arange(-1, 95).view(8, 12) % 8}
-"""A value of each column of the pipeline `conditions`."""
+ALL_COLUMNS = {
+    **GIVEN,
+    **{"label": "dog", "text": [k / 16 for k in range(16)], "outline": torch.arange(-1, 95).view(8, 12) % 8},
+}
+"""A value of each column of the pipeline `conditions`; equal to the bit on every machine, as its digest is stored."""
 STREAMS: dict[str, tuple[str, dict[str, Any]]] = {
     "tokens": ("plain", {}),
     "lossless": ("plain", {"lossless": True}),
