@@ -15,7 +15,7 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from tokenizer import Tokenizer
 from tokenizer.files import MANIFEST, PipelineLoadError, folders_aside, publish_folder, read_json
 from tokenizer.frame_by_frame import FrameByFrame
 from tokenizer.model import PROVENANCE
+from tokenizer.pixels import Pixels
 
 from .config import Config, Of, UserError, run_command, tell
 from .config.importing import format_imports
@@ -392,14 +393,21 @@ def encode_shard(
     drawn: bool = False,
 ) -> list[Tensor]:
     """Return the tokens `(rows, *grid.shape)` int32 of a shard by each model, whose batches come from `stream`.
-    Synchronises with the GPU once, at the end. drawn: of the first model, grey values from 0 to 255 instead."""
-    found = [[torch.empty(0, *model.grid.shape, dtype=torch.int32, device=model.device)] for model in models]
+    Synchronises with the GPU once, at the end. drawn: of the first model, the grey values of each id's pixels."""
+    shapes = [stored_grid(model.grid, drawn and model is models[0]).shape for model in models]
+    found = [
+        [torch.empty(0, *shape, dtype=torch.int32, device=model.device)]
+        for model, shape in zip(models, shapes, strict=True)
+    ]
     count = 0
     while count < shard.stop - shard.start:
         for model, part, raw, tokens in zip(models, images, next(stream), found, strict=True):
             batch = [part.prepare(*to_device_async(piece, model.device)) for piece in raw]
-            grey = drawn and model is models[0]
-            tokens.append(to_uint8(torch.cat(batch))[:, 0].int() if grey else model.encode(torch.cat(batch)).int())
+            rows = torch.cat(batch)
+            if drawn and model is models[0]:
+                tokens.append(cast(Pixels, model).cut_patches(to_uint8(rows)).int())
+            else:
+                tokens.append(model.encode(rows).int())
         bar.update(len(found[0][-1]))
         count += len(found[0][-1])
     return [torch.cat(tokens).cpu() for tokens in found]

@@ -5,8 +5,8 @@
     python -m benchmarks.priors.reference data=mnist_8bit seeds=3           # MNIST, 256 values
     python -m benchmarks.priors.reference data=fashion_8bit train=false     # print what has been trained
 
-Each preset `configs/prior/*_{data}.yaml` is trained by `smalti train_prior` on the tokens of
-`configs/tokenizer/pixels_{data}.yaml` (`source` replaces the images), for the preset's time or `minutes`, with `seeds`
+Each preset `configs/prior/*_{data}.yaml` is trained by `smalti train_prior` on its `tokens`, NAME_tokens, those of
+`configs/tokenizer/pixels_NAME.yaml` (`source` replaces the images), for the preset's time or `minutes`, with `seeds`
 seeds, and measured by `smalti evaluate`. A run that was interrupted continues; finished runs are read from `out`.
 
 test: the figure on all held-out images, mean over seeds +- half of the 95 % t-interval; on drawn pixels each seed's is
@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import yaml
 
 from benchmarks.support.options import ROOT, choose, read_options, use_threads
 from benchmarks.support.runs import smalti
@@ -68,15 +70,19 @@ REFERENCES = {
 }
 
 
-def make_tokens(options: SimpleNamespace, out: Path) -> Path:
-    """Encode the images with the pixel preset of the data; return the folder."""
-    tokens = out / "tokens"
+def name_tokens(preset: Path, out: Path) -> Path:
+    """Return the folder of the tokens on which a preset is trained."""
+    return out / Path(yaml.safe_load(preset.read_text())["tokens"]).name
+
+
+def make_tokens(source: str | None, tokens: Path) -> None:
+    """Encode the images with the pixel preset of the tokens' name, unless that is done."""
     if not (tokens / "manifest.json").is_file():
-        images = [f"data.source={options.source}"] if options.source else []
-        preset = str(ROOT / "configs" / "tokenizer" / f"pixels_{options.data}.yaml")
-        smalti("train_tokenizer", "--config", preset, f"out={out / 'tokenizer'}", "track.wandb=disabled", *images)
-        smalti("encode", f"tokenizer={out / 'tokenizer' / 'tokenizer'}", f"out={tokens}", *images)
-    return tokens
+        name = tokens.name.removesuffix("_tokens")
+        images = [f"data.source={source}"] if source else []
+        preset, run = ROOT / "configs" / "tokenizer" / f"pixels_{name}.yaml", tokens.with_name(name)
+        smalti("train_tokenizer", "--config", str(preset), f"out={run}", "track.wandb=disabled", *images)
+        smalti("encode", f"tokenizer={run / 'tokenizer'}", f"out={tokens}", *images)
 
 
 def train(preset: Path, tokens: Path, seed: int, run: Path, minutes: float) -> None:
@@ -188,19 +194,22 @@ def compare(options: SimpleNamespace, out: Path) -> None:
     reference, presets = REFERENCES[options.data], prior_presets(options.data)
     only = choose(options.only, list(presets))
     if options.train:
-        tokens = make_tokens(options, out)
         for seed in range(options.seeds):
             for kind in only:
+                tokens = name_tokens(presets[kind], out)
+                make_tokens(options.source, tokens)
                 train(presets[kind], tokens, seed, out / kind / f"seed{seed}", options.minutes)
-    if not (out / "tokens" / "meta.json").is_file():
-        raise SystemExit(f"out={options.out}: nothing was trained there; remove train=false")
-    size = len(read_meta(out / "tokens").grid)
-    scale = size * math.log(2) if reference.unit == "nats" else 1.0
     found = {}
     for kind in only:
-        every = (read_run(out / kind / f"seed{seed}", reference, scale) for seed in range(options.seeds))
-        if runs := [run for run in every if run]:
-            found[kind] = runs
+        tokens = name_tokens(presets[kind], out)
+        if (tokens / "meta.json").is_file():
+            nats = len(read_meta(tokens).grid) * math.log(2)
+            scale = nats if reference.unit == "nats" else 1.0  # as many ids as pixels
+            every = (read_run(out / kind / f"seed{seed}", reference, scale) for seed in range(options.seeds))
+            if runs := [run for run in every if run]:
+                found[kind] = runs
+    if not found:
+        raise SystemExit(f"out={options.out}: nothing was trained there; remove train=false")
     print(f"\n{options.data}: {reference.unit}; published: {reference.source}\n")
     print(table_head("model", "published", "test", "over draws", "validation", "seeds", "steps", "minutes", "machine"))
     names = list(dict.fromkeys([*reference.published, *only]))

@@ -451,7 +451,7 @@ def check_shape(config: DataConfig, tokenizer: Any, whose: str = "pipeline", *, 
             f"data.image_size, data.channels: the {whose}'s {'frames' if frames > 1 else 'images'} are {shape} "
             f"(channels, height, width), these are {config.frame_shape}"
         )
-    require_two_levels(config, tokenizer.name, tokenizer.grid.vocab_size)
+    require_two_levels(config, tokenizer.name, getattr(tokenizer.config, "levels", 0))
 
 
 def require_two_levels(config: DataConfig, kind: str, levels: int) -> None:

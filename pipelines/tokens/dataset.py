@@ -8,7 +8,8 @@ conditions/NAME/       the tokenizer of the grid column NAME, if it is another o
 job.json               the settings of `pipelines.encode`; missing if `TokenDataset.save` wrote the folder
 manifest.json          sha256 and size of every file, written last
 
-The tokens of a split that is `drawn` are grey values, uint8: the chances of id 1, which is drawn on access.
+The tokens of a split that is `drawn` are grey values, uint8 (n, *grid.shape, k): the chances of each binary digit of an
+id, lowest first, to be 1. The ids are drawn on access.
 
 A small dataset is read into memory. A large one is memory-mapped, and rows are read from the disk on access.
 """

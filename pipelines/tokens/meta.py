@@ -179,12 +179,13 @@ class MetaFile(BaseModel):
     drawn: list[Text] = []
 
     @model_validator(mode="after")
-    def draws_two_ids(self) -> MetaFile:
-        """Raise `ValueError` for drawn splits that do not exist, or with ids other than 0 and 1."""
+    def draws_digits(self) -> MetaFile:
+        """Raise `ValueError` for drawn splits that do not exist, or with ids that are not all numbers of some binary
+        digits."""
         if strange := [name for name in self.drawn if name not in self.splits]:
             raise ValueError(f"drawn: there is no split {quote(strange[0])}")
-        if self.drawn and self.grid.vocab_size != 2:
-            raise ValueError(f"drawn: needs a grid of 2 ids (found {self.grid.vocab_size})")
+        if self.drawn and (self.grid.vocab_size < 2 or self.grid.vocab_size.bit_count() != 1):
+            raise ValueError(f"drawn: needs a grid of 2, 4, 8, 16, ... ids (found {self.grid.vocab_size})")
         return self
 
 

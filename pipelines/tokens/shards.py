@@ -42,8 +42,10 @@ def smallest_type(vocab_size: int) -> torch.dtype:
 
 
 def stored_grid(grid: TokenGrid, drawn: bool) -> TokenGrid:
-    """Return the grid of a split's files: 256 grey values instead of ids if its tokens are drawn."""
-    return replace(grid, vocab_size=GREY_VALUES) if drawn else grid
+    """Return the grid of a split's files. If its tokens are drawn, these are 256 grey values in place of each binary
+    digit of an id, along a last axis."""
+    digits = (grid.vocab_size - 1).bit_length()
+    return replace(grid, shape=(*grid.shape, digits), vocab_size=GREY_VALUES) if drawn else grid
 
 
 def bytes_per_row(grid: TokenGrid) -> int:
@@ -186,7 +188,8 @@ class TokenSplit:
     """The rows of a split: `tokens` (n, *grid.shape) in a small unsigned type, in memory or on the disk; `labels` (n,)
     int64, or None; `conditions`: raw columns by name (see `prior.conditions`).
 
-    drawn: `tokens` are grey values from 0 to 255, the chances of id 1, and `rows` draws the ids."""
+    drawn: `tokens` (n, *grid.shape, k) are grey values from 0 to 255: the chances of each of the k binary digits of an
+    id, lowest first, to be 1. `rows` draws the ids."""
 
     tokens: Tensor | MappedRows
     labels: Tensor | None
@@ -202,7 +205,8 @@ class TokenSplit:
         if self.drawn:
             wanted = positions_of(indices, len(self))
             grey = self.tokens[torch.from_numpy(wanted)]
-            return draw_pixels(grey, wanted, epochs, seed).long()
+            digits = draw_pixels(grey, wanted, epochs, seed).long()
+            return (digits << torch.arange(digits.shape[-1])).sum(-1)
         if isinstance(self.tokens, MappedRows):
             return self.tokens[indices].long()
         wanted = positions_of(indices, len(self))
@@ -214,7 +218,8 @@ class TokenSplit:
         """Return the tokens of all rows in a small unsigned type; if they are drawn, one fixed draw."""
         if not self.drawn:
             return self.tokens
-        return torch.cat([self.rows(rows).to(torch.uint8) for rows in chunks(len(self))])
+        kind = smallest_type(1 << self.tokens.shape[-1])
+        return torch.cat([self.rows(rows).to(kind) for rows in chunks(len(self))])
 
     def condition(self, indices: Indices) -> Condition:
         """Return the raw columns of these rows, as int64 or float32. Raises `IndexError`."""

@@ -159,7 +159,7 @@ def test_training_tokens_are_grey_values_and_others_are_drawn_once(source, drawn
     assert meta["drawn"] == ["train"] and data.grid.vocab_size == 2
     train, test, validation = (data.splits.get(name) for name in ("train", "test", "validation"))
     grey = images.train.grey().pixels(range(len(images.train)))[:, 0]
-    assert train.drawn and torch.equal(train.tokens, grey)
+    assert train.drawn and torch.equal(train.tokens, grey.unsqueeze(-1))
     assert not test.drawn and len(test) == 5 * 12 and (validation is None or not validation.drawn)
     draws = test.tokens.view(5, 12, 8, 8)
     for number in range(5):
@@ -215,7 +215,7 @@ def test_tables_hold_one_draw(drawn):
 
 @pytest.mark.parametrize(
     ("drawn_splits", "vocab", "reason"),
-    [(["dev"], 2, "no split 'dev'"), (["train"], 4, "needs a grid of 2 ids"), (3, 2, "drawn")],
+    [(["dev"], 2, "no split 'dev'"), (["train"], 6, "needs a grid of 2, 4, 8, 16"), (3, 2, "drawn")],
 )
 def test_an_impossible_draw_is_refused(drawn, tmp_path, drawn_splits, vocab, reason):
     load_tokens(drawn).save(tmp_path / "copy")
@@ -226,6 +226,21 @@ def test_an_impossible_draw_is_refused(drawn, tmp_path, drawn_splits, vocab, rea
     with pytest.raises(FormatError, match=reason) as caught:
         load_tokens(tmp_path / "copy")
     assert "\n" not in str(caught.value)
+
+
+def test_ids_of_several_pixels_are_drawn_pixel_by_pixel(source, tmp_path):
+    """With `patch`, held-out ids name the same pixels as without, and training ids white pixels as often."""
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", levels=2, patch=2)
+    found = load_tokens(encode_images(source, tokenizer, tmp_path / "tokens"))
+    train, test = found.splits["train"], found.splits["test"]
+    assert found.grid.vocab_size == 16 and train.tokens.shape[1:] == (4, 4, 4) and train.ids().shape[1:] == (4, 4)
+    images = load_images(DataConfig(**data_of(source)))
+    white = found.tokenizer.decode(test.rows(range(12)))
+    assert torch.equal(to_uint8(white), to_uint8(images.held_out.batch(range(12))))
+    draws = [found.tokenizer.decode(train.rows(slice(None), epoch, 3)) for epoch in range(200)]
+    share = (torch.stack(draws) > 0).double().mean(0)
+    chance = images.train.grey().pixels(range(len(images.train))).double() / 255
+    assert float((share - chance).abs().max()) < 5 * 0.5 / 200**0.5
 
 
 # Training
@@ -239,7 +254,7 @@ def test_each_epoch_trains_on_other_pixels(drawn, tmp_path):
     assert not torch.equal(batches[0], batches[1]) and not torch.equal(batches[0], batches[2])
     assert torch.equal(task.batch(rows[5:8], np.zeros(3, np.int64), 0)[0], batches[0][5:8])
     many = torch.stack([task.batch(rows, np.full(task.rows, epoch), 0)[0] for epoch in range(200)]).double().mean(0)
-    chance = task.train_split.tokens.double() / 255
+    chance = task.train_split.tokens.double().squeeze(-1) / 255
     assert float((many - chance).abs().max()) < 5 * 0.5 / 200**0.5
 
 
@@ -321,7 +336,7 @@ def test_a_drawn_training_split_gives_the_baseline_of_frequencies(source, drawn,
 
 def test_a_dataset_made_by_hand_is_drawn_too(tmp_path):
     tokenizer = Tokenizer.create("pixels", image_size=(4, 4), channels=1, levels=2)
-    grey = torch.full((30, 4, 4), 200, dtype=torch.uint8)
+    grey = torch.full((30, 4, 4, 1), 200, dtype=torch.uint8)
     splits = {"train": TokenSplit(grey, None, drawn=True), "test": TokenSplit(torch.ones(3, 4, 4).long(), None)}
     TokenDataset(tokenizer.grid, [], splits, tokenizer, {}).save(tmp_path / "tokens")
     found = load_tokens(tmp_path / "tokens")

@@ -107,10 +107,10 @@ def write_tokens(folder: Path) -> None:
     data = make_dataset("titok", registers=3)
     data.splits["validation"] = data.splits["test"]
     add_columns(data).save(folder / "labels", rows_per_shard=4)
-    tokenizer = make_tokenizer("pixels", (4, 4), 1, levels=2)
+    tokenizer = make_tokenizer("pixels", (4, 4), 1, levels=2, patch=2)
     splits = {
-        "train": TokenSplit(pattern(3, 4, 4).to(torch.uint8), None, drawn=True),
-        "test": TokenSplit(pattern(10, 4, 4, values=2).to(torch.uint8), None),
+        "train": TokenSplit(pattern(3, 2, 2, 4).to(torch.uint8), None, drawn=True),
+        "test": TokenSplit(pattern(10, 2, 2, values=16).to(torch.uint8), None),
     }
     TokenDataset(tokenizer.grid, [], splits, tokenizer, {}).save(folder / "drawn")
 

@@ -119,6 +119,54 @@ def test_pixels_are_a_function_of_256_levels_alone():
         assert other[2] == -math.inf and torch.equal(other[[0, 1, 3]], inside[[0, 1, 3]])
 
 
+@pytest.mark.parametrize(("levels", "patch"), [(2, 2), (2, 4), (3, 2), (5, 2)])
+def test_an_id_names_the_levels_of_a_square(levels, patch):
+    """Each id decodes to one square, whose levels are its digits, and encodes to itself."""
+    one = Tokenizer.create("pixels", image_size=(patch, patch), channels=1, levels=levels, patch=patch)
+    every = torch.arange(levels ** (patch * patch)).reshape(-1, 1, 1)
+    assert one.grid.vocab_size == len(every) and torch.equal(one.encode(one.decode(every)), every)
+    tokenizer = Tokenizer.create("pixels", image_size=(2 * patch, 3 * patch), channels=1, levels=levels, patch=patch)
+    single = pixels_of(levels, (2 * patch, 3 * patch))
+    images = to_float(bytes_for(tokenizer, 5))
+    tokens = tokenizer.encode(images)
+    assert tokens.shape == (5, 2, 3) and tokenizer.grid.channels == 0
+    assert torch.equal(tokenizer.decode(tokens), single.decode(single.encode(images)))
+    corner = single.encode(images)[:, :patch, patch : 2 * patch].flatten(1)  # the second square
+    assert torch.equal((corner * levels ** torch.arange(patch * patch)).sum(1), tokens[:, 0, 1])
+    known = torch.rand(2, 2 * patch, 3 * patch) < 0.9
+    whole = known.unflatten(2, (3, patch)).unflatten(1, (2, patch)).all(4).all(2)
+    assert torch.equal(tokenizer.known_tokens(known), whole)
+
+
+def test_squares_of_pixels_have_exact_likelihoods():
+    """A uniform prior over ids gives the same bits as one over single pixels."""
+    tokenizer = Tokenizer.create("pixels", image_size=(4, 4), channels=1, levels=2, patch=2)
+    images = bytes_for(tokenizer, 6)
+    single = pixels_of(2, (4, 4))
+    flat = make_prior("marginal", grid=single.grid, num_classes=0)
+    prior = make_prior("marginal", grid=tokenizer.grid, num_classes=0)
+    with torch.no_grad():
+        flat.table.zero_()
+        prior.table.zero_()
+    both = [ImagePipeline(*pair).bits_per_dim(images) for pair in ((tokenizer, prior), (single, flat))]
+    torch.testing.assert_close(*both)
+    inside = tokenizer.pixel_log_probs(to_float(images), tokenizer.encode(to_float(images)))
+    torch.testing.assert_close(inside, single.pixel_log_probs(to_float(images), single.encode(to_float(images))))
+
+
+def test_impossible_patches_are_refused():
+    for choices, reason in (
+        ({"image_size": (5, 4), "patch": 2}, "patch: 2 does not divide the image size [5, 4]"),
+        ({"channels": 3, "patch": 2}, "patch: needs grey images, channels=1 (got 3)"),
+        ({"levels": 256, "patch": 2}, "patch: 256 levels in 2 x 2 pixels are more than 65,536 ids"),
+        ({"patch": 5}, "patch"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            Tokenizer.create("pixels", **{"image_size": (4, 4), "channels": 1, "levels": 2, **choices})
+        assert reason in str(caught.value)
+    assert "patch" not in pixels_of(2).config.to_dict()
+
+
 # Palette
 
 
