@@ -75,6 +75,7 @@ class AlignmentConfig(Config):
 class TrainPriorConfig(Config):
     """Configuration of a run of stage two."""
 
+    presets = "prior"
     examples = (
         "--config gpt_digits train.minutes=1",
         "tokens=runs/photos_tokens out=runs/photos_gpt model.kind=gpt model.depth=6 train.steps=5000",

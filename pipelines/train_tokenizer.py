@@ -51,6 +51,7 @@ INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # minimum to initialize a tokenize
 class TrainTokenizerConfig(Config):
     """Configuration of a run of stage one."""
 
+    presets = "tokenizer"
     examples = (
         "--config vqvae_digits train.minutes=1 out=runs/mine",
         "--config vqvae_openmoji data.source=photos data.on_error=skip out=runs/photos",

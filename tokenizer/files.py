@@ -546,4 +546,6 @@ def push_folder(
 
 def _reason(error: Exception) -> str:
     """Return the first line of a Hub client's error message."""
+    if type(error).__name__ == "LocalEntryNotFoundError":  # its message has several lines of advice for programmers
+        return "it is not in the cache, and the Hub was not reached"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

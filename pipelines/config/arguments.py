@@ -51,12 +51,13 @@ def sort_words(argv: list[str]) -> CommandLine:
     return CommandLine(files, overrides, imports, topic, "--dry-run" in argv)
 
 
-def read_arguments(words: CommandLine) -> tuple[list[Data], list[str]]:
-    """Return the contents of the files, then the overrides, each as a nested mapping; and a list of problems."""
+def read_arguments(words: CommandLine, folder: str = "") -> tuple[list[Data], list[str]]:
+    """Return the contents of the files, then the overrides, each as a nested mapping; and a list of problems. folder:
+    see `find_preset`."""
     files, overrides, problems = [], [], []
     for path in words.files:
         try:
-            files.append(read_preset(path))
+            files.append(read_preset(path, folder))
         except UserError as error:
             problems.append(str(error))
     for argument in sorted(words.overrides, key=lambda argument: rank_override(argument, words.overrides)):
@@ -121,9 +122,9 @@ def combine(one: Any, other: Any) -> Any:
     return {**one, **other, **{key: combine(one[key], other[key]) for key in one if key in other}}
 
 
-def read_preset(name: str) -> Data:
+def read_preset(name: str, folder: str = "") -> Data:
     """Read a YAML file, or the preset of this name. Raises `UserError`."""
-    return read_file(name if os.path.isfile(name) else str(find_preset(name)))
+    return read_file(name if os.path.isfile(name) else str(find_preset(name, folder)))
 
 
 def read_file(path: str) -> Data:
@@ -149,15 +150,17 @@ def presets() -> dict[str, Path]:
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.glob("*/*.yaml"))}
 
 
-def find_preset(name: str) -> Path:
-    """Find a preset by a name such as `prior/gpt_digits`, `gpt_digits` or `configs/prior/gpt_digits.yaml`. Raises
-    `UserError`, which suggests similar names."""
+def find_preset(name: str, folder: str = "") -> Path:
+    """Find a preset by a name such as `prior/gpt_digits`, `gpt_digits` or `configs/prior/gpt_digits.yaml`. folder: the
+    only allowed folder, unless it is empty. Raises `UserError`, which suggests similar names."""
     if not name:
         raise UserError("--config: expected a file name")
     wanted = re.sub(r"^configs/|\.ya?ml$", "", name)
     found = {key: path for key, path in presets().items() if not key.startswith("accelerate/")}
     same = [key for key in found if wanted in (key, key.partition("/")[2])]
     if len(same) == 1:
+        if folder and (other := same[0].partition("/")[0]) != folder:
+            raise UserError(f"{name}: a preset of train_{other}, not of train_{folder}")
         return found[same[0]]
     if same:
         raise UserError(f"{name}: several presets have this name: {', '.join(same)}")

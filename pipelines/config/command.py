@@ -71,7 +71,7 @@ def parse(
     """
     words = sort_words(sys.argv[1:] if argv is None else argv)
     import_all(words.imports)
-    parts, problems = read_arguments(words)
+    parts, problems = read_arguments(words, cls.presets)
     parts = [resolve_short_forms(cls, part) for part in parts]
     given = merge_all(parts)
     further: Data = {}
@@ -110,7 +110,7 @@ def build_config(
 
     defaults: as in `parse`.
     """
-    parts = [*(read_preset(os.fspath(file)) for file in files), nest_settings(settings)]
+    parts = [*(read_preset(os.fspath(file), cls.presets) for file in files), nest_settings(settings)]
     parts = [resolve_short_forms(cls, part) for part in parts]
     data = merge_with_defaults(cls, [defaults(merge_all(parts)) if defaults else {}, *parts])
     try:

@@ -26,6 +26,8 @@ class Config(Settings):
     """The keys on the short help page, separated by spaces; empty: all top-level keys."""
     unavailable: ClassVar[dict[str, str]] = {}
     """Keys that users may expect, and what to do instead."""
+    presets: ClassVar[str] = ""
+    """The folder of the presets that `--config` accepts by name; empty: those of all folders."""
 
 
 class OutputConfig(Config):

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command import fails
 
+from pipelines import steps
 from pipelines.__main__ import main
 from pipelines.commands.reconstruct import ReconstructConfig
 from pipelines.config import UserError
@@ -133,6 +135,29 @@ def test_an_unknown_preset_is_one_line_with_a_hint(name, hint):
     with pytest.raises(UserError, match=hint) as caught:
         config_of(TOKENIZER_PRESETS[0], "--config", name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stages", [("tokenizer", "prior"), ("prior", "tokenizer")])
+def test_a_preset_of_the_other_stage_is_one_line(stages):
+    own, other = stages
+    name = {"tokenizer": TOKENIZER_PRESETS, "prior": PRIOR_PRESETS}[other][0].stem
+    with pytest.raises(UserError, match=f"^{name}: a preset of train_{other}, not of train_{own}$"):
+        parse(CONFIG_OF[own], ["--config", name], verb=own, description="")
+    with pytest.raises(UserError, match=f"^{name}: a preset of train_{other}"):
+        getattr(steps, f"train_{own}")(name)
+
+
+@pytest.mark.parametrize(
+    ("verb", "preset", "what"),
+    [
+        ("train_prior", "gpt_openmoji", "'runs/openmoji_tokens'"),
+        ("train_tokenizer", "vqvae_openmoji", "data.source=data/openmoji"),
+    ],
+)
+def test_a_preset_without_its_data_is_one_line(verb, preset, what, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = fails(capsys, verb, "--config", preset)
+    assert what in line and len(line) < 300 and not Path("runs").exists()
 
 
 def test_presets_are_listed_with_their_comments(capsys):
