@@ -24,7 +24,6 @@ from tokenizer.files import read_json
 from tokenizer.frame_by_frame import FrameByFrame
 from tokenizer.losses import total_loss
 from tokenizer.model import CONFIG
-from tokenizer.quantizers.codebook import CountedCodebook
 
 from .config import Config, UserError, Within, run_command
 from .config.importing import format_imports
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
 
 EVALUATED_IMAGES = 2000  # maximum during training; `smalti evaluate` uses all held-out images
 LLOYD_STEPS = 2  # the first gains about .1 dB on digits, the second .02, further ones less than .01 each
-LLOYD_IMAGES, LLOYD_PIXELS = 2000, 1 << 26  # maximum for each step
+LLOYD_IMAGES, LLOYD_PIXELS = 2000, 1 << 26  # maximum that they take
 INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # minimum to initialize a tokenizer from
 
 
@@ -197,12 +196,10 @@ class TokenizerTask(Task):
         return hidden_matrices(self.tokenizer)
 
     def finish(self, model: Any, group: ProcessGroup = ALONE) -> dict[str, Tensor]:
-        """Return the codebook, if the quantizer is `ema` or `vq`, after Lloyd steps on training images that are not
-        augmented. Its codes were learnt from the vectors of earlier encoders, not of the averaged one."""
+        """Return the codebook, if its codes are means, after Lloyd steps on training images that are not augmented.
+        Training fitted it to the vectors of earlier encoders, not of the averaged one."""
         tokenizer = model.tokenizer
-        if not (self.players and isinstance(tokenizer, Autoencoder)):
-            return {}
-        if not isinstance(tokenizer.quantizer, CountedCodebook):
+        if not (self.players and isinstance(tokenizer, Autoencoder) and tokenizer.quantizer.has_means):
             return {}
         return group.on_main(lambda: self.refine_codebook(tokenizer))
 
@@ -213,8 +210,9 @@ class TokenizerTask(Task):
         images = self.images.train.examples(count, self.config.train.seed)
         parts = images.split(images_at_a_time(tokenizer.image_shape))
         quantizer: Any = copy.deepcopy(tokenizer.quantizer)
+        vectors = [tokenizer.embed(part.to(tokenizer.device)).cpu() for part in parts]
         for _ in range(LLOYD_STEPS):
-            quantizer.lloyd_step(tokenizer.embed(part.to(tokenizer.device)) for part in parts)
+            quantizer.lloyd_step(vectors)
         before, after = tokenizer.quantizer.state_dict(), quantizer.state_dict()
         changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
         return {f"tokenizer.quantizer.{name}": after[name].cpu() for name in changed}

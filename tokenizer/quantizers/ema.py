@@ -6,7 +6,7 @@ vectors of the current batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ class EMA(CountedCodebook, name="ema"):
         self.sums.copy_(self.codebook * self.counts.unsqueeze(1))
 
     @torch.no_grad()
-    def lloyd_step(self, batches: Iterable[Tensor]) -> None:
+    def lloyd_step(self, batches: Sequence[Tensor]) -> None:
         """See `CountedCodebook`. Counts stay, and sums follow the codes, so that training can continue from them."""
         super().lloyd_step(batches)
         self.sums.copy_(self.codebook * self.counts.unsqueeze(1))

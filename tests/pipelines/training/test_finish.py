@@ -176,7 +176,7 @@ def test_a_codebook_that_lowers_psnr_on_validation_images_is_not_delivered(pair,
 
 
 def test_lloyd_steps_take_images_that_are_not_augmented_up_to_a_limit(tmp_path, monkeypatch):
-    """And leave the codebook alone if it does not consist of running means."""
+    """And none for a quantizer without means."""
     seen: list[Tensor] = []
     step = TokenizerTask.refine_codebook
 
@@ -191,9 +191,9 @@ def test_lloyd_steps_take_images_that_are_not_augmented_up_to_a_limit(tmp_path, 
     images = load_images(DataConfig(source="digits", limit=72)).train
     whole = images.batch(range(len(images)))
     used = torch.cat(seen)
-    assert len(used) == 2 * 50 and torch.equal(used[:50], used[50:])
+    assert len(used) == 50
     assert all((whole == image).flatten(1).all(1).any() for image in used)
     del seen[:]
-    vq = {"kind": "vqvae", "widths": [16], "blocks": [1], "quantizer": {"kind": "fsq"}}
-    train_tokenizer(tmp_path / "fsq", train__steps=2, model=vq)
+    fsq = {"kind": "vqvae", "widths": [16], "blocks": [1], "quantizer": {"kind": "fsq"}}
+    train_tokenizer(tmp_path / "fsq", train__steps=2, model=fsq)
     assert not seen

@@ -92,6 +92,16 @@ def test_the_error_never_rises_over_a_lloyd_step(name, normalize):
     assert all(after <= before + 1e-9 for before, after in itertools.pairwise(errors)) and errors[-1] < 0.9 * errors[0]
 
 
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_quantizers_without_means_refuse_a_lloyd_step(name):
+    """Codes that are compared otherwise, or come from a network, would get worse."""
+    quantizer = make_quantizer(name)
+    assert quantizer.has_means == (name in ("ema", "vq", "rvq"))
+    if not quantizer.has_means:
+        with pytest.raises(ValueError, match="not means"):
+            quantizer.lloyd_step([torch.randn(2, quantizer.dim, 3, 3)])
+
+
 def test_training_continues_from_the_codes_of_a_lloyd_step():
     """The running means hold them; codes that are not used do not jump back."""
     quantizer = make_quantizer("ema", revive_every=100).train()
