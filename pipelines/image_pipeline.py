@@ -592,13 +592,14 @@ class ImagePipeline:
 
         images: PIL images of exactly the pipeline size, uint8 or float `(B, C, H, W)`, or clips (see `encode`).
         condition: values of columns and `label`, as in `read_condition`; they shorten the stream, and `decompress`
-        needs them again. lossless: store every pixel; needs a decoder with a likelihood or a `pixels` tokenizer.
-        Otherwise only tokens are stored; the images that two machines decode from them may differ by one grey level in
-        some pixels, because the decoder rounds its float32 differently. tile: take images of any size from the model
-        size on, which are cut into tiles side by side (the last ones of a row and of a column are flush with the
-        border), so that decompressed images may show seams unless the stream is lossless. Raises `ValueError` for
-        images of another size (lossless: or of more than 8 bits), `LikelihoodError` if lossless is not possible, and
-        `StreamError` without the package constriction.
+        needs them again. Without `label`, each class of a prior of at most 32 is tried, and the stream stores the best
+        one of each image, if that makes it shorter; `{"label": None}` skips this, which is faster. lossless: store
+        every pixel; needs a decoder with a likelihood or a `pixels` tokenizer. Otherwise only tokens are stored; the
+        images that two machines decode from them may differ by one grey level in some pixels, because the decoder
+        rounds its float32 differently. tile: take images of any size from the model size on, which are cut into tiles
+        side by side (the last ones of a row and of a column are flush with the border), so that decompressed images may
+        show seams unless the stream is lossless. Raises `ValueError` for images of another size (lossless: or of more
+        than 8 bits), `LikelihoodError` if lossless is not possible, and `StreamError` without the package constriction.
         """
         several, shape = [images] if isinstance(images, PILImage) else images, frame_shape(self.tokenizer)
         options: dict[str, Any] = {"condition": condition, "lossless": lossless, "progress": progress}

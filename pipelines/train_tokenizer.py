@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections import deque
 from functools import partial
 from pathlib import Path
@@ -14,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tokenizer import Tokenizer
+from tokenizer.autoencoder import Autoencoder
 from tokenizer.base import codebook_usage
 from tokenizer.config import ModelConfig, Node
 from tokenizer.critic import PatchCritic
@@ -29,7 +32,7 @@ from .images.dataset import is_stream, require_two_levels, warn_about_colour
 from .images.origin import is_local
 from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual
-from .metrics.reconstruction import evaluate_reconstruction, reconstruction_picture
+from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
 from .processes.group import ALONE, ProcessGroup
 from .provenance import find_file, read_training_data, save_tokenizer, tokenizer_folder
 from .training.adversary import Adversary, CriticConfig, make_adversary
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 EVALUATED_IMAGES = 2000  # maximum during training; `smalti evaluate` uses all held-out images
+LLOYD_STEPS = 2  # the first gains about .1 dB on digits, the second .02, further ones less than .01 each
+LLOYD_IMAGES, LLOYD_PIXELS = 2000, 1 << 26  # maximum that they take
 INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # minimum to initialize a tokenizer from
 
 
@@ -190,6 +195,32 @@ class TokenizerTask(Task):
     def matrices(self) -> dict[nn.Parameter, int]:
         """Return the tokenizer's matrices only, because critics are trained with Adam."""
         return hidden_matrices(self.tokenizer)
+
+    def finish(self, model: Any, group: ProcessGroup = ALONE) -> dict[str, Tensor]:
+        """Return the codebook, if its codes are means, after Lloyd steps on training images that are not augmented.
+        Training fitted it to the vectors of earlier encoders, not of the averaged one."""
+        tokenizer = model.tokenizer
+        if not (self.players and isinstance(tokenizer, Autoencoder) and tokenizer.quantizer.has_means):
+            return {}
+        return group.on_main(lambda: self.refine_codebook(tokenizer))
+
+    def refine_codebook(self, tokenizer: Autoencoder) -> dict[str, Tensor]:
+        """Return what `LLOYD_STEPS` change in the quantizer, by name, on the CPU."""
+        _, height, width = tokenizer.image_shape
+        count = max(1, min(LLOYD_IMAGES, LLOYD_PIXELS // (height * width)))
+        images = self.images.train.examples(count, self.config.train.seed)
+        parts = images.split(images_at_a_time(tokenizer.image_shape))
+        quantizer: Any = copy.deepcopy(tokenizer.quantizer)
+        vectors = [tokenizer.embed(part.to(tokenizer.device)).cpu() for part in parts]
+        for _ in range(LLOYD_STEPS):
+            quantizer.lloyd_step(vectors)
+        before, after = tokenizer.quantizer.state_dict(), quantizer.state_dict()
+        changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
+        return {f"tokenizer.quantizer.{name}": after[name].cpu() for name in changed}
+
+    def accepts(self, finished: dict[str, float], evaluation: dict[str, float]) -> bool:
+        """Return whether PSNR is not lower."""
+        return finished.get("psnr", -math.inf) >= evaluation.get("psnr", -math.inf)
 
     def preview(self, model: Any, group: ProcessGroup = ALONE) -> dict[str, np.ndarray]:
         """Return images not used for training, each row above its reconstructions, and a chart of codebook use. The

@@ -73,6 +73,14 @@ class Autoencoder(Tokenizer):
         self.check_images(images)
         return self.quantizer.encode(self._embed(images))
 
+    @torch.no_grad()
+    @full_float32()
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the vectors `(B, quantizer.dim, h, w)` that `encode` quantizes. Raises `ValueError` for images of
+        another size."""
+        self.check_images(images)
+        return self._embed(images)
+
     @full_float32()
     def decode(self, tokens: Tensor) -> Tensor:
         """Return images clamped to [-1, 1]. Raises `ValueError` for ids out of range."""

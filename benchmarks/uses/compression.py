@@ -6,8 +6,8 @@
 
 Each coder writes all held-out images of the pipeline's data (or of `source=FOLDER`; `count=N`: only the first N) as one
 archive. PNG, WebP, JPEG-LS and JPEG XL get a sheet of 100 images per row, or one column of images, whichever comes out
-smaller; zlib gets the raw bytes. "own bits": -log2 p of the images under the model, in float32. Images per second are
-from one run.
+smaller; zlib gets the raw bytes. "own bits": -log2 p of the images under the model, without a class, in
+float32. Images per second are from one run.
 """
 
 from __future__ import annotations

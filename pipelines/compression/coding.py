@@ -1,8 +1,9 @@
 """Images to bytes and back: tokens coded under the prior, and for lossless streams the pixels given the tokens.
 
 `container` defines the file, and `codec` the probabilities for coding symbols. Encoder and decoder evaluate the models
-in the same order; batch size and machine may differ, which `codec` allows for. A lossy stream is decoded from its
-tokens in float32, so a pixel may differ by one grey level between processors.
+in the same order; batch size and machine may differ, which `codec` allows for. Classes that
+the encoder chooses are part of the stream. A lossy stream is decoded from its tokens in float32, so a pixel may differ
+by one grey level between processors.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 from zlib import crc32
 
@@ -20,6 +22,7 @@ from PIL import ImageOps
 from PIL.Image import Image as PILImage
 from torch import Tensor
 
+from prior import Prior
 from prior.conditions import LABEL, Condition, describe_columns, digest_condition, select_rows
 from prior.sampling import check_count, progress_bar
 from tokenizer.base import LikelihoodError
@@ -40,6 +43,8 @@ CHUNK_IMAGES = 256
 """Maximum number of images per chunk."""
 CHUNK_NUMBERS = 1 << 26
 """Maximum number of logits per chunk."""
+MAX_CLASSES = 32
+"""Maximum number of classes of a prior for which an encoder without labels tries every class of each image."""
 PIXEL_IMAGES = 16
 """Number of images whose pixels are evaluated at once."""
 
@@ -135,6 +140,19 @@ def rows_of_stream(pipeline: ImagePipeline, rows: Condition, header: Header) -> 
     return rows_of_tiles(rows, places, check_places(pipeline.conditions, rows))
 
 
+def choose_classes(prior: Prior, tokens: Tensor, condition: Condition) -> Tensor | None:
+    """Return the class, or the null class, under which the tokens `(n, *grid.shape)` of each image are most likely,
+    int64 `(n,)`, given raw columns. Return None, for the null class of all images, if storing the classes costs more
+    than it saves, or if the prior has no classes or more than `MAX_CLASSES`."""
+    null, count = prior.num_classes, len(tokens)
+    if not 0 < null <= MAX_CLASSES:
+        return None
+    tokens = tokens.to(prior.device)
+    nats = [prior.log_prob(tokens, tokens.new_full((count,), k), condition=condition).double() for k in range(null + 1)]
+    best, classes = torch.stack(nats).max(0)
+    return classes if (best - nats[null]).sum() > count * math.log(null + 1) else None
+
+
 class Models:
     """A pipeline's models in float64 (which autocast does not change), which code symbols while they are evaluated.
 
@@ -166,6 +184,11 @@ class Models:
                 flat[:, cell] = coder.code(logits, flat[:, cell])
             last, rank = flat[:, block].split(batch_size), rank + size
 
+    def code_classes(self, classes: Tensor, condition: Condition, coder: SymbolCoder) -> Condition:
+        """Code `classes` `(n,)`, of which all are equally probable; return raw columns with these labels."""
+        logits = torch.zeros(len(classes), self.prior.num_classes + 1, dtype=torch.float64, device=self.device)
+        return {**condition, LABEL: coder.code(logits, classes)}
+
     def rows_of(self, condition: Condition, header: Header, index: int) -> Condition:
         """Return the raw columns of a chunk's images."""
         first = index * header.chunk_images
@@ -181,36 +204,48 @@ class Models:
                 values[:, channel] = found.view_as(values[:, channel])
 
     @torch.inference_mode()
-    def encode(self, tokens: Tensor, condition: Condition, pixels: Tensor | None) -> Chunk:
-        """Encode tokens `(n, *grid.shape)` and pixels `(n, C, H, W)` in 0 to 255 into a chunk, given raw columns."""
+    def encode(
+        self, tokens: Tensor, condition: Condition, pixels: Tensor | None, classes: Tensor | None = None
+    ) -> Chunk:
+        """Encode tokens `(n, *grid.shape)` and pixels `(n, C, H, W)` in 0 to 255 into a chunk, given raw columns.
+        classes: to be stored, `(n,)`."""
         tokens, of_tokens, of_pixels = tokens.to(self.device).contiguous(), Encoder(), Encoder()
+        if classes is not None:
+            condition = self.code_classes(classes.to(self.device), condition, of_tokens)
         self.code_tokens(tokens, condition, of_tokens, len(tokens))
         if pixels is not None:
             self.code_pixels(pixels.to(self.device), tokens, of_pixels)
         unsure = torch.cat(of_tokens.unsure + of_pixels.unsure)
         exceptions = unsure.nonzero().flatten().cpu().numpy().astype(np.uint32)
-        return Chunk(exceptions, of_tokens.bytes(), of_pixels.bytes(), digest_of(tokens, pixels))
+        digest = digest_of(tokens, pixels)
+        return Chunk(exceptions, of_tokens.bytes(), of_pixels.bytes(), digest, classes is not None)
 
     @torch.inference_mode()
     def decode(
         self, chunk: Chunk, count: int, condition: Condition, batch_size: int | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Decode the tokens and pixels of a chunk of `count` images, given their raw columns and labels. Raises
-        `ModelMismatch` if this machine computes different probabilities."""
+        """Decode the tokens and pixels of a chunk of `count` images, given their raw columns, and labels if the chunk
+        does not have them. Raises `ModelMismatch` if this machine computes different probabilities."""
+        if chunk.classes and (LABEL in condition or not self.prior.num_classes):
+            why = "labels, too, were given to compress" if LABEL in condition else "this pipeline has none"
+            raise DamagedStream(f"the stream is damaged: it has classes, but {why}")
         tokens = torch.zeros(count, *self.prior.grid.shape, dtype=torch.long, device=self.device)
         shape = (count, *self.tokenizer.image_shape)
         pixels = torch.zeros(shape, dtype=torch.long, device=self.device) if self.residual else None
-        symbols = tokens.numel() + (0 if pixels is None else pixels.numel())
+        first = tokens.numel() + count * chunk.classes  # symbols before those of pixels
+        symbols = first + (0 if pixels is None else pixels.numel())
         if len(chunk.exceptions) and chunk.exceptions.max() >= symbols:
             raise DamagedStream("the stream is damaged: an exception is outside its chunk")
         unsure = torch.zeros(symbols, dtype=torch.bool)
         unsure[torch.from_numpy(chunk.exceptions.astype(np.int64))] = True
         unsure = unsure.to(self.device)
-        decoder = Decoder(chunk.tokens, unsure[: tokens.numel()])
+        decoder = Decoder(chunk.tokens, unsure[:first])
+        if chunk.classes:
+            condition = self.code_classes(tokens.new_zeros(count), condition, decoder)
         self.code_tokens(tokens, condition, decoder, batch_size or count)
         decoder.finish()
         if pixels is not None:
-            decoder = Decoder(chunk.pixels, unsure[tokens.numel() :])
+            decoder = Decoder(chunk.pixels, unsure[first:])
             self.code_pixels(pixels, tokens, decoder)
             decoder.finish()
         if digest_of(tokens, pixels) != chunk.digest:
@@ -265,9 +300,10 @@ def write_images(
     """Write a stream of `count` images, given in `parts` of `chunk_images`; return its size in bytes.
 
     sizes: (height, width) of each image; `parts` then contain the tiles of all images. condition: values of columns,
-    one for all images or one per image, without which the stream cannot be decoded. lossless: decoding returns the
-    exact 8-bit images instead of reconstructions. Raises `LikelihoodError` if lossless is impossible, and `StreamError`
-    if the coder is not installed or a name is not a valid file name.
+    one for all images or one per image, without which the stream cannot be decoded. Without `label`, the best class of
+    each image is stored, if that shortens the stream (see `choose_classes`). lossless: decoding returns the exact 8-bit
+    images instead of reconstructions. Raises `LikelihoodError` if lossless is impossible, and `StreamError` if the
+    coder is not installed or a name is not a valid file name.
     """
     constriction()
     models = Models(pipeline, residual=has_residual(pipeline, lossless))
@@ -276,13 +312,17 @@ def write_images(
     header = Header(identify(pipeline), shape, count, chunk_images(pipeline), models.residual, tuple(names), digest)
     header = header if sizes is None else header._replace(sizes=tuple(sizes))
     rows = rows_of_stream(pipeline, rows, header)
+    chooses = not (isinstance(condition, Mapping) and LABEL in condition)
 
     def chunks() -> Iterator[Chunk]:
         for index, part in zip(iterate_chunks(header, progress), parts, strict=False):
             if lossless:
                 check_exact(part)
             pixels = to_values(part) if models.residual else None
-            yield models.encode(pipeline.encode_batch(part), models.rows_of(rows, header, index), pixels)
+            tokens, own = pipeline.encode_batch(part), models.rows_of(rows, header, index)
+            with torch.inference_mode():
+                classes = choose_classes(pipeline.prior, tokens, own) if chooses else None
+            yield models.encode(tokens, own, pixels, classes)
 
     return write_stream(file, header, chunks())
 

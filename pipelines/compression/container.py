@@ -6,7 +6,8 @@ section  length u32 | content | CRC-32 of the content u32
 header   pipeline 16 B | image c, h, w u16 | images u32 | images of a chunk u16 | lossless u8 [| condition 8 B]
 names    UTF-8, separated by zero bytes; empty without names
 sizes    height u16, width u16 of each image
-chunk    CRC-32 of the decoded data u32 | exceptions u32 | bytes of tokens u32 | exceptions u32 ... | tokens | pixels
+chunk    CRC-32 of the decoded data u32 | exceptions u32 | bytes of tokens u32 | classes u8 | exceptions u32 ...
+         | tokens | pixels
 
 Only streams of versions 2 and 3 have `condition`, the first bytes of the sha256 of the columns that images are
 conditioned on (`digest_condition`), with the rows of all images in order; the reader must have these columns. In
@@ -35,7 +36,7 @@ from ..images.decoding import MAX_PIXELS, MAX_SIDE
 MAGIC, VERSION, VERSION_WITH_CONDITION, VERSION_WITH_TILES = b"smalti\0", 1, 2, 3
 NO_CONDITION = bytes(8)
 MAX_PART = 255  # maximum length of a file or folder name, in bytes
-NUMBER, CHUNK = struct.Struct("<I"), struct.Struct("<III")
+NUMBER, CHUNK = struct.Struct("<I"), struct.Struct("<III?")
 PLAIN, CONDITIONED = struct.Struct("<16s3HIH?"), struct.Struct("<16s3HIH?8s")
 HEADERS = {VERSION: PLAIN, VERSION_WITH_CONDITION: CONDITIONED, VERSION_WITH_TILES: CONDITIONED}
 
@@ -83,12 +84,14 @@ class Header(NamedTuple):
 
 class Chunk(NamedTuple):
     """Coded images: tokens, and in a lossless stream pixels. exceptions: ascending positions of uniformly coded
-    symbols, counting tokens first, then pixels; digest: the CRC-32 of the decoded content."""
+    symbols, counting classes first, then tokens, then pixels; digest: the CRC-32 of the decoded content; classes:
+    whether `tokens` begins with the class of each image, given which its tokens are coded."""
 
     exceptions: NDArray[np.uint32]
     tokens: bytes | memoryview
     pixels: bytes | memoryview
     digest: int
+    classes: bool = False
 
 
 def write_stream(file: BinaryIO, header: Header, chunks: Iterable[Chunk]) -> int:
@@ -106,8 +109,8 @@ def write_stream(file: BinaryIO, header: Header, chunks: Iterable[Chunk]) -> int
     written += file.write(pack_section(fields)) + file.write(pack_section("\0".join(names).encode()))
     if sizes is not None:
         written += file.write(pack_section(np.array(sizes, "<u2").tobytes()))
-    for exceptions, tokens, pixels, digest in chunks:
-        lengths = CHUNK.pack(digest, len(exceptions), len(tokens))
+    for exceptions, tokens, pixels, digest, classes in chunks:
+        lengths = CHUNK.pack(digest, len(exceptions), len(tokens), classes)
         written += file.write(pack_section(b"".join((lengths, exceptions.astype("<u4").tobytes(), tokens, pixels))))
     return written
 
@@ -201,9 +204,9 @@ def find_size_problem(header: Header) -> str | None:
 def read_chunk(content: memoryview) -> Chunk:
     """Parse a chunk from its section."""
     reader = Reader(content)
-    digest, exceptions, tokens = CHUNK.unpack(reader.take(CHUNK.size))
+    digest, exceptions, tokens, classes = CHUNK.unpack(reader.take(CHUNK.size))
     positions = np.frombuffer(reader.take(exceptions * NUMBER.size), "<u4")
-    return Chunk(positions, reader.take(tokens), reader.left, digest)
+    return Chunk(positions, reader.take(tokens), reader.left, digest, classes)
 
 
 def check_names(header: Header) -> None:

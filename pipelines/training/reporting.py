@@ -107,6 +107,8 @@ def describe_figures(trainer: Trainer, done: bool) -> dict[str, Any]:
     the step of the weights."""
     task = trainer.task
     evaluation = trainer.best["evaluation"] if done and trainer.best else trainer.evaluation
+    if done and trainer.finished and task.watched == "validation":
+        evaluation = trainer.finished_evaluation
     if task.watched == "validation":
         evaluation = {f"validation_{name}": value for name, value in evaluation.items()}
     if not done:

@@ -97,6 +97,16 @@ class Task:
         figures."""
         raise NotImplementedError
 
+    def finish(self, model: nn.Module, group: ProcessGroup = ALONE) -> dict[str, Tensor]:
+        """Return new values of weights of `model` (averaged weights), by name, for the model that a finished run
+        delivers; equal on all processes. The run's own weights stay as they are."""
+        return {}
+
+    def accepts(self, finished: dict[str, float], evaluation: dict[str, float]) -> bool:
+        """Return whether to deliver the weights that `finish` returned, given the figures on validation images with
+        them and without them."""
+        return True
+
     def score(self, evaluation: dict[str, float]) -> float | None:
         """Return a score that ranks weights with these figures, higher is better; None if no figure ranks them."""
         return None

@@ -207,6 +207,9 @@ class Trainer:
         self.evaluation: dict[str, float] = record.get("evaluation", {})
         self.reported: dict[str, float] = record.get("reported", {})  # held-out figures, at the end of the run
         self.best: dict[str, Any] = record.get("best", {})  # step, score and evaluation
+        self.finished = False
+        """Whether the delivered weights are those that `Task.finish` returned."""
+        self.finished_evaluation: dict[str, float] = {}  # of these, on validation images
         self.pending: list[str] = record.get("pending", [])  # due at the saved step, not done yet
         self.precision_before: str | None = record.get("precision")
         self.saved_step, self.unsaved = (self.step if record else -1), ""
@@ -457,7 +460,7 @@ class Trainer:
 
     def evaluate_and_save(self, due: set[str], progress: float, done: bool, bar: Any) -> None:
         """Evaluate, log, preview and save when due. At the end of a run, everything except the checkpoint uses the
-        delivered weights: the best ones, if they are known."""
+        delivered weights: the best ones, if they are known, as the task finishes them."""
         record: dict[str, float] = {}
         if due:
             self.check_skips()
@@ -466,7 +469,7 @@ class Trainer:
             show_report(self, record, bar)
         if "evaluate" in due:
             record |= self.evaluate()
-        with self.use_best_weights() if done else nullcontext():
+        with self.use_delivered_weights() if done and due else nullcontext():
             if done and "evaluate" in due:
                 record |= self.evaluate_held_out()
             if record:
@@ -500,8 +503,9 @@ class Trainer:
         return {f"{split}/{name}": value for name, value in self.evaluation.items()}
 
     def evaluate_held_out(self) -> dict[str, float]:
-        """Evaluate the delivered weights on held-out images, or reuse the last evaluation if it was on these images."""
-        known = self.task.watched == "held_out"
+        """Evaluate the delivered weights on held-out images, or reuse the last evaluation if it was of these weights on
+        these images."""
+        known = self.task.watched == "held_out" and not self.finished
         self.reported = self.evaluation if known else self.evaluate_split("held_out")
         return {f"held_out/{name}": value for name, value in self.reported.items()}
 
@@ -542,6 +546,27 @@ class Trainer:
             yield
         finally:
             self.average.load_state_dict(last)
+
+    @contextmanager
+    def use_delivered_weights(self) -> Iterator[None]:
+        """Inside the block, replace the averaged weights with the best ones, if any, and let the task finish them,
+        unless it does not accept the result on validation images. No checkpoint holds finished weights."""
+        with self.use_best_weights():
+            weights = self.average.state_dict()
+            changed = self.task.finish(self.average, self.group)
+            before = {name: weights[name].clone() for name in changed}
+            self.finished = bool(changed)
+            try:
+                copy_into(weights, changed)
+                if self.finished and self.task.watched == "validation":
+                    self.finished_evaluation = self.evaluate_split("validation")
+                    known = self.best["evaluation"] if self.best else self.evaluation
+                    self.finished = self.task.accepts(self.finished_evaluation, known)
+                    if not self.finished:
+                        copy_into(weights, before)
+                yield
+            finally:
+                copy_into(weights, before)
 
     @contextmanager
     def gather_average(self) -> Iterator[nn.Module | None]:
@@ -652,3 +677,9 @@ class Trainer:
         """Finish pending writes and close the trackers."""
         self.writer.shutdown()
         self.tracker.close()
+
+
+def copy_into(weights: dict[str, Any], values: Tensors) -> None:
+    """Copy `values` into `weights` of the same names."""
+    for name, value in values.items():
+        weights[name].copy_(value)

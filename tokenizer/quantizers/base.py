@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,8 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
     dim: int
     levels: int = 1
     """Ids per position: level `l` of row `r` is row `l * rows + r` of the token grid, coarse levels first."""
+    has_means: bool = False
+    """Whether codes stand for the means of their nearest vectors, so that `lloyd_step` can improve them."""
     scales: Scales = ()
     """(height, width) of each map of ids, coarse to fine, for a multi-scale quantizer; vectors form a map of the last
     size."""
@@ -51,6 +54,11 @@ class Quantizer(Registered, nn.Module, family="tokenizer.quantizers"):
     def figures(self) -> dict[str, Tensor]:
         """Running statistics, logged with the training losses."""
         return {}
+
+    def lloyd_step(self, batches: Sequence[Tensor]) -> None:
+        """Move each code to the mean of its nearest vectors (Lloyd 1982) among `batches` of z `(B, dim, *spatial)`, on
+        any device; a code without vectors stays. Raises `ValueError` unless `has_means`."""
+        raise ValueError(f"the codes of a {self.name!r} quantizer are not means of vectors")
 
     def grid_shape(self, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of the ids for `height` x `width` vectors. Raises `ConfigError` for an unsupported size."""

@@ -3,7 +3,7 @@ dead codes (Dhariwal et al. 2020, Jukebox)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -112,6 +112,7 @@ class CountedCodebook(Codebook):
     `config` has `decay`, `revive_below` and `revive_every`.
     """
 
+    has_means = True
     counts: Tensor
     """Running mean of each code's use per batch, (codes,)."""
 
@@ -120,6 +121,18 @@ class CountedCodebook(Codebook):
         """Run k-means, and set all usage counts equal."""
         super().start(rows)
         self.counts.fill_(len(rows) * world_size() / self.vocab_size)
+
+    @torch.no_grad()
+    def lloyd_step(self, batches: Sequence[Tensor]) -> None:
+        """See `Quantizer`. Sums are taken on the CPU, where they do not depend on the order of threads."""
+        sums = torch.zeros(self.vocab_size, self.dim, dtype=torch.float64)
+        counts = torch.zeros(self.vocab_size, 1, dtype=torch.float64)
+        for z in batches:
+            tokens = self.encode(z.to(self.codebook.device)).flatten().cpu()
+            sums.index_add_(0, tokens, self.comparable(rows_of(z.float())).cpu().double())
+            counts += uses(tokens, self.vocab_size).unsqueeze(1)
+        means = torch.where(counts > 0, sums / counts.clamp(min=1), self.codebook.detach().cpu())
+        self.codebook.copy_(means)
 
     def revives(self, step: int) -> bool:
         """Return whether dead codes are revived after this step."""

@@ -6,6 +6,8 @@ vectors of the current batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -56,6 +58,12 @@ class EMA(CountedCodebook, name="ema"):
     def start(self, rows: Tensor) -> None:
         """Run k-means, and set all usage counts equal."""
         super().start(rows)
+        self.sums.copy_(self.codebook * self.counts.unsqueeze(1))
+
+    @torch.no_grad()
+    def lloyd_step(self, batches: Sequence[Tensor]) -> None:
+        """See `CountedCodebook`. Counts stay, and sums follow the codes, so that training can continue from them."""
+        super().lloyd_step(batches)
         self.sums.copy_(self.codebook * self.counts.unsqueeze(1))
 
     def update(self, rows: Tensor, tokens: Tensor) -> None:  # type: ignore[override]

@@ -7,7 +7,7 @@ codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from typing import Annotated, Any
 
@@ -63,6 +63,7 @@ class RVQ(Quantizer, name="rvq"):
         # Seeds differ, because levels that revived codes at the same positions would quantize the same vectors twice.
         seeds = [book.seed + level for level in range(1 if config.shared else config.depth)]
         kind: Any = Quantizer.find(book.kind)
+        self.has_means = kind.has_means
         self.books: Any = nn.ModuleList(kind(book.model_copy(update={"seed": seed})) for seed in seeds)
 
     @property
@@ -119,6 +120,20 @@ class RVQ(Quantizer, name="rvq"):
             residual = residual - self._descend(residual, [book.table()])[2][0]
         for _ in range(SHARED_STARTS if self.config.shared else 0):
             self.books[0].start(interleave(self._descend(rows, self.tables())[0]))
+
+    @torch.no_grad()
+    def lloyd_step(self, batches: Sequence[Tensor]) -> None:
+        """See `Quantizer`. Levels follow one another, each on the residuals of the preceding ones; a shared codebook
+        takes one step on the residuals of all levels."""
+        residuals, every = list(batches), list[Tensor]()
+        for book in self._per_level(self.books):
+            if self.config.shared:
+                every += residuals
+            else:
+                book.lloyd_step(residuals)
+            residuals = [z - book.lookup(book.encode(z.to(book.codebook.device))).to(z.device) for z in residuals]
+        if self.config.shared:
+            self.books[0].lloyd_step(every)
 
     def _record(self, residuals: list[Tensor], tokens: list[Tensor]) -> None:
         """Record for each codebook the vectors of all its levels."""

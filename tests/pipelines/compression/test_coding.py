@@ -28,7 +28,7 @@ from pipelines import ImagePipeline
 from pipelines.compression import codec, coding
 from pipelines.compression.codec import Decoder, Encoder, exponentials, grid_steps
 from pipelines.compression.coding import exact_pixels
-from pipelines.compression.container import ModelMismatch, StreamError, read_stream, write_stream
+from pipelines.compression.container import DamagedStream, ModelMismatch, StreamError, read_stream, write_stream
 from prior import Prior
 from prior.conditions import GridColumn
 from tokenizer import TokenGrid
@@ -236,7 +236,7 @@ def test_streams_are_as_long_as_the_model_says(kind):
     images = images_of(pipe, 24)
     nats = pipe.bits_per_dim(images) * 256 * np.log(2) if lossless else -pipe.log_prob(images)
     bits = float(nats.double().sum() / np.log(2))
-    data = compressed(pipe, images, lossless=lossless)
+    data = compressed(pipe, images, lossless=lossless, condition={"label": None})
     header, chunks = read_stream(data)
     coded = sum(len(chunk.tokens) + len(chunk.pixels) for chunk in chunks)
     assert 0.999 * bits < 8 * coded < 1.005 * bits + 2 * 64
@@ -451,6 +451,181 @@ def test_an_earlier_type_of_the_weights_does_not_matter():
         assert torch.equal(again.vector, encoded.vector) and torch.equal(again.map, encoded.map)
 
 
+# Classes
+
+
+def with_strong_classes(kind="pixels given levels", prior="gpt", **config):
+    """A pipeline of three classes that matter, although it is not trained."""
+    pipe = pipeline_of("tokens" if prior == "next_scale" else kind, prior, **config)
+    with torch.no_grad():
+        for parameter in pipe.prior.parameters():
+            if parameter.ndim == 2 and len(parameter) == 4:
+                parameter.mul_(30)  # one row for each class
+        if prior == "gpt":
+            pipe.prior.head.weight.mul_(5)
+    return pipe
+
+
+def nats_of(pipe, images):
+    """Nats of the tokens of each image given each class, and the null class: `(4, n)`."""
+    tokens = pipe.encode(images)
+    with torch.no_grad():
+        return -torch.stack([pipe.prior.log_prob(tokens, torch.full((len(tokens),), k)) for k in range(4)]).double()
+
+
+def no_scores(monkeypatch):
+    monkeypatch.setattr(Prior, "log_prob", lambda *_, **__: pytest.fail("a class was tried"))
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_every_prior_stores_the_best_classes(prior, monkeypatch):
+    """In chunks; the decoder tries nothing, in any batches."""
+    pipe = with_strong_classes(prior=prior)
+    images = images_of(pipe, 11)
+    monkeypatch.setattr(coding, "CHUNK_IMAGES", 4)
+    stored, seen = coding.Models.code_classes, []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            coding.Models, "code_classes", lambda models, ids, *rest: seen.append(ids) or stored(models, ids, *rest)
+        )
+        data = compressed(pipe, images)
+    for part, chunk in zip(images.split(4), read_stream(data)[1], strict=True):
+        nats = nats_of(pipe, part)
+        saves = float((nats[3] - nats.amin(0)).sum()) > len(part) * np.log(4)
+        assert chunk.classes == saves
+        if saves:
+            assert torch.equal(seen.pop(0), nats.argmin(0))
+    assert not seen and len(data) <= len(compressed(pipe, images, condition={"label": None}))
+    no_scores(monkeypatch)
+    for batch_size in (1, 3, None):
+        assert torch.equal(decompressed(pipe, data, batch_size=batch_size), expected(pipe, images, False))
+
+
+@pytest.mark.parametrize("kind", ["pixels given tokens", "bytes"])
+def test_a_stream_with_classes_is_as_long_as_the_model_says(kind):
+    """Each class costs log2(classes + 1) bits."""
+    pipe, lossless = with_strong_classes(kind), KINDS[kind][2]
+    images = images_of(pipe, 24)
+    nats = nats_of(pipe, images)
+    bits = float(nats.amin(0).sum() + 24 * np.log(4)) / np.log(2)
+    data, without = (compressed(pipe, images, lossless=lossless, **c) for c in ({}, {"condition": {"label": None}}))
+    (chunk,) = read_stream(data)[1]
+    assert chunk.classes and 0.999 * bits < 8 * len(chunk.tokens) < 1.005 * bits + 2 * 64
+    assert len(data) < len(without) - float((nats[3] - nats.amin(0)).sum()) / np.log(2) / 8 * 0.95 + 24 * 2 / 8 + 8
+    for stream in (data, without):
+        found = decompressed(pipe, stream, batch_size=7)
+        assert torch.equal(found, expected(pipe, images, lossless))
+
+
+def test_classes_are_stored_only_if_that_pays():
+    """Otherwise the stream is that of the null class."""
+    pipe = pipeline_of()
+    images = images_of(pipe)
+    data = compressed(pipe, images)
+    assert not read_stream(data)[1][0].classes and data == compressed(pipe, images, condition={"label": None})
+    nats = nats_of(pipe, images)
+    assert 0 < float((nats[3] - nats.amin(0)).sum()) < 9 * np.log(4)
+
+
+def test_an_image_may_have_no_class(monkeypatch):
+    """The null class is one of the choices."""
+    pipe = with_strong_classes(prior="made")
+    images = images_of(pipe)
+    best = nats_of(pipe, images).argmin(0)
+    assert {3} < {*best.tolist()}
+    data = compressed(pipe, images)
+    assert read_stream(data)[1][0].classes and torch.equal(decompressed(pipe, data), expected(pipe, images, False))
+
+
+@pytest.mark.parametrize("why", ["labels", "no label", "no labels", "many classes", "no classes"])
+def test_otherwise_no_class_is_tried(why, monkeypatch):
+    pipe = with_strong_classes(**({"num_classes": 0} if why == "no classes" else {}))
+    images, label = images_of(pipe), {"labels": [0, 1, 2] * 3, "no label": None, "no labels": [None] * 9}
+    monkeypatch.setattr(coding, "MAX_CLASSES", 2 if why == "many classes" else 3)
+    no_scores(monkeypatch)
+    given = {"condition": {"label": label[why]}} if why in label else {}
+    data = compressed(pipe, images, **given)
+    assert not any(chunk.classes for chunk in read_stream(data)[1])
+    assert torch.equal(decompressed(pipe, data, **given), expected(pipe, images, False))
+
+
+def test_classes_are_chosen_given_columns(monkeypatch):
+    pipe, images, condition = CONDITIONED, images_of(CONDITIONED, 7), rows_of(CONDITIONED, 7)
+    del condition["label"]
+    strong = copy.deepcopy(pipe)
+    with torch.no_grad():
+        strong.prior.class_embedding.weight.mul_(100)
+        strong.prior.head.weight.mul_(20)
+    tokens, stored, seen = strong.encode(images), coding.Models.code_classes, []
+    with torch.inference_mode():
+        given, without = (
+            torch.stack([strong.prior.log_prob(tokens, torch.full((7,), k), condition=columns) for k in range(4)])
+            for columns in (condition, None)
+        )
+    assert not torch.equal(given.argmax(0), without.argmax(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            coding.Models, "code_classes", lambda models, ids, *rest: seen.append(ids) or stored(models, ids, *rest)
+        )
+        data = compressed(strong, images, condition=condition)
+    assert read_stream(data)[1][0].classes and torch.equal(seen[0], given.argmax(0))
+    found = decompressed(strong, data, condition=condition, batch_size=2)
+    assert torch.equal(found, expected(strong, images, False))
+    with pytest.raises(StreamError, match="condition"):
+        decompressed(strong, data)
+
+
+def test_exceptions_count_classes_first(monkeypatch):
+    """A wide guard makes many among tokens and pixels, none among classes."""
+    monkeypatch.setattr(codec, "GUARD", 1e-3)
+    pipe = with_strong_classes("pixels given tokens")
+    images = images_of(pipe)
+    data = compressed(pipe, images, lossless=True)
+    (chunk,) = read_stream(data)[1]
+    assert chunk.classes and 9 <= chunk.exceptions[0] < 9 + 9 * 4 <= chunk.exceptions[-1]
+    perturb(monkeypatch, 1e-4)
+    assert torch.equal(decompressed(pipe, data), expected(pipe, images, True))
+
+
+def test_small_differences_between_machines_do_not_change_the_classes(monkeypatch):
+    """The decoder reads them."""
+    pipe = with_strong_classes("bytes")
+    images = images_of(pipe)
+    data = compressed(pipe, images, lossless=True)
+    perturb(monkeypatch, 1e-10)
+    assert torch.equal(decompressed(pipe, data), expected(pipe, images, True))
+    perturb(monkeypatch, 1e-2)
+    with pytest.raises(ModelMismatch):
+        decompressed(pipe, data)
+
+
+def test_classes_that_do_not_fit_are_one_error():
+    """In a pipeline without classes, beside labels, and other ones."""
+    pipe, none = with_strong_classes(), with_strong_classes(num_classes=0)
+    images = images_of(pipe)
+
+    def forge(pipe, data, **chunk):
+        header, (found,) = read_stream(data)
+        write_stream(file := io.BytesIO(), header, [found._replace(**chunk)])
+        return file.getvalue()
+
+    for made, other, more in ((none, "pipeline has none", {}), (pipe, "labels, too", {"condition": {"label": 1}})):
+        data = compressed(made, images, **more)
+        with pytest.raises(DamagedStream, match=f"^[^\n]*{other}[^\n]*$"):
+            decompressed(made, forge(made, data, classes=True), **more)
+    data = compressed(pipe, images)
+    for classes in (True, False):
+        stream = data if classes else compressed(pipe, images, condition={"label": None})
+        assert read_stream(stream)[1][0].classes == classes
+        with pytest.raises(StreamError):
+            decompressed(pipe, forge(pipe, stream, classes=not classes))
+    tokens = bytes(read_stream(data)[1][0].tokens)
+    for first in range(0, 256, 5):  # the first bytes decide on the classes
+        if first != tokens[3]:
+            with pytest.raises(StreamError):
+                decompressed(pipe, forge(pipe, data, tokens=tokens[:3] + bytes([first]) + tokens[4:]))
+
+
 # Refusals
 
 
@@ -492,6 +667,7 @@ OTHER_CHUNKS = {
     "tokens": st.binary(max_size=40),
     "pixels": st.binary(max_size=600),
     "digest": st.integers(0, 2**32 - 1),
+    "classes": st.booleans(),
 }
 
 

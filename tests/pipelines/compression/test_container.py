@@ -33,7 +33,7 @@ def make_chunks(header, seed=0):
     def chunk():
         positions = np.sort(rng.choice(100, rng.integers(4), replace=False)).astype(np.uint32)
         pixels = rng.bytes(rng.integers(40)) if header.lossless else b""
-        return Chunk(positions, rng.bytes(rng.integers(40)), pixels, int(rng.integers(1 << 32)))
+        return Chunk(positions, rng.bytes(rng.integers(40)), pixels, int(rng.integers(1 << 32)), bool(rng.integers(2)))
 
     return [chunk() for _ in range(header.num_chunks)]
 
@@ -50,7 +50,7 @@ def make_stream(**fields):
 
 
 def plain(chunk):
-    return chunk.exceptions.tolist(), bytes(chunk.tokens), bytes(chunk.pixels), chunk.digest
+    return chunk.exceptions.tolist(), bytes(chunk.tokens), bytes(chunk.pixels), chunk.digest, chunk.classes
 
 
 def replaced(data, number, content):
@@ -92,12 +92,13 @@ def test_streams_round_trip(header, names, seed):
 
 def test_the_bytes_of_a_stream_are_these():
     header = Header(b"0123456789abcdef", (3, 256, 258), 2, 7, True, ("a", "b/c"))
-    data = packed(header, [Chunk(np.array([5, 600], np.uint32), b"tokens", b"pixels", 0x01020304)])
+    data = packed(header, [Chunk(np.array([5, 600], np.uint32), b"tokens", b"pixels", 0x01020304, True)])
     parts = (
         b"smalti\x00\x01",
         b"\x1d\x00\x00\x000123456789abcdef\x03\x00\x00\x01\x02\x01\x02\x00\x00\x00\x07\x00\x01",
         b"\x05\x00\x00\x00a\x00b/c",
-        b"\x20\x00\x00\x00\x04\x03\x02\x01\x02\x00\x00\x00\x06\x00\x00\x00\x05\x00\x00\x00\x58\x02\x00\x00tokenspixels",
+        b"\x21\x00\x00\x00\x04\x03\x02\x01\x02\x00\x00\x00\x06\x00\x00\x00\x01\x05\x00\x00\x00\x58\x02\x00\x00"
+        b"tokenspixels",
     )
     sections = [part + crc32(part[4:]).to_bytes(4, "little") for part in parts[1:]]
     assert data == b"".join([parts[0], *sections])

@@ -119,3 +119,20 @@ def test_the_verbs(tmp_path, capsys):
     assert "small.png: 9 x 7 pixels" in line and "smaller than a tile" in line
     compress_verb([*argv, f"images={tmp_path}/images/0.png", f"out={tmp_path}/b.smalti", "tile=true"])
     assert "tile: not needed" in "".join(capsys.readouterr())
+
+
+def test_each_tile_has_its_class():
+    """Without labels; columns are those of its image."""
+    torch.manual_seed(0)
+    pipe = make_conditioned(columns={**AGE, **PLACED}, outline=False)
+    with torch.no_grad():
+        pipe.prior.class_embedding.weight.mul_(100)
+        pipe.prior.head.weight.mul_(20)
+    images, age = noise(1, (8, 30), (20, 12)), {"condition": {"age": [-2.0, 3.0]}}
+    stream = pipe.compress(images, tile=True, progress=False, **age)
+    assert read_stream(stream)[1][0].classes
+    found = pipe.decompress(stream, output_type="pt", progress=False, batch_size=2, **age)
+    plain = pipe.compress(images, tile=True, progress=False, condition={**age["condition"], "label": None})
+    assert not read_stream(plain)[1][0].classes and len(stream) < len(plain)
+    again = pipe.decompress(plain, output_type="pt", progress=False, batch_size=2, **age)
+    assert all(map(torch.equal, found, again))

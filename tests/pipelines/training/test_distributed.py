@@ -67,7 +67,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "train_prior": {**EVERY, "train__optimizer": "muon", "train__accumulate": 2},
 }
 FIGURES = {
-    "train_tokenizer": ("loss", "l2", "commitment", "gradient_norm", "codebook_usage", "validation/psnr"),
+    "train_tokenizer": (
+        "loss",
+        "l2",
+        "commitment",
+        "gradient_norm",
+        "codebook_usage",
+        "validation/psnr",
+        "held_out/psnr",
+    ),
     "train_prior": ("loss", "bits_per_token", "gradient_norm", "validation/bits_per_token", "held_out/bits_per_token"),
 }
 SMALL_BATCHES = {  # an uneven number of batches of 24 rows and of 72 images
@@ -182,6 +190,10 @@ def test_two_train_as_one_does(pair, alone, stage):
     for part in ("tokenizer", "pipeline", "state/step-00000012"):
         if (both / part).is_dir():
             assert_near(tensors(both / part), tensors(alone[stage] / part))
+    if stage == "train_tokenizer":  # both processes have refined the codebook
+        codes = tensors(both)["tokenizer/model.safetensors:quantizer.codebook"]
+        name = "state/step-00000012/tensors:average.tokenizer.quantizer.codebook"
+        assert not torch.allclose(codes, tensors(both)[name], rtol=1e-3, atol=1e-3)
 
 
 def assert_near(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -205,7 +217,8 @@ def test_both_processes_have_equal_state_at_every_step(pair, name):
 def test_an_evaluation_is_shared_and_its_figures_are_the_same(pair, stage):
     """Also for an uneven number of batches."""
     rounds = list(zip(*pair[1][stage]["evaluations"], strict=True))
-    assert [one["split"] for one, _ in rounds] == ["validation"] * 4 + ["held_out"]
+    finished = ["validation"] * (stage == "train_tokenizer")  # with the codebook after Lloyd steps
+    assert [one["split"] for one, _ in rounds] == ["validation"] * 4 + finished + ["held_out"]
     for one, two in rounds:
         assert one["figures"] == two["figures"]
         ((mine, count),), ((others, _),) = one["shares"], two["shares"]

@@ -69,6 +69,51 @@ def test_each_step_of_kmeans_moves_each_centre_to_the_mean_of_its_rows():
         torch.testing.assert_close(kmeans(rows, 7, steps + 1), expected)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@every_counted
+def test_the_error_never_rises_over_a_lloyd_step(name, normalize):
+    """Codes move to the mean of their nearest vectors, whatever the batches, and codes without vectors stay."""
+    quantizer = make_quantizer(name, normalize=normalize).eval()
+    with torch.no_grad():
+        quantizer.codebook.copy_(torch.randn(32, 8))
+        quantizer.codebook[5] = quantizer.codebook[20] = 1000.0  # far from all vectors
+    z, errors = torch.randn(6, 8, 5, 4) - 1, []
+    for _ in range(6):
+        rows, table = quantizer.comparable(rows_of(z)), quantizer.table().detach()
+        tokens, before = quantizer.encode(z).flatten(), quantizer.codebook.detach().clone()
+        errors.append(float((rows - table[tokens]).double().square().mean()))
+        quantizer.lloyd_step(z.split(4))
+        for code in range(32):
+            near = rows[tokens == code]
+            expected = near.mean(0) if len(near) else before[code]
+            torch.testing.assert_close(quantizer.codebook.detach()[code], expected)
+            assert len(near) or torch.equal(quantizer.codebook.detach()[code], before[code])
+        assert code not in (5, 20) or not len(near)
+    assert all(after <= before + 1e-9 for before, after in itertools.pairwise(errors)) and errors[-1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_quantizers_without_means_refuse_a_lloyd_step(name):
+    """Codes that are compared otherwise, or come from a network, would get worse."""
+    quantizer = make_quantizer(name)
+    assert quantizer.has_means == (name in ("ema", "vq", "rvq"))
+    if not quantizer.has_means:
+        with pytest.raises(ValueError, match="not means"):
+            quantizer.lloyd_step([torch.randn(2, quantizer.dim, 3, 3)])
+
+
+def test_training_continues_from_the_codes_of_a_lloyd_step():
+    """The running means hold them; codes that are not used do not jump back."""
+    quantizer = make_quantizer("ema", revive_every=100).train()
+    for _ in range(3):
+        train_on(quantizer, torch.randn(8, 8, 4, 4))
+    quantizer.eval().lloyd_step([torch.randn(64, 8, 4, 4)])
+    refined, counts = quantizer.codebook.clone(), quantizer.counts.clone()
+    train_on(quantizer.train(), refined[3].view(1, 8, 1, 1))
+    torch.testing.assert_close(quantizer.codebook, refined, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(quantizer.counts, counts)
+
+
 # The start
 
 

@@ -227,3 +227,29 @@ def test_codes_that_move_together_are_not_left_behind():
         use[name] = len(quantized.tokens.unique())
         errors[name] = quantized.losses["codebook"].item()
     assert use["simvq"] > 1.5 * use["vq"] and errors["simvq"] < 0.5 * errors["vq"], (use, errors)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_lloyd_steps_lower_the_error_level_by_level(shared):
+    """Each codebook moves to the means of what the levels before it leave."""
+    quantizer = make_quantizer("rvq", shared=shared, depth=3).train()
+    z, errors = torch.randn(32, 8, 4, 4), []
+    train_on(quantizer, torch.randn(32, 8, 4, 4))
+    quantizer.eval()
+    for _ in range(4):
+        errors.append(float((quantizer.lookup(quantizer.encode(z)) - z).square().mean()))
+        before = [book.codebook.clone() for book in quantizer.books]
+        quantizer.lloyd_step(z.split(12))
+        rows, inputs = z.movedim(1, -1).reshape(-1, 8), []
+        for level in range(3):
+            table = before[0] if shared else quantizer.books[level].codebook
+            near = torch.cdist(rows, before[0 if shared else level]).argmin(1)
+            inputs.append((rows, near))
+            if not shared:
+                torch.testing.assert_close(table[near[0]], rows[near == near[0]].mean(0))
+            rows = rows - table[torch.cdist(rows, table).argmin(1)]
+        if shared:
+            every, near = (torch.cat(parts) for parts in zip(*inputs, strict=True))
+            torch.testing.assert_close(quantizer.books[0].codebook[near[0]], every[near == near[0]].mean(0))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.97 * errors[0]
+    assert not make_quantizer("rvq", book={"kind": "simvq", "codes": 32, "dim": 8}).has_means
