@@ -115,6 +115,8 @@ def test_there_is_a_fixture_of_everything_that_can_be_stored() -> None:
     assert wanted <= kinds, f"no fixture of {', '.join(sorted(wanted - kinds))}: add one in write_on_disk.py"
     versions = {path.read_bytes()[len(container.MAGIC)] for path in (FOLDER / "streams").iterdir()}
     assert versions == {*container.HEADERS}
+    chunks = [container.read_stream(path.read_bytes())[1][0] for path in (FOLDER / "streams").iterdir()]
+    assert {chunk.classes for chunk in chunks} == {bool(chunk.pixels) for chunk in chunks} == {False, True}
 
 
 def test_every_format_of_the_page_has_a_fixture_of_each_version() -> None:

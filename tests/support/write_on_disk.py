@@ -95,11 +95,10 @@ def write_pipelines(folder: Path) -> None:
     pipe.provenance = PROVENANCE
     pipe.save_pretrained(folder / "plain", sample_grid=pattern(8, 12, 3).to(torch.uint8).numpy())
     make_conditioned(before=True, condition_width=8).save_pretrained(folder / "conditions")
-    levels = {"kind": "rvq", "depth": 3, "book": EMA}
-    depth = {"kind": "depth", "dim": 8, "layers": 1}
-    make_pipeline("vqvae", "gpt", sizes={"quantizer": levels}, head=depth).save_pretrained(
-        folder / "depth", variant="bf16"
-    )
+    levels, depth = {"kind": "rvq", "depth": 3, "book": EMA}, {"kind": "depth", "dim": 8, "layers": 1}
+    pipe = make_pipeline("vqvae", "gpt", sizes={"quantizer": levels}, head=depth)
+    pipe.prior.class_embedding.weight.data *= 10  # so that classes shorten a stream, which then contains them
+    pipe.save_pretrained(folder / "depth", variant="bf16")
     make_pipeline("frame_by_frame", "gpt").save_pretrained(folder / "clips")
 
 
