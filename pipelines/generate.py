@@ -27,7 +27,6 @@ from prior.conditions import LABEL, digest_condition
 from prior.sampling import DecodingOptions, SamplingOptions, choose_orders, make_batch
 from tokenizer.files import fsync
 
-from .best_of import check_best_of
 from .condition_keys import ConditionRows, SamplesWithCondition, format_values
 from .condition_values import name_given
 from .config import OutputConfig, UserError, run_command
@@ -82,9 +81,6 @@ class GenerateConfig(SamplesWithCondition, UsesPipeline, OutputConfig):
         None,
         description="classes (ids or names), used in turn; default: every class in turn, or no class if the pipeline "
         "is unconditional",
-    )
-    best_of: int = Field(
-        1, ge=1, description="draw this many candidates per image, and keep the one that fits its class best"
     )
     seed: int = Field(0, ge=0, lt=1 << 63, description="image k uses seed + k")
     order: str | None = Field(None, description="for an any-order prior: order in which tokens are sampled")
@@ -145,7 +141,6 @@ class Request:
     seed: int
     decoding: DecodingOptions
     settings: dict[str, Any]
-    best_of: int = 1
 
     def draw(self, numbers: Sequence[int], progress: bool = False) -> np.ndarray:
         """Draw the images with these numbers in one batch, an array (B, H, W, C), in which clips are strips. Raises
@@ -154,13 +149,11 @@ class Request:
         condition = self.given.select(numbers).columns
         try:
             given = name_given(self.pipeline.prior, self.pipeline.label_ids(labels, len(numbers)), condition)
-            conditional = self.sampler.can_guide(given)  # else all candidates fit equally well, and the first is best
-            sampler = self.sampler if conditional else self.sampler.unguided()
+            sampler = self.sampler if self.sampler.can_guide(given) else self.sampler.unguided()
             images: np.ndarray = self.pipeline(
                 len(numbers),
                 labels,
                 condition=condition,
-                best_of=self.best_of if conditional else 1,
                 generator=[torch.Generator().manual_seed(self.seed + k) for k in numbers],
                 batch_size=len(numbers),
                 output_type="np",
@@ -189,7 +182,6 @@ class Request:
             condition = {name: raw[:1] for name, raw in self.given.columns.items()}
             batch = make_batch(prior, 1, label, condition, self.sampler, torch.Generator(), None, None)
             choose_orders(prior, self.decoding, batch)
-            check_best_of(prior, self.best_of, self.sampler, name_given(prior, ids, self.given.columns))
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
         names = pipeline.labels or [str(number) for number in range(prior.num_classes)]
@@ -204,7 +196,6 @@ class Request:
             "order": self.decoding.order,
             "num_orders": self.decoding.num_orders,
             "sampler": self.sampler.to_dict(),
-            **({"best_of": self.best_of} if self.best_of > 1 else {}),
             "device": pipeline.device.type,
         }
 
@@ -217,7 +208,7 @@ def make_request(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
     if chosen and given.labels:
         raise UserError(f"condition.{LABEL}: classes are given by labels, too; give them once")
     classes = chosen or given.labels or range(pipeline.prior.num_classes)
-    return Request(pipeline, classes, given, config.seed, decoding, config.sampling_settings(), config.best_of)
+    return Request(pipeline, classes, given, config.seed, decoding, config.sampling_settings())
 
 
 def describe_job(request: Request, suffix: str) -> dict[str, Any]:

@@ -43,7 +43,6 @@ from tokenizer.model import Dtype, PretrainedModel, choose_dtype
 from . import completion, representation, saving
 from .anomaly import calibrating, healing, scores
 from .anomaly.calibration import Calibration
-from .best_of import check_best_of, choose_best
 from .compression.coding import compress, decompress, exact_pixels, sizes_of, whole_image, write_tiles
 from .condition_values import (
     GivenCondition,
@@ -261,7 +260,6 @@ class ImagePipeline:
         *,
         condition: GivenCondition = None,
         num_images_per_label: int | None = None,
-        best_of: int = 1,
         seed: int | None = None,
         generator: Generators = None,
         tokens: Tensor | None = None,
@@ -281,21 +279,16 @@ class ImagePipeline:
         labels: one class (id or name) for all, or one per image; None is unconditional. condition: values of the
         columns in `conditions` by name, one for all images or one per image, such as `{"age": 63}`; see
         `read_condition`. num_images: by default, as many as labels or values are given, else 1. num_images_per_label:
-        instead of `num_images`, the number of images of each label in turn. best_of: draw as many candidates for each
-        image, and return the one with the highest log p(tokens | label, condition) - log p(tokens), the first among
-        ties; what the second density lacks is that which guidance removes. seed: image k uses seed + k, for any
-        `batch_size`; its candidates are drawn one after another from one generator with this seed, so that the first
-        one is the image that `best_of=1` returns. tokens, known, order, num_orders, cache, parallel: as in
-        `Prior.sample`. output_type: "pil", "np" (uint8, or the type and range of the training images), "pt" (float in
-        [-1, 1]), or "latent" (the tokens, not decoded). Clips (`frames` > 1) are lists of lists of PIL images, arrays
-        (B, T, H, W, C) or tensors `(B, T, C, H, W)`. progress: False hides the bar and overrides
-        `set_progress_bar_config`.
+        instead of `num_images`, the number of images of each label in turn. seed: image k uses seed + k, for any
+        `batch_size`. tokens, known, order, num_orders, cache, parallel: as in `Prior.sample`. output_type: "pil", "np"
+        (uint8, or the type and range of the training images), "pt" (float in [-1, 1]), or "latent" (the tokens, not
+        decoded). Clips (`frames` > 1) are lists of lists of PIL images, arrays (B, T, H, W, C) or tensors
+        `(B, T, C, H, W)`. progress: False hides the bar and overrides `set_progress_bar_config`.
 
         callback_on_step_end: called as `f(pipe, step, rank, {"tokens": ..., "known": ...})` after each step: step
         counts from 0 over all batches; rank is the position that the current images have reached in their order; tokens
         `(B, *grid.shape)` holds the tokens of all images so far (0 if not yet drawn) and known says which are drawn.
-        Both are copies. With `best_of`, they hold all candidates, `(B * best_of, *grid.shape)`. Its return value is
-        ignored; an exception ends the call.
+        Both are copies. Its return value is ignored; an exception ends the call.
 
         settings: those that the prior's `Sampling` declares (`temperature`, `top_k`, `top_p`, `guidance_scale`,
         `guidance_end`, `guidance_power`, `guidance_on`; also `steps`, `confidence_temperature` and `schedule` for a
@@ -318,13 +311,6 @@ class ImagePipeline:
         generator = make_generators(seed, generator, num_images)
         shape = (num_images, *self.prior.grid.shape)
         tokens, known = (each.reshape(shape) for each in check_known(self.prior, tokens, known, num_images))
-        best_of = check_best_of(self.prior, best_of, sampler, name_given(self.prior, ids, columns))
-        if best_of > 1:  # from here on, a row is a candidate
-            rows_of = torch.arange(num_images).repeat_interleave(best_of).tolist()
-            decoding, num_images = decoding.select(rows_of, num_images), num_images * best_of
-            ids, columns = None if ids is None else ids[rows_of], select_rows(columns, rows_of)
-            tokens, known = tokens[rows_of], known[rows_of]
-            generator = [generator[row] for row in rows_of] if isinstance(generator, Sequence) else generator
         drawn, done, rows, number = tokens.clone(), known.clone(), slice(0), 0
 
         def report(step: Step) -> None:
@@ -351,9 +337,6 @@ class ImagePipeline:
                 **vars(sampler),
             )
             done[rows] = True
-        if best_of > 1:
-            best = choose_best(self.prior, drawn, ids, columns, sampler, decoding, best_of, batch_size)
-            drawn, ids = drawn[best], None if ids is None else ids[best]
         if output_type == LATENT:
             images: Any = drawn
         else:

@@ -196,15 +196,12 @@ class SamplingOptions:
         `label` for labels."""
         if self.guides and not self.can_guide(given):
             name = "guidance_scale" if self.guidance_scale != 1 else "guidance_end"
-            raise ValueError(f"{name} other than 1 needs {self.describe_removed()}")
+            needs = "labels or a condition" if self.guidance_on is None else f"a value of {', '.join(self.guidance_on)}"
+            raise ValueError(f"{name} other than 1 needs {needs}")
 
     def can_guide(self, given: Collection[str]) -> bool:
         """Return whether guidance removes one of the `given` columns."""
         return bool(given if self.guidance_on is None else set(self.guidance_on).intersection(given))
-
-    def describe_removed(self) -> str:
-        """Describe what guidance removes, for errors."""
-        return "labels or a condition" if self.guidance_on is None else f"a value of {', '.join(self.guidance_on)}"
 
     def for_given_order(self: S) -> S:
         """Return these settings without those that choose an order, for a caller that passes its own."""
@@ -481,18 +478,9 @@ def encode_rows(prior: Prior, batch: SampleBatch, options: SamplingOptions) -> G
         return given
     if removed is None:  # all unconditional rows are equal, so one is encoded
         return join_rows(given, prior.encode_condition(None, 1)[torch.zeros_like(labels)])
-    less, rest = remove_condition(labels, batch.condition, removed)
-    return join_rows(given, prior.encode_condition(less, len(batch), rest))
-
-
-def remove_condition(
-    labels: Tensor | None, condition: Condition, removed: Collection[str] | None
-) -> tuple[Tensor | None, Condition]:
-    """Return labels and raw columns without the `removed` columns (see `SamplingOptions`); None stands for all."""
-    if removed is None:
-        return None, {}
-    rest = {name: values for name, values in condition.items() if name not in removed}
-    return None if LABEL in removed else labels, rest
+    labels = torch.full_like(labels, prior.num_classes) if LABEL in removed else labels
+    rest = {name: values for name, values in batch.condition.items() if name not in removed}
+    return join_rows(given, prior.encode_condition(labels, len(batch), rest))
 
 
 def check_labels(prior: Prior, labels: Tensor | None, count: int) -> Tensor | None:
