@@ -61,7 +61,7 @@ REFERENCES = {
         "nats_per_image",
         "nats",
         {"made": 84.87, "gated_pixelcnn": 81.50, "pixelcnn": 81.45, "gpt": 79.17, "pixelsnail": 78.61},
-        "pytorch-generative, 85 epochs for MADE and 457 for the others; its gpt is ImageGPT",
+        "pytorch-generative, 50 epochs for MADE and 457 for the others; its gpt is ImageGPT",
     ),
     "mnist_8bit": Reference(
         "bits_per_dim", "bits per dim", {"gated_pixelcnn": 0.808}, "UvA deep learning tutorial 12, 150 epochs on a GPU"
