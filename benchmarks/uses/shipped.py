@@ -3,11 +3,11 @@ as it is shipped.
 
     make demo
     python -m benchmarks.uses.shipped                                                      # digits
-    python -m benchmarks.uses.shipped pipeline=runs/gpt_fashion_mnist/pipeline name=garments
+    python -m benchmarks.uses.shipped pipeline=runs/gpt_fashion_mnist/pipeline name=garments every=10
     python -m benchmarks.uses.shipped ... source=FOLDER hub=zalando-datasets/fashion_mnist # a copy of the Hub's images
 
-`pipelines/shipped/{name}` is replaced; more than 3 MB are refused. `source` replaces the images that were trained on,
-and `hub` is what the provenance names in their place.
+`pipelines/shipped/{name}` is replaced; more than 3 MB are refused. `source`: other images than those trained on. `hub`:
+what the provenance names instead. `every`: as in `smalti calibrate`, whose file grows with its images.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.support.options import ROOT, read_options
 
-OPTIONS = {"pipeline": "runs/gpt_digits/pipeline", "name": "digits", "source": None, "hub": None}
+OPTIONS = {"pipeline": "runs/gpt_digits/pipeline", "name": "digits", "source": None, "hub": None, "every": 2}
 MOST_BYTES = 3_000_000
 
 
@@ -32,7 +32,7 @@ def main() -> None:
         made = Path(temporary) / chosen.name
         save_narrow(chosen.pipeline, made, None)
         images = [f"data.source={chosen.source}"] if chosen.source else []
-        calibrate.main([f"pipeline={made}", *images])
+        calibrate.main([f"pipeline={made}", f"every={chosen.every}", *images])
         evaluate([f"pipeline={made}", *images])
         save_narrow(made, made, chosen.hub)  # the verbs write the weights as they were read, in float32
         size = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
@@ -52,8 +52,12 @@ def save_narrow(source: str | Path, out: Path, hub: str | None) -> None:
 
     pipeline = ImagePipeline.from_pretrained(source).to(torch.bfloat16)
     if hub:
-        data = {**pipeline.provenance["data"], "source": hub}
-        pipeline.provenance = {**pipeline.provenance, "data": data, "local": False}
+        known = {
+            key: value for key, value in pipeline.provenance.items() if key != "tokens"
+        }  # a folder of this machine
+        figures = known["evaluation"]
+        figures["feature_origin"] = figures["feature_origin"].replace("a local folder of images", hub)
+        pipeline.provenance = {**known, "data": {**known["data"], "source": hub}, "local": False}
     pipeline.save_pretrained(out)
 
 

@@ -88,8 +88,8 @@ def test_a_local_folder_takes_precedence(tmp_path, monkeypatch):
 
 
 def test_an_unknown_name_lists_the_shipped_pipelines():
-    assert list_shipped() == ["digits"]
-    with pytest.raises(PathError, match="'digitz'.* digits$"):
+    assert list_shipped() == ["digits", "garments"]
+    with pytest.raises(PathError, match="'digitz'.* digits, garments$"):
         ImagePipeline.from_pretrained("digitz")
 
 
