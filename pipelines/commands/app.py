@@ -88,7 +88,7 @@ def make_space(config: AppConfig, out: Path) -> None:
     from ..app.space import write_space
 
     if not config.pipeline or Path(config.pipeline).exists():
-        raise UserError("space: the pipeline must be on the Hub (upload it with `smalti push`) or be `digits`")
+        raise UserError("space: the pipeline must be on the Hub (upload it with `smalti push`) or in the package")
     keys = {name: getattr(config, name) for name in ("max_images", "max_upload_mb", "queue")}
     with Output(out, key="space").errors():
         write_space(out, config.pipeline, keys)
