@@ -37,7 +37,7 @@ Named = int | str | list[int | str] | None
 class UsesPipeline(Config):
     """Base class for verbs that load a pipeline."""
 
-    pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id, `digits` or `garments`")
+    pipeline: PipelineFolder = Field(description="pipeline folder, run, Hub id or `digits`")
     device: str = Field("auto", description=DEVICE)
 
     def load_pipeline(self) -> ImagePipeline:

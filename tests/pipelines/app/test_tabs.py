@@ -308,7 +308,7 @@ def test_several_pipelines_have_a_page_each(monkeypatch):
 
 @needs_digits
 def test_without_a_pipeline_the_app_serves_those_of_the_package(monkeypatch, tmp_path, capsys):
-    """Even if a local folder has the name of one; with their training images, to search."""
+    """Even if a local folder has the name of one; with the training images that are on this machine, to search."""
     calls = []
     monkeypatch.setattr("pipelines.app.serving.serve", lambda *given: calls.append(given))
     monkeypatch.chdir(tmp_path)
@@ -317,7 +317,9 @@ def test_without_a_pipeline_the_app_serves_those_of_the_package(monkeypatch, tmp
     ((served, host, port, _),) = calls
     assert [each.name for each in served] == list_shipped() and (host, port) == ("127.0.0.1", 7999)
     for each in served:
-        assert each.max_images == 3 and each.train is not None and each.train.image_shape == each.shape
+        assert each.max_images == 3 and (each.train is not None) == (each.name == "digits")  # others are on the Hub
+    digits = next(each for each in served if each.name == "digits")
+    assert digits.train is not None and digits.train.image_shape == digits.shape
     with pytest.raises(SystemExit):
         main(["app", "data.source=photos"])
     assert "error: data: " in capsys.readouterr().err
