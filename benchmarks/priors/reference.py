@@ -191,7 +191,7 @@ def compare(options: SimpleNamespace, out: Path) -> None:
     """Train what is missing, print the table, and draw the curves."""
     from pipelines.tokens.meta import read_meta
 
-    reference, presets = REFERENCES[options.data], prior_presets(options.data)
+    reference, presets = REFERENCES[options.data], prior_presets(options.data, "squares")
     only = choose(options.only, list(presets))
     if options.train:
         for seed in range(options.seeds):

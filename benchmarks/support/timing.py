@@ -84,11 +84,13 @@ def prior_seconds(arguments: dict[str, list[str]]) -> dict[str, float]:
         return dict(zip(arguments, cpu_seconds_of(steps), strict=True))
 
 
-def prior_presets(data: str) -> dict[str, Path]:
+def prior_presets(data: str, *variants: str) -> dict[str, Path]:
     """Return the prior presets of a data set, by file name without the data set; exit if it has no presets. Presets for
-    other tokens of the same data, such as scales, are left out."""
+    other tokens of the same data, such as scales, are left out. variants: those of tokens `{data}_{variant}` are
+    included."""
     presets = sorted((ROOT / "configs" / "prior").glob(f"*_{data}.yaml"))
-    found = [preset for preset in presets if f"tokens: runs/{data}_tokens\n" in preset.read_text()]
+    lines = [f"tokens: runs/{name}_tokens\n" for name in (data, *(f"{data}_{variant}" for variant in variants))]
+    found = [preset for preset in presets if any(line in preset.read_text() for line in lines)]
     if not found:
         raise SystemExit(f"data={data}: there are no presets configs/prior/*_{data}.yaml")
     return {preset.stem.removesuffix(f"_{data}"): preset for preset in found}
