@@ -1,7 +1,7 @@
 """Emulate CUDA graphs on a CPU: record the operations of a capture with their tensors, and replay them.
 
-As in a real graph, Python numbers are frozen at capture, nothing is computed before a replay, and reading a value
-during capture is an error. A replay reads and writes the same memory.
+As in a real graph, Python numbers are frozen at capture, nothing is computed before a replay, and reading a value or
+copying values from the host during capture is an error. A replay reads and writes the same memory.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from torch.utils._pytree import tree_leaves
 READS = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "_unique2", "unique_dim", "item"}
 
 
-class HostRead(RuntimeError):
-    """A value was read during capture."""
+INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
+
+
+class HostAccess(RuntimeError):
+    """A value was read, or copied from the host, during capture."""
 
 
 def forbidden(*_: Any, **__: Any) -> Any:
-    """Replaces methods that read a tensor without the dispatcher."""
-    raise HostRead("operation not permitted when stream is capturing")
+    """Replaces functions that read or make a tensor without the dispatcher."""
+    raise HostAccess("operation not permitted when stream is capturing")
 
 
 def memory_of(tensor: Tensor) -> Any:
@@ -50,8 +53,10 @@ class Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         name = function._schema.name.partition("::")[2]
         given = tensors_in((args, kwargs))
-        if name in READS or (name == "index" and any(each.dtype == torch.bool for each in tensors_in(args[1]))):
-            raise HostRead(f"{name} during capture")
+        if name in READS or (name in INDEXED and any(each.dtype == torch.bool for each in tensors_in(args[1]))):
+            raise HostAccess(f"{name} during capture")
+        if name == "lift_fresh" and given[0].dim():  # of a list or an array; a GPU fills in a single number
+            raise HostAccess("values of the host during capture")
         self.keep(function, args, kwargs)
         out = function(*args, **kwargs)
         there = {memory_of(each) for each in given}
@@ -86,8 +91,9 @@ class Emulated:
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """Record `run` and return a function that replays it."""
-        readers = {name: forbidden for name in ("tolist", "numpy", "cpu")}
-        with mock.patch.multiple(Tensor, **readers), Recording() as recording:
+        methods = dict.fromkeys(("tolist", "numpy", "cpu", "new_tensor"), forbidden)
+        functions = mock.patch.multiple(torch, tensor=forbidden, from_numpy=forbidden)
+        with mock.patch.multiple(Tensor, **methods), functions, Recording() as recording:
             run()
         recording.undo()
         Emulated.captured += 1
