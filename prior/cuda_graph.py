@@ -5,6 +5,7 @@ computation, such as a key/value cache, so only the last graph is kept, and only
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -13,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+LOCK = threading.Lock()  # a process can capture one graph at a time, and all threads share the last one
+STREAMS: dict[torch.device, torch.cuda.Stream] = {}  # on which graphs are captured
 
 
 class Graph:
@@ -40,7 +44,7 @@ class Graph:
             def run() -> None:
                 self.output = compute(self.inputs)
 
-            self.replay = capture(run)
+            self.replay = capture(run, next(iter(inputs.values())).device)
         for name, tensor in inputs.items():
             self.inputs[name].copy_(tensor)
         self.replay()
@@ -53,18 +57,18 @@ def compute_by_graph(
     """Return `compute(inputs)` from a CUDA graph, or None if the caller should compute eagerly: on the first call, to
     warm up, and after a failed capture, which warns."""
     weights = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
-    key, graph = (key, tuple(weights)), Graph.last
-    if graph is None or graph.model() is not model or graph.key != key:
-        Graph.last = Graph(model, key)
-        return None
-    if graph.failed:
-        return None
-    try:
-        return graph.compute(inputs, compute)
-    except RuntimeError as error:
-        graph.failed, graph.replay = True, None
-        warnings.warn(f"CUDA graph capture failed, so sampling is slower: {error}", stacklevel=2)
-        return None
+    with LOCK:
+        key, graph = (key, tuple(weights)), Graph.last
+        if graph is None or graph.model() is not model or graph.key != key:
+            Graph.last = Graph(model, key)
+            return None
+        try:
+            return None if graph.failed else graph.compute(inputs, compute)
+        except RuntimeError as error:
+            graph.failed, graph.replay = True, None
+            cause = error.__context__ or error  # the end of a capture raises an error of its own
+            warnings.warn(f"CUDA graph capture failed, so sampling is slower: {cause}", stacklevel=2)
+            return None
 
 
 def release_graph() -> None:
@@ -83,9 +87,14 @@ def without_graphs() -> Iterator[None]:
         Graph.allowed = before
 
 
-def capture(run: Callable[[], None]) -> Callable[[], None]:
-    """Record the kernels that `run` launches, and return a function that launches them again."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        run()
+def capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Record the kernels that `run` launches on `device`, and return a function that launches them again."""
+    with torch.cuda.device(device):  # only kernels on a stream of the current device would be recorded
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        stream = STREAMS.setdefault(device, torch.cuda.Stream())
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                run()
+        finally:
+            torch.cuda.set_stream(before)  # torch leaves a failed capture on its stream
     return graph.replay

@@ -693,10 +693,11 @@ def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, ca
 
 
 def can_capture(device: torch.device) -> bool:
-    """Return whether a CUDA graph can be captured on this device now."""
+    """Return whether a CUDA graph can be captured on this device now. Before torch 2.12, a failed capture could abort
+    the process later (pytorch#180395)."""
     if not Graph.allowed or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return False
-    return not torch.cuda.is_current_stream_capturing()
+    return torch.__version__ >= "2.12" and not torch.cuda.is_current_stream_capturing()
 
 
 def draw_blocks(
