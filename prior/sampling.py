@@ -679,14 +679,14 @@ def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, ca
         inputs = {name: getattr(batch, name) for name in ("labels", "keys", "tokens", "known", "order")}
         columns = list(batch.condition)
         inputs |= {f"condition.{name}": batch.condition[name] for name in columns}
-        key = (options, batch.blocks, batch.own_order, *(tensor.shape for tensor in inputs.values()))
+        key = (options, batch.blocks, batch.own_order, *(tensor.shape[1:] for tensor in inputs.values()))
 
         def draw(inputs: dict[str, Any]) -> Tensor:
             condition = {name: inputs[f"condition.{name}"] for name in columns}
             there = {name: tensor for name, tensor in inputs.items() if "." not in name}
             return draw_blocks(prior, replace(batch, **there, condition=condition), options, cache)
 
-        drawn = compute_by_graph(prior, key, inputs, draw)
+        drawn = compute_by_graph(prior, key, len(batch), inputs, draw)
     if drawn is None:
         drawn = draw_blocks(prior, batch, options, cache, monitor)
     monitor.finish(batch, drawn)
