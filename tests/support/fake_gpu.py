@@ -416,10 +416,10 @@ def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def run_checks(word: str) -> int:
     """Run the checks whose title contains `word`, and print a line for each; returns the number of failures."""
-    from prior import sampling
+    from prior import masks, sampling
     from tokenizer import precision
 
-    sampling.can_capture = lambda device: False
+    sampling.can_capture = sampling.can_compile = masks.can_compile = lambda device: False
     if GPUTensor.float32:
         precision.WITHOUT_FLOAT64.add("cuda")
     count = failed = 0
