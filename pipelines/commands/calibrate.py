@@ -19,7 +19,7 @@ from ..config import UserError, Within, run_command
 from ..config.table import count_of, table
 from ..files import lock_output
 from ..image_pipeline import ImagePipeline
-from ..images.dataset import find_objects
+from ..images.splits import find_objects
 from ..options import UsesTiles
 from ..provenance import defaults
 from ..saving import INDEX, PIPELINE, save_again

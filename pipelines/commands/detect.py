@@ -32,9 +32,9 @@ from ..config.table import count_of, table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import to_float
-from ..images.dataset import find_objects
 from ..images.origin import resolve_source
 from ..images.pictures import SUFFIXES, write_picture
+from ..images.splits import find_objects
 from ..images.tiles import LazyImages, as_lazy, load_image, whole_files
 from ..options import REMOVE, UsesTiles, find_clip_files, find_image_files, read_clips, read_images
 from ..provenance import defaults, trained_data

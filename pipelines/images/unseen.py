@@ -1,4 +1,4 @@
-"""Check that a model was not trained on its evaluation images, which would bias model selection and results."""
+"""Check that a model of 0.3, which divided images by position, was not trained on its evaluation images."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import numpy as np
 from tokenizer.config import show_value
 
 from ..config import UserError
-from .dataset import DataConfig, choose_held_out, choose_splits, is_stream, open_source
+from .dataset import DataConfig, is_stream, open_source
 from .origin import resolve_source
+from .splits import Inherited, choose_held_out, choose_splits
 
 SPLIT_SETTINGS = (
     "split",
@@ -52,11 +53,11 @@ def count_seen(config: DataConfig, trained: DataConfig | None, part: str) -> tup
     if is_stream(config) or is_stream(before) or (config.frames is None) != (before.frames is None):
         return int(name == before.split), 0
     try:
-        learned = choose_splits(splits, before, quiet=True)["train"][1]
+        learned = choose_splits(splits, before, Inherited("position"), quiet=True).parts["train"].positions
     except UserError:  # the source has changed
         return 0, 0
-    parts = choose_splits(splits, config, quiet=True)
+    parts = choose_splits(splits, config, Inherited("position"), quiet=True).parts
     if part not in parts:
         return 0, 0
-    positions = parts[part][1]
+    positions = parts[part].positions
     return int(np.isin(positions, learned).sum()) if name == before.split else 0, len(positions)
