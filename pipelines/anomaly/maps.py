@@ -21,7 +21,7 @@ from tokenizer import Tokenizer
 
 from ..condition_values import GivenRows
 from ..images.pictures import to_float
-from ..images.tiles import LazyImages, Place, as_lazy, cut_tiles, list_images, load_image, stitch_maps
+from ..images.tiles import LazyImages, Place, as_lazy, cut_tiles, load_image, stitch_maps
 from ..shuffling import spread
 from .calibration import MapReference, require_calibration
 from .conformal import Floats
@@ -77,7 +77,7 @@ def read_images(pipeline: ImagePipeline, images: Any, stride: int | None) -> Laz
     """Read images for tiles or, without a stride, of the model's size. Raises `ValueError`."""
     if stride is None:
         return as_lazy(pipeline.to_images(images))
-    return list_images(images, pipeline.tokenizer)
+    return pipeline.list_images(images)
 
 
 def map_calibrated(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 
 from tokenizer.config import show_value
@@ -60,3 +64,25 @@ def count_seen(config: DataConfig, trained: DataConfig | None, part: str) -> tup
         return 0, 0
     positions = parts[part][1]
     return int(np.isin(positions, learned).sum()) if name == before.split else 0, len(positions)
+
+
+def find_parts(files: Sequence[Path], trained: DataConfig | None) -> list[str | None]:
+    """Return the part of the training images that each file belongs to ("train", "validation" or "held_out"), under
+    any path and through links; None for a file that is none of them, and if they cannot be found."""
+    root = None if trained is None else trained.path
+    if trained is None or root is None or not root.is_dir():
+        return [None] * len(files)
+    within, paths = os.path.join(os.path.realpath(root), ""), [os.path.realpath(file) for file in files]
+    if not any(path.startswith(within) for path in paths):
+        return [None] * len(files)
+    try:
+        parts = choose_splits(open_source(trained), trained, quiet=True)
+    except UserError:  # the source has changed
+        return [None] * len(files)
+    known = {
+        os.path.realpath(rows.paths[position]): part
+        for part, (rows, positions) in parts.items()
+        if rows.paths is not None
+        for position in positions.tolist()
+    }
+    return [known.get(path) for path in paths]

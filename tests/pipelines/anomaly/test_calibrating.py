@@ -207,7 +207,7 @@ def test_groups_of_one_image_change_nothing_but_the_count(trained):
     images = stripes(80, seed=3)
     alone = calibrate(pipe, images)
     single = calibrate(pipe, images, groups=[f"{number:02}" for number in range(80)])
-    assert single.model_copy(update={"objects": None}).to_json() == alone.to_json()
+    assert single.model_copy(update={"objects": None, "object_digests": None}).to_json() == alone.to_json()
     assert type(single).from_dict(json.loads(single.to_json()), Path("calibration.json")).objects == 80
 
 
