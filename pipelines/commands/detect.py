@@ -302,7 +302,9 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
         objects = None if config.data.group is None else find_objects(paths_within(files, config), config.data.group)
         splits = find_parts(files, trained_data(pipeline.provenance))
         trained = np.array([split in ("train", "validation") for split in splits], bool)
-        return Found(names, pixels, folders, f"images in {', '.join(config.paths)}", given, objects, trained)
+        more = f" and {len(config.paths) - 3} more" if len(config.paths) > 3 else ""
+        origin = f"images in {', '.join(config.paths[:3])}{more}"
+        return Found(names, pixels, folders, origin, given, objects, trained)
     images = config.load_images(pipeline, whole=config.tile).held_out
     every = np.arange(len(images))
     classes = None if images.labels is None else [images.class_names[label] for label in images.labels.tolist()]
@@ -328,9 +330,8 @@ def skip_used(pipeline: ImagePipeline, found: Found, calibration: Calibration) -
     """Drop the images that the pipeline was trained or calibrated with, and other images of calibrated objects. Warns
     about sizes beyond those of the calibration. Raises `UserError` if no image is left, and for one that is smaller
     than a tile."""
-    count = len(found.names)
+    count, digests, sizes = len(found.names), list[str](), list[tuple[int, int]]()
     if isinstance(found.pixels, LazyImages):
-        digests, sizes = list[str](), list[tuple[int, int]]()
         try:
             for number in range(count):
                 image = load_image(found.pixels, number, pipeline.tokenizer.image_shape)
@@ -338,7 +339,6 @@ def skip_used(pipeline: ImagePipeline, found: Found, calibration: Calibration) -
                 sizes.append((image.shape[1], image.shape[2]))
         except ValueError as error:
             raise UserError(f"images: {error}") from error
-        warn_about_sizes(sizes, calibration)
     else:
         digests = digests_of(pipeline, found.pixels)
     used = calibration.find_used(digests, found.objects)
@@ -353,6 +353,8 @@ def skip_used(pipeline: ImagePipeline, found: Found, calibration: Calibration) -
         why = f"of {count:,}, {skipped}" if trained.any() else why
         raise UserError(f"images: {why}; give other images, or calibrate with fewer (`smalti calibrate every=2`)")
     print(f"scoring {len(new):,} of {count:,} {found.origin}; {skipped}")
+    if sizes:
+        warn_about_sizes([sizes[row] for row in new], calibration)
     pixels: Any = found.pixels.select(new) if isinstance(found.pixels, LazyImages) else found.pixels[new]
     classes, objects = (None if each is None else [each[row] for row in new] for each in (found.classes, found.objects))
     return Found([found.names[row] for row in new], pixels, classes, found.origin, found.given.select(new), objects)
