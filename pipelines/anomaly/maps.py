@@ -39,7 +39,9 @@ MAPS = {
 }
 TITLES = {"bits": "bits per pixel", "hidden": "hidden tokens", "combined": "combined map"}
 """Titles of the maps in pictures."""
-NEEDED = "tokens with a place in the image and, without tiles, a prior of any order"
+NEEDED = (
+    "tokens with a place in the image and, without tiles, a prior that hides blocks: `masked`, or `blocks` of any order"
+)
 MAX_TILES = 10_000
 """Tiles from which the mean bits of each id are computed."""
 MAX_POINTS, MAX_MEMORY, MAX_SCALED = 4000, 96, 32
