@@ -358,7 +358,7 @@ def encode_shards(
     total = sum(shard.stop - shard.start for shard in shards)
 
     def read(batch: tuple[list[ImageDataset], np.ndarray]) -> list[Raw]:
-        raws = [variants_of(part, batch[1], config.seed) for part in batch[0]]
+        raws = [variants_of(part, batch[1], config.seed, drawn=batch[0][0].is_drawn) for part in batch[0]]
         return [[pin_memory(part) for part in raw] for raw in raws] if device.type == "cuda" else raws
 
     with (
@@ -435,11 +435,11 @@ def drawn_splits(config: EncodeConfig) -> list[str]:
     return ["train"] if config.data.binarize == "drawn" else []
 
 
-def variants_of(images: ImageDataset, rows: np.ndarray, seed: int) -> Raw:
-    """Return the images of dataset rows: row = variant * n + index, and variant 0 is the unchanged image. Variants of
-    drawn images are other draws, those of others are augmented."""
+def variants_of(images: ImageDataset, rows: np.ndarray, seed: int, *, drawn: bool) -> Raw:
+    """Return the images of dataset rows, or those of their grids: row = variant * n + index, and variant 0 is the
+    unchanged image. Variants are augmented, or if the images are `drawn`, other draws, whose grids do not change."""
     variants, indices = np.divmod(rows, len(images))
-    if images.is_drawn:
+    if drawn:
         return [images.raw_batch(indices, variants, seed, augment=False)]
     first = int((variants == 0).sum())  # rows ascend, so variants do
     parts = [(slice(first), False), (slice(first, None), True)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
@@ -121,6 +122,14 @@ class TileSettings(Config):
 
 class UsesTiles(UsesImages, TileSettings):
     """Base class for verbs that load a pipeline, and a data set of images that may be larger than the model."""
+
+    def read_pixels(self, pipeline: ImagePipeline, images: ImageDataset, rows: NDArray[np.int64]) -> Any:
+        """Return images of a data set as the pipeline takes those of users, uint8 `(B, C, H, W)` or, with `tile`, at
+        their own size. Black and white ones are drawn by their pixels, not by their row, so that a picture has the same
+        score and digest wherever it comes from."""
+        if self.tile:
+            return pipeline.list_images(images.whole_images(rows))
+        return images.pixels(rows) if pipeline.binarized is None else pipeline.binarize(images.grey().pixels(rows))
 
 
 class UsesTokenizer(Config):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -22,7 +23,7 @@ from tokenizer.config import ModelConfig, Node
 from tokenizer.critic import PatchCritic
 from tokenizer.files import read_json
 from tokenizer.frame_by_frame import FrameByFrame
-from tokenizer.losses import total_loss
+from tokenizer.losses import psnr, total_loss
 from tokenizer.model import CONFIG
 
 from .config import Config, UserError, Within, run_command
@@ -33,7 +34,13 @@ from .images.origin import is_local
 from .images.splits import SPLITS, SPLITS_KEY, Inherited, read_splits
 from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual
-from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
+from .metrics.reconstruction import (
+    PIXEL_BITS,
+    evaluate_pixel_bits,
+    evaluate_reconstruction,
+    images_at_a_time,
+    reconstruction_picture,
+)
 from .processes.group import ALONE, ProcessGroup
 from .provenance import find_file, inherit, read_training_data, read_training_facts, save_tokenizer, tokenizer_folder
 from .training.adversary import Adversary, CriticConfig, make_adversary
@@ -209,7 +216,8 @@ class TokenizerTask(Task):
         return group.on_main(lambda: self.refine_codebook(tokenizer))
 
     def refine_codebook(self, tokenizer: Autoencoder) -> dict[str, Tensor]:
-        """Return what `LLOYD_STEPS` change in the quantizer, by name, on the CPU."""
+        """Return what `LLOYD_STEPS` change in the quantizer, by name, on the CPU; nothing if there are no validation
+        images, with which the trainer compares, and these training images are reconstructed worse."""
         _, height, width = tokenizer.image_shape
         count = max(1, min(LLOYD_IMAGES, LLOYD_PIXELS // (height * width)))
         images = self.images.train.examples(count, self.config.train.seed)
@@ -220,10 +228,14 @@ class TokenizerTask(Task):
             quantizer.lloyd_step(vectors)
         before, after = tokenizer.quantizer.state_dict(), quantizer.state_dict()
         changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
+        if self.watched != "validation" and not is_better(tokenizer, quantizer, parts):
+            return {}
         return {f"tokenizer.quantizer.{name}": after[name].cpu() for name in changed}
 
     def accepts(self, finished: dict[str, float], evaluation: dict[str, float]) -> bool:
-        """Return whether PSNR is not lower."""
+        """Return whether the pixels of a decoder with a likelihood take no more bits, or else PSNR is not lower."""
+        if PIXEL_BITS in finished and PIXEL_BITS in evaluation:
+            return finished[PIXEL_BITS] <= evaluation[PIXEL_BITS]
         return finished.get("psnr", -math.inf) >= evaluation.get("psnr", -math.inf)
 
     def preview(self, model: Any, group: ProcessGroup = ALONE) -> dict[str, np.ndarray]:
@@ -238,8 +250,10 @@ class TokenizerTask(Task):
         }
 
     def evaluate(self, model: Any, split: Split, group: ProcessGroup = ALONE) -> dict[str, float]:
-        """Return PSNR in dB, pixel losses, codebook usage and perplexity on a split."""
-        return evaluate_reconstruction(model.tokenizer, self.eval_splits[split], EVALUATED_IMAGES, group)
+        """Return PSNR in dB, pixel losses, codebook usage and perplexity on a split, and bits of pixels given the
+        tokens if the decoder has a likelihood."""
+        some = model.tokenizer, self.eval_splits[split], EVALUATED_IMAGES, group
+        return {**evaluate_reconstruction(*some), **evaluate_pixel_bits(*some)}
 
     def score(self, evaluation: dict[str, float]) -> float | None:
         """Return PSNR; None with a critic or LPIPS, which trade PSNR for perceptual quality that no figure here
@@ -270,6 +284,28 @@ def find_division(config: TrainTokenizerConfig) -> Inherited | None:
     if (run / CONFIG).is_file():
         return Inherited(read_splits(run / SPLITS) or "position")
     return inherit(config.data, read_training_facts(config.init)) if config.init else None
+
+
+@torch.inference_mode()
+def is_better(tokenizer: Autoencoder, quantizer: Any, parts: Sequence[Tensor]) -> bool:
+    """Whether a tokenizer reconstructs images, in `parts`, no worse with another quantizer: by the log-probability of
+    their pixels, or else by PSNR."""
+
+    def score() -> float:
+        found = list[Tensor]()
+        for part in parts:
+            images = part.to(tokenizer.device)
+            tokens = tokenizer.encode(images)
+            log_p = tokenizer.pixel_log_prob(images, tokens)
+            found.append(psnr(tokenizer.decode(tokens).float(), images) if log_p is None else log_p)
+        return float(torch.cat(found).double().mean())
+
+    own, before = tokenizer.quantizer, score()
+    tokenizer.quantizer = quantizer
+    try:
+        return score() >= before
+    finally:
+        tokenizer.quantizer = own
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:

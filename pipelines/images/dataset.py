@@ -29,10 +29,11 @@ from tokenizer.files import PathError, one_line, quote
 
 from ..config import Config, UserError, is_first_process, tell
 from ..files import replace_file
-from ..shuffling import FIXED, draw_pixels, positions_of, samples_of, spread
+from ..shuffling import positions_of, samples_of, spread
 from . import tables
 from .arrays import Values, ValueType, clipped_share, guess_type, measure_range, values_of
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
+from .binarize import Binarize, binarize
 from .clip_files import move_frames, open_clips, report_windows, split_windows
 from .clips import frame_shape, to_clips
 from .decoding import (
@@ -50,7 +51,7 @@ from .decoding import (
 )
 from .folder import holds_files, open_folder
 from .pictures import to_float
-from .splits import Inherited, Part, SplitFacts, choose_splits, number_groups
+from .splits import Inherited, Part, SplitFacts, choose_splits, find_objects, number_groups
 
 if TYPE_CHECKING:
     from ..processes.group import ProcessGroup
@@ -177,7 +178,7 @@ class DataConfig(Config):
         le=100_000,
         description="with crop, the crops of each training image in an epoch, and in a token dataset",
     )
-    binarize: Literal["drawn", "threshold"] | None = Field(
+    binarize: Binarize | None = Field(
         default=None,
         description="make grey images black and white, for the tokenizer `pixels` of 2 levels. `threshold`: cut at mid "
         "grey; `drawn`: each pixel is white with probability value / 255, anew in each epoch of training, and by fixed "
@@ -519,6 +520,15 @@ class ImageDataset:
         root = "" if self._path is None else os.path.join(self._path, "")
         return [self._rows.name(row).removeprefix(root) for row in rows]
 
+    @property
+    def objects(self) -> list[str] | None:
+        """The object that each image shows, with `data.group`."""
+        if self.config.group is None:
+            return None
+        if self._rows.objects is not None:
+            return [self._rows.objects[row] for row in self._positions.tolist()]
+        return find_objects(self.names(np.arange(len(self))), self.config.group)
+
     def pixels(self, indices: Indices) -> Tensor:
         """Return the images (B, C, H, W) as uint8, or as float32 in [-1, 1] if they have `values`. Raises
         `IndexError`, and `UserError` for a bad image."""
@@ -539,11 +549,7 @@ class ImageDataset:
         """Return the images as `pixels` does. draws: with `data.binarize=drawn`, the number of each image's draw, (B,),
         or one for all."""
         pixels = self._stored(wanted)
-        if self._binarize == "threshold":
-            return (pixels >= 128).to(torch.uint8) * 255
-        if self.is_drawn:
-            return draw_pixels(pixels, self._positions[wanted], draws, FIXED) * 255
-        return pixels
+        return pixels if self._binarize is None else binarize(pixels, self._binarize, self._positions[wanted], draws)
 
     def _stored(self, wanted: NDArray[np.int64]) -> Tensor:
         if self._pixels is not None:

@@ -12,8 +12,8 @@ import difflib
 import hashlib
 import os
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -281,15 +281,16 @@ def choose_splits(
     require_split(splits, config)
     rule = None if inherited is None else inherited.rule
     facts, note = (None if rule == "position" else rule), None if inherited is None else inherited.note
-    rows = splits[config.split]()
+    by = facts.by if facts is not None else "position" if rule == "position" else None
+    rows = open_rows(splits[config.split], by)
     is_stream = rows.identity is not None and rows.identity.by == "path"
-    units = hash_units(rows, config, facts.by if facts is not None else "position" if rule == "position" else None)
+    units = hash_units(rows, config, by)
     if facts is not None and inherited is not None and inherited.same_source:
         require_same_units(facts, units, splits, config)
     elif facts is not None and not applies(facts, units, splits):
         facts, note = None, f"{config.source} is not the source of training, and is divided anew"
     own = choose_held_out(splits, config) if facts is None else facts.held_out_split
-    other = None if own is None else splits[own]()
+    other = None if own is None else open_rows(splits[own], units.by)
     if not quiet:
         some = f"{100 * config.held_out_fraction:.3g}% of {'the shards of ' * is_stream}{config.split!r}"
         report_splits(splits, config, own, some, "held out")
@@ -323,6 +324,12 @@ def choose_splits(
         note = describe_change(facts, now, config)
     limited = {name: limit_part(part, images[id(part.rows)], units.by, limit) for name, part in parts.items()}
     return Division(limited, now, note, own is None)
+
+
+def open_rows(open_split: Callable[[], Rows], by: NamedBy | None) -> Rows:
+    """Open a split, without a column that names objects if an expression did so earlier."""
+    rows = open_split()
+    return replace(rows, objects=None) if by in ("expression", "position") else rows
 
 
 def find_thresholds(units: Hashes, held_out: int, validation: int) -> tuple[int, int]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 
 from tokenizer.config import show_value
@@ -61,3 +65,27 @@ def count_seen(config: DataConfig, trained: DataConfig | None, part: str) -> tup
         return 0, 0
     positions = parts[part].positions
     return int(np.isin(positions, learned).sum()) if name == before.split else 0, len(positions)
+
+
+def find_parts(files: Sequence[Path], trained: DataConfig | None, inherited: Inherited) -> list[str | None]:
+    """Return the part of the training images that each file belongs to ("train", "validation" or "held_out"), under
+    any path and through links; None for a file that is none of them, and if they cannot be found. inherited: how the
+    images that a model was `trained` with were divided."""
+    root = None if trained is None else trained.path
+    if trained is None or root is None or not root.is_dir():
+        return [None] * len(files)
+    within, paths = os.path.join(os.path.realpath(root), ""), [os.path.realpath(file) for file in files]
+    if not any(path.startswith(within) for path in paths):
+        return [None] * len(files)
+    everything = trained.model_copy(update={"limit": None})
+    try:
+        parts = choose_splits(open_source(everything), everything, inherited, quiet=True).parts
+    except UserError:  # the source has changed
+        return [None] * len(files)
+    known = {
+        os.path.realpath(part.rows.paths[position]): name
+        for name, part in parts.items()
+        if part.rows.paths is not None
+        for position in part.positions.tolist()
+    }
+    return [known.get(path) for path in paths]
