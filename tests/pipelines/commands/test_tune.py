@@ -33,6 +33,8 @@ def world(tmp_path_factory):
         pipe = make_pipeline(*parts, size=(8, 8), labels=classes, sampler={"temperature": 0.9})
         pipe.provenance = {**facts_of(config), "evaluation": {"psnr": 9.0, "recall": 0.5}}
         pipe.save_pretrained(root / name)
+    pipe.provenance = facts_of(config.model_copy(update={"validation_fraction": 0.02}))
+    pipe.save_pretrained(root / "few")
     return root
 
 
@@ -115,7 +117,8 @@ def test_training_images_are_refused_for_validation(world, tmp_path, capsys, tra
     ("wrong", "key"),
     [
         (("pipeline={world}/nothing",), "pipeline: "),
-        (("pipeline={world}/gpt", "data.validation_fraction=0.02"), "data: "),
+        (("pipeline={world}/gpt", "data.validation_fraction=0.02"), "data.validation_fraction: "),
+        (("pipeline={world}/few",), "data: needs at least 30 validation images (got 6)"),
         (("pipeline={world}/gpt", "num_samples=3"), "num_samples: "),
         (("pipeline={world}/gpt", "out={world}/gpt"), "out: "),
     ],
