@@ -28,9 +28,10 @@ from tokenizer.model import CONFIG
 
 from .config import Config, UserError, Within, run_command
 from .config.importing import format_imports
-from .images import DataConfig, ImageDataset, load_images
+from .images import DataConfig, ImageDataset, load_images, report_division
 from .images.dataset import is_stream, require_two_levels, warn_about_colour
 from .images.origin import is_local
+from .images.splits import SPLITS, SPLITS_KEY, Inherited, read_splits
 from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual
 from .metrics.reconstruction import (
@@ -41,7 +42,7 @@ from .metrics.reconstruction import (
     reconstruction_picture,
 )
 from .processes.group import ALONE, ProcessGroup
-from .provenance import find_file, read_training_data, save_tokenizer, tokenizer_folder
+from .provenance import find_file, inherit, read_training_data, read_training_facts, save_tokenizer, tokenizer_folder
 from .training.adversary import Adversary, CriticConfig, make_adversary
 from .training.losses import LossConfig, combine_loss_weights
 from .training.optimizers import hidden_matrices
@@ -117,7 +118,10 @@ class TokenizerTask(Task):
         require_two_levels(config.data, config.model["kind"], getattr(model, "levels", 0))
         if config.data.frames is not None:
             FrameByFrame.wrap(Tokenizer.find(config.model["kind"])(model), config.data.frames)  # as `encode` will
-        self.images = load_images(config.data, together=True, stream=True, single_frames=True)
+        inherited = find_division(config)
+        self.images = load_images(config.data, inherited=inherited, together=True, stream=True, single_frames=True)
+        self.divided = self.images.facts
+        report_division(self.images)
         self.rows = 0 if is_stream(config.data) else len(self.images.train)
         if not is_stream(config.data):
             warn_about_colour(self.images.train)
@@ -270,7 +274,16 @@ class TokenizerTask(Task):
         self.images.write_bad_images(run)
         data = self.images.train.config  # with the range of the values, if it was measured
         known = {"data": data.model_dump(mode="json"), "local": is_local(data.source), "tokenizer": facts}
+        known |= {} if self.divided is None else {SPLITS_KEY: self.divided.to_dict()}
         save_tokenizer(model.tokenizer, run / "tokenizer", known)
+
+
+def find_division(config: TrainTokenizerConfig) -> Inherited | None:
+    """Return how an earlier part of the run, or else the tokenizer `init`, divided the images. Raises `UserError`."""
+    run = Path(config.out)
+    if (run / CONFIG).is_file():
+        return Inherited(read_splits(run / SPLITS) or "position")
+    return inherit(config.data, read_training_facts(config.init)) if config.init else None
 
 
 @torch.inference_mode()

@@ -32,12 +32,12 @@ from ..config.table import count_of, table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import to_float
-from ..images.dataset import find_objects
 from ..images.pictures import SUFFIXES, write_picture
+from ..images.splits import find_objects
 from ..images.tiles import LazyImages, as_lazy, load_image, whole_files
 from ..images.unseen import find_parts
 from ..options import REMOVE, UsesTiles, find_clip_files, find_image_files, read_clips, read_images
-from ..provenance import defaults, trained_data
+from ..provenance import defaults, inherit, trained_data
 
 TRUTH_FILES = ("ground_truth.csv", "ground_truth.png")
 
@@ -300,7 +300,8 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
                 raise UserError(f"ground_truth: {files[folders.index('')]} is in no folder of good images or a defect")
         given = config.read_condition(pipeline, len(names), names)
         objects = None if config.data.group is None else find_objects(paths_within(files, config), config.data.group)
-        splits = find_parts(files, trained_data(pipeline.provenance))
+        data = trained_data(pipeline.provenance)
+        splits = find_parts(files, data, None if data is None else inherit(data, pipeline.provenance))
         trained = np.array([split in ("train", "validation") for split in splits], bool)
         more = f" and {len(config.paths) - 3} more" if len(config.paths) > 3 else ""
         origin = f"images in {', '.join(config.paths[:3])}{more}"

@@ -259,7 +259,7 @@ class Trainer:
     def prepare_run_folder(self) -> None:
         """Delete leftovers of killed processes and write the configuration, now that all checks have passed."""
         remove_leftovers(self.run)
-        write_config(self.run, self.settings)
+        write_config(self.run, self.settings, self.task.divided)
 
     def record(self) -> dict[str, Any]:
         """Return the JSON part of a checkpoint."""
