@@ -119,7 +119,7 @@ def find_remedy(config: CalibrateConfig, units: int) -> str:
         return f"{steps[0]} is enough"
     rate = least_false_alarms(units, config.confidence)
     if rate is None:
-        return f"with every=1 there are {units:,}; {other}"
+        return other if config.every == 1 else f"every=1 uses all {units:,}; {other}"
     every = "every=1 " if config.every > 1 else ""
     return f"{every}false_alarms={rate:g} can be promised, or {other}"
 

@@ -1,4 +1,5 @@
-"""Check that a model of 0.3, which divided images by position, was not trained on its evaluation images."""
+"""Check that a model of 0.3, which divided images by position, was not trained on its evaluation images; and find the
+part of files that a user gives."""
 
 from __future__ import annotations
 

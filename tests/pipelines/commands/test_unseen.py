@@ -18,7 +18,7 @@ from PIL import Image
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.images import DataConfig, load_images
-from pipelines.images.splits import Inherited
+from pipelines.images.splits import SPLITS_KEY, Inherited
 from pipelines.provenance import save_tokenizer
 
 OF_PIPELINES = ["evaluate", "calibrate", "detect", "search", "probe", "complete"]
@@ -67,26 +67,25 @@ def test_other_images_may_be_split_in_any_way(world, tmp_path, verb):
     assert np.asarray(Image.open(out)).std() > 0
 
 
-@pytest.mark.parametrize("rule", ["names", "position"])
-@pytest.mark.parametrize("way", ["folder", "subfolder", "files", "links"])
-def test_detect_skips_files_that_were_trained_on_and_scores_new_ones(world, tmp_path, capsys, way, rule):
+@pytest.mark.parametrize("way", ["folder", "subfolder", "files", "links", "of 0.3"])
+def test_detect_skips_files_that_were_trained_on_and_scores_new_ones(world, tmp_path, capsys, way):
+    """By the splits of a run, or of 0.3 by position."""
     data = DataConfig(source=str(world / "images"), image_size=SIZE, held_out_fraction=0.1)
-    splits = load_images(data, check=False, inherited=Inherited("position") if rule == "position" else None)
+    splits = load_images(data, check=False, inherited=Inherited("position") if way == "of 0.3" else None)
     held_out = set(splits.held_out.names(range(len(splits.held_out))))
     pipe = ImagePipeline.from_pretrained(world / "pipe")
+    pipe.provenance |= {} if splits.facts is None else {SPLITS_KEY: splits.facts.to_dict()}
     pipe.calibrate(stripes(60, seed=8))  # held-out images are new
-    if splits.facts is not None:
-        pipe.provenance = {**pipe.provenance, "splits": splits.facts.to_dict()}
     pipe.save_pretrained(tmp_path / "pipe")
     new = tmp_path / "new"
     new.mkdir()
     Image.fromarray(stripes(1, seed=9)[0, 0].numpy()).save(new / "new.png")
     inside = sorted((world / "images").rglob("*.png"))
-    given = {"folder": [world / "images"], "subfolder": [world / "images/b"], "files": inside[:60], "links": [new]}[way]
+    given = {"subfolder": [world / "images/b"], "files": inside[:60], "links": [new]}.get(way, [world / "images"])
     if way == "links":
         for number, file in enumerate(inside[:60]):
             (new / f"{number:02d}.png").symlink_to(file)
-    chosen = {"folder": inside, "subfolder": inside[225:]}.get(way, inside[:60])
+    chosen = {"files": inside[:60], "links": inside[:60], "subfolder": inside[225:]}.get(way, inside)
     expected = [file for file in chosen if str(file.relative_to(world / "images")) in held_out]
     paths = ", ".join(map(str, {new, *given}))
     main(["detect", f"pipeline={tmp_path}/pipe", f"images=[{paths}]", f"out={tmp_path}/found", "num_shown=1"])
