@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from .dataset import DataConfig
 
 MAX_DEPTH = 100  # nested folders
-READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
 ARRAY_SUFFIXES = {".npy", ".npz"}
 """Of files that are images where there are no others."""
-SUFFIXES = READ_SUFFIXES | {".heic", ".avif", ".jp2", ".ppm"}
+SUFFIXES = READ_SUFFIXES | {".heic", ".avif", ".jp2"}
 """Includes formats that cannot be decoded, so that such images are reported, not overlooked."""
 SPLIT_FOLDERS = ("train", "training", "test", "testing", "held_out", "validation", "val", "valid", "dev")
 SHEETS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
