@@ -296,8 +296,15 @@ def files_in_row(sheet: Path, row: dict[str, Any], image_column: str) -> tuple[s
         if key and key.endswith("file_name") and isinstance(value, str) and value
     }
     if image_column not in named:
-        raise UserError(one_line(f"data.source: {sheet}: a row has no file_name: {row}"))
+        raise UserError(one_line(f"data.source: {describe_nameless(sheet, row)}"))
     return named.pop(image_column), set(named.values())
+
+
+def describe_nameless(sheet: Path, row: dict[str, Any]) -> str:
+    """Describe a row that names no image: its sheet lacks the column, or its cell is empty."""
+    if "file_name" in row or sheet.suffix == ".jsonl":  # whose rows need not have the same columns
+        return f"{sheet}: a row has no file_name: {row}"
+    return f"{sheet} has no column file_name; it has {', '.join(map(str, row))}"
 
 
 def parse_labels(labels: list[Any]) -> list[Any]:
