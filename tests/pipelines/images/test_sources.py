@@ -209,7 +209,7 @@ def test_a_sheet_without_file_names_says_which_columns_it_has(tmp_path):
     sheet_of(tmp_path, 2)
     (tmp_path / "metadata.jsonl").unlink()
     write_sheet(tmp_path, [{"image": "00.png", "label": "x"}], "metadata.csv")
-    with pytest.raises(UserError, match=f"^data.source: {tmp_path}/metadata.csv has no column file_name; it has image,"):
+    with pytest.raises(UserError, match=f"^data.source: {tmp_path}/metadata.csv has no column file_name; it has image"):
         load_images(config(tmp_path))
 
 
