@@ -154,7 +154,8 @@ def run(config: EncodeConfig) -> Path:
         shards = plan_shards(rows, config.rows_per_shard)
         job = describe_job(config, tokenizer, images, rows, accelerator.device.type, columns)
         if meta := group.on_main(lambda: find_finished(out, job, list_inputs(config))):
-            return finish_run(accelerator, config, f"already finished: {describe(meta)}; nothing to do", group.is_main)
+            text = f"already finished: {describe(meta)}; nothing to do"
+            return finish_run(accelerator, config, meta, text, group.is_main)
         work, began = work_folder(out, "encode"), time.monotonic()
 
         def begin() -> list[Shard]:
@@ -162,6 +163,10 @@ def run(config: EncodeConfig) -> Path:
                 return begin_shards(work, job, shards)
 
         missing = group.on_main(begin)
+        if group.is_main and config.augmentations:
+            copies = "1 copy" if config.augmentations == 1 else f"{config.augmentations:,} copies"
+            each = f"each copy: {config.data.augment.describe()}"
+            print(f"{out}: {copies} of each training image; {each} (data.augment)", flush=True)
         if group.is_main and len(missing) < len(shards):
             print(f"{out}: continuing, {len(shards) - len(missing)} of {len(shards)} shards are done", flush=True)
         mine = list(group.mine(missing))
@@ -180,7 +185,7 @@ def run(config: EncodeConfig) -> Path:
             model.cpu()
         meta = group.on_main(finish)
         minutes = (time.monotonic() - began) / 60
-        return finish_run(accelerator, config, f"done: {describe(meta)} in {minutes:.1f} min", group.is_main)
+        return finish_run(accelerator, config, meta, f"done: {describe(meta)} in {minutes:.1f} min", group.is_main)
 
 
 def load_tokenizer(config: EncodeConfig) -> Tokenizer:
@@ -199,7 +204,7 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -
         raise UserError(
             "data.streaming: encode needs random access; data.streaming=false copies the images to the disk"
         )
-    if config.augmentations and not any(config.data.augment.model_dump().values()):
+    if config.augmentations and not config.data.augment.describe():
         raise UserError("augmentations: needs a setting of data.augment, for example data.augment.shift=2")
     if config.table and not config.conditions:
         raise UserError("table: needs a column to read from it, for example conditions.age=age")
@@ -496,14 +501,15 @@ def describe(meta: Meta) -> str:
     return f"{counts} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}{given}{drawn}"
 
 
-def finish_run(accelerator: Accelerator, config: EncodeConfig, text: str, is_main: bool) -> Path:
-    """Leave the process group; print the result and the next command."""
+def finish_run(accelerator: Accelerator, config: EncodeConfig, meta: Meta, text: str, is_main: bool) -> Path:
+    """Leave the process group; print the result and the next command, which is that of README."""
     out = Path(config.out)
     accelerator.end_training()
     if is_main:
-        run = quote(f"{str(out).removesuffix('_tokens')}_prior")
-        preset = " --config gpt_digits" if config.data.source == "digits" else ""
-        then = f"smalti train_prior{format_imports()}{preset} tokens={quote(str(out))} out={run}"
+        kind = "next_scale" if meta.grid.scales else "gpt"
+        preset = f"{kind}_{'digits' if config.data.source == 'digits' else 'openmoji'}"
+        run = quote(f"{str(out).removesuffix('_tokens')}_{kind}")
+        then = f"smalti train_prior{format_imports()} --config {preset} tokens={quote(str(out))} out={run}"
         print(f"{out}: {text}; next: {then}", flush=True)
     return out
 

@@ -341,6 +341,7 @@ def save(pipeline: ImagePipeline, folder: str | Path, variant: str | None) -> No
             pipeline.provenance,
             grid is not None,
             pipeline.condition_tokenizers,
+            pipeline.sampler,
         )
         (target / CARD).write_text(card, encoding="utf-8")
         write_manifest(target)

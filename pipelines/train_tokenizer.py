@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 EVALUATED_IMAGES = 2000  # maximum during training; `smalti evaluate` uses all held-out images
 LLOYD_STEPS = 2  # the first gains about .1 dB on digits, the second .02, further ones less than .01 each
 LLOYD_IMAGES, LLOYD_PIXELS = 2000, 1 << 26  # maximum that they take
+FEW, COPIES, DIGITS_COPIES = 2000, 32, 4  # `encode` in README: 32 copies of a thousand images; in `make demo`: 4
 INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # minimum to initialize a tokenizer from
 
 
@@ -130,6 +131,8 @@ class TokenizerTask(Task):
         self.eval_splits = {split: images for split, images in splits.items() if images is not None}
         self.evaluated = {split: min(EVALUATED_IMAGES, len(images)) for split, images in self.eval_splits.items()}
         self.set_up(self.new_tokenizer())
+        if self.players and config.augmented and (changes := config.data.augment.describe()):
+            self.notes = (f"each training image, anew in each epoch: {changes} (data.augment)",)
         self.perceptual = Perceptual(config.loss.perceptual_net, device) if config.loss.perceptual else None
 
     def set_up(self, tokenizer: Tokenizer) -> None:
@@ -267,7 +270,10 @@ class TokenizerTask(Task):
     def outcome(self, run: Path) -> str:
         """Name the tokenizer's folder, and the command that encodes images with it."""
         folder, tokens = (quote(str(path)) for path in (run / "tokenizer", f"{run}_tokens"))
-        return f"tokenizer: {folder}; next: smalti encode{format_imports()} tokenizer={folder} out={tokens}"
+        data = self.config.data
+        copies = DIGITS_COPIES if data.source == "digits" else COPIES if 0 < self.rows <= FEW else 0
+        more = f" augmentations={copies}" if copies and data.augment.describe() else ""
+        return f"tokenizer: {folder}; next: smalti encode{format_imports()} tokenizer={folder} out={tokens}{more}"
 
     def save(self, model: Any, run: Path, facts: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
         """Save the tokenizer's folder, with its provenance."""

@@ -49,7 +49,7 @@ plt.rcParams.update({"figure.dpi": 110, "image.interpolation": "nearest"})
 # ```
 #
 # The folders `train` and `test` are optional: without `test`, a tenth of the images is held out. Classes are optional,
-# too. PNG, JPEG, WEBP, BMP, GIF and TIFF are read, resized and cropped to the size that you ask for.
+# too. PNG, JPEG, WEBP, BMP, GIF, TIFF and PPM are read, resized and cropped to the size that you ask for.
 #
 # We cut square crops out of two photos, a temple and a flower. Training crops come from the upper part of a photo, and
 # test crops from the lower part, so that no pixel is in both. Do the same with frames of a video: a random split would

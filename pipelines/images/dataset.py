@@ -692,6 +692,8 @@ def check_bad(parts: list[tuple[list[BadImage], int]], config: DataConfig) -> No
     if not bad:
         return
     counted = f"{len(bad)} of {found} images cannot be decoded"
+    if len(bad) == found:  # nothing would be left
+        raise UserError(f"{counted}:{list_bad(bad)}")
     if config.on_error == "fail":
         raise UserError(f"{counted} (data.on_error=skip skips them):{list_bad(bad)}")
     if len(bad) > config.max_bad_fraction * found:

@@ -87,6 +87,21 @@ def test_the_card_describes_the_pipeline_with_code_that_runs(tmp_path):
     assert len(names["images"]) == 4
 
 
+@pytest.mark.parametrize(
+    ("sampler", "shown", "off"),
+    [
+        ({"guidance_scale": 3.0, "top_p": 0.9}, "`top_p=0.9, guidance_scale=3.0`", True),
+        ({"guidance_end": 2.0}, "`guidance_end=2.0`", True),
+        ({"temperature": 0.5}, "`temperature=0.5`", False),
+        ({}, None, False),
+    ],
+)
+def test_the_card_says_which_sampling_settings_are_saved(tmp_path, sampler, shown, off):
+    text = card_of(tmp_path / "pipe", sampler=sampler).text
+    assert ("Samples by default" in text) == (shown is not None) and (shown or "") in text
+    assert ("`guidance_scale=1` turns it off" in text) == off
+
+
 def test_a_sample_grid_is_on_the_card_and_is_loaded(tmp_path):
     assert "samples.png" not in card_of(tmp_path / "without").text
     pipe = make_pipeline()

@@ -92,6 +92,12 @@ def test_tokenizer_preset_builds(path):
     assert len(tokenizer.grid) <= 4096
 
 
+def test_only_presets_of_photographs_mirror_images():
+    """Letters, signs and flags have a left and a right, and a preset is used for the images of others."""
+    mirroring = {data_of(path) for path in TOKENIZER_PRESETS if config_of(path).data.augment.flip}
+    assert mirroring == {"cifar10", "imagegpt", "imagenet256"}
+
+
 @pytest.mark.parametrize("path", PRIOR_PRESETS, ids=lambda path: path.stem)
 def test_prior_preset_builds_on_every_suitable_tokenizer_of_its_data(path):
     model = config_of(path).model

@@ -17,6 +17,7 @@ from unittest.mock import Mock
 
 import pytest
 from folders import contents, half_written
+from givens.images import write_pictures
 from launch import (
     metrics,
     prior_arguments,
@@ -273,6 +274,19 @@ def test_a_run_names_its_result_and_the_next_command(tmp_path, tokens, capsys):
     bound = {"kind": "masked", "dim": 16, "depth": 1, "heads": 2, "exact": False}
     train_prior(tmp_path / "bound", tokens, model=bound, train__steps=1)
     assert re.search(r"at most \d\.\d{3} bits", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("augmented", [True, False])
+def test_a_run_says_how_its_images_are_augmented_and_suggests_copies_of_few(tmp_path, capsys, augmented):
+    write_pictures(tmp_path / "images", 40)
+    data = {"source": str(tmp_path / "images"), "augment": {"flip": True, "zoom": 0.1}}
+    train_tokenizer(tmp_path / "run", data=data, augmented=augmented, train__steps=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert ("flip, zoom 0.1 (data.augment)" in "".join(lines)) == augmented
+    assert lines[-1].endswith(f"out={tmp_path}/run_tokens augmentations=32")
+    train_tokenizer(tmp_path / "plain", data={**data, "augment": {}}, augmented=augmented, train__steps=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert "data.augment" not in "".join(lines) and lines[-1].endswith(f"out={tmp_path}/plain_tokens")
 
 
 def test_a_log_gets_lines_and_a_terminal_a_progress_bar(tmp_path, monkeypatch, capsys):
