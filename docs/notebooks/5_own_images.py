@@ -133,7 +133,7 @@ stage_one = train_tokenizer(
     "vqvae_digits",
     data={"source": FOLDER, "image_size": 32, "channels": 3},
     out="runs/mine",
-    train={"steps": 300, "minutes": 2, "log_every": 50},
+    train={"steps": 300, "log_every": 50},
     track=quiet,
 )
 
@@ -161,7 +161,7 @@ stage_two = train_prior(
     tokens=dataset,
     out="runs/mine_gpt",
     model={"dim": 48},
-    train={"steps": 400, "minutes": 2, "log_every": 50, "warmup_steps": 20},
+    train={"steps": 400, "log_every": 50, "warmup_steps": 20},
     track=quiet,
 )
 
