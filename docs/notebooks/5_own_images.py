@@ -124,8 +124,8 @@ stack({name: of_class(data.train, label, 12) for label, name in enumerate(data.t
 # ```
 #
 # and `accelerate launch -m pipelines.train_tokenizer ...` does the same on several devices. The sides of the images
-# must be multiples of the tokenizer's `factor`, here 4: 32x32 pixels become 8x8 tokens. Two minutes are enough to see
-# the method work. [docs/data.md](../data.md#how-good-in-how-many-minutes) lists results of longer training.
+# must be multiples of the tokenizer's `factor`, here 4: 32x32 pixels become 8x8 tokens. A few hundred steps are enough
+# to see the method work. [docs/data.md](../data.md#how-good-in-how-many-minutes) lists results of longer training.
 
 # %%
 quiet = {"wandb": "disabled"}
