@@ -139,11 +139,19 @@ class DataFacts(BaseModel):
     source: Text | None = None
 
 
+class CutFacts(BaseModel):
+    """A limit in minutes that ended training, and the steps that were planned."""
+
+    minutes: Number
+    steps: Number
+
+
 class TrainingFacts(BaseModel):
     """Facts about training on the model card."""
 
     steps: Number = 0
     minutes: Number = 0
+    cut: CutFacts | None = None
     evaluation: dict[str, Any] = {}
 
 

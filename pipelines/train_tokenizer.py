@@ -67,12 +67,12 @@ class TrainTokenizerConfig(Config):
 
     presets = "tokenizer"
     examples = (
-        "--config vqvae_digits train.minutes=1 out=runs/mine",
+        "--config vqvae_digits train.steps=400 out=runs/mine",
         "--config vqvae_openmoji data.source=photos data.on_error=skip out=runs/photos",
     )
     often = (
         "out data.source data.image_size data.channels data.on_error model.kind "
-        "train.minutes train.steps train.batch_size train.lr track.wandb"
+        "train.steps train.minutes train.batch_size train.lr track.wandb"
     )
 
     out: str = Field(description="run folder: metrics, previews, checkpoints, and the tokenizer itself")
