@@ -234,8 +234,8 @@ class Trainer:
             raise UserError("init: processes loaded different models; every machine must have the same model")
         # Only rank 0 lists the checkpoints, because a shared file system may show them late on other machines.
         checkpoints = self.group.on_main(lambda: list_checkpoints(self.run))
-        record, best = load_newest(checkpoints, self.task.model, self.average, self.optimizers, self.all_agree)
-        self.best_weights = best if self.main else None
+        objects = self.task.model, self.average, self.optimizers
+        record, self.best_weights = load_newest(checkpoints, *objects, self.all_agree, main=self.main)
         if not record:
             snapshot = next((name for name in self.task.snapshots if (self.run / name).is_dir()), None)
             if snapshot and not (self.run / "state").is_dir():
