@@ -112,6 +112,10 @@ def run(config: GenerateConfig) -> Path:
         images = ImageFolder(config, count, pipeline.tokenizer)
         group.on_main(lambda: images.check(group.world))
         job = group.on_main(lambda: describe_job(request, images.file_suffix))
+        saved = request.sampler.describe(without=request.settings)
+        if group.is_main and saved:
+            off = "; guidance_scale=1 turns guidance off" if "guidance_" in saved else ""
+            print(f"{out}: sampling with {saved}, saved in the pipeline{off}", flush=True)
         with lock_output(out, group):
             missing = group.on_main(lambda: images.begin(job))
             there = count - len(missing)

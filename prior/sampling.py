@@ -235,6 +235,11 @@ class SamplingOptions:
         """Return the settings that are not None, as a pipeline's index stores them."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
+    def describe(self, without: Collection[str] = ()) -> str:
+        """Format the settings that differ from the defaults, as keys of `generate`, except those named `without`."""
+        changed = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+        return ", ".join(f"{name}={getattr(self, name)}" for name in changed if name not in without)
+
     # Guidance
 
     @property

@@ -205,6 +205,14 @@ def test_images_without_a_row_in_the_sheet_are_refused(tmp_path, name, streaming
     assert "7 of 12 images" in message and name in message and "05.png" in message and "\n" not in message
 
 
+def test_a_sheet_without_file_names_says_which_columns_it_has(tmp_path):
+    sheet_of(tmp_path, 2)
+    (tmp_path / "metadata.jsonl").unlink()
+    write_sheet(tmp_path, [{"image": "00.png", "label": "x"}], "metadata.csv")
+    with pytest.raises(UserError, match=f"^data.source: {tmp_path}/metadata.csv has no column file_name; it has image"):
+        load_images(config(tmp_path))
+
+
 @pytest.mark.parametrize("cell", ["a photo of a cat", ["cat", "dog"], {"boxes": []}])
 def test_captions_lists_and_objects_as_labels(tmp_path, cell):
     """A caption is a class; other values end in one line."""
@@ -274,9 +282,9 @@ def test_a_card_or_a_row_cannot_name_files_outside_the_data_set(tmp_path):
     (folder / "README.md").write_text('---\nconfigs:\n- config_name: default\n  data_files: "*.parquet"\n---\n')
     assert len(load_images(config(folder)).train) == 9
     for own in (True, False):
-        write_image(folder / "a.png", PNGS[0])
-        path = (folder if own else tmp_path / "private") / "a.png"
-        rows = pa.array([{"bytes": None, "path": str(path)}] * 12)
+        place = folder if own else tmp_path / "private"
+        paths = [write_image(place / f"{k}.png", noise(12, 12, seed=k)) for k in range(12)]
+        rows = pa.array([{"bytes": None, "path": path} for path in paths])
         pq.write_table(pa.table({"image": rows}), folder / "train.parquet")
         if own:
             assert len(load_images(config(folder)).train) == 11

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -21,10 +22,11 @@ from launch import output_of, start, two_processes
 from optional import needs_digits
 from PIL import Image, ImageOps
 from ranks import Several
-from small import make_prior, make_tokenizer
+from small import make_prior, make_tokenizer, quantizer_of
 
 from pipelines import encode
 from pipelines.config import UserError
+from pipelines.config.command import parse
 from pipelines.encode import EncodeConfig, run
 from pipelines.images import load_images, tables
 from pipelines.images.conditions import load_conditions
@@ -32,6 +34,7 @@ from pipelines.job import work_folder
 from pipelines.provenance import read_data_settings
 from pipelines.tokens import load_tokens
 from pipelines.tokens.meta import META
+from pipelines.train_prior import TrainPriorConfig, build_prior
 from tokenizer import Tokenizer
 from tokenizer.files import FormatError, PathError, write_json
 from tokenizer.model import PROVENANCE
@@ -47,11 +50,11 @@ def interrupt(monkeypatch, *arguments, after=4, **options):
     """Start an encode and interrupt it after `after` batches."""
     calls, real = [], encode.variants_of
 
-    def stop(*given):
+    def stop(*given, **how):
         calls.append(given)
         if len(calls) > after:
             raise KeyboardInterrupt
-        return real(*given)
+        return real(*given, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(encode, "variants_of", stop)
@@ -259,6 +262,42 @@ def test_either_all_splits_have_labels_or_none(tokenizer, tmp_path, labelled):
     assert data.class_names == [] and all(split.labels is None for split in data.splits.values())
 
 
+# Output
+
+
+@pytest.mark.parametrize(
+    ("augment", "copies", "line"),
+    [
+        ({"flip": True, "shift": 3}, 2, "2 copies of each training image; each copy: flip, shift 3"),
+        (
+            {"rotate": 8, "zoom": 0.08},
+            1,
+            "1 copy of each training image; each copy: rotate 8, zoom 0.08",
+        ),
+        ({"flip": True}, 0, None),
+    ],
+)
+def test_what_each_copy_gets_is_printed(tokenizer, images, tmp_path, capsys, augment, copies, line):
+    encoded(tokenizer, tmp_path / "tokens", {**images, "augment": augment}, augmentations=copies)
+    found = [each for each in capsys.readouterr().out.splitlines() if "each copy" in each]
+    assert found == ([] if line is None else [f"{tmp_path}/tokens: {line} (data.augment)"])
+
+
+@pytest.mark.parametrize("kind", ["vqvae", "multiscale", "rvq", "titok"])
+def test_the_next_command_trains_a_preset_that_fits_these_tokens(images, tmp_path, capsys, kind):
+    node = {"quantizer": quantizer_of(kind, 7, 7)} if kind in ("multiscale", "rvq") else {}
+    model = make_tokenizer("titok" if kind == "titok" else "vqvae", (28, 28), 1, **node)
+    model.eval().save_pretrained(tmp_path / "tokenizer")
+    for _ in ("done", "already finished"):
+        encoded(tmp_path / "tokenizer", tmp_path / "my tokens", images)
+        command = capsys.readouterr().out.splitlines()[-1].partition("; next: ")[2]
+        first, verb, *words = shlex.split(command)
+        found = parse(TrainPriorConfig, words, verb=verb, description="")
+        assert (first, verb, found.tokens) == ("smalti", "train_prior", str(tmp_path / "my tokens"))
+        assert "--config" in words and found.train.optimizer == ("adamw" if kind == "multiscale" else "muon")
+        build_prior(found.model, load_tokens(found.tokens))
+
+
 # Resuming
 
 
@@ -270,11 +309,11 @@ def test_an_encode_that_is_interrupted_again_and_again_ends_with_the_same_files(
     run(config(tokenizer, tmp_path / "whole", {**images, **SHIFT}, **options))
     calls, real = [], encode.variants_of
 
-    def interrupted(images, rows, seed):
+    def interrupted(*given, **how):
         calls.append(None)
         if len(calls) % 7 == 0:
             raise KeyboardInterrupt
-        return real(images, rows, seed)
+        return real(*given, **how)
 
     monkeypatch.setattr(encode, "variants_of", interrupted)
     attempt = 0
@@ -372,9 +411,9 @@ def run_together(monkeypatch, count, settings):
     """Run an encode in `count` threads; return the rows that each encoded."""
     several, rows, real = Several(count), [[] for _ in range(count)], encode.variants_of
 
-    def variants_of(images, some, seed):
+    def variants_of(images, some, seed, **how):
         rows[several.side.rank].extend(some.tolist())
-        return real(images, some, seed)
+        return real(images, some, seed, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(encode, "build_accelerator", several.accelerator)
@@ -492,7 +531,7 @@ def test_foreign_files_in_the_work_folder_are_refused(tokenizer, images, tmp_pat
 )
 def test_invalid_settings_are_refused_before_the_work(tokenizer, images, tmp_path, monkeypatch, options, named):
     monkeypatch.setattr("pipelines.tokens.shards.MAX_SHARDS", 9)
-    monkeypatch.setattr(encode, "variants_of", lambda *_: pytest.fail("images were encoded"))
+    monkeypatch.setattr(encode, "variants_of", lambda *_, **__: pytest.fail("images were encoded"))
     with pytest.raises(UserError, match=named):
         encoded(tokenizer, tmp_path / "tokens", **{"data": images, **options})
     assert not any(tmp_path.iterdir())
