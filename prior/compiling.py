@@ -1,15 +1,19 @@
-"""Whether torch.compile can make GPU kernels here."""
+"""Compiled GPU kernels, where torch.compile can make them."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sysconfig
+import warnings
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def can_compile(device: torch.device) -> bool:
@@ -29,3 +33,21 @@ def compiler_problem() -> str:
         return "there is no C compiler"
     headers = Path(sysconfig.get_path("include"))
     return "" if (headers / "Python.h").is_file() else f"{headers} has no Python.h"
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return `function` compiled for all sizes of its tensors. If that fails, it warns once and stays as it is."""
+    fastest = torch.compile(function, dynamic=True)
+
+    def call(*given: Any) -> Tensor:
+        nonlocal fastest
+        try:
+            return fastest(*given)
+        except Exception as error:
+            if fastest is function:
+                raise
+            warnings.warn(f"torch.compile failed, so sampling is slower: {error}", stacklevel=2)
+            fastest = function
+            return function(*given)
+
+    return call

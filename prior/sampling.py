@@ -22,7 +22,7 @@ from torch import Tensor
 from tokenizer.base import TokenGrid
 from tokenizer.precision import at_least_float32, finest, in_finest
 
-from .compiling import can_compile
+from .compiling import can_compile, compiled
 from .conditions import LABEL, Condition, Given, join_rows, make_condition, select_rows
 from .cuda_graph import Graph, compute_by_graph
 from .orders import Partition, blocks_after_known, known_first
@@ -118,7 +118,7 @@ def fused_gumbel_noise(keys: Tensor, use: int, first: int, count: int) -> Tensor
 
 @cache
 def _compiled_noise() -> Callable[[Tensor, int, Tensor], Tensor]:
-    return torch.compile(lambda *given: _to_gumbel(_to_uniform(_hash(*given))), dynamic=True)
+    return compiled(lambda *given: _to_gumbel(_to_uniform(_hash(*given))))
 
 
 def draw_numbers(keys: Tensor, use: int, count: int) -> Tensor:

@@ -227,6 +227,20 @@ def test_a_fused_kernel_draws_the_same_noise_for_any_batch_and_rank(backend, com
     assert TokenNoise(keys_of(2), 12, 5).draw is gumbel_noise  # small batches do not wait for a compiler
 
 
+def test_a_kernel_that_cannot_be_compiled_is_replaced_with_one_warning(compiler, monkeypatch):
+    def broken(*_: object) -> None:
+        raise OSError("gcc: not found")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    sampling._compiled_noise.cache_clear()
+    with pytest.warns(UserWarning, match="gcc: not found") as warned:
+        for first in (0, 5):
+            found = fused_gumbel_noise(keys_of(3), TOKENS, first, 5)
+            assert torch.equal(found, gumbel_noise(keys_of(3), TOKENS, first, 5))
+    assert len(warned) == 1
+    sampling._compiled_noise.cache_clear()
+
+
 @pytest.mark.parametrize("lacks", ["Triton", "C compiler", "Python.h", "a newer GPU", "a GPU", "nothing"])
 def test_kernels_are_compiled_only_where_triton_and_its_compiler_work(lacks, tmp_path, monkeypatch):
     if lacks != "Python.h":
