@@ -81,8 +81,7 @@ SEES := import sys, torch; sys.exit(None if torch.cuda.is_available() else \
 driver for CUDA 13 (580 or newer); with an older one: rm -r $(VENV), $(PYTHON) -m venv $(VENV), $(BIN)/pip install \
 torch torchvision --index-url https://download.pytorch.org/whl/cu126, make gpu")
 COMPILES := import sys; from prior.compiling import compiler_problem; problem = compiler_problem(); \
-  sys.exit(f"make gpu: torch.compile does not work: {problem}; on Debian or Ubuntu: apt-get install python3-dev gcc" \
-  if problem else None)
+  sys.exit(f"make gpu: torch.compile does not work: {problem}" if problem else None)
 gpu: $(GPU)
 	@$(BIN)/python -c '$(SEES)' || { nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || \
 	  echo "make gpu: no driver (nvidia-smi)"; exit 1; } >&2

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+REMEDY = "on Debian or Ubuntu: apt-get install python3-dev gcc"
+
 
 def can_compile(device: torch.device) -> bool:
     """Return whether torch.compile can make kernels for this device: a GPU that Triton supports."""
@@ -30,9 +32,9 @@ def compiler_problem() -> str:
     if find_spec("triton") is None:
         return "Triton is not installed"
     if not any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang"))):
-        return "there is no C compiler"
+        return f"there is no C compiler; {REMEDY}"
     headers = Path(sysconfig.get_path("include"))
-    return "" if (headers / "Python.h").is_file() else f"{headers} has no Python.h"
+    return "" if (headers / "Python.h").is_file() else f"{headers} has no Python.h; {REMEDY}"
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from prior.compiling import compiler_problem
 from prior.cuda_graph import without_graphs
 from tokenizer.files import PathError
 from tokenizer.precision import in_finest
@@ -119,6 +120,8 @@ def require_valid(config: Any, accelerator: Accelerator, group: ProcessGroup) ->
         )
     if settings.steps is None and settings.minutes is None:
         raise UserError("train.steps: null needs train.minutes to end the run")
+    if settings.compile and accelerator.device.type == "cuda" and (problem := compiler_problem()):
+        raise UserError(f"train.compile: {problem}; or set it false")
     require_installed(config.track.trackers)
     mine = {**settings.model_dump(mode="json"), "mixed_precision": accelerator.mixed_precision}
     first, *others = group.gather(lambda: mine)

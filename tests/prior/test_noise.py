@@ -253,4 +253,5 @@ def test_kernels_are_compiled_only_where_triton_and_its_compiler_work(lacks, tmp
     device = torch.device("cpu" if lacks == "a GPU" else "cuda")
     assert compiling.can_compile(device) == (lacks == "nothing")
     assert ("GPU" in lacks or lacks == "nothing") != (lacks in compiling.compiler_problem())
+    assert ("python3-dev gcc" in compiling.compiler_problem()) == (lacks in ("C compiler", "Python.h"))
     compiling.compiler_problem.cache_clear()
