@@ -88,7 +88,7 @@ def measure_parts(card: Card, sizes: Sizes, only: list[str], repeats: int, faile
         """Return a row, or one with the error, as the others are worth measuring without it."""
         try:
             return measure()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a command exits on a user's mistake
             traceback.print_exc()
             failed.append(name)
             reason = f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".replace("|", "/")

@@ -158,13 +158,14 @@ def test_a_row_that_fails_does_not_end_the_gpu_table(monkeypatch, capsys):
 
     card = SimpleNamespace(device=SimpleNamespace(type="cpu"))
     sizes, failed = SimpleNamespace(write_data=lambda folder: None), []
-    monkeypatch.setattr(gpu, "training_rows", lambda *_: [("one", lambda: 1 / 0), ("two", lambda: "| two | 3 |")])
+    monkeypatch.setattr(gpu, "training_rows", lambda *_: [("one", lambda: sys.exit("no GPU")), ("two", lambda: "| two | 3 |")])
     monkeypatch.setattr(gpu, "model_config", lambda arguments: None)
     for name in ("prior_arguments", "tokenizer_arguments", "coding_rows"):
         monkeypatch.setattr(gpu, name, lambda *_: [])
     monkeypatch.setattr(gpu, "sampling_rows", lambda *_: [("gpt", "4", lambda: [1 / 0]), ("gpt", "8", lambda: ["5"])])
     tables = "\n".join(gpu.measure_parts(card, sizes, ["training", "sampling"], 1, failed))
-    assert failed == ["one", "gpt"] and tables.count("failed: ZeroDivisionError: division by zero") == 2
+    assert failed == ["one", "gpt"] and "failed: SystemExit: no GPU" in tables
+    assert "failed: ZeroDivisionError: division by zero" in tables
     assert "| two | 3 |" in tables and "| gpt | 8 | 5 |" in tables
     widths = [line.count("|") for line in tables.splitlines() if "failed" in line or "images" in line]
     assert widths == [len(gpu.HEAD) + 1] * 2 + [len(gpu.SAMPLING_HEAD) + 1] * 2
