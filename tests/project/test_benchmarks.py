@@ -158,7 +158,8 @@ def test_a_row_that_fails_does_not_end_the_gpu_table(monkeypatch, capsys):
 
     card = SimpleNamespace(device=SimpleNamespace(type="cpu"))
     sizes, failed = SimpleNamespace(write_data=lambda folder: None), []
-    monkeypatch.setattr(gpu, "training_rows", lambda *_: [("one", lambda: sys.exit("no GPU")), ("two", lambda: "| two | 3 |")])
+    training = [("one", lambda: sys.exit("no GPU")), ("two", lambda: "| two | 3 |")]
+    monkeypatch.setattr(gpu, "training_rows", lambda *_: training)
     monkeypatch.setattr(gpu, "model_config", lambda arguments: None)
     for name in ("prior_arguments", "tokenizer_arguments", "coding_rows"):
         monkeypatch.setattr(gpu, name, lambda *_: [])
