@@ -29,7 +29,7 @@ from tokenizer.frame_by_frame import FrameByFrame
 from tokenizer.model import PROVENANCE
 from tokenizer.pixels import Pixels
 
-from .config import Config, Of, UserError, run_command, tell
+from .config import Config, Of, UserError, run_command
 from .config.importing import format_imports
 from .files import Output, lock_output
 from .images import (
@@ -54,7 +54,6 @@ from .provenance import (
     TokenizerFolder,
     find_protected_folder,
     inherit,
-    read_training_data,
     read_training_facts,
     tokenizer_defaults,
     tokenizer_folder,
@@ -132,17 +131,10 @@ def run(config: EncodeConfig) -> Path:
     output = Output(out, [*map(find_protected_folder, tokenizers), config.data.path, *list_pairs(config)])
     check_settings(config, tokenizer, output)
     config = config.model_copy(update={"data": choose_data(config.data, config.conditions)})
-    if group.is_main and saw_groups(config):
-        key = find_group_key(config.data)
-        what = "images of objects" if key == "group" else "frames of clips"
-        key = "clips=true" if key == "clips" else key
-        tell(
-            f"warning: the tokenizer was trained without data.{key}; unless its images had folders train and test, "
-            f"it was trained on {what} that are held out now"
-        )
     with leave_group_on_error(accelerator), lock_output(out, group):
         inherited = inherit(config.data, read_training_facts(config.tokenizer), regroup=True)
-        loaded = load_images(config.data, inherited=inherited if inherited.rule else None, together=True)
+        is_known = inherited.rule is not None or inherited.same_source  # a tokenizer of other images is usual
+        loaded = load_images(config.data, inherited=inherited if is_known else None, together=True)
         images = check_type(loaded, tokenizer, "tokenizer")
         report_division(images)
         splits = name_splits(images)
@@ -210,18 +202,6 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -
         raise UserError("table: needs a column to read from it, for example conditions.age=age")
     check_sources(config.data, config.conditions, config.table, config.augmentations)
     output.check_folder(TOKENS)
-
-
-def saw_groups(config: EncodeConfig) -> bool:
-    """Return whether the tokenizer was trained on these images without holding out whole clips or objects, as is done
-    here."""
-    data, key = read_training_data(config.tokenizer), find_group_key(config.data)
-    return key is not None and data.get("source") == config.data.source and not data.get(key)
-
-
-def find_group_key(data: DataConfig) -> str | None:
-    """Return the setting that says which images are held out together, if any."""
-    return next((key for key in ("group", "clips", "frames") if getattr(data, key)), None)
 
 
 def name_splits(images: Splits) -> dict[str, ImageDataset]:

@@ -48,6 +48,8 @@ SHARD_COUNT = re.compile(r"-of-\d+(?=\.|$)")
 PARTS = ("train", "validation", "held_out")
 DIVISION = ("split", "held_out", "held_out_fraction", "validation_fraction", "clips", "frames", "group", "key")
 """The settings that decide which images of a source are trained on; `limit` takes some of each part."""
+UNITS = ("clips", "frames", "group", "key", "streaming")
+"""Those that decide what is never divided."""
 
 Hashes = NDArray[np.uint64]
 Positions = NDArray[np.int64]
@@ -162,15 +164,20 @@ def inherit_splits(
     Raises `UserError` for other settings of a source that was divided."""
     if trained is None:
         return Inherited(None, False, f"whether images of {config.source} were trained on is not recorded")
-    elsewhere = f"{config.source} is not the source of training, and is divided anew"
-    if facts is None:
-        return Inherited("position") if same_source else Inherited(None, False, elsewhere)
     changed = [key for key in DIVISION if getattr(config, key) != getattr(trained, key)]
-    if not changed:
-        return Inherited(facts, same_source)
-    if not same_source or regroup and {"group", "clips", "frames", "key"} & set(changed):
-        return Inherited(None, same_source, elsewhere if not same_source else None)
+    if facts is not None and (
+        facts.unit == "shard" and not config.streaming or config.streaming and facts.by == "bytes"
+    ):
+        changed.append("streaming")  # whole shards, or images
     before = " ".join(f"data.{key}={show_value(getattr(trained, key))}" for key in changed)
+    if not same_source and (facts is None or changed):
+        return Inherited(None, False, f"{config.source} is not the source of training, and is divided anew")
+    note = None
+    if regroup and set(UNITS) & set(changed):
+        seen = "unless it has a split 'test', images that were trained on are held out now"
+        note = f"warning: {config.source} was divided with {before} before; {seen}"
+    if facts is None or note or not changed:
+        return Inherited("position" if facts is None else None if note else facts, same_source, note)
     raise UserError(
         f"{', '.join(f'data.{key}' for key in changed)}: {config.source} was divided with {before} for training, and "
         "stays so; keep that setting, or begin a new run"

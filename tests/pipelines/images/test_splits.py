@@ -658,3 +658,21 @@ def test_objects_in_two_given_splits_are_reported(tmp_path, capsys):
     write_objects(tmp_path / "test", range(6, 12), 1)
     load_images(config(tmp_path, group=r"tile(\d+)"))
     assert "2 of 6 objects of 'test' are also in 'train'" in capsys.readouterr().err
+
+
+def test_a_copy_of_a_stream_is_divided_anew_with_a_warning(tmp_path):
+    """Its shards were divided; `encode` may go on, other verbs may not."""
+    write_shards(tmp_path, "parquet", rows_of(40), 10)
+    stream, copied = (config(tmp_path, streaming=streaming) for streaming in (True, False))
+    facts = divide_files(stream).facts
+    inherited = inherit_splits(copied, stream, facts, True, regroup=True)
+    assert inherited.rule is None and "data.streaming=true" in inherited.note
+    assert load_images(copied, inherited=inherited).note == inherited.note
+    with pytest.raises(UserError, match="^data.streaming: "):
+        inherit_splits(copied, stream, facts, True)
+    with pytest.raises(UserError, match="^data.streaming: "):
+        inherit_splits(stream, copied, load_images(copied).facts, True)
+    write_folder(tmp_path / "files")
+    files = config(tmp_path / "files")
+    unchecked = config(tmp_path / "files", streaming=True)  # of files, only the check is left out
+    assert inherit_splits(unchecked, files, load_images(files).facts, True).rule == load_images(unchecked).facts
