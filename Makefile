@@ -44,6 +44,7 @@ demo: $(DONE)/evaluation
 # A stage that succeeded does not run again. Stamp files live outside the output folders, which may hold only their own
 # files.
 $(DONE)/vqvae_digits: | $(READY)
+	@$(BIN)/python -m benchmarks.speed.demo threads=$(CORES)
 	$(LAUNCH) pipelines.train_tokenizer --config configs/tokenizer/vqvae_digits.yaml out=$(RUNS)/vqvae_digits
 	@mkdir -p $(@D) && touch $@
 

@@ -19,6 +19,7 @@ from tokenizer import Tokenizer
 from .condition_values import describe_range, takes_text
 from .images.origin import describe_for_card, shareable
 from .metrics.figures import Row, format_rows
+from .training.schedule import describe_cut
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -181,6 +182,8 @@ def format_measurements(facts: dict[str, Any], rows: Sequence[Row]) -> list[str]
             best = trained.get("best_step")
             weights = f"weights of step {best}, best on validation images" if type(best) is int else ""
             length = f"{trained['steps']} steps, {trained['minutes']:.1f} minutes"
+            if cut := trained.get("cut"):
+                length = describe_cut(trained["steps"], cut)
             lines.append(f"| training of the {stage} | {length} | {weights} |")
     if not lines:
         return []

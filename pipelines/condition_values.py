@@ -55,10 +55,26 @@ def read_condition(pipeline: ImagePipeline, condition: GivenCondition, count: in
 
     condition: values by column, one for all images or one per image, as in `Column.parse`. A grid also takes images, in
     any form that `ImagePipeline.encode` accepts, and a vector of n-grams takes text. Images or tokens alone stand for
-    the only grid. `label` is left to `ImagePipeline.label_ids`. Warns about numbers outside those of the training data,
-    except for tensors, which hold raw values. Raises `ValueError`, which names the column and what is allowed.
+    the only grid. `label` is left to `ImagePipeline.label_ids`. Numbers outside those of the training data become the
+    nearest of these, with a warning, except for tensors, which hold raw values. Raises `ValueError`, which names the
+    column and what is allowed.
     """
+    return limit_numbers(pipeline.conditions, read_numbers_as_given(pipeline, condition, count))
+
+
+def read_numbers_as_given(pipeline: ImagePipeline, condition: GivenCondition, count: int) -> Condition:
+    """Like `read_condition`, but without a limit for numbers."""
     return make_condition(pipeline.conditions, parse_condition(pipeline, condition), count, pipeline.device)
+
+
+def limit_numbers(columns: Mapping[str, Column], condition: Condition) -> Condition:
+    """Replace numbers outside those of the training data by the nearest of these. A model does not do this itself: it
+    has seen no such number, and weights of 0.3 must keep their meaning for every raw value."""
+    limited = dict(condition)
+    for name, values in condition.items():
+        if isinstance(column := columns[name], NumberColumn):
+            limited[name] = values.clamp(*torch.tensor([column.low, column.high]).to(values).unbind())
+    return limited
 
 
 def parse_condition(pipeline: ImagePipeline, condition: GivenCondition) -> Condition:
@@ -107,7 +123,7 @@ def describe_outside(name: str, column: Column, raw: Tensor) -> str:
     if not bool(((raw < low) | (raw > high)).any()):
         return ""
     about = f"numbers outside those of the training data, {describe_range(column)}"
-    return f"condition: {name}: {about}, act like numbers near the edge of these data"
+    return f"condition: {name}: {about}, count as the nearest of these"
 
 
 def describe_range(column: NumberColumn) -> str:

@@ -32,17 +32,30 @@ from tokenizer.pixels import Pixels
 from .config import Config, Of, UserError, run_command, tell
 from .config.importing import format_imports
 from .files import Output, lock_output
-from .images import TEST_DRAWS, DataConfig, ImageDataset, Splits, check_shape, check_type, load_images, to_uint8
+from .images import (
+    TEST_DRAWS,
+    DataConfig,
+    ImageDataset,
+    Splits,
+    check_shape,
+    check_type,
+    load_images,
+    report_division,
+    to_uint8,
+)
 from .images.conditions import ConditionSource, LoadedColumn, check_sources, choose_data, load_conditions
 from .images.dataset import is_stream
 from .images.origin import is_local
+from .images.splits import SPLITS, SPLITS_KEY
 from .job import JOB, OtherJobError, begin_job, read_job, require_work_folder, work_folder
 from .prefetch import pin_memory, prefetch, to_device_async
 from .processes.launch import build_accelerator, group_of, leave_group_on_error
 from .provenance import (
     TokenizerFolder,
     find_protected_folder,
+    inherit,
     read_training_data,
+    read_training_facts,
     tokenizer_defaults,
     tokenizer_folder,
 )
@@ -128,7 +141,10 @@ def run(config: EncodeConfig) -> Path:
             f"it was trained on {what} that are held out now"
         )
     with leave_group_on_error(accelerator), lock_output(out, group):
-        images = check_type(load_images(config.data, together=True), tokenizer, "tokenizer")
+        inherited = inherit(config.data, read_training_facts(config.tokenizer), regroup=True)
+        loaded = load_images(config.data, inherited=inherited if inherited.rule else None, together=True)
+        images = check_type(loaded, tokenizer, "tokenizer")
+        report_division(images)
         splits = name_splits(images)
         if config.data.binarize == "drawn":
             splits["train"] = splits["train"].grey()
@@ -252,6 +268,7 @@ def describe_job(
     facts = {"tokenizer": tokenizer.fingerprint(), "classes": class_names(images), "rows": rows, "device": device}
     found = {name: {**each.column.to_dict(), "values": digest(each)} for name, each in columns.items()}
     facts |= {"columns": found} if columns else {}
+    facts |= {} if images.facts is None else {SPLITS_KEY: images.facts.to_dict()}
     return {"verb": "encode", **config.model_dump(mode="json", exclude=without), **facts}
 
 
@@ -306,7 +323,7 @@ def have_changed(inputs: list[Path], since: float) -> bool:
 def begin_shards(work: Path, job: dict[str, Any], shards: list[Shard]) -> list[Shard]:
     """Create or continue the work folder; return the missing shards. Raises `UserError` for a folder with shards of
     other settings, and `PathError` for unknown files."""
-    names, ours = {shard.name for shard in shards}, {"tokenizer", CONDITIONS, META, MANIFEST}
+    names, ours = {shard.name for shard in shards}, {"tokenizer", CONDITIONS, META, SPLITS, MANIFEST}
 
     def is_result(name: str) -> bool:
         return name in ours or name.endswith(".safetensors")  # including shards of another size
@@ -346,7 +363,7 @@ def encode_shards(
     total = sum(shard.stop - shard.start for shard in shards)
 
     def read(batch: tuple[list[ImageDataset], np.ndarray]) -> list[Raw]:
-        raws = [variants_of(part, batch[1], config.seed) for part in batch[0]]
+        raws = [variants_of(part, batch[1], config.seed, drawn=batch[0][0].is_drawn) for part in batch[0]]
         return [[pin_memory(part) for part in raw] for raw in raws] if device.type == "cuda" else raws
 
     with (
@@ -423,11 +440,11 @@ def drawn_splits(config: EncodeConfig) -> list[str]:
     return ["train"] if config.data.binarize == "drawn" else []
 
 
-def variants_of(images: ImageDataset, rows: np.ndarray, seed: int) -> Raw:
-    """Return the images of dataset rows: row = variant * n + index, and variant 0 is the unchanged image. Variants of
-    drawn images are other draws, those of others are augmented."""
+def variants_of(images: ImageDataset, rows: np.ndarray, seed: int, *, drawn: bool) -> Raw:
+    """Return the images of dataset rows, or those of their grids: row = variant * n + index, and variant 0 is the
+    unchanged image. Variants are augmented, or if the images are `drawn`, other draws, whose grids do not change."""
     variants, indices = np.divmod(rows, len(images))
-    if images.is_drawn:
+    if drawn:
         return [images.raw_batch(indices, variants, seed, augment=False)]
     first = int((variants == 0).sum())  # rows ascend, so variants do
     parts = [(slice(first), False), (slice(first, None), True)]
@@ -445,6 +462,7 @@ def describe_dataset(
     path = Path(config.tokenizer) / PROVENANCE
     provenance = read_json(path) if path.is_file() else {}
     source = {**provenance, "data": config.data.model_dump(mode="json"), "local": is_local(config.data.source)}
+    source |= {} if images.facts is None else {SPLITS_KEY: images.facts.to_dict()}
     sizes: dict[str, list[int]] = {}
     for shard in shards:
         sizes.setdefault(shard.split, []).append(shard.stop - shard.start)
@@ -468,7 +486,7 @@ def finish_dataset(
     """Complete the dataset in the work folder and rename it to `out`. Raises `UserError` for a missing shard."""
     if absent := [shard.name for shard in shards if not (work / shard.name).is_file()]:
         raise UserError(f"out: {work / absent[0]} is missing; all processes must see the same disk")
-    for name in ("tokenizer", CONDITIONS, META, MANIFEST):  # left by a process killed here
+    for name in ("tokenizer", CONDITIONS, META, SPLITS, MANIFEST):  # left by a process killed here
         shutil.rmtree(work / name) if (work / name).is_dir() else (work / name).unlink(missing_ok=True)
     write_meta(work, meta, tokenizer, condition_tokenizers)
     publish_folder(work, out, kind=TOKENS)

@@ -20,31 +20,33 @@ from prior.checks import NotCausalError, is_built_in, require_causal
 from prior.conditions import Condition, select_rows
 from tokenizer.files import PathError, PipelineLoadError, write_json
 
+from .card import STAGES
 from .config import OutputConfig, UserError, run_command
 from .config.importing import format_imports
 from .config.table import table
 from .files import Output, lock_output
 from .image_pipeline import ImagePipeline
-from .images import TEST_DRAWS, ImageDataset, check_shape, check_type, load_images, to_float, to_uint8
+from .images import TEST_DRAWS, ImageDataset, check_shape, to_float, to_uint8
 from .images.grids import class_grid
 from .images.origin import TOKENS, describe_source
 from .images.pictures import LATENT, picture_pixels, write_picture
-from .images.unseen import require_unseen
+from .images.splits import SPLITS, SplitFacts, read_splits
 from .metrics.agreement import agreement
 from .metrics.fid import Inception, load_inception
-from .metrics.figures import format_report
+from .metrics.figures import DIVISION, format_report
 from .metrics.likelihood import evaluate_likelihood, evaluate_nats
 from .metrics.pairs import condition_picture
 from .metrics.quality import AT_A_TIME, LEAST, compare, feature_space, shuffled
 from .metrics.reconstruction import SOME, evaluate_reconstruction, images_at_a_time, reconstruction_picture
 from .metrics.samples import Samples
-from .options import UsesImages
+from .options import UsesImages, find_division
 from .processes.group import ALONE, ProcessGroup
 from .processes.launch import join_group
 from .provenance import defaults, trained_data
 from .saving import save_again
 from .tokens import TokenSplit, load_tokens
 from .tokens.shards import smallest_type
+from .training.schedule import describe_cut
 
 T = TypeVar("T")
 Figures = dict[str, Any]
@@ -52,7 +54,7 @@ Pictures = dict[str, np.ndarray]
 RESULTS = ("samples.png", "reconstructions.png", "nearest.png", "evaluation.json", "evaluation.txt")
 IN_MEMORY = 1 << 30  # bytes of decoded images per split that every process keeps
 MOST_TRAINING = 100_000  # maximum number of training images to compare with
-SAME = 0.5  # least share of a token dataset's tokens that are those of the images
+SAME = 0.95  # least share of images that agree with those of a token dataset in this share of their tokens
 KNOWN = 1 << 28  # maximum number of pixel values (1 GiB) of training images in nearest-neighbour search
 
 
@@ -130,7 +132,7 @@ def prepare(
     channels = pipeline.tokenizer.image_shape[0]
     if config.inception_weights and channels not in (1, 3):
         raise UserError(f"inception_weights: Inception takes images with 1 or 3 channels (these have {channels})")
-    require_unseen(config.data, trained_data(pipeline.provenance), "held_out")
+    find_division(config.data, pipeline.provenance, "held_out")  # raises before anything is read
     inception = load_inception(config.inception_weights, config.reference, device)
     make_output(config, out).check_files(RESULTS)
     return pipeline, inception, load_training_tokens(config.tokens, pipeline)
@@ -171,6 +173,12 @@ def load_training_tokens(tokens: str | None, pipeline: ImagePipeline) -> Mapping
     }
 
 
+def read_token_facts(tokens: str | None, pipeline: ImagePipeline) -> SplitFacts | None:
+    """Return how the images of a token dataset were divided, if it is known. tokens: as in `load_training_tokens`."""
+    source = tokens or pipeline.provenance.get(TOKENS)
+    return read_splits(Path(source) / SPLITS) if isinstance(source, str) else None
+
+
 def require_rows(tokens: Mapping[str, TokenSplit], split: str, images: ImageDataset) -> TokenSplit:
     """Return a split, which starts with the rows of `images`. Raises `UserError` if it is shorter."""
     rows = tokens.get(split)
@@ -180,13 +188,22 @@ def require_rows(tokens: Mapping[str, TokenSplit], split: str, images: ImageData
     return rows
 
 
+def are_same_images(rows: TokenSplit, test: TokenSplit) -> bool:
+    """Whether the first `rows` are the images of `test`: nearly all agree in nearly all tokens, as another device may
+    encode some of them otherwise."""
+    chosen = slice(len(test))
+    equal = (rows.rows(chosen) == test.rows(chosen)).flatten(1).float().mean(1)
+    return float((equal >= SAME).float().mean()) >= SAME
+
+
 class Evaluation:
     """An evaluation of a pipeline, shared by the processes of a group. At most `MOST_TRAINING` training images are
     decoded, each by one process, unless FID is computed against all of them."""
 
     def __init__(self, config: EvaluateConfig, pipeline: ImagePipeline, group: ProcessGroup) -> None:
         self.config, self.pipeline, self.group = config, pipeline, group
-        self.images = check_type(load_images(config.data, together=True, check=False), pipeline.tokenizer)
+        self.images = config.load_images(pipeline, together=True, check=False)
+        self.token_facts = read_token_facts(config.tokens, pipeline)
         check_classes(pipeline, self.images.train, self.images.held_out)
         most = max(LEAST, IN_MEMORY // math.prod(self.images.train.image_shape))
         chosen = shuffled(len(self.images.train))[: min(most, MOST_TRAINING)].sort().values
@@ -202,9 +219,10 @@ class Evaluation:
         figures: Figures = {"num_images": len(self.held_out), "device": str(pipeline.device)}
         figures |= evaluate_reconstruction(pipeline.tokenizer, self.held_out, group=group, ssim_images=SOME)
         test = encode_all(pipeline, self.held_out, group)
+        figures |= self.check_division(tokens, test)
         if pipeline.conditions:
             rows, chosen = require_rows(tokens, "test", self.held_out), slice(len(test))
-            if float((rows.rows(chosen) == test.rows(chosen)).float().mean()) < SAME:
+            if not are_same_images(rows, test):
                 raise UserError("tokens: the rows of its test split are not those of the held-out images")
             test = replace(test, conditions=rows.condition(chosen))
         figures |= self.likelihood(tokens.get("train"), test)
@@ -230,6 +248,29 @@ class Evaluation:
             splits = replace(self.images, held_out=self.held_out)
             figures |= inception.figures(splits, self.reconstruct, samples, group)
         return figures, pictures
+
+    def check_division(self, tokens: Mapping[str, TokenSplit], test: TokenSplit) -> Figures:
+        """Return what is not known of the division of the images, if anything. tokens: the splits of the token dataset;
+        test: those of the held-out images. Raises `UserError` if the tokens show that images which were divided by
+        position have changed, and for columns that are those of other images."""
+        config, images, source = self.config, self.images, self.config.data.source
+        trained = trained_data(self.pipeline.provenance)
+        note = images.note
+        if images.facts is None and images.is_carved and tokens and trained and trained.limit == config.data.limit:
+            draws = TEST_DRAWS if self.held_out.is_drawn else 1
+            there, here = len(tokens.get("test", ())) // draws, len(images.held_out)
+            variants = len(tokens["train"]) % len(images.train)
+            if there != here or variants or not are_same_images(tokens["test"], test):
+                found = "other held-out images" if there == here else f"{here:,} held-out images instead of {there:,}"
+                raise UserError(
+                    f"data: {source} has changed since it was encoded ({found}); it "
+                    "was divided by position, as in 0.3, so that images which were trained on would be held out now; "
+                    "restore it, or encode it and train again"
+                )
+            note = None
+        if note and self.pipeline.conditions and self.token_facts != images.facts:
+            raise UserError(f"tokens: {note}; encode it again for the columns of these images, and give tokens=FOLDER")
+        return {} if note is None else {DIVISION: note.replace(source, describe_source(source))}
 
     def likelihood(self, tokens: TokenSplit | None, test: TokenSplit) -> Figures:
         """Return bits per token and per dim of held-out images, whose tokens are `test`. tokens: those of training
@@ -300,7 +341,7 @@ def publish_results(
     pipeline: ImagePipeline, config: EvaluateConfig, out: Path, figures: Figures, pictures: Pictures
 ) -> None:
     """Print and write the results."""
-    text = format_report(figures, exact=pipeline.prior.exact)
+    text = "\n".join([format_report(figures, exact=pipeline.prior.exact), *describe_cuts(pipeline.provenance)])
     with make_output(config, out).files() as folder:
         for name, picture in pictures.items():
             write_picture(picture, folder / f"{name}.png")
@@ -321,6 +362,13 @@ def publish_results(
     tunes = Path(config.pipeline).is_dir() and "tuning" not in pipeline.provenance
     verb = "tune" if tunes else "generate"
     print(f"\ndone; next: smalti {verb}{format_imports()} pipeline={quote(config.pipeline)}")
+
+
+def describe_cuts(provenance: dict[str, Any]) -> list[str]:
+    """Describe which stages a limit in minutes ended before their steps, a line each."""
+    stages = [(name, provenance.get(name)) for name in STAGES]
+    cuts = [(name, facts["steps"], facts["cut"]) for name, facts in stages if facts and facts.get("cut")]
+    return [f"the {name} was {describe_cut(steps, cut)}" for name, steps, cut in cuts]
 
 
 def check_classes(pipeline: ImagePipeline, *splits: ImageDataset) -> None:

@@ -8,8 +8,10 @@ import io
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -53,6 +55,7 @@ from .condition_values import (
     read_condition,
 )
 from .images.arrays import Values, values_of
+from .images.binarize import Binarize, binarize
 from .images.blending import decode_tiles, encode_tiles, reconstruct_tiles
 from .images.clips import frame_shape, read_images, to_strips, write_images
 from .images.grids import class_grid
@@ -64,8 +67,9 @@ from .images.pictures import (
     shown_channels,
     to_uint8,
 )
-from .images.tiles import list_images
+from .images.tiles import LazyImages, list_images
 from .processes.group import ALONE, ProcessGroup
+from .provenance import trained_data
 
 Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray | Sequence[PILImage]]
 Label = int | str | None
@@ -320,10 +324,9 @@ class ImagePipeline:
                 callback_on_step_end(self, number, step.rank, {"tokens": drawn.clone(), "known": done.clone()})
             number += 1
 
-        batches = range(0, num_images, batch_size)
+        batches = equal_batches(num_images, batch_size)
         bar: Any = self.progress_bar_config if progress else False
-        for start in progress_bar(batches, bar if len(batches) > 1 else False, unit="batch"):
-            rows = slice(start, min(start + batch_size, num_images))
+        for rows in progress_bar(batches, bar if len(batches) > 1 else False, unit="batch"):
             drawn[rows] = self.prior.sample(
                 rows.stop - rows.start,
                 None if ids is None else ids[rows],
@@ -433,8 +436,25 @@ class ImagePipeline:
     def to_images(self, images: Images) -> Tensor:
         """Convert images in any form that `encode` accepts to float `(B, C, H, W)` in [-1, 1] on the pipeline's
         device; clips become strips `(B, C, T * H, W)`, their frames below one another. Warns once about floats that
-        look like [0, 1]."""
-        return read_images(images, self.tokenizer).to(self.device)
+        look like [0, 1]. Grey images become black and white if the pipeline was trained on such (`binarize`)."""
+        return self.binarize(read_images(images, self.tokenizer)).to(self.device)
+
+    def list_images(self, images: Any) -> LazyImages:
+        """Return images of any size, loaded on access, each as `to_images` returns it; see `tiles.list_images`."""
+        found = list_images(images, self.tokenizer)
+        return replace(found, load=lambda k: self.binarize(found.load(k)[None])[0])
+
+    def binarize(self, images: Tensor) -> Tensor:
+        """Make images `(B, C, H, W)`, uint8 or float in [-1, 1], black and white as in training: the pipeline's
+        `provenance` has `data.binarize`. With `drawn`, each image is drawn by the sha256 of its pixels: it is always
+        the same, and images that are black and white stay as they are. Other pipelines return images unchanged."""
+        return images if self.binarized is None else binarize(images, self.binarized)
+
+    @property
+    def binarized(self) -> Binarize | None:
+        """How grey images become black and white; None if they stay grey."""
+        data = trained_data(self.provenance)
+        return None if data is None else data.binarize
 
     def convert_images(self, images: Tensor, output_type: str) -> Any:
         """Convert float images `(B, C, H, W)` in [-1, 1], or strips of clips, to `output_type`; see `__call__`."""
@@ -590,7 +610,8 @@ class ImagePipeline:
     ) -> bytes:
         """Compress images to a stream that only this pipeline can decode, to the same tokens on any machine.
 
-        images: PIL images of exactly the pipeline size, uint8 or float `(B, C, H, W)`, or clips (see `encode`).
+        images: PIL images of exactly the pipeline size, uint8 or float `(B, C, H, W)`, or clips (see `encode`); grey
+        images of a pipeline of black and white ones are made so (see `binarize`), but for lossless streams.
         condition: values of columns and `label`, as in `read_condition`; they shorten the stream, and `decompress`
         needs them again. Without `label`, each class of a prior of at most 32 is tried, and the stream stores the best
         one of each image, if that makes it shorter; `{"label": None}` skips this, which is faster. lossless: store
@@ -615,7 +636,7 @@ class ImagePipeline:
                 return [exact(each) for each in one]
             return exact_pixels(one, shape, lossless) if isinstance(one, PILImage) else one
 
-        return compress(self, self.to_images(exact(several)), **options)
+        return compress(self, read_images(exact(several), self.tokenizer).to(self.device), **options)
 
     @serialized
     def decompress(
@@ -814,6 +835,15 @@ def make_generators(seed: int | None, generator: Generators, count: int) -> Gene
     if not 0 <= first <= LAST_SEED + 1 - count:
         raise ValueError(f"seed: the seed of each image, seed + k, must be from 0 to 2^64 - 1 (got {first})")
     return [torch.Generator().manual_seed(first + k) for k in range(count)]
+
+
+def equal_batches(count: int, at_most: int) -> list[slice]:
+    """Cut `count` images into the fewest batches whose sizes differ by at most one, so that one CUDA graph suits all;
+    larger ones come first."""
+    number = -(-count // at_most)
+    size, larger = divmod(count, number)
+    starts = [k * size + min(k, larger) for k in range(number + 1)]
+    return [slice(*ends) for ends in pairwise(starts)]
 
 
 def count_images(

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from .config import Config, Of, UserError, choose_device
+from tokenizer.files import one_line
+
+from .config import Config, Of, UserError, choose_device, is_first_process, tell
 from .images import DataConfig, ImageDataset, Splits, check_shape, check_type, load_images
 from .images.arrays import Values
 from .images.clip_files import cut_windows, find_clips
 from .images.decoding import decode_in_threads, try_decode
 from .images.folder import find_images
+from .images.splits import Inherited
 from .images.unseen import require_unseen
-from .provenance import TokenizerFolder, read_training_data, tokenizer_folder, trained_data
+from .provenance import TokenizerFolder, inherit, read_training_facts, tokenizer_folder, trained_data
 from .saving import PipelineFolder
 from .shuffling import spread
 
@@ -29,9 +34,19 @@ if TYPE_CHECKING:
 
 DEVICE = "cpu, cuda, mps or auto"
 TEMPERATURE, GUIDANCE_SCALE = "below 1 is safer, 0 is greedy", "above 1 follows the class more closely"
+UNKNOWN = "whether images were added or removed since training, which would move others, is not known"
 REMOVE = "; remove or replace this file, then run the command again"
 Named = int | str | list[int | str] | None
 """Image files, folders of images, or indices into a split; or classes, by id or name."""
+
+
+def find_division(data: DataConfig, facts: dict[str, Any], part: str) -> Inherited:
+    """Return how to divide the images, given the provenance of a model. Raises `UserError` for other settings than in
+    training, in runs of 0.3 only if images of this `part` were trained on."""
+    inherited = inherit(data, facts)
+    if inherited.rule == "position":
+        require_unseen(data, trained_data(facts), part)
+    return inherited
 
 
 class UsesPipeline(Config):
@@ -55,15 +70,29 @@ class UsesImages(UsesPipeline):
         DataConfig(), description="the images; defaults to those the pipeline was trained on"
     )
 
-    def load_images(self, pipeline: ImagePipeline, part: str = "held_out", *, whole: bool = False) -> Splits:
-        """Load the images in the pipeline's shape. whole: for access to images at their own size, which are not decoded
-        first. Raises `UserError` for another shape, and if images of this `part` ("validation" or "held_out") were used
-        in training."""
+    def load_images(
+        self,
+        pipeline: ImagePipeline,
+        part: str = "held_out",
+        *,
+        whole: bool = False,
+        check: bool = True,
+        together: bool = False,
+    ) -> Splits:
+        """Load the images in the pipeline's shape, divided as for training, and print what is not known of that. whole:
+        for access to images at their own size, which are not decoded first. check, together: see `load_images`. Raises
+        `UserError` for another shape, and if images of this `part` ("validation" or "held_out") were used in
+        training."""
         check_shape(self.data, pipeline.tokenizer)
         if whole and self.data.frames is not None:
             raise UserError("tile: clips are not cut into tiles")
-        require_unseen(self.data, trained_data(pipeline.provenance), part)
-        splits = load_images(self.data.without_crop() if whole else self.data, check=not whole)
+        data = self.data.without_crop() if whole else self.data
+        inherited = find_division(self.data, pipeline.provenance, part)
+        splits = load_images(data, inherited=inherited, check=check and not whole, together=together)
+        if inherited.rule == "position" and (part == "validation" or splits.is_carved):
+            splits = replace(splits, note=f"{data.source} is divided as in 0.3, by position: {UNKNOWN}")
+        if splits.note and is_first_process():
+            tell(one_line(splits.note))
         return check_type(splits, pipeline.tokenizer)
 
 
@@ -94,6 +123,14 @@ class TileSettings(Config):
 class UsesTiles(UsesImages, TileSettings):
     """Base class for verbs that load a pipeline, and a data set of images that may be larger than the model."""
 
+    def read_pixels(self, pipeline: ImagePipeline, images: ImageDataset, rows: NDArray[np.int64]) -> Any:
+        """Return images of a data set as the pipeline takes those of users, uint8 `(B, C, H, W)` or, with `tile`, at
+        their own size. Black and white ones are drawn by their pixels, not by their row, so that a picture has the same
+        score and digest wherever it comes from."""
+        if self.tile:
+            return pipeline.list_images(images.whole_images(rows))
+        return images.pixels(rows) if pipeline.binarized is None else pipeline.binarize(images.grey().pixels(rows))
+
 
 class UsesTokenizer(Config):
     """Base class for verbs that load a tokenizer and a data set."""
@@ -116,9 +153,11 @@ class UsesTokenizer(Config):
         tokenizer = Tokenizer.from_pretrained(folder, device=choose_device(self.device))
         single = tokenizer.frames == 1  # trained on the frames of clips
         check_shape(self.data, tokenizer, "tokenizer", single_frames=single)
-        require_unseen(self.data, trained_data({"data": read_training_data(self.tokenizer)}), "held_out")
+        inherited = find_division(self.data, read_training_facts(self.tokenizer), "held_out")
         data = self.data.without_crop() if whole else self.data
-        splits = load_images(data, single_frames=single, check=not whole)
+        splits = load_images(data, inherited=inherited, single_frames=single, check=not whole)
+        if splits.note and is_first_process():
+            tell(one_line(splits.note))
         return tokenizer, check_type(splits, tokenizer, "tokenizer").held_out
 
 

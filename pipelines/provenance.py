@@ -8,14 +8,16 @@ from typing import Annotated, Any
 from pydantic import ValidationError
 
 from tokenizer import Tokenizer
-from tokenizer.files import FormatError, atomic_folder, quote, read_json, write_json
+from tokenizer.files import FormatError, atomic_folder, quote, read_json
 from tokenizer.model import CONFIG, PROVENANCE
 
 from .config import Within
 from .images import DataConfig
 from .images.dataset import OPTIONAL
 from .images.hub import fetch_file
-from .saving import INDEX, resolve_shipped
+from .images.origin import resolve_source
+from .images.splits import SPLITS, SPLITS_KEY, Inherited, SplitFacts, inherit_splits, read_splits
+from .saving import INDEX, resolve_shipped, write_provenance
 from .tokens.meta import META, read_meta
 
 IN_RUN = Within("tokenizer", CONFIG)
@@ -35,12 +37,21 @@ def tokenizer_defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 def read_training_data(tokenizer: str) -> dict[str, Any]:
     """Return the settings of the images that a tokenizer was trained on, if recorded. Raises `FormatError`."""
+    return dict(read_training_facts(tokenizer).get("data", {}))
+
+
+def read_training_facts(tokenizer: str) -> dict[str, Any]:
+    """Return the settings of the images that a tokenizer was trained on, and how they were divided, as far as they are
+    recorded. Raises `FormatError`."""
     source = tokenizer_folder(tokenizer)
     pipeline = Path(source).parent
     if (pipeline / META).is_file():  # a token dataset
-        return dict(read_meta(pipeline).source.get("data", {}))
+        return read_meta(pipeline).source
     in_pipeline = (pipeline / INDEX).is_file()  # a pipeline records them once for both models
-    return read_data_settings(find_file(str(pipeline) if in_pipeline else source, PROVENANCE))
+    folder = str(pipeline) if in_pipeline else source
+    facts = read_splits(find_file(folder, SPLITS))
+    divided = {} if facts is None else {SPLITS_KEY: facts.to_dict()}
+    return {"data": read_data_settings(find_file(folder, PROVENANCE)), **divided}
 
 
 def find_file(source: str, name: str) -> Path | None:
@@ -71,6 +82,14 @@ def trained_data(provenance: dict[str, Any]) -> DataConfig | None:
         return None
 
 
+def inherit(config: DataConfig, facts: dict[str, Any], *, regroup: bool = False) -> Inherited:
+    """Return how to divide `config`, given the provenance of a model; see `inherit_splits`. Raises `UserError`."""
+    trained, divided = trained_data(facts), facts.get(SPLITS_KEY)
+    same = trained is not None and resolve_source(config.source) == resolve_source(trained.source)
+    splits = None if divided is None else SplitFacts.model_validate(divided)
+    return inherit_splits(config, trained, splits, same, regroup=regroup)
+
+
 def tokenizer_folder(source: str) -> str:
     """Return the tokenizer's folder if `source` is a run, a pipeline or a shipped pipeline's name, else `source`."""
     source = str(resolve_shipped(source))
@@ -89,4 +108,4 @@ def save_tokenizer(model: Any, folder: Path, provenance: dict[str, Any]) -> None
     """Save a tokenizer with a `provenance.json`, from which later stages read the data source."""
     with atomic_folder(folder, kind=Tokenizer.folder_kind()) as target:
         model.save_pretrained(target)
-        write_json(target / PROVENANCE, provenance)
+        write_provenance(target, provenance)

@@ -74,8 +74,7 @@ def embed_layers(
     given = as_batch(images, pipeline.tokenizer.image_shape) if plain else pipeline.to_images(images)
     if not len(given):
         raise ValueError("no images given")
-    if given.dtype != torch.uint8:
-        given = pipeline.to_images(given)
+    given = pipeline.binarize(given) if given.dtype == torch.uint8 else pipeline.to_images(given)
     parts = []
     for _, part, ids in pipeline.batches(given, labels, batch_size, condition):
         floats = to_float(part)  # per batch, because all images might not fit into memory

@@ -48,6 +48,7 @@ from .config import Within
 from .files import Number, Text, validate
 from .images.dataset import LONGEST, is_class_name
 from .images.pictures import write_picture
+from .images.splits import SPLITS, SPLITS_KEY, read_splits
 
 if TYPE_CHECKING:
     from .image_pipeline import ImagePipeline
@@ -57,7 +58,7 @@ BACKGROUND, CALIBRATION, CONDITIONS = "background", "calibration.json", "conditi
 FORMAT_VERSION = 1
 MAX_PICTURE_BYTES, MAX_GRID_PIXELS = 64 << 20, 32 << 20
 PARTS = ("tokenizer", "prior", BACKGROUND)
-FILES = [INDEX, PROVENANCE, CARD, GRID, CALIBRATION, MANIFEST] + [
+FILES = [INDEX, PROVENANCE, SPLITS, CARD, GRID, CALIBRATION, MANIFEST] + [
     f"{part}/{name}" for part in (*PARTS, f"{CONDITIONS}/*") for name in (CONFIG, *weights_names(), PROVENANCE)
 ]
 """Patterns of the names of all files."""
@@ -138,11 +139,19 @@ class DataFacts(BaseModel):
     source: Text | None = None
 
 
+class CutFacts(BaseModel):
+    """A limit in minutes that ended training, and the steps that were planned."""
+
+    minutes: Number
+    steps: Number
+
+
 class TrainingFacts(BaseModel):
     """Facts about training on the model card."""
 
     steps: Number = 0
     minutes: Number = 0
+    cut: CutFacts | None = None
     evaluation: dict[str, Any] = {}
 
 
@@ -162,6 +171,15 @@ def read_provenance(path: Path) -> dict[str, Any]:
     found = read_json(path)
     validate(ProvenanceFile, found, path)
     return found
+
+
+def write_provenance(folder: Path, facts: dict[str, Any]) -> None:
+    """Write `provenance.json` and, with the division of the images among the facts, `splits.json`."""
+    rest = {key: value for key, value in facts.items() if key != SPLITS_KEY}
+    if rest:
+        write_json(folder / PROVENANCE, rest)
+    if SPLITS_KEY in facts:
+        write_json(folder / SPLITS, facts[SPLITS_KEY])
 
 
 def parse_picture(data: bytes, path: Path) -> np.ndarray:
@@ -321,8 +339,7 @@ def save(pipeline: ImagePipeline, folder: str | Path, variant: str | None) -> No
             **({} if variant is None else {"variant": variant}),
         }
         write_json(target / INDEX, index)
-        if pipeline.provenance:
-            write_json(target / PROVENANCE, pipeline.provenance)
+        write_provenance(target, pipeline.provenance)
         if grid is not None:
             write_picture(grid, target / GRID)
         card = model_card(
@@ -389,6 +406,8 @@ def _load(cls: type[Any], folder: Path, variant: str | None, verify: bool) -> An
         pipeline.calibration = Calibration.from_dict(parse_json(read_bytes(path, MAX_CALIBRATION_BYTES), path), path)
     if (path := folder / PROVENANCE).exists():
         pipeline.provenance = read_provenance(path)
+    if (divided := read_splits(folder / SPLITS)) is not None:
+        pipeline.provenance = {**pipeline.provenance, SPLITS_KEY: divided.to_dict()}
     if (path := folder / GRID).exists():
         pipeline.sample_grid = parse_picture(read_bytes(path, MAX_PICTURE_BYTES), path)
     return pipeline

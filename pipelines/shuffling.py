@@ -206,8 +206,8 @@ def other_labels(labels: Tensor, counts: Tensor, draws: np.ndarray) -> Tensor:
     return torch.searchsorted(ends, place, right=True)
 
 
-FIXED = -1
-"""Seed of drawn pixels that stay the same; no run has it."""
+FIXED, GIVEN = -1, -2
+"""Seeds of drawn pixels that stay the same, of rows of data sets and of other images; no run has them."""
 
 
 def draw_pixels(grey: Tensor, indices: np.ndarray, epochs: np.ndarray | int, seed: int) -> Tensor:

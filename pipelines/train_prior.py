@@ -77,12 +77,12 @@ class TrainPriorConfig(Config):
 
     presets = "prior"
     examples = (
-        "--config gpt_digits train.minutes=1",
+        "--config gpt_digits train.steps=500",
         "tokens=runs/photos_tokens out=runs/photos_gpt model.kind=gpt model.depth=6 train.steps=5000",
     )
     often = (
         "out tokens model.kind init label_dropout conditions sampler.guidance_scale "
-        "train.minutes train.steps train.batch_size train.lr track.wandb"
+        "train.steps train.minutes train.batch_size train.lr track.wandb"
     )
 
     out: str = Field(description="run folder: metrics, previews, checkpoints, and the pipeline itself")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from shlex import quote
@@ -22,19 +23,26 @@ from tokenizer.config import ModelConfig, Node
 from tokenizer.critic import PatchCritic
 from tokenizer.files import read_json
 from tokenizer.frame_by_frame import FrameByFrame
-from tokenizer.losses import total_loss
+from tokenizer.losses import psnr, total_loss
 from tokenizer.model import CONFIG
 
 from .config import Config, UserError, Within, run_command
 from .config.importing import format_imports
-from .images import DataConfig, ImageDataset, load_images
+from .images import DataConfig, ImageDataset, load_images, report_division
 from .images.dataset import is_stream, require_two_levels, warn_about_colour
 from .images.origin import is_local
+from .images.splits import SPLITS, SPLITS_KEY, Inherited, read_splits
 from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual
-from .metrics.reconstruction import evaluate_reconstruction, images_at_a_time, reconstruction_picture
+from .metrics.reconstruction import (
+    PIXEL_BITS,
+    evaluate_pixel_bits,
+    evaluate_reconstruction,
+    images_at_a_time,
+    reconstruction_picture,
+)
 from .processes.group import ALONE, ProcessGroup
-from .provenance import find_file, read_training_data, save_tokenizer, tokenizer_folder
+from .provenance import find_file, inherit, read_training_data, read_training_facts, save_tokenizer, tokenizer_folder
 from .training.adversary import Adversary, CriticConfig, make_adversary
 from .training.losses import LossConfig, combine_loss_weights
 from .training.optimizers import hidden_matrices
@@ -59,12 +67,12 @@ class TrainTokenizerConfig(Config):
 
     presets = "tokenizer"
     examples = (
-        "--config vqvae_digits train.minutes=1 out=runs/mine",
+        "--config vqvae_digits train.steps=400 out=runs/mine",
         "--config vqvae_openmoji data.source=photos data.on_error=skip out=runs/photos",
     )
     often = (
         "out data.source data.image_size data.channels data.on_error model.kind "
-        "train.minutes train.steps train.batch_size train.lr track.wandb"
+        "train.steps train.minutes train.batch_size train.lr track.wandb"
     )
 
     out: str = Field(description="run folder: metrics, previews, checkpoints, and the tokenizer itself")
@@ -111,7 +119,10 @@ class TokenizerTask(Task):
         require_two_levels(config.data, config.model["kind"], getattr(model, "levels", 0))
         if config.data.frames is not None:
             FrameByFrame.wrap(Tokenizer.find(config.model["kind"])(model), config.data.frames)  # as `encode` will
-        self.images = load_images(config.data, together=True, stream=True, single_frames=True)
+        inherited = find_division(config)
+        self.images = load_images(config.data, inherited=inherited, together=True, stream=True, single_frames=True)
+        self.divided = self.images.facts
+        report_division(self.images)
         self.rows = 0 if is_stream(config.data) else len(self.images.train)
         if not is_stream(config.data):
             warn_about_colour(self.images.train)
@@ -208,7 +219,8 @@ class TokenizerTask(Task):
         return group.on_main(lambda: self.refine_codebook(tokenizer))
 
     def refine_codebook(self, tokenizer: Autoencoder) -> dict[str, Tensor]:
-        """Return what `LLOYD_STEPS` change in the quantizer, by name, on the CPU."""
+        """Return what `LLOYD_STEPS` change in the quantizer, by name, on the CPU; nothing if there are no validation
+        images, with which the trainer compares, and these training images are reconstructed worse."""
         _, height, width = tokenizer.image_shape
         count = max(1, min(LLOYD_IMAGES, LLOYD_PIXELS // (height * width)))
         images = self.images.train.examples(count, self.config.train.seed)
@@ -219,10 +231,14 @@ class TokenizerTask(Task):
             quantizer.lloyd_step(vectors)
         before, after = tokenizer.quantizer.state_dict(), quantizer.state_dict()
         changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
+        if self.watched != "validation" and not is_better(tokenizer, quantizer, parts):
+            return {}
         return {f"tokenizer.quantizer.{name}": after[name].cpu() for name in changed}
 
     def accepts(self, finished: dict[str, float], evaluation: dict[str, float]) -> bool:
-        """Return whether PSNR is not lower."""
+        """Return whether the pixels of a decoder with a likelihood take no more bits, or else PSNR is not lower."""
+        if PIXEL_BITS in finished and PIXEL_BITS in evaluation:
+            return finished[PIXEL_BITS] <= evaluation[PIXEL_BITS]
         return finished.get("psnr", -math.inf) >= evaluation.get("psnr", -math.inf)
 
     def preview(self, model: Any, group: ProcessGroup = ALONE) -> dict[str, np.ndarray]:
@@ -237,8 +253,10 @@ class TokenizerTask(Task):
         }
 
     def evaluate(self, model: Any, split: Split, group: ProcessGroup = ALONE) -> dict[str, float]:
-        """Return PSNR in dB, pixel losses, codebook usage and perplexity on a split."""
-        return evaluate_reconstruction(model.tokenizer, self.eval_splits[split], EVALUATED_IMAGES, group)
+        """Return PSNR in dB, pixel losses, codebook usage and perplexity on a split, and bits of pixels given the
+        tokens if the decoder has a likelihood."""
+        some = model.tokenizer, self.eval_splits[split], EVALUATED_IMAGES, group
+        return {**evaluate_reconstruction(*some), **evaluate_pixel_bits(*some)}
 
     def score(self, evaluation: dict[str, float]) -> float | None:
         """Return PSNR; None with a critic or LPIPS, which trade PSNR for perceptual quality that no figure here
@@ -262,7 +280,38 @@ class TokenizerTask(Task):
         self.images.write_bad_images(run)
         data = self.images.train.config  # with the range of the values, if it was measured
         known = {"data": data.model_dump(mode="json"), "local": is_local(data.source), "tokenizer": facts}
+        known |= {} if self.divided is None else {SPLITS_KEY: self.divided.to_dict()}
         save_tokenizer(model.tokenizer, run / "tokenizer", known)
+
+
+def find_division(config: TrainTokenizerConfig) -> Inherited | None:
+    """Return how an earlier part of the run, or else the tokenizer `init`, divided the images. Raises `UserError`."""
+    run = Path(config.out)
+    if (run / CONFIG).is_file():
+        return Inherited(read_splits(run / SPLITS) or "position")
+    return inherit(config.data, read_training_facts(config.init)) if config.init else None
+
+
+@torch.inference_mode()
+def is_better(tokenizer: Autoencoder, quantizer: Any, parts: Sequence[Tensor]) -> bool:
+    """Whether a tokenizer reconstructs images, in `parts`, no worse with another quantizer: by the log-probability of
+    their pixels, or else by PSNR."""
+
+    def score() -> float:
+        found = list[Tensor]()
+        for part in parts:
+            images = part.to(tokenizer.device)
+            tokens = tokenizer.encode(images)
+            log_p = tokenizer.pixel_log_prob(images, tokens)
+            found.append(psnr(tokenizer.decode(tokens).float(), images) if log_p is None else log_p)
+        return float(torch.cat(found).double().mean())
+
+    own, before = tokenizer.quantizer, score()
+    tokenizer.quantizer = quantizer
+    try:
+        return score() >= before
+    finally:
+        tokenizer.quantizer = own
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:

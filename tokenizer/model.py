@@ -53,7 +53,7 @@ from .files import (
 )
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-PROVENANCE = "provenance.json"  # next to a tokenizer, written by the verb that trained or imported it
+PROVENANCE, SPLITS = "provenance.json", "splits.json"  # next to a tokenizer, written by the verb that trained it
 VARIANTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 Dtype = torch.dtype | Literal["auto"] | None
@@ -205,7 +205,7 @@ class PretrainedModel(Registered, nn.Module):
     @classmethod
     def folder_kind(cls) -> FolderKind:
         """Return how to recognise a model folder of this family."""
-        files = (CONFIG, PROVENANCE, *weights_names())
+        files = (CONFIG, PROVENANCE, SPLITS, *weights_names())
         return FolderKind(f"a {cls._packages[0]}", CONFIG, lambda data: cls.has(data.get("kind")), files.__contains__)
 
     def save_pretrained(self, folder: str | Path, *, variant: str | None = None) -> None:

@@ -109,14 +109,16 @@ def read_rows(tokens: Path, pipe: Any, count: int, split_name: str = "test") -> 
 
 
 def print_bits(pipes: dict[str, Any], folder: Path) -> None:
-    """Print bits per token given label and columns, the label alone, nothing, the columns of another image, and
+    """Print bits per token given label and columns, the label alone, nothing, label and columns of another image, and
     without each column."""
     import torch
 
     for prior, pipe in pipes.items():
         tokens, labels, columns = read_rows(folder, pipe, 1000)
-        others = {name: values.roll(len(tokens) // 2, 0) for name, values in columns.items()}
-        cases = {"all": (labels, columns), "label": (labels, {}), "nothing": (None, {}), "shuffled": (labels, others)}
+        half = len(tokens) // 2
+        others = {name: values.roll(half, 0) for name, values in columns.items()}
+        wrong = None if labels is None else labels.roll(half, 0)  # of the same images, as `smalti evaluate` does
+        cases = {"all": (labels, columns), "label": (labels, {}), "nothing": (None, {}), "shuffled": (wrong, others)}
         for name in columns if len(columns) > 1 else ():
             cases[f"without {name}"] = (labels, {key: columns[key] for key in columns if key != name})
         cells = [prior]

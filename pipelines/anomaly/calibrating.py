@@ -12,11 +12,20 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prior.conditions import LABEL
+from prior.conditions import LABEL, select_rows
 
-from ..condition_values import GivenCondition, GivenRows, read_given
-from ..images.tiles import LazyImages, as_lazy, cut_tiles, list_images, load_image
-from .calibration import LEVELS, MAX_IMAGES, Calibration, Fitted, NormalScores, digest_of, digest_of_pixels
+from ..condition_values import GivenCondition, GivenRows, name_given, read_given
+from ..images.tiles import LazyImages, as_lazy, cut_tiles, load_image
+from .calibration import (
+    LEVELS,
+    MAX_IMAGES,
+    Calibration,
+    Fitted,
+    NormalScores,
+    digest_of,
+    digest_of_name,
+    digest_of_pixels,
+)
 from .conformal import Floats, least_scores, round_scores, threshold
 from .distances import Distance, round_digits
 from .image_statistics import Measured, measure, measure_batch
@@ -47,8 +56,9 @@ def calibrate(
     """Calibrate on normal images that were not used in training; set and return `pipeline.calibration`.
 
     condition: values of columns, one for all images or one per image; the same columns must then be given for scores.
-    groups: the object that each image shows, `(B,)`. Images of one object are not independent: they stay in the same
-    half, and only the highest score of each object counts, so that p-values and thresholds hold for objects.
+    groups: the name of the object that each image shows, `(B,)`. Images of one object are not independent: they stay
+    in the same half, and only the highest score of each object counts, so that p-values and thresholds hold for
+    objects.
 
     One half, chosen by `seed`, is used for fitting; the other half gives the scores for p-values and thresholds. On
     average over calibrations, at most a share `false_alarms` of new normal images exceeds a threshold; for about half
@@ -61,7 +71,7 @@ def calibrate(
     if stride is None:
         images = pipeline.to_images(images)
     else:
-        images = list_images(images, pipeline.tokenizer)
+        images = pipeline.list_images(images)
     count = len(images)
     if groups is not None and len(groups) != count:
         raise ValueError(f"groups: expected one for each of {count} images (got {len(groups)})")
@@ -95,6 +105,7 @@ def calibrate(
         columns=sorted({*reference.given} - {LABEL}),
         tile=None if stride is None else list(pipeline.tokenizer.image_shape[1:]),
         stride=stride,
+        sizes=reference.sizes,
         false_alarms=float(false_alarms),
         confidence=None if confidence is None else float(confidence),
         fitted=reference.fitted,
@@ -103,6 +114,7 @@ def calibrate(
         error=downsample_error(reference.error),
         maps=maps,
         digests=sorted(reference.digests),
+        object_digests=None if groups is None else sorted({digest_of_name(str(name)) for name in groups}),
     )
     return pipeline.calibration
 
@@ -114,12 +126,23 @@ def check_promise(count: int, false_alarms: float, confidence: float | None, obj
         if share is not None and not 0 < share < 1:
             raise ValueError(f"{name} should be between 0 and 1 (got {share})")
     units, noun = (count, "images") if objects is None else (objects, "objects")
-    if units < (least := max(10, 2 * least_scores(false_alarms, confidence))):
+    if units < (least := least_units(false_alarms, confidence)):
         promise = f"a false alarm rate of {false_alarms:g}"
         promise += "" if confidence is None else f" with a confidence of {confidence:g}"
         raise ValueError(f"a calibration for {promise} needs at least {least} {noun} (got {units})")
     if count > MAX_IMAGES:
         raise ValueError(f"a calibration can use at most {MAX_IMAGES:,} images (got {count:,})")
+
+
+def least_units(false_alarms: float, confidence: float | None) -> int:
+    """Return the smallest number of images, or of objects, for the guarantee."""
+    return max(10, 2 * least_scores(false_alarms, confidence))
+
+
+def least_false_alarms(units: int, confidence: float | None) -> float | None:
+    """Return the smallest rate of false alarms, in hundredths, that so many images or objects can promise; None for
+    fewer than 10."""
+    return next((k / 100 for k in range(1, 100) if units >= least_units(k / 100, confidence)), None)
 
 
 class Halves(NamedTuple):
@@ -150,7 +173,8 @@ def worst_of_objects(scores: Tensor, owners: NDArray[np.int64]) -> Floats:
 
 class Reference(NamedTuple):
     """What normal images, or their tiles, are like: what was fitted, scores of the images in `Halves.scoring` by
-    method, bits of tokens, the mean error map, the names of given columns, and digests of all images."""
+    method, bits of tokens and the mean error map of those in `Halves.fitting`, the names of given columns, digests of
+    all images and, with tiles, the smallest height and width, and the largest."""
 
     fitted: Fitted
     scores: dict[str, Tensor]
@@ -158,6 +182,7 @@ class Reference(NamedTuple):
     error: Tensor
     given: Collection[str]
     digests: set[str]
+    sizes: list[int] | None = None
 
 
 def measure_images(
@@ -169,12 +194,19 @@ def measure_images(
     batch_size: int,
 ) -> Reference:
     """Fit to one half of the images `(B, C, H, W)` and score the other."""
-    found, surprise, error, given = measure(pipeline, batch, labels, batch_size, condition=condition)
-    fitted = fit_reference({name: values[halves.fitting] for name, values in found.items()})
-    held = {name: values[halves.scoring] for name, values in found.items()}
-    scores = {method: score_with(method, held, fitted) for method in list_methods(found)}
+    ids, columns = pipeline.label_ids(labels, len(batch), condition), pipeline.read_condition(condition, len(batch))
+    null = pipeline.prior.num_classes
+
+    def measure_half(half: Tensor) -> Measured:
+        own = None if ids is None else [None if one == null else one for one in ids[half].tolist()]
+        return measure(pipeline, batch[half], own, batch_size, condition=select_rows(columns, half))
+
+    normal, held = measure_half(halves.fitting), measure_half(halves.scoring).statistics
+    fitted = fit_reference(normal.statistics)
+    scores = {method: score_with(method, held, fitted) for method in list_methods(held)}
     digests = {digest_of(image) for image in pipeline.convert_images(batch, "np")}
-    return Reference(fitted, scores, surprise, error, given, digests)
+    given = name_given(pipeline.prior, ids, columns)
+    return Reference(fitted, scores, normal.surprise, normal.error, given, digests)
 
 
 def measure_tiles(
@@ -187,12 +219,13 @@ def measure_tiles(
     batch_size: int,
 ) -> Reference:
     """Fit to the tiles of one half of the images and score the images of the other. Each image is loaded once."""
-    shape, digests = pipeline.tokenizer.image_shape, set[str]()
+    shape, digests, sizes = pipeline.tokenizer.image_shape, set[str](), list[list[int]]()
 
     def load(numbers: list[int]) -> Iterator[tuple[int, Tensor]]:
         for number in numbers:
             image = load_image(images, number, shape)
             digests.add(digest_of_pixels(image))
+            sizes.append(list(image.shape[1:]))
             yield number, image
 
     def measure_some(numbers: list[int], most: int | None = None) -> Iterator[tuple[Measured, list[int]]]:
@@ -215,7 +248,8 @@ def measure_tiles(
     for _ in load(sorted({*range(len(images))} - {*fitting, *scoring})):  # for their digests
         pass
     scores = {method: best[scoring] for method, best in scores.items()}
-    return Reference(fitted, scores, torch.cat([part.surprise for part in parts]), error, rows.names, digests)
+    bounds = [*np.min(sizes, 0).tolist(), *np.max(sizes, 0).tolist()]
+    return Reference(fitted, scores, torch.cat([part.surprise for part in parts]), error, rows.names, digests, bounds)
 
 
 def score_with(method: str, found: dict[str, Tensor], fitted: Fitted) -> Tensor:

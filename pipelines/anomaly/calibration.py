@@ -91,6 +91,8 @@ class Calibration(Part):
     """Height and width of the tiles of which each score is the maximum; None, and not in the file, for whole images."""
     stride: int | None = Field(None, ge=1)
     """Distance of the tiles in pixels; None, and not in the file, for whole images."""
+    sizes: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=4, max_length=4)
+    """With tiles, the smallest height and width of the images, and the largest; not in files of 0.3."""
     false_alarms: float = Field(gt=0, lt=1)
     """Share of normal images above a method's threshold."""
     confidence: float | None = Field(gt=0, lt=1)
@@ -99,13 +101,16 @@ class Calibration(Part):
     scores: dict[str, NormalScores] = Field(min_length=1)
     """Scores by method; `map` is the highest value of the combined map."""
     surprise: Table
-    """`LEVELS` quantiles of the bits per token, `(5, N)`, or `(5, 1)` over all positions."""
+    """`LEVELS` quantiles of the bits per token, `(5, N)`, or `(5, 1)` over all positions, of the half for fitting."""
     error: Table
-    """Mean |x - decode(encode(x))| per pixel, from 0 to 2, `(h, w)`; downsampled for large images."""
+    """Mean |x - decode(encode(x))| per pixel, from 0 to 2, `(h, w)`, of the half for fitting; downsampled for large
+    images."""
     maps: MapReference | None = None
     """Reference for the method `hidden` and for maps; None, and not in the file, without them."""
     digests: list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]] = Field(max_length=MAX_IMAGES)
     """Digests of the images in both halves; see `digest_of`."""
+    object_digests: list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]] | None = Field(None, max_length=MAX_IMAGES)
+    """Digests of the names of the objects, see `digest_of_name`; not in files of 0.3."""
 
     @model_validator(mode="after")
     def _tables_fit(self) -> Calibration:
@@ -119,7 +124,7 @@ class Calibration(Part):
 
     @model_serializer(mode="wrap")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("columns", "objects", "tile", "stride", "maps")
+        optional = ("columns", "objects", "tile", "stride", "sizes", "maps", "object_digests")
         return {name: value for name, value in handler(self).items() if name not in optional or value}
 
     def __repr__(self) -> str:
@@ -165,6 +170,18 @@ class Calibration(Part):
         digests = set(self.digests)
         return np.array([digest_of(image) in digests for image in pixels], bool)
 
+    def find_used(self, digests: Sequence[str], objects: Sequence[str] | None = None) -> NDArray[np.bool_]:
+        """Return which images were used for the calibration, `(n,)`: by the digest of each and, with the names of the
+        `objects` that they show, also those that show the object of a used image, since they are not independent."""
+        known = set(self.digests)
+        used = np.array([digest in known for digest in digests], bool)
+        if objects is None:
+            return used
+        names = np.array(objects)
+        calibrated = set(self.object_digests or ())
+        shown = [digest_of_name(name) in calibrated for name in objects]
+        return used | np.array(shown, bool) | np.isin(names, names[used])
+
     def to_json(self) -> str:
         """Return the text of `calibration.json`."""
         return self.model_dump_json() + "\n"
@@ -180,6 +197,11 @@ def digest_of(image: NDArray[Any]) -> str:
     return hashlib.sha256(image.tobytes()).hexdigest()[:16]
 
 
+def digest_of_name(name: str) -> str:
+    """Identify an object by the first 16 digits of the sha256 of its name."""
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
 def require_calibration(calibration: Calibration | None) -> Calibration:
     """Return the calibration, or raise `CalibrationError` if there is none."""
     if calibration is None:
@@ -190,6 +212,6 @@ def require_calibration(calibration: Calibration | None) -> Calibration:
 
 
 def digest_of_pixels(image: Tensor) -> str:
-    """Identify an image `(C, H, W)`, uint8 or float, as calibrations do."""
+    """Identify an image `(C, H, W)`, uint8 or float, as calibrations do: as the models see it, so after `binarize`."""
     pixels = image if image.dtype == torch.uint8 else to_uint8(image.cpu())
     return digest_of(np.ascontiguousarray(pixels.movedim(0, -1).cpu().numpy()))

@@ -19,7 +19,7 @@ from prior.sampling import check_count, whole_number
 from tokenizer.precision import in_finest
 
 from ..condition_values import GivenCondition, name_given, read_given
-from ..images.tiles import Place, list_images, stitch_maps
+from ..images.tiles import Place, stitch_maps
 from .calibration import LEVELS, Calibration, require_calibration
 from .distances import CalibrationError
 from .maps import MAPS, find_patches, map_calibrated, read_images
@@ -111,7 +111,7 @@ def map_large(
 ) -> list[Tensor]:
     """Return the maps of images of any size; see `anomaly_map`."""
     shape, patches = pipeline.tokenizer.image_shape, find_patches(pipeline.tokenizer)
-    several = list_images(images, pipeline.tokenizer)
+    several = pipeline.list_images(images)
     rows = read_given(pipeline, labels, condition, len(several))
 
     def map_tiles(tiles: Tensor, places: list[Place]) -> Tensor:

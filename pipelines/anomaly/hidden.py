@@ -27,6 +27,12 @@ SHRINK = 20.0
 
 
 def can_hide(prior: Prior) -> bool:
+    """Whether the prior predicts all tokens of a block given those outside: given any others, and all at once. Others
+    predict hidden tokens one after the other, so that a defect explains itself."""
+    return takes_any(prior) and prior.config.takes_blocks
+
+
+def takes_any(prior: Prior) -> bool:
     """Whether the prior predicts tokens given any others, on a grid of rows and columns."""
     return prior.any_order and len(prior.grid.shape) == 2 and prior.grid.ids_per_position == 1
 
@@ -41,8 +47,9 @@ def hidden_masks(rows: int, columns: int, size: int = BLOCK) -> Tensor:
 
 def hidden_bits(prior: Prior, tokens: Tensor, given: Given | None = None, size: int = BLOCK) -> Tensor:
     """Return the bits of each token given the tokens outside its block, `(B, *grid.shape)`; for a prior that cannot
-    hide blocks, given the tokens before it."""
-    if not can_hide(prior):
+    hide blocks, given also those in the block before it; and for one of a single order, given the tokens before it.
+    Calibrations of 0.3 need the second, too."""
+    if not takes_any(prior):
         return -prior.token_log_probs(tokens, given) / math.log(2)
     found = torch.zeros(tokens.shape, device=tokens.device)
     rows, columns = prior.grid.shape

@@ -21,7 +21,7 @@ from tokenizer import Tokenizer
 
 from ..condition_values import GivenRows
 from ..images.pictures import to_float
-from ..images.tiles import LazyImages, Place, as_lazy, cut_tiles, list_images, load_image, stitch_maps
+from ..images.tiles import LazyImages, Place, as_lazy, cut_tiles, load_image, stitch_maps
 from ..shuffling import spread
 from .calibration import MapReference, require_calibration
 from .conformal import Floats
@@ -39,7 +39,9 @@ MAPS = {
 }
 TITLES = {"bits": "bits per pixel", "hidden": "hidden tokens", "combined": "combined map"}
 """Titles of the maps in pictures."""
-NEEDED = "tokens with a place in the image and, without tiles, a prior of any order"
+NEEDED = (
+    "tokens with a place in the image and, without tiles, a prior that hides blocks: `masked`, or `blocks` of any order"
+)
 MAX_TILES = 10_000
 """Tiles from which the mean bits of each id are computed."""
 MAX_POINTS, MAX_MEMORY, MAX_SCALED = 4000, 96, 32
@@ -77,7 +79,7 @@ def read_images(pipeline: ImagePipeline, images: Any, stride: int | None) -> Laz
     """Read images for tiles or, without a stride, of the model's size. Raises `ValueError`."""
     if stride is None:
         return as_lazy(pipeline.to_images(images))
-    return list_images(images, pipeline.tokenizer)
+    return pipeline.list_images(images)
 
 
 def map_calibrated(

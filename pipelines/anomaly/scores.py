@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..condition_values import GivenCondition, GivenRows, read_given
 from ..images.pictures import find_user_stacklevel
-from ..images.tiles import LazyImages, Place, cut_tiles, list_images, load_image
+from ..images.tiles import LazyImages, Place, cut_tiles, load_image
 from .calibration import Calibration, Fitted, digest_of_pixels, require_calibration
 from .conformal import Floats, p_values_of
 from .distances import CalibrationError
@@ -87,7 +87,7 @@ def anomaly_score(
     if method == "hidden":
         return score_hidden(pipeline, images, labels, condition, p_values, stride, batch_size)
     if stride is not None:
-        several = list_images(images, pipeline.tokenizer)
+        several = pipeline.list_images(images)
         given = read_given(pipeline, labels, condition, len(several))
         tiled = score_tiles(pipeline, several, method, given, stride, batch_size)
         if calibration is not None and (p_values or method in FITTED):

@@ -17,7 +17,7 @@ from ..files import Output
 from ..images import DataConfig, check_shape, load_images
 from ..images.arrays import require_plain
 from ..options import PipelineFolder, UsesImages
-from ..provenance import defaults
+from ..provenance import defaults, inherit
 from ..saving import HERE, list_shipped
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def load_searchable_images(config: AppConfig, pipeline: ImagePipeline) -> ImageD
         return None
     try:
         check_shape(config.data, pipeline.tokenizer)
-        return load_images(config.data).train
+        return load_images(config.data, inherited=inherit(config.data, pipeline.provenance)).train
     except UserError as error:
         if config.search:
             raise

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from tokenizer.files import require_replaceable
 
-from ..anomaly.calibrating import MAX_IMAGES, calibrate, check_promise
+from ..anomaly.calibrating import MAX_IMAGES, calibrate, check_promise, least_false_alarms, least_units
 from ..anomaly.calibration import Calibration
 from ..anomaly.scores import METHODS, NEEDS
 from ..condition_keys import UsesCondition
@@ -19,7 +19,6 @@ from ..config import UserError, Within, run_command
 from ..config.table import count_of, table
 from ..files import lock_output
 from ..image_pipeline import ImagePipeline
-from ..images.dataset import find_objects
 from ..options import UsesTiles
 from ..provenance import defaults
 from ..saving import INDEX, PIPELINE, save_again
@@ -74,9 +73,9 @@ def run(config: CalibrateConfig) -> Calibration:
             raise UserError("tile: the pipeline was trained on crops; tile=true scores whole images by their tiles")
         stride = config.choose_stride(pipeline.tokenizer.image_shape)
         images = config.load_images(pipeline, whole=config.tile).held_out
-        names = images.names(np.arange(len(images)))
-        groups = None if config.data.group is None else np.array(find_objects(names, config.data.group))
+        groups = None if images.objects is None else np.array(images.objects)
         chosen = np.arange(0, len(images), config.every)
+        every = len(images) if groups is None else len(np.unique(groups))
         if groups is not None:
             chosen = np.flatnonzero(np.isin(groups, np.unique(groups)[:: config.every]))
             groups = groups[chosen]
@@ -86,18 +85,14 @@ def run(config: CalibrateConfig) -> Calibration:
         except ValueError as error:
             if len(chosen) > MAX_IMAGES:
                 hint = f"every={1 + (len(images) - 1) // MAX_IMAGES} selects fewer"
-            elif config.every > 1:
-                some = f"{len(chosen):,} of {len(images):,}" + (" images" if groups is not None else "")
-                hint = f"every={config.every} selects {some}; every=1 uses all"
             else:
-                fewer = "false_alarms=0.2 needs fewer, and " if config.false_alarms < 0.2 else ""
-                hint = f"{fewer}data.source=FOLDER uses other images"
+                hint = find_remedy(config, every)
             raise UserError(f"data: {error}; {hint}") from error
         given = config.read_condition(pipeline, len(chosen), images.names(chosen))
         try:
             calibration = calibrate(
                 pipeline,
-                images.whole_images(chosen) if config.tile else images.pixels(chosen),
+                config.read_pixels(pipeline, images, chosen),
                 condition=given.values(),
                 groups=None if groups is None else groups.tolist(),
                 stride=stride,
@@ -113,6 +108,25 @@ def run(config: CalibrateConfig) -> Calibration:
     of = "" if objects is None else f", which show {count_of(objects, 'object')}: one score an object, the highest"
     print(f"\n{config.pipeline}: calibrated with {used} of {config.data.source}{of}")
     return calibration
+
+
+def find_remedy(config: CalibrateConfig, units: int) -> str:
+    """Return which settings would do where too few images were chosen. units: number of all held-out images, or with
+    groups, of objects."""
+    other = "data.source=FOLDER uses other images"
+    steps = [f"every={step}" for step in range(config.every - 1, 0, -1) if is_enough(config, -(-units // step))]
+    if steps:
+        return f"{steps[0]} is enough"
+    rate = least_false_alarms(units, config.confidence)
+    if rate is None:
+        return other if config.every == 1 else f"every=1 uses all {units:,}; {other}"
+    every = "every=1 " if config.every > 1 else ""
+    return f"{every}false_alarms={rate:g} can be promised, or {other}"
+
+
+def is_enough(config: CalibrateConfig, units: int) -> bool:
+    """Whether so many images, or objects, are enough for what is to be promised."""
+    return units >= least_units(config.false_alarms, config.confidence)
 
 
 def format_report(calibration: Calibration) -> str:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import ImageOps
 from pydantic import Field
 from torch import Tensor
 
 from prior import Prior
+from tokenizer.files import one_line
 
 from ..completion import (
     ConditionError,
@@ -22,7 +24,7 @@ from ..completion import (
     sees_all_known,
 )
 from ..condition_keys import SamplesWithCondition
-from ..config import OutputConfig, UserError, run_command
+from ..config import OutputConfig, UserError, run_command, tell
 from ..config.table import count_of, table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
@@ -96,7 +98,9 @@ def run(config: CompleteConfig) -> dict[str, float]:
         images, names = choose_images(
             config.images, config.num_images, shape, lambda: config.load_images(pipeline).held_out, frames
         )
-        truth = to_float(images)
+        if files and frames == 1:
+            warn_about_sizes(names, shape)
+        truth = pipeline.binarize(to_float(images))
         condition = config.read_condition(pipeline, len(truth), names).values()
         try:
             drawn = complete(
@@ -128,6 +132,27 @@ def run(config: CompleteConfig) -> dict[str, float]:
                 write_picture(draw_sheet(truth, drawn, known), path)
     print(format_report(config, pipeline, known, figures, refusal))
     return figures
+
+
+def warn_about_sizes(names: list[str], shape: tuple[int, int, int]) -> None:
+    """Print one line if pictures have other sizes than the pipeline's images of `shape` (C, H, W)."""
+    other = [(name, size) for name in names if (size := find_size(name)) not in (None, (shape[2], shape[1]))]
+    if other:
+        count, first = f"{len(other):,} of {count_of(len(names), 'image')}", "{0} of {1[0]} x {1[1]}".format(*other[0])
+        tell(
+            one_line(
+                f"warning: {count} are not of the pipeline's {shape[2]} x {shape[1]} pixels, and are resized and "
+                f"cropped; the first is {first}"
+            )
+        )
+
+
+def find_size(name: str) -> tuple[int, int] | None:
+    """Return the width and height of an upright picture; None for an array."""
+    try:
+        return ImageOps.exif_transpose(open_image(Path(name))).size
+    except ValueError:
+        return None
 
 
 def keep_frames(config: CompleteConfig, out: Output, pipeline: ImagePipeline) -> Tensor:

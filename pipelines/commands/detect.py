@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenizer.files import one_line, write_json
 
-from ..anomaly.calibration import Calibration, digest_of_pixels, require_calibration
+from ..anomaly.calibration import Calibration, digest_of, digest_of_pixels, require_calibration
 from ..anomaly.conformal import benjamini_hochberg
 from ..anomaly.distances import CalibrationError
 from ..anomaly.ground_truth import find_masks, measure_defects, read_mask, read_mask_table
@@ -27,17 +27,17 @@ from ..anomaly.separation import separation
 from ..anomaly.sheets import draw_sheet, draw_truth, draw_whole, reduce_map, reduce_mask
 from ..condition_keys import ConditionRows, UsesCondition
 from ..condition_values import read_given
-from ..config import OutputConfig, UserError, run_command
+from ..config import OutputConfig, UserError, run_command, tell
 from ..config.table import count_of, table
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import to_float
-from ..images.dataset import find_objects
-from ..images.origin import resolve_source
 from ..images.pictures import SUFFIXES, write_picture
+from ..images.splits import Inherited, SplitFacts, find_objects
 from ..images.tiles import LazyImages, as_lazy, load_image, whole_files
+from ..images.unseen import find_parts
 from ..options import REMOVE, UsesTiles, find_clip_files, find_image_files, read_clips, read_images
-from ..provenance import defaults, trained_data
+from ..provenance import defaults, inherit, trained_data
 
 TRUTH_FILES = ("ground_truth.csv", "ground_truth.png")
 
@@ -51,7 +51,7 @@ class DetectConfig(UsesCondition, OutputConfig, UsesTiles):
     images: str | list[str] | None = Field(
         None,
         description="image files and folders; default: the held-out images of `data`. Images that the pipeline was "
-        "calibrated with are skipped",
+        "trained or calibrated with are skipped, and with data.group other images of calibrated objects, too",
     )
     normal_labels: list[int | str] | None = Field(
         None,
@@ -104,7 +104,8 @@ class DetectConfig(UsesCondition, OutputConfig, UsesTiles):
 
 class Found(NamedTuple):
     """Images to score: names, pixels `(n, C, H, W)` (with tiles: images at their own size), class names or None, a
-    description of their origin, their condition, and the objects that they show or None."""
+    description of their origin, their condition, and the objects that they show or None; which of them were trained on,
+    `(n,)` or None, and further digests by which a calibration may know them, or None."""
 
     names: list[str]
     pixels: Any
@@ -112,6 +113,8 @@ class Found(NamedTuple):
     origin: str
     given: ConditionRows
     objects: list[str] | None = None
+    trained: NDArray[np.bool_] | None = None
+    digests: list[str] | None = None
 
 
 def run(config: DetectConfig) -> dict[str, Any]:
@@ -133,8 +136,8 @@ def run(config: DetectConfig) -> dict[str, Any]:
         except CalibrationError as error:
             hint = f"tile=true stride={calibration.stride}" if calibration.tile else "tile=false, or calibrate again"
             raise UserError(f"{error}; give {hint}") from error
-        images = skip_calibrated(pipeline, find_images(config, pipeline), calibration)
-        names, _, classes, _, given, objects = images
+        images = skip_used(pipeline, find_images(config, pipeline), calibration)
+        names, classes, objects = images.names, images.classes, images.objects
         anomalous = None if config.normal is None else find_anomalous(classes, config.normal)
         masks = None if anomalous is None or not truth else find_all_masks(config, images, anomalous)
         try:
@@ -166,7 +169,7 @@ def run(config: DetectConfig) -> dict[str, Any]:
                 figures["vanished"] = sum(not truth_masks[row].any() for row in np.flatnonzero(anomalous))
             if figures:
                 write_json(folder / "figures.json", figures)
-    print(format_report(config, calibration, flagged, anomalous, figures, objects))
+    print(format_report(config, calibration, flagged, anomalous, figures, objects, details.get("area")))
     if masks is not None and anomalous is not None:
         print(format_truth(config, figures))
     return figures
@@ -275,11 +278,6 @@ def find_all_masks(config: DetectConfig, images: Found, anomalous: NDArray[np.bo
 def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
     """Read the given images, or the held-out ones. Raises `UserError`."""
     if config.paths:
-        trained = trained_data(pipeline.provenance)
-        if trained is not None and any(resolve_source(path) == resolve_source(trained.source) for path in config.paths):
-            raise UserError(
-                "images: the pipeline was trained on this folder; omit images= to score its held-out images"
-            )
         shape, frames = pipeline.tokenizer.image_shape, pipeline.frames
         files = find_clip_files(config.paths) if frames > 1 else find_image_files(config.paths)
         names = [str(file) for file in files]
@@ -288,9 +286,9 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
             pixels, names = read_clips(files, shape, frames, pipeline.values)
             files = [Path(name.rpartition("[")[0]) for name in names]  # that of each window
         elif config.tile:
-            pixels = whole_files(files.__getitem__, names, shape[0], pipeline.values, REMOVE)
+            pixels = pipeline.list_images(whole_files(files.__getitem__, names, shape[0], pipeline.values, REMOVE))
         else:
-            pixels = read_images(files, shape, pipeline.values)
+            pixels = pipeline.binarize(read_images(files, shape, pipeline.values))
         if config.ground_truth is None:
             folders = [file.absolute().parent.name for file in files]
         elif Path(config.ground_truth).is_file():
@@ -301,51 +299,95 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
             if "" in folders:
                 raise UserError(f"ground_truth: {files[folders.index('')]} is in no folder of good images or a defect")
         given = config.read_condition(pipeline, len(names), names)
-        objects = None if config.data.group is None else find_objects(paths_within(files, config), config.data.group)
-        return Found(names, pixels, folders, f"images in {', '.join(config.paths)}", given, objects)
+        trained_with = trained_data(pipeline.provenance)
+        division = inherit(trained_with or config.data, pipeline.provenance)
+        objects = name_objects(files, config, division)
+        splits = find_parts(files, trained_with, division)
+        trained = np.array([split in ("train", "validation") for split in splits], bool)
+        more = f" and {len(config.paths) - 3} more" if len(config.paths) > 3 else ""
+        origin = f"images in {', '.join(config.paths[:3])}{more}"
+        return Found(names, pixels, folders, origin, given, objects, trained)
     images = config.load_images(pipeline, whole=config.tile).held_out
     every = np.arange(len(images))
     classes = None if images.labels is None else [images.class_names[label] for label in images.labels.tolist()]
     names = images.names(every)
     given = config.read_condition(pipeline, len(names), names)
-    objects = None if config.data.group is None else find_objects(names, config.data.group)
-    pixels = images.whole_images(every) if config.tile else images.pixels(every)
-    return Found(names, pixels, classes, f"held-out images of {config.data.source}", given, objects)
+    objects = images.objects
+    pixels, digests = config.read_pixels(pipeline, images, every), None
+    if pipeline.binarized == "drawn" and not config.tile:  # calibrations of 0.3 know rows by their own draw
+        digests = digests_of(pipeline, images.pixels(every))
+    return Found(names, pixels, classes, f"held-out images of {config.data.source}", given, objects, None, digests)
+
+
+def name_objects(files: list[Path], config: DetectConfig, division: Inherited) -> list[str] | None:
+    """Return the object that each file shows, found in its path by `data.group`; None if a column named objects in
+    training, which files do not have."""
+    facts = division.rule if isinstance(division.rule, SplitFacts) else None
+    if config.data.group is None or (facts is not None and facts.by == "column"):
+        return None
+    return find_objects(paths_within(files, config), config.data.group)
 
 
 def paths_within(files: list[Path], config: DetectConfig) -> list[str]:
-    """Return the path of each file within the folder that was given; the name of a file that was given itself."""
-    roots = [Path(path) for path in config.paths if Path(path).is_dir()]
+    """Return the path of each file within the source of `data` or else the folder that was given; the name of a file
+    that was given itself."""
+    folders = [*([] if config.data.path is None else [config.data.path]), *map(Path, config.paths)]
+    roots = [folder for folder in folders if folder.is_dir()]
     within = [next((root for root in roots if file.is_relative_to(root)), file.parent) for file in files]
     return [str(file.relative_to(root)) for file, root in zip(files, within, strict=True)]
 
 
-def skip_calibrated(pipeline: ImagePipeline, found: Found, calibration: Calibration) -> Found:
-    """Drop the images that the pipeline was calibrated with. Raises `UserError` if none are left, and for an image that
-    is smaller than a tile."""
+def skip_used(pipeline: ImagePipeline, found: Found, calibration: Calibration) -> Found:
+    """Drop the images that the pipeline was trained or calibrated with, and other images of calibrated objects. Warns
+    about sizes beyond those of the calibration. Raises `UserError` if no image is left, and for one that is smaller
+    than a tile."""
+    count, digests, sizes = len(found.names), list[str](), list[tuple[int, int]]()
     if isinstance(found.pixels, LazyImages):
-        known, shape = set(calibration.digests), pipeline.tokenizer.image_shape
         try:
-            digests = [digest_of_pixels(load_image(found.pixels, k, shape)) for k in range(len(found.names))]
+            for number in range(count):
+                image = load_image(found.pixels, number, pipeline.tokenizer.image_shape)
+                digests.append(digest_of_pixels(image))
+                sizes.append((image.shape[1], image.shape[2]))
         except ValueError as error:
             raise UserError(f"images: {error}") from error
-        new = [k for k, digest in enumerate(digests) if digest not in known]
-        chosen: Tensor | LazyImages = found.pixels.select(new)
     else:
-        seen = calibration.includes(pipeline.convert_images(to_float(found.pixels), "np"))
-        new = np.flatnonzero(~seen).tolist()
-        chosen = found.pixels[new]
+        digests = digests_of(pipeline, found.pixels)
+    used = calibration.find_used(digests, found.objects)
+    if found.digests is not None:
+        used |= calibration.find_used(found.digests, found.objects)
+    trained = np.zeros(count, bool) if found.trained is None else found.trained
+    new, used = np.flatnonzero(~(used | trained)).tolist(), used & ~trained
+    skipped = f"{used.sum():,} were used for calibration"
+    skipped += f", {trained.sum():,} in training" if trained.any() else ""
     if not new:
-        raise UserError(
-            f"images: the pipeline was calibrated with all {len(found.names):,}; give other images, or calibrate with "
-            "fewer (`smalti calibrate every=2`)"
+        why = f"the pipeline was calibrated with all {count:,}"
+        why = f"of {count:,}, {skipped}" if trained.any() else why
+        raise UserError(f"images: {why}; give other images, or calibrate with fewer (`smalti calibrate every=2`)")
+    print(f"scoring {len(new):,} of {count:,} {found.origin}; {skipped}")
+    if sizes:
+        warn_about_sizes([sizes[row] for row in new], calibration)
+    pixels: Any = found.pixels.select(new) if isinstance(found.pixels, LazyImages) else found.pixels[new]
+    classes, objects = (None if each is None else [each[row] for row in new] for each in (found.classes, found.objects))
+    return Found([found.names[row] for row in new], pixels, classes, found.origin, found.given.select(new), objects)
+
+
+def digests_of(pipeline: ImagePipeline, pixels: Tensor) -> list[str]:
+    """Return the digests of images `(n, C, H, W)`, as the calibration has them."""
+    return [digest_of(image) for image in pipeline.convert_images(to_float(pixels), "np")]
+
+
+def warn_about_sizes(sizes: list[tuple[int, int]], calibration: Calibration) -> None:
+    """Print one line if images have sizes (height, width) beyond those of the calibration."""
+    if calibration.sizes is None:
+        return
+    low, high = calibration.sizes[:2], calibration.sizes[2:]
+    inside = ((np.array(low) <= np.array(sizes)) & (np.array(sizes) <= np.array(high))).all(1)
+    if not inside.all():
+        known = " to ".join(f"{height} x {width}" for height, width in dict.fromkeys((tuple(low), tuple(high))))
+        tell(
+            f"warning: {(~inside).sum():,} of {count_of(len(sizes), 'image')} have other sizes than those of the "
+            f"calibration, {known} (height x width); the more tiles an image has, the higher its score"
         )
-    skipped = len(found.names) - len(new)
-    print(f"scoring {len(new):,} of {len(found.names):,} {found.origin}; {skipped:,} were used for calibration")
-    classes = None if found.classes is None else [found.classes[row] for row in new]
-    names = [found.names[row] for row in new]
-    objects = None if found.objects is None else [found.objects[row] for row in new]
-    return Found(names, chosen, classes, found.origin, found.given.select(new), objects)
 
 
 def find_anomalous(classes: list[str] | None, normal: list[int | str]) -> NDArray[np.bool_]:
@@ -383,8 +425,10 @@ def format_report(
     anomalous: NDArray[np.bool_] | None,
     figures: dict[str, Any],
     objects: list[str] | None,
+    area: list[int] | None,
 ) -> str:
-    """Format what was flagged, the guarantee, and how well the score separates the classes."""
+    """Format what was flagged, the guarantee, and how well the score separates the classes. area: the number of pixels
+    of each image above the threshold of the map, if maps were computed."""
     share = f"{flagged.sum():,} of {len(flagged):,} images ({flagged.mean():.1%})"
     promise = calibration.promise if config.fdr is None else f"on average, at most {config.fdr:g} of these are normal"
     rows: list[tuple[str, ...]] = [("flagged", f"{share} by {config.method}"), ("  guarantee", promise)]
@@ -393,6 +437,9 @@ def format_report(
         rows.append(("  p-values", f"compared with {count:,} normal objects, each by its most anomalous image"))
     if objects is not None:
         rows += count_objects(objects, flagged, anomalous)
+    if area is not None:
+        found = sum(pixels > 0 for pixels in area)
+        rows.append(("regions", f"in {found:,} of {len(area):,} images, where the combined map exceeds its threshold"))
     if anomalous is not None:
         auroc, low, high = figures["auroc"]
         rows += [

@@ -29,7 +29,7 @@ from tokenizer.base import LikelihoodError
 from tokenizer.likelihoods import to_values
 from tokenizer.precision import finest, in_finest
 
-from ..condition_values import GivenCondition, check_places, name_given, rows_of_tiles
+from ..condition_values import GivenCondition, check_places, name_given, read_numbers_as_given, rows_of_tiles
 from ..images.decoding import pixels_of, whole_pixels
 from ..images.tiles import LazyImages, Place, cut_tiles, load_image, place_of, tile_places
 from .codec import Decoder, Encoder, SymbolCoder, constriction
@@ -122,8 +122,8 @@ def identify(pipeline: ImagePipeline) -> bytes:
 
 def read_condition(pipeline: ImagePipeline, condition: GivenCondition, count: int) -> tuple[Condition, bytes]:
     """Return raw columns and labels for the `count` images of a stream, and the bytes that identify them, which are
-    empty if all are null."""
-    rows, labels = pipeline.read_condition(condition, count), pipeline.label_ids(None, count, condition)
+    empty if all are null. Numbers are as they are given, which streams of 0.3 need, too."""
+    rows, labels = read_numbers_as_given(pipeline, condition, count), pipeline.label_ids(None, count, condition)
     given = name_given(pipeline.prior, labels, rows)
     if labels is not None and LABEL in given:
         rows[LABEL] = labels
@@ -319,7 +319,8 @@ def write_images(
             if lossless:
                 check_exact(part)
             pixels = to_values(part) if models.residual else None
-            tokens, own = pipeline.encode_batch(part), models.rows_of(rows, header, index)
+            tokens = pipeline.encode_batch(part if lossless else pipeline.binarize(part))
+            own = models.rows_of(rows, header, index)
             with torch.inference_mode():
                 classes = choose_classes(pipeline.prior, tokens, own) if chooses else None
             yield models.encode(tokens, own, pixels, classes)
@@ -333,6 +334,7 @@ def write_tiles(
     """Write a stream of images by tiles that lie side by side; return its size in bytes. sizes: from `sizes_of`.
     options: as in `write_images`."""
     shape, size = pipeline.tokenizer.image_shape, chunk_images(pipeline)
+    images = images if options.get("lossless") else pipeline.list_images(images)
     loaded = ((number, load_image(images, number, shape)) for number in range(len(images)))
     parts = (tiles.to(pipeline.device) for tiles, _ in cut_tiles(loaded, shape, shape[1:], size))
     return write_images(pipeline, file, parts, len(images), sizes=sizes, **options)

@@ -1,6 +1,6 @@
 """Image data sets: find, decode, split and augment images."""
 
-from .dataset import TEST_DRAWS, DataConfig, ImageDataset, Splits, check_shape, check_type, load_images
+from .dataset import TEST_DRAWS, DataConfig, ImageDataset, Splits, check_shape, check_type, load_images, report_division
 from .pictures import to_float, to_uint8
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "check_shape",
     "check_type",
     "load_images",
+    "report_division",
     "to_float",
     "to_uint8",
 ]

@@ -16,7 +16,7 @@ from prior.sampling import as_tensor, check_count
 from tokenizer import Tokenizer
 
 from .pictures import check_output_type
-from .tiles import LazyImages, Stride, check_stride, cut_tiles, list_images, load_image, tile_sides, tile_starts
+from .tiles import LazyImages, Stride, check_stride, cut_tiles, load_image, tile_sides, tile_starts
 
 if TYPE_CHECKING:
     from ..image_pipeline import ImagePipeline
@@ -131,4 +131,4 @@ def check_images(
     """Return the shape of a tile, and the images. Raises `ValueError`."""
     shape = pipeline.tokenizer.image_shape
     check_stride(stride, shape), check_count(batch_size, "batch_size")
-    return shape, list_images(images, pipeline.tokenizer)
+    return shape, pipeline.list_images(images)

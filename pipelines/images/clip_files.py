@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
@@ -69,7 +69,11 @@ def open_clips(root: Path, config: DataConfig) -> SplitRows:
 
     def open_split(open_rows: Callable[[], Rows]) -> Rows:
         rows = open_rows()
-        return cut_windows(rows.paths or [], config.frames or 1, rows.labels)
+        windows = cut_windows(rows.paths or [], config.frames or 1, rows.labels)
+        if rows.objects is None:
+            return windows
+        objects = dict(zip(rows.paths or [], rows.objects, strict=True))
+        return replace(windows, objects=[objects[path] for path in windows.paths or []])
 
     return {name: partial(open_split, rows) for name, rows in splits.items()}
 

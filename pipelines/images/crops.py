@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,63 +29,76 @@ from .dataset import (
     Indices,
     Splits,
     check_bad,
-    choose_splits,
     number_labels,
     open_source,
     settle_values,
 )
 from .decoding import CHUNK, WORKERS, BadImage, Decoded, Pixels, Rows, try_decode_whole
+from .splits import Inherited, choose_splits
 
 DOWN, RIGHT = DRAWS, DRAWS + 1
 """Columns of the random numbers of a row for the place of its crop, after those of its augmentation."""
 Epochs = NDArray[np.int64] | int
 
 
-def load_crops(config: DataConfig, *, check: bool = True) -> Splits:
-    """Return the crops of each split; like `load_images` for a config with `crop`. Each process decodes all images."""
-    parts = choose_splits(open_source(config), config)
-    config = settle_values(config, *parts["train"])
-    opened = {id(rows): rows for rows, _ in parts.values()}
+def load_crops(
+    config: DataConfig, inherited: Inherited | None = None, *, check: bool = True, together: bool = False
+) -> Splits:
+    """Return the crops of each split; like `load_images` for a config with `crop`."""
+    division = choose_splits(open_source(config), config, inherited)
+    parts = division.parts
+    config = settle_values(config, parts["train"])
+    opened = {id(part.rows): part.rows for part in parts.values()}
     numbered, class_names = number_labels(list(opened.values()))
     labels = dict(zip(opened, numbered, strict=True))
     decoded, whole, room = dict[str, Decoded](), dict[str, list[Pixels | None]](), config.cache_mb * 2**20
-    for name, (rows, positions) in parts.items():
+    for name, (rows, positions, _) in parts.items():
         if check or config.on_error == "skip":
-            decoded[name], whole[name] = decode_whole(rows, positions, config, room if check else 0)
+            decoded[name], whole[name] = decode_whole(rows, positions, config, room if check else 0, together)
         else:
             decoded[name], whole[name] = Decoded(positions, None, []), [None] * len(positions)
         room -= sum(image.nbytes for image in whole[name] if image is not None)
-    check_bad([(part.bad, len(parts[name][1])) for name, part in decoded.items()], config)
+    check_bad([(part.bad, len(parts[name].positions)) for name, part in decoded.items()], config)
     datasets = dict[str, ImageDataset]()
-    for name, (rows, _) in parts.items():
+    for name, (rows, _, units) in parts.items():
         ids, good = labels[id(rows)], decoded[name]
         own = None if ids is None else ids[good.positions]
-        datasets[name] = CropImages(config, rows, good, own, class_names, whole[name], random=name == "train")
-    return Splits(**datasets)
+        datasets[name] = CropImages(config, rows, good, own, class_names, units, whole[name], random=name == "train")
+    return Splits(**datasets, facts=division.facts, note=division.note, is_carved=division.is_carved)
 
 
 def decode_whole(
-    rows: Rows, positions: NDArray[np.int64], config: DataConfig, room: int
+    rows: Rows, positions: NDArray[np.int64], config: DataConfig, room: int, together: bool = False
 ) -> tuple[Decoded, list[Pixels | None]]:
     """Decode images at their own size. Return the good and the bad ones, and the pixels of the good ones, None for
-    those beyond `room` bytes."""
-    good, bad, whole = list[int](), list[BadImage](), list[Pixels | None]()
+    those beyond `room` bytes. together: all processes call this; each checks a share of those beyond."""
+    share = together and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if share else (0, 1)
+    bad, kept, is_full = list[tuple[int, BadImage]](), dict[int, Pixels](), False
 
     def decode(some: NDArray[np.int64]) -> list[Pixels | str]:
         return [read_whole(rows, int(row), config) for row in some]
 
     with ThreadPoolExecutor(WORKERS) as pool:
-        for start in range(0, len(positions), CHUNK):  # the images of one chunk in memory
+        for number, start in enumerate(range(0, len(positions), CHUNK)):  # the images of one chunk in memory
+            if is_full and number % world != rank:
+                continue
             some = positions[start : start + CHUNK]
             images = [image for part in pool.map(decode, np.array_split(some, WORKERS)) for image in part]
-            for row, image in zip(some.tolist(), images, strict=True):
+            for k, image in enumerate(images, start):
                 if isinstance(image, str):
-                    bad.append(BadImage(rows.name(row), row, image))
-                    continue
-                good.append(row)
-                whole.append(image if image.nbytes <= room else None)
-                room -= image.nbytes if image.nbytes <= room else 0
-    return Decoded(np.array(good, np.int64), None, bad), whole
+                    row = int(positions[k])
+                    bad.append((k, BadImage(rows.name(row), row, image)))
+                elif image.nbytes <= room and not is_full:
+                    kept[k], room = image, room - image.nbytes
+                else:
+                    is_full = True
+    if share:
+        parts: list[Any] = [None] * world
+        dist.all_gather_object(parts, bad)
+        bad = sorted(set(chain.from_iterable(parts)))
+    good = np.setdiff1d(np.arange(len(positions)), [k for k, _ in bad])
+    return Decoded(positions[good], None, [image for _, image in bad]), [kept.get(k) for k in good.tolist()]
 
 
 def read_whole(rows: Rows, row: int, config: DataConfig) -> Pixels | str:
@@ -102,6 +118,7 @@ class CropImages(ImageDataset):
         decoded: Decoded,
         labels: NDArray[np.int64] | None,
         class_names: list[str],
+        units: NDArray[np.uint64],
         whole: list[Pixels | None],
         *,
         random: bool,
@@ -110,7 +127,7 @@ class CropImages(ImageDataset):
         self._per_image, self._side = config.crops_per_image if random else side**2, 0 if random else side
         repeated = Decoded(decoded.positions.repeat(self._per_image), None, decoded.bad)
         own = None if labels is None else labels.repeat(self._per_image)
-        super().__init__(config, rows, repeated, own, class_names)
+        super().__init__(config, rows, repeated, own, class_names, units)
         self._whole, self._config = whole, config
 
     def pixels(self, indices: Indices) -> Tensor:

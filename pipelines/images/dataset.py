@@ -9,12 +9,10 @@ shards are read in sequence instead (`streaming`).
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import os
-import re
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,10 +29,11 @@ from tokenizer.files import PathError, one_line, quote
 
 from ..config import Config, UserError, is_first_process, tell
 from ..files import replace_file
-from ..shuffling import FIXED, draw_pixels, positions_of, samples_of, splitmix64, spread
+from ..shuffling import positions_of, samples_of, spread
 from . import tables
 from .arrays import Values, ValueType, clipped_share, guess_type, measure_range, values_of
 from .augment import AugmentConfig, draw_changes, mirror_images, move_images
+from .binarize import Binarize, binarize
 from .clip_files import move_frames, open_clips, report_windows, split_windows
 from .clips import frame_shape, to_clips
 from .decoding import (
@@ -52,6 +51,7 @@ from .decoding import (
 )
 from .folder import holds_files, open_folder
 from .pictures import to_float
+from .splits import Inherited, Part, SplitFacts, choose_splits, find_objects, number_groups
 
 if TYPE_CHECKING:
     from ..processes.group import ProcessGroup
@@ -60,11 +60,6 @@ if TYPE_CHECKING:
 Side = Annotated[int, Field(ge=4, le=4096)]
 Indices = Sequence[int] | NDArray[np.int64] | Tensor
 
-VALIDATION_NAMES = ("validation", "val", "valid", "dev")
-"""Split names to evaluate on if there is no `test`."""
-SHARE, LEAST, MOST = 0.05, 10, 2000
-"""Share of the training split that is set aside for validation, and its limits: fewer than 10 images would select a
-model by chance, and evaluation during training uses at most 2,000."""
 COLOUR_SAMPLE, GREY_SPREAD = 32, 16
 """Number of images in which colour is looked for, and the largest difference between the channels of a grey pixel."""
 LONGEST, JOINER = 200, "\u200d"  # zero-width joiner of composed emoji, not printable by itself
@@ -81,6 +76,7 @@ OPTIONAL = {
     "clips": False,
     "frames": None,
     "group": None,
+    "key": None,
     "dtype": None,
     "range": None,
     "show": None,
@@ -143,8 +139,13 @@ class DataConfig(Config):
     )
     group: str | None = Field(
         default=None,
-        description="regular expression that finds the object in an image's path within the source, as its first group "
-        "or else the whole match; all images of an object go into the same split",
+        description="column that names the object of each image, or else a regular expression that finds it in the "
+        "image's path within the source, as its first group or else the whole match; all images of an object go into "
+        "the same split",
+    )
+    key: str | None = Field(
+        default=None,
+        description="column of a table that names each image, by which splits are drawn; null: the image's bytes",
     )
     image_size: Side | tuple[Side, Side] = Field(
         default=28, description="one number, or [height, width]; images of other sizes are resized and cropped"
@@ -177,7 +178,7 @@ class DataConfig(Config):
         le=100_000,
         description="with crop, the crops of each training image in an epoch, and in a token dataset",
     )
-    binarize: Literal["drawn", "threshold"] | None = Field(
+    binarize: Binarize | None = Field(
         default=None,
         description="make grey images black and white, for the tokenizer `pixels` of 2 levels. `threshold`: cut at mid "
         "grey; `drawn`: each pixel is white with probability value / 255, anew in each epoch of training, and by fixed "
@@ -197,15 +198,6 @@ class DataConfig(Config):
     def _image_size_is_no_text(cls, value: Any) -> Any:
         if isinstance(value, str):
             raise ValueError(f"expected one number, or height and width such as 64,64 (got {value[:100]!r})")
-        return value
-
-    @field_validator("group")
-    @classmethod
-    def _group_is_a_pattern(cls, value: str | None) -> str | None:
-        try:
-            re.compile(value or "")
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"invalid regular expression {quote(value or '')}: {error}") from error
         return value
 
     @model_validator(mode="after")
@@ -292,16 +284,23 @@ class DataConfig(Config):
 
 
 def load_images(
-    config: DataConfig, *, together: bool = False, stream: bool = False, check: bool = True, single_frames: bool = False
+    config: DataConfig,
+    *,
+    inherited: Inherited | None = None,
+    together: bool = False,
+    stream: bool = False,
+    check: bool = True,
+    single_frames: bool = False,
 ) -> Splits:
     """Open the source, decode every image once and return its splits.
 
-    together: all launched processes call this; each checks a share of the images if these do not fit in memory. stream:
-    with `data.streaming`, return the training images as `StreamedImages` instead of up to 2,000 of them with random
-    access. check: False decodes images only on access, unless `on_error=skip`. single_frames: with `data.frames`,
-    return the frames of the clips, each an image, in the splits of their clips. Raises `UserError` for a source that is
-    missing, empty or lacks a split, for missing or negative labels, and for images that cannot be decoded (with
-    `on_error=skip`, only if they exceed `max_bad_fraction`).
+    inherited: the division with which a model was trained. together: all launched processes call this; each checks a
+    share of the images if these do not fit in memory. stream: with `data.streaming`, return the training images as
+    `StreamedImages` instead of up to 2,000 of them with random access. check: False decodes images only on access,
+    unless `on_error=skip`. single_frames: with `data.frames`, return the frames of the clips, each an image, in the
+    splits of their clips. Raises `UserError` for a source that is missing, empty or lacks a split, for missing or
+    negative labels, and for images that cannot be decoded (with `on_error=skip`, only if they exceed
+    `max_bad_fraction`).
     """
     streamed: ImageDataset | None = None
     if config.crop is not None:
@@ -309,24 +308,24 @@ def load_images(
             raise UserError("data.crop: needs random access; data.streaming=false copies the images to the disk")
         from .crops import load_crops
 
-        return load_crops(config, check=check)
+        return load_crops(config, inherited, check=check, together=together)
     if is_stream(config):
         number_groups(None, config)
         require_plain_data(config)
         from .streaming import open_stream
 
-        some, streamed = open_stream(config, stream)
-        parts = {name: (rows, np.arange(rows.size)) for name, rows in some.items()}
+        division, streamed = open_stream(config, stream, inherited)
     else:
-        parts = choose_splits(open_source(config), config)
-        config = settle_values(config, *parts["train"])
-    opened = {id(rows): rows for rows, _ in parts.values()}
+        division = choose_splits(open_source(config), config, inherited)
+        config = settle_values(config, division.parts["train"])
+    parts = division.parts
+    opened = {id(part.rows): part.rows for part in parts.values()}
     if config.frames is not None:
         report_windows(list(opened.values()), config.frames)
     numbered, class_names = number_labels(list(opened.values()))
     labels = dict(zip(opened, numbered, strict=True))
     decoded, room = dict[str, Decoded](), config.cache_mb * 2**20
-    for name, (rows, positions) in parts.items():
+    for name, (rows, positions, _) in parts.items():
         if streamed is None and (config.streaming or not check) and config.on_error == "fail":
             decoded[name] = Decoded(positions, None, [])
         else:
@@ -334,18 +333,18 @@ def load_images(
                 rows, positions, config.image_shape, room if check else 0, together, config.values
             )
         room -= part.nbytes if (part := decoded[name].pixels) is not None else 0
-    check_bad([(part.bad, len(parts[name][1])) for name, part in decoded.items()], config)
+    check_bad([(part.bad, len(parts[name].positions)) for name, part in decoded.items()], config)
     datasets = dict[str, ImageDataset]()
-    for name, (rows, _) in parts.items():
+    for name, (rows, _, units) in parts.items():
         ids = labels[id(rows)]
         of_good = None if ids is None else ids[decoded[name].positions]
-        datasets[name] = ImageDataset(config, rows, decoded[name], of_good, class_names)
+        datasets[name] = ImageDataset(config, rows, decoded[name], of_good, class_names, units)
     if streamed is not None and stream:
         streamed.class_names = class_names
         datasets["train"] = streamed
     if single_frames and config.frames is not None:
         datasets = {name: images.split_into_frames() for name, images in datasets.items()}
-    return Splits(**datasets)
+    return Splits(**datasets, facts=division.facts, note=division.note, is_carved=division.is_carved)
 
 
 def is_stream(config: DataConfig) -> bool:
@@ -366,13 +365,14 @@ def open_source(config: DataConfig) -> SplitRows:
     return tables.open_tables(config)
 
 
-def settle_values(config: DataConfig, rows: Rows, positions: NDArray[np.int64]) -> DataConfig:
-    """Return the settings with the type and range of the images: those of the training images at `positions` if they
-    are not declared, and neither for 8 bits. Raises `UserError` for the digits, and if all values are equal; warns
+def settle_values(config: DataConfig, train: Part) -> DataConfig:
+    """Return the settings with the type and range of the images: those of the training images if they are not
+    declared, and neither for 8 bits. Raises `UserError` for the digits, and if all values are equal; warns
     about a range that clips more than 1 % of a sample."""
     if config.source == "digits":
         require_plain_data(config)
         return config
+    rows, positions = train.rows, train.positions
     payloads = (payload for position in positions.tolist() for payload in rows.read([position]))
     readable = next((payload for payload in payloads if not isinstance(payload, str)), None)  # of clips, no short one
     dtype = config.dtype or guess_type(readable, config.channels)
@@ -471,18 +471,27 @@ class ImageDataset:
     """Images of one shape with optional labels, addressed by index.
 
     Attributes: `labels` (n,) int64 or None, `class_names`, `image_shape` (C, H, W), `bad` (the skipped images),
-    `values` (type and range; None for 8 bits), and `config`, with the range if it was measured.
+    `values` (type and range; None for 8 bits), `config`, with the range if it was measured, and `units`, a number (n,)
+    that is the same for images which are never divided.
     """
 
     def __init__(
-        self, config: DataConfig, rows: Rows, decoded: Decoded, labels: NDArray[np.int64] | None, class_names: list[str]
+        self,
+        config: DataConfig,
+        rows: Rows,
+        decoded: Decoded,
+        labels: NDArray[np.int64] | None,
+        class_names: list[str],
+        units: NDArray[np.uint64] | None = None,
     ) -> None:
+        """units: those of all `rows`; None: each is one."""
         self.config, self.image_shape, self.values = config, config.image_shape, config.values
         self.labels = torch.from_numpy(labels) if labels is not None else None
         self.class_names = class_names
         self.bad = decoded.bad
         self._rows = rows
         self._positions = decoded.positions
+        self.units = self._positions.astype(np.uint64) if units is None else units[self._positions]
         self._pixels = decoded.pixels
         self._augment = config.augment
         self._path = config.path
@@ -511,6 +520,15 @@ class ImageDataset:
         root = "" if self._path is None else os.path.join(self._path, "")
         return [self._rows.name(row).removeprefix(root) for row in rows]
 
+    @property
+    def objects(self) -> list[str] | None:
+        """The object that each image shows, with `data.group`."""
+        if self.config.group is None:
+            return None
+        if self._rows.objects is not None:
+            return [self._rows.objects[row] for row in self._positions.tolist()]
+        return find_objects(self.names(np.arange(len(self))), self.config.group)
+
     def pixels(self, indices: Indices) -> Tensor:
         """Return the images (B, C, H, W) as uint8, or as float32 in [-1, 1] if they have `values`. Raises
         `IndexError`, and `UserError` for a bad image."""
@@ -531,11 +549,7 @@ class ImageDataset:
         """Return the images as `pixels` does. draws: with `data.binarize=drawn`, the number of each image's draw, (B,),
         or one for all."""
         pixels = self._stored(wanted)
-        if self._binarize == "threshold":
-            return (pixels >= 128).to(torch.uint8) * 255
-        if self.is_drawn:
-            return draw_pixels(pixels, self._positions[wanted], draws, FIXED) * 255
-        return pixels
+        return pixels if self._binarize is None else binarize(pixels, self._binarize, self._positions[wanted], draws)
 
     def _stored(self, wanted: NDArray[np.int64]) -> Tensor:
         if self._pixels is not None:
@@ -567,6 +581,7 @@ class ImageDataset:
         found = copy.copy(self)
         found.labels = None if self.labels is None else self.labels[rows]
         found._positions, found._pixels = self._positions[rows.numpy()], torch.from_numpy(np.concatenate(parts))
+        found.units = self.units[rows.numpy()]
         return found
 
     def split_into_frames(self) -> ImageDataset:
@@ -577,6 +592,7 @@ class ImageDataset:
         found.image_shape, found._frames, found._rows = shape, 1, split_windows(self._rows, frames)
         found.labels = None if self.labels is None else self.labels.repeat_interleave(frames)
         found._positions = (self._positions[:, None] * frames + np.arange(frames)).ravel()
+        found.units = self.units.repeat(frames)
         if self._pixels is not None:
             for part in self._pixels.split(CHUNK):
                 part.copy_(to_clips(part, frames).reshape(part.shape))
@@ -619,11 +635,16 @@ def prepare_images(pixels: Tensor, changes: Tensor | None, config: AugmentConfig
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint sets of images for training, for evaluation and, if any, for choosing the best weights."""
+    """Disjoint sets of images for training, for evaluation and, if any, for choosing the best weights. facts: how they
+    were divided, None for runs of 0.3. note: what has changed since training, or is not known. is_carved: whether the
+    held-out images are a part of the split to train on."""
 
     train: ImageDataset
     held_out: ImageDataset
     validation: ImageDataset | None = None
+    facts: SplitFacts | None = None
+    note: str | None = None
+    is_carved: bool = False
 
     def by_name(self) -> dict[str, ImageDataset]:
         """Return the splits that exist, by name, `train` first."""
@@ -643,6 +664,22 @@ class Splits:
                 replace_file(folder / BAD_IMAGES, "".join(line + "\n" for line in lines).encode())
             except (OSError, PathError) as error:
                 tell(f"warning: {folder / BAD_IMAGES} cannot be written: {error}")
+
+
+def report_division(splits: Splits) -> None:
+    """Print how many units each part has, what has changed since an earlier step, and the classes without training
+    images."""
+    if not is_first_process():
+        return
+    if splits.note:
+        tell(one_line(splits.note))
+    if splits.facts is not None:
+        tell(splits.facts.describe())
+    train = splits.train
+    if train.labels is not None:
+        counts = train.labels.bincount(minlength=len(train.class_names)).tolist()
+        if absent := [name for name, count in zip(train.class_names, counts, strict=True) if not count]:
+            tell(one_line(f"warning: no training image of {len(absent)} classes: {', '.join(absent[:10])}"))
 
 
 # Bad images
@@ -685,150 +722,6 @@ def warn_about_colour(images: ImageDataset) -> None:
     coloured = [int(np.ptp(image, axis=0).max()) > GREY_SPREAD for image in decoded if not isinstance(image, str)]
     if 2 * sum(coloured) > len(coloured):
         tell("warning: data.channels=1 converts these colour images to grey; data.channels=3 keeps the colours")
-
-
-# Splits: evaluation during training and the choice of the best weights use `validation` images, taken from the training
-# split; reported results use the held-out images.
-
-
-def choose_splits(
-    splits: SplitRows, config: DataConfig, quiet: bool = False
-) -> dict[str, tuple[Rows, NDArray[np.int64]]]:
-    """Return the rows of `train`, `held_out` and, if any, `validation`, each with the positions to use. quiet: do not
-    print notes about the choice of splits. Raises `UserError`."""
-    require_split(splits, config)
-    found = choose_held_out(splits, config)
-    if not quiet:
-        report_splits(splits, config, found, f"{100 * config.held_out_fraction:.3g}% of {config.split!r}", "held out")
-    rows = splits[config.split]()
-    groups = number_groups(rows.paths, config)
-    groups = np.arange(rows.size) if groups is None else groups  # each image is a group
-    total = len(np.unique(groups))
-    count = 0 if found is not None else min(max(1, round(total * config.held_out_fraction)), total)
-    validation = -(-validation_count(rows.size, config.validation_fraction) * total // max(1, rows.size))
-    chosen = carve(total, count, validation)
-    parts = {name: (rows, np.flatnonzero(np.isin(groups, part))) for name, part in chosen.items()}
-    if found is not None:
-        other = splits[found]()
-        parts["held_out"] = other, np.arange(other.size)
-        if config.group is not None and not quiet:
-            warn_about_shared_objects(rows, other, found, config)
-    for part, name in (("train", config.split), ("held_out", found or "held_out")):
-        if not len(parts[part][1]):
-            kind = "objects" if config.group else "clips" if config.frames else "folders" if config.clips else None
-            whole = f"; whole {kind} are held out, and it has {total}" if kind else ""
-            raise UserError(f"data: no images left for {name!r} (the split {config.split!r} has {rows.size}{whole})")
-    return {name: (source, part[: config.limit]) for name, (source, part) in parts.items() if len(part)}
-
-
-def require_split(names: Collection[str], config: DataConfig) -> None:
-    """Raise `UserError` if the split to train on is missing."""
-    if config.split not in names:
-        raise UserError(f"data.split: the source has no split {config.split!r}; it has {', '.join(names)}")
-
-
-def choose_held_out(names: Collection[str], config: DataConfig) -> str | None:
-    """Return the split among `names` to evaluate on; None to hold out part of `config.split`.
-
-    Raises `UserError` if `config.held_out` names a missing split other than `test`; a missing `test` means None.
-    """
-    others, wanted = [name for name in names if name != config.split], config.held_out
-    if wanted is None:
-        found = ["test"] if "test" in others else [name for name in VALIDATION_NAMES if name in others]
-        return found[0] if len(found) == 1 else None
-    if wanted in others:
-        return wanted
-    if wanted != "test":
-        near = nearest_name(wanted, others)
-        hint = f"; did you mean {near!r}?" if near else ""
-        part = "" if "test" in others else f" (data.held_out=test holds out part of {config.split!r})"
-        raise UserError(
-            f"data.held_out: {config.source} has no split {wanted!r}; it has {', '.join(names)}{hint}{part}"
-        )
-    return None
-
-
-def nearest_name(wanted: str, names: list[str]) -> str | None:
-    """Return the split that was probably meant, if a name is similar; all names of validation splits are synonyms."""
-    known = {name: name for name in names}
-    there = [name for name in VALIDATION_NAMES if name in names]
-    if len(there) == 1:
-        known |= dict.fromkeys(VALIDATION_NAMES, there[0])
-    near = difflib.get_close_matches(wanted, known, 1)
-    return known[near[0]] if near else None
-
-
-def report_splits(names: Collection[str], config: DataConfig, found: str | None, part: str, use: str) -> None:
-    """Print which images replace a missing `test` split and which splits are unused, unless the choice is usual or was
-    configured. part: describes the images used if no split was `found`. use: their purpose."""
-    left = [name for name in names if name not in (config.split, found)]
-    usual = found == "test" or (found is None and not left)
-    if (config.held_out is not None and found is not None) or (usual and not left) or not is_first_process():
-        return
-    why = "" if found == "test" else f"there is no {config.held_out or 'test'!r}, so "
-    rest = f"; not used: {', '.join(left)}" if left else ""
-    remedy = " (data.held_out=NAME chooses another)" if left else ""
-    taken = part if found is None else repr(found)
-    tell(one_line(f"data.held_out: {config.source}: {why}{taken} is {use}{rest}{remedy}"))
-
-
-def number_groups(paths: list[str] | None, config: DataConfig) -> NDArray[np.int64] | None:
-    """Return the number of each image's group, which is never divided: its folder with `data.clips`, its clip with
-    `data.frames`, its object with `data.group`; None without any. Raises `UserError` if one is set and images are not
-    files."""
-    if not config.clips and config.frames is None and config.group is None:
-        return None
-    if paths is None:
-        also = ", with a folder for each clip" if config.clips else ""
-        raise UserError(f"data.{'clips' if config.clips else 'group'}: needs a folder of images{also}")
-    if config.group is None:
-        names = paths if config.frames is not None else [os.path.dirname(path) for path in paths]
-    else:
-        root = "" if config.path is None else os.path.join(config.path, "")
-        names = find_objects([path.removeprefix(root) for path in paths], config.group)
-    return np.unique(names, return_inverse=True)[1]
-
-
-def find_objects(names: list[str], pattern: str) -> list[str]:
-    """Return the object in each image's path: the first group of the `pattern`, or the whole match without groups.
-    Raises `UserError` for a path in which there is none."""
-    search, found = re.compile(pattern), []
-    for name in names:
-        match = search.search(name)
-        text = match[min(1, search.groups)] if match else None
-        if not text:
-            raise UserError(
-                one_line(f"data.group: '{pattern}' finds no object in {name} (null: each image is an object)")
-            )
-        found.append(text)
-    return found
-
-
-def warn_about_shared_objects(rows: Rows, other: Rows, name: str, config: DataConfig) -> None:
-    """Print one line if the split `name` has objects that are trained on."""
-    root = "" if config.path is None else os.path.join(config.path, "")
-    paths = [[path.removeprefix(root) for path in part.paths or []] for part in (rows, other)]
-    ours, theirs = (set(find_objects(part, str(config.group))) for part in paths)
-    if (both := len(ours & theirs)) and is_first_process():
-        tell(f"warning: data.group: {both:,} of {len(theirs):,} objects of {name!r} are also in {config.split!r}")
-
-
-def validation_count(size: int, fraction: float | None) -> int:
-    """Return the number of validation images in a training split of `size` images; see `DataConfig`."""
-    if fraction is None:
-        count = min(round(SHARE * size), MOST)
-        return count if count >= LEAST else 0
-    return max(1, round(fraction * size)) if fraction else 0
-
-
-def carve(size: int, held_out: int, validation: int) -> dict[str, NDArray[np.int64]]:
-    """Partition the positions below `size` into `train`, `validation` and `held_out`, pseudo-randomly and sorted.
-    `held_out` is the start and `validation` the end of one random order, so neither depends on the size of the other.
-    """
-    order = np.argsort(splitmix64(np.arange(size, dtype=np.uint64)), kind="stable")
-    cut = max(held_out, size - validation)
-    parts = {"train": order[held_out:cut], "validation": order[cut:], "held_out": order[:held_out]}
-    return {name: np.sort(part) for name, part in parts.items()}
 
 
 # Classes

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import stat
 import sys
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -73,11 +75,34 @@ Pixels = NDArray[Any]
 """uint8, or float32 in [-1, 1] for images with a declared or measured range of values."""
 
 
+def hash_bytes(data: bytes) -> int:
+    """Return a hash below 2^64."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
+
+
+def hash_names(names: Iterable[str]) -> NDArray[np.uint64]:
+    """Return the hash of each name."""
+    known: dict[str, int] = {}
+    for name in (names := list(names)):
+        if name not in known:
+            known[name] = hash_bytes(os.fsencode(unicodedata.normalize("NFC", name)))
+    return np.fromiter((known[name] for name in names), np.uint64, len(names))
+
+
+class Identity(NamedTuple):
+    """What an image without a path, or a shard (by its path), is known by, and the function that returns a hash of it
+    for every row."""
+
+    by: Literal["column", "bytes", "pixels", "path"]
+    hashes: Callable[[], NDArray[np.uint64]]
+
+
 @dataclass(frozen=True)
 class Rows:
     """One split of a source, still encoded. `read` returns the payloads of rows, `name` the name of a row for messages.
     `labels` are the source's own: indices into `class_names`, if it has class names. `paths` are those of image files,
-    `table` is the data set of `datasets` with all columns."""
+    `table` is the data set of `datasets` with all columns. `objects` are those in the column `data.group`, and
+    `identity` tells images without paths from one another."""
 
     size: int
     read: Callable[[Sequence[int]], list[Payload]]
@@ -86,6 +111,8 @@ class Rows:
     class_names: list[str] | None = None
     paths: list[str] | None = None
     table: Any = None
+    objects: list[str] | None = None
+    identity: Identity | None = None
 
 
 SplitRows = dict[str, Callable[[], Rows]]

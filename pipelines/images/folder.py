@@ -12,6 +12,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,11 +225,12 @@ def sheet_rows(folder: Path, config: DataConfig, find: Find) -> Rows:
     and for rows without an image in the folder."""
     sheets = sorted(path for path in files_below(folder) if path.name in SHEETS)
     found = {normalize_path(path): path for path in find(folder)}
-    listed, others, columns = dict[str, Any](), set[str](), dict[str, None]()
+    listed, others, columns, objects = dict[str, Any](), set[str](), dict[str, None](), dict[str, Any]()
     for sheet in sheets:
         for row in read_sheet(sheet):
             columns |= dict.fromkeys(row)
             image, further = files_in_row(sheet, row, config.image_column)
+            objects[image] = row.get(str(config.group))
             if image not in found:
                 raise UserError(one_line(f"data.source: {sheet}: lists {image}, which is not an image in {folder}"))
             label = row.get(str(config.label_column))
@@ -249,9 +251,25 @@ def sheet_rows(folder: Path, config: DataConfig, find: Find) -> Rows:
         )
     if config.label_column is None or config.label_column not in columns:
         report_missing_classes(sheets[0], list(columns), config.label_column)
-        return file_rows(paths, None)
-    labels = [listed[normalize_path(path)] for path in paths]
-    return file_rows(paths, parse_labels(labels) if sheets[0].suffix == ".csv" else labels)
+        labels = None
+    else:
+        labels = [listed[normalize_path(path)] for path in paths]
+        labels = parse_labels(labels) if sheets[0].suffix == ".csv" else labels
+    found_rows = file_rows(paths, labels)
+    if config.group not in columns:
+        return found_rows
+    cells = [objects[normalize_path(path)] for path in paths]
+    return replace(found_rows, objects=name_objects(cells, paths.__getitem__, str(sheets[0]), str(config.group)))
+
+
+def name_objects(cells: list[Any], name: Callable[[int], str], table: str, column: str) -> list[str]:
+    """Return the objects in the column `data.group`, and print where they come from. name: that of a row. Raises
+    `UserError` for an empty cell."""
+    if (empty := next((row for row, cell in enumerate(cells) if cell in (None, "")), None)) is not None:
+        raise UserError(one_line(f"data.group: {name(empty)} has nothing in the column {column!r} of {table}"))
+    if is_first_process():
+        tell(one_line(f"data.group: the column {column!r} of {table} names the object of each image"))
+    return [str(cell) for cell in cells]
 
 
 def report_missing_classes(sheet: Path, columns: list[str], column: str | None) -> None:

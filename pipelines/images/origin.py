@@ -6,6 +6,8 @@ import os
 import re
 from typing import Any
 
+from .splits import SPLITS_KEY, publish_splits
+
 LOCAL = "(a folder of whoever trained this: give data.source)"
 """Replaces a folder in uploads. Loading images from it fails, because no such folder exists."""
 FOLDER = "a local folder of images"
@@ -52,6 +54,7 @@ def shareable(facts: dict[str, Any]) -> dict[str, Any]:
 
     def shared(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
+            value = publish_splits(value) if key == SPLITS_KEY else value
             return {name: shared(inner, name) for name, inner in value.items() if name != TOKENS}
         if isinstance(value, list):
             return [shared(inner) for inner in value]

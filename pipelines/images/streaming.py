@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import count, islice
 from typing import Any
 
@@ -21,31 +23,23 @@ from tokenizer.files import one_line
 
 from ..config import UserError, is_first_process, tell
 from .augment import draw_changes
-from .dataset import (
-    MOST,
-    SHARE,
-    WITHOUT,
-    DataConfig,
-    ImageDataset,
-    Indices,
-    carve,
-    choose_held_out,
-    list_bad,
-    report_splits,
-    require_split,
-)
-from .decoding import BadImage, Decoded, Payload, Rows, decode_in_threads
+from .dataset import WITHOUT, DataConfig, ImageDataset, Indices, list_bad
+from .decoding import BadImage, Decoded, Identity, Payload, Rows, decode_in_threads, hash_names
 from .hub import describe_error
+from .splits import MOST, Division, Inherited, Part, choose_splits, name_shards
 from .tables import Sample, classes_in_parquet, files_of, find_tables, read_parquet, read_tar, suffix_of
 
 FEW = 1000  # bad images are limited as if at least this many were read
 MIXED = 2000  # size of the shuffle buffer for splits held in memory
 
 
-def open_stream(config: DataConfig, stream: bool) -> tuple[dict[str, Rows], StreamedImages]:
+def open_stream(
+    config: DataConfig, stream: bool, inherited: Inherited | None = None
+) -> tuple[Division, StreamedImages]:
     """Return up to 2,000 images of each split (with `stream`, except the training split), and the stream of training
-    images. Raises `UserError`."""
-    files = divide_files(config)
+    images. inherited: the division of training. Raises `UserError`."""
+    shards = divide_files(config, inherited)
+    files = {name: [part.rows.name(k) for k in part.positions.tolist()] for name, part in shards.parts.items()}
     classes = names_in(files["train"][0], config)
     for part in files.values():  # the other shards are checked when they are read
         require_classes(part[0], classes, config)
@@ -54,33 +48,30 @@ def open_stream(config: DataConfig, stream: bool) -> tuple[dict[str, Rows], Stre
             "data.streaming: shuffling is approximate, and a resumed run does not repeat the order; evaluation uses at "
             f"most {MOST:,} images of a split{'' if stream else ', including train'}"
         )
-    parts = {name: read_some(files[name], config, classes) for name in files if name != "train" or not stream}
-    return parts, StreamedImages(config, files["train"])
+    parts = dict[str, Part]()
+    for name in files:
+        if name != "train" or not stream:
+            rows = read_some(files[name], config, classes)
+            parts[name] = Part(rows, np.arange(rows.size), np.arange(rows.size, dtype=np.uint64))
+    return replace(shards, parts=parts), StreamedImages(config, files["train"])
 
 
-def divide_files(config: DataConfig) -> dict[str, list[str]]:
-    """Return the shards of `train`, `held_out` and, if any, `validation`, a pseudo-random partition. Raises `UserError`
-    for shards of other formats, and if there are too few shards to hold one out."""
+def divide_files(config: DataConfig, inherited: Inherited | None = None) -> Division:
+    """Divide the shards into `train`, `held_out` and, if any, `validation`. Raises `UserError` for shards of other
+    formats, and if there are too few shards to hold one out."""
     splits = files_of(find_tables(config))
     if not splits:
         raise UserError(f"data.streaming: {config.source} is unreachable; data.streaming=false reads the cached copy")
-    require_split(splits, config)
-    found = choose_held_out(splits, config)
-    part = f"{100 * config.held_out_fraction:.3g}% of the shards of {config.split!r}"
-    report_splits(splits, config, found, part, "held out")
-    files, other = sorted(splits[config.split]), sorted(splits.get(found or "", []))
-    if strange := [file for file in [*files, *other] if suffix_of(file) not in (".parquet", ".tar")]:
-        raise UserError(f"data.source: {strange[0]}: data.streaming reads only .parquet and .tar; set it to false")
-    held_out = 0 if found is not None else max(1, round(config.held_out_fraction * len(files)))
-    fraction = SHARE if config.validation_fraction is None else config.validation_fraction
-    validation = max(round(fraction * len(files)), int(bool(config.validation_fraction)))
-    if held_out + validation >= len(files):
-        raise UserError(
-            f"data.streaming: {config.source} has {len(files)} shards in {config.split!r}, and {held_out + validation} "
-            "would be held out; make more and smaller shards, or a split 'test'"
-        )
-    parts = {name: [files[k] for k in part] for name, part in carve(len(files), held_out, validation).items()}
-    return {name: part for name, part in {**parts, "held_out": parts["held_out"] or other}.items() if part}
+    if config.key is not None:
+        raise UserError("data.key: with data.streaming, whole shards are held out; set one of them to null or false")
+
+    def open_split(files: list[str]) -> Rows:
+        if strange := [file for file in sorted(files) if suffix_of(file) not in (".parquet", ".tar")]:
+            raise UserError(f"data.source: {strange[0]}: data.streaming reads only .parquet and .tar; set it to false")
+        identity = Identity("path", lambda: hash_names(name_shards(sorted(files), config)))
+        return Rows(len(files), lambda rows: [], sorted(files).__getitem__, None, identity=identity)
+
+    return choose_splits({name: partial(open_split, files) for name, files in splits.items()}, config, inherited)
 
 
 def read_files(files: Sequence[str], config: DataConfig, classes: tuple[str, ...] | None = None) -> Iterator[Sample]:

@@ -15,20 +15,32 @@ import os
 import re
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tokenizer.files import one_line, quote
 
 from ..config import UserError, is_first_process, tell
 from ..shuffling import splitmix64
-from .decoding import IMAGE, LABEL, MAX_FILE, Payload, Rows, SplitRows
-from .folder import SUFFIXES, files_below
+from .decoding import (
+    IMAGE,
+    LABEL,
+    MAX_FILE,
+    Identity,
+    Payload,
+    Rows,
+    SplitRows,
+    hash_bytes,
+    hash_names,
+    read_file,
+)
+from .folder import SUFFIXES, files_below, name_objects
 from .hub import describe_error, offline_if_unreachable
 from .origin import HUB_NAME, REMARK
 
@@ -37,6 +49,7 @@ if TYPE_CHECKING:
 
 PROTOCOLS = ("hf", "http", "https", "s3", "gs", "az")
 KINDS = ".parquet and .tar (uncompressed)"
+HASH = "hash"
 LARGE = 100e6  # size in bytes from which a new copy is reported
 TAR_VERSION = 1  # version of the rows that `read_tar` yields, because copies of them are cached
 
@@ -68,6 +81,7 @@ def digits() -> SplitRows:
             lambda k: f"row {k} of {split}",
             labels[chosen].tolist(),
             names,
+            identity=Identity("pixels", lambda: hash_arrays(pixels)),
         )
 
     parts = {"train": order[~held_out], "test": order[held_out]}
@@ -255,6 +269,13 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
                 raise UserError(
                     f"data.label_column: no sample of {config.source} has .{config.label_column}, or that key in .json"
                 )
+    objects, key = None, config.key
+    if not is_tar and config.group in table.column_names:
+        cells = table[config.group][:]
+        objects = name_objects(cells, lambda row: f"row {row} of {split}", config.source, str(config.group))
+    if key is not None and (is_tar or key not in table.column_names):
+        there = "a .tar has no columns" if is_tar else f"there are {table.column_names}"
+        raise UserError(f"data.key: no column {key!r}; {there}")
     if dtype := array_type(table.features[image]):
         arrays = table.select_columns([image]).with_format("numpy", dtype=np.dtype(dtype))
         return Rows(
@@ -264,6 +285,8 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
             labels,
             names,
             table=table,
+            objects=objects,
+            identity=identify(table, key, lambda: Identity("pixels", lambda: hash_arrays(arrays[image]))),
         )
     try:
         images = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
@@ -277,7 +300,60 @@ def table_rows(builder: Any, split: str, config: DataConfig) -> Rows:
         path = (images[row][image] or {}).get("path")
         return str(path) if is_tar else f"row {row} of {split}" + (f" ({path})" if path else "")
 
-    return Rows(len(table), read, name, labels, names, table=None if is_tar else table)
+    own = identify(table, key, lambda: Identity("bytes", lambda: hash_cells(images, image, config.source)))
+    stored = None if is_tar else table
+    return Rows(len(table), read, name, labels, names, table=stored, objects=objects, identity=own)
+
+
+def identify(table: Any, key: str | None, otherwise: Callable[[], Identity]) -> Identity:
+    """Return what tells rows from one another: the column `data.key`, or `otherwise` their images."""
+    if key is None:
+        return otherwise()
+
+    def hash_keys() -> NDArray[np.uint64]:
+        cells = table[key][:]
+        if None in cells:
+            raise UserError(f"data.key: row {cells.index(None)} has nothing in the column {key!r}")
+        return hash_names(map(str, cells))
+
+    return Identity("column", hash_keys)
+
+
+def hash_arrays(images: Iterable[Any]) -> NDArray[np.uint64]:
+    """Return a hash of the values of each array."""
+    return np.array([hash_bytes(np.ascontiguousarray(image).tobytes()) for image in images], np.uint64)
+
+
+def hash_cells(table: Any, column: str, source: str) -> NDArray[np.uint64]:
+    """Return a hash of the encoded image in each row, which `datasets` computes once and keeps in its cache."""
+    import datasets
+
+    features = datasets.Features({HASH: datasets.Value("int64")})
+    options = {"column": column, "source": source}
+    with quiet_datasets():
+        hashed = table.map(
+            hash_batch,
+            batched=True,
+            batch_size=64,
+            fn_kwargs=options,
+            remove_columns=[column],
+            features=features,
+            desc="hashing images",
+        )
+    return np.asarray(hashed.with_format("numpy")[HASH][:], np.int64).view(np.uint64)
+
+
+def hash_batch(batch: dict[str, list[Any]], column: str, source: str) -> dict[str, list[int]]:
+    """Return hashes of encoded images, and of the names of those that cannot be read, which decoding reports."""
+    found = []
+    for value in batch[column]:
+        payload = read_payload(value, source)
+        try:
+            data = read_file(payload) if isinstance(payload, Path) else payload
+        except ValueError:
+            data = str(payload)
+        found.append(hash_bytes(data if isinstance(data, bytes) else os.fsencode(str(data))))
+    return {HASH: np.array(found, np.uint64).view(np.int64).tolist()}  # Arrow infers signed numbers
 
 
 def array_type(feature: Any) -> str | None:

@@ -80,9 +80,9 @@ def whole_files(
 
 
 def list_images(images: Any, tokenizer: Tokenizer) -> LazyImages:
-    """Return images of any size: a PIL image, a tensor `(B, C, H, W)`, an array `(B, H, W, C)` or `(H, W, C)`, for grey
-    images also `(B, H, W)` or `(H, W)`, or a sequence of single images. Raises `ValueError` for anything else, for no
-    images, and for a tokenizer of clips."""
+    """Return images of any size: `LazyImages`, a PIL image, a tensor `(B, C, H, W)`, an array `(B, H, W, C)` or
+    `(H, W, C)`, for grey images also `(B, H, W)` or `(H, W)`, or a sequence of single images. Raises `ValueError` for
+    anything else, for no images, and for a tokenizer of clips."""
     if tokenizer.frames > 1:
         raise ValueError("clips are not cut into tiles")
     if isinstance(images, LazyImages):

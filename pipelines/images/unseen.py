@@ -1,14 +1,20 @@
-"""Check that a model was not trained on its evaluation images, which would bias model selection and results."""
+"""Check that a model of 0.3, which divided images by position, was not trained on its evaluation images; and find the
+part of files that a user gives."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from tokenizer.config import show_value
 
 from ..config import UserError
-from .dataset import DataConfig, choose_held_out, choose_splits, is_stream, open_source
+from .dataset import DataConfig, is_stream, open_source
 from .origin import resolve_source
+from .splits import Inherited, choose_held_out, choose_splits
 
 SPLIT_SETTINGS = (
     "split",
@@ -52,11 +58,35 @@ def count_seen(config: DataConfig, trained: DataConfig | None, part: str) -> tup
     if is_stream(config) or is_stream(before) or (config.frames is None) != (before.frames is None):
         return int(name == before.split), 0
     try:
-        learned = choose_splits(splits, before, quiet=True)["train"][1]
+        learned = choose_splits(splits, before, Inherited("position"), quiet=True).parts["train"].positions
     except UserError:  # the source has changed
         return 0, 0
-    parts = choose_splits(splits, config, quiet=True)
+    parts = choose_splits(splits, config, Inherited("position"), quiet=True).parts
     if part not in parts:
         return 0, 0
-    positions = parts[part][1]
+    positions = parts[part].positions
     return int(np.isin(positions, learned).sum()) if name == before.split else 0, len(positions)
+
+
+def find_parts(files: Sequence[Path], trained: DataConfig | None, inherited: Inherited) -> list[str | None]:
+    """Return the part of the training images that each file belongs to ("train", "validation" or "held_out"), under
+    any path and through links; None for a file that is none of them, and if they cannot be found. inherited: how the
+    images that a model was `trained` with were divided."""
+    root = None if trained is None else trained.path
+    if trained is None or root is None or not root.is_dir():
+        return [None] * len(files)
+    within, paths = os.path.join(os.path.realpath(root), ""), [os.path.realpath(file) for file in files]
+    if not any(path.startswith(within) for path in paths):
+        return [None] * len(files)
+    everything = trained.model_copy(update={"limit": None})
+    try:
+        parts = choose_splits(open_source(everything), everything, inherited, quiet=True).parts
+    except UserError:  # the source has changed
+        return [None] * len(files)
+    known = {
+        os.path.realpath(part.rows.paths[position]): name
+        for name, part in parts.items()
+        if part.rows.paths is not None
+        for position in part.positions.tolist()
+    }
+    return [known.get(path) for path in paths]

@@ -34,6 +34,8 @@ class Figure:
         return "bits_per_" in self.key or self.key == "nats_per_image"
 
 
+DIVISION = "division"
+"""Key of what has changed since the images were divided, or is not known: images may have been trained on."""
 _BESIDE = "training images {{train_{0}:.3f}}; their reconstructions {{reconstruction_{0}:.3f}}"
 _BITS_PER_TOKEN = (
     "position frequencies {marginal_bits_per_token:.3f}; from {marginal_rows:,} training rows; {marginal_note}; "
@@ -138,5 +140,6 @@ def _fill(text: str, known: Mapping[str, Any], *value: Any) -> str:
 
 
 def format_report(figures: Mapping[str, Any], *, exact: bool) -> str:
-    """Format the figures as a table, each beside the figures to compare it with."""
-    return table([(row.title, row.value, row.beside) for row in format_rows(figures, exact=exact)], right=[1])
+    """Format the figures as a table, each beside those to compare it with, and what is not known of the images."""
+    text = table([(row.title, row.value, row.beside) for row in format_rows(figures, exact=exact)], right=[1])
+    return f"{text}\n\n{figures[DIVISION]}" if DIVISION in figures else text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from ..shuffling import spread
 from .quality import ssim
 
 EVALUATED_PIXELS = 1 << 20  # limit on the pixels reconstructed at a time
+PIXEL_BITS = "pixel_bits_per_dim"
 SOME = 2000  # number of held-out images for slow figures
 
 
@@ -56,6 +58,24 @@ def evaluate_reconstruction(
     if ssim_images:
         figures |= {"ssim": float(torch.cat([found for _, found in parts]).double().mean()), "ssim_images": len(chosen)}
     return figures
+
+
+@torch.inference_mode()
+def evaluate_pixel_bits(
+    model: Any, images: ImageDataset, limit: int | None = None, group: ProcessGroup = ALONE
+) -> dict[str, float]:
+    """Return the mean bits of a pixel and channel given the tokens, over `limit` evenly spread images; empty if the
+    decoder has no likelihood."""
+    if not model.has_likelihood:
+        return {}
+    rows, size = spread(len(images), limit), images_at_a_time(images.image_shape)
+
+    def measure(start: int) -> float:
+        batch = images.batch(rows[start : start + size]).to(model.device)
+        return float(model.pixel_log_prob(batch, model.encode(batch)).double().sum())
+
+    nats = -sum(group.map(measure, range(0, len(rows), size)))
+    return {PIXEL_BITS: nats / (len(rows) * math.log(2) * math.prod(images.image_shape))}
 
 
 def some_ssim(decoded: Tensor, images: Tensor, rows: np.ndarray, in_bytes: bool) -> Tensor:

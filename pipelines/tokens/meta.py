@@ -33,6 +33,7 @@ from tokenizer.files import (
 
 from ..files import FieldError, Text, Whole, validate
 from ..images.dataset import is_printable
+from ..images.splits import SPLITS, SPLITS_KEY, read_splits
 from .shards import shard_names
 
 META, FORMAT_VERSION = "meta.json", 1
@@ -73,7 +74,7 @@ class Meta:
             "grid": grid_to_dict(self.grid),
             "classes": self.class_names,
             "splits": self.shards,
-            "source": self.source,
+            "source": {key: value for key, value in self.source.items() if key != SPLITS_KEY},
             "augmentations": self.augmentations,
             "tokenizer": self.tokenizer,
             **({"conditions": columns} if columns else {}),
@@ -94,6 +95,8 @@ def write_meta(
     for name in meta.own_tokenizers():
         (condition_tokenizers or {})[name].save_pretrained(folder / CONDITIONS / name)
     write_json(folder / META, meta.to_dict())
+    if SPLITS_KEY in meta.source:
+        write_json(folder / SPLITS, meta.source[SPLITS_KEY])
     write_manifest(folder)
 
 
@@ -198,11 +201,12 @@ def read_meta(folder: Path) -> Meta:
     meta = read_json(folder / META)
     check_format_version(meta, FORMAT_VERSION, folder / META)
     found = validate(MetaFile, meta, folder / META)
+    divided = read_splits(folder / SPLITS)
     return Meta(
         grid=found.grid.grid(),
         class_names=found.classes,
         shards=found.splits,
-        source=found.source,
+        source={**found.source, **({} if divided is None else {SPLITS_KEY: divided.to_dict()})},
         augmentations=found.augmentations,
         tokenizer=found.tokenizer,
         conditions={name: column for name, (column, _) in found.conditions.items()},

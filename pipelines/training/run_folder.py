@@ -15,13 +15,14 @@ from tokenizer.files import FolderKind, make_folder, read_json, require_replacea
 from ..config import UserError
 from ..config.schema import difference
 from ..files import is_lock, replace_file, require_apart
+from ..images.splits import SPLITS, SplitFacts
 
 CONFIG = "config.json"
 END = ("train.steps", "train.minutes")
 RHYTHM = ("train.log_every", "train.preview_every", "train.evaluate_every", "train.save_every")
 FREE = {"out", "track", *END, *RHYTHM, "train.timeout", "train.checkpointing", "data.cache_mb"}
 """Settings that may change on resume. Only the end affects the weights, through the learning rate schedule."""
-LEFTOVER = re.compile(rf"\.tmp-{re.escape(CONFIG)}-[0-9a-f]{{8}}\.json")
+LEFTOVER = re.compile(rf"\.tmp-({re.escape(CONFIG)}|{re.escape(SPLITS)})-[0-9a-f]{{8}}\.json")
 
 
 def check_run_folder(run: Path, config: Any, snapshots: dict[str, FolderKind] | None = None) -> list[str]:
@@ -55,7 +56,7 @@ def check_run_folder(run: Path, config: Any, snapshots: dict[str, FolderKind] | 
 
 def is_ours(name: str) -> bool:
     """Return whether a run may create a file of this name before it writes its configuration."""
-    return is_lock(name) or LEFTOVER.fullmatch(name) is not None
+    return name == SPLITS or is_lock(name) or LEFTOVER.fullmatch(name) is not None
 
 
 def read_config(run: Path, config: Any) -> dict[str, Any]:
@@ -67,9 +68,11 @@ def read_config(run: Path, config: Any) -> dict[str, Any]:
         return saved
 
 
-def write_config(run: Path, config: Any) -> None:
+def write_config(run: Path, config: Any, divided: SplitFacts | None = None) -> None:
     """Write `config.json`, which `--config` also accepts, and create `state/`, so that a snapshot without `state/`
-    shows that a user deleted it."""
+    shows that a user deleted it. divided: how the images are divided, written first, as runs of 0.3 lack it."""
+    if divided is not None:
+        replace_file(run / SPLITS, (json.dumps(divided.to_dict(), indent=2) + "\n").encode())
     replace_file(run / CONFIG, (json.dumps(config.model_dump(mode="json"), indent=2) + "\n").encode())
     make_folder(run / "state")  # last, because a folder without a configuration must be empty
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from tokenizer.files import FolderKind
 from ..processes.group import ALONE, ProcessGroup
 from ..shuffling import samples_of
 from .optimizers import decaying_weights, hidden_matrices
+
+if TYPE_CHECKING:
+    from ..images.splits import SplitFacts
 
 Split = Literal["validation", "held_out"]
 """Images not used for training: `validation` selects the best weights, `held_out` is evaluated at the end."""
@@ -39,6 +42,8 @@ class Task:
     """Lines to print when training starts."""
     facts: Mapping[str, Any] = {}
     """Facts about the data that trackers show beside the configuration."""
+    divided: SplitFacts | None = None
+    """How the images are divided, which the run folder keeps; None for tokens, and runs of 0.3."""
     rows: int
     """Size of the training set; 0 if unknown."""
     evaluated: dict[Split, int]

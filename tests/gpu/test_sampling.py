@@ -100,6 +100,15 @@ def test_a_gpt_draws_the_tokens_of_the_cpu(device, graphs, elsewhere):
     assert len(graphs) == 1
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_another_than_the_current_card_draws_new_tokens_in_each_call(graphs):
+    prior = make_prior("gpt").to("cuda:1")
+    for call in range(4):
+        drawn, eager = (prior.sample(COUNT, generator=generators(COUNT, 100 * call), **mode) for mode in ({}, EAGER))
+        assert torch.equal(drawn, eager)
+    assert len(graphs) == 1 and torch.cuda.current_device() == 0
+
+
 def test_a_graph_follows_its_weights_and_is_freed_with_its_model(device, graphs):
     prior, count = large_gpt(device).to(device), 16
     expected = [prior.sample(count, generator=generators(count)) for _ in range(2)][0]

@@ -1,19 +1,24 @@
 """Binarised grey images: `data.binarize` from the images to the figures of `smalti evaluate`.
 
-Covers: pipelines/shuffling.py, pipelines/images/dataset.py, pipelines/tokens/, pipelines/encode.py,
-pipelines/train_prior.py, pipelines/evaluate.py.
+Covers: pipelines/shuffling.py, pipelines/images/binarize.py, pipelines/images/dataset.py, pipelines/tokens/,
+pipelines/encode.py, pipelines/train_prior.py, pipelines/evaluate.py.
 """
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from command import fails
 from givens.images import write_pictures
+from hypothesis import given
+from hypothesis import strategies as st
 from launch import metrics, prior_arguments, train_prior
 from PIL import Image
 from tiny_task import assert_same_run, killed_at
@@ -24,6 +29,7 @@ from pipelines.config.command import parse
 from pipelines.encode import EncodeConfig
 from pipelines.encode import run as encode
 from pipelines.images import DataConfig, load_images, to_uint8
+from pipelines.images.binarize import binarize
 from pipelines.metrics.likelihood import log_probs
 from pipelines.shuffling import draw_pixels
 from pipelines.tokens import TokenDataset, TokenSplit, load_tokens
@@ -150,6 +156,151 @@ def test_settings_without_binarize_are_written_as_before():
     )
 
 
+# Images that users give
+
+HIDDEN = torch.ones(8, 8, dtype=torch.bool)
+HIDDEN[4:] = False
+DOORS = {
+    "encode": lambda pipe, images: pipe.encode(images),
+    "reconstruct": lambda pipe, images: pipe.reconstruct(images, output_type="pt"),
+    "reconstruct by tiles": lambda pipe, images: pipe.reconstruct(images, stride=8, output_type="pt"),
+    "encode_tiles": lambda pipe, images: pipe.encode_tiles(images, 8),
+    "log_prob": lambda pipe, images: pipe.log_prob(images),
+    "bits_per_dim": lambda pipe, images: pipe.bits_per_dim(images),
+    "conditional_log_prob": lambda pipe, images: pipe.conditional_log_prob(images, HIDDEN),
+    "complete": lambda pipe, images: pipe.complete(images, HIDDEN, seed=0, output_type="pt").images,
+    "nll": lambda pipe, images: pipe.anomaly_score(images, "nll"),
+    "joint": lambda pipe, images: calibrated(pipe).anomaly_score(images),
+    "p-values of tiles": lambda pipe, images: calibrated(pipe, 8).anomaly_score(images, p_values=True, stride=8),
+    "anomaly_map": lambda pipe, images: pipe.anomaly_map(images),
+    "combined map": lambda pipe, images: calibrated(pipe, 8).anomaly_map(images, method="combined", stride=8),
+    "map of tiles": lambda pipe, images: pipe.anomaly_map(images, stride=8),
+    "heal": lambda pipe, images: calibrated(pipe).heal(images, draws=1).images,
+    "calibrate": lambda pipe, images: pipe.calibrate(images, false_alarms=0.2).to_json(),
+    "calibrate by tiles": lambda pipe, images: pipe.calibrate(images, false_alarms=0.2, stride=8).to_json(),
+    "embed": lambda pipe, images: pipe.embed(images),
+    "embed pixels": lambda pipe, images: pipe.embed(images, layer="pixels"),
+    "compress": lambda pipe, images: pipe.compress(images),
+    "compress by tiles": lambda pipe, images: pipe.compress(images, tile=True),
+}
+
+
+def calibrated(pipe, stride=None):
+    pipe.calibrate(grey_images(60, seed=9), stride=stride)
+    return pipe
+
+
+def grey_images(count=12, seed=0, size=8):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 1, size, size), dtype=np.uint8))
+
+
+def make_binarized(how, prior="gpt", **settings):
+    tokenizer = Tokenizer.create("pixels", image_size=(8, 8), channels=1, levels=2)
+    torch.manual_seed(0)
+    settings = settings or {"dim": 16, "depth": 2, "heads": 2}
+    pipe = ImagePipeline(tokenizer, Prior.create(prior, grid=tokenizer.grid, num_classes=0, **settings))
+    for weight in pipe.prior.requires_grad_(False).parameters():  # an untrained head may be zero
+        torch.nn.init.normal_(weight, std=0.3)
+    pipe.provenance = {"data": DataConfig(**data_of("elsewhere", how)).model_dump(mode="json")}
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def same(one, other):
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.mark.parametrize("how", ["drawn", "threshold"])
+@pytest.mark.parametrize("door", DOORS)
+def test_a_pipeline_sees_the_images_of_users_as_in_training(door, how):
+    """Grey images have the result of the black and white ones that they become, as bytes and as floats."""
+    pipe, grey = make_binarized(how), grey_images()
+    seen = pipe.binarize(grey)
+    expected = DOORS[door](pipe, seen)
+    assert set(seen.unique().tolist()) == {0, 255} and same(DOORS[door](pipe, grey), expected)
+    assert same(DOORS[door](pipe, grey.float() / 127.5 - 1), expected)
+    if door in ("encode", "log_prob", "embed", "compress", "encode_tiles"):
+        plain = make_binarized(None)
+        assert same(DOORS[door](plain, grey), expected) == (how == "threshold")  # which such tokenizers do anyway
+
+
+@given(data=st.data(), how=st.sampled_from(["drawn", "threshold"]))
+def test_black_and_white_images_stay_as_they_are(data, how):
+    pixels = torch.tensor(data.draw(st.lists(st.sampled_from([0, 255]), min_size=16, max_size=16)), dtype=torch.uint8)
+    images, rows = (
+        pixels.view(2, 1, 2, 4),
+        np.array(data.draw(st.lists(st.integers(0, 1 << 40), min_size=2, max_size=2))),
+    )
+    for given_rows in (None, rows):
+        for one in (images, images.float() / 127.5 - 1):
+            found = binarize(one, how, given_rows, data.draw(st.integers(0, 9)))
+            assert torch.equal(found, one) and found.dtype == one.dtype
+
+
+def test_a_draw_of_a_users_image_depends_on_its_pixels_only():
+    grey = grey_images(2000, size=4)
+    drawn = binarize(grey, "drawn")
+    order = torch.randperm(2000, generator=torch.Generator().manual_seed(0))[:50]
+    assert torch.equal(binarize(grey[order], "drawn"), drawn[order])
+    assert torch.equal(binarize(grey[7:8], "drawn"), drawn[7:8])
+    flat = torch.full((4000, 1, 4, 4), 77, dtype=torch.uint8)
+    flat[:, 0, 0, :2] = torch.arange(4000)[:, None] // torch.tensor([64, 1]) % 64  # which makes the others distinct
+    white = (binarize(flat, "drawn")[:, 0, 1:] > 0).double()
+    assert abs(float(white.mean()) - 77 / 255) < 4 * 0.46 / white.numel() ** 0.5
+    assert float(white.flatten(1).T.corrcoef().fill_diagonal_(0).abs().max()) < 5 / 4000**0.5
+    rows = binarize(grey, "drawn", np.arange(2000))
+    assert abs(float(((rows > 0) == (drawn > 0)).double().mean()) - 2 / 3) < 0.02  # independent: E[p^2 + (1 - p)^2]
+
+
+@pytest.mark.parametrize("tile", [False, True])
+def test_a_lossless_stream_keeps_grey_pixels(tile):
+    pytest.importorskip("constriction")
+    pipe, grey = make_binarized("drawn"), grey_images(3)
+    found = pipe.decompress(pipe.compress(grey, lossless=True, tile=tile), output_type="np")
+    assert np.array_equal(np.stack(found)[..., 0], grey[:, 0].numpy())
+
+
+@pytest.mark.parametrize("options", [[], ["tile=true"]], ids=["whole", "tiles"])
+@pytest.mark.parametrize("how", ["drawn", "threshold"])
+def test_a_picture_has_one_score_and_one_digest_whether_it_is_held_out_or_given(how, options, tmp_path, capsys):
+    for split, seed in (("train", 1), ("test", 2)):
+        (tmp_path / "source" / split).mkdir(parents=True)
+        for number, image in enumerate(grey_images(80, seed)[:, 0].numpy()):
+            Image.fromarray(image).save(tmp_path / "source" / split / f"{number:02d}.png")
+    shutil.copytree(tmp_path / "source/test", tmp_path / "copies")
+    pipe = make_binarized(how)
+    pipe.provenance = {"data": DataConfig(**data_of(tmp_path / "source", how)).model_dump(mode="json")}
+    pipe.save_pretrained(tmp_path / "pipe")
+    main(["calibrate", f"pipeline={tmp_path}/pipe", *options])
+    capsys.readouterr()
+    found = []
+    for number, more in enumerate(([], [f"images={tmp_path}/copies"], [f"images={tmp_path}/source"])):
+        main(["detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/{number}", "num_shown=1", *more, *options])
+        printed = capsys.readouterr().out
+        assert "40 were used for calibration" in printed and ("80 in training" in printed) == (number == 2)
+        rows = list(csv.DictReader((tmp_path / str(number) / "scores.csv").open()))
+        found.append([(Path(row["file"]).name, row["score"], row["p_value"]) for row in rows])
+    assert len(found[0]) == 40 and found[0] == found[1] == found[2]
+    flagged = sum(float(p) <= 0.05 for _, _, p in found[1])
+    assert flagged < 12  # of 40 normal images; once all of them
+
+
+def test_a_calibration_of_0_3_knows_its_drawn_rows(tmp_path, source, capsys):
+    """It was made with draws by row, of which it holds the digests."""
+    for number, image in enumerate(grey_images(60, seed=3)[:, 0].numpy()):
+        (tmp_path / "source/test").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / "source/test" / f"{number:02d}.png")
+    shutil.copytree(source / "train", tmp_path / "source/train")
+    pipe, data = make_binarized("drawn"), DataConfig(**data_of(tmp_path / "source"))
+    pipe.provenance = {"data": data.model_dump(mode="json")}
+    pipe.calibrate(load_images(data).held_out.pixels(range(0, 60, 3)), false_alarms=0.2)
+    pipe.save_pretrained(tmp_path / "pipe")
+    main(["detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/found", "num_shown=1"])
+    assert "scoring 40 of 60 held-out images" in capsys.readouterr().out
+
+
 # Tokens
 
 
@@ -191,6 +342,22 @@ def test_a_thresholded_dataset_is_an_ordinary_one(source, tokenizer, tmp_path):
     assert "drawn" not in json.loads((folder / "meta.json").read_text())
     for name, split in load_tokens(folder).splits.items():
         assert not split.drawn and torch.equal(split.tokens, load_tokens(plain).splits[name].tokens)
+
+
+def test_grids_of_drawn_images_are_augmented_with_their_images_and_not_with_their_draws(source, tmp_path):
+    """A grid of the same picture: as it is in each draw of a test image, and moved as the training image is."""
+    tokenizer, grid = (save_tokenizer(tmp_path / name, levels=levels) for name, levels in (("two", 2), ("all", 256)))
+    data = data_of(source, augment={"shift": 3})
+    shutil.copytree(source, tmp_path / "copies")
+    pair = {"same": {"images": str(tmp_path / "copies"), "tokenizer": str(grid)}}
+    given = {"tokenizer": str(tokenizer), "data": data, "conditions": pair, "augmentations": 1}
+    splits = load_tokens(encode(EncodeConfig(out=str(tmp_path / "tokens"), **given))).splits
+    draws = splits["test"].condition(slice(None))["same"].view(5, 12, 8, 8)
+    assert torch.equal(draws, draws[:1].expand_as(draws))
+    assert torch.equal(draws[0], load_images(DataConfig(**data)).held_out.grey().pixels(range(12))[:, 0].long())
+    train = splits["train"]
+    moved = train.condition(slice(None))["same"]
+    assert torch.equal(moved, train.tokens.squeeze(-1).long()) and not torch.equal(*moved.chunk(2))
 
 
 @pytest.mark.parametrize("mapped", [False, True])

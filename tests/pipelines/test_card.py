@@ -76,6 +76,13 @@ def test_the_table_has_all_measured_figures_and_no_others(tmp_path):
     assert len(found) == 10  # class agreement is missing
 
 
+def test_a_limit_in_minutes_that_cut_training_is_on_the_card(tmp_path):
+    cut = {**PROVENANCE["tokenizer"], "steps": 219, "cut": {"minutes": 1.2, "steps": 2800}}
+    rows = rows_in(card_of(tmp_path / "cut", facts={**PROVENANCE, "tokenizer": cut}))
+    assert rows["training of the tokenizer"] == ("stopped by train.minutes=1.2 after 219 of 2,800 steps", "")
+    assert rows["training of the prior"] == ("5678 steps, 2.5 minutes", "")
+
+
 def test_the_card_describes_the_pipeline_with_code_that_runs(tmp_path):
     pipe, card = make_pipeline(), card_of(tmp_path / "pipe")
     assert "8 x 12 grey" in card.text and "3 classes (cat, dog, eel)" in card.text and "2 x 3 ids of 32" in card.text

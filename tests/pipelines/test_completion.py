@@ -365,6 +365,14 @@ def test_pictures_are_completed_without_a_data_set(world, tmp_path, capsys):
     assert np.array_equal(picture[2:58:2, 2:58:2, 0], np.asarray(Image.open(paths[0])))
 
 
+def test_pictures_of_other_sizes_are_warned_about(world, tmp_path, capsys):
+    given = [f"pipeline={world}/any", f"out={tmp_path}/a.png", "draws=1", "overwrite=true"]
+    main(["complete", *given, f"images={world}/pictures"])
+    assert "warning" not in capsys.readouterr().err
+    main(["complete", *given, f"images=[{world}/pictures, {world}/wide.png]"])
+    assert "1 of 6 images are not of the pipeline's 28 x 28 pixels" in capsys.readouterr().err
+
+
 BAD = [
     (["mask=middle"], "mask"),
     (["mask=scatter:nan"], "scatter"),

@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 import warnings
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from small import draw_tokens, make_prior, make_tokenizer
 from small_pipelines import COLUMNS, GIVEN, make_conditioned, make_pipeline, pixels_for
 
 from pipelines import ConfigError, ImagePipeline, IntegrityError
+from pipelines.compression.container import StreamError
 from pipelines.saving import FILES
 from prior.conditions import GridColumn, select_rows
 from tokenizer.files import PipelineLoadError, write_json, write_manifest
@@ -205,6 +207,28 @@ def test_numbers_outside_the_training_data_warn_once_a_call(pipe):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe.read_condition({**GIVEN, "age": [18, 90, None]}, 3)
+
+
+def test_numbers_outside_the_training_data_count_as_the_nearest_of_these(pipe):
+    """At the doors of the pipeline; the model, and streams as those of 0.3, take numbers as they are."""
+    images = pixels_for(pipe, 1)
+    beyond, edge = {"age": 400, "motion": [-9, 0.5]}, {"age": 90, "motion": [-4, 0.5]}
+    raw = {name: torch.tensor(value, dtype=torch.float32).view(1, -1) for name, value in beyond.items()}
+    score = lambda condition: pipe.log_prob(images, condition=condition)  # noqa: E731
+    with pytest.warns(UserWarning, match="count as the nearest"):
+        assert torch.equal(score(beyond), score(edge)) and torch.equal(score(raw), score(edge))
+        assert torch.equal(pipe(condition=beyond, seed=0).tokens, pipe(condition=edge, seed=0).tokens)
+        assert torch.equal(pipe.embed(images, condition=beyond), pipe.embed(images, condition=edge))
+        assert torch.equal(
+            pipe.read_condition({"age": [400, None]}, 2)["age"].isnan().flatten(), torch.tensor([0, 1]) > 0
+        )
+        tokens = pipe.encode(images)
+        assert not torch.equal(pipe.prior.log_prob(tokens, condition=raw), pipe.log_prob(images, condition=edge))
+        if find_spec("constriction"):
+            stream = pipe.compress(images, condition=beyond)
+            assert np.array_equal(*(pipe.decompress(stream, condition=one, output_type="np") for one in (beyond, raw)))
+            with pytest.raises(StreamError):
+                pipe.decompress(stream, condition=edge)
 
 
 # Completion, scores and vectors

@@ -46,6 +46,20 @@ def test_help_is_the_docstring_and_a_mistake_is_one_line():
             run("speed.sampling", *arguments)
 
 
+def test_the_demo_begins_with_an_estimate_of_its_time():
+    """In proportion to the steps of its presets, and to the time of a step on this machine."""
+    first = (ROOT / "Makefile").read_text().partition("$(DONE)/vqvae_digits: ")[2].splitlines()[1]
+    assert "-m benchmarks.speed.demo" in first
+    (line,) = run("speed.demo", "threads=1").splitlines()
+    minutes = int(re.match(r"make demo: about (\d+) minutes? on this machine, 1 thread: ", line)[1])
+    training = sum(
+        int(steps.replace(",", "")) * float(each) for steps, each in re.findall(r"([\d,]+) steps of ([\d.]+)", line)
+    )
+    assert minutes == pytest.approx(training / 60 * 1.35, abs=1 + training / 600)
+    for preset, steps in (("tokenizer/vqvae_digits", 800), ("prior/gpt_digits", 1000)):
+        assert f"steps: {steps}" in (ROOT / "configs" / f"{preset}.yaml").read_text() and f"{steps:,} steps" in line
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_training_steps_are_measured_beside_references():

@@ -20,6 +20,7 @@ from pipelines import ImagePipeline, exports, saving
 from pipelines.compression import container
 from pipelines.config import UserError
 from pipelines.config.command import parse
+from pipelines.images import splits
 from pipelines.tokens import load_tokens, meta
 from pipelines.train_prior import TrainPriorConfig
 from pipelines.train_prior import run as train_prior
@@ -38,6 +39,7 @@ VERSIONS = {
     "meta.json": meta.FORMAT_VERSION,
     "state.json": checkpoint.FORMAT_VERSION,
     "export.json": exports.FORMAT_VERSION,
+    "splits.json": splits.FORMAT_VERSION,
 }
 """The version that is written today, by the file that has it."""
 

@@ -27,6 +27,8 @@ from torch import Tensor
 from pipelines import ImagePipeline
 from pipelines.compression import coding
 from pipelines.images import DataConfig, load_images
+from pipelines.images.decoding import hash_names
+from pipelines.images.splits import Inherited, read_splits
 from pipelines.tokens import load_tokens
 from pipelines.train_prior import main as train_prior
 from prior import Prior
@@ -175,7 +177,8 @@ def read_set(path: Path) -> dict[str, Any]:
     if path.suffix == ".npz":
         with np.load(path) as arrays:
             return {name: [str(each.dtype), ids(torch.from_numpy(each))] for name, each in arrays.items()}
-    found = load_images(DataConfig(source=str(path), image_size=(8, 12), channels=1, validation_fraction=0.0)).held_out
+    data = DataConfig(source=str(path), image_size=(8, 12), channels=1, validation_fraction=0.0)
+    found = load_images(data, inherited=Inherited("position")).held_out
     return {"classes": found.class_names, "pixels": ids(torch.as_tensor(found.pixels(np.arange(len(found)))))}
 
 
@@ -200,6 +203,16 @@ def read_export(folder: Path) -> dict[str, Any]:
     return {"export.json": facts, "tokens": ids(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]))}
 
 
+def read_division(path: Path) -> dict[str, Any]:
+    """Read how images were divided; the part of names today."""
+    facts = read_splits(path)
+    assert facts is not None
+    below, start = facts.thresholds
+    hashes = hash_names(f"{number}.png" for number in range(100)).tolist()
+    parts = ["held_out" if each < below else "validation" if each >= start else "train" for each in hashes]
+    return {"parts": " ".join(parts), "facts": facts.to_dict(), "text": facts.describe()}
+
+
 READ: dict[str, Callable[..., dict[str, Any]]] = {
     "tokenizers": read_tokenizer,
     "priors": read_prior,
@@ -208,6 +221,7 @@ READ: dict[str, Callable[..., dict[str, Any]]] = {
     "run": read_run,
     "streams": read_stream,
     "sets": read_set,
+    "splits": read_division,
     "export": read_export,
 }
 """The parts of the fixtures, each with the function that reads one of its entries."""

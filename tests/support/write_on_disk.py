@@ -4,7 +4,7 @@
     PYTHONPATH=. python tests/support/write_on_disk.py --overwrite streams  # a part once more
 
 Replace a fixture only if its format was never released. A new format, or a new version of one, gets a fixture beside
-the older ones. Parts: tokenizers, priors, pipelines, tokens, run, streams, sets, export.
+the older ones. Parts: tokenizers, priors, pipelines, tokens, run, streams, sets, splits, export.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", OMP_NUM_THREADS="1")
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from givens.coded import LOGISTIC  # noqa: E402
 from givens.token_datasets import add_columns, make_dataset  # noqa: E402
@@ -32,10 +33,12 @@ from tiny_task import stopped_at  # noqa: E402
 from pipelines import ImagePipeline  # noqa: E402
 from pipelines.exports import export_tokenizer  # noqa: E402
 from pipelines.generate import main as generate  # noqa: E402
+from pipelines.images.decoding import Rows, hash_names  # noqa: E402
+from pipelines.images.splits import Part, Units, describe_parts, find_thresholds  # noqa: E402
 from pipelines.tokens import TokenDataset, TokenSplit  # noqa: E402
 from pipelines.train_prior import main as train_prior  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
-from tokenizer.files import write_manifest  # noqa: E402
+from tokenizer.files import write_json, write_manifest  # noqa: E402
 
 BOOK = {"codes": 8, "dim": 4}
 EMA = {"kind": "ema", **BOOK}
@@ -135,6 +138,17 @@ def write_sets(folder: Path) -> None:
         generate([f"pipeline={FOLDER / 'pipelines/plain'}", f"labels={labels}", "num_images=3", f"out={out}"])
 
 
+def write_splits(folder: Path) -> None:
+    hashes = hash_names(f"{number}.png" for number in range(60))
+    thresholds = find_thresholds(np.sort(hashes), 12, 6)
+    below, above = (hashes < np.uint64(thresholds[0])), (hashes >= np.uint64(thresholds[1]))
+    masks = {"train": ~below & ~above, "validation": above, "held_out": below}
+    rows = Rows(len(hashes), lambda rows: [], str, None)
+    parts = {name: Part(rows, np.flatnonzero(mask), hashes) for name, mask in masks.items()}
+    facts = describe_parts(parts, Units("image", "path", hashes), None, thresholds)
+    write_json(folder / "splits.json", facts.to_dict())
+
+
 def write_export(folder: Path) -> None:
     export_tokenizer(Tokenizer.from_pretrained(FOLDER / "tokenizers/palette"), folder, "onnx")
 
@@ -147,6 +161,7 @@ WRITE: dict[str, Callable[[Path], None]] = {
     "run": write_run,
     "streams": write_streams,
     "sets": write_sets,
+    "splits": write_splits,
     "export": write_export,
 }
 """The parts in an order in which each needs only earlier ones."""
@@ -173,7 +188,7 @@ def main() -> None:
         target = FOLDER / part
         if target.exists():
             shutil.rmtree(target)
-        if part in ("streams", "sets"):
+        if part in ("streams", "sets", "splits"):
             target.mkdir()
         torch.manual_seed(0)
         WRITE[part](target)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def rows_of(path):
 def test_calibrate_saves_into_the_folder(world):
     loaded = ImagePipeline.from_pretrained(world / "pipe")
     assert loaded.calibration.count == 40 and loaded.background is not None
-    assert set(loaded.calibration.scores) == {*METHODS, "map"}  # the threshold of regions
+    assert set(loaded.calibration.scores) == {*METHODS} - {"hidden"}  # this prior does not hide blocks
     assert (world / "pipe" / "calibration.json").stat().st_size < 1 << 20
     assert ImagePipeline.from_pretrained(world / "bare").calibration is None
 
@@ -134,12 +135,60 @@ def test_a_confidence_is_saved_and_reported(world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        ["data.limit=60"],
+        ["every=9"],
+        ["data.limit=30"],
+        ["data.limit=12", "every=1"],
+        ["false_alarms=0.001"],
+        ["data.limit=50", "confidence=0.9"],
+        ["data.limit=20", "confidence=0.99", "every=5"],
+    ],
+)
+def test_the_remedy_for_too_few_images_works(world, tmp_path, capsys, options):
+    shutil.copytree(world / "bare", tmp_path / "pipe")
+    line = fails(capsys, "calibrate", f"pipeline={tmp_path}/pipe", *options)
+    advice = dict(re.findall(r"(every|false_alarms)=([\d.]+)", line.rpartition("; ")[2]))
+    given = {**dict(option.split("=") for option in options), **advice}
+    main(["calibrate", f"pipeline={tmp_path}/pipe", *(f"{key}={value}" for key, value in given.items())])
+    if "false_alarms" in advice:  # none lower, to a hundredth
+        lower = float(advice["false_alarms"]) - 0.01
+        more = {**given, "false_alarms": f"{max(lower, 0.001):g}"}
+        assert "needs at least" in fails(
+            capsys, "calibrate", f"pipeline={tmp_path}/pipe", *(f"{key}={value}" for key, value in more.items())
+        )
+
+
+def test_other_images_of_calibrated_objects_are_not_new(world, tmp_path, capsys):
+    """Under any path, with data.group; the same pixels are not new without it, too."""
+    images, noise = stripes(60, seed=31), stripes(60, seed=32)
+    for number in range(60):
+        place = tmp_path / "source" / ("train" if number < 20 else "test")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images[number, 0].numpy()).save(place / f"part{number:02d}_a.png")
+        (tmp_path / "new").mkdir(exist_ok=True)
+        Image.fromarray(noise[number, 0].numpy()).save(tmp_path / "new" / f"part{number:02d}_b.png")
+    pipe = ImagePipeline.from_pretrained(world / "bare")
+    pipe.provenance = {"data": {"source": str(tmp_path / "source"), "image_size": SIZE, "group": r"part(\d+)"}}
+    pipe.save_pretrained(tmp_path / "pipe")
+    main(["calibrate", f"pipeline={tmp_path}/pipe", "false_alarms=0.1"])
+    given = [f"pipeline={tmp_path}/pipe", f"images={tmp_path}/new", f"out={tmp_path}/found", "overwrite=true"]
+    main(["detect", *given])
+    assert "scoring 40 of 60 images in" in capsys.readouterr().out
+    objects = [row["object"] for row in rows_of(tmp_path / "found/scores.csv")]
+    assert objects == [f"{number:02d}" for number in (*range(20), *range(21, 60, 2))]
+    main(["detect", *given, "data.group=null"])
+    assert "scoring 60 of 60 images in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["detect", "pipeline={world}/bare"], "smalti calibrate pipeline="),
         (["detect", "data.image_size=20"], "data.image_size, data.channels: "),
         (["detect", "images={world}/nowhere"], "{world}/nowhere"),
-        (["detect", "images={world}/normal"], "images: "),
+        (["detect", "images={world}/normal/train"], "images: "),
         (["detect", "data.label_column=null", "normal_labels=[a]"], "normal_labels: "),
         (["detect", "images={world}/classes", "normal_labels=round"], "'round'"),
         (["detect", "images={world}/classes", "normal_labels=flat,stripes"], "normal_labels: "),

@@ -88,7 +88,17 @@ def test_images_keep_their_size_and_have_the_scores_of_their_tiles(world, tmp_pa
     assert side % 33 == 0 and height == 6 * (side // 33 * 40 + BAND + 2) + 2
 
 
-def test_the_area_is_that_above_the_threshold_of_the_map(world, tmp_path):
+def test_sizes_beyond_those_of_the_calibration_are_warned_about(world, tmp_path, capsys):
+    assert ImagePipeline.from_pretrained(world / "pipe").calibration.sizes == [40, 27, 40, 27]  # every second image
+    given = [f"pipeline={world}/pipe", "tile=true", f"out={tmp_path}/found", "overwrite=true", "num_shown=1"]
+    write(tmp_path / "same", stripes(5, seed=3, side=40), sizes=((40, 27),))
+    main(["detect", *given, f"images={tmp_path}/same"])
+    assert "warning" not in capsys.readouterr().err
+    main(["detect", *given, f"images={world}/new"])
+    assert "15 of 30 images have other sizes than those of the calibration, 40 x 27 " in capsys.readouterr().err
+
+
+def test_the_area_is_that_above_the_threshold_of_the_map(world, tmp_path, capsys):
     pipe = ImagePipeline.from_pretrained(world / "pipe")
     given = [f"images={world}/new", "tile=true", "normal_labels=[good]", "num_shown=3"]
     main(["detect", f"pipeline={world}/pipe", f"out={tmp_path}/found", "method=hidden", *given])
@@ -99,6 +109,8 @@ def test_the_area_is_that_above_the_threshold_of_the_map(world, tmp_path):
     heats = pipe.anomaly_map(images, method="combined", stride=8)
     limit = pipe.calibration.scores["map"].threshold
     assert [int(row["area"]) for row in rows] == [int((heat > limit).sum()) for heat in heats]
+    count = sum(bool((heat > limit).any()) for heat in heats)
+    assert count and f"in {count} of 30 images" in capsys.readouterr().out
 
 
 def test_maps_are_computed_only_where_they_are_used(world, tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """Training images are never measured, searched or shown as held-out ones.
 
-Covers: pipelines/images/dataset.py, pipelines/provenance.py.
+Covers: pipelines/images/dataset.py, pipelines/images/unseen.py, pipelines/provenance.py.
 """
 
 from __future__ import annotations
 
+import csv
+import os
 import shutil
 
 import numpy as np
@@ -15,6 +17,8 @@ from PIL import Image
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
+from pipelines.images import DataConfig, load_images
+from pipelines.images.splits import SPLITS_KEY, Inherited
 from pipelines.provenance import save_tokenizer
 
 OF_PIPELINES = ["evaluate", "calibrate", "detect", "search", "probe", "complete"]
@@ -23,7 +27,7 @@ OF_TOKENIZERS = ["reconstruct", "inspect"]
 
 @pytest.fixture(scope="module")
 def world(trained, tmp_path_factory):
-    """A calibrated pipeline, a tokenizer, and their images, a tenth of which was held out."""
+    """A calibrated pipeline, a tokenizer, and their images, a tenth of which was held out, by position as in 0.3."""
     root = tmp_path_factory.mktemp("world")
     for number, image in enumerate(stripes(450, seed=25)[:, 0].numpy()):
         path = root / "images" / "ab"[number % 2] / f"{number:03d}.png"
@@ -61,6 +65,41 @@ def test_other_images_may_be_split_in_any_way(world, tmp_path, verb):
     main([*command(world, verb, out), f"data.source={world}/others", "data.held_out_fraction=0.5"])
     main([*command(world, verb, out), "data.held_out_fraction=0.05", "overwrite=true"])  # a part of the held-out images
     assert np.asarray(Image.open(out)).std() > 0
+
+
+@pytest.mark.parametrize("way", ["folder", "subfolder", "files", "links", "of 0.3"])
+def test_detect_skips_files_that_were_trained_on_and_scores_new_ones(world, tmp_path, capsys, way):
+    """By the splits of a run, or of 0.3 by position."""
+    data = DataConfig(source=str(world / "images"), image_size=SIZE, held_out_fraction=0.1)
+    splits = load_images(data, check=False, inherited=Inherited("position") if way == "of 0.3" else None)
+    held_out = set(splits.held_out.names(range(len(splits.held_out))))
+    pipe = ImagePipeline.from_pretrained(world / "pipe")
+    pipe.provenance |= {} if splits.facts is None else {SPLITS_KEY: splits.facts.to_dict()}
+    pipe.calibrate(stripes(60, seed=8))  # held-out images are new
+    pipe.save_pretrained(tmp_path / "pipe")
+    new = tmp_path / "new"
+    new.mkdir()
+    Image.fromarray(stripes(1, seed=9)[0, 0].numpy()).save(new / "new.png")
+    inside = sorted((world / "images").rglob("*.png"))
+    given = {"subfolder": [world / "images/b"], "files": inside[:60], "links": [new]}.get(way, [world / "images"])
+    if way == "links":
+        for number, file in enumerate(inside[:60]):
+            (new / f"{number:02d}.png").symlink_to(file)
+    chosen = {"files": inside[:60], "links": inside[:60], "subfolder": inside[225:]}.get(way, inside)
+    expected = [file for file in chosen if str(file.relative_to(world / "images")) in held_out]
+    paths = ", ".join(map(str, {new, *given}))
+    main(["detect", f"pipeline={tmp_path}/pipe", f"images=[{paths}]", f"out={tmp_path}/found", "num_shown=1"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"scoring {len(expected) + 1} of {len(chosen) + 1} images in ")
+    assert f"; 0 were used for calibration, {len(chosen) - len(expected)} in training" in printed.splitlines()[0]
+    with (tmp_path / "found/scores.csv").open() as file:
+        found = {os.path.realpath(row["file"]) for row in csv.DictReader(file)}
+    assert found == {os.path.realpath(file) for file in (*expected, new / "new.png")}
+
+
+def test_detect_refuses_images_of_which_none_is_new(world, tmp_path, capsys):
+    given = [f"pipeline={world}/pipe", f"images={world}/images", f"out={tmp_path}/found"]
+    assert "of 450, 45 were used for calibration, 405 in training;" in fails(capsys, "detect", *given)
 
 
 def test_a_model_without_provenance_is_not_checked(world, tmp_path):

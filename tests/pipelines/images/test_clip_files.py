@@ -295,7 +295,7 @@ def test_bad_clips_are_listed_with_the_reason(tmp_path, write, message):
     with pytest.raises(UserError, match=message) as caught:
         load(tmp_path / "good")
     assert len(str(caught.value).splitlines()) <= 3
-    good = by_name(load(tmp_path / "good", on_error="skip", max_bad_fraction=0.5))
+    good = by_name(load(tmp_path / "good", on_error="skip", max_bad_fraction=0.5, held_out_fraction=0.3))
     assert len(good) == 12 + ("NaN" in message)  # of a clip with a bad frame, the other windows are used
 
 

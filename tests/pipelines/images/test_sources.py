@@ -282,9 +282,9 @@ def test_a_card_or_a_row_cannot_name_files_outside_the_data_set(tmp_path):
     (folder / "README.md").write_text('---\nconfigs:\n- config_name: default\n  data_files: "*.parquet"\n---\n')
     assert len(load_images(config(folder)).train) == 9
     for own in (True, False):
-        write_image(folder / "a.png", PNGS[0])
-        path = (folder if own else tmp_path / "private") / "a.png"
-        rows = pa.array([{"bytes": None, "path": str(path)}] * 12)
+        place = folder if own else tmp_path / "private"
+        paths = [write_image(place / f"{k}.png", noise(12, 12, seed=k)) for k in range(12)]
+        rows = pa.array([{"bytes": None, "path": path} for path in paths])
         pq.write_table(pa.table({"image": rows}), folder / "train.parquet")
         if own:
             assert len(load_images(config(folder)).train) == 11

@@ -1,10 +1,12 @@
 """Splits: which images are trained on, used for validation, and held out.
 
-Covers: pipelines/images/unseen.py.
+Covers: pipelines/images/splits.py, pipelines/images/unseen.py.
 """
 
+import json
 import os
 import re
+import shutil
 from itertools import product
 
 import numpy as np
@@ -13,6 +15,7 @@ from givens.images import (
     PNGS,
     bytes_of_each,
     config,
+    encoded,
     noise,
     rows_of,
     write_folder,
@@ -20,6 +23,7 @@ from givens.images import (
     write_shards,
     write_splits,
     write_table,
+    write_tar,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,8 +31,20 @@ from optional import needs_digits
 
 from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
-from pipelines.images.dataset import carve, validation_count
+from pipelines.images.splits import (
+    Inherited,
+    SplitFacts,
+    find_thresholds,
+    inherit_splits,
+    is_below,
+    publish_splits,
+    read_splits,
+    validation_count,
+)
+from pipelines.images.streaming import divide_files
 from pipelines.images.unseen import require_unseen
+from pipelines.shuffling import splitmix64
+from tokenizer.files import FormatError
 
 
 def images_by_split(settings):
@@ -41,22 +57,332 @@ def images_by_split(settings):
 
 @settings(deadline=None)
 @given(st.data())
-def test_parts_are_a_stable_partition(data):
-    """No part depends on the size of another, and each added image moves at most one other image."""
-    size = data.draw(st.integers(1, 300))
-    held_out, validation = (data.draw(st.integers(0, size)) for _ in range(2))
-    parts = carve(size, held_out, validation)
-    assert list(parts) == ["train", "validation", "held_out"]
-    assert sorted(np.concatenate(list(parts.values()))) == list(range(size))
-    assert all(np.array_equal(part, np.sort(part)) for part in parts.values())
-    assert np.array_equal(parts["held_out"], carve(size, held_out, 0)["held_out"])
-    if held_out + validation <= size:
-        assert np.array_equal(parts["validation"], carve(size, 0, validation)["validation"])
-        assert set(parts["validation"]) <= set(carve(size, 0, min(size, validation + 1))["validation"])
-    added = data.draw(st.integers(0, 20))
-    for name, part in carve(size + added, held_out, validation).items():
-        if name != "train" and held_out + validation <= size:
-            assert len(set(parts[name]) - set(part)) <= added
+def test_thresholds_are_exact_on_the_day(data):
+    """As many units are held out, and are for validation, as are wanted; if these are too many, fewer for
+    validation."""
+    hashes = data.draw(st.lists(st.one_of(st.integers(0, 9), st.integers(0, 2**64 - 1)), min_size=1, unique=True))
+    units = np.sort(np.array(hashes, np.uint64))
+    held_out, validation = (data.draw(st.integers(0, len(units))) for _ in range(2))
+    below, start = find_thresholds(units, held_out, validation)
+    assert int(is_below(units, below).sum()) == held_out
+    assert int((~is_below(units, start)).sum()) == min(validation, len(units) - held_out)
+    assert find_thresholds(units, held_out, 0)[0] == below
+
+
+@pytest.mark.parametrize("group", [None, r"^(..)"])
+def test_runs_of_0_3_divide_by_position(tmp_path, group):
+    """As `carve` did in 0.3: the order of the hashes of positions, and `limit` from the front."""
+    paths = [write_image(tmp_path / f"{k:03}.png", noise(12, 12, seed=k)) for k in range(60)]
+    options = {"held_out_fraction": 0.3, "validation_fraction": 0.2, "group": group}
+    groups = np.array([k // 10 for k in range(60)]) if group else np.arange(60)
+    total = int(groups.max()) + 1
+    held_out, validation = round(0.3 * total), -(-12 * total // 60)
+    order = np.argsort(splitmix64(np.arange(total, dtype=np.uint64)), kind="stable")
+    chosen = {"train": order[held_out : total - validation], "validation": order[total - validation :]}
+    chosen["held_out"] = order[:held_out]
+    for limit in (None, 5):
+        splits = load_images(config(tmp_path, limit=limit, **options), inherited=Inherited("position"))
+        for name, part in splits.by_name().items():
+            wanted = [os.path.basename(paths[k]) for k in np.flatnonzero(np.isin(groups, chosen[name]))[:limit]]
+            assert part.names(range(len(part))) == wanted
+        assert splits.facts is None
+
+
+def test_one_to_thirty_images(tmp_path):
+    """At least one image is held out, about a tenth of more, and none is for validation."""
+    for count in range(2, 31):
+        write_image(tmp_path / f"{count}.png", noise(12, 12, seed=count))
+        write_image(tmp_path / "1.png", noise(12, 12, seed=1))
+        splits = load_images(config(tmp_path))
+        assert (len(splits.held_out), splits.validation) == (max(1, round(count / 10)), None)
+
+
+# Names
+
+
+def write_objects_table(path, numbers, **columns):
+    """Write a parquet file of distinct images with their number, and object, as columns."""
+    import datasets
+
+    images = [{"bytes": encoded(noise(12, 12, seed=k)), "path": None} for k in numbers]
+    features = {"image": datasets.Image(), "name": datasets.Value("string"), "thing": datasets.Value("int64")}
+    rows = {"image": images, "name": [f"n{k}" for k in numbers], "thing": [k // 3 for k in numbers]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(path)
+
+
+def write_named(folder, kind, numbers):
+    """Write images with these numbers, in their order, as a source of this kind, and return its settings."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    options = {"held_out_fraction": 0.3, "validation_fraction": 0.2}
+    if kind.startswith("parquet"):
+        write_objects_table(folder / "train.parquet", numbers)
+        more = {"parquet key": {"key": "name"}, "parquet objects": {"group": "thing"}}.get(kind, {})
+        return config(folder, **options, **more)
+    if kind == "tar":
+        write_tar(folder / "train.tar", [(f"{k:04}", encoded(noise(12, 12, seed=k)), None) for k in numbers])
+        return config(folder, **options)
+    if kind == "clips":
+        for k in numbers:
+            write_image(folder / f"clip{k // 3:04}/{k:04}.png", noise(12, 12, seed=k))
+        return config(folder, clips=True, **options)
+    if kind == "windows":
+        for clip in sorted({k // 3 for k in numbers}):
+            for k in range(4):
+                write_image(folder / f"clip{clip:04}/{k}.png", noise(12, 12, seed=[clip, k]))
+        return config(folder, frames=2, **options)
+    for k in numbers:
+        write_image(folder / f"{k:04}.png", noise(12, 12, seed=k))
+    if kind == "sheet":
+        rows = "".join(f"{k:04}.png,thing{k // 3}\n" for k in numbers)
+        (folder / "metadata.csv").write_text("file_name,thing\n" + rows)
+        return config(folder, group="thing", **options)
+    return config(folder, group=r"(\d\d\d)\d\.png" if kind == "objects" else None, **options)
+
+
+def parts_of(settings, inherited=None):
+    """The facts, and the part of each image by its content."""
+    splits = load_images(settings, inherited=inherited)
+    found = {image: name for name, part in splits.by_name().items() for image in bytes_of_each(part)}
+    return splits, found
+
+
+SOURCES = ["folder", "objects", "sheet", "clips", "windows", "parquet", "parquet key", "parquet objects", "tar"]
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_added_and_removed_images_move_no_others(tmp_path, kind):
+    numbers = list(range(200, 290))
+    splits, before = parts_of(write_named(tmp_path / "a", kind, numbers))
+    assert set(before.values()) == {"train", "validation", "held_out"} and splits.facts is not None
+    assert len(splits.train) + len(splits.validation) + len(splits.held_out) == len(before)
+    for changed in (
+        [0, *numbers],
+        [*numbers, 300, 301, 302],
+        [*range(100), *numbers],
+        [*numbers[:45], 2, *numbers[45:]],
+        numbers[1:],
+        numbers[:45] + numbers[48:],
+        [7, *numbers[3:]],
+    ):
+        settings = write_named(tmp_path / "a", kind, changed)
+        after, found = parts_of(settings, Inherited(splits.facts))
+        assert {image: part for image, part in found.items() if image in before}.items() <= before.items()
+        if len(found) != len(before):
+            assert "has changed since training: " in str(after.note)
+        again, same = parts_of(settings, Inherited(after.facts))
+        assert again.note is None and again.facts == after.facts and same == found
+
+
+def test_a_renamed_image_is_a_new_one_and_that_is_said(tmp_path):
+    settings = write_named(tmp_path / "a", "folder", range(60))
+    splits, before = parts_of(settings)
+    (tmp_path / "a/0003.png").rename(tmp_path / "a/x.png")
+    after, found = parts_of(settings, Inherited(splits.facts))
+    assert "still 60 images, but other names" in str(after.note)
+    image = noise(12, 12, seed=3).tobytes()
+    assert {key: part for key, part in found.items() if key != image} == {k: v for k, v in before.items() if k != image}
+
+
+@pytest.mark.parametrize("limit", [1, 7, 20])
+def test_a_limit_takes_images_of_each_part_wherever_they_lie(tmp_path, limit):
+    settings = write_named(tmp_path / "a", "folder", range(200, 290))
+    parts = images_by_split(settings)
+    limited = images_by_split(settings.model_copy(update={"limit": limit}))
+    assert all(
+        set(limited[name]) <= set(part) and len(limited[name]) == min(limit, len(part)) for name, part in parts.items()
+    )
+    write_named(tmp_path / "a", "folder", range(100, 290))  # many that sort first
+    facts = load_images(settings).facts
+    more = load_images(settings.model_copy(update={"limit": limit})).facts
+    assert more == facts  # what is stored does not depend on it
+
+
+def test_a_copy_elsewhere_is_recognised_and_another_source_is_divided_anew(tmp_path):
+    splits, before = parts_of(write_named(tmp_path / "a", "folder", range(60)))
+    moved, found = parts_of(write_named(tmp_path / "b", "folder", range(70)), Inherited(splits.facts, False))
+    assert found.items() >= before.items() and "70 images instead of 60" in moved.note
+    other = write_named(tmp_path / "c", "folder", range(500, 560))
+    fresh, _ = parts_of(other, Inherited(splits.facts, False))
+    assert fresh.facts == load_images(other).facts and "not the source of training" in fresh.note
+
+
+def test_shards_are_divided_by_name_without_their_number(tmp_path):
+    """More shards change the count in all names."""
+
+    def files_of(count, inherited=None):
+        write_shards(tmp_path / str(count), "tar", rows_of(2 * count, size=12), count)
+        found = divide_files(config(tmp_path / str(count), streaming=True, validation_fraction=0.2), inherited)
+        names = {
+            name: {os.path.basename(part.rows.name(k)).partition("-of-")[0] for k in part.positions.tolist()}
+            for name, part in found.parts.items()
+        }
+        return found, names
+
+    division, before = files_of(20)
+    assert division.facts.unit == "shard" and {name: len(part) for name, part in before.items()} == {
+        "train": 14,
+        "validation": 4,
+        "held_out": 2,
+    }
+    grown, after = files_of(30, Inherited(division.facts))
+    assert all(after[name] >= part for name, part in before.items())
+    assert "30 shards instead of 20" in grown.note
+
+
+def test_a_column_named_by_group_wins_over_an_expression(tmp_path, capsys):
+    settings = write_named(tmp_path / "a", "sheet", range(90))
+    splits = load_images(settings)
+    assert (splits.facts.unit, splits.facts.by) == ("object", "column") and splits.facts.parts["train"].units < 30
+    assert "data.group: the column 'thing' of" in capsys.readouterr().err
+    (tmp_path / "a/metadata.csv").unlink()
+    with pytest.raises(UserError, match="has no longer a column 'thing'"):
+        load_images(settings, inherited=Inherited(splits.facts))
+    by_path = load_images(write_named(tmp_path / "a", "objects", range(90))).facts
+    settings = settings.model_copy(update={"group": r"(\d\d\d)\d\.png"})
+    (tmp_path / "a/metadata.csv").write_text(
+        "file_name," + settings.group + "\n" + "".join(f"{k:04}.png,one\n" for k in range(90))
+    )
+    assert load_images(settings, inherited=Inherited(by_path)).facts == by_path  # the expression stays one
+    with pytest.raises(UserError, match="whole objects are held out, and it has 1"):
+        load_images(settings)
+
+
+@pytest.mark.parametrize(
+    ("cells", "options", "message"),
+    [
+        (["a", "", "b"], {"group": "thing"}, "data.group: .*1.png has nothing in the column 'thing'"),
+        (["a", "b", "c"], {"key": "thing"}, "data.key: .* are known by their paths"),
+    ],
+)
+def test_sheets_that_name_nothing_are_refused(tmp_path, cells, options, message):
+    for number in range(3):
+        write_image(tmp_path / f"{number}.png", noise(12, 12, seed=number))
+    rows = "".join(f"{number}.png,{cell}\n" for number, cell in enumerate(cells))
+    (tmp_path / "metadata.csv").write_text("file_name,thing\n" + rows)
+    with pytest.raises(UserError, match=message):
+        load_images(config(tmp_path, **options))
+
+
+def test_bad_keys_are_one_line(tmp_path):
+    write_objects_table(tmp_path / "train.parquet", range(20))
+    with pytest.raises(UserError, match=r"^data.key: no column 'id'; there are \['image', 'name', 'thing'\]$"):
+        load_images(config(tmp_path, key="id"))
+    with pytest.raises(UserError, match="^data.key: with data.streaming, whole shards"):
+        load_images(config(tmp_path, key="name", streaming=True))
+    with pytest.raises(UserError, match="^data.key: .* are known by their pixels"):
+        load_images(DataConfig(key="name"))
+
+
+def test_equal_images_of_a_table_are_one_unit(tmp_path):
+    """A copy of a training image is not held out."""
+    write_table(tmp_path / "a.parquet", PNGS[:5] * 2, [0, 1] * 5)
+    splits, found = parts_of(config(tmp_path / "a.parquet", held_out_fraction=0.4))
+    assert (len(splits.train), len(splits.held_out), len(found)) == (6, 4, 5)
+    assert splits.facts.describe() == "5 images: 3 train, 2 held out"
+    write_table(tmp_path / "b.parquet", PNGS[:1] * 5, [0] * 5)
+    with pytest.raises(UserError, match="all 5 images are the same"):
+        load_images(config(tmp_path / "b.parquet"))
+
+
+# What is stored
+
+
+def damage(facts, **changes):
+    """The JSON object of facts with other values."""
+    return {**facts.to_dict(), **changes}
+
+
+def test_what_is_stored_can_be_read_and_published(tmp_path):
+    facts = load_images(write_named(tmp_path / "a", "objects", range(90))).facts
+    (tmp_path / "splits.json").write_text(json.dumps(facts.to_dict()))
+    assert read_splits(tmp_path / "splits.json") == facts and read_splits(tmp_path / "none.json") is None
+    public = SplitFacts.model_validate(publish_splits(facts.to_dict()))
+    assert not public.sample and not any(part.digest for part in public.parts.values())
+    assert public.thresholds == facts.thresholds and public.describe() == facts.describe()
+    assert load_images(config(tmp_path / "a", group=r"(\d\d\d)\d\.png"), inherited=Inherited(public)).note is None
+    assert facts.describe() == "9 objects: 4 train, 2 validation, 3 held out"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"validation_from": "0000000000000001"}, "held_out_below and validation_from cross"),
+        ({"held_out_below": "12"}, "held_out_below"),
+        ({"held_out_below": None}, "held_out_below: must be set exactly if"),
+        ({"parts": {"train": {"units": -1}}}, "parts.train.units"),
+        ({"parts": []}, "parts"),
+        ({"unit": "object"}, "objects are not named by path"),
+        ({"unit": "frame"}, "unit"),
+        ({"format_version": 2}, "a newer Smalti is needed"),
+        ({"sample": ["x"]}, "sample"),
+    ],
+)
+def test_a_damaged_file_is_refused_in_one_line(tmp_path, changes, message):
+    facts = load_images(write_named(tmp_path / "a", "folder", range(60))).facts
+    (tmp_path / "splits.json").write_text(json.dumps(damage(facts, **changes)))
+    with pytest.raises(FormatError, match=re.escape(message)) as caught:
+        read_splits(tmp_path / "splits.json")
+    assert "\n" not in str(caught.value) and "splits.json" in str(caught.value)
+
+
+def test_a_division_of_other_units_or_without_images_is_refused(tmp_path):
+    settings = write_named(tmp_path / "a", "folder", range(60))
+    facts = load_images(settings).facts
+    objects = load_images(write_named(tmp_path / "b", "objects", range(60))).facts
+    with pytest.raises(UserError, match="^splits.json: divides objects, .* has images, .*belongs to another source"):
+        load_images(settings, inherited=Inherited(objects))
+    for part, what in (("held_out", "held out"), ("train", "trained on")):
+        write_named(tmp_path / "a", "folder", range(60))
+        for name in getattr(load_images(settings), part).names(range(facts.parts[part].images)):
+            (tmp_path / "a" / name).unlink()
+        with pytest.raises(UserError, match=rf"^data: the \d+ images of .* that were {what} are gone; [^\n]*$"):
+            load_images(settings, inherited=Inherited(facts))
+
+
+def test_a_split_of_its_own_stays_held_out(tmp_path, capsys):
+    """A folder `test` that is added later is not used, and one that is removed is missed."""
+    settings = write_named(tmp_path / "a", "folder", range(60))
+    write_splits(tmp_path / "b", "train", "test")
+    own = load_images(config(tmp_path / "b")).facts
+    assert own.held_out_split == "test" and own.held_out_below is None
+    (tmp_path / "b/test").rename(tmp_path / "b/later")
+    with pytest.raises(UserError, match="the split 'test' of .*, which was held out in training, is gone"):
+        load_images(config(tmp_path / "b"), inherited=Inherited(own))
+    write_splits(tmp_path / "c", "train")
+    carved = load_images(config(tmp_path / "c")).facts
+    write_splits(tmp_path / "c", "test")
+    splits = load_images(config(tmp_path / "c"), inherited=Inherited(carved))
+    assert splits.note is None and splits.facts == carved
+    assert settings.held_out is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"held_out_fraction": 0.2},
+        {"validation_fraction": 0.3},
+        {"held_out": "val"},
+        {"group": "(.)"},
+        {"clips": True},
+        {"key": "id"},
+        {"split": "val"},
+    ],
+)
+def test_other_settings_of_a_divided_source_are_refused(tmp_path, changed):
+    then = config(tmp_path)
+    facts = load_images(write_named(tmp_path / "a", "folder", range(60))).facts
+    now, name = then.model_copy(update=changed), next(iter(changed))
+    with pytest.raises(UserError, match=rf"^data.{name}: .* was divided with data.{name}=.* begin a new run$"):
+        inherit_splits(now, then, facts, True)
+    assert inherit_splits(now, then, facts, False).rule is None  # of another source
+    assert inherit_splits(then.model_copy(update={"limit": 3}), then, facts, True).rule == facts
+    regrouped = bool({"group", "clips", "key"} & set(changed))
+    if regrouped:
+        assert inherit_splits(now, then, facts, True, regroup=True).rule is None
+    assert inherit_splits(now, then, None, True).rule == "position"  # 0.3
+    assert inherit_splits(now, None, None, True).note
 
 
 @pytest.mark.parametrize(
@@ -84,8 +410,8 @@ def test_digits_are_stratified_and_their_validation_images_come_from_the_trainin
     assert sorted(parts["train"] + parts["validation"]) == sorted(every["train"])
     assert len(set().union(*parts.values())) == 5000 and parts["held_out"] == every["held_out"]
     assert splits.held_out.labels.bincount().tolist() == [100] * 10 and splits.validation.labels.bincount().min() > 5
-    limited = images_by_split(DataConfig(limit=30, augment={"shift": 2}))  # the first of the same images
-    assert limited["validation"] == parts["validation"][:30] and limited["train"] == parts["train"][:30]
+    limited = images_by_split(DataConfig(limit=30, augment={"shift": 2}))  # some of the same images
+    assert all(len(part) == 30 and set(part) <= set(parts[name]) for name, part in limited.items())
 
 
 def test_validation_images_do_not_depend_on_the_held_out_ones(tmp_path):
@@ -222,12 +548,13 @@ DIVISIONS = [
 
 @pytest.mark.parametrize("part", ["validation", "held_out"])
 def test_evaluation_on_training_images_is_refused(tmp_path, capsys, part):
-    """For every pair of settings: exactly if the part shares an image with the training split."""
+    """For every pair of settings of runs of 0.3: exactly if the part shares an image with the training split."""
     for seed, (name, count) in enumerate((("train", 30), ("val", 12), ("more", 10))):
         for k in range(count):
             write_image(tmp_path / f"{name}/{k:02}.png", noise(12, 12, seed=100 * seed + k))
     settings = [config(tmp_path, **options) for options in DIVISIONS]
-    loaded = [images_by_split(each) for each in settings]
+    by_name = [load_images(each, inherited=Inherited("position")).by_name() for each in settings]
+    loaded = [{name: bytes_of_each(part) for name, part in parts.items()} for parts in by_name]
     again = [config(f"{tmp_path}/../{tmp_path.name}", **options) for options in DIVISIONS]
     capsys.readouterr()
     refused = 0
@@ -311,8 +638,8 @@ def test_settings_without_groups_are_written_as_before():
 
 def test_bad_groups_are_one_line(tmp_path):
     write_objects(tmp_path / "all")
-    with pytest.raises(ValueError, match="invalid regular expression"):
-        config(tmp_path, group="tile(")
+    with pytest.raises(UserError, match="^data.group: invalid regular expression"):
+        load_images(config(tmp_path / "all", group="tile("))
     with pytest.raises(ValueError, match="clips and group"):
         config(tmp_path, group="tile", clips=True)
     for pattern in (r"part(\d+)", r"x*", r"tile(x)?"):
@@ -322,7 +649,7 @@ def test_bad_groups_are_one_line(tmp_path):
         load_images(config(tmp_path / "all", group="tile"))
     write_shards(tmp_path / "table", "parquet", rows_of(40), 4)
     for streaming in (False, True):
-        with pytest.raises(UserError, match="^data.group: needs a folder of images$"):
+        with pytest.raises(UserError, match="^data.group: needs a folder of images"):
             load_images(config(tmp_path / "table", group="tile", streaming=streaming))
 
 

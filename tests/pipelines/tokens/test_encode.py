@@ -50,11 +50,11 @@ def interrupt(monkeypatch, *arguments, after=4, **options):
     """Start an encode and interrupt it after `after` batches."""
     calls, real = [], encode.variants_of
 
-    def stop(*given):
+    def stop(*given, **how):
         calls.append(given)
         if len(calls) > after:
             raise KeyboardInterrupt
-        return real(*given)
+        return real(*given, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(encode, "variants_of", stop)
@@ -309,11 +309,11 @@ def test_an_encode_that_is_interrupted_again_and_again_ends_with_the_same_files(
     run(config(tokenizer, tmp_path / "whole", {**images, **SHIFT}, **options))
     calls, real = [], encode.variants_of
 
-    def interrupted(images, rows, seed):
+    def interrupted(*given, **how):
         calls.append(None)
         if len(calls) % 7 == 0:
             raise KeyboardInterrupt
-        return real(images, rows, seed)
+        return real(*given, **how)
 
     monkeypatch.setattr(encode, "variants_of", interrupted)
     attempt = 0
@@ -411,9 +411,9 @@ def run_together(monkeypatch, count, settings):
     """Run an encode in `count` threads; return the rows that each encoded."""
     several, rows, real = Several(count), [[] for _ in range(count)], encode.variants_of
 
-    def variants_of(images, some, seed):
+    def variants_of(images, some, seed, **how):
         rows[several.side.rank].extend(some.tolist())
-        return real(images, some, seed)
+        return real(images, some, seed, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(encode, "build_accelerator", several.accelerator)
@@ -531,7 +531,7 @@ def test_foreign_files_in_the_work_folder_are_refused(tokenizer, images, tmp_pat
 )
 def test_invalid_settings_are_refused_before_the_work(tokenizer, images, tmp_path, monkeypatch, options, named):
     monkeypatch.setattr("pipelines.tokens.shards.MAX_SHARDS", 9)
-    monkeypatch.setattr(encode, "variants_of", lambda *_: pytest.fail("images were encoded"))
+    monkeypatch.setattr(encode, "variants_of", lambda *_, **__: pytest.fail("images were encoded"))
     with pytest.raises(UserError, match=named):
         encoded(tokenizer, tmp_path / "tokens", **{"data": images, **options})
     assert not any(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import pytest
 import torch
 from launch import assert_equal_tensors, metrics, states, train_tokenizer
 from safetensors.torch import load_file
+from small import make_tokenizer
 from tiny_task import TinyTask, assert_same_run, copy_run, killed_at, read_checkpoint, stopped_at, train_tiny
 from torch import Tensor
 
 from pipelines.images import DataConfig, load_images
-from pipelines.metrics.reconstruction import evaluate_reconstruction
+from pipelines.metrics.reconstruction import evaluate_pixel_bits, evaluate_reconstruction
 from pipelines.processes.group import ALONE
 from pipelines.train_tokenizer import TokenizerTask
 from tokenizer import Tokenizer
+from tokenizer.quantizers.codebook import CountedCodebook
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -166,13 +169,46 @@ def test_a_resumed_run_delivers_the_same_codebook(pair, tmp_path):
 
 def test_a_codebook_that_lowers_psnr_on_validation_images_is_not_delivered(pair, tmp_path, monkeypatch):
     """Here codes are moved to noise."""
-    refine = TokenizerTask.refine_codebook
-
-    def spoil(task: TokenizerTask, tokenizer: Any) -> dict[str, Tensor]:
-        return {name: torch.randn_like(value) for name, value in refine(task, tokenizer).items()}
-
-    monkeypatch.setattr(TokenizerTask, "refine_codebook", spoil)
+    spoil_codes(monkeypatch)
     assert_same_run(train_tokenizer(tmp_path / "run", **OFTEN), pair[1])
+
+
+def spoil_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Lloyd steps move codes to noise."""
+
+    def spoil(quantizer: Any, vectors: Any) -> None:
+        noise = torch.randn(quantizer.codebook.shape, generator=torch.Generator().manual_seed(0))
+        quantizer.codebook.data.copy_(noise)
+
+    monkeypatch.setattr(CountedCodebook, "lloyd_step", spoil)
+
+
+@pytest.mark.parametrize("likelihood", [None, {"kind": "discretized_logistic"}], ids=["psnr", "bits"])
+@pytest.mark.parametrize("fraction", [0, 0.1])
+def test_a_codebook_is_delivered_only_if_it_is_no_worse(tmp_path, monkeypatch, likelihood, fraction):
+    """With and without validation images; of a decoder with a likelihood, in bits."""
+    model = {"kind": "vqvae", "widths": [16], "blocks": [1], "likelihood": likelihood}
+    options = {**OFTEN, "data__validation_fraction": fraction, "model": model}
+    run = train_tokenizer(tmp_path / "run", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizerTask, "finish", lambda *_: {})
+        plain = train_tokenizer(tmp_path / "plain", **options)
+    with pytest.raises(AssertionError):
+        assert_same_run(run, plain)
+    spoil_codes(monkeypatch)
+    assert_same_run(train_tokenizer(tmp_path / "spoiled", **options), plain)
+
+
+def test_bits_of_pixels_decide_before_psnr():
+    better = {"psnr": 30.0, "pixel_bits_per_dim": 2.1}, {"psnr": 31.0, "pixel_bits_per_dim": 2.2}
+    assert TokenizerTask.accepts(None, *better) and not TokenizerTask.accepts(None, *better[::-1])
+    assert not TokenizerTask.accepts(None, {"psnr": 30.0}, better[1])  # of a checkpoint without bits
+    model = make_tokenizer("vqvae", (28, 28), 1, likelihood={"kind": "discretized_logistic"}).eval()
+    held_out = load_images(DataConfig(source="digits", limit=20)).held_out
+    nats = -model.pixel_log_prob(held_out.batch(range(20)), model.encode(held_out.batch(range(20)))).detach()
+    assert evaluate_pixel_bits(model, held_out) == pytest.approx(
+        {"pixel_bits_per_dim": float(nats.mean()) / 784 / math.log(2)}, rel=1e-5
+    )
 
 
 def test_lloyd_steps_take_images_that_are_not_augmented_up_to_a_limit(tmp_path, monkeypatch):

@@ -1,0 +1,574 @@
+"""Which images are trained on, validated on and held out.
+
+A unit (an image, an object, a clip or a shard) goes to a part by the hash of its name: below one threshold it is held
+out, above another it is for validation. Both are chosen once, midway between two hashes, so that the numbers are exact
+on that day, and are stored in `splits.json`. Images that are added later fall to a part by their own hash, and never
+move others. Runs of 0.3 have no such file; they take the number of a unit in sorted order for its name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+
+from tokenizer.config import show_value
+from tokenizer.files import check_format_version, one_line, quote, read_json
+from tokenizer.model import SPLITS
+
+from ..config import UserError, is_first_process, tell
+from ..files import validate
+from ..shuffling import splitmix64
+from .decoding import Rows, SplitRows, hash_names
+
+if TYPE_CHECKING:
+    from .dataset import DataConfig
+
+SPLITS_KEY, FORMAT_VERSION = "splits", 1
+"""The key among the facts about a model."""
+VALIDATION_NAMES = ("validation", "val", "valid", "dev")
+"""Split names to evaluate on if there is no `test`."""
+SHARE, LEAST, MOST = 0.05, 10, 2000
+"""Share of the training split that is set aside for validation, and its limits: fewer than 10 images would select a
+model by chance, and evaluation during training uses at most 2,000."""
+HASHES = 1 << 64
+SAMPLED = 64
+"""Hashes of names that a file keeps to recognise the source at another place: they miss half of the same images once in
+2^64 times, and a twentieth once in 30."""
+SHARD_COUNT = re.compile(r"-of-\d+(?=\.|$)")
+PARTS = ("train", "validation", "held_out")
+DIVISION = ("split", "held_out", "held_out_fraction", "validation_fraction", "clips", "frames", "group", "key")
+"""The settings that decide which images of a source are trained on; `limit` takes some of each part."""
+
+Hashes = NDArray[np.uint64]
+Positions = NDArray[np.int64]
+Unit = Literal["image", "object", "clip", "folder", "shard"]
+NamedBy = Literal["path", "column", "expression", "bytes", "pixels", "position"]
+NAMES: dict[Unit, tuple[NamedBy, ...]] = {
+    "image": ("path", "column", "bytes", "pixels"),
+    "object": ("column", "expression"),
+    "clip": ("path",),
+    "folder": ("path",),
+    "shard": ("path",),
+}
+"""Where the names of units may come from."""
+
+
+# What is stored
+
+
+class PartFacts(BaseModel):
+    """The size of a part, and a hash of the names in it (empty in published files)."""
+
+    units: Annotated[int, Strict(), Field(ge=0)]
+    images: Annotated[int, Strict(), Field(ge=0)] | None = None  # unknown for streams
+    digest: str = ""
+
+
+class SplitFacts(BaseModel):
+    """How a source was divided: the contents of `splits.json`.
+
+    unit, by: what is never divided, and where its name comes from. held_out_split: the source's own split that is held
+    out, or None. held_out_below, validation_from: hashes, None if no unit is below or above. sample: the lowest hashes
+    of all units' hashes.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    format_version: int = FORMAT_VERSION
+    unit: Unit
+    by: NamedBy
+    held_out_split: str | None = None
+    held_out_below: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = None
+    validation_from: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = None
+    parts: dict[Literal["train", "validation", "held_out"], PartFacts]
+    sample: list[Annotated[str, Field(pattern="^[0-9a-f]{16}$")]] = Field([], max_length=SAMPLED)
+
+    @model_validator(mode="after")
+    def _is_a_partition(self) -> SplitFacts:
+        if (self.held_out_split is None) == (self.held_out_below is None):
+            raise ValueError("held_out_below: must be set exactly if no split of the source is held out")
+        if (self.held_out_below or "0") > (self.validation_from or "g"):
+            raise ValueError(
+                f"held_out_below and validation_from cross: {self.held_out_below} and {self.validation_from}"
+            )
+        if self.by not in NAMES[self.unit]:
+            raise ValueError(f"by: {self.unit}s are not named by {self.by}")
+        return self
+
+    @property
+    def thresholds(self) -> tuple[int, int]:
+        """Return the hashes below which units are held out, and from which they are for validation."""
+        below, start = self.held_out_below, self.validation_from
+        return 0 if below is None else int(below, 16), HASHES if start is None else int(start, 16)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def describe(self) -> str:
+        """Return a line such as "411 objects: 349 train, 21 validation, 41 held out"."""
+        total = sum(part.units for part in self.parts.values())
+        counts = (f"{self.parts[name].units:,} {name.replace('_', ' ')}" for name in PARTS if name in self.parts)
+        return f"{total:,} {self.unit}{'s' * (total != 1)}: {', '.join(counts)}"
+
+
+def read_splits(path: Path | None) -> SplitFacts | None:
+    """Read a `splits.json`; None if there is none. Raises `FormatError`."""
+    if path is None or not path.is_file():
+        return None
+    found = read_json(path)
+    check_format_version(found, FORMAT_VERSION, path)
+    return validate(SplitFacts, found, path)
+
+
+def publish_splits(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the JSON object of `SplitFacts` without what tells something of the names of images."""
+    parts = {name: {**part, "digest": ""} for name, part in found.get("parts", {}).items()}
+    return {key: value for key, value in found.items() if key != "sample"} | {"parts": parts}
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """The division that a model was trained with. rule: what divides the images, "position" for a run of 0.3, None to
+    divide them anew. same_source: whether the images come from the place that was trained on. note: what is not known
+    about the division."""
+
+    rule: SplitFacts | Literal["position"] | None
+    same_source: bool = True
+    note: str | None = None
+
+
+def inherit_splits(
+    config: DataConfig,
+    trained: DataConfig | None,
+    facts: SplitFacts | None,
+    same_source: bool,
+    *,
+    regroup: bool = False,
+) -> Inherited:
+    """Return how to divide `config`, given the settings `trained` and the `facts` of an earlier step. regroup: allow
+    other units (objects instead of images), by which images are divided anew.
+
+    Raises `UserError` for other settings of a source that was divided."""
+    if trained is None:
+        return Inherited(None, False, f"whether images of {config.source} were trained on is not recorded")
+    elsewhere = f"{config.source} is not the source of training, and is divided anew"
+    if facts is None:
+        return Inherited("position") if same_source else Inherited(None, False, elsewhere)
+    changed = [key for key in DIVISION if getattr(config, key) != getattr(trained, key)]
+    if not changed:
+        return Inherited(facts, same_source)
+    if not same_source or regroup and {"group", "clips", "frames", "key"} & set(changed):
+        return Inherited(None, same_source, elsewhere if not same_source else None)
+    before = " ".join(f"data.{key}={show_value(getattr(trained, key))}" for key in changed)
+    raise UserError(
+        f"{', '.join(f'data.{key}' for key in changed)}: {config.source} was divided with {before} for training, and "
+        "stays so; keep that setting, or begin a new run"
+    )
+
+
+# Names and their hashes
+
+
+class Units(NamedTuple):
+    """The units of the rows of a split: their kind, where names come from, and the hash of each row's unit."""
+
+    unit: Unit
+    by: NamedBy
+    hashes: Hashes
+
+
+def hash_units(rows: Rows, config: DataConfig, by: NamedBy | None = None) -> Units:
+    """Return the units of the rows of a split. by: where the names came from earlier; None chooses. Raises `UserError`
+    if there are no such names."""
+    if by == "position":
+        numbers = number_groups(rows.paths, config)
+        numbers = np.arange(rows.size) if numbers is None else numbers
+        return Units(unit_of(config), by, splitmix64(numbers.astype(np.uint64)))
+    if config.group is not None:
+        column = rows.objects if by != "expression" else None
+        if column is None and rows.paths is None:
+            raise UserError(
+                f"data.group: needs a folder of images, or a column of this name in their table (got {config.group!r})"
+            )
+        if column is None and by == "column":
+            raise UserError(f"data.group: {config.source} has no longer a column {config.group!r}, which named objects")
+        names = column if column is not None else find_objects(paths_within(rows.paths or [], config), config.group)
+        return Units("object", "expression" if column is None else "column", hash_names(names))
+    if rows.paths is not None:
+        if config.key is not None:
+            raise UserError(f"data.key: names rows of tables; the images of {config.source} are known by their paths")
+        paths = paths_within(rows.paths, config)
+        return Units(unit_of(config), "path", hash_names(map(os.path.dirname, paths) if config.clips else paths))
+    if config.clips or config.frames is not None:
+        number_groups(None, config)  # raises
+    if rows.identity is None:
+        raise UserError(f"data.source: the images of {config.source} have no names to divide them by")
+    if config.key is not None and rows.identity.by != "column":
+        raise UserError(
+            f"data.key: names rows of tables; the images of {config.source} are known by their {rows.identity.by}"
+        )
+    return Units("shard" if rows.identity.by == "path" else "image", rows.identity.by, rows.identity.hashes())
+
+
+def hash_images(rows: Rows, units: Units, config: DataConfig) -> Hashes:
+    """Return the hash of each image, for the choice of some of them."""
+    if units.by == "position" or units.unit == "image":
+        return units.hashes
+    return hash_names(paths_within(rows.paths, config)) if rows.identity is None else rows.identity.hashes()
+
+
+def unit_of(config: DataConfig) -> Unit:
+    """Return what is never divided."""
+    found: dict[Unit, Any] = {"object": config.group, "clip": config.frames, "folder": config.clips or None}
+    return next((unit for unit, value in found.items() if value is not None), "image")
+
+
+def paths_within(paths: Sequence[str] | None, config: DataConfig) -> list[str]:
+    """Return paths within the source."""
+    root = "" if config.path is None else os.path.join(config.path, "")
+    return [path.removeprefix(root).replace(os.sep, "/") for path in paths or []]
+
+
+def name_shards(files: list[str], config: DataConfig) -> list[str]:
+    """Return the names of shards within the source, without their number (`-of-NNNNN`), which changes when shards are
+    added."""
+    fixed = os.path.expanduser(config.source).partition("*")[0].partition("?")[0]
+    root = os.path.join(config.path, "") if config.path and config.path.is_dir() else os.path.dirname(fixed) + "/"
+    roots = (os.path.join(os.path.abspath(root), "") if "://" not in root else root, root)
+    within = [next((file[len(top) :] for top in roots if file.startswith(top)), file) for file in files]
+    within = [re.sub(r"^hf://datasets/[^@]*@[^/]*/", "", name) for name in within]
+    return [SHARD_COUNT.sub("", name.partition("?")[0] if "://" in name else name) for name in within]
+
+
+# Division
+
+
+class Part(NamedTuple):
+    """Some rows of a split, and the hash of the unit of every row."""
+
+    rows: Rows
+    positions: Positions
+    units: Hashes
+
+
+@dataclass(frozen=True)
+class Division:
+    """The parts of a source by name. facts: None if it is divided by position. note: what is known to have changed
+    since training, or is unknown; None if nothing. is_carved: whether images are held out of the split to train on."""
+
+    parts: dict[str, Part]
+    facts: SplitFacts | None
+    note: str | None
+    is_carved: bool
+
+
+def choose_splits(
+    splits: SplitRows, config: DataConfig, inherited: Inherited | None = None, quiet: bool = False
+) -> Division:
+    """Divide a source into `train`, `held_out` and, if any, `validation`. inherited: the division of training. quiet:
+    do not print notes about splits. Raises `UserError`."""
+    require_split(splits, config)
+    rule = None if inherited is None else inherited.rule
+    facts, note = (None if rule == "position" else rule), None if inherited is None else inherited.note
+    by = facts.by if facts is not None else "position" if rule == "position" else None
+    rows = open_rows(splits[config.split], by)
+    is_stream = rows.identity is not None and rows.identity.by == "path"
+    units = hash_units(rows, config, by)
+    if facts is not None and inherited is not None and inherited.same_source:
+        require_same_units(facts, units, splits, config)
+    elif facts is not None and not applies(facts, units, splits):
+        facts, note = None, f"{config.source} is not the source of training, and is divided anew"
+    own = choose_held_out(splits, config) if facts is None else facts.held_out_split
+    other = None if own is None else open_rows(splits[own], units.by)
+    if not quiet:
+        some = f"{100 * config.held_out_fraction:.3g}% of {'the shards of ' * is_stream}{config.split!r}"
+        report_splits(splits, config, own, some, "held out")
+        if own is not None and other is not None and units.by == "expression":
+            warn_about_shared_objects(rows, other, own, config)
+    if facts is None:
+        distinct = np.unique(units.hashes)
+        wanted = 0 if own is not None else max(1, round(len(distinct) * config.held_out_fraction))
+        validation = count_validation_units(len(distinct), rows.size, config.validation_fraction, is_stream)
+        thresholds = find_thresholds(distinct, wanted, validation)
+        if is_stream and wanted + validation >= len(distinct):
+            raise UserError(
+                f"data.streaming: {config.source} has {len(distinct)} shards in {config.split!r}, and "
+                f"{wanted + validation} would be held out; make more and smaller shards, or a split 'test'"
+            )
+    else:
+        thresholds = facts.thresholds
+    below, above = is_below(units.hashes, thresholds[0]), ~is_below(units.hashes, thresholds[1])
+    chosen = {"train": ~below & ~above, "validation": above & ~below, "held_out": below}
+    parts = {name: Part(rows, np.flatnonzero(mask), units.hashes) for name, mask in chosen.items()}
+    limit = None if is_stream else config.limit
+    images = {id(rows): units.hashes if limit is None else hash_images(rows, units, config)}
+    if other is not None:
+        theirs = hash_units(other, config, units.by)
+        parts["held_out"] = Part(other, np.arange(other.size), theirs.hashes)
+        images[id(other)] = theirs.hashes if limit is None else hash_images(other, theirs, config)
+    require_images(parts, facts, units, config, own)
+    parts = {name: part for name, part in parts.items() if len(part.positions)}
+    now = None if units.by == "position" else describe_parts(parts, units, own, thresholds)
+    if facts is not None and now is not None:
+        note = describe_change(facts, now, config)
+    limited = {name: limit_part(part, images[id(part.rows)], units.by, limit) for name, part in parts.items()}
+    return Division(limited, now, note, own is None)
+
+
+def open_rows(open_split: Callable[[], Rows], by: NamedBy | None) -> Rows:
+    """Open a split, without a column that names objects if an expression did so earlier."""
+    rows = open_split()
+    return replace(rows, objects=None) if by in ("expression", "position") else rows
+
+
+def find_thresholds(units: Hashes, held_out: int, validation: int) -> tuple[int, int]:
+    """Return the hashes below which `held_out` of the sorted distinct `units` lie, and from which `validation` do, or
+    all that are left if these are fewer. They lie midway between two hashes."""
+    cut = max(held_out, len(units) - validation)
+    return midway(units, held_out) if held_out else 0, midway(units, cut)
+
+
+def midway(units: Hashes, count: int) -> int:
+    """Return a number above the first `count` of sorted hashes and not above the others."""
+    if count >= len(units):
+        return HASHES
+    low, high = int(units[count - 1]) if count else -1, int(units[count])
+    return low + (high - low + 1) // 2
+
+
+def is_below(hashes: Hashes, threshold: int) -> NDArray[np.bool_]:
+    """Whether hashes are below a threshold of at most 2^64."""
+    return np.ones(len(hashes), bool) if threshold >= HASHES else hashes < np.uint64(threshold)
+
+
+def limit_part(part: Part, hashes: Hashes, by: NamedBy, limit: int | None) -> Part:
+    """Return at most `limit` images of a part, by their hashes; in runs of 0.3 the first."""
+    if limit is None or len(part.positions) <= limit:
+        return part
+    if by == "position":
+        return part._replace(positions=part.positions[:limit])
+    order = np.argsort(splitmix64(hashes[part.positions]), kind="stable")  # hashed again, as parts are ranges of hashes
+    return part._replace(positions=np.sort(part.positions[order[:limit]]))
+
+
+def describe_parts(
+    parts: dict[str, Part], units: Units, held_out_split: str | None, thresholds: tuple[int, int]
+) -> SplitFacts:
+    """Return what is stored about a division."""
+    distinct = {name: np.unique(part.units[part.positions]) for name, part in parts.items()}
+    below, start = (None if value in (0, HASHES) else f"{value:016x}" for value in thresholds)
+    lowest = np.sort(splitmix64(np.unique(np.concatenate(list(distinct.values())))))[:SAMPLED]
+    return SplitFacts(
+        unit=units.unit,
+        by=units.by,
+        held_out_split=held_out_split,
+        held_out_below=below,
+        validation_from=start,
+        parts={
+            name: PartFacts(
+                units=len(distinct[name]),
+                images=None if units.unit == "shard" else len(part.positions),
+                digest=digest(distinct[name]),
+            )
+            for name, part in parts.items()
+        },
+        sample=[f"{value:016x}" for value in lowest.tolist()],
+    )
+
+
+def digest(units: Hashes) -> str:
+    """Return a hash of a set of sorted hashes."""
+    return hashlib.sha256(units.astype(">u8").tobytes()).hexdigest()
+
+
+# What has changed
+
+
+def applies(facts: SplitFacts, units: Units, splits: SplitRows) -> bool:
+    """Whether a division can be used for another source: unless none of its images are there, or it would not divide
+    this one."""
+    if (facts.unit, facts.by) != (units.unit, units.by) or facts.held_out_split not in (None, *splits):
+        return False
+    shares = not facts.sample or not shares_nothing(facts, units)
+    below, start = facts.thresholds
+    train = ~is_below(units.hashes, below) & is_below(units.hashes, start)
+    return shares and bool(train.any()) and (facts.held_out_split is not None or bool((~train).any()))
+
+
+def shares_nothing(facts: SplitFacts, units: Units) -> bool:
+    """Whether none of the sampled units of a division are among `units`."""
+    return not set(facts.sample) & {f"{value:016x}" for value in splitmix64(units.hashes).tolist()}
+
+
+def require_same_units(facts: SplitFacts, units: Units, splits: Collection[str], config: DataConfig) -> None:
+    """Raise `UserError` if a source has other units than its division, or no longer the split that was held out."""
+    if (facts.unit, facts.by) != (units.unit, units.by):
+        raise UserError(
+            f"{SPLITS}: divides {facts.unit}s, named by their {facts.by}, but {config.source} has {units.unit}s, named "
+            f"by their {units.by}; it belongs to another source, or data.group has changed"
+        )
+    if facts.held_out_split is not None and facts.held_out_split not in splits:
+        raise UserError(
+            f"data.held_out: the split {facts.held_out_split!r} of {config.source}, which was held out in training, is "
+            f"gone; it has {', '.join(splits)}"
+        )
+
+
+def require_images(
+    parts: dict[str, Part], facts: SplitFacts | None, units: Units, config: DataConfig, own: str | None
+) -> None:
+    """Raise `UserError` if no images are left to train on or to evaluate on."""
+    for part, name in (("train", config.split), ("held_out", own or "held_out")):
+        if len(parts[part].positions):
+            continue
+        if facts is not None:
+            before = facts.parts.get(part, PartFacts(units=0))  # type: ignore[call-overload]
+            was = "held out" if part == "held_out" else "trained on"
+            raise UserError(
+                f"data: the {before.units:,} {facts.unit}s of {config.source} that were {was} are gone; put them back, "
+                "use other images (data.source=FOLDER), or begin a new run"
+            )
+        rows, kind = parts["train"].rows, None if units.unit == "image" else units.unit
+        whole = f"; whole {kind}s are held out, and it has {len(np.unique(units.hashes))}" if kind else ""
+        if units.unit == "image" and len(np.unique(units.hashes)) == 1 < rows.size:
+            whole = f"; all {rows.size} images are the same{' in data.key' if units.by == 'column' else ''}"
+        raise UserError(f"data: no images left for {name!r} (the split {config.split!r} has {rows.size}{whole})")
+
+
+def describe_change(then: SplitFacts, now: SplitFacts, config: DataConfig) -> str | None:
+    """Return what has changed since training, in a line; None if nothing has."""
+    held_out = now.parts["held_out"]
+    before, after = (sum(part.images or part.units for part in facts.parts.values()) for facts in (then, now))
+    what = "images" if held_out.images is not None else f"{now.unit}s"
+    digests = {name: part.digest for name, part in then.parts.items()}
+    if before != after:
+        found = f"{after:,} {what} instead of {before:,}"
+    elif any(digests.get(name, part.digest) not in ("", part.digest) for name, part in now.parts.items()):
+        found = f"still {after:,} {what}, but other names; renamed ones may have been trained on under their old names"
+    else:
+        return None
+    if then.sample and not set(then.sample) & set(now.sample):
+        found += ", none of which is known"
+    return f"{config.source} has changed since training: {found}; {held_out.images or held_out.units:,} are held out"
+
+
+# The splits of a source
+
+
+def require_split(names: Collection[str], config: DataConfig) -> None:
+    """Raise `UserError` if the split to train on is missing."""
+    if config.split not in names:
+        raise UserError(f"data.split: the source has no split {config.split!r}; it has {', '.join(names)}")
+
+
+def choose_held_out(names: Collection[str], config: DataConfig) -> str | None:
+    """Return the split among `names` to evaluate on; None to hold out part of `config.split`.
+
+    Raises `UserError` if `config.held_out` names a missing split other than `test`; a missing `test` means None.
+    """
+    others, wanted = [name for name in names if name != config.split], config.held_out
+    if wanted is None:
+        found = ["test"] if "test" in others else [name for name in VALIDATION_NAMES if name in others]
+        return found[0] if len(found) == 1 else None
+    if wanted in others:
+        return wanted
+    if wanted != "test":
+        near = nearest_name(wanted, others)
+        hint = f"; did you mean {near!r}?" if near else ""
+        part = "" if "test" in others else f" (data.held_out=test holds out part of {config.split!r})"
+        raise UserError(
+            f"data.held_out: {config.source} has no split {wanted!r}; it has {', '.join(names)}{hint}{part}"
+        )
+    return None
+
+
+def nearest_name(wanted: str, names: list[str]) -> str | None:
+    """Return the split that was probably meant, if a name is similar; all names of validation splits are synonyms."""
+    known = {name: name for name in names}
+    there = [name for name in VALIDATION_NAMES if name in names]
+    if len(there) == 1:
+        known |= dict.fromkeys(VALIDATION_NAMES, there[0])
+    near = difflib.get_close_matches(wanted, known, 1)
+    return known[near[0]] if near else None
+
+
+def report_splits(names: Collection[str], config: DataConfig, found: str | None, part: str, use: str) -> None:
+    """Print which images replace a missing `test` split and which splits are unused, unless the choice is usual or was
+    configured. part: describes the images used if no split was `found`. use: their purpose."""
+    left = [name for name in names if name not in (config.split, found)]
+    usual = found == "test" or (found is None and not left)
+    if (config.held_out is not None and found is not None) or (usual and not left) or not is_first_process():
+        return
+    why = "" if found == "test" else f"there is no {config.held_out or 'test'!r}, so "
+    rest = f"; not used: {', '.join(left)}" if left else ""
+    remedy = " (data.held_out=NAME chooses another)" if left else ""
+    taken = part if found is None else repr(found)
+    tell(one_line(f"data.held_out: {config.source}: {why}{taken} is {use}{rest}{remedy}"))
+
+
+def number_groups(paths: list[str] | None, config: DataConfig) -> NDArray[np.int64] | None:
+    """Return the number of each image's group, which is never divided: its folder with `data.clips`, its clip with
+    `data.frames`, its object with `data.group`; None without any. Raises `UserError` if one is set and images are not
+    files."""
+    if not config.clips and config.frames is None and config.group is None:
+        return None
+    if paths is None:
+        also = ", with a folder for each clip" if config.clips else ""
+        raise UserError(f"data.{'clips' if config.clips else 'group'}: needs a folder of images{also}")
+    if config.group is None:
+        names = paths if config.frames is not None else [os.path.dirname(path) for path in paths]
+    else:
+        names = find_objects(paths_within(paths, config), config.group)
+    return np.unique(names, return_inverse=True)[1]
+
+
+def find_objects(names: list[str], pattern: str) -> list[str]:
+    """Return the object in each image's path: the first group of the `pattern`, or the whole match without groups.
+    Raises `UserError` for a path in which there is none."""
+    try:
+        search, found = re.compile(pattern), list[str]()
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"data.group: invalid regular expression {quote(pattern)}: {error}") from error
+    for name in names:
+        match = search.search(name)
+        text = match[min(1, search.groups)] if match else None
+        if not text:
+            raise UserError(
+                one_line(f"data.group: '{pattern}' finds no object in {name} (null: each image is an object)")
+            )
+        found.append(text)
+    return found
+
+
+def warn_about_shared_objects(rows: Rows, other: Rows, name: str, config: DataConfig) -> None:
+    """Print one line if the split `name` has objects that are trained on."""
+    ours, theirs = (set(find_objects(paths_within(part.paths, config), str(config.group))) for part in (rows, other))
+    if (both := len(ours & theirs)) and is_first_process():
+        tell(f"warning: data.group: {both:,} of {len(theirs):,} objects of {name!r} are also in {config.split!r}")
+
+
+def count_validation_units(units: int, size: int, fraction: float | None, is_stream: bool) -> int:
+    """Return the number of units to set aside for validation, of a training split with `size` images, or with shards of
+    an unknown number of images."""
+    if is_stream:
+        return max(round((SHARE if fraction is None else fraction) * units), int(bool(fraction)))
+    return -(-validation_count(size, fraction) * units // max(1, size))
+
+
+def validation_count(size: int, fraction: float | None) -> int:
+    """Return the number of validation images in a training split of `size` images; see `DataConfig`."""
+    if fraction is None:
+        count = min(round(SHARE * size), MOST)
+        return count if count >= LEAST else 0
+    return max(1, round(fraction * size)) if fraction else 0
