@@ -1,4 +1,4 @@
-"""Train stage two: a prior over a token dataset. Writes a complete pipeline folder (tokenizer and prior)."""
+"""Train stage two: a prior over a token dataset. Writes a pipeline folder (tokenizer and prior)."""
 
 from __future__ import annotations
 

@@ -50,8 +50,8 @@ class DetectConfig(UsesCondition, OutputConfig, UsesTiles):
 
     images: str | list[str] | None = Field(
         None,
-        description="image files and folders; default: the held-out images of `data`. Images that the pipeline was "
-        "trained or calibrated with are skipped, and with data.group other images of calibrated objects, too",
+        description="image files and folders; default: the held-out images of `data`. Images of training and "
+        "calibration are skipped, with data.group also others of calibrated objects",
     )
     normal_labels: list[int | str] | None = Field(
         None,
