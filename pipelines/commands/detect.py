@@ -308,7 +308,7 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
     classes = None if images.labels is None else [images.class_names[label] for label in images.labels.tolist()]
     names = images.names(every)
     given = config.read_condition(pipeline, len(names), names)
-    objects = None if config.data.group is None else find_objects(names, config.data.group)
+    objects = images.objects()
     pixels = images.whole_images(every) if config.tile else images.pixels(every)
     return Found(names, pixels, classes, f"held-out images of {config.data.source}", given, objects)
 
