@@ -24,12 +24,13 @@ from torch import Tensor
 
 from prior.conditions import digest_condition
 from tokenizer import Tokenizer
+from tokenizer.config import show_value
 from tokenizer.files import MANIFEST, PipelineLoadError, folders_aside, publish_folder, read_json
 from tokenizer.frame_by_frame import FrameByFrame
 from tokenizer.model import PROVENANCE
 from tokenizer.pixels import Pixels
 
-from .config import Config, Of, UserError, run_command
+from .config import Config, Of, UserError, run_command, tell
 from .config.importing import format_imports
 from .files import Output, lock_output
 from .images import (
@@ -54,9 +55,11 @@ from .provenance import (
     TokenizerFolder,
     find_protected_folder,
     inherit,
+    read_training_data,
     read_training_facts,
     tokenizer_defaults,
     tokenizer_folder,
+    trained_data,
 )
 from .tokens import Meta
 from .tokens.columns import pack_columns
@@ -131,6 +134,11 @@ def run(config: EncodeConfig) -> Path:
     output = Output(out, [*map(find_protected_folder, tokenizers), config.data.path, *list_pairs(config)])
     check_settings(config, tokenizer, output)
     config = config.model_copy(update={"data": choose_data(config.data, config.conditions)})
+    if group.is_main and (difference := describe_other_units(config)):
+        tell(
+            f"warning: the tokenizer was trained {difference}; unless its images had splits train and test, it was "
+            "trained on some that are held out now"
+        )
     with leave_group_on_error(accelerator), lock_output(out, group):
         inherited = inherit(config.data, read_training_facts(config.tokenizer), regroup=True)
         is_known = inherited.rule is not None or inherited.same_source  # a tokenizer of other images is usual
@@ -202,6 +210,19 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -
         raise UserError("table: needs a column to read from it, for example conditions.age=age")
     check_sources(config.data, config.conditions, config.table, config.augmentations)
     output.check_folder(TOKENS)
+
+
+def describe_other_units(config: EncodeConfig) -> str | None:
+    """Return how the tokenizer's training held out other units of these images than are held out here, if it did."""
+    data, ours = trained_data({"data": read_training_data(config.tokenizer)}), config.data
+    if data is None or data.source != ours.source:
+        return None
+    if is_stream(data):
+        return "with data.streaming=true, which holds out whole shards"
+    if data.group != ours.group:
+        return f"with data.group={show_value(data.group)}"
+    key = next((key for key in ("clips", "frames") if getattr(ours, key) and not getattr(data, key)), None)
+    return key and f"without data.{key}, which holds out whole clips"
 
 
 def name_splits(images: Splits) -> dict[str, ImageDataset]:

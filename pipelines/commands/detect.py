@@ -312,7 +312,7 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
     classes = None if images.labels is None else [images.class_names[label] for label in images.labels.tolist()]
     names = images.names(every)
     given = config.read_condition(pipeline, len(names), names)
-    objects = images.objects
+    objects = images.objects()
     pixels, digests = config.read_pixels(pipeline, images, every), None
     if pipeline.binarized == "drawn" and not config.tile:  # calibrations of 0.3 know rows by their own draw
         digests = digests_of(pipeline, images.pixels(every))

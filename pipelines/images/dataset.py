@@ -51,7 +51,7 @@ from .decoding import (
 )
 from .folder import holds_files, open_folder
 from .pictures import to_float
-from .splits import Inherited, Part, SplitFacts, choose_splits, find_objects, number_groups
+from .splits import Inherited, Part, SplitFacts, choose_splits, find_objects, number_groups, paths_within
 
 if TYPE_CHECKING:
     from ..processes.group import ProcessGroup
@@ -520,14 +520,15 @@ class ImageDataset:
         root = "" if self._path is None else os.path.join(self._path, "")
         return [self._rows.name(row).removeprefix(root) for row in rows]
 
-    @property
     def objects(self) -> list[str] | None:
-        """The object that each image shows, with `data.group`."""
+        """Return the object of each image, with `data.group`; None without it."""
         if self.config.group is None:
             return None
-        if self._rows.objects is not None:
-            return [self._rows.objects[row] for row in self._positions.tolist()]
-        return find_objects(self.names(np.arange(len(self))), self.config.group)
+        names, rows = self._rows.objects, self._positions.tolist()
+        if names is not None:
+            return [names[row] for row in rows]
+        paths = self._rows.paths or []
+        return find_objects(paths_within([paths[row] for row in rows], self.config), self.config.group)
 
     def pixels(self, indices: Indices) -> Tensor:
         """Return the images (B, C, H, W) as uint8, or as float32 in [-1, 1] if they have `values`. Raises
