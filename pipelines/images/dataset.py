@@ -13,7 +13,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -568,13 +568,14 @@ class ImageDataset:
         return decode_in_threads(self._rows.read(self._positions[indices].tolist()), shape, self.values)
 
     def whole_images(self, indices: Indices) -> LazyImages:
-        """Return images at their own size, read on access."""
+        """Return images at their own size, read on access; black and white ones are drawn by their pixels."""
         from .tiles import whole_files
 
         rows = self._positions[positions_of(indices, len(self))].tolist()
         hint = " (data.on_error=skip skips such images)"
         read = lambda k: self._rows.read([rows[k]])[0]  # noqa: E731
-        return whole_files(read, self.names(indices), self.image_shape[0], self.values, hint)
+        found, how = whole_files(read, self.names(indices), self.image_shape[0], self.values, hint), self._binarize
+        return found if how is None else replace(found, load=lambda k: binarize(found.load(k)[None], how)[0])
 
     def preload(self, rows: Tensor, group: ProcessGroup) -> ImageDataset:
         """Load the images at `rows` `(n,)` into memory as a data set. Each image is decoded by one process."""
