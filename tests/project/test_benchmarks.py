@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -151,9 +152,28 @@ def test_tokenizers_are_trained_for_equal_time_once(tmp_path):
         run(*command, "gpt_minutes=1")
 
 
+def test_a_row_that_fails_does_not_end_the_gpu_table(monkeypatch, capsys):
+    """Such as compiled ones without a compiler; the row has the error."""
+    from benchmarks.speed import gpu
+
+    card = SimpleNamespace(device=SimpleNamespace(type="cpu"))
+    sizes, failed = SimpleNamespace(write_data=lambda folder: None), []
+    monkeypatch.setattr(gpu, "training_rows", lambda *_: [("one", lambda: 1 / 0), ("two", lambda: "| two | 3 |")])
+    monkeypatch.setattr(gpu, "model_config", lambda arguments: None)
+    for name in ("prior_arguments", "tokenizer_arguments", "coding_rows"):
+        monkeypatch.setattr(gpu, name, lambda *_: [])
+    monkeypatch.setattr(gpu, "sampling_rows", lambda *_: [("gpt", "4", lambda: [1 / 0]), ("gpt", "8", lambda: ["5"])])
+    tables = "\n".join(gpu.measure_parts(card, sizes, ["training", "sampling"], 1, failed))
+    assert failed == ["one", "gpt"] and tables.count("failed: ZeroDivisionError: division by zero") == 2
+    assert "| two | 3 |" in tables and "| gpt | 8 | 5 |" in tables
+    widths = [line.count("|") for line in tables.splitlines() if "failed" in line or "images" in line]
+    assert widths == [len(gpu.HEAD) + 1] * 2 + [len(gpu.SAMPLING_HEAD) + 1] * 2
+
+
 @pytest.mark.slow
 def test_the_gpu_table_is_measured_on_a_cpu(tmp_path):
     pytest.importorskip("transformers")
     run("speed.gpu", "device=cpu", "tiny=true", "repeats=1", f"out={tmp_path / 'gpu.md'}")
     rows = rows_of((tmp_path / "gpu.md").read_text())
     assert rows.keys() >= {"gpt_imagenet256, compiled", "diffusers VQModel", "gpt, bfloat16", "vqgan, bf16 autocast"}
+    assert not any("failed" in cell for cells in rows.values() for cell in cells)
