@@ -24,6 +24,7 @@ from torch import Tensor
 
 from prior.conditions import digest_condition
 from tokenizer import Tokenizer
+from tokenizer.config import show_value
 from tokenizer.files import MANIFEST, PipelineLoadError, folders_aside, publish_folder, read_json
 from tokenizer.frame_by_frame import FrameByFrame
 from tokenizer.model import PROVENANCE
@@ -58,6 +59,7 @@ from .provenance import (
     read_training_facts,
     tokenizer_defaults,
     tokenizer_folder,
+    trained_data,
 )
 from .tokens import Meta
 from .tokens.columns import pack_columns
@@ -132,17 +134,15 @@ def run(config: EncodeConfig) -> Path:
     output = Output(out, [*map(find_protected_folder, tokenizers), config.data.path, *list_pairs(config)])
     check_settings(config, tokenizer, output)
     config = config.model_copy(update={"data": choose_data(config.data, config.conditions)})
-    if group.is_main and saw_groups(config):
-        key = find_group_key(config.data)
-        what = "images of objects" if key == "group" else "frames of clips"
-        key = "clips=true" if key == "clips" else key
+    if group.is_main and (difference := describe_other_units(config)):
         tell(
-            f"warning: the tokenizer was trained without data.{key}; unless its images had folders train and test, "
-            f"it was trained on {what} that are held out now"
+            f"warning: the tokenizer was trained {difference}; unless its images had splits train and test, it was "
+            "trained on some that are held out now"
         )
     with leave_group_on_error(accelerator), lock_output(out, group):
         inherited = inherit(config.data, read_training_facts(config.tokenizer), regroup=True)
-        loaded = load_images(config.data, inherited=inherited if inherited.rule else None, together=True)
+        is_known = inherited.rule is not None or inherited.same_source  # a tokenizer of other images is usual
+        loaded = load_images(config.data, inherited=inherited if is_known else None, together=True)
         images = check_type(loaded, tokenizer, "tokenizer")
         report_division(images)
         splits = name_splits(images)
@@ -212,16 +212,17 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -
     output.check_folder(TOKENS)
 
 
-def saw_groups(config: EncodeConfig) -> bool:
-    """Return whether the tokenizer was trained on these images without holding out whole clips or objects, as is done
-    here."""
-    data, key = read_training_data(config.tokenizer), find_group_key(config.data)
-    return key is not None and data.get("source") == config.data.source and not data.get(key)
-
-
-def find_group_key(data: DataConfig) -> str | None:
-    """Return the setting that says which images are held out together, if any."""
-    return next((key for key in ("group", "clips", "frames") if getattr(data, key)), None)
+def describe_other_units(config: EncodeConfig) -> str | None:
+    """Return how the tokenizer's training held out other units of these images than are held out here, if it did."""
+    data, ours = trained_data({"data": read_training_data(config.tokenizer)}), config.data
+    if data is None or data.source != ours.source:
+        return None
+    if is_stream(data):
+        return "with data.streaming=true, which holds out whole shards"
+    if data.group != ours.group:
+        return f"with data.group={show_value(data.group)}"
+    key = next((key for key in ("clips", "frames") if getattr(ours, key) and not getattr(data, key)), None)
+    return key and f"without data.{key}, which holds out whole clips"
 
 
 def name_splits(images: Splits) -> dict[str, ImageDataset]:

@@ -73,7 +73,7 @@ def run(config: CalibrateConfig) -> Calibration:
             raise UserError("tile: the pipeline was trained on crops; tile=true scores whole images by their tiles")
         stride = config.choose_stride(pipeline.tokenizer.image_shape)
         images = config.load_images(pipeline, whole=config.tile).held_out
-        groups = None if images.objects is None else np.array(images.objects)
+        groups = None if (objects_of := images.objects()) is None else np.array(objects_of)
         chosen = np.arange(0, len(images), config.every)
         every = len(images) if groups is None else len(np.unique(groups))
         if groups is not None:

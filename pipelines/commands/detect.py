@@ -50,8 +50,8 @@ class DetectConfig(UsesCondition, OutputConfig, UsesTiles):
 
     images: str | list[str] | None = Field(
         None,
-        description="image files and folders; default: the held-out images of `data`. Images that the pipeline was "
-        "trained or calibrated with are skipped, and with data.group other images of calibrated objects, too",
+        description="image files and folders; default: the held-out images of `data`. Images of training and "
+        "calibration are skipped, with data.group also others of calibrated objects",
     )
     normal_labels: list[int | str] | None = Field(
         None,
@@ -312,7 +312,7 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
     classes = None if images.labels is None else [images.class_names[label] for label in images.labels.tolist()]
     names = images.names(every)
     given = config.read_condition(pipeline, len(names), names)
-    objects = images.objects
+    objects = images.objects()
     pixels, digests = config.read_pixels(pipeline, images, every), None
     if pipeline.binarized == "drawn" and not config.tile:  # calibrations of 0.3 know rows by their own draw
         digests = digests_of(pipeline, images.pixels(every))

@@ -13,7 +13,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -51,7 +51,7 @@ from .decoding import (
 )
 from .folder import holds_files, open_folder
 from .pictures import to_float
-from .splits import Inherited, Part, SplitFacts, choose_splits, find_objects, number_groups
+from .splits import Inherited, Part, SplitFacts, choose_splits, find_objects, number_groups, paths_within
 
 if TYPE_CHECKING:
     from ..processes.group import ProcessGroup
@@ -520,14 +520,15 @@ class ImageDataset:
         root = "" if self._path is None else os.path.join(self._path, "")
         return [self._rows.name(row).removeprefix(root) for row in rows]
 
-    @property
     def objects(self) -> list[str] | None:
-        """The object that each image shows, with `data.group`."""
+        """Return the object of each image, with `data.group`; None without it."""
         if self.config.group is None:
             return None
-        if self._rows.objects is not None:
-            return [self._rows.objects[row] for row in self._positions.tolist()]
-        return find_objects(self.names(np.arange(len(self))), self.config.group)
+        names, rows = self._rows.objects, self._positions.tolist()
+        if names is not None:
+            return [names[row] for row in rows]
+        paths = self._rows.paths or []
+        return find_objects(paths_within([paths[row] for row in rows], self.config), self.config.group)
 
     def pixels(self, indices: Indices) -> Tensor:
         """Return the images (B, C, H, W) as uint8, or as float32 in [-1, 1] if they have `values`. Raises
@@ -567,13 +568,14 @@ class ImageDataset:
         return decode_in_threads(self._rows.read(self._positions[indices].tolist()), shape, self.values)
 
     def whole_images(self, indices: Indices) -> LazyImages:
-        """Return images at their own size, read on access."""
+        """Return images at their own size, read on access; black and white ones are drawn by their pixels."""
         from .tiles import whole_files
 
         rows = self._positions[positions_of(indices, len(self))].tolist()
         hint = " (data.on_error=skip skips such images)"
         read = lambda k: self._rows.read([rows[k]])[0]  # noqa: E731
-        return whole_files(read, self.names(indices), self.image_shape[0], self.values, hint)
+        found, how = whole_files(read, self.names(indices), self.image_shape[0], self.values, hint), self._binarize
+        return found if how is None else replace(found, load=lambda k: binarize(found.load(k)[None], how)[0])
 
     def preload(self, rows: Tensor, group: ProcessGroup) -> ImageDataset:
         """Load the images at `rows` `(n,)` into memory as a data set. Each image is decoded by one process."""

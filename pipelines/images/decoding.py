@@ -85,7 +85,7 @@ def hash_names(names: Iterable[str]) -> NDArray[np.uint64]:
     known: dict[str, int] = {}
     for name in (names := list(names)):
         if name not in known:
-            known[name] = hash_bytes(os.fsencode(unicodedata.normalize("NFC", name)))
+            known[name] = hash_bytes(unicodedata.normalize("NFC", name).encode("utf-8", "surrogatepass"))
     return np.fromiter((known[name] for name in names), np.uint64, len(names))
 
 

@@ -27,8 +27,8 @@ class TrainConfig(Config):
     minutes: float | None = Field(
         None,
         gt=0,
-        description="limit in minutes of training; if it ends a run before its `steps`, the learning rate has not "
-        "fallen yet, and the last line, the model card and `evaluate` say so",
+        description="limit in minutes, which may end a run before its `steps` and before the learning rate has "
+        "fallen; figures say so",
     )
     batch_size: int = Field(128, ge=1, description="images per step, over all processes and micro-batches")
     accumulate: int = Field(

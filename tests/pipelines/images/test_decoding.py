@@ -78,10 +78,9 @@ def test_a_folder_of_ppm_pgm_or_bmp_gives_the_pixels_of_png(tmp_path, suffix, ch
         pixels = Image.fromarray(noise(12, 12, 3, seed=k))
         pixels = pixels.convert("L") if suffix == ".pgm" else pixels
         for folder, name in ((tmp_path / "png", f"{k}.png"), (tmp_path / "other", f"{k}{suffix}")):
-            folder.mkdir(exist_ok=True)
-            pixels.save(folder / name)
-    options = {"image_size": 12, "channels": channels, "held_out_fraction": 0.25}
-    png, other = (load_images(config(tmp_path / name, **options)).train for name in ("png", "other"))
+            (place := folder / ("train" if k else "test")).mkdir(parents=True, exist_ok=True)
+            pixels.save(place / name)
+    png, other = (load_images(config(tmp_path / name, channels=channels)).train for name in ("png", "other"))
     assert len(other) == 3 and torch.equal(other.pixels(range(3)), png.pixels(range(3)))
 
 

@@ -232,7 +232,7 @@ def test_a_tokenizer_that_was_trained_on_frames_of_all_clips_is_named(tokenizer,
     conditions = {"before": {"frame": -1, "tokenizer": str(tokenizer)}}
     encoded(tmp_path / "tokenizer", tmp_path / "tokens", settings, conditions=conditions)
     printed = capsys.readouterr()
-    assert ("without data.clips=true" in printed.out + printed.err) != clips
+    assert ("was trained without data.clips" in printed.out + printed.err) != clips
 
 
 @pytest.mark.parametrize("group", [None, r"^(\w)/"])
@@ -245,7 +245,7 @@ def test_a_tokenizer_that_was_trained_on_images_of_all_objects_is_named(tokenize
     data = encoded(tmp_path / "tokenizer", tmp_path / "tokens", {**settings, "group": r"^(\w)/"})
     assert data.source["data"]["group"] == r"^(\w)/"
     printed = capsys.readouterr()
-    assert ("without data.group" in printed.out + printed.err) != bool(group)
+    assert ("was trained with data.group=null" in printed.out + printed.err) != bool(group)
 
 
 @pytest.mark.parametrize("labelled", ["train", "test", None])
