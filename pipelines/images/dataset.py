@@ -681,7 +681,8 @@ def report_division(splits: Splits) -> None:
     if train.labels is not None:
         counts = train.labels.bincount(minlength=len(train.class_names)).tolist()
         if absent := [name for name, count in zip(train.class_names, counts, strict=True) if not count]:
-            tell(one_line(f"warning: no training image of {len(absent)} classes: {', '.join(absent[:10])}"))
+            some = f"{', '.join(absent[:10])}{', ...' if len(absent) > 10 else ''}"
+            tell(one_line(f"warning: {len(absent)} of {len(counts)} classes have no training image: {some}"))
 
 
 # Bad images
