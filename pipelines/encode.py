@@ -46,6 +46,7 @@ from .images import (
 )
 from .images.conditions import ConditionSource, LoadedColumn, check_sources, choose_data, load_conditions
 from .images.dataset import is_stream
+from .images.duplicates import warn_about_duplicates
 from .images.origin import is_local
 from .images.splits import SPLITS, SPLITS_KEY
 from .job import JOB, OtherJobError, begin_job, read_job, require_work_folder, work_folder
@@ -145,6 +146,7 @@ def run(config: EncodeConfig) -> Path:
         loaded = load_images(config.data, inherited=inherited if is_known else None, together=True)
         images = check_type(loaded, tokenizer, "tokenizer")
         report_division(images)
+        warn_about_duplicates(images)
         splits = name_splits(images)
         if config.data.binarize == "drawn":
             splits["train"] = splits["train"].grey()

@@ -30,6 +30,7 @@ from .config import Config, UserError, Within, run_command
 from .config.importing import format_imports
 from .images import DataConfig, ImageDataset, load_images, report_division
 from .images.dataset import is_stream, require_two_levels, warn_about_colour
+from .images.duplicates import warn_about_duplicates
 from .images.origin import is_local
 from .images.splits import SPLITS, SPLITS_KEY, Inherited, read_splits
 from .metrics.codebook import CodebookUse, part_names
@@ -123,6 +124,7 @@ class TokenizerTask(Task):
         self.images = load_images(config.data, inherited=inherited, together=True, stream=True, single_frames=True)
         self.divided = self.images.facts
         report_division(self.images)
+        warn_about_duplicates(self.images)
         self.rows = 0 if is_stream(config.data) else len(self.images.train)
         if not is_stream(config.data):
             warn_about_colour(self.images.train)
