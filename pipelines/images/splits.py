@@ -314,7 +314,7 @@ def choose_splits(
         is_comparable = (facts.unit, facts.by) == (units.unit, units.by)
         if inherited.same_source or is_comparable and shares_units(facts, units):
             if inherited.refusal:
-                raise UserError(inherited.refusal)
+                raise UserError(f"{inherited.refusal} (it has images of the names that were trained on)")
             if is_comparable or not inherited.regroup:
                 require_same_units(facts, units, splits, config)
             else:

@@ -68,6 +68,9 @@ def test_thresholds_are_exact_on_the_day(data):
     assert int(is_below(units, below).sum()) == held_out
     assert int((~is_below(units, start)).sum()) == min(validation, len(units) - held_out)
     assert find_thresholds(units, held_out, 0)[0] == below
+    if 0 < held_out < len(units):  # midway, so that an added unit falls to a part with the part's share
+        gap = int(units[held_out]) - int(units[held_out - 1])
+        assert (below - int(units[held_out - 1])) in (gap // 2, -(-gap // 2))
 
 
 @pytest.mark.parametrize("group", [None, r"^(..)"])
