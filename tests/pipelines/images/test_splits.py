@@ -203,6 +203,18 @@ def test_a_limit_takes_images_of_each_part_wherever_they_lie(tmp_path, limit):
     assert more == facts  # what is stored does not depend on it
 
 
+def test_a_limit_keeps_the_shares_of_classes_and_most_of_its_images(tmp_path):
+    """It takes them by hash, not from the front."""
+    write_folder(tmp_path, count=90)
+    settings = config(tmp_path, limit=40)
+    before = load_images(settings)
+    assert all(10 < count < 30 for count in before.train.labels.bincount().tolist())
+    for number in range(3):
+        write_image(tmp_path / "cat" / f"0{number}.png", noise(12, 12, seed=5000 + number))  # sorts first
+    after = load_images(settings, inherited=Inherited(before.facts))
+    assert len(set(bytes_of_each(before.train)) - set(bytes_of_each(after.train))) <= 3
+
+
 def test_a_copy_elsewhere_is_recognised_and_another_source_is_divided_anew(tmp_path):
     splits, before = parts_of(write_named(tmp_path / "a", "folder", range(60)))
     moved, found = parts_of(write_named(tmp_path / "b", "folder", range(70)), Inherited(splits.facts, False))
