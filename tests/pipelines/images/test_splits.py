@@ -362,6 +362,13 @@ def test_sheets_that_name_nothing_are_refused(tmp_path, cells, options, message)
         load_images(config(tmp_path, **options))
 
 
+def test_a_cell_without_a_header_names_no_object(tmp_path):
+    for number in range(3):
+        write_image(tmp_path / f"{number}.png", noise(12, 12, seed=number))
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,a,more\n1.png,a\n2.png,a\n")
+    assert load_images(config(tmp_path)).facts.unit == "image"
+
+
 def test_bad_keys_are_one_line(tmp_path):
     write_objects_table(tmp_path / "train.parquet", range(20))
     with pytest.raises(UserError, match=r"^data.key: no column 'id'; there are \['image', 'name', 'thing'\]$"):
@@ -450,7 +457,9 @@ def test_a_split_of_its_own_stays_held_out(tmp_path, capsys):
     write_splits(tmp_path / "c", "train")
     carved = load_images(config(tmp_path / "c")).facts
     write_splits(tmp_path / "c", "test")
+    capsys.readouterr()
     splits = load_images(config(tmp_path / "c"), inherited=Inherited(carved))
+    assert "as in training, 10% of 'train' is held out; not used: test" in capsys.readouterr().err
     assert splits.note is None and splits.facts == carved
     assert settings.held_out is None
 
