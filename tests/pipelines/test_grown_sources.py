@@ -152,7 +152,10 @@ def test_a_continued_run_keeps_the_division(world, capsys):
 def test_a_prior_starts_from_one_that_was_trained_on_the_same_images(world, capsys):
     """Tokens of objects hold out images that the prior of images was trained on."""
     main(["encode", f"tokenizer={world}/t", f"out={world}/objects", r"data.group=\d(\d\d)\.png"])
-    assert "warning: the tokenizer was trained with data.group=null" in capsys.readouterr().err
+    assert (
+        "warning: the tokenizer was trained without data.group, which holds out whole objects"
+        in capsys.readouterr().err
+    )
     command = ["train_prior", f"init={world}/p", "train.steps=2", "train.batch_size=8", *QUIET]
     text = fails(capsys, *command, f"tokens={world}/objects", f"out={world}/q")
     assert "divided differently" in text and f"smalti encode tokenizer={world}/p" in text
