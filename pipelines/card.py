@@ -18,7 +18,7 @@ from tokenizer import Tokenizer
 
 from .condition_values import describe_range, takes_text
 from .images.origin import describe_for_card, shareable
-from .metrics.figures import Row, format_rows
+from .metrics.figures import DIVISION, Row, format_rows
 from .training.schedule import describe_cut
 
 if TYPE_CHECKING:
@@ -189,7 +189,9 @@ def format_measurements(facts: dict[str, Any], rows: Sequence[Row]) -> list[str]
         return []
     by = "`smalti evaluate`" if facts.get("evaluation") else "training"
     head = ["| figure | value | compare with |", "|---|---|---|"]
-    return ["## Measured", "", f"By {by}. ↑: higher is better, ↓: lower is better.", "", *head, *lines, ""]
+    changed = facts["evaluation"].get(DIVISION) if facts.get("evaluation") else None
+    more = [f"Images: {to_cell(changed)}.", ""] if isinstance(changed, str) else []
+    return ["## Measured", "", f"By {by}. ↑: higher is better, ↓: lower is better.", "", *head, *lines, "", *more]
 
 
 def format_sampler(sampler: SamplingOptions) -> list[str]:

@@ -221,10 +221,11 @@ def describe_other_units(config: EncodeConfig) -> str | None:
         return None
     if is_stream(data):
         return "with data.streaming=true, which holds out whole shards"
-    if data.group != ours.group:
+    if data.group not in (None, ours.group):
         return f"with data.group={show_value(data.group)}"
-    key = next((key for key in ("clips", "frames") if getattr(ours, key) and not getattr(data, key)), None)
-    return key and f"without data.{key}, which holds out whole clips"
+    whole = {"group": "objects", "clips=true": "clips", "frames": "clips"}
+    new = (key for key in whole if getattr(ours, name := key.partition("=")[0]) and not getattr(data, name))
+    return next((f"without data.{key}, which holds out whole {whole[key]}" for key in new), None)
 
 
 def name_splits(images: Splits) -> dict[str, ImageDataset]:

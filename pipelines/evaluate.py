@@ -270,7 +270,7 @@ class Evaluation:
             note = None
         if note and self.pipeline.conditions and self.token_facts != images.facts:
             raise UserError(f"tokens: {note}; encode it again for the columns of these images, and give tokens=FOLDER")
-        return {} if note is None else {DIVISION: note.replace(source, describe_source(source))}
+        return {} if note is None else {DIVISION: hide_source(note, source)}
 
     def likelihood(self, tokens: TokenSplit | None, test: TokenSplit) -> Figures:
         """Return bits per token and per dim of held-out images, whose tokens are `test`. tokens: those of training
@@ -335,6 +335,12 @@ class Evaluation:
         pixels = picture_pixels(torch.cat([part for part, _ in parts]), self.pipeline.tokenizer)
         picture = class_grid(pixels, names, columns)
         return {"feature_space": space.name, "feature_origin": space.origin, **figures}, {"nearest": picture}
+
+
+def hide_source(note: str, source: str) -> str:
+    """Return a line about a source without its path, which it has once."""
+    start = "whether images of " if note.startswith("whether images of ") else ""
+    return start + describe_source(source) + note.removeprefix(start + source)
 
 
 def publish_results(

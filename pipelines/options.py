@@ -89,7 +89,8 @@ class UsesImages(UsesPipeline):
         data = self.data.without_crop() if whole else self.data
         inherited = find_division(self.data, pipeline.provenance, part)
         splits = load_images(data, inherited=inherited, check=check and not whole, together=together)
-        if inherited.rule == "position" and (part == "validation" or splits.is_carved):
+        may_change = inherited.rule == "position" and data.source != "digits"
+        if may_change and (part == "validation" or splits.is_carved):
             splits = replace(splits, note=f"{data.source} is divided as in 0.3, by position: {UNKNOWN}")
         if splits.note and is_first_process():
             tell(one_line(splits.note))

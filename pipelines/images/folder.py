@@ -256,7 +256,7 @@ def sheet_rows(folder: Path, config: DataConfig, find: Find) -> Rows:
         labels = [listed[normalize_path(path)] for path in paths]
         labels = parse_labels(labels) if sheets[0].suffix == ".csv" else labels
     found_rows = file_rows(paths, labels)
-    if config.group not in columns:
+    if config.group is None or config.group not in columns:  # cells without a header are in the column None
         return found_rows
     cells = [objects[normalize_path(path)] for path in paths]
     return replace(found_rows, objects=name_objects(cells, paths.__getitem__, str(sheets[0]), str(config.group)))

@@ -314,7 +314,7 @@ def choose_splits(
         is_comparable = (facts.unit, facts.by) == (units.unit, units.by)
         if inherited.same_source or is_comparable and shares_units(facts, units):
             if inherited.refusal:
-                raise UserError(inherited.refusal)
+                raise UserError(f"{inherited.refusal} (it has images of the names that were trained on)")
             if is_comparable or not inherited.regroup:
                 require_same_units(facts, units, splits, config)
             else:
@@ -542,11 +542,11 @@ def nearest_name(wanted: str, names: list[str]) -> str | None:
 def report_splits(names: Collection[str], config: DataConfig, found: str | None, part: str, use: str) -> None:
     """Print which images replace a missing `test` split and which splits are unused, unless the choice is usual or was
     configured. part: describes the images used if no split was `found`. use: their purpose."""
-    left = [name for name in names if name not in (config.split, found)]
+    left, missing = [name for name in names if name not in (config.split, found)], config.held_out or "test"
     usual = found == "test" or (found is None and not left)
     if (config.held_out is not None and found is not None) or (usual and not left) or not is_first_process():
         return
-    why = "" if found == "test" else f"there is no {config.held_out or 'test'!r}, so "
+    why = "" if found == "test" else "as in training, " if missing in left else f"there is no {missing!r}, so "
     rest = f"; not used: {', '.join(left)}" if left else ""
     remedy = " (data.held_out=NAME chooses another)" if left else ""
     taken = part if found is None else repr(found)

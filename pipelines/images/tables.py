@@ -69,7 +69,7 @@ def digits() -> SplitRows:
     rank_in_class = np.empty(len(labels), dtype=np.int64)
     for label in range(10):
         rank_in_class[labels == label] = np.arange(np.count_nonzero(labels == label))
-    # Interleave the classes, so that any `limit` is nearly balanced.
+    # Interleave the classes, so that any `limit` of 0.3, from the front, is nearly balanced.
     order = np.lexsort((splitmix64(np.arange(len(labels), dtype=np.uint64)), rank_in_class))
     held_out = rank_in_class[order] % 5 == 4
 

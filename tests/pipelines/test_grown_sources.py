@@ -15,7 +15,7 @@ from givens.images import noise, write_image
 
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
-from pipelines.evaluate import EvaluateConfig
+from pipelines.evaluate import EvaluateConfig, hide_source
 from pipelines.images import DataConfig, load_images
 from pipelines.images.splits import read_splits
 from pipelines.provenance import inherit, read_training_facts
@@ -82,6 +82,11 @@ def parts_of(root, facts, data=None):
     return {name: set(part.names(np.arange(len(part)))) for name, part in splits.by_name().items()}
 
 
+def test_a_figure_does_not_show_the_path_of_its_source():
+    for start in ("", "whether images of "):
+        assert hide_source(f"{start}/a has changed: a/a", "/a") == f"{start}a local folder of images has changed: a/a"
+
+
 LINE = "src has changed since training: 163 images instead of 160; "
 
 
@@ -117,7 +122,8 @@ def test_every_verb_says_what_changed_and_keeps_to_held_out_images(world, capsys
         assert LINE in capsys.readouterr().err, verb
     figures = json.loads((world / "p/evaluation/evaluation.json").read_text())
     assert figures["division"].startswith("a local folder of images has changed since training: 163 images instead")
-    assert figures["division"] in (world / "p/evaluation/evaluation.txt").read_text()
+    for place in ("evaluation/evaluation.txt", "pipeline/README.md"):
+        assert figures["division"] in (world / "p" / place).read_text()
     pipe = ImagePipeline.from_pretrained(world / "p")
     config = EvaluateConfig(pipeline=str(world / "p"), data=pipe.provenance["data"])
     after = {name: set(part.names(np.arange(len(part)))) for name, part in config.load_images(pipe).by_name().items()}
@@ -146,7 +152,10 @@ def test_a_continued_run_keeps_the_division(world, capsys):
 def test_a_prior_starts_from_one_that_was_trained_on_the_same_images(world, capsys):
     """Tokens of objects hold out images that the prior of images was trained on."""
     main(["encode", f"tokenizer={world}/t", f"out={world}/objects", r"data.group=\d(\d\d)\.png"])
-    assert "warning: the tokenizer was trained with data.group=null" in capsys.readouterr().err
+    assert (
+        "warning: the tokenizer was trained without data.group, which holds out whole objects"
+        in capsys.readouterr().err
+    )
     command = ["train_prior", f"init={world}/p", "train.steps=2", "train.batch_size=8", *QUIET]
     text = fails(capsys, *command, f"tokens={world}/objects", f"out={world}/q")
     assert "divided differently" in text and f"smalti encode tokenizer={world}/p" in text

@@ -32,6 +32,8 @@ from pipelines.tokens import TokenDataset, load_tokens, shards
 SECRET, HOME = "hf_open_sesame", "/home/me/photos of people"
 PLAIN = {".gitattributes", "README.md", "manifest.json", "model_index.json", "samples.png", *PARTS}
 RICH = PLAIN | {"background/config.json", "background/model.safetensors", "calibration.json", "provenance.json"}
+RICH |= {"splits.json"}
+SPLITS = json.loads((Path(__file__).parents[2] / "fixtures/on_disk/splits/splits.json").read_text())
 MINE = {"notes.md", "images/cat.png", "prior/notes.txt", "data/train-00000-of-00001.parquet"}
 MY_DATA = {"notes.md", "README.md", "data/mine.parquet", "other-00000-of-00001.safetensors"}
 
@@ -48,6 +50,7 @@ def pipeline_to_push(rich: bool, classes: int = 2) -> ImagePipeline:
         pipe.calibrate(torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8), false_alarms=0.2)
         origin = f"a small classifier, 300 steps (2.4 epochs) on {HOME}, seed 0"
         pipe.provenance = {"data": {"source": HOME, "image_size": 8}, "evaluation": {"feature_origin": origin}}
+        pipe.provenance["splits"] = SPLITS
     return pipe
 
 
@@ -77,7 +80,7 @@ def test_each_push_replaces_the_token_dataset(report):
     common = {".gitattributes", "meta.json", "manifest.json", "test.safetensors"}
     common |= {"tokenizer/config.json", "tokenizer/model.safetensors"}
     many = common | {f"train-{k:05d}-of-00003.safetensors" for k in range(3)}
-    many |= {"conditions/outline/config.json", "conditions/outline/model.safetensors"}
+    many |= {"splits.json", "conditions/outline/config.json", "conditions/outline/model.safetensors"}
     one = common | {"train.safetensors"}
     assert [set(files) for files in report["token files"]] == [many, one | MY_DATA]
     assert report["token rows"] == [60, 8]
@@ -88,6 +91,17 @@ def test_each_push_replaces_the_token_dataset(report):
 def test_a_foreign_manifest_deletes_nothing(report):
     """A damaged one, or one that lists files outside the repository."""
     assert report["strangers"] and all(left == ["thesis.tex"] for left in report["strangers"])
+
+
+def test_the_division_is_published_without_the_names_of_images(report):
+    """Neither hashes of names nor of their sets, against which names could be tried."""
+    found = [json.loads(path.read_text()) for path in report["root"].rglob("splits.json")]
+    found.append(report["token splits"])
+    assert len(found) > 1
+    for facts in found:
+        assert not facts.get("sample") and not any(part["digest"] for part in facts["parts"].values())
+        assert facts["held_out_below"] == SPLITS["held_out_below"]
+    assert report["provenance"]["splits"]["validation_from"] == SPLITS["validation_from"]
 
 
 def test_local_folders_stay_private(report):
@@ -271,6 +285,7 @@ def tokens(found: dict[str, Any], cache: Path, root: Path) -> None:
         data = TokenDataset(data.grid, data.class_names, data.splits, data.tokenizer, facts)
         if rows == 60:
             data = replace(add_columns(data), condition_sources={"age": {"source": HOME}})
+            data.source["splits"] = SPLITS
         data.push_to_hub("me/tokens")
         found["token files"].append(files_of(folder))
         loaded = load_tokens("me/tokens", cache_dir=cache / "ours")
@@ -282,6 +297,7 @@ def tokens(found: dict[str, Any], cache: Path, root: Path) -> None:
         assert same_condition(given, loaded_rows)
         found["token columns"].append(list(loaded.conditions))
         found["token source"] = loaded.source
+        found.setdefault("token splits", loaded.source.get("splits"))
         add(folder, MY_DATA)
 
 

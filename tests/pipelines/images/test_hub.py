@@ -40,6 +40,7 @@ def client() -> None:
             total = images.train.raw_batch(indices, 0, 0)[0].long().sum().item()
             print(source, streaming, len(images.held_out), images.held_out.labels.tolist()[:1], total)
             print(getattr(images.train, "_files", None), file=sys.stderr)
+            print("division", images.facts.rule, images.facts.parts["train"].digest)
 
 
 @pytest.mark.parametrize("kind", ["parquet", pytest.param("tar", marks=pytest.mark.slow)])
@@ -61,6 +62,10 @@ def test_a_data_set_on_the_hub_is_read_in_sequence_or_copied(tmp_path, kind):
         copied = run_file(__file__, "copy", **places_of(hub, tmp_path / "home"))
         number = lines[1][3].split()[-1]
         assert f"copy 4 [0] tensor({number})\nstream data.streaming: me/shards" in copied
+    own = [load(folder, streaming=streaming).facts for streaming in (True, False)]
+    own += [load(folder / f"train*.{kind}", streaming=streaming).facts for streaming in (True, False)]
+    found = [line for line in done.splitlines() if line.startswith("division ")]
+    assert found == [f"division {facts.rule} {facts.parts['train'].digest}" for facts in own]  # as in a local copy
     expected = load(folder / f"train*.{kind}").train.pixels(range(18)).long().sum().item()
     assert lines[3][3].endswith(f" {expected}")
     # By its id, the data set is read at one commit, so later pushes have no effect.

@@ -249,8 +249,8 @@ def test_a_sheet_may_list_masks_which_are_not_images_of_the_set(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_tables_that_belong_to_no_split_are_noted(tmp_path, capsys, streaming):
-    for name in ("train-0.parquet", "test-0.parquet", "holdout-0.parquet"):
-        write_table(tmp_path / name, PNGS, [0, 1] * 5)
+    for name, images in (("train", PNGS[:5]), ("test", PNGS[5:]), ("holdout", PNGS)):
+        write_table(tmp_path / f"{name}-0.parquet", images, [0] * len(images))
     capsys.readouterr()  # a progress bar
     load_images(config(tmp_path, streaming=streaming))
     lines = capsys.readouterr().err.splitlines()

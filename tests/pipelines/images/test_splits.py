@@ -68,6 +68,9 @@ def test_thresholds_are_exact_on_the_day(data):
     assert int(is_below(units, below).sum()) == held_out
     assert int((~is_below(units, start)).sum()) == min(validation, len(units) - held_out)
     assert find_thresholds(units, held_out, 0)[0] == below
+    if 0 < held_out < len(units):  # midway, so that an added unit falls to a part with the part's share
+        gap = int(units[held_out]) - int(units[held_out - 1])
+        assert (below - int(units[held_out - 1])) in (gap // 2, -(-gap // 2))
 
 
 @pytest.mark.parametrize("group", [None, r"^(..)"])
@@ -198,6 +201,18 @@ def test_a_limit_takes_images_of_each_part_wherever_they_lie(tmp_path, limit):
     facts = load_images(settings).facts
     more = load_images(settings.model_copy(update={"limit": limit})).facts
     assert more == facts  # what is stored does not depend on it
+
+
+def test_a_limit_keeps_the_shares_of_classes_and_most_of_its_images(tmp_path):
+    """It takes them by hash, not from the front."""
+    write_folder(tmp_path, count=90)
+    settings = config(tmp_path, limit=40)
+    before = load_images(settings)
+    assert all(10 < count < 30 for count in before.train.labels.bincount().tolist())
+    for number in range(3):
+        write_image(tmp_path / "cat" / f"0{number}.png", noise(12, 12, seed=5000 + number))  # sorts first
+    after = load_images(settings, inherited=Inherited(before.facts))
+    assert len(set(bytes_of_each(before.train)) - set(bytes_of_each(after.train))) <= 3
 
 
 def test_a_copy_elsewhere_is_recognised_and_another_source_is_divided_anew(tmp_path):
@@ -347,6 +362,13 @@ def test_sheets_that_name_nothing_are_refused(tmp_path, cells, options, message)
         load_images(config(tmp_path, **options))
 
 
+def test_a_cell_without_a_header_names_no_object(tmp_path):
+    for number in range(3):
+        write_image(tmp_path / f"{number}.png", noise(12, 12, seed=number))
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,a,more\n1.png,a\n2.png,a\n")
+    assert load_images(config(tmp_path)).facts.unit == "image"
+
+
 def test_bad_keys_are_one_line(tmp_path):
     write_objects_table(tmp_path / "train.parquet", range(20))
     with pytest.raises(UserError, match=r"^data.key: no column 'id'; there are \['image', 'name', 'thing'\]$"):
@@ -435,7 +457,9 @@ def test_a_split_of_its_own_stays_held_out(tmp_path, capsys):
     write_splits(tmp_path / "c", "train")
     carved = load_images(config(tmp_path / "c")).facts
     write_splits(tmp_path / "c", "test")
+    capsys.readouterr()
     splits = load_images(config(tmp_path / "c"), inherited=Inherited(carved))
+    assert "as in training, 10% of 'train' is held out; not used: test" in capsys.readouterr().err
     assert splits.note is None and splits.facts == carved
     assert settings.held_out is None
 
