@@ -44,6 +44,7 @@ demo: $(DONE)/evaluation
 # A stage that succeeded does not run again. Stamp files live outside the output folders, which may hold only their own
 # files.
 $(DONE)/vqvae_digits: | $(READY)
+	@$(BIN)/python -m benchmarks.speed.demo threads=$(CORES)
 	$(LAUNCH) pipelines.train_tokenizer --config configs/tokenizer/vqvae_digits.yaml out=$(RUNS)/vqvae_digits
 	@mkdir -p $(@D) && touch $@
 
@@ -74,14 +75,19 @@ slow: $(TESTS)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 # Without a GPU, print the CUDA version of torch and the driver, which may be too old. Timeouts use a thread, as a signal
-# does not interrupt a hanging CUDA call. The benchmark runs even if tests fail; the exit code is that of the tests.
+# does not interrupt a hanging CUDA call. The benchmark runs even if tests fail, but then leaves the page as it is.
 SEES := import sys, torch; sys.exit(None if torch.cuda.is_available() else \
-  f"make gpu: torch {torch.__version__}, built for CUDA {torch.version.cuda}, sees no GPU")
+  f"make gpu: torch {torch.__version__}, built for CUDA {torch.version.cuda}, sees no GPU. The torch of PyPI needs a \
+driver for CUDA 13 (580 or newer); with an older one: rm -r $(VENV), $(PYTHON) -m venv $(VENV), $(BIN)/pip install \
+torch torchvision --index-url https://download.pytorch.org/whl/cu126, make gpu")
+COMPILES := import sys; from prior.compiling import compiler_problem; problem = compiler_problem(); \
+  sys.exit(f"make gpu: torch.compile does not work: {problem}" if problem else None)
 gpu: $(GPU)
 	@$(BIN)/python -c '$(SEES)' || { nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || \
 	  echo "make gpu: no driver (nvidia-smi)"; exit 1; } >&2
+	@$(BIN)/python -c '$(COMPILES)'
 	$(BIN)/python -m pytest -m gpu --timeout=900 --timeout-method=thread tests/gpu $(ARGS); checked=$$?; \
-	  $(BIN)/python -m benchmarks.speed.gpu docs=docs/results.md && exit $$checked
+	  test $$checked = 0 && page=docs=docs/results.md; $(BIN)/python -m benchmarks.speed.gpu $$page && exit $$checked
 
 # Notebooks 1 and 2 are executed; the others have outputs after `make notebooks`.
 docs: build/notebooks/1_chain_rule.ipynb build/notebooks/2_two_stages.ipynb

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prior import Prior
 from prior.conditions import ClassColumn, Column, FlagsColumn, GridColumn, NumberColumn, VectorColumn, describe_names
+from prior.sampling import SamplingOptions
 from tokenizer import Tokenizer
 
 from .condition_values import describe_range, takes_text
 from .images.origin import describe_for_card, shareable
 from .metrics.figures import Row, format_rows
+from .training.schedule import describe_cut
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -76,9 +78,10 @@ def model_card(
     provenance: dict[str, Any],
     has_grid: bool,
     condition_tokenizers: Mapping[str, Tokenizer] = MappingProxyType({}),
+    sampler: SamplingOptions | None = None,
 ) -> str:
     """Return markdown with a metadata header; all figures come from `provenance`. has_grid: whether the folder contains
-    a picture of samples."""
+    a picture of samples. sampler: the settings with which the pipeline samples by default."""
     from huggingface_hub import ModelCard
 
     channels, height, width = tokenizer.image_shape
@@ -104,6 +107,7 @@ def model_card(
         has_grid=has_grid,
         lines=[
             *format_conditions(columns),
+            *format_sampler(sampler or SamplingOptions()),
             *format_tuning(facts.get("tuning", {})),
             *format_measurements(facts, rows),
             *format_run_links(facts),
@@ -178,12 +182,22 @@ def format_measurements(facts: dict[str, Any], rows: Sequence[Row]) -> list[str]
             best = trained.get("best_step")
             weights = f"weights of step {best}, best on validation images" if type(best) is int else ""
             length = f"{trained['steps']} steps, {trained['minutes']:.1f} minutes"
+            if cut := trained.get("cut"):
+                length = describe_cut(trained["steps"], cut)
             lines.append(f"| training of the {stage} | {length} | {weights} |")
     if not lines:
         return []
     by = "`smalti evaluate`" if facts.get("evaluation") else "training"
     head = ["| figure | value | compare with |", "|---|---|---|"]
     return ["## Measured", "", f"By {by}. ↑: higher is better, ↓: lower is better.", "", *head, *lines, ""]
+
+
+def format_sampler(sampler: SamplingOptions) -> list[str]:
+    """Return a line about the default sampling settings, if some were changed."""
+    if not (settings := sampler.describe()):
+        return []
+    off = " Guidance exaggerates what is asked for; `guidance_scale=1` turns it off." if sampler.guides else ""
+    return [f"Samples by default with `{settings}`.{off} Likelihoods do not depend on these settings.", ""]
 
 
 def format_tuning(tuning: dict[str, Any]) -> list[str]:

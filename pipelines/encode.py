@@ -24,6 +24,7 @@ from torch import Tensor
 
 from prior.conditions import digest_condition
 from tokenizer import Tokenizer
+from tokenizer.config import show_value
 from tokenizer.files import MANIFEST, PipelineLoadError, folders_aside, publish_folder, read_json
 from tokenizer.frame_by_frame import FrameByFrame
 from tokenizer.model import PROVENANCE
@@ -45,6 +46,7 @@ from .images import (
 )
 from .images.conditions import ConditionSource, LoadedColumn, check_sources, choose_data, load_conditions
 from .images.dataset import is_stream
+from .images.duplicates import warn_about_duplicates
 from .images.origin import is_local
 from .images.splits import SPLITS, SPLITS_KEY
 from .job import JOB, OtherJobError, begin_job, read_job, require_work_folder, work_folder
@@ -58,6 +60,7 @@ from .provenance import (
     read_training_facts,
     tokenizer_defaults,
     tokenizer_folder,
+    trained_data,
 )
 from .tokens import Meta
 from .tokens.columns import pack_columns
@@ -132,19 +135,18 @@ def run(config: EncodeConfig) -> Path:
     output = Output(out, [*map(find_protected_folder, tokenizers), config.data.path, *list_pairs(config)])
     check_settings(config, tokenizer, output)
     config = config.model_copy(update={"data": choose_data(config.data, config.conditions)})
-    if group.is_main and saw_groups(config):
-        key = find_group_key(config.data)
-        what = "images of objects" if key == "group" else "frames of clips"
-        key = "clips=true" if key == "clips" else key
+    if group.is_main and (difference := describe_other_units(config)):
         tell(
-            f"warning: the tokenizer was trained without data.{key}; unless its images had folders train and test, "
-            f"it was trained on {what} that are held out now"
+            f"warning: the tokenizer was trained {difference}; unless its images had splits train and test, it was "
+            "trained on some that are held out now"
         )
     with leave_group_on_error(accelerator), lock_output(out, group):
         inherited = inherit(config.data, read_training_facts(config.tokenizer), regroup=True)
-        loaded = load_images(config.data, inherited=inherited if inherited.rule else None, together=True)
+        is_known = inherited.rule is not None or inherited.same_source  # a tokenizer of other images is usual
+        loaded = load_images(config.data, inherited=inherited if is_known else None, together=True)
         images = check_type(loaded, tokenizer, "tokenizer")
         report_division(images)
+        warn_about_duplicates(images)
         splits = name_splits(images)
         if config.data.binarize == "drawn":
             splits["train"] = splits["train"].grey()
@@ -154,7 +156,8 @@ def run(config: EncodeConfig) -> Path:
         shards = plan_shards(rows, config.rows_per_shard)
         job = describe_job(config, tokenizer, images, rows, accelerator.device.type, columns)
         if meta := group.on_main(lambda: find_finished(out, job, list_inputs(config))):
-            return finish_run(accelerator, config, f"already finished: {describe(meta)}; nothing to do", group.is_main)
+            text = f"already finished: {describe(meta)}; nothing to do"
+            return finish_run(accelerator, config, meta, text, group.is_main)
         work, began = work_folder(out, "encode"), time.monotonic()
 
         def begin() -> list[Shard]:
@@ -162,6 +165,10 @@ def run(config: EncodeConfig) -> Path:
                 return begin_shards(work, job, shards)
 
         missing = group.on_main(begin)
+        if group.is_main and config.augmentations:
+            copies = "1 copy" if config.augmentations == 1 else f"{config.augmentations:,} copies"
+            each = f"each copy: {config.data.augment.describe()}"
+            print(f"{out}: {copies} of each training image; {each} (data.augment)", flush=True)
         if group.is_main and len(missing) < len(shards):
             print(f"{out}: continuing, {len(shards) - len(missing)} of {len(shards)} shards are done", flush=True)
         mine = list(group.mine(missing))
@@ -180,7 +187,7 @@ def run(config: EncodeConfig) -> Path:
             model.cpu()
         meta = group.on_main(finish)
         minutes = (time.monotonic() - began) / 60
-        return finish_run(accelerator, config, f"done: {describe(meta)} in {minutes:.1f} min", group.is_main)
+        return finish_run(accelerator, config, meta, f"done: {describe(meta)} in {minutes:.1f} min", group.is_main)
 
 
 def load_tokenizer(config: EncodeConfig) -> Tokenizer:
@@ -199,7 +206,7 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -
         raise UserError(
             "data.streaming: encode needs random access; data.streaming=false copies the images to the disk"
         )
-    if config.augmentations and not any(config.data.augment.model_dump().values()):
+    if config.augmentations and not config.data.augment.describe():
         raise UserError("augmentations: needs a setting of data.augment, for example data.augment.shift=2")
     if config.table and not config.conditions:
         raise UserError("table: needs a column to read from it, for example conditions.age=age")
@@ -207,16 +214,17 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -
     output.check_folder(TOKENS)
 
 
-def saw_groups(config: EncodeConfig) -> bool:
-    """Return whether the tokenizer was trained on these images without holding out whole clips or objects, as is done
-    here."""
-    data, key = read_training_data(config.tokenizer), find_group_key(config.data)
-    return key is not None and data.get("source") == config.data.source and not data.get(key)
-
-
-def find_group_key(data: DataConfig) -> str | None:
-    """Return the setting that says which images are held out together, if any."""
-    return next((key for key in ("group", "clips", "frames") if getattr(data, key)), None)
+def describe_other_units(config: EncodeConfig) -> str | None:
+    """Return how the tokenizer's training held out other units of these images than are held out here, if it did."""
+    data, ours = trained_data({"data": read_training_data(config.tokenizer)}), config.data
+    if data is None or data.source != ours.source:
+        return None
+    if is_stream(data):
+        return "with data.streaming=true, which holds out whole shards"
+    if data.group != ours.group:
+        return f"with data.group={show_value(data.group)}"
+    key = next((key for key in ("clips", "frames") if getattr(ours, key) and not getattr(data, key)), None)
+    return key and f"without data.{key}, which holds out whole clips"
 
 
 def name_splits(images: Splits) -> dict[str, ImageDataset]:
@@ -496,14 +504,15 @@ def describe(meta: Meta) -> str:
     return f"{counts} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}{given}{drawn}"
 
 
-def finish_run(accelerator: Accelerator, config: EncodeConfig, text: str, is_main: bool) -> Path:
-    """Leave the process group; print the result and the next command."""
+def finish_run(accelerator: Accelerator, config: EncodeConfig, meta: Meta, text: str, is_main: bool) -> Path:
+    """Leave the process group; print the result and the next command, which is that of README."""
     out = Path(config.out)
     accelerator.end_training()
     if is_main:
-        run = quote(f"{str(out).removesuffix('_tokens')}_prior")
-        preset = " --config gpt_digits" if config.data.source == "digits" else ""
-        then = f"smalti train_prior{format_imports()}{preset} tokens={quote(str(out))} out={run}"
+        kind = "next_scale" if meta.grid.scales else "gpt"
+        preset = f"{kind}_{'digits' if config.data.source == 'digits' else 'openmoji'}"
+        run = quote(f"{str(out).removesuffix('_tokens')}_{kind}")
+        then = f"smalti train_prior{format_imports()} --config {preset} tokens={quote(str(out))} out={run}"
         print(f"{out}: {text}; next: {then}", flush=True)
     return out
 

@@ -20,6 +20,7 @@ from prior.checks import NotCausalError, is_built_in, require_causal
 from prior.conditions import Condition, select_rows
 from tokenizer.files import PathError, PipelineLoadError, write_json
 
+from .card import STAGES
 from .config import OutputConfig, UserError, run_command
 from .config.importing import format_imports
 from .config.table import table
@@ -45,6 +46,7 @@ from .provenance import defaults, trained_data
 from .saving import save_again
 from .tokens import TokenSplit, load_tokens
 from .tokens.shards import smallest_type
+from .training.schedule import describe_cut
 
 T = TypeVar("T")
 Figures = dict[str, Any]
@@ -339,7 +341,7 @@ def publish_results(
     pipeline: ImagePipeline, config: EvaluateConfig, out: Path, figures: Figures, pictures: Pictures
 ) -> None:
     """Print and write the results."""
-    text = format_report(figures, exact=pipeline.prior.exact)
+    text = "\n".join([format_report(figures, exact=pipeline.prior.exact), *describe_cuts(pipeline.provenance)])
     with make_output(config, out).files() as folder:
         for name, picture in pictures.items():
             write_picture(picture, folder / f"{name}.png")
@@ -360,6 +362,13 @@ def publish_results(
     tunes = Path(config.pipeline).is_dir() and "tuning" not in pipeline.provenance
     verb = "tune" if tunes else "generate"
     print(f"\ndone; next: smalti {verb}{format_imports()} pipeline={quote(config.pipeline)}")
+
+
+def describe_cuts(provenance: dict[str, Any]) -> list[str]:
+    """Describe which stages a limit in minutes ended before their steps, a line each."""
+    stages = [(name, provenance.get(name)) for name in STAGES]
+    cuts = [(name, facts["steps"], facts["cut"]) for name, facts in stages if facts and facts.get("cut")]
+    return [f"the {name} was {describe_cut(steps, cut)}" for name, steps, cut in cuts]
 
 
 def check_classes(pipeline: ImagePipeline, *splits: ImageDataset) -> None:

@@ -33,7 +33,7 @@ from .config import OutputConfig, UserError, run_command
 from .config.importing import format_imports
 from .config.table import count_of
 from .files import Output, atomic_file, lock_output, replace_file, require_apart, require_writable
-from .image_pipeline import NO_TEXT, ImagePipeline, Label
+from .image_pipeline import NO_TEXT, ImagePipeline, Label, equal_batches
 from .images.animations import ANIMATIONS, require_video, write_animation
 from .images.arrays import is_plain, type_name, values_of
 from .images.grids import class_grid
@@ -112,6 +112,10 @@ def run(config: GenerateConfig) -> Path:
         images = ImageFolder(config, count, pipeline.tokenizer)
         group.on_main(lambda: images.check(group.world))
         job = group.on_main(lambda: describe_job(request, images.file_suffix))
+        saved = request.sampler.describe(without=request.settings)
+        if group.is_main and saved:
+            off = "; guidance_scale=1 turns guidance off" if "guidance_" in saved else ""
+            print(f"{out}: sampling with {saved}, saved in the pipeline{off}", flush=True)
         with lock_output(out, group):
             missing = group.on_main(lambda: images.begin(job))
             there = count - len(missing)
@@ -236,7 +240,7 @@ def make_images(
     if not numbers:
         return
     require_work_folder(images.folder)
-    batches = [numbers[start : start + batch_size] for start in range(0, len(numbers), batch_size)]
+    batches = [numbers[rows] for rows in equal_batches(len(numbers), batch_size)]
     many = show_progress and len(batches) > 1  # for a single batch, the pipeline shows a bar of tokens
     with (
         tqdm(total=len(numbers), desc="generating", unit="image", disable=None if many else True, leave=False) as bar,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -323,10 +324,9 @@ class ImagePipeline:
                 callback_on_step_end(self, number, step.rank, {"tokens": drawn.clone(), "known": done.clone()})
             number += 1
 
-        batches = range(0, num_images, batch_size)
+        batches = equal_batches(num_images, batch_size)
         bar: Any = self.progress_bar_config if progress else False
-        for start in progress_bar(batches, bar if len(batches) > 1 else False, unit="batch"):
-            rows = slice(start, min(start + batch_size, num_images))
+        for rows in progress_bar(batches, bar if len(batches) > 1 else False, unit="batch"):
             drawn[rows] = self.prior.sample(
                 rows.stop - rows.start,
                 None if ids is None else ids[rows],
@@ -835,6 +835,15 @@ def make_generators(seed: int | None, generator: Generators, count: int) -> Gene
     if not 0 <= first <= LAST_SEED + 1 - count:
         raise ValueError(f"seed: the seed of each image, seed + k, must be from 0 to 2^64 - 1 (got {first})")
     return [torch.Generator().manual_seed(first + k) for k in range(count)]
+
+
+def equal_batches(count: int, at_most: int) -> list[slice]:
+    """Cut `count` images into the fewest batches whose sizes differ by at most one, so that one CUDA graph suits all;
+    larger ones come first."""
+    number = -(-count // at_most)
+    size, larger = divmod(count, number)
+    starts = [k * size + min(k, larger) for k in range(number + 1)]
+    return [slice(*ends) for ends in pairwise(starts)]
 
 
 def count_images(

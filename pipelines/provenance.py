@@ -15,8 +15,8 @@ from .config import Within
 from .images import DataConfig
 from .images.dataset import OPTIONAL
 from .images.hub import fetch_file
-from .images.origin import resolve_source
-from .images.splits import SPLITS, SPLITS_KEY, Inherited, SplitFacts, inherit_splits, read_splits
+from .images.origin import REMARK, resolve_source
+from .images.splits import DIVISION, SPLITS, SPLITS_KEY, Inherited, SplitFacts, inherit_splits, read_splits
 from .saving import INDEX, resolve_shipped, write_provenance
 from .tokens.meta import META, read_meta
 
@@ -88,6 +88,23 @@ def inherit(config: DataConfig, facts: dict[str, Any], *, regroup: bool = False)
     same = trained is not None and resolve_source(config.source) == resolve_source(trained.source)
     splits = None if divided is None else SplitFacts.model_validate(divided)
     return inherit_splits(config, trained, splits, same, regroup=regroup)
+
+
+def are_divided_differently(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the facts about two models say that they divided the images of one source differently. A run of 0.3 holds
+    out other images than one by name, unless the source has a split for that."""
+    data, others = trained_data(one), trained_data(other)
+    if data is None or others is None or data.source.startswith(REMARK):
+        return False
+    if resolve_source(data.source) != resolve_source(others.source):
+        return False
+    rules = [SplitFacts.model_validate(facts[SPLITS_KEY]) if SPLITS_KEY in facts else None for facts in (one, other)]
+    known = [rule for rule in rules if rule is not None]
+    if len(known) == 1:
+        return known[0].held_out_split is None
+    if known:
+        return known[0].rule != known[1].rule
+    return any(getattr(data, key) != getattr(others, key) for key in DIVISION)
 
 
 def tokenizer_folder(source: str) -> str:

@@ -139,11 +139,19 @@ class DataFacts(BaseModel):
     source: Text | None = None
 
 
+class CutFacts(BaseModel):
+    """A limit in minutes that ended training, and the steps that were planned."""
+
+    minutes: Number
+    steps: Number
+
+
 class TrainingFacts(BaseModel):
     """Facts about training on the model card."""
 
     steps: Number = 0
     minutes: Number = 0
+    cut: CutFacts | None = None
     evaluation: dict[str, Any] = {}
 
 
@@ -341,6 +349,7 @@ def save(pipeline: ImagePipeline, folder: str | Path, variant: str | None) -> No
             pipeline.provenance,
             grid is not None,
             pipeline.condition_tokenizers,
+            pipeline.sampler,
         )
         (target / CARD).write_text(card, encoding="utf-8")
         write_manifest(target)

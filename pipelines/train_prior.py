@@ -1,4 +1,4 @@
-"""Train stage two: a prior over a token dataset. Writes a complete pipeline folder (tokenizer and prior)."""
+"""Train stage two: a prior over a token dataset. Writes a pipeline folder (tokenizer and prior)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .metrics.likelihood import bits_per_token, rows_evaluated
 from .metrics.pairs import condition_picture
 from .options import GUIDANCE_SCALE, TEMPERATURE, Sampling
 from .processes.group import ALONE, ProcessGroup
-from .provenance import find_file
+from .provenance import are_divided_differently, find_file
 from .saving import INDEX, PIPELINE, resolve_shipped
 from .shuffling import OTHER, draw_by_row, draw_nulls, other_labels, perturb_tokens, samples_of
 from .tokens import TokenDataset, TokenSplit, load_tokens
@@ -77,12 +77,12 @@ class TrainPriorConfig(Config):
 
     presets = "prior"
     examples = (
-        "--config gpt_digits train.minutes=1",
+        "--config gpt_digits train.steps=500",
         "tokens=runs/photos_tokens out=runs/photos_gpt model.kind=gpt model.depth=6 train.steps=5000",
     )
     often = (
         "out tokens model.kind init label_dropout conditions sampler.guidance_scale "
-        "train.minutes train.steps train.batch_size train.lr track.wandb"
+        "train.steps train.minutes train.batch_size train.lr track.wandb"
     )
 
     out: str = Field(description="run folder: metrics, previews, checkpoints, and the pipeline itself")
@@ -161,7 +161,7 @@ class PriorTask(Task):
         if self.is_checked:
             self.require_causal(with_random_weights(self.model))
         if config.init:
-            fingerprint, self.notes = start_from(self.model, self.data.class_names, config.init)
+            fingerprint, self.notes = start_from(self.model, self.data, config.init)
             self.init = {"source": config.init, "fingerprint": fingerprint}
         else:
             self.model.initialize(cast(Tensor, self.train_split.ids()), self.train_split.labels)
@@ -327,12 +327,13 @@ FREE = ("dropout", "attention_dropout", "label_smoothing", "anneal", "random_sha
 """Settings of priors that affect training only."""
 
 
-def start_from(prior: Prior, class_names: list[str], source: str) -> tuple[str, tuple[str, ...]]:
+def start_from(prior: Prior, data: TokenDataset, source: str) -> tuple[str, tuple[str, ...]]:
     """Copy the weights of the prior in the pipeline `source` that fit into `prior`. Return the fingerprint of the
     copied prior, and lines about the classes and columns that start anew or were left out.
 
-    Raises `UserError` if the tokenizers or settings differ (except settings that affect training only) or its classes
-    have no names to match, and `PipelineLoadError` for an invalid pipeline.
+    Raises `UserError` if the tokenizers or settings differ (except settings that affect training only), its classes
+    have no names to match or it was trained on images that `data` holds out, and `PipelineLoadError` for an invalid
+    pipeline.
     """
     try:
         pipeline = ImagePipeline.from_pretrained(source)
@@ -353,7 +354,12 @@ def start_from(prior: Prior, class_names: list[str], source: str) -> tuple[str, 
     if differing := [key for key in {**mine, **other} if key not in ignored and mine.get(key) != other.get(key)]:
         pairs = ", ".join(f"model.{key}: {other.get(key)!r} there, {mine.get(key)!r} here" for key in differing)
         raise UserError(f"init: {source}: its prior has other settings ({pairs})")
-    return theirs.fingerprint(), transfer_weights(prior, class_names, theirs, pipeline.labels)
+    if are_divided_differently(pipeline.provenance, data.source):
+        raise UserError(
+            f"init: {source}: its images were divided differently from those of tokens=, which hold out some that it "
+            f"was trained on; encode them again with its division (smalti encode tokenizer={source})"
+        )
+    return theirs.fingerprint(), transfer_weights(prior, data.class_names, theirs, pipeline.labels)
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from .config import Config, UserError, Within, run_command
 from .config.importing import format_imports
 from .images import DataConfig, ImageDataset, load_images, report_division
 from .images.dataset import is_stream, require_two_levels, warn_about_colour
+from .images.duplicates import warn_about_duplicates
 from .images.origin import is_local
 from .images.splits import SPLITS, SPLITS_KEY, Inherited, read_splits
 from .metrics.codebook import CodebookUse, part_names
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 EVALUATED_IMAGES = 2000  # maximum during training; `smalti evaluate` uses all held-out images
 LLOYD_STEPS = 2  # the first gains about .1 dB on digits, the second .02, further ones less than .01 each
 LLOYD_IMAGES, LLOYD_PIXELS = 2000, 1 << 26  # maximum that they take
+FEW, COPIES, DIGITS_COPIES = 2000, 32, 4  # `encode` in README: 32 copies of a thousand images; in `make demo`: 4
 INITIAL_PIXELS, INITIAL_IMAGES = 1 << 20, 64  # minimum to initialize a tokenizer from
 
 
@@ -66,12 +68,12 @@ class TrainTokenizerConfig(Config):
 
     presets = "tokenizer"
     examples = (
-        "--config vqvae_digits train.minutes=1 out=runs/mine",
+        "--config vqvae_digits train.steps=400 out=runs/mine",
         "--config vqvae_openmoji data.source=photos data.on_error=skip out=runs/photos",
     )
     often = (
         "out data.source data.image_size data.channels data.on_error model.kind "
-        "train.minutes train.steps train.batch_size train.lr track.wandb"
+        "train.steps train.minutes train.batch_size train.lr track.wandb"
     )
 
     out: str = Field(description="run folder: metrics, previews, checkpoints, and the tokenizer itself")
@@ -122,6 +124,7 @@ class TokenizerTask(Task):
         self.images = load_images(config.data, inherited=inherited, together=True, stream=True, single_frames=True)
         self.divided = self.images.facts
         report_division(self.images)
+        warn_about_duplicates(self.images)
         self.rows = 0 if is_stream(config.data) else len(self.images.train)
         if not is_stream(config.data):
             warn_about_colour(self.images.train)
@@ -130,6 +133,8 @@ class TokenizerTask(Task):
         self.eval_splits = {split: images for split, images in splits.items() if images is not None}
         self.evaluated = {split: min(EVALUATED_IMAGES, len(images)) for split, images in self.eval_splits.items()}
         self.set_up(self.new_tokenizer())
+        if self.players and config.augmented and (changes := config.data.augment.describe()):
+            self.notes = (f"each training image, anew in each epoch: {changes} (data.augment)",)
         self.perceptual = Perceptual(config.loss.perceptual_net, device) if config.loss.perceptual else None
 
     def set_up(self, tokenizer: Tokenizer) -> None:
@@ -267,7 +272,10 @@ class TokenizerTask(Task):
     def outcome(self, run: Path) -> str:
         """Name the tokenizer's folder, and the command that encodes images with it."""
         folder, tokens = (quote(str(path)) for path in (run / "tokenizer", f"{run}_tokens"))
-        return f"tokenizer: {folder}; next: smalti encode{format_imports()} tokenizer={folder} out={tokens}"
+        data = self.config.data
+        copies = DIGITS_COPIES if data.source == "digits" else COPIES if 0 < self.rows <= FEW else 0
+        more = f" augmentations={copies}" if copies and data.augment.describe() else ""
+        return f"tokenizer: {folder}; next: smalti encode{format_imports()} tokenizer={folder} out={tokens}{more}"
 
     def save(self, model: Any, run: Path, facts: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
         """Save the tokenizer's folder, with its provenance."""

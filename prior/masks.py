@@ -11,13 +11,14 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+
+from .compiling import can_compile
 
 TILE = (4, 16)
 """Rows and columns of a tile of queries, which lies in one frame: best or nearly best in CPU tests at 28x28 and 64x64
@@ -245,7 +246,7 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 def can_flex(q: Tensor) -> bool:
     """Return whether FlexAttention has a kernel for these queries and may compile it."""
     fits = q.is_cuda and q.dtype in FLEX_TYPES and q.shape[-1] >= MIN_FLEX_WIDTH
-    return fits and not torch.compiler.is_compiling() and find_spec("triton") is not None
+    return fits and not torch.compiler.is_compiling() and can_compile(q.device)
 
 
 @cache

@@ -265,7 +265,8 @@ class BlockCache:
         self.skip_left = [pack(layer.weight, batch) for layer in skip]
         self.inputs, inner = (cache.map.cells for cache in self.left)  # concat_elu of the input, and of the inner map
         self.halves = [[cell.unflatten(1, (2, -1)) for cell in cells] for cells in (self.inputs, inner)]
-        self.inner, self.signs = inner, left.new_tensor([[1.0], [-1.0]])
+        self.inner = inner
+        self.signs = torch.linspace(1, -1, 2, dtype=left.dtype, device=left.device)[:, None]  # no copy from the host
 
     def start_row(self, x: Tensor, *skip: Tensor) -> Tensor:
         """Return the next row of the vertical map, `(W, B, dim)`, given the input's row and concat_elu of the skip's

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from operator import index
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +22,7 @@ from torch import Tensor
 from tokenizer.base import TokenGrid
 from tokenizer.precision import at_least_float32, finest, in_finest
 
+from .compiling import can_compile, compiled
 from .conditions import LABEL, Condition, Given, join_rows, make_condition, select_rows
 from .cuda_graph import Graph, compute_by_graph
 from .orders import Partition, blocks_after_known, known_first
@@ -71,9 +72,12 @@ def draw_keys(generator: Generators, num_images: int) -> Tensor:
 def hash_counters(keys: Tensor, use: int, first: int, count: int) -> Tensor:
     """Hash (key, use, first), ..., (key, use, first + count - 1) to int64 `(B, count)`: the outputs of a splitmix64
     generator (Steele et al. 2014) seeded by key and use, computed independently of one another."""
-    counters = torch.arange(first + 1, first + count + 1, device=keys.device).mul_(GOLDEN)
+    return _hash(keys, use, torch.arange(first + 1, first + count + 1, device=keys.device))
+
+
+def _hash(keys: Tensor, use: int, counters: Tensor) -> Tensor:
     seeds = _mix(_mix(keys.clone()) + use)
-    return _mix(seeds[:, None] + counters)
+    return _mix(seeds[:, None] + counters * GOLDEN)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -90,14 +94,31 @@ def uniform_noise(keys: Tensor, use: int, first: int, count: int) -> Tensor:
     """Return uniform variates in (0, 1), float64 `(B, count)`; on the CPU if the device of `keys` has no float64."""
     if finest(keys.device) != torch.float64:
         keys = keys.cpu()
-    bits = (hash_counters(keys, use, first, count) >> 12) & ((1 << 52) - 1)
+    return _to_uniform(hash_counters(keys, use, first, count))
+
+
+def _to_uniform(hashes: Tensor) -> Tensor:
+    bits = (hashes >> 12) & ((1 << 52) - 1)
     return bits.double().add_(0.5).mul_(2.0**-52)
 
 
 def gumbel_noise(keys: Tensor, use: int, first: int, count: int) -> Tensor:
     """Return Gumbel variates, float32 `(B, count)`, on the device of `keys`."""
-    noise = uniform_noise(keys, use, first, count).log_().neg_().log_().neg_()
-    return noise.float().to(keys.device)
+    return _to_gumbel(uniform_noise(keys, use, first, count)).to(keys.device)
+
+
+def _to_gumbel(uniform: Tensor) -> Tensor:
+    return uniform.log_().neg_().log_().neg_().float()
+
+
+def fused_gumbel_noise(keys: Tensor, use: int, first: int, count: int) -> Tensor:
+    """Return the same variates from one compiled kernel: the same hashes, and logarithms within an ulp of float64."""
+    return _compiled_noise()(keys, use, torch.arange(first + 1, first + count + 1, device=keys.device))
+
+
+@cache
+def _compiled_noise() -> Callable[[Tensor, int, Tensor], Tensor]:
+    return compiled(lambda *given: _to_gumbel(_to_uniform(_hash(*given))))
 
 
 def draw_numbers(keys: Tensor, use: int, count: int) -> Tensor:
@@ -107,11 +128,14 @@ def draw_numbers(keys: Tensor, use: int, count: int) -> Tensor:
 
 
 class TokenNoise:
-    """The Gumbel noise of a batch's tokens by rank, computed for many ranks at a time."""
+    """The Gumbel noise of a batch's tokens by rank, computed for many ranks at a time. A batch for which one rank fills
+    a GPU uses a fused kernel, which takes seconds to compile."""
 
     def __init__(self, keys: Tensor, num_tokens: int, vocab_size: int) -> None:
         self.keys, self.num_tokens, self.vocab_size = keys, num_tokens, vocab_size
         self.at_once = max(1, NUMBERS_AT_ONCE // (max(1, len(keys)) * vocab_size))
+        fuses = len(keys) * vocab_size >= NUMBERS_AT_ONCE and can_compile(keys.device)
+        self.draw = fused_gumbel_noise if fuses else gumbel_noise
         self.begin = self.end = 0
         self.noise = torch.empty(0)
 
@@ -120,7 +144,7 @@ class TokenNoise:
         if begin < self.begin or end > self.end:
             self.begin, self.end = begin, max(end, min(begin + self.at_once, self.num_tokens))
             count = (self.end - begin) * self.vocab_size
-            noise = gumbel_noise(self.keys, TOKENS, begin * self.vocab_size, count)
+            noise = self.draw(self.keys, TOKENS, begin * self.vocab_size, count)
             self.noise = noise.view(len(self.keys), -1, self.vocab_size)
         return self.noise[:, begin - self.begin : end - self.begin]
 
@@ -210,6 +234,11 @@ class SamplingOptions:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that are not None, as a pipeline's index stores them."""
         return {name: value for name, value in vars(self).items() if value is not None}
+
+    def describe(self, without: Collection[str] = ()) -> str:
+        """Format the settings that differ from the defaults, as keys of `generate`, except those named `without`."""
+        changed = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+        return ", ".join(f"{name}={getattr(self, name)}" for name in changed if name not in without)
 
     # Guidance
 
@@ -679,24 +708,25 @@ def sample_blocks(prior: Prior, batch: SampleBatch, options: SamplingOptions, ca
         inputs = {name: getattr(batch, name) for name in ("labels", "keys", "tokens", "known", "order")}
         columns = list(batch.condition)
         inputs |= {f"condition.{name}": batch.condition[name] for name in columns}
-        key = (options, batch.blocks, batch.own_order, *(tensor.shape for tensor in inputs.values()))
+        key = (options, batch.blocks, batch.own_order, *(tensor.shape[1:] for tensor in inputs.values()))
 
         def draw(inputs: dict[str, Any]) -> Tensor:
             condition = {name: inputs[f"condition.{name}"] for name in columns}
             there = {name: tensor for name, tensor in inputs.items() if "." not in name}
             return draw_blocks(prior, replace(batch, **there, condition=condition), options, cache)
 
-        drawn = compute_by_graph(prior, key, inputs, draw)
+        drawn = compute_by_graph(prior, key, len(batch), inputs, draw)
     if drawn is None:
         drawn = draw_blocks(prior, batch, options, cache, monitor)
     monitor.finish(batch, drawn)
 
 
 def can_capture(device: torch.device) -> bool:
-    """Return whether a CUDA graph can be captured on this device now."""
+    """Return whether a CUDA graph can be captured on this device now. Before torch 2.12, a failed capture could abort
+    the process later (pytorch#180395)."""
     if not Graph.allowed or device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
         return False
-    return not torch.cuda.is_current_stream_capturing()
+    return torch.__version__ >= "2.12" and not torch.cuda.is_current_stream_capturing()
 
 
 def draw_blocks(

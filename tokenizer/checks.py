@@ -13,6 +13,9 @@ from .base import Tokenizer
 from .quantizers.base import Quantizer
 
 NOT_HIDDEN = "attributes hide no methods"
+WEIGHTED = "losses are finite scalars with weights"
+BATCH = 16
+"""Vectors with which quantizers are checked, `(BATCH, dim, H, W)`."""
 
 
 def describe_hidden_methods(model: nn.Module, family: type[nn.Module]) -> str | None:
@@ -56,17 +59,15 @@ def check_tokenizer(tokenizer: Tokenizer) -> Iterator[tuple[str, str | None]]:
     def batches_agree() -> None:
         expect(torch.equal(tokenizer.encode(images[:1]), tokenizer.encode(images)[:1]), "tokens depend on the batch")
 
-    def losses_are_scalars() -> None:
-        losses = tokenizer(images).losses
-        wrong = [name for name, loss in losses.items() if loss.ndim or not bool(loss.isfinite())]
-        expect(not wrong, f"losses that are not finite scalars: {', '.join(wrong)}")
+    def losses_are_weighted() -> None:
+        check_losses(tokenizer(images).losses, tokenizer.loss_weights)
 
     checks = {
         "tokens have the shape and range of the grid": tokens_fit,
         "decode returns images in [-1, 1]": images_fit,
         "decode(encode(x)) equals forward(x).images": forward_agrees,
         "tokens do not depend on the batch": batches_agree,
-        "losses are finite scalars": losses_are_scalars,
+        WEIGHTED: losses_are_weighted,
     }
     for promise, check in checks.items():
         yield promise, problem_of(check)
@@ -78,8 +79,9 @@ def check_quantizer(quantizer: Quantizer) -> Iterator[tuple[str, str | None]]:
         yield NOT_HIDDEN, hidden
         return
     quantizer.eval()
-    size = quantizer.scales[-1] if quantizer.scales else (4, 4)
-    z = torch.randn(4, quantizer.dim, *size, generator=torch.Generator().manual_seed(0))
+    size, generator = quantizer.scales[-1] if quantizer.scales else (4, 4), torch.Generator().manual_seed(0)
+    z, direction = torch.randn(2, BATCH, quantizer.dim, *size, generator=generator)
+    z *= torch.linspace(0.1, 3, BATCH).view(-1, 1, 1, 1)  # so that no image has the statistics of the batch
 
     def tokens_fit() -> None:
         tokens = quantizer.quantize(z).tokens
@@ -94,23 +96,49 @@ def check_quantizer(quantizer: Quantizer) -> Iterator[tuple[str, str | None]]:
         error = float((quantizer.lookup(result.tokens) - result.z_q).abs().max())
         expect(error < 1e-4, f"lookup(tokens) and z_q differ by up to {error:.3g}")
 
+    def batches_agree() -> None:
+        before = {name: value.clone() for name, value in quantizer.named_buffers()}
+        together, alone = quantizer.encode(z), torch.cat([quantizer.encode(one) for one in z.split(1)])
+        expect(torch.equal(together, quantizer.quantize(z).tokens), "encode and quantize give different tokens")
+        share = float((together != alone).double().mean())
+        expect(not share, f"{share:.0%} of the tokens differ when vectors are encoded alone and in a batch of {BATCH}")
+        moved = [name for name, value in quantizer.named_buffers() if not torch.equal(value, before[name])]
+        expect(not moved, f"encoding in eval mode changes {', '.join(moved)}; only training may (see SelfUpdating)")
+
     def gradients_arrive() -> None:
-        quantizer.train()
         given = z.clone().requires_grad_()
         with torch.enable_grad():
-            result = quantizer.quantize(given)
-            (result.z_q.square().sum() + sum(result.losses.values(), torch.zeros(()))).backward()
-        quantizer.eval()
-        reached = torch.zeros(quantizer.dim) if given.grad is None else given.grad.abs().amax((0, 2, 3))
-        expect(bool((reached > 0).all()), "some channels of z receive no gradient")
+            z_q = quantizer.train().quantize(given).z_q
+            loss = (z_q * direction).sum()  # without the quantizer's losses, which reach z in other ways
+            found = torch.autograd.grad(loss, given, allow_unused=True)[0] if loss.requires_grad else None
+        expect(found is not None, "z_q passes no gradient to z; return straight_through(z, codes)")
+        assert found is not None
+        expect(bool(found.isfinite().all()), "the gradient of z is not finite")
+        absent = [channel for channel in range(quantizer.dim) if not bool(found[:, channel].any())]
+        expect(not absent, f"z_q passes no gradient to {len(absent)} of {quantizer.dim} channels of z")
+
+    def losses_are_weighted() -> None:
+        with torch.enable_grad():
+            check_losses(quantizer.train().quantize(z).losses, quantizer.loss_weights)
 
     checks: dict[str, Callable[[], None]] = {
         "tokens are ids of the codebook": tokens_fit,
         "lookup inverts quantize": lookup_inverts,
-        "every channel receives a gradient": gradients_arrive,
+        "tokens do not depend on the batch": batches_agree,
+        "z_q passes a gradient to every channel": gradients_arrive,
+        WEIGHTED: losses_are_weighted,
     }
     for promise, check in checks.items():
+        quantizer.eval()
         yield promise, problem_of(check)
+
+
+def check_losses(losses: dict[str, torch.Tensor], weights: dict[str, float]) -> None:
+    """Raise `ValueError` for losses that are not finite scalars, or have no weight."""
+    wrong = [name for name, loss in losses.items() if loss.ndim or not bool(loss.isfinite())]
+    expect(not wrong, f"losses that are not finite scalars: {', '.join(wrong)}")
+    absent = [name for name in losses if name not in weights]
+    expect(not absent, f"loss_weights has no weight for {', '.join(absent)} (0 ignores a loss)")
 
 
 def problem_of(check: Callable[[], Any]) -> str | None:

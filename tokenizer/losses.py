@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Reconstruction
+from .files import ConfigError
 
 
 def pixel_losses(reconstruction: Tensor, images: Tensor) -> dict[str, Tensor]:
@@ -22,12 +23,12 @@ def gradient_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
 
 
 def total_loss(output: Reconstruction, images: Tensor, weights: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the weighted sum, a scalar, and the unweighted terms. Raises `ValueError` for terms without a weight."""
+    """Return the weighted sum, a scalar, and the unweighted terms. Raises `ConfigError` for terms without a weight."""
     terms = {**pixel_losses(output.images, images), **output.losses}
     if weights.get("gradient"):
         terms["gradient"] = gradient_loss(output.images, images)
     if missing := [name for name in terms if name not in weights]:
-        raise ValueError(f"weights: {', '.join(missing)} missing; 0 ignores a term")
+        raise ConfigError(f"loss_weights: no weight for the loss {', '.join(missing)}; a weight of 0 ignores it")
     total = sum((weights[name] * term for name, term in terms.items()), start=images.new_zeros(()))
     return total, terms
 

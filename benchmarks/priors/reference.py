@@ -6,7 +6,7 @@
     python -m benchmarks.priors.reference data=fashion_8bit train=false     # print what has been trained
 
 Each preset `configs/prior/*_{data}.yaml` is trained by `smalti train_prior` on its `tokens`, NAME_tokens, those of
-`configs/tokenizer/pixels_NAME.yaml` (`source` replaces the images), for the preset's time or `minutes`, with `seeds`
+`configs/tokenizer/pixels_NAME.yaml` (`source` replaces the images), for the preset's steps or `minutes`, with `seeds`
 seeds, and measured by `smalti evaluate`. A run that was interrupted continues; finished runs are read from `out`.
 
 test: the figure on all held-out images, mean over seeds +- half of the 95 % t-interval; on drawn pixels each seed's is

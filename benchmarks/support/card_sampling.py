@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from benchmarks.support.card import Card
 from benchmarks.support.card_training import Sizes, reference_tokenizer
 
 ROWS = (1, 16, 64, 256)
+Row = tuple[str, str, Callable[[], list[str]]]
+"""The first two cells of a row, and a function that measures the others."""
 SAMPLING_HEAD = (
     "sampling",
     "images",
@@ -16,39 +19,43 @@ SAMPLING_HEAD = (
     "images/s",
     "ms a token step",
     "kernel by kernel, ms",
-    "GPT-2, tokens/s",
-    "times faster",
 )
 CODING_HEAD = ("network", "images", "encoded/s", "decoded/s", "VQModel encoded/s", "decoded/s")
 
 
-def sampling_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterator[list[str]]:
-    """Yield rows for a GPT with random weights in float32 and bf16, sampling with and without a CUDA graph, next to
-    GPT-2's `generate`."""
+def sampling_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterator[Row]:
+    """Yield rows for a GPT with random weights in float32 and bf16, and for GPT-2 of the same size. For each, the
+    fastest way (one CUDA graph; a static cache and torch.compile), and kernel by kernel."""
     import torch
 
-    from prior import Prior
+    few = max(1, repeats // 2)
 
-    prior = Prior.create("gpt", **dict(config)).to(card.device).eval()
-    scale_logits(prior)
-    for dtype in (torch.float32, torch.bfloat16):
-        ours, theirs = prior.to(dtype), make_gpt2(card, config, dtype)
-        for count in (rows for rows in ROWS if rows <= 8 * sizes.images):
-            labels = torch.zeros(count, dtype=torch.long, device=card.device)
-            mine, _ = card.times(lambda: ours.sample(count, labels), repeats)  # noqa: B023
-            launched, _ = card.times(lambda: sample_with_callback(ours, count, labels), max(1, repeats // 2), warmup=1)  # noqa: B023
-            other, _ = card.times(lambda: theirs(count), max(1, repeats // 2), warmup=1)  # noqa: B023
-            tokens = count * len(prior.grid)
-            yield [
-                f"gpt, {str(dtype).removeprefix('torch.')}",
-                f"{count}",
-                f"{tokens / mine:,.0f}",
-                f"{count / mine:.1f}",
-                f"{1e3 * mine / len(prior.grid):.2f}",
-                f"{1e3 * launched / len(prior.grid):.2f}",
-                f"{tokens / other:,.0f}",
-                f"{other / mine:.1f}",
-            ]
+    def ours(dtype: torch.dtype, count: int) -> list[str]:
+        from prior import Prior
+
+        prior = Prior.create("gpt", **dict(config)).to(card.device, dtype).eval()
+        scale_logits(prior)
+        labels = torch.zeros(count, dtype=torch.long, device=card.device)
+        fast, _ = card.times(lambda: prior.sample(count, labels), repeats)
+        slow, _ = card.times(lambda: sample_with_callback(prior, count, labels), few, warmup=1)
+        return format_sampling(len(config.grid), count, fast, slow)
+
+    def theirs(dtype: torch.dtype, count: int) -> list[str]:
+        generate = make_gpt2(card, config, dtype)
+        slow, _ = card.times(lambda: generate(count), few, warmup=1)
+        fast, _ = card.times(lambda: generate(count, cache_implementation="static"), few)
+        return format_sampling(len(config.grid), count, fast, slow)
+
+    for name, measure in (("gpt", ours), ("transformers GPT-2", theirs)):
+        for dtype in (torch.float32, torch.bfloat16):
+            for count in (rows for rows in ROWS if rows <= 8 * sizes.images):
+                yield f"{name}, {str(dtype).removeprefix('torch.')}", f"{count}", partial(measure, dtype, count)
+
+
+def format_sampling(size: int, count: int, fast: float, slow: float) -> list[str]:
+    """Format the cells of `count` images of `size` tokens, in seconds for each of the two ways."""
+    times = [f"{1e3 * seconds / size:.2f}" for seconds in (fast, slow)]
+    return [f"{count * size / fast:,.0f}", f"{count / fast:.1f}", *times]
 
 
 def scale_logits(prior: Any) -> None:
@@ -65,8 +72,9 @@ def sample_with_callback(prior: Any, count: int, labels: Any) -> Any:
     return prior.sample(count, labels, on_step=lambda step: None)
 
 
-def make_gpt2(card: Card, config: Any, dtype: Any) -> Callable[[int], Any]:
-    """Return a function that generates one grid of tokens per image with transformers' GPT-2 and its cache."""
+def make_gpt2(card: Card, config: Any, dtype: Any) -> Callable[..., Any]:
+    """Return a function that generates one grid of tokens per image with transformers' GPT-2 and its cache. On a GPU,
+    transformers compiles a model whose cache is static."""
     import torch
     import transformers
 
@@ -83,26 +91,25 @@ def make_gpt2(card: Card, config: Any, dtype: Any) -> Callable[[int], Any]:
     model = transformers.GPT2LMHeadModel(shape).to(card.device, dtype).eval()
     settings = {"max_new_tokens": size, "min_new_tokens": size, "do_sample": True, "top_k": 0, "pad_token_id": 0}
 
-    def generate(count: int) -> Any:
+    def generate(count: int, **more: Any) -> Any:
         prompt = torch.zeros(count, 1, dtype=torch.long, device=card.device)
-        return model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+        return model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings, **more)
 
     return generate
 
 
-def coding_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterator[list[str]]:
+def coding_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterator[Row]:
     """Yield rows for a tokenizer in float32 and under bf16 autocast, next to `VQModel`."""
     import torch
 
-    from tokenizer import Tokenizer
+    def measure(cast: bool) -> list[str]:
+        from tokenizer import Tokenizer
 
-    count = sizes.images
-    ours = Tokenizer.create("vqgan", **dict(config)).to(card.device).eval()
-    theirs = reference_tokenizer(card, config, 1)[0].eval()
-    images = torch.rand(count, *ours.image_shape, device=card.device) * 2 - 1
-    tokens = ours.encode(images)
-    latents = theirs.encode(images).latents
-    for name, cast in (("float32", False), ("bf16 autocast", True)):
+        ours = Tokenizer.create("vqgan", **dict(config)).to(card.device).eval()
+        theirs = reference_tokenizer(card, config, 1)[0].eval()
+        images = torch.rand(sizes.images, *ours.image_shape, device=card.device) * 2 - 1
+        tokens = ours.encode(images)
+        latents = theirs.encode(images).latents
         runs = [
             lambda: ours.encode(images),
             lambda: ours.decode(tokens),
@@ -110,5 +117,7 @@ def coding_rows(card: Card, config: Any, sizes: Sizes, repeats: int) -> Iterator
             lambda: theirs.decode(latents),
         ]
         with torch.inference_mode(), torch.autocast(card.device.type, torch.bfloat16, enabled=cast):
-            seconds = [card.times(run, repeats)[0] for run in runs]
-        yield [f"vqgan, {name}", f"{count}", *(f"{count / taken:.0f}" for taken in seconds)]
+            return [f"{sizes.images / card.times(run, repeats)[0]:.0f}" for run in runs]
+
+    for name, cast in (("float32", False), ("bf16 autocast", True)):
+        yield f"vqgan, {name}", f"{sizes.images}", partial(measure, cast)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from benchmarks.support.runs import NEVER
 from benchmarks.support.tables import table_row
 from benchmarks.support.timing import stepper
 
+STEPS = 10  # between two waits
 HEAD = ("model, bf16", "images", "step, ms", "host, ms", "images/s", "of peak", "memory, GB", "over plan")
 
 
@@ -80,20 +82,26 @@ def model_config(argv: list[str]) -> Any:
 
 
 def build_task(argv: list[str], card: Card | None = None) -> tuple[Any, Any]:
-    """Build the training task of a command line; return it with its configuration."""
+    """Build the training task of a command line; return it with its configuration. With a card, kernels of convolutions
+    are chosen as in the run."""
+    import torch
+
     from pipelines.config.command import parse
     from pipelines.train_prior import PriorTask, TrainPriorConfig
     from pipelines.train_tokenizer import TokenizerTask, TrainTokenizerConfig
 
-    if any(part.startswith("tokens=") for part in argv):
+    of_prior = any(part.startswith("tokens=") for part in argv)
+    if card is not None:
+        torch.backends.cudnn.benchmark = not of_prior
+    if of_prior:
         config: Any = parse(TrainPriorConfig, argv, verb="benchmark", description="")
         return PriorTask(config), config
     config = parse(TrainTokenizerConfig, argv, verb="benchmark", description="")
     return TokenizerTask(config, card.device if card else "cpu"), config
 
 
-def measure_loop(card: Card, name: str, argv: list[str], repeats: int) -> tuple[str, float]:
-    """Measure a step of the training loop; return its table row and its FLOPs."""
+def measure_loop(card: Card, name: str, argv: list[str], repeats: int, flops: dict[str, float]) -> str:
+    """Measure a step of the training loop; return its table row. flops: receives its FLOPs, by name."""
     import torch
 
     from pipelines.commands import plan
@@ -102,21 +110,23 @@ def measure_loop(card: Card, name: str, argv: list[str], repeats: int) -> tuple[
     task, config = build_task(argv, card)
     with contextlib.redirect_stdout(io.StringIO()):
         planned = plan.main([*argv, "gpus=1", f"device={card.device}"])
+    images, flops[name] = config.train.batch_size, planned.flops_per_step
     with stepper(task, config) as step:
-        seconds, host = card.times(step, repeats)
+        seconds, host = card.times(step, repeats, in_a_row=STEPS)
         memory = card.memory(step)
     del task, step
     gc.collect()
-    images, flops = config.train.batch_size, planned.flops_per_step
-    return format_row(card, name, seconds, host, images, flops, memory, planned.memory(images)), flops
+    return format_row(card, name, seconds, host, images, flops[name], memory, planned.memory(images))
 
 
-def measure_reference(card: Card, name: str, reference: Reference, images: int, flops: float, repeats: int) -> str:
+def measure_reference(
+    card: Card, name: str, build: Callable[[], Reference], images: int, flops: float | None, repeats: int
+) -> str:
     """Measure a step of a reference model (forward, backward, clipping and fused AdamW under bf16 autocast); return its
     table row."""
     import torch
 
-    model, loss = reference
+    model, loss = build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:
@@ -127,7 +137,7 @@ def measure_reference(card: Card, name: str, reference: Reference, images: int, 
         optimizer.step()
         optimizer.zero_grad()
 
-    seconds, host = card.times(step, repeats)
+    seconds, host = card.times(step, repeats, in_a_row=STEPS)
     return format_row(card, name, seconds, host, images, flops, card.memory(step))
 
 
@@ -137,13 +147,13 @@ def format_row(
     seconds: float,
     host: float,
     images: int,
-    flops: float,
+    flops: float | None,
     memory: int | None,
     planned: float | None = None,
 ) -> str:
     """Format a row of the table with the columns `HEAD`. memory, planned: peak bytes, measured and planned."""
     cells = [name, f"{images}", f"{1e3 * seconds:.1f}", f"{1e3 * host:.1f}", f"{images / seconds:.0f}"]
-    cells += [f"{flops / seconds / card.peak:.1%}", "" if memory is None else f"{memory / 1e9:.2f}"]
+    cells += [f"{flops / seconds / card.peak:.1%}" if flops else "", "" if memory is None else f"{memory / 1e9:.2f}"]
     return table_row([*cells, "" if memory is None or not planned else f"{memory / planned:.2f}"])
 
 

@@ -87,7 +87,7 @@ quiet = {"wandb": "disabled"}
 stage_one = train_tokenizer(
     "vqvae_digits",
     out="runs/two_stages/vqvae",
-    train={"steps": 400, "minutes": 3, "log_every": 25},
+    train={"steps": 400, "log_every": 25},
     track=quiet,
 )
 
@@ -240,7 +240,7 @@ stage_two = train_prior(
     "gpt_digits",
     tokens=dataset,
     out="runs/two_stages/gpt",
-    train={"steps": 500, "minutes": 3, "log_every": 25, "warmup_steps": 20},
+    train={"steps": 500, "log_every": 25, "warmup_steps": 20},
     track=quiet,
 )
 

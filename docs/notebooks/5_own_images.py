@@ -49,7 +49,7 @@ plt.rcParams.update({"figure.dpi": 110, "image.interpolation": "nearest"})
 # ```
 #
 # The folders `train` and `test` are optional: without `test`, a tenth of the images is held out. Classes are optional,
-# too. PNG, JPEG, WEBP, BMP, GIF and TIFF are read, resized and cropped to the size that you ask for.
+# too. PNG, JPEG, WEBP, BMP, GIF, TIFF and PPM are read, resized and cropped to the size that you ask for.
 #
 # We cut square crops out of two photos, a temple and a flower. Training crops come from the upper part of a photo, and
 # test crops from the lower part, so that no pixel is in both. Do the same with frames of a video: a random split would
@@ -124,8 +124,8 @@ stack({name: of_class(data.train, label, 12) for label, name in enumerate(data.t
 # ```
 #
 # and `accelerate launch -m pipelines.train_tokenizer ...` does the same on several devices. The sides of the images
-# must be multiples of the tokenizer's `factor`, here 4: 32x32 pixels become 8x8 tokens. Two minutes are enough to see
-# the method work. [docs/data.md](../data.md#how-good-in-how-many-minutes) lists results of longer training.
+# must be multiples of the tokenizer's `factor`, here 4: 32x32 pixels become 8x8 tokens. A few hundred steps are enough
+# to see the method work. [docs/data.md](../data.md#how-good-in-how-many-minutes) lists results of longer training.
 
 # %%
 quiet = {"wandb": "disabled"}
@@ -133,7 +133,7 @@ stage_one = train_tokenizer(
     "vqvae_digits",
     data={"source": FOLDER, "image_size": 32, "channels": 3},
     out="runs/mine",
-    train={"steps": 300, "minutes": 2, "log_every": 50},
+    train={"steps": 300, "log_every": 50},
     track=quiet,
 )
 
@@ -161,7 +161,7 @@ stage_two = train_prior(
     tokens=dataset,
     out="runs/mine_gpt",
     model={"dim": 48},
-    train={"steps": 400, "minutes": 2, "log_every": 50, "warmup_steps": 20},
+    train={"steps": 400, "log_every": 50, "warmup_steps": 20},
     track=quiet,
 )
 

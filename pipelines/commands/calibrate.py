@@ -19,7 +19,6 @@ from ..config import UserError, Within, run_command
 from ..config.table import count_of, table
 from ..files import lock_output
 from ..image_pipeline import ImagePipeline
-from ..images.splits import find_objects
 from ..options import UsesTiles
 from ..provenance import defaults
 from ..saving import INDEX, PIPELINE, save_again
@@ -74,8 +73,7 @@ def run(config: CalibrateConfig) -> Calibration:
             raise UserError("tile: the pipeline was trained on crops; tile=true scores whole images by their tiles")
         stride = config.choose_stride(pipeline.tokenizer.image_shape)
         images = config.load_images(pipeline, whole=config.tile).held_out
-        names = images.names(np.arange(len(images)))
-        groups = None if config.data.group is None else np.array(find_objects(names, config.data.group))
+        groups = None if (objects_of := images.objects()) is None else np.array(objects_of)
         chosen = np.arange(0, len(images), config.every)
         every = len(images) if groups is None else len(np.unique(groups))
         if groups is not None:

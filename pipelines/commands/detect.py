@@ -33,7 +33,7 @@ from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import to_float
 from ..images.pictures import SUFFIXES, write_picture
-from ..images.splits import find_objects
+from ..images.splits import Inherited, SplitFacts, find_objects
 from ..images.tiles import LazyImages, as_lazy, load_image, whole_files
 from ..images.unseen import find_parts
 from ..options import REMOVE, UsesTiles, find_clip_files, find_image_files, read_clips, read_images
@@ -50,8 +50,8 @@ class DetectConfig(UsesCondition, OutputConfig, UsesTiles):
 
     images: str | list[str] | None = Field(
         None,
-        description="image files and folders; default: the held-out images of `data`. Images that the pipeline was "
-        "trained or calibrated with are skipped, and with data.group other images of calibrated objects, too",
+        description="image files and folders; default: the held-out images of `data`. Images of training and "
+        "calibration are skipped, with data.group also others of calibrated objects",
     )
     normal_labels: list[int | str] | None = Field(
         None,
@@ -299,9 +299,10 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
             if "" in folders:
                 raise UserError(f"ground_truth: {files[folders.index('')]} is in no folder of good images or a defect")
         given = config.read_condition(pipeline, len(names), names)
-        objects = None if config.data.group is None else find_objects(paths_within(files, config), config.data.group)
-        data = trained_data(pipeline.provenance)
-        splits = find_parts(files, data, None if data is None else inherit(data, pipeline.provenance))
+        trained_with = trained_data(pipeline.provenance)
+        division = inherit(trained_with or config.data, pipeline.provenance)
+        objects = name_objects(files, config, division)
+        splits = find_parts(files, trained_with, division)
         trained = np.array([split in ("train", "validation") for split in splits], bool)
         more = f" and {len(config.paths) - 3} more" if len(config.paths) > 3 else ""
         origin = f"images in {', '.join(config.paths[:3])}{more}"
@@ -311,11 +312,20 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
     classes = None if images.labels is None else [images.class_names[label] for label in images.labels.tolist()]
     names = images.names(every)
     given = config.read_condition(pipeline, len(names), names)
-    objects = None if config.data.group is None else find_objects(names, config.data.group)
+    objects = images.objects()
     pixels, digests = config.read_pixels(pipeline, images, every), None
     if pipeline.binarized == "drawn" and not config.tile:  # calibrations of 0.3 know rows by their own draw
         digests = digests_of(pipeline, images.pixels(every))
     return Found(names, pixels, classes, f"held-out images of {config.data.source}", given, objects, None, digests)
+
+
+def name_objects(files: list[Path], config: DetectConfig, division: Inherited) -> list[str] | None:
+    """Return the object that each file shows, found in its path by `data.group`; None if a column named objects in
+    training, which files do not have."""
+    facts = division.rule if isinstance(division.rule, SplitFacts) else None
+    if config.data.group is None or (facts is not None and facts.by == "column"):
+        return None
+    return find_objects(paths_within(files, config), config.data.group)
 
 
 def paths_within(files: list[Path], config: DetectConfig) -> list[str]:

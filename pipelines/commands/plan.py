@@ -229,6 +229,8 @@ def run(config: PlanPriorConfig | PlanTokenizerConfig) -> Plan:
         )
     with device:
         task = build()
+    for module in (task.model, *task.nets.values(), *task.frozen):
+        module.to(device)  # buffers that are made on the CPU, such as orders
     plan = Plan(config, task.grid, rows, parameters, states, checkpoint, *measure(task, device))
     print(format_plan(plan))
     return plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,9 +203,8 @@ def find_best(trials: Sequence[Trial]) -> Trial:
 
 
 def describe(options: SamplingOptions) -> str:
-    """Format the options that differ from the defaults, as keys of `generate`."""
-    default = {field.name: field.default for field in fields(options)}
-    return ", ".join(f"{name}={value}" for name, value in vars(options).items() if value != default[name]) or "defaults"
+    """Format the options that differ from the defaults."""
+    return options.describe() or "defaults"
 
 
 def draw_trials(trials: Sequence[Trial]) -> Pixels:

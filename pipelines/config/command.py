@@ -2,7 +2,8 @@
 
     smalti VERB --config a.yaml --config b.yaml train.lr=1e-3 model.kind=gpt
 
-Files are merged from left to right, then overrides. A node whose `kind` changes is replaced, not merged.
+Files are merged from left to right, then overrides. A model whose `kind` changes is replaced, not merged. A part of a
+model, such as its quantizer, keeps the settings that the new kind has too; a line says which.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
 
-from tokenizer.config import Data, defaults_of, explain, find_mark, merge, with_defaults
+from tokenizer.config import Data, Node, Settings, defaults_of, explain, find_mark, merge, show_value, with_defaults
 from tokenizer.files import PipelineLoadError, one_line
 
 from .arguments import nest_settings, read_arguments, read_preset, sort_words, split_lists
-from .errors import UserError, at_a_shell, did_you_mean, exit_codes, is_first_process
+from .errors import UserError, at_a_shell, did_you_mean, exit_codes, is_first_process, tell
 from .help import help_page, list_keys
 from .importing import import_all
 from .schema import C, Config, Of, resolve_short_forms, to_yaml
@@ -126,11 +127,67 @@ def merge_all(parts: Sequence[Data]) -> Data:
 
 
 def merge_with_defaults(cls: type[C], parts: list[Data]) -> Data:
-    """Merge the parts into the defaults one by one, adding the defaults of each kind that a part selects."""
-    data = defaults_of(cls)
+    """Merge the parts into the defaults one by one, adding the defaults of each kind that a part selects. Print what
+    a part of a model keeps when its kind changes."""
+    data, given, notes = defaults_of(cls), Data(), dict[str, Data]()
     for part in parts:
+        part = keep_settings(cls, data, given, part, notes)
+        given = merge(name_kinds(given, data), part)
         data = with_defaults(cls, merge(data, part))
+    for key, reset in notes.items():
+        if is_first_process():
+            tell(one_line(describe_kept(key, reset, reduce(lambda node, name: node[name], key.split("."), given))))
     return split_lists(cls, data)
+
+
+def keep_settings(
+    cls: type[Settings], data: Data, given: Data, part: Data, notes: dict[str, Data], path: str = ""
+) -> Data:
+    """Return `part`; where it changes the kind of a node within a model, with the settings in `given` (the earlier
+    parts) that the new kind accepts. data: `given` with defaults. Those it does not accept are added to `notes`, by the
+    key of the node."""
+    found = dict(part)
+    for name in part.keys() & cls.model_fields.keys():
+        old, new, own, key = data.get(name), part[name], given.get(name), f"{path}{name}"
+        is_node = find_mark(cls.model_fields[name], Node) is not None
+        new = {"kind": new} if is_node and isinstance(new, str) else new
+        if not (isinstance(old, dict) and isinstance(new, dict) and (model := cls.nested(name, {**old, **new}))):
+            continue
+        own = own if isinstance(own, dict) else {}
+        if not is_node or new.get("kind", old.get("kind")) == old.get("kind"):
+            found[name] = keep_settings(model, old, own, new, notes, f"{key}.")
+        elif path:
+            kept = {each: value for each, value in own.items() if each not in new and accepts(model, each, value)}
+            found[name] = {**kept, **new}
+            if own.keys() - {"kind"}:
+                notes[key] = {each: value for each, value in own.items() if each not in found[name]}
+    return found
+
+
+def accepts(model: type[Settings], name: str, value: Any) -> bool:
+    """Whether a kind has this setting, and takes this value."""
+    if name == "kind" or name not in model.model_fields:
+        return False
+    try:
+        model.model_validate({**defaults_of(model), name: value})
+    except ValidationError as error:
+        return all(detail["loc"][:1] != (name,) for detail in error.errors())
+    return True
+
+
+def name_kinds(given: Data, data: Data) -> Data:
+    """Return the settings `given` with the kind of each node, from `data`."""
+    nodes = {name: data[name] for name, value in given.items() if isinstance(value, dict) and name in data}
+    named = {name: name_kinds(given[name], node) for name, node in nodes.items() if isinstance(node, dict)}
+    kind = {"kind": data["kind"]} if "kind" in data else {}
+    return {**given, **named, **kind}
+
+
+def describe_kept(key: str, reset: Data, node: Data) -> str:
+    """Describe a node whose kind changed: the settings given so far, which it keeps, and those it resets."""
+    kept = ", ".join(f"{name}={show_value(value)}" for name, value in node.items() if name != "kind")
+    lost = ", ".join(f"{name}={show_value(value)}" for name, value in reset.items() if name != "kind")
+    return f"{key}: {node['kind']} with {kept or 'its defaults'}" + (f"; it does not take {lost}" if lost else "")
 
 
 def describe_unknown(cls: type[Config], key: str, value: Any) -> list[str]:

@@ -34,7 +34,7 @@ NAME = "NAME"
 OPTIONS = {
     "--config FILE": "a YAML file or a preset's name (`smalti presets`); several merge left to right",
     "key=value": "set one key, overriding the files; the value is YAML, as in train.lr=1e-3 or sizes=1,2; a new "
-    "kind resets the keys below it",
+    "model.kind resets the keys below it",
     "--import FILE": "a Python file or module that defines your own models",
     "--dry-run": "print the resulting configuration, which --config can read, and exit",
 }

@@ -276,7 +276,7 @@ def read_page(image: Image.Image) -> Array:
     if image.mode in ("1", "P", "PA"):
         upright = upright.convert({"1": "L", "P": "RGB", "PA": "RGBA"}[image.mode])
     array = np.asarray(upright)
-    return array.astype(np.uint16) if image.mode == "I" and image.format == "PNG" else array
+    return array.astype(np.uint16) if image.mode == "I" and image.format in ("PNG", "PPM") else array
 
 
 def is_reduced(image: Image.Image) -> bool:

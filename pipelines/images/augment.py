@@ -35,6 +35,11 @@ class AugmentConfig(Config):
         """Whether images are shifted, rotated or zoomed."""
         return bool(self.shift or self.rotate or self.zoom)
 
+    def describe(self) -> str:
+        """List the changes of an image, such as `flip, shift 3`; empty if there are none."""
+        changes = {name: value for name, value in self.model_dump().items() if value}
+        return ", ".join(name if value is True else f"{name} {value:g}" for name, value in changes.items())
+
 
 def draw_changes(
     indices: NDArray[np.int64], epochs: NDArray[np.int64] | int, config: AugmentConfig, seed: int

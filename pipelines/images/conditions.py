@@ -45,7 +45,17 @@ from .clip_files import find_clips
 from .crops import CropImages
 from .dataset import DataConfig, ImageDataset, Indices, check_bad, is_class_name
 from .decoding import NO_IMAGE, Decoded, Payload, Pixels, Rows, decode_all
-from .folder import SHEETS, are_disjoint, files_below, holds_files, image_paths, natural_key, normalize_path, read_sheet
+from .folder import (
+    SHEETS,
+    are_disjoint,
+    describe_nameless,
+    files_below,
+    holds_files,
+    image_paths,
+    natural_key,
+    normalize_path,
+    read_sheet,
+)
 from .tables import read_payload
 from .tiles import PLACE
 
@@ -291,9 +301,10 @@ class Sheets:
             folder = root if table else sheet.parent
             for row in read_sheet(sheet, "table" if table else "data.source"):
                 name = row.get(f"{config.image_column}_file_name", row.get("file_name"))
-                if not isinstance(name, str) or not name or None in row:
-                    problem = "more cells than columns" if None in row else "no file_name"
-                    raise ValueError(f"{sheet}: a row has {problem}: {row}")
+                if None in row:
+                    raise ValueError(f"{sheet}: a row has more cells than columns: {row}")
+                if not isinstance(name, str) or not name:
+                    raise ValueError(describe_nameless(sheet, row))
                 if (path := full_path(folder / name)) in found:
                     raise ValueError(f"{sheet}: two rows have the file_name {name}")
                 if table and path not in known:
@@ -301,6 +312,8 @@ class Sheets:
                 self.names |= dict.fromkeys(row)
                 found[path] = folder, {key: row[key] for key in row.keys() & wanted}
         self.paths = [full_path(path) for path in paths]
+        if not found:
+            raise ValueError(f"{self.files[0]} has no rows")
         if missing := [path for path in self.paths if path not in found]:
             raise ValueError(f"{self.files[0]}: no row for the image {missing[0]}")
         self.rows = [found[path] for path in self.paths]

@@ -51,7 +51,7 @@ from .decoding import (
 )
 from .folder import holds_files, open_folder
 from .pictures import to_float
-from .splits import Inherited, Part, SplitFacts, choose_splits, number_groups
+from .splits import Inherited, Part, SplitFacts, choose_splits, find_objects, number_groups, paths_within
 
 if TYPE_CHECKING:
     from ..processes.group import ProcessGroup
@@ -520,6 +520,16 @@ class ImageDataset:
         root = "" if self._path is None else os.path.join(self._path, "")
         return [self._rows.name(row).removeprefix(root) for row in rows]
 
+    def objects(self) -> list[str] | None:
+        """Return the object of each image, with `data.group`; None without it."""
+        if self.config.group is None:
+            return None
+        names, rows = self._rows.objects, self._positions.tolist()
+        if names is not None:
+            return [names[row] for row in rows]
+        paths = self._rows.paths or []
+        return find_objects(paths_within([paths[row] for row in rows], self.config), self.config.group)
+
     def pixels(self, indices: Indices) -> Tensor:
         """Return the images (B, C, H, W) as uint8, or as float32 in [-1, 1] if they have `values`. Raises
         `IndexError`, and `UserError` for a bad image."""
@@ -671,7 +681,8 @@ def report_division(splits: Splits) -> None:
     if train.labels is not None:
         counts = train.labels.bincount(minlength=len(train.class_names)).tolist()
         if absent := [name for name, count in zip(train.class_names, counts, strict=True) if not count]:
-            tell(one_line(f"warning: no training image of {len(absent)} classes: {', '.join(absent[:10])}"))
+            some = f"{', '.join(absent[:10])}{', ...' if len(absent) > 10 else ''}"
+            tell(one_line(f"warning: {len(absent)} of {len(counts)} classes have no training image: {some}"))
 
 
 # Bad images
@@ -684,6 +695,8 @@ def check_bad(parts: list[tuple[list[BadImage], int]], config: DataConfig) -> No
     if not bad:
         return
     counted = f"{len(bad)} of {found} images cannot be decoded"
+    if len(bad) == found:  # nothing would be left
+        raise UserError(f"{counted}:{list_bad(bad)}")
     if config.on_error == "fail":
         raise UserError(f"{counted} (data.on_error=skip skips them):{list_bad(bad)}")
     if len(bad) > config.max_bad_fraction * found:

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 WEB_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 """Formats that browsers show; uploads must have one of them."""
-FORMATS = (*WEB_FORMATS, "TIFF")
+FORMATS = (*WEB_FORMATS, "TIFF", "PPM")
+"""PPM is the family: PBM, PGM, PNM and PPM."""
 MAX_PIXELS, MAX_SIDE = 64 * 2**20, 16_384
 WHITE_IS_ZERO, SEPARATE = 0, 2  # values of PHOTOMETRIC_INTERPRETATION and PLANAR_CONFIGURATION
 MAX_FILE = 256 << 20  # bytes of an encoded image
@@ -84,7 +85,7 @@ def hash_names(names: Iterable[str]) -> NDArray[np.uint64]:
     known: dict[str, int] = {}
     for name in (names := list(names)):
         if name not in known:
-            known[name] = hash_bytes(os.fsencode(unicodedata.normalize("NFC", name)))
+            known[name] = hash_bytes(unicodedata.normalize("NFC", name).encode("utf-8", "surrogatepass"))
     return np.fromiter((known[name] for name in names), np.uint64, len(names))
 
 
@@ -328,6 +329,8 @@ def open_image(
     width, height = image.size  # from the header: a file of 20 kB can claim 1 GB of pixels
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise ValueError(f"{width} x {height} pixels; the limit is {MAX_PIXELS} and {MAX_SIDE} per side")
+    if image.format == "PPM" and image.mode not in ("1", "L", "I", "RGB"):  # floats, and inventions of Pillow
+        raise ValueError(f"a PPM of mode {image.mode}, not black and white, grey or RGB; convert it to PNG")
     if isinstance(image, TiffImageFile):
         require_small_tiles(image)
         if not deep:

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from .dataset import DataConfig
 
 MAX_DEPTH = 100  # nested folders
-READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+READ_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
 ARRAY_SUFFIXES = {".npy", ".npz"}
 """Of files that are images where there are no others."""
-SUFFIXES = READ_SUFFIXES | {".heic", ".avif", ".jp2", ".ppm"}
+SUFFIXES = READ_SUFFIXES | {".heic", ".avif", ".jp2"}
 """Includes formats that cannot be decoded, so that such images are reported, not overlooked."""
 SPLIT_FOLDERS = ("train", "training", "test", "testing", "held_out", "validation", "val", "valid", "dev")
 SHEETS = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -314,8 +314,15 @@ def files_in_row(sheet: Path, row: dict[str, Any], image_column: str) -> tuple[s
         if key and key.endswith("file_name") and isinstance(value, str) and value
     }
     if image_column not in named:
-        raise UserError(one_line(f"data.source: {sheet}: a row has no file_name: {row}"))
+        raise UserError(one_line(f"data.source: {describe_nameless(sheet, row)}"))
     return named.pop(image_column), set(named.values())
+
+
+def describe_nameless(sheet: Path, row: dict[str, Any]) -> str:
+    """Describe a row that names no image: its sheet lacks the column, or its cell is empty."""
+    if "file_name" in row or sheet.suffix == ".jsonl":  # whose rows need not have the same columns
+        return f"{sheet}: a row has no file_name: {row}"
+    return f"{sheet} has no column file_name; it has {', '.join(map(str, row))}"
 
 
 def parse_labels(labels: list[Any]) -> list[Any]:

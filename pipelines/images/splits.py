@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -106,6 +106,11 @@ class SplitFacts(BaseModel):
         return self
 
     @property
+    def rule(self) -> tuple[str | None, ...]:
+        """Return what decides the part of a unit."""
+        return self.unit, self.by, self.held_out_split, self.held_out_below, self.validation_from
+
+    @property
     def thresholds(self) -> tuple[int, int]:
         """Return the hashes below which units are held out, and from which they are for validation."""
         below, start = self.held_out_below, self.validation_from
@@ -141,11 +146,14 @@ def publish_splits(found: dict[str, Any]) -> dict[str, Any]:
 class Inherited:
     """The division that a model was trained with. rule: what divides the images, "position" for a run of 0.3, None to
     divide them anew. same_source: whether the images come from the place that was trained on. note: what is not known
-    about the division."""
+    about the division. refusal: why it must not be used if the images of another place are those of training. regroup:
+    divide other units anew."""
 
     rule: SplitFacts | Literal["position"] | None
     same_source: bool = True
     note: str | None = None
+    refusal: str | None = None
+    regroup: bool = False
 
 
 def inherit_splits(
@@ -157,24 +165,33 @@ def inherit_splits(
     regroup: bool = False,
 ) -> Inherited:
     """Return how to divide `config`, given the settings `trained` and the `facts` of an earlier step. regroup: allow
-    other units (objects instead of images), by which images are divided anew.
+    other units (objects instead of images, images instead of shards), by which images are divided anew.
 
     Raises `UserError` for other settings of a source that was divided."""
     if trained is None:
         return Inherited(None, False, f"whether images of {config.source} were trained on is not recorded")
-    elsewhere = f"{config.source} is not the source of training, and is divided anew"
     if facts is None:
-        return Inherited("position") if same_source else Inherited(None, False, elsewhere)
+        return Inherited("position") if same_source else Inherited(None, False, divided_anew(config))
     changed = [key for key in DIVISION if getattr(config, key) != getattr(trained, key)]
+    if config.frames is not None and trained.frames is not None and "frames" in changed:
+        changed.remove("frames")  # clips are held out whole, whatever their windows
     if not changed:
-        return Inherited(facts, same_source)
-    if not same_source or regroup and {"group", "clips", "frames", "key"} & set(changed):
-        return Inherited(None, same_source, elsewhere if not same_source else None)
+        return Inherited(facts, same_source, regroup=regroup)
+    if regroup and same_source and {"group", "clips", "frames"} & set(changed):
+        return Inherited(None)
     before = " ".join(f"data.{key}={show_value(getattr(trained, key))}" for key in changed)
-    raise UserError(
+    refusal = (
         f"{', '.join(f'data.{key}' for key in changed)}: {config.source} was divided with {before} for training, and "
         "stays so; keep that setting, or begin a new run"
     )
+    if same_source:
+        raise UserError(refusal)
+    return Inherited(facts, False, refusal=refusal, regroup=regroup)
+
+
+def divided_anew(config: DataConfig) -> str:
+    """Say that a source cannot be compared with that of training."""
+    return f"whether images of {config.source} were trained on is not known; it is divided anew"
 
 
 # Names and their hashes
@@ -202,7 +219,10 @@ def hash_units(rows: Rows, config: DataConfig, by: NamedBy | None = None) -> Uni
                 f"data.group: needs a folder of images, or a column of this name in their table (got {config.group!r})"
             )
         if column is None and by == "column":
-            raise UserError(f"data.group: {config.source} has no longer a column {config.group!r}, which named objects")
+            raise UserError(
+                f"data.group: images of {config.source} lack the column {config.group!r}, which names the objects in "
+                "training"
+            )
         names = column if column is not None else find_objects(paths_within(rows.paths or [], config), config.group)
         return Units("object", "expression" if column is None else "column", hash_names(names))
     if rows.paths is not None:
@@ -243,10 +263,11 @@ def paths_within(paths: Sequence[str] | None, config: DataConfig) -> list[str]:
 def name_shards(files: list[str], config: DataConfig) -> list[str]:
     """Return the names of shards within the source, without their number (`-of-NNNNN`), which changes when shards are
     added."""
-    fixed = os.path.expanduser(config.source).partition("*")[0].partition("?")[0]
-    root = os.path.join(config.path, "") if config.path and config.path.is_dir() else os.path.dirname(fixed) + "/"
-    roots = (os.path.join(os.path.abspath(root), "") if "://" not in root else root, root)
-    within = [next((file[len(top) :] for top in roots if file.startswith(top)), file) for file in files]
+    fixed = re.split(r"[*?[]", os.path.expanduser(config.source), maxsplit=1)[0]
+    is_folder = config.path is not None and config.path.is_dir()
+    root = os.path.join(config.path or "", "") if is_folder else os.path.join(os.path.dirname(fixed), "")
+    root = root if "://" in root else os.path.join(os.path.abspath(root), "")
+    within = [(file if "://" in file else os.path.abspath(file)).removeprefix(root) for file in files]
     within = [re.sub(r"^hf://datasets/[^@]*@[^/]*/", "", name) for name in within]
     return [SHARD_COUNT.sub("", name.partition("?")[0] if "://" in name else name) for name in within]
 
@@ -283,18 +304,33 @@ def choose_splits(
     facts, note = (None if rule == "position" else rule), None if inherited is None else inherited.note
     rows = splits[config.split]()
     is_stream = rows.identity is not None and rows.identity.by == "path"
-    units = hash_units(rows, config, facts.by if facts is not None else "position" if rule == "position" else None)
-    if facts is not None and inherited is not None and inherited.same_source:
-        require_same_units(facts, units, splits, config)
-    elif facts is not None and not applies(facts, units, splits):
-        facts, note = None, f"{config.source} is not the source of training, and is divided anew"
+    by: NamedBy | None = "position" if rule == "position" else None
+    if facts is not None and inherited is not None and inherited.refusal is None:
+        by = facts.by
+    units = hash_units(rows, config, by)
+    if units.by != "column":
+        rows = replace(rows, objects=None)  # an expression finds them
+    if facts is not None and inherited is not None:
+        is_comparable = (facts.unit, facts.by) == (units.unit, units.by)
+        if inherited.same_source or is_comparable and shares_units(facts, units):
+            if inherited.refusal:
+                raise UserError(inherited.refusal)
+            if is_comparable or not inherited.regroup:
+                require_same_units(facts, units, splits, config)
+            else:
+                facts = None
+        elif is_comparable and facts.sample:
+            facts, note = None, f"{config.source} is not the source of training, and is divided anew"
+        elif inherited.refusal or not is_comparable or not can_divide(facts, units, splits):
+            facts, note = None, divided_anew(config)
     own = choose_held_out(splits, config) if facts is None else facts.held_out_split
     other = None if own is None else splits[own]()
+    theirs = None if other is None else hash_units(other, config, units.by)
     if not quiet:
         some = f"{100 * config.held_out_fraction:.3g}% of {'the shards of ' * is_stream}{config.split!r}"
         report_splits(splits, config, own, some, "held out")
-        if own is not None and other is not None and units.by == "expression":
-            warn_about_shared_objects(rows, other, own, config)
+        if own is not None and theirs is not None and units.by != "position":
+            warn_about_shared_units(units, theirs, own, config)
     if facts is None:
         distinct = np.unique(units.hashes)
         wanted = 0 if own is not None else max(1, round(len(distinct) * config.held_out_fraction))
@@ -312,15 +348,16 @@ def choose_splits(
     parts = {name: Part(rows, np.flatnonzero(mask), units.hashes) for name, mask in chosen.items()}
     limit = None if is_stream else config.limit
     images = {id(rows): units.hashes if limit is None else hash_images(rows, units, config)}
-    if other is not None:
-        theirs = hash_units(other, config, units.by)
+    if other is not None and theirs is not None:
+        other = other if units.by == "column" else replace(other, objects=None)
         parts["held_out"] = Part(other, np.arange(other.size), theirs.hashes)
         images[id(other)] = theirs.hashes if limit is None else hash_images(other, theirs, config)
     require_images(parts, facts, units, config, own)
     parts = {name: part for name, part in parts.items() if len(part.positions)}
     now = None if units.by == "position" else describe_parts(parts, units, own, thresholds)
-    if facts is not None and now is not None:
-        note = describe_change(facts, now, config)
+    if facts is not None and now is not None and inherited is not None:
+        is_known = inherited.same_source or facts.sample
+        note = describe_change(facts, now, units, config) if is_known else describe_unknown(now, config)
     limited = {name: limit_part(part, images[id(part.rows)], units.by, limit) for name, part in parts.items()}
     return Division(limited, now, note, own is None)
 
@@ -388,20 +425,17 @@ def digest(units: Hashes) -> str:
 # What has changed
 
 
-def applies(facts: SplitFacts, units: Units, splits: SplitRows) -> bool:
-    """Whether a division can be used for another source: unless none of its images are there, or it would not divide
-    this one."""
-    if (facts.unit, facts.by) != (units.unit, units.by) or facts.held_out_split not in (None, *splits):
-        return False
-    shares = not facts.sample or not shares_nothing(facts, units)
+def shares_units(facts: SplitFacts, units: Units) -> bool:
+    """Whether some of the sampled units of a division are among `units`."""
+    return bool(set(facts.sample) & {f"{value:016x}" for value in splitmix64(units.hashes).tolist()})
+
+
+def can_divide(facts: SplitFacts, units: Units, splits: SplitRows) -> bool:
+    """Whether a division leaves images to train on and to hold out."""
     below, start = facts.thresholds
     train = ~is_below(units.hashes, below) & is_below(units.hashes, start)
-    return shares and bool(train.any()) and (facts.held_out_split is not None or bool((~train).any()))
-
-
-def shares_nothing(facts: SplitFacts, units: Units) -> bool:
-    """Whether none of the sampled units of a division are among `units`."""
-    return not set(facts.sample) & {f"{value:016x}" for value in splitmix64(units.hashes).tolist()}
+    own = facts.held_out_split
+    return bool(train.any()) and (bool((~train).any()) if own is None else own in splits)
 
 
 def require_same_units(facts: SplitFacts, units: Units, splits: Collection[str], config: DataConfig) -> None:
@@ -409,7 +443,7 @@ def require_same_units(facts: SplitFacts, units: Units, splits: Collection[str],
     if (facts.unit, facts.by) != (units.unit, units.by):
         raise UserError(
             f"{SPLITS}: divides {facts.unit}s, named by their {facts.by}, but {config.source} has {units.unit}s, named "
-            f"by their {units.by}; it belongs to another source, or data.group has changed"
+            f"by their {units.by}; it belongs to another source, or data.group or data.streaming has changed"
         )
     if facts.held_out_split is not None and facts.held_out_split not in splits:
         raise UserError(
@@ -439,8 +473,17 @@ def require_images(
         raise UserError(f"data: no images left for {name!r} (the split {config.split!r} has {rows.size}{whole})")
 
 
-def describe_change(then: SplitFacts, now: SplitFacts, config: DataConfig) -> str | None:
-    """Return what has changed since training, in a line; None if nothing has."""
+def describe_unknown(now: SplitFacts, config: DataConfig) -> str:
+    """Say that a source cannot be compared with that of training, as published files do not know names."""
+    held_out = now.parts["held_out"]
+    return (
+        f"whether images of {config.source} were trained on under other names is not known; "
+        f"{held_out.images or held_out.units:,} are held out by their names, as in training"
+    )
+
+
+def describe_change(then: SplitFacts, now: SplitFacts, units: Units, config: DataConfig) -> str | None:
+    """Return what has changed since training, in a line; None if nothing has. units: those that are there now."""
     held_out = now.parts["held_out"]
     before, after = (sum(part.images or part.units for part in facts.parts.values()) for facts in (then, now))
     what = "images" if held_out.images is not None else f"{now.unit}s"
@@ -451,7 +494,7 @@ def describe_change(then: SplitFacts, now: SplitFacts, config: DataConfig) -> st
         found = f"still {after:,} {what}, but other names; renamed ones may have been trained on under their old names"
     else:
         return None
-    if then.sample and not set(then.sample) & set(now.sample):
+    if then.sample and not shares_units(then, units):
         found += ", none of which is known"
     return f"{config.source} has changed since training: {found}; {held_out.images or held_out.units:,} are held out"
 
@@ -544,11 +587,11 @@ def find_objects(names: list[str], pattern: str) -> list[str]:
     return found
 
 
-def warn_about_shared_objects(rows: Rows, other: Rows, name: str, config: DataConfig) -> None:
-    """Print one line if the split `name` has objects that are trained on."""
-    ours, theirs = (set(find_objects(paths_within(part.paths, config), str(config.group))) for part in (rows, other))
-    if (both := len(ours & theirs)) and is_first_process():
-        tell(f"warning: data.group: {both:,} of {len(theirs):,} objects of {name!r} are also in {config.split!r}")
+def warn_about_shared_units(units: Units, other: Units, name: str, config: DataConfig) -> None:
+    """Print one line if the split `name` has units that are trained on."""
+    theirs = np.unique(other.hashes)
+    if (both := int(np.isin(theirs, units.hashes).sum())) and is_first_process():
+        tell(f"warning: {both:,} of {len(theirs):,} {units.unit}s of {name!r} are also in {config.split!r}")
 
 
 def count_validation_units(units: int, size: int, fraction: float | None, is_stream: bool) -> int:

@@ -68,18 +68,19 @@ def count_seen(config: DataConfig, trained: DataConfig | None, part: str) -> tup
     return int(np.isin(positions, learned).sum()) if name == before.split else 0, len(positions)
 
 
-def find_parts(files: Sequence[Path], trained: DataConfig | None, inherited: Inherited | None) -> list[str | None]:
+def find_parts(files: Sequence[Path], trained: DataConfig | None, inherited: Inherited) -> list[str | None]:
     """Return the part of the training images that each file belongs to ("train", "validation" or "held_out"), under
-    any path and through links; None for a file that is none of them, and if they cannot be found. inherited: how they
-    were divided."""
+    any path and through links; None for a file that is none of them, and if they cannot be found. inherited: how the
+    images that a model was `trained` with were divided."""
     root = None if trained is None else trained.path
     if trained is None or root is None or not root.is_dir():
         return [None] * len(files)
     within, paths = os.path.join(os.path.realpath(root), ""), [os.path.realpath(file) for file in files]
     if not any(path.startswith(within) for path in paths):
         return [None] * len(files)
+    everything = trained.model_copy(update={"limit": None})
     try:
-        parts = choose_splits(open_source(trained), trained, inherited, quiet=True).parts
+        parts = choose_splits(open_source(everything), everything, inherited, quiet=True).parts
     except UserError:  # the source has changed
         return [None] * len(files)
     known = {

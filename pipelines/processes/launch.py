@@ -24,7 +24,7 @@ TWO_PROCESSES = (
     "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 --num_machines 1 "
     "--mixed_precision no --dynamo_backend no -m ..."
 )
-TIMEOUT = 1800.0  # seconds that processes wait for each other
+TIMEOUT = 7 * 86400.0  # seconds: shares of a long command end hours apart, and torchrun stops those of a dead process
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 LAUNCHERS = (PRECISION, "WORLD_SIZE", "RANK", "MASTER_ADDR")  # set by launchers for each process

@@ -166,8 +166,11 @@ def load_newest(
     average: nn.Module,
     optimizers: Mapping[str, Optimizer],
     all_agree: Callable[[bool], bool] = bool,
+    *,
+    main: bool = True,
 ) -> tuple[dict[str, Any], Tensors | None]:
-    """Load the newest usable checkpoint into these objects; return its record and its best weights, if any.
+    """Load the newest usable checkpoint into these objects; return its record and, on the main process, its best
+    weights, if any.
 
     checkpoints: oldest first, the same on all processes; if empty, return ({}, None). all_agree: returns whether a bool
     is true on all processes. Skips unusable checkpoints with a warning. Raises `UserError` if no checkpoint is usable.
@@ -179,7 +182,7 @@ def load_newest(
             check_format_version(record, FORMAT_VERSION, checkpoint / RECORD)
             if record.get("step") != step_of(checkpoint):
                 raise ValueError(f"{RECORD} does not belong to step {step_of(checkpoint)}")
-            best = load_file(checkpoint / BEST) if record.get("best") else None
+            best = load_file(checkpoint / BEST) if main and record.get("best") else None
             if best is not None:
                 require_same_shapes(best, average)
             load_tensors(checkpoint / TENSORS, model, average, optimizers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,16 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..config import tell
+from ..config.table import count_of
 from ..processes.launch import recommend_bf16
+from .schedule import describe_cut
 
 if TYPE_CHECKING:
     from .trainer import Trainer
+
+FIRST_LINE = 10.0  # seconds until a run without a progress bar says when it will end
 
 
 def announce_start(trainer: Trainer, changes: list[str], reason: str = "") -> None:
     """Print how the run starts or continues: its data, devices, precision and changed settings. reason: why this
     precision was chosen. Raises `UserError` if the disk has no room for the run's files."""
-    if not trainer.main or trainer.is_finished(trainer.agree_on_progress(alone=True)):
+    if not trainer.main or trainer.is_finished():
         return
     trainer.require_room()
     task, accelerator, precision = trainer.task, trainer.accelerator, trainer.accelerator.mixed_precision
@@ -53,12 +58,53 @@ def progress_bar(trainer: Trainer) -> Iterator[Any]:
     """Show a progress bar if the main process has a terminal and something to train."""
     from tqdm import tqdm
 
-    hidden = not (trainer.main and trainer.task.players) or trainer.is_finished(trainer.agree_on_progress(alone=True))
+    hidden = not (trainer.main and trainer.task.players) or trainer.is_finished()
     options: dict[str, Any] = {"dynamic_ncols": True, "mininterval": 0.5, "miniters": 1}
     with tqdm(
         total=trainer.config.steps, initial=trainer.step, unit="step", disable=True if hidden else None, **options
     ) as bar:
         yield bar
+
+
+class Pace:
+    """Says once, after about ten seconds, when training will end."""
+
+    def __init__(self) -> None:
+        self.began, self.started, self.steps, self.announced = time.monotonic(), 0.0, 0, False
+
+    def start_step(self) -> None:
+        """Count a step. The first one, which allocates and compiles, is not timed if there are others."""
+        if self.steps < 2:
+            self.started = time.monotonic()
+        self.steps += 1
+
+    def announce_once(self, trainer: Trainer, bar: Any) -> None:
+        """Print the line when it is due, on the main process, unless the progress bar is shown."""
+        now = time.monotonic()
+        if self.announced or now - self.began < FIRST_LINE:
+            return
+        self.announced = True
+        if trainer.main and bar.disable:
+            left = describe_left(trainer, (now - self.started) / max(1, self.steps - 1))
+            total = "" if trainer.config.steps is None else f" of {trainer.config.steps:,}"
+            tell_progress(f"step {trainer.step:,}{total}; {left}")
+
+
+def describe_left(trainer: Trainer, seconds_per_step: float) -> str:
+    """Describe how long training will still take: `about 12 minutes left`."""
+    config = trainer.config
+    by_steps = math.inf if config.steps is None else (config.steps - trainer.step) * seconds_per_step
+    by_limit = math.inf if config.minutes is None else 60 * (config.minutes - trainer.minutes)
+    seconds = max(0.0, min(by_steps, by_limit))
+    cuts = f", until train.minutes={config.minutes:g}" if by_limit < by_steps else ""
+    unit, length = ("second", 1) if seconds < 100 else ("minute", 60) if seconds < 6000 else ("hour", 3600)
+    return f"about {count_of(round(seconds / length), unit)} left{cuts}"
+
+
+def tell_progress(line: str) -> None:
+    """Print a line about training to stderr; in a notebook to stdout, as notebooks show stderr as errors."""
+    in_notebook = type(sys.stderr).__module__ == "ipykernel.iostream"
+    tell(line, sys.stdout if in_notebook else sys.stderr)
 
 
 def show_report(trainer: Trainer, record: dict[str, float], bar: Any) -> None:
@@ -68,10 +114,13 @@ def show_report(trainer: Trainer, record: dict[str, float], bar: Any) -> None:
     left = f", {max(0.0, total - trainer.minutes):.1f} of {total:g} min left" if total else ""
     bar.set_postfix_str(f"loss {loss:.4f}{left}")
     if trainer.main and bar.disable:
-        speed = f"{record['images_per_second']:.0f} images/s, " if "images_per_second" in record else ""
-        in_notebook = type(sys.stderr).__module__ == "ipykernel.iostream"  # notebooks show stderr as errors
-        line = f"step {trainer.step}: loss {loss:.4f}, {speed}{trainer.minutes:.1f} min"
-        tell(line, sys.stdout if in_notebook else sys.stderr)
+        line = f"step {trainer.step}: loss {loss:.4f}"
+        if speed := record.get("images_per_second"):
+            line += f", {speed:.0f} images/s"
+        line += f", {trainer.minutes:.1f} min"
+        if speed and not trainer.is_done():
+            line += f", {describe_left(trainer, trainer.config.batch_size / speed)}"
+        tell_progress(line)
 
 
 def summarize_run(trainer: Trainer) -> tuple[dict[str, Any], list[list[Any]]]:
@@ -93,13 +142,18 @@ def describe_end(trainer: Trainer, done: bool, was_finished: bool) -> str:
     """Describe how far the run got, its result and the next command."""
     if not done:
         return f"stopped at step {trainer.step}; the same command continues"
-    task, minutes = trainer.task, f"{trainer.minutes:.1f} min"
-    trained = f"{trainer.step:,} steps in {minutes}" if task.players else "nothing to train"
+    task = trainer.task
+    trained = f"{trainer.step:,} steps in {trainer.minutes:.1f} min" if task.players else "nothing to train"
+    if trainer.cut:
+        trained = describe_cut(trainer.step, trainer.cut)
     if trainer.best and trainer.best["step"] != trainer.step:
         trained += f", best at step {trainer.best['step']:,}"
     quality = task.quality(trainer.reported or trainer.evaluation)
-    begin, nothing = ("already finished", "; nothing to do") if was_finished else ("done", "")
-    return f"{begin}: {trained}{quality and f', {quality}'}{nothing}; {task.outcome(trainer.run)}"
+    if was_finished:
+        trained, nothing = f"already finished: {trained}", "; nothing to do"
+    else:
+        trained, nothing = trained if trainer.cut else f"done: {trained}", ""
+    return f"{trained}{quality and f', {quality}'}{nothing}; {task.outcome(trainer.run)}"
 
 
 def describe_figures(trainer: Trainer, done: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -20,9 +21,14 @@ def restore_no(value: Any) -> Any:
 class TrainConfig(Config):
     """Training settings. Steps are optimizer steps, batch sizes are global."""
 
-    steps: int | None = Field(2000, ge=1, description="optimizer steps; null: only `minutes` ends the run")
+    steps: int | None = Field(
+        2000, ge=1, description="optimizer steps, which all schedules follow; null: they follow `minutes`"
+    )
     minutes: float | None = Field(
-        None, gt=0, description="end after this many minutes of training, if `steps` is not reached first"
+        None,
+        gt=0,
+        description="limit in minutes, which may end a run before its `steps` and before the learning rate has "
+        "fallen; figures say so",
     )
     batch_size: int = Field(128, ge=1, description="images per step, over all processes and micro-batches")
     accumulate: int = Field(
@@ -87,3 +93,8 @@ def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
     left = min(1.0, (1 - min(1.0, progress)) / (1 - config.decay_from))
     return config.lr * warmup * (config.final_lr + (1 - config.final_lr) * left)
+
+
+def describe_cut(steps: int, cut: Mapping[str, Any]) -> str:
+    """Describe that a limit in minutes ended a run after `steps`. cut: the limit, and the steps that were planned."""
+    return f"stopped by train.minutes={cut['minutes']:g} after {steps:,} of {cut['steps']:,} steps"

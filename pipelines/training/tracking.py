@@ -87,10 +87,16 @@ class Tracker:
             (self.run / STORED_ID).unlink(missing_ok=True)
         mode, reason = wandb_mode(config.wandb if "wandb" in config.trackers else "disabled")
         reason = reason if "wandb" in config.trackers else "not in track.trackers"
-        later = f"; sync later with: {sync_command(self.run)}" if mode == "offline" else ""
-        print(f"W&B: {mode} ({reason}){later}", flush=True)
-        if mode != "disabled":
-            self._start("W&B", lambda: WandbRun(self.run, config, run_config, mode))
+        if mode == "disabled":
+            print(f"W&B: {mode} ({reason})", flush=True)
+        else:
+            known = stored_id(self.run / STORED_ID)
+            run_id = known or uuid.uuid4().hex[:16]
+            what = f"{mode} ({reason}), {'continues run' if known else 'run'} {run_id}"
+            where = f"in {wandb_folder(self.run)}/wandb; track.wandb=disabled turns it off"
+            later = f"; upload it later with: {sync_command(self.run, run_id)}" if mode == "offline" else ""
+            print(f"W&B: {what} {where}{later}", flush=True)
+            self._start("W&B", lambda: WandbRun(self.run, config, run_config, mode, run_id))
         if "tensorboard" in config.trackers:
             folder = self.run / "tensorboard"
             print(f"TensorBoard: tensorboard --logdir {quote(str(folder))}", flush=True)
@@ -250,9 +256,13 @@ class Board:
 
 
 class WandbRun(Board):
-    """A run of W&B, online or offline. Supports wandb 0.21 to 0.31."""
+    """A run of W&B, online or offline. Supports wandb 0.21 to 0.31.
 
-    def __init__(self, run: Path, config: TrackConfig, run_config: dict[str, Any], mode: Mode) -> None:
+    wandb cannot append to an offline folder: each command writes a folder of its own, with the same id. `wandb sync` of
+    all of them uploads one run; steps that a killed process logged, and a later one repeats, come twice.
+    """
+
+    def __init__(self, run: Path, config: TrackConfig, run_config: dict[str, Any], mode: Mode, run_id: str) -> None:
         # No output and no questions. Error reporting would wait for its server at exit.
         os.environ.setdefault("WANDB_SILENT", "true")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -265,7 +275,7 @@ class WandbRun(Board):
         options: dict[str, Any] = {
             "project": config.project or os.environ.get("WANDB_PROJECT") or "smalti",
             "name": self.name,
-            "id": stored_id(run / STORED_ID) or uuid.uuid4().hex[:16],
+            "id": run_id,
             "resume": "allow",
             "reinit": "create_new",  # do not continue a run that the user opened in this process
             "config": run_config,
@@ -280,7 +290,7 @@ class WandbRun(Board):
             wandb.teardown()  # otherwise its service refuses the same id
             self._run, mode = wandb.init(mode="offline", **options), "offline"
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            tell(f"warning: W&B continues offline: {reason}; sync later with: {sync_command(run)}")
+            tell(f"warning: W&B continues offline: {reason}; upload it later with: {sync_command(run, run_id)}")
         self.online = mode == "online"
         self.url = self._run.url if self.online else None
         for handler in logging.getLogger("wandb").handlers:  # otherwise its debug log prints tracebacks on a full disk
@@ -406,9 +416,9 @@ def wandb_folder(run: Path) -> Path:
     return Path(os.environ.get("WANDB_DIR") or run)
 
 
-def sync_command(run: Path) -> str:
-    """Return the command that uploads offline runs to W&B."""
-    return f"wandb sync {quote(str(wandb_folder(run)))}/wandb/offline-run-*"
+def sync_command(run: Path, run_id: str) -> str:
+    """Return the command that uploads all offline folders of a run to W&B."""
+    return f"wandb sync {quote(str(wandb_folder(run)))}/wandb/offline-run-*-{run_id}"
 
 
 def step_of(line: bytes) -> int:

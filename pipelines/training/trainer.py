@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from prior.compiling import compiler_problem
 from prior.cuda_graph import without_graphs
 from tokenizer.files import PathError
 from tokenizer.precision import in_finest
@@ -50,7 +51,7 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .optimizers import make_optimizer
-from .reporting import announce_start, describe_end, describe_figures, progress_bar, show_report, summarize_run
+from .reporting import Pace, announce_start, describe_end, describe_figures, progress_bar, show_report, summarize_run
 from .run_folder import END, check_run_folder, write_config
 from .schedule import learning_rate
 from .sharding import is_sharding, offloads_to_cpu, require_shardable, shard
@@ -119,6 +120,8 @@ def require_valid(config: Any, accelerator: Accelerator, group: ProcessGroup) ->
         )
     if settings.steps is None and settings.minutes is None:
         raise UserError("train.steps: null needs train.minutes to end the run")
+    if settings.compile and accelerator.device.type == "cuda" and (problem := compiler_problem()):
+        raise UserError(f"train.compile: {problem}; or set it false")
     require_installed(config.track.trackers)
     mine = {**settings.model_dump(mode="json"), "mixed_precision": accelerator.mixed_precision}
     first, *others = group.gather(lambda: mine)
@@ -224,7 +227,7 @@ class Trainer:
             self.run,
             config.track,
             {**config.model_dump(mode="json"), **task.facts},
-            active=self.main,
+            active=self.main and (config.track.artifact or not self.is_finished()),  # else there is nothing to log
             resume_step=resume_step,
         )
 
@@ -234,8 +237,8 @@ class Trainer:
             raise UserError("init: processes loaded different models; every machine must have the same model")
         # Only rank 0 lists the checkpoints, because a shared file system may show them late on other machines.
         checkpoints = self.group.on_main(lambda: list_checkpoints(self.run))
-        record, best = load_newest(checkpoints, self.task.model, self.average, self.optimizers, self.all_agree)
-        self.best_weights = best if self.main else None
+        objects = self.task.model, self.average, self.optimizers
+        record, self.best_weights = load_newest(checkpoints, *objects, self.all_agree, main=self.main)
         if not record:
             snapshot = next((name for name in self.task.snapshots if (self.run / name).is_dir()), None)
             if snapshot and not (self.run / "state").is_dir():
@@ -247,9 +250,8 @@ class Trainer:
         if (now := self.task.init) and record["init"] != now["fingerprint"]:
             raise UserError(f"init: {now['source']} is not the model that this run started from; nothing was changed")
         steps, minutes = self.config.steps or math.inf, self.config.minutes or math.inf
-        if record["end"] != [self.config.steps, self.config.minutes] and (
-            record["step"] >= steps or record["minutes"] >= minutes
-        ):
+        has_other_end = record["step"] != steps and record["end"] != [self.config.steps, self.config.minutes]
+        if has_other_end and (record["step"] > steps or record["minutes"] >= minutes):
             raise UserError(
                 f"{', '.join(END)}: {self.run} has already done {record['step']:,} steps in "
                 f"{record['minutes']:.1f} minutes; set a later end; nothing was changed"
@@ -290,11 +292,11 @@ class Trainer:
         """Train: evaluate, log, preview and save when due, then step, until `steps` or `minutes` is reached."""
         self.task.model.train()
         with closing(self.batches()) as stream, progress_bar(self) as bar:
-            began, was_finished = time.monotonic() - 60 * self.minutes, None
+            pace, began, was_finished = Pace(), time.monotonic() - 60 * self.minutes, None
             while True:
-                progress = self.agree_on_progress()
-                done = progress >= 1
-                was_finished = self.is_finished(progress) if was_finished is None else was_finished
+                self.agree_on_end()
+                progress, done = self.progress, self.is_done()
+                was_finished = self.is_finished() if was_finished is None else was_finished
                 due = self.due(done)
                 if self.stopping and not done:
                     if self.step != self.saved_step:  # otherwise the loaded checkpoint is of this step
@@ -306,34 +308,51 @@ class Trainer:
                 if done:
                     break
                 self.task.progress = progress
+                pace.start_step()
                 self.take_step(next(stream), learning_rate(self.config, self.step, progress))
                 self.minutes = (time.monotonic() - began) / 60
                 bar.update(1)
+                pace.announce_once(self, bar)
         self.finish_writing()
         if done:
             self.tracker.finish(self.step, *summarize_run(self), artifact_metadata=self.reported)
         if self.main and not self.unsaved:
             print(f"{self.run}: {describe_end(self, done, bool(was_finished))}", flush=True)
 
-    def agree_on_progress(self, alone: bool = False) -> float:
-        """Return the fraction of training done, by steps or by minutes, whichever is larger, and note requests to stop.
-
-        All processes get the same answer. They exchange it between CPUs, so no process waits for a GPU. alone: skip the
-        exchange."""
+    def agree_on_end(self) -> None:
+        """Exchange the minutes of training and requests to stop with the other processes, between CPUs, so that no
+        process waits for a GPU."""
         stopping = self.stop.is_requested()
-        if self.group.world > 1 and not alone:
+        if self.group.world > 1:
             facts = torch.tensor([self.minutes if self.main else 0.0, float(stopping)], dtype=torch.float64)
             torch.distributed.all_reduce(facts, group=self.hosts)
             self.minutes, stopping = float(facts[0]), bool(facts[1])
         self.stopping |= stopping
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the schedule, at least 0: by steps, or by minutes in a run without `steps`."""
         if not self.task.players:  # nothing to train: evaluate, preview and save at step 0
             return 1.0
-        by_steps = self.step / self.config.steps if self.config.steps else 0.0
-        return by_steps if self.config.minutes is None else max(by_steps, self.minutes / self.config.minutes)
+        if self.config.steps is not None:
+            return self.step / self.config.steps
+        assert self.config.minutes is not None
+        return self.minutes / self.config.minutes
 
-    def is_finished(self, progress: float) -> bool:
+    def is_done(self) -> bool:
+        """Return whether the end is reached, by schedule or by the limit in minutes."""
+        return self.progress >= 1 or self.minutes >= (self.config.minutes or math.inf)
+
+    def is_finished(self) -> bool:
         """Return whether the loaded checkpoint is of a finished run with nothing pending."""
-        return self.step == self.saved_step and not self.pending and progress >= 1
+        return self.step == self.saved_step and not self.pending and self.is_done()
+
+    @property
+    def cut(self) -> dict[str, Any]:
+        """The limit in minutes that ended a finished run, and the steps that were planned; {} if it took them all."""
+        if not self.task.players or self.config.steps is None or self.step >= self.config.steps:
+            return {}
+        return {"minutes": self.config.minutes, "steps": self.config.steps}
 
     def due(self, done: bool) -> set[str]:
         """Return which of log, evaluate, preview and save are due at this step. Right after resuming, return those that
@@ -607,6 +626,8 @@ class Trainer:
         is pending."""
         self.unsaved = ""
         facts = {"steps": self.step, "minutes": round(self.minutes, 3), **describe_figures(self, done)}
+        if done and self.cut:
+            facts["cut"] = self.cut
         if url := self.tracker.run_url:
             facts["run_url"] = url
         try:

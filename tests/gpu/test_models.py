@@ -12,9 +12,21 @@ from contextlib import suppress
 import pytest
 import torch
 import torch.nn.functional as F
-from small import PRIORS, QUANTIZERS, TOKENIZERS, draw_tokens, latents, make_prior, make_quantizer, make_tokenizer
+from small import (
+    PRIORS,
+    QUANTIZERS,
+    TOKENIZERS,
+    VARIANTS,
+    draw_tokens,
+    latents,
+    make_prior,
+    make_quantizer,
+    make_tokenizer,
+)
 from torch import Tensor, nn
 
+from prior import masks
+from prior.compiling import can_compile
 from tokenizer.files import ConfigError
 from tokenizer.losses import total_loss
 from tokenizer.precision import full_float32
@@ -39,10 +51,15 @@ def gradient_difference(found: nn.Module, expected: nn.Module) -> float:
     return max((difference(a, b, max(SMALLEST * largest, 1e-12)) for a, b in pairs if b is not None), default=0.0)
 
 
-@pytest.mark.parametrize("name", PRIORS)
-def test_a_prior_agrees_with_the_cpu_forward_and_backward(name, device, elsewhere):
+@pytest.mark.parametrize(
+    ("name", "training"), [*((name, False) for name in PRIORS), *((name, True) for name in VARIANTS)]
+)
+def test_a_prior_agrees_with_the_cpu_forward_and_backward(name, training, device, elsewhere, compiler, monkeypatch):
+    """Windows in training are computed by FlexAttention on a GPU, by tiles on the CPU."""
+    flexed, flex = [], masks.Window.flex
+    monkeypatch.setattr(masks.Window, "flex", lambda *given: flexed.append(1) or flex(*given))
     expected, tokens, labels = make_prior(name), draw_tokens(make_prior(name), 6), torch.arange(6) % 4
-    found = copy.deepcopy(expected).to(device)
+    found = copy.deepcopy(expected.train(training)).to(device)
 
     def compute(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
         logits = model(tokens, labels)
@@ -55,6 +72,7 @@ def test_a_prior_agrees_with_the_cpu_forward_and_backward(name, device, elsewher
             there = compute(found, tokens.to(device), labels.to(device))
     assert there.device.type == device.type and difference(there, here) < FORWARD
     assert gradient_difference(found, expected) < BACKWARD
+    assert bool(flexed) == (training and can_compile(device))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

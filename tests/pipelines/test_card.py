@@ -76,6 +76,13 @@ def test_the_table_has_all_measured_figures_and_no_others(tmp_path):
     assert len(found) == 10  # class agreement is missing
 
 
+def test_a_limit_in_minutes_that_cut_training_is_on_the_card(tmp_path):
+    cut = {**PROVENANCE["tokenizer"], "steps": 219, "cut": {"minutes": 1.2, "steps": 2800}}
+    rows = rows_in(card_of(tmp_path / "cut", facts={**PROVENANCE, "tokenizer": cut}))
+    assert rows["training of the tokenizer"] == ("stopped by train.minutes=1.2 after 219 of 2,800 steps", "")
+    assert rows["training of the prior"] == ("5678 steps, 2.5 minutes", "")
+
+
 def test_the_card_describes_the_pipeline_with_code_that_runs(tmp_path):
     pipe, card = make_pipeline(), card_of(tmp_path / "pipe")
     assert "8 x 12 grey" in card.text and "3 classes (cat, dog, eel)" in card.text and "2 x 3 ids of 32" in card.text
@@ -85,6 +92,21 @@ def test_the_card_describes_the_pipeline_with_code_that_runs(tmp_path):
     names: dict = {}
     exec(code.replace("this folder or Hub id", (tmp_path / "pipe").as_posix()), names)
     assert len(names["images"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("sampler", "shown", "off"),
+    [
+        ({"guidance_scale": 3.0, "top_p": 0.9}, "`top_p=0.9, guidance_scale=3.0`", True),
+        ({"guidance_end": 2.0}, "`guidance_end=2.0`", True),
+        ({"temperature": 0.5}, "`temperature=0.5`", False),
+        ({}, None, False),
+    ],
+)
+def test_the_card_says_which_sampling_settings_are_saved(tmp_path, sampler, shown, off):
+    text = card_of(tmp_path / "pipe", sampler=sampler).text
+    assert ("Samples by default" in text) == (shown is not None) and (shown or "") in text
+    assert ("`guidance_scale=1` turns it off" in text) == off
 
 
 def test_a_sample_grid_is_on_the_card_and_is_loaded(tmp_path):

@@ -342,7 +342,7 @@ def test_sheet_holds_what_complete_draws_of_held_out_images(world, tmp_path, cap
 
     options = ["images=[4, 19]", "mask=top", "labels=[1, eel]", "seed=7", "temperature=0.5", "batch_size=3"]
     printed, picture = run(world, capsys, tmp_path / "a.png", *options)
-    truth = load_images(DataConfig(limit=20)).held_out.batch([4, 19])
+    truth = load_images(DataConfig()).held_out.batch([4, 19])
     pipe, known = ImagePipeline.from_pretrained(world / "any"), make_mask("top", (1, 28, 28), (7, 7))
     made = complete(pipe, truth, known, [1, 2], draws=2, seed=7, temperature=0.5, output_type="pt").images
     assert np.array_equal(picture, draw_sheet(truth, made, known))

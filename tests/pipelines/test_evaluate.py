@@ -26,6 +26,7 @@ from pipelines.images import dataset, load_images
 from pipelines.metrics import fid, likelihood, quality, reconstruction, samples
 from pipelines.metrics.fid import Inception
 from pipelines.metrics.figures import format_rows
+from pipelines.saving import save_again
 from pipelines.tokens import TokenDataset, TokenSplit
 from prior import Prior
 
@@ -37,7 +38,7 @@ CLASSES = {"class_agreement", "real_class_agreement", "reconstruction_class_agre
 
 
 def save_pipeline(root, config, tokenizer="vqvae", prior="marginal", num_classes=2, **facts):
-    """Save a small untrained pipeline for these images."""
+    """Save a small untrained pipeline for these images, with provenance `facts`."""
     channels, height, width = config.image_shape
     settings = {"num_classes": num_classes, **({"exact": False} if prior == "masked" else {})}
     pipe = make_pipeline(tokenizer, prior, channels, size=(height, width), labels=[], **settings)
@@ -93,6 +94,17 @@ def test_bits_per_dim_is_the_pipelines(tmp_path):
     assert figures["bits_per_dim"] == pytest.approx(float(bits.mean()), rel=1e-6)
     assert figures["bits_per_dim"] == pytest.approx(figures["prior_bits_per_dim"] + figures["pixel_bits_per_dim"])
     assert figures["bits_per_dim_error"] == pytest.approx(float(bits.std()) / len(bits) ** 0.5, rel=0.05)
+
+
+def test_a_limit_in_minutes_that_cut_training_is_said(tmp_path, capsys):
+    facts = {"steps": 124, "minutes": 2.01, "cut": {"minutes": 2.0, "steps": 1000}}
+    pipe = save_pipeline(tmp_path, write_set(tmp_path / "images"))
+    pipe.provenance = {**pipe.provenance, "tokenizer": {"steps": 800, "minutes": 1.5}, "prior": facts}
+    save_again(pipe, tmp_path / "pipeline")
+    _, text, card = evaluate(tmp_path, "num_images=0")
+    said = "stopped by train.minutes=2 after 124 of 1,000 steps"
+    assert f"the prior was {said}" in text and said in card and "the tokenizer was" not in text
+    assert text.strip() in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [["num_images=9"], ["num_images=0"]])

@@ -348,6 +348,24 @@ def test_an_image_for_each_row_however_they_are_made(conditioned, tmp_path, monk
             assert found["arr_1"].tolist() == [2, 2, 2, 2, 2, 3, 2]
 
 
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (
+            {},
+            "sampling with top_k=7, guidance_scale=3.0, saved in the pipeline; guidance_scale=1 turns guidance off",
+        ),
+        ({"guidance_scale": 1.0}, "sampling with top_k=7, saved in the pipeline"),
+        ({"guidance_scale": 2.0, "top_k": 5}, None),
+    ],
+)
+def test_saved_sampling_settings_are_printed(tmp_path, capsys, given, line):
+    make_pipeline("pixels", size=SIZE, sampler={"guidance_scale": 3.0, "top_k": 7}).save_pretrained(tmp_path / "pipe")
+    run(config(tmp_path / "pipe", tmp_path / "grid.png", num_images=2, **given))
+    lines = [each for each in capsys.readouterr().out.splitlines() if "sampling with" in each]
+    assert lines == ([] if line is None else [f"{tmp_path}/grid.png: {line}"])
+
+
 def test_an_image_does_not_depend_on_the_guidance_of_its_batch(conditioned, tmp_path):
     """The pipeline guides on ages, some of which are null; another column does not take their place."""
     pipe = ImagePipeline.from_pretrained(conditioned / "pipeline")

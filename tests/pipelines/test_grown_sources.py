@@ -143,6 +143,20 @@ def test_a_continued_run_keeps_the_division(world, capsys):
     assert read_splits(world / "other/splits.json") == read_splits(world / "t/splits.json")
 
 
+def test_a_prior_starts_from_one_that_was_trained_on_the_same_images(world, capsys):
+    """Tokens of objects hold out images that the prior of images was trained on."""
+    main(["encode", f"tokenizer={world}/t", f"out={world}/objects", r"data.group=\d(\d\d)\.png"])
+    assert "warning: the tokenizer was trained with data.group=null" in capsys.readouterr().err
+    command = ["train_prior", f"init={world}/p", "train.steps=2", "train.batch_size=8", *QUIET]
+    text = fails(capsys, *command, f"tokens={world}/objects", f"out={world}/q")
+    assert "divided differently" in text and f"smalti encode tokenizer={world}/p" in text
+    assert len(text.splitlines()) == 1
+    grow(world)
+    main(["encode", f"tokenizer={world}/p", f"out={world}/grown"])
+    main([*command, f"tokens={world}/grown", f"out={world}/q"])
+    assert read_splits(world / "q/pipeline/splits.json").rule == read_splits(world / "t/splits.json").rule
+
+
 def test_other_fractions_are_refused_with_the_remedy(world, capsys):
     for verb in (
         ["evaluate", f"pipeline={world}/p"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import threading
 from functools import partial
@@ -10,11 +11,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from emulated_graphs import Emulated
 from PIL import Image
 from small import PRIORS, generators
 from small_pipelines import LABELS, every_pair, every_prior_pair, make_pipeline, pixels_for
 
 from pipelines import ImagePipeline
+from prior import cuda_graph, sampling
+from prior.cuda_graph import release_graph
 
 
 def make_like(pipe, sampler):
@@ -96,6 +100,22 @@ def test_generators_are_one_or_one_per_image(tokenizer, prior):
     first, second = pipe(2).tokens, pipe(2).tokens
     torch.manual_seed(1)
     assert torch.equal(pipe(2).tokens, first) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(3, 2), (5, 4), (10, 3), (4, 1)])
+def test_batches_of_a_call_share_a_graph(count, batch_size, monkeypatch):
+    """The first batch of all is drawn kernel by kernel."""
+    pipe, emulated = make_pipeline(), Emulated()
+    wanted = [pipe(count, 1, seed=seed).tokens for seed in (0, 9)]
+    monkeypatch.setattr(sampling, "can_capture", lambda device: True)
+    monkeypatch.setattr(cuda_graph, "capture", emulated.capture)
+    before = Emulated.captured, Emulated.replayed
+    release_graph()
+    for seed, tokens in zip((0, 9), wanted, strict=True):
+        assert torch.equal(pipe(count, 1, seed=seed, batch_size=batch_size).tokens, tokens)
+    batches = 2 * math.ceil(count / batch_size)
+    assert (Emulated.captured, Emulated.replayed) == (before[0] + 1, before[1] + batches - 1)
+    release_graph()
 
 
 def test_known_tokens_are_unchanged_in_every_batch():

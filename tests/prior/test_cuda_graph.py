@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Barrier, BrokenBarrierError, Event
 
 import pytest
 import torch
-from emulated_graphs import Emulated
+from emulated_graphs import Emulated, TwoCards
 from givens.columns import draw_condition, make_conditioned
 from small import PRIORS, draw_known, draw_tokens, generators, make_prior
 
 from prior import cuda_graph, sampling
-from prior.cuda_graph import Graph, release_graph
+from prior.cuda_graph import Graph, capture, release_graph
 
 
 @pytest.fixture(autouse=True)
@@ -30,13 +33,14 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("name", [name for name in PRIORS if make_prior(name).supports_cuda_graphs])
 @pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.0, "guidance_end": 3.0, "top_p": 0.9}])
 def test_a_graph_draws_the_same_tokens(name: str, settings: dict[str, float]) -> None:
-    """Whose labels, noise and known tokens are other ones at each call, after weights have changed too."""
+    """Whose labels, noise and known tokens are other ones at each call, after weights have changed too, for as many
+    images or fewer, down to half."""
     model = make_prior(name)
-    for call in range(4):
-        labels, tokens, known = torch.arange(5) % (call + 1), draw_tokens(model, 5), draw_known(model, 5, 0.4)
-        request = {"tokens": tokens, "known": known, **settings}
-        drawn = model.sample(5, labels, generator=generators(5, call), **request)
-        eager = model.sample(5, labels, generator=generators(5, call), on_step=lambda step: None, **request)
+    for call, count in enumerate((5, 4, 3, 5)):
+        labels, known = torch.arange(count) % (call + 1), draw_known(model, count, 0.4)
+        request = {"tokens": draw_tokens(model, count), "known": known, **settings}
+        drawn = model.sample(count, labels, generator=generators(count, call), **request)
+        eager = model.sample(count, labels, generator=generators(count, call), on_step=lambda step: None, **request)
         assert torch.equal(drawn, eager)
         with torch.no_grad():
             next(iter(model.parameters())).mul_(1.1)
@@ -49,11 +53,11 @@ def test_conditions_are_inputs_of_a_graph(name: str) -> None:
     if name == "marginal":
         return
     model = make_conditioned(name, "all").float()
-    for call in range(4):
-        condition = draw_condition(model, 5, "some null") if call % 2 else {"age": 10.0 * call}
+    for call, count in enumerate((5, 4, 3, 5)):
+        condition = draw_condition(model, count, "some null") if call % 2 else {"age": 10.0 * call}
         request = {"condition": condition, "guidance_scale": 2.0, "guidance_on": ["age", "outline"]}
-        drawn = model.sample(5, generator=generators(5, call), **request)
-        eager = model.sample(5, generator=generators(5, call), on_step=lambda step: None, **request)
+        drawn = model.sample(count, generator=generators(count, call), **request)
+        eager = model.sample(count, generator=generators(count, call), on_step=lambda step: None, **request)
         assert torch.equal(drawn, eager)
     assert (Emulated.captured, Emulated.replayed) == (1, 3)
 
@@ -69,7 +73,7 @@ def test_orders_of_images_are_inputs_of_a_graph() -> None:
 
 def test_only_the_last_graph_is_kept_and_it_does_not_keep_its_model() -> None:
     model = make_prior("gpt")
-    for count in (2, 2, 3, 3, 2, 2):
+    for count in (2, 2, 5, 5, 2, 2):
         model.sample(count)
     assert Emulated.captured == 3
     alive = weakref.ref(model)
@@ -88,11 +92,14 @@ def test_moved_weights_and_a_failed_capture_are_drawn_without_a_graph(monkeypatc
             old.zero_()  # what the graph has read
     assert torch.equal(model.sample(3, generator=generators(3)), expected) and Emulated.captured == 1
 
-    def fails(run: object) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
+    def fails(run: object, device: torch.device) -> None:
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")  # as torch does
 
     monkeypatch.setattr(cuda_graph, "capture", fails)
-    with pytest.warns(UserWarning, match="CUDA graph"):
+    with pytest.warns(UserWarning, match="CUDA graph .* not permitted when stream is capturing"):
         assert torch.equal(model.sample(3, generator=generators(3)), expected)
     assert Graph.last is not None and Graph.last.failed
     assert torch.equal(model.sample(3, generator=generators(3)), expected)
@@ -105,3 +112,50 @@ def test_the_memory_of_a_graph_is_freed_when_weights_move() -> None:
     assert Emulated.captured == 1 and Graph.last is not None
     model.to(torch.bfloat16)
     assert Graph.last is None
+
+
+CARDS = [torch.device("cuda", index) for index in range(2)]
+
+
+@pytest.mark.parametrize("device", CARDS, ids=str)
+def test_kernels_of_any_card_are_recorded_and_streams_are_restored(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current card is the first. Afterwards it is again, and both cards have their streams, if a capture failed,
+    too."""
+    cards, recorded = TwoCards(), list[bool]()
+    before = list(cards.current)
+    monkeypatch.setattr(cuda_graph, "STREAMS", {})
+
+    def fails() -> None:
+        raise RuntimeError("a copy from the host")
+
+    with cards.installed():
+        for _ in range(2):
+            capture(lambda: recorded.append(cards.launch(device.index)), device)
+        assert recorded == [True, True] and (cards.device, cards.current) == (0, before)
+        with pytest.raises(RuntimeError, match="previous error") as raised:
+            capture(fails, device)
+        assert "host" in str(raised.value.__context__) and (cards.device, cards.current) == (0, before)
+
+
+def test_one_thread_captures_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, begun, both, overlaps = [make_prior("gpt"), make_prior("gpt")], Event(), Barrier(2), list[bool]()
+
+    def slow(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        begun.set()
+        with suppress(BrokenBarrierError):
+            both.wait(0.3)
+        overlaps.append(not both.broken)
+        run()
+        return run
+
+    monkeypatch.setattr(cuda_graph, "capture", slow)
+    models[0].sample(2)
+    with ThreadPoolExecutor() as pool:
+        capturing = pool.submit(models[0].sample, 2)
+        assert begun.wait(10)
+        for _ in range(2):
+            models[1].sample(2)
+        capturing.result()
+    assert overlaps == [False, False]

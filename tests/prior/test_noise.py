@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import partial
+from shutil import which
 from unittest import mock
 
 import counter_noise
@@ -17,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import generators, make_prior
 
-from prior import sampling
+from prior import compiling, sampling
 from prior.sampling import (
     CONFIDENCE,
     MASKS,
@@ -26,6 +28,7 @@ from prior.sampling import (
     TokenNoise,
     draw_keys,
     draw_numbers,
+    fused_gumbel_noise,
     gumbel_noise,
     hash_counters,
     uniform_noise,
@@ -196,3 +199,59 @@ def test_one_generator_draws_keys_in_turn():
     torch.manual_seed(5)
     first, second = draw_keys(None, 4), draw_keys(None, 4)
     assert torch.equal(first, draw_keys(torch.Generator().manual_seed(5), 4)) and not torch.equal(first, second)
+
+
+# The fused kernel
+
+INDUCTOR = pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.skipif(not which("g++"), reason="no g++")])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
+def test_a_fused_kernel_draws_the_same_noise_for_any_batch_and_rank(backend, compiler, monkeypatch):
+    """Hashes to the bit. It is compiled once, as it cannot be while a graph is captured."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    monkeypatch.setattr(sampling, "can_compile", lambda device: True)
+    monkeypatch.setattr(sampling, "NUMBERS_AT_ONCE", 15)
+    sampling._compiled_noise.cache_clear()
+    hashes = torch.compile(sampling._hash, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.inference_mode():
+        for count in (3, 4, 6):
+            keys, counters = keys_of(count), torch.arange(7 * count, 9 * count)
+            assert torch.equal(hashes(keys, TOKENS, counters), sampling._hash(keys, TOKENS, counters))
+            noise = TokenNoise(keys, 12, 5)
+            assert noise.draw is fused_gumbel_noise and noise.at_once == 1
+            for rank in range(12):
+                expected = gumbel_noise(keys, TOKENS, 5 * rank, 5)[:, None]
+                torch.testing.assert_close(noise.of_ranks(rank, rank + 1), expected, rtol=1e-6, atol=1e-6)
+    sampling._compiled_noise.cache_clear()
+    assert TokenNoise(keys_of(2), 12, 5).draw is gumbel_noise  # small batches do not wait for a compiler
+
+
+def test_a_kernel_that_cannot_be_compiled_is_replaced_with_one_warning(compiler, monkeypatch):
+    def broken(*_: object) -> None:
+        raise OSError("gcc: not found")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    sampling._compiled_noise.cache_clear()
+    with pytest.warns(UserWarning, match="gcc: not found") as warned:
+        for first in (0, 5):
+            found = fused_gumbel_noise(keys_of(3), TOKENS, first, 5)
+            assert torch.equal(found, gumbel_noise(keys_of(3), TOKENS, first, 5))
+    assert len(warned) == 1
+    sampling._compiled_noise.cache_clear()
+
+
+@pytest.mark.parametrize("lacks", ["Triton", "C compiler", "Python.h", "a newer GPU", "a GPU", "nothing"])
+def test_kernels_are_compiled_only_where_triton_and_its_compiler_work(lacks, tmp_path, monkeypatch):
+    if lacks != "Python.h":
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(compiling, "find_spec", lambda name: None if lacks == "Triton" else name)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None if lacks == "C compiler" else name)
+    monkeypatch.setattr(compiling.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6 if "newer" in lacks else 7, 0))
+    compiling.compiler_problem.cache_clear()
+    device = torch.device("cpu" if lacks == "a GPU" else "cuda")
+    assert compiling.can_compile(device) == (lacks == "nothing")
+    assert ("GPU" in lacks or lacks == "nothing") != (lacks in compiling.compiler_problem())
+    assert ("python3-dev gcc" in compiling.compiler_problem()) == (lacks in ("C compiler", "Python.h"))
+    compiling.compiler_problem.cache_clear()

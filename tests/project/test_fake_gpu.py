@@ -23,7 +23,7 @@ def run_checks(*words: str, seconds: int = 280) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("word", ["fake", "run of", "pipeline", "prior gpt", "tokenizer vqvae"])
+@pytest.mark.parametrize("word", ["fake", "run of", "plan", "pipeline", "prior gpt", "tokenizer vqvae"])
 def test_some_checks_pass(word: str) -> None:
     run_checks(word)
 

@@ -337,6 +337,27 @@ def test_a_wrong_folder_is_refused(folder):
         assert_refused(path, PathError, path, "smalti encode", kind="tokens")
 
 
+def test_a_link_out_of_the_folder_is_followed_and_what_it_leads_to_is_checked(folder, tmp_path):
+    """The caches of the Hub, git-annex and DVC keep the files elsewhere, and link to them."""
+    weights, elsewhere = folder / "prior/model.safetensors", tmp_path / "blobs/0a1b"
+    before = ImagePipeline.from_pretrained(folder).prior.fingerprint()
+    elsewhere.parent.mkdir()
+    weights.rename(elsewhere)
+    assert_refused(folder, PathError, weights)
+    weights.symlink_to(elsewhere)
+    assert ImagePipeline.from_pretrained(folder).prior.fingerprint() == before
+    data = bytearray(elsewhere.read_bytes())
+    data[-1] ^= 1
+    elsewhere.write_bytes(data)
+    assert_refused(folder, IntegrityError, weights)
+    for other in (tmp_path / "nowhere", tmp_path / "pipe", tmp_path):  # a file would be waited for
+        if other.name == "pipe":
+            os.mkfifo(other)
+        weights.unlink()
+        weights.symlink_to(other)
+        assert_refused(folder, PathError, weights)
+
+
 def test_other_files_in_a_folder_are_never_opened(folder, tmp_path, monkeypatch):
     canary = tmp_path / "canary"
     for part in (folder, folder / "tokenizer", folder / "prior"):

@@ -84,12 +84,27 @@ def test_outputs_are_named_after_the_preset_and_inputs_are_outputs_of_others():
             assert list((CONFIGS / "tokenizer").glob(f"{maker or '*_'}{data}.yaml")), path
 
 
+def test_every_preset_trains_its_own_steps():
+    """A limit in minutes would give a weaker model on a slower machine."""
+    for path in PRESETS:
+        train = config_of(path).train
+        assert train.steps is not None and train.minutes is None, path
+        if config_of(path).model["kind"] not in ("palette", "pixels", "posthoc"):  # these train nothing
+            assert "steps" in train.model_fields_set, path
+
+
 @pytest.mark.parametrize("path", TOKENIZER_PRESETS, ids=lambda path: path.stem)
 def test_tokenizer_preset_builds(path):
     tokenizer = preset_tokenizer(path)
     assert tokenizer.image_shape == config_of(path).data.image_shape
     assert sum(parameter.numel() for parameter in tokenizer.parameters()) < 1e9
     assert len(tokenizer.grid) <= 4096
+
+
+def test_only_presets_of_photographs_mirror_images():
+    """Letters, signs and flags have a left and a right, and a preset is used for the images of others."""
+    mirroring = {data_of(path) for path in TOKENIZER_PRESETS if config_of(path).data.augment.flip}
+    assert mirroring == {"cifar10", "imagegpt", "imagenet256"}
 
 
 @pytest.mark.parametrize("path", PRIOR_PRESETS, ids=lambda path: path.stem)

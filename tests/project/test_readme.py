@@ -25,6 +25,7 @@ from pipelines.__main__ import OTHER, main, verbs
 from pipelines.tokens import TokenDataset, TokenSplit
 from prior import Prior
 from tokenizer import TokenGrid, Tokenizer
+from tokenizer.checks import check_quantizer
 from tokenizer.frame_by_frame import FrameByFrame
 from tokenizer.quantizers import Quantizer
 
@@ -55,6 +56,7 @@ FACES: dict[str, Any] = {
 EXAMPLES: dict[str, Any] = {
     "prior/unigram.py": Prior,
     "tokenizer/quantizers/frozen.py": Quantizer,
+    "tokenizer/quantizers/priced.py": Quantizer,
     "tokenizer/mosaic.py": Tokenizer,
 }
 
@@ -147,13 +149,24 @@ def test_the_example_prior_sums_to_one_and_samples(registered):
     assert model.sample(4).shape == (4, 1, 2)
 
 
-def test_the_example_quantizer_looks_up_its_codes_and_passes_gradients(registered):
-    quantizer = Quantizer.create("frozen", codes=16, dim=4)
-    z = torch.randn(2, 4, 3, 5, requires_grad=True)
-    z_q, tokens, losses = quantizer.quantize(z)
-    assert torch.equal(z_q, quantizer.lookup(tokens)) and set(losses) == set(quantizer.loss_weights)
-    z_q.square().sum().backward()
-    assert (z.grad.abs().sum((0, 2, 3)) > 0).all()
+def test_the_example_quantizers_keep_their_promises(registered):
+    for name in ("frozen", "priced"):
+        assert not any(dict(check_quantizer(Quantizer.create(name, codes=16, dim=4))).values())
+
+
+def test_the_quantizer_with_prices_spends_fewer_nats(registered):
+    """Its frequencies are those of the training batches, and a higher price makes them less even."""
+    entropies = []
+    for price in (0.0, 0.5):
+        torch.manual_seed(0)
+        quantizer = Quantizer.create("priced", codes=16, dim=4, price=price).train()
+        batches = torch.randn(400, 8, 4, 3, 3)
+        tokens = torch.stack([quantizer.quantize(z).tokens for z in batches])[-200:]
+        quantizer.quantize(torch.full_like(batches[0], float("nan")))
+        used = tokens.flatten().bincount(minlength=16) / tokens.numel()
+        assert torch.allclose(quantizer.frequencies, used, atol=0.03) and quantizer.started == 401
+        entropies.append(float(torch.special.entr(used).sum()))
+    assert entropies[1] < entropies[0] - 0.1
 
 
 def test_the_example_tokenizer_decodes_what_it_encodes(registered):

@@ -72,7 +72,7 @@ def test_both_stages_of_the_digits_run_without_a_checkout(wheel, tmp_path):
     assert len(smalti("presets").splitlines()) > 40
     (launcher,) = smalti("presets", "name=accelerate/cpu", "paths=true").splitlines()
     assert Path(launcher).is_file() and site in Path(launcher).parents
-    few = ["train.steps=3", "train.batch_size=8", "train.minutes=null"]
+    few = ["train.steps=3", "train.batch_size=8"]
     smalti("train_tokenizer", "--config", "vqvae_digits", *few, "data.limit=64")
     smalti("encode", "tokenizer=runs/vqvae_digits/tokenizer", "out=runs/digits_tokens", "data.limit=64")
     smalti("train_prior", "--config", "prior/gpt_digits", *few)

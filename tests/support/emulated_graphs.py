@@ -1,12 +1,15 @@
 """Emulate CUDA graphs on a CPU: record the operations of a capture with their tensors, and replay them.
 
-As in a real graph, Python numbers are frozen at capture, nothing is computed before a replay, and reading a value
-during capture is an error. A replay reads and writes the same memory.
+As in a real graph, Python numbers are frozen at capture, nothing is computed before a replay, and reading a value or
+copying values from the host during capture is an error. A replay reads and writes the same memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,13 +21,16 @@ from torch.utils._pytree import tree_leaves
 READS = {"_local_scalar_dense", "equal", "is_nonzero", "masked_select", "nonzero", "_unique2", "unique_dim", "item"}
 
 
-class HostRead(RuntimeError):
-    """A value was read during capture."""
+INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_"}
+
+
+class HostAccess(RuntimeError):
+    """A value was read, or copied from the host, during capture."""
 
 
 def forbidden(*_: Any, **__: Any) -> Any:
-    """Replaces methods that read a tensor without the dispatcher."""
-    raise HostRead("operation not permitted when stream is capturing")
+    """Replaces functions that read or make a tensor without the dispatcher."""
+    raise HostAccess("operation not permitted when stream is capturing")
 
 
 def memory_of(tensor: Tensor) -> Any:
@@ -50,8 +56,10 @@ class Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         name = function._schema.name.partition("::")[2]
         given = tensors_in((args, kwargs))
-        if name in READS or (name == "index" and any(each.dtype == torch.bool for each in tensors_in(args[1]))):
-            raise HostRead(f"{name} during capture")
+        if name in READS or (name in INDEXED and any(each.dtype == torch.bool for each in tensors_in(args[1]))):
+            raise HostAccess(f"{name} during capture")
+        if name == "lift_fresh" and given[0].dim():  # of a list or an array; a GPU fills in a single number
+            raise HostAccess("values of the host during capture")
         self.keep(function, args, kwargs)
         out = function(*args, **kwargs)
         there = {memory_of(each) for each in given}
@@ -84,10 +92,11 @@ class Emulated:
 
     captured = replayed = 0
 
-    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, run: Callable[[], None], device: torch.device) -> Callable[[], None]:
         """Record `run` and return a function that replays it."""
-        readers = {name: forbidden for name in ("tolist", "numpy", "cpu")}
-        with mock.patch.multiple(Tensor, **readers), Recording() as recording:
+        methods = dict.fromkeys(("tolist", "numpy", "cpu", "new_tensor"), forbidden)
+        functions = mock.patch.multiple(torch, tensor=forbidden, from_numpy=forbidden)
+        with mock.patch.multiple(Tensor, **methods), functions, Recording() as recording:
             run()
         recording.undo()
         Emulated.captured += 1
@@ -100,3 +109,71 @@ class Emulated:
                     out.copy_(new)
 
         return replay
+
+
+class Stream:
+    """A stream of a card; equal to itself only."""
+
+    def __init__(self, card: int) -> None:
+        self.device = torch.device("cuda", card)
+
+
+class TwoCards:
+    """The streams of two pretended GPUs, for the real `torch.cuda.graph`. Each card has a current stream, on which its
+    kernels are launched; those on the stream of a capture are recorded."""
+
+    def __init__(self) -> None:
+        self.device, self.current = 0, [Stream(0), Stream(1)]
+        self.capturing: Any = None
+
+    def launch(self, card: int) -> bool:
+        """Launch a kernel on a card, and return whether it is recorded."""
+        return self.current[card] is self.capturing
+
+    def set_stream(self, stream: Any) -> None:
+        self.device = stream.device.index
+        self.current[self.device] = stream
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before = self.current[self.device]
+        self.set_stream(stream)
+        yield
+        self.set_stream(before)
+
+    @contextmanager
+    def on(self, device: Any) -> Iterator[None]:
+        before, self.device = self.device, device.index
+        try:
+            yield
+        finally:
+            self.device = before
+
+    def graph(self) -> Any:
+        """A graph whose capture takes place on the current stream, and whose end reports what went wrong before."""
+
+        def begin(**_: Any) -> None:
+            self.capturing = self.current[self.device]
+
+        def end() -> None:
+            self.capturing = None
+            if sys.exc_info()[0] is not None:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        return SimpleNamespace(capture_begin=begin, capture_end=end, replay=None)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """A context in which torch uses these cards."""
+        cuda = {
+            "CUDAGraph": self.graph,
+            "Stream": lambda: Stream(self.device),
+            "current_stream": lambda: self.current[self.device],
+            "set_stream": self.set_stream,
+            "stream": self.stream,
+            "device": self.on,
+            **dict.fromkeys(("synchronize", "empty_cache"), lambda: None),
+        }
+        empty = mock.patch.object(torch._C, "_host_emptyCache", lambda: None, create=True)
+        with mock.patch.multiple(torch.cuda, **cuda), empty:
+            yield

@@ -251,8 +251,11 @@ def install() -> None:
     torch.cuda._lazy_init = lambda: None
     torch.cuda.is_bf16_supported = lambda *_, **__: True
     torch.cuda.current_device = lambda: 0
+    torch.cuda.mem_get_info = lambda *_: (80 << 30, 80 << 30)
+    torch.cuda.memory_allocated = torch.cuda.max_memory_allocated = lambda *_: 0
     torch.cuda.is_current_stream_capturing = lambda: False
-    for name in ("manual_seed", "manual_seed_all", "set_device", "empty_cache", "synchronize"):
+    ignored = ("manual_seed", "manual_seed_all", "set_device", "empty_cache", "synchronize", "reset_peak_memory_stats")
+    for name in ignored:
         setattr(torch.cuda, name, lambda *_, **__: None)
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.Generator = Generator
@@ -350,6 +353,13 @@ def check_pipeline() -> None:
     pipe.calibrate(images), pipe.anomaly_score(images[:4], p_values=True), pipe.anomaly_map(images[:4])
 
 
+def check_plan(*argv: str) -> None:
+    """A plan builds a model on the GPU and measures its steps."""
+    from pipelines.commands import plan
+
+    assert plan.main([*argv, "out=x", "device=cuda", "train.steps=10"]).flops >= 0
+
+
 def check_run(train: Callable[[Path], Path]) -> None:
     """A whole run in bf16, without a sync between logged steps."""
     from accelerate.state import AcceleratorState
@@ -373,7 +383,7 @@ def check_run(train: Callable[[Path], Path]) -> None:
 
 def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Titles and functions."""
-    from launch import make_tokens, train_prior, train_tokenizer
+    from launch import arguments, make_tokens, train_prior, train_tokenizer
     from small import ANY_ORDER, PRIORS, QUANTIZERS, TOKENIZERS, VARIANTS, node_of
 
     from tokenizer.likelihoods import Likelihood
@@ -391,6 +401,11 @@ def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "pipeline", check_pipeline
     quiet = {"train__log_every": 1000}
     critic = {"critic": {"weight": 0.5, "width": 8, "layers": 1, "warmup": 1, "ramp": 1, "adaptive": True}}
+    grid = ["grid=[4,4]", "vocab_size=16", "classes=3"]
+    for name in [name for name in PRIORS if name != "next_scale"]:  # whose scales are read from tokens
+        yield f"plan of {name}", partial(check_plan, *arguments({"model": node_of(name)}), *grid)
+    yield "plan with cca", partial(check_plan, *arguments({"model": node_of("gpt"), "objective": "cca"}), *grid)
+    yield "plan of a tokenizer", partial(check_plan, *arguments({"model": node_of("vqgan"), **critic}))
     yield "run of a tokenizer", partial(check_run, partial(train_tokenizer, **quiet, **critic))
 
     def train_on_tokens(out: Path) -> Path:
@@ -401,10 +416,10 @@ def checks() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 def run_checks(word: str) -> int:
     """Run the checks whose title contains `word`, and print a line for each; returns the number of failures."""
-    from prior import sampling
+    from prior import masks, sampling
     from tokenizer import precision
 
-    sampling.can_capture = lambda device: False
+    sampling.can_capture = sampling.can_compile = masks.can_compile = lambda device: False
     if GPUTensor.float32:
         precision.WITHOUT_FLOAT64.add("cuda")
     count = failed = 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokenizer import Tokenizer
 from tokenizer.base import Reconstruction, codebook_usage
-from tokenizer.files import PathError
+from tokenizer.files import ConfigError, PathError
 from tokenizer.likelihoods import Likelihood
 from tokenizer.losses import gradient_loss, psnr, total_loss
 
@@ -207,7 +207,7 @@ def test_the_gradient_loss_sees_edges_and_patterns():
     total, terms = total_loss(output, images, {**weights, "gradient": 2.0})
     assert float(total) == pytest.approx(0.2) and set(terms) == {"l1", "l2", "gradient"}
     assert set(total_loss(output, images, {**weights, "gradient": 0.0})[1]) == {"l1", "l2"}
-    with pytest.raises(ValueError, match="l1, commitment"):
+    with pytest.raises(ConfigError, match="^loss_weights: .*l1, commitment"):
         total_loss(output._replace(losses={"commitment": torch.zeros(())}), images, {"l2": 1.0})
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from pipelines import ImagePipeline
 from pipelines.__main__ import main
 from pipelines.anomaly.ground_truth import measure_defects, read_mask
+from pipelines.images import DataConfig, load_images
 from pipelines.images.grids import BAND
 from pipelines.metrics.localization import auroc, per_region_overlap
 
@@ -73,6 +74,25 @@ def test_a_calibration_takes_whole_objects(world, tmp_path, capsys):
     assert printed.startswith("scoring 88 of 176 ") and "compared with 22 normal objects" in printed
     objects = [row["object"] for row in rows_of(tmp_path / "found/scores.csv")]
     assert len(set(objects)) == 44 and all(objects.count(name) == 2 for name in objects)
+
+
+def test_objects_may_be_named_by_a_column(world, tmp_path, capsys):
+    """The same objects, by a sheet instead of an expression."""
+    root = tmp_path / "normal"
+    shutil.copytree(world / "normal", root)
+    rows = "".join(f"{path.name},{path.name[:7]}\n" for path in sorted(root.iterdir()))
+    (root / "metadata.csv").write_text("file_name,thing\n" + rows)
+    pipe = ImagePipeline.from_pretrained(world / "pipe")
+    pipe.calibration = None
+    source = {"source": str(root), "image_size": SIZE, "held_out_fraction": 0.4, "group": "thing"}
+    pipe.provenance = {"data": source, "splits": load_images(DataConfig(**source)).facts.to_dict()}
+    pipe.save_pretrained(tmp_path / "pipe")
+    main(["calibrate", f"pipeline={tmp_path}/pipe"])
+    assert ImagePipeline.from_pretrained(tmp_path / "pipe").calibration.objects == 44
+    main(["detect", f"pipeline={tmp_path}/pipe", f"out={tmp_path}/found", "method=nll"])
+    assert "compared with 22 normal objects" in capsys.readouterr().out
+    objects = [row["object"] for row in rows_of(tmp_path / "found/scores.csv")]
+    assert len(set(objects)) == 44 and all(name.startswith("tile") for name in objects)
 
 
 def test_figures_are_those_of_the_maps(world, tmp_path, capsys):

@@ -31,15 +31,22 @@ def world(tmp_path_factory):
     torch.manual_seed(0)
     for name, parts, classes in (("gpt", ("vqvae", "marginal"), ["kind0", "kind1"]), ("bare", ("pixels", "made"), [])):
         pipe = make_pipeline(*parts, size=(8, 8), labels=classes, sampler={"temperature": 0.9})
-        pipe.provenance = {"data": config.model_dump(mode="json"), "evaluation": {"psnr": 9.0, "recall": 0.5}}
+        pipe.provenance = {**facts_of(config), "evaluation": {"psnr": 9.0, "recall": 0.5}}
         pipe.save_pretrained(root / name)
+    pipe.provenance = facts_of(config.model_copy(update={"validation_fraction": 0.02}))
+    pipe.save_pretrained(root / "few")
     return root
+
+
+def facts_of(config):
+    """The provenance of a pipeline that was trained on these images."""
+    return {"data": config.model_dump(mode="json"), "splits": load_images(config, check=False).facts.to_dict()}
 
 
 def copied(world, name, to, **data):
     """A copy of a pipeline, trained with other settings of the images."""
     pipe = ImagePipeline.from_pretrained(world / name)
-    pipe.provenance = {**pipe.provenance, "data": {**pipe.provenance["data"], **data}}
+    pipe.provenance |= facts_of(DataConfig(**{**pipe.provenance["data"], **data}))
     pipe.save_pretrained(to / "pipeline")
     return pipe
 
@@ -110,7 +117,8 @@ def test_training_images_are_refused_for_validation(world, tmp_path, capsys, tra
     ("wrong", "key"),
     [
         (("pipeline={world}/nothing",), "pipeline: "),
-        (("pipeline={world}/gpt", "data.validation_fraction=0.02"), "data: "),
+        (("pipeline={world}/gpt", "data.validation_fraction=0.02"), "data.validation_fraction: "),
+        (("pipeline={world}/few",), "data: needs at least 30 validation images (got 6)"),
         (("pipeline={world}/gpt", "num_samples=3"), "num_samples: "),
         (("pipeline={world}/gpt", "out={world}/gpt"), "out: "),
     ],

@@ -27,7 +27,7 @@ OF_TOKENIZERS = ["reconstruct", "inspect"]
 
 @pytest.fixture(scope="module")
 def world(trained, tmp_path_factory):
-    """A calibrated pipeline, a tokenizer, and their images, a tenth of which was held out."""
+    """A calibrated pipeline, a tokenizer, and their images, a tenth of which was held out, by position as in 0.3."""
     root = tmp_path_factory.mktemp("world")
     for number, image in enumerate(stripes(450, seed=25)[:, 0].numpy()):
         path = root / "images" / "ab"[number % 2] / f"{number:03d}.png"

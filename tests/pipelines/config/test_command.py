@@ -25,7 +25,7 @@ from pydantic import Field
 import pipelines
 from pipelines.__main__ import load_verb, main, verbs
 from pipelines.config import Config, UserError, errors, run_command
-from pipelines.config.command import parse
+from pipelines.config.command import build_config, parse
 from pipelines.config.errors import Interrupted, ProcessFailed, ReportedElsewhere, at_a_shell
 from pipelines.config.schema import difference, to_yaml
 from pipelines.config.yaml_text import read_yaml, write_yaml
@@ -47,6 +47,18 @@ class BookConfig(ModelConfig):
 
 class StepsConfig(ModelConfig):
     levels: tuple[Annotated[int, Field(ge=2)], ...] = Field((8, 8), description="levels of each channel")
+
+
+class TreeConfig(ModelConfig):
+    codes: int = Field(64, ge=2, le=300, description="how many codes")
+    beta: Literal["fixed"] = Field("fixed", description="how they are pulled")
+    depth: int = Field(2, ge=1, description="how deep the tree is")
+
+
+class Tree(Coder, name="tree"):
+    """Codes in a tree."""
+
+    Config = TreeConfig
 
 
 class Book(Coder, name="book"):
@@ -254,12 +266,50 @@ def test_an_override_keeps_the_other_defaults_of_its_node() -> None:
     assert read(defaults=defaults).train == Training(steps=60, lr=0.5)
 
 
-def test_another_kind_replaces_its_node(tmp_path: Path) -> None:
+def test_another_kind_replaces_its_node(tmp_path: Path, capsys: Any) -> None:
     path = write(tmp_path / "a.yaml", "model: {width: 32, coder: {codes: 9}}\n")  # its kind is the default one
     config = read("--config", path, "model.coder.kind=steps")
     assert config.model == {"kind": "conv", "width": 32, "coder": {"kind": "steps", "levels": [8, 8]}}
     assert read("--config", path, "model.kind=plain").model == {"kind": "plain", "depth": 2}
     assert read("--config", path, "model.coder.kind=book").model["coder"]["codes"] == 9
+
+
+COVER = "model: {coder: {kind: book, codes: 9, beta: 0.5}}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "coder", "line"),
+    [
+        (["kind=tree"], {"codes": 9}, "tree with codes=9; it does not take beta=0.5"),
+        (["kind=tree", "codes=7"], {"codes": 7}, "tree with codes=7; it does not take beta=0.5"),
+        (["codes=7", "kind=tree"], {"codes": 7}, "tree with codes=7; it does not take beta=0.5"),
+        (["kind=tree", "depth=3"], {"codes": 9, "depth": 3}, "tree with codes=9, depth=3; it does not take beta=0.5"),
+        (["kind=steps"], {}, "steps with its defaults; it does not take codes=9, beta=0.5"),
+        (["kind=book"], {"codes": 9, "beta": 0.5}, None),
+    ],
+)
+def test_a_part_of_a_model_keeps_the_settings_that_its_new_kind_takes(
+    tmp_path: Path, capsys: Any, words: list[str], coder: dict[str, Any], line: str | None
+) -> None:
+    """Those that were given: defaults are those of the new kind."""
+    path = write(tmp_path / "a.yaml", COVER)
+    config = read("--config", path, *(f"model.coder.{word}" for word in words))
+    kind = words[["kind" in word for word in words].index(True)].removeprefix("kind=")
+    assert config.model["coder"] == {**Coder.find(kind).Config().to_dict(), **coder}
+    assert capsys.readouterr().err == ("" if line is None else f"model.coder: {line}\n")
+    written = {f"model.coder.{key}": read_yaml(value) for key, _, value in (word.partition("=") for word in words)}
+    assert build_config(Run, [path], {"out": "x", **written}) == config
+    assert capsys.readouterr().err == ("" if line is None else f"model.coder: {line}\n")
+
+
+def test_a_kind_that_is_unknown_or_has_no_other_settings_keeps_nothing(tmp_path: Path, capsys: Any) -> None:
+    path = write(tmp_path / "a.yaml", COVER)
+    assert problems("--config", path, "model.coder.kind=nope")[0].startswith("model.coder.kind: ")
+    assert read("model.coder.kind=tree").model["coder"]["codes"] == 64
+    assert read("--config", path, "model.kind=plain", "model.kind=conv").model["coder"]["codes"] == 256
+    large = write(tmp_path / "b.yaml", "model: {coder: {codes: 301}}\n")
+    assert read("--config", large, "model.coder.kind=tree").model["coder"]["codes"] == 64  # at most 300
+    assert capsys.readouterr().err == "model.coder: tree with its defaults; it does not take codes=301\n"
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import torch
 from givens.images import BAD, Row, config, identities, load, rows_of, write_image, write_shards, write_table
 
 from pipelines.config import UserError
-from pipelines.images import decoding, load_images
+from pipelines.images import crops, decoding, load_images
 from pipelines.images.dataset import BAD_IMAGES, list_bad
 from pipelines.images.decoding import BadImage
 
@@ -104,8 +104,10 @@ def test_too_many_bad_images_end_the_run(tmp_path, capsys, monkeypatch):
 
 def test_a_split_of_only_bad_images_ends_the_run(tmp_path):
     write_table(tmp_path / "a.parquet", [b"not an image %d" % k for k in range(3)], [0, 1, 2])
-    with pytest.raises(UserError, match="^3 of 3 images"):
-        load_images(config(tmp_path / "a.parquet", on_error="skip", max_bad_fraction=1))
+    for on_error, most in (("skip", 1), ("skip", 0.01), ("fail", 0.01)):
+        with pytest.raises(UserError, match="^3 of 3 images") as caught:
+            load_images(config(tmp_path / "a.parquet", on_error=on_error, max_bad_fraction=most))
+        assert "data." not in str(caught.value)  # no setting helps
 
 
 def test_too_many_bad_images_end_a_stream(tmp_path, monkeypatch):
@@ -173,21 +175,30 @@ class Group:
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("cache_mb", [0, 100])
-def test_processes_share_the_check_of_images_that_they_do_not_keep(tmp_path, monkeypatch, size, cache_mb):
+@pytest.mark.parametrize("crop", [None, "random"])
+def test_processes_share_the_check_of_images_that_they_do_not_keep(tmp_path, monkeypatch, size, cache_mb, crop):
     """Each image is decoded by one process, or by all if they keep it; all processes list all bad images."""
     write_source(tmp_path, "folder", "text")
-    data = config(tmp_path, on_error="skip", max_bad_fraction=1, cache_mb=cache_mb, **OPTIONS)
+    data = config(tmp_path, on_error="skip", max_bad_fraction=1, cache_mb=cache_mb, crop=crop, **OPTIONS)
     alone, checked, group = load_images(data), list[int](), Group(size)
-    decode_rows = decoding.decode_rows
-    monkeypatch.setattr(decoding, "decode_rows", lambda *given: checked.extend(given[2]) or decode_rows(*given))
-    monkeypatch.setattr(decoding, "CHUNK", 3)
-    monkeypatch.setattr(decoding, "dist", group)
+    if crop is None:
+        decode_rows = decoding.decode_rows
+        monkeypatch.setattr(decoding, "decode_rows", lambda *given: checked.extend(given[2]) or decode_rows(*given))
+    else:
+        read_whole = crops.read_whole
+        monkeypatch.setattr(crops, "read_whole", lambda *given: checked.append(given[1]) or read_whole(*given))
+    for module in (decoding, crops):
+        monkeypatch.setattr(module, "CHUNK", 3)
+        monkeypatch.setattr(module, "dist", group)
     for splits in group.run(lambda: load_images(data, together=True)):
         for name, part in splits.by_name().items():
             other = alone.by_name()[name]
             assert part.bad == other.bad and np.array_equal(part._positions, other._positions)
-            assert torch.equal(part.pixels(range(len(part))), other.pixels(range(len(other))))
-    assert len(checked) == (size if cache_mb else 1) * (GOOD + 3 + 4)
+            if crop is None:  # crops that are not kept would be decoded again, and counted
+                assert torch.equal(part.pixels(range(len(part))), other.pixels(range(len(other))))
+    once = GOOD + 3 + 4
+    parts = 3 if crop else 0  # until an image does not fit, all processes decode: the first chunk of each part
+    assert size * once * bool(cache_mb) <= len(checked) <= (size * once if cache_mb else once + (size - 1) * 3 * parts)
 
 
 def test_names_are_escaped_and_a_list_that_cannot_be_written_is_a_warning(tmp_path, capsys):

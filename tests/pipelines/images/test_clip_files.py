@@ -507,4 +507,6 @@ def test_a_tokenizer_of_images_warns_about_held_out_clips(run, tmp_path, capsys)
     data = [f"data.source={run / 'clips'}", f"data.image_size={SIDE}"]
     train_tokenizer.main([f"out={tmp_path / 'tok'}", *data, *VQVAE, *SMALL, "train.steps=1"])
     main(["encode", f"tokenizer={tmp_path / 'tok'}", f"out={tmp_path / 'x'}", "data.frames=4"])
-    assert "warning: the tokenizer was trained without data.frames" in capsys.readouterr().err
+    assert (
+        "warning: the tokenizer was trained without data.frames, which holds out whole clips" in capsys.readouterr().err
+    )

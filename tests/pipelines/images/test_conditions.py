@@ -480,13 +480,24 @@ def test_bad_values_are_refused_by_row_and_column(tmp_path, column, values, sett
         (lambda rows: rows[1:], "no row for .*000.png"),
         (lambda rows: [*rows, {"file_name": "other.png", "x": 1}], "lists .*other.png"),
         (lambda rows: [*rows, rows[5]], "two rows .*005.png"),
-        (lambda rows: [*rows, {"file_name": None, "x": 1}], "no file_name"),
+        (lambda rows: [*rows, {"file_name": None, "x": 1}], "a row has no file_name"),
+        (lambda rows: [{"name": row["file_name"], "x": 1} for row in rows], "no column file_name; it has name, x$"),
+        (lambda rows: [{"name;x": "000.png;1"}], "no column file_name; it has name;x$"),  # another delimiter
     ],
 )
-def test_a_table_has_one_row_for_each_image(tmp_path, change, words):
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_table_has_one_row_for_each_image(tmp_path, change, words, suffix):
     source = write_files(tmp_path / "images")
-    table = write_rows(tmp_path / "t.csv", change(rows_of({"x": [1] * 20})))
-    with pytest.raises(UserError, match=f"{table}: .*{words}|{table}: {words}"):
+    table = write_rows(tmp_path / f"t{suffix}", change(rows_of({"x": [1] * 20})))
+    with pytest.raises(UserError, match=f"^conditions.x: {table}:? .*{words}") as caught:
+        load(source, {"x": "x"}, table)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_without_rows_says_so(tmp_path):
+    source = write_files(tmp_path / "images")
+    (table := tmp_path / "t.csv").write_text("name,x\n")
+    with pytest.raises(UserError, match=f"^conditions.x: {table} has no rows$"):
         load(source, {"x": "x"}, table)
 
 

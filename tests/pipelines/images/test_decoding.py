@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
-from givens.images import encoded, noise, write_image
+import torch
+from givens.images import config, encoded, noise, write_image
 from ordinary import as_others
 from PIL import Image
 
+from pipelines.images import load_images
+from pipelines.images.arrays import Values, guess_type, read_values
 from pipelines.images.decoding import WEB_FORMATS, pixels_of, try_decode
 from pipelines.images.folder import READ_SUFFIXES
 
@@ -17,7 +20,7 @@ def decode(data, channels=1, size=(12, 12)):
     return pixels
 
 
-@pytest.mark.parametrize("format", ["PNG", "BMP", "GIF", "WEBP", "JPEG", "TIFF"])
+@pytest.mark.parametrize("format", ["PNG", "BMP", "GIF", "WEBP", "JPEG", "TIFF", "PPM"])
 def test_every_format_is_read_in_grey_and_colour(format):
     smooth = np.linspace(0, 255, 144).reshape(12, 12).astype(np.uint8)
     options = {"lossless": True} if format == "WEBP" else {"quality": 100} if format == "JPEG" else {}
@@ -61,7 +64,64 @@ def test_every_suffix_of_a_training_image_is_decoded_and_uploads_may_be_web_form
         format = Image.registered_extensions()[suffix]
         data = encoded(GREY, format)
         assert decode(data).shape == (1, 12, 12)
-        assert isinstance(try_decode(data, (1, 12, 12), WEB_FORMATS), str) == (format == "TIFF")
+        assert isinstance(try_decode(data, (1, 12, 12), WEB_FORMATS), str) == (format in ("TIFF", "PPM"))
+
+
+WIDE = [1023, 65_535]
+"""Values of white in a PGM or PPM of more than 8 bits."""
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("suffix", [".ppm", ".pgm", ".bmp"])
+def test_a_folder_of_ppm_pgm_or_bmp_gives_the_pixels_of_png(tmp_path, suffix, channels):
+    for k in range(4):
+        pixels = Image.fromarray(noise(12, 12, 3, seed=k))
+        pixels = pixels.convert("L") if suffix == ".pgm" else pixels
+        for folder, name in ((tmp_path / "png", f"{k}.png"), (tmp_path / "other", f"{k}{suffix}")):
+            (place := folder / ("train" if k else "test")).mkdir(parents=True, exist_ok=True)
+            pixels.save(place / name)
+    png, other = (load_images(config(tmp_path / name, channels=channels)).train for name in ("png", "other"))
+    assert len(other) == 3 and torch.equal(other.pixels(range(3)), png.pixels(range(3)))
+
+
+def ppm(magic: str, pixels: np.ndarray, white: int) -> bytes:
+    """A PPM (P3, P6) or PGM (P2, P5), plain or in bytes."""
+    head = f"{magic}\n# a comment\n{pixels.shape[1]} {pixels.shape[0]}\n{white}\n".encode()
+    plain = " ".join(map(str, pixels.ravel())).encode()
+    return head + (plain if magic in ("P2", "P3") else pixels.astype(">u2" if white > 255 else "u1").tobytes())
+
+
+@pytest.mark.parametrize("white", [100, 255, *WIDE])
+@pytest.mark.parametrize("magic", ["P2", "P3", "P5", "P6"])
+def test_white_of_a_ppm_is_white_and_its_greys_are_in_proportion(magic, white):
+    channels = 3 if magic in ("P3", "P6") else 1
+    pixels = np.random.default_rng(0).integers(0, white + 1, (12, 12, channels))
+    found = decode(ppm(magic, pixels, white), channels)
+    assert np.abs(found.transpose(1, 2, 0) - pixels / white * 255).max() <= 0.51  # rounded twice, through 16 bits
+
+
+@pytest.mark.parametrize("magic", ["P2", "P5"])
+@pytest.mark.parametrize("white", WIDE)
+def test_a_pgm_of_more_than_eight_bits_is_read_as_sixteen_bits_like_a_png(magic, white):
+    pixels = np.random.default_rng(0).integers(0, white + 1, (12, 12))
+    data, values = ppm(magic, pixels, white), Values("uint16", 0, 65_535)
+    assert guess_type(data, 1) == "uint16"
+    assert np.array_equal(read_values(data, 1, values)[0], np.rint(pixels / white * 65_535))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"Pf\n2 2\n-1.0\n" + bytes(16), "convert it to PNG"),  # floats
+        (b"P7\nWIDTH 2\nHEIGHT 2\n", "not an image in one of the formats"),
+        (ppm("P6", noise(12, 12, 3), 255)[:-1], "truncated"),
+        (ppm("P5", noise(12, 12), 255)[:9], "header"),
+        (b"P5\n70000 2\n255\n", "the limit is"),
+    ],
+)
+def test_a_damaged_or_unusual_ppm_is_refused_in_one_line(data, reason):
+    found = try_decode(data, (3, 12, 12))
+    assert isinstance(found, str) and reason in found and "\n" not in found
 
 
 def test_colour_is_kept_or_converted_to_grey():

@@ -205,6 +205,14 @@ def test_images_without_a_row_in_the_sheet_are_refused(tmp_path, name, streaming
     assert "7 of 12 images" in message and name in message and "05.png" in message and "\n" not in message
 
 
+def test_a_sheet_without_file_names_says_which_columns_it_has(tmp_path):
+    sheet_of(tmp_path, 2)
+    (tmp_path / "metadata.jsonl").unlink()
+    write_sheet(tmp_path, [{"image": "00.png", "label": "x"}], "metadata.csv")
+    with pytest.raises(UserError, match=f"^data.source: {tmp_path}/metadata.csv has no column file_name; it has image"):
+        load_images(config(tmp_path))
+
+
 @pytest.mark.parametrize("cell", ["a photo of a cat", ["cat", "dog"], {"boxes": []}])
 def test_captions_lists_and_objects_as_labels(tmp_path, cell):
     """A caption is a class; other values end in one line."""

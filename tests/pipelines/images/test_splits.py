@@ -31,6 +31,7 @@ from optional import needs_digits
 
 from pipelines.config import UserError
 from pipelines.images import DataConfig, load_images
+from pipelines.images.decoding import hash_names
 from pipelines.images.splits import (
     Inherited,
     SplitFacts,
@@ -206,6 +207,32 @@ def test_a_copy_elsewhere_is_recognised_and_another_source_is_divided_anew(tmp_p
     other = write_named(tmp_path / "c", "folder", range(500, 560))
     fresh, _ = parts_of(other, Inherited(splits.facts, False))
     assert fresh.facts == load_images(other).facts and "not the source of training" in fresh.note
+    grown, _ = parts_of(write_named(tmp_path / "d", "folder", range(2000)), Inherited(splits.facts))
+    assert "none of which is known" not in grown.note  # though none of the lowest hashes is that of an old one
+    renamed, _ = parts_of(other.model_copy(), Inherited(splits.facts))
+    assert "none of which is known" in renamed.note
+
+
+def test_a_copy_elsewhere_is_held_to_the_division(tmp_path):
+    """Otherwise images that were trained on would be held out."""
+    then = write_named(tmp_path / "a", "folder", range(60))
+    splits = load_images(then)
+    copied = write_named(tmp_path / "b", "folder", range(60))
+    now = copied.model_copy(update={"held_out_fraction": 0.5})
+    with pytest.raises(UserError, match=r"^data.held_out_fraction: .* was divided with data.held_out_fraction=0.3"):
+        load_images(now, inherited=inherit_splits(now, then, splits.facts, False))
+    for name in splits.held_out.names(range(len(splits.held_out))):
+        (tmp_path / "b" / name).unlink()
+    with pytest.raises(UserError, match=r"^data: the 18 images of .* that were held out are gone"):
+        load_images(copied, inherited=inherit_splits(copied, then, splits.facts, False))
+    for kind in ("objects", "parquet"):  # other units, which cannot be compared
+        other = write_named(tmp_path / "c", kind, range(60))
+        found = load_images(other, inherited=inherit_splits(other, then, splits.facts, False))
+        assert "were trained on is not known; it is divided anew" in found.note
+        assert found.facts == load_images(other).facts
+    public = SplitFacts.model_validate(publish_splits(splits.facts.to_dict()))
+    found = load_images(then, inherited=Inherited(public, False))
+    assert found.facts == splits.facts and "under other names is not known; 18 are held out" in found.note
 
 
 def test_shards_are_divided_by_name_without_their_number(tmp_path):
@@ -231,13 +258,68 @@ def test_shards_are_divided_by_name_without_their_number(tmp_path):
     assert "30 shards instead of 20" in grown.note
 
 
+def test_names_of_shards_do_not_depend_on_how_a_source_is_written(tmp_path, monkeypatch):
+    found = []
+    for place in ("a", "b"):
+        write_shards(tmp_path / place, "tar", rows_of(20, size=12), 10)
+        monkeypatch.chdir(tmp_path / place)
+        for source in (
+            ".",
+            tmp_path / place,
+            "train-*.tar",
+            "./train-0000?-*.tar",
+            "train-[0-9]*.tar",
+            f"../{place}/*.tar",
+        ):
+            found.append(divide_files(config(source, streaming=True)).facts)
+    assert all(facts == found[0] for facts in found)
+
+
+def test_a_copy_of_a_stream_is_divided_anew_for_tokens_only(tmp_path):
+    """By images instead of shards."""
+    write_shards(tmp_path, "parquet", rows_of(40), 8)
+    stream, copied = (config(tmp_path, streaming=streaming) for streaming in (True, False))
+    facts = load_images(stream, stream=True).facts
+    tokens = load_images(copied, inherited=inherit_splits(copied, stream, facts, True, regroup=True))
+    assert tokens.facts == load_images(copied).facts and tokens.note is None
+    with pytest.raises(UserError, match="^splits.json: divides shards, .* data.streaming has changed$"):
+        load_images(copied, inherited=inherit_splits(copied, stream, facts, True))
+
+
+def test_any_name_has_a_hash(tmp_path):
+    """Also one that is not Unicode, and equal ones in different normal forms."""
+    names = ["a", "\ud800", "\udcff", "\u00e9", "e\u0301", "日本"]
+    hashes = hash_names(names).tolist()
+    assert len(set(hashes)) == 5 and hashes[3] == hashes[4]
+    for number in range(10):
+        path = os.fsencode(tmp_path) + b"/\xff%d.png" % number
+        with open(path, "wb") as file:
+            file.write(PNGS[number])
+    assert len(load_images(config(tmp_path)).held_out) == 1
+
+
+def test_images_in_two_given_splits_are_reported(tmp_path, capsys):
+    """By their bytes, and objects by their column."""
+    write_table(tmp_path / "a/train.parquet", PNGS, [0] * 10)
+    write_table(tmp_path / "a/test.parquet", PNGS[7:], [0] * 3)
+    load_images(config(tmp_path / "a"))
+    assert "warning: 3 of 3 images of 'test' are also in 'train'" in capsys.readouterr().err
+    write_objects_table(tmp_path / "b/train.parquet", range(10))
+    write_objects_table(tmp_path / "b/test.parquet", range(10, 20))
+    load_images(config(tmp_path / "b", group="thing"))
+    assert "warning: 1 of 4 objects of 'test' are also in 'train'" in capsys.readouterr().err
+
+
 def test_a_column_named_by_group_wins_over_an_expression(tmp_path, capsys):
     settings = write_named(tmp_path / "a", "sheet", range(90))
     splits = load_images(settings)
     assert (splits.facts.unit, splits.facts.by) == ("object", "column") and splits.facts.parts["train"].units < 30
     assert "data.group: the column 'thing' of" in capsys.readouterr().err
     (tmp_path / "a/metadata.csv").unlink()
-    with pytest.raises(UserError, match="has no longer a column 'thing'"):
+    assert sorted(set(splits.held_out.objects())) == sorted(
+        {f"thing{int(p[:4]) // 3}" for p in splits.held_out.names(range(len(splits.held_out)))}
+    )
+    with pytest.raises(UserError, match="lack the column 'thing'"):
         load_images(settings, inherited=Inherited(splits.facts))
     by_path = load_images(write_named(tmp_path / "a", "objects", range(90))).facts
     settings = settings.model_copy(update={"group": r"(\d\d\d)\d\.png"})
@@ -376,13 +458,14 @@ def test_other_settings_of_a_divided_source_are_refused(tmp_path, changed):
     now, name = then.model_copy(update=changed), next(iter(changed))
     with pytest.raises(UserError, match=rf"^data.{name}: .* was divided with data.{name}=.* begin a new run$"):
         inherit_splits(now, then, facts, True)
-    assert inherit_splits(now, then, facts, False).rule is None  # of another source
+    assert inherit_splits(now, then, facts, False).refusal  # if it is a copy
     assert inherit_splits(then.model_copy(update={"limit": 3}), then, facts, True).rule == facts
-    regrouped = bool({"group", "clips", "key"} & set(changed))
-    if regrouped:
+    if {"group", "clips"} & set(changed):
         assert inherit_splits(now, then, facts, True, regroup=True).rule is None
     assert inherit_splits(now, then, None, True).rule == "position"  # 0.3
     assert inherit_splits(now, None, None, True).note
+    clips = [then.model_copy(update={"frames": frames}) for frames in (2, 4)]
+    assert inherit_splits(*clips, facts, True, regroup=True).rule == facts  # other windows of the same clips
 
 
 @pytest.mark.parametrize(

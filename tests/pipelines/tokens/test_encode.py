@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -21,10 +22,11 @@ from launch import output_of, start, two_processes
 from optional import needs_digits
 from PIL import Image, ImageOps
 from ranks import Several
-from small import make_prior, make_tokenizer
+from small import make_prior, make_tokenizer, quantizer_of
 
 from pipelines import encode
 from pipelines.config import UserError
+from pipelines.config.command import parse
 from pipelines.encode import EncodeConfig, run
 from pipelines.images import load_images, tables
 from pipelines.images.conditions import load_conditions
@@ -32,6 +34,7 @@ from pipelines.job import work_folder
 from pipelines.provenance import read_data_settings
 from pipelines.tokens import load_tokens
 from pipelines.tokens.meta import META
+from pipelines.train_prior import TrainPriorConfig, build_prior
 from tokenizer import Tokenizer
 from tokenizer.files import FormatError, PathError, write_json
 from tokenizer.model import PROVENANCE
@@ -229,7 +232,7 @@ def test_a_tokenizer_that_was_trained_on_frames_of_all_clips_is_named(tokenizer,
     conditions = {"before": {"frame": -1, "tokenizer": str(tokenizer)}}
     encoded(tmp_path / "tokenizer", tmp_path / "tokens", settings, conditions=conditions)
     printed = capsys.readouterr()
-    assert ("without data.clips=true" in printed.out + printed.err) != clips
+    assert ("was trained without data.clips" in printed.out + printed.err) != clips
 
 
 @pytest.mark.parametrize("group", [None, r"^(\w)/"])
@@ -242,7 +245,7 @@ def test_a_tokenizer_that_was_trained_on_images_of_all_objects_is_named(tokenize
     data = encoded(tmp_path / "tokenizer", tmp_path / "tokens", {**settings, "group": r"^(\w)/"})
     assert data.source["data"]["group"] == r"^(\w)/"
     printed = capsys.readouterr()
-    assert ("without data.group" in printed.out + printed.err) != bool(group)
+    assert ("was trained with data.group=null" in printed.out + printed.err) != bool(group)
 
 
 @pytest.mark.parametrize("labelled", ["train", "test", None])
@@ -257,6 +260,42 @@ def test_either_all_splits_have_labels_or_none(tokenizer, tmp_path, labelled):
         source["label_column"] = None
     data = encoded(tokenizer, tmp_path / "tokens", source)
     assert data.class_names == [] and all(split.labels is None for split in data.splits.values())
+
+
+# Output
+
+
+@pytest.mark.parametrize(
+    ("augment", "copies", "line"),
+    [
+        ({"flip": True, "shift": 3}, 2, "2 copies of each training image; each copy: flip, shift 3"),
+        (
+            {"rotate": 8, "zoom": 0.08},
+            1,
+            "1 copy of each training image; each copy: rotate 8, zoom 0.08",
+        ),
+        ({"flip": True}, 0, None),
+    ],
+)
+def test_what_each_copy_gets_is_printed(tokenizer, images, tmp_path, capsys, augment, copies, line):
+    encoded(tokenizer, tmp_path / "tokens", {**images, "augment": augment}, augmentations=copies)
+    found = [each for each in capsys.readouterr().out.splitlines() if "each copy" in each]
+    assert found == ([] if line is None else [f"{tmp_path}/tokens: {line} (data.augment)"])
+
+
+@pytest.mark.parametrize("kind", ["vqvae", "multiscale", "rvq", "titok"])
+def test_the_next_command_trains_a_preset_that_fits_these_tokens(images, tmp_path, capsys, kind):
+    node = {"quantizer": quantizer_of(kind, 7, 7)} if kind in ("multiscale", "rvq") else {}
+    model = make_tokenizer("titok" if kind == "titok" else "vqvae", (28, 28), 1, **node)
+    model.eval().save_pretrained(tmp_path / "tokenizer")
+    for _ in ("done", "already finished"):
+        encoded(tmp_path / "tokenizer", tmp_path / "my tokens", images)
+        command = capsys.readouterr().out.splitlines()[-1].partition("; next: ")[2]
+        first, verb, *words = shlex.split(command)
+        found = parse(TrainPriorConfig, words, verb=verb, description="")
+        assert (first, verb, found.tokens) == ("smalti", "train_prior", str(tmp_path / "my tokens"))
+        assert "--config" in words and found.train.optimizer == ("adamw" if kind == "multiscale" else "muon")
+        build_prior(found.model, load_tokens(found.tokens))
 
 
 # Resuming

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -25,7 +27,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint as recompute
 
 from pipelines.config import UserError
-from pipelines.training import blocks
+from pipelines.processes.group import ALONE
+from pipelines.train_prior import TrainPriorConfig
+from pipelines.training import blocks, trainer
 from pipelines.training.blocks import checkpoint_blocks, compile_blocks, prepare_blocks, repeated_blocks
 from pipelines.training.schedule import TrainConfig
 from prior import Prior
@@ -172,6 +176,15 @@ def test_a_model_without_blocks_is_refused(tmp_path, name):
 
 
 # Compiling
+
+
+@pytest.mark.parametrize(("device", "refused"), [("cuda", True), ("cpu", False)])
+def test_compiling_for_a_gpu_needs_a_c_compiler(device, refused, monkeypatch):
+    monkeypatch.setattr(trainer, "compiler_problem", lambda: "there is no C compiler")
+    accelerator = SimpleNamespace(num_processes=1, device=torch.device(device), mixed_precision="no")
+    config = TrainPriorConfig(out="x", tokens="x", train={"compile": True, "steps": 1})
+    with pytest.raises(UserError, match=r"^train\.compile: there is no C compiler") if refused else nullcontext():
+        trainer.require_valid(config, accelerator, ALONE)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -192,6 +192,17 @@ def test_all_processes_load_the_same_checkpoint(tmp_path):
     record, _ = load_newest(list_checkpoints(tmp_path), *target, lambda mine: mine and next(answers))
     assert record["step"] == 1
     assert_same_tensors(collect_tensors(*target), collect_tensors(*one))
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_only_the_main_process_reads_the_best_weights(tmp_path, main):
+    """Those of a large model, read by all processes of a machine, fill its memory."""
+    objects = make_objects(0)
+    best = dict(objects[1].state_dict())
+    write_checkpoint(tmp_path, 1, collect_tensors(*objects), {"best": {"step": 1}}, best, main=True, sharded=False)
+    with patch.object(checkpoint, "load_file", wraps=checkpoint.load_file) as load:
+        record, found = load_newest(list_checkpoints(tmp_path), *make_objects(5), main=main)
+    assert record["step"] == 1 and (found is not None, load.call_count) == (main, main)
 
 
 # Failing saves

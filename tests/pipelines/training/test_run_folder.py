@@ -12,11 +12,13 @@ from contextlib import nullcontext
 from functools import partial, reduce
 from operator import getitem
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 from folders import contents, half_written
+from givens.images import write_pictures
 from launch import (
     metrics,
     prior_arguments,
@@ -34,6 +36,7 @@ from tiny_task import (
     read_checkpoint,
     stopped_at,
     train_tiny,
+    trainer_of,
 )
 
 from pipelines.config import UserError
@@ -41,6 +44,8 @@ from pipelines.config.command import parse
 from pipelines.processes.group import ProcessGroup
 from pipelines.train_prior import TrainPriorConfig
 from pipelines.train_tokenizer import TrainTokenizerConfig
+from pipelines.training import reporting
+from pipelines.training.reporting import Pace
 from pipelines.training.run_folder import check_run_folder
 from pipelines.training.schedule import TrainConfig, learning_rate
 from tokenizer.files import PipelineLoadError
@@ -195,9 +200,16 @@ def test_a_finished_run_continues_to_another_end(run, capsys):
     assert_refused(run, "train.steps", steps=8)
 
 
-@pytest.mark.parametrize("end", [{"steps": 8, "minutes": 1e-9}, {"steps": 7}, {"steps": 3, "minutes": 9.0}])
+@pytest.mark.parametrize("end", [{"steps": 9, "minutes": 1e-9}, {"steps": 7}, {"steps": 3, "minutes": 9.0}])
 def test_an_end_that_is_already_past_is_refused(run, end):
     assert_refused(run, "train.steps", str(run), **end)
+
+
+@pytest.mark.parametrize("minutes", [1e-9, 9.0])
+def test_a_run_with_all_its_steps_is_finished_whatever_the_limit_in_minutes(run, capsys, minutes):
+    """Presets of 0.3 had limits."""
+    train_tiny(run, **EVERY, minutes=minutes)
+    assert "already finished: 8 steps" in capsys.readouterr().out
 
 
 # Other settings
@@ -275,6 +287,19 @@ def test_a_run_names_its_result_and_the_next_command(tmp_path, tokens, capsys):
     assert re.search(r"at most \d\.\d{3} bits", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("augmented", [True, False])
+def test_a_run_says_how_its_images_are_augmented_and_suggests_copies_of_few(tmp_path, capsys, augmented):
+    write_pictures(tmp_path / "images", 40)
+    data = {"source": str(tmp_path / "images"), "augment": {"flip": True, "zoom": 0.1}}
+    train_tokenizer(tmp_path / "run", data=data, augmented=augmented, train__steps=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert ("flip, zoom 0.1 (data.augment)" in "".join(lines)) == augmented
+    assert lines[-1].endswith(f"out={tmp_path}/run_tokens augmentations=32")
+    train_tokenizer(tmp_path / "plain", data={**data, "augment": {}}, augmented=augmented, train__steps=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert "data.augment" not in "".join(lines) and lines[-1].endswith(f"out={tmp_path}/plain_tokens")
+
+
 def test_a_log_gets_lines_and_a_terminal_a_progress_bar(tmp_path, monkeypatch, capsys):
     """A notebook gets lines on stdout, because it shows stderr as errors."""
     train_tiny(tmp_path / "log", steps=4, log_every=2)
@@ -289,6 +314,33 @@ def test_a_log_gets_lines_and_a_terminal_a_progress_bar(tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "stderr", terminal)
     train_tiny(tmp_path / "terminal", steps=None, minutes=0.002, log_every=1)
     assert "of 0.002 min left" in terminal.getvalue() and "step 2: loss" not in terminal.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        ({"steps": 100}, ["step 2 of 100; about 10 minutes left"]),
+        ({"steps": 5}, ["step 2 of 5; about 18 seconds left"]),
+        ({"steps": 10**4}, ["step 2 of 10,000; about 17 hours left"]),
+        ({"steps": 100, "minutes": 0.5}, ["step 2 of 100; about 20 seconds left, until train.minutes=0.5"]),
+        ({"steps": None, "minutes": 10.0}, ["step 2; about 10 minutes left, until train.minutes=10"]),
+        ({"steps": 1}, []),
+    ],
+)
+def test_a_run_says_after_ten_seconds_when_it_will_end(tmp_path, monkeypatch, capsys, end, expected):
+    """Each step takes six seconds but the first, which is not timed. One line, unless there is a bar."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(reporting, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    with trainer_of(tmp_path / "run", **end) as trainer:
+        for bar, main in ((True, True), (False, True), (True, False)):
+            clock.now, trainer.step, trainer.minutes, trainer.main, pace = 0.0, 0, 0.0, main, Pace()
+            for seconds in (4.0, 6.0, 6.0)[: end["steps"] or 3]:
+                pace.start_step()
+                clock.now += seconds
+                trainer.step, trainer.minutes = trainer.step + 1, clock.now / 60
+                pace.announce_once(trainer, SimpleNamespace(disable=bar))
+            shown = capsys.readouterr().err.splitlines()
+            assert shown == (expected if bar and main else [])
 
 
 def test_a_closed_terminal_does_not_end_a_run(tmp_path, monkeypatch):

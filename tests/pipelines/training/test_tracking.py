@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from launch import metrics, train_prior, train_tokenizer
+from packaging.version import Version
 from PIL import Image
 from servers.wandb_stand_ins import FakeWandb, WandbServer, wandb_records
 
@@ -214,7 +217,8 @@ def test_wandb_that_cannot_start_online_continues_offline(tmp_path, monkeypatch,
     assert [options["mode"] for options in wandb.starts] == ["online", "offline"] and wandb.teardowns == 1
     assert wandb.starts[0]["id"] == wandb.starts[1]["id"] and wandb.history == [(1, {"loss": 1.0})]
     (warning,) = capsys.readouterr().err.splitlines()
-    assert "no answer" in warning and f"wandb sync {tmp_path}/wandb/offline-run-*" in warning
+    command = f"wandb sync {tmp_path}/wandb/offline-run-*-{wandb.starts[0]['id']}"
+    assert "no answer" in warning and command in warning
 
 
 def use(tracker: Tracker) -> None:
@@ -360,6 +364,29 @@ def test_an_online_run_is_linked_on_the_card_and_continues_after_a_resume(tmp_pa
     assert url.startswith(f"{server.url}/someone/") and url in (run / "pipeline" / "README.md").read_text()
     for path in run.rglob("*"):
         assert path.is_dir() or KEY.encode() not in path.read_bytes(), path
+
+
+def test_an_offline_run_that_continues_is_one_run_after_a_sync(tmp_path, tokens, monkeypatch, capsys):
+    """wandb cannot append to a folder, so that each command has its own, unless it has nothing to do; `wandb sync` with
+    the printed command uploads all of them as one run."""
+    wandb, run = pytest.importorskip("wandb"), tmp_path / "run"
+    for steps in (3, 6, 6):
+        train_prior(run, tokens, track__wandb="offline", train__steps=steps)
+    wandb.teardown()
+    folders, name = sorted(run.glob("wandb/offline-run-*")), json.loads((run / "trackers.json").read_text())["wandb"]
+    assert len(folders) == 2 and all(folder.name.endswith(f"-{name}") for folder in folders)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("W&B: ")]
+    assert len(lines) == 2 and "continues" in lines[1] and "continues" not in lines[0]
+    for line in lines:
+        assert f"in {run}/wandb; track.wandb=disabled" in line and line.endswith(f"{run}/wandb/offline-run-*-{name}")
+    if Version(wandb.__version__) < Version("0.31"):
+        pytest.skip("the sync of older versions keeps the last folder only")
+    with WandbServer() as server:
+        environment = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url, "HOME": str(tmp_path)}
+        sync = [sys.executable, "-m", "wandb", "sync", *map(str, folders)]
+        subprocess.run(sync, env=environment, check=True, capture_output=True, timeout=120)
+        (history,) = server.history.values()
+    assert [line["_step"] for line in history if "learning_rate" in line] == steps_of(run)
 
 
 def test_a_wandb_run_that_the_user_has_open_is_left_alone(tmp_path, monkeypatch):

@@ -34,6 +34,7 @@ from small import PRIORS, QUANTIZERS, TOKENIZERS, make_tokenizer, node_of
 from tiny_task import (
     Net,
     TinyTask,
+    assert_same_tensors,
     read_checkpoint,
     stopped_at,
     train_tiny,
@@ -296,7 +297,34 @@ def test_a_codebook_is_not_initialized_from_non_finite_images(tmp_path, monkeypa
 # The end
 
 
-def test_minutes_end_a_run_and_may_grow_or_be_replaced_by_steps(tmp_path):
+def test_a_limit_in_minutes_cuts_a_run_and_no_schedule(tmp_path, capsys):
+    """Continued without the limit, it is the run that had none."""
+    tasks: list[TinyTask] = []
+
+    def build() -> TinyTask:
+        tasks.append(TinyTask())
+        return tasks[-1]
+
+    whole, run = train_tiny(tmp_path / "whole"), train_tiny(tmp_path / "run", build, minutes=1e-9)
+    done = metrics(run)[-1]
+    assert done["step"] == 1 and "held_out/error" in done
+    assert tasks[-1].facts["cut"] == {"minutes": 1e-9, "steps": 8} and tasks[-1].facts["steps"] == 1
+    before = contents(run)
+    assert contents(train_tiny(run, minutes=1e-9)) == before
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in printed if "stopped by train.minutes=1e-09 after 1 of 8 steps" in line]
+    assert len(lines) == 2 and "already finished" in lines[1] and "already finished" not in lines[0]
+    with pytest.raises(UserError, match=r"train\.minutes"):
+        train_tiny(run, minutes=5e-10)
+    train_tiny(run, build)
+    assert "cut" not in tasks[-1].facts
+    assert_same_tensors(read_checkpoint(states(run)[-1]), read_checkpoint(states(whole)[-1]))
+    rates = [[line["learning_rate"] for line in metrics(each)] for each in (run, whole)]
+    assert rates[0] == rates[1]
+
+
+def test_without_steps_schedules_follow_minutes(tmp_path):
+    """As in presets of 0.3, whose runs continue, with later minutes or with steps."""
     train = partial(train_tiny, tmp_path / "run", final_lr=0.25)
     run = train(steps=None, minutes=0.003)
     done = metrics(run)[-1]
@@ -310,7 +338,7 @@ def test_minutes_end_a_run_and_may_grow_or_be_replaced_by_steps(tmp_path):
     assert last["step"] > done["step"] and last["minutes"] >= done["minutes"] + 0.003
     with pytest.raises(UserError, match="train.minutes"):
         train(steps=None, minutes=0.002)
-    train(steps=last["step"] + 3, minutes=5.0)  # whichever comes first
+    train(steps=last["step"] + 3)
     assert [line["step"] for line in metrics(run)] == list(range(1, last["step"] + 4))
 
 

@@ -143,7 +143,7 @@ BAD = {
     "bomb": (header_only(9000, 9000), "limit"),
     "huge": (header_only(60000, 60000), "exceeds limit"),
     "long": (header_only(20000, 10), "limit"),
-    "ppm": (encoded(Image.fromarray(noise(12, 12)), "PPM"), "not an image"),
+    "pcx": (encoded(Image.fromarray(noise(12, 12)), "PCX"), "not an image"),
 }
 
 
