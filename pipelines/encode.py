@@ -465,6 +465,7 @@ def describe_dataset(
     """Return the contents of `meta.json`."""
     path = Path(config.tokenizer) / PROVENANCE
     provenance = read_json(path) if path.is_file() else {}
+    provenance.pop(SPLITS_KEY, None)
     source = {**provenance, "data": config.data.model_dump(mode="json"), "local": is_local(config.data.source)}
     source |= {} if images.facts is None else {SPLITS_KEY: images.facts.to_dict()}
     sizes: dict[str, list[int]] = {}

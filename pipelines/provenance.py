@@ -16,7 +16,7 @@ from .images import DataConfig
 from .images.dataset import OPTIONAL
 from .images.hub import fetch_file
 from .images.origin import REMARK, resolve_source
-from .images.splits import DIVISION, SPLITS, SPLITS_KEY, Inherited, SplitFacts, inherit_splits, read_splits
+from .images.splits import DIVISION, SPLITS, SPLITS_KEY, Inherited, SplitFacts, inherit_splits, join_splits
 from .saving import INDEX, resolve_shipped, write_provenance
 from .tokens.meta import META, read_meta
 
@@ -49,9 +49,9 @@ def read_training_facts(tokenizer: str) -> dict[str, Any]:
         return read_meta(pipeline).source
     in_pipeline = (pipeline / INDEX).is_file()  # a pipeline records them once for both models
     folder = str(pipeline) if in_pipeline else source
-    facts = read_splits(find_file(folder, SPLITS))
-    divided = {} if facts is None else {SPLITS_KEY: facts.to_dict()}
-    return {"data": read_data_settings(find_file(folder, PROVENANCE)), **divided}
+    path = find_file(folder, PROVENANCE)
+    named = {key: value for key, value in ({} if path is None else read_json(path)).items() if key == SPLITS_KEY}
+    return join_splits({"data": read_data_settings(path), **named}, find_file(folder, SPLITS))
 
 
 def find_file(source: str, name: str) -> Path | None:

@@ -48,7 +48,7 @@ from .config import Within
 from .files import Number, Text, validate
 from .images.dataset import LONGEST, is_class_name
 from .images.pictures import write_picture
-from .images.splits import SPLITS, SPLITS_KEY, read_splits
+from .images.splits import SPLITS, SPLITS_KEY, join_splits, split_off
 
 if TYPE_CHECKING:
     from .image_pipeline import ImagePipeline
@@ -175,9 +175,8 @@ def read_provenance(path: Path) -> dict[str, Any]:
 
 def write_provenance(folder: Path, facts: dict[str, Any]) -> None:
     """Write `provenance.json` and, with the division of the images among the facts, `splits.json`."""
-    rest = {key: value for key, value in facts.items() if key != SPLITS_KEY}
-    if rest:
-        write_json(folder / PROVENANCE, rest)
+    if facts:
+        write_json(folder / PROVENANCE, split_off(facts))
     if SPLITS_KEY in facts:
         write_json(folder / SPLITS, facts[SPLITS_KEY])
 
@@ -405,9 +404,7 @@ def _load(cls: type[Any], folder: Path, variant: str | None, verify: bool) -> An
     if (path := folder / CALIBRATION).exists():
         pipeline.calibration = Calibration.from_dict(parse_json(read_bytes(path, MAX_CALIBRATION_BYTES), path), path)
     if (path := folder / PROVENANCE).exists():
-        pipeline.provenance = read_provenance(path)
-    if (divided := read_splits(folder / SPLITS)) is not None:
-        pipeline.provenance = {**pipeline.provenance, SPLITS_KEY: divided.to_dict()}
+        pipeline.provenance = join_splits(read_provenance(path), folder / SPLITS)
     if (path := folder / GRID).exists():
         pipeline.sample_grid = parse_picture(read_bytes(path, MAX_PICTURE_BYTES), path)
     return pipeline

@@ -24,7 +24,7 @@ from tokenizer.critic import PatchCritic
 from tokenizer.files import read_json
 from tokenizer.frame_by_frame import FrameByFrame
 from tokenizer.losses import psnr, total_loss
-from tokenizer.model import CONFIG
+from tokenizer.model import CONFIG, PROVENANCE
 
 from .config import Config, UserError, Within, run_command
 from .config.importing import format_imports
@@ -32,7 +32,7 @@ from .images import DataConfig, ImageDataset, load_images, report_division
 from .images.dataset import is_stream, require_two_levels, warn_about_colour
 from .images.duplicates import warn_about_duplicates
 from .images.origin import is_local
-from .images.splits import SPLITS, SPLITS_KEY, Inherited, read_splits
+from .images.splits import SPLITS, SPLITS_KEY, Inherited, SplitFacts, join_splits
 from .metrics.codebook import CodebookUse, part_names
 from .metrics.perceptual import Perceptual
 from .metrics.reconstruction import (
@@ -290,7 +290,10 @@ def find_division(config: TrainTokenizerConfig) -> Inherited | None:
     """Return how an earlier part of the run, or else the tokenizer `init`, divided the images. Raises `UserError`."""
     run = Path(config.out)
     if (run / CONFIG).is_file():
-        return Inherited(read_splits(run / SPLITS) or "position")
+        saved = run / "tokenizer" / PROVENANCE
+        named = SPLITS_KEY in read_json(saved) if saved.is_file() else False
+        facts = join_splits({SPLITS_KEY: SPLITS} if named else {}, run / SPLITS)
+        return Inherited(SplitFacts.model_validate(facts[SPLITS_KEY]) if facts else "position")
     return inherit(config.data, read_training_facts(config.init)) if config.init else None
 
 

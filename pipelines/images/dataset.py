@@ -675,9 +675,11 @@ def report_division(splits: Splits) -> None:
         return
     if splits.note:
         tell(one_line(splits.note))
+    train = splits.train
     if splits.facts is not None:
         tell(splits.facts.describe())
-    train = splits.train
+    elif splits.is_carved:
+        tell(one_line(f"{train.config.source} is divided as in 0.3, by position: added images would move others"))
     if train.labels is not None:
         counts = train.labels.bincount(minlength=len(train.class_names)).tolist()
         if absent := [name for name, count in zip(train.class_names, counts, strict=True) if not count]:

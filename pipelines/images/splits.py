@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
 
 from tokenizer.config import show_value
-from tokenizer.files import check_format_version, one_line, quote, read_json
+from tokenizer.files import FormatError, check_format_version, one_line, quote, read_json
 from tokenizer.model import SPLITS
 
 from ..config import UserError, is_first_process, tell
@@ -134,6 +134,21 @@ def read_splits(path: Path | None) -> SplitFacts | None:
     found = read_json(path)
     check_format_version(found, FORMAT_VERSION, path)
     return validate(SplitFacts, found, path)
+
+
+def split_off(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts about a model to write beside `splits.json`: in place of its contents, its name, which shows if
+    it is missing."""
+    return {key: SPLITS if key == SPLITS_KEY else value for key, value in facts.items()}
+
+
+def join_splits(facts: dict[str, Any], path: Path | None) -> dict[str, Any]:
+    """Return the facts about a model with the contents of its `splits.json`. Raises `FormatError` if it is missing,
+    because without it the images would be divided as in 0.3."""
+    found = read_splits(path)
+    if found is None and SPLITS_KEY in facts:
+        raise FormatError(f"{path or SPLITS}: missing; it says which images were held out, restore it or train again")
+    return facts if found is None else {**facts, SPLITS_KEY: found.to_dict()}
 
 
 def publish_splits(found: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from tokenizer.files import (
 
 from ..files import FieldError, Text, Whole, validate
 from ..images.dataset import is_printable
-from ..images.splits import SPLITS, SPLITS_KEY, read_splits
+from ..images.splits import SPLITS, SPLITS_KEY, join_splits, split_off
 from .shards import shard_names
 
 META, FORMAT_VERSION = "meta.json", 1
@@ -74,7 +74,7 @@ class Meta:
             "grid": grid_to_dict(self.grid),
             "classes": self.class_names,
             "splits": self.shards,
-            "source": {key: value for key, value in self.source.items() if key != SPLITS_KEY},
+            "source": split_off(self.source),
             "augmentations": self.augmentations,
             "tokenizer": self.tokenizer,
             **({"conditions": columns} if columns else {}),
@@ -201,12 +201,11 @@ def read_meta(folder: Path) -> Meta:
     meta = read_json(folder / META)
     check_format_version(meta, FORMAT_VERSION, folder / META)
     found = validate(MetaFile, meta, folder / META)
-    divided = read_splits(folder / SPLITS)
     return Meta(
         grid=found.grid.grid(),
         class_names=found.classes,
         shards=found.splits,
-        source={**found.source, **({} if divided is None else {SPLITS_KEY: divided.to_dict()})},
+        source=join_splits(found.source, folder / SPLITS),
         augmentations=found.augmentations,
         tokenizer=found.tokenizer,
         conditions={name: column for name, (column, _) in found.conditions.items()},

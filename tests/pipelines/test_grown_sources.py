@@ -97,7 +97,7 @@ def test_the_division_travels_with_the_models(world):
     pipe = ImagePipeline.from_pretrained(world / "p")
     pipe.save_pretrained(world / "again")
     assert read_splits(world / "again/splits.json") == facts[0]
-    assert "splits" not in json.loads((world / "again/provenance.json").read_text())
+    assert json.loads((world / "again/provenance.json").read_text())["splits"] == "splits.json"
     assert load_tokens(world / "tokens").source["splits"] == facts[0].to_dict()
 
 
@@ -189,12 +189,27 @@ def test_a_damaged_file_is_one_line(world, capsys):
         assert "splits.json: " in text and len(text.splitlines()) == 1
 
 
+def test_a_missing_file_is_one_line(world, capsys):
+    """Without it the images would be divided as in 0.3."""
+    (world / "t/tokenizer/splits.json").unlink()
+    text = fails(capsys, "reconstruct", f"tokenizer={world}/t", f"out={world}/r.png")
+    assert "splits.json: missing; it says which images were held out" in text
+    (world / "t/splits.json").unlink()
+    text = fails(capsys, "train_tokenizer", f"data.source={world}/src", *PIXELS, *DATA, *QUIET, f"out={world}/t")
+    assert "t/splits.json: missing" in text
+
+
 def without_splits(world):
     """Models as 0.3 wrote them."""
     from tokenizer.files import write_manifest
 
     for path in world.rglob("splits.json"):
         path.unlink()
+        for other in (path.parent / "provenance.json", path.parent / "meta.json"):
+            if other.is_file():
+                found = json.loads(other.read_text())
+                found.pop("splits") if other.name == "provenance.json" else found["source"].pop("splits")
+                other.write_text(json.dumps(found))
         if (path.parent / "manifest.json").exists():
             write_manifest(path.parent)
 
