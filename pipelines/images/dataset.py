@@ -677,7 +677,7 @@ def report_division(splits: Splits) -> None:
         tell(one_line(splits.note))
     train = splits.train
     if splits.facts is not None:
-        tell(splits.facts.describe())
+        print(splits.facts.describe(), flush=True)
     elif splits.is_carved:
         tell(one_line(f"{train.config.source} is divided as in 0.3, by position: added images would move others"))
     if train.labels is not None:
