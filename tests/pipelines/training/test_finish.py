@@ -127,7 +127,7 @@ def test_a_snapshot_that_is_still_due_is_finished_too(tmp_path, monkeypatch):
 
 # The codebook of a tokenizer
 
-OFTEN = {"data__limit": None, "train__steps": 30, "train__ema_decay": 0.9, "train__save_every": 10}
+OFTEN = {"data__limit": None, "train__steps": 30, "train__seed": 2, "train__ema_decay": 0.9, "train__save_every": 10}
 
 
 @pytest.fixture(scope="module")
