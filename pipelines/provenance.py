@@ -51,7 +51,7 @@ def read_training_facts(tokenizer: str) -> dict[str, Any]:
     folder = str(pipeline) if in_pipeline else source
     path = find_file(folder, PROVENANCE)
     named = {key: value for key, value in ({} if path is None else read_json(path)).items() if key == SPLITS_KEY}
-    return join_splits({"data": read_data_settings(path), **named}, find_file(folder, SPLITS))
+    return join_splits({"data": read_data_settings(path), **named}, find_file(folder, SPLITS) or Path(folder) / SPLITS)
 
 
 def find_file(source: str, name: str) -> Path | None:

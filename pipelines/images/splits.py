@@ -61,6 +61,14 @@ NAMES: dict[Unit, tuple[NamedBy, ...]] = {
     "shard": ("path",),
 }
 """Where the names of units may come from."""
+NAMED: dict[NamedBy, str] = {
+    "path": "their paths",
+    "column": "a column",
+    "expression": "an expression",
+    "bytes": "their bytes",
+    "pixels": "their pixels",
+    "position": "their positions",
+}
 
 
 # What is stored
@@ -127,9 +135,9 @@ class SplitFacts(BaseModel):
         return f"{total:,} {self.unit}{'s' * (total != 1)}: {', '.join(counts)}"
 
 
-def read_splits(path: Path | None) -> SplitFacts | None:
+def read_splits(path: Path) -> SplitFacts | None:
     """Read a `splits.json`; None if there is none. Raises `FormatError`."""
-    if path is None or not path.is_file():
+    if not path.is_file():
         return None
     found = read_json(path)
     check_format_version(found, FORMAT_VERSION, path)
@@ -142,12 +150,12 @@ def split_off(facts: dict[str, Any]) -> dict[str, Any]:
     return {key: SPLITS if key == SPLITS_KEY else value for key, value in facts.items()}
 
 
-def join_splits(facts: dict[str, Any], path: Path | None) -> dict[str, Any]:
+def join_splits(facts: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return the facts about a model with the contents of its `splits.json`. Raises `FormatError` if it is missing,
     because without it the images would be divided as in 0.3."""
     found = read_splits(path)
     if found is None and SPLITS_KEY in facts:
-        raise FormatError(f"{path or SPLITS}: missing; it says which images were held out, restore it or train again")
+        raise FormatError(f"{path}: missing; it says which images were held out, restore it or train again")
     return facts if found is None else {**facts, SPLITS_KEY: found.to_dict()}
 
 
@@ -330,7 +338,7 @@ def choose_splits(
         if inherited.same_source or is_comparable and shares_units(facts, units):
             if inherited.refusal:
                 raise UserError(f"{inherited.refusal} (it has images of the names that were trained on)")
-            if is_comparable or not inherited.regroup:
+            if is_comparable or facts.unit != "shard" or not inherited.regroup:
                 require_same_units(facts, units, splits, config)
             else:
                 facts = None
@@ -457,8 +465,8 @@ def require_same_units(facts: SplitFacts, units: Units, splits: Collection[str],
     """Raise `UserError` if a source has other units than its division, or no longer the split that was held out."""
     if (facts.unit, facts.by) != (units.unit, units.by):
         raise UserError(
-            f"{SPLITS}: divides {facts.unit}s, named by their {facts.by}, but {config.source} has {units.unit}s, named "
-            f"by their {units.by}; it belongs to another source, or data.group or data.streaming has changed"
+            f"{SPLITS}: divides {facts.unit}s, named by {NAMED[facts.by]}, but {config.source} has {units.unit}s, named "
+            f"by {NAMED[units.by]}; it belongs to another source, or data.group or data.streaming has changed"
         )
     if facts.held_out_split is not None and facts.held_out_split not in splits:
         raise UserError(

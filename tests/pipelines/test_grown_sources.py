@@ -189,6 +189,14 @@ def test_a_damaged_file_is_one_line(world, capsys):
         assert "splits.json: " in text and len(text.splitlines()) == 1
 
 
+def test_objects_where_there_are_none_are_one_line(world, capsys):
+    path = world / "t/tokenizer/splits.json"
+    path.write_text(path.read_text().replace('"image"', '"object"').replace('"path"', '"expression"'))
+    for verb in (["encode", f"out={world}/x"], ["reconstruct", f"out={world}/r.png"]):
+        text = fails(capsys, *verb, f"tokenizer={world}/t")
+        assert "splits.json: divides objects, named by an expression, but" in text and len(text.splitlines()) == 1
+
+
 def test_a_missing_file_is_one_line(world, capsys):
     """Without it the images would be divided as in 0.3."""
     (world / "t/tokenizer/splits.json").unlink()
