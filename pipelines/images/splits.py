@@ -334,18 +334,7 @@ def choose_splits(
     if units.by != "column":
         rows = replace(rows, objects=None)  # an expression finds them
     if facts is not None and inherited is not None:
-        is_comparable = (facts.unit, facts.by) == (units.unit, units.by)
-        if inherited.same_source or is_comparable and shares_units(facts, units):
-            if inherited.refusal:
-                raise UserError(f"{inherited.refusal} (it has images of the names that were trained on)")
-            if is_comparable or facts.unit != "shard" or not inherited.regroup:
-                require_same_units(facts, units, splits, config)
-            else:
-                facts = None
-        elif is_comparable and facts.sample:
-            facts, note = None, f"{config.source} is not the source of training, and is divided anew"
-        elif inherited.refusal or not is_comparable or not can_divide(facts, units, splits):
-            facts, note = None, divided_anew(config)
+        facts, note = compare_source(facts, inherited, units, splits, config)
     own = choose_held_out(splits, config) if facts is None else facts.held_out_split
     other = None if own is None else splits[own]()
     theirs = None if other is None else hash_units(other, config, units.by)
@@ -383,6 +372,26 @@ def choose_splits(
         note = describe_change(facts, now, units, config) if is_known else describe_unknown(now, config)
     limited = {name: limit_part(part, images[id(part.rows)], units.by, limit) for name, part in parts.items()}
     return Division(limited, now, note, own is None)
+
+
+def compare_source(
+    facts: SplitFacts, inherited: Inherited, units: Units, splits: SplitRows, config: DataConfig
+) -> tuple[SplitFacts | None, str | None]:
+    """Return the facts of an earlier division if they divide this source, too, or else None and what is not known then.
+    Raises `UserError` if they should, but cannot."""
+    is_comparable = (facts.unit, facts.by) == (units.unit, units.by)
+    if inherited.same_source or is_comparable and shares_units(facts, units):
+        if inherited.refusal:
+            raise UserError(f"{inherited.refusal} (it has images of the names that were trained on)")
+        if facts.unit == "shard" and inherited.regroup and not is_comparable:  # the copy of a stream
+            return None, inherited.note
+        require_same_units(facts, units, splits, config)
+        return facts, inherited.note
+    if is_comparable and facts.sample:
+        return None, f"{config.source} is not the source of training, and is divided anew"
+    if inherited.refusal or not is_comparable or not can_divide(facts, units, splits):
+        return None, divided_anew(config)
+    return facts, inherited.note
 
 
 def find_thresholds(units: Hashes, held_out: int, validation: int) -> tuple[int, int]:
@@ -464,9 +473,10 @@ def can_divide(facts: SplitFacts, units: Units, splits: SplitRows) -> bool:
 def require_same_units(facts: SplitFacts, units: Units, splits: Collection[str], config: DataConfig) -> None:
     """Raise `UserError` if a source has other units than its division, or no longer the split that was held out."""
     if (facts.unit, facts.by) != (units.unit, units.by):
+        ours, theirs = (f"{one.unit}s, named by {NAMED[one.by]}" for one in (units, facts))
         raise UserError(
-            f"{SPLITS}: divides {facts.unit}s, named by {NAMED[facts.by]}, but {config.source} has {units.unit}s, named "
-            f"by {NAMED[units.by]}; it belongs to another source, or data.group or data.streaming has changed"
+            f"{SPLITS}: divides {theirs}, but {config.source} has {ours}; it belongs to another source, or "
+            "data.group or data.streaming has changed"
         )
     if facts.held_out_split is not None and facts.held_out_split not in splits:
         raise UserError(
