@@ -8,7 +8,7 @@ The first line of the demo.
 from __future__ import annotations
 
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ def main() -> None:
             read_preset(TrainTokenizerConfig, "tokenizer/vqvae_digits.yaml", "data.limit=256"),
             read_preset(TrainPriorConfig, "prior/gpt_digits.yaml", f"tokens={tokens}"),
         )
-        tasks = TokenizerTask(configs[0]), PriorTask(configs[1])
+        with redirect_stdout(None):  # the number of images, which the run itself prints
+            tasks = TokenizerTask(configs[0]), PriorTask(configs[1])
         steppers = [stack.enter_context(stepper(*pair)) for pair in zip(tasks, configs, strict=True)]
         seconds = seconds_of(steppers, repeats=5)
     steps = [config.train.steps for config in configs]

@@ -245,7 +245,7 @@ def test_a_tokenizer_that_was_trained_on_images_of_all_objects_is_named(tokenize
     data = encoded(tmp_path / "tokenizer", tmp_path / "tokens", {**settings, "group": r"^(\w)/"})
     assert data.source["data"]["group"] == r"^(\w)/"
     printed = capsys.readouterr()
-    assert ("was trained with data.group=null" in printed.out + printed.err) != bool(group)
+    assert ("was trained without data.group" in printed.out + printed.err) != bool(group)
 
 
 @pytest.mark.parametrize("labelled", ["train", "test", None])
