@@ -130,9 +130,13 @@ class SplitFacts(BaseModel):
 
     def describe(self) -> str:
         """Return a line such as "411 objects: 349 train, 21 validation, 41 held out"."""
-        total = sum(part.units for part in self.parts.values())
-        counts = (f"{self.parts[name].units:,} {name.replace('_', ' ')}" for name in PARTS if name in self.parts)
-        return f"{total:,} {self.unit}{'s' * (total != 1)}: {', '.join(counts)}"
+        counts = {
+            name: part.images if self.unit == "image" and part.images is not None else part.units  # some may be equal
+            for name, part in self.parts.items()
+        }
+        total = sum(counts.values())
+        parts = (f"{counts[name]:,} {name.replace('_', ' ')}" for name in PARTS if name in counts)
+        return f"{total:,} {self.unit}{'s' * (total != 1)}: {', '.join(parts)}"
 
 
 def read_splits(path: Path) -> SplitFacts | None:

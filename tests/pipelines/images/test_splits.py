@@ -384,7 +384,7 @@ def test_equal_images_of_a_table_are_one_unit(tmp_path):
     write_table(tmp_path / "a.parquet", PNGS[:5] * 2, [0, 1] * 5)
     splits, found = parts_of(config(tmp_path / "a.parquet", held_out_fraction=0.4))
     assert (len(splits.train), len(splits.held_out), len(found)) == (6, 4, 5)
-    assert splits.facts.describe() == "5 images: 3 train, 2 held out"
+    assert splits.facts.describe() == "10 images: 6 train, 4 held out"
     write_table(tmp_path / "b.parquet", PNGS[:1] * 5, [0] * 5)
     with pytest.raises(UserError, match="all 5 images are the same"):
         load_images(config(tmp_path / "b.parquet"))
