@@ -611,7 +611,7 @@ class ImagePipeline:
         """Compress images to a stream that only this pipeline can decode, to the same tokens on any machine.
 
         images: PIL images of exactly the pipeline size, uint8 or float `(B, C, H, W)`, or clips (see `encode`); grey
-        images of a pipeline of black and white ones are made so (see `binarize`), but for lossless streams.
+        images of a pipeline of black and white ones become so (see `binarize`), except in lossless streams.
         condition: values of columns and `label`, as in `read_condition`; they shorten the stream, and `decompress`
         needs them again. Without `label`, each class of a prior of at most 32 is tried, and the stream stores the best
         one of each image, if that makes it shorter; `{"label": None}` skips this, which is faster. lossless: store

@@ -140,8 +140,8 @@ def least_units(false_alarms: float, confidence: float | None) -> int:
 
 
 def least_false_alarms(units: int, confidence: float | None) -> float | None:
-    """Return the smallest rate of false alarms, in hundredths, that so many images or objects can promise; None for
-    fewer than 10."""
+    """Return the smallest rate of false alarms, in hundredths, that this number of images or objects can promise; None
+    for fewer than 10."""
     return next((k / 100 for k in range(1, 100) if units >= least_units(k / 100, confidence)), None)
 
 

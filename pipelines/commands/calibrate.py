@@ -125,7 +125,7 @@ def find_remedy(config: CalibrateConfig, units: int) -> str:
 
 
 def is_enough(config: CalibrateConfig, units: int) -> bool:
-    """Whether so many images, or objects, are enough for what is to be promised."""
+    """Whether this number of images, or objects, is enough for what is to be promised."""
     return units >= least_units(config.false_alarms, config.confidence)
 
 

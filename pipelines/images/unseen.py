@@ -70,7 +70,7 @@ def count_seen(config: DataConfig, trained: DataConfig | None, part: str) -> tup
 
 def find_parts(files: Sequence[Path], trained: DataConfig | None, inherited: Inherited) -> list[str | None]:
     """Return the part of the training images that each file belongs to ("train", "validation" or "held_out"), under
-    any path and through links; None for a file that is none of them, and if they cannot be found. inherited: how the
+    any path and through links; None for a file that is not among them, and if they cannot be found. inherited: how the
     images that a model was `trained` with were divided."""
     root = None if trained is None else trained.path
     if trained is None or root is None or not root.is_dir():

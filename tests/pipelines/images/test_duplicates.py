@@ -21,7 +21,7 @@ PAIRS = r"^(\d{3})"
 
 
 def write_views(folder, named=BESIDE, differs=NEAR, views=2):
-    """Write views of `COUNT` objects, equal but for noise."""
+    """Write views of `COUNT` objects, equal except for noise."""
     for number in range(COUNT):
         base = noise(12, 12, seed=number)
         for view in range(views):
