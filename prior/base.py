@@ -13,129 +13,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from tokenizer.base import Grid, TokenGrid
-from tokenizer.config import Fact, ModelConfig, Node
+from tokenizer.base import TokenGrid
 from tokenizer.model import PretrainedModel
 from tokenizer.precision import full_float32, in_finest
 
-from .condition_encoder import ConditionEncoder
-from .conditions import (
-    LABEL,
-    AnyColumn,
-    Condition,
-    Encoded,
-    Given,
-    conditions_problem,
-    find_column,
-    make_condition,
-)
+from .arguments import as_tensor, check_count, is_integer, whole_number
+from .columns import LABEL, ClassColumn, Column, find_column
+from .condition_encoder import ConditionEncoder, Encoded
+from .config import PriorConfig
 from .cuda_graph import release_graph
-from .heads import Head, PositionSteps, Softmax, head_problem, make_head
-from .orders import (
-    Partition,
-    block_numbers,
-    blocks_problem,
-    known_first,
-    make_order,
-    make_partition,
-    order_problem,
-)
+from .given import Given
+from .heads import Head, PositionSteps, Softmax, make_head
+from .noise import Generators
+from .options import DecodingOptions, Order, SamplingOptions
+from .orders import Partition, block_numbers, blocks_problem, known_first, make_order, make_partition
 from .parallel import rows_per_pass, sample_parallel
-from .sampling import (
-    DecodingOptions,
-    Generators,
-    Monitor,
-    OnStep,
-    Order,
-    SampleBatch,
-    SamplingOptions,
-    UncachedState,
-    as_tensor,
-    check_labels,
-    choose_orders,
-    is_integer,
-    make_batch,
-    sample_blocks,
-    whole_number,
-)
-
-
-class PriorConfig(ModelConfig):
-    """Settings shared by all priors."""
-
-    grid: Fact[Grid] = Field(description="shape and vocabulary size of the tokens")
-    num_classes: Fact[int] = Field(0, ge=0, le=1 << 20, description="number of classes; 0 is unconditional")
-    tokenizer: Fact[str] = Field("", description="fingerprint of the tokenizer that produced the training tokens")
-    conditions: Fact[dict[str, AnyColumn]] = Field({}, description="columns that images are conditioned on, by name")
-    condition_width: int = Field(
-        64, ge=8, le=4096, multiple_of=8, description="width of encoded columns, if the data have any"
-    )
-    order: str = Field(
-        "raster",
-        description="order in which tokens are drawn: raster, column, snake, spiral_in, spiral_out, z_curve, hilbert, "
-        "subsample, halton, spread or random:SEED; several tokens at once, if the model supports blocks: diagonal, "
-        "wave:S, rows, dyadic, regions:K, halton:K, spread:K, random:SEED:K (K blocks) or NAME/K (blocks of K)",
-    )
-    blocks: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
-        None,
-        description="block sizes into which the order is cut; a block is drawn at once; null: the order's own blocks",
-    )
-    head: Annotated[ModelConfig | None, Node("prior.heads:Head")] = Field(
-        None,
-        description="output head; null: one logit per id; depth: for grids with levels, draws a position's ids one "
-        "after another from a single pass; logistic: for pixels",
-    )
-
-    takes_blocks: ClassVar[bool] = False
-    """Whether the model supports blocks of several tokens."""
-    takes_heads: ClassVar[bool] = False
-    """Whether the model implements `outputs`, which an output head maps to logits."""
-    takes_conditions: ClassVar[bool] = False
-    """Whether the network supports columns other than the class."""
-    takes_positions: ClassVar[bool] = False
-    """Whether the network supports positions with several ids, which an output head draws."""
-
-    def check(self) -> Iterator[str]:
-        """Check that the head and order fit the grid, that the blocks sum to its size, and the columns."""
-        for found in conditions_problem(self.conditions):
-            yield f"conditions: {found}"
-        if self.conditions and not self.takes_conditions:
-            yield f"conditions: {self.kind} is conditioned on classes only (got {', '.join(self.conditions)})"
-        if problem := head_problem(self):
-            yield f"head: {problem}"
-        elif problem := order_problem(self.order, self.positions.shape):
-            yield f"order: {problem}"
-        elif self.blocks is not None and (problem := blocks_problem(self.blocks, len(self.positions))):
-            yield problem
-        elif max(self.partition().blocks) > 1 and not self.takes_blocks:
-            kinds: list[Any] = [Prior.find(name) for name in Prior.available()]
-            takers = ", ".join(kind.name for kind in kinds if kind.Config.takes_blocks)
-            key = "order" if self.blocks is None else "blocks"
-            yield f"{key}: this kind draws one token at a time; kinds that support larger blocks: {takers}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as JSON values, without the settings of conditions if there are none."""
-        found = super().to_dict()
-        if not self.conditions:
-            del found["conditions"], found["condition_width"]
-        return found
-
-    @property
-    def positions(self) -> TokenGrid:
-        """The grid that the network sees: one cell per position if the head draws several ids per position, else one
-        per token."""
-        return self.grid if self.head is None or self.grid.ids_per_position == 1 else self.grid.positions
-
-    def partition(self) -> Partition:
-        """The ordered partition of `positions` that `order` and `blocks` specify."""
-        partition = make_partition(self.order, self.positions.shape)
-        return partition if self.blocks is None else Partition(partition.order, self.blocks)
+from .sampling import Monitor, OnStep, SampleBatch, UncachedState, choose_orders, make_batch, sample_blocks
 
 
 class Prior(PretrainedModel, family="prior"):
@@ -175,7 +73,8 @@ class Prior(PretrainedModel, family="prior"):
     def __init__(self, config: PriorConfig) -> None:
         super().__init__(config)
         self.grid, self.num_classes = config.grid, config.num_classes
-        self.conditions = config.conditions
+        label = {LABEL: ClassColumn.numbered(config.num_classes)} if config.num_classes else {}
+        self.columns: dict[str, Column] = {**label, **config.conditions}
         self.output_head: Head = make_head(config)
         self.set_partition(config.partition())
         self.condition_encoder = ConditionEncoder(config) if config.conditions else None
@@ -193,71 +92,67 @@ class Prior(PretrainedModel, family="prior"):
             self.register_buffer("position_cells", self.grid.cells, persistent=False)
             self.register_buffer("token_places", self.grid.cells.flatten().argsort(), persistent=False)
 
-    def outputs(self, tokens: Tensor, labels: Given | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
         """Return the network's teacher-forced outputs `(B, P, output_head.size)`, in raster order; the outputs at
-        position i depend only on tokens in earlier blocks. A model implements this or `forward`. labels: `(B,)`, or
-        labels and columns as `Encoded`."""
+        position i depend only on tokens in earlier blocks. A model implements this or `forward`."""
         raise NotImplementedError
 
     def forward(
         self,
         tokens: Tensor,
-        labels: Given | None = None,
+        encoded: Encoded | None = None,
         *order: Any,
-        condition: Condition | None = None,
         raw: bool = False,
         **inputs: Any,
     ) -> Tensor:
         """Return teacher-forced logits `(B, N, vocab_size)`, in raster order; `logits[:, i]` depends only on tokens in
         earlier blocks.
 
-        tokens: `(B, *grid.shape)`; labels: `(B,)`, where `num_classes` is the null class; None means the null class for
-        all. condition: raw columns by name, `(B, ...)`; those that are missing are null. A model with `any_order` has a
-        third argument, by default its own order: `order`, `(N,)` or `(B, N)`; or, if it supports blocks, `block_of`,
-        the block number of each token in raster order, `(N,)` or `(B, N)`. raw: return `outputs`, the input of
-        `loss_from_outputs`.
+        tokens: `(B, *grid.shape)`; encoded: what is given, from `encode_given`; None means nothing. A model with
+        `any_order` has a third argument, by default its own order: `order`, `(N,)` or `(B, N)`; or, if it supports
+        blocks, `block_of`, the block number of each token in raster order, `(N,)` or `(B, N)`. raw: return `outputs`,
+        the input of `loss_from_outputs`.
         """
-        outputs = self.outputs(tokens, self.encode_condition(labels, len(tokens), condition), *order, **inputs)
+        encoded = self.encode_nothing(len(tokens)) if encoded is None else encoded
+        outputs = self.outputs(tokens, encoded, *order, **inputs)
         return outputs if raw else self.to_raster(self.output_head.logits(outputs, self.position_ids(tokens)))
 
-    def forward_outputs(
-        self, tokens: Tensor, labels: Given | None = None, *, condition: Condition | None = None, **inputs: Any
-    ) -> Tensor:
+    def forward_outputs(self, tokens: Tensor, encoded: Encoded, **inputs: Any) -> Tensor:
         """Compute the input of `loss_from_outputs`: the raw outputs, or the logits if the head is `Softmax`."""
-        columns = {"condition": condition} if condition else {}  # a user's model may not have this argument
         raw = {} if isinstance(self.output_head, Softmax) else {"raw": True}
-        return self(tokens, labels, **columns, **inputs, **raw)
+        return self(tokens, encoded, **inputs, **raw)
 
-    def encode_condition(self, labels: Given | None, count: int, condition: Condition | None = None) -> Given:
-        """Return `labels` `(count,)`, by default the null class for all, or for a prior with columns, labels and the
-        encoded columns; columns that are missing are null. What is already encoded is returned as it is."""
-        if isinstance(labels, Encoded):
-            return labels
-        for name in condition or ():
-            find_column(self.conditions, name)
-        if labels is None:
-            labels = torch.full((count,), self.num_classes, device=self.device)
+    # What is given
+
+    def read_given(self, labels: Any, condition: Any, count: int) -> Given:
+        """Read labels and a condition for `count` images; see `log_prob` and `Given.read`. Raises `ValueError`."""
+        null = self.num_classes
+        if isinstance(labels, (list, tuple)):
+            labels = [None if type(one) is int and one == null else one for one in labels]
+        elif labels is not None:
+            labels = as_tensor(labels)
+            labels = torch.where(labels == null, -1, labels.long()) if is_integer(labels.dtype) else labels
+            labels = None if not null and bool((labels == -1).all()) else labels
+        return Given.read(self.columns, labels, condition, count=count, device=self.device)
+
+    def encode_given(self, given: Given) -> Encoded:
+        """Encode what is given, as `forward` receives it."""
+        if LABEL in given.rows:
+            labels = given.rows[LABEL]
+            labels = torch.where(labels < 0, self.num_classes, labels)
+        else:
+            labels = torch.full((len(given),), self.num_classes, device=self.device)
         if self.condition_encoder is None:
-            return labels
-        raw = dict(condition or {})
-        for name in self.conditions.keys() - raw.keys():
-            raw[name] = self.conditions[name].null(count, labels.device)
-        encoded: Encoded = self.condition_encoder(labels, raw)
-        return encoded
+            return Encoded(labels)
+        return Encoded(labels, *self.condition_encoder(given))
 
-    @full_float32()
-    def check_condition(self, labels: Given | None, condition: Mapping[str, Any] | None, count: int) -> Given | None:
-        """Check `labels` and values of columns for `count` images; return labels, or with columns, labels and the
-        encoded columns. Raises `ValueError`."""
-        if isinstance(labels, Encoded):
-            return labels
-        labels = check_labels(self, labels, count)
-        raw = make_condition(self.conditions, condition, count, self.device)
-        return self.encode_condition(labels, count, raw) if raw else labels
+    def encode_nothing(self, count: int) -> Encoded:
+        """Encode the null class and null columns for `count` images."""
+        return self.encode_given(Given(self.columns, {}, count))
 
     # Training
 
-    def initialize(self, tokens: Tensor, labels: Tensor | None) -> None:
+    def initialize(self, tokens: Tensor, given: Given) -> None:
         """Initialize from the whole training set; called once before training. By default, set the output layer of a
         softmax to zero, so that training begins with all ids equally likely."""
         head = getattr(self, "head", None)
@@ -276,9 +171,9 @@ class Prior(PretrainedModel, family="prior"):
     def loss(
         self,
         tokens: Tensor,
-        labels: Tensor | None = None,
+        labels: Any = None,
         *,
-        condition: Mapping[str, Any] | None = None,
+        condition: Any = None,
         progress: float = 0.0,
         **inputs: Any,
     ) -> Tensor:
@@ -292,9 +187,9 @@ class Prior(PretrainedModel, family="prior"):
         """
         tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
-        given = self.check_condition(labels, condition, len(tokens))
+        encoded = self.encode_given(self.read_given(labels, condition, len(tokens)))
         inputs = inputs or self.training_inputs(tokens, progress)
-        return self.loss_from_outputs(self.forward_outputs(tokens, given, **inputs), tokens, **inputs)
+        return self.loss_from_outputs(self.forward_outputs(tokens, encoded, **inputs), tokens, **inputs)
 
     def loss_from_outputs(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
         """Return `loss`, given `forward_outputs` for `tokens` and `inputs`."""
@@ -312,51 +207,42 @@ class Prior(PretrainedModel, family="prior"):
         """Number of passes over the grid that `log_prob` needs per image."""
         return 1
 
-    def likelihood_pass(self, tokens: Tensor, labels: Given | None = None) -> None:
+    def likelihood_pass(self, tokens: Tensor) -> None:
         """Run one of the passes of `log_prob`, to measure its cost."""
-        self.log_prob(tokens, labels)
+        self.log_prob(tokens)
 
     def token_log_probs(
-        self,
-        tokens: Tensor,
-        labels: Given | None = None,
-        order: Order = None,
-        *,
-        condition: Mapping[str, Any] | None = None,
+        self, tokens: Tensor, labels: Any = None, order: Order = None, *, condition: Any = None
     ) -> Tensor:
-        """Return log p of each token, `(B, *grid.shape)` nats in float32 (float64 for float64 weights), from
-        `chain_log_probs` unless a model estimates a bound. Raises `ValueError` as `chain_log_probs` does."""
-        return self.chain_log_probs(tokens, labels, order, condition=condition)
+        """Return log p of each token given the blocks before its own, `(B, *grid.shape)` nats in float32 (float64 for
+        float64 weights). Arguments: see `log_prob`. Raises `ValueError` for tokens, labels, columns or an order out of
+        range."""
+        tokens = as_tensor(tokens, self.device)
+        self.grid.check(tokens)
+        return self.estimate_log_probs(tokens, self.read_given(labels, condition, len(tokens)), order)
+
+    def estimate_log_probs(self, tokens: Tensor, given: Given, order: Order) -> Tensor:
+        """Compute `token_log_probs`: `chain_log_probs`, unless a model estimates a bound."""
+        return self.chain_log_probs(tokens, given, order)
 
     @full_float32()
-    def chain_log_probs(
-        self,
-        tokens: Tensor,
-        labels: Given | None = None,
-        order: Order = None,
-        known: Tensor | None = None,
-        *,
-        condition: Mapping[str, Any] | None = None,
-    ) -> Tensor:
-        """Return log p of each token given the blocks before its own, `(B, *grid.shape)` nats.
+    def chain_log_probs(self, tokens: Tensor, given: Given, order: Order = None, known: Tensor | None = None) -> Tensor:
+        """Return log p of each token of checked `tokens` given the blocks before its own, `(B, *grid.shape)` nats.
 
         order: for a model with `any_order`, a name, `(N,)` or `(B, N)` (cut into the model's own blocks), or a
         `Partition`; None means the model's own. known: bool `(B, N)`, in raster order; such a model decodes these
-        tokens first, as in `sample`. labels, condition: see `log_prob`. Raises `ValueError` for tokens, labels, columns
-        or an order out of range.
+        tokens first, as in `sample`. Raises `ValueError` for an order out of range.
         """
-        tokens = as_tensor(tokens, self.device)
-        self.grid.check(tokens)
-        partition, given = self.check_order(order, len(tokens)), self.check_condition(labels, condition, len(tokens))
+        partition = self.check_order(order, len(tokens))
         if known is not None and self.any_order:
             partition = partition or Partition(self.order, self.blocks)
             partition = Partition(known_first(partition.order, known), partition.blocks)
         inputs: dict[str, Any] = {} if partition is None else self.order_inputs(partition, known)
-        outputs = self.forward_outputs(tokens, given, **inputs)
+        outputs = self.forward_outputs(tokens, self.encode_given(given), **inputs)
         return self.to_raster(self.output_head.log_probs(outputs, self.position_ids(tokens))).reshape(tokens.shape)
 
     @full_float32()
-    def hidden_log_probs(self, tokens: Tensor, known: Tensor, labels: Given | None = None) -> Tensor:
+    def hidden_log_probs(self, tokens: Tensor, known: Tensor, given: Given) -> Tensor:
         """Return log p of each token that is not known given those that are, `(B, *grid.shape)` nats; the values of
         known tokens have no meaning. known: bool `(B, N)`, as many in each row.
 
@@ -366,32 +252,35 @@ class Prior(PretrainedModel, family="prior"):
         order, count = known_first(self.order, known), int(known[0].sum())
         parts = [count, known.shape[1] - count]
         partition = Partition(order, tuple(size for size in parts if size) if self.config.takes_blocks else self.blocks)
-        return self.chain_log_probs(tokens, labels, partition)
+        return self.chain_log_probs(tokens, given, partition)
 
     def log_prob(
         self,
         tokens: Tensor,
-        labels: Given | None = None,
+        labels: Any = None,
         order: Order = None,
         num_orders: int = 1,
         num_masks: int = 1,
         *,
-        condition: Mapping[str, Any] | None = None,
+        condition: Any = None,
     ) -> Tensor:
         """Return log p(tokens | labels, condition), `(B,)` nats.
 
         labels: `(B,)`, where `num_classes` is the null class; None means the null class for all. condition: values of
-        columns by name, one for all images or one per image; missing columns are null (see `prior.conditions`).
+        columns by name, one for all images or one per image, or a `Given`; missing columns are null (see
+        `prior.columns`).
         num_orders, num_masks: with K orders and M masks, return the density of a mixture, log (1/KM) sum_km p(tokens |
         order_k, mask_m) (Germain et al. 2015, section 4.2). K > 1 adds K - 1 random orders to `order` (see `orders`),
         and requires `any_order`. M > 1 adds M - 1 random connectivities to the model's own (see `connected`), and
         requires `any_connectivity`. Raises `ValueError` for tokens, labels, orders or masks out of range.
         """
         orders, each = self.orders(num_orders, order), list[Tensor]()
-        given = self.check_condition(labels, condition, len(tokens))
+        tokens = as_tensor(tokens, self.device)
+        self.grid.check(tokens)
+        given = self.read_given(labels, condition, len(tokens))
         for number in self.connectivities(num_masks):
             with self.connected(number):
-                each += [self.token_log_probs(tokens, given, one).flatten(1) for one in orders]
+                each += [self.estimate_log_probs(tokens, given, one).flatten(1) for one in orders]
         members = torch.stack([in_finest(nats).sum(1) for nats in each])
         return (members.logsumexp(0) - math.log(len(each))).to(each[0].dtype)
 
@@ -512,10 +401,10 @@ class Prior(PretrainedModel, family="prior"):
     def features(
         self,
         tokens: Tensor,
-        labels: Given | None = None,
+        labels: Any = None,
         layer: int | None = None,
         *,
-        condition: Mapping[str, Any] | None = None,
+        condition: Any = None,
     ) -> Tensor:
         """Return activations after a layer in the teacher-forced pass, `(B, N, dim)` in raster order.
 
@@ -525,21 +414,13 @@ class Prior(PretrainedModel, family="prior"):
         or columns out of range.
         """
         layer = self.feature_layers // 2 if layer is None else layer
-        return self.layer_features(tokens, labels, [layer], condition=condition)[0]
-
-    @full_float32()
-    def layer_features(
-        self,
-        tokens: Tensor,
-        labels: Given | None,
-        layers: Sequence[int],
-        *,
-        condition: Mapping[str, Any] | None = None,
-        **inputs: Any,
-    ) -> list[Tensor]:
-        """Return `features` of each of `layers`, from one pass. inputs: further arguments of `forward`."""
         tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
+        return self.layer_features(tokens, self.read_given(labels, condition, len(tokens)), [layer])[0]
+
+    @full_float32()
+    def layer_features(self, tokens: Tensor, given: Given, layers: Sequence[int], **inputs: Any) -> list[Tensor]:
+        """Return `features` of each of `layers`, from one pass. inputs: further arguments of `forward`."""
         modules, calls = self.feature_modules, list[Tensor | None]()
         for layer in layers:
             if not modules:
@@ -553,8 +434,7 @@ class Prior(PretrainedModel, family="prior"):
 
         hooks = [module.register_forward_hook(keep) for module in dict.fromkeys(modules)]
         try:
-            given = self.check_condition(labels, condition, len(tokens))
-            self._call_impl(tokens, given, **inputs)  # a compiled pass ignores hooks
+            self._call_impl(tokens, self.encode_given(given), **inputs)  # a compiled pass ignores hooks
         finally:
             for hook in hooks:
                 hook.remove()
@@ -566,13 +446,13 @@ class Prior(PretrainedModel, family="prior"):
         release_graph()  # the graph reads weights at their old addresses
         return super()._apply(fn, recurse)
 
-    def start(self, num_images: int, labels: Given | None, order: Order = None) -> Any:
-        """Start decoding `num_images` rows; return the state that `next_logits` advances. order: see `chain_log_probs`.
-        Labels and order must come from `check_condition` and `check_order`; they are not checked here, because a check
-        syncs with the GPU, which a CUDA graph cannot capture."""
+    def start(self, encoded: Encoded, order: Order = None) -> Any:
+        """Start decoding the rows of `encoded`; return the state that `next_logits` advances. order: see
+        `chain_log_probs`; it must come from `check_order`, because a check syncs with the GPU, which a CUDA graph
+        cannot capture."""
         partition = None if order is None else self.to_partition(order)
         with torch.no_grad():
-            cache = self.make_cache(self.encode_condition(labels, num_images), partition)
+            cache = self.make_cache(encoded, partition)
         if isinstance(self.output_head, Softmax) or isinstance(cache, UncachedState):
             return cache
         return PositionSteps(self.output_head, cache, self.config.takes_blocks)
@@ -586,24 +466,23 @@ class Prior(PretrainedModel, family="prior"):
             return state.step(tokens)
         return state.step(None if tokens is None else tokens[:, 0]).unsqueeze(1)
 
-    def make_cache(self, labels: Given, partition: Partition | None) -> Any:
-        """Create the cache of a model's fast path, for labels `(B,)` (with columns, `Encoded`) and a partition (None
-        means the model's own). The cache's `step` maps the ids of the last positions to the outputs at the next ones
-        (see `PositionSteps`); without a head it maps `(B,)` ids to logits `(B, vocab_size)`. By default there is no
-        fast path."""
-        return self.start_uncached(len(labels), labels, partition)
+    def make_cache(self, encoded: Encoded, partition: Partition | None) -> Any:
+        """Create the cache of a model's fast path, for what is given and a partition (None means the model's own). The
+        cache's `step` maps the ids of the last positions to the outputs at the next ones (see `PositionSteps`); without
+        a head it maps `(B,)` ids to logits `(B, vocab_size)`. By default there is no fast path."""
+        return self.start_uncached(encoded, partition)
 
-    def start_uncached(self, num_images: int, labels: Given | None, order: Order = None) -> UncachedState:
+    def start_uncached(self, encoded: Encoded, order: Order = None) -> UncachedState:
         """Start decoding without a cache: every step recomputes the whole grid, which is correct by construction."""
         partition = self.to_partition(order)
-        tokens = torch.zeros(num_images, len(self.grid), dtype=torch.long, device=self.device)
+        tokens = torch.zeros(len(encoded), len(self.grid), dtype=torch.long, device=self.device)
         inputs = {} if order is None else self.order_inputs(partition)
-        return UncachedState(tokens, self.encode_condition(labels, num_images), *partition, inputs)
+        return UncachedState(tokens, encoded, *partition, inputs)
 
     def next_logits_uncached(self, state: UncachedState, tokens: Tensor | None) -> Tensor:
         """Return `next_logits` from one forward pass over the whole grid."""
         at = state.advance(tokens)
-        logits = self(state.tokens.unflatten(1, self.grid.shape), state.labels, **state.inputs)
+        logits = self(state.tokens.unflatten(1, self.grid.shape), state.encoded, **state.inputs)
         return logits.take_along_dim(at[..., None], 1)
 
     # Sampling
@@ -620,37 +499,30 @@ class Prior(PretrainedModel, family="prior"):
         """Raise `ValueError` for settings that this prior does not support."""
         options.check(self.grid)
         for name in options.guidance_on or ():
-            if name != LABEL or not self.num_classes:
-                find_column(self.conditions, name, "guidance_on")
+            find_column(self.columns, name, "guidance_on")
 
     def sample(
         self,
         num_images: int,
-        labels: Tensor | None = None,
+        labels: Any = None,
         *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance_scale: float = 1.0,
-        condition: Mapping[str, Any] | None = None,
+        condition: Any = None,
+        sampling: SamplingOptions | None = None,
+        decoding: DecodingOptions | None = None,
         generator: Generators = None,
         tokens: Tensor | None = None,
         known: Tensor | None = None,
-        order: Order = None,
-        num_orders: int = 1,
-        cache: bool = True,
-        parallel: bool = False,
         progress: bool | Mapping[str, Any] = False,
         on_step: OnStep | None = None,
         **settings: Any,
     ) -> Tensor:
         """Draw tokens `(num_images, *grid.shape)`, one block of the order at a time.
 
-        labels, condition: see `log_prob`. temperature, top_k, top_p, guidance_scale, settings: fields of this prior's
-        `Sampling`. generator: one generator, or a list with one per image; image k depends on the key drawn from its
-        generator, not on its batch. tokens, known: `tokens` are kept where bool `known` (`grid.shape` or `(B,
-        *grid.shape)`) is True. A model with
-        `any_order` decodes known tokens first, so all other tokens are conditioned on them, and keeps the remaining
+        labels, condition: see `log_prob`. sampling, decoding: an instance of this prior's `Sampling`, and
+        `DecodingOptions`; or, in their place, settings: their fields (`temperature`, `top_k`, `guidance_scale`,
+        `order`, `parallel`, ...). generator: one generator, or a list with one per image; image k depends on the key
+        drawn from its generator, not on its batch. tokens, known: `tokens` are kept where bool `known` (`grid.shape` or
+        `(B, *grid.shape)`) is True. A model with `any_order` decodes known tokens first, so all other tokens are conditioned on them, and keeps the remaining
         block boundaries; other models condition a token only on known tokens of earlier blocks. order, num_orders: as
         for `log_prob`; each image is drawn in one random order, all equally likely. If tokens are known and blocks hold
         one token, an order is chosen in proportion to the probability that it gives to the known tokens (at temperature
@@ -662,15 +534,19 @@ class Prior(PretrainedModel, family="prior"):
         All modes and batch sizes give the same tokens unless two candidates tie within rounding. Raises `ValueError`
         for arguments out of range, and `TypeError` for a setting that this prior does not support.
         """
-        common = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
-        options = self.make_sampling_options(**common, **settings)
-        self.check_sampling_options(options)
-        decoding = DecodingOptions(order, num_orders, cache, parallel)
+        given = self.read_given(labels, condition, check_count(num_images))
+        of_decoding = {name: settings.pop(name) for name in DecodingOptions.names() if name in settings}
+        for options, others in ((sampling, settings), (decoding, of_decoding)):
+            if options is not None and others:
+                raise TypeError(f"give {next(iter(others))} or {type(options).__name__}, not both")
+        sampling = sampling or self.make_sampling_options(**settings)
+        self.check_sampling_options(sampling)
+        decoding = decoding or DecodingOptions(**of_decoding)
         decoding.check()
         with torch.inference_mode(), evaluation_mode(self):
-            batch = make_batch(self, num_images, labels, condition, options, generator, tokens, known)
+            batch = make_batch(self, given, sampling, generator, tokens, known)
             monitor = Monitor(progress, on_step, batch, self.grid)
-            self.draw(batch, options, decoding, monitor)
+            self.draw(batch, sampling, decoding, monitor)
         return monitor.tokens.reshape(num_images, *self.grid.shape).clone()  # a normal tensor, for training
 
     def draw(self, batch: SampleBatch, options: Any, decoding: DecodingOptions, monitor: Monitor) -> None:

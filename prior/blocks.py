@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from tokenizer.layers import FusedLinear
 
+from .attention import EPS, Rotations, coordinates, rotate, unit
 from .base import Prior, to_device_async
-from .conditions import ConditionEmbedding, Given
+from .condition_encoder import ConditionEmbedding, Encoded
 from .heads import IdEmbedding
 from .masks import Window
 from .orders import Partition, block_numbers, growing
-from .transformer import EPS, OrderedConfig, Rotations, coordinates, reset, rotate, unit
+from .transformer import OrderedConfig, reset
 
 COUNTS = 16  # with any_order, training chooses among about this many block counts
 
@@ -144,15 +145,15 @@ class Blocks(Prior, name="blocks"):
         return torch.stack([table[at] for table, at in axes]).sum(0)
 
     def outputs(
-        self, tokens: Tensor, labels: Given | None = None, order: Tensor | None = None, block_of: Tensor | None = None
+        self, tokens: Tensor, encoded: Encoded, order: Tensor | None = None, block_of: Tensor | None = None
     ) -> Tensor:
         """Return the outputs; see `Prior.outputs`. order: `(N,)` or `(B, N)`, cut into the model's own blocks;
         block_of: the block number of each token, `(N,)` or `(B, N)`. By default the model's own partition is used."""
         if block_of is None:
             block_of = self.position_block_of if order is None else block_numbers(order, self.blocks)
-        given, ids = self.encode_condition(labels, len(tokens)), self.token_embedding(self.position_ids(tokens))
-        start = self.start_embedding + self.class_embedding(given)[:, None]
-        label = self.class_embedding.at_positions(given)
+        ids = self.token_embedding(self.position_ids(tokens))
+        start = self.start_embedding + self.class_embedding(encoded)[:, None]
+        label = self.class_embedding.at_positions(encoded)
         x, rotations = self.dropout(self.query_embedding + self.position_embeddings + label), self.rotations.table
         for layer, sees in zip(self.layers, self.visibility(block_of), strict=True):
             x = layer(x, torch.cat([start, x + ids], 1), rotations, sees)
@@ -194,9 +195,9 @@ class Blocks(Prior, name="blocks"):
         random, shuffled = (to_device_async(each, tokens.device) for each in (random, shuffled))
         return {"block_of": torch.where(random, shuffled, self.block_of)}
 
-    def make_cache(self, labels: Given, partition: Partition | None) -> Cache:
+    def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
         """Make an empty key/value cache."""
-        return Cache(self, labels, partition or Partition(self.position_order, self.position_blocks))
+        return Cache(self, encoded, partition or Partition(self.position_order, self.position_blocks))
 
 
 @cache
@@ -215,16 +216,16 @@ class Cache:
     Rows are in decoding order, or in raster order with windows, which gather them by cell.
     """
 
-    def __init__(self, model: Blocks, labels: Given, partition: Partition) -> None:
-        self.model, label = model, model.class_embedding(labels)[:, None]
+    def __init__(self, model: Blocks, encoded: Encoded, partition: Partition) -> None:
+        self.model, label = model, model.class_embedding(encoded)[:, None]
         self.embeddings, self.rotations = model.position_embeddings, model.rotations.table
         self.windows = model.stepwise_windows
         cells = partition.order.shape[-1]
-        shape = (2, len(labels), 1 + cells, model.config.heads, model.config.dim // model.config.heads)
+        shape = (2, len(encoded), 1 + cells, model.config.heads, model.config.dim // model.config.heads)
         # Zeros, because windows gather (and mask) rows before they are written.
         self.keys_values = [label.new_zeros(shape) for _ in model.layers]
         self.at = list(partition.order.view(-1, cells).split(partition.blocks, 1))  # of each block, (1, n) or (B, n)
-        every = model.class_embedding.at_positions(labels, partition.order).expand(-1, cells, -1)
+        every = model.class_embedding.at_positions(encoded, partition.order).expand(-1, cells, -1)
         self.labels = every.split(partition.blocks, 1)
         self.streams = [model.start_embedding + label] * len(model.layers)
         self.rows = torch.zeros_like(self.at[0][:, :1])  # of the streams: the start row

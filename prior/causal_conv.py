@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import Prior, PriorConfig
-from .conditions import ConditionEmbedding, Given
+from .attention import coordinates
+from .base import Prior
+from .condition_encoder import ConditionEmbedding, Encoded
+from .config import PriorConfig
 from .heads import IdEmbedding
 from .layers import ClosingLayers, pack
 from .orders import Partition
-from .transformer import coordinates
 
 
 class CausalConvConfig(PriorConfig):
@@ -106,13 +107,12 @@ class CausalConv(Prior, name="causal_conv"):
         """Return each target's embeddings summed over axes, `(N, dim)` in decoding order."""
         return sum(table[at] for table, at in zip(self.axis_embeddings, self.cells, strict=True))
 
-    def outputs(self, tokens: Tensor, labels: Given | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
         """Return the outputs; see `Prior.outputs`."""
-        labels = self.encode_condition(labels, len(tokens))
         previous = self.position_ids(tokens)[:, self.position_order[:-1]]
         start = self.start_embedding.expand(len(tokens), 1, -1)
         x = (torch.cat([start, self.token_embedding(previous)], 1) + self.positions()).transpose(1, 2)  # (B, dim, N)
-        label_terms = self.class_embedding.at_positions(labels, self.position_order).mT.chunk(len(self.layers), 1)
+        label_terms = self.class_embedding.at_positions(encoded, self.position_order).mT.chunk(len(self.layers), 1)
         skips = self.skip_bias[:, None]
         for block, label_term in zip(self.layers[:-1], label_terms[:-1], strict=True):
             residual, skip = block(x, label_term)
@@ -130,9 +130,9 @@ class CausalConv(Prior, name="causal_conv"):
         """Rearrange `(B, dim, N)` in decoding order to `(B, N, dim)` in raster order."""
         return output.transpose(1, 2)[:, self.ranks]
 
-    def make_cache(self, labels: Given, partition: Partition | None) -> Buffers:
+    def make_cache(self, encoded: Encoded, partition: Partition | None) -> Buffers:
         """Make buffers of each block's inputs."""
-        return Buffers(self, labels)
+        return Buffers(self, encoded)
 
 
 class Layer(NamedTuple):
@@ -157,8 +157,8 @@ class Buffers:
     with the factors folded into the weights.
     """
 
-    def __init__(self, model: CausalConv, labels: Given) -> None:
-        config, rows, weight = model.config, len(labels), model.token_embedding.weight.detach()
+    def __init__(self, model: CausalConv, encoded: Encoded) -> None:
+        config, rows, weight = model.config, len(encoded), model.token_embedding.weight.detach()
         self.rank = 0
         self.token_embedding, self.positions = model.token_embedding, model.positions().detach()
         self.start = model.start_embedding.detach().expand(rows, -1)
@@ -166,7 +166,7 @@ class Buffers:
         self.content, self.gate = self.pre.chunk(2, 1)
         self.gates = weight.new_empty(rows, config.depth * config.dim)
         inputs = weight.new_zeros(config.depth, 1 + len(model.ranks), rows, config.dim)
-        label_terms = model.class_embedding.at_positions(labels, model.position_order).detach()
+        label_terms = model.class_embedding.at_positions(encoded, model.position_order).detach()
         self.layers = self._layers(model, inputs, label_terms)
         self.inputs = inputs[0]
         skips = torch.cat([block.out.weight[-config.skip :, :, 0] / 2 for block in model.layers], 1)

@@ -20,7 +20,8 @@ from tokenizer.base import TokenGrid
 from tokenizer.checks import NOT_HIDDEN, describe_hidden_methods, expect, problem_of
 
 from .base import Prior
-from .conditions import Column, Condition, GridColumn, IdColumn, NumberColumn, select_rows
+from .columns import LABEL, Column, GridColumn, NumberColumn
+from .given import Given
 
 MOST_CHANGED = 16
 """Maximum number of tokens that `require_causal` changes, one at a time."""
@@ -61,25 +62,19 @@ def example_columns(grid: TokenGrid) -> dict[str, Column]:
     return {"number": number, "grid": GridColumn(grid=TokenGrid(tuple(2 * side for side in grid.shape), 3))}
 
 
-def draw_condition(prior: Prior, count: int) -> Condition:
-    """Draw random raw columns."""
-    return {
-        name: torch.randint(column.count, (count, *column.shape))
-        if isinstance(column, IdColumn)
-        else torch.randint(2, (count, *column.shape)).float()
-        for name, column in prior.conditions.items()
-    }
+def draw_given(prior: Prior, labels: Tensor) -> Given:
+    """Draw random rows of all columns but the class, beside the classes `labels`, of which -1 is null."""
+    drawn = {name: column.draw(len(labels)) for name, column in prior.config.conditions.items()}
+    return Given(prior.columns, {**({LABEL: labels} if prior.num_classes else {}), **drawn}, len(labels))
 
 
 @torch.no_grad()
-def require_causal(
-    prior: Prior, tokens: Tensor, labels: Tensor | None = None, condition: Condition | None = None
-) -> None:
+def require_causal(prior: Prior, tokens: Tensor, given: Given | None = None) -> None:
     """Raise `NotCausalError` if changing one token changes logits of its own block or an earlier one.
 
-    tokens: one grid, `grid.shape` or `(1, *grid.shape)`; labels: its class, `()`; condition: its raw columns, one row.
-    Up to 16 of its tokens are changed one at a time, including the first and the last in the order. The prior runs in
-    eval mode with its own weights.
+    tokens: one grid, `grid.shape` or `(1, *grid.shape)`; given: what is known of it, one row. Up to 16 of its tokens
+    are changed one at a time, including the first and the last in the order. The prior runs in eval mode with its own
+    weights.
     """
     size, vocab_size, order = len(prior.grid), prior.grid.vocab_size, prior.order.tolist()
     if vocab_size == 1:
@@ -88,14 +83,12 @@ def require_causal(
     rows = tokens.to(prior.device).flatten().repeat(len(ranks) + 1, 1)
     for row, rank in enumerate(ranks, start=1):
         rows[row, order[rank]] = (rows[row, order[rank]] + 1 + rank % (vocab_size - 1)) % vocab_size
-    given = None if labels is None else labels.to(prior.device).expand(len(rows))
-    columns = {name: one.to(prior.device).expand(len(rows), *one.shape[1:]) for name, one in (condition or {}).items()}
+    given = Given(prior.columns, {}, 1) if given is None else given.to(prior.device)
     was_training = prior.training
     prior.eval()
     try:
-        logits = prior(
-            rows.reshape(-1, *prior.grid.shape), given, **({"condition": columns} if columns else {})
-        ).float()
+        encoded = prior.encode_given(given.expand(len(rows)))
+        logits = prior(rows.reshape(-1, *prior.grid.shape), encoded).float()
     finally:
         prior.train(was_training)
     if logits.shape != (len(rows), size, vocab_size):
@@ -131,60 +124,54 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
     model = with_random_weights(prior)
     grid, classes = model.grid, model.num_classes
     tokens = torch.randint(grid.vocab_size, (8, *grid.shape))
-    labels, drawn_columns = torch.arange(8) % (classes + 1), draw_condition(model, 8)
+    given = draw_given(model, (torch.arange(8) + 1) % (classes + 1) - 1)
+    others = given.without([LABEL])
 
-    def condition(at: Any = slice(None)) -> dict[str, Any]:
-        """Return the columns of some rows as an argument, if the prior has columns."""
-        return {"condition": select_rows(drawn_columns, at)} if drawn_columns else {}
+    def logits(given: Given) -> Tensor:
+        """Return the logits of as many tokens."""
+        found: Tensor = model(tokens[: len(given)], model.encode_given(given))
+        return found
 
     def causality() -> None:
         for k in range(len(tokens)):
-            require_causal(model, tokens[k], labels[k], **condition([k]))
+            require_causal(model, tokens[k], given[k : k + 1])
 
     def columns() -> None:
-        whole, null = model(tokens, labels, **condition()), model(tokens, labels)
-        nulls = {name: column.null(8) for name, column in model.conditions.items()}
-        expect_close(model(tokens, labels, condition=nulls), null, "logits without columns and of null columns")
-        for name in drawn_columns:
-            less = model(tokens, labels, condition={**drawn_columns, name: nulls[name]})
-            expect(not torch.equal(less, whole), f"logits do not depend on the column {name!r}")
+        nulls = others.with_rows(**{name: column.null(8) for name, column in model.config.conditions.items()})
+        expect_close(logits(nulls), logits(given.without()), "logits without columns and of null columns")
+        for name in others.names:
+            expect(
+                not torch.equal(logits(given.without([name])), logits(given)),
+                f"logits do not depend on the column {name!r}",
+            )
 
     def null_class() -> None:
-        expect_close(
-            model(tokens), model(tokens, torch.full((8,), classes)), "logits without labels and of the null class"
-        )
+        expect_close(model(tokens), logits(given.without()), "logits without labels and of the null class")
 
     def steps() -> None:
-        given = model.encode_condition(labels, 8, drawn_columns)
-        whole, state, last, begin = model(tokens, given), model.start(8, given), None, 0
+        encoded = model.encode_given(given)
+        whole, state, last, begin = model(tokens, encoded), model.start(encoded), None, 0
         for block in model.blocks:
             at = model.order[begin : begin + block]
             expect_close(model.next_logits(state, last), whole[:, at], f"cached and whole logits at rank {begin}")
             begin, last = begin + block, tokens.flatten(1)[:, at]
 
     def batches() -> None:
-        expect_close(
-            model(tokens[:1], labels[:1], **condition([0])),
-            model(tokens, labels, **condition())[:1],
-            "logits of an image alone and in a batch",
-        )
-        together = model.sample(4, generator=generators(range(4)), **condition(slice(4)))
-        alone = model.sample(1, generator=generators([2]), **condition([2]))
+        expect_close(logits(given[:1]), logits(given)[:1], "logits of an image alone and in a batch")
+        together = model.sample(4, condition=others[:4], generator=generators(range(4)))
+        alone = model.sample(1, condition=others[2:3], generator=generators([2]))
         expect(torch.equal(together[2:3], alone), "an image differs when drawn alone")
 
     def saved() -> None:
         weights = {key: value.clone() for key, value in model.state_dict().items()}
         again = type(model)(model.config)
         again.load_state_dict(weights)
-        expect_close(
-            again.eval()(tokens, labels, **condition()),
-            model(tokens, labels, **condition()),
-            "logits of a model rebuilt from its weights",
-        )
+        rebuilt = again.eval()(tokens, again.encode_given(given))
+        expect_close(rebuilt, logits(given), "logits of a model rebuilt from its weights")
 
     def known_tokens() -> None:
         known = torch.rand(8, *grid.shape) < 0.5
-        drawn = model.sample(8, labels, tokens=tokens, known=known, generator=generators(range(8)), **condition())
+        drawn = model.sample(8, condition=given, tokens=tokens, known=known, generator=generators(range(8)))
         expect(torch.equal(drawn[known], tokens[known]), "a known token was replaced")
 
     promises: dict[str, Callable[[], None]] = {
@@ -195,7 +182,7 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
         "known tokens are kept": known_tokens,
         "configuration and weights are the whole model": saved,
     }
-    if drawn_columns:
+    if others.names:
         promises["columns matter, and missing ones are null"] = columns
     if grid.vocab_size ** len(grid) <= MOST_GRIDS:
         every = torch.tensor(list(itertools.product(range(grid.vocab_size), repeat=len(grid))))
@@ -204,7 +191,7 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
         @cache
         @torch.no_grad()
         def density() -> Tensor:
-            parts = [model.log_prob(part, **condition([0] * len(part))) for part in every.split(256)]
+            parts = [model.log_prob(part, condition=others[:1].expand(len(part))) for part in every.split(256)]
             return torch.cat(parts).double().exp()
 
         def sums_to_one() -> None:
@@ -213,7 +200,7 @@ def check_prior(prior: Prior) -> Iterator[tuple[str, str | None]]:
 
         def frequencies() -> None:
             generator = torch.Generator().manual_seed(1)
-            drawn = model.sample(4000, generator=generator, **condition([0] * 4000)).flatten(1)
+            drawn = model.sample(4000, condition=others[:1].expand(4000), generator=generator).flatten(1)
             place = torch.tensor([grid.vocab_size**k for k in reversed(range(len(grid)))])
             found = torch.bincount((drawn * place).sum(1), minlength=len(every)).double()
             expect(not model.exact or fits(found, density() * 4000), "samples do not have the frequencies of log_prob")

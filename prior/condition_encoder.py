@@ -1,10 +1,11 @@
-"""Encodes the raw columns of `prior.conditions`: a vector per image and, with grids, a vector per position of the
-prior's grid."""
+"""Encodes what is given: raw rows of columns become a vector per image and, with grids, a vector per position of the
+prior's grid. A model adds `ConditionEmbedding` where it adds the embedding of the class."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,11 @@ from tokenizer.base import TokenGrid
 from tokenizer.precision import Constants, at_least_float32
 from tokenizer.scales import area_matrix
 
-from .conditions import ClassColumn, Column, Condition, Encoded, GridColumn
+from .attention import EPS, Block, Rotations, coordinates
 
 if TYPE_CHECKING:
-    from .base import PriorConfig
+    from .config import PriorConfig
+    from .given import Given
 
 CLAMP = 6.0  # standard deviations of a number
 OCTAVES = 4
@@ -27,82 +29,155 @@ STD = 0.02  # of the encoding of a vector column at the start of training, as of
 MAP = 0.25  # of the features of a grid at the start of training; 1 costs 0.03 to 0.3 bits after 300 steps
 
 
+@dataclass
+class Encoded:
+    """Classes and encoded columns of a batch, as networks receive them. Nothing in them is set to null: that is done to
+    `Given`."""
+
+    labels: Tensor
+    """`(B,)` from 0 to `num_classes`, which is the null class."""
+    vector: Tensor | None = None
+    """`(B, width)`: the sum of all columns, with the means of grids; None without columns."""
+    map: Tensor | None = None
+    """`(B, P, width)` for the prior's positions in raster order; None without grids."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, at: Any) -> Encoded:
+        return Encoded(*(None if part is None else part[at] for part in self.parts))  # type: ignore[arg-type]
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """All tensors."""
+        return self.labels, self.vector, self.map
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all tensors."""
+        return self.labels.device
+
+    @property
+    def positions(self) -> Tensor:
+        """`(B, 1 or P, width)`: the vector of each position."""
+        assert self.vector is not None
+        return self.vector[:, None] if self.map is None else self.vector[:, None] + self.map
+
+    def join(self, other: Encoded) -> Encoded:
+        """Append the rows of another batch of the same prior."""
+        pairs = zip(self.parts, other.parts, strict=True)
+        joined = (None if one is None or two is None else torch.cat([one, two]) for one, two in pairs)
+        return Encoded(*joined)  # type: ignore[arg-type]
+
+
 class ConditionEncoder(nn.Module):
-    """Encodes raw columns. Grids hear the sum of the other columns, which may move what they show."""
+    """Encodes all columns but the class. Grids receive the sum of the other columns, which may shift their features."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
-        width, columns = config.condition_width, config.conditions
-        self.width = width
-        self.vectors = nn.ModuleDict(
-            {f"column_{name}": make_embedding(one, width) for name, one in columns.items() if one.kind != "grid"}
-        )
-        self.grids = nn.ModuleDict(
-            {
-                f"column_{name}": GridEncoder(one.grid, config.positions, width)
-                for name, one in columns.items()
-                if isinstance(one, GridColumn)
+        self.width = config.condition_width
+        networks = {
+            is_map: {
+                f"column_{name}": column.embedding(self.width, config.positions)
+                for name, column in config.conditions.items()
+                if column.is_map == is_map
             }
-        )
+            for is_map in (False, True)
+        }
+        self.vectors, self.grids = (nn.ModuleDict(networks[is_map]) for is_map in (False, True))
 
     def reset_parameters(self) -> None:
         """Initialize all columns."""
         for module in (*self.vectors.values(), *self.grids.values()):
             module.reset_parameters()  # type: ignore[operator]
 
-    def forward(self, labels: Tensor, condition: Condition) -> Encoded:
-        """Encode `condition`, which has all columns."""
-        vectors = [embed(condition[name.removeprefix("column_")]) for name, embed in self.vectors.items()]
+    def networks(self) -> dict[str, nn.Module]:
+        """Return the network of each column by its name."""
+        parts = {**self.vectors, **self.grids}
+        return {name.removeprefix("column_"): module for name, module in parts.items()}
+
+    def forward(self, given: Given) -> tuple[Tensor, Tensor | None]:
+        """Return `Encoded.vector` and `Encoded.map`."""
         weight = next(self.parameters())
-        vector = torch.stack(vectors).sum(0) if vectors else weight.new_zeros(len(labels), self.width)
-        maps = [encode(condition[name.removeprefix("column_")], vector) for name, encode in self.grids.items()]
+
+        def raw(name: str) -> Tensor:
+            return given.raw(name.removeprefix("column_"), weight.device)
+
+        vectors = [embed(raw(name)) for name, embed in self.vectors.items()]
+        vector = torch.stack(vectors).sum(0) if vectors else weight.new_zeros(len(given), self.width)
+        maps = [encode(raw(name), vector) for name, encode in self.grids.items()]
         if not maps:
-            return Encoded(labels, vector)
+            return vector, None
         every = torch.stack(maps).sum(0)
-        return Encoded(labels, vector + every.mean(1), every)
+        return vector + every.mean(1), every
 
 
-def make_embedding(column: Column, width: int) -> nn.Module:
-    """Return the embedding of a column's raw values, `(B, ...)` to `(B, width)`."""
-    return ClassEmbedding(column, width) if isinstance(column, ClassColumn) else FloatEmbedding(column, width)
+# Columns ------------------------------------------------------------------------------------------
 
 
 class ClassEmbedding(nn.Embedding):
-    """A vector for each class; the last is null."""
+    """A vector for each of `count` classes; the last is null."""
 
-    def __init__(self, column: ClassColumn, width: int) -> None:
-        super().__init__(len(column.names) + 1, width)
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__(count + 1, width)
 
     def reset_parameters(self) -> None:
         """Start small, as the embedding of the class does."""
         nn.init.normal_(self.weight, std=STD)
+
+    def remove_effect(self) -> None:
+        """Encode everything as zero."""
+        nn.init.zeros_(self.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embed ids `(B,)`."""
         return super().forward(ids % self.num_embeddings)  # -1 is the last
 
 
-class FloatEmbedding(Constants):
-    """Two layers over the numbers of a column and whether each is given. Numbers are standardised, limited to six
-    standard deviations, and accompanied by four octaves of sine and cosine."""
+Features = Callable[[Tensor, torch.dtype], list[Tensor]]
+"""Computes features of raw numbers `(B, size)`, each `(B, n)`: in the given type, or bool."""
+
+
+class Standardized(Constants):
+    """The features of numbers: standardised and limited to six standard deviations, 0 where null; whether each is
+    given; with `waves`, also four octaves of sine and cosine."""
 
     shift: Tensor
     scale: Tensor
     octaves: Tensor
 
-    def __init__(self, column: Any, width: int) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], *, waves: bool = False) -> None:
         super().__init__()
-        size = column.shape[0]
-        mean, std = [0.0] * size, [1.0] * size
-        if column.kind == "number":
-            mean, std = column.mean, column.std
-        elif column.kind == "vector":
-            std = [column.scale] * size
-        self.waves = column.kind == "number"
+        self.waves, self.size = waves, len(mean) * (2 + 2 * OCTAVES * waves)
         self.register_buffer("shift", torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("scale", torch.tensor(std, dtype=torch.float32), persistent=False)
         self.register_buffer("octaves", 2.0 ** torch.arange(OCTAVES), persistent=False)
-        self.first = nn.Linear(size * (2 + 2 * OCTAVES * self.waves), width)
+
+    def forward(self, values: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """See `Features`."""
+        given = ~values.isnan()
+        x = ((values - self.shift) / self.scale).clamp(-CLAMP, CLAMP).to(dtype)
+        x = torch.where(given, x, 0)
+        if not self.waves:
+            return [x, given]
+        angles = (x[..., None] * self.octaves).flatten(1)
+        masks = given[..., None].expand(-1, -1, OCTAVES).flatten(1)
+        return [x, given, angles.sin() * masks, angles.cos() * masks]
+
+
+def embed_standardized(mean: Sequence[float], std: Sequence[float], width: int, *, waves: bool = False) -> nn.Module:
+    """Return the embedding of `Standardized` numbers."""
+    features = Standardized(mean, std, waves=waves)
+    return FloatEmbedding(features, features.size, width)
+
+
+class FloatEmbedding(nn.Module):
+    """Two layers over `size` features of numbers."""
+
+    def __init__(self, features: Features, size: int, width: int) -> None:
+        super().__init__()
+        self.features = features
+        self.first = nn.Linear(size, width)
         self.second = nn.Linear(width, width)
         self.reset_parameters()
 
@@ -112,17 +187,15 @@ class FloatEmbedding(Constants):
         nn.init.normal_(self.second.weight, std=STD)
         nn.init.zeros_(self.second.bias)
 
+    def remove_effect(self) -> None:
+        """Encode everything as zero."""
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.second.bias)
+
     def forward(self, values: Tensor) -> Tensor:
         """Embed `(B, size)`."""
         weight = self.first.weight
-        given = ~values.isnan()
-        x = ((values - self.shift) / self.scale).clamp(-CLAMP, CLAMP).to(at_least_float32(weight).dtype)
-        x = torch.where(given, x, 0)
-        features = [x, given]
-        if self.waves:
-            angles = (x[..., None] * self.octaves).flatten(1)
-            masks = given[..., None].expand(-1, -1, OCTAVES).flatten(1)
-            features += [angles.sin() * masks, angles.cos() * masks]
+        features = self.features(values, at_least_float32(weight).dtype)
         return self.second(F.silu(self.first(torch.cat([each.to(weight.dtype) for each in features], 1))))
 
 
@@ -139,8 +212,6 @@ class GridEncoder(nn.Module):
     offsets: Tensor
 
     def __init__(self, grid: TokenGrid, target: TokenGrid, width: int) -> None:
-        from .transformer import EPS, Block, Rotations, coordinates
-
         super().__init__()
         self.vocab_size = grid.vocab_size
         self.register_buffer("cells", grid.cells, persistent=False)
@@ -177,6 +248,10 @@ class GridEncoder(nn.Module):
         nn.init.constant_(self.norm.weight, MAP)
         for layer in (*self.joins, self.hear, self.block.qkv, self.block.project, self.block.gate_up, self.block.down):
             nn.init.normal_(layer.weight, std=layer.weight.shape[1] ** -0.5)
+
+    def remove_effect(self) -> None:
+        """Encode everything as zero."""
+        nn.init.zeros_(self.norm.weight)
 
     def forward(self, tokens: Tensor, vector: Tensor) -> Tensor:
         """Encode tokens `(B, *grid.shape)`, given the vector `(B, width)`: `(B, P, width)`."""
@@ -225,3 +300,44 @@ class AreaResize(Constants):
         for axis, name in self.names:
             x = torch.tensordot(getattr(self, name).to(x.dtype), x, ([1], [1 + axis])).movedim(0, 1 + axis)
         return x
+
+
+# In models ----------------------------------------------------------------------------------------
+
+
+class ColumnProjection(nn.Linear):
+    """Maps encoded columns to a model's width, and keeps their size at the start of training."""
+
+    def __init__(self, config: PriorConfig, size: int) -> None:
+        super().__init__(config.condition_width, size, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Keep the size of the encoding."""
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+
+
+class ConditionEmbedding(nn.Embedding):
+    """An embedding of the class, whose last row is the null class, plus projections of encoded columns."""
+
+    def __init__(self, config: PriorConfig, size: int) -> None:
+        super().__init__(config.num_classes + 1, size)
+        self.columns = ColumnProjection(config, size) if config.conditions else None
+
+    def forward(self, encoded: Encoded) -> Tensor:  # type: ignore[override]
+        """Return the embedding of each image, `(B, size)`."""
+        x = super().forward(encoded.labels)
+        return x if self.columns is None else x + self.columns(encoded.vector)
+
+    def at_positions(self, encoded: Encoded, order: Tensor | None = None) -> Tensor:
+        """Return the embedding at each position, `(B, 1 or P, size)`, in raster order, or in the given order `(P,)` or
+        `(B, P)`."""
+        x = super().forward(encoded.labels)[:, None]
+        if self.columns is None:
+            return x
+        x = x + self.columns(encoded.positions)
+        return x if order is None or encoded.map is None else x.take_along_dim(order.expand(x.shape[:2])[..., None], 1)
+
+    def on_map(self, encoded: Encoded, width: int) -> Tensor:
+        """Return the embedding on a map of this width, `(B, H, W, size)`, or `(B, 1, 1, size)` without grids."""
+        x = self.at_positions(encoded)
+        return x.unflatten(1, (-1, width)) if x.shape[1] > 1 else x[:, :, None]

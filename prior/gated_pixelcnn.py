@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Prior
-from .conditions import ConditionEmbedding, Given
+from .condition_encoder import ConditionEmbedding, Encoded
 from .heads import IdEmbedding
 from .layers import CausalConv2d, ClosingLayers, MapRows, RowBias, RowsConfig, bias_by_row, odd_kernels, pack, see
 from .orders import Partition
@@ -64,11 +64,11 @@ class Layer(nn.Module):
         nn.init.zeros_(self.vertical_label.weight)
         nn.init.zeros_(self.horizontal_label.weight)
 
-    def forward(self, vertical: Tensor, horizontal: Tensor, labels: Given) -> tuple[Tensor, Tensor]:
+    def forward(self, vertical: Tensor, horizontal: Tensor, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """Map both stacks to the vertical map before its gate and the horizontal map."""
         width = horizontal.shape[2]
-        above = self.vertical(vertical) + self.vertical_row(self.vertical_label.on_map(labels, width))
-        left = self.horizontal(horizontal) + self.horizontal_row(self.horizontal_label.on_map(labels, width))
+        above = self.vertical(vertical) + self.vertical_row(self.vertical_label.on_map(encoded, width))
+        left = self.horizontal(horizontal) + self.horizontal_row(self.horizontal_label.on_map(encoded, width))
         out = self.out(gate(left + self.across(above)))
         return above, out if self.first else horizontal + out
 
@@ -104,13 +104,12 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
             horizontal = seen if layer.first else seen | horizontal
         return horizontal.flatten(0, 1)
 
-    def outputs(self, tokens: Tensor, labels: Given | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
         """Return the outputs; see `Prior.outputs`."""
-        labels = self.encode_condition(labels, len(tokens))
         vertical = horizontal = self.embedding(self.position_id_map(tokens))
         for layer in self.layers:
             vertical = vertical if layer.first else gate(vertical)
-            vertical, horizontal = layer(vertical, horizontal, labels)
+            vertical, horizontal = layer(vertical, horizontal, encoded)
         return self.head(F.relu(self.hidden(F.relu(horizontal)))).flatten(1, 2)
 
     @property
@@ -122,9 +121,9 @@ class GatedPixelCNN(Prior, name="gated_pixelcnn"):
         """Return the horizontal map `(B, H, W, dim)` as `(B, P, dim)`."""
         return super().arrange_features(output[1])
 
-    def make_cache(self, labels: Given, partition: Partition | None) -> Cache:
+    def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
         """Make caches of the last rows that each stack reads."""
-        return Cache(self, labels)
+        return Cache(self, encoded)
 
 
 class LayerCache:
@@ -134,15 +133,15 @@ class LayerCache:
     The first layer's stacks share rows, because both read the embedding.
     """
 
-    def __init__(self, layer: Layer, width: int, labels: Given) -> None:
-        vertical, horizontal, batch = layer.vertical, layer.horizontal, len(labels)
+    def __init__(self, layer: Layer, width: int, encoded: Encoded) -> None:
+        vertical, horizontal, batch = layer.vertical, layer.horizontal, len(encoded)
         outputs, inputs = vertical.weight.shape[:2]
         like = layer.out.weight.new_zeros(batch, inputs)
         taps = len(horizontal.taps)
         count = vertical.rows[1] - vertical.rows[0] + 1
         self.vertical = MapRows(like, count, width, vertical.columns, taps)
         self.horizontal = self.vertical if layer.first else MapRows(like, 1, width, horizontal.columns, taps)
-        above, left = layer.vertical_label.on_map(labels, width), layer.horizontal_label.on_map(labels, width)
+        above, left = layer.vertical_label.on_map(encoded, width), layer.horizontal_label.on_map(encoded, width)
         self.vertical_biases = bias_by_row(above, vertical.bias, layer.vertical_row.weight)
         self.biases = bias_by_row(left, horizontal.bias, layer.horizontal_row.weight)
         self.vertical_weight = pack(vertical.weight, width * batch)
@@ -172,15 +171,15 @@ class Cache:
     """The rows that each layer reads, and weights laid out for one-position steps.
 
     The vertical stack never sees the current row, so it runs once per row, for all columns and layers. Its sums,
-    including biases and labels, initialise the horizontal stack, so a step takes four operations per layer.
+    including biases and conditions, initialise the horizontal stack, so a step takes four operations per layer.
     """
 
-    def __init__(self, model: GatedPixelCNN, labels: Given) -> None:
-        rows, dim = len(labels), model.config.dim
+    def __init__(self, model: GatedPixelCNN, encoded: Encoded) -> None:
+        rows, dim = len(encoded), model.config.dim
         self.width = model.config.positions.shape[1]
         self.rank = 0
         self.embedding, like = model.embedding, model.head.weight.detach()
-        self.layers = [LayerCache(layer, self.width, labels) for layer in model.layers]
+        self.layers = [LayerCache(layer, self.width, encoded) for layer in model.layers]
         self.nothing, last = like.new_zeros(2, rows, dim)  # the first layer has no residual
         self.outputs = [layer.horizontal.cells for layer in self.layers[1:]] + [(last,) * self.width]
         self.gates = like.new_empty(rows, 2 * dim)

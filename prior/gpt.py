@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import EPS, Block, Rotations, coordinates
 from .base import FEW_ROWS, Prior, to_device_async
-from .conditions import ConditionEmbedding, Given
+from .condition_encoder import ConditionEmbedding, Encoded
 from .heads import IdEmbedding
 from .masks import Window, make_windows
 from .orders import Partition
-from .transformer import EPS, Block, OrderedConfig, Rotations, coordinates, reset
+from .transformer import OrderedConfig, reset
 
 
 class GPTConfig(OrderedConfig):
@@ -82,12 +83,11 @@ class GPT(Prior, name="gpt"):
         """Return `([B,] P, dim)` for an order `([B,] P)`: the sum of each target's embeddings along the axes."""
         return sum(table[at] for table, at in zip(self.axis_embeddings, self.cells[:, order], strict=True))
 
-    def outputs(self, tokens: Tensor, labels: Given | None = None, order: Tensor | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, encoded: Encoded, order: Tensor | None = None) -> Tensor:
         """Return the outputs; see `Prior.outputs`. order: `(P,)` or `(B, P)`; None is the model's own."""
-        labels = self.encode_condition(labels, len(tokens))
         order, ids = self.position_order if order is None else order, self.position_ids(tokens)
         previous = ids.gather(1, order[..., :-1, None].expand(len(tokens), -1, ids.shape[-1]))
-        label = self.class_embedding.at_positions(labels, order)
+        label = self.class_embedding.at_positions(encoded, order)
         inputs = torch.cat([self.start_embedding.expand(len(tokens), 1, -1), self.token_embedding(previous)], 1)
         x = self.dropout(inputs + label + self.embed_positions(order))
         rotations = self.make_rotations(order)
@@ -115,9 +115,9 @@ class GPT(Prior, name="gpt"):
         random = to_device_async(torch.rand(len(tokens), 1) < share, tokens.device)
         return {"order": torch.where(random, shuffled, self.order)}
 
-    def make_cache(self, labels: Given, partition: Partition | None) -> Cache:
+    def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
         """Make an empty key/value cache."""
-        return Cache(self, labels, self.position_order if partition is None else partition.order)
+        return Cache(self, encoded, self.position_order if partition is None else partition.order)
 
 
 class Cache:
@@ -129,19 +129,19 @@ class Cache:
     only keys and values that later steps read are stored.
     """
 
-    def __init__(self, model: GPT, labels: Given, order: Tensor) -> None:
+    def __init__(self, model: GPT, encoded: Encoded, order: Tensor) -> None:
         heads, width = model.config.heads, model.config.dim // model.config.heads
         weight = model.token_embedding.weight
         self.precise = torch.float64 if weight.dtype == torch.float64 else torch.float32  # of norms and rotations
-        self.qkv_shape = (len(labels), 3, heads, width)
+        self.qkv_shape = (len(encoded), 3, heads, width)
 
         def pack(matrix: Tensor, norm: nn.RMSNorm | None = None) -> Tensor:
             matrix = matrix if norm is None else matrix * norm.weight * model.config.dim**0.5
-            return matrix.t().contiguous() if len(labels) < FEW_ROWS else matrix.t()
+            return matrix.t().contiguous() if len(encoded) < FEW_ROWS else matrix.t()
 
         self.rank = 0
         self.start = model.start_embedding
-        self.labels = model.class_embedding.at_positions(labels, order).expand(-1, order.shape[-1], -1).unbind(1)
+        self.labels = model.class_embedding.at_positions(encoded, order).expand(-1, order.shape[-1], -1).unbind(1)
         self.token_embedding = model.token_embedding
         self.positions = model.embed_positions(order).movedim(-2, 0)
         rotations = torch.view_as_complex(model.make_rotations(order).to(self.precise)).unsqueeze(-2) * width**0.5
@@ -155,7 +155,7 @@ class Cache:
             gains = self.rotations * gains if self.same_order else gains
             memory = None if block.window is None else block.window.memory
             slots = (memory.slots, block.window.reads) if memory else None
-            keys_values = weight.new_empty(len(labels), 2, heads, memory.size if memory else order.shape[-1], width)
+            keys_values = weight.new_empty(len(encoded), 2, heads, memory.size if memory else order.shape[-1], width)
             weights = (
                 pack(block.qkv.weight, block.attention_norm),
                 pack(block.project.weight),

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import FEW_ROWS, PriorConfig
+from .base import FEW_ROWS
+from .config import PriorConfig
 
 Pair = tuple[int, int]
 

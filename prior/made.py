@@ -17,10 +17,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from .base import Prior, PriorConfig, to_device_async
-from .conditions import ColumnProjection, Encoded, Given
+from .base import Prior, to_device_async
+from .condition_encoder import ColumnProjection, Encoded
+from .config import PriorConfig
+from .noise import MASK_NOISE, draw_numbers
+from .options import DecodingOptions, SamplingOptions
 from .orders import Partition, make_order
-from .sampling import MASKS, DecodingOptions, Monitor, SampleBatch, SamplingOptions, draw_numbers
+from .sampling import Monitor, SampleBatch
 
 DENSE_WIDTH = 32  # up to this many ids, multiplying one-hot rows is faster than adding rows of weights
 MAX_DIRECT = 1 << 28  # weights of the direct connections
@@ -87,16 +90,14 @@ class ClassBias(nn.Module):
         self.own = nn.Parameter(torch.zeros(config.num_classes + 1, size)) if config.num_classes else None
         self.columns = ColumnProjection(config, size // (positions or 1)) if config.conditions else None
 
-    def forward(self, given: Any) -> Tensor:
-        """given: labels `(B,)`, or labels and encoded columns."""
-        labels = given.labels if isinstance(given, Encoded) else given
+    def forward(self, encoded: Encoded) -> Tensor:
         # A copy, because torch's FLOP counter fails for modules that return a parameter.
-        bias = self.shared.clone() if self.own is None else self.shared + F.embedding(labels, self.own)
+        bias = self.shared.clone() if self.own is None else self.shared + F.embedding(encoded.labels, self.own)
         if self.columns is None:
             return bias
         if self.positions is None:
-            return bias + self.columns(given.vector)
-        return bias + self.columns(given.positions).expand(-1, self.positions, -1).flatten(1)
+            return bias + self.columns(encoded.vector)
+        return bias + self.columns(encoded.positions).expand(-1, self.positions, -1).flatten(1)
 
 
 class MADE(Prior, name="made"):
@@ -222,7 +223,7 @@ class MADE(Prior, name="made"):
     def outputs(
         self,
         tokens: Tensor,
-        labels: Given | None = None,
+        encoded: Encoded,
         order: Tensor | None = None,
         degrees: Sequence[Tensor] | None = None,
     ) -> Tensor:
@@ -231,27 +232,26 @@ class MADE(Prior, name="made"):
         order: `(N,)`, or `(B, N)`, which takes one pass per distinct order; None means the model's own. degrees:
         `(units,)` for each hidden layer, in 1 .. N - 1.
         """
-        labels = self.encode_condition(labels, len(tokens))
         if order is not None and order.ndim == 2:
-            return self._outputs_by_order(tokens, labels, order, degrees)
+            return self._outputs_by_order(tokens, encoded, order, degrees)
         first, *hidden, last = self._connections.weights(self, order, degrees)
         inputs = self._inputs(tokens.flatten(1))
-        x = self._unit(self.biases[0](labels) + sum_inputs(inputs, first))
+        x = self._unit(self.biases[0](encoded) + sum_inputs(inputs, first))
         direct = hidden.pop() if self.direct is not None else None
         for weight, bias in zip(hidden, self.biases[1:], strict=False):
-            x = self._unit(torch.addmm(bias(labels), x, weight.t()))
-        x = torch.addmm(self.biases[-1](labels), x, last.flatten(0, 1).t())
+            x = self._unit(torch.addmm(bias(encoded), x, weight.t()))
+        x = torch.addmm(self.biases[-1](encoded), x, last.flatten(0, 1).t())
         if direct is not None:
             x = x + sum_inputs(inputs, direct)
         return self.to_outputs(x.unflatten(1, (-1, self.width_out)), self.head_bias)
 
     def _outputs_by_order(
-        self, tokens: Tensor, labels: Given, order: Tensor, degrees: Sequence[Tensor] | None
+        self, tokens: Tensor, encoded: Encoded, order: Tensor, degrees: Sequence[Tensor] | None
     ) -> Tensor:
         """Return `outputs` for orders `(B, N)`; images with the same order share masks."""
         distinct, which = torch.unique(order, dim=0, return_inverse=True)
         rows = [torch.nonzero(which == index)[:, 0] for index in range(len(distinct))]
-        parts = [self.outputs(tokens[at], labels[at], one, degrees) for at, one in zip(rows, distinct, strict=True)]
+        parts = [self.outputs(tokens[at], encoded[at], one, degrees) for at, one in zip(rows, distinct, strict=True)]
         return torch.cat(parts)[torch.argsort(torch.cat(rows))]
 
     def loss_from_outputs(self, outputs: Tensor, tokens: Tensor, **inputs: Any) -> Tensor:
@@ -292,15 +292,15 @@ class MADE(Prior, name="made"):
         """See `Prior`: each image is drawn with one connectivity, chosen by its key."""
         if options.num_masks == 1:
             return super().draw(batch, options, decoding, monitor)
-        chosen = draw_numbers(batch.keys, MASKS, options.num_masks)
+        chosen = draw_numbers(batch.keys, MASK_NOISE, options.num_masks)
         for number in chosen.unique().tolist():
             at = torch.nonzero(chosen == number)[:, 0]
             with self.connected(number):
                 super().draw(batch[at], options, decoding.select(at.tolist(), len(batch)), monitor)
 
-    def make_cache(self, labels: Given, partition: Partition | None) -> RunningSums:
+    def make_cache(self, encoded: Encoded, partition: Partition | None) -> RunningSums:
         """Create running sums, to which each step adds a token."""
-        return RunningSums(self, labels, self.order if partition is None else partition.order)
+        return RunningSums(self, encoded, self.order if partition is None else partition.order)
 
 
 # Connections
@@ -420,8 +420,8 @@ class RunningSums:
     completes the units of degree r + 1, and the next position reads all complete units. Each unmasked weight is used
     once, and masked weights never."""
 
-    def __init__(self, model: Any, labels: Given, order: Tensor) -> None:
-        """model: a `MADE`; labels: `(B,)`; order: `(N,)`, or `(B, N)` for per-image orders."""
+    def __init__(self, model: Any, encoded: Encoded, order: Tensor) -> None:
+        """model: a `MADE`; order: `(N,)`, or `(B, N)` for per-image orders."""
         self.model = model
         self.rank = 0
         self.order = (
@@ -436,12 +436,12 @@ class RunningSums:
         self.output = select_units(model.output, -1, units[-1])
         layers_below = zip(model.hidden, units, units[1:], strict=False)
         self.hidden = [select_units(select_units(weight, 0, own), 1, below) for weight, below, own in layers_below]
-        *layers, outputs = [bias(labels).expand(len(labels), -1).clone() for bias in model.biases]
+        *layers, outputs = [bias(encoded).expand(len(encoded), -1).clone() for bias in model.biases]
         self.layers = [
             select_units(sums, 1, own) for sums, own in zip(layers, units, strict=True)
         ]  # become activations
         self.outputs = outputs.unflatten(1, (-1, model.width_out))
-        self.images = torch.arange(len(labels), device=labels.device)
+        self.images = torch.arange(len(encoded), device=encoded.device)
 
     def step(self, token: Tensor | None) -> Tensor:
         """Return the outputs at the next position, `(B, size)`, given the last one's `token` `(B,)`."""

@@ -6,14 +6,15 @@ Initialised in closed form from counts with add-one smoothing (Laplace), once pe
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from .base import Prior, PriorConfig
-from .conditions import Given
-from .sampling import Order
+from .base import Prior
+from .columns import LABEL
+from .condition_encoder import Encoded
+from .config import PriorConfig
+from .given import Given
+from .options import Order
 
 CHUNK = 1 << 14  # rows counted at a time
 ONE_BY_ONE = 1 << 24  # beyond this, adding 1 to a float32 has no effect
@@ -39,17 +40,17 @@ class Marginal(Prior, name="marginal"):
         """See `Prior`: all False."""
         return torch.zeros(len(self.grid), len(self.grid), dtype=torch.bool, device=self.device)
 
-    def outputs(self, tokens: Tensor, labels: Given | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
         """Return logits `(B, N, vocab_size)`, which do not depend on the tokens."""
-        found: Any = self.encode_condition(labels, len(tokens))
-        return self.table[found]
+        return self.table[encoded.labels]
 
     @torch.no_grad()
-    def initialize(self, tokens: Tensor, labels: Tensor | None) -> None:
+    def initialize(self, tokens: Tensor, given: Given) -> None:
         """Set the table to the smoothed log frequencies of `tokens` (n, *grid.shape), for each class and overall.
 
         tokens: a tensor, or an on-disk array whose slices are tensors.
         """
+        labels = given.rows.get(LABEL) if self.num_classes else None
         counts, size = self.table.zero_(), self.table[0].numel()  # in place, because the table may be gigabytes large
         before: Tensor | None = None
         places = torch.arange(len(self.grid), device=self.device) * self.grid.vocab_size
@@ -60,7 +61,7 @@ class Marginal(Prior, name="marginal"):
             rows = tokens[start : start + CHUNK].flatten(1).long().to(self.device) + places
             ones = torch.ones_like(rows, dtype=counts.dtype).flatten()
             counts[-1].view(-1).scatter_add_(0, rows.flatten(), ones)
-            if labels is not None and self.num_classes:
+            if labels is not None:
                 rows = rows + labels[start : start + CHUNK, None].long().to(self.device) * size
                 counts.view(-1).scatter_add_(0, rows.flatten(), ones)
         if before is not None:
@@ -70,10 +71,10 @@ class Marginal(Prior, name="marginal"):
         totals = counts.sum(-1, keepdim=True) + self.grid.vocab_size
         counts.add_(1).div_(totals).log_()
 
-    def start(self, num_images: int, labels: Given | None, order: Order = None) -> list[Tensor]:
+    def start(self, encoded: Encoded, order: Order = None) -> list[Tensor]:
         """Return the blocks' logits, each `(B, n, vocab_size)`, the last block first."""
-        empty = torch.empty(num_images, 0, device=self.device)
-        return list(self(empty, labels)[:, self.order].split(self.blocks, 1))[::-1]
+        empty = torch.empty(len(encoded), 0, device=self.device)
+        return list(self(empty, encoded)[:, self.order].split(self.blocks, 1))[::-1]
 
     def next_logits(self, state: list[Tensor], tokens: Tensor | None) -> Tensor:
         """Return the next block's logits."""

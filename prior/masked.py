@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -20,25 +20,17 @@ from torch import Tensor, nn
 from tokenizer.base import TokenGrid
 from tokenizer.precision import at_least_float32, full_float32, in_finest
 
+from .arguments import is_number
+from .attention import EPS, Block, Rotations, coordinates
 from .base import Prior, to_device_async
-from .conditions import ConditionEmbedding, Given
+from .condition_encoder import ConditionEmbedding, Encoded
+from .given import Given
+from .noise import CONFIDENCE_NOISE, TokenNoise, gumbel_noise
+from .options import DecodingOptions, Order, SamplingOptions
 from .orders import Partition, block_numbers
 from .parallel import rows_per_pass
-from .sampling import (
-    CONFIDENCE,
-    DecodingOptions,
-    Monitor,
-    Order,
-    SampleBatch,
-    SamplingOptions,
-    TokenNoise,
-    UncachedState,
-    as_tensor,
-    encode_rows,
-    gumbel_noise,
-    is_number,
-)
-from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, reset
+from .sampling import Monitor, SampleBatch, UncachedState, encode_rows
+from .transformer import TransformerConfig, reset
 
 MIDPOINTS = 1 << 12  # for integrating a schedule
 CPU_TOKENS, GPU_TOKENS = 1 << 13, 1 << 16  # per pass; on a CPU the activations then fit in cache
@@ -174,16 +166,16 @@ class Masked(Prior, name="masked"):
         self.rotations = Rotations(config, coordinates(shape))
         reset(self, self.layers)
 
-    def predict(self, ids: Tensor, labels: Given, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def predict(self, ids: Tensor, encoded: Encoded, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return logits `(B, N, V)` from one pass over `ids` (B, N), in which `self.mask` marks masked tokens. at:
         return only the logits `(..., V)` at these (rows, raster indices), two tensors `(...)`."""
-        outputs = self.outputs_of_pass(ids, labels, at)
+        outputs = self.outputs_of_pass(ids, encoded, at)
         return self.output_head.next_logits(outputs, ids.new_zeros(*outputs.shape[:-1], 0))
 
-    def outputs_of_pass(self, ids: Tensor, labels: Given, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def outputs_of_pass(self, ids: Tensor, encoded: Encoded, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Return the network's outputs for `predict`, `(B, N, size)` or `(..., size)`."""
         positions = sum(table[index] for table, index in zip(self.axis_embeddings, self.coordinates, strict=True))
-        x = self.dropout(self.token_embedding(ids) + self.class_embedding.at_positions(labels) + positions)
+        x = self.dropout(self.token_embedding(ids) + self.class_embedding.at_positions(encoded) + positions)
         rotations = self.rotations.table[:, None].expand(-1, 2, -1, -1)  # the same for queries and keys
         for block in self.layers:
             x = block(x, rotations)
@@ -194,7 +186,7 @@ class Masked(Prior, name="masked"):
     def outputs(
         self,
         tokens: Tensor,
-        labels: Given | None = None,
+        encoded: Encoded,
         order: Tensor | None = None,
         known: Tensor | None = None,
         block_of: Tensor | None = None,
@@ -204,9 +196,8 @@ class Masked(Prior, name="masked"):
         `(N,)` or `(B, N)`, cut into the model's own blocks; block_of: the block number of each token, `(N,)` or `(B,
         N)`."""
         tokens, (count, size) = tokens.flatten(1).long(), (len(tokens), len(self.grid))
-        labels = self.encode_condition(labels, count)
         if known is not None:
-            return self.outputs_of_pass(torch.where(known.flatten(1), tokens, self.mask), labels)
+            return self.outputs_of_pass(torch.where(known.flatten(1), tokens, self.mask), encoded)
         if block_of is None:
             block_of = self.block_of if order is None else block_numbers(order, self.blocks)
         block_of = block_of.expand(count, size)
@@ -214,7 +205,7 @@ class Masked(Prior, name="masked"):
         for part in numbers.split(max(1, self.rows_per_pass() // max(1, count))):
             ids = torch.where(block_of < part[:, None, None], tokens, self.mask).flatten(0, 1)  # per pass and image
             rows, cells = torch.nonzero((block_of == part[:, None, None]).flatten(0, 1), as_tuple=True)
-            parts.append(self.outputs_of_pass(ids, labels[images.repeat(len(part))], (rows, cells)))
+            parts.append(self.outputs_of_pass(ids, encoded[images.repeat(len(part))], (rows, cells)))
             found.append(rows % count * size + cells)
         return torch.cat(parts)[torch.cat(found).argsort()].unflatten(0, (count, size))
 
@@ -264,14 +255,7 @@ class Masked(Prior, name="masked"):
     # Likelihood
 
     @full_float32()
-    def token_log_probs(
-        self,
-        tokens: Tensor,
-        labels: Given | None = None,
-        order: Order = None,
-        *,
-        condition: Mapping[str, Any] | None = None,
-    ) -> Tensor:
+    def estimate_log_probs(self, tokens: Tensor, given: Given, order: Order) -> Tensor:
         """See `Prior` if `exact`. Otherwise return each token's share of an estimated bound, `(B, *grid.shape)`, from
         `bound_passes` passes.
 
@@ -282,25 +266,22 @@ class Masked(Prior, name="masked"):
         data set. Raises `ValueError` for an order, because the bound covers all orders.
         """
         if self.exact:
-            return super().token_log_probs(tokens, labels, order, condition=condition)
+            return super().estimate_log_probs(tokens, given, order)
         if order is not None:
             raise ValueError("order, num_orders: require `exact`, because the bound covers all orders")
-        tokens = as_tensor(tokens, self.device)
-        self.grid.check(tokens)
-        given, ids = self.check_condition(labels, condition, len(tokens)), tokens.flatten(1).long()
+        encoded, ids = self.encode_given(given), tokens.flatten(1).long()
         total = torch.zeros(ids.shape, device=ids.device)
         for known in bound_masks(ids, self.config.bound_passes):
-            outputs = self.forward_outputs(tokens, given, known=known)
+            outputs = self.forward_outputs(tokens, encoded, known=known)
             found = self.output_head.log_probs(outputs, ids[..., None])[..., 0]
             weights = ~known / (~known).float().mean(1, keepdim=True) / self.config.bound_passes
             total += found * weights
         return total.reshape(tokens.shape)
 
     @full_float32()
-    def hidden_log_probs(self, tokens: Tensor, known: Tensor, labels: Given | None = None) -> Tensor:
+    def hidden_log_probs(self, tokens: Tensor, known: Tensor, given: Given) -> Tensor:
         """See `Prior`; from a single pass."""
-        tokens = as_tensor(tokens, self.device)
-        outputs = self.forward_outputs(tokens, self.check_condition(labels, None, len(tokens)), known=known)
+        outputs = self.forward_outputs(tokens, self.encode_given(given), known=known)
         return self.output_head.log_probs(outputs, tokens.flatten(1).long()[..., None]).reshape(tokens.shape)
 
     @property
@@ -308,9 +289,9 @@ class Masked(Prior, name="masked"):
         """One pass per block if `exact`, else `bound_passes`."""
         return len(self.blocks) if self.exact else self.config.bound_passes
 
-    def likelihood_pass(self, tokens: Tensor, labels: Given | None = None) -> None:
+    def likelihood_pass(self, tokens: Tensor) -> None:
         """Run one pass of the network; unlike in an estimate, its mask does not depend on the tokens."""
-        self(tokens, labels, known=torch.ones_like(tokens, dtype=torch.bool)).log_softmax(-1)
+        self(tokens, known=torch.ones_like(tokens, dtype=torch.bool)).log_softmax(-1)
 
     # Representations
 
@@ -319,20 +300,11 @@ class Masked(Prior, name="masked"):
         """The blocks: their residual stream, `(B, N, dim)`."""
         return list(self.layers)
 
-    def layer_features(
-        self,
-        tokens: Tensor,
-        labels: Given | None,
-        layers: Sequence[int],
-        *,
-        condition: Mapping[str, Any] | None = None,
-        **inputs: Any,
-    ) -> list[Tensor]:
+    def layer_features(self, tokens: Tensor, given: Given, layers: Sequence[int], **inputs: Any) -> list[Tensor]:
         """See `Prior`. Features come from one pass over the unmasked tokens, so they depend on all tokens, including
         their own. (Teacher-forced features would take N passes and see half as many tokens.)"""
-        tokens = as_tensor(tokens, self.device)
         known = torch.ones_like(tokens, dtype=torch.bool)
-        return super().layer_features(tokens, labels, layers, condition=condition, **{"known": known, **inputs})
+        return super().layer_features(tokens, given, layers, **{"known": known, **inputs})
 
     # Sampling
 
@@ -351,16 +323,16 @@ class Masked(Prior, name="masked"):
         options.check(self.grid)
         return Partition(order, options.sizes(len(self.grid)))
 
-    def start(self, num_images: int, labels: Given | None, order: Order = None) -> UncachedState:
+    def start(self, encoded: Encoded, order: Order = None) -> UncachedState:
         """See `Prior`: start with all tokens masked. Each step is a pass over the whole grid; nothing can be cached,
         because all tokens see each other."""
-        tokens = torch.full((num_images, len(self.grid)), self.mask, device=self.device)
-        return UncachedState(tokens, self.encode_condition(labels, num_images), *self.to_partition(order))
+        tokens = torch.full((len(encoded), len(self.grid)), self.mask, device=self.device)
+        return UncachedState(tokens, encoded, *self.to_partition(order))
 
     def next_logits(self, state: UncachedState, tokens: Tensor | None) -> Tensor:
         """See `Prior`: reveal the last block's tokens, and predict the next."""
         at = state.advance(tokens)
-        return self.predict(state.tokens, state.labels, (torch.arange(len(at), device=at.device)[:, None], at))
+        return self.predict(state.tokens, state.encoded, (torch.arange(len(at), device=at.device)[:, None], at))
 
     def draw(self, batch: SampleBatch, options: MaskedOptions, decoding: DecodingOptions, monitor: Monitor) -> None:
         """See `Prior`: draw one block per pass, or in `steps`. (`parallel` is no faster, because each of its passes
@@ -381,7 +353,7 @@ class Masked(Prior, name="masked"):
     def draw_by_confidence(self, batch: SampleBatch, options: MaskedOptions, monitor: Monitor) -> None:
         """Draw all masked tokens, keep the most confident ones, and repeat (MaskGIT, Chang et al. 2022)."""
         size = len(self.grid)
-        given = encode_rows(self, batch, options)
+        encoded = encode_rows(self, batch, options)
         noise = TokenNoise(batch.keys, size, self.grid.vocab_size).of_ranks(0, size)
         ids = torch.where(batch.known, batch.tokens, self.mask)
         left = unknown = (~batch.known).sum(1)
@@ -390,11 +362,11 @@ class Masked(Prior, name="masked"):
             if not bool(left.any()):
                 break
             decided = ((size - left) / before_last).clamp(max=1)
-            logits = at_least_float32(self.predict(options.with_unconditional(ids), given))
+            logits = at_least_float32(self.predict(options.with_unconditional(ids), encoded))
             logits = options.guide(logits, options.scale_at(decided[:, None]))
             drawn = options.choose(logits, noise)
             confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
-            jitter = gumbel_noise(batch.keys, CONFIDENCE, step * size, size)
+            jitter = gumbel_noise(batch.keys, CONFIDENCE_NOISE, step * size, size)
             confidence = (confidence + temperature * jitter).masked_fill(ids != self.mask, torch.inf)
             left = still_masked(left, unknown, share)
             ranks = confidence.argsort(dim=1, descending=True, stable=True).argsort(1)

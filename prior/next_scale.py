@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from tokenizer.base import Resize
 from tokenizer.layers import FusedLinear
 
+from .attention import EPS, Block, Rotations, coordinates, rotate, unit
 from .base import Prior
-from .conditions import ConditionEmbedding, Given
+from .condition_encoder import ConditionEmbedding, Encoded
 from .orders import Partition
-from .transformer import EPS, Block, Rotations, TransformerConfig, coordinates, reset, rotate, unit
+from .transformer import TransformerConfig, reset
 
 Modulation = tuple[Tensor, ...] | None
 """Scale, shift and gate of a branch, each `(B, 1, dim)`; None without modulation."""
@@ -91,15 +92,14 @@ class NextScale(Prior, name="next_scale"):
                 nn.init.zeros_(parameter)
         nn.init.normal_(self.lift.weight, std=config.channels**-0.5)  # the ids' embedding is already small
 
-    def outputs(self, tokens: Tensor, labels: Given | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
         """Return the outputs; see `Prior.outputs`. A scale depends only on coarser scales."""
-        labels = self.encode_condition(labels, len(tokens))
-        label = self.class_embedding(labels)
+        label = self.class_embedding(encoded)
         canvas, inputs = None, []
         for k, ids in enumerate(self.resize.split(tokens.long())):
             inputs.append(self.scale_inputs(canvas, k, len(tokens)))
             canvas = self.add_scale(canvas, ids, k) if k + 1 < len(self.blocks) else None
-        x = self.dropout(torch.cat(inputs, 1) + self.positions + self.class_embedding.at_positions(labels))
+        x = self.dropout(torch.cat(inputs, 1) + self.positions + self.class_embedding.at_positions(encoded))
         for layer in self.layers:
             x = layer(x, self.position_rotations, label, self.ranges)
         return self.head(self.norm(x))
@@ -125,9 +125,9 @@ class NextScale(Prior, name="next_scale"):
         """The blocks: their residual stream, `(B, N, dim)`."""
         return list(self.layers)
 
-    def make_cache(self, labels: Given, partition: Partition | None) -> Cache:
+    def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
         """Make an empty cache."""
-        return Cache(self, labels)
+        return Cache(self, encoded)
 
 
 class ScaleBlock(Block):
@@ -181,13 +181,13 @@ class ScaleBlock(Block):
 class Cache:
     """The sum of the scales so far and, unless markov, their keys and values."""
 
-    def __init__(self, model: NextScale, labels: Given) -> None:
+    def __init__(self, model: NextScale, encoded: Encoded) -> None:
         heads, weight = model.config.heads, model.head.weight
-        shape = (2, len(labels), heads, len(model.grid), model.config.dim // heads)
+        shape = (2, len(encoded), heads, len(model.grid), model.config.dim // heads)
         self.model, self.k = model, 0
         self.canvas: Tensor | None = None
-        self.label, self.rotations = model.class_embedding(labels), model.position_rotations
-        self.labels = model.class_embedding.at_positions(labels).expand(-1, len(model.grid), -1)
+        self.label, self.rotations = model.class_embedding(encoded), model.position_rotations
+        self.labels = model.class_embedding.at_positions(encoded).expand(-1, len(model.grid), -1)
         self.keys_values = [None if layer.markov else weight.new_empty(shape) for layer in model.layers]
 
     def step(self, tokens: Tensor | None) -> Tensor:

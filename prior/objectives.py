@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .conditions import Condition
+from .columns import LABEL
+from .given import Given
 
 LARGE = 1 << 25
 """Number of logits from which `SomeAtATime` is used, to avoid copies."""
@@ -27,13 +28,10 @@ class Likelihood(nn.Module):
         super().__init__()
         self.prior = prior
 
-    def forward(
-        self, tokens: Tensor, labels: Tensor, inputs: dict[str, Any], condition: Condition | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, tokens: Tensor, given: Given, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of `tokens` `(B, *grid.shape)`, a scalar in nats per token, and scalars to log:
-        `bits_per_token`, if the loss is a likelihood (`Prior.loss_is_likelihood`). inputs: `Prior.training_inputs`;
-        condition: raw columns."""
-        outputs = self.prior.forward_outputs(tokens, labels, condition=condition, **inputs)
+        `bits_per_token`, if the loss is a likelihood (`Prior.loss_is_likelihood`). inputs: `Prior.training_inputs`."""
+        outputs = self.prior.forward_outputs(tokens, self.prior.encode_given(given), **inputs)
         loss = self.prior.loss_from_outputs(outputs, tokens, **inputs)
         return loss, {"bits_per_token": loss.detach() / math.log(2)} if self.prior.loss_is_likelihood else {}
 
@@ -119,23 +117,21 @@ class Alignment(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        labels: Tensor,
+        given: Given,
         others: Tensor,
         inputs: dict[str, Any],
-        condition: Condition | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of `tokens` `(B, *grid.shape)`, a scalar, and scalars to log.
 
-        labels: `(B,)`, the null class where dropped; others: `(B,)`, a wrong label for each image. inputs:
-        `Prior.training_inputs`, and condition: raw columns, the same for all terms. Logged: `cca`, the loss of the
+        others: `(B,)`, a wrong label for each image, used where its own is not dropped. inputs:
+        `Prior.training_inputs`, the same for all terms. Logged: `cca`, the loss of the
         paper; `margin`, the log-likelihood gain of the image's own label over that of the wrong label, in nats;
         `above`, the share of images with a positive margin; `bits_per_token`. `margin` and `above` are averaged over
         labelled images, the others over all images."""
-        labelled = (labels != self.prior.num_classes).float()
-        inputs = {**inputs, "condition": condition}
-        nats = image_nats(self.prior, tokens, labels, inputs)
-        own = self.reference_nats(tokens, labels, inputs) - nats
-        other = self.reference_nats(tokens, others, inputs) - image_nats(self.prior, tokens, others, inputs)
+        labelled, wrong = (given.raw(LABEL, tokens.device) >= 0).float(), given.with_rows(label=others)
+        nats = image_nats(self.prior, tokens, given, inputs)
+        own = self.reference_nats(tokens, given, inputs) - nats
+        other = self.reference_nats(tokens, wrong, inputs) - image_nats(self.prior, tokens, wrong, inputs)
         loss = alignment_loss(own, other, labelled, self.beta, self.negatives)
         with torch.no_grad():
             count, gap = labelled.sum().clamp(min=1), own - other
@@ -150,9 +146,9 @@ class Alignment(nn.Module):
         ), terms  # so that a large lambda does not increase the effective learning rate
 
     @torch.no_grad()
-    def reference_nats(self, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def reference_nats(self, tokens: Tensor, given: Given, inputs: dict[str, Any]) -> Tensor:
         """Return `image_nats` of the frozen prior."""
-        return image_nats(self.frozen[0], tokens, labels, inputs)
+        return image_nats(self.frozen[0], tokens, given, inputs)
 
 
 def without_dropout(prior: Any) -> Any:
@@ -165,10 +161,9 @@ def without_dropout(prior: Any) -> Any:
     return prior
 
 
-def image_nats(prior: Any, tokens: Tensor, labels: Tensor, inputs: dict[str, Any]) -> Tensor:
-    """Return -log p(tokens | labels) of an exact prior, float32 `(B,)`, in the orders and with the condition that
-    `inputs` hold."""
-    outputs = prior.forward_outputs(tokens, labels, **inputs)
+def image_nats(prior: Any, tokens: Tensor, given: Given, inputs: dict[str, Any]) -> Tensor:
+    """Return -log p(tokens | given) of an exact prior, float32 `(B,)`, in the orders that `inputs` hold."""
+    outputs = prior.forward_outputs(tokens, prior.encode_given(given), **inputs)
     return prior.output_head.nats(outputs, prior.position_ids(tokens)).flatten(1).sum(1)
 
 

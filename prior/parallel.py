@@ -16,9 +16,11 @@ from torch import Tensor
 from tokenizer.base import TokenGrid
 from tokenizer.precision import at_least_float32
 
-from .conditions import Given
+from .condition_encoder import Encoded
+from .noise import TokenNoise
+from .options import SamplingOptions
 from .orders import Partition
-from .sampling import Monitor, SampleBatch, SamplingOptions, TokenNoise, encode_rows
+from .sampling import Monitor, SampleBatch, encode_rows
 
 if TYPE_CHECKING:
     from .base import Prior
@@ -46,10 +48,10 @@ def sample_parallel(
     final = tokens.new_zeros(count)  # number of leading tokens of each image that are final
     passes = torch.zeros(count, dtype=torch.long)
     active, part = torch.arange(count, device=device), batch  # unfinished images
-    given = encode_rows(prior, batch, options)
+    encoded = encode_rows(prior, batch, options)
     for _ in monitor.iterate(batch.blocks):
         old = tokens[active]
-        drawn = options.choose(options.guide(logits_in_order(prior, part, given, old, options), scale), noise)
+        drawn = options.choose(options.guide(logits_in_order(prior, part, encoded, old, options), scale), noise)
         free = (ranks >= final[active, None]) & ~part.known
         drawn = torch.where(free, drawn, old)
         changed = torch.cat([drawn != old, torch.ones_like(free[:, :1])], 1)
@@ -60,17 +62,19 @@ def sample_parallel(
         if not len(left):
             break
         if len(left) < len(active):
-            given = given[torch.cat([left, len(active) + left]) if options.guides else left]
+            encoded = encoded[torch.cat([left, len(active) + left]) if options.guides else left]
             active, part, noise = active[left], part[left], noise[left]
     monitor.finish(batch, tokens)
     return tokens, passes
 
 
-def logits_in_order(prior: Prior, batch: SampleBatch, given: Given, tokens: Tensor, options: SamplingOptions) -> Tensor:
+def logits_in_order(
+    prior: Prior, batch: SampleBatch, encoded: Encoded, tokens: Tensor, options: SamplingOptions
+) -> Tensor:
     """Return logits `(B, N, V)` in decoding order (2 B rows with guidance), from one forward pass on `tokens` (B, N).
-    given: from `encode_rows`."""
+    encoded: from `encode_rows`."""
     raster = options.with_unconditional(batch.to_raster(tokens)).unflatten(1, prior.grid.shape)
     order = batch.order if batch.order.ndim == 1 else options.with_unconditional(batch.order)
     inputs = {} if batch.own_order else prior.order_inputs(Partition(order, batch.blocks))
-    logits = at_least_float32(prior(raster, given, **inputs))
+    logits = at_least_float32(prior(raster, encoded, **inputs))
     return logits[:, order] if order.ndim == 1 else logits.take_along_dim(order[..., None], 1)

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Prior
-from .conditions import ConditionEmbedding, Given
+from .condition_encoder import ConditionEmbedding, Encoded
 from .heads import IdEmbedding
 from .layers import ClosingLayers, MaskedConv, RowBias, RowCache, RowsConfig, odd_kernels, pack, see
 from .orders import Partition
@@ -56,9 +56,9 @@ class Block(nn.Module):
         self.widen = nn.Linear(config.dim, 2 * config.dim, bias=False)
         nn.init.zeros_(self.label.weight)
 
-    def forward(self, x: Tensor, labels: Given) -> Tensor:
+    def forward(self, x: Tensor, encoded: Encoded) -> Tensor:
         narrow = F.relu(self.narrow(F.relu(x)))
-        bias = self.row(self.label.on_map(labels, x.shape[2]))
+        bias = self.row(self.label.on_map(encoded, x.shape[2]))
         return x + self.widen(F.relu(self.conv(narrow) + bias))
 
 
@@ -90,13 +90,12 @@ class PixelCNN(Prior, name="pixelcnn"):
             field = field | see(field, block.conv.taps)
         return field.flatten(0, 1)
 
-    def outputs(self, tokens: Tensor, labels: Given | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
         """Return the outputs; see `Prior.outputs`."""
-        labels = self.encode_condition(labels, len(tokens))
         x = self.first(self.embedding(self.position_id_map(tokens)))
-        x = x + self.row(self.label.on_map(labels, x.shape[2]))
+        x = x + self.row(self.label.on_map(encoded, x.shape[2]))
         for block in self.layers:
-            x = block(x, labels)
+            x = block(x, encoded)
         return self.head(F.relu(self.hidden(F.relu(x)))).flatten(1, 2)
 
     @property
@@ -104,28 +103,28 @@ class PixelCNN(Prior, name="pixelcnn"):
         """The blocks: maps `(B, H, W, 2 * dim)`."""
         return list(self.layers)
 
-    def make_cache(self, labels: Given, partition: Partition | None) -> Cache:
+    def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
         """Make caches of the last rows that each convolution reads."""
-        return Cache(self, labels)
+        return Cache(self, encoded)
 
 
 class Cache:
     """The last rows of each convolution's input, and weights laid out for one-position steps.
 
-    A step is bound by the number of operations, so biases and labels are folded into the sums of `RowCache`, and
+    A step is bound by the number of operations, so biases and conditions are folded into the sums of `RowCache`, and
     results are written where the next operation reads them."""
 
-    def __init__(self, model: PixelCNN, labels: Given) -> None:
+    def __init__(self, model: PixelCNN, encoded: Encoded) -> None:
         self.width = model.config.positions.shape[1]
         self.rank = 0
         self.embedding = model.embedding
-        self.first = RowCache(model.first, self.width, model.label.on_map(labels, self.width), model.row.weight)
-        self.layers = [self._block(block, labels) for block in model.layers]
-        self.head = ClosingLayers(model.hidden, model.head, len(labels), torch.relu_)
+        self.first = RowCache(model.first, self.width, model.label.on_map(encoded, self.width), model.row.weight)
+        self.layers = [self._block(block, encoded) for block in model.layers]
+        self.head = ClosingLayers(model.hidden, model.head, len(encoded), torch.relu_)
 
-    def _block(self, block: Block, labels: Given) -> tuple[Tensor, Tensor, RowCache, Tensor]:
-        cache = RowCache(block.conv, self.width, block.label.on_map(labels, self.width), block.row.weight)
-        narrow, widen = (pack(layer.weight, len(labels)) for layer in (block.narrow, block.widen))
+    def _block(self, block: Block, encoded: Encoded) -> tuple[Tensor, Tensor, RowCache, Tensor]:
+        cache = RowCache(block.conv, self.width, block.label.on_map(encoded, self.width), block.row.weight)
+        narrow, widen = (pack(layer.weight, len(encoded)) for layer in (block.narrow, block.widen))
         return block.narrow.bias.detach(), narrow, cache, widen
 
     def step(self, token: Tensor | None) -> Tensor:

@@ -32,7 +32,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import Prior
-from .conditions import ConditionEmbedding, Encoded, Given
+from .condition_encoder import ConditionEmbedding, Encoded
 from .heads import IdEmbedding
 from .layers import CausalConv2d, MapRows, Pair, RowBias, RowCache, RowsConfig, WholeRows, pack, see
 from .orders import Partition
@@ -57,11 +57,11 @@ def concat_elu(x: Tensor) -> Tensor:
     return F.elu_(torch.cat([x, -x], -1))
 
 
-def halve(given: Given, width: int) -> Given:
+def halve(encoded: Encoded, width: int) -> Encoded:
     """Return the condition of a map at half the resolution: that of every other row and column."""
-    if not isinstance(given, Encoded) or given.map is None:
-        return given
-    return replace(given, map=given.map.unflatten(1, (-1, width))[:, ::2, ::2].flatten(1, 2))
+    if encoded.map is None:
+        return encoded
+    return replace(encoded, map=encoded.map.unflatten(1, (-1, width))[:, ::2, ::2].flatten(1, 2))
 
 
 class Gated(nn.Module):
@@ -78,12 +78,12 @@ class Gated(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         nn.init.zeros_(self.label.weight)
 
-    def forward(self, x: Tensor, labels: Given, *beside: Tensor) -> Tensor:
+    def forward(self, x: Tensor, encoded: Encoded, *beside: Tensor) -> Tensor:
         inner = self.first(concat_elu(x))
         for layer, other in zip(self.beside, beside, strict=True):
             inner = inner + layer(concat_elu(other))
         inner = self.dropout(concat_elu(inner))
-        return x + F.glu(self.second(inner) + self.label.on_map(labels, x.shape[2]))
+        return x + F.glu(self.second(inner) + self.label.on_map(encoded, x.shape[2]))
 
     def see(self, x: Tensor, *beside: Tensor) -> Tensor:
         """Propagate receptive fields, bool `(H, W, N)`, from the inputs to the output."""
@@ -100,9 +100,9 @@ class Block(nn.Module):
         super().__init__()
         self.vertical, self.horizontal = Gated(config, ABOVE, up), Gated(config, LEFT, 1 + up)
 
-    def forward(self, above: Tensor, left: Tensor, labels: Given, *skips: Tensor) -> tuple[Tensor, Tensor]:
-        above = self.vertical(above, labels, *skips[:1])
-        return above, self.horizontal(left, labels, above, *skips[1:])
+    def forward(self, above: Tensor, left: Tensor, encoded: Encoded, *skips: Tensor) -> tuple[Tensor, Tensor]:
+        above = self.vertical(above, encoded, *skips[:1])
+        return above, self.horizontal(left, encoded, above, *skips[1:])
 
     def see(self, above: Tensor, left: Tensor, *skips: Tensor) -> tuple[Tensor, Tensor]:
         """Propagate receptive fields of both streams."""
@@ -145,9 +145,9 @@ class Coarser(nn.Module):
         self.stage = Stage(config, stages)
         self.grow_above, self.grow_left = Grow(dim, ABOVE), Grow(dim, LEFT)
 
-    def forward(self, above: Tensor, left: Tensor, labels: Given) -> tuple[Tensor, Tensor]:
+    def forward(self, above: Tensor, left: Tensor, encoded: Encoded) -> tuple[Tensor, Tensor]:
         height, width = left.shape[1:3]
-        above, left = self.stage(self.shrink_above(above), self.shrink_left(left), halve(labels, width))
+        above, left = self.stage(self.shrink_above(above), self.shrink_left(left), halve(encoded, width))
         return self.grow_above(above, height, width), self.grow_left(left, height, width)
 
     def see(self, above: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,13 +168,13 @@ class Stage(nn.Module):
         self.coarser: Any = Coarser(config, stages - 1) if stages > 1 else None
         self.up: Any = nn.ModuleList(Block(config, up=True) for _ in range(config.depth + (stages > 1)))
 
-    def forward(self, above: Tensor, left: Tensor, labels: Given) -> tuple[Tensor, Tensor]:
+    def forward(self, above: Tensor, left: Tensor, encoded: Encoded) -> tuple[Tensor, Tensor]:
         maps = [(above, left)]
         for block in self.down:
-            maps.append(block(*maps[-1], labels))
-        above, left = self.coarser(*maps[-1], labels) if self.coarser else maps.pop()
+            maps.append(block(*maps[-1], encoded))
+        above, left = self.coarser(*maps[-1], encoded) if self.coarser else maps.pop()
         for block in self.up:
-            above, left = block(above, left, labels, *maps.pop())
+            above, left = block(above, left, encoded, *maps.pop())
         return above, left
 
     def see(self, above: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,12 +214,12 @@ class PixelCNNPP(Prior, name="pixelcnn_pp"):
             x = self.embedding(ids)
         return F.pad(x, (0, 1), value=1.0)
 
-    def outputs(self, tokens: Tensor, labels: Given | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
         """Return the outputs; see `Prior.outputs`."""
         x = self.embed(self.position_id_map(tokens))
         above = self.first_above(x) + self.above_row.weight[:, None]
         left = self.first_over(x) + self.first_left(x) + self.left_row.weight[:, None]
-        _, left = self.stage(above, left, self.encode_condition(labels, len(tokens)))
+        _, left = self.stage(above, left, encoded)
         return self.head(F.elu(left)).flatten(1, 2)
 
     @property
@@ -240,9 +240,9 @@ class PixelCNNPP(Prior, name="pixelcnn_pp"):
         """Return the horizontal map `(B, H, W, dim)` as `(B, P, dim)`."""
         return super().arrange_features(output[1])
 
-    def make_cache(self, labels: Given, partition: Partition | None) -> Cache:
+    def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
         """Make caches of the last rows that each convolution reads."""
-        return Cache(self, labels)
+        return Cache(self, encoded)
 
 
 def add_product(sums: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -253,11 +253,11 @@ def add_product(sums: Tensor, x: Tensor, weight: Tensor) -> None:
 class BlockCache:
     """Evaluates a `Block`: the vertical stream by rows, the horizontal stream by positions."""
 
-    def __init__(self, block: Block, width: int, labels: Given) -> None:
+    def __init__(self, block: Block, width: int, encoded: Encoded) -> None:
         vertical, horizontal = block.vertical, block.horizontal
         across, *skip = horizontal.beside
-        above, left = vertical.label.on_map(labels, width), horizontal.label.on_map(labels, width)
-        batch, nothing = len(labels), left.new_zeros(len(left), left.shape[-1] // 2)
+        above, left = vertical.label.on_map(encoded, width), horizontal.label.on_map(encoded, width)
+        batch, nothing = len(encoded), left.new_zeros(len(left), left.shape[-1] // 2)
         self.above = WholeRows(vertical.first, width, nothing), WholeRows(vertical.second, width, above)
         self.left = RowCache(horizontal.first, width, nothing), RowCache(horizontal.second, width, left)
         self.across = pack(across.weight, width * batch)
@@ -299,13 +299,13 @@ class BlockCache:
 class CoarserCache:
     """Evaluates a `Coarser`: every other row and position is passed on, and each result serves four positions."""
 
-    def __init__(self, coarser: Coarser, width: int, labels: Given) -> None:
+    def __init__(self, coarser: Coarser, width: int, encoded: Encoded) -> None:
         weight = coarser.grow_left.conv.weight.detach()  # (inputs, outputs, 2, 2)
-        batch, dim, half = len(labels), len(weight), (width + 1) // 2
+        batch, dim, half = len(encoded), len(weight), (width + 1) // 2
         nothing = weight.new_zeros(batch, dim)
         self.shrink_above = WholeRows(coarser.shrink_above, width, nothing)
         self.shrink_left = RowCache(coarser.shrink_left, width, nothing)
-        self.stage = StageCache(coarser.stage, half, halve(labels, width))
+        self.stage = StageCache(coarser.stage, half, halve(encoded, width))
         self.grow_above, self.above = coarser.grow_above, weight.new_zeros(2, width, batch, dim)
         self.bias = coarser.grow_left.conv.bias.detach().repeat(4)
         self.grow_left = pack(weight.permute(2, 3, 1, 0).flatten(0, 2), batch)
@@ -335,9 +335,9 @@ class CoarserCache:
 class StageCache:
     """Evaluates a `Stage`; its skips are the inputs stored by the blocks of the down path."""
 
-    def __init__(self, stage: Stage, width: int, labels: Given) -> None:
-        self.down, self.up = ([BlockCache(block, width, labels) for block in way] for way in (stage.down, stage.up))
-        self.coarser = CoarserCache(stage.coarser, width, labels) if stage.coarser else None
+    def __init__(self, stage: Stage, width: int, encoded: Encoded) -> None:
+        self.down, self.up = ([BlockCache(block, width, encoded) for block in way] for way in (stage.down, stage.up))
+        self.coarser = CoarserCache(stage.coarser, width, encoded) if stage.coarser else None
 
     def start_row(self, above: Tensor, row: int) -> Tensor:
         """Return the next row of the vertical map, `(W, B, dim)`."""
@@ -367,8 +367,8 @@ class StageCache:
 class Cache:
     """The rows that each convolution reads, and weights laid out for one-position steps."""
 
-    def __init__(self, model: PixelCNNPP, labels: Given) -> None:
-        rows, over, left = len(labels), model.first_over.weight, model.first_left.weight
+    def __init__(self, model: PixelCNNPP, encoded: Encoded) -> None:
+        rows, over, left = len(encoded), model.first_over.weight, model.first_left.weight
         self.model, self.rank, self.width = model, 0, model.config.positions.shape[1]
         self.inputs = MapRows(over.new_zeros(rows, over.shape[1]).detach(), 2, self.width, (-1, 1), 1)
         self.first_above = pack(model.first_above.weight, self.width * rows)
@@ -379,7 +379,7 @@ class Cache:
         self.left_biases = iter((model.left_row.weight + left_bias).detach())
         self.sums_over = over.new_empty(self.width, rows, len(over)).detach()
         self.over = self.sums_over.unbind(0)
-        self.stage = StageCache(model.stage, self.width, labels)
+        self.stage = StageCache(model.stage, self.width, encoded)
         self.head_bias, self.head = model.head.bias.detach(), pack(model.head.weight, rows)
 
     def start_row(self, row: int) -> None:

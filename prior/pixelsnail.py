@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .base import FEW_ROWS, Prior
-from .conditions import ConditionEmbedding, Given
+from .condition_encoder import ConditionEmbedding, Encoded
 from .heads import IdEmbedding
 from .layers import ClosingLayers, MaskedConv, RasterConfig, RowCache, odd_kernels, pack
 from .orders import Partition
@@ -65,9 +65,9 @@ class Residual(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         nn.init.zeros_(self.label.weight)
 
-    def forward(self, x: Tensor, labels: Given) -> Tensor:
+    def forward(self, x: Tensor, encoded: Encoded) -> Tensor:
         inner = self.dropout(F.elu(self.first(F.elu(x))))
-        return x + F.glu(self.second(inner) + self.label.on_map(labels, x.shape[2]))
+        return x + F.glu(self.second(inner) + self.label.on_map(encoded, x.shape[2]))
 
 
 class Attention(nn.Module):
@@ -111,12 +111,12 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         nn.init.zeros_(self.label.weight)
 
-    def forward(self, embedded: Tensor, x: Tensor, background: Tensor, labels: Given) -> Tensor:
+    def forward(self, embedded: Tensor, x: Tensor, background: Tensor, encoded: Encoded) -> Tensor:
         for residual in self.residuals:
-            x = residual(x, labels)
+            x = residual(x, encoded)
         attended = self.attention(embedded.flatten(1, 2), x.flatten(1, 2), background).unflatten(1, x.shape[1:3])
         joined = self.dropout(F.elu(self.join(F.elu(torch.cat([x, attended], -1)))))
-        return x + F.glu(self.gate(joined) + self.label.on_map(labels, x.shape[2]))
+        return x + F.glu(self.gate(joined) + self.label.on_map(encoded, x.shape[2]))
 
 
 class PixelSNAIL(Prior, name="pixelsnail"):
@@ -137,13 +137,12 @@ class PixelSNAIL(Prior, name="pixelsnail"):
         rows, columns = torch.arange(height) / height - 0.5, torch.arange(width) / width - 0.5
         self.register_buffer("background", torch.cartesian_prod(rows, columns), persistent=False)  # (N, 2)
 
-    def outputs(self, tokens: Tensor, labels: Given | None = None) -> Tensor:
+    def outputs(self, tokens: Tensor, encoded: Encoded) -> Tensor:
         """Return the outputs; see `Prior.outputs`."""
-        labels = self.encode_condition(labels, len(tokens))
         embedded = self.embedding(self.position_id_map(tokens))
         x = self.first(embedded)
         for block in self.layers:
-            x = block(embedded, x, self.background, labels)
+            x = block(embedded, x, self.background, encoded)
         return self.head(F.elu(self.hidden(F.elu(x)))).flatten(1, 2)
 
     @property
@@ -151,16 +150,16 @@ class PixelSNAIL(Prior, name="pixelsnail"):
         """The blocks: maps `(B, H, W, dim)`."""
         return list(self.layers)
 
-    def make_cache(self, labels: Given, partition: Partition | None) -> Cache:
+    def make_cache(self, encoded: Encoded, partition: Partition | None) -> Cache:
         """Make caches of the last rows that each convolution reads, and of attention slots."""
-        return Cache(self, labels)
+        return Cache(self, encoded)
 
 
 class ResidualCache:
     """Evaluates a `Residual` one position at a time."""
 
-    def __init__(self, residual: Residual, width: int, labels: Given) -> None:
-        label = residual.label.on_map(labels, width)
+    def __init__(self, residual: Residual, width: int, encoded: Encoded) -> None:
+        label = residual.label.on_map(encoded, width)
         self.first = RowCache(residual.first, width, label.new_zeros(len(label), len(residual.first.bias)))
         self.second = RowCache(residual.second, width, label)
 
@@ -174,18 +173,18 @@ class ResidualCache:
 class BlockCache:
     """Evaluates a `Block` one position at a time, given its slots; biases include coordinates and labels."""
 
-    def __init__(self, block: Block, model: PixelSNAIL, labels: Given, features: Tensor) -> None:
+    def __init__(self, block: Block, model: PixelSNAIL, encoded: Encoded, features: Tensor) -> None:
         """features: `(B, dim)`, a buffer that receives this position's features for the next position."""
-        config, rows, attention = model.config, len(labels), block.attention
+        config, rows, attention = model.config, len(encoded), block.attention
         width = model.config.positions.shape[1]
-        self.residuals = [ResidualCache(residual, width, labels) for residual in block.residuals]
+        self.residuals = [ResidualCache(residual, width, encoded) for residual in block.residuals]
         self.targets = [*[None] * (config.residual - 1), features]
         self.padded = features.new_zeros(rows, config.heads, 1, config.value)
         self.queries = self.padded[:, :, 0, : config.key]
         self.query_at = attention.query_at(model.background) * attention.scale  # (N, heads * key)
         self.query = pack(attention.query.weight * attention.scale, rows)
         self.join = block.join.bias.detach(), pack(block.join.weight, rows)
-        biases = (block.gate.bias + block.label.at_positions(labels)).expand(-1, len(self.query_at), -1)
+        biases = (block.gate.bias + block.label.at_positions(encoded)).expand(-1, len(self.query_at), -1)
         self.gate = biases.unbind(1), pack(block.gate.weight, rows)
 
     def step(self, x: Tensor, rank: int, column: int, keys: Tensor, values: Tensor) -> Tensor:
@@ -208,8 +207,8 @@ class Cache:
     are written where the next operation reads them.
     """
 
-    def __init__(self, model: PixelSNAIL, labels: Given) -> None:
-        config, rows = model.config, len(labels)
+    def __init__(self, model: PixelSNAIL, encoded: Encoded) -> None:
+        config, rows = model.config, len(encoded)
         self.width = model.config.positions.shape[1]
         self.rank = 0
         self.embedding, like = model.embedding, model.head.weight.detach()
@@ -218,7 +217,7 @@ class Cache:
         self.tokens, features = self.sources.split([embedded, config.dim], 2)
         self._make_slots(config, [block.attention for block in model.layers], model.background)
         self.first = RowCache(model.first, self.width, torch.zeros_like(features[0]))
-        self.layers = [BlockCache(block, model, labels, features[at]) for at, block in enumerate(model.layers)]
+        self.layers = [BlockCache(block, model, encoded, features[at]) for at, block in enumerate(model.layers)]
         residuals = [residual for block in self.layers for residual in block.residuals]
         self.row_caches = [self.first, *(cache for each in residuals for cache in (each.first, each.second))]
         self.head = ClosingLayers(model.hidden, model.head, rows, F.elu_)

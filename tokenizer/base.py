@@ -27,6 +27,11 @@ from .scales import Resize as Resize
 from .scales import Scales, areas, scales_problem
 
 
+def smallest_type(vocab_size: int) -> torch.dtype:
+    """Return the smallest unsigned integer type for ids below `vocab_size`."""
+    return torch.uint8 if vocab_size <= 1 << 8 else torch.uint16 if vocab_size <= 1 << 16 else torch.uint32
+
+
 @dataclass(frozen=True)
 class TokenGrid:
     """The shape of an image's tokens and the vocabulary size; `len(grid)` is the number of tokens.

@@ -77,6 +77,8 @@ class Registered:
 
     Config: ClassVar[type[ModelConfig]]
     name: ClassVar[str] = ""
+    families: ClassVar[dict[str, type[Registered]]] = {}
+    """All families, by their first package or module."""
     _members: ClassVar[dict[str, type]]
     _packages: ClassVar[tuple[str, ...]]
 
@@ -84,6 +86,7 @@ class Registered:
         super().__init_subclass__(**kwargs)
         if family:
             cls._members, cls._packages = {}, tuple(family.split())
+            Registered.families[cls._packages[0]] = cls
         if name:
             cls._register(name)
 

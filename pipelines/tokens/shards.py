@@ -36,11 +36,6 @@ CHUNK = 1 << 14  # rows in memory at a time when a whole split is read
 Indices = NDArray[np.int64] | Tensor | slice | list[int]
 
 
-def smallest_type(vocab_size: int) -> torch.dtype:
-    """Return the smallest unsigned integer type for ids below `vocab_size`."""
-    return torch.uint8 if vocab_size <= 1 << 8 else torch.uint16 if vocab_size <= 1 << 16 else torch.uint32
-
-
 def stored_grid(grid: TokenGrid, drawn: bool) -> TokenGrid:
     """Return the grid of a split's files. If its tokens are drawn, these are 256 grey values in place of each binary
     digit of an id, along a last axis."""

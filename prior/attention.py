@@ -1,0 +1,110 @@
+"""A transformer block and rotary positions on a grid.
+
+The design follows LlamaGen (Sun et al. 2024): RMSNorm, SwiGLU, no biases, rotary positions on grid coordinates, queries
+and keys normalised per head.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizer.layers import FusedLinear
+from tokenizer.precision import Constants, at_least_float32
+
+from .masks import Window
+
+EPS = 1e-12  # avoids 0 / 0
+
+
+class BlockSizes(Protocol):
+    """What a block reads from a configuration; see `TransformerConfig`."""
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def hidden(self) -> int | None: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def attention_dropout(self) -> float: ...
+    @property
+    def rope_base(self) -> float: ...
+
+
+class Block(nn.Module):
+    """Pre-normalised attention and SwiGLU on a residual stream `(B, N, dim)`.
+
+    causal: attend only to the position itself and earlier ones. window: attend only to nearby ones.
+    """
+
+    def __init__(self, config: BlockSizes, *, causal: bool, window: Window | None = None) -> None:
+        super().__init__()
+        self.window = window
+        dim, hidden = config.dim, config.hidden or -(-config.dim * 8 // 96) * 32
+        self.causal, self.heads, self.attention_dropout = causal, config.heads, config.attention_dropout
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(dim, eps=EPS), nn.RMSNorm(dim, eps=EPS)
+        self.qkv = FusedLinear(dim, dim, parts=3, bias=False)
+        self.gain = nn.Parameter(torch.full((config.heads, 1), 1.2))  # scale of the normalised queries
+        self.project = nn.Linear(dim, dim, bias=False)
+        self.gate_up = FusedLinear(dim, hidden, parts=2, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
+        """Map `(B, N, dim)` to the same shape. rotations: of queries and keys, `([B,] N, 2, dim / heads / 2, 2)`."""
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in self.qkv(self.attention_norm(x)).chunk(3, -1))
+        rotations = rotations.unsqueeze(-4)  # ([B,] N, 1, 2, width / 2, 2): the same for all heads
+        q = rotate(unit(q), rotations[..., 0, :, :] * self.gain.unsqueeze(-1)).to(v.dtype)
+        k = rotate(unit(k), rotations[..., 1, :, :]).to(v.dtype)
+        dropout = self.attention_dropout if self.training else 0.0
+        x = x + self.dropout(self.project(self.attend(q, k, v, dropout).flatten(2)))
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+        return x + self.dropout(self.down(F.silu(gate) * up))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        """Attend; inputs and output are `(B, N, heads, width)`."""
+        if self.window is not None:
+            return self.window.attend(q, k, v, dropout)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, dropout_p=dropout).transpose(1, 2)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Scale `x` to a root mean square of 1 along its last axis, in float32 or float64."""
+    return F.rms_norm(at_least_float32(x), x.shape[-1:], eps=EPS)
+
+
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Rotate and scale each pair of `x` (B, N, heads, width): `rotations` ([B,] N, 1 or heads, width / 2, 2) holds cos
+    and sin times the scale."""
+    pairs = x.unflatten(-1, (-1, 2))
+    if not torch.compiler.is_compiling():  # a complex product makes a single pass over memory
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotations)).flatten(-2)
+    (a, b), (cos, sin) = pairs.unbind(-1), rotations.unbind(-1)  # the compiler does not support complex numbers
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+class Rotations(Constants):
+    """Rotary positions (RoPE along each axis): cos and sin of each cell's angles, `(cells, width / 2, 2)`. The pairs of
+    a head are divided among the axes. The table stays float32 or float64, whatever the type of the weights."""
+
+    table: Tensor
+
+    def __init__(self, config: BlockSizes, cells: Tensor) -> None:
+        """cells: coordinates `(cells, axes)`."""
+        super().__init__()
+        pairs, axes = config.dim // config.heads // 2, cells.shape[1]
+        at = torch.arange(pairs, device="cpu")
+        angles = cells.float()[:, at % axes] * config.rope_base ** (-(at // axes) / max(1, -(-pairs // axes)))
+        self.register_buffer("table", torch.stack([angles.cos(), angles.sin()], -1), persistent=False)
+
+
+def coordinates(shape: tuple[int, ...]) -> Tensor:
+    """Return the coordinates `(N, axes)` of a grid's cells, raster order."""
+    return torch.cartesian_prod(*(torch.arange(size, device="cpu") for size in shape)).reshape(-1, len(shape))

@@ -1,0 +1,640 @@
+"""The kinds of columns: what may be known of an image besides its pixels, one class a kind.
+
+    class     one of many names, int64 (B,); -1 is null
+    flags     any number of names at once, float32 (B, names) of 0 and 1; NaN is null
+    number    one or several numbers in the user's unit, float32 (B, size); NaN is null
+    angle     one or several angles in degrees, float32 (B, size) from 0 to 360; NaN is null
+    vector    an embedding, float32 (B, size); NaN is null
+    grid      the ids of another image, int64 (B, *grid.shape); -1 is null, for single cells too
+
+Each class says how values are written and checked, what is null, how raw rows are stored in files, and which network
+encodes them; nothing else asks which kind a column is. `pipelines.columns` adds what needs files, tables or widgets.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field, PlainSerializer, PlainValidator
+from torch import Tensor, nn
+
+from tokenizer.base import Grid, TokenGrid, smallest_type
+from tokenizer.config import ModelConfig
+from tokenizer.files import quote
+
+from .condition_encoder import ClassEmbedding, FloatEmbedding, GridEncoder, embed_standardized
+
+LABEL = "label"
+"""The name of the class column that `labels` fills."""
+RESERVED = (LABEL, "labels", "tokens")
+"""Names of other columns in token datasets and their tables."""
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+MAX_COLUMNS = 64
+FEW = 24  # names listed in an error
+NUMBERS = (int, float, np.number)
+NULL_FLAG = 255  # a flag that is null, as it is stored
+
+
+class Column(ModelConfig):
+    """A column: how values are written, checked, stored and encoded, and what is null."""
+
+    null_value: ClassVar[float] = math.nan
+    """The raw value that is null."""
+    is_map: ClassVar[bool] = False
+    """Whether the encoding has a vector for each position of the prior's grid, not one for the image."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one image's value."""
+        return ()
+
+    @property
+    def axes(self) -> int:
+        """How deeply lists are nested in one value as it is written."""
+        return len(self.shape)
+
+    # Values
+
+    def parse(self, value: Any) -> Tensor:
+        """Convert one value to a raw tensor of `shape`, or one value per image to `(n, *shape)`. None is null. A tensor
+        holds raw values, in which null values are allowed. Raises `ValueError`, which says what is allowed."""
+        if isinstance(value, Tensor):
+            return self.check_raw(value.cpu())
+        value = value.tolist() if hasattr(value, "tolist") else value  # numpy, pandas
+        if self.is_one_value(value):
+            return self.parse_one(value)
+        parts = [self.parse_one(one.tolist() if hasattr(one, "tolist") else one) for one in value]
+        return torch.stack(parts) if parts else self.null(0)
+
+    def is_one_value(self, value: Any) -> bool:
+        """Return whether `value` is the value of one image, rather than a list with a value per image: a list is one
+        value if it is nested `axes` deep and no part is None."""
+        depth, inner = 0, value
+        while isinstance(inner, (list, tuple)):
+            depth, inner = depth + 1, next((one for one in inner if one is not None), None)
+        depth += getattr(inner, "ndim", 0)
+        return not depth or (depth == self.axes and not any(one is None for one in value))
+
+    def parse_one(self, value: Any) -> Tensor:
+        """Convert the value of one image."""
+        raise NotImplementedError
+
+    def check_raw(self, values: Tensor) -> Tensor:
+        """Check raw values, `shape` or `(n, *shape)`, and convert their type."""
+        raise NotImplementedError
+
+    def check_shape(self, values: Tensor) -> Tensor:
+        """Raise `ValueError` unless `values` have `shape` or `(n, *shape)`."""
+        shape = self.shape
+        if tuple(values.shape) != shape and (not values.ndim or tuple(values.shape[1:]) != shape):
+            one, several = f"the shape {shape}" if shape else "a number", str(("n", *shape)).replace("'", "")
+            raise ValueError(f"expected {one} for one image, or {several} for n images (got {tuple(values.shape)})")
+        return values
+
+    def limit(self, values: Tensor) -> Tensor:
+        """Replace raw values outside those of the training data by the nearest of these."""
+        return values
+
+    def null(self, count: int, device: torch.device | None = None) -> Tensor:
+        """Return `count` null rows."""
+        return torch.full((count, *self.shape), self.null_value, device=device)
+
+    def is_null(self, values: Tensor) -> Tensor:
+        """Return whether each row of raw values is null, bool `(B,)`."""
+        raise NotImplementedError
+
+    def draw(self, count: int) -> Tensor:
+        """Draw random rows, for checks of models."""
+        raise NotImplementedError
+
+    # Files
+
+    @property
+    def stored_type(self) -> torch.dtype:
+        """The type of the numbers in files."""
+        raise NotImplementedError
+
+    def pack(self, values: Tensor) -> Tensor:
+        """Convert raw rows to stored ones. Raises `ValueError` for values that are not allowed."""
+        return self.check_raw(values).to(self.stored_type).contiguous()
+
+    def unpack(self, stored: Tensor) -> Tensor:
+        """Convert stored rows to raw ones. Raises `ValueError` for values that are not allowed."""
+        return self.check_raw(stored)
+
+    # Models
+
+    def embedding(self, width: int, positions: TokenGrid) -> nn.Module:
+        """Return the network that encodes raw rows to `(B, width)`. positions: the grid that the prior's network sees.
+        If `is_map`, the network also takes the sum of the other columns `(B, width)`, and returns `(B, P, width)`."""
+        raise NotImplementedError
+
+    def suits(self, other: Column) -> bool:
+        """Return whether weights that were trained for the column `other` fit this one and mean the same."""
+        return type(self) is type(other) and self.shape == other.shape
+
+    def adapt_weights(self, weights: Mapping[str, Tensor], other: Column) -> Mapping[str, Tensor]:
+        """Return the weights of `embedding` for this column, given those of a column that it `suits`."""
+        return weights
+
+    @property
+    def scales(self) -> tuple[Any, ...]:
+        """The constants by which values are standardised."""
+        return ()
+
+    # Words
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts that a file may hold."""
+        return []
+
+    def describe(self) -> str:
+        """Describe the allowed values."""
+        raise NotImplementedError
+
+    def describe_outside(self, values: Tensor) -> str:
+        """Return a warning if raw values lie outside those of the training data, else nothing."""
+        return ""
+
+    def example(self) -> str:
+        """Return Python code of a value; empty if there is no short one."""
+        return ""
+
+
+# Ids ----------------------------------------------------------------------------------------------
+
+
+class IdColumn(Column):
+    """Ids, of which -1 is null."""
+
+    null_value: ClassVar[float] = -1
+
+    @property
+    def count(self) -> int:
+        """Number of ids."""
+        raise NotImplementedError
+
+    def check_raw(self, values: Tensor) -> Tensor:
+        """Check that ids are whole numbers in range."""
+        values = self.check_shape(values)
+        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+            raise ValueError(f"expected ids, which are whole numbers (got {values.dtype})")
+        values = values.long()
+        if values.numel() and (int(values.min()) < -1 or int(values.max()) >= self.count):
+            found = f"{int(values.min())} to {int(values.max())}"
+            raise ValueError(f"ids should lie in [0, {self.count}), or be -1 for null (got {found})")
+        return values
+
+    def is_null(self, values: Tensor) -> Tensor:
+        """A row is null if all of its ids are."""
+        return (values < 0)[..., None].flatten(1).all(1)
+
+    def draw(self, count: int) -> Tensor:
+        """Draw uniform ids."""
+        return torch.randint(self.count, (count, *self.shape))
+
+
+class ClassColumn(IdColumn):
+    """One of many classes."""
+
+    kind = "class"
+    names: list[str] = Field(min_length=1, max_length=1 << 16, description="names of the classes, by id")
+
+    @classmethod
+    def numbered(cls, count: int, names: Sequence[str] = ()) -> ClassColumn:
+        """Return a column of `count` classes, by default named by their numbers; more than a file may have."""
+        return cls.model_construct(names=list(names) or [str(number) for number in range(count)])
+
+    @property
+    def count(self) -> int:
+        """Number of classes."""
+        return len(self.names)
+
+    def parse_one(self, value: Any) -> Tensor:
+        """Convert a name or an id."""
+        if value is None:
+            return torch.tensor(-1)
+        if isinstance(value, str) and value in self.names:
+            return torch.tensor(self.names.index(value))
+        if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 <= value < len(self.names):
+            return torch.tensor(int(value))
+        raise ValueError(f"{value!r} is not a class; allowed are {describe_names(self.names)}, or their numbers from 0")
+
+    @property
+    def stored_type(self) -> torch.dtype:
+        """-1 is stored as it is."""
+        return torch.int32
+
+    def embedding(self, width: int, positions: TokenGrid) -> nn.Module:
+        """A vector for each class."""
+        return ClassEmbedding(len(self.names), width)
+
+    def suits(self, other: Column) -> bool:
+        """Classes are matched by name."""
+        return type(self) is type(other)
+
+    def adapt_weights(self, weights: Mapping[str, Tensor], other: Column) -> Mapping[str, Tensor]:
+        """Match the rows by name; see `match_rows`."""
+        return {"weight": weights["weight"][self.match_rows(other)]}
+
+    def match_rows(self, other: Any) -> Tensor:
+        """Return for each class, and for null, its row in a table of the classes of `other` and null; a new class has
+        the row of null."""
+        places = {name: row for row, name in enumerate(other.names)}
+        return torch.tensor([*(places.get(name, other.count) for name in self.names), other.count])
+
+    @property
+    def texts(self) -> list[str]:
+        """The names."""
+        return self.names
+
+    def describe(self) -> str:
+        """The names."""
+        return describe_names(self.names)
+
+    def example(self) -> str:
+        """The first name."""
+        return repr(self.names[0])
+
+
+class GridColumn(IdColumn):
+    """The tokens of another image."""
+
+    kind = "grid"
+    is_map: ClassVar[bool] = True
+    grid: Grid = Field(description="shape and vocabulary size of the tokens")
+    tokenizer: str = Field("", description="fingerprint of the tokenizer that makes the tokens")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The grid's shape."""
+        return self.grid.shape
+
+    @property
+    def count(self) -> int:
+        """Number of ids."""
+        return self.grid.vocab_size
+
+    def parse_one(self, value: Any) -> Tensor:
+        """Convert tokens of the grid's shape."""
+        if value is None:
+            return self.null(1)[0]
+        try:
+            tokens = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"expected token ids of shape {self.shape} (got {shorten(value)})") from None
+        return self.check_raw(tokens)
+
+    @property
+    def stored_type(self) -> torch.dtype:
+        """The smallest unsigned type that also holds `vocab_size`, which is null."""
+        return smallest_type(self.grid.vocab_size + 1)
+
+    def pack(self, values: Tensor) -> Tensor:
+        """Null becomes `vocab_size`."""
+        raw = self.check_raw(values)
+        return torch.where(raw < 0, self.grid.vocab_size, raw).to(self.stored_type).contiguous()
+
+    def unpack(self, stored: Tensor) -> Tensor:
+        """`vocab_size` becomes null."""
+        ids = stored.long()
+        return self.check_raw(torch.where(ids == self.grid.vocab_size, -1, ids))
+
+    def embedding(self, width: int, positions: TokenGrid) -> nn.Module:
+        """A transformer block over the ids, laid over the prior's positions."""
+        return GridEncoder(self.grid, positions, width)
+
+    def suits(self, other: Column) -> bool:
+        """The tokens must be those of one tokenizer."""
+        return isinstance(other, GridColumn) and (self.grid, self.tokenizer) == (other.grid, other.tokenizer)
+
+    def describe(self) -> str:
+        """The shape and the number of ids."""
+        return f"{' x '.join(map(str, self.shape))} ids of {self.grid.vocab_size}"
+
+
+# Numbers ------------------------------------------------------------------------------------------
+
+
+class FloatColumn(Column):
+    """Numbers, of which NaN is null."""
+
+    def parse_one(self, value: Any) -> Tensor:
+        """Convert a list of numbers."""
+        if value is None:
+            return self.null(1)[0]
+        several = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)) else [value]
+        if not all(isinstance(one, NUMBERS) for one in several) or len(several) != self.shape[0]:
+            raise ValueError(f"expected {self.describe_expected()} (got {shorten(value)})")
+        try:
+            found = torch.tensor([float(one) for one in several])
+        except OverflowError:
+            raise ValueError(f"numbers must be finite (got {shorten(value)})") from None
+        if not bool(found.isfinite().all()):
+            raise ValueError(f"numbers must be finite (got {shorten(value)})")
+        return self.check_raw(found)
+
+    def describe_expected(self) -> str:
+        """Describe one value in an error."""
+        return "a number per image" if self.shape == (1,) else f"{self.shape[0]} numbers per image"
+
+    def check_raw(self, values: Tensor) -> Tensor:
+        """Check that numbers are finite or NaN."""
+        if self.shape == (1,) and values.ndim < 2 and values.shape != (1,):  # a number, or one per image
+            values = values[..., None]
+        if values.is_complex():
+            raise ValueError(f"expected numbers (got {values.dtype})")
+        values = self.check_shape(values).float()
+        if bool(values.isinf().any()):
+            raise ValueError("numbers must be finite (got infinity)")
+        return values
+
+    def is_null(self, values: Tensor) -> Tensor:
+        """A row is null if any of its numbers is."""
+        return values.isnan().flatten(1).any(1)
+
+    def draw(self, count: int) -> Tensor:
+        """Draw zeros and ones, which all columns of numbers allow."""
+        return torch.randint(2, (count, *self.shape)).float()
+
+    @property
+    def stored_type(self) -> torch.dtype:
+        """NaN is stored as it is."""
+        return torch.float32
+
+    def embedding(self, width: int, positions: TokenGrid) -> nn.Module:
+        """Two layers over the numbers and whether each is given."""
+        return embed_standardized([0.0] * self.shape[0], [1.0] * self.shape[0], width)
+
+    def describe(self) -> str:
+        """How many numbers."""
+        return f"{self.shape[0]} numbers"
+
+
+class FlagsColumn(FloatColumn):
+    """Any number of names at once."""
+
+    kind = "flags"
+    names: list[str] = Field(min_length=1, max_length=1 << 12, description="names of the flags")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """A number for each flag."""
+        return (len(self.names),)
+
+    def parse_one(self, value: Any) -> Tensor:
+        """Convert the names of the flags that are set, or a number 0 or 1 for each flag."""
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, Iterable) or not all(isinstance(one, str) for one in names):
+            return super().parse_one(value)
+        if unknown := [one for one in names if one not in self.names]:
+            raise ValueError(f"{unknown[0]!r} is not a flag; allowed are {describe_names(self.names)}")
+        return torch.tensor([float(name in names) for name in self.names])
+
+    def describe_expected(self) -> str:
+        """Describe one value in an error."""
+        return f"names of flags, or a number 0 or 1 for each of {len(self.names)} flags"
+
+    def check_raw(self, values: Tensor) -> Tensor:
+        """Check that flags are 0 or 1."""
+        values = super().check_raw(values)
+        if bool(((values != 0) & (values != 1) & ~values.isnan()).any()):
+            wrong = values[(values != 0) & (values != 1) & ~values.isnan()]
+            raise ValueError(f"flags must be 0 or 1 (got {float(wrong[0]):g})")
+        return values
+
+    @property
+    def stored_type(self) -> torch.dtype:
+        """Bytes, of which `NULL_FLAG` is null."""
+        return torch.uint8
+
+    def pack(self, values: Tensor) -> Tensor:
+        """NaN becomes `NULL_FLAG`."""
+        return self.check_raw(values).nan_to_num(NULL_FLAG).to(self.stored_type).contiguous()
+
+    def unpack(self, stored: Tensor) -> Tensor:
+        """`NULL_FLAG` becomes NaN."""
+        return self.check_raw(torch.where(stored == NULL_FLAG, torch.nan, stored.float()))
+
+    def suits(self, other: Column) -> bool:
+        """The flags must have the same names."""
+        return isinstance(other, FlagsColumn) and self.names == other.names
+
+    @property
+    def texts(self) -> list[str]:
+        """The names."""
+        return self.names
+
+    def describe(self) -> str:
+        """The names."""
+        return describe_names(self.names)
+
+    def example(self) -> str:
+        """The first two names."""
+        return repr(self.names[:2])
+
+
+class QuantityColumn(FloatColumn):
+    """One or several numbers; a single one is written without a list."""
+
+    @property
+    def axes(self) -> int:
+        """See `Column`."""
+        return 0 if self.shape == (1,) else 1
+
+
+class NumberColumn(QuantityColumn):
+    """One or several numbers, standardised by the training split."""
+
+    kind = "number"
+    mean: list[float] = Field(min_length=1, max_length=64, description="mean over the training split")
+    std: list[Annotated[float, Field(gt=0)]] = Field(description="standard deviation over the training split")
+    low: list[float] = Field(description="smallest values of the training split")
+    high: list[float] = Field(description="largest values of the training split")
+
+    def check(self) -> Iterator[str]:
+        """Check that all statistics are of equally many numbers."""
+        if {len(self.std), len(self.low), len(self.high)} != {len(self.mean)}:
+            yield "mean: mean, std, low and high must have equally many numbers"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As many numbers as there are means."""
+        return (len(self.mean),)
+
+    def limit(self, values: Tensor) -> Tensor:
+        """A model has seen no numbers outside of the range, and weights of 0.3 must keep their meaning for every raw
+        value; so it does not do this itself."""
+        return values.clamp(*torch.tensor([self.low, self.high]).to(values).unbind())
+
+    def embedding(self, width: int, positions: TokenGrid) -> nn.Module:
+        """Octaves of sine and cosine accompany the standardised numbers."""
+        return embed_standardized(self.mean, self.std, width, waves=True)
+
+    @property
+    def scales(self) -> tuple[Any, ...]:
+        """See `Column`."""
+        return self.mean, self.std
+
+    def describe(self) -> str:
+        """The range of each number in the training data."""
+        return ", ".join(f"{low:g} to {high:g}" for low, high in zip(self.low, self.high, strict=True))
+
+    def describe_outside(self, values: Tensor) -> str:
+        """See `Column`."""
+        low, high = torch.tensor([self.low, self.high]).to(values).unbind()
+        if not bool(((values < low) | (values > high)).any()):
+            return ""
+        return f"numbers outside those of the training data, {self.describe()}, count as the nearest of these"
+
+    def example(self) -> str:
+        """The means."""
+        means = [float(f"{mean:.4g}") for mean in self.mean]
+        return repr(means if len(means) > 1 else means[0])
+
+
+class AngleColumn(QuantityColumn):
+    """One or several angles in degrees: 350 and 10 are near, and 370 is 10."""
+
+    kind = "angle"
+    size: int = Field(1, ge=1, le=64, description="number of angles")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As many numbers as there are angles."""
+        return (self.size,)
+
+    def check_raw(self, values: Tensor) -> Tensor:
+        """Check that angles are finite or NaN, and bring them to 0 to 360 degrees."""
+        return super().check_raw(values).remainder(360)
+
+    def embedding(self, width: int, positions: TokenGrid) -> nn.Module:
+        """Two layers over sine and cosine."""
+        return FloatEmbedding(self.features, 9 * self.size, width)
+
+    def features(self, values: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        """Return whether each angle is given, and sine and cosine of its multiples, 0 where null."""
+        given = ~values.isnan()
+        radians = torch.where(given, values, 0).to(dtype) * (math.pi / 180)
+        angles = torch.cat([radians * multiple for multiple in (1, 2, 3, 4)], 1)
+        masks = given.repeat(1, 4)
+        return [given, angles.sin() * masks, angles.cos() * masks]
+
+    def describe(self) -> str:
+        """The unit."""
+        return "degrees" if self.size == 1 else f"{self.size} angles in degrees"
+
+    def example(self) -> str:
+        """A right angle."""
+        return repr(90.0 if self.size == 1 else [90.0] * self.size)
+
+
+class VectorColumn(FloatColumn):
+    """An embedding computed by `encoder`."""
+
+    kind = "vector"
+    size: int = Field(ge=1, le=1 << 14, description="length of the vector")
+    scale: float = Field(1.0, gt=0, description="root mean square of the numbers in the training split")
+    encoder: str = Field("", description="what computes the vectors")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The vector's length."""
+        return (self.size,)
+
+    @property
+    def stored_type(self) -> torch.dtype:
+        """Half precision, since embeddings are long."""
+        return torch.float16
+
+    def pack(self, values: Tensor) -> Tensor:
+        """Raises `ValueError` for numbers beyond the stored type's limit, too."""
+        stored = super().pack(values)
+        if bool(stored.isinf().any()):
+            most = torch.finfo(stored.dtype).max
+            raise ValueError(f"numbers must lie within +-{most:g}, the limit of {stored.dtype}")
+        return stored
+
+    def embedding(self, width: int, positions: TokenGrid) -> nn.Module:
+        """Two layers over the numbers, divided by their scale."""
+        return embed_standardized([0.0] * self.size, [self.scale] * self.size, width)
+
+    def suits(self, other: Column) -> bool:
+        """The vectors must be of one encoder."""
+        return isinstance(other, VectorColumn) and (self.size, self.encoder) == (other.size, other.encoder)
+
+    @property
+    def scales(self) -> tuple[Any, ...]:
+        """See `Column`."""
+        return (self.scale,)
+
+    @property
+    def texts(self) -> list[str]:
+        """The encoder."""
+        return [self.encoder]
+
+
+# All kinds ----------------------------------------------------------------------------------------
+
+KINDS: dict[str, type[Column]] = {
+    kind.kind: kind for kind in (ClassColumn, FlagsColumn, NumberColumn, AngleColumn, VectorColumn, GridColumn)
+}
+
+
+def read_column(value: Any) -> Column:
+    """Parse the JSON form of a column; return a `Column` unchanged. Raises `ValueError`."""
+    if isinstance(value, Column):
+        return value
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"a column's kind must be one of {', '.join(KINDS)} (got {quote(kind)})")
+    try:
+        return KINDS[kind](**{name: item for name, item in value.items() if name != "kind"})
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+AnyColumn = Annotated[Column, PlainValidator(read_column), PlainSerializer(lambda column: column.to_dict())]
+"""Field type for a column in a configuration."""
+
+
+def names_problem(names: Iterable[str]) -> Iterator[str]:
+    """Yield what is wrong with the names of columns."""
+    names = list(names)
+    if len(names) > MAX_COLUMNS:
+        yield f"at most {MAX_COLUMNS} columns are possible (got {len(names)})"
+    for name in names:
+        if not NAME.fullmatch(name) or name in RESERVED:
+            yield f"{name!r} cannot name a column; use letters, digits and _, and not {', '.join(RESERVED)}"
+
+
+def find_column(columns: Mapping[str, Any], name: str, argument: str = "condition") -> Any:
+    """Return the column `name`. Raises `ValueError`, which lists the columns. argument: what named it."""
+    if name in columns:
+        return columns[name]
+    near = difflib.get_close_matches(str(name), columns, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"{argument}: unknown column {name!r}; {hint}{describe_columns(columns)}")
+
+
+def describe_columns(columns: Mapping[str, Any]) -> str:
+    """Describe the columns in a few words."""
+    return f"the columns are {', '.join(columns)}" if columns else "there are no columns"
+
+
+def describe_names(names: Sequence[str]) -> str:
+    """List the first names."""
+    return ", ".join(names[:FEW]) + (f", ... ({len(names)} in all)" if len(names) > FEW else "")
+
+
+def shorten(value: Any) -> str:
+    """Return the representation of a value in one line, at most 80 characters long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."

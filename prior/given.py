@@ -1,0 +1,164 @@
+"""What is known of the images of a batch: `Given`, the raw rows of all columns; the class is the column `label`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .columns import LABEL, Column, describe_columns, find_column, shorten
+
+Convert = Callable[[str, Column, Any], Any]
+"""Replaces what a column does not read itself, such as pictures and texts, in a value of the named column."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """The raw rows of `count` images. Columns without rows are null for all of them.
+
+    Whoever removes a condition (guidance, dropout, evaluation) uses `without`; `Prior.encode_given` encodes what is
+    left. Rows may be anything that an index turns into a tensor, such as the rows of a token dataset on a disk."""
+
+    columns: Mapping[str, Column]
+    rows: Mapping[str, Any]
+    count: int
+
+    @classmethod
+    def read(
+        cls,
+        columns: Mapping[str, Column],
+        labels: Any = None,
+        condition: Any = None,
+        *,
+        count: int | None = None,
+        default: int = 1,
+        device: torch.device | None = None,
+        convert: Convert = lambda name, column, value: value,
+    ) -> Given:
+        """Read what users write, once, in the first line of a public method.
+
+        labels: one class or one per image, the short form of `condition["label"]`. condition: values by column, one for
+        all images or one per image (see `Column.parse`), or a `Given`. count: the number of images; None: as many as
+        there are values, or `default`. Raises `ValueError`, which names the column and what is allowed."""
+        if isinstance(condition, Given):
+            found = condition.of_columns(columns)
+            if labels is not None:
+                found = found.with_rows(**cls.read(columns, labels, count=len(found), device=device).rows)
+            if count not in (None, len(found)):
+                raise ValueError(f"condition: got rows of {len(found)} images for {count} images")
+            return found.to(device)
+        if not isinstance(condition, (Mapping, type(None))):
+            there = describe_columns(columns)
+            raise ValueError(f"condition: expected values by column (got {shorten(condition)}); {there}")
+        values = dict(condition or {})
+        if labels is not None:
+            if values.get(LABEL) is not None:
+                raise ValueError(f"give labels, or {LABEL!r} in condition, not both")
+            values[LABEL] = labels
+        parsed = dict[str, Tensor]()
+        for name, value in values.items():
+            if name == LABEL and name not in columns and is_all_none(value):
+                continue
+            where = "labels" if name == LABEL and labels is not None else f"condition: {name}"
+            if where == "labels" and name not in columns:
+                raise ValueError(f"labels: there are no classes (got {shorten(value)})")
+            column = find_column(columns, name)
+            try:
+                parsed[name] = column.parse(convert(name, column, value))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{where}: {error}") from error
+            if parsed[name].ndim > len(column.shape):
+                count = len(parsed[name]) if count is None else count
+                if len(parsed[name]) != count:
+                    number = len(parsed[name])
+                    raise ValueError(
+                        f"{where}: got a list of {number} for {count} images; give one value, or one per image"
+                    )
+        count, rows = default if count is None else count, dict[str, Tensor]()
+        for name, raw in parsed.items():
+            raw = raw if raw.ndim > len(columns[name].shape) else raw.expand(count, *raw.shape)
+            if not bool(columns[name].is_null(raw).all()):
+                rows[name] = raw.to(device)
+        return cls(columns, rows, count)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, at: Any) -> Given:
+        """Select images by any index of a tensor that keeps its first axis."""
+        rows = {name: raw[at] for name, raw in self.rows.items()}
+        first = next(iter(rows.values()), None)
+        return replace(self, rows=rows, count=len(torch.arange(self.count)[at] if first is None else first))
+
+    def repeat(self, times: int) -> Given:
+        """Repeat each image `times` in a row."""
+        return self[torch.arange(self.count).repeat_interleave(times)]
+
+    def expand(self, count: int) -> Given:
+        """Repeat a single image `count` times."""
+        rows = {name: raw.expand(count, *raw.shape[1:]) for name, raw in self.rows.items()}
+        return replace(self, rows=rows, count=count)
+
+    def without(self, names: Iterable[str] | Mapping[str, Tensor] | None = None) -> Given:
+        """Make columns null: those named, or all. A mapping makes them null in the rows, bool `(B,)`, that it has by
+        name."""
+        if isinstance(names, Mapping):
+            rows = dict(self.rows)
+            for name in names.keys() & rows.keys():
+                rows[name] = rows[name].clone()
+                rows[name][names[name]] = self.columns[name].null(1, rows[name].device)[0]
+            return replace(self, rows=rows)
+        gone = set(self.rows if names is None else names)
+        return replace(self, rows={name: rows for name, rows in self.rows.items() if name not in gone})
+
+    def with_rows(self, **rows: Any) -> Given:
+        """Replace the raw rows of columns by name."""
+        return replace(self, rows={**self.rows, **rows})
+
+    def of_columns(self, columns: Mapping[str, Column]) -> Given:
+        """Return the same rows for other `columns`, which must have all that are given. Raises `ValueError`."""
+        for name in self.rows:
+            find_column(columns, name)
+        return replace(self, columns=columns)
+
+    def limit(self) -> Given:
+        """Replace numbers outside those of the training data by the nearest of these."""
+        return replace(self, rows={name: self.columns[name].limit(rows) for name, rows in self.rows.items()})
+
+    def to(self, device: torch.device | None) -> Given:
+        """Move all rows to a device."""
+        return replace(self, rows={name: rows.to(device) for name, rows in self.rows.items()})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the columns that are given, in the order of all columns."""
+        return tuple(name for name in self.columns if name in self.rows)
+
+    def raw(self, name: str, device: torch.device | None = None) -> Tensor:
+        """Return the raw rows of a column, null where nothing is given."""
+        return self.rows[name] if name in self.rows else self.columns[name].null(self.count, device)
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the raw rows of all columns, and of the label if it is given, whose null is written as the
+        number of classes, as in 0.3."""
+        digest = hashlib.sha256()
+        for name in sorted(set(self.columns) - {LABEL} | set(self.rows)):
+            values = self.raw(name).detach().cpu().contiguous()
+            if name == LABEL:
+                values = torch.where(values < 0, len(self.columns[name].names), values)  # type: ignore[attr-defined]
+            if values.is_floating_point():  # NaN and 0 have several forms
+                values = torch.where(values.isnan(), math.nan, values + 0.0)
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+            digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def is_all_none(value: Any) -> bool:
+    """Return whether a value is None, or a list of nothing but None."""
+    return value is None or isinstance(value, (list, tuple)) and all(one is None for one in value)
