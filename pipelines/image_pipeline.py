@@ -206,7 +206,7 @@ class ImagePipeline:
         tokenizers = saving.check_fit(tokenizer, prior, background, condition_tokenizers)
         if labels and len(labels) != prior.num_classes:
             raise ConfigError(f"{saving.INDEX}: labels: {len(labels)} names for {prior.num_classes} classes")
-        saving.check_names(prior.config.conditions, labels)
+        saving.check_names(labels, prior.config.conditions)
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
         self.background = None if background is None else background.eval()
         """A prior trained on perturbed tokens, for `anomaly_score(method="ratio")`."""
