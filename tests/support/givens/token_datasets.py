@@ -11,7 +11,7 @@ from small import make_tokenizer
 
 from pipelines.tokens import TokenDataset, TokenSplit, load_tokens
 from pipelines.tokens.shards import smallest_type
-from prior.conditions import ClassColumn, FlagsColumn, GridColumn, NumberColumn, VectorColumn
+from prior.columns import ClassColumn, FlagsColumn, GridColumn, NumberColumn, VectorColumn
 from tokenizer.files import PipelineLoadError, write_manifest
 
 
