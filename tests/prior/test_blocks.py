@@ -55,7 +55,8 @@ def test_completions_have_the_density_that_is_said(name):
     known = torch.tensor([[False, True, False], [False, False, True]])
     grids = all_grids(model.grid)
     grids = grids[(grids[:, known] == torch.tensor([1, 0])).all(1)]
-    expected = region_log_prob(model, grids, known, torch.ones(16).long()).detach().exp()
+    given = model.read_given([1] * len(grids), None, len(grids))
+    expected = region_log_prob(model, grids, known, given).detach().exp()
     assert abs(float(expected.sum()) - 1) < 1e-5
     drawn = model.sample(
         count, torch.ones(count).long(), generator=torch.Generator().manual_seed(3), tokens=grids[0], known=known
