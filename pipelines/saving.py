@@ -289,11 +289,10 @@ def set_fingerprints(models: Mapping[str, PretrainedModel], grids: Collection[st
             continue
         columns = {
             name: column.model_copy(update={"tokenizer": made[name]}) if name in made else column
-            for name, column in prior.conditions.items()
+            for name, column in prior.config.conditions.items()
         }
-        if (prior.config.tokenizer, prior.conditions) != (fingerprint, columns):
+        if (prior.config.tokenizer, prior.config.conditions) != (fingerprint, columns):
             prior.config = prior.config.model_copy(update={"tokenizer": fingerprint, "conditions": columns})
-            prior.conditions = columns
 
 
 def change_dtype(pipeline: ImagePipeline, choose: Callable[[PretrainedModel], torch.dtype | None]) -> None:
