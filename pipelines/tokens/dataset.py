@@ -109,6 +109,12 @@ class TokenDataset:
         """Number of classes; 0 without labels."""
         return len(self.class_names)
 
+    def of_columns(self, columns: Mapping[str, Column]) -> TokenDataset:
+        """Return the dataset with no other columns than these."""
+        splits = {name: split.of_columns(columns) for name, split in self.splits.items()}
+        tokenizers = {name: one for name, one in self.condition_tokenizers.items() if name in columns}
+        return replace(self, columns=columns, splits=splits, condition_tokenizers=tokenizers)
+
     def save(self, folder: str | Path, rows_per_shard: int | None = None) -> None:
         """Write the folder atomically; replace an older token dataset.
 
