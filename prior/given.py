@@ -162,11 +162,11 @@ def digest_rows(rows: Mapping[str, Tensor]) -> str:
     """Return the sha256 of tensors by name."""
     digest = hashlib.sha256()
     for name, values in sorted(rows.items()):
-        values = values.detach().cpu().contiguous()
+        values = values.detach().cpu()
         if values.is_floating_point():  # NaN and 0 have several forms
             values = torch.where(values.isnan(), math.nan, values + 0.0)
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(values.numpy().tobytes())
     return digest.hexdigest()
 
 
