@@ -20,8 +20,10 @@ from PIL.Image import Image as Picture
 from torch import Tensor
 
 from prior import Prior
-from prior.conditions import Given
-from prior.sampling import Order, as_tensor, check_count, check_known, select_order, whole_number
+from prior.arguments import as_tensor, check_count, whole_number
+from prior.given import Given
+from prior.options import Order, select_order
+from prior.sampling import check_known
 from tokenizer.precision import in_finest
 
 from .images.clips import to_clips, to_strips
@@ -29,8 +31,7 @@ from .images.decoding import pixels_of
 from .images.pictures import LATENT, check_output_type
 
 if TYPE_CHECKING:
-    from .condition_values import GivenCondition
-    from .image_pipeline import ImagePipeline, Images, Label, PipelineOutput
+    from .image_pipeline import Condition, ImagePipeline, Images, Label, PipelineOutput
 
 Known = Tensor | np.ndarray | None
 """bool `(H, W)` or `(B, H, W)`, True = keep this pixel."""
@@ -56,7 +57,7 @@ def complete(
     known: Known = None,
     labels: Label | Sequence[Label] = None,
     *,
-    condition: GivenCondition = None,
+    condition: Condition = None,
     mask: Mask = None,
     frames: int | None = None,
     draws: int = 1,
@@ -92,14 +93,11 @@ def complete(
     check_output_type(output_type, LATENT)
     batch = pipeline.to_images(images)
     count, known = len(batch), find_known_pixels(known, mask, images, batch, frames, pipeline.frames)
-    ids, null = pipeline.label_ids(labels, count, condition), pipeline.prior.num_classes
-    each = None if ids is None else [None if one == null else one for one in ids.tolist() for _ in range(draws)]
-    columns = pipeline.read_condition(condition, count)
+    given = pipeline.read_given(labels, condition, count)
     tokens, keep = encode_visible(pipeline, batch, known, batch_size)
     made = pipeline(
         count * draws,
-        each,
-        condition={name: values.repeat_interleave(draws, 0) for name, values in columns.items()} or None,
+        condition=given.repeat(draws),
         order=select_order(order, [row for row in range(count) for _ in range(draws)], count),
         batch_size=batch_size,
         output_type=LATENT,
@@ -110,9 +108,9 @@ def complete(
     drawn = split_draws(made.tokens, draws)
     if output_type == LATENT:
         return made._replace(images=drawn, tokens=drawn)
-    there, given = known[:, None].repeat_interleave(draws, 0), batch.repeat_interleave(draws, 0)
+    there, original = known[:, None].repeat_interleave(draws, 0), batch.repeat_interleave(draws, 0)
     decoded = pipeline.decode_batch(made.tokens, batch_size=batch_size, progress=settings.get("progress", True))
-    filled = pipeline.convert_images(torch.where(there, given, decoded), output_type)
+    filled = pipeline.convert_images(torch.where(there, original, decoded), output_type)
     return made._replace(images=split_draws(filled, draws), tokens=drawn)
 
 
@@ -168,7 +166,7 @@ def conditional_log_prob(
     known: Known = None,
     labels: Label | Sequence[Label] = None,
     *,
-    condition: GivenCondition = None,
+    condition: Condition = None,
     mask: Mask = None,
     frames: int | None = None,
     batch_size: int = 256,
@@ -188,16 +186,16 @@ def conditional_log_prob(
     """
     batch = pipeline.to_images(images)
     known = find_known_pixels(known, mask, images, batch, frames, pipeline.frames)
-    parts = []
-    for rows, part, given in pipeline.batches(batch, labels, batch_size, condition):
+    given, parts = pipeline.read_given(labels, condition, len(batch)), []
+    for rows, part, own in pipeline.batches(batch, given, batch_size):
         visible, keep = encode_visible(pipeline, part, known[rows])
         tokens = torch.where(keep, visible, pipeline.encode_batch(part))
-        parts.append(region_log_prob(pipeline.prior, tokens, keep, given))
+        parts.append(region_log_prob(pipeline.prior, tokens, keep, own))
     return torch.cat(parts)
 
 
-def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, labels: Given | None = None) -> Tensor:
-    """Return log p(hidden tokens | known tokens, labels), `(B,)` nats; exact even if `log_prob` is an estimate.
+def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, given: Given) -> Tensor:
+    """Return log p(hidden tokens | known tokens, what is given), `(B,)` nats; exact even if `log_prob` is an estimate.
 
     tokens: `(B, *grid.shape)`; known: bool, `grid.shape` or `(B, *grid.shape)`. An any-order prior is evaluated in the
     order that `sample` uses: known tokens first, then the rest in the prior's own order and blocks. Raises
@@ -211,7 +209,7 @@ def region_log_prob(prior: Prior, tokens: Tensor, known: Tensor, labels: Given |
             f"{len(tokens)} images known tokens come after hidden ones; use a mask whose known tokens come first, or "
             "an any-order prior (masked; blocks or gpt with any_order; made with order_agnostic)"
         )
-    each = prior.chain_log_probs(tokens, labels, known=keep)
+    each = prior.chain_log_probs(tokens, given, known=keep)
     return in_finest(each.flatten(1)).masked_fill(keep, 0).sum(1).float()
 
 

@@ -22,18 +22,20 @@ import torch
 from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 from PIL import Image
 from pydantic import Field
+from torch import Tensor
 
-from prior.conditions import LABEL, digest_condition
-from prior.sampling import DecodingOptions, SamplingOptions, choose_orders, make_batch
+from prior.columns import LABEL
+from prior.given import Given
+from prior.options import DecodingOptions, SamplingOptions
+from prior.sampling import choose_orders, make_batch
 from tokenizer.files import fsync
 
-from .condition_keys import ConditionRows, SamplesWithCondition, format_values
-from .condition_values import name_given
+from .condition_keys import GivenKeys, SamplesWithCondition, format_values
 from .config import OutputConfig, UserError, run_command
 from .config.importing import format_imports
 from .config.table import count_of
 from .files import Output, atomic_file, lock_output, replace_file, require_apart, require_writable
-from .image_pipeline import NO_TEXT, ImagePipeline, Label, equal_batches
+from .image_pipeline import NO_TEXT, ImagePipeline, equal_batches
 from .images.animations import ANIMATIONS, require_video, write_animation
 from .images.arrays import is_plain, type_name, values_of
 from .images.grids import class_grid
@@ -108,7 +110,7 @@ def run(config: GenerateConfig) -> Path:
         group.on_main(lambda: ImageFolder(config, config.num_images or group.world).check(group.world))
         pipeline = group.main_first(lambda: ImagePipeline.from_pretrained(config.pipeline, device=device))
         request = group.main_first(lambda: make_request(config, pipeline))
-        count = request.given.count
+        count = len(request.given)
         images = ImageFolder(config, count, pipeline.tokenizer)
         group.on_main(lambda: images.check(group.world))
         job = group.on_main(lambda: describe_job(request, images.file_suffix))
@@ -124,7 +126,7 @@ def run(config: GenerateConfig) -> Path:
             began, mine = time.monotonic(), list(group.mine(missing))
             group.gather(lambda: make_images(images, mine, request, config.batch_size, show_progress=group.is_main))
             seconds = time.monotonic() - began
-            group.on_main(lambda: images.finish(job, format_values(pipeline, request.given, out)))
+            group.on_main(lambda: images.finish(job, format_values(pipeline, request.keys, out)))
         if group.is_main:
             what = "clip" if pipeline.frames > 1 else "image"
             rate = f"{len(missing) / seconds:,.1f} {what}s per second" if missing else "already finished"
@@ -135,13 +137,14 @@ def run(config: GenerateConfig) -> Path:
 
 @dataclass(frozen=True)
 class Request:
-    """Images identified by number, independent of process and batch: image k has class `classes[k % len(classes)]` (no
-    class if `classes` is empty), the condition of row k, and seed + k. settings: the sampling settings that were
-    given."""
+    """Images identified by number, independent of process and batch: image k has what is given in row k, with class
+    `labels[k % len(labels)]` (no class if there are none), and seed + k. keys: what was written; settings: the sampling
+    settings that were given."""
 
     pipeline: ImagePipeline
-    classes: Sequence[Label]
-    given: ConditionRows
+    keys: GivenKeys
+    labels: Tensor
+    given: Given
     seed: int
     decoding: DecodingOptions
     settings: dict[str, Any]
@@ -149,15 +152,12 @@ class Request:
     def draw(self, numbers: Sequence[int], progress: bool = False) -> np.ndarray:
         """Draw the images with these numbers in one batch, an array (B, H, W, C), in which clips are strips. Raises
         `UserError` for a request that does not fit the prior."""
-        labels = [self.classes[k % len(self.classes)] for k in numbers] if self.classes else None
-        condition = self.given.select(numbers).columns
+        given = self.given[list(numbers)].drop_null()
         try:
-            given = name_given(self.pipeline.prior, self.pipeline.label_ids(labels, len(numbers)), condition)
-            sampler = self.sampler if self.sampler.can_guide(given) else self.sampler.unguided()
+            sampler = self.sampler if self.sampler.can_guide(given.names) else self.sampler.unguided()
             images: np.ndarray = self.pipeline(
                 len(numbers),
-                labels,
-                condition=condition,
+                condition=given,
                 generator=[torch.Generator().manual_seed(self.seed + k) for k in numbers],
                 batch_size=len(numbers),
                 output_type="np",
@@ -172,30 +172,26 @@ class Request:
     @cached_property
     def sampler(self) -> SamplingOptions:
         """The sampling settings of all images. Raises `ValueError` or `TypeError`."""
-        ids = self.pipeline.label_ids(self.classes, len(self.classes)) if self.classes else None
-        return self.pipeline.choose_sampler(self.settings, ids, self.decoding, self.given.columns)
+        return self.pipeline.choose_sampler(self.settings, self.given.names, self.decoding)
 
     def describe(self) -> dict[str, Any]:
         """Return everything that the pixels depend on, except the number of images. Raises `UserError` for a request
         that does not fit the prior."""
         pipeline, prior = self.pipeline, self.pipeline.prior
         try:
-            ids = pipeline.label_ids(self.classes, len(self.classes)) if self.classes else None
             self.decoding.check()
-            label = None if ids is None else ids[:1]
-            condition = {name: raw[:1] for name, raw in self.given.columns.items()}
-            batch = make_batch(prior, 1, label, condition, self.sampler, torch.Generator(), None, None)
+            batch = make_batch(prior, self.given[:1], self.sampler, torch.Generator(), None, None)
             choose_orders(prior, self.decoding, batch)
         except (ValueError, TypeError) as error:
             raise UserError(str(error)) from error
-        names = pipeline.labels or [str(number) for number in range(prior.num_classes)]
+        null, others = prior.num_classes, self.given.without([LABEL])
         return {
-            "class_names": names if self.classes else None,
+            "class_names": pipeline.class_names(torch.arange(null)) if len(self.labels) else None,
             "image_shape": pipeline.tokenizer.image_shape,
             "tokenizer": pipeline.tokenizer.fingerprint(),
             "prior": prior.fingerprint(),
-            "labels": None if ids is None else ids.tolist(),
-            **({"condition": digest_condition(self.given.columns)} if self.given.columns else {}),
+            "labels": torch.where(self.labels < 0, null, self.labels).tolist() if len(self.labels) else None,
+            **({"condition": digest_written(others)} if others.names else {}),
             "seed": self.seed,
             "order": self.decoding.order,
             "num_orders": self.decoding.num_orders,
@@ -206,19 +202,42 @@ class Request:
 
 def make_request(config: GenerateConfig, pipeline: ImagePipeline) -> Request:
     """Return the request that `config` describes."""
-    given = config.read_condition(pipeline, config.num_images, default=IMAGES)
-    chosen = config.labels if config.labels is None or isinstance(config.labels, list) else [config.labels]
-    decoding = DecodingOptions(config.order, config.num_orders, parallel=config.parallel)
-    if chosen and given.labels:
+    keys = config.read_condition(pipeline, config.num_images, default=IMAGES)
+    given, chosen = keys.given, config.labels
+    if chosen is not None and chosen != [] and LABEL in keys.written:
         raise UserError(f"condition.{LABEL}: classes are given by labels, too; give them once")
-    classes = chosen or given.labels or range(pipeline.prior.num_classes)
-    return Request(pipeline, classes, given, config.seed, decoding, config.sampling_settings())
+    if LABEL in keys.written:
+        labels = given.raw(LABEL)
+        labels = labels[:1] if is_constant(labels) else labels
+    else:
+        every = list(range(pipeline.prior.num_classes)) if chosen is None or chosen == [] else chosen
+        several = every if isinstance(every, list) else [every]
+        try:
+            labels = pipeline.read_given(several, count=len(several)).raw(LABEL) if several else torch.empty(0)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if len(labels):
+            given = given.with_rows(label=labels[torch.arange(len(given)) % len(labels)]).drop_null()
+    decoding = DecodingOptions(config.order, config.num_orders, parallel=config.parallel)
+    return Request(pipeline, keys, labels, given, config.seed, decoding, config.sampling_settings())
+
+
+def digest_written(given: Given) -> str:
+    """Return the sha256 of the columns that are given; of one row of a column that is the same for all images."""
+    columns = {name: given.columns[name] for name in given.names}
+    rows = {name: raw[:1] if is_constant(raw) else raw for name, raw in given.rows.items()}
+    return Given(columns, rows, len(given)).digest
+
+
+def is_constant(raw: Tensor) -> bool:
+    """Return whether all rows are equal; null equals null."""
+    return bool(((raw == raw[:1]) | (raw.isnan() & raw[:1].isnan())).all())
 
 
 def describe_job(request: Request, suffix: str) -> dict[str, Any]:
     """Return everything that the files depend on. suffix: theirs."""
     other = {} if suffix == FILES[0] else {"suffix": suffix}
-    return {"verb": "generate", "num_images": request.given.count, **other, **request.describe()}
+    return {"verb": "generate", "num_images": len(request.given), **other, **request.describe()}
 
 
 def choose_suffix(config: GenerateConfig, tokenizer: Any) -> str:

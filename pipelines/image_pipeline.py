@@ -7,7 +7,8 @@ import inspect
 import io
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import wraps
@@ -22,21 +23,12 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from prior import Prior
-from prior.conditions import Column, Condition, Given, select_rows
-from prior.sampling import (
-    GUIDANCE,
-    DecodingOptions,
-    Generators,
-    Order,
-    SamplingOptions,
-    Step,
-    as_tensor,
-    check_count,
-    check_known,
-    progress_bar,
-    select_order,
-    whole_number,
-)
+from prior.arguments import as_tensor, check_count, whole_number
+from prior.columns import LABEL, ClassColumn, Column, describe_columns
+from prior.given import Given
+from prior.noise import Generators
+from prior.options import GUIDANCE_FIELDS, DecodingOptions, Order, SamplingOptions, select_order
+from prior.sampling import Step, check_known, progress_bar
 from tokenizer import Tokenizer
 from tokenizer.base import LikelihoodError
 from tokenizer.files import ConfigError
@@ -45,15 +37,8 @@ from tokenizer.model import Dtype, PretrainedModel, choose_dtype
 from . import completion, representation, saving
 from .anomaly import calibrating, healing, scores
 from .anomaly.calibration import Calibration
-from .compression.coding import compress, decompress, exact_pixels, sizes_of, whole_image, write_tiles
-from .condition_values import (
-    GivenCondition,
-    choose_labels,
-    count_rows,
-    name_given,
-    parse_condition,
-    read_condition,
-)
+from .columns import convert_value
+from .compression.coding import compress, decompress, exact_pixels, has_no_label, sizes_of, whole_image, write_tiles
 from .images.arrays import Values, values_of
 from .images.binarize import Binarize, binarize
 from .images.blending import decode_tiles, encode_tiles, reconstruct_tiles
@@ -63,6 +48,7 @@ from .images.origin import shareable
 from .images.pictures import (
     LATENT,
     check_output_type,
+    find_user_stacklevel,
     picture_pixels,
     shown_channels,
     to_uint8,
@@ -73,6 +59,9 @@ from .provenance import trained_data
 
 Images = PILImage | Tensor | np.ndarray | Sequence[PILImage | Tensor | np.ndarray | Sequence[PILImage]]
 Label = int | str | None
+Condition = Mapping[str, Any] | Given | PILImage | Tensor | np.ndarray | list[Any] | tuple[Any, ...] | None
+"""Values by column, one for all images or one per image; what was read from such; or images or tokens for the only
+grid."""
 Callback = Callable[[Any, int, int, dict[str, Tensor]], Any]
 """`callback_on_step_end`; see `ImagePipeline.__call__`."""
 
@@ -217,7 +206,7 @@ class ImagePipeline:
         tokenizers = saving.check_fit(tokenizer, prior, background, condition_tokenizers)
         if labels and len(labels) != prior.num_classes:
             raise ConfigError(f"{saving.INDEX}: labels: {len(labels)} names for {prior.num_classes} classes")
-        saving.check_names(labels, prior.conditions)
+        saving.check_names(labels, prior.config.conditions)
         self.tokenizer, self.prior = tokenizer.eval(), prior.eval()
         self.background = None if background is None else background.eval()
         """A prior trained on perturbed tokens, for `anomaly_score(method="ratio")`."""
@@ -248,10 +237,11 @@ class ImagePipeline:
     def __repr__(self) -> str:
         grid, shape = self.prior.grid, "x".join(map(str, frame_shape(self.tokenizer)))
         shape = f"images {shape}" if self.frames == 1 else f"clips {self.frames}x{shape}"
+        others = self.prior.config.conditions
         return (
             f"{type(self).__name__}({self.tokenizer.name} + {self.prior.name}, {shape}, tokens "
             f"{'x'.join(map(str, grid.shape))} of {grid.vocab_size}, {self.prior.num_classes} classes"
-            f"{', columns ' * bool(self.conditions)}{', '.join(self.conditions)})"
+            f"{', columns ' * bool(others)}{', '.join(others)})"
         )
 
     # Sampling
@@ -262,7 +252,7 @@ class ImagePipeline:
         num_images: int | None = None,
         labels: Label | Sequence[Label] = None,
         *,
-        condition: GivenCondition = None,
+        condition: Condition = None,
         num_images_per_label: int | None = None,
         seed: int | None = None,
         generator: Generators = None,
@@ -280,14 +270,14 @@ class ImagePipeline:
     ) -> PipelineOutput:
         """Sample images.
 
-        labels: one class (id or name) for all, or one per image; None is unconditional. condition: values of the
-        columns in `conditions` by name, one for all images or one per image, such as `{"age": 63}`; see
-        `read_condition`. num_images: by default, as many as labels or values are given, else 1. num_images_per_label:
-        instead of `num_images`, the number of images of each label in turn. seed: image k uses seed + k, for any
-        `batch_size`. tokens, known, order, num_orders, cache, parallel: as in `Prior.sample`. output_type: "pil", "np"
-        (uint8, or the type and range of the training images), "pt" (float in [-1, 1]), or "latent" (the tokens, not
-        decoded). Clips (`frames` > 1) are lists of lists of PIL images, arrays (B, T, H, W, C) or tensors
-        `(B, T, C, H, W)`. progress: False hides the bar and overrides `set_progress_bar_config`.
+        labels: one class (id or name) for all, or one per image; None is unconditional. condition: values of `columns`
+        by name, one for all images or one per image, such as `{"age": 63}`; see `read_given`. num_images: by default,
+        as many as labels or values are given, else 1. num_images_per_label: instead of `num_images`, the number of
+        images of each label in turn. seed: image k uses seed + k, for any `batch_size`. tokens, known, order,
+        num_orders, cache, parallel: as in `Prior.sample`. output_type: "pil", "np" (uint8, or the type and range of the
+        training images), "pt" (float in [-1, 1]), or "latent" (the tokens, not decoded). Clips (`frames` > 1) are lists
+        of lists of PIL images, arrays (B, T, H, W, C) or tensors `(B, T, C, H, W)`. progress: False hides the bar and
+        overrides `set_progress_bar_config`.
 
         callback_on_step_end: called as `f(pipe, step, rank, {"tokens": ..., "known": ...})` after each step: step
         counts from 0 over all batches; rank is the position that the current images have reached in their order; tokens
@@ -302,16 +292,21 @@ class ImagePipeline:
         given `guidance_end` is linear unless `guidance_power` is also given. Raises `ValueError` for arguments out of
         range, `TypeError` for a setting that the prior does not have.
         """
-        labels, raw = choose_labels(labels, condition), parse_condition(self, condition)
-        default = count_rows(self.conditions, raw)
-        num_images, labels = count_images(num_images, labels, num_images_per_label, default)
+        if isinstance(num_images, str):
+            raise TypeError(f"num_images should be a number (got {num_images!r}); {NO_TEXT}")
+        if num_images_per_label is not None:
+            if num_images is not None:
+                raise ValueError("give num_images (in total) or num_images_per_label, not both")
+            labels, condition, num_images = repeat_labels(labels, condition, num_images_per_label)
+        num_images = None if num_images is None else check_count(num_images)
+        given = self.read_given(labels, condition, num_images)
+        num_images = check_count(len(given))
         check_count(batch_size, "batch_size")
         check_output_type(output_type, LATENT)
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise TypeError(f"callback_on_step_end should be a function (got {callback_on_step_end!r})")
-        ids, columns = self.label_ids(labels, num_images), self.read_condition(raw, num_images)
         decoding = DecodingOptions(order, num_orders, cache, parallel)
-        sampler = self.choose_sampler(settings, ids, decoding, columns)
+        sampler = self.choose_sampler(settings, given.names, decoding)
         generator = make_generators(seed, generator, num_images)
         shape = (num_images, *self.prior.grid.shape)
         tokens, known = (each.reshape(shape) for each in check_known(self.prior, tokens, known, num_images))
@@ -329,50 +324,43 @@ class ImagePipeline:
         for rows in progress_bar(batches, bar if len(batches) > 1 else False, unit="batch"):
             drawn[rows] = self.prior.sample(
                 rows.stop - rows.start,
-                None if ids is None else ids[rows],
-                condition=select_rows(columns, rows),
+                condition=given[rows],
+                sampling=sampler,
+                decoding=decoding.select(rows, num_images),
                 generator=generator[rows] if isinstance(generator, Sequence) else generator,
                 tokens=tokens[rows],
                 known=known[rows],
                 progress=bar if len(batches) == 1 else False,
                 on_step=report if callback_on_step_end else None,
-                **vars(decoding.select(rows, num_images)),
-                **vars(sampler),
             )
             done[rows] = True
         if output_type == LATENT:
             images: Any = drawn
         else:
             images = self.decode(drawn, output_type=output_type, batch_size=batch_size, progress=progress)
-        names = [] if ids is None else self.class_names(ids)
         kind = ClipOutput if self.frames > 1 else PipelineOutput
-        return kind(images, drawn, names if any(names) else None)
+        return kind(images, drawn, self.class_names(given.rows[LABEL]) if LABEL in given.rows else None)
 
     def choose_sampler(
-        self,
-        settings: dict[str, Any],
-        ids: Tensor | None,
-        decoding: DecodingOptions,
-        condition: Condition | None = None,
+        self, settings: dict[str, Any], given: Collection[str], decoding: DecodingOptions
     ) -> SamplingOptions:
         """Complete the given sampling settings with the pipeline's own, which also replace None for a setting shared by
-        all priors. ids, condition: the classes and raw columns of the images. Raises `TypeError` for a setting that the
-        prior does not have, `ValueError` for values out of range."""
+        all priors. given: the names of the columns that are given. Raises `TypeError` for a setting that the prior does
+        not have, `ValueError` for values out of range."""
         known = self.prior.Sampling.names()
         if unknown := [name for name in settings if name not in known]:
             near = get_close_matches(unknown[0], [*known, *inspect.signature(self.__call__).parameters], 1)
             hint = f"did you mean {near[0]!r}?" if near else f"a {self.prior.name!r} prior takes {', '.join(known)}"
             raise TypeError(f"unexpected argument {unknown[0]!r}; {NO_TEXT if 'prompt' in unknown[0] else hint}")
         own = self.sampler if decoding.is_default else self.sampler.for_given_order()
-        given = name_given(self.prior, ids, condition or {})
         if not own.can_guide(given):
             own = own.unguided()  # there is nothing to guide towards
         shared = SamplingOptions.names()
         chosen = {name: value for name, value in settings.items() if value is not None or name not in shared}
         defaults = dict(vars(own))
-        for number, name in enumerate(GUIDANCE, 1):
+        for number, name in enumerate(GUIDANCE_FIELDS, 1):
             if name in chosen:  # the rest of the pipeline's guidance schedule does not apply
-                defaults.update(dict.fromkeys(GUIDANCE[number:]))
+                defaults.update(dict.fromkeys(GUIDANCE_FIELDS[number:]))
         sampler = self.prior.make_sampling_options(**{**defaults, **chosen})
         self.prior.check_sampling_options(sampler)
         sampler.check_guidance(given)
@@ -470,17 +458,13 @@ class ImagePipeline:
         """Type and range of the images, as arrays; None for 8 bits from 0 to 255."""
         return values_of(self.tokenizer)
 
-    def batches(
-        self, rows: Tensor, labels: Label | Sequence[Label], batch_size: int, condition: GivenCondition = None
-    ) -> Iterator[tuple[slice, Tensor, Given | None]]:
-        """Yield batches of images or tokens: their slice, the rows, and what the prior receives as labels: class ids or
-        None, or with columns, ids and encoded columns. Without rows, yield one empty batch."""
+    def batches(self, rows: Tensor, given: Given, batch_size: int) -> Iterator[tuple[slice, Tensor, Given]]:
+        """Yield batches of images or tokens: their slice, the rows, and what is given of them. Without rows, yield one
+        empty batch."""
         check_count(batch_size, "batch_size")
-        ids, columns = self.label_ids(labels, len(rows), condition), self.read_condition(condition, len(rows))
         for start in self._with_bar(range(0, max(1, len(rows)), batch_size), "scoring"):
             place = slice(start, start + batch_size)
-            part, own = rows[place], None if ids is None else ids[place]
-            yield place, part, self.prior.check_condition(own, select_rows(columns, place), len(part))
+            yield place, rows[place], given[place]
 
     def _with_bar(self, parts: Sequence[T], what: str) -> Iterable[T]:
         """Iterate over `parts`, with a bar after two seconds unless another bar is active."""
@@ -490,40 +474,59 @@ class ImagePipeline:
             return parts
         return progress_bar(parts, {"desc": what, "delay": 2.0, **self.progress_bar_config}, unit="batch")
 
-    # Classes and other conditions
+    # What is known of images
 
     @property
-    def conditions(self) -> dict[str, Column]:
-        """The columns that `condition` may give values for, by name."""
-        return self.prior.conditions
-
-    read_condition = read_condition
-
-    def label_ids(self, labels: Label | Sequence[Label], count: int, condition: GivenCondition = None) -> Tensor | None:
-        """Convert labels (ids or names), or those in `condition`, to class ids `(count,)`, or None. Raises `ValueError`
-        listing the classes."""
-        labels = choose_labels(labels, condition)
-        if labels is None:
-            return None
-        values = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels
-        values = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values] * count
-        if len(values) != count:
-            raise ValueError(f"got {len(values)} labels for {count} images; give one, or one per image")
-        return torch.tensor([self._label_id(value) for value in values], dtype=torch.long, device=self.device)
-
-    def _label_id(self, label: Label) -> int:
+    def columns(self) -> dict[str, Column]:
+        """The columns that `condition` may give values for, by name: `label` if there are classes, and the others."""
         classes = self.prior.num_classes
-        if label is None:
-            return classes
-        if isinstance(label, str) and label in self.labels:
-            return self.labels.index(label)
-        if isinstance(label, (int, np.integer)) and not isinstance(label, bool) and 0 <= label < classes:
-            return int(label)
-        there = f"use ids 0 to {classes - 1}" + (f" or names {', '.join(self.labels)}" if self.labels else "")
-        raise ValueError(f"unknown class {label!r}; {there if classes else 'this pipeline has no classes'}")
+        label = {LABEL: ClassColumn.numbered(classes, self.labels)} if classes else {}
+        return {**self.prior.columns, **label}
+
+    def read_given(
+        self,
+        labels: Label | Sequence[Label] = None,
+        condition: Condition = None,
+        count: int | None = None,
+        *,
+        default: int = 1,
+        limit: bool = True,
+    ) -> Given:
+        """Read labels and a condition for `count` images (None: as many as there are values, or `default`).
+
+        labels: one class (id or name) for all, or one per image, the short form of `condition["label"]`. condition:
+        values by column, one for all images or one per image, as in `Column.parse`. A grid also takes images, in any
+        form that `encode` accepts, and a vector of n-grams takes text. Images or tokens alone stand for the only grid.
+        Numbers outside those of the training data become the nearest of these, with a warning except for tensors, which
+        hold raw values; limit: False leaves them as they are. Raises `ValueError`, which names the column and what is
+        allowed.
+        """
+        columns = self.columns
+        if isinstance(condition, (PILImage, Tensor, np.ndarray, list, tuple)):
+            grids = [name for name, column in columns.items() if column.is_map]
+            if len(grids) != 1:
+                there = (
+                    f"the grids are {', '.join(grids)}" if grids else f"there is no grid; {describe_columns(columns)}"
+                )
+                raise ValueError(f"condition: images alone stand for the only grid, but {there}")
+            condition = {grids[0]: condition}
+
+        def convert(name: str, column: Column, value: Any) -> Any:
+            return convert_value(column, value, self.condition_tokenizers.get(name))
+
+        given = Given.read(
+            columns, labels, condition, count=count, default=default, device=self.device, convert=convert
+        )
+        if not limit:
+            return given
+        for name, rows in given.rows.items():
+            is_raw = isinstance(condition, Given) or isinstance((condition or {}).get(name), Tensor)
+            if not is_raw and (line := columns[name].describe_outside(rows)):
+                warnings.warn(f"condition: {name}: {line}", stacklevel=find_user_stacklevel())
+        return given.limit()
 
     def class_names(self, ids: Tensor) -> list[str]:
-        """Return the names of class ids `(B,)`, or their numbers if classes have no names; "" for the null class."""
+        """Return the names of class ids `(B,)`, or their numbers if classes have no names; "" for -1, which is null."""
         names = [*(self.labels or map(str, range(self.prior.num_classes))), ""]
         return [names[number] for number in ids.tolist()]
 
@@ -536,7 +539,7 @@ class ImagePipeline:
         images: Images,
         labels: Label | Sequence[Label] = None,
         *,
-        condition: GivenCondition = None,
+        condition: Condition = None,
         order: Order = None,
         num_orders: int = 1,
         num_masks: int = 1,
@@ -545,13 +548,14 @@ class ImagePipeline:
         """Return log p of each image's tokens under the prior given its label and condition, `(B,)` nats; unconditional
         without them.
 
-        condition: see `read_condition`. order, num_orders, num_masks: as in `Prior.log_prob`. If `prior.exact` is
+        condition: see `read_given`. order, num_orders, num_masks: as in `Prior.log_prob`. If `prior.exact` is
         False, each value is an unbiased estimate of a lower bound, and the mean over images estimates a lower bound.
         """
         batch, parts = self.to_images(images), []
-        for rows, part, given in self.batches(batch, labels, batch_size, condition):
-            own = select_order(order, rows, len(batch))
-            parts.append(self.prior.log_prob(self.encode_batch(part), given, own, num_orders, num_masks))
+        given = self.read_given(labels, condition, len(batch))
+        for rows, part, own in self.batches(batch, given, batch_size):
+            mixture: Any = select_order(order, rows, len(batch)), num_orders, num_masks
+            parts.append(self.prior.log_prob(self.encode_batch(part), None, *mixture, condition=own))
         return torch.cat(parts)
 
     @serialized
@@ -561,25 +565,26 @@ class ImagePipeline:
         images: Images,
         labels: Label | Sequence[Label] = None,
         *,
-        condition: GivenCondition = None,
+        condition: Condition = None,
         order: Order = None,
         num_orders: int = 1,
         batch_size: int = 256,
     ) -> Tensor:
         """Return bits per dimension (pixel and channel) of each image, `(B,)`: bits of its tokens under the prior plus
         bits of its pixels given the tokens. If `prior.exact` is False, their mean over images is an upper bound.
-        condition: see `read_condition`. order, num_orders: as in `Prior.log_prob`. Raises `LikelihoodError` if the
+        condition: see `read_given`. order, num_orders: as in `Prior.log_prob`. Raises `LikelihoodError` if the
         decoder has no likelihood."""
         batch, parts = self.to_images(images), []
-        for rows, part, given in self.batches(batch, labels, batch_size, condition):
-            tokens, own = self.encode_batch(part), select_order(order, rows, len(batch))
+        given = self.read_given(labels, condition, len(batch))
+        for rows, part, own in self.batches(batch, given, batch_size):
+            tokens, chosen = self.encode_batch(part), select_order(order, rows, len(batch))
             pixels = self.tokenizer.pixel_log_prob(part, tokens)
             if pixels is None:
                 raise LikelihoodError(
                     f"bits_per_dim needs a decoder with a likelihood, which this {self.tokenizer.name!r} lacks; "
                     "log_prob returns the prior's part"
                 )
-            parts.append(self.prior.log_prob(tokens, given, own, num_orders) + pixels)
+            parts.append(self.prior.log_prob(tokens, None, chosen, num_orders, condition=own) + pixels)
         return -torch.cat(parts) / (batch.shape[1:].numel() * np.log(2))
 
     conditional_log_prob = serialized(completion.conditional_log_prob)
@@ -603,7 +608,7 @@ class ImagePipeline:
         self,
         images: Any,
         *,
-        condition: GivenCondition = None,
+        condition: Condition = None,
         lossless: bool = False,
         tile: bool = False,
         progress: bool = True,
@@ -612,7 +617,7 @@ class ImagePipeline:
 
         images: PIL images of exactly the pipeline size, uint8 or float `(B, C, H, W)`, or clips (see `encode`); grey
         images of a pipeline of black and white ones become so (see `binarize`), except in lossless streams.
-        condition: values of columns and `label`, as in `read_condition`; they shorten the stream, and `decompress`
+        condition: values of columns and `label`, as in `read_given`; they shorten the stream, and `decompress`
         needs them again. Without `label`, each class of a prior of at most 32 is tried, and the stream stores the best
         one of each image, if that makes it shorter; `{"label": None}` skips this, which is faster. lossless: store
         every pixel; needs a decoder with a likelihood or a `pixels` tokenizer. Otherwise only tokens are stored; the
@@ -623,12 +628,14 @@ class ImagePipeline:
         than 8 bits), `LikelihoodError` if lossless is not possible, and `StreamError` without the package constriction.
         """
         several, shape = [images] if isinstance(images, PILImage) else images, frame_shape(self.tokenizer)
-        options: dict[str, Any] = {"condition": condition, "lossless": lossless, "progress": progress}
+        options: dict[str, Any] = {"lossless": lossless, "progress": progress}
         if tile:
             if isinstance(several, (list, tuple)) and lossless:
                 several = [whole_image(one, shape[0], True) if isinstance(one, PILImage) else one for one in several]
             whole = list_images(several, self.tokenizer)
-            write_tiles(self, file := io.BytesIO(), whole, sizes_of(whole, shape), **options)
+            given = self.read_given(None, condition, len(whole), limit=False)
+            options["chooses_classes"] = has_no_label(condition)
+            write_tiles(self, file := io.BytesIO(), whole, sizes_of(whole, shape), given, **options)
             return file.getvalue()
 
         def exact(one: Any) -> Any:
@@ -636,14 +643,16 @@ class ImagePipeline:
                 return [exact(each) for each in one]
             return exact_pixels(one, shape, lossless) if isinstance(one, PILImage) else one
 
-        return compress(self, read_images(exact(several), self.tokenizer).to(self.device), **options)
+        return compress(
+            self, read_images(exact(several), self.tokenizer).to(self.device), condition=condition, **options
+        )
 
     @serialized
     def decompress(
         self,
         data: bytes,
         *,
-        condition: GivenCondition = None,
+        condition: Condition = None,
         output_type: str = "pil",
         batch_size: int | None = None,
         max_images: int | None = None,
@@ -846,24 +855,15 @@ def equal_batches(count: int, at_most: int) -> list[slice]:
     return [slice(*ends) for ends in pairwise(starts)]
 
 
-def count_images(
-    num_images: int | None, labels: Any, per_label: int | None = None, default: int | None = None
-) -> tuple[int, Any]:
-    """Return the number of images (`num_images`, or one per label, or `per_label` per label, or `default`, or 1), and
-    one label for all or one per image. Raises `ValueError` for less than 1 or if both counts are given, `TypeError` for
-    a text prompt."""
-    if isinstance(num_images, str):
-        raise TypeError(f"num_images should be a number (got {num_images!r}); {NO_TEXT}")
-    if isinstance(labels, (Tensor, np.ndarray)):
-        labels = labels.tolist()
-    several = isinstance(labels, Iterable) and not isinstance(labels, str)
-    labels = list(labels) if several else labels
-    if per_label is not None:
-        if num_images is not None:
-            raise ValueError("give num_images (in total) or num_images_per_label, not both")
-        per_label = check_count(per_label, "num_images_per_label")
-        labels = [label for label in labels for _ in range(per_label)] if several else labels
-        num_images = len(labels) if several else per_label
-    if num_images is None:
-        num_images = len(labels) if several else 1 if default is None else default
-    return check_count(num_images), labels
+def repeat_labels(labels: Any, condition: Any, per_label: int) -> tuple[Any, Any, int]:
+    """Return `labels`, or the label in `condition`, `per_label` times in a row, the condition without it, and the
+    number of images. Raises `ValueError` for less than 1."""
+    per_label = check_count(per_label, "num_images_per_label")
+    if labels is None and isinstance(condition, Mapping):
+        condition = dict(condition)
+        labels = condition.pop(LABEL, None)
+    labels = labels.tolist() if isinstance(labels, (Tensor, np.ndarray)) else labels
+    if not isinstance(labels, Iterable) or isinstance(labels, str):
+        return labels, condition, per_label
+    labels = [label for label in labels for _ in range(per_label)]
+    return labels, condition, len(labels)

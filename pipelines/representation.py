@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prior.conditions import Given
+from prior.given import Given
 from tokenizer.frame_by_frame import FrameByFrame
 
 from .images.pictures import as_batch, to_float
 
 if TYPE_CHECKING:
-    from .condition_values import GivenCondition
-    from .image_pipeline import ImagePipeline, Images
+    from .image_pipeline import Condition, ImagePipeline, Images
 
 POOLS = {
     "prior": ("mean", "flatten", "last"),
@@ -39,7 +38,7 @@ def embed(
     layer: Layer = None,
     pool: str | None = None,
     labels: Any = None,
-    condition: GivenCondition = None,
+    condition: Condition = None,
     batch_size: int = 64,
 ) -> Tensor:
     """Return vectors `(B, dim)` float32 of images (PIL, uint8 or float in [-1, 1]), on the pipeline's device.
@@ -64,21 +63,21 @@ def embed_layers(
     *,
     pool: str | None = None,
     labels: Any = None,
-    condition: GivenCondition = None,
+    condition: Condition = None,
     batch_size: int = 64,
 ) -> list[Tensor]:
     """Return `embed` for each of `layers`, computed in one pass."""
     chosen = [choose_layer(pipeline, layer) for layer in layers]
     pools = [choose_pool(source, pool) for source, _ in chosen]
     plain = pipeline.values is None and pipeline.frames == 1
-    given = as_batch(images, pipeline.tokenizer.image_shape) if plain else pipeline.to_images(images)
-    if not len(given):
+    batch = as_batch(images, pipeline.tokenizer.image_shape) if plain else pipeline.to_images(images)
+    if not len(batch):
         raise ValueError("no images given")
-    given = pipeline.binarize(given) if given.dtype == torch.uint8 else pipeline.to_images(given)
-    parts = []
-    for _, part, ids in pipeline.batches(given, labels, batch_size, condition):
+    batch = pipeline.binarize(batch) if batch.dtype == torch.uint8 else pipeline.to_images(batch)
+    given, parts = pipeline.read_given(labels, condition, len(batch)), []
+    for _, part, own in pipeline.batches(batch, given, batch_size):
         floats = to_float(part)  # per batch, because all images might not fit into memory
-        maps = compute_position_vectors(pipeline, floats.to(pipeline.device), ids, chosen)
+        maps = compute_position_vectors(pipeline, floats.to(pipeline.device), own, chosen)
         parts.append([pool_positions(each, how, pipeline) for each, how in zip(maps, pools, strict=True)])
     return [torch.cat(each) for each in zip(*parts, strict=True)]
 
@@ -92,7 +91,7 @@ def nearest(
     layer: Layer = None,
     pool: str | None = None,
     labels: Any = None,
-    condition: GivenCondition = None,
+    condition: Condition = None,
     batch_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Find the `k` rows of `vectors` (n, dim) nearest to each image: indices `(B, k)`, nearest first, and cosine
@@ -134,12 +133,12 @@ def choose_pool(source: str, pool: str | None) -> str:
 
 
 def compute_position_vectors(
-    pipeline: ImagePipeline, images: Tensor, labels: Given | None, chosen: Sequence[tuple[str, int]]
+    pipeline: ImagePipeline, images: Tensor, given: Given, chosen: Sequence[tuple[str, int]]
 ) -> list[Tensor]:
     """Return `(B, positions, dim)` float32 for each of `chosen`; for codes their shares, `(B, 1, vocab_size)`."""
     tokens = pipeline.encode_batch(images)
     wanted = [index for source, index in chosen if source == "prior"]
-    layers = iter(pipeline.prior.layer_features(tokens, labels, wanted) if wanted else [])
+    layers = iter(pipeline.prior.layer_features(tokens, given, wanted) if wanted else [])
     found = []
     for source, _ in chosen:
         if source == "prior":

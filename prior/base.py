@@ -522,14 +522,15 @@ class Prior(PretrainedModel, family="prior"):
         `DecodingOptions`; or, in their place, settings: their fields (`temperature`, `top_k`, `guidance_scale`,
         `order`, `parallel`, ...). generator: one generator, or a list with one per image; image k depends on the key
         drawn from its generator, not on its batch. tokens, known: `tokens` are kept where bool `known` (`grid.shape` or
-        `(B, *grid.shape)`) is True. A model with `any_order` decodes known tokens first, so all other tokens are conditioned on them, and keeps the remaining
-        block boundaries; other models condition a token only on known tokens of earlier blocks. order, num_orders: as
-        for `log_prob`; each image is drawn in one random order, all equally likely. If tokens are known and blocks hold
-        one token, an order is chosen in proportion to the probability that it gives to the known tokens (at temperature
-        1, without guidance), at the cost of one pass per order; images are then samples of the mixture given the known
-        tokens. cache: False recomputes everything at each step. parallel: draw the same tokens in fewer passes over the
-        whole grid (`prior.parallel`). progress: True shows a bar; a mapping holds arguments of `tqdm`. on_step: called
-        with a `Step` after each step; an exception ends sampling.
+        `(B, *grid.shape)`) is True. A model with `any_order` decodes known tokens first, so all other tokens are
+        conditioned on them, and keeps the remaining block boundaries; other models condition a token only on known
+        tokens of earlier blocks. order, num_orders: as for `log_prob`; each image is drawn in one random order, all
+        equally likely. If tokens are known and blocks hold one token, an order is chosen in proportion to the
+        probability that it gives to the known tokens (at temperature 1, without guidance), at the cost of one pass per
+        order; images are then samples of the mixture given the known tokens. cache: False recomputes everything at each
+        step. parallel: draw the same tokens in fewer passes over the whole grid (`prior.parallel`). progress: True
+        shows a bar; a mapping holds arguments of `tqdm`. on_step: called with a `Step` after each step; an exception
+        ends sampling.
 
         All modes and batch sizes give the same tokens unless two candidates tie within rounding. Raises `ValueError`
         for arguments out of range, and `TypeError` for a setting that this prior does not support.

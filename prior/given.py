@@ -46,12 +46,13 @@ class Given:
         all images or one per image (see `Column.parse`), or a `Given`. count: the number of images; None: as many as
         there are values, or `default`. Raises `ValueError`, which names the column and what is allowed."""
         if isinstance(condition, Given):
-            found = condition.of_columns(columns)
-            if labels is not None:
-                found = found.with_rows(**cls.read(columns, labels, count=len(found), device=device).rows)
+            found = condition.of_columns(columns).drop_null()
+            if labels is not None and LABEL in found.rows:
+                raise ValueError(f"give labels, or {LABEL!r} in condition, not both")
             if count not in (None, len(found)):
                 raise ValueError(f"condition: got rows of {len(found)} images for {count} images")
-            return found.to(device)
+            own = {} if labels is None else cls.read(columns, labels, count=len(found)).rows
+            return found.with_rows(**own).to(device)
         if not isinstance(condition, (Mapping, type(None))):
             there = describe_columns(columns)
             raise ValueError(f"condition: expected values by column (got {shorten(condition)}); {there}")
@@ -79,12 +80,10 @@ class Given:
                     raise ValueError(
                         f"{where}: got a list of {number} for {count} images; give one value, or one per image"
                     )
-        count, rows = default if count is None else count, dict[str, Tensor]()
+        count = default if count is None else count
         for name, raw in parsed.items():
-            raw = raw if raw.ndim > len(columns[name].shape) else raw.expand(count, *raw.shape)
-            if not bool(columns[name].is_null(raw).all()):
-                rows[name] = raw.to(device)
-        return cls(columns, rows, count)
+            parsed[name] = raw if raw.ndim > len(columns[name].shape) else raw.expand(count, *raw.shape)
+        return cls(columns, parsed, count).drop_null().to(device)
 
     def __len__(self) -> int:
         return self.count
@@ -119,6 +118,11 @@ class Given:
     def with_rows(self, **rows: Any) -> Given:
         """Replace the raw rows of columns by name."""
         return replace(self, rows={**self.rows, **rows})
+
+    def drop_null(self) -> Given:
+        """Leave out columns that are null in every row."""
+        rows = {name: raw for name, raw in self.rows.items() if not bool(self.columns[name].is_null(raw).all())}
+        return replace(self, rows=rows)
 
     def of_columns(self, columns: Mapping[str, Column]) -> Given:
         """Return the same rows for other `columns`, which must have all that are given. Raises `ValueError`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prior.conditions import LABEL, select_rows
+from prior.columns import LABEL
+from prior.given import Given
 
-from ..condition_values import GivenCondition, GivenRows, name_given, read_given
-from ..images.tiles import LazyImages, as_lazy, cut_tiles, load_image
+from ..images.tiles import LazyImages, as_lazy, check_places, cut_tiles, give_places, load_image
 from .calibration import (
     LEVELS,
     MAX_IMAGES,
@@ -28,12 +28,12 @@ from .calibration import (
 )
 from .conformal import Floats, least_scores, round_scores, threshold
 from .distances import Distance, round_digits
-from .image_statistics import Measured, measure, measure_batch
+from .image_statistics import Measured, measure
 from .maps import fit_maps, has_maps, map_images
 from .scores import FITTED, fitted_score, list_methods, log_statistics, plain_score, total_bits
 
 if TYPE_CHECKING:
-    from ..image_pipeline import ImagePipeline, Label
+    from ..image_pipeline import Condition, ImagePipeline, Label
 
 MAX_SCORES, MAX_POINTS, MAX_POSITIONS, MAX_SIDE = 2000, 1000, 4096, 64  # bounds on the size of the file
 MAX_TILES = 10_000
@@ -46,7 +46,7 @@ def calibrate(
     labels: Label | Sequence[Label] = None,
     *,
     false_alarms: float = 0.05,
-    condition: GivenCondition = None,
+    condition: Condition = None,
     groups: Sequence[str] | None = None,
     confidence: float | None = None,
     seed: int = 0,
@@ -79,18 +79,18 @@ def calibrate(
     objects = len(np.unique(numbers))
     check_promise(count, false_alarms, confidence, None if groups is None else objects)
     halves = halve(numbers, objects, seed)
-    mapped = has_maps(pipeline, stride)
+    given, mapped = pipeline.read_given(labels, condition, count), has_maps(pipeline, stride)
     if stride is not None or mapped:
-        rows = read_given(pipeline, labels, condition, count)
+        check_places(given)
     if stride is None:
-        reference = measure_images(pipeline, images, labels, condition, halves, batch_size)
+        reference = measure_images(pipeline, images, given, halves, batch_size)
     else:
-        reference = measure_tiles(pipeline, images, rows, halves, stride, seed, batch_size)
+        reference = measure_tiles(pipeline, images, given, halves, stride, seed, batch_size)
     maps = None
     if mapped:
         several, (fitting, scoring) = as_lazy(images), (half.tolist() for half in halves[:2])
-        maps = fit_maps(pipeline, several, fitting, rows, stride, seed, batch_size)
-        each = [one.scores for one in map_images(pipeline, maps, several, scoring, rows, stride, batch_size)]
+        maps = fit_maps(pipeline, several, fitting, given, stride, seed, batch_size)
+        each = [one.scores for one in map_images(pipeline, maps, several, scoring, given, stride, batch_size)]
         for method in each[0]:
             reference.scores[method] = torch.tensor([own[method] for own in each], dtype=torch.float64)
     scores = {}
@@ -101,8 +101,8 @@ def calibrate(
     pipeline.calibration = Calibration(
         count=count,
         objects=None if groups is None else objects,
-        labels=LABEL in reference.given,
-        columns=sorted({*reference.given} - {LABEL}),
+        labels=LABEL in given.names,
+        columns=sorted({*given.names} - {LABEL}),
         tile=None if stride is None else list(pipeline.tokenizer.image_shape[1:]),
         stride=stride,
         sizes=reference.sizes,
@@ -173,46 +173,33 @@ def worst_of_objects(scores: Tensor, owners: NDArray[np.int64]) -> Floats:
 
 class Reference(NamedTuple):
     """What normal images, or their tiles, are like: what was fitted, scores of the images in `Halves.scoring` by
-    method, bits of tokens and the mean error map of those in `Halves.fitting`, the names of given columns, digests of
-    all images and, with tiles, the smallest height and width, and the largest."""
+    method, bits of tokens and the mean error map of those in `Halves.fitting`, digests of all images and, with tiles,
+    the smallest height and width, and the largest."""
 
     fitted: Fitted
     scores: dict[str, Tensor]
     surprise: Tensor
     error: Tensor
-    given: Collection[str]
     digests: set[str]
     sizes: list[int] | None = None
 
 
-def measure_images(
-    pipeline: ImagePipeline,
-    batch: Tensor,
-    labels: Label | Sequence[Label],
-    condition: GivenCondition,
-    halves: Halves,
-    batch_size: int,
-) -> Reference:
+def measure_images(pipeline: ImagePipeline, batch: Tensor, given: Given, halves: Halves, batch_size: int) -> Reference:
     """Fit to one half of the images `(B, C, H, W)` and score the other."""
-    ids, columns = pipeline.label_ids(labels, len(batch), condition), pipeline.read_condition(condition, len(batch))
-    null = pipeline.prior.num_classes
-
-    def measure_half(half: Tensor) -> Measured:
-        own = None if ids is None else [None if one == null else one for one in ids[half].tolist()]
-        return measure(pipeline, batch[half], own, batch_size, condition=select_rows(columns, half))
-
-    normal, held = measure_half(halves.fitting), measure_half(halves.scoring).statistics
+    normal, scored = (
+        measure(pipeline, batch[half], given[half], batch_size) for half in (halves.fitting, halves.scoring)
+    )
+    held = scored.statistics
     fitted = fit_reference(normal.statistics)
     scores = {method: score_with(method, held, fitted) for method in list_methods(held)}
     digests = {digest_of(image) for image in pipeline.convert_images(batch, "np")}
-    given = name_given(pipeline.prior, ids, columns)
-    return Reference(fitted, scores, normal.surprise, normal.error, given, digests)
+    return Reference(fitted, scores, normal.surprise, normal.error, digests)
 
 
 def measure_tiles(
     pipeline: ImagePipeline,
     images: LazyImages,
-    rows: GivenRows,
+    given: Given,
     halves: Halves,
     stride: int,
     seed: int,
@@ -230,8 +217,7 @@ def measure_tiles(
 
     def measure_some(numbers: list[int], most: int | None = None) -> Iterator[tuple[Measured, list[int]]]:
         for tiles, places in cut_tiles(load(numbers), shape, stride, batch_size, most):
-            labels, condition = rows.select(places)
-            measured = measure_batch(pipeline, tiles.to(pipeline.device), labels, condition=condition)
+            measured = measure(pipeline, tiles.to(pipeline.device), give_places(given, places))
             yield measured, [place.image for place in places]
 
     fitting, scoring = sorted(halves.fitting.tolist()), halves.scoring.tolist()
@@ -249,7 +235,7 @@ def measure_tiles(
         pass
     scores = {method: best[scoring] for method, best in scores.items()}
     bounds = [*np.min(sizes, 0).tolist(), *np.max(sizes, 0).tolist()]
-    return Reference(fitted, scores, torch.cat([part.surprise for part in parts]), error, rows.names, digests, bounds)
+    return Reference(fitted, scores, torch.cat([part.surprise for part in parts]), error, digests, bounds)
 
 
 def score_with(method: str, found: dict[str, Tensor], fitted: Fitted) -> Tensor:

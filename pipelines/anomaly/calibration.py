@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
-from prior.conditions import LABEL, MAX_COLUMNS, NAME
+from prior.columns import LABEL, MAX_COLUMNS, NAME
 
 from ..files import FieldError, validate
 from ..images.pictures import to_uint8

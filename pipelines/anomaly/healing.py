@@ -14,18 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prior.conditions import LABEL, Given
-from prior.sampling import check_count, whole_number
+from prior.arguments import check_count, whole_number
+from prior.columns import LABEL
+from prior.given import Given
 from tokenizer.precision import in_finest
 
-from ..condition_values import GivenCondition, name_given, read_given
-from ..images.tiles import Place, stitch_maps
+from ..images.tiles import LazyImages, Place, check_places, give_places, stitch_maps
 from .calibration import LEVELS, Calibration, require_calibration
 from .distances import CalibrationError
 from .maps import MAPS, find_patches, map_calibrated, read_images
 
 if TYPE_CHECKING:
-    from ..image_pipeline import ImagePipeline, Images, Label
+    from ..image_pipeline import Condition, ImagePipeline, Images, Label
 
 SHARPNESS = 0.1
 """Rate at which the weight of a restoration falls with its nats: exp(-0.1 per nat)."""
@@ -48,7 +48,7 @@ def anomaly_map(
     labels: Label | Sequence[Label] = None,
     *,
     method: str = "bits",
-    condition: GivenCondition = None,
+    condition: Condition = None,
     stride: int | None = None,
     batch_size: int = 256,
 ) -> Any:
@@ -70,13 +70,16 @@ def anomaly_map(
         raise ValueError(f"method: unknown map {method!r}; choose one of {', '.join(MAPS)}")
     if method != "bits":
         several = read_images(pipeline, images, stride)
-        given = read_given(pipeline, labels, condition, len(several))
+        given = check_places(pipeline.read_given(labels, condition, len(several)))
         maps = [getattr(each, method) for each in map_calibrated(pipeline, several, given, stride, batch_size)]
         return maps if stride is not None else torch.stack(maps)
-    how: Any = {"condition": condition, "batch_size": batch_size}
     if stride is not None:
-        return map_large(pipeline, images, labels, stride=stride, **how)
-    return split_frames(map_bits(pipeline, images, labels, **how), pipeline.frames)
+        several = pipeline.list_images(images)
+        given = check_places(pipeline.read_given(labels, condition, len(several)))
+        return map_large(pipeline, several, given, stride, batch_size)
+    batch = pipeline.to_images(images)
+    given = pipeline.read_given(labels, condition, len(batch))
+    return split_frames(map_bits(pipeline, batch, given, batch_size), pipeline.frames)
 
 
 def split_frames(maps: Tensor, frames: int) -> Tensor:
@@ -85,47 +88,30 @@ def split_frames(maps: Tensor, frames: int) -> Tensor:
 
 
 @torch.no_grad()
-def map_bits(
-    pipeline: ImagePipeline,
-    images: Any,
-    labels: Label | Sequence[Label] = None,
-    *,
-    condition: GivenCondition = None,
-    batch_size: int = 256,
-) -> Tensor:
-    """Like `anomaly_map`, but clips are strips, `(B, T * H, W)`."""
-    batch, patches = pipeline.to_images(images), find_patches(pipeline.tokenizer)
-    batches = pipeline.batches(batch, labels, batch_size, condition)
-    return torch.cat([spread_bits(pipeline, part, given, *patches) for _, part, given in batches])
+def map_bits(pipeline: ImagePipeline, batch: Tensor, given: Given, batch_size: int = 256) -> Tensor:
+    """Return the bits of each pixel of `batch` `(B, C, H, W)`, from `to_images`; clips are strips, `(B, T * H, W)`."""
+    patches = find_patches(pipeline.tokenizer)
+    batches = pipeline.batches(batch, given, batch_size)
+    return torch.cat([spread_bits(pipeline, part, own, *patches) for _, part, own in batches])
 
 
 @torch.no_grad()
 def map_large(
-    pipeline: ImagePipeline,
-    images: Any,
-    labels: Label | Sequence[Label] = None,
-    *,
-    stride: int,
-    condition: GivenCondition = None,
-    batch_size: int = 256,
+    pipeline: ImagePipeline, images: LazyImages, given: Given, stride: int, batch_size: int = 256
 ) -> list[Tensor]:
     """Return the maps of images of any size; see `anomaly_map`."""
     shape, patches = pipeline.tokenizer.image_shape, find_patches(pipeline.tokenizer)
-    several = pipeline.list_images(images)
-    rows = read_given(pipeline, labels, condition, len(several))
 
     def map_tiles(tiles: Tensor, places: list[Place]) -> Tensor:
-        some_labels, some = rows.select(places)
-        batches = pipeline.batches(tiles, some_labels, len(tiles), some)
-        return torch.cat([spread_bits(pipeline, part, given, *patches) for _, part, given in batches])
+        return spread_bits(pipeline, tiles, give_places(given, places), *patches)
 
-    return stitch_maps(several, map_tiles, shape, stride, batch_size, pipeline.device)
+    return stitch_maps(images, map_tiles, shape, stride, batch_size, pipeline.device)
 
 
-def spread_bits(pipeline: ImagePipeline, part: Tensor, given: Given | None, rows: Tensor, columns: Tensor) -> Tensor:
+def spread_bits(pipeline: ImagePipeline, part: Tensor, given: Given, rows: Tensor, columns: Tensor) -> Tensor:
     """Return the bits of each pixel `(B, H, W)` of float images. rows, columns: from `find_patches`."""
     tokens = pipeline.encode_batch(part)
-    bits = -pipeline.prior.token_log_probs(tokens, given).flatten(1) / math.log(2)
+    bits = -pipeline.prior.token_log_probs(tokens, condition=given).flatten(1) / math.log(2)
     spread = (bits[:, None] * rows.to(bits)) @ columns.to(bits).T  # (B, H, N) @ (N, W)
     if pipeline.tokenizer.has_likelihood:
         spread = spread - pipeline.tokenizer.pixel_log_probs(part, tokens).sum(1) / math.log(2)
@@ -138,7 +124,7 @@ def heal(
     images: Images,
     labels: Label | Sequence[Label] = None,
     *,
-    condition: GivenCondition = None,
+    condition: Condition = None,
     quantile: float = 0.98,
     draws: int = 8,
     seed: int = 0,
@@ -158,33 +144,25 @@ def heal(
 
     Of clips, images are `(B, T, C, H, W)` and differences `(B, T, H, W)`.
     """
-    how: Any = {"condition": condition, "quantile": quantile, "draws": draws, "seed": seed}
-    healed = heal_images(pipeline, images, labels, **how)
+    batch = pipeline.to_images(images)
+    given = pipeline.read_given(labels, condition, len(batch))
+    healed = heal_images(pipeline, batch, given, quantile, draws, seed)
     difference = split_frames(healed.difference, pipeline.frames)
     return healed._replace(images=pipeline.convert_images(healed.images, "pt"), difference=difference)
 
 
 @torch.no_grad()
 def heal_images(
-    pipeline: ImagePipeline,
-    images: Images,
-    labels: Label | Sequence[Label] = None,
-    *,
-    condition: GivenCondition = None,
-    quantile: float = 0.98,
-    draws: int = 8,
-    seed: int = 0,
+    pipeline: ImagePipeline, batch: Tensor, given: Given, quantile: float = 0.98, draws: int = 8, seed: int = 0
 ) -> Healed:
-    """Like `heal`, but clips are strips."""
+    """Heal `batch` `(B, C, H, W)`, from `to_images`, in which clips are strips; see `heal`."""
     calibration = require_calibration(pipeline.calibration)
     draws, seed = check_count(draws, "draws"), whole_number("seed", seed)
     if quantile not in LEVELS:
         raise ValueError(f"quantile should be one of {', '.join(map(str, LEVELS))} (got {quantile})")
-    batch = pipeline.to_images(images)
-    ids, tokens = pipeline.label_ids(labels, len(batch), condition), pipeline.encode_batch(batch)
-    given = pipeline.read_condition(condition, len(batch))
-    calibration.check_given([*name_given(pipeline.prior, None, given), *([LABEL] if calibration.labels else [])])
-    bits = -pipeline.prior.token_log_probs(tokens, ids, condition=given) / math.log(2)
+    tokens = pipeline.encode_batch(batch)
+    calibration.check_given({*given.names} - {LABEL} | ({LABEL} if calibration.labels else set()))
+    bits = -pipeline.prior.token_log_probs(tokens, condition=given) / math.log(2)
     limit = torch.from_numpy(calibration.surprise[LEVELS.index(quantile)]).to(bits)
     if len(limit) not in (1, len(pipeline.prior.grid)):
         raise CalibrationError(
@@ -197,8 +175,8 @@ def heal_images(
         seeds = [((seed + k) * draws + draw) % (1 << 64) for k in range(len(batch))]
         generators = [torch.Generator().manual_seed(one) for one in seeds]
         options: dict[str, Any] = {"generator": generators, "tokens": tokens, "known": ~resampled}
-        found.append(pipeline.prior.sample(len(batch), ids, condition=given, **options))
-        nats.append(-pipeline.prior.log_prob(found[-1], ids, condition=given))
+        found.append(pipeline.prior.sample(len(batch), condition=given, **options))
+        nats.append(-pipeline.prior.log_prob(found[-1], condition=given))
     weights = (-SHARPNESS * in_finest(torch.stack(nats))).softmax(0).float()
     pixels = [pipeline.decode_batch(restored) for restored in found]
     difference = torch.stack([(x - batch).abs().mean(1) for x in pixels])

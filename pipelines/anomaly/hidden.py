@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prior.base import Prior
-from prior.conditions import Given
+from prior.given import Given
 
 from .conformal import Floats
 from .distances import round_digits
@@ -45,12 +45,12 @@ def hidden_masks(rows: int, columns: int, size: int = BLOCK) -> Tensor:
     return torch.stack([mask for mask in passes if mask.any()])
 
 
-def hidden_bits(prior: Prior, tokens: Tensor, given: Given | None = None, size: int = BLOCK) -> Tensor:
+def hidden_bits(prior: Prior, tokens: Tensor, given: Given, size: int = BLOCK) -> Tensor:
     """Return the bits of each token given the tokens outside its block, `(B, *grid.shape)`; for a prior that cannot
     hide blocks, given also those in the block before it; and for one of a single order, given the tokens before it.
     Calibrations of 0.3 need the second, too."""
     if not takes_any(prior):
-        return -prior.token_log_probs(tokens, given) / math.log(2)
+        return -prior.token_log_probs(tokens, condition=given) / math.log(2)
     found = torch.zeros(tokens.shape, device=tokens.device)
     rows, columns = prior.grid.shape
     for mask in hidden_masks(rows, columns, size).to(tokens.device):

@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prior.given import Given
 from tokenizer import Tokenizer
 
-from ..condition_values import GivenRows
 from ..images.pictures import to_float
-from ..images.tiles import LazyImages, Place, as_lazy, cut_tiles, load_image, stitch_maps
+from ..images.tiles import LazyImages, Place, as_lazy, cut_tiles, give_places, load_image, stitch_maps
 from ..shuffling import spread
 from .calibration import MapReference, require_calibration
 from .conformal import Floats
@@ -83,7 +83,7 @@ def read_images(pipeline: ImagePipeline, images: Any, stride: int | None) -> Laz
 
 
 def map_calibrated(
-    pipeline: ImagePipeline, images: LazyImages, given: GivenRows, stride: int | None, batch_size: int = 256
+    pipeline: ImagePipeline, images: LazyImages, given: Given, stride: int | None, batch_size: int = 256
 ) -> Iterator[ImageMaps]:
     """Yield the maps of each image by the calibration of the pipeline. Raises `CalibrationError` unless it has maps,
     and for another stride or other columns."""
@@ -101,7 +101,7 @@ def map_images(
     reference: MapReference,
     images: LazyImages,
     numbers: Sequence[int],
-    given: GivenRows,
+    given: Given,
     stride: int | None,
     batch_size: int = 256,
 ) -> Iterator[ImageMaps]:
@@ -140,7 +140,7 @@ def map_surprisal(
     codes: Floats,
     images: LazyImages,
     numbers: Sequence[int],
-    given: GivenRows,
+    given: Given,
     stride: int | None,
     batch_size: int,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -167,15 +167,11 @@ def map_surprisal(
             yield number, pixels.to(pipeline.device), heat
 
 
-def measure_hidden(
-    pipeline: ImagePipeline, tiles: Tensor, given: GivenRows, places: list[Place]
-) -> tuple[Tensor, Tensor]:
+def measure_hidden(pipeline: ImagePipeline, tiles: Tensor, given: Given, places: list[Place]) -> tuple[Tensor, Tensor]:
     """Return the bits of the tokens of tiles `(B, C, H, W)` while they are hidden, and the tokens, each `(B,
     *grid.shape)`."""
-    labels, condition = given.select(places)
-    _, part, ids = next(iter(pipeline.batches(tiles, labels, len(tiles), condition)))  # a single batch
-    tokens = pipeline.encode_batch(part)
-    return hidden_bits(pipeline.prior, tokens, ids), tokens
+    tokens = pipeline.encode_batch(tiles)
+    return hidden_bits(pipeline.prior, tokens, give_places(given, places)), tokens
 
 
 def standard_cells(reference: MapReference, image: Tensor) -> Tensor:
@@ -189,7 +185,7 @@ def fit_maps(
     pipeline: ImagePipeline,
     images: LazyImages,
     numbers: Sequence[int],
-    given: GivenRows,
+    given: Given,
     stride: int | None,
     seed: int,
     batch_size: int,

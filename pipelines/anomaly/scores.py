@@ -21,17 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..condition_values import GivenCondition, GivenRows, read_given
+from prior.given import Given
+
 from ..images.pictures import find_user_stacklevel
-from ..images.tiles import LazyImages, Place, cut_tiles, load_image
+from ..images.tiles import LazyImages, Place, check_places, cut_tiles, give_places, load_image
 from .calibration import Calibration, Fitted, digest_of_pixels, require_calibration
 from .conformal import Floats, p_values_of
 from .distances import CalibrationError
-from .image_statistics import measure, measure_batch
+from .image_statistics import measure
 from .maps import NEEDED, map_calibrated, read_images
 
 if TYPE_CHECKING:
-    from ..image_pipeline import ImagePipeline, Label
+    from ..image_pipeline import Condition, ImagePipeline, Label
 
 METHODS = {
     "joint": "the `neighbours` score, raised when the bits or the reconstruction error lie outside the range "
@@ -64,7 +65,7 @@ def anomaly_score(
     method: str = "joint",
     labels: Label | Sequence[Label] = None,
     *,
-    condition: GivenCondition = None,
+    condition: Condition = None,
     p_values: bool = False,
     stride: int | None = None,
     batch_size: int = 256,
@@ -85,10 +86,12 @@ def anomaly_score(
     """
     calibration = pipeline.calibration
     if method == "hidden":
-        return score_hidden(pipeline, images, labels, condition, p_values, stride, batch_size)
+        several = read_images(pipeline, images, stride)
+        given = check_places(pipeline.read_given(labels, condition, len(several)))
+        return score_hidden(pipeline, several, given, p_values, stride, batch_size)
     if stride is not None:
         several = pipeline.list_images(images)
-        given = read_given(pipeline, labels, condition, len(several))
+        given = check_places(pipeline.read_given(labels, condition, len(several)))
         tiled = score_tiles(pipeline, several, method, given, stride, batch_size)
         if calibration is not None and (p_values or method in FITTED):
             known = set(calibration.digests)
@@ -96,25 +99,17 @@ def anomaly_score(
         options = pipeline.tokenizer.image_shape[1:], stride
         return p_value_of(method, tiled.scores, calibration, given.names, options) if p_values else tiled.scores
     batch = pipeline.to_images(images)
-    measured = measure(pipeline, batch, labels, batch_size, condition=condition)
-    scores = score_of(method, measured.statistics, calibration, measured.given)
+    given = pipeline.read_given(labels, condition, len(batch))
+    scores = score_of(method, measure(pipeline, batch, given, batch_size).statistics, calibration, given.names)
     if calibration is not None and (p_values or method in FITTED):
         warn_if_calibrated(pipeline, calibration, batch)
-    return p_value_of(method, scores, calibration, measured.given) if p_values else scores
+    return p_value_of(method, scores, calibration, given.names) if p_values else scores
 
 
 def score_hidden(
-    pipeline: ImagePipeline,
-    images: Any,
-    labels: Label | Sequence[Label],
-    condition: GivenCondition,
-    p_values: bool,
-    stride: int | None,
-    batch_size: int,
+    pipeline: ImagePipeline, several: LazyImages, given: Given, p_values: bool, stride: int | None, batch_size: int
 ) -> Tensor:
     """Compute `anomaly_score` for `hidden`, which is a score of the map of the whole image."""
-    several = read_images(pipeline, images, stride)
-    given = read_given(pipeline, labels, condition, len(several))
     tiling = WHOLE if stride is None else (pipeline.tokenizer.image_shape[1:], stride)
     known = set(require_scores(pipeline.calibration, "hidden", given.names, tiling).digests)
     found = [each.scores["hidden"] for each in map_calibrated(pipeline, several, given, stride, batch_size)]
@@ -149,7 +144,7 @@ class TileScores(NamedTuple):
 
 
 def score_tiles(
-    pipeline: ImagePipeline, images: LazyImages, method: str, given: GivenRows, stride: int, batch_size: int = 256
+    pipeline: ImagePipeline, images: LazyImages, method: str, given: Given, stride: int, batch_size: int = 256
 ) -> TileScores:
     """Score images of any size by the maximum of the scores of their tiles."""
     shape, digests = pipeline.tokenizer.image_shape, list[str]()
@@ -162,8 +157,7 @@ def score_tiles(
             yield number, image
 
     for tiles, where in cut_tiles(load(), shape, stride, batch_size):
-        labels, condition = given.select(where)
-        measured = measure_batch(pipeline, tiles.to(pipeline.device), labels, condition=condition)
+        measured = measure(pipeline, tiles.to(pipeline.device), give_places(given, where))
         scores = score_of(method, measured.statistics, pipeline.calibration, given.names, (shape[1:], stride))
         for score, place in zip(scores.tolist(), where, strict=True):
             counts[place.image] += 1

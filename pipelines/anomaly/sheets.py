@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from .healing import anomaly_map, heal_images, map_bits
 from .maps import TITLES
 
 if TYPE_CHECKING:
-    from ..condition_keys import ConditionRows
+    from prior.given import Given
+
     from ..image_pipeline import ImagePipeline
 
 MOST = 512
@@ -30,7 +31,7 @@ MOST = 512
 def draw_sheet(
     pipeline: ImagePipeline,
     pixels: Tensor,
-    given: ConditionRows,
+    given: Given,
     scores: Tensor,
     count: int,
     seed: int,
@@ -40,14 +41,14 @@ def draw_sheet(
     positions), the healed image, and the difference, each below its score or name. kind: one of `MAPS`."""
     chosen = rank_scores(scores, count)
     images = to_float(pixels[chosen])
-    condition = given.select(chosen.tolist()).values()
-    healed = heal_images(pipeline, images, condition=condition, seed=seed)
+    own, batch = given[chosen], pipeline.to_images(images)
+    healed = heal_images(pipeline, batch, own, seed=seed)
     panels = {"healed": healed.images.cpu(), "difference": apply_colormap(healed.difference.cpu())}
     if pipeline.tokenizer.placed:
-        how: Any = {"condition": condition}
-        heat = (
-            map_bits(pipeline, images, **how) if kind == "bits" else anomaly_map(pipeline, images, method=kind, **how)
-        )
+        if kind == "bits":
+            heat = map_bits(pipeline, batch, own)
+        else:
+            heat = anomaly_map(pipeline, images, method=kind, condition=own)
         panels = {TITLES[kind]: apply_colormap(heat.cpu() / heat.amax().cpu().clamp(min=1e-6)), **panels}
     chosen_channels = show_of(pipeline.tokenizer)
     panels["healed"] = shown_channels(panels["healed"], chosen_channels)
@@ -61,7 +62,7 @@ def draw_sheet(
 def draw_whole(
     pipeline: ImagePipeline,
     images: LazyImages,
-    given: ConditionRows,
+    given: Given,
     scores: Tensor,
     count: int,
     stride: int,
@@ -73,14 +74,14 @@ def draw_whole(
     chosen, calibration = rank_scores(scores, count), pipeline.calibration
     panels, heats, regions = list[Tensor](), list[Tensor](), list[Tensor]()
     for number in chosen.tolist():
-        image, condition = images.select([number]), given.select([number]).values()
+        image, own = images.select([number]), given[[number]]
         panels.append(reduce_image(to_float(image.load(0)), pipeline))
         if pipeline.tokenizer.placed:
-            (heat,) = anomaly_map(pipeline, image, condition=condition, stride=stride, method=kind)
+            (heat,) = anomaly_map(pipeline, image, condition=own, stride=stride, method=kind)
             heats.append(reduce_map(heat.cpu()))
         if calibration is not None and calibration.maps is not None:
             if kind != "combined":
-                (heat,) = anomaly_map(pipeline, image, condition=condition, stride=stride, method="combined")
+                (heat,) = anomaly_map(pipeline, image, condition=own, stride=stride, method="combined")
             above = (heat > calibration.scores["map"].threshold).cpu()
             regions.append(paint(panels[-1], reduce_map(above) > 0))
     highest = max([1e-6, *(float(heat.max()) for heat in heats)])

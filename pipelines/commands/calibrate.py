@@ -88,12 +88,12 @@ def run(config: CalibrateConfig) -> Calibration:
             else:
                 hint = find_remedy(config, every)
             raise UserError(f"data: {error}; {hint}") from error
-        given = config.read_condition(pipeline, len(chosen), images.names(chosen))
+        given = config.read_condition(pipeline, len(chosen), images.names(chosen)).given
         try:
             calibration = calibrate(
                 pipeline,
                 config.read_pixels(pipeline, images, chosen),
-                condition=given.values(),
+                condition=given,
                 groups=None if groups is None else groups.tolist(),
                 stride=stride,
                 false_alarms=config.false_alarms,

@@ -101,14 +101,14 @@ def run(config: CompleteConfig) -> dict[str, float]:
         if files and frames == 1:
             warn_about_sizes(names, shape)
         truth = pipeline.binarize(to_float(images))
-        condition = config.read_condition(pipeline, len(truth), names).values()
+        given = config.read_condition(pipeline, len(truth), names).given
         try:
             drawn = complete(
                 pipeline,
                 truth,
                 known,
                 config.labels,
-                condition=condition,
+                condition=given,
                 draws=config.draws,
                 seed=config.seed,
                 output_type="pt",
@@ -121,7 +121,7 @@ def run(config: CompleteConfig) -> dict[str, float]:
         drawn = drawn.reshape(len(truth), config.draws, *truth.shape[1:])
         figures, refusal = pixel_errors(pipeline, truth, drawn, known), ""
         try:
-            log_probs = conditional_log_prob(pipeline, truth, known, config.labels, condition=condition)
+            log_probs = conditional_log_prob(pipeline, truth, known, config.labels, condition=given)
             figures["conditional_log_prob"] = float(log_probs.cpu().double().mean())
         except ConditionError as error:
             refusal = str(error)

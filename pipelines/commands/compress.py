@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from prior.columns import LABEL
 from tokenizer.base import LikelihoodError
 
 from ..compression.coding import chunk_images, exact_pixels, sizes_of, whole_image, write_images, write_tiles
@@ -65,7 +66,7 @@ def run(config: CompressConfig) -> Path:
     out.check_file()
     pipeline = config.load_pipeline()
     require_plain(pipeline.tokenizer, "compress")
-    given = config.read_condition(pipeline, len(paths), [str(path) for path in paths])
+    keys = config.read_condition(pipeline, len(paths), [str(path) for path in paths])
     size, shape = chunk_images(pipeline), pipeline.tokenizer.image_shape
 
     def parts() -> Iterator[Tensor]:
@@ -90,11 +91,12 @@ def run(config: CompressConfig) -> Path:
     began = time.monotonic()
     try:
         with lock_output(config.out), out.file() as temporary, open(temporary, "wb") as file:
-            options: dict[str, Any] = {"lossless": config.lossless, "names": names, "condition": given.values()}
+            given, chooses = keys.given, LABEL not in keys.written
+            options: dict[str, Any] = {"lossless": config.lossless, "names": names, "chooses_classes": chooses}
             if config.tile:
-                written = write_tiles(pipeline, file, whole, sizes, **options)
+                written = write_tiles(pipeline, file, whole, sizes, given, **options)
             else:
-                written = write_images(pipeline, file, parts(), len(paths), **options)
+                written = write_images(pipeline, file, parts(), given, **options)
     except (StreamError, LikelihoodError) as error:
         raise UserError(str(error)) from error
     before, seconds = sum(path.stat().st_size for path in paths), time.monotonic() - began

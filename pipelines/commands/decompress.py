@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
+from prior.given import Given
 from tokenizer.files import atomic_folder
 
 from ..compression.coding import read_images
@@ -54,19 +54,17 @@ def run(config: DecompressConfig) -> Path:
         with lock_output(config.out), out.errors(), atomic_folder(config.out, kind=None) as folder:
             header, _ = read_stream(data)
             names = [short if is_image_name(short := name.removesuffix(".png")) else name for name in header.names]
-            given = config.read_condition(pipeline, header.images, names or None)
-            count = write_folder(pipeline, data, folder, given.values(), config.batch_size)
+            given = config.read_condition(pipeline, header.images, names or None).given
+            count = write_folder(pipeline, data, folder, given, config.batch_size)
     except StreamError as error:
         raise UserError(f"stream: {path}: {error}") from error
     print(f"{config.out}: {count_of(count, 'image')}")
     return out.path
 
 
-def write_folder(
-    pipeline: ImagePipeline, data: bytes, folder: Path, condition: dict[str, Any] | None, batch_size: int | None
-) -> int:
+def write_folder(pipeline: ImagePipeline, data: bytes, folder: Path, given: Given, batch_size: int | None) -> int:
     """Write the images of a stream as PNG files, named as stored or numbered; return the number of images."""
-    header, parts = read_images(pipeline, data, condition=condition, batch_size=batch_size)
+    header, parts = read_images(pipeline, data, condition=given, batch_size=batch_size)
     names = iter(header.names or map("{:08d}.png".format, range(header.images)))
     for images in parts:
         for image in convert_images(images, "pil"):

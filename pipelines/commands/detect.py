@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from prior.given import Given
 from tokenizer.files import one_line, write_json
 
 from ..anomaly.calibration import Calibration, digest_of, digest_of_pixels, require_calibration
@@ -25,8 +26,7 @@ from ..anomaly.maps import map_calibrated
 from ..anomaly.scores import WHOLE, p_value_of, require_scores, score_of, score_tiles
 from ..anomaly.separation import separation
 from ..anomaly.sheets import draw_sheet, draw_truth, draw_whole, reduce_map, reduce_mask
-from ..condition_keys import ConditionRows, UsesCondition
-from ..condition_values import read_given
+from ..condition_keys import UsesCondition
 from ..config import OutputConfig, UserError, run_command, tell
 from ..config.table import count_of, table
 from ..files import Output, lock_output
@@ -34,7 +34,7 @@ from ..image_pipeline import ImagePipeline
 from ..images import to_float
 from ..images.pictures import SUFFIXES, write_picture
 from ..images.splits import Inherited, SplitFacts, find_objects
-from ..images.tiles import LazyImages, as_lazy, load_image, whole_files
+from ..images.tiles import LazyImages, as_lazy, check_places, load_image, whole_files
 from ..images.unseen import find_parts
 from ..options import REMOVE, UsesTiles, find_clip_files, find_image_files, read_clips, read_images
 from ..provenance import defaults, inherit, trained_data
@@ -104,14 +104,14 @@ class DetectConfig(UsesCondition, OutputConfig, UsesTiles):
 
 class Found(NamedTuple):
     """Images to score: names, pixels `(n, C, H, W)` (with tiles: images at their own size), class names or None, a
-    description of their origin, their condition, and the objects that they show or None; which of them were trained on,
-    `(n,)` or None, and further digests by which a calibration may know them, or None."""
+    description of their origin, what is given of them, and the objects that they show or None; which of them were
+    trained on, `(n,)` or None, and further digests by which a calibration may know them, or None."""
 
     names: list[str]
     pixels: Any
     classes: list[str] | None
     origin: str
-    given: ConditionRows
+    given: Given
     objects: list[str] | None = None
     trained: NDArray[np.bool_] | None = None
     digests: list[str] | None = None
@@ -181,14 +181,13 @@ def score_images(
     """Return scores and p-values `(n,)`, further columns of `scores.csv`, and with `keep`, the maps that are not of
     bits. Columns are the number of pixels above the threshold of the map, if maps are needed; the statistics of the
     images, or with tiles, their number and the most anomalous one. Raises `CalibrationError`."""
-    calibration, condition = require_calibration(pipeline.calibration), images.given.values()
-    rows, details = read_given(pipeline, None, condition, len(images.names)), dict[str, Any]()
+    calibration, given, details = require_calibration(pipeline.calibration), images.given, dict[str, Any]()
     tiling = WHOLE if stride is None else (pipeline.tokenizer.image_shape[1:], stride)
     kind, maps, found, areas = config.kind_of_map(calibration), list[NDArray[np.float32]](), list[float](), list[int]()
     if config.method == "hidden" or (kind != "bits" and (config.map is not None or keep)):
-        require_scores(calibration, "map", rows.names, tiling)
+        require_scores(calibration, "map", given.names, tiling)
         pixels = images.pixels if stride is not None else as_lazy(to_float(images.pixels))
-        for each in map_calibrated(pipeline, pixels, rows, stride):
+        for each in map_calibrated(pipeline, pixels, check_places(given), stride):
             found.append(each.scores["hidden"])
             areas.append(int((each.combined > calibration.scores["map"].threshold).sum()))
             if keep and kind != "bits":
@@ -196,15 +195,15 @@ def score_images(
         details = {"area": areas}
     if config.method == "hidden":
         scores = torch.tensor(found, dtype=torch.float64)
-        return scores, p_value_of("hidden", scores, calibration, rows.names, tiling), details, maps
+        return scores, p_value_of("hidden", scores, calibration, given.names, tiling), details, maps
     if stride is None:
-        measured = measure(pipeline, images.pixels, condition=condition)
-        scores = score_of(config.method, measured.statistics, calibration, measured.given)
-        p = p_value_of(config.method, scores, calibration, measured.given)
+        measured = measure(pipeline, pipeline.to_images(images.pixels), given)
+        scores = score_of(config.method, measured.statistics, calibration, given.names)
+        p = p_value_of(config.method, scores, calibration, given.names)
         details |= {name: each.numpy() for name, each in measured.statistics.items() if each.ndim == 1}
         return scores, p, details, maps
-    tiled = score_tiles(pipeline, images.pixels, config.method, rows, stride)
-    p = p_value_of(config.method, tiled.scores, calibration, rows.names, tiling)
+    tiled = score_tiles(pipeline, images.pixels, config.method, check_places(given), stride)
+    p = p_value_of(config.method, tiled.scores, calibration, given.names, tiling)
     places = {"top": [place.top for place in tiled.places], "left": [place.left for place in tiled.places]}
     return tiled.scores, p, {**details, "tiles": tiled.counts, **places}, maps
 
@@ -228,16 +227,17 @@ def compare_truth(
 ) -> tuple[list[NDArray[np.float32]], list[NDArray[np.bool_]]]:
     """Return the maps (those given, or else those of bits) and the masks of the images, each `(H, W)`: with tiles, at
     the size of the image, reduced to at most 512 pixels a side. Raises `UserError`."""
-    files, condition = [Path(name) for name in images.names], images.given.values()
+    files = [Path(name) for name in images.names]
     if stride is None:
         if not maps:
-            maps = list(map_bits(pipeline, to_float(images.pixels), condition=condition).cpu().float().numpy())
+            batch = pipeline.to_images(to_float(images.pixels))
+            maps = list(map_bits(pipeline, batch, images.given).cpu().float().numpy())
         return maps, [read_mask(*pair, maps[0].shape) for pair in zip(masks, files, strict=True)]
     bits, truth = list[NDArray[np.float32]](), list[NDArray[np.bool_]]()
     for number, (mask, file) in enumerate(zip(masks, files, strict=True)):
-        some, own = images.pixels.select([number]), images.given.select([number]).values()
+        some = images.pixels.select([number])
         if not maps:
-            (found,) = map_large(pipeline, some, condition=own, stride=stride)
+            (found,) = map_large(pipeline, some, check_places(images.given)[[number]], stride)
             bits.append(reduce_map(found.cpu()).numpy())
         truth.append(reduce_mask(read_mask(mask, file, some.load(0).shape[1:])))
     return maps or bits, truth
@@ -298,7 +298,7 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
             folders = ["" if len(part) == 1 else part[0] for part in parts]
             if "" in folders:
                 raise UserError(f"ground_truth: {files[folders.index('')]} is in no folder of good images or a defect")
-        given = config.read_condition(pipeline, len(names), names)
+        given = pipeline.read_given(condition=config.read_condition(pipeline, len(names), names).given)
         trained_with = trained_data(pipeline.provenance)
         division = inherit(trained_with or config.data, pipeline.provenance)
         objects = name_objects(files, config, division)
@@ -311,7 +311,7 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
     every = np.arange(len(images))
     classes = None if images.labels is None else [images.class_names[label] for label in images.labels.tolist()]
     names = images.names(every)
-    given = config.read_condition(pipeline, len(names), names)
+    given = pipeline.read_given(condition=config.read_condition(pipeline, len(names), names).given)
     objects = images.objects()
     pixels, digests = config.read_pixels(pipeline, images, every), None
     if pipeline.binarized == "drawn" and not config.tile:  # calibrations of 0.3 know rows by their own draw
@@ -368,7 +368,7 @@ def skip_used(pipeline: ImagePipeline, found: Found, calibration: Calibration) -
         warn_about_sizes([sizes[row] for row in new], calibration)
     pixels: Any = found.pixels.select(new) if isinstance(found.pixels, LazyImages) else found.pixels[new]
     classes, objects = (None if each is None else [each[row] for row in new] for each in (found.classes, found.objects))
-    return Found([found.names[row] for row in new], pixels, classes, found.origin, found.given.select(new), objects)
+    return Found([found.names[row] for row in new], pixels, classes, found.origin, found.given[new], objects)
 
 
 def digests_of(pipeline: ImagePipeline, pixels: Tensor) -> list[str]:

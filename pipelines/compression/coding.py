@@ -23,20 +23,21 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from prior import Prior
-from prior.conditions import LABEL, Condition, describe_columns, digest_condition, select_rows
-from prior.sampling import check_count, progress_bar
+from prior.arguments import check_count
+from prior.columns import LABEL, describe_columns
+from prior.given import Given
+from prior.sampling import progress_bar
 from tokenizer.base import LikelihoodError
 from tokenizer.likelihoods import to_values
 from tokenizer.precision import finest, in_finest
 
-from ..condition_values import GivenCondition, check_places, name_given, read_numbers_as_given, rows_of_tiles
 from ..images.decoding import pixels_of, whole_pixels
-from ..images.tiles import LazyImages, Place, cut_tiles, load_image, place_of, tile_places
+from ..images.tiles import LazyImages, Place, check_places, cut_tiles, give_places, load_image, place_of, tile_places
 from .codec import Decoder, Encoder, SymbolCoder, constriction
 from .container import Chunk, DamagedStream, Header, ModelMismatch, StreamError, read_stream, write_stream
 
 if TYPE_CHECKING:
-    from ..image_pipeline import ImagePipeline
+    from ..image_pipeline import Condition, ImagePipeline
 
 CODEC = "smalti codec 1"
 CHUNK_IMAGES = 256
@@ -120,35 +121,36 @@ def identify(pipeline: ImagePipeline) -> bytes:
     return hashlib.sha256(" ".join(parts).encode()).digest()[:16]
 
 
-def read_condition(pipeline: ImagePipeline, condition: GivenCondition, count: int) -> tuple[Condition, bytes]:
-    """Return raw columns and labels for the `count` images of a stream, and the bytes that identify them, which are
-    empty if all are null. Numbers are as they are given, which streams of 0.3 need, too."""
-    rows, labels = read_numbers_as_given(pipeline, condition, count), pipeline.label_ids(None, count, condition)
-    given = name_given(pipeline.prior, labels, rows)
-    if labels is not None and LABEL in given:
-        rows[LABEL] = labels
-    return rows, bytes.fromhex(digest_condition(rows))[:8] if given else b""
+def read_condition(pipeline: ImagePipeline, condition: Condition, count: int) -> Given:
+    """Read what is given of the `count` images of a stream. Numbers are as they are given, which streams of 0.3 need,
+    too."""
+    return pipeline.read_given(None, condition, count, limit=False)
 
 
-def rows_of_stream(pipeline: ImagePipeline, rows: Condition, header: Header) -> Condition:
-    """Return the raw columns and labels of what is coded: of images, or of their tiles, which know their places."""
+def identify_given(given: Given) -> bytes:
+    """Return 8 bytes that identify what is given, or none if all is null."""
+    return bytes.fromhex(given.digest)[:8] if given.names else b""
+
+
+def given_of_stream(given: Given, header: Header) -> Given:
+    """Return what is given of what is coded: of images, or of their tiles, which know their places."""
     if header.sizes is None:
-        return rows
+        return given
     tile, places = header.image, list[Place]()
     for number, size in enumerate(header.sizes):
         places += [place_of(number, *corner, size, tile) for corner in tile_places(size, tile, tile[1:])]
-    return rows_of_tiles(rows, places, check_places(pipeline.conditions, rows))
+    return give_places(check_places(given), places)
 
 
-def choose_classes(prior: Prior, tokens: Tensor, condition: Condition) -> Tensor | None:
+def choose_classes(prior: Prior, tokens: Tensor, given: Given) -> Tensor | None:
     """Return the class, or the null class, under which the tokens `(n, *grid.shape)` of each image are most likely,
-    int64 `(n,)`, given raw columns. Return None, for the null class of all images, if storing the classes costs more
+    int64 `(n,)`, given other columns. Return None, for the null class of all images, if storing the classes costs more
     than it saves, or if the prior has no classes or more than `MAX_CLASSES`."""
     null, count = prior.num_classes, len(tokens)
     if not 0 < null <= MAX_CLASSES:
         return None
     tokens = tokens.to(prior.device)
-    nats = [prior.log_prob(tokens, tokens.new_full((count,), k), condition=condition).double() for k in range(null + 1)]
+    nats = [prior.log_prob(tokens, tokens.new_full((count,), k), condition=given).double() for k in range(null + 1)]
     best, classes = torch.stack(nats).max(0)
     return classes if (best - nats[null]).sum() > count * math.log(null + 1) else None
 
@@ -165,17 +167,15 @@ class Models:
         self.tokenizer = to_double(pipeline.tokenizer, self.device) if residual else pipeline.tokenizer
         self.residual = residual
 
-    def code_tokens(self, tokens: Tensor, condition: Condition, coder: SymbolCoder, batch_size: int) -> None:
-        """Code `tokens` (n, *grid.shape) in the prior's order, rank by rank for all images, given their raw columns and
-        labels; a decoder fills them in. batch_size: images evaluated at a time. Conditions are encoded in float64, too,
-        so that their batch does not matter."""
+    def code_tokens(self, tokens: Tensor, given: Given, coder: SymbolCoder, batch_size: int) -> None:
+        """Code `tokens` (n, *grid.shape) in the prior's order, rank by rank for all images; a decoder fills them in.
+        batch_size: images evaluated at a time. What is given is encoded in float64, too, so that its batch does not
+        matter."""
         order = self.prior.order.tolist()
         flat, rank = tokens.view(len(tokens), -1), 0
         states = []
         for part in torch.arange(len(flat), device=self.device).split(batch_size):
-            rows = select_rows(condition, part)
-            given = self.prior.encode_condition(rows.pop(LABEL, None), len(part), rows)
-            states.append(self.prior.start(len(part), given))
+            states.append(self.prior.start(self.prior.encode_given(given[part])))
         last: Sequence[Tensor | None] = [None] * len(states)
         for size in self.prior.blocks:
             block = order[rank : rank + size]
@@ -184,16 +184,18 @@ class Models:
                 flat[:, cell] = coder.code(logits, flat[:, cell])
             last, rank = flat[:, block].split(batch_size), rank + size
 
-    def code_classes(self, classes: Tensor, condition: Condition, coder: SymbolCoder) -> Condition:
-        """Code `classes` `(n,)`, of which all are equally probable; return raw columns with these labels."""
-        logits = torch.zeros(len(classes), self.prior.num_classes + 1, dtype=torch.float64, device=self.device)
-        return {**condition, LABEL: coder.code(logits, classes)}
+    def code_classes(self, classes: Tensor, given: Given, coder: SymbolCoder) -> Given:
+        """Code `classes` `(n,)`, of which all, and the null class, are equally probable; return what is given with
+        these labels."""
+        null = self.prior.num_classes
+        logits = torch.zeros(len(classes), null + 1, dtype=torch.float64, device=self.device)
+        labels = coder.code(logits, classes)
+        return given.with_rows(label=torch.where(labels == null, -1, labels))
 
-    def rows_of(self, condition: Condition, header: Header, index: int) -> Condition:
-        """Return the raw columns of a chunk's images."""
+    def given_of_chunk(self, given: Given, header: Header, index: int) -> Given:
+        """Return what is given of a chunk's images."""
         first = index * header.chunk_images
-        rows = select_rows(condition, slice(first, first + header.chunk_images))
-        return {name: values.to(self.device) for name, values in rows.items()}
+        return given[first : first + header.chunk_images].to(self.device)
 
     def code_pixels(self, pixels: Tensor, tokens: Tensor, coder: SymbolCoder) -> None:
         """Code `pixels` (n, C, H, W) in 0 to 255 channel by channel, given the tokens; a decoder fills them in."""
@@ -204,15 +206,13 @@ class Models:
                 values[:, channel] = found.view_as(values[:, channel])
 
     @torch.inference_mode()
-    def encode(
-        self, tokens: Tensor, condition: Condition, pixels: Tensor | None, classes: Tensor | None = None
-    ) -> Chunk:
-        """Encode tokens `(n, *grid.shape)` and pixels `(n, C, H, W)` in 0 to 255 into a chunk, given raw columns.
-        classes: to be stored, `(n,)`."""
+    def encode(self, tokens: Tensor, given: Given, pixels: Tensor | None, classes: Tensor | None = None) -> Chunk:
+        """Encode tokens `(n, *grid.shape)` and pixels `(n, C, H, W)` in 0 to 255 into a chunk. classes: to be stored,
+        `(n,)`."""
         tokens, of_tokens, of_pixels = tokens.to(self.device).contiguous(), Encoder(), Encoder()
         if classes is not None:
-            condition = self.code_classes(classes.to(self.device), condition, of_tokens)
-        self.code_tokens(tokens, condition, of_tokens, len(tokens))
+            given = self.code_classes(classes.to(self.device), given, of_tokens)
+        self.code_tokens(tokens, given, of_tokens, len(tokens))
         if pixels is not None:
             self.code_pixels(pixels.to(self.device), tokens, of_pixels)
         unsure = torch.cat(of_tokens.unsure + of_pixels.unsure)
@@ -221,13 +221,11 @@ class Models:
         return Chunk(exceptions, of_tokens.bytes(), of_pixels.bytes(), digest, classes is not None)
 
     @torch.inference_mode()
-    def decode(
-        self, chunk: Chunk, count: int, condition: Condition, batch_size: int | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Decode the tokens and pixels of a chunk of `count` images, given their raw columns, and labels if the chunk
-        does not have them. Raises `ModelMismatch` if this machine computes different probabilities."""
-        if chunk.classes and (LABEL in condition or not self.prior.num_classes):
-            why = "labels, too, were given to compress" if LABEL in condition else "this pipeline has none"
+    def decode(self, chunk: Chunk, count: int, given: Given, batch_size: int | None) -> tuple[Tensor, Tensor | None]:
+        """Decode the tokens and pixels of a chunk of `count` images. Raises `ModelMismatch` if this machine computes
+        different probabilities."""
+        if chunk.classes and (LABEL in given.rows or not self.prior.num_classes):
+            why = "labels, too, were given to compress" if LABEL in given.rows else "this pipeline has none"
             raise DamagedStream(f"the stream is damaged: it has classes, but {why}")
         tokens = torch.zeros(count, *self.prior.grid.shape, dtype=torch.long, device=self.device)
         shape = (count, *self.tokenizer.image_shape)
@@ -241,8 +239,8 @@ class Models:
         unsure = unsure.to(self.device)
         decoder = Decoder(chunk.tokens, unsure[:first])
         if chunk.classes:
-            condition = self.code_classes(tokens.new_zeros(count), condition, decoder)
-        self.code_tokens(tokens, condition, decoder, batch_size or count)
+            given = self.code_classes(tokens.new_zeros(count), given, decoder)
+        self.code_tokens(tokens, given, decoder, batch_size or count)
         decoder.finish()
         if pixels is not None:
             decoder = Decoder(chunk.pixels, unsure[first:])
@@ -273,46 +271,52 @@ def compress(
     pipeline: ImagePipeline,
     images: Tensor,
     *,
-    condition: GivenCondition = None,
+    condition: Condition = None,
     lossless: bool = False,
     names: Sequence[str] = (),
     progress: bool = True,
 ) -> bytes:
     """Compress `images`, float `(B, C, H, W)` in [-1, 1], to a stream; see `write_images`."""
     file, parts = io.BytesIO(), images.split(chunk_images(pipeline))
-    options: dict[str, Any] = {"condition": condition, "lossless": lossless, "names": names, "progress": progress}
-    write_images(pipeline, file, parts, len(images), **options)
+    given, chooses = read_condition(pipeline, condition, len(images)), has_no_label(condition)
+    options: dict[str, Any] = {"lossless": lossless, "names": names, "progress": progress}
+    write_images(pipeline, file, parts, given, chooses_classes=chooses, **options)
     return file.getvalue()
+
+
+def has_no_label(condition: Condition) -> bool:
+    """Return whether a condition says nothing of the label, not even that it is null."""
+    names = condition.rows if isinstance(condition, Given) else condition if isinstance(condition, Mapping) else ()
+    return LABEL not in names
 
 
 def write_images(
     pipeline: ImagePipeline,
     file: BinaryIO,
     parts: Iterable[Tensor],
-    count: int,
+    given: Given,
     *,
-    condition: GivenCondition = None,
+    chooses_classes: bool = False,
     lossless: bool = False,
     names: Sequence[str] = (),
     sizes: Sequence[tuple[int, int]] | None = None,
     progress: bool = True,
 ) -> int:
-    """Write a stream of `count` images, given in `parts` of `chunk_images`; return its size in bytes.
+    """Write a stream of images in `parts` of `chunk_images`; return its size in bytes.
 
-    sizes: (height, width) of each image; `parts` then contain the tiles of all images. condition: values of columns,
-    one for all images or one per image, without which the stream cannot be decoded. Without `label`, the best class of
-    each image is stored, if that shortens the stream (see `choose_classes`). lossless: decoding returns the exact 8-bit
+    sizes: (height, width) of each image; `parts` then contain the tiles of all images. given: from `read_condition`;
+    without the same the stream cannot be decoded. chooses_classes: without a label, store the best class of each image,
+    if that shortens the stream (see `choose_classes`). lossless: decoding returns the exact 8-bit
     images instead of reconstructions. Raises `LikelihoodError` if lossless is impossible, and `StreamError` if the
     coder is not installed or a name is not a valid file name.
     """
     constriction()
     models = Models(pipeline, residual=has_residual(pipeline, lossless))
     shape = pipeline.tokenizer.image_shape
-    rows, digest = read_condition(pipeline, condition, count)
-    header = Header(identify(pipeline), shape, count, chunk_images(pipeline), models.residual, tuple(names), digest)
+    facts = identify(pipeline), shape, len(given), chunk_images(pipeline), models.residual
+    header = Header(*facts, tuple(names), identify_given(given))
     header = header if sizes is None else header._replace(sizes=tuple(sizes))
-    rows = rows_of_stream(pipeline, rows, header)
-    chooses = not (isinstance(condition, Mapping) and LABEL in condition)
+    coded = given_of_stream(given, header)
 
     def chunks() -> Iterator[Chunk]:
         for index, part in zip(iterate_chunks(header, progress), parts, strict=False):
@@ -320,16 +324,21 @@ def write_images(
                 check_exact(part)
             pixels = to_values(part) if models.residual else None
             tokens = pipeline.encode_batch(part if lossless else pipeline.binarize(part))
-            own = models.rows_of(rows, header, index)
+            own = models.given_of_chunk(coded, header, index)
             with torch.inference_mode():
-                classes = choose_classes(pipeline.prior, tokens, own) if chooses else None
+                classes = choose_classes(pipeline.prior, tokens, own) if chooses_classes else None
             yield models.encode(tokens, own, pixels, classes)
 
     return write_stream(file, header, chunks())
 
 
 def write_tiles(
-    pipeline: ImagePipeline, file: BinaryIO, images: LazyImages, sizes: Sequence[tuple[int, int]], **options: Any
+    pipeline: ImagePipeline,
+    file: BinaryIO,
+    images: LazyImages,
+    sizes: Sequence[tuple[int, int]],
+    given: Given,
+    **options: Any,
 ) -> int:
     """Write a stream of images by tiles that lie side by side; return its size in bytes. sizes: from `sizes_of`.
     options: as in `write_images`."""
@@ -337,7 +346,7 @@ def write_tiles(
     images = images if options.get("lossless") else pipeline.list_images(images)
     loaded = ((number, load_image(images, number, shape)) for number in range(len(images)))
     parts = (tiles.to(pipeline.device) for tiles, _ in cut_tiles(loaded, shape, shape[1:], size))
-    return write_images(pipeline, file, parts, len(images), sizes=sizes, **options)
+    return write_images(pipeline, file, parts, given, sizes=sizes, **options)
 
 
 def sizes_of(images: LazyImages, shape: tuple[int, int, int]) -> list[tuple[int, int]]:
@@ -360,7 +369,7 @@ def read_images(
     pipeline: ImagePipeline,
     data: bytes,
     *,
-    condition: GivenCondition = None,
+    condition: Condition = None,
     batch_size: int | None = None,
     max_images: int | None = None,
     progress: bool = True,
@@ -382,16 +391,18 @@ def read_images(
         raise DamagedStream("the stream is damaged: this pipeline has no likelihood of pixels")
     if max_images is not None and header.images > max_images:
         raise StreamError(f"the stream has {header.images} images, the limit is {max_images}")
-    rows, digest = read_condition(pipeline, condition, header.images)
-    check_condition(pipeline, header, digest)
-    rows = rows_of_stream(pipeline, rows, header)
+    given = read_condition(pipeline, condition, header.images)
+    check_condition(pipeline, header, identify_given(given))
+    coded = given_of_stream(given, header)
     constriction()
     models = Models(pipeline, residual=header.lossless)
 
     def images() -> Iterator[Tensor]:
         for index in iterate_chunks(header, progress):
             count = min(header.chunk_images, header.num_coded - index * header.chunk_images)
-            tokens, pixels = models.decode(chunks[index], count, models.rows_of(rows, header, index), batch_size)
+            tokens, pixels = models.decode(
+                chunks[index], count, models.given_of_chunk(coded, header, index), batch_size
+            )
             if pixels is None:
                 yield pipeline.decode_batch(tokens)
             else:
@@ -406,10 +417,9 @@ def check_condition(pipeline: ImagePipeline, header: Header, digest: bytes) -> N
         raise StreamError("the stream was made without a condition: decompress it without one")
     if digest != header.condition:
         given = "another condition" if digest else "a condition"
-        columns = dict.fromkeys([*([LABEL] if pipeline.prior.num_classes else []), *pipeline.conditions])
         raise StreamError(
             f"the stream was made with {given}: give condition=, the values with which its {header.images} images were "
-            f"compressed, in their order ({describe_columns(columns)})"
+            f"compressed, in their order ({describe_columns(pipeline.columns)})"
         )
 
 
@@ -417,7 +427,7 @@ def decompress(
     pipeline: ImagePipeline,
     data: bytes,
     *,
-    condition: GivenCondition = None,
+    condition: Condition = None,
     batch_size: int | None = None,
     max_images: int | None = None,
     progress: bool = True,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prior.sampling import as_tensor, check_count
+from prior.arguments import as_tensor, check_count
 from tokenizer import Tokenizer
 
 from .pictures import check_output_type

@@ -7,7 +7,7 @@ bounded by one image, its map and one batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from prior.sampling import check_count, whole_number
+from prior.arguments import check_count, whole_number
+from prior.columns import Column
+from prior.given import Given
 from tokenizer import Tokenizer
 from tokenizer.files import one_line
 
@@ -42,6 +44,27 @@ class Place(NamedTuple):
     top: int
     left: int
     centre: tuple[float, float] = (0.5, 0.5)
+
+
+def list_place_columns(columns: Mapping[str, Column]) -> list[str]:
+    """Return the names of the columns that hold the place of a tile in its image."""
+    return [name for name, column in columns.items() if getattr(column, "encoder", None) == PLACE]
+
+
+def check_places(given: Given) -> Given:
+    """Raise `ValueError` if columns that tiles fill in have values."""
+    for name in list_place_columns(given.columns):
+        if name in given.rows:
+            raise ValueError(f"condition: {name}: is the place of each tile and found from it; leave it out")
+    return given
+
+
+def give_places(given: Given, places: Sequence[Place]) -> Given:
+    """Return what is given of tiles: the rows of their images, and their centres."""
+    rows = given[torch.tensor([place.image for place in places], dtype=torch.long)]
+    centres = torch.tensor([place.centre for place in places], dtype=torch.float32).view(-1, 2)
+    device = next((each.device for each in rows.rows.values()), None)
+    return rows.with_rows(**{name: centres.to(device) for name in list_place_columns(given.columns)})
 
 
 @dataclass(frozen=True)
