@@ -516,7 +516,7 @@ class ImagePipeline:
 
         given = Given.read(
             columns, labels, condition, count=count, default=default, device=self.device, convert=convert
-        )
+        ).drop_null()
         if not limit:
             return given
         for name, rows in given.rows.items():
