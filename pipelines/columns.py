@@ -46,7 +46,7 @@ from .text import NGRAMS, encode_text, run_encoder
 
 if TYPE_CHECKING:
     from .app.served import Served
-    from .images.conditions import Cells
+    from .images.attributes import Cells
 
 C = TypeVar("C", bound=Column)
 Q = TypeVar("Q", bound=QuantityColumn)
@@ -568,7 +568,7 @@ class GridFormat(ColumnFormat[GridColumn]):
 
     @classmethod
     def suits(cls, first: Any, cells: Cells) -> bool:
-        """Pictures, which `images.conditions` reads."""
+        """Pictures, which `images.attributes` reads."""
         return cells.open is not None
 
     def feature(self) -> Any:
