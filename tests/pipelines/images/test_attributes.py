@@ -36,10 +36,13 @@ ROWS = {
     "sick": [k % 3 == 0 for k in range(COUNT)],
     "size": [[k, 2.5 * k] for k in range(COUNT)],
     "face": [[k / 7, 1.0, -k, 0.5, 2] if k != 4 else None for k in range(COUNT)],
+    "wind": [20 * k - 350 if k % 7 else None for k in range(COUNT)],
     "text": [f"a {word}" if word else None for word in ["cat", "dog", "", "eel", "Ünïcode"]] * 4,
 }
 SKIP = {"on_error": "skip", "max_bad_fraction": 0.2}
-KINDS = dict(view="class", tags="flags", age="number", sick="number", size="number", face="vector", text="vector")
+KINDS = {"view": "class", "tags": "flags", "age": "number", "sick": "number", "size": "number", "face": "vector"}
+KINDS |= {"wind": "angle", "text": "vector"}
+GUESSED = [*KINDS][:-2]
 
 
 def picture(k: int, side: int = 12) -> np.ndarray:
@@ -127,10 +130,10 @@ def numbers_of(images) -> list[int]:
 
 
 def sources_of(tokenizer=None):
-    """Columns of all kinds: guessed, except for text and the picture."""
-    text = {"text": AttributeSource(encoder="ngrams:32")}
+    """Columns of all kinds: guessed, except for the angle, text and the picture."""
+    chosen = {"wind": AttributeSource(kind="angle"), "text": AttributeSource(encoder="ngrams:32")}
     grid = {"outline": AttributeSource(kind="grid", tokenizer=tokenizer)} if tokenizer else {}
-    return {name: name for name in ROWS if name != "text"} | text | grid
+    return {name: name for name in GUESSED} | chosen | grid
 
 
 # The same rows from any origin
@@ -179,7 +182,7 @@ def test_the_same_rows_from_any_origin_are_the_same_columns(tmp_path, capsys, or
     assert list(parts) == ["train", "validation", "test"] and list(columns) == list(sources)
     check_columns(parts, columns)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("attributes")]
-    assert [line.split(": ")[0] for line in lines] == [f"attributes.{name}" for name in ROWS if name != "text"]
+    assert [line.split(": ")[0] for line in lines] == [f"attributes.{name}" for name in GUESSED]
     assert all(f" {KINDS[line.split(': ')[0].split('.')[1]]}," in line for line in lines)
     assert columns["view"].column.names == ["front", "rear", "side"] and columns["tags"].column.names == ["a", "b", "c"]
     assert columns["text"].column.encoder == "ngrams:32" and str(tmp_path) not in str(
