@@ -14,13 +14,13 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
+from prior.conditions import GridColumn, select_rows
 from small import draw_tokens, make_prior, make_tokenizer
 from small_pipelines import COLUMNS, GIVEN, make_conditioned, make_pipeline, pixels_for
 
 from pipelines import ConfigError, ImagePipeline, IntegrityError
 from pipelines.compression.container import StreamError
 from pipelines.saving import FILES
-from prior.conditions import GridColumn, select_rows
 from tokenizer.files import PipelineLoadError, write_json, write_manifest
 
 COUNT = 5

@@ -21,6 +21,7 @@ from givens.images import encoded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from prior.conditions import GridColumn
 from small import PRIORS, make_prior, make_tokenizer
 from small_pipelines import COLUMNS, make_conditioned, make_pipeline
 
@@ -30,7 +31,6 @@ from pipelines.compression.codec import Decoder, Encoder, exponentials, grid_ste
 from pipelines.compression.coding import exact_pixels
 from pipelines.compression.container import DamagedStream, ModelMismatch, StreamError, read_stream, write_stream
 from prior import Prior
-from prior.conditions import GridColumn
 from tokenizer import TokenGrid
 from tokenizer.base import LikelihoodError
 
