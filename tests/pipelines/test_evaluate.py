@@ -176,9 +176,8 @@ def bits_of_frequencies(grid, train, test, num_classes):
 
 
 def split_of(pipe, images):
-    return make_split(
-        pipe.encode(images.batch(range(len(images)))), label_column(images.class_names), label=images.labels
-    )
+    tokens = pipe.encode(images.batch(range(len(images))))
+    return make_split(tokens, label_column(images.class_names), label=images.labels)
 
 
 def test_position_frequencies_are_those_of_the_token_dataset_that_the_prior_was_trained_on(
@@ -203,7 +202,7 @@ def test_position_frequencies_are_those_of_the_token_dataset_that_the_prior_was_
     other = copy.deepcopy(pipe.tokenizer)
     with torch.no_grad():
         next(other.parameters()).add_(1)
-    TokenDataset(grid, names, {"train": few, "test": test}, other, {}).save(tmp_path / "other")
+    TokenDataset(grid, train.given.columns, {"train": few, "test": test}, other, {}).save(tmp_path / "other")
     with pytest.raises(SystemExit):
         bits(f"tokens={tmp_path / 'other'}")
     assert "error: tokens: " in capsys.readouterr().err
