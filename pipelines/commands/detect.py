@@ -185,7 +185,7 @@ def score_images(
     tiling = WHOLE if stride is None else (pipeline.tokenizer.image_shape[1:], stride)
     kind, maps, found, areas = config.kind_of_map(calibration), list[NDArray[np.float32]](), list[float](), list[int]()
     if config.method == "hidden" or (kind != "bits" and (config.map is not None or keep)):
-        require_scores(calibration, "map", given.names, tiling)
+        require_scores(calibration, "map", given.terms, tiling)
         pixels = images.pixels if stride is not None else as_lazy(to_float(images.pixels))
         for each in map_calibrated(pipeline, pixels, check_places(given), stride):
             found.append(each.scores["hidden"])
@@ -195,15 +195,15 @@ def score_images(
         details = {"area": areas}
     if config.method == "hidden":
         scores = torch.tensor(found, dtype=torch.float64)
-        return scores, p_value_of("hidden", scores, calibration, given.names, tiling), details, maps
+        return scores, p_value_of("hidden", scores, calibration, given.terms, tiling), details, maps
     if stride is None:
         measured = measure(pipeline, pipeline.to_images(images.pixels), given)
-        scores = score_of(config.method, measured.statistics, calibration, given.names)
-        p = p_value_of(config.method, scores, calibration, given.names)
+        scores = score_of(config.method, measured.statistics, calibration, given.terms)
+        p = p_value_of(config.method, scores, calibration, given.terms)
         details |= {name: each.numpy() for name, each in measured.statistics.items() if each.ndim == 1}
         return scores, p, details, maps
     tiled = score_tiles(pipeline, images.pixels, config.method, check_places(given), stride)
-    p = p_value_of(config.method, tiled.scores, calibration, given.names, tiling)
+    p = p_value_of(config.method, tiled.scores, calibration, given.terms, tiling)
     places = {"top": [place.top for place in tiled.places], "left": [place.left for place in tiled.places]}
     return tiled.scores, p, {**details, "tiles": tiled.counts, **places}, maps
 
