@@ -9,14 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from prior import Prior
-from prior.conditions import ClassColumn, Column, FlagsColumn, GridColumn, NumberColumn, VectorColumn, describe_names
-from prior.sampling import SamplingOptions
+from prior.options import SamplingOptions
 from tokenizer import Tokenizer
 
-from .condition_values import describe_range, takes_text
+from .columns import ColumnFormat, formats_of
 from .images.origin import describe_for_card, shareable
 from .metrics.figures import DIVISION, Row, format_rows
 from .training.schedule import describe_cut
@@ -87,8 +86,8 @@ def model_card(
     channels, height, width = tokenizer.image_shape
     facts = shareable(provenance)
     rows = collect_figures(facts, exact=prior.exact)
-    columns = [describe_column(*item, condition_tokenizers.get(item[0])) for item in prior.conditions.items()]
-    examples = [f'"{column.name}": {column.example}' for column in columns if column.example]
+    columns = list(formats_of(prior.config.conditions, condition_tokenizers).values())
+    examples = [f'"{column.name}": {example}' for column in columns if (example := column.example())]
     card = ModelCard.from_template(
         make_metadata(tokenizer, prior, facts, has_grid),
         template_str=TEMPLATE,
@@ -100,7 +99,7 @@ def model_card(
         colours="grey" if channels == 1 else "RGB",
         shape=" x ".join(map(str, prior.grid.shape)),
         classes=f"{prior.num_classes} classes ({', '.join(labels)})" if prior.num_classes else "no classes",
-        given=f", given {', '.join(prior.conditions)}" if prior.conditions else "",
+        given=f", given {', '.join(column.name for column in columns)}" if columns else "",
         imports="from PIL import Image\n" if any("Image.open" in one for one in examples) else "",
         example=f", condition={{{', '.join(examples)}}}" if examples else "",
         source=describe_for_card(facts),
@@ -116,42 +115,12 @@ def model_card(
     return str(card)
 
 
-class Described(NamedTuple):
-    """A column in words; the example is Python code of a value."""
-
-    name: str
-    kind: str
-    values: str
-    encoder: str = ""
-    example: str = ""
-
-
-def describe_column(name: str, column: Column, tokenizer: Tokenizer | None) -> Described:
-    """Describe a column. tokenizer: of a grid."""
-    found = Described(name, column.kind, "")
-    if isinstance(column, ClassColumn):
-        return found._replace(values=describe_names(column.names), example=repr(column.names[0]))
-    if isinstance(column, FlagsColumn):
-        return found._replace(values=describe_names(column.names), example=repr(column.names[:2]))
-    if isinstance(column, NumberColumn):
-        means = [float(f"{mean:.4g}") for mean in column.mean]
-        return found._replace(values=describe_range(column), example=repr(means if len(means) > 1 else means[0]))
-    if isinstance(column, VectorColumn):
-        text, example = ("text, or ", "'some words'") if takes_text(column) else ("", "")
-        return found._replace(values=f"{text}{column.size} numbers", encoder=column.encoder, example=example)
-    assert isinstance(column, GridColumn)
-    values = f"{' x '.join(map(str, column.shape))} ids of {column.grid.vocab_size}"
-    if tokenizer is None:
-        return found._replace(values=values)
-    values = f"image of {' x '.join(map(str, tokenizer.image_shape[1:]))}, or {values}"
-    return found._replace(values=values, encoder=tokenizer.name, example=f'Image.open("{name}.png")')
-
-
-def format_conditions(columns: Sequence[Described]) -> list[str]:
+def format_conditions(columns: Sequence[ColumnFormat[Any]]) -> list[str]:
     """Return a markdown table of the columns that images may be conditioned on, if there are any."""
     if not columns:
         return []
-    lines = [f"| {' | '.join(map(to_cell, column[:-1]))} |" for column in columns]
+    cells = [(column.name, column.kind, column.describe(), column.encoder) for column in columns]
+    lines = [f"| {' | '.join(map(to_cell, row))} |" for row in cells]
     about = "Values of `condition=`; each may be left out. Numbers are in the unit of the training data."
     head = ["| name | kind | values | encoder |", "|---|---|---|---|"]
     return ["## Conditions", "", about, "", *head, *lines, ""]
@@ -243,7 +212,7 @@ def make_metadata(tokenizer: Tokenizer, prior: Prior, facts: dict[str, Any], has
     more: dict[str, Any] = {}
     if has_grid:
         text = "samples, one class per column" if prior.num_classes else "samples"
-        text = "samples given held-out conditions" if prior.conditions else text
+        text = "samples given held-out conditions" if prior.config.conditions else text
         more["widget"] = [{"text": text, "output": {"url": "samples.png"}}]
     if results := make_results(prior, facts):
         more |= {"model_name": f"{tokenizer.name} + {prior.name}", "eval_results": results}
@@ -259,7 +228,7 @@ def make_metadata(tokenizer: Tokenizer, prior: Prior, facts: dict[str, Any], has
 
 def describe_kind(prior: Prior) -> str:
     """Return what a prior is conditioned on, as a word for tags."""
-    if prior.conditions:
+    if prior.config.conditions:
         return "conditional"
     return "class-conditional" if prior.num_classes else "unconditional"
 

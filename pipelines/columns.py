@@ -1,44 +1,628 @@
-"""What columns need of files, tables and widgets: pictures and texts become values."""
+"""The kinds of columns outside of a model, one class a kind: how values are written on the command line and in tables,
+read from data sets, asked for in the app, and described.
+
+`prior.columns` says what a column is and which values Python code may give. A new kind is one class there and one here,
+which `format_of` finds; nothing else asks which kind a column is.
+"""
 
 from __future__ import annotations
 
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL.Image import Image as Picture
 from torch import Tensor
 
-from prior.columns import Column, GridColumn, VectorColumn
-from tokenizer import Tokenizer
+from prior.columns import (
+    AngleColumn,
+    ClassColumn,
+    Column,
+    FlagsColumn,
+    GridColumn,
+    NumberColumn,
+    QuantityColumn,
+    VectorColumn,
+    shorten,
+)
+from tokenizer import TokenGrid, Tokenizer
 
+from .images.arrays import values_of
 from .images.clips import clip_shapes, frame_shape, read_images
+from .images.dataset import is_class_name
+from .images.decoding import decode_in_threads
+from .images.folder import find_images, match_names
 from .images.pictures import single_shapes
-from .text import NGRAMS, encode_text
+from .text import NGRAMS, encode_text, run_encoder
 
-AT_ONCE = 256  # pictures encoded together
+if TYPE_CHECKING:
+    from .app.served import Served
+    from .images.conditions import Cells
+
+C = TypeVar("C", bound=Column)
+Q = TypeVar("Q", bound=QuantityColumn)
+FEW = 4  # a list of more numbers is taken for a vector
+AT_ONCE = 256  # pictures in memory, and encoded together
+MAX_TEXT = 1000  # characters in a field of the app
+YES_NO = {"true": "yes", "false": "no"}
+"""The classes that data sets call true and false."""
 
 
-def convert_value(column: Column, value: Any, tokenizer: Tokenizer | None) -> Any:
-    """Replace images in the value of a grid by tokens, and text in the value of a vector by numbers. Raises
-    `ValueError`."""
-    if isinstance(value, np.ndarray) and value.dtype.kind in "OU":
-        value = value.tolist()
-    several = isinstance(value, (list, tuple))
-    if isinstance(column, VectorColumn):
-        if several:
-            return [encode_one(column, one) if isinstance(one, str) else one for one in value]
-        return encode_one(column, value) if isinstance(value, str) else value
-    if not isinstance(column, GridColumn):
+@dataclass(frozen=True)
+class ColumnFormat(Generic[C]):
+    """How the values of the column `name` are written and shown. tokenizer: that of the pictures of a grid, if any."""
+
+    kind: ClassVar[str]
+    of_pictures: ClassVar[bool] = False
+    """Whether values are pictures, which a tokenizer turns into ids."""
+
+    name: str
+    column: C
+    tokenizer: Tokenizer | None = None
+
+    # Python, the command line, and tables of conditions
+
+    def convert(self, value: Any) -> Any:
+        """Replace pictures and texts, which the column does not read itself, in a value or in a list of values. Raises
+        `ValueError`."""
         return value
-    if any(isinstance(one, (str, Path)) for one in (value if several else [value])):
-        raise ValueError("expected images or token ids, not paths; open pictures with PIL.Image.open")
-    if several:
-        pictures = [one for one in value if is_picture(one)]
-        tokens = iter(encode_pictures(column, pictures, tokenizer) if pictures else ())
-        return [next(tokens) if is_picture(one) else one for one in value]
-    return encode_pictures(column, value, tokenizer) if is_picture(value) else value
+
+    def read_text(self, value: Any) -> Any:
+        """Convert text of the command line to a value, or to several values separated by commas; other values, and what
+        is not text of this kind, are returned unchanged."""
+        return value
+
+    def list_values(self, value: Any, names: Sequence[str] | None) -> tuple[list[Any], bool]:
+        """Return the values that `condition.NAME=VALUE` gives, in which paths of pictures are `Path`s, and whether they
+        are one per image, rather than one for all. names: of the images, which choose pictures in a folder. Raises
+        `ValueError` for a path that does not exist."""
+        value = self.read_text(value)
+        if isinstance(value, list) and not self.column.is_one_value(value):
+            return [self.read_text(one) for one in value], True
+        return [value], False
+
+    def read_cell(self, cell: Any, base: Path) -> Any:
+        """Convert a cell of a table in the folder `base` to a value; empty text and NaN are null."""
+        return None if is_empty(cell) else self.read_text(cell)
+
+    def encode_files(self, values: list[Any]) -> list[Any]:
+        """Replace the paths of pictures by tokens. Raises `ValueError`."""
+        return values
+
+    def parse(self, value: Any) -> Tensor:
+        """Return the raw row of a value from `list_values` or `read_cell`. Raises `ValueError`."""
+        value = self.convert(value)
+        return value if isinstance(value, Tensor) else self.column.parse_one(value)
+
+    # Data sets
+
+    @classmethod
+    def suits(cls, first: Any, cells: Cells) -> bool:
+        """Return whether cells, whose `first` value is this, are taken for columns of this kind and not of one that is
+        earlier in `FORMATS`."""
+        return False
+
+    @classmethod
+    def from_cells(cls, cells: Cells, train: int, encoder: str) -> tuple[Column, Tensor]:
+        """Return a column and the raw rows of cells, the first `train` of which are trained on. encoder: of texts, for
+        vectors. Raises `ValueError`, which names the cell."""
+        raise NotImplementedError
+
+    # Tables
+
+    def feature(self) -> Any:
+        """Return the type of the column in a table of `datasets`."""
+        import datasets
+
+        number, shape = datasets.Value("float32"), self.column.shape
+        return number if shape == (1,) else datasets.List(number, length=shape[0])
+
+    def to_values(self, raw: Tensor) -> Any:
+        """Return the values of raw rows in a table; None is null."""
+        null = self.column.is_null(raw).tolist()
+        return [None if empty else self.to_value(row) for row, empty in zip(raw.tolist(), null, strict=True)]
+
+    def to_value(self, row: Any) -> Any:
+        """Return the value of a raw row that is not null; a single number stands alone."""
+        return row[0] if self.column.shape == (1,) else row
+
+    def format_values(self, raw: Tensor, written: list[Any], folder: Path) -> list[Any]:
+        """Return values for a table in `folder`, which a data set and `read_cell` read: those `written`, but names
+        instead of numbers and relative paths; None is null."""
+        null = self.column.is_null(raw).tolist()
+        return [None if empty else value for value, empty in zip(written, null, strict=True)]
+
+    # The app
+
+    @property
+    def field_count(self) -> int:
+        """Number of fields in the app; 0 if visitors cannot write values."""
+        return 1
+
+    def make_fields(self, served: Served, tab: str) -> list[Any]:
+        """Make the fields, invisible at first. tab: prefix of the names of pictures."""
+        raise NotImplementedError
+
+    def read_fields(self, values: Sequence[Any]) -> Any:
+        """Return the value that is in the fields. Raises `ValueError` for a missing or broken picture."""
+        return list(values) if len(values) > 1 else values[0]
+
+    # Words and pictures
+
+    def describe(self) -> str:
+        """Describe the allowed values."""
+        return self.column.describe()
+
+    @property
+    def encoder(self) -> str:
+        """The name of what makes the raw values, if anything does."""
+        return ""
+
+    def example(self) -> str:
+        """Return Python code of a value; empty if there is no short one."""
+        return self.column.example()
+
+    def draw(self, raw: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """Return the pictures of raw rows, `(B, *shape)` in [-1, 1], grey where null, for columns with a tokenizer."""
+        raise NotImplementedError
+
+
+# Names --------------------------------------------------------------------------------------------
+
+
+class NamesFormat(ColumnFormat[C]):
+    """One or several of the column's names."""
+
+    def format_values(self, raw: Tensor, written: list[Any], folder: Path) -> list[Any]:
+        found: list[Any] = self.to_values(raw)
+        return found
+
+
+class ClassFormat(NamesFormat[ClassColumn]):
+    """A name or its number; `yes` and `no` may be written as truth values."""
+
+    kind = "class"
+
+    def read_text(self, value: Any) -> Any:
+        names = self.column.names
+        if str(value) not in names:
+            value = YES_NO.get(str(value).lower(), value)
+        return value if value in names else read_numbers(value, int)
+
+    def read_cell(self, cell: Any, base: Path) -> Any:
+        """Whole floats are names without a fraction."""
+        if is_empty(cell):
+            return None
+        text = str(cell)
+        return self.read_text(text if text in self.column.names else text.removesuffix(".0"))
+
+    @classmethod
+    def suits(cls, first: Any, cells: Cells) -> bool:
+        """Texts, and what a data set has names for."""
+        return bool(cells.names) or isinstance(first, str)
+
+    @classmethod
+    def from_cells(cls, cells: Cells, train: int, encoder: str) -> tuple[Column, Tensor]:
+        """Names are those of the data set or, without these, the sorted values."""
+        names, found = number_names(cells, lambda value: [value])
+        return ClassColumn(names=names), torch.tensor([places[0] if places else -1 for places in found])
+
+    def feature(self) -> Any:
+        import datasets
+
+        return datasets.ClassLabel(names=self.column.names)
+
+    def to_value(self, row: Any) -> Any:
+        """The name."""
+        return self.column.names[row]
+
+    def make_fields(self, served: Served, tab: str) -> list[Any]:
+        """A menu."""
+        import gradio as gr
+
+        return [gr.Dropdown([*self.column.names], value=self.column.names[0], label=self.name, visible=False)]
+
+
+class FlagsFormat(NamesFormat[FlagsColumn]):
+    """A list of names, or text that joins them by commas or `;`."""
+
+    kind = "flags"
+
+    def read_text(self, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return [value] if value in self.column.names else [part for part in split_list(value, "[,;]") if part]
+
+    @classmethod
+    def suits(cls, first: Any, cells: Cells) -> bool:
+        """Lists of names; texts, if one of them contains `;`."""
+        if isinstance(first, list):
+            return bool(cells.names) or isinstance(first[0], str)
+        return not cells.names and any(isinstance(value, str) and ";" in value for value in cells)
+
+    @classmethod
+    def from_cells(cls, cells: Cells, train: int, encoder: str) -> tuple[Column, Tensor]:
+        """Names are those of the data set or, without these, the sorted values."""
+
+        def split(value: Any) -> list[Any]:
+            value = [part.strip() for part in value.split(";")] if isinstance(value, str) else value
+            return value if isinstance(value, list) else [value]
+
+        names, found = number_names(cells, split)
+        flags = torch.zeros(len(found), len(names))
+        for row, places in enumerate(found):
+            flags[row, slice(None) if places is None else places] = math.nan if places is None else 1
+        return FlagsColumn(names=names), flags
+
+    def feature(self) -> Any:
+        import datasets
+
+        return datasets.List(datasets.Value("string"))
+
+    def to_value(self, row: Any) -> Any:
+        """The names of the flags that are set."""
+        return [name for name, flag in zip(self.column.names, row, strict=True) if flag]
+
+    def make_fields(self, served: Served, tab: str) -> list[Any]:
+        """A box for each flag."""
+        import gradio as gr
+
+        return [gr.CheckboxGroup(self.column.names, value=[], label=self.name, visible=False)]
+
+
+def number_names(cells: Cells, split: Callable[[Any], list[Any]]) -> tuple[list[str], list[list[int] | None]]:
+    """Return the names that occur in cells, and the places of the names of each cell, which `split` divides; None is
+    null. They are numbered in the order of the data set's names or, without these, of the sorted values. Raises
+    `ValueError`."""
+
+    def read(value: Any) -> list[Any]:
+        found = [read_name(one, cells.names) for one in split(value)]
+        return [name for name in found if name not in (None, "")]
+
+    found = cells.convert(read)
+    known = sorted({one for several in found for one in several or ()}, key=lambda one: (isinstance(one, str), one))
+    names = cells.names or list(dict.fromkeys(map(str, known)))  # numbers first
+    if not names:
+        raise ValueError("the column has no values")
+    if invalid := [name for name in names if not is_class_name(name)]:
+        raise ValueError(f"{shorten(invalid[0])} is not a short text without control characters")
+    places = {name: place for place, name in enumerate(names)}
+    return names, [None if several is None else [places[str(one)] for one in several] for several in found]
+
+
+def read_name(value: Any, names: list[str] | None) -> float | str | None:
+    """Return a class: a text, a number, `yes` or `no`; or the name at that place, of which -1 is null."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and names is not None:
+        if value >= len(names):
+            raise ValueError(f"{value} is not a class; allowed are 0 to {len(names) - 1}")
+        return names[value] if value >= 0 else None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, (int, float, str)) or not is_class_name(str(value)):
+        raise ValueError(f"expected a number or a short text (got {shorten(value)})")
+    return value
+
+
+# Numbers ------------------------------------------------------------------------------------------
+
+
+class QuantityFormat(ColumnFormat[Q]):
+    """One or several numbers; a single one is written without a list."""
+
+    def read_text(self, value: Any) -> Any:
+        return read_numbers(value, float)
+
+    def read_cell(self, cell: Any, base: Path) -> Any:
+        """The text NaN is null, too."""
+        is_nan = isinstance(cell, str) and cell.lower() == "nan"
+        return None if is_nan else super().read_cell(cell, base)
+
+    def list_ranges(self) -> list[tuple[float, float, float]]:
+        """Return the lowest and highest value of each number and the one at which a slider starts."""
+        raise NotImplementedError
+
+    @property
+    def field_count(self) -> int:
+        """One for each number."""
+        return self.column.shape[0]
+
+    def make_fields(self, served: Served, tab: str) -> list[Any]:
+        """A slider for each number."""
+        import gradio as gr
+
+        ranges, fields = self.list_ranges(), []
+        for k, (low, high, start) in enumerate(ranges, 1):
+            label = f"{self.name} {k}" if len(ranges) > 1 else self.name
+            fields.append(gr.Slider(low, high, value=start, label=label, visible=False))
+        return fields
+
+
+class NumberFormat(QuantityFormat[NumberColumn]):
+    """Numbers with statistics of the training split."""
+
+    kind = "number"
+
+    @classmethod
+    def suits(cls, first: Any, cells: Cells) -> bool:
+        """What else is no vector."""
+        return True
+
+    @classmethod
+    def from_cells(cls, cells: Cells, train: int, encoder: str) -> tuple[Column, Tensor]:
+        values = stack_numbers(cells, train)
+        known = values[:train]
+        mean, std = np.nanmean(known, 0).tolist(), [each or 1.0 for each in np.nanstd(known, 0).tolist()]
+        low, high = np.nanmin(known, 0).tolist(), np.nanmax(known, 0).tolist()
+        return NumberColumn(mean=mean, std=std, low=low, high=high), torch.from_numpy(values).float()
+
+    def list_ranges(self) -> list[tuple[float, float, float]]:
+        """The range of the training images, and their mean."""
+        column, found = self.column, []
+        for low, high, mean in zip(column.low, column.high, column.mean, strict=True):
+            high = max(high, low + 1e-6)
+            found.append((low, high, min(max(float(f"{mean:.3g}"), low), high)))
+        return found
+
+
+class AngleFormat(QuantityFormat[AngleColumn]):
+    """Angles in degrees, which are never guessed."""
+
+    kind = "angle"
+
+    @classmethod
+    def from_cells(cls, cells: Cells, train: int, encoder: str) -> tuple[Column, Tensor]:
+        """Any numbers, brought to 0 to 360."""
+        values = stack_numbers(cells, train)
+        column = AngleColumn(size=values.shape[1])
+        return column, column.check_raw(torch.from_numpy(values % 360))
+
+    def list_ranges(self) -> list[tuple[float, float, float]]:
+        """A turn."""
+        return [(0.0, 360.0, 0.0)] * self.column.size
+
+
+class VectorFormat(ColumnFormat[VectorColumn]):
+    """Numbers, or text if the encoder is built in."""
+
+    kind = "vector"
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether a value may be text, which is encoded here."""
+        return NGRAMS.fullmatch(self.column.encoder) is not None
+
+    def convert(self, value: Any) -> Any:
+        """Texts become vectors. Raises `ValueError` if another encoder made the column."""
+        value = unpack_objects(value)
+        if isinstance(value, (list, tuple)):
+            return [self.convert(one) if isinstance(one, str) else one for one in value]
+        if not isinstance(value, str):
+            return value
+        encoder = self.column.encoder
+        if not self.takes_text:
+            by = f"encoded by {encoder!r}, which is not built in" if encoder else "not encoded"
+            raise ValueError(f"text is {by}; give a vector of {self.column.size} numbers")
+        return encode_text(encoder, [value])[0]
+
+    def read_text(self, value: Any) -> Any:
+        return value if self.takes_text else read_numbers(value, float)
+
+    @classmethod
+    def suits(cls, first: Any, cells: Cells) -> bool:
+        """Long lists of numbers."""
+        return isinstance(first, list) and len(first) > FEW
+
+    @classmethod
+    def from_cells(cls, cells: Cells, train: int, encoder: str) -> tuple[Column, Tensor]:
+        """Vectors, or texts, which `encoder` turns into vectors."""
+        if encoder:
+            texts = list(dict.fromkeys(text for text in cells.convert(require_text) if text is not None))
+            vectors = dict(zip(texts, run_encoder(encoder, texts).numpy(), strict=True))
+            numbers = replace(cells, read=lambda rows: [vectors.get(text) for text in cells.read(rows)])
+        values = stack_numbers(numbers if encoder else cells, train, torch.float16, "; `encoder` makes vectors of text")
+        values[np.isnan(values).any(1)] = math.nan
+        scale = float(np.nanmean(values[:train] ** 2, dtype=np.float64)) ** 0.5
+        return VectorColumn(size=values.shape[1], scale=scale or 1.0, encoder=encoder), torch.from_numpy(values)
+
+    @property
+    def field_count(self) -> int:
+        """One for text."""
+        return int(self.takes_text)
+
+    def make_fields(self, served: Served, tab: str) -> list[Any]:
+        """A field for text."""
+        import gradio as gr
+
+        return [gr.Textbox("", label=self.name, max_length=MAX_TEXT, visible=False)]
+
+    def describe(self) -> str:
+        return f"{'text, or ' * self.takes_text}{self.column.describe()}"
+
+    @property
+    def encoder(self) -> str:
+        return self.column.encoder
+
+    def example(self) -> str:
+        return "'some words'" if self.takes_text else ""
+
+
+def stack_numbers(cells: Cells, train: int, stored: torch.dtype = torch.float32, hint: str = "") -> NDArray[Any]:
+    """Return the numbers of cells, or lists of equally many, (n, size); NaN is null. stored: their type in files, which
+    limits them. hint: for texts. Raises `ValueError`, also if none of the first `train` cells has a number."""
+    sizes, limit = list[int](), torch.finfo(stored).max
+    dtype = np.float64 if stored == torch.float32 else np.float32
+
+    def read(value: Any) -> NDArray[Any]:
+        several = [math.nan if one is None else one for one in value] if isinstance(value, list) else value
+        numbers = np.atleast_1d(np.asarray(several))
+        if numbers.dtype.kind not in "biuf" or numbers.ndim != 1 or not len(numbers):
+            raise ValueError(f"expected numbers (got {shorten(value)}){hint * isinstance(value, str)}")
+        if (np.abs(numbers) > limit).any():
+            raise ValueError(f"numbers must be finite and at most {limit:.5g} (got {shorten(value)})")
+        sizes.append(len(numbers))
+        if len(numbers) != sizes[0]:
+            raise ValueError(f"{len(numbers)} numbers, unlike other images, which have {sizes[0]}")
+        return numbers.astype(dtype)
+
+    found = cells.convert(read)
+    null = np.full(sizes[0] if sizes else 1, math.nan, dtype)
+    values = np.stack([null if one is None else one for one in found])
+    if np.isnan(values[:train]).all(0).any():
+        raise ValueError("no image of the training split has a value")
+    return values
+
+
+def require_text(value: Any) -> str:
+    """Return a text. Raises `ValueError` for another type."""
+    if not isinstance(value, str):
+        raise ValueError(f"expected text (got {shorten(value)})")
+    return value
+
+
+# Pictures -----------------------------------------------------------------------------------------
+
+
+class GridFormat(ColumnFormat[GridColumn]):
+    """Pictures, or the ids that a tokenizer makes of them."""
+
+    kind = "grid"
+    of_pictures: ClassVar[bool] = True
+
+    def convert(self, value: Any) -> Any:
+        """Pictures become tokens."""
+        value = unpack_objects(value)
+        several = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(one, (str, Path)) for one in several):
+            raise ValueError("expected images or token ids, not paths; open pictures with PIL.Image.open")
+        if several is value:
+            pictures = [one for one in several if is_picture(one)]
+            tokens = iter(self.encode(pictures) if pictures else ())
+            return [next(tokens) if is_picture(one) else one for one in several]
+        return self.encode(value) if is_picture(value) else value
+
+    def encode(self, images: Any) -> Tensor:
+        """Encode one image to tokens of the column's shape, or several to a batch, on the CPU. Raises `ValueError`."""
+        if self.tokenizer is None:
+            shape = self.column.shape
+            raise ValueError(f"this grid has no tokenizer for images; give token ids (int64) of shape {shape}")
+        tokenizer, shape = self.tokenizer, self.tokenizer.image_shape
+        singles = [shape] if isinstance(images, Tensor) else single_shapes(shape)
+        if not isinstance(images, (list, Picture)) and tokenizer.frames > 1:
+            singles += clip_shapes(images, frame_shape(tokenizer), tokenizer.frames)
+        is_one = isinstance(images, Picture) or (not isinstance(images, list) and tuple(images.shape) in singles)
+        tokens = encode_images(tokenizer, [images] if is_one else images)
+        return tokens[0] if is_one else tokens
+
+    def list_values(self, value: Any, names: Sequence[str] | None) -> tuple[list[Any], bool]:
+        """A folder has a picture per image."""
+        several = value if isinstance(value, list) else [value]
+        several = [Path(one) if isinstance(one, str) else one for one in several]
+        if missing := [path for path in several if isinstance(path, Path) and not path.exists()]:
+            raise ValueError(f"condition.{self.name}: no such file or folder: {missing[0]}")
+        if isinstance(value, str):
+            return (self.list_pictures(several[0], names), True) if several[0].is_dir() else (several, False)
+        if any(isinstance(one, Path) for one in several):
+            return several, True
+        return super().list_values(value, names)
+
+    def list_pictures(self, folder: Path, names: Sequence[str] | None) -> list[Any]:
+        """Return the pictures in a folder, sorted; or the one of each of `names`, without suffix. Raises
+        `ValueError`."""
+        files = find_images(folder)
+        if not files:
+            raise ValueError(f"condition.{self.name}: no images in {folder}")
+        if names is None:
+            return files
+        by_name = {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+        stems = [str(Path(one).with_suffix("")) for one in names]
+        return match_names(by_name, stems, f"condition.{self.name}: {folder}", "picture for")
+
+    def read_cell(self, cell: Any, base: Path) -> Any:
+        """Text is a path."""
+        return base / cell if isinstance(cell, str) and cell else super().read_cell(cell, base)
+
+    def encode_files(self, values: list[Any]) -> list[Any]:
+        files, tokens = [value for value in values if isinstance(value, Path)], list[Tensor]()
+        for start in range(0, len(files), AT_ONCE):
+            if self.tokenizer is None:
+                raise ValueError("this grid has no tokenizer for pictures; give token ids")
+            some, shape, images = files[start : start + AT_ONCE], self.tokenizer.image_shape, list[Tensor]()
+            for file, pixels in zip(some, decode_in_threads(some, shape, values_of(self.tokenizer)), strict=True):
+                if isinstance(pixels, str):
+                    raise ValueError(f"{file}: {pixels}")
+                images.append(torch.from_numpy(pixels.copy()))
+            tokens += encode_images(self.tokenizer, images)
+        each = iter(tokens)
+        return [next(each) if isinstance(value, Path) else value for value in values]
+
+    @classmethod
+    def suits(cls, first: Any, cells: Cells) -> bool:
+        """Pictures, which `images.conditions` reads."""
+        return cells.open is not None
+
+    def feature(self) -> Any:
+        return ids_feature(self.column.grid, "int32")
+
+    def to_values(self, raw: Tensor) -> Any:
+        """Ids, of which -1 is null."""
+        return raw.int().numpy()
+
+    def format_values(self, raw: Tensor, written: list[Any], folder: Path) -> list[Any]:
+        """Paths are relative to the folder."""
+        paths = [os.path.relpath(value, folder) if isinstance(value, Path) else value for value in written]
+        return super().format_values(raw, paths, folder)
+
+    @property
+    def field_count(self) -> int:
+        """One for a picture."""
+        return int(self.tokenizer is not None)
+
+    def make_fields(self, served: Served, tab: str) -> list[Any]:
+        """A field for a picture."""
+        from .app.parts import make_picker, pick_last
+
+        picture = make_picker(served, f"{tab}-{self.name}", self.name, visible=False)
+        picture.upload(pick_last, picture, picture, queue=False)
+        return [picture]
+
+    def read_fields(self, values: Sequence[Any]) -> Any:
+        from .app.served import as_picture, picked_image
+
+        assert self.tokenizer is not None  # otherwise there is no field
+        try:
+            return as_picture(picked_image(values[0], self.tokenizer.image_shape)[0])
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+
+    def describe(self) -> str:
+        size = "" if self.tokenizer is None else " x ".join(map(str, self.tokenizer.image_shape[1:]))
+        return f"image of {size}, or {self.column.describe()}" if size else self.column.describe()
+
+    @property
+    def encoder(self) -> str:
+        return "" if self.tokenizer is None else self.tokenizer.name
+
+    def example(self) -> str:
+        return "" if self.tokenizer is None else f'Image.open("{self.name}.png")'
+
+    def draw(self, raw: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        assert self.tokenizer is not None
+        channels, height, width = shape
+        images = self.tokenizer.decode(raw.clamp(min=0).to(self.tokenizer.device)).float().cpu()
+        images[self.column.is_null(raw)] = 0.0
+        images = images if images.shape[1] == channels else images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+        return F.interpolate(images, (height, width), mode="nearest-exact")
 
 
 def is_picture(value: Any) -> bool:
@@ -48,19 +632,6 @@ def is_picture(value: Any) -> bool:
     return isinstance(value, Picture)
 
 
-def encode_pictures(column: GridColumn, images: Any, tokenizer: Tokenizer | None) -> Tensor:
-    """Encode one image to tokens of the column's shape, or several to a batch, on the CPU. Raises `ValueError`."""
-    if tokenizer is None:
-        raise ValueError(f"this grid has no tokenizer for images; give token ids (int64) of shape {column.shape}")
-    shape = tokenizer.image_shape
-    singles = [shape] if isinstance(images, Tensor) else single_shapes(shape)
-    if not isinstance(images, (list, Picture)) and tokenizer.frames > 1:
-        singles += clip_shapes(images, frame_shape(tokenizer), tokenizer.frames)
-    is_one = isinstance(images, Picture) or (not isinstance(images, list) and tuple(images.shape) in singles)
-    tokens = encode_images(tokenizer, [images] if is_one else images)
-    return tokens[0] if is_one else tokens
-
-
 @torch.no_grad()
 def encode_images(tokenizer: Tokenizer, images: Any) -> Tensor:
     """Encode images or clips in any form that `read_images` accepts, in batches; return tokens on the CPU."""
@@ -68,14 +639,70 @@ def encode_images(tokenizer: Tokenizer, images: Any) -> Tensor:
     return torch.cat([tokenizer.encode(part.to(tokenizer.device, tokenizer.dtype)).cpu() for part in parts])
 
 
-def takes_text(column: Column) -> bool:
-    """Return whether a value of this column may be text that is encoded here."""
-    return isinstance(column, VectorColumn) and NGRAMS.fullmatch(column.encoder) is not None
+def ids_feature(grid: TokenGrid, kind: str) -> Any:
+    """Return the type of a column of ids in a table of `datasets`."""
+    import datasets
+
+    if len(grid.shape) == 1:
+        return datasets.List(datasets.Value(kind), length=grid.shape[0])
+    array = {2: datasets.Array2D, 3: datasets.Array3D}[len(grid.shape)]
+    return array(shape=grid.shape, dtype=kind)
 
 
-def encode_one(column: VectorColumn, text: str) -> Tensor:
-    """Encode a text. Raises `ValueError` if another encoder made the column."""
-    if not takes_text(column):
-        by = f"encoded by {column.encoder!r}, which is not built in" if column.encoder else "not encoded"
-        raise ValueError(f"text is {by}; give a vector of {column.size} numbers")
-    return encode_text(column.encoder, [text])[0]
+# All kinds ----------------------------------------------------------------------------------------
+
+FORMATS: dict[str, type[ColumnFormat[Any]]] = {
+    each.kind: each for each in (GridFormat, FlagsFormat, VectorFormat, ClassFormat, AngleFormat, NumberFormat)
+}
+"""In the order in which kinds are guessed."""
+
+
+def format_of(name: str, column: Column, tokenizer: Tokenizer | None = None) -> ColumnFormat[Any]:
+    """Return the format of a column."""
+    return FORMATS[column.kind](name, column, tokenizer)
+
+
+def formats_of(columns: Mapping[str, Column], tokenizers: Mapping[str, Tokenizer]) -> dict[str, ColumnFormat[Any]]:
+    """Return the formats of several columns. tokenizers: those of grids by name."""
+    return {name: format_of(name, column, tokenizers.get(name)) for name, column in columns.items()}
+
+
+def guess_format(cells: Cells) -> type[ColumnFormat[Any]]:
+    """Return the kind of column that cells suggest, mostly by their first value."""
+    if cells.open is not None:  # whose values may be large
+        return GridFormat
+    first = next((value for value in cells if value is not None and value != []), None)
+    return next(each for each in FORMATS.values() if each.suits(first, cells))
+
+
+# Values as they are written -----------------------------------------------------------------------
+
+
+def is_empty(cell: Any) -> bool:
+    """Return whether a cell is empty: None, empty text or NaN."""
+    return cell is None or (isinstance(cell, str) and not cell) or (isinstance(cell, float) and math.isnan(cell))
+
+
+def unpack_objects(value: Any) -> Any:
+    """Convert an array of objects or texts to a list."""
+    return value.tolist() if isinstance(value, np.ndarray) and value.dtype.kind in "OU" else value
+
+
+def split_list(text: str, separators: str) -> list[str]:
+    """Return the parts of a list that is written as text. separators: a regular expression."""
+    inner = text.strip().removeprefix("[").removesuffix("]")
+    return [part.strip().strip("'\"") for part in re.split(separators, inner)]
+
+
+def read_numbers(value: Any, kind: type[float]) -> Any:
+    """Convert text to a number of this type, or to several separated by commas, of which `null` is None. Other values,
+    and what is no number, are returned unchanged."""
+    if not isinstance(value, str):
+        return value
+    values = list[Any]()
+    for part in split_list(value, ","):
+        found: Any = part
+        with suppress(ValueError):
+            found = None if part == "null" else kind(part)
+        values.append(found)
+    return values if len(values) > 1 else value if isinstance(values[0], str) else values[0]

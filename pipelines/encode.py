@@ -15,14 +15,15 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from prior.conditions import digest_condition
+from prior.columns import LABEL, Column
+from prior.given import Given, digest_rows
 from tokenizer import Tokenizer
 from tokenizer.config import show_value
 from tokenizer.files import MANIFEST, PipelineLoadError, folders_aside, publish_folder, read_json
@@ -63,9 +64,8 @@ from .provenance import (
     trained_data,
 )
 from .tokens import Meta
-from .tokens.columns import pack_columns
-from .tokens.meta import CONDITIONS, META, TOKENS, read_meta, verify_files, write_meta
-from .tokens.shards import cut_shards, shard_names, stored_grid, write_shard
+from .tokens.meta import CONDITIONS, META, TOKENS, class_names, label_column, read_meta, verify_files, write_meta
+from .tokens.shards import cut_shards, pack_columns, shard_names, stored_grid, write_shard
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -90,26 +90,28 @@ class EncodeConfig(Config):
     examples = (
         "tokenizer=runs/vqvae_digits/tokenizer out=runs/digits_tokens",
         "tokenizer=runs/photos out=runs/photos_tokens data.on_error=skip",
-        "tokenizer=runs/faces out=runs/faces_tokens table=faces.csv conditions.age=age conditions.tags=tags",
-        "tokenizer=runs/emoji out=runs/emoji_tokens conditions.outline.images=outlines "
-        "conditions.outline.tokenizer=runs/outlines",
+        "tokenizer=runs/faces out=runs/faces_tokens table=faces.csv attributes.age=age attributes.tags=tags",
+        "tokenizer=runs/emoji out=runs/emoji_tokens attributes.outline.images=outlines "
+        "attributes.outline.tokenizer=runs/outlines",
     )
     often = (
-        "tokenizer out data.source data.label_column data.on_error conditions.NAME table augmentations batch_size "
+        "tokenizer out data.source data.label_column data.on_error attributes.NAME table augmentations batch_size "
         "rows_per_shard seed"
     )
+    renamed: ClassVar[dict[str, str]] = {"conditions": "attributes"}
 
     tokenizer: TokenizerFolder = Field(description="folder of a tokenizer or of the run that trained it, or a Hub id")
     out: str = Field(description="folder of the token dataset")
     data: Annotated[DataConfig, Of("tokenizer")] = Field(
         DataConfig(), description="the images; default: those the tokenizer was trained on"
     )
-    conditions: dict[str, ConditionSource] = Field(
+    attributes: dict[str, ConditionSource] = Field(
         {},
-        description="a condition of this name: a column of the source's tables, of the folder's metadata or of table",
+        description="what else is known of each image, by name: a column of the source's tables, of the folder's "
+        "metadata or of table",
     )
     table: str | None = Field(
-        None, description="CSV, TSV, JSON lines or parquet file with a column file_name, and columns of conditions"
+        None, description="CSV, TSV, JSON lines or parquet file with a column file_name, and columns for attributes"
     )
     augmentations: int = Field(
         0, ge=0, le=1000, description="extra variants of each training image, augmented as in data.augment"
@@ -131,10 +133,10 @@ def run(config: EncodeConfig) -> Path:
     accelerator = build_accelerator()
     group = group_of(accelerator)
     tokenizer, out = load_tokenizer(config), Path(config.out)
-    tokenizers = [config.tokenizer, *(each.tokenizer for each in config.conditions.values() if each.tokenizer)]
+    tokenizers = [config.tokenizer, *(each.tokenizer for each in config.attributes.values() if each.tokenizer)]
     output = Output(out, [*map(find_protected_folder, tokenizers), config.data.path, *list_pairs(config)])
     check_settings(config, tokenizer, output)
-    config = config.model_copy(update={"data": choose_data(config.data, config.conditions)})
+    config = config.model_copy(update={"data": choose_data(config.data, config.attributes)})
     if group.is_main and (difference := describe_other_units(config)):
         tell(
             f"warning: the tokenizer was trained {difference}; unless its images had splits train and test, it was "
@@ -150,8 +152,7 @@ def run(config: EncodeConfig) -> Path:
         splits = name_splits(images)
         if config.data.binarize == "drawn":
             splits["train"] = splits["train"].grey()
-        variants = {"augmentations": config.augmentations, "seed": config.seed}
-        columns = load_conditions(config.data, config.conditions, splits, table=config.table, together=True, **variants)
+        columns = load_columns(config, splits)
         rows = {name: len(part) * count_variants(config, name) for name, part in splits.items()}
         shards = plan_shards(rows, config.rows_per_shard)
         job = describe_job(config, tokenizer, images, rows, accelerator.device.type, columns)
@@ -208,9 +209,9 @@ def check_settings(config: EncodeConfig, tokenizer: Tokenizer, output: Output) -
         )
     if config.augmentations and not config.data.augment.describe():
         raise UserError("augmentations: needs a setting of data.augment, for example data.augment.shift=2")
-    if config.table and not config.conditions:
-        raise UserError("table: needs a column to read from it, for example conditions.age=age")
-    check_sources(config.data, config.conditions, config.table, config.augmentations)
+    if config.table and not config.attributes:
+        raise UserError("table: needs a column to read from it, for example attributes.age=age")
+    check_sources(config.data, config.attributes, config.table, config.augmentations)
     output.check_folder(TOKENS)
 
 
@@ -235,6 +236,20 @@ def name_splits(images: Splits) -> dict[str, ImageDataset]:
     if len({part.labels is None for part in splits.values()}) > 1:
         raise UserError("data.label_column: some splits have labels and others do not; null ignores labels")
     return splits
+
+
+def load_columns(config: EncodeConfig, splits: dict[str, ImageDataset]) -> dict[str, LoadedColumn]:
+    """Return what is known of the images of all splits, the class first."""
+    labels = {split: part.labels for split, part in splits.items() if part.labels is not None}
+    label = label_column(splits["train"].class_names if labels else [])
+    variants = {"augmentations": config.augmentations, "seed": config.seed}
+    others = load_conditions(config.data, config.attributes, splits, table=config.table, together=True, **variants)
+    return {**{name: LoadedColumn(column, {}, labels) for name, column in label.items()}, **others}
+
+
+def columns_of(loaded: Mapping[str, LoadedColumn]) -> dict[str, Column]:
+    """Return the columns without their values."""
+    return {name: each.column for name, each in loaded.items()}
 
 
 def count_variants(config: EncodeConfig, split: str) -> int:
@@ -268,10 +283,12 @@ def describe_job(
 ) -> dict[str, Any]:
     """Return everything that determines the bits of the files."""
     without: Any = {"out": True, "tokenizer": True, "data": {"cache_mb", "shuffle_window"}}
-    without |= {"conditions": {"__all__": {"tokenizer"}}} if columns else {"conditions": True, "table": True}
-    facts = {"tokenizer": tokenizer.fingerprint(), "classes": class_names(images), "rows": rows, "device": device}
-    found = {name: {**each.column.to_dict(), "values": digest(each)} for name, each in columns.items()}
-    facts |= {"columns": found} if columns else {}
+    without |= {"attributes": {"__all__": {"tokenizer"}}} if config.attributes else {"attributes": True, "table": True}
+    classes = class_names(columns_of(columns))
+    facts = {"tokenizer": tokenizer.fingerprint(), "classes": classes, "rows": rows, "device": device}
+    others = {name: each for name, each in columns.items() if name != LABEL}
+    found = {name: {**each.column.to_dict(), "values": digest(each)} for name, each in others.items()}
+    facts |= {"columns": found} if found else {}
     facts |= {} if images.facts is None else {SPLITS_KEY: images.facts.to_dict()}
     return {"verb": "encode", **config.model_dump(mode="json", exclude=without), **facts}
 
@@ -280,12 +297,7 @@ def digest(column: LoadedColumn) -> str:
     """Return a hash of a column's values in all splits; for grids, of the names of their images."""
     names = {split: images.names(np.arange(len(images))) for split, images in column.images.items()}
     missing = {f"{split} missing": images.missing for split, images in column.images.items()}
-    return hashlib.sha256(json.dumps([names, digest_condition({**column.values, **missing})]).encode()).hexdigest()
-
-
-def class_names(images: Splits) -> list[str]:
-    """Return the class names; empty without labels."""
-    return images.train.class_names if images.train.labels is not None else []
+    return hashlib.sha256(json.dumps([names, digest_rows({**column.values, **missing})]).encode()).hexdigest()
 
 
 def find_finished(out: Path, job: dict[str, Any], inputs: list[Path]) -> Meta | None:
@@ -295,7 +307,7 @@ def find_finished(out: Path, job: dict[str, Any], inputs: list[Path]) -> Meta | 
     if not out.exists() and len(aside) == 1 and (aside[0] / META).is_file():
         aside[0].rename(out)
     try:
-        if read_job(out) != job or have_changed(inputs, since=(out / JOB).stat().st_mtime):
+        if read_job(out, EncodeConfig.renamed) != job or have_changed(inputs, since=(out / JOB).stat().st_mtime):
             return None
         meta = read_meta(out)
         verify_files(out, meta, whole=False)
@@ -314,7 +326,7 @@ def list_inputs(config: EncodeConfig) -> list[Path]:
 
 def list_pairs(config: EncodeConfig) -> list[Path]:
     """Return the table of columns, if any, and the folders of condition images."""
-    paths = [config.table, *(source.images for source in config.conditions.values())]
+    paths = [config.table, *(source.images for source in config.attributes.values())]
     return [Path(path).expanduser() for path in paths if path]
 
 
@@ -333,7 +345,7 @@ def begin_shards(work: Path, job: dict[str, Any], shards: list[Shard]) -> list[S
         return name in ours or name.endswith(".safetensors")  # including shards of another size
 
     try:
-        begin_job(work, job, is_result)
+        begin_job(work, job, is_result, renamed=EncodeConfig.renamed)
     except OtherJobError as error:
         if any(work.glob("*.safetensors")):
             raise UserError(f"out: {error}, or delete {work}") from error
@@ -377,27 +389,25 @@ def encode_shards(
         for shard in shards:
             drawn = shard.split in drawn_splits(config)
             tokens, *others = encode_shard(models, images[shard.split], shard, stream, bar, drawn=drawn)
-            labels, numbers = splits[shard.split].labels, np.arange(shard.start, shard.stop)
-            rows = numbers % len(splits[shard.split])
-            packed = pack_shard(columns, shard.split, numbers, dict(zip(grids, others, strict=True)))
+            packed = pack_shard(columns, shard, dict(zip(grids, others, strict=True)))
             with Output(config.out).errors():
-                grid = stored_grid(models[0].grid, drawn)
-                write_shard(work / shard.name, tokens, None if labels is None else labels[rows], grid, packed)
+                write_shard(work / shard.name, tokens, stored_grid(models[0].grid, drawn), packed)
 
 
-def pack_shard(
-    columns: Mapping[str, LoadedColumn], split: str, rows: np.ndarray, grids: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def pack_shard(columns: Mapping[str, LoadedColumn], shard: Shard, grids: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the stored columns of a shard's rows: row = variant * n + index. grids: encoded ids by column. Raises
     `UserError`."""
-    stored = {name: column.values[split] for name, column in columns.items() if name not in grids}
-    values = {name: found[rows % len(found)] for name, found in stored.items()}
-    for name, tokens in grids.items():
-        missing = columns[name].images[split].missing
-        missing = missing[rows % len(missing)].view(-1, *[1] * (tokens.ndim - 1))
-        values[name] = torch.where(missing, -1, tokens)
+    rows, found = np.arange(shard.start, shard.stop), dict[str, Tensor]()
+    for name, each in columns.items():
+        if name in grids:
+            missing = each.images[shard.split].missing
+            missing = missing[rows % len(missing)].view(-1, *[1] * (grids[name].ndim - 1))
+            found[name] = torch.where(missing, -1, grids[name])
+        else:
+            values = each.values[shard.split]
+            found[name] = values[rows % len(values)]
     try:
-        return pack_columns({name: each.column for name, each in columns.items()}, values, slice(None), len(rows))
+        return pack_columns(columns_of(columns), Given(columns_of(columns), found, len(rows)), slice(None))
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -471,13 +481,9 @@ def describe_dataset(
     sizes: dict[str, list[int]] = {}
     for shard in shards:
         sizes.setdefault(shard.split, []).append(shard.stop - shard.start)
-    facts = tokenizer.grid, class_names(images), sizes, source, config.augmentations, tokenizer.fingerprint()
-    return Meta(
-        *facts,
-        conditions={name: each.column for name, each in columns.items()},
-        condition_sources={name: each.source for name, each in columns.items()},
-        drawn=drawn_splits(config),
-    )
+    facts = sizes, source, config.augmentations, tokenizer.fingerprint()
+    sources = {name: each.source for name, each in columns.items()}
+    return Meta(tokenizer.grid, columns_of(columns), *facts, condition_sources=sources, drawn=drawn_splits(config))
 
 
 def finish_dataset(
@@ -501,7 +507,8 @@ def finish_dataset(
 def describe(meta: Meta) -> str:
     """Describe the contents of a dataset."""
     counts = ", ".join(f"{sum(counts)} {name}" for name, counts in meta.shards.items())
-    given = f", with {', '.join(meta.conditions)}" if meta.conditions else ""
+    others = [name for name in meta.columns if name != LABEL]
+    given = f", with {', '.join(others)}" if others else ""
     drawn = f", of {', '.join(meta.drawn)} drawn anew in each epoch" if meta.drawn else ""
     return f"{counts} rows of {'x'.join(map(str, meta.grid.shape))} ids below {meta.grid.vocab_size}{given}{drawn}"
 

@@ -17,7 +17,9 @@ from pydantic import Field
 from torch import Tensor
 
 from prior.checks import NotCausalError, is_built_in, require_causal
-from prior.conditions import Condition, select_rows
+from prior.columns import LABEL
+from prior.given import Given
+from tokenizer.base import smallest_type
 from tokenizer.files import PathError, PipelineLoadError, write_json
 
 from .card import STAGES
@@ -45,7 +47,6 @@ from .processes.launch import join_group
 from .provenance import defaults, trained_data
 from .saving import save_again
 from .tokens import TokenSplit, load_tokens
-from .tokens.shards import smallest_type
 from .training.schedule import describe_cut
 
 T = TypeVar("T")
@@ -147,7 +148,7 @@ def load_training_tokens(tokens: str | None, pipeline: ImagePipeline) -> Mapping
     """Return the splits of the token dataset `tokens`, by default of that which the prior was trained on, with the
     prior's columns; {} if it no longer exists. Raises `UserError` for tokens of another tokenizer, and for a prior with
     columns if they are missing."""
-    source, columns = tokens or pipeline.provenance.get(TOKENS), pipeline.conditions
+    source, columns = tokens or pipeline.provenance.get(TOKENS), pipeline.prior.config.conditions
     try:
         if not isinstance(source, str) or not (tokens or Path(source).is_dir()):
             raise UserError(f"tokens: give the token dataset with the columns {', '.join(columns)} of these images")
@@ -155,22 +156,16 @@ def load_training_tokens(tokens: str | None, pipeline: ImagePipeline) -> Mapping
         if data.tokenizer.fingerprint() != pipeline.prior.config.tokenizer or not len(data.splits.get("train", ())):
             raise UserError(f"tokens: {source} has no training rows made by the pipeline's tokenizer")
         for name, column in columns.items():
-            other = data.conditions.get(name)
+            other = data.columns.get(name)
             if other is None or (other.kind, other.shape) != (column.kind, column.shape):
                 raise UserError(f"tokens: {source} has no {column.kind} column {name!r} of the prior's size")
     except (PipelineLoadError, UserError):
         if tokens or columns:
             raise
         return {}
-    labelled = data.num_classes == pipeline.prior.num_classes
-    return {
-        name: replace(
-            rows,
-            labels=rows.labels if labelled else None,
-            conditions={each: rows.conditions[each] for each in columns},
-        )
-        for name, rows in data.splits.items()
-    }
+    if data.num_classes == pipeline.prior.num_classes:
+        columns = pipeline.columns
+    return {name: rows.of_columns(columns) for name, rows in data.splits.items()}
 
 
 def read_token_facts(tokens: str | None, pipeline: ImagePipeline) -> SplitFacts | None:
@@ -220,28 +215,28 @@ class Evaluation:
         figures |= evaluate_reconstruction(pipeline.tokenizer, self.held_out, group=group, ssim_images=SOME)
         test = encode_all(pipeline, self.held_out, group)
         figures |= self.check_division(tokens, test)
-        if pipeline.conditions:
-            rows, chosen = require_rows(tokens, "test", self.held_out), slice(len(test))
+        if pipeline.prior.config.conditions:
+            rows = require_rows(tokens, "test", self.held_out)
             if not are_same_images(rows, test):
                 raise UserError("tokens: the rows of its test split are not those of the held-out images")
-            test = replace(test, conditions=rows.condition(chosen))
+            others = rows.given[: len(test)].without([LABEL])
+            test = replace(test, given=test.given.with_rows(**others.rows))
         figures |= self.likelihood(tokens.get("train"), test)
         if config.data.binarize is not None:
             figures |= self.nats_per_image(test)
         pictures = {
             "samples": condition_picture(pipeline, test, self.held_out, seed=config.seed, group=group)
-            if pipeline.conditions
+            if pipeline.prior.config.conditions
             else pipeline.sample_picture(seed=config.seed, group=group),
             "reconstructions": reconstruction_picture(pipeline.tokenizer, self.held_out),
         }
         samples = None
         if config.num_images:
-            labels = choose_labels(pipeline, self.images.train, config.num_images)
-            condition = choose_condition(pipeline, tokens, self.images.train, config.num_images)
-            samples = draw_samples(pipeline, labels, config.num_images, config.seed, group, condition)
+            given = choose_given(pipeline, tokens, self.images.train, config.num_images)
+            samples = draw_samples(pipeline, given, config.seed, group)
             figures |= {"num_samples": samples.count, "samples_per_second": samples.count / samples.seconds}
-            if labels is not None and self.train.labels is not None and self.held_out.labels is not None:
-                figures |= self.class_agreement(samples, labels)
+            if LABEL in given.rows and self.train.labels is not None and self.held_out.labels is not None:
+                figures |= self.class_agreement(samples, given.rows[LABEL])
             found, shown = self.distances(samples)
             figures, pictures = figures | found, pictures | shown
         if inception is not None:
@@ -268,7 +263,7 @@ class Evaluation:
                     "restore it, or encode it and train again"
                 )
             note = None
-        if note and self.pipeline.conditions and self.token_facts != images.facts:
+        if note and self.pipeline.prior.config.conditions and self.token_facts != images.facts:
             raise UserError(f"tokens: {note}; encode it again for the columns of these images, and give tokens=FOLDER")
         return {} if note is None else {DIVISION: hide_source(note, source)}
 
@@ -278,7 +273,7 @@ class Evaluation:
         pipeline, group = self.pipeline, self.group
         if not is_built_in(pipeline.prior):
             try:
-                require_causal(pipeline.prior, test.tokens[:1].long())
+                require_causal(pipeline.prior, test.tokens[:1].long(), test.given[:1])
             except NotCausalError as error:
                 raise UserError(f"pipeline: {error}; its likelihoods are meaningless") from error
         known = tokens or encode_all(pipeline, self.train, group)
@@ -390,7 +385,8 @@ def check_classes(pipeline: ImagePipeline, *splits: ImageDataset) -> None:
 
 
 def encode_all(pipeline: ImagePipeline, images: ImageDataset, group: ProcessGroup = ALONE, draw: int = 0) -> TokenSplit:
-    """Encode a whole data set; return its tokens and labels. draw: number of the draw with `data.binarize=drawn`."""
+    """Encode a whole data set; return its tokens, and labels for a pipeline with classes. draw: number of the draw with
+    `data.binarize=drawn`."""
     size, kind = images_at_a_time(images.image_shape), smallest_type(pipeline.prior.grid.vocab_size)
 
     def encode(start: int) -> np.ndarray:
@@ -398,7 +394,8 @@ def encode_all(pipeline: ImagePipeline, images: ImageDataset, group: ProcessGrou
         return pipeline.encode(batch).cpu().to(kind).numpy()
 
     parts = group.map(encode, range(0, len(images), size))
-    return TokenSplit(torch.from_numpy(np.concatenate(parts)), images.labels)
+    labels = {LABEL: images.labels} if LABEL in pipeline.columns and images.labels is not None else {}
+    return TokenSplit(torch.from_numpy(np.concatenate(parts)), Given(pipeline.columns, labels, len(images)))
 
 
 def reconstruct(pipeline: ImagePipeline, images: Tensor) -> Tensor:
@@ -414,46 +411,28 @@ def round_to_8_bits(images: Tensor) -> Tensor:
     return to_float(to_uint8(images)).cpu()
 
 
-def draw_samples(
-    pipeline: ImagePipeline,
-    labels: Tensor | None,
-    count: int,
-    seed: int,
-    group: ProcessGroup = ALONE,
-    condition: Condition | None = None,
-) -> Samples:
-    """Draw samples. Sample k has class `labels[k]`, row k of `condition` and uses seed + k, for any number of
-    processes."""
+def draw_samples(pipeline: ImagePipeline, given: Given, seed: int, group: ProcessGroup = ALONE) -> Samples:
+    """Draw a sample for each row of `given`. Sample k uses seed + k, for any number of processes."""
 
     def draw(start: int, end: int) -> Tensor:
-        given = None if labels is None else labels[start:end].tolist()
-        columns = select_rows(condition or {}, slice(start, end))
         options: dict[str, Any] = {"seed": seed + start, "output_type": LATENT, "progress": False}
-        tokens = pipeline(end - start, given, condition=columns, **options).tokens
+        tokens = pipeline(end - start, condition=given[start:end], **options).tokens
         return pipeline.decode_batch(tokens, batch_size=64, progress=False)
 
-    return Samples(draw, count, group)
+    return Samples(draw, len(given), group)
 
 
-def choose_labels(pipeline: ImagePipeline, train: ImageDataset, count: int) -> Tensor | None:
-    """Return the class of each sample, `(count,)`: that of a random training image, or each class in turn if the
-    training images have no labels."""
-    if not pipeline.prior.num_classes:
-        return None
-    turns = torch.arange(count)
-    if train.labels is None:
-        return turns % pipeline.prior.num_classes
-    return train.labels[shuffled(len(train))[turns % len(train)]]
-
-
-def choose_condition(
-    pipeline: ImagePipeline, tokens: Mapping[str, TokenSplit], train: ImageDataset, count: int
-) -> Condition:
-    """Return raw columns for `count` samples: those of the training images that `choose_labels` draws; {} for a prior
-    without columns. Raises `UserError` if `tokens` lack these images."""
-    if not pipeline.conditions:
-        return {}
-    return require_rows(tokens, "train", train).condition(shuffled(len(train))[torch.arange(count) % len(train)])
+def choose_given(pipeline: ImagePipeline, tokens: Mapping[str, TokenSplit], train: ImageDataset, count: int) -> Given:
+    """Return what `count` samples are given: what is known of random training images; each class in turn if these have
+    no labels. Raises `UserError` if `tokens` lack the columns of these images."""
+    given, turns = Given(pipeline.columns, {}, count), torch.arange(count)
+    chosen = shuffled(len(train))[turns % len(train)]
+    if pipeline.prior.config.conditions:
+        given = require_rows(tokens, "train", train).given[chosen].of_columns(pipeline.columns)
+    if LABEL in pipeline.columns:
+        labels = turns % pipeline.prior.num_classes if train.labels is None else train.labels[chosen]
+        given = given.with_rows(label=labels)
+    return given
 
 
 main = partial(run_command, EvaluateConfig, run, verb="evaluate", description=__doc__, defaults=defaults)

@@ -30,7 +30,7 @@ from prior.options import DecodingOptions, SamplingOptions
 from prior.sampling import choose_orders, make_batch
 from tokenizer.files import fsync
 
-from .condition_keys import GivenKeys, SamplesWithCondition, format_values
+from .condition_keys import GivenKeys, SamplesWithCondition
 from .config import OutputConfig, UserError, run_command
 from .config.importing import format_imports
 from .config.table import count_of
@@ -126,7 +126,7 @@ def run(config: GenerateConfig) -> Path:
             began, mine = time.monotonic(), list(group.mine(missing))
             group.gather(lambda: make_images(images, mine, request, config.batch_size, show_progress=group.is_main))
             seconds = time.monotonic() - began
-            group.on_main(lambda: images.finish(job, format_values(pipeline, request.keys, out)))
+            group.on_main(lambda: images.finish(job, request.keys.format_values(out)))
         if group.is_main:
             what = "clip" if pipeline.frames > 1 else "image"
             rate = f"{len(missing) / seconds:,.1f} {what}s per second" if missing else "already finished"

@@ -37,7 +37,7 @@ from tokenizer.model import Dtype, PretrainedModel, choose_dtype
 from . import completion, representation, saving
 from .anomaly import calibrating, healing, scores
 from .anomaly.calibration import Calibration
-from .columns import convert_value
+from .columns import format_of
 from .compression.coding import compress, decompress, exact_pixels, has_no_label, sizes_of, whole_image, write_tiles
 from .frequencies import Frequencies
 from .images.arrays import Values, values_of
@@ -516,7 +516,7 @@ class ImagePipeline:
             condition = {grids[0]: condition}
 
         def convert(name: str, column: Column, value: Any) -> Any:
-            return convert_value(column, value, self.condition_tokenizers.get(name))
+            return format_of(name, column, self.condition_tokenizers.get(name)).convert(value)
 
         given = Given.read(
             columns, labels, condition, count=count, default=default, device=self.device, convert=convert

@@ -10,14 +10,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizer.files import LITTER, PathError, is_file, make_folder, quote, read_json, summarize
 
 from .config import UserError
-from .config.schema import difference
+from .config.schema import difference, rename_keys
 from .files import replace_file
 
 JOB = "job.json"
@@ -36,23 +36,30 @@ def work_folder(out: Path, verb: str) -> Path:
     return path.with_name(f".{path.name}.{verb}")
 
 
-def read_job(folder: Path) -> dict[str, Any] | None:
-    """Read `job.json` in a folder; None if missing. Raises `FormatError` if damaged."""
-    return read_json(folder / JOB) if is_file(folder / JOB) else None
+def read_job(folder: Path, renamed: Mapping[str, str] | None = None) -> dict[str, Any] | None:
+    """Read `job.json` in a folder; None if missing. renamed: see `Config`. Raises `FormatError` if damaged."""
+    return rename_keys(read_json(folder / JOB), renamed or {}) if is_file(folder / JOB) else None
 
 
-def begin_job(folder: Path, job: dict[str, Any], is_result: Callable[[str], bool], *, anew: bool = False) -> None:
+def begin_job(
+    folder: Path,
+    job: dict[str, Any],
+    is_result: Callable[[str], bool],
+    *,
+    anew: bool = False,
+    renamed: Mapping[str, str] | None = None,
+) -> None:
     """Create the folder and `job.json`, or continue the same job there; delete partial files.
 
     is_result: returns whether the job writes a file or folder of this name. anew: replace another job of this verb,
-    which otherwise raises `OtherJobError`. Raises `PathError` if the folder holds anything else.
+    which otherwise raises `OtherJobError`. renamed: see `Config`. Raises `PathError` if the folder holds anything else.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         what = "a link" if folder.is_symlink() else "a file"
         raise PathError(f"{folder} cannot be written: it is {what}, not a folder")
     make_folder(folder)
     remove_temporary(folder, lambda name: name == JOB or is_result(name))
-    found, before = sorted(set(os.listdir(folder)) - {*LITTER}), read_job(folder)
+    found, before = sorted(set(os.listdir(folder)) - {*LITTER}), read_job(folder, renamed)
     job = json.loads(json.dumps(job))
     if before is None and found:
         raise PathError(f"{folder}: contains {summarize(found)} but no {JOB}; choose another folder")

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from prior.given import Given
+
 T = TypeVar("T")
 Made = TypeVar("Made")
 AHEAD = 2  # two, so that a fast batch can compensate for a slow one
@@ -44,7 +46,7 @@ def to_device_async(batch: tuple[Any, ...], device: torch.device) -> tuple[Any, 
 
 
 def map_tensors(act: Callable[[Tensor], Tensor], part: Any) -> Any:
-    """Apply `act` to a tensor, or to the values of a dict of tensors; return anything else unchanged."""
-    if isinstance(part, dict):
-        return {name: map_tensors(act, value) for name, value in part.items()}
+    """Apply `act` to a tensor, or to the rows of a `Given`; return anything else unchanged."""
+    if isinstance(part, Given):
+        return part.with_rows(**{name: act(rows) for name, rows in part.rows.items()})
     return act(part) if isinstance(part, Tensor) else part

@@ -15,8 +15,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from prior import Prior
-from prior.conditions import MAX_COLUMNS, NAME, GridColumn
-from prior.sampling import SamplingOptions
+from prior.columns import MAX_COLUMNS, NAME, Column
+from prior.options import SamplingOptions
 from tokenizer import Tokenizer
 from tokenizer.files import (
     MANIFEST,
@@ -44,6 +44,7 @@ from tokenizer.model import CONFIG, PROVENANCE, PretrainedModel, round_weights, 
 
 from .anomaly.calibration import MAX_CALIBRATION_BYTES, Calibration
 from .card import model_card
+from .columns import FORMATS
 from .config import Within
 from .files import Number, Text, validate
 from .frequencies import FREQUENCIES, Frequencies
@@ -122,12 +123,10 @@ def check_listed(folder: Path, manifest: dict[str, Any]) -> None:
         raise IntegrityError(f"{folder / MANIFEST}: files: does not list {', '.join(unlisted)}")
 
 
-def check_names(labels: Sequence[str], conditions: Mapping[str, Any]) -> None:
+def check_names(labels: Sequence[str], conditions: Mapping[str, Column]) -> None:
     """Raise `ConfigError` for a name with unprintable characters, such as terminal escape sequences."""
-    places = {f"{INDEX}: labels": labels}
-    for name, column in conditions.items():
-        texts = [*getattr(column, "names", []), getattr(column, "encoder", "")]
-        places[f"prior/{CONFIG}: conditions.{name}"] = texts
+    places = {f"{INDEX}: labels": list(labels)}
+    places |= {f"prior/{CONFIG}: conditions.{name}": column.texts for name, column in conditions.items()}
     for place, names in places.items():
         for name in names:
             if not is_class_name(name):
@@ -249,7 +248,7 @@ def check_fit(
         ours, theirs = ((one.grid, one.num_classes, one.config.tokenizer) for one in (prior, background))
         if ours != theirs:
             raise IntegrityError(f"{BACKGROUND}/{CONFIG}: not a prior over the same tokens and classes as prior/")
-        if background.conditions not in ({}, prior.conditions):
+        if background.config.conditions not in ({}, prior.config.conditions):
             raise IntegrityError(f"{BACKGROUND}/{CONFIG}: conditions: neither those of prior/ nor none")
     return match_tokenizers(tokenizer, prior, others)
 
@@ -257,7 +256,8 @@ def check_fit(
 def match_tokenizers(tokenizer: Tokenizer, prior: Prior, others: Mapping[str, Tokenizer]) -> dict[str, Tokenizer]:
     """Return the tokenizer of each grid column by name: the pipeline's own if it made the tokens, or one of `others`.
     Raises `IntegrityError` if another tokenizer made the tokens."""
-    grids = {name: column for name, column in prior.conditions.items() if isinstance(column, GridColumn)}
+    columns = prior.config.conditions
+    grids: dict[str, Any] = {name: one for name, one in columns.items() if FORMATS[one.kind].of_pictures}
     if unknown := [name for name in others if name not in grids]:
         hint = f"its grids are {', '.join(grids) or 'none'}"
         raise IntegrityError(f"{CONDITIONS}/{unknown[0]}: the prior has no such grid; {hint}")
@@ -290,11 +290,10 @@ def set_fingerprints(models: Mapping[str, PretrainedModel], grids: Collection[st
             continue
         columns = {
             name: column.model_copy(update={"tokenizer": made[name]}) if name in made else column
-            for name, column in prior.conditions.items()
+            for name, column in prior.config.conditions.items()
         }
-        if (prior.config.tokenizer, prior.conditions) != (fingerprint, columns):
+        if (prior.config.tokenizer, prior.config.conditions) != (fingerprint, columns):
             prior.config = prior.config.model_copy(update={"tokenizer": fingerprint, "conditions": columns})
-            prior.conditions = columns
 
 
 def change_dtype(pipeline: ImagePipeline, choose: Callable[[PretrainedModel], torch.dtype | None]) -> None:

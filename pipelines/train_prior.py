@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -17,9 +16,10 @@ from torch import Tensor, nn
 
 from prior import Prior
 from prior.checks import NotCausalError, is_built_in, require_causal, with_random_weights
-from prior.conditions import LABEL, Column, find_column
+from prior.columns import LABEL, ClassColumn, Column, find_column
 from prior.objectives import Alignment, Likelihood, alignment_problem
-from prior.sampling import GUIDANCE, SamplingOptions
+from prior.options import GUIDANCE_FIELDS, SamplingOptions
+from tokenizer import TokenGrid
 from tokenizer.config import Node
 from tokenizer.files import PipelineLoadError, read_json
 from tokenizer.model import CONFIG
@@ -81,9 +81,10 @@ class TrainPriorConfig(Config):
         "tokens=runs/photos_tokens out=runs/photos_gpt model.kind=gpt model.depth=6 train.steps=5000",
     )
     often = (
-        "out tokens model.kind init label_dropout conditions sampler.guidance_scale "
+        "out tokens model.kind init label_dropout attributes sampler.guidance_scale "
         "train.steps train.minutes train.batch_size train.lr track.wandb"
     )
+    renamed: ClassVar[dict[str, str]] = {"conditions": "attributes"}
 
     out: str = Field(description="run folder: metrics, previews, checkpoints, and the pipeline itself")
     tokens: str = Field(description="token dataset: a folder that `smalti encode` wrote, or a Hub id")
@@ -113,7 +114,7 @@ class TrainPriorConfig(Config):
         le=1,
         description="share of images trained without label and columns, for guidance; 1: a prior without them",
     )
-    conditions: list[str] | None = Field(None, description="columns to condition on; null: all")
+    attributes: list[str] | None = Field(None, description="columns to condition on beside the class; null: all")
     condition_dropout: float = Field(
         0.1,
         ge=0,
@@ -133,13 +134,13 @@ class TrainPriorConfig(Config):
     track: TrackConfig = Field(TrackConfig(), description="trackers of metrics and previews")
 
     @model_validator(mode="after")
-    def _check_conditions(self) -> TrainPriorConfig:
+    def _check_objective(self) -> TrainPriorConfig:
         if self.cca is not None and self.objective != "cca":
             raise ValueError("cca: needs objective=cca")
         if self.objective == "cca" and self.label_dropout == 1:
             raise ValueError("label_dropout: must be below 1 with objective=cca, which contrasts classes")
-        if self.conditions and self.label_dropout == 1:
-            raise ValueError("label_dropout: must be below 1 with conditions, which would never be trained")
+        if self.attributes and self.label_dropout == 1:
+            raise ValueError("label_dropout: must be below 1 with attributes, which would never be trained")
         return self
 
 
@@ -152,9 +153,8 @@ class PriorTask(Task):
 
     def __init__(self, config: TrainPriorConfig, device: torch.device | str = "cpu") -> None:
         self.config, self.data = config, load_tokens(config.tokens, revision=config.revision)
-        self.data = select_columns(self.data, config.conditions)
-        if config.label_dropout == 1:  # no class and no column would ever be trained
-            self.data = remove_conditions(self.data)
+        columns = choose_columns(self.data.columns, config.attributes)
+        self.data = self.data.of_columns({} if config.label_dropout == 1 else columns)  # 1: none would ever be trained
         self.train_split, self.eval_splits = select_splits(self.data)
         self.model: Prior = build_prior(config.model, self.data)
         self.is_checked = not is_built_in(self.model)  # before sharding, which changes the class
@@ -164,9 +164,10 @@ class PriorTask(Task):
             fingerprint, self.notes = start_from(self.model, self.data, config.init)
             self.init = {"source": config.init, "fingerprint": fingerprint}
         else:
-            self.model.initialize(cast(Tensor, self.train_split.ids()), self.train_split.labels)
-        if self.data.conditions:
-            self.facts = {"columns": {name: column.kind for name, column in self.data.conditions.items()}}
+            self.model.initialize(cast(Tensor, self.train_split.ids()), self.train_split.given)
+        self.attributes = self.model.config.conditions
+        if self.attributes:
+            self.facts = {"columns": {name: column.kind for name, column in self.attributes.items()}}
         self.nets: dict[str, nn.Module] = {"model": self.make_objective(device)}
         self.players = {"model": list(self.model.parameters())}
         self.rows, self.tokens_per_row = len(self.train_split), len(self.data.grid)
@@ -182,7 +183,7 @@ class PriorTask(Task):
             raise UserError("init: missing; objective=cca fine-tunes the prior of a trained pipeline (init=PIPELINE)")
         if problem := alignment_problem(self.model):
             raise UserError(f"objective: cca {problem}")
-        self.counts = torch.bincount(cast(Tensor, self.train_split.labels).long(), minlength=self.data.num_classes)
+        self.counts = torch.bincount(self.train_split.given.raw(LABEL), minlength=self.data.num_classes)
         if int(self.counts.count_nonzero()) < 2:
             raise UserError("objective: cca needs training rows of two classes or more")
         settings = self.config.cca or AlignmentConfig()
@@ -190,25 +191,16 @@ class PriorTask(Task):
         return Alignment(self.model, copy.deepcopy(self.model).to(device), settings.beta, weight)
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> tuple[Any, ...]:
-        """Return tokens `(B, *grid.shape)` and labels `(B,)`, the null class if dropped or missing; for `cca` also
-        wrong labels `(B,)`; and with columns a `Condition`."""
-        rows, labels, columns = torch.from_numpy(indices), self.train_split.labels, self.data.conditions
-        tokens = self.train_split.rows(indices, epochs, seed)
+        """Return tokens `(B, *grid.shape)` and what is given of them, null where it is dropped; for `cca` also wrong
+        labels `(B,)`."""
+        tokens, given = self.train_split.rows(indices, epochs, seed), self.train_split.given[indices]
         if self.config.perturb:
             tokens = perturb_tokens(tokens, indices, epochs, seed, self.config.perturb, self.data.grid.vocab_size)
-        shares = self.config.label_dropout, self.config.condition_dropout if columns else 0.0
-        dropped = draw_nulls([LABEL, *columns], indices, epochs, seed, *shares)
-        found: list[Any] = [tokens, torch.full((len(rows),), self.data.num_classes)]
-        if labels is not None:
-            own = labels[rows].long()
-            found[1] = torch.where(dropped[LABEL], found[1], own)
-            if self.config.objective == "cca":
-                found.append(other_labels(own, self.counts, draw_by_row(indices, epochs, seed, OTHER)))
-        if columns:
-            found.append(self.train_split.condition(indices))
-            for name, values in found[-1].items():
-                values[dropped[name]] = columns[name].null(int(dropped[name].sum()))
-        return tuple(found)
+        wrong = []
+        if self.config.objective == "cca":
+            wrong = [other_labels(given.raw(LABEL), self.counts, draw_by_row(indices, epochs, seed, OTHER))]
+        shares = self.config.label_dropout, self.config.condition_dropout if self.attributes else 0.0
+        return tokens, given.without(draw_nulls(given.columns, indices, epochs, seed, *shares)), *wrong
 
     def samples(self, batch_size: int, seed: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return all rows in random order, or in blocks if `blocks` is set."""
@@ -216,24 +208,23 @@ class PriorTask(Task):
 
     def loss(self, player: str, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the objective, under the orders or masks that the prior draws for this step."""
-        *tensors, condition = batch if self.model.conditions else (*batch, None)
-        inputs = self.model.training_inputs(tensors[0], self.progress)
-        loss, terms = self.nets["model"](*tensors, inputs, condition)
+        inputs = self.model.training_inputs(batch[0], self.progress)
+        loss, terms = self.nets["model"](*batch, inputs)
         return loss, terms
 
     def preview(self, model: nn.Module, group: ProcessGroup = ALONE) -> dict[str, np.ndarray]:
         """Return samples with the same seeds at every step: one class per column, or with columns those of held-out
         rows."""
         pipeline = self.pipeline(model)
-        if self.data.conditions:
+        if self.attributes:
             return {"samples": condition_picture(pipeline, self.eval_splits["held_out"], group=group)}
         return {"samples": pipeline.sample_picture(group=group)}
 
     def require_causal(self, model: Prior) -> None:
         """Raise `UserError` for a prior whose logits depend on tokens that it has yet to predict."""
-        labels = self.train_split.labels
+        first = np.zeros(1, np.int64)
         try:
-            require_causal(model, self.train_split.rows(np.zeros(1, np.int64)), None if labels is None else labels[0])
+            require_causal(model, self.train_split.rows(first), self.train_split.given[first])
         except NotCausalError as error:
             raise UserError(f"model: {error}") from error
 
@@ -261,8 +252,8 @@ class PriorTask(Task):
     def pipeline(self, model: nn.Module) -> ImagePipeline:
         """Return a pipeline of both stages that shares `model`'s weights."""
         sampler = self.config.sampler.sampling_settings()
-        if not self.data.num_classes and not self.data.conditions:  # nothing to guide towards
-            sampler = {name: value for name, value in sampler.items() if name not in GUIDANCE}
+        if not self.data.columns:  # nothing to guide towards
+            sampler = {name: value for name, value in sampler.items() if name not in GUIDANCE_FIELDS}
         tokenizer = self.data.tokenizer.to(self.model.device)
         others = {name: one.to(self.model.device) for name, one in self.data.condition_tokenizers.items()}
         more: dict[str, Any] = {"sampler": sampler, "condition_tokenizers": others}
@@ -290,36 +281,26 @@ def select_splits(data: TokenDataset) -> tuple[TokenSplit, dict[Split, TokenSpli
 
 
 def choose_columns(columns: Mapping[str, Column], names: list[str] | None) -> dict[str, Column]:
-    """Return the named columns; None: all. Raises `UserError` for an unknown name."""
+    """Return the class, if there is one, and the named columns; None: all. Raises `UserError` for an unknown name."""
+    others = {name: column for name, column in columns.items() if name != LABEL}
     try:
-        return {name: find_column(columns, name, "conditions") for name in (columns if names is None else names)}
+        chosen = others if names is None else {name: find_column(others, name, "attributes") for name in names}
     except ValueError as error:
         raise UserError(str(error)) from error
+    return {**{name: column for name, column in columns.items() if name == LABEL}, **chosen}
 
 
-def select_columns(data: TokenDataset, names: list[str] | None) -> TokenDataset:
-    """Return the same dataset with only the named columns; None: all. Raises `UserError` for an unknown name."""
-    columns = choose_columns(data.conditions, names)
-    splits = {
-        split: replace(rows, conditions={name: rows.conditions[name] for name in columns})
-        for split, rows in data.splits.items()
-    }
-    tokenizers = {name: one for name, one in data.condition_tokenizers.items() if name in columns}
-    return replace(data, conditions=columns, splits=splits, condition_tokenizers=tokenizers)
-
-
-def remove_conditions(data: TokenDataset) -> TokenDataset:
-    """Return the same dataset without classes and columns."""
-    data = select_columns(data, [])
-    splits = {name: replace(split, labels=None) for name, split in data.splits.items()}
-    return replace(data, class_names=[], splits=splits)
+def facts_of(grid: TokenGrid, columns: Mapping[str, Column]) -> dict[str, Any]:
+    """Return the keys of a prior's configuration that say what its data are."""
+    others = dict(columns)
+    label = others.pop(LABEL, ClassColumn.numbered(0))
+    return {"grid": grid, "num_classes": len(label.texts), "conditions": others}
 
 
 def build_prior(node: dict[str, Any], data: TokenDataset) -> Prior:
-    """Build the prior of a validated `{kind: ...}` node for a dataset's grid, classes and columns. Raises
-    `ConfigError`."""
+    """Build the prior of a validated `{kind: ...}` node for a dataset's grid and columns. Raises `ConfigError`."""
     choices = {key: value for key, value in node.items() if key != "kind"}
-    facts: dict[str, Any] = {"grid": data.grid, "num_classes": data.num_classes, "conditions": dict(data.conditions)}
+    facts = facts_of(data.grid, data.columns)
     return Prior.create(node["kind"], **facts, tokenizer=data.tokenizer.fingerprint(), **choices)
 
 
@@ -350,7 +331,7 @@ def start_from(prior: Prior, data: TokenDataset, source: str) -> tuple[str, tupl
     if theirs.name != prior.name:
         raise UserError(f"init: {source}: its prior has model.kind={theirs.name}, not {prior.name}; remove model.kind")
     ignored = {*FREE, "num_classes", "conditions"}
-    ignored |= set() if prior.conditions and theirs.conditions else {"condition_width"}
+    ignored |= set() if prior.config.conditions and theirs.config.conditions else {"condition_width"}
     if differing := [key for key in {**mine, **other} if key not in ignored and mine.get(key) != other.get(key)]:
         pairs = ", ".join(f"model.{key}: {other.get(key)!r} there, {mine.get(key)!r} here" for key in differing)
         raise UserError(f"init: {source}: its prior has other settings ({pairs})")
@@ -359,7 +340,7 @@ def start_from(prior: Prior, data: TokenDataset, source: str) -> tuple[str, tupl
             f"init: {source}: its images were divided differently from those of tokens=, which hold out some that it "
             f"was trained on; encode them again with its division (smalti encode tokenizer={source})"
         )
-    return theirs.fingerprint(), transfer_weights(prior, data.class_names, theirs, pipeline.labels)
+    return theirs.fingerprint(), transfer_weights(prior, data.columns, theirs, pipeline.columns)
 
 
 def defaults(given: dict[str, Any]) -> dict[str, Any]:

@@ -74,8 +74,7 @@ class Prior(PretrainedModel, family="prior"):
     def __init__(self, config: PriorConfig) -> None:
         super().__init__(config)
         self.grid, self.num_classes = config.grid, config.num_classes
-        label = {LABEL: ClassColumn.numbered(config.num_classes)} if config.num_classes else {}
-        self.columns: dict[str, Column] = {**label, **config.conditions}
+        self._label = {LABEL: ClassColumn.numbered(config.num_classes)} if config.num_classes else {}
         self.output_head: Head = make_head(config)
         self.set_partition(config.partition())
         self.condition_encoder = ConditionEncoder(config) if config.conditions else None
@@ -124,6 +123,11 @@ class Prior(PretrainedModel, family="prior"):
         return self(tokens, encoded, **inputs, **raw)
 
     # What is given
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """The columns that images are conditioned on: `label`, if there are classes, and those of `conditions`."""
+        return {**self._label, **self.config.conditions}
 
     def read_given(self, labels: Any, condition: Any, count: int) -> Given:
         """Read labels and a condition for `count` images; see `log_prob` and `Given.read`. Raises `ValueError`."""

@@ -193,16 +193,23 @@ class Given:
     def digest(self) -> str:
         """The sha256 of the raw rows of all columns, and of the label if it is given, whose null is written as the
         number of classes, as in 0.3."""
-        digest = hashlib.sha256()
-        for name in sorted(set(self.columns) - {LABEL} | set(self.rows)):
-            values = self.raw(name).detach().cpu().contiguous()
-            if name == LABEL:
-                values = torch.where(values < 0, len(self.columns[name].names), values)  # type: ignore[attr-defined]
-            if values.is_floating_point():  # NaN and 0 have several forms
-                values = torch.where(values.isnan(), math.nan, values + 0.0)
-            digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-            digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        rows = {name: self.raw(name) for name in set(self.columns) - {LABEL} | set(self.rows)}
+        if LABEL in rows:
+            null = len(self.columns[LABEL].names)  # type: ignore[attr-defined]
+            rows[LABEL] = torch.where(rows[LABEL] < 0, null, rows[LABEL])
+        return digest_rows(rows)
+
+
+def digest_rows(rows: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of tensors by name."""
+    digest = hashlib.sha256()
+    for name, values in sorted(rows.items()):
+        values = values.detach().cpu()
+        if values.is_floating_point():  # NaN and 0 have several forms
+            values = torch.where(values.isnan(), math.nan, values + 0.0)
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def is_all_none(value: Any) -> bool:

@@ -1,5 +1,5 @@
-"""Widgets for sampling settings, and the arguments of a call from their values. Gradio also checks ranges and choices
-of sliders and dropdowns on the server."""
+"""Widgets for sampling settings and conditions, and the arguments of a call from their values. Gradio also checks
+ranges and choices of sliders and dropdowns on the server."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from prior import Prior
+from prior.columns import LABEL
 from prior.orders import CURVES, order_problem
 
+from ..columns import ColumnFormat, formats_of
 from ..image_pipeline import ImagePipeline
 from ..options import Sampling
-from .conditions import format_condition, make_guidance_menu, read_fields
+from .served import Served
 
 UNCONDITIONAL = -1
 """The class id that means "no class"."""
@@ -23,7 +26,7 @@ MAX_SEED = 2**32 - 1
 def get_slider_values(pipeline: ImagePipeline) -> dict[str, float]:
     """Return the slider value of each sampling setting of the pipeline; guidance only if there is a condition."""
     off = {"top_k": pipeline.prior.grid.vocab_size, "top_p": 1.0, "steps": 0}
-    guides = bool(pipeline.prior.num_classes or pipeline.conditions)
+    guides = bool(pipeline.columns)
     names = ["temperature", "top_k", "top_p", *["guidance_scale"] * guides, "steps"]
     own = vars(pipeline.sampler)
     return {name: off[name] if own[name] is None else own[name] for name in names if name in own}
@@ -43,11 +46,59 @@ def make_sliders(pipeline: ImagePipeline) -> list[Any]:
         for name, value in get_slider_values(pipeline).items():
             low, high, step = ranges[name]
             about = "number of passes; 0: one per token" if name == "steps" else Sampling.model_fields[name].description
-            if name == "guidance_scale" and pipeline.conditions:
+            if name == "guidance_scale" and list_others(pipeline):
                 about = "above 1 follows the class and the conditions more closely"
             title = name.replace("_", " ").capitalize()
             sliders.append(gr.Slider(low, max(high, value), step=step, value=value, label=title, info=about))
         return [*sliders, *make_guidance_menu(pipeline)]
+
+
+def make_guidance_menu(pipeline: ImagePipeline) -> list[Any]:
+    """Make a choice of the columns that guidance applies to; none for a pipeline without columns but the class."""
+    if not list_others(pipeline):
+        return []
+    own = list(pipeline.sampler.guidance_on or ())
+    about = "what guidance scale applies to; none: all"
+    return [gr.CheckboxGroup([*pipeline.columns], value=own, label="Guidance on", info=about)]
+
+
+def make_condition_fields(served: Served, tab: str) -> list[Any]:
+    """Make a choice of the columns that are given, and fields for each, which appear when it is chosen; none for a
+    pipeline without columns but the class. tab: prefix of the names of pictures."""
+    every = list_others(served.pipeline)
+    columns = {name: column for name, column in every.items() if column.field_count}
+    if others := [name for name in every if name not in columns]:
+        gr.Markdown(f"There is no field for {', '.join(others)}: values like these are computed elsewhere.")
+    if not columns:
+        return []
+    about = "what the image is conditioned on; the rest is left open"
+    given = gr.CheckboxGroup(list(columns), value=[], label="Conditions", info=about)
+    fields = {name: column.make_fields(served, tab) for name, column in columns.items()}
+
+    def show(names: list[str]) -> list[Any]:
+        return [gr.update(visible=name in names) for name, own in fields.items() for _ in own]
+
+    flat = [field for own in fields.values() for field in own]
+    given.change(show, given, flat, queue=False)
+    return [given, *flat]
+
+
+def read_fields(pipeline: ImagePipeline, values: Sequence[Any]) -> dict[str, Any]:
+    """Return the condition from the values of `make_condition_fields`. Raises `ValueError` for a missing or broken
+    picture."""
+    given, *rest = values or [[]]
+    found = {}
+    for name, column in list_others(pipeline).items():
+        own, rest = rest[: column.field_count], rest[column.field_count :]
+        if name in given:
+            found[name] = column.read_fields(own)
+    return found
+
+
+def list_others(pipeline: ImagePipeline) -> dict[str, ColumnFormat[Any]]:
+    """Return the columns other than the class, which has a menu of its own."""
+    columns = {name: column for name, column in pipeline.columns.items() if name != LABEL}
+    return formats_of(columns, pipeline.condition_tokenizers)
 
 
 def sampling_arguments(
@@ -87,6 +138,21 @@ def format_arguments(arguments: Mapping[str, Any]) -> str:
         if name != "labels" or value is not None:
             text += f", {name}={format_condition(value) if name == 'condition' else repr(value)}"
     return text
+
+
+def format_condition(condition: dict[str, Any]) -> str:
+    """Format a condition as Python source, in which pictures are files."""
+    values = {
+        name: f'Image.open("{name}.png")' if isinstance(value, Image.Image) else repr(value)
+        for name, value in condition.items()
+    }
+    return "{" + ", ".join(f"{name!r}: {value}" for name, value in values.items()) + "}"
+
+
+def import_pictures(arguments: dict[str, Any]) -> list[str]:
+    """Return the line of Python that the pictures of a condition need, if any."""
+    pictures = any(isinstance(value, Image.Image) for value in arguments.get("condition", {}).values())
+    return ["from PIL import Image"] * pictures
 
 
 def make_class_menu(pipeline: ImagePipeline, several: bool) -> gr.Dropdown | gr.State:

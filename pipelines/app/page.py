@@ -66,7 +66,7 @@ def describe_pipeline(pipeline: ImagePipeline) -> str:
     """Describe a pipeline in two sentences."""
     channels, height, width = pipeline.tokenizer.image_shape
     grid, classes = pipeline.prior.grid, pipeline.prior.num_classes
-    names = ", ".join(pipeline.conditions)
+    names = ", ".join(pipeline.prior.config.conditions)
     kind = {1: "grey", 3: "colour"}.get(channels, f"{channels}-channel")
     return (
         f"This pipeline generates {kind} images of {width} × {height} "

@@ -24,7 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from prior import Prior
-from prior.conditions import Column
+from prior.columns import LABEL, ClassColumn, Column
+from prior.given import Given
 from prior.objectives import Alignment, Likelihood, alignment_problem
 from tokenizer import TokenGrid, Tokenizer
 
@@ -35,7 +36,7 @@ from ..config.importing import import_all
 from ..config.table import count_of, table
 from ..metrics.perceptual import Perceptual
 from ..tokens.meta import META, read_meta
-from ..train_prior import PriorTask, TrainPriorConfig, choose_columns
+from ..train_prior import PriorTask, TrainPriorConfig, choose_columns, facts_of
 from ..train_prior import defaults as prior_defaults
 from ..train_tokenizer import TokenizerTask, TrainTokenizerConfig, build_tokenizer, require_networks
 from ..train_tokenizer import defaults as tokenizer_defaults
@@ -119,11 +120,10 @@ class PlannedPrior(PriorTask):
     config: PlanPriorConfig
     progress = 0.5
 
-    def __init__(self, config: PlanPriorConfig, grid: TokenGrid, classes: int, columns: Mapping[str, Column]) -> None:
+    def __init__(self, config: PlanPriorConfig, grid: TokenGrid, columns: Mapping[str, Column]) -> None:
         self.config, self.grid = config, grid
         choices = {key: value for key, value in config.model.items() if key != "kind"}
-        facts: dict[str, Any] = {"grid": grid, "num_classes": classes, "conditions": dict(columns)}
-        create = partial(Prior.create, config.model["kind"], **facts, **choices)
+        create = partial(Prior.create, config.model["kind"], **facts_of(grid, columns), **choices)
         self.model, self.frozen = create(), list[nn.Module]()
         objective: nn.Module = Likelihood(self.model)
         if config.objective == "cca":
@@ -135,11 +135,12 @@ class PlannedPrior(PriorTask):
         self.players = {"model": list(self.model.parameters())}
 
     def random_batch(self, count: int) -> tuple[Any, ...]:
-        """Return tokens and labels of `count` images; with cca also contrasting labels; null values of columns."""
-        columns, device = self.model.conditions, self.model.device
+        """Return tokens of `count` images, a label and null values of columns; with cca also contrasting labels."""
+        columns, device = self.model.columns, self.model.device
         tokens = torch.randint(self.grid.vocab_size, (count, *self.grid.shape), device=device)
-        condition = {name: column.null(count, device) for name, column in columns.items()}
-        return tokens, *[tokens.new_zeros(count)] * (1 + len(self.frozen)), *([condition] if columns else [])
+        rows = {name: column.null(count, device) for name, column in columns.items()}
+        rows |= {LABEL: tokens.new_zeros(count)} if LABEL in columns else {}
+        return tokens, Given(columns, rows, count), *[tokens.new_zeros(count)] * len(self.frozen)
 
 
 class PlannedTokenizer(TokenizerTask):
@@ -215,8 +216,8 @@ def run(config: PlanPriorConfig | PlanTokenizerConfig) -> Plan:
     build: Callable[[], PlannedPrior | PlannedTokenizer]
     rows = config.rows
     if isinstance(config, PlanPriorConfig):
-        grid, classes, columns, rows = find_facts(config)
-        build = partial(PlannedPrior, config, grid, classes, columns)
+        grid, columns, rows = find_facts(config)
+        build = partial(PlannedPrior, config, grid, columns)
     else:
         build = partial(PlannedTokenizer, config)
     with torch.device("meta"):
@@ -256,15 +257,15 @@ def check_settings(config: PlanPriorConfig | PlanTokenizerConfig) -> torch.devic
     return device
 
 
-def find_facts(config: PlanPriorConfig) -> tuple[TokenGrid, int, Mapping[str, Column], int | None]:
-    """Return the grid, the number of classes, the columns and the number of training rows, from the keys or the token
-    dataset. Raises `UserError`."""
+def find_facts(config: PlanPriorConfig) -> tuple[TokenGrid, Mapping[str, Column], int | None]:
+    """Return the grid, the columns and the number of training rows, from the keys or the token dataset. Raises
+    `UserError`."""
     values = {"grid": config.grid, "vocab_size": config.vocab_size, "classes": config.classes}
     missing = [name for name, value in values.items() if value is None]
     if len(missing) == 3 and (Path(config.tokens) / META).is_file():
         meta = read_meta(Path(config.tokens))
         rows = config.rows or sum(meta.shards.get("train", [])) or None
-        return meta.grid, len(meta.class_names), choose_columns(meta.conditions, config.conditions), rows
+        return meta.grid, choose_columns(meta.columns, config.attributes), rows
     if missing:
         raise UserError(
             f"{', '.join(missing)}: missing; give tokens=FOLDER, or for example grid=16,16 vocab_size=16384 "
@@ -272,7 +273,8 @@ def find_facts(config: PlanPriorConfig) -> tuple[TokenGrid, int, Mapping[str, Co
         )
     try:
         grid = TokenGrid(config.grid or (), config.vocab_size or 0)
-        return grid, config.classes or 0, choose_columns({}, config.conditions), config.rows
+        label: dict[str, Column] = {LABEL: ClassColumn.numbered(config.classes)} if config.classes else {}
+        return grid, choose_columns(label, config.attributes), config.rows
     except ValueError as error:
         raise UserError(f"grid: {error}") from error
 

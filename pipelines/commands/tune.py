@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from prior.conditions import Condition
-from prior.sampling import SamplingOptions
+from prior.given import Given
+from prior.options import SamplingOptions
 from tokenizer.files import require_replaceable, write_json
 
 from ..config import OutputConfig, UserError, run_command
-from ..evaluate import check_classes, choose_condition, choose_labels, draw_samples, load_training_tokens
+from ..evaluate import check_classes, choose_given, draw_samples, load_training_tokens
 from ..files import Output, lock_output
 from ..image_pipeline import ImagePipeline
 from ..images import ImageDataset
@@ -92,11 +92,11 @@ def run(config: TuneConfig) -> dict[str, Any]:
     with lock_output(out), lock_output(folder if config.store else None, key="pipeline"):
         pipeline = config.load_pipeline()
         train, validation = load_validation_images(config, pipeline)
-        tokens = load_training_tokens(config.tokens, pipeline) if pipeline.conditions else {}
-        condition = choose_condition(pipeline, tokens, train, config.num_samples)
+        tokens = load_training_tokens(config.tokens, pipeline) if pipeline.prior.config.conditions else {}
+        given = choose_given(pipeline, tokens, train, config.num_samples)
         source = describe_source(config.data.source)
         space = feature_space(train, validation, config.feature_steps, source)
-        measure = make_measure(pipeline, space, train, validation, config, condition)
+        measure = make_measure(pipeline, space, validation, config, given)
         trials = search(measure, pipeline.sampler, list_settings(pipeline))
         before, best = trials[0], find_best(trials)
         facts = {
@@ -141,21 +141,15 @@ def load_validation_images(config: TuneConfig, pipeline: ImagePipeline) -> tuple
 
 
 def make_measure(
-    pipeline: ImagePipeline,
-    space: FeatureSpace,
-    train: ImageDataset,
-    validation: ImageDataset,
-    config: TuneConfig,
-    condition: Condition,
+    pipeline: ImagePipeline, space: FeatureSpace, validation: ImageDataset, config: TuneConfig, given: Given
 ) -> Measure:
     """Return the measure of options. All options share seeds and conditions, so that their differences are less
     noisy."""
     real = moments(space.of(validation, shuffled(len(validation))))
-    labels = choose_labels(pipeline, train, config.num_samples)
 
     def measure(options: SamplingOptions) -> float:
         pipeline.sampler = options
-        samples = draw_samples(pipeline, labels, config.num_samples, config.seed, condition=condition)
+        samples = draw_samples(pipeline, given, config.seed)
         return distance(moments(samples.rows(space, config.num_samples)), real)
 
     return measure
@@ -164,7 +158,7 @@ def make_measure(
 def list_settings(pipeline: ImagePipeline) -> Settings:
     """Return the settings to try for this pipeline, in search order."""
     settings: Settings = {}
-    if pipeline.prior.num_classes or pipeline.conditions:
+    if pipeline.columns:
         scales = {f"{scale:g}": (scale, None) for scale in GUIDANCE} | {f"1 to {end:g}": (1, end) for end in RISING}
         settings["guidance"] = {
             value: {"guidance_scale": scale, "guidance_end": end, "guidance_power": None}

@@ -64,7 +64,7 @@ def verify_folder(folder: Path) -> Path:
         data = load_tokens(folder, verify=False, mapped=True)
         for split in data.splits.values():
             for rows in chunks(len(split)):
-                split.tokens[rows], split.condition(rows)  # reading checks the ids and the columns
+                split.tokens[rows], split.given[rows]  # reading checks the ids and the columns
     size = sum(entry["size"] for entry in files.values())
     print(f"{folder}: {len(files)} files ({size:,} bytes) match {MANIFEST}")
     return folder

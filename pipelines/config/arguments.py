@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_origin
 
@@ -12,6 +13,7 @@ from pydantic.fields import FieldInfo
 from tokenizer.config import Data, Settings, mapped_model, show_value, to_plain, type_options
 
 from .errors import UserError, did_you_mean
+from .schema import rename_keys
 from .yaml_text import read_yaml
 
 
@@ -51,13 +53,15 @@ def sort_words(argv: list[str]) -> CommandLine:
     return CommandLine(files, overrides, imports, topic, "--dry-run" in argv)
 
 
-def read_arguments(words: CommandLine, folder: str = "") -> tuple[list[Data], list[str]]:
-    """Return the contents of the files, then the overrides, each as a nested mapping; and a list of problems. folder:
-    see `find_preset`."""
+def read_arguments(
+    words: CommandLine, folder: str = "", renamed: Mapping[str, str] | None = None
+) -> tuple[list[Data], list[str]]:
+    """Return the contents of the files, then the overrides, each as a nested mapping; and a list of problems. folder,
+    renamed: see `read_preset`."""
     files, overrides, problems = [], [], []
     for path in words.files:
         try:
-            files.append(read_preset(path, folder))
+            files.append(read_preset(path, folder, renamed))
         except UserError as error:
             problems.append(str(error))
     for argument in sorted(words.overrides, key=lambda argument: rank_override(argument, words.overrides)):
@@ -122,9 +126,11 @@ def combine(one: Any, other: Any) -> Any:
     return {**one, **other, **{key: combine(one[key], other[key]) for key in one if key in other}}
 
 
-def read_preset(name: str, folder: str = "") -> Data:
-    """Read a YAML file, or the preset of this name. Raises `UserError`."""
-    return read_file(name if os.path.isfile(name) else str(find_preset(name, folder)))
+def read_preset(name: str, folder: str = "", renamed: Mapping[str, str] | None = None) -> Data:
+    """Read a YAML file, or the preset of this name. folder: see `find_preset`; renamed: see `Config`. Raises
+    `UserError`."""
+    data = read_file(name if os.path.isfile(name) else str(find_preset(name, folder)))
+    return rename_keys(data, renamed or {})
 
 
 def read_file(path: str) -> Data:

@@ -72,7 +72,7 @@ def parse(
     """
     words = sort_words(sys.argv[1:] if argv is None else argv)
     import_all(words.imports)
-    parts, problems = read_arguments(words, cls.presets)
+    parts, problems = read_arguments(words, cls.presets, cls.renamed)
     parts = [resolve_short_forms(cls, part) for part in parts]
     given = merge_all(parts)
     further: Data = {}
@@ -111,7 +111,7 @@ def build_config(
 
     defaults: as in `parse`.
     """
-    parts = [*(read_preset(os.fspath(file), cls.presets) for file in files), nest_settings(settings)]
+    parts = [*(read_preset(os.fspath(file), cls.presets, cls.renamed) for file in files), nest_settings(settings)]
     parts = [resolve_short_forms(cls, part) for part in parts]
     data = merge_with_defaults(cls, [defaults(merge_all(parts)) if defaults else {}, *parts])
     try:
@@ -192,13 +192,14 @@ def describe_kept(key: str, reset: Data, node: Data) -> str:
 
 def describe_unknown(cls: type[Config], key: str, value: Any) -> list[str]:
     """Return a line for each unknown key at or below `key`, with the key that was probably meant."""
-    known = list_keys(cls)
-    return [
-        f"{name[:200]}: in a file, write nested keys instead of dots"
-        if name in known
-        else f"{name[:200]}: unknown key; {cls.unavailable.get(name) or did_you_mean(name, known, LISTS_KEYS)}"
-        for name in list_leaves(key, value)
-    ]
+    known, lines = list_keys(cls), list[str]()
+    for name in list_leaves(key, value):
+        first, dot, rest = name.partition(".")
+        hint = cls.unavailable.get(name) or did_you_mean(name, known, LISTS_KEYS)
+        hint = f"it is called {cls.renamed[first]}{dot}{rest[:200]} now" if first in cls.renamed else hint
+        nested = "in a file, write nested keys instead of dots"
+        lines.append(f"{name[:200]}: {nested if name in known else f'unknown key; {hint}'}")
+    return lines
 
 
 def list_leaves(key: str, value: Any) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -26,6 +27,8 @@ class Config(Settings):
     """The keys on the short help page, separated by spaces; empty: all top-level keys."""
     unavailable: ClassVar[dict[str, str]] = {}
     """Keys that users may expect, and what to do instead."""
+    renamed: ClassVar[dict[str, str]] = {}
+    """Top-level keys in files of release 0.3, and their names now."""
     presets: ClassVar[str] = ""
     """The folder of the presets that `--config` accepts by name; empty: those of all folders."""
 
@@ -73,6 +76,11 @@ def resolve_short_forms(cls: type[Config], data: Data) -> Data:
 def to_yaml(config: BaseModel) -> str:
     """Return the configuration as YAML text for `--config`."""
     return write_yaml(config.model_dump(mode="json"))
+
+
+def rename_keys(data: Data, renamed: Mapping[str, str]) -> Data:
+    """Return what a file holds with the present names of its top-level keys. renamed: see `Config`."""
+    return {renamed.get(key, key): value for key, value in data.items()}
 
 
 def difference(old: Data, new: Data, prefix: str = "") -> list[str]:

@@ -8,13 +8,12 @@ the images before these in their folder. `load_conditions` reads all columns, pa
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -22,28 +21,17 @@ from numpy.typing import NDArray
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
-from prior.conditions import (
-    ClassColumn,
-    Column,
-    FlagsColumn,
-    GridColumn,
-    NumberColumn,
-    VectorColumn,
-    conditions_problem,
-    find_column,
-    shorten,
-)
+from prior.columns import KINDS, Column, GridColumn, VectorColumn, find_column, names_problem
 from tokenizer import Tokenizer
 from tokenizer.files import one_line
 
-from ..card import describe_column
+from ..columns import FORMATS, guess_format, is_empty
 from ..config import Config, UserError, is_first_process, tell
 from ..provenance import TokenizerFolder, tokenizer_folder
-from ..text import run_encoder
 from .arrays import Values, values_of
 from .clip_files import find_clips
 from .crops import CropImages
-from .dataset import DataConfig, ImageDataset, Indices, check_bad, is_class_name
+from .dataset import DataConfig, ImageDataset, Indices, check_bad
 from .decoding import NO_IMAGE, Decoded, Payload, Pixels, Rows, decode_all
 from .folder import (
     SHEETS,
@@ -59,17 +47,18 @@ from .folder import (
 from .tables import read_payload
 from .tiles import PLACE
 
-FEW = 4  # a list of more numbers is taken for a vector
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 CELLS = 1024  # cells of a table that are read at a time
+if TYPE_CHECKING:
+    Kind = str
+else:
+    Kind = Literal[tuple(KINDS)]
 
 
 class ConditionSource(Config):
     """Where a column comes from; by default, from the column of the same name."""
 
-    kind: Literal["class", "flags", "number", "vector", "grid"] | None = Field(
-        None, description="kind of the column; null: guessed from the values"
-    )
+    kind: Kind | None = Field(None, description="kind of the column; null: guessed from the values")
     column: str | None = Field(None, description="column of the tables, of the folder's metadata, or of `table`")
     images: str | None = Field(None, description="folder of images with the same names as those of data.source")
     frame: int | None = Field(
@@ -155,7 +144,7 @@ def check_sources(
     changes = [name for name, value in config.augment.model_dump().items() if value and augmentations]
     of_files = config.path is not None and config.path.is_dir() and holds_files(config.path)
     no_files = f"needs a folder of images as data.source (got {config.source})"
-    for problem in conditions_problem(sources):
+    for problem in names_problem(sources):
         raise UserError(f"conditions: {problem}")
     for name, source in sources.items():
         if false := [change for change in source.changed_by if change in changes]:
@@ -213,24 +202,16 @@ def load_conditions(
                 cells = sheets.read(column, source.kind == "grid")
             else:
                 cells = read_table(config.source, images, column, source.kind == "grid")
-            kind = source.kind or ("vector" if source.encoder else guess_kind(cells))
-            if kind == "grid":
-                if config.crop is not None:
-                    raise ValueError("a grid cannot follow the random crops of its images; data.crop=null")
-                found[name] = load_grid(cells, source, name, config, splits, together)
+            kind = source.kind or ("vector" if source.encoder else guess_format(cells).kind)
+            if FORMATS[kind].of_pictures:
+                found[name] = load_pictures(cells, source, name, config, splits, together)
                 continue
             if source.tokenizer is not None:
                 raise ValueError(f"tokenizer is for columns of kind grid, and this is of kind {kind}")
-            if kind in ("class", "flags"):
-                loaded, values = read_names(cells, kind)
-            else:
-                cells = encode_cells(cells, source.encoder) if source.encoder else cells
-                loaded, values = read_numbers(cells, kind, source.encoder or "", sizes[0])
-            found[name] = LoadedColumn(
-                loaded, source.describe(name), dict(zip(splits, values.split(sizes), strict=True))
-            )
+            loaded, raw = FORMATS[kind].from_cells(cells, sizes[0], source.encoder or "")
+            found[name] = LoadedColumn(loaded, source.describe(name), dict(zip(splits, raw.split(sizes), strict=True)))
             if not (source.kind or source.encoder) and is_first_process():
-                about = f"of kind {kind}, guessed from its values ({describe_column(name, loaded, None).values})"
+                about = f"of kind {kind}, guessed from its values ({loaded.describe()})"
                 tell(one_line(f"conditions.{name}: {about}; conditions.{name}.kind=KIND chooses another"))
         except ValueError as error:
             raise UserError(one_line(f"conditions.{name}: {error}")) from error
@@ -269,8 +250,7 @@ class Cells:
     def __iter__(self) -> Iterator[Any]:
         for start in range(0, self.size, CELLS):
             for value in self.read(range(start, min(start + CELLS, self.size))):
-                empty = isinstance(value, str) and not value or isinstance(value, float) and math.isnan(value)
-                yield None if empty else value
+                yield None if is_empty(value) else value
 
     def convert(self, parse: Callable[[Any], Any]) -> list[Any]:
         """Parse all cells that are not null. Raises `ValueError`, which names the cell."""
@@ -428,114 +408,6 @@ def full_path(path: Path | str) -> str:
     return normalize_path(os.path.abspath(path))
 
 
-# Values -------------------------------------------------------------------------------------------
-
-
-def guess_kind(cells: Cells) -> str:
-    """Return the kind of column that the first value suggests; texts are flags if one of them contains `;`."""
-    if cells.open:
-        return "grid"
-    first = next((value for value in cells if value is not None and value != []), None)
-    if isinstance(first, list):
-        return "flags" if cells.names or isinstance(first[0], str) else "number" if len(first) <= FEW else "vector"
-    if not cells.names and any(isinstance(value, str) and ";" in value for value in cells):
-        return "flags"
-    return "class" if cells.names or isinstance(first, str) else "number"
-
-
-def encode_cells(cells: Cells, encoder: str) -> Cells:
-    """Return the vectors of texts."""
-    texts = list(dict.fromkeys(text for text in cells.convert(require_text) if text is not None))
-    vectors = dict(zip(texts, run_encoder(encoder, texts).numpy(), strict=True))
-    return replace(cells, read=lambda rows: [vectors.get(text) for text in cells.read(rows)])
-
-
-def require_text(value: Any) -> str:
-    """Return a text. Raises `ValueError` for another type."""
-    if not isinstance(value, str):
-        raise ValueError(f"expected text (got {shorten(value)})")
-    return value
-
-
-def read_names(cells: Cells, kind: str) -> tuple[Column, Tensor]:
-    """Return classes, or flags: lists of names, which a text joins by `;`. They are numbered in the order of the data
-    set's names or, without these, of the sorted values. Raises `ValueError`."""
-
-    def read(value: Any) -> list[Any]:
-        several = [value]
-        if kind == "flags":
-            several = [part.strip() for part in value.split(";")] if isinstance(value, str) else value
-        found = [read_name(one, cells.names) for one in (several if isinstance(several, list) else [several])]
-        return [name for name in found if name not in (None, "")]
-
-    found = cells.convert(read)
-    known = sorted({one for several in found for one in several or ()}, key=lambda one: (isinstance(one, str), one))
-    names = cells.names or list(dict.fromkeys(map(str, known)))  # numbers first
-    if not names:
-        raise ValueError("the column has no values")
-    if invalid := [name for name in names if not is_class_name(name)]:
-        raise ValueError(f"{shorten(invalid[0])} is not a short text without control characters")
-    ids = {name: place for place, name in enumerate(names)}
-    if kind == "class":
-        return ClassColumn(names=names), torch.tensor([ids[str(one[0])] if one else -1 for one in found])
-    flags = torch.zeros(len(found), len(names))
-    for row, several in enumerate(found):
-        if several is None:
-            flags[row] = math.nan
-        else:
-            flags[row, [ids[str(name)] for name in several]] = 1
-    return FlagsColumn(names=names), flags
-
-
-def read_name(value: Any, names: list[str] | None) -> float | str | None:
-    """Return a class: a text, a number, `yes` or `no`; or the name at that place, of which -1 is null."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int) and names is not None:
-        if value >= len(names):
-            raise ValueError(f"{value} is not a class; allowed are 0 to {len(names) - 1}")
-        return names[value] if value >= 0 else None
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if not isinstance(value, (int, float, str)) or not is_class_name(str(value)):
-        raise ValueError(f"expected a number or a short text (got {shorten(value)})")
-    return value
-
-
-def read_numbers(cells: Cells, kind: str, encoder: str, train: int) -> tuple[Column, Tensor]:
-    """Return numbers, or lists of equally many numbers, with statistics of the first `train` rows. Raises
-    `ValueError`."""
-    sizes, dtype = list[int](), np.float32 if kind == "vector" else np.float64
-    limit = torch.finfo(torch.float16 if kind == "vector" else torch.float32).max  # as they are stored
-
-    def read(value: Any) -> NDArray[Any]:
-        several = [math.nan if one is None else one for one in value] if isinstance(value, list) else value
-        numbers = np.atleast_1d(np.asarray(several))
-        if numbers.dtype.kind not in "biuf" or numbers.ndim != 1 or not len(numbers):
-            hint = "; `encoder` makes vectors of text" if kind == "vector" and isinstance(value, str) else ""
-            raise ValueError(f"expected numbers (got {shorten(value)}){hint}")
-        if (np.abs(numbers) > limit).any():
-            raise ValueError(f"numbers must be finite and at most {limit:.5g} (got {shorten(value)})")
-        sizes.append(len(numbers))
-        if len(numbers) != sizes[0]:
-            raise ValueError(f"{len(numbers)} numbers, unlike other images, which have {sizes[0]}")
-        return numbers.astype(dtype)
-
-    found = cells.convert(read)
-    null = np.full(sizes[0] if sizes else 1, math.nan, dtype)
-    values = np.stack([null if one is None else one for one in found])
-    known = values[:train]
-    if np.isnan(known).all(0).any():
-        raise ValueError("no image of the training split has a value")
-    if kind == "vector":
-        values[np.isnan(values).any(1)] = math.nan
-        scale = float(np.nanmean(known**2, dtype=np.float64)) ** 0.5
-        return VectorColumn(size=len(null), scale=scale or 1.0, encoder=encoder), torch.from_numpy(values)
-    mean, std = np.nanmean(known, 0).tolist(), [each or 1.0 for each in np.nanstd(known, 0).tolist()]
-    low, high = np.nanmin(known, 0).tolist(), np.nanmax(known, 0).tolist()
-    return NumberColumn(mean=mean, std=std, low=low, high=high), torch.from_numpy(values).float()
-
-
 # Images -------------------------------------------------------------------------------------------
 
 
@@ -572,7 +444,7 @@ class ConditionImages(ImageDataset):
         return pixels, *(each * self._scale for each in changes)
 
 
-def load_grid(
+def load_pictures(
     cells: Cells,
     source: ConditionSource,
     name: str,
@@ -582,6 +454,8 @@ def load_grid(
 ) -> LoadedColumn:
     """Check that all images can be decoded, and return them as a column. Those skipped are null. Raises `ValueError`
     without a tokenizer, and for cells that are no images."""
+    if config.crop is not None:
+        raise ValueError("a grid cannot follow the random crops of its images; data.crop=null")
     if source.tokenizer is None or (open_cell := cells.open) is None:
         raise ValueError("tokenizer: missing; a grid needs the tokenizer of its images")
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -80,6 +80,22 @@ def image_paths(folder: Path) -> list[str]:
         found += [os.path.join(parent, name) for name in files if is_image_name(name)]
         arrays += [os.path.join(parent, name) for name in files if suffix_of(name) in ARRAY_SUFFIXES]
     return sorted(found or arrays, key=os.fsencode)
+
+
+def match_names(entries: Mapping[str, Any], names: Sequence[str], where: str, what: str) -> list[Any]:
+    """Return for each name, a path, the entry whose key is the longest end of it. Raises `ValueError` for a name
+    without an entry, and for two names of one entry. where, what: for errors."""
+    found, owners = [], dict[str, str]()
+    for name in names:
+        parts = Path(name).parts
+        ends = ("/".join(parts[first:]) for first in range(len(parts)))
+        key = next((end for end in ends if end in entries), None)
+        if key is None:
+            raise ValueError(f"{where} has no {what} {name}")
+        if (owner := owners.setdefault(key, name)) != name:
+            raise ValueError(f"{where}: {key} may belong to {owner} or to {name}; use longer paths")
+        found.append(entries[key])
+    return found
 
 
 def is_image_name(name: str) -> bool:

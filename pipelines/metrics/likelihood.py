@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prior import Prior
-from prior.conditions import LABEL
+from prior.columns import LABEL
 from tokenizer import TokenGrid, Tokenizer
 
 from ..images import ImageDataset
@@ -61,9 +61,8 @@ def log_probs(
         # In lockstep, pad the last batch, because the number of a model's passes may depend on the batch size.
         batch = np.resize(some, size) if group.lockstep else some
         tokens = split.rows(batch).to(model.device)
-        labels = None if split.labels is None else split.labels[torch.from_numpy(batch)].to(model.device)
-        given = {"condition": split.condition(batch)} if split.conditions else {}
-        return model.log_prob(tokens, labels, num_orders=num_orders, **given)[: len(some)].cpu().double()
+        nats = model.log_prob(tokens, condition=split.given[batch], num_orders=num_orders)
+        return nats[: len(some)].cpu().double()
 
     return torch.cat(group.map(score, range(0, len(rows), size)))
 
@@ -78,20 +77,14 @@ def evaluate_likelihood(
     group: ProcessGroup = ALONE,
 ) -> dict[str, Any]:
     """Return bits per token of the prior on the held-out images, whose tokens are `test`; those of a `Marginal` fitted
-    to training tokens; and bits per dim if the decoder has a likelihood. A prior with classes or columns is given those
-    of each image, except for `unconditional_bits_per_token` and, with columns, the figures of `vary_conditions`."""
-    grid = prior.grid
-    unlabelled = TokenSplit(test.tokens, None)
-    known = given_to(prior, test)
-    nats = log_probs(prior, known, np.arange(len(known)), num_orders, group)
+    to training tokens; and bits per dim if the decoder has a likelihood. A prior is given what is known of each image,
+    except for the figures of `vary_given`."""
+    grid, nats = prior.grid, log_probs(prior, test, np.arange(len(test)), num_orders, group)
     return {
         "bits_per_token": float(-nats.mean()) / (math.log(2) * len(grid)),
-        "unconditional_bits_per_token": bits_per_token(prior, unlabelled, num_orders=num_orders, group=group),
-        **{
-            key: bits_per_token(prior, part, num_orders=num_orders, group=group) for key, part in vary_conditions(known)
-        },
-        **evaluate_frames(prior, tokenizer.frames, known, group),
-        **evaluate_marginal(prior, train, known, group),
+        **{key: bits_per_token(prior, part, num_orders=num_orders, group=group) for key, part in vary_given(test)},
+        **evaluate_frames(prior, tokenizer.frames, test, group),
+        **evaluate_marginal(prior, train, test, group),
         "uniform_bits_per_token": math.log2(grid.vocab_size),
         **evaluate_bits(tokenizer, held_out, test, nats, group),
     }
@@ -104,22 +97,15 @@ def evaluate_frames(prior: Prior, frames: int, split: TokenSplit, group: Process
     decoded = prior.position_order.div(len(prior.grid) // frames, rounding_mode="floor")  # the frame of each token
     if frames == 1 or not prior.exact or bool((decoded.diff() < 0).any()):
         return {}
-    size, known = rows_at_a_time(prior.grid), given_to(prior, split)
+    size = rows_at_a_time(prior.grid)
 
     def score(start: int) -> Tensor:
-        rows = np.arange(start, min(start + size, len(known)))
-        labels = None if known.labels is None else known.labels[rows].to(prior.device)
-        given: dict[str, Any] = {"condition": known.condition(rows)} if known.conditions else {}
-        nats = prior.token_log_probs(known.rows(rows).to(prior.device), labels, **given)
+        rows = np.arange(start, min(start + size, len(split)))
+        nats = prior.token_log_probs(split.rows(rows).to(prior.device), condition=split.given[rows])
         return nats.reshape(len(rows), frames, -1).cpu().double().sum(2)
 
-    bits = -torch.cat(group.map(score, range(0, len(known), size))).mean(0) / math.log(2)
+    bits = -torch.cat(group.map(score, range(0, len(split), size))).mean(0) / math.log(2)
     return {"bits_per_frame": float(bits.mean()), "frame_bits": bits.tolist()}
-
-
-def given_to(prior: Prior, split: TokenSplit) -> TokenSplit:
-    """Return the rows with what the prior is given beside tokens."""
-    return split if prior.num_classes else replace(split, labels=None)
 
 
 def evaluate_nats(
@@ -129,25 +115,23 @@ def evaluate_nats(
     also return their number, and the standard deviation over draws of the mean over images."""
     means = []
     for split in draws:
-        known = given_to(prior, split)
-        means.append(-float(log_probs(prior, known, np.arange(len(known)), num_orders, group).mean()))
+        means.append(-float(log_probs(prior, split, np.arange(len(split)), num_orders, group).mean()))
     several = {"nats_per_image_deviation": statistics.stdev(means), "draws": len(means)} if len(means) > 1 else {}
     return {"nats_per_image": statistics.fmean(means), **several}
 
 
-def vary_conditions(split: TokenSplit) -> Iterator[tuple[str, TokenSplit]]:
-    """With columns, yield names of figures and the split without each condition, and with the conditions of other
-    images, which a prior that listens finds less likely."""
-    if not split.conditions:
+def vary_given(split: TokenSplit) -> Iterator[tuple[str, TokenSplit]]:
+    """Yield names of figures and the split without anything given; with columns other than the class, also without each
+    one, and with the values of other images, which a prior that listens finds less likely."""
+    given = split.given
+    yield "unconditional_bits_per_token", replace(split, given=given.without())
+    if set(given.names) <= {LABEL}:
         return
-    if split.labels is not None:
-        yield f"{WITHOUT}{LABEL}", replace(split, labels=None)
-    for name in split.conditions:
-        yield f"{WITHOUT}{name}", replace(split, conditions={k: v for k, v in split.conditions.items() if k != name})
+    for name in given.names:
+        yield f"{WITHOUT}{name}", replace(split, given=given.without([name]))
     cycle, other = random_rows(len(split), len(split), seed=0), torch.empty(len(split), dtype=torch.long)
     other[cycle] = cycle.roll(1)  # no image keeps its own
-    labels = None if split.labels is None else split.labels[other]
-    yield "shuffled_bits_per_token", replace(split, labels=labels, conditions=split.condition(other))
+    yield "shuffled_bits_per_token", replace(split, given=given[other])
 
 
 def count_table_classes(grid: TokenGrid, classes: int) -> int | None:
@@ -161,18 +145,18 @@ def evaluate_marginal(prior: Prior, train: TokenSplit, test: TokenSplit, group: 
     """Return bits per token under the frequencies of ids at each position, per class if both splits have labels.
     `marginal_note` says if classes were left out because their table is too large. Empty if even the table without
     classes is too large."""
-    wanted = prior.num_classes if train.labels is not None else 0
+    wanted = prior.num_classes if LABEL in train.given.rows else 0
     classes = count_table_classes(prior.grid, wanted)
     if classes is None:
         return {}
 
     def fit() -> Prior:
         marginal = Prior.create("marginal", grid=prior.grid, num_classes=classes)
-        marginal.initialize(cast(Tensor, train.ids()), train.labels if classes else None)
+        marginal.initialize(cast(Tensor, train.ids()), train.given)
         return marginal
 
-    test = TokenSplit(test.tokens, test.labels if classes else None)
-    bits = bits_per_token(group.on_main(fit), test, group=group)
+    marginal = group.on_main(fit)
+    bits = bits_per_token(marginal, test.of_columns(marginal.columns), group=group)
     note = {"marginal_note": "all classes together"} if classes < wanted else {}
     return {"marginal_bits_per_token": bits, "marginal_rows": len(train), **note}
 

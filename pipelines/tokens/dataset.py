@@ -26,8 +26,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from prior.conditions import Column
+from prior.columns import LABEL, Column
+from prior.given import Given
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.files import (
     FormatError,
@@ -40,15 +42,14 @@ from tokenizer.files import (
 
 from ..hub import is_reachable, push_folder, require_reachable
 from ..images.origin import shareable
-from .columns import column_bytes, map_columns, open_columns, pack_columns
 from .meta import (
     CONDITIONS,
     META,
     TOKENS,
     Meta,
-    check_labels,
     check_meta,
     check_tokenizers,
+    class_names,
     manifest_hash,
     read_meta,
     verify_files,
@@ -59,8 +60,11 @@ from .shards import (
     TokenSplit,
     bytes_per_row,
     check_ids,
+    check_labels,
     cut_shards,
     map_shard,
+    open_columns,
+    pack_columns,
     shard_names,
     stored_grid,
     write_shard,
@@ -80,26 +84,36 @@ class TokenDataset:
     """Tokens of images by split, written by `pipelines.encode` and read by `pipelines.train_prior`.
 
     `source`: facts about the images. `augmentations`: extra variants of each training image; their rows follow those of
-    the unchanged images. `conditions`: the columns of all splits by name; `condition_tokenizers`: the tokenizers of
-    grids among them; `condition_sources`: facts about the origin of each. `digest`: sha256 of the manifest, and so of
-    every file; empty unless loaded from a folder.
+    the unchanged images. `columns`: what is known of the images of all splits, the class first, as `label`;
+    `condition_tokenizers`: the tokenizers of grids among them; `condition_sources`: facts about the origin of each.
+    `digest`: sha256 of the manifest, and so of every file; empty unless loaded from a folder.
     """
 
     grid: TokenGrid
-    class_names: list[str]
+    columns: Mapping[str, Column]
     splits: dict[str, TokenSplit]
     tokenizer: Tokenizer
     source: dict[str, Any]
     augmentations: int = 0
     digest: str = ""
-    conditions: Mapping[str, Column] = field(default_factory=dict)
     condition_tokenizers: Mapping[str, Tokenizer] = field(default_factory=dict)
     condition_sources: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes; empty without labels."""
+        return class_names(self.columns)
 
     @property
     def num_classes(self) -> int:
         """Number of classes; 0 without labels."""
         return len(self.class_names)
+
+    def of_columns(self, columns: Mapping[str, Column]) -> TokenDataset:
+        """Return the dataset with no other columns than these."""
+        splits = {name: split.of_columns(columns) for name, split in self.splits.items()}
+        tokenizers = {name: one for name, one in self.condition_tokenizers.items() if name in columns}
+        return replace(self, columns=columns, splits=splits, condition_tokenizers=tokenizers)
 
     def save(self, folder: str | Path, rows_per_shard: int | None = None) -> None:
         """Write the folder atomically; replace an older token dataset.
@@ -111,30 +125,29 @@ class TokenDataset:
         shards = cut_shards({name: len(split) for name, split in self.splits.items()}, rows_per_shard)
         fingerprint = self.tokenizer.fingerprint()
         drawn = [name for name, split in self.splits.items() if split.drawn]
-        columns = dict(self.conditions), dict(self.condition_sources), drawn
-        meta = Meta(self.grid, self.class_names, shards, self.source, self.augmentations, fingerprint, *columns)
+        facts = shards, self.source, self.augmentations, fingerprint
+        meta = Meta(self.grid, self.columns, *facts, dict(self.condition_sources), drawn)
         check_meta(meta, Path(META))
         check_tokenizers(meta, self.condition_tokenizers, CONDITIONS)
         for name, split in self.splits.items():
-            check_labels(Path(name), split.labels, self.num_classes)
+            check_labels(Path(name), split.given.rows.get(LABEL), self.columns.get(LABEL))
         with atomic_folder(folder, kind=TOKENS) as target:
             for name, split in self.splits.items():
                 sizes, grid = shards[name], stored_grid(self.grid, split.drawn)
                 for file, size, stop in zip(shard_names(name, len(sizes)), sizes, accumulate(sizes), strict=True):
                     rows = slice(stop - size, stop)
-                    labels = None if split.labels is None else split.labels[rows]
                     try:
-                        packed = pack_columns(self.conditions, split.conditions, rows, len(split))
+                        packed = pack_columns(self.columns, split.given, rows)
                     except ValueError as error:
                         raise FormatError(f"{name}: {error}") from error
-                    write_shard(target / file, split.tokens[rows], labels, grid, packed)
+                    write_shard(target / file, split.tokens[rows], grid, packed)
             write_meta(target, meta, self.tokenizer, self.condition_tokenizers)
 
     def to_datasets(self) -> datasets.DatasetDict:
         """Return one in-memory table of `datasets` for each split: `tokens` of the grid's shape in the smallest
-        unsigned type, with classes `label`, a `ClassLabel`, and each column of a condition by its name: a `ClassLabel`,
-        a list of flags, numbers, or ids in which -1 is null; None is null. Drawn tokens become one fixed draw."""
-        return to_tables(self.splits, self.grid, self.class_names, self.conditions)
+        unsigned type, and each column by its name: a `ClassLabel`, a list of flags, numbers, or ids in which -1 is
+        null; None is null. Drawn tokens become one fixed draw."""
+        return to_tables(self.splits, self.grid, self.columns)
 
     @classmethod
     def from_datasets(
@@ -145,21 +158,21 @@ class TokenDataset:
         tokens: str = "tokens",
         label: str | None = "label",
         source: dict[str, Any] | None = None,
-        conditions: Mapping[str, Column] | None = None,
+        columns: Mapping[str, Column] | None = None,
         condition_tokenizers: Mapping[str, Tokenizer] | None = None,
     ) -> TokenDataset:
         """Convert tables of `datasets` by split (training needs `train` and `test`), made by `to_datasets` or by a
         `map` of `pipe.encode`, to a dataset for `save` and `train_prior`.
 
         tokens, label: names of the columns; the label is a `ClassLabel`, and None, or a missing column, means no
-        classes. source: facts about the images. conditions: the columns to read, by the names of the table's columns;
-        condition_tokenizers: those of its grids. Raises `UserError` for ids that do not fit `tokenizer`, for labels
-        without class names, and for values that a column does not allow.
+        classes. source: facts about the images. columns: the others to read, by their names in the table; a label
+        among them is ignored. condition_tokenizers: those of grids. Raises `UserError` for ids that do not fit
+        `tokenizer`, for labels without class names, and for values that a column does not allow.
         """
-        columns = dict(conditions or {})
-        splits, class_names = from_tables(tables, tokenizer, tokens, label, columns)
-        grid, kept = tokenizer.grid, dict(condition_tokenizers or {})
-        return cls(grid, class_names, splits, tokenizer, source or {}, conditions=columns, condition_tokenizers=kept)
+        others = {name: column for name, column in (columns or {}).items() if name != LABEL}
+        splits, found = from_tables(tables, tokenizer, tokens, label, others)
+        tokenizers = dict(condition_tokenizers or {})
+        return cls(tokenizer.grid, found, splits, tokenizer, source or {}, condition_tokenizers=tokenizers)
 
     def push_to_hub(
         self,
@@ -223,8 +236,7 @@ def load_tokens(
 
 def _read_dataset(folder: Path, verify: bool | None, mapped: bool | None) -> TokenDataset:
     meta = read_meta(folder)
-    row = bytes_per_row(meta.grid) + column_bytes(meta.conditions)
-    size = sum(sum(counts) for counts in meta.shards.values()) * row
+    size = sum(sum(counts) for counts in meta.shards.values()) * bytes_per_row(meta.grid, meta.columns)
     verify_files(folder, meta, whole=size <= HASHED if verify is None else verify)
     tokenizer: Tokenizer = Tokenizer.load_folder(folder / "tokenizer")
     if tokenizer.fingerprint() != meta.tokenizer:
@@ -232,19 +244,17 @@ def _read_dataset(folder: Path, verify: bool | None, mapped: bool | None) -> Tok
     if tokenizer.grid != meta.grid:
         raise IntegrityError(f"{folder / META}: grid {meta.grid} differs from the tokenizer's, {tokenizer.grid}")
     own = {name: Tokenizer.load_folder(folder / CONDITIONS / name) for name in meta.own_tokenizers()}
-    grids = [name for name, column in meta.conditions.items() if getattr(column, "tokenizer", "")]
-    tokenizers = {name: own.get(name, tokenizer) for name in grids}
+    tokenizers = {name: own.get(name, tokenizer) for name, fingerprint in meta.grids().items() if fingerprint}
     check_tokenizers(meta, tokenizers, folder / CONDITIONS)
     mapped = size > IN_MEMORY if mapped is None else mapped
     splits = {name: _load_split(folder, name, meta, mapped) for name in meta.shards}
     facts = meta.source, meta.augmentations, manifest_hash(folder)
     return TokenDataset(
         tokenizer.grid,
-        meta.class_names,
+        meta.columns,
         splits,
         tokenizer,
         *facts,
-        conditions=meta.conditions,
         condition_tokenizers=tokenizers,
         condition_sources=meta.condition_sources,
     )
@@ -252,23 +262,15 @@ def _read_dataset(folder: Path, verify: bool | None, mapped: bool | None) -> Tok
 
 def _load_split(folder: Path, split: str, meta: Meta, mapped: bool) -> TokenSplit:
     paths = [folder / name for name in shard_names(split, len(meta.shards[split]))]
-    shards, labels, columns = [], [], []
-    drawn = split in meta.drawn
-    grid = stored_grid(meta.grid, drawn)
+    grid, files = stored_grid(meta.grid, split in meta.drawn), list[dict[str, Tensor]]()
     for path, rows in zip(paths, meta.shards[split], strict=True):
-        tokens, some = map_shard(path, rows, grid)
-        check_labels(path, some, len(meta.class_names))
+        files.append(map_shard(path, rows, grid, meta.columns))
         if not mapped:
             try:
-                grid.check(tokens.to(torch.int32))
+                grid.check(files[-1]["tokens"].to(torch.int32))
             except ValueError as error:
                 raise IntegrityError(f"{path}: {error}") from error
-        shards.append(tokens)
-        labels.append(some)
-        columns.append(map_columns(path, rows, meta.conditions) if meta.conditions else {})
-    known = [some for some in labels if some is not None]
-    if 0 < len(known) < len(labels):
-        raise FormatError(f"{folder}: labels: missing in some files of {split!r}")
-    found = MappedRows(shards, partial(check_ids, grid.vocab_size), folder) if mapped else torch.cat(shards)
-    conditions = open_columns(columns, meta.conditions, folder, mapped)
-    return TokenSplit(found, torch.cat(known) if known else None, conditions, drawn)
+    tokens = [file["tokens"] for file in files]
+    found = MappedRows(tokens, partial(check_ids, grid.vocab_size), folder) if mapped else torch.cat(tokens)
+    rows = open_columns(files, meta.columns, folder, mapped)
+    return TokenSplit(found, Given(meta.columns, rows, len(found)), split in meta.drawn)

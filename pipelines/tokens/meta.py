@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, PlainValidator, model_validator
-from torch import Tensor
 
-from prior.conditions import MAX_COLUMNS, Column, GridColumn, conditions_problem, read_column
+from prior.columns import LABEL, MAX_COLUMNS, ClassColumn, Column, names_problem, read_column
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.base import grid_to_dict, read_grid
 from tokenizer.files import (
     MANIFEST,
     FolderKind,
-    FormatError,
     IntegrityError,
     PathError,
     check_format_version,
@@ -50,12 +48,11 @@ class Meta:
     splits whose files hold grey values, from which ids are drawn on access."""
 
     grid: TokenGrid
-    class_names: list[str]
+    columns: Mapping[str, Column]
     shards: dict[str, list[int]]
     source: dict[str, Any]
     augmentations: int
     tokenizer: str
-    conditions: Mapping[str, Column] = field(default_factory=dict)
     condition_sources: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     drawn: list[str] = field(default_factory=list)
 
@@ -67,12 +64,13 @@ class Meta:
         """Return the JSON object."""
         columns = {
             name: {**column.to_dict(), SOURCE: self.condition_sources.get(name, {})}
-            for name, column in self.conditions.items()
+            for name, column in self.columns.items()
+            if name != LABEL
         }
         return {
             "format_version": FORMAT_VERSION,
             "grid": grid_to_dict(self.grid),
-            "classes": self.class_names,
+            "classes": class_names(self.columns),
             "splits": self.shards,
             "source": split_off(self.source),
             "augmentations": self.augmentations,
@@ -81,10 +79,24 @@ class Meta:
             **({"drawn": self.drawn} if self.drawn else {}),
         }
 
+    def grids(self) -> dict[str, str]:
+        """Return the fingerprint of the tokenizer of each grid column, which may be empty."""
+        found = {name: getattr(column, "tokenizer", None) for name, column in self.columns.items()}
+        return {name: fingerprint for name, fingerprint in found.items() if fingerprint is not None}
+
     def own_tokenizers(self) -> list[str]:
         """Return the names of the grid columns whose tokenizer is not that of the images."""
-        grids = {name: column.tokenizer for name, column in self.conditions.items() if isinstance(column, GridColumn)}
-        return [name for name, fingerprint in grids.items() if fingerprint not in ("", self.tokenizer)]
+        return [name for name, fingerprint in self.grids().items() if fingerprint not in ("", self.tokenizer)]
+
+
+def label_column(names: Sequence[str]) -> dict[str, Column]:
+    """Return the column of classes with these names; {} without classes."""
+    return {LABEL: ClassColumn.numbered(len(names), names)} if names else {}
+
+
+def class_names(columns: Mapping[str, Column]) -> list[str]:
+    """Return the names of the classes; [] without classes."""
+    return columns[LABEL].texts if LABEL in columns else []
 
 
 def write_meta(
@@ -144,7 +156,7 @@ def read_conditions(found: Any) -> dict[str, tuple[Column, dict[str, Any]]]:
         except ValueError as error:
             raise FieldError(name, str(error)) from error
         columns[name] = column, source
-    for problem in conditions_problem({name: column for name, (column, _) in columns.items()}):
+    for problem in names_problem(columns):
         raise ValueError(problem)
     return columns
 
@@ -203,12 +215,11 @@ def read_meta(folder: Path) -> Meta:
     found = validate(MetaFile, meta, folder / META)
     return Meta(
         grid=found.grid.grid(),
-        class_names=found.classes,
+        columns={**label_column(found.classes), **{name: column for name, (column, _) in found.conditions.items()}},
         shards=found.splits,
         source=join_splits(found.source, folder / SPLITS),
         augmentations=found.augmentations,
         tokenizer=found.tokenizer,
-        conditions={name: column for name, (column, _) in found.conditions.items()},
         condition_sources={name: source for name, (_, source) in found.conditions.items()},
         drawn=list(found.drawn),
     )
@@ -227,23 +238,11 @@ def verify_files(folder: Path, meta: Meta, *, whole: bool) -> None:
         raise IntegrityError(f"{folder / absent[0]}: not listed in {MANIFEST}")
 
 
-def check_labels(path: Path, labels: Tensor | None, num_classes: int) -> None:
-    """Raise `FormatError` for missing labels, `IntegrityError` for labels out of range."""
-    if num_classes and labels is None:
-        raise FormatError(f"{path}: labels: missing, though there are {num_classes} classes")
-    if labels is not None and len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
-        raise IntegrityError(
-            f"{path}: labels must lie in [0, {num_classes}), got {int(labels.min())} to {int(labels.max())}"
-        )
-
-
 def check_tokenizers(meta: Meta, tokenizers: Mapping[str, Tokenizer], place: Path | str) -> None:
     """Raise `IntegrityError` unless each grid column has the tokenizer that made its ids. place: for messages."""
-    for name, column in meta.conditions.items():
-        if not isinstance(column, GridColumn):
-            continue
-        title, found = f"{place}/{name}", tokenizers.get(name)
-        if (found.fingerprint() if found else "") != column.tokenizer:
+    for name, fingerprint in meta.grids().items():
+        title, found, grid = f"{place}/{name}", tokenizers.get(name), getattr(meta.columns[name], "grid", None)
+        if (found.fingerprint() if found else "") != fingerprint:
             raise IntegrityError(f"{title}: not the tokenizer of the column {name!r} (fingerprints differ)")
-        if found and found.grid != column.grid:
-            raise IntegrityError(f"{title}: grid {found.grid} differs from that of the column {name!r}, {column.grid}")
+        if found and found.grid != grid:
+            raise IntegrityError(f"{title}: grid {found.grid} differs from that of the column {name!r}, {grid}")

@@ -1,13 +1,14 @@
-"""The files of a split: safetensors with `tokens` (n, *grid.shape) and `labels` (n,), written atomically,
-memory-mapped.
+"""The files of a split: safetensors with `tokens` (n, *grid.shape), `labels` (n,) and a tensor `condition.NAME` for
+each other column as it is stored (`Column.pack`), written atomically, memory-mapped.
 
 A small split is one file, `train.safetensors`; a larger one has many, `train-00000-of-00016.safetensors` and so on,
 with consecutive rows. Reading a row touches only the pages of that row."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from prior.conditions import Condition
+from prior.columns import LABEL, Column
+from prior.given import Given
 from tokenizer import TokenGrid
+from tokenizer.base import smallest_type
 from tokenizer.files import FormatError, IntegrityError
 
 from ..files import atomic_file
@@ -32,6 +35,8 @@ ROWS_PER_SHARD = 1 << 12
 MAX_SHARDS = 4096  # maximum files of a dataset; a manifest of 1 MiB cannot list more
 GREY_VALUES = 256  # what files hold of tokens that are drawn on access
 CHUNK = 1 << 14  # rows in memory at a time when a whole split is read
+PREFIX = "condition."
+"""Of the tensors of columns other than the label."""
 
 Indices = NDArray[np.int64] | Tensor | slice | list[int]
 
@@ -43,9 +48,11 @@ def stored_grid(grid: TokenGrid, drawn: bool) -> TokenGrid:
     return replace(grid, shape=(*grid.shape, digits), vocab_size=GREY_VALUES) if drawn else grid
 
 
-def bytes_per_row(grid: TokenGrid) -> int:
-    """Return the size of an image's tokens on the disk."""
-    return len(grid) * smallest_type(grid.vocab_size).itemsize
+def bytes_per_row(grid: TokenGrid, columns: Mapping[str, Column]) -> int:
+    """Return the size of an image's tokens and columns on the disk, without its label."""
+    others = [column for name, column in columns.items() if name != LABEL]
+    sizes = (math.prod(column.shape) * column.stored_type.itemsize for column in others)
+    return len(grid) * smallest_type(grid.vocab_size).itemsize + sum(sizes)
 
 
 def shard_names(split: str, count: int) -> list[str]:
@@ -80,18 +87,33 @@ def cut_shards(rows: Mapping[str, int], rows_per_shard: int | None) -> dict[str,
     }
 
 
-def write_shard(
-    path: Path, tokens: Tensor, labels: Tensor | None, grid: TokenGrid, columns: Mapping[str, Tensor] | None = None
-) -> None:
+def pack_columns(columns: Mapping[str, Column], given: Given, rows: slice) -> dict[str, Tensor]:
+    """Return the tensors of some `rows` of all columns for a file. Raises `ValueError`, which names the column."""
+    found = {}
+    for name, column in columns.items():
+        values = given.rows.get(name)
+        if values is None:
+            raise ValueError(f"conditions: {name}: missing")
+        if len(values) != len(given):
+            raise ValueError(f"conditions: {name}: {len(values)} rows for {len(given)} images")
+        if name == LABEL:
+            found["labels"] = values[rows].long().contiguous()
+            continue
+        try:
+            found[PREFIX + name] = column.pack(values[rows])
+        except ValueError as error:
+            raise ValueError(f"conditions: {name}: {error}") from error
+    return found
+
+
+def write_shard(path: Path, tokens: Tensor, grid: TokenGrid, columns: Mapping[str, Tensor]) -> None:
     """Write a file atomically.
 
-    tokens: `(n, *grid.shape)` of any integer type. columns: from `columns.pack_columns`. Raises `ValueError` for ids
-    that do not fit the grid.
+    tokens: `(n, *grid.shape)` of any integer type. columns: from `pack_columns`. Raises `ValueError` for ids that do
+    not fit the grid.
     """
     grid.check(tokens.to(torch.int64))
-    tensors = {"tokens": tokens.to(smallest_type(grid.vocab_size)).contiguous(), **(columns or {})}
-    if labels is not None:
-        tensors["labels"] = labels.long().contiguous()
+    tensors = {"tokens": tokens.to(smallest_type(grid.vocab_size)).contiguous(), **columns}
     with atomic_file(path, overwrite=True) as temporary:
         temporary.write_bytes(save(tensors))
 
@@ -106,20 +128,58 @@ def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
         raise FormatError(f"{path}: missing or not a valid safetensors file ({error})") from error
 
 
-def map_shard(path: Path, rows: int, grid: TokenGrid) -> tuple[Tensor, Tensor | None]:
-    """Return the tokens of a file, memory-mapped, and its labels, in memory.
+def map_shard(path: Path, rows: int, grid: TokenGrid, columns: Mapping[str, Column]) -> dict[str, Tensor]:
+    """Return the tensors of a file: `tokens` and the stored columns by name, memory-mapped, and `label` in memory.
 
     safetensors checks that the header accounts for every byte before it maps a file, so a truncated file raises an
-    error instead of a SIGBUS. Raises `FormatError` for an invalid file, `IntegrityError` for another grid."""
-    tensors = read_tensors(path, ["tokens", "labels"])
-    tokens, labels = tensors.get("tokens"), tensors.get("labels")
+    error instead of a SIGBUS. Raises `FormatError` for an invalid file, `IntegrityError` for another grid and for
+    labels out of range."""
+    others = {PREFIX + name: column for name, column in columns.items() if name != LABEL}
+    tensors = read_tensors(path, ["tokens", "labels", *others])
+    tokens, labels, classes = tensors.get("tokens"), tensors.pop("labels", None), columns.get(LABEL)
     if tokens is None or tokens.shape[:1] != (rows,) or tokens.dtype != smallest_type(grid.vocab_size):
         raise FormatError(f"{path}: tokens: must hold {rows} rows of {smallest_type(grid.vocab_size)}")
     if tuple(tokens.shape[1:]) != grid.shape:
         raise IntegrityError(f"{path}: tokens: shape {tuple(tokens.shape)}, the grid says (n, *{grid.shape})")
     if labels is not None and (labels.shape != (rows,) or labels.dtype != torch.int64):
         raise FormatError(f"{path}: labels: must be {rows} numbers of type int64, one per row of tokens")
-    return tokens, None if labels is None else labels.clone()
+    check_labels(path, labels, classes)
+    for name, column in others.items():
+        stored, shape, dtype = tensors.get(name), (rows, *column.shape), column.stored_type
+        if stored is None or tuple(stored.shape) != shape or stored.dtype != dtype:
+            got = "missing" if stored is None else f"{stored.dtype} of shape {tuple(stored.shape)}"
+            raise FormatError(f"{path}: {name}: must be {dtype} of shape {shape}, found {got}")
+    label = {LABEL: labels.clone()} if labels is not None and classes is not None else {}
+    return {**{name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, **label}
+
+
+def check_labels(path: Path, labels: Tensor | None, classes: Column | None) -> None:
+    """Raise `FormatError` for missing labels, `IntegrityError` for labels out of range. classes: their column, if there
+    are classes."""
+    count = 0 if classes is None else classes.count  # type: ignore[attr-defined]
+    if count and labels is None:
+        raise FormatError(f"{path}: labels: missing, though there are {count} classes")
+    if labels is not None and len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= count):
+        found = f"{int(labels.min())} to {int(labels.max())}"
+        raise IntegrityError(f"{path}: labels must lie in [0, {count}), got {found}")
+
+
+def open_columns(
+    parts: list[dict[str, Tensor]], columns: Mapping[str, Column], folder: Path, mapped: bool
+) -> dict[str, Tensor | MappedRows]:
+    """Return the raw rows of all columns of mapped files: labels in memory, others `mapped` or, as they are stored, in
+    memory. Raises `IntegrityError` for values in memory that are not allowed."""
+    found = dict[str, Tensor | MappedRows]()
+    for name, column in columns.items():
+        shards = [part[name] for part in parts]
+        if name == LABEL:
+            found[name] = torch.cat(shards)
+            continue
+        place = f"{folder}: {PREFIX}{name}"
+        found[name] = MappedRows(shards if mapped else [torch.cat(shards)], column.unpack, place)
+        for rows in () if mapped else chunks(len(found[name])):
+            found[name][rows]
+    return found
 
 
 class MappedRows:
@@ -180,15 +240,14 @@ def check_ids(vocab_size: int, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """The rows of a split: `tokens` (n, *grid.shape) in a small unsigned type, in memory or on the disk; `labels` (n,)
-    int64, or None; `conditions`: raw columns by name (see `prior.conditions`).
+    """The rows of a split: `tokens` (n, *grid.shape) in a small unsigned type, in memory or on the disk; `given`: what
+    else is known of each row. `given[rows]` reads it.
 
     drawn: `tokens` (n, *grid.shape, k) are grey values from 0 to 255: the chances of each of the k binary digits of an
     id, lowest first, to be 1. `rows` draws the ids."""
 
     tokens: Tensor | MappedRows
-    labels: Tensor | None
-    conditions: Mapping[str, Tensor | MappedRows] = field(default_factory=dict)
+    given: Given
     drawn: bool = False
 
     def __len__(self) -> int:
@@ -216,14 +275,10 @@ class TokenSplit:
         kind = smallest_type(1 << self.tokens.shape[-1])
         return torch.cat([self.rows(rows).to(kind) for rows in chunks(len(self))])
 
-    def condition(self, indices: Indices) -> Condition:
-        """Return the raw columns of these rows, as int64 or float32. Raises `IndexError`."""
-        wanted = torch.from_numpy(positions_of(indices, len(self)))
-        found = {}
-        for name, values in self.conditions.items():
-            rows = values[wanted]
-            found[name] = rows.float() if rows.is_floating_point() else rows.long()
-        return found
+    def of_columns(self, columns: Mapping[str, Column]) -> TokenSplit:
+        """Return the split with no other columns than these."""
+        rows = {name: values for name, values in self.given.rows.items() if name in columns}
+        return replace(self, given=Given(columns, rows, len(self)))
 
 
 def chunks(rows: int, size: int = CHUNK) -> Iterator[slice]:

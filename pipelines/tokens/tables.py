@@ -9,92 +9,54 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prior.conditions import ClassColumn, Column, FlagsColumn, GridColumn
+from prior.columns import LABEL, Column
+from prior.given import Given
 from tokenizer import TokenGrid, Tokenizer
+from tokenizer.base import smallest_type
 
+from ..columns import format_of, ids_feature
 from ..config import UserError
-from .shards import TokenSplit, chunks, smallest_type
+from .meta import label_column
+from .shards import TokenSplit, chunks
 
 if TYPE_CHECKING:
     import datasets
 
-TOKENS, LABEL = "tokens", "label"
+TOKENS = "tokens"
 
 
-def table_features(grid: TokenGrid, class_names: list[str], columns: Mapping[str, Column]) -> datasets.Features:
-    """Return the columns: `tokens` of the grid's shape in the smallest unsigned type, with classes `label`, and those
-    of a condition."""
+def table_features(grid: TokenGrid, columns: Mapping[str, Column]) -> datasets.Features:
+    """Return the columns: `tokens` of the grid's shape in the smallest unsigned type, and what is known of images."""
     import datasets
 
     kind = str(smallest_type(grid.vocab_size)).removeprefix("torch.")
-    labels = {LABEL: datasets.ClassLabel(names=class_names)} if class_names else {}
-    others = {name: column_feature(column) for name, column in columns.items()}
-    return datasets.Features({TOKENS: ids_feature(grid, kind), **labels, **others})
+    others = {name: format_of(name, column).feature() for name, column in columns.items()}
+    return datasets.Features({TOKENS: ids_feature(grid, kind), **others})
 
 
-def ids_feature(grid: TokenGrid, kind: str) -> Any:
-    """Return the type of a column of ids."""
-    import datasets
-
-    if len(grid.shape) == 1:
-        return datasets.List(datasets.Value(kind), length=grid.shape[0])
-    array = {2: datasets.Array2D, 3: datasets.Array3D}[len(grid.shape)]
-    return array(shape=grid.shape, dtype=kind)
-
-
-def column_feature(column: Column) -> Any:
-    """Return the type of a condition's column."""
-    import datasets
-
-    if isinstance(column, ClassColumn):
-        return datasets.ClassLabel(names=column.names)
-    if isinstance(column, FlagsColumn):
-        return datasets.List(datasets.Value("string"))
-    if isinstance(column, GridColumn):
-        return ids_feature(column.grid, "int32")
-    number = datasets.Value("float32")
-    return number if column.shape == (1,) else datasets.List(number, length=column.shape[0])
-
-
-def to_tables(
-    splits: Mapping[str, TokenSplit], grid: TokenGrid, class_names: list[str], conditions: Mapping[str, Column]
-) -> datasets.DatasetDict:
+def to_tables(splits: Mapping[str, TokenSplit], grid: TokenGrid, columns: Mapping[str, Column]) -> datasets.DatasetDict:
     """Convert every split to an in-memory `datasets.Dataset`; splits on the disk are read in chunks."""
     import datasets
 
-    features = table_features(grid, class_names, conditions)
+    features = table_features(grid, columns)
 
     def table(split: TokenSplit) -> datasets.Dataset:
         parts = [datasets.Dataset.from_dict({name: [] for name in features}, features)]
         for rows in chunks(len(split)):
-            columns: dict[str, Any] = {TOKENS: split.rows(rows).to(smallest_type(grid.vocab_size)).numpy()}
-            if class_names and split.labels is not None:
-                columns[LABEL] = split.labels[rows].numpy()
-            for name, column in conditions.items():
-                columns[name] = to_values(column, split.conditions[name][rows])
-            parts.append(datasets.Dataset.from_dict(columns, features))
+            given = split.given[rows]
+            values = {name: format_of(name, column).to_values(given.raw(name)) for name, column in columns.items()}
+            tokens = split.rows(rows).to(smallest_type(grid.vocab_size)).numpy()
+            parts.append(datasets.Dataset.from_dict({TOKENS: tokens, **values}, features))
         return datasets.concatenate_datasets(parts)
 
     return datasets.DatasetDict({name: table(split) for name, split in splits.items()})
 
 
-def to_values(column: Column, raw: Tensor) -> Any:
-    """Convert raw values to those of a table, in which None is null."""
-    if isinstance(column, GridColumn):
-        return raw.int().numpy()
-    rows: list[Any] = raw.tolist()
-    if isinstance(column, FlagsColumn):
-        rows = [[name for name, flag in zip(column.names, row, strict=True) if flag] for row in rows]
-    elif column.shape == (1,):
-        rows = [row[0] for row in rows]
-    return [None if null else row for row, null in zip(rows, column.is_null(raw).tolist(), strict=True)]
-
-
 def from_tables(
     tables: Mapping[str, Any], tokenizer: Tokenizer, tokens: str, label: str | None, conditions: Mapping[str, Column]
-) -> tuple[dict[str, TokenSplit], list[str]]:
-    """Convert tables to splits and class names. Raises `UserError` for missing columns, ids out of range, another
-    shape, and labels that are not a `ClassLabel` or differ between tables."""
+) -> tuple[dict[str, TokenSplit], dict[str, Column]]:
+    """Convert tables to splits and all columns, the label among them. Raises `UserError` for missing columns, ids out
+    of range, another shape, and labels that are not a `ClassLabel` or differ between tables."""
     if not isinstance(tables, Mapping):
         raise UserError(
             f"tables must be a mapping of splits, {{'train': ..., 'test': ...}} (got {type(tables).__name__})"
@@ -103,14 +65,14 @@ def from_tables(
     if len(set(map(tuple, names.values()))) > 1:
         found = "; ".join(f"{split}: {', '.join(some) or 'none'}" for split, some in names.items())
         raise UserError(f"{label}: splits have different classes ({found})")
-    splits = {}
+    splits, columns = {}, {**label_column(next(iter(names.values()), [])), **conditions}
     for split, table in tables.items():
         if absent := [name for name in (tokens, *conditions) if name not in table.column_names]:
             raise UserError(f"{split}: no column {absent[0]!r}; columns: {', '.join(table.column_names)}")
-        labels = labels_of(split, table, label) if label and names[split] else None
-        values = {name: values_of(split, table, name, column) for name, column in conditions.items()}
-        splits[split] = TokenSplit(tokens_of(split, table, tokens, tokenizer.grid), labels, values)
-    return splits, next(iter(names.values()), [])
+        rows = {LABEL: labels_of(split, table, label)} if label and names[split] else {}
+        rows |= {name: values_of(split, table, name, column) for name, column in conditions.items()}
+        splits[split] = TokenSplit(tokens_of(split, table, tokens, tokenizer.grid), Given(columns, rows, len(table)))
+    return splits, columns
 
 
 def class_names_of(split: str, table: Any, label: str | None) -> list[str]:

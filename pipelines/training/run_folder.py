@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from tokenizer.files import FolderKind, make_folder, read_json, require_replaceable
 
 from ..config import UserError
-from ..config.schema import difference
+from ..config.schema import difference, rename_keys
 from ..files import is_lock, replace_file, require_apart
 from ..images.splits import SPLITS, SplitFacts
 
@@ -61,7 +61,7 @@ def is_ours(name: str) -> bool:
 
 def read_config(run: Path, config: Any) -> dict[str, Any]:
     """Read the configuration of the run in a folder, filling in defaults of missing settings."""
-    saved = read_json(run / CONFIG)
+    saved = rename_keys(read_json(run / CONFIG), config.renamed)
     try:
         return type(config).model_validate(saved).model_dump(mode="json")
     except ValidationError:  # a configuration of the other stage: the caller reports the differences

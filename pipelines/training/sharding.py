@@ -66,12 +66,13 @@ def shard(task: Task, average: nn.Module, accelerator: Accelerator) -> nn.Module
     options = _make_options(accelerator)
     _shard_blocks(task.model, options)
     _shard_blocks(average, {key: value for key, value in options.items() if key != "mp_policy"})
-    register_fsdp_forward_method(average, "log_prob")
+    for model, method in ((task.model, "encode_given"), (average, "encode_given"), (average, "log_prob")):
+        register_fsdp_forward_method(model, method)
     found = dict(task.model.named_parameters())
     task.players = {player: [found[names[p]] for p in parameters] for player, parameters in task.players.items()}
     if accelerator.mixed_precision == "bf16":
         precise = torch.autocast(accelerator.device.type, dtype=torch.bfloat16)
-        task.model.forward = precise(task.model.forward)
+        task.model.forward, task.model.encode_given = precise(task.model.forward), precise(task.model.encode_given)
     return copied
 
 

@@ -59,8 +59,8 @@ class Task:
     """Fraction of training done, in [0, 1]; set before each step."""
 
     def batch(self, indices: np.ndarray, epochs: np.ndarray, seed: int) -> Any:
-        """Return the training samples at `indices` in their `epochs` as a tuple of compact CPU tensors. A pure
-        function, called in another thread."""
+        """Return the training samples at `indices` in their `epochs` as a tuple of compact CPU tensors, which may hold
+        a `Given`. A pure function, called in another thread."""
         raise NotImplementedError
 
     def prepare(self, batch: Any) -> Any:

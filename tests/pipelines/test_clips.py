@@ -12,7 +12,7 @@ from small_pipelines import LABELS, make_conditioned
 
 from pipelines import ImagePipeline
 from pipelines.completion import conditional_log_prob, encode_visible
-from prior.conditions import GridColumn
+from prior.columns import GridColumn
 from tokenizer.base import LikelihoodError
 from tokenizer.frame_by_frame import FrameByFrame
 

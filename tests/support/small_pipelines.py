@@ -8,7 +8,7 @@ from PIL import Image
 from small import PLACED, PRIORS, TOKENIZERS, make_prior, make_tokenizer, quantizer_of
 
 from pipelines import ImagePipeline
-from prior.conditions import GridColumn
+from prior.columns import GridColumn
 
 LABELS = ["cat", "dog", "eel"]
 # Every tokenizer with `gpt`, and every prior with `vqvae`: the two only share a grid of ids.

@@ -9,8 +9,7 @@ import gradio as gr
 
 from ...anomaly.calibration import Calibration
 from ...anomaly.scores import METHODS
-from ..conditions import make_condition_fields
-from ..controls import UNCONDITIONAL, format_arguments, make_class_menu, read_given
+from ..controls import UNCONDITIONAL, format_arguments, make_class_menu, make_condition_fields, read_given
 from ..parts import Samples, make_code_field, make_gallery, make_image_picker, on_click
 from ..served import Picked, Served, Step, as_picture, picked_image
 from .compare import draw_surprise

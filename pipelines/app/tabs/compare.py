@@ -14,8 +14,7 @@ from torch.nn import functional
 
 from ...anomaly.sheets import apply_colormap
 from ...images import to_uint8
-from ..conditions import make_condition_fields
-from ..controls import format_arguments, make_class_menu, read_given
+from ..controls import format_arguments, make_class_menu, make_condition_fields, read_given
 from ..parts import Samples, make_code_field, make_gallery, make_image_picker, on_click
 from ..served import Picked, Served, Step, as_picture, picked_image
 

@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image
 
 from .. import controls
-from ..conditions import make_condition_fields
 from ..parts import Samples, make_code_field, make_gallery, make_image_picker, make_run_buttons, on_click, zoom
 from ..served import Picked, Served, Step, as_picture, picked_image, report_tokens
 
@@ -43,7 +42,7 @@ def build(served: Served, samples: Samples) -> None:
             inverted = gr.Checkbox(False, label="Keep the painted area and regenerate the rest")
         with gr.Column(scale=1, min_width=300):
             label = controls.make_class_menu(pipeline, several=False)
-            fields = make_condition_fields(served, "complete")
+            fields = controls.make_condition_fields(served, "complete")
             draws = gr.Slider(1, most, value=min(4, most), step=1, label="Completions")
             seed = controls.make_seed_field()
             buttons = make_run_buttons("Complete")

@@ -9,7 +9,6 @@ import gradio as gr
 
 from ...config.table import count_of
 from .. import controls
-from ..conditions import import_pictures, make_condition_fields
 from ..parts import Samples, make_code_field, make_gallery, make_run_buttons, on_click
 from ..served import Served, Step, report_tokens
 
@@ -22,7 +21,7 @@ def build(served: Served, page: gr.Blocks) -> Samples:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             classes = controls.make_class_menu(pipeline, several=True)
-            fields = make_condition_fields(served, "sample")
+            fields = controls.make_condition_fields(served, "sample")
             number = gr.Slider(1, most, value=min(16, most), step=1, label="Images")
             seed = controls.make_seed_field()
             order = controls.make_order_menu(pipeline.prior)
@@ -62,4 +61,4 @@ def draw(served: Served, step: Step, classes: Any, number: Any, seed: Any, order
     names = ["" if label is None else f"{label} · " for label in labels]
     images = [(image, f"{names[k]}seed {arguments['seed'] + k}") for k, image in enumerate(out.images)]
     lines = [f"out = pipe({count}{controls.format_arguments(arguments)})", "out.images"]
-    return images, facts, served.code(*import_pictures(arguments), *lines)
+    return images, facts, served.code(*controls.import_pictures(arguments), *lines)

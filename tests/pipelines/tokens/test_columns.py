@@ -1,6 +1,6 @@
-"""Columns of token datasets: round trips through files and tables, damage, and hostile descriptions.
+"""Columns of token datasets: how they are stored, damage, and hostile descriptions.
 
-Covers: pipelines/tokens/columns.py, pipelines/tokens/meta.py.
+Covers: pipelines/tokens/meta.py, pipelines/tokens/shards.py.
 """
 
 from __future__ import annotations
@@ -8,13 +8,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from folders import files_in
-from givens.token_datasets import add_columns, edit_split, make_columns, make_dataset, refused, same_condition
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from givens.token_datasets import add_columns, edit_split, make_columns, make_dataset, refused
 from safetensors.torch import load_file
 from small import make_tokenizer
 
@@ -23,30 +20,10 @@ from pipelines.commands.verify import run as verify
 from pipelines.config import UserError
 from pipelines.tokens import TokenDataset, load_tokens
 from pipelines.tokens.meta import META
-from prior.conditions import GridColumn
+from prior.columns import GridColumn
 from tokenizer.files import FormatError, IntegrityError, LimitError, PathError, PipelineLoadError, write_manifest
 
-# Round trips
-
-
-@settings(deadline=None, max_examples=12)
-@given(st.integers(0, 30), st.one_of(st.none(), st.integers(1, 20)), st.booleans(), st.booleans())
-def test_columns_survive_files_and_tables(tmp_path_factory, rows, rows_per_shard, labelled, mapped):
-    data = add_columns(make_dataset(labelled=labelled, rows=rows), seed=rows)
-    folder = tmp_path_factory.mktemp("round") / "tokens"
-    data.save(folder, rows_per_shard)
-    loaded = load_tokens(folder, mapped=mapped)
-    assert dict(loaded.conditions) == data.conditions and loaded.condition_sources["age"] == {"column": "years"}
-    (name, model), *others = loaded.condition_tokenizers.items()
-    assert (name, model.fingerprint(), others) == ("outline", data.conditions["outline"].tokenizer, [])
-    options = {"conditions": loaded.conditions, "condition_tokenizers": loaded.condition_tokenizers}
-    for found in (loaded, TokenDataset.from_datasets(loaded.to_datasets(), loaded.tokenizer, **options)):
-        assert dict(found.conditions) == data.conditions
-        for split, whole in data.splits.items():
-            every = np.arange(len(whole))
-            assert same_condition(found.splits[split].condition(every), whole.condition(every))
-            some = [-1, 0, 0] if len(whole) else []
-            assert same_condition(found.splits[split].condition(some), whole.condition(some))
+# Files and tables
 
 
 def test_columns_are_stored_in_small_types(tmp_path):
@@ -60,6 +37,7 @@ def test_columns_are_stored_in_small_types(tmp_path):
         "tags": "uint8",
         "age": "float32",
         "place": "float32",
+        "wind": "float32",
         "text": "float16",
         "outline": "uint16",  # 256 ids and null
     }
@@ -68,20 +46,20 @@ def test_columns_are_stored_in_small_types(tmp_path):
 def test_natural_types_of_tables(tmp_path):
     data = add_columns(make_dataset(rows=20))
     table = data.to_datasets()["train"]
-    condition, rows = data.splits["train"].condition(np.arange(20)), table[:]
+    given, rows = data.splits["train"].given, table[:]
     assert table.features["view"].names == ["front", "side"]
     for row in range(20):
-        tags, age = condition["tags"][row], condition["age"][row, 0]
-        names = [name for name, flag in zip(data.conditions["tags"].names, tags, strict=True) if flag == 1]
+        view, tags, age = given.raw("view")[row], given.raw("tags")[row], given.raw("age")[row, 0]
+        names = [name for name, flag in zip(data.columns["tags"].names, tags, strict=True) if flag == 1]
         assert rows["tags"][row] == (None if tags.isnan().any() else names)
         assert rows["age"][row] == (None if age.isnan() else float(age))
-        assert rows["view"][row] == (None if condition["view"][row] < 0 else condition["view"][row])
+        assert rows["view"][row] == (None if view < 0 else view)
     assert None in rows["tags"] and None in rows["age"] and None in rows["view"] and rows["outline"] is not None
     other = table.cast_column("view", table.features["view"].__class__(names=["back", "front", "side"]))
     with pytest.raises(UserError, match=r"^train: view: row \d+: 'back' is not a class.*front, side"):
-        TokenDataset.from_datasets({"train": other}, data.tokenizer, conditions={"view": data.conditions["view"]})
+        TokenDataset.from_datasets({"train": other}, data.tokenizer, columns={"view": data.columns["view"]})
     with pytest.raises(UserError, match=r"^train: no column 'size'"):
-        TokenDataset.from_datasets({"train": table}, data.tokenizer, conditions={"size": data.conditions["age"]})
+        TokenDataset.from_datasets({"train": table}, data.tokenizer, columns={"size": data.columns["age"]})
 
 
 def test_a_tokenizer_that_is_the_images_own_is_not_saved_twice(tmp_path):
@@ -89,16 +67,15 @@ def test_a_tokenizer_that_is_the_images_own_is_not_saved_twice(tmp_path):
     own = GridColumn(grid=data.grid, tokenizer=data.tokenizer.fingerprint())
     other, tokenizer = make_columns()
     columns = {"before": own, "outline": other["outline"]}
-    splits = {
-        name: replace(split, conditions={name: column.null(len(split)) for name, column in columns.items()})
-        for name, split in data.splits.items()
-    }
-    tokenizers = {"before": data.tokenizer, "outline": tokenizer}
-    replace(data, splits=splits, conditions=columns, condition_tokenizers=tokenizers).save(tmp_path / "tokens")
+    for name, split in data.splits.items():
+        nulls = {name: column.null(len(split)) for name, column in columns.items()}
+        data.splits[name] = replace(split, given=split.given.with_rows(**nulls))
+    columns, tokenizers = {**data.columns, **columns}, {"before": data.tokenizer, "outline": tokenizer}
+    replace(data, columns=columns, condition_tokenizers=tokenizers).save(tmp_path / "tokens")
     inside = [name for name in files_in(tmp_path / "tokens") if name.startswith("conditions/")]
     assert inside == ["conditions/outline/config.json", "conditions/outline/model.safetensors"]
     loaded = load_tokens(tmp_path / "tokens")
-    assert loaded.condition_tokenizers["before"] is loaded.tokenizer and list(loaded.condition_tokenizers) == [*columns]
+    assert loaded.condition_tokenizers["before"] is loaded.tokenizer and list(loaded.condition_tokenizers) == [*tokenizers]
 
 
 # Refusals
@@ -109,14 +86,14 @@ def test_a_dataset_that_could_not_be_loaded_is_not_saved(tmp_path):
     train, (_, tokenizer) = data.splits["train"], make_columns(seed=5)
     wrong = {
         "train: conditions: age: missing": {"age": None},
-        "train: conditions: age: 5 rows for 6": {"age": train.conditions["age"][1:]},
+        "train: conditions: age: 5 rows for 6": {"age": train.given.raw("age")[1:]},
         "train: conditions: outline: .*256": {"outline": torch.full((6, 2, 2), 256)},
         "train: conditions: text: .*65504": {"text": torch.full((6, 5), 1e5)},
     }
     for message, changes in wrong.items():
-        values = {name: each for name, each in {**train.conditions, **changes}.items() if each is not None}
+        found = train.given.without(["age"]) if changes == {"age": None} else train.given.with_rows(**changes)
         with pytest.raises(FormatError, match=message):
-            replace(data, splits={"train": replace(train, conditions=values)}).save(tmp_path / "tokens")
+            replace(data, splits={"train": replace(train, given=found)}).save(tmp_path / "tokens")
     with pytest.raises(IntegrityError, match="conditions/outline.*fingerprints"):
         replace(data, condition_tokenizers={"outline": tokenizer}).save(tmp_path / "tokens")
     assert not any(tmp_path.iterdir())
@@ -147,7 +124,7 @@ def test_columns_of_another_form_are_refused(folder, name, values):
     edit_split(folder, **{f"condition.{name}": values})
     assert refused(folder, PipelineLoadError, folder, f"condition.{name}")
     with pytest.raises(PipelineLoadError, match=f"condition.{name}"):
-        load_tokens(folder, mapped=True).splits["train"].condition(slice(None))
+        load_tokens(folder, mapped=True).splits["train"].given[:]
     with pytest.raises(PipelineLoadError, match=f"condition.{name}"):
         verify(VerifyConfig(folder=str(folder)))
 

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from folders import files_in
-from givens.token_datasets import edit_split, make_dataset, refused
+from givens.token_datasets import add_columns, edit_split, make_dataset, refused, same_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import TOKENIZERS
 
 from pipelines.tokens import TokenDataset, load_tokens
-from pipelines.tokens.shards import smallest_type
+from pipelines.tokens.meta import label_column
+from tokenizer.base import smallest_type
 from tokenizer.files import PathError, PipelineLoadError
 
 
@@ -30,8 +31,7 @@ def test_a_saved_dataset_is_loaded_unchanged(name, labelled, tmp_path):
     for key, split in data.splits.items():
         assert torch.equal(loaded.splits[key].tokens, split.tokens)
         assert loaded.splits[key].tokens.dtype == smallest_type(data.grid.vocab_size)
-        labels = loaded.splits[key].labels
-        assert torch.equal(labels, split.labels) if labelled else labels is None
+        assert same_rows(loaded.splits[key].given, split.given)
     splits = ["test.safetensors", "train.safetensors"]
     parts = ["tokenizer/config.json", "tokenizer/model.safetensors"]
     assert files_in(tmp_path / "tokens") == sorted(["manifest.json", "meta.json", *splits, *parts])
@@ -43,23 +43,30 @@ def test_a_saved_dataset_is_loaded_unchanged(name, labelled, tmp_path):
     st.one_of(st.none(), st.integers(1, 50)),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
     st.sampled_from([(5, 4, 3), (48, 48), (48, 48, 48)]),
 )
-def test_rows_survive_files_and_tables(tmp_path_factory, rows, rows_per_shard, labelled, mapped, levels):
-    """With ids of one, two and four bytes."""
+def test_rows_survive_files_and_tables(tmp_path_factory, rows, rows_per_shard, labelled, others, mapped, levels):
+    """With ids of one, two and four bytes, and columns of all kinds."""
     data = make_dataset(labelled=labelled, rows=rows, quantizer={"kind": "fsq", "levels": levels})
+    data = add_columns(data, seed=rows) if others else data
     if rows:
         data.splits["train"].tokens[0] = data.grid.vocab_size - 1
     folder = tmp_path_factory.mktemp("round") / "tokens"
     data.save(folder, rows_per_shard)
     loaded = load_tokens(folder, mapped=mapped)
-    for found in (loaded, TokenDataset.from_datasets(loaded.to_datasets(), loaded.tokenizer)):
-        assert found.class_names == data.class_names and list(found.splits) == list(data.splits)
+    assert loaded.condition_sources.get("age") == ({"column": "years"} if others else None)
+    assert {name: one.fingerprint() for name, one in loaded.condition_tokenizers.items()} == (
+        {"outline": data.columns["outline"].tokenizer} if others else {}
+    )
+    options = {"columns": loaded.columns, "condition_tokenizers": loaded.condition_tokenizers}
+    for found in (loaded, TokenDataset.from_datasets(loaded.to_datasets(), loaded.tokenizer, **options)):
+        assert found.columns == data.columns and list(found.splits) == list(data.splits)
         for name, split in data.splits.items():
             assert torch.equal(found.splits[name].tokens[:], split.tokens)
             assert found.splits[name].tokens.dtype == split.tokens.dtype
-            labels = found.splits[name].labels
-            assert torch.equal(labels, split.labels) if labelled else labels is None
+            for some in (slice(None), [-1, 0, 0] if len(split) else []):
+                assert same_rows(found.splits[name].given[some], split.given[some])
 
 
 @pytest.mark.parametrize(("vocab_size", "size"), [(2, 1), (256, 1), (257, 2), (65536, 2), (65537, 4), (1 << 20, 4)])
@@ -73,8 +80,8 @@ def test_the_smallest_type_holds_every_id(vocab_size, size):
     [
         ({}, "train.clean", {}, "train.clean"),
         ({}, "a/b", {}, "a/b"),
-        ({"class_names": ["a\n", "b", "c"]}, "train", {}, "classes"),
-        ({"class_names": ["cat"]}, "train", {}, r"train: labels.*\[0, 1\)"),
+        ({"columns": label_column(["a\n", "b", "c"])}, "train", {}, "classes"),
+        ({"columns": label_column(["cat"])}, "train", {}, r"train: labels.*\[0, 1\)"),
         ({}, "train", {"rows_per_shard": 0}, "rows_per_shard"),
     ],
 )

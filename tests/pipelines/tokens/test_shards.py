@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from givens.token_datasets import make_dataset, refused
+from givens.token_datasets import make_dataset, refused, same_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -71,7 +71,7 @@ def test_rows_are_indexed_like_those_of_a_tensor(tmp_path, size, labelled):
         for wrong in (np.array([3, 50]), [-51], [0.5], torch.arange(9) > 3):
             with pytest.raises(IndexError, match="50"):
                 split.rows(wrong)
-        assert split.labels is None if not labelled else torch.equal(split.labels, data.splits["train"].labels)
+        assert same_rows(split.given, data.splits["train"].given)
 
 
 def test_a_mapped_row_costs_only_its_own_pages(tmp_path):
@@ -86,8 +86,8 @@ def test_a_mapped_row_costs_only_its_own_pages(tmp_path):
     if not Path("/proc/self/status").is_file():
         pytest.skip("memory is measured on Linux")
     before = resident()
-    mapped, _ = shards.map_shard(path, 1 << 24, grid)
-    rows = shards.MappedRows([mapped], partial(shards.check_ids, grid.vocab_size), tmp_path)
+    mapped = shards.map_shard(path, 1 << 24, grid, {})
+    rows = shards.MappedRows([mapped["tokens"]], partial(shards.check_ids, grid.vocab_size), tmp_path)
     assert rows[[5, 1 << 23, -1]].sum() == 0
     assert resident() - before < 16 << 20
 
@@ -199,8 +199,8 @@ def test_batches_are_the_same_from_memory_and_from_disk(sharded, monkeypatch):
         assert isinstance(task.train_split.tokens, torch.Tensor) == bool(limit)
         found.append([task.batch(*task.samples(16, 3, step), 3) for step in range(9)])
     for one, other in zip(*found, strict=True):
-        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
-    assert len({tuple(labels.tolist()) for _, labels in found[0]}) == 9
+        assert torch.equal(one[0], other[0]) and same_rows(one[1], other[1])
+    assert len({tuple(given.raw("label").tolist()) for _, given in found[0]}) == 9
 
 
 def test_reading_in_blocks_is_an_order_of_the_same_rows(tmp_path):
@@ -218,12 +218,12 @@ def test_a_prior_that_counts_reads_rows_from_the_disk(sharded, monkeypatch):
     monkeypatch.setattr("prior.marginal.CHUNK", 16)
     folder, data = sharded
     split, whole = load_tokens(folder, mapped=True).splits["train"], data.splits["train"]
-    ids, labels = whole.tokens.flatten(1).long(), whole.labels
+    ids, labels = whole.tokens.flatten(1).long(), whole.given.raw("label")
     model = make_prior("marginal", data.grid.shape, data.grid.vocab_size)
-    for some in (labels, None):
+    for some in (whole.given, whole.given.without()):
         model.initialize(split.tokens, some)
         for label in range(4):
-            mine = ids if label == 3 or some is None else ids[labels == label]
+            mine = ids if label == 3 or not some.names else ids[labels == label]
             counts = torch.nn.functional.one_hot(mine, 32).sum(0)
             assert torch.allclose(model.table[label], ((counts + 1) / (len(mine) + 32)).log())
 

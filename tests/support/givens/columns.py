@@ -4,8 +4,8 @@ import math
 
 import torch
 from givens.headed import HEADED, make_model
-
 from prior.conditions import ClassColumn, FlagsColumn, GridColumn, NumberColumn, VectorColumn
+
 from tokenizer import TokenGrid
 
 VIEW = ClassColumn(names=["frontal", "lateral", "oblique"])

@@ -10,24 +10,31 @@ from safetensors.torch import load_file, save_file
 from small import make_tokenizer
 
 from pipelines.tokens import TokenDataset, TokenSplit, load_tokens
-from pipelines.tokens.shards import smallest_type
-from prior.conditions import ClassColumn, FlagsColumn, GridColumn, NumberColumn, VectorColumn
+from pipelines.tokens.meta import label_column
+from prior.columns import LABEL, AngleColumn, ClassColumn, FlagsColumn, GridColumn, NumberColumn, VectorColumn
+from prior.given import Given
+from tokenizer.base import smallest_type
 from tokenizer.files import PipelineLoadError, write_manifest
+
+
+def make_split(tokens, columns=None, drawn=False, **rows):
+    """A split with raw rows of columns by name; without `columns`, of `label` as many classes as there are."""
+    if columns is None:
+        columns = label_column([str(k) for k in range(int(rows[LABEL].max()) + 1)]) if LABEL in rows else {}
+    return TokenSplit(tokens, Given(columns, rows, len(tokens)), drawn)
 
 
 def make_dataset(name="vqvae", labelled=True, rows=6, seed=0, **config):
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(name, (8, 8), 1, **config).eval()
-    grid = tokenizer.grid
+    grid, columns = tokenizer.grid, label_column(["cat", "dog", "eel"] if labelled else [])
 
     def split(count):
         tokens = torch.randint(grid.vocab_size, (count, *grid.shape)).to(smallest_type(grid.vocab_size))
-        return TokenSplit(tokens, torch.randint(3, (count,)) if labelled else None)
+        return make_split(tokens, columns, **({LABEL: torch.randint(3, (count,))} if labelled else {}))
 
-    names = ["cat", "dog", "eel"] if labelled else []
-    return TokenDataset(
-        grid, names, {"train": split(rows), "test": split(2)}, tokenizer, {"data": {"source": "here"}}, 1
-    )
+    splits = {"train": split(rows), "test": split(2)}
+    return TokenDataset(grid, columns, splits, tokenizer, {"data": {"source": "here"}}, 1)
 
 
 def make_columns(seed=0):
@@ -40,6 +47,7 @@ def make_columns(seed=0):
         "tags": FlagsColumn(names=["hat", "glasses", "beard"]),
         "age": NumberColumn(**facts),
         "place": NumberColumn(**{name: 2 * values for name, values in facts.items()}),
+        "wind": AngleColumn(size=2),
         "text": VectorColumn(size=5, encoder="ngrams:5"),
         "outline": GridColumn(grid=tokenizer.grid, tokenizer=tokenizer.fingerprint()),
     }
@@ -50,15 +58,12 @@ def draw_values(columns, rows):
     """Random raw values, about a fifth of them null; a grid has null cells, too."""
     found = {}
     for name, column in columns.items():
-        if isinstance(column, GridColumn):
-            values = torch.randint(-1, column.grid.vocab_size, (rows, *column.shape))
-            values[:1] = column.grid.vocab_size - 1
-        elif isinstance(column, ClassColumn):
-            values = torch.randint(len(column.names), (rows,))
-        elif isinstance(column, FlagsColumn):
-            values = torch.randint(2, (rows, *column.shape)).float()
-        else:
-            values = torch.randn(rows, *column.shape).half().float()
+        values = column.draw(rows)
+        if column.is_map:
+            values[torch.rand(values.shape) < 0.1] = -1
+            values[:1] = column.count - 1
+        elif column.scales:
+            values = torch.randn(values.shape).half().float()
         null = torch.rand(rows) < 0.2
         values[null] = column.null(int(null.sum()))
         found[name] = values
@@ -69,21 +74,26 @@ def add_columns(data, seed=0, only=None):
     """Return the token dataset with a column of each kind, or with `only` some of them."""
     columns, tokenizer = make_columns(seed)
     columns = {name: column for name, column in columns.items() if only is None or name in only}
-    splits = {name: replace(split, conditions=draw_values(columns, len(split))) for name, split in data.splits.items()}
+    every = {**data.columns, **columns}
+    splits = {
+        name: make_split(split.tokens, every, **split.given.rows, **draw_values(columns, len(split)))
+        for name, split in data.splits.items()
+    }
     return replace(
         data,
         splits=splits,
-        conditions=columns,
+        columns=every,
         condition_tokenizers={"outline": tokenizer},
         condition_sources={"age": {"column": "years"}} if "age" in columns else {},
     )
 
 
-def same_condition(one, other):
-    """Whether two conditions are equal, null where the other is null."""
-    return list(one) == list(other) and all(
-        torch.equal(one[name].nan_to_num(-7), other[name].nan_to_num(-7)) and one[name].dtype == other[name].dtype
-        for name in one
+def same_rows(one, other):
+    """Whether the same is given of two batches, null where the other is null."""
+    return one.names == other.names and all(
+        torch.equal(one.raw(name).nan_to_num(-7), other.raw(name).nan_to_num(-7))
+        and one.raw(name).dtype == other.raw(name).dtype
+        for name in one.names
     )
 
 
@@ -117,18 +127,17 @@ def make_conditioned(rows=256, noise=0.05, seed=0, only=COLUMNS):
         for name in values:  # a few nulls
             null = torch.rand(count) < 0.02
             values[name][null] = columns[name].null(int(null.sum()))
-        return TokenSplit(tokens, label, {name: values[name] for name in only})
+        return make_split(tokens, chosen, label=label, **{name: values[name] for name in only})
 
+    chosen = label_column(["cat", "dog", "eel"]) | {name: columns[name] for name in only}
     splits = {"train": split(rows), "test": split(128), "validation": split(48)}
-    chosen = {name: columns[name] for name in only}
     tokenizers = {"outline": outlines} if "outline" in only else {}
     return TokenDataset(
         tokenizer.grid,
-        ["cat", "dog", "eel"],
+        chosen,
         splits,
         tokenizer,
         {"data": {"source": "here"}},
-        conditions=chosen,
         condition_tokenizers=tokenizers,
     )
 
