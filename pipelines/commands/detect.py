@@ -26,7 +26,7 @@ from ..anomaly.maps import map_calibrated
 from ..anomaly.scores import WHOLE, p_value_of, require_scores, score_of, score_tiles
 from ..anomaly.separation import separation
 from ..anomaly.sheets import draw_sheet, draw_truth, draw_whole, reduce_map, reduce_mask
-from ..condition_keys import UsesCondition
+from ..condition_keys import ScoresWithCondition
 from ..config import OutputConfig, UserError, run_command, tell
 from ..config.table import count_of, table
 from ..files import Output, lock_output
@@ -36,17 +36,19 @@ from ..images.pictures import SUFFIXES, write_picture
 from ..images.splits import Inherited, SplitFacts, find_objects
 from ..images.tiles import LazyImages, as_lazy, check_places, load_image, whole_files
 from ..images.unseen import find_parts
-from ..options import REMOVE, UsesTiles, find_clip_files, find_image_files, read_clips, read_images
+from ..options import REMOVE, find_clip_files, find_image_files, read_clips, read_images
 from ..provenance import defaults, inherit, trained_data
 
 TRUTH_FILES = ("ground_truth.csv", "ground_truth.png")
 
 
-class DetectConfig(UsesCondition, OutputConfig, UsesTiles):
+class DetectConfig(ScoresWithCondition, OutputConfig):
     """Which images, and which calibrated pipeline."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=runs/detected",)
-    often = "pipeline images ground_truth out overwrite normal_labels condition.NAME conditions method fdr tile"
+    often = (
+        "pipeline images ground_truth out overwrite normal_labels condition.NAME conditions marginal method fdr tile"
+    )
 
     images: str | list[str] | None = Field(
         None,
@@ -298,7 +300,7 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
             folders = ["" if len(part) == 1 else part[0] for part in parts]
             if "" in folders:
                 raise UserError(f"ground_truth: {files[folders.index('')]} is in no folder of good images or a defect")
-        given = pipeline.read_given(condition=config.read_condition(pipeline, len(names), names).given)
+        given = config.read_given(pipeline, names)
         trained_with = trained_data(pipeline.provenance)
         division = inherit(trained_with or config.data, pipeline.provenance)
         objects = name_objects(files, config, division)
@@ -311,7 +313,7 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
     every = np.arange(len(images))
     classes = None if images.labels is None else [images.class_names[label] for label in images.labels.tolist()]
     names = images.names(every)
-    given = pipeline.read_given(condition=config.read_condition(pipeline, len(names), names).given)
+    given = config.read_given(pipeline, names)
     objects = images.objects()
     pixels, digests = config.read_pixels(pipeline, images, every), None
     if pipeline.binarized == "drawn" and not config.tile:  # calibrations of 0.3 know rows by their own draw
