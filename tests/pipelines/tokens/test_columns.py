@@ -75,7 +75,9 @@ def test_a_tokenizer_that_is_the_images_own_is_not_saved_twice(tmp_path):
     inside = [name for name in files_in(tmp_path / "tokens") if name.startswith("conditions/")]
     assert inside == ["conditions/outline/config.json", "conditions/outline/model.safetensors"]
     loaded = load_tokens(tmp_path / "tokens")
-    assert loaded.condition_tokenizers["before"] is loaded.tokenizer and list(loaded.condition_tokenizers) == [*tokenizers]
+    assert loaded.condition_tokenizers["before"] is loaded.tokenizer and list(loaded.condition_tokenizers) == [
+        *tokenizers
+    ]
 
 
 # Refusals
