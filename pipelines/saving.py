@@ -124,8 +124,8 @@ def check_listed(folder: Path, manifest: dict[str, Any]) -> None:
 
 def check_names(labels: Sequence[str], conditions: Mapping[str, Column]) -> None:
     """Raise `ConfigError` for a name with unprintable characters, such as terminal escape sequences."""
-    places = {f"prior/{CONFIG}: conditions.{name}": column.texts for name, column in conditions.items()}
-    places = {f"{INDEX}: labels": labels, **places}
+    places = {f"{INDEX}: labels": list(labels)}
+    places |= {f"prior/{CONFIG}: conditions.{name}": column.texts for name, column in conditions.items()}
     for place, names in places.items():
         for name in names:
             if not is_class_name(name):

@@ -29,6 +29,7 @@ from .config import PriorConfig
 from .cuda_graph import release_graph
 from .given import Given
 from .heads import Head, PositionSteps, Softmax, make_head
+from .mixture import mixture_log_prob, mixture_token_log_probs
 from .noise import Generators
 from .options import DecodingOptions, Order, SamplingOptions
 from .orders import Partition, block_numbers, blocks_problem, known_first, make_order, make_partition
@@ -73,8 +74,7 @@ class Prior(PretrainedModel, family="prior"):
     def __init__(self, config: PriorConfig) -> None:
         super().__init__(config)
         self.grid, self.num_classes = config.grid, config.num_classes
-        label = {LABEL: ClassColumn.numbered(config.num_classes)} if config.num_classes else {}
-        self.columns: dict[str, Column] = {**label, **config.conditions}
+        self._label = {LABEL: ClassColumn.numbered(config.num_classes)} if config.num_classes else {}
         self.output_head: Head = make_head(config)
         self.set_partition(config.partition())
         self.condition_encoder = ConditionEncoder(config) if config.conditions else None
@@ -123,6 +123,11 @@ class Prior(PretrainedModel, family="prior"):
         return self(tokens, encoded, **inputs, **raw)
 
     # What is given
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """The columns that images are conditioned on: `label`, if there are classes, and those of `conditions`."""
+        return {**self._label, **self.config.conditions}
 
     def read_given(self, labels: Any, condition: Any, count: int) -> Given:
         """Read labels and a condition for `count` images; see `log_prob` and `Given.read`. Raises `ValueError`."""
@@ -219,7 +224,10 @@ class Prior(PretrainedModel, family="prior"):
         range."""
         tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
-        return self.estimate_log_probs(tokens, self.read_given(labels, condition, len(tokens)), order)
+        given = self.read_given(labels, condition, len(tokens))
+        if given.weights:
+            return mixture_token_log_probs(self, tokens, given, order)
+        return self.estimate_log_probs(tokens, given, order)
 
     def estimate_log_probs(self, tokens: Tensor, given: Given, order: Order) -> Tensor:
         """Compute `token_log_probs`: `chain_log_probs`, unless a model estimates a bound."""
@@ -268,7 +276,7 @@ class Prior(PretrainedModel, family="prior"):
 
         labels: `(B,)`, where `num_classes` is the null class; None means the null class for all. condition: values of
         columns by name, one for all images or one per image, or a `Given`; missing columns are null (see
-        `prior.columns`).
+        `prior.columns`), unless `Given.over` makes this the mixture over the classes of one.
         num_orders, num_masks: with K orders and M masks, return the density of a mixture, log (1/KM) sum_km p(tokens |
         order_k, mask_m) (Germain et al. 2015, section 4.2). K > 1 adds K - 1 random orders to `order` (see `orders`),
         and requires `any_order`. M > 1 adds M - 1 random connectivities to the model's own (see `connected`), and
@@ -278,6 +286,8 @@ class Prior(PretrainedModel, family="prior"):
         tokens = as_tensor(tokens, self.device)
         self.grid.check(tokens)
         given = self.read_given(labels, condition, len(tokens))
+        if given.weights:
+            return mixture_log_prob(self, tokens, given, order, num_orders, num_masks)
         for number in self.connectivities(num_masks):
             with self.connected(number):
                 each += [self.estimate_log_probs(tokens, given, one).flatten(1) for one in orders]

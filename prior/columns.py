@@ -48,6 +48,8 @@ class Column(ModelConfig):
     """The raw value that is null."""
     is_map: ClassVar[bool] = False
     """Whether the encoding has a vector for each position of the prior's grid, not one for the image."""
+    is_counted: ClassVar[bool] = False
+    """Whether the same value occurs in many images, so that its frequency in the training data means something."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,6 +60,11 @@ class Column(ModelConfig):
     def axes(self) -> int:
         """How deeply lists are nested in one value as it is written."""
         return len(self.shape)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of raw values, from 0, of which each image has exactly one; 0 for columns other than classes."""
+        return 0
 
     # Values
 
@@ -205,6 +212,7 @@ class ClassColumn(IdColumn):
     """One of many classes."""
 
     kind = "class"
+    is_counted: ClassVar[bool] = True
     names: list[str] = Field(min_length=1, max_length=1 << 16, description="names of the classes, by id")
 
     @classmethod
@@ -231,6 +239,11 @@ class ClassColumn(IdColumn):
     def stored_type(self) -> torch.dtype:
         """-1 is stored as it is."""
         return torch.int32
+
+    @property
+    def num_classes(self) -> int:
+        """See `Column`."""
+        return len(self.names)
 
     def embedding(self, width: int, positions: TokenGrid) -> nn.Module:
         """A vector for each class."""
@@ -382,6 +395,7 @@ class FlagsColumn(FloatColumn):
     """Any number of names at once."""
 
     kind = "flags"
+    is_counted: ClassVar[bool] = True
     names: list[str] = Field(min_length=1, max_length=1 << 12, description="names of the flags")
 
     @property

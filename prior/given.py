@@ -5,21 +5,26 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .arguments import as_tensor
 from .columns import LABEL, Column, describe_columns, find_column, shorten
 
 Convert = Callable[[str, Column, Any], Any]
 """Replaces what a column does not read itself, such as pictures and texts, in a value of the named column."""
+MOST_CLASSES = 1024
+"""Most classes of a mixture, each of which costs a pass."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """The raw rows of `count` images. Columns without rows are null for all of them.
+    """The raw rows of `count` images. Columns without rows are null for all of them. With `weights`, the log
+    probabilities `(B, C)` of the classes of one column by its name, densities are the mixture over these classes; see
+    `over`.
 
     Whoever removes a condition (guidance, dropout, evaluation) uses `without`; `Prior.encode_given` encodes what is
     left. Rows may be anything that an index turns into a tensor, such as the rows of a token dataset on a disk."""
@@ -27,6 +32,7 @@ class Given:
     columns: Mapping[str, Column]
     rows: Mapping[str, Any]
     count: int
+    weights: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(
@@ -90,9 +96,10 @@ class Given:
 
     def __getitem__(self, at: Any) -> Given:
         """Select images by any index of a tensor that keeps its first axis."""
-        rows = {name: raw[at] for name, raw in self.rows.items()}
+        rows, weights = ({name: raw[at] for name, raw in each.items()} for each in (self.rows, self.weights))
         first = next(iter(rows.values()), None)
-        return replace(self, rows=rows, count=len(torch.arange(self.count)[at] if first is None else first))
+        count = len(torch.arange(self.count)[at] if first is None else first)
+        return replace(self, rows=rows, count=count, weights=weights)
 
     def repeat(self, times: int) -> Given:
         """Repeat each image `times` in a row."""
@@ -100,24 +107,54 @@ class Given:
 
     def expand(self, count: int) -> Given:
         """Repeat a single image `count` times."""
-        rows = {name: raw.expand(count, *raw.shape[1:]) for name, raw in self.rows.items()}
-        return replace(self, rows=rows, count=count)
+        both = self.rows, self.weights
+        rows, weights = ({name: raw.expand(count, *raw.shape[1:]) for name, raw in each.items()} for each in both)
+        return replace(self, rows=rows, count=count, weights=weights)
 
     def without(self, names: Iterable[str] | Mapping[str, Tensor] | None = None) -> Given:
-        """Make columns null: those named, or all. A mapping makes them null in the rows, bool `(B,)`, that it has by
-        name."""
+        """Make columns null, also one that densities are mixtures over: those named, or all. A mapping makes them null
+        in the rows, bool `(B,)`, that it has by name."""
         if isinstance(names, Mapping):
             rows = dict(self.rows)
             for name in names.keys() & rows.keys():
                 rows[name] = rows[name].clone()
                 rows[name][names[name]] = self.columns[name].null(1, rows[name].device)[0]
             return replace(self, rows=rows)
-        gone = set(self.rows if names is None else names)
-        return replace(self, rows={name: rows for name, rows in self.rows.items() if name not in gone})
+        gone = set(self.columns if names is None else names)
+        rows, weights = (
+            {name: rows for name, rows in each.items() if name not in gone} for each in (self.rows, self.weights)
+        )
+        return replace(self, rows=rows, weights=weights)
+
+    def over(self, name: str, log_weights: Any = None) -> Given:
+        """Leave the class of the column `name` open: densities are sum_c p(c) p(tokens | c, what is given).
+
+        log_weights: log p(c), `(C,)` or one for each image `(B, C)`; None: all classes are equally likely. What is no
+        density, such as features and samples, takes the column as null. Raises `ValueError` for a column that is no
+        class, that is given or that is missing, for more than `MOST_CLASSES`, and for weights that do not sum to
+        one."""
+        column: Column = find_column(self.columns, name, "marginal")
+        classes = column.num_classes
+        if not classes:
+            raise ValueError(f"marginal: {name!r} is a {column.kind} column; it must be a column of classes")
+        if name in self.rows:
+            raise ValueError(f"marginal: {name!r} is given; leave it out, or leave out marginal")
+        if classes > MOST_CLASSES:
+            cost = f"{name!r} has {classes:,} classes, that is {classes:,} passes of the prior for each image"
+            raise ValueError(f"marginal: {cost}; at most {MOST_CLASSES:,} classes are possible")
+        uniform = torch.zeros(classes, dtype=torch.float64).log_softmax(0)
+        weights = uniform if log_weights is None else as_tensor(log_weights).cpu().double()
+        shape = (self.count, classes)
+        if tuple(weights.shape) not in (shape, shape[1:]):
+            raise ValueError(f"log_weights must have the shape {shape} or {shape[1:]} (got {tuple(weights.shape)})")
+        if not bool((weights.logsumexp(-1).abs() < 1e-3).all()):
+            raise ValueError("log_weights: the probabilities of all classes must sum to one")
+        return replace(self, weights={name: weights.expand(shape)})
 
     def with_rows(self, **rows: Any) -> Given:
         """Replace the raw rows of columns by name."""
-        return replace(self, rows={**self.rows, **rows})
+        weights = {name: each for name, each in self.weights.items() if name not in rows}
+        return replace(self, rows={**self.rows, **rows}, weights=weights)
 
     def drop_null(self) -> Given:
         """Leave out columns that are null in every row."""
@@ -126,7 +163,7 @@ class Given:
 
     def of_columns(self, columns: Mapping[str, Column]) -> Given:
         """Return the same rows for other `columns`, which must have all that are given. Raises `ValueError`."""
-        for name in self.rows:
+        for name in (*self.rows, *self.weights):
             find_column(columns, name)
         return replace(self, columns=columns)
 
@@ -142,6 +179,11 @@ class Given:
     def names(self) -> tuple[str, ...]:
         """The names of the columns that are given, in the order of all columns."""
         return tuple(name for name in self.columns if name in self.rows)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """What densities depend on: the names of the given columns, and `marginal=NAME` for a mixture."""
+        return (*self.names, *(f"marginal={name}" for name in self.weights))
 
     def raw(self, name: str, device: torch.device | None = None) -> Tensor:
         """Return the raw rows of a column, null where nothing is given."""
@@ -162,11 +204,11 @@ def digest_rows(rows: Mapping[str, Tensor]) -> str:
     """Return the sha256 of tensors by name."""
     digest = hashlib.sha256()
     for name, values in sorted(rows.items()):
-        values = values.detach().cpu().contiguous()
+        values = values.detach().cpu()
         if values.is_floating_point():  # NaN and 0 have several forms
             values = torch.where(values.isnan(), math.nan, values + 0.0)
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-        digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(values.numpy().tobytes())
     return digest.hexdigest()
 
 

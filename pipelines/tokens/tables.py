@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prior.columns import LABEL, ClassColumn, Column, FlagsColumn, GridColumn
+from prior.columns import LABEL, Column
 from prior.given import Given
 from tokenizer import TokenGrid, Tokenizer
 from tokenizer.base import smallest_type
 
+from ..columns import format_of, ids_feature
 from ..config import UserError
 from .meta import label_column
 from .shards import TokenSplit, chunks
@@ -29,32 +30,8 @@ def table_features(grid: TokenGrid, columns: Mapping[str, Column]) -> datasets.F
     import datasets
 
     kind = str(smallest_type(grid.vocab_size)).removeprefix("torch.")
-    others = {name: column_feature(column) for name, column in columns.items()}
+    others = {name: format_of(name, column).feature() for name, column in columns.items()}
     return datasets.Features({TOKENS: ids_feature(grid, kind), **others})
-
-
-def ids_feature(grid: TokenGrid, kind: str) -> Any:
-    """Return the type of a column of ids."""
-    import datasets
-
-    if len(grid.shape) == 1:
-        return datasets.List(datasets.Value(kind), length=grid.shape[0])
-    array = {2: datasets.Array2D, 3: datasets.Array3D}[len(grid.shape)]
-    return array(shape=grid.shape, dtype=kind)
-
-
-def column_feature(column: Column) -> Any:
-    """Return the type of a condition's column."""
-    import datasets
-
-    if isinstance(column, ClassColumn):
-        return datasets.ClassLabel(names=column.names)
-    if isinstance(column, FlagsColumn):
-        return datasets.List(datasets.Value("string"))
-    if isinstance(column, GridColumn):
-        return ids_feature(column.grid, "int32")
-    number = datasets.Value("float32")
-    return number if column.shape == (1,) else datasets.List(number, length=column.shape[0])
 
 
 def to_tables(splits: Mapping[str, TokenSplit], grid: TokenGrid, columns: Mapping[str, Column]) -> datasets.DatasetDict:
@@ -67,24 +44,12 @@ def to_tables(splits: Mapping[str, TokenSplit], grid: TokenGrid, columns: Mappin
         parts = [datasets.Dataset.from_dict({name: [] for name in features}, features)]
         for rows in chunks(len(split)):
             given = split.given[rows]
-            values = {name: to_values(column, given.raw(name)) for name, column in columns.items()}
+            values = {name: format_of(name, column).to_values(given.raw(name)) for name, column in columns.items()}
             tokens = split.rows(rows).to(smallest_type(grid.vocab_size)).numpy()
             parts.append(datasets.Dataset.from_dict({TOKENS: tokens, **values}, features))
         return datasets.concatenate_datasets(parts)
 
     return datasets.DatasetDict({name: table(split) for name, split in splits.items()})
-
-
-def to_values(column: Column, raw: Tensor) -> Any:
-    """Convert raw values to those of a table, in which None is null."""
-    if isinstance(column, GridColumn):
-        return raw.int().numpy()
-    rows: list[Any] = raw.tolist()
-    if isinstance(column, FlagsColumn):
-        rows = [[name for name, flag in zip(column.names, row, strict=True) if flag] for row in rows]
-    elif column.shape == (1,):
-        rows = [row[0] for row in rows]
-    return [None if null else row for row, null in zip(rows, column.is_null(raw).tolist(), strict=True)]
 
 
 def from_tables(

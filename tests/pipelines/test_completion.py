@@ -191,7 +191,7 @@ def test_conditionals_sum_to_one_over_all_completions(name, known, exact):
     given = torch.tensor([[2, 0], [1, 2]])
     fills = every[(every == given)[:, keep].all(1)]
     for label in (None, torch.full((len(fills),), 1)):
-        total = region_log_prob(model, fills, keep, label).double().exp().sum()
+        total = region_log_prob(model, fills, keep, model.read_given(label, None, len(fills))).double().exp().sum()
         assert abs(float(total.detach()) - 1) < 1e-5
 
 
@@ -207,7 +207,7 @@ def test_one_order_gives_the_exact_conditional_or_none(prior):
         same = (every[:, None] == every)[..., keep].all(-1)  # row i: the grids that agree with grid i where known
         marginal = joint.expand(len(every), -1).masked_fill(~same, -torch.inf).logsumexp(1)
         try:
-            found = region_log_prob(model, every, keep, labels)
+            found = region_log_prob(model, every, keep, model.read_given(labels, None, len(every)))
         except ConditionError:
             continue
         accepted.append(bits)
@@ -224,10 +224,11 @@ def test_a_prior_of_one_order_refuses_other_masks():
     model, tokens = make_prior("gpt", order="column"), torch.randint(5, (4, 3, 4))
     known = torch.zeros(4, 3, 4, dtype=torch.bool)
     known[:, :, 0] = True  # first in columns
-    assert region_log_prob(model, tokens, known).shape == (4,)
+    nothing = model.read_given(None, None, 4)
+    assert region_log_prob(model, tokens, known, nothing).shape == (4,)
     known[2, :, 2] = True
     with pytest.raises(ConditionError, match="1 of 4"):
-        region_log_prob(model, tokens, known)
+        region_log_prob(model, tokens, known, nothing)
 
 
 @any_order
@@ -253,7 +254,7 @@ def test_the_score_is_that_of_the_image_given_the_tokens_that_complete_sees(toke
     keep = pipe.tokenizer.known_tokens(known)
     seen = complete(pipe, pixels, known, seed=0).tokens
     tokens = torch.where(keep, seen, pipe.encode(pixels))
-    expected = region_log_prob(pipe.prior, tokens, keep, torch.full((5,), 1))
+    expected = region_log_prob(pipe.prior, tokens, keep, pipe.read_given(1, count=5))
     found = conditional_log_prob(pipe, pixels, known, "dog")
     torch.testing.assert_close(found, expected.detach())
     torch.testing.assert_close(conditional_log_prob(pipe, pixels, known, "dog", batch_size=2), found)

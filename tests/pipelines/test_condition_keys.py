@@ -48,26 +48,15 @@ def pictures(pipe, tmp_path_factory):
     return folder
 
 
-def given(pipe, *argv, count=None, names=None):
+def read(pipe, *argv, count=None, names=None):
     """What a command line gives."""
     config = parse(SamplesWithCondition, list(argv), verb="generate", description="")
-    return config.read_condition(pipe, count, names)
-
-
-def read(pipe, *argv, **options):
-    """The rows of all images that a command line gives."""
-    found = given(pipe, *argv, **options)
-    return found.select(range(found.count))
+    return config.read_condition(pipe, count, names).given
 
 
 def same(found, expected):
-    return found.keys() == expected.keys() and all(
-        torch.equal(found[name].nan_to_num(-9.0), expected[name].nan_to_num(-9.0)) for name in expected
-    )
-
-
-def only(condition, values):
-    return {name: condition[name] for name in values}
+    """Whether two values of `Given` have the same rows."""
+    return len(found) == len(expected) and found.names == expected.names and found.digest == expected.digest
 
 
 @pytest.mark.parametrize(
@@ -89,10 +78,7 @@ def only(condition, values):
     ],
 )
 def test_words_are_values_of_their_columns(pipe, words, values):
-    found = read(pipe, *words)
-    assert found.count == len(pipe(condition=values, output_type="latent", progress=False).tokens)
-    assert same(found.columns, only(pipe.read_condition(values, found.count), values))
-    assert found.labels == []
+    assert same(read(pipe, *words), pipe.read_given(condition=values))
 
 
 def write_table(path, values):
@@ -116,8 +102,7 @@ def write_table(path, values):
 
 def test_columns_of_a_table_that_are_not_those_of_the_pipeline_are_named_and_ignored(pipe, tmp_path, capsys):
     path = write_table(tmp_path / "rows.csv", {"patient": ["a", "b"], "age": [20, 30]})
-    found = read(pipe, f"conditions={path}")
-    assert found.count == 2 and list(found.columns) == ["age"]
+    assert same(read(pipe, f"conditions={path}"), pipe.read_given(condition={"age": [20, 30]}))
     printed = capsys.readouterr()
     assert "ignored patient;" in printed.out + printed.err
 
@@ -131,47 +116,44 @@ def test_a_table_has_a_row_per_image(pipe, pictures, tmp_path, suffix):
     folder.mkdir()
     values = {**VALUES, "outline" if suffix == ".jsonl" else "outline_file_name": [cells[0], None, *cells[1:]]}
     found = read(pipe, f"conditions={write_table(folder / f'rows{suffix}', values)}")
-    expected = pipe.read_condition({**VALUES, "outline": [images[0], None, *images[1:]]}, 4)
-    assert found.count == 4 and same(found.columns, expected)
-    assert found.labels == [2, None, 0, 0]
-    assert same(found.select([3, 1]).columns, {name: raw[[3, 1]] for name, raw in expected.items()})
+    assert same(found, pipe.read_given(condition={**VALUES, "outline": [images[0], None, *images[1:]]}))
 
 
 def test_cells_mean_what_they_mean_to_a_data_set(tmp_path):
-    """Truth values and whole floats are names of classes, `;` joins flags, and NaN is null."""
+    """Truth values and whole floats are names of classes, `;` joins flags, NaN is null, and angles are any numbers."""
     torch.manual_seed(0)
     kinds = {"answer": ["no", "yes"], "digit": ["3", "5"]}
     columns = {name: {"kind": "class", "names": names} for name, names in kinds.items()}
-    pipe = make_conditioned(columns={**columns, "age": COLUMNS["age"], "findings": COLUMNS["findings"]}, outline=False)
+    columns |= {"age": COLUMNS["age"], "findings": COLUMNS["findings"], "wind": {"kind": "angle"}}
+    pipe = make_conditioned(columns=columns, outline=False)
     values = {"answer": [True, False, None], "digit": [5.0, 3.0, None], "age": [20.0, math.nan, None]}
-    values["findings"] = ["bone;water", "metal", None]
+    values |= {"findings": ["bone;water", "metal", None], "wind": [370.0, -90.0, None]}
     expected = {"answer": ["yes", "no", None], "digit": ["5", "3", None], "age": [20.0, None, None]}
-    expected["findings"] = [["bone", "water"], ["metal"], None]
+    expected |= {"findings": [["bone", "water"], ["metal"], None], "wind": [10.0, 270.0, None]}
     for suffix in (".csv", ".jsonl", ".parquet"):
-        found = read(pipe, f"conditions={write_table(tmp_path / f'rows{suffix}', values)}").columns
-        assert same(found, pipe.read_condition(expected, 3)), suffix
-    assert same(read(pipe, "condition.answer=yes").columns, only(pipe.read_condition({"answer": "yes"}, 1), ["answer"]))
+        found = read(pipe, f"conditions={write_table(tmp_path / f'rows{suffix}', values)}")
+        assert same(found, pipe.read_given(condition=expected)), suffix
+    words = read(pipe, "condition.answer=yes", "condition.wind=370,-90,null")
+    assert same(words, pipe.read_given(condition={"answer": "yes", "wind": expected["wind"]}))
 
 
 def test_a_table_and_keys_go_together(pipe, tmp_path):
     table = write_table(tmp_path / "rows.csv", {"age": VALUES["age"]})
     found = read(pipe, f"conditions={table}", "condition.view=lateral")
-    values = {"age": VALUES["age"], "view": "lateral"}
-    assert found.count == 4 and same(found.columns, only(pipe.read_condition(values, 4), values))
+    assert same(found, pipe.read_given(condition={"age": VALUES["age"], "view": "lateral"}))
 
 
 def test_a_folder_has_a_picture_per_image(pipe, pictures):
     files = [Image.open(pictures / f"{number}.png") for number in range(4)]
-    assert same(
-        read(pipe, f"condition.outline={pictures}").columns,
-        only(pipe.read_condition({"outline": files}, 4), ["outline"]),
-    )
-    one = read(pipe, f"condition.outline={pictures / '3.png'}", count=3)
-    assert one.count == 3 and same(one.columns, only(pipe.read_condition({"outline": files[3]}, 3), ["outline"]))
-    some = read(pipe, f"condition.outline=[{pictures / '3.png'}, null]")
-    assert same(some.columns, only(pipe.read_condition({"outline": [files[3], None]}, 2), ["outline"]))
-    tokens = pipe.read_condition({"outline": files[1]}, 1)["outline"]
-    assert same(read(pipe, f"condition.outline={tokens[0].tolist()}").columns, {"outline": tokens})
+    tokens = pipe.read_given(condition={"outline": files[1]}).raw("outline")[0].tolist()
+    for words, value, count in (
+        (pictures, files, 4),
+        (pictures / "3.png", files[3], 3),
+        (f"[{pictures / '3.png'}, null]", [files[3], None], 2),
+        (tokens, files[1], 1),
+    ):
+        found = read(pipe, f"condition.outline={words}", count=count)
+        assert same(found, pipe.read_given(condition={"outline": value}, count=count))
 
 
 def test_rows_and_pictures_are_found_by_the_names_of_images(pipe, pictures, tmp_path):
@@ -180,15 +162,14 @@ def test_rows_and_pictures_are_found_by_the_names_of_images(pipe, pictures, tmp_
         tmp_path / "rows.jsonl", {"file_name": ["a/0.jpg", "1.jpg", "2.jpg", "b/0.jpg"], "age": VALUES["age"]}
     )
     names = ["/data/images/2.jpg", "images/b/0.jpg", "a/0.jpg"]
-    found = read(pipe, f"conditions={table}", count=3, names=names).columns
-    assert same(found, only(pipe.read_condition({"age": [20.5, 88.0, 63.0]}, 3), ["age"]))
-    found = read(pipe, f"condition.outline={pictures}", count=2, names=["x/3.jpg", "y/1.tif"]).columns
-    files = [Image.open(pictures / f"{number}.png") for number in (3, 1)]
-    assert same(found, only(pipe.read_condition({"outline": files}, 2), ["outline"]))
+    found = read(pipe, f"conditions={table}", count=3, names=names)
+    assert same(found, pipe.read_given(condition={"age": [20.5, 88.0, 63.0]}))
+    found = read(pipe, f"condition.outline={pictures}", count=2, names=["x/3.jpg", "y/1.tif"])
+    assert same(found, pipe.read_given(condition={"outline": [Image.open(pictures / f"{k}.png") for k in (3, 1)]}))
 
 
 def test_without_a_condition_nothing_is_given(pipe):
-    assert given(pipe, count=7).values() == {}
+    assert same(read(pipe, count=7), pipe.read_given(count=7)) and not read(pipe, count=7).names
 
 
 def refusal(pipe, *argv, **options):
@@ -218,7 +199,7 @@ def test_mistakes_are_one_line(pipe, pictures, tmp_path):
         "conditions: 2 rows for 3 images": [table("c.csv", age=[1, 2])],
         "g.csv: unknown column 'hight'": [table("g.csv", hight=[1, 2])],
         "d.csv: row 2: age: expected a number": [table("d.csv", age=[1, "old"])],
-        "condition: outline: ": [table("e.csv", outline=[str(pictures / "0.png"), "nowhere.png"])],
+        "e.csv: outline: ": [table("e.csv", outline=[str(pictures / "0.png"), "nowhere.png"])],
         "should end in .csv or .tsv": ["conditions=rows.xlsx"],
         "long.csv: row 2 has more cells than columns": [f"conditions={tmp_path / 'long.csv'}"],
         "conditions: ": [f"conditions={tmp_path / 'bad.jsonl'}"],
@@ -232,15 +213,14 @@ def test_names_without_an_entry_or_with_the_entry_of_another_are_refused(pipe, p
     for key, owns in ((f"condition.outline={pictures}", "no picture for"), (table, "no row with the file_name of")):
         assert f"{owns} a/9" in refusal(pipe, key, names=["a/1.png", "a/9.png"])
         assert re.search(r"a/1\S* or to b/1", refusal(pipe, key, names=["a/1.png", "b/1.png"]))
-        assert given(pipe, key, names=["a/1.png", "a/1.png"]).count == 2, "an image may be given twice"
+        assert len(read(pipe, key, names=["a/1.png", "a/1.png"])) == 2, "an image may be given twice"
 
 
 def test_one_line_warns_about_numbers_outside_the_training_data(pipe, capsys, recwarn):
-    found = given(pipe, "condition.age=63,120,130")
-    pipe(condition=found.values(), progress=False)
+    pipe(condition=read(pipe, "condition.age=63,120,130"), progress=False)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: condition: age: ") and "18 to 90" in line and not recwarn.list
-    given(pipe, "condition.age=63,null,90")
+    read(pipe, "condition.age=63,null,90")
     assert capsys.readouterr().err == ""
 
 
@@ -248,4 +228,4 @@ def test_a_pipeline_without_columns_says_so():
     torch.manual_seed(0)
     plain = make_conditioned(columns={}, outline=False)
     assert "unknown column 'age'" in refusal(plain, "condition.age=3")
-    assert read(plain, "condition.label=eel").labels == [2]
+    assert same(read(plain, "condition.label=eel"), plain.read_given("eel"))

@@ -17,7 +17,7 @@ in_some_orders = pytest.mark.parametrize(("name", "order"), SOME_ORDERS)
 
 
 def all_layers(model, tokens, labels=None):
-    return model.layer_features(tokens, labels, range(model.feature_layers))
+    return model.layer_features(tokens, model.read_given(labels, None, len(tokens)), range(model.feature_layers))
 
 
 def moved_by(model, rank, tokens):
@@ -55,7 +55,7 @@ def test_the_last_features_give_the_logits(name):
     tokens, labels = draw_tokens(model, 6), torch.arange(6) % 4
     last = model.features(tokens, labels, model.feature_layers - 1)
     known = {"known": torch.ones_like(tokens, dtype=torch.bool)} if name == "masked" else {}
-    logits = model(tokens, labels, **known)
+    logits = model(tokens, model.encode_given(model.read_given(labels, None, 6)), **known)
     if name.startswith("pixel"):
         unit = F.elu if name == "pixelsnail" else F.relu
         found = model.head(unit(model.hidden(unit(last))))
@@ -73,7 +73,7 @@ def test_several_layers_in_one_pass_equal_single_ones(name):
     assert all(f.shape[:2] == (3, 1 if name == "made" else len(model.grid)) and f.ndim == 3 for f in together)
     assert all(torch.equal(f, model.features(tokens, labels, layer)) for layer, f in enumerate(together))
     assert torch.equal(model.features(tokens, labels), together[count // 2])
-    mixed = model.layer_features(tokens, labels, [1, 0, 1])
+    mixed = model.layer_features(tokens, model.read_given(labels, None, 3), [1, 0, 1])
     assert all(torch.equal(found, together[layer]) for found, layer in zip(mixed, (1, 0, 1), strict=True))
     assert not torch.equal(together[0], together[1])
     assert not torch.equal(model.features(tokens, labels), model.features(tokens)), "labels have no effect"
@@ -177,7 +177,7 @@ def test_equivalent_arguments_give_equal_vectors():
         ({"layer": "pixel"}, "layer .*pixels, codes, embeddings"),
         ({"layer": True}, "layer"),
         ({"layer": "codes", "pool": "flatten"}, "pool"),
-        ({"labels": 3}, "class 3"),
+        ({"labels": 3}, "3 is not a class"),
         ({"images": torch.zeros(0, 1, 8, 12)}, "images"),
         ({"images": torch.zeros(2, 1, 9, 9)}, "images"),
     ],

@@ -17,7 +17,7 @@ from on_disk import FOLDER, READ, RUN, STREAMS, entries_of, in_folder
 from prior.conditions import KINDS
 from small import PRIORS, QUANTIZERS, TOKENIZERS
 
-from pipelines import ImagePipeline, exports, saving
+from pipelines import ImagePipeline, exports, frequencies, saving
 from pipelines.compression import container
 from pipelines.config import UserError
 from pipelines.config.command import parse
@@ -40,6 +40,7 @@ VERSIONS = {
     "state.json": checkpoint.FORMAT_VERSION,
     "export.json": exports.FORMAT_VERSION,
     "splits.json": splits.FORMAT_VERSION,
+    "frequencies.json": frequencies.FORMAT_VERSION,
 }
 """The version that is written today, by the file that has it."""
 

@@ -38,6 +38,10 @@ def tokens_of(pipe, count=3):
     return torch.randint(pipe.prior.grid.vocab_size, (count, *pipe.prior.grid.shape))
 
 
+def nothing(pipe, tokens):
+    return pipe.read_given(count=len(tokens))
+
+
 @given(rows=st.integers(1, 20), columns=st.integers(1, 20), size=st.integers(1, 7))
 def test_each_token_is_hidden_once_with_its_block_and_without_the_blocks_beside_it(rows, columns, size):
     masks = hidden_masks(rows, columns, size)
@@ -52,14 +56,14 @@ def test_each_token_is_hidden_once_with_its_block_and_without_the_blocks_beside_
 def test_a_single_hidden_token_has_its_conditional_probability_which_sums_to_one(prior, config):
     pipe = make(prior, size=(8, 8), **config)
     tokens, vocab = tokens_of(pipe, 1), pipe.prior.grid.vocab_size
-    bits = hidden_bits(pipe.prior, tokens, size=1)
+    bits = hidden_bits(pipe.prior, tokens, nothing(pipe, tokens), size=1)
     for cell in range(4):
         every = tokens.flatten(1).repeat(vocab, 1)
         every[:, cell] = torch.arange(vocab)
         every = every.unflatten(1, (2, 2))
-        total = torch.exp2(-hidden_bits(pipe.prior, every, size=1).flatten(1)[:, cell]).sum()
+        total = torch.exp2(-hidden_bits(pipe.prior, every, nothing(pipe, every), size=1).flatten(1)[:, cell]).sum()
         known = torch.arange(4) != cell
-        expected = region_log_prob(pipe.prior, tokens, known.reshape(2, 2))
+        expected = region_log_prob(pipe.prior, tokens, known.reshape(2, 2), nothing(pipe, tokens))
         assert float(total) == pytest.approx(1, abs=1e-4)
         if prior != "blocks":  # its known tokens form a single block here, and blocks of one token there
             assert float(bits.flatten()[cell]) == pytest.approx(-float(expected) / math.log(2), abs=1e-4)
@@ -70,11 +74,14 @@ def test_the_tokens_of_its_block_do_not_explain_a_token_and_others_do(prior, con
     pipe = make(prior, **config)
     tokens, other = tokens_of(pipe), tokens_of(pipe)
     inside = hidden_masks(4, 4, 2)[0]  # the block of the upper left token; on 4 x 4, each pass hides one block
-    before = hidden_bits(pipe.prior, tokens, size=2)[:, 0, 0]
+    before = hidden_bits(pipe.prior, tokens, nothing(pipe, tokens), size=2)[:, 0, 0]
     for changed, same in ((inside, True), (~inside, False)):
         mixed = torch.where(changed, other, tokens)
         mixed[:, 0, 0] = tokens[:, 0, 0]
-        assert torch.allclose(hidden_bits(pipe.prior, mixed, size=2)[:, 0, 0], before, atol=1e-5) is same
+        assert (
+            torch.allclose(hidden_bits(pipe.prior, mixed, nothing(pipe, mixed), size=2)[:, 0, 0], before, atol=1e-5)
+            is same
+        )
 
 
 @pytest.mark.parametrize(("prior", "config"), [*ANY_ORDER, ("made", {"order_agnostic": True}), ("gpt", {})])
@@ -83,13 +90,16 @@ def test_only_priors_whose_hidden_tokens_do_not_explain_one_another_can_hide(pri
     pipe = make(prior, **config)
     tokens, other = tokens_of(pipe, 8), tokens_of(pipe, 8)
     inside = hidden_masks(4, 4, 2)[0]
-    before, changes = hidden_bits(pipe.prior, tokens, size=2), 0.0
+    before, changes = hidden_bits(pipe.prior, tokens, nothing(pipe, tokens), size=2), 0.0
     for cell in inside.nonzero().tolist():
         mixed = tokens.clone()
         mixed[:, *cell] = other[:, *cell]
         others = inside.clone()
         others[*cell] = False
-        changes = max(changes, float((hidden_bits(pipe.prior, mixed, size=2) - before).abs()[:, others].max()))
+        changes = max(
+            changes,
+            float((hidden_bits(pipe.prior, mixed, nothing(pipe, mixed), size=2) - before).abs()[:, others].max()),
+        )
     assert can_hide(pipe.prior) == (changes < 1e-5)
 
 
@@ -98,13 +108,17 @@ def test_a_block_of_a_model_without_blocks_has_its_conditional_probability():
     tokens = tokens_of(pipe)
     for mask in hidden_masks(2, 2, 1):
         nats = pipe.prior.hidden_log_probs(tokens, (~mask).flatten().expand(3, -1))
-        torch.testing.assert_close((nats * mask).sum((1, 2)), region_log_prob(pipe.prior, tokens, ~mask))
+        torch.testing.assert_close(
+            (nats * mask).sum((1, 2)), region_log_prob(pipe.prior, tokens, ~mask, nothing(pipe, tokens))
+        )
 
 
 def test_a_prior_of_one_order_gives_the_bits_after_earlier_tokens():
     pipe = make("gpt")
     tokens = tokens_of(pipe)
-    torch.testing.assert_close(hidden_bits(pipe.prior, tokens), -pipe.prior.token_log_probs(tokens) / math.log(2))
+    torch.testing.assert_close(
+        hidden_bits(pipe.prior, tokens, nothing(pipe, tokens)), -pipe.prior.token_log_probs(tokens) / math.log(2)
+    )
 
 
 def test_means_are_of_each_id_and_those_of_rare_ids_near_the_mean_of_all():

@@ -18,8 +18,13 @@ from small_pipelines import make_conditioned, make_pipeline, pixels_for
 from pipelines import ImagePipeline
 from pipelines.anomaly.calibrating import calibrate
 from pipelines.anomaly.distances import CalibrationError
-from pipelines.anomaly.image_statistics import measure, statistics
+from pipelines.anomaly.image_statistics import measure
 from pipelines.anomaly.scores import METHODS, anomaly_score, list_methods, log_statistics, score_of
+
+
+def statistics(pipe, images, labels=None, *, condition=None, batch_size=256):
+    batch = pipe.to_images(images)
+    return measure(pipe, batch, pipe.read_given(labels, condition, len(batch)), batch_size).statistics
 
 
 def auroc(pipe, normal, anomalous, method="joint"):
@@ -42,7 +47,7 @@ def test_statistics_do_not_depend_on_the_batch(tokenizer, channels):
         torch.testing.assert_close(values, apart[name], rtol=1e-5, atol=1e-5)
     nats = pipe.prior.log_prob(pipe.encode(images)).double()
     torch.testing.assert_close(together["token_bits"] * math.log(2), -nats, rtol=1e-5, atol=1e-5)
-    measured = measure(pipe, images, batch_size=3)
+    measured = measure(pipe, pipe.to_images(images), pipe.read_given(count=7), batch_size=3)
     torch.testing.assert_close(measured.surprise.sum(1).double(), together["token_bits"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(measured.error.mean(), together["error"].mean(), rtol=1e-5, atol=1e-5)
 
@@ -97,8 +102,9 @@ def test_statistics_are_given_the_condition_of_each_image(prior):
         bits = -pipe.log_prob(images, condition=condition).double() / math.log(2)
         torch.testing.assert_close(together["token_bits"], bits, rtol=1e-5, atol=1e-5)
         assert (together["token_bits"] - statistics(pipe, images, [0, 1, 2, 0, 1])["token_bits"]).abs().min() > 1e-4
-        rows = pipe.read_condition(condition, 5) if background.conditions else None
-        behind = -background.log_prob(pipe.encode(images), torch.tensor([0, 1, 2, 0, 1]), condition=rows) / math.log(2)
+        given = pipe.read_given(condition=condition)
+        given = given.without(set(given.names) - background.columns.keys())
+        behind = -background.log_prob(pipe.encode(images), condition=given) / math.log(2)
         torch.testing.assert_close(together["background_bits"], behind.double(), rtol=1e-5, atol=1e-5)
         ratio = anomaly_score(pipe, images, "ratio", condition=condition)
         torch.testing.assert_close(ratio, together["token_bits"] - together["background_bits"])

@@ -20,8 +20,8 @@ from pipelines.__main__ import main
 from pipelines.commands.detect import DetectConfig, find_images
 from pipelines.config import UserError
 from pipelines.images import DataConfig, clip_files, load_images, to_float
+from pipelines.images.attributes import AttributeSource, load_attributes
 from pipelines.images.augment import AugmentConfig, draw_changes
-from pipelines.images.conditions import ConditionSource, load_conditions
 from pipelines.images.dataset import prepare_images
 from pipelines.images.decoding import try_decode
 from pipelines.options import read_clips
@@ -364,7 +364,7 @@ def test_a_table_lists_folders_of_frames(tmp_path):
     (tmp_path / "speed.csv").write_text("\n".join(["file_name,speed", *rows]))
     config = DataConfig(source=str(tmp_path / "clips"), frames=4, image_size=SIDE)
     parts = load_images(config).by_name()
-    columns = load_conditions(config, {"speed": ConditionSource()}, parts, table=str(tmp_path / "speed.csv"))
+    columns = load_attributes(config, {"speed": AttributeSource()}, parts, table=str(tmp_path / "speed.csv"))
     for split, part in parts.items():
         numbers = [int(clip_and_start(name)[0][4:]) for name in part.names(range(len(part)))]
         assert columns["speed"].values[split].flatten().tolist() == numbers
@@ -492,12 +492,12 @@ def test_a_table_has_a_row_for_each_clip(run, tmp_path, capsys):
     rows = [f"{path.relative_to(run / 'clips')},{int(path.stem)}" for path in clips]
     (tmp_path / "speed.csv").write_text("\n".join(["file_name,speed", *rows]))
     command = ["encode", f"tokenizer={run / 'tok'}", f"out={tmp_path / 'x'}"]
-    main([*command, f"table={tmp_path / 'speed.csv'}", "conditions.speed=speed"])
+    main([*command, f"table={tmp_path / 'speed.csv'}", "attributes.speed=speed"])
     tokens = load_tokens(tmp_path / "x")
     train = load_images(DataConfig.model_validate(tokens.source["data"])).train
     numbers = [float(clip_and_start(name)[0].rpartition("/")[2]) for name in train.names(range(len(train)))]
-    assert tokens.splits["train"].condition(range(len(train)))["speed"].flatten().tolist() == numbers
-    grid = ["conditions.before.frame=-1", f"conditions.before.tokenizer={run / 'tok'}"]
+    assert tokens.splits["train"].given[:].raw("speed").flatten().tolist() == numbers
+    grid = ["attributes.before.frame=-1", f"attributes.before.tokenizer={run / 'tok'}"]
     assert "images and frame are for single images" in fails(capsys, *command, *grid)
 
 

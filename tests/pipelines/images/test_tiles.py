@@ -133,7 +133,8 @@ def test_a_score_is_the_maximum_of_those_of_the_tiles(tiled, method):
     scores = anomaly_score(tiled, images, method, stride=8, batch_size=7)
     for image, score in zip(images, scores, strict=True):
         tiles = [image[top : top + 16, left : left + 16] for top, left in tile_places(image.shape, (1, 16, 16), 8)]
-        measured = measure(tiled, torch.from_numpy(np.stack(tiles))[:, None])
+        batch = tiled.to_images(torch.from_numpy(np.stack(tiles))[:, None])
+        measured = measure(tiled, batch, tiled.read_given(count=len(batch)))
         each = score_of(method, measured.statistics, tiled.calibration, tiling=((16, 16), 8))
         torch.testing.assert_close(score, each.max(), rtol=1e-4, atol=1e-4)
 

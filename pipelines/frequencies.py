@@ -1,0 +1,241 @@
+"""How often the classes occur in the training split, which is p(c) in the mixture over a class.
+
+`frequencies.json`, beside a token dataset and a pipeline, has the numbers of training images with each combination of
+classes and flags; or, if too many combinations occur, the numbers of each column of classes alone. Files of 0.3 lack
+it, and all classes count as equally likely.
+
+The file is published with the models, including combinations that a single image has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from prior.columns import Column
+from prior.given import Given
+from tokenizer.files import FormatError, check_format_version, read_json, write_json
+
+from .files import Whole, validate
+
+FREQUENCIES, FORMAT_VERSION = "frequencies.json", 1
+MOST = 1 << 16
+"""Numbers in a table of several columns: 4,096 combinations of sixteen flags, for example."""
+CHUNK = 1 << 20
+"""Numbers that are counted at once."""
+
+
+class TableFields(BaseModel):
+    """A table as it is stored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    columns: list[str] = Field(min_length=1)
+    values: list[list[Annotated[Whole, Field(ge=-1, lt=1 << 31)]]] = Field(min_length=1)
+    counts: list[Annotated[Whole, Field(ge=1, lt=1 << 48)]]
+
+    @model_validator(mode="after")
+    def has_equal_lengths(self) -> TableFields:
+        """Raise `ValueError` unless each value has a count and as many numbers as the first."""
+        if len(self.values) != len(self.counts) or len({len(row) for row in self.values}) > 1:
+            raise ValueError("values: must have equally many numbers each, and a count each")
+        return self
+
+
+class FrequencyFile(BaseModel):
+    """The contents of `frequencies.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: Whole
+    tables: list[TableFields]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The distinct joint values of some columns, int64 `(n, numbers)`, as `Column.pack` writes them side by side, and
+    the number of images with each, int64 `(n,)`."""
+
+    columns: Mapping[str, Column]
+    values: Tensor
+    counts: Tensor
+
+    @classmethod
+    def count(cls, given: Given, columns: Mapping[str, Column], most: int | None = None) -> Table | None:
+        """Count the rows of `given`, a chunk at a time; None if the table has more than `most` numbers."""
+        width = sum(column.null(1).numel() for column in columns.values())
+        values, counts = torch.zeros(0, width, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+        rows = max(1, CHUNK // width)
+        for begin in range(0, len(given), rows):
+            packed = pack_rows(given[begin : begin + rows], columns)
+            joined = torch.cat([counts, torch.ones(len(packed), dtype=torch.long)])
+            values, counts = add_up(torch.cat([values, packed]), joined)
+            if most is not None and values.numel() > most:
+                return None
+        return cls(columns, values, counts)
+
+    def part(self, names: Iterable[str]) -> Tensor:
+        """Return the numbers of some columns, `(n, ...)`."""
+        sizes = [column.null(1).numel() for column in self.columns.values()]
+        parts = dict(zip(self.columns, self.values.split(sizes, 1), strict=True))
+        return torch.cat([parts[name] for name in names], 1)
+
+    def select(self, columns: Mapping[str, Column]) -> Table:
+        """Return the table of some of the columns."""
+        return Table(columns, *add_up(self.part(columns), self.counts))
+
+    def ids(self, name: str) -> Tensor:
+        """Return the class of each value, -1 for null."""
+        return self.columns[name].unpack(self.part([name])[:, 0].to(self.columns[name].stored_type))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object."""
+        return {"columns": list(self.columns), "values": self.values.tolist(), "counts": self.counts.tolist()}
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """The frequencies of columns in the training split: one table of all columns of classes and flags, or one of each
+    column of classes. A class without a table is as likely as any other of its column."""
+
+    tables: tuple[Table, ...] = ()
+
+    @classmethod
+    def count(cls, given: Given) -> Frequencies:
+        """Count the rows of the training split."""
+        columns = {name: column for name, column in given.columns.items() if column.is_counted}
+        classes = {name: column for name, column in columns.items() if column.num_classes}
+        given = given.without(set(given.columns) - set(columns))
+        if not classes or not len(given):
+            return cls()
+        most = MOST if len(columns) > 1 else None
+        joint = Table.count(given, columns, most)
+        if joint is not None:
+            return cls((joint,))
+        each = (Table.count(given, {name: column}) for name, column in classes.items())
+        return cls(tuple(table for table in each if table is not None))
+
+    @classmethod
+    def load(cls, folder: Path, columns: Mapping[str, Column]) -> Frequencies:
+        """Read `frequencies.json` of a folder with these columns; without the file, there are no tables. Raises
+        `FormatError` for a file that is invalid, or has other columns."""
+        path = folder / FREQUENCIES
+        if not path.is_file():
+            return cls()
+        found = read_json(path)
+        check_format_version(found, FORMAT_VERSION, path)
+        tables = list[Table]()
+        for number, fields in enumerate(validate(FrequencyFile, found, path).tables):
+            for problem in problems(fields, columns):
+                raise FormatError(f"{path}: tables.{number}.{problem}")
+            own = {name: columns[name] for name in fields.columns}
+            tables.append(Table(own, torch.tensor(fields.values), torch.tensor(fields.counts)))
+        return cls(tuple(tables))
+
+    def save(self, folder: Path) -> None:
+        """Write `frequencies.json`, unless there are no tables."""
+        if self.tables:
+            tables = [table.to_dict() for table in self.tables]
+            write_json(folder / FREQUENCIES, {"format_version": FORMAT_VERSION, "tables": tables})
+
+    def of_columns(self, columns: Mapping[str, Column]) -> Frequencies:
+        """Return the frequencies of the columns of a prior that was trained on some of those that were counted; without
+        tables if a column means something else."""
+        tables = list[Table]()
+        for table in self.tables:
+            both = {name: columns[name] for name in table.columns if name in columns}
+            if any(not fits(column, table.columns[name]) for name, column in both.items()):
+                return Frequencies()
+            if both:
+                tables.append(table.select(both))
+        return Frequencies(tuple(tables))
+
+    def find_table(self, name: str) -> Table | None:
+        """Return the table that has the column `name`, and knows its class for any image."""
+        found = next((table for table in self.tables if name in table.columns), None)
+        return None if found is None or not bool((found.ids(name) >= 0).any()) else found
+
+    def log_prob(self, name: str, given: Given) -> Tensor:
+        """Return log p(c | what is given) of all classes c of the column `name`, float64 `(B, C)`.
+
+        Of n(o) training images whose other columns are as given, n(c, o) have the class c. With p(c), the share of the
+        class in the whole split, the probability is
+
+            (n(c, o) + p(c)) / (n(o) + 1),
+
+        which is p(c) if there are no such images. A column that is null agrees with all values. Columns that were not
+        counted together with `name` change nothing; see `describe`."""
+        size, table = given.columns[name].num_classes, self.find_table(name)
+        if table is None:
+            return torch.zeros(len(given), size, dtype=torch.float64).log_softmax(1)
+        ids, counts = table.ids(name), table.counts.double()
+        ids, counts = ids.clamp(min=0), counts * (ids >= 0)
+        share = torch.zeros(size, dtype=torch.float64).index_add(0, ids, counts) / counts.sum()
+        others = [other for other in table.columns if other != name and other in given.rows]
+        if not others:
+            return share.log().expand(len(given), -1)
+        theirs, columns = table.part(others), {other: table.columns[other] for other in others}
+        null = pack_rows(Given(columns, {}, 1), columns)
+        rows, inverse = pack_rows(given, columns).unique(dim=0, return_inverse=True)
+        found = torch.empty(len(rows), size, dtype=torch.float64)
+        for number, row in enumerate(rows):
+            agrees = ((theirs == row) | (row == null)).all(1)
+            found[number] = torch.zeros(size, dtype=torch.float64).index_add(0, ids, counts * agrees)
+        return ((found + share) / (found.sum(1, keepdim=True) + 1)).log()[inverse]
+
+    def describe(self, name: str, given: Iterable[str] = ()) -> str:
+        """Say in a few words what the probabilities of the classes of `name` are, if the columns `given` are given."""
+        table, names = self.find_table(name), [other for other in given if other != name]
+        if table is None:
+            return f"all classes of {name} count as equally likely"
+        used = [other for other in names if other in table.columns]
+        ignored = [other for other in names if other not in table.columns]
+        text = f"the classes of {name} are as likely as in the training split"
+        text += f" given {', '.join(used)}" if used else ""
+        return text + (f", whatever {', '.join(ignored)}" if ignored else "")
+
+
+def pack_rows(given: Given, columns: Mapping[str, Column]) -> Tensor:
+    """Return the packed values of columns side by side, int64 `(B, numbers)`."""
+    parts = [column.pack(given.raw(name).cpu()).long() for name, column in columns.items()]
+    return torch.cat([part.reshape(len(given), -1) for part in parts], 1)
+
+
+def add_up(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distinct rows of `values`, and the sum of the counts of each."""
+    distinct, inverse = values.unique(dim=0, return_inverse=True)
+    return distinct, torch.zeros(len(distinct), dtype=torch.long).index_add(0, inverse, counts)
+
+
+def fits(column: Column, other: Column) -> bool:
+    """Return whether packed values of the column `other` mean the same for `column`."""
+    return column.suits(other) and column.num_classes == other.num_classes
+
+
+def problems(table: TableFields, columns: Mapping[str, Column]) -> Iterator[str]:
+    """Yield what is wrong with a stored table for these columns."""
+    wrong = [name for name in table.columns if name not in columns or not columns[name].is_counted]
+    if wrong or len(set(table.columns)) < len(table.columns):
+        yield f"columns: expected columns of classes and flags of this folder, each once (found {table.columns})"
+        return
+    own = {name: columns[name] for name in table.columns}
+    values = torch.tensor(table.values)
+    sizes = [column.null(1).numel() for column in own.values()]
+    if values.shape[1] != sum(sizes):
+        yield f"values: expected {sum(sizes)} numbers each (found {values.shape[1]})"
+        return
+    for (name, column), part in zip(own.items(), values.split(sizes, 1), strict=True):
+        try:
+            stored = part.to(column.stored_type)
+            column.unpack(stored.reshape(-1, *column.shape))
+        except ValueError as error:
+            yield f"values: {name}: {error}"
+            return
+        if not bool((stored == part).all()):
+            yield f"values: {name}: too large"
