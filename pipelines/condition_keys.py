@@ -23,7 +23,7 @@ from .config import Config, UserError, is_first_process, tell
 from .config.table import count_of
 from .images.attributes import TABLES
 from .images.folder import match_names, read_sheet
-from .options import Sampling
+from .options import Sampling, UsesTiles
 
 if TYPE_CHECKING:
     from .image_pipeline import ImagePipeline
@@ -120,6 +120,28 @@ class UsesCondition(Config):
             if several:
                 counts[f"condition.{name}"] = len(written[name])
         return written, counts
+
+
+class ScoresWithCondition(UsesCondition, UsesTiles):
+    """Base class for verbs that score images with a condition."""
+
+    marginal: str | None = Field(
+        None,
+        description="column of classes that are not known, such as `label`: bits are those of the mixture over the "
+        "classes, which are as likely as in the training split; null: bits without this column",
+    )
+
+    def read_given(self, pipeline: ImagePipeline, names: Sequence[str]) -> Given:
+        """Read what is given of the images `names`, and print what the classes of `marginal` are taken to be. Raises
+        `UserError`."""
+        given = self.read_condition(pipeline, len(names), names).given
+        try:
+            given = pipeline.read_given(condition=given, marginal=self.marginal)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if self.marginal is not None:
+            tell(f"marginal: {pipeline.frequencies.describe(self.marginal, given.names)}")
+        return given
 
 
 class SamplesWithCondition(Sampling, UsesCondition):

@@ -39,6 +39,7 @@ from .anomaly import calibrating, healing, scores
 from .anomaly.calibration import Calibration
 from .columns import format_of
 from .compression.coding import compress, decompress, exact_pixels, has_no_label, sizes_of, whole_image, write_tiles
+from .frequencies import Frequencies
 from .images.arrays import Values, values_of
 from .images.binarize import Binarize, binarize
 from .images.blending import decode_tiles, encode_tiles, reconstruct_tiles
@@ -187,8 +188,8 @@ class ImagePipeline:
     for columns that were encoded with it. Raises `IntegrityError` if the prior was trained with other tokenizers,
     `ConfigError` for labels or settings that do not fit the prior.
 
-    `calibration`, `provenance` and `sample_grid` describe the current models and are reset when a model is replaced, as
-    in `pipe.prior = other`.
+    `calibration`, `provenance`, `frequencies` (how often classes occur in the training split) and `sample_grid`
+    describe the current models and are reset when a model is replaced, as in `pipe.prior = other`.
 
     Completion, anomaly scores and embeddings are functions in other modules that take the pipeline as first argument.
     """
@@ -215,6 +216,7 @@ class ImagePipeline:
         self.labels = list(labels)
         self.sampler = saving.make_sampler(prior, sampler or {})
         self.provenance: dict[str, Any] = {}
+        self.frequencies = Frequencies()
         self.sample_grid: np.ndarray | None = None
         self.calibration: Calibration | None = None
         self.progress_bar_config: dict[str, Any] = {}
@@ -224,7 +226,7 @@ class ImagePipeline:
         if name in saving.PARTS and getattr(self, name, value) is not value:
             self.calibration = None
             if name != saving.BACKGROUND:  # the background prior generates no images
-                self.provenance, self.sample_grid = {}, None
+                self.provenance, self.frequencies, self.sample_grid = {}, Frequencies(), None
         super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -491,6 +493,7 @@ class ImagePipeline:
         *,
         default: int = 1,
         limit: bool = True,
+        marginal: str | None = None,
     ) -> Given:
         """Read labels and a condition for `count` images (None: as many as there are values, or `default`).
 
@@ -498,8 +501,9 @@ class ImagePipeline:
         values by column, one for all images or one per image, as in `Column.parse`. A grid also takes images, in any
         form that `encode` accepts, and a vector of n-grams takes text. Images or tokens alone stand for the only grid.
         Numbers outside those of the training data become the nearest of these, with a warning except for tensors, which
-        hold raw values; limit: False leaves them as they are. Raises `ValueError`, which names the column and what is
-        allowed.
+        hold raw values; limit: False leaves them as they are. marginal: a column of classes that densities are mixtures
+        over (see `Given.over`), with their frequencies in the training split given the other columns. Raises
+        `ValueError`, which names the column and what is allowed.
         """
         columns = self.columns
         if isinstance(condition, (PILImage, Tensor, np.ndarray, list, tuple)):
@@ -516,7 +520,10 @@ class ImagePipeline:
 
         given = Given.read(
             columns, labels, condition, count=count, default=default, device=self.device, convert=convert
-        )
+        ).drop_null()
+        if marginal is not None:
+            given.over(marginal)  # raise its errors
+            given = given.over(marginal, self.frequencies.log_prob(marginal, given))
         if not limit:
             return given
         for name, rows in given.rows.items():
@@ -543,6 +550,7 @@ class ImagePipeline:
         order: Order = None,
         num_orders: int = 1,
         num_masks: int = 1,
+        marginal: str | None = None,
         batch_size: int = 256,
     ) -> Tensor:
         """Return log p of each image's tokens under the prior given its label and condition, `(B,)` nats; unconditional
@@ -550,9 +558,13 @@ class ImagePipeline:
 
         condition: see `read_given`. order, num_orders, num_masks: as in `Prior.log_prob`. If `prior.exact` is
         False, each value is an unbiased estimate of a lower bound, and the mean over images estimates a lower bound.
+        marginal: a column of classes, usually "label", that are not known: log sum_c p(c | condition) p(tokens | c,
+        condition), where p(c) is the share of the class in the training split (for files of 0.3 one in the number of
+        classes). It takes as many passes as there are classes. Raises `ValueError` for a column that is no class, that
+        the prior lacks or that is given, and for more than 1,024 classes.
         """
         batch, parts = self.to_images(images), []
-        given = self.read_given(labels, condition, len(batch))
+        given = self.read_given(labels, condition, len(batch), marginal=marginal)
         for rows, part, own in self.batches(batch, given, batch_size):
             mixture: Any = select_order(order, rows, len(batch)), num_orders, num_masks
             parts.append(self.prior.log_prob(self.encode_batch(part), None, *mixture, condition=own))
@@ -568,14 +580,15 @@ class ImagePipeline:
         condition: Condition = None,
         order: Order = None,
         num_orders: int = 1,
+        marginal: str | None = None,
         batch_size: int = 256,
     ) -> Tensor:
         """Return bits per dimension (pixel and channel) of each image, `(B,)`: bits of its tokens under the prior plus
         bits of its pixels given the tokens. If `prior.exact` is False, their mean over images is an upper bound.
-        condition: see `read_given`. order, num_orders: as in `Prior.log_prob`. Raises `LikelihoodError` if the
-        decoder has no likelihood."""
+        condition: see `read_given`. order, num_orders: as in `Prior.log_prob`. marginal: as in `log_prob`. Raises
+        `LikelihoodError` if the decoder has no likelihood."""
         batch, parts = self.to_images(images), []
-        given = self.read_given(labels, condition, len(batch))
+        given = self.read_given(labels, condition, len(batch), marginal=marginal)
         for rows, part, own in self.batches(batch, given, batch_size):
             tokens, chosen = self.encode_batch(part), select_order(order, rows, len(batch))
             pixels = self.tokenizer.pixel_log_prob(part, tokens)

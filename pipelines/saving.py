@@ -47,6 +47,7 @@ from .card import model_card
 from .columns import FORMATS
 from .config import Within
 from .files import Number, Text, validate
+from .frequencies import FREQUENCIES, Frequencies
 from .images.dataset import LONGEST, is_class_name
 from .images.pictures import write_picture
 from .images.splits import SPLITS, SPLITS_KEY, join_splits, split_off
@@ -59,7 +60,7 @@ BACKGROUND, CALIBRATION, CONDITIONS = "background", "calibration.json", "conditi
 FORMAT_VERSION = 1
 MAX_PICTURE_BYTES, MAX_GRID_PIXELS = 64 << 20, 32 << 20
 PARTS = ("tokenizer", "prior", BACKGROUND)
-FILES = [INDEX, PROVENANCE, SPLITS, CARD, GRID, CALIBRATION, MANIFEST] + [
+FILES = [INDEX, PROVENANCE, SPLITS, FREQUENCIES, CARD, GRID, CALIBRATION, MANIFEST] + [
     f"{part}/{name}" for part in (*PARTS, f"{CONDITIONS}/*") for name in (CONFIG, *weights_names(), PROVENANCE)
 ]
 """Patterns of the names of all files."""
@@ -338,6 +339,7 @@ def save(pipeline: ImagePipeline, folder: str | Path, variant: str | None) -> No
         }
         write_json(target / INDEX, index)
         write_provenance(target, pipeline.provenance)
+        pipeline.frequencies.save(target)
         if grid is not None:
             write_picture(grid, target / GRID)
         card = model_card(
@@ -404,6 +406,7 @@ def _load(cls: type[Any], folder: Path, variant: str | None, verify: bool) -> An
         pipeline.calibration = Calibration.from_dict(parse_json(read_bytes(path, MAX_CALIBRATION_BYTES), path), path)
     if (path := folder / PROVENANCE).exists():
         pipeline.provenance = join_splits(read_provenance(path), folder / SPLITS)
+    pipeline.frequencies = Frequencies.load(folder, pipeline.columns)
     if (path := folder / GRID).exists():
         pipeline.sample_grid = parse_picture(read_bytes(path, MAX_PICTURE_BYTES), path)
     return pipeline

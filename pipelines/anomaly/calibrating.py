@@ -51,11 +51,13 @@ def calibrate(
     confidence: float | None = None,
     seed: int = 0,
     stride: int | None = None,
+    marginal: str | None = None,
     batch_size: int = 256,
 ) -> Calibration:
     """Calibrate on normal images that were not used in training; set and return `pipeline.calibration`.
 
     condition: values of columns, one for all images or one per image; the same columns must then be given for scores.
+    marginal: as in `anomaly_score`, and the same for scores.
     groups: the name of the object that each image shows, `(B,)`. Images of one object are not independent: they stay
     in the same half, and only the highest score of each object counts, so that p-values and thresholds hold for
     objects.
@@ -79,7 +81,8 @@ def calibrate(
     objects = len(np.unique(numbers))
     check_promise(count, false_alarms, confidence, None if groups is None else objects)
     halves = halve(numbers, objects, seed)
-    given, mapped = pipeline.read_given(labels, condition, count), has_maps(pipeline, stride)
+    given = pipeline.read_given(labels, condition, count, marginal=marginal)
+    mapped = has_maps(pipeline, stride)
     if stride is not None or mapped:
         check_places(given)
     if stride is None:
@@ -103,6 +106,7 @@ def calibrate(
         objects=None if groups is None else objects,
         labels=LABEL in given.names,
         columns=sorted({*given.names} - {LABEL}),
+        marginal=next(iter(given.weights), None),
         tile=None if stride is None else list(pipeline.tokenizer.image_shape[1:]),
         stride=stride,
         sizes=reference.sizes,

@@ -87,6 +87,8 @@ class Calibration(Part):
     """Whether token bits were conditioned on the images' classes."""
     columns: list[Annotated[str, Field(pattern=f"^{NAME.pattern}$")]] = Field([], max_length=MAX_COLUMNS)
     """The columns that token bits were conditioned on; not in the file if there are none."""
+    marginal: Annotated[str, Field(pattern=f"^{NAME.pattern}$")] | None = None
+    """The column of classes over which token bits are those of a mixture; not in the file if there is none."""
     tile: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=2, max_length=2)
     """Height and width of the tiles of which each score is the maximum; None, and not in the file, for whole images."""
     stride: int | None = Field(None, ge=1)
@@ -124,7 +126,7 @@ class Calibration(Part):
 
     @model_serializer(mode="wrap")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        optional = ("columns", "objects", "tile", "stride", "sizes", "maps", "object_digests")
+        optional = ("columns", "marginal", "objects", "tile", "stride", "sizes", "maps", "object_digests")
         return {name: value for name, value in handler(self).items() if name not in optional or value}
 
     def __repr__(self) -> str:
@@ -132,15 +134,20 @@ class Calibration(Part):
         return f"Calibration({self.count} images{of}, {', '.join(self.scores)}; {self.promise})"
 
     def check_given(self, given: Collection[str]) -> None:
-        """Raise `CalibrationError` unless these columns, and `label` for labels, were given in the calibration, and no
-        others."""
-        then = {*self.columns, *([LABEL] if self.labels else [])}
+        """Raise `CalibrationError` unless these `terms` of what is given were those of the calibration."""
+        then = {*self.columns, *([LABEL] if self.labels else []), *self.mixture}
         if then != set(given):
             key = "condition" if {*then, *given} - {LABEL} else "labels"
+            key = "marginal" if any(term.startswith("marginal=") for term in then ^ {*given}) else key
             before, now = (", ".join(sorted(names)) or "nothing" for names in (then, given))
             raise CalibrationError(
                 f"{key}: calibrated with {before} given, but now with {now}, so scores are not comparable"
             )
+
+    @property
+    def mixture(self) -> list[str]:
+        """The term of `marginal`, as in `Given.terms`."""
+        return [] if self.marginal is None else [f"marginal={self.marginal}"]
 
     def check_tiles(self, tile: Sequence[int], stride: int | None) -> None:
         """Raise `CalibrationError` unless the scores are of such tiles, as in the calibration; stride: None for whole

@@ -161,7 +161,8 @@ def heal_images(
     if quantile not in LEVELS:
         raise ValueError(f"quantile should be one of {', '.join(map(str, LEVELS))} (got {quantile})")
     tokens = pipeline.encode_batch(batch)
-    calibration.check_given({*given.names} - {LABEL} | ({LABEL} if calibration.labels else set()))
+    label = {LABEL} if calibration.labels else set()
+    calibration.check_given({*given.names} - {LABEL} | label | {*calibration.mixture})
     bits = -pipeline.prior.token_log_probs(tokens, condition=given) / math.log(2)
     limit = torch.from_numpy(calibration.surprise[LEVELS.index(quantile)]).to(bits)
     if len(limit) not in (1, len(pipeline.prior.grid)):

@@ -48,7 +48,9 @@ def hidden_masks(rows: int, columns: int, size: int = BLOCK) -> Tensor:
 def hidden_bits(prior: Prior, tokens: Tensor, given: Given, size: int = BLOCK) -> Tensor:
     """Return the bits of each token given the tokens outside its block, `(B, *grid.shape)`; for a prior that cannot
     hide blocks, given also those in the block before it; and for one of a single order, given the tokens before it.
-    Calibrations of 0.3 need the second, too."""
+    Calibrations of 0.3 need the second, too. A class that is left open is null, because how likely each is given the
+    visible tokens would take further passes."""
+    given = given.without(given.weights.keys())
     if not takes_any(prior):
         return -prior.token_log_probs(tokens, condition=given) / math.log(2)
     found = torch.zeros(tokens.shape, device=tokens.device)

@@ -47,7 +47,7 @@ def measure(pipeline: ImagePipeline, batch: Tensor, given: Given, batch_size: in
         if (pixels := pipeline.tokenizer.pixel_log_prob(part, tokens)) is not None:
             found["pixel_bits"] = bits(pixels)
         if background is not None:
-            less = own.without(set(own.names) - background.columns.keys())
+            less = own.without(set(own.columns) - background.columns.keys())
             nats = background.token_log_probs(tokens, condition=less)
             found["background_bits"] = bits(nats.flatten(1)).sum(1)
         if pipeline.prior.feature_layers:

@@ -89,7 +89,7 @@ def map_calibrated(
     and for another stride or other columns."""
     calibration = require_calibration(pipeline.calibration)
     calibration.check_tiles(() if stride is None else pipeline.tokenizer.image_shape[1:], stride)
-    calibration.check_given(given.names)
+    calibration.check_given((*given.names, *calibration.mixture))  # hidden tokens have none
     if calibration.maps is None:
         raise CalibrationError(f"the pipeline was calibrated without maps, which need {NEEDED}; or calibrate again")
     return map_images(pipeline, calibration.maps, images, range(len(images)), given, stride, batch_size)

@@ -66,6 +66,7 @@ def anomaly_score(
     labels: Label | Sequence[Label] = None,
     *,
     condition: Condition = None,
+    marginal: str | None = None,
     p_values: bool = False,
     stride: int | None = None,
     batch_size: int = 256,
@@ -74,10 +75,12 @@ def anomaly_score(
 
     condition: values of columns, one for all images or one per image. A condition that is computed from the tested
     image, such as its outline, hides what it shows: given an outline with a crack, the crack is likely.
+    marginal: a column of classes that are not known; bits are those of the mixture over them, see
+    `ImagePipeline.log_prob`. Features, and `hidden`, take the class as null.
 
     p_values: return p-values instead, the share of normal images that are at least as anomalous, (1 + #{s_i >= s}) / (n
     + 1); on average over calibrations, at most a share a of new normal images has p <= a. P-values and the fitted
-    methods need a calibration for which the same labels and columns were given, and are invalid for the images of the
+    methods need a calibration with the same labels, columns and `marginal`, and are invalid for the images of the
     calibration itself, which triggers a warning. Raises `CalibrationError` (a `ValueError`) without a calibration for
     the method.
 
@@ -87,23 +90,23 @@ def anomaly_score(
     calibration = pipeline.calibration
     if method == "hidden":
         several = read_images(pipeline, images, stride)
-        given = check_places(pipeline.read_given(labels, condition, len(several)))
+        given = check_places(pipeline.read_given(labels, condition, len(several), marginal=marginal))
         return score_hidden(pipeline, several, given, p_values, stride, batch_size)
     if stride is not None:
         several = pipeline.list_images(images)
-        given = check_places(pipeline.read_given(labels, condition, len(several)))
+        given = check_places(pipeline.read_given(labels, condition, len(several), marginal=marginal))
         tiled = score_tiles(pipeline, several, method, given, stride, batch_size)
         if calibration is not None and (p_values or method in FITTED):
             known = set(calibration.digests)
             warn_of_known(sum(digest in known for digest in tiled.digests), len(several))
         options = pipeline.tokenizer.image_shape[1:], stride
-        return p_value_of(method, tiled.scores, calibration, given.names, options) if p_values else tiled.scores
+        return p_value_of(method, tiled.scores, calibration, given.terms, options) if p_values else tiled.scores
     batch = pipeline.to_images(images)
-    given = pipeline.read_given(labels, condition, len(batch))
-    scores = score_of(method, measure(pipeline, batch, given, batch_size).statistics, calibration, given.names)
+    given = pipeline.read_given(labels, condition, len(batch), marginal=marginal)
+    scores = score_of(method, measure(pipeline, batch, given, batch_size).statistics, calibration, given.terms)
     if calibration is not None and (p_values or method in FITTED):
         warn_if_calibrated(pipeline, calibration, batch)
-    return p_value_of(method, scores, calibration, given.names) if p_values else scores
+    return p_value_of(method, scores, calibration, given.terms) if p_values else scores
 
 
 def score_hidden(
@@ -111,11 +114,11 @@ def score_hidden(
 ) -> Tensor:
     """Compute `anomaly_score` for `hidden`, which is a score of the map of the whole image."""
     tiling = WHOLE if stride is None else (pipeline.tokenizer.image_shape[1:], stride)
-    known = set(require_scores(pipeline.calibration, "hidden", given.names, tiling).digests)
+    known = set(require_scores(pipeline.calibration, "hidden", given.terms, tiling).digests)
     found = [each.scores["hidden"] for each in map_calibrated(pipeline, several, given, stride, batch_size)]
     warn_of_known(sum(digest_of_pixels(several.load(k)) in known for k in range(len(several))), len(several))
     scores = torch.tensor(found, dtype=torch.float64)
-    return p_value_of("hidden", scores, pipeline.calibration, given.names, tiling) if p_values else scores
+    return p_value_of("hidden", scores, pipeline.calibration, given.terms, tiling) if p_values else scores
 
 
 def warn_if_calibrated(pipeline: ImagePipeline, calibration: Calibration, batch: Tensor) -> None:
@@ -158,7 +161,7 @@ def score_tiles(
 
     for tiles, where in cut_tiles(load(), shape, stride, batch_size):
         measured = measure(pipeline, tiles.to(pipeline.device), give_places(given, where))
-        scores = score_of(method, measured.statistics, pipeline.calibration, given.names, (shape[1:], stride))
+        scores = score_of(method, measured.statistics, pipeline.calibration, given.terms, (shape[1:], stride))
         for score, place in zip(scores.tolist(), where, strict=True):
             counts[place.image] += 1
             if not math.isnan(best[place.image]) and not score <= best[place.image]:
@@ -178,8 +181,8 @@ def score_of(
     given: Collection[str] = (),
     tiling: Tiling = WHOLE,
 ) -> Tensor:
-    """Compute `anomaly_score` from `statistics`. given: the names of given columns, and `label` for labels. tiling: of
-    what the statistics are."""
+    """Compute `anomaly_score` from `statistics`. given: the `terms` of what is given. tiling: of what the statistics
+    are."""
     if method not in METHODS:
         raise ValueError(f"method: unknown score {method!r}; choose one of {', '.join(METHODS)}")
     if method not in list_methods(found):

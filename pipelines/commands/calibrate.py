@@ -14,17 +14,16 @@ from tokenizer.files import require_replaceable
 from ..anomaly.calibrating import MAX_IMAGES, calibrate, check_promise, least_false_alarms, least_units
 from ..anomaly.calibration import Calibration
 from ..anomaly.scores import METHODS, NEEDS
-from ..condition_keys import UsesCondition
+from ..condition_keys import ScoresWithCondition
 from ..config import UserError, Within, run_command
 from ..config.table import count_of, table
 from ..files import lock_output
 from ..image_pipeline import ImagePipeline
-from ..options import UsesTiles
 from ..provenance import defaults
 from ..saving import INDEX, PIPELINE, save_again
 
 
-class CalibrateConfig(UsesCondition, UsesTiles):
+class CalibrateConfig(ScoresWithCondition):
     """Which normal images, and the rate of false alarms."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline",)
@@ -88,7 +87,7 @@ def run(config: CalibrateConfig) -> Calibration:
             else:
                 hint = find_remedy(config, every)
             raise UserError(f"data: {error}; {hint}") from error
-        given = config.read_condition(pipeline, len(chosen), images.names(chosen)).given
+        given = config.read_given(pipeline, images.names(chosen))
         try:
             calibration = calibrate(
                 pipeline,

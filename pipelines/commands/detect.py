@@ -26,7 +26,7 @@ from ..anomaly.maps import map_calibrated
 from ..anomaly.scores import WHOLE, p_value_of, require_scores, score_of, score_tiles
 from ..anomaly.separation import separation
 from ..anomaly.sheets import draw_sheet, draw_truth, draw_whole, reduce_map, reduce_mask
-from ..condition_keys import UsesCondition
+from ..condition_keys import ScoresWithCondition
 from ..config import OutputConfig, UserError, run_command, tell
 from ..config.table import count_of, table
 from ..files import Output, lock_output
@@ -36,17 +36,19 @@ from ..images.pictures import SUFFIXES, write_picture
 from ..images.splits import Inherited, SplitFacts, find_objects
 from ..images.tiles import LazyImages, as_lazy, check_places, load_image, whole_files
 from ..images.unseen import find_parts
-from ..options import REMOVE, UsesTiles, find_clip_files, find_image_files, read_clips, read_images
+from ..options import REMOVE, find_clip_files, find_image_files, read_clips, read_images
 from ..provenance import defaults, inherit, trained_data
 
 TRUTH_FILES = ("ground_truth.csv", "ground_truth.png")
 
 
-class DetectConfig(UsesCondition, OutputConfig, UsesTiles):
+class DetectConfig(ScoresWithCondition, OutputConfig):
     """Which images, and which calibrated pipeline."""
 
     examples = ("pipeline=runs/gpt_digits/pipeline images=my-images out=runs/detected",)
-    often = "pipeline images ground_truth out overwrite normal_labels condition.NAME conditions method fdr tile"
+    often = (
+        "pipeline images ground_truth out overwrite normal_labels condition.NAME conditions marginal method fdr tile"
+    )
 
     images: str | list[str] | None = Field(
         None,
@@ -185,7 +187,7 @@ def score_images(
     tiling = WHOLE if stride is None else (pipeline.tokenizer.image_shape[1:], stride)
     kind, maps, found, areas = config.kind_of_map(calibration), list[NDArray[np.float32]](), list[float](), list[int]()
     if config.method == "hidden" or (kind != "bits" and (config.map is not None or keep)):
-        require_scores(calibration, "map", given.names, tiling)
+        require_scores(calibration, "map", given.terms, tiling)
         pixels = images.pixels if stride is not None else as_lazy(to_float(images.pixels))
         for each in map_calibrated(pipeline, pixels, check_places(given), stride):
             found.append(each.scores["hidden"])
@@ -195,15 +197,15 @@ def score_images(
         details = {"area": areas}
     if config.method == "hidden":
         scores = torch.tensor(found, dtype=torch.float64)
-        return scores, p_value_of("hidden", scores, calibration, given.names, tiling), details, maps
+        return scores, p_value_of("hidden", scores, calibration, given.terms, tiling), details, maps
     if stride is None:
         measured = measure(pipeline, pipeline.to_images(images.pixels), given)
-        scores = score_of(config.method, measured.statistics, calibration, given.names)
-        p = p_value_of(config.method, scores, calibration, given.names)
+        scores = score_of(config.method, measured.statistics, calibration, given.terms)
+        p = p_value_of(config.method, scores, calibration, given.terms)
         details |= {name: each.numpy() for name, each in measured.statistics.items() if each.ndim == 1}
         return scores, p, details, maps
     tiled = score_tiles(pipeline, images.pixels, config.method, check_places(given), stride)
-    p = p_value_of(config.method, tiled.scores, calibration, given.names, tiling)
+    p = p_value_of(config.method, tiled.scores, calibration, given.terms, tiling)
     places = {"top": [place.top for place in tiled.places], "left": [place.left for place in tiled.places]}
     return tiled.scores, p, {**details, "tiles": tiled.counts, **places}, maps
 
@@ -298,7 +300,7 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
             folders = ["" if len(part) == 1 else part[0] for part in parts]
             if "" in folders:
                 raise UserError(f"ground_truth: {files[folders.index('')]} is in no folder of good images or a defect")
-        given = pipeline.read_given(condition=config.read_condition(pipeline, len(names), names).given)
+        given = config.read_given(pipeline, names)
         trained_with = trained_data(pipeline.provenance)
         division = inherit(trained_with or config.data, pipeline.provenance)
         objects = name_objects(files, config, division)
@@ -311,7 +313,7 @@ def find_images(config: DetectConfig, pipeline: ImagePipeline) -> Found:
     every = np.arange(len(images))
     classes = None if images.labels is None else [images.class_names[label] for label in images.labels.tolist()]
     names = images.names(every)
-    given = pipeline.read_given(condition=config.read_condition(pipeline, len(names), names).given)
+    given = config.read_given(pipeline, names)
     objects = images.objects()
     pixels, digests = config.read_pixels(pipeline, images, every), None
     if pipeline.binarized == "drawn" and not config.tile:  # calibrations of 0.3 know rows by their own draw

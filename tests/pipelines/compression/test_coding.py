@@ -338,9 +338,9 @@ def test_every_prior_codes_given_a_condition(prior, monkeypatch):
     model, tokens = coding.to_double(pipe.prior, pipe.device), pipe.encode(images)
     used, whole = torch.stack(seen, 1).log_softmax(-1), pipe.read_given(None, condition, limit=False)
     others = [name for name in whole.names if name != "label"]
-    for given, is_used in ((whole, True), (whole.without(["label"]), False), (whole.without(others), False)):
+    for known, is_used in ((whole, True), (whole.without(["label"]), False), (whole.without(others), False)):
         with torch.no_grad():
-            logits = model(tokens, model.encode_given(given))[:, model.order].log_softmax(-1)
+            logits = model(tokens, model.encode_given(known))[:, model.order].log_softmax(-1)
         close = (logits - used).abs().amax((1, 2)) < 1e-9
         assert bool(close.all() if is_used else (~close).any())
 

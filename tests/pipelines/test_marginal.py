@@ -1,0 +1,188 @@
+"""The mixture over a class in a pipeline: densities, scores, and the frequencies beside the models.
+
+Covers: pipelines/image_pipeline.py, pipelines/saving.py, pipelines/anomaly/, pipelines/commands/.
+"""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from command import fails
+from givens.stripes import SIZE, stripes
+from PIL import Image
+from small import make_prior
+from small_pipelines import LABELS, make_conditioned, make_pipeline, pixels_for
+
+from pipelines import ImagePipeline
+from pipelines.__main__ import main
+from pipelines.anomaly.distances import CalibrationError
+from pipelines.frequencies import FREQUENCIES, Frequencies
+from prior.given import Given
+from tokenizer.files import PipelineLoadError, read_manifest, write_json, write_manifest
+
+OTHERS = {"findings": ["bone"], "age": 63}
+
+
+def count_split(pipe, count=200):
+    """Set the frequencies of a training split in which the view depends on the class."""
+    rows = {name: column.draw(count) for name, column in pipe.columns.items() if column.is_counted}
+    rows["label"] = (torch.rand(count) * 1.5).long() * 2
+    rows["view"] = torch.where(torch.rand(count) < 0.7, rows["label"], 1)
+    pipe.frequencies = Frequencies.count(Given(pipe.columns, rows, count))
+    return pipe
+
+
+def sum_over(pipe, column, log_prob, condition):
+    """The direct sum over the classes of a column."""
+    given = pipe.read_given(None, condition)
+    weights = pipe.frequencies.log_prob(column, given)[0]
+    names = pipe.columns[column].names
+    each = torch.stack([log_prob({**condition, column: name}).double() for name in names])
+    return (each + weights[:, None]).logsumexp(0)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("column", ["label", "view"])
+def test_the_density_is_the_sum_over_the_classes_as_often_as_in_training(column, counted):
+    pipe = make_conditioned(outline=False)
+    if counted:
+        count_split(pipe)
+    images, condition = pixels_for(pipe), {**OTHERS, **({"view": "lateral"} if column == "label" else {"label": "eel"})}
+    found = pipe.log_prob(images, condition=condition, marginal=column, batch_size=2)
+    direct = sum_over(pipe, column, lambda one: pipe.log_prob(images, condition=one), condition)
+    torch.testing.assert_close(found.double(), direct, rtol=1e-5, atol=1e-5)
+    null = pipe.log_prob(images, condition=condition)
+    assert (null - found).abs().max() > 1e-3
+    weights = pipe.frequencies.log_prob(column, pipe.read_given(None, condition)).exp()
+    assert (weights.std() > 0.1) == counted and abs(float(weights.sum()) - 1) < 1e-9
+
+
+def test_bits_per_dim_sum_over_the_classes():
+    pipe = make_pipeline("pixels", sizes={"levels": 256})
+    images = pixels_for(pipe)
+    each = torch.stack([pipe.bits_per_dim(images, label) for label in LABELS])
+    scale = images[0].numel() * math.log(2)
+    expected = -((-each.double() * scale).logsumexp(0) - math.log(3)) / scale
+    torch.testing.assert_close(pipe.bits_per_dim(images, marginal="label").double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_summed_over_is_refused_in_one_line():
+    pipe, plain = make_conditioned(outline=False), make_pipeline(labels=[])
+    many = make_pipeline(labels=[], num_classes=10_000)
+    images = pixels_for(pipe, 2)
+    cases = [
+        (pipe, {"marginal": "age"}, "marginal: 'age' is a number column; it must be a column of classes"),
+        (pipe, {"marginal": "findings"}, "marginal: 'findings' is a flags column"),
+        (pipe, {"marginal": "lable"}, "marginal: unknown column 'lable'; did you mean 'label'?"),
+        (pipe, {"marginal": "label", "labels": "dog"}, "marginal: 'label' is given"),
+        (pipe, {"marginal": "view", "condition": {"view": "lateral"}}, "marginal: 'view' is given"),
+        (plain, {"marginal": "label"}, "marginal: unknown column 'label'; there are no columns"),
+        (many, {"marginal": "label"}, "10,000 passes of the prior for each image"),
+    ]
+    for one, options, problem in cases:
+        for method in (one.log_prob, one.bits_per_dim, one.anomaly_score):
+            with pytest.raises(ValueError) as caught:
+                method(images, **options)
+            assert problem in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Files
+
+
+def test_frequencies_are_stored_beside_the_models_and_read_again(tmp_path):
+    pipe = count_split(make_conditioned(outline=False))
+    pipe.save_pretrained(tmp_path / "pipe")
+    assert FREQUENCIES in read_manifest(tmp_path / "pipe")["files"]
+    again = ImagePipeline.from_pretrained(tmp_path / "pipe")
+    images = pixels_for(pipe)
+    assert torch.equal(again.log_prob(images, marginal="label"), pipe.log_prob(images, marginal="label"))
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / FREQUENCIES).read_bytes() == (tmp_path / "pipe" / FREQUENCIES).read_bytes()
+    again.prior = pipe.prior
+    assert not again.frequencies.tables
+    again.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other" / FREQUENCIES).exists()
+
+
+def test_frequencies_of_other_columns_are_refused(tmp_path):
+    pipe = count_split(make_conditioned(outline=False))
+    pipe.save_pretrained(tmp_path / "pipe")
+    found = json.loads((tmp_path / "pipe" / FREQUENCIES).read_text())
+    found["tables"][0]["columns"][0] = "class"
+    write_json(tmp_path / "pipe" / FREQUENCIES, found)
+    write_manifest(tmp_path / "pipe")
+    with pytest.raises(PipelineLoadError, match=f"{FREQUENCIES}: tables.0.columns: expected columns of classes"):
+        ImagePipeline.from_pretrained(tmp_path / "pipe")
+
+
+# Anomalies
+
+
+@pytest.mark.parametrize("stride", [None, 8])
+def test_scores_and_calibrations_agree_on_the_class_that_is_open(stride, tmp_path):
+    pipe = make_pipeline(size=(SIZE, SIZE))
+    normal, new = stripes(60), stripes(4, seed=9)
+    if stride is None:
+        nll = pipe.anomaly_score(new, "nll", marginal="label")
+        torch.testing.assert_close(nll, -pipe.log_prob(new, marginal="label").double() / math.log(2))
+    pipe.calibrate(normal, marginal="label", stride=stride)
+    pipe.save_pretrained(tmp_path / "pipe")
+    again = ImagePipeline.from_pretrained(tmp_path / "pipe")
+    assert again.calibration.marginal == "label"
+    options = {"marginal": "label", "stride": stride}
+    assert torch.equal(again.anomaly_score(new, **options), pipe.anomaly_score(new, **options))
+    assert again.anomaly_score(new, "nll", p_values=True, **options).shape == (4,)
+    with pytest.raises(CalibrationError, match="^marginal: calibrated with marginal=label given, but now with nothing"):
+        again.anomaly_score(new, stride=stride)
+    with pytest.raises(CalibrationError, match="^marginal: calibrated with marginal=label given, but now with label"):
+        again.anomaly_score(new, labels="cat", stride=stride)
+    if stride is None:
+        assert again.heal(new, draws=1).images.shape == new.shape
+    else:
+        assert len(again.anomaly_map(new, method="hidden", stride=stride)) == 4
+    pipe.calibrate(normal, stride=stride)
+    assert "marginal" not in json.loads(pipe.calibration.to_json())
+    with pytest.raises(CalibrationError, match="^marginal: calibrated with nothing given, but now with marginal=label"):
+        pipe.anomaly_score(new, **options)
+
+
+def test_a_background_prior_without_the_column_has_no_mixture():
+    pipe = make_conditioned(outline=False)
+    facts = {"grid": pipe.prior.grid, "num_classes": len(LABELS), "tokenizer": pipe.tokenizer.fingerprint()}
+    pipe.set_background(make_prior("gpt", **facts))
+    images, found = pixels_for(pipe), []
+    for column in ("label", "view"):
+        ratio = pipe.anomaly_score(images, "ratio", marginal=column)
+        given = pipe.read_given(count=len(images), marginal=column).without(["view"])
+        background = pipe.background.log_prob(pipe.encode(images), condition=given.of_columns(pipe.background.columns))
+        found.append(background)
+        expected = (background - pipe.log_prob(images, marginal=column)).double() / math.log(2)
+        torch.testing.assert_close(ratio, expected, rtol=1e-3, atol=1e-4)
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+def test_verbs_calibrate_and_detect_with_an_open_class(tmp_path, capsys):
+    for part, images in (("images/train/a", stripes(4)), ("images/test/a", stripes(40)), ("new", stripes(3, seed=9))):
+        (tmp_path / part).mkdir(parents=True)
+        for number, image in enumerate(images.numpy()):
+            Image.fromarray(image[0]).save(tmp_path / part / f"{number}.png")
+    pipe = make_pipeline(size=(SIZE, SIZE))
+    pipe.provenance = {"data": {"source": str(tmp_path / "images"), "image_size": SIZE}}
+    pipe.frequencies = Frequencies.count(Given(pipe.columns, {"label": torch.tensor([0, 0, 0, 1])}, 4))
+    pipe.save_pretrained(tmp_path / "pipe")
+    verb = [f"pipeline={tmp_path}/pipe", "every=1"]
+    assert "marginal: unknown column 'lable'" in fails(capsys, "calibrate", *verb, "marginal=lable")
+    main(["calibrate", *verb, "marginal=label"])
+    assert "marginal: the classes of label are as likely as in the training split" in capsys.readouterr().err
+    verb = ["detect", verb[0], f"images={tmp_path}/new", "method=nll", f"out={tmp_path}/found"]
+    assert "marginal: calibrated with marginal=label given, but now with nothing" in fails(capsys, *verb)
+    main([*verb, "marginal=label"])
+    with (tmp_path / "found/scores.csv").open() as file:
+        scores = [float(row["score"]) for row in csv.DictReader(file)]
+    expected = ImagePipeline.from_pretrained(tmp_path / "pipe").anomaly_score(
+        stripes(3, seed=9), "nll", marginal="label"
+    )
+    np.testing.assert_allclose(scores, expected, rtol=1e-3)
