@@ -125,9 +125,9 @@ def test_samples_have_the_classes_of_the_training_images(tmp_path, monkeypatch):
     save_pipeline(tmp_path, config)
     asked, call = {}, ImagePipeline.__call__
 
-    def watched(self, num_images=None, labels=None, *, seed, **kwargs):
-        asked[seed] = labels
-        return call(self, num_images, labels, seed=seed, **kwargs)
+    def watched(self, num_images=None, labels=None, *, seed, condition=None, **kwargs):
+        asked[seed] = labels if condition is None else condition.raw("label").tolist()
+        return call(self, num_images, labels, seed=seed, condition=condition, **kwargs)
 
     monkeypatch.setattr(ImagePipeline, "__call__", watched)
     evaluate(tmp_path, "num_images=106", "update_card=false", "seed=5")
